@@ -1,0 +1,34 @@
+"""What the benchmarks share: command lines whose results are kept, so that a stopped benchmark goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+
+def run(place: Path, argv: list[str], threads: int) -> dict:
+    """``distillm ARGV --json``; the result object is kept in ``PLACE.json`` and read back the next time."""
+    found = place.with_name(place.name + ".json")
+    if not found.exists():
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-m", "distillm_cli", *argv, "--json", "--quiet"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            raise SystemExit(f"distillm {' '.join(argv)}\n{done.stderr}")
+        found.write_text(done.stdout)
+    return json.loads(found.read_text())
+
+
+def sets(*fields: str) -> list[str]:
+    """``--set`` before each field."""
+    return [word for field in fields for word in ("--set", field)]
+
+
+def mean_sd(values: list[float]) -> str:
+    """``12.34 ± 0.56``: mean and sample standard deviation."""
+    mean = f"{statistics.mean(values):.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean

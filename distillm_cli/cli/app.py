@@ -1,0 +1,157 @@
+"""The program ``distillm``: its commands, and how every failure ends.
+
+Answers go to stdout, talk to stderr. An error is one line on stderr, ``error: what; where; what to try``, and an exit
+code (see ``distillm_cli.errors``); with ``--json`` also one JSON object on stdout. Command modules import only typer at
+their top and the engine inside their functions, so that ``--help`` is quick and loads no torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import select
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+from typer.main import get_command
+
+from distillm_cli import __version__
+from distillm_cli.cli import distill, eval, generate, options, plan, recipes, sft
+from distillm_cli.cli.usage import UsageProblem, explained
+from distillm_cli.errors import DistillmError, Interrupted, OutOfMemoryError, StorageError
+
+_BROKEN_PIPE = 141  # 128 + SIGPIPE, as of any program whose reader has left
+
+app = typer.Typer(
+    name="distillm",
+    help="Turn a large language model into a small one.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=options.examples(
+        "distillm distill --recipe quickstart",
+        "distillm distill --teacher gpt2-xl --student gpt2 --alpha 0.1",
+        "distillm eval ckpt/ --suite dolly",
+        "for a in 0.0 0.1 0.3; do distillm distill --recipe quickstart --alpha $a --output runs/a$a --json; done",
+    ),
+)
+for module in (sft, generate, distill, eval, plan, recipes):
+    module.register(app)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"distillm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", metavar="", callback=_print_version, is_eager=True, help="Print the version and leave."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command line (default: the process's own) and return its exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # nothing phones home
+    command = get_command(app)
+    try:
+        with command.make_context("distillm", list(argv)) as context:
+            command.invoke(context)
+        sys.stdout.flush()
+    except typer.Exit as done:
+        return done.exit_code
+    except (Exception, KeyboardInterrupt) as error:
+        if _reader_left(error):
+            return _BROKEN_PIPE
+        return _report(error, argv)
+    return 0
+
+
+def _report(error: BaseException, argv: list[str]) -> int:
+    if isinstance(error, UsageProblem) and type(error).__name__ == "NoArgsIsHelpError":
+        return 2  # the help is already printed
+    known = _known(error, argv)
+    options_given = argv[: argv.index("--")] if "--" in argv else argv
+    if "--debug" in options_given:
+        traceback.print_exception(error)
+    message = str(known)
+    print(f"error: {message}", file=sys.stderr)
+    if "--json" in options_given:
+        print(json.dumps({"status": "error", "code": known.exit_code, "message": message}), flush=True)
+    return known.exit_code
+
+
+def _known(error: BaseException, argv: list[str]) -> DistillmError:
+    """Any exception as one of the family."""
+    if isinstance(error, DistillmError):
+        return error
+    if isinstance(error, UsageProblem):
+        return explained(error, argv)
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted("interrupted", signal_number=2)
+    if isinstance(error, typer.Abort):
+        return Interrupted("stopped at a question", signal_number=2)
+    if _out_of_memory(error):
+        hint = "lower --batch-size (and raise train.accumulate), or --max-length; `distillm plan` estimates the need"
+        return OutOfMemoryError("out of memory", where=_first_line(error), hint=hint)
+    if _storage_failed(error):
+        return StorageError(_first_line(error), hint="free some space there, or give another --output")
+    return DistillmError(
+        f"unexpected {type(error).__name__}",
+        where=_first_line(error),
+        hint="run it again with --debug for the traceback",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else ""
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    torch = sys.modules.get("torch")  # never imported just to ask
+    if torch is not None and isinstance(error, getattr(torch, "OutOfMemoryError", ())):
+        return True
+    # The CPU and MPS allocators raise a plain RuntimeError.
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    return "can't allocate memory" in said or "not enough memory" in said or "out of memory" in said
+
+
+def _storage_failed(error: BaseException) -> bool:
+    codes = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO}
+    if isinstance(error, OSError):
+        return error.errno in codes
+    found = re.search(r"\(os error (\d+)\)", str(error))  # how safetensors and tokenizers, written in Rust, say it
+    return found is not None and int(found[1]) in codes
+
+
+def _reader_left(error: BaseException) -> bool:
+    """Whether stdout's reader has gone. If so, stdout is pointed at nothing, so that the exit stays quiet too."""
+    if not isinstance(error, BrokenPipeError):
+        return False
+    stdout = sys.stdout.fileno()
+    if hasattr(select, "poll"):  # other pipes break too: ask whether it was this one
+        watch = select.poll()
+        watch.register(stdout, select.POLLOUT)
+        if not any(event & select.POLLERR for _, event in watch.poll(0)):
+            return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return True

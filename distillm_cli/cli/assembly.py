@@ -1,0 +1,183 @@
+"""A resolved recipe → everything a run needs: rows, models, examples, engine. ``plan`` stops half way."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from distillm_cli.config.schema import Recipe
+from distillm_cli.core.checkpoint import Checkpoints
+from distillm_cli.core.engine import Engine
+from distillm_cli.core.events import Listener, Warned
+from distillm_cli.core.objective import Objective
+from distillm_cli.core.replay import ReplayBuffer
+from distillm_cli.core.rollout import StudentRollouts
+from distillm_cli.core.scheduler import Scheduler
+from distillm_cli.core.teacher import Teacher, collect, collect_on_disk
+from distillm_cli.data.batching import Examples, Order, by_length, tokenise
+from distillm_cli.data.prompts import Encoder, render
+from distillm_cli.data.sources import Rows, load_rows
+from distillm_cli.models.backbone import Backbone
+from distillm_cli.models.loading import quiet
+from distillm_cli.models.pair import Pair, load_pair, resolve_device, resolve_dtype
+from distillm_cli.sequences import Sequence, collate
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows read, models loaded and checked against each other, examples tokenised: all that comes before the loop."""
+
+    recipe: Recipe
+    listener: Listener
+    device: torch.device
+    dtype: torch.dtype
+    train_rows: Rows
+    valid_rows: Rows
+    pair: Pair
+    encoder: Encoder
+    train: Examples
+    valid: Examples
+
+    @property
+    def student(self) -> Backbone:
+        return self.pair.student
+
+    @property
+    def sft(self) -> bool:
+        return self.recipe.method == "sft"
+
+    @cached_property
+    def order(self) -> Order:
+        train = self.recipe.train
+        return Order(
+            self.train.lengths, train.batch_size * train.accumulate, train.seed, bucket=self.recipe.data.bucket
+        )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        train = self.recipe.train
+        return train.steps or max(1, math.ceil(train.epochs * self.order.steps_per_epoch))
+
+    def batch(self, step: int) -> list[Sequence]:
+        """The data set rows of step ``step``."""
+        return [self.train.sequences[i] for i in self.order.batch(step)]
+
+    def save_model(self, directory: Path) -> None:
+        """The student and its tokenizer, as ``from_pretrained`` wants them."""
+        with quiet():
+            self.student.model.save_pretrained(directory)
+            self.pair.tokenizer.save_pretrained(directory)
+
+
+def prepare(recipe: Recipe, listener: Listener) -> Prepared:
+    """Reads, loads and checks everything a run needs. Raises DataError, ModelError."""
+    if recipe.train.threads:
+        torch.set_num_threads(recipe.train.threads)
+    torch.manual_seed(recipe.train.seed)
+    device = resolve_device(recipe.train.device)
+    train_rows = load_rows(recipe.data, "train", listener=listener)
+    valid_rows = load_rows(recipe.data, "valid", listener=listener)
+
+    def texts() -> Iterator[str]:
+        for row in train_rows:
+            yield from (render(row, recipe.data.template, None), row.references[0])
+
+    pair = load_pair(recipe, device=device, texts=texts, listener=listener)
+    encoder = Encoder(pair.tokenizer, recipe.data)
+    contexts = [m.context for m in (pair.teacher, pair.student) if m is not None and m.context is not None]
+    context = min(contexts, default=None)
+    train = tokenise(train_rows, encoder, recipe.data, listener, context)
+    valid = tokenise(valid_rows, encoder, recipe.data, listener, context)
+    if recipe.train.gradient_checkpointing:
+        _checkpoint_activations(pair.student)
+    _check_heads(pair, train, device, listener)
+    dtype = resolve_dtype(recipe.student.dtype, device)
+    return Prepared(recipe, listener, device, dtype, train_rows, valid_rows, pair, encoder, train, valid)
+
+
+def build_engine(run: Prepared, output: Path, listener: Listener, score=None) -> Engine:
+    """The engine of a prepared run, keeping its checkpoints under ``output``."""
+    recipe = run.recipe
+    teacher = _teacher(run, listener)
+    objective = Objective(
+        run.student,
+        None if run.sft else recipe.objective,
+        teacher_head=None if teacher is None else teacher.head,
+        matmul_dtype=None if run.dtype == torch.float32 else run.dtype,
+    )
+    context = run.student.context
+    longest = recipe.data.max_length if context is None else min(recipe.data.max_length, context)
+    return Engine(
+        objective=objective,
+        train=recipe.train,
+        steps=run.steps,
+        steps_per_epoch=run.order.steps_per_epoch,
+        batches=run.batch,
+        scheduler=Scheduler(recipe.schedule, steps=run.steps, seed=recipe.train.seed),
+        replay=ReplayBuffer(recipe.schedule.capacity, seed=recipe.train.seed),
+        rollouts=StudentRollouts(run.student, recipe.rollout, max_length=longest, seed=recipe.train.seed),
+        bulk=recipe.rollout.bulk,
+        fresh=recipe.schedule.fresh,
+        teacher=teacher,
+        validation=by_length(run.valid.sequences, max(recipe.train.batch_size, 16)),
+        score=score,
+        checkpoints=Checkpoints(output / "checkpoints", run.save_model, keep=recipe.train.keep),
+        recipe=shaping(recipe),
+        method=recipe.method,
+        device=run.device,
+        dtype=run.dtype,
+        listener=listener,
+    )
+
+
+def _teacher(run: Prepared, listener: Listener) -> Teacher | None:
+    model, config = run.pair.teacher, run.recipe.teacher
+    if model is None or config.cache == "off":
+        return None if model is None else Teacher(model)
+    if config.cache == "memory":
+        return Teacher(model, collect(model, run.train.sequences, run.device, listener))
+    place = Path(
+        config.cache_dir or os.environ.get("DISTILLM_CACHE") or Path.home() / ".cache" / "distillm"
+    ).expanduser()
+    return Teacher(model, collect_on_disk(model, run.train.sequences, run.device, place / "teacher", listener))
+
+
+# What may differ between a run and its resume, because no later step depends on it.
+_FREE = ("teacher.cache_dir", "train.keep", "train.log_steps", "train.device", "train.threads", "data.workers", "eval")
+
+
+def shaping(recipe: Recipe) -> dict:
+    """The part of a recipe that shapes the steps of a run, as dotted keys: what a resume must find unchanged."""
+
+    def flat(section: dict, prefix: str) -> Iterator[tuple[str, object]]:
+        for key, value in section.items():
+            dotted = f"{prefix}{key}"
+            if dotted in _FREE:
+                continue
+            if isinstance(value, dict):
+                yield from flat(value, f"{dotted}.")
+            else:
+                yield dotted, value
+
+    return dict(flat(recipe.model_dump(mode="json"), ""))
+
+
+def _checkpoint_activations(student: Backbone) -> None:
+    enable = getattr(student.model, "activation_checkpointing_enable", None)  # transformers 5.2x; the older name before
+    (enable or student.model.gradient_checkpointing_enable)()
+
+
+def _check_heads(pair: Pair, train: Examples, device: torch.device, listener: Listener) -> None:
+    """One small batch through both ways to logits; where they disagree, the model's own way is used, and said."""
+    batch = collate(sorted(train.sequences, key=len)[:2]).to(device)
+    for name, model in (("teacher", pair.teacher), ("student", pair.student)):
+        if model is not None and not model.check_head(batch):
+            kind = model.model.config.model_type
+            listener(Warned(f"the {name}'s head ({kind}) is not a plain one: using the model's own logits, slower"))

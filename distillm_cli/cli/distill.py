@@ -1,0 +1,65 @@
+"""``distillm distill``: train a student against a teacher."""
+
+from __future__ import annotations
+
+import typer
+
+from distillm_cli.cli import options
+from distillm_cli.cli.launch import launch
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+    app.command(
+        rich_help_panel=options.VERBS,
+        epilog=options.examples(
+            "distillm distill --recipe quickstart",
+            "distillm distill --teacher gpt2-xl --student gpt2 --alpha 0.1",
+            "distillm distill --teacher runs/teacher --student random:2x128 --data rows.jsonl --divergence srkl",
+            "distillm distill --recipe quickstart --set schedule.kind=mixed --set schedule.mix=0.3",
+            "distillm distill --resume --output runs/quickstart-distillm",
+        ),
+    )(distill)
+
+
+def distill(
+    teacher: options.Teacher = None,
+    student: options.Student = None,
+    data: options.Data = None,
+    tokenizer: options.Tokenizer = None,
+    max_length: options.MaxLength = None,
+    skip_bad_rows: options.SkipBadRows = None,
+    method: options.Method = None,
+    divergence: options.Divergence = None,
+    alpha: options.Alpha = None,
+    lr: options.Lr = None,
+    batch_size: options.BatchSize = None,
+    epochs: options.Epochs = None,
+    steps: options.Steps = None,
+    seed: options.Seed = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    recipe: options.Recipe = None,
+    sets: options.Set = None,
+    dry_run: options.DryRun = False,
+    output: options.Output = None,
+    resume: options.Resume = False,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Train a student against a teacher: skew KL and adaptive off-policy rollouts.
+
+    Every other field: [cyan]--set section.key=value[/]. All of them, with their values: [cyan]--dry-run[/].
+    """
+    launch(
+        "distill",
+        given={
+            "teacher": teacher, "student": student, "data": data, "tokenizer": tokenizer, "max_length": max_length,
+            "skip_bad_rows": skip_bad_rows, "method": method, "divergence": divergence, "alpha": alpha, "lr": lr,
+            "batch_size": batch_size, "epochs": epochs, "steps": steps, "seed": seed, "dtype": dtype, "device": device,
+        },
+        sets=sets, recipe=recipe, output=output, resume=resume, overwrite=overwrite, dry_run=dry_run, json=json,
+        quiet=quiet,
+    )  # fmt: skip

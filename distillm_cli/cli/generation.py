@@ -1,0 +1,220 @@
+"""The work of ``distillm generate``: prompts → responses, chunk by chunk, so that a stopped run keeps what it has."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distillm_cli.cli import inference
+from distillm_cli.cli.prompts import Wanted, prompts_of, rereadable
+from distillm_cli.cli.responses import Line, Responses, text_of
+from distillm_cli.config.schema import Recipe
+from distillm_cli.core.events import Event, Listener, Note, Progress
+from distillm_cli.core.rollout import Sampling, sample_all
+from distillm_cli.data.prompts import Encoder
+from distillm_cli.data.sources import Row
+from distillm_cli.errors import Interrupted, UsageError
+from distillm_cli.evaluation.evaluate import fitting
+from distillm_cli.evaluation.evaluate import text_of as output_text
+from distillm_cli.evaluation.suites import Suite
+from distillm_cli.models.backbone import Backbone
+from distillm_cli.models.loading import locate
+from distillm_cli.ui.console import Console
+
+_BATCHES = 8  # sorted by length together, and written together: what a stopped run loses at most
+
+
+def run(
+    model: str,
+    wanted: Wanted,
+    *,
+    recipe: str | None,
+    flags: Mapping[str, Any],
+    sets: list[str] | None,
+    output: str | None,
+    resume: bool,
+    overwrite: bool,
+    ui: Console,
+) -> dict[str, Any]:
+    """Generates into ``output`` (None: stdout) and returns the result object of ``--json``."""
+    began = time.perf_counter()
+    _check(wanted, output, resume, overwrite)
+    responses = None if output is None else Responses(Path(output), resume=resume, overwrite=overwrite)
+    resolved, _ = inference.settings("generate", model, recipe=recipe, flags=flags, sets=sets, listener=ui)
+    r = resolved.recipe
+    if wanted.samples > 1 and r.rollout.temperature == 0:
+        raise UsageError(f"--n {wanted.samples} with temperature 0", where="the responses would all be the same")
+    locate(model)
+    rows = prompts_of(wanted, r.data, ui)
+    backbone, encoder = inference.load(model, r, ui)
+    inference.check_head(backbone, encoder, rows[0], ui)
+    work = _Work.of(rows, wanted.samples, backbone, encoder, r, ui)
+    if responses is not None:
+        responses.begin(work.settings(), work.heads())
+    tokens, cut, seconds = work.go(responses, ui)
+    total = len(work)
+    if responses is not None:
+        ui(Note(f"{total:,} rows in {output}"))
+    if cut:
+        ui(Note(f"{cut:,} responses were cut at --max-new-tokens or the context; they have `complete: false`"))
+    return {
+        "command": "generate",
+        "status": "ok",
+        "output": output,
+        "wall_s": round(time.perf_counter() - began, 3),
+        "rows": total,
+        "tokens": tokens,
+        "tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
+        "cut": cut,
+    }
+
+
+def _check(wanted: Wanted, output: str | None, resume: bool, overwrite: bool) -> None:
+    sources = {"--data": wanted.data, "--prompt": wanted.prompts, "--input": wanted.input}
+    given = [flag for flag, value in sources.items() if value is not None]
+    if len(given) != 1:
+        what = f"{' and '.join(given)} exclude each other" if given else "no prompts"
+        raise UsageError(what, hint="give one of --data SOURCE, --prompt TEXT, --input FILE")
+    for flag, count in (("--limit", wanted.limit), ("--n", wanted.samples)):
+        if count is not None and count < 1:
+            raise UsageError(f"{flag} = {count}", where="expected a whole number ≥ 1")
+    if wanted.split is not None and wanted.data is None:
+        raise UsageError(f"--split {wanted.split} without --data", hint="drop it, or give --data")
+    if wanted.split not in (None, "train", "valid", "test"):
+        raise UsageError(f"--split = {wanted.split}", where="expected train, valid or test")
+    if output is None and (resume or overwrite):
+        raise UsageError(f"{'--resume' if resume else '--overwrite'} without --output", hint="give --output FILE")
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Every response that is wanted, in order: sample j of row i is number ``i · samples + j``."""
+
+    rows: list[Row]
+    ids: list[np.ndarray]
+    prompts: list[str]
+    samples: int
+    seed: int
+    sampling: Sampling
+    batch_size: int
+    backbone: Backbone
+    encoder: Encoder
+
+    @classmethod
+    def of(
+        cls, rows: list[Row], samples: int, backbone: Backbone, encoder: Encoder, r: Recipe, listener: Listener
+    ) -> _Work:
+        suite, ids = fitting(
+            Suite("prompts", rows, ""), encoder, backbone.context, listener, skip_long=r.data.skip_bad_rows
+        )
+        sampling = Sampling(r.rollout.temperature, r.rollout.top_p, r.rollout.top_k, r.rollout.max_new_tokens)
+        prompts = rereadable(suite.rows, ids, encoder, r.data, listener)
+        return cls(suite.rows, ids, prompts, samples, r.train.seed, sampling, r.eval.batch_size, backbone, encoder)
+
+    def __len__(self) -> int:
+        return len(self.rows) * self.samples
+
+    def settings(self) -> dict[str, Any]:
+        """All that shapes the responses. Batch size and device are not among it."""
+        digest = hashlib.sha256()
+        for ids in self.ids:
+            digest.update(len(ids).to_bytes(8, "little") + ids.astype("<i4").tobytes())
+        how = {name: getattr(self.sampling, name) for name in ("temperature", "top_p", "top_k", "max_new_tokens")}
+        dtype = str(self.backbone.model.dtype).removeprefix("torch.")
+        head = {"rows": len(self), "samples": self.samples, "seed": self.seed, **how, "dtype": dtype}
+        return {**head, "weights": _fingerprint(self.backbone), "prompts": digest.hexdigest()}
+
+    def heads(self) -> list[Line]:
+        """What each row says of itself before there is a response."""
+        return [
+            {
+                **({} if row.instruction is None else {"instruction": row.instruction, "input": row.input}),
+                "prompt": prompt,
+                "seed": self.seed,
+                "sample": j,
+            }
+            for row, prompt in zip(self.rows, self.prompts, strict=True)
+            for j in range(self.samples)
+        ]
+
+    def go(self, responses: Responses | None, listener: Listener) -> tuple[int, int, float]:
+        """Generates what is missing. Returns tokens, responses that were cut, and seconds, of this call."""
+        heads, tokens, cut, began = self.heads(), 0, 0, time.perf_counter()
+        start = 0 if responses is None else responses.count
+        if start:
+            listener(Note(f"going on after {start:,} of {len(self):,} rows"))
+        step = _BATCHES * self.batch_size
+        try:
+            for at in range(start, len(self), step):
+                chunk = range(at, min(at + step, len(self)))
+                said = dict(
+                    sample_all(
+                        self.backbone,
+                        [self.ids[k // self.samples] for k in chunk],
+                        self.sampling,
+                        seed=self.seed,
+                        batch_size=self.batch_size,
+                        listener=self._overall(at, listener),
+                        # A key of its own for each sample, whatever else is generated with it.
+                        rows=[k // self.samples + (k % self.samples << 32) for k in chunk],
+                    )
+                )
+                lines = []
+                for offset, k in enumerate(chunk):
+                    head, out = heads[k], said[offset]
+                    text = {"output": output_text(self.encoder.tokenizer, out)}
+                    lines.append(_placed(head, text) | {"complete": out.complete})
+                    tokens += len(out.tokens)
+                    cut += not out.complete
+                if responses is None:
+                    _print(lines)
+                else:
+                    responses.add(lines)
+        except KeyboardInterrupt:
+            if responses is None:
+                raise Interrupted("interrupted", signal_number=2) from None
+            where = f"{responses.count:,} of {len(self):,} rows are in {responses.path}"
+            raise Interrupted("interrupted", signal_number=2, where=where, hint="go on with --resume") from None
+        return tokens, cut, time.perf_counter() - began
+
+    def _overall(self, before: int, listener: Listener) -> Listener:
+        """A chunk's progress as progress of the whole."""
+
+        def heard(event: Event) -> None:
+            if isinstance(event, Progress):
+                event = Progress(event.task, before + event.done, len(self), event.unit)
+            listener(event)
+
+        return heard
+
+
+def _placed(head: Line, text: Line) -> Line:
+    """The row with the output beside its prompt, where a reader looks for it."""
+    line = {}
+    for key, value in head.items():
+        line[key] = value
+        if key == "prompt":
+            line |= text
+    return line
+
+
+def _print(lines: list[Line]) -> None:
+    ascii_only = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
+    sys.stdout.write("".join(text_of(line, ascii_only=ascii_only) for line in lines))
+    sys.stdout.flush()
+
+
+def _fingerprint(backbone: Backbone) -> str:
+    """Tells one set of weights from another by a few numbers of each tensor; reading all of them would take a while."""
+    digest = hashlib.sha256()
+    for name, tensor in backbone.model.state_dict().items():
+        few = tensor.flatten()[:: max(1, tensor.numel() // 64)][:64]
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + few.float().cpu().numpy().tobytes())
+    return digest.hexdigest()

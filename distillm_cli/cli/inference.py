@@ -1,0 +1,82 @@
+"""What ``generate`` and ``eval`` share: the settings a trained model brings along, and loading it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distillm_cli.config.load import Resolved, load_resolved, resolve
+from distillm_cli.config.schema import Recipe
+from distillm_cli.core.events import Listener, Warned
+from distillm_cli.data.prompts import Encoder
+from distillm_cli.data.sources import Row
+from distillm_cli.errors import RecipeError
+from distillm_cli.models.backbone import Backbone
+from distillm_cli.models.pair import load_backbone, resolve_device, resolve_dtype
+from distillm_cli.sequences import Sequence, collate
+
+
+def settings(
+    command: str,
+    model: str,
+    *,
+    recipe: str | None,
+    flags: Mapping[str, Any],
+    sets: list[str] | None,
+    listener: Listener,
+) -> tuple[Resolved, bool]:
+    """The recipe to go by, and whether it is the model's own: the one given, else the one beside the model, else none.
+
+    So a model trained with a template of its own is asked in that template. Flags and ``--set`` are stronger. What the
+    run said of its machine is not taken over: this may be another one.
+    """
+    own = None if recipe is not None else own_recipe(model)
+    if own is not None:
+        try:
+            load_resolved(own)
+        except RecipeError as error:  # other programs leave a recipe.yaml in their output too
+            listener(Warned(f"{own} is not used: {error}"))
+            own = None
+    resolved = resolve(command=command, recipe=own or recipe, flags=flags, sets=sets)
+    return (resolved, False) if own is None else (_on_this_machine(resolved, own), True)
+
+
+def _on_this_machine(resolved: Resolved, own: Path) -> Resolved:
+    train = resolved.recipe.train
+    defaults = {
+        name: type(train).model_fields[name].default
+        for name in ("device", "threads")
+        if resolved.origin[f"train.{name}"].startswith(f"{own.name}:")
+    }
+    recipe = resolved.recipe.model_copy(update={"train": train.model_copy(update=defaults)})
+    return replace(resolved, recipe=recipe)
+
+
+def own_recipe(model: str) -> Path | None:
+    """The resolved recipe of the run that made this model: in its directory, or above its ``checkpoints/``."""
+    place = Path(model).expanduser()
+    homes = [place] if place.parent.name != "checkpoints" else [place, place.parent.parent]
+    return next((home / "recipe.yaml" for home in homes if (home / "recipe.yaml").is_file()), None)
+
+
+def load(model: str, recipe: Recipe, listener: Listener) -> tuple[Backbone, Encoder]:
+    """The model, where and in the precision the recipe asks for, and its encoder. Raises ModelError."""
+    if recipe.train.threads:
+        torch.set_num_threads(recipe.train.threads)
+    device = resolve_device(recipe.train.device)
+    dtype = resolve_dtype(recipe.student.dtype, device)
+    backbone = load_backbone(model, dtype=dtype, device=device, listener=listener)
+    return backbone, Encoder(backbone.tokenizer, recipe.data)
+
+
+def check_head(backbone: Backbone, encoder: Encoder, row: Row, listener: Listener) -> None:
+    """One prompt through both ways to logits; where they disagree the model's own is used, and said."""
+    ids = encoder.prompt_ids(row)
+    ids = ids if backbone.context is None else ids[: backbone.context - 1]
+    if not backbone.check_head(collate([Sequence(ids, ids[-1:])]).to(backbone.device)):
+        kind = backbone.model.config.model_type
+        listener(Warned(f"the head of this {kind} model is not a plain one: using the model's own logits, slower"))

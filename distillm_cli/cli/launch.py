@@ -1,0 +1,66 @@
+"""From typed flags to a running recipe: the few lines that ``sft`` and ``distill`` would otherwise both have."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distillm_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from distillm_cli.config.schema import Recipe
+
+
+def launch(
+    command: str,
+    *,
+    given: dict[str, Any],
+    sets: list[str] | None,
+    recipe: str | None,
+    output: str | None,
+    resume: bool,
+    overwrite: bool,
+    dry_run: bool,
+    json: bool,
+    quiet: bool,
+) -> None:
+    """Resolve, then print the resolved recipe (``dry_run``) or train. given: flag parameter names → values."""
+    from distillm_cli.cli import options, outputs
+    from distillm_cli.config.load import resolve, to_yaml
+
+    if resume and recipe is None and output is not None and (Path(output) / outputs.RECIPE).is_file():
+        recipe = str(Path(output) / outputs.RECIPE)  # going on needs no more than the directory
+    resolved = resolve(command=command, recipe=recipe, flags=options.flags(**given), sets=sets)
+    if dry_run:
+        if json:
+            from distillm_cli.ui.console import print_json
+
+            print_json({"command": command, "status": "ok", "recipe": resolved.recipe.model_dump(mode="json")})
+        else:
+            sys.stdout.write(to_yaml(resolved))
+        return
+    check_complete(resolved.recipe)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("training in several processes is not supported yet", hint="start it without a launcher")
+
+    from distillm_cli.ui.console import console
+
+    r = resolved.recipe
+    place = Path(output) if output else None
+    if place is None:
+        place = outputs.default_name(resolved.name, r.data.source, r.student.path or "student", r.method, resume=resume)
+    with console(json_mode=json, quiet=quiet) as ui:
+        from distillm_cli.cli.training import train
+
+        ui.result(train(command, resolved, place, resume=resume, overwrite=overwrite, ui=ui))
+
+
+def check_complete(recipe: Recipe) -> None:
+    """Raises UsageError where no model is named to train, or no teacher to learn from."""
+    if recipe.student.path is None:
+        what, flag = ("model", "--model") if recipe.method == "sft" else ("student", "--student")
+        raise UsageError(f"no {what} to train", hint=f"give {flag} PATH, or a --recipe that names one")
+    if recipe.method != "sft" and recipe.teacher.path is None:
+        raise UsageError("no teacher to learn from", hint="give --teacher PATH, or use `distillm sft`")

@@ -1,0 +1,167 @@
+"""The flags that several commands share: name, help, panel. None means "not given": the recipe or the schema decides.
+
+    def distill(alpha: options.Alpha = None, sets: options.Set = None, …):
+        resolved = resolve(command="distill", flags=options.flags(alpha=alpha), sets=sets)
+
+Nothing heavy may be imported here: ``--help`` reads this file.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from distillm_cli.config.shortcuts import SHORTCUTS, Flag
+
+# Panels of a command's help, in the order in which they are shown.
+MODELS = "Models and data"
+METHOD = "Method"
+TRAINING = "Training"
+RECIPE = "Recipe"
+OUTPUT = "Output"
+
+# Groups of commands in `distillm --help`.
+VERBS = "Verbs"
+AROUND = "Around them"
+
+Teacher = Annotated[
+    str | None,
+    typer.Option(
+        "--teacher", metavar="PATH|NAME", help="Local directory, hub name, or builtin.", rich_help_panel=MODELS
+    ),
+]
+Student = Annotated[
+    str | None,
+    typer.Option(
+        "--student",
+        metavar="PATH|NAME|random:LxD",
+        help="What is trained; random:4x256 starts from scratch.",
+        rich_help_panel=MODELS,
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="PATH|NAME|random:LxD",
+        help="What is trained; random:4x256 starts from scratch.",
+        rich_help_panel=MODELS,
+    ),
+]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(
+        "--tokenizer",
+        metavar="PATH|NAME|SPEC",
+        help="Of a model from scratch; or bpe:1000, chars, words.",
+        rich_help_panel=MODELS,
+    ),
+]
+Data = Annotated[
+    str | None,
+    typer.Option("--data", metavar="PATH|NAME", help="File, directory, data set, or builtin.", rich_help_panel=MODELS),
+]
+MaxLength = Annotated[
+    int | None,
+    typer.Option("--max-length", metavar="N", help="Tokens of prompt and response together.", rich_help_panel=MODELS),
+]
+SkipBadRows = Annotated[
+    bool | None,
+    typer.Option(
+        "--skip-bad-rows", metavar="", help="Count and list broken rows instead of stopping.", rich_help_panel=MODELS
+    ),
+]
+
+Method = Annotated[
+    str | None,
+    typer.Option("--method", metavar="NAME", help="A preset: distillm, gkd, imitkd, kd.", rich_help_panel=METHOD),
+]
+Divergence = Annotated[
+    str | None,
+    typer.Option(
+        "--divergence", metavar="NAME", help="kl, rkl, skl, srkl, jsd, tvd or jeffreys.", rich_help_panel=METHOD
+    ),
+]
+Alpha = Annotated[
+    float | None,
+    typer.Option("--alpha", metavar="A", help="Skew of skl and srkl, 0 ≤ A < 1; 0 is kl, rkl.", rich_help_panel=METHOD),
+]
+
+Lr = Annotated[float | None, typer.Option("--lr", metavar="X", help="Highest learning rate.", rich_help_panel=TRAINING)]
+BatchSize = Annotated[
+    int | None, typer.Option("--batch-size", metavar="N", help="Sequences side by side.", rich_help_panel=TRAINING)
+]
+Epochs = Annotated[
+    float | None, typer.Option("--epochs", metavar="X", help="Passes over the rows.", rich_help_panel=TRAINING)
+]
+Steps = Annotated[
+    int | None,
+    typer.Option("--steps", metavar="N", help="Optimizer steps, in place of epochs.", rich_help_panel=TRAINING),
+]
+Seed = Annotated[
+    int | None, typer.Option("--seed", metavar="N", help="Of everything random in the run.", rich_help_panel=TRAINING)
+]
+Dtype = Annotated[
+    str | None, typer.Option("--dtype", metavar="TYPE", help="auto, fp32 or bf16.", rich_help_panel=TRAINING)
+]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps.", rich_help_panel=TRAINING),
+]
+
+Recipe = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe", metavar="NAME|FILE", help="Shipped name or file: distillm recipes ls, show.", rich_help_panel=RECIPE
+    ),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="SECTION.KEY=VALUE", help="Any field of a recipe; may be repeated.", rich_help_panel=RECIPE
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        metavar="",
+        help="Print the resolved recipe, with where each value comes from.",
+        rich_help_panel=RECIPE,
+    ),
+]
+
+Output = Annotated[
+    str | None,
+    typer.Option("--output", metavar="DIR", help="Where it goes; else a name under runs/.", rich_help_panel=OUTPUT),
+]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", metavar="", help="Go on from the newest checkpoint in --output.", rich_help_panel=OUTPUT),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", metavar="", help="Replace what is in --output.", rich_help_panel=OUTPUT)
+]
+Json = Annotated[
+    bool,
+    typer.Option("--json", metavar="", help="One JSON object on stdout, nothing else there.", rich_help_panel=OUTPUT),
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", metavar="", help="Only warnings and errors on stderr.", rich_help_panel=OUTPUT)
+]
+Debug = Annotated[bool, typer.Option("--debug", metavar="", help="Tracebacks with errors.", rich_help_panel=OUTPUT)]
+
+
+def flags(**given: Any) -> dict[str, Flag]:
+    """Shared flags by parameter name → what ``config.load.resolve`` takes; those that are None are left out.
+
+    Raises KeyError for a name that is no shortcut.
+    """
+    named = {name: Flag(SHORTCUTS[name].flag, value) for name, value in given.items()}
+    return {key: flag for name, flag in named.items() if flag.value is not None for key in SHORTCUTS[name].keys}
+
+
+def examples(*lines: str) -> str:
+    """Worked examples as a command's epilog: one line each, as they are typed."""
+    return "\n".join(["[bold]Examples[/]", *(line.replace("[", r"\[") for line in lines)])

@@ -1,0 +1,214 @@
+"""``distillm plan``: what a run would need and do, before it is started."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from distillm_cli.cli import options
+
+if TYPE_CHECKING:
+    from distillm_cli.cli.assembly import Prepared
+    from distillm_cli.models.backbone import Backbone
+
+SHOWN = 3  # sequences of the decoded batch
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+    app.command(
+        rich_help_panel=options.AROUND,
+        epilog=options.examples(
+            "distillm plan --recipe quickstart",
+            "distillm plan --teacher gpt2-xl --student gpt2 --data rows.jsonl --batch-size 16",
+            "distillm plan --method sft --student gpt2 --data rows.jsonl",
+        ),
+    )(plan)
+
+
+def plan(
+    teacher: options.Teacher = None,
+    student: options.Student = None,
+    data: options.Data = None,
+    tokenizer: options.Tokenizer = None,
+    max_length: options.MaxLength = None,
+    skip_bad_rows: options.SkipBadRows = None,
+    method: options.Method = None,
+    divergence: options.Divergence = None,
+    alpha: options.Alpha = None,
+    lr: options.Lr = None,
+    batch_size: options.BatchSize = None,
+    epochs: options.Epochs = None,
+    steps: options.Steps = None,
+    seed: options.Seed = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    recipe: options.Recipe = None,
+    sets: options.Set = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """What a run would need: whether the pair fits, sizes, tokens, dropped rows, memory, one decoded batch.
+
+    Reads the rows and loads the models as the run would, and takes no step.
+    """
+    from distillm_cli.cli.launch import check_complete
+    from distillm_cli.config.load import resolve
+    from distillm_cli.ui.console import console
+
+    given = {
+        "teacher": teacher, "student": student, "data": data, "tokenizer": tokenizer, "max_length": max_length,
+        "skip_bad_rows": skip_bad_rows, "method": method, "divergence": divergence, "alpha": alpha, "lr": lr,
+        "batch_size": batch_size, "epochs": epochs, "steps": steps, "seed": seed, "dtype": dtype, "device": device,
+    }  # fmt: skip
+    resolved = resolve(command="plan", recipe=recipe, flags=options.flags(**given), sets=sets)
+    check_complete(resolved.recipe)
+    with console(json_mode=json, quiet=quiet) as ui:
+        from distillm_cli.cli.assembly import prepare
+
+        run = prepare(resolved.recipe, ui)
+        found = survey(run)
+        ui.show(*_pages(run, found))
+        ui.result({"command": "plan", "status": "ok", **found})
+
+
+def survey(run: Prepared) -> dict[str, Any]:
+    """The plan as data: models, data, steps, memory in bytes by part."""
+    recipe = run.recipe
+    models = {"student": _model(run.student)}
+    if run.pair.teacher is not None:
+        models["teacher"] = _model(run.pair.teacher)
+        models["ratio"] = round(models["teacher"]["parameters"] / models["student"]["parameters"], 2)
+    lengths = run.train.lengths
+    memory = memory_estimate(run)
+    return {
+        "method": recipe.method,
+        "device": str(run.device),
+        "dtype": str(run.dtype).removeprefix("torch."),
+        "models": models,
+        "vocabulary": run.pair.vocab,
+        "data": {
+            "source": run.train_rows.name,
+            "rows": len(run.train_rows),
+            "kept": len(run.train),
+            "dropped": run.train.dropped,
+            "dropped_prompts": run.train.dropped_prompts,
+            "truncated": run.train.truncated,
+            "bad_rows_skipped": len(run.train_rows.skipped),
+            "valid_rows": len(run.valid),
+            "response_tokens": run.train.tokens,
+            "longest": int(lengths.max()),
+            "mean_length": round(float(lengths.mean()), 1),
+        },
+        "steps": run.steps,
+        "steps_per_epoch": run.order.steps_per_epoch,
+        "sequences_per_step": min(recipe.train.batch_size * recipe.train.accumulate, len(run.train)),
+        "memory": memory | {"total": sum(memory.values())},
+    }
+
+
+def _model(model: Backbone) -> dict[str, Any]:
+    config = model.model.config.get_text_config()
+    return {
+        "kind": config.model_type,
+        "parameters": sum(p.numel() for p in model.model.parameters()),
+        "layers": getattr(config, "num_hidden_layers", None),
+        "width": getattr(config, "hidden_size", None),
+        "context": model.context,
+        "dtype": str(model.model.dtype).removeprefix("torch."),
+    }
+
+
+def memory_estimate(run: Prepared) -> dict[str, int]:
+    """Bytes by part. Weights, gradients and optimizer are counted exactly; activations are the usual estimate of
+    34 values per position, layer and width (Korthikanti et al. 2022, arXiv 2205.05198, without attention scores), or 2
+    with gradient checkpointing; one micro-batch of the longest length. The loss holds its chunks and one head gradient.
+    """
+    from distillm_cli.core.fused import CHUNK_BYTES
+
+    recipe, student = run.recipe, run.student.model
+    trainable = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    config = student.config.get_text_config()
+    layers, width = getattr(config, "num_hidden_layers", 1), getattr(config, "hidden_size", 1)
+    value = 4 if run.dtype.itemsize == 4 else 2
+    positions = min(recipe.train.batch_size, len(run.train)) * int(run.train.lengths.max())
+    parts = {
+        "student_weights": sum(p.numel() * p.element_size() for p in student.parameters()),
+        "gradients": 4 * trainable,
+        "optimizer": 8 * trainable,
+        "activations": positions * layers * width * value * (2 if recipe.train.gradient_checkpointing else 34),
+        "loss": min(CHUNK_BYTES, 24 * positions * run.pair.vocab) + 4 * run.pair.vocab * width,
+    }
+    if run.pair.teacher is not None:
+        teacher = run.pair.teacher.model
+        wide = getattr(teacher.config.get_text_config(), "hidden_size", width)
+        parts["teacher_weights"] = sum(p.numel() * p.element_size() for p in teacher.parameters())
+        parts["teacher_activations"] = positions * wide * teacher.dtype.itemsize * 8  # one layer at a time, no graph
+    if recipe.schedule.kind != "off":
+        heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1)
+        head_width = getattr(config, "head_dim", None) or width // getattr(config, "num_attention_heads", 1)
+        sequences = recipe.train.batch_size * recipe.train.accumulate * recipe.rollout.bulk
+        parts["rollout_cache"] = sequences * recipe.data.max_length * layers * 2 * heads * head_width * value
+    return parts
+
+
+def _pages(run: Prepared, found: dict[str, Any]) -> list[Any]:
+    from rich.text import Text
+
+    from distillm_cli.ui.display import amount, parameters
+    from distillm_cli.ui.summary import table
+
+    models = [
+        [
+            name,
+            m["kind"],
+            parameters(m["parameters"]).removesuffix(" parameters"),
+            f"{m['layers']} × {m['width']}",
+            m["context"],
+            m["dtype"],
+        ]
+        for name in ("teacher", "student")
+        if (m := found["models"].get(name))
+    ]
+    data, memory = found["data"], found["memory"]
+    dropped = f"{data['dropped']:,} ({data['dropped_prompts']:,} for the prompt alone)" if data["dropped"] else "none"
+    facts = [
+        [
+            "pair",
+            f"fits: {run.pair.vocab:,} shared tokens" if run.pair.teacher is not None else "one model, no teacher",
+        ],
+        ["rows", f"{data['rows']:,} from {data['source']}, {data['kept']:,} kept; {data['valid_rows']:,} held out"],
+        ["dropped as too long", dropped],
+        ["cut", f"{data['truncated']:,}"],
+        ["lengths", f"mean {data['mean_length']}, longest {data['longest']:,} tokens of prompt and response"],
+        ["supervised", f"{data['response_tokens']:,} response tokens an epoch"],
+        [
+            "steps",
+            f"{found['steps']:,} of {found['sequences_per_step']} sequences, {found['steps_per_epoch']:,} an epoch",
+        ],
+        ["computes on", f"{found['device']}, {found['dtype']}"],
+    ]
+    if data["bad_rows_skipped"]:
+        facts.insert(2, ["broken rows skipped", f"{data['bad_rows_skipped']:,}"])
+    needs = [[name.replace("_", " "), f"{amount(size)}B"] for name, size in memory.items()]
+    return [
+        table("Models", ["", "kind", "parameters", "layers × width", "context", "dtype"], models),
+        table("Run", ["", ""], facts),
+        table("Memory, estimated", ["part", "size"], needs),
+        Text("One batch, decoded; supervised tokens stand in ⟦ ⟧ (the last is end-of-sequence unless cut)", "bold"),
+        *_decoded(run),
+    ]
+
+
+def _decoded(run: Prepared) -> list[Any]:
+    from rich.text import Text
+
+    tokenizer, lines = run.pair.tokenizer, []
+    for sequence in run.batch(0)[:SHOWN]:
+        text = Text(tokenizer.decode(sequence.prompt), style="dim")
+        for token in sequence.response:
+            text.append(f"⟦{tokenizer.decode([int(token)])}⟧", style="not dim green")
+        lines += [text, Text("─" * 20, "dim")]
+    return lines

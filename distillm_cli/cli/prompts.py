@@ -1,0 +1,102 @@
+"""Where the prompts of ``distillm generate`` come from, and how they are written beside the responses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from distillm_cli.config.schema import Data
+from distillm_cli.core.events import Listener, Warned
+from distillm_cli.data.files import FORMATS
+from distillm_cli.data.prompts import Encoder, render
+from distillm_cli.data.rows import BadRow, parse
+from distillm_cli.data.sources import Row, load_rows
+from distillm_cli.errors import DataError
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Where the prompts come from, exactly one of data, prompts and input; and how many, with how many samples each."""
+
+    data: str | None = None
+    split: str | None = None
+    prompts: list[str] | None = None
+    input: str | None = None
+    limit: int | None = None
+    samples: int = 1
+
+
+def prompts_of(wanted: Wanted, data: Data, listener: Listener) -> list[Row]:
+    """The rows to answer; they may lack a response. Raises DataError."""
+    if wanted.prompts is not None:
+        rows = [Row(instruction=text, where=f"--prompt {i}") for i, text in enumerate(wanted.prompts, start=1)]
+        return rows[: wanted.limit]
+    source = wanted.data if wanted.input is None else wanted.input
+    path = Path(source).expanduser()
+    if wanted.input == "-" or (wanted.input is not None and path.suffix.lower() not in FORMATS):
+        return _lines(wanted.input, data, listener)[: wanted.limit]
+    # Whatever the model's own recipe says of its training rows, these are others.
+    data = data.model_copy(update={"source": source, "valid": None, "limit": None})
+    split = wanted.split or ("test" if path.is_file() else "train")  # of a single file, test is all of it
+    return list(load_rows(data, split, listener=listener, require_output=False, limit=wanted.limit))
+
+
+def _lines(source: str, data: Data, listener: Listener) -> list[Row]:
+    """A prompt a line: an instruction as text, or a row as a JSON object."""
+    try:
+        raw = sys.stdin.buffer.read() if source == "-" else Path(source).expanduser().read_bytes()
+        lines = raw.decode("utf-8-sig").split("\n")
+    except OSError as error:
+        raise DataError(f"{source}: {error.strerror or error}", hint="check the path") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source}: not UTF-8 (byte {error.start})") from None
+    name = "stdin" if source == "-" else Path(source).name
+    found = [(f"{name}:{number}", line.rstrip("\r")) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not found:
+        raise DataError(f"{name}: no prompts in it", hint="one a line")
+    rows = []
+    for where, line in found:
+        try:
+            record = json.loads(line) if line.lstrip().startswith("{") else None
+        except ValueError:
+            record = None  # a prompt may well begin with a brace
+        if not isinstance(record, dict):
+            rows.append(Row(instruction=line, where=where))
+            continue
+        try:
+            rows.append(parse(record, where, data.columns, require_output=False))
+        except BadRow as error:
+            if not data.skip_bad_rows:
+                raise DataError(
+                    f"{where}: {error}", hint="mend the row, or leave it out with --skip-bad-rows"
+                ) from None
+            listener(Warned(f"skipped {where}: {error}"))
+    if not rows:
+        raise DataError(f"{name}: all {len(found)} rows are broken")
+    return rows
+
+
+def rereadable(rows: list[Row], ids: list[np.ndarray], encoder: Encoder, data: Data, listener: Listener) -> list[str]:
+    """Each prompt as the text that, read back as a row's exact prompt, gives the same tokens again.
+
+    A chat template writes the beginning-of-sequence token itself, while the encoder puts it before an exact prompt.
+    """
+    texts = [render(row, encoder.template, encoder.tokenizer) for row in rows]
+    suspects = [i for i, row in enumerate(rows) if encoder.template == "chat" or row.messages is not None]
+    if not suspects:
+        return texts
+    reader = Encoder(encoder.tokenizer, data.model_copy(update={"template": "auto"}))
+    start = encoder.tokenizer.bos_token
+    lost = 0
+    for i in suspects:
+        candidates = [texts[i], *([texts[i].removeprefix(start)] if start else [])]
+        exact = [text for text in candidates if np.array_equal(reader.prompt_ids(Row(prompt=text)), ids[i])]
+        texts[i] = exact[0] if exact else texts[i]
+        lost += not exact
+    if lost:
+        listener(Warned(f"{lost:,} chat prompts cannot be written so that they read back as the same tokens"))
+    return texts

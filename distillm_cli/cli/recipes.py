@@ -1,0 +1,122 @@
+"""``distillm recipes``: list, show, copy and check recipes. Answers on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from distillm_cli.cli import options
+from distillm_cli.errors import RecipeError, UsageError
+
+recipes = typer.Typer(
+    no_args_is_help=True,
+    epilog=options.examples(
+        "distillm recipes ls",
+        "distillm recipes show dolly-gpt2",
+        "distillm recipes cp quickstart my.yaml",
+        "distillm recipes validate my.yaml",
+    ),
+)
+
+Name = Annotated[str, typer.Argument(metavar="NAME|FILE", help="A shipped recipe, or a file.", show_default=False)]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the group to the program."""
+    app.add_typer(recipes, name="recipes", help="Recipes: list, show, copy, validate.", rich_help_panel=options.AROUND)
+
+
+@recipes.command("ls")
+def ls(as_json: options.Json = False, debug: options.Debug = False) -> None:
+    """List the shipped recipes."""
+    from distillm_cli.config.load import shipped
+
+    rows = [{"name": name, **_about(path)} for name, path in shipped().items()]
+    if as_json:
+        print(json.dumps({"command": "recipes ls", "status": "ok", "recipes": rows}))
+    elif sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("name", "what it does, and the command", box=None, pad_edge=False, header_style="bold")
+        for row in rows:
+            table.add_row(f"[cyan]{row['name']}[/]", f"{row['summary']}\n[dim]{row['run']}[/]")
+        Console().print(table)
+    else:
+        for row in rows:
+            print(row["name"], row["summary"], row["run"], sep="\t")
+
+
+@recipes.command("show")
+def show(name: Name, debug: options.Debug = False) -> None:
+    """Print a recipe as it is written."""
+    from distillm_cli.config.load import locate
+
+    sys.stdout.buffer.write(locate(name).read_bytes())
+
+
+@recipes.command("cp")
+def cp(
+    name: Name,
+    dest: Annotated[
+        str | None, typer.Argument(metavar="DEST", help="File or directory; else NAME.yaml here.", show_default=False)
+    ] = None,
+    debug: options.Debug = False,
+) -> None:
+    """Copy a recipe, to change it. Never overwrites."""
+    from distillm_cli.config.load import locate
+
+    source = locate(name)
+    target = Path(dest).expanduser() if dest else Path(source.name)
+    target = target / source.name if target.is_dir() or (dest and dest.endswith("/")) else target
+    try:
+        with target.open("xb") as file:
+            file.write(source.read_bytes())
+    except FileExistsError:
+        raise UsageError(f"{target} exists", hint="give another DEST, or remove it first") from None
+    except FileNotFoundError:
+        raise UsageError(f"no directory {target.parent}", hint="create it first") from None
+    print(target)
+
+
+@recipes.command("validate")
+def validate(
+    paths: Annotated[list[str], typer.Argument(metavar="NAME|FILE...", help="Recipes to check.", show_default=False)],
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Check recipes, all of them; exit code 2 if any is wrong."""
+    rows = [_checked(path) for path in paths]
+    wrong = [row for row in rows if row["status"] == "error"]
+    if as_json:
+        code = {"code": RecipeError.exit_code, "message": wrong[0]["message"]} if wrong else {}
+        status = "error" if wrong else "ok"
+        print(json.dumps({"command": "recipes validate", "status": status, **code, "recipes": rows}))
+    else:
+        for row in rows:
+            if row["status"] == "ok":
+                print(f"{row['recipe']}\tok")
+    for row in wrong:
+        print(f"error: {row['message']}", file=sys.stderr)
+    if wrong:
+        raise typer.Exit(RecipeError.exit_code)
+
+
+def _checked(recipe: str) -> dict[str, Any]:
+    from distillm_cli.config.load import resolve
+
+    try:
+        resolve(command="", recipe=recipe)
+    except RecipeError as error:
+        return {"recipe": recipe, "status": "error", "message": str(error)}
+    return {"recipe": recipe, "status": "ok"}
+
+
+def _about(path: Path) -> dict[str, str]:
+    """What the comment that opens a recipe says: the command that runs it, then what it does."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return {"run": lines[0].removeprefix("# "), "summary": lines[1].removeprefix("# ")}

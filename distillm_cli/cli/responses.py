@@ -1,0 +1,111 @@
+"""The file that ``generate`` writes: whole lines in order, resumable, never overwritten unasked.
+
+What a file was made with stands in a hidden file beside it, ``.NAME.generate.json``, so that the rows stay plain data and
+a resume can tell whether it goes on with the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from distillm_cli.errors import CheckpointError, StorageError, UsageError
+
+Line = dict[str, Any]
+
+
+class Responses:
+    """One output file. ``count`` whole rows are in it."""
+
+    def __init__(self, path: Path, *, resume: bool, overwrite: bool):
+        """Raises UsageError for a path that cannot be used so; nothing is touched yet."""
+        if path.suffix != ".jsonl":
+            raise UsageError(f"--output {path}", where="rows are JSON lines", hint=f"try --output {path}.jsonl")
+        if resume and overwrite:
+            raise UsageError("--resume and --overwrite exclude each other", hint="give one of them")
+        if path.is_dir():
+            raise UsageError(f"--output {path} is a directory", hint="give a file")
+        if path.exists() and not (resume or overwrite):
+            raise UsageError(
+                f"--output {path} exists", hint="choose another, or give --resume to go on or --overwrite to start anew"
+            )
+        self.path, self.resume, self.count = path, resume, 0
+        self.record = path.with_name(f".{path.name}.generate.json")
+
+    def begin(self, settings: Mapping[str, Any], expected: SequenceOf[Mapping[str, Any]]) -> None:
+        """Starts the file anew, or (resume, and it exists) checks it and counts its rows.
+
+        settings: all that shapes the rows. expected: what each row must hold, in order; every such key is compared.
+        Raises CheckpointError when the file was made otherwise or was changed, StorageError when it cannot be written.
+        """
+        if self.resume and self.path.exists():
+            self._compare(settings)
+            self.count = self._verify(expected)
+            return
+        with _writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_bytes(b"")
+            self.record.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+    def add(self, lines: SequenceOf[Line]) -> None:
+        """Appends rows; they are on the disk when this returns."""
+        with _writing(self.path), self.path.open("ab") as file:
+            file.write("".join(text_of(line, ascii_only=False) for line in lines).encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
+        self.count += len(lines)
+
+    def _compare(self, settings: Mapping[str, Any]) -> None:
+        hint = "resume with the settings it was started with, or start anew with --overwrite"
+        try:
+            before = json.loads(self.record.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise CheckpointError(f"how {self.path} was made is not known: no {self.record.name}", hint=hint) from None
+        changed = [key for key, value in settings.items() if before.get(key) != value]
+        if changed:
+            key = changed[0]
+            values = (before.get(key), settings[key])
+            how = f"was {values[0]}, now {values[1]}" if all(len(str(v)) < 30 for v in values) else "differ"
+            more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+            raise CheckpointError(f"{self.path} was made otherwise: {key} {how}{more}", hint=hint)
+
+    def _verify(self, expected: SequenceOf[Mapping[str, Any]]) -> int:
+        """How many whole rows there are; half a line at the end, of a write that was cut off, is removed."""
+        raw = self.path.read_bytes()
+        whole = raw[: raw.rfind(b"\n") + 1]
+        lines = whole.split(b"\n")[:-1]
+        hint = "start anew with --overwrite"
+        if len(lines) > len(expected):
+            raise CheckpointError(f"{self.path} has {len(lines)} rows, {len(expected)} are wanted", hint=hint)
+        for number, (line, wanted) in enumerate(zip(lines, expected, strict=False), start=1):
+            try:
+                row = json.loads(line)
+                same = all(row[key] == value for key, value in wanted.items())
+            except (ValueError, KeyError, TypeError):
+                same = False
+            if not same:
+                raise CheckpointError(f"{self.path}:{number} is not the row that belongs there", hint=hint)
+        if len(whole) < len(raw):
+            with _writing(self.path):
+                os.truncate(self.path, len(whole))
+        return len(lines)
+
+
+def text_of(line: Line, *, ascii_only: bool) -> str:
+    """A row as a line of JSON."""
+    return json.dumps(line, ensure_ascii=ascii_only) + "\n"
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path}: {error.strerror or error}", hint="free some space, or choose another --output"
+        ) from error

@@ -1,0 +1,159 @@
+"""The work of ``distillm eval``: checkpoints × suites → tables, files, one JSON object."""
+
+from __future__ import annotations
+
+import gc
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distillm_cli.cli import inference
+from distillm_cli.config.schema import Recipe
+from distillm_cli.core.events import Note
+from distillm_cli.errors import Interrupted, UsageError
+from distillm_cli.evaluation.evaluate import Score, SuiteResult, evaluate
+from distillm_cli.evaluation.metrics import METRICS
+from distillm_cli.evaluation.results import check_writable, save
+from distillm_cli.evaluation.suites import Suite, load_suites
+from distillm_cli.models.loading import locate
+from distillm_cli.ui.console import Console
+from distillm_cli.ui.summary import table
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One checkpoint: the recipe it is scored by, on what, and where the results go."""
+
+    checkpoint: str
+    recipe: Recipe
+    suites: list[Suite]
+    place: Path
+
+
+def score(
+    checkpoints: list[str],
+    *,
+    recipe: str | None,
+    flags: Mapping[str, Any],
+    sets: list[str] | None,
+    output: str | None,
+    ui: Console,
+) -> dict[str, Any]:
+    """Scores every checkpoint on every suite and returns the result object of ``--json``.
+
+    Everything that can be wrong with names, rows and places is found before the first model is loaded.
+    """
+    began = time.perf_counter()
+    jobs = _plan(checkpoints, recipe, flags, sets, output, ui)
+    done: dict[str, dict[str, SuiteResult]] = {job.checkpoint: {} for job in jobs}
+    try:
+        for job in jobs:
+            _score(job, done[job.checkpoint], ui)
+    except KeyboardInterrupt:
+        finished, total = sum(map(len, done.values())), sum(len(job.suites) for job in jobs)
+        where = f"results of {finished} of {total} are written" if finished else "no suite was finished"
+        raise Interrupted("interrupted", signal_number=2, where=where) from None
+    _show(jobs, done, ui)
+    found = {
+        job.checkpoint: {
+            "output": str(job.place),
+            "suites": {name: result.as_json() for name, result in done[job.checkpoint].items()},
+        }
+        for job in jobs
+    }
+    first = found[jobs[0].checkpoint]
+    result = {"command": "eval", "status": "ok", "output": output or first["output"]}
+    result |= {"wall_s": round(time.perf_counter() - began, 3), "suites": first["suites"]}
+    return result | ({"checkpoints": found} if len(jobs) > 1 else {})
+
+
+def _plan(
+    checkpoints: list[str],
+    recipe: str | None,
+    flags: Mapping[str, Any],
+    sets: list[str] | None,
+    output: str | None,
+    ui: Console,
+) -> list[_Job]:
+    jobs: list[_Job] = []
+    loaded: dict[Any, list[Suite]] = {}
+    places = _places(list(dict.fromkeys(checkpoints)), output)
+    for checkpoint, place in places.items():
+        locate(checkpoint)
+        resolved, own = inference.settings("eval", checkpoint, recipe=recipe, flags=flags, sets=sets, listener=ui)
+        chosen = resolved.recipe
+        if not chosen.eval.suites and recipe is None and not own:
+            raise UsageError(f"nothing to score {checkpoint} on", hint="give --suite dolly, or --suite FILE")
+        key = (chosen.data, chosen.eval.suites, chosen.eval.limit)
+        if key not in loaded:
+            loaded[key] = load_suites(chosen, ui)
+        jobs.append(_Job(checkpoint, chosen, loaded[key], place))
+    for job in jobs:
+        check_writable(job.place)
+    return jobs
+
+
+def _places(checkpoints: list[str], output: str | None) -> dict[str, Path]:
+    """Where each checkpoint's results go: ``eval/`` inside it; for one of the hub or shipped here ``./eval-NAME/``."""
+    places: dict[str, Path] = {}
+    for checkpoint in checkpoints:
+        directory = Path(checkpoint).expanduser()
+        name = re.sub(r"[^\w.+-]+", "-", checkpoint.strip("./~")) or "model"
+        if output is not None:
+            place = Path(output) if len(checkpoints) == 1 else Path(output) / name
+        elif directory.is_dir() and checkpoint != "builtin":
+            place = directory / "eval"
+        else:
+            place = Path(f"eval-{name}")
+        while place in places.values():
+            place = place.with_name(f"{place.name}-{len(places) + 1}")
+        places[checkpoint] = place
+    return places
+
+
+def _score(job: _Job, done: dict[str, SuiteResult], ui: Console) -> None:
+    backbone, encoder = inference.load(job.checkpoint, job.recipe, ui)
+    inference.check_head(backbone, encoder, job.suites[0].rows[0], ui)
+    about = {"model": job.checkpoint, "dtype": str(backbone.model.dtype).removeprefix("torch.")}
+    for suite in job.suites:
+        result = evaluate(backbone, encoder, suite, job.recipe.eval, ui, skip_long=job.recipe.data.skip_bad_rows)
+        save(result, job.place, about)
+        done[suite.name] = result
+    del backbone
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _show(jobs: list[_Job], done: Mapping[str, Mapping[str, SuiteResult]], ui: Console) -> None:
+    several = len(jobs) > 1
+    metrics = list(dict.fromkeys(metric for job in jobs for metric in job.recipe.eval.metrics))
+    columns = [*(["checkpoint"] if several else []), "suite", "rows", *map(_title, metrics), "entropy"]
+    rows, tasks = [], []
+    for job in jobs:
+        for name, result in done[job.checkpoint].items():
+            lead = [job.checkpoint] if several else []
+            figures = [_figure(result.scores.get(metric)) for metric in metrics]
+            rows.append([*lead, name, f"{len(result.suite.rows):,}", *figures, f"{result.entropy:.3f}"])
+            for task, scores in result.tasks.items():
+                tasks.append([*lead, task, *(_figure(scores.get(metric)) for metric in metrics)])
+    if tasks:
+        ui.show(table("By kind of task", [*(["checkpoint"] if several else []), "task", *map(_title, metrics)], tasks))
+    ui.show(table("Scores", columns, rows))
+    for job in jobs:
+        ui(Note(f"results and predictions: {job.place}"))
+
+
+def _title(metric: str) -> str:
+    return METRICS[metric].label + ("" if METRICS[metric].higher_is_better else " ↓")
+
+
+def _figure(score: Score | None) -> str | None:
+    if score is None:
+        return None
+    return f"{score.mean:.2f} ± {score.sd:.2f}" if len(score.seeds) > 1 else f"{score.mean:.2f}"

@@ -1,0 +1,233 @@
+"""What ``sft`` and ``distill`` share: claim the output, prepare, measure, train, publish, tell."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from distillm_cli.cli import outputs
+from distillm_cli.cli.assembly import Prepared, build_engine, prepare, shaping
+from distillm_cli.cli.card import model_card
+from distillm_cli.config.load import Resolved, to_yaml
+from distillm_cli.core.checkpoint import Checkpoint, read
+from distillm_cli.core.engine import LOWER_IS_BETTER, Engine, eval_mode
+from distillm_cli.core.engine import Progress as Reached
+from distillm_cli.core.events import Note, Warned
+from distillm_cli.core.metrics_log import MetricsLog
+from distillm_cli.core.objective import CROSS_ENTROPY, Objective
+from distillm_cli.data.prompts import render
+from distillm_cli.errors import CheckpointError
+from distillm_cli.evaluation.evaluate import SuiteResult, evaluate
+from distillm_cli.evaluation.suites import HELD_OUT, Suite
+from distillm_cli.models.backbone import Backbone
+from distillm_cli.models.loading import quiet
+from distillm_cli.ui.console import Console
+from distillm_cli.ui.summary import Outcome, Sample, next_steps, outcome_table, samples_table, sources_sentence
+
+BEFORE, AFTER, TEACHER = "student before", "student after", "teacher"
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one model did on the held-out rows: its figures, and what it answered to the first of them."""
+
+    valid_loss: float | None
+    scores: dict[str, float]
+    answers: list[str]
+
+
+def train(command: str, resolved: Resolved, output: Path, *, resume: bool, overwrite: bool, ui: Console) -> dict:
+    """Runs the recipe into ``output`` and returns the result object of ``--json``."""
+    recipe, began = resolved.recipe, time.perf_counter()
+    outputs.check(output, resume=resume, overwrite=overwrite)
+    checkpoint = _checkpoint(output, recipe) if resume else None
+    for note in resolved.notes:
+        ui(Warned(note))
+    run = prepare(recipe, ui)
+    if checkpoint is not None:
+        _load_student(run.student, checkpoint)
+    if overwrite:  # only now: bad input must not cost what an earlier run left
+        outputs.clear(output)
+    outputs.write_text(output / outputs.RECIPE, to_yaml(resolved))
+
+    first_step = checkpoint.state["progress"]["step"] if checkpoint else 0
+    log = MetricsLog(output / outputs.METRICS, log_steps=recipe.train.log_steps, first_step=first_step)
+
+    def listener(event) -> None:
+        log(event)
+        ui(event)
+
+    report = _Report(run, output / outputs.EVAL / "report", ui)
+    engine = build_engine(run, output, listener, score=report.score if _needs_metric(recipe) else None)
+    if checkpoint is not None:
+        engine.load(checkpoint)
+    measured = report.before(engine) if first_step == 0 else report.remembered()
+    reached = engine.run()
+    if reached.best_step not in (None, reached.step):
+        _load_student(run.student, read(engine.checkpoints.path(reached.best_step)))
+        best = f"the best {recipe.train.select} was {reached.best:.4g}, at step {reached.best_step}"
+        ui(Note(f"{best}: those weights are kept"))
+    measured[AFTER] = report.measure(run.student, AFTER, engine)
+    publish(run, output, resolved, reached, measured)
+    _tell(run, output, reached, engine, measured, ui)
+    return _result(command, output, reached, engine, measured, time.perf_counter() - began)
+
+
+def _needs_metric(recipe) -> bool:
+    return recipe.train.select in ("rouge_l", "exact_match", "error_rate")
+
+
+def _checkpoint(output: Path, recipe) -> Checkpoint:
+    """The newest checkpoint, if it is this recipe's."""
+    places = sorted((output / outputs.CHECKPOINTS).glob("step-*"))
+    if not places:
+        raise CheckpointError(f"no checkpoint in {output / outputs.CHECKPOINTS}", hint="start anew with --overwrite")
+    checkpoint = read(places[-1])
+    then, now = checkpoint.state["recipe"], json.loads(json.dumps(shaping(recipe)))
+    changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
+    if changed:
+        key, more = changed[0], f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise CheckpointError(
+            f"the checkpoint is of another recipe: {key} was {then.get(key)!r}, now {now.get(key)!r}{more}",
+            where=str(checkpoint.path),
+            hint="resume with the settings it was started with, or choose another --output",
+        )
+    return checkpoint
+
+
+def _load_student(student: Backbone, checkpoint: Checkpoint) -> None:
+    with quiet():
+        saved = type(student.model).from_pretrained(checkpoint.path, dtype=torch.float32, local_files_only=True)
+    student.model.load_state_dict(saved.state_dict())
+
+
+class _Report:
+    """Student before, student after and teacher on the same held-out rows, one pass of generation each.
+
+    Figures and answers are kept under ``directory``, so that a resumed run still knows what was before it.
+    """
+
+    def __init__(self, run: Prepared, directory: Path, ui: Console):
+        config, self.run, self.directory, self.ui = run.recipe.eval, run, directory, ui
+        rows = run.valid.rows[: config.report_rows]
+        self.suite = Suite(HELD_OUT, list(rows), run.valid_rows.name)
+        self.config = config.model_copy(update={"seeds": config.seeds[:1]})
+
+    def before(self, engine: Engine) -> dict[str, Measured]:
+        found = {BEFORE: self.measure(self.run.student, BEFORE, engine)}
+        if self.run.pair.teacher is not None:
+            found[TEACHER] = self.measure(self.run.pair.teacher, TEACHER, engine)
+        return found
+
+    def measure(self, model: Backbone, name: str, engine: Engine) -> Measured:
+        loss = _valid_loss(model, engine)
+        result = self._generate(model, name) if self.suite.rows else None
+        scores = {} if result is None else {metric: score.mean for metric, score in result.scores.items()}
+        answers = [] if result is None else next(iter(result.outputs.values()))
+        measured = Measured(loss, scores, answers)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        outputs.write_text(self._file(name), json.dumps(vars(measured), ensure_ascii=False, indent=1))
+        return measured
+
+    def remembered(self) -> dict[str, Measured]:
+        names = [name for name in (BEFORE, TEACHER) if self._file(name).is_file()]
+        return {name: Measured(**json.loads(self._file(name).read_text(encoding="utf-8"))) for name in names}
+
+    def score(self) -> dict[str, float]:
+        """The figure that selects checkpoints, for the student as it is now."""
+        result = self._generate(self.run.student, "validating")
+        return {metric: score.mean for metric, score in result.scores.items()}
+
+    def _generate(self, model: Backbone, name: str) -> SuiteResult:
+        with eval_mode(model):
+            return evaluate(model, self.run.encoder, self.suite, self.config, _titled(self.ui, name))
+
+    def _file(self, name: str) -> Path:
+        return self.directory / f"{name.replace(' ', '-')}.json"
+
+
+def _titled(ui: Console, name: str):
+    """Scoring's progress, with the name of who is scored."""
+
+    def listener(event) -> None:
+        task = getattr(event, "task", None)
+        ui(event if task is None else type(event)(name, event.done, event.total, event.unit))
+
+    return listener
+
+
+def _valid_loss(model: Backbone, engine: Engine) -> float:
+    """Mean cross-entropy per token on the validation rows, nats: the student's own measure, for any model."""
+    objective = Objective(model, None, matmul_dtype=engine.objective.matmul_dtype)
+    with eval_mode(objective), torch.no_grad():
+        return engine.mean_over_validation(CROSS_ENTROPY, objective)
+
+
+def publish(run: Prepared, output: Path, resolved: Resolved, reached: Reached, measured: dict[str, Measured]) -> None:
+    """The student, its tokenizer and its card into ``output``: from now on ``from_pretrained(output)`` works."""
+    staged = output / ".staging-model"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir()
+    dtype = _DTYPES[run.recipe.student.save_dtype]
+    run.student.model.to(dtype)
+    run.save_model(staged)
+    run.student.model.float()
+    (staged / "README.md").write_text(model_card(resolved, reached, measured), encoding="utf-8")
+    outputs.publish(staged, output)
+
+
+def _tell(
+    run: Prepared, output: Path, reached: Reached, engine: Engine, measured: dict[str, Measured], ui: Console
+) -> None:
+    order = [name for name in (BEFORE, AFTER, TEACHER) if name in measured]
+    table = [Outcome(name, measured[name].valid_loss, measured[name].scores) for name in order]
+    ui.show(outcome_table(table, lower_is_better=LOWER_IS_BETTER))
+    answered = min(len(measured[name].answers) for name in order)
+    samples = [
+        Sample(_asked(run, row), row.references[0], {name: measured[name].answers[i] for name in order})
+        for i in sorted({0, answered // 3, 2 * answered // 3} if answered else ())
+        for row in [run.valid.rows[i]]
+    ]
+    if samples:
+        ui.show(samples_table(samples))
+    if not run.sft:
+        phis = [phi for _, phi in reached.phis]
+        ui.show(sources_sentence(reached.sources, phis, run.recipe.schedule.kind))
+    suites = run.recipe.eval.suites or ((run.recipe.data.source,) if run.recipe.data.source else ())
+    ui.show(next_steps(output, suites=suites, prompt=samples[0].prompt if samples else None))
+
+
+def _asked(run: Prepared, row) -> str:
+    """What a row asks, without the words of a template where it has an instruction of its own."""
+    if row.instruction is None:
+        return render(row, run.encoder.template, run.encoder.tokenizer)
+    return "\n".join(filter(None, (row.instruction, row.input)))
+
+
+def _result(command: str, output: Path, reached: Reached, engine: Engine, measured, wall: float) -> dict:
+    return {
+        "command": command,
+        "status": "ok",
+        "output": str(output),
+        "wall_s": round(wall, 3),
+        "steps": reached.step,
+        "tokens": reached.tokens,
+        "tokens_per_s": round(reached.tokens / max(reached.seconds, 1e-9), 1),
+        "train_loss": reached.train_loss,
+        "valid_loss": measured[AFTER].valid_loss,
+        "phi": engine.scheduler.phi,
+        "rollout_steps": reached.sources["rollout"],
+        "replay_steps": reached.sources["replay"],
+        "dataset_steps": reached.sources["dataset"],
+        "sampled_sequences": reached.sampled,
+        "train_s": round(reached.seconds, 3),
+        "stopped": reached.reason,
+        "best_step": reached.best_step,
+        "report": {name.replace(" ", "_"): {"valid_loss": m.valid_loss} | m.scores for name, m in measured.items()},
+    }

@@ -1,0 +1,97 @@
+"""What the command-line parser complains of, as our errors: one line, with what to try."""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from difflib import get_close_matches
+from itertools import takewhile
+from typing import Any
+
+import typer
+
+from distillm_cli.config.shortcuts import SHORTCUTS, flag_of
+from distillm_cli.errors import UsageError
+
+# Newer typers carry their own copy of click, older ones import it: reach the base class from what both export.
+UsageProblem: type[Exception] = typer.BadParameter.__mro__[2]
+
+
+def explained(problem: Any, argv: list[str]) -> UsageError:
+    """A parser's exception → UsageError. The command's own help is named when nothing better is known."""
+    context = getattr(problem, "ctx", None)
+    words = takewhile(lambda word: not word.startswith("-"), argv)
+    path = context.command_path if context is not None else " ".join(["distillm", *words][:2])
+    flag, message = getattr(problem, "option_name", None), " ".join(problem.format_message().split())
+    see = f"see `{path} --help`"
+
+    if flag is not None and hasattr(problem, "possibilities"):
+        return UsageError(f"{path} has no flag {flag}", hint=_meant(flag, context) or see)
+    if flag is not None and "requires an argument" in message:
+        return _with_field(UsageError(f"{flag} without a value", hint=see), flag, None, path)
+    if found := re.match(r"No such command '(.*?)'", message):
+        names = list(context.command.commands)
+        close = get_close_matches(found[1], names, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(names)}"
+        return UsageError(f"{path} has no command {found[1]}", hint=hint)
+
+    parameter = getattr(problem, "param", None)
+    if parameter is not None and parameter.param_type_name == "option":
+        raw = _typed_value(parameter.opts, argv)
+        if raw is not None:
+            flag = max(parameter.opts, key=len)
+            plain = UsageError(f"{flag} = {raw}", where=_clause(problem.message), hint=see)
+            return _with_field(plain, flag, raw, path)
+    return UsageError(_clause(message), hint=see)
+
+
+def _with_field(plain: UsageError, flag: str, raw: str | None, path: str) -> UsageError:
+    """The same error with what the recipe's field expects and what to try, if the flag stands for a field."""
+    from distillm_cli.config.explain import expected, what_to_try
+
+    keys = next((shortcut.keys for shortcut in SHORTCUTS.values() if shortcut.flag == flag), None)
+    if keys is None:
+        return plain
+    value: Any = raw
+    with suppress(TypeError, ValueError):
+        value = float(raw)
+    hint = what_to_try(keys[0], value, path.split()[-1], flag)
+    return UsageError(plain.what, where=f"expected {expected(keys[0])}", hint=hint)
+
+
+def _clause(message: str) -> str:
+    """A parser's sentence as a clause of ours: one line, no full stop, no capital at the start."""
+    text = " ".join(message.split()).rstrip(".")
+    return text[:1].lower() + text[1:]
+
+
+def _meant(flag: str, context: Any) -> str | None:
+    """The flag that sets the same field here, the nearest flag, or the --set that reaches a field of this name."""
+    from distillm_cli.config.explain import leaves
+
+    own = {opt.lstrip("-"): opt for param in context.command.params for opt in param.opts if opt.startswith("--")}
+    bare = flag.lstrip("-")
+    name = bare.replace("-", "_")
+    verb = context.command_path.split()[-1]
+    fields = [key for key in leaves() if name in (key, key.rpartition(".")[2])]
+    if name in SHORTCUTS:
+        fields = [*SHORTCUTS[name].keys, *fields]
+        if (here := flag_of(fields[0], verb)) in own.values():
+            return f"did you mean {here}?"
+    close = get_close_matches(bare, own, n=1, cutoff=0.75 if fields else 0.6)
+    if close:
+        return f"did you mean {own[close[0]]}?"
+    return f"try --set {fields[0]}=VALUE" if fields and "set" in own else None
+
+
+def _typed_value(names: list[str], argv: list[str]) -> str | None:
+    """The value that was typed behind a flag, as ``--flag value`` or ``--flag=value``; the last one counts."""
+    found = None
+    for position, word in enumerate(argv):
+        if word == "--":
+            break
+        if word in names and position + 1 < len(argv):
+            found = argv[position + 1]
+        elif (match := re.match(r"(--[\w-]+)=(.*)", word, re.DOTALL)) and match[1] in names:
+            found = match[2]
+    return found

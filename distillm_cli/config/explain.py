@@ -1,0 +1,160 @@
+"""The schema in plain words: what a field expects, which name was meant, what to try instead."""
+
+from __future__ import annotations
+
+import shlex
+import types
+from collections.abc import Iterator
+from difflib import get_close_matches
+from functools import cache
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import annotated_types
+from pydantic.fields import FieldInfo
+
+from distillm_cli.config import yaml_io
+from distillm_cli.config.methods import METHODS
+from distillm_cli.config.schema import Recipe, Section
+from distillm_cli.config.shortcuts import flag_of
+
+_BOUNDS = (
+    (annotated_types.Ge, "≥", "ge"),
+    (annotated_types.Gt, ">", "gt"),
+    (annotated_types.Le, "≤", "le"),
+    (annotated_types.Lt, "<", "lt"),
+)
+
+
+def section_of(field: FieldInfo) -> type[Section] | None:
+    """The section a field holds, None for a leaf."""
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
+def _walk(model: type[Section], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in model.model_fields.items():
+        section = section_of(field)
+        if section is None:
+            yield prefix + name, field
+        else:
+            yield from _walk(section, f"{prefix}{name}.")
+
+
+@cache
+def leaves() -> dict[str, FieldInfo]:
+    """Every field of a recipe: dotted key → its pydantic field, in the schema's order."""
+    return dict(_walk(Recipe, ""))
+
+
+def kinds(annotation: Any) -> set[Any]:
+    """The plain types a field takes: {str}, {int, None}, …; the choices of a Literal count as their types."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return kinds(get_args(annotation)[0])
+    if origin is Literal:
+        return {type(choice) for choice in get_args(annotation)}
+    if origin in (Union, types.UnionType, tuple):
+        return set().union(*(kinds(part) for part in get_args(annotation) if part is not Ellipsis))
+    return {annotation if annotation is not types.NoneType else None}
+
+
+def takes_texts_only(key: str) -> bool:
+    """Whether the field holds text and nothing that could be a number or a truth value."""
+    return key in leaves() and kinds(leaves()[key].annotation) <= {str, None}
+
+
+def takes_list(key: str) -> bool:
+    """Whether the field holds a list."""
+    annotation = leaves()[key].annotation
+    parts = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    return any(get_origin(part) is tuple for part in parts)
+
+
+def choices(key: str) -> list[str]:
+    """The words a field may be, if it is a choice (or holds one, or lists of one); else nothing."""
+    if key == "method":
+        return list(METHODS)
+    return [word for word in _literals(leaves()[key].annotation) if isinstance(word, str)]
+
+
+def _literals(annotation: Any) -> list[Any]:
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [word for part in get_args(annotation) for word in _literals(part)]
+
+
+def expected(key: str) -> str:
+    """What the field takes: "a number ≥ 0 and < 1", "one of off, on, mixed", "a whole number ≥ 1, or null"."""
+    if key == "method":
+        return f"one of {', '.join(METHODS)}"
+    return _described(leaves()[key].annotation, leaves()[key].metadata)
+
+
+def _described(annotation: Any, metadata: list[Any]) -> str:
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        inner = [m for extra in parts[1:] for m in (extra.metadata if isinstance(extra, FieldInfo) else [extra])]
+        return _described(parts[0], [*metadata, *inner])
+    if origin in (Union, types.UnionType):
+        return ", or ".join(_described(part, metadata) for part in parts)
+    if origin is Literal:
+        return str(parts[0]) if len(parts) == 1 else f"one of {', '.join(map(str, parts))}"
+    if origin is tuple:
+        count = " that is not empty" if any(isinstance(m, annotated_types.MinLen) for m in metadata) else ""
+        count = count if parts[-1] is Ellipsis else f" of {len(parts)}"
+        return f"a list{count}, each {_described(parts[0], [])}"
+    noun = {bool: "true or false", int: "a whole number", float: "a number", types.NoneType: "null"}.get(annotation)
+    if noun is None:
+        return "a text that is not empty" if any(isinstance(m, annotated_types.MinLen) for m in metadata) else "a text"
+    bounds = [f"{sign} {getattr(m, name):g}" for m in metadata for cls, sign, name in _BOUNDS if isinstance(m, cls)]
+    return " ".join([noun, " and ".join(bounds)]).rstrip() if annotation in (int, float) else noun
+
+
+def shown(value: Any) -> str:
+    """A value as a person would type it, on one line, not too long."""
+    if isinstance(value, dict):
+        return "a mapping"
+    text = "(empty)" if value == "" else yaml_io.text_of(list(value) if isinstance(value, tuple) else value)
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+def nearest_key(key: str) -> str | None:
+    """The valid dotted key that was probably meant: in the same section first, then anywhere by its last name."""
+    section, _, name = key.rpartition(".")
+    here = {k.rpartition(".")[2]: k for k in leaves() if k.rpartition(".")[0] == section}
+    anywhere: dict[str, str] = {}
+    for k in leaves():
+        anywhere.setdefault(k.rpartition(".")[2], k)
+    sections = {name: name for name, field in Recipe.model_fields.items() if section_of(field)} if not section else {}
+    name = name.replace("-", "_")
+    if name in anywhere:
+        return anywhere[name]
+    dotted = {k: k for k in leaves()}
+    for names, wanted, cutoff in ((here | sections, name, 0.6), (dotted, key, 0.75), (anywhere, name, 0.7)):
+        if close := get_close_matches(wanted, names, n=1, cutoff=cutoff):
+            return names[close[0]]
+    return None
+
+
+def nearest_word(value: Any, words: list[str]) -> str | None:
+    """The word that was probably meant, None when none is close."""
+    close = get_close_matches(str(value).lower().replace("-", "_"), words, n=1, cutoff=0.5)
+    return close[0] if close else None
+
+
+def what_to_try(key: str, value: Any, verb: str, flag: str | None = None) -> str | None:
+    """A cure for a bad value: the nearest choice, else the default, as something to type; else the field's own help.
+
+    flag: the flag that the value came by, to be used again.
+    """
+    field, words = leaves()[key], choices(key)
+    better = field.default
+    if isinstance(value, list | tuple) and words:
+        better = [v if v in words else nearest_word(v, words) for v in value]
+        better = field.default if None in better else better
+    elif words and (word := nearest_word(value, words)):
+        better = word
+    if better is None or better == ():
+        return f"it means: {field.description}" if field.description else None
+    flag, text = flag or flag_of(key, verb), shown(better)
+    return f"try {flag} {shlex.quote(text)}" if flag else f"try --set {shlex.quote(f'{key}={text}')}"

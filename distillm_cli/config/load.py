@@ -1,0 +1,229 @@
+"""YAML, flags and ``--set`` → one resolved recipe that knows where each value came from.
+
+Precedence, weakest first: schema < method preset < recipe < flags < ``--set``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from distillm_cli.config import layers, yaml_io
+from distillm_cli.config.explain import leaves, shown
+from distillm_cli.config.layers import Given, Problems, Rank, bad
+from distillm_cli.config.methods import METHODS
+from distillm_cli.config.schema import Recipe, Section
+from distillm_cli.errors import RecipeError, UsageError
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A recipe with every value filled in.
+
+    origin: dotted key → "default", "method distillm", "quickstart.yaml:12", "--alpha" or "--set". former: dotted key →
+    (value, origin) that the recipe or the method gave and something stronger replaced. notes: sentences about flags
+    that have no effect in this recipe. name: of the recipe, None without one.
+    """
+
+    recipe: Recipe
+    origin: dict[str, str]
+    former: dict[str, tuple[Any, str]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    name: str | None = None
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with the program: name → file. In a wheel inside the package, in a checkout beside it."""
+    package = Path(__file__).resolve().parent.parent
+    inside, beside = package / "_recipes", package.parent / "recipes"
+    if inside.is_dir():
+        return _by_name(inside)
+    if (package.parent / "pyproject.toml").is_file():  # any other "recipes" in site-packages is not ours
+        return _by_name(beside)
+    return {}
+
+
+def _by_name(folder: Path) -> dict[str, Path]:
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)}
+
+
+def locate(recipe: str | Path) -> Path:
+    """A shipped name (as text) or a path → the file. Raises RecipeError when there is none, with the nearest name."""
+    text, known = str(recipe), shipped()
+    if isinstance(recipe, str) and text in known:
+        return known[text]
+    path = Path(recipe).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir() and (path / "recipe.yaml").is_file():
+        raise RecipeError(f"{text} is a directory", hint=f"try --recipe {path / 'recipe.yaml'}")
+    if isinstance(recipe, Path) or path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        raise RecipeError(f"no recipe file {text}", hint="`distillm recipes ls` lists the shipped ones")
+    close = get_close_matches(text, known, n=1, cutoff=0.5)
+    raise RecipeError(
+        f"no recipe named {shown(text)}",
+        where=f"shipped: {', '.join(known)}",
+        hint=f"try --recipe {close[0]}" if close else "or give the path of a file",
+    )
+
+
+def resolve(
+    *,
+    command: str,
+    recipe: str | Path | None = None,
+    flags: Mapping[str, Any] | None = None,
+    sets: Iterable[str] | None = None,
+) -> Resolved:
+    """Everything a person said → the recipe of the run.
+
+    command: the verb; it decides the default method, and refuses methods of the other verb. recipe: a shipped name
+    (str) or a path. flags: dotted key → Flag(name, value) or a bare value; None is "not given". sets:
+    "section.key=value" texts, read by YAML's rules.
+
+    Raises RecipeError for the first thing wrong, in file order, and says how many more there are; UsageError for
+    contradicting flags and for a method of the other verb.
+    """
+    problems = Problems()
+    path = locate(recipe) if recipe is not None else None
+    label = path.name if path and recipe == path.stem else str(recipe)
+    from_recipe = layers.from_recipe(path, label, problems) if path else {}
+    from_flags = layers.from_flags(flags or {})
+    from_sets = layers.from_sets(sets or (), problems)
+
+    method = _method(command, from_recipe, from_flags, from_sets)
+    preset = {"method": method}
+    if method.value in METHODS:
+        _check_verb(method, command)
+        for key, value in METHODS[method.value].preset.items():
+            preset[key] = Given(value, f"method {method.value}", key, Rank(layers.METHOD))
+    else:
+        problems.add(method.rank, bad(method, "method", command))
+
+    given, former = _stacked(preset, from_recipe, from_flags, from_sets)
+    made = _validated(given, command, problems)
+    if made is None or problems:
+        raise problems.first()
+    origin = {key: given[key].origin if key in given else "default" for key in leaves()}
+    return Resolved(made, origin, former, _without_effect(made, given), path.stem if path else None)
+
+
+def load_resolved(path: str | Path) -> Recipe:
+    """The recipe in a file, such as the ``recipe.yaml`` of an output directory. Raises RecipeError."""
+    return resolve(command="", recipe=Path(path)).recipe
+
+
+def to_yaml(resolved: Resolved, with_origin: bool = True) -> str:
+    """The whole recipe as YAML that reads back the same; with_origin: each line ends with where its value came from.
+
+    A value that replaced another says so: ``lr: 0.0001  # --lr (dolly-gpt2.yaml:14: 0.0005)``.
+    """
+    rows = [*_rows(resolved.recipe, "", resolved)]
+    if not with_origin:
+        return "".join(f"{line}\n" for line, _ in rows)
+    column = min(max(len(line) for line, comment in rows if comment), 56)
+    notes = "".join(f"# note: {note}\n" for note in resolved.notes)
+    return notes + "".join(f"{line:<{column}}  # {comment}\n" if comment else f"{line}\n" for line, comment in rows)
+
+
+def _rows(section: Section, prefix: str, resolved: Resolved) -> Iterable[tuple[str, str]]:
+    """(line of YAML, comment) for each field, sections indented under their names."""
+    indent = "  " * prefix.count(".")
+    for name in type(section).model_fields:
+        value, key = getattr(section, name), prefix + name
+        if isinstance(value, Section):
+            yield f"{indent}{name}:", ""
+            yield from _rows(value, f"{key}.", resolved)
+            continue
+        comment = resolved.origin[key]
+        if key in resolved.former:
+            before, where = resolved.former[key]
+            comment += f" ({where}: {yaml_io.text_of(before)})"
+        yield f"{indent}{name}: {yaml_io.text_of(value)}", " ".join(comment.split())
+
+
+def _method(command: str, *weakest_first: Mapping[str, Given]) -> Given:
+    for layer in reversed(weakest_first):
+        if "method" in layer:
+            return layer["method"]
+    if command == "sft":
+        return Given("sft", "verb sft", "method", Rank(layers.DEFAULT))
+    return Given(Recipe.model_fields["method"].default, "default", "method", Rank(layers.DEFAULT))
+
+
+def _check_verb(method: Given, command: str) -> None:
+    verb = METHODS[method.value].verb
+    if command in ("sft", "distill") and verb != command:
+        of_command = ", ".join(name for name, m in METHODS.items() if m.verb == command)
+        raise UsageError(
+            f"{method.place} = {method.value}",
+            where=f"expected a method of `distillm {command}` ({of_command})",
+            hint=f"try `distillm {verb}`",
+        )
+
+
+def _stacked(*weakest_first: Mapping[str, Given]) -> tuple[dict[str, Given], dict[str, tuple[Any, str]]]:
+    """The strongest value of each key, and what the next weaker layer had said of it."""
+    given: dict[str, Given] = {}
+    former: dict[str, tuple[Any, str]] = {}
+    for layer in weakest_first:
+        for key, entry in layer.items():
+            before = given.get(key)
+            if before and layers.DEFAULT < before.rank.layer < entry.rank.layer and before.value != entry.value:
+                former[key] = (before.value, before.origin)
+            given[key] = entry
+    # In one layer steps win over epochs; a recipe's steps do not outlive a flag that asks for epochs.
+    epochs, steps = given.get("train.epochs"), given.get("train.steps")
+    if epochs and steps and steps.value is not None and epochs.rank.layer > steps.rank.layer:
+        given["train.steps"] = epochs._replace(value=None)
+        former["train.steps"] = (steps.value, steps.origin)
+    return given, former
+
+
+def _validated(given: Mapping[str, Given], command: str, problems: Problems) -> Recipe | None:
+    nested: dict[str, Any] = {}
+    for key, entry in given.items():
+        *sections, name = key.split(".")
+        place = nested
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = entry.value
+    try:
+        return Recipe.model_validate(nested)
+    except ValidationError as error:
+        for detail in error.errors():
+            problems.add(*_translated(detail, given, command))
+    return None
+
+
+def _translated(detail: Mapping[str, Any], given: Mapping[str, Given], command: str) -> tuple[Rank, RecipeError]:
+    """A pydantic complaint in the words of the schema, and where it belongs."""
+    key = ""
+    for part in detail["loc"]:
+        key = f"{key}.{part}" if key else str(part)
+        if key in leaves():
+            return given[key].rank, bad(given[key], key, command)
+    # A rule over several fields: its message names them, and the first one that was given is the place to look.
+    what, _, hint = str(detail["ctx"]["error"]).partition("; ")
+    words = (word.strip(",;:") for word in what.split())
+    entry = next((given[word] for word in words if word in given), None)
+    if entry is None:
+        return Rank(layers.SET), RecipeError(what, hint=hint or None)
+    return entry.rank, RecipeError(f"{entry.place} = {shown(entry.value)}", where=what, hint=hint or None)
+
+
+def _without_effect(recipe: Recipe, given: Mapping[str, Given]) -> tuple[str, ...]:
+    """Flags for a parameter that this recipe's divergence does not have: true, harmless, and easily overlooked."""
+    users = {"alpha": ("skl", "srkl"), "beta": ("jsd",), "jeffreys_weight": ("jeffreys",)}
+    notes = []
+    for name, divergences in users.items():
+        entry = given.get(f"objective.{name}")
+        if entry and entry.rank.layer >= layers.FLAG and recipe.objective.divergence not in divergences:
+            place = entry.place if entry.origin == "--set" else f"{entry.place} (objective.{name})"
+            owners = " and ".join(divergences)
+            notes.append(f"{place} has no effect on {recipe.objective.divergence}; it belongs to {owners}")
+    return tuple(notes)

@@ -1,0 +1,151 @@
+"""YAML as recipes use it: read strictly and safely, written so that it reads back the same.
+
+Reading follows YAML 1.2's scalars, where PyYAML follows 1.1: ``5e-4`` is a number, and ``off``, ``on``, ``yes`` and
+``no`` are words (a schedule may be ``off``). Writing quotes whatever either version would take for something else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import yaml
+
+from distillm_cli.errors import RecipeError
+
+_TAG = "tag:yaml.org,2002:"
+_NOUNS = {"bool": "truth value", "int": "whole number", "float": "number"}
+_INT = re.compile(r"[-+]?[0-9][0-9_]*$")
+_FLOAT = re.compile(
+    r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+)
+_SCALARS = (  # tag, pattern, first characters; the first match counts
+    ("null", re.compile(r"~$|null$|Null$|NULL$|$"), ["~", "n", "N", ""]),
+    ("bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
+    ("int", _INT, list("-+0123456789")),
+    ("float", _FLOAT, list("-+0123456789.")),
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """Only its reader and composer are used: no tag of any kind constructs anything."""
+
+    yaml_implicit_resolvers: ClassVar[dict] = {}
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not read in recipes", mark)
+        return super().compose_node(parent, index)
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _name, _pattern, _first in _SCALARS:
+    _Loader.add_implicit_resolver(_TAG + _name, _pattern, _first)
+    _Dumper.add_implicit_resolver(_TAG + _name, _pattern, _first)
+
+
+def compose(text: str, label: str) -> yaml.Node | None:
+    """Text → the document's root node, None when there is none. ``label`` names the text in errors.
+
+    Raises RecipeError with label:line for what is not YAML, for a second document, and for aliases.
+    """
+    loader = None
+    try:
+        loader = _Loader(text)
+        return loader.get_single_node()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = at(label, mark.line + 1) if mark else label
+        said = " ".join(part for part in (error.context, error.problem) if part)
+        hint = "indent with spaces, not tabs" if r"'\t'" in said else None
+        raise RecipeError(f"{place}: not a YAML document ({said})", hint=hint) from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise RecipeError(f"{at(label, line)}: not a YAML document ({error.reason})") from None
+    except RecursionError:
+        raise RecipeError(f"{label}: nested too deeply for a recipe") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def at(label: str, line: int) -> str:
+    """Where in a text: file:line, or just the flag that the text was given by."""
+    return label if label.startswith("--") else f"{label}:{line}"
+
+
+def line_of(node: yaml.Node) -> int:
+    """The node's line, counted from 1."""
+    return node.start_mark.line + 1
+
+
+def pairs(node: yaml.MappingNode, label: str, prefix: str = "") -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
+    """(key, key node, value node) of a mapping. Raises RecipeError for a key that occurs twice or is no plain text."""
+    seen: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        place = at(label, line_of(key_node))
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise RecipeError(f"{place}: a key must be a name, not a list or mapping")
+        key = key_node.value
+        if key in seen:
+            raise RecipeError(
+                f"{place}: {prefix}{key} occurs twice, first in line {seen[key]}", hint="keep one of them"
+            )
+        seen[key] = line_of(key_node)
+        yield key, key_node, value_node
+
+
+def value_of(node: yaml.Node | None, label: str, *, texts: bool = False) -> Any:
+    """Node → None, bool, int, float, str, list or dict.
+
+    texts: the field takes texts only, so that a scalar which looks like a number (a revision ``1234567``) stays as it
+    was typed. Raises RecipeError for any other tag.
+    """
+    if node is None:
+        return None
+    if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
+        return [value_of(item, label, texts=texts) for item in node.value]
+    if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
+        return {key: value_of(value, label) for key, _, value in pairs(node, label)}
+    kind, text = node.tag.removeprefix(_TAG), node.value
+    try:
+        if kind == "null":
+            return None
+        if kind == "str" or (texts and kind in ("bool", "int", "float")):
+            return text
+        if kind == "bool":
+            return {"true": True, "false": False}[text.lower()]
+        if kind == "int":
+            return int(text.replace("_", ""))
+        if kind == "float":
+            return float(re.sub(r"\.(?=inf|nan)", "", text.lower().replace("_", "")))
+    except (ValueError, KeyError):
+        raise RecipeError(f"{at(label, line_of(node))}: {text[:40]} is no {_NOUNS[kind]} that can be read") from None
+    raise RecipeError(
+        f"{at(label, line_of(node))}: tag {node.tag} is not read in recipes",
+        hint="write the value itself, without a tag",
+    )
+
+
+def text_of(value: Any) -> str:
+    """A scalar or a list of scalars as one line of YAML; floats keep a point (``1.0e-07``), as every reader wants."""
+
+    def dumped(style: str | None) -> str:
+        whole = yaml.dump(
+            [value],
+            Dumper=_Dumper,
+            default_flow_style=True,
+            default_style=style,
+            width=float("inf"),
+            allow_unicode=True,
+        )
+        return whole.rstrip("\n")[1:-1]
+
+    text = dumped(None)
+    return text if len(text.splitlines()) <= 1 else dumped('"')

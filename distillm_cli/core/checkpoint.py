@@ -1,0 +1,127 @@
+"""A checkpoint is a directory that becomes visible at once, and says itself whether it is whole.
+
+    checkpoints/step-000200/
+      config.json model.safetensors tokenizer.json …   the student, loadable with from_pretrained
+      training.safetensors                             optimizer, random states, replay buffer
+      state.json                                       every scalar: position, schedule, best value, recipe
+      manifest.json                                    size and SHA-256 of each of the above, written last
+
+It is staged beside its place, flushed to the disk, and renamed. No pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from distillm_cli.errors import CheckpointError, StorageError
+
+FORMAT = 1
+MANIFEST, STATE, TENSORS = "manifest.json", "state.json", "training.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A verified checkpoint, read into memory except for the student's weights, which stay at ``path``."""
+
+    path: Path
+    state: dict
+    tensors: dict[str, Tensor]
+
+
+class Checkpoints:
+    """The checkpoints of one run, under ``root``. save_model: writes the student and its tokenizer into a directory."""
+
+    def __init__(self, root: Path, save_model: Callable[[Path], None], *, keep: int):
+        self.root, self.save_model, self.keep = Path(root), save_model, keep
+
+    def path(self, step: int) -> Path:
+        return self.root / f"step-{step:06d}"
+
+    def steps(self) -> list[int]:
+        """Steps with a visible checkpoint, ascending."""
+        return sorted(int(p.name[5:]) for p in self.root.glob("step-*") if p.is_dir() and p.name[5:].isdigit())
+
+    def write(self, step: int, state: dict, tensors: dict[str, Tensor], *, protect: int | None = None) -> Path:
+        """Writes the checkpoint of ``step``, then drops all but the newest ``keep`` and the protected one.
+
+        Raises StorageError when the disk refuses; what was there before is untouched then.
+        """
+        final, staged = self.path(step), self.root / f".staging-step-{step:06d}"
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            for leftover in self.root.glob(".staging-*"):
+                shutil.rmtree(leftover)
+            staged.mkdir()
+            self.save_model(staged)
+            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, staged / TENSORS)
+            (staged / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+            files = {p.relative_to(staged).as_posix(): _seal(p) for p in sorted(staged.rglob("*")) if p.is_file()}
+            manifest = {"format": FORMAT, "step": step, "files": files}
+            (staged / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            _flush(staged / MANIFEST)
+            _flush(staged)
+            if final.exists():  # the same step once more, after a resume
+                shutil.rmtree(final)
+            staged.rename(final)
+            _flush(self.root)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(staged, ignore_errors=True)
+            raise StorageError(
+                f"cannot write checkpoint {final}: {getattr(error, 'strerror', None) or error}",
+                hint="free some space or choose another --output; earlier checkpoints are untouched, go on with --resume",
+            ) from error
+        for old in self.steps()[: -self.keep]:
+            if old != protect:
+                shutil.rmtree(self.path(old))
+        return final
+
+    def latest(self) -> Checkpoint | None:
+        """The newest checkpoint, verified; None where there is none."""
+        steps = self.steps()
+        return read(self.path(steps[-1])) if steps else None
+
+
+def read(path: Path) -> Checkpoint:
+    """A checkpoint, after every file was compared with the manifest. Raises CheckpointError naming the damaged file."""
+    path = Path(path)
+    hint = f"delete {path} to go on from the one before it, or start anew with --overwrite"
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(
+                f"checkpoint format {manifest['format']}, this version reads {FORMAT}", where=str(path), hint=hint
+            )
+        for name, sealed in manifest["files"].items():
+            if not (path / name).is_file():
+                raise CheckpointError(f"checkpoint file missing: {path / name}", hint=hint)
+            if _seal(path / name, flush=False) != sealed:
+                raise CheckpointError(f"checkpoint file damaged: {path / name} differs from its manifest", hint=hint)
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        return Checkpoint(path, state, load_file(path / TENSORS))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint unreadable: {path} ({error})", hint=hint) from error
+
+
+def _seal(path: Path, flush: bool = True) -> dict:
+    if flush:
+        _flush(path)
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,320 @@
+"""The one training loop: draw, forward, backward, step, validate, save, say.
+
+The engine is handed everything it uses (batches, models inside an objective, a schedule, a place for checkpoints) and
+knows none of their insides. One step, ``_update``, can be followed without leaving this file.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from distillm_cli.config.schema import Train
+from distillm_cli.core.checkpoint import Checkpoint, Checkpoints
+from distillm_cli.core.events import Listener, Note, RunEnded, RunStarted, Saved, Stepped, Validated, silent
+from distillm_cli.core.fused import Terms
+from distillm_cli.core.objective import CROSS_ENTROPY, DIVERGENCE, Objective
+from distillm_cli.core.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
+from distillm_cli.core.replay import ReplayBuffer, pack, unpack
+from distillm_cli.core.rollout import Rollouts
+from distillm_cli.core.scheduler import Scheduler, Source
+from distillm_cli.core.teacher import Teacher
+from distillm_cli.errors import Interrupted, NonFiniteError
+from distillm_cli.sequences import Sequence, collate, micro_batches
+
+LOWER_IS_BETTER = frozenset({"valid_loss", "valid_divergence", "error_rate"})
+
+
+@dataclass
+class Progress:
+    """Where a run is, and what it has seen. All of it is in a checkpoint, so all of it survives a resume."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    train_loss: float | None = None
+    valid_loss: float | None = None
+    first_valid_loss: float | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+    sources: Counter = field(default_factory=Counter)
+    sampled: int = 0
+    phis: list[tuple[int, float]] = field(default_factory=list)
+    best: float | None = None
+    best_step: int | None = None
+    stale: int = 0
+    reason: str = "done"
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; what was before after it, also on an exception."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
+
+
+class Engine:
+    """Trains the objective's student for ``steps`` optimizer steps.
+
+    batches: step (from 0) → that step's data set rows; a pure function, so that a resume needs one integer.
+    teacher: None for SFT. rollouts, bulk, fresh: where student outputs come from, how many batches at once, and whether a
+    fresh one is trained on directly or goes through the buffer. validation: held-out sequences, batched. score: further
+    held-out figures by name, computed at each validation (student in evaluation mode). checkpoints: None keeps nothing.
+    dtype: of autocast; float32 switches it off.
+    """
+
+    def __init__(
+        self,
+        *,
+        objective: Objective,
+        train: Train,
+        steps: int,
+        steps_per_epoch: int,
+        batches: Callable[[int], list[Sequence]],
+        scheduler: Scheduler,
+        replay: ReplayBuffer,
+        rollouts: Rollouts | None = None,
+        bulk: int = 1,
+        fresh: str = "direct",
+        teacher: Teacher | None = None,
+        validation: SequenceOf[list[Sequence]] = (),
+        score: Callable[[], dict[str, float]] | None = None,
+        checkpoints: Checkpoints | None = None,
+        recipe: dict | None = None,
+        method: str = "",
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        listener: Listener = silent,
+    ):
+        self.objective, self.train, self.steps, self.steps_per_epoch = objective, train, steps, steps_per_epoch
+        self.batches, self.scheduler, self.replay, self.rollouts = batches, scheduler, replay, rollouts
+        self.bulk, self.fresh, self.teacher = bulk, fresh, teacher
+        self.validation, self.score, self.checkpoints, self.recipe = validation, score, checkpoints, recipe or {}
+        self.method, self.device, self.dtype, self.say = method, torch.device(device), dtype, listener
+        self.waiting: deque[list[Sequence]] = deque()  # rollout batches sampled in bulk and not yet served
+        self.at, self.saved_step = Progress(), None
+        self.optimizer = build_optimizer(objective, train)
+
+    def run(self) -> Progress:
+        """Trains to the end, to an early stop, or to a signal; the last raises Interrupted after saving."""
+        started, began_at = time.perf_counter(), self.at.seconds
+        self.objective.train()
+        self.say(self._opening())
+        if self.at.valid_loss is None:
+            self._validate()
+        with _stop_on_signal() as stop:
+            while self.at.step < self.steps:
+                clock = time.perf_counter()
+                source = self.scheduler.draw(self.at.step, len(self.replay))
+                sequences = self._draw_sequences(source)
+                loss, grad_norm, lr = self._update(sequences, source)
+                self._count(source, sequences, loss, grad_norm, lr, time.perf_counter() - clock)
+                if self._due(self.train.eval_steps):
+                    self._validate()
+                self.at.seconds = began_at + time.perf_counter() - started
+                self._give_up_when_stale()
+                if self._due(self.train.save_steps) or stop.signal or self.at.reason != "done":
+                    self._save()
+                if stop.signal and self.at.step < self.steps:
+                    self.say(RunEnded(self.at.step, "interrupted", self.at.seconds))
+                    raise Interrupted(
+                        f"stopped at step {self.at.step} of {self.steps}",
+                        signal_number=stop.signal,
+                        hint="the checkpoint is whole; go on with --resume" if self.checkpoints else None,
+                    )
+                if self.at.reason != "done":
+                    break
+        self.say(RunEnded(self.at.step, self.at.reason, self.at.seconds))
+        return self.at
+
+    def _draw_sequences(self, source: Source) -> list[Sequence]:
+        """The step's sequences. Step s looks at data set batch s whatever the source, as prompts or not at all."""
+        rows = self.batches(self.at.step)
+        if source is Source.DATASET:
+            return rows
+        if source is Source.ROLLOUT:
+            fresh = self._fresh_batch()
+            self.replay.add(fresh)
+            if self.fresh == "direct":
+                return fresh
+        return self.replay.draw(len(rows), self.at.step)
+
+    def _fresh_batch(self) -> list[Sequence]:
+        """A batch of student outputs. ``bulk`` batches are decoded side by side, since one large batch costs little more
+        than a small one, and then served one per request: as many are sampled as without it, some a little earlier."""
+        if not self.waiting:
+            last = min(self.at.step + self.bulk, self.steps)
+            groups = [self.batches(step) for step in range(self.at.step, last)]
+            with eval_mode(self.objective), self._autocast():
+                sampled = iter(self.rollouts.sample([s for group in groups for s in group], self.at.step))
+            self.waiting.extend([next(sampled) for _ in group] for group in groups)
+            self.at.sampled += sum(len(group) for group in groups)
+        return self.waiting.popleft()
+
+    def _update(self, sequences: list[Sequence], source: Source) -> tuple[float, float, float]:
+        """One optimizer step over the sequences, in micro-batches; (loss per token, gradient norm, learning rate)."""
+        lr = learning_rate(self.train, self.at.step, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        terms = self.objective.terms(source)
+        count = self.objective.count(sequences)
+        loss = torch.zeros((), device=self.device)
+        for micro_batch in micro_batches(sequences, self.train.batch_size):
+            batch = collate(micro_batch).to(self.device)
+            with self._autocast():
+                teacher_hidden_ND = self.teacher.hidden(batch, micro_batch) if terms.kd else None
+                total, _ = self.objective(batch, teacher_hidden_ND, terms)
+            (total / count).backward()  # one division, by the whole step's count
+            loss += total.detach() / count
+        norm = nn.utils.clip_grad_norm_(self.objective.parameters(), self.train.clip or math.inf)
+        loss, grad_norm = loss.item(), norm.item()
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self.optimizer.zero_grad(set_to_none=True)
+            self._save()  # the weights are those before this step: still good
+            raise NonFiniteError(
+                f"loss {loss}, gradient norm {grad_norm} at step {self.at.step + 1} ({source} batch); nothing was applied",
+                hint=f"lower --lr (now {lr:g}), or --dtype fp32",
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, grad_norm, lr
+
+    def _count(self, source, sequences, loss, grad_norm, lr, seconds) -> None:
+        at = self.at
+        tokens = sum(len(s.response) for s in sequences)
+        at.step, at.tokens, at.train_loss = at.step + 1, at.tokens + tokens, loss
+        at.sources[source.value] += 1
+        epoch = at.step / self.steps_per_epoch
+        self.say(Stepped(at.step, epoch, source.value, loss, lr, grad_norm, self.scheduler.phi, tokens, seconds))
+
+    def _validate(self) -> None:
+        """Held-out cross-entropy, and a divergence or metric where one selects checkpoints; then φ may move."""
+        if not self.validation:
+            return
+        at, select = self.at, self.train.select
+        with eval_mode(self.objective), torch.no_grad():
+            at.valid_loss = self.mean_over_validation(CROSS_ENTROPY)
+            at.scores = self.score() if self.score else {}
+            if select == "valid_divergence":
+                at.scores["valid_divergence"] = self.mean_over_validation(DIVERGENCE)
+        if at.first_valid_loss is None:
+            at.first_valid_loss = at.valid_loss
+        rose = self.scheduler.observe(at.valid_loss)
+        if rose or not at.phis:
+            at.phis.append((at.step, self.scheduler.phi))
+        better = (
+            select != "last" and at.step > 0 and self._is_better(({"valid_loss": at.valid_loss} | at.scores)[select])
+        )
+        self.say(Validated(at.step, at.valid_loss, self.scheduler.phi, rose, better, dict(at.scores)))
+        if better:
+            at.best_step, at.stale = at.step, 0
+            self._save()
+        elif at.step > 0:
+            at.stale += 1
+
+    def mean_over_validation(self, terms: Terms, objective: Objective | None = None) -> float:
+        """Mean per token over the held-out rows, nats, of this objective's student or another's."""
+        objective = objective or self.objective
+        total = tokens = 0
+        for sequences in self.validation:
+            batch = collate(sequences).to(self.device)
+            with self._autocast():
+                teacher_hidden_ND = self.teacher.hidden(batch, sequences) if terms.kd else None
+                part, count = objective(batch, teacher_hidden_ND, terms)
+            total, tokens = total + part.double(), tokens + count
+        return (total / tokens).item()
+
+    def _is_better(self, value: float) -> bool:
+        sign = -1 if self.train.select in LOWER_IS_BETTER else 1
+        if self.at.best is not None and sign * value <= sign * self.at.best:
+            return False
+        self.at.best = value
+        return True
+
+    def _give_up_when_stale(self) -> None:
+        if self.train.patience is not None and self.at.stale >= self.train.patience and self.at.step < self.steps:
+            self.at.reason = "early stop"
+            self.say(Note(f"no better {self.train.select} in {self.at.stale} validations: stopping early"))
+
+    def _due(self, every: int | str) -> bool:
+        every = self.steps_per_epoch if every == "epoch" else every
+        return self.at.step % every == 0 or self.at.step == self.steps
+
+    def _autocast(self):
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def _opening(self) -> RunStarted:
+        parameters = sum(p.numel() for p in self.objective.parameters() if p.requires_grad)
+        dtype = str(self.dtype).removeprefix("torch.")
+        return RunStarted(
+            self.steps, self.at.step, self.steps_per_epoch, self.method, parameters, str(self.device), dtype
+        )
+
+    def _save(self) -> None:
+        """Everything that shapes the next step, in one checkpoint."""
+        if self.checkpoints is None or self.saved_step == self.at.step:
+            return
+        state = {"progress": dict(vars(self.at)), "scheduler": self.scheduler.state_dict(), "recipe": self.recipe}
+        state["waiting"] = [len(group) for group in self.waiting]
+        tensors = optimizer_tensors(self.optimizer) | {"random.cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        tensors |= pack(self.replay.sequences, "replay")
+        tensors |= pack((s for group in self.waiting for s in group), "waiting")
+        path = self.checkpoints.write(self.at.step, state, tensors, protect=self.at.best_step)
+        self.saved_step = self.at.step
+        self.say(Saved(self.at.step, str(path)))
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Goes back to where a checkpoint was written. The student's weights are loaded by whoever holds the model."""
+        progress = checkpoint.state["progress"] | {"sources": Counter(checkpoint.state["progress"]["sources"])}
+        progress["phis"] = [tuple(pair) for pair in progress["phis"]]
+        self.at = Progress(**progress | {"reason": "done"})
+        self.saved_step = self.at.step
+        self.scheduler.load_state_dict(checkpoint.state["scheduler"])
+        load_optimizer_tensors(self.optimizer, checkpoint.tensors)
+        self.replay.add(unpack(checkpoint.tensors, "replay"))
+        waiting = iter(unpack(checkpoint.tensors, "waiting"))
+        self.waiting = deque([next(waiting) for _ in range(size)] for size in checkpoint.state["waiting"])
+        torch.set_rng_state(checkpoint.tensors["random.cpu"])
+        if "random.cuda" in checkpoint.tensors and self.device.type == "cuda":
+            torch.cuda.set_rng_state(checkpoint.tensors["random.cuda"], self.device)
+
+
+@dataclass
+class _Stop:
+    signal: int | None = None
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[_Stop]:
+    """The first SIGINT or SIGTERM asks the loop to stop after the step in hand; a second SIGINT stops at once."""
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(number, frame):
+        if stop.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.signal = number
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,52 @@
+"""``metrics.jsonl``: a line per logged step, a line per validation; each whole or absent, never half."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from distillm_cli.core.events import Event, Stepped, Validated
+
+_STEP_KEYS = ("step", "epoch", "source", "loss", "lr", "grad_norm", "phi", "tokens", "seconds")
+
+
+class MetricsLog:
+    """A listener that appends to ``path``. Open it after a resume with ``first_step`` and later lines are dropped."""
+
+    def __init__(self, path: Path, *, log_steps: int, first_step: int = 0):
+        self.path, self.log_steps = Path(path), log_steps
+        kept = _lines_up_to(self.path, first_step) if first_step and self.path.exists() else []
+        staged = self.path.with_suffix(".staging")
+        staged.write_text("".join(kept), encoding="utf-8")
+        staged.replace(self.path)
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Stepped) and event.step % self.log_steps == 0:
+            self._write({key: _short(getattr(event, key)) for key in _STEP_KEYS})
+        elif isinstance(event, Validated):
+            line = {"step": event.step, "valid_loss": _short(event.valid_loss), "phi": _short(event.phi)}
+            self._write(line | {key: _short(value) for key, value in event.scores.items()})
+
+    def _write(self, line: dict) -> None:
+        # One write call a line: a process that dies between lines leaves whole ones.
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, (json.dumps(line) + "\n").encode())
+        finally:
+            os.close(descriptor)
+
+
+def _lines_up_to(path: Path, step: int) -> list[str]:
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue
+    return kept
+
+
+def _short(value):
+    return float(f"{value:.7g}") if isinstance(value, float) else value

@@ -1,0 +1,51 @@
+"""AdamW with its decay groups, and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from distillm_cli.config.schema import Train
+
+
+def build_optimizer(module: nn.Module, train: Train) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; weight decay on matrices only, never on biases and norm scales.
+
+    The fused kernel is used wherever every parameter sits on a device and in a dtype that has one.
+    """
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": train.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda", "mps", "xpu") for p in trainable)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=train.lr, betas=train.betas, fused=fused)
+
+
+def learning_rate(train: Train, step: int, steps: int) -> float:
+    """The rate of step ``step`` (from 0) of ``steps``: linear warm-up, then the chosen schedule down to ``min_lr``."""
+    warmup = train.warmup * steps if train.warmup < 1 else train.warmup
+    if step < warmup:
+        return train.lr * (step + 1) / (math.ceil(warmup) + 1)
+    progress = (step - warmup) / max(steps - warmup, 1)
+    share = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+    floor = min(train.min_lr, train.lr)
+    return floor + (train.lr - floor) * share[train.lr_schedule]
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's state as named tensors: ``optimizer.PARAMETER_INDEX.KEY``."""
+    state = optimizer.state_dict()["state"]
+    return {f"optimizer.{i}.{key}": value for i, values in state.items() for key, value in values.items()}
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Takes back what ``optimizer_tensors`` gave."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".")
+            state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,123 @@
+"""When to train on which sequences: φ, the replay ratio ρ, and one draw a step. No torch.
+
+Every schedule is one rule. At step t of T draw u ~ U(0, 1); P(t) is the probability of training on student outputs:
+
+    u < P(t)·ρ(t)  a fresh rollout
+    u < P(t)       a batch from the replay buffer
+    else           a batch of the data set
+
+P is 0 (``off``), 1 (``on``), λ (``mixed``, GKD), 1 − the data set's falling share (``annealed``, ImitKD) or φ
+(``adaptive``, DistiLLM's Algorithm 1). u is a pure function of (seed, step): every rank draws the same, and a resumed run
+draws what the uninterrupted one would have.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from enum import StrEnum
+
+from distillm_cli.config.schema import Schedule
+
+
+class Source(StrEnum):
+    DATASET = "dataset"
+    ROLLOUT = "rollout"
+    REPLAY = "replay"
+
+
+class Scheduler:
+    """Draws a source for each step, and moves φ when told a validation loss.
+
+    config: the recipe's ``schedule`` section. steps: T. seed: of the draws.
+    """
+
+    def __init__(self, config: Schedule, *, steps: int, seed: int):
+        self.config, self.steps, self.seed = config, steps, seed
+        self.rises = 0
+        self.reference: float | None = None
+
+    @property
+    def phi(self) -> float:
+        """φ, the probability of a student-output batch under ``adaptive``; 0 and meaningless under the others."""
+        if self.config.kind != "adaptive":
+            return 0.0
+        return min(self.config.phi + self.rises / self.config.levels, 1.0)
+
+    @property
+    def may_use_student_outputs(self) -> bool:
+        return self.config.kind != "off"
+
+    def student_probability(self, step: int) -> float:
+        """P(t) for 0 ≤ t < T."""
+        progress = step / self.steps
+        match self.config.kind:
+            case "off":
+                return 0.0
+            case "on":
+                return 1.0
+            case "mixed":
+                return self.config.mix
+            case "adaptive":
+                return self.phi
+            case "annealed":
+                return 1.0 - self._dataset_share(progress)
+        raise AssertionError(self.config.kind)
+
+    def _dataset_share(self, progress: float) -> float:
+        rate = self.config.anneal_rate
+        match self.config.anneal:
+            case "linear":
+                return 1.0 - progress
+            case "exponential":
+                return math.exp(-rate * progress)
+            case "sigmoid":  # twice the rate: e^−rate away from 1 and 0 at the ends, as the exponential is at its end
+                return 1.0 / (1.0 + math.exp(2 * rate * (progress - 0.5)))
+        raise AssertionError(self.config.anneal)
+
+    def fresh_share(self, step: int) -> float:
+        """ρ(t): of the student-output batches, the share that is sampled anew."""
+        replay = self.config.replay
+        if replay == "auto":
+            replay = "decreasing" if self.config.kind == "adaptive" else "none"
+        progress = step / self.steps
+        return {"none": 1.0, "decreasing": 1.0 - progress, "constant": 0.5, "increasing": progress}[replay]
+
+    def draw(self, step: int, buffered: int) -> Source:
+        """The source of step ``step`` (from 0), with ``buffered`` sequences in the replay buffer.
+
+        Replay asked of a buffer that cannot serve it becomes a rollout: one that is not yet full (``warm_up: fill``, the
+        official code), or that is empty (``none``, the paper's text).
+        """
+        u = random.Random(f"schedule/{self.seed}/{step}").random()
+        p_student = self.student_probability(step)
+        if u >= p_student:
+            return Source.DATASET
+        needed = self.config.capacity if self.config.warm_up == "fill" else 1
+        if u < p_student * self.fresh_share(step) or buffered < needed:
+            return Source.ROLLOUT
+        return Source.REPLAY
+
+    def observe(self, valid_loss: float) -> bool:
+        """Takes a validation loss (nats per token); returns whether φ rose.
+
+        The first one, before training, sets the reference. After that φ rises by 1/levels when
+        loss ≥ reference + ε; the reference is the loss at the last rise, or simply the previous one.
+        """
+        if self.config.kind != "adaptive":
+            return False
+        if self.reference is None:
+            self.reference = valid_loss
+            return False
+        due = valid_loss >= self.reference + self.config.epsilon
+        if due or self.config.reference == "previous":
+            self.reference = valid_loss
+        before = self.phi
+        self.rises += due
+        return self.phi > before
+
+    def state_dict(self) -> dict:
+        return {"rises": self.rises, "reference": self.reference}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.rises, self.reference = state["rises"], state["reference"]

@@ -1,0 +1,189 @@
+"""Tokenise once; then the order of examples as arithmetic on (seed, epoch, index), bucketed by length."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from multiprocessing import get_all_start_methods, get_context
+
+import numpy as np
+
+from distillm_cli.config.schema import Data
+from distillm_cli.core.events import Listener, Note, Progress, silent
+from distillm_cli.data.prompts import Encoder, TooLong
+from distillm_cli.data.rows import Row
+from distillm_cli.data.sources import Rows
+from distillm_cli.errors import DataError, PeerProcessError
+from distillm_cli.sequences import Sequence
+
+_CHUNK = 500  # rows tokenised in one call
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """What is trained on. sequences[i] comes from rows[i] and has ``row == i``.
+
+    dropped: rows left out because they are too long; dropped_prompts: those of them whose prompt alone is. truncated:
+    responses that were cut.
+    """
+
+    sequences: list[Sequence]
+    rows: list[Row]
+    dropped: int = 0
+    dropped_prompts: int = 0
+    truncated: int = 0
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of prompt and response, per sequence."""
+        return np.array([len(sequence) for sequence in self.sequences], dtype=np.int64)
+
+    @property
+    def tokens(self) -> int:
+        """Supervised tokens, end-of-sequence included."""
+        return sum(len(sequence.response) for sequence in self.sequences)
+
+
+def tokenise(
+    rows: SequenceOf[Row],
+    encoder: Encoder,
+    data: Data,
+    listener: Listener = silent,
+    max_context: int | None = None,
+) -> Examples:
+    """Rows → sequences, too long ones dropped, cut or refused as ``data.too_long`` says, counted and reported.
+
+    data.workers processes tokenise when it is above 0; the result is the same. max_context: positions of the model.
+    Raises DataError when a row is refused or when no row is left.
+    """
+    chunks = [(rows[at : at + _CHUNK], at, max_context) for at in range(0, len(rows), _CHUNK)]
+    sequences, kept, left_out, truncated = [], [], [], 0
+    name = str(rows) if isinstance(rows, Rows) else ""
+    for (chunk, at, _), outcomes in zip(chunks, _encoded(chunks, encoder, data.workers), strict=True):
+        for row, outcome in zip(chunk, outcomes, strict=True):
+            if isinstance(outcome, TooLong):
+                left_out.append(outcome)
+                continue
+            truncated += int(outcome.response[-1]) != encoder.eos
+            sequences.append(replace(outcome, row=len(kept)))
+            kept.append(row)
+        listener(Progress(f"tokenising {name}".rstrip(), at + len(chunk), len(rows), "rows"))
+    if not sequences:
+        raise _nothing_left(left_out, encoder.limit(max_context))
+    examples = Examples(sequences, kept, len(left_out), sum(over.part == "prompt" for over in left_out), truncated)
+    _report(examples, f"{name}: " if name else "", encoder, max_context, listener)
+    return examples
+
+
+def _report(examples: Examples, name: str, encoder: Encoder, context: int | None, listener: Listener) -> None:
+    limit, dropped, prompts = encoder.limit(context), examples.dropped, examples.dropped_prompts
+    rows = len(examples) + dropped
+    if dropped:
+        prompt_limit = min(encoder.max_prompt_length, limit)
+        why = [f"{prompts:,} with a prompt over {prompt_limit:,} tokens"] if prompts else []
+        why += [f"{dropped - prompts:,} over {limit:,} tokens in all"] if dropped > prompts else []
+        listener(Note(f"{name}{dropped:,} of {rows:,} rows dropped as too long: {', '.join(why)}"))
+    if examples.truncated:
+        listener(Note(f"{name}{examples.truncated:,} of {rows:,} responses cut at {limit:,} tokens, prompt included"))
+
+
+def _nothing_left(left_out: list[TooLong], limit: int) -> DataError:
+    if not left_out:
+        return DataError("no rows to tokenise", hint="check the source")
+    least = min(left_out, key=lambda over: over.prompt + over.response)
+    prompt_limit = min(over.limit for over in left_out if over.part == least.part)
+    limits = f"{limit:,} tokens in all" if least.part == "row" else f"{prompt_limit:,} for the prompt, {limit:,} in all"
+    return DataError(
+        f"all {len(left_out):,} rows are too long: the shortest has {least.prompt:,} + {least.response:,} tokens "
+        f"(prompt + response), the limit is {limits}",
+        where=least.where,
+        hint="raise --max-length (and data.max_prompt_length), or use a model with a longer context",
+    )
+
+
+Chunk = tuple[SequenceOf[Row], int, int | None]  # rows, the number of the first, the model's context
+
+
+def _encoded(chunks: list[Chunk], encoder: Encoder, workers: int) -> Iterator[list[Sequence | TooLong]]:
+    if workers == 0 or len(chunks) < 2:
+        yield from (encoder.sequences(*chunk) for chunk in chunks)
+        return
+    # Not forked from this process: a child would inherit the locks of threads that do not exist in it. A fork server
+    # imports the heavy libraries once for all workers; where there is none, each worker imports them.
+    context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
+    if context.get_start_method() == "forkserver":
+        context.set_forkserver_preload([__name__, type(encoder.tokenizer).__module__])
+    pool = ProcessPoolExecutor(
+        min(workers, len(chunks)), mp_context=context, initializer=_start_worker, initargs=(encoder,)
+    )
+    try:
+        yield from pool.map(_work, chunks)
+    except BrokenProcessPool:
+        raise PeerProcessError("a tokenising process died", hint="try --set data.workers=0") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_encoder: Encoder | None = None  # of a worker process
+
+
+def _start_worker(encoder: Encoder) -> None:
+    global _encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _encoder = encoder
+
+
+def _work(chunk: Chunk) -> list[Sequence | TooLong]:
+    return _encoder.sequences(*chunk)
+
+
+class Order:
+    """Which examples step s trains on: a pure function of (seed, epoch, index), so resuming needs one integer.
+
+    Each epoch permutes the examples and cuts the permutation into batches. With ``bucket`` > 1 it is cut into stretches
+    of up to so many batches first, each stretch is sorted by length, and the batches of the epoch are shuffled: the
+    sequences of a batch are of about one length, and both its company and its turn are random. That saves padding and
+    costs gradient noise where length goes with the kind of task. An epoch has only whole batches; the examples left
+    over (fewer than one batch, others in every epoch) sit that epoch out. Fewer examples than one batch are one batch.
+    """
+
+    def __init__(self, lengths: SequenceOf[int] | np.ndarray, batch: int, seed: int, bucket: int = 1):
+        self._lengths = np.asarray(lengths, dtype=np.int64)
+        if not len(self._lengths):
+            raise ValueError("no examples to order")
+        self._batch, self._seed, self._bucket = min(batch, len(self._lengths)), seed, bucket
+        self.steps_per_epoch = len(self._lengths) // self._batch
+        self._cached: tuple[int, np.ndarray] = (-1, np.empty((0, 0), dtype=np.int64))
+
+    def batch(self, step: int) -> list[int]:
+        """Indices of the examples of a (micro-)step, counted from 0."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        if self._cached[0] != epoch:
+            self._cached = (epoch, self._epoch(epoch))
+        return self._cached[1][index].tolist()
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        steps = self.steps_per_epoch
+        # Raw bits sorted, rather than a shuffle: their stream is the same in every version of numpy.
+        bits = np.random.Philox(np.random.SeedSequence([self._seed, epoch]))
+        drawn = np.argsort(bits.random_raw(len(self._lengths)), kind="stable")[: steps * self._batch]
+        # A short epoch is cut into several stretches too; sorted as one, every epoch would have the same batches.
+        stretch = max(1, min(self._bucket, steps // 4)) * self._batch
+        parts = (drawn[at : at + stretch] for at in range(0, len(drawn), stretch))
+        by_length = [part[np.argsort(self._lengths[part], kind="stable")] for part in parts]
+        batches = np.concatenate(by_length).reshape(steps, self._batch)
+        return batches[np.argsort(bits.random_raw(steps), kind="stable")]
+
+
+def by_length(sequences: SequenceOf[Sequence], batch: int) -> list[list[Sequence]]:
+    """All sequences, each once, in batches of about one length, for scoring. The longest come first, so that memory
+    that does not suffice shows at once."""
+    ordered = sorted(sequences, key=len, reverse=True)
+    return [ordered[at : at + batch] for at in range(0, len(ordered), batch)]

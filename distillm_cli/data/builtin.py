@@ -1,0 +1,214 @@
+"""A procedural instruction set: ten kinds of task, endless rows, no network.
+
+A small character-level model can learn every kind, and a person can judge an answer at a glance. Prompts are at most 32
+characters and answers at most 17, both in letters, digits, the space and ``:?+-``.
+
+The three splits are disjoint by construction. A question has a key: its content without the phrasing, written so that
+questions whose answers follow from one another share it (the larger and the smaller of 48 and 73, a word reversed and
+reversed back, one set of letters in any order). A hash of the key gives the split, so a held-out question occurs in
+train under no phrasing and in no other order. Rows are drawn with replacement: the 810 sums come again soon, the dates,
+words and strings seldom.
+"""
+
+from __future__ import annotations
+
+import calendar
+import difflib
+import hashlib
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from itertools import islice
+from random import Random
+from typing import Literal, TypeVar
+
+from distillm_cli.errors import RecipeError
+
+Split = Literal["train", "valid", "test"]
+T = TypeVar("T")
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+VOWELS = "aeiou"
+CONSONANTS = "bcdfghjklmnpqrstvwxz"  # y is sometimes a vowel: in no word
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question before it is put into words. fields fill a phrasing; key decides the split."""
+
+    fields: tuple[str | int, ...]
+    answer: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A kind of task: what it asks, how it may be put, and where its questions come from."""
+
+    name: str
+    summary: str
+    phrasings: tuple[str, ...]
+    draw: Callable[[Random], Question]
+
+    def make(self, rng: Random, split: Split) -> tuple[str, str]:
+        """(instruction, output) of a random question that belongs to ``split``, in a random phrasing."""
+        question = self.draw(rng)
+        while split_of(self.name, question.key) != split:
+            question = self.draw(rng)
+        return _pick(rng, self.phrasings).format(*question.fields), question.answer
+
+
+def split_of(task: str, key: str) -> Split:
+    """The split a question belongs to: one key in ten is test, one in ten valid, the rest train."""
+    digest = hashlib.blake2b(f"{task} {key}".encode(), digest_size=8).digest()
+    return {0: "test", 1: "valid"}.get(int.from_bytes(digest, "big") % 10, "train")
+
+
+def rows(
+    split: Split, n: int | None, seed: int, tasks: SequenceOf[str] | None = None
+) -> Iterator[tuple[str, str, str]]:
+    """(instruction, output, task) rows; n None is endless.
+
+    (split, seed, tasks) fixes the rows on every machine, and a smaller n is a prefix of a larger one. Every task comes
+    once in each round of as many rows as there are tasks, in a random order. The order and number of names in ``tasks``
+    do not matter; None is all of them.
+
+    Raises RecipeError for an unknown task or an empty selection.
+    """
+    if split not in ("train", "valid", "test"):
+        raise ValueError(f"split is {split!r}; expected train, valid or test")
+    return islice(_stream(split, seed, _choose(tasks)), n)
+
+
+def _stream(split: Split, seed: int, chosen: list[Task]) -> Iterator[tuple[str, str, str]]:
+    rng = Random(f"builtin {split} {seed}")
+    while True:
+        for task in sorted(chosen, key=lambda _: rng.random()):
+            yield *task.make(rng, split), task.name
+
+
+def _choose(names: SequenceOf[str] | None) -> list[Task]:
+    if names is None:
+        return list(TASKS.values())
+    known = ", ".join(TASKS)
+    for name in names:
+        if name not in TASKS:
+            near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}? Known: {known}" if near else f"known: {known}"
+            raise RecipeError(f"no builtin task is called {name!r}", where="data.tasks", hint=hint)
+    if not names:
+        raise RecipeError("no builtin task is selected", where="data.tasks", hint=f"known: {known}")
+    return [task for name, task in TASKS.items() if name in names]
+
+
+# Of the random module only `random()` is promised to stay the same across Python versions, so all draws go through it.
+
+
+def _between(rng: Random, low: int, high: int) -> int:
+    """A whole number from low to high, both included."""
+    return low + int(rng.random() * (high - low + 1))
+
+
+def _pick(rng: Random, choices: SequenceOf[T]) -> T:
+    return choices[_between(rng, 0, len(choices) - 1)]
+
+
+def _word(rng: Random) -> str:
+    """3 to 6 letters, consonants and vowels in turn, so that it can be said aloud."""
+    kinds = (CONSONANTS, VOWELS) if rng.random() < 0.75 else (VOWELS, CONSONANTS)
+    return "".join(_pick(rng, kinds[i % 2]) for i in range(_between(rng, 3, 6)))
+
+
+def _tens(rng: Random) -> int:
+    """Two digits, always: numbers that line up are what lets a small model learn to reckon in minutes."""
+    return _between(rng, 10, 99)
+
+
+def _digit(rng: Random) -> int:
+    return _between(rng, 1, 9)
+
+
+def _sort(rng: Random) -> Question:
+    bag = sorted(LETTERS, key=lambda _: rng.random())[: _between(rng, 3, 6)]
+    answer = "".join(sorted(bag))
+    return Question(("".join(bag),), answer, key=answer)
+
+
+def _reverse(rng: Random) -> Question:
+    word = _word(rng)
+    return Question((word,), word[::-1], key=min(word, word[::-1]))
+
+
+def _add(rng: Random) -> Question:
+    a, b = _tens(rng), _digit(rng)
+    return Question((a, b), str(a + b), key=f"{a} {b}")
+
+
+def _subtract(rng: Random) -> Question:
+    a, b = _tens(rng), _digit(rng)
+    return Question((a, b), str(a - b), key=f"{a} {b}")
+
+
+def _count(rng: Random) -> Question:
+    text = "".join(_pick(rng, "abcde") for _ in range(6))
+    letter = _pick(rng, text if rng.random() < 0.8 else "abcde")
+    return Question((letter, text), str(text.count(letter)), key=f"{letter} {text}")
+
+
+def _compare(rng: Random) -> Question:
+    a = b = _tens(rng)
+    while a == b:
+        b = _tens(rng)
+    word, answer = _pick(rng, (("larger", max(a, b)), ("smaller", min(a, b))))
+    return Question((word, a, b), str(answer), key=f"{min(a, b)} {max(a, b)}")
+
+
+def _date(rng: Random) -> Question:
+    year, month = _between(rng, 1900, 2099), _between(rng, 1, 12)
+    day = _between(rng, 1, calendar.monthrange(year, month)[1])
+    iso = f"{year}-{month:02}-{day:02}"
+    return Question((iso,), f"{day} {MONTHS[month - 1]} {year}", key=iso)
+
+
+def _upper(rng: Random) -> Question:
+    word = _word(rng)
+    return Question((word,), word.upper(), key=word)
+
+
+def _consonants(rng: Random) -> Question:
+    word = _word(rng)
+    return Question((word,), "".join(letter for letter in word if letter not in VOWELS), key=word)
+
+
+def _spell(rng: Random) -> Question:
+    word = _word(rng)
+    return Question((word,), "-".join(word), key=word)
+
+
+# Written out: calendar.month_name speaks the language of the machine.
+MONTHS = (
+    *("January", "February", "March", "April", "May", "June"),
+    *("July", "August", "September", "October", "November", "December"),
+)
+
+_ALL = (
+    Task("sort", "letters in alphabetical order", ("Sort the letters: {0}", "Put in order: {0}"), _sort),
+    Task("reverse", "a word backwards", ("Reverse the word: {0}", "Write {0} backwards"), _reverse),
+    Task("add", "a two-digit number plus a digit", ("What is {0} + {1}?", "Add {0} and {1}"), _add),
+    Task("subtract", "a two-digit number minus a digit", ("What is {0} - {1}?", "Take {1} from {0}"), _subtract),
+    Task("count", "how often a letter occurs", ("How many {0} in {1}?", "Count the letter {0}: {1}"), _count),
+    Task(
+        "compare",
+        "the larger or smaller of two two-digit numbers",
+        ("Which is {0}: {1} or {2}?", "The {0} of {1} and {2}"),
+        _compare,
+    ),
+    Task("date", "a date in words", ("Write as a date: {0}", "Which day is {0}?"), _date),
+    Task("upper", "a word in capitals", ("Write in capitals: {0}", "Upper case {0}"), _upper),
+    Task(
+        "consonants", "a word without its vowels", ("Drop the vowels: {0}", "Only the consonants of {0}"), _consonants
+    ),
+    Task("spell", "a word letter by letter", ("Spell the word: {0}", "Spell {0} with dashes"), _spell),
+)
+
+TASKS: dict[str, Task] = {task.name: task for task in _ALL}

@@ -1,0 +1,208 @@
+"""Local data files → records, each with the place it stands at: ``train.jsonl:318``.
+
+A record that cannot be read is yielded as a ``Fault``, so that the caller decides between stopping and skipping; a file
+that cannot be read at all is a ``DataError``. Parquet goes through ``datasets``. JSON lines, JSON and CSV are read here:
+``datasets`` guesses the types of CSV cells (an answer of ``42`` becomes a number, ``NA`` a null), fills short rows, and
+none of its complaints can name a line.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import glob
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distillm_cli.errors import DataError
+
+FORMATS = (".jsonl", ".json", ".csv", ".parquet")
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why the record at this place could not be read."""
+
+    what: str
+
+
+Records = Iterator[tuple[str, Any]]  # (where, record or Fault)
+
+
+def read(path: Path) -> Records:
+    """The records of one file, in order. Blank lines are no records.
+
+    Raises DataError when the file is absent, unreadable, of an unknown kind, or broken as a whole.
+    """
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        known = ", ".join(FORMATS)
+        raise DataError(f"{path}: not a kind of data file that is known", hint=f"known are {known}")
+    try:
+        yield from reader(path)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file", hint="check the path") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})", hint="check the file") from error
+
+
+def _complaint(error: ValueError) -> str:
+    """A JSON error in this project's words: ``not JSON (expected ',' at column 41)``."""
+    if not isinstance(error, json.JSONDecodeError):  # an integer of thousands of digits
+        return f"not JSON ({error})"
+    said = error.msg.replace("Expecting", "expected").removesuffix(" delimiter").removesuffix(" at")
+    return f"not JSON ({said[0].lower()}{said[1:]} at column {error.colno})"
+
+
+def _jsonl(path: Path) -> Records:
+    with path.open("rb") as lines:
+        # Lines are split at \n alone: str.splitlines would also split at U+2028 inside a text.
+        for number, raw in enumerate(lines, start=1):
+            if number == 1:
+                raw = raw.removeprefix(codecs.BOM_UTF8)
+            raw = raw.rstrip()  # of its line end, or the column of an unfinished line would be one of the next
+            if raw:
+                yield f"{path.name}:{number}", _json_line(raw)
+
+
+def _json_line(raw: bytes) -> Any:
+    try:
+        return json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return Fault(_not_utf8(error))
+    except RecursionError:
+        return Fault("not JSON (nested too deeply)")
+    except ValueError as error:
+        return Fault(_complaint(error))
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"not UTF-8 (byte 0x{error.object[error.start]:02x} at byte {error.start + 1} of the line)"
+
+
+def _json(path: Path) -> Records:
+    raw = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    try:
+        text = raw.decode("utf-8")
+        start = _SPACE.match(text).end()
+        if start == len(text):
+            return
+        if text[start] == "{" and _follows(text, start):
+            yield from _jsonl(path)  # many a .json file holds JSON lines
+            return
+        whole = json.loads(text)
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path.name}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x})", where=str(path)) from None
+    except RecursionError:
+        raise DataError(f"{path.name}: not JSON (nested too deeply)", where=str(path)) from None
+    except ValueError as error:
+        line = getattr(error, "lineno", 1)
+        raise DataError(
+            f"{path.name}:{line}: {_complaint(error)}", where=str(path), hint="mend the file; rows are a JSON list"
+        ) from None
+    if isinstance(whole, dict) and isinstance(whole.get("data"), list):
+        rows, lines = whole["data"], _element_lines(text, _value_start(text, start, "data"))
+    elif isinstance(whole, list):
+        rows, lines = whole, _element_lines(text, start)
+    else:
+        rows, lines = [whole], iter([text.count("\n", 0, start) + 1])
+    for line, row in zip(lines, rows, strict=True):
+        yield f"{path.name}:{line}", row
+
+
+def _follows(text: str, start: int) -> bool:
+    """Whether something follows the JSON value at ``start``."""
+    _, end = _decode_at(text, start)
+    return _SPACE.match(text, end).end() < len(text)
+
+
+_decode_at = json.JSONDecoder().raw_decode
+
+
+def _value_start(text: str, at: int, key: str) -> int:
+    """Where the value of the last top-level ``key`` starts, in the JSON object at ``at`` (known to be valid)."""
+    found = at
+    at = _SPACE.match(text, at + 1).end()
+    while text[at] != "}":
+        name, at = _decode_at(text, at)
+        at = _SPACE.match(text, _SPACE.match(text, at).end() + 1).end()  # past the colon
+        if name == key:
+            found = at
+        _, at = _decode_at(text, at)
+        at = _SPACE.match(text, at).end()
+        if text[at] == ",":
+            at = _SPACE.match(text, at + 1).end()
+    return found
+
+
+def _element_lines(text: str, at: int) -> Iterator[int]:
+    """The line on which each element of the JSON list at ``at`` (known to be valid) starts."""
+    line, counted = 1, 0
+    at = _SPACE.match(text, at + 1).end()
+    while text[at] != "]":
+        line += text.count("\n", counted, at)
+        counted = at
+        yield line
+        _, at = _decode_at(text, at)
+        at = _SPACE.match(text, at).end()
+        if text[at] == ",":
+            at = _SPACE.match(text, at + 1).end()
+
+
+def _csv(path: Path) -> Records:
+    csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is less than some documents
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+        cells = csv.reader(text, strict=True)
+        try:
+            header = next(cells, None)
+        except csv.Error as error:
+            raise DataError(f"{path.name}:1: not CSV ({error})", where=str(path)) from None
+        if header is None:
+            return
+        names = [name.strip() for name in header]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise DataError(f"{path.name}:1: column `{twice[0]}` occurs twice", where=str(path), hint="rename one")
+        while True:
+            where = f"{path.name}:{cells.line_num + 1}"  # a quoted cell may span lines; this is the row's first
+            try:
+                row = next(cells, None)
+            except csv.Error as error:
+                yield where, Fault(f"not CSV ({error})")
+                continue
+            if row is None:
+                return
+            if row:
+                yield where, _csv_record(names, row)
+
+
+def _csv_record(names: list[str], row: list[str]) -> Any:
+    if len(row) != len(names):
+        return Fault(f"{len(row)} cells where the header has {len(names)}")
+    if any("\udc80" <= char <= "\udcff" for cell in row if not cell.isascii() for char in cell):
+        return Fault("not UTF-8")
+    return dict(zip(names, row, strict=True))
+
+
+def _parquet(path: Path) -> Records:
+    import datasets
+    import pyarrow
+
+    with path.open("rb"):
+        pass  # absent and unreadable files are told apart here; datasets calls both "invalid"
+    try:
+        # Streaming leaves no copy in the cache, and unlike load_dataset this never asks the network for anything.
+        stream = datasets.IterableDataset.from_parquet(glob.escape(str(path)))
+        for number, record in enumerate(stream, start=1):
+            yield f"{path.name} row {number}", record
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path.name}: not parquet ({error})", where=str(path), hint="write the file again") from None
+
+
+_READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}

@@ -1,0 +1,84 @@
+"""Data sets of the Hugging Face hub, through ``datasets``: the one place of this room that uses the network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from distillm_cli.core.events import Listener, Note
+from distillm_cli.data.files import Records, read
+from distillm_cli.errors import DataError
+
+T = TypeVar("T")
+
+# The processed sets of MiniLLM (METHODS D), file by file: left to itself the loader would read the plain-text twins that
+# lie beside them, and in the last two every subset by length of the reference (`11_`: eleven words or more). Named one
+# by one they are also found again offline, and their complaints name a line.
+KNOWN = {
+    "dolly": ("MiniLLM/dolly", {"train": "raw.jsonl", "test": "valid.jsonl"}),
+    "self-inst": ("MiniLLM/self-inst", {"test": "valid.jsonl"}),
+    "vicuna": ("MiniLLM/Vicuna", {"test": "valid.jsonl"}),
+    "sinst": ("MiniLLM/sinst", {"test": "11_/valid.jsonl"}),
+    "uinst": ("MiniLLM/uinst", {"test": "11_/valid.jsonl"}),
+}
+
+
+def hub_splits(name: str, typed: str, looked: str, listener: Listener) -> dict[str, Callable[[], Records]]:
+    """The splits of a data set by the hub's names for them, each a call that reads it.
+
+    name: a known short name, or ``owner/name``, with ``:config`` where a set has several. typed: what the person wrote.
+    looked: where else was looked, for the message. Raises DataError when the hub has no such set or cannot be reached.
+    """
+    import datasets
+
+    repo, files = KNOWN.get(name, (name, None))
+    repo, _, config = repo.partition(":")
+    ask = partial(_asked, typed, repo, looked)
+    _reach(ask, repo)
+    listener(Note(f"{typed}: reading {repo} of the hub"))
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # a counter elsewhere is no reason to phone there
+    if files is not None:
+        return {split: partial(_file, ask, repo, file) for split, file in files.items()}
+    splits = ask(datasets.get_dataset_split_names, repo, config or None)
+    return {split: partial(_rows, ask, repo, config, split) for split in splits}
+
+
+def _file(ask: Callable[..., Any], repo: str, file: str) -> Records:
+    import huggingface_hub
+
+    yield from read(Path(ask(huggingface_hub.hf_hub_download, repo, file, repo_type="dataset")))
+
+
+def _rows(ask: Callable[..., Any], repo: str, config: str, split: str) -> Records:
+    import datasets
+
+    loaded = ask(datasets.load_dataset, repo, config or None, split=split)
+    for number, record in enumerate(loaded, start=1):
+        yield f"{repo} {split} row {number}", record
+
+
+def _reach(ask: Callable[..., Any], repo: str) -> None:
+    """One question to the hub first: without a network the loader would repeat its own for half a minute."""
+    import huggingface_hub
+
+    # Offline by choice: what was downloaded before is read, and what was not is refused at once.
+    if not huggingface_hub.constants.HF_HUB_OFFLINE:
+        ask(huggingface_hub.HfApi().dataset_info, repo, timeout=20)
+
+
+def _asked(typed: str, repo: str, looked: str, question: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """``question(…)`` to the hub. Whatever goes wrong there is a DataError that says where else was looked."""
+    try:
+        return question(*args, **kwargs)
+    except Exception as error:  # the hub's clients raise errors of four libraries with no common base
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+        said = str(error).strip().splitlines()
+        reason = said[0] if said else type(error).__name__
+        absent = isinstance(error, RepositoryNotFoundError | HFValidationError | FileNotFoundError)
+        absent &= not isinstance(error, LocalEntryNotFoundError)  # not among earlier downloads, and offline
+        found = "is not on the hub" if absent else "cannot be read from the hub"
+        hint = "set DISTILLM_DATA to a directory that holds it, or pass a file"
+        raise DataError(f"no data set `{typed}`: {looked}, and {repo} {found} ({reason})", hint=hint) from error

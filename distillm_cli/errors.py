@@ -1,0 +1,83 @@
+"""One family of errors. Each knows its exit code; each message says what, where, and what to try.
+
+Exit codes are part of what scripts rely on:
+0 done · 1 unexpected · 2 usage or recipe · 3 data · 4 model or tokenizer · 5 checkpoint · 6 non-finite numbers ·
+7 out of memory · 8 storage · 9 a peer process died · 130/143 interrupted.
+"""
+
+from __future__ import annotations
+
+
+class DistillmError(Exception):
+    """Base of every error a person may cause or meet.
+
+    what: the fact, with the offending value. where: file and line, or the recipe key. hint: what to try.
+    ``str(error)`` is one line, ``what; where; hint``, with the absent parts left out.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None):
+        self.what, self.where, self.hint = what, where, hint
+        parts = (" ".join(part.split()) for part in (what, where, hint) if part)
+        super().__init__("; ".join(parts))
+
+
+class UsageError(DistillmError):
+    """A flag, a combination of flags, or an output directory that cannot be used."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """A recipe that does not parse or validate; names the file, the key, the value."""
+
+
+class DataError(DistillmError):
+    """A source, a row, a column, an empty set."""
+
+    exit_code = 3
+
+
+class ModelError(DistillmError):
+    """A model or tokenizer: not found, not a model, or a pair that does not fit."""
+
+    exit_code = 4
+
+
+class CheckpointError(DistillmError):
+    """A checkpoint: damaged, missing, or of another recipe."""
+
+    exit_code = 5
+
+
+class NonFiniteError(DistillmError):
+    """A loss or gradient that is not a number any more."""
+
+    exit_code = 6
+
+
+class OutOfMemoryError(DistillmError):
+    """Host or device memory ran out."""
+
+    exit_code = 7
+
+
+class StorageError(DistillmError):
+    """A disk that is full, read-only, or failing."""
+
+    exit_code = 8
+
+
+class PeerProcessError(DistillmError):
+    """Another rank of a distributed run died."""
+
+    exit_code = 9
+
+
+class Interrupted(DistillmError):
+    """A signal asked the run to stop; it did, after the step in hand. 128 + the signal's number."""
+
+    def __init__(self, what: str, *, signal_number: int, where: str | None = None, hint: str | None = None):
+        super().__init__(what, where=where, hint=hint)
+        self.exit_code = 128 + signal_number

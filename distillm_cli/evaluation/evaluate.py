@@ -1,0 +1,209 @@
+"""A model on a suite: one pass of generation per seed, each scored, and their mean ± standard deviation.
+
+The paper's way (METHODS D) is in the defaults of ``schema.Eval``: sampled at T = 1 with five seeds, ROUGE-L the best over a
+row's references, mean over rows, mean ± sd over seeds.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from distillm_cli.config import schema
+from distillm_cli.core.events import Listener, Warned, silent
+from distillm_cli.core.rollout import Decoder, Sampled, Sampling, sample_all
+from distillm_cli.data.prompts import Encoder, render
+from distillm_cli.data.sources import Row
+from distillm_cli.errors import DataError
+from distillm_cli.evaluation.metrics import METRICS, Count, ratio
+from distillm_cli.evaluation.suites import Suite
+
+GREEDY = "greedy"
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One metric: mean and sample standard deviation over passes (0 for a single pass), and each pass's value."""
+
+    mean: float
+    sd: float
+    seeds: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the model said to one row. tokens: how many, end-of-sequence included. entropy: their mean, nats.
+
+    counts: by metric, what the row adds to a figure (see ``metrics.ratio``).
+    """
+
+    text: str
+    tokens: int
+    complete: bool
+    entropy: float
+    counts: dict[str, Count]
+
+
+@dataclass(frozen=True)
+class SuiteResult:
+    """What a model scored on one suite.
+
+    prompts: each row's, as text. answers: by pass ("10", "20", … or "greedy"), in the order of ``suite.rows``. tasks:
+    the scores by kind of task, where rows carry one. tokens: generated over all passes. seconds: spent generating.
+    entropy: mean over those tokens of the entropy of the model's next-token distribution (temperature 1), nats.
+    complete: the share of answers that ended by themselves, 0 to 1.
+    """
+
+    suite: Suite
+    config: schema.Eval
+    template: str
+    scores: dict[str, Score]
+    tasks: dict[str, dict[str, Score]]
+    prompts: list[str]
+    answers: dict[str, list[Answer]]
+    tokens: int
+    seconds: float
+    entropy: float
+    complete: float
+
+    @property
+    def outputs(self) -> dict[str, list[str]]:
+        """The texts alone, by pass."""
+        return {name: [answer.text for answer in said] for name, said in self.answers.items()}
+
+    def as_json(self) -> dict[str, Any]:
+        """The suite's object in ``distillm eval --json`` and in ``results.json``."""
+        found: dict[str, Any] = {"rows": len(self.suite.rows)}
+        found |= {name: {"mean": s.mean, "sd": s.sd, "seeds": s.seeds} for name, s in self.scores.items()}
+        rate = round(self.tokens / max(self.seconds, 1e-9), 1)
+        found |= {"tokens": self.tokens, "tokens_per_s": rate, "seconds": round(self.seconds, 3)}
+        found |= {"entropy": self.entropy, "complete": self.complete}
+        if self.tasks:
+            found["tasks"] = {
+                task: {name: {"mean": s.mean, "sd": s.sd} for name, s in scores.items()}
+                for task, scores in self.tasks.items()
+            }
+        return found
+
+
+def evaluate(
+    decoder: Decoder,
+    encoder: Encoder,
+    suite: Suite,
+    config: schema.Eval,
+    listener: Listener = silent,
+    *,
+    skip_long: bool = False,
+) -> SuiteResult:
+    """Scores a model on a suite as ``config`` says. The encoder's tokenizer is the model's.
+
+    skip_long: rows whose prompt leaves no room for a response in the model's context are left out, with a warning;
+    otherwise the first of them is a DataError that names the row. Other responses are cut at the context.
+    """
+    suite, prompts = fitting(suite, encoder, decoder.context, listener, skip_long=skip_long)
+    answers: dict[str, list[Answer]] = {}
+    seconds = 0.0
+    for name, seed, sampling in passes(config):
+        task = f"{suite.name}, {name if name == GREEDY else f'seed {name}'}"
+        began = time.monotonic()
+        said = dict(
+            sample_all(
+                decoder,
+                prompts,
+                sampling,
+                seed=seed,
+                batch_size=config.batch_size,
+                listener=listener,
+                task=task,
+                entropy=True,
+            )
+        )
+        seconds += time.monotonic() - began
+        answers[name] = [_answer(encoder, said[i], row, config.metrics) for i, row in enumerate(suite.rows)]
+    every = [answer for one_pass in answers.values() for answer in one_pass]
+    tokens = sum(answer.tokens for answer in every)
+    return SuiteResult(
+        suite=suite,
+        config=config,
+        template=encoder.template,
+        scores=_scores(config.metrics, answers),
+        tasks=_by_task(config.metrics, answers, suite.rows),
+        prompts=[render(row, encoder.template, encoder.tokenizer) for row in suite.rows],
+        answers=answers,
+        tokens=tokens,
+        seconds=seconds,
+        entropy=sum(answer.entropy * answer.tokens for answer in every) / tokens,
+        complete=sum(answer.complete for answer in every) / len(every),
+    )
+
+
+def passes(config: schema.Eval) -> list[tuple[str, int, Sampling]]:
+    """(name, seed, sampling) of each pass: one per seed, or a single one named ``greedy`` that has no randomness."""
+    shared = {"max_new_tokens": config.max_new_tokens, "no_repeat_ngram_size": config.no_repeat_ngram_size}
+    if config.greedy or config.temperature == 0:
+        return [(GREEDY, 0, Sampling(temperature=0.0, **shared))]
+    sampling = Sampling(config.temperature, config.top_p, config.top_k, **shared)
+    return [(str(seed), seed, sampling) for seed in dict.fromkeys(config.seeds)]
+
+
+def fitting(
+    suite: Suite, encoder: Encoder, context: int | None, listener: Listener = silent, *, skip_long: bool = False
+) -> tuple[Suite, list[np.ndarray]]:
+    """The suite with its prompts as token ids, each with room for at least one token of a response in ``context``."""
+    prompts = encoder.prompts(suite.rows)
+    kept = [i for i, prompt in enumerate(prompts) if context is None or len(prompt) < context]
+    if len(kept) == len(prompts):
+        return suite, prompts
+    long = sorted(set(range(len(prompts))) - set(kept))
+    whats = [
+        f"{suite.rows[i].where}: a prompt of {len(prompts[i]):,} tokens leaves no room for a response in the model's "
+        f"{context:,} positions"
+        for i in long
+    ]
+    if not skip_long or not kept:
+        hint = "use a model with a longer context" + ("" if skip_long else ", or leave such rows out: --skip-bad-rows")
+        raise DataError(whats[0], where=suite.source, hint=hint)
+    for what in whats[:3]:
+        listener(Warned(f"skipped {what}"))
+    if len(long) > 3:
+        listener(Warned(f"skipped {len(long):,} of the {len(prompts):,} rows of {suite.name} for that reason"))
+    return suite.keep(kept), [prompts[i] for i in kept]
+
+
+def text_of(tokenizer: Any, said: Sampled) -> str:
+    """An output as text: special tokens left out, nothing else tidied."""
+    return tokenizer.decode(said.tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _answer(encoder: Encoder, said: Sampled, row: Row, metrics: SequenceOf[str]) -> Answer:
+    text = text_of(encoder.tokenizer, said)
+    counts = {metric: METRICS[metric].count(text, row.references) for metric in metrics}
+    return Answer(text, len(said.tokens), said.complete, float(said.entropy), counts)
+
+
+def _scores(metrics: SequenceOf[str], answers: Mapping[str, SequenceOf[Answer]]) -> dict[str, Score]:
+    found = {}
+    for metric in metrics:
+        seeds = {name: ratio(answer.counts[metric] for answer in said) for name, said in answers.items()}
+        values = list(seeds.values())
+        found[metric] = Score(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0, seeds)
+    return found
+
+
+def _by_task(
+    metrics: SequenceOf[str], answers: Mapping[str, SequenceOf[Answer]], rows: SequenceOf[Row]
+) -> dict[str, dict[str, Score]]:
+    members: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        if row.task is not None:
+            members.setdefault(row.task, []).append(i)
+    return {
+        task: _scores(metrics, {name: [said[i] for i in picked] for name, said in answers.items()})
+        for task, picked in sorted(members.items())
+    }

@@ -1,0 +1,103 @@
+"""What an evaluation leaves behind, to be read, plotted and checked later.
+
+    eval/dolly/t1/results.json              the settings, and what ``distillm eval --json`` says of the suite
+    eval/dolly/t1/predictions-seed10.jsonl  a line per row: prompt, output, references, the row's own scores
+    eval/dolly/greedy/…                     the same suite with other settings
+
+A directory stands for a suite and the settings that shape the answers. Scoring the same again replaces these files of it,
+and no others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from distillm_cli.config import schema
+from distillm_cli.errors import StorageError
+from distillm_cli.evaluation.evaluate import GREEDY, SuiteResult
+from distillm_cli.evaluation.metrics import ratio
+
+_LETTERS = {"top_p": "p", "top_k": "k", "max_new_tokens": "n", "no_repeat_ngram_size": "r", "limit": "limit"}
+_WITHOUT_EFFECT_ON_GREEDY = ("top_p", "top_k")
+
+
+def label(config: schema.Eval, template: str) -> str:
+    """A directory's name for settings: ``t1``, ``t0.5-p0.9``, ``greedy-n64-plain``. Defaults are not spelled out."""
+    greedy = config.greedy or config.temperature == 0
+    parts = [GREEDY if greedy else f"t{config.temperature:g}"]
+    for name, letter in _LETTERS.items():
+        value = getattr(config, name)
+        if value != schema.Eval.model_fields[name].default and not (greedy and name in _WITHOUT_EFFECT_ON_GREEDY):
+            parts.append(f"{letter}{value:g}")
+    if template != schema.Data.model_fields["template"].default:
+        parts.append(template)
+    return "-".join(parts)
+
+
+def check_writable(root: Path) -> None:
+    """Raises StorageError when nothing can be written at ``root``, before hours go into what should end up there.
+
+    Makes no directory: the nearest one that is there is tried.
+    """
+    home = root
+    while not home.exists() and home != home.parent:
+        home = home.parent
+    probe = home / f".writable-{os.getpid()}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise _refused(root, error) from error
+
+
+def save(result: SuiteResult, root: Path, about: Mapping[str, Any] | None = None) -> Path:
+    """Writes predictions and results under ``root``; returns their directory.
+
+    about: what else ``results.json`` should open with (the model, its dtype). Raises StorageError.
+    """
+    place = root / result.suite.name / label(result.config, result.template)
+    settings = result.config.model_dump(mode="json", exclude={"suites", "report_rows", "batch_size"})
+    head = {"suite": result.suite.name, "source": result.suite.source, **(about or {})}
+    summary = {**head, "settings": {**settings, "template": result.template}, **result.as_json()}
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        # An absent results.json says that these predictions are not whole.
+        for stale in [place / "results.json", *place.glob("predictions-*.jsonl")]:
+            stale.unlink(missing_ok=True)
+        for name in result.answers:
+            path = place / f"predictions-{name if name == GREEDY else f'seed{name}'}.jsonl"
+            _write(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in _predictions(result, name)))
+        _write(place / "results.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise _refused(place, error) from error
+    return place
+
+
+def _predictions(result: SuiteResult, name: str) -> Iterator[dict[str, Any]]:
+    for row, prompt, answer in zip(result.suite.rows, result.prompts, result.answers[name], strict=True):
+        yield {
+            "where": row.where,
+            **({} if row.task is None else {"task": row.task}),
+            "prompt": prompt,
+            "output": answer.text,
+            "references": list(row.references),
+            **{metric: ratio([count]) for metric, count in answer.counts.items()},
+            "tokens": answer.tokens,
+            "complete": answer.complete,
+            "entropy": answer.entropy,
+        }
+
+
+def _write(path: Path, text: str) -> None:
+    """The whole file or nothing."""
+    staged = path.with_name(f".staging-{path.name}")
+    staged.write_text(text, encoding="utf-8")
+    staged.replace(path)
+
+
+def _refused(path: Path, error: OSError) -> StorageError:
+    return StorageError(f"cannot write to {path}: {error.strerror or error}", hint="choose another place with --output")

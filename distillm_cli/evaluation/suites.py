@@ -1,0 +1,85 @@
+"""What a model is scored on: prompts with accepted answers, found by a short name or read from a file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from distillm_cli.config.schema import Columns, Recipe
+from distillm_cli.core.events import Listener, silent
+from distillm_cli.data.sources import Row, Rows, load_rows
+
+# The paper's five, in the order of its tables. Their columns are known, whatever a recipe names for its own data.
+PAPER_SUITES = ("dolly", "self-inst", "vicuna", "sni", "unni")
+HELD_OUT = "held-out"
+_GENERIC = {"train", "valid", "validation", "val", "dev", "test", "data"}
+
+
+@dataclass(frozen=True)
+class Suite:
+    """name: short, fit for a directory, unique in a call. source: where the rows are from. skipped: broken ones."""
+
+    name: str
+    rows: list[Row]
+    source: str
+    skipped: tuple[str, ...] = ()
+
+    def keep(self, indices: SequenceOf[int]) -> Suite:
+        """The same suite with these rows only."""
+        return replace(self, rows=[self.rows[i] for i in indices])
+
+
+def load_suites(recipe: Recipe, listener: Listener = silent) -> list[Suite]:
+    """Those that ``recipe.eval.suites`` names, else the run's held-out rows; names that clash get a number."""
+    if not recipe.eval.suites:
+        return [held_out(recipe, listener)]
+    return distinct(load_suite(name, recipe, listener) for name in recipe.eval.suites)
+
+
+def load_suite(name: str, recipe: Recipe, listener: Listener = silent) -> Suite:
+    """The test rows of ``dolly self-inst vicuna sni unni``, ``builtin``, a data file or directory, or a hub name.
+
+    A short name is looked for under $DISTILLM_DATA first, on the hub after. ``recipe.data`` says how rows are read
+    (columns, skip_bad_rows), ``recipe.eval.limit`` how many. Raises DataError when they cannot be found or read.
+    """
+    # What belongs to the training source, such as its own held-out file, is not the suite's.
+    own = {"source": name, "valid": None, "limit": None}
+    if name in PAPER_SUITES:
+        own["columns"] = Columns()
+    data = recipe.data.model_copy(update=own)
+    return _suite(short_name(name), load_rows(data, "test", listener=listener, limit=recipe.eval.limit))
+
+
+def held_out(recipe: Recipe, listener: Listener = silent) -> Suite:
+    """The validation rows of the recipe's own data, at most ``data.valid_limit`` and ``eval.limit`` of them."""
+    return _suite(HELD_OUT, load_rows(recipe.data, "valid", listener=listener, limit=recipe.eval.limit))
+
+
+def distinct(suites: Iterable[Suite]) -> list[Suite]:
+    """The same suites, names that clash told apart: test, test-2, …"""
+    found: dict[str, Suite] = {}
+    for suite in suites:
+        name, n = suite.name, 1
+        while name in found:
+            n += 1
+            name = f"{suite.name}-{n}"
+        found[name] = replace(suite, name=name)
+    return list(found.values())
+
+
+def short_name(source: str) -> str:
+    """dolly → dolly; data/g2p/test.jsonl → g2p-test; answers.jsonl → answers; MiniLLM/dolly → MiniLLM-dolly."""
+    path, name = Path(source).expanduser(), source
+    if path.is_file():
+        place = path.resolve()
+        name = f"{place.parent.name}-{place.stem}" if place.stem in _GENERIC else place.stem
+    elif path.is_dir():
+        name = path.resolve().name
+    return re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "suite"
+
+
+def _suite(name: str, rows: Rows) -> Suite:
+    return Suite(name, list(rows), str(rows.path or rows.name), tuple(rows.skipped))

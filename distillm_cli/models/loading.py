@@ -1,0 +1,233 @@
+"""From a name or a directory to a config, a tokenizer, a model; whatever is wrong there becomes one line.
+
+Local directories never touch the network, and code that comes with a checkpoint is never run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from distillm_cli.core.events import Listener, Progress, silent
+from distillm_cli.errors import ModelError
+from distillm_cli.models.backbone import Backbone, eval_mode
+from distillm_cli.models.students import adopt_special_tokens, set_dropout
+
+BUILTIN_TEACHER = Path(__file__).resolve().parent.parent / "assets" / "quickstart-teacher"
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.model", "tekken.json")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers and the hub say nothing below an error and draw no bars: stderr belongs to our own display."""
+    loggings = (transformers.utils.logging, huggingface_hub.utils.logging)
+    verbosities = [logging.get_verbosity() for logging in loggings]
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    for logging in loggings:
+        logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logging, verbosity in zip(loggings, verbosities, strict=True):
+            logging.set_verbosity(verbosity)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def locate(path: str) -> tuple[str, bool]:
+    """`path` as transformers takes it, and whether it is a local directory. `builtin` is the teacher shipped here."""
+    place = BUILTIN_TEACHER if path == "builtin" else Path(path).expanduser()
+    if place.is_dir():
+        return str(place), True
+    if place.is_file():
+        raise ModelError(f"{path} is a file, not a model directory", hint=f"pass {place.parent}")
+    if path == "builtin" or place.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
+        raise ModelError(f"no model at {place}: no such directory", hint="check the path")
+    return path, False
+
+
+def has_tokenizer(directory: Path) -> bool:
+    return any(next(directory.glob(pattern), None) for pattern in _TOKENIZERS)
+
+
+def load_config(path: str, *, revision: str | None = None, file: bool = False) -> PretrainedConfig:
+    """The config of a causal model: a directory's, a hub name's, or (``file``) the one in this JSON file."""
+    name, local = (path, True) if file else locate(path)
+    if local and not file and not (Path(name) / "config.json").is_file():
+        raise ModelError(f"{path} holds no config.json", hint="pass a model directory: config.json, model.safetensors")
+    with quiet():
+        try:
+            config = AutoConfig.from_pretrained(
+                name, revision=revision, local_files_only=local, trust_remote_code=False
+            )
+        except Exception as error:  # a dozen types, by version; each of them means that the config is not usable
+            raise _not_loaded("config", path, local, error) from error
+    if config.is_encoder_decoder:
+        raise ModelError(
+            f"{path} is an encoder-decoder model ({config.model_type}), which is not supported yet",
+            hint="pass a causal model: GPT-2, OPT, Llama, Qwen, Gemma, …",
+        )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise _not_causal(path, config)
+    return config
+
+
+def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a directory or a hub name. It has an end-of-sequence token, and a pad token (that one if none)."""
+    name, local = locate(path)
+    if local and not has_tokenizer(Path(name)):
+        raise ModelError(f"{path} holds no tokenizer", hint="pass --tokenizer DIR, or bpe:SIZE, chars, words")
+    with quiet():
+        try:
+            tokenizer = _tokenizer_class(Path(name) if local else None).from_pretrained(
+                name, revision=revision, local_files_only=local, trust_remote_code=False
+            )
+        except Exception as error:
+            raise _not_loaded("tokenizer", path, local, error) from error
+    for key in ("local_files_only", "is_local", "trust_remote_code"):  # how it was loaded is no part of what is saved
+        tokenizer.init_kwargs.pop(key, None)
+    return prepare_tokenizer(tokenizer, path)
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrainedTokenizerBase:
+    """Checks for an end-of-sequence token and arranges a pad token: supervision goes by position, so it may be the same."""
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            "the tokenizer has no end-of-sequence token, so no response could end",
+            where=where,
+            hint="name one in its tokenizer_config.json: eos_token",
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_backbone(
+    path: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    revision: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dropout: float | None = None,
+    listener: Listener = silent,
+) -> Backbone:
+    """A model with its trained weights, in eval mode. tokenizer: in place of its own. dropout: sets every one it has.
+
+    Raises ModelError, naming the cause, for anything that is not the complete checkpoint of a causal model.
+    """
+    task = f"loading {path}"
+    listener(Progress(task, 0, 1))
+    config = load_config(path, revision=revision)
+    own = tokenizer is None
+    tokenizer = load_tokenizer(path, revision=revision) if tokenizer is None else tokenizer
+    if dropout is not None:
+        set_dropout(config, dropout, where=path)
+    model = _load_weights(path, config, dtype, revision).to(device).eval()
+    check_causal(path, model)
+    if own:
+        if model.generation_config.pad_token_id is None:
+            model.generation_config.pad_token_id = tokenizer.pad_token_id
+    else:
+        adopt_special_tokens(model, tokenizer)
+    backbone = Backbone(model, tokenizer)
+    listener(Progress(task, 1, 1))
+    return backbone
+
+
+def _load_weights(path: str, config: PretrainedConfig, dtype: torch.dtype, revision: str | None) -> PreTrainedModel:
+    name, local = locate(path)
+    if local and not any(next(Path(name).glob(pattern), None) for pattern in _WEIGHTS):
+        raise ModelError(
+            f"{path} holds a config.json but no weights (model.safetensors)",
+            hint=f"to start from scratch, pass {Path(path) / 'config.json'}",
+        )
+    # Else a thread asks the hub to convert repositories that have no safetensors.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+    with quiet():
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                name,
+                config=config,
+                dtype=dtype,
+                revision=revision,
+                local_files_only=local,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # reported below, by name
+                output_loading_info=True,
+            )
+        except Exception as error:
+            if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+                raise
+            raise _not_loaded("weights", path, local, error) from error
+    for kind, what in (("mismatched_keys", "of another shape than its config says"), ("missing_keys", "absent")):
+        if keys := sorted(str(key[0] if isinstance(key, tuple) else key) for key in report[kind]):
+            more = f" and {len(keys) - 2} more" if len(keys) > 2 else ""
+            raise ModelError(
+                f"{path}: weights {what}: {', '.join(keys[:2])}{more}",
+                hint=f"the files are not the checkpoint of a {type(model).__name__}",
+            )
+    return model
+
+
+@torch.no_grad()
+def check_causal(path: str, model: PreTrainedModel) -> None:
+    """Raises ModelError for BERT and its kin, which load as causal models too: only what they look at tells."""
+    ids_BT = torch.arange(1, 9, device=model.device).repeat(2, 1) % model.get_input_embeddings().weight.shape[0]
+    ids_BT[1, -1] = 0
+    with eval_mode(model), quiet():
+        first_TV, second_TV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1].float()
+    if (first_TV - second_TV).abs().max() > 16 * torch.finfo(model.dtype).eps * first_TV.abs().max():
+        raise _not_causal(path, model.config)
+
+
+def _tokenizer_class(directory: Path | None) -> Any:
+    """AutoTokenizer lets the model's family overrule the class that the files name; a plain tokenizer.json stays itself."""
+    if directory is None or not (directory / "tokenizer.json").is_file():
+        return AutoTokenizer
+    declared = transformers.models.auto.tokenization_auto.get_tokenizer_config(str(directory), local_files_only=True)
+    plain = declared.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    return PreTrainedTokenizerFast if plain else AutoTokenizer
+
+
+def _not_causal(path: str, config: PretrainedConfig) -> ModelError:
+    architecture = (config.architectures or [config.model_type])[0]
+    return ModelError(
+        f"{path} is not a causal language model ({architecture})",
+        hint="pass one that predicts the next token: GPT-2, OPT, Llama, Qwen, Gemma, …",
+    )
+
+
+def _not_loaded(part: str, path: str, local: bool, error: Exception) -> ModelError:
+    said = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(".")
+    if local:
+        if isinstance(error, SafetensorError):
+            said, hint = f"damaged or incomplete safetensors file ({said})", "copy or download the files again"
+        else:
+            hint = "the directory must be a model that this version of transformers knows"
+        return ModelError(f"cannot read the {part} of {path}: {said}", hint=hint)
+    hint = "pass a local directory, or check the spelling"
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        said, hint = "HF_HUB_OFFLINE is set and it is not in the cache", f"{hint}, or unset HF_HUB_OFFLINE"
+    return ModelError(f"cannot find {path!r}: no such directory here, and not from the hub: {said}", hint=hint)

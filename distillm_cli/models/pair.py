@@ -1,0 +1,232 @@
+"""Teacher and student: where they run, in what precision, and whether they speak the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from distillm_cli.config import schema
+from distillm_cli.core.events import Listener, silent
+from distillm_cli.errors import ModelError, UsageError
+from distillm_cli.models.backbone import Backbone
+from distillm_cli.models.loading import (
+    check_causal,
+    has_tokenizer,
+    load_backbone,
+    load_config,
+    load_tokenizer,
+    locate,
+    prepare_tokenizer,
+    quiet,
+)
+from distillm_cli.models.students import adopt_special_tokens, build_from_config, build_random
+from distillm_cli.models.tokenizers import is_trained_spec, train_tokenizer
+
+__all__ = [
+    "Pair",
+    "bf16_is_fast",
+    "check_vocabularies",
+    "load_backbone",
+    "load_pair",
+    "load_student",
+    "load_tokenizer",
+    "resolve_device",
+    "resolve_dtype",
+]
+
+Texts = Callable[[], Iterator[str]]
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_device(name: str) -> torch.device:
+    """auto, cpu, cuda, cuda:N or mps → a device that is there. Raises UsageError when it is not."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {name!r}", hint="use auto, cpu, cuda, cuda:N or mps") from error
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if device.type not in counts:
+        raise UsageError(f"unknown device {name!r}", hint="use auto, cpu, cuda, cuda:N or mps")
+    if (device.index or 0) >= counts[device.type]:
+        raise UsageError(f"no device {name} on this machine", hint="try --device auto or --device cpu")
+    return device
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether bfloat16 products run in hardware: Ampere and later, CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    capabilities = getattr(torch.cpu, "get_capabilities", None)
+    if capabilities is not None:
+        known = capabilities()
+        return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+    probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(probe() for probe in probes if probe is not None)
+
+
+def resolve_dtype(name: schema.Dtype, device: torch.device) -> torch.dtype:
+    """fp32, bf16, fp16; auto is bf16 where the machine is fast at it, else fp32."""
+    if name == "auto":
+        return torch.bfloat16 if bf16_is_fast(device) else torch.float32
+    return _DTYPES[name]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Models that fit together. vocab: the token ids that both know, which is what meets the loss."""
+
+    teacher: Backbone | None
+    student: Backbone
+    tokenizer: PreTrainedTokenizerBase
+    vocab: int
+
+
+def load_pair(
+    recipe: schema.Recipe, *, device: torch.device, texts: Texts | None = None, listener: Listener = silent
+) -> Pair:
+    """The recipe's teacher (frozen; none for `sft`) and student, both in eval mode, sharing tokenizer and vocabulary.
+
+    texts: the training texts, for a tokenizer that is trained on them. Raises ModelError or UsageError.
+    """
+    teacher = None
+    if recipe.method != "sft" and recipe.teacher.path is not None:
+        dtype = resolve_dtype(recipe.teacher.dtype, device)
+        teacher = load_backbone(
+            recipe.teacher.path, dtype=dtype, device=device, revision=recipe.teacher.revision, listener=listener
+        )
+        teacher.requires_grad_(False)
+    student = load_student(
+        recipe.student,
+        seed=recipe.train.seed,
+        device=device,
+        teacher=teacher,
+        texts=texts,
+        max_length=recipe.data.max_length,
+        listener=listener,
+    )
+    if teacher is not None:
+        check_vocabularies(teacher.tokenizer, student.tokenizer)
+        # The one with fewer ids writes the batches, so that every target is a token both models know.
+        if teacher.vocab < student.vocab:
+            student.tokenizer = teacher.tokenizer
+            adopt_special_tokens(student.model, student.tokenizer)
+        teacher.tokenizer = student.tokenizer
+        teacher.vocab = student.vocab = min(teacher.vocab, student.vocab)
+    return Pair(teacher, student, student.tokenizer, student.vocab)
+
+
+def load_student(
+    student: schema.Student,
+    *,
+    seed: int,
+    device: torch.device,
+    teacher: Backbone | None = None,
+    texts: Texts | None = None,
+    max_length: int,
+    listener: Listener = silent,
+) -> Backbone:
+    """The model to train, float32 parameters, in eval mode: loaded, or built from scratch (random:…, a config.json).
+
+    Its tokenizer is the one asked for, else its own, else the teacher's. max_length: tokens of the longest example,
+    which sizes the context of a model built without a teacher. seed: of random weights.
+    """
+    path = student.path
+    if path is None:
+        raise UsageError(
+            "no model to train", hint="pass --student PATH, or --student random:4x256 to start from scratch"
+        )
+    tokenizer = _asked_tokenizer(student, texts)
+    if path.startswith("random:"):
+        tokenizer = tokenizer or _teachers(teacher, path)
+        config = None if teacher is None else teacher.model.config
+        with quiet():
+            model = build_random(
+                path, tokenizer, teacher_config=config, max_length=max_length, seed=seed, dropout=student.dropout
+            )
+        return Backbone(model.to(device), tokenizer)
+    if path.endswith(".json"):
+        file = Path(path).expanduser()
+        if not file.is_file():
+            raise ModelError(f"no model config at {file}: no such file", hint="check the path")
+        config = load_config(str(file), file=True)
+        if tokenizer is None and teacher is None and has_tokenizer(file.parent):
+            tokenizer = load_tokenizer(str(file.parent))
+        tokenizer = tokenizer or _teachers(teacher, path)
+        with quiet():
+            model = build_from_config(config, tokenizer, seed=seed, dropout=student.dropout, where=path)
+        check_causal(path, model)
+        return Backbone(model.to(device), tokenizer)
+    if tokenizer is None and teacher is not None:
+        name, local = locate(path)
+        tokenizer = teacher.tokenizer if local and not has_tokenizer(Path(name)) else None
+    return load_backbone(
+        path,
+        dtype=torch.float32,
+        device=device,
+        revision=student.revision,
+        tokenizer=tokenizer,
+        dropout=student.dropout,
+        listener=listener,
+    )
+
+
+def check_vocabularies(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
+    """Both must give every shared id the same token; one may have further added (special) tokens.
+
+    Raises ModelError naming the first difference.
+    """
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if student is teacher or ours == theirs:
+        return
+    hint = "take a student of the teacher's family, or --student random:4x256, which uses the teacher's tokenizer"
+    ours_by_id, theirs_by_id = ({i: token for token, i in vocab.items()} for vocab in (ours, theirs))
+    sizes = f"teacher {len(theirs):,} tokens, student {len(ours):,}"
+    if differing := [i for i, token in theirs_by_id.items() if ours_by_id.get(i, token) != token]:
+        i = min(differing)
+        raise ModelError(
+            f"teacher and student have different vocabularies: token {i} is {theirs_by_id[i]!r} for the teacher, "
+            f"{ours_by_id[i]!r} for the student",
+            where=sizes,
+            hint=hint,
+        )
+    for whose, tokens, others, added in (
+        ("teacher", theirs_by_id, ours_by_id, set(teacher.get_added_vocab().values())),
+        ("student", ours_by_id, theirs_by_id, set(student.get_added_vocab().values())),
+    ):
+        if extra := [i for i in tokens if i not in others and i not in added]:
+            i = min(extra)
+            raise ModelError(
+                f"teacher and student have different vocabularies: token {i}, {tokens[i]!r}, is the {whose}'s alone",
+                where=sizes,
+                hint=hint,
+            )
+
+
+def _asked_tokenizer(student: schema.Student, texts: Texts | None) -> PreTrainedTokenizerBase | None:
+    spec = student.tokenizer
+    if spec is None:
+        return None
+    if not is_trained_spec(spec):
+        return load_tokenizer(spec)
+    if texts is None:
+        raise ModelError(f"a {spec} tokenizer is trained on data, and there is none", hint="pass a tokenizer directory")
+    return prepare_tokenizer(train_tokenizer(spec, texts()), spec)
+
+
+def _teachers(teacher: Backbone | None, path: str) -> PreTrainedTokenizerBase:
+    if teacher is None:
+        raise ModelError(
+            f"{path} needs a tokenizer", hint="pass --tokenizer DIR, or one trained on the data: bpe:1000, chars, words"
+        )
+    return teacher.tokenizer

@@ -1,0 +1,240 @@
+"""Students built rather than loaded: from a shape such as `random:4x256`, or from a config.json."""
+
+from __future__ import annotations
+
+import re
+from numbers import Real
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from distillm_cli.errors import ModelError, UsageError
+from distillm_cli.models.backbone import vocabulary_size
+
+_SPEC = re.compile(r"random:(?:(?P<family>[A-Za-z][\w-]*):)?(?P<layers>\d+)x(?P<width>\d+)")
+_FORM = "random:[FAMILY:]LAYERSxWIDTH, for example random:4x256 or random:gpt2:4x256"
+_DROPOUT = re.compile(r"(?!classifier|summary|layer)\w*(dropout|pdrop)(_prob|_rate|_p)?")
+
+# What a copied config must not carry over, and what grows and shrinks with the width.
+_IDENTITY = ("_name_or_path", "architectures", "auto_map", "dtype", "quantization_config", "transformers_version")
+_FEED_FORWARD = (
+    "intermediate_size",
+    "ffn_dim",
+    "n_inner",
+    "ffn_hidden_size",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "shared_intermediate_size",
+)
+
+
+def build_random(
+    spec: str,
+    tokenizer: Tokenizer,
+    *,
+    teacher_config: PretrainedConfig | None,
+    max_length: int,
+    seed: int,
+    dropout: float | None = None,
+) -> PreTrainedModel:
+    """A model with random float32 weights, a function of the seed and the shape alone.
+
+    spec: ``random:[FAMILY:]LAYERSxWIDTH``. FAMILY llama or gpt2, or the teacher's own, which is also the default: its
+    config with layers, width, heads and feed-forward scaled. Without a teacher: llama. Context: the teacher's, else
+    2·max_length. dropout: unset is 0. Raises UsageError for a shape that cannot be.
+    """
+    family, layers, width = parse_spec(spec)
+    text = None if teacher_config is None else teacher_config.get_text_config()
+    context = max(2 * max_length, 128) if text is None else getattr(text, "max_position_embeddings", None)
+    shape = {"layers": layers, "width": width, "context": context or max(2 * max_length, 128)}
+    family = family or ("llama" if text is None else text.model_type)
+    if text is not None and family == text.model_type:
+        config = _scaled(text, layers, width, spec)
+    elif family in _SHAPES:
+        config = _SHAPES[family](**shape, spec=spec)
+    else:
+        teacher = "" if text is None or text.model_type in _SHAPES else f", {text.model_type}"
+        raise UsageError(f"unknown family {family!r} in {spec!r}", hint=f"families: {', '.join(_SHAPES)}{teacher}")
+    config.vocab_size = vocabulary_size(tokenizer)
+    set_dropout(config, dropout or 0.0, where=spec)
+    return _build(config, tokenizer, seed, spec)
+
+
+def build_from_config(
+    config: PretrainedConfig, tokenizer: Tokenizer, *, seed: int, dropout: float | None = None, where: str
+) -> PreTrainedModel:
+    """A model with random float32 weights of the shape that a config.json gives. where: that file, for messages.
+
+    Raises ModelError when the tokenizer has more token ids than the config's vocab_size.
+    """
+    rows, needed = config.get_text_config().vocab_size, vocabulary_size(tokenizer)
+    if rows < needed:
+        raise ModelError(
+            f"the tokenizer has {needed:,} token ids, vocab_size is {rows:,}",
+            where=where,
+            hint=f"set vocab_size to {needed} or more, or pass another --tokenizer",
+        )
+    if dropout is not None:
+        set_dropout(config, dropout, where=where)
+    return _build(config, tokenizer, seed, where)
+
+
+def parse_spec(spec: str) -> tuple[str | None, int, int]:
+    """`random:[FAMILY:]LAYERSxWIDTH` → family (or None), layers, width."""
+    match = _SPEC.fullmatch(spec)
+    if match is None or int(match["layers"]) < 1 or int(match["width"]) < 1:
+        raise UsageError(f"cannot read the student's shape {spec!r}", hint=f"write {_FORM}")
+    return match["family"], int(match["layers"]), int(match["width"])
+
+
+def set_dropout(config: PretrainedConfig, dropout: float, *, where: str) -> None:
+    """Every dropout of the config, on embeddings, attention, residuals and activations alike."""
+    text = config.get_text_config()
+    names = [
+        name
+        for name, value in text.to_dict().items()
+        if _DROPOUT.fullmatch(name) and isinstance(value, Real) and not isinstance(value, bool)
+    ]
+    if not names and dropout:
+        raise ModelError(f"{text.model_type} has no dropout to set", where=where, hint="leave student.dropout unset")
+    for name in names:
+        setattr(text, name, dropout)
+
+
+def adopt_special_tokens(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
+    """Point a model's config at the special tokens of a tokenizer that did not come with it, for `generate`."""
+    _set_special_tokens(model.config, tokenizer)
+    if model.generation_config is not None:
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(model.generation_config, name, getattr(tokenizer, name))
+
+
+def _set_special_tokens(config: PretrainedConfig, tokenizer: Tokenizer) -> None:
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    # The embedding of config.pad_token_id gets no gradient in several families, so a pad token that is also the
+    # end-of-sequence must not be named here; the generation config is the place for that one.
+    pad = tokenizer.pad_token_id
+    config.pad_token_id = None if pad in (tokenizer.eos_token_id, tokenizer.bos_token_id) else pad
+
+
+def _build(config: PretrainedConfig, tokenizer: Tokenizer, seed: int, where: str) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):
+        # The CPU generator alone: torch.manual_seed would reach those of the devices, which are not forked here.
+        torch.default_generator.manual_seed(seed)
+        try:
+            _set_special_tokens(config, tokenizer)  # before the embedding is made, which may look at the pad token
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        except MemoryError:
+            raise
+        except Exception as error:  # every family checks its sizes in its own way, or stumbles over them
+            raise ModelError(
+                f"cannot build a {config.model_type} of this shape: {error}", where=where, hint="try random:llama:4x256"
+            ) from error
+    adopt_special_tokens(model, tokenizer)
+    return model.eval()
+
+
+def _llama(*, layers: int, width: int, context: int, spec: str) -> PretrainedConfig:
+    head = _head_size(width, 32, spec)
+    return LlamaConfig(
+        hidden_size=width,
+        intermediate_size=_multiple(width * 8 / 3),
+        num_hidden_layers=layers,
+        num_attention_heads=width // head,
+        num_key_value_heads=width // head,
+        head_dim=head,
+        max_position_embeddings=context,
+        tie_word_embeddings=True,
+    )
+
+
+def _gpt2(*, layers: int, width: int, context: int, spec: str) -> PretrainedConfig:
+    # gelu_pytorch_tanh is gelu_new in one kernel rather than eight.
+    return GPT2Config(
+        n_embd=width,
+        n_layer=layers,
+        n_head=width // _head_size(width, 32, spec),
+        n_positions=context,
+        activation_function="gelu_pytorch_tanh",
+    )
+
+
+_SHAPES = {"llama": _llama, "gpt2": _gpt2}
+
+
+def _scaled(old: PretrainedConfig, layers: int, width: int, spec: str) -> PretrainedConfig:
+    """The same family and settings at another depth and width, every dependent size kept in proportion."""
+    fields: dict[str, Any] = {k: v for k, v in old.to_dict().items() if k not in _IDENTITY}
+
+    def key(name: str) -> str:
+        return old.attribute_map.get(name, name)
+
+    ratio = width / old.hidden_size
+    old_layers = old.num_hidden_layers
+    for name, value in fields.items():
+        if isinstance(value, list) and len(value) == old_layers and "layer" in name:
+            fields[name] = _resampled(value, layers)
+    fields[key("hidden_size")], fields[key("num_hidden_layers")] = width, layers
+    for name in _FEED_FORWARD:
+        if isinstance(fields.get(name), int):
+            fields[name] = _multiple(fields[name] * ratio)
+    if heads := getattr(old, "num_attention_heads", None):
+        old_head = getattr(old, "head_dim", None) or old.hidden_size // heads
+        head = _head_size(width, min(old_head, max(16, width // 4)), spec)
+        fields[key("num_attention_heads")] = width // head
+        if fields.get("head_dim") is not None:
+            fields["head_dim"] = head
+        for name in ("num_key_value_heads", "num_kv_heads"):
+            if fields.get(key(name)):
+                fields[key(name)] = _shared_heads(width // head, fields[key(name)] / heads)
+        if fields.get("query_pre_attn_scalar") is not None:
+            fields["query_pre_attn_scalar"] = head
+        if fields.get("attention_multiplier") is not None:
+            fields["attention_multiplier"] *= old_head / head
+        if fields.get("rotary_dim") is not None:
+            fields["rotary_dim"] = min(fields["rotary_dim"], head)
+    if fields.get("word_embed_proj_dim") is not None:
+        whole = fields["word_embed_proj_dim"] == old.hidden_size
+        fields["word_embed_proj_dim"] = (
+            width if whole else min(width, _multiple(fields["word_embed_proj_dim"] * ratio, 8))
+        )
+    if fields.get("max_window_layers") is not None:
+        fields["max_window_layers"] = min(fields["max_window_layers"], layers)
+    if fields.get("activation_function") == "gelu_new":
+        fields["activation_function"] = "gelu_pytorch_tanh"
+    try:
+        return type(old).from_dict(fields)
+    except Exception as error:  # every family validates its sizes in its own way
+        said = str(error).splitlines()[-1].strip()
+        raise ModelError(
+            f"cannot scale the teacher's {old.model_type} to {layers} layers of {width}: {said}",
+            where=spec,
+            hint=f"name a family: random:llama:{layers}x{width}",
+        ) from error
+
+
+def _resampled(values: list[Any], layers: int) -> list[Any]:
+    """A list with an entry per layer, for another number of layers: evenly spaced, the last layer's kind at the end."""
+    n = len(values)
+    return [values[-(-(i + 1) * n // layers) - 1] for i in range(layers)]
+
+
+def _head_size(width: int, target: int, spec: str) -> int:
+    """An even divisor of the width, leaving two heads or more: the target if it is one, else a round number near it."""
+    sizes = [d for d in range(8, 257, 2) if width % d == 0 and (2 * d <= width or width < 32)]
+    if not sizes:
+        raise UsageError(
+            f"a width of {width} does not divide into attention heads", where=spec, hint="use a multiple of 16"
+        )
+    return min(sizes, key=lambda d: (d != target, width == d, d % 16 != 0, d % 8 != 0, abs(d - target), -d))
+
+
+def _shared_heads(heads: int, share: float) -> int:
+    """Key-value heads: the largest divisor of the heads that does not exceed the teacher's share of them."""
+    return max(k for k in range(1, heads + 1) if heads % k == 0 and k <= max(1.0, heads * share + 1e-9))
+
+
+def _multiple(size: float, of: int = 16) -> int:
+    return max(of, round(size / of) * of)

@@ -1,0 +1,151 @@
+"""Tokenizers trained on the data: ``bpe:SIZE``, ``chars``, ``words``. For students that start from nothing.
+
+All three are lossless: tokens are pieces of the text itself, spaces and newlines included, and decoding writes them one
+after the other. All have ``<pad>``, ``<eos>`` and ``<unk>`` as tokens 0, 1 and 2.
+
+``bpe:SIZE``  byte-level byte-pair encoding with at most SIZE tokens. Any text can be written.
+``chars``     every character of the data is one token; a character the data does not have is ``<unk>``.
+``words``     every frequent word is one token, all else is spelled in characters. For data in which some strings are
+              symbols and others are to be read letter by letter: phonemes and words, say.
+
+The scheme of ``words``. A text is cut before each space and around each newline, so that a piece is a word together
+with the one space before it (`` AH``), a word without (at the start of a text or line: ``CH``), or a single white
+character. A piece in the vocabulary is one token; any other is spelled, one token per character. Nothing is cut
+inside a word, so a frequent ``on`` does not swallow the end of ``salon``. Thus ``CH AH M P`` is four tokens, and in
+``Pronounce the word.⏎chump⏎`` the instruction is three and ``chump`` five.
+
+A piece is frequent when at least 10 texts and at least one text in a thousand hold it. With fewer sightings a small
+model's embedding of the word would stay near where it started; and the second bound keeps the vocabulary below a
+thousand times the words of an average text. A word that begins a text is also a token as soon as the same word after
+a space is: a phoneme that seldom comes first stays one symbol there. At the start of a later line that is not so,
+because there a prompt shows the word to be read: ``the`` of the instruction is one token, ``the`` as the word in
+question three.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import chain
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from distillm_cli.errors import DataError, UsageError
+
+SPECIAL = ("<pad>", "<eos>", "<unk>")
+LEAST_TEXTS = 10
+LEAST_SHARE = 1000  # one text in so many
+
+_BYTES = pre_tokenizers.ByteLevel.alphabet()
+SMALLEST_BPE = len(SPECIAL) + len(_BYTES)
+
+
+def is_trained_spec(spec: str) -> bool:
+    """Whether ``spec`` asks for a tokenizer trained on the data, rather than naming a directory or a hub repository."""
+    return spec in ("chars", "words") or spec == "bpe" or spec.startswith("bpe:")
+
+
+def train_tokenizer(spec: str, texts: Iterator[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer for ``texts`` by ``spec``: ``bpe:SIZE``, ``chars`` or ``words`` (see the module's text).
+
+    texts: prompts and responses, each a text of its own. The same texts give the same tokenizer. BPE may end with fewer
+    than SIZE tokens when the texts hold no more pairs.
+
+    Raises UsageError for a spec of another form or a SIZE below the 256 bytes and the special tokens, DataError when
+    there is no text to train on.
+    """
+    size = _bpe_size(spec)
+    texts = _some(texts)
+    if spec == "chars":
+        tokenizer = _spelling(texts, words=False)
+    elif spec == "words":
+        tokenizer = _spelling(texts, words=True)
+    else:
+        tokenizer = _bpe(texts, size)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=SPECIAL[0],
+        eos_token=SPECIAL[1],
+        unk_token=SPECIAL[2],
+        clean_up_tokenization_spaces=False,
+        # "<eos>" written in a row is five characters, not the end of a response.
+        split_special_tokens=True,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def _bpe_size(spec: str) -> int | None:
+    """SIZE of ``bpe:SIZE``; None for the other schemes."""
+    if spec in ("chars", "words"):
+        return None
+    match = re.fullmatch(r"bpe:([0-9]+)", spec)
+    if match is None:
+        raise UsageError(
+            f"no tokenizer can be trained as {spec!r}",
+            where="student.tokenizer",
+            hint="expected bpe:SIZE (bpe:1000, say), chars or words",
+        )
+    if int(match[1]) < SMALLEST_BPE:
+        raise UsageError(
+            f"a vocabulary of {match[1]} is too small for byte-level BPE",
+            where=f"student.tokenizer = {spec}",
+            hint=f"the least is bpe:{SMALLEST_BPE}: {len(_BYTES)} bytes and {len(SPECIAL)} special tokens",
+        )
+    return int(match[1])
+
+
+def _some(texts: Iterable[str]) -> Iterator[str]:
+    """The texts that are not empty; DataError when there is none."""
+    full = (text for text in texts if text)
+    first = next(full, None)
+    if first is None:
+        raise DataError("no text to train a tokenizer on", where="student.tokenizer", hint="are all rows empty?")
+    return chain([first], full)
+
+
+def _bpe(texts: Iterator[str], size: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=list(SPECIAL), initial_alphabet=_BYTES, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _spelling(texts: Iterator[str], *, words: bool) -> Tokenizer:
+    """Characters, and with ``words`` the frequent pieces too."""
+    # The first branch keeps a special token's name, where a text happens to spell it, from being one piece: pieces are
+    # looked up in a vocabulary that has the special tokens too.
+    names = "|".join(name.strip("<>") for name in SPECIAL)
+    cut = pre_tokenizers.Split(Regex(rf"<(?=(?:{names})>)| ?\S+|\s"), behavior="isolated")
+    characters: set[str] = set()
+    holding: Counter[str] = Counter()  # piece → texts that hold it
+    openings: set[str] = set()
+    total = 0
+    for text in texts:
+        total += 1
+        characters.update(text)
+        if words:
+            pieces = [piece for piece, _ in cut.pre_tokenize_str(text)]
+            holding.update(set(pieces))
+            openings.add(pieces[0])
+
+    def frequent(piece: str) -> bool:
+        return holding[piece] >= LEAST_TEXTS and holding[piece] * LEAST_SHARE >= total
+
+    known = {piece for piece in holding if len(piece) > 1 and frequent(piece)}
+    known |= {piece for piece in openings if len(piece) > 1 and frequent(" " + piece)}
+    vocabulary = (*SPECIAL, *sorted(characters), *sorted(known))
+    # BPE without merges is spelling; ignore_merges takes a piece whole when the vocabulary has it.
+    model = models.BPE(
+        vocab={piece: i for i, piece in enumerate(vocabulary)}, merges=[], unk_token=SPECIAL[2], ignore_merges=True
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = cut
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(list(SPECIAL))
+    return tokenizer

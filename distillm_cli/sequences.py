@@ -1,0 +1,111 @@
+"""The vocabulary that the rooms share: a tokenised pair of prompt and response, and a batch of them.
+
+``data`` makes sequences from rows, ``core`` makes them from rollouts; both collate them here, so that the place of the
+supervised positions is decided once.
+
+Shape letters, here and everywhere: B sequences, T time, N supervised (response) positions of the whole batch,
+V vocabulary, D width of the last hidden state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sequence:
+    """One prompt and one response as token ids (int32 arrays).
+
+    The response holds every token to supervise: its end-of-sequence token is part of it when the response is complete,
+    and absent when the response was cut. ``row`` is the index of the dataset row it belongs to.
+    """
+
+    prompt: np.ndarray
+    response: np.ndarray
+    row: int = -1
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.response)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Sequences side by side, padded on the right.
+
+    Under causal attention padding on the right is seen by no real position, so no attention mask is needed and the
+    padding token may be any id. The last token of a sequence is only ever a target, so T is the longest length − 1.
+
+    ids_BT: int64 input ids. positions_N: index into the flattened [B·T] of the state that predicts each supervised
+    token. targets_N: that token. rows_N: the sequence (0..B−1) it belongs to. tokens: N, as a plain number.
+    """
+
+    ids_BT: torch.Tensor
+    positions_N: torch.Tensor
+    targets_N: torch.Tensor
+    rows_N: torch.Tensor
+
+    @property
+    def tokens(self) -> int:
+        return self.targets_N.shape[0]
+
+    @property
+    def size(self) -> int:
+        return self.ids_BT.shape[0]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on ``device``; copies overlap with compute where the device allows."""
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in self.__slots__}
+        return replace(self, **moved)
+
+
+def collate(sequences: SequenceOf[Sequence]) -> Batch:
+    """Sequences → one batch. Every prompt needs at least one token: its last state predicts the first response token."""
+    B, T = len(sequences), max(len(s) for s in sequences) - 1
+    ids_BT = np.zeros((B, max(T, 1)), dtype=np.int64)
+    positions, targets, rows = [], [], []
+    for b, s in enumerate(sequences):
+        P, R = len(s.prompt), len(s.response)
+        if P == 0:
+            raise ValueError(f"sequence of row {s.row} has an empty prompt")
+        ids_BT[b, :P] = s.prompt
+        if R:
+            ids_BT[b, P : P + R - 1] = s.response[:-1]
+        start = b * ids_BT.shape[1] + P - 1
+        positions.append(np.arange(start, start + R, dtype=np.int64))
+        targets.append(s.response)
+        rows.append(np.full(R, b, dtype=np.int64))
+    return Batch(
+        ids_BT=torch.from_numpy(ids_BT),
+        positions_N=torch.from_numpy(np.concatenate(positions)),
+        targets_N=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
+        rows_N=torch.from_numpy(np.concatenate(rows)),
+    )
+
+
+# What one more pass over the model costs beside its tokens, in token positions: launching every layer's kernels.
+_PASS_OVERHEAD = 512
+
+
+def micro_batches(sequences: SequenceOf[Sequence], most: int) -> list[list[Sequence]]:
+    """The sequences of one step, cut into micro-batches of at most ``most``, each of about one length.
+
+    Sums of losses add up whatever the cut, so this saves padding and changes no gradient. The cut minimises padded
+    positions plus a fixed cost per micro-batch, by dynamic programming over the sequences sorted by length.
+    """
+    ordered = sorted(sequences, key=len, reverse=True)
+    cost, start = [0.0], [0]
+    for end in range(1, len(ordered) + 1):
+        first = max(0, end - most)
+        costs = [cost[i] + len(ordered[i]) * (end - i) + _PASS_OVERHEAD for i in range(first, end)]
+        cheapest = min(range(len(costs)), key=costs.__getitem__)
+        cost.append(costs[cheapest])
+        start.append(first + cheapest)
+    cuts, end = [], len(ordered)
+    while end:
+        cuts.append(ordered[start[end] : end])
+        end = start[end]
+    return cuts[::-1]

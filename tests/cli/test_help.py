@@ -1,0 +1,310 @@
+"""The program from outside: its help, its one-line errors, its exit codes; and that none of it waits for torch."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import typer
+from typer.main import get_command
+
+from distillm_cli import __version__
+from distillm_cli.cli import app as program
+from distillm_cli.cli import options
+from distillm_cli.config.load import shipped
+from distillm_cli.config.shortcuts import SHORTCUTS
+from distillm_cli.errors import CheckpointError, DataError
+
+ROOT = Path(__file__).resolve().parents[2]
+VERBS = ("sft", "generate", "distill", "eval", "plan", "recipes")
+
+
+@pytest.fixture
+def run(capfd, monkeypatch):
+    """Runs a command line in this process → (exit code, stdout, stderr)."""
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def call(*argv: str) -> tuple[int, str, str]:
+        code = program.main(list(argv))
+        sys.stdout.flush()
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return call
+
+
+def python(script: str, *argv: str, **kwargs) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    command = [sys.executable, "-c", textwrap.dedent(script), *argv]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, **kwargs)
+
+
+# --- help -------------------------------------------------------------------------------------------------------
+
+
+def test_help_loads_no_torch():
+    script = """
+        import contextlib, io, sys
+        from distillm_cli.cli.app import main
+        for argv in (["--help"], ["--version"], *([verb, "--help"] for verb in sys.argv[1:])):
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                assert main(argv) == 0, argv
+            assert out.getvalue(), argv
+        heavy = {"torch", "transformers", "datasets", "accelerate", "tokenizers", "numpy"} & set(sys.modules)
+        assert not heavy, heavy
+        assert main(["recipes", "validate", "quickstart"]) == 0
+        assert main(["distill", "--alpha", "1.4"]) == 2
+        assert "torch" not in sys.modules
+    """
+    done = python(script, *VERBS)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_program_lists_the_verbs_that_work_and_worked_examples(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    for verb in VERBS:
+        assert f"│ {verb} " in out
+    for later in ("│ run ", "│ report "):
+        assert later not in out
+    text = " ".join(out.split())
+    assert "distillm distill --teacher gpt2-xl --student gpt2 --alpha 0.1" in text
+    assert "distillm eval ckpt/ --suite dolly" in text
+    sweep = "for a in 0.0 0.1 0.3; do distillm distill --recipe quickstart --alpha $a --output runs/a$a --json; done"
+    assert sweep in text
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_help_of_a_verb_fits_two_screens_and_ends_with_examples(run, verb):
+    code, out, _ = run(verb, "--help")
+    assert code == 0
+    assert len(out.splitlines()) <= 90
+    assert "Examples" in out.split("╰")[-1]
+    assert f"distillm {verb}" in out.split("Examples")[-1]
+
+
+def test_the_help_of_distill_shows_its_panels_and_the_way_to_everything_else(run):
+    _, out, _ = run("distill", "--help")
+    for panel in (options.MODELS, options.METHOD, options.TRAINING, options.RECIPE, options.OUTPUT):
+        assert f"─ {panel} ─" in out
+    flags = (
+        "--teacher --student --data --output --recipe --method --alpha --divergence --lr --batch-size --epochs --steps "
+        "--max-length --seed --dtype --device --resume --overwrite --json --quiet --debug --set --dry-run --tokenizer "
+        "--skip-bad-rows"
+    )
+    for flag in flags.split():
+        assert f"│ {flag} " in out
+    assert "--set section.key=value" in out
+    assert "distillm recipes ls, show" in out
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "recipes"])
+def test_the_flags_of_a_verb_are_those_the_messages_name(verb):
+    context = typer.Context(get_command(program.app))
+    command = context.command.get_command(context, verb)
+    own = {opt for param in command.params for opt in param.opts}
+    named = {shortcut.flag for shortcut in SHORTCUTS.values() if verb in shortcut.verbs}
+    assert named <= own
+    defaults = {param.opts[0]: param.default for param in command.params if param.opts[0] in named}
+    assert set(defaults.values()) == {None}, "a flag that is not given stays unset"
+
+
+def test_version(run):
+    assert run("--version") == (0, f"distillm {__version__}\n", "")
+
+
+def test_python_m_works_like_the_program():
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "distillm_cli", "recipes", "nothing"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: distillm recipes has no command nothing; it has ls, show, cp, validate\n"
+
+
+# --- errors -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        ("distil", "distillm has no command distil; did you mean distill?"),
+        ("--quiet", "distillm has no flag --quiet; see `distillm --help`"),
+        ("distill --alhpa 1", "distillm distill has no flag --alhpa; did you mean --alpha?"),
+        ("distill --model gpt2", "distillm distill has no flag --model; did you mean --student?"),
+        ("sft --student gpt2", "distillm sft has no flag --student; did you mean --model?"),
+        ("distill --clip 1", "distillm distill has no flag --clip; try --set train.clip=VALUE"),
+        ("distill --eval-steps 9", "distillm distill has no flag --eval-steps; try --set train.eval_steps=VALUE"),
+        ("distill -x", "distillm distill has no flag -x; see `distillm distill --help`"),
+        ("distill --alpha", "--alpha without a value; expected a number ≥ 0 and < 1; try --alpha 0.1"),
+        ("distill --output", "--output without a value; see `distillm distill --help`"),
+        ("distill --alpha abc", "--alpha = abc; expected a number ≥ 0 and < 1; try --alpha 0.1"),
+        ("distill --alpha=1.4", "--alpha = 1.4; expected a number ≥ 0 and < 1; try --alpha 0.1"),
+        ("distill --batch-size 3.5", "--batch-size = 3.5; expected a whole number ≥ 1; try --batch-size 8"),
+        ("distill --set lr", "--set lr; expected section.key=value; try --set train.lr=5e-4"),
+        ("distill --recipe quikstart", f"no recipe named quikstart; shipped: {', '.join(shipped())}; try --recipe "),
+        ("recipes show", "missing argument 'NAME|FILE'; see `distillm recipes show --help`"),
+    ],
+)
+def test_a_usage_error_is_one_line_and_exit_code_2(run, argv, line):
+    code, out, err = run(*argv.split())
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {line}")
+    assert err.count("\n") == 1
+
+
+def test_no_verb_shows_the_help_and_is_a_usage_error(run):
+    code, out, err = run()
+    assert (code, err) == (2, "")
+    assert "distillm distill --recipe quickstart" in out
+
+
+def test_with_json_an_error_is_one_object_on_stdout_too(run):
+    for argv in (["distill", "--alhpa", "1", "--json"], ["distill", "--json", "--alpha", "7"]):
+        code, out, err = run(*argv)
+        told = json.loads(out)
+        assert told == {"status": "error", "code": code, "message": err.removeprefix("error: ").rstrip("\n")}
+        assert code == 2
+
+
+@pytest.fixture
+def failing(run, monkeypatch):
+    """Runs a command that fails with the given exception."""
+
+    def call(error: BaseException, *argv: str) -> tuple[int, str, str]:
+        broken = typer.Typer()
+
+        @broken.command()
+        def fail(as_json: options.Json = False, debug: options.Debug = False) -> None:
+            raise error
+
+        monkeypatch.setattr(program, "app", broken)
+        return run(*argv)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (DataError("train.jsonl:318: not JSON", hint="mend it"), 3, "train.jsonl:318: not JSON; mend it"),
+        (CheckpointError("damaged"), 5, "damaged"),
+        (MemoryError(), 7, "out of memory; lower --batch-size"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 7, "out of memory; "),
+        (OSError(errno.ENOSPC, "No space left on device", "/d/x"), 8, "No space left on device: /d/x; free some space"),
+        (OSError(errno.EROFS, "Read-only file system", "/d"), 8, "Read-only file system: /d"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 8, "Disk quota exceeded; free"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), 8, "I/O error: No space left"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (KeyError("a\nb"), 1, "unexpected KeyError; 'a\\nb'; run it again with --debug for the traceback"),
+        (RuntimeError("one\ntwo"), 1, "unexpected RuntimeError; one; run it again with --debug"),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1, "unexpected BrokenPipeError"),  # some other pipe
+    ],
+)
+def test_every_failure_has_its_exit_code_and_one_line(failing, error, code, said):
+    got, out, err = failing(error, "--json")
+    assert got == code
+    assert err.startswith(f"error: {said}")
+    assert err.count("\n") == 1, "no traceback"
+    assert json.loads(out) == {"status": "error", "code": code, "message": err.removeprefix("error: ").rstrip("\n")}
+
+
+def test_torchs_own_out_of_memory_error_is_out_of_memory(failing):
+    torch = pytest.importorskip("torch")
+    code, _, err = failing(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"))
+    assert code == 7
+    assert err.startswith("error: out of memory; CUDA out of memory. Tried to allocate 2 GiB; lower --batch-size")
+
+
+def test_debug_adds_the_traceback(failing):
+    code, out, err = failing(KeyError("lost"), "--debug")
+    assert (code, out) == (1, "")
+    assert "Traceback" in err
+    assert err.splitlines()[-1].startswith("error: unexpected KeyError; 'lost'")
+
+
+def test_a_reader_that_leaves_ends_the_program_quietly():
+    script = """
+        import sys
+        from distillm_cli.cli.app import main
+        sys.stdin.readline()  # by then the reader is gone
+        sys.exit(main(["recipes", "ls"]))
+    """
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], env=env, **pipes) as child:
+        child.stdout.close()
+        child.stdin.write(b"\n")
+        child.stdin.close()
+        child.wait(timeout=60)
+        assert (child.returncode, child.stderr.read()) == (141, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_full_disk_under_stdout_is_a_storage_error():
+    with Path("/dev/full").open("w") as full:
+        script = "import sys; from distillm_cli.cli.app import main; sys.exit(main(['recipes', 'ls']))"
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, "-c", script], env=env, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 8
+    assert done.stderr.startswith("error: No space left on device; ")
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------
+
+
+def test_recipes_ls_is_a_plain_table_for_pipes_and_json_on_request(run):
+    code, out, _ = run("recipes", "ls")
+    rows = [line.split("\t") for line in out.splitlines()]
+    assert code == 0
+    assert [row[0] for row in rows] == list(shipped())
+    assert all(row[2].startswith("distillm ") for row in rows)
+    _, out, _ = run("recipes", "ls", "--json")
+    told = json.loads(out)
+    assert (told["command"], told["status"]) == ("recipes ls", "ok")
+    assert [row["name"] for row in told["recipes"]] == list(shipped())
+
+
+def test_recipes_show_prints_the_file_as_it_is(run):
+    assert run("recipes", "show", "quickstart") == (0, shipped()["quickstart"].read_text(encoding="utf-8"), "")
+
+
+def test_recipes_cp_copies_and_never_overwrites(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = shipped()["g2p"].read_bytes()
+    assert run("recipes", "cp", "g2p") == (0, "g2p.yaml\n", "")
+    assert run("recipes", "cp", "g2p", "my.yaml") == (0, "my.yaml\n", "")
+    (tmp_path / "sub").mkdir()
+    assert run("recipes", "cp", "g2p", "sub")[0] == 0
+    for copy in ("g2p.yaml", "my.yaml", "sub/g2p.yaml"):
+        assert (tmp_path / copy).read_bytes() == text
+
+    (tmp_path / "my.yaml").write_text("mine")
+    code, out, err = run("recipes", "cp", "g2p", "my.yaml")
+    assert (code, out) == (2, "")
+    assert err == "error: my.yaml exists; give another DEST, or remove it first\n"
+    assert (tmp_path / "my.yaml").read_text() == "mine"
+    assert run("recipes", "cp", "g2p", "gone/")[2] == "error: no directory gone; create it first\n"
+
+
+def test_recipes_validate_tells_of_every_recipe_that_is_wrong(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text("train: {lr: fast}\n")
+    (tmp_path / "b.yaml").write_text("trian: {}\n")
+    assert run("recipes", "validate", *shipped())[0] == 0
+
+    code, out, err = run("recipes", "validate", "a.yaml", "quickstart", "b.yaml")
+    assert (code, out) == (2, "quickstart\tok\n")
+    assert err.splitlines() == [
+        "error: a.yaml:1: train.lr = fast; expected a number > 0; try --set train.lr=0.0005",
+        "error: b.yaml:1: trian: no such key; did you mean train?",
+    ]
+    code, out, _ = run("recipes", "validate", "a.yaml", "quickstart", "--json")
+    told = json.loads(out)
+    assert (code, told["status"], told["code"]) == (2, "error", 2)
+    assert [row["status"] for row in told["recipes"]] == ["error", "ok"]

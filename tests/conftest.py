@@ -1,0 +1,23 @@
+"""Shared ground: no network, one place for the real data, small models built on the spot."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real data nobody here wrote; a test that needs it is skipped, with the reason, where it is absent."""
+    place = Path(os.environ.get("DISTILLM_SHARED_DATA", ROOT.parent / "shared" / "data"))
+    if not place.is_dir():
+        pytest.skip(f"no real data at {place}; set DISTILLM_SHARED_DATA")
+    return place

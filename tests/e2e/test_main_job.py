@@ -1,0 +1,279 @@
+"""The four verbs, as typed: text in, a model out that ``from_pretrained`` loads, and every promise to scripts kept."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from distillm_cli.cli.app import main
+
+WORDS = ["alpha", "beta", "gamma", "delta", "kappa", "sigma", "omega", "theta", "iota", "zeta"]
+
+
+def rows(n, offset=0):
+    """Upper-casing, as instructions: a task that needs the prompt."""
+    picked = [(WORDS[(i + offset) % 10], WORDS[(i * 3 + offset) % 10]) for i in range(n)]
+    return [{"instruction": "Say it loud.", "input": f"{a} {b}", "output": f"{a} {b}".upper()} for a, b in picked]
+
+
+def write(path, content):
+    path.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
+    return path
+
+
+SMALL = [
+    "--max-length", "96", "--dtype", "fp32", "--device", "cpu", "--json", "--batch-size", "8", "--quiet",
+    "--set", "data.template=plain", "--set", "eval.report_rows=6", "--set", "eval.max_new_tokens=8",
+    "--set", "rollout.max_new_tokens=8", "--set", "train.eval_steps=5", "--set", "train.threads=1",
+]  # fmt: skip
+
+
+def call(capsys, *argv):
+    """(exit code, the JSON object on stdout, stderr) of one command line."""
+    capsys.readouterr()
+    code = main([str(a) for a in argv])
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 1, out
+    return code, json.loads(out), err
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A data directory and a teacher made by ``distillm sft``."""
+    place = tmp_path_factory.mktemp("job")
+    (
+        write(place / "train.jsonl", rows(64)),
+        write(place / "valid.jsonl", rows(10, 3)),
+        write(place / "test.jsonl", rows(10, 6)),
+    )
+    argv = ["sft", "--model", "random:2x48", "--tokenizer", "chars", "--data", place, "--output", place / "teacher"]
+    assert main([str(a) for a in [*argv, "--steps", "30", "--lr", "5e-3", *SMALL]]) == 0
+    return place
+
+
+def distill_argv(place, output, *more):
+    pair = ["--teacher", place / "teacher", "--student", "random:1x32", "--data", place]
+    adaptive = ["--set", "schedule.epsilon=-10", "--set", "schedule.capacity=16", "--set", "schedule.levels=2"]
+    return ["distill", *pair, "--output", output, "--steps", "20", "--lr", "5e-3", *adaptive, *SMALL, *more]
+
+
+def test_sft_leaves_an_ordinary_model_directory(place):
+    model = AutoModelForCausalLM.from_pretrained(place / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(place / "teacher")
+    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
+    names = {p.name for p in (place / "teacher").iterdir()}
+    assert {"recipe.yaml", "metrics.jsonl", "checkpoints", "README.md", "model.safetensors", "config.json"} <= names
+    lines = [json.loads(line) for line in (place / "teacher" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert len(steps) == 30
+    assert steps[-1]["loss"] < 0.8 * steps[0]["loss"]
+
+
+def test_distill_gives_the_promised_object_and_a_model_that_eval_and_generate_take(place, tmp_path, capsys):
+    code, result, _ = call(capsys, *distill_argv(place, tmp_path / "student"))
+    assert code == 0
+    promised = {"command", "status", "output", "wall_s", "steps", "tokens", "tokens_per_s", "train_loss", "valid_loss",
+                "phi", "rollout_steps", "replay_steps"}  # fmt: skip
+    assert promised <= set(result)
+    assert (result["command"], result["status"], result["steps"]) == ("distill", "ok", 20)
+    assert result["rollout_steps"] > 0
+    assert result["replay_steps"] > 0
+    assert result["phi"] == 1.0
+    assert set(result["report"]) == {"student_before", "student_after", "teacher"}
+
+    code, scores, _ = call(
+        capsys, "eval", tmp_path / "student", "--suite", place, "--seeds", "10,20", "--max-new-tokens", "8", "--json"
+    )
+    (suite,) = scores["suites"].values()
+    assert (code, suite["rows"]) == (0, 10)
+    assert set(suite["rouge_l"]["seeds"]) == {"10", "20"}
+
+    written = tmp_path / "said.jsonl"
+    code, generated, _ = call(
+        capsys, "generate", "--model", tmp_path / "student", "--data", place, "--limit", "7", "--max-new-tokens", "8",
+        "--output", written, "--json",
+    )  # fmt: skip
+    assert (code, generated["rows"]) == (0, 7)
+    assert len(written.read_text().splitlines()) == 7
+
+    code, again, _ = call(
+        capsys, "distill", "--teacher", place / "teacher", "--student", tmp_path / "student", "--data", written,
+        "--steps", "2", "--output", tmp_path / "on-samples", *SMALL,
+    )  # fmt: skip
+    assert (code, again["steps"]) == (0, 2)
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(place, tmp_path, capsys):
+    """Ctrl-C from outside, exit code 130, a usable checkpoint; ``--resume`` ends where the uninterrupted run does."""
+    code, _, _ = call(capsys, *distill_argv(place, tmp_path / "whole", "--steps", "60"))
+    assert code == 0
+    argv = [str(a) for a in distill_argv(place, tmp_path / "cut", "--steps", "60")]
+    process = subprocess.Popen([sys.executable, "-m", "distillm_cli", *argv], stdout=subprocess.PIPE, text=True)
+    metrics = tmp_path / "cut" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and '"step": 7,' in metrics.read_text():
+            process.send_signal(signal.SIGINT)
+            break
+        time.sleep(0.01)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, out
+    assert json.loads(out)["code"] == 130
+    (checkpoint,) = (tmp_path / "cut" / "checkpoints").iterdir()
+    AutoModelForCausalLM.from_pretrained(checkpoint)
+
+    code, result, _ = call(capsys, "distill", "--resume", "--output", tmp_path / "cut", "--json", "--quiet")
+    assert (code, result["steps"]) == (0, 60)
+    whole, cut = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    lines = {name: (tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "cut")}
+    kept = {n: [{k: v for k, v in json.loads(x).items() if k != "seconds"} for x in ls] for n, ls in lines.items()}
+    assert kept["whole"] == kept["cut"]
+
+
+def test_resume_with_a_changed_recipe_is_refused(place, tmp_path, capsys):
+    assert call(capsys, *distill_argv(place, tmp_path / "run"))[0] == 0
+    code, answer, err = call(capsys, *distill_argv(place, tmp_path / "run", "--resume", "--alpha", "0.3"))
+    assert (code, answer["code"]) == (5, 5)
+    assert "objective.alpha was 0.1, now 0.3" in err
+
+
+def test_a_non_empty_output_is_refused_and_overwrite_clears_only_what_a_run_wrote(place, tmp_path, capsys):
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "thesis.txt").write_text("mine")
+    code, _, err = call(capsys, *distill_argv(place, output))
+    assert code == 2
+    assert "is not empty" in err
+    code, _, _ = call(capsys, *distill_argv(place, output, "--overwrite"))
+    assert code == 0
+    assert (output / "thesis.txt").read_text() == "mine"
+
+
+def test_the_resolved_recipe_reproduces_the_run(place, tmp_path, capsys):
+    assert call(capsys, *distill_argv(place, tmp_path / "first"))[0] == 0
+    code, _, _ = call(
+        capsys,
+        "distill",
+        "--recipe",
+        tmp_path / "first" / "recipe.yaml",
+        "--output",
+        tmp_path / "second",
+        "--json",
+        "--quiet",
+    )
+    assert code == 0
+    first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / n).state_dict() for n in ("first", "second"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_best_weights_are_the_ones_published(place, tmp_path, capsys):
+    code, result, _ = call(
+        capsys, "sft", "--model", place / "teacher", "--data", place, "--steps", "15", "--lr", "0.5",
+        "--output", tmp_path / "ruined", *SMALL,
+    )  # fmt: skip
+    assert code == 0
+    assert result["best_step"] is not None
+    lines = [json.loads(x) for x in (tmp_path / "ruined" / "metrics.jsonl").read_text().splitlines()]
+    best = min(line["valid_loss"] for line in lines if "valid_loss" in line and line["step"])
+    assert result["valid_loss"] == pytest.approx(best, rel=1e-5)
+
+
+def bad_inputs(place, tmp_path):
+    """(name, arguments, exit code, what the one line says)"""
+    broken = write(tmp_path / "broken.jsonl", rows(3))
+    broken.write_text(broken.read_text() + '{"instruction": "x", "output": \n')
+    columns = write(tmp_path / "columns.jsonl", [{"ask": "a", "tell": "b"}])
+    unknown = tmp_path / "unknown.yaml"
+    unknown.write_text("objective: {alhpa: 0.1}\n")
+    long = write(tmp_path / "long.jsonl", [{"instruction": f"{i}" + "x" * 500, "output": "y"} for i in range(40)])
+    other = tmp_path / "other"
+    shutil.copytree(place / "teacher", other)
+    tokens = json.loads((other / "tokenizer.json").read_text())
+    text = json.dumps(tokens)
+    (other / "tokenizer.json").write_text(text.replace('"a":', '"a_":').replace('"a"', '"a_"'))
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "file").touch()
+    pair = ["distill", "--teacher", place / "teacher", "--student", "random:1x32"]
+    base = [*pair, "--data", place]
+    return [
+        ("missing file", [*pair, "--data", "no/such/rows.jsonl"], 3, "no/such/rows.jsonl"),
+        ("bad JSON", [*pair, "--data", broken], 3, "broken.jsonl:4: not JSON"),
+        ("missing column", [*pair, "--data", columns], 3, "columns.jsonl:1"),
+        ("unknown key", [*base, "--recipe", unknown], 2, "objective.alpha"),
+        ("alpha", [*base, "--alpha", "1.4"], 2, "1.4"),
+        ("vocabularies", ["distill", "--teacher", place / "teacher", "--student", other, "--data", place], 4, "a_"),
+        ("output", [*base, "--output", full], 2, "is not empty"),
+        (
+            "model",
+            ["distill", "--teacher", "nobody/nothing", "--student", "gpt2", "--data", place],
+            4,
+            "nobody/nothing",
+        ),
+        ("prompt", [*pair, "--data", long, "--set", "data.too_long=error"], 3, "long.jsonl:"),
+        ("no rows fit", [*pair, "--data", long], 3, "too long"),
+        ("flag", [*base, "--aplha", "0.2"], 2, "--alpha"),
+        ("no teacher", ["distill", "--student", "random:1x32"], 2, "--teacher"),
+        ("resume", [*base, "--resume", "--output", tmp_path / "nowhere"], 5, "nothing to resume"),
+    ]
+
+
+def test_bad_input_is_one_line_with_its_exit_code_and_nothing_is_lost(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, argv, code, says in bad_inputs(place, tmp_path):
+        found, answer, err = call(capsys, *argv, "--json")
+        complaint = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert found == code, (name, err)
+        assert len(complaint) == 1, (name, err)
+        assert says in complaint[0], (name, err)
+        assert (answer["status"], answer["code"]) == ("error", code), name
+        assert "Traceback" not in err, name
+
+
+def test_module_and_script_are_the_same_program():
+    run = subprocess.run(
+        [sys.executable, "-m", "distillm_cli", "--version"], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.startswith("distillm ")
+    script = Path(sys.executable).with_name("distillm")
+    if not script.exists():
+        pytest.skip("distillm is not installed in this environment, only importable")
+    assert subprocess.run([script, "--version"], capture_output=True, text=True, check=True).stdout == run.stdout
+
+
+def test_real_rows_through_a_real_tokenizer(shared_data, tmp_path, capsys, monkeypatch):
+    """Dolly by name under $DISTILLM_DATA, GPT-2's tokenizer and config: SFT from scratch, then its suite."""
+    monkeypatch.setenv("DISTILLM_DATA", str(shared_data))
+    gpt2 = shared_data / "tokenizers" / "gpt2"
+    model = ["--model", "random:gpt2:1x32", "--tokenizer", gpt2, "--data", "dolly", "--steps", "2", "--batch-size", "2"]
+    small = ["data.limit=40", "data.valid_limit=4", "eval.report_rows=0"]
+    sets = [word for field in small for word in ("--set", field)]
+    code, result, _ = call(
+        capsys, "sft", *model, "--dtype", "fp32", "--output", tmp_path / "m", "--json", "--quiet", *sets
+    )
+    assert (code, result["steps"]) == (0, 2)
+    code, scores, _ = call(
+        capsys,
+        "eval",
+        tmp_path / "m",
+        "--suite",
+        "dolly",
+        "--seeds",
+        "10",
+        "--limit",
+        "3",
+        "--max-new-tokens",
+        "4",
+        "--json",
+    )
+    assert (code, scores["suites"]["dolly"]["rows"]) == (0, 3)
+    assert os.environ["HF_HUB_OFFLINE"] == "1"

@@ -1,0 +1,146 @@
+"""Tiny random models and tokenizers, built on the spot: every family's own code, a few thousand parameters each."""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from distillm_cli.sequences import Batch, Sequence, collate
+
+CONTEXT = 64
+VOCAB = 41  # of saved directories
+
+_LLAMA: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": CONTEXT,
+}
+_NEOX: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": CONTEXT,
+}
+_GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT}
+_OPT: dict[str, Any] = {
+    "hidden_size": 32,
+    "ffn_dim": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": CONTEXT,
+    "word_embed_proj_dim": 32,
+}
+
+# name → (model_type, config fields). Dropouts stay at each family's default: a forgotten eval mode shows.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("gpt2", _GPT2),
+    "gpt2-untied": ("gpt2", _GPT2 | {"tie_word_embeddings": False}),
+    "opt": ("opt", _OPT),
+    "opt-350m": ("opt", _OPT | {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+    "llama": ("llama", _LLAMA),
+    "llama-tied": ("llama", _LLAMA | {"tie_word_embeddings": True}),
+    "qwen2": ("qwen2", {k: v for k, v in _LLAMA.items() if k != "head_dim"}),
+    "qwen3": ("qwen3", _LLAMA),
+    "mistral": ("mistral", _LLAMA | {"sliding_window": 4}),
+    "gemma": ("gemma", _LLAMA),
+    "gemma2": (
+        "gemma2",
+        _LLAMA | {"sliding_window": 4, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0},
+    ),
+    "gemma3": (
+        "gemma3_text",
+        _LLAMA
+        | {"sliding_window": 4, "query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "phi": ("phi", _NEOX | {"partial_rotary_factor": 0.5}),
+    "gptj": ("gptj", _GPT2 | {"rotary_dim": 4}),
+    "gpt_neox": ("gpt_neox", _NEOX),
+    "bloom": ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "cohere": ("cohere", {k: v for k, v in _LLAMA.items() if k != "head_dim"} | {"logit_scale": 0.25}),
+    "granite": ("granite", {k: v for k, v in _LLAMA.items() if k != "head_dim"} | {"logits_scaling": 4.0}),
+    "falcon_h1": (
+        "falcon_h1",
+        _LLAMA
+        | {
+            "mamba_d_ssm": 32,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 8,
+            "mamba_n_groups": 1,
+            "mamba_d_state": 8,
+            "mamba_chunk_size": 8,
+            "lm_head_multiplier": 0.5,
+        },
+    ),
+    "mamba": ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 4}),
+}
+
+
+def tokenizer(words: str = string.ascii_lowercase, *, pad: bool = True, size: int | None = None):
+    """A character tokenizer: <eos>, <pad> (unless told otherwise), then the characters; `size` adds made-up tokens."""
+    tokens = ["<eos>", *(["<pad>"] if pad else []), "<unk>", *words]
+    while size is not None and len(tokens) < size:
+        tokens.append(f"t{len(tokens)}")
+    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    special = {"eos_token": "<eos>", "unk_token": "<unk>"} | ({"pad_token": "<pad>"} if pad else {})
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+def config(family: str, vocab_size: int = 101, **fields: Any):
+    """The config of a tiny member of ``family``; `fields` override."""
+    model_type, own = FAMILIES[family]
+    ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    return AutoConfig.for_model(model_type, **{"vocab_size": vocab_size, **ids, **own, **fields})
+
+
+def model(family: str, vocab_size: int = 101, *, seed: int = 0, spread: float = 3.0, **fields: Any) -> PreTrainedModel:
+    """A random model in eval mode, with weights large enough that attention is no mere average and logits spread.
+
+    spread: the standard deviation that the logits are brought to, so that soft caps bite and argmaxes are clear.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = AutoModelForCausalLM.from_config(config(family, vocab_size, **fields), dtype=torch.float32).eval()
+        with torch.no_grad():
+            for name, parameter in made.named_parameters():
+                # a_log, dt and the like of state space models are left where their initialisation wants them
+                if parameter.dim() >= 2 and "A_log" not in name and "conv" not in name:
+                    parameter.normal_(0, 1.5 / parameter.shape[-1] ** 0.5)
+                elif name.endswith("bias") and "dt" not in name:
+                    parameter.normal_(0, 0.3)
+            head = made.get_output_embeddings()
+            logits = made(torch.randint(vocab_size, (2, 8)), use_cache=False).logits
+            head.weight.mul_(spread / logits.std())
+    return made
+
+
+def save(place: Path, family: str = "llama", *, rows: int = VOCAB, own_tokenizer=None, **fields: Any) -> str:
+    """A directory with a model of `rows` rows and a tokenizer of VOCAB tokens (or this one; False: none)."""
+    model(family, rows, **fields).save_pretrained(place)
+    if own_tokenizer is not False:
+        (own_tokenizer or tokenizer(size=VOCAB)).save_pretrained(place)
+    return str(place)
+
+
+def batch(lengths: list[tuple[int, int]], vocab: int, seed: int = 0) -> Batch:
+    """A batch of random sequences, (prompt, response) lengths given."""
+    return collate(sequences(lengths, vocab, seed))
+
+
+def sequences(lengths: list[tuple[int, int]], vocab: int, seed: int = 0) -> list[Sequence]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(n: int):
+        return torch.randint(vocab, (n,), generator=generator, dtype=torch.int32).numpy()
+
+    return [Sequence(draw(p), draw(r), row) for row, (p, r) in enumerate(lengths)]

@@ -1,0 +1,196 @@
+"""The arrows of the design, held by reading the imports."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "distillm_cli"
+SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if "_recipes" not in path.parts)
+
+# room → what it may import of this package besides itself. The command line may import everything.
+EVERYBODY = {"errors", "sequences", "config.schema"}
+ARROWS: dict[str, set[str]] = {
+    "config": set(),
+    "data": {"core.events"},
+    "models": {"core.events"},
+    "core": set(),
+    "evaluation": {"core.rollout", "core.events", "data"},
+    "ui": {"core.events"},
+}
+COMMAND_LINE = {"typer", "click", "rich"}
+FOREIGN: dict[str, set[str]] = {  # room → packages it has no business with
+    "core": {*COMMAND_LINE, "yaml", "transformers", "datasets"},
+    "data": COMMAND_LINE,
+    "models": COMMAND_LINE,
+    "evaluation": COMMAND_LINE,
+    "config": COMMAND_LINE,
+    "ui": {"typer", "click"},
+}
+HEAVY = {"torch", "transformers", "datasets", "accelerate", "tokenizers", "safetensors", "numpy", "pyarrow", "pandas"}
+# Nothing heavy at import: neither here nor in whatever these import at their top.
+LIGHT_ROOTS = ("__main__", "cli.app", "config.load", "ui.console")
+
+
+class Import(NamedTuple):
+    module: str  # dotted; without "distillm_cli." when it is ours
+    ours: bool
+    top: bool  # runs when the file is imported
+    line: int
+
+
+def imports(source: str, module: str) -> Iterator[Import]:
+    """Every import of a file; ``from distillm_cli.core import engine`` counts as ``core.engine``."""
+
+    def visit(node: ast.AST, top: bool) -> Iterator[Import]:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return  # types only: nothing is imported
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield from told(alias.name, None, top, node.lineno)
+        elif isinstance(node, ast.ImportFrom):
+            parents = module.split(".")[: -node.level] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            for alias in node.names:
+                yield from told(base, alias.name, top, node.lineno)
+        inside = top and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, inside)
+
+    def told(base: str, name: str | None, top: bool, line: int) -> Iterator[Import]:
+        if base.split(".")[0] != "distillm_cli":
+            yield Import(base, False, top, line)
+            return
+        inner = base.removeprefix("distillm_cli").lstrip(".")
+        place = PACKAGE.joinpath(*inner.split(".")) if inner else PACKAGE
+        if name and (not inner or (place / f"{name}.py").is_file() or (place / name).is_dir()):
+            inner = f"{inner}.{name}".lstrip(".")
+        yield Import(inner, True, top, line)
+
+    yield from visit(ast.parse(source), True)
+
+
+def broken(source: str, module: str) -> list[str]:
+    """The rules of the design that a file breaks, one sentence each. module: dotted, as ``distillm_cli.core.engine``."""
+    inner = module.removeprefix("distillm_cli").lstrip(".")
+    room = inner.split(".")[0]
+    found = []
+    for module_, ours, _, line in imports(source, module):
+        first = module_.split(".")[0]
+        if ours and room in ARROWS:
+            allowed = {room, *EVERYBODY, *ARROWS[room]}
+            if module_ and not any(module_ == a or module_.startswith(f"{a}.") for a in allowed):
+                found.append(f"{inner}:{line}: {room} may not import {module_}")
+        if ours and room in ("errors", "sequences"):
+            found.append(f"{inner}:{line}: {room} stands below everything, and imports {module_}")
+        if not ours and first in FOREIGN.get(room, ()):
+            found.append(f"{inner}:{line}: {room} may not import {first}")
+    return found
+
+
+def loaded_with(root: str, read: Callable[[str], str | None]) -> Iterator[tuple[str, Import]]:
+    """(importing module, foreign import) for everything that runs when ``root`` is imported."""
+    waiting, seen = [root], set()
+    while waiting:
+        inner = waiting.pop()
+        if inner in seen or (source := read(inner)) is None:
+            continue
+        seen.add(inner)
+        waiting.extend(inner.rsplit(".", n)[0] for n in range(1, inner.count(".") + 1))  # packages run as well
+        for found in imports(source, f"distillm_cli.{inner}".rstrip(".")):
+            if found.top and found.ours:
+                waiting.append(found.module)
+            elif found.top:
+                yield inner, found
+
+
+def source_of(inner: str) -> str | None:
+    """The text of one of our modules by its dotted name, a package's ``__init__`` included."""
+    place = PACKAGE.joinpath(*inner.split(".")) if inner else PACKAGE
+    for path in (place.with_suffix(".py"), place / "__init__.py"):
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+    return None
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_file_keeps_to_its_room(path):
+    module = module_of(path).removesuffix(".__init__")
+    source = path.read_text(encoding="utf-8")
+    assert broken(source, module) == []
+    assert len(source.splitlines()) <= 400, "when a file wants to grow past 400 lines, it is two rooms"
+
+
+@pytest.mark.parametrize("root", LIGHT_ROOTS)
+def test_nothing_heavy_is_loaded_with(root):
+    heavy = [
+        f"{inner}:{found.line} imports {found.module}"
+        for inner, found in loaded_with(root, source_of)
+        if found.module.split(".")[0] in HEAVY
+    ]
+    assert heavy == [], "import it inside the function that needs it"
+
+
+def test_a_heavy_import_is_found_through_other_files():
+    files = {
+        "cli.app": "from distillm_cli.cli import distill, eval",
+        "cli": "",
+        "cli.distill": "def distill():\n    import torch",
+        "cli.eval": "try:\n    from distillm_cli.ui.console import console\nexcept ImportError:\n    pass",
+        "ui.console": "import numpy as np\nif TYPE_CHECKING:\n    import torch",
+    }
+    found = [(inner, found.module) for inner, found in loaded_with("cli.app", files.get)]
+    assert found == [("ui.console", "numpy")]
+
+
+def test_the_scheduler_knows_no_torch():
+    source = (PACKAGE / "core/scheduler.py").read_text(encoding="utf-8")
+    assert not {found.module.split(".")[0] for found in imports(source, "distillm_cli.core.scheduler")} & HEAVY
+
+
+@pytest.mark.parametrize(
+    ("source", "module", "complaint"),
+    [
+        ("import typer", "core.engine", "core may not import typer"),
+        ("def f():\n    import yaml", "core.engine", "core may not import yaml"),
+        ("from rich.table import Table", "core.engine", "core may not import rich"),
+        ("from distillm_cli.data import sources", "core.engine", "core may not import data.sources"),
+        ("from distillm_cli import models", "core.engine", "core may not import models"),
+        ("from ..models.pair import load_pair", "core.engine", "core may not import models.pair"),
+        (
+            "def f():\n    from distillm_cli.core.engine import train",
+            "models.pair",
+            "models may not import core.engine",
+        ),
+        ("from distillm_cli.config.load import resolve", "core.engine", "core may not import config.load"),
+        ("from distillm_cli.ui import console", "evaluation.evaluate", "evaluation may not import ui.console"),
+        ("from distillm_cli.config import schema", "errors", "stands below everything"),
+    ],
+)
+def test_the_rules_bite(source, module, complaint):
+    (found,) = broken(source, f"distillm_cli.{module}")
+    assert complaint in found
+
+
+@pytest.mark.parametrize(
+    ("source", "module"),
+    [
+        ("from distillm_cli.config.schema import Train\nfrom distillm_cli.sequences import Batch", "core.engine"),
+        ("from distillm_cli.core.events import Progress", "data.sources"),
+        ("from distillm_cli.core import events, rollout", "evaluation.evaluate"),
+        ("def f():\n    import torch\n    from distillm_cli.core.engine import train", "cli.distill"),
+        ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch", "cli.distill"),
+        ("from distillm_cli.core.events import Event", "ui.console"),
+    ],
+)
+def test_the_rules_allow_what_the_design_allows(source, module):
+    assert broken(source, f"distillm_cli.{module}") == []

@@ -1,0 +1,216 @@
+"""Tokenising with its counts, and the arithmetic of order."""
+
+from __future__ import annotations
+
+import pickle
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from distillm_cli.config.schema import Data
+from distillm_cli.core.events import Note, Progress
+from distillm_cli.data.batching import Order, by_length, tokenise
+from distillm_cli.data.prompts import Encoder
+from distillm_cli.data.rows import Row
+from distillm_cli.data.sources import load_rows
+from distillm_cli.errors import DataError
+from distillm_cli.sequences import Sequence, collate
+
+
+def letters() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel({"</s>": 0, "p": 1, "r": 2}, unk_token="</s>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+def rows_of(*lengths: tuple[int, int]) -> list[Row]:
+    """Rows of so many prompt and response tokens, end-of-sequence included."""
+    return [
+        Row(prompt="p" * prompt, references=("r" * (response - 1),), where=f"a.jsonl:{line}")
+        for line, (prompt, response) in enumerate(lengths, start=1)
+    ]
+
+
+def examples_of(rows, listener=lambda event: None, context=None, **fields):
+    data = Data(**({"max_length": 10, "max_prompt_length": 6} | fields))
+    return tokenise(rows, Encoder(letters(), data), data, listener, context)
+
+
+ROWS = rows_of((3, 4), (7, 2), (3, 8), (6, 4), (4, 7))
+
+# ------------------------------------------------------------------------------------------------------- tokenising
+
+
+def test_rows_too_long_are_dropped_counted_and_reported():
+    said = []
+    examples = examples_of(ROWS, said.append)
+    assert [row.where for row in examples.rows] == ["a.jsonl:1", "a.jsonl:4"]
+    assert (len(examples), examples.dropped, examples.dropped_prompts, examples.truncated) == (2, 3, 1, 0)
+    assert [sequence.row for sequence in examples.sequences] == [0, 1]  # of examples.rows, not of what was given
+    assert examples.lengths.tolist() == [7, 10]
+    assert examples.tokens == 8
+    dropped = "3 of 5 rows dropped as too long: 1 with a prompt over 6 tokens, 2 over 10 tokens in all"
+    assert said == [Progress("tokenising", 5, 5, "rows"), Note(dropped)]
+
+
+def test_truncating_cuts_responses_and_still_drops_long_prompts():
+    said = []
+    examples = examples_of(ROWS, said.append, too_long="truncate")
+    assert [row.where for row in examples.rows] == ["a.jsonl:1", "a.jsonl:3", "a.jsonl:4", "a.jsonl:5"]
+    assert (examples.dropped, examples.dropped_prompts, examples.truncated) == (1, 1, 2)
+    assert examples.lengths.tolist() == [7, 10, 10, 10]
+    assert [int(sequence.response[-1]) for sequence in examples.sequences] == [0, 2, 0, 2]
+    assert said[1:] == [
+        Note("1 of 5 rows dropped as too long: 1 with a prompt over 6 tokens"),
+        Note("2 of 5 responses cut at 10 tokens, prompt included"),
+    ]
+
+
+def test_error_stops_at_the_first_row_too_long():
+    with pytest.raises(DataError, match=r"^a.jsonl:2: a prompt of 7 tokens"):
+        examples_of(ROWS, too_long="error")
+
+
+def test_nothing_left_names_the_shortest_row_and_the_limit():
+    with pytest.raises(DataError) as caught:
+        examples_of(rows_of((9, 20), (8, 3), (7, 90)))
+    assert str(caught.value) == (
+        "all 3 rows are too long: the shortest has 8 + 3 tokens (prompt + response), the limit is 6 for the prompt, "
+        "10 in all; a.jsonl:2; raise --max-length (and data.max_prompt_length), or use a model with a longer context"
+    )
+    with pytest.raises(DataError, match=r"shortest has 3 \+ 4 tokens .* the limit is 5 tokens in all; a.jsonl:1;"):
+        examples_of(rows_of((3, 4), (3, 5)), context=5)
+    with pytest.raises(DataError, match="no rows to tokenise"):
+        examples_of([])
+
+
+def test_dolly_in_seconds_with_progress(shared_data):
+    tokenizer = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "gpt2")
+    data, said = Data(source=str(shared_data / "dolly"), limit=2_000), []
+    rows = load_rows(data, "train")
+    start = time.process_time()
+    examples = tokenise(rows, Encoder(tokenizer, data), data, said.append, 1024)
+    assert time.process_time() - start < 10  # 1.5 s on two cores; all 11,435 rows take about 8
+    assert len(examples) + examples.dropped == 2_000
+    assert examples.dropped_prompts == 0  # upstream kept prompts of up to 256 tokens
+    assert max(examples.lengths) <= 512
+    progress = [event for event in said if isinstance(event, Progress)]
+    assert [event.done for event in progress] == [500, 1_000, 1_500, 2_000]
+    assert said[-1].text.startswith(f"dolly train: {examples.dropped} of 2,000 rows dropped as too long")
+    assert progress[0].task == "tokenising dolly train"
+
+
+def test_workers_change_nothing(shared_data):
+    data = Data(source=str(shared_data / "g2p"), limit=1_200, too_long="truncate", max_length=64)
+    rows = load_rows(data, "train")
+    encoder = Encoder(AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "gpt2"), data)
+    alone, together = (tokenise(rows, encoder, data.model_copy(update={"workers": workers})) for workers in (0, 2))
+    assert alone.truncated == together.truncated
+    assert 0 < alone.truncated < 1_200
+    assert alone.rows == together.rows
+    for one, other in zip(alone.sequences, together.sequences, strict=True):
+        assert one.row == other.row
+        np.testing.assert_array_equal(one.prompt, other.prompt)
+        np.testing.assert_array_equal(one.response, other.response)
+
+
+def test_an_error_crosses_the_process_boundary_whole():
+    error = DataError("a.jsonl:3: too long", where="a.jsonl", hint="cut it")
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), again.what, again.where, again.hint) == (DataError, error.what, error.where, error.hint)
+    assert str(again) == str(error)
+
+
+# ----------------------------------------------------------------------------------------------------------- order
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(1, 400), batch=st.integers(1, 40), seed=st.integers(0, 2**32), epoch=st.integers(0, 50))
+def test_an_epoch_shows_every_example_at_most_once(n, batch, seed, epoch):
+    order = Order(np.arange(n) % 13, batch, seed)
+    steps = order.steps_per_epoch
+    assert steps == max(1, n // batch)
+    batches = [order.batch(epoch * steps + index) for index in range(steps)]
+    assert {len(chosen) for chosen in batches} == {min(n, batch)}
+    seen = [index for chosen in batches for index in chosen]
+    assert len(seen) == len(set(seen)) == steps * min(n, batch)
+    assert set(seen) <= set(range(n))
+
+
+def test_order_is_a_function_of_the_step_alone():
+    lengths = np.random.default_rng(0).integers(5, 500, 1000)
+    order = Order(lengths, 8, seed=10)
+    forwards = [order.batch(step) for step in range(300)]
+    resumed = Order(lengths, 8, seed=10)
+    assert [resumed.batch(step) for step in (299, 3, 150)] == [forwards[299], forwards[3], forwards[150]]
+    assert [Order(lengths, 8, seed=11).batch(step) for step in range(300)] != forwards
+    assert forwards[:125] != forwards[125:250]
+
+
+def test_the_order_of_a_released_version_stays():
+    """A run that is resumed years later, under another numpy, goes on with the same rows."""
+    order = Order([5, 3, 8, 1, 9, 2, 7, 4, 6, 0], 3, seed=10)
+    assert [order.batch(step) for step in range(6)] == [
+        [3, 7, 6],
+        [5, 0, 8],
+        [1, 2, 4],
+        [0, 6, 2],
+        [3, 5, 8],
+        [9, 1, 7],
+    ]
+
+
+def test_remainders_differ_so_that_every_example_is_trained_on():
+    order = Order(np.arange(15), 8, seed=1)
+    assert order.steps_per_epoch == 1
+    seen = [frozenset(order.batch(step)) for step in range(20)]
+    assert len(set(seen)) > 15
+    assert frozenset().union(*seen) == set(range(15))
+
+
+@pytest.mark.parametrize(("n", "batch"), [(8_000, 8), (400, 8), (30_000, 64)])
+def test_bucketing_saves_padding_and_keeps_randomness(n, batch):
+    lengths = np.random.default_rng(0).lognormal(5, 0.7, n).astype(int).clip(10, 512)
+    order = Order(lengths, batch, seed=10, bucket=50)
+    steps = order.steps_per_epoch
+    batches = [np.array(order.batch(step)) for step in range(2 * steps)]
+    padded = sum(len(chosen) * lengths[chosen].max() for chosen in batches)
+    shuffled = np.random.default_rng(1).permutation(n)[: steps * batch].reshape(steps, batch)
+    unbucketed = 2 * sum(batch * lengths[chosen].max() for chosen in shuffled)
+    assert padded < 0.75 * unbucketed
+    # Randomness of company: hardly any pair of an epoch's batch meets again in the next epoch.
+    again = np.zeros(n, dtype=int)
+    for index, chosen in enumerate(batches[steps:]):
+        again[chosen] = index
+    together = np.mean([np.mean(again[chosen] == again[chosen[0]]) for chosen in batches[:steps]])
+    assert together < 0.4
+    # Randomness of turn: the length of a step says nothing of the next step's.
+    means = np.array([lengths[chosen].mean() for chosen in batches])
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.25
+
+
+def test_an_epoch_is_arranged_once():
+    order = Order(np.arange(200_000), 8, seed=1)
+    order.batch(0)
+    start = time.process_time()
+    for step in range(order.steps_per_epoch):
+        order.batch(step)
+    assert time.process_time() - start < 2
+
+
+def test_by_length_covers_all_once_longest_first():
+    rng = np.random.default_rng(0)
+    sequences = [
+        Sequence(np.ones(p, np.int32), np.ones(3, np.int32), row) for row, p in enumerate(rng.integers(1, 60, 101))
+    ]
+    batches = by_length(sequences, 8)
+    assert [len(batch) for batch in batches] == [8] * 12 + [5]
+    assert sorted(sequence.row for batch in batches for sequence in batch) == list(range(101))
+    sizes = [collate(batch).ids_BT.shape[1] for batch in batches]
+    assert sizes == sorted(sizes, reverse=True)
+    assert by_length([], 8) == []

@@ -1,0 +1,280 @@
+"""The loop, against the truth: plain PyTorch for one step, the uninterrupted run for a resumed one."""
+
+import copy
+import json
+import os
+import signal
+from collections import Counter
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from distillm_cli.config import schema
+from distillm_cli.core.checkpoint import Checkpoints, read
+from distillm_cli.core.engine import Engine
+from distillm_cli.core.events import Saved, Stepped, Validated
+from distillm_cli.core.metrics_log import MetricsLog
+from distillm_cli.core.objective import Objective
+from distillm_cli.core.replay import ReplayBuffer
+from distillm_cli.core.rollout import StudentRollouts
+from distillm_cli.core.scheduler import Scheduler, Source
+from distillm_cli.core.teacher import Teacher
+from distillm_cli.errors import CheckpointError, Interrupted, NonFiniteError
+from distillm_cli.models.backbone import Backbone
+from tests import tiny
+
+TOKENIZER = tiny.tokenizer()
+ROWS = tiny.sequences([(3 + i % 5, 2 + i % 4) for i in range(24)], vocab=len(TOKENIZER), seed=2)
+HELD_OUT = [tiny.sequences([(4, 3), (5, 4), (3, 2)], vocab=len(TOKENIZER), seed=9)]
+
+
+def student(family="gpt2", **fields):
+    return Backbone(tiny.model(family, len(TOKENIZER), seed=1, spread=1.0, **fields), TOKENIZER)
+
+
+def build(tmp_path=None, *, method="adaptive", listener=lambda event: None, steps=12, backbone=None, **train):
+    """A whole small run: dropout on (GPT-2's own 0.1), so that the random state matters."""
+    train = schema.Train(**{"batch_size": 4, "lr": 1e-3, "eval_steps": 3, "save_steps": 1000, "seed": 5} | train)
+    step_rows = train.batch_size * train.accumulate
+    sft = method == "sft"
+    # epsilon −10: φ rises at every validation, so that a short run has rollouts and replay
+    kind = (
+        {"kind": "off"} if method in ("sft", "off") else {"kind": method, "epsilon": -10.0, "capacity": 8, "levels": 3}
+    )
+    backbone = backbone or student()
+    teacher = None if sft else Teacher(Backbone(tiny.model("llama", len(TOKENIZER), seed=4), TOKENIZER))
+    objective = Objective(backbone, None if sft else schema.Objective(), teacher_head=None if sft else teacher.head)
+    checkpoints = None
+    if tmp_path is not None:
+        checkpoints = Checkpoints(tmp_path, backbone.model.save_pretrained, keep=train.keep)
+    return Engine(
+        objective=objective,
+        train=train,
+        steps=steps,
+        steps_per_epoch=len(ROWS) // step_rows,
+        batches=lambda step: [ROWS[(step * step_rows + i * 7) % len(ROWS)] for i in range(step_rows)],
+        scheduler=Scheduler(schema.Schedule(**kind), steps=steps, seed=train.seed),
+        replay=ReplayBuffer(8, seed=train.seed),
+        rollouts=StudentRollouts(backbone, schema.Rollout(max_new_tokens=5), max_length=16, seed=train.seed),
+        bulk=2,
+        teacher=teacher,
+        validation=HELD_OUT,
+        checkpoints=checkpoints,
+        listener=listener,
+    )
+
+
+def weights(engine):
+    return {name: p.detach().clone() for name, p in engine.objective.named_parameters()}
+
+
+def resume(tmp_path, method, **settings):
+    found = Checkpoints(tmp_path, lambda path: None, keep=1).latest()
+    loaded = type(student().model).from_pretrained(found.path, dtype=torch.float32)
+    backbone = student()
+    backbone.model.load_state_dict(loaded.state_dict())
+    engine = build(tmp_path, method=method, backbone=backbone, **settings)
+    torch.manual_seed(999)  # whatever the random state was, the checkpoint's is what counts
+    engine.load(found)
+    return engine
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("method", ["sft", "off", "adaptive", "mixed", "annealed"])
+def test_resume_matches_an_uninterrupted_run_bit_for_bit(tmp_path, method, accumulate):
+    """Stopped by a signal in mid-epoch, gone on in a fresh engine: the same weights, to the last bit."""
+    torch.manual_seed(5)
+    whole = build(method=method, accumulate=accumulate)
+    done = whole.run()
+
+    torch.manual_seed(5)
+    stopped = build(tmp_path, method=method, accumulate=accumulate, listener=_kill_at(5))
+    with pytest.raises(Interrupted) as stop:
+        stopped.run()
+    assert stop.value.exit_code == 128 + signal.SIGINT
+    assert stopped.at.step == 5
+
+    resumed = resume(tmp_path, method, accumulate=accumulate)
+    again = resumed.run()
+    for name, value in weights(whole).items():
+        assert torch.equal(weights(resumed)[name], value), name
+    assert again.sources == done.sources
+    assert again.valid_loss == done.valid_loss
+    if method == "adaptive":
+        assert done.sources["rollout"] > 0
+        assert done.sources["replay"] > 0
+
+
+def _kill_at(step):
+    def listener(event):
+        if isinstance(event, Stepped) and event.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return listener
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(8, 1), (4, 2), (2, 4), (3, 3)])
+def test_accumulation_gives_the_gradient_of_the_whole_batch(batch_size, accumulate):
+    """One division by the step's token count: ragged micro-batches weigh as much as their tokens."""
+    rows = ROWS[:8]
+    engine = build(method="off", steps=1, batch_size=batch_size, clip=0.0, lr=1.0, backbone=student("llama").double())
+    engine.teacher.model.double()
+    engine.optimizer = torch.optim.SGD(engine.objective.parameters(), lr=1.0)
+    before = weights(engine)
+    engine.objective.train()
+    engine._update(rows, Source.DATASET)
+    ours = {name: before[name] - value for name, value in weights(engine).items()}
+
+    reference = build(method="off", steps=1, backbone=student("llama").double())
+    reference.teacher.model.double()
+    log_p, log_q, tokens = [], [], 0
+    for s in rows:
+        batch = tiny.collate([s])
+        log_p.append(own_logits(reference.teacher.model, batch).detach().log_softmax(-1))
+        log_q.append(own_logits(reference.objective.student, batch).log_softmax(-1))
+        tokens += len(s.response)
+    p, q = torch.cat(log_p).exp(), torch.cat(log_q).exp()
+    loss = (p * (p / (0.1 * p + 0.9 * q)).log()).sum() / tokens
+    loss.backward()
+    for name, parameter in reference.objective.named_parameters():
+        assert_close(ours[name], parameter.grad, rtol=1e-6, atol=1e-9)
+
+
+def own_logits(backbone, batch):
+    return backbone.model(batch.ids_BT).logits.flatten(0, 1)[batch.positions_N]
+
+
+def test_gradient_checkpointing_changes_memory_and_nothing_else():
+    plain, saving = (build(method="adaptive", steps=6, backbone=student("llama")) for _ in range(2))
+    saving.objective.student.model.gradient_checkpointing_enable()
+    plain.run(), saving.run()
+    for name, value in weights(plain).items():
+        assert_close(weights(saving)[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_bulk_rollouts_are_as_many_as_single_ones_and_each_is_used_once():
+    events = []
+    single, bulk = build(method="on", steps=10), build(method="on", steps=10, listener=events.append)
+    single.bulk, bulk.bulk = 1, 4
+    assert single.run().sampled == bulk.run().sampled == 40
+    assert Counter(e.source for e in events if isinstance(e, Stepped)) == {"rollout": 10}
+    assert not bulk.waiting
+
+
+def test_the_papers_fresh_through_the_buffer_trains_on_what_the_buffer_holds():
+    engine = build(method="on", steps=4)
+    engine.fresh = "buffer"
+    engine.run()
+    assert len(engine.replay) == 8
+    assert engine.at.sources == {"rollout": 4}
+
+
+def test_training_lowers_the_loss_and_leaves_train_mode_as_it_was():
+    events = []
+    engine = build(method="off", steps=60, lr=5e-3, listener=events.append, backbone=student("llama"))
+    engine.run()
+    losses = [e.loss for e in events if isinstance(e, Stepped)]
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+    assert engine.objective.training
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
+    """A learning rate that soon ruins the student: the best validation is an early one, and outlives the pruning."""
+    events = []
+    engine = build(
+        tmp_path, method="sft", steps=12, lr=0.3, select="valid_loss", save_steps=1, keep=2, listener=events.append
+    )
+    at = engine.run()
+    validations = {e.step: e.valid_loss for e in events if isinstance(e, Validated) and e.step}
+    assert at.best_step == min(validations, key=validations.get)
+    assert engine.checkpoints.steps() == sorted({at.best_step, 11, 12})
+
+
+def test_early_stop_after_patience_runs_out(tmp_path):
+    engine = build(tmp_path, method="sft", steps=60, lr=0.3, select="valid_loss", patience=2, eval_steps=2)
+    at = engine.run()
+    assert at.reason == "early stop"
+    assert at.step < 60
+    assert at.step == at.best_step + 2 * 2
+
+
+def test_selection_by_divergence_measures_it_on_held_out_rows(tmp_path):
+    events = []
+    build(tmp_path, method="off", select="valid_divergence", listener=events.append).run()
+    figures = [e.scores["valid_divergence"] for e in events if isinstance(e, Validated)]
+    assert len(figures) == 5
+    assert all(0 < f < 2.31 for f in figures)  # skew KL at α = .1 never exceeds log 10
+
+
+def test_non_finite_numbers_stop_the_run_before_they_reach_the_weights(tmp_path):
+    engine = build(tmp_path, method="sft", steps=6)
+
+    def poison(event):
+        if isinstance(event, Stepped) and event.step == 2:
+            engine.objective.student.model.transformer.ln_f.weight.data[0] = float("inf")
+
+    engine.say = poison
+    with pytest.raises(NonFiniteError, match="step 3"):
+        engine.run()
+    assert engine.at.step == 2
+    assert all(torch.isfinite(s["exp_avg"]).all() for s in engine.optimizer.state.values())
+    assert read(engine.checkpoints.path(2)).state["progress"]["step"] == 2
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path):
+    engine = build(tmp_path, method="sft", steps=2)
+    engine.run()
+    path = engine.checkpoints.path(2)
+    target = path / "training.safetensors"
+    target.write_bytes(target.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(CheckpointError, match=r"training\.safetensors differs from its manifest") as error:
+        read(path)
+    assert error.value.exit_code == 5
+    target.unlink()
+    with pytest.raises(CheckpointError, match="missing"):
+        read(path)
+
+
+def test_a_half_written_checkpoint_is_invisible_and_cleared_away(tmp_path):
+    engine = build(tmp_path, method="sft", steps=2)
+    (tmp_path / ".staging-step-000009").mkdir()
+    assert engine.checkpoints.latest() is None
+    engine.run()
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000002"]
+
+
+def test_no_pickle_in_a_checkpoint(tmp_path):
+    engine = build(tmp_path, method="adaptive")
+    engine.run()
+    suffixes = {p.suffix for p in engine.checkpoints.path(12).iterdir()}
+    assert suffixes == {".json", ".safetensors"}
+
+
+def test_metrics_lines_are_whole_and_a_resume_drops_the_ones_after_it(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, log_steps=2)
+    build(method="adaptive", steps=6, listener=log).run()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6]
+    assert set(lines[1]) == {"step", "epoch", "source", "loss", "lr", "grad_norm", "phi", "tokens", "seconds"}
+    assert [line["step"] for line in lines if "valid_loss" in line] == [0, 3, 6]
+
+    path.write_text(path.read_text() + '{"step": 7, "lo')
+    MetricsLog(path, log_steps=2, first_step=4)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 2, 3, 4]
+
+
+def test_the_teacher_is_neither_trained_nor_saved_with_the_student():
+    engine = build(method="off")
+    before = copy.deepcopy(engine.teacher.model.model.state_dict())
+    engine.run()
+    assert all(torch.equal(before[k], v) for k, v in engine.teacher.model.model.state_dict().items())
+    mine = {id(p) for p in engine.objective.parameters()}
+    assert mine == {id(p) for p in engine.objective.student.model.parameters()}
+
+
+def test_checkpoints_are_announced(tmp_path):
+    events = []
+    build(tmp_path, method="sft", steps=4, save_steps=2, listener=events.append).run()
+    assert [e.step for e in events if isinstance(e, Saved)] == [2, 4]

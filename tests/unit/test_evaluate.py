@@ -1,0 +1,239 @@
+"""Suites, passes, figures and files: what a score is made of, on a tiny model that says the same every time."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import replace
+
+import pytest
+
+from distillm_cli.config.schema import Columns, Data, Eval, Recipe
+from distillm_cli.core.events import Progress, Warned
+from distillm_cli.data.prompts import Encoder
+from distillm_cli.data.sources import Row
+from distillm_cli.errors import DataError, StorageError
+from distillm_cli.evaluation.evaluate import evaluate, passes
+from distillm_cli.evaluation.metrics import corpus
+from distillm_cli.evaluation.results import check_writable, label, save
+from distillm_cli.evaluation.suites import Suite, distinct, held_out, load_suite, load_suites, short_name
+from distillm_cli.models.backbone import Backbone
+from tests import tiny
+
+WORDS = ["abc", "hello", "a", "sevenletters", "xyz", "qrs", "model", "te", "student", "u", "vw", "teacher"]
+
+
+@pytest.fixture(scope="module")
+def model() -> Backbone:
+    tokenizer = tiny.tokenizer()
+    return Backbone(tiny.model("gpt2", len(tokenizer), spread=2.0), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def encoder(model) -> Encoder:
+    return Encoder(model.tokenizer, Data(template="plain"))
+
+
+def suite_of(*references: tuple[str, ...]) -> Suite:
+    rows = [
+        Row(prompt=word, references=refs, where=f"test.jsonl:{i}", task=("short", "long")[len(word) > 3])
+        for i, (word, refs) in enumerate(zip(WORDS, references or [("a",)] * len(WORDS), strict=False), start=1)
+    ]
+    return Suite("words", rows, "test.jsonl")
+
+
+def config(**fields) -> Eval:
+    return Eval(
+        **{"max_new_tokens": 12, "batch_size": 4, "metrics": ("rouge_l", "exact_match", "error_rate"), **fields}
+    )
+
+
+def write(path, *rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_a_model_that_says_what_is_wanted_gets_all_points(model, encoder):
+    said = evaluate(model, encoder, suite_of(), config(greedy=True)).outputs["greedy"]
+    assert not any("<eos>" in text or "<pad>" in text for text in said), "special tokens are no text"
+    told = evaluate(model, encoder, suite_of(*[("never this", text) for text in said]), config(greedy=True))
+    assert told.scores["exact_match"].mean == 100
+    assert told.scores["error_rate"].mean == 0
+    assert told.scores["rouge_l"].seeds == {"greedy": pytest.approx(100)}
+    assert told.scores["rouge_l"].sd == 0
+
+
+def test_seeds_differ_and_their_mean_and_spread_are_reported(model, encoder):
+    suite = suite_of(*[(f"{word} a b c", "e d") for word in WORDS])
+    result = evaluate(model, encoder, suite, config(seeds=(10, 20, 30)))
+    assert list(result.outputs) == ["10", "20", "30"]
+    assert len({tuple(texts) for texts in result.outputs.values()}) == 3
+    references = [row.references for row in suite.rows]
+    by_hand = [corpus("error_rate", texts, references) for texts in result.outputs.values()]
+    assert list(result.scores["error_rate"].seeds.values()) == pytest.approx(by_hand)
+    assert result.scores["error_rate"].mean == pytest.approx(sum(by_hand) / 3)
+    assert result.scores["error_rate"].sd == pytest.approx(statistics.stdev(by_hand))
+    answers = [answer for said in result.answers.values() for answer in said]
+    assert result.tokens == sum(answer.tokens for answer in answers)
+    assert result.complete == sum(answer.complete for answer in answers) / 36
+    assert 0 < result.entropy < 4
+
+
+def test_a_pass_is_a_function_of_seed_and_row_alone(model, encoder):
+    one = evaluate(model, encoder, suite_of(), config(seeds=(10,)))
+    other = evaluate(model, encoder, suite_of(), config(seeds=(20, 10), batch_size=12))
+    assert one.outputs["10"] == other.outputs["10"], "neither the batch size nor the other seeds change it"
+    first = suite_of().keep(range(3))
+    assert evaluate(model, encoder, first, config(seeds=(10,))).outputs["10"] == one.outputs["10"][:3]
+
+
+def test_passes():
+    assert [(name, seed) for name, seed, _ in passes(Eval())] == [(str(s), s) for s in (10, 20, 30, 40, 50)]
+    assert [name for name, _, _ in passes(Eval(seeds=(1, 1, 2)))] == ["1", "2"]
+    for greedy in (Eval(greedy=True), Eval(temperature=0)):
+        ((name, _, sampling),) = passes(greedy)
+        assert (name, sampling.temperature) == ("greedy", 0)
+    _, _, sampling = passes(Eval(top_p=0.9, top_k=5, temperature=0.5))[0]
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.no_repeat_ngram_size) == (0.5, 0.9, 5, 6)
+
+
+def test_kinds_of_task_are_scored_on_their_own(model, encoder):
+    result = evaluate(model, encoder, suite_of(*[("a b",)] * len(WORDS)), config(seeds=(10, 20)))
+    assert set(result.tasks) == {"short", "long"}
+    picked = [i for i, row in enumerate(result.suite.rows) if row.task == "long"]
+    by_hand = corpus("rouge_l", [result.outputs["20"][i] for i in picked], [("a b",)] * len(picked))
+    assert result.tasks["long"]["rouge_l"].seeds["20"] == pytest.approx(by_hand)
+
+
+def test_a_prompt_as_long_as_the_context_names_its_row(model, encoder):
+    suite = suite_of()
+    suite = replace(suite, rows=[*suite.rows, Row(prompt="x" * tiny.CONTEXT, references=("a",), where="test.jsonl:99")])
+    with pytest.raises(DataError, match=r"test\.jsonl:99: a prompt of 64 tokens leaves no room .* 64 positions"):
+        evaluate(model, encoder, suite, config(greedy=True))
+    heard = []
+    result = evaluate(model, encoder, suite, config(greedy=True), heard.append, skip_long=True)
+    assert len(result.suite.rows) == len(WORDS) == result.as_json()["rows"]
+    assert any(isinstance(event, Warned) and "test.jsonl:99" in event.text for event in heard)
+
+
+def test_a_response_ends_at_the_context(model, encoder):
+    rows = [Row(prompt="x" * (tiny.CONTEXT - 2), references=("a",), where="t:1")]
+    result = evaluate(model, encoder, Suite("long", rows, "t"), config(greedy=True))
+    assert result.answers["greedy"][0].tokens <= 2
+
+
+def test_progress_is_told_pass_by_pass(model, encoder):
+    heard = []
+    evaluate(model, encoder, suite_of(), config(seeds=(10, 20)), heard.append)
+    ended = [event.task for event in heard if isinstance(event, Progress) and event.done == event.total]
+    assert ended == ["words, seed 10", "words, seed 20"]
+
+
+# -------------------------------------------------------------------------------------------------------------- suites
+
+
+def test_a_suite_is_a_file_a_directory_or_a_name_under_the_data_directory(tmp_path, monkeypatch):
+    row = {"instruction": "say a", "output": ["a", "A"]}
+    write(tmp_path / "sni" / "valid.jsonl", row, row)
+    write(tmp_path / "own" / "test.jsonl", row)
+    write(tmp_path / "own" / "train.jsonl", *[row] * 40)
+    monkeypatch.setenv("DISTILLM_DATA", str(tmp_path))
+    named = load_suite("sni", Recipe())
+    assert (named.name, len(named.rows), named.rows[0].references) == ("sni", 2, ("a", "A"))
+    for source, name in ((tmp_path / "own", "own"), (tmp_path / "own" / "test.jsonl", "own-test")):
+        suite = load_suite(str(source), Recipe())
+        assert (suite.name, len(suite.rows)) == (name, 1)
+    # The training set's own settings are none of the suite's.
+    training = Recipe(data=Data(source="own", limit=1, columns=Columns(prompt="q")), eval=Eval(limit=1))
+    assert len(load_suite("sni", training).rows) == 1
+
+
+def test_builtin_rows_carry_their_kind_of_task():
+    suite = load_suite("builtin", Recipe(eval=Eval(limit=30)))
+    assert (suite.name, len(suite.rows)) == ("builtin", 30)
+    assert len({row.task for row in suite.rows}) >= 8
+
+
+def test_without_suites_the_run_s_own_held_out_rows(tmp_path):
+    write(tmp_path / "own" / "train.jsonl", *[{"prompt": f"p{i}", "output": "a"} for i in range(10)])
+    write(tmp_path / "own" / "dev.jsonl", *[{"prompt": f"d{i}", "output": "a"} for i in range(5)])
+    recipe = Recipe(data=Data(source=str(tmp_path / "own"), valid_limit=3))
+    (suite,) = load_suites(recipe)
+    assert [row.prompt for row in suite.rows] == ["d0", "d1", "d2"]
+    assert suite == held_out(recipe)
+
+
+def test_names_that_clash_are_told_apart():
+    suites = [Suite("test", [], "a"), Suite("test", [], "b"), Suite("dolly", [], "c"), Suite("test", [], "d")]
+    assert [suite.name for suite in distinct(suites)] == ["test", "test-2", "dolly", "test-3"]
+    assert [short_name(name) for name in ("dolly", "MiniLLM/dolly")] == ["dolly", "MiniLLM-dolly"]
+
+
+def test_a_suite_that_is_nowhere_says_so(monkeypatch):
+    monkeypatch.delenv("DISTILLM_DATA", raising=False)
+    with pytest.raises(DataError, match="DISTILLM_DATA"):
+        load_suite("unni", Recipe())
+
+
+def test_the_real_suites_load(shared_data, monkeypatch):
+    monkeypatch.setenv("DISTILLM_DATA", str(shared_data))
+    recipe = Recipe(eval=Eval(suites=("dolly", "self-inst", "vicuna", "sni")))
+    suites = {suite.name: suite.rows for suite in load_suites(recipe)}
+    assert {name: len(rows) for name, rows in suites.items()} == {
+        "dolly": 500,
+        "self-inst": 242,
+        "vicuna": 80,
+        "sni": 1694,
+    }
+    assert all(row.prompt.endswith("### Response:\n") for rows in suites.values() for row in rows)
+    assert any(len(row.references) > 1 for row in suites["sni"])
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def test_predictions_and_results_can_be_checked_against_each_other(model, encoder, tmp_path):
+    result = evaluate(model, encoder, suite_of(*[("a b", "c")] * 12), config(seeds=(10, 20)))
+    place = save(result, tmp_path / "eval", {"model": "tiny"})
+    assert place == tmp_path / "eval" / "words" / "t1-n12-plain"
+    assert sorted(path.name for path in place.iterdir()) == [
+        "predictions-seed10.jsonl",
+        "predictions-seed20.jsonl",
+        "results.json",
+    ]
+    told = json.loads((place / "results.json").read_text(encoding="utf-8"))
+    assert told["model"] == "tiny"
+    assert told["settings"]["seeds"] == [10, 20]
+    assert told["rouge_l"] == result.as_json()["rouge_l"]
+    lines = [json.loads(line) for line in (place / "predictions-seed20.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["prompt"] for line in lines] == WORDS
+    assert sum(line["rouge_l"] for line in lines) / 12 == pytest.approx(told["rouge_l"]["seeds"]["20"])
+    again = corpus("error_rate", [line["output"] for line in lines], [line["references"] for line in lines])
+    assert again == pytest.approx(told["error_rate"]["seeds"]["20"])
+
+
+def test_the_same_again_replaces_its_own_files_and_no_others(model, encoder, tmp_path):
+    place = save(evaluate(model, encoder, suite_of(), config(seeds=(10, 20))), tmp_path)
+    (place / "notes.txt").write_text("mine", encoding="utf-8")
+    other = save(evaluate(model, encoder, suite_of(), config(greedy=True)), tmp_path)
+    assert other != place, "other settings, another directory"
+    assert save(evaluate(model, encoder, suite_of(), config(seeds=(10,))), tmp_path) == place
+    assert sorted(path.name for path in place.iterdir()) == ["notes.txt", "predictions-seed10.jsonl", "results.json"]
+
+
+def test_settings_have_names_a_person_can_read():
+    assert label(Eval(), "auto") == "t1"
+    assert label(Eval(temperature=0.5, top_p=0.9, limit=10), "auto") == "t0.5-p0.9-limit10"
+    assert label(Eval(greedy=True, top_p=0.9, max_new_tokens=64), "plain") == "greedy-n64-plain"
+    assert label(Eval(temperature=0), "auto") == "greedy"
+
+
+def test_a_place_that_cannot_be_written_is_found_before_the_work(model, encoder, tmp_path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(StorageError, match="cannot write to"):
+        check_writable(tmp_path / "file" / "eval")
+    check_writable(tmp_path / "new" / "eval")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"], "trying leaves nothing behind"
+    with pytest.raises(StorageError, match="--output"):
+        save(evaluate(model, encoder, suite_of(), config(greedy=True)), tmp_path / "file")

@@ -1,0 +1,117 @@
+"""The figures people compare: each against a calculation done another way, on made and on real references."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
+
+from distillm_cli.config import schema
+from distillm_cli.evaluation.metrics import METRICS, corpus, ratio
+
+rouge_l, exact_match, error_rate = (METRICS[name].score for name in ("rouge_l", "exact_match", "error_rate"))
+
+
+def read(path, count):
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line, _ in zip(lines, range(count), strict=False)]
+
+
+def distance(a: list[str], b: list[str]) -> int:
+    """Wagner and Fischer, five lines."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        previous, row[0] = row[:], i
+        for j, y in enumerate(b, 1):
+            row[j] = min(previous[j] + 1, row[j - 1] + 1, previous[j - 1] + (x != y))
+    return row[-1]
+
+
+def test_every_metric_a_recipe_may_name_exists():
+    assert set(METRICS) == set(schema.MetricName.__args__)
+
+
+def test_rouge_l_by_hand():
+    # "the cat sat" against "the cat is sitting": common subsequence "the cat"; P 2/3, R 2/4, F1 = 4/7.
+    assert rouge_l("The cat sat.", ["the cat is sitting"]) == pytest.approx(100 * 4 / 7)
+    assert rouge_l("running dogs", ["run dog"]) == pytest.approx(100), "stems are compared, not words"
+    assert rouge_l("run", ["running away", "run", "x"]) == pytest.approx(100), "the best reference counts"
+    assert rouge_l("", ["something"]) == 0
+    assert rouge_l("…", ["…"]) == 0, "no a-z, no 0-9: nothing to compare"
+
+
+def test_rouge_l_is_rouge_score_on_real_references(shared_data):
+    plain = RougeScorer(["rougeL"], use_stemmer=True)
+    rows = read(shared_data / "dolly" / "valid.jsonl", 40)
+    guesses = [rows[(i * 7 + 1) % 40]["output"] for i in range(40)]
+    wanted = [[row["output"]] for row in rows]
+    single = [100 * plain.score(refs[0], guess)["rougeL"].fmeasure for guess, refs in zip(guesses, wanted, strict=True)]
+    assert corpus("rouge_l", guesses, wanted) == pytest.approx(sum(single) / 40)
+    assert corpus("rouge_l", [refs[0] for refs in wanted], wanted) == pytest.approx(100)
+
+
+def test_the_best_of_a_list_of_references_counts(shared_data):
+    rows = [row for row in read(shared_data / "sinst" / "valid.jsonl", 1694) if len(row["output"]) > 1][:20]
+    assert rows, "the set has rows with several references"
+    plain = RougeScorer(["rougeL"], use_stemmer=True)
+    for row in rows:
+        each = [100 * plain.score(reference, row["input"])["rougeL"].fmeasure for reference in row["output"]]
+        assert rouge_l(row["input"], row["output"]) == pytest.approx(max(each))
+        assert exact_match(row["output"][-1], row["output"]) == 100
+        assert error_rate(row["output"][-1], row["output"]) == 0
+
+
+def test_exact_match_forgives_only_the_ends():
+    assert exact_match("  42\n", ["41", "42 "]) == 100
+    assert exact_match("Yes", ["yes"]) == 0
+    assert exact_match("a  b", ["a b"]) == 0
+    assert corpus("exact_match", ["1", "2", "3", "4"], [["1"], ["x", "2"], [" 3"], ["5"]]) == 75
+
+
+def test_phoneme_error_rate_on_real_words(shared_data):
+    rows = read(shared_data / "g2p" / "test.jsonl", 200)
+    wanted = [row["output"] for row in rows]
+    assert corpus("error_rate", [refs[0] for refs in wanted], wanted) == 0
+    # Without its first phoneme each word has one deletion, whichever reference is taken as the closest.
+    assert corpus("error_rate", [refs[0].split(" ", 1)[-1] for refs in wanted[:1]], wanted[:1]) == pytest.approx(
+        100 / 6
+    )
+
+
+def test_a_set_s_error_rate_is_edits_over_tokens_not_a_mean_of_rates():
+    predictions, references = ["A B C", "X"], [["A B D E"], ["Y"]]
+    counts = [METRICS["error_rate"].count(p, r) for p, r in zip(predictions, references, strict=True)]
+    assert counts == [(2, 4), (1, 1)]
+    assert corpus("error_rate", predictions, references) == pytest.approx(100 * 3 / 5)
+    assert error_rate("A B C D", ["Z"]) == 400, "insertions count, so it may pass 100"
+    assert error_rate("", [""]) == 0
+    assert METRICS["error_rate"].count("A B C", ["A B C D E F", "X B C"]) == (1, 3), "the lowest rate is chosen"
+
+
+words = st.lists(st.sampled_from("ABCD"), max_size=8)
+
+
+@settings(max_examples=100, deadline=None)
+@given(words, st.lists(words.filter(len), min_size=1, max_size=3))
+def test_error_rate_is_the_textbook_recurrence(said, wanted):
+    rate = min(100 * distance(said, reference) / len(reference) for reference in wanted)
+    assert error_rate(" ".join(said), [" ".join(reference) for reference in wanted]) == pytest.approx(rate)
+
+
+def test_an_empty_set_and_a_row_without_reference_are_refused():
+    with pytest.raises(ValueError, match="no rows"):
+        corpus("rouge_l", [], [])
+    with pytest.raises(ValueError, match="no rows"):
+        ratio([])
+    with pytest.raises(ValueError, match="shorter"):
+        corpus("rouge_l", ["a", "b"], [["a"]])
+    with pytest.raises(ValueError, match="row 1 has no reference"):
+        corpus("exact_match", ["a", "b"], [["a"], []])
+
+
+def test_directions():
+    assert METRICS["rouge_l"].higher_is_better
+    assert not METRICS["error_rate"].higher_is_better

@@ -1,0 +1,228 @@
+"""Loading models and tokenizers, what goes wrong there, and whether two models fit together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig
+
+from distillm_cli.config.schema import Recipe, Student
+from distillm_cli.errors import ModelError, UsageError
+from distillm_cli.models.backbone import vocabulary_size
+from distillm_cli.models.pair import (
+    bf16_is_fast,
+    check_vocabularies,
+    load_backbone,
+    load_pair,
+    load_student,
+    resolve_device,
+    resolve_dtype,
+)
+from tests import tiny
+
+CPU = torch.device("cpu")
+VOCAB = tiny.VOCAB
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+
+
+def load(path: str, **options):
+    return load_backbone(path, dtype=torch.float32, device=CPU, **options)
+
+
+# Where and in what precision
+
+
+def test_devices_are_named_or_found():
+    assert resolve_device("cpu") == CPU
+    assert resolve_device("auto").type in ("cpu", "cuda", "mps")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "meta", "cuda:99", "cpu:1"])
+def test_a_device_that_is_not_there_is_refused(name):
+    with pytest.raises(UsageError, match=name) as caught:
+        resolve_device(name)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "fast"),
+    [({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx512_f": True, "avx512_bf16": False}, False)],
+)
+def test_auto_is_bf16_where_the_cpu_has_it(monkeypatch, capabilities, fast):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert bf16_is_fast(CPU) is fast
+    assert resolve_dtype("auto", CPU) == (torch.bfloat16 if fast else torch.float32)
+    assert [resolve_dtype(name, CPU) for name in ("fp32", "bf16", "fp16")] == [
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+    ]
+
+
+def test_an_older_torch_is_asked_in_its_own_way(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    assert bf16_is_fast(CPU)
+    assert not bf16_is_fast(torch.device("mps"))
+
+
+# Vocabularies
+
+
+def test_equal_vocabularies_are_accepted_and_added_tokens_with_them():
+    one, two = tiny.tokenizer(size=VOCAB), tiny.tokenizer(size=VOCAB)
+    check_vocabularies(one, two)
+    two.add_special_tokens({"additional_special_tokens": ["<user>", "<bot>"]})
+    check_vocabularies(one, two)
+    check_vocabularies(two, one)
+    one.add_special_tokens({"additional_special_tokens": ["<user>", "<system>"]})
+    with pytest.raises(ModelError, match=r"token 42 is '<bot>' for the teacher, '<system>' for the student"):
+        check_vocabularies(two, one)
+
+
+def test_the_same_size_with_different_tokens_is_refused_at_the_first_difference():
+    with pytest.raises(ModelError, match=r"token 5 is 'c' for the teacher, 'y' for the student") as caught:
+        check_vocabularies(tiny.tokenizer("abcdef"), tiny.tokenizer("abyxef"))
+    assert caught.value.exit_code == 4
+
+
+def test_a_larger_vocabulary_is_not_a_superset_by_special_tokens():
+    with pytest.raises(ModelError, match=r"token 9, 'g', is the student's alone; teacher 9 tokens, student 10"):
+        check_vocabularies(tiny.tokenizer("abcdef"), tiny.tokenizer("abcdefg"))
+    with pytest.raises(ModelError, match=r"token 9, 'g', is the teacher's alone"):
+        check_vocabularies(tiny.tokenizer("abcdefg"), tiny.tokenizer("abcdef"))
+
+
+# Students and their tokenizers
+
+
+def student(path: str | None, **options):
+    fields = {name: options.pop(name) for name in ("tokenizer", "dropout") if name in options}
+    options = {"seed": 0, "device": CPU, "max_length": 64} | options
+    return load_student(Student(path=path, **fields), **options)
+
+
+def test_a_student_is_loaded_in_float32_with_its_own_tokenizer(tmp_path):
+    path = tiny.save(tmp_path / "m", own_tokenizer=tiny.tokenizer("abc", size=VOCAB))
+    backbone = student(path, teacher=load(tiny.save(tmp_path / "t")))
+    assert backbone.tokenizer.get_vocab() == tiny.tokenizer("abc", size=VOCAB).get_vocab()
+    assert {p.dtype for p in backbone.parameters()} == {torch.float32}
+
+
+def test_a_student_without_a_tokenizer_takes_the_teachers(tmp_path):
+    teacher = load(tiny.save(tmp_path / "t"))
+    path = tiny.save(tmp_path / "m", "gpt2", own_tokenizer=False)
+    backbone = student(path, teacher=teacher)
+    assert backbone.tokenizer is teacher.tokenizer
+    assert backbone.model.generation_config.eos_token_id == teacher.tokenizer.eos_token_id
+    with pytest.raises(ModelError, match="holds no tokenizer; pass --tokenizer"):
+        student(path)
+
+
+def test_dropout_is_set_in_a_loaded_student_too(tmp_path):
+    path = tiny.save(tmp_path / "m", "gpt2")
+    assert {m.p for m in student(path).modules() if isinstance(m, nn.Dropout)} == {0.1}
+    assert {m.p for m in student(path, dropout=0.0).modules() if isinstance(m, nn.Dropout)} == {0.0}
+
+
+def test_from_scratch_with_a_tokenizer_from_a_directory_or_trained_on_the_data(tmp_path):
+    place = tmp_path / "t"
+    tiny.tokenizer(size=VOCAB).save_pretrained(place)
+    assert student("random:1x16", tokenizer=str(place)).vocab == VOCAB
+    backbone = student("random:1x16", tokenizer="chars", texts=lambda: iter(["abc", "bcd"]))
+    assert backbone.vocab == vocabulary_size(backbone.tokenizer) == backbone.model.config.vocab_size
+    assert {"a", "b", "c", "d"} <= backbone.tokenizer.get_vocab().keys()
+    with pytest.raises(ModelError, match="trained on data, and there is none"):
+        student("random:1x16", tokenizer="chars")
+
+
+def test_from_scratch_needs_some_tokenizer():
+    with pytest.raises(ModelError, match=r"random:1x16 needs a tokenizer; pass --tokenizer"):
+        student("random:1x16")
+    with pytest.raises(UsageError, match="--student"):
+        student(None)
+
+
+def test_a_config_json_takes_the_tokenizer_beside_it_unless_there_is_a_teacher(tmp_path):
+    path = Path(tiny.save(tmp_path / "m", "qwen3", rows=64, own_tokenizer=tiny.tokenizer("abc", size=VOCAB)))
+    alone = student(str(path / "config.json"))
+    assert alone.tokenizer.get_vocab() == tiny.tokenizer("abc", size=VOCAB).get_vocab()
+    assert (alone.vocab, alone.model.config.vocab_size, alone.model.config.model_type) == (VOCAB, 64, "qwen3")
+    assert not torch.equal(alone.model.lm_head.weight, load(str(path)).model.lm_head.weight)
+    teacher = load(tiny.save(tmp_path / "t"))
+    assert student(str(path / "config.json"), teacher=teacher).tokenizer is teacher.tokenizer
+    with pytest.raises(ModelError, match="no model config at"):
+        student(str(tmp_path / "missing.json"))
+
+
+def test_a_config_json_of_no_causal_model_is_refused(tmp_path):
+    BertConfig(vocab_size=VOCAB, num_hidden_layers=1, **SMALL).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="not a causal language model"):
+        student(str(tmp_path / "config.json"), teacher=load(tiny.save(tmp_path / "t")))
+
+
+# Pairs
+
+
+def recipe(teacher: str | None, path: str, method: str = "distillm", **fields) -> Recipe:
+    sections = {"teacher": {"path": teacher, "dtype": "bf16"}, "student": {"path": path}}
+    return Recipe.model_validate({"method": method, **sections, **fields})
+
+
+def test_a_pair_shares_tokenizer_and_vocabulary_over_padded_matrices(tmp_path):
+    teacher, path = tiny.save(tmp_path / "t", rows=64), tiny.save(tmp_path / "s", "gpt2", rows=48)
+    pair = load_pair(recipe(teacher, path), device=CPU)
+    assert pair.vocab == pair.teacher.vocab == pair.student.vocab == VOCAB
+    assert pair.tokenizer is pair.teacher.tokenizer is pair.student.tokenizer
+    assert {p.dtype for p in pair.teacher.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in pair.student.parameters()} == {torch.float32}
+    assert not any(p.requires_grad for p in pair.teacher.parameters())
+    assert all(p.requires_grad for p in pair.student.parameters())
+    assert not any(module.training for module in [*pair.teacher.modules(), *pair.student.modules()])
+    batch = tiny.batch([(3, 4), (5, 2)], VOCAB)
+    for backbone in (pair.teacher, pair.student):
+        assert backbone.check_head(batch)
+        assert backbone.head().logits(backbone.hidden(batch)).shape == (6, VOCAB)
+
+
+def test_a_random_student_follows_the_recipes_seed(tmp_path):
+    teacher = tiny.save(tmp_path / "t", "opt")
+    first, second, third = (
+        load_pair(recipe(teacher, "random:1x32", train={"seed": seed}), device=CPU).student for seed in (10, 10, 11)
+    )
+    assert first.model.config.model_type == "opt"
+    embeddings = [backbone.model.get_input_embeddings().weight for backbone in (first, second, third)]
+    assert torch.equal(embeddings[0], embeddings[1])
+    assert not torch.equal(embeddings[0], embeddings[2])
+
+
+def test_sft_loads_no_teacher(tmp_path):
+    path = tiny.save(tmp_path / "s")
+    pair = load_pair(recipe(str(tmp_path / "nowhere"), path, method="sft"), device=CPU)
+    assert pair.teacher is None
+    assert pair.vocab == VOCAB
+    assert load_pair(recipe(None, path), device=CPU).teacher is None
+
+
+def test_a_pair_that_speaks_different_tokens_is_refused(tmp_path):
+    teacher = tiny.save(tmp_path / "t")
+    path = tiny.save(tmp_path / "s", own_tokenizer=tiny.tokenizer("abcdefghijklmnopqrstuvwxzy", size=VOCAB))
+    with pytest.raises(ModelError, match=r"token 27 is 'y' for the teacher, 'z' for the student"):
+        load_pair(recipe(teacher, path), device=CPU)
+
+
+@pytest.mark.parametrize("larger", ["teacher", "student"])
+def test_only_the_shared_part_meets_the_loss_where_one_has_more_special_tokens(larger, tmp_path):
+    chatty = tiny.tokenizer(size=VOCAB)
+    chatty.add_special_tokens({"additional_special_tokens": ["<user>", "<bot>"]})
+    tokenizers = {"teacher": None, "student": None, larger: chatty}
+    paths = {
+        name: tiny.save(tmp_path / name, rows=48, own_tokenizer=tokenizer) for name, tokenizer in tokenizers.items()
+    }
+    pair = load_pair(recipe(paths["teacher"], paths["student"]), device=CPU)
+    assert pair.vocab == pair.teacher.vocab == pair.student.vocab == VOCAB
+    assert vocabulary_size(pair.tokenizer) == VOCAB

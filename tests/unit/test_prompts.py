@@ -1,0 +1,254 @@
+"""Templates word for word, and what the tokens of a prompt and a response begin and end with."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from distillm_cli.config.schema import Columns, Data
+from distillm_cli.data.prompts import Encoder, TooLong, render
+from distillm_cli.data.rows import Row, parse
+from distillm_cli.data.sources import load_rows
+from distillm_cli.errors import DataError, ModelError
+from distillm_cli.sequences import Sequence
+
+CHAT = (
+    "{{ bos_token }}{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def letters(wrap: str = "$A", eos: str | None = "</s>", chat: str | None = None, bos: str | None = "<s>"):
+    """A tokenizer of single characters, built on the spot. wrap: what it puts around a text."""
+    vocabulary = ["<s>", "</s>", "<unk>", *map(chr, range(32, 127)), "\n"]
+    backend = Tokenizer(models.WordLevel({token: id for id, token in enumerate(vocabulary)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    backend.post_processor = processors.TemplateProcessing(single=wrap, special_tokens=[("<s>", 0), ("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token=bos, eos_token=eos, chat_template=chat
+    )
+
+
+def encode(tokenizer, row: Row, **fields):
+    return Encoder(tokenizer, Data(**fields)).sequence(row, 7)
+
+
+ASKED = Row("Add {this}.", "1 + 1", references=("2",), where="a.jsonl:3")
+
+
+@pytest.fixture(scope="module")
+def gpt2(shared_data):
+    return AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "gpt2")
+
+
+# ------------------------------------------------------------------------------------------------------- templates
+
+
+def test_alpaca_is_the_prompt_of_the_papers_data(shared_data):
+    for split in ("valid", "test"):
+        for row in load_rows(Data(source=str(shared_data / "dolly")), split):
+            without = Row(row.instruction, row.input)
+            assert render(without, "auto", None) == render(without, "alpaca", None) == row.prompt
+
+
+ALPACA = render(ASKED, "alpaca", None)
+MESSAGES = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1 + 1"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "rendered"),
+    [
+        (
+            ASKED,
+            {"auto": ALPACA, "alpaca": ALPACA, "plain": "Add {this}.\n1 + 1\n", "chat": "[user]Add {this}.\n1 + 1"},
+        ),
+        (
+            Row("Add.", "1 + 1", "Sum of 1 and 1:"),  # the exact prompt, unless another template is asked for
+            {
+                "auto": "Sum of 1 and 1:",
+                "alpaca": "Sum of 1 and 1:",
+                "plain": "Add.\n1 + 1\n",
+                "chat": "[user]Add.\n1 + 1",
+            },
+        ),
+        (Row(prompt="1 + 1 ="), {"auto": "1 + 1 =", "alpaca": "1 + 1 =", "plain": "1 + 1 =", "chat": "[user]1 + 1 ="}),
+        (Row("1 + 1?", question=True), {"auto": "1 + 1?\n", "plain": "1 + 1?\n", "chat": "[user]1 + 1?"}),
+        (
+            Row(messages=MESSAGES),
+            {
+                "auto": "[system]Add.[user]1 + 1",
+                "chat": "[system]Add.[user]1 + 1",
+                "plain": "Add.\n1 + 1\n",
+                "alpaca": render(Row("Add.", "1 + 1"), "alpaca", None),
+            },
+        ),
+    ],
+)
+def test_templates(row, rendered):
+    tokenizer = letters(chat=CHAT)
+    for template, text in rendered.items():
+        expected = f"<s>{text}[assistant]" if text.startswith("[") else text
+        assert render(row, template, tokenizer) == expected, template
+
+
+def test_alpaca_without_input_has_no_input_heading():
+    assert "### Input" in ALPACA
+    assert "### Input" not in render(Row("Add."), "alpaca", None)
+    assert render(Row("Say {input}", "{instruction}"), "alpaca", None).count("{") == 2  # braces are text
+
+
+def test_no_chat_template_names_what_to_try():
+    for template, row in {"chat": ASKED, "auto": Row(messages=MESSAGES)}.items():
+        with pytest.raises(ModelError, match=r"no chat template; .*--set data.template=alpaca") as caught:
+            render(row, template, letters())
+        assert caught.value.exit_code == 4
+
+
+def test_a_conversation_fits_no_instruction_template_and_a_refusal_names_the_row():
+    said = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+    with pytest.raises(DataError, match=r"a.jsonl:3: a conversation \(user, assistant, user\) does not fit .* alpaca"):
+        render(Row(messages=said, where="a.jsonl:3"), "alpaca", None)
+    strict = letters(chat="{{ raise_exception('System role not supported') }}")
+    with pytest.raises(DataError, match=r"a.jsonl:3: the chat template refuses it \(System role not supported\)"):
+        render(Row(messages=said, where="a.jsonl:3"), "chat", strict)
+
+
+# ---------------------------------------------------------------------------------------------------------- tokens
+
+
+def test_real_rows_decode_to_prompt_and_response(shared_data, gpt2):
+    encoder = Encoder(gpt2, Data())
+    rows = load_rows(Data(source=str(shared_data / "dolly"), limit=20), "train")
+    for index, (row, sequence) in enumerate(zip(rows, encoder.sequences(rows), strict=True)):
+        assert sequence.prompt.dtype == sequence.response.dtype == np.int32
+        assert gpt2.decode(sequence.prompt) == row.prompt
+        assert gpt2.decode(sequence.response) == row.references[0] + "<|endoftext|>"
+        assert sequence.row == index
+        np.testing.assert_array_equal(sequence.prompt, encoder.prompt_ids(row))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "start"), [("$A", []), ("<s> $A", [0]), ("<s> $A </s>", [0]), ("$A </s>", []), ("</s> $A </s>", [1])]
+)
+def test_a_prompt_starts_as_the_tokenizer_does_and_never_ends_so(wrap, start):
+    tokenizer = letters(wrap)
+    sequence = encode(tokenizer, Row(prompt="ab", references=("cd",)))
+    plain = {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("ab", "cd")}
+    assert sequence.prompt.tolist() == start + plain["ab"]
+    assert sequence.response.tolist() == plain["cd"] + [1]
+
+
+def test_a_chat_prompt_begins_as_its_template_says():
+    tokenizer = letters("<s> $A </s>", chat=CHAT)
+    sequence = encode(tokenizer, Row(messages=MESSAGES, references=("2",)))
+    assert tokenizer.decode(sequence.prompt) == "<s>[system]Add.[user]1 + 1[assistant]"
+    assert sequence.prompt.tolist().count(0) == 1
+    assert sequence.response.tolist() == tokenizer("2", add_special_tokens=False)["input_ids"] + [1]
+
+
+def test_end_of_sequence_once():
+    assert encode(letters(), Row(prompt="a", references=("",))).response.tolist() == [1]
+    spelt = encode(letters(), Row(prompt="a", references=("b</s>",)))
+    assert spelt.response.tolist() == encode(letters(), Row(prompt="a", references=("b",))).response.tolist()
+    with pytest.raises(ModelError, match="no end-of-sequence token"):
+        Encoder(letters(eos=None), Data())
+
+
+def test_a_prompt_of_no_tokens_gets_one():
+    for bos, token in {"<s>": 0, None: 1}.items():
+        blank = letters(bos=bos)
+        blank.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        assert encode(blank, Row("", " ", references=("a",)), template="plain").prompt.tolist() == [token]
+
+
+def test_the_first_reference_is_trained_on():
+    row = Row(prompt="a", references=("x", "y"), where="a.jsonl:3")
+    assert letters().decode(encode(letters(), row).response) == "x</s>"
+    with pytest.raises(DataError, match=r"a.jsonl:3: no response to train on"):
+        encode(letters(), Row(prompt="a", where="a.jsonl:3"))
+
+
+# --------------------------------------------------------------------------------------------------------- lengths
+
+
+def lengths(prompt: int, response: int) -> Row:
+    """A row of so many tokens; the response's end-of-sequence is one of them."""
+    return Row(prompt="p" * prompt, references=("r" * (response - 1),), where="a.jsonl:3")
+
+
+LIMITS = {"max_length": 10, "max_prompt_length": 6}
+
+
+@pytest.mark.parametrize("policy", ["drop", "truncate", "error"])
+def test_a_row_that_fits_exactly_is_whole(policy):
+    sequence = encode(letters(), lengths(6, 4), too_long=policy, **LIMITS)
+    assert isinstance(sequence, Sequence)
+    assert (len(sequence.prompt), len(sequence.response), sequence.response[-1]) == (6, 4, 1)
+
+
+def test_one_token_too_many():
+    over = TooLong("a.jsonl:3", 6, 5, 10, "row")
+    assert encode(letters(), lengths(6, 5), too_long="drop", **LIMITS) == over
+    cut = encode(letters(), lengths(6, 5), too_long="truncate", **LIMITS)
+    assert (len(cut.prompt), len(cut.response)) == (6, 4)
+    assert 1 not in cut.response  # cut, so without an end
+    with pytest.raises(DataError) as caught:
+        encode(letters(), lengths(6, 5), too_long="error", **LIMITS)
+    assert str(caught.value) == (
+        "a.jsonl:3: 11 tokens, prompt and response, but data.max_length is 10; "
+        "raise it with --max-length, or try --set data.too_long=drop"
+    )
+
+
+def test_a_prompt_is_never_cut():
+    over = TooLong("a.jsonl:3", 7, 2, 6, "prompt")
+    for policy in ("drop", "truncate"):
+        assert encode(letters(), lengths(7, 2), too_long=policy, **LIMITS) == over
+    with pytest.raises(DataError, match=r"a.jsonl:3: a prompt of 7 tokens, but data.max_prompt_length is 6; raise it"):
+        encode(letters(), lengths(7, 2), too_long="error", **LIMITS)
+    wide = {"max_length": 6, "max_prompt_length": 6}  # room for the prompt, and for no token of the response
+    assert encode(letters(), lengths(6, 1), too_long="truncate", **wide).part == "prompt"
+
+
+def test_the_models_context_limits_too():
+    encoder = Encoder(letters(), Data(too_long="truncate", **LIMITS))
+    assert len(encoder.sequence(lengths(3, 5), 0, context=5)) == 5
+    assert encoder.sequence(lengths(5, 5), 0, context=5) == TooLong("a.jsonl:3", 5, 5, 5, "prompt")
+    strict = Encoder(letters(), Data(too_long="error", **LIMITS))
+    with pytest.raises(DataError, match="8 tokens, prompt and response, but the model's context is 5"):
+        strict.sequence(lengths(3, 5), 0, context=5)
+    with pytest.raises(DataError, match="a prompt of 9 tokens, but the model's context is 8"):
+        strict.sequence(lengths(9, 5), 0, context=8)
+
+
+def test_a_prompt_longer_than_the_context_is_refused_for_generation(gpt2):
+    encoder = Encoder(gpt2, Data())
+    row = Row(prompt=" the" * 1025, where="prompts.jsonl:4")
+    assert len(encoder.prompt_ids(row)) == 1025
+    with pytest.raises(DataError) as caught:
+        encoder.prompt_ids(row, limit=1024)
+    assert caught.value.exit_code == 3
+    assert caught.value.what == "prompts.jsonl:4: a prompt of 1,025 tokens is longer than the context of 1,024"
+
+
+def test_an_encoder_can_be_pickled():
+    encoder = Encoder(letters("<s> $A"), Data())
+    row = Row(prompt="ab", references=("cd",))
+    again = pickle.loads(pickle.dumps(encoder)).sequence(row, 3)
+    assert again.prompt.tolist() == encoder.prompt_ids(row).tolist()
+
+
+def test_a_response_that_was_cut_has_no_end_to_learn(shared_data):
+    """What ``generate`` wrote with ``complete: false`` ends in the middle: end-of-sequence there would be a lie."""
+    tokenizer = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "gpt2")
+    encoder = Encoder(tokenizer, Data(template="plain"))
+    record = {"prompt": "Tell me. ", "output": "Once upon a"}
+    whole, cut = (parse(record | {"complete": c}, "x.jsonl:1", Columns()) for c in (True, False))
+    ids = tokenizer("Once upon a")["input_ids"]
+    assert encoder.sequence(whole, 0).response.tolist() == [*ids, tokenizer.eos_token_id]
+    assert encoder.sequence(cut, 0).response.tolist() == ids

@@ -1,0 +1,131 @@
+"""The sampler: exact draws, rows that do not know their neighbours, and what is supervised afterwards."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from distillm_cli.config.schema import Rollout
+from distillm_cli.core.rollout import Sampling, StudentRollouts, choose, sample, sample_all
+from distillm_cli.errors import DataError
+from distillm_cli.models.backbone import Backbone
+from distillm_cli.sequences import Sequence, collate
+from tests import tiny
+
+
+def backbone(family="gpt2", seed=0, spread=2.0):
+    tokenizer = tiny.tokenizer()
+    return Backbone(tiny.model(family, len(tokenizer), seed=seed, spread=spread), tokenizer)
+
+
+def prompts(*lengths):
+    return [s.prompt + 3 for s in tiny.sequences([(n, 1) for n in lengths], vocab=20, seed=5)]
+
+
+def test_one_uniform_per_row_samples_the_softmax_exactly():
+    """Chi-square against the softmax: 40,000 draws by inverse cumulative sum."""
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)) * 1.5
+    n = 40_000
+    uniforms = torch.from_numpy(np.random.default_rng(1).random(n))
+    counts = torch.bincount(choose(logits.expand(n, -1), Sampling(), uniforms), minlength=50).numpy()
+    expected = logits.softmax(-1)[0].double().numpy() * n
+    assert stats.chisquare(counts, expected * (counts.sum() / expected.sum())).pvalue > 1e-3
+
+
+def test_temperature_top_k_and_top_p_draw_from_the_filtered_distribution():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -8.0]])
+    n = 20_000
+    uniforms = torch.from_numpy(np.random.default_rng(2).random(n))
+    for sampling, keep in ((Sampling(top_k=2), 2), (Sampling(top_p=0.7), 2), (Sampling(temperature=0.5, top_k=3), 3)):
+        expected = (logits / sampling.temperature).softmax(-1)[0].double()
+        expected[keep:] = 0
+        expected = (expected / expected.sum() * n)[:keep].numpy()
+        counts = torch.bincount(choose(logits.expand(n, -1), sampling, uniforms), minlength=5).numpy()
+        assert counts[keep:].sum() == 0
+        assert stats.chisquare(counts[:keep], expected).pvalue > 1e-3
+
+
+def test_a_token_of_probability_zero_is_never_drawn_even_at_the_ends_of_the_interval():
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(3, -1)
+    picks = choose(logits, Sampling(), torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64))
+    assert set(picks.tolist()) <= {1, 3}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_rows_sample_does_not_depend_on_its_batch(family):
+    """Left padding, dropped rows and neighbours change nothing: each row alone, and all of them together."""
+    model, ps = backbone(family), prompts(*[3, 9, 5, 1, 7, 4] * 4)
+    sampling, seeds = Sampling(max_new_tokens=12), [(7, i) for i in range(24)]
+    together = sample(model, ps, sampling, seeds, entropy=True)
+    for p, seed, out in zip(ps, seeds, together, strict=True):
+        (alone,) = sample(model, [p], sampling, [seed], entropy=True)
+        assert alone.tokens.tolist() == out.tokens.tolist()
+        assert alone.complete == out.complete
+        assert alone.entropy == pytest.approx(out.entropy, rel=1e-4)
+    assert {out.complete for out in together} == {True, False}  # some rows left the batch early
+
+
+def test_an_output_ends_with_its_stop_token_or_is_marked_as_cut():
+    model = backbone()
+    stop = model.tokenizer.eos_token_id
+    for out in sample(model, prompts(*[4] * 40), Sampling(max_new_tokens=10), [(0, i) for i in range(40)]):
+        assert (out.tokens[-1] == stop) == out.complete
+        assert stop not in out.tokens[:-1]
+        assert out.complete or len(out.tokens) == 10
+
+
+def test_greedy_equals_transformers_generate_with_no_repeat_ngrams():
+    model = backbone("gpt2", spread=4.0)
+    for n in (0, 2, 3):
+        (p,) = prompts(6)
+        expected = model.model.generate(
+            torch.from_numpy(p.astype(np.int64))[None], do_sample=False, max_new_tokens=20, no_repeat_ngram_size=n,
+            eos_token_id=0, pad_token_id=0,
+        )[0, len(p) :]  # fmt: skip
+        (out,) = sample(model, [p], Sampling(temperature=0, max_new_tokens=20, no_repeat_ngram_size=n), [(0, 0)])
+        assert out.tokens.tolist() == expected.tolist()
+
+
+def test_minimum_length_keeps_the_stop_token_away():
+    outs = sample(
+        backbone(), prompts(*[3] * 20), Sampling(max_new_tokens=8, min_new_tokens=5), [(1, i) for i in range(20)]
+    )
+    assert all(len(out.tokens) > 5 or not out.complete for out in outs)
+
+
+def test_the_context_bounds_the_length_and_a_prompt_that_fills_it_is_refused():
+    model = backbone()
+    outs = sample(model, prompts(tiny.CONTEXT - 3, 2), Sampling(max_new_tokens=40, min_new_tokens=39), [(0, 0), (0, 1)])
+    assert [len(out.tokens) for out in outs] == [3, 40]
+    with pytest.raises(DataError, match=f"prompt of {tiny.CONTEXT} tokens"):
+        sample(model, prompts(tiny.CONTEXT), Sampling(), [(0, 0)])
+
+
+def test_sample_all_covers_every_prompt_and_does_not_depend_on_the_batch_size():
+    model, ps = backbone(), prompts(5, 2, 8, 3, 9, 1, 4)
+    runs = []
+    for batch_size in (1, 3, 16):
+        outs = dict(sample_all(model, ps, Sampling(max_new_tokens=6), seed=4, batch_size=batch_size))
+        assert sorted(outs) == list(range(7))
+        runs.append([outs[i].tokens.tolist() for i in range(7)])
+    assert runs[0] == runs[1] == runs[2]
+
+
+def test_rollouts_supervise_the_first_token_and_end_of_sequence_and_a_cut_output_has_none():
+    """The two classic mistakes (METHODS F): the first response token unsupervised, end-of-sequence stripped."""
+    model = backbone()
+    rows = [Sequence(p, np.array([9, 9], dtype=np.int32), row) for row, p in enumerate(prompts(*range(2, 14)))]
+    outs = StudentRollouts(model, Rollout(max_new_tokens=6), max_length=32, seed=3).sample(rows, step=5)
+    assert [o.row for o in outs] == [r.row for r in rows]
+    stop, batch = model.tokenizer.eos_token_id, collate(outs)
+    for b, out in enumerate(outs):
+        mine = batch.rows_N == b
+        assert batch.targets_N[mine].tolist() == out.response.tolist()
+        first = batch.positions_N[mine][0].item()
+        assert first == b * batch.ids_BT.shape[1] + len(out.prompt) - 1
+        assert (out.response[-1] == stop) or len(out.response) == 6
+    assert any(out.response[-1] == stop for out in outs)
+    again = StudentRollouts(model, Rollout(max_new_tokens=6), max_length=32, seed=3).sample(rows, step=5)
+    other = StudentRollouts(model, Rollout(max_new_tokens=6), max_length=32, seed=3).sample(rows, step=6)
+    assert [o.response.tolist() for o in again] == [o.response.tolist() for o in outs]
+    assert [o.response.tolist() for o in other] != [o.response.tolist() for o in outs]

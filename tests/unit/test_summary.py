@@ -1,0 +1,227 @@
+"""The end of a run, as it reads at several widths."""
+
+from __future__ import annotations
+
+import io
+import shlex
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console as Terminal
+from rich.text import Text
+
+from distillm_cli.ui.summary import (
+    Outcome,
+    Sample,
+    crop,
+    next_steps,
+    outcome_table,
+    samples_table,
+    sources_sentence,
+    table,
+)
+
+OUTCOMES = [
+    Outcome("student before", 3.4123, {"rouge_l": 12.345, "exact_match": 1.0, "error_rate": 80.2}),
+    Outcome("student after", 0.8712, {"rouge_l": 71.4, "exact_match": 0.5, "error_rate": 20.1}),
+    Outcome("teacher", None, {"rouge_l": 97.7, "exact_match": 95.0}),
+]
+SAMPLES = [
+    Sample("Sort: dbca", "abcd", {"student before": "aab", "student after": " abcd\n", "teacher": "abcd"}),
+    Sample(
+        "Write a letter about the weather " * 9, "Dear friend, " * 99, {"student before": "", "teacher": "so " * 999}
+    ),
+    Sample("12 + 30 =", "42", {"student before": "4", "student after": "41", "teacher": "42"}),
+]
+
+
+def page(renderable, width, colour=False) -> str:
+    out = io.StringIO()
+    Terminal(
+        file=out, width=width, force_terminal=colour, color_system="standard" if colour else "auto", _environ={}
+    ).print(renderable)
+    return out.getvalue()
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of every line of a table."""
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines() if line[0] == "│"]
+
+
+def test_outcomes_stand_side_by_side_with_differences_to_where_the_student_began():
+    assert rows(page(outcome_table(OUTCOMES), 100)) == [
+        ["", "valid loss", "ROUGE-L", "exact match", "error rate"],
+        ["student before", "3.412", "12.35", "1.00", "80.20"],
+        ["student after", "0.871 −2.541", "71.40 +59.06", "0.50 −0.50", "20.10 −60.10"],
+        ["teacher", "–", "97.70 +85.36", "95.00 +94.00", "–"],
+    ]
+
+
+def test_outcomes_are_turned_on_their_side_where_they_do_not_fit():
+    lines = rows(page(outcome_table(OUTCOMES), 60))
+    assert ["error rate", "80.20", "20.10 −60.10", "–"] in lines
+    assert ["valid loss", "3.412", "0.871 −2.541", "–"] in lines
+
+
+def test_differences_are_coloured_by_whether_they_are_better():
+    text = page(outcome_table(OUTCOMES, lower_is_better={"error_rate"}), 100, colour=True)
+    green, yellow = "\x1b[32m", "\x1b[33m"
+    for better in ("−2.541", "+59.06", "−60.10"):
+        assert green + better in text
+    assert yellow + "−0.50" in text
+    worse = page(
+        outcome_table([Outcome("a", 1.0, {"error_rate": 1.0}), Outcome("b", 2.0, {"error_rate": 2.0})]), 100, True
+    )
+    assert worse.count(yellow) == 2
+
+
+def test_outcomes_leave_out_what_nobody_measured_and_bear_what_is_no_number():
+    lines = rows(page(outcome_table([Outcome("a", None, {"x": float("nan")}), Outcome("b", None, {"x": 1.0})]), 100))
+    assert lines == [["", "x"], ["a", "nan"], ["b", "1.00"]]
+
+
+def test_samples_stand_side_by_side_and_exact_answers_are_marked():
+    lines = rows(page(samples_table(SAMPLES), 110))
+    assert lines[0] == ["prompt", "reference", "student before", "student after", "teacher"]
+    assert ["Sort: dbca", "abcd", "aab", "✓ abcd", "✓ abcd"] in lines
+    assert ["12 + 30 =", "42", "4", "41", "✓ 42"] in lines
+    second = lines[2]
+    assert second[2:4] == ["(nothing)", "–"]
+    assert len(lines) < 12  # the long texts were cropped
+
+
+def test_samples_are_stacked_in_a_narrow_terminal():
+    lines = rows(page(samples_table(SAMPLES), 60))
+    assert lines[:5] == [
+        ["prompt", "Sort: dbca"],
+        ["reference", "abcd"],
+        ["student before", "aab"],
+        ["student after", "✓ abcd"],
+        ["teacher", "✓ abcd"],
+    ]
+
+
+@pytest.mark.parametrize("width", [40, 60, 79, 80, 120, 200])
+def test_nothing_is_wider_than_the_terminal(width):
+    wide = [[f"{i:05}" * 9, i, "x " * 40] for i in range(3)]
+    for renderable in (
+        outcome_table(OUTCOMES),
+        samples_table(SAMPLES),
+        next_steps("runs/" + "a" * 99, prompt="b " * 99),
+        table("Rows", ["name", "n", "what"], wide),
+    ):
+        assert max(cell_len(line) for line in page(renderable, width).splitlines()) <= width
+
+
+def test_what_a_model_writes_cannot_reach_the_terminal():
+    sample = Sample("[red]p[/red]", "r", {"student": "\x1b[2J\x07[bold]x[/bold]\u202e"})
+    text = page(samples_table([sample]), 100)
+    assert "�[2J�[bold]x[/bold]�" in text
+    assert "[red]p[/red]" in text
+    assert not set(text) & {"\x1b", "\x07", "\u202e"}
+
+
+def test_cropping_keeps_whole_words():
+    assert crop("a  short\ntext", 20) == "a short text"
+    assert crop("the quick brown fox", 19) == "the quick brown fox"
+    assert crop("the quick brown fox", 18) == "the quick brown…"
+    assert crop("the quick brown fox", 16) == "the quick brown…"
+    assert crop("the quick brown fox", 15) == "the quick…"
+    assert crop("a " + "b" * 50, 20) == "a " + "b" * 17 + "…"
+    assert all(len(crop("one two three four", n)) <= n for n in range(1, 20))
+
+
+def test_next_steps_can_be_copied_into_a_shell():
+    text = page(next_steps("runs/my run", suites=["dolly"], prompt="it's 12 + 30", commands=["ls 'runs/my run'"]), 100)
+    lines = [line.strip() for line in text.splitlines()]
+    assert "model        runs/my run" in lines
+    assert "checkpoints  runs/my run/checkpoints/" in lines
+    assert shlex.split(next(line for line in lines if "eval" in line)) == [
+        "distillm", "eval", "runs/my run", "--suite", "dolly",
+    ]  # fmt: skip
+    assert shlex.split(next(line for line in lines if "generate" in line)) == [
+        "distillm", "generate", "--model", "runs/my run", "--prompt", "it's 12 + 30",
+    ]  # fmt: skip
+    assert "ls 'runs/my run'" in lines
+    assert "│" not in text
+
+
+@pytest.mark.parametrize("prompt", ["two\nlines", "word " * 50, "\x1b[2J"])
+def test_next_steps_do_not_drown_in_a_long_prompt(prompt):
+    assert "generate --model out --prompt 'YOUR PROMPT'" in page(next_steps("out", prompt=prompt), 80)
+
+
+def test_next_steps_name_the_files_they_are_given():
+    text = page(next_steps("out", files={"answers": "eval/dolly.jsonl"}), 100)
+    assert "answers  out/eval/dolly.jsonl" in text
+    assert "recipe" not in text
+    assert "distillm eval out\n" in "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
+
+
+def test_a_table_aligns_figures_and_takes_strings_literally():
+    text = page(
+        table("Suites", ["suite", "ROUGE-L", "rows", "loss"], [
+            ["[b]dolly[/b]", "25.39 ± 0.31", 500, 1.0], [Text("sni"), "4.1 ± 0.2", 1694, None],
+        ]),
+        100,
+    )  # fmt: skip
+    assert "│ [b]dolly[/b] │ 25.39 ± 0.31 │   500 │ 1.000 │" in text
+    assert "│ sni          │    4.1 ± 0.2 │ 1,694 │     – │" in text
+    assert text.startswith("Suites")
+
+
+def test_a_table_too_wide_becomes_a_block_per_row():
+    text = page(table("Runs", ["name", "path"], [["a", "x" * 50], ["b", "y" * 20]]), 40)
+    assert rows(text)[0] == ["name", "a"]
+    assert "".join(cells[1] for cells in rows(text)[1:3]) == "x" * 50
+
+
+def test_an_empty_table_is_a_table():
+    assert rows(page(table("Runs", ["name", "loss"], []), 80)) == [["name", "loss"]]
+
+
+@pytest.mark.parametrize(
+    ("counts", "phi", "schedule", "sentence"),
+    [
+        (
+            {"dataset": 600},
+            [0.0, 0.0, 0.0],
+            "adaptive",
+            "The schedule never fired: φ stayed 0, every step used data set rows.",
+        ),
+        (
+            {"dataset": 480, "rollout": 70, "replay": 50},
+            [0.2, 0.2],
+            "adaptive",
+            "The schedule never fired: φ stayed 0.20. Of 600 steps 480 (80%) used data set rows, 70 (12%) fresh rollouts "
+            "and 50 (8%) replayed rollouts.",
+        ),
+        (
+            {"dataset": 480, "rollout": 1, "replay": 119},
+            [0.0, 0.1, 0.1, 0.2, 0.3],
+            "adaptive",
+            "Of 600 steps 480 (80%) used data set rows, 1 (1%) a fresh rollout and 119 (20%) replayed rollouts. "
+            "φ rose 3 times, from 0 to 0.30.",
+        ),
+        (
+            {"dataset": 600},
+            [0.0, 0.0, 0.1],
+            "adaptive",
+            "Every step used data set rows (600 steps). φ rose once, from 0 to 0.10. "
+            "No draw fell on the student's own output.",
+        ),
+        ({"dataset": 1200, "rollout": 0}, [0.0], "off", "Every step used data set rows (1,200 steps)."),
+        ({"rollout": 600}, [], "on", "Every step used fresh rollouts (600 steps)."),
+        ({"dataset": 1}, [], "off", "The one step used data set rows."),
+        ({"dataset": 2, "mine": 2}, [0.5], "mixed", "Of 4 steps 2 (50%) used data set rows and 2 (50%) mine."),
+        (
+            {"dataset": 2, "rollout": 2},
+            [0.0, 1.0],
+            "annealed",
+            "Of 4 steps 2 (50%) used data set rows and 2 (50%) fresh rollouts. φ went from 0 to 1.00.",
+        ),
+        ({}, [], "adaptive", "No step was taken."),
+    ],
+)
+def test_the_sources_in_words(counts, phi, schedule, sentence):
+    assert sources_sentence(counts, phi, schedule) == sentence
