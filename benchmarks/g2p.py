@@ -8,7 +8,9 @@
 3. the other seeds at that rate; plain SFT gets the same grid, the same steps and, once more, the same seconds as adaptive
 4. every model on the test rows: greedy, sampled at T = 1 and at T = 0.5
 
-Runs are resumable by their result files: start it again and only what is missing runs. Prints a Markdown table.
+The teacher's states for all training rows are computed once and read by every run (``teacher.cache=disk``); the seconds
+are the training loop's, with those states at hand. Runs are resumable by their result files: start it again and only what
+is missing runs. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -66,23 +68,16 @@ class Lab:
         name = f"{method}-{seed}-{lr}".replace(" ", "_").replace(",", "").replace("(", "").replace(")", "")
         place, start = self.work / name, str(self.start(seed))
         pair = ["--model", start] if method in (SFT, LONG) else ["--teacher", str(self.teacher()), "--student", start]
-        verb = ["sft"] if method in (SFT, LONG) else ["distill", *METHODS[method]]
+        cache = sets("teacher.cache=disk", f"teacher.cache_dir={self.work / 'cache'}")
+        verb = ["sft"] if method in (SFT, LONG) else ["distill", *METHODS[method], *cache]
         how = ["--steps", str(steps), "--lr", lr, "--seed", str(seed), "--overwrite"]
         return place, self.run(place, [*verb, *pair, "--output", str(place), *how, *self.common])
 
     def score(self, place: Path, name: str) -> dict:
         """Test figures of one model in one way of decoding."""
         found = place.with_name(f"{place.name}.test-{name}")
-        suite = [
-            "--suite",
-            str(Path(self.data) / "test.jsonl"),
-            "--seeds",
-            "10",
-            "--batch-size",
-            "250",
-            "--max-new-tokens",
-            "32",
-        ]
+        suite = ["--suite", str(Path(self.data) / "test.jsonl"), "--seeds", "10"]
+        suite += ["--batch-size", "250", "--max-new-tokens", "32"]
         metrics = ["--metric", "error_rate", "--metric", "exact_match", *sets("eval.no_repeat_ngram_size=0")]
         more = ["--dtype", "fp32", *sets("data.template=plain"), "--output", str(found)]
         result = self.run(found, ["eval", str(place), *suite, *metrics, *PASSES[name], *more])
@@ -124,6 +119,10 @@ def main() -> None:
     results |= dict(zip([(m, s) for m, s, _, _ in longer], lab.map(lab.train, longer), strict=True))
 
     names = [*METHODS, LONG]
+    pair = ["--teacher", str(lab.teacher()), "--student", str(lab.start(first)), "--output", str(lab.work / "live")]
+    how = ["--steps", "100", "--lr", best["skl"][1], "--overwrite", *lab.common, *sets("eval.report_rows=0")]
+    live = lab.run(lab.work / "live", ["distill", *METHODS["skl"], *pair, *how])
+    print(f"\nteacher live, not cached: {live['train_s'] * args.steps / 100:.0f} s for {args.steps:,} steps (from 100)")
     models = {("teacher", 0): lab.teacher()} | {("start", s): lab.start(s) for s in args.seeds}
     models |= {(m, s): results[m, s][0] for m in names for s in args.seeds}
     wanted = [(place, name) for place in models.values() for name in PASSES]

@@ -33,20 +33,12 @@ def numbers(text: str) -> list[int]:
 def the_word(text: str) -> str:
     """The word asked about: what follows a colon, else what is left when the phrasing is taken away."""
     boilerplate = {"Write", "backwards", "Upper", "case", "Only", "the", "consonants", "of", "Spell", "with", "dashes"}
+    if asked := re.fullmatch(r"How many letters has (\w+)\?", text):
+        return asked[1]
     if ": " in text:
         return text.split(": ")[1]
     (word,) = [word for word in text.split() if word not in boilerplate]
     return word
-
-
-def solve_count(text: str) -> str:
-    letter, string = re.fullmatch(r"(?:How many|Count the letter) (\w)(?: in|:) (\w+)\??", text).groups()
-    return str(len(string) - len(string.replace(letter, "")))
-
-
-def solve_subtract(text: str) -> str:
-    first, second = numbers(text)
-    return str(second - first if text.startswith("Take") else first - second)
 
 
 def solve_compare(text: str) -> str:
@@ -62,8 +54,7 @@ SOLVERS = {
     "sort": lambda text: "".join(letter for letter in map(chr, range(97, 123)) if letter in text.split(": ")[1]),
     "reverse": lambda text: "".join(reversed(the_word(text))),
     "add": lambda text: str(sum(numbers(text))),
-    "subtract": solve_subtract,
-    "count": solve_count,
+    "count": lambda text: str(len(the_word(text))),
     "compare": solve_compare,
     "date": solve_date,
     "upper": lambda text: "".join(chr(ord(letter) - 32) for letter in the_word(text)),
@@ -72,8 +63,8 @@ SOLVERS = {
 }
 
 
-def test_there_are_ten_kinds_each_with_a_solver_here():
-    assert len(TASKS) == 10
+def test_there_are_nine_kinds_each_with_a_solver_here():
+    assert len(TASKS) == 9
     assert SOLVERS.keys() == TASKS.keys()
     assert all(task.name == name and task.summary for name, task in TASKS.items())
 
@@ -100,10 +91,8 @@ def content(instruction: str, task: str) -> tuple:
             return tuple(sorted(the_word(instruction)))
         case "reverse":
             return tuple(sorted((the_word(instruction), the_word(instruction)[::-1])))
-        case "add" | "subtract" | "compare":
+        case "add" | "compare":
             return tuple(sorted(numbers(instruction)))
-        case "count":
-            return re.search(r"(\w)(?: in|:) (\w+)", instruction).groups()
         case "date":
             return tuple(numbers(instruction))
     return (the_word(instruction),)
@@ -115,8 +104,8 @@ def test_a_held_out_question_occurs_in_no_other_split(drawn):
     assert not seen["valid"] & seen["test"]
     for held_out in ("valid", "test"):
         assert not seen[held_out] & (seen["train"] | more)
-        # Enough of every kind to score on; sums are the fewest, 810 in all splits together.
-        assert min(Counter(task for task, _ in seen[held_out]).values()) > 60
+        # Enough of every kind to score on; sums are the fewest, 405 in all splits together.
+        assert min(Counter(task for task, _ in seen[held_out]).values()) > 25
 
 
 def test_the_split_of_a_key_is_eight_one_one():
@@ -129,7 +118,7 @@ def test_the_split_of_a_key_is_eight_one_one():
 
 def test_kinds_come_in_equal_shares(drawn):
     for split in drawn.values():
-        assert set(Counter(task for *_, task in split).values()) == {600}
+        assert set(Counter(task for *_, task in split).values()) == {666, 667}
 
 
 def test_every_phrasing_is_used(drawn):
@@ -151,7 +140,7 @@ def test_split_and_seed_fix_the_rows_and_a_smaller_n_is_a_prefix(drawn):
 def test_the_rows_are_the_same_on_every_machine():
     # A changed digest means that models trained on these rows saw other rows: a change worth a line in the change log.
     text = "\n".join("\t".join(row) for row in rows("train", 1000, seed=1))
-    assert hashlib.blake2b(text.encode(), digest_size=8).hexdigest() == "e772b49c4e1284b1"
+    assert hashlib.blake2b(text.encode(), digest_size=8).hexdigest() == "56d1132aa9a4feb3"
 
 
 def test_tasks_can_be_chosen_in_any_order():
