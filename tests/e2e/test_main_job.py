@@ -277,3 +277,28 @@ def test_real_rows_through_a_real_tokenizer(shared_data, tmp_path, capsys, monke
     )
     assert (code, scores["suites"]["dolly"]["rows"]) == (0, 3)
     assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+def test_the_quickstart_runs_in_small_and_its_teacher_is_good(tmp_path, capsys, monkeypatch):
+    """The recipe as shipped, for a few steps: rollouts happen, and the built-in teacher answers nine rows in ten."""
+    monkeypatch.chdir(tmp_path)
+    few = ["--steps", "40", "--set", "train.eval_steps=10", "--set", "data.size=640", "--set", "eval.report_rows=90"]
+    code, result, _ = call(capsys, "distill", "--recipe", "quickstart", *few, "--json", "--quiet")
+    assert (code, result["output"]) == (0, "runs/quickstart-distillm")
+    assert result["report"]["teacher"]["exact_match"] >= 90
+    assert result["rollout_steps"] > 0
+    assert result["report"]["student_after"]["valid_loss"] < result["report"]["student_before"]["valid_loss"]
+    assert call(capsys, "distill", "--recipe", "quickstart", *few, "--json", "--quiet")[1]["output"].endswith(
+        "distillm-2"
+    )
+
+
+def test_the_built_in_teacher_fits_in_the_wheel_and_the_student_is_five_times_smaller():
+    from distillm_cli.config.load import resolve
+    from distillm_cli.models.loading import BUILTIN_TEACHER
+    from distillm_cli.models.pair import load_pair
+
+    assert sum(p.stat().st_size for p in BUILTIN_TEACHER.iterdir()) <= 4_000_000
+    pair = load_pair(resolve(command="distill", recipe="quickstart").recipe, device=torch.device("cpu"))
+    teacher, student = (sum(p.numel() for p in m.model.parameters()) for m in (pair.teacher, pair.student))
+    assert teacher >= 5 * student

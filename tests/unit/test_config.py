@@ -163,7 +163,10 @@ def test_set_reads_lists_and_a_single_word_is_a_list_of_one():
         ("", "distill.yaml: holds nothing; expected a mapping of sections; see `distillm recipes show quickstart`"),
         ("- a\n", "distill.yaml: holds a sequence; expected a mapping"),
         ("train:\n", "distill.yaml:1: train: a section, not a value; its keys are epochs, steps"),
-        ("teacher: gpt2\n", "distill.yaml:1: teacher: a section, not a value; its keys are path, dtype, cache, cache_dir, revision"),
+        (
+            "teacher: gpt2\n",
+            "distill.yaml:1: teacher: a section, not a value; its keys are path, dtype, cache, cache_dir, revision",
+        ),
         ("train:\n  lr: 1\n  lr: 2\n", "distill.yaml:3: train.lr occurs twice, first in line 2; keep one of them"),
         ("train: {}\ntrain: {}\n", "distill.yaml:2: train occurs twice, first in line 1"),
         ("a: b\n---\nc: d\n", "distill.yaml:2: not a YAML document (expected a single document"),
