@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from distillm_cli.cli import outputs
 from distillm_cli.config.schema import Recipe
 from distillm_cli.core.checkpoint import Checkpoints
 from distillm_cli.core.engine import Engine
@@ -128,7 +129,7 @@ def build_engine(run: Prepared, output: Path, listener: Listener, score=None) ->
         teacher=teacher,
         validation=by_length(run.valid.sequences, max(recipe.train.batch_size, 16)),
         score=score,
-        checkpoints=Checkpoints(output / "checkpoints", run.save_model, keep=recipe.train.keep),
+        checkpoints=Checkpoints(output / outputs.CHECKPOINTS, run.save_model, keep=recipe.train.keep),
         recipe=shaping(recipe),
         method=recipe.method,
         device=run.device,

@@ -14,7 +14,7 @@ from distillm_cli.cli import outputs
 from distillm_cli.cli.assembly import Prepared, build_engine, prepare, shaping
 from distillm_cli.cli.card import model_card
 from distillm_cli.config.load import Resolved, to_yaml
-from distillm_cli.core.checkpoint import Checkpoint, read
+from distillm_cli.core.checkpoint import Checkpoint, latest, read
 from distillm_cli.core.engine import LOWER_IS_BETTER, Engine, eval_mode
 from distillm_cli.core.engine import Progress as Reached
 from distillm_cli.core.events import Note, Warned
@@ -26,11 +26,11 @@ from distillm_cli.evaluation.evaluate import SuiteResult, evaluate
 from distillm_cli.evaluation.suites import HELD_OUT, Suite
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.loading import quiet
+from distillm_cli.models.pair import resolve_dtype
 from distillm_cli.ui.console import Console
 from distillm_cli.ui.summary import Outcome, Sample, next_steps, outcome_table, samples_table, sources_sentence
 
 BEFORE, AFTER, TEACHER = "student before", "student after", "teacher"
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,9 @@ def _needs_metric(recipe) -> bool:
 
 def _checkpoint(output: Path, recipe) -> Checkpoint:
     """The newest checkpoint, if it is this recipe's."""
-    places = sorted((output / outputs.CHECKPOINTS).glob("step-*"))
-    if not places:
+    checkpoint = latest(output / outputs.CHECKPOINTS)
+    if checkpoint is None:
         raise CheckpointError(f"no checkpoint in {output / outputs.CHECKPOINTS}", hint="start anew with --overwrite")
-    checkpoint = read(places[-1])
     then, now = checkpoint.state["recipe"], json.loads(json.dumps(shaping(recipe)))
     changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
     if changed:
@@ -174,7 +173,7 @@ def publish(run: Prepared, output: Path, resolved: Resolved, reached: Reached, m
     staged = output / ".staging-model"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
-    dtype = _DTYPES[run.recipe.student.save_dtype]
+    dtype = resolve_dtype(run.recipe.student.save_dtype, run.device)
     run.student.model.to(dtype)
     run.save_model(staged)
     run.student.model.float()

@@ -49,7 +49,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps with a visible checkpoint, ascending."""
-        return sorted(int(p.name[5:]) for p in self.root.glob("step-*") if p.is_dir() and p.name[5:].isdigit())
+        return [int(path.name[5:]) for path in visible(self.root)]
 
     def write(self, step: int, state: dict, tensors: dict[str, Tensor], *, protect: int | None = None) -> Path:
         """Writes the checkpoint of ``step``, then drops all but the newest ``keep`` and the protected one.
@@ -87,8 +87,19 @@ class Checkpoints:
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint, verified; None where there is none."""
-        steps = self.steps()
-        return read(self.path(steps[-1])) if steps else None
+        return latest(self.root)
+
+
+def visible(root: Path) -> list[Path]:
+    """The checkpoints under ``root``, oldest first."""
+    found = (p for p in Path(root).glob("step-*") if p.is_dir() and p.name[5:].isdigit())
+    return sorted(found, key=lambda p: int(p.name[5:]))
+
+
+def latest(root: Path) -> Checkpoint | None:
+    """The newest checkpoint under ``root``, verified; None where there is none. Raises CheckpointError."""
+    paths = visible(root)
+    return read(paths[-1]) if paths else None
 
 
 def read(path: Path) -> Checkpoint:
