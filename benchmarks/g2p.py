@@ -30,7 +30,8 @@ METHODS = {
     "jsd mixed (GKD)": ["--method", "gkd"],
 }
 SFT, LONG, ADAPTIVE = "sft", "sft, same seconds", "skl adaptive"
-PASSES = {"greedy": ["--greedy"], "T=1": ["--temperature", "1"], "T=0.5": ["--temperature", "0.5"]}
+SAMPLED = ["--seeds", "10", "--temperature"]
+PASSES = {"greedy": ["--greedy"], "T=1": [*SAMPLED, "1"], "T=0.5": [*SAMPLED, "0.5"]}
 
 
 class Lab:
@@ -76,7 +77,7 @@ class Lab:
     def score(self, place: Path, name: str) -> dict:
         """Test figures of one model in one way of decoding."""
         found = place.with_name(f"{place.name}.test-{name}")
-        suite = ["--suite", str(Path(self.data) / "test.jsonl"), "--seeds", "10"]
+        suite = ["--suite", str(Path(self.data) / "test.jsonl")]
         suite += ["--batch-size", "250", "--max-new-tokens", "32"]
         metrics = ["--metric", "error_rate", "--metric", "exact_match", *sets("eval.no_repeat_ngram_size=0")]
         more = ["--dtype", "fp32", *sets("data.template=plain"), "--output", str(found)]

@@ -16,7 +16,7 @@ import yaml
 from lab import mean_sd, run, sets
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "quickstart.yaml"
-PASSES = {"greedy": ["--greedy"], "T=1": ["--temperature", "1"]}
+PASSES = {"greedy": ["--greedy"], "T=1": ["--temperature", "1", "--seeds", "10"]}
 
 
 def main() -> None:
@@ -72,7 +72,7 @@ def main() -> None:
 
     def score(place: str, tag: str, how: str) -> dict:
         target = args.work / f"{tag}.test-{how}"
-        argv = ["eval", place, "--suite", "builtin", "--limit", "1000", "--seeds", "10", "--metric", "exact_match"]
+        argv = ["eval", place, "--suite", "builtin", "--limit", "1000", "--metric", "exact_match"]
         argv += [*PASSES[how], *sets("data.template=plain", "eval.no_repeat_ngram_size=0", "eval.batch_size=250")]
         return run(target, [*argv, "--max-new-tokens", "24", "--dtype", "fp32", "--output", str(target)], args.threads)
 
