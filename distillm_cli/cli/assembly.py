@@ -15,7 +15,7 @@ from distillm_cli.cli import outputs
 from distillm_cli.config.schema import Recipe
 from distillm_cli.core.checkpoint import Checkpoints
 from distillm_cli.core.engine import Engine
-from distillm_cli.core.events import Listener, Warned
+from distillm_cli.core.events import Listener, Note, Warned
 from distillm_cli.core.objective import Objective
 from distillm_cli.core.replay import ReplayBuffer
 from distillm_cli.core.rollout import StudentRollouts
@@ -23,7 +23,7 @@ from distillm_cli.core.scheduler import Scheduler
 from distillm_cli.core.teacher import Teacher, collect, collect_on_disk
 from distillm_cli.data.batching import Examples, Order, by_length, tokenise
 from distillm_cli.data.prompts import Encoder, render
-from distillm_cli.data.sources import Rows, load_rows
+from distillm_cli.data.sources import Rows, load_rows, overlap
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.loading import quiet
 from distillm_cli.models.pair import Pair, load_pair, resolve_device, resolve_dtype
@@ -85,6 +85,8 @@ def prepare(recipe: Recipe, listener: Listener) -> Prepared:
     device = resolve_device(recipe.train.device)
     train_rows = load_rows(recipe.data, "train", listener=listener)
     valid_rows = load_rows(recipe.data, "valid", listener=listener)
+    if shared := overlap(valid_rows, train_rows):
+        listener(Note(f"{shared:,} of the {len(valid_rows):,} held-out rows ask what a training row asks too"))
 
     def texts() -> Iterator[str]:
         for row in train_rows:

@@ -65,7 +65,7 @@ BatchSize = Annotated[
     typer.Option("--batch-size", metavar="N", help="Responses side by side.", rich_help_panel=SAMPLING),
 ]
 Dtype = Annotated[
-    str | None, typer.Option("--dtype", metavar="TYPE", help="auto, fp32, bf16 or fp16.", rich_help_panel=SAMPLING)
+    str | None, typer.Option("--dtype", metavar="TYPE", help="auto, fp32 or bf16.", rich_help_panel=SAMPLING)
 ]
 Device = Annotated[
     str | None,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from distillm_cli.config import schema
 from distillm_cli.core.events import Listener, silent
@@ -115,6 +116,8 @@ def load_pair(
         max_length=recipe.data.max_length,
         listener=listener,
     )
+    if _is_borrowed(recipe.student):
+        check_reload(student, next(texts(), None) if texts else None)
     if teacher is not None:
         check_vocabularies(teacher.tokenizer, student.tokenizer)
         # The one with fewer ids writes the batches, so that every target is a token both models know.
@@ -211,6 +214,41 @@ def check_vocabularies(teacher: PreTrainedTokenizerBase, student: PreTrainedToke
                 where=sizes,
                 hint=hint,
             )
+
+
+_PROBE = "Which of these 12 words, in 3 lines,\n is a  Word?"
+
+
+def check_reload(student: Backbone, text: str | None = None) -> None:
+    """Whether the output directory will give this very tokenizer to `AutoTokenizer`.
+
+    transformers picks the tokenizer's class by the model's family for some of them (Qwen2's, say), whatever was saved: a
+    tokenizer that such a model did not grow up with comes back cutting text in other places. text: one more probe.
+    Raises ModelError.
+    """
+    ours, family = student.tokenizer, student.model.config.model_type
+    with TemporaryDirectory() as directory, quiet():
+        student.model.config.save_pretrained(directory)
+        ours.save_pretrained(directory)
+        try:
+            again = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+            same = ours.get_vocab() == again.get_vocab() and all(
+                ours(probe)["input_ids"] == again(probe)["input_ids"] for probe in (_PROBE, text) if probe
+            )
+        except Exception:  # whatever a family's tokenizer stumbles over, it is not ours that came back
+            same = False
+    if not same:
+        raise ModelError(
+            f"a {family} model's directory is read with {family}'s own kind of tokenizer, which this one is not",
+            where="student.tokenizer",
+            hint="take another family, --student random:llama:4x256 say, or a tokenizer of the family",
+        )
+
+
+def _is_borrowed(student: schema.Student) -> bool:
+    """Whether the tokenizer is not the one that came with the student."""
+    path = str(student.path)
+    return student.tokenizer is not None or path.startswith("random:") or path.endswith(".json")
 
 
 def _asked_tokenizer(student: schema.Student, texts: Texts | None) -> PreTrainedTokenizerBase | None:

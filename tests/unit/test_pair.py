@@ -226,3 +226,20 @@ def test_only_the_shared_part_meets_the_loss_where_one_has_more_special_tokens(l
     pair = load_pair(recipe(paths["teacher"], paths["student"]), device=CPU)
     assert pair.vocab == pair.teacher.vocab == pair.student.vocab == VOCAB
     assert vocabulary_size(pair.tokenizer) == VOCAB
+
+
+
+def test_a_tokenizer_that_the_output_directory_would_not_give_back_is_refused(tmp_path):
+    """transformers reads a Qwen2 directory with Qwen2's own tokenizer, whatever was saved there; a Llama one as it is."""
+    texts = ["Pronounce the word.\nchump\n", "CH AH M P"]
+    for family, fits in (("qwen2", False), ("llama", True)):
+        file = tmp_path / f"{family}.json"
+        tiny.config(family, 101).to_json_file(file)
+        recipe = Recipe(method="sft", student=Student(path=str(file), tokenizer="chars"))
+        if fits:
+            pair = load_pair(recipe, device=CPU, texts=lambda: iter(texts))
+            assert pair.tokenizer.decode(pair.tokenizer(texts[0])["input_ids"]) == texts[0]
+            continue
+        with pytest.raises(ModelError, match="qwen2 model's directory is read with qwen2's own kind") as caught:
+            load_pair(recipe, device=CPU, texts=lambda: iter(texts))
+        assert caught.value.exit_code == 4
