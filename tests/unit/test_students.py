@@ -56,6 +56,15 @@ def test_an_unknown_family_is_refused_with_the_known_ones():
         build("random:opt:2x32", "qwen3")
 
 
+@pytest.mark.parametrize(("spec", "teacher"), [("random:2x64", None), ("random:2x128", "gpt2"), ("random:2x64", "opt")])
+def test_the_weights_spread_fits_the_width(spec, teacher):
+    """√(2/(5·width)), whatever the family's constant: of the embedding and of a projection that reads the width."""
+    model, width = build(spec, teacher), int(spec.rsplit("x")[-1])
+    projection = next(p for n, p in model.named_parameters() if p.dim() == 2 and ("q_proj" in n or "c_attn" in n))
+    for weight in (model.get_input_embeddings().weight[1:], projection):
+        assert weight.std().item() == pytest.approx((2 / (5 * width)) ** 0.5, rel=0.05)
+
+
 def test_without_a_teacher_it_is_a_llama():
     model = build("random:2x64")
     config = model.config
