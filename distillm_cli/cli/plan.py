@@ -221,8 +221,12 @@ def _pages(run: Prepared, found: dict[str, Any]) -> list[Any]:
     ]
     if (kept := found.get("teacher_cache")) is not None:
         facts.append(["teacher's states", kept["why"]])
-    if kept is not None and kept.get("hit") is False and kept["bytes"] > 0.95 * (kept["disk_free"] or 0):
-        facts.append(["", Text(f"does not fit: {amount(kept['disk_free'] or 0)}B are free there", "yellow")])
+    where = []
+    if kept is not None and "place" in kept:
+        free = kept["disk_free"] or 0
+        short = not kept["hit"] and kept["bytes"] > 0.95 * free
+        said = "there already" if kept["hit"] else f"{'does not fit: ' if short else ''}{amount(free)}B free"
+        where = [Text(f"The teacher's states are kept in {kept['place']} ({said})", "yellow" if short else "")]
     if data["bad_rows_skipped"]:
         facts.insert(2, ["broken rows skipped", f"{data['bad_rows_skipped']:,}"])
     needs = [[name.replace("_", " "), f"{amount(size)}B"] for name, size in memory.items()]
@@ -230,6 +234,7 @@ def _pages(run: Prepared, found: dict[str, Any]) -> list[Any]:
         table("Models", ["", "kind", "parameters", "layers × width", "context", "dtype"], models),
         table("Run", ["", ""], facts),
         table("Memory, estimated", ["part", "size"], needs),
+        *where,
         Text("One batch, decoded; supervised tokens stand in ⟦ ⟧ (the last is end-of-sequence unless cut)", "bold"),
         *_decoded(run),
     ]

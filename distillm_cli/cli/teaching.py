@@ -46,7 +46,7 @@ class Keeping:
 
 @dataclass(frozen=True)
 class Opened:
-    """A teacher at work. hit: its states were on disk already."""
+    """A teacher at work, and what it was decided to keep. hit: its states were on disk already."""
 
     teacher: Teacher
     keeping: Keeping
@@ -58,7 +58,8 @@ class Opened:
         known = 0 if rows is None else len(rows.sequences) - rows.unknown
         place = {} if self.keeping.place is None else {"place": str(self.keeping.place)}
         size = 0 if rows is None else rows.bytes
-        return {"mode": self.keeping.mode, "rows": known, "bytes": size, "hit": self.hit, **place}
+        told = {"mode": self.keeping.mode, "rows": known, "bytes": size, "hit": self.hit}
+        return told | {"model_left": self.teacher.has_left, **place}
 
 
 def open_teacher(
@@ -73,7 +74,7 @@ def open_teacher(
     if model is None:
         return None
     keeping = plan_keeping(run, before=before, rebuild=rebuild)
-    listener(Note(f"teacher's states: {keeping.why}"))
+    listener(Note(f"teacher's states: {keeping.why}{'' if keeping.place is None else f', in {keeping.place}'}"))
     if keeping.mode == "off":
         return Opened(Teacher(model), keeping)
     rows, company, hit, computed = None, None, False, 0
@@ -108,7 +109,7 @@ def warm(resolved: Resolved, *, rebuild: bool, ui: Console) -> dict[str, Any]:
     for note in resolved.notes:
         ui(Warned(note))
     run = prepare(resolved.recipe, ui)
-    keeping = _planned_on_disk(run, "on disk", _token_bytes(run))
+    keeping = _planned_on_disk(run, _token_bytes(run))
     _, hit, computed = _on_disk(run, keeping, rebuild, ui)
     rows, size, mode = len(run.train), keeping.rows_bytes, run.recipe.teacher.cache
     if mode in ("memory", "off"):
@@ -136,7 +137,7 @@ def plan_keeping(run: Prepared, *, before: str | None = None, rebuild: bool = Fa
         return Keeping("off", "not kept" if not is_auto else "not kept, as when the run was started")
     per_token = _token_bytes(run)
     if mode == "disk" or (is_auto and rebuild):
-        return _planned_on_disk(run, "on disk", per_token)
+        return _planned_on_disk(run, per_token)
     if mode == "memory":
         return _planned_in_memory(run, per_token, rows=not is_auto or _rows_come_back(run))
     return _planned_by_itself(run, per_token)
@@ -147,7 +148,7 @@ def _planned_by_itself(run: Prepared, per_token: int) -> Keeping:
     root, rows = _root(run), teacher_cache.rows_digest(run.train.sequences)
     # The weights are read only where the name of some cache gives hope.
     if (root / teacher_cache.FACTS).exists() or any(root.glob(f"*-{rows[:16]}")):
-        found = _planned_on_disk(run, "on disk", per_token)
+        found = _planned_on_disk(run, per_token)
         if found.is_made:
             return found
     if not (_rows_come_back(run) or new_scheduler(run).may_replay):
@@ -168,12 +169,12 @@ def _planned_in_memory(run: Prepared, per_token: int, *, rows: bool) -> Keeping:
     return Keeping("memory", f"kept in memory as they come, {' and '.join(parts)}", **sizes)
 
 
-def _planned_on_disk(run: Prepared, why: str, per_token: int) -> Keeping:
+def _planned_on_disk(run: Prepared, per_token: int) -> Keeping:
     model, sequences = run.pair.teacher, run.train.sequences
     key = Key(teacher_cache.teacher_digest(model, _config_of(model)), teacher_cache.rows_digest(sequences))
     place = teacher_cache.place_of(_root(run), key)
     size = run.train.tokens * per_token
-    why = f"{why}, {amount(size)}B for {len(run.train):,} rows in {place}"
+    why = f"on disk, {amount(size)}B for {len(run.train):,} rows"
     return Keeping(
         "disk", why, rows_bytes=size, **_beside_rows(run, per_token), place=place, key=key, is_made=place.exists()
     )

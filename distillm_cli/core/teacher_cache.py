@@ -265,7 +265,9 @@ def _swap(staged: Path, place: Path) -> None:
 
 
 def _refused(place: Path, error: OSError) -> StorageError:
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    hint = "give another --set teacher.cache_dir=DIR, or --teacher-cache memory or off"
     return StorageError(
         f"cannot write the teacher cache {place}: {error.strerror or error}",
-        hint="free some space, give another --set teacher.cache_dir=DIR, or --teacher-cache memory or off",
+        hint=f"free some space, {hint}" if is_full else hint,
     )
