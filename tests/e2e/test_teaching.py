@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from distillm_cli.cli import teaching
 from distillm_cli.cli.app import main
 
 SMALL = [
@@ -104,6 +105,20 @@ def test_auto_keeps_rows_that_come_back_and_the_resumed_run_ends_with_the_same_w
     code, once, err = typed("--output", "once", "--steps", "2")
     assert (once["teacher_cache"]["mode"], once["teacher_cache"]["rows"]) == ("off", 0)
     assert "this run sees every row once" in err
+
+
+def test_auto_keeps_nothing_where_memory_is_short_and_a_resume_elsewhere_keeps_to_that(typed, tmp_path, monkeypatch):
+    monkeypatch.setattr(teaching, "available_memory", lambda: 10_000)
+    code, result, err = typed("--output", "out", "--set", "train.save_steps=7", "--set", "train.keep=9")
+    assert (code, result["teacher_cache"]["mode"]) == (0, "off"), err
+    assert "is more than a quarter of the 10 kB of free memory (--teacher-cache disk would keep them in " in err
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out" / "checkpoints" / "step-000012").rename(tmp_path / "gone")
+    before = weights(tmp_path / "out")
+    code, again, err = typed("--output", "out", "--resume", "--set", "train.save_steps=7", "--set", "train.keep=9")
+    assert (code, again["teacher_cache"]["mode"]) == (0, "off"), err
+    assert all(torch.equal(before[name], value) for name, value in weights(tmp_path / "out").items())
 
 
 def test_a_place_that_cannot_hold_the_cache_ends_the_run_before_it_begins(typed, tmp_path):
