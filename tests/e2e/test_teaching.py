@@ -111,7 +111,7 @@ def test_auto_keeps_nothing_where_memory_is_short_and_a_resume_elsewhere_keeps_t
     monkeypatch.setattr(teaching, "available_memory", lambda: 10_000)
     code, result, err = typed("--output", "out", "--set", "train.save_steps=7", "--set", "train.keep=9")
     assert (code, result["teacher_cache"]["mode"]) == (0, "off"), err
-    assert "is more than a quarter of the 10 kB of free memory (--teacher-cache disk would keep them in " in err
+    assert "is more than a quarter of the 10.0 kB of free memory (--teacher-cache disk would keep them in " in err
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out" / "checkpoints" / "step-000012").rename(tmp_path / "gone")
