@@ -121,7 +121,15 @@ def main() -> None:
 
     names = [*METHODS, LONG]
     pair = ["--teacher", str(lab.teacher()), "--student", str(lab.start(first)), "--output", str(lab.work / "live")]
-    how = ["--steps", "100", "--lr", best["skl"][1], "--overwrite", *lab.common, *sets("eval.report_rows=0")]
+    how = [
+        "--steps",
+        "100",
+        "--lr",
+        best["skl"][1],
+        "--overwrite",
+        *lab.common,
+        *sets("eval.report_rows=0", "teacher.cache=off"),
+    ]
     live = lab.run(lab.work / "live", ["distill", *METHODS["skl"], *pair, *how])
     print(f"\nteacher live, not cached: {live['train_s'] * args.steps / 100:.0f} s for {args.steps:,} steps (from 100)")
     models = {("teacher", 0): lab.teacher()} | {("start", s): lab.start(s) for s in args.seeds}

@@ -81,3 +81,12 @@ class Interrupted(DistillmError):
     def __init__(self, what: str, *, signal_number: int, where: str | None = None, hint: str | None = None):
         super().__init__(what, where=where, hint=hint)
         self.exit_code = 128 + signal_number
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as Ctrl-C comes: at once, through every ``finally``, past every ``except Exception``."""
+
+
+def signal_number(stop: KeyboardInterrupt) -> int:
+    """SIGTERM's for Terminated, SIGINT's else."""
+    return 15 if isinstance(stop, Terminated) else 2

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Sequence:
     """One prompt and one response as token ids (int32 arrays).
 

@@ -14,6 +14,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_cache_of_this_machine(tmp_path_factory):
+    """What earlier runs of this person keep on disk must not decide a test."""
+    os.environ["DISTILLM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real data nobody here wrote; a test that needs it is skipped, with the reason, where it is absent."""

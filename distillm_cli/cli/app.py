@@ -12,8 +12,12 @@ import json
 import os
 import re
 import select
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -22,7 +26,14 @@ from typer.main import get_command
 from distillm_cli import __version__
 from distillm_cli.cli import distill, eval, generate, options, plan, recipes, sft
 from distillm_cli.cli.usage import UsageProblem, explained
-from distillm_cli.errors import DistillmError, Interrupted, OutOfMemoryError, StorageError
+from distillm_cli.errors import (
+    DistillmError,
+    Interrupted,
+    OutOfMemoryError,
+    StorageError,
+    Terminated,
+    signal_number,
+)
 
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, as of any program whose reader has left
 
@@ -69,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # nothing phones home
     command = get_command(app)
     try:
-        with command.make_context("distillm", list(argv)) as context:
+        with _terminated_like_interrupted(), command.make_context("distillm", list(argv)) as context:
             command.invoke(context)
         sys.stdout.flush()
     except typer.Exit as done:
@@ -79,6 +90,24 @@ def main(argv: list[str] | None = None) -> int:
             return _BROKEN_PIPE
         return _report(error, argv)
     return 0
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does: cleaned up, one line, with --json one object. A host's handler stays."""
+    own = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if not own:
+        yield
+        return
+
+    def stop(number, frame):
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _report(error: BaseException, argv: list[str]) -> int:
@@ -102,7 +131,7 @@ def _known(error: BaseException, argv: list[str]) -> DistillmError:
     if isinstance(error, UsageProblem):
         return explained(error, argv)
     if isinstance(error, KeyboardInterrupt):
-        return Interrupted("interrupted", signal_number=2)
+        return Interrupted("interrupted", signal_number=signal_number(error))
     if isinstance(error, typer.Abort):
         return Interrupted("stopped at a question", signal_number=2)
     if _out_of_memory(error):

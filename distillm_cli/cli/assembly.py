@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +19,7 @@ from distillm_cli.core.objective import Objective
 from distillm_cli.core.replay import ReplayBuffer
 from distillm_cli.core.rollout import StudentRollouts
 from distillm_cli.core.scheduler import Scheduler
-from distillm_cli.core.teacher import Teacher, collect, collect_on_disk
+from distillm_cli.core.teacher import Teacher
 from distillm_cli.data.batching import Examples, Order, by_length, tokenise
 from distillm_cli.data.prompts import Encoder, render
 from distillm_cli.data.sources import Rows, load_rows, overlap
@@ -55,10 +54,7 @@ class Prepared:
 
     @cached_property
     def order(self) -> Order:
-        train = self.recipe.train
-        return Order(
-            self.train.lengths, train.batch_size * train.accumulate, train.seed, bucket=self.recipe.data.bucket
-        )
+        return new_order(self.recipe, self.train)
 
     @property
     def steps(self) -> int:
@@ -105,10 +101,20 @@ def prepare(recipe: Recipe, listener: Listener) -> Prepared:
     return Prepared(recipe, listener, device, dtype, train_rows, valid_rows, pair, encoder, train, valid)
 
 
-def build_engine(run: Prepared, output: Path, listener: Listener, score=None) -> Engine:
-    """The engine of a prepared run, keeping its checkpoints under ``output``."""
+def new_order(recipe: Recipe, examples: Examples) -> Order:
+    """The order in which the recipe trains on these examples."""
+    train = recipe.train
+    return Order(examples.lengths, train.batch_size * train.accumulate, train.seed, bucket=recipe.data.bucket)
+
+
+def new_scheduler(run: Prepared) -> Scheduler:
+    """The run's schedule, at its beginning."""
+    return Scheduler(run.recipe.schedule, steps=run.steps, seed=run.recipe.train.seed)
+
+
+def build_engine(run: Prepared, output: Path, listener: Listener, *, teacher: Teacher | None, score=None) -> Engine:
+    """The engine of a prepared run, keeping its checkpoints under ``output``. teacher: None for SFT."""
     recipe = run.recipe
-    teacher = _teacher(run, listener)
     objective = Objective(
         run.student,
         None if run.sft else recipe.objective,
@@ -123,7 +129,7 @@ def build_engine(run: Prepared, output: Path, listener: Listener, score=None) ->
         steps=run.steps,
         steps_per_epoch=run.order.steps_per_epoch,
         batches=run.batch,
-        scheduler=Scheduler(recipe.schedule, steps=run.steps, seed=recipe.train.seed),
+        scheduler=new_scheduler(run),
         replay=ReplayBuffer(recipe.schedule.capacity, seed=recipe.train.seed),
         rollouts=StudentRollouts(run.student, recipe.rollout, max_length=longest, seed=recipe.train.seed),
         bulk=recipe.rollout.bulk,
@@ -138,18 +144,6 @@ def build_engine(run: Prepared, output: Path, listener: Listener, score=None) ->
         dtype=run.dtype,
         listener=listener,
     )
-
-
-def _teacher(run: Prepared, listener: Listener) -> Teacher | None:
-    model, config = run.pair.teacher, run.recipe.teacher
-    if model is None or config.cache == "off":
-        return None if model is None else Teacher(model)
-    if config.cache == "memory":
-        return Teacher(model, collect(model, run.train.sequences, run.device, listener))
-    place = Path(
-        config.cache_dir or os.environ.get("DISTILLM_CACHE") or Path.home() / ".cache" / "distillm"
-    ).expanduser()
-    return Teacher(model, collect_on_disk(model, run.train.sequences, run.device, place / "teacher", listener))
 
 
 # What may differ between a run and its resume, because no later step depends on it.

@@ -17,6 +17,7 @@ def register(app: typer.Typer) -> None:
             "distillm distill --teacher gpt2-xl --student gpt2 --alpha 0.1",
             "distillm distill --teacher runs/teacher --student random:2x128 --data rows.jsonl --divergence srkl",
             "distillm distill --recipe quickstart --set schedule.kind=mixed --set schedule.mix=0.3",
+            "distillm distill --recipe quickstart --warm-teacher-cache",
             "distillm distill --resume --output runs/quickstart-distillm",
         ),
     )(distill)
@@ -32,6 +33,7 @@ def distill(
     method: options.Method = None,
     divergence: options.Divergence = None,
     alpha: options.Alpha = None,
+    teacher_cache: options.TeacherCache = None,
     lr: options.Lr = None,
     batch_size: options.BatchSize = None,
     epochs: options.Epochs = None,
@@ -42,6 +44,8 @@ def distill(
     recipe: options.Recipe = None,
     sets: options.Set = None,
     dry_run: options.DryRun = False,
+    warm_teacher_cache: options.WarmTeacherCache = False,
+    rebuild_teacher_cache: options.RebuildTeacherCache = False,
     output: options.Output = None,
     resume: options.Resume = False,
     overwrite: options.Overwrite = False,
@@ -57,9 +61,10 @@ def distill(
         "distill",
         given={
             "teacher": teacher, "student": student, "data": data, "tokenizer": tokenizer, "max_length": max_length,
-            "skip_bad_rows": skip_bad_rows, "method": method, "divergence": divergence, "alpha": alpha, "lr": lr,
+            "skip_bad_rows": skip_bad_rows, "method": method, "divergence": divergence, "alpha": alpha,
+            "teacher_cache": teacher_cache, "lr": lr,
             "batch_size": batch_size, "epochs": epochs, "steps": steps, "seed": seed, "dtype": dtype, "device": device,
         },
         sets=sets, recipe=recipe, output=output, resume=resume, overwrite=overwrite, dry_run=dry_run, json=json,
-        quiet=quiet,
+        quiet=quiet, warm_teacher_cache=warm_teacher_cache, rebuild_teacher_cache=rebuild_teacher_cache,
     )  # fmt: skip

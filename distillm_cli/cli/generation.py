@@ -20,7 +20,7 @@ from distillm_cli.core.events import Event, Listener, Note, Progress
 from distillm_cli.core.rollout import Sampling, sample_all
 from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.sources import Row
-from distillm_cli.errors import Interrupted, UsageError
+from distillm_cli.errors import Interrupted, UsageError, signal_number
 from distillm_cli.evaluation.evaluate import fitting
 from distillm_cli.evaluation.evaluate import text_of as output_text
 from distillm_cli.evaluation.suites import Suite
@@ -177,11 +177,12 @@ class _Work:
                     _print(lines)
                 else:
                     responses.add(lines)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            number = signal_number(stop)
             if responses is None:
-                raise Interrupted("interrupted", signal_number=2) from None
+                raise Interrupted("interrupted", signal_number=number) from None
             where = f"{responses.count:,} of {len(self):,} rows are in {responses.path}"
-            raise Interrupted("interrupted", signal_number=2, where=where, hint="go on with --resume") from None
+            raise Interrupted("interrupted", signal_number=number, where=where, hint="go on with --resume") from None
         return tokens, cut, time.perf_counter() - began
 
     def _overall(self, before: int, listener: Listener) -> Listener:

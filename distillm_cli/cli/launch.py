@@ -25,8 +25,14 @@ def launch(
     dry_run: bool,
     json: bool,
     quiet: bool,
+    warm_teacher_cache: bool = False,
+    rebuild_teacher_cache: bool = False,
 ) -> None:
-    """Resolve, then print the resolved recipe (``dry_run``) or train. given: flag parameter names → values."""
+    """Resolve, then print the resolved recipe (``dry_run``) or train. given: flag parameter names → values.
+
+    warm_teacher_cache: computes the teacher's states on disk in place of training. rebuild_teacher_cache: even where
+    they are there.
+    """
     from distillm_cli.cli import options, outputs
     from distillm_cli.config.load import resolve, to_yaml
 
@@ -47,6 +53,15 @@ def launch(
 
     from distillm_cli.ui.console import console
 
+    if warm_teacher_cache:
+        if resume or overwrite or output is not None:
+            what = "--warm-teacher-cache writes no output directory"
+            raise UsageError(what, hint="drop --output, --resume and --overwrite")
+        with console(json_mode=json, quiet=quiet) as ui:
+            from distillm_cli.cli.teaching import warm
+
+            ui.result(warm(resolved, rebuild=rebuild_teacher_cache, ui=ui))
+        return
     r = resolved.recipe
     place = Path(output) if output else None
     if place is None:
@@ -54,7 +69,16 @@ def launch(
     with console(json_mode=json, quiet=quiet) as ui:
         from distillm_cli.cli.training import train
 
-        ui.result(train(command, resolved, place, resume=resume, overwrite=overwrite, ui=ui))
+        result = train(
+            command,
+            resolved,
+            place,
+            resume=resume,
+            overwrite=overwrite,
+            rebuild_teacher_cache=rebuild_teacher_cache,
+            ui=ui,
+        )
+        ui.result(result)
 
 
 def check_complete(recipe: Recipe) -> None:

@@ -87,6 +87,33 @@ Alpha = Annotated[
     float | None,
     typer.Option("--alpha", metavar="A", help="Skew of skl and srkl, 0 ≤ A < 1; 0 is kl, rkl.", rich_help_panel=METHOD),
 ]
+TeacherCache = Annotated[
+    str | None,
+    typer.Option(
+        "--teacher-cache",
+        metavar="WHERE",
+        help="Keep what the teacher said: auto, memory, disk or off.",
+        rich_help_panel=METHOD,
+    ),
+]
+WarmTeacherCache = Annotated[
+    bool,
+    typer.Option(
+        "--warm-teacher-cache",
+        metavar="",
+        help="Only compute what the teacher says of the rows, on disk for later runs.",
+        rich_help_panel=METHOD,
+    ),
+]
+RebuildTeacherCache = Annotated[
+    bool,
+    typer.Option(
+        "--rebuild-teacher-cache",
+        metavar="",
+        help="Replace a cache on disk that is stale or damaged.",
+        rich_help_panel=METHOD,
+    ),
+]
 
 Lr = Annotated[float | None, typer.Option("--lr", metavar="X", help="Highest learning rate.", rich_help_panel=TRAINING)]
 BatchSize = Annotated[

@@ -10,6 +10,7 @@ from distillm_cli.cli import options
 
 if TYPE_CHECKING:
     from distillm_cli.cli.assembly import Prepared
+    from distillm_cli.cli.teaching import Keeping
     from distillm_cli.models.backbone import Backbone
 
 SHOWN = 3  # sequences of the decoded batch
@@ -37,6 +38,7 @@ def plan(
     method: options.Method = None,
     divergence: options.Divergence = None,
     alpha: options.Alpha = None,
+    teacher_cache: options.TeacherCache = None,
     lr: options.Lr = None,
     batch_size: options.BatchSize = None,
     epochs: options.Epochs = None,
@@ -60,7 +62,8 @@ def plan(
 
     given = {
         "teacher": teacher, "student": student, "data": data, "tokenizer": tokenizer, "max_length": max_length,
-        "skip_bad_rows": skip_bad_rows, "method": method, "divergence": divergence, "alpha": alpha, "lr": lr,
+        "skip_bad_rows": skip_bad_rows, "method": method, "divergence": divergence, "alpha": alpha,
+        "teacher_cache": teacher_cache, "lr": lr,
         "batch_size": batch_size, "epochs": epochs, "steps": steps, "seed": seed, "dtype": dtype, "device": device,
     }  # fmt: skip
     resolved = resolve(command="plan", recipe=recipe, flags=options.flags(**given), sets=sets)
@@ -75,14 +78,17 @@ def plan(
 
 
 def survey(run: Prepared) -> dict[str, Any]:
-    """The plan as data: models, data, steps, memory in bytes by part."""
+    """The plan as data: models, data, steps, memory in bytes by part, what is kept of the teacher's states."""
+    from distillm_cli.cli.teaching import plan_keeping
+
     recipe = run.recipe
     models = {"student": _model(run.student)}
     if run.pair.teacher is not None:
         models["teacher"] = _model(run.pair.teacher)
         models["ratio"] = round(models["teacher"]["parameters"] / models["student"]["parameters"], 2)
     lengths = run.train.lengths
-    memory = memory_estimate(run)
+    keeping = None if run.pair.teacher is None else plan_keeping(run)
+    memory = memory_estimate(run, keeping)
     return {
         "method": recipe.method,
         "device": str(run.device),
@@ -106,7 +112,24 @@ def survey(run: Prepared) -> dict[str, Any]:
         "steps_per_epoch": run.order.steps_per_epoch,
         "sequences_per_step": min(recipe.train.batch_size * recipe.train.accumulate, len(run.train)),
         "memory": memory | {"total": sum(memory.values())},
+        **({} if keeping is None else {"teacher_cache": _kept(run, keeping)}),
     }
+
+
+def _kept(run: Prepared, keeping: Keeping) -> dict[str, Any]:
+    """What would be kept of the teacher's states: bytes of rows and, at most, of replayed rollouts."""
+    from distillm_cli.cli.teaching import disk_free
+
+    told = {
+        "mode": keeping.mode,
+        "rows": len(run.train) if keeping.rows_bytes else 0,
+        "bytes": keeping.rows_bytes,
+        "rollout_bytes": keeping.rollout_bytes,
+        "why": keeping.why,
+    }
+    if keeping.place is None:
+        return told
+    return told | {"place": str(keeping.place), "hit": keeping.is_made, "disk_free": disk_free(keeping.place)}
 
 
 def _model(model: Backbone) -> dict[str, Any]:
@@ -121,10 +144,12 @@ def _model(model: Backbone) -> dict[str, Any]:
     }
 
 
-def memory_estimate(run: Prepared) -> dict[str, int]:
+def memory_estimate(run: Prepared, keeping: Keeping | None = None) -> dict[str, int]:
     """Bytes by part. Weights, gradients and optimizer are counted exactly; activations are the usual estimate of
     34 values per position, layer and width (Korthikanti et al. 2022, arXiv 2205.05198, without attention scores), or 2
     with gradient checkpointing; one micro-batch of the longest length. The loss holds its chunks and one head gradient.
+
+    keeping: of the teacher's states; those on disk are mapped, and take no memory that others need.
     """
     from distillm_cli.core.fused import CHUNK_BYTES
 
@@ -146,6 +171,10 @@ def memory_estimate(run: Prepared) -> dict[str, int]:
         wide = getattr(teacher.config.get_text_config(), "hidden_size", width)
         parts["teacher_weights"] = sum(p.numel() * p.element_size() for p in teacher.parameters())
         parts["teacher_activations"] = positions * wide * teacher.dtype.itemsize * 8  # one layer at a time, no graph
+    if keeping is not None and keeping.mode != "off":
+        parts["teacher_states"] = keeping.held_out_bytes + (keeping.rows_bytes if keeping.mode == "memory" else 0)
+        parts["rollout_states"] = keeping.rollout_bytes
+        parts = {name: size for name, size in parts.items() if size}
     if recipe.schedule.kind != "off":
         heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1)
         head_width = getattr(config, "head_dim", None) or width // getattr(config, "num_attention_heads", 1)
@@ -190,6 +219,14 @@ def _pages(run: Prepared, found: dict[str, Any]) -> list[Any]:
         ],
         ["computes on", f"{found['device']}, {found['dtype']}"],
     ]
+    if (kept := found.get("teacher_cache")) is not None:
+        facts.append(["teacher's states", kept["why"]])
+    where = []
+    if kept is not None and "place" in kept:
+        free = kept["disk_free"] or 0
+        short = not kept["hit"] and kept["bytes"] > 0.95 * free
+        said = "there already" if kept["hit"] else f"{'does not fit: ' if short else ''}{amount(free)}B free"
+        where = [Text(f"The teacher's states are kept in {kept['place']} ({said})", "yellow" if short else "")]
     if data["bad_rows_skipped"]:
         facts.insert(2, ["broken rows skipped", f"{data['bad_rows_skipped']:,}"])
     needs = [[name.replace("_", " "), f"{amount(size)}B"] for name, size in memory.items()]
@@ -197,6 +234,7 @@ def _pages(run: Prepared, found: dict[str, Any]) -> list[Any]:
         table("Models", ["", "kind", "parameters", "layers × width", "context", "dtype"], models),
         table("Run", ["", ""], facts),
         table("Memory, estimated", ["part", "size"], needs),
+        *where,
         Text("One batch, decoded; supervised tokens stand in ⟦ ⟧ (the last is end-of-sequence unless cut)", "bold"),
         *_decoded(run),
     ]

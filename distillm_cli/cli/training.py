@@ -13,15 +13,16 @@ import torch
 from distillm_cli.cli import outputs
 from distillm_cli.cli.assembly import Prepared, build_engine, prepare, shaping
 from distillm_cli.cli.card import model_card
+from distillm_cli.cli.teaching import Opened, open_teacher
 from distillm_cli.config.load import Resolved, to_yaml
-from distillm_cli.core.checkpoint import Checkpoint, latest, read
+from distillm_cli.core.checkpoint import Checkpoint, latest, read, visible
 from distillm_cli.core.engine import LOWER_IS_BETTER, Engine, eval_mode
 from distillm_cli.core.engine import Progress as Reached
 from distillm_cli.core.events import Note, Warned
 from distillm_cli.core.metrics_log import MetricsLog
 from distillm_cli.core.objective import CROSS_ENTROPY, Objective
 from distillm_cli.data.prompts import render
-from distillm_cli.errors import CheckpointError
+from distillm_cli.errors import CheckpointError, Interrupted, signal_number
 from distillm_cli.evaluation.evaluate import SuiteResult, evaluate
 from distillm_cli.evaluation.suites import HELD_OUT, Suite
 from distillm_cli.models.backbone import Backbone
@@ -42,20 +43,50 @@ class Measured:
     answers: list[str]
 
 
-def train(command: str, resolved: Resolved, output: Path, *, resume: bool, overwrite: bool, ui: Console) -> dict:
+def train(
+    command: str,
+    resolved: Resolved,
+    output: Path,
+    *,
+    resume: bool,
+    overwrite: bool,
+    rebuild_teacher_cache: bool = False,
+    ui: Console,
+) -> dict:
     """Runs the recipe into ``output`` and returns the result object of ``--json``."""
     recipe, began = resolved.recipe, time.perf_counter()
     outputs.check(output, resume=resume, overwrite=overwrite)
-    checkpoint = _checkpoint(output, recipe) if resume else None
     for note in resolved.notes:
         ui(Warned(note))
-    run = prepare(recipe, ui)
-    if checkpoint is not None:
-        _load_student(run.student, checkpoint)
+    try:
+        checkpoint = _checkpoint(output, recipe) if resume else None
+        run = prepare(recipe, ui)
+        before = None if checkpoint is None else checkpoint.state.get("teacher_cache")
+        opened = open_teacher(run, ui, before=before, rebuild=rebuild_teacher_cache)
+    except KeyboardInterrupt as stop:
+        raise _stopped(None, stop) from None
     if overwrite:  # only now: bad input must not cost what an earlier run left
         outputs.clear(output)
     outputs.write_text(output / outputs.RECIPE, to_yaml(resolved))
+    try:
+        return _trained(command, run, opened, checkpoint, resolved, output, began, ui)
+    except KeyboardInterrupt as stop:
+        raise _stopped(output, stop) from None
 
+
+def _trained(
+    command: str,
+    run: Prepared,
+    opened: Opened | None,
+    checkpoint: Checkpoint | None,
+    resolved: Resolved,
+    output: Path,
+    began: float,
+    ui: Console,
+) -> dict:
+    recipe = run.recipe
+    if checkpoint is not None:
+        _load_student(run.student, checkpoint)
     first_step = checkpoint.state["progress"]["step"] if checkpoint else 0
     log = MetricsLog(output / outputs.METRICS, log_steps=recipe.train.log_steps, first_step=first_step)
 
@@ -64,9 +95,11 @@ def train(command: str, resolved: Resolved, output: Path, *, resume: bool, overw
         ui(event)
 
     report = _Report(run, output / outputs.EVAL / "report", ui)
-    engine = build_engine(run, output, listener, score=report.score if _needs_metric(recipe) else None)
+    score = report.score if _needs_metric(recipe) else None
+    engine = build_engine(run, output, listener, teacher=None if opened is None else opened.teacher, score=score)
     if checkpoint is not None:
         engine.load(checkpoint)
+    # Before the first step: the teacher may leave memory during the run.
     measured = report.before(engine) if first_step == 0 else report.remembered()
     reached = engine.run()
     if reached.best_step not in (None, reached.step):
@@ -76,7 +109,24 @@ def train(command: str, resolved: Resolved, output: Path, *, resume: bool, overw
     measured[AFTER] = report.measure(run.student, AFTER, engine)
     publish(run, output, resolved, reached, measured)
     _tell(run, output, reached, engine, measured, ui)
-    return _result(command, output, reached, engine, measured, time.perf_counter() - began)
+    result = _result(command, output, reached, engine, measured, time.perf_counter() - began)
+    if opened is not None:
+        result |= {"teacher_cache": opened.facts(), "teacher_tokens": opened.teacher.tokens}
+    return result
+
+
+def _stopped(output: Path | None, stop: KeyboardInterrupt) -> Interrupted:
+    """What is left of a run that was stopped outside its loop. output: None while nothing of the run was written."""
+    number, kept = signal_number(stop), [] if output is None else visible(output / outputs.CHECKPOINTS)
+    if output is None:
+        return Interrupted(
+            "interrupted before the first step: nothing was written", signal_number=number, hint="start it again"
+        )
+    if not kept:
+        what = "interrupted before the first step: nothing was saved"
+        return Interrupted(what, signal_number=number, where=str(output), hint="start it again with --overwrite")
+    hint = f"{kept[-1]} is whole; go on with --resume"
+    return Interrupted("interrupted between steps", signal_number=number, hint=hint)
 
 
 def _needs_metric(recipe) -> bool:

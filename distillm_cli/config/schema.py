@@ -44,10 +44,15 @@ class Teacher(Section):
         None, description="hub name or local directory of the teacher; `builtin` is the one shipped"
     )
     dtype: Dtype = Field("auto", description="of its weights; auto: bf16 where the machine is fast at it, else fp32")
-    cache: Literal["off", "memory", "disk"] = Field(
-        "off", description="keep its last hidden states for all data set rows, computed before the first step"
+    cache: Literal["auto", "memory", "disk", "off"] = Field(
+        "auto",
+        description="keep its last hidden states: of rows in memory (filled in the first epoch) or on disk (computed "
+        "beforehand, shared by runs), of student outputs while they are replayed. auto: the disk's where they are there "
+        "already, else memory where something is seen twice and a quarter of the free memory holds them, else off",
     )
-    cache_dir: Name | None = Field(None, description="of cache: disk; unset: $DISTILLM_CACHE, else ~/.cache/distillm")
+    cache_dir: Name | None = Field(
+        None, description="of cache: disk; unset: teacher/ in $DISTILLM_CACHE, else in ~/.cache/distillm"
+    )
     revision: Name | None = Field(None, description="branch, tag or commit on the hub")
 
 

@@ -274,6 +274,9 @@ class Engine:
             tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
         tensors |= pack(self.replay.sequences, "replay")
         tensors |= pack((s for group in self.waiting for s in group), "waiting")
+        if self.teacher is not None:
+            state["teacher_cache"] = self.teacher.mode
+            tensors |= self.teacher.pack(self.replay.sequences, "replay")
         path = self.checkpoints.write(self.at.step, state, tensors, protect=self.at.best_step)
         self.saved_step = self.at.step
         self.say(Saved(self.at.step, str(path)))
@@ -287,6 +290,8 @@ class Engine:
         self.scheduler.load_state_dict(checkpoint.state["scheduler"])
         load_optimizer_tensors(self.optimizer, checkpoint.tensors)
         self.replay.add(unpack(checkpoint.tensors, "replay"))
+        if self.teacher is not None:
+            self.teacher.unpack(checkpoint.tensors, "replay", self.replay.sequences)
         waiting = iter(unpack(checkpoint.tensors, "waiting"))
         self.waiting = deque([next(waiting) for _ in range(size)] for size in checkpoint.state["waiting"])
         torch.set_rng_state(checkpoint.tensors["random.cpu"])

@@ -48,6 +48,11 @@ class Scheduler:
     def may_use_student_outputs(self) -> bool:
         return self.config.kind != "off"
 
+    @property
+    def may_replay(self) -> bool:
+        """Whether a student output may be trained on more than once."""
+        return self.may_use_student_outputs and (self.config.fresh == "buffer" or self._replay != "none")
+
     def student_probability(self, step: int) -> float:
         """P(t) for 0 ≤ t < T."""
         progress = step / self.steps
@@ -77,11 +82,14 @@ class Scheduler:
 
     def fresh_share(self, step: int) -> float:
         """ρ(t): of the student-output batches, the share that is sampled anew."""
-        replay = self.config.replay
-        if replay == "auto":
-            replay = "decreasing" if self.config.kind == "adaptive" else "none"
         progress = step / self.steps
-        return {"none": 1.0, "decreasing": 1.0 - progress, "constant": 0.5, "increasing": progress}[replay]
+        return {"none": 1.0, "decreasing": 1.0 - progress, "constant": 0.5, "increasing": progress}[self._replay]
+
+    @property
+    def _replay(self) -> str:
+        if self.config.replay != "auto":
+            return self.config.replay
+        return "decreasing" if self.config.kind == "adaptive" else "none"
 
     def draw(self, step: int, buffered: int) -> Source:
         """The source of step ``step`` (from 0), with ``buffered`` sequences in the replay buffer.

@@ -1,28 +1,23 @@
 """What the teacher says of a batch: its last hidden states at the response positions, and nothing of its vocabulary.
 
-The head is applied to them chunk by chunk in the fused loss, so the teacher's logits never exist as a whole. The states of
-data set rows may be kept: 2·d bytes a token in bf16 where logits would be 2·V, and exact, because the head is applied again.
+The head is applied to them chunk by chunk in the fused loss, so the teacher's logits never exist as a whole. The states
+may be kept: 2·d bytes a token in bf16 where logits would be 2·V, and exact, because the head is applied again. A data set
+row's stay for the whole run; a student output's for as long as it lives in the replay buffer.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
-from pathlib import Path
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from distillm_cli.core.events import Listener, Note, Progress, silent
 from distillm_cli.core.fused import HeadLike
-from distillm_cli.errors import CheckpointError, StorageError
-from distillm_cli.sequences import Batch, Sequence, collate
-
-_FILL = 4096  # token positions computed at once when the states of a data set are collected
+from distillm_cli.sequences import Batch, Sequence, collate, micro_batches
 
 
 class Model(Protocol):
@@ -38,131 +33,183 @@ class Model(Protocol):
 
 
 class Teacher:
-    """A frozen model, asked for hidden states only. states: those of data set rows, where they were collected."""
+    """A frozen model, asked for hidden states only, and asked once where its answers are kept.
 
-    def __init__(self, model: Model, states: States | None = None):
-        self.model, self.states = model, states
+    mode: off, memory or disk; recorded in checkpoints. rows: where the states of data set rows are kept (None: nowhere).
+    company: with whom a row is computed that ``rows`` does not hold yet; None when it holds all. remembers: a student
+    output's states are kept for as long as the sequence itself. awaited: held-out sequences, whose states are kept too.
+    leaves: no student output will be asked about, so that the model may leave memory once all of that is known.
+    tokens: response positions that the model has computed so far.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        mode: str = "off",
+        rows: RowStates | None = None,
+        company: FirstEpoch | None = None,
+        remembers: bool = False,
+        leaves: bool = False,
+        awaited: SequenceOf[Sequence] = (),
+    ):
+        self.model, self.mode, self.rows, self.company = model, mode, rows, company
+        self.remembers, self.leaves, self.awaited = remembers, leaves, frozenset(awaited)
+        self.tokens, self.has_left = 0, False
+        self._head: HeadLike | None = None
+        self._others: WeakKeyDictionary[Sequence, Tensor] = WeakKeyDictionary()
 
     @property
     def head(self) -> HeadLike:
-        return self.model.head()
+        return self._head or self.model.head()
 
     @torch.no_grad()
     def hidden(self, batch: Batch, sequences: SequenceOf[Sequence]) -> Tensor:
-        """Last hidden states [N, D_teacher] of the batch that ``sequences`` were collated to, without a graph."""
-        if self.states is not None and all(self.states.knows(s) for s in sequences):
-            return self.states.of(sequences).to(batch.ids_BT.device, non_blocking=True)
-        return self.model.hidden(batch)
+        """Last hidden states [N, D_teacher] of the batch that ``sequences`` were collated to, without a graph.
+
+        A batch of which nothing is known yet is computed as it is, so the first answer is that of a teacher that keeps
+        nothing, bit for bit; a kept one differs from it by the rounding of another batch shape at most.
+        """
+        if not all(self._is_kept(s) for s in sequences):
+            return self._ask(batch)
+        device = batch.ids_BT.device
+        unknown = self._together([s for s in dict.fromkeys(sequences) if not self._knows(s)])
+        if unknown == [list(sequences)]:
+            hidden_ND = self._ask(batch)
+            self._keep(sequences, hidden_ND)
+        else:
+            self._learn(unknown, device)
+            hidden_ND = torch.cat([self._recall(s) for s in sequences]).to(device, non_blocking=True)
+        if self.leaves and not self.has_left:
+            self._leave_if_done(device)
+        return hidden_ND
+
+    def pack(self, sequences: Iterable[Sequence], prefix: str) -> dict[str, Tensor]:
+        """What is kept of these student outputs, for a checkpoint: recomputed in other company it would round otherwise."""
+        known = [(i, self._others[s]) for i, s in enumerate(sequences) if s in self._others]
+        if not known:
+            return {}
+        places, states = zip(*known, strict=True)
+        return {f"{prefix}.scored": torch.tensor(places), f"{prefix}.states": torch.cat(states)}
+
+    def unpack(self, tensors: dict[str, Tensor], prefix: str, sequences: SequenceOf[Sequence]) -> None:
+        """Takes back what ``pack`` gave, for the same sequences in the same order."""
+        if f"{prefix}.scored" not in tensors or not self.remembers:
+            return
+        scored = [sequences[i] for i in tensors[f"{prefix}.scored"].tolist()]
+        self._keep(scored, tensors[f"{prefix}.states"])
+
+    def _ask(self, batch: Batch) -> Tensor:
+        """In the teacher's own dtype, whatever the student computes in."""
+        self.tokens += batch.tokens
+        with torch.autocast(batch.ids_BT.device.type, enabled=False):
+            return self.model.hidden(batch)
+
+    def _is_kept(self, sequence: Sequence) -> bool:
+        return self.remembers or sequence in self.awaited or self._is_row(sequence)
+
+    def _is_row(self, sequence: Sequence) -> bool:
+        return self.rows is not None and self.rows.is_row(sequence)
+
+    def _knows(self, sequence: Sequence) -> bool:
+        return self.rows.holds(sequence) if self._is_row(sequence) else sequence in self._others
+
+    def _together(self, unknown: list[Sequence]) -> list[list[Sequence]]:
+        """What has to be computed to know these: rows in the company of their first epoch, others with one another."""
+        rows = [s for s in unknown if self._is_row(s)]
+        others = [s for s in unknown if not self._is_row(s)]
+        return (self.company.groups(rows) if rows else []) + ([others] if others else [])
+
+    def _learn(self, groups: list[list[Sequence]], device: torch.device) -> None:
+        for group in groups:
+            self._keep(group, self._ask(collate(group).to(device)))
+
+    def _keep(self, sequences: SequenceOf[Sequence], hidden_ND: Tensor) -> None:
+        parts = hidden_ND.cpu().split([len(s.response) for s in sequences])
+        for sequence, part in zip(sequences, parts, strict=True):
+            if self._is_row(sequence):
+                self.rows.write(sequence, part)
+            else:
+                self._others[sequence] = part.clone()  # a view would hold the whole batch's states
+
+    def _recall(self, sequence: Sequence) -> Tensor:
+        return self.rows.read(sequence) if self._is_row(sequence) else self._others[sequence]
+
+    def _leave_if_done(self, device: torch.device) -> None:
+        """Lets go of everything but the head, once nothing is left to ask."""
+        late = [] if self.company is None else self.company.leftovers
+        if self.rows.unknown > len(late) or any(s not in self._others for s in self.awaited):
+            return
+        # Rows that sit the first epoch out would hold the model for an epoch more: they are fewer than one batch.
+        self._learn(self._together([s for s in late if not self.rows.holds(s)]), device)
+        if self.rows.unknown:
+            return
+        # On "meta" a model has shapes and no memory. The head keeps its own tensors alive, tied embeddings included.
+        self._head = self.model.head()
+        self.model.to("meta")
+        self.has_left = True
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
-class States:
-    """The teacher's hidden states for every row of a data set, computed in a fixed order: a row's states are a function
-    of teacher and data set alone, not of the batch that asked first, so that a resumed run sees the same bits.
+class RowStates:
+    """The teacher's hidden states of a data set's rows, one row after the other: [tokens of all responses, D] on the CPU.
+
+    table_ND: all of them, when they are there already; else the table is made at the first ``write``.
     """
 
-    def __init__(self, sequences: SequenceOf[Sequence], table_ND: Tensor):
+    def __init__(self, sequences: SequenceOf[Sequence], table_ND: Tensor | None = None):
         self.sequences, self.table_ND = sequences, table_ND
-        lengths = torch.tensor([len(s.response) for s in sequences])
-        self.starts = (lengths.cumsum(0) - lengths).tolist()
+        ends = np.cumsum([len(s.response) for s in sequences])
+        self._spans = list(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True))
+        self._is_known = np.full(len(sequences), table_ND is not None)
+        self.unknown = 0 if table_ND is not None else len(sequences)
 
-    def knows(self, sequence: Sequence) -> bool:
+    @property
+    def bytes(self) -> int:
+        return 0 if self.table_ND is None else self.table_ND.numel() * self.table_ND.element_size()
+
+    def is_row(self, sequence: Sequence) -> bool:
         """Whether it is the very row: a rollout for the row's prompt is another sequence."""
         return 0 <= sequence.row < len(self.sequences) and self.sequences[sequence.row] is sequence
 
-    def of(self, sequences: SequenceOf[Sequence]) -> Tensor:
-        starts = [self.starts[s.row] for s in sequences]
-        return torch.cat([self.table_ND[a : a + len(s.response)] for a, s in zip(starts, sequences, strict=True)])
+    def holds(self, sequence: Sequence) -> bool:
+        return bool(self._is_known[sequence.row])
+
+    def read(self, sequence: Sequence) -> Tensor:
+        start, end = self._spans[sequence.row]
+        return self.table_ND[start:end]
+
+    def write(self, sequence: Sequence, states_ND: Tensor) -> None:
+        if self.table_ND is None:
+            self.table_ND = torch.empty(self._spans[-1][1], states_ND.shape[1], dtype=states_ND.dtype)
+        self.read(sequence).copy_(states_ND)
+        self.unknown -= not self._is_known[sequence.row]
+        self._is_known[sequence.row] = True
 
 
-def collect(model: Model, sequences: SequenceOf[Sequence], device: torch.device, listener: Listener = silent) -> States:
-    """Computes the states of all rows, on the CPU's memory."""
-    return States(sequences, _computed(model, sequences, device, listener, None))
+class FirstEpoch:
+    """Which rows are computed together: those that meet in a micro-batch of the first epoch, whether or not that step
+    came to train on them.
 
+    So the first pass computes nothing beside its own batches, and what is kept of a row is a function of teacher, rows
+    and order alone: a resumed run, which has to compute a row again, does so in the same company and gets the same bits.
 
-def collect_on_disk(
-    model: nn.Module, sequences: SequenceOf[Sequence], device: torch.device, root: Path, listener: Listener = silent
-) -> States:
-    """The states of all rows as a memory-mapped file under ``root``, computed unless they are there.
-
-    The directory's name is the SHA-256 of the teacher's weights and of every token of every row: a cache of another
-    teacher, tokenizer, template or data set has another name and cannot be mistaken. Raises CheckpointError for a
-    damaged one, StorageError where the disk is too small or refuses.
+    batches: step → rows, of the first epoch; steps: of that epoch; most: sequences of a micro-batch.
+    leftovers: the rows of no batch of it; they keep each other company.
     """
-    place = root / _fingerprint(model, sequences)[:32]
-    if place.is_dir():
-        listener(Note(f"teacher states: reading {place}"))
-    else:
-        _write(model, sequences, device, place, listener)
-    try:
-        facts = json.loads((place / "states.json").read_text(encoding="utf-8"))
-        rows, width, dtype = facts["tokens"], facts["width"], getattr(torch, facts["dtype"])
-        size = rows * width * dtype.itemsize
-        if (place / "states.bin").stat().st_size != size:
-            raise ValueError(f"states.bin is not {size:,} bytes")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"teacher cache damaged: {place} ({error})", hint="delete it; it is made again"
-        ) from error
-    table = torch.from_file(str(place / "states.bin"), shared=False, size=rows * width, dtype=dtype)
-    return States(sequences, table.view(rows, width))
 
+    def __init__(self, batches: Callable[[int], list[Sequence]], *, steps: int, rows: SequenceOf[Sequence], most: int):
+        self._batches, self._steps, self._most = batches, steps, most
+        self._step_of_row = np.full(len(rows), steps)
+        for step in reversed(range(steps)):
+            self._step_of_row[[s.row for s in batches(step)]] = step
+        self.leftovers = [s for s in rows if self._step_of_row[s.row] == steps]
 
-def _write(model: nn.Module, sequences, device: torch.device, place: Path, listener: Listener) -> None:
-    staged = place.with_name(f".staging-{place.name}-{os.getpid()}")
-    try:
-        staged.mkdir(parents=True)
-        table = _computed(model, sequences, device, listener, staged)
-        facts = {"tokens": table.shape[0], "width": table.shape[1], "dtype": str(table.dtype).removeprefix("torch.")}
-        (staged / "states.json").write_text(json.dumps(facts), encoding="utf-8")
-        with (staged / "states.bin").open("rb+") as file:
-            os.fsync(file.fileno())
-        if not place.exists():  # another run of a sweep may have been as quick
-            staged.rename(place)
-    except OSError as error:
-        hint = "free some space, choose another teacher.cache_dir, or --set teacher.cache=off"
-        raise StorageError(f"cannot write teacher cache {place}: {error.strerror}", hint=hint) from error
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-
-
-@torch.no_grad()
-def _computed(model: Model, sequences, device: torch.device, listener: Listener, directory: Path | None) -> Tensor:
-    """[tokens, D], rows in order; in a file of ``directory`` where one is given."""
-    lengths = [len(s.response) for s in sequences]
-    starts = torch.tensor(lengths).cumsum(0).sub(torch.tensor(lengths)).tolist()
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True)
-    table, at = None, 0
-    while at < len(order):
-        picks = order[at : at + max(1, _FILL // len(sequences[order[at]]))]
-        hidden = model.hidden(collate([sequences[i] for i in picks]).to(device)).cpu()
-        if table is None:
-            table = _allocate(sum(lengths), hidden, directory)
-        for part, i in zip(hidden.split([lengths[i] for i in picks]), picks, strict=True):
-            table[starts[i] : starts[i] + lengths[i]] = part
-        at += len(picks)
-        listener(Progress("teacher states", at, len(order), "rows"))
-    return table
-
-
-def _allocate(tokens: int, like: Tensor, directory: Path | None) -> Tensor:
-    if directory is None:
-        return torch.empty(tokens, like.shape[1], dtype=like.dtype)
-    size, free = tokens * like.shape[1] * like.dtype.itemsize, shutil.disk_usage(directory).free
-    if size > 0.95 * free:
-        raise StorageError(
-            f"the teacher cache needs {size / 1e9:.1f} GB and {directory.parent} has {free / 1e9:.1f} GB free",
-            hint="choose another teacher.cache_dir, or --set teacher.cache=off",
-        )
-    path = str(directory / "states.bin")
-    return torch.from_file(path, shared=True, size=tokens * like.shape[1], dtype=like.dtype).view(tokens, -1)
-
-
-def _fingerprint(model: nn.Module, sequences: SequenceOf[Sequence]) -> str:
-    digest = hashlib.sha256(b"teacher states 1")
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    for s in sequences:
-        digest.update(f"{len(s.prompt)} {len(s.response)} ".encode())
-        digest.update(s.prompt.tobytes() + s.response.tobytes())
-    return digest.hexdigest()
+    def groups(self, rows: SequenceOf[Sequence]) -> list[list[Sequence]]:
+        """The micro-batches in which these rows are, all members included."""
+        wanted, groups = set(rows), []
+        for step in dict.fromkeys(self._step_of_row[s.row] for s in rows):
+            batch = self.leftovers if step == self._steps else self._batches(int(step))
+            groups += [group for group in micro_batches(batch, self._most) if not wanted.isdisjoint(group)]
+        return groups

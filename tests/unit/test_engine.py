@@ -19,7 +19,7 @@ from distillm_cli.core.objective import Objective
 from distillm_cli.core.replay import ReplayBuffer
 from distillm_cli.core.rollout import StudentRollouts
 from distillm_cli.core.scheduler import Scheduler, Source
-from distillm_cli.core.teacher import Teacher
+from distillm_cli.core.teacher import FirstEpoch, RowStates, Teacher
 from distillm_cli.errors import CheckpointError, Interrupted, NonFiniteError
 from distillm_cli.models.backbone import Backbone
 from tests import tiny
@@ -33,8 +33,10 @@ def student(family="gpt2", **fields):
     return Backbone(tiny.model(family, len(TOKENIZER), seed=1, spread=1.0, **fields), TOKENIZER)
 
 
-def build(tmp_path=None, *, method="adaptive", listener=lambda event: None, steps=12, backbone=None, **train):
-    """A whole small run: dropout on (GPT-2's own 0.1), so that the random state matters."""
+def build(
+    tmp_path=None, *, method="adaptive", listener=lambda event: None, steps=12, backbone=None, kept=False, **train
+):
+    """A whole small run: dropout on (GPT-2's own 0.1), so that the random state matters. kept: the teacher's states."""
     train = schema.Train(**{"batch_size": 4, "lr": 1e-3, "eval_steps": 3, "save_steps": 1000, "seed": 5} | train)
     step_rows = train.batch_size * train.accumulate
     sft = method == "sft"
@@ -43,7 +45,22 @@ def build(tmp_path=None, *, method="adaptive", listener=lambda event: None, step
         {"kind": "off"} if method in ("sft", "off") else {"kind": method, "epsilon": -10.0, "capacity": 8, "levels": 3}
     )
     backbone = backbone or student()
+    scheduler = Scheduler(schema.Schedule(**kind), steps=steps, seed=train.seed)
+
+    def batches(step):
+        return [ROWS[(step * step_rows + i * 7) % len(ROWS)] for i in range(step_rows)]
+
     teacher = None if sft else Teacher(Backbone(tiny.model("llama", len(TOKENIZER), seed=4), TOKENIZER))
+    if kept:
+        teacher = Teacher(
+            teacher.model,
+            mode="memory",
+            rows=RowStates(ROWS),
+            company=FirstEpoch(batches, steps=len(ROWS) // step_rows, rows=ROWS, most=train.batch_size),
+            remembers=True,
+            leaves=not scheduler.may_use_student_outputs,
+            awaited=HELD_OUT[0] if train.select == "valid_divergence" else (),
+        )
     objective = Objective(backbone, None if sft else schema.Objective(), teacher_head=None if sft else teacher.head)
     checkpoints = None
     if tmp_path is not None:
@@ -53,8 +70,8 @@ def build(tmp_path=None, *, method="adaptive", listener=lambda event: None, step
         train=train,
         steps=steps,
         steps_per_epoch=len(ROWS) // step_rows,
-        batches=lambda step: [ROWS[(step * step_rows + i * 7) % len(ROWS)] for i in range(step_rows)],
-        scheduler=Scheduler(schema.Schedule(**kind), steps=steps, seed=train.seed),
+        batches=batches,
+        scheduler=scheduler,
         replay=ReplayBuffer(8, seed=train.seed),
         rollouts=StudentRollouts(backbone, schema.Rollout(max_new_tokens=5), max_length=16, seed=train.seed),
         bulk=2,
@@ -104,6 +121,60 @@ def test_resume_matches_an_uninterrupted_run_bit_for_bit(tmp_path, method, accum
     if method == "adaptive":
         assert done.sources["rollout"] > 0
         assert done.sources["replay"] > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "fresh", "select"),
+    [
+        ("adaptive", "direct", "last"),
+        ("adaptive", "buffer", "last"),
+        ("off", "direct", "last"),
+        ("off", "direct", "valid_divergence"),
+    ],
+)
+def test_a_resume_sees_the_teachers_kept_states_as_they_were_bit_for_bit(tmp_path, method, fresh, select):
+    """Past the first epoch, with half of the buffer scored: rows are computed again, rollouts come from the checkpoint."""
+    settings = {"method": method, "kept": True, "steps": 24, "batch_size": 3, "accumulate": 2, "select": select}
+    torch.manual_seed(5)
+    whole = build(**settings)
+    stopped = build(tmp_path, listener=_kill_at(11), **settings)
+    for engine in (whole, stopped):
+        engine.fresh = fresh
+    whole.run()
+    torch.manual_seed(5)
+    with pytest.raises(Interrupted):
+        stopped.run()
+
+    resumed = resume(tmp_path, **settings)
+    resumed.fresh = fresh
+    carried = len(resumed.teacher._others)
+    resumed.run()
+    for name, value in weights(whole).items():
+        assert torch.equal(weights(resumed)[name], value), name
+    assert resumed.at.valid_loss == whole.at.valid_loss
+    assert resumed.at.scores == whole.at.scores
+    assert whole.teacher.has_left == resumed.teacher.has_left == (method == "off")
+    if method == "adaptive":
+        assert 0 < carried <= 8
+        assert whole.at.sources["replay"] > 2
+
+
+def test_keeping_the_teachers_states_changes_nothing_but_rounding_and_asks_once():
+    live, keeping = (build(method="adaptive", steps=24, kept=kept, backbone=student("llama")) for kept in (False, True))
+    live.run(), keeping.run()
+    for name, value in weights(live).items():
+        assert_close(weights(keeping)[name], value, rtol=1e-3, atol=1e-5)
+    assert keeping.at.sources == live.at.sources
+    assert keeping.at.sources["replay"] > 0
+    assert keeping.teacher.tokens < 0.7 * live.teacher.tokens
+
+
+def test_with_kept_states_the_first_epoch_is_the_uncached_run_to_the_last_bit():
+    live, keeping = (build(method="off", steps=6, kept=kept) for kept in (False, True))
+    for engine in (live, keeping):
+        torch.manual_seed(5)
+        engine.run()
+    assert all(torch.equal(weights(live)[name], value) for name, value in weights(keeping).items())
 
 
 def _kill_at(step):

@@ -1,78 +1,166 @@
-"""The teacher speaks once: kept states against live ones, on disk and in memory."""
+"""The teacher speaks once: kept states against live ones, in memory, through replay, and after the model has left."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from distillm_cli.core.events import Note
-from distillm_cli.core.teacher import Teacher, collect, collect_on_disk
-from distillm_cli.errors import CheckpointError
+from distillm_cli.core.teacher import FirstEpoch, RowStates, Teacher
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.sequences import Sequence, collate
+from distillm_cli.sequences import Sequence, collate, micro_batches
 from tests import tiny
 
 TOKENIZER = tiny.tokenizer()
 ROWS = tiny.sequences([(3 + i % 9, 1 + i % 5) for i in range(50)], vocab=len(TOKENIZER), seed=3)
-CPU = torch.device("cpu")
+STEPS, BATCH = 6, 8  # two rows sit the first epoch out
+TOLERANCE = {
+    torch.float32: {"rtol": 1e-4, "atol": 1e-5},
+    torch.bfloat16: {"rtol": 2e-2, "atol": 5e-2},
+}
 
 
-def teacher(family="llama", dtype=torch.float32):
+def model(family="llama", dtype=torch.float32):
     return Backbone(tiny.model(family, len(TOKENIZER), seed=4), TOKENIZER).to(dtype)
 
 
+def batches(step):
+    return [ROWS[(step * BATCH + i) * 7 % 50] for i in range(BATCH)]
+
+
+def keeping(backbone=None, **how):
+    company = FirstEpoch(batches, steps=STEPS, rows=ROWS, most=4)
+    return Teacher(backbone or model(), mode="memory", rows=RowStates(ROWS), company=company, **how)
+
+
+def first_epoch(teacher):
+    """What a run asks in its first epoch, and the answers."""
+    groups = [group for step in range(STEPS) for group in micro_batches(batches(step), 4)]
+    return groups, [teacher.hidden(collate(group), group) for group in groups]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kept_states_are_the_live_ones_up_to_batch_shape_rounding(tmp_path, dtype):
-    model = teacher(dtype=dtype)
-    kept = {"memory": collect(model, ROWS, CPU), "disk": collect_on_disk(model, ROWS, CPU, tmp_path)}
+def test_the_first_epoch_is_the_uncached_one_bit_for_bit_and_later_ones_up_to_batch_shape_rounding(dtype):
+    live, teacher = Teacher(model(dtype=dtype)), keeping(model(dtype=dtype))
+    for ours, theirs in zip(first_epoch(teacher)[1], first_epoch(live)[1], strict=True):
+        assert torch.equal(ours, theirs)
     picks = [ROWS[i] for i in (7, 3, 49, 0, 12)]
-    live = Teacher(model).hidden(collate(picks), picks)
-    for states in kept.values():
-        found = Teacher(model, states).hidden(collate(picks), picks)
-        assert found.dtype == dtype
-        assert_close(
-            found, live, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=5e-2 if dtype == torch.bfloat16 else 1e-5
-        )
-    assert torch.equal(kept["memory"].table_ND, kept["disk"].table_ND)
+    found, wanted = (t.hidden(collate(picks), picks) for t in (teacher, live))
+    assert found.dtype == dtype
+    assert_close(found, wanted, **TOLERANCE[dtype])
 
 
-def test_the_disk_is_read_and_not_written_the_second_time(tmp_path):
-    said = []
-    first = collect_on_disk(teacher(), ROWS, CPU, tmp_path)
-    (place,) = tmp_path.iterdir()
-    before = (place / "states.bin").stat().st_mtime_ns
-    again = collect_on_disk(teacher(), ROWS, CPU, tmp_path, said.append)
-    assert torch.equal(first.table_ND, again.table_ND)
-    assert (place / "states.bin").stat().st_mtime_ns == before
-    assert [type(event) for event in said] == [Note]
+def test_the_model_is_asked_once_about_each_row():
+    teacher = keeping()
+    groups, said = first_epoch(teacher)
+    asked = teacher.tokens
+    assert asked == sum(len(s.response) for group in groups for s in group)
+    for group, before in zip(groups, said, strict=True):
+        assert torch.equal(teacher.hidden(collate(group), group), before)
+    assert teacher.tokens == asked
+    late = teacher.company.leftovers
+    teacher.hidden(collate(late), late)
+    assert teacher.rows.unknown == 0
+    assert teacher.tokens == sum(len(s.response) for s in ROWS)
 
 
-def test_another_teacher_or_other_rows_have_another_cache(tmp_path):
-    collect_on_disk(teacher(), ROWS, CPU, tmp_path)
-    changed = teacher()
-    with torch.no_grad():
-        next(changed.parameters())[0, 0] += 1e-3
-    collect_on_disk(changed, ROWS, CPU, tmp_path)
-    collect_on_disk(teacher(), ROWS[:-1], CPU, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 3
-
-
-def test_a_damaged_cache_is_refused_by_name(tmp_path):
-    collect_on_disk(teacher(), ROWS, CPU, tmp_path)
-    (place,) = tmp_path.iterdir()
-    with (place / "states.bin").open("ab") as file:
-        file.truncate(40)
-    with pytest.raises(CheckpointError, match=place.name):
-        collect_on_disk(teacher(), ROWS, CPU, tmp_path)
+def test_a_rows_states_do_not_depend_on_who_asked_first():
+    """A run that is resumed in a later epoch asks in another order, and must see the same bits."""
+    in_order, resumed = keeping(), keeping()
+    first_epoch(in_order)
+    for start in range(0, 50, 5):
+        picks = [ROWS[(start + i) * 3 % 50] for i in range(5)]
+        for teacher in (resumed, in_order):
+            teacher.hidden(collate(picks), picks)
+    assert torch.equal(resumed.rows.table_ND, in_order.rows.table_ND)
+    assert resumed.tokens == in_order.tokens, "each row is computed once in any order"
 
 
 def test_a_rollout_for_a_rows_prompt_is_not_that_row():
-    model = teacher()
-    states = collect(model, ROWS, CPU)
+    teacher = keeping()
     row = ROWS[4]
     rollout = Sequence(row.prompt, (row.response + 1) % 20, row.row)
-    batch = collate([rollout])
-    assert not states.knows(rollout)
-    assert_close(Teacher(model, states).hidden(batch, [rollout]), model.hidden(batch).detach())
-    assert not states.knows(copy.copy(row))
+    assert not teacher.rows.is_row(rollout)
+    assert_close(teacher.hidden(collate([rollout]), [rollout]), teacher.model.hidden(collate([rollout])).detach())
+    assert not teacher.rows.is_row(copy.copy(row))
+
+
+def rollouts(n):
+    return [Sequence(s.prompt, (s.response + 1) % 20, s.row) for s in ROWS[:n]]
+
+
+def test_a_replayed_rollout_is_scored_once_and_forgotten_with_the_sequence():
+    teacher = keeping(remembers=True)
+    fresh = rollouts(4)
+    first = teacher.hidden(collate(fresh), fresh)
+    asked = teacher.tokens
+    again = [fresh[2], fresh[0], fresh[2]]
+    parts = dict(zip(fresh, first.split([len(s.response) for s in fresh]), strict=True))
+    assert torch.equal(teacher.hidden(collate(again), again), torch.cat([parts[s] for s in again]))
+    assert teacher.tokens == asked
+
+    more = [*fresh[:2], *rollouts(6)[4:]]  # two known, two new: only the new ones are computed
+    found = teacher.hidden(collate(more), more)
+    assert teacher.tokens == asked + sum(len(s.response) for s in more[2:])
+    assert_close(found, Teacher(model()).hidden(collate(more), more), **TOLERANCE[torch.float32])
+
+    assert len(teacher._others) == 6
+    del fresh, again, parts, more
+    gc.collect()
+    assert len(teacher._others) == 0
+
+
+def test_what_was_said_of_replayed_rollouts_goes_through_a_checkpoint():
+    teacher, other = keeping(remembers=True), keeping(remembers=True)
+    fresh = rollouts(5)
+    teacher.hidden(collate(fresh[1:4]), fresh[1:4])
+    tensors, copies = teacher.pack(fresh, "replay"), rollouts(5)
+    other.unpack(tensors, "replay", copies)
+    picks = [1, 2, 3]
+    ours, theirs = ([some[i] for i in picks] for some in (fresh, copies))
+    assert torch.equal(teacher.hidden(collate(ours), ours), other.hidden(collate(theirs), theirs))
+    assert other.tokens == 0
+    assert keeping(remembers=True).pack(fresh, "replay") == {}
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "gemma2"])
+def test_the_model_leaves_memory_once_every_row_is_known(family):
+    backbone = model(family)
+    head = backbone.head()
+    kept_alive = {id(head.weight_VD)}
+    gone = [weakref.ref(p) for p in backbone.parameters() if id(p) not in kept_alive]
+    teacher = keeping(backbone, leaves=True)
+    hidden = first_epoch(keeping(model(family)))[1]
+    for ours, theirs in zip(first_epoch(teacher)[1], hidden, strict=True):
+        assert torch.equal(ours, theirs)
+    assert teacher.has_left
+    assert teacher.rows.unknown == 0, "the rows that sat the first epoch out are known too"
+    gc.collect()
+    assert [ref for ref in gone if ref() is not None and ref().device.type != "meta"] == []
+    assert all(p.device.type == "meta" for p in backbone.parameters())
+    groups, said = first_epoch(teacher)
+    fresh = model(family)
+    assert_close(teacher.head.logits(said[0]), fresh.head().logits(fresh.hidden(collate(groups[0]))).detach())
+
+
+def test_the_model_stays_while_something_may_still_be_asked():
+    held_out = tiny.sequences([(4, 3), (5, 2)], vocab=len(TOKENIZER), seed=8)
+    teacher = keeping(leaves=True, awaited=held_out)
+    first_epoch(teacher)
+    assert not teacher.has_left
+    said = teacher.hidden(collate(held_out), held_out)
+    assert teacher.has_left
+    assert torch.equal(teacher.hidden(collate(held_out), held_out), said)
+
+    drawn = keeping(remembers=True)  # rollouts may come: nobody said that it may leave
+    first_epoch(drawn)
+    assert not drawn.has_left
+
+
+def test_the_teacher_computes_in_its_own_dtype_under_autocast():
+    teacher, picks = Teacher(model()), ROWS[:3]
+    alone = teacher.hidden(collate(picks), picks)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(teacher.hidden(collate(picks), picks), alone)

@@ -1,0 +1,243 @@
+"""Whether, where and how the teacher's states are kept in a run; and ``--warm-teacher-cache``."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distillm_cli.cli.assembly import Prepared, new_order, new_scheduler, prepare
+from distillm_cli.cli.host import available_memory
+from distillm_cli.config.load import Resolved
+from distillm_cli.core import teacher_cache
+from distillm_cli.core.events import Listener, Note, Warned
+from distillm_cli.core.teacher import FirstEpoch, RowStates, Teacher
+from distillm_cli.core.teacher_cache import Key
+from distillm_cli.errors import UsageError
+from distillm_cli.models.backbone import Backbone
+from distillm_cli.sequences import Sequence, collate
+from distillm_cli.ui.console import Console
+from distillm_cli.ui.display import amount
+
+SHARE = 0.25  # of the free memory, which `auto` may fill
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """What is kept of the teacher's states. mode: memory, disk or off. why: a clause for people.
+
+    rows_bytes, rollout_bytes, held_out_bytes: of data set rows (exact), of student outputs (at most), of held-out rows;
+    all 0 when off. place, key, is_made: of a cache on disk, and whether it is there.
+    """
+
+    mode: str
+    why: str
+    rows_bytes: int = 0
+    rollout_bytes: int = 0
+    held_out_bytes: int = 0
+    place: Path | None = None
+    key: Key | None = None
+    is_made: bool = False
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A teacher at work, and what it was decided to keep. hit: its states were on disk already."""
+
+    teacher: Teacher
+    keeping: Keeping
+    hit: bool = False
+
+    def facts(self) -> dict[str, Any]:
+        """What the result object says of it."""
+        rows = self.teacher.rows
+        known = 0 if rows is None else len(rows.sequences) - rows.unknown
+        place = {} if self.keeping.place is None else {"place": str(self.keeping.place)}
+        size = 0 if rows is None else rows.bytes
+        told = {"mode": self.keeping.mode, "rows": known, "bytes": size, "hit": self.hit}
+        return told | {"model_left": self.teacher.has_left, **place}
+
+
+def open_teacher(
+    run: Prepared, listener: Listener, *, before: str | None = None, rebuild: bool = False
+) -> Opened | None:
+    """The run's teacher, None for SFT. States on disk are read, or computed first.
+
+    before: the mode that the run was started with, on a resume: `auto` must not decide anew, or the states would round
+    otherwise. Raises StorageError, CheckpointError, UsageError.
+    """
+    model = run.pair.teacher
+    if model is None:
+        return None
+    keeping = plan_keeping(run, before=before, rebuild=rebuild)
+    listener(Note(f"teacher's states: {keeping.why}{'' if keeping.place is None else f', in {keeping.place}'}"))
+    if keeping.mode == "off":
+        return Opened(Teacher(model), keeping)
+    rows, company, hit, computed = None, None, False, 0
+    if keeping.mode == "disk":
+        rows, hit, computed = _on_disk(run, keeping, rebuild, listener)
+    elif keeping.rows_bytes:
+        _warn_if_short(keeping, listener)
+        order = new_order(run.recipe, run.train)  # of its own: an order remembers one epoch, and the run's is another
+        rows = RowStates(run.train.sequences)
+        company = FirstEpoch(
+            lambda step: [run.train.sequences[i] for i in order.batch(step)],
+            steps=order.steps_per_epoch,
+            rows=run.train.sequences,
+            most=run.recipe.train.batch_size,
+        )
+    teacher = Teacher(
+        model,
+        mode=keeping.mode,
+        rows=rows,
+        company=company,
+        remembers=new_scheduler(run).may_replay,
+        leaves=rows is not None and not new_scheduler(run).may_use_student_outputs,
+        awaited=_held_out(run),
+    )
+    teacher.tokens = computed
+    return Opened(teacher, keeping, hit)
+
+
+def warm(resolved: Resolved, *, rebuild: bool, ui: Console) -> dict[str, Any]:
+    """Computes the cache on disk for this recipe, unless it is there, and returns the result object of ``--json``."""
+    began = time.perf_counter()
+    for note in resolved.notes:
+        ui(Warned(note))
+    run = prepare(resolved.recipe, ui)
+    keeping = _planned_on_disk(run, _token_bytes(run))
+    _, hit, computed = _on_disk(run, keeping, rebuild, ui)
+    rows, size, mode = len(run.train), keeping.rows_bytes, run.recipe.teacher.cache
+    if mode in ("memory", "off"):
+        ui(Warned(f"with teacher.cache {mode} this recipe will not read it; give --teacher-cache disk or auto"))
+    ui(Note(f"{'was there already' if hit else 'made'}: {keeping.place} · {rows:,} rows · {amount(size)}B"))
+    return {
+        "command": "distill",
+        "status": "ok",
+        "output": str(keeping.place),
+        "wall_s": round(time.perf_counter() - began, 3),
+        "teacher_cache": {"mode": "disk", "rows": rows, "bytes": size, "hit": hit, "place": str(keeping.place)},
+        "teacher_tokens": computed,
+    }
+
+
+def plan_keeping(run: Prepared, *, before: str | None = None, rebuild: bool = False) -> Keeping:
+    """What would be kept, and its size; computes a few tokens to measure the width. Arguments as of ``open_teacher``."""
+    mode = run.recipe.teacher.cache
+    if rebuild and mode in ("memory", "off"):
+        raise UsageError(f"--rebuild-teacher-cache with --teacher-cache {mode}", hint="give --teacher-cache disk")
+    is_auto = mode == "auto"
+    if is_auto and before is not None:
+        mode = before
+    if mode == "off":
+        return Keeping("off", "not kept" if not is_auto else "not kept, as when the run was started")
+    per_token = _token_bytes(run)
+    if mode == "disk" or (is_auto and rebuild):
+        return _planned_on_disk(run, per_token)
+    if mode == "memory":
+        return _planned_in_memory(run, per_token, rows=not is_auto or _rows_come_back(run))
+    return _planned_by_itself(run, per_token)
+
+
+def _planned_by_itself(run: Prepared, per_token: int) -> Keeping:
+    """``auto``: the disk where a cache is there already, else memory where it pays and fits, else off."""
+    root, rows = _root(run), teacher_cache.rows_digest(run.train.sequences)
+    # The weights are read only where the name of some cache gives hope.
+    if (root / teacher_cache.FACTS).exists() or any(root.glob(f"*-{rows[:16]}")):
+        found = _planned_on_disk(run, per_token)
+        if found.is_made:
+            return found
+    if not (_rows_come_back(run) or new_scheduler(run).may_replay):
+        return Keeping("off", "not kept: this run sees every row once")
+    found = _planned_in_memory(run, per_token, rows=_rows_come_back(run))
+    size, free = found.rows_bytes + found.rollout_bytes + found.held_out_bytes, available_memory()
+    if free is None or size <= SHARE * free:
+        return found
+    why = f"not kept: {amount(size)}B is more than a quarter of the {amount(free)}B of free memory"
+    return Keeping("off", f"{why} (--teacher-cache disk would keep them in {root})")
+
+
+def _planned_in_memory(run: Prepared, per_token: int, *, rows: bool) -> Keeping:
+    sizes = {"rows_bytes": run.train.tokens * per_token if rows else 0, **_beside_rows(run, per_token)}
+    parts = [f"{amount(sizes['rows_bytes'])}B for {len(run.train):,} rows"] if rows else []
+    if sizes["rollout_bytes"]:
+        parts.append(f"at most {amount(sizes['rollout_bytes'])}B for replayed rollouts")
+    return Keeping("memory", f"kept in memory as they come, {' and '.join(parts)}", **sizes)
+
+
+def _planned_on_disk(run: Prepared, per_token: int) -> Keeping:
+    model, sequences = run.pair.teacher, run.train.sequences
+    key = Key(teacher_cache.teacher_digest(model, _config_of(model)), teacher_cache.rows_digest(sequences))
+    place = teacher_cache.place_of(_root(run), key)
+    size = run.train.tokens * per_token
+    why = f"on disk, {amount(size)}B for {len(run.train):,} rows"
+    return Keeping(
+        "disk", why, rows_bytes=size, **_beside_rows(run, per_token), place=place, key=key, is_made=place.exists()
+    )
+
+
+def _beside_rows(run: Prepared, per_token: int) -> dict[str, int]:
+    recipe = run.recipe
+    drawn = min(recipe.schedule.capacity, run.steps * recipe.train.batch_size * recipe.train.accumulate)
+    rollouts = drawn * recipe.rollout.max_new_tokens * per_token if new_scheduler(run).may_replay else 0
+    held_out = sum(len(s.response) for s in _held_out(run)) * per_token
+    return {"rollout_bytes": rollouts, "held_out_bytes": held_out}
+
+
+def _on_disk(run: Prepared, keeping: Keeping, rebuild: bool, listener: Listener) -> tuple[RowStates, bool, int]:
+    """The states, whether they were there already, and how many tokens the teacher computed for them."""
+    sequences, asked, made = run.train.sequences, Teacher(run.pair.teacher), False
+    if rebuild or not keeping.is_made:
+        teacher_cache.check_space(keeping.place, keeping.rows_bytes)
+        of = {"teacher": str(run.recipe.teacher.path), "data": run.train_rows.name}
+        made = teacher_cache.write(
+            keeping.place, keeping.key, asked, sequences, run.device, listener, of=of, rebuild=rebuild
+        )
+    return teacher_cache.read(keeping.place, keeping.key, sequences, listener), not made, asked.tokens
+
+
+def disk_free(place: Path) -> int | None:
+    """Bytes free where ``place`` is or would be made."""
+    for parent in (place, *place.parents):
+        if parent.is_dir():
+            return shutil.disk_usage(parent).free
+    return None
+
+
+def _root(run: Prepared) -> Path:
+    if run.recipe.teacher.cache_dir is not None:
+        return Path(run.recipe.teacher.cache_dir).expanduser()
+    return Path(os.environ.get("DISTILLM_CACHE") or Path.home() / ".cache" / "distillm").expanduser() / "teacher"
+
+
+def _rows_come_back(run: Prepared) -> bool:
+    return run.steps > run.order.steps_per_epoch
+
+
+def _held_out(run: Prepared) -> list[Sequence]:
+    """Held-out rows that the teacher is asked about: at every validation, where a divergence selects checkpoints."""
+    return run.valid.sequences if run.recipe.train.select == "valid_divergence" else []
+
+
+def _token_bytes(run: Prepared) -> int:
+    """Of one token's state; measured, since a model may answer with its own logits in its own type."""
+    shortest = min(run.train.sequences, key=len)
+    hidden_ND = Teacher(run.pair.teacher).hidden(collate([shortest]).to(run.device), [shortest])
+    return hidden_ND.shape[1] * hidden_ND.element_size()
+
+
+def _config_of(model: Backbone) -> str:
+    """The teacher's config, without where it was found and which version wrote it."""
+    told = model.model.config.to_dict()
+    elsewhere = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
+    return json.dumps({k: v for k, v in told.items() if k not in elsewhere}, sort_keys=True, default=str)
+
+
+def _warn_if_short(keeping: Keeping, listener: Listener) -> None:
+    size, free = keeping.rows_bytes + keeping.rollout_bytes, available_memory()
+    if free is not None and size > free:
+        listener(Warned(f"the teacher's states take {amount(size)}B, and {amount(free)}B of memory are free"))
