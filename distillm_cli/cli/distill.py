@@ -24,6 +24,7 @@ def register(app: typer.Typer) -> None:
 
 
 def distill(
+    ctx: typer.Context,
     teacher: options.Teacher = None,
     student: options.Student = None,
     data: options.Data = None,
@@ -57,14 +58,4 @@ def distill(
 
     Every other field: [cyan]--set section.key=value[/]. All of them, with their values: [cyan]--dry-run[/].
     """
-    launch(
-        "distill",
-        given={
-            "teacher": teacher, "student": student, "data": data, "tokenizer": tokenizer, "max_length": max_length,
-            "skip_bad_rows": skip_bad_rows, "method": method, "divergence": divergence, "alpha": alpha,
-            "teacher_cache": teacher_cache, "lr": lr,
-            "batch_size": batch_size, "epochs": epochs, "steps": steps, "seed": seed, "dtype": dtype, "device": device,
-        },
-        sets=sets, recipe=recipe, output=output, resume=resume, overwrite=overwrite, dry_run=dry_run, json=json,
-        quiet=quiet, warm_teacher_cache=warm_teacher_cache, rebuild_teacher_cache=rebuild_teacher_cache,
-    )  # fmt: skip
+    launch(ctx)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import typer
 
 from distillm_cli.errors import UsageError
 
@@ -13,34 +15,19 @@ if TYPE_CHECKING:
     from distillm_cli.config.schema import Recipe
 
 
-def launch(
-    command: str,
-    *,
-    given: dict[str, Any],
-    sets: list[str] | None,
-    recipe: str | None,
-    output: str | None,
-    resume: bool,
-    overwrite: bool,
-    dry_run: bool,
-    json: bool,
-    quiet: bool,
-    warm_teacher_cache: bool = False,
-    rebuild_teacher_cache: bool = False,
-) -> None:
-    """Resolve, then print the resolved recipe (``dry_run``) or train. given: flag parameter names → values.
-
-    warm_teacher_cache: computes the teacher's states on disk in place of training. rebuild_teacher_cache: even where
-    they are there.
-    """
+def launch(ctx: typer.Context) -> None:
+    """Resolve what was typed, then print the resolved recipe (``--dry-run``), warm the teacher's cache, or train."""
     from distillm_cli.cli import options, outputs
     from distillm_cli.config.load import resolve, to_yaml
 
+    command, typed = ctx.info_name, ctx.params
+    output, resume, overwrite = typed["output"], typed["resume"], typed["overwrite"]
+    recipe, rebuild = typed["recipe"], typed.get("rebuild_teacher_cache", False)
     if resume and recipe is None and output is not None and (Path(output) / outputs.RECIPE).is_file():
         recipe = str(Path(output) / outputs.RECIPE)  # going on needs no more than the directory
-    resolved = resolve(command=command, recipe=recipe, flags=options.flags(**given), sets=sets)
-    if dry_run:
-        if json:
+    resolved = resolve(command=command, recipe=recipe, flags=options.given(ctx), sets=typed["sets"])
+    if typed["dry_run"]:
+        if typed["json"]:
             from distillm_cli.ui.console import print_json
 
             print_json({"command": command, "status": "ok", "recipe": resolved.recipe.model_dump(mode="json")})
@@ -53,20 +40,20 @@ def launch(
 
     from distillm_cli.ui.console import console
 
-    if warm_teacher_cache:
+    if typed.get("warm_teacher_cache"):
         if resume or overwrite or output is not None:
             what = "--warm-teacher-cache writes no output directory"
             raise UsageError(what, hint="drop --output, --resume and --overwrite")
-        with console(json_mode=json, quiet=quiet) as ui:
+        with console(json_mode=typed["json"], quiet=typed["quiet"]) as ui:
             from distillm_cli.cli.teaching import warm
 
-            ui.result(warm(resolved, rebuild=rebuild_teacher_cache, ui=ui))
+            ui.result(warm(resolved, rebuild=rebuild, ui=ui))
         return
     r = resolved.recipe
     place = Path(output) if output else None
     if place is None:
         place = outputs.default_name(resolved.name, r.data.source, r.student.path or "student", r.method, resume=resume)
-    with console(json_mode=json, quiet=quiet) as ui:
+    with console(json_mode=typed["json"], quiet=typed["quiet"]) as ui:
         from distillm_cli.cli.training import train
 
         result = train(
@@ -75,7 +62,7 @@ def launch(
             place,
             resume=resume,
             overwrite=overwrite,
-            rebuild_teacher_cache=rebuild_teacher_cache,
+            rebuild_teacher_cache=rebuild,
             ui=ui,
         )
         ui.result(result)

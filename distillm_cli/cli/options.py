@@ -189,6 +189,11 @@ def flags(**given: Any) -> dict[str, Flag]:
     return {key: flag for name, flag in named.items() if flag.value is not None for key in SHORTCUTS[name].keys}
 
 
+def given(ctx: typer.Context) -> dict[str, Flag]:
+    """The shared flags of the command being run that were given. Its parameters declare them; this reads them all."""
+    return flags(**{name: value for name, value in ctx.params.items() if name in SHORTCUTS})
+
+
 def examples(*lines: str) -> str:
     """Worked examples as a command's epilog: one line each, as they are typed."""
     return "\n".join(["[bold]Examples[/]", *(line.replace("[", r"\[") for line in lines)])

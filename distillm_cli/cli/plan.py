@@ -29,6 +29,7 @@ def register(app: typer.Typer) -> None:
 
 
 def plan(
+    ctx: typer.Context,
     teacher: options.Teacher = None,
     student: options.Student = None,
     data: options.Data = None,
@@ -60,13 +61,7 @@ def plan(
     from distillm_cli.config.load import resolve
     from distillm_cli.ui.console import console
 
-    given = {
-        "teacher": teacher, "student": student, "data": data, "tokenizer": tokenizer, "max_length": max_length,
-        "skip_bad_rows": skip_bad_rows, "method": method, "divergence": divergence, "alpha": alpha,
-        "teacher_cache": teacher_cache, "lr": lr,
-        "batch_size": batch_size, "epochs": epochs, "steps": steps, "seed": seed, "dtype": dtype, "device": device,
-    }  # fmt: skip
-    resolved = resolve(command="plan", recipe=recipe, flags=options.flags(**given), sets=sets)
+    resolved = resolve(command="plan", recipe=recipe, flags=options.given(ctx), sets=sets)
     check_complete(resolved.recipe)
     with console(json_mode=json, quiet=quiet) as ui:
         from distillm_cli.cli.assembly import prepare

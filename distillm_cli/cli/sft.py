@@ -21,6 +21,7 @@ def register(app: typer.Typer) -> None:
 
 
 def sft(
+    ctx: typer.Context,
     model: options.Model = None,
     data: options.Data = None,
     tokenizer: options.Tokenizer = None,
@@ -47,13 +48,4 @@ def sft(
 
     Every other field: [cyan]--set section.key=value[/]. All of them, with their values: [cyan]--dry-run[/].
     """
-    launch(
-        "sft",
-        given={
-            "model": model, "data": data, "tokenizer": tokenizer, "max_length": max_length,
-            "skip_bad_rows": skip_bad_rows, "lr": lr, "batch_size": batch_size, "epochs": epochs, "steps": steps,
-            "seed": seed, "dtype": dtype, "device": device,
-        },
-        sets=sets, recipe=recipe, output=output, resume=resume, overwrite=overwrite, dry_run=dry_run, json=json,
-        quiet=quiet,
-    )  # fmt: skip
+    launch(ctx)
