@@ -1,7 +1,9 @@
-"""A procedural instruction set: nine kinds of task, endless rows, no network.
+"""A procedural instruction set: twelve kinds of task, endless rows, no network.
 
-A small character-level model can learn every kind, and a person can judge an answer at a glance. Prompts are at most 32
-characters and answers at most 17, both in letters, digits, the space and ``:?+-``.
+A small character-level model can learn every kind, and a person can judge an answer at a glance. Seven kinds have one right
+answer (sort, add, …). Five are open (shuffle, rhyme, …), as instructions are: a row shows one of up to 119 right answers,
+drawn at random, and there a teacher's distribution says more than a row can. Prompts are at most 32 characters and
+answers at most 17, both in letters, digits, the space and ``,:?+-``.
 
 The three splits are disjoint by construction. A question has a key: its content without the phrasing, written so that
 questions whose answers follow from one another share it (the larger and the smaller of 48 and 73, a word reversed and
@@ -18,7 +20,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, permutations
 from random import Random
 from typing import Literal, TypeVar
 
@@ -34,10 +36,10 @@ CONSONANTS = "bcdfghjklmnpqrstvwxz"  # y is sometimes a vowel: in no word
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question before it is put into words. fields fill a phrasing; key decides the split."""
+    """One question before it is put into words. fields fill a phrasing; answers: all right ones; key decides the split."""
 
     fields: tuple[str | int, ...]
-    answer: str
+    answers: tuple[str, ...]
     key: str
 
 
@@ -50,12 +52,15 @@ class Task:
     phrasings: tuple[str, ...]
     draw: Callable[[Random], Question]
 
-    def make(self, rng: Random, split: Split) -> tuple[str, str]:
-        """(instruction, output) of a random question that belongs to ``split``, in a random phrasing."""
+    def make(self, rng: Random, split: Split) -> tuple[str, tuple[str, ...]]:
+        """(instruction, right answers) of a random question that belongs to ``split``, in a random phrasing. The first
+        answer is a random one: the one that the row shows."""
         question = self.draw(rng)
         while split_of(self.name, question.key) != split:
             question = self.draw(rng)
-        return _pick(rng, self.phrasings).format(*question.fields), question.answer
+        shown = _pick(rng, question.answers)
+        others = (answer for answer in question.answers if answer != shown)
+        return _pick(rng, self.phrasings).format(*question.fields), (shown, *others)
 
 
 def split_of(task: str, key: str) -> Split:
@@ -66,8 +71,8 @@ def split_of(task: str, key: str) -> Split:
 
 def rows(
     split: Split, n: int | None, seed: int, tasks: SequenceOf[str] | None = None
-) -> Iterator[tuple[str, str, str]]:
-    """(instruction, output, task) rows; n None is endless.
+) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    """(instruction, right answers, task) rows; n None is endless. The first answer is the row's own output.
 
     (split, seed, tasks) fixes the rows on every machine, and a smaller n is a prefix of a larger one. Every task comes
     once in each round of as many rows as there are tasks, in a random order. The order and number of names in ``tasks``
@@ -80,7 +85,7 @@ def rows(
     return islice(_stream(split, seed, _choose(tasks)), n)
 
 
-def _stream(split: Split, seed: int, chosen: list[Task]) -> Iterator[tuple[str, str, str]]:
+def _stream(split: Split, seed: int, chosen: list[Task]) -> Iterator[tuple[str, tuple[str, ...], str]]:
     rng = Random(f"builtin {split} {seed}")
     while True:
         for task in sorted(chosen, key=lambda _: rng.random()):
@@ -128,27 +133,32 @@ def _digit(rng: Random) -> int:
     return _between(rng, 1, 9)
 
 
+def _bag(rng: Random, longest: int) -> list[str]:
+    """Three different letters or more, in a random order."""
+    return sorted(LETTERS, key=lambda _: rng.random())[: _between(rng, 3, longest)]
+
+
 def _sort(rng: Random) -> Question:
-    bag = sorted(LETTERS, key=lambda _: rng.random())[: _between(rng, 3, 6)]
+    bag = _bag(rng, longest=6)
     answer = "".join(sorted(bag))
-    return Question(("".join(bag),), answer, key=answer)
+    return Question(("".join(bag),), (answer,), key=answer)
 
 
 def _reverse(rng: Random) -> Question:
     word = _word(rng)
-    return Question((word,), word[::-1], key=min(word, word[::-1]))
+    return Question((word,), (word[::-1],), key=min(word, word[::-1]))
 
 
 def _add(rng: Random) -> Question:
     """No carry: the one rule that a model this small would spend most of its steps on."""
     units = _between(rng, 0, 8)
     a, b = 10 * _digit(rng) + units, _between(rng, 1, 9 - units)
-    return Question((a, b), str(a + b), key=f"{a} {b}")
+    return Question((a, b), (str(a + b),), key=f"{a} {b}")
 
 
 def _count(rng: Random) -> Question:
     word = _word(rng, longest=9)
-    return Question((word,), str(len(word)), key=word)
+    return Question((word,), (str(len(word)),), key=word)
 
 
 def _compare(rng: Random) -> Question:
@@ -156,29 +166,51 @@ def _compare(rng: Random) -> Question:
     while a == b:
         b = _tens(rng)
     word, answer = _pick(rng, (("larger", max(a, b)), ("smaller", min(a, b))))
-    return Question((word, a, b), str(answer), key=f"{min(a, b)} {max(a, b)}")
+    return Question((word, a, b), (str(answer),), key=f"{min(a, b)} {max(a, b)}")
 
 
 def _date(rng: Random) -> Question:
     year, month = _between(rng, 1900, 2099), _between(rng, 1, 12)
     day = _between(rng, 1, calendar.monthrange(year, month)[1])
     iso = f"{year}-{month:02}-{day:02}"
-    return Question((iso,), f"{day} {MONTHS[month - 1]} {year}", key=iso)
-
-
-def _upper(rng: Random) -> Question:
-    word = _word(rng)
-    return Question((word,), word.upper(), key=word)
-
-
-def _consonants(rng: Random) -> Question:
-    word = _word(rng)
-    return Question((word,), "".join(letter for letter in word if letter not in VOWELS), key=word)
+    return Question((iso,), (f"{day} {MONTHS[month - 1]} {year}",), key=iso)
 
 
 def _spell(rng: Random) -> Question:
     word = _word(rng)
-    return Question((word,), "-".join(word), key=word)
+    return Question((word,), ("-".join(word),), key=word)
+
+
+def _letter(rng: Random) -> Question:
+    word = _word(rng)
+    return Question((word,), tuple(sorted(set(word))), key=word)
+
+
+def _shuffle(rng: Random) -> Question:
+    bag = _bag(rng, longest=5)
+    orders = tuple("".join(order) for order in permutations(bag) if order != tuple(bag))
+    return Question(("".join(bag),), orders, key="".join(sorted(bag)))
+
+
+def _within(rng: Random) -> Question:
+    low = high = 0
+    while high - low < 5:
+        low, high = sorted((_tens(rng), _tens(rng)))
+    return Question((low, high), tuple(map(str, range(low + 1, high))), key=f"{low} {high}")
+
+
+def _rhyme(rng: Random) -> Question:
+    word = _word(rng)
+    while word[0] in VOWELS:
+        word = _word(rng)
+    return Question((word,), tuple(c + word[1:] for c in CONSONANTS if c != word[0]), key=word[1:])
+
+
+def _day(rng: Random) -> Question:
+    year, month = _between(rng, 1900, 2099), _between(rng, 1, 12)
+    when = f"{MONTHS[month - 1]} {year}"
+    days = range(1, calendar.monthrange(year, month)[1] + 1)
+    return Question((when,), tuple(f"{day} {when}" for day in days), key=when)
 
 
 # Written out: calendar.month_name speaks the language of the machine.
@@ -199,11 +231,17 @@ _ALL = (
         _compare,
     ),
     Task("date", "a date in words", ("Write as a date: {0}", "Which day is {0}?"), _date),
-    Task("upper", "a word in capitals", ("Write in capitals: {0}", "Upper case {0}"), _upper),
-    Task(
-        "consonants", "a word without its vowels", ("Drop the vowels: {0}", "Only the consonants of {0}"), _consonants
-    ),
     Task("spell", "a word letter by letter", ("Spell the word: {0}", "Spell {0} with dashes"), _spell),
+    Task("letter", "any letter of a word", ("Name a letter of {0}", "Pick a letter: {0}"), _letter),
+    Task("shuffle", "letters in any other order", ("Shuffle the letters: {0}", "Mix up {0}"), _shuffle),
+    Task(
+        "within",
+        "any number between two others",
+        ("Write a number between {0} and {1}", "More than {0}, less than {1}"),
+        _within,
+    ),
+    Task("rhyme", "a word with another first letter", ("A rhyme for {0}", "What rhymes with {0}?"), _rhyme),
+    Task("day", "any day of a month", ("A day in {0}", "Pick a day: {0}"), _day),
 )
 
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}

@@ -228,7 +228,6 @@ def test_only_the_shared_part_meets_the_loss_where_one_has_more_special_tokens(l
     assert vocabulary_size(pair.tokenizer) == VOCAB
 
 
-
 def test_a_tokenizer_that_the_output_directory_would_not_give_back_is_refused(tmp_path):
     """transformers reads a Qwen2 directory with Qwen2's own tokenizer, whatever was saved there; a Llama one as it is."""
     texts = ["Pronounce the word.\nchump\n", "CH AH M P"]

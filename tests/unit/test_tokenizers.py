@@ -30,7 +30,7 @@ PHONEMES = "AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW O
 
 
 def texts() -> list[str]:
-    made = [text for instruction, output, _ in rows("train", 300, 1) for text in (instruction + "\n", output)]
+    made = [text for instruction, answers, _ in rows("train", 300, 1) for text in (instruction + "\n", *answers)]
     return made + AWKWARD
 
 
