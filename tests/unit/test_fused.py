@@ -210,11 +210,12 @@ def test_under_no_grad_there_is_the_value_and_nothing_else():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bf16_products_are_as_good_as_the_textbook_loss_in_bf16(name):
-    """Heads in bf16, softmax in float32. Measured against float64: value within 0.1 %, gradients within 0.6 % of their norm
-    (tvd, whose gradient jumps where p = q: 3 %), and nowhere worse than whole logits under autocast by more than a tenth."""
+    """Heads in bf16, softmax in float32. Measured against float64: value within 0.03 %, gradients within 1.4 % of their norm
+    (tvd, whose gradient jumps where p = q: 5.4 %), which is the rounding of the logits: whole logits under autocast have
+    the same error to the third digit."""
     n, d, v = 96, 128, 3000
     tables = [rand(n, d, seed=1), 2 * rand(v, d, seed=2) / d**0.5, rand(n, d, seed=3), 2 * rand(v, d, seed=4) / d**0.5]
-    targets, bound = torch.randint(0, v, (n,)), 0.03 if name == "tvd" else 0.006
+    targets, bound = torch.randint(0, v, (n,)), 0.06 if name == "tvd" else 0.015
 
     def run(low):
         dtype = torch.float64 if low is None else torch.float32
@@ -235,7 +236,7 @@ def test_bf16_products_are_as_good_as_the_textbook_loss_in_bf16(name):
     )
     assert errors[0] < 0.001
     assert max(errors[1:]) < bound
-    assert all(e < 1.1 * t + 1e-4 for e, t in zip(errors[1:], theirs[1:], strict=True))
+    assert all(e < 1.02 * t for e, t in zip(errors[1:], theirs[1:], strict=True))
 
 
 def test_the_gradient_comes_in_the_dtype_of_what_it_is_for():
