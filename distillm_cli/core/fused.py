@@ -16,6 +16,7 @@ D width of the last hidden state.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -146,7 +147,9 @@ def _total_and_grads(inputs: Inputs, work: _Work, wanted: tuple[bool, ...]) -> t
         dtype = work.teacher_hidden_ND.dtype if head.weight_VD is None else head.weight_VD.dtype
         teacher = _Side.of(work.teacher_hidden_ND, head.weight_VD, head.bias_V, head, dtype)
 
-    fitting = chunk = max(1, min(work.chunk or _chunk_tokens(student, teacher), hidden_ND.shape[0]))
+    N = hidden_ND.shape[0]
+    most = work.chunk or _most_tokens(student, teacher, exact)
+    fitting = chunk = max(1, math.ceil(N / math.ceil(max(N, 1) / most)))  # chunks of one size: a small last one is slow
     while True:
         walk = _Walk(student, teacher, work, exact)
         try:
@@ -162,9 +165,17 @@ def _total_and_grads(inputs: Inputs, work: _Work, wanted: tuple[bool, ...]) -> t
     return total, tuple(None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
 
 
-def _chunk_tokens(student: _Side, teacher: _Side | None) -> int:
+def _most_tokens(student: _Side, teacher: _Side | None, exact: torch.dtype) -> int:
+    """Of a chunk: enough for the products' speed, and for one part at least, but no more than fit the budget."""
     bytes_per_token = sum(side.V * side.hidden_ND.dtype.itemsize for side in (student, teacher) if side is not None)
-    return min(_CHUNK_TOKENS, max(1, CHUNK_BYTES // bytes_per_token))
+    enough = max(_CHUNK_TOKENS, _part_rows(student, exact))
+    return min(enough, max(1, CHUNK_BYTES // bytes_per_token))
+
+
+def _part_rows(student: _Side, exact: torch.dtype) -> int:
+    """Rows whose softmax and divergence are computed at once."""
+    table_bytes = _TABLE_BYTES.get(student.hidden_ND.device.type, _TABLE_BYTES_ELSEWHERE)
+    return max(1, table_bytes // (exact.itemsize * student.V))
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -227,8 +238,7 @@ class _Walk:
 
     def __init__(self, student: _Side, teacher: _Side | None, work: _Work, exact: torch.dtype):
         self.student, self.teacher, self.work, self.exact = student, teacher, work, exact
-        table_bytes = _TABLE_BYTES.get(student.hidden_ND.device.type, _TABLE_BYTES_ELSEWHERE)
-        self.rows = max(1, table_bytes // (exact.itemsize * student.V))
+        self.part = _part_rows(student, exact)
         self.d_hidden_ND = self.d_weight_VD = self.d_bias_V = None
 
     def run(self, chunk: int, inputs: Inputs, wanted: tuple[bool, ...]) -> Tensor:
@@ -256,7 +266,7 @@ class _Walk:
         dz_CV = z_CV
         if given:
             dz_CV = None if self.d_hidden_ND is None else self.d_hidden_ND[tokens]
-        for rows in _cuts(z_CV.shape[0], self.rows):
+        for rows in _cuts(z_CV.shape[0], self.part):
             among_N = slice(tokens.start + rows.start, tokens.start + rows.stop)
             p = None if teacher_z_CV is None else Rows(self.teacher.logits(teacher_z_CV[rows], self.exact))
             q = Rows(self.student.logits(z_CV[rows], self.exact))

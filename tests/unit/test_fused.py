@@ -250,15 +250,16 @@ def test_the_gradient_comes_in_the_dtype_of_what_it_is_for():
 
 
 def test_the_chunk_is_sized_by_what_its_logits_weigh(monkeypatch):
-    """One token is always possible, however large the vocabulary."""
+    """Chunks of one size, one token at least however large the vocabulary, and one part at least however small."""
     chunks = []
     monkeypatch.setattr(fused._Walk, "run", lambda walk, chunk, *_: chunks.append(chunk) or torch.zeros(()))
     this = setting(n=1000)
-    for budget in (2**30, 100 * 2 * 8 * V, 1):
+    for budget, part_rows in ((2**30, 1), (90 * 2 * 8 * V, 1), (1, 1), (2**30, 600)):
         monkeypatch.setattr(fused, "CHUNK_BYTES", budget)
+        monkeypatch.setitem(fused._TABLE_BYTES, "cpu", part_rows * 8 * V)
         with torch.no_grad():
             ours("kl", *this)
-    assert chunks == [256, 100, 1]
+    assert chunks == [250, 84, 1, 500]
 
 
 OUT_OF_MEMORY = [
