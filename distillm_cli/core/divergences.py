@@ -1,8 +1,12 @@
 """What "different" means: divergences between next-token distributions, per token, with exact gradients. Pure tensors.
 
-p is the teacher, q the student; both come as log-probabilities [N, V]. A divergence gives its value per token [N] and
-``h_NV = ∂D/∂log q`` with the other entries held fixed; the gradient in the student's logits is then ``h − q Σ_u h_u``
-(``logit_grad``). Everything stays in log space: mixtures are ``logaddexp``, no probability is ever divided by.
+p is the teacher, q the student. A divergence gives its value per token [N] and ``h_NV = ∂D/∂log q`` with the other entries
+held fixed; the gradient in the student's logits is then ``h − q Σ_u h_u`` (``logit_grad``).
+
+Mixtures are formed of probabilities, which costs a pass over the table where ``logaddexp`` costs ten, and loses nothing: a
+ratio like p/m is bounded by 1/α, its logarithm is taken after the division, and an entry below the smallest normal number
+(1e-38 in float32) adds nothing to a sum of probabilities. Unmixed log-probabilities stay logits minus their normaliser, so
+that the divergences that are unbounded (KL, reverse KL) stay right where a probability underflows.
 
 Sources: skew KL and skew reverse KL, DistiLLM (arXiv 2402.03898); generalised JSD, GKD (arXiv 2306.13649); total variation,
 f-distill (arXiv 2307.15190); the table in full is METHODS A of the project's design.
@@ -10,20 +14,58 @@ f-distill (arXiv 2307.15190); the table in full is METHODS A of the project's de
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 
+class Rows:
+    """N distributions over the vocabulary, from their logits z; each table is made when it is first asked for, once.
+
+    The tables belong to whoever holds the Rows: a divergence reads them and changes none.
+    """
+
+    def __init__(self, z_NV: Tensor):
+        self.z_NV = z_NV
+
+    @classmethod
+    def of_log(cls, log_NV: Tensor) -> Rows:
+        """From log-probabilities, which are taken as they come: nothing is normalised again."""
+        rows = cls(log_NV)
+        rows.prob_NV, rows.log_norm_N1 = log_NV.exp(), torch.zeros_like(log_NV[:, :1])
+        return rows
+
+    @cached_property
+    def prob_NV(self) -> Tensor:
+        return torch.softmax(self.z_NV, -1)
+
+    @cached_property
+    def log_norm_N1(self) -> Tensor:
+        """log Σ exp z. The largest probability is exp(max z) over that sum: two maxima instead of another exp and sum."""
+        return self.z_NV.amax(-1, keepdim=True) - self.prob_NV.amax(-1, keepdim=True).log()
+
+    @cached_property
+    def log_NV(self) -> Tensor:
+        return self.z_NV - self.log_norm_N1
+
+    def log_at(self, ids_N: Tensor) -> Tensor:
+        """log-probability [N] of one entry per row."""
+        return (self.z_NV.gather(-1, ids_N.unsqueeze(-1)) - self.log_norm_N1).squeeze(-1)
+
+
 class Divergence(ABC):
-    """D(p, q) ≥ 0, and 0 at p = q, for every row of two [N, V] tables of log-probabilities."""
+    """D(p, q) ≥ 0, and 0 at p = q, for every row of two [N, V] tables."""
 
     @abstractmethod
+    def between(self, p: Rows, q: Rows, with_grad: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Value per token [N], nats, and h_NV = ∂D/∂log q (None unless asked for): new tables, the caller's to change."""
+
     def evaluate(self, log_p_NV: Tensor, log_q_NV: Tensor, with_grad: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Value per token [N], nats, and h_NV = ∂D/∂log q (None unless asked for). One pass over shared terms."""
+        """The same from log-probabilities."""
+        return self.between(Rows.of_log(log_p_NV), Rows.of_log(log_q_NV), with_grad)
 
     def value(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
         return self.evaluate(log_p_NV, log_q_NV, with_grad=False)[0]
@@ -34,32 +76,37 @@ class Divergence(ABC):
 
 def logit_grad(h_NV: Tensor, q_NV: Tensor) -> Tensor:
     """∂D/∂z for z the student's logits, from h = ∂D/∂log q: h − q Σ_u h_u."""
-    return h_NV - q_NV * h_NV.sum(-1, keepdim=True)
+    return torch.addcmul(h_NV, q_NV, h_NV.sum(-1, keepdim=True), value=-1)
 
 
-def _log_mix(a: float, log_x: Tensor, log_y: Tensor) -> Tensor:
-    """log(a·x + (1−a)·y) for 0 < a < 1."""
-    return torch.logaddexp(log_x + math.log(a), log_y + math.log1p(-a))
+def _ratio(x_NV: Tensor, y_NV: Tensor, a: float) -> Tensor:
+    """x/m with m = a·x + (1−a)·y and 0 < a < 1: between 0 and 1/a, and 0 where x and m underflow."""
+    m_NV = torch.lerp(y_NV, x_NV, a)
+    return x_NV / m_NV.clamp_min_(torch.finfo(m_NV.dtype).tiny)
+
+
+def _safe_log(x_NV: Tensor) -> Tensor:
+    """log x with a floor under x: where x is that small, so is the probability that the logarithm is multiplied by."""
+    return x_NV.clamp_min(torch.finfo(x_NV.dtype).tiny).log_()
 
 
 @dataclass(frozen=True)
 class KL(Divergence):
     """Forward KL, Σ p (log p − log q)."""
 
-    def evaluate(self, log_p_NV, log_q_NV, with_grad=True):
-        p_NV = log_p_NV.exp()
-        value_N = (p_NV * (log_p_NV - log_q_NV)).sum(-1)
-        return value_N, -p_NV if with_grad else None
+    def between(self, p, q, with_grad=True):
+        value_N = (p.log_NV - q.log_NV).mul_(p.prob_NV).sum(-1)
+        return value_N, -p.prob_NV if with_grad else None
 
 
 @dataclass(frozen=True)
 class ReverseKL(Divergence):
     """Reverse KL, Σ q (log q − log p)."""
 
-    def evaluate(self, log_p_NV, log_q_NV, with_grad=True):
-        q_NV, ratio_NV = log_q_NV.exp(), log_q_NV - log_p_NV
-        value_N = (q_NV * ratio_NV).sum(-1)
-        return value_N, q_NV * (ratio_NV + 1) if with_grad else None
+    def between(self, p, q, with_grad=True):
+        part_NV = (q.log_NV - p.log_NV).mul_(q.prob_NV)
+        value_N = part_NV.sum(-1)
+        return value_N, part_NV.add_(q.prob_NV) if with_grad else None
 
 
 @dataclass(frozen=True)
@@ -68,15 +115,12 @@ class SkewKL(Divergence):
 
     alpha: float
 
-    def evaluate(self, log_p_NV, log_q_NV, with_grad=True):
+    def between(self, p, q, with_grad=True):
         if self.alpha == 0:
-            return KL().evaluate(log_p_NV, log_q_NV, with_grad)
-        log_m_NV = _log_mix(self.alpha, log_p_NV, log_q_NV)
-        p_NV = log_p_NV.exp()
-        value_N = (p_NV * (log_p_NV - log_m_NV)).sum(-1)
-        if not with_grad:
-            return value_N, None
-        return value_N, (log_q_NV - log_m_NV).exp_().mul_(p_NV).mul_(self.alpha - 1)
+            return KL().between(p, q, with_grad)
+        ratio_NV = _ratio(p.prob_NV, q.prob_NV, self.alpha)
+        value_N = _safe_log(ratio_NV).mul_(p.prob_NV).sum(-1)
+        return value_N, ratio_NV.mul_(q.prob_NV).mul_(self.alpha - 1) if with_grad else None
 
 
 @dataclass(frozen=True)
@@ -85,15 +129,15 @@ class SkewReverseKL(Divergence):
 
     alpha: float
 
-    def evaluate(self, log_p_NV, log_q_NV, with_grad=True):
+    def between(self, p, q, with_grad=True):
         if self.alpha == 0:
-            return ReverseKL().evaluate(log_p_NV, log_q_NV, with_grad)
-        ratio_NV = log_q_NV - _log_mix(self.alpha, log_q_NV, log_p_NV)
-        q_NV = log_q_NV.exp()
-        value_N = (q_NV * ratio_NV).sum(-1)
+            return ReverseKL().between(p, q, with_grad)
+        ratio_NV = _ratio(q.prob_NV, p.prob_NV, self.alpha)
+        part_NV = _safe_log(ratio_NV).mul_(q.prob_NV)
+        value_N = part_NV.sum(-1)
         if not with_grad:
             return value_N, None
-        return value_N, q_NV * (ratio_NV + 1 - self.alpha * ratio_NV.exp())
+        return value_N, part_NV.addcmul_(q.prob_NV, ratio_NV.mul_(-self.alpha).add_(1))
 
 
 @dataclass(frozen=True)
@@ -102,25 +146,23 @@ class JSD(Divergence):
 
     beta: float
 
-    def evaluate(self, log_p_NV, log_q_NV, with_grad=True):
+    def between(self, p, q, with_grad=True):
         if self.beta in (0, 1):
-            return torch.zeros_like(log_q_NV[..., 0]), torch.zeros_like(log_q_NV) if with_grad else None
-        log_m_NV = _log_mix(self.beta, log_p_NV, log_q_NV)
-        q_NV, ratio_NV = log_q_NV.exp(), log_q_NV - log_m_NV
-        q_part_NV = (1 - self.beta) * q_NV * ratio_NV
-        value_N = self.beta * (log_p_NV.exp() * (log_p_NV - log_m_NV)).sum(-1) + q_part_NV.sum(-1)
-        return value_N, q_part_NV if with_grad else None
+            return torch.zeros_like(q.prob_NV[:, 0]), torch.zeros_like(q.prob_NV) if with_grad else None
+        p_part_NV = _safe_log(_ratio(p.prob_NV, q.prob_NV, self.beta)).mul_(p.prob_NV)
+        q_part_NV = _safe_log(_ratio(q.prob_NV, p.prob_NV, 1 - self.beta)).mul_(q.prob_NV)
+        value_N = self.beta * p_part_NV.sum(-1) + (1 - self.beta) * q_part_NV.sum(-1)
+        return value_N, q_part_NV.mul_(1 - self.beta) if with_grad else None
 
 
 @dataclass(frozen=True)
 class TotalVariation(Divergence):
     """½ Σ |p − q|, between 0 and 1."""
 
-    def evaluate(self, log_p_NV, log_q_NV, with_grad=True):
-        q_NV = log_q_NV.exp()
-        gap_NV = q_NV - log_p_NV.exp()
+    def between(self, p, q, with_grad=True):
+        gap_NV = q.prob_NV - p.prob_NV
         value_N = 0.5 * gap_NV.abs().sum(-1)
-        return value_N, 0.5 * q_NV * gap_NV.sign() if with_grad else None
+        return value_N, gap_NV.sign_().mul_(q.prob_NV).mul_(0.5) if with_grad else None
 
 
 @dataclass(frozen=True)
@@ -129,11 +171,11 @@ class Jeffreys(Divergence):
 
     weight: float = 0.5
 
-    def evaluate(self, log_p_NV, log_q_NV, with_grad=True):
-        forward_N, forward_h = KL().evaluate(log_p_NV, log_q_NV, with_grad)
-        reverse_N, reverse_h = ReverseKL().evaluate(log_p_NV, log_q_NV, with_grad)
+    def between(self, p, q, with_grad=True):
         a, b = 2 * self.weight, 2 * (1 - self.weight)
-        return a * forward_N + b * reverse_N, a * forward_h + b * reverse_h if with_grad else None
+        forward_N, forward_h_NV = KL().between(p, q, with_grad)
+        reverse_N, reverse_h_NV = ReverseKL().between(p, q, with_grad)
+        return a * forward_N + b * reverse_N, reverse_h_NV.mul_(b).add_(forward_h_NV, alpha=a) if with_grad else None
 
 
 def build(name: str, *, alpha: float, beta: float, jeffreys_weight: float) -> Divergence:

@@ -106,6 +106,7 @@ class Engine:
         self.method, self.device, self.dtype, self.say = method, torch.device(device), dtype, listener
         self.waiting: deque[list[Sequence]] = deque()  # rollout batches sampled in bulk and not yet served
         self.at, self.saved_step = Progress(), None
+        objective.say = listener
         self.optimizer = build_optimizer(objective, train)
 
     def run(self) -> Progress:

@@ -1,27 +1,40 @@
 """Last hidden states → loss, through both vocabularies, without ever holding [tokens × vocabulary].
 
-One ``autograd.Function`` walks the supervised tokens in chunks. For each chunk: the student's logits (and the teacher's),
-float32 log-softmax, the divergence and its closed-form gradient, and the two matmuls that carry it back to the hidden
-states and the head. Each head runs once, in the forward pass; backward only scales. Peak memory is a few chunk × vocabulary
-tables, whatever the batch.
+One ``autograd.Function`` walks the supervised tokens in two strides. A chunk of tokens is as many as the matrix products
+need to run at full speed: its logits, the student's and the teacher's, come from one product each, in the heads' own dtype.
+Inside it, a few rows at a time, so that the tables stay in the processor's cache: float32 softmax, the divergence and its
+closed-form gradient, which replaces the student's logits where they lie. Two more products carry a chunk's gradient back
+to the hidden states and the head, the latter by pieces of the vocabulary, summed in float32. Each head runs once, in the
+forward pass; backward only scales. What the loss adds to memory is bounded, whatever the batch and the length.
 
 Cross-entropy goes the same way (its gradient in the logits is q − onehot), so that SFT, validation and a mixed objective
 share this one path.
+
+Shape letters: N supervised tokens, C tokens of a chunk, R rows of a part of it, V vocabulary, S a piece of the vocabulary,
+D width of the last hidden state.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from distillm_cli.core.divergences import Divergence, logit_grad
+from distillm_cli.core.divergences import Divergence, Rows
 
-CHUNK_BYTES = 64 * 2**20
-_TABLES = 6  # [chunk × V] float32 tables alive at once: log_p, log_q, q, h and two temporaries
+CHUNK_BYTES = 320 * 2**20  # most bytes of a chunk's logits, both models'; with small vocabularies it is far less
+_CHUNK_TOKENS = 256  # beyond it the products gain nothing: 128 tokens reach 90 % of their speed, 256 all of it
+_TABLE_BYTES = {"cpu": 2 * 2**20}  # of one table of a part: several of them fit the last-level cache
+_TABLE_BYTES_ELSEWHERE = 64 * 2**20  # on an accelerator launches cost more than cache misses
+_PIECE = 4096  # entries of the vocabulary in one piece of the head's gradient
+
+
+Inputs = tuple[Tensor, Tensor | None, Tensor | None]  # hidden states, head weight, head bias; or their gradients
 
 
 class HeadLike(Protocol):
@@ -41,9 +54,140 @@ class Terms:
     ce: float
 
 
+def fused_loss(
+    hidden_ND: Tensor,
+    head: HeadLike,
+    targets_N: Tensor,
+    *,
+    terms: Terms,
+    divergence: Divergence | None = None,
+    teacher_hidden_ND: Tensor | None = None,
+    teacher_head: HeadLike | None = None,
+    weights_N: Tensor | None = None,
+    matmul_dtype: torch.dtype | None = None,
+    chunk: int | None = None,
+    on_halved: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Σ over N tokens of weight · (kd · D(p, q) + ce · −log q(target)), nats; a scalar with a graph.
+
+    hidden_ND: the student's last hidden states at the positions that predict ``targets_N``. teacher_hidden_ND: the
+    teacher's at the same positions, [N, D_teacher]; widths may differ, vocabularies must not. weights_N: per token, 1
+    when absent. matmul_dtype: of the student's head matmuls (autocast's, when it is on); softmax and divergence are
+    float32, or float64 when the hidden states are. Gradients reach hidden states, head weight and head bias; only those
+    that require one are computed, and under ``no_grad`` none.
+
+    chunk: most tokens at once; unset, as many as pay and as CHUNK_BYTES allows. Where memory runs out the chunk is halved
+    and the loss begun again, down to single tokens; ``on_halved`` is then told the chunk that fitted.
+    """
+    if terms.kd and (teacher_hidden_ND is None or teacher_head is None or divergence is None):
+        raise ValueError("a divergence needs the teacher's hidden states and head")
+    work = _Work(
+        student_head=head,
+        teacher_head=teacher_head if terms.kd else None,
+        teacher_hidden_ND=teacher_hidden_ND if terms.kd else None,
+        targets_N=targets_N,
+        weights_N=weights_N,
+        divergence=divergence,
+        terms=terms,
+        matmul_dtype=matmul_dtype,
+        chunk=chunk,
+        on_halved=on_halved,
+        with_grad=torch.is_grad_enabled(),
+    )
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        return _FusedLoss.apply(hidden_ND, head.weight_VD, head.bias_V, work)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A call's arguments, apart from the three tensors that autograd must see."""
+
+    student_head: HeadLike
+    teacher_head: HeadLike | None
+    teacher_hidden_ND: Tensor | None
+    targets_N: Tensor
+    weights_N: Tensor | None
+    divergence: Divergence | None
+    terms: Terms
+    matmul_dtype: torch.dtype | None
+    chunk: int | None
+    on_halved: Callable[[int], None] | None
+    with_grad: bool
+
+
+class _FusedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, bias_V, work: _Work):
+        wanted = tuple(work.with_grad and need for need in ctx.needs_input_grad[:3])
+        total, ctx.grads = _total_and_grads((hidden_ND, weight_VD, bias_V), work, wanted)
+        if any(wanted):
+            ctx.save_for_backward(hidden_ND, weight_VD, bias_V)
+            ctx.work, ctx.wanted = work, wanted
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_total):
+        # Scaled where they lie and given away: a second [V, D] table would cost more than the scaling. Whoever asks again
+        # (retain_graph) has them computed again.
+        inputs = ctx.saved_tensors
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            _, grads = _total_and_grads(inputs, ctx.work, ctx.wanted)
+        return (*(None if g is None else g.mul_(d_total) for g in grads), None)
+
+
+def _total_and_grads(inputs: Inputs, work: _Work, wanted: tuple[bool, ...]) -> tuple[Tensor, Inputs]:
+    """The loss and, where wanted, its gradients in hidden states, weight and bias; in smaller chunks if it must be."""
+    hidden_ND, weight_VD, bias_V = inputs
+    exact = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
+    student = _Side.of(hidden_ND, weight_VD, bias_V, work.student_head, work.matmul_dtype or hidden_ND.dtype)
+    teacher = None
+    if (head := work.teacher_head) is not None:
+        dtype = work.teacher_hidden_ND.dtype if head.weight_VD is None else head.weight_VD.dtype
+        teacher = _Side.of(work.teacher_hidden_ND, head.weight_VD, head.bias_V, head, dtype)
+
+    N = hidden_ND.shape[0]
+    most = work.chunk or _most_tokens(student, teacher, exact)
+    fitting = chunk = max(1, math.ceil(N / math.ceil(max(N, 1) / most)))  # chunks of one size: a small last one is slow
+    while True:
+        walk = _Walk(student, teacher, work, exact)
+        try:
+            total = walk.run(fitting, inputs, wanted)
+            break
+        except (RuntimeError, MemoryError) as error:
+            if fitting == 1 or not _is_out_of_memory(error):
+                raise
+            fitting //= 2
+    if fitting < chunk and work.on_halved is not None:
+        work.on_halved(fitting)
+    grads = (walk.d_hidden_ND, walk.d_weight_VD, walk.d_bias_V)
+    return total, tuple(None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
+
+
+def _most_tokens(student: _Side, teacher: _Side | None, exact: torch.dtype) -> int:
+    """Of a chunk: enough for the products' speed, and for one part at least, but no more than fit the budget."""
+    bytes_per_token = sum(side.V * side.hidden_ND.dtype.itemsize for side in (student, teacher) if side is not None)
+    enough = max(_CHUNK_TOKENS, _part_rows(student, exact))
+    return min(enough, max(1, CHUNK_BYTES // bytes_per_token))
+
+
+def _part_rows(student: _Side, exact: torch.dtype) -> int:
+    """Rows whose softmax and divergence are computed at once."""
+    table_bytes = _TABLE_BYTES.get(student.hidden_ND.device.type, _TABLE_BYTES_ELSEWHERE)
+    return max(1, table_bytes // (exact.itemsize * student.V))
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Only accelerators have an exception of their own for it; on the CPU it is a RuntimeError with these words."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return any(words in str(error) for words in ("can't allocate memory", "not enough memory", "out of memory"))
+
+
 @dataclass(frozen=True)
 class _Side:
-    """One model's way from hidden states to logits, with its tensors detached and its head cast once."""
+    """One model's way from hidden states to logits, its tensors in the dtype of the products: the head is cast once."""
 
     hidden_ND: Tensor
     weight_VD: Tensor | None
@@ -57,143 +201,132 @@ class _Side:
             hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
         return _Side(hidden_ND, weight_VD, bias_V, head.scale, head.softcap)
 
-    def logits(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        hidden_CD = self.hidden_ND[rows]
-        z_CV = hidden_CD.to(dtype) if self.weight_VD is None else (hidden_CD @ self.weight_VD.T).to(dtype)
+    @property
+    def V(self) -> int:
+        return self.hidden_ND.shape[-1] if self.weight_VD is None else self.weight_VD.shape[0]
+
+    def new_table(self, tokens: int) -> Tensor | None:
+        """Room for a chunk's products; None where the logits are given."""
+        return None if self.weight_VD is None else self.hidden_ND.new_empty(tokens, self.V)
+
+    def product(self, tokens: slice, table_CV: Tensor | None) -> Tensor:
+        hidden_CD = self.hidden_ND[tokens]
+        if self.weight_VD is None:
+            return hidden_CD
+        return torch.mm(hidden_CD, self.weight_VD.T, out=table_CV[: hidden_CD.shape[0]])
+
+    def logits(self, product_RV: Tensor, exact: torch.dtype) -> Tensor:
+        """What the model makes of the bare product, in the exact dtype; the product itself is left as it is."""
+        z_RV = product_RV.to(exact)
         if self.bias_V is not None:
-            z_CV = z_CV + self.bias_V.to(dtype)
+            z_RV = z_RV + self.bias_V.to(exact)
         if self.scale != 1:
-            z_CV = z_CV * self.scale
+            z_RV = z_RV * self.scale
         if self.softcap is not None:
-            z_CV = torch.tanh(z_CV / self.softcap) * self.softcap
-        return z_CV
+            z_RV = (z_RV / self.softcap).tanh_().mul_(self.softcap)
+        return z_RV
 
-    def through_cap(self, dz_CV: Tensor, z_CV: Tensor) -> Tensor:
-        """A gradient in the final logits → in the bare matmul's output."""
+    def through_cap(self, dz_RV: Tensor, z_RV: Tensor) -> Tensor:
+        """A gradient in the final logits → in the bare product, in place."""
         if self.softcap is not None:
-            dz_CV = dz_CV * (1 - (z_CV / self.softcap) ** 2)
-        return dz_CV if self.scale == 1 else dz_CV * self.scale
+            dz_RV.mul_((z_RV / self.softcap).square_().neg_().add_(1))
+        return dz_RV if self.scale == 1 else dz_RV.mul_(self.scale)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    student_head: HeadLike
-    teacher_hidden_ND: Tensor | None
-    teacher_head: HeadLike | None
-    targets_N: Tensor
-    weights_N: Tensor | None
-    divergence: Divergence | None
-    terms: Terms
-    matmul_dtype: torch.dtype | None
-    chunk: int
-    with_grad: bool
+class _Walk:
+    """One attempt at the whole loss. All that it adds to memory is its own, so that an attempt that fails leaves nothing."""
 
+    def __init__(self, student: _Side, teacher: _Side | None, work: _Work, exact: torch.dtype):
+        self.student, self.teacher, self.work, self.exact = student, teacher, work, exact
+        self.part = _part_rows(student, exact)
+        self.d_hidden_ND = self.d_weight_VD = self.d_bias_V = None
 
-class _FusedLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, bias_V, plan: _Plan):
-        exact = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
-        side = _Side.of(hidden_ND, weight_VD, bias_V, plan.student_head, plan.matmul_dtype or hidden_ND.dtype)
-        teacher = None
-        if plan.terms.kd:
-            head = plan.teacher_head
-            dtype = plan.teacher_hidden_ND.dtype if head.weight_VD is None else head.weight_VD.dtype
-            teacher = _Side.of(plan.teacher_hidden_ND, head.weight_VD, head.bias_V, head, dtype)
+    def run(self, chunk: int, inputs: Inputs, wanted: tuple[bool, ...]) -> Tensor:
+        """Σ of the weighted token losses; fills the gradients that are wanted."""
+        hidden_ND, weight_VD, bias_V = inputs
+        N = hidden_ND.shape[0]
+        self.d_hidden_ND = torch.empty_like(hidden_ND) if wanted[0] else None
+        self.d_bias_V = torch.zeros_like(bias_V, dtype=self.exact) if wanted[2] else None
+        if wanted[1]:  # the first chunk overwrites it
+            self.d_weight_VD = (torch.empty_like if N else torch.zeros_like)(weight_VD, dtype=self.exact)
+        value_N = torch.empty(N, dtype=self.exact, device=hidden_ND.device)
+        tables = [None if side is None else side.new_table(chunk) for side in (self.student, self.teacher)]
+        for tokens in _cuts(N, chunk):
+            dz_CV = self._chunk(tokens, value_N, *tables, needs_grad=any(wanted))
+            if weight_VD is not None:
+                self._carry_back(dz_CV, tokens)
+        return value_N.sum()
 
-        wants_hidden, wants_weight, wants_bias = (plan.with_grad and need for need in ctx.needs_input_grad[:3])
-        needs_grad = wants_hidden or wants_weight or wants_bias
-        d_hidden_ND = torch.empty_like(hidden_ND) if wants_hidden else None
-        d_weight_VD = torch.zeros_like(weight_VD, dtype=exact) if wants_weight else None
-        d_bias_V = torch.zeros_like(bias_V, dtype=exact) if wants_bias else None
-        total = hidden_ND.new_zeros((), dtype=exact)
-
-        for start in range(0, hidden_ND.shape[0], plan.chunk):
-            rows = slice(start, start + plan.chunk)
-            z_CV = side.logits(rows, exact)
-            value_C, dz_CV = _token_losses(z_CV, teacher, rows, plan, exact, needs_grad)
-            weights_C = None if plan.weights_N is None else plan.weights_N[rows].to(exact)
-            total += value_C.sum() if weights_C is None else (value_C * weights_C).sum()
-            if not needs_grad:
+    def _chunk(self, tokens: slice, value_N: Tensor, table_CV, teacher_table_CV, needs_grad: bool) -> Tensor:
+        """Fills in the chunk's losses and returns where its gradient lies: in place of the student's product, or, where
+        logits were given instead, in the gradient of those."""
+        z_CV = self.student.product(tokens, table_CV)
+        teacher_z_CV = None if self.teacher is None else self.teacher.product(tokens, teacher_table_CV)
+        given = self.student.weight_VD is None
+        dz_CV = z_CV
+        if given:
+            dz_CV = None if self.d_hidden_ND is None else self.d_hidden_ND[tokens]
+        for rows in _cuts(z_CV.shape[0], self.part):
+            among_N = slice(tokens.start + rows.start, tokens.start + rows.stop)
+            p = None if teacher_z_CV is None else Rows(self.teacher.logits(teacher_z_CV[rows], self.exact))
+            q = Rows(self.student.logits(z_CV[rows], self.exact))
+            value_N[among_N], dz_RV = self._losses(p, q, among_N, needs_grad)
+            if dz_RV is None:
                 continue
-            if weights_C is not None:
-                dz_CV = dz_CV * weights_C.unsqueeze(-1)
-            dz_CV = side.through_cap(dz_CV, z_CV)
-            if wants_bias:
-                d_bias_V += dz_CV.sum(0)
-            if side.weight_VD is None:
-                d_hidden_ND[rows] = dz_CV.to(d_hidden_ND.dtype)
-                continue
-            dz_CV = dz_CV.to(side.weight_VD.dtype)
-            if wants_hidden:
-                d_hidden_ND[rows] = (dz_CV @ side.weight_VD).to(d_hidden_ND.dtype)
-            if wants_weight:
-                d_weight_VD += dz_CV.T @ side.hidden_ND[rows]
+            dz_RV = self.student.through_cap(dz_RV, q.z_NV)
+            if self.d_bias_V is not None:
+                self.d_bias_V += dz_RV.sum(0)
+            if dz_CV is not None:
+                dz_CV[rows] = dz_RV
+        return dz_CV
 
-        ctx.grads = (
-            d_hidden_ND,
-            None if d_weight_VD is None else d_weight_VD.to(weight_VD.dtype),
-            None if d_bias_V is None else d_bias_V.to(bias_V.dtype),
-        )
-        return total
+    def _losses(self, p: Rows | None, q: Rows, tokens: slice, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
+        """Weighted loss per token [R] and, when asked for, its gradient in the student's logits [R, V]."""
+        kd, ce = self.work.terms.kd, self.work.terms.ce
+        targets_R, weights_N = self.work.targets_N[tokens], self.work.weights_N
+        value_R, h_RV = torch.zeros_like(q.z_NV[:, 0]), None
+        if p is not None:
+            value_R, h_RV = self.work.divergence.between(p, q, needs_grad)
+            value_R = value_R * kd
+        if ce:
+            value_R = value_R - ce * q.log_at(targets_R)
+        weight_R = None if weights_N is None else weights_N[tokens].to(self.exact)
+        if weight_R is not None:
+            value_R = value_R * weight_R
+        if not needs_grad:
+            return value_R, None
+        dz_RV = _logit_grad(h_RV, q.prob_NV, targets_R, kd, ce)
+        return value_R, dz_RV if weight_R is None else dz_RV.mul_(weight_R.unsqueeze(-1))
 
-    @staticmethod
-    def backward(ctx, d_total):
-        return (*(None if g is None else g * d_total.to(g.dtype) for g in ctx.grads), None)
-
-
-def _token_losses(
-    z_CV: Tensor, teacher: _Side | None, rows: slice, plan: _Plan, exact: torch.dtype, needs_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Loss per token [C] and, when asked for, its gradient in the student's logits [C, V]."""
-    log_q_CV = F.log_softmax(z_CV, -1)
-    q_CV = log_q_CV.exp() if needs_grad else None
-    value_C, dz_CV = torch.zeros_like(log_q_CV[:, 0]), None
-    if teacher is not None:
-        log_p_CV = F.log_softmax(teacher.logits(rows, exact), -1)
-        value_C, h_CV = plan.divergence.evaluate(log_p_CV, log_q_CV, needs_grad)
-        value_C = plan.terms.kd * value_C
-        if needs_grad:
-            dz_CV = logit_grad(h_CV, q_CV).mul_(plan.terms.kd)
-    if plan.terms.ce:
-        targets_C1 = plan.targets_N[rows].unsqueeze(-1)
-        value_C = value_C - plan.terms.ce * log_q_CV.gather(-1, targets_C1).squeeze(-1)
-        if needs_grad:
-            d_ce_CV = q_CV.mul_(plan.terms.ce).scatter_add_(
-                -1, targets_C1, torch.full_like(targets_C1, -plan.terms.ce, dtype=q_CV.dtype)
-            )
-            dz_CV = d_ce_CV if dz_CV is None else dz_CV.add_(d_ce_CV)
-    return value_C, dz_CV if dz_CV is not None or not needs_grad else torch.zeros_like(z_CV)
+    def _carry_back(self, dz_CV: Tensor, tokens: slice) -> None:
+        """From the bare product to hidden states and head."""
+        if self.d_hidden_ND is not None:
+            self.d_hidden_ND[tokens] = dz_CV[: tokens.stop - tokens.start] @ self.student.weight_VD
+        if self.d_weight_VD is None:
+            return
+        hidden_CD = self.student.hidden_ND[tokens]
+        # By pieces: a product in bfloat16 is added to the float32 sum while it is still in the cache.
+        for piece in _cuts(dz_CV.shape[1], _PIECE):
+            part_SD = dz_CV[:, piece].T @ hidden_CD
+            if tokens.start == 0:
+                self.d_weight_VD[piece] = part_SD
+            else:
+                self.d_weight_VD[piece] += part_SD.to(self.exact)
 
 
-def fused_loss(
-    hidden_ND: Tensor,
-    head: HeadLike,
-    targets_N: Tensor,
-    *,
-    terms: Terms,
-    divergence: Divergence | None = None,
-    teacher_hidden_ND: Tensor | None = None,
-    teacher_head: HeadLike | None = None,
-    weights_N: Tensor | None = None,
-    matmul_dtype: torch.dtype | None = None,
-    chunk: int | None = None,
-) -> Tensor:
-    """Σ over N tokens of weight · (kd · D(p, q) + ce · −log q(target)), nats; a scalar with a graph.
+def _logit_grad(h_RV: Tensor | None, q_RV: Tensor, targets_R: Tensor, kd: float, ce: float) -> Tensor:
+    """kd · (h − q Σ h) + ce · (q − onehot), in few passes. Takes over h, or q where there is no h."""
+    if h_RV is None:
+        dz_RV = q_RV.mul_(ce)
+    else:
+        if kd != 1:
+            h_RV.mul_(kd)
+        dz_RV = h_RV.addcmul_(q_RV, h_RV.sum(-1, keepdim=True).sub_(ce), value=-1)
+    if ce:
+        dz_RV.scatter_add_(-1, targets_R.unsqueeze(-1), dz_RV.new_full((dz_RV.shape[0], 1), -ce))
+    return dz_RV
 
-    hidden_ND: the student's last hidden states at the positions that predict ``targets_N``. teacher_hidden_ND: the
-    teacher's at the same positions, [N, D_teacher]; widths may differ, vocabularies must not. weights_N: per token, 1
-    when absent. matmul_dtype: of the student's head matmuls (autocast's, when it is on); softmax and divergence are
-    float32, or float64 when the hidden states are. chunk: tokens at once; by default as many as CHUNK_BYTES allows.
-    Gradients reach hidden states, head weight and head bias, and only those that require one are computed.
-    """
-    if terms.kd and (teacher_hidden_ND is None or teacher_head is None or divergence is None):
-        raise ValueError("a divergence needs the teacher's hidden states and head")
-    if chunk is None:
-        V = hidden_ND.shape[-1] if head.weight_VD is None else head.weight_VD.shape[0]
-        chunk = max(1, CHUNK_BYTES // (4 * V * _TABLES))
-    with_grad = torch.is_grad_enabled()
-    plan = _Plan(
-        head, teacher_hidden_ND, teacher_head, targets_N, weights_N, divergence, terms, matmul_dtype, chunk, with_grad
-    )
-    with torch.autocast(hidden_ND.device.type, enabled=False):
-        return _FusedLoss.apply(hidden_ND, head.weight_VD, head.bias_V, plan)
+
+def _cuts(total: int, size: int) -> Iterator[slice]:
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))

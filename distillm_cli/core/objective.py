@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from distillm_cli.config.schema import Objective as Config
 from distillm_cli.core import divergences
+from distillm_cli.core.events import Listener, Note, silent
 from distillm_cli.core.fused import HeadLike, Terms, fused_loss
 from distillm_cli.core.scheduler import Source
 from distillm_cli.core.teacher import Model
@@ -40,6 +41,8 @@ class Objective(nn.Module):
         super().__init__()
         self.student = student
         self.config, self.matmul_dtype = config, matmul_dtype
+        self.say: Listener = silent
+        self.chunk: int | None = None  # most tokens that the loss takes at once; unset until memory runs out
         # Behind a function: a teacher's head that happens to be a Module must not become ours to train or save.
         self._teacher_head = lambda: teacher_head
         self.divergence = None
@@ -84,5 +87,13 @@ class Objective(nn.Module):
             teacher_head=self._teacher_head() if terms.kd else None,
             weights_N=weights_N,
             matmul_dtype=self.matmul_dtype,
+            chunk=self.chunk,
+            on_halved=self._go_on_with,
         )
         return total, torch.tensor(batch.tokens, device=total.device)
+
+    def _go_on_with(self, tokens: int) -> None:
+        self.chunk = tokens
+        self.say(
+            Note(f"out of memory in the loss: going on with {tokens} tokens at once, slower and with the same result")
+        )
