@@ -7,6 +7,8 @@ Exit codes are part of what scripts rely on:
 
 from __future__ import annotations
 
+import sys
+
 
 class DistillmError(Exception):
     """Base of every error a person may cause or meet.
@@ -81,3 +83,15 @@ class Interrupted(DistillmError):
     def __init__(self, what: str, *, signal_number: int, where: str | None = None, hint: str | None = None):
         super().__init__(what, where=where, hint=hint)
         self.exit_code = 128 + signal_number
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory, the machine's or a device's, is what ran out."""
+    if isinstance(error, MemoryError):
+        return True
+    torch = sys.modules.get("torch")  # never imported just to ask
+    if torch is not None and isinstance(error, getattr(torch, "OutOfMemoryError", ())):
+        return True
+    # The CPU and MPS allocators raise a plain RuntimeError.
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    return "can't allocate memory" in said or "not enough memory" in said or "out of memory" in said
