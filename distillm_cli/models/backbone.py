@@ -15,8 +15,9 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from distillm_cli.errors import ModelError
-from distillm_cli.models.decoding import FastDecoding, PlainDecoding, cast, close, decodes_fast
+from distillm_cli.models.decoding import FastDecoding, PlainDecoding, Ways, cast, close, ways
 from distillm_cli.models.modes import eval_mode
+from distillm_cli.models.products import Linear
 from distillm_cli.sequences import Batch
 
 # What stands between `hidden @ weight.T + bias` and a family's logits, by the config field that says so: the scale is
@@ -28,10 +29,6 @@ _SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_c
 # Random models have logits so small that a soft cap would not show; the head is checked at this magnitude too.
 _PROBE = 50.0
 
-# Laying a weight out costs about four products with a few rows, and is forgotten work for a small one. The layout is
-# chosen for so many rows and serves other numbers as well.
-_WORTH_PACKING, _ROWS = 1 << 20, 32
-
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """Highest token id + 1, added tokens included: what `len(tokenizer)` is when there are no holes."""
@@ -42,38 +39,28 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 class Head:
     """logits = cap(scale · (hidden @ weight.T + bias)), cap(x) = softcap · tanh(x / softcap).
 
-    weight_VD None: the "hidden states" are the logits already. packed_VD: the weight once more, laid out for the
-    product with few rows; see `packed`.
+    weight_VD None: the "hidden states" are the logits already. product: hidden @ weight.T + bias, see `prepared`.
     """
 
     weight_VD: torch.Tensor | None
     bias_V: torch.Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
-    packed_VD: torch.Tensor | None = None
+    product: Linear | None = None
 
-    def packed(self) -> Head:
-        """For many products with few rows, under no autocast: on a CPU a bf16 weight is laid out once, not every time.
-
-        The layout is of the weight as it is now. The numbers are the same; anything but a CPU's bf16 is left as it is.
-        """
-        weight_VD = self.weight_VD
-        if weight_VD is None or weight_VD.device.type != "cpu" or weight_VD.dtype != torch.bfloat16:
-            return self
-        if weight_VD.numel() < _WORTH_PACKING or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return self
-        return replace(self, packed_VD=torch.ops.mkldnn._reorder_linear_weight(weight_VD.detach(), _ROWS))
+    def prepared(self) -> Head:
+        """For many products with few rows under no autocast, with the weight as it is now (`products.Linear`)."""
+        return self if self.weight_VD is None else replace(self, product=Linear(self.weight_VD, self.bias_V))
 
     def logits(self, hidden_ND: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """float32 logits [N, V]. dtype: of the product (unset: the weight's; under autocast, autocast's)."""
         if self.weight_VD is None:
             return hidden_ND.float()
         dtype = dtype or self.weight_VD.dtype
-        bias_V = None if self.bias_V is None else self.bias_V.to(dtype)
-        if self.packed_VD is not None and dtype == self.weight_VD.dtype:
-            product = torch.ops.mkldnn._linear_pointwise
-            logits_NV = product(hidden_ND.to(dtype), self.packed_VD, bias_V, "none", [], "").float()
+        if self.product is not None and dtype == self.weight_VD.dtype:
+            logits_NV = self.product(hidden_ND.to(dtype)).float()
         else:
+            bias_V = None if self.bias_V is None else self.bias_V.to(dtype)
             logits_NV = F.linear(hidden_ND.to(dtype), self.weight_VD.to(dtype), bias_V).float()
         if self.scale != 1.0:
             logits_NV = logits_NV * self.scale
@@ -95,7 +82,7 @@ class Backbone(nn.Module):
         self.training = model.training
         self.tokenizer = tokenizer
         self.vocab = vocabulary_size(tokenizer) if vocab is None else vocab
-        self._decodes_fast: bool | None = None  # not known before the first decoding
+        self._ways: Ways | None = None  # to decode; not known before the first decoding
         self._scale, self._softcap = _head_quirks(model.config)
         self.own_logits = _trunk(model) is None or not isinstance(_head_weight(model), torch.Tensor)
 
@@ -204,13 +191,13 @@ class Backbone(nn.Module):
         """
         if not prompts or min(len(prompt) for prompt in prompts) == 0:
             raise ValueError("decoding needs prompts, and a token in each")
-        if self._decodes_fast is None:
-            self._decodes_fast = decodes_fast(self)
+        if self._ways is None:
+            self._ways = ways(self)
         device, runs = self.device.type, self
         if torch.is_autocast_enabled(device) and self.model.dtype == torch.float32:
             runs = Backbone(cast(self.model, torch.get_autocast_dtype(device)), self.tokenizer, self.vocab)
             runs.own_logits = self.own_logits
-        return (FastDecoding if self._decodes_fast else PlainDecoding)(runs, prompts)
+        return FastDecoding(runs, prompts, step=self._ways.step) if self._ways.fast else PlainDecoding(runs, prompts)
 
 
 def _trunk(model: PreTrainedModel) -> PreTrainedModel | None:

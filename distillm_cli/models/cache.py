@@ -1,10 +1,10 @@
 """The key-value cache of the fast way to decode, and the attention of one new token over it.
 
 A cache that grows by concatenation copies itself for every token, and a kernel made for long queries spends most of its
-time packing. Here a layer's keys and values lie in one piece [B, heads, capacity, width of a head], a few columns ahead
-of what is filled, and a token's attention is two batched products over that piece; columns that hold nothing are masked.
+time packing. Here a layer's keys and values lie in one piece [B, K, C, W], a few columns ahead of what is
+filled, and a token's attention is two batched products over that piece; columns that hold nothing are masked.
 
-Shape letters: B sequences, C capacity in columns, P prompt length (padded), H heads, K key-value heads.
+Shape letters: B sequences, C capacity in columns, H heads, K key-value heads, W width of a head.
 """
 
 from __future__ import annotations
@@ -45,11 +45,15 @@ class ContiguousLayer(DynamicLayer):
         self.keys[rows, :, place], self.values[rows, :, place] = keys, values
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        if self.length == self.capacity:
-            self.keys, self.values = (_longer(x) for x in (self.keys, self.values))
-        self.keys[:, :, self.length], self.values[:, :, self.length] = key_states[:, :, 0], value_states[:, :, 0]
-        self.length += 1
+        self.append(key_states[:, :, 0], value_states[:, :, 0])
         return self.keys, self.values
+
+    def append(self, key_BKW: torch.Tensor, value_BKW: torch.Tensor) -> None:
+        """One more token of every row."""
+        if self.length == self.capacity:
+            self.keys, self.values = _longer(self.keys), _longer(self.values)
+        self.keys[:, :, self.length], self.values[:, :, self.length] = key_BKW, value_BKW
+        self.length += 1
 
     def get_seq_length(self) -> int:
         return self.length
@@ -61,7 +65,7 @@ class ContiguousLayer(DynamicLayer):
 class ContiguousCache(Cache):
     """A cache of such layers, and the mask of what is filled in them.
 
-    rows: B. columns: P. The additive mask [B or 1, 1, 1, C] is in ``mask_dtype``.
+    rows: B. columns: of the longest prompt. The additive mask [B or 1, 1, 1, C] is 0 or the least number.
     """
 
     def __init__(self, rows: int, columns: int):
@@ -120,20 +124,25 @@ def one_token_attention(
     scaling: float | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """softmax(query · keyᵀ · scaling + mask) · value for queries of one token [B, H, 1, width] → [B, 1, H, width].
+    """`attend` as transformers calls it: queries of one token [B, H, 1, W] → [B, 1, H, W], and no weights."""
+    if named := [name for name in _UNKNOWN if kwargs.get(name) is not None]:
+        raise NotImplementedError(f"attention with {' and '.join(named)}")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend(query[:, :, 0], key, value, attention_mask, scaling)[:, None], None
+
+
+def attend(
+    query_BHW: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask_B11C: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """softmax(query · keyᵀ · scaling + mask) · value [B, H, W] for one query per head over keys and values [B, K, C, W].
 
     Scores are rounded to the dtype of the keys; their softmax is in the mask's. Heads that share keys are one product.
     """
-    if named := [name for name in _UNKNOWN if kwargs.get(name) is not None]:
-        raise NotImplementedError(f"attention with {' and '.join(named)}")
-    B, H, _, width = query.shape
-    K, C = key.shape[1:3]
-    scaling = width**-0.5 if scaling is None else scaling
-    query = query.reshape(B * K, H // K, width)
-    scores = torch.bmm(query, key.reshape(B * K, C, width).transpose(1, 2)).view(B, K, H // K, C)
-    weights = torch.softmax(torch.add(attention_mask, scores, alpha=scaling), -1).to(value.dtype)
-    mixed = torch.bmm(weights.view(B * K, H // K, C), value.reshape(B * K, C, value.shape[-1]))
-    return mixed.view(B, 1, H, value.shape[-1]), None
+    B, K, C, W = key.shape
+    query = query_BHW.reshape(B * K, -1, W)
+    scores = torch.bmm(query, key.view(B * K, C, W).transpose(1, 2)).view(B, K, -1, C)
+    weights = torch.softmax(torch.add(mask_B11C, scores, alpha=scaling), -1).to(value.dtype)
+    return torch.bmm(weights.view(B * K, -1, C), value.view(B * K, C, -1)).view(B, -1, value.shape[-1])
 
 
 AttentionInterface.register(ATTENTION, one_token_attention)

@@ -14,7 +14,7 @@ import copy
 import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from transformers import Cache, DynamicCache
 from distillm_cli.errors import ModelError
 from distillm_cli.models.cache import ContiguousCache, fits, one_token_attention_in
 from distillm_cli.models.modes import evaluating
+from distillm_cli.models.steps import fused_act, step_of
 
 if TYPE_CHECKING:
     from distillm_cli.models.backbone import Backbone
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 _STATE_IN_LAYERS = ("recurrent_gemma", "xlstm")
 
 # Prompts are read together when the shortest is at least this share of the longest, or this near it: below that, padding
-# costs more than another pass.
-_ALIKE, _NEAR = 7 / 8, 8
+# costs more than another pass. More tokens than that at once leave the processor's caches.
+_ALIKE, _NEAR, _TOKENS = 7 / 8, 8, 4096
 
 
 class PlainDecoding:
@@ -74,8 +75,9 @@ class PlainDecoding:
 class FastDecoding:
     """Prompts of like length in a pass of their own, then all rows together over a cache in one piece (`cache.py`)."""
 
-    def __init__(self, backbone: Backbone, prompts: Sequence[np.ndarray]):
+    def __init__(self, backbone: Backbone, prompts: Sequence[np.ndarray], *, step: bool):
         self._backbone, self._pass = backbone, _Pass(backbone)
+        self._step = step_of(backbone.trunk) if step and not backbone.own_logits else None
         self._prompts: list[np.ndarray] | None = list(prompts)
 
     @torch.no_grad()
@@ -85,6 +87,9 @@ class FastDecoding:
             return self._read_prompts()
         self._positions_B1 = self._positions_B1 + 1
         ids_B1 = tokens_B.to(self._positions_B1.device)[:, None]
+        if self._step is not None:
+            with torch.autocast(ids_B1.device.type, enabled=False):
+                return self._pass.head.logits(self._step(ids_B1[:, 0], self._positions_B1, self._cache))
         # transformers' own kernels are made for long queries; on other devices they are good at short ones too.
         attention = one_token_attention_in(self._pass.config) if ids_B1.device.type == "cpu" else nullcontext()
         with attention:
@@ -124,7 +129,7 @@ class _Pass:
         self._own_logits, self._vocab = backbone.own_logits, backbone.vocab
         self._runs = backbone.model if self._own_logits else backbone.trunk
         self._modules = list(backbone.model.modules())
-        self._head = None if self._own_logits else backbone.head().packed()
+        self.head = None if self._own_logits else backbone.head().prepared()
         self.config = self._runs.config
         names = ("past_key_values", "cache_params", "position_ids", "logits_to_keep")
         accepts = inspect.signature(self._runs.forward).parameters
@@ -153,7 +158,7 @@ class _Pass:
                     inputs["logits_to_keep"] = 1
                 return self._runs(input_ids=ids_BT, use_cache=True, **inputs).logits[:, -1, : self._vocab].float()
             states_BTD = self._runs(input_ids=ids_BT, use_cache=True, **inputs)[0]
-            return self._head.logits(states_BTD[:, -1])
+            return self.head.logits(states_BTD[:, -1])
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -169,19 +174,35 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         same = weight.dtype != torch.float32 or any(part in name.split(".") for part in kept)
         memo[id(weight)] = nn.Parameter(weight.detach() if same else weight.detach().to(dtype), requires_grad=False)
     # Whatever the memo holds is not copied, so the float32 weights are never there twice, and tied ones stay tied.
-    return copy.deepcopy(model, memo).eval()
+    made = copy.deepcopy(model, memo).eval()
+    for module in list(made.modules()):
+        for name, child in module.named_children():
+            if (fused := fused_act(child)) is not child:
+                setattr(module, name, fused)
+    return made
+
+
+class Ways(NamedTuple):
+    """What was found to give a model's own logits. fast: the cache in one piece. step: the written-out step over it."""
+
+    fast: bool
+    step: bool
+
+
+def ways(backbone: Backbone) -> Ways:
+    """Which ways suit the model, by trying them on short prompts and a few tokens after them, in the weights' dtype."""
+    fast = fits(backbone.model.config) and _agrees(backbone, step=False)
+    written = not backbone.own_logits and step_of(backbone.trunk) is not None
+    return Ways(fast, fast and written and _agrees(backbone, step=True))
 
 
 @torch.no_grad()
-def decodes_fast(backbone: Backbone, steps: int = 3) -> bool:
-    """Whether the fast way suits the model: both give the same logits for short prompts and a few tokens after them."""
-    if not fits(backbone.model.config):
-        return False
+def _agrees(backbone: Backbone, *, step: bool) -> bool:
     ids = np.arange(4 * _NEAR) * 7 % backbone.vocab
     prompts = [ids[: 2 * _NEAR], ids[:3], ids[3 : 3 + 2 * _NEAR]]
-    fast, plain = FastDecoding(backbone, prompts), PlainDecoding(backbone, prompts)
+    fast, plain = FastDecoding(backbone, prompts, step=step), PlainDecoding(backbone, prompts)
     tokens_B = None
-    for step in range(steps):
+    for at in range(4):
         expected_BV = plain.logits(tokens_B)
         try:
             found_BV = fast.logits(tokens_B)
@@ -190,7 +211,7 @@ def decodes_fast(backbone: Backbone, steps: int = 3) -> bool:
         if not close(found_BV, expected_BV, backbone.model.dtype):
             return False
         tokens_B = expected_BV.argmax(-1)
-        if step == 1:
+        if at == 1:
             rows_B = torch.tensor([2, 1], device=tokens_B.device)
             tokens_B = tokens_B[rows_B]
             fast.keep(rows_B)
@@ -224,8 +245,9 @@ def _alike(lengths: Sequence[int]) -> list[list[int]]:
     """Row numbers in groups of like length."""
     groups: list[list[int]] = []
     for b in sorted(range(len(lengths)), key=lambda b: -lengths[b]):
-        longest = lengths[groups[-1][0]] if groups else None
-        if longest is not None and lengths[b] >= min(_ALIKE * longest, longest - _NEAR):
+        longest = lengths[groups[-1][0]] if groups else 0
+        alike = lengths[b] >= min(_ALIKE * longest, longest - _NEAR)
+        if groups and alike and (len(groups[-1]) + 1) * longest <= _TOKENS:
             groups[-1].append(b)
         else:
             groups.append([b])
