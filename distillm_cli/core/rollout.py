@@ -166,7 +166,7 @@ def _side_by_side(
             for i in going:
                 ngrams[i].push(int(tokens_BT[i, t]))
         counts_B[going] += 1
-        complete_B[going] = np.isin(tokens_BT[going, t], stops)
+        complete_B[going] = (tokens_BT[going, t, None] == stops).any(-1)
         done_B[going] = complete_B[going] | (counts_B[going] >= rooms_B[going])
         left = ~done_B[live]
         if not left.any():
