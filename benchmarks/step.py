@@ -65,7 +65,7 @@ class Ours:
         from distillm_cli.config import schema
         from distillm_cli.core.objective import Objective
         from distillm_cli.core.scheduler import Source
-        from distillm_cli.core.teacher import Teacher, collect
+        from distillm_cli.core.teacher import Teacher
         from distillm_cli.models.pair import load_pair
         from distillm_cli.sequences import Sequence
 
@@ -87,7 +87,7 @@ class Ours:
         random, sizes = np.random.default_rng(0), (shape.prompt, shape.response)
         rows = [[random.integers(0, shape.vocab, n, dtype=np.int32) for n in sizes] for _ in range(shape.batch)]
         self.sequences = [Sequence(prompt, response, row) for row, (prompt, response) in enumerate(rows)]
-        self.cached = Teacher(self.pair.teacher, collect(self.pair.teacher, self.sequences, self.device))
+        self.cached = Teacher(self.pair.teacher, remembers=True)  # the first answer is kept
 
     def update(self, teacher) -> float:
         """What the engine does in a step, up to the optimizer; the loss per token."""

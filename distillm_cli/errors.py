@@ -7,6 +7,8 @@ Exit codes are part of what scripts rely on:
 
 from __future__ import annotations
 
+import sys
+
 
 class DistillmError(Exception):
     """Base of every error a person may cause or meet.
@@ -90,3 +92,15 @@ class Terminated(KeyboardInterrupt):
 def signal_number(stop: KeyboardInterrupt) -> int:
     """SIGTERM's for Terminated, SIGINT's else."""
     return 15 if isinstance(stop, Terminated) else 2
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory, the machine's or a device's, is what ran out."""
+    if isinstance(error, MemoryError):
+        return True
+    torch = sys.modules.get("torch")  # never imported just to ask
+    if torch is not None and isinstance(error, getattr(torch, "OutOfMemoryError", ())):
+        return True
+    # The CPU and MPS allocators raise a plain RuntimeError.
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    return "can't allocate memory" in said or "not enough memory" in said or "out of memory" in said

@@ -32,6 +32,7 @@ from distillm_cli.errors import (
     OutOfMemoryError,
     StorageError,
     Terminated,
+    out_of_memory,
     signal_number,
 )
 
@@ -134,7 +135,7 @@ def _known(error: BaseException, argv: list[str]) -> DistillmError:
         return Interrupted("interrupted", signal_number=signal_number(error))
     if isinstance(error, typer.Abort):
         return Interrupted("stopped at a question", signal_number=2)
-    if _out_of_memory(error):
+    if out_of_memory(error):
         hint = "lower --batch-size (and raise train.accumulate), or --max-length; `distillm plan` estimates the need"
         return OutOfMemoryError("out of memory", where=_first_line(error), hint=hint)
     if _storage_failed(error):
@@ -151,17 +152,6 @@ def _first_line(error: BaseException) -> str:
         return error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
     lines = str(error).strip().splitlines()
     return lines[0] if lines else ""
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError):
-        return True
-    torch = sys.modules.get("torch")  # never imported just to ask
-    if torch is not None and isinstance(error, getattr(torch, "OutOfMemoryError", ())):
-        return True
-    # The CPU and MPS allocators raise a plain RuntimeError.
-    said = str(error) if isinstance(error, RuntimeError) else ""
-    return "can't allocate memory" in said or "not enough memory" in said or "out of memory" in said
 
 
 def _storage_failed(error: BaseException) -> bool:

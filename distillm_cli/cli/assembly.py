@@ -131,7 +131,9 @@ def build_engine(run: Prepared, output: Path, listener: Listener, *, teacher: Te
         batches=run.batch,
         scheduler=new_scheduler(run),
         replay=ReplayBuffer(recipe.schedule.capacity, seed=recipe.train.seed),
-        rollouts=StudentRollouts(run.student, recipe.rollout, max_length=longest, seed=recipe.train.seed),
+        rollouts=StudentRollouts(
+            run.student, recipe.rollout, max_length=longest, seed=recipe.train.seed, listener=listener
+        ),
         bulk=recipe.rollout.bulk,
         fresh=recipe.schedule.fresh,
         teacher=teacher,

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distillm_cli.core.divergences import Divergence, Rows
+from distillm_cli.errors import out_of_memory
 
 CHUNK_BYTES = 320 * 2**20  # most bytes of a chunk's logits, both models'; with small vocabularies it is far less
 _CHUNK_TOKENS = 256  # beyond it the products gain nothing: 128 tokens reach 90 % of their speed, 256 all of it
@@ -156,7 +157,7 @@ def _total_and_grads(inputs: Inputs, work: _Work, wanted: tuple[bool, ...]) -> t
             total = walk.run(fitting, inputs, wanted)
             break
         except (RuntimeError, MemoryError) as error:
-            if fitting == 1 or not _is_out_of_memory(error):
+            if fitting == 1 or not out_of_memory(error):
                 raise
             fitting //= 2
     if fitting < chunk and work.on_halved is not None:
@@ -176,13 +177,6 @@ def _part_rows(student: _Side, exact: torch.dtype) -> int:
     """Rows whose softmax and divergence are computed at once."""
     table_bytes = _TABLE_BYTES.get(student.hidden_ND.device.type, _TABLE_BYTES_ELSEWHERE)
     return max(1, table_bytes // (exact.itemsize * student.V))
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Only accelerators have an exception of their own for it; on the CPU it is a RuntimeError with these words."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return any(words in str(error) for words in ("can't allocate memory", "not enough memory", "out of memory"))
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from distillm_cli.config.schema import Rollout
-from distillm_cli.core.events import Listener, Progress, silent
-from distillm_cli.errors import DataError
+from distillm_cli.core.events import Listener, Progress, Warned, silent
+from distillm_cli.core.sampling import Sampling, choose
+from distillm_cli.errors import DataError, out_of_memory
 from distillm_cli.sequences import Sequence
 
 
@@ -41,21 +41,6 @@ class Decoder(Protocol):
     stop_ids: frozenset[int]
 
     def decode(self, prompts: SequenceOf[np.ndarray]) -> Decoding: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How a next token is chosen. temperature 0 is greedy; top_k 0, no_repeat_ngram_size 0 and top_p 1 are off.
-
-    no_repeat_ngram_size: an n-gram of prompt and output together never occurs twice. min_new_tokens: no stop before.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    max_new_tokens: int = 256
-    no_repeat_ngram_size: int = 0
-    min_new_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,15 +69,34 @@ class StudentRollouts:
     config: the recipe's ``rollout`` section. max_length: prompt + response, tokens. seed: with the step it fixes the draw.
     """
 
-    def __init__(self, decoder: Decoder, config: Rollout, *, max_length: int, seed: int):
+    def __init__(self, decoder: Decoder, config: Rollout, *, max_length: int, seed: int, listener: Listener = silent):
         self.decoder, self.max_length, self.seed = decoder, max_length, seed
         self.sampling = Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
+        self.width = Width(listener)
 
     def sample(self, prompts: SequenceOf[Sequence], step: int) -> list[Sequence]:
         limits = [self.max_length - len(s.prompt) for s in prompts]
         seeds = [(self.seed, (step << 24) + i) for i in range(len(prompts))]
-        outputs = sample(self.decoder, [s.prompt for s in prompts], self.sampling, seeds, limits=limits)
+        outputs = sample(
+            self.decoder, [s.prompt for s in prompts], self.sampling, seeds, limits=limits, width=self.width
+        )
         return [Sequence(s.prompt, out.tokens, s.row) for s, out in zip(prompts, outputs, strict=True)]
+
+
+class Width:
+    """How many rows are decoded side by side: all of them until memory runs out, then half as many, and so on.
+
+    Kept from one draw to the next, so that the same wall is not run into twice.
+    """
+
+    def __init__(self, listener: Listener = silent):
+        self.rows: int | None = None
+        self.listener = listener
+
+    def halve(self, rows: int) -> None:
+        """Memory ran out with so many rows side by side, at least two."""
+        self.rows = rows // 2
+        self.listener(Warned(f"out of memory while decoding {rows} rows side by side: going on with {self.rows}"))
 
 
 @torch.no_grad()
@@ -104,55 +108,79 @@ def sample(
     *,
     limits: SequenceOf[int] | None = None,
     entropy: bool = False,
+    width: Width | None = None,
 ) -> list[Sampled]:
     """One output per prompt, decoded side by side; finished rows leave the batch.
 
     seeds: (seed, row) per prompt. limits: most new tokens per row, beside ``sampling.max_new_tokens`` and the context.
+    width: what is known of how many fit into memory; where they do not, the same outputs are made in smaller groups.
     Raises DataError where a prompt leaves no room for a single new token.
     """
-    room = [
+    rooms = [
         _room(len(p), sampling, decoder.context, None if limits is None else limits[i]) for i, p in enumerate(prompts)
     ]
-    horizon = max(room)
-    uniforms = np.stack([_uniforms(seed, horizon) for seed in seeds])
-    ngrams = [_NGrams(sampling.no_repeat_ngram_size, p) for p in prompts] if sampling.no_repeat_ngram_size else None
-    stops = np.fromiter(decoder.stop_ids, dtype=np.int64)
-    outputs: list[list[int]] = [[] for _ in prompts]
-    entropies = np.zeros(len(prompts))
-    complete = np.zeros(len(prompts), dtype=bool)
-    done = np.zeros(len(prompts), dtype=bool)
+    width, outputs = width or Width(), []
+    while len(outputs) < len(prompts):
+        now = slice(len(outputs), len(prompts) if width.rows is None else len(outputs) + width.rows)
+        rows = len(prompts[now])
+        try:
+            outputs += _side_by_side(decoder, prompts[now], sampling, seeds[now], rooms[now], entropy)
+        except (RuntimeError, MemoryError) as error:
+            if rows == 1 or not out_of_memory(error):
+                raise
+            width.halve(rows)
+    return outputs
 
-    decoding, live, chosen = decoder.decode(prompts), np.arange(len(prompts)), None
+
+def _side_by_side(
+    decoder: Decoder,
+    prompts: SequenceOf[np.ndarray],
+    sampling: Sampling,
+    seeds: SequenceOf[tuple[int, int]],
+    rooms: SequenceOf[int],
+    entropy: bool,
+) -> list[Sampled]:
+    """rooms: most new tokens of each row, at least one."""
+    B, horizon = len(prompts), max(rooms)
+    lengths_B, rooms_B = np.array([len(p) for p in prompts]), np.array(rooms)
+    uniforms_BT = np.stack([_uniforms(seed, horizon) for seed in seeds])
+    ngrams = [_NGrams(sampling.no_repeat_ngram_size, p) for p in prompts] if sampling.no_repeat_ngram_size else None
+    stops = np.array(sorted(decoder.stop_ids), dtype=np.int64)
+    tokens_BT = np.zeros((B, horizon), dtype=np.int32)
+    counts_B, entropies_B = np.zeros(B, dtype=np.int64), np.zeros(B)
+    complete_B, done_B = np.zeros(B, dtype=bool), np.zeros(B, dtype=bool)
+
+    decoding, live, chosen = decoder.decode(prompts), np.arange(B), None
     for t in range(horizon):
         logits_BV = decoding.logits(chosen)
+        going = live[~done_B[live]]
         if entropy:
-            entropies[live] += np.where(done[live], 0, _entropy(logits_BV).cpu().numpy())
+            entropies_B[live] += np.where(done_B[live], 0, _entropy(logits_BV).cpu().numpy())
         if t < sampling.min_new_tokens:
             logits_BV[:, torch.from_numpy(stops).to(logits_BV.device)] = -torch.inf
         if ngrams is not None:
             _ban(logits_BV, [ngrams[i].banned() for i in live])
-        chosen = choose(logits_BV, sampling, torch.from_numpy(uniforms[live, t]).to(logits_BV.device))
-        for i, token in zip(live, chosen.tolist(), strict=True):
-            if done[i]:
-                continue
-            outputs[i].append(token)
-            if ngrams is not None:
-                ngrams[i].push(token)
-            complete[i] = token in decoder.stop_ids
-            done[i] = complete[i] or len(outputs[i]) >= room[i]
-        if done.all():
+        chosen = choose(logits_BV, sampling, torch.from_numpy(uniforms_BT[live, t]).to(logits_BV.device))
+        tokens_BT[live, t] = chosen.cpu().numpy()
+        if ngrams is not None:
+            for i in going:
+                ngrams[i].push(int(tokens_BT[i, t]))
+        counts_B[going] += 1
+        complete_B[going] = (tokens_BT[going, t, None] == stops).any(-1)
+        done_B[going] = complete_B[going] | (counts_B[going] >= rooms_B[going])
+        left = ~done_B[live]
+        if not left.any():
             break
-        left = ~done[live]
         # Dropping rows copies the cache: worth it once an eighth has finished, and due before a finished row's position
         # leaves the context.
-        longest = max(len(prompts[i]) for i in live) + t + 2
-        if not left.all() and (left.mean() <= 7 / 8 or (decoder.context is not None and longest > decoder.context)):
+        outgrown = decoder.context is not None and lengths_B[live].max() + t + 2 > decoder.context
+        if not left.all() and (left.mean() <= 7 / 8 or outgrown):
             rows = torch.from_numpy(np.flatnonzero(left)).to(chosen.device)
             decoding.keep(rows)
             live, chosen = live[left], chosen[rows]
     return [
-        Sampled(np.asarray(tokens, dtype=np.int32), bool(complete[i]), entropies[i] / len(tokens) if entropy else None)
-        for i, tokens in enumerate(outputs)
+        Sampled(tokens_BT[i, :n].copy(), bool(complete_B[i]), entropies_B[i] / n if entropy else None)
+        for i, n in enumerate(counts_B)
     ]
 
 
@@ -173,44 +201,23 @@ def sample_all(
     rows: the second half of each row's random key; the prompt's index when absent.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    width = Width(listener)
     for start in range(0, len(order), batch_size):
         listener(Progress(task, start, len(order), "responses"))
         picks = order[start : start + batch_size]
         seeds = [(seed, i if rows is None else rows[i]) for i in picks]
-        outputs = sample(decoder, [prompts[i] for i in picks], sampling, seeds, entropy=entropy)
+        outputs = sample(decoder, [prompts[i] for i in picks], sampling, seeds, entropy=entropy, width=width)
         yield from zip(picks, outputs, strict=True)
     listener(Progress(task, len(order), len(order), "responses"))
 
 
-def choose(logits_BV: Tensor, sampling: Sampling, uniforms_B: Tensor) -> Tensor:
-    """The next token of each row [B]: argmax at temperature 0, else the inverse of the filtered distribution's
-    cumulative sum at ``uniforms_B`` (each in [0, 1))."""
-    if sampling.temperature == 0:
-        return logits_BV.argmax(-1)
-    logits_BV = logits_BV / sampling.temperature
-    if 0 < sampling.top_k < logits_BV.shape[-1]:
-        kth_B1 = logits_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, -torch.inf)
-    probabilities_BV = F.softmax(logits_BV, -1)
-    if sampling.top_p < 1:
-        probabilities_BV = _nucleus(probabilities_BV, sampling.top_p)
-    # float64: fifty thousand float32 additions would bend the tail. right=True never lands on a token of probability 0.
-    cumulative_BV = probabilities_BV.cumsum(-1, dtype=torch.float64)
-    points_B1 = uniforms_B.unsqueeze(-1).to(torch.float64) * cumulative_BV[:, -1:]
-    picks_B = torch.searchsorted(cumulative_BV, points_B1, right=True).squeeze(-1)
-    return picks_B.clamp_max(logits_BV.shape[-1] - 1)
-
-
-def _nucleus(probabilities_BV: Tensor, top_p: float) -> Tensor:
-    """Keeps the fewest most likely tokens whose mass reaches top_p; the others become 0."""
-    sorted_BV, order_BV = probabilities_BV.sort(dim=-1, descending=True)
-    before_BV = sorted_BV.cumsum(-1) - sorted_BV
-    return torch.zeros_like(probabilities_BV).scatter(-1, order_BV, sorted_BV.masked_fill(before_BV >= top_p, 0.0))
-
-
 def _entropy(logits_BV: Tensor) -> Tensor:
-    log_p_BV = F.log_softmax(logits_BV, -1)
-    return -(log_p_BV.exp() * log_p_BV).sum(-1)
+    """−Σ p log p with p as the softmax leaves it, and no second pass of exponentials: log p = x − log Z."""
+    shifted_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
+    p_BV = shifted_BV.softmax(-1)
+    # exp(0) / Z is the likeliest token's. A logit of −inf is no token: 0 · −inf would be nan.
+    log_z_B = -p_BV.amax(-1).log()
+    return log_z_B - torch.linalg.vecdot(p_BV, shifted_BV.clamp_min_(torch.finfo(torch.float32).min))
 
 
 def _uniforms(seed: tuple[int, int], count: int) -> np.ndarray:

@@ -251,8 +251,9 @@ def masks_seen(backbone: Backbone, given) -> list[torch.Tensor | None]:
 
 
 def test_no_attention_mask_is_passed_where_nothing_is_padded():
-    assert masks_seen(shared("llama"), prompts((5, 5))) == [None, None, None]
-    assert [mask.shape[1] for mask in masks_seen(shared("llama"), prompts((5, 3)))] == [5, 6, 7]
+    backbone = Backbone(tiny.model("mistral", ROWS), tokenizer())  # a sliding window: the plain way
+    assert masks_seen(backbone, prompts((5, 5))) == [None, None, None]
+    assert [mask.shape[1] for mask in masks_seen(backbone, prompts((5, 3)))] == [5, 6, 7]
 
 
 def test_decoding_is_deterministic_and_uses_the_cache_in_training_mode_with_gradient_checkpointing():
@@ -262,6 +263,7 @@ def test_decoding_is_deterministic_and_uses_the_cache_in_training_mode_with_grad
     enable = getattr(backbone.model, "activation_checkpointing_enable", backbone.model.gradient_checkpointing_enable)
     enable()
     backbone.model.transformer.h[1].eval()  # a module with a mode of its own keeps it
+    greedy(backbone, prompts(), steps=1)  # how this model decodes is found out the first time
     lengths = []
     hook = backbone.model.transformer.wte.register_forward_pre_hook(lambda m, args: lengths.append(args[0].shape[1]))
     tokens, logits = greedy(backbone, prompts())
@@ -309,15 +311,6 @@ def test_a_family_whose_layers_hold_the_state_is_trained_but_not_decoded():
     assert backbone.check_head(tiny.batch(LENGTHS, VOCAB))
     with pytest.raises(ModelError, match="cannot generate with a rwkv model"):
         backbone.decode(prompts())
-
-
-def test_decoding_under_autocast_stays_close():
-    backbone = shared("llama")
-    _, expected = greedy(backbone, prompts(), steps=1)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = backbone.decode(prompts()).logits(None)
-    assert logits.dtype == torch.float32
-    assert_close(logits, expected[:, 0], rtol=0.1, atol=0.3)
 
 
 # Facts about the model

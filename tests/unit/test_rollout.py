@@ -6,7 +6,9 @@ import torch
 from scipy import stats
 
 from distillm_cli.config.schema import Rollout
-from distillm_cli.core.rollout import Sampling, StudentRollouts, choose, sample, sample_all
+from distillm_cli.core.events import Warned
+from distillm_cli.core.rollout import StudentRollouts, sample, sample_all
+from distillm_cli.core.sampling import Sampling, choose
 from distillm_cli.errors import DataError
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.sequences import Sequence, collate
@@ -129,3 +131,62 @@ def test_rollouts_supervise_the_first_token_and_end_of_sequence_and_a_cut_output
     other = StudentRollouts(model, Rollout(max_new_tokens=6), max_length=32, seed=3).sample(rows, step=6)
     assert [o.response.tolist() for o in again] == [o.response.tolist() for o in outs]
     assert [o.response.tolist() for o in other] != [o.response.tolist() for o in outs]
+
+
+@pytest.mark.parametrize("complaint", [RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), None])
+def test_a_rollout_that_does_not_fit_into_memory_is_halved_until_it_does_and_says_so(monkeypatch, complaint):
+    """The allocator of the cache refuses more than five rows; the draw is the one that plenty of memory gives."""
+    rows = [Sequence(p, np.array([9], dtype=np.int32), row) for row, p in enumerate(prompts(*range(2, 14)))]
+    model, said = backbone(), []
+    expected = StudentRollouts(model, Rollout(max_new_tokens=6), max_length=32, seed=3).sample(rows, step=5)
+    allocate, asked = torch.zeros, []
+
+    def refusing(size, *args, **kwargs):
+        if isinstance(size, tuple) and len(size) == 4:
+            asked.append(size[0])
+            if size[0] > 5:
+                raise complaint or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return allocate(size, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "zeros", refusing)
+    rollouts = StudentRollouts(model, Rollout(max_new_tokens=6), max_length=32, seed=3, listener=said.append)
+    found = rollouts.sample(rows, step=5)
+    assert [o.response.tolist() for o in found] == [o.response.tolist() for o in expected]
+    assert [o.row for o in found] == list(range(12))
+    assert said == [
+        Warned("out of memory while decoding 12 rows side by side: going on with 6"),
+        Warned("out of memory while decoding 6 rows side by side: going on with 3"),
+    ]
+    asked.clear()
+    rollouts.sample(rows, step=6)  # the same wall is not run into again
+    assert max(asked) == 3
+    assert len(said) == 2
+
+
+def test_other_errors_and_a_single_row_that_does_not_fit_are_not_hidden(monkeypatch):
+    model, ps = backbone(), prompts(3, 4)
+    sample(model, ps, Sampling(max_new_tokens=2), [(0, 0), (0, 1)])
+    allocate = torch.zeros
+
+    def failing(message):
+        def zeros(size, *args, **kwargs):
+            if isinstance(size, tuple) and len(size) == 4:
+                raise RuntimeError(message)
+            return allocate(size, *args, **kwargs)
+
+        return zeros
+
+    for message in ("not enough memory: you tried to allocate 8 bytes", "the size of tensor a must match"):
+        monkeypatch.setattr(torch, "zeros", failing(message))
+        with pytest.raises(RuntimeError, match=message.split(":")[0]):
+            sample(model, ps, Sampling(max_new_tokens=2), [(0, 0), (0, 1)])
+
+
+def test_entropy_is_that_of_the_softmax_also_where_logits_are_extreme():
+    from distillm_cli.core.rollout import _entropy
+
+    logits = torch.randn(3, 5_000, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.0], [5.0], [40.0]])
+    logits[0, 17] = -torch.inf
+    p = logits.double().softmax(-1)
+    expected = -torch.where(p > 0, p * p.log(), 0).sum(-1)
+    assert _entropy(logits.clone()).tolist() == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-6)

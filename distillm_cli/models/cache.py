@@ -1,0 +1,170 @@
+"""The key-value cache of the fast way to decode, and the attention of one new token over it.
+
+A cache that grows by concatenation copies itself for every token, and a kernel made for long queries spends most of its
+time packing. Here a layer's keys and values lie in one piece [B, K, C, W], a few columns ahead of what is
+filled, and a token's attention is two batched products over that piece; columns that hold nothing are masked.
+
+Shape letters: B sequences, C capacity in columns, H heads, K key-value heads, W width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import AttentionInterface, Cache, DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+ATTENTION = "distillm_one_token"
+
+# Columns added at a time: copied once per so many tokens, and at most so many columns of zeros to multiply with.
+_STEP = 32
+
+# What an attention function may be given that this one does not know; a model that needs it decodes the plain way.
+_UNKNOWN = ("softcap", "s_aux", "position_bias")
+
+
+class ContiguousLayer(DynamicLayer):
+    """One layer's keys and values, in one piece. ``length``: the columns that are filled."""
+
+    def __init__(self, rows: int, columns: int):
+        super().__init__()
+        self.rows, self.length = rows, columns
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[2]
+
+    def take(self, rows: list[int], keys: torch.Tensor, values: torch.Tensor) -> None:
+        """The states of some rows' prompts, whose last token goes into column ``length − 1``."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            self.keys, self.values = (_zeros(x, self.rows, self.length + _STEP) for x in (keys, values))
+        place = slice(self.length - keys.shape[2], self.length)
+        self.keys[rows, :, place], self.values[rows, :, place] = keys, values
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        self.append(key_states[:, :, 0], value_states[:, :, 0])
+        return self.keys, self.values
+
+    def append(self, key_BKW: torch.Tensor, value_BKW: torch.Tensor) -> None:
+        """One more token of every row."""
+        if self.length == self.capacity:
+            self.keys, self.values = _longer(self.keys), _longer(self.values)
+        self.keys[:, :, self.length], self.values[:, :, self.length] = key_BKW, value_BKW
+        self.length += 1
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.capacity, 0
+
+
+class ContiguousCache(Cache):
+    """A cache of such layers, and the mask of what is filled in them.
+
+    rows: B. columns: of the longest prompt. The additive mask [B or 1, 1, 1, C] is 0 or the least number.
+    """
+
+    def __init__(self, rows: int, columns: int):
+        super().__init__(layers=[])
+        self.rows, self.columns = rows, columns
+        self.mask_B11C: torch.Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        return self.layers[0].length
+
+    def take(self, rows: list[int], part: DynamicCache) -> None:
+        """What a pass over some rows' prompts, padded on the left, left in ``part``."""
+        if not self.layers:
+            self.layers = [ContiguousLayer(self.rows, self.columns) for _ in part.layers]
+        for mine, theirs in zip(self.layers, part.layers, strict=True):
+            mine.take(rows, theirs.keys, theirs.values)
+
+    def start(self, lengths: list[int], dtype: torch.dtype) -> None:
+        """The prompts are in: masks their padding, and the columns that are still empty. dtype: of the scores."""
+        lengths = lengths[:1] if min(lengths) == max(lengths) else lengths
+        device = self.layers[0].keys.device
+        column_C = torch.arange(self.layers[0].capacity, device=device)
+        start_B1 = self.columns - torch.tensor(lengths, device=device)[:, None]
+        hidden_BC = (column_C < start_B1) | (column_C >= self.columns)
+        mask_BC = torch.zeros(hidden_BC.shape, dtype=dtype, device=device)
+        self.mask_B11C = mask_BC.masked_fill_(hidden_BC, torch.finfo(dtype).min)[:, None, None]
+
+    def mask(self) -> torch.Tensor:
+        """The mask for the next token, which sees itself."""
+        if self.length == self.mask_B11C.shape[-1]:
+            least = torch.finfo(self.mask_B11C.dtype).min
+            self.mask_B11C = torch.nn.functional.pad(self.mask_B11C, (0, _STEP), value=least)
+        self.mask_B11C[..., self.length] = 0
+        return self.mask_B11C
+
+    def keep(self, rows_B: torch.Tensor) -> None:
+        self.reorder_cache(rows_B)
+        if self.mask_B11C.shape[0] > 1:
+            self.mask_B11C = self.mask_B11C[rows_B]
+
+
+def fits(config: PretrainedConfig) -> bool:
+    """Whether every layer attends to all that was before: no sliding window, no state space, nothing shared."""
+    layers = DynamicCache(config=config).layers
+    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+
+
+def one_token_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """`attend` as transformers calls it: queries of one token [B, H, 1, W] → [B, 1, H, W], and no weights."""
+    if named := [name for name in _UNKNOWN if kwargs.get(name) is not None]:
+        raise NotImplementedError(f"attention with {' and '.join(named)}")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend(query[:, :, 0], key, value, attention_mask, scaling)[:, None], None
+
+
+def attend(
+    query_BHW: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask_B11C: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """softmax(query · keyᵀ · scaling + mask) · value [B, H, W] for one query per head over keys and values [B, K, C, W].
+
+    Scores are rounded to the dtype of the keys; their softmax is in the mask's. Heads that share keys are one product.
+    """
+    B, K, C, W = key.shape
+    query = query_BHW.reshape(B * K, -1, W)
+    scores = torch.bmm(query, key.view(B * K, C, W).transpose(1, 2)).view(B, K, -1, C)
+    weights = torch.softmax(torch.add(mask_B11C, scores, alpha=scaling), -1).to(value.dtype)
+    return torch.bmm(weights.view(B * K, -1, C), value.view(B * K, C, -1)).view(B, -1, value.shape[-1])
+
+
+AttentionInterface.register(ATTENTION, one_token_attention)
+
+
+@contextmanager
+def one_token_attention_in(config: PretrainedConfig) -> Iterator[None]:
+    """Models that read this config attend with `one_token_attention` inside."""
+    before = config._attn_implementation
+    config._attn_implementation = ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def _zeros(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    # Not empty: a masked column still meets a weight of 0, and 0 · nan is nan.
+    return torch.zeros((rows, like.shape[1], columns, like.shape[3]), dtype=like.dtype, device=like.device)
+
+
+def _longer(states: torch.Tensor) -> torch.Tensor:
+    longer = _zeros(states, states.shape[0], states.shape[2] + _STEP)
+    longer[:, :, : states.shape[2]] = states
+    return longer

@@ -1,0 +1,254 @@
+"""Token by token from prompts: the fast way for models that attend to everything, the plain way for all others.
+
+Both have the same two methods, and the plain one is what the fast one is checked against. `logits(None)` reads the
+prompts; `logits(tokens_B)` appends one token to every row. Both return float32 logits [B, vocab] for the next token.
+`keep(rows_B)` goes on with these rows only, in this order. Gradients off, dropout off, modes restored, autocast off: the
+weights are in the dtype to decode in already (`Backbone.decode`).
+
+Shape letters: B sequences, T time, P prompt length (padded), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Cache, DynamicCache
+
+from distillm_cli.errors import ModelError
+from distillm_cli.models.cache import ContiguousCache, fits, one_token_attention_in
+from distillm_cli.models.modes import evaluating
+from distillm_cli.models.steps import fused_act, step_of
+
+if TYPE_CHECKING:
+    from distillm_cli.models.backbone import Backbone
+
+# Families whose layers hold the state of decoding themselves, where no row can be padded or dropped.
+_STATE_IN_LAYERS = ("recurrent_gemma", "xlstm")
+
+# Prompts are read together when the shortest is at least this share of the longest, or this near it: below that, padding
+# costs more than another pass. More tokens than that at once leave the processor's caches.
+_ALIKE, _NEAR, _TOKENS = 7 / 8, 8, 4096
+
+
+class PlainDecoding:
+    """All prompts in one pass, padded on the left; transformers' own cache, of whatever kind the model has."""
+
+    def __init__(self, backbone: Backbone, prompts: Sequence[np.ndarray]):
+        self._pass = _Pass(backbone)
+        self._prompt_BP, mask_BP, self._positions_BP = _left_padded(prompts, backbone.device)
+        self._mask_BT = None if mask_BP.all() else mask_BP
+        self._cache = DynamicCache(config=backbone.model.config)
+
+    @torch.no_grad()
+    def logits(self, tokens_B: torch.Tensor | None) -> torch.Tensor:
+        _check_turn(tokens_B, self._prompt_BP is not None)
+        if tokens_B is None:
+            ids_BT, self._prompt_BP = self._prompt_BP, None
+        else:
+            ids_BT = tokens_B.to(self._positions_BP.device)[:, None]
+            self._positions_BP = self._positions_BP[:, -1:] + 1
+            if self._mask_BT is not None:
+                # A pure state space model has the padding behind it once the prompt is read.
+                self._mask_BT = None if self._pass.recurrent else F.pad(self._mask_BT, (0, 1), value=1)
+        return self._pass(ids_BT, self._cache, self._mask_BT, self._positions_BP)
+
+    def keep(self, rows_B: torch.Tensor) -> None:
+        rows_B = rows_B.to(self._positions_BP.device)
+        self._positions_BP = self._positions_BP[rows_B]
+        if self._mask_BT is not None:
+            self._mask_BT = self._mask_BT[rows_B]
+        if self._prompt_BP is not None:
+            self._prompt_BP = self._prompt_BP[rows_B]
+            return
+        # Not batch_select_indices, which the layers of state space models do not have.
+        self._cache.reorder_cache(rows_B)
+
+
+class FastDecoding:
+    """Prompts of like length in a pass of their own, then all rows together over a cache in one piece (`cache.py`)."""
+
+    def __init__(self, backbone: Backbone, prompts: Sequence[np.ndarray], *, step: bool):
+        self._backbone, self._pass = backbone, _Pass(backbone)
+        self._step = step_of(backbone.trunk) if step and not backbone.own_logits else None
+        self._prompts: list[np.ndarray] | None = list(prompts)
+
+    @torch.no_grad()
+    def logits(self, tokens_B: torch.Tensor | None) -> torch.Tensor:
+        _check_turn(tokens_B, self._prompts is not None)
+        if tokens_B is None:
+            return self._read_prompts()
+        self._positions_B1 = self._positions_B1 + 1
+        ids_B1 = tokens_B.to(self._positions_B1.device)[:, None]
+        if self._step is not None:
+            with torch.autocast(ids_B1.device.type, enabled=False):
+                return self._pass.head.logits(self._step(ids_B1[:, 0], self._positions_B1, self._cache))
+        # transformers' own kernels are made for long queries; on other devices they are good at short ones too.
+        attention = one_token_attention_in(self._pass.config) if ids_B1.device.type == "cpu" else nullcontext()
+        with attention:
+            return self._pass(ids_B1, self._cache, self._cache.mask(), self._positions_B1)
+
+    def _read_prompts(self) -> torch.Tensor:
+        prompts, self._prompts = self._prompts, None
+        device, lengths = self._backbone.device, [len(prompt) for prompt in prompts]
+        self._cache = ContiguousCache(len(prompts), max(lengths))
+        self._positions_B1 = torch.tensor(lengths, device=device)[:, None] - 1
+        logits_BV = None
+        for rows in _alike(lengths):
+            ids_BP, mask_BP, positions_BP = _left_padded([prompts[b] for b in rows], device)
+            part = DynamicCache(config=self._backbone.model.config)
+            part_BV = self._pass(ids_BP, part, None if mask_BP.all() else mask_BP, positions_BP)
+            self._cache.take(rows, part)
+            if logits_BV is None:
+                logits_BV = part_BV.new_empty((len(prompts), part_BV.shape[1]))
+            logits_BV[rows] = part_BV
+        # The scores' softmax is in float32 where it is ours, and other kernels want the mask in the dtype of the keys.
+        self._cache.start(lengths, torch.float32 if device.type == "cpu" else self._backbone.model.dtype)
+        return logits_BV
+
+    def keep(self, rows_B: torch.Tensor) -> None:
+        if self._prompts is not None:
+            self._prompts = [self._prompts[b] for b in rows_B.tolist()]
+            return
+        rows_B = rows_B.to(self._positions_B1.device)
+        self._positions_B1 = self._positions_B1[rows_B]
+        self._cache.keep(rows_B)
+
+
+class _Pass:
+    """One pass of the model: ids [B, T] behind a cache → float32 logits [B, vocab] after the last of them."""
+
+    def __init__(self, backbone: Backbone):
+        self._own_logits, self._vocab = backbone.own_logits, backbone.vocab
+        self._runs = backbone.model if self._own_logits else backbone.trunk
+        self._modules = list(backbone.model.modules())
+        self.head = None if self._own_logits else backbone.head().prepared()
+        self.config = self._runs.config
+        names = ("past_key_values", "cache_params", "position_ids", "logits_to_keep")
+        accepts = inspect.signature(self._runs.forward).parameters
+        # A wrapper's forward(*args, **kwargs) names nothing; what is behind it is taken to be of the usual kind.
+        usual = "input_ids" not in accepts
+        self._accepts = {n for n in names if n in accepts or (usual and n != "cache_params")}
+        self._cache_name = next((n for n in names[:2] if n in self._accepts), None)
+        self.recurrent = self._cache_name == "cache_params"
+        family = backbone.model.config.model_type
+        if self._cache_name is None or family in _STATE_IN_LAYERS:
+            raise ModelError(
+                f"cannot generate with a {family} model: it has no cache of the usual kind",
+                hint="train on data set rows only: --set schedule.kind=off",
+            )
+
+    def __call__(
+        self, ids_BT: torch.Tensor, cache: Cache, mask: torch.Tensor | None, positions_BT: torch.Tensor
+    ) -> torch.Tensor:
+        inputs: dict[str, Any] = {"attention_mask": mask, self._cache_name: cache}
+        if "position_ids" in self._accepts:  # learned positions would count the padding too
+            inputs["position_ids"] = positions_BT
+        # In training mode gradient checkpointing would drop the cache without an error.
+        with evaluating(self._modules), torch.autocast(ids_BT.device.type, enabled=False):
+            if self._own_logits:
+                if "logits_to_keep" in self._accepts:
+                    inputs["logits_to_keep"] = 1
+                return self._runs(input_ids=ids_BT, use_cache=True, **inputs).logits[:, -1, : self._vocab].float()
+            states_BTD = self._runs(input_ids=ids_BT, use_cache=True, **inputs)[0]
+            return self.head.logits(states_BTD[:, -1])
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy in evaluation mode, its float32 weights in ``dtype``; buffers and config are the model's own.
+
+    What transformers keeps in float32 when it loads a model in this dtype stays float32 here too.
+    """
+    kept = [*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
+    if dtype == torch.float16:
+        kept += [*(getattr(model, "_keep_in_fp32_modules", None) or ())]
+    memo: dict[int, Any] = {id(model.config): model.config} | {id(buffer): buffer for buffer in model.buffers()}
+    for name, weight in model.named_parameters():
+        same = weight.dtype != torch.float32 or any(part in name.split(".") for part in kept)
+        memo[id(weight)] = nn.Parameter(weight.detach() if same else weight.detach().to(dtype), requires_grad=False)
+    # Whatever the memo holds is not copied, so the float32 weights are never there twice, and tied ones stay tied.
+    made = copy.deepcopy(model, memo).eval()
+    for module in list(made.modules()):
+        for name, child in module.named_children():
+            if (fused := fused_act(child)) is not child:
+                setattr(module, name, fused)
+    return made
+
+
+class Ways(NamedTuple):
+    """What was found to give a model's own logits. fast: the cache in one piece. step: the written-out step over it."""
+
+    fast: bool
+    step: bool
+
+
+def ways(backbone: Backbone) -> Ways:
+    """Which ways suit the model, by trying them on short prompts and a few tokens after them, in the weights' dtype."""
+    fast = fits(backbone.model.config) and _agrees(backbone, step=False)
+    written = not backbone.own_logits and step_of(backbone.trunk) is not None
+    return Ways(fast, fast and written and _agrees(backbone, step=True))
+
+
+@torch.no_grad()
+def _agrees(backbone: Backbone, *, step: bool) -> bool:
+    ids = np.arange(4 * _NEAR) * 7 % backbone.vocab
+    prompts = [ids[: 2 * _NEAR], ids[:3], ids[3 : 3 + 2 * _NEAR]]
+    fast, plain = FastDecoding(backbone, prompts, step=step), PlainDecoding(backbone, prompts)
+    tokens_B = None
+    for at in range(4):
+        expected_BV = plain.logits(tokens_B)
+        try:
+            found_BV = fast.logits(tokens_B)
+        except Exception:  # a family that reads masks or caches in a way of its own; the plain way is there for it
+            return False
+        if not close(found_BV, expected_BV, backbone.model.dtype):
+            return False
+        tokens_B = expected_BV.argmax(-1)
+        if at == 1:
+            rows_B = torch.tensor([2, 1], device=tokens_B.device)
+            tokens_B = tokens_B[rows_B]
+            fast.keep(rows_B)
+            plain.keep(rows_B)
+    return True
+
+
+def close(ours_NV: torch.Tensor, own_NV: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Logits the same but for 1e-3 of their spread and the rounding of the model's dtype."""
+    tolerance = 1e-3 * own_NV.std() + 4 * torch.finfo(dtype).eps * own_NV.abs().max()
+    return bool((ours_NV - own_NV).abs().max() <= tolerance)
+
+
+def _check_turn(tokens_B: torch.Tensor | None, unread: bool) -> None:
+    if (tokens_B is None) != unread:
+        raise ValueError("the first call reads the prompts (None), every later one takes a token per row")
+
+
+def _left_padded(prompts: Sequence[np.ndarray], device: torch.device) -> tuple[torch.Tensor, ...]:
+    """(ids, mask, positions), each [B, P]; positions count from each prompt's first token."""
+    B, P = len(prompts), max(len(prompt) for prompt in prompts)
+    ids_BP, mask_BP = np.zeros((B, P), dtype=np.int64), np.zeros((B, P), dtype=np.int64)
+    for b, prompt in enumerate(prompts):
+        ids_BP[b, P - len(prompt) :] = prompt
+        mask_BP[b, P - len(prompt) :] = 1
+    positions_BP = np.maximum(mask_BP.cumsum(1) - 1, 0)
+    return tuple(torch.from_numpy(x).to(device) for x in (ids_BP, mask_BP, positions_BP))
+
+
+def _alike(lengths: Sequence[int]) -> list[list[int]]:
+    """Row numbers in groups of like length."""
+    groups: list[list[int]] = []
+    for b in sorted(range(len(lengths)), key=lambda b: -lengths[b]):
+        longest = lengths[groups[-1][0]] if groups else 0
+        alike = lengths[b] >= min(_ALIKE * longest, longest - _NEAR)
+        if groups and alike and (len(groups[-1]) + 1) * longest <= _TOKENS:
+            groups[-1].append(b)
+        else:
+            groups.append([b])
+    return groups

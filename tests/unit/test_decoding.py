@@ -1,0 +1,148 @@
+"""The fast ways to decode, against recomputing everything for every token."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from distillm_cli.models import cache
+from distillm_cli.models.backbone import Backbone
+from distillm_cli.models.decoding import FastDecoding, PlainDecoding, cast
+from tests import tiny
+
+VOCAB = 97
+STEPS = 40  # more than the cache grows by at a time
+LENGTHS = (3, 19, 6, 18, 17, 1)
+STEP = {"gpt2", "gpt2-untied", "llama", "llama-tied", "qwen2", "qwen3"}
+FAST = STEP | {"opt", "opt-350m", "gemma", "phi", "gptj", "gpt_neox", "cohere", "granite"}
+
+
+def backbone(family: str, **fields) -> Backbone:
+    return Backbone(tiny.model(family, VOCAB + 4, **fields), tiny.tokenizer(size=VOCAB))
+
+
+def prompts(lengths=LENGTHS) -> list[np.ndarray]:
+    return [s.prompt for s in tiny.sequences([(n, 1) for n in lengths], VOCAB, seed=3)]
+
+
+def forced(decoding, tokens_BT: torch.Tensor, leave: dict[int, list[int]]) -> dict[tuple[int, int], torch.Tensor]:
+    """(row, step) → logits when each row goes on with these tokens; leave: step → places of those that stay."""
+    rows, found = torch.arange(len(tokens_BT)), {}
+    for step in range(tokens_BT.shape[1] + 1):
+        if step in leave:
+            decoding.keep(torch.tensor(leave[step]))
+            rows = rows[leave[step]]
+        logits = decoding.logits(tokens_BT[rows, step - 1] if step else None)
+        found |= {(int(row), step): logits[b] for b, row in enumerate(rows)}
+    return found
+
+
+@torch.no_grad()
+def recomputed(model: nn.Module, prompt: np.ndarray, tokens_T: torch.Tensor) -> torch.Tensor:
+    ids = torch.cat([torch.from_numpy(prompt.astype(np.int64)), tokens_T])[None]
+    return model(ids, use_cache=False).logits[0, len(prompt) - 1 :, :VOCAB].float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
+@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+def test_decoding_is_the_same_as_recomputing_everything(family, dtype):
+    """Ragged prompts, a cache that grows, rows that leave and change places."""
+    model, ps = backbone(family), prompts()
+    tokens = torch.randint(VOCAB, (len(ps), STEPS), generator=torch.Generator().manual_seed(5))
+    leave = {7: [5, 0, 1, 3], 20: [3, 1], 35: [1]}  # rows 5 0 1 3, then 3 0, then 0
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        found = forced(model.decode(ps), tokens, leave)
+    assert len(found) == 6 * 7 + 4 * 13 + 2 * 15 + 6
+    exact = model.model if dtype == torch.float32 else cast(model.model, dtype)
+    expected = [recomputed(exact, p, tokens[row]) for row, p in enumerate(ps)]
+    gap = torch.stack([found[row, step] - expected[row][step] for row, step in found])
+    if dtype == torch.float32:
+        assert gap.abs().max() < 2e-3
+    else:  # rounding adds up differently in another shape: as far apart as bf16 itself is from float32
+        precise = [recomputed(model.model, p, tokens[row]) for row, p in enumerate(ps)]
+        rounding = torch.stack([expected[row][step] - precise[row][step] for row, step in found])
+        assert gap.square().mean() < 2 * rounding.square().mean()
+        assert gap.abs().max() < 2 * rounding.abs().max()
+
+
+@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+def test_each_family_decodes_the_fastest_way_that_suits_it(family):
+    model = backbone(family)
+    decoding = model.decode(prompts())
+    assert isinstance(decoding, FastDecoding if family in FAST else PlainDecoding)
+    assert model._ways == (family in FAST, family in STEP)
+
+
+class Doubling(nn.Linear):
+    """What an adapter or a quantised layer looks like: a Linear that does something else."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_layers_that_are_not_transformers_own_are_never_written_out():
+    model = backbone("llama")
+    assert model.decode(prompts())._step is not None
+    own = model.model.model.layers[1].self_attn.q_proj
+    other = Doubling(own.in_features, own.out_features, bias=False)
+    other.load_state_dict(own.state_dict())
+    model.model.model.layers[1].self_attn.q_proj = other
+    decoding, tokens = model.decode(prompts()), torch.randint(VOCAB, (6, 4))
+    assert decoding._step is None
+    found = forced(decoding, tokens, {})
+    expected = [recomputed(model.model, p, tokens[row]) for row, p in enumerate(prompts())]
+    for (row, step), logits in found.items():
+        assert_close(logits, expected[row][step], rtol=1e-3, atol=1e-3)
+
+
+def test_a_hook_is_called_for_every_token():
+    model, calls = backbone("gpt2"), []
+    model.decode(prompts())
+    hook = model.model.transformer.h[0].register_forward_hook(lambda *args: calls.append(1))
+    forced(model.decode(prompts((4, 4))), torch.zeros((2, 5), dtype=torch.int64), {})
+    hook.remove()
+    assert len(calls) == 6
+
+
+def test_a_step_that_does_not_give_the_models_logits_is_not_used():
+    model = backbone("llama")
+    mlp = model.model.model.layers[0].mlp
+    whole = mlp.forward
+    mlp.forward = lambda x: whole(x) * 1.5  # the class is transformers' own, what it does is not
+    model.decode(prompts())
+    assert model._ways == (True, False)
+
+
+def test_a_cast_copy_is_of_the_weights_as_they_are_now_and_leaves_the_model_alone():
+    model = backbone("gpt2").train()
+    copied = cast(model.model, torch.bfloat16)
+    assert copied.lm_head.weight is copied.transformer.wte.weight  # tied stays tied
+    assert {p.dtype for p in copied.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not copied.training
+    assert model.model.transformer.h[0].training
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model.decode(prompts()).logits(None)
+        with torch.no_grad():
+            model.model.transformer.ln_f.bias.add_(1.0)
+        after = model.decode(prompts()).logits(None)
+    assert (before - after).abs().max() > 0.5
+    assert after.dtype == torch.float32
+
+
+def test_rotary_frequencies_stay_float32_in_a_cast_copy():
+    model = backbone("llama").model
+    assert cast(model, torch.bfloat16).model.rotary_emb.inv_freq is model.model.rotary_emb.inv_freq
+
+
+def test_the_attention_of_the_config_is_what_it_was_also_after_an_exception():
+    model = backbone("opt")
+    decoding = model.decode(prompts())
+    decoding.logits(None)
+    with pytest.raises(IndexError):
+        decoding.logits(torch.full((6,), 10_000))
+    assert model.model.config._attn_implementation == "sdpa"
+    assert cache.ATTENTION != "sdpa"

@@ -1,0 +1,105 @@
+"""Choosing a token: fast filters and the two-level inverse of the cumulative sum, against their slow definitions."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from distillm_cli.core.sampling import Sampling, choose, inverse_cdf, keep_nucleus
+
+LARGE = 50_257
+
+
+def rows(count: int, vocab: int, seed: int, spread: float = 2.0) -> torch.Tensor:
+    return torch.randn(count, vocab, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+def slow_nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
+    """By a stable sort, one row at a time, in float64."""
+    kept = torch.zeros_like(probabilities)
+    for row, p_V in enumerate(probabilities):
+        mass = 0.0
+        for token in p_V.sort(descending=True, stable=True).indices.tolist():
+            if mass >= top_p:
+                break
+            kept[row, token] = p_V[token]
+            mass += float(p_V[token])
+    return kept
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), vocab=st.integers(2, 700), spread=st.floats(0, 6), top_p=st.floats(0.01, 0.999))
+def test_the_nucleus_is_that_of_a_full_sort(seed, vocab, spread, top_p):
+    probabilities = rows(4, vocab, seed, spread).softmax(-1)
+    expected = slow_nucleus(probabilities, top_p)
+    keep_nucleus(probabilities, top_p)
+    assert torch.equal(probabilities, expected)
+
+
+def test_of_equally_likely_tokens_the_nucleus_keeps_the_first():
+    probabilities = torch.tensor([[0.1, 0.3, 0.3, 0.3], [0.25, 0.25, 0.25, 0.25]])
+    keep_nucleus(probabilities, 0.5)
+    assert probabilities.gt(0).tolist() == [[False, True, True, False], [True, True, False, False]]
+
+
+def test_a_flat_row_does_not_change_its_neighbours_nucleus():
+    peaked, flat = rows(1, 5_000, seed=1, spread=4).softmax(-1), torch.full((1, 5_000), 1 / 5_000)
+    together, alone = torch.cat([peaked, flat]), peaked.clone()
+    keep_nucleus(together, 0.9)
+    keep_nucleus(alone, 0.9)
+    assert torch.equal(together[:1], alone)
+    assert together[1].gt(0).sum() == pytest.approx(4_500, abs=2)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), vocab=st.integers(2, 400), top_k=st.integers(1, 400))
+def test_top_k_draws_only_the_likeliest_and_all_of_them(seed, vocab, top_k):
+    logits = rows(1, vocab, seed, spread=0.5)
+    uniforms = torch.linspace(0, 1, 4_000, dtype=torch.float64)[:-1]
+    drawn = set(choose(logits.expand(len(uniforms), -1), Sampling(top_k=top_k), uniforms).tolist())
+    assert drawn == set(logits[0].topk(min(top_k, vocab)).indices.tolist())
+
+
+@pytest.mark.parametrize("vocab", [60, 4_095, 4_096, 4_099, LARGE])
+def test_two_levels_find_the_token_that_one_float64_sum_finds(vocab):
+    """Except where the uniform is nearer to a boundary than a float32 probability is exact."""
+    weights = rows(64, vocab, seed=2).softmax(-1)
+    uniforms = torch.from_numpy(np.random.default_rng(0).random(64))
+    cumulative = weights.double().cumsum(-1)
+    points = uniforms * cumulative[:, -1]
+    picks = inverse_cdf(weights, uniforms)
+    chosen = picks[:, None]
+    below = (cumulative.gather(-1, chosen) - weights.double().gather(-1, chosen)).squeeze(-1)
+    assert (points >= below - 1e-6).all()
+    assert (points <= cumulative.gather(-1, chosen).squeeze(-1) + 1e-6).all()
+    assert (picks == torch.searchsorted(cumulative, points[:, None], right=True).squeeze(-1)).float().mean() > 0.95
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    uniform=st.one_of(st.floats(0, 1, exclude_max=True), st.sampled_from([0.0, 1 - 2**-53, 0.5])),
+)
+def test_a_token_of_weight_zero_is_never_found_in_a_large_vocabulary(seed, uniform):
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.zeros(2, LARGE)
+    weights[0, torch.randint(LARGE, (3,), generator=generator)] = torch.rand(3, generator=generator) + 1e-8
+    weights[1, torch.randint(LARGE, (1,), generator=generator)] = 1e-30
+    picks = inverse_cdf(weights, torch.full((2,), uniform, dtype=torch.float64))
+    assert (weights.gather(-1, picks[:, None]) > 0).all()
+
+
+def test_one_uniform_per_row_samples_a_large_softmax_exactly():
+    """Chi-square over 50,257 tokens, the rare ones taken together by the hundred."""
+    weights, n = rows(1, LARGE, seed=4, spread=3.0).softmax(-1), 10_000
+    uniforms = torch.from_numpy(np.random.default_rng(3).random(n))
+    picks = torch.cat([inverse_cdf(weights.expand(100, -1), part) for part in uniforms.split(100)])
+    p = weights[0].double()
+    bins = torch.empty(LARGE, dtype=torch.int64)
+    order = p.argsort(descending=True)
+    bins[order] = torch.where(torch.arange(LARGE) < 100, torch.arange(LARGE), 100 + torch.arange(LARGE) % 100)
+    counts = torch.bincount(bins[picks], minlength=200).numpy()
+    expected = torch.zeros(200, dtype=torch.float64).index_add_(0, bins, p).numpy() * n
+    assert stats.chisquare(counts, expected * (counts.sum() / expected.sum())).pvalue > 1e-3
