@@ -68,7 +68,7 @@ def test_whatever_shapes_the_states_gives_a_cache_of_its_own():
     with torch.no_grad():
         next(changed.parameters())[0, 0] += 1e-3
     cut.vocab -= 1
-    own_logits._own_logits = True
+    own_logits.own_logits = True
     reordered = [ROWS[1], ROWS[0], *ROWS[2:]]
     shifted = [replace(ROWS[0], prompt=ROWS[0].prompt[:-1], response=ROWS[0].response), *ROWS[1:]]
     keys += [key_of(backbone) for backbone in (changed, cut, own_logits)]
