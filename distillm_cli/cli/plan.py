@@ -146,7 +146,7 @@ def memory_estimate(run: Prepared, keeping: Keeping | None = None) -> dict[str, 
 
     keeping: of the teacher's states; those on disk are mapped, and take no memory that others need.
     """
-    from distillm_cli.core.fused import CHUNK_BYTES
+    from distillm_cli.core.fused import work_bytes
 
     recipe, student = run.recipe, run.student.model
     trainable = sum(p.numel() for p in student.parameters() if p.requires_grad)
@@ -154,12 +154,13 @@ def memory_estimate(run: Prepared, keeping: Keeping | None = None) -> dict[str, 
     layers, width = getattr(config, "num_hidden_layers", 1), getattr(config, "hidden_size", 1)
     value = 4 if run.dtype.itemsize == 4 else 2
     positions = min(recipe.train.batch_size, len(run.train)) * int(run.train.lengths.max())
+    head = run.pair.vocab * width * (4 if value == 4 else 6)  # its gradient, and its copy in the products' dtype
     parts = {
         "student_weights": sum(p.numel() * p.element_size() for p in student.parameters()),
         "gradients": 4 * trainable,
         "optimizer": 8 * trainable,
         "activations": positions * layers * width * value * (2 if recipe.train.gradient_checkpointing else 34),
-        "loss": min(CHUNK_BYTES, 24 * positions * run.pair.vocab) + 4 * run.pair.vocab * width,
+        "loss": work_bytes(positions, run.pair.vocab, run.dtype.itemsize, run.device.type) + head,
     }
     if run.pair.teacher is not None:
         teacher = run.pair.teacher.model

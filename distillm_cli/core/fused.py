@@ -166,6 +166,14 @@ def _total_and_grads(inputs: Inputs, work: _Work, wanted: tuple[bool, ...]) -> t
     return total, tuple(None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
 
 
+def work_bytes(tokens: int, vocab: int, itemsize: int, device: str) -> int:
+    """About what the loss takes for itself while it runs, beside the gradients: a chunk's logits of both models, and the
+    tables of a part (some eight of them, float32). itemsize: of the products; device: its type."""
+    part = _TABLE_BYTES.get(device, _TABLE_BYTES_ELSEWHERE)
+    chunk = min(tokens, max(_CHUNK_TOKENS, part // (4 * vocab)))
+    return min(CHUNK_BYTES, 2 * chunk * vocab * itemsize) + 8 * max(min(part, 4 * tokens * vocab), 4 * vocab)
+
+
 def _most_tokens(student: _Side, teacher: _Side | None, exact: torch.dtype) -> int:
     """Of a chunk: enough for the products' speed, and for one part at least, but no more than fit the budget."""
     bytes_per_token = sum(side.V * side.hidden_ND.dtype.itemsize for side in (student, teacher) if side is not None)
