@@ -110,7 +110,8 @@ class FastDecoding:
                 logits_BV = part_BV.new_empty((len(prompts), part_BV.shape[1]))
             logits_BV[rows] = part_BV
         # The scores' softmax is in float32 where it is ours, and other kernels want the mask in the dtype of the keys.
-        self._cache.start(lengths, torch.float32 if device.type == "cpu" else self._backbone.model.dtype)
+        ours = self._step is not None or device.type == "cpu"
+        self._cache.start(lengths, torch.float32 if ours else self._backbone.model.dtype)
         return logits_BV
 
     def keep(self, rows_B: torch.Tensor) -> None:

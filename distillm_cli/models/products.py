@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 
-# A layout is chosen for so many rows and serves other numbers as well. Laying a weight out costs a few products.
+# A layout is chosen for so many rows and serves other numbers as well.
 _ROWS = 32
+
+# A layout is a second copy of the weight; above so many numbers (half a gigabyte of bf16) that is too dear.
+_MOST = 1 << 28
 
 
 class Linear:
@@ -19,11 +24,18 @@ class Linear:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
         self.packed: torch.Tensor | None = None
-        mkldnn = torch.ops.mkldnn
-        if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported():
-            self.packed = mkldnn._reorder_linear_weight(self.weight.contiguous(), _ROWS)
+        if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and weight.numel() <= _MOST and _can_pack():
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), _ROWS)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self.packed is None:
             return F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+@cache
+def _can_pack() -> bool:
+    """Whether this build of torch has the operators, which are torch's own compiler's, and this processor the products."""
+    names = ("_is_mkldnn_bf16_supported", "_reorder_linear_weight", "_linear_pointwise")
+    there = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
+    return there and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -25,10 +25,15 @@ Step = Callable[[torch.Tensor, torch.Tensor, ContiguousCache], torch.Tensor]
 
 _LLAMAS = ("Llama", "Qwen2", "Qwen3", "Mistral")
 
+# In a larger model the products take all the time, and a second copy of some weights is dear.
+_MOST_WEIGHTS = 1_000_000_000
+
 
 def step_of(trunk: nn.Module | None) -> Step | None:
     """The step of this model, its weights as they are now; None where none was written for it."""
-    if trunk is None or any(module._forward_hooks or module._forward_pre_hooks for module in trunk.modules()):
+    if trunk is None or any(_altered(module) for module in trunk.modules()):
+        return None
+    if sum(weight.numel() for weight in trunk.parameters()) > _MOST_WEIGHTS:
         return None
     if _is(trunk, "GPT2Model") and all(_plain_gpt2(block) for block in trunk.h):
         return Gpt2Step(trunk)
@@ -132,6 +137,11 @@ def _plain_llama(layer: nn.Module, family: str) -> bool:
     weights += (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     own = _is(layer, f"{family}DecoderLayer") and _is(attention, f"{family}Attention") and _is(mlp, f"{family}MLP")
     return own and all(type(linear) is nn.Linear for linear in weights)
+
+
+def _altered(module: nn.Module) -> bool:
+    """Whether calling it does more than its class says: hooks, or a forward of its own as accelerate gives it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _is(module: nn.Module, name: str) -> bool:
