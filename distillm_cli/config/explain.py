@@ -118,6 +118,25 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "…"
 
 
+# What other tools call our keys.
+_ELSEWHERE = {
+    "learning_rate": "lr",
+    "lr_scheduler_type": "lr_schedule",
+    "num_train_epochs": "epochs",
+    "max_steps": "steps",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulate",
+    "max_grad_norm": "clip",
+    "warmup_ratio": "warmup",
+    "warmup_steps": "warmup",
+    "save_total_limit": "keep",
+    "dataset": "source",
+    "model_name_or_path": "path",
+    "max_seq_length": "max_length",
+    "lmbda": "mix",
+}
+
+
 def nearest_key(key: str) -> str | None:
     """The valid dotted key that was probably meant: in the same section first, then anywhere by its last name."""
     section, _, name = key.rpartition(".")
@@ -127,6 +146,9 @@ def nearest_key(key: str) -> str | None:
         anywhere.setdefault(k.rpartition(".")[2], k)
     sections = {name: name for name, field in Recipe.model_fields.items() if section_of(field)} if not section else {}
     name = name.replace("-", "_")
+    name = _ELSEWHERE.get(name, name)
+    if name in here:
+        return here[name]
     if name in anywhere:
         return anywhere[name]
     dotted = {k: k for k in leaves()}

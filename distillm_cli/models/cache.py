@@ -1,7 +1,7 @@
 """The key-value cache of the fast way to decode, and the attention of one new token over it.
 
 A cache that grows by concatenation copies itself for every token, and a kernel made for long queries spends most of its
-time packing. Here a layer's keys and values lie in one piece [B, K, C, W], a few columns ahead of what is
+time packing. Here a layer's keys and values lie in one piece [B, K, C, W] that reaches a few columns beyond what is
 filled, and a token's attention is two batched products over that piece; columns that hold nothing are masked.
 
 Shape letters: B sequences, C capacity in columns, H heads, K key-value heads, W width of a head.
@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 ATTENTION = "distillm_one_token"
 
 # Columns added at a time: copied once per so many tokens, and at most so many columns of zeros to multiply with.
-_STEP = 32
+_COLUMNS = 32
 
 # What an attention function may be given that this one does not know; a model that needs it decodes the plain way.
 _UNKNOWN = ("softcap", "s_aux", "position_bias")
@@ -40,7 +40,7 @@ class ContiguousLayer(DynamicLayer):
         """The states of some rows' prompts, whose last token goes into column ``length − 1``."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-            self.keys, self.values = (_zeros(x, self.rows, self.length + _STEP) for x in (keys, values))
+            self.keys, self.values = (_zeros(x, self.rows, self.length + _COLUMNS) for x in (keys, values))
         place = slice(self.length - keys.shape[2], self.length)
         self.keys[rows, :, place], self.values[rows, :, place] = keys, values
 
@@ -98,7 +98,7 @@ class ContiguousCache(Cache):
         """The mask for the next token, which sees itself."""
         if self.length == self.mask_B11C.shape[-1]:
             least = torch.finfo(self.mask_B11C.dtype).min
-            self.mask_B11C = torch.nn.functional.pad(self.mask_B11C, (0, _STEP), value=least)
+            self.mask_B11C = torch.nn.functional.pad(self.mask_B11C, (0, _COLUMNS), value=least)
         self.mask_B11C[..., self.length] = 0
         return self.mask_B11C
 
@@ -165,6 +165,6 @@ def _zeros(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 
 
 def _longer(states: torch.Tensor) -> torch.Tensor:
-    longer = _zeros(states, states.shape[0], states.shape[2] + _STEP)
+    longer = _zeros(states, states.shape[0], states.shape[2] + _COLUMNS)
     longer[:, :, : states.shape[2]] = states
     return longer
