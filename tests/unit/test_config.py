@@ -246,6 +246,8 @@ def test_a_wrong_value_is_told_with_its_place_and_a_cure(recipe, text, said):
         ("train: {alpha: 0.1}", "train.alpha: no such key; did you mean objective.alpha?"),
         ("lr: 1e-4", "lr: no such key; did you mean train.lr?"),
         ("batch-size: 4", "did you mean train.batch_size?"),
+        ("train: {learning_rate: 0.1}", "train.learning_rate: no such key; did you mean train.lr?"),
+        ("schedule: {lmbda: 0.1}", "did you mean schedule.mix?"),
         ("trian: {lr: 1}", "did you mean train?"),
         ("data: {columns: {promt: q}}", "did you mean data.columns.prompt?"),
         ("xyzzy: 1", "xyzzy: no such key; `distillm distill --dry-run` prints every key"),
