@@ -63,7 +63,8 @@ def run(
     if responses is not None:
         ui(Note(f"{total:,} rows in {output}"))
     if cut:
-        ui(Note(f"{cut:,} responses were cut at --max-new-tokens or the context; they have `complete: false`"))
+        what = "1 response was" if cut == 1 else f"{cut:,} responses were"
+        ui(Note(f"{what} cut at --max-new-tokens or the context: `complete: false`"))
     return {
         "command": "generate",
         "status": "ok",

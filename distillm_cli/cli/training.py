@@ -239,7 +239,7 @@ def _tell(
     ui.show(outcome_table(table, lower_is_better=LOWER_IS_BETTER))
     answered = min(len(measured[name].answers) for name in order)
     samples = [
-        Sample(_asked(run, row), row.references[0], {name: measured[name].answers[i] for name in order})
+        Sample(_asked(run, row), row.references, {name: measured[name].answers[i] for name in order})
         for i in sorted({0, answered // 3, 2 * answered // 3} if answered else ())
         for row in [run.valid.rows[i]]
     ]

@@ -48,11 +48,16 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One prompt, one reference, and what each model answered, by the model's name."""
+    """One prompt, its right answers (the first is shown), and what each model answered, by the model's name."""
 
     prompt: str
-    reference: str
+    references: Sequence[str]
     answers: Mapping[str, str] = field(default_factory=dict)
+
+
+def _shown(references: Sequence[str], length: int) -> str:
+    more = f" (or {len(references) - 1:,} more)" if len(references) > 1 else ""
+    return crop(references[0], length) + more
 
 
 class _Fitting:
@@ -122,7 +127,7 @@ def outcome_table(
 def samples_table(samples: Sequence[Sample], *, title: str = "Samples") -> RenderableType:
     """Prompt, reference and every model's answer side by side, one row per sample; stacked under 80 columns.
 
-    Long texts are cropped at word ends; an answer equal to the reference is marked ✓.
+    Long texts are cropped at word ends; an answer equal to any reference is marked ✓.
     """
     return _Samples(samples, title)
 
@@ -152,12 +157,12 @@ class _Samples:
         yield grid
 
     def _texts(self, sample: Sample, length: int) -> list[tuple[str, Text]]:
-        cells = [("prompt", Text(crop(sample.prompt, length))), ("reference", Text(crop(sample.reference, length)))]
+        cells = [("prompt", Text(crop(sample.prompt, length))), ("reference", Text(_shown(sample.references, length)))]
         for name in self.models:
             answer = sample.answers.get(name)
             if answer is None:
                 cells.append((name, Text(NONE, "dim")))
-            elif answer.strip() == sample.reference.strip():
+            elif answer.strip() in {reference.strip() for reference in sample.references}:
                 cells.append((name, Text(f"✓ {crop(answer, length - 2)}", GOOD)))
             else:
                 cells.append((name, Text(crop(answer, length)) if answer.strip() else Text("(nothing)", "dim")))

@@ -27,11 +27,11 @@ OUTCOMES = [
     Outcome("teacher", None, {"rouge_l": 97.7, "exact_match": 95.0}),
 ]
 SAMPLES = [
-    Sample("Sort: dbca", "abcd", {"student before": "aab", "student after": " abcd\n", "teacher": "abcd"}),
+    Sample("Sort: dbca", ["abcd"], {"student before": "aab", "student after": " abcd\n", "teacher": "abcd"}),
     Sample(
-        "Write a letter about the weather " * 9, "Dear friend, " * 99, {"student before": "", "teacher": "so " * 999}
+        "Write a letter about the weather " * 9, ["Dear friend, " * 99], {"student before": "", "teacher": "so " * 999}
     ),
-    Sample("12 + 30 =", "42", {"student before": "4", "student after": "41", "teacher": "42"}),
+    Sample("12 + 30 =", ["42"], {"student before": "4", "student after": "41", "teacher": "42"}),
 ]
 
 
@@ -114,7 +114,7 @@ def test_nothing_is_wider_than_the_terminal(width):
 
 
 def test_what_a_model_writes_cannot_reach_the_terminal():
-    sample = Sample("[red]p[/red]", "r", {"student": "\x1b[2J\x07[bold]x[/bold]\u202e"})
+    sample = Sample("[red]p[/red]", ["r"], {"student": "\x1b[2J\x07[bold]x[/bold]\u202e"})
     text = page(samples_table([sample]), 100)
     assert "�[2J�[bold]x[/bold]�" in text
     assert "[red]p[/red]" in text
@@ -225,3 +225,11 @@ def test_an_empty_table_is_a_table():
 )
 def test_the_sources_in_words(counts, phi, schedule, sentence):
     assert sources_sentence(counts, phi, schedule) == sentence
+
+
+def test_any_right_answer_is_marked_and_how_many_there_are_is_said():
+    sample = Sample("A rhyme for howe", ["jowe", "rowe", "nowe"], {"student": "howe", "teacher": "rowe"})
+    text = page(samples_table([sample]), 100)
+    assert "✓ rowe" in text
+    assert "✓ howe" not in text
+    assert "jowe (or 2 more)" in " ".join(text.split())
