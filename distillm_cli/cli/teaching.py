@@ -90,13 +90,14 @@ def open_teacher(
             rows=run.train.sequences,
             most=run.recipe.train.batch_size,
         )
+    schedule = new_scheduler(run)
     teacher = Teacher(
         model,
         mode=keeping.mode,
         rows=rows,
         company=company,
-        remembers=new_scheduler(run).may_replay,
-        leaves=rows is not None and not new_scheduler(run).may_use_student_outputs,
+        remembers=schedule.may_replay,
+        leaves=rows is not None and not schedule.may_use_student_outputs,
         awaited=_held_out(run),
     )
     teacher.tokens = computed

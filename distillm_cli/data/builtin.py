@@ -169,8 +169,12 @@ def _compare(rng: Random) -> Question:
     return Question((word, a, b), (str(answer),), key=f"{min(a, b)} {max(a, b)}")
 
 
+def _month(rng: Random) -> tuple[int, int]:
+    return _between(rng, 1900, 2099), _between(rng, 1, 12)
+
+
 def _date(rng: Random) -> Question:
-    year, month = _between(rng, 1900, 2099), _between(rng, 1, 12)
+    year, month = _month(rng)
     day = _between(rng, 1, calendar.monthrange(year, month)[1])
     iso = f"{year}-{month:02}-{day:02}"
     return Question((iso,), (f"{day} {MONTHS[month - 1]} {year}",), key=iso)
@@ -207,7 +211,7 @@ def _rhyme(rng: Random) -> Question:
 
 
 def _day(rng: Random) -> Question:
-    year, month = _between(rng, 1900, 2099), _between(rng, 1, 12)
+    year, month = _month(rng)
     when = f"{MONTHS[month - 1]} {year}"
     days = range(1, calendar.monthrange(year, month)[1] + 1)
     return Question((when,), tuple(f"{day} {when}" for day in days), key=when)

@@ -28,7 +28,8 @@ from transformers import (
 
 from distillm_cli.core.events import Listener, Progress, silent
 from distillm_cli.errors import ModelError
-from distillm_cli.models.backbone import Backbone, eval_mode
+from distillm_cli.models.backbone import Backbone
+from distillm_cli.models.modes import eval_mode
 from distillm_cli.models.students import adopt_special_tokens, set_dropout
 
 BUILTIN_TEACHER = Path(__file__).resolve().parent.parent / "assets" / "quickstart-teacher"
