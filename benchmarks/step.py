@@ -63,6 +63,7 @@ class Ours:
 
     def __init__(self, shape: argparse.Namespace, directory: Path):
         from distillm_cli.config import schema
+        from distillm_cli.core import criterion
         from distillm_cli.core.objective import Objective
         from distillm_cli.core.scheduler import Source
         from distillm_cli.core.teacher import Teacher
@@ -81,9 +82,9 @@ class Ours:
         self.batch_size = shape.batch
         self.student, self.teacher = self.pair.student, Teacher(self.pair.teacher)
         self.objective = Objective(
-            self.student, recipe.objective, teacher_head=self.teacher.head, matmul_dtype=torch.bfloat16
+            self.student, criterion.build(recipe.objective), teacher_head=self.teacher.head, matmul_dtype=torch.bfloat16
         ).train()
-        self.terms = self.objective.terms(Source.DATASET)
+        self.terms = self.objective.criterion.terms(Source.DATASET)
         random, sizes = np.random.default_rng(0), (shape.prompt, shape.response)
         rows = [[random.integers(0, shape.vocab, n, dtype=np.int32) for n in sizes] for _ in range(shape.batch)]
         self.sequences = [Sequence(prompt, response, row) for row, (prompt, response) in enumerate(rows)]
@@ -94,7 +95,7 @@ class Ours:
         from distillm_cli.sequences import collate, micro_batches
 
         self.objective.zero_grad(set_to_none=True)
-        count, loss = self.objective.count(self.sequences), 0.0
+        count, loss = self.objective.criterion.count(self.sequences), 0.0
         for micro_batch in micro_batches(self.sequences, self.batch_size):
             batch = collate(micro_batch).to(self.device)
             with torch.autocast(self.device.type, torch.bfloat16):

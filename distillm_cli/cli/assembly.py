@@ -12,6 +12,7 @@ import torch
 
 from distillm_cli.cli import outputs
 from distillm_cli.config.schema import Recipe
+from distillm_cli.core import criterion
 from distillm_cli.core.checkpoint import Checkpoints
 from distillm_cli.core.engine import Engine
 from distillm_cli.core.events import Listener, Note, Warned
@@ -117,7 +118,7 @@ def build_engine(run: Prepared, output: Path, listener: Listener, *, teacher: Te
     recipe = run.recipe
     objective = Objective(
         run.student,
-        None if run.sft else recipe.objective,
+        criterion.build(None if run.sft else recipe.objective),
         teacher_head=None if teacher is None else teacher.head,
         matmul_dtype=None if run.dtype == torch.float32 else run.dtype,
     )

@@ -16,11 +16,12 @@ from distillm_cli.cli.card import model_card
 from distillm_cli.cli.teaching import Opened, open_teacher
 from distillm_cli.config.load import Resolved, to_yaml
 from distillm_cli.core.checkpoint import Checkpoint, latest, read, visible
+from distillm_cli.core.criterion import CROSS_ENTROPY, Criterion
 from distillm_cli.core.engine import LOWER_IS_BETTER, Engine, eval_mode
 from distillm_cli.core.engine import Progress as Reached
 from distillm_cli.core.events import Note, Warned
 from distillm_cli.core.metrics_log import MetricsLog
-from distillm_cli.core.objective import CROSS_ENTROPY, Objective
+from distillm_cli.core.objective import Objective
 from distillm_cli.data.prompts import render
 from distillm_cli.errors import CheckpointError, Interrupted, signal_number
 from distillm_cli.evaluation.evaluate import SuiteResult, evaluate
@@ -213,7 +214,7 @@ def _titled(ui: Console, name: str):
 
 def _valid_loss(model: Backbone, engine: Engine) -> float:
     """Mean cross-entropy per token on the validation rows, nats: the student's own measure, for any model."""
-    objective = Objective(model, None, matmul_dtype=engine.objective.matmul_dtype)
+    objective = Objective(model, Criterion(None), matmul_dtype=engine.objective.matmul_dtype)
     with eval_mode(objective), torch.no_grad():
         return engine.mean_over_validation(CROSS_ENTROPY, objective)
 

@@ -134,6 +134,9 @@ class Objective(Section):
     beta: Probability = Field(0.5, description="of jsd: m = βp + (1−β)q")
     jeffreys_weight: Probability = Field(0.5, description="λ of jeffreys: 2λ KL(p‖q) + 2(1−λ) KL(q‖p)")
     kd_weight: Probability = Field(1.0, description="(1 − kd_weight)·CE + kd_weight·D; CE on data set rows only")
+    kd_warmup: Probability = Field(
+        0.0, description="share of the steps over which D's weight climbs from 0 to kd_weight: cross-entropy first"
+    )
     reduction: Literal["token", "sequence"] = Field(
         "token", description="mean over the step's response tokens, or per sequence first"
     )

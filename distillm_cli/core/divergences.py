@@ -21,6 +21,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from distillm_cli.config.schema import Objective
+
 
 class Rows:
     """N distributions over the vocabulary, from their logits z; each table is made when it is first asked for, once.
@@ -58,6 +60,11 @@ class Rows:
 
 class Divergence(ABC):
     """D(p, q) ≥ 0, and 0 at p = q, for every row of two [N, V] tables."""
+
+    def at(self, targets_N: Tensor, marks_N: Tensor | None) -> Divergence:
+        """The divergence for these rows. One that treats the supervised token, or tokens marked by its criterion, apart
+        returns a copy that knows them; the others are the same everywhere."""
+        return self
 
     @abstractmethod
     def between(self, p: Rows, q: Rows, with_grad: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -178,17 +185,14 @@ class Jeffreys(Divergence):
         return a * forward_N + b * reverse_N, reverse_h_NV.mul_(b).add_(forward_h_NV, alpha=a) if with_grad else None
 
 
-def build(name: str, *, alpha: float, beta: float, jeffreys_weight: float) -> Divergence:
-    """The divergence of a recipe's ``objective`` section, by its public name.
-
-    alpha: skew of ``skl`` and ``srkl``, 0 ≤ α < 1. beta: of ``jsd``. jeffreys_weight: λ of ``jeffreys``.
-    """
+def build(config: Objective) -> Divergence:
+    """The divergence of a recipe's ``objective`` section."""
     return {
         "kl": KL,
         "rkl": ReverseKL,
-        "skl": lambda: SkewKL(alpha),
-        "srkl": lambda: SkewReverseKL(alpha),
-        "jsd": lambda: JSD(beta),
+        "skl": lambda: SkewKL(config.alpha),
+        "srkl": lambda: SkewReverseKL(config.alpha),
+        "jsd": lambda: JSD(config.beta),
         "tvd": TotalVariation,
-        "jeffreys": lambda: Jeffreys(jeffreys_weight),
-    }[name]()
+        "jeffreys": lambda: Jeffreys(config.jeffreys_weight),
+    }[config.divergence]()

@@ -21,9 +21,10 @@ from torch import nn
 
 from distillm_cli.config.schema import Train
 from distillm_cli.core.checkpoint import Checkpoint, Checkpoints
+from distillm_cli.core.criterion import CROSS_ENTROPY, Piece
 from distillm_cli.core.events import Listener, Note, RunEnded, RunStarted, Saved, Stepped, Validated, silent
-from distillm_cli.core.fused import Terms
-from distillm_cli.core.objective import CROSS_ENTROPY, DIVERGENCE, Objective
+from distillm_cli.core.fused import PerToken, Terms
+from distillm_cli.core.objective import Objective
 from distillm_cli.core.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from distillm_cli.core.replay import ReplayBuffer, pack, unpack
 from distillm_cli.core.rollout import Rollouts
@@ -120,9 +121,9 @@ class Engine:
             while self.at.step < self.steps:
                 clock = time.perf_counter()
                 source = self.scheduler.draw(self.at.step, len(self.replay))
-                sequences = self._draw_sequences(source)
-                loss, grad_norm, lr = self._update(sequences, source)
-                self._count(source, sequences, loss, grad_norm, lr, time.perf_counter() - clock)
+                parts = self._draw_parts(source)
+                loss, grad_norm, lr = self._update(parts)
+                self._count(source, parts, loss, grad_norm, lr, time.perf_counter() - clock)
                 if self._due(self.train.eval_steps):
                     self._validate()
                 self.at.seconds = began_at + time.perf_counter() - started
@@ -141,8 +142,12 @@ class Engine:
         self.say(RunEnded(self.at.step, self.at.reason, self.at.seconds))
         return self.at
 
+    def _draw_parts(self, source: Source) -> list[Piece]:
+        """What the step trains on, source by source."""
+        return [Piece(source, self._draw_sequences(source))]
+
     def _draw_sequences(self, source: Source) -> list[Sequence]:
-        """The step's sequences. Step s looks at data set batch s whatever the source, as prompts or not at all."""
+        """The step's sequences of a source. Step s looks at data set batch s whatever that is, as prompts or not at all."""
         rows = self.batches(self.at.step)
         if source is Source.DATASET:
             return rows
@@ -165,19 +170,26 @@ class Engine:
             self.at.sampled += sum(len(group) for group in groups)
         return self.waiting.popleft()
 
-    def _update(self, sequences: list[Sequence], source: Source) -> tuple[float, float, float]:
-        """One optimizer step over the sequences, in micro-batches; (loss per token, gradient norm, learning rate)."""
+    def _update(self, parts: list[Piece]) -> tuple[float, float, float]:
+        """One optimizer step over all its parts, in micro-batches; (loss per token, gradient norm, learning rate)."""
         lr = learning_rate(self.train, self.at.step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        terms = self.objective.terms(source)
-        count = self.objective.count(sequences)
+        criterion, progress = self.objective.criterion, (self.at.step + 1) / self.steps
+        pieces = [
+            Piece(part.source, group)
+            for part in parts
+            for group in micro_batches(part.sequences, self.train.batch_size)
+        ]
+        own = self._look_ahead(pieces, progress)
+        count = criterion.count([s for part in parts for s in part.sequences])
         loss = torch.zeros((), device=self.device)
-        for micro_batch in micro_batches(sequences, self.train.batch_size):
-            batch = collate(micro_batch).to(self.device)
+        for piece, per_token in zip(pieces, own, strict=True):
+            terms = criterion.terms(piece.source, progress)
+            batch = collate(piece.sequences).to(self.device)
             with self._autocast():
-                teacher_hidden_ND = self.teacher.hidden(batch, micro_batch) if terms.kd else None
-                total, _ = self.objective(batch, teacher_hidden_ND, terms)
+                teacher_hidden_ND = self.teacher.hidden(batch, piece.sequences) if terms.kd else None
+                total, _ = self.objective(batch, teacher_hidden_ND, terms, per_token)
             (total / count).backward()  # one division, by the whole step's count
             loss += total.detach() / count
         norm = nn.utils.clip_grad_norm_(self.objective.parameters(), self.train.clip or math.inf)
@@ -186,16 +198,29 @@ class Engine:
             self.optimizer.zero_grad(set_to_none=True)
             self._save()  # the weights are those before this step: still good
             raise NonFiniteError(
-                f"loss {loss}, gradient norm {grad_norm} at step {self.at.step + 1} ({source} batch); nothing was applied",
+                f"loss {loss}, gradient norm {grad_norm} at step {self.at.step + 1} "
+                f"({'+'.join(part.source for part in parts)} batch); nothing was applied",
                 hint=f"lower --lr (now {lr:g}), or --dtype fp32",
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        criterion.observe(loss, progress)
         return loss, grad_norm, lr
 
-    def _count(self, source, sequences, loss, grad_norm, lr, seconds) -> None:
+    def _look_ahead(self, pieces: list[Piece], progress: float) -> list[PerToken | None]:
+        """Shows the criterion the whole step, where it wants to see it: what its tokens get of their own."""
+        criterion = self.objective.criterion
+        readings = []
+        for piece in pieces if criterion.looks_at else ():
+            batch = collate(piece.sequences).to(self.device)
+            with self._autocast():
+                told_ND = self.teacher.hidden(batch, piece.sequences) if "teacher" in criterion.looks_at else None
+                readings.append(self.objective.read(batch, told_ND))
+        return criterion.look_ahead(pieces, readings, progress)
+
+    def _count(self, source, parts, loss, grad_norm, lr, seconds) -> None:
         at = self.at
-        tokens = sum(len(s.response) for s in sequences)
+        tokens = sum(len(s.response) for part in parts for s in part.sequences)
         at.step, at.tokens, at.train_loss = at.step + 1, at.tokens + tokens, loss
         at.sources[source.value] += 1
         epoch = at.step / self.steps_per_epoch
@@ -210,7 +235,7 @@ class Engine:
             at.valid_loss = self.mean_over_validation(CROSS_ENTROPY)
             at.scores = self.score() if self.score else {}
             if select == "valid_divergence":
-                at.scores["valid_divergence"] = self.mean_over_validation(DIVERGENCE)
+                at.scores["valid_divergence"] = self.mean_over_validation(self.objective.criterion.held_out)
         if at.first_valid_loss is None:
             at.first_valid_loss = at.valid_loss
         rose = self.scheduler.observe(at.valid_loss)
@@ -269,12 +294,14 @@ class Engine:
         if self.checkpoints is None or self.saved_step == self.at.step:
             return
         state = {"progress": dict(vars(self.at)), "scheduler": self.scheduler.state_dict(), "recipe": self.recipe}
+        state["criterion"] = self.objective.criterion.state_dict()
         state["waiting"] = [len(group) for group in self.waiting]
         tensors = optimizer_tensors(self.optimizer) | {"random.cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
         tensors |= pack(self.replay.sequences, "replay")
         tensors |= pack((s for group in self.waiting for s in group), "waiting")
+        tensors |= self.objective.criterion.pack(self.replay.sequences, "replay")
         if self.teacher is not None:
             state["teacher_cache"] = self.teacher.mode
             tensors |= self.teacher.pack(self.replay.sequences, "replay")
@@ -289,8 +316,10 @@ class Engine:
         self.at = Progress(**progress | {"reason": "done"})
         self.saved_step = self.at.step
         self.scheduler.load_state_dict(checkpoint.state["scheduler"])
+        self.objective.criterion.load_state_dict(checkpoint.state.get("criterion", {}))
         load_optimizer_tensors(self.optimizer, checkpoint.tensors)
         self.replay.add(unpack(checkpoint.tensors, "replay"))
+        self.objective.criterion.unpack(checkpoint.tensors, "replay", self.replay.sequences)
         if self.teacher is not None:
             self.teacher.unpack(checkpoint.tensors, "replay", self.replay.sequences)
         waiting = iter(unpack(checkpoint.tensors, "waiting"))

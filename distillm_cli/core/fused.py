@@ -53,6 +53,27 @@ class Terms:
 
     kd: float
     ce: float
+    divergence: Divergence | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class PerToken:
+    """What a token has of its own; each [N], and absent where all tokens are alike.
+
+    weights_N: of the whole of its loss. ce_weights_N: of its cross-entropy, beside that; may be negative (an advantage).
+    marks_N: what ``Divergence.at`` is told of it.
+    """
+
+    weights_N: Tensor | None = None
+    ce_weights_N: Tensor | None = None
+    marks_N: Tensor | None = None
+
+    def __getitem__(self, tokens: slice) -> PerToken:
+        parts = (self.weights_N, self.ce_weights_N, self.marks_N)
+        return PerToken(*(None if part is None else part[tokens] for part in parts))
+
+
+NOTHING = PerToken()
 
 
 def fused_loss(
@@ -61,34 +82,32 @@ def fused_loss(
     targets_N: Tensor,
     *,
     terms: Terms,
-    divergence: Divergence | None = None,
     teacher_hidden_ND: Tensor | None = None,
     teacher_head: HeadLike | None = None,
-    weights_N: Tensor | None = None,
+    per_token: PerToken = NOTHING,
     matmul_dtype: torch.dtype | None = None,
     chunk: int | None = None,
     on_halved: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Σ over N tokens of weight · (kd · D(p, q) + ce · −log q(target)), nats; a scalar with a graph.
+    """Σ over N tokens of weight · (kd · D(p, q) + ce · ce_weight · −log q(target)), nats; a scalar with a graph.
 
     hidden_ND: the student's last hidden states at the positions that predict ``targets_N``. teacher_hidden_ND: the
-    teacher's at the same positions, [N, D_teacher]; widths may differ, vocabularies must not. weights_N: per token, 1
-    when absent. matmul_dtype: of the student's head matmuls (autocast's, when it is on); softmax and divergence are
-    float32, or float64 when the hidden states are. Gradients reach hidden states, head weight and head bias; only those
-    that require one are computed, and under ``no_grad`` none.
+    teacher's at the same positions, [N, D_teacher]; widths may differ, vocabularies must not. matmul_dtype: of the
+    student's head matmuls (autocast's, when it is on); softmax and divergence are float32, or float64 when the hidden
+    states are. Gradients reach hidden states, head weight and head bias; only those that require one are computed, and
+    under ``no_grad`` none.
 
     chunk: most tokens at once; unset, as many as pay and as CHUNK_BYTES allows. Where memory runs out the chunk is halved
     and the loss begun again, down to single tokens; ``on_halved`` is then told the chunk that fitted.
     """
-    if terms.kd and (teacher_hidden_ND is None or teacher_head is None or divergence is None):
+    if terms.kd and (teacher_hidden_ND is None or teacher_head is None or terms.divergence is None):
         raise ValueError("a divergence needs the teacher's hidden states and head")
     work = _Work(
         student_head=head,
         teacher_head=teacher_head if terms.kd else None,
         teacher_hidden_ND=teacher_hidden_ND if terms.kd else None,
         targets_N=targets_N,
-        weights_N=weights_N,
-        divergence=divergence,
+        per_token=per_token,
         terms=terms,
         matmul_dtype=matmul_dtype,
         chunk=chunk,
@@ -99,6 +118,25 @@ def fused_loss(
         return _FusedLoss.apply(hidden_ND, head.weight_VD, head.bias_V, work)
 
 
+@torch.no_grad()
+def target_log_probs(
+    hidden_ND: Tensor,
+    head: HeadLike,
+    targets_N: Tensor,
+    *,
+    matmul_dtype: torch.dtype | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """log-probability [N] of each target, nats, float32 (float64 when the hidden states are), without a graph.
+
+    Arguments as of ``fused_loss``; the same walk, so the same numbers.
+    """
+    work = _Work(head, None, None, targets_N, NOTHING, Terms(kd=0.0, ce=1.0), matmul_dtype, chunk, None, False)
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        value_N, _ = _values_and_grads((hidden_ND, head.weight_VD, head.bias_V), work, (False, False, False))
+    return value_N.neg_()
+
+
 @dataclass(frozen=True)
 class _Work:
     """A call's arguments, apart from the three tensors that autograd must see."""
@@ -107,8 +145,7 @@ class _Work:
     teacher_head: HeadLike | None
     teacher_hidden_ND: Tensor | None
     targets_N: Tensor
-    weights_N: Tensor | None
-    divergence: Divergence | None
+    per_token: PerToken
     terms: Terms
     matmul_dtype: torch.dtype | None
     chunk: int | None
@@ -120,11 +157,11 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias_V, work: _Work):
         wanted = tuple(work.with_grad and need for need in ctx.needs_input_grad[:3])
-        total, ctx.grads = _total_and_grads((hidden_ND, weight_VD, bias_V), work, wanted)
+        value_N, ctx.grads = _values_and_grads((hidden_ND, weight_VD, bias_V), work, wanted)
         if any(wanted):
             ctx.save_for_backward(hidden_ND, weight_VD, bias_V)
             ctx.work, ctx.wanted = work, wanted
-        return total
+        return value_N.sum()
 
     @staticmethod
     @once_differentiable
@@ -134,12 +171,13 @@ class _FusedLoss(torch.autograd.Function):
         inputs = ctx.saved_tensors
         grads, ctx.grads = ctx.grads, None
         if grads is None:
-            _, grads = _total_and_grads(inputs, ctx.work, ctx.wanted)
+            _, grads = _values_and_grads(inputs, ctx.work, ctx.wanted)
         return (*(None if g is None else g.mul_(d_total) for g in grads), None)
 
 
-def _total_and_grads(inputs: Inputs, work: _Work, wanted: tuple[bool, ...]) -> tuple[Tensor, Inputs]:
-    """The loss and, where wanted, its gradients in hidden states, weight and bias; in smaller chunks if it must be."""
+def _values_and_grads(inputs: Inputs, work: _Work, wanted: tuple[bool, ...]) -> tuple[Tensor, Inputs]:
+    """The weighted loss of each token [N] and, where wanted, the gradients of their sum in hidden states, weight and bias;
+    in smaller chunks if it must be."""
     hidden_ND, weight_VD, bias_V = inputs
     exact = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
     student = _Side.of(hidden_ND, weight_VD, bias_V, work.student_head, work.matmul_dtype or hidden_ND.dtype)
@@ -154,7 +192,7 @@ def _total_and_grads(inputs: Inputs, work: _Work, wanted: tuple[bool, ...]) -> t
     while True:
         walk = _Walk(student, teacher, work, exact)
         try:
-            total = walk.run(fitting, inputs, wanted)
+            value_N = walk.run(fitting, inputs, wanted)
             break
         except (RuntimeError, MemoryError) as error:
             if fitting == 1 or not out_of_memory(error):
@@ -163,7 +201,7 @@ def _total_and_grads(inputs: Inputs, work: _Work, wanted: tuple[bool, ...]) -> t
     if fitting < chunk and work.on_halved is not None:
         work.on_halved(fitting)
     grads = (walk.d_hidden_ND, walk.d_weight_VD, walk.d_bias_V)
-    return total, tuple(None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
+    return value_N, tuple(None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
 
 
 def work_bytes(tokens: int, vocab: int, itemsize: int, device: str) -> int:
@@ -244,7 +282,7 @@ class _Walk:
         self.d_hidden_ND = self.d_weight_VD = self.d_bias_V = None
 
     def run(self, chunk: int, inputs: Inputs, wanted: tuple[bool, ...]) -> Tensor:
-        """Σ of the weighted token losses; fills the gradients that are wanted."""
+        """The weighted token losses [N]; fills the gradients that are wanted."""
         hidden_ND, weight_VD, bias_V = inputs
         N = hidden_ND.shape[0]
         self.d_hidden_ND = torch.empty_like(hidden_ND) if wanted[0] else None
@@ -257,7 +295,7 @@ class _Walk:
             dz_CV = self._chunk(tokens, value_N, *tables, needs_grad=any(wanted))
             if weight_VD is not None:
                 self._carry_back(dz_CV, tokens)
-        return value_N.sum()
+        return value_N
 
     def _chunk(self, tokens: slice, value_N: Tensor, table_CV, teacher_table_CV, needs_grad: bool) -> Tensor:
         """Fills in the chunk's losses and returns where its gradient lies: in place of the student's product, or, where
@@ -285,19 +323,20 @@ class _Walk:
     def _losses(self, p: Rows | None, q: Rows, tokens: slice, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
         """Weighted loss per token [R] and, when asked for, its gradient in the student's logits [R, V]."""
         kd, ce = self.work.terms.kd, self.work.terms.ce
-        targets_R, weights_N = self.work.targets_N[tokens], self.work.weights_N
+        targets_R, own = self.work.targets_N[tokens], self.work.per_token[tokens]
         value_R, h_RV = torch.zeros_like(q.z_NV[:, 0]), None
         if p is not None:
-            value_R, h_RV = self.work.divergence.between(p, q, needs_grad)
+            value_R, h_RV = self.work.terms.divergence.at(targets_R, own.marks_N).between(p, q, needs_grad)
             value_R = value_R * kd
         if ce:
-            value_R = value_R - ce * q.log_at(targets_R)
-        weight_R = None if weights_N is None else weights_N[tokens].to(self.exact)
+            ce_R = ce if own.ce_weights_N is None else ce * own.ce_weights_N.to(self.exact)
+            value_R = value_R - ce_R * q.log_at(targets_R)
+        weight_R = None if own.weights_N is None else own.weights_N.to(self.exact)
         if weight_R is not None:
             value_R = value_R * weight_R
         if not needs_grad:
             return value_R, None
-        dz_RV = _logit_grad(h_RV, q.prob_NV, targets_R, kd, ce)
+        dz_RV = _logit_grad(h_RV, q.prob_NV, targets_R, kd, ce_R if ce else 0.0)
         return value_R, dz_RV if weight_R is None else dz_RV.mul_(weight_R.unsqueeze(-1))
 
     def _carry_back(self, dz_CV: Tensor, tokens: slice) -> None:
@@ -316,16 +355,17 @@ class _Walk:
                 self.d_weight_VD[piece] += part_SD.to(self.exact)
 
 
-def _logit_grad(h_RV: Tensor | None, q_RV: Tensor, targets_R: Tensor, kd: float, ce: float) -> Tensor:
-    """kd · (h − q Σ h) + ce · (q − onehot), in few passes. Takes over h, or q where there is no h."""
+def _logit_grad(h_RV: Tensor | None, q_RV: Tensor, targets_R: Tensor, kd: float, ce: float | Tensor) -> Tensor:
+    """kd · (h − q Σ h) + ce · (q − onehot), in few passes; ce may be per row [R]. Takes over h, or q where there is no h."""
+    ce_R1 = ce.unsqueeze(-1) if isinstance(ce, Tensor) else q_RV.new_full((q_RV.shape[0], 1), ce)
     if h_RV is None:
-        dz_RV = q_RV.mul_(ce)
+        dz_RV = q_RV.mul_(ce_R1)
     else:
         if kd != 1:
             h_RV.mul_(kd)
-        dz_RV = h_RV.addcmul_(q_RV, h_RV.sum(-1, keepdim=True).sub_(ce), value=-1)
-    if ce:
-        dz_RV.scatter_add_(-1, targets_R.unsqueeze(-1), dz_RV.new_full((dz_RV.shape[0], 1), -ce))
+        dz_RV = h_RV.addcmul_(q_RV, h_RV.sum(-1, keepdim=True).sub_(ce_R1), value=-1)
+    if isinstance(ce, Tensor) or ce:
+        dz_RV.scatter_add_(-1, targets_R.unsqueeze(-1), -ce_R1)
     return dz_RV
 
 

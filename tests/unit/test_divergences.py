@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from distillm_cli.config.schema import Objective
 from distillm_cli.core.divergences import JSD, KL, ReverseKL, Rows, SkewKL, SkewReverseKL, build, logit_grad
 from tests import plain
 
@@ -25,7 +26,7 @@ SETTINGS = [
 
 
 def make(name, settings):
-    return build(name, **({"alpha": 0.1, "beta": 0.5, "jeffreys_weight": 0.5} | settings))
+    return build(Objective(divergence=name, **({"alpha": 0.1, "beta": 0.5, "jeffreys_weight": 0.5} | settings)))
 
 
 def logits(seed, n=7, v=13, scale=3.0, dtype=torch.float64):

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from distillm_cli.config import schema
 from distillm_cli.core.checkpoint import Checkpoints, read
+from distillm_cli.core.criterion import Criterion, Piece
 from distillm_cli.core.engine import Engine
 from distillm_cli.core.events import Saved, Stepped, Validated
 from distillm_cli.core.metrics_log import MetricsLog
@@ -61,7 +62,9 @@ def build(
             leaves=not scheduler.may_use_student_outputs,
             awaited=HELD_OUT[0] if train.select == "valid_divergence" else (),
         )
-    objective = Objective(backbone, None if sft else schema.Objective(), teacher_head=None if sft else teacher.head)
+    objective = Objective(
+        backbone, Criterion(None if sft else schema.Objective()), teacher_head=None if sft else teacher.head
+    )
     checkpoints = None
     if tmp_path is not None:
         checkpoints = Checkpoints(tmp_path, backbone.model.save_pretrained, keep=train.keep)
@@ -194,7 +197,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(batch_size, accumula
     engine.optimizer = torch.optim.SGD(engine.objective.parameters(), lr=1.0)
     before = weights(engine)
     engine.objective.train()
-    engine._update(rows, Source.DATASET)
+    engine._update([Piece(Source.DATASET, rows)])
     ours = {name: before[name] - value for name, value in weights(engine).items()}
 
     reference = build(method="off", steps=1, backbone=student("llama").double())

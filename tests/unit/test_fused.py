@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -15,10 +15,11 @@ from torch.utils._pytree import tree_leaves
 
 from distillm_cli.config import schema
 from distillm_cli.core import fused
+from distillm_cli.core.criterion import Criterion
 from distillm_cli.core.divergences import KL, SkewKL, build
 from distillm_cli.core.events import Note
-from distillm_cli.core.fused import Terms, fused_loss
-from distillm_cli.core.objective import DIVERGENCE, Objective
+from distillm_cli.core.fused import PerToken, Terms, fused_loss, target_log_probs
+from distillm_cli.core.objective import Objective
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.sequences import collate
 from tests import plain, tiny
@@ -74,14 +75,13 @@ def plain_loss(name, hidden, head, teacher_hidden, teacher_head, targets, terms,
 
 
 def make(name):
-    return build(name, alpha=0.1, beta=0.5, jeffreys_weight=0.5)
+    return build(schema.Objective(divergence=name, alpha=0.1, beta=0.5, jeffreys_weight=0.5))
 
 
 def ours(name, hidden, head, teacher_hidden, teacher_head, targets, terms=TERMS["kd"], **more):
     teacher = {"teacher_hidden_ND": teacher_hidden, "teacher_head": teacher_head} if terms.kd else {}
-    return fused_loss(
-        hidden, head, targets, terms=terms, divergence=make(name) if terms.kd else None, **teacher, **more
-    )
+    terms = replace(terms, divergence=make(name) if terms.kd else None)
+    return fused_loss(hidden, head, targets, terms=terms, **teacher, **more)
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -97,7 +97,7 @@ def test_values_and_all_gradients_are_those_of_the_definition(name, terms, kind,
         for chunk, table_rows, piece in ((1, 1, 5), (4, 3, 5), (100, 2, 100), (100, 100, 4)):
             monkeypatch.setitem(fused._TABLE_BYTES, "cpu", 8 * V * table_rows)
             monkeypatch.setattr(fused, "_PIECE", piece)
-            total = ours(name, *this, terms, weights_N=weights, chunk=chunk)
+            total = ours(name, *this, terms, per_token=PerToken(weights_N=weights), chunk=chunk)
             assert_close(total, expected)
             for grad, reference in zip(torch.autograd.grad(total, leaves), expected_grads, strict=True):
                 assert_close(grad, reference)
@@ -123,6 +123,31 @@ def test_backward_twice_gives_the_gradient_twice():
     (3 * total).backward()
     assert_close(hidden.grad, 2 * once[0])
     assert_close(head.weight_VD.grad, 2 * once[1])
+
+
+@pytest.mark.parametrize("terms", ["ce", "both"])
+def test_cross_entropy_may_weigh_each_token_apart_and_below_zero(terms):
+    """As a policy gradient does: its gradient is that of −advantage · log q."""
+    hidden, head, teacher_hidden, teacher_head, targets = this = setting("all")
+    terms, weights, advantages = TERMS[terms], rand(N, seed=8).abs(), rand(N, seed=9)
+    assert (advantages < 0).any()
+    z, zt = head.logits(hidden), teacher_head.logits(teacher_hidden)
+    kd = plain.divergence("skl", zt.softmax(-1), z.softmax(-1))
+    ce = F.cross_entropy(z, targets, reduction="none")
+    expected = ((terms.kd * kd + terms.ce * advantages * ce) * weights).sum()
+    total = ours("skl", *this, terms, per_token=PerToken(weights, advantages), chunk=4)
+    wanted = (hidden, head.weight_VD, head.bias_V)
+    assert_close(total, expected)
+    for found, true in zip(torch.autograd.grad(total, wanted), torch.autograd.grad(expected, wanted), strict=True):
+        assert_close(found, true)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_log_probabilities_of_the_targets(kind):
+    hidden, head, _, _, targets = setting(kind)
+    found = target_log_probs(hidden, head, targets, chunk=3)
+    assert_close(found, head.logits(hidden).log_softmax(-1)[torch.arange(N), targets].detach())
+    assert not found.requires_grad
 
 
 @pytest.mark.parametrize("terms", TERMS)
@@ -333,13 +358,13 @@ def test_a_run_says_it_once_and_stays_with_the_smaller_chunk():
     )
     batch = collate(tiny.sequences([(3, 8), (4, 8)], vocab=len(tokenizer), seed=2))
     said, teacher_hidden_ND = [], teacher.hidden(batch).detach()
-    objective = Objective(student, schema.Objective(), teacher_head=teacher.head()).eval()
+    objective = Objective(student, Criterion(schema.Objective()), teacher_head=teacher.head()).eval()
     objective.say = said.append
-    expected, _ = objective(batch, teacher_hidden_ND, DIVERGENCE)
+    expected, _ = objective(batch, teacher_hidden_ND, objective.criterion.held_out)
     refuse = iter([True])
     with Watched(full=lambda _, size: size == 16 * len(tokenizer) * 4 and next(refuse, False), error=OUT_OF_MEMORY[2]):
-        total, _ = objective(batch, teacher_hidden_ND, DIVERGENCE)
-    again, _ = objective(batch, teacher_hidden_ND, DIVERGENCE)
+        total, _ = objective(batch, teacher_hidden_ND, objective.criterion.held_out)
+    again, _ = objective(batch, teacher_hidden_ND, objective.criterion.held_out)
     assert objective.chunk == 8
     assert [type(event) for event in said] == [Note]
     assert "8 tokens" in said[0].text
@@ -360,8 +385,8 @@ def test_the_real_allocator_refusing_is_survived():
         torch.set_num_threads(1)
         hidden, weight = torch.randn(512, 8, requires_grad=True), torch.randn(20_000, 8, requires_grad=True)
         def loss(**more):
-            return fused_loss(hidden, Head(weight), torch.zeros(512, dtype=torch.long), terms=Terms(1.0, 0.0),
-                              divergence=SkewKL(0.1), teacher_hidden_ND=hidden.detach() + 1,
+            return fused_loss(hidden, Head(weight), torch.zeros(512, dtype=torch.long), terms=Terms(1.0, 0.0, SkewKL(0.1)),
+                              teacher_hidden_ND=hidden.detach() + 1,
                               teacher_head=Head(weight.detach()), **more)
         expected = loss(chunk=16).item()
         pages = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -382,6 +407,6 @@ def test_the_real_allocator_refusing_is_survived():
 def test_half_a_call_is_refused():
     hidden, head, _, _, targets = setting()
     with pytest.raises(ValueError, match="teacher"):
-        fused_loss(hidden, head, targets, terms=Terms(1.0, 0.0), divergence=KL())
+        fused_loss(hidden, head, targets, terms=Terms(1.0, 0.0, KL()))
     with pytest.raises(ValueError, match="teacher"):
-        fused_loss(hidden, head, targets, terms=Terms(0.5, 0.5), divergence=SkewKL(0.1))
+        fused_loss(hidden, head, targets, terms=Terms(0.5, 0.5, SkewKL(0.1)))
