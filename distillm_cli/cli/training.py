@@ -28,7 +28,7 @@ from distillm_cli.evaluation.evaluate import SuiteResult, evaluate
 from distillm_cli.evaluation.suites import HELD_OUT, Suite
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.loading import quiet
-from distillm_cli.models.pair import resolve_dtype
+from distillm_cli.models.pair import resolve_dtype, student_again, teacher_again
 from distillm_cli.ui.console import Console
 from distillm_cli.ui.summary import Outcome, Sample, next_steps, outcome_table, samples_table, sources_sentence
 
@@ -100,14 +100,12 @@ def _trained(
     engine = build_engine(run, output, listener, teacher=None if opened is None else opened.teacher, score=score)
     if checkpoint is not None:
         engine.load(checkpoint)
-    # Before the first step: the teacher may leave memory during the run.
-    measured = report.before(engine) if first_step == 0 else report.remembered()
     reached = engine.run()
     if reached.best_step not in (None, reached.step):
         _load_student(run.student, read(engine.checkpoints.path(reached.best_step)))
         best = f"the best {recipe.train.select} was {reached.best:.4g}, at step {reached.best_step}"
         ui(Note(f"{best}: those weights are kept"))
-    measured[AFTER] = report.measure(run.student, AFTER, engine)
+    measured = report.all(engine)
     publish(run, output, resolved, reached, measured)
     _tell(run, output, reached, engine, measured, ui)
     result = _result(command, output, reached, engine, measured, time.perf_counter() - began)
@@ -160,7 +158,8 @@ def _load_student(student: Backbone, checkpoint: Checkpoint) -> None:
 class _Report:
     """Student before, student after and teacher on the same held-out rows, one pass of generation each.
 
-    Figures and answers are kept under ``directory``, so that a resumed run still knows what was before it.
+    All of it after the last step, so that nobody waits for it before the first: the student as it was is loaded or built
+    again, and the teacher too where it has left memory. Figures and answers are kept under ``directory``.
     """
 
     def __init__(self, run: Prepared, directory: Path, ui: Console):
@@ -169,25 +168,27 @@ class _Report:
         self.suite = Suite(HELD_OUT, list(rows), run.valid_rows.name)
         self.config = config.model_copy(update={"seeds": config.seeds[:1]})
 
-    def before(self, engine: Engine) -> dict[str, Measured]:
-        found = {BEFORE: self.measure(self.run.student, BEFORE, engine)}
-        if self.run.pair.teacher is not None:
-            found[TEACHER] = self.measure(self.run.pair.teacher, TEACHER, engine)
+    def all(self, engine: Engine) -> dict[str, Measured]:
+        run, device = self.run, self.run.device
+        engine.optimizer.state.clear()  # its work is done, and one more model may be needed
+        found = {AFTER: self._measure(run.student, AFTER, _valid_loss(run.student, engine))}
+        if run.pair.teacher is not None:
+            has_left = engine.teacher.has_left
+            teacher = teacher_again(run.recipe, run.pair, device) if has_left else run.pair.teacher
+            found[TEACHER] = self._measure(teacher, TEACHER, _valid_loss(teacher, engine))
+        before = student_again(run.recipe, run.pair, device) if self.suite.rows else run.student
+        found[BEFORE] = self._measure(before, BEFORE, engine.at.first_valid_loss)
         return found
 
-    def measure(self, model: Backbone, name: str, engine: Engine) -> Measured:
-        loss = _valid_loss(model, engine)
+    def _measure(self, model: Backbone, name: str, valid_loss: float | None) -> Measured:
         result = self._generate(model, name) if self.suite.rows else None
         scores = {} if result is None else {metric: score.mean for metric, score in result.scores.items()}
         answers = [] if result is None else next(iter(result.outputs.values()))
-        measured = Measured(loss, scores, answers)
+        measured = Measured(valid_loss, scores, answers)
         self.directory.mkdir(parents=True, exist_ok=True)
-        outputs.write_text(self._file(name), json.dumps(vars(measured), ensure_ascii=False, indent=1))
+        file = self.directory / f"{name.replace(' ', '-')}.json"
+        outputs.write_text(file, json.dumps(vars(measured), ensure_ascii=False, indent=1))
         return measured
-
-    def remembered(self) -> dict[str, Measured]:
-        names = [name for name in (BEFORE, TEACHER) if self._file(name).is_file()]
-        return {name: Measured(**json.loads(self._file(name).read_text(encoding="utf-8"))) for name in names}
 
     def score(self) -> dict[str, float]:
         """The figure that selects checkpoints, for the student as it is now."""
@@ -197,9 +198,6 @@ class _Report:
     def _generate(self, model: Backbone, name: str) -> SuiteResult:
         with eval_mode(model):
             return evaluate(model, self.run.encoder, self.suite, self.config, _titled(self.ui, name))
-
-    def _file(self, name: str) -> Path:
-        return self.directory / f"{name.replace(' ', '-')}.json"
 
 
 def _titled(ui: Console, name: str):

@@ -37,6 +37,8 @@ __all__ = [
     "load_tokenizer",
     "resolve_device",
     "resolve_dtype",
+    "student_again",
+    "teacher_again",
 ]
 
 Texts = Callable[[], Iterator[str]]
@@ -102,11 +104,7 @@ def load_pair(
     """
     teacher = None
     if recipe.method != "sft" and recipe.teacher.path is not None:
-        dtype = resolve_dtype(recipe.teacher.dtype, device)
-        teacher = load_backbone(
-            recipe.teacher.path, dtype=dtype, device=device, revision=recipe.teacher.revision, listener=listener
-        )
-        teacher.requires_grad_(False)
+        teacher = _load_teacher(recipe.teacher, device, listener)
     student = load_student(
         recipe.student,
         seed=recipe.train.seed,
@@ -120,13 +118,46 @@ def load_pair(
         check_reload(student, next(texts(), None) if texts else None)
     if teacher is not None:
         check_vocabularies(teacher.tokenizer, student.tokenizer)
-        # The one with fewer ids writes the batches, so that every target is a token both models know.
-        if teacher.vocab < student.vocab:
-            student.tokenizer = teacher.tokenizer
-            adopt_special_tokens(student.model, student.tokenizer)
-        teacher.tokenizer = student.tokenizer
-        teacher.vocab = student.vocab = min(teacher.vocab, student.vocab)
+        _share_tokens(teacher, student)
     return Pair(teacher, student, student.tokenizer, student.vocab)
+
+
+def _load_teacher(teacher: schema.Teacher, device: torch.device, listener: Listener = silent) -> Backbone:
+    dtype = resolve_dtype(teacher.dtype, device)
+    model = load_backbone(teacher.path, dtype=dtype, device=device, revision=teacher.revision, listener=listener)
+    model.requires_grad_(False)
+    return model
+
+
+def _share_tokens(teacher: Backbone, student: Backbone) -> None:
+    """The one with fewer ids writes the batches, so that every target is a token both models know."""
+    if teacher.vocab < student.vocab:
+        student.tokenizer = teacher.tokenizer
+        adopt_special_tokens(student.model, student.tokenizer)
+    teacher.tokenizer = student.tokenizer
+    teacher.vocab = student.vocab = min(teacher.vocab, student.vocab)
+
+
+def teacher_again(recipe: schema.Recipe, pair: Pair, device: torch.device) -> Backbone:
+    """The pair's teacher, whose weights have left memory, as it was."""
+    teacher = _load_teacher(recipe.teacher, device)
+    _share_tokens(teacher, pair.student)
+    return teacher
+
+
+def student_again(recipe: schema.Recipe, pair: Pair, device: torch.device) -> Backbone:
+    """The pair's student as it was before its first step."""
+    student = load_student(
+        recipe.student,
+        seed=recipe.train.seed,
+        device=device,
+        teacher=pair.teacher,
+        tokenizer=pair.tokenizer,
+        max_length=recipe.data.max_length,
+    )
+    if pair.teacher is not None:
+        _share_tokens(pair.teacher, student)
+    return student
 
 
 def load_student(
@@ -136,20 +167,21 @@ def load_student(
     device: torch.device,
     teacher: Backbone | None = None,
     texts: Texts | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int,
     listener: Listener = silent,
 ) -> Backbone:
     """The model to train, float32 parameters, in eval mode: loaded, or built from scratch (random:…, a config.json).
 
-    Its tokenizer is the one asked for, else its own, else the teacher's. max_length: tokens of the longest example,
-    which sizes the context of a model built without a teacher. seed: of random weights.
+    Its tokenizer is the one given, else the one asked for, else its own, else the teacher's. max_length: tokens of the
+    longest example, which sizes the context of a model built without a teacher. seed: of random weights.
     """
     path = student.path
     if path is None:
         raise UsageError(
             "no model to train", hint="pass --student PATH, or --student random:4x256 to start from scratch"
         )
-    tokenizer = _asked_tokenizer(student, texts)
+    tokenizer = tokenizer or _asked_tokenizer(student, texts)
     if path.startswith("random:"):
         tokenizer = tokenizer or _teachers(teacher, path)
         config = None if teacher is None else teacher.model.config

@@ -164,7 +164,7 @@ def stopped(argv, number, until):
 
 def test_a_signal_before_the_first_step_says_that_nothing_is_saved(tmp_path):
     output = tmp_path / "out"
-    many = ["--set", "eval.report_rows=1000", "--set", "data.valid_limit=1000", "--output", output]
+    many = ["--set", "eval.report_rows=1000", "--set", "data.valid_limit=8000", "--output", output]
     code, answer, err = stopped([*SMALL, *many], signal.SIGINT, (output / "recipe.yaml").exists)
     assert (code, answer["code"]) == (130, 130)
     says = f"interrupted before the first step: nothing was saved; {output}; start it again with --overwrite"

@@ -20,6 +20,8 @@ from distillm_cli.models.pair import (
     load_student,
     resolve_device,
     resolve_dtype,
+    student_again,
+    teacher_again,
 )
 from tests import tiny
 
@@ -198,6 +200,23 @@ def test_a_random_student_follows_the_recipes_seed(tmp_path):
     embeddings = [backbone.model.get_input_embeddings().weight for backbone in (first, second, third)]
     assert torch.equal(embeddings[0], embeddings[1])
     assert not torch.equal(embeddings[0], embeddings[2])
+
+
+@pytest.mark.parametrize("kind", ["random", "config", "loaded"])
+def test_both_models_can_be_had_again_as_they_were(kind, tmp_path):
+    """For the figures of a run's start, which are taken at its end: when student and teacher are no more what they were."""
+    teacher, other = tiny.save(tmp_path / "t", "gpt2"), tiny.save(tmp_path / "s", "llama", **SMALL)
+    this = recipe(teacher, {"random": "random:1x16", "config": f"{other}/config.json", "loaded": other}[kind])
+    pair = load_pair(this, device=CPU)
+    before = {name: tensor.clone() for name, tensor in pair.student.model.state_dict().items()}
+    theirs = {name: tensor.clone() for name, tensor in pair.teacher.model.state_dict().items()}
+    for parameter in pair.student.parameters():
+        parameter.data += 1
+    pair.teacher.to("meta")
+    again, teacher = student_again(this, pair, CPU), teacher_again(this, pair, CPU)
+    for model, true in ((again, before), (teacher, theirs)):
+        assert (model.vocab, model.tokenizer.get_vocab()) == (pair.vocab, pair.tokenizer.get_vocab())
+        torch.testing.assert_close(dict(model.model.state_dict()), true, rtol=0, atol=0)
 
 
 def test_sft_loads_no_teacher(tmp_path):
