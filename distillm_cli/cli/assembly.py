@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,7 @@ from distillm_cli.data.prompts import Encoder, render
 from distillm_cli.data.sources import Rows, load_rows, overlap
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.loading import quiet
-from distillm_cli.models.pair import Pair, load_pair, resolve_device, resolve_dtype
+from distillm_cli.models.pair import Pair, load_pair, resolve_device, resolve_dtype, student_again
 from distillm_cli.sequences import Sequence, collate
 
 
@@ -66,6 +67,18 @@ class Prepared:
     def batch(self, step: int) -> list[Sequence]:
         """The data set rows of step ``step``."""
         return [self.train.sequences[i] for i in self.order.batch(step)]
+
+    @contextmanager
+    def as_at_start(self) -> Iterator[None]:
+        """The student has the weights it began with, inside the block; those it has reached again after it."""
+        state = self.student.model.state_dict()
+        reached = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
+        again = student_again(self.recipe, self.pair, torch.device("cpu"))
+        try:
+            self.student.model.load_state_dict(again.model.state_dict())
+            yield
+        finally:
+            self.student.model.load_state_dict(reached)
 
     def save_model(self, directory: Path) -> None:
         """The student and its tokenizer, as ``from_pretrained`` wants them."""
@@ -140,6 +153,7 @@ def build_engine(run: Prepared, output: Path, listener: Listener, *, teacher: Te
         teacher=teacher,
         validation=by_length(run.valid.sequences, max(recipe.train.batch_size, 16)),
         score=score,
+        as_at_start=run.as_at_start,
         checkpoints=Checkpoints(output / outputs.CHECKPOINTS, run.save_model, keep=recipe.train.keep),
         recipe=shaping(recipe),
         method=recipe.method,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from distillm_cli.evaluation.evaluate import SuiteResult, evaluate
 from distillm_cli.evaluation.suites import HELD_OUT, Suite
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.loading import quiet
-from distillm_cli.models.pair import resolve_dtype, student_again, teacher_again
+from distillm_cli.models.pair import resolve_dtype, teacher_again
 from distillm_cli.ui.console import Console
 from distillm_cli.ui.summary import Outcome, Sample, next_steps, outcome_table, samples_table, sources_sentence
 
@@ -158,8 +159,8 @@ def _load_student(student: Backbone, checkpoint: Checkpoint) -> None:
 class _Report:
     """Student before, student after and teacher on the same held-out rows, one pass of generation each.
 
-    All of it after the last step, so that nobody waits for it before the first: the student as it was is loaded or built
-    again, and the teacher too where it has left memory. Figures and answers are kept under ``directory``.
+    All of it after the last step, so that nobody waits for it before the first: the student's first weights are loaded or
+    built again, and so is the teacher where it has left memory. Figures and answers are kept under ``directory``.
     """
 
     def __init__(self, run: Prepared, directory: Path, ui: Console):
@@ -169,15 +170,15 @@ class _Report:
         self.config = config.model_copy(update={"seeds": config.seeds[:1]})
 
     def all(self, engine: Engine) -> dict[str, Measured]:
-        run, device = self.run, self.run.device
-        engine.optimizer.state.clear()  # its work is done, and one more model may be needed
+        run = self.run
+        engine.optimizer.state.clear()  # its work is done, and the teacher may be needed once more
         found = {AFTER: self._measure(run.student, AFTER, _valid_loss(run.student, engine))}
         if run.pair.teacher is not None:
             has_left = engine.teacher.has_left
-            teacher = teacher_again(run.recipe, run.pair, device) if has_left else run.pair.teacher
+            teacher = teacher_again(run.recipe, run.pair, run.device) if has_left else run.pair.teacher
             found[TEACHER] = self._measure(teacher, TEACHER, _valid_loss(teacher, engine))
-        before = student_again(run.recipe, run.pair, device) if self.suite.rows else run.student
-        found[BEFORE] = self._measure(before, BEFORE, engine.at.first_valid_loss)
+        with run.as_at_start() if self.suite.rows else nullcontext():
+            found[BEFORE] = self._measure(run.student, BEFORE, engine.at.first_valid_loss)
         return found
 
     def _measure(self, model: Backbone, name: str, valid_loss: float | None) -> Measured:

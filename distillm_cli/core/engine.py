@@ -13,7 +13,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -73,8 +73,9 @@ class Engine:
     batches: step (from 0) → that step's data set rows; a pure function, so that a resume needs one integer.
     teacher: None for SFT. rollouts, bulk, fresh: where student outputs come from, how many batches at once, and whether a
     fresh one is trained on directly or goes through the buffer. validation: held-out sequences, batched. score: further
-    held-out figures by name, computed at each validation (student in evaluation mode). checkpoints: None keeps nothing.
-    dtype: of autocast; float32 switches it off.
+    held-out figures by name, computed at each validation (student in evaluation mode). as_at_start: a context in which the
+    student has the weights it began with: the loss before training is then taken at the first validation, and nobody waits
+    for it before the first step. checkpoints: None keeps nothing. dtype: of autocast; float32 switches it off.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Engine:
         teacher: Teacher | None = None,
         validation: SequenceOf[list[Sequence]] = (),
         score: Callable[[], dict[str, float]] | None = None,
+        as_at_start: Callable[[], AbstractContextManager[None]] | None = None,
         checkpoints: Checkpoints | None = None,
         recipe: dict | None = None,
         method: str = "",
@@ -104,6 +106,7 @@ class Engine:
         self.batches, self.scheduler, self.replay, self.rollouts = batches, scheduler, replay, rollouts
         self.bulk, self.fresh, self.teacher = bulk, fresh, teacher
         self.validation, self.score, self.checkpoints, self.recipe = validation, score, checkpoints, recipe or {}
+        self.as_at_start = as_at_start
         self.method, self.device, self.dtype, self.say = method, torch.device(device), dtype, listener
         self.waiting: deque[list[Sequence]] = deque()  # rollout batches sampled in bulk and not yet served
         self.at, self.saved_step = Progress(), None
@@ -115,7 +118,7 @@ class Engine:
         started, began_at = time.perf_counter(), self.at.seconds
         self.objective.train()
         self.say(self._opening())
-        if self.at.valid_loss is None:
+        if self.at.valid_loss is None and self.as_at_start is None:
             self._validate()
         with _stop_on_signal() as stop:
             while self.at.step < self.steps:
@@ -227,9 +230,16 @@ class Engine:
         self.say(Stepped(at.step, epoch, source.value, loss, lr, grad_norm, self.scheduler.phi, tokens, seconds))
 
     def _validate(self) -> None:
-        """Held-out cross-entropy, and a divergence or metric where one selects checkpoints; then φ may move."""
+        """The student on the held-out rows; the first time, also as it was before training."""
         if not self.validation:
             return
+        if self.at.first_valid_loss is None and self.at.step > 0:
+            with self.as_at_start():
+                self._measure(0)
+        self._measure(self.at.step)
+
+    def _measure(self, step: int) -> None:
+        """Held-out cross-entropy, and a divergence or metric where one selects checkpoints; then φ may move."""
         at, select = self.at, self.train.select
         with eval_mode(self.objective), torch.no_grad():
             at.valid_loss = self.mean_over_validation(CROSS_ENTROPY)
@@ -240,15 +250,13 @@ class Engine:
             at.first_valid_loss = at.valid_loss
         rose = self.scheduler.observe(at.valid_loss)
         if rose or not at.phis:
-            at.phis.append((at.step, self.scheduler.phi))
-        better = (
-            select != "last" and at.step > 0 and self._is_better(({"valid_loss": at.valid_loss} | at.scores)[select])
-        )
-        self.say(Validated(at.step, at.valid_loss, self.scheduler.phi, rose, better, dict(at.scores)))
+            at.phis.append((step, self.scheduler.phi))
+        better = select != "last" and step > 0 and self._is_better(({"valid_loss": at.valid_loss} | at.scores)[select])
+        self.say(Validated(step, at.valid_loss, self.scheduler.phi, rose, better, dict(at.scores)))
         if better:
-            at.best_step, at.stale = at.step, 0
+            at.best_step, at.stale = step, 0
             self._save()
-        elif at.step > 0:
+        elif step > 0:
             at.stale += 1
 
     def mean_over_validation(self, terms: Terms, objective: Objective | None = None) -> float:

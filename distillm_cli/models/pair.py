@@ -146,15 +146,16 @@ def teacher_again(recipe: schema.Recipe, pair: Pair, device: torch.device) -> Ba
 
 
 def student_again(recipe: schema.Recipe, pair: Pair, device: torch.device) -> Backbone:
-    """The pair's student as it was before its first step."""
-    student = load_student(
-        recipe.student,
-        seed=recipe.train.seed,
-        device=device,
-        teacher=pair.teacher,
-        tokenizer=pair.tokenizer,
-        max_length=recipe.data.max_length,
-    )
+    """The pair's student as it was before its first step; no random state moves."""
+    with torch.random.fork_rng(devices=[]):
+        student = load_student(
+            recipe.student,
+            seed=recipe.train.seed,
+            device=device,
+            teacher=pair.teacher,
+            tokenizer=pair.tokenizer,
+            max_length=recipe.data.max_length,
+        )
     if pair.teacher is not None:
         _share_tokens(pair.teacher, student)
     return student

@@ -162,13 +162,14 @@ def stopped(argv, number, until):
     return process.returncode, json.loads(out), err
 
 
-def test_a_signal_before_the_first_step_says_that_nothing_is_saved(tmp_path):
-    output = tmp_path / "out"
-    many = ["--set", "eval.report_rows=1000", "--set", "data.valid_limit=8000", "--output", output]
-    code, answer, err = stopped([*SMALL, *many], signal.SIGINT, (output / "recipe.yaml").exists)
+def test_a_signal_before_the_first_step_says_that_nothing_is_written(tmp_path):
+    """While the teacher fills a cache on disk, which takes a while for so many rows."""
+    output, cache = tmp_path / "out", tmp_path / "cache"
+    many = ["--set", "data.size=20000", "--teacher-cache", "disk", "--set", f"teacher.cache_dir={cache}"]
+    code, answer, err = stopped([*SMALL, *many, "--output", output], signal.SIGINT, lambda: any(cache.glob("*")))
     assert (code, answer["code"]) == (130, 130)
-    says = f"interrupted before the first step: nothing was saved; {output}; start it again with --overwrite"
-    assert answer["message"] == says
+    assert answer["message"] == "interrupted before the first step: nothing was written; start it again"
+    assert not output.exists()
     assert "Traceback" not in err
 
 

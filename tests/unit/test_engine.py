@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from collections import Counter
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -98,6 +99,36 @@ def resume(tmp_path, method, **settings):
     torch.manual_seed(999)  # whatever the random state was, the checkpoint's is what counts
     engine.load(found)
     return engine
+
+
+def test_the_loss_before_training_may_be_taken_later_and_is_the_same(tmp_path):
+    """Nobody waits for it before the first step; φ, the weights and every figure are those of a run that took it first."""
+
+    def run(late):
+        torch.manual_seed(5)
+        events = []
+        engine = build(method="adaptive", listener=events.append)
+        start = {name: tensor.clone() for name, tensor in engine.objective.state_dict().items()}
+
+        @contextmanager
+        def as_at_start():
+            now = {name: tensor.clone() for name, tensor in engine.objective.state_dict().items()}
+            engine.objective.load_state_dict(start)
+            yield
+            engine.objective.load_state_dict(now)
+
+        if late:
+            engine.as_at_start = as_at_start
+        return engine, engine.run(), [event for event in events if isinstance(event, Stepped | Validated)]
+
+    (first, reached, order), (late, later, late_order) = run(late=False), run(late=True)
+    assert (reached.first_valid_loss, reached.valid_loss) == (later.first_valid_loss, later.valid_loss)
+    assert (reached.phis, reached.sources) == (later.phis, later.sources)
+    assert_close(weights(first), weights(late), rtol=0, atol=0)
+    assert [event.step for event in order if isinstance(event, Validated)][:2] == [0, 3]
+    assert [event.step for event in late_order if isinstance(event, Validated)][:2] == [0, 3]
+    assert isinstance(order[0], Validated)
+    assert isinstance(late_order[0], Stepped)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
