@@ -117,9 +117,9 @@ class Data(Section):
     seed: int = Field(1, description="of the builtin rows, and of the held-out slice")
     skip_bad_rows: bool = Field(False, description="skip, count and list broken rows instead of stopping at the first")
     bucket: Positive = Field(
-        1,
-        description="batches sorted by length together; 1: random batches (a step is cut into micro-batches by length "
-        "anyway). More saves padding, and skews each step where length goes with the kind of task",
+        16,
+        description="so many batches are sorted by length together, and then shuffled: saves padding. 1: random batches, "
+        "for rows whose length goes with their kind, where each step would otherwise see one kind only",
     )
     workers: Count = Field(0, description="processes that tokenise; cannot change a run")
 
