@@ -78,5 +78,40 @@ METHODS: dict[str, Method] = {
                 "schedule.kind": "adaptive",
             },
         ),
+        Method(
+            name="akl",
+            verb="distill",
+            summary="KL and reverse KL, mixed by whether student and teacher differ in the teacher's head or its tail",
+            paper="Wu et al. 2024 (2404.02657)",
+            preset={"objective.divergence": "akl", "schedule.kind": "off"},
+        ),
+        Method(
+            name="ab",
+            verb="distill",
+            summary="α-β divergence: how much large gaps and likely tokens count, each an exponent",
+            paper="ABKD, Wang et al. 2025 (2505.04560)",
+            preset={"objective.divergence": "ab", "schedule.kind": "off"},
+        ),
+        Method(
+            name="amid",
+            verb="distill",
+            summary="a divergence to an assistant between teacher and student, whose shape is a parameter",
+            paper="AMiD, Shin et al. 2026 (2510.15982)",
+            preset={"objective.divergence": "amid", "schedule.kind": "adaptive"},
+        ),
+        Method(
+            name="taid",
+            verb="distill",
+            summary="KL to a target that moves, as the student learns, from near the student to the teacher",
+            paper="TAID, Shing et al. 2025 (2501.16937)",
+            preset={"objective.divergence": "taid", "schedule.kind": "off"},
+        ),
+        Method(
+            name="atkd",
+            verb="distill",
+            summary="tokens the teacher is sure of teach their alternatives, the others everything",
+            paper="ATKD, Zhong et al. 2024 (2402.11890)",
+            preset={"objective.divergence": "atkd", "schedule.kind": "off"},
+        ),
     )
 }
