@@ -9,16 +9,41 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+# What a schedule trains on, in words; a method with sequences of its own says so in ``Method.sequences``.
+_SEQUENCES = {
+    "off": "data set",
+    "on": "student samples",
+    "mixed": "data set or student samples",
+    "annealed": "data set, then student samples",
+    "adaptive": "data set, student samples, replay",
+}
+
 
 @dataclass(frozen=True)
 class Method:
-    """A named preset. verb: the command that runs it. preset: dotted key → value. paper: where it comes from."""
+    """A named preset. verb: the command that runs it. preset: dotted key → value. paper: where it comes from.
+
+    objective, sequences: in words, where the preset's divergence and schedule do not say it all. also_needs: beside what
+    its verb needs anyway, such as teacher samples.
+    """
 
     name: str
     verb: Literal["sft", "distill"]
     summary: str
     paper: str
     preset: Mapping[str, Any]
+    objective: str | None = None
+    sequences: str | None = None
+    also_needs: tuple[str, ...] = ()
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What must be there before it can run."""
+        return (("rows",) if self.verb == "sft" else ("rows", "teacher")) + self.also_needs
+
+    def trains_on(self, schedule: str) -> str:
+        """Its sequences in words, under this kind of schedule."""
+        return self.sequences or _SEQUENCES[schedule]
 
 
 METHODS: dict[str, Method] = {
