@@ -77,44 +77,41 @@ class AlphaBeta(Divergence):
         return AlphaBeta(self.beta, self.alpha)
 
     def between(self, p, q, with_grad=True):
-        points = sorted((0.0, self.alpha, self.alpha + self.beta))
+        first, middle, last = sorted((0.0, self.alpha, self.alpha + self.beta))
         u_NV, w_NV, dtype = p.log_NV, q.log_NV, q.log_NV.dtype
-        spread = points[2] - points[0]
+        gap_NV = u_NV - w_NV
+        spread = last - first
         if spread == 0:
-            gap_NV = u_NV - w_NV
             value_N = gap_NV.square().sum(-1).mul_(0.5)
             return value_N, gap_NV.neg_() if with_grad else None
         if spread < _NARROW:
-            u_NV, w_NV = u_NV.double(), w_NV.double()
-        below_NV, above_NV = (self._slope(u_NV, w_NV, *pair) for pair in (points[:2], points[1:]))
-        value_N = (above_NV - below_NV).sum(-1).div_(spread).to(dtype)
+            u_NV, w_NV, gap_NV = u_NV.double(), w_NV.double(), gap_NV.double()
+        pairs = ((first, middle), (middle, last))
+        rises = {pair: self._rise(u_NV, w_NV, gap_NV, *pair) for pair in pairs}
+        (below_NV, below), (above_NV, above) = (rises[pair] for pair in pairs)
+        value_N = torch.add(above_NV, below_NV, alpha=-above / below).sum(-1).div_(above * spread).to(dtype)
         if not with_grad:
             return value_N, None
-        wanted = sorted((0.0, self.alpha))
-        if wanted == points[:2]:
-            h_NV = below_NV
-        elif wanted == points[1:]:
-            h_NV = above_NV
-        else:
-            h_NV = self._slope(u_NV, w_NV, *wanted)
-        return value_N, h_NV.neg_().to(dtype)
+        wanted = min(0.0, self.alpha), max(0.0, self.alpha)
+        h_NV, width = rises.get(wanted) or self._rise(u_NV, w_NV, gap_NV, *wanted)
+        return value_N, h_NV.mul_(-1 / width).to(dtype)
 
-    def _slope(self, u_NV: Tensor, w_NV: Tensor, low: float, high: float) -> Tensor:
-        """(G(high) − G(low)) / (high − low), entry by entry, G'(low) where they are equal.
+    def _rise(self, u_NV: Tensor, w_NV: Tensor, gap_NV: Tensor, low: float, high: float) -> tuple[Tensor, float]:
+        """G(high) − G(low), entry by entry, and high − low; their quotient is the divided difference. (G'(low), 1) where
+        they are equal.
 
         From the larger of the two and e^−distance − 1, so that neither cancellation nor overflow can come in.
         """
         s = self.alpha + self.beta
-        gap_NV = u_NV - w_NV
-        power_NV = high * u_NV + (s - high) * w_NV
+        power_NV = (w_NV * (s - high)).add_(u_NV, alpha=high)
         if high != low:
-            power_NV = torch.maximum(power_NV, low * u_NV + (s - low) * w_NV)
+            torch.maximum(power_NV, (w_NV * (s - low)).add_(u_NV, alpha=low), out=power_NV)
         if min(self.alpha, self.beta, s) < 0:
             power_NV.clamp_max_(0.5 * math.log(torch.finfo(power_NV.dtype).max))
         power_NV.exp_()
         if high == low:
-            return gap_NV.mul_(power_NV)
-        return (gap_NV.abs() * (low - high)).expm1_().mul_(power_NV).mul_(gap_NV.sign_()).div_(low - high)
+            return power_NV.mul_(gap_NV), 1.0
+        return gap_NV.abs().mul_(low - high).expm1_().mul_(power_NV).copysign_(gap_NV), high - low
 
 
 @dataclass(frozen=True)
