@@ -148,6 +148,11 @@ def test_python_m_works_like_the_program():
         ("distill --alpha abc", "--alpha = abc; expected a number ≥ 0 and < 1; try --alpha 0.1"),
         ("distill --alpha=1.4", "--alpha = 1.4; expected a number ≥ 0 and < 1; try --alpha 0.1"),
         ("distill --batch-size 3.5", "--batch-size = 3.5; expected a whole number ≥ 1; try --batch-size 8"),
+        (
+            "distill --method kd --alpha 0.1",
+            "--alpha = 0.1; objective.alpha belongs to skl and srkl (method distillm), and",
+        ),
+        ("distill --ab-beta 0.3", "distillm distill has no flag --ab-beta; try --set objective.ab_beta=VALUE"),
         ("distill --set lr", "--set lr; expected section.key=value; try --set train.lr=5e-4"),
         ("distill --recipe quikstart", f"no recipe named quikstart; shipped: {', '.join(shipped())}; try --recipe "),
         ("recipes show", "missing argument 'NAME|FILE'; see `distillm recipes show --help`"),

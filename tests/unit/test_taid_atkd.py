@@ -129,7 +129,8 @@ def test_the_cut_of_a_step_does_not_change_where_atkd_goes():
             method="off", steps=5, backbone=runs.student("llama"), objective=ATKD, batch_size=batch_size,
             accumulate=accumulate,
         )  # fmt: skip
-        engine.run()
+        done = engine.run()
+        assert engine.teacher.tokens == done.tokens, "asked once for every token, though it is looked at twice"
         ended.append(runs.weights(engine))
     for name, value in ended[0].items():
         assert_close(ended[1][name], value, rtol=1e-4, atol=1e-6)
