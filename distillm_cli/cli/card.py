@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import distillm_cli
 from distillm_cli.config.load import Resolved
+from distillm_cli.config.ownership import objective_words
 
 if TYPE_CHECKING:
     from distillm_cli.core.engine import Progress
@@ -24,7 +25,7 @@ def model_card(resolved: Resolved, reached: Progress, measured: Mapping[str, Any
         "student": recipe.student.path,
         "teacher": recipe.teacher.path if recipe.method != "sft" else None,
         "data": recipe.data.source,
-        "objective": _objective(recipe),
+        "objective": "cross-entropy" if recipe.method == "sft" else objective_words(recipe.objective),
         "schedule": recipe.schedule.kind if recipe.method != "sft" else None,
         "steps": f"{reached.step:,} ({', '.join(f'{n:,} {source}' for source, n in sorted(reached.sources.items()))})",
         "supervised tokens": f"{reached.tokens:,}",
@@ -40,11 +41,3 @@ def model_card(resolved: Resolved, reached: Progress, measured: Mapping[str, Any
         lines.append(f"| {name} | " + " | ".join("–" if f is None else f"{f:.3f}" for f in figures) + " |")
     lines += ["", "Valid loss: mean cross-entropy per response token, nats. `recipe.yaml` holds every setting.", ""]
     return "\n".join(lines)
-
-
-def _objective(recipe) -> str:
-    o = recipe.objective
-    if recipe.method == "sft" or o.kd_weight == 0:
-        return "cross-entropy"
-    setting = {"skl": f" α={o.alpha:g}", "srkl": f" α={o.alpha:g}", "jsd": f" β={o.beta:g}"}.get(o.divergence, "")
-    return f"{o.divergence}{setting}" + (f", kd_weight {o.kd_weight:g}" if o.kd_weight < 1 else "")

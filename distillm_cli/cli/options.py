@@ -75,13 +75,20 @@ SkipBadRows = Annotated[
 
 Method = Annotated[
     str | None,
-    typer.Option("--method", metavar="NAME", help="A preset: distillm, gkd, imitkd, kd.", rich_help_panel=METHOD),
+    typer.Option("--method", metavar="NAME", help="A preset: `distillm methods` lists them.", rich_help_panel=METHOD),
 ]
 Divergence = Annotated[
     str | None,
     typer.Option(
-        "--divergence", metavar="NAME", help="kl, rkl, skl, srkl, jsd, tvd or jeffreys.", rich_help_panel=METHOD
+        "--divergence",
+        metavar="NAME",
+        help="kl, rkl, skl, srkl, jsd, tvd, jeffreys, akl, ab, amid, taid or atkd.",
+        rich_help_panel=METHOD,
     ),
+]
+Schedule = Annotated[
+    str | None,
+    typer.Option("--schedule", metavar="KIND", help="off, on, mixed, annealed or adaptive.", rich_help_panel=METHOD),
 ]
 Alpha = Annotated[
     float | None,

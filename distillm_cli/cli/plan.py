@@ -39,6 +39,7 @@ def plan(
     method: options.Method = None,
     divergence: options.Divergence = None,
     alpha: options.Alpha = None,
+    schedule: options.Schedule = None,
     teacher_cache: options.TeacherCache = None,
     lr: options.Lr = None,
     batch_size: options.BatchSize = None,

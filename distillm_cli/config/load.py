@@ -1,6 +1,7 @@
 """YAML, flags and ``--set`` → one resolved recipe that knows where each value came from.
 
-Precedence, weakest first: schema < method preset < recipe < flags < ``--set``.
+Precedence, weakest first: schema < method preset < recipe < flags < ``--set``. A method named by hand, over a recipe that
+was written for another, brings its preset along: it is stronger than what that recipe says of objective and sequences.
 """
 
 from __future__ import annotations
@@ -8,17 +9,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from distillm_cli.config import layers, yaml_io
+from distillm_cli.config import layers, ownership, yaml_io
 from distillm_cli.config.explain import leaves, shown
 from distillm_cli.config.layers import Given, Problems, Rank, bad
 from distillm_cli.config.methods import METHODS
+from distillm_cli.config.ownership import value_of
 from distillm_cli.config.schema import Recipe, Section
 from distillm_cli.errors import RecipeError, UsageError
+
+_TRAIN_NOTHING = ("generate", "eval")
 
 
 @dataclass(frozen=True)
@@ -26,8 +31,8 @@ class Resolved:
     """A recipe with every value filled in.
 
     origin: dotted key → "default", "method distillm", "quickstart.yaml:12", "--alpha" or "--set". former: dotted key →
-    (value, origin) that the recipe or the method gave and something stronger replaced. notes: sentences about flags
-    that have no effect in this recipe. name: of the recipe, None without one.
+    (value, origin) that the recipe or the method gave and something stronger replaced. notes: sentences about what of
+    the recipe is left out. name: of the recipe, None without one.
     """
 
     recipe: Recipe
@@ -85,6 +90,10 @@ def resolve(
     (str) or a path. flags: dotted key → Flag(name, value) or a bare value; None is "not given". sets:
     "section.key=value" texts, read by YAML's rules.
 
+    A value given by hand that the run would never read (``--alpha`` with ``--method kd``) is an error, except in `generate`
+    and `eval`, which train nothing. What a recipe says for its own method, and a flag has put another in its place, is
+    left out, and a note says so.
+
     Raises RecipeError for the first thing wrong, in file order, and says how many more there are; UsageError for
     contradicting flags and for a method of the other verb.
     """
@@ -96,25 +105,42 @@ def resolve(
     from_sets = layers.from_sets(sets or (), problems)
 
     method = _method(command, from_recipe, from_flags, from_sets)
-    preset = {"method": method}
+    preset, over = {"method": method}, {}
     if method.value in METHODS:
         _check_verb(method, command)
-        for key, value in METHODS[method.value].preset.items():
-            preset[key] = Given(value, f"method {method.value}", key, Rank(layers.METHOD))
+        preset |= _preset(method.value, layers.METHOD)
+        if method.rank.layer > layers.RECIPE and from_recipe and method.value != _method(command, from_recipe).value:
+            # How long and how fast a recipe trains is its pair's affair, whatever the method.
+            over = {k: v for k, v in _preset(method.value, layers.FLAG).items() if not k.startswith("train.")}
     else:
         problems.add(method.rank, bad(method, "method", command))
 
-    given, former = _stacked(preset, from_recipe, from_flags, from_sets)
+    given, former = _stacked(preset, from_recipe, over, from_flags, from_sets)
     made = _validated(given, command, problems)
     if made is None or problems:
         raise problems.first()
+    notes: tuple[str, ...] = ()
+    if command not in _TRAIN_NOTHING:
+        unread = _unread(made, given, {**preset, **over})
+        left_out = _left_out(unread, command, from_recipe)
+        for key in unread.keys() - left_out:
+            problems.add(given[key].rank, ownership.misplaced(key, given[key], partial(value_of, made), command))
+        if problems:
+            raise problems.first()
+        if left_out:
+            former |= {key: (given[key].value, given[key].origin) for key in left_out}
+            given = {key: entry for key, entry in given.items() if key not in left_out}
+            made = _validated(given, command, problems)
+            keys = ", ".join(key for key in leaves() if key in left_out)
+            run = f"method {made.method}, objective {made.objective.divergence}, schedule {made.schedule.kind}"
+            notes = (f"{label}: left out, since nothing reads them here ({run}): {keys}",)
     origin = {key: given[key].origin if key in given else "default" for key in leaves()}
-    return Resolved(made, origin, former, _without_effect(made, given), path.stem if path else None)
+    return Resolved(made, origin, former, notes, path.stem if path else None)
 
 
 def load_resolved(path: str | Path) -> Recipe:
     """The recipe in a file, such as the ``recipe.yaml`` of an output directory. Raises RecipeError."""
-    return resolve(command="", recipe=Path(path)).recipe
+    return resolve(command="eval", recipe=Path(path)).recipe
 
 
 def to_yaml(resolved: Resolved, with_origin: bool = True) -> str:
@@ -216,14 +242,30 @@ def _translated(detail: Mapping[str, Any], given: Mapping[str, Given], command: 
     return entry.rank, RecipeError(f"{entry.place} = {shown(entry.value)}", where=what, hint=hint or None)
 
 
-def _without_effect(recipe: Recipe, given: Mapping[str, Given]) -> tuple[str, ...]:
-    """Flags for a parameter that this recipe's divergence does not have: true, harmless, and easily overlooked."""
-    users = {"alpha": ("skl", "srkl"), "beta": ("jsd",), "jeffreys_weight": ("jeffreys",)}
-    notes = []
-    for name, divergences in users.items():
-        entry = given.get(f"objective.{name}")
-        if entry and entry.rank.layer >= layers.FLAG and recipe.objective.divergence not in divergences:
-            place = entry.place if entry.origin == "--set" else f"{entry.place} (objective.{name})"
-            owners = " and ".join(divergences)
-            notes.append(f"{place} has no effect on {recipe.objective.divergence}; it belongs to {owners}")
-    return tuple(notes)
+def _preset(method: str, layer: int) -> dict[str, Given]:
+    """What a method stands for, as strong as the given layer."""
+    return {key: Given(value, f"method {method}", key, Rank(layer)) for key, value in METHODS[method].preset.items()}
+
+
+def _unread(made: Recipe, given: Mapping[str, Given], preset: Mapping[str, Given]) -> dict[str, Given]:
+    """What was given by hand and this run never reads. A recipe that repeats what holds anyway has asked for nothing."""
+    found = {}
+    for key, entry in given.items():
+        if entry is preset.get(key) or ownership.is_read(key, partial(value_of, made)):
+            continue
+        holds_anyway = preset[key].value if key in preset else leaves()[key].default
+        if entry.rank.layer > layers.RECIPE or value_of(made, key) != holds_anyway:
+            found[key] = entry
+    return found
+
+
+def _left_out(unread: Mapping[str, Given], command: str, from_recipe: Mapping[str, Given]) -> set[str]:
+    """Of what is not read: what the recipe, taken by itself, would read; a flag or --set has changed that."""
+    own = _method(command, from_recipe)
+    preset = _preset(own.value, layers.METHOD) if own.value in METHODS else {}
+    alone, _ = _stacked({"method": own}, preset, from_recipe)
+
+    def value(key: str) -> Any:
+        return alone[key].value if key in alone else leaves()[key].default
+
+    return {key for key, entry in unread.items() if entry.rank.layer == layers.RECIPE and ownership.is_read(key, value)}

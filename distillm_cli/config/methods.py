@@ -9,16 +9,41 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+# What a schedule trains on, in words; a method with sequences of its own says so in ``Method.sequences``.
+_SEQUENCES = {
+    "off": "data set",
+    "on": "student samples",
+    "mixed": "data set or student samples",
+    "annealed": "data set, then student samples",
+    "adaptive": "data set, student samples, replay",
+}
+
 
 @dataclass(frozen=True)
 class Method:
-    """A named preset. verb: the command that runs it. preset: dotted key → value. paper: where it comes from."""
+    """A named preset. verb: the command that runs it. preset: dotted key → value. paper: where it comes from.
+
+    objective, sequences: in words, where the preset's divergence and schedule do not say it all. also_needs: beside what
+    its verb needs anyway, such as teacher samples.
+    """
 
     name: str
     verb: Literal["sft", "distill"]
     summary: str
     paper: str
     preset: Mapping[str, Any]
+    objective: str | None = None
+    sequences: str | None = None
+    also_needs: tuple[str, ...] = ()
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What must be there before it can run."""
+        return (("rows",) if self.verb == "sft" else ("rows", "teacher")) + self.also_needs
+
+    def trains_on(self, schedule: str) -> str:
+        """Its sequences in words, under this kind of schedule."""
+        return self.sequences or _SEQUENCES[schedule]
 
 
 METHODS: dict[str, Method] = {
@@ -77,6 +102,41 @@ METHODS: dict[str, Method] = {
                 "objective.alpha": 0.1,
                 "schedule.kind": "adaptive",
             },
+        ),
+        Method(
+            name="akl",
+            verb="distill",
+            summary="KL and reverse KL, mixed by whether student and teacher differ in the teacher's head or its tail",
+            paper="Wu et al. 2024 (2404.02657)",
+            preset={"objective.divergence": "akl", "schedule.kind": "off"},
+        ),
+        Method(
+            name="ab",
+            verb="distill",
+            summary="α-β divergence: how much large gaps and likely tokens count, each an exponent",
+            paper="ABKD, Wang et al. 2025 (2505.04560)",
+            preset={"objective.divergence": "ab", "schedule.kind": "off"},
+        ),
+        Method(
+            name="amid",
+            verb="distill",
+            summary="a divergence to an assistant between teacher and student, whose shape is a parameter",
+            paper="AMiD, Shin et al. 2026 (2510.15982)",
+            preset={"objective.divergence": "amid", "schedule.kind": "adaptive"},
+        ),
+        Method(
+            name="taid",
+            verb="distill",
+            summary="KL to a target that moves, as the student learns, from near the student to the teacher",
+            paper="TAID, Shing et al. 2025 (2501.16937)",
+            preset={"objective.divergence": "taid", "schedule.kind": "off"},
+        ),
+        Method(
+            name="atkd",
+            verb="distill",
+            summary="tokens the teacher is sure of teach their alternatives, the others everything",
+            paper="ATKD, Zhong et al. 2024 (2402.11890)",
+            preset={"objective.divergence": "atkd", "schedule.kind": "off"},
         ),
     )
 }

@@ -15,10 +15,37 @@ Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Exponent = Annotated[float, Field(ge=-2, le=2)]
 Name = Annotated[str, Field(min_length=1)]
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
-DivergenceName = Literal["kl", "rkl", "skl", "srkl", "jsd", "tvd", "jeffreys"]
+DivergenceName = Literal["kl", "rkl", "skl", "srkl", "jsd", "tvd", "jeffreys", "akl", "ab", "amid", "taid", "atkd"]
+ScheduleKind = Literal["off", "on", "mixed", "annealed", "adaptive"]
 MetricName = Literal["rouge_l", "exact_match", "error_rate"]
+
+
+class ReadWhen:
+    """Beside a field that not every run reads: the fields that decide it, by dotted key, and the values they must have.
+
+    Several mappings are several ways: any of them will do. A value given by hand that no way leads to is an error.
+    """
+
+    def __init__(self, *ways: dict[str, tuple[str, ...]]):
+        self.ways = ways
+
+
+def _of(*divergences: DivergenceName) -> ReadWhen:
+    return ReadWhen({"objective.divergence": divergences})
+
+
+def _under(*kinds: ScheduleKind) -> ReadWhen:
+    return ReadWhen({"schedule.kind": kinds})
+
+
+_AB = ReadWhen(
+    {"objective.divergence": ("ab",)}, {"objective.divergence": ("amid",), "objective.amid_divergence": ("ab",)}
+)
+_CURVED = ReadWhen({"schedule.kind": ("annealed",), "schedule.anneal": ("exponential", "sigmoid")})
+_STUDENT_OUTPUTS = _under(*(kind for kind in get_args(ScheduleKind) if kind != "off"))
 
 
 class Section(BaseModel):
@@ -128,11 +155,44 @@ class Objective(Section):
     """The divergence between next-token distributions, per supervised token (METHODS A)."""
 
     divergence: DivergenceName = Field("skl", description="p teacher, q student")
-    alpha: Annotated[float, Field(ge=0, lt=1)] = Field(
+    alpha: Annotated[float, Field(ge=0, lt=1), _of("skl", "srkl")] = Field(
         0.1, description="skew of skl and srkl: the share of the other distribution mixed in. 0 is kl, rkl"
     )
-    beta: Probability = Field(0.5, description="of jsd: m = βp + (1−β)q")
-    jeffreys_weight: Probability = Field(0.5, description="λ of jeffreys: 2λ KL(p‖q) + 2(1−λ) KL(q‖p)")
+    beta: Annotated[Probability, _of("jsd")] = Field(0.5, description="of jsd: m = βp + (1−β)q")
+    jeffreys_weight: Annotated[Probability, _of("jeffreys")] = Field(
+        0.5, description="λ of jeffreys: 2λ KL(p‖q) + 2(1−λ) KL(q‖p)"
+    )
+    akl_mu: Annotated[float, Field(gt=0, le=1), _of("akl")] = Field(
+        0.5, description="μ of akl: the teacher's head is the fewest tokens whose mass reaches it"
+    )
+    ab_alpha: Annotated[Exponent, _AB] = Field(
+        0.2, description="α of ab, the teacher's exponent; (α, β) = (1, 0) is kl, (0, 1) rkl"
+    )
+    ab_beta: Annotated[Exponent, _AB] = Field(0.7, description="β of ab, the student's exponent")
+    amid_a: Annotated[float, Field(ge=-100, le=100), _of("amid")] = Field(
+        0.5, description="shape of amid's assistant r: −1 the arithmetic mixture, 1 the geometric; larger covers modes"
+    )
+    amid_lambda: Annotated[float, Field(gt=0, lt=1), _of("amid")] = Field(
+        0.1, description="λ of amid: the teacher's share in the assistant"
+    )
+    amid_divergence: Annotated[Literal["kl", "rkl", "ab"], _of("amid")] = Field(
+        "kl", description="D of amid, between one of the two and the assistant"
+    )
+    amid_from: Annotated[Literal["teacher", "student"], _of("amid")] = Field(
+        "teacher", description="amid measures D(p ‖ r) from the teacher, or D(q ‖ r) from the student"
+    )
+    taid_start: Annotated[float, Field(ge=0, lt=1), _of("taid")] = Field(
+        0.4, description="t₀ of taid: the teacher's share in the target at the start; it ends at 1"
+    )
+    taid_rate: Annotated[Probability, _of("taid")] = Field(
+        5e-4, description="of taid: how far a step may carry t towards 1 beyond the linear course"
+    )
+    taid_momentum: Annotated[Beta, _of("taid")] = Field(
+        0.99, description="of taid: how much of the loss's mean relative fall is kept from step to step"
+    )
+    atkd_easy: Annotated[Probability, _of("atkd")] = Field(
+        0.2, description="α of atkd: weight of the tokens the teacher is surest of; the others weigh 1−α"
+    )
     kd_weight: Probability = Field(1.0, description="(1 − kd_weight)·CE + kd_weight·D; CE on data set rows only")
     kd_warmup: Probability = Field(
         0.0, description="share of the steps over which D's weight climbs from 0 to kd_weight: cross-entropy first"
@@ -145,35 +205,39 @@ class Objective(Section):
 class Schedule(Section):
     """Which sequences a step trains on (METHODS B)."""
 
-    kind: Literal["off", "on", "mixed", "annealed", "adaptive"] = Field(
+    kind: ScheduleKind = Field(
         "adaptive", description="off: data set rows; on: rollouts; mixed: GKD; annealed: ImitKD; adaptive: DistiLLM"
     )
-    replay: Literal["auto", "none", "decreasing", "constant", "increasing"] = Field(
+    replay: Annotated[Literal["auto", "none", "decreasing", "constant", "increasing"], _STUDENT_OUTPUTS] = Field(
         "auto",
         description="ρ(t), the share of student draws that are fresh: 1−t/T, ½, t/T; none: always fresh. "
         "auto: decreasing for adaptive, else none",
     )
-    capacity: Positive = Field(1000, description="replay buffer, sequences; the oldest leave first")
-    epsilon: float = Field(
+    capacity: Annotated[Positive, _STUDENT_OUTPUTS] = Field(
+        1000, description="replay buffer, sequences; the oldest leave first"
+    )
+    epsilon: Annotated[float, _under("adaptive")] = Field(
         0.1, description="φ rises when the validation loss reaches its reference + ε, nats per token"
     )
-    levels: Positive = Field(10, description="N: φ rises by 1/N")
-    phi: Probability = Field(0.0, description="φ at the start")
-    reference: Literal["last_rise", "previous"] = Field(
+    levels: Annotated[Positive, _under("adaptive")] = Field(10, description="N: φ rises by 1/N")
+    phi: Annotated[Probability, _under("adaptive")] = Field(0.0, description="φ at the start")
+    reference: Annotated[Literal["last_rise", "previous"], _under("adaptive")] = Field(
         "last_rise",
         description="the loss ε is added to: at the last rise of φ (official code), or the previous one (paper)",
     )
-    warm_up: Literal["fill", "none"] = Field(
+    warm_up: Annotated[Literal["fill", "none"], _STUDENT_OUTPUTS] = Field(
         "fill",
         description="fill: until the buffer is full every student draw is fresh (official code); none: the paper",
     )
-    fresh: Literal["direct", "buffer"] = Field(
+    fresh: Annotated[Literal["direct", "buffer"], _STUDENT_OUTPUTS] = Field(
         "direct",
         description="after a rollout train on it (official code), or on a draw from the buffer it went into (paper)",
     )
-    mix: Probability = Field(0.5, description="λ of mixed: the probability of a rollout")
-    anneal: Literal["linear", "exponential", "sigmoid"] = Field("linear", description="how the data set's share falls")
-    anneal_rate: Annotated[float, Field(gt=0)] = Field(
+    mix: Annotated[Probability, _under("mixed")] = Field(0.5, description="λ of mixed: the probability of a rollout")
+    anneal: Annotated[Literal["linear", "exponential", "sigmoid"], _under("annealed")] = Field(
+        "linear", description="how the data set's share falls"
+    )
+    anneal_rate: Annotated[float, Field(gt=0), _CURVED] = Field(
         5.0, description="exponential: e^(−r·t/T); sigmoid: steepness around the middle"
     )
 

@@ -35,6 +35,7 @@ SHORTCUTS: dict[str, Shortcut] = {
     "method": Shortcut("--method", ("method",), _DISTILL),
     "divergence": Shortcut("--divergence", ("objective.divergence",), _DISTILL),
     "alpha": Shortcut("--alpha", ("objective.alpha",), _DISTILL),
+    "schedule": Shortcut("--schedule", ("schedule.kind",), _DISTILL),
     "teacher_cache": Shortcut("--teacher-cache", ("teacher.cache",), _DISTILL),
     "lr": Shortcut("--lr", ("train.lr",)),
     "batch_size": Shortcut("--batch-size", ("train.batch_size",)),

@@ -8,14 +8,18 @@ Whatever it remembers from step to step is in ``state_dict``, and so in every ch
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from distillm_cli.config.schema import Objective as Config
 from distillm_cli.core import divergences
+from distillm_cli.core.divergences import KL
+from distillm_cli.core.families import Interpolated
 from distillm_cli.core.fused import PerToken, Terms
 from distillm_cli.core.scheduler import Source
 from distillm_cli.sequences import Sequence
@@ -103,6 +107,79 @@ class Criterion:
         """Takes back what ``pack`` gave, for the same sequences in the same order."""
 
 
+class Interpolating(Criterion):
+    """TAID (arXiv 2501.16937): KL to a target that moves from near the student (t = taid_start) to the teacher (t = 1).
+
+    After each step of loss L, with m the running mean of the loss's relative fall:
+    m ← μ m + (1−μ) (L_before − L)/L_before and t ← min(1, max(linear, t + rate·σ(m)·(1−t))); the first loss only becomes
+    L_before. linear: straight from taid_start to 1 over the run.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.t, self.fall, self.before = config.taid_start, 0.0, None
+
+    def terms(self, source: Source, progress: float = 1.0) -> Terms:
+        return replace(super().terms(source, progress), divergence=Interpolated(self.t))
+
+    @property
+    def held_out(self) -> Terms:
+        """KL to the teacher: a figure that means the same whatever t is."""
+        return Terms(kd=1.0, ce=0.0, divergence=KL())
+
+    def observe(self, loss: float, progress: float) -> None:
+        before, self.before = self.before, loss
+        if before is None:
+            return
+        start, kept = self.config.taid_start, self.config.taid_momentum
+        self.fall = kept * self.fall + (1 - kept) * (before - loss) / max(before, 1e-15)
+        ahead = self.t + self.config.taid_rate * _sigmoid(self.fall) * (1 - self.t)
+        self.t = min(1.0, max(start + (1 - start) * progress, ahead))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"t": self.t, "fall": self.fall, "before": self.before}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.t, self.fall, self.before = state["t"], state["fall"], state["before"]
+
+
+class HardAndEasy(Criterion):
+    """ATKD (arXiv 2402.11890): tokens the teacher is sure of teach what else might stand there; the others teach all.
+
+    A token is hard where the teacher's 1 − p(token) reaches the median of the whole step. The step's loss is
+    α·mean over easy tokens of DKD + (1−α)·mean over hard tokens of (TKD + DKD), α = atkd_easy; see ``Decoupled``.
+    """
+
+    looks_at = ("teacher",)
+
+    @property
+    def held_out(self) -> Terms:
+        """KL: held-out rows belong to no step whose median could split them."""
+        return Terms(kd=1.0, ce=0.0, divergence=KL())
+
+    def look_ahead(
+        self, pieces: SequenceOf[Piece], readings: SequenceOf[Reading], progress: float
+    ) -> list[PerToken | None]:
+        told = [reading.log_p_N for reading in readings]
+        log_p_N = torch.cat(told)
+        N = len(log_p_N)
+        if not N:
+            return [None] * len(pieces)
+        # 1 − p(token) ≥ its median, said of log p: as many tokens are as unsure, and none is lost to rounding 1 − p.
+        is_hard_N = log_p_N <= -(-log_p_N).median()
+        hard = int(is_hard_N.sum())
+        easy = self.config.atkd_easy
+        # The engine divides by all N: a mean over a part of them is a sum that weighs N/part.
+        w_hard, w_easy = (1 - easy) * N / hard, easy * N / max(N - hard, 1)
+        weights_N2 = torch.stack([torch.where(is_hard_N, w_hard, 0.0), torch.where(is_hard_N, w_hard, w_easy)], dim=-1)
+        return [PerToken(marks_N=part) for part in weights_N2.split([len(part) for part in told])]
+
+
+def _sigmoid(x: float) -> float:
+    return 0.5 * (1 + math.tanh(0.5 * x))
+
+
 def build(config: Config | None) -> Criterion:
     """The criterion of a recipe's ``objective`` section; None is SFT."""
-    return Criterion(config)
+    of_divergence = {"taid": Interpolating, "atkd": HardAndEasy}
+    return Criterion(None) if config is None else of_divergence.get(config.divergence, Criterion)(config)

@@ -187,6 +187,15 @@ class Jeffreys(Divergence):
 
 def build(config: Objective) -> Divergence:
     """The divergence of a recipe's ``objective`` section."""
+    from distillm_cli.core import families  # which stand on this file
+
+    def alpha_beta() -> families.AlphaBeta:
+        return families.AlphaBeta(config.ab_alpha, config.ab_beta)
+
+    def alpha_mixture() -> families.AlphaMixture:
+        inner = {"kl": KL, "rkl": ReverseKL, "ab": alpha_beta}[config.amid_divergence]()
+        return families.AlphaMixture(config.amid_a, config.amid_lambda, inner, config.amid_from == "student")
+
     return {
         "kl": KL,
         "rkl": ReverseKL,
@@ -195,4 +204,9 @@ def build(config: Objective) -> Divergence:
         "jsd": lambda: JSD(config.beta),
         "tvd": TotalVariation,
         "jeffreys": lambda: Jeffreys(config.jeffreys_weight),
+        "akl": lambda: families.AdaptiveKL(config.akl_mu),
+        "ab": alpha_beta,
+        "amid": alpha_mixture,
+        "taid": lambda: families.Interpolated(config.taid_start),
+        "atkd": families.Decoupled,
     }[config.divergence]()

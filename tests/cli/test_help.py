@@ -22,7 +22,8 @@ from distillm_cli.config.shortcuts import SHORTCUTS
 from distillm_cli.errors import CheckpointError, DataError
 
 ROOT = Path(__file__).resolve().parents[2]
-VERBS = ("sft", "generate", "distill", "eval", "plan", "recipes")
+VERBS = ("sft", "generate", "distill", "eval", "plan", "methods", "recipes")
+GROUPS = ("methods", "recipes")
 
 
 @pytest.fixture
@@ -59,6 +60,7 @@ def test_help_loads_no_torch():
         heavy = {"torch", "transformers", "datasets", "accelerate", "tokenizers", "numpy"} & set(sys.modules)
         assert not heavy, heavy
         assert main(["recipes", "validate", "quickstart"]) == 0
+        assert main(["methods"]) == main(["methods", "show", "ab"]) == 0
         assert main(["distill", "--alpha", "1.4"]) == 2
         assert "torch" not in sys.modules
     """
@@ -104,7 +106,7 @@ def test_the_help_of_distill_shows_its_panels_and_the_way_to_everything_else(run
     assert "distillm recipes ls, show" in out
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "recipes"])
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in GROUPS])
 def test_the_flags_of_a_verb_are_those_the_messages_name(verb):
     context = typer.Context(get_command(program.app))
     command = context.command.get_command(context, verb)
@@ -146,6 +148,11 @@ def test_python_m_works_like_the_program():
         ("distill --alpha abc", "--alpha = abc; expected a number ≥ 0 and < 1; try --alpha 0.1"),
         ("distill --alpha=1.4", "--alpha = 1.4; expected a number ≥ 0 and < 1; try --alpha 0.1"),
         ("distill --batch-size 3.5", "--batch-size = 3.5; expected a whole number ≥ 1; try --batch-size 8"),
+        (
+            "distill --method kd --alpha 0.1",
+            "--alpha = 0.1; objective.alpha belongs to skl and srkl (method distillm), and",
+        ),
+        ("distill --ab-beta 0.3", "distillm distill has no flag --ab-beta; try --set objective.ab_beta=VALUE"),
         ("distill --set lr", "--set lr; expected section.key=value; try --set train.lr=5e-4"),
         ("distill --recipe quikstart", f"no recipe named quikstart; shipped: {', '.join(shipped())}; try --recipe "),
         ("recipes show", "missing argument 'NAME|FILE'; see `distillm recipes show --help`"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -14,7 +15,8 @@ from distillm_cli.cli import options
 from distillm_cli.config.explain import choices, kinds, leaves, takes_list
 from distillm_cli.config.load import load_resolved, locate, resolve, shipped, to_yaml
 from distillm_cli.config.methods import METHODS
-from distillm_cli.config.schema import Recipe, Train
+from distillm_cli.config.ownership import condition, is_read
+from distillm_cli.config.schema import Recipe, ScheduleKind, Train
 from distillm_cli.config.shortcuts import SHORTCUTS, Flag, flag_of
 from distillm_cli.errors import RecipeError, UsageError
 
@@ -98,7 +100,7 @@ def test_without_a_word_distill_is_distillm_on_dolly_and_sft_is_sft():
 def test_a_method_of_the_other_verb_is_refused_by_naming_that_verb(recipe):
     path = recipe("method: sft")
     assert complaint(recipe=path) == (
-        "distill.yaml:1: method = sft; expected a method of `distillm distill` (kd, imitkd, gkd, distillm); "
+        f"distill.yaml:1: method = sft; expected a method of `distillm distill` ({', '.join(list(METHODS)[1:])}); "
         "try `distillm sft`"
     )
     assert "try `distillm distill`" in complaint(command="sft", sets=["method=kd"])
@@ -116,12 +118,134 @@ def test_epochs_on_the_command_line_replace_the_steps_of_the_recipe(recipe):
     assert "--epochs and --steps" in complaint(flags=both)
 
 
-def test_a_flag_without_effect_is_pointed_out():
-    flags = {"objective.alpha": Flag("--alpha", 0.3), "method": Flag("--method", "gkd")}
-    resolved = resolve(command="distill", flags=flags)
-    assert resolved.notes == ("--alpha (objective.alpha) has no effect on jsd; it belongs to skl and srkl",)
-    assert to_yaml(resolved).startswith("# note: --alpha")
-    assert resolve(command="distill", flags={"objective.alpha": Flag("--alpha", 0.3)}).notes == ()
+def test_a_method_named_by_hand_brings_its_preset_along(recipe):
+    """One word changed over a recipe that spells its own method out: objective and sequences follow, the training stays."""
+    path = recipe(
+        "method: distillm\nobjective: {divergence: srkl, kd_weight: 0.5}\nschedule: {kind: adaptive, capacity: 99}\n"
+        "train: {lr: 3e-3, epochs: 2}\n"
+    )
+    resolved = resolve(command="distill", recipe=path, flags={"method": Flag("--method", "gkd")})
+    r = resolved.recipe
+    assert (r.objective.divergence, r.objective.beta, r.schedule.kind) == ("jsd", 0.1, "mixed")
+    assert (r.objective.kd_weight, r.schedule.capacity, r.train.lr, r.train.epochs) == (0.5, 99, 3e-3, 2)
+    assert resolved.origin["objective.divergence"] == "method gkd"
+    assert resolved.former["objective.divergence"] == ("srkl", "distill.yaml:2")
+
+    by_hand = {"method": Flag("--method", "gkd"), "schedule.kind": Flag("--schedule", "on")}
+    assert resolve(command="distill", recipe=path, flags=by_hand).recipe.schedule.kind == "on"
+    same = resolve(command="distill", recipe=path, flags={"method": Flag("--method", "distillm")}).recipe
+    assert same.objective.divergence == "srkl", "the recipe's own method, as the recipe has it"
+
+
+# --- whose a parameter is ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "sets", "said"),
+    [
+        (
+            {"method": "kd", "alpha": 0.1},
+            [],
+            "--alpha = 0.1; objective.alpha belongs to skl and srkl (method distillm), and here objective.divergence is kl "
+            "(method kd); leave it out, or try --divergence skl",
+        ),
+        (
+            {"method": "ab", "alpha": 0.1},
+            [],
+            "objective.divergence is ab (method ab); ab reads objective.ab_alpha, objective.ab_beta; leave it out, or",
+        ),
+        (
+            {},
+            ["objective.ab_beta=0.3"],
+            "--set objective.ab_beta = 0.3; it belongs to ab, and to amid with amid_divergence ab, and here "
+            "objective.divergence is skl (method distillm); skl reads objective.alpha; leave it out, or try --divergence ab",
+        ),
+        (
+            {"method": "amid"},
+            ["objective.ab_beta=0.3"],
+            "here objective.divergence is amid and objective.amid_divergence is kl (method amid)",
+        ),
+        (
+            {"method": "kd"},
+            ["schedule.mix=0.3"],
+            "--set schedule.mix = 0.3; it belongs to mixed (method gkd), and here schedule.kind is off (method kd); "
+            "leave it out, or try --schedule mixed",
+        ),
+        (
+            {"schedule": "annealed"},
+            ["schedule.anneal_rate=3"],
+            "it belongs to annealed with anneal exponential or sigmoid (method imitkd), and here schedule.anneal is linear",
+        ),
+        (
+            {"schedule": "off"},
+            ["schedule.capacity=5"],
+            "it belongs to on, mixed, annealed and adaptive, and here schedule",
+        ),
+    ],
+)
+def test_a_parameter_of_another_method_is_refused_by_naming_whose_it_is(flags, sets, said):
+    assert said in complaint(flags=options.flags(**flags), sets=sets)
+
+
+def test_a_parameter_of_another_method_in_a_recipe_is_an_error_with_its_line(recipe):
+    line = complaint("method: kd\nobjective:\n  beta: 0.3\nschedule: {mix: 0.2}\n", recipe)
+    assert line.startswith(
+        "distill.yaml:3: objective.beta = 0.3; it belongs to jsd (method gkd), and here objective.div"
+    )
+    assert line.endswith("; and 1 more problem")
+    line = complaint("method: sft\nobjective: {alpha: 0.3}\n", recipe, command="sft")
+    assert "it belongs to `distillm distill`; sft trains on cross-entropy alone; leave it out" in line
+    repeated = recipe(
+        "method: kd\nobjective: {beta: 0.5, alpha: 0.1}"
+    )  # what holds anyway: every resolved recipe says it
+    assert resolve(command="distill", recipe=repeated).notes == ()
+
+
+def test_what_a_recipe_says_for_its_own_method_is_left_out_under_another(recipe, tmp_path):
+    path = recipe("method: distillm\nobjective: {alpha: 0.3}\nschedule: {epsilon: 0.2, capacity: 64}\n")
+    resolved = resolve(command="distill", recipe=path, flags={"method": Flag("--method", "kd")})
+    assert resolved.notes == (
+        "distill.yaml: left out, since nothing reads them here (method kd, objective kl, schedule off): "
+        "objective.alpha, schedule.capacity, schedule.epsilon",
+    )
+    assert to_yaml(resolved).startswith("# note: distill.yaml: left out")
+    assert (resolved.recipe.objective.alpha, resolved.origin["objective.alpha"]) == (0.1, "default")
+    assert resolved.former["objective.alpha"] == (0.3, "distill.yaml:2")
+    (tmp_path / "recipe.yaml").write_text(to_yaml(resolved), encoding="utf-8")
+    assert resolve(command="distill", recipe=tmp_path / "recipe.yaml").recipe == resolved.recipe
+
+    by_divergence = resolve(command="distill", recipe=path, flags={"objective.divergence": Flag("--divergence", "kl")})
+    assert [note.rpartition(": ")[2] for note in by_divergence.notes] == ["objective.alpha"]
+    with pytest.raises(RecipeError, match=r"--set objective\.alpha"):
+        resolve(command="distill", recipe=path, flags={"method": Flag("--method", "kd")}, sets=["objective.alpha=0.2"])
+
+
+def test_the_sweep_over_alpha_and_every_method_over_quickstart_resolve():
+    for alpha in (0.0, 0.1, 0.3):
+        resolved = resolve(command="distill", recipe="quickstart", flags=options.flags(alpha=alpha))
+        assert (resolved.recipe.objective.alpha, resolved.notes) == (alpha, ())
+    for name, method in METHODS.items():
+        if method.verb != "distill":
+            continue
+        for kind in (None, *get_args(ScheduleKind)):
+            flags = options.flags(method=name, schedule=kind)
+            r = resolve(command="distill", recipe="quickstart", flags=flags).recipe
+            assert r.schedule.kind == (kind or method.preset.get("schedule.kind", r.schedule.kind))
+            assert r.objective.divergence == method.preset.get("objective.divergence", r.objective.divergence)
+
+
+def test_commands_that_train_nothing_take_any_recipe(recipe):
+    path = recipe("method: kd\nobjective: {beta: 0.3}")
+    for command in ("eval", "generate"):
+        assert resolve(command=command, recipe=path).recipe.objective.beta == 0.3
+    assert load_resolved(path).objective.beta == 0.3
+
+
+def test_a_condition_speaks_of_fields_and_values_that_exist():
+    for key in leaves():
+        for way in condition(key).ways if condition(key) else ():
+            for decider, words in way.items():
+                assert set(words) <= set(choices(decider)), key
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -207,7 +331,7 @@ def test_aliases_cannot_blow_a_recipe_up(recipe):
         (
             "schedule: {kind: adaptve}",
             "distill.yaml:1: schedule.kind = adaptve; expected one of off, on, mixed, annealed, adaptive; "
-            "try --set schedule.kind=adaptive",
+            "try --schedule adaptive",
         ),
         (
             "eval: {metrics: [rouge, exact_match]}",
@@ -227,7 +351,7 @@ def test_aliases_cannot_blow_a_recipe_up(recipe):
         ("eval: {seeds: []}", "eval.seeds = []; expected a list that is not empty, each a whole number"),
         ("eval: {seeds: [true]}", "eval.seeds = [true]; expected a list"),
         ("teacher: {path: ''}", "teacher.path = (empty); expected a text that is not empty"),
-        ("method: distilm", "method = distilm; expected one of sft, kd, imitkd, gkd, distillm; try --method distillm"),
+        ("method: distilm", f"method = distilm; expected one of {', '.join(METHODS)}; try --method distillm"),
         ("method:", "method = null; expected one of"),
         (
             "train: {patience: 3}",
@@ -353,7 +477,10 @@ EVERY_FIELD = st.fixed_dictionaries({}, optional={key: _values(key) for key in l
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(values=EVERY_FIELD, with_origin=st.booleans())
 def test_what_is_written_reads_back_identical(values, with_origin, tmp_path):
-    command = METHODS[values.get("method", "distillm")].verb
+    method = METHODS[values.get("method", "distillm")]
+    command = method.verb
+    said = {"method": method.name, **method.preset, **values}
+    values = {key: v for key, v in values.items() if is_read(key, lambda k: said.get(k, leaves()[k].default))}
     values = {key: value for key, value in values.items() if key != "train.epochs" or values.get("train.steps") is None}
     resolved = resolve(command=command, flags={k: Flag(k, v) for k, v in values.items()})
     path = tmp_path / "recipe.yaml"

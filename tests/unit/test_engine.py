@@ -12,8 +12,9 @@ import torch
 from torch.testing import assert_close
 
 from distillm_cli.config import schema
+from distillm_cli.core import criterion
 from distillm_cli.core.checkpoint import Checkpoints, read
-from distillm_cli.core.criterion import Criterion, Piece
+from distillm_cli.core.criterion import Piece
 from distillm_cli.core.engine import Engine
 from distillm_cli.core.events import Saved, Stepped, Validated
 from distillm_cli.core.metrics_log import MetricsLog
@@ -36,7 +37,15 @@ def student(family="gpt2", **fields):
 
 
 def build(
-    tmp_path=None, *, method="adaptive", listener=lambda event: None, steps=12, backbone=None, kept=False, **train
+    tmp_path=None,
+    *,
+    method="adaptive",
+    listener=lambda event: None,
+    steps=12,
+    backbone=None,
+    kept=False,
+    objective=None,
+    **train,
 ):
     """A whole small run: dropout on (GPT-2's own 0.1), so that the random state matters. kept: the teacher's states."""
     train = schema.Train(**{"batch_size": 4, "lr": 1e-3, "eval_steps": 3, "save_steps": 1000, "seed": 5} | train)
@@ -64,7 +73,9 @@ def build(
             awaited=HELD_OUT[0] if train.select == "valid_divergence" else (),
         )
     objective = Objective(
-        backbone, Criterion(None if sft else schema.Objective()), teacher_head=None if sft else teacher.head
+        backbone,
+        criterion.build(None if sft else objective or schema.Objective()),
+        teacher_head=None if sft else teacher.head,
     )
     checkpoints = None
     if tmp_path is not None:

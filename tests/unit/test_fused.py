@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import pytest
 import torch
@@ -25,7 +26,8 @@ from distillm_cli.sequences import collate
 from tests import plain, tiny
 
 N, D, D_TEACHER, V = 11, 6, 9, 17
-NAMES = ["kl", "rkl", "skl", "srkl", "jsd", "tvd", "jeffreys"]
+NAMES = list(get_args(schema.DivergenceName))
+NUMBERS_WITHIN = {"akl", "taid"}  # parts of them are taken as numbers, which no difference quotient can know
 # What a head may do beside the product: (bias, scale, softcap).
 HEADS = {
     "plain": (False, 1.0, None),
@@ -68,7 +70,7 @@ def setting(kind="plain", n=N, v=V):
 def plain_loss(name, hidden, head, teacher_hidden, teacher_head, targets, terms, weights=None, dtype=torch.float64):
     """Five lines: whole logits, softmax, the definition, autograd."""
     z, zt = head.logits(hidden).to(dtype), teacher_head.logits(teacher_hidden).to(dtype)
-    value = terms.kd * plain.divergence(name, zt.softmax(-1), z.softmax(-1))
+    value = terms.kd * plain.divergence(name, zt.softmax(-1), z.softmax(-1), targets=targets)
     if terms.ce:
         value = value + terms.ce * F.cross_entropy(z, targets, reduction="none")
     return (value if weights is None else value * weights).sum()
@@ -103,7 +105,7 @@ def test_values_and_all_gradients_are_those_of_the_definition(name, terms, kind,
                 assert_close(grad, reference)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in NUMBERS_WITHIN])
 def test_gradcheck_in_float64(name):
     hidden, head, teacher_hidden, teacher_head, targets = setting("all")
 

@@ -1,0 +1,162 @@
+"""``distillm methods``: what ``--method`` can be, and one of them in full. From the registry in ``config.methods``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from distillm_cli.cli import options
+from distillm_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from distillm_cli.config.load import Resolved
+    from distillm_cli.config.methods import Method
+
+methods = typer.Typer(
+    epilog=options.examples(
+        "distillm methods",
+        "distillm methods show ab",
+        "distillm distill --recipe quickstart --method ab --schedule adaptive",
+    ),
+)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="As `distillm methods` lists it.", show_default=False)]
+COLUMNS = ("name", "paper", "objective", "sequences", "needs")
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the group to the program."""
+    app.add_typer(methods, name="methods", help="Methods: list them, show one.", rich_help_panel=options.AROUND)
+
+
+@methods.callback(invoke_without_command=True)
+def ls(ctx: typer.Context, as_json: options.Json = False, debug: options.Debug = False) -> None:
+    """What --method can be: paper, objective, sequences, and what each needs."""
+    if ctx.invoked_subcommand is not None:
+        return
+    from distillm_cli.config.methods import METHODS
+
+    rows = [_facts(method) for method in METHODS.values()]
+    if as_json:
+        print(json.dumps({"command": "methods", "status": "ok", "methods": rows}, ensure_ascii=False))
+    elif sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*COLUMNS, box=None, pad_edge=False, header_style="bold")
+        for row in rows:
+            name, *cells = _cells(row)
+            table.add_row(f"[cyan]{name}[/]", *cells)
+        Console().print(table)
+    else:
+        for row in rows:
+            print(*_cells(row), sep="\t")
+
+
+@methods.command("show")
+def show(name: Name, as_json: options.Json = False, debug: options.Debug = False) -> None:
+    """One method in full: what it sets, what each parameter means, a command that runs it."""
+    from distillm_cli.config.methods import METHODS
+
+    if name not in METHODS:
+        from distillm_cli.config.explain import nearest_word
+
+        close = nearest_word(name, list(METHODS))
+        hint = f"did you mean {close}?" if close else "`distillm methods` lists them"
+        raise UsageError(f"no method named {name}", where=f"there are {', '.join(METHODS)}", hint=hint)
+    method = METHODS[name]
+    resolved = _resolved(method)
+    parameters = {key: _parameter(key, resolved) for key in _keys(method, resolved)}
+    told = _facts(method) | {"summary": method.summary, "parameters": parameters, "example": _example(method)}
+    if as_json:
+        print(json.dumps({"command": "methods show", "status": "ok", "method": told}, ensure_ascii=False))
+    else:
+        sys.stdout.writelines(f"{line}\n" for line in _page(told))
+
+
+def _facts(method: Method) -> dict[str, Any]:
+    """A method as a row of the table, and as ``--json`` gives it."""
+    from distillm_cli.config.ownership import objective_words
+
+    recipe = _resolved(method).recipe
+    return {
+        "name": method.name,
+        "verb": method.verb,
+        "summary": method.summary,
+        "paper": method.paper,
+        "objective": method.objective or objective_words(recipe.objective),
+        "sequences": method.trains_on(recipe.schedule.kind),
+        "needs": list(method.needs),
+    }
+
+
+def _resolved(method: Method) -> Resolved:
+    from distillm_cli.config.load import resolve
+
+    return resolve(command=method.verb, sets=[f"method={method.name}"])
+
+
+def _keys(method: Method, resolved: Resolved) -> list[str]:
+    """What the method sets, and the fields that it reads and others do not; in the schema's order."""
+    from functools import partial
+
+    from distillm_cli.config.explain import leaves
+    from distillm_cli.config.ownership import parameters, value_of
+
+    own = {*method.preset, *parameters(partial(value_of, resolved.recipe))}
+    return [key for key in leaves() if key in own]
+
+
+def _parameter(key: str, resolved: Resolved) -> dict[str, Any]:
+    from distillm_cli.config.explain import expected, leaves
+    from distillm_cli.config.ownership import value_of
+
+    return {
+        "value": value_of(resolved.recipe, key),
+        "from": resolved.origin[key],
+        "expected": expected(key),
+        "means": leaves()[key].description,
+    }
+
+
+def _page(told: dict[str, Any]) -> Iterator[str]:
+    from textwrap import wrap
+
+    from distillm_cli.config.explain import shown
+
+    yield f"{told['name']}: {told['summary']}"
+    yield ""
+    for name in COLUMNS[1:]:
+        yield f"{name + ':':<11}{_cell(told[name])}"
+    for title, is_preset in (("What it sets", True), ("What it reads besides, at their defaults", False)):
+        picked = {k: p for k, p in told["parameters"].items() if (p["from"] != "default") == is_preset}
+        if not picked:
+            continue
+        yield ""
+        yield title
+        for key, parameter in picked.items():
+            yield f"  {key} = {shown(parameter['value'])}    ({parameter['expected']})"
+            yield from (f"      {line}" for line in wrap(parameter["means"], 100))
+    yield ""
+    yield "Example"
+    yield f"  {told['example']}"
+
+
+def _example(method: Method) -> str:
+    if method.verb == "sft":
+        return "distillm sft --recipe quickstart-teacher"
+    return f"distillm distill --recipe quickstart --method {method.name}"
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    """A row of the table. Of the paper its name and number; ``show`` has the rest."""
+    short = row | {"paper": row["paper"][: row["paper"].index(")") + 1]}
+    return [_cell(short[column]) for column in COLUMNS]
+
+
+def _cell(value: str | list[str]) -> str:
+    return value if isinstance(value, str) else ", ".join(value)

@@ -1,0 +1,102 @@
+"""Whose a parameter is: which runs read a field, and what to say where one that is not read was given by hand.
+
+The schema says it beside each field (``schema.ReadWhen``); methods with those values are looked up in ``methods.METHODS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from distillm_cli.config.explain import leaves, shown
+from distillm_cli.config.layers import Given
+from distillm_cli.config.methods import METHODS
+from distillm_cli.config.schema import Objective, ReadWhen, Recipe, Section
+from distillm_cli.config.shortcuts import flag_of
+from distillm_cli.errors import RecipeError
+
+ValueOf = Callable[[str], Any]  # dotted key → its value in some recipe
+
+_OF_DISTILLATION = ("objective.", "schedule.")  # sections of which fine-tuning (verb sft) reads nothing
+_SYMBOLS = {"alpha": "α", "beta": "β", "lambda": "λ", "mu": "μ", "start": "t₀"}
+
+
+def value_of(section: Section, key: str) -> Any:
+    """The value at a dotted key."""
+    for name in key.split("."):
+        section = getattr(section, name)
+    return section
+
+
+def condition(key: str) -> ReadWhen | None:
+    """What decides whether a run reads the field; None where every run does."""
+    return next((part for part in leaves()[key].metadata if isinstance(part, ReadWhen)), None)
+
+
+def is_read(key: str, value: ValueOf) -> bool:
+    """Whether a run with these values reads the field."""
+    if key.startswith(_OF_DISTILLATION) and _is_fine_tuning(value):
+        return False
+    when = condition(key)
+    return when is None or any(all(value(k) in words for k, words in way.items()) for way in when.ways)
+
+
+def parameters(value: ValueOf) -> list[str]:
+    """The fields that a run with these values reads and others do not, in the schema's order."""
+    return [key for key in leaves() if condition(key) is not None and is_read(key, value)]
+
+
+def misplaced(key: str, given: Given, value: ValueOf, command: str) -> RecipeError:
+    """The error for a value, given by hand, that the run never reads: whose it is, and what this run is instead."""
+    what, method = f"{given.place} = {shown(given.value)}", value("method")
+    it = "it" if key in given.place else key
+    if key.startswith(_OF_DISTILLATION) and _is_fine_tuning(value):
+        where = f"{it} belongs to `distillm distill`; {method} trains on cross-entropy alone"
+        return RecipeError(what, where=where, hint="leave it out")
+    unmet = {}
+    for way in condition(key).ways:
+        first = next(k for k, words in way.items() if value(k) not in words)
+        unmet[first] = value(first)
+    here = " and ".join(f"{k} is {found}" for k, found in unmet.items())
+    where = f"{it} belongs to {owners(key)}, and here {here} (method {method})"
+    decider, words = next(iter(condition(key).ways[0].items()))
+    flag = flag_of(decider, command)
+    other = f"{flag} {words[0]}" if flag else f"--set {decider}={words[0]}"
+    mine = [k for k in parameters(value) if set(condition(k).ways[0]) == {decider}]
+    instead = f"{value(decider)} reads {', '.join(mine)}; " if mine and decider == "objective.divergence" else ""
+    return RecipeError(what, where=where, hint=f"{instead}leave it out, or try {other}")
+
+
+def owners(key: str) -> str:
+    """Whose the field is: "skl and srkl (method distillm)", "mixed (method gkd)", "akl"."""
+    told = []
+    for way in condition(key).ways:
+        (decider, words), *more = way.items()
+        methods = [name for name, m in METHODS.items() if m.preset.get(decider) in words and name not in words]
+        told.append(_listed(words) + "".join(f" with {k.rpartition('.')[2]} {_listed(w, 'or')}" for k, w in more))
+        if methods and len(words) < 3:
+            told[-1] += f" ({'method' if len(methods) == 1 else 'methods'} {', '.join(methods)})"
+    return ", and to ".join(told)
+
+
+def objective_words(objective: Objective) -> str:
+    """The objective of a recipe in a few words: "skl α=0.1", "amid a=0.5 λ=0.1 divergence=kl from=teacher"."""
+    if objective.kd_weight == 0:
+        return "cross-entropy"
+    recipe, name = Recipe(objective=objective), objective.divergence
+    words = [name]
+    for key in parameters(lambda k: value_of(recipe, k)):
+        section, _, field = key.partition(".")
+        if section == "objective":
+            short, value = field.removeprefix(f"{name}_"), getattr(objective, field)
+            words.append(f"{_SYMBOLS.get(short, short)}={value:g}" if isinstance(value, float) else f"{short}={value}")
+    return " ".join(words) + (f", kd_weight {objective.kd_weight:g}" if objective.kd_weight < 1 else "")
+
+
+def _is_fine_tuning(value: ValueOf) -> bool:
+    method = value("method")
+    return isinstance(method, str) and method in METHODS and METHODS[method].verb == "sft"
+
+
+def _listed(words: tuple[str, ...], joint: str = "and") -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {joint} {words[-1]}"

@@ -1,0 +1,41 @@
+"""Every method on the quickstart pair, as typed, for a few steps: it runs, says the same things in the same units."""
+
+import json
+import math
+
+import pytest
+
+from distillm_cli.cli.app import main
+from distillm_cli.config.methods import METHODS
+
+FEW = (
+    "data.size=60", "data.valid_limit=8", "eval.report_rows=0", "train.threads=1", "train.eval_steps=2",
+    "train.log_steps=1", "train.batch_size=4", "rollout.max_new_tokens=4", "rollout.bulk=1", "objective.kd_weight=1",
+    "objective.kd_warmup=0",
+)  # fmt: skip
+ADAPTIVE = ("schedule.phi=1", "schedule.warm_up=none")  # student outputs from the first step
+CASES = [(name, m.preset["schedule.kind"]) for name, m in METHODS.items() if m.verb == "distill"]
+CASES += [(name, "adaptive") for name in ("akl", "ab", "taid", "atkd")]
+KEYS = {"step", "epoch", "source", "loss", "lr", "grad_norm", "phi", "tokens", "seconds"}
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_a_method_runs_and_logs_what_all_log(name, kind, tmp_path, capsys):
+    method = ["--method", name, *(["--schedule", kind] if kind != METHODS[name].preset["schedule.kind"] else [])]
+    words = [word for field in FEW + (ADAPTIVE if kind == "adaptive" else ()) for word in ("--set", field)]
+    run = ["distill", "--recipe", "quickstart", *method, "--steps", "3", "--output", str(tmp_path / "o"), *words]
+    code = main([*run, "--json", "--quiet"])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    result = json.loads(out)
+    assert (result["status"], result["steps"]) == ("ok", 3)
+    lines = [json.loads(line) for line in (tmp_path / "o" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert len(steps) == 3
+    assert all(set(line) == KEYS for line in steps)
+    # Nats per token: an untrained student is no further from this teacher than some times log V.
+    assert all(0 <= line["loss"] < 3 * math.log(100) for line in steps)
+    assert all(line["grad_norm"] > 0 for line in steps)
+    assert [line["step"] for line in lines if "valid_loss" in line] == [0, 2, 3]
+    if kind in ("off", "adaptive"):
+        assert {line["source"] for line in steps} <= ({"dataset"} if kind == "off" else {"rollout", "replay"})
