@@ -75,6 +75,16 @@ def test_students_of_the_teacher_train_and_load(typed, tmp_path, spec):
     assert result["steps"] == 2
 
 
+def test_layers_are_there_for_the_first_loss_when_the_teacher_has_left_already(typed):
+    off = ["--set", "schedule.kind=off", "--set", "schedule.phi=0", "--set", "train.eval_steps=epoch", "--steps", "12"]
+    code, result, err = typed(*distill("--student", "layers:2", *off, "--output", "out"))
+    assert code == 0, err
+    assert result["teacher_cache"]["model_left"]
+    code, kept, err = typed(*distill("--student", "layers:2", *off, "--teacher-cache", "off", "--output", "kept"))
+    assert code == 0, err
+    assert result["report"]["student_before"] == kept["report"]["student_before"]
+
+
 def test_a_pair_of_two_families_with_one_tokenizer(typed, tmp_path):
     """A GPT-2 teacher and a Llama student, rollouts and replay included."""
     tokens = AutoTokenizer.from_pretrained(BUILTIN_TEACHER)
@@ -159,14 +169,16 @@ def test_a_run_killed_in_either_stage_ends_as_if_it_had_not_been(typed, tmp_path
     code, whole, err = typed(*argv, "--output", "whole")
     assert code == 0, err
     sft = tmp_path / "whole" / "sft"
-    per_epoch = len((sft / "metrics.jsonl").read_text().splitlines()) // 2
     steps = sorted(int(path.name[5:]) for path in (sft / "checkpoints").iterdir())
-    assert len(steps) == 2, per_epoch
+    assert len(steps) == 2, "validated and saved after each epoch"
     report = whole["report"]
     assert set(report) == {"student_before", "student_after_sft", "student_after", "teacher"}
     assert report["student_after_sft"]["valid_loss"] < report["student_before"]["valid_loss"]
+    for place, first in ((sft, "student_before"), (tmp_path / "whole", "student_after_sft")):
+        lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+        at_start = next(line["valid_loss"] for line in lines if line["step"] == 0)
+        assert at_start == pytest.approx(report[first]["valid_loss"], rel=1e-5)
     lines = [json.loads(line) for line in (sft / "metrics.jsonl").read_text().splitlines()]
-    assert report["student_before"]["valid_loss"] == pytest.approx(lines[0]["valid_loss"], rel=1e-5)
     assert max(line["lr"] for line in lines if "lr" in line) == pytest.approx(2e-3)
     assert "train.lr" not in (sft / "recipe.yaml").read_text()
 
