@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,14 +26,24 @@ from distillm_cli.data.batching import Examples, Order, by_length, tokenise
 from distillm_cli.data.prompts import Encoder, render
 from distillm_cli.data.sources import Rows, load_rows, overlap
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.models.loading import quiet
+from distillm_cli.models.loading import fingerprint, quiet
 from distillm_cli.models.pair import Pair, load_pair, resolve_device, resolve_dtype, student_again
 from distillm_cli.sequences import Sequence, collate
+
+FROZEN = "frozen.txt"  # in a checkpoint: of the weights below an adapter
+
+
+def frozen_digest(student: Backbone) -> str:
+    """Tells one frozen model from another."""
+    return fingerprint(student.adapter.frozen())
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Rows read, models loaded and checked against each other, examples tokenised: all that comes before the loop."""
+    """Rows read, models loaded and checked against each other, examples tokenised: all that comes before the loop.
+
+    begins: the weights that the student starts with; unset, those that it was loaded or built with.
+    """
 
     recipe: Recipe
     listener: Listener
@@ -45,6 +55,7 @@ class Prepared:
     encoder: Encoder
     train: Examples
     valid: Examples
+    begins: Callable[[], Mapping[str, torch.Tensor]] | None = None
 
     @property
     def student(self) -> Backbone:
@@ -71,19 +82,41 @@ class Prepared:
     @contextmanager
     def as_at_start(self) -> Iterator[None]:
         """The student has the weights it began with, inside the block; those it has reached again after it."""
-        state = self.student.model.state_dict()
-        reached = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
-        again = student_again(self.recipe, self.pair, torch.device("cpu"))
+        reached = {name: tensor.to("cpu", copy=True) for name, tensor in self.student.state().items()}
+        first = self.first_weights()
         try:
-            self.student.model.load_state_dict(again.model.state_dict())
+            self.student.load_state(first)
             yield
         finally:
-            self.student.model.load_state_dict(reached)
+            self.student.load_state(reached)
+
+    def first_weights(self) -> Mapping[str, torch.Tensor]:
+        """What changes of the student, as it was before its first step."""
+        return self.begins() if self.begins else student_again(self.recipe, self.pair, torch.device("cpu")).state()
 
     def save_model(self, directory: Path) -> None:
-        """The student and its tokenizer, as ``from_pretrained`` wants them."""
+        """What a checkpoint keeps of the student: model and tokenizer, as ``from_pretrained`` wants them.
+
+        Of one that trains under an adapter, the adapter, and what tells whether the frozen model is still the same.
+        """
         with quiet():
-            self.student.model.save_pretrained(directory)
+            if self.student.adapter is None:
+                self.student.model.save_pretrained(directory)
+            else:
+                self.student.adapter.save(directory)
+                (directory / FROZEN).write_text(frozen_digest(self.student), encoding="utf-8")
+            self.pair.tokenizer.save_pretrained(directory)
+
+    def export_model(self, directory: Path) -> None:
+        """The student as the output directory has it: a whole model, or the adapter, in the dtype asked for."""
+        student, dtype = self.recipe.student, resolve_dtype(self.recipe.student.save_dtype, self.device)
+        with quiet():
+            if student.lora_output == "adapter":
+                self.student.adapter.save(directory, dtype)
+            elif self.student.adapter is None and dtype == torch.float32:
+                self.student.model.save_pretrained(directory)
+            else:
+                self.student.plain(torch.float32).model.to(dtype).save_pretrained(directory)
             self.pair.tokenizer.save_pretrained(directory)
 
 
@@ -112,7 +145,11 @@ def prepare(recipe: Recipe, listener: Listener) -> Prepared:
         _checkpoint_activations(pair.student)
     _check_heads(pair, train, device, listener)
     dtype = resolve_dtype(recipe.student.dtype, device)
-    return Prepared(recipe, listener, device, dtype, train_rows, valid_rows, pair, encoder, train, valid)
+    begins = None
+    if pair.student.adapter is not None:  # few weights: not worth loading the model under them again
+        first = {name: weight.to("cpu", copy=True) for name, weight in pair.student.state().items()}
+        begins = first.copy
+    return Prepared(recipe, listener, device, dtype, train_rows, valid_rows, pair, encoder, train, valid, begins)
 
 
 def new_order(recipe: Recipe, examples: Examples) -> Order:

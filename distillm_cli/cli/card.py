@@ -16,13 +16,18 @@ if TYPE_CHECKING:
 def model_card(resolved: Resolved, reached: Progress, measured: Mapping[str, Any]) -> str:
     """Markdown with the front matter that the hub reads. measured: by model name, with ``valid_loss`` and ``scores``."""
     recipe = resolved.recipe
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", f"- {recipe.method}"]
+    student, is_adapter = recipe.student, recipe.student.lora_output == "adapter"
+    lines = ["---", f"library_name: {'peft' if is_adapter else 'transformers'}", "pipeline_tag: text-generation"]
+    lines += [*([f"base_model: {student.path}"] if is_adapter else []), "tags:", f"- {recipe.method}"]
+    lines += ["- lora"] if student.lora.r is not None else []
     if recipe.method != "sft":
         lines.append("- knowledge-distillation")
-    lines += ["---", "", f"# {recipe.student.path}, " + ("fine-tuned" if recipe.method == "sft" else "distilled"), ""]
+    lines += ["---", "", f"# {student.path}, " + ("fine-tuned" if recipe.method == "sft" else "distilled"), ""]
     facts = {
         "method": recipe.method,
-        "student": recipe.student.path,
+        "student": student.path,
+        "trained": _trained(student, is_adapter),
+        "fine-tuned before": f"{student.sft_epochs:g} × the rows" if student.sft_epochs else None,
         "teacher": recipe.teacher.path if recipe.method != "sft" else None,
         "data": recipe.data.source,
         "objective": "cross-entropy" if recipe.method == "sft" else objective_words(recipe.objective),
@@ -41,3 +46,10 @@ def model_card(resolved: Resolved, reached: Progress, measured: Mapping[str, Any
         lines.append(f"| {name} | " + " | ".join("–" if f is None else f"{f:.3f}" for f in figures) + " |")
     lines += ["", "Valid loss: mean cross-entropy per response token, nats. `recipe.yaml` holds every setting.", ""]
     return "\n".join(lines)
+
+
+def _trained(student, is_adapter: bool) -> str | None:
+    if student.lora.r is None:
+        return None
+    what = f"a LoRA adapter of rank {student.lora.r}"
+    return f"{what}; this directory is the adapter alone" if is_adapter else f"{what}, merged into the weights"

@@ -25,7 +25,7 @@ from distillm_cli.evaluation.evaluate import fitting
 from distillm_cli.evaluation.evaluate import text_of as output_text
 from distillm_cli.evaluation.suites import Suite
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.models.loading import locate
+from distillm_cli.models.loading import fingerprint, locate
 from distillm_cli.ui.console import Console
 
 _BATCHES = 8  # sorted by length together, and written together: what a stopped run loses at most
@@ -130,7 +130,7 @@ class _Work:
         how = {name: getattr(self.sampling, name) for name in ("temperature", "top_p", "top_k", "max_new_tokens")}
         dtype = str(self.backbone.model.dtype).removeprefix("torch.")
         head = {"rows": len(self), "samples": self.samples, "seed": self.seed, **how, "dtype": dtype}
-        return {**head, "weights": _fingerprint(self.backbone), "prompts": digest.hexdigest()}
+        return {**head, "weights": fingerprint(self.backbone.model.state_dict().items()), "prompts": digest.hexdigest()}
 
     def heads(self) -> list[Line]:
         """What each row says of itself before there is a response."""
@@ -211,12 +211,3 @@ def _print(lines: list[Line]) -> None:
     ascii_only = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
     sys.stdout.write("".join(text_of(line, ascii_only=ascii_only) for line in lines))
     sys.stdout.flush()
-
-
-def _fingerprint(backbone: Backbone) -> str:
-    """Tells one set of weights from another by a few numbers of each tensor; reading all of them would take a while."""
-    digest = hashlib.sha256()
-    for name, tensor in backbone.model.state_dict().items():
-        few = tensor.flatten()[:: max(1, tensor.numel() // 64)][:64]
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + few.float().cpu().numpy().tobytes())
-    return digest.hexdigest()

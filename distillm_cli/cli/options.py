@@ -35,8 +35,8 @@ Student = Annotated[
     str | None,
     typer.Option(
         "--student",
-        metavar="PATH|NAME|random:LxD",
-        help="What is trained; random:4x256 starts from scratch.",
+        metavar="PATH|NAME|SPEC",
+        help="What is trained; or built: layers:6, width:0.5, random:4x256.",
         rich_help_panel=MODELS,
     ),
 ]
@@ -44,9 +44,15 @@ Model = Annotated[
     str | None,
     typer.Option(
         "--model",
-        metavar="PATH|NAME|random:LxD",
+        metavar="PATH|NAME|SPEC",
         help="What is trained; random:4x256 starts from scratch.",
         rich_help_panel=MODELS,
+    ),
+]
+Lora = Annotated[
+    int | None,
+    typer.Option(
+        "--lora", metavar="R", help="Train a LoRA adapter of this rank, the rest frozen.", rich_help_panel=MODELS
     ),
 ]
 Tokenizer = Annotated[

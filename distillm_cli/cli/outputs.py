@@ -10,12 +10,13 @@ from pathlib import Path
 from distillm_cli.errors import CheckpointError, StorageError, UsageError
 
 CHECKPOINTS, METRICS, RECIPE, EVAL = "checkpoints", "metrics.jsonl", "recipe.yaml", "eval"
+SFT = "sft"  # the stage before distillation, an output directory in the output directory
 
 # What a run writes; `--overwrite` clears these and nothing else, so that a mistyped path loses nobody's files.
 _OURS = (
     CHECKPOINTS, METRICS, RECIPE, EVAL, "README.md", "config.json", "generation_config.json", "model.safetensors",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "chat_template.jinja", "model.safetensors.index.json",
+    "chat_template.jinja", "model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors", SFT,
 )  # fmt: skip
 
 
@@ -45,7 +46,7 @@ def check(output: Path, *, resume: bool, overwrite: bool) -> None:
         raise UsageError("--resume and --overwrite exclude each other", hint="give one of them")
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output {output} is a file", hint="give a directory")
-    if resume and not (output / CHECKPOINTS).is_dir():
+    if resume and not any((place / CHECKPOINTS).is_dir() for place in (output, output / SFT)):
         raise CheckpointError(
             f"nothing to resume: {output / CHECKPOINTS} does not exist", hint="start without --resume"
         )

@@ -32,6 +32,7 @@ def plan(
     ctx: typer.Context,
     teacher: options.Teacher = None,
     student: options.Student = None,
+    lora: options.Lora = None,
     data: options.Data = None,
     tokenizer: options.Tokenizer = None,
     max_length: options.MaxLength = None,

@@ -23,6 +23,7 @@ def register(app: typer.Typer) -> None:
 def sft(
     ctx: typer.Context,
     model: options.Model = None,
+    lora: options.Lora = None,
     data: options.Data = None,
     tokenizer: options.Tokenizer = None,
     max_length: options.MaxLength = None,

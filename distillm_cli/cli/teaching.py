@@ -97,7 +97,8 @@ def open_teacher(
         rows=rows,
         company=company,
         remembers=schedule.may_replay,
-        leaves=rows is not None and not schedule.may_use_student_outputs,
+        # Weights in few bits are no plain tensors that could be let go of one by one.
+        leaves=rows is not None and not schedule.may_use_student_outputs and not model.is_quantized,
         awaited=_held_out(run),
     )
     teacher.tokens = computed

@@ -6,17 +6,19 @@ import json
 import shutil
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from distillm_cli.cli import outputs
-from distillm_cli.cli.assembly import Prepared, build_engine, prepare, shaping
+from distillm_cli.cli.assembly import Prepared, build_engine, prepare
 from distillm_cli.cli.card import model_card
+from distillm_cli.cli.resuming import best_of, checkpoint_of, load_student, weights_in
 from distillm_cli.cli.teaching import Opened, open_teacher
 from distillm_cli.config.load import Resolved, to_yaml
-from distillm_cli.core.checkpoint import Checkpoint, latest, read, visible
+from distillm_cli.config.stages import sft_before
+from distillm_cli.core.checkpoint import Checkpoint, read, visible
 from distillm_cli.core.criterion import CROSS_ENTROPY, Criterion
 from distillm_cli.core.engine import LOWER_IS_BETTER, Engine, eval_mode
 from distillm_cli.core.engine import Progress as Reached
@@ -24,16 +26,24 @@ from distillm_cli.core.events import Note, Warned
 from distillm_cli.core.metrics_log import MetricsLog
 from distillm_cli.core.objective import Objective
 from distillm_cli.data.prompts import render
-from distillm_cli.errors import CheckpointError, Interrupted, signal_number
+from distillm_cli.errors import Interrupted, signal_number
 from distillm_cli.evaluation.evaluate import SuiteResult, evaluate
 from distillm_cli.evaluation.suites import HELD_OUT, Suite
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.models.loading import quiet
-from distillm_cli.models.pair import resolve_dtype, teacher_again
+from distillm_cli.models.pair import teacher_again
 from distillm_cli.ui.console import Console
-from distillm_cli.ui.summary import Outcome, Sample, next_steps, outcome_table, samples_table, sources_sentence
+from distillm_cli.ui.summary import (
+    OUTPUT_FILES,
+    Outcome,
+    Sample,
+    next_steps,
+    outcome_table,
+    samples_table,
+    sources_sentence,
+)
 
-BEFORE, AFTER, TEACHER = "student before", "student after", "teacher"
+# Before anything; after the fine-tuning stage, where there is one; at the end.
+BEFORE, FINE_TUNED, AFTER, TEACHER = "student before", "student after sft", "student after", "teacher"
 
 
 @dataclass(frozen=True)
@@ -60,8 +70,10 @@ def train(
     outputs.check(output, resume=resume, overwrite=overwrite)
     for note in resolved.notes:
         ui(Warned(note))
+    stage = sft_before(resolved)
     try:
-        checkpoint = _checkpoint(output, recipe) if resume else None
+        checkpoint = checkpoint_of(output, recipe, started=stage is None) if resume else None
+        of_stage = checkpoint_of(output / outputs.SFT, stage.recipe) if resume and stage and not checkpoint else None
         run = prepare(recipe, ui)
         before = None if checkpoint is None else checkpoint.state.get("teacher_cache")
         opened = open_teacher(run, ui, before=before, rebuild=rebuild_teacher_cache)
@@ -71,9 +83,38 @@ def train(
         outputs.clear(output)
     outputs.write_text(output / outputs.RECIPE, to_yaml(resolved))
     try:
+        if stage is not None:
+            if checkpoint is None:
+                _fine_tune(run, stage, of_stage, output / outputs.SFT, ui)
+            run = replace(run, begins=lambda: weights_in(run.student, best_of(output / outputs.SFT)))
         return _trained(command, run, opened, checkpoint, resolved, output, began, ui)
     except KeyboardInterrupt as stop:
         raise _stopped(output, stop) from None
+
+
+def _fine_tune(run: Prepared, stage: Resolved, checkpoint: Checkpoint | None, output: Path, ui: Console) -> None:
+    """The stage before distillation: afterwards the run's student has the fine-tuned weights, also in ``output``.
+
+    checkpoint: of a stage that was begun; of a finished one the weights are read, and nothing is done again. Distillation
+    starts with the random state that it would have had without what came before, whichever way the stage went.
+    """
+    seed = run.recipe.train.seed
+    begin = replace(run, recipe=stage.recipe, pair=replace(run.pair, teacher=None), begins=run.first_weights)
+    progress = None if checkpoint is None else checkpoint.state["progress"]
+    if progress is not None and progress["step"] == begin.steps and _is_published(output):
+        load_student(run.student, best_of(output))
+        ui(Note(f"fine-tuned already: {output}"))
+    else:
+        ui(Note(f"first the student is fine-tuned (student.sft_epochs = {stage.recipe.train.epochs:g}), in {output}"))
+        output.mkdir(parents=True, exist_ok=True)
+        outputs.write_text(output / outputs.RECIPE, to_yaml(stage))
+        torch.manual_seed(seed)
+        _trained("sft", begin, None, checkpoint, stage, output, time.perf_counter(), ui, is_stage=True)
+    torch.manual_seed(seed)
+
+
+def _is_published(output: Path) -> bool:
+    return any(next(output.glob(pattern), None) for pattern in ("model*.safetensors", "adapter_model.safetensors"))
 
 
 def _trained(
@@ -85,10 +126,11 @@ def _trained(
     output: Path,
     began: float,
     ui: Console,
+    is_stage: bool = False,
 ) -> dict:
     recipe = run.recipe
     if checkpoint is not None:
-        _load_student(run.student, checkpoint)
+        load_student(run.student, checkpoint)
     first_step = checkpoint.state["progress"]["step"] if checkpoint else 0
     log = MetricsLog(output / outputs.METRICS, log_steps=recipe.train.log_steps, first_step=first_step)
 
@@ -103,12 +145,12 @@ def _trained(
         engine.load(checkpoint)
     reached = engine.run()
     if reached.best_step not in (None, reached.step):
-        _load_student(run.student, read(engine.checkpoints.path(reached.best_step)))
+        load_student(run.student, read(engine.checkpoints.path(reached.best_step)))
         best = f"the best {recipe.train.select} was {reached.best:.4g}, at step {reached.best_step}"
         ui(Note(f"{best}: those weights are kept"))
     measured = report.all(engine)
     publish(run, output, resolved, reached, measured)
-    _tell(run, output, reached, engine, measured, ui)
+    _tell(run, output, reached, engine, measured, ui, is_stage)
     result = _result(command, output, reached, engine, measured, time.perf_counter() - began)
     if opened is not None:
         result |= {"teacher_cache": opened.facts(), "teacher_tokens": opened.teacher.tokens}
@@ -117,7 +159,9 @@ def _trained(
 
 def _stopped(output: Path | None, stop: KeyboardInterrupt) -> Interrupted:
     """What is left of a run that was stopped outside its loop. output: None while nothing of the run was written."""
-    number, kept = signal_number(stop), [] if output is None else visible(output / outputs.CHECKPOINTS)
+    number = signal_number(stop)
+    places = [] if output is None else [output, output / outputs.SFT]
+    kept = next(filter(None, (visible(place / outputs.CHECKPOINTS) for place in places)), [])
     if output is None:
         return Interrupted(
             "interrupted before the first step: nothing was written", signal_number=number, hint="start it again"
@@ -133,34 +177,13 @@ def _needs_metric(recipe) -> bool:
     return recipe.train.select in ("rouge_l", "exact_match", "error_rate")
 
 
-def _checkpoint(output: Path, recipe) -> Checkpoint:
-    """The newest checkpoint, if it is this recipe's."""
-    checkpoint = latest(output / outputs.CHECKPOINTS)
-    if checkpoint is None:
-        raise CheckpointError(f"no checkpoint in {output / outputs.CHECKPOINTS}", hint="start anew with --overwrite")
-    then, now = checkpoint.state["recipe"], json.loads(json.dumps(shaping(recipe)))
-    changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
-    if changed:
-        key, more = changed[0], f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-        raise CheckpointError(
-            f"the checkpoint is of another recipe: {key} was {then.get(key)!r}, now {now.get(key)!r}{more}",
-            where=str(checkpoint.path),
-            hint="resume with the settings it was started with, or choose another --output",
-        )
-    return checkpoint
-
-
-def _load_student(student: Backbone, checkpoint: Checkpoint) -> None:
-    with quiet():
-        saved = type(student.model).from_pretrained(checkpoint.path, dtype=torch.float32, local_files_only=True)
-    student.model.load_state_dict(saved.state_dict())
-
-
 class _Report:
     """Student before, student after and teacher on the same held-out rows, one pass of generation each.
 
     All of it after the last step, so that nobody waits for it before the first: the student's first weights are loaded or
-    built again, and so is the teacher where it has left memory. Figures and answers are kept under ``directory``.
+    built again, and so is the teacher where it has left memory. Figures and answers are kept under ``directory``. After a
+    fine-tuning stage the student before is the one before that, and the fine-tuned one has a name of its own: both were
+    measured then.
     """
 
     def __init__(self, run: Prepared, directory: Path, ui: Console):
@@ -177,6 +200,8 @@ class _Report:
             has_left = engine.teacher.has_left
             teacher = teacher_again(run.recipe, run.pair, run.device) if has_left else run.pair.teacher
             found[TEACHER] = self._measure(teacher, TEACHER, _valid_loss(teacher, engine))
+        if run.recipe.student.sft_epochs:
+            return found | self._of_stage({BEFORE: BEFORE, AFTER: FINE_TUNED})
         with run.as_at_start() if self.suite.rows else nullcontext():
             found[BEFORE] = self._measure(run.student, BEFORE, engine.at.first_valid_loss)
         return found
@@ -185,10 +210,21 @@ class _Report:
         result = self._generate(model, name) if self.suite.rows else None
         scores = {} if result is None else {metric: score.mean for metric, score in result.scores.items()}
         answers = [] if result is None else next(iter(result.outputs.values()))
-        measured = Measured(valid_loss, scores, answers)
+        return self._keep(name, Measured(valid_loss, scores, answers))
+
+    def _of_stage(self, names: dict[str, str]) -> dict[str, Measured]:
+        """What the stage before measured, as far as it is there still, kept here too. names: there → here."""
+        place = self.directory.parents[1] / outputs.SFT / outputs.EVAL / self.directory.name
+        files = {here: place / _file(there) for there, here in names.items()}
+        return {
+            here: self._keep(here, Measured(**json.loads(file.read_text(encoding="utf-8"))))
+            for here, file in files.items()
+            if file.is_file()
+        }
+
+    def _keep(self, name: str, measured: Measured) -> Measured:
         self.directory.mkdir(parents=True, exist_ok=True)
-        file = self.directory / f"{name.replace(' ', '-')}.json"
-        outputs.write_text(file, json.dumps(vars(measured), ensure_ascii=False, indent=1))
+        outputs.write_text(self.directory / _file(name), json.dumps(vars(measured), ensure_ascii=False, indent=1))
         return measured
 
     def score(self) -> dict[str, float]:
@@ -199,6 +235,10 @@ class _Report:
     def _generate(self, model: Backbone, name: str) -> SuiteResult:
         with eval_mode(model):
             return evaluate(model, self.run.encoder, self.suite, self.config, _titled(self.ui, name))
+
+
+def _file(name: str) -> str:
+    return f"{name.replace(' ', '-')}.json"
 
 
 def _titled(ui: Console, name: str):
@@ -223,20 +263,25 @@ def publish(run: Prepared, output: Path, resolved: Resolved, reached: Reached, m
     staged = output / ".staging-model"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
-    dtype = resolve_dtype(run.recipe.student.save_dtype, run.device)
-    run.student.model.to(dtype)
-    run.save_model(staged)
-    run.student.model.float()
+    run.export_model(staged)
     (staged / "README.md").write_text(model_card(resolved, reached, measured), encoding="utf-8")
     outputs.publish(staged, output)
 
 
 def _tell(
-    run: Prepared, output: Path, reached: Reached, engine: Engine, measured: dict[str, Measured], ui: Console
+    run: Prepared,
+    output: Path,
+    reached: Reached,
+    engine: Engine,
+    measured: dict[str, Measured],
+    ui: Console,
+    is_stage: bool,
 ) -> None:
-    order = [name for name in (BEFORE, AFTER, TEACHER) if name in measured]
+    order = [name for name in (BEFORE, FINE_TUNED, AFTER, TEACHER) if name in measured]
     table = [Outcome(name, measured[name].valid_loss, measured[name].scores) for name in order]
-    ui.show(outcome_table(table, lower_is_better=LOWER_IS_BETTER))
+    ui.show(outcome_table(table, lower_is_better=LOWER_IS_BETTER, title="Fine-tuning" if is_stage else "Outcome"))
+    if is_stage:
+        return
     answered = min(len(measured[name].answers) for name in order)
     samples = [
         Sample(_asked(run, row), row.references, {name: measured[name].answers[i] for name in order})
@@ -249,7 +294,8 @@ def _tell(
         phis = [phi for _, phi in reached.phis]
         ui.show(sources_sentence(reached.sources, phis, run.recipe.schedule.kind))
     suites = run.recipe.eval.suites or ((run.recipe.data.source,) if run.recipe.data.source else ())
-    ui.show(next_steps(output, suites=suites, prompt=samples[0].prompt if samples else None))
+    files = OUTPUT_FILES | ({"student after sft": f"{outputs.SFT}/"} if run.recipe.student.sft_epochs else {})
+    ui.show(next_steps(output, suites=suites, prompt=samples[0].prompt if samples else None, files=files))
 
 
 def _asked(run: Prepared, row) -> str:

@@ -134,6 +134,14 @@ _ELSEWHERE = {
     "model_name_or_path": "path",
     "max_seq_length": "max_length",
     "lmbda": "mix",
+    "lora_r": "student.lora.r",
+    "lora_rank": "student.lora.r",
+    "lora_alpha": "student.lora.alpha",
+    "lora_dropout": "student.lora.dropout",
+    "lora_target_modules": "student.lora.targets",
+    "target_modules": "targets",
+    "load_in_8bit": "quantize",
+    "load_in_4bit": "quantize",
 }
 
 
@@ -142,11 +150,13 @@ def nearest_key(key: str) -> str | None:
     section, _, name = key.rpartition(".")
     here = {k.rpartition(".")[2]: k for k in leaves() if k.rpartition(".")[0] == section}
     anywhere: dict[str, str] = {}
-    for k in leaves():
+    for k in sorted(leaves(), key=lambda k: k.count(".")):  # objective.alpha before student.lora.alpha
         anywhere.setdefault(k.rpartition(".")[2], k)
     sections = {name: name for name, field in Recipe.model_fields.items() if section_of(field)} if not section else {}
     name = name.replace("-", "_")
     name = _ELSEWHERE.get(name, name)
+    if name in leaves():
+        return name
     if name in here:
         return here[name]
     if name in anywhere:

@@ -81,6 +81,34 @@ class Teacher(Section):
         None, description="of cache: disk; unset: teacher/ in $DISTILLM_CACHE, else in ~/.cache/distillm"
     )
     revision: Name | None = Field(None, description="branch, tag or commit on the hub")
+    quantize: Literal["none", "8bit", "4bit"] = Field(
+        "none", description="its linear layers in 8 bits (LLM.int8) or 4 (NF4), by bitsandbytes; needs CUDA"
+    )
+
+
+class Lora(Section):
+    """A low-rank adapter on a frozen model (Hu et al. 2021, arXiv 2106.09685), by peft."""
+
+    r: Positive | None = Field(None, description="rank; unset: no adapter, every weight trains")
+    alpha: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="the adapter counts alpha / r times; unset: 4·r, the paper's 64 for 16"
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="on the adapter's input")
+    targets: tuple[Name, ...] | None = Field(
+        None, min_length=1, description="names of the layers that get one; unset: every linear layer but the head"
+    )
+
+    @model_validator(mode="after")
+    def _belongs_to_a_rank(self) -> Lora:
+        for name in ("alpha", "targets"):
+            if self.r is None and getattr(self, name) is not None:
+                raise ValueError(
+                    f"student.lora.{name} belongs to an adapter, and student.lora.r is unset; try --lora 16"
+                )
+        return self
+
+
+BUILT = ("random:", "layers:", "width:")
 
 
 class Student(Section):
@@ -88,8 +116,10 @@ class Student(Section):
 
     path: Name | None = Field(
         None,
-        description="hub name, local directory, a config.json (from scratch), or random:[FAMILY:]LAYERSxWIDTH "
-        "(from scratch; family llama or gpt2, with a teacher: the teacher's)",
+        description="hub name, local directory (of a model or of a LoRA adapter), or one that is built: from a "
+        "config.json or random:[FAMILY:]LAYERSxWIDTH (random; family llama or gpt2, with a teacher: the teacher's), "
+        "layers:N[:first|last] or layers:I,J,… (copies of the teacher's layers, embeddings and head; evenly spaced "
+        "unless told, counted from 0), width:SIZE or width:0.5 (random, as deep as the teacher)",
     )
     tokenizer: Name | None = Field(
         None,
@@ -106,6 +136,34 @@ class Student(Section):
         "fp32", description="of the weights in the output directory; checkpoints stay fp32"
     )
     revision: Name | None = Field(None, description="branch, tag or commit on the hub")
+    lora: Lora = Lora()
+    lora_output: Literal["merged", "adapter"] = Field(
+        "merged", description="the output directory is a whole model, the adapter merged in, or the adapter alone"
+    )
+    sft_epochs: Annotated[float, Field(ge=0)] = Field(
+        0, description="of distill: epochs of fine-tuning before it, a stage of its own under sft/; the paper's is 3"
+    )
+    sft_lr: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="the highest learning rate of that stage; unset: train.lr"
+    )
+
+    @property
+    def is_built(self) -> bool:
+        """Whether the model is made here, and not loaded with trained weights of its own."""
+        return self.path is not None and (self.path.startswith(BUILT) or self.path.endswith(".json"))
+
+    @model_validator(mode="after")
+    def _an_adapter_needs_a_rank_and_a_base(self) -> Student:
+        if self.lora_output == "adapter" and self.lora.r is None:
+            raise ValueError("student.lora_output adapter without an adapter, student.lora.r; try --lora 16")
+        if self.lora_output == "adapter" and self.is_built:
+            raise ValueError(
+                f"student.lora_output adapter: the adapter of {self.path} would have no model to be loaded on; "
+                "try --set student.lora_output=merged"
+            )
+        if self.sft_lr is not None and not self.sft_epochs:
+            raise ValueError("student.sft_lr without student.sft_epochs; try --set student.sft_epochs=3")
+        return self
 
 
 class Columns(Section):
@@ -324,3 +382,14 @@ class Recipe(Section):
     rollout: Rollout = Rollout()
     train: Train = Train()
     eval: Eval = Eval()
+
+    @model_validator(mode="after")
+    def _the_student_can_be_made(self) -> Recipe:
+        if self.method == "sft" and self.student.sft_epochs:
+            raise ValueError("student.sft_epochs is a stage before distill; try --epochs, which is sft's own")
+        if (self.student.path or "").startswith("layers:") and self.teacher.quantize != "none":
+            raise ValueError(
+                f"teacher.quantize {self.teacher.quantize}: student {self.student.path} copies the teacher's layers, and "
+                "they would be quantised ones; try --set teacher.quantize=none"
+            )
+        return self

@@ -28,6 +28,7 @@ SHORTCUTS: dict[str, Shortcut] = {
     "teacher": Shortcut("--teacher", ("teacher.path",), _DISTILL),
     "student": Shortcut("--student", ("student.path",), _DISTILL),
     "model": Shortcut("--model", ("student.path",), ("sft",)),
+    "lora": Shortcut("--lora", ("student.lora.r",)),
     "tokenizer": Shortcut("--tokenizer", ("student.tokenizer",)),
     "data": Shortcut("--data", ("data.source",)),
     "max_length": Shortcut("--max-length", ("data.max_length",)),

@@ -5,8 +5,9 @@ Shape letters: B sequences, T time, N supervised positions, V vocabulary, D widt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from distillm_cli.models.decoding import FastDecoding, PlainDecoding, Ways, cast
 from distillm_cli.models.modes import eval_mode
 from distillm_cli.models.products import Linear
 from distillm_cli.sequences import Batch
+
+if TYPE_CHECKING:
+    from distillm_cli.models.lora import Adapter
 
 # What stands between `hidden @ weight.T + bias` and a family's logits, by the config field that says so: the scale is
 # multiplied by the field to this power. One name, two meanings, in the second table; None: the family ignores it.
@@ -73,12 +77,14 @@ class Backbone(nn.Module):
     """A causal model with its tokenizer. The model is the only submodule: parameters and buffers are exactly its own.
 
     vocab: how many token ids meet the loss; matrices with more rows than that (padded vocabularies) are cut. Unset: the
-    tokenizer's. Raises ModelError where the model has fewer rows than the tokenizer has ids.
+    tokenizer's. adapter: the one that trains in the model's layers, the rest being frozen. Raises ModelError where the
+    model has fewer rows than the tokenizer has ids.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocab: int | None = None):
         super().__init__()
         self.model = model
+        self.adapter: Adapter | None = None
         self.training = model.training
         self.tokenizer = tokenizer
         self.vocab = vocabulary_size(tokenizer) if vocab is None else vocab
@@ -188,16 +194,42 @@ class Backbone(nn.Module):
 
         Nothing bounds the length: prompt and new tokens together must stay within `context`. Under autocast the float32
         weights are cast once, here, into a copy that lives as long as the decoding: it is of the weights as they are now.
+        An adapter is merged into such a copy.
         """
         if not prompts or min(len(prompt) for prompt in prompts) == 0:
             raise ValueError("decoding needs prompts, and a token in each")
         if self._ways is None:
-            self._ways = ways(self)
+            self._ways = ways(self if self.adapter is None else self.plain(self.model.dtype))
         device, runs = self.device.type, self
-        if torch.is_autocast_enabled(device) and self.model.dtype == torch.float32:
-            runs = Backbone(cast(self.model, torch.get_autocast_dtype(device)), self.tokenizer, self.vocab)
-            runs.own_logits = self.own_logits
+        if torch.is_autocast_enabled(device) and self.model.dtype == torch.float32 and not self.is_quantized:
+            runs = self.plain(torch.get_autocast_dtype(device))
+        elif self.adapter is not None:
+            runs = self.plain(self.model.dtype)
         return FastDecoding(runs, prompts, step=self._ways.step) if self._ways.fast else PlainDecoding(runs, prompts)
+
+    def plain(self, dtype: torch.dtype) -> Backbone:
+        """A copy to compute with in this dtype, of the weights as they are now, an adapter merged in."""
+        twin = Backbone(cast(self.model, dtype, self.adapter), self.tokenizer, self.vocab)
+        twin.own_logits = self.own_logits
+        return twin
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The tensors that training changes, live: the model's, or its adapter's alone."""
+        state = self.model.state_dict()
+        if self.adapter is None:
+            return state
+        return {name: state[name] for name, weight in self.model.named_parameters() if weight.requires_grad}
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Takes back what `state` gave."""
+        absent, unknown = self.model.load_state_dict(state, strict=self.adapter is None)
+        if unknown or set(absent) & self.state().keys():
+            raise ValueError(f"these are not the adapter's weights: {[*unknown, *absent][:2]}")
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether weights are kept in 8 or 4 bits, which are no numbers to cast, merge into or copy."""
+        return bool(getattr(self.model, "is_quantized", False))
 
 
 def _trunk(model: PreTrainedModel) -> PreTrainedModel | None:

@@ -29,6 +29,7 @@ from distillm_cli.models.steps import fused_act, step_of
 
 if TYPE_CHECKING:
     from distillm_cli.models.backbone import Backbone
+    from distillm_cli.models.lora import Adapter
 
 # Families whose layers hold the state of decoding themselves, where no row can be padded or dropped.
 _STATE_IN_LAYERS = ("recurrent_gemma", "xlstm")
@@ -162,25 +163,35 @@ class _Pass:
             return self.head.logits(states_BTD[:, -1])
 
 
-def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def cast(model: nn.Module, dtype: torch.dtype, adapter: Adapter | None = None) -> nn.Module:
     """A copy in evaluation mode, its float32 weights in ``dtype``; buffers and config are the model's own.
 
-    What transformers keeps in float32 when it loads a model in this dtype stays float32 here too.
+    What transformers keeps in float32 when it loads a model in this dtype stays float32 here too. Weights that need no
+    cast are not copied. adapter: the one in the model's layers, merged into the copy, which is a plain model.
     """
     kept = [*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
     if dtype == torch.float16:
         kept += [*(getattr(model, "_keep_in_fp32_modules", None) or ())]
     memo: dict[int, Any] = {id(model.config): model.config} | {id(buffer): buffer for buffer in model.buffers()}
-    for name, weight in model.named_parameters():
+
+    def made(name: str, weight: torch.Tensor) -> nn.Parameter:
         same = weight.dtype != torch.float32 or any(part in name.split(".") for part in kept)
-        memo[id(weight)] = nn.Parameter(weight.detach() if same else weight.detach().to(dtype), requires_grad=False)
+        return nn.Parameter(weight.detach() if same else weight.detach().to(dtype), requires_grad=False)
+
+    adapted = {} if adapter is None else adapter.folded(made)
+    memo |= adapted
+    inside = {id(weight) for module in model.modules() if id(module) in adapted for weight in module.parameters()}
+    for name, weight in model.named_parameters():
+        if id(weight) not in inside:
+            memo[id(weight)] = made(name, weight)
     # Whatever the memo holds is not copied, so the float32 weights are never there twice, and tied ones stay tied.
-    made = copy.deepcopy(model, memo).eval()
-    for module in list(made.modules()):
+    twin = copy.deepcopy(model, memo).eval()
+    vars(twin).pop("peft_config", None)
+    for module in list(twin.modules()):
         for name, child in module.named_children():
             if (fused := fused_act(child)) is not child:
                 setattr(module, name, fused)
-    return made
+    return twin
 
 
 class Ways(NamedTuple):

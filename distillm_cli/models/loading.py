@@ -5,8 +5,9 @@ Local directories never touch the network, and code that comes with a checkpoint
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from distillm_cli.config.schema import Lora
 from distillm_cli.core.events import Listener, Progress, silent
 from distillm_cli.errors import ModelError
+from distillm_cli.models import lora
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.modes import eval_mode
+from distillm_cli.models.places import Place, adapters_of, lasting, locate, no_base
+from distillm_cli.models.quantize import check_quantize, in_few_bits
 from distillm_cli.models.students import adopt_special_tokens, set_dropout
-
-BUILTIN_TEACHER = Path(__file__).resolve().parent.parent / "assets" / "quickstart-teacher"
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.model", "tekken.json")
@@ -56,24 +59,22 @@ def quiet() -> Iterator[None]:
             transformers.utils.logging.enable_progress_bar()
 
 
-def locate(path: str) -> tuple[str, bool]:
-    """`path` as transformers takes it, and whether it is a local directory. `builtin` is the teacher shipped here."""
-    place = BUILTIN_TEACHER if path == "builtin" else Path(path).expanduser()
-    if place.is_dir():
-        return str(place), True
-    if place.is_file():
-        raise ModelError(f"{path} is a file, not a model directory", hint=f"pass {place.parent}")
-    if path == "builtin" or place.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
-        raise ModelError(f"no model at {place}: no such directory", hint="check the path")
-    return path, False
-
-
 def has_tokenizer(directory: Path) -> bool:
     return any(next(directory.glob(pattern), None) for pattern in _TOKENIZERS)
 
 
 def load_config(path: str, *, revision: str | None = None, file: bool = False) -> PretrainedConfig:
-    """The config of a causal model: a directory's, a hub name's, or (``file``) the one in this JSON file."""
+    """The config of a causal model: a directory's, a hub name's, or (``file``) the one in this JSON file.
+
+    An adapter's is that of the model it belongs to.
+    """
+    if not file:
+        adapters, base, base_revision = adapters_of(path, revision)
+        if adapters:
+            try:
+                return load_config(base, revision=base_revision)
+            except ModelError as error:
+                raise no_base(adapters[-1], base, error) from error
     name, local = (path, True) if file else locate(path)
     if local and not file and not (Path(name) / "config.json").is_file():
         raise ModelError(f"{path} holds no config.json", hint="pass a model directory: config.json, model.safetensors")
@@ -132,32 +133,86 @@ def load_backbone(
     revision: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     dropout: float | None = None,
+    quantize: str = "none",
+    train: Lora | None = None,
     listener: Listener = silent,
 ) -> Backbone:
     """A model with its trained weights, in eval mode. tokenizer: in place of its own. dropout: sets every one it has.
 
-    Raises ModelError, naming the cause, for anything that is not the complete checkpoint of a causal model.
+    path: of a model, or of a LoRA adapter, which is merged into the model it belongs to. train: then it is left beside
+    that, to go on training it. quantize: 8bit or 4bit; an adapter is left beside such weights too. Raises ModelError,
+    naming the cause, for anything that is not the complete checkpoint of a causal model.
     """
+    check_quantize(quantize, device)
     task = f"loading {path}"
     listener(Progress(task, 0, 1))
     config = load_config(path, revision=revision)
+    adapters, base, base_revision = adapters_of(path, revision)
     own = tokenizer is None
-    tokenizer = load_tokenizer(path, revision=revision) if tokenizer is None else tokenizer
+    tokenizer = _own_tokenizer(path, revision) if tokenizer is None else tokenizer
     if dropout is not None:
         set_dropout(config, dropout, where=path)
-    model = _load_weights(path, config, dtype, revision).to(device).eval()
-    check_causal(path, model)
+    bits = {} if quantize == "none" else in_few_bits(quantize, dtype, device)
+    model = _load_weights(base, config, dtype, base_revision, **bits)
+    model, adapter = _with_adapters(model if bits else model.to(device), adapters, base, base_revision, train)
+    model.eval()
+    if not bits:  # 8 bits round a token by what stands beside it, which would look like looking ahead
+        check_causal(path, model)
     if own:
         if model.generation_config.pad_token_id is None:
             model.generation_config.pad_token_id = tokenizer.pad_token_id
     else:
         adopt_special_tokens(model, tokenizer)
     backbone = Backbone(model, tokenizer)
+    backbone.adapter = adapter
     listener(Progress(task, 1, 1))
     return backbone
 
 
-def _load_weights(path: str, config: PretrainedConfig, dtype: torch.dtype, revision: str | None) -> PreTrainedModel:
+def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Tells one set of weights from another by a few numbers of each tensor; reading all of them would take a while."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        few = tensor.detach().flatten()[:: max(1, tensor.numel() // 64)][:64]
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + few.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _with_adapters(
+    model: PreTrainedModel, adapters: list[Place], base: str, base_revision: str | None, train: Lora | None
+) -> tuple[PreTrainedModel, lora.Adapter | None]:
+    """The model with these in it, and the one of them that trains."""
+    for at, place in reversed(list(enumerate(adapters))):
+        there: dict[str, Any] = {"local": place.local, "revision": place.revision}
+        if train is not None and at == 0:
+            if len(adapters) > 1:
+                what = f"{place.name} is an adapter of an adapter, and cannot be trained on"
+                raise ModelError(what, hint="without --lora both are merged, and every weight trains")
+            adapter = lora.take_up(model, place.name, train, base=lasting(base), base_revision=base_revision, **there)
+            return model, adapter
+        with quiet():
+            put = lora.put_on if getattr(model, "is_quantized", False) else lora.merge
+            model = put(model, place.name, **there)
+    return model, None
+
+
+def _own_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """A model's; an adapter's where it brings one, else that of the model it belongs to."""
+    adapters, base, base_revision = adapters_of(path, revision)
+    for place in adapters:
+        if place.local and has_tokenizer(Path(place.name)):
+            return load_tokenizer(place.name)
+        if not place.local:
+            try:
+                return load_tokenizer(place.name, revision=place.revision)
+            except ModelError:  # it has none, or none is to be had from the hub
+                continue
+    return load_tokenizer(base, revision=base_revision)
+
+
+def _load_weights(
+    path: str, config: PretrainedConfig, dtype: torch.dtype, revision: str | None, **more: Any
+) -> PreTrainedModel:
     name, local = locate(path)
     if local and not any(next(Path(name).glob(pattern), None) for pattern in _WEIGHTS):
         raise ModelError(
@@ -177,6 +232,7 @@ def _load_weights(path: str, config: PretrainedConfig, dtype: torch.dtype, revis
                 trust_remote_code=False,
                 ignore_mismatched_sizes=True,  # reported below, by name
                 output_loading_info=True,
+                **more,
             )
         except Exception as error:
             if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):

@@ -11,20 +11,29 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from distillm_cli.config import schema
-from distillm_cli.core.events import Listener, silent
+from distillm_cli.core.events import Listener, Note, silent
 from distillm_cli.errors import ModelError, UsageError
+from distillm_cli.models import lora
 from distillm_cli.models.backbone import Backbone
+from distillm_cli.models.layers import build_from_layers, read_layers
 from distillm_cli.models.loading import (
     check_causal,
     has_tokenizer,
     load_backbone,
     load_config,
     load_tokenizer,
-    locate,
     prepare_tokenizer,
     quiet,
 )
-from distillm_cli.models.students import adopt_special_tokens, build_from_config, build_random
+from distillm_cli.models.places import adapters_of, lasting, locate
+from distillm_cli.models.students import (
+    adopt_special_tokens,
+    build_from_config,
+    build_random,
+    parse_spec,
+    read_width,
+    spec_of_width,
+)
 from distillm_cli.models.tokenizers import is_trained_spec, train_tokenizer
 
 __all__ = [
@@ -100,16 +109,20 @@ def load_pair(
 ) -> Pair:
     """The recipe's teacher (frozen; none for `sft`) and student, both in eval mode, sharing tokenizer and vocabulary.
 
-    texts: the training texts, for a tokenizer that is trained on them. Raises ModelError or UsageError.
+    A student that is built of the teacher is so for `sft` too. texts: the training texts, for a tokenizer that is trained
+    on them. Raises ModelError or UsageError.
     """
-    teacher = None
-    if recipe.method != "sft" and recipe.teacher.path is not None:
+    for prefix, read in {"random:": parse_spec, "layers:": read_layers, "width:": read_width}.items():
+        if (recipe.student.path or "").startswith(prefix):
+            read(recipe.student.path)  # a slip of the pen is told before a large teacher is loaded
+    teacher, is_sft = None, recipe.method == "sft"
+    if recipe.teacher.path is not None and not is_sft:
         teacher = _load_teacher(recipe.teacher, device, listener)
     student = load_student(
         recipe.student,
         seed=recipe.train.seed,
         device=device,
-        teacher=teacher,
+        teacher=_model_for(recipe, listener) if is_sft else teacher,
         texts=texts,
         max_length=recipe.data.max_length,
         listener=listener,
@@ -124,9 +137,23 @@ def load_pair(
 
 def _load_teacher(teacher: schema.Teacher, device: torch.device, listener: Listener = silent) -> Backbone:
     dtype = resolve_dtype(teacher.dtype, device)
-    model = load_backbone(teacher.path, dtype=dtype, device=device, revision=teacher.revision, listener=listener)
+    model = load_backbone(
+        teacher.path,
+        dtype=dtype,
+        device=device,
+        revision=teacher.revision,
+        quantize=teacher.quantize,
+        listener=listener,
+    )
     model.requires_grad_(False)
     return model
+
+
+def _model_for(recipe: schema.Recipe, listener: Listener = silent) -> Backbone | None:
+    """What a student is built after where nobody teaches it, or its teacher has left; None for one that is loaded."""
+    if recipe.teacher.path is None or not recipe.student.is_built:
+        return None
+    return _load_teacher(recipe.teacher.model_copy(update={"quantize": "none"}), torch.device("cpu"), listener)
 
 
 def _share_tokens(teacher: Backbone, student: Backbone) -> None:
@@ -147,12 +174,15 @@ def teacher_again(recipe: schema.Recipe, pair: Pair, device: torch.device) -> Ba
 
 def student_again(recipe: schema.Recipe, pair: Pair, device: torch.device) -> Backbone:
     """The pair's student as it was before its first step; no random state moves."""
+    teacher = pair.teacher
+    if teacher is None or (teacher.device.type == "meta" and recipe.student.is_built):
+        teacher = _model_for(recipe)
     with torch.random.fork_rng(devices=[]):
         student = load_student(
             recipe.student,
             seed=recipe.train.seed,
             device=device,
-            teacher=pair.teacher,
+            teacher=teacher,
             tokenizer=pair.tokenizer,
             max_length=recipe.data.max_length,
         )
@@ -172,20 +202,63 @@ def load_student(
     max_length: int,
     listener: Listener = silent,
 ) -> Backbone:
-    """The model to train, float32 parameters, in eval mode: loaded, or built from scratch (random:…, a config.json).
+    """The model to train, float32 parameters, in eval mode: loaded or built, under a LoRA adapter where one is asked for.
 
     Its tokenizer is the one given, else the one asked for, else its own, else the teacher's. max_length: tokens of the
     longest example, which sizes the context of a model built without a teacher. seed: of random weights.
     """
+    backbone = _whole_student(student, seed, device, teacher, texts, tokenizer, max_length, listener)
+    if student.lora.r is not None:
+        if backbone.adapter is None:
+            base = student.path if student.is_built else lasting(student.path)
+            backbone.adapter = lora.attach(
+                backbone.model, student.lora, seed=seed, base=base, revision=student.revision
+            )
+        backbone.model.eval()
+        _tell_of(backbone, listener)
+    return backbone
+
+
+def _tell_of(backbone: Backbone, listener: Listener) -> None:
+    config, parameters = backbone.adapter.config, list(backbone.parameters())
+    train = sum(p.numel() for p in parameters if p.requires_grad)
+    every = sum(p.numel() for p in parameters)
+    listener(
+        Note(
+            f"LoRA adapter, r {config.r}, α {config.lora_alpha:g}, in {sum(1 for _ in backbone.adapter.layers())} layers: "
+            f"{train:,} weights train ({train / every:.2%} of {every:,})"
+        )
+    )
+
+
+def _whole_student(
+    student: schema.Student,
+    seed: int,
+    device: torch.device,
+    teacher: Backbone | None,
+    texts: Texts | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int,
+    listener: Listener,
+) -> Backbone:
+    """The model without the adapter, unless it comes as one and goes on training it."""
     path = student.path
     if path is None:
         raise UsageError(
             "no model to train", hint="pass --student PATH, or --student random:4x256 to start from scratch"
         )
     tokenizer = tokenizer or _asked_tokenizer(student, texts)
-    if path.startswith("random:"):
-        tokenizer = tokenizer or _teachers(teacher, path)
+    if path.startswith("layers:"):
+        if teacher is None:
+            what = f"{path} takes layers from a teacher, and there is none"
+            raise UsageError(what, hint="name it: --set teacher.path=PATH")
+        with quiet():
+            model = build_from_layers(path, teacher, dropout=student.dropout)
+        return Backbone(model.to(device), tokenizer or teacher.tokenizer)
+    if path.startswith(("random:", "width:")):
         config = None if teacher is None else teacher.model.config
+        path = spec_of_width(path, config) if path.startswith("width:") else path
+        tokenizer = tokenizer or _teachers(teacher, path)
         with quiet():
             model = build_random(
                 path, tokenizer, teacher_config=config, max_length=max_length, seed=seed, dropout=student.dropout
@@ -204,8 +277,14 @@ def load_student(
         check_causal(path, model)
         return Backbone(model.to(device), tokenizer)
     if tokenizer is None and teacher is not None:
-        name, local = locate(path)
-        tokenizer = teacher.tokenizer if local and not has_tokenizer(Path(name)) else None
+        adapters, base, _ = adapters_of(path, student.revision)
+        places = [*((place.name, place.local) for place in adapters), locate(base)]
+        without = all(local and not has_tokenizer(Path(name)) for name, local in places)
+        tokenizer = teacher.tokenizer if without else None
+    if student.lora.r is None and adapters_of(path, student.revision)[0]:
+        listener(
+            Note(f"the adapter {path} is merged into its model, and every weight trains (--lora R trains it alone)")
+        )
     return load_backbone(
         path,
         dtype=torch.float32,
@@ -213,6 +292,7 @@ def load_student(
         revision=student.revision,
         tokenizer=tokenizer,
         dropout=student.dropout,
+        train=None if student.lora.r is None else student.lora,
         listener=listener,
     )
 
@@ -280,8 +360,7 @@ def check_reload(student: Backbone, text: str | None = None) -> None:
 
 def _is_borrowed(student: schema.Student) -> bool:
     """Whether the tokenizer is not the one that came with the student."""
-    path = str(student.path)
-    return student.tokenizer is not None or path.startswith("random:") or path.endswith(".json")
+    return student.tokenizer is not None or student.is_built
 
 
 def _asked_tokenizer(student: schema.Student, texts: Texts | None) -> PreTrainedTokenizerBase | None:

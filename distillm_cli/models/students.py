@@ -1,4 +1,4 @@
-"""Students built rather than loaded: from a shape such as `random:4x256`, or from a config.json."""
+"""Students built from scratch: from a shape such as `random:4x256` or `width:0.5`, or from a config.json."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from distillm_cli.errors import ModelError, UsageError
 from distillm_cli.models.backbone import vocabulary_size
 
 _SPEC = re.compile(r"random:(?:(?P<family>[A-Za-z][\w-]*):)?(?P<layers>\d+)x(?P<width>\d+)")
+_WIDTH = re.compile(r"width:(?:(?P<size>\d+)|(?P<share>0?\.\d+))")
 _FORM = "random:[FAMILY:]LAYERSxWIDTH, for example random:4x256 or random:gpt2:4x256"
 _DROPOUT = re.compile(r"(?!classifier|summary|layer)\w*(dropout|pdrop)(_prob|_rate|_p)?")
 
@@ -88,6 +89,31 @@ def parse_spec(spec: str) -> tuple[str | None, int, int]:
     if match is None or int(match["layers"]) < 1 or int(match["width"]) < 1:
         raise UsageError(f"cannot read the student's shape {spec!r}", hint=f"write {_FORM}")
     return match["family"], int(match["layers"]), int(match["width"])
+
+
+def read_width(spec: str) -> re.Match[str]:
+    """`width:SIZE` or `width:SHARE`, in parts. Raises UsageError."""
+    match = _WIDTH.fullmatch(spec)
+    if match is None or (match["share"] and float(match["share"]) == 0):
+        raise UsageError(
+            f"cannot read the student's width {spec!r}", hint="write width:256, or width:0.5 for half of the teacher's"
+        )
+    return match
+
+
+def spec_of_width(spec: str, teacher_config: PretrainedConfig | None) -> str:
+    """`width:SIZE` or `width:SHARE` (a share of the teacher's, to the nearest 16) → `random:LxW` as deep as the teacher.
+
+    Nothing is copied: a narrower matrix has no right place in a wider one. Raises UsageError.
+    """
+    match = read_width(spec)
+    if teacher_config is None:
+        raise UsageError(f"{spec} is as deep as a teacher, and there is none", hint="write random:LAYERSxWIDTH")
+    text = teacher_config.get_text_config()
+    width = int(match["size"]) if match["size"] else _multiple(float(match["share"]) * text.hidden_size)
+    if not 1 <= width <= text.hidden_size:
+        raise UsageError(f"{spec}: the teacher is {text.hidden_size} wide", hint=f"give 1 to {text.hidden_size}")
+    return f"random:{text.num_hidden_layers}x{width}"
 
 
 def set_dropout(config: PretrainedConfig, dropout: float, *, where: str) -> None:
@@ -175,6 +201,25 @@ def _gpt2(*, layers: int, width: int, context: int, spec: str) -> PretrainedConf
 
 
 _SHAPES = {"llama": _llama, "gpt2": _gpt2}
+
+
+def with_layers(old: PretrainedConfig, keep: list[int], spec: str) -> PretrainedConfig:
+    """The same config for these of the layers alone, whatever it says of each layer included."""
+    fields: dict[str, Any] = {k: v for k, v in old.to_dict().items() if k not in _IDENTITY}
+    depth = old.num_hidden_layers
+    for name, value in fields.items():
+        if isinstance(value, list) and len(value) == depth and "layer" in name:
+            fields[name] = [value[i] for i in keep]
+    fields[old.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(keep)
+    if fields.get("max_window_layers") is not None:
+        fields["max_window_layers"] = sum(i < fields["max_window_layers"] for i in keep)
+    try:
+        return type(old).from_dict(fields)
+    except Exception as error:  # every family validates its sizes in its own way
+        said = str(error).splitlines()[-1].strip()
+        raise ModelError(
+            f"cannot take {len(keep)} layers of the teacher's {old.model_type}: {said}", where=spec
+        ) from error
 
 
 def _scaled(old: PretrainedConfig, layers: int, width: int, spec: str) -> PretrainedConfig:

@@ -357,10 +357,30 @@ def test_aliases_cannot_blow_a_recipe_up(recipe):
             "train: {patience: 3}",
             "train.patience = 3; train.patience needs a train.select to watch; try --set train.sel",
         ),
+        ("student: {lora: {alpha: 64}}", "student.lora.alpha = 64; student.lora.alpha belongs to an adapter"),
+        ("student: {lora: 16}", "student.lora: a section, not a value; its keys are r, alpha, dropout, targets"),
+        ("student: {lora_output: adapter}", "without an adapter, student.lora.r; try --lora 16"),
+        (
+            'student: {path: "layers:2", lora: {r: 4}, lora_output: adapter}',
+            "the adapter of layers:2 would have no model to be loaded on; try --set student.lora_output=merged",
+        ),
+        ("student: {sft_lr: 1e-4}", "student.sft_lr without student.sft_epochs; try --set student.sft_epochs=3"),
+        ("teacher: {quantize: 3bit}", "teacher.quantize = 3bit; expected one of none, 8bit, 4bit"),
+        (
+            '{teacher: {quantize: 4bit}, student: {path: "layers:2"}}',
+            "teacher.quantize = 4bit; teacher.quantize 4bit: student layers:2 copies the teacher's layers",
+        ),
     ],
 )
 def test_a_wrong_value_is_told_with_its_place_and_a_cure(recipe, text, said):
     assert said in complaint(text, recipe)
+
+
+def test_a_stage_before_distillation_is_not_for_sft():
+    said = (
+        "--set student.sft_epochs = 3; student.sft_epochs is a stage before distill; try --epochs, which is sft's own"
+    )
+    assert complaint(command="sft", sets=["student.sft_epochs=3"]) == said
 
 
 @pytest.mark.parametrize(
@@ -368,6 +388,8 @@ def test_a_wrong_value_is_told_with_its_place_and_a_cure(recipe, text, said):
     [
         ("objective: {alhpa: 0.1}", "objective.alhpa: no such key; did you mean objective.alpha?"),
         ("train: {alpha: 0.1}", "train.alpha: no such key; did you mean objective.alpha?"),
+        ("student: {lora_alpha: 64}", "student.lora_alpha: no such key; did you mean student.lora.alpha?"),
+        ("student: {lora_r: 8}", "student.lora_r: no such key; did you mean student.lora.r?"),
         ("lr: 1e-4", "lr: no such key; did you mean train.lr?"),
         ("batch-size: 4", "did you mean train.batch_size?"),
         ("train: {learning_rate: 0.1}", "train.learning_rate: no such key; did you mean train.lr?"),
@@ -471,7 +493,10 @@ def _values(key: str) -> st.SearchStrategy:
     return item | st.none() if None in types else item
 
 
-EVERY_FIELD = st.fixed_dictionaries({}, optional={key: _values(key) for key in leaves() if key != "train.patience"})
+# Fields that need, or exclude, certain values of others.
+BOUND = {"train.patience", "student.sft_epochs", "student.sft_lr", "student.lora_output"}
+BOUND |= {"student.lora.alpha", "student.lora.targets"}
+EVERY_FIELD = st.fixed_dictionaries({}, optional={key: _values(key) for key in leaves() if key not in BOUND})
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -1,0 +1,69 @@
+"""Going on with a run: its newest checkpoint, if it is this recipe's, and the student's weights in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from distillm_cli.cli import outputs
+from distillm_cli.cli.assembly import FROZEN, frozen_digest, shaping
+from distillm_cli.config.schema import Recipe
+from distillm_cli.core.checkpoint import Checkpoint, latest, read
+from distillm_cli.errors import CheckpointError
+from distillm_cli.models.backbone import Backbone
+from distillm_cli.models.loading import quiet
+
+
+def checkpoint_of(output: Path, recipe, *, started: bool = True) -> Checkpoint | None:
+    """The newest checkpoint, if it is this recipe's. started: there must be one."""
+    checkpoint = latest(output / outputs.CHECKPOINTS)
+    if checkpoint is None and not started:
+        return None
+    if checkpoint is None:
+        raise CheckpointError(f"no checkpoint in {output / outputs.CHECKPOINTS}", hint="start anew with --overwrite")
+    # A field that came later had its default then.
+    then, now = (
+        json.loads(json.dumps(fields)) for fields in (shaping(Recipe()) | checkpoint.state["recipe"], shaping(recipe))
+    )
+    changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
+    if changed:
+        key, more = changed[0], f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise CheckpointError(
+            f"the checkpoint is of another recipe: {key} was {then.get(key)!r}, now {now.get(key)!r}{more}",
+            where=str(checkpoint.path),
+            hint="resume with the settings it was started with, or choose another --output",
+        )
+    return checkpoint
+
+
+def best_of(output: Path) -> Checkpoint:
+    """The checkpoint whose weights a finished run kept."""
+    last = latest(output / outputs.CHECKPOINTS)
+    if last is None:
+        raise CheckpointError(f"no checkpoint in {output / outputs.CHECKPOINTS}", hint="start anew with --overwrite")
+    best = last.state["progress"]["best_step"]
+    return last if best is None else read(last.path.with_name(f"step-{best:06d}"))
+
+
+def load_student(student: Backbone, checkpoint: Checkpoint) -> None:
+    """The weights as they were. Raises CheckpointError where the model under an adapter has changed since."""
+    student.load_state(weights_in(student, checkpoint))
+
+
+def weights_in(student: Backbone, checkpoint: Checkpoint) -> Mapping[str, torch.Tensor]:
+    """What training changes of the student, as it was when the checkpoint was written. Raises CheckpointError."""
+    if student.adapter is None:
+        with quiet():
+            saved = type(student.model).from_pretrained(checkpoint.path, dtype=torch.float32, local_files_only=True)
+        return saved.state_dict()
+    frozen = checkpoint.path / FROZEN
+    if not frozen.is_file() or frozen.read_text(encoding="utf-8") != frozen_digest(student):
+        raise CheckpointError(
+            "the model under the adapter is not the one that this run started with",
+            where=str(checkpoint.path),
+            hint=f"put back the weights of {student.adapter.config.base_model_name_or_path}, or start anew",
+        )
+    return student.adapter.read(checkpoint.path)

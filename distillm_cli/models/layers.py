@@ -1,0 +1,136 @@
+"""Students cut from the teacher: some of its layers, its embeddings, its final norm and its head, as copies.
+
+layers:6         six of them, evenly spaced, the first and the last included
+layers:6:first   the first six; layers:6:last the last six
+layers:0,3,7     these, counted from 0
+layers:all       every one: the teacher itself, in float32
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from itertools import pairwise
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from distillm_cli.errors import ModelError, UsageError
+from distillm_cli.models.backbone import Backbone
+from distillm_cli.models.students import set_dropout, with_layers
+
+_SPEC = re.compile(r"layers:(?:(?P<all>all)|(?P<list>\d+(?:,\d+)+)|(?P<count>\d+)(?::(?P<which>evenly|first|last))?)")
+_FORM = "layers:6 (evenly spaced), layers:6:first, layers:6:last, layers:0,3,7 or layers:all"
+
+
+def read_layers(spec: str) -> re.Match[str]:
+    """``layers:…`` in parts. Raises UsageError."""
+    match = _SPEC.fullmatch(spec)
+    if match is None:
+        raise UsageError(f"cannot read the student's layers {spec!r}", hint=f"write {_FORM}")
+    return match
+
+
+def chosen_layers(spec: str, depth: int) -> list[int]:
+    """The layers, of ``depth``, that ``layers:…`` names: ascending, counted from 0. Raises UsageError.
+
+    Evenly spaced: i·(depth−1)/(n−1), rounded half up, i from 0 to n−1; of one layer, the first.
+    """
+    match = read_layers(spec)
+    if match["all"]:
+        return list(range(depth))
+    if match["list"]:
+        wanted = [int(i) for i in match["list"].split(",")]
+        if (high := max(wanted)) >= depth:
+            raise UsageError(f"{spec}: the teacher has no layer {high}", hint=f"its layers are 0 to {depth - 1}")
+        if any(b <= a for a, b in pairwise(wanted)):
+            raise UsageError(f"{spec}: the layers must be in the teacher's order, each once", hint=f"write {_FORM}")
+        return wanted
+    count = int(match["count"])
+    if not 1 <= count <= depth:
+        raise UsageError(f"{spec}: the teacher has {depth} layers", hint=f"give 1 to {depth}")
+    if match["which"] in ("first", "last"):
+        return list(range(count) if match["which"] == "first" else range(depth - count, depth))
+    gaps = max(count - 1, 1)
+    return [(2 * i * (depth - 1) + gaps) // (2 * gaps) for i in range(count)]
+
+
+def build_from_layers(spec: str, teacher: Backbone, *, dropout: float | None = None) -> PreTrainedModel:
+    """A float32 model of the teacher's family with these of its layers. Every weight is a copy; no memory is shared.
+
+    dropout: unset is as the teacher's config says. Raises UsageError for a spec that cannot be read or does not fit the
+    teacher, ModelError for a family whose layers are not all of one kind of place.
+    """
+    text = teacher.model.config.get_text_config()
+    keep = chosen_layers(spec, text.num_hidden_layers)
+    config = with_layers(text, keep, spec)
+    if dropout is not None:
+        set_dropout(config, dropout, where=spec)
+    model = _unfilled(config, spec)
+    _copy_weights(
+        model, teacher.model, Backbone(model, teacher.tokenizer, teacher.vocab).trunk, teacher.trunk, keep, spec
+    )
+    if teacher.model.generation_config is not None:
+        model.generation_config = copy.deepcopy(teacher.model.generation_config)
+    return model.eval()
+
+
+def _unfilled(config: PretrainedConfig, spec: str) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):
+        try:
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        except MemoryError:
+            raise
+        except Exception as error:  # every family checks its config in its own way
+            said = str(error).splitlines()[-1].strip()
+            raise _not_cut(config, spec, said) from error
+
+
+def _copy_weights(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    student_trunk: nn.Module | None,
+    teacher_trunk: nn.Module | None,
+    keep: list[int],
+    spec: str,
+) -> None:
+    if student_trunk is None or teacher_trunk is None:
+        raise _not_cut(teacher.config, spec, "it has no part of its own before the head")
+    prefix = f"{_layers_of(teacher_trunk, teacher.config, spec)}."
+    place = {str(old): str(new) for new, old in enumerate(keep)}
+    weights = {}
+    for name, weight in teacher_trunk.state_dict().items():
+        if name.startswith(prefix):
+            old, _, rest = name.removeprefix(prefix).partition(".")
+            if old not in place:
+                continue
+            name = f"{prefix}{place[old]}.{rest}"
+        weights[name] = weight
+    head, teacher_head = student.get_output_embeddings(), teacher.get_output_embeddings()
+    try:
+        student_trunk.load_state_dict(weights)
+        head.load_state_dict(teacher_head.state_dict())
+    except RuntimeError as error:  # layers of several shapes, or something kept for all layers in one tensor
+        raise _not_cut(teacher.config, spec, str(error).splitlines()[-1].strip().rstrip(".")) from error
+    filled = {id(p) for module in (student_trunk, head) for p in module.parameters()}
+    if other := [name for name, p in student.named_parameters() if id(p) not in filled]:
+        raise _not_cut(teacher.config, spec, f"{other[0]} is neither in the layers nor in the head")
+
+
+def _layers_of(trunk: nn.Module, config: PretrainedConfig, spec: str) -> str:
+    """The name of the list that holds the layers."""
+    depth = config.get_text_config().num_hidden_layers
+    lists = [n for n, m in trunk.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    if len(outer) != 1:
+        raise _not_cut(config, spec, "its layers are not in one list")
+    return outer[0]
+
+
+def _not_cut(config: PretrainedConfig, spec: str, why: str) -> ModelError:
+    return ModelError(
+        f"cannot take layers of a {config.get_text_config().model_type} teacher: {why}",
+        where=spec,
+        hint="build the student from scratch, --student width:0.5 say, or name a smaller model",
+    )

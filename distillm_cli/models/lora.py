@@ -1,0 +1,273 @@
+"""LoRA adapters, by peft: found, merged into their model, put onto one to train, saved and read again.
+
+An adapter that trains is put into the model's own layers, in place: the model stays transformers' own class, so that
+hidden states, head and checks are what they are without one. What decodes and what is published is a plain copy with
+the adapter merged in (`Adapter.folded`), made anew each time, of the weights as they are then.
+
+An adapter directory is peft's: adapter_config.json, which names the model it belongs to, and adapter_model.safetensors.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from distillm_cli.config.schema import Lora
+from distillm_cli.errors import ModelError
+
+if TYPE_CHECKING:  # peft is slow to import, and most runs have no adapter
+    from peft import LoraConfig, PeftModel
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_NAME, _PREFIX = "default", "base_model.model."  # of an adapter in a model; of its weights in a file
+
+
+class Adapter:
+    """A LoRA adapter in the layers of a model, the rest of which is frozen."""
+
+    def __init__(self, wrapped: PeftModel):
+        self._wrapped = wrapped
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model it is in."""
+        return self._wrapped.get_base_model()
+
+    @property
+    def config(self) -> LoraConfig:
+        return self._wrapped.peft_config[_NAME]
+
+    def layers(self) -> Iterator[tuple[str, nn.Module]]:
+        """The adapted layers by name."""
+        from peft.tuners.lora import LoraLayer
+
+        return ((name, module) for name, module in self.model.named_modules() if isinstance(module, LoraLayer))
+
+    def frozen(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The weights that do not train: the model without the adapter."""
+        return ((name, weight) for name, weight in self.model.named_parameters() if not weight.requires_grad)
+
+    def save(self, directory: Path, dtype: torch.dtype = torch.float32) -> None:
+        """The adapter directory; it loads with `PeftModel.from_pretrained(base, directory)`."""
+        from peft import get_peft_model_state_dict
+
+        weights = get_peft_model_state_dict(self._wrapped, adapter_name=_NAME, save_embedding_layers=False)
+        save_file(
+            {name: weight.detach().to("cpu", dtype).contiguous() for name, weight in weights.items()},
+            directory / WEIGHTS,
+            metadata={"format": "pt"},
+        )
+        config = copy.copy(self.config)
+        config.inference_mode = True
+        if not isinstance(config.target_modules, str):
+            config.target_modules = sorted(config.target_modules)  # a set's order changes from process to process
+        config.save_pretrained(str(directory))
+
+    def read(self, directory: Path) -> dict[str, torch.Tensor]:
+        """The weights that `save` wrote, by their names in the model."""
+        stored = load_file(directory / WEIGHTS)
+        return {
+            f"{name.removeprefix(_PREFIX).removesuffix('.weight')}.{_NAME}.weight": weight
+            for name, weight in stored.items()
+        }
+
+    @torch.no_grad()
+    def folded(self, made: Callable[[str, torch.Tensor], nn.Parameter]) -> dict[int, nn.Module]:
+        """id of each adapted layer → the plain layer W + (alpha / r)·B·A, summed in float32.
+
+        made: a weight's name in the plain model and its value → the parameter that stands for it there.
+        """
+        plain: dict[int, nn.Module] = {}
+        for name, layer in self.layers():
+            base = layer.get_base_layer()
+            whole = base.weight.float() + layer.get_delta_weight(_NAME).float()
+            twin = copy.copy(base)
+            twin._parameters = {"weight": made(f"{name}.weight", whole.to(base.weight.dtype))}
+            twin._parameters["bias"] = None if base.bias is None else made(f"{name}.bias", base.bias.detach())
+            plain[id(layer)] = twin
+        return plain
+
+
+def base_of(name: str, *, local: bool, revision: str | None) -> tuple[str, str | None] | None:
+    """The model that an adapter (a directory, or a hub name) belongs to, and its revision; None for anything else."""
+    try:
+        file = find_adapter_config_file(name, revision=revision, local_files_only=local)
+    except Exception:  # no such repository, no network: whoever loads the model says it better
+        return None
+    if file is None:
+        return None
+    try:
+        told = json.loads(Path(file).read_text(encoding="utf-8"))
+        base = told.get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"cannot read {file}: {error}", hint="copy or download the adapter again") from error
+    if not base:
+        raise ModelError(f"{file} does not name the model it adapts", hint="add base_model_name_or_path to it")
+    return base, told.get("revision")
+
+
+def attach(model: PreTrainedModel, config: Lora, *, seed: int, base: str, revision: str | None) -> Adapter:
+    """A new adapter in the model, which is frozen beside it. A starts random (a function of the seed), B is zero.
+
+    base, revision: what the adapter's config will say it belongs to. Raises ModelError for targets that are not there.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    alpha = config.alpha or 4 * config.r
+    targets, kinds = _targets(model, config.targets)
+    asked = LoraConfig(
+        task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
+        r=config.r,
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
+        lora_dropout=config.dropout,
+        target_modules=targets,
+        fan_in_fan_out=kinds == {Conv1D},  # where both kinds occur peft sets it layer by layer
+        base_model_name_or_path=base,
+        revision=revision,
+    )
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with _quiet(), torch.random.fork_rng(devices=sorted(devices, key=str)):
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            torch.cuda.default_generators[device.index].manual_seed(seed)
+        wrapped = get_peft_model(model, asked)
+    # peft writes down where it found the model; the directory must say where others find it.
+    wrapped.peft_config[_NAME].base_model_name_or_path = base
+    return _checked(Adapter(wrapped), base)
+
+
+def take_up(
+    model: PreTrainedModel,
+    place: str,
+    config: Lora,
+    *,
+    base: str,
+    base_revision: str | None,
+    local: bool,
+    revision: str | None,
+) -> Adapter:
+    """The adapter in ``place`` on its model, to go on training it. Raises ModelError where it is not the one asked for."""
+    from peft import LoraConfig, PeftConfig
+
+    own = _read(lambda: PeftConfig.from_pretrained(place, revision=revision, local_files_only=local), place)
+    plain = isinstance(own, LoraConfig) and not (own.use_dora or own.modules_to_save or own.lora_bias)
+    if not plain or own.rank_pattern or own.alpha_pattern or own.bias != "none":
+        raise ModelError(
+            f"the adapter {place} is not a plain LoRA, and cannot be trained on",
+            hint="without --lora it is merged into its model, and every weight trains",
+        )
+    told = {"r": (config.r, own.r), "alpha": (config.alpha or own.lora_alpha, own.lora_alpha)}
+    if config.targets is not None and not isinstance(own.target_modules, str):
+        told["targets"] = (sorted(config.targets), sorted(own.target_modules))
+    for name, (asked, there) in told.items():
+        if asked != there:
+            raise ModelError(
+                f"student.lora.{name} is {asked}, and the adapter {place} has {there}",
+                hint="give its own; without --lora it is merged into its model, and every weight trains",
+            )
+    own.lora_dropout, own.inference_mode = config.dropout, False
+    own.base_model_name_or_path, own.revision = base, base_revision
+    return _checked(Adapter(_put(model, place, local=local, revision=revision, config=own, is_trainable=True)), place)
+
+
+def merge(model: PreTrainedModel, place: str, *, local: bool, revision: str | None) -> PreTrainedModel:
+    """The model with the adapter in ``place`` merged into its weights: a plain model again."""
+    wrapped = _put(model, place, local=local, revision=revision)
+    return _read(lambda: wrapped.merge_and_unload(safe_merge=True), place).requires_grad_(True)  # peft froze it
+
+
+def put_on(model: PreTrainedModel, place: str, *, local: bool, revision: str | None) -> PreTrainedModel:
+    """The same beside weights that nothing can be added to, quantised ones: computed with them."""
+    return _put(model, place, local=local, revision=revision).get_base_model()
+
+
+def _put(model: PreTrainedModel, place: str, *, local: bool, revision: str | None, **more: Any) -> PeftModel:
+    from peft import PeftModel, get_peft_model_state_dict
+
+    more |= {"torch_device": str(model.device), "local_files_only": local}
+
+    def load() -> PeftModel:
+        # peft only warns of weights that are absent, and leaves them as they were made.
+        warnings.filterwarnings("error", message=".*missing adapter keys.*")
+        wrapped = PeftModel.from_pretrained(model, place, revision=revision, **more)
+        if local and (file := Path(place) / WEIGHTS).is_file():
+            known = get_peft_model_state_dict(wrapped, adapter_name=_NAME)
+            with safe_open(file, "pt") as there:  # of weights for layers that are not there peft says nothing
+                if strangers := sorted(set(there.keys()) - known.keys()):
+                    raise ValueError(f"no layer for {strangers[0]}")
+        return wrapped
+
+    return _read(load, place)
+
+
+def _read(work: Callable[[], Any], place: str) -> Any:
+    try:
+        with _quiet():
+            return work()
+    except MemoryError:
+        raise
+    except Exception as error:  # a dozen types, by kind of adapter
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise
+        said = (str(error).strip() or type(error).__name__).splitlines()
+        raise ModelError(
+            f"cannot put the adapter {place} on its model: {' '.join(said[:2])[:200]}",
+            hint="the adapter must be complete, and belong to the model that its adapter_config.json names",
+        ) from error
+
+
+def _checked(adapter: Adapter, where: str) -> Adapter:
+    """Only layers between embeddings and head are adapted: the loss reads the head's own weight."""
+    from peft.tuners.lora import Linear
+
+    ends = (adapter.model.get_input_embeddings(), adapter.model.get_output_embeddings())
+    for name, layer in adapter.layers():
+        if not isinstance(layer, Linear) or layer in ends:
+            raise ModelError(
+                f"a LoRA adapter on {name}, and only linear layers before the head can have one",
+                where=where,
+                hint="leave student.lora.targets unset: every linear layer but the head",
+            )
+    return adapter
+
+
+def _targets(model: PreTrainedModel, wanted: tuple[str, ...] | None) -> tuple[list[str], set[type]]:
+    """What peft is to look for, and the kinds of layers it will find. Raises ModelError for a name that finds nothing."""
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    head = next((name for name, m in linear.items() if m is model.get_output_embeddings()), "")
+    linear.pop(head, None)
+    if wanted is None:
+        last = {name.rpartition(".")[2] for name in linear}
+        # Short names, unless the head has one of them too.
+        return sorted(linear if head.rpartition(".")[2] in last else last), {type(m) for m in linear.values()}
+    found: set[type] = set()
+    for target in wanted:
+        mine = {type(m) for name, m in linear.items() if name == target or name.endswith(f".{target}")}
+        if not mine:
+            raise ModelError(
+                f"no linear layer {target!r} before the head",
+                where="student.lora.targets",
+                hint=f"this {model.config.model_type} has {', '.join(sorted({n.rpartition('.')[2] for n in linear}))}",
+            )
+        found |= mine
+    return list(wanted), found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,70 @@
+"""Where a model is: a local directory, a hub name, the one shipped here; and what an adapter found there belongs to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from distillm_cli.config.schema import BUILT
+from distillm_cli.errors import ModelError
+from distillm_cli.models import lora
+
+BUILTIN_TEACHER = Path(__file__).resolve().parent.parent / "assets" / "quickstart-teacher"
+
+
+def locate(path: str) -> tuple[str, bool]:
+    """`path` as transformers takes it, and whether it is a local directory. `builtin` is the teacher shipped here."""
+    place = BUILTIN_TEACHER if path == "builtin" else Path(path).expanduser()
+    if place.is_dir():
+        return str(place), True
+    if place.is_file():
+        raise ModelError(f"{path} is a file, not a model directory", hint=f"pass {place.parent}")
+    if path == "builtin" or place.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
+        raise ModelError(f"no model at {place}: no such directory", hint="check the path")
+    return path, False
+
+
+@dataclass(frozen=True)
+class Place:
+    """A name as transformers takes it, whether it is a local directory, and which revision of it."""
+
+    name: str
+    local: bool
+    revision: str | None = None
+
+
+def adapters_of(path: str, revision: str | None = None) -> tuple[list[Place], str, str | None]:
+    """LoRA adapters, the outermost first, and what they adapt: its path and revision. For a model: none, and itself."""
+    adapters: list[Place] = []
+    while True:
+        if adapters and path.startswith(BUILT):
+            raise ModelError(
+                f"{adapters[-1].name} is an adapter of a model that its run built ({path}) and that is not kept",
+                hint="give the run's output directory",
+            )
+        try:
+            name, local = locate(path)
+        except ModelError as error:
+            raise error if not adapters else no_base(adapters[-1], path, error) from error
+        found = lora.base_of(name, local=local, revision=revision)
+        if found is None:
+            return adapters, path, revision
+        if any(place.name == name for place in adapters):
+            raise ModelError(
+                f"{name} is an adapter of itself", hint=f"see base_model_name_or_path in its {lora.CONFIG}"
+            )
+        adapters.append(Place(name, local, revision))
+        path, revision = found
+
+
+def lasting(path: str) -> str:
+    """A model's name as another place may read it: a directory in full, a hub name as it is."""
+    name, local = locate(path)
+    return str(Path(name).resolve()) if local else name
+
+
+def no_base(adapter: Place, base: str, error: ModelError) -> ModelError:
+    return ModelError(
+        f"{adapter.name} is an adapter of {base}, which does not load: {error.what}",
+        hint=f"put that model there, or name its new place in {adapter.name}/{lora.CONFIG} (base_model_name_or_path)",
+    )
