@@ -13,11 +13,14 @@ if TYPE_CHECKING:
     from distillm_cli.core.engine import Progress
 
 
-def model_card(resolved: Resolved, reached: Progress, measured: Mapping[str, Any]) -> str:
-    """Markdown with the front matter that the hub reads. measured: by model name, with ``valid_loss`` and ``scores``."""
+def model_card(resolved: Resolved, reached: Progress, measured: Mapping[str, Any], *, task: str) -> str:
+    """Markdown with the front matter that the hub reads. measured: by model name, with ``valid_loss`` and ``scores``.
+
+    task: the hub's name for what such a model does.
+    """
     recipe = resolved.recipe
     student, is_adapter = recipe.student, recipe.student.lora_output == "adapter"
-    lines = ["---", f"library_name: {'peft' if is_adapter else 'transformers'}", "pipeline_tag: text-generation"]
+    lines = ["---", f"library_name: {'peft' if is_adapter else 'transformers'}", f"pipeline_tag: {task}"]
     lines += [*([f"base_model: {student.path}"] if is_adapter else []), "tags:", f"- {recipe.method}"]
     lines += ["- lora"] if student.lora.r is not None else []
     if recipe.method != "sft":

@@ -18,8 +18,8 @@ import transformers
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -35,7 +35,7 @@ from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.modes import eval_mode
 from distillm_cli.models.places import Place, adapters_of, lasting, locate, no_base
 from distillm_cli.models.quantize import check_quantize, in_few_bits
-from distillm_cli.models.students import adopt_special_tokens, set_dropout
+from distillm_cli.models.students import adopt_special_tokens, auto_class, set_dropout
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.model", "tekken.json")
@@ -64,7 +64,7 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def load_config(path: str, *, revision: str | None = None, file: bool = False) -> PretrainedConfig:
-    """The config of a causal model: a directory's, a hub name's, or (``file``) the one in this JSON file.
+    """The config of a causal or an encoder-decoder model: a directory's, a hub name's, or (``file``) that JSON file's.
 
     An adapter's is that of the model it belongs to.
     """
@@ -85,12 +85,8 @@ def load_config(path: str, *, revision: str | None = None, file: bool = False) -
             )
         except Exception as error:  # a dozen types, by version; each of them means that the config is not usable
             raise _not_loaded("config", path, local, error) from error
-    if config.is_encoder_decoder:
-        raise ModelError(
-            f"{path} is an encoder-decoder model ({config.model_type}), which is not supported yet",
-            hint="pass a causal model: GPT-2, OPT, Llama, Qwen, Gemma, …",
-        )
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    known = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) not in known:
         raise _not_causal(path, config)
     return config
 
@@ -141,7 +137,7 @@ def load_backbone(
 
     path: of a model, or of a LoRA adapter, which is merged into the model it belongs to. train: then it is left beside
     that, to go on training it. quantize: 8bit or 4bit; an adapter is left beside such weights too. Raises ModelError,
-    naming the cause, for anything that is not the complete checkpoint of a causal model.
+    naming the cause, for anything that is not the complete checkpoint of such a model.
     """
     check_quantize(quantize, device)
     task = f"loading {path}"
@@ -223,7 +219,7 @@ def _load_weights(
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     with quiet():
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = auto_class(config).from_pretrained(
                 name,
                 config=config,
                 dtype=dtype,
@@ -250,11 +246,17 @@ def _load_weights(
 
 @torch.no_grad()
 def check_causal(path: str, model: PreTrainedModel) -> None:
-    """Raises ModelError for BERT and its kin, which load as causal models too: only what they look at tells."""
+    """Raises ModelError for BERT and its kin, which load as causal models too: only what they look at tells.
+
+    Of an encoder-decoder the decoder must be causal.
+    """
     ids_BT = torch.arange(1, 9, device=model.device).repeat(2, 1) % model.get_input_embeddings().weight.shape[0]
     ids_BT[1, -1] = 0
+    inputs = {"input_ids": ids_BT}
+    if model.config.is_encoder_decoder:
+        inputs = {"input_ids": ids_BT[:1].expand(2, -1), "decoder_input_ids": ids_BT}
     with eval_mode(model), quiet():
-        first_TV, second_TV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1].float()
+        first_TV, second_TV = model(**inputs, use_cache=False).logits[:, :-1].float()
     if (first_TV - second_TV).abs().max() > 16 * torch.finfo(model.dtype).eps * first_TV.abs().max():
         raise _not_causal(path, model.config)
 
@@ -272,7 +274,7 @@ def _not_causal(path: str, config: PretrainedConfig) -> ModelError:
     architecture = (config.architectures or [config.model_type])[0]
     return ModelError(
         f"{path} is not a causal language model ({architecture})",
-        hint="pass one that predicts the next token: GPT-2, OPT, Llama, Qwen, Gemma, …",
+        hint="pass one that predicts the next token: GPT-2, OPT, Llama, Qwen, Gemma, … or T5, mT5",
     )
 
 
