@@ -15,6 +15,7 @@ import numpy as np
 from distillm_cli.cli import inference
 from distillm_cli.cli.prompts import Wanted, prompts_of, rereadable
 from distillm_cli.cli.responses import Line, Responses, text_of
+from distillm_cli.config.load import Resolved
 from distillm_cli.config.schema import Recipe
 from distillm_cli.core.events import Event, Listener, Note, Progress
 from distillm_cli.core.rollout import Sampling, sample_all
@@ -35,7 +36,7 @@ def run(
     model: str,
     wanted: Wanted,
     *,
-    recipe: str | None,
+    recipe: str | Resolved | None,
     flags: Mapping[str, Any],
     sets: list[str] | None,
     output: str | None,
@@ -130,7 +131,7 @@ class _Work:
         how = {name: getattr(self.sampling, name) for name in ("temperature", "top_p", "top_k", "max_new_tokens")}
         dtype = str(self.backbone.model.dtype).removeprefix("torch.")
         head = {"rows": len(self), "samples": self.samples, "seed": self.seed, **how, "dtype": dtype}
-        return {**head, "weights": _fingerprint(self.backbone), "prompts": digest.hexdigest()}
+        return {**head, "weights": inference.weights_digest(self.backbone), "prompts": digest.hexdigest()}
 
     def heads(self) -> list[Line]:
         """What each row says of itself before there is a response."""
@@ -211,12 +212,3 @@ def _print(lines: list[Line]) -> None:
     ascii_only = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
     sys.stdout.write("".join(text_of(line, ascii_only=ascii_only) for line in lines))
     sys.stdout.flush()
-
-
-def _fingerprint(backbone: Backbone) -> str:
-    """Tells one set of weights from another by a few numbers of each tensor; reading all of them would take a while."""
-    digest = hashlib.sha256()
-    for name, tensor in backbone.model.state_dict().items():
-        few = tensor.flatten()[:: max(1, tensor.numel() // 64)][:64]
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + few.float().cpu().numpy().tobytes())
-    return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,16 +25,19 @@ def settings(
     command: str,
     model: str,
     *,
-    recipe: str | None,
+    recipe: str | Resolved | None,
     flags: Mapping[str, Any],
     sets: list[str] | None,
     listener: Listener,
 ) -> tuple[Resolved, bool]:
     """The recipe to go by, and whether it is the model's own: the one given, else the one beside the model, else none.
+    One that is resolved already (a stage's) is taken as it is.
 
     So a model trained with a template of its own is asked in that template. Flags and ``--set`` are stronger. What the
     run said of its machine is not taken over: this may be another one.
     """
+    if isinstance(recipe, Resolved):
+        return recipe, False
     own = None if recipe is not None else own_recipe(model)
     if own is not None:
         try:
@@ -71,6 +75,15 @@ def load(model: str, recipe: Recipe, listener: Listener) -> tuple[Backbone, Enco
     dtype = resolve_dtype(recipe.student.dtype, device)
     backbone = load_backbone(model, dtype=dtype, device=device, listener=listener)
     return backbone, Encoder(backbone.tokenizer, recipe.data)
+
+
+def weights_digest(backbone: Backbone) -> str:
+    """Tells one set of weights from another by a few numbers of each tensor; reading all of them would take a while."""
+    digest = hashlib.sha256()
+    for name, tensor in backbone.model.state_dict().items():
+        few = tensor.flatten()[:: max(1, tensor.numel() // 64)][:64]
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + few.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def check_head(backbone: Backbone, encoder: Encoder, row: Row, listener: Listener) -> None:

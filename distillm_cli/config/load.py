@@ -5,7 +5,7 @@ Precedence, weakest first: schema < method preset < recipe < flags < ``--set``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -95,7 +95,17 @@ def resolve(
     from_flags = layers.from_flags(flags or {})
     from_sets = layers.from_sets(sets or (), problems)
 
-    method = _method(command, from_recipe, from_flags, from_sets)
+    resolved = settle(command, (from_recipe, from_flags, from_sets), problems, path.stem if path else None)
+    if resolved is None or problems:
+        raise problems.first()
+    return resolved
+
+
+def settle(
+    command: str, weakest_first: Sequence[Mapping[str, Given]], problems: Problems, name: str | None = None
+) -> Resolved | None:
+    """Layers of values → a recipe, over the preset of its method; None where it is none, which ``problems`` then say."""
+    method = _method(command, *weakest_first)
     preset = {"method": method}
     if method.value in METHODS:
         _check_verb(method, command)
@@ -104,12 +114,12 @@ def resolve(
     else:
         problems.add(method.rank, bad(method, "method", command))
 
-    given, former = _stacked(preset, from_recipe, from_flags, from_sets)
+    given, former = _stacked(preset, *weakest_first)
     made = _validated(given, command, problems)
-    if made is None or problems:
-        raise problems.first()
+    if made is None:
+        return None
     origin = {key: given[key].origin if key in given else "default" for key in leaves()}
-    return Resolved(made, origin, former, _without_effect(made, given), path.stem if path else None)
+    return Resolved(made, origin, former, _without_effect(made, given), name)
 
 
 def load_resolved(path: str | Path) -> Recipe:
@@ -162,7 +172,7 @@ def _check_verb(method: Given, command: str) -> None:
         raise UsageError(
             f"{method.place} = {method.value}",
             where=f"expected a method of `distillm {command}` ({of_command})",
-            hint=f"try `distillm {verb}`",
+            hint=f"try verb: {verb}" if method.at else f"try `distillm {verb}`",
         )
 
 
@@ -213,6 +223,7 @@ def _translated(detail: Mapping[str, Any], given: Mapping[str, Given], command: 
     entry = next((given[word] for word in words if word in given), None)
     if entry is None:
         return Rank(layers.SET), RecipeError(what, hint=hint or None)
+    hint = hint.replace("--set ", f"--set {entry.at}")
     return entry.rank, RecipeError(f"{entry.place} = {shown(entry.value)}", where=what, hint=hint or None)
 
 
