@@ -63,7 +63,9 @@ def survey(pipeline: Pipeline, output: Path, chosen: list[str]) -> dict[str, Sta
         if before is None:
             found[stage.name] = State("to run")
         elif again:
-            found[stage.name] = State("changed", f"{' and '.join(f'stage {name}' for name in again)} is to be made first")
+            found[stage.name] = State(
+                "changed", f"{' and '.join(f'stage {name}' for name in again)} is to be made first"
+            )
         else:
             found[stage.name] = _state(stage, place, before, made)
         made[stage.name] = before.made if before is not None and found[stage.name].kind == "done" else ""
@@ -93,7 +95,7 @@ def resolved_yaml(pipeline: Pipeline, states: Mapping[str, State] | None = None)
         for name, value in stage.own.model_dump().items():
             if name != "recipe" and value is not None:
                 text = f"[{', '.join(value)}]" if isinstance(value, tuple) else value
-                lines.append(f"    {f'{name}: {text}':<52}  # {stage.origins[name]}")
+                lines.append(f"    {f'{name}: {text}':<33}  # {stage.origins[name]}")
         lines += [f"    {line}" for line in to_yaml(stage.resolved).splitlines()]
     return "\n".join(lines) + "\n"
 
@@ -119,9 +121,7 @@ def _state(stage: Stage, place: Path, before: Record, made: Mapping[str, str]) -
     return State("done")
 
 
-def _check_reads(
-    pipeline: Pipeline, output: Path, chosen: list[str], records: Mapping[str, Record | None]
-) -> None:
+def _check_reads(pipeline: Pipeline, output: Path, chosen: list[str], records: Mapping[str, Record | None]) -> None:
     """Whether every stage that is left out and read has been done."""
     for stage in (pipeline[name] for name in chosen):
         for name in stage.reads:

@@ -43,7 +43,10 @@ DryRun = Annotated[
 Output = Annotated[
     str | None,
     typer.Option(
-        "--output", metavar="DIR", help="A directory for each stage goes there; else runs/NAME.", rich_help_panel=options.OUTPUT
+        "--output",
+        metavar="DIR",
+        help="A directory for each stage goes there; else runs/NAME.",
+        rich_help_panel=options.OUTPUT,
     ),
 ]
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from distillm_cli.cli import outputs
 from distillm_cli.config.pipeline import PREFIX, Stage, inputs, values
+from distillm_cli.config.shaping import shaping
 from distillm_cli.data.files import FORMATS
 from distillm_cli.data.sources import is_path, local_place
 from distillm_cli.errors import CheckpointError, DataError, StorageError, UsageError
@@ -126,8 +127,6 @@ def shaped_by(stage: Stage, made: Mapping[str, str]) -> dict[str, Any]:
     recipe = stage.resolved.recipe
     every = values(recipe)
     if stage.verb in ("sft", "distill"):
-        from distillm_cli.cli.assembly import shaping
-
         settings = shaping(recipe)
         if recipe.train.select not in ("last", "valid_loss", "valid_divergence"):  # a metric, so generation decides
             settings |= {key: value for key, value in every.items() if key.startswith("eval.")}

@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 
 from distillm_cli.cli import outputs
-from distillm_cli.cli.assembly import Prepared, build_engine, prepare, shaping
+from distillm_cli.cli.assembly import Prepared, build_engine, prepare
 from distillm_cli.cli.card import model_card
 from distillm_cli.cli.teaching import Opened, open_teacher
 from distillm_cli.config.load import Resolved, to_yaml
+from distillm_cli.config.shaping import shaping
 from distillm_cli.core.checkpoint import Checkpoint, latest, read, visible
 from distillm_cli.core.criterion import CROSS_ENTROPY, Criterion
 from distillm_cli.core.engine import LOWER_IS_BETTER, Engine, eval_mode

@@ -138,9 +138,7 @@ class _Reader:
         shared: dict[str, Given] = {}
         if "defaults" in parts:
             whole = self._mapping(*parts["defaults"], "defaults", "sections of a recipe", raw=True)
-            shared = layers.from_mapping(
-                whole, self.path, self.label, self.problems, layers.SHARED, at="defaults."
-            )
+            shared = layers.from_mapping(whole, self.path, self.label, self.problems, layers.SHARED, at="defaults.")
         typed_values = layers.from_sets(typed_shared, self.problems, "defaults.", layers.SHARED_SET)
         for given in (shared, typed_values):
             if "method" in given:
@@ -165,7 +163,8 @@ class _Reader:
             line = yaml_io.at(self.label, yaml_io.line_of(key_node))
             if not re.fullmatch(r"[A-Za-z][\w-]*", name):
                 raise RecipeError(
-                    f"{line}: stages.{name}: not a stage's name", where="expected a letter, then letters, digits, - and _"
+                    f"{line}: stages.{name}: not a stage's name",
+                    where="expected a letter, then letters, digits, - and _",
                 )
             if not isinstance(node, yaml.MappingNode):
                 raise RecipeError(f"{line}: stages.{name}: no mapping", where="expected verb: sft and its sections")
@@ -231,7 +230,9 @@ class _Reader:
             )
             self.problems.add(verb.rank, what)
             return None
-        values = {name: [v.value] if name == "models" and isinstance(v.value, str) else v.value for name, v in own.items()}
+        values = {
+            name: [v.value] if name == "models" and isinstance(v.value, str) else v.value for name, v in own.items()
+        }
         try:
             return kind.model_validate(values)
         except ValidationError as error:

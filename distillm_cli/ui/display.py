@@ -276,7 +276,9 @@ _STATES = {"done": ("✓", GOOD), "now": ("▶", "bold cyan"), "later": ("·", "
 def stages(staged: Staged, width: int) -> Text:
     """A pipeline's stages side by side; where the width does not hold them, the present one and how many there are."""
     whole = Text("   ").join(
-        Text.assemble((f"{_STATES[state][0]} ", _STATES[state][1]), (name, _STATES[state][1] if state != "done" else ""))
+        Text.assemble(
+            (f"{_STATES[state][0]} ", _STATES[state][1]), (name, _STATES[state][1] if state != "done" else "")
+        )
         for name, state in zip(staged.names, staged.states, strict=True)
     )
     if whole.cell_len <= width:
