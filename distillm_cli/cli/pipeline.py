@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,16 +35,20 @@ class State:
 
 
 def choose(pipeline: Pipeline, only: str | None, start: str | None) -> list[str]:
-    """The names that ``--only`` or ``--from`` leave. Raises UsageError for a name that is no stage."""
+    """The names that ``--only`` (one, or several with commas) or ``--from`` leave, in the pipeline's order.
+
+    Raises UsageError for a name that is no stage.
+    """
     if only is not None and start is not None:
         raise UsageError("--only and --from exclude each other", hint="give one of them")
-    for flag, name in (("--only", only), ("--from", start)):
-        if name is not None and name not in pipeline.names:
-            raise UsageError(f"{flag} {name}: no such stage", where=f"stages: {', '.join(pipeline.names)}")
-    if only is not None:
-        return [only]
     names = list(pipeline.names)
-    return names[names.index(start) :] if start is not None else names
+    wanted = names if only is None else [name.strip() for name in only.split(",")]
+    for flag, name in (*(("--only", name) for name in wanted), ("--from", start)):
+        if name is not None and name not in names:
+            close = get_close_matches(name, names, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]}?" if close else None
+            raise UsageError(f"{flag} {name}: no such stage", where=f"stages: {', '.join(names)}", hint=hint)
+    return [name for name in names if name in wanted] if start is None else names[names.index(start) :]
 
 
 def survey(pipeline: Pipeline, output: Path, chosen: list[str]) -> dict[str, State]:

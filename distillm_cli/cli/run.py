@@ -16,7 +16,7 @@ Recipe = Annotated[
     str, typer.Argument(metavar="NAME|FILE", help="A recipe of stages, shipped or a file.", show_default=False)
 ]
 Only = Annotated[
-    str | None, typer.Option("--only", metavar="STAGE", help="This stage alone.", rich_help_panel=PIPELINE)
+    str | None, typer.Option("--only", metavar="STAGE,…", help="These stages alone.", rich_help_panel=PIPELINE)
 ]
 From = Annotated[
     str | None,
@@ -58,9 +58,10 @@ def register(app: typer.Typer) -> None:
         rich_help_panel=options.AROUND,
         epilog=options.examples(
             "distillm run quickstart-pipeline",
-            "distillm run dolly-gpt2-pipeline --dry-run",
+            "distillm run quickstart-pipeline --dry-run",
             "distillm run my.yaml --output runs/my --set stages.distill.objective.alpha=0.3",
-            "distillm run my.yaml --output runs/my --only eval",
+            "distillm run dolly-gpt2-pipeline --only teacher,student-120m,distill-120m,eval-120m",
+            "distillm run my.yaml --output runs/my --from distill",
         ),
     )(run)
 

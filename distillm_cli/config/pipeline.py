@@ -36,7 +36,9 @@ PREFIX = "stage:"
 MODEL, ROWS = "a model", "rows"
 MAKES: dict[str, str | None] = {"sft": MODEL, "generate": ROWS, "distill": MODEL, "eval": None}
 
-# Fields whose texts can name an input. The rest are names of other things, or places that are written to.
+# The sections of a recipe in which each verb finds its inputs.
+_READS = {"sft": ("student", "data"), "generate": ("data",), "distill": ("teacher", "student", "data"), "eval": ("data", "eval")}
+# Texts that name no input: they are names of other things, or places that are written to.
 _NO_INPUTS = (
     "method", "teacher.cache_dir", "teacher.revision", "student.revision", "train.device", "data.tasks",
     "data.columns.prompt", "data.columns.input", "data.columns.response",
@@ -190,6 +192,8 @@ class _Reader:
         if head.recipe is not None:
             weakest_first.append(self._base(head.recipe, own["recipe"]))
         said = layers.from_mapping(sections, self.path, self.label, self.problems, layers.STAGE, at)
+        if head.verb != "distill":  # a shared teacher is not one that those stages read, least of all the teacher's own
+            shared = [{k: v for k, v in given.items() if not k.startswith("teacher.")} for given in shared]
         weakest_first += [*shared, said, layers.from_sets(typed, self.problems, at)]
         resolved = settle(head.verb, weakest_first, self.problems, name)
         if resolved is None:
@@ -360,7 +364,8 @@ def inputs(own: Training, recipe: Recipe) -> Iterator[tuple[str, str]]:
         for text in (said,) if isinstance(said, str) else said or ():
             yield name, text
     for key, value in values(recipe).items():
-        if key in _NO_INPUTS or choices(key) or not takes_texts_only(key):
+        named = key not in _NO_INPUTS and not choices(key) and takes_texts_only(key)
+        if not named or key.partition(".")[0] not in _READS[own.verb]:
             continue
         for text in (value,) if isinstance(value, str) else value or ():
             yield key, text
