@@ -13,8 +13,8 @@ import torch
 
 from distillm_cli.cli import outputs
 from distillm_cli.config.schema import Recipe
-from distillm_cli.core import criterion
 from distillm_cli.config.shaping import shaping
+from distillm_cli.core import criterion
 from distillm_cli.core.checkpoint import Checkpoints
 from distillm_cli.core.engine import Engine
 from distillm_cli.core.events import Listener, Note, Warned

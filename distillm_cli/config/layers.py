@@ -110,12 +110,15 @@ def is_pipeline(node: yaml.MappingNode) -> bool:
     return any(isinstance(key, yaml.ScalarNode) and key.value == "stages" for key, _ in node.value)
 
 
-def from_recipe(path: Path, label: str, problems: Problems) -> dict[str, Given]:
-    """The values of a recipe file. Raises RecipeError for a file that is no mapping; the rest goes to ``problems``."""
+def from_recipe(path: Path, label: str, problems: Problems, typed: str | None = None) -> dict[str, Given]:
+    """The values of a recipe file. Raises RecipeError for a file that is no mapping; the rest goes to ``problems``.
+
+    typed: what the person called it, where that is not ``label``.
+    """
     node = document(path, label)
     if is_pipeline(node):
-        name = path.stem if label == path.name else label
-        raise RecipeError(f"{label}: a pipeline of stages, not one recipe", hint=f"try `distillm run {name}`")
+        hint = f"try `distillm run {typed or label}`"
+        raise RecipeError(f"{label}: a pipeline of stages, not one recipe", hint=hint)
     return from_mapping(node, path, label, problems, RECIPE)
 
 

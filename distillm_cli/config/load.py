@@ -91,7 +91,7 @@ def resolve(
     problems = Problems()
     path = locate(recipe) if recipe is not None else None
     label = path.name if path and recipe == path.stem else str(recipe)
-    from_recipe = layers.from_recipe(path, label, problems) if path else {}
+    from_recipe = layers.from_recipe(path, label, problems, str(recipe)) if path else {}
     from_flags = layers.from_flags(flags or {})
     from_sets = layers.from_sets(sets or (), problems)
 

@@ -37,7 +37,12 @@ MODEL, ROWS = "a model", "rows"
 MAKES: dict[str, str | None] = {"sft": MODEL, "generate": ROWS, "distill": MODEL, "eval": None}
 
 # The sections of a recipe in which each verb finds its inputs.
-_READS = {"sft": ("student", "data"), "generate": ("data",), "distill": ("teacher", "student", "data"), "eval": ("data", "eval")}
+_READS = {
+    "sft": ("student", "data"),
+    "generate": ("data",),
+    "distill": ("teacher", "student", "data"),
+    "eval": ("data", "eval"),
+}
 # Texts that name no input: they are names of other things, or places that are written to.
 _NO_INPUTS = (
     "method", "teacher.cache_dir", "teacher.revision", "student.revision", "train.device", "data.tasks",
@@ -113,23 +118,21 @@ def load_pipeline(recipe: str | Path, sets: Iterable[str] = ()) -> Pipeline:
     """A shipped name or a path, and ``--set`` texts → the pipeline. Raises RecipeError, UsageError."""
     path = locate(recipe)
     label = path.name if recipe == path.stem else str(recipe)
-    reader = _Reader(path, label)
-    return reader.read(list(sets))
+    return _Reader(path, label, str(recipe)).read(list(sets))
 
 
 class _Reader:
     """One reading of a pipeline file."""
 
-    def __init__(self, path: Path, label: str):
-        self.path, self.label, self.problems = path, label, Problems()
+    def __init__(self, path: Path, label: str, typed: str):
+        self.path, self.label, self.typed, self.problems = path, label, typed, Problems()
 
     def read(self, sets: list[str]) -> Pipeline:
         node = layers.document(self.path, self.label)
         parts = {name: (key, value) for name, key, value in yaml_io.pairs(node, self.label)}
         if "stages" not in parts:
-            name = self.path.stem if self.label == self.path.name else self.label
             verb = "sft" if "sft" in parts.get("method", (None, yaml.ScalarNode("", "")))[1].value else "distill"
-            raise RecipeError(f"{self.label}: has no stages", hint=f"try `distillm {verb} --recipe {name}`")
+            raise RecipeError(f"{self.label}: has no stages", hint=f"try `distillm {verb} --recipe {self.typed}`")
         for name, (key, _) in parts.items():
             if name not in ("defaults", "stages"):
                 where = f"{yaml_io.at(self.label, yaml_io.line_of(key))}: {name}"
@@ -295,7 +298,11 @@ def _sorted_sets(sets: list[str], names: list[str]) -> tuple[list[str], dict[str
     shared: list[str] = []
     typed: dict[str, list[str]] = {name: [] for name in names}
     for text in sets:
-        key = text.partition("=")[0].strip()
+        key, equals, _ = text.partition("=")
+        key = key.strip()
+        if not equals:
+            expected = "expected stages.NAME.section.key=value or defaults.section.key=value"
+            raise UsageError(f"--set {shown(text)}", where=expected)
         first, _, rest = key.partition(".")
         if first == "defaults" and rest:
             shared.append(text.strip().removeprefix("defaults."))

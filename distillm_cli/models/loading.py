@@ -34,7 +34,7 @@ from distillm_cli.models.students import adopt_special_tokens, set_dropout
 
 BUILTIN_TEACHER = Path(__file__).resolve().parent.parent / "assets" / "quickstart-teacher"
 
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.model", "tekken.json")
 
 
@@ -159,7 +159,7 @@ def load_backbone(
 
 def _load_weights(path: str, config: PretrainedConfig, dtype: torch.dtype, revision: str | None) -> PreTrainedModel:
     name, local = locate(path)
-    if local and not any(next(Path(name).glob(pattern), None) for pattern in _WEIGHTS):
+    if local and not any(next(Path(name).glob(pattern), None) for pattern in WEIGHTS):
         raise ModelError(
             f"{path} holds a config.json but no weights (model.safetensors)",
             hint=f"to start from scratch, pass {Path(path) / 'config.json'}",
