@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -24,6 +25,7 @@ from distillm_cli.models.pair import check_vocabularies, resolve_device, resolve
 from distillm_cli.models.shapes import Shape, Sizes, has_weights, load_shape, sizes, student_spec, weight_bytes
 from distillm_cli.ui.display import amount
 
+_BUILT = re.compile(r"[a-z]+:")  # random:…; no hub name and no path here begins so
 _IN_HOST = ("teacher_states", "rollout_states")  # whatever the accelerator, they lie in the machine's own memory
 
 
@@ -31,7 +33,7 @@ def weights_are_at_hand(recipe: Recipe) -> bool:
     """Whether the run's models can be loaded here as they are: directories with weights that fit the free memory, or
     models from scratch."""
     paths = [recipe.student.path, *([recipe.teacher.path] if recipe.method != "sft" else [])]
-    loaded = [path for path in paths if not path.startswith("random:")]
+    loaded = [path for path in paths if not _BUILT.match(path)]
     if not all(has_weights(path) for path in loaded):
         return False
     free = available_memory()

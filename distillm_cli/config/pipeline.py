@@ -38,7 +38,7 @@ MAKES: dict[str, str | None] = {"sft": MODEL, "generate": ROWS, "distill": MODEL
 
 # The sections of a recipe in which each verb finds its inputs.
 _READS = {
-    "sft": ("student", "data"),
+    "sft": ("teacher", "student", "data"),
     "generate": ("data",),
     "distill": ("teacher", "student", "data"),
     "eval": ("data", "eval"),
