@@ -24,7 +24,7 @@ import typer
 from typer.main import get_command
 
 from distillm_cli import __version__
-from distillm_cli.cli import distill, eval, generate, methods, options, plan, recipes, sft
+from distillm_cli.cli import distill, eval, generate, methods, options, plan, recipes, run, sft
 from distillm_cli.cli.usage import UsageProblem, explained
 from distillm_cli.errors import (
     DistillmError,
@@ -53,7 +53,7 @@ app = typer.Typer(
         "for a in 0.0 0.1 0.3; do distillm distill --recipe quickstart --alpha $a --output runs/a$a --json; done",
     ),
 )
-for module in (sft, generate, distill, eval, plan, methods, recipes):
+for module in (sft, generate, distill, eval, run, plan, methods, recipes):
     module.register(app)
 
 

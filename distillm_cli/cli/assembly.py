@@ -13,6 +13,7 @@ import torch
 
 from distillm_cli.cli import outputs
 from distillm_cli.config.schema import Recipe
+from distillm_cli.config.shaping import shaping
 from distillm_cli.core import criterion
 from distillm_cli.core.checkpoint import Checkpoints
 from distillm_cli.core.engine import Engine
@@ -198,26 +199,6 @@ def build_engine(run: Prepared, output: Path, listener: Listener, *, teacher: Te
         dtype=run.dtype,
         listener=listener,
     )
-
-
-# What may differ between a run and its resume, because no later step depends on it.
-_FREE = ("teacher.cache_dir", "train.keep", "train.log_steps", "train.device", "train.threads", "data.workers", "eval")
-
-
-def shaping(recipe: Recipe) -> dict:
-    """The part of a recipe that shapes the steps of a run, as dotted keys: what a resume must find unchanged."""
-
-    def flat(section: dict, prefix: str) -> Iterator[tuple[str, object]]:
-        for key, value in section.items():
-            dotted = f"{prefix}{key}"
-            if dotted in _FREE:
-                continue
-            if isinstance(value, dict):
-                yield from flat(value, f"{dotted}.")
-            else:
-                yield dotted, value
-
-    return dict(flat(recipe.model_dump(mode="json"), ""))
 
 
 def _checkpoint_activations(student: Backbone) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from distillm_cli.cli import inference
 from distillm_cli.cli.prompts import Wanted, prompts_of, rereadable
 from distillm_cli.cli.responses import Line, Responses, text_of
+from distillm_cli.config.load import Resolved
 from distillm_cli.config.schema import Recipe
 from distillm_cli.core.events import Event, Listener, Note, Progress
 from distillm_cli.core.rollout import Sampling, sample_all
@@ -35,7 +36,7 @@ def run(
     model: str,
     wanted: Wanted,
     *,
-    recipe: str | None,
+    recipe: str | Resolved | None,
     flags: Mapping[str, Any],
     sets: list[str] | None,
     output: str | None,

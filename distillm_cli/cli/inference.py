@@ -24,16 +24,19 @@ def settings(
     command: str,
     model: str,
     *,
-    recipe: str | None,
+    recipe: str | Resolved | None,
     flags: Mapping[str, Any],
     sets: list[str] | None,
     listener: Listener,
 ) -> tuple[Resolved, bool]:
     """The recipe to go by, and whether it is the model's own: the one given, else the one beside the model, else none.
+    One that is resolved already (a stage's) is taken as it is.
 
     So a model trained with a template of its own is asked in that template. Flags and ``--set`` are stronger. What the
     run said of its machine is not taken over: this may be another one.
     """
+    if isinstance(recipe, Resolved):
+        return recipe, False
     own = None if recipe is not None else own_recipe(model)
     if own is not None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -10,8 +11,6 @@ from distillm_cli.cli import options
 
 if TYPE_CHECKING:
     from distillm_cli.cli.assembly import Prepared
-    from distillm_cli.cli.teaching import Keeping
-    from distillm_cli.models.backbone import Backbone
 
 SHOWN = 3  # sequences of the decoded batch
 
@@ -24,6 +23,8 @@ def register(app: typer.Typer) -> None:
             "distillm plan --recipe quickstart",
             "distillm plan --teacher gpt2-xl --student gpt2 --data rows.jsonl --batch-size 16",
             "distillm plan --method sft --student gpt2 --data rows.jsonl",
+            "distillm plan --teacher configs/gpt2-xl --student configs/gpt2/config.json --data dolly",
+            "distillm plan --recipe dolly-gpt2-pipeline",
         ),
     )(plan)
 
@@ -55,193 +56,222 @@ def plan(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """What a run would need: whether the pair fits, sizes, tokens, dropped rows, memory, one decoded batch.
+    """What a run would need: whether the pair fits, sizes, dropped rows, memory, FLOPs, time on known GPUs.
 
-    Reads the rows and loads the models as the run would, and takes no step.
+    Takes no step. Models whose weights are in a directory here are loaded as the run would; of others the config is enough
+    (a directory with a config.json, the file itself, or a hub name), and no weights are downloaded. A recipe of stages
+    is planned stage by stage.
     """
     from distillm_cli.cli.launch import check_complete
     from distillm_cli.config.load import resolve
+    from distillm_cli.config.pipeline import is_pipeline
     from distillm_cli.ui.console import console
 
+    if recipe is not None and is_pipeline(recipe):
+        _plan_stages(recipe, options.given(ctx), sets, json, quiet)
+        return
     resolved = resolve(command="plan", recipe=recipe, flags=options.given(ctx), sets=sets)
     check_complete(resolved.recipe)
     with console(json_mode=json, quiet=quiet) as ui:
-        from distillm_cli.cli.assembly import prepare
+        from distillm_cli.cli.planning import survey
 
-        run = prepare(resolved.recipe, ui)
-        found = survey(run)
-        ui.show(*_pages(run, found))
+        found, run = survey(resolved.recipe, ui)
+        ui.show(*_pages(found), *(_batch(run) if run is not None else ()))
         ui.result({"command": "plan", "status": "ok", **found})
 
 
-def survey(run: Prepared) -> dict[str, Any]:
-    """The plan as data: models, data, steps, memory in bytes by part, what is kept of the teacher's states."""
-    from distillm_cli.cli.teaching import plan_keeping
+def _plan_stages(recipe: str, flags: dict[str, Any], sets: list[str] | None, json: bool, quiet: bool) -> None:
+    from distillm_cli.config.pipeline import load_pipeline
+    from distillm_cli.errors import UsageError
+    from distillm_cli.ui.console import console
 
-    recipe = run.recipe
-    models = {"student": _model(run.student)}
-    if run.pair.teacher is not None:
-        models["teacher"] = _model(run.pair.teacher)
-        models["ratio"] = round(models["teacher"]["parameters"] / models["student"]["parameters"], 2)
-    lengths = run.train.lengths
-    keeping = None if run.pair.teacher is None else plan_keeping(run)
-    memory = memory_estimate(run, keeping)
-    return {
-        "method": recipe.method,
-        "device": str(run.device),
-        "dtype": str(run.dtype).removeprefix("torch."),
-        "models": models,
-        "vocabulary": run.pair.vocab,
-        "data": {
-            "source": run.train_rows.name,
-            "rows": len(run.train_rows),
-            "kept": len(run.train),
-            "dropped": run.train.dropped,
-            "dropped_prompts": run.train.dropped_prompts,
-            "truncated": run.train.truncated,
-            "bad_rows_skipped": len(run.train_rows.skipped),
-            "valid_rows": len(run.valid),
-            "response_tokens": run.train.tokens,
-            "longest": int(lengths.max()),
-            "mean_length": round(float(lengths.mean()), 1),
-        },
-        "steps": run.steps,
-        "steps_per_epoch": run.order.steps_per_epoch,
-        "sequences_per_step": min(recipe.train.batch_size * recipe.train.accumulate, len(run.train)),
-        "memory": memory | {"total": sum(memory.values())},
-        **({} if keeping is None else {"teacher_cache": _kept(run, keeping)}),
-    }
+    if flags:
+        flag = next(iter(flags.values())).name
+        raise UsageError(
+            f"{flag} with {recipe}, a recipe of stages", hint="try --set stages.NAME.section.key=VALUE, or defaults.…"
+        )
+    pipeline = load_pipeline(recipe, sets or ())
+    with console(json_mode=json, quiet=quiet) as ui:
+        from distillm_cli.cli.planning import of_pipeline
+
+        found = of_pipeline(pipeline, ui)
+        ui.show(*_stages_page(found))
+        ui.result({"command": "plan", "status": "ok", "pipeline": pipeline.name, "stages": found})
 
 
-def _kept(run: Prepared, keeping: Keeping) -> dict[str, Any]:
-    """What would be kept of the teacher's states: bytes of rows and, at most, of replayed rollouts."""
-    from distillm_cli.cli.teaching import disk_free
-
-    told = {
-        "mode": keeping.mode,
-        "rows": len(run.train) if keeping.rows_bytes else 0,
-        "bytes": keeping.rows_bytes,
-        "rollout_bytes": keeping.rollout_bytes,
-        "why": keeping.why,
-    }
-    if keeping.place is None:
-        return told
-    return told | {"place": str(keeping.place), "hit": keeping.is_made, "disk_free": disk_free(keeping.place)}
-
-
-def _model(model: Backbone) -> dict[str, Any]:
-    config = model.model.config.get_text_config()
-    return {
-        "kind": config.model_type,
-        "parameters": sum(p.numel() for p in model.model.parameters()),
-        "layers": getattr(config, "num_hidden_layers", None),
-        "width": getattr(config, "hidden_size", None),
-        "context": model.context,
-        "dtype": str(model.model.dtype).removeprefix("torch."),
-    }
-
-
-def memory_estimate(run: Prepared, keeping: Keeping | None = None) -> dict[str, int]:
-    """Bytes by part. Weights, gradients and optimizer are counted exactly; activations are the usual estimate of
-    34 values per position, layer and width (Korthikanti et al. 2022, arXiv 2205.05198, without attention scores), or 2
-    with gradient checkpointing; one micro-batch of the longest length. The loss holds its chunks and one head gradient.
-
-    keeping: of the teacher's states; those on disk are mapped, and take no memory that others need.
-    """
-    from distillm_cli.core.fused import work_bytes
-
-    recipe, student = run.recipe, run.student.model
-    trainable = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    config = student.config.get_text_config()
-    layers, width = getattr(config, "num_hidden_layers", 1), getattr(config, "hidden_size", 1)
-    value = 4 if run.dtype.itemsize == 4 else 2
-    positions = min(recipe.train.batch_size, len(run.train)) * int(run.train.lengths.max())
-    head = run.pair.vocab * width * (4 if value == 4 else 6)  # its gradient, and its copy in the products' dtype
-    parts = {
-        "student_weights": sum(p.numel() * p.element_size() for p in student.parameters()),
-        "gradients": 4 * trainable,
-        "optimizer": 8 * trainable,
-        "activations": positions * layers * width * value * (2 if recipe.train.gradient_checkpointing else 34),
-        "loss": work_bytes(positions, run.pair.vocab, run.dtype.itemsize, run.device.type) + head,
-    }
-    if run.pair.teacher is not None:
-        teacher = run.pair.teacher.model
-        wide = getattr(teacher.config.get_text_config(), "hidden_size", width)
-        parts["teacher_weights"] = sum(p.numel() * p.element_size() for p in teacher.parameters())
-        parts["teacher_activations"] = positions * wide * teacher.dtype.itemsize * 8  # one layer at a time, no graph
-    if keeping is not None and keeping.mode != "off":
-        parts["teacher_states"] = keeping.held_out_bytes + (keeping.rows_bytes if keeping.mode == "memory" else 0)
-        parts["rollout_states"] = keeping.rollout_bytes
-        parts = {name: size for name, size in parts.items() if size}
-    if recipe.schedule.kind != "off":
-        heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1)
-        head_width = getattr(config, "head_dim", None) or width // getattr(config, "num_attention_heads", 1)
-        sequences = recipe.train.batch_size * recipe.train.accumulate * recipe.rollout.bulk
-        parts["rollout_cache"] = sequences * recipe.data.max_length * layers * 2 * heads * head_width * value
-    return parts
-
-
-def _pages(run: Prepared, found: dict[str, Any]) -> list[Any]:
+def _pages(found: dict[str, Any]) -> list[Any]:
     from rich.text import Text
 
-    from distillm_cli.ui.display import amount, parameters
+    from distillm_cli.ui.display import amount
     from distillm_cli.ui.summary import table
 
-    models = [
-        [
-            name,
-            m["kind"],
-            parameters(m["parameters"]).removesuffix(" parameters"),
-            f"{m['layers']} × {m['width']}",
-            m["context"],
-            m["dtype"],
-        ]
-        for name in ("teacher", "student")
-        if (m := found["models"].get(name))
-    ]
     data, memory = found["data"], found["memory"]
-    dropped = f"{data['dropped']:,} ({data['dropped_prompts']:,} for the prompt alone)" if data["dropped"] else "none"
-    facts = [
-        [
-            "pair",
-            f"fits: {run.pair.vocab:,} shared tokens" if run.pair.teacher is not None else "one model, no teacher",
-        ],
-        ["rows", f"{data['rows']:,} from {data['source']}, {data['kept']:,} kept; {data['valid_rows']:,} held out"],
-        ["dropped as too long", dropped],
-        ["cut", f"{data['truncated']:,}"],
-        ["lengths", f"mean {data['mean_length']}, longest {data['longest']:,} tokens of prompt and response"],
-        ["supervised", f"{data['response_tokens']:,} response tokens an epoch"],
-        [
-            "steps",
-            f"{found['steps']:,} of {found['sequences_per_step']} sequences, {found['steps_per_epoch']:,} an epoch",
-        ],
+    facts = [["pair", _pair(found)], ["rows", _rows(data)]]
+    if data.get("bad_rows_skipped"):
+        facts.append(["broken rows skipped", f"{data['bad_rows_skipped']:,}"])
+    if "kept" in data:
+        prompts = f" ({data['dropped_prompts']:,} for the prompt alone)"
+        facts.append(["dropped as too long", f"{data['dropped']:,}{prompts}" if data["dropped"] else "none"])
+        facts.append(["cut", f"{data['truncated']:,}"])
+    facts.append(["lengths", f"mean {data['mean_length']}, longest {data['longest']:,} tokens of prompt and response"])
+    if "response_tokens" in data:
+        facts.append(["supervised", f"{data['response_tokens']:,} response tokens an epoch"])
+    steps = "not known" if found["steps"] is None else f"{found['steps']:,}"
+    epoch = f", {found['steps_per_epoch']:,} an epoch" if found["steps_per_epoch"] else ""
+    facts += [
+        ["steps", f"{steps} of {found['sequences_per_step']} sequences{epoch}"],
         ["computes on", f"{found['device']}, {found['dtype']}"],
     ]
-    if (kept := found.get("teacher_cache")) is not None:
+    kept, where = found.get("teacher_cache"), []
+    if kept is not None:
         facts.append(["teacher's states", kept["why"]])
-    where = []
     if kept is not None and "place" in kept:
         free = kept["disk_free"] or 0
         short = not kept["hit"] and kept["bytes"] > 0.95 * free
         said = "there already" if kept["hit"] else f"{'does not fit: ' if short else ''}{amount(free)}B free"
         where = [Text(f"The teacher's states are kept in {kept['place']} ({said})", "yellow" if short else "")]
-    if data["bad_rows_skipped"]:
-        facts.insert(2, ["broken rows skipped", f"{data['bad_rows_skipped']:,}"])
     needs = [[name.replace("_", " "), f"{amount(size)}B"] for name, size in memory.items()]
+    work = [[_SOURCES[source], f"{flops / 1e12:.3g}"] for source, flops in found["step_flops"].items()]
     return [
-        table("Models", ["", "kind", "parameters", "layers × width", "context", "dtype"], models),
+        table("Models", ["", "kind", "parameters", "in parts", "layers × width", "context", "dtype"], _models(found)),
         table("Run", ["", ""], facts),
         table("Memory, estimated", ["part", "size"], needs),
         *where,
-        Text("One batch, decoded; supervised tokens stand in ⟦ ⟧ (the last is end-of-sequence unless cut)", "bold"),
-        *_decoded(run),
+        table("One step", ["trains on", "TFLOP"], work),
+        table("On GPUs, estimated", ["", "fits", "a step", "the run"], _gpus(found["gpus"])),
+        Text(f"Assumed: {found['assumed']}.", "dim"),
     ]
 
 
-def _decoded(run: Prepared) -> list[Any]:
+_SOURCES = {
+    "dataset": "data set rows",
+    "dataset_cached": "data set rows, teacher's states kept",
+    "rollout": "a fresh rollout",
+    "replay": "a replayed rollout",
+}
+
+
+def _models(found: dict[str, Any]) -> list[list[Any]]:
+    from distillm_cli.ui.display import parameters
+
+    def short(count: int) -> str:
+        return parameters(count).removesuffix(" parameters")
+
+    rows = []
+    for name in ("teacher", "student"):
+        if (m := found["models"].get(name)) is not None:
+            parts = ", ".join(f"{part} {short(n)}" for part, n in m["parts"].items() if n)
+            rows.append(
+                [
+                    name,
+                    m["kind"],
+                    short(m["parameters"]),
+                    parts,
+                    f"{m['layers']} × {m['width']}",
+                    m["context"],
+                    m["dtype"],
+                ]
+            )
+    return rows
+
+
+def _pair(found: dict[str, Any]) -> str:
+    if "teacher" not in found["models"]:
+        return "one model, no teacher"
+    if any("vocabularies fit is not known" in note for note in found.get("notes", ())):
+        return f"not known: no tokenizer at hand; {found['vocabulary']:,} rows in common"
+    return f"fits: {found['vocabulary']:,} shared tokens"
+
+
+def _rows(data: dict[str, Any]) -> str:
+    if data["rows"] is None:
+        return f"{data['source']}, not at hand"
+    kept = f", {data['kept']:,} kept" if "kept" in data else ""
+    held = f"; {data['valid_rows']:,} held out" if "valid_rows" in data else ""
+    return f"{data['rows']:,} from {data['source']}{kept}{held}"
+
+
+def _gpus(gpus: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for name, entry in gpus.items():
+        span = entry.get("run_s")
+        rows.append(
+            [
+                name,
+                "yes" if entry["fits"] else "no",
+                _between(entry["step_s"].values(), _rough),
+                "–" if span is None else _between(span, _rough),
+            ]
+        )
+    return rows
+
+
+def _between(values: Iterable[float], form: Callable[[float], str]) -> str:
+    """The least and the most of some figures; one alone where both read the same."""
+    ordered = sorted(values)
+    return " to ".join(dict.fromkeys((form(ordered[0]), form(ordered[-1]))))
+
+
+def _rough(seconds: float) -> str:
+    """12 ms, 3.4 s, 25 min, 2.6 h, 3.1 days: an estimate has no more digits than that."""
+    for unit, size, most in (("ms", 1e-3, 1), ("s", 1, 120), ("min", 60, 7200), ("h", 3600, 48 * 3600)):
+        if seconds < most:
+            return f"{seconds / size:.2g} {unit}" if seconds / size < 10 else f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 86400:.1f} days"
+
+
+def _stages_page(found: dict[str, dict[str, Any]]) -> list[Any]:
     from rich.text import Text
 
-    tokenizer, lines = run.pair.tokenizer, []
+    from distillm_cli.ui.display import amount, parameters
+    from distillm_cli.ui.summary import table
+
+    def short(models: dict[str, Any], name: str) -> str:
+        return parameters(models[name]["parameters"]).removesuffix(" parameters") if name in models else "–"
+
+    stages, parts = [], []
+    for name, told in found.items():
+        span = _between(
+            told["step_flops"].values(), lambda flops: f"{flops / 1e12:.2g}" if flops < 1e13 else f"{flops / 1e12:.0f}"
+        )
+        cache = told.get("teacher_cache")
+        stages.append(
+            [
+                name, short(told["models"], "teacher"), short(told["models"], "student"),
+                "–" if told["steps"] is None else f"{told['steps']:,}", span,
+                f"{amount(told['memory']['total'])}B", "–" if cache is None else f"{amount(cache['bytes'])}B",
+            ]
+        )  # fmt: skip
+        listed = ", ".join(f"{p.replace('_', ' ')} {amount(b)}B" for p, b in told["memory"].items())
+        parts.append(Text.assemble((f"  {name}  ", "cyan"), listed))
+    gpus = next(iter(found.values()))["gpus"]
+    times = []
+    for name, told in found.items():
+        row = [name]
+        for gpu in gpus:
+            entry = told["gpus"][gpu]
+            if "run_s" in entry:
+                said = _between(entry["run_s"], _rough)
+            else:
+                said = f"{_between(entry['step_s'].values(), _rough)} a step"
+            row.append(said if entry["fits"] else "does not fit")
+        times.append(row)
+    notes = dict.fromkeys(note for told in found.values() for note in told["notes"])
+    return [
+        table("Stages", ["", "teacher", "student", "steps", "TFLOP/step", "memory", "states"], stages),
+        Text("Memory by part, estimated", "bold"),
+        *parts,
+        table("Time, estimated", ["", *gpus], times),
+        Text(f"Assumed: {next(iter(found.values()))['assumed']}.", "dim"),
+        *(Text(note, "dim") for note in notes),
+    ]
+
+
+def _batch(run: Prepared) -> list[Any]:
+    from rich.text import Text
+
+    head = "One batch, decoded; supervised tokens stand in ⟦ ⟧ (the last is end-of-sequence unless cut)"
+    tokenizer, lines = run.pair.tokenizer, [Text(head, "bold")]
     for sequence in run.batch(0)[:SHOWN]:
         text = Text(tokenizer.decode(sequence.prompt), style="dim")
         for token in sequence.response:

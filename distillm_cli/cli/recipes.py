@@ -108,9 +108,13 @@ def validate(
 
 def _checked(recipe: str) -> dict[str, Any]:
     from distillm_cli.config.load import resolve
+    from distillm_cli.config.pipeline import is_pipeline, load_pipeline
 
     try:
-        resolve(command="", recipe=recipe)
+        if is_pipeline(recipe):
+            load_pipeline(recipe)
+        else:
+            resolve(command="", recipe=recipe)
     except RecipeError as error:
         return {"recipe": recipe, "status": "error", "message": str(error)}
     return {"recipe": recipe, "status": "ok"}

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from distillm_cli.cli import outputs
-from distillm_cli.cli.assembly import FROZEN, frozen_digest, shaping
+from distillm_cli.cli.assembly import FROZEN, frozen_digest
 from distillm_cli.config.schema import Recipe
+from distillm_cli.config.shaping import shaping
 from distillm_cli.core.checkpoint import Checkpoint, latest, read
 from distillm_cli.errors import CheckpointError
 from distillm_cli.models.backbone import Backbone

@@ -13,16 +13,19 @@ from typing import Any
 import torch
 
 from distillm_cli.cli import inference
+from distillm_cli.config.load import Resolved
 from distillm_cli.config.schema import Recipe
 from distillm_cli.core.events import Note
-from distillm_cli.errors import Interrupted, UsageError
-from distillm_cli.evaluation.evaluate import Score, SuiteResult, evaluate
+from distillm_cli.errors import Interrupted, UsageError, signal_number
+from distillm_cli.evaluation.evaluate import evaluate
 from distillm_cli.evaluation.metrics import METRICS
-from distillm_cli.evaluation.results import check_writable, save
+from distillm_cli.evaluation.results import check_writable, earlier, save
 from distillm_cli.evaluation.suites import Suite, load_suites
-from distillm_cli.models.loading import locate
+from distillm_cli.models.loading import fingerprint, locate
 from distillm_cli.ui.console import Console
 from distillm_cli.ui.summary import table
+
+Told = dict[str, Any]  # a suite's object in `--json`
 
 
 @dataclass(frozen=True)
@@ -38,31 +41,33 @@ class _Job:
 def score(
     checkpoints: list[str],
     *,
-    recipe: str | None,
+    recipe: str | Resolved | None,
     flags: Mapping[str, Any],
     sets: list[str] | None,
     output: str | None,
+    resume: bool = False,
     ui: Console,
 ) -> dict[str, Any]:
     """Scores every checkpoint on every suite and returns the result object of ``--json``.
 
-    Everything that can be wrong with names, rows and places is found before the first model is loaded.
+    Everything that can be wrong with names, rows and places is found before the first model is loaded. resume: a suite
+    that these weights have been scored on in the same way is not scored again.
     """
     began = time.perf_counter()
     jobs = _plan(checkpoints, recipe, flags, sets, output, ui)
-    done: dict[str, dict[str, SuiteResult]] = {job.checkpoint: {} for job in jobs}
+    done: dict[str, dict[str, Told]] = {job.checkpoint: {} for job in jobs}
     try:
         for job in jobs:
-            _score(job, done[job.checkpoint], ui)
-    except KeyboardInterrupt:
+            _score(job, done[job.checkpoint], resume, ui)
+    except KeyboardInterrupt as stop:
         finished, total = sum(map(len, done.values())), sum(len(job.suites) for job in jobs)
         where = f"results of {finished} of {total} are written" if finished else "no suite was finished"
-        raise Interrupted("interrupted", signal_number=2, where=where) from None
+        raise Interrupted("interrupted", signal_number=signal_number(stop), where=where) from None
     _show(jobs, done, ui)
     found = {
         job.checkpoint: {
             "output": str(job.place),
-            "suites": {name: result.as_json() for name, result in done[job.checkpoint].items()},
+            "suites": done[job.checkpoint],
         }
         for job in jobs
     }
@@ -74,7 +79,7 @@ def score(
 
 def _plan(
     checkpoints: list[str],
-    recipe: str | None,
+    recipe: str | Resolved | None,
     flags: Mapping[str, Any],
     sets: list[str] | None,
     output: str | None,
@@ -116,32 +121,40 @@ def _places(checkpoints: list[str], output: str | None) -> dict[str, Path]:
     return places
 
 
-def _score(job: _Job, done: dict[str, SuiteResult], ui: Console) -> None:
+def _score(job: _Job, done: dict[str, Told], resume: bool, ui: Console) -> None:
     backbone, encoder = inference.load(job.checkpoint, job.recipe, ui)
     inference.check_head(backbone, encoder, job.suites[0].rows[0], ui)
     about = {"model": job.checkpoint, "dtype": str(backbone.model.dtype).removeprefix("torch.")}
+    about["weights"] = fingerprint(backbone.model.state_dict().items())
     for suite in job.suites:
+        about["rows_sha256"] = suite.digest()
+        before = earlier(suite, job.place, job.recipe.eval, encoder.template, about) if resume else None
+        if before is not None:
+            ui(Note(f"{suite.name} is scored already"))
+            done[suite.name] = before
+            continue
         result = evaluate(backbone, encoder, suite, job.recipe.eval, ui, skip_long=job.recipe.data.skip_bad_rows)
         save(result, job.place, about)
-        done[suite.name] = result
+        done[suite.name] = result.as_json()
     del backbone
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def _show(jobs: list[_Job], done: Mapping[str, Mapping[str, SuiteResult]], ui: Console) -> None:
+def _show(jobs: list[_Job], done: Mapping[str, Mapping[str, Told]], ui: Console) -> None:
     several = len(jobs) > 1
     metrics = list(dict.fromkeys(metric for job in jobs for metric in job.recipe.eval.metrics))
     columns = [*(["checkpoint"] if several else []), "suite", "rows", *map(_title, metrics), "entropy"]
     rows, tasks = [], []
     for job in jobs:
-        for name, result in done[job.checkpoint].items():
+        for name, told in done[job.checkpoint].items():
             lead = [job.checkpoint] if several else []
-            figures = [_figure(result.scores.get(metric)) for metric in metrics]
-            rows.append([*lead, name, f"{len(result.suite.rows):,}", *figures, f"{result.entropy:.3f}"])
-            for task, scores in result.tasks.items():
-                tasks.append([*lead, task, *(_figure(scores.get(metric)) for metric in metrics)])
+            passes = max(len(told[metric]["seeds"]) for metric in job.recipe.eval.metrics)
+            figures = [_figure(told.get(metric), passes) for metric in metrics]
+            rows.append([*lead, name, f"{told['rows']:,}", *figures, f"{told['entropy']:.3f}"])
+            for task, scores in told.get("tasks", {}).items():
+                tasks.append([*lead, task, *(_figure(scores.get(metric), passes) for metric in metrics)])
     if tasks:
         ui.show(table("By kind of task", [*(["checkpoint"] if several else []), "task", *map(_title, metrics)], tasks))
     ui.show(table("Scores", columns, rows))
@@ -153,7 +166,7 @@ def _title(metric: str) -> str:
     return METRICS[metric].label + ("" if METRICS[metric].higher_is_better else " ↓")
 
 
-def _figure(score: Score | None) -> str | None:
+def _figure(score: Mapping[str, Any] | None, passes: int) -> str | None:
     if score is None:
         return None
-    return f"{score.mean:.2f} ± {score.sd:.2f}" if len(score.seeds) > 1 else f"{score.mean:.2f}"
+    return f"{score['mean']:.2f} ± {score['sd']:.2f}" if passes > 1 else f"{score['mean']:.2f}"

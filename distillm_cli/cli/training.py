@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,9 +65,13 @@ def train(
     resume: bool,
     overwrite: bool,
     rebuild_teacher_cache: bool = False,
+    begun: Callable[[], None] = lambda: None,
     ui: Console,
 ) -> dict:
-    """Runs the recipe into ``output`` and returns the result object of ``--json``."""
+    """Runs the recipe into ``output`` and returns the result object of ``--json``.
+
+    begun: called once everything is prepared and ``output`` holds nothing of an earlier run any more (or its resume).
+    """
     recipe, began = resolved.recipe, time.perf_counter()
     outputs.check(output, resume=resume, overwrite=overwrite)
     if _needs_metric(recipe) and not recipe.eval.report_rows:
@@ -85,6 +90,7 @@ def train(
         raise _stopped(None, stop) from None
     if overwrite:  # only now: bad input must not cost what an earlier run left
         outputs.clear(output)
+    begun()
     outputs.write_text(output / outputs.RECIPE, to_yaml(resolved))
     try:
         if stage is not None:
@@ -299,6 +305,8 @@ def _tell(
     if not run.sft:
         phis = [phi for _, phi in reached.phis]
         ui.show(sources_sentence(reached.sources, phis, run.recipe.schedule.kind))
+    if ui.in_pipeline:
+        return
     suites = run.recipe.eval.suites or ((run.recipe.data.source,) if run.recipe.data.source else ())
     files = OUTPUT_FILES | ({"student after sft": f"{outputs.SFT}/"} if run.recipe.student.sft_epochs else {})
     ui.show(next_steps(output, suites=suites, prompt=samples[0].prompt if samples else None, files=files))

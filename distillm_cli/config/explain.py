@@ -87,22 +87,23 @@ def expected(key: str) -> str:
     """What the field takes: "a number ≥ 0 and < 1", "one of off, on, mixed", "a whole number ≥ 1, or null"."""
     if key == "method":
         return f"one of {', '.join(METHODS)}"
-    return _described(leaves()[key].annotation, leaves()[key].metadata)
+    return described(leaves()[key].annotation, leaves()[key].metadata)
 
 
-def _described(annotation: Any, metadata: list[Any]) -> str:
+def described(annotation: Any, metadata: list[Any]) -> str:
+    """What a pydantic field of this annotation takes, in words."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         inner = [m for extra in parts[1:] for m in (extra.metadata if isinstance(extra, FieldInfo) else [extra])]
-        return _described(parts[0], [*metadata, *inner])
+        return described(parts[0], [*metadata, *inner])
     if origin in (Union, types.UnionType):
-        return ", or ".join(_described(part, metadata) for part in parts)
+        return ", or ".join(described(part, metadata) for part in parts)
     if origin is Literal:
         return str(parts[0]) if len(parts) == 1 else f"one of {', '.join(map(str, parts))}"
     if origin is tuple:
         count = " that is not empty" if any(isinstance(m, annotated_types.MinLen) for m in metadata) else ""
         count = count if parts[-1] is Ellipsis else f" of {len(parts)}"
-        return f"a list{count}, each {_described(parts[0], [])}"
+        return f"a list{count}, each {described(parts[0], [])}"
     noun = {bool: "true or false", int: "a whole number", float: "a number", types.NoneType: "null"}.get(annotation)
     if noun is None:
         return "a text that is not empty" if any(isinstance(m, annotated_types.MinLen) for m in metadata) else "a text"
@@ -174,10 +175,11 @@ def nearest_word(value: Any, words: list[str]) -> str | None:
     return close[0] if close else None
 
 
-def what_to_try(key: str, value: Any, verb: str, flag: str | None = None) -> str | None:
+def what_to_try(key: str, value: Any, verb: str, flag: str | None = None, *, given_at: str = "") -> str | None:
     """A cure for a bad value: the nearest choice, else the default, as something to type; else the field's own help.
 
-    flag: the flag that the value came by, to be used again.
+    flag: the flag that the value came by, to be used again. given_at: what ``--set`` puts before the key, in a pipeline,
+    which has no flags for fields.
     """
     field, words = leaves()[key], choices(key)
     better = field.default
@@ -188,5 +190,5 @@ def what_to_try(key: str, value: Any, verb: str, flag: str | None = None) -> str
         better = word
     if better is None or better == ():
         return f"it means: {field.description}" if field.description else None
-    flag, text = flag or flag_of(key, verb), shown(better)
-    return f"try {flag} {shlex.quote(text)}" if flag else f"try --set {shlex.quote(f'{key}={text}')}"
+    flag, text = flag or (None if given_at else flag_of(key, verb)), shown(better)
+    return f"try {flag} {shlex.quote(text)}" if flag else f"try --set {shlex.quote(f'{given_at}{key}={text}')}"

@@ -23,7 +23,8 @@ from distillm_cli.config.schema import Recipe, Section
 from distillm_cli.config.shortcuts import Flag
 from distillm_cli.errors import RecipeError, UsageError
 
-DEFAULT, METHOD, RECIPE, FLAG, SET = range(5)
+# Weakest first. SHARED (in the file), SHARED_SET (typed) and STAGE are a pipeline's: its defaults, a stage's own values.
+DEFAULT, METHOD, RECIPE, SHARED, SHARED_SET, STAGE, FLAG, SET = range(8)
 _LARGEST = 1_000_000  # bytes; a resolved recipe has some thousands
 
 
@@ -35,12 +36,16 @@ class Rank(NamedTuple):
 
 
 class Given(NamedTuple):
-    """A value somebody gave. origin: for the resolved recipe. place: for messages, the key or flag included."""
+    """A value somebody gave. origin: for the resolved recipe. place: for messages, the key or flag included.
+
+    at: what ``--set`` puts before the key, in a pipeline ("stages.teacher.").
+    """
 
     value: Any
     origin: str
     place: str
     rank: Rank
+    at: str = ""
 
 
 class Problems:
@@ -73,12 +78,14 @@ def bad(given: Given, key: str, command: str) -> RecipeError:
     return RecipeError(
         f"{given.place} = {shown(given.value)}",
         where=f"expected {expected(key)}",
-        hint=what_to_try(key, given.value, command, given.origin if given.rank.layer == FLAG else None),
+        hint=what_to_try(
+            key, given.value, command, given.origin if given.rank.layer == FLAG else None, given_at=given.at
+        ),
     )
 
 
-def from_recipe(path: Path, label: str, problems: Problems) -> dict[str, Given]:
-    """The values of a recipe file. Raises RecipeError for a file that is no mapping; the rest goes to ``problems``."""
+def document(path: Path, label: str) -> yaml.MappingNode:
+    """The mapping that a recipe file holds. Raises RecipeError for a file that is none."""
     try:
         if path.stat().st_size > _LARGEST:
             raise RecipeError(f"{label}: too large for a recipe ({path.stat().st_size:,} bytes)")
@@ -95,12 +102,36 @@ def from_recipe(path: Path, label: str, problems: Problems) -> dict[str, Given]:
             where="expected a mapping of sections",
             hint="see `distillm recipes show quickstart`",
         )
+    return node
+
+
+def is_pipeline(node: yaml.MappingNode) -> bool:
+    """Whether a document is a recipe of stages, for ``distillm run``."""
+    return any(isinstance(key, yaml.ScalarNode) and key.value == "stages" for key, _ in node.value)
+
+
+def from_recipe(path: Path, label: str, problems: Problems, typed: str | None = None) -> dict[str, Given]:
+    """The values of a recipe file. Raises RecipeError for a file that is no mapping; the rest goes to ``problems``.
+
+    typed: what the person called it, where that is not ``label``.
+    """
+    node = document(path, label)
+    if is_pipeline(node):
+        hint = f"try `distillm run {typed or label}`"
+        raise RecipeError(f"{label}: a pipeline of stages, not one recipe", hint=hint)
+    return from_mapping(node, path, label, problems, RECIPE)
+
+
+def from_mapping(
+    node: yaml.MappingNode, path: Path, label: str, problems: Problems, layer: int, at: str = ""
+) -> dict[str, Given]:
+    """The values of a mapping of sections, at the top of a file or (``at``: "stages.teacher.") further down."""
     given: dict[str, Given] = {}
 
     def keep(key: str, value: Any, line: int) -> None:
-        given[key] = Given(value, f"{path.name}:{line}", f"{label}:{line}: {key}", Rank(RECIPE, line))
+        given[key] = Given(value, f"{path.name}:{line}", f"{label}:{line}: {at}{key}", Rank(layer, line), at)
 
-    _collect(node, Recipe, "", label, keep, problems)
+    _collect(node, label, keep, problems, layer, at)
     return given
 
 
@@ -119,15 +150,18 @@ def from_flags(flags: Mapping[str, Any]) -> dict[str, Given]:
     return given
 
 
-def from_sets(sets: Iterable[str], problems: Problems) -> dict[str, Given]:
-    """The values of ``--set section.key=value``, the last one of a key counting. Raises UsageError without "="."""
+def from_sets(sets: Iterable[str], problems: Problems, at: str = "", layer: int = SET) -> dict[str, Given]:
+    """The values of ``--set section.key=value``, the last one of a key counting. Raises UsageError without "=".
+
+    at: what was typed before each key and is not part of it here, in a pipeline; layer: how strong they are there.
+    """
     given: dict[str, Given] = {}
     for position, text in enumerate(sets):
         key, equals, value = text.partition("=")
         key = key.strip()
         if not equals or not key:
             raise UsageError(f"--set {shown(text)}", where="expected section.key=value", hint="try --set train.lr=5e-4")
-        label, rank = f"--set {key}", Rank(SET, position)
+        label, rank = f"--set {at}{key}", Rank(layer, position)
         try:
             parent, name = _parent(key)
             if parent is None or name not in parent.model_fields:
@@ -136,7 +170,7 @@ def from_sets(sets: Iterable[str], problems: Problems) -> dict[str, Given]:
             node = yaml_io.compose(value, label)
             section = section_of(parent.model_fields[name])
             if section is None:
-                given[key] = Given(_leaf(key, node, label), "--set", label, rank)
+                given[key] = Given(_leaf(key, node, label), "--set", label, rank, at)
             else:
                 problems.add(rank, _not_a_section(key, label, section))
         except RecipeError as error:
@@ -154,22 +188,29 @@ def _parent(key: str) -> tuple[type[Section] | None, str]:
 
 
 def _collect(
-    node: yaml.MappingNode, model: type[Section], prefix: str, label: str, keep: Keep, problems: Problems
+    node: yaml.MappingNode,
+    label: str,
+    keep: Keep,
+    problems: Problems,
+    layer: int,
+    at: str,
+    model: type[Section] = Recipe,
+    prefix: str = "",
 ) -> None:
     """Walk a mapping of the document beside the schema; hand each leaf to ``keep``."""
-    for name, key_node, value_node in yaml_io.pairs(node, label, prefix):
+    for name, key_node, value_node in yaml_io.pairs(node, label, at + prefix):
         key, line = prefix + name, yaml_io.line_of(key_node)
-        place = f"{label}:{line}: {key}"
+        place = f"{label}:{line}: {at}{key}"
         if name not in model.model_fields:
-            problems.add(Rank(RECIPE, line), _unknown(key, place))
+            problems.add(Rank(layer, line), _unknown(key, place))
             continue
         section = section_of(model.model_fields[name])
         if section is None:
             keep(key, _leaf(key, value_node, label), line)
         elif isinstance(value_node, yaml.MappingNode):
-            _collect(value_node, section, f"{key}.", label, keep, problems)
+            _collect(value_node, label, keep, problems, layer, at, section, f"{key}.")
         else:
-            problems.add(Rank(RECIPE, line), _not_a_section(key, place, section))
+            problems.add(Rank(layer, line), _not_a_section(key, place, section))
 
 
 def _leaf(key: str, node: yaml.Node | None, label: str) -> Any:

@@ -6,7 +6,7 @@ was written for another, brings its preset along: it is stronger than what that 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
@@ -100,11 +100,30 @@ def resolve(
     problems = Problems()
     path = locate(recipe) if recipe is not None else None
     label = path.name if path and recipe == path.stem else str(recipe)
-    from_recipe = layers.from_recipe(path, label, problems) if path else {}
+    from_recipe = layers.from_recipe(path, label, problems, str(recipe)) if path else {}
     from_flags = layers.from_flags(flags or {})
     from_sets = layers.from_sets(sets or (), problems)
 
-    method = _method(command, from_recipe, from_flags, from_sets)
+    resolved = settle(command, (from_recipe, from_flags, from_sets), problems, path.stem if path else None, label)
+    if resolved is None or problems:
+        raise problems.first()
+    return resolved
+
+
+def settle(
+    command: str,
+    weakest_first: Sequence[Mapping[str, Given]],
+    problems: Problems,
+    name: str | None = None,
+    label: str | None = None,
+) -> Resolved | None:
+    """Layers of values → a recipe, over the preset of its method; None where it is none, which ``problems`` then say.
+
+    label: what notes call the recipe. What is shared by several stages is offered: one that does not read it goes without.
+    """
+    of_recipe = [{k: e for k, e in layer.items() if e.rank.layer <= layers.RECIPE} for layer in weakest_first]
+    from_recipe = {key: entry for layer in of_recipe for key, entry in layer.items()}
+    method = _method(command, *weakest_first)
     preset, over = {"method": method}, {}
     if method.value in METHODS:
         _check_verb(method, command)
@@ -115,27 +134,30 @@ def resolve(
     else:
         problems.add(method.rank, bad(method, "method", command))
 
-    given, former = _stacked(preset, from_recipe, over, from_flags, from_sets)
+    by_hand = [{k: e for k, e in layer.items() if e.rank.layer > layers.RECIPE} for layer in weakest_first]
+    given, former = _stacked(preset, from_recipe, over, *by_hand)
     made = _validated(given, command, problems)
-    if made is None or problems:
-        raise problems.first()
+    if made is None:
+        return None
     notes: tuple[str, ...] = ()
     if command not in _TRAIN_NOTHING:
         unread = _unread(made, given, {**preset, **over})
-        left_out = _left_out(unread, command, from_recipe)
+        unasked = {k for k, entry in unread.items() if entry.rank.layer in (layers.SHARED, layers.SHARED_SET)}
+        left_out = _left_out(unread, command, from_recipe) | unasked
         for key in unread.keys() - left_out:
             problems.add(given[key].rank, ownership.misplaced(key, given[key], partial(value_of, made), command))
         if problems:
-            raise problems.first()
+            return None
         if left_out:
             former |= {key: (given[key].value, given[key].origin) for key in left_out}
             given = {key: entry for key, entry in given.items() if key not in left_out}
             made = _validated(given, command, problems)
-            keys = ", ".join(key for key in leaves() if key in left_out)
+        if told := left_out - unasked:
+            keys = ", ".join(key for key in leaves() if key in told)
             run = f"method {made.method}, objective {made.objective.divergence}, schedule {made.schedule.kind}"
-            notes = (f"{label}: left out, since nothing reads them here ({run}): {keys}",)
+            notes = (f"{label or name}: left out, since nothing reads them here ({run}): {keys}",)
     origin = {key: given[key].origin if key in given else "default" for key in leaves()}
-    return Resolved(made, origin, former, notes, path.stem if path else None)
+    return Resolved(made, origin, former, notes, name)
 
 
 def load_resolved(path: str | Path) -> Recipe:
@@ -188,7 +210,7 @@ def _check_verb(method: Given, command: str) -> None:
         raise UsageError(
             f"{method.place} = {method.value}",
             where=f"expected a method of `distillm {command}` ({of_command})",
-            hint=f"try `distillm {verb}`",
+            hint=f"try verb: {verb}" if method.at else f"try `distillm {verb}`",
         )
 
 
@@ -239,6 +261,7 @@ def _translated(detail: Mapping[str, Any], given: Mapping[str, Given], command: 
     entry = next((given[word] for word in words if word in given), None)
     if entry is None:
         return Rank(layers.SET), RecipeError(what, hint=hint or None)
+    hint = hint.replace("--set ", f"--set {entry.at}")
     return entry.rank, RecipeError(f"{entry.place} = {shown(entry.value)}", where=what, hint=hint or None)
 
 

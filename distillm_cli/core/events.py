@@ -99,6 +99,14 @@ class RunEnded(Event):
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Staged(Event):
+    """Where a pipeline is. states, one for each of names: "done", "now", "later" or "left out"; none now: it is over."""
+
+    names: tuple[str, ...]
+    states: tuple[str, ...]
+
+
 Listener = Callable[[Event], None]
 
 

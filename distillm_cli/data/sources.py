@@ -254,6 +254,30 @@ def _builtin(data: Data, split: Split, limit: int | None) -> Rows:
 # ------------------------------------------------------------------------------------------------- where a source is
 
 
+def local_place(named: str) -> Path | None:
+    """The file or directory that a source's name stands for, None where it is none: `builtin`, or a name of the hub."""
+    return None if named == "builtin" else next((p for p in _places(named.strip()) if p.exists()), None)
+
+
+def is_path(text: str) -> bool:
+    """Whether a source's name can only be a path: it never is looked for on the hub."""
+    return _is_explicit(text) or Path(text).suffix.lower() in _FILE_ENDINGS
+
+
+def _is_explicit(text: str) -> bool:
+    return text.startswith(("./", "../", "/", "~")) or text in (".", "..")
+
+
+def _places(text: str) -> list[Path]:
+    """Where to look for a source, in order."""
+    path = Path(text).expanduser()
+    places = [path] if "/" in text or is_path(text) else []
+    root = os.environ.get("DISTILLM_DATA")
+    if root and not _is_explicit(text):
+        places += [Path(root).expanduser() / spelling for spelling in _spellings(text)]
+    return places if path in places else [*places, path]
+
+
 def _resolve(named: str, listener: Listener) -> _Source:
     """What ``named`` is. A bare name is looked for under $DISTILLM_DATA before the working directory, a path after."""
     set_of_that_name = known(named.strip())
@@ -265,20 +289,13 @@ def _find(named: str, listener: Listener) -> _Source:
     text = named.strip()
     if not text:
         raise DataError("an empty name for a data source", hint="name a file, a directory, a data set, or builtin")
-    path = Path(text).expanduser()
-    explicit = text.startswith(("./", "../", "/", "~")) or text in (".", "..")
-    is_path = explicit or path.suffix.lower() in _FILE_ENDINGS
-    places = [path] if "/" in text or is_path else []
-    root = os.environ.get("DISTILLM_DATA")
-    if root and not explicit:
-        places += [Path(root).expanduser() / spelling for spelling in _spellings(text)]
-    places += [] if path in places else [path]
-    for place in places:
+    path, root = Path(text).expanduser(), os.environ.get("DISTILLM_DATA")
+    for place in _places(text):
         if place.is_dir():
             return _directory(place, text if place != path else place.resolve().name)
         if place.exists():
             return _Source(place.name, {"train": partial(read, place)}, path=place, whole=True)
-    if is_path:
+    if is_path(text):
         raise DataError(f"{text}: no such file or directory", hint="check the path")
     looked = f"not under $DISTILLM_DATA ({root})" if root else "$DISTILLM_DATA is not set"
     found = hub_splits(ALIASES.get(text, text), text, looked, listener)

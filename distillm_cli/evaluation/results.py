@@ -20,6 +20,9 @@ from distillm_cli.config import schema
 from distillm_cli.errors import StorageError
 from distillm_cli.evaluation.evaluate import GREEDY, Answer, SuiteResult
 from distillm_cli.evaluation.metrics import METRICS, ratio
+from distillm_cli.evaluation.suites import Suite
+
+RESULTS = "results.json"
 
 _LETTERS = {"top_p": "p", "top_k": "k", "max_new_tokens": "n", "no_repeat_ngram_size": "r", "limit": "limit"}
 _WITHOUT_EFFECT_ON_GREEDY = ("top_p", "top_k")
@@ -60,21 +63,40 @@ def save(result: SuiteResult, root: Path, about: Mapping[str, Any] | None = None
     about: what else ``results.json`` should open with (the model, its dtype). Raises StorageError.
     """
     place = root / result.suite.name / label(result.config, result.template)
-    settings = result.config.model_dump(mode="json", exclude={"suites", "report_rows", "batch_size"})
-    head = {"suite": result.suite.name, "source": result.suite.source, **(about or {})}
-    summary = {**head, "settings": {**settings, "template": result.template}, **result.as_json()}
+    summary = {**_head(result.suite, result.config, result.template, about), **result.as_json()}
     try:
         place.mkdir(parents=True, exist_ok=True)
         # An absent results.json says that these predictions are not whole.
-        for stale in [place / "results.json", *place.glob("predictions-*.jsonl")]:
+        for stale in [place / RESULTS, *place.glob("predictions-*.jsonl")]:
             stale.unlink(missing_ok=True)
         for name in result.answers:
             path = place / f"predictions-{name if name == GREEDY else f'seed{name}'}.jsonl"
             _write(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in _predictions(result, name)))
-        _write(place / "results.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+        _write(place / RESULTS, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
         raise _refused(place, error) from error
     return place
+
+
+def earlier(
+    suite: Suite, root: Path, config: schema.Eval, template: str, about: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """What ``save`` left of the same suite, settings and ``about``: the suite's object of ``--json``; None where nothing."""
+    head = _head(suite, config, template, about)
+    try:
+        told = json.loads((root / suite.name / label(config, template) / RESULTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(told, dict) or any(told.get(key) != value for key, value in head.items()):
+        return None
+    return {key: value for key, value in told.items() if key not in head}
+
+
+def _head(suite: Suite, config: schema.Eval, template: str, about: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What ``results.json`` opens with: the suite, whatever else it is about, and all settings that shape the answers."""
+    settings = config.model_dump(mode="json", exclude={"suites", "report_rows", "batch_size"})
+    head = {"suite": suite.name, "source": suite.source, **(about or {})}
+    return {**head, "settings": {**settings, "template": template}}
 
 
 def _predictions(result: SuiteResult, name: str) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
@@ -29,6 +31,11 @@ class Suite:
     def keep(self, indices: SequenceOf[int]) -> Suite:
         """The same suite with these rows only."""
         return replace(self, rows=[self.rows[i] for i in indices])
+
+    def digest(self) -> str:
+        """SHA-256 of what is asked and which answers count, in order."""
+        asked = [(row.key, list(row.references)) for row in self.rows]
+        return hashlib.sha256(json.dumps(asked, ensure_ascii=True).encode()).hexdigest()
 
 
 def load_suites(recipe: Recipe, listener: Listener = silent) -> list[Suite]:

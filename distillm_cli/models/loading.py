@@ -37,7 +37,7 @@ from distillm_cli.models.places import Place, adapters_of, lasting, locate, no_b
 from distillm_cli.models.quantize import check_quantize, in_few_bits
 from distillm_cli.models.students import adopt_special_tokens, auto_class, set_dropout
 
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.model", "tekken.json")
 
 
@@ -210,7 +210,7 @@ def _load_weights(
     path: str, config: PretrainedConfig, dtype: torch.dtype, revision: str | None, **more: Any
 ) -> PreTrainedModel:
     name, local = locate(path)
-    if local and not any(next(Path(name).glob(pattern), None) for pattern in _WEIGHTS):
+    if local and not any(next(Path(name).glob(pattern), None) for pattern in WEIGHTS):
         raise ModelError(
             f"{path} holds a config.json but no weights (model.safetensors)",
             hint=f"to start from scratch, pass {Path(path) / 'config.json'}",

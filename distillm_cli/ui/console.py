@@ -29,6 +29,7 @@ from distillm_cli.core.events import (
     RunEnded,
     RunStarted,
     Saved,
+    Staged,
     Stepped,
     Validated,
     Warned,
@@ -81,6 +82,7 @@ class Console:
         self._watch = Watch(RunStarted(0, 0, 0, "", 0, "", ""), clock())  # until a run says more
         self._running = False
         self._tasks: dict[str, Task] = {}
+        self._staged: Staged | None = None
         self._said_at = self._memory_at = -math.inf
 
     def __enter__(self) -> Console:
@@ -91,6 +93,7 @@ class Console:
     ) -> None:
         with self._lock:
             self._tasks.clear()
+            self._staged = None
         self._stop()
 
     def __call__(self, event: Event) -> None:
@@ -100,7 +103,7 @@ class Console:
             return None
         with self._lock:
             lines = self._take(event, self._clock())
-        if self._is_live and (self._running or self._tasks):
+        if self._is_live and (self._running or self._tasks or self._staged):
             self._start()
         else:
             self._stop()
@@ -119,6 +122,11 @@ class Console:
         if self.json_mode:
             print_json(obj)
 
+    @property
+    def in_pipeline(self) -> bool:
+        """Whether what is being done is a stage of something larger, which will say itself what comes next."""
+        return self._staged is not None
+
     def frame(self) -> RenderableType:
         """The live display as it stands now."""
         with self._lock:
@@ -129,6 +137,7 @@ class Console:
                 width=self._terminal.width,
                 height=self._terminal.height,
                 young=YOUNG,
+                staged=self._staged,
             )
 
     def _take(self, event: Event, now: float) -> list[Text]:
@@ -138,6 +147,9 @@ class Console:
                 return [Text(event.text)]
             case Progress():
                 return self._progressed(event, now)
+            case Staged():
+                self._staged = event if "now" in event.states else None
+                return []
             case RunStarted():
                 self._watch, self._running, self._said_at = Watch(event, now), True, -math.inf
                 return [_started(event)]
@@ -200,15 +212,16 @@ class Console:
 
 def print_json(obj: Mapping[str, object]) -> None:
     """One object as one line on stdout, flushed. ASCII, so that no locale can break it; not-a-number becomes null."""
-    sys.stdout.write(json.dumps(_plain(obj), allow_nan=False) + "\n")
+    sys.stdout.write(json.dumps(plain(obj), allow_nan=False) + "\n")
     sys.stdout.flush()
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
+    """A value as JSON has it: keys and paths as texts, what is no finite number as null."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return str(value) if isinstance(value, Path) else value

@@ -19,7 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from distillm_cli.core.events import Progress, RunStarted, Stepped, Validated
+from distillm_cli.core.events import Progress, RunStarted, Staged, Stepped, Validated
 
 CURVE = 40  # values in the small chart of the loss
 WIDE = 80  # columns from which figures stand side by side
@@ -127,14 +127,25 @@ class Task:
 
 
 def draw(
-    watch: Watch | None, tasks: Mapping[str, Task], *, now: float, width: int, height: int, young: float = 0.0
+    watch: Watch | None,
+    tasks: Mapping[str, Task],
+    *,
+    now: float,
+    width: int,
+    height: int,
+    young: float = 0.0,
+    staged: Staged | None = None,
 ) -> RenderableType:
     """The live display. Tasks younger than ``young`` seconds are left out.
 
     During a run, its panel, with the work in hand in its lower border, so that the height stays; where the height does
-    not hold the panel and a few lines of talk above it, its progress line alone. Outside a run, a bar for each task.
+    not hold the panel and a few lines of talk above it, its progress line alone. Outside a run, a bar for each task. In a
+    pipeline, a line with its stages above that.
     """
     width = min(width, WIDEST)
+    if staged is not None:
+        inner = draw(watch, tasks, now=now, width=width, height=height - 1, young=young)
+        return Group(Padding(stages(staged, width - 4), (0, 2)), inner)
     shown = [task for task in tasks.values() if now - task.since >= young]
     if watch is None:
         return Padding(_tasks(shown, now), (0, 2)) if shown else Group()
@@ -257,6 +268,25 @@ def _come_so_far(task: Task, now: float) -> str:
     """Of one thing to wait for it cannot be told; then the time it has taken."""
     e = task.event
     return f"{e.done:,}/{e.total:,} {e.unit}".rstrip() if e.total > 1 else duration(now - task.since)
+
+
+_STATES = {"done": ("✓", GOOD), "now": ("▶", "bold cyan"), "later": ("·", "dim"), "left out": ("–", "dim")}
+
+
+def stages(staged: Staged, width: int) -> Text:
+    """A pipeline's stages side by side; where the width does not hold them, the present one and how many there are."""
+    whole = Text("   ").join(
+        Text.assemble(
+            (f"{_STATES[state][0]} ", _STATES[state][1]), (name, _STATES[state][1] if state != "done" else "")
+        )
+        for name, state in zip(staged.names, staged.states, strict=True)
+    )
+    if whole.cell_len <= width:
+        return whole
+    at = staged.states.index("now") if "now" in staged.states else len(staged.names) - 1
+    short = Text.assemble(("▶ ", "bold cyan"), (staged.names[at], "bold cyan"), f"  {at + 1} of {len(staged.names)}")
+    short.truncate(width, overflow="ellipsis")
+    return short
 
 
 def stacked_bar(shares: Sequence[tuple[str, float]], width: int) -> Text:

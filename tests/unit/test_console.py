@@ -14,10 +14,10 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console as Terminal
 
-from distillm_cli.core.events import Note, Progress, RunEnded, RunStarted, Saved, Stepped, Validated, Warned
+from distillm_cli.core.events import Note, Progress, RunEnded, RunStarted, Saved, Staged, Stepped, Validated, Warned
 from distillm_cli.ui import console as console_module
 from distillm_cli.ui.console import console, memory_in_use, print_json
-from distillm_cli.ui.display import Memory, amount, duration, legend, percent, sparkline, stacked_bar
+from distillm_cli.ui.display import Memory, amount, duration, legend, percent, sparkline, stacked_bar, stages
 
 CURSOR_OFF, CURSOR_ON = "\x1b[?25l", "\x1b[?25h"
 
@@ -418,3 +418,32 @@ def test_durations(seconds, text):
 @pytest.mark.parametrize(("share", "text"), [(0, "0%"), (0.001, "1%"), (0.5, "50%"), (0.999, "99%"), (1, "100%")])
 def test_percents(share, text):
     assert percent(share) == text
+
+
+def test_a_pipeline_shows_its_stages_above_whatever_goes_on():
+    names = ("teacher", "student", "distill", "eval")
+    stage = Stage(terminal=True, width=100, height=40)
+    with stage.ui as ui:
+        assert not ui.in_pipeline
+        ui(Staged(names, ("done", "left out", "now", "later")))
+        assert ui.in_pipeline
+        assert stage.frame().strip() == "✓ teacher   – student   ▶ distill   · eval", "between two tasks too"
+        ui(Progress("loading gpt2", 0, 1))
+        stage.now += 1
+        assert [line.split()[0] for line in stage.frame().splitlines()] == ["✓", "loading"]
+        stage.start()
+        stage.step(1)
+        head, top, *_ = stage.frame().splitlines()
+        assert "▶ distill" in head
+        assert top.startswith("╭─ distillm")
+        ui(Staged(names, ("done", "left out", "done", "done")))
+        assert not ui.in_pipeline
+    assert stage.out.getvalue().endswith(CURSOR_ON) or CURSOR_ON in stage.out.getvalue()
+
+
+def test_stages_that_do_not_fit_give_way_to_the_present_one():
+    names = tuple(f"distill-{size}m" for size in (120, 340, 760))
+    staged = Staged(names, ("done", "now", "later"))
+    assert stages(staged, 60).plain == "✓ distill-120m   ▶ distill-340m   · distill-760m"
+    assert stages(staged, 40).plain == "▶ distill-340m  2 of 3"
+    assert cell_len(stages(staged, 10).plain) <= 10

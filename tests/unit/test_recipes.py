@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -14,20 +15,22 @@ import pytest
 
 from distillm_cli.config.load import resolve, shipped, to_yaml
 from distillm_cli.config.methods import METHODS
+from distillm_cli.config.pipeline import is_pipeline, load_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+PIPELINES = {name for name in shipped() if is_pipeline(name)}
+
+
 def test_the_shipped_recipes():
     tasks = {"samsum-t5", "xsum-t5", "wmt14-t5", "iwslt-mt5", "gsm8k"}
-    assert set(shipped()) == tasks | {
-        "quickstart",
-        "quickstart-teacher",
-        "dolly-gpt2",
-        "dolly-opt",
-        "g2p",
-        "g2p-teacher",
-    }
+    assert set(shipped()) - PIPELINES == tasks | {
+        "quickstart", "quickstart-teacher", "dolly-gpt2", "dolly-opt", "g2p", "g2p-teacher",
+    }  # fmt: skip
+    assert {
+        "quickstart-pipeline", "dolly-gpt2-pipeline", "dolly-opt-pipeline", "qwen3-pipeline", "llama-3.2-pipeline",
+    } <= PIPELINES  # fmt: skip
     assert {path.parent for path in shipped().values()} == {ROOT / "recipes"}
 
 
@@ -36,15 +39,72 @@ def test_a_recipe_opens_with_the_command_that_runs_it(name, tmp_path):
     command, summary = shipped()[name].read_text(encoding="utf-8").splitlines()[:2]
     words = shlex.split(command.removeprefix("# "))
     assert command.startswith("# distillm ")
-    assert words[words.index("--recipe") + 1] == name
     assert summary.startswith("# ")
     assert summary.endswith(".")
+    if name in PIPELINES:
+        assert words[1:] == ["run", name]
+        assert load_pipeline(name).name == name
+        return
+    assert words[words.index("--recipe") + 1] == name
 
     resolved = resolve(command=words[1], recipe=name)
     assert METHODS[resolved.recipe.method].verb == words[1]
     assert resolved.name == name
     (tmp_path / "recipe.yaml").write_text(to_yaml(resolved))
     assert resolve(command=words[1], recipe=tmp_path / "recipe.yaml").recipe == resolved.recipe
+
+
+@pytest.mark.parametrize("name", sorted(PIPELINES))
+def test_the_commands_in_a_pipelines_comments_name_its_stages(name):
+    pipeline = load_pipeline(name)
+    for line in shipped()[name].read_text(encoding="utf-8").splitlines():
+        _, found, rest = line.partition("--only ")
+        if line.startswith("#") and found:
+            chosen = rest.split()[0].split(",")
+            assert set(chosen) <= set(pipeline.names)
+            read = {read for stage in chosen for read in pipeline[stage].reads}
+            assert read <= set(chosen), "a line to type runs as it stands"
+        for word in re.findall(r"--set (\S+=\d\S*)", line) if line.startswith("#") else ():
+            load_pipeline(name, [word])
+
+
+def test_the_pipelines_of_the_paper_have_the_papers_settings():
+    """METHODS D, size by size: divergence, learning rate, batch, epochs."""
+    settings = {
+        "dolly-gpt2-pipeline": {
+            "120m": ("gpt2", "skl", 5e-4, 8, 20),
+            "340m": ("gpt2-medium", "srkl", 5e-4, 8, 20),
+            "760m": ("gpt2-large", "srkl", 1e-4, 4, 10),
+        },
+        "dolly-opt-pipeline": {
+            "125m": ("facebook/opt-125m", "srkl", 5e-5, 8, 20),
+            "350m": ("facebook/opt-350m", "srkl", 5e-5, 8, 20),
+            "1300m": ("facebook/opt-1.3b", "srkl", 5e-5, 8, 10),
+        },
+    }
+    teachers = {
+        "dolly-gpt2-pipeline": ("gpt2-xl", 5e-5, 2, 10),
+        "dolly-opt-pipeline": ("facebook/opt-2.7b", 5e-5, 4, 10),
+    }
+    for name, sizes in settings.items():
+        pipeline = load_pipeline(name)
+        r = pipeline["teacher"].resolved.recipe
+        assert (r.student.path, r.train.lr, r.train.batch_size, r.train.epochs) == teachers[name]
+        for size, (model, divergence, lr, batch, epochs) in sizes.items():
+            start, r = (pipeline[f"{part}-{size}"].resolved.recipe for part in ("student", "distill"))
+            assert (start.student.path, start.train.epochs, start.train.select) == (model, 3, "valid_loss")
+            assert (start.train.lr, start.train.batch_size) == (lr, batch)
+            found = (r.objective.divergence, r.train.lr, r.train.batch_size, r.train.epochs)
+            assert found == (divergence, lr, batch, epochs)
+            assert (r.objective.alpha, r.schedule.kind, r.train.select, r.train.seed) == (
+                0.1,
+                "adaptive",
+                "rouge_l",
+                10,
+            )
+            assert pipeline[f"distill-{size}"].reads == ("teacher", f"student-{size}")
+            scored = pipeline[f"eval-{size}"].resolved.recipe.eval
+            assert (len(scored.suites), scored.seeds, scored.no_repeat_ngram_size) == (5, (10, 20, 30, 40, 50), 6)
 
 
 @pytest.mark.parametrize("name", shipped())

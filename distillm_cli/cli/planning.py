@@ -1,0 +1,334 @@
+"""The plan of a run as data: from the rows and models themselves, or from their shapes where weights are not at hand."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from distillm_cli.cli import costs
+from distillm_cli.cli.assembly import Prepared, new_order, prepare
+from distillm_cli.cli.host import available_memory
+from distillm_cli.cli.teaching import Keeping, disk_free, plan_keeping
+from distillm_cli.config.pipeline import PREFIX, Pipeline, Stage
+from distillm_cli.config.schema import Recipe
+from distillm_cli.core.events import Listener, Note, silent
+from distillm_cli.data.batching import Examples, tokenise
+from distillm_cli.data.prompts import Encoder, render
+from distillm_cli.data.sources import Rows, is_path, load_rows, local_place
+from distillm_cli.errors import DataError
+from distillm_cli.models.pair import check_vocabularies, resolve_device, resolve_dtype
+from distillm_cli.models.shapes import Shape, Sizes, has_weights, load_shape, sizes, student_spec, weight_bytes
+from distillm_cli.ui.display import amount
+
+_BUILT = re.compile(r"[a-z]+:")  # random:…; no hub name and no path here begins so
+_IN_HOST = ("teacher_states", "rollout_states")  # whatever the accelerator, they lie in the machine's own memory
+
+
+def weights_are_at_hand(recipe: Recipe) -> bool:
+    """Whether the run's models can be loaded here as they are: directories with weights that fit the free memory, or
+    models from scratch."""
+    paths = [recipe.student.path, *([recipe.teacher.path] if recipe.method != "sft" else [])]
+    loaded = [path for path in paths if not _BUILT.match(path)]
+    if not all(has_weights(path) for path in loaded):
+        return False
+    free = available_memory()
+    return free is None or sum(weight_bytes(path) for path in loaded) <= free / 4  # read as float32, and some room
+
+
+def survey(recipe: Recipe, listener: Listener) -> tuple[dict[str, Any], Prepared | None]:
+    """The plan of one run; the prepared run too, where weights are at hand."""
+    if not weights_are_at_hand(recipe):
+        return of_shapes(recipe, listener)[0], None
+    run = prepare(recipe, listener)
+    return of_run(run), run
+
+
+def of_run(run: Prepared) -> dict[str, Any]:
+    """The plan of a run whose models and rows are loaded."""
+    teacher = None if run.pair.teacher is None else run.pair.teacher.model
+    keeping = None if teacher is None else plan_keeping(run)
+    states, kept = {}, {}
+    if keeping is not None and keeping.mode != "off":
+        in_memory = keeping.rows_bytes if keeping.mode == "memory" else 0  # those on disk are mapped
+        states = {"teacher_states": keeping.held_out_bytes + in_memory, "rollout_states": keeping.rollout_bytes}
+    if keeping is not None:
+        kept = {"teacher_cache": _kept(run, keeping)}
+    sized = costs.Run(
+        recipe=run.recipe,
+        student=sizes(run.student.model, run.pair.vocab),
+        teacher=None if teacher is None else sizes(teacher, run.pair.vocab),
+        vocab=run.pair.vocab,
+        lengths=_measured(run.recipe, run.train),
+        itemsize=run.dtype.itemsize,
+        teacher_itemsize=2 if teacher is None else teacher.dtype.itemsize,
+        device=run.device.type,
+        states=states,
+        cached=keeping is not None and bool(keeping.rows_bytes),
+    )
+    dtypes = {"student": run.student.model.dtype, "teacher": None if teacher is None else teacher.dtype}
+    return _told(sized, str(run.device), run.dtype, dtypes) | {"data": _data(run)} | kept
+
+
+def _data(run: Prepared) -> dict[str, Any]:
+    lengths = run.train.lengths
+    return _rows_told(run.train_rows, run.train) | {
+        "valid_rows": len(run.valid),
+        "response_tokens": run.train.tokens,
+        "longest": int(lengths.max()),
+        "mean_length": round(float(lengths.mean()), 1),
+    }
+
+
+def of_shapes(
+    recipe: Recipe, listener: Listener = silent, made: Mapping[str, Shape] | None = None
+) -> tuple[dict[str, Any], Shape]:
+    """The plan of a run whose weights are not here, and the student's shape. Tokenizer and rows are used where they are
+    at hand, else the recipe's limits stand for them. A device that the recipe leaves open is taken to be a GPU.
+
+    made: shapes of models that are yet to be made, by ``stage:NAME``.
+    """
+    rows, why = _rows(recipe)
+
+    def texts() -> Iterator[str]:
+        for row in rows or ():
+            yield from (render(row, recipe.data.template, None), row.references[0])
+
+    read = texts if rows is not None else None
+    common = {"max_length": recipe.data.max_length, "made": made}
+    teacher = None
+    if recipe.method != "sft":
+        teacher = load_shape(recipe.teacher.path, revision=recipe.teacher.revision, **common)
+    student = load_shape(**student_spec(recipe.student), texts=read, teacher=teacher, **common)
+    vocab = student.vocab if teacher is None else min(student.vocab, teacher.vocab)
+    notes = ["weights are not at hand: models by their configs"]
+    if teacher is not None and teacher.tokenizer is not None and student.tokenizer is not None:
+        check_vocabularies(teacher.tokenizer, student.tokenizer)
+    elif teacher is not None:
+        notes.append("a tokenizer is not at hand: whether the vocabularies fit is not known")
+    examples = None
+    tokenizer = student.tokenizer
+    if rows is not None and tokenizer is not None:
+        examples = tokenise(rows, Encoder(tokenizer, recipe.data), recipe.data, silent, _context(student, teacher))
+        lengths = _measured(recipe, examples)
+    else:
+        lengths = _limits(recipe, rows, student, teacher)
+        notes.append(f"{why or 'no tokenizer at hand'}: every row is taken to be as long as data.max_length allows")
+    is_open = recipe.train.device == "auto"
+    device = torch.device("cuda") if is_open else resolve_device(recipe.train.device)
+    dtype, teacher_dtype = (_dtype(name, device, is_open) for name in (recipe.student.dtype, recipe.teacher.dtype))
+    if is_open:
+        notes.append("train.device is auto: planned for a GPU")
+    counted = None if teacher is None else _frozen(sizes(teacher.model, vocab))
+    kept, states = _would_keep(recipe, counted, lengths, teacher_dtype.itemsize)
+    sized = costs.Run(
+        recipe=recipe,
+        student=sizes(student.model, vocab),
+        teacher=counted,
+        vocab=vocab,
+        lengths=lengths,
+        itemsize=dtype.itemsize,
+        teacher_itemsize=teacher_dtype.itemsize,
+        device=device.type,
+        states=states,
+        cached=kept is not None and bool(kept["bytes"]),
+    )
+    data: dict[str, Any] = {"source": recipe.data.source, "rows": None if rows is None else len(rows)}
+    if rows is not None and examples is not None:
+        data |= _rows_told(rows, examples) | {"response_tokens": examples.tokens}
+    data |= {"longest": lengths.longest, "mean_length": round(lengths.mean, 1)}
+    for note in notes:
+        listener(Note(note))
+    found = _told(sized, "GPU" if is_open else str(device), dtype, {"student": torch.float32, "teacher": teacher_dtype})
+    return found | {"data": data, "notes": notes} | ({} if kept is None else {"teacher_cache": kept}), student
+
+
+def of_pipeline(pipeline: Pipeline, listener: Listener) -> dict[str, dict[str, Any]]:
+    """The plan of every training stage, by name. What an earlier stage makes stands there with its shape, and the rows it
+    samples with those that it answers."""
+    found: dict[str, dict[str, Any]] = {}
+    made: dict[str, Shape] = {}
+    sources: dict[str, str] = {}
+    for stage in pipeline.stages:
+        recipe = stage.resolved.recipe
+        data = recipe.data.model_copy(update={"source": sources.get(recipe.data.source, recipe.data.source)})
+        recipe = recipe.model_copy(update={"data": data})
+        if stage.verb == "generate":
+            sources[PREFIX + stage.name] = recipe.data.source
+        if stage.verb not in ("sft", "distill"):
+            continue
+        listener(Note(f"stage {stage.name}"))
+        found[stage.name], made[PREFIX + stage.name] = of_shapes(recipe, silent, made)
+        _say_stand_ins(stage, found[stage.name], sources)
+    return found
+
+
+def _say_stand_ins(stage: Stage, told: dict[str, Any], sources: Mapping[str, str]) -> None:
+    said = stage.resolved.recipe.data.source
+    if said in sources:
+        told["notes"].append(f"{said} is not there yet: the rows of {sources[said]} stand for it")
+
+
+def _told(run: costs.Run, device: str, dtype: torch.dtype, dtypes: Mapping[str, torch.dtype | None]) -> dict[str, Any]:
+    """What both ways of planning say, from the numbers."""
+    models: dict[str, Any] = {}
+    for name, counted in (("student", run.student), ("teacher", run.teacher)):
+        if counted is not None:
+            models[name] = _model(counted, str(dtypes[name]).removeprefix("torch."))
+    if run.teacher is not None:
+        ratio = run.teacher.parameters["total"] / run.student.parameters["total"]
+        models["ratio"] = round(ratio, 2)
+    need = costs.memory(run)
+    on_gpu = replace(run, device="cuda", itemsize=_on_gpu(run.recipe.student.dtype, run.itemsize))
+    gpu_need = sum(size for part, size in costs.memory(on_gpu).items() if part not in _IN_HOST)
+    lengths = run.lengths
+    return {
+        "method": run.recipe.method,
+        "device": device,
+        "dtype": str(dtype).removeprefix("torch."),
+        "models": models,
+        "vocabulary": run.vocab,
+        "steps": lengths.steps,
+        "steps_per_epoch": lengths.steps_per_epoch,
+        "sequences_per_step": run.sequences,
+        "memory": need | {"total": sum(need.values())},
+        "step_flops": {source: float(f"{flops:.4g}") for source, flops in costs.step_flops(run).items()},
+        "gpus": costs.on_gpus(on_gpu, gpu_need),
+        "assumed": costs.ASSUMED,
+    }
+
+
+def _model(counted: Sizes, dtype: str) -> dict[str, Any]:
+    return {
+        "kind": counted.kind,
+        "parameters": counted.parameters["total"],
+        "parts": {part: counted.parameters[part] for part in ("embeddings", "trunk", "head")},
+        "trainable": counted.parameters["trainable"],
+        "layers": counted.layers,
+        "width": counted.width,
+        "context": counted.context,
+        "dtype": dtype,
+    }
+
+
+def _kept(run: Prepared, keeping: Keeping) -> dict[str, Any]:
+    """What would be kept of the teacher's states: bytes of rows and, at most, of replayed rollouts."""
+    told = {
+        "mode": keeping.mode,
+        "rows": len(run.train) if keeping.rows_bytes else 0,
+        "bytes": keeping.rows_bytes,
+        "rollout_bytes": keeping.rollout_bytes,
+        "why": keeping.why,
+    }
+    if keeping.place is None:
+        return told
+    return told | {"place": str(keeping.place), "hit": keeping.is_made, "disk_free": disk_free(keeping.place)}
+
+
+def _frozen(counted: Sizes) -> Sizes:
+    """As a teacher: nothing of it is trained."""
+    return replace(counted, parameters=counted.parameters | {"trainable": 0})
+
+
+def _would_keep(
+    recipe: Recipe, teacher: Sizes | None, lengths: costs.Lengths, itemsize: int
+) -> tuple[dict[str, Any] | None, dict[str, int]]:
+    """As ``_kept``, by arithmetic: width × size of a value for each response token; and the parts of the memory."""
+    if teacher is None:
+        return None, {}
+    per_token, mode = teacher.head_in * itemsize, recipe.teacher.cache
+    comes_back = None not in (lengths.steps, lengths.steps_per_epoch) and lengths.steps > lengths.steps_per_epoch
+    rows = round((lengths.rows or 0) * lengths.response * per_token)
+    drawn = recipe.schedule.capacity * min(recipe.rollout.max_new_tokens, recipe.data.max_length) * per_token
+    rollouts = drawn if recipe.schedule.kind != "off" and mode != "off" else 0
+    keeps = rows if mode in ("memory", "disk") or (mode == "auto" and comes_back) else 0
+    size = f"{amount(keeps)}B for {lengths.rows or 0:,} rows"
+    why = {
+        "off": "not kept",
+        "disk": f"on disk, {size}",
+        "memory": f"in memory, {size}",
+        "auto": f"in memory, where enough is free; {size}" if keeps else "not kept: seen once",
+    }[mode]
+    if lengths.rows is None and mode != "off":
+        why = f"{amount(per_token)}B for each response token"
+    parts = {"teacher_states": keeps if mode != "disk" else 0, "rollout_states": rollouts}
+    kept = {"mode": mode, "rows": lengths.rows if keeps else 0, "bytes": keeps, "rollout_bytes": rollouts, "why": why}
+    return kept | {"bytes_per_token": per_token}, parts
+
+
+def _rows(recipe: Recipe) -> tuple[Rows | None, str]:
+    """The training rows, None where they are not at hand, and why."""
+    try:
+        return load_rows(recipe.data, "train", listener=silent), ""
+    except DataError as error:
+        if is_path(recipe.data.source) or local_place(recipe.data.source) is not None:
+            raise  # it is here, or should be: a fault in it is worth more than an estimate
+        return None, f"no rows of {recipe.data.source} at hand ({error.what.partition(' (')[0].split(': ', 1)[-1]})"
+
+
+def _rows_told(rows: Rows, examples: Examples) -> dict[str, Any]:
+    return {
+        "source": rows.name,
+        "rows": len(rows),
+        "kept": len(examples),
+        "dropped": examples.dropped,
+        "dropped_prompts": examples.dropped_prompts,
+        "truncated": examples.truncated,
+        "bad_rows_skipped": len(rows.skipped),
+    }
+
+
+def _measured(recipe: Recipe, examples: Examples) -> costs.Lengths:
+    order, lengths = new_order(recipe, examples), examples.lengths
+    return costs.Lengths(
+        longest=int(lengths.max()),
+        mean=float(lengths.mean()),
+        response=examples.tokens / len(examples),
+        rows=len(examples),
+        steps=_steps(recipe, order.steps_per_epoch),
+        steps_per_epoch=order.steps_per_epoch,
+    )
+
+
+def _limits(recipe: Recipe, rows: Rows | None, student: Shape, teacher: Shape | None) -> costs.Lengths:
+    """What the recipe allows: prompts of ``max_prompt_length``, and responses that fill the rest."""
+    context = _context(student, teacher)
+    longest = recipe.data.max_length if context is None else min(recipe.data.max_length, context)
+    response = max(1, longest - min(recipe.data.max_prompt_length, longest // 2))
+    per_epoch = None
+    if rows is not None:
+        per_epoch = math.ceil(len(rows) / (recipe.train.batch_size * recipe.train.accumulate))
+    steps = recipe.train.steps if per_epoch is None else _steps(recipe, per_epoch)
+    return costs.Lengths(
+        longest=longest,
+        mean=longest,
+        response=response,
+        rows=None if rows is None else len(rows),
+        steps=steps,
+        steps_per_epoch=per_epoch,
+        known=False,
+    )
+
+
+def _steps(recipe: Recipe, per_epoch: int) -> int:
+    return recipe.train.steps or max(1, math.ceil(recipe.train.epochs * per_epoch))
+
+
+def _context(student: Shape, teacher: Shape | None) -> int | None:
+    found = (
+        getattr(s.model.config.get_text_config(), "max_position_embeddings", None) for s in (student, teacher) if s
+    )
+    return min((n for n in found if n is not None), default=None)
+
+
+def _dtype(name: str, device: torch.device, is_open: bool) -> torch.dtype:
+    return torch.bfloat16 if is_open and name == "auto" else resolve_dtype(name, device)
+
+
+def _on_gpu(name: str, itemsize: int) -> int:
+    """Bytes of a value of the student's compute type on a GPU of today: what auto would choose there."""
+    return 2 if name == "auto" else itemsize

@@ -1,0 +1,217 @@
+"""Models by their shape alone: built from a config on torch's meta device, where a tensor has a size and no memory.
+
+What a run needs can so be told before any weights are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from distillm_cli.config import schema
+from distillm_cli.errors import ModelError
+from distillm_cli.models.backbone import vocabulary_size
+from distillm_cli.models.loading import (
+    WEIGHTS,
+    has_tokenizer,
+    load_config,
+    load_tokenizer,
+    locate,
+    prepare_tokenizer,
+    quiet,
+)
+from distillm_cli.models.students import build_random
+from distillm_cli.models.tokenizers import is_trained_spec, train_tokenizer
+
+Texts = Callable[[], Iterator[str]]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model on the meta device. tokenizer: None where none is at hand."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+
+    @property
+    def vocab(self) -> int:
+        """Token ids that meet the loss: the tokenizer's, else the rows of the model's own matrix."""
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        return rows if self.tokenizer is None else min(rows, vocabulary_size(self.tokenizer))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What of a model costs memory and time, counted on its modules (whatever device they are on).
+
+    parameters: by part: embeddings (of positions too), trunk, head (0 where it is the embedding matrix), total, trainable.
+    matmul: weights of the trunk that every token meets in a matrix product; of a mixture of experts, those of the experts
+    that a token is sent to. head_in × vocab: the head's product. attention, kv: widths of all query heads, and of all
+    key-value heads, in a layer.
+    """
+
+    kind: str
+    layers: int
+    width: int
+    context: int | None
+    vocab: int
+    head_in: int
+    matmul: int
+    attention: int
+    kv: int
+    parameters: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def trainable_share(self) -> float:
+        return self.parameters["trainable"] / max(1, self.parameters["total"])
+
+
+def sizes(model: PreTrainedModel, vocab: int | None = None) -> Sizes:
+    """Counts a model. vocab: the token ids that meet the loss; unset, the rows of the head."""
+    config = model.config.get_text_config()
+    tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    head = model.get_output_embeddings()
+    weight = None if head is None else head.weight
+    parts = dict.fromkeys(("embeddings", "trunk", "head"), 0)
+    matmul, chosen, experts = 0, *_experts(config)
+    for parameter in model.parameters():
+        n = parameter.numel()
+        if id(parameter) in tables:
+            parts["embeddings"] += n
+        elif parameter is weight:
+            parts["head"] += n
+        else:
+            parts["trunk"] += n
+            matmul += n if parameter.dim() == 2 else n * chosen // experts if parameter.dim() == 3 and experts else 0
+    every = list(model.parameters())
+    layers, width = getattr(config, "num_hidden_layers", 1), getattr(config, "hidden_size", 1)
+    heads = getattr(config, "num_attention_heads", None) or 1
+    head_width = getattr(config, "head_dim", None) or width // heads
+    return Sizes(
+        kind=config.model_type,
+        layers=layers,
+        width=width,
+        context=getattr(config, "max_position_embeddings", None),
+        vocab=vocab or (width if weight is None else weight.shape[0]),
+        head_in=width if weight is None else weight.shape[1],
+        matmul=matmul,
+        attention=heads * head_width,
+        kv=(getattr(config, "num_key_value_heads", None) or heads) * head_width,
+        parameters={
+            **parts,
+            "total": sum(p.numel() for p in every),
+            "trainable": sum(p.numel() for p in every if p.requires_grad),
+        },
+    )
+
+
+def has_weights(path: str) -> bool:
+    """Whether a model's weights are in a directory here. Raises ModelError for a path at which nothing is."""
+    if path.endswith(".json"):
+        return False
+    name, local = locate(path)
+    return local and any(next(Path(name).glob(pattern), None) for pattern in WEIGHTS)
+
+
+def weight_bytes(path: str) -> int:
+    """Size of the weight files of a model directory."""
+    return sum(f.stat().st_size for pattern in WEIGHTS for f in Path(locate(path)[0]).glob(pattern))
+
+
+def load_shape(
+    path: str,
+    *,
+    revision: str | None = None,
+    tokenizer: str | None = None,
+    texts: Texts | None = None,
+    teacher: Shape | None = None,
+    max_length: int,
+    made: Mapping[str, Shape] | None = None,
+) -> Shape:
+    """The shape that a model has: of a directory, a hub name (its config is fetched, no weights), a config.json, or
+    ``random:…``. tokenizer: a directory, a name, or one to be trained on ``texts``. made: shapes by the names of models
+    that are yet to be made (``stage:NAME``).
+
+    Raises ModelError for what is no causal model.
+    """
+    known = made or {}
+    if path in known:
+        return known[path]
+    own = _asked_tokenizer(tokenizer, texts, known)
+    if path.startswith("random:"):
+        own = own or (None if teacher is None else teacher.tokenizer)
+        stand_in = own or _Unread(path, teacher)
+        config = None if teacher is None else teacher.model.config
+        with torch.device("meta"), quiet():
+            return Shape(build_random(path, stand_in, teacher_config=config, max_length=max_length, seed=0), own)
+    file = path.endswith(".json")
+    if file and not Path(path).expanduser().is_file():
+        raise ModelError(f"no model config at {path}: no such file", hint="check the path")
+    config = load_config(str(Path(path).expanduser()) if file else path, revision=revision, file=file)
+    with torch.device("meta"), quiet():
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        except Exception as error:  # every family checks its sizes in its own way
+            raise ModelError(f"cannot build a {config.model_type} of this shape: {error}", where=path) from error
+    if own is None:
+        own = _tokenizer_of(str(Path(path).expanduser().parent) if file else path, revision)
+    return Shape(model.eval(), own or (teacher.tokenizer if teacher is not None else None))
+
+
+class _Unread:
+    """Stands for a tokenizer that is not at hand: as many ids as the teacher's matrix has rows."""
+
+    bos_token_id = eos_token_id = pad_token_id = None
+
+    def __init__(self, path: str, teacher: Shape | None):
+        if teacher is None:
+            raise ModelError(
+                f"{path} needs a tokenizer", hint="pass --tokenizer DIR; bpe:1000, chars or words need the data at hand"
+            )
+        self._last = teacher.vocab - 1
+
+    def get_vocab(self) -> dict[str, int]:
+        return {"": self._last}
+
+
+def _asked_tokenizer(
+    spec: str | None, texts: Texts | None, known: Mapping[str, Shape]
+) -> PreTrainedTokenizerBase | None:
+    if spec is None:
+        return None
+    if spec in known:
+        return known[spec].tokenizer
+    if not is_trained_spec(spec):
+        return load_tokenizer(spec)
+    return None if texts is None else prepare_tokenizer(train_tokenizer(spec, texts()), spec)
+
+
+def _tokenizer_of(path: str, revision: str | None) -> PreTrainedTokenizerBase | None:
+    """A model's own tokenizer, None where it is not at hand."""
+    name, local = locate(path)
+    if local and not has_tokenizer(Path(name)):
+        return None
+    try:
+        return load_tokenizer(path, revision=revision)
+    except ModelError:
+        if local:  # it is there, and broken
+            raise
+        return None
+
+
+def _experts(config: PretrainedConfig) -> tuple[int, int]:
+    """(experts a token is sent to, experts in all); (0, 0) where there are none."""
+    chosen = getattr(config, "num_experts_per_tok", None) or 0
+    every: Any = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0
+    return chosen, every
+
+
+def student_spec(student: schema.Student) -> dict[str, Any]:
+    """The student section as ``load_shape`` takes it."""
+    return {"path": student.path, "revision": student.revision, "tokenizer": student.tokenizer}

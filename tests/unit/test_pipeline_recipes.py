@@ -1,0 +1,127 @@
+"""Recipes of stages: what they share, what stands for what, and one line for everything that can be wrong with them."""
+
+from pathlib import Path
+
+import pytest
+
+from distillm_cli.config.load import resolve
+from distillm_cli.config.pipeline import is_pipeline, load_pipeline, placed
+from distillm_cli.errors import DistillmError, RecipeError
+
+TEXT = """\
+defaults:
+  teacher: {path: stage:teacher}
+  data: {source: builtin}
+  train: {lr: 1e-3, steps: 9}
+stages:
+  teacher:
+    verb: sft
+    student: {path: "random:2x32", tokenizer: chars}
+  samples: {verb: generate, model: stage:teacher}
+  distill:
+    verb: distill
+    recipe: quickstart
+    student: {path: stage:teacher}
+    data: {source: stage:samples}
+    train: {epochs: 2}
+  eval: {verb: eval, models: stage:distill}
+"""
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write(text=TEXT, name="p.yaml"):
+        Path(name).write_text(text, encoding="utf-8")
+        return name
+
+    return write
+
+
+def test_layers_lie_over_each_other(written):
+    p = load_pipeline(written(), ["defaults.train.seed=4", "stages.distill.train.lr=5e-4", "defaults.train.lr=2e-3"])
+    teacher, distill = p["teacher"].resolved, p["distill"].resolved
+    assert (teacher.recipe.method, distill.recipe.method) == ("sft", "distillm")
+    assert (teacher.recipe.train.lr, teacher.origin["train.lr"]) == (2e-3, "--set")
+    assert (distill.recipe.train.lr, distill.former["train.lr"]) == (5e-4, (2e-3, "--set"))
+    assert distill.origin["train.betas"].startswith("quickstart.yaml:"), "from the single recipe it starts from"
+    assert distill.recipe.data.template == "plain"
+    assert teacher.recipe.data.template == "auto"
+    assert {s.resolved.recipe.train.seed for s in p.stages} == {4}
+    assert (distill.recipe.train.steps, distill.recipe.train.epochs) == (None, 2), "its own epochs, over shared steps"
+    assert teacher.recipe.train.steps == 9
+
+
+def test_stages_stand_for_what_they_make(written):
+    p = load_pipeline(written())
+    assert [s.reads for s in p.stages] == [(), ("teacher",), ("teacher", "samples"), ("distill",)]
+    assert p["teacher"].resolved.recipe.teacher.path is None, "a shared teacher is not its own"
+    own, resolved = placed(p["distill"], {"teacher": "out/teacher", "samples": "out/samples/samples.jsonl"})
+    assert (resolved.recipe.teacher.path, resolved.recipe.data.source) == ("out/teacher", "out/samples/samples.jsonl")
+    assert own.verb == "distill"
+    assert p["eval"].own.models == ("stage:distill",)
+
+
+def test_single_recipes_and_pipelines_know_each_other(written):
+    assert is_pipeline(Path(written()))
+    assert not is_pipeline("quickstart")
+    with pytest.raises(RecipeError, match=r"p\.yaml: a pipeline of stages, not one recipe; try `distillm run p\.yaml`"):
+        resolve(command="distill", recipe=Path("p.yaml"))
+    with pytest.raises(RecipeError, match=r"has no stages; try `distillm distill --recipe quickstart`"):
+        load_pipeline("quickstart")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ("train: {epochs: 2}", "train: {lr: fast}", "p.yaml:15: stages.distill.train.lr = fast; expected a number > 0; "
+         "try --set stages.distill.train.lr=0.0005"),
+        ("train: {lr: 1e-3, steps: 9}", "train: {lr: -1}", "p.yaml:4: defaults.train.lr = -1; expected a number > 0; try "
+         "--set defaults.train.lr=0.0005"),
+        ("train: {epochs: 2}", "trian: {epochs: 2}", "p.yaml:15: stages.distill.trian: no such key; did you mean train?"),
+        ("verb: sft", "verb: stf", "p.yaml:7: stages.teacher.verb = stf; expected one of sft, generate, distill, eval; try"),
+        ("    verb: sft\n", "", "p.yaml:6: stages.teacher: no verb; expected verb: sft, generate, distill, eval"),
+        ("model: stage:teacher", "limit: 3", "p.yaml:9: stages.samples: no model; set model: stage:NAME, a path or a hub"),
+        ("recipe: quickstart", "recipe: quickstrat", "p.yaml:12: stages.distill.recipe = quickstrat; no recipe named"),
+        ("recipe: quickstart", "models: [x]", "p.yaml:12: stages.distill.models: no such key of distill; eval has it"),
+        ("model: stage:teacher", "model: stage:teachr", "stages.samples.model = stage:teachr; there is no stage teachr; "
+         "did you mean stage:teacher?"),
+        ("model: stage:teacher", "model: stage:distill", "stages.samples.model = stage:distill; stage distill comes after "
+         "samples"),
+        ("model: stage:teacher", "model: stage:samples", "a stage cannot read what it makes itself"),
+        ("source: stage:samples", "source: stage:teacher", "stage teacher (sft) makes a model, this takes rows"),
+        ("student: {path: stage:teacher}", "student: {path: stage:samples}", "makes rows, this takes a model"),
+        ("  teacher: {path: stage:teacher}\n", "  method: kd\n", "p.yaml:2: defaults.method: a method is of one stage; set"),
+        ("student: {path: \"random:2x32\", tokenizer: chars}", "data: {source: builtin}",
+         "p.yaml:6: stages.teacher: no model to train; set student.path there, to a path, a hub name or stage:NAME"),
+        ("defaults:", "shared:", "p.yaml:1: shared: no such key; a pipeline has defaults and stages"),
+        ("defaults:", "train: {lr: 1}\ndefaults:", "p.yaml:1: train: no such key; a pipeline has defaults and stages; did "
+         "you mean defaults.train?"),
+        ("  eval: {verb", "  teacher: {verb", "p.yaml:16: stages.teacher occurs twice, first in line 6; keep one of them"),
+        ("    verb: distill\n", "    verb: distill\n    method: sft\n", "expected a method of `distillm distill`"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_with_its_line(written, old, new, line):
+    assert TEXT.count(old) == 1
+    with pytest.raises(DistillmError) as caught:
+        load_pipeline(written(TEXT.replace(old, new)))
+    assert line in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("train.lr=1", "--set train.lr=1; expected defaults.section.key=value or stages.NAME.section.key=value; did you "
+         "mean defaults.train.lr?"),
+        ("stages.techer.train.lr=1", "--set stages.techer.train.lr: no stage techer; did you mean stages.teacher?"),
+        ("stages.teacher.train.lr", "--set stages.teacher.train.lr; expected"),
+        ("stages.samples.n=0", "--set stages.samples.n = 0; expected a whole number ≥ 1"),
+        ("stages.teacher.verb=[", "--set stages.teacher.verb: not a YAML document"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_set_is_said(written, text, line):
+    with pytest.raises(DistillmError) as caught:
+        load_pipeline(written(), [text])
+    assert line in str(caught.value)
