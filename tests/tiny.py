@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from distillm_cli.sequences import Batch, Sequence, collate
 
@@ -84,6 +91,26 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 4}),
 }
 
+_T5: dict[str, Any] = {"d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 64, "num_layers": 2}
+_GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+_BART: dict[str, Any] = {
+    "d_model": 32,
+    "max_position_embeddings": CONTEXT,
+    "forced_eos_token_id": None,
+    **{f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in (("layers", 2), ("ffn_dim", 64))},
+    **{f"{side}_attention_heads": 4 for side in ("encoder", "decoder")},
+}
+
+# The same for encoder-decoders. T5 1.0: one matrix for all, scaled before the head; 1.1 and mT5 have a head of their own.
+SEQ2SEQ: dict[str, tuple[str, dict[str, Any]]] = {
+    "t5": ("t5", _T5),
+    "t5-v1.1": ("t5", _T5 | _GATED | {"num_decoder_layers": 3}),
+    "mt5": ("mt5", _T5 | _GATED),
+    "umt5": ("umt5", _T5 | _GATED),
+    "bart": ("bart", _BART),
+}
+_UNTIED = ("t5-v1.1", "mt5")
+
 
 def tokenizer(words: str = string.ascii_lowercase, *, pad: bool = True, size: int | None = None):
     """A character tokenizer: <eos>, <pad> (unless told otherwise), then the characters; `size` adds made-up tokens."""
@@ -98,8 +125,10 @@ def tokenizer(words: str = string.ascii_lowercase, *, pad: bool = True, size: in
 
 def config(family: str, vocab_size: int = 101, **fields: Any):
     """The config of a tiny member of ``family``; `fields` override."""
-    model_type, own = FAMILIES[family]
+    model_type, own = (FAMILIES | SEQ2SEQ)[family]
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    if family in SEQ2SEQ:
+        ids = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1, "decoder_start_token_id": 1}
     return AutoConfig.for_model(model_type, **{"vocab_size": vocab_size, **ids, **own, **fields})
 
 
@@ -110,7 +139,10 @@ def model(family: str, vocab_size: int = 101, *, seed: int = 0, spread: float = 
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made = AutoModelForCausalLM.from_config(config(family, vocab_size, **fields), dtype=torch.float32).eval()
+        auto = AutoModelForSeq2SeqLM if family in SEQ2SEQ else AutoModelForCausalLM
+        made = auto.from_config(config(family, vocab_size, **fields), dtype=torch.float32).eval()
+        if family in _UNTIED:  # as their published weights are; transformers would tie them in a model from scratch
+            made.lm_head.weight = nn.Parameter(made.lm_head.weight.detach().clone())
         with torch.no_grad():
             for name, parameter in made.named_parameters():
                 # a_log, dt and the like of state space models are left where their initialisation wants them
@@ -119,7 +151,9 @@ def model(family: str, vocab_size: int = 101, *, seed: int = 0, spread: float = 
                 elif name.endswith("bias") and "dt" not in name:
                     parameter.normal_(0, 0.3)
             head = made.get_output_embeddings()
-            logits = made(torch.randint(vocab_size, (2, 8)), use_cache=False).logits
+            ids = torch.randint(vocab_size, (2, 8))
+            responses = {"decoder_input_ids": ids} if family in SEQ2SEQ else {}
+            logits = made(ids, **responses, use_cache=False).logits
             head.weight.mul_(spread / logits.std())
     return made
 

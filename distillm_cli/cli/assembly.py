@@ -103,7 +103,7 @@ def prepare(recipe: Recipe, listener: Listener) -> Prepared:
             yield from (render(row, recipe.data.template, None), row.references[0])
 
     pair = load_pair(recipe, device=device, texts=texts, listener=listener)
-    encoder = Encoder(pair.tokenizer, recipe.data)
+    encoder = Encoder(pair.tokenizer, recipe.data, is_encoder_decoder=pair.student.is_encoder_decoder)
     contexts = [m.context for m in (pair.teacher, pair.student) if m is not None and m.context is not None]
     context = min(contexts, default=None)
     train = tokenise(train_rows, encoder, recipe.data, listener, context)

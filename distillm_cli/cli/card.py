@@ -12,10 +12,13 @@ if TYPE_CHECKING:
     from distillm_cli.core.engine import Progress
 
 
-def model_card(resolved: Resolved, reached: Progress, measured: Mapping[str, Any]) -> str:
-    """Markdown with the front matter that the hub reads. measured: by model name, with ``valid_loss`` and ``scores``."""
+def model_card(resolved: Resolved, reached: Progress, measured: Mapping[str, Any], *, task: str) -> str:
+    """Markdown with the front matter that the hub reads. measured: by model name, with ``valid_loss`` and ``scores``.
+
+    task: the hub's name for what such a model does.
+    """
     recipe = resolved.recipe
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", f"- {recipe.method}"]
+    lines = ["---", "library_name: transformers", f"pipeline_tag: {task}", "tags:", f"- {recipe.method}"]
     if recipe.method != "sft":
         lines.append("- knowledge-distillation")
     lines += ["---", "", f"# {recipe.student.path}, " + ("fine-tuned" if recipe.method == "sft" else "distilled"), ""]

@@ -19,7 +19,7 @@ Suites = Annotated[
     typer.Option(
         "--suite",
         metavar="NAME|FILE",
-        help="dolly, self-inst, vicuna, sni, unni, builtin, or data; may be repeated.",
+        help="dolly, self-inst, vicuna, sni, unni, samsum, xsum, wmt14-de-en, iwslt, gsm8k, builtin, or data.",
         rich_help_panel=options.MODELS,
     ),
 ]
@@ -28,7 +28,7 @@ Metrics = Annotated[
     typer.Option(
         "--metric",
         metavar="NAME",
-        help="rouge_l, exact_match or error_rate; may be repeated.",
+        help="rouge_l, rouge_1, rouge_2, bleu, chrf, exact_match, error_rate, final_number; may be repeated.",
         rich_help_panel=options.MODELS,
     ),
 ]

@@ -70,7 +70,7 @@ def load(model: str, recipe: Recipe, listener: Listener) -> tuple[Backbone, Enco
     device = resolve_device(recipe.train.device)
     dtype = resolve_dtype(recipe.student.dtype, device)
     backbone = load_backbone(model, dtype=dtype, device=device, listener=listener)
-    return backbone, Encoder(backbone.tokenizer, recipe.data)
+    return backbone, Encoder(backbone.tokenizer, recipe.data, is_encoder_decoder=backbone.is_encoder_decoder)
 
 
 def check_head(backbone: Backbone, encoder: Encoder, row: Row, listener: Listener) -> None:

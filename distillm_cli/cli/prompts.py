@@ -89,7 +89,8 @@ def rereadable(rows: list[Row], ids: list[np.ndarray], encoder: Encoder, data: D
     suspects = [i for i, row in enumerate(rows) if encoder.template == "chat" or row.messages is not None]
     if not suspects:
         return texts
-    reader = Encoder(encoder.tokenizer, data.model_copy(update={"template": "auto"}))
+    auto = data.model_copy(update={"template": "auto"})
+    reader = Encoder(encoder.tokenizer, auto, is_encoder_decoder=encoder.is_encoder_decoder)
     start = encoder.tokenizer.bos_token
     lost = 0
     for i in suspects:

@@ -24,8 +24,9 @@ from distillm_cli.core.events import Note, Warned
 from distillm_cli.core.metrics_log import MetricsLog
 from distillm_cli.core.objective import Objective
 from distillm_cli.data.prompts import render
-from distillm_cli.errors import CheckpointError, Interrupted, signal_number
+from distillm_cli.errors import CheckpointError, Interrupted, UsageError, signal_number
 from distillm_cli.evaluation.evaluate import SuiteResult, evaluate
+from distillm_cli.evaluation.metrics import METRICS
 from distillm_cli.evaluation.suites import HELD_OUT, Suite
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.loading import quiet
@@ -58,6 +59,9 @@ def train(
     """Runs the recipe into ``output`` and returns the result object of ``--json``."""
     recipe, began = resolved.recipe, time.perf_counter()
     outputs.check(output, resume=resume, overwrite=overwrite)
+    if _needs_metric(recipe) and not recipe.eval.report_rows:
+        what = f"train.select = {recipe.train.select} is measured on eval.report_rows held-out rows, and that is 0"
+        raise UsageError(what, hint="try --set eval.report_rows=100, or --set train.select=valid_loss")
     for note in resolved.notes:
         ui(Warned(note))
     try:
@@ -130,7 +134,7 @@ def _stopped(output: Path | None, stop: KeyboardInterrupt) -> Interrupted:
 
 
 def _needs_metric(recipe) -> bool:
-    return recipe.train.select in ("rouge_l", "exact_match", "error_rate")
+    return recipe.train.select in METRICS
 
 
 def _checkpoint(output: Path, recipe) -> Checkpoint:
@@ -167,7 +171,8 @@ class _Report:
         config, self.run, self.directory, self.ui = run.recipe.eval, run, directory, ui
         rows = run.valid.rows[: config.report_rows]
         self.suite = Suite(HELD_OUT, list(rows), run.valid_rows.name)
-        self.config = config.model_copy(update={"seeds": config.seeds[:1]})
+        metrics = dict.fromkeys([*config.metrics, *([run.recipe.train.select] if _needs_metric(run.recipe) else [])])
+        self.config = config.model_copy(update={"seeds": config.seeds[:1], "metrics": tuple(metrics)})
 
     def all(self, engine: Engine) -> dict[str, Measured]:
         run = self.run
@@ -227,7 +232,8 @@ def publish(run: Prepared, output: Path, resolved: Resolved, reached: Reached, m
     run.student.model.to(dtype)
     run.save_model(staged)
     run.student.model.float()
-    (staged / "README.md").write_text(model_card(resolved, reached, measured), encoding="utf-8")
+    task = "text2text-generation" if run.student.is_encoder_decoder else "text-generation"
+    (staged / "README.md").write_text(model_card(resolved, reached, measured, task=task), encoding="utf-8")
     outputs.publish(staged, output)
 
 

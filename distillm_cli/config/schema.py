@@ -18,7 +18,9 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(min_length=1)]
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 DivergenceName = Literal["kl", "rkl", "skl", "srkl", "jsd", "tvd", "jeffreys"]
-MetricName = Literal["rouge_l", "exact_match", "error_rate"]
+MetricName = Literal[
+    "rouge_l", "rouge_1", "rouge_2", "bleu", "chrf", "exact_match", "error_rate", "final_number"
+]  # fmt: skip
 
 
 class Section(BaseModel):
@@ -214,7 +216,7 @@ class Train(Section):
     eval_steps: Positive | Literal["epoch"] = Field("epoch", description="validate every so many steps")
     save_steps: Positive | Literal["epoch"] = Field("epoch", description="checkpoint every so many steps")
     keep: Positive = Field(2, description="checkpoints kept, beside the best")
-    select: Literal["last", "valid_loss", "valid_divergence", "rouge_l", "exact_match", "error_rate"] = Field(
+    select: Literal["last", "valid_loss", "valid_divergence", MetricName] = Field(
         "last",
         description="whose weights the output directory ends with: the last, or the best by this held-out figure",
     )
@@ -231,9 +233,14 @@ class Eval(Section):
     """Scoring by generation (METHODS D)."""
 
     suites: tuple[Name, ...] = Field(
-        (), description="dolly self-inst vicuna sni unni, or data files; unset: the held-out rows"
+        (),
+        description="dolly self-inst vicuna sni unni, samsum xsum wmt14-de-en wmt14-en-de iwslt gsm8k, or data files; "
+        "unset: the held-out rows",
     )
-    metrics: tuple[MetricName, ...] = Field(("rouge_l", "exact_match"), description="rouge_l, exact_match, error_rate")
+    metrics: tuple[MetricName, ...] = Field(
+        ("rouge_l", "exact_match"),
+        description="rouge_l rouge_1 rouge_2, bleu and chrf (of a whole set), exact_match, error_rate, final_number (GSM8K)",
+    )
     seeds: tuple[int, ...] = Field((10, 20, 30, 40, 50), min_length=1, description="one sampled pass each")
     greedy: bool = Field(False, description="one deterministic pass instead")
     temperature: Annotated[float, Field(ge=0)] = Field(1.0, description="0 is greedy")

@@ -35,9 +35,13 @@ class Decoding(Protocol):
 
 
 class Decoder(Protocol):
-    """A model that can decode; ``context`` is its longest sequence, None when unbounded."""
+    """A model that can decode; ``context`` is its longest sequence, None when unbounded.
+
+    is_encoder_decoder: prompt and response are two texts. ``no_repeat_ngram_size`` then counts in the response alone.
+    """
 
     context: int | None
+    is_encoder_decoder: bool
     stop_ids: frozenset[int]
 
     def decode(self, prompts: SequenceOf[np.ndarray]) -> Decoding: ...
@@ -144,7 +148,10 @@ def _side_by_side(
     B, horizon = len(prompts), max(rooms)
     lengths_B, rooms_B = np.array([len(p) for p in prompts]), np.array(rooms)
     uniforms_BT = np.stack([_uniforms(seed, horizon) for seed in seeds])
-    ngrams = [_NGrams(sampling.no_repeat_ngram_size, p) for p in prompts] if sampling.no_repeat_ngram_size else None
+    ngrams = None
+    if sampling.no_repeat_ngram_size:
+        # An encoder's text is another one than the response: a summary may quote it.
+        ngrams = [_NGrams(sampling.no_repeat_ngram_size, p[:0] if decoder.is_encoder_decoder else p) for p in prompts]
     stops = np.array(sorted(decoder.stop_ids), dtype=np.int64)
     tokens_BT = np.zeros((B, horizon), dtype=np.int32)
     counts_B, entropies_B = np.zeros(B, dtype=np.int64), np.zeros(B)

@@ -25,7 +25,8 @@ _FEW = 64
 class Sampling:
     """How a next token is chosen. temperature 0 is greedy; top_k 0, no_repeat_ngram_size 0 and top_p 1 are off.
 
-    no_repeat_ngram_size: an n-gram of prompt and output together never occurs twice. min_new_tokens: no stop before.
+    no_repeat_ngram_size: an n-gram of prompt and output together never occurs twice (of the output, for encoder-decoders).
+    min_new_tokens: no stop before.
     """
 
     temperature: float = 1.0

@@ -9,20 +9,10 @@ from typing import Any, TypeVar
 
 from distillm_cli.core.events import Listener, Note
 from distillm_cli.data.files import Records, read
+from distillm_cli.data.known import known
 from distillm_cli.errors import DataError
 
 T = TypeVar("T")
-
-# The processed sets of MiniLLM (METHODS D), file by file: left to itself the loader would read the plain-text twins that
-# lie beside them, and in the last two every subset by length of the reference (`11_`: eleven words or more). Named one
-# by one they are also found again offline, and their complaints name a line.
-KNOWN = {
-    "dolly": ("MiniLLM/dolly", {"train": "raw.jsonl", "test": "valid.jsonl"}),
-    "self-inst": ("MiniLLM/self-inst", {"test": "valid.jsonl"}),
-    "vicuna": ("MiniLLM/Vicuna", {"test": "valid.jsonl"}),
-    "sinst": ("MiniLLM/sinst", {"test": "11_/valid.jsonl"}),
-    "uinst": ("MiniLLM/uinst", {"test": "11_/valid.jsonl"}),
-}
 
 
 def hub_splits(name: str, typed: str, looked: str, listener: Listener) -> dict[str, Callable[[], Records]]:
@@ -33,22 +23,24 @@ def hub_splits(name: str, typed: str, looked: str, listener: Listener) -> dict[s
     """
     import datasets
 
-    repo, files = KNOWN.get(name, (name, None))
-    repo, _, config = repo.partition(":")
+    found = known(name)
+    repo, _, config = (name if found is None else found.repo).partition(":")
     ask = partial(_asked, typed, repo, looked)
     _reach(ask, repo)
     listener(Note(f"{typed}: reading {repo} of the hub"))
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # a counter elsewhere is no reason to phone there
-    if files is not None:
-        return {split: partial(_file, ask, repo, file) for split, file in files.items()}
+    if found is not None:
+        return {split: partial(_files, ask, repo, files, found.revision) for split, files in found.files.items()}
     splits = ask(datasets.get_dataset_split_names, repo, config or None)
     return {split: partial(_rows, ask, repo, config, split) for split in splits}
 
 
-def _file(ask: Callable[..., Any], repo: str, file: str) -> Records:
+def _files(ask: Callable[..., Any], repo: str, files: tuple[str, ...], revision: str | None) -> Records:
     import huggingface_hub
 
-    yield from read(Path(ask(huggingface_hub.hf_hub_download, repo, file, repo_type="dataset")))
+    for file in files:
+        at = ask(huggingface_hub.hf_hub_download, repo, file, repo_type="dataset", revision=revision)
+        yield from read(Path(at))
 
 
 def _rows(ask: Callable[..., Any], repo: str, config: str, split: str) -> Records:

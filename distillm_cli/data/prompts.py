@@ -108,9 +108,12 @@ class Encoder:
     The prompt starts with whatever the tokenizer puts first (a beginning-of-sequence token, for some), except where a
     chat template wrote that already, and never ends with what it puts last. The response ends with end-of-sequence,
     unless it was cut. Can be pickled, tokenizer included.
+
+    is_encoder_decoder: prompt and response are texts of their own. The prompt ends with whatever the tokenizer puts last,
+    end-of-sequence at least, as T5's encoder knows it; the response starts with whatever the tokenizer puts first.
     """
 
-    def __init__(self, tokenizer: Any, data: Data):
+    def __init__(self, tokenizer: Any, data: Data, *, is_encoder_decoder: bool = False):
         if tokenizer.eos_token_id is None:
             raise ModelError(
                 "the tokenizer has no end-of-sequence token",
@@ -121,7 +124,9 @@ class Encoder:
         self.template = data.template
         self.max_length, self.max_prompt_length, self.too_long = data.max_length, data.max_prompt_length, data.too_long
         self.eos: int = tokenizer.eos_token_id
-        self._start = self._find_start()
+        self.is_encoder_decoder = is_encoder_decoder
+        self._start, end = self._find_ends()
+        self._end = (end or [self.eos]) if is_encoder_decoder else []
 
     def prompt_ids(self, row: Row, limit: int | None = None) -> np.ndarray:
         """The prompt's ids, int32, at least one. limit: the model's context; DataError when the prompt is longer."""
@@ -135,6 +140,8 @@ class Encoder:
         for row, form, ids in zip(rows, forms, self._ids(texts), strict=True):
             if form != "chat":
                 ids = self._start + ids
+            if self._end and ids[-len(self._end) :] != self._end:
+                ids = ids + self._end
             if not ids:  # an all-blank prompt for a tokenizer that drops blanks; the first response token needs a state
                 ids = [self.eos if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id]
             if limit is not None and len(ids) > limit:
@@ -157,6 +164,8 @@ class Encoder:
             if not row.references:
                 raise DataError(f"{row.where}: no response to train on", hint="generate responses first")
         responses = self._ids([row.references[0] for row in rows])
+        if self.is_encoder_decoder:
+            responses = [self._start + ids for ids in responses]
         prompts = self.prompts(rows)
         return [
             self._fit(row, prompt, response, index, context)
@@ -204,12 +213,13 @@ class Encoder:
         # verbose=False: the tokenizer would warn of its own length limit, which is not the one that counts here.
         return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
-    def _find_start(self) -> list[int]:
-        """The special tokens the tokenizer puts before a text (and not those it puts after one)."""
+    def _find_ends(self) -> tuple[list[int], list[int]]:
+        """The special tokens the tokenizer puts before a text, and those it puts after one."""
         for probe in ("a", "1", ".", "the"):
             bare = self._ids([probe])[0]
             if bare:
                 full = self.tokenizer(probe)["input_ids"]
                 starts = (at for at in range(len(full)) if full[at : at + len(bare)] == bare)
-                return full[: next(starts, 0)]
-        return [token for token in self.tokenizer("")["input_ids"] if token != self.eos]
+                at = next(starts, None)
+                return ([], []) if at is None else (full[:at], full[at + len(bare) :])
+        return [token for token in self.tokenizer("")["input_ids"] if token != self.eos], []

@@ -21,13 +21,13 @@ from distillm_cli.config.schema import Columns, Data
 from distillm_cli.core.events import Listener, Note, Warned, silent
 from distillm_cli.data.files import FORMATS, Fault, Records, read
 from distillm_cli.data.hub import hub_splits
+from distillm_cli.data.known import ALIASES, Reshape, known
 from distillm_cli.data.rows import BadRow, Row, parse
 from distillm_cli.errors import DataError
 
 Split = Literal["train", "valid", "test"]
 T = TypeVar("T")
 
-_ALIASES = {"sni": "sinst", "unni": "uinst"}  # either is looked for under $DISTILLM_DATA; the hub knows the second
 _FILE_ENDINGS = (*FORMATS, ".txt", ".tsv", ".gz", ".zst", ".zip", ".arrow")
 _SPLIT_FILE = re.compile(r"(train|dev|valid|validation|val|test)(-\d+-of-\d+)?", re.IGNORECASE)
 _HELD_OUT_SHARE = 20  # one row in so many, when a source has no held-out rows of its own
@@ -62,12 +62,16 @@ class Rows(SequenceOf[Row]):
 
 @dataclass(frozen=True)
 class _Source:
-    """Where rows may be read. parts: by split, each a call that reads it. whole: a single file, which has no splits."""
+    """Where rows may be read. parts: by split, each a call that reads it. whole: a single file, which has no splits.
+
+    reshape: of the records of a set with a short name, where no column is named.
+    """
 
     name: str
     parts: Mapping[str, Callable[[], Records]]
     path: Path | None = None
     whole: bool = False
+    reshape: Reshape | None = None
 
 
 def load_rows(
@@ -172,11 +176,15 @@ def _load(
             raise DataError(f"{where}: {what}", where=None if place and where.startswith(place) else place, hint=hint)
         return f"{where}: {what}"
 
+    reshape = source.reshape if columns == Columns() else None
+
     def good() -> Iterator[Row]:
         for where, record in source.parts[part]():
             if isinstance(record, Fault):
                 skipped.append(complain(where, record.what))
                 continue
+            if reshape is not None and isinstance(record, dict):
+                record = reshape(record)
             try:
                 row = parse(record, where, columns, require_output=require_output)
             except BadRow as error:
@@ -248,6 +256,12 @@ def _builtin(data: Data, split: Split, limit: int | None) -> Rows:
 
 def _resolve(named: str, listener: Listener) -> _Source:
     """What ``named`` is. A bare name is looked for under $DISTILLM_DATA before the working directory, a path after."""
+    set_of_that_name = known(named.strip())
+    source = _find(named, listener)
+    return source if set_of_that_name is None else replace(source, reshape=set_of_that_name.reshape)
+
+
+def _find(named: str, listener: Listener) -> _Source:
     text = named.strip()
     if not text:
         raise DataError("an empty name for a data source", hint="name a file, a directory, a data set, or builtin")
@@ -267,7 +281,7 @@ def _resolve(named: str, listener: Listener) -> _Source:
     if is_path:
         raise DataError(f"{text}: no such file or directory", hint="check the path")
     looked = f"not under $DISTILLM_DATA ({root})" if root else "$DISTILLM_DATA is not set"
-    found = hub_splits(_ALIASES.get(text, text), text, looked, listener)
+    found = hub_splits(ALIASES.get(text, text), text, looked, listener)
     parts = _arrange(found)
     if not parts:
         raise DataError(f"{text}: no train, valid or test on the hub, but {', '.join(found)}", hint="pass a file")
@@ -275,7 +289,7 @@ def _resolve(named: str, listener: Listener) -> _Source:
 
 
 def _spellings(name: str) -> list[str]:
-    twins = _ALIASES | {long: short for short, long in _ALIASES.items()}
+    twins = ALIASES | {long: short for short, long in ALIASES.items()}
     return [name, twins[name]] if name in twins else [name]
 
 

@@ -21,7 +21,7 @@ from distillm_cli.core.rollout import Decoder, Sampled, Sampling, sample_all
 from distillm_cli.data.prompts import Encoder, render
 from distillm_cli.data.sources import Row
 from distillm_cli.errors import DataError
-from distillm_cli.evaluation.metrics import METRICS, Count, ratio
+from distillm_cli.evaluation.metrics import METRICS, Count, Metric, ratio
 from distillm_cli.evaluation.suites import Suite
 
 GREEDY = "greedy"
@@ -29,18 +29,27 @@ GREEDY = "greedy"
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One metric: mean and sample standard deviation over passes (0 for a single pass), and each pass's value."""
+    """One metric: mean and sample standard deviation over passes (0 for a single pass), and each pass's value.
+
+    signature: how it was computed, where a library has words for that (``metrics.Metric``).
+    """
 
     mean: float
     sd: float
     seeds: dict[str, float]
+    signature: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Its object in the suite's."""
+        told = {"mean": self.mean, "sd": self.sd, "seeds": self.seeds}
+        return told if self.signature is None else told | {"signature": self.signature}
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What the model said to one row. tokens: how many, end-of-sequence included. entropy: their mean, nats.
 
-    counts: by metric, what the row adds to a figure (see ``metrics.ratio``).
+    counts: by metric, what the row adds to a figure (see ``metrics.ratio``); none for the figures of a whole set.
     """
 
     text: str
@@ -80,7 +89,7 @@ class SuiteResult:
     def as_json(self) -> dict[str, Any]:
         """The suite's object in ``distillm eval --json`` and in ``results.json``."""
         found: dict[str, Any] = {"rows": len(self.suite.rows)}
-        found |= {name: {"mean": s.mean, "sd": s.sd, "seeds": s.seeds} for name, s in self.scores.items()}
+        found |= {name: score.as_json() for name, score in self.scores.items()}
         rate = round(self.tokens / max(self.seconds, 1e-9), 1)
         found |= {"tokens": self.tokens, "tokens_per_s": rate, "seconds": round(self.seconds, 3)}
         found |= {"entropy": self.entropy, "complete": self.complete}
@@ -132,7 +141,7 @@ def evaluate(
         suite=suite,
         config=config,
         template=encoder.template,
-        scores=_scores(config.metrics, answers),
+        scores=_scores(config.metrics, answers, [row.references for row in suite.rows]),
         tasks=_by_task(config.metrics, answers, suite.rows),
         prompts=[render(row, encoder.template, encoder.tokenizer) for row in suite.rows],
         answers=answers,
@@ -183,17 +192,27 @@ def text_of(tokenizer: Any, said: Sampled) -> str:
 
 def _answer(encoder: Encoder, said: Sampled, row: Row, metrics: SequenceOf[str]) -> Answer:
     text = text_of(encoder.tokenizer, said)
-    counts = {metric: METRICS[metric].count(text, row.references) for metric in metrics}
+    counts = {name: count(text, row.references) for name in metrics if (count := METRICS[name].count) is not None}
     return Answer(text, len(said.tokens), said.complete, float(said.entropy), counts)
 
 
-def _scores(metrics: SequenceOf[str], answers: Mapping[str, SequenceOf[Answer]]) -> dict[str, Score]:
+def _scores(
+    metrics: SequenceOf[str], answers: Mapping[str, SequenceOf[Answer]], references: SequenceOf[SequenceOf[str]]
+) -> dict[str, Score]:
     found = {}
-    for metric in metrics:
-        seeds = {name: ratio(answer.counts[metric] for answer in said) for name, said in answers.items()}
+    for name in metrics:
+        seeds = {key: _figure(METRICS[name], said, references) for key, said in answers.items()}
         values = list(seeds.values())
-        found[metric] = Score(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0, seeds)
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        found[name] = Score(statistics.fmean(values), spread, seeds, METRICS[name].signature)
     return found
+
+
+def _figure(metric: Metric, said: SequenceOf[Answer], references: SequenceOf[SequenceOf[str]]) -> float:
+    """Of one pass over a set."""
+    if metric.count is not None:  # counted already
+        return ratio(answer.counts[metric.name] for answer in said)
+    return metric.figure([answer.text for answer in said], references)
 
 
 def _by_task(
@@ -204,6 +223,10 @@ def _by_task(
         if row.task is not None:
             members.setdefault(row.task, []).append(i)
     return {
-        task: _scores(metrics, {name: [said[i] for i in picked] for name, said in answers.items()})
+        task: _scores(
+            metrics,
+            {name: [said[i] for i in picked] for name, said in answers.items()},
+            [rows[i].references for i in picked],
+        )
         for task, picked in sorted(members.items())
     }

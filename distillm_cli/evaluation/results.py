@@ -18,8 +18,8 @@ from typing import Any
 
 from distillm_cli.config import schema
 from distillm_cli.errors import StorageError
-from distillm_cli.evaluation.evaluate import GREEDY, SuiteResult
-from distillm_cli.evaluation.metrics import ratio
+from distillm_cli.evaluation.evaluate import GREEDY, Answer, SuiteResult
+from distillm_cli.evaluation.metrics import METRICS, ratio
 
 _LETTERS = {"top_p": "p", "top_k": "k", "max_new_tokens": "n", "no_repeat_ngram_size": "r", "limit": "limit"}
 _WITHOUT_EFFECT_ON_GREEDY = ("top_p", "top_k")
@@ -85,11 +85,16 @@ def _predictions(result: SuiteResult, name: str) -> Iterator[dict[str, Any]]:
             "prompt": prompt,
             "output": answer.text,
             "references": list(row.references),
-            **{metric: ratio([count]) for metric, count in answer.counts.items()},
+            **{name: _of_row(name, answer, row.references) for name in result.config.metrics},
             "tokens": answer.tokens,
             "complete": answer.complete,
             "entropy": answer.entropy,
         }
+
+
+def _of_row(name: str, answer: Answer, references: tuple[str, ...]) -> float:
+    count = answer.counts.get(name)
+    return METRICS[name].score(answer.text, references) if count is None else ratio([count])
 
 
 def _write(path: Path, text: str) -> None:

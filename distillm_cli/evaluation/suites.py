@@ -10,10 +10,9 @@ from pathlib import Path
 
 from distillm_cli.config.schema import Columns, Recipe
 from distillm_cli.core.events import Listener, silent
+from distillm_cli.data.known import known
 from distillm_cli.data.sources import Row, Rows, load_rows
 
-# The paper's five, in the order of its tables. Their columns are known, whatever a recipe names for its own data.
-PAPER_SUITES = ("dolly", "self-inst", "vicuna", "sni", "unni")
 HELD_OUT = "held-out"
 _GENERIC = {"train", "valid", "validation", "val", "dev", "test", "data"}
 
@@ -40,14 +39,15 @@ def load_suites(recipe: Recipe, listener: Listener = silent) -> list[Suite]:
 
 
 def load_suite(name: str, recipe: Recipe, listener: Listener = silent) -> Suite:
-    """The test rows of ``dolly self-inst vicuna sni unni``, ``builtin``, a data file or directory, or a hub name.
+    """The test rows of ``dolly self-inst vicuna sni unni``, the paper's five, ``samsum xsum wmt14-de-en wmt14-en-de iwslt
+    gsm8k``, ``builtin``, a data file or directory, or a hub name.
 
     A short name is looked for under $DISTILLM_DATA first, on the hub after. ``recipe.data`` says how rows are read
     (columns, skip_bad_rows), ``recipe.eval.limit`` how many. Raises DataError when they cannot be found or read.
     """
     # What belongs to the training source, such as its own held-out file, is not the suite's.
     own = {"source": name, "valid": None, "limit": None}
-    if name in PAPER_SUITES:
+    if known(name) is not None:  # its columns are known, whatever a recipe names for its own data
         own["columns"] = Columns()
     data = recipe.data.model_copy(update=own)
     return _suite(short_name(name), load_rows(data, "test", listener=listener, limit=recipe.eval.limit))

@@ -1,4 +1,5 @@
-"""One face for causal language models: hidden states at supervised positions, the head that reads them, and decoding.
+"""One face for causal and encoder-decoder models: hidden states at supervised positions, the head that reads them, and
+decoding.
 
 Shape letters: B sequences, T time, N supervised positions, V vocabulary, D width of the last hidden state.
 """
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from distillm_cli.errors import ModelError
+from distillm_cli.models import seq2seq
 from distillm_cli.models.decoding import FastDecoding, PlainDecoding, Ways, cast, close, ways
 from distillm_cli.models.modes import eval_mode
 from distillm_cli.models.products import Linear
@@ -70,7 +72,7 @@ class Head:
 
 
 class Backbone(nn.Module):
-    """A causal model with its tokenizer. The model is the only submodule: parameters and buffers are exactly its own.
+    """A causal or an encoder-decoder model with its tokenizer. The model is the only submodule: parameters and buffers are exactly its own.
 
     vocab: how many token ids meet the loss; matrices with more rows than that (padded vocabularies) are cut. Unset: the
     tokenizer's. Raises ModelError where the model has fewer rows than the tokenizer has ids.
@@ -109,12 +111,25 @@ class Backbone(nn.Module):
         return _trunk(self.model)
 
     @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether prompt and response are two texts, each with its own end, rather than one."""
+        return bool(self.model.config.is_encoder_decoder)
+
+    @property
+    def start(self) -> int:
+        """The token that the decoder of an encoder-decoder begins with."""
+        return seq2seq.start_token(self.model.config)
+
+    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
     @property
     def context(self) -> int | None:
-        """The most positions the model can tell apart, prompt and response together; None where there is no limit."""
+        """The most positions the model can tell apart, prompt and response together; None where there is no limit.
+
+        An encoder-decoder with learned positions has as many on either side; together is less than it could take.
+        """
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     @property
@@ -131,11 +146,13 @@ class Backbone(nn.Module):
     def hidden(self, batch: Batch) -> torch.Tensor:
         """The last hidden states [N, D] that predict the supervised tokens, after the final norm and any projection.
 
-        No attention mask: padding is on the right, where causal attention does not look. In the fallback that
+        No attention mask for a causal model: padding is on the right, where causal attention does not look. In the fallback that
         `check_head` may switch to: the model's own logits [N, V].
         """
         if self.own_logits:
             return self.logits(batch)
+        if self.is_encoder_decoder:
+            return seq2seq.states(self.model, batch, self.start)
         states = self.trunk(input_ids=batch.ids_BT, attention_mask=None, use_cache=False)[0]
         return states.flatten(0, 1).index_select(0, batch.positions_N)
 
@@ -150,6 +167,8 @@ class Backbone(nn.Module):
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """float32 logits [N, vocab] by the model's own forward, which makes them at every position."""
+        if self.is_encoder_decoder:
+            return seq2seq.own_logits(self.model, batch, self.start)[:, : self.vocab].float()
         logits_BTV = self.model(input_ids=batch.ids_BT, attention_mask=None, use_cache=False).logits
         return logits_BTV.flatten(0, 1).index_select(0, batch.positions_N)[:, : self.vocab].float()
 
@@ -183,7 +202,7 @@ class Backbone(nn.Module):
         self.own_logits = not agrees
         return agrees
 
-    def decode(self, prompts: Sequence[np.ndarray]) -> FastDecoding | PlainDecoding:
+    def decode(self, prompts: Sequence[np.ndarray]) -> FastDecoding | PlainDecoding | seq2seq.Seq2SeqDecoding:
         """Start decoding these prompts (token ids, one array each, at least one token) side by side.
 
         Nothing bounds the length: prompt and new tokens together must stay within `context`. Under autocast the float32
@@ -191,12 +210,14 @@ class Backbone(nn.Module):
         """
         if not prompts or min(len(prompt) for prompt in prompts) == 0:
             raise ValueError("decoding needs prompts, and a token in each")
-        if self._ways is None:
+        if self._ways is None and not self.is_encoder_decoder:
             self._ways = ways(self)
         device, runs = self.device.type, self
         if torch.is_autocast_enabled(device) and self.model.dtype == torch.float32:
             runs = Backbone(cast(self.model, torch.get_autocast_dtype(device)), self.tokenizer, self.vocab)
             runs.own_logits = self.own_logits
+        if self.is_encoder_decoder:
+            return seq2seq.Seq2SeqDecoding(runs, prompts)
         return FastDecoding(runs, prompts, step=self._ways.step) if self._ways.fast else PlainDecoding(runs, prompts)
 
 
@@ -214,7 +235,7 @@ def _head_weight(model: PreTrainedModel) -> torch.Tensor | None:
 
 def _head_quirks(config: PretrainedConfig) -> tuple[float, float | None]:
     config = config.get_text_config()
-    scale = 1.0
+    scale = seq2seq.head_scale(config)
     for name, power in _SCALES.items():
         power = _SCALE_EXCEPTIONS.get((config.model_type, name), power)
         value = getattr(config, name, None)

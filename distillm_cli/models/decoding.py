@@ -49,7 +49,7 @@ class PlainDecoding:
 
     @torch.no_grad()
     def logits(self, tokens_B: torch.Tensor | None) -> torch.Tensor:
-        _check_turn(tokens_B, self._prompt_BP is not None)
+        check_turn(tokens_B, self._prompt_BP is not None)
         if tokens_B is None:
             ids_BT, self._prompt_BP = self._prompt_BP, None
         else:
@@ -82,7 +82,7 @@ class FastDecoding:
 
     @torch.no_grad()
     def logits(self, tokens_B: torch.Tensor | None) -> torch.Tensor:
-        _check_turn(tokens_B, self._prompts is not None)
+        check_turn(tokens_B, self._prompts is not None)
         if tokens_B is None:
             return self._read_prompts()
         self._positions_B1 = self._positions_B1 + 1
@@ -101,7 +101,7 @@ class FastDecoding:
         self._cache = ContiguousCache(len(prompts), max(lengths))
         self._positions_B1 = torch.tensor(lengths, device=device)[:, None] - 1
         logits_BV = None
-        for rows in _alike(lengths):
+        for rows in alike(lengths):
             ids_BP, mask_BP, positions_BP = _left_padded([prompts[b] for b in rows], device)
             part = DynamicCache(config=self._backbone.model.config)
             part_BV = self._pass(ids_BP, part, None if mask_BP.all() else mask_BP, positions_BP)
@@ -226,7 +226,8 @@ def close(ours_NV: torch.Tensor, own_NV: torch.Tensor, dtype: torch.dtype) -> bo
     return bool((ours_NV - own_NV).abs().max() <= tolerance)
 
 
-def _check_turn(tokens_B: torch.Tensor | None, unread: bool) -> None:
+def check_turn(tokens_B: torch.Tensor | None, unread: bool) -> None:
+    """Raises ValueError where the prompts are read twice, or tokens come before them."""
     if (tokens_B is None) != unread:
         raise ValueError("the first call reads the prompts (None), every later one takes a token per row")
 
@@ -242,7 +243,7 @@ def _left_padded(prompts: Sequence[np.ndarray], device: torch.device) -> tuple[t
     return tuple(torch.from_numpy(x).to(device) for x in (ids_BP, mask_BP, positions_BP))
 
 
-def _alike(lengths: Sequence[int]) -> list[list[int]]:
+def alike(lengths: Sequence[int]) -> list[list[int]]:
     """Row numbers in groups of like length."""
     groups: list[list[int]] = []
     for b in sorted(range(len(lengths)), key=lambda b: -lengths[b]):

@@ -17,8 +17,8 @@ import transformers
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -30,7 +30,7 @@ from distillm_cli.core.events import Listener, Progress, silent
 from distillm_cli.errors import ModelError
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.modes import eval_mode
-from distillm_cli.models.students import adopt_special_tokens, set_dropout
+from distillm_cli.models.students import adopt_special_tokens, auto_class, set_dropout
 
 BUILTIN_TEACHER = Path(__file__).resolve().parent.parent / "assets" / "quickstart-teacher"
 
@@ -73,7 +73,7 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def load_config(path: str, *, revision: str | None = None, file: bool = False) -> PretrainedConfig:
-    """The config of a causal model: a directory's, a hub name's, or (``file``) the one in this JSON file."""
+    """The config of a causal or an encoder-decoder model: a directory's, a hub name's, or (``file``) the one in this JSON file."""
     name, local = (path, True) if file else locate(path)
     if local and not file and not (Path(name) / "config.json").is_file():
         raise ModelError(f"{path} holds no config.json", hint="pass a model directory: config.json, model.safetensors")
@@ -84,12 +84,8 @@ def load_config(path: str, *, revision: str | None = None, file: bool = False) -
             )
         except Exception as error:  # a dozen types, by version; each of them means that the config is not usable
             raise _not_loaded("config", path, local, error) from error
-    if config.is_encoder_decoder:
-        raise ModelError(
-            f"{path} is an encoder-decoder model ({config.model_type}), which is not supported yet",
-            hint="pass a causal model: GPT-2, OPT, Llama, Qwen, Gemma, …",
-        )
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    known = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) not in known:
         raise _not_causal(path, config)
     return config
 
@@ -136,7 +132,7 @@ def load_backbone(
 ) -> Backbone:
     """A model with its trained weights, in eval mode. tokenizer: in place of its own. dropout: sets every one it has.
 
-    Raises ModelError, naming the cause, for anything that is not the complete checkpoint of a causal model.
+    Raises ModelError, naming the cause, for anything that is not the complete checkpoint of such a model.
     """
     task = f"loading {path}"
     listener(Progress(task, 0, 1))
@@ -168,7 +164,7 @@ def _load_weights(path: str, config: PretrainedConfig, dtype: torch.dtype, revis
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     with quiet():
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = auto_class(config).from_pretrained(
                 name,
                 config=config,
                 dtype=dtype,
@@ -194,11 +190,17 @@ def _load_weights(path: str, config: PretrainedConfig, dtype: torch.dtype, revis
 
 @torch.no_grad()
 def check_causal(path: str, model: PreTrainedModel) -> None:
-    """Raises ModelError for BERT and its kin, which load as causal models too: only what they look at tells."""
+    """Raises ModelError for BERT and its kin, which load as causal models too: only what they look at tells.
+
+    Of an encoder-decoder the decoder must be causal.
+    """
     ids_BT = torch.arange(1, 9, device=model.device).repeat(2, 1) % model.get_input_embeddings().weight.shape[0]
     ids_BT[1, -1] = 0
+    inputs = {"input_ids": ids_BT}
+    if model.config.is_encoder_decoder:
+        inputs = {"input_ids": ids_BT[:1].expand(2, -1), "decoder_input_ids": ids_BT}
     with eval_mode(model), quiet():
-        first_TV, second_TV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1].float()
+        first_TV, second_TV = model(**inputs, use_cache=False).logits[:, :-1].float()
     if (first_TV - second_TV).abs().max() > 16 * torch.finfo(model.dtype).eps * first_TV.abs().max():
         raise _not_causal(path, model.config)
 
@@ -216,7 +218,7 @@ def _not_causal(path: str, config: PretrainedConfig) -> ModelError:
     architecture = (config.architectures or [config.model_type])[0]
     return ModelError(
         f"{path} is not a causal language model ({architecture})",
-        hint="pass one that predicts the next token: GPT-2, OPT, Llama, Qwen, Gemma, …",
+        hint="pass one that predicts the next token: GPT-2, OPT, Llama, Qwen, Gemma, … or T5, mT5",
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from distillm_cli.config import schema
 from distillm_cli.core.events import Listener, silent
@@ -25,7 +25,7 @@ from distillm_cli.models.loading import (
     quiet,
 )
 from distillm_cli.models.students import adopt_special_tokens, build_from_config, build_random
-from distillm_cli.models.tokenizers import is_trained_spec, train_tokenizer
+from distillm_cli.models.tokenizers import is_trained_spec, put_end, train_tokenizer
 
 __all__ = [
     "Pair",
@@ -114,6 +114,8 @@ def load_pair(
         max_length=recipe.data.max_length,
         listener=listener,
     )
+    if teacher is not None:
+        check_kinds(teacher, student)
     if _is_borrowed(recipe.student):
         check_reload(student, next(texts(), None) if texts else None)
     if teacher is not None:
@@ -190,6 +192,7 @@ def load_student(
             model = build_random(
                 path, tokenizer, teacher_config=config, max_length=max_length, seed=seed, dropout=student.dropout
             )
+        _end_prompts(student, model, tokenizer)
         return Backbone(model.to(device), tokenizer)
     if path.endswith(".json"):
         file = Path(path).expanduser()
@@ -202,6 +205,7 @@ def load_student(
         with quiet():
             model = build_from_config(config, tokenizer, seed=seed, dropout=student.dropout, where=path)
         check_causal(path, model)
+        _end_prompts(student, model, tokenizer)
         return Backbone(model.to(device), tokenizer)
     if tokenizer is None and teacher is not None:
         name, local = locate(path)
@@ -214,6 +218,19 @@ def load_student(
         tokenizer=tokenizer,
         dropout=student.dropout,
         listener=listener,
+    )
+
+
+def check_kinds(teacher: Backbone, student: Backbone) -> None:
+    """Raises ModelError where one is causal and the other an encoder-decoder: they do not predict from the same text."""
+    if teacher.is_encoder_decoder == student.is_encoder_decoder:
+        return
+    kinds = {True: "an encoder-decoder model", False: "a causal model"}
+    told = [f"{kinds[m.is_encoder_decoder]} ({m.model.config.model_type})" for m in (teacher, student)]
+    raise ModelError(
+        f"the teacher is {told[0]} and the student {told[1]}",
+        where="their states at a response token say different things",
+        hint="take a student of the teacher's kind, or --student random:4x256, which is of the teacher's family",
     )
 
 
@@ -293,6 +310,13 @@ def _asked_tokenizer(student: schema.Student, texts: Texts | None) -> PreTrained
     if texts is None:
         raise ModelError(f"a {spec} tokenizer is trained on data, and there is none", hint="pass a tokenizer directory")
     return prepare_tokenizer(train_tokenizer(spec, texts()), spec)
+
+
+def _end_prompts(student: schema.Student, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A tokenizer trained for an encoder-decoder ends every text, as T5's does, so that whoever loads it feeds the model
+    what it was trained on."""
+    if model.config.is_encoder_decoder and student.tokenizer is not None and is_trained_spec(student.tokenizer):
+        put_end(tokenizer)
 
 
 def _teachers(teacher: Backbone | None, path: str) -> PreTrainedTokenizerBase:

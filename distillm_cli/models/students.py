@@ -7,11 +7,20 @@ from numbers import Real
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    T5Config,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from distillm_cli.errors import ModelError, UsageError
 from distillm_cli.models.backbone import vocabulary_size
+from distillm_cli.models.seq2seq import T5_KIN, head_scale
 
 _SPEC = re.compile(r"random:(?:(?P<family>[A-Za-z][\w-]*):)?(?P<layers>\d+)x(?P<width>\d+)")
 _FORM = "random:[FAMILY:]LAYERSxWIDTH, for example random:4x256 or random:gpt2:4x256"
@@ -22,6 +31,9 @@ _IDENTITY = ("_name_or_path", "architectures", "auto_map", "dtype", "quantizatio
 _FEED_FORWARD = (
     "intermediate_size",
     "ffn_dim",
+    "d_ff",
+    "encoder_ffn_dim",
+    "decoder_ffn_dim",
     "n_inner",
     "ffn_hidden_size",
     "moe_intermediate_size",
@@ -41,9 +53,10 @@ def build_random(
 ) -> PreTrainedModel:
     """A model with random float32 weights, a function of the seed and the shape alone.
 
-    spec: ``random:[FAMILY:]LAYERSxWIDTH``. FAMILY llama or gpt2, or the teacher's own, which is also the default: its
-    config with layers, width, heads and feed-forward scaled. Without a teacher: llama. Context: the teacher's, else
-    2·max_length. dropout: unset is 0. Raises UsageError for a shape that cannot be.
+    spec: ``random:[FAMILY:]LAYERSxWIDTH``. FAMILY llama, gpt2 or t5, or the teacher's own, which is also the default: its
+    config with layers, width, heads and feed-forward scaled. Without a teacher: llama. An encoder-decoder has so many
+    layers on either side. Context: the teacher's, else 2·max_length. dropout: unset is 0. Raises UsageError for a shape
+    that cannot be.
     """
     family, layers, width = parse_spec(spec)
     text = None if teacher_config is None else teacher_config.get_text_config()
@@ -122,14 +135,32 @@ def adopt_special_tokens(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
     if model.generation_config is not None:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(model.generation_config, name, getattr(tokenizer, name))
+        if model.config.is_encoder_decoder:
+            model.generation_config.decoder_start_token_id = model.config.decoder_start_token_id
 
 
 def _set_special_tokens(config: PretrainedConfig, tokenizer: Tokenizer) -> None:
+    if config.is_encoder_decoder:
+        config.decoder_start_token_id = _start_token(config, tokenizer)
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     # The embedding of config.pad_token_id gets no gradient in several families, so a pad token that is also the
     # end-of-sequence must not be named here; the generation config is the place for that one.
     pad = tokenizer.pad_token_id
     config.pad_token_id = None if pad in (tokenizer.eos_token_id, tokenizer.bos_token_id) else pad
+
+
+def _start_token(config: PretrainedConfig, tokenizer: Tokenizer) -> int:
+    """What the decoder begins with: the token in the same role as before, T5's pad or BART's end-of-sequence."""
+    start = getattr(config, "decoder_start_token_id", None)
+    for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
+        if start is not None and start == getattr(config, name) and getattr(tokenizer, name) is not None:
+            return getattr(tokenizer, name)
+    return tokenizer.pad_token_id if start is None or start >= vocabulary_size(tokenizer) else start
+
+
+def auto_class(config: PretrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForSeq2SeqLM]:
+    """Which of transformers' classes loads and builds such a model."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def _build(config: PretrainedConfig, tokenizer: Tokenizer, seed: int, where: str) -> PreTrainedModel:
@@ -138,7 +169,7 @@ def _build(config: PretrainedConfig, tokenizer: Tokenizer, seed: int, where: str
         torch.default_generator.manual_seed(seed)
         try:
             _set_special_tokens(config, tokenizer)  # before the embedding is made, which may look at the pad token
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+            model = auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=False)
         except MemoryError:
             raise
         except Exception as error:  # every family checks its sizes in its own way, or stumbles over them
@@ -146,7 +177,18 @@ def _build(config: PretrainedConfig, tokenizer: Tokenizer, seed: int, where: str
                 f"cannot build a {config.model_type} of this shape: {error}", where=where, hint="try random:llama:4x256"
             ) from error
     adopt_special_tokens(model, tokenizer)
+    _calm_embeddings(model)
     return model.eval()
+
+
+@torch.no_grad()
+def _calm_embeddings(model: PreTrainedModel) -> None:
+    """T5 and its kin draw embeddings of spread 1. Where they are the head too, and nothing scales its input, the first
+    logits would have a spread of √width: the scale goes into the matrix instead."""
+    embeddings = model.get_input_embeddings()
+    tied = getattr(model.get_output_embeddings(), "weight", None) is embeddings.weight
+    if tied and model.config.model_type in T5_KIN and head_scale(model.config) == 1.0:
+        embeddings.weight.mul_(model.config.hidden_size**-0.5)
 
 
 def _llama(*, layers: int, width: int, context: int, spec: str) -> PretrainedConfig:
@@ -174,7 +216,19 @@ def _gpt2(*, layers: int, width: int, context: int, spec: str) -> PretrainedConf
     )
 
 
-_SHAPES = {"llama": _llama, "gpt2": _gpt2}
+def _t5(*, layers: int, width: int, context: int, spec: str) -> PretrainedConfig:
+    head = _head_size(width, 32, spec)
+    return T5Config(
+        d_model=width,
+        d_kv=head,
+        num_heads=width // head,
+        d_ff=_multiple(width * 8 / 3),
+        num_layers=layers,
+        feed_forward_proj="gated-gelu_pytorch_tanh",
+    )
+
+
+_SHAPES = {"llama": _llama, "gpt2": _gpt2, "t5": _t5}
 
 
 def _scaled(old: PretrainedConfig, layers: int, width: int, spec: str) -> PretrainedConfig:
@@ -190,6 +244,9 @@ def _scaled(old: PretrainedConfig, layers: int, width: int, spec: str) -> Pretra
         if isinstance(value, list) and len(value) == old_layers and "layer" in name:
             fields[name] = _resampled(value, layers)
     fields[key("hidden_size")], fields[key("num_hidden_layers")] = width, layers
+    for name in ("num_decoder_layers", "decoder_layers"):  # of an encoder-decoder; the other name is the encoder's
+        if fields.get(name):
+            fields[name] = max(1, round(layers * fields[name] / old_layers))
     for name in _FEED_FORWARD:
         if isinstance(fields.get(name), int):
             fields[name] = _multiple(fields[name] * ratio)
@@ -197,8 +254,10 @@ def _scaled(old: PretrainedConfig, layers: int, width: int, spec: str) -> Pretra
         old_head = getattr(old, "head_dim", None) or old.hidden_size // heads
         head = _head_size(width, min(old_head, max(16, width // 4)), spec)
         fields[key("num_attention_heads")] = width // head
-        if fields.get("head_dim") is not None:
-            fields["head_dim"] = head
+        if "decoder_attention_heads" in fields:
+            fields["decoder_attention_heads"] = width // head
+        if fields.get(key("head_dim")) is not None:
+            fields[key("head_dim")] = head
         for name in ("num_key_value_heads", "num_kv_heads"):
             if fields.get(key(name)):
                 fields[key(name)] = _shared_heads(width // head, fields[key(name)] / heads)

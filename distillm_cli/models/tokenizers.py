@@ -29,7 +29,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from distillm_cli.errors import DataError, UsageError
@@ -73,6 +73,14 @@ def train_tokenizer(spec: str, texts: Iterator[str]) -> PreTrainedTokenizerFast:
         # "<eos>" written in a row is five characters, not the end of a response.
         split_special_tokens=True,
         model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def put_end(tokenizer: PreTrainedTokenizerFast) -> None:
+    """From now on a text that is tokenised with special tokens ends with end-of-sequence, as an encoder's input does."""
+    end, number = tokenizer.eos_token, tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {end}", pair=f"$A {end} $B {end}", special_tokens=[(end, number)]
     )
 
 

@@ -28,7 +28,8 @@ NONE = "–"
 LINES, STACKED_LINES = 5, 3  # of a cell of the samples table, about; longer text is cropped
 LONGEST_PROMPT = 80
 FIGURE = re.compile(r"[−+-]?[\d.,]+%?( ± [\d.,]+)?")
-LABELS = {"valid_loss": "valid loss", "rouge_l": "ROUGE-L"}
+LABELS = {"valid_loss": "valid loss", "bleu": "BLEU", "chrf": "chrF"}
+LABELS |= {f"rouge_{kind}": f"ROUGE-{kind.upper()}" for kind in ("1", "2", "l")}
 SOURCE_WORDS = {
     "dataset": ("data set rows", "data set rows"),
     "teacher": ("teacher samples", "teacher samples"),

@@ -211,8 +211,8 @@ def test_aliases_cannot_blow_a_recipe_up(recipe):
         ),
         (
             "eval: {metrics: [rouge, exact_match]}",
-            "distill.yaml:1: eval.metrics = [rouge, exact_match]; expected a list, each one of rouge_l, exact_match, "
-            "error_rate; try --set 'eval.metrics=[rouge_l, exact_match]'",
+            "distill.yaml:1: eval.metrics = [rouge, exact_match]; expected a list, each one of rouge_l, rouge_1, "
+            "rouge_2, bleu, chrf, exact_match, error_rate, final_number; try --set 'eval.metrics=[rouge_l, exact_match]'",
         ),
         ("train: {epochs: abc}", "train.epochs = abc; expected a number > 0; try --epochs 20"),
         ("train: {batch_size: 3.5}", "train.batch_size = 3.5; expected a whole number ≥ 1; try --batch-size 8"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration, ViTConfig
+from transformers import BertConfig, BertForMaskedLM, ViTConfig
 
 from distillm_cli.core.events import Progress
 from distillm_cli.errors import ModelError
@@ -102,12 +102,6 @@ def tokenizer_too_large(place: Path) -> str:
     return tiny.save(place, rows=30)
 
 
-def encoder_decoder(place: Path) -> str:
-    config = T5Config(vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    T5ForConditionalGeneration(config).save_pretrained(place)
-    return str(place)
-
-
 def bidirectional(place: Path) -> str:
     BertForMaskedLM(BertConfig(vocab_size=VOCAB, num_hidden_layers=1, **SMALL)).save_pretrained(place)
     tiny.tokenizer(size=VOCAB).save_pretrained(place)
@@ -133,7 +127,6 @@ def no_language_model(place: Path) -> str:
         (a_trunk_without_its_head, r"weights absent: lm_head.weight"),
         (without_tokenizer, r"holds no tokenizer; pass --tokenizer"),
         (tokenizer_too_large, r"41 token ids and the model only 30"),
-        (encoder_decoder, r"is an encoder-decoder model \(t5\), which is not supported yet"),
         (bidirectional, r"is not a causal language model \(BertForMaskedLM\)"),
         (no_language_model, r"is not a causal language model \(vit\)"),
     ],

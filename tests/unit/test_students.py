@@ -52,7 +52,7 @@ def test_a_width_without_heads_is_refused(width):
 def test_an_unknown_family_is_refused_with_the_known_ones():
     with pytest.raises(UsageError, match=r"unknown family 'nonsense'.*llama, gpt2"):
         build("random:nonsense:2x32")
-    with pytest.raises(UsageError, match="families: llama, gpt2, qwen3"):
+    with pytest.raises(UsageError, match="families: llama, gpt2, t5, qwen3"):
         build("random:opt:2x32", "qwen3")
 
 
