@@ -72,7 +72,8 @@ class Head:
 
 
 class Backbone(nn.Module):
-    """A causal or an encoder-decoder model with its tokenizer. The model is the only submodule: parameters and buffers are exactly its own.
+    """A causal or an encoder-decoder model with its tokenizer. The model is the only submodule: parameters and buffers are
+    exactly its own.
 
     vocab: how many token ids meet the loss; matrices with more rows than that (padded vocabularies) are cut. Unset: the
     tokenizer's. Raises ModelError where the model has fewer rows than the tokenizer has ids.
@@ -146,8 +147,8 @@ class Backbone(nn.Module):
     def hidden(self, batch: Batch) -> torch.Tensor:
         """The last hidden states [N, D] that predict the supervised tokens, after the final norm and any projection.
 
-        No attention mask for a causal model: padding is on the right, where causal attention does not look. In the fallback that
-        `check_head` may switch to: the model's own logits [N, V].
+        No attention mask for a causal model: padding is on the right, where causal attention does not look. In the
+        fallback that `check_head` may switch to: the model's own logits [N, V].
         """
         if self.own_logits:
             return self.logits(batch)

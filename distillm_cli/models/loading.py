@@ -73,7 +73,7 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def load_config(path: str, *, revision: str | None = None, file: bool = False) -> PretrainedConfig:
-    """The config of a causal or an encoder-decoder model: a directory's, a hub name's, or (``file``) the one in this JSON file."""
+    """The config of a causal or an encoder-decoder model: a directory's, a hub name's, or (``file``) that JSON file's."""
     name, local = (path, True) if file else locate(path)
     if local and not file and not (Path(name) / "config.json").is_file():
         raise ModelError(f"{path} holds no config.json", hint="pass a model directory: config.json, model.safetensors")

@@ -11,10 +11,10 @@ import pytest
 from distillm_cli.config.schema import Columns, Data, Eval, Recipe
 from distillm_cli.core.events import Progress, Warned
 from distillm_cli.data.prompts import Encoder
-from distillm_cli.data.sources import Row
+from distillm_cli.data.sources import Row, load_rows
 from distillm_cli.errors import DataError, StorageError
 from distillm_cli.evaluation.evaluate import evaluate, passes
-from distillm_cli.evaluation.metrics import corpus
+from distillm_cli.evaluation.metrics import METRICS, corpus
 from distillm_cli.evaluation.results import check_writable, label, save
 from distillm_cli.evaluation.suites import Suite, distinct, held_out, load_suite, load_suites, short_name
 from distillm_cli.models.backbone import Backbone
@@ -78,6 +78,31 @@ def test_seeds_differ_and_their_mean_and_spread_are_reported(model, encoder):
     assert result.tokens == sum(answer.tokens for answer in answers)
     assert result.complete == sum(answer.complete for answer in answers) / 36
     assert 0 < result.entropy < 4
+
+
+def test_figures_of_a_whole_set_are_computed_pass_by_pass_and_task_by_task(model, encoder, tmp_path):
+    suite = suite_of(*[(f"{word} a b c", "e d a") for word in WORDS])
+    result = evaluate(model, encoder, suite, config(seeds=(10, 20, 30), metrics=("chrf", "bleu", "rouge_1")))
+    references = [row.references for row in suite.rows]
+    by_hand = [corpus("chrf", texts, references) for texts in result.outputs.values()]
+    score = result.scores["chrf"]
+    assert list(score.seeds.values()) == pytest.approx(by_hand)
+    assert (score.mean, score.sd) == (
+        pytest.approx(statistics.fmean(by_hand)),
+        pytest.approx(statistics.stdev(by_hand)),
+    )
+    picked = [i for i, row in enumerate(suite.rows) if row.task == "long"]
+    part = corpus("chrf", [result.outputs["20"][i] for i in picked], [references[i] for i in picked])
+    assert result.tasks["long"]["chrf"].seeds["20"] == pytest.approx(part)
+    told = result.as_json()
+    assert told["bleu"]["signature"].startswith("nrefs:var|")
+    assert "signature" not in told["rouge_1"]
+    place = save(result, tmp_path)
+    lines = [json.loads(line) for line in (place / "predictions-seed20.jsonl").read_text().splitlines()]
+    assert [line["chrf"] for line in lines] == pytest.approx(
+        [METRICS["chrf"].score(line["output"], line["references"]) for line in lines]
+    )
+    assert set(lines[0]) >= {"bleu", "rouge_1"}
 
 
 def test_a_pass_is_a_function_of_seed_and_row_alone(model, encoder):
@@ -147,6 +172,36 @@ def test_a_suite_is_a_file_a_directory_or_a_name_under_the_data_directory(tmp_pa
     # The training set's own settings are none of the suite's.
     training = Recipe(data=Data(source="own", limit=1, columns=Columns(prompt="q")), eval=Eval(limit=1))
     assert len(load_suite("sni", training).rows) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "record", "instruction", "material", "reference"),
+    [
+        ("samsum", {"id": "1", "dialogue": "A: hi", "summary": "Hi."}, "Summarize the conversation.", "A: hi", "Hi."),
+        ("xsum", {"document": "Long.", "summary": "Short."}, "Summarize the article in one sentence.", "Long.", "Short."),
+        ("wmt14-de-en", {"translation": {"de": "Hund", "en": "dog"}}, "Translate German to English.", "Hund", "dog"),
+        ("wmt14-en-de", {"translation": {"de": "Hund", "en": "dog"}}, "Translate English to German.", "dog", "Hund"),
+        ("iwslt", {"de": "Hund", "en": "dog"}, "Translate English to German.", "dog", "Hund"),
+        ("gsm8k", {"question": "1 + 1?", "answer": "2\n#### 2"}, "1 + 1?", "", "2\n#### 2"),
+        ("samsum", {"instruction": "Sum up.", "input": "x", "output": "y"}, "Sum up.", "x", "y"),
+    ],
+)  # fmt: skip
+def test_a_named_set_has_its_own_columns_or_those_of_any_file(
+    name, record, instruction, material, reference, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("DISTILLM_DATA", str(tmp_path))
+    write(tmp_path / name / "test.jsonl", record)
+    # What a recipe says of the columns of its own data is none of the suite's.
+    (row,) = load_suite(name, Recipe(data=Data(columns=Columns(prompt="ask")))).rows
+    assert (row.instruction, row.input, row.references) == (instruction, material, (reference,))
+
+
+def test_a_named_set_read_by_named_columns_is_read_by_those(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILLM_DATA", str(tmp_path))
+    write(tmp_path / "samsum" / "train.jsonl", *[{"dialogue": f"d{i}", "summary": "s", "title": "t"} for i in range(3)])
+    columns = Columns(prompt="dialogue", response="title")
+    row = load_rows(Data(source="samsum", columns=columns, valid="builtin"), "train")[0]
+    assert (row.instruction, row.references) == ("d0", ("t",))
 
 
 def test_builtin_rows_carry_their_kind_of_task():

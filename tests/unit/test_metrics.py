@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
+from decimal import Decimal
 
 import pytest
+import sacrebleu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from distillm_cli.config import schema
-from distillm_cli.evaluation.metrics import METRICS, corpus, ratio
+from distillm_cli.evaluation.metrics import METRICS, corpus, final_number, ratio
 
 rouge_l, exact_match, error_rate = (METRICS[name].score for name in ("rouge_l", "exact_match", "error_rate"))
 
@@ -64,6 +68,89 @@ def test_the_best_of_a_list_of_references_counts(shared_data):
         assert error_rate(row["output"][-1], row["output"]) == 0
 
 
+def test_rouge_1_and_2_by_hand_and_on_real_references(shared_data):
+    # "the cat sat" against "the cat is sitting": 2 of 3 and 4 words; 1 of 2 and 3 pairs.
+    assert METRICS["rouge_1"].score("The cat sat.", ["the cat is sitting"]) == pytest.approx(100 * 4 / 7)
+    assert METRICS["rouge_2"].score("The cat sat.", ["the cat is sitting"]) == pytest.approx(100 * 2 / 5)
+    plain = RougeScorer(["rouge1", "rouge2"], use_stemmer=True)
+    rows = read(shared_data / "dolly" / "valid.jsonl", 20)
+    guesses, wanted = [rows[(i * 7 + 1) % 20]["output"] for i in range(20)], [[row["output"]] for row in rows]
+    for name in ("rouge1", "rouge2"):
+        single = [100 * plain.score(w[0], g)[name].fmeasure for g, w in zip(guesses, wanted, strict=True)]
+        assert corpus(f"rouge_{name[-1]}", guesses, wanted) == pytest.approx(sum(single) / 20)
+
+
+def bleu_by_hand(predictions: list[str], references: list[list[str]]) -> float:
+    """Papineni et al. (2002) over words already apart, for sets where no order of n-grams goes unmatched."""
+    said_length = closest_length = 0
+    matched, total = [0] * 4, [0] * 4
+    for prediction, wanted in zip(predictions, references, strict=True):
+        said, others = prediction.split(), [w.split() for w in wanted]
+        said_length += len(said)
+        closest_length += min((len(w) for w in others), key=lambda n: (abs(n - len(said)), n))
+        for n in range(1, 5):
+            grams = Counter(tuple(said[i : i + n]) for i in range(len(said) - n + 1))
+            limits = [Counter(tuple(w[i : i + n]) for i in range(len(w) - n + 1)) for w in others]
+            matched[n - 1] += sum(min(k, max(limit[g] for limit in limits)) for g, k in grams.items())
+            total[n - 1] += sum(grams.values())
+    precision = math.exp(sum(math.log(m / t) for m, t in zip(matched, total, strict=True)) / 4)
+    return 100 * precision * min(1.0, math.exp(1 - closest_length / said_length))
+
+
+def test_bleu_is_the_corpus_figure_by_hand_and_no_mean_over_rows():
+    predictions = ["the cat sat on the mat", "a b c d", "he went to the old town by train", "so it is said then"]
+    references = [["the cat sat on a mat", "on the mat the cat sat"], ["a b c d e f"], ["he went to the town by train"]]
+    references.append(["so it is said", "then so it is said", "it was said"])  # rows differ in how many they have
+    by_hand = bleu_by_hand(predictions, references)
+    assert corpus("bleu", predictions, references) == pytest.approx(by_hand)
+    rows = [METRICS["bleu"].score(p, r) for p, r in zip(predictions, references, strict=True)]
+    assert abs(sum(rows) / 4 - by_hand) > 0.5
+    assert METRICS["bleu"].score("short", ["short"]) == pytest.approx(100), "a row's own: n-grams it is long enough for"
+    assert "tok:13a|smooth:exp" in METRICS["bleu"].signature
+
+
+def test_chrf_is_sacrebleus_with_the_best_reference_of_each_row():
+    predictions, references = ["der Hund", "ein Haus am See"], [["der Hunde", "die Hunde"], ["das Haus am Meer"]]
+    plain = sacrebleu.corpus_chrf(predictions, [[r[0] for r in references]]).score
+    assert corpus("chrf", predictions, references) == pytest.approx(plain)
+    assert corpus("chrf", predictions, [r[::-1] for r in references]) == pytest.approx(plain), "the closer one counts"
+    assert corpus("chrf", ["日本語"], [["日本語"]]) == pytest.approx(100), "any script"
+    assert "nc:6|nw:0" in METRICS["chrf"].signature
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("48 / 2 = 24, so 48 + 24 = 72.\n#### 72", "72"),
+        ("#### 5 is wrong\n#### $1,234.50", "1234.5"),
+        ("#### 18 dollars and 20 cents", "18"),
+        ("The total is $3,000.", "3000"),
+        ("-5 or -$7", "-7"),
+        ("from 5-3", "3"),
+        ("about .5", "0.5"),
+        ("x−4 = −4", "-4"),
+        ("It is **42**.", "42"),
+        ("model v2 of GPT4", None),
+        ("no number", None),
+        ("#### none", None),
+    ],
+)
+def test_the_final_number_of_a_text(text, number):
+    assert final_number(text) == (None if number is None else Decimal(number))
+
+
+def test_gsm8k_answers_are_compared_as_numbers(shared_data):
+    rows = read(shared_data / "gsm8k" / "test.jsonl", 1319)
+    wanted = [[row["answer"]] for row in rows]
+    assert all(final_number(answer) is not None for (answer,) in wanted)
+    written = [row["answer"].rpartition("####")[2].strip() for row in rows]
+    assert corpus("final_number", [f"So the answer is {text}." for text in written], wanted) == 100
+    assert corpus("final_number", ["I do not know"] * len(rows), wanted) == 0
+    score = METRICS["final_number"].score
+    assert (score("It costs $18.00", ["... #### 18"]), score("18 or 19", ["#### 18"])) == (100, 0)
+    assert score("nothing", ["nothing"]) == 0, "no number is no match"
+
+
 def test_exact_match_forgives_only_the_ends():
     assert exact_match("  42\n", ["41", "42 "]) == 100
     assert exact_match("Yes", ["yes"]) == 0
@@ -108,6 +195,10 @@ def test_an_empty_set_and_a_row_without_reference_are_refused():
         ratio([])
     with pytest.raises(ValueError, match="shorter"):
         corpus("rouge_l", ["a", "b"], [["a"]])
+    with pytest.raises(ValueError, match="no rows"):
+        corpus("bleu", [], [])
+    with pytest.raises(ValueError, match="2 predictions for 1"):
+        corpus("chrf", ["a", "b"], [["a"]])
     with pytest.raises(ValueError, match="row 1 has no reference"):
         corpus("exact_match", ["a", "b"], [["a"], []])
 

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import processors
 from torch.testing import assert_close
 
-from distillm_cli.core.rollout import Sampling, sample
+from distillm_cli.config.schema import Data, Rollout, Schedule, Train
+from distillm_cli.config.schema import Objective as ObjectiveConfig
+from distillm_cli.core.checkpoint import Checkpoints
+from distillm_cli.core.engine import Engine
+from distillm_cli.core.events import Stepped
+from distillm_cli.core.objective import DIVERGENCE, Objective
+from distillm_cli.core.replay import ReplayBuffer
+from distillm_cli.core.rollout import Sampling, StudentRollouts, sample
+from distillm_cli.core.scheduler import Scheduler
+from distillm_cli.core.teacher import FirstEpoch, RowStates, Teacher
+from distillm_cli.data.prompts import Encoder
+from distillm_cli.data.rows import Row
+from distillm_cli.errors import Interrupted, ModelError
 from distillm_cli.models.backbone import Backbone
+from distillm_cli.models.loading import load_backbone
+from distillm_cli.models.pair import check_kinds
 from distillm_cli.models.seq2seq import halves
+from distillm_cli.models.students import build_from_config, build_random
+from distillm_cli.models.tokenizers import put_end
 from distillm_cli.sequences import Sequence, collate
 from tests import tiny
 
@@ -204,3 +223,182 @@ def test_an_n_gram_of_the_prompt_may_be_said_by_an_encoder_decoder():
         expected = model.model.generate(source, do_sample=False, max_new_tokens=20, no_repeat_ngram_size=2)[0, 1:]
         sampling = Sampling(temperature=0, max_new_tokens=20, no_repeat_ngram_size=2)
         assert sample(model, [prompt], sampling, [(0, 0)])[0].tokens.tolist() == expected.tolist()
+
+
+# Students, pairs and prompts
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_random_student_of_an_encoder_decoder_is_one_of_its_family_with_calm_first_logits(family):
+    teacher = tiny.config(family, ROWS)
+    made = build_random("random:3x64", tokenizer(), teacher_config=teacher, max_length=32, seed=1)
+    config = made.config
+    assert (type(made), config.model_type) == (type(shared(family).model), teacher.model_type)
+    decoder_layers = {"t5-v1.1": 4}.get(family, 3)  # the teacher's has half as many again
+    assert len(decoder_of(made)) == decoder_layers
+    assert (config.hidden_size, config.num_hidden_layers, config.decoder_start_token_id) == (64, 3, PAD)
+    assert made.generation_config.decoder_start_token_id == PAD
+    student = Backbone(made, tokenizer())
+    batch = tiny.batch(LENGTHS, VOCAB)
+    assert student.check_head(batch)
+    assert student.logits(batch).std() < 2, "an embedding of spread 1 as a head would begin at √width"
+
+
+def decoder_of(model) -> torch.nn.ModuleList:
+    decoder = model.get_decoder()
+    return decoder.block if hasattr(decoder, "block") else decoder.layers
+
+
+def test_random_t5_without_a_teacher_and_from_a_config_file():
+    made = build_random("random:t5:2x48", tokenizer(), teacher_config=None, max_length=32, seed=1)
+    assert (made.config.model_type, made.config.d_model, made.config.num_layers) == ("t5", 48, 2)
+    assert Backbone(made, tokenizer()).check_head(tiny.batch(LENGTHS, VOCAB))
+    config = tiny.config("bart", ROWS, decoder_start_token_id=0)  # its end-of-sequence
+    other = tiny.tokenizer("abc")
+    other.eos_token, other.pad_token = "c", "a"
+    built = build_from_config(config, other, seed=1, where="config.json")
+    assert built.config.decoder_start_token_id == other.eos_token_id != 0, "the role stays, the token changes"
+
+
+def test_the_prompt_ends_as_the_tokenizer_ends_a_text_and_the_response_with_end_of_sequence():
+    row = Row(prompt="ab", references=("cd",), where="t:1")
+    plain = tiny.tokenizer()
+    ids = plain(["ab", "cd"])["input_ids"]
+    eos = plain.eos_token_id
+    made = Encoder(plain, Data(), is_encoder_decoder=True).sequence(row, 0)
+    assert made.prompt.tolist() == [*ids[0], eos], "even where the tokenizer puts nothing there"
+    assert made.response.tolist() == [*ids[1], eos]
+    assert Encoder(plain, Data()).prompt_ids(row).tolist() == ids[0], "a causal model's prompt is not at its end"
+
+    t5 = tiny.tokenizer()
+    put_end(t5)
+    assert t5("ab")["input_ids"] == [*ids[0], eos]
+    assert Encoder(t5, Data(), is_encoder_decoder=True).prompt_ids(row).tolist() == [*ids[0], eos]
+    assert Encoder(t5, Data()).prompt_ids(row).tolist() == ids[0]
+    spelled = Row(prompt="ab<eos>", references=("cd",), where="t:1")
+    assert Encoder(t5, Data(), is_encoder_decoder=True).prompt_ids(spelled).tolist() == [*ids[0], eos]
+
+
+def test_a_tokenizer_with_marks_on_both_sides_keeps_them_on_either_text():
+    """BART's: the response begins with the mark that its decoder was trained to say first."""
+    bart = tiny.tokenizer()
+    template = processors.TemplateProcessing(single="z $A <eos>", special_tokens=[("z", 28), ("<eos>", 0)])
+    bart.backend_tokenizer.post_processor = template
+    made = Encoder(bart, Data(), is_encoder_decoder=True).sequence(Row(prompt="a", references=("b",), where=""), 0)
+    assert (made.prompt.tolist(), made.response.tolist()) == ([28, 3, 0], [28, 4, 0])
+
+
+def test_a_causal_and_an_encoder_decoder_model_are_no_pair():
+    t5, llama = shared("t5"), Backbone(tiny.model("llama", ROWS), tokenizer())
+    with pytest.raises(
+        ModelError, match=r"teacher is an encoder-decoder model \(t5\) and the student a causal model"
+    ) as e:
+        check_kinds(t5, llama)
+    assert e.value.exit_code == 4
+    with pytest.raises(ModelError, match=r"teacher is a causal model \(llama\) and the student an encoder-decoder"):
+        check_kinds(llama, t5)
+    check_kinds(t5, shared("mt5"))
+
+
+@pytest.mark.parametrize("family", ["t5", "t5-v1.1", "mt5", "bart"])
+def test_a_published_directory_loads_as_it_was(family, tmp_path):
+    """Untied heads stay untied, scaled ones scaled: logits after ``save_pretrained`` and loading are the same bits."""
+    tiny.save(tmp_path, family, rows=ROWS, own_tokenizer=tokenizer())
+    again = load_backbone(str(tmp_path), dtype=torch.float32, device=torch.device("cpu"))
+    batch = tiny.batch(LENGTHS, VOCAB)
+    assert again.check_head(batch)
+    assert torch.equal(again.logits(batch), shared(family).logits(batch))
+    assert (again.model.lm_head.weight is again.model.get_input_embeddings().weight) == (family in ("t5", "bart"))
+
+
+# The engine: the one of causal models, untouched
+
+
+def engine_of(tmp_path=None, *, steps=10, kept=False, student=None, teacher="t5-v1.1", listener=lambda event: None):
+    """An adaptive run with rollouts and replay from a T5 (dropout 0.1) against another."""
+    train = Train(batch_size=4, lr=1e-3, eval_steps=3, save_steps=1000, seed=5)
+    rows = tiny.sequences([(3 + i % 5, 2 + i % 4) for i in range(24)], VOCAB, seed=2)
+    student = student or backbone("t5", seed=1, spread=1.0)
+    scheduler = Scheduler(Schedule(epsilon=-10.0, capacity=8, levels=3), steps=steps, seed=5)
+
+    def batches(step):
+        return [rows[(step * 4 + i * 7) % len(rows)] for i in range(4)]
+
+    asked = Teacher(backbone(teacher, seed=4))
+    if kept:
+        company = FirstEpoch(batches, steps=6, rows=rows, most=4)
+        asked = Teacher(asked.model, mode="memory", rows=RowStates(rows), company=company, remembers=True)
+    return Engine(
+        objective=Objective(student, ObjectiveConfig(), teacher_head=asked.head),
+        train=train,
+        steps=steps,
+        steps_per_epoch=6,
+        batches=batches,
+        scheduler=scheduler,
+        replay=ReplayBuffer(8, seed=5),
+        rollouts=StudentRollouts(student, Rollout(max_new_tokens=5), max_length=16, seed=5),
+        bulk=2,
+        teacher=asked,
+        validation=[tiny.sequences([(4, 3), (5, 4), (3, 2)], VOCAB, seed=9)],
+        checkpoints=None if tmp_path is None else Checkpoints(tmp_path, student.model.save_pretrained, keep=2),
+        listener=listener,
+    )
+
+
+def weights(engine):
+    return {name: p.detach().clone() for name, p in engine.objective.named_parameters()}
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["live", "kept"])
+@pytest.mark.parametrize("family", ["t5", "mt5"])
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(family, kept, tmp_path):
+    def stop(event):
+        if isinstance(event, Stepped) and event.step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    torch.manual_seed(5)
+    whole = engine_of(kept=kept, student=backbone(family, seed=1, spread=1.0))
+    done = whole.run()
+    torch.manual_seed(5)
+    with pytest.raises(Interrupted):
+        engine_of(tmp_path, kept=kept, student=backbone(family, seed=1, spread=1.0), listener=stop).run()
+    found = Checkpoints(tmp_path, lambda path: None, keep=1).latest()
+    student = backbone(family, seed=8)
+    student.model.load_state_dict(type(student.model).from_pretrained(found.path).state_dict())
+    resumed = engine_of(kept=kept, student=student)
+    torch.manual_seed(999)
+    resumed.load(found)
+    again = resumed.run()
+    assert again.sources == done.sources
+    assert min(done.sources[source] for source in ("dataset", "rollout", "replay")) > 0
+    for name, value in weights(whole).items():
+        assert torch.equal(weights(resumed)[name], value), name
+
+
+def test_keeping_the_teachers_states_changes_nothing_but_rounding_and_asks_once():
+    live, keeping = (engine_of(steps=18, kept=kept, student=backbone("t5", dropout_rate=0.0)) for kept in (False, True))
+    live.run(), keeping.run()
+    for name, value in weights(live).items():
+        assert_close(weights(keeping)[name], value, rtol=1e-3, atol=1e-4)
+    assert keeping.teacher.tokens < 0.8 * live.teacher.tokens
+
+
+def test_the_loss_of_a_step_is_the_definition_in_float64():
+    """Skew KL of two T5s over ragged rows, response tokens only, against probabilities written out."""
+    engine = engine_of(student=backbone("t5", seed=1).double())
+    engine.teacher.model.double()
+    student, teacher = engine.objective.student.model, engine.teacher.model.model
+    sequences = tiny.sequences(LENGTHS, VOCAB)
+    p = torch.cat([plainly(teacher, s) for s in sequences]).detach().softmax(-1)
+    q = torch.cat([plainly(student, s) for s in sequences]).softmax(-1)
+    expected = (p * (p / (0.1 * p + 0.9 * q)).log()).sum() / len(p)
+    expected.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in student.named_parameters()}
+    student.zero_grad()
+    engine.objective.eval()
+    batch = collate(sequences)
+    total, tokens = engine.objective(batch, engine.teacher.hidden(batch, sequences), DIVERGENCE)
+    (total / tokens).backward()
+    assert (total / tokens).item() == pytest.approx(expected.item(), rel=1e-6)
+    for name, parameter in student.named_parameters():
+        assert_close(parameter.grad, gradients[name], rtol=1e-5, atol=1e-8)
