@@ -19,7 +19,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_shipped_recipes():
-    assert set(shipped()) == {"quickstart", "quickstart-teacher", "dolly-gpt2", "dolly-opt", "g2p", "g2p-teacher"}
+    tasks = {"samsum-t5", "xsum-t5", "wmt14-t5", "iwslt-mt5", "gsm8k"}
+    assert set(shipped()) == tasks | {
+        "quickstart",
+        "quickstart-teacher",
+        "dolly-gpt2",
+        "dolly-opt",
+        "g2p",
+        "g2p-teacher",
+    }
     assert {path.parent for path in shipped().values()} == {ROOT / "recipes"}
 
 
@@ -52,7 +60,13 @@ def test_the_commands_in_a_recipes_comments_resolve(name):
         given = dict(zip(words[::2], words[1::2], strict=True))
         recipe = given.pop("--recipe", None)
         given.pop("--output", None)
-        resolve(command=verb, recipe=recipe, flags=flags(**{k[2:].replace("-", "_"): v for k, v in given.items()}))
+        sets = [given.pop("--set")] if "--set" in given else None
+        resolve(
+            command=verb,
+            recipe=recipe,
+            sets=sets,
+            flags=flags(**{k[2:].replace("-", "_"): v for k, v in given.items()}),
+        )
 
 
 def test_dolly_gpt2_is_the_papers_setting():

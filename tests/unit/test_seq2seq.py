@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from functools import cache
@@ -311,6 +312,30 @@ def test_a_published_directory_loads_as_it_was(family, tmp_path):
     assert (again.model.lm_head.weight is again.model.get_input_embeddings().weight) == (family in ("t5", "bart"))
 
 
+def test_a_repository_with_a_sentencepiece_file_alone_is_read(tmp_path):
+    """As google/t5-v1_1-xl and google/mt5-xl are published: no tokenizer.json."""
+    pytest.importorskip("google.protobuf", reason="transformers reads spiece.model with it")
+    proto = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
+    pieces = ["<pad>", "</s>", "<unk>", *(f"▁{word}" for word in ["the", "a", "dog", "cat", "red"]), *"adegortch", "▁"]
+    kinds = {"<pad>": 3, "</s>": 3, "<unk>": 2}  # control, control, unknown
+    written = proto.ModelProto()
+    for rank, piece in enumerate(pieces):
+        written.pieces.add(piece=piece, score=-float(rank), type=kinds.get(piece, 1))
+    written.trainer_spec.model_type, written.trainer_spec.unk_id = proto.TrainerSpec.UNIGRAM, 2
+    (tmp_path / "spiece.model").write_bytes(written.SerializeToString())
+    ids = {"eos_token_id": 1, "pad_token_id": 0, "decoder_start_token_id": 0}
+    tiny.model("t5", len(pieces) + 100, **ids).save_pretrained(tmp_path)
+    marks = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "extra_ids": 100}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", **marks}))
+    model = load_backbone(str(tmp_path), dtype=torch.float32, device=torch.device("cpu"))
+    made = Encoder(model.tokenizer, Data(template="plain"), is_encoder_decoder=True).sequence(
+        Row(instruction="the red dog", references=("a cat",), where=""), 0
+    )
+    assert model.tokenizer.decode(made.prompt.tolist()) == "the red dog</s>"
+    assert made.response[-1] == model.start + 1 == 1
+    assert model.check_head(collate([made]))
+
+
 # The engine: the one of causal models, untouched
 
 
@@ -349,8 +374,7 @@ def weights(engine):
     return {name: p.detach().clone() for name, p in engine.objective.named_parameters()}
 
 
-@pytest.mark.parametrize("kept", [False, True], ids=["live", "kept"])
-@pytest.mark.parametrize("family", ["t5", "mt5"])
+@pytest.mark.parametrize(("family", "kept"), [("t5", False), ("mt5", True)], ids=["t5", "mt5, states kept"])
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(family, kept, tmp_path):
     def stop(event):
         if isinstance(event, Stepped) and event.step == 5:
@@ -381,6 +405,16 @@ def test_keeping_the_teachers_states_changes_nothing_but_rounding_and_asks_once(
     for name, value in weights(live).items():
         assert_close(weights(keeping)[name], value, rtol=1e-3, atol=1e-4)
     assert keeping.teacher.tokens < 0.8 * live.teacher.tokens
+
+
+def test_gradient_checkpointing_changes_memory_and_nothing_else():
+    plain, saving = (engine_of(steps=4, student=backbone("t5", dropout_rate=0.0)) for _ in range(2))
+    model = saving.objective.student.model
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    plain.run(), saving.run()
+    assert plain.at.sources["rollout"] > 0
+    for name, value in weights(plain).items():
+        assert_close(weights(saving)[name], value, rtol=1e-3, atol=1e-4)
 
 
 def test_the_loss_of_a_step_is_the_definition_in_float64():
