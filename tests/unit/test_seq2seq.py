@@ -15,10 +15,11 @@ from torch.testing import assert_close
 
 from distillm_cli.config.schema import Data, Rollout, Schedule, Train
 from distillm_cli.config.schema import Objective as ObjectiveConfig
+from distillm_cli.core import criterion
 from distillm_cli.core.checkpoint import Checkpoints
 from distillm_cli.core.engine import Engine
 from distillm_cli.core.events import Stepped
-from distillm_cli.core.objective import DIVERGENCE, Objective
+from distillm_cli.core.objective import Objective
 from distillm_cli.core.replay import ReplayBuffer
 from distillm_cli.core.rollout import Sampling, StudentRollouts, sample
 from distillm_cli.core.scheduler import Scheduler
@@ -354,7 +355,7 @@ def engine_of(tmp_path=None, *, steps=10, kept=False, student=None, teacher="t5-
         company = FirstEpoch(batches, steps=6, rows=rows, most=4)
         asked = Teacher(asked.model, mode="memory", rows=RowStates(rows), company=company, remembers=True)
     return Engine(
-        objective=Objective(student, ObjectiveConfig(), teacher_head=asked.head),
+        objective=Objective(student, criterion.build(ObjectiveConfig()), teacher_head=asked.head),
         train=train,
         steps=steps,
         steps_per_epoch=6,
@@ -431,7 +432,9 @@ def test_the_loss_of_a_step_is_the_definition_in_float64():
     student.zero_grad()
     engine.objective.eval()
     batch = collate(sequences)
-    total, tokens = engine.objective(batch, engine.teacher.hidden(batch, sequences), DIVERGENCE)
+    total, tokens = engine.objective(
+        batch, engine.teacher.hidden(batch, sequences), engine.objective.criterion.held_out
+    )
     (total / tokens).backward()
     assert (total / tokens).item() == pytest.approx(expected.item(), rel=1e-6)
     for name, parameter in student.named_parameters():
