@@ -239,7 +239,7 @@ def _stages_page(found: dict[str, dict[str, Any]]) -> list[Any]:
             [
                 name, short(told["models"], "teacher"), short(told["models"], "student"),
                 "–" if told["steps"] is None else f"{told['steps']:,}", span,
-                f"{amount(told['memory']['total'])}B", "–" if cache is None else f"{amount(cache['bytes'])}B",
+                f"{amount(told['memory']['total'])}B", f"{amount(cache['bytes'])}B" if cache and cache["bytes"] else "–",
             ]
         )  # fmt: skip
         listed = ", ".join(f"{p.replace('_', ' ')} {amount(b)}B" for p, b in told["memory"].items())
