@@ -120,6 +120,7 @@ def _kept(run: Prepared, keeping: Keeping) -> dict[str, Any]:
         "rows": len(run.train) if keeping.rows_bytes else 0,
         "bytes": keeping.rows_bytes,
         "rollout_bytes": keeping.rollout_bytes,
+        "sample_bytes": keeping.sample_bytes,
         "why": keeping.why,
     }
     if keeping.place is None:
@@ -146,6 +147,7 @@ def memory_estimate(run: Prepared, keeping: Keeping | None = None) -> dict[str, 
 
     keeping: of the teacher's states; those on disk are mapped, and take no memory that others need.
     """
+    from distillm_cli.cli.assembly import new_scheduler
     from distillm_cli.core.fused import work_bytes
 
     recipe, student = run.recipe, run.student.model
@@ -170,13 +172,26 @@ def memory_estimate(run: Prepared, keeping: Keeping | None = None) -> dict[str, 
     if keeping is not None and keeping.mode != "off":
         parts["teacher_states"] = keeping.held_out_bytes + (keeping.rows_bytes if keeping.mode == "memory" else 0)
         parts["rollout_states"] = keeping.rollout_bytes
+        parts["teacher_sample_states"] = keeping.sample_bytes
         parts = {name: size for name, size in parts.items() if size}
-    if recipe.schedule.kind != "off":
-        heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1)
-        head_width = getattr(config, "head_dim", None) or width // getattr(config, "num_attention_heads", 1)
-        sequences = recipe.train.batch_size * recipe.train.accumulate * recipe.rollout.bulk
-        parts["rollout_cache"] = sequences * recipe.data.max_length * layers * 2 * heads * head_width * value
+    positions = recipe.train.batch_size * recipe.train.accumulate * recipe.rollout.bulk * recipe.data.max_length
+    schedule = new_scheduler(run)
+    if schedule.may_use_student_outputs:
+        parts["rollout_cache"] = positions * _cache_bytes(config, value)
+    if recipe.schedule.kind == "interleaved" or (schedule.may_use_teacher_samples and run.teacher_samples is None):
+        teacher = run.pair.teacher.model
+        parts["teacher_rollout_cache"] = positions * _cache_bytes(
+            teacher.config.get_text_config(), teacher.dtype.itemsize
+        )
     return parts
+
+
+def _cache_bytes(config: Any, value: int) -> int:
+    """Of a position's keys and values in all layers. value: bytes of one number."""
+    heads = getattr(config, "num_attention_heads", 1)
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 1) // heads
+    return getattr(config, "num_hidden_layers", 1) * 2 * shared * width * value
 
 
 def _pages(run: Prepared, found: dict[str, Any]) -> list[Any]:

@@ -111,6 +111,11 @@ class Data(Section):
         "drop", description="a row over max_length; truncate cuts the response's end. A prompt is never cut"
     )
     limit: Positive | None = Field(None, description="use the first rows only")
+    teacher_samples: Name | None = Field(
+        None,
+        description="responses that the teacher gave before (a file that `generate` wrote), matched to the rows by their "
+        "prompts, for schedule.kind teacher or pairs; unset: drawn during the run",
+    )
     valid_limit: Positive = Field(1000, description="held-out rows for validation, at most (METHODS B: 1000)")
     size: Positive = Field(20_000, description="rows of the builtin set")
     tasks: tuple[str, ...] | None = Field(None, description="kinds of task of the builtin set; unset: all")
@@ -133,20 +138,45 @@ class Objective(Section):
     )
     beta: Probability = Field(0.5, description="of jsd: m = βp + (1−β)q")
     jeffreys_weight: Probability = Field(0.5, description="λ of jeffreys: 2λ KL(p‖q) + 2(1−λ) KL(q‖p)")
-    kd_weight: Probability = Field(1.0, description="(1 − kd_weight)·CE + kd_weight·D; CE on data set rows only")
+    kd_weight: Probability = Field(1.0, description="(1 − kd_weight)·CE + kd_weight·D; CE never on student outputs")
     kd_warmup: Probability = Field(
         0.0, description="share of the steps over which D's weight climbs from 0 to kd_weight: cross-entropy first"
+    )
+    by_source: bool = Field(
+        False,
+        description="the forward half of the divergence on data set rows and teacher samples, the reverse half on student "
+        "outputs: skl and srkl (DistiLLM-2), the halves of jsd (f-distill); the same on both where it has no halves",
+    )
+    curriculum: Literal["off", "on"] = Field(
+        "off",
+        description="DistiLLM-2, with by_source: alpha is per batch, at most as given; the student's half weighs ½ at "
+        "first, 1 at the end. off: alpha as given, equal weights (the authors' release)",
     )
     reduction: Literal["token", "sequence"] = Field(
         "token", description="mean over the step's response tokens, or per sequence first"
     )
 
+    @model_validator(mode="after")
+    def _curriculum_is_of_skewed_halves(self) -> Objective:
+        if self.curriculum == "on" and not (self.by_source and self.divergence in ("skl", "srkl") and self.alpha > 0):
+            raise ValueError(
+                "objective.curriculum is of skl by_source, with alpha above 0; try --set objective.curriculum=off"
+            )
+        return self
+
 
 class Schedule(Section):
     """Which sequences a step trains on (METHODS B)."""
 
-    kind: Literal["off", "on", "mixed", "annealed", "adaptive"] = Field(
-        "adaptive", description="off: data set rows; on: rollouts; mixed: GKD; annealed: ImitKD; adaptive: DistiLLM"
+    kind: Literal["off", "on", "mixed", "annealed", "adaptive", "teacher", "pairs", "interleaved"] = Field(
+        "adaptive",
+        description="off: data set rows; on: rollouts; mixed: GKD; annealed: ImitKD; adaptive: DistiLLM; teacher: samples "
+        "of the teacher; pairs: of both for each prompt; interleaved: rollouts that the teacher mends (speculative KD)",
+    )
+    redraw: Literal["never", "epoch"] = Field(
+        "never",
+        description="epoch: the teacher's samples are drawn anew in each epoch, and the student's of a pair at its "
+        "beginning; never: the teacher's once, the student's of a pair at every step",
     )
     replay: Literal["auto", "none", "decreasing", "constant", "increasing"] = Field(
         "auto",
@@ -185,6 +215,19 @@ class Rollout(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="sample from the likeliest tokens of this mass")
     top_k: Count = Field(0, description="sample from so many likeliest tokens; 0 is off")
     max_new_tokens: Positive = Field(256, description="end-of-sequence included")
+    teacher_temperature: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="of what the teacher samples in training"
+    )
+    teacher_top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="of what the teacher samples in training"
+    )
+    draft: Positive = Field(
+        5,
+        description="γ of interleaved: tokens the student drafts before the teacher reads them; changes cost, not law",
+    )
+    accept: Positive = Field(
+        25, description="K of interleaved: a drafted token stays where it is among so many likeliest of the teacher's"
+    )
     bulk: Positive = Field(
         8,
         description="rollout batches sampled at once and served one by one; the number sampled stays. "

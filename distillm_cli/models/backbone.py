@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from distillm_cli.errors import ModelError
+from distillm_cli.models.blocks import BlockDecoding, takes_back
 from distillm_cli.models.decoding import FastDecoding, PlainDecoding, Ways, cast, close, ways
 from distillm_cli.models.modes import eval_mode
 from distillm_cli.models.products import Linear
@@ -83,6 +84,7 @@ class Backbone(nn.Module):
         self.tokenizer = tokenizer
         self.vocab = vocabulary_size(tokenizer) if vocab is None else vocab
         self._ways: Ways | None = None  # to decode; not known before the first decoding
+        self._takes_back: bool | None = None  # so too
         self._scale, self._softcap = _head_quirks(model.config)
         self.own_logits = _trunk(model) is None or not isinstance(_head_weight(model), torch.Tensor)
 
@@ -193,11 +195,23 @@ class Backbone(nn.Module):
             raise ValueError("decoding needs prompts, and a token in each")
         if self._ways is None:
             self._ways = ways(self)
-        device, runs = self.device.type, self
-        if torch.is_autocast_enabled(device) and self.model.dtype == torch.float32:
-            runs = Backbone(cast(self.model, torch.get_autocast_dtype(device)), self.tokenizer, self.vocab)
-            runs.own_logits = self.own_logits
+        runs = self._as_decoded()
         return FastDecoding(runs, prompts, step=self._ways.step) if self._ways.fast else PlainDecoding(runs, prompts)
+
+    def decode_blocks(self, prompts: Sequence[np.ndarray]) -> BlockDecoding | None:
+        """As `decode`, with tokens that come several at a time and can be taken back; None where the model cannot."""
+        if self._takes_back is None:
+            self._takes_back = takes_back(self)
+        return BlockDecoding(self._as_decoded(), prompts) if self._takes_back else None
+
+    def _as_decoded(self) -> Backbone:
+        """This model in the dtype to decode in."""
+        device = self.device.type
+        if not torch.is_autocast_enabled(device) or self.model.dtype != torch.float32:
+            return self
+        runs = Backbone(cast(self.model, torch.get_autocast_dtype(device)), self.tokenizer, self.vocab)
+        runs.own_logits = self.own_logits
+        return runs
 
 
 def _trunk(model: PreTrainedModel) -> PreTrainedModel | None:
