@@ -157,7 +157,8 @@ def _planned_by_itself(run: Prepared, per_token: int) -> Keeping:
         if found.is_made:
             return found
     if not (_rows_come_back(run) or new_scheduler(run).may_replay or _samples_come_back(run)):
-        asked = "asks about everything once" if run.recipe.objective.kd_weight else "asks the teacher for samples alone"
+        alone = new_scheduler(run).may_use_teacher_samples and not run.recipe.objective.kd_weight
+        asked = "asks the teacher for samples alone" if alone else "sees every row once"
         return Keeping("off", f"not kept: this run {asked}")
     found = _planned_in_memory(run, per_token, rows=_rows_come_back(run))
     size, free = found.rows_bytes + found.rollout_bytes + found.sample_bytes + found.held_out_bytes, available_memory()

@@ -206,15 +206,16 @@ class Engine:
             for part in parts
             for group in micro_batches(part.sequences, self.train.batch_size)
         ]
-        own = self._look_ahead(pieces, progress)
+        own, told = self._look_ahead(pieces, progress)
         count = criterion.count([s for part in parts for s in part.sequences])
         loss = torch.zeros((), device=self.device)
-        for piece, per_token in zip(pieces, own, strict=True):
+        for piece, per_token, told_ND in zip(pieces, own, told, strict=True):
             terms = criterion.terms(piece.source, progress)
             batch = collate(piece.sequences).to(self.device)
             with self._autocast():
-                teacher_hidden_ND = self.teacher.hidden(batch, piece.sequences) if terms.kd else None
-                total, _ = self.objective(batch, teacher_hidden_ND, terms, per_token)
+                if told_ND is None and terms.kd:
+                    told_ND = self.teacher.hidden(batch, piece.sequences)
+                total, _ = self.objective(batch, told_ND, terms, per_token)
             (total / count).backward()  # one division, by the whole step's count
             loss += total.detach() / count
         norm = nn.utils.clip_grad_norm_(self.objective.parameters(), self.train.clip or math.inf)
@@ -232,16 +233,20 @@ class Engine:
         criterion.observe(loss, progress)
         return loss, grad_norm, lr
 
-    def _look_ahead(self, pieces: list[Piece], progress: float) -> list[PerToken | None]:
-        """Shows the criterion the whole step, where it wants to see it: what its tokens get of their own."""
+    def _look_ahead(
+        self, pieces: list[Piece], progress: float
+    ) -> tuple[list[PerToken | None], list[torch.Tensor | None]]:
+        """Shows the criterion the whole step, where it wants to see it: what the tokens of each piece get of their own,
+        and the teacher's states where it was asked already."""
         criterion = self.objective.criterion
-        readings = []
-        for piece in pieces if criterion.looks_at else ():
+        readings, told = [], [None] * len(pieces)
+        for i, piece in enumerate(pieces if criterion.looks_at else ()):
             batch = collate(piece.sequences).to(self.device)
             with self._autocast():
-                told_ND = self.teacher.hidden(batch, piece.sequences) if "teacher" in criterion.looks_at else None
-                readings.append(self.objective.read(batch, told_ND))
-        return criterion.look_ahead(pieces, readings, progress)
+                if "teacher" in criterion.looks_at:
+                    told[i] = self.teacher.hidden(batch, piece.sequences)
+                readings.append(self.objective.read(batch, told[i]))
+        return criterion.look_ahead(pieces, readings, progress), told
 
     def _count(self, source, parts, loss, grad_norm, lr, seconds) -> None:
         at = self.at
