@@ -11,21 +11,21 @@ from pathlib import Path
 
 import torch
 
-from distillm_cli.cli import outputs
+from distillm_cli.cli import outputs, sampling
 from distillm_cli.config.schema import Recipe
 from distillm_cli.config.shaping import shaping
-from distillm_cli.core import criterion
 from distillm_cli.core.checkpoint import Checkpoints
+from distillm_cli.core.contrast import criterion_of
 from distillm_cli.core.engine import Engine
 from distillm_cli.core.events import Listener, Note, Warned
 from distillm_cli.core.objective import Objective
 from distillm_cli.core.replay import ReplayBuffer
-from distillm_cli.core.rollout import StudentRollouts
 from distillm_cli.core.scheduler import Scheduler
 from distillm_cli.core.teacher import Teacher
 from distillm_cli.data.batching import Examples, Order, by_length, tokenise
 from distillm_cli.data.prompts import Encoder, render
 from distillm_cli.data.sources import Rows, load_rows, overlap
+from distillm_cli.data.teacher_samples import encoded, read_beforehand
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.loading import fingerprint, quiet
 from distillm_cli.models.pair import Pair, load_pair, resolve_device, resolve_dtype, student_again
@@ -57,6 +57,7 @@ class Prepared:
     train: Examples
     valid: Examples
     begins: Callable[[], Mapping[str, torch.Tensor]] | None = None
+    teacher_samples: dict[int, list[Sequence]] | None = None  # by row, where they were made beforehand
 
     @property
     def student(self) -> Backbone:
@@ -132,6 +133,8 @@ def prepare(recipe: Recipe, listener: Listener) -> Prepared:
     if shared := overlap(valid_rows, train_rows):
         listener(Note(f"{shared:,} of the {len(valid_rows):,} held-out rows ask what a training row asks too"))
 
+    beforehand = None if recipe.data.teacher_samples is None else read_beforehand(recipe.data, train_rows, listener)
+
     def texts() -> Iterator[str]:
         for row in train_rows:
             yield from (render(row, recipe.data.template, None), row.references[0])
@@ -150,7 +153,10 @@ def prepare(recipe: Recipe, listener: Listener) -> Prepared:
     if pair.student.adapter is not None:  # few weights: not worth loading the model under them again
         first = {name: weight.to("cpu", copy=True) for name, weight in pair.student.state().items()}
         begins = first.copy
-    return Prepared(recipe, listener, device, dtype, train_rows, valid_rows, pair, encoder, train, valid, begins)
+    samples = None if beforehand is None else encoded(beforehand, train, encoder, recipe.data, context)
+    return Prepared(
+        recipe, listener, device, dtype, train_rows, valid_rows, pair, encoder, train, valid, begins, samples
+    )
 
 
 def new_order(recipe: Recipe, examples: Examples) -> Order:
@@ -169,25 +175,23 @@ def build_engine(run: Prepared, output: Path, listener: Listener, *, teacher: Te
     recipe = run.recipe
     objective = Objective(
         run.student,
-        criterion.build(None if run.sft else recipe.objective),
+        criterion_of(None if run.sft else recipe.objective, run.steps / run.order.steps_per_epoch),
         teacher_head=None if teacher is None else teacher.head,
         matmul_dtype=None if run.dtype == torch.float32 else run.dtype,
     )
-    context = run.student.context
-    longest = recipe.data.max_length if context is None else min(recipe.data.max_length, context)
+    scheduler = new_scheduler(run)
     return Engine(
         objective=objective,
         train=recipe.train,
         steps=run.steps,
         steps_per_epoch=run.order.steps_per_epoch,
         batches=run.batch,
-        scheduler=new_scheduler(run),
+        scheduler=scheduler,
         replay=ReplayBuffer(recipe.schedule.capacity, seed=recipe.train.seed),
-        rollouts=StudentRollouts(
-            run.student, recipe.rollout, max_length=longest, seed=recipe.train.seed, listener=listener
-        ),
+        rollouts=sampling.rollouts(run, listener),
         bulk=recipe.rollout.bulk,
         fresh=recipe.schedule.fresh,
+        samples=sampling.samples(run, scheduler, listener),
         teacher=teacher,
         validation=by_length(run.valid.sequences, max(recipe.train.batch_size, 16)),
         score=score,

@@ -117,9 +117,13 @@ def memory(run: Run) -> dict[str, int]:
         parts["teacher_weights"] = teacher.parameters["total"] * run.teacher_itemsize
         parts["teacher_activations"] = positions * teacher.width * run.teacher_itemsize * 8  # one layer, no graph
     parts |= run.states or {}
-    if recipe.schedule.kind != "off":
-        rows = recipe.train.batch_size * recipe.train.accumulate * recipe.rollout.bulk
-        parts["rollout_cache"] = rows * run.lengths.longest * layers * 2 * student.kv * run.itemsize
+    schedule = Scheduler(recipe.schedule, steps=1, seed=0)
+    positions = recipe.train.batch_size * recipe.train.accumulate * recipe.rollout.bulk * run.lengths.longest
+    if schedule.may_use_student_outputs:
+        parts["rollout_cache"] = positions * layers * 2 * student.kv * run.itemsize
+    sampled = schedule.may_use_teacher_samples and recipe.data.teacher_samples is None
+    if run.teacher is not None and (sampled or recipe.schedule.kind == "interleaved"):
+        parts["teacher_rollout_cache"] = positions * run.teacher.layers * 2 * run.teacher.kv * run.teacher_itemsize
     return {name: size for name, size in parts.items() if size}
 
 
@@ -156,20 +160,20 @@ def told(run: Run, response: float) -> float:
     return 0.0 if run.teacher is None else 2 * run.sequences * response * run.teacher.head_in * run.vocab
 
 
-def decoding(run: Run) -> tuple[float, float, int]:
+def decoding(run: Run, model: Sizes, itemsize: int) -> tuple[float, float, int]:
     """(FLOPs, bytes read, decoding steps) of sampling one step's worth of responses, ``bulk`` batches side by side.
 
     Every response is taken to be as long as the recipe lets it be: the batch decodes until its last row has ended. Each
     step reads the weights once for the whole batch, and each row's cache.
     """
-    student, bulk = run.student, run.recipe.rollout.bulk
+    bulk = run.recipe.rollout.bulk
     prompt, new = run.lengths.mean - run.lengths.response, _new_tokens(run)
     rows, length = run.sequences * bulk, prompt + new / 2
-    flops = forward(student, run.sequences, prompt, run.sequences, run.vocab)
-    flops += run.sequences * new * (2 * student.matmul + 4 * student.layers * student.attention * length)
-    flops += 2 * run.sequences * new * student.head_in * run.vocab
-    weights = (student.matmul + student.head_in * run.vocab) * run.itemsize
-    cache = rows * length * 2 * student.layers * student.kv * run.itemsize
+    flops = forward(model, run.sequences, prompt, run.sequences, run.vocab)
+    flops += run.sequences * new * (2 * model.matmul + 4 * model.layers * model.attention * length)
+    flops += 2 * run.sequences * new * model.head_in * run.vocab
+    weights = (model.matmul + model.head_in * run.vocab) * itemsize
+    cache = rows * length * 2 * model.layers * model.kv * itemsize
     return flops, new * (weights + cache) / bulk, new
 
 
@@ -179,17 +183,28 @@ def _new_tokens(run: Run) -> int:
 
 
 def step_flops(run: Run) -> dict[str, float]:
-    """FLOPs of an optimizer step by what it trains on: data set rows (the first time, and when the teacher's states are
-    kept), a fresh rollout, a replayed one. Sources that the schedule never draws are left out."""
+    """FLOPs of an optimizer step by what it trains on: data set rows and the teacher's samples (the first time, and when
+    the teacher's part is kept), a fresh rollout, a replayed one, a pair of both models' samples. A token that the teacher
+    mends is read by it as it is drafted: that counts as one more forward pass. Sources that the schedule never draws are
+    left out."""
     length, response = run.lengths.mean, run.lengths.response
     found = {"dataset": update(run, length, response) + asked(run, length, response)}
     if run.cached:
         found["dataset_cached"] = update(run, length, response) + told(run, response)
-    if run.recipe.schedule.kind != "off" and run.teacher is not None:
-        new = _new_tokens(run)
-        long = length - response + new
-        found["rollout"] = decoding(run)[0] + asked(run, long, new) + update(run, long, new)
-        found["replay"] = update(run, long, new) + told(run, new)
+    if run.teacher is None:
+        return found
+    schedule, new = Scheduler(run.recipe.schedule, steps=1, seed=0), _new_tokens(run)
+    long = length - response + new
+    train, fresh = update(run, long, new), decoding(run, run.student, run.itemsize)[0]
+    if schedule.may_use_student_outputs:
+        mended = asked(run, long, new) if run.recipe.schedule.kind == "interleaved" else 0.0
+        found["rollout"] = fresh + mended + asked(run, long, new) + train
+        found["replay"] = train + told(run, new)
+    if schedule.may_use_teacher_samples:
+        drawn = 0.0 if run.recipe.data.teacher_samples else decoding(run, run.teacher, run.teacher_itemsize)[0]
+        found["teacher"] = drawn + asked(run, long, new) + train
+        found["teacher_cached"] = train + told(run, new)
+        found["pair"] = found["teacher"] + fresh + asked(run, long, new) + train
     return found
 
 
@@ -229,12 +244,22 @@ def seconds(run: Run, gpu: Gpu) -> dict[str, float]:
     found = {"dataset": train(length, response) + ask(length, response)}
     if "dataset_cached" in wanted:
         found["dataset_cached"] = train(length, response) + told(run, response) / peak
+
+    def decode(model: Sizes, itemsize: int) -> float:
+        flops, read, new = decoding(run, model, itemsize)
+        return max(flops / peak, read / bandwidth, new * model.layers * DECODING_LAYER / run.recipe.rollout.bulk)
+
+    new = _new_tokens(run)
+    long = length - response + new
     if "rollout" in wanted:
-        flops, read, new = decoding(run)
-        started = new * run.student.layers * DECODING_LAYER / run.recipe.rollout.bulk
-        long = length - response + new
-        found["rollout"] = max(flops / peak, read / bandwidth, started) + ask(long, new) + train(long, new)
+        mended = ask(long, new) if run.recipe.schedule.kind == "interleaved" else 0.0
+        found["rollout"] = decode(run.student, run.itemsize) + mended + ask(long, new) + train(long, new)
         found["replay"] = train(long, new) + told(run, new) / peak
+    if "teacher" in wanted:
+        drawn = 0.0 if run.recipe.data.teacher_samples else decode(run.teacher, run.teacher_itemsize)
+        found["teacher"] = drawn + ask(long, new) + train(long, new)
+        found["teacher_cached"] = train(long, new) + told(run, new) / peak
+        found["pair"] = found["teacher"] + decode(run.student, run.itemsize) + ask(long, new) + train(long, new)
     return found
 
 
@@ -263,10 +288,13 @@ def _whole(run: Run, each: Mapping[str, float], steps: int, phi: float | None) -
     if run.teacher is None:
         return steps * each["dataset"]
     mix = shares(run.recipe, steps, phi)
-    first = min(run.lengths.steps_per_epoch or steps, steps) if run.cached else steps
-    rows = mix.get("dataset", 0.0) * steps
-    uncached = min(rows, first)
-    whole = uncached * each["dataset"] + (rows - uncached) * each.get("dataset_cached", each["dataset"])
-    return whole + sum(
-        steps * share * each.get(source, each["dataset"]) for source, share in mix.items() if source != "dataset"
-    )
+    epoch = min(run.lengths.steps_per_epoch or steps, steps)
+    first = {"dataset": epoch if run.cached else steps}
+    if Scheduler(run.recipe.schedule, steps=1, seed=0).samples_come_back:
+        first["teacher"] = epoch
+    whole = 0.0
+    for source, share in mix.items():
+        count = share * steps
+        new = min(count, first.get(source, count))
+        whole += new * each[source] + (count - new) * each.get(f"{source}_cached", each[source])
+    return whole

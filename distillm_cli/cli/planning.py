@@ -17,6 +17,7 @@ from distillm_cli.cli.teaching import Keeping, disk_free, plan_keeping
 from distillm_cli.config.pipeline import PREFIX, Pipeline, Stage
 from distillm_cli.config.schema import Recipe
 from distillm_cli.core.events import Listener, Note, silent
+from distillm_cli.core.scheduler import Scheduler
 from distillm_cli.data.batching import Examples, tokenise
 from distillm_cli.data.prompts import Encoder, render
 from distillm_cli.data.sources import Rows, is_path, load_rows, local_place
@@ -26,7 +27,11 @@ from distillm_cli.models.shapes import Shape, Sizes, has_weights, load_shape, si
 from distillm_cli.ui.display import amount
 
 _BUILT = re.compile(r"[a-z]+:")  # random:…; no hub name and no path here begins so
-_IN_HOST = ("teacher_states", "rollout_states")  # whatever the accelerator, they lie in the machine's own memory
+_IN_HOST = (
+    "teacher_states",
+    "rollout_states",
+    "teacher_sample_states",
+)  # whatever the accelerator, they lie in the machine's own memory
 
 
 def weights_are_at_hand(recipe: Recipe) -> bool:
@@ -55,7 +60,11 @@ def of_run(run: Prepared) -> dict[str, Any]:
     states, kept = {}, {}
     if keeping is not None and keeping.mode != "off":
         in_memory = keeping.rows_bytes if keeping.mode == "memory" else 0  # those on disk are mapped
-        states = {"teacher_states": keeping.held_out_bytes + in_memory, "rollout_states": keeping.rollout_bytes}
+        states = {
+            "teacher_states": keeping.held_out_bytes + in_memory,
+            "rollout_states": keeping.rollout_bytes,
+            "teacher_sample_states": keeping.sample_bytes,
+        }
     if keeping is not None:
         kept = {"teacher_cache": _kept(run, keeping)}
     sized = costs.Run(
@@ -222,6 +231,7 @@ def _kept(run: Prepared, keeping: Keeping) -> dict[str, Any]:
         "rows": len(run.train) if keeping.rows_bytes else 0,
         "bytes": keeping.rows_bytes,
         "rollout_bytes": keeping.rollout_bytes,
+        "sample_bytes": keeping.sample_bytes,
         "why": keeping.why,
     }
     if keeping.place is None:
@@ -244,7 +254,7 @@ def _would_keep(
     comes_back = None not in (lengths.steps, lengths.steps_per_epoch) and lengths.steps > lengths.steps_per_epoch
     rows = round((lengths.rows or 0) * lengths.response * per_token)
     drawn = recipe.schedule.capacity * min(recipe.rollout.max_new_tokens, recipe.data.max_length) * per_token
-    rollouts = drawn if recipe.schedule.kind != "off" and mode != "off" else 0
+    rollouts = drawn if Scheduler(recipe.schedule, steps=1, seed=0).may_replay and mode != "off" else 0
     keeps = rows if mode in ("memory", "disk") or (mode == "auto" and comes_back) else 0
     size = f"{amount(keeps)}B for {lengths.rows or 0:,} rows"
     why = {

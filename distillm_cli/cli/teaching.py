@@ -30,14 +30,16 @@ SHARE = 0.25  # of the free memory, which `auto` may fill
 class Keeping:
     """What is kept of the teacher's states. mode: memory, disk or off. why: a clause for people.
 
-    rows_bytes, rollout_bytes, held_out_bytes: of data set rows (exact), of student outputs (at most), of held-out rows;
-    all 0 when off. place, key, is_made: of a cache on disk, and whether it is there.
+    rows_bytes, rollout_bytes, sample_bytes, held_out_bytes: of data set rows (exact), of student outputs (at most), of the
+    teacher's samples (at most), of held-out rows; all 0 when off. place, key, is_made: of a cache on disk, and whether it
+    is there.
     """
 
     mode: str
     why: str
     rows_bytes: int = 0
     rollout_bytes: int = 0
+    sample_bytes: int = 0
     held_out_bytes: int = 0
     place: Path | None = None
     key: Key | None = None
@@ -96,9 +98,10 @@ def open_teacher(
         mode=keeping.mode,
         rows=rows,
         company=company,
-        remembers=schedule.may_replay,
+        remembers=schedule.may_replay or _samples_come_back(run),
         # Weights in few bits are no plain tensors that could be let go of one by one.
-        leaves=rows is not None and not schedule.may_use_student_outputs and not model.is_quantized,
+        leaves=rows is not None
+        and not (schedule.may_use_student_outputs or schedule.may_use_teacher_samples or model.is_quantized),
         awaited=_held_out(run),
     )
     teacher.tokens = computed
@@ -141,7 +144,8 @@ def plan_keeping(run: Prepared, *, before: str | None = None, rebuild: bool = Fa
     if mode == "disk" or (is_auto and rebuild):
         return _planned_on_disk(run, per_token)
     if mode == "memory":
-        return _planned_in_memory(run, per_token, rows=not is_auto or _rows_come_back(run))
+        rows = new_scheduler(run).may_use_rows if not is_auto else _rows_come_back(run)
+        return _planned_in_memory(run, per_token, rows=rows)
     return _planned_by_itself(run, per_token)
 
 
@@ -149,14 +153,17 @@ def _planned_by_itself(run: Prepared, per_token: int) -> Keeping:
     """``auto``: the disk where a cache is there already, else memory where it pays and fits, else off."""
     root, rows = _root(run), teacher_cache.rows_digest(run.train.sequences)
     # The weights are read only where the name of some cache gives hope.
-    if (root / teacher_cache.FACTS).exists() or any(root.glob(f"*-{rows[:16]}")):
+    may_be_there = (root / teacher_cache.FACTS).exists() or any(root.glob(f"*-{rows[:16]}"))
+    if may_be_there and new_scheduler(run).may_use_rows:
         found = _planned_on_disk(run, per_token)
         if found.is_made:
             return found
-    if not (_rows_come_back(run) or new_scheduler(run).may_replay):
-        return Keeping("off", "not kept: this run sees every row once")
+    if not (_rows_come_back(run) or new_scheduler(run).may_replay or _samples_come_back(run)):
+        alone = new_scheduler(run).may_use_teacher_samples and not run.recipe.objective.kd_weight
+        asked = "asks the teacher for samples alone" if alone else "sees every row once"
+        return Keeping("off", f"not kept: this run {asked}")
     found = _planned_in_memory(run, per_token, rows=_rows_come_back(run))
-    size, free = found.rows_bytes + found.rollout_bytes + found.held_out_bytes, available_memory()
+    size, free = found.rows_bytes + found.rollout_bytes + found.sample_bytes + found.held_out_bytes, available_memory()
     if free is None or size <= SHARE * free:
         return found
     why = f"not kept: {amount(size)}B is more than a quarter of the {amount(free)}B of free memory"
@@ -168,10 +175,19 @@ def _planned_in_memory(run: Prepared, per_token: int, *, rows: bool) -> Keeping:
     parts = [f"{amount(sizes['rows_bytes'])}B for {len(run.train):,} rows"] if rows else []
     if sizes["rollout_bytes"]:
         parts.append(f"at most {amount(sizes['rollout_bytes'])}B for replayed rollouts")
-    return Keeping("memory", f"kept in memory as they come, {' and '.join(parts)}", **sizes)
+    if sizes["sample_bytes"]:
+        parts.append(f"at most {amount(sizes['sample_bytes'])}B for teacher samples")
+    what = f"as they come, {' and '.join(parts)}" if parts else "where it is asked twice, which it is not in this run"
+    return Keeping("memory", f"kept in memory {what}", **sizes)
 
 
 def _planned_on_disk(run: Prepared, per_token: int) -> Keeping:
+    if not new_scheduler(run).may_use_rows:
+        raise UsageError(
+            f"teacher.cache disk keeps what the teacher says of data set rows, and schedule.kind "
+            f"{run.recipe.schedule.kind} trains on none",
+            hint="give --teacher-cache memory or off",
+        )
     model, sequences = run.pair.teacher, run.train.sequences
     key = Key(teacher_cache.teacher_digest(model, _config_of(model)), teacher_cache.rows_digest(sequences))
     place = teacher_cache.place_of(_root(run), key)
@@ -187,7 +203,15 @@ def _beside_rows(run: Prepared, per_token: int) -> dict[str, int]:
     drawn = min(recipe.schedule.capacity, run.steps * recipe.train.batch_size * recipe.train.accumulate)
     rollouts = drawn * recipe.rollout.max_new_tokens * per_token if new_scheduler(run).may_replay else 0
     held_out = sum(len(s.response) for s in _held_out(run)) * per_token
-    return {"rollout_bytes": rollouts, "held_out_bytes": held_out}
+    samples = _sampled_tokens(run) * per_token if _samples_come_back(run) else 0
+    return {"rollout_bytes": rollouts, "sample_bytes": samples, "held_out_bytes": held_out}
+
+
+def _sampled_tokens(run: Prepared) -> int:
+    """Of the teacher's samples: as many as there are, or as there can be at most."""
+    if run.teacher_samples is not None:
+        return sum(len(s.response) for samples in run.teacher_samples.values() for s in samples)
+    return len(run.train) * run.recipe.rollout.max_new_tokens
 
 
 def _on_disk(run: Prepared, keeping: Keeping, rebuild: bool, listener: Listener) -> tuple[RowStates, bool, int]:
@@ -217,7 +241,13 @@ def _root(run: Prepared) -> Path:
 
 
 def _rows_come_back(run: Prepared) -> bool:
-    return run.steps > run.order.steps_per_epoch
+    return new_scheduler(run).may_use_rows and run.steps > run.order.steps_per_epoch
+
+
+def _samples_come_back(run: Prepared) -> bool:
+    """Whether the teacher is asked more than once about a sample of its own."""
+    comes_back = new_scheduler(run).samples_come_back and run.steps > run.order.steps_per_epoch
+    return comes_back and run.recipe.objective.kd_weight > 0
 
 
 def _held_out(run: Prepared) -> list[Sequence]:
@@ -240,6 +270,6 @@ def _config_of(model: Backbone) -> str:
 
 
 def _warn_if_short(keeping: Keeping, listener: Listener) -> None:
-    size, free = keeping.rows_bytes + keeping.rollout_bytes, available_memory()
+    size, free = keeping.rows_bytes + keeping.rollout_bytes + keeping.sample_bytes, available_memory()
     if free is not None and size > free:
         listener(Warned(f"the teacher's states take {amount(size)}B, and {amount(free)}B of memory are free"))

@@ -26,6 +26,7 @@ from distillm_cli.core.engine import Progress as Reached
 from distillm_cli.core.events import Note, Warned
 from distillm_cli.core.metrics_log import MetricsLog
 from distillm_cli.core.objective import Objective
+from distillm_cli.core.scheduler import Source
 from distillm_cli.data.prompts import render
 from distillm_cli.errors import Interrupted, UsageError, signal_number
 from distillm_cli.evaluation.evaluate import SuiteResult, evaluate
@@ -331,10 +332,12 @@ def _result(command: str, output: Path, reached: Reached, engine: Engine, measur
         "train_loss": reached.train_loss,
         "valid_loss": measured[AFTER].valid_loss,
         "phi": engine.scheduler.phi,
-        "rollout_steps": reached.sources["rollout"],
-        "replay_steps": reached.sources["replay"],
-        "dataset_steps": reached.sources["dataset"],
+        "rollout_steps": reached.steps_with(Source.ROLLOUT),
+        "replay_steps": reached.steps_with(Source.REPLAY),
+        "dataset_steps": reached.steps_with(Source.DATASET),
+        "teacher_steps": reached.steps_with(Source.TEACHER),
         "sampled_sequences": reached.sampled,
+        "teacher_sampled_sequences": reached.teacher_sampled,
         "train_s": round(reached.seconds, 3),
         "stopped": reached.reason,
         "best_step": reached.best_step,

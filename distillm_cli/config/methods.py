@@ -16,6 +16,9 @@ _SEQUENCES = {
     "mixed": "data set or student samples",
     "annealed": "data set, then student samples",
     "adaptive": "data set, student samples, replay",
+    "teacher": "teacher samples",
+    "pairs": "teacher and student samples, in pairs",
+    "interleaved": "student drafts, mended by the teacher",
 }
 
 
@@ -70,6 +73,13 @@ METHODS: dict[str, Method] = {
             preset={"objective.divergence": "kl", "schedule.kind": "off"},
         ),
         Method(
+            name="seqkd",
+            verb="distill",
+            summary="cross-entropy on responses sampled from the teacher",
+            paper="SeqKD, Kim and Rush 2016 (1606.07947); sampled as in DistiLLM, where the paper searches with beams",
+            preset={"objective.divergence": "kl", "objective.kd_weight": 0.0, "schedule.kind": "teacher"},
+        ),
+        Method(
             name="imitkd",
             verb="distill",
             summary="KL on responses that turn, step by step, from the data set's into the student's own",
@@ -90,6 +100,34 @@ METHODS: dict[str, Method] = {
                 "objective.beta": 0.1,
                 "schedule.kind": "mixed",
                 "schedule.mix": 0.5,
+            },
+        ),
+        Method(
+            name="fdistill",
+            verb="distill",
+            summary="JSD by halves: KL(p ‖ m) on samples of the teacher, KL(q ‖ m) on the student's for the same prompts",
+            paper="f-distill, Wen et al. 2023 (2307.15190); --divergence tvd is its other symmetric variant",
+            preset={
+                "objective.divergence": "jsd",
+                "objective.beta": 0.5,
+                "objective.by_source": True,
+                "schedule.kind": "pairs",
+            },
+        ),
+        Method(
+            name="skd",
+            verb="distill",
+            summary="KL on what the student drafts, each token outside the teacher's top 25 replaced by a teacher sample",
+            paper="speculative KD, Xu et al. 2024 (2410.11325)",
+            preset={
+                "objective.divergence": "kl",
+                "schedule.kind": "interleaved",
+                "rollout.temperature": 0.5,
+                "rollout.top_p": 0.5,
+                "rollout.teacher_temperature": 0.2,
+                "rollout.teacher_top_p": 0.5,
+                "rollout.draft": 5,
+                "rollout.accept": 25,
             },
         ),
         Method(
@@ -137,6 +175,21 @@ METHODS: dict[str, Method] = {
             summary="tokens the teacher is sure of teach their alternatives, the others everything",
             paper="ATKD, Zhong et al. 2024 (2402.11890)",
             preset={"objective.divergence": "atkd", "schedule.kind": "off"},
+        ),
+        Method(
+            name="distillm2",
+            verb="distill",
+            summary="skew KL on samples of the teacher, skew reverse KL on the student's, both redrawn in each epoch",
+            paper="DistiLLM-2, Ko et al. 2025 (2503.07067)",
+            preset={
+                "objective.divergence": "skl",
+                "objective.alpha": 0.1,
+                "objective.by_source": True,
+                "objective.curriculum": "on",
+                "objective.reduction": "sequence",
+                "schedule.kind": "pairs",
+                "schedule.redraw": "epoch",
+            },
         ),
     )
 }

@@ -19,7 +19,7 @@ Exponent = Annotated[float, Field(ge=-2, le=2)]
 Name = Annotated[str, Field(min_length=1)]
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 DivergenceName = Literal["kl", "rkl", "skl", "srkl", "jsd", "tvd", "jeffreys", "akl", "ab", "amid", "taid", "atkd"]
-ScheduleKind = Literal["off", "on", "mixed", "annealed", "adaptive"]
+ScheduleKind = Literal["off", "on", "mixed", "annealed", "adaptive", "teacher", "pairs", "interleaved"]
 MetricName = Literal[
     "rouge_l", "rouge_1", "rouge_2", "bleu", "chrf", "exact_match", "error_rate", "final_number"
 ]  # fmt: skip
@@ -47,7 +47,8 @@ _AB = ReadWhen(
     {"objective.divergence": ("ab",)}, {"objective.divergence": ("amid",), "objective.amid_divergence": ("ab",)}
 )
 _CURVED = ReadWhen({"schedule.kind": ("annealed",), "schedule.anneal": ("exponential", "sigmoid")})
-_STUDENT_OUTPUTS = _under(*(kind for kind in get_args(ScheduleKind) if kind != "off"))
+_TEACHER_SAMPLES = _under("teacher", "pairs", "interleaved")
+_STUDENT_OUTPUTS = _under(*(kind for kind in get_args(ScheduleKind) if kind not in ("off", "teacher")))
 
 
 class Section(BaseModel):
@@ -198,6 +199,11 @@ class Data(Section):
         "drop", description="a row over max_length; truncate cuts the response's end. A prompt is never cut"
     )
     limit: Positive | None = Field(None, description="use the first rows only")
+    teacher_samples: Name | None = Field(
+        None,
+        description="responses that the teacher gave before (a file that `generate` wrote), matched to the rows by their "
+        "prompts, for schedule.kind teacher or pairs; unset: drawn during the run",
+    )
     valid_limit: Positive = Field(1000, description="held-out rows for validation, at most (METHODS B: 1000)")
     size: Positive = Field(20_000, description="rows of the builtin set")
     tasks: tuple[str, ...] | None = Field(None, description="kinds of task of the builtin set; unset: all")
@@ -253,20 +259,50 @@ class Objective(Section):
     atkd_easy: Annotated[Probability, _of("atkd")] = Field(
         0.2, description="α of atkd: weight of the tokens the teacher is surest of; the others weigh 1−α"
     )
-    kd_weight: Probability = Field(1.0, description="(1 − kd_weight)·CE + kd_weight·D; CE on data set rows only")
+    kd_weight: Probability = Field(1.0, description="(1 − kd_weight)·CE + kd_weight·D; CE never on student outputs")
     kd_warmup: Probability = Field(
         0.0, description="share of the steps over which D's weight climbs from 0 to kd_weight: cross-entropy first"
+    )
+    by_source: bool = Field(
+        False,
+        description="the forward half of the divergence on data set rows and teacher samples, the reverse half on student "
+        "outputs: skl and srkl (DistiLLM-2), the halves of jsd (f-distill); the same on both where it has no halves",
+    )
+    curriculum: Literal["off", "on"] = Field(
+        "off",
+        description="DistiLLM-2, with by_source: alpha is per batch, at most as given; the student's half weighs ½ at "
+        "first, 1 at the end. off: alpha as given, equal weights (the authors' release)",
     )
     reduction: Literal["token", "sequence"] = Field(
         "token", description="mean over the step's response tokens, or per sequence first"
     )
+
+    @model_validator(mode="after")
+    def _curriculum_is_of_skewed_halves(self) -> Objective:
+        if self.curriculum == "on" and not (self.by_source and self.divergence in ("skl", "srkl") and self.alpha > 0):
+            raise ValueError(
+                "objective.curriculum is of skl by_source, with alpha above 0; try --set objective.curriculum=off"
+            )
+        if self.by_source and self.divergence in ("taid", "atkd"):
+            raise ValueError(
+                f"objective.by_source with objective.divergence {self.divergence}, which looks at a step as a whole; "
+                "try --set objective.by_source=false"
+            )
+        return self
 
 
 class Schedule(Section):
     """Which sequences a step trains on (METHODS B)."""
 
     kind: ScheduleKind = Field(
-        "adaptive", description="off: data set rows; on: rollouts; mixed: GKD; annealed: ImitKD; adaptive: DistiLLM"
+        "adaptive",
+        description="off: data set rows; on: rollouts; mixed: GKD; annealed: ImitKD; adaptive: DistiLLM; teacher: samples "
+        "of the teacher; pairs: of both for each prompt; interleaved: rollouts that the teacher mends (speculative KD)",
+    )
+    redraw: Annotated[Literal["never", "epoch"], _under("teacher", "pairs")] = Field(
+        "never",
+        description="epoch: the teacher's samples are drawn anew in each epoch, and the student's of a pair at its "
+        "beginning; never: the teacher's once, the student's of a pair at every step",
     )
     replay: Annotated[Literal["auto", "none", "decreasing", "constant", "increasing"], _STUDENT_OUTPUTS] = Field(
         "auto",
@@ -309,6 +345,19 @@ class Rollout(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="sample from the likeliest tokens of this mass")
     top_k: Count = Field(0, description="sample from so many likeliest tokens; 0 is off")
     max_new_tokens: Positive = Field(256, description="end-of-sequence included")
+    teacher_temperature: Annotated[float, Field(ge=0), _TEACHER_SAMPLES] = Field(
+        1.0, description="of what the teacher samples in training"
+    )
+    teacher_top_p: Annotated[float, Field(gt=0, le=1), _TEACHER_SAMPLES] = Field(
+        1.0, description="of what the teacher samples in training"
+    )
+    draft: Annotated[Positive, _under("interleaved")] = Field(
+        5,
+        description="γ of interleaved: tokens the student drafts before the teacher reads them; changes cost, not law",
+    )
+    accept: Annotated[Positive, _under("interleaved")] = Field(
+        25, description="K of interleaved: a drafted token stays where it is among so many likeliest of the teacher's"
+    )
     bulk: Positive = Field(
         8,
         description="rollout batches sampled at once and served one by one; the number sampled stays. "

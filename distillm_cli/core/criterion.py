@@ -25,6 +25,7 @@ from distillm_cli.core.scheduler import Source
 from distillm_cli.sequences import Sequence
 
 CROSS_ENTROPY = Terms(kd=0.0, ce=1.0)
+_TRUTH = (Source.DATASET, Source.TEACHER)  # whose tokens are to be learnt as they stand
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +46,8 @@ class Reading:
 
 
 class Criterion:
-    """(1 − kd_weight)·CE + kd_weight·D on data set rows; kd_weight·D on student outputs, whose tokens are no truth.
+    """(1 − kd_weight)·CE + kd_weight·D on data set rows and teacher samples; kd_weight·D on student outputs, whose tokens
+    are no truth.
 
     config: the recipe's ``objective`` section, or None for SFT (cross-entropy alone).
     """
@@ -67,7 +69,7 @@ class Criterion:
         kd = self.config.kd_weight
         if progress < self.config.kd_warmup:
             kd *= progress / self.config.kd_warmup
-        return Terms(kd=kd, ce=1.0 - kd if source is Source.DATASET else 0.0, divergence=self.divergence)
+        return Terms(kd=kd, ce=1.0 - kd if source in _TRUTH else 0.0, divergence=self.divergence)
 
     @property
     def held_out(self) -> Terms:

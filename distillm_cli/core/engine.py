@@ -11,9 +11,9 @@ import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +28,7 @@ from distillm_cli.core.objective import Objective
 from distillm_cli.core.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from distillm_cli.core.replay import ReplayBuffer, pack, unpack
 from distillm_cli.core.rollout import Rollouts
+from distillm_cli.core.samples import Samples
 from distillm_cli.core.scheduler import Scheduler, Source
 from distillm_cli.core.teacher import Teacher
 from distillm_cli.errors import Interrupted, NonFiniteError
@@ -49,11 +50,16 @@ class Progress:
     scores: dict[str, float] = field(default_factory=dict)
     sources: Counter = field(default_factory=Counter)
     sampled: int = 0
+    teacher_sampled: int = 0
     phis: list[tuple[int, float]] = field(default_factory=list)
     best: float | None = None
     best_step: int | None = None
     stale: int = 0
     reason: str = "done"
+
+    def steps_with(self, source: Source) -> int:
+        """Steps that trained on this source, alone or beside another."""
+        return sum(count for name, count in self.sources.items() if source in name.split("+"))
 
 
 @contextmanager
@@ -72,10 +78,12 @@ class Engine:
 
     batches: step (from 0) → that step's data set rows; a pure function, so that a resume needs one integer.
     teacher: None for SFT. rollouts, bulk, fresh: where student outputs come from, how many batches at once, and whether a
-    fresh one is trained on directly or goes through the buffer. validation: held-out sequences, batched. score: further
-    held-out figures by name, computed at each validation (student in evaluation mode). as_at_start: a context in which the
-    student has the weights it began with: the loss before training is then taken at the first validation, and nobody waits
-    for it before the first step. checkpoints: None keeps nothing. dtype: of autocast; float32 switches it off.
+    fresh one is trained on directly or goes through the buffer. samples: by source, responses that are kept by row: the
+    teacher's, and the student's where those of a pair are not fresh at every step. validation: held-out sequences, batched.
+    score: further held-out figures by name, computed at each validation (student in evaluation mode). as_at_start: a
+    context in which the student has the weights it began with: the loss before training is then taken at the first
+    validation, and nobody waits for it before the first step. checkpoints: None keeps nothing. dtype: of autocast; float32
+    switches it off.
     """
 
     def __init__(
@@ -91,6 +99,7 @@ class Engine:
         rollouts: Rollouts | None = None,
         bulk: int = 1,
         fresh: str = "direct",
+        samples: Mapping[Source, Samples] | None = None,
         teacher: Teacher | None = None,
         validation: SequenceOf[list[Sequence]] = (),
         score: Callable[[], dict[str, float]] | None = None,
@@ -104,7 +113,7 @@ class Engine:
     ):
         self.objective, self.train, self.steps, self.steps_per_epoch = objective, train, steps, steps_per_epoch
         self.batches, self.scheduler, self.replay, self.rollouts = batches, scheduler, replay, rollouts
-        self.bulk, self.fresh, self.teacher = bulk, fresh, teacher
+        self.bulk, self.fresh, self.samples, self.teacher = bulk, fresh, samples or {}, teacher
         self.validation, self.score, self.checkpoints, self.recipe = validation, score, checkpoints, recipe or {}
         self.as_at_start = as_at_start
         self.method, self.device, self.dtype, self.say = method, torch.device(device), dtype, listener
@@ -147,6 +156,8 @@ class Engine:
 
     def _draw_parts(self, source: Source) -> list[Piece]:
         """What the step trains on, source by source."""
+        if source is Source.PAIR:
+            return [Piece(part, self._draw_sequences(part)) for part in (Source.TEACHER, Source.ROLLOUT)]
         return [Piece(source, self._draw_sequences(source))]
 
     def _draw_sequences(self, source: Source) -> list[Sequence]:
@@ -154,12 +165,27 @@ class Engine:
         rows = self.batches(self.at.step)
         if source is Source.DATASET:
             return rows
+        if source in self.samples:
+            return self._samples_of(source)
         if source is Source.ROLLOUT:
             fresh = self._fresh_batch()
+            if self.scheduler.config.kind == "pairs":  # there each is trained on once, with its prompt's other sample
+                return fresh
             self.replay.add(fresh)
             if self.fresh == "direct":
                 return fresh
         return self.replay.draw(len(rows), self.at.step)
+
+    def _samples_of(self, source: Source) -> list[Sequence]:
+        """What this model answers to the step's rows. The teacher samples in its own dtype, the student in autocast's."""
+        samples, is_teachers = self.samples[source], source is Source.TEACHER
+        with eval_mode(self.objective), nullcontext() if is_teachers else self._autocast():
+            drawn = samples.draw(self.at.step)
+        if is_teachers:
+            self.at.teacher_sampled += drawn
+        else:
+            self.at.sampled += drawn
+        return samples.batch(self.at.step)
 
     def _fresh_batch(self) -> list[Sequence]:
         """A batch of student outputs. ``bulk`` batches are decoded side by side, since one large batch costs little more
@@ -187,13 +213,13 @@ class Engine:
         own, told = self._look_ahead(pieces, progress)
         count = criterion.count([s for part in parts for s in part.sequences])
         loss = torch.zeros((), device=self.device)
-        for piece, per_token, teacher_hidden_ND in zip(pieces, own, told, strict=True):
+        for piece, per_token, told_ND in zip(pieces, own, told, strict=True):
             terms = criterion.terms(piece.source, progress)
             batch = collate(piece.sequences).to(self.device)
             with self._autocast():
-                if terms.kd and teacher_hidden_ND is None:
-                    teacher_hidden_ND = self.teacher.hidden(batch, piece.sequences)
-                total, _ = self.objective(batch, teacher_hidden_ND, terms, per_token)
+                if told_ND is None and terms.kd:
+                    told_ND = self.teacher.hidden(batch, piece.sequences)
+                total, _ = self.objective(batch, told_ND, terms, per_token)
             (total / count).backward()  # one division, by the whole step's count
             loss += total.detach() / count
         norm = nn.utils.clip_grad_norm_(self.objective.parameters(), self.train.clip or math.inf)
@@ -318,6 +344,8 @@ class Engine:
         if self.teacher is not None:
             state["teacher_cache"] = self.teacher.mode
             tensors |= self.teacher.pack(self.replay.sequences, "replay")
+        for source, samples in self.samples.items():
+            tensors |= samples.pack(f"samples.{source}") | self.teacher.pack(samples.sequences, f"samples.{source}")
         path = self.checkpoints.write(self.at.step, state, tensors, protect=self.at.best_step)
         self.saved_step = self.at.step
         self.say(Saved(self.at.step, str(path)))
@@ -335,6 +363,9 @@ class Engine:
         self.objective.criterion.unpack(checkpoint.tensors, "replay", self.replay.sequences)
         if self.teacher is not None:
             self.teacher.unpack(checkpoint.tensors, "replay", self.replay.sequences)
+        for source, samples in self.samples.items():
+            samples.unpack(checkpoint.tensors, f"samples.{source}", self.at.step)
+            self.teacher.unpack(checkpoint.tensors, f"samples.{source}", samples.sequences)
         waiting = iter(unpack(checkpoint.tensors, "waiting"))
         self.waiting = deque([next(waiting) for _ in range(size)] for size in checkpoint.state["waiting"])
         torch.set_rng_state(checkpoint.tensors["random.cpu"])

@@ -8,7 +8,7 @@ what else is in the batch cannot change a row's sample (beyond the rounding of a
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Protocol
@@ -61,26 +61,39 @@ class Sampled:
 
 
 class Rollouts(Protocol):
-    """Where student outputs come from; the built-in sampler is one, another engine may be."""
+    """Where a model's outputs come from; the built-in sampler is one, another engine may be."""
 
     def sample(self, prompts: SequenceOf[Sequence], step: int) -> list[Sequence]:
-        """A response for each prompt by the student as it is now; prompts' own responses are ignored."""
+        """A response for each prompt by the model as it is now; prompts' own responses are ignored."""
 
 
-class StudentRollouts:
+class SampledRollouts:
     """Rollouts by the built-in sampler.
 
     config: the recipe's ``rollout`` section. max_length: prompt + response, tokens. seed: with the step it fixes the draw.
+    by_row: a row's randomness is (seed, step, row), whatever is drawn with it; else its place in the draw counts.
     """
 
-    def __init__(self, decoder: Decoder, config: Rollout, *, max_length: int, seed: int, listener: Listener = silent):
-        self.decoder, self.max_length, self.seed = decoder, max_length, seed
+    def __init__(
+        self,
+        decoder: Decoder,
+        config: Rollout,
+        *,
+        max_length: int,
+        seed: int,
+        by_row: bool = False,
+        listener: Listener = silent,
+    ):
+        self.decoder, self.max_length, self.seed, self.by_row = decoder, max_length, seed, by_row
         self.sampling = Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
         self.width = Width(listener)
 
     def sample(self, prompts: SequenceOf[Sequence], step: int) -> list[Sequence]:
         limits = [self.max_length - len(s.prompt) for s in prompts]
-        seeds = [(self.seed, (step << 24) + i) for i in range(len(prompts))]
+        if self.by_row:
+            seeds = [(self.seed, (step << 32) + s.row) for s in prompts]
+        else:
+            seeds = [(self.seed, (step << 24) + i) for i in range(len(prompts))]
         outputs = sample(
             self.decoder, [s.prompt for s in prompts], self.sampling, seeds, limits=limits, width=self.width
         )
@@ -121,14 +134,23 @@ def sample(
     Raises DataError where a prompt leaves no room for a single new token.
     """
     rooms = [
-        _room(len(p), sampling, decoder.context, None if limits is None else limits[i]) for i, p in enumerate(prompts)
+        room(len(p), sampling, decoder.context, None if limits is None else limits[i]) for i, p in enumerate(prompts)
     ]
-    width, outputs = width or Width(), []
-    while len(outputs) < len(prompts):
-        now = slice(len(outputs), len(prompts) if width.rows is None else len(outputs) + width.rows)
-        rows = len(prompts[now])
+    return in_groups(
+        len(prompts),
+        width or Width(),
+        lambda now: _side_by_side(decoder, prompts[now], sampling, seeds[now], rooms[now], entropy),
+    )
+
+
+def in_groups(count: int, width: Width, make: Callable[[slice], list[Sampled]]) -> list[Sampled]:
+    """What ``make`` makes of ``count`` rows, all at once or, where memory does not suffice, in smaller groups."""
+    outputs: list[Sampled] = []
+    while len(outputs) < count:
+        now = slice(len(outputs), count if width.rows is None else min(len(outputs) + width.rows, count))
+        rows = now.stop - now.start
         try:
-            outputs += _side_by_side(decoder, prompts[now], sampling, seeds[now], rooms[now], entropy)
+            outputs += make(now)
         except (RuntimeError, MemoryError) as error:
             if rows == 1 or not out_of_memory(error):
                 raise
@@ -147,7 +169,7 @@ def _side_by_side(
     """rooms: most new tokens of each row, at least one."""
     B, horizon = len(prompts), max(rooms)
     lengths_B, rooms_B = np.array([len(p) for p in prompts]), np.array(rooms)
-    uniforms_BT = np.stack([_uniforms(seed, horizon) for seed in seeds])
+    uniforms_BT = np.stack([uniforms(seed, horizon) for seed in seeds])
     ngrams = None
     if sampling.no_repeat_ngram_size:
         # An encoder's text is another one than the response: a summary may quote it.
@@ -227,23 +249,25 @@ def _entropy(logits_BV: Tensor) -> Tensor:
     return log_z_B - torch.linalg.vecdot(p_BV, shifted_BV.clamp_min_(torch.finfo(torch.float32).min))
 
 
-def _uniforms(seed: tuple[int, int], count: int) -> np.ndarray:
+def uniforms(seed: tuple[int, int], count: int) -> np.ndarray:
+    """A row's uniforms in [0, 1): the beginning of the Philox stream of this key."""
     key = np.array([seed[0] % 2**64, seed[1] % 2**64], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key)).random(count)
 
 
-def _room(prompt: int, sampling: Sampling, context: int | None, limit: int | None) -> int:
-    room = sampling.max_new_tokens
+def room(prompt: int, sampling: Sampling, context: int | None, limit: int | None) -> int:
+    """Most new tokens behind a prompt of so many. Raises DataError where there is no place for one."""
+    most = sampling.max_new_tokens
     if context is not None:
-        room = min(room, context - prompt)
+        most = min(most, context - prompt)
     if limit is not None:
-        room = min(room, limit)
-    if room < 1:
+        most = min(most, limit)
+    if most < 1:
         raise DataError(
             f"a prompt of {prompt} tokens leaves no room for a response in {context if limit is None else limit + prompt}",
             hint="shorten the prompt, or lower data.max_prompt_length so that such rows are dropped",
         )
-    return room
+    return most
 
 
 class _NGrams:

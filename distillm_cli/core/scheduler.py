@@ -6,9 +6,10 @@ Every schedule is one rule. At step t of T draw u ~ U(0, 1); P(t) is the probabi
     u < P(t)       a batch from the replay buffer
     else           a batch of the data set
 
-P is 0 (``off``), 1 (``on``), λ (``mixed``, GKD), 1 − the data set's falling share (``annealed``, ImitKD) or φ
-(``adaptive``, DistiLLM's Algorithm 1). u is a pure function of (seed, step): every rank draws the same, and a resumed run
-draws what the uninterrupted one would have.
+P is 0 (``off``), 1 (``on``, ``interleaved``), λ (``mixed``, GKD), 1 − the data set's falling share (``annealed``, ImitKD)
+or φ (``adaptive``, DistiLLM's Algorithm 1). Two kinds draw nothing: every step is on the teacher's samples (``teacher``), or
+on a sample of each of the two for each prompt (``pairs``). u is a pure function of (seed, step): every rank draws the same,
+and a resumed run draws what the uninterrupted one would have.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from distillm_cli.config.schema import Schedule
 
 class Source(StrEnum):
     DATASET = "dataset"
+    TEACHER = "teacher"
     ROLLOUT = "rollout"
     REPLAY = "replay"
+    PAIR = "teacher+rollout"  # of a step, which then has a part of each
 
 
 class Scheduler:
@@ -46,20 +49,40 @@ class Scheduler:
 
     @property
     def may_use_student_outputs(self) -> bool:
-        return self.config.kind != "off"
+        return self.config.kind not in ("off", "teacher")
+
+    @property
+    def may_use_teacher_samples(self) -> bool:
+        return self.config.kind in ("teacher", "pairs")
+
+    @property
+    def samples_come_back(self) -> bool:
+        """Whether the epochs train on the same samples of the teacher."""
+        return self.may_use_teacher_samples and self.config.redraw == "never"
+
+    @property
+    def draws_student_ahead(self) -> bool:
+        """Whether the student answers the whole epoch's prompts at its beginning."""
+        return self.config.kind == "pairs" and self.config.redraw == "epoch"
+
+    @property
+    def may_use_rows(self) -> bool:
+        """Whether data set rows' own responses are trained on."""
+        return self.config.kind in ("off", "mixed", "annealed", "adaptive")
 
     @property
     def may_replay(self) -> bool:
         """Whether a student output may be trained on more than once."""
-        return self.may_use_student_outputs and (self.config.fresh == "buffer" or self._replay != "none")
+        may = self.may_use_student_outputs and self.config.kind != "pairs"
+        return may and (self.config.fresh == "buffer" or self._replay != "none")
 
     def student_probability(self, step: int) -> float:
         """P(t) for 0 ≤ t < T."""
         progress = step / self.steps
         match self.config.kind:
-            case "off":
+            case "off" | "teacher":
                 return 0.0
-            case "on":
+            case "on" | "pairs" | "interleaved":
                 return 1.0
             case "mixed":
                 return self.config.mix
@@ -97,6 +120,8 @@ class Scheduler:
         Replay asked of a buffer that cannot serve it becomes a rollout: one that is not yet full (``warm_up: fill``, the
         official code), or that is empty (``none``, the paper's text).
         """
+        if self.may_use_teacher_samples:
+            return Source.PAIR if self.config.kind == "pairs" else Source.TEACHER
         u = random.Random(f"schedule/{self.seed}/{step}").random()
         p_student = self.student_probability(step)
         if u >= p_student:

@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from distillm_cli.errors import ModelError
 from distillm_cli.models import seq2seq
+from distillm_cli.models.blocks import BlockDecoding, takes_back
 from distillm_cli.models.decoding import FastDecoding, PlainDecoding, Ways, cast, close, ways
 from distillm_cli.models.modes import eval_mode
 from distillm_cli.models.products import Linear
@@ -92,6 +93,7 @@ class Backbone(nn.Module):
         self.tokenizer = tokenizer
         self.vocab = vocabulary_size(tokenizer) if vocab is None else vocab
         self._ways: Ways | None = None  # to decode; not known before the first decoding
+        self._takes_back: bool | None = None  # so too
         self._scale, self._softcap = _head_quirks(model.config)
         self.own_logits = _trunk(model) is None or not isinstance(_head_weight(model), torch.Tensor)
 
@@ -220,14 +222,23 @@ class Backbone(nn.Module):
             raise ValueError("decoding needs prompts, and a token in each")
         if self._ways is None and not self.is_encoder_decoder:
             self._ways = ways(self if self.adapter is None else self.plain(self.model.dtype))
-        device, runs = self.device.type, self
-        if torch.is_autocast_enabled(device) and self.model.dtype == torch.float32 and not self.is_quantized:
-            runs = self.plain(torch.get_autocast_dtype(device))
-        elif self.adapter is not None:
-            runs = self.plain(self.model.dtype)
+        runs = self._as_decoded()
         if self.is_encoder_decoder:
             return seq2seq.Seq2SeqDecoding(runs, prompts)
         return FastDecoding(runs, prompts, step=self._ways.step) if self._ways.fast else PlainDecoding(runs, prompts)
+
+    def decode_blocks(self, prompts: Sequence[np.ndarray]) -> BlockDecoding | None:
+        """As `decode`, with tokens that come several at a time and can be taken back; None where the model cannot."""
+        if self._takes_back is None:
+            self._takes_back = not self.is_encoder_decoder and takes_back(self)
+        return BlockDecoding(self._as_decoded(), prompts) if self._takes_back else None
+
+    def _as_decoded(self) -> Backbone:
+        """This model in the dtype to decode in, an adapter merged in."""
+        device = self.device.type
+        if torch.is_autocast_enabled(device) and self.model.dtype == torch.float32 and not self.is_quantized:
+            return self.plain(torch.get_autocast_dtype(device))
+        return self if self.adapter is None else self.plain(self.model.dtype)
 
     def plain(self, dtype: torch.dtype) -> Backbone:
         """A copy to compute with in this dtype, of the weights as they are now, an adapter merged in."""

@@ -125,7 +125,8 @@ class FastDecoding:
 
 
 class _Pass:
-    """One pass of the model: ids [B, T] behind a cache → float32 logits [B, vocab] after the last of them."""
+    """One pass of the model: ids [B, T] behind a cache → float32 logits [B, vocab] after the last of them, or, where
+    ``every`` is asked for, after each: [B, T, vocab]."""
 
     def __init__(self, backbone: Backbone):
         self._own_logits, self._vocab = backbone.own_logits, backbone.vocab
@@ -148,19 +149,25 @@ class _Pass:
             )
 
     def __call__(
-        self, ids_BT: torch.Tensor, cache: Cache, mask: torch.Tensor | None, positions_BT: torch.Tensor
+        self,
+        ids_BT: torch.Tensor,
+        cache: Cache,
+        mask: torch.Tensor | None,
+        positions_BT: torch.Tensor,
+        every: bool = False,
     ) -> torch.Tensor:
+        last = slice(None) if every else -1
         inputs: dict[str, Any] = {"attention_mask": mask, self._cache_name: cache}
         if "position_ids" in self._accepts:  # learned positions would count the padding too
             inputs["position_ids"] = positions_BT
         # In training mode gradient checkpointing would drop the cache without an error.
         with evaluating(self._modules), torch.autocast(ids_BT.device.type, enabled=False):
             if self._own_logits:
-                if "logits_to_keep" in self._accepts:
+                if "logits_to_keep" in self._accepts and not every:
                     inputs["logits_to_keep"] = 1
-                return self._runs(input_ids=ids_BT, use_cache=True, **inputs).logits[:, -1, : self._vocab].float()
+                return self._runs(input_ids=ids_BT, use_cache=True, **inputs).logits[:, last, : self._vocab].float()
             states_BTD = self._runs(input_ids=ids_BT, use_cache=True, **inputs)[0]
-            return self.head.logits(states_BTD[:, -1])
+            return self.head.logits(states_BTD[:, last])
 
 
 def cast(model: nn.Module, dtype: torch.dtype, adapter: Adapter | None = None) -> nn.Module:

@@ -33,6 +33,7 @@ SOURCES = {
     "teacher": ("█", "green"),
     "rollout": ("▓", "magenta"),
     "replay": ("▒", "cyan"),
+    "teacher+rollout": ("▓", "green"),
 }
 OTHER = ("░", "white")
 GOOD, BAD = "green", "yellow"

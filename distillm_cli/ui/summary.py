@@ -35,6 +35,7 @@ SOURCE_WORDS = {
     "teacher": ("teacher samples", "teacher samples"),
     "rollout": ("a fresh rollout", "fresh rollouts"),
     "replay": ("a replayed rollout", "replayed rollouts"),
+    "teacher+rollout": ("pairs of a teacher sample and a rollout", "pairs of a teacher sample and a rollout"),
 }
 
 

@@ -20,7 +20,7 @@ from distillm_cli.core.events import Saved, Stepped, Validated
 from distillm_cli.core.metrics_log import MetricsLog
 from distillm_cli.core.objective import Objective
 from distillm_cli.core.replay import ReplayBuffer
-from distillm_cli.core.rollout import StudentRollouts
+from distillm_cli.core.rollout import SampledRollouts
 from distillm_cli.core.scheduler import Scheduler, Source
 from distillm_cli.core.teacher import FirstEpoch, RowStates, Teacher
 from distillm_cli.errors import CheckpointError, Interrupted, NonFiniteError
@@ -88,7 +88,7 @@ def build(
         batches=batches,
         scheduler=scheduler,
         replay=ReplayBuffer(8, seed=train.seed),
-        rollouts=StudentRollouts(backbone, schema.Rollout(max_new_tokens=5), max_length=16, seed=train.seed),
+        rollouts=SampledRollouts(backbone, schema.Rollout(max_new_tokens=5), max_length=16, seed=train.seed),
         bulk=2,
         teacher=teacher,
         validation=HELD_OUT,

@@ -1,0 +1,58 @@
+"""Which models a run samples from, and how: student rollouts, interleaved drafts, and responses that are kept by row."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from distillm_cli.config.schema import Rollout
+from distillm_cli.core.events import Listener
+from distillm_cli.core.interleaved import InterleavedRollouts
+from distillm_cli.core.rollout import Rollouts, SampledRollouts
+from distillm_cli.core.samples import Samples
+from distillm_cli.core.scheduler import Scheduler, Source
+
+if TYPE_CHECKING:
+    from distillm_cli.cli.assembly import Prepared
+
+_TEACHERS = 1 << 32  # added to the seed: the same uniforms for both would draw a pair's two samples near each other
+
+
+def teachers(rollout: Rollout) -> Rollout:
+    """How the teacher samples, in the terms of a section that says how the student does."""
+    own = {"temperature": rollout.teacher_temperature, "top_p": rollout.teacher_top_p, "top_k": 0}
+    return rollout.model_copy(update=own)
+
+
+def rollouts(run: Prepared, listener: Listener) -> Rollouts:
+    """Where the run's student outputs come from."""
+    recipe = run.recipe
+    common = {"max_length": _longest(run), "seed": recipe.train.seed, "listener": listener}
+    if recipe.schedule.kind == "interleaved":
+        return InterleavedRollouts(run.student, run.pair.teacher, recipe.rollout, teachers(recipe.rollout), **common)
+    return SampledRollouts(run.student, recipe.rollout, **common)
+
+
+def samples(run: Prepared, scheduler: Scheduler, listener: Listener) -> dict[Source, Samples]:
+    """The responses that the run keeps by row: the teacher's, and a student's that answers an epoch ahead."""
+    recipe, found = run.recipe, {}
+    common = {
+        "batches": run.batch,
+        "steps": run.steps,
+        "steps_per_epoch": run.order.steps_per_epoch,
+        "bulk": recipe.rollout.bulk,
+        "redraw": scheduler.config.redraw == "epoch",
+        "listener": listener,
+    }
+    own = {"max_length": _longest(run), "by_row": True, "listener": listener}
+    if scheduler.may_use_teacher_samples:
+        source = SampledRollouts(run.pair.teacher, teachers(recipe.rollout), seed=recipe.train.seed + _TEACHERS, **own)
+        found[Source.TEACHER] = Samples(source, given=run.teacher_samples, name="teacher samples", **common)
+    if scheduler.draws_student_ahead:
+        source = SampledRollouts(run.student, recipe.rollout, seed=recipe.train.seed, **own)
+        found[Source.ROLLOUT] = Samples(source, whole_epochs=True, name="student samples", **common)
+    return found
+
+
+def _longest(run: Prepared) -> int:
+    context, longest = run.student.context, run.recipe.data.max_length
+    return longest if context is None else min(longest, context)

@@ -1,0 +1,154 @@
+"""Interleaved drafting: its law by exact enumeration, and drafting in blocks against decoding that never looks back."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch.testing import assert_close
+
+from distillm_cli.config.schema import Rollout
+from distillm_cli.core.interleaved import InterleavedRollouts
+from distillm_cli.core.sampling import keep_nucleus
+from distillm_cli.models.backbone import Backbone
+from distillm_cli.models.decoding import PlainDecoding
+from distillm_cli.sequences import Sequence, collate
+from tests import tiny
+
+TOKENIZER = tiny.tokenizer("abc")  # six tokens, of which 0 ends a response
+
+
+def backbone(family, seed, spread=2.0):
+    return Backbone(tiny.model(family, len(TOKENIZER), seed=seed, spread=spread), TOKENIZER)
+
+
+def rollouts(student, teacher, **fields):
+    drafting = {"temperature": 0.9, "top_p": 0.9, "accept": 2, "max_new_tokens": 3, "draft": 5} | fields
+    return InterleavedRollouts(
+        student, teacher, Rollout(**drafting), Rollout(temperature=0.7, top_p=0.8), max_length=40, seed=3
+    )
+
+
+def prompts(count, *lengths):
+    lengths = lengths or (4,)
+    made = tiny.sequences([(lengths[i % len(lengths)], 1) for i in range(count)], vocab=3, seed=5)
+    return [Sequence(s.prompt + 3, s.response, s.row) for s in made]
+
+
+def filtered(logits, temperature, top_p):
+    p = (logits / temperature).softmax(-1)
+    keep_nucleus(p, top_p)
+    return (p / p.sum(-1, keepdim=True))[0].double()
+
+
+def law(student, teacher, prompt, accept, most):
+    """Probability of each output, by walking every one of them: no sampler, no cache, no blocks."""
+    found, going = Counter(), {(): 1.0}
+    for t in range(most):
+        further = Counter()
+        for tokens, mass in going.items():
+            ids = np.concatenate([prompt, np.array(tokens, dtype=np.int32)]).astype(np.int32)
+            batch = collate([Sequence(ids, np.zeros(1, dtype=np.int32), 0)])
+            with torch.no_grad():
+                z_q, z_p = student.logits(batch), teacher.logits(batch)
+            q, p = filtered(z_q, 0.9, 0.9), filtered(z_p, 0.7, 0.8)
+            best = torch.zeros_like(q).scatter(0, z_p[0].topk(accept).indices, 1.0)
+            token_law = q * best + (q * (1 - best)).sum() * p
+            for token in range(len(token_law)):
+                if token_law[token] > 0:
+                    further[(*tokens, token)] += mass * token_law[token].item()
+        going = {}
+        for tokens, mass in further.items():
+            if tokens[-1] == 0 or t == most - 1:
+                found[tokens] += mass
+            else:
+                going[tokens] = mass
+    assert sum(found.values()) == pytest.approx(1.0, abs=1e-6)
+    return found
+
+
+@pytest.mark.parametrize(("accept", "draft"), [(1, 2), (2, 5), (2, 1), (6, 5)])
+def test_what_comes_out_follows_the_law_of_the_paper(accept, draft):
+    """Six thousand outputs of up to three tokens over a vocabulary of six, against every possible output's probability."""
+    student, teacher = backbone("gpt2", 1, spread=0.7), backbone("llama", 4)
+    (prompt,) = prompts(1)
+    n = 6000
+    source = rollouts(student, teacher, accept=accept, draft=draft)
+    rows = [Sequence(prompt.prompt, prompt.response, i) for i in range(n)]
+    counts = Counter(tuple(s.response.tolist()) for s in source.sample(rows, step=1))
+    expected = law(student, teacher, prompt.prompt, accept, 3)
+    assert set(counts) <= set(expected)
+    likely = [tokens for tokens, mass in expected.items() if mass * n >= 5]
+    rest = n - sum(counts[tokens] for tokens in likely)
+    rest_mass = 1 - sum(expected[tokens] for tokens in likely)
+    observed, awaited = [counts[tokens] for tokens in likely], [expected[tokens] * n for tokens in likely]
+    if rest_mass * n >= 1:
+        observed, awaited = [*observed, rest], [*awaited, rest_mass * n]
+    awaited = np.array(awaited) * sum(observed) / sum(awaited)
+    assert len(likely) > 2
+    assert stats.chisquare(observed, awaited).pvalue > 1e-3
+
+
+def test_what_comes_out_depends_neither_on_how_much_is_drafted_nor_on_the_company():
+    student, teacher = backbone("gpt2", 1), backbone("llama", 4)
+    rows = prompts(24, 3, 9, 5, 1, 7)
+    found = {}
+    for draft in (1, 2, 5, 8):
+        source = rollouts(student, teacher, draft=draft, max_new_tokens=12, top_p=1.0, temperature=1.0)
+        found[draft] = [s.response.tolist() for s in source.sample(rows, 2)]
+    assert found[1] == found[2] == found[5] == found[8]
+    assert len({len(tokens) for tokens in found[1]}) > 3
+    alone = rollouts(student, teacher, max_new_tokens=12, top_p=1.0, temperature=1.0).sample(rows[:1], 2)
+    assert alone[0].response.tolist() == found[1][0]
+
+
+def test_with_everything_accepted_it_is_the_students_own_and_never_outgrows_a_context():
+    student, teacher = backbone("gpt2", 1), backbone("llama", 4)
+    rows = prompts(6, tiny.CONTEXT - 3, tiny.CONTEXT - 1, 4)
+    source = rollouts(student, teacher, accept=6, max_new_tokens=30, temperature=1.0, top_p=1.0)
+    source.max_length = 2 * tiny.CONTEXT
+    found = source.sample(rows, 0)
+    assert [len(s.prompt) + len(s.response) <= tiny.CONTEXT for s in found] == [True] * 6
+    from distillm_cli.core.rollout import SampledRollouts
+
+    own = SampledRollouts(student, Rollout(max_new_tokens=30), max_length=2 * tiny.CONTEXT, seed=3).sample(rows, 0)
+    assert [s.response.tolist() for s in found] == [s.response.tolist() for s in own]
+
+
+def test_a_model_that_cannot_take_tokens_back_drafts_one_at_a_time():
+    mamba, teacher = backbone("mamba", 2), backbone("llama", 4)
+    assert mamba.decode_blocks([np.array([3, 4])]) is None
+    rows = prompts(5, 4, 6)
+    many, one = (rollouts(mamba, teacher, draft=draft).sample(rows, 0) for draft in (5, 1))
+    assert [s.response.tolist() for s in many] == [s.response.tolist() for s in one]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "qwen3", "gemma", "bloom", "gpt_neox"])
+def test_blocks_with_tokens_taken_back_give_the_models_own_logits(family):
+    """Ragged blocks and retractions, row by row against reading the whole text anew; rows leave on the way."""
+    model, random = backbone(family, 3), np.random.default_rng(0)
+    texts = [list(random.integers(0, 6, n)) for n in (7, 2, 4)]
+    blocks = model.decode_blocks([np.array(text) for text in texts])
+    assert blocks is not None
+    assert_close(blocks.logits(None), whole(model, texts)[:, 0], rtol=1e-3, atol=1e-4)
+    for turn, counts in enumerate([(2, 0, 1), (0, 0, 0), (1, 3, 2), (2, 2)]):
+        if turn == 3:
+            blocks.keep(torch.tensor([2, 0]))
+            texts = [texts[2], texts[0]]
+        block = random.integers(0, 6, (len(texts), 4))
+        longer = [text + row.tolist() for text, row in zip(texts, block, strict=True)]
+        assert_close(blocks.logits_after(torch.from_numpy(block)), whole(model, longer, last=4), rtol=1e-3, atol=1e-4)
+        blocks.retract(torch.tensor(counts))
+        texts = [text[: len(text) - n] for text, n in zip(longer, counts, strict=True)]
+        token = torch.arange(len(texts))
+        texts = [[*text, int(t)] for text, t in zip(texts, token, strict=True)]
+        assert_close(blocks.logits(token), whole(model, texts)[:, 0], rtol=1e-3, atol=1e-4)
+
+
+def whole(model, texts, last=1):
+    rows = [
+        torch.stack([PlainDecoding(model, [np.array(text[: len(text) - k])]).logits(None)[0] for k in reversed(range(last))])
+        for text in texts
+    ]  # fmt: skip
+    return torch.stack(rows)
