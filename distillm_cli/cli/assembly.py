@@ -15,11 +15,14 @@ from distillm_cli.cli import outputs
 from distillm_cli.config.schema import Recipe
 from distillm_cli.core import criterion
 from distillm_cli.core.checkpoint import Checkpoints
+from distillm_cli.core.criterion import Criterion
 from distillm_cli.core.engine import Engine
 from distillm_cli.core.events import Listener, Note, Warned
+from distillm_cli.core.mixture import MixtureRollouts
 from distillm_cli.core.objective import Objective
-from distillm_cli.core.replay import ReplayBuffer
-from distillm_cli.core.rollout import StudentRollouts
+from distillm_cli.core.policy_gradient import PolicyGradient
+from distillm_cli.core.replay import ReplayBuffer, Round
+from distillm_cli.core.rollout import Rollouts, StudentRollouts
 from distillm_cli.core.scheduler import Scheduler
 from distillm_cli.core.teacher import Teacher
 from distillm_cli.data.batching import Examples, Order, by_length, tokenise
@@ -57,6 +60,12 @@ class Prepared:
     @cached_property
     def order(self) -> Order:
         return new_order(self.recipe, self.train)
+
+    @property
+    def step_rows(self) -> int:
+        """Data set rows of a step, and as many student outputs."""
+        train = self.recipe.train
+        return min(train.batch_size * train.accumulate, len(self.train))
 
     @property
     def steps(self) -> int:
@@ -123,20 +132,39 @@ def new_order(recipe: Recipe, examples: Examples) -> Order:
 
 def new_scheduler(run: Prepared) -> Scheduler:
     """The run's schedule, at its beginning."""
-    return Scheduler(run.recipe.schedule, steps=run.steps, seed=run.recipe.train.seed)
+    recipe = run.recipe
+    return Scheduler(recipe.schedule, steps=run.steps, seed=recipe.train.seed, batches=recipe.rollout.bulk)
+
+
+def new_replay(run: Prepared) -> ReplayBuffer:
+    """Where the run keeps student outputs, empty."""
+    schedule, seed = run.recipe.schedule, run.recipe.train.seed
+    if schedule.kind != "rounds":
+        return ReplayBuffer(schedule.capacity, seed=seed)
+    return Round(run.recipe.rollout.bulk, rows=run.step_rows, inner_epochs=schedule.inner_epochs, seed=seed)
+
+
+def new_rollouts(run: Prepared, rule: Criterion, listener: Listener) -> Rollouts:
+    """Where the run's student outputs come from."""
+    recipe, context = run.recipe, run.student.context
+    longest = recipe.data.max_length if context is None else min(recipe.data.max_length, context)
+    settings = {"max_length": longest, "seed": recipe.train.seed, "listener": listener}
+    if not (isinstance(rule, PolicyGradient) or recipe.rollout.teacher_mix) or run.pair.teacher is None:
+        return StudentRollouts(run.student, recipe.rollout, **settings)
+    note = rule.note if isinstance(rule, PolicyGradient) else lambda sequence, told_N3: None
+    return MixtureRollouts(run.student, run.pair.teacher, recipe.rollout, note=note, **settings)
 
 
 def build_engine(run: Prepared, output: Path, listener: Listener, *, teacher: Teacher | None, score=None) -> Engine:
     """The engine of a prepared run, keeping its checkpoints under ``output``. teacher: None for SFT."""
     recipe = run.recipe
+    rule = criterion.build(None if run.sft else recipe.objective)
     objective = Objective(
         run.student,
-        criterion.build(None if run.sft else recipe.objective),
+        rule,
         teacher_head=None if teacher is None else teacher.head,
         matmul_dtype=None if run.dtype == torch.float32 else run.dtype,
     )
-    context = run.student.context
-    longest = recipe.data.max_length if context is None else min(recipe.data.max_length, context)
     return Engine(
         objective=objective,
         train=recipe.train,
@@ -144,10 +172,8 @@ def build_engine(run: Prepared, output: Path, listener: Listener, *, teacher: Te
         steps_per_epoch=run.order.steps_per_epoch,
         batches=run.batch,
         scheduler=new_scheduler(run),
-        replay=ReplayBuffer(recipe.schedule.capacity, seed=recipe.train.seed),
-        rollouts=StudentRollouts(
-            run.student, recipe.rollout, max_length=longest, seed=recipe.train.seed, listener=listener
-        ),
+        replay=new_replay(run),
+        rollouts=new_rollouts(run, rule, listener),
         bulk=recipe.rollout.bulk,
         fresh=recipe.schedule.fresh,
         teacher=teacher,

@@ -105,7 +105,7 @@ def survey(run: Prepared) -> dict[str, Any]:
         },
         "steps": run.steps,
         "steps_per_epoch": run.order.steps_per_epoch,
-        "sequences_per_step": min(recipe.train.batch_size * recipe.train.accumulate, len(run.train)),
+        "sequences_per_step": run.step_rows * (2 if recipe.objective.row_weight else 1),
         "memory": memory | {"total": sum(memory.values())},
         **({} if keeping is None else {"teacher_cache": _kept(run, keeping)}),
     }
@@ -172,11 +172,26 @@ def memory_estimate(run: Prepared, keeping: Keeping | None = None) -> dict[str, 
         parts["rollout_states"] = keeping.rollout_bytes
         parts = {name: size for name, size in parts.items() if size}
     if recipe.schedule.kind != "off":
-        heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1)
-        head_width = getattr(config, "head_dim", None) or width // getattr(config, "num_attention_heads", 1)
-        sequences = recipe.train.batch_size * recipe.train.accumulate * recipe.rollout.bulk
-        parts["rollout_cache"] = sequences * recipe.data.max_length * layers * 2 * heads * head_width * value
+        positions = recipe.train.batch_size * recipe.train.accumulate * recipe.rollout.bulk * recipe.data.max_length
+        parts["rollout_cache"] = positions * _cached_values(config) * value
+        if run.pair.teacher is not None and (recipe.rollout.teacher_mix or recipe.objective.policy_gradient):
+            teacher = run.pair.teacher.model
+            parts["rollout_cache"] += (
+                positions * _cached_values(teacher.config.get_text_config()) * teacher.dtype.itemsize
+            )
     return parts
+
+
+def _cached_values(config: Any) -> int:
+    """Keys and values that a model keeps of one position while it decodes."""
+    heads = getattr(config, "num_attention_heads", 1)
+    head_width = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 1) // heads
+    return (
+        getattr(config, "num_hidden_layers", 1)
+        * 2
+        * (getattr(config, "num_key_value_heads", None) or heads)
+        * head_width
+    )
 
 
 def _pages(run: Prepared, found: dict[str, Any]) -> list[Any]:

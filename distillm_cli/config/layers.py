@@ -23,7 +23,7 @@ from distillm_cli.config.schema import Recipe, Section
 from distillm_cli.config.shortcuts import Flag
 from distillm_cli.errors import RecipeError, UsageError
 
-DEFAULT, METHOD, RECIPE, FLAG, SET = range(5)
+DEFAULT, METHOD, RECIPE, OTHER_METHOD, FLAG, SET = range(6)
 _LARGEST = 1_000_000  # bytes; a resolved recipe has some thousands
 
 

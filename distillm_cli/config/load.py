@@ -1,6 +1,7 @@
 """YAML, flags and ``--set`` → one resolved recipe that knows where each value came from.
 
-Precedence, weakest first: schema < method preset < recipe < flags < ``--set``.
+Precedence, weakest first: schema < method preset < recipe < flags < ``--set``. Where a flag or ``--set`` asks for another
+method than the recipe names, what the recipe says of its own method is weaker than the preset of that other one.
 """
 
 from __future__ import annotations
@@ -96,15 +97,17 @@ def resolve(
     from_sets = layers.from_sets(sets or (), problems)
 
     method = _method(command, from_recipe, from_flags, from_sets)
-    preset = {"method": method}
+    preset, replaced = {"method": method}, from_recipe.get("method", method).value != method.value
     if method.value in METHODS:
         _check_verb(method, command)
+        rank = Rank(layers.OTHER_METHOD if replaced else layers.METHOD)
         for key, value in METHODS[method.value].preset.items():
-            preset[key] = Given(value, f"method {method.value}", key, Rank(layers.METHOD))
+            preset[key] = Given(value, f"method {method.value}", key, rank)
     else:
         problems.add(method.rank, bad(method, "method", command))
 
-    given, former = _stacked(preset, from_recipe, from_flags, from_sets)
+    weaker = (from_recipe, preset) if replaced else (preset, from_recipe)
+    given, former = _stacked(*weaker, from_flags, from_sets)
     made = _validated(given, command, problems)
     if made is None or problems:
         raise problems.first()

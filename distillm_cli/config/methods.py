@@ -68,6 +68,22 @@ METHODS: dict[str, Method] = {
             },
         ),
         Method(
+            name="minillm",
+            verb="distill",
+            summary="policy gradient of the reverse KL between outputs, on rounds of samples drawn with the teacher's help",
+            paper="MiniLLM, Gu et al. 2024 (2306.08543)",
+            preset={
+                "objective.divergence": "rkl",
+                "objective.policy_gradient": True,
+                "objective.kd_weight": 0.5,
+                "objective.row_weight": 1.0,
+                "schedule.kind": "rounds",
+                "rollout.teacher_mix": 0.2,
+                "rollout.bulk": 4,
+                "student.dropout": 0.0,
+            },
+        ),
+        Method(
             name="distillm",
             verb="distill",
             summary="skew KL; student samples come in, and are replayed, as the held-out loss asks for them",

@@ -140,20 +140,46 @@ class Objective(Section):
     reduction: Literal["token", "sequence"] = Field(
         "token", description="mean over the step's response tokens, or per sequence first"
     )
+    policy_gradient: bool = Field(
+        False,
+        description="MiniLLM: on student outputs D, weighted back to the student's own sampling, and beside it the policy "
+        "gradient of what follows a token; kd_weight is then of the rows beside them (row_weight), D of the rows is kl",
+    )
+    ratio_clip: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.2, description="ε of policy_gradient: the ratio of student to sampler counts within 1 ± ε (PPO)"
+    )
+    row_weight: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="of policy_gradient: weight of the step's data set rows beside the student outputs, "
+        "(1 − kd_weight)·CE + kd_weight·KL(p‖q) per token (MiniLLM's term on plain text); 0: none",
+    )
+
+    @model_validator(mode="after")
+    def _rows_stand_beside_the_policy_gradient(self) -> Objective:
+        if self.row_weight and not self.policy_gradient:
+            raise ValueError(
+                "objective.row_weight belongs to objective.policy_gradient; try --set objective.policy_gradient=true"
+            )
+        return self
 
 
 class Schedule(Section):
     """Which sequences a step trains on (METHODS B)."""
 
-    kind: Literal["off", "on", "mixed", "annealed", "adaptive"] = Field(
-        "adaptive", description="off: data set rows; on: rollouts; mixed: GKD; annealed: ImitKD; adaptive: DistiLLM"
+    kind: Literal["off", "on", "mixed", "annealed", "adaptive", "rounds"] = Field(
+        "adaptive",
+        description="off: data set rows; on: rollouts; mixed: GKD; annealed: ImitKD; adaptive: DistiLLM; rounds: "
+        "rollout.bulk batches of rollouts, trained on inner_epochs times, then the next (MiniLLM)",
     )
     replay: Literal["auto", "none", "decreasing", "constant", "increasing"] = Field(
         "auto",
         description="ρ(t), the share of student draws that are fresh: 1−t/T, ½, t/T; none: always fresh. "
         "auto: decreasing for adaptive, else none",
     )
-    capacity: Positive = Field(1000, description="replay buffer, sequences; the oldest leave first")
+    inner_epochs: Positive = Field(4, description="of rounds: how often a round's rollouts are trained on")
+    capacity: Positive = Field(
+        1000, description="replay buffer, sequences; the oldest leave first. rounds: holds one round"
+    )
     epsilon: float = Field(
         0.1, description="φ rises when the validation loss reaches its reference + ε, nats per token"
     )
@@ -177,6 +203,14 @@ class Schedule(Section):
         5.0, description="exponential: e^(−r·t/T); sigmoid: steepness around the middle"
     )
 
+    @model_validator(mode="after")
+    def _a_round_is_trained_on_in_its_order(self) -> Schedule:
+        if self.kind == "rounds" and self.fresh == "buffer":
+            raise ValueError(
+                "schedule.fresh: buffer has no meaning under schedule.kind: rounds; try --set schedule.fresh=direct"
+            )
+        return self
+
 
 class Rollout(Section):
     """Sampling from the student during training; from any model in `generate`."""
@@ -188,7 +222,11 @@ class Rollout(Section):
     bulk: Positive = Field(
         8,
         description="rollout batches sampled at once and served one by one; the number sampled stays. "
-        "1 is the paper's letter",
+        "1 is the paper's letter. Under rounds: the batches of a round",
+    )
+    teacher_mix: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="α: each token of a rollout from α·teacher + (1 − α)·student (MiniLLM: 0.2); 0: the student's own",
     )
 
 
@@ -260,3 +298,12 @@ class Recipe(Section):
     rollout: Rollout = Rollout()
     train: Train = Train()
     eval: Eval = Eval()
+
+    @model_validator(mode="after")
+    def _a_policy_needs_outputs(self) -> Recipe:
+        if self.objective.policy_gradient and self.schedule.kind == "off":
+            raise ValueError(
+                "objective.policy_gradient needs student outputs, and schedule.kind is off; "
+                "try --set schedule.kind=rounds"
+            )
+        return self

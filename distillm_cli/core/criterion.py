@@ -47,6 +47,7 @@ class Criterion:
     """
 
     looks_at: tuple[str, ...] = ()  # of "teacher", "student": whose reading of the step ``look_ahead`` needs
+    rows_beside: bool = False  # whether a step on student outputs trains on its data set rows too
 
     def __init__(self, config: Config | None):
         self.config = config
@@ -88,6 +89,10 @@ class Criterion:
     def observe(self, loss: float, progress: float) -> None:
         """Takes the step's loss, per unit of ``count``, after the optimizer's step."""
 
+    def figures(self) -> dict[str, float]:
+        """What is worth seeing of the step beside its loss, by name."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """What later steps depend on, as JSON knows it."""
         return {}
@@ -105,4 +110,8 @@ class Criterion:
 
 def build(config: Config | None) -> Criterion:
     """The criterion of a recipe's ``objective`` section; None is SFT."""
+    if config is not None and config.policy_gradient:
+        from distillm_cli.core.policy_gradient import PolicyGradient  # it builds on this file
+
+        return PolicyGradient(config)
     return Criterion(config)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import nn
@@ -147,7 +148,10 @@ class Engine:
 
     def _draw_parts(self, source: Source) -> list[Piece]:
         """What the step trains on, source by source."""
-        return [Piece(source, self._draw_sequences(source))]
+        parts = [Piece(source, self._draw_sequences(source))]
+        if source is not Source.DATASET and self.objective.criterion.rows_beside:
+            parts.append(Piece(Source.DATASET, self.batches(self.at.step)))
+        return parts
 
     def _draw_sequences(self, source: Source) -> list[Sequence]:
         """The step's sequences of a source. Step s looks at data set batch s whatever that is, as prompts or not at all."""
@@ -219,15 +223,18 @@ class Engine:
             with self._autocast():
                 told_ND = self.teacher.hidden(batch, piece.sequences) if "teacher" in criterion.looks_at else None
                 readings.append(self.objective.read(batch, told_ND))
-        return criterion.look_ahead(pieces, readings, progress)
+        own = criterion.look_ahead(pieces, readings, progress)
+        return [None if per_token is None else per_token.to(self.device) for per_token in own]
 
     def _count(self, source, parts, loss, grad_norm, lr, seconds) -> None:
         at = self.at
         tokens = sum(len(s.response) for part in parts for s in part.sequences)
         at.step, at.tokens, at.train_loss = at.step + 1, at.tokens + tokens, loss
         at.sources[source.value] += 1
-        epoch = at.step / self.steps_per_epoch
-        self.say(Stepped(at.step, epoch, source.value, loss, lr, grad_norm, self.scheduler.phi, tokens, seconds))
+        epoch, figures = at.step / self.steps_per_epoch, self.objective.criterion.figures()
+        self.say(
+            Stepped(at.step, epoch, source.value, loss, lr, grad_norm, self.scheduler.phi, tokens, seconds, figures)
+        )
 
     def _validate(self) -> None:
         """The student on the held-out rows; the first time, also as it was before training."""
@@ -307,9 +314,8 @@ class Engine:
         tensors = optimizer_tensors(self.optimizer) | {"random.cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
-        tensors |= pack(self.replay.sequences, "replay")
-        tensors |= pack((s for group in self.waiting for s in group), "waiting")
-        tensors |= self.objective.criterion.pack(self.replay.sequences, "replay")
+        for name, held in {"replay": list(self.replay.sequences), "waiting": list(chain(*self.waiting))}.items():
+            tensors |= pack(held, name) | self.objective.criterion.pack(held, name)
         if self.teacher is not None:
             state["teacher_cache"] = self.teacher.mode
             tensors |= self.teacher.pack(self.replay.sequences, "replay")
@@ -330,8 +336,10 @@ class Engine:
         self.objective.criterion.unpack(checkpoint.tensors, "replay", self.replay.sequences)
         if self.teacher is not None:
             self.teacher.unpack(checkpoint.tensors, "replay", self.replay.sequences)
-        waiting = iter(unpack(checkpoint.tensors, "waiting"))
-        self.waiting = deque([next(waiting) for _ in range(size)] for size in checkpoint.state["waiting"])
+        waiting = unpack(checkpoint.tensors, "waiting")
+        self.objective.criterion.unpack(checkpoint.tensors, "waiting", waiting)
+        served = iter(waiting)
+        self.waiting = deque([next(served) for _ in range(size)] for size in checkpoint.state["waiting"])
         torch.set_rng_state(checkpoint.tensors["random.cpu"])
         if "random.cuda" in checkpoint.tensors and self.device.type == "cuda":
             torch.cuda.set_rng_state(checkpoint.tensors["random.cuda"], self.device)
