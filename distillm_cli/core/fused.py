@@ -57,13 +57,10 @@ class Terms:
 
 
 class Surrogate(Protocol):
-    """A loss of the supervised token that is a function of its log-probability alone, for N tokens."""
+    """A loss of N supervised tokens by their log-probabilities [N]: its values [N], and −d value / d log q [N]."""
 
-    def __call__(self, log_q_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Value [N] and −d value / d log q [N]."""
-
+    def __call__(self, log_q_N: Tensor) -> tuple[Tensor, Tensor]: ...
     def __getitem__(self, tokens: slice) -> Surrogate: ...
-
     def to(self, device: torch.device | str) -> Surrogate: ...
 
 
