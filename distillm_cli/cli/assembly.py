@@ -19,7 +19,7 @@ from distillm_cli.core.contrast import criterion_of
 from distillm_cli.core.engine import Engine
 from distillm_cli.core.events import Listener, Note, Warned
 from distillm_cli.core.objective import Objective
-from distillm_cli.core.replay import ReplayBuffer
+from distillm_cli.core.replay import ReplayBuffer, Round
 from distillm_cli.core.scheduler import Scheduler
 from distillm_cli.core.teacher import Teacher
 from distillm_cli.data.batching import Examples, Order, by_length, tokenise
@@ -70,6 +70,12 @@ class Prepared:
     @cached_property
     def order(self) -> Order:
         return new_order(self.recipe, self.train)
+
+    @property
+    def step_rows(self) -> int:
+        """Data set rows of a step, and as many student outputs."""
+        train = self.recipe.train
+        return min(train.batch_size * train.accumulate, len(self.train))
 
     @property
     def steps(self) -> int:
@@ -167,15 +173,25 @@ def new_order(recipe: Recipe, examples: Examples) -> Order:
 
 def new_scheduler(run: Prepared) -> Scheduler:
     """The run's schedule, at its beginning."""
-    return Scheduler(run.recipe.schedule, steps=run.steps, seed=run.recipe.train.seed)
+    recipe = run.recipe
+    return Scheduler(recipe.schedule, steps=run.steps, seed=recipe.train.seed, batches=recipe.rollout.bulk)
+
+
+def new_replay(run: Prepared) -> ReplayBuffer:
+    """Where the run keeps student outputs, empty."""
+    schedule, seed = run.recipe.schedule, run.recipe.train.seed
+    if schedule.kind != "rounds":
+        return ReplayBuffer(schedule.capacity, seed=seed)
+    return Round(run.recipe.rollout.bulk, rows=run.step_rows, inner_epochs=schedule.inner_epochs, seed=seed)
 
 
 def build_engine(run: Prepared, output: Path, listener: Listener, *, teacher: Teacher | None, score=None) -> Engine:
     """The engine of a prepared run, keeping its checkpoints under ``output``. teacher: None for SFT."""
     recipe = run.recipe
+    rule = criterion_of(None if run.sft else recipe.objective, run.steps / run.order.steps_per_epoch)
     objective = Objective(
         run.student,
-        criterion_of(None if run.sft else recipe.objective, run.steps / run.order.steps_per_epoch),
+        rule,
         teacher_head=None if teacher is None else teacher.head,
         matmul_dtype=None if run.dtype == torch.float32 else run.dtype,
     )
@@ -187,8 +203,8 @@ def build_engine(run: Prepared, output: Path, listener: Listener, *, teacher: Te
         steps_per_epoch=run.order.steps_per_epoch,
         batches=run.batch,
         scheduler=scheduler,
-        replay=ReplayBuffer(recipe.schedule.capacity, seed=recipe.train.seed),
-        rollouts=sampling.rollouts(run, listener),
+        replay=new_replay(run),
+        rollouts=sampling.rollouts(run, rule, listener),
         bulk=recipe.rollout.bulk,
         fresh=recipe.schedule.fresh,
         samples=sampling.samples(run, scheduler, listener),

@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from distillm_cli.config.schema import Rollout
+from distillm_cli.core.criterion import Criterion
 from distillm_cli.core.events import Listener
 from distillm_cli.core.interleaved import InterleavedRollouts
+from distillm_cli.core.mixture import MixtureRollouts
+from distillm_cli.core.policy_gradient import PolicyGradient
 from distillm_cli.core.rollout import Rollouts, SampledRollouts
 from distillm_cli.core.samples import Samples
 from distillm_cli.core.scheduler import Scheduler, Source
@@ -23,12 +26,15 @@ def teachers(rollout: Rollout) -> Rollout:
     return rollout.model_copy(update=own)
 
 
-def rollouts(run: Prepared, listener: Listener) -> Rollouts:
-    """Where the run's student outputs come from."""
+def rollouts(run: Prepared, rule: Criterion, listener: Listener) -> Rollouts:
+    """Where the run's student outputs come from. rule: what is told of each token, where it wants to know."""
     recipe = run.recipe
     common = {"max_length": _longest(run), "seed": recipe.train.seed, "listener": listener}
     if recipe.schedule.kind == "interleaved":
         return InterleavedRollouts(run.student, run.pair.teacher, recipe.rollout, teachers(recipe.rollout), **common)
+    if run.pair.teacher is not None and (isinstance(rule, PolicyGradient) or recipe.rollout.teacher_mix):
+        note = rule.note if isinstance(rule, PolicyGradient) else lambda sequence, told_N3: None
+        return MixtureRollouts(run.student, run.pair.teacher, recipe.rollout, note=note, **common)
     return SampledRollouts(run.student, recipe.rollout, **common)
 
 

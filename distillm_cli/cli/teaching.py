@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distillm_cli.cli.assembly import Prepared, new_order, new_scheduler, prepare
+from distillm_cli.cli.assembly import Prepared, new_order, new_replay, new_scheduler, prepare
 from distillm_cli.cli.host import available_memory
 from distillm_cli.config.load import Resolved
 from distillm_cli.core import teacher_cache
@@ -199,9 +199,8 @@ def _planned_on_disk(run: Prepared, per_token: int) -> Keeping:
 
 
 def _beside_rows(run: Prepared, per_token: int) -> dict[str, int]:
-    recipe = run.recipe
-    drawn = min(recipe.schedule.capacity, run.steps * recipe.train.batch_size * recipe.train.accumulate)
-    rollouts = drawn * recipe.rollout.max_new_tokens * per_token if new_scheduler(run).may_replay else 0
+    drawn = min(new_replay(run).capacity, run.steps * run.step_rows)
+    rollouts = drawn * run.recipe.rollout.max_new_tokens * per_token if new_scheduler(run).may_replay else 0
     held_out = sum(len(s.response) for s in _held_out(run)) * per_token
     samples = _sampled_tokens(run) * per_token if _samples_come_back(run) else 0
     return {"rollout_bytes": rollouts, "sample_bytes": samples, "held_out_bytes": held_out}

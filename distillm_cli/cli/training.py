@@ -306,6 +306,8 @@ def _tell(
     if not run.sft:
         phis = [phi for _, phi in reached.phis]
         ui.show(sources_sentence(reached.sources, phis, run.recipe.schedule.kind))
+        if (weight := run.recipe.objective.row_weight) and reached.sources["rollout"]:
+            ui.show(f"Beside the student's outputs each step used as many data set rows, with weight {weight:g}.")
     if ui.in_pipeline:
         return
     suites = run.recipe.eval.suites or ((run.recipe.data.source,) if run.recipe.data.source else ())

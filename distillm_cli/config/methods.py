@@ -19,6 +19,7 @@ _SEQUENCES = {
     "teacher": "teacher samples",
     "pairs": "teacher and student samples, in pairs",
     "interleaved": "student drafts, mended by the teacher",
+    "rounds": "rounds of student samples, each trained on several times",
 }
 
 
@@ -128,6 +129,22 @@ METHODS: dict[str, Method] = {
                 "rollout.teacher_top_p": 0.5,
                 "rollout.draft": 5,
                 "rollout.accept": 25,
+            },
+        ),
+        Method(
+            name="minillm",
+            verb="distill",
+            summary="policy gradient of the reverse KL between outputs, on rounds of samples drawn with the teacher's help",
+            paper="MiniLLM, Gu et al. 2024 (2306.08543)",
+            preset={
+                "objective.divergence": "rkl",
+                "objective.policy_gradient": True,
+                "objective.kd_weight": 0.5,
+                "objective.row_weight": 1.0,
+                "schedule.kind": "rounds",
+                "rollout.teacher_mix": 0.2,
+                "rollout.bulk": 4,
+                "student.dropout": 0.0,
             },
         ),
         Method(

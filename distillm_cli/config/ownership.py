@@ -1,6 +1,6 @@
 """Whose a parameter is: which runs read a field, and what to say where one that is not read was given by hand.
 
-The schema says it beside each field (``schema.ReadWhen``); methods with those values are looked up in ``methods.METHODS``.
+The schema says it beside each field (``fields.ReadWhen``); methods with those values are looked up in ``methods.METHODS``.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 from distillm_cli.config.explain import leaves, shown
+from distillm_cli.config.fields import ReadWhen
 from distillm_cli.config.layers import Given
 from distillm_cli.config.methods import METHODS
-from distillm_cli.config.schema import Objective, ReadWhen, Recipe, Section
+from distillm_cli.config.schema import Objective, Recipe, Section
 from distillm_cli.config.shortcuts import flag_of
 from distillm_cli.errors import RecipeError
 

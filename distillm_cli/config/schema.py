@@ -1,4 +1,4 @@
-"""What a run is, before anything runs: typed, frozen sections. Every default lives here, once.
+"""What a run is, before anything runs: typed, frozen sections. Every default lives here or in ``objective``, once.
 
 A field's description is its help text, its unit and its source. Section and field names are the public ones of recipes,
 ``--set section.key=value`` and the resolved ``recipe.yaml``.
@@ -6,65 +6,14 @@ A field's description is its help text, its unit and its source. Section and fie
 
 from __future__ import annotations
 
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-Exponent = Annotated[float, Field(ge=-2, le=2)]
-Name = Annotated[str, Field(min_length=1)]
-Dtype = Literal["auto", "fp32", "bf16", "fp16"]
-DivergenceName = Literal["kl", "rkl", "skl", "srkl", "jsd", "tvd", "jeffreys", "akl", "ab", "amid", "taid", "atkd"]
-ScheduleKind = Literal["off", "on", "mixed", "annealed", "adaptive", "teacher", "pairs", "interleaved"]
-MetricName = Literal[
-    "rouge_l", "rouge_1", "rouge_2", "bleu", "chrf", "exact_match", "error_rate", "final_number"
-]  # fmt: skip
+from distillm_cli.config.fields import Beta, Count, Dtype, MetricName, Name, Positive, Probability, Section, under
+from distillm_cli.config.objective import Objective, Schedule
 
-
-class ReadWhen:
-    """Beside a field that not every run reads: the fields that decide it, by dotted key, and the values they must have.
-
-    Several mappings are several ways: any of them will do. A value given by hand that no way leads to is an error.
-    """
-
-    def __init__(self, *ways: dict[str, tuple[str, ...]]):
-        self.ways = ways
-
-
-def _of(*divergences: DivergenceName) -> ReadWhen:
-    return ReadWhen({"objective.divergence": divergences})
-
-
-def _under(*kinds: ScheduleKind) -> ReadWhen:
-    return ReadWhen({"schedule.kind": kinds})
-
-
-_AB = ReadWhen(
-    {"objective.divergence": ("ab",)}, {"objective.divergence": ("amid",), "objective.amid_divergence": ("ab",)}
-)
-_CURVED = ReadWhen({"schedule.kind": ("annealed",), "schedule.anneal": ("exponential", "sigmoid")})
-_TEACHER_SAMPLES = _under("teacher", "pairs", "interleaved")
-_STUDENT_OUTPUTS = _under(*(kind for kind in get_args(ScheduleKind) if kind not in ("off", "teacher")))
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _a_truth_value_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Pydantic takes True for 1 and True for 1.0; nobody who wrote ``epochs: true`` meant one epoch."""
-        items = value if isinstance(value, list | tuple) else [value]
-        if any(isinstance(item, bool) for item in items):
-            annotation = cls.model_fields[info.field_name].annotation
-            union = get_origin(annotation) in (Union, UnionType)
-            if bool not in (get_args(annotation) if union else (annotation,)):
-                raise ValueError("true and false are no numbers")
-        return value
+_SAMPLED = under("teacher", "pairs", "interleaved")
 
 
 class Teacher(Section):
@@ -217,127 +166,6 @@ class Data(Section):
     workers: Count = Field(0, description="processes that tokenise; cannot change a run")
 
 
-class Objective(Section):
-    """The divergence between next-token distributions, per supervised token (METHODS A)."""
-
-    divergence: DivergenceName = Field("skl", description="p teacher, q student")
-    alpha: Annotated[float, Field(ge=0, lt=1), _of("skl", "srkl")] = Field(
-        0.1, description="skew of skl and srkl: the share of the other distribution mixed in. 0 is kl, rkl"
-    )
-    beta: Annotated[Probability, _of("jsd")] = Field(0.5, description="of jsd: m = βp + (1−β)q")
-    jeffreys_weight: Annotated[Probability, _of("jeffreys")] = Field(
-        0.5, description="λ of jeffreys: 2λ KL(p‖q) + 2(1−λ) KL(q‖p)"
-    )
-    akl_mu: Annotated[float, Field(gt=0, le=1), _of("akl")] = Field(
-        0.5, description="μ of akl: the teacher's head is the fewest tokens whose mass reaches it"
-    )
-    ab_alpha: Annotated[Exponent, _AB] = Field(
-        0.2, description="α of ab, the teacher's exponent; (α, β) = (1, 0) is kl, (0, 1) rkl"
-    )
-    ab_beta: Annotated[Exponent, _AB] = Field(0.7, description="β of ab, the student's exponent")
-    amid_a: Annotated[float, Field(ge=-100, le=100), _of("amid")] = Field(
-        0.5, description="shape of amid's assistant r: −1 the arithmetic mixture, 1 the geometric; larger covers modes"
-    )
-    amid_lambda: Annotated[float, Field(gt=0, lt=1), _of("amid")] = Field(
-        0.1, description="λ of amid: the teacher's share in the assistant"
-    )
-    amid_divergence: Annotated[Literal["kl", "rkl", "ab"], _of("amid")] = Field(
-        "kl", description="D of amid, between one of the two and the assistant"
-    )
-    amid_from: Annotated[Literal["teacher", "student"], _of("amid")] = Field(
-        "teacher", description="amid measures D(p ‖ r) from the teacher, or D(q ‖ r) from the student"
-    )
-    taid_start: Annotated[float, Field(ge=0, lt=1), _of("taid")] = Field(
-        0.4, description="t₀ of taid: the teacher's share in the target at the start; it ends at 1"
-    )
-    taid_rate: Annotated[Probability, _of("taid")] = Field(
-        5e-4, description="of taid: how far a step may carry t towards 1 beyond the linear course"
-    )
-    taid_momentum: Annotated[Beta, _of("taid")] = Field(
-        0.99, description="of taid: how much of the loss's mean relative fall is kept from step to step"
-    )
-    atkd_easy: Annotated[Probability, _of("atkd")] = Field(
-        0.2, description="α of atkd: weight of the tokens the teacher is surest of; the others weigh 1−α"
-    )
-    kd_weight: Probability = Field(1.0, description="(1 − kd_weight)·CE + kd_weight·D; CE never on student outputs")
-    kd_warmup: Probability = Field(
-        0.0, description="share of the steps over which D's weight climbs from 0 to kd_weight: cross-entropy first"
-    )
-    by_source: bool = Field(
-        False,
-        description="the forward half of the divergence on data set rows and teacher samples, the reverse half on student "
-        "outputs: skl and srkl (DistiLLM-2), the halves of jsd (f-distill); the same on both where it has no halves",
-    )
-    curriculum: Literal["off", "on"] = Field(
-        "off",
-        description="DistiLLM-2, with by_source: alpha is per batch, at most as given; the student's half weighs ½ at "
-        "first, 1 at the end. off: alpha as given, equal weights (the authors' release)",
-    )
-    reduction: Literal["token", "sequence"] = Field(
-        "token", description="mean over the step's response tokens, or per sequence first"
-    )
-
-    @model_validator(mode="after")
-    def _curriculum_is_of_skewed_halves(self) -> Objective:
-        if self.curriculum == "on" and not (self.by_source and self.divergence in ("skl", "srkl") and self.alpha > 0):
-            raise ValueError(
-                "objective.curriculum is of skl by_source, with alpha above 0; try --set objective.curriculum=off"
-            )
-        if self.by_source and self.divergence in ("taid", "atkd"):
-            raise ValueError(
-                f"objective.by_source with objective.divergence {self.divergence}, which looks at a step as a whole; "
-                "try --set objective.by_source=false"
-            )
-        return self
-
-
-class Schedule(Section):
-    """Which sequences a step trains on (METHODS B)."""
-
-    kind: ScheduleKind = Field(
-        "adaptive",
-        description="off: data set rows; on: rollouts; mixed: GKD; annealed: ImitKD; adaptive: DistiLLM; teacher: samples "
-        "of the teacher; pairs: of both for each prompt; interleaved: rollouts that the teacher mends (speculative KD)",
-    )
-    redraw: Annotated[Literal["never", "epoch"], _under("teacher", "pairs")] = Field(
-        "never",
-        description="epoch: the teacher's samples are drawn anew in each epoch, and the student's of a pair at its "
-        "beginning; never: the teacher's once, the student's of a pair at every step",
-    )
-    replay: Annotated[Literal["auto", "none", "decreasing", "constant", "increasing"], _STUDENT_OUTPUTS] = Field(
-        "auto",
-        description="ρ(t), the share of student draws that are fresh: 1−t/T, ½, t/T; none: always fresh. "
-        "auto: decreasing for adaptive, else none",
-    )
-    capacity: Annotated[Positive, _STUDENT_OUTPUTS] = Field(
-        1000, description="replay buffer, sequences; the oldest leave first"
-    )
-    epsilon: Annotated[float, _under("adaptive")] = Field(
-        0.1, description="φ rises when the validation loss reaches its reference + ε, nats per token"
-    )
-    levels: Annotated[Positive, _under("adaptive")] = Field(10, description="N: φ rises by 1/N")
-    phi: Annotated[Probability, _under("adaptive")] = Field(0.0, description="φ at the start")
-    reference: Annotated[Literal["last_rise", "previous"], _under("adaptive")] = Field(
-        "last_rise",
-        description="the loss ε is added to: at the last rise of φ (official code), or the previous one (paper)",
-    )
-    warm_up: Annotated[Literal["fill", "none"], _STUDENT_OUTPUTS] = Field(
-        "fill",
-        description="fill: until the buffer is full every student draw is fresh (official code); none: the paper",
-    )
-    fresh: Annotated[Literal["direct", "buffer"], _STUDENT_OUTPUTS] = Field(
-        "direct",
-        description="after a rollout train on it (official code), or on a draw from the buffer it went into (paper)",
-    )
-    mix: Annotated[Probability, _under("mixed")] = Field(0.5, description="λ of mixed: the probability of a rollout")
-    anneal: Annotated[Literal["linear", "exponential", "sigmoid"], _under("annealed")] = Field(
-        "linear", description="how the data set's share falls"
-    )
-    anneal_rate: Annotated[float, Field(gt=0), _CURVED] = Field(
-        5.0, description="exponential: e^(−r·t/T); sigmoid: steepness around the middle"
-    )
-
-
 class Rollout(Section):
     """Sampling from the student during training; from any model in `generate`."""
 
@@ -345,23 +173,27 @@ class Rollout(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="sample from the likeliest tokens of this mass")
     top_k: Count = Field(0, description="sample from so many likeliest tokens; 0 is off")
     max_new_tokens: Positive = Field(256, description="end-of-sequence included")
-    teacher_temperature: Annotated[float, Field(ge=0), _TEACHER_SAMPLES] = Field(
+    teacher_temperature: Annotated[float, Field(ge=0), _SAMPLED] = Field(
         1.0, description="of what the teacher samples in training"
     )
-    teacher_top_p: Annotated[float, Field(gt=0, le=1), _TEACHER_SAMPLES] = Field(
+    teacher_top_p: Annotated[float, Field(gt=0, le=1), _SAMPLED] = Field(
         1.0, description="of what the teacher samples in training"
     )
-    draft: Annotated[Positive, _under("interleaved")] = Field(
+    draft: Annotated[Positive, under("interleaved")] = Field(
         5,
         description="γ of interleaved: tokens the student drafts before the teacher reads them; changes cost, not law",
     )
-    accept: Annotated[Positive, _under("interleaved")] = Field(
+    accept: Annotated[Positive, under("interleaved")] = Field(
         25, description="K of interleaved: a drafted token stays where it is among so many likeliest of the teacher's"
     )
     bulk: Positive = Field(
         8,
         description="rollout batches sampled at once and served one by one; the number sampled stays. "
-        "1 is the paper's letter",
+        "1 is the paper's letter. Under rounds: the batches of a round",
+    )
+    teacher_mix: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="α: each token of a rollout from α·teacher + (1 − α)·student (MiniLLM: 0.2); 0: the student's own",
     )
 
 
@@ -447,5 +279,14 @@ class Recipe(Section):
             raise ValueError(
                 f"teacher.quantize {self.teacher.quantize}: student {self.student.path} copies the teacher's layers, and "
                 "they would be quantised ones; try --set teacher.quantize=none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_policy_needs_outputs(self) -> Recipe:
+        if self.objective.policy_gradient and self.schedule.kind == "off":
+            raise ValueError(
+                "objective.policy_gradient needs student outputs, and schedule.kind is off; "
+                "try --set schedule.kind=rounds"
             )
         return self

@@ -53,6 +53,7 @@ class Criterion:
     """
 
     looks_at: tuple[str, ...] = ()  # of "teacher", "student": whose reading of the step ``look_ahead`` needs
+    rows_beside: bool = False  # whether a step on student outputs trains on its data set rows too
 
     def __init__(self, config: Config | None):
         self.config = config
@@ -93,6 +94,10 @@ class Criterion:
 
     def observe(self, loss: float, progress: float) -> None:
         """Takes the step's loss, per unit of ``count``, after the optimizer's step."""
+
+    def figures(self) -> dict[str, float]:
+        """What is worth seeing of the step beside its loss, by name."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """What later steps depend on, as JSON knows it."""
@@ -183,5 +188,10 @@ def _sigmoid(x: float) -> float:
 
 def build(config: Config | None) -> Criterion:
     """The criterion of a recipe's ``objective`` section; None is SFT."""
-    of_divergence = {"taid": Interpolating, "atkd": HardAndEasy}
-    return Criterion(None) if config is None else of_divergence.get(config.divergence, Criterion)(config)
+    if config is None:
+        return Criterion(None)
+    if config.policy_gradient:
+        from distillm_cli.core.policy_gradient import PolicyGradient  # it builds on this file
+
+        return PolicyGradient(config)
+    return {"taid": Interpolating, "atkd": HardAndEasy}.get(config.divergence, Criterion)(config)

@@ -7,14 +7,13 @@ knows none of their insides. One step, ``_update``, can be followed without leav
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import nn
@@ -30,6 +29,7 @@ from distillm_cli.core.replay import ReplayBuffer, pack, unpack
 from distillm_cli.core.rollout import Rollouts
 from distillm_cli.core.samples import Samples
 from distillm_cli.core.scheduler import Scheduler, Source
+from distillm_cli.core.stopping import stop_on_signal
 from distillm_cli.core.teacher import Teacher
 from distillm_cli.errors import Interrupted, NonFiniteError
 from distillm_cli.sequences import Sequence, collate, micro_batches
@@ -129,7 +129,7 @@ class Engine:
         self.say(self._opening())
         if self.at.valid_loss is None and self.as_at_start is None:
             self._validate()
-        with _stop_on_signal() as stop:
+        with stop_on_signal() as stop:
             while self.at.step < self.steps:
                 clock = time.perf_counter()
                 source = self.scheduler.draw(self.at.step, len(self.replay))
@@ -158,7 +158,10 @@ class Engine:
         """What the step trains on, source by source."""
         if source is Source.PAIR:
             return [Piece(part, self._draw_sequences(part)) for part in (Source.TEACHER, Source.ROLLOUT)]
-        return [Piece(source, self._draw_sequences(source))]
+        parts = [Piece(source, self._draw_sequences(source))]
+        if source is not Source.DATASET and self.objective.criterion.rows_beside:
+            parts.append(Piece(Source.DATASET, self.batches(self.at.step)))
+        return parts
 
     def _draw_sequences(self, source: Source) -> list[Sequence]:
         """The step's sequences of a source. Step s looks at data set batch s whatever that is, as prompts or not at all."""
@@ -250,15 +253,18 @@ class Engine:
                 if "teacher" in criterion.looks_at:
                     told[i] = self.teacher.hidden(batch, piece.sequences)
                 readings.append(self.objective.read(batch, told[i]))
-        return criterion.look_ahead(pieces, readings, progress), told
+        own = criterion.look_ahead(pieces, readings, progress)
+        return [None if per_token is None else per_token.to(self.device) for per_token in own], told
 
     def _count(self, source, parts, loss, grad_norm, lr, seconds) -> None:
         at = self.at
         tokens = sum(len(s.response) for part in parts for s in part.sequences)
         at.step, at.tokens, at.train_loss = at.step + 1, at.tokens + tokens, loss
         at.sources[source.value] += 1
-        epoch = at.step / self.steps_per_epoch
-        self.say(Stepped(at.step, epoch, source.value, loss, lr, grad_norm, self.scheduler.phi, tokens, seconds))
+        epoch, figures = at.step / self.steps_per_epoch, self.objective.criterion.figures()
+        self.say(
+            Stepped(at.step, epoch, source.value, loss, lr, grad_norm, self.scheduler.phi, tokens, seconds, figures)
+        )
 
     def _validate(self) -> None:
         """The student on the held-out rows; the first time, also as it was before training."""
@@ -338,9 +344,8 @@ class Engine:
         tensors = optimizer_tensors(self.optimizer) | {"random.cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
-        tensors |= pack(self.replay.sequences, "replay")
-        tensors |= pack((s for group in self.waiting for s in group), "waiting")
-        tensors |= self.objective.criterion.pack(self.replay.sequences, "replay")
+        for name, held in {"replay": list(self.replay.sequences), "waiting": list(chain(*self.waiting))}.items():
+            tensors |= pack(held, name) | self.objective.criterion.pack(held, name)
         if self.teacher is not None:
             state["teacher_cache"] = self.teacher.mode
             tensors |= self.teacher.pack(self.replay.sequences, "replay")
@@ -366,34 +371,10 @@ class Engine:
         for source, samples in self.samples.items():
             samples.unpack(checkpoint.tensors, f"samples.{source}", self.at.step)
             self.teacher.unpack(checkpoint.tensors, f"samples.{source}", samples.sequences)
-        waiting = iter(unpack(checkpoint.tensors, "waiting"))
-        self.waiting = deque([next(waiting) for _ in range(size)] for size in checkpoint.state["waiting"])
+        waiting = unpack(checkpoint.tensors, "waiting")
+        self.objective.criterion.unpack(checkpoint.tensors, "waiting", waiting)
+        served = iter(waiting)
+        self.waiting = deque([next(served) for _ in range(size)] for size in checkpoint.state["waiting"])
         torch.set_rng_state(checkpoint.tensors["random.cpu"])
         if "random.cuda" in checkpoint.tensors and self.device.type == "cuda":
             torch.cuda.set_rng_state(checkpoint.tensors["random.cuda"], self.device)
-
-
-@dataclass
-class _Stop:
-    signal: int | None = None
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[_Stop]:
-    """The first SIGINT or SIGTERM asks the loop to stop after the step in hand; a second SIGINT stops at once."""
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def ask(number, frame):
-        if stop.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.signal = number
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -53,7 +53,10 @@ class RunStarted(Event):
 
 @dataclass(frozen=True, slots=True)
 class Stepped(Event):
-    """One optimizer step, counted from 1. loss: mean per supervised token, nats. seconds: wall time of this step."""
+    """One optimizer step, counted from 1. loss: mean per supervised token, nats. seconds: wall time of this step.
+
+    figures: what else the method has to show of the step, by name.
+    """
 
     step: int
     epoch: float
@@ -64,6 +67,7 @@ class Stepped(Event):
     phi: float
     tokens: int
     seconds: float
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import torch
@@ -56,21 +56,38 @@ class Terms:
     divergence: Divergence | None = None
 
 
+class Surrogate(Protocol):
+    """A loss of N supervised tokens by their log-probabilities [N]: its values [N], and −d value / d log q [N]."""
+
+    def __call__(self, log_q_N: Tensor) -> tuple[Tensor, Tensor]: ...
+    def __getitem__(self, tokens: slice) -> Surrogate: ...
+    def to(self, device: torch.device | str) -> Surrogate: ...
+
+
 @dataclass(frozen=True, eq=False)
 class PerToken:
     """What a token has of its own; each [N], and absent where all tokens are alike.
 
     weights_N: of the whole of its loss. ce_weights_N: of its cross-entropy, beside that; may be negative (an advantage).
-    marks_N: what ``Divergence.at`` is told of it.
+    marks_N: what ``Divergence.at`` is told of it. kd_weights_N: of its divergence, beside ``weights_N``. surrogate: one
+    more term of its loss.
     """
 
     weights_N: Tensor | None = None
     ce_weights_N: Tensor | None = None
     marks_N: Tensor | None = None
+    kd_weights_N: Tensor | None = None
+    surrogate: Surrogate | None = None
 
     def __getitem__(self, tokens: slice) -> PerToken:
-        parts = (self.weights_N, self.ce_weights_N, self.marks_N)
-        return PerToken(*(None if part is None else part[tokens] for part in parts))
+        return self._each(lambda part: part[tokens])
+
+    def to(self, device: torch.device | str) -> PerToken:
+        return self._each(lambda part: part.to(device))
+
+    def _each(self, do: Callable) -> PerToken:
+        parts = (getattr(self, f.name) for f in fields(self))
+        return PerToken(*(None if part is None else do(part) for part in parts))
 
 
 NOTHING = PerToken()
@@ -89,7 +106,8 @@ def fused_loss(
     chunk: int | None = None,
     on_halved: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Σ over N tokens of weight · (kd · D(p, q) + ce · ce_weight · −log q(target)), nats; a scalar with a graph.
+    """Σ over N tokens of weight · (kd · kd_weight · D(p, q) + ce · ce_weight · −log q(target) + surrogate(log q(target))),
+    nats; a scalar with a graph.
 
     hidden_ND: the student's last hidden states at the positions that predict ``targets_N``. teacher_hidden_ND: the
     teacher's at the same positions, [N, D_teacher]; widths may differ, vocabularies must not. matmul_dtype: of the
@@ -325,18 +343,22 @@ class _Walk:
         kd, ce = self.work.terms.kd, self.work.terms.ce
         targets_R, own = self.work.targets_N[tokens], self.work.per_token[tokens]
         value_R, h_RV = torch.zeros_like(q.z_NV[:, 0]), None
+        kd_R = kd if own.kd_weights_N is None else kd * own.kd_weights_N.to(self.exact)
+        ce_R = ce if own.ce_weights_N is None else ce * own.ce_weights_N.to(self.exact)
         if p is not None:
             value_R, h_RV = self.work.terms.divergence.at(targets_R, own.marks_N).between(p, q, needs_grad)
-            value_R = value_R * kd
+            value_R = value_R * kd_R
         if ce:
-            ce_R = ce if own.ce_weights_N is None else ce * own.ce_weights_N.to(self.exact)
             value_R = value_R - ce_R * q.log_at(targets_R)
+        if own.surrogate is not None:
+            more_R, slope_R = own.surrogate(q.log_at(targets_R))
+            value_R, ce_R = value_R + more_R, ce_R + slope_R  # −slope · log q has the same gradient
         weight_R = None if own.weights_N is None else own.weights_N.to(self.exact)
         if weight_R is not None:
             value_R = value_R * weight_R
         if not needs_grad:
             return value_R, None
-        dz_RV = _logit_grad(h_RV, q.prob_NV, targets_R, kd, ce_R if ce else 0.0)
+        dz_RV = _logit_grad(h_RV, q.prob_NV, targets_R, kd_R, ce_R)
         return value_R, dz_RV if weight_R is None else dz_RV.mul_(weight_R.unsqueeze(-1))
 
     def _carry_back(self, dz_CV: Tensor, tokens: slice) -> None:
@@ -355,13 +377,15 @@ class _Walk:
                 self.d_weight_VD[piece] += part_SD.to(self.exact)
 
 
-def _logit_grad(h_RV: Tensor | None, q_RV: Tensor, targets_R: Tensor, kd: float, ce: float | Tensor) -> Tensor:
-    """kd · (h − q Σ h) + ce · (q − onehot), in few passes; ce may be per row [R]. Takes over h, or q where there is no h."""
+def _logit_grad(h_RV: Tensor | None, q_RV: Tensor, targets_R: Tensor, kd: float | Tensor, ce: float | Tensor) -> Tensor:
+    """kd · (h − q Σ h) + ce · (q − onehot), in few passes; both may be per row [R]. Takes over h, or q without it."""
     ce_R1 = ce.unsqueeze(-1) if isinstance(ce, Tensor) else q_RV.new_full((q_RV.shape[0], 1), ce)
     if h_RV is None:
         dz_RV = q_RV.mul_(ce_R1)
     else:
-        if kd != 1:
+        if isinstance(kd, Tensor):
+            h_RV.mul_(kd.unsqueeze(-1))
+        elif kd != 1:
             h_RV.mul_(kd)
         dz_RV = h_RV.addcmul_(q_RV, h_RV.sum(-1, keepdim=True).sub_(ce_R1), value=-1)
     if isinstance(ce, Tensor) or ce:

@@ -31,6 +31,21 @@ class ReplayBuffer:
         return [self.sequences[i] for i in picks]
 
 
+class Round(ReplayBuffer):
+    """The student outputs of a round: ``batches`` batches of ``rows`` sequences, gone through ``inner_epochs`` times, each
+    time after the first in an order of its own. The next round's outputs push them out."""
+
+    def __init__(self, batches: int, *, rows: int, inner_epochs: int, seed: int):
+        super().__init__(batches * rows, seed=seed)
+        self.batches, self.inner_epochs = batches, inner_epochs
+
+    def draw(self, count: int, step: int) -> list[Sequence]:
+        """The batch of step ``step`` (from 0) of the run."""
+        epoch, index = divmod(step, self.batches)
+        order = np.random.default_rng([self.seed, epoch, 0x526F756E]).permutation(len(self))
+        return [self.sequences[i] for i in order[index * count : (index + 1) * count]]
+
+
 def pack(sequences: Iterable[Sequence], prefix: str) -> dict[str, torch.Tensor]:
     """Ragged sequences as three flat tensors, for a checkpoint."""
     sequences = list(sequences)

@@ -52,12 +52,14 @@ class Sampled:
     """One output: token ids (int32), the stop token included when it is complete.
 
     complete: False where the length limit cut it. entropy: mean entropy in nats of the model's own next-token
-    distributions (temperature 1, nothing filtered) over the output's tokens; None unless asked for.
+    distributions (temperature 1, nothing filtered) over the output's tokens; None unless asked for. told: [tokens, K],
+    float32, what the decoding said of each of them; None unless asked for.
     """
 
     tokens: np.ndarray
     complete: bool
     entropy: float | None = None
+    told: np.ndarray | None = None
 
 
 class Rollouts(Protocol):
@@ -89,15 +91,19 @@ class SampledRollouts:
         self.width = Width(listener)
 
     def sample(self, prompts: SequenceOf[Sequence], step: int) -> list[Sequence]:
+        return [Sequence(s.prompt, out.tokens, s.row) for s, out in self.outputs(prompts, step)]
+
+    def outputs(
+        self, prompts: SequenceOf[Sequence], step: int, telling: bool = False
+    ) -> Iterator[tuple[Sequence, Sampled]]:
+        """Each prompt with what was sampled for it. telling: as of ``sample``."""
         limits = [self.max_length - len(s.prompt) for s in prompts]
         if self.by_row:
             seeds = [(self.seed, (step << 32) + s.row) for s in prompts]
         else:
             seeds = [(self.seed, (step << 24) + i) for i in range(len(prompts))]
-        outputs = sample(
-            self.decoder, [s.prompt for s in prompts], self.sampling, seeds, limits=limits, width=self.width
-        )
-        return [Sequence(s.prompt, out.tokens, s.row) for s, out in zip(prompts, outputs, strict=True)]
+        token_ids, more = [s.prompt for s in prompts], {"limits": limits, "telling": telling, "width": self.width}
+        return zip(prompts, sample(self.decoder, token_ids, self.sampling, seeds, **more), strict=True)
 
 
 class Width:
@@ -125,11 +131,13 @@ def sample(
     *,
     limits: SequenceOf[int] | None = None,
     entropy: bool = False,
+    telling: bool = False,
     width: Width | None = None,
 ) -> list[Sampled]:
     """One output per prompt, decoded side by side; finished rows leave the batch.
 
     seeds: (seed, row) per prompt. limits: most new tokens per row, beside ``sampling.max_new_tokens`` and the context.
+    telling: keep what the decoding says of the chosen tokens; it then has ``told(tokens_B)``, a [B, K] tensor.
     width: what is known of how many fit into memory; where they do not, the same outputs are made in smaller groups.
     Raises DataError where a prompt leaves no room for a single new token.
     """
@@ -139,7 +147,7 @@ def sample(
     return in_groups(
         len(prompts),
         width or Width(),
-        lambda now: _side_by_side(decoder, prompts[now], sampling, seeds[now], rooms[now], entropy),
+        lambda now: _side_by_side(decoder, prompts[now], sampling, seeds[now], rooms[now], entropy, telling),
     )
 
 
@@ -165,6 +173,7 @@ def _side_by_side(
     seeds: SequenceOf[tuple[int, int]],
     rooms: SequenceOf[int],
     entropy: bool,
+    telling: bool,
 ) -> list[Sampled]:
     """rooms: most new tokens of each row, at least one."""
     B, horizon = len(prompts), max(rooms)
@@ -178,6 +187,7 @@ def _side_by_side(
     tokens_BT = np.zeros((B, horizon), dtype=np.int32)
     counts_B, entropies_B = np.zeros(B, dtype=np.int64), np.zeros(B)
     complete_B, done_B = np.zeros(B, dtype=bool), np.zeros(B, dtype=bool)
+    told: list[list[np.ndarray]] = [[] for _ in prompts]
 
     decoding, live, chosen = decoder.decode(prompts), np.arange(B), None
     for t in range(horizon):
@@ -191,6 +201,9 @@ def _side_by_side(
             _ban(logits_BV, [ngrams[i].banned() for i in live])
         chosen = choose(logits_BV, sampling, torch.from_numpy(uniforms_BT[live, t]).to(logits_BV.device))
         tokens_BT[live, t] = chosen.cpu().numpy()
+        if telling:
+            for i, told_K in zip(live, decoding.told(chosen).float().cpu().numpy(), strict=True):
+                told[i].append(told_K)
         if ngrams is not None:
             for i in going:
                 ngrams[i].push(int(tokens_BT[i, t]))
@@ -208,7 +221,12 @@ def _side_by_side(
             decoding.keep(rows)
             live, chosen = live[left], chosen[rows]
     return [
-        Sampled(tokens_BT[i, :n].copy(), bool(complete_B[i]), entropies_B[i] / n if entropy else None)
+        Sampled(
+            tokens_BT[i, :n].copy(),
+            bool(complete_B[i]),
+            entropies_B[i] / n if entropy else None,
+            np.stack(told[i][:n]) if telling else None,
+        )
         for i, n in enumerate(counts_B)
     ]
 

@@ -42,6 +42,13 @@ def choose(logits_BV: Tensor, sampling: Sampling, uniforms_B: Tensor) -> Tensor:
     cumulative sum at ``uniforms_B`` (each in [0, 1))."""
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
+    return inverse_cdf(distribution(logits_BV, sampling), uniforms_B.to(torch.float64))
+
+
+def distribution(logits_BV: Tensor, sampling: Sampling) -> Tensor:
+    """Probabilities [B, V] after temperature, top-k and top-p; at temperature 0 all of it on the likeliest token."""
+    if sampling.temperature == 0:
+        return torch.zeros_like(logits_BV).scatter_(-1, logits_BV.argmax(-1, keepdim=True), 1.0)
     if sampling.temperature != 1:
         logits_BV = logits_BV / sampling.temperature
     if 0 < sampling.top_k < logits_BV.shape[-1]:
@@ -50,7 +57,7 @@ def choose(logits_BV: Tensor, sampling: Sampling, uniforms_B: Tensor) -> Tensor:
     probabilities_BV = F.softmax(logits_BV, -1)
     if sampling.top_p < 1:
         keep_nucleus(probabilities_BV, sampling.top_p)
-    return inverse_cdf(probabilities_BV, uniforms_B.to(torch.float64))
+    return probabilities_BV
 
 
 def keep_nucleus(probabilities_BV: Tensor, top_p: float) -> None:

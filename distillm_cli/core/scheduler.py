@@ -7,9 +7,12 @@ Every schedule is one rule. At step t of T draw u ~ U(0, 1); P(t) is the probabi
     else           a batch of the data set
 
 P is 0 (``off``), 1 (``on``, ``interleaved``), λ (``mixed``, GKD), 1 − the data set's falling share (``annealed``, ImitKD)
-or φ (``adaptive``, DistiLLM's Algorithm 1). Two kinds draw nothing: every step is on the teacher's samples (``teacher``), or
-on a sample of each of the two for each prompt (``pairs``). u is a pure function of (seed, step): every rank draws the same,
-and a resumed run draws what the uninterrupted one would have.
+or φ (``adaptive``, DistiLLM's Algorithm 1). u is a pure function of (seed, step): every rank draws the same, and a resumed
+run draws what the uninterrupted one would have.
+
+Three kinds draw nothing: every step is on the teacher's samples (``teacher``), or on a sample of each of the two for each
+prompt (``pairs``), or on rollouts and replay by turns (``rounds``, MiniLLM, as in PPO): some batches of rollouts, the same
+ones again from the buffer until each was trained on ``inner_epochs`` times, and the next round.
 """
 
 from __future__ import annotations
@@ -32,11 +35,11 @@ class Source(StrEnum):
 class Scheduler:
     """Draws a source for each step, and moves φ when told a validation loss.
 
-    config: the recipe's ``schedule`` section. steps: T. seed: of the draws.
+    config: the recipe's ``schedule`` section. steps: T. seed: of the draws. batches: of a round.
     """
 
-    def __init__(self, config: Schedule, *, steps: int, seed: int):
-        self.config, self.steps, self.seed = config, steps, seed
+    def __init__(self, config: Schedule, *, steps: int, seed: int, batches: int = 1):
+        self.config, self.steps, self.seed, self.batches = config, steps, seed, batches
         self.rises = 0
         self.reference: float | None = None
 
@@ -73,6 +76,8 @@ class Scheduler:
     @property
     def may_replay(self) -> bool:
         """Whether a student output may be trained on more than once."""
+        if self.config.kind == "rounds":
+            return self.config.inner_epochs > 1
         may = self.may_use_student_outputs and self.config.kind != "pairs"
         return may and (self.config.fresh == "buffer" or self._replay != "none")
 
@@ -82,7 +87,7 @@ class Scheduler:
         match self.config.kind:
             case "off" | "teacher":
                 return 0.0
-            case "on" | "pairs" | "interleaved":
+            case "on" | "pairs" | "interleaved" | "rounds":
                 return 1.0
             case "mixed":
                 return self.config.mix
@@ -122,6 +127,9 @@ class Scheduler:
         """
         if self.may_use_teacher_samples:
             return Source.PAIR if self.config.kind == "pairs" else Source.TEACHER
+        if self.config.kind == "rounds":
+            is_first_epoch = step % (self.batches * self.config.inner_epochs) < self.batches
+            return Source.ROLLOUT if is_first_epoch else Source.REPLAY
         u = random.Random(f"schedule/{self.seed}/{step}").random()
         p_student = self.student_probability(step)
         if u >= p_student:

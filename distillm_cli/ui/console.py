@@ -269,6 +269,7 @@ def _started(event: RunStarted) -> Text:
 def _stepped(watch: Watch, now: float) -> Text:
     left, rate = watch.seconds_left(now), watch.tokens_per_second
     parts = [_step(watch.step, watch), f"epoch {watch.epoch:.1f}", f"loss {watch.loss:.3f}"]
+    parts += [f"{name} {figure:.3f}" for name, figure in watch.figures.items()]
     if watch.student_takes_part:
         parts.append(f"φ {watch.phi:.2f}")
         parts.append(" ".join(f"{name} {percent(share)}" for name, share in watch.shares()))

@@ -62,6 +62,7 @@ class Watch:
         self.phi = 0.0
         self.sources: Counter[str] = Counter()
         self.lr = self.grad_norm = 0.0
+        self.figures: dict[str, float] = {}
         self.memory = Memory()
         self._moment = self._weight = 0.0
         self._bucket: list[float] = []
@@ -82,6 +83,7 @@ class Watch:
             self.curve.append(math.fsum(self._bucket) / self._bucket_size)
             self._bucket.clear()
         self.phi, self.lr, self.grad_norm = event.phi, event.lr, event.grad_norm
+        self.figures = event.figures
         self.sources[event.source] += 1
         self._recent.append((event.tokens, event.seconds))
 
@@ -214,6 +216,7 @@ def _progress(watch: Watch, now: float, width: int) -> RenderableType:
 def _main_figures(watch: Watch, width: int) -> list[tuple[str, Text]]:
     """Label and value, the values at most ``width`` columns wide."""
     rows = [("loss", _loss(watch, width)), ("valid loss", _valid(watch))]
+    rows += [(name, Text(f"{figure:.3f}")) for name, figure in watch.figures.items()]
     if watch.student_takes_part:
         filled = round(watch.phi * 10)
         gauge = Text.assemble(f"{watch.phi:.2f}   ", ("▰" * filled, "magenta"), ("▱" * (10 - filled), "dim"))

@@ -1,0 +1,55 @@
+"""What fields are made of: the types that sections share, and the word on when a field is read."""
+
+from __future__ import annotations
+
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Exponent = Annotated[float, Field(ge=-2, le=2)]
+Name = Annotated[str, Field(min_length=1)]
+Dtype = Literal["auto", "fp32", "bf16", "fp16"]
+DivergenceName = Literal["kl", "rkl", "skl", "srkl", "jsd", "tvd", "jeffreys", "akl", "ab", "amid", "taid", "atkd"]
+ScheduleKind = Literal["off", "on", "mixed", "annealed", "adaptive", "teacher", "pairs", "interleaved", "rounds"]
+MetricName = Literal[
+    "rouge_l", "rouge_1", "rouge_2", "bleu", "chrf", "exact_match", "error_rate", "final_number"
+]  # fmt: skip
+
+
+class ReadWhen:
+    """Beside a field that not every run reads: the fields that decide it, by dotted key, and the values they must have.
+
+    Several mappings are several ways: any of them will do. A value given by hand that no way leads to is an error.
+    """
+
+    def __init__(self, *ways: dict[str, tuple[Any, ...]]):
+        self.ways = ways
+
+
+def of(*divergences: DivergenceName) -> ReadWhen:
+    return ReadWhen({"objective.divergence": divergences})
+
+
+def under(*kinds: ScheduleKind) -> ReadWhen:
+    return ReadWhen({"schedule.kind": kinds})
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _a_truth_value_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Pydantic takes True for 1 and True for 1.0; nobody who wrote ``epochs: true`` meant one epoch."""
+        items = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(item, bool) for item in items):
+            annotation = cls.model_fields[info.field_name].annotation
+            union = get_origin(annotation) in (Union, UnionType)
+            if bool not in (get_args(annotation) if union else (annotation,)):
+                raise ValueError("true and false are no numbers")
+        return value

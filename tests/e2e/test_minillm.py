@@ -1,0 +1,99 @@
+"""MiniLLM as typed: on the quickstart pair, stopped inside a round, and told what it cannot do."""
+
+import json
+import signal
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from distillm_cli.cli.app import main
+from distillm_cli.core import engine
+
+SHORT = [
+    "--recipe", "quickstart", "--method", "minillm", "--student", "random:1x32", "--steps", "6", "--batch-size", "4",
+    "--set", "data.size=40", "--set", "eval.report_rows=4", "--set", "rollout.bulk=2", "--set", "schedule.inner_epochs=2",
+    "--set", "rollout.max_new_tokens=8", "--set", "data.valid_limit=8",
+    "--set", "train.log_steps=1", "--set", "train.threads=1", "--json",
+]  # fmt: skip
+
+
+@pytest.fixture
+def typed(capsys, tmp_path, monkeypatch):
+    """Types a command line in an empty directory; (exit code, the JSON object, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        return code, json.loads(out), err
+
+    return call
+
+
+def lines(place):
+    return [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_quickstart_pair_in_rounds(typed, tmp_path):
+    code, result, err = typed("distill", *SHORT, "--output", "run")
+    assert code == 0, err
+    assert (result["steps"], result["rollout_steps"], result["replay_steps"]) == (6, 4, 2)
+    assert result["sampled_sequences"] == 16
+    assert set(result["report"]) == {"student_before", "student_after", "teacher"}
+    steps = [line for line in lines(tmp_path / "run") if "loss" in line]
+    assert [line["source"] for line in steps] == ["rollout", "rollout", "replay", "replay", "rollout", "rollout"]
+    assert all(line["reward"] < 0 for line in steps)
+    assert "reward -" in err
+    assert "Of 6 steps 4 (67%) used fresh rollouts and 2 (33%) replayed rollouts." in err
+    assert "Beside the student's outputs" in err
+    assert not result["teacher_cache"]["model_left"], "it samples"
+    AutoModelForCausalLM.from_pretrained("run")
+
+
+def test_interrupted_with_half_a_round_to_serve_it_goes_on_as_if_nothing_had_happened(typed, monkeypatch):
+    argv = ["distill", *SHORT, "--set", "eval.report_rows=0"]
+    assert typed(*argv, "--output", "whole")[0] == 0
+    update = engine.Engine._update
+
+    def killed(self, parts):
+        if self.at.step == 4:
+            signal.raise_signal(signal.SIGINT)
+        return update(self, parts)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.Engine, "_update", killed)
+        assert typed(*argv, "--output", "cut")[0] == 130
+    code, result, err = typed(*argv, "--output", "cut", "--resume")
+    assert (code, result["steps"]) == (0, 6), err
+    ends = [AutoModelForCausalLM.from_pretrained(place).state_dict() for place in ("whole", "cut")]
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_the_plan_counts_what_the_teacher_keeps_while_it_samples(typed):
+    _, ours, err = typed("plan", *SHORT)
+    assert "kept in memory as they come" in err, "a round's outputs are trained on twice"
+    _, alone, _ = typed("plan", *SHORT, "--method", "gkd")
+    assert ours["memory"]["rollout_cache"] > 4 * alone["memory"]["rollout_cache"]
+    assert (ours["sequences_per_step"], alone["sequences_per_step"]) == (8, 4)
+    outputs = 2 * 4 * 8  # batches, rows, tokens
+    assert ours["teacher_cache"]["rollout_bytes"] == outputs * 128 * 4
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "said"),
+    [
+        ("minillm", "schedule.kind=off", "objective.policy_gradient needs student outputs"),
+        ("minillm", "schedule.fresh=buffer", "schedule.fresh: buffer has no meaning under schedule.kind: rounds"),
+        ("gkd", "objective.row_weight=0.5", "objective.row_weight belongs to objective.policy_gradient"),
+        ("minillm", "objective.ratio_clip=0", "expected a number > 0 and < 1"),
+        ("minillm", "rollout.teacher_mix=1", "expected a number ≥ 0 and < 1"),
+        ("minillm", "schedule.inner_epochs=0", "expected a whole number ≥ 1"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_loaded(typed, method, setting, said):
+    code, result, err = typed("distill", *SHORT, "--method", method, "--set", setting, "--output", "run")
+    assert code == 2
+    assert said in err
+    assert said in result["message"]

@@ -1,0 +1,145 @@
+"""Drawing from teacher and student together: the right distribution, and the right words about each token."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch.testing import assert_close
+
+from distillm_cli.config.schema import Rollout
+from distillm_cli.core.fused import target_log_probs
+from distillm_cli.core.mixture import LOG_DRAWN, LOG_P, LOG_Q, Mixture, MixtureRollouts
+from distillm_cli.core.rollout import StudentRollouts, sample
+from distillm_cli.core.sampling import Sampling, distribution
+from distillm_cli.sequences import Sequence, collate
+from tests.unit.test_rollout import backbone, prompts
+
+V = 6
+
+
+class Table:
+    """A model whose next token depends on the last one only: logits [V, V], the prompt's last token first."""
+
+    context, stop_ids = None, frozenset({0})
+
+    def __init__(self, seed):
+        self.logits_VV = torch.randn(V, V, generator=torch.Generator().manual_seed(seed)) * 1.5
+
+    def decode(self, prompts):
+        last = torch.tensor([int(p[-1]) for p in prompts])
+        table = self.logits_VV
+
+        class Decoding:
+            def __init__(self):
+                self.last = last
+
+            def logits(self, tokens_B):
+                self.last = self.last if tokens_B is None else tokens_B
+                return table[self.last].clone()
+
+            def keep(self, rows_B):
+                self.last = self.last[rows_B]
+
+        return Decoding()
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.2, 0.7])
+@pytest.mark.parametrize("shape", [Sampling(), Sampling(temperature=0.5), Sampling(top_k=2), Sampling(top_p=0.6)])
+def test_every_token_is_drawn_from_the_mixture(alpha, shape):
+    """Chi-square of the first token, and of the second after each first: α·p + (1 − α)·q, each shaped before."""
+    student, teacher, n = Table(1), Table(2), 6_000
+    mixture = Mixture(student, teacher, alpha, shape)
+    draws = sample(mixture, [np.array([3])] * n, Sampling(max_new_tokens=2), [(4, i) for i in range(n)])
+    expected = alpha * distribution(teacher.logits_VV, shape) + (1 - alpha) * distribution(student.logits_VV, shape)
+    groups = {3: [d.tokens[0] for d in draws]}
+    for first in range(1, V):
+        groups[first] = groups.get(first, []) + [d.tokens[1] for d in draws if d.tokens[0] == first]
+    tested = 0
+    for last, tokens in groups.items():
+        counts, p = np.bincount(tokens, minlength=V), expected[last].double().numpy()
+        assert counts[p == 0].sum() == 0
+        if len(tokens) > 50 and (p > 0).sum() > 1:
+            tested += 1
+            assert stats.chisquare(counts[p > 0], p[p > 0] / p.sum() * len(tokens)).pvalue > 1e-4
+    assert tested >= 2
+
+
+def test_greedy_models_are_mixed_too():
+    """Each model is certain: the teacher's token comes with probability α."""
+    student, teacher = Table(1), Table(2)
+    student.logits_VV[3], teacher.logits_VV[3] = torch.eye(V)[1], torch.eye(V)[2]
+    mixture = Mixture(student, teacher, 0.2, Sampling(temperature=0))
+    draws = sample(mixture, [np.array([3])] * 4_000, Sampling(max_new_tokens=1), [(4, i) for i in range(4_000)])
+    counts = np.bincount([d.tokens[0] for d in draws], minlength=V)
+    assert set(np.flatnonzero(counts)) == {1, 2}
+    assert stats.binomtest(int(counts[2]), 4_000, 0.2).pvalue > 1e-4
+
+
+def rolled(alpha, rows, seed=7, **more):
+    told = {}
+    rollouts = MixtureRollouts(
+        backbone("gpt2", seed=1),
+        backbone("llama", seed=2),
+        Rollout(max_new_tokens=8, teacher_mix=alpha, **more),
+        max_length=30,
+        seed=seed,
+        note=lambda sequence, told_N3: told.__setitem__(sequence, told_N3),
+    )
+    return rollouts.sample(rows, 3), told
+
+
+def rows():
+    return [Sequence(p, np.zeros(0, np.int32), i) for i, p in enumerate(prompts(*[3, 9, 5, 1, 7, 4] * 3))]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_what_is_said_of_each_token_is_what_the_models_say_of_the_whole_output(temperature):
+    """Through caches and dropped rows, with outputs that end early: the same as one pass over the finished sequences."""
+    outputs, told = rolled(0.2, rows(), temperature=temperature)
+    assert len({len(s.response) for s in outputs}) > 2
+    student, teacher = backbone("gpt2", seed=1), backbone("llama", seed=2)
+    for s in outputs:
+        batch = collate([s])
+        with torch.no_grad():
+            log_q, log_p = (target_log_probs(m.hidden(batch), m.head(), batch.targets_N) for m in (student, teacher))
+            shaped = [
+                (m.head().logits(m.hidden(batch)) / temperature).softmax(-1).gather(-1, batch.targets_N[:, None])[:, 0]
+                for m in (student, teacher)
+            ]
+        assert told[s].shape == (len(s.response), 3)
+        assert_close(told[s][:, LOG_P], log_p, rtol=1e-4, atol=1e-4)
+        assert_close(told[s][:, LOG_Q], log_q, rtol=1e-4, atol=1e-4)
+        assert_close(told[s][:, LOG_DRAWN], (0.8 * shaped[0] + 0.2 * shaped[1]).log(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_does_not_know_its_neighbours_nor_how_many_fit_into_memory():
+    together, told = rolled(0.2, rows())
+    half, told_of_half = rolled(0.2, rows()[:9])
+    for a, b in zip(together, half, strict=False):
+        assert a.response.tolist() == b.response.tolist()
+        assert_close(told[a], told_of_half[b], rtol=1e-4, atol=1e-5)
+    assert rolled(0.2, rows(), seed=8)[0][0].response.tolist() != together[0].response.tolist()
+
+
+def test_without_a_teachers_share_it_is_the_students_own_sampler():
+    ours, told = rolled(0.0, rows())
+    plain = StudentRollouts(backbone("gpt2", seed=1), Rollout(max_new_tokens=8), max_length=30, seed=7)
+    for a, b in zip(ours, plain.sample(rows(), 3), strict=True):
+        assert a.response.tolist() == b.response.tolist()
+        assert (a.prompt.tolist(), a.row) == (b.prompt.tolist(), b.row)
+        assert_close(told[a][:, LOG_DRAWN], told[a][:, LOG_Q], rtol=1e-5, atol=1e-5)
+
+
+def test_the_weight_back_to_the_student_is_bounded():
+    outputs, told = rolled(0.2, rows())
+    w = torch.cat([(told[s][:, LOG_Q] - told[s][:, LOG_DRAWN]).exp() for s in outputs])
+    assert w.max() <= 1 / 0.8 + 1e-4
+    assert w.min() < 0.9
+
+
+def test_the_shorter_context_of_the_two_bounds_an_output():
+    student, teacher = Table(1), Table(2)
+    student.context, teacher.context = 20, 9
+    assert Mixture(student, teacher, 0.2, Sampling()).context == 9
+    teacher.context = None
+    assert Mixture(student, teacher, 0.2, Sampling()).context == 20
