@@ -26,9 +26,10 @@ from pydantic import Field, ValidationError
 
 from distillm_cli.config import layers, yaml_io
 from distillm_cli.config.explain import choices, described, leaves, shown, takes_texts_only
+from distillm_cli.config.fields import Name, Positive, Section
 from distillm_cli.config.layers import Given, Problems, Rank
 from distillm_cli.config.load import Resolved, locate, settle, shipped
-from distillm_cli.config.schema import Name, Positive, Recipe, Section
+from distillm_cli.config.schema import Recipe
 from distillm_cli.errors import RecipeError, UsageError
 
 Verb = Literal["sft", "generate", "distill", "eval"]

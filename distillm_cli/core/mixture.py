@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distillm_cli.config.schema import Rollout
 from distillm_cli.core.events import Listener, silent
-from distillm_cli.core.rollout import Decoder, Decoding, StudentRollouts
+from distillm_cli.core.rollout import Decoder, Decoding, SampledRollouts
 from distillm_cli.core.sampling import Sampling, distribution
 from distillm_cli.sequences import Sequence
 
@@ -29,7 +29,7 @@ from distillm_cli.sequences import Sequence
 LOG_P, LOG_Q, LOG_DRAWN = range(3)
 
 
-class MixtureRollouts(StudentRollouts):
+class MixtureRollouts(SampledRollouts):
     """Rollouts drawn from the mixture.
 
     config: the recipe's ``rollout`` section; ``teacher_mix`` is α, and temperature, top-k and top-p shape each model's
@@ -70,7 +70,7 @@ class Mixture:
     def __init__(self, student: Decoder, teacher: Decoder, alpha: float, shape: Sampling):
         self.student, self.teacher, self.alpha, self.shape = student, teacher, alpha, shape
         self.context = min((d.context for d in (student, teacher) if d.context is not None), default=None)
-        self.stop_ids = student.stop_ids
+        self.stop_ids, self.is_encoder_decoder = student.stop_ids, student.is_encoder_decoder
 
     def decode(self, prompts: SequenceOf[np.ndarray]) -> _MixtureDecoding:
         student = self.student.decode(prompts)

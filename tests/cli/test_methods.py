@@ -8,9 +8,9 @@ import pytest
 
 from distillm_cli.cli import app as program
 from distillm_cli.cli import options
+from distillm_cli.config.fields import DivergenceName, ScheduleKind
 from distillm_cli.config.load import resolve
 from distillm_cli.config.methods import METHODS
-from distillm_cli.config.schema import DivergenceName, ScheduleKind
 
 
 @pytest.fixture

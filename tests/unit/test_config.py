@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from distillm_cli.cli import options
 from distillm_cli.config.explain import choices, kinds, leaves, takes_list
+from distillm_cli.config.fields import ScheduleKind
 from distillm_cli.config.load import load_resolved, locate, resolve, shipped, to_yaml
 from distillm_cli.config.methods import METHODS
 from distillm_cli.config.ownership import condition, is_read
-from distillm_cli.config.schema import Recipe, ScheduleKind, Train
+from distillm_cli.config.schema import Recipe, Train
 from distillm_cli.config.shortcuts import SHORTCUTS, Flag, flag_of
 from distillm_cli.errors import RecipeError, UsageError
 

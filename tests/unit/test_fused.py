@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from distillm_cli.config import schema
+from distillm_cli.config import fields, schema
 from distillm_cli.core import fused
 from distillm_cli.core.criterion import Criterion
 from distillm_cli.core.divergences import KL, SkewKL, build
@@ -26,7 +26,7 @@ from distillm_cli.sequences import collate
 from tests import plain, tiny
 
 N, D, D_TEACHER, V = 11, 6, 9, 17
-NAMES = list(get_args(schema.DivergenceName))
+NAMES = list(get_args(fields.DivergenceName))
 NUMBERS_WITHIN = {"akl", "taid"}  # parts of them are taken as numbers, which no difference quotient can know
 # What a head may do beside the product: (bias, scale, softcap).
 HEADS = {

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from distillm_cli.config.schema import Rollout
 from distillm_cli.core.fused import target_log_probs
 from distillm_cli.core.mixture import LOG_DRAWN, LOG_P, LOG_Q, Mixture, MixtureRollouts
-from distillm_cli.core.rollout import StudentRollouts, sample
+from distillm_cli.core.rollout import SampledRollouts, sample
 from distillm_cli.core.sampling import Sampling, distribution
 from distillm_cli.sequences import Sequence, collate
 from tests.unit.test_rollout import backbone, prompts
@@ -123,7 +123,7 @@ def test_a_row_does_not_know_its_neighbours_nor_how_many_fit_into_memory():
 
 def test_without_a_teachers_share_it_is_the_students_own_sampler():
     ours, told = rolled(0.0, rows())
-    plain = StudentRollouts(backbone("gpt2", seed=1), Rollout(max_new_tokens=8), max_length=30, seed=7)
+    plain = SampledRollouts(backbone("gpt2", seed=1), Rollout(max_new_tokens=8), max_length=30, seed=7)
     for a, b in zip(ours, plain.sample(rows(), 3), strict=True):
         assert a.response.tolist() == b.response.tolist()
         assert (a.prompt.tolist(), a.row) == (b.prompt.tolist(), b.row)

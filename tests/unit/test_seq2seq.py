@@ -21,7 +21,7 @@ from distillm_cli.core.engine import Engine
 from distillm_cli.core.events import Stepped
 from distillm_cli.core.objective import Objective
 from distillm_cli.core.replay import ReplayBuffer
-from distillm_cli.core.rollout import Sampling, StudentRollouts, sample
+from distillm_cli.core.rollout import SampledRollouts, Sampling, sample
 from distillm_cli.core.scheduler import Scheduler
 from distillm_cli.core.teacher import FirstEpoch, RowStates, Teacher
 from distillm_cli.data.prompts import Encoder
@@ -362,7 +362,7 @@ def engine_of(tmp_path=None, *, steps=10, kept=False, student=None, teacher="t5-
         batches=batches,
         scheduler=scheduler,
         replay=ReplayBuffer(8, seed=5),
-        rollouts=StudentRollouts(student, Rollout(max_new_tokens=5), max_length=16, seed=5),
+        rollouts=SampledRollouts(student, Rollout(max_new_tokens=5), max_length=16, seed=5),
         bulk=2,
         teacher=asked,
         validation=[tiny.sequences([(4, 3), (5, 4), (3, 2)], VOCAB, seed=9)],
