@@ -70,10 +70,10 @@ def law(student, teacher, prompt, accept, most):
 
 @pytest.mark.parametrize(("accept", "draft"), [(1, 2), (2, 5), (2, 1), (6, 5)])
 def test_what_comes_out_follows_the_law_of_the_paper(accept, draft):
-    """Six thousand outputs of up to three tokens over a vocabulary of six, against every possible output's probability."""
+    """Three thousand outputs of up to three tokens over a vocabulary of six, against every possible output's probability."""
     student, teacher = backbone("gpt2", 1, spread=0.7), backbone("llama", 4)
     (prompt,) = prompts(1)
-    n = 6000
+    n = 3000
     source = rollouts(student, teacher, accept=accept, draft=draft)
     rows = [Sequence(prompt.prompt, prompt.response, i) for i in range(n)]
     counts = Counter(tuple(s.response.tolist()) for s in source.sample(rows, step=1))

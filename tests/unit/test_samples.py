@@ -1,0 +1,186 @@
+"""Which sequences a step trains on: the teacher's samples, pairs, interleaved drafts; kept by row, and exactly resumed."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from distillm_cli.config import schema
+from distillm_cli.core.checkpoint import Checkpoints
+from distillm_cli.core.contrast import criterion_of
+from distillm_cli.core.events import Progress, Stepped
+from distillm_cli.core.interleaved import InterleavedRollouts
+from distillm_cli.core.rollout import SampledRollouts
+from distillm_cli.core.samples import Samples
+from distillm_cli.core.scheduler import Scheduler, Source
+from distillm_cli.core.teacher import Teacher
+from distillm_cli.errors import Interrupted
+from distillm_cli.models.backbone import Backbone
+from distillm_cli.sequences import Sequence
+from tests import tiny
+from tests.unit import test_engine as runs
+
+ROLLOUT = schema.Rollout(max_new_tokens=5)
+METHODS = {
+    "seqkd": ({"kd_weight": 0.0}, {"kind": "teacher"}),
+    "seqkd, kl": ({"divergence": "kl"}, {"kind": "teacher"}),
+    "fdistill": ({"divergence": "jsd", "by_source": True}, {"kind": "pairs"}),
+    "distillm2": (
+        {"divergence": "skl", "by_source": True, "curriculum": "on", "reduction": "sequence"},
+        {"kind": "pairs", "redraw": "epoch"},
+    ),
+    "skd": ({"divergence": "kl"}, {"kind": "interleaved"}),
+}
+STEPS = 16  # two epochs and two thirds
+
+
+def build(method, tmp_path=None, backbone=None, **settings):
+    """A small run of this method, dropout on. Its teacher's states are remembered where samples come back."""
+    objective, schedule = METHODS[method]
+    engine = runs.build(tmp_path, method="off", steps=STEPS, backbone=backbone, **settings)
+    student, teacher = engine.objective.student, Teacher(engine.teacher.model, mode="memory", remembers=True)
+    scheduler = Scheduler(schema.Schedule(**schedule), steps=STEPS, seed=5)
+    engine.scheduler, engine.teacher = scheduler, teacher
+    engine.objective.criterion = criterion_of(schema.Objective(**objective), STEPS / engine.steps_per_epoch)
+    common = {
+        "batches": engine.batches, "steps": STEPS, "steps_per_epoch": engine.steps_per_epoch, "bulk": 2,
+        "redraw": schedule.get("redraw") == "epoch",
+    }  # fmt: skip
+    if schedule["kind"] == "interleaved":
+        engine.rollouts = InterleavedRollouts(
+            student, teacher.model, ROLLOUT.model_copy(update={"accept": 5}), ROLLOUT, max_length=16, seed=5
+        )
+    if scheduler.may_use_teacher_samples:
+        sampler = SampledRollouts(teacher.model, ROLLOUT, max_length=16, seed=105, by_row=True)
+        engine.samples[Source.TEACHER] = Samples(sampler, **common)
+    if scheduler.draws_student_ahead:
+        sampler = SampledRollouts(student, ROLLOUT, max_length=16, seed=5, by_row=True)
+        engine.samples[Source.ROLLOUT] = Samples(sampler, whole_epochs=True, **common)
+    return engine
+
+
+@pytest.mark.parametrize("stop", [7, 12])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_stopped_anywhere_in_an_epoch_goes_on_to_the_same_bits(tmp_path, method, stop):
+    torch.manual_seed(5)
+    whole = build(method)
+    done = whole.run()
+
+    torch.manual_seed(5)
+    with pytest.raises(Interrupted):
+        build(method, tmp_path, listener=runs._kill_at(stop)).run()
+    found = Checkpoints(tmp_path, lambda path: None, keep=1).latest()
+    loaded = type(runs.student().model).from_pretrained(found.path, dtype=torch.float32)
+    backbone = runs.student()
+    backbone.model.load_state_dict(loaded.state_dict())
+    resumed = build(method, backbone=backbone)
+    torch.manual_seed(999)
+    resumed.load(found)
+    again = resumed.run()
+    for name, value in runs.weights(whole).items():
+        assert torch.equal(runs.weights(resumed)[name], value), name
+    assert (again.sources, again.sampled, again.teacher_sampled) == (done.sources, done.sampled, done.teacher_sampled)
+    assert resumed.objective.criterion.state_dict() == whole.objective.criterion.state_dict()
+
+
+def test_every_step_is_counted_for_what_it_trained_on():
+    expected = {  # steps with (rollout, replay, dataset, teacher), sampled by the student and by the teacher
+        "seqkd": (0, 0, 0, 16, 0, 24),
+        "fdistill": (16, 0, 0, 16, 64, 24),
+        "distillm2": (16, 0, 0, 16, 64, 64),
+        "skd": (16, 0, 0, 0, 64, 0),
+    }
+    for method, counts in expected.items():
+        events = []
+        at = build(method, listener=events.append).run()
+        steps = [at.steps_with(s) for s in (Source.ROLLOUT, Source.REPLAY, Source.DATASET, Source.TEACHER)]
+        assert (*steps, at.sampled, at.teacher_sampled) == counts, method
+        names = {e.source for e in events if isinstance(e, Stepped)}
+        assert names == {"teacher+rollout" if counts[0] and counts[3] else "teacher" if counts[3] else "rollout"}, (
+            method
+        )
+
+
+def test_the_teacher_is_asked_once_about_a_sample_that_comes_back():
+    engine = build("seqkd, kl")
+    engine.run()
+    kept = engine.samples[Source.TEACHER].sequences
+    assert len(kept) == 24
+    assert engine.teacher.tokens == sum(len(s.response) for s in kept)
+
+
+class Counting:
+    """The prompts' rows come back as responses, with the turn; what was asked for is remembered."""
+
+    def __init__(self):
+        self.asked = []
+
+    def sample(self, prompts, step):
+        self.asked.append((step, [s.row for s in prompts]))
+        return [Sequence(s.prompt, np.array([step, s.row], dtype=np.int32), s.row) for s in prompts]
+
+
+def batches(step):
+    rows = tiny.sequences([(3, 1)] * 12, vocab=9, seed=0)
+    return [rows[(step * 4 + i) % 12] for i in range(4)]
+
+
+def answers(samples, steps):
+    found = []
+    for step in steps:
+        drawn = samples.draw(step)
+        found.append((drawn, [tuple(s.response.tolist()) for s in samples.batch(step)]))
+    return found
+
+
+def test_samples_are_drawn_ahead_in_bulk_once_or_anew_in_each_epoch():
+    once = Samples(Counting(), batches=batches, steps=7, steps_per_epoch=3, bulk=2)
+    assert [drawn for drawn, _ in answers(once, range(7))] == [8, 0, 4, 0, 0, 0, 0]
+    assert [len(rows) for _, rows in once.rollouts.asked] == [8, 4]
+
+    anew = Samples(Counting(), batches=batches, steps=7, steps_per_epoch=3, bulk=2, redraw=True)
+    found = answers(anew, range(7))
+    assert [drawn for drawn, _ in found] == [8, 0, 4, 8, 0, 4, 4]
+    assert [{turn for turn, _ in tokens} for _, tokens in found] == [{0}] * 3 + [{1}] * 3 + [{2}]
+
+    events = []
+    ahead = Samples(
+        Counting(), batches=batches, steps=7, steps_per_epoch=3, bulk=2, redraw=True, whole_epochs=True,
+        listener=events.append,
+    )  # fmt: skip
+    assert [drawn for drawn, _ in answers(ahead, range(7))] == [12, 0, 0, 12, 0, 0, 4]
+    assert [e.done for e in events if isinstance(e, Progress)] == [0, 8, 12] * 2
+
+
+def test_what_is_drawn_does_not_depend_on_how_much_is_drawn_at_once():
+    tokenizer = tiny.tokenizer()
+    model = Backbone(tiny.model("llama", len(tokenizer), seed=4), tokenizer)
+    found = []
+    for bulk in (1, 3):
+        sampler = SampledRollouts(model, ROLLOUT, max_length=16, seed=1, by_row=True)
+        samples = Samples(sampler, batches=batches, steps=6, steps_per_epoch=3, bulk=bulk, redraw=True)
+        found.append([tokens for _, tokens in answers(samples, range(6))])
+    assert found[0] == found[1]
+    assert found[0][0] != found[0][3], "another epoch, other samples"
+
+
+def test_samples_made_beforehand_are_served_in_turns_where_epochs_redraw():
+    rows = tiny.sequences([(3, 1)] * 12, vocab=9, seed=0)
+    given = {s.row: [Sequence(s.prompt, np.array([k, s.row], dtype=np.int32), s.row) for k in range(2)] for s in rows}
+    for redraw, turns in ((False, [0, 0, 0]), (True, [0, 1, 0])):
+        samples = Samples(Counting(), batches=batches, steps=9, steps_per_epoch=3, redraw=redraw, given=given)
+        found = answers(samples, range(9))
+        assert [drawn for drawn, _ in found] == [0] * 9
+        assert [tokens[0][0] for _, tokens in found[::3]] == turns
+        assert len(samples.sequences) == 24
+        assert not samples.rollouts.asked
+
+
+def test_a_checkpoint_holds_samples_in_plain_tensors(tmp_path):
+    build("distillm2", tmp_path).run()
+    found = Checkpoints(tmp_path, lambda path: None, keep=1).latest()
+    names = {name.rsplit(".", 1)[0] for name in found.tensors}
+    assert {"samples.teacher", "samples.rollout"} <= names
+    assert set(found.state["criterion"]) == {"epoch", "alphas", "before", "sums"}
+    json.dumps(found.state)
