@@ -157,7 +157,8 @@ class Engine:
     def _draw_parts(self, source: Source) -> list[Piece]:
         """What the step trains on, source by source."""
         if source is Source.PAIR:
-            return [Piece(part, self._draw_sequences(part)) for part in (Source.TEACHER, Source.ROLLOUT)]
+            own = self._samples_of(Source.ROLLOUT) if Source.ROLLOUT in self.samples else self._fresh_batch()
+            return [Piece(Source.TEACHER, self._samples_of(Source.TEACHER)), Piece(Source.ROLLOUT, own)]
         parts = [Piece(source, self._draw_sequences(source))]
         if source is not Source.DATASET and self.objective.criterion.rows_beside:
             parts.append(Piece(Source.DATASET, self.batches(self.at.step)))
@@ -168,12 +169,10 @@ class Engine:
         rows = self.batches(self.at.step)
         if source is Source.DATASET:
             return rows
-        if source in self.samples:
+        if source is Source.TEACHER:
             return self._samples_of(source)
         if source is Source.ROLLOUT:
             fresh = self._fresh_batch()
-            if self.scheduler.config.kind == "pairs":  # there each is trained on once, with its prompt's other sample
-                return fresh
             self.replay.add(fresh)
             if self.fresh == "direct":
                 return fresh
