@@ -159,8 +159,10 @@ def _planned_by_itself(run: Prepared, per_token: int) -> Keeping:
         if found.is_made:
             return found
     if not (_rows_come_back(run) or new_scheduler(run).may_replay or _samples_come_back(run)):
-        alone = new_scheduler(run).may_use_teacher_samples and not run.recipe.objective.kd_weight
-        asked = "asks the teacher for samples alone" if alone else "sees every row once"
+        schedule = new_scheduler(run)
+        asked = "sees every row once" if schedule.may_use_rows else "asks about every sample once"
+        if schedule.may_use_teacher_samples and not run.recipe.objective.kd_weight:
+            asked = "asks the teacher for samples alone"
         return Keeping("off", f"not kept: this run {asked}")
     found = _planned_in_memory(run, per_token, rows=_rows_come_back(run))
     size, free = found.rows_bytes + found.rollout_bytes + found.sample_bytes + found.held_out_bytes, available_memory()
