@@ -74,10 +74,10 @@ def train(
     begun: called once everything is prepared and ``output`` holds nothing of an earlier run any more (or its resume).
     """
     recipe, began = resolved.recipe, time.perf_counter()
-    outputs.check(output, resume=resume, overwrite=overwrite)
     if _needs_metric(recipe) and not recipe.eval.report_rows:
         what = f"train.select = {recipe.train.select} is measured on eval.report_rows held-out rows, and that is 0"
         raise UsageError(what, hint="try --set eval.report_rows=100, or --set train.select=valid_loss")
+    outputs.check(output, resume=resume, overwrite=overwrite)
     for note in resolved.notes:
         ui(Warned(note))
     stage = sft_before(resolved)

@@ -155,7 +155,7 @@ def test_a_recipe_of_another_program_beside_the_model_is_told_and_left_alone(pla
     ("code", "words", "said"),
     [
         (2, ["eval", "model"], "nothing to score model on; give --suite"),
-        (2, ["eval", "model", "--suite", "data", "--metric", "bleu"], "--metric"),
+        (2, ["eval", "model", "--suite", "data", "--metric", "meteor"], "--metric"),
         (2, ["eval", "model", "--suite", "data", "--seeds", "ten"], "--seeds"),
         (2, ["eval", "model", "--suite", "data", "--greedy", "--seeds", "10"], "--greedy and --seeds exclude"),
         (3, ["eval", "model", "--suite", "missing.jsonl"], "missing.jsonl: no such file"),
