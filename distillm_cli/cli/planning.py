@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -9,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from distillm_cli.cli import costs
 from distillm_cli.cli.assembly import Prepared, new_order, prepare
@@ -22,6 +24,7 @@ from distillm_cli.data.batching import Examples, tokenise
 from distillm_cli.data.prompts import Encoder, render
 from distillm_cli.data.sources import Rows, is_path, load_rows, local_place
 from distillm_cli.errors import DataError
+from distillm_cli.models import lora
 from distillm_cli.models.pair import check_vocabularies, resolve_device, resolve_dtype
 from distillm_cli.models.shapes import Shape, Sizes, has_weights, load_shape, sizes, student_spec, weight_bytes
 from distillm_cli.ui.display import amount
@@ -136,7 +139,7 @@ def of_shapes(
     kept, states = _would_keep(recipe, counted, lengths, teacher_dtype.itemsize)
     sized = costs.Run(
         recipe=recipe,
-        student=sizes(student.model, vocab),
+        student=sizes(_trained(student, recipe), vocab),
         teacher=counted,
         vocab=vocab,
         lengths=lengths,
@@ -237,6 +240,16 @@ def _kept(run: Prepared, keeping: Keeping) -> dict[str, Any]:
     if keeping.place is None:
         return told
     return told | {"place": str(keeping.place), "hit": keeping.is_made, "disk_free": disk_free(keeping.place)}
+
+
+def _trained(student: Shape, recipe: Recipe) -> PreTrainedModel:
+    """The student as it is trained: under its adapter, where it has one (a copy: what others read is the whole model)."""
+    if recipe.student.lora.r is None:
+        return student.model
+    model = copy.deepcopy(student.model)
+    with torch.device("meta"):
+        lora.attach(model, recipe.student.lora, seed=0, base=str(recipe.student.path), revision=None)
+    return model
 
 
 def _frozen(counted: Sizes) -> Sizes:

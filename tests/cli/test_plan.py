@@ -202,3 +202,14 @@ def test_what_cannot_be_planned_is_said_in_one_line(argv, line, capsys, monkeypa
     err = capsys.readouterr().err
     assert line in err
     assert len([said for said in err.splitlines() if said.startswith("error: ")]) == 1
+
+
+def test_an_adapter_trains_few_weights_and_needs_little_memory(configs, planned):
+    """OpenLLaMA2 3 B, r 16 in every linear layer: r·(in + out) weights each, by hand."""
+    base = ("--method", "sft", "--student", configs / "openlm-research/open_llama_3b_v2")
+    whole, adapter = planned(*base), planned(*base, "--set", "student.lora.r=16")
+    layer = 4 * 16 * (3200 + 3200) + 3 * 16 * (3200 + 8640)
+    assert adapter["models"]["student"]["trainable"] == 26 * layer
+    assert adapter["models"]["student"]["parameters"] == whole["models"]["student"]["parameters"] + 26 * layer
+    assert adapter["memory"]["optimizer"] == 8 * 26 * layer
+    assert adapter["step_flops"]["dataset"] < 0.8 * whole["step_flops"]["dataset"], "no gradients of frozen weights"
