@@ -29,7 +29,8 @@ def test_the_shipped_recipes():
         "quickstart", "quickstart-teacher", "dolly-gpt2", "dolly-opt", "dolly-openllama", "g2p", "g2p-teacher",
     }  # fmt: skip
     assert {
-        "quickstart-pipeline", "dolly-gpt2-pipeline", "dolly-opt-pipeline", "dolly-openllama-pipeline", "qwen3-pipeline", "llama-3.2-pipeline",
+        "quickstart-pipeline", "dolly-gpt2-pipeline", "dolly-opt-pipeline", "dolly-openllama-pipeline",
+        "qwen3-pipeline", "llama-3.2-pipeline",
     } <= PIPELINES  # fmt: skip
     assert {path.parent for path in shipped().values()} == {ROOT / "recipes"}
 
