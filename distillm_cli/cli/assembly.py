@@ -206,7 +206,7 @@ def build_engine(run: Prepared, output: Path, listener: Listener, *, teacher: Te
         replay=new_replay(run),
         rollouts=sampling.rollouts(run, rule, listener),
         bulk=recipe.rollout.bulk,
-        fresh=recipe.schedule.fresh,
+        fresh="direct" if recipe.schedule.kind == "rounds" else recipe.schedule.fresh,
         samples=sampling.samples(run, scheduler, listener),
         teacher=teacher,
         validation=by_length(run.valid.sequences, max(recipe.train.batch_size, 16)),

@@ -128,7 +128,8 @@ def settle(
     if method.value in METHODS:
         _check_verb(method, command)
         preset |= _preset(method.value, layers.METHOD)
-        if method.rank.layer > layers.RECIPE and from_recipe and method.value != _method(command, from_recipe).value:
+        own = from_recipe.get("method", method)  # a recipe that names no method speaks for any
+        if method.rank.layer > layers.RECIPE and method.value != own.value:
             # How long and how fast a recipe trains is its pair's affair, whatever the method.
             over = {k: v for k, v in _preset(method.value, layers.FLAG).items() if not k.startswith("train.")}
     else:

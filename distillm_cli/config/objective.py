@@ -114,9 +114,15 @@ class Objective(Section):
             raise ValueError(
                 "objective.curriculum is of skl by_source, with alpha above 0; try --set objective.curriculum=off"
             )
-        if self.by_source and self.divergence in ("taid", "atkd"):
+        whole = {"by_source": self.by_source, "policy_gradient": self.policy_gradient}
+        if self.divergence in ("taid", "atkd") and (name := next((n for n, is_on in whole.items() if is_on), None)):
             raise ValueError(
-                f"objective.by_source with objective.divergence {self.divergence}, which looks at a step as a whole; "
+                f"objective.{name} with objective.divergence {self.divergence}, which looks at a step as a whole; "
+                f"try --set objective.{name}=false"
+            )
+        if all(whole.values()):
+            raise ValueError(
+                "objective.by_source and objective.policy_gradient exclude each other; "
                 "try --set objective.by_source=false"
             )
         return self
@@ -171,11 +177,3 @@ class Schedule(Section):
     anneal_rate: Annotated[float, Field(gt=0), _CURVED] = Field(
         5.0, description="exponential: e^(−r·t/T); sigmoid: steepness around the middle"
     )
-
-    @model_validator(mode="after")
-    def _a_round_is_trained_on_in_its_order(self) -> Schedule:
-        if self.kind == "rounds" and self.fresh == "buffer":
-            raise ValueError(
-                "schedule.fresh: buffer has no meaning under schedule.kind: rounds; try --set schedule.fresh=direct"
-            )
-        return self

@@ -284,9 +284,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _a_policy_needs_outputs(self) -> Recipe:
-        if self.objective.policy_gradient and self.schedule.kind == "off":
+        kind = self.schedule.kind
+        if self.objective.policy_gradient and kind in ("off", "teacher", "pairs", "interleaved"):
             raise ValueError(
-                "objective.policy_gradient needs student outputs, and schedule.kind is off; "
+                f"objective.policy_gradient needs outputs of the student's own, and schedule.kind is {kind}; "
                 "try --set schedule.kind=rounds"
             )
         return self

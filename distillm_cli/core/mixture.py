@@ -70,7 +70,11 @@ class Mixture:
     def __init__(self, student: Decoder, teacher: Decoder, alpha: float, shape: Sampling):
         self.student, self.teacher, self.alpha, self.shape = student, teacher, alpha, shape
         self.context = min((d.context for d in (student, teacher) if d.context is not None), default=None)
-        self.stop_ids, self.is_encoder_decoder = student.stop_ids, student.is_encoder_decoder
+        self.stop_ids = student.stop_ids
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return self.student.is_encoder_decoder
 
     def decode(self, prompts: SequenceOf[np.ndarray]) -> _MixtureDecoding:
         student = self.student.decode(prompts)
