@@ -122,7 +122,7 @@ def memory(run: Run) -> dict[str, int]:
     if schedule.may_use_student_outputs:
         parts["rollout_cache"] = positions * layers * 2 * student.kv * run.itemsize
     sampled = schedule.may_use_teacher_samples and recipe.data.teacher_samples is None
-    if run.teacher is not None and (sampled or recipe.schedule.kind == "interleaved"):
+    if run.teacher is not None and (sampled or mixes(run) or recipe.schedule.kind == "interleaved"):
         parts["teacher_rollout_cache"] = positions * run.teacher.layers * 2 * run.teacher.kv * run.teacher_itemsize
     return {name: size for name, size in parts.items() if size}
 
@@ -182,6 +182,11 @@ def _new_tokens(run: Run) -> int:
     return max(1, min(run.recipe.rollout.max_new_tokens, int(run.recipe.data.max_length - prompt)))
 
 
+def mixes(run: Run) -> bool:
+    """Whether the teacher decodes beside the student, for outputs drawn from a mixture of both."""
+    return run.teacher is not None and bool(run.recipe.rollout.teacher_mix or run.recipe.objective.policy_gradient)
+
+
 def step_flops(run: Run) -> dict[str, float]:
     """FLOPs of an optimizer step by what it trains on: data set rows and the teacher's samples (the first time, and when
     the teacher's part is kept), a fresh rollout, a replayed one, a pair of both models' samples. A token that the teacher
@@ -196,15 +201,17 @@ def step_flops(run: Run) -> dict[str, float]:
     schedule, new = Scheduler(run.recipe.schedule, steps=1, seed=0), _new_tokens(run)
     long = length - response + new
     train, fresh = update(run, long, new), decoding(run, run.student, run.itemsize)[0]
+    fresh += decoding(run, run.teacher, run.teacher_itemsize)[0] if mixes(run) else 0.0
     if schedule.may_use_student_outputs:
         mended = asked(run, long, new) if run.recipe.schedule.kind == "interleaved" else 0.0
-        found["rollout"] = fresh + mended + asked(run, long, new) + train
-        found["replay"] = train + told(run, new)
+        beside = update(run, length, response) + told(run, response) if run.recipe.objective.row_weight else 0.0
+        found["rollout"] = fresh + mended + asked(run, long, new) + train + beside
+        found["replay"] = train + told(run, new) + beside
     if schedule.may_use_teacher_samples:
         drawn = 0.0 if run.recipe.data.teacher_samples else decoding(run, run.teacher, run.teacher_itemsize)[0]
         found["teacher"] = drawn + asked(run, long, new) + train
         found["teacher_cached"] = train + told(run, new)
-        found["pair"] = found["teacher"] + fresh + asked(run, long, new) + train
+        found[Source.PAIR.value] = found["teacher"] + fresh + asked(run, long, new) + train
     return found
 
 
@@ -253,13 +260,17 @@ def seconds(run: Run, gpu: Gpu) -> dict[str, float]:
     long = length - response + new
     if "rollout" in wanted:
         mended = ask(long, new) if run.recipe.schedule.kind == "interleaved" else 0.0
-        found["rollout"] = decode(run.student, run.itemsize) + mended + ask(long, new) + train(long, new)
-        found["replay"] = train(long, new) + told(run, new) / peak
+        beside = train(length, response) + told(run, response) / peak if run.recipe.objective.row_weight else 0.0
+        fresh = decode(run.student, run.itemsize) + (decode(run.teacher, run.teacher_itemsize) if mixes(run) else 0.0)
+        found["rollout"] = fresh + mended + ask(long, new) + train(long, new) + beside
+        found["replay"] = train(long, new) + told(run, new) / peak + beside
     if "teacher" in wanted:
         drawn = 0.0 if run.recipe.data.teacher_samples else decode(run.teacher, run.teacher_itemsize)
         found["teacher"] = drawn + ask(long, new) + train(long, new)
         found["teacher_cached"] = train(long, new) + told(run, new) / peak
-        found["pair"] = found["teacher"] + decode(run.student, run.itemsize) + ask(long, new) + train(long, new)
+        found[Source.PAIR.value] = (
+            found["teacher"] + decode(run.student, run.itemsize) + ask(long, new) + train(long, new)
+        )
     return found
 
 

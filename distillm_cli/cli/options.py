@@ -94,7 +94,12 @@ Divergence = Annotated[
 ]
 Schedule = Annotated[
     str | None,
-    typer.Option("--schedule", metavar="KIND", help="off, on, mixed, annealed or adaptive.", rich_help_panel=METHOD),
+    typer.Option(
+        "--schedule",
+        metavar="KIND",
+        help="off, on, mixed, annealed, adaptive, teacher, pairs, interleaved or rounds.",
+        rich_help_panel=METHOD,
+    ),
 ]
 Alpha = Annotated[
     float | None,

@@ -24,7 +24,6 @@ _AB = ReadWhen(
 )
 _CURVED = ReadWhen({"schedule.kind": ("annealed",), "schedule.anneal": ("exponential", "sigmoid")})
 _BUFFERED = under("on", "mixed", "annealed", "adaptive", "interleaved")
-_BY_POLICY = ReadWhen({"objective.policy_gradient": (True,)})
 
 
 class Objective(Section):
@@ -91,7 +90,7 @@ class Objective(Section):
         description="MiniLLM: on student outputs D, weighted back to the student's own sampling, and beside it the policy "
         "gradient of what follows a token; kd_weight is then of the rows beside them (row_weight), D of the rows is kl",
     )
-    ratio_clip: Annotated[float, Field(gt=0, lt=1), _BY_POLICY] = Field(
+    ratio_clip: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.2, description="ε of policy_gradient: the ratio of student to sampler counts within 1 ± ε (PPO)"
     )
     row_weight: Annotated[float, Field(ge=0)] = Field(

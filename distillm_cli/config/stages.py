@@ -36,7 +36,15 @@ def sft_before(resolved: Resolved) -> Resolved | None:
         "student.sft_epochs": (type(student).model_fields["sft_epochs"].default, _WHY),
         "student.sft_lr": (None, _WHY),
     }
+    untouched = Recipe.model_fields
     nested = recipe.model_dump()
+    for section in ("objective", "schedule"):  # fine-tuning reads nothing of them
+        nested[section] = untouched[section].default.model_dump()
+        changed |= {
+            f"{section}.{name}": (value, "default")
+            for name, value in nested[section].items()
+            if f"{section}.{name}" not in changed
+        }
     for key, (value, _) in changed.items():
         *sections, name = key.split(".")
         place = nested

@@ -149,7 +149,7 @@ def test_python_m_works_like_the_program():
         ("distill --batch-size 3.5", "--batch-size = 3.5; expected a whole number ≥ 1; try --batch-size 8"),
         (
             "distill --method kd --alpha 0.1",
-            "--alpha = 0.1; objective.alpha belongs to skl and srkl (method distillm), and",
+            "--alpha = 0.1; objective.alpha belongs to skl and srkl (methods distillm, distillm2), and",
         ),
         ("distill --ab-beta 0.3", "distillm distill has no flag --ab-beta; try --set objective.ab_beta=VALUE"),
         ("distill --set lr", "--set lr; expected section.key=value; try --set train.lr=5e-4"),

@@ -166,8 +166,8 @@ def test_a_method_named_by_hand_brings_its_preset_along(recipe):
         (
             {"method": "kd", "alpha": 0.1},
             [],
-            "--alpha = 0.1; objective.alpha belongs to skl and srkl (methods distillm, distillm2), and here objective.divergence is kl "
-            "(method kd); leave it out, or try --divergence skl",
+            "--alpha = 0.1; objective.alpha belongs to skl and srkl (methods distillm, distillm2), and here "
+            "objective.divergence is kl (method kd); leave it out, or try --divergence skl",
         ),
         (
             {"method": "ab", "alpha": 0.1},
@@ -253,7 +253,8 @@ def test_the_sweep_over_alpha_and_every_method_over_quickstart_resolve():
             flags = options.flags(method=name, schedule=kind)
             r = resolve(command="distill", recipe="quickstart", flags=flags).recipe
             assert r.schedule.kind == (kind or method.preset.get("schedule.kind", r.schedule.kind))
-            assert r.objective.divergence == method.preset.get("objective.divergence", r.objective.divergence)
+            if name != "distillm":  # quickstart's own method, of which it has its own variant
+                assert r.objective.divergence == method.preset.get("objective.divergence", r.objective.divergence)
 
 
 def test_commands_that_train_nothing_take_any_recipe(recipe):
@@ -267,7 +268,7 @@ def test_a_condition_speaks_of_fields_and_values_that_exist():
     for key in leaves():
         for way in condition(key).ways if condition(key) else ():
             for decider, words in way.items():
-                assert set(words) <= {*choices(decider), *((True,) if leaves()[decider].annotation is bool else ())}, key
+                assert set(words) <= set(choices(decider)), key
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -531,6 +532,8 @@ def test_what_is_written_reads_back_identical(values, with_origin, tmp_path):
     said = {"method": method.name, **method.preset, **values}
     values = {key: v for key, v in values.items() if is_read(key, lambda k: said.get(k, leaves()[k].default))}
     values = {key: value for key, value in values.items() if key != "train.epochs" or values.get("train.steps") is None}
+    if values.get("method") in ("minillm", "fdistill", "distillm2"):
+        values.pop("objective.divergence", None)  # what these make of a divergence not every one of them allows
     if values.get("method") in ("minillm", "imitkd"):
         values.pop("schedule.kind", None)  # one needs student outputs, the other's buffer is not that of rounds
     resolved = resolve(command=command, flags={k: Flag(k, v) for k, v in values.items()})
