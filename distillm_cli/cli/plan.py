@@ -146,6 +146,9 @@ def _pages(found: dict[str, Any]) -> list[Any]:
 _SOURCES = {
     "dataset": "data set rows",
     "dataset_cached": "data set rows, teacher's states kept",
+    "teacher": "fresh samples of the teacher",
+    "teacher_cached": "the teacher's samples, its states kept",
+    "teacher+rollout": "a fresh sample of each, in pairs",
     "rollout": "a fresh rollout",
     "replay": "a replayed rollout",
 }

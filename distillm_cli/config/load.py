@@ -278,7 +278,7 @@ def _unread(made: Recipe, given: Mapping[str, Given], preset: Mapping[str, Given
         if entry is preset.get(key) or ownership.is_read(key, partial(value_of, made)):
             continue
         holds_anyway = preset[key].value if key in preset else leaves()[key].default
-        if entry.rank.layer > layers.RECIPE or value_of(made, key) != holds_anyway:
+        if entry.rank.layer > layers.STAGE or value_of(made, key) != holds_anyway:
             found[key] = entry
     return found
 

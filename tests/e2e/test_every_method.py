@@ -35,7 +35,9 @@ def test_a_method_runs_and_logs_what_all_log(name, kind, tmp_path, capsys):
     own = {"reward"} if METHODS[name].preset.get("objective.policy_gradient") else set()
     assert all(KEYS <= set(line) <= KEYS | own for line in steps)
     # Nats per token: an untrained student is no further from this teacher than some times log V.
-    assert all(0 <= line["loss"] < 3 * math.log(100) for line in steps)
+    # A policy gradient adds rewards of either sign to the reverse KL, which this sure a teacher makes large.
+    least, most = (-math.inf, 10) if own else (0, 3)
+    assert all(least <= line["loss"] < most * math.log(100) for line in steps)
     assert all(line["grad_norm"] > 0 for line in steps)
     assert [line["step"] for line in lines if "valid_loss" in line] == [0, 2, 3]
     if kind in ("off", "adaptive"):
