@@ -1,0 +1,79 @@
+"""Seconds until a run's first step begins, beside what nobody can do without: the imports and loading both models.
+
+    python benchmarks/startup.py --teacher DIR --student DIR --data FILE [--rounds 3] [--json]
+
+The bare script imports torch and transformers and loads both models and the tokenizer; ours is `distillm distill` on the
+same models and rows, until the engine draws its first step. Processes of their own, by turns, the best of each.
+Goal: ≤ 1.3. Exits 1 when it is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+
+GOAL = 1.3
+BARE = """
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+for place in sys.argv[1:3]:
+    AutoModelForCausalLM.from_pretrained(place)
+AutoTokenizer.from_pretrained(sys.argv[1])
+"""
+OURS = """
+from distillm_cli.cli.app import main
+from distillm_cli.core.scheduler import Scheduler
+
+class Begun(BaseException):
+    pass
+
+def begun(*_):
+    raise Begun
+
+Scheduler.draw = begun
+try:
+    main(["distill", "--teacher", sys.argv[1], "--student", sys.argv[2], "--data", sys.argv[3], "--output", sys.argv[4],
+          "--overwrite", "--quiet"])
+except Begun:
+    pass
+"""
+TIMED = "import sys, time\nbegan = time.perf_counter()\n{}\nprint(time.perf_counter() - began)"
+
+
+def seconds(script: str, *argv: str) -> float:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", TIMED.format(script), *argv], capture_output=True, text=True, env=environment
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return float(done.stdout.strip().splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", required=True)
+    parser.add_argument("--student", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    bare = ours = float("inf")
+    with tempfile.TemporaryDirectory() as output:
+        for _ in range(args.rounds):
+            bare = min(bare, seconds(BARE, args.teacher, args.student))
+            ours = min(ours, seconds(OURS, args.teacher, args.student, args.data, output))
+    print(
+        json.dumps({"bare": bare, "distillm": ours, "ratio": ours / bare})
+        if args.json
+        else f"bare {bare:.2f} s, distillm {ours:.2f} s: {ours / bare:.2f} (goal ≤ {GOAL})"
+    )
+    sys.exit(ours > GOAL * bare)
+
+
+if __name__ == "__main__":
+    main()
