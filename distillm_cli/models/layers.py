@@ -60,8 +60,16 @@ def build_from_layers(spec: str, teacher: Backbone, *, dropout: float | None = N
     """A float32 model of the teacher's family with these of its layers. Every weight is a copy; no memory is shared.
 
     dropout: unset is as the teacher's config says. Raises UsageError for a spec that cannot be read or does not fit the
-    teacher, ModelError for a family whose layers are not all of one kind of place.
+    teacher, ModelError for a family whose layers are not all of one kind of place, and for an encoder-decoder, which has two
+    stacks of them.
     """
+    if teacher.is_encoder_decoder:
+        kind = teacher.model.config.model_type
+        raise ModelError(
+            f"cannot take layers of a {kind} teacher: an encoder-decoder has two stacks of them",
+            where=spec,
+            hint=f"take a smaller model of the family, or --student random:{kind}:2x64",
+        )
     text = teacher.model.config.get_text_config()
     keep = chosen_layers(spec, text.num_hidden_layers)
     config = with_layers(text, keep, spec)

@@ -144,6 +144,12 @@ def test_a_width_that_cannot_be_is_refused(spec, said):
     assert said in str(caught.value)
 
 
+def test_an_encoder_decoder_has_two_stacks_of_layers():
+    t5 = Backbone(tiny.model("t5", 41), TOKENIZER)
+    with pytest.raises(ModelError, match="a t5 teacher: an encoder-decoder has two stacks"):
+        build_from_layers("layers:1", t5)
+
+
 def test_layers_that_are_not_in_one_list_are_refused():
     whole = teacher("llama")
     whole.model.model.layers = torch.nn.ModuleDict({str(i): layer for i, layer in enumerate(whole.model.model.layers)})
