@@ -108,6 +108,7 @@ METHODS: dict[str, Method] = {
             verb="distill",
             summary="JSD by halves: KL(p ‖ m) on samples of the teacher, KL(q ‖ m) on the student's for the same prompts",
             paper="f-distill, Wen et al. 2023 (2307.15190); --divergence tvd is its other symmetric variant",
+            objective="jsd by halves",
             preset={
                 "objective.divergence": "jsd",
                 "objective.beta": 0.5,
@@ -136,6 +137,7 @@ METHODS: dict[str, Method] = {
             verb="distill",
             summary="policy gradient of the reverse KL between outputs, on rounds of samples drawn with the teacher's help",
             paper="MiniLLM, Gu et al. 2024 (2306.08543)",
+            objective="rkl and its policy gradient; CE and kl on rows",
             preset={
                 "objective.divergence": "rkl",
                 "objective.policy_gradient": True,
@@ -156,6 +158,22 @@ METHODS: dict[str, Method] = {
                 "objective.divergence": "skl",
                 "objective.alpha": 0.1,
                 "schedule.kind": "adaptive",
+            },
+        ),
+        Method(
+            name="distillm2",
+            verb="distill",
+            summary="skew KL on samples of the teacher, skew reverse KL on the student's, both redrawn in each epoch",
+            paper="DistiLLM-2, Ko et al. 2025 (2503.07067)",
+            objective="skl on the teacher's samples, srkl on the student's",
+            preset={
+                "objective.divergence": "skl",
+                "objective.alpha": 0.1,
+                "objective.by_source": True,
+                "objective.curriculum": "on",
+                "objective.reduction": "sequence",
+                "schedule.kind": "pairs",
+                "schedule.redraw": "epoch",
             },
         ),
         Method(
@@ -192,21 +210,6 @@ METHODS: dict[str, Method] = {
             summary="tokens the teacher is sure of teach their alternatives, the others everything",
             paper="ATKD, Zhong et al. 2024 (2402.11890)",
             preset={"objective.divergence": "atkd", "schedule.kind": "off"},
-        ),
-        Method(
-            name="distillm2",
-            verb="distill",
-            summary="skew KL on samples of the teacher, skew reverse KL on the student's, both redrawn in each epoch",
-            paper="DistiLLM-2, Ko et al. 2025 (2503.07067)",
-            preset={
-                "objective.divergence": "skl",
-                "objective.alpha": 0.1,
-                "objective.by_source": True,
-                "objective.curriculum": "on",
-                "objective.reduction": "sequence",
-                "schedule.kind": "pairs",
-                "schedule.redraw": "epoch",
-            },
         ),
     )
 }
