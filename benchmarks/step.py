@@ -63,7 +63,7 @@ class Ours:
 
     def __init__(self, shape: argparse.Namespace, directory: Path):
         from distillm_cli.config import schema
-        from distillm_cli.core import criterion
+        from distillm_cli.core import criteria
         from distillm_cli.core.objective import Objective
         from distillm_cli.core.scheduler import Source
         from distillm_cli.core.teacher import Teacher
@@ -82,7 +82,7 @@ class Ours:
         self.batch_size = shape.batch
         self.student, self.teacher = self.pair.student, Teacher(self.pair.teacher)
         self.objective = Objective(
-            self.student, criterion.build(recipe.objective), teacher_head=self.teacher.head, matmul_dtype=torch.bfloat16
+            self.student, criteria.build(recipe.objective), teacher_head=self.teacher.head, matmul_dtype=torch.bfloat16
         ).train()
         self.terms = self.objective.criterion.terms(Source.DATASET)
         random, sizes = np.random.default_rng(0), (shape.prompt, shape.response)

@@ -14,8 +14,8 @@ import torch
 from distillm_cli.cli import outputs, sampling
 from distillm_cli.config.schema import Recipe
 from distillm_cli.config.shaping import shaping
+from distillm_cli.core import criteria
 from distillm_cli.core.checkpoint import Checkpoints
-from distillm_cli.core.contrast import criterion_of
 from distillm_cli.core.engine import Engine
 from distillm_cli.core.events import Listener, Note, Warned
 from distillm_cli.core.objective import Objective
@@ -188,7 +188,7 @@ def new_replay(run: Prepared) -> ReplayBuffer:
 def build_engine(run: Prepared, output: Path, listener: Listener, *, teacher: Teacher | None, score=None) -> Engine:
     """The engine of a prepared run, keeping its checkpoints under ``output``. teacher: None for SFT."""
     recipe = run.recipe
-    rule = criterion_of(None if run.sft else recipe.objective, run.steps / run.order.steps_per_epoch)
+    rule = criteria.build(None if run.sft else recipe.objective, run.steps / run.order.steps_per_epoch)
     objective = Objective(
         run.student,
         rule,

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from distillm_cli.config.schema import Objective as Config
-from distillm_cli.core import criterion
 from distillm_cli.core.criterion import Criterion, Piece, Reading
 from distillm_cli.core.divergences import KL, Divergence, ReverseKL, SkewKL, SkewReverseKL, build
 from distillm_cli.core.fused import PerToken, Terms
@@ -154,10 +153,3 @@ def _gaps(piece: Piece, reading: Reading) -> list[float]:
         for log_N in (reading.log_p_N, reading.log_q_N)
     )
     return (q_B - p_B if half_of(piece.source) == REVERSE else p_B - q_B).tolist()
-
-
-def criterion_of(config: Config | None, epochs: float = 1.0) -> Criterion:
-    """The criterion of a recipe's ``objective`` section, by source or not; None is SFT. epochs: of the whole run."""
-    if config is None or not config.by_source:
-        return criterion.build(config)
-    return (Curriculum if config.curriculum == "on" else BySource)(config, epochs)

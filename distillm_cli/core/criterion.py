@@ -184,14 +184,3 @@ class HardAndEasy(Criterion):
 
 def _sigmoid(x: float) -> float:
     return 0.5 * (1 + math.tanh(0.5 * x))
-
-
-def build(config: Config | None) -> Criterion:
-    """The criterion of a recipe's ``objective`` section; None is SFT."""
-    if config is None:
-        return Criterion(None)
-    if config.policy_gradient:
-        from distillm_cli.core.policy_gradient import PolicyGradient  # it builds on this file
-
-        return PolicyGradient(config)
-    return {"taid": Interpolating, "atkd": HardAndEasy}.get(config.divergence, Criterion)(config)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from distillm_cli.cli.app import main
 from distillm_cli.core import engine
 
 SHORT = [
@@ -16,20 +15,6 @@ SHORT = [
     "--set", "rollout.max_new_tokens=8", "--set", "data.valid_limit=8",
     "--set", "train.log_steps=1", "--set", "train.threads=1", "--json",
 ]  # fmt: skip
-
-
-@pytest.fixture
-def typed(capsys, tmp_path, monkeypatch):
-    """Types a command line in an empty directory; (exit code, the JSON object, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words):
-        capsys.readouterr()
-        code = main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        return code, json.loads(out), err
-
-    return call
 
 
 def lines(place):

@@ -4,8 +4,6 @@ import json
 
 import pytest
 
-from distillm_cli.cli.app import main
-
 PAIR = [
     "--teacher", "builtin", "--student", "random:1x32", "--data", "builtin", "--max-length", "64", "--batch-size", "8",
     "--dtype", "fp32", "--device", "cpu", "--json", "--lr", "3e-3",
@@ -14,20 +12,6 @@ SMALL = [
     "data.template=plain", "data.size=48", "data.valid_limit=12", "rollout.max_new_tokens=12", "train.threads=1",
     "train.eval_steps=100", "train.log_steps=1", "eval.report_rows=0",
 ]  # fmt: skip
-
-
-@pytest.fixture
-def typed(capsys, tmp_path, monkeypatch):
-    """Types a command line in an empty directory; (exit code, the JSON object, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words):
-        capsys.readouterr()
-        code = main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        return code, json.loads(out), err
-
-    return call
 
 
 def distill(method, *more):

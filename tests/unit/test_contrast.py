@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from torch.testing import assert_close
 
 from distillm_cli.config import schema
-from distillm_cli.core.contrast import FORWARD, REVERSE, BySource, Curriculum, criterion_of
+from distillm_cli.core import criteria
+from distillm_cli.core.contrast import FORWARD, REVERSE, BySource, Curriculum
 from distillm_cli.core.criterion import Criterion, Piece, Reading
 from distillm_cli.core.scheduler import Source
 from distillm_cli.sequences import Sequence
@@ -93,7 +94,7 @@ def engine_of(config, **settings):
     } | settings
     engine = runs.build(**settings)
     engine.teacher.model.double()
-    engine.objective.criterion = criterion_of(config)
+    engine.objective.criterion = criteria.build(config)
     engine.optimizer = torch.optim.SGD(engine.objective.parameters(), lr=1.0)
     return engine
 
@@ -119,7 +120,7 @@ def test_the_curriculum_is_distillm2s_over_three_epochs_by_hand():
     """Value, gradient, α and the growing weight of a run of six steps, two an epoch, with the gaps measured by hand."""
     config = schema.Objective(**DISTILLM2)
     engine = engine_of(config, steps=6, lr=0.3)
-    engine.objective.criterion = criterion = criterion_of(config, epochs=3.0)
+    engine.objective.criterion = criterion = criteria.build(config, epochs=3.0)
     gaps, seen = {FORWARD: [], REVERSE: []}, []
     for step in range(6):
         parts = pair_of_parts()
@@ -190,7 +191,7 @@ def test_by_source_under_other_schedules_gives_each_source_its_half():
     row, replayed = criterion.terms(Source.DATASET), criterion.terms(Source.REPLAY)
     assert (row.kd, row.ce) == pytest.approx((0.8 * 0.6, 0.2))
     assert (replayed.kd, replayed.ce) == pytest.approx((0.8 * 1.4, 0.0))
-    assert type(criterion_of(schema.Objective())) is Criterion
+    assert type(criteria.build(schema.Objective())) is Criterion
 
 
 def test_cross_entropy_is_for_teacher_samples_as_for_rows():

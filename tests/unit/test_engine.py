@@ -12,7 +12,7 @@ import torch
 from torch.testing import assert_close
 
 from distillm_cli.config import schema
-from distillm_cli.core import criterion
+from distillm_cli.core import criteria
 from distillm_cli.core.checkpoint import Checkpoints, read
 from distillm_cli.core.criterion import Piece
 from distillm_cli.core.engine import Engine
@@ -74,7 +74,7 @@ def build(
         )
     objective = Objective(
         backbone,
-        criterion.build(None if sft else objective or schema.Objective()),
+        criteria.build(None if sft else objective or schema.Objective()),
         teacher_head=None if sft else teacher.head,
     )
     checkpoints = None

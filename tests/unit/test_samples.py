@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from distillm_cli.config import schema
+from distillm_cli.core import criteria
 from distillm_cli.core.checkpoint import Checkpoints
-from distillm_cli.core.contrast import criterion_of
 from distillm_cli.core.events import Progress, Stepped
 from distillm_cli.core.interleaved import InterleavedRollouts
 from distillm_cli.core.rollout import SampledRollouts
@@ -42,7 +42,7 @@ def build(method, tmp_path=None, backbone=None, **settings):
     student, teacher = engine.objective.student, Teacher(engine.teacher.model, mode="memory", remembers=True)
     scheduler = Scheduler(schema.Schedule(**schedule), steps=STEPS, seed=5)
     engine.scheduler, engine.teacher = scheduler, teacher
-    engine.objective.criterion = criterion_of(schema.Objective(**objective), STEPS / engine.steps_per_epoch)
+    engine.objective.criterion = criteria.build(schema.Objective(**objective), STEPS / engine.steps_per_epoch)
     common = {
         "batches": engine.batches, "steps": STEPS, "steps_per_epoch": engine.steps_per_epoch, "bulk": 2,
         "redraw": schedule.get("redraw") == "epoch",

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from distillm_cli.config.schema import Data, Rollout, Schedule, Train
 from distillm_cli.config.schema import Objective as ObjectiveConfig
-from distillm_cli.core import criterion
+from distillm_cli.core import criteria
 from distillm_cli.core.checkpoint import Checkpoints
 from distillm_cli.core.engine import Engine
 from distillm_cli.core.events import Stepped
@@ -355,7 +355,7 @@ def engine_of(tmp_path=None, *, steps=10, kept=False, student=None, teacher="t5-
         company = FirstEpoch(batches, steps=6, rows=rows, most=4)
         asked = Teacher(asked.model, mode="memory", rows=RowStates(rows), company=company, remembers=True)
     return Engine(
-        objective=Objective(student, criterion.build(ObjectiveConfig()), teacher_head=asked.head),
+        objective=Objective(student, criteria.build(ObjectiveConfig()), teacher_head=asked.head),
         train=train,
         steps=steps,
         steps_per_epoch=6,
