@@ -184,7 +184,7 @@ def _new_tokens(run: Run) -> int:
 
 def mixes(run: Run) -> bool:
     """Whether the teacher decodes beside the student, for outputs drawn from a mixture of both."""
-    return run.teacher is not None and bool(run.recipe.rollout.teacher_mix or run.recipe.objective.policy_gradient)
+    return run.teacher is not None and run.recipe.mixes_in_the_teacher
 
 
 def step_flops(run: Run) -> dict[str, float]:

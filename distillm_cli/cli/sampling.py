@@ -32,7 +32,7 @@ def rollouts(run: Prepared, rule: Criterion, listener: Listener) -> Rollouts:
     common = {"max_length": _longest(run), "seed": recipe.train.seed, "listener": listener}
     if recipe.schedule.kind == "interleaved":
         return InterleavedRollouts(run.student, run.pair.teacher, recipe.rollout, teachers(recipe.rollout), **common)
-    if run.pair.teacher is not None and (isinstance(rule, PolicyGradient) or recipe.rollout.teacher_mix):
+    if run.pair.teacher is not None and recipe.mixes_in_the_teacher:
         note = rule.note if isinstance(rule, PolicyGradient) else lambda sequence, told_N3: None
         return MixtureRollouts(run.student, run.pair.teacher, recipe.rollout, note=note, **common)
     return SampledRollouts(run.student, recipe.rollout, **common)

@@ -271,6 +271,12 @@ class Recipe(Section):
     train: Train = Train()
     eval: Eval = Eval()
 
+    @property
+    def mixes_in_the_teacher(self) -> bool:
+        """Whether student outputs are drawn from a mixture with the teacher; a policy gradient needs to be told of it even
+        where the teacher's share is 0."""
+        return self.objective.policy_gradient or self.rollout.teacher_mix > 0
+
     @model_validator(mode="after")
     def _the_student_can_be_made(self) -> Recipe:
         if self.method == "sft" and self.student.sft_epochs:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
+from functools import partial
 
 import pytest
 
-from distillm_cli.cli.app import main
+from tests.typed import call
 
 
 @pytest.fixture
@@ -14,10 +14,4 @@ def typed(capsys, tmp_path, monkeypatch):
     """Types a command line in an empty directory; (exit code, the JSON object, stderr)."""
     monkeypatch.chdir(tmp_path)
 
-    def call(*words):
-        capsys.readouterr()
-        code = main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        return code, json.loads(out), err
-
-    return call
+    return partial(call, capsys)

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distillm_cli.cli.app import main
+from tests.typed import call
 
 WORDS = ["alpha", "beta", "gamma", "delta", "kappa", "sigma", "omega", "theta", "iota", "zeta"]
 
@@ -34,15 +35,6 @@ SMALL = [
     "--set", "data.template=plain", "--set", "eval.report_rows=6", "--set", "eval.max_new_tokens=8",
     "--set", "rollout.max_new_tokens=8", "--set", "train.eval_steps=5", "--set", "train.threads=1",
 ]  # fmt: skip
-
-
-def call(capsys, *argv):
-    """(exit code, the JSON object on stdout, stderr) of one command line."""
-    capsys.readouterr()
-    code = main([str(a) for a in argv])
-    out, err = capsys.readouterr()
-    assert len(out.splitlines()) == 1, out
-    return code, json.loads(out), err
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from distillm_cli.cli.app import main
 from distillm_cli.core.engine import Engine
+from tests.typed import call
 
 GERMAN = ["null", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun"]
 ENGLISH = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -28,15 +29,6 @@ SMALL = [
     "--set", "rollout.max_new_tokens=8", "--set", "train.eval_steps=5", "--set", "train.save_steps=5",
     "--set", "train.threads=1", "--set", "eval.metrics=[bleu, chrf]", "--set", "eval.greedy=true",
 ]  # fmt: skip
-
-
-def call(capsys, *argv):
-    """(exit code, the JSON object on stdout, stderr) of one command line."""
-    capsys.readouterr()
-    code = main([str(a) for a in argv])
-    out, err = capsys.readouterr()
-    assert len(out.splitlines()) == 1, out
-    return code, json.loads(out), err
 
 
 @pytest.fixture(scope="module")
