@@ -50,12 +50,24 @@ class Progress:
     scores: dict[str, float] = field(default_factory=dict)
     sources: Counter = field(default_factory=Counter)
     sampled: int = 0
+    sampled_tokens: int = 0
     teacher_sampled: int = 0
+    teacher_sampled_tokens: int = 0
     phis: list[tuple[int, float]] = field(default_factory=list)
     best: float | None = None
     best_step: int | None = None
     stale: int = 0
     reason: str = "done"
+
+    def count(self, drawn: SequenceOf[Sequence], *, by_teacher: bool = False) -> None:
+        """Adds sequences that were sampled, and their tokens."""
+        tokens = sum(len(s.response) for s in drawn)
+        if by_teacher:
+            self.teacher_sampled += len(drawn)
+            self.teacher_sampled_tokens += tokens
+        else:
+            self.sampled += len(drawn)
+            self.sampled_tokens += tokens
 
     def steps_with(self, source: Source) -> int:
         """Steps that trained on this source, alone or beside another."""
@@ -183,10 +195,7 @@ class Engine:
         samples, is_teachers = self.samples[source], source is Source.TEACHER
         with eval_mode(self.objective), nullcontext() if is_teachers else self._autocast():
             drawn = samples.draw(self.at.step)
-        if is_teachers:
-            self.at.teacher_sampled += drawn
-        else:
-            self.at.sampled += drawn
+        self.at.count(drawn, by_teacher=is_teachers)
         return samples.batch(self.at.step)
 
     def _fresh_batch(self) -> list[Sequence]:
@@ -196,9 +205,10 @@ class Engine:
             last = min(self.at.step + self.bulk, self.steps)
             groups = [self.batches(step) for step in range(self.at.step, last)]
             with eval_mode(self.objective), self._autocast():
-                sampled = iter(self.rollouts.sample([s for group in groups for s in group], self.at.step))
-            self.waiting.extend([next(sampled) for _ in group] for group in groups)
-            self.at.sampled += sum(len(group) for group in groups)
+                drawn = self.rollouts.sample([s for group in groups for s in group], self.at.step)
+            self.at.count(drawn)
+            served = iter(drawn)
+            self.waiting.extend([next(served) for _ in group] for group in groups)
         return self.waiting.popleft()
 
     def _update(self, parts: list[Piece]) -> tuple[float, float, float]:

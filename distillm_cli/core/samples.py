@@ -52,26 +52,26 @@ class Samples:
         """All there are, in an order that a resumed run finds again."""
         return [s for samples in (self.given or {}).values() for s in samples] + list(self.kept.values())
 
-    def draw(self, step: int) -> int:
-        """Draws what this step needs and is not there yet, with what the next ones need; how many that were."""
+    def draw(self, step: int) -> list[Sequence]:
+        """Draws what this step needs and is not there yet, with what the next ones need; what was drawn now."""
         epoch = step // self.steps_per_epoch
         if self.redraw and epoch != self.epoch:
             self.kept = {}
         self.epoch = epoch
         if self.given is not None or all(row.row in self.kept for row in self.batches(step)):
-            return 0
+            return []
         end = min(self.steps, (epoch + 1) * self.steps_per_epoch if self.redraw else self.steps)
         last = end if self.whole_epochs else min(step + self.bulk, end)
         missing = {s.row: s for t in range(step, last) for s in self.batches(t) if s.row not in self.kept}
-        rows, at_once = list(missing.values()), self.bulk * len(self.batches(step))
+        rows, at_once, fresh = list(missing.values()), self.bulk * len(self.batches(step)), []
         for at in range(0, len(rows), at_once):
             if len(rows) > at_once:
                 self.say(Progress(self.name, at, len(rows), "responses"))
-            drawn = self.rollouts.sample(rows[at : at + at_once], epoch)
-            self.kept |= {s.row: s for s in drawn}
+            fresh += self.rollouts.sample(rows[at : at + at_once], epoch)
+        self.kept |= {s.row: s for s in fresh}
         if len(rows) > at_once:
             self.say(Progress(self.name, len(rows), len(rows), "responses"))
-        return len(rows)
+        return fresh
 
     def batch(self, step: int) -> list[Sequence]:
         """The samples for a step's rows, once ``draw`` was called for it."""
