@@ -1,0 +1,134 @@
+"""The comparison's plots, as SVG. Needs matplotlib (``pip install -e '.[benchmarks]'``)."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+TITLES = {"error_rate": "phoneme error rate, % (left is better)", "exact_match": "exact match, % (right is better)",
+          "rouge_l": "ROUGE-L (right is better)"}  # fmt: skip
+COLOURS = {"T=1": "#d1495b", "T=0.5": "#edae49", "greedy": "#00798c"}
+INK, GRID = "#333333", "#dddddd"
+
+Figures = dict[str, tuple[Any, dict, dict]]  # part → its bench, its runs, their test figures
+
+
+def draw(figures: Figures, place: Path) -> None:
+    """A plot of each part that has something to show."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    # Text stays text, and the same figures give the same bytes.
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "distillm", "font.size": 9, "axes.edgecolor": INK}
+    place.mkdir(parents=True, exist_ok=True)
+    from matplotlib import pyplot
+
+    def keep(figure, name: str) -> None:
+        figure.savefig(place / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
+        pyplot.close(figure)
+
+    for part in ("g2p", "seconds", "builtin", "dolly"):
+        if part in figures and (scores := _by_method(*figures[part])):
+            keep(_dots(pyplot, figures[part][0].task, scores), part)
+    if "g2p" in figures and _by_method(*figures["g2p"]):
+        keep(_cost(pyplot, *figures["g2p"]), "cost")
+    if "ablations" in figures and (lines := _skews(*figures["ablations"])):
+        keep(_alpha(pyplot, lines), "alpha")
+
+
+def _by_method(bench, runs: dict, scores: dict) -> dict[str, dict[str, list[dict]]]:
+    """method → pass → test figures over the seeds."""
+    found: dict[str, dict[str, list[dict]]] = {}
+    for (name, _), done in runs.items():
+        for way in bench.task.passes:
+            if (done.place, way) in scores:
+                found.setdefault(name, {}).setdefault(way, []).append(scores[done.place, way])
+    return {name: ways for name, ways in found.items() if set(ways) == set(bench.task.passes)}
+
+
+def _spread(values: list[float]) -> tuple[float, float]:
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _bare(axes) -> None:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.grid(color=GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def _dots(pyplot, task, scores: dict):
+    """A line per method, a dot per way of decoding with its seeds' standard deviation; the best at T = 1 on top."""
+    metric = task.metrics[0]
+    mean = lambda name, way: statistics.mean(f[metric]["mean"] for f in scores[name][way])  # noqa: E731
+    names = sorted(scores, key=lambda name: mean(name, "T=1"), reverse=task.lower)
+    figure, axes = pyplot.subplots(figsize=(7, 0.8 + 0.28 * len(names)))
+    for way in task.passes:
+        spread = [_spread([f[metric]["mean"] for f in scores[name][way]]) for name in names]
+        axes.errorbar([m for m, _ in spread], range(len(names)), xerr=[s for _, s in spread], fmt="o", markersize=5,
+                      color=COLOURS[way], ecolor=COLOURS[way], elinewidth=1.2, label=way)  # fmt: skip
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel(TITLES[metric])
+    axes.legend(frameon=False, ncols=len(task.passes), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    _bare(axes)
+    return figure
+
+
+def _cost(pyplot, bench, runs: dict, scores: dict):
+    """Seconds of the training loop against the error at T = 1, for equal steps."""
+    metric = bench.task.metrics[0]
+    figure, axes = pyplot.subplots(figsize=(7, 4.2))
+    points = []
+    for name, ways in _by_method(bench, runs, scores).items():
+        seconds = statistics.mean(done.result["train_s"] for (n, _), done in runs.items() if n == name)
+        points.append((seconds, statistics.mean(f[metric]["mean"] for f in ways["T=1"]), name))
+    axes.scatter([x for x, _, _ in points], [y for _, y, _ in points], color=COLOURS["T=1"], s=24)
+    low, high = min(y for _, y, _ in points), max(y for _, y, _ in points)
+    taken: list[tuple[float, float]] = []
+    for x, y, name in sorted(points, key=lambda point: point[1]):
+        # Names side by side where points lie close: the next one is pushed up until it is free.
+        up = y
+        while any(abs(x / other - 1) < 0.35 and abs(up - at) < (high - low) * 0.035 for other, at in taken):
+            up += (high - low) * 0.01
+        taken.append((x, up))
+        axes.annotate(name, (x, y), (x * 1.03, up), fontsize=8, color=INK, va="center")
+    axes.set_xscale("log")
+    axes.set_xlabel("seconds of the training loop, the teacher's states of data set rows at hand")
+    axes.set_ylabel("phoneme error rate at T = 1, %")
+    axes.margins(x=0.15)
+    _bare(axes)
+    return figure
+
+
+def _skews(bench, runs: dict, scores: dict) -> dict[str, dict[float, list[tuple[dict, dict]]]]:
+    """divergence → α → (at T = 1, greedy) of each seed."""
+    lines: dict[str, dict[float, list]] = {}
+    for (group, what, _), done in runs.items():
+        if group.startswith("α of") and all((done.place, way) in scores for way in ("T=1", "greedy")):
+            divergence, alpha = what.split(" α=")
+            pair = scores[done.place, "T=1"], scores[done.place, "greedy"]
+            lines.setdefault(divergence, {}).setdefault(float(alpha), []).append(pair)
+    return lines
+
+
+def _alpha(pyplot, lines: dict):
+    """α against error at T = 1, error greedy and entropy, for both skewed divergences."""
+    figure, panels = pyplot.subplots(1, 3, figsize=(9, 2.8), layout="constrained")
+    read = {
+        "PER at T = 1, %": lambda pair: pair[0]["error_rate"]["mean"],
+        "PER greedy, %": lambda pair: pair[1]["error_rate"]["mean"],
+        "entropy at T = 1, nats": lambda pair: pair[0]["entropy"],
+    }
+    for axes, (title, value) in zip(panels, read.items(), strict=True):
+        for divergence, colour in (("skl", "#d1495b"), ("srkl", "#00798c")):
+            found = sorted(lines.get(divergence, {}).items())
+            spread = [_spread([value(pair) for pair in pairs]) for _, pairs in found]
+            axes.errorbar(range(len(found)), [m for m, _ in spread], yerr=[s for _, s in spread], color=colour,
+                          marker="o", markersize=4, elinewidth=1, label=divergence)  # fmt: skip
+            axes.set_xticks(range(len(found)), [f"{alpha:g}" for alpha, _ in found])
+        axes.set_xlabel("α")
+        axes.set_title(title, fontsize=9)
+        _bare(axes)
+    panels[0].legend(frameon=False)
+    return figure

@@ -1,0 +1,177 @@
+"""What the comparisons run on: rows, a teacher, a student's start, the ways of decoding. All through the command line.
+
+A task keeps all it makes under one directory; what is there already is not made again.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lab import run, sets
+
+SAMPLED = ["--seeds", "10", "--temperature"]
+PASSES = {"T=1": [*SAMPLED, "1"], "T=0.5": [*SAMPLED, "0.5"], "greedy": ["--greedy"]}
+
+
+@dataclass
+class Task:
+    """One setting in which methods are compared.
+
+    work: its directory. threads: of each run. steps, batch: of a run, optimizer steps and rows. metrics: of the test set,
+    the first chooses the learning rate on validation rows. lower: it is better when lower. passes: ways of decoding the
+    test set. common: arguments of every training. scoring: arguments of every evaluation. student: what a start is made
+    from. start_steps, start_lr: of the SFT that every student starts from. suite: what is scored at the end.
+    """
+
+    name: str
+    work: Path
+    threads: int
+    steps: int
+    batch: int
+    metrics: tuple[str, ...]
+    lower: bool
+    grid: tuple[str, ...]
+    passes: tuple[str, ...]
+    common: list[str]
+    scoring: list[str]
+    student: list[str]
+    start_steps: int
+    start_lr: str
+    suite: str
+    teacher_argv: list[str] = field(default_factory=list)
+    teacher_path: str | None = None
+
+    def run(self, place: Path, argv: list[str]) -> dict:
+        return run(place, argv, self.threads)
+
+    def teacher(self) -> str:
+        """The teacher, trained where it is not there yet."""
+        if self.teacher_path:
+            return self.teacher_path
+        place = self.work / "teacher"
+        if not (place / "model.safetensors").exists():
+            self.run(place, [*self.teacher_argv, "--output", str(place)])
+        return str(place)
+
+    def start(self, seed: int) -> Path:
+        """The student that every method starts from: a short SFT, chosen by nothing."""
+        place = self.work / f"start-{seed}"
+        how = ["--steps", str(self.start_steps), "--lr", self.start_lr, "--seed", str(seed), "--overwrite"]
+        student = [*self.student, "--tokenizer", self.teacher()]
+        self.run(place, ["sft", *student, "--output", str(place), *how, *self.common])
+        return place
+
+    def train(
+        self, argv: tuple[str, ...], seed: int, lr: str, steps: int, *, start: str | None = None
+    ) -> tuple[Path, dict]:
+        """One run from the start of its seed (or from ``start``); (its directory, its ``--json`` object).
+
+        argv: the verb and what makes the method, such as ``("distill", "--method", "kd")``.
+        """
+        verb, *method = argv
+        words = [word for word in method or [verb] if word not in ("--method", "--set")]
+        words += [*([start] if start else []), str(seed), lr, str(steps)]
+        place = self.work / re.sub(r"[^\w.=]+", "_", "-".join(words))
+        origin = start or str(self.start(seed))
+        if verb == "sft":
+            pair = ["--model", origin, *(["--tokenizer", self.teacher()] if start else [])]
+        else:
+            pair = ["--teacher", self.teacher(), "--student", origin]
+            pair += sets(
+                f"teacher.cache_dir={self.work / 'cache'}"
+            )  # read by every run to which it has something to say
+        how = ["--steps", str(steps), "--lr", lr, "--seed", str(seed), "--overwrite", *self.common]
+        return place, self.run(place, [verb, *method, *pair, "--output", str(place), *how])
+
+    def warm(self, seed: int) -> None:
+        """The teacher's states for all training rows, on disk, before the first run that reads them."""
+        pair = ["--teacher", self.teacher(), "--student", str(self.start(seed))]
+        where = sets("teacher.cache=disk", f"teacher.cache_dir={self.work / 'cache'}")
+        how = ["--method", "kd", *where, *self.common, "--steps", str(self.steps)]
+        self.run(self.work / "warm", ["distill", *pair, *how, "--warm-teacher-cache"])
+
+    def valid_score(self, result: dict) -> float:
+        """The figure that chooses a learning rate; the smaller the better."""
+        figure = result["report"]["student_after"][self.metrics[0]]
+        return figure if self.lower else -figure
+
+    def score(self, place: Path | str, tag: str, name: str) -> dict:
+        """Test figures of one model in one way of decoding. tag: names the result's file."""
+        found = self.work / f"{tag}.test-{name}"
+        metrics = [word for metric in self.metrics for word in ("--metric", metric)]
+        argv = ["eval", str(place), "--suite", self.suite, *metrics, *PASSES[name], *self.scoring]
+        result = self.run(found, [*argv, "--output", str(found)])
+        (suite,) = result["suites"].values()
+        return suite
+
+
+def _training(threads: int, batch: int, max_length: int, dtype: str, *fields: str) -> list[str]:
+    lengths = ["--batch-size", str(batch), "--max-length", str(max_length), "--dtype", dtype, "--device", "cpu"]
+    every = [f"train.threads={threads}", "train.warmup=0.05", "train.select=last", "train.save_steps=100000"]
+    return [*lengths, *sets(*every, "eval.no_repeat_ngram_size=0", *fields)]
+
+
+def g2p(data: Path, work: Path, threads: int, steps: int = 1000) -> Task:
+    """Letters → phonemes (CMU dictionary): teacher of 3.2 M parameters, student of 0.23 M, both from scratch."""
+    rows, batch = str(data.resolve()), 64
+    fields = ["data.template=plain", "data.bucket=1", "train.eval_steps=250", "rollout.max_new_tokens=32"]
+    fields += ["eval.max_new_tokens=32", "eval.metrics=[error_rate, exact_match]", "eval.report_rows=1000"]
+    fields += ["eval.greedy=true", "eval.batch_size=250"]
+    return Task(
+        name="g2p", work=work.resolve(), threads=threads, steps=steps, batch=batch, metrics=("error_rate", "exact_match"),
+        lower=True, grid=("1e-3", "2e-3", "4e-3"), passes=("T=1", "T=0.5", "greedy"),
+        common=["--data", rows, *_training(threads, batch, 64, "fp32", *fields)],
+        scoring=["--batch-size", "250", "--max-new-tokens", "32", "--dtype", "fp32",
+                 *sets("eval.no_repeat_ngram_size=0", "data.template=plain", f"train.threads={threads}")],
+        student=["--model", "random:2x96"], start_steps=468, start_lr="4e-3", suite=str(Path(rows) / "test.jsonl"),
+        teacher_argv=["sft", "--recipe", "g2p-teacher", "--data", rows, *sets(f"train.threads={threads}")],
+    )  # fmt: skip
+
+
+def builtin(work: Path, threads: int, steps: int = 1000) -> Task:
+    """The built-in rows and teacher (0.79 M): student of 0.15 M from scratch; twelve kinds of small questions."""
+    batch = 16
+    fields = [
+        "data.template=plain",
+        "data.bucket=1",
+        "data.size=8000",
+        "train.eval_steps=250",
+        "train.betas=[0.9, 0.98]",
+    ]
+    fields += ["rollout.max_new_tokens=24", "eval.max_new_tokens=24", "eval.metrics=[exact_match]"]
+    fields += ["eval.report_rows=500", "eval.greedy=true", "eval.batch_size=250"]
+    return Task(
+        name="builtin", work=work.resolve(), threads=threads, steps=steps, batch=batch, metrics=("exact_match",),
+        lower=False, grid=("1e-3", "2e-3", "4e-3"), passes=("T=1", "greedy"),
+        common=["--data", "builtin", *_training(threads, batch, 64, "fp32", *fields)],
+        scoring=["--limit", "1000", "--batch-size", "250", "--max-new-tokens", "24", "--dtype", "fp32",
+                 *sets("eval.no_repeat_ngram_size=0", "data.template=plain", f"train.threads={threads}")],
+        student=["--model", "random:3x64"], start_steps=2000, start_lr="3e-3", suite="builtin", teacher_path="builtin",
+    )  # fmt: skip
+
+
+def dolly(tokenizer: Path, work: Path, threads: int, steps: int = 150) -> Task:
+    """Dolly with GPT-2's vocabulary: teacher 4x256, student 2x128, minutes from scratch each; ROUGE-L stays small."""
+    fields = ["train.eval_steps=50", "rollout.max_new_tokens=64", "eval.max_new_tokens=64", "eval.metrics=[rouge_l]"]
+    fields += ["eval.report_rows=100", "eval.seeds=[10]", "eval.batch_size=50", "data.valid_limit=200"]
+    common = ["--data", "dolly", *_training(threads, 8, 256, "bf16", *fields)]
+    scratch = [
+        "--model",
+        "random:gpt2:4x256",
+        "--tokenizer",
+        str(tokenizer.resolve()),
+        "--steps",
+        "1000",
+        "--lr",
+        "1e-3",
+    ]
+    return Task(
+        name="dolly", work=work.resolve(), threads=threads, steps=steps, batch=8, metrics=("rouge_l",), lower=False,
+        grid=("5e-4", "1e-3"), passes=("T=1", "greedy"), common=common,
+        scoring=["--limit", "500", "--batch-size", "50", "--max-new-tokens", "64", "--dtype", "bf16",
+                 *sets(f"train.threads={threads}")],
+        student=["--model", "random:gpt2:2x128"], start_steps=300, start_lr="1e-3", suite="dolly",
+        teacher_argv=["sft", *scratch, *common],
+    )  # fmt: skip
