@@ -1,20 +1,22 @@
 """Every method beside every other, on one engine: benchmarks/METHODS.md and its plots.
 
     python benchmarks/methods.py g2p ablations seconds builtin dolly --work DIR --data DIR [--jobs 2] [--threads 1]
-    python benchmarks/methods.py --report --work DIR                  (tables and plots of what is there, nothing is run)
+    python benchmarks/methods.py all --report --work DIR --data DIR    (tables and plots of what is there, nothing is run)
 
 Parts (each grows from what is there; a stopped one goes on, finished runs are read back):
 
 g2p        all methods from one SFT start, equal optimizer steps, three seeds; the learning rate of each from one small grid
            by its greedy score on validation rows, first seed
-seconds    the same methods at those rates, equal wall time: steps of each = seconds ÷ its own seconds per step
+costs      seconds of a step of each method, on an otherwise quiet machine
+seconds    the methods at their rates, equal wall time: steps of each = seconds ÷ its own cost of a step
 ablations  of the paper, in small: α, replay, schedule, SFT start, buffer, bulk
 builtin    as ``g2p``, on the built-in rows
 dolly      as ``g2p``, on Dolly with small models; one seed, DISTILLM_DATA set
 
-The teacher's states for data set rows are computed once and read by every run (``teacher.cache``), so seconds of methods
-that train on rows hold no teacher; what is sampled in training is not known beforehand, and is paid for. Seconds are the
-training loop's. A file WORK/pause holds new runs back until it is gone (for a quiet moment on the machine).
+The teacher's states for data set rows are computed once and read by every run (``teacher.cache``), so the cost of methods
+that train on rows holds no teacher; what is sampled in training is not known beforehand, and is paid for. Costs are of the
+training loop, measured apart, one run at a time: the other runs go side by side, and their clocks say little. A file
+WORK/pause holds new runs back until it is gone (for a quiet moment on the machine).
 """
 
 from __future__ import annotations
@@ -51,6 +53,8 @@ def _adaptive(*fields: str) -> Argv:
 
 
 SCRATCH = "random:2x96"
+PARTS = ["g2p", "costs", "seconds", "ablations", "builtin", "dolly"]
+COST_STEPS, NO_REPORT = 100, tuple(tasks.sets("eval.report_rows=0"))
 ABLATIONS: dict[str, dict[str, Argv]] = {
     "α of skl (data set)": {f"skl α={a}": _off("skl", a) for a in ("0", "0.01", "0.1", "0.3", "0.5")},
     "α of srkl (data set)": {f"srkl α={a}": _off("srkl", a) for a in ("0", "0.01", "0.1", "0.3", "0.5")},
@@ -153,15 +157,24 @@ class Bench:
         argv = [(ALL[name], seed, rates[name], self.task.steps) for name, seed in wanted]
         return self._done(wanted, [rates[name] for name, _ in wanted], self.each(self.task.train, argv))
 
+    def costs(self) -> dict[str, float]:
+        """method → seconds per step: short runs, one at a time, all methods in turns, the better of two rounds."""
+        found: dict[str, list[float]] = {}
+        for turn in range(2):
+            for name, argv in ALL.items():
+                # The middle rate: cost does not depend on it. Nothing is scored.
+                wanted = (argv, self.seeds[0], self.task.grid[1], COST_STEPS, None, f"cost{turn}")
+                outcome = self.each(lambda *of: self.task.train(*of, more=NO_REPORT), [wanted])[0]
+                if outcome is not None:
+                    found.setdefault(name, []).append(outcome[1]["train_s"] / COST_STEPS)
+        return {name: min(seconds) for name, seconds in found.items()}
+
     def equal_seconds(self, seconds: float) -> dict[tuple[str, int], Done]:
-        """Every method at its rate for the same wall time, by its own cost of a step in ``equal_steps``."""
-        took: dict[str, list[float]] = {}
-        for (name, _), done in self.equal_steps().items():
-            took.setdefault(name, []).append(done.result["train_s"] / done.result["steps"])
+        """Every method at its rate for the same wall time, by its own cost of a step."""
         # A round number: the same on the next day, when the last digits of a timing differ.
-        steps = {name: max(round(seconds / statistics.median(cost), -1), 10) for name, cost in took.items()}
+        steps = {name: max(round(seconds / cost, -1), 10) for name, cost in self.costs().items()}
         rates = self.best()
-        wanted = [(name, seed) for seed in self.seeds for name in steps]
+        wanted = [(name, seed) for seed in self.seeds for name in steps if name in rates]
         argv = [(ALL[name], seed, rates[name], int(steps[name])) for name, seed in wanted]
         return self._done(wanted, [rates[name] for name, _ in wanted], self.each(self.task.train, argv))
 
@@ -180,8 +193,7 @@ class Bench:
             asked.append((argv, seed, lr, steps + self.task.start_steps * scratch, SCRATCH if scratch else None))
         # The same run may stand in several groups: it runs once.
         unique = list(dict.fromkeys(asked))
-        train = lambda argv, seed, lr, steps, start: self.task.train(argv, seed, lr, steps, start=start)  # noqa: E731
-        outcomes = dict(zip(unique, self.each(train, unique), strict=True))
+        outcomes = dict(zip(unique, self.each(self.task.train, unique), strict=True))
         return self._done(wanted, lrs, [outcomes[key] for key in asked])
 
     def scored(self, runs: dict[tuple, Done]) -> dict[tuple[Path, str], dict]:
@@ -192,15 +204,14 @@ class Bench:
 
     def also(self) -> dict[tuple[str, int], Path | str]:
         """Teacher and starts, which stand above a table."""
-        found = self.each(self.task.start, [(seed,) for seed in self.seeds])
-        return {("teacher", 0): self.task.teacher()} | {
-            ("start", seed): place for seed, place in zip(self.seeds, found, strict=True) if place is not None
-        }
+        keys = [("teacher", 0), *(("start", seed) for seed in self.seeds)]
+        make = lambda name, seed: self.task.teacher() if name == "teacher" else self.task.start(seed)  # noqa: E731
+        return {key: place for key, place in zip(keys, self.each(make, keys), strict=True) if place is not None}
 
     def scored_also(self) -> dict[tuple[str, int, str], dict]:
         """(name, seed, pass) → test figures of ``also``."""
-        wanted = [(key, name) for key in self.also() for name in self.task.passes]
         places = self.also()
+        wanted = [(key, name) for key in places for name in self.task.passes]
         tags = [(places[key], key[0] if key[0] == "teacher" else f"start-{key[1]}", name) for key, name in wanted]
         found = self.each(self.task.score, tags)
         return {(*key, name): f for (key, name), f in zip(wanted, found, strict=True) if f is not None}
@@ -249,17 +260,18 @@ def _rows(bench: Bench, runs: dict[tuple, Done], scores: dict, names: list) -> I
 def table(bench: Bench, runs: dict[tuple[str, int], Done], scores: dict, *, steps: bool = False) -> str:
     """Methods in the registry's order, teacher and start first."""
     task, also = bench.task, bench.scored_also()
-    columns = ["method", "lr", *(["steps"] if steps else []), "seconds", "sampled, k tokens: student", "teacher"]
+    columns = ["method", "lr", *(["steps"] if steps else ["s / 100 steps"]), "sampled, k tokens: student", "teacher"]
+    costs = {} if steps else bench.costs()
     lines = _head(task, *columns)
     for name in ("teacher", "start"):
         figures = [[f for (n, _, p), f in also.items() if (n, p) == (name, way)] for way in task.passes]
         if any(figures):
             lines.append(f"| {name} |" + " – |" * (len(columns) - 1) + " " + " | ".join(_cells(task, figures)) + " |")
     for name, mine, figures in _rows(bench, runs, scores, list(ALL)):
-        seconds = mean_sd([d.result["train_s"] for d in mine])
+        cost = f"{100 * costs[name]:.1f}" if name in costs else "–"
         sampled = [_thousands([d.result[k] for d in mine]) for k in ("sampled_tokens", "teacher_sampled_tokens")]
-        ran = [f"{mine[0].result['steps']:,}"] if steps else []
-        cells = [name, mine[0].lr, *ran, seconds, *sampled, *_cells(task, figures)]
+        ran = f"{mine[0].result['steps']:,}" if steps else cost
+        cells = [name, mine[0].lr, ran, *sampled, *_cells(task, figures)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -284,14 +296,13 @@ def rates_table(bench: Bench) -> str:
 
 def ablations_table(bench: Bench, runs: dict, scores: dict) -> str:
     """Group by group."""
-    lines = _head(bench.task, "what", "", "lr", "seconds", "rollout / replay steps")
+    lines = _head(bench.task, "what", "", "lr", "rollout / replay steps")
     names = [(group, what) for group, members in ABLATIONS.items() for what in members]
     last = None
     for (group, what), mine, figures in _rows(bench, runs, scores, names):
-        seconds = mean_sd([d.result["train_s"] for d in mine])
         drawn = [statistics.mean(d.result[f"{source}_steps"] for d in mine) for source in ("rollout", "replay")]
         told = f"{drawn[0]:.0f} / {drawn[1]:.0f}" if any(drawn) else "–"
-        cells = ["" if group == last else group, what, mine[0].lr, seconds, told, *_cells(bench.task, figures)]
+        cells = ["" if group == last else group, what, mine[0].lr, told, *_cells(bench.task, figures)]
         lines.append("| " + " | ".join(cells) + " |")
         last = group
     return "\n".join(lines)
@@ -322,7 +333,7 @@ def compare(bench: Bench, blocks: dict[str, str]) -> tuple[dict, dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=["g2p", "seconds", "ablations", "builtin", "dolly"], metavar="PART")
+    parser.add_argument("parts", nargs="+", choices=[*PARTS, "all"], metavar="PART", help="all: every one")
     parser.add_argument("--report", action="store_true", help="write what is there, run nothing")
     parser.add_argument("--data", type=Path, help="of G2P: train.jsonl, valid.jsonl, test.jsonl")
     parser.add_argument("--tokenizer", type=Path, help="GPT-2's, for dolly")
@@ -333,9 +344,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     parser.add_argument("--threads", type=int, default=1, help="of each run")
     args = parser.parse_args()
-    parts = args.parts or (["g2p", "seconds", "ablations", "builtin", "dolly"] if args.report else [])
-    if not parts:
-        parser.error("name the parts to run, or --report")
+    parts = PARTS if "all" in args.parts else args.parts
     blocks: dict[str, str] = {}
     figures: dict[str, tuple[Bench, dict, dict]] = {}
 
@@ -345,10 +354,12 @@ def main() -> None:
             bench.prepare()
         return bench
 
-    if {"g2p", "seconds", "ablations"} & set(parts):
+    if {"g2p", "costs", "seconds", "ablations"} & set(parts):
         if args.data is None:
             parser.error("--data DIR holds the rows of G2P")
         bench = open_bench(tasks.g2p(args.data, args.work / "g2p", args.threads, args.steps), args.seeds)
+        if "costs" in parts:
+            bench.costs()
         if "g2p" in parts:
             figures["g2p"] = (bench, *compare(bench, blocks))
         if "ablations" in parts:

@@ -31,8 +31,10 @@ def draw(figures: Figures, place: Path) -> None:
     for part in ("g2p", "seconds", "builtin", "dolly"):
         if part in figures and (scores := _by_method(*figures[part])):
             keep(_dots(pyplot, figures[part][0].task, scores), part)
-    if "g2p" in figures and _by_method(*figures["g2p"]):
-        keep(_cost(pyplot, *figures["g2p"]), "cost")
+    if "g2p" in figures and (scores := _by_method(*figures["g2p"])):
+        costs = figures["g2p"][0].costs()
+        if scores.keys() <= costs.keys():
+            keep(_cost(pyplot, figures["g2p"][0].task, scores, costs), "cost")
     if "ablations" in figures and (lines := _skews(*figures["ablations"])):
         keep(_alpha(pyplot, lines), "alpha")
 
@@ -75,14 +77,13 @@ def _dots(pyplot, task, scores: dict):
     return figure
 
 
-def _cost(pyplot, bench, runs: dict, scores: dict):
+def _cost(pyplot, task, scores: dict, costs: dict[str, float]):
     """Seconds of the training loop against the error at T = 1, for equal steps."""
-    metric = bench.task.metrics[0]
+    metric = task.metrics[0]
     figure, axes = pyplot.subplots(figsize=(7, 4.2))
     points = []
-    for name, ways in _by_method(bench, runs, scores).items():
-        seconds = statistics.mean(done.result["train_s"] for (n, _), done in runs.items() if n == name)
-        points.append((seconds, statistics.mean(f[metric]["mean"] for f in ways["T=1"]), name))
+    for name, ways in scores.items():
+        points.append((costs[name] * task.steps, statistics.mean(f[metric]["mean"] for f in ways["T=1"]), name))
     axes.scatter([x for x, _, _ in points], [y for _, y, _ in points], color=COLOURS["T=1"], s=24)
     low, high = min(y for _, y, _ in points), max(y for _, y, _ in points)
     taken: list[tuple[float, float]] = []

@@ -64,15 +64,23 @@ class Task:
         return place
 
     def train(
-        self, argv: tuple[str, ...], seed: int, lr: str, steps: int, *, start: str | None = None
+        self,
+        argv: tuple[str, ...],
+        seed: int,
+        lr: str,
+        steps: int,
+        start: str | None = None,
+        tag: str | None = None,
+        more: tuple[str, ...] = (),
     ) -> tuple[Path, dict]:
         """One run from the start of its seed (or from ``start``); (its directory, its ``--json`` object).
 
-        argv: the verb and what makes the method, such as ``("distill", "--method", "kd")``.
+        argv: the verb and what makes the method, such as ``("distill", "--method", "kd")``. tag: keeps it apart from the
+        same run elsewhere. more: further arguments.
         """
         verb, *method = argv
         words = [word for word in method or [verb] if word not in ("--method", "--set")]
-        words += [*([start] if start else []), str(seed), lr, str(steps)]
+        words += [word for word in (start, tag) if word] + [str(seed), lr, str(steps)]
         place = self.work / re.sub(r"[^\w.=]+", "_", "-".join(words))
         origin = start or str(self.start(seed))
         if verb == "sft":
@@ -82,7 +90,7 @@ class Task:
             pair += sets(
                 f"teacher.cache_dir={self.work / 'cache'}"
             )  # read by every run to which it has something to say
-        how = ["--steps", str(steps), "--lr", lr, "--seed", str(seed), "--overwrite", *self.common]
+        how = ["--steps", str(steps), "--lr", lr, "--seed", str(seed), "--overwrite", *self.common, *more]
         return place, self.run(place, [verb, *method, *pair, "--output", str(place), *how])
 
     def warm(self, seed: int) -> None:
@@ -116,7 +124,7 @@ def _training(threads: int, batch: int, max_length: int, dtype: str, *fields: st
 def g2p(data: Path, work: Path, threads: int, steps: int = 1000) -> Task:
     """Letters → phonemes (CMU dictionary): teacher of 3.2 M parameters, student of 0.23 M, both from scratch."""
     rows, batch = str(data.resolve()), 64
-    fields = ["data.template=plain", "data.bucket=1", "train.eval_steps=250", "rollout.max_new_tokens=32"]
+    fields = ["data.template=plain", "data.bucket=1", "train.eval_steps=100", "rollout.max_new_tokens=32"]
     fields += ["eval.max_new_tokens=32", "eval.metrics=[error_rate, exact_match]", "eval.report_rows=1000"]
     fields += ["eval.greedy=true", "eval.batch_size=250"]
     return Task(
