@@ -87,16 +87,16 @@ class Task:
             pair = ["--model", origin, *(["--tokenizer", self.teacher()] if start else [])]
         else:
             pair = ["--teacher", self.teacher(), "--student", origin]
-            pair += sets(
-                f"teacher.cache_dir={self.work / 'cache'}"
-            )  # read by every run to which it has something to say
+            # bf16: half of the seconds that methods with fresh samples spend on the teacher. Whoever has use for the
+            # states on disk reads them.
+            pair += sets("teacher.dtype=bf16", f"teacher.cache_dir={self.work / 'cache'}")
         how = ["--steps", str(steps), "--lr", lr, "--seed", str(seed), "--overwrite", *self.common, *more]
         return place, self.run(place, [verb, *method, *pair, "--output", str(place), *how])
 
     def warm(self, seed: int) -> None:
         """The teacher's states for all training rows, on disk, before the first run that reads them."""
         pair = ["--teacher", self.teacher(), "--student", str(self.start(seed))]
-        where = sets("teacher.cache=disk", f"teacher.cache_dir={self.work / 'cache'}")
+        where = sets("teacher.dtype=bf16", "teacher.cache=disk", f"teacher.cache_dir={self.work / 'cache'}")
         how = ["--method", "kd", *where, *self.common, "--steps", str(self.steps)]
         self.run(self.work / "warm", ["distill", *pair, *how, "--warm-teacher-cache"])
 
