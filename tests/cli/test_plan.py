@@ -7,9 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from distillm_cli.cli import costs
 from distillm_cli.cli.app import main
 from distillm_cli.config.load import shipped
+from distillm_cli.models.backbone import Backbone
+from distillm_cli.models.shapes import sizes
+from tests import tiny
 
 GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024}
 OPT = {"model_type": "opt", "vocab_size": 50272, "max_position_embeddings": 2048}
@@ -425,3 +431,20 @@ def test_a_student_that_is_built_of_the_teacher_has_a_plan_without_its_weights(c
     told = planned("--method", "sft", "--set", f"teacher.path={configs / 'gpt2-xl'}", "--student", "layers:0,47")
     assert told["models"]["student"]["parameters"] == 2 * layer + ends
     assert "teacher" not in told["models"]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5-v1.1", "bart"])
+def test_a_forward_pass_counts_what_torch_counts(family):
+    """The formula beside torch's own counter of products, in a model wide enough for attention to weigh little."""
+    wide = {"num_decoder_layers": 3} if family == "t5-v1.1" else {}
+    sides = {"d_model": 256, "d_kv": 64, "d_ff": 512, "encoder_ffn_dim": 512, "decoder_ffn_dim": 512}
+    one = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "n_embd": 256}
+    known = tiny.config(family, 101).to_dict()
+    names = {name: size for name, size in (sides | one).items() if known.get(name) is not None}
+    model = tiny.model(family, 101, **names, **wide)
+    batch = tiny.batch([(12, 8)] * 3, 101)
+    backbone = Backbone(model, tiny.tokenizer(size=101))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        backbone.hidden(batch)
+    read = 8 if backbone.is_encoder_decoder else 7  # of a response: a causal model need not read its last token
+    assert costs.forward(sizes(model), 3, 12, read, 0, 101) == pytest.approx(counter.get_total_flops(), rel=0.015)
