@@ -171,13 +171,6 @@ def of_shapes(
     return found | {"data": data, "notes": notes} | ({} if kept is None else {"teacher_cache": kept}), student
 
 
-def with_data_from(resolved: Resolved, source: str) -> Resolved:
-    """The same with other training rows."""
-    recipe = resolved.recipe
-    data = recipe.data.model_copy(update={"source": source})
-    return replace(resolved, recipe=recipe.model_copy(update={"data": data}))
-
-
 def _with_fine_tuning(run: costs.Run, resolved: Resolved) -> costs.Run:
     """The same with the stage that ``student.sft_epochs`` asks for, on the same rows and without the teacher."""
     stage = sft_before(resolved)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from distillm_cli.cli import costs
 from distillm_cli.cli.gpus import ASSUMED, GPUS, Part, fits
-from distillm_cli.cli.planning import at_hand, gpu_itemsize, model_told, of_shapes, with_data_from
+from distillm_cli.cli.planning import at_hand, gpu_itemsize, model_told, of_shapes
 from distillm_cli.cli.prompts import Wanted, prompts_of
+from distillm_cli.config.load import Resolved
 from distillm_cli.config.pipeline import PREFIX, Pipeline, Stage
 from distillm_cli.config.schema import Recipe
 from distillm_cli.core.events import Listener, Note, silent
@@ -27,22 +28,44 @@ def of_pipeline(pipeline: Pipeline, listener: Listener) -> dict[str, dict[str, A
     with those that it answers."""
     found: dict[str, dict[str, Any]] = {}
     made: dict[str, Shape] = {}
-    sources: dict[str, str] = {}
+    sources: dict[str, Samples] = {}
     for stage in pipeline.stages:
         listener(Note(f"stage {stage.name}"))
         said = stage.resolved.recipe.data.source
-        resolved = with_data_from(stage.resolved, sources.get(said, said))
+        resolved = stage.resolved if said not in sources else _on_prompts_of(sources[said], stage.resolved)
         if stage.verb in ("sft", "distill"):
             told, made[PREFIX + stage.name] = of_shapes(resolved, silent, made)
         elif stage.verb == "generate":
-            sources[PREFIX + stage.name] = resolved.recipe.data.source
+            data = resolved.recipe.data
+            sources[PREFIX + stage.name] = Samples(data.source, stage.own.limit or data.limit, stage.own.n)
             told = _of_generate(stage, resolved.recipe, made)
         else:
             told = _of_eval(stage, resolved.recipe, made, sources)
         found[stage.name] = {"verb": stage.verb} | told
         if said in sources:
-            told["notes"].append(f"{said} is not there yet: the rows of {sources[said]} stand for it")
+            told["notes"].append(f"{said} is not there yet: {sources[said]} stand for it")
     return found
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a generate stage will make: ``each`` answers to the first ``limit`` prompts of a source."""
+
+    source: str
+    limit: int | None
+    each: int
+
+    def __str__(self) -> str:
+        first = "the rows" if self.limit is None else f"the first {self.limit:,} rows"
+        return f"{first} of {self.source}{'' if self.each == 1 else f', once instead of {self.each} times,'}"
+
+
+def _on_prompts_of(samples: Samples, resolved: Resolved) -> Resolved:
+    """The same stage on the rows whose prompts are answered."""
+    recipe = resolved.recipe
+    limit = min(filter(None, (samples.limit, recipe.data.limit)), default=None)
+    data = recipe.data.model_copy(update={"source": samples.source, "limit": limit})
+    return replace(resolved, recipe=recipe.model_copy(update={"data": data}))
 
 
 @dataclass(frozen=True)
@@ -66,17 +89,16 @@ def _of_generate(stage: Stage, recipe: Recipe, made: Mapping[str, Shape]) -> dic
     return _told({own.model: (shape, [asked])}, recipe, _notes(why, shape))
 
 
-def _of_eval(stage: Stage, recipe: Recipe, made: Mapping[str, Shape], sources: Mapping[str, str]) -> dict[str, Any]:
-    suites = [sources.get(name, name) for name in recipe.eval.suites]
-    found = {name: at_hand(lambda name=name: load_suite(name, recipe, silent).rows, name) for name in suites}
+def _of_eval(stage: Stage, recipe: Recipe, made: Mapping[str, Shape], sources: Mapping[str, Samples]) -> dict[str, Any]:
+    suites = [sources[name].source if name in sources else name for name in recipe.eval.suites]
+    found = [at_hand(lambda name=name: load_suite(name, recipe, silent).rows, name) for name in suites]
     if not found:
-        source = recipe.data.valid or recipe.data.source
-        found[source] = at_hand(lambda: held_out(recipe, silent).rows, source)
-    each, notes = len(passes(recipe.eval)), [why for _, why in found.values() if why]
+        found = [at_hand(lambda: held_out(recipe, silent).rows, recipe.data.valid or recipe.data.source)]
+    each, notes = len(passes(recipe.eval)), [why for _, why in found if why]
     models = {}
     for name in stage.own.models:
         shape = load_shape(name, max_length=recipe.data.max_length, made=made)
-        asked = [_asked(rows, shape, recipe, recipe.eval.max_new_tokens, each) for rows, _ in found.values()]
+        asked = [_asked(rows, shape, recipe, recipe.eval.max_new_tokens, each) for rows, _ in found]
         models[name] = (shape, asked)
         notes += _notes("", shape)
     return _told(models, recipe, list(dict.fromkeys(notes)))

@@ -392,18 +392,23 @@ stages:
     student: {path: "random:2x64", tokenizer: builtin, dtype: fp32}
     data: {source: stage:samples}
     train: {epochs: 1}
-  eval: {verb: eval, models: [builtin, stage:student], eval: {suites: [builtin]}}
+  eval: {verb: eval, models: [builtin, stage:student], eval: {suites: [builtin, stage:samples]}}
 """
 
 
 def test_stages_that_only_sample_are_counted_too(planned, tmp_path):
-    """By hand: 100 prompts answered twice, and 30 by two models with three seeds each."""
+    """By hand: 100 prompts answered twice, and 30 of each of two suites by two models with three seeds."""
     (tmp_path / "three.yaml").write_text(PIPELINE)
     stages = planned("--recipe", "three.yaml")["stages"]
     assert [stage["verb"] for stage in stages.values()] == ["generate", "sft", "eval"]
     samples, scores = stages["samples"], stages["eval"]
     assert (samples["responses"], samples["new_tokens"]) == (200, 24)
-    assert (scores["responses"], scores["new_tokens"]) == (2 * 3 * 30, 20)
+    assert (scores["responses"], scores["new_tokens"]) == (2 * 2 * 3 * 30, 20)
+    assert stages["student"]["data"]["rows"] == 100
+    assert (
+        "stage:samples is not there yet: the first 100 rows of builtin, once instead of 2 times, stand for it"
+        in (stages["student"]["notes"])
+    )
     (model,) = samples["models"].values()
     assert (model["layers"], model["width"]) == (4, 128)
 
@@ -417,7 +422,9 @@ def test_stages_that_only_sample_are_counted_too(planned, tmp_path):
     # So small a model waits for its kernels: 4 layers and 24 tokens for each batch of 50.
     seconds = 200 / 50 * 24 * 4 * 2e-4
     assert samples["gpus"]["H100 SXM"]["run_s"] == pytest.approx([seconds] * 2)
-    assert scores["gpus"]["H100 SXM"]["run_s"] == pytest.approx([3 * (4 + 2) * 20 * 2e-4] * 2), "30 rows are one batch"
+    assert scores["gpus"]["H100 SXM"]["run_s"] == pytest.approx([2 * 3 * (4 + 2) * 20 * 2e-4] * 2), (
+        "30 rows are one batch"
+    )
 
 
 def test_a_student_that_is_built_of_the_teacher_has_a_plan_without_its_weights(configs, planned):
