@@ -36,12 +36,12 @@ from distillm_cli.errors import (
     signal_number,
 )
 
+_COMPLETE = "_DISTILLM_COMPLETE"  # set by what --install-completion puts into a shell's start file
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, as of any program whose reader has left
 
 app = typer.Typer(
     name="distillm",
     help="Turn a large language model into a small one.",
-    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -80,6 +80,11 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # nothing phones home
     command = get_command(app)
+    if _COMPLETE in os.environ:  # a shell asks what could be typed next: typer answers and leaves
+        try:
+            command.main(argv, prog_name="distillm")
+        except SystemExit as done:
+            return done.code or 0
     try:
         with _terminated_like_interrupted(), command.make_context("distillm", list(argv)) as context:
             command.invoke(context)

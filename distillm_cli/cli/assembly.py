@@ -177,12 +177,12 @@ def new_scheduler(run: Prepared) -> Scheduler:
     return Scheduler(recipe.schedule, steps=run.steps, seed=recipe.train.seed, batches=recipe.rollout.bulk)
 
 
-def new_replay(run: Prepared) -> ReplayBuffer:
-    """Where the run keeps student outputs, empty."""
-    schedule, seed = run.recipe.schedule, run.recipe.train.seed
+def new_replay(recipe: Recipe, step_rows: int) -> ReplayBuffer:
+    """Where a run keeps student outputs, empty. step_rows: sequences of a step."""
+    schedule, seed = recipe.schedule, recipe.train.seed
     if schedule.kind != "rounds":
         return ReplayBuffer(schedule.capacity, seed=seed)
-    return Round(run.recipe.rollout.bulk, rows=run.step_rows, inner_epochs=schedule.inner_epochs, seed=seed)
+    return Round(recipe.rollout.bulk, rows=step_rows, inner_epochs=schedule.inner_epochs, seed=seed)
 
 
 def build_engine(run: Prepared, output: Path, listener: Listener, *, teacher: Teacher | None, score=None) -> Engine:
@@ -203,7 +203,7 @@ def build_engine(run: Prepared, output: Path, listener: Listener, *, teacher: Te
         steps_per_epoch=run.order.steps_per_epoch,
         batches=run.batch,
         scheduler=scheduler,
-        replay=new_replay(run),
+        replay=new_replay(recipe, run.step_rows),
         rollouts=sampling.rollouts(run, rule, listener),
         bulk=recipe.rollout.bulk,
         fresh="direct" if recipe.schedule.kind == "rounds" else recipe.schedule.fresh,

@@ -1,56 +1,28 @@
-"""What a run costs, by arithmetic: memory by part, floating-point operations of a step, time on known GPUs.
+"""What a run costs, by arithmetic: memory by part, the work of a step, time on known GPUs.
 
-Nothing is measured here. Every formula stands beside the code that uses it, and every assumption in ``ASSUMED``.
+Nothing is measured here. Every formula stands beside the code that uses it, and every assumption in ``gpus.ASSUMED``.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from distillm_cli.cli.gpus import BACKWARD_LAYER, DECODING_LAYER, FORWARD_LAYER, GPUS, Part, Work, fits, seconds
 from distillm_cli.config.schema import Recipe
+from distillm_cli.core import criteria
 from distillm_cli.core.scheduler import Scheduler, Source
 from distillm_cli.models.shapes import Sizes
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """From its maker's data sheet, dense: TFLOP/s in bf16 with float32 sums, and in float32; memory in bytes; bytes/s."""
-
-    name: str
-    bf16: float
-    fp32: float
-    memory: float
-    bandwidth: float
-
-
-GPUS = (
-    Gpu("RTX 4090", 165.2, 82.6, 24e9, 1.008e12),
-    Gpu("L40S", 362.0, 91.6, 48e9, 0.864e12),
-    Gpu("A100 80GB", 312.0, 19.5, 80e9, 2.039e12),
-    Gpu("H100 SXM", 989.0, 67.0, 80e9, 3.35e12),
-    Gpu("H200", 989.0, 67.0, 141e9, 4.8e12),
-)
-USED_FLOPS = 0.4  # of the peak, by matrix products in training and scoring
-USED_BANDWIDTH = 0.6  # by weights and caches read while decoding, and by the optimizer
-# At least so many seconds go by for a layer of one micro-batch, whatever its size: starting its kernels from Python.
-FORWARD_LAYER, BACKWARD_LAYER, DECODING_LAYER = 5e-4, 1e-3, 2e-4
-USABLE = 0.92  # of the memory: the rest is the driver's and lost between blocks
-ASSUMED = (
-    f"{USED_FLOPS:.0%} of the data sheet's dense peak in matrix products, {USED_BANDWIDTH:.0%} of its bandwidth while "
-    f"decoding and in the optimizer, and for each layer at least {1e3 * FORWARD_LAYER:g} ms forward, "
-    f"{1e3 * BACKWARD_LAYER:g} ms backward and {1e3 * DECODING_LAYER:g} ms in a decoding step. Arithmetic, not measured; "
-    "validations, checkpoints and scores are not in it"
-)
 
 
 @dataclass(frozen=True)
 class Lengths:
     """Of the rows, in tokens: the longest (prompt and response), the means of both together and of the response.
 
-    rows, steps, steps_per_epoch: None where they are not known. known: measured on the rows, not the recipe's limits.
+    rows, steps, steps_per_epoch: None where they are not known.
     """
 
     longest: int
@@ -59,14 +31,18 @@ class Lengths:
     rows: int | None = None
     steps: int | None = None
     steps_per_epoch: int | None = None
-    known: bool = True
+
+    @property
+    def prompt(self) -> float:
+        return self.mean - self.response
 
 
 @dataclass(frozen=True)
 class Run:
     """All that the arithmetic needs. itemsize: of the compute dtype, bytes; teacher_itemsize: of the teacher's weights.
 
-    states: bytes kept of the teacher's states, by part; cached: whether rows are asked of the teacher once only.
+    states: bytes kept of the teacher's states, by part; cached: whether rows are asked of the teacher once only; keeps:
+    whether what it says of sampled sequences is kept. before: the fine-tuning that comes first, as a run of its own.
     """
 
     recipe: Recipe
@@ -79,6 +55,8 @@ class Run:
     device: str = "cuda"
     states: Mapping[str, int] | None = None
     cached: bool = False
+    keeps: bool = True
+    before: Run | None = None
 
     @property
     def micro_batch(self) -> int:
@@ -90,222 +68,267 @@ class Run:
         train = self.recipe.train
         return min(train.batch_size * train.accumulate, self.lengths.rows or train.batch_size * train.accumulate)
 
+    @property
+    def new_tokens(self) -> int:
+        """Of a sampled response: as many as the recipe allows."""
+        return max(1, min(self.recipe.rollout.max_new_tokens, int(self.recipe.data.max_length - self.lengths.prompt)))
+
+    @property
+    def schedule(self) -> Scheduler:
+        """The schedule at its beginning."""
+        recipe, steps = self.recipe, self.lengths.steps or 1
+        return Scheduler(recipe.schedule, steps=steps, seed=recipe.train.seed, batches=recipe.rollout.bulk)
+
+    @property
+    def samples_of_the_student(self) -> bool:
+        return self.teacher is not None and self.schedule.may_use_student_outputs
+
+    @property
+    def samples_of_the_teacher(self) -> bool:
+        """Whether the teacher samples during the run."""
+        if self.teacher is None:
+            return False
+        return self.schedule.may_use_teacher_samples and self.recipe.data.teacher_samples is None
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the teacher decodes beside the student, for outputs drawn from a mixture of both."""
+        return self.teacher is not None and self.recipe.mixes_in_the_teacher
+
 
 def memory(run: Run) -> dict[str, int]:
     """Bytes by part. Weights, gradients and optimizer are counted exactly (AdamW: two float32 moments).
 
     Activations: 34 values a position, layer and width, of one micro-batch of the longest rows (saved tensors, counted on
     GPT-2, OPT, Llama and Qwen 3 with attention scores not kept, are 19 to 36), or 2 with gradient checkpointing. Under
-    autocast there is a copy of every matrix in the compute dtype. The loss holds its chunks and one gradient of the head.
+    autocast there is a copy of every matrix in the compute dtype, and while the student samples another one of every
+    weight, an adapter merged in. The loss holds its chunks and one gradient of the head.
     """
     from distillm_cli.core.fused import work_bytes
 
     recipe, student = run.recipe, run.student
     total, trainable = student.parameters["total"], student.parameters["trainable"]
-    positions = run.micro_batch * run.lengths.longest
-    layers, width, head = student.layers, student.width, run.vocab * student.head_in
+    sampled = run.lengths.prompt + run.new_tokens
+    is_sampled = run.samples_of_the_student or run.samples_of_the_teacher
+    longest = max(run.lengths.longest, math.ceil(sampled) if is_sampled else 0)
+    positions = run.micro_batch * longest
+    layers = student.layers if student.encoder is None else max(student.layers, student.encoder.layers)
+    width, head = student.width, run.vocab * student.head_in
     parts = {
         "student_weights": 4 * total,
         "gradients": 4 * trainable,
         "optimizer": 8 * trainable,
-        "cast_weights": student.matmul * run.itemsize if run.itemsize < 4 else 0,
+        "cast_weights": student.matrices * run.itemsize if run.itemsize < 4 else 0,
         "activations": positions * layers * width * run.itemsize * (2 if recipe.train.gradient_checkpointing else 34),
         "loss": work_bytes(positions, run.vocab, run.itemsize, run.device) + head * (4 if run.itemsize == 4 else 6),
     }
     if run.teacher is not None:
         teacher = run.teacher
-        parts["teacher_weights"] = teacher.parameters["total"] * run.teacher_itemsize
+        bits = {"none": 8 * run.teacher_itemsize, "8bit": 8, "4bit": 4}[recipe.teacher.quantize]  # of linear layers
+        others = teacher.parameters["total"] - teacher.matrices
+        parts["teacher_weights"] = others * run.teacher_itemsize + teacher.matrices * bits // 8
         parts["teacher_activations"] = positions * teacher.width * run.teacher_itemsize * 8  # one layer, no graph
     parts |= run.states or {}
-    schedule = Scheduler(recipe.schedule, steps=1, seed=0)
-    positions = recipe.train.batch_size * recipe.train.accumulate * recipe.rollout.bulk * run.lengths.longest
-    if schedule.may_use_student_outputs:
-        parts["rollout_cache"] = positions * layers * 2 * student.kv * run.itemsize
-    sampled = schedule.may_use_teacher_samples and recipe.data.teacher_samples is None
-    if run.teacher is not None and (sampled or mixes(run) or recipe.schedule.kind == "interleaved"):
-        parts["teacher_rollout_cache"] = positions * run.teacher.layers * 2 * run.teacher.kv * run.teacher_itemsize
+    positions = run.sequences * recipe.rollout.bulk * longest
+    if run.samples_of_the_student:
+        parts["rollout_weights"] = copied(student, run.itemsize)
+        parts["rollout_cache"] = cache_bytes(student, positions, run.itemsize)
+    if run.samples_of_the_teacher or run.mixes or (run.teacher is not None and recipe.schedule.kind == "interleaved"):
+        parts["teacher_rollout_cache"] = cache_bytes(run.teacher, positions, run.teacher_itemsize)
     return {name: size for name, size in parts.items() if size}
 
 
-def forward(model: Sizes, sequences: float, length: float, predicted: float, vocab: int) -> float:
+_IN_A_STEP = ("gradients", "cast_weights", "activations", "loss", "teacher_activations")
+_IN_SAMPLING = ("rollout_weights", "rollout_cache", "teacher_rollout_cache")
+
+
+def at_once(parts: Mapping[str, int]) -> int:
+    """The most bytes in use at once: a step and the sampling for it are not there together."""
+    in_a_step, in_sampling = (sum(parts.get(name, 0) for name in names) for names in (_IN_A_STEP, _IN_SAMPLING))
+    return sum(parts.values()) - min(in_a_step, in_sampling)
+
+
+def copied(student: Sizes, itemsize: int) -> int:
+    """Bytes of the copy that decodes: every weight in a compute dtype that is not the weights' own (float32), with its
+    adapter merged in; else the adapted layers alone, where there are any."""
+    return itemsize * student.plain if itemsize < 4 else 4 * student.adapted
+
+
+def cache_bytes(model: Sizes, positions: int, itemsize: int) -> int:
+    """Keys and values; of an encoder-decoder, the decoder's of its own tokens and of the prompt's."""
+    return positions * model.layers * 2 * model.kv * itemsize
+
+
+def forward(model: Sizes, sequences: float, prompt: float, response: float, predicted: float, vocab: int) -> float:
     """FLOPs of one forward pass: 2 for each weight and token in matrix products (Kaplan et al. 2020, arXiv 2001.08361),
     2·layers·width·length a token for causal attention, which sees half of the ``length`` before it on average, and
-    2·width·vocab for each of the ``predicted`` tokens that meet the head."""
-    tokens = sequences * length
-    return (
-        tokens * (2 * model.matmul + 2 * model.layers * model.attention * length)
-        + 2 * predicted * model.head_in * vocab
-    )
+    2·width·vocab for each of the ``predicted`` tokens that meet the head.
 
-
-def update(run: Run, length: float, response: float) -> float:
-    """FLOPs of training the student on a step's sequences: forward, gradients of the activations (as much again) and of
-    the weights (as much again, for the share that is trained); with gradient checkpointing the forward once more."""
-    student, sequences = run.student, run.sequences
-    once = forward(student, sequences, length, 0, run.vocab)
-    head = 2 * sequences * response * student.head_in * run.vocab
-    passes = 2 + student.trainable_share + (1 if run.recipe.train.gradient_checkpointing else 0)
-    return once * passes + 3 * head  # the head's forward runs once, and its gradients with it
-
-
-def asked(run: Run, length: float, response: float) -> float:
-    """FLOPs of the teacher's forward pass over a step's sequences, head included."""
-    if run.teacher is None:
-        return 0.0
-    return forward(run.teacher, run.sequences, length, run.sequences * response, run.vocab)
-
-
-def told(run: Run, response: float) -> float:
-    """FLOPs of the teacher's head alone, over states that are kept."""
-    return 0.0 if run.teacher is None else 2 * run.sequences * response * run.teacher.head_in * run.vocab
-
-
-def decoding(run: Run, model: Sizes, itemsize: int) -> tuple[float, float, int]:
-    """(FLOPs, bytes read, decoding steps) of sampling one step's worth of responses, ``bulk`` batches side by side.
-
-    Every response is taken to be as long as the recipe lets it be: the batch decodes until its last row has ended. Each
-    step reads the weights once for the whole batch, and each row's cache.
+    Of an encoder-decoder the prompt's tokens meet the encoder, where attention sees all of the prompt, and the response's
+    the decoder, where it sees half of the response and all of the prompt.
     """
-    bulk = run.recipe.rollout.bulk
-    prompt, new = run.lengths.mean - run.lengths.response, _new_tokens(run)
-    rows, length = run.sequences * bulk, prompt + new / 2
-    flops = forward(model, run.sequences, prompt, run.sequences, run.vocab)
-    flops += run.sequences * new * (2 * model.matmul + 4 * model.layers * model.attention * length)
-    flops += 2 * run.sequences * new * model.head_in * run.vocab
-    weights = (model.matmul + model.head_in * run.vocab) * itemsize
-    cache = rows * length * 2 * model.layers * model.kv * itemsize
-    return flops, new * (weights + cache) / bulk, new
+    head = 2 * sequences * predicted * model.head_in * vocab
+    if model.encoder is None:
+        length = prompt + response
+        return sequences * length * (2 * model.matmul + 2 * model.layers * model.attention * length) + head
+    encoder = model.encoder
+    read = prompt * (2 * encoder.matmul + 4 * encoder.layers * model.attention * prompt + 2 * encoder.crossed)
+    seen = 2 * model.layers * model.attention * (response + 2 * prompt)
+    return sequences * (read + response * (2 * (model.matmul - encoder.crossed) + seen)) + head
 
 
-def _new_tokens(run: Run) -> int:
-    prompt = run.lengths.mean - run.lengths.response
-    return max(1, min(run.recipe.rollout.max_new_tokens, int(run.recipe.data.max_length - prompt)))
+def decoded(model: Sizes, rows: float, prompt: float, new: int, vocab: int, itemsize: int) -> Part:
+    """``new`` tokens for each of ``rows`` prompts, side by side until the last one has ended. Each step reads the decoder's
+    weights once for all rows, and each row's keys and values: on average half of the new ones, and the prompt's."""
+    met = model.matmul - (0 if model.encoder is None else model.encoder.crossed)
+    seen = prompt + new / 2
+    once = forward(model, rows, prompt, 0, 0, vocab)
+    each = 2 * met + 4 * model.layers * model.attention * seen + 2 * model.head_in * vocab
+    weights = (met + model.head_in * vocab) * itemsize
+    read = new * (weights + rows * seen * cache_bytes(model, 1, itemsize))
+    return Part(once + rows * new * each, read, new * model.layers * DECODING_LAYER, itemsize)
 
 
-def mixes(run: Run) -> bool:
-    """Whether the teacher decodes beside the student, for outputs drawn from a mixture of both."""
-    return run.teacher is not None and run.recipe.mixes_in_the_teacher
+def steps(run: Run) -> dict[str, Work]:
+    """What an optimizer step does, by what it trains on: data set rows and the teacher's samples (the first time, and when
+    the teacher's part is kept), a fresh rollout, a replayed one, a pair of both models' samples. Sources that the schedule
+    never draws are left out. FLOPs and seconds are both read from this table.
 
-
-def step_flops(run: Run) -> dict[str, float]:
-    """FLOPs of an optimizer step by what it trains on: data set rows and the teacher's samples (the first time, and when
-    the teacher's part is kept), a fresh rollout, a replayed one, a pair of both models' samples. A token that the teacher
-    mends is read by it as it is drafted: that counts as one more forward pass. Sources that the schedule never draws are
-    left out."""
-    length, response = run.lengths.mean, run.lengths.response
-    found = {"dataset": update(run, length, response) + asked(run, length, response)}
-    if run.cached:
-        found["dataset_cached"] = update(run, length, response) + told(run, response)
+    A token that the teacher mends is read by it as it is drafted: that counts as one more forward pass.
+    """
+    response, new = run.lengths.response, run.new_tokens
+    learn, learn_new = (_looked(run, n) + _learned(run, n) for n in (response, new))
     if run.teacher is None:
-        return found
-    schedule, new = Scheduler(run.recipe.schedule, steps=1, seed=0), _new_tokens(run)
-    long = length - response + new
-    train, fresh = update(run, long, new), decoding(run, run.student, run.itemsize)[0]
-    fresh += decoding(run, run.teacher, run.teacher_itemsize)[0] if mixes(run) else 0.0
-    if schedule.may_use_student_outputs:
-        mended = asked(run, long, new) if run.recipe.schedule.kind == "interleaved" else 0.0
-        beside = update(run, length, response) + told(run, response) if run.recipe.objective.row_weight else 0.0
-        found["rollout"] = fresh + mended + asked(run, long, new) + train + beside
-        found["replay"] = train + told(run, new) + beside
+        return {"dataset": learn}
+    recipe, schedule = run.recipe, run.schedule
+    # Cross-entropy alone asks the teacher nothing; on student outputs there is none of it.
+    taught = recipe.objective.kd_weight > 0
+    ask, tell = ((_asked(run, response),), (_told(run, response),)) if taught else ((), ())
+    ask_new, tell_new = (_asked(run, new),), (_told(run, new) if run.keeps else _asked(run, new),)
+    found: dict[str, Work] = {}
+    if schedule.may_use_rows:
+        found["dataset"] = learn + ask
+        if run.cached:
+            found["dataset_cached"] = learn + tell
+    own: Work = ()
+    if run.samples_of_the_student:
+        own = (*_copied(run), _sampled(run, run.student, run.itemsize))
+        own += (_sampled(run, run.teacher, run.teacher_itemsize),) if run.mixes else ()
+        own += ask_new if recipe.schedule.kind == "interleaved" else ()
+        own += ask_new + learn_new
     if schedule.may_use_teacher_samples:
-        drawn = 0.0 if run.recipe.data.teacher_samples else decoding(run, run.teacher, run.teacher_itemsize)[0]
-        found["teacher"] = drawn + asked(run, long, new) + train
-        found["teacher_cached"] = train + told(run, new)
-        found[Source.PAIR.value] = found["teacher"] + fresh + asked(run, long, new) + train
+        drawn = (_sampled(run, run.teacher, run.teacher_itemsize),) if run.samples_of_the_teacher else ()
+        kept = learn_new + (tell_new if taught else ())
+        fresh = drawn + learn_new + (ask_new if taught else ())
+        name = Source.PAIR.value if recipe.schedule.kind == "pairs" else Source.TEACHER.value
+        # Of a pair one optimizer step is enough.
+        found[name] = fresh + own[:-1]
+        if schedule.samples_come_back:
+            found[f"{name}_cached"] = kept + own[:-1]
+    elif own:
+        beside = learn[:-1] + (tell if run.cached else ask) if recipe.objective.row_weight else ()
+        found["rollout"] = own + beside
+        if schedule.may_replay:
+            found["replay"] = learn_new + tell_new + beside
     return found
 
 
-def shares(recipe: Recipe, steps: int, phi: float | None = None) -> dict[str, float]:
+def _learned(run: Run, response: float) -> Work:
+    """Training the student on a step's sequences: forward, gradients of the activations (as much again) and of the weights
+    (as much again, for the share that is trained), with gradient checkpointing the forward once more; and the optimizer's
+    pass over its 28 bytes a parameter."""
+    student, again = run.student, run.recipe.train.gradient_checkpointing
+    once = forward(student, run.sequences, run.lengths.prompt, response, 0, run.vocab)
+    head = 2 * run.sequences * response * student.head_in * run.vocab
+    passes = 2 + student.trainable_share + (1 if again else 0)
+    starts = FORWARD_LAYER + BACKWARD_LAYER + (FORWARD_LAYER if again else 0.0)
+    # The head's forward runs once, and its gradients with it.
+    update = Part(once * passes + 3 * head, starts=_pieces(run) * student.every_layer * starts, itemsize=run.itemsize)
+    return update, Part(read=28 * student.parameters["trainable"])
+
+
+def _looked(run: Run, response: float) -> Work:
+    """What an objective that looks at the step before it trains asks of the student: a forward pass."""
+    if run.teacher is None or "student" not in criteria.build(run.recipe.objective, 1.0).looks_at:
+        return ()
+    starts = _pieces(run) * run.student.every_layer * FORWARD_LAYER
+    work = forward(run.student, run.sequences, run.lengths.prompt, response, response, run.vocab)
+    return (Part(work, starts=starts, itemsize=run.itemsize),)
+
+
+def _asked(run: Run, response: float) -> Part:
+    """The teacher's forward pass over a step's sequences, head included."""
+    work = forward(run.teacher, run.sequences, run.lengths.prompt, response, response, run.vocab)
+    starts = _pieces(run) * run.teacher.every_layer * FORWARD_LAYER
+    return Part(work, starts=starts, itemsize=run.teacher_itemsize)
+
+
+def _told(run: Run, response: float) -> Part:
+    """The teacher's head alone, over states that are kept."""
+    return Part(2 * run.sequences * response * run.teacher.head_in * run.vocab, itemsize=run.itemsize)
+
+
+def _sampled(run: Run, model: Sizes, itemsize: int) -> Part:
+    """A step's share of responses that are sampled ``bulk`` batches side by side."""
+    bulk, lengths = run.recipe.rollout.bulk, run.lengths
+    return decoded(model, run.sequences * bulk, lengths.prompt, run.new_tokens, run.vocab, itemsize).shared(bulk)
+
+
+def _copied(run: Run) -> Work:
+    """A step's share of making the copy that decodes: weights read and written; an adapter's two matrices multiplied."""
+    size, student = copied(run.student, run.itemsize), run.student
+    if not size:
+        return ()
+    weights = size / min(run.itemsize, 4)
+    made = Part(2 * student.rank * student.adapted, read=4 * weights + size, itemsize=4)
+    return (made.shared(run.recipe.rollout.bulk),)
+
+
+def _pieces(run: Run) -> int:
+    return math.ceil(run.sequences / max(1, run.micro_batch))
+
+
+def shares(run: Run, steps: int, phi: float | None = None) -> dict[str, float]:
     """The share of each source in a run's steps, by the schedule's own draws. phi: held there all along (adaptive)."""
+    recipe = run.recipe
     config = recipe.schedule if phi is None else recipe.schedule.model_copy(update={"phi": phi})
     few = min(steps, 2000)  # shares of a run do not depend on how many steps it has, but for the buffer's filling
-    scheduler, buffered = Scheduler(config, steps=few, seed=recipe.train.seed), 0
-    scale = steps / few
-    batch = recipe.train.batch_size * recipe.train.accumulate * scale
-    found = dict.fromkeys(("dataset", "rollout", "replay"), 0)
+    scheduler = Scheduler(config, steps=few, seed=recipe.train.seed, batches=recipe.rollout.bulk)
+    buffered, batch, found = 0.0, run.sequences * steps / few, Counter()
     for step in range(few):
         source = scheduler.draw(step, int(buffered))
-        found[source.value] = found.get(source.value, 0) + 1
+        found[source.value] += 1
         buffered = min(config.capacity, buffered + batch) if source is Source.ROLLOUT else buffered
-    return {source: n / few for source, n in found.items() if n}
-
-
-def seconds(run: Run, gpu: Gpu) -> dict[str, float]:
-    """Seconds of a step by source, as ``step_flops``: each part as long as its arithmetic, its reading or the starting of
-    its kernels takes, whichever is longest; and the optimizer's pass over its 28 bytes a parameter."""
-    peak = (gpu.bf16 if run.itemsize < 4 else gpu.fp32) * 1e12 * USED_FLOPS
-    bandwidth = gpu.bandwidth * USED_BANDWIDTH
-    pieces = math.ceil(run.sequences / max(1, run.micro_batch))
-    again = FORWARD_LAYER if run.recipe.train.gradient_checkpointing else 0.0
-    start_update = pieces * run.student.layers * (FORWARD_LAYER + BACKWARD_LAYER + again)
-    start_asking = 0.0 if run.teacher is None else pieces * run.teacher.layers * FORWARD_LAYER
-    optimizer = 28 * run.student.parameters["trainable"] / bandwidth
-
-    def train(length: float, response: float) -> float:
-        return max(update(run, length, response) / peak, start_update) + optimizer
-
-    def ask(length: float, response: float) -> float:
-        return max(asked(run, length, response) / peak, start_asking)
-
-    length, response, wanted = run.lengths.mean, run.lengths.response, step_flops(run)
-    found = {"dataset": train(length, response) + ask(length, response)}
-    if "dataset_cached" in wanted:
-        found["dataset_cached"] = train(length, response) + told(run, response) / peak
-
-    def decode(model: Sizes, itemsize: int) -> float:
-        flops, read, new = decoding(run, model, itemsize)
-        return max(flops / peak, read / bandwidth, new * model.layers * DECODING_LAYER / run.recipe.rollout.bulk)
-
-    new = _new_tokens(run)
-    long = length - response + new
-    if "rollout" in wanted:
-        mended = ask(long, new) if run.recipe.schedule.kind == "interleaved" else 0.0
-        beside = train(length, response) + told(run, response) / peak if run.recipe.objective.row_weight else 0.0
-        fresh = decode(run.student, run.itemsize) + (decode(run.teacher, run.teacher_itemsize) if mixes(run) else 0.0)
-        found["rollout"] = fresh + mended + ask(long, new) + train(long, new) + beside
-        found["replay"] = train(long, new) + told(run, new) / peak + beside
-    if "teacher" in wanted:
-        drawn = 0.0 if run.recipe.data.teacher_samples else decode(run.teacher, run.teacher_itemsize)
-        found["teacher"] = drawn + ask(long, new) + train(long, new)
-        found["teacher_cached"] = train(long, new) + told(run, new) / peak
-        found[Source.PAIR.value] = (
-            found["teacher"] + decode(run.student, run.itemsize) + ask(long, new) + train(long, new)
-        )
-    return found
+    return {source: n / few for source, n in found.items()}
 
 
 def on_gpus(run: Run, need: int) -> dict[str, dict[str, Any]]:
-    """For each known GPU: whether ``need`` bytes fit it, seconds by kind of step, and seconds of the run, least and most.
+    """For each known GPU: whether ``need`` bytes fit it, seconds by kind of step, and seconds of the run, least and most,
+    fine-tuning before it included (``sft_s`` alone).
 
     The two differ where φ of the adaptive schedule decides: held at its start, or at 1 from the first step on.
     """
-    found = {}
-    steps = run.lengths.steps
+    found, work, count = {}, steps(run), run.lengths.steps
+    open_phi = run.recipe.schedule.kind == "adaptive" and run.teacher is not None
     for gpu in GPUS:
-        each = seconds(run, gpu)
-        entry: dict[str, Any] = {"fits": need <= USABLE * gpu.memory, "step_s": each}
-        if steps is not None:
-            span = [_whole(run, each, steps, phi) for phi in ((None, 1.0) if _is_open(run) else (None,))]
-            entry["run_s"] = [min(span), max(span)]
+        each = {source: seconds(parts, gpu) for source, parts in work.items()}
+        entry: dict[str, Any] = {"fits": fits(need, gpu), "step_s": each}
+        if count is not None:
+            span = [_whole(run, each, count, phi) for phi in ((None, 1.0) if open_phi else (None,))]
+            first = 0.0
+            if run.before is not None:
+                first = entry["sft_s"] = run.before.lengths.steps * seconds(steps(run.before)["dataset"], gpu)
+            entry["run_s"] = [first + min(span), first + max(span)]
         found[gpu.name] = entry
     return found
 
 
-def _is_open(run: Run) -> bool:
-    return run.recipe.schedule.kind == "adaptive" and run.teacher is not None
-
-
-def _whole(run: Run, each: Mapping[str, float], steps: int, phi: float | None) -> float:
-    if run.teacher is None:
-        return steps * each["dataset"]
-    mix = shares(run.recipe, steps, phi)
-    epoch = min(run.lengths.steps_per_epoch or steps, steps)
-    first = {"dataset": epoch if run.cached else steps}
-    if Scheduler(run.recipe.schedule, steps=1, seed=0).samples_come_back:
-        first["teacher"] = epoch
+def _whole(run: Run, each: Mapping[str, float], count: int, phi: float | None) -> float:
+    mix = {"dataset": 1.0} if run.teacher is None else shares(run, count, phi)
+    epoch = min(run.lengths.steps_per_epoch or count, count)
     whole = 0.0
     for source, share in mix.items():
-        count = share * steps
-        new = min(count, first.get(source, count))
-        whole += new * each[source] + (count - new) * each.get(f"{source}_cached", each[source])
+        taken = share * count
+        new = min(taken, epoch) if f"{source}_cached" in each else taken
+        whole += new * each[source] + (taken - new) * each.get(f"{source}_cached", each[source])
     return whole

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from distillm_cli.config.methods import METHODS
 from distillm_cli.config.shortcuts import SHORTCUTS, Flag
 
 # Panels of a command's help, in the order in which they are shown.
@@ -81,7 +82,15 @@ SkipBadRows = Annotated[
 
 Method = Annotated[
     str | None,
-    typer.Option("--method", metavar="NAME", help="A preset: `distillm methods` lists them.", rich_help_panel=METHOD),
+    typer.Option(
+        "--method",
+        metavar="NAME",
+        help=f"A preset (see distillm methods): {', '.join(METHODS)}.",
+        autocompletion=lambda incomplete: [
+            (m.name, m.summary) for m in METHODS.values() if m.name.startswith(incomplete)
+        ],
+        rich_help_panel=METHOD,
+    ),
 ]
 Divergence = Annotated[
     str | None,
@@ -89,6 +98,7 @@ Divergence = Annotated[
         "--divergence",
         metavar="NAME",
         help="kl, rkl, skl, srkl, jsd, tvd, jeffreys, akl, ab, amid, taid or atkd.",
+        autocompletion=lambda incomplete: _begin(incomplete, "objective.divergence"),
         rich_help_panel=METHOD,
     ),
 ]
@@ -98,6 +108,7 @@ Schedule = Annotated[
         "--schedule",
         metavar="KIND",
         help="off, on, mixed, annealed, adaptive, teacher, pairs, interleaved or rounds.",
+        autocompletion=lambda incomplete: _begin(incomplete, "schedule.kind"),
         rich_help_panel=METHOD,
     ),
 ]
@@ -158,7 +169,11 @@ Device = Annotated[
 Recipe = Annotated[
     str | None,
     typer.Option(
-        "--recipe", metavar="NAME|FILE", help="Shipped name or file: distillm recipes ls, show.", rich_help_panel=RECIPE
+        "--recipe",
+        metavar="NAME|FILE",
+        help="Shipped name or file: distillm recipes ls, show.",
+        autocompletion=lambda incomplete: _begin(incomplete),
+        rich_help_panel=RECIPE,
     ),
 ]
 Set = Annotated[
@@ -196,6 +211,18 @@ Quiet = Annotated[
     bool, typer.Option("--quiet", metavar="", help="Only warnings and errors on stderr.", rich_help_panel=OUTPUT)
 ]
 Debug = Annotated[bool, typer.Option("--debug", metavar="", help="Tracebacks with errors.", rich_help_panel=OUTPUT)]
+
+
+def _methods(typed: str) -> list[tuple[str, str]]:
+    return [(method.name, method.summary) for method in METHODS.values() if method.name.startswith(typed)]
+
+
+def _begin(typed: str, key: str | None = None) -> list[str]:
+    """What may follow in a shell: values of this field of a recipe, without one the shipped recipes, that so begin."""
+    from distillm_cli.config.explain import choices
+    from distillm_cli.config.load import shipped
+
+    return [name for name in (shipped() if key is None else choices(key)) if name.startswith(typed)]
 
 
 def flags(**given: Any) -> dict[str, Flag]:

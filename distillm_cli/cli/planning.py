@@ -5,19 +5,20 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
-from distillm_cli.cli import costs
-from distillm_cli.cli.assembly import Prepared, new_order, prepare
+from distillm_cli.cli import costs, gpus
+from distillm_cli.cli.assembly import Prepared, new_order, new_replay, prepare
 from distillm_cli.cli.host import available_memory
 from distillm_cli.cli.teaching import Keeping, disk_free, plan_keeping
-from distillm_cli.config.pipeline import PREFIX, Pipeline, Stage
+from distillm_cli.config.load import Resolved
 from distillm_cli.config.schema import Recipe
+from distillm_cli.config.stages import sft_before
 from distillm_cli.core.events import Listener, Note, silent
 from distillm_cli.core.scheduler import Scheduler
 from distillm_cli.data.batching import Examples, tokenise
@@ -25,10 +26,11 @@ from distillm_cli.data.prompts import Encoder, render
 from distillm_cli.data.sources import Rows, is_path, load_rows, local_place
 from distillm_cli.errors import DataError
 from distillm_cli.models import lora
-from distillm_cli.models.pair import check_vocabularies, resolve_device, resolve_dtype
+from distillm_cli.models.pair import check_kinds, check_vocabularies, resolve_device, resolve_dtype
 from distillm_cli.models.shapes import Shape, Sizes, has_weights, load_shape, sizes, student_spec, weight_bytes
-from distillm_cli.ui.display import amount
+from distillm_cli.ui.display import size
 
+T = TypeVar("T")
 _BUILT = re.compile(r"[a-z]+:")  # random:…; no hub name and no path here begins so
 _IN_HOST = (
     "teacher_states",
@@ -40,23 +42,24 @@ _IN_HOST = (
 def weights_are_at_hand(recipe: Recipe) -> bool:
     """Whether the run's models can be loaded here as they are: directories with weights that fit the free memory, or
     models from scratch."""
-    paths = [recipe.student.path, *([recipe.teacher.path] if recipe.method != "sft" else [])]
-    loaded = [path for path in paths if not _BUILT.match(path)]
+    is_needed = recipe.method != "sft" or recipe.student.is_built
+    paths = [recipe.student.path, recipe.teacher.path if is_needed else None]
+    loaded = [path for path in paths if path is not None and not _BUILT.match(path)]
     if not all(has_weights(path) for path in loaded):
         return False
     free = available_memory()
     return free is None or sum(weight_bytes(path) for path in loaded) <= free / 4  # read as float32, and some room
 
 
-def survey(recipe: Recipe, listener: Listener) -> tuple[dict[str, Any], Prepared | None]:
+def survey(resolved: Resolved, listener: Listener) -> tuple[dict[str, Any], Prepared | None]:
     """The plan of one run; the prepared run too, where weights are at hand."""
-    if not weights_are_at_hand(recipe):
-        return of_shapes(recipe, listener)[0], None
-    run = prepare(recipe, listener)
-    return of_run(run), run
+    if not weights_are_at_hand(resolved.recipe):
+        return of_shapes(resolved, listener)[0], None
+    run = prepare(resolved.recipe, listener)
+    return of_run(run, resolved), run
 
 
-def of_run(run: Prepared) -> dict[str, Any]:
+def of_run(run: Prepared, resolved: Resolved) -> dict[str, Any]:
     """The plan of a run whose models and rows are loaded."""
     teacher = None if run.pair.teacher is None else run.pair.teacher.model
     keeping = None if teacher is None else plan_keeping(run)
@@ -81,7 +84,9 @@ def of_run(run: Prepared) -> dict[str, Any]:
         device=run.device.type,
         states=states,
         cached=keeping is not None and bool(keeping.rows_bytes),
+        keeps=keeping is not None and keeping.mode != "off",
     )
+    sized = _with_fine_tuning(sized, resolved)
     dtypes = {"student": run.student.model.dtype, "teacher": None if teacher is None else teacher.dtype}
     return _told(sized, str(run.device), run.dtype, dtypes) | {"data": _data(run)} | kept
 
@@ -97,14 +102,15 @@ def _data(run: Prepared) -> dict[str, Any]:
 
 
 def of_shapes(
-    recipe: Recipe, listener: Listener = silent, made: Mapping[str, Shape] | None = None
+    resolved: Resolved, listener: Listener = silent, made: Mapping[str, Shape] | None = None
 ) -> tuple[dict[str, Any], Shape]:
     """The plan of a run whose weights are not here, and the student's shape. Tokenizer and rows are used where they are
     at hand, else the recipe's limits stand for them. A device that the recipe leaves open is taken to be a GPU.
 
     made: shapes of models that are yet to be made, by ``stage:NAME``.
     """
-    rows, why = _rows(recipe)
+    recipe = resolved.recipe
+    rows, why = at_hand(lambda: load_rows(recipe.data, "train", listener=silent), recipe.data.source)
 
     def texts() -> Iterator[str]:
         for row in rows or ():
@@ -112,12 +118,15 @@ def of_shapes(
 
     read = texts if rows is not None else None
     common = {"max_length": recipe.data.max_length, "made": made}
-    teacher = None
-    if recipe.method != "sft":
-        teacher = load_shape(recipe.teacher.path, revision=recipe.teacher.revision, **common)
-    student = load_shape(**student_spec(recipe.student), texts=read, teacher=teacher, **common)
+    origin = None  # of a student that is built after it, for `sft` too
+    if recipe.teacher.path is not None and (recipe.method != "sft" or recipe.student.is_built):
+        origin = load_shape(recipe.teacher.path, revision=recipe.teacher.revision, **common)
+    student = load_shape(**student_spec(recipe.student), texts=read, teacher=origin, **common)
+    teacher = origin if recipe.method != "sft" else None
     vocab = student.vocab if teacher is None else min(student.vocab, teacher.vocab)
     notes = ["weights are not at hand: models by their configs"]
+    if teacher is not None:
+        check_kinds(teacher, student)
     if teacher is not None and teacher.tokenizer is not None and student.tokenizer is not None:
         check_vocabularies(teacher.tokenizer, student.tokenizer)
     elif teacher is not None:
@@ -125,7 +134,8 @@ def of_shapes(
     examples = None
     tokenizer = student.tokenizer
     if rows is not None and tokenizer is not None:
-        examples = tokenise(rows, Encoder(tokenizer, recipe.data), recipe.data, silent, _context(student, teacher))
+        encoder = Encoder(tokenizer, recipe.data, is_encoder_decoder=student.is_encoder_decoder)
+        examples = tokenise(rows, encoder, recipe.data, silent, _context(student, teacher))
         lengths = _measured(recipe, examples)
     else:
         lengths = _limits(recipe, rows, student, teacher)
@@ -148,7 +158,9 @@ def of_shapes(
         device=device.type,
         states=states,
         cached=kept is not None and bool(kept["bytes"]),
+        keeps=recipe.teacher.cache != "off",
     )
+    sized = _with_fine_tuning(sized, resolved)
     data: dict[str, Any] = {"source": recipe.data.source, "rows": None if rows is None else len(rows)}
     if rows is not None and examples is not None:
         data |= _rows_told(rows, examples) | {"response_tokens": examples.tokens}
@@ -159,30 +171,15 @@ def of_shapes(
     return found | {"data": data, "notes": notes} | ({} if kept is None else {"teacher_cache": kept}), student
 
 
-def of_pipeline(pipeline: Pipeline, listener: Listener) -> dict[str, dict[str, Any]]:
-    """The plan of every training stage, by name. What an earlier stage makes stands there with its shape, and the rows it
-    samples with those that it answers."""
-    found: dict[str, dict[str, Any]] = {}
-    made: dict[str, Shape] = {}
-    sources: dict[str, str] = {}
-    for stage in pipeline.stages:
-        recipe = stage.resolved.recipe
-        data = recipe.data.model_copy(update={"source": sources.get(recipe.data.source, recipe.data.source)})
-        recipe = recipe.model_copy(update={"data": data})
-        if stage.verb == "generate":
-            sources[PREFIX + stage.name] = recipe.data.source
-        if stage.verb not in ("sft", "distill"):
-            continue
-        listener(Note(f"stage {stage.name}"))
-        found[stage.name], made[PREFIX + stage.name] = of_shapes(recipe, silent, made)
-        _say_stand_ins(stage, found[stage.name], sources)
-    return found
-
-
-def _say_stand_ins(stage: Stage, told: dict[str, Any], sources: Mapping[str, str]) -> None:
-    said = stage.resolved.recipe.data.source
-    if said in sources:
-        told["notes"].append(f"{said} is not there yet: the rows of {sources[said]} stand for it")
+def _with_fine_tuning(run: costs.Run, resolved: Resolved) -> costs.Run:
+    """The same with the stage that ``student.sft_epochs`` asks for, on the same rows and without the teacher."""
+    stage = sft_before(resolved)
+    if stage is None:
+        return run
+    per_epoch = run.lengths.steps_per_epoch
+    lengths = replace(run.lengths, steps=None if per_epoch is None else _steps(stage.recipe, per_epoch))
+    before = replace(run, recipe=stage.recipe, teacher=None, lengths=lengths, states=None, cached=False)
+    return replace(run, before=before)
 
 
 def _told(run: costs.Run, device: str, dtype: torch.dtype, dtypes: Mapping[str, torch.dtype | None]) -> dict[str, Any]:
@@ -190,14 +187,15 @@ def _told(run: costs.Run, device: str, dtype: torch.dtype, dtypes: Mapping[str, 
     models: dict[str, Any] = {}
     for name, counted in (("student", run.student), ("teacher", run.teacher)):
         if counted is not None:
-            models[name] = _model(counted, str(dtypes[name]).removeprefix("torch."))
+            models[name] = model_told(counted, str(dtypes[name]).removeprefix("torch."))
     if run.teacher is not None:
         ratio = run.teacher.parameters["total"] / run.student.parameters["total"]
         models["ratio"] = round(ratio, 2)
     need = costs.memory(run)
-    on_gpu = replace(run, device="cuda", itemsize=_on_gpu(run.recipe.student.dtype, run.itemsize))
-    gpu_need = sum(size for part, size in costs.memory(on_gpu).items() if part not in _IN_HOST)
+    on_gpu = _on_a_gpu(run)
+    gpu_need = costs.at_once({part: n for part, n in costs.memory(on_gpu).items() if part not in _IN_HOST})
     lengths = run.lengths
+    before = {} if run.before is None else {"sft": _fine_tuning_told(run.before)}
     return {
         "method": run.recipe.method,
         "device": device,
@@ -208,15 +206,33 @@ def _told(run: costs.Run, device: str, dtype: torch.dtype, dtypes: Mapping[str, 
         "steps_per_epoch": lengths.steps_per_epoch,
         "sequences_per_step": run.sequences
         * (2 if run.recipe.objective.row_weight or run.recipe.schedule.kind == "pairs" else 1),
-        "memory": need | {"total": sum(need.values())},
-        "step_flops": {source: float(f"{flops:.4g}") for source, flops in costs.step_flops(run).items()},
+        "memory": need | {"total": costs.at_once(need)},
+        "step_flops": _step_flops(run),
+        **before,
         "gpus": costs.on_gpus(on_gpu, gpu_need),
-        "assumed": costs.ASSUMED,
+        "assumed": gpus.ASSUMED,
     }
 
 
-def _model(counted: Sizes, dtype: str) -> dict[str, Any]:
-    return {
+def _step_flops(run: costs.Run) -> dict[str, float]:
+    return {source: float(f"{gpus.flops(work):.4g}") for source, work in costs.steps(run).items()}
+
+
+def _fine_tuning_told(run: costs.Run) -> dict[str, Any]:
+    return {"epochs": run.recipe.train.epochs, "steps": run.lengths.steps, "step_flops": _step_flops(run)}
+
+
+def _on_a_gpu(run: costs.Run) -> costs.Run:
+    """The same run on a GPU of today, in the type that auto would choose there for the student."""
+    itemsize = gpu_itemsize(run.recipe.student.dtype)
+    before = None if run.before is None else _on_a_gpu(run.before)
+    return replace(run, device="cuda", itemsize=itemsize, before=before)
+
+
+def model_told(counted: Sizes, dtype: str) -> dict[str, Any]:
+    """A model's sizes, for people and scripts. encoder_layers: of an encoder-decoder, whose ``layers`` are the decoder's."""
+    encoder = {} if counted.encoder is None else {"encoder_layers": counted.encoder.layers}
+    return encoder | {
         "kind": counted.kind,
         "parameters": counted.parameters["total"],
         "parts": {part: counted.parameters[part] for part in ("embeddings", "trunk", "head")},
@@ -265,33 +281,43 @@ def _would_keep(
     if teacher is None:
         return None, {}
     per_token, mode = teacher.head_in * itemsize, recipe.teacher.cache
+    schedule = Scheduler(recipe.schedule, steps=1, seed=0)
+    train, counted = recipe.train, lengths.rows or 0
+    step_rows = min(train.batch_size * train.accumulate, lengths.rows or math.inf)
     comes_back = None not in (lengths.steps, lengths.steps_per_epoch) and lengths.steps > lengths.steps_per_epoch
-    rows = round((lengths.rows or 0) * lengths.response * per_token)
-    drawn = recipe.schedule.capacity * min(recipe.rollout.max_new_tokens, recipe.data.max_length) * per_token
-    rollouts = drawn if Scheduler(recipe.schedule, steps=1, seed=0).may_replay and mode != "off" else 0
+    rows = round(counted * lengths.response * per_token) if schedule.may_use_rows else 0
+    drawn = min(new_replay(recipe, step_rows).capacity, (lengths.steps or math.inf) * step_rows)
+    rollouts = drawn * recipe.rollout.max_new_tokens * per_token if schedule.may_replay else 0
+    asked_again = schedule.samples_come_back and comes_back and recipe.objective.kd_weight > 0
+    samples = counted * recipe.rollout.max_new_tokens * per_token if asked_again else 0
+    if mode == "off":
+        rollouts = samples = 0
     keeps = rows if mode in ("memory", "disk") or (mode == "auto" and comes_back) else 0
-    size = f"{amount(keeps)}B for {lengths.rows or 0:,} rows"
-    why = {
-        "off": "not kept",
-        "disk": f"on disk, {size}",
-        "memory": f"in memory, {size}",
-        "auto": f"in memory, where enough is free; {size}" if keeps else "not kept: seen once",
-    }[mode]
-    if lengths.rows is None and mode != "off":
-        why = f"{amount(per_token)}B for each response token"
-    parts = {"teacher_states": keeps if mode != "disk" else 0, "rollout_states": rollouts}
-    kept = {"mode": mode, "rows": lengths.rows if keeps else 0, "bytes": keeps, "rollout_bytes": rollouts, "why": why}
-    return kept | {"bytes_per_token": per_token}, parts
+    listed = {f"for {counted:,} rows": keeps, "for replayed rollouts, at most": rollouts}
+    listed = {what: n for what, n in (listed | {"for teacher samples, at most": samples}).items() if n}
+    places = {"off": "", "disk": "on disk", "memory": "in memory", "auto": "in memory, where enough is free"}
+    why = f"{places[mode]}: {', '.join(f'{size(n)} {what}' for what, n in listed.items())}"
+    if not listed:
+        why = "not kept" if mode == "off" else "not kept: nothing is seen twice"
+    if lengths.rows is None and schedule.may_use_rows and mode != "off":
+        why = f"{size(per_token)} for each response token of a row{f'; {why}' if listed else ''}"
+    parts = {
+        "teacher_states": keeps if mode != "disk" else 0,
+        "rollout_states": rollouts,
+        "teacher_sample_states": samples,
+    }
+    kept = {"mode": mode, "rows": lengths.rows if keeps else 0, "bytes": keeps, "rollout_bytes": rollouts}
+    return kept | {"sample_bytes": samples, "why": why, "bytes_per_token": per_token}, parts
 
 
-def _rows(recipe: Recipe) -> tuple[Rows | None, str]:
-    """The training rows, None where they are not at hand, and why."""
+def at_hand(read: Callable[[], T], source: str) -> tuple[T | None, str]:
+    """What is read of a source of rows; None where it is not at hand, and why."""
     try:
-        return load_rows(recipe.data, "train", listener=silent), ""
+        return read(), ""
     except DataError as error:
-        if is_path(recipe.data.source) or local_place(recipe.data.source) is not None:
+        if is_path(source) or local_place(source) is not None:
             raise  # it is here, or should be: a fault in it is worth more than an estimate
-        return None, f"no rows of {recipe.data.source} at hand ({error.what.partition(' (')[0].split(': ', 1)[-1]})"
+        return None, f"no rows of {source} at hand ({error.what.partition(' (')[0].split(': ', 1)[-1]})"
 
 
 def _rows_told(rows: Rows, examples: Examples) -> dict[str, Any]:
@@ -322,7 +348,8 @@ def _limits(recipe: Recipe, rows: Rows | None, student: Shape, teacher: Shape | 
     """What the recipe allows: prompts of ``max_prompt_length``, and responses that fill the rest."""
     context = _context(student, teacher)
     longest = recipe.data.max_length if context is None else min(recipe.data.max_length, context)
-    response = max(1, longest - min(recipe.data.max_prompt_length, longest // 2))
+    prompt = recipe.data.max_prompt_length
+    response = max(1, longest - (prompt if prompt < longest else longest // 2))
     per_epoch = None
     if rows is not None:
         per_epoch = math.ceil(len(rows) / (recipe.train.batch_size * recipe.train.accumulate))
@@ -334,7 +361,6 @@ def _limits(recipe: Recipe, rows: Rows | None, student: Shape, teacher: Shape | 
         rows=None if rows is None else len(rows),
         steps=steps,
         steps_per_epoch=per_epoch,
-        known=False,
     )
 
 
@@ -353,6 +379,6 @@ def _dtype(name: str, device: torch.device, is_open: bool) -> torch.dtype:
     return torch.bfloat16 if is_open and name == "auto" else resolve_dtype(name, device)
 
 
-def _on_gpu(name: str, itemsize: int) -> int:
-    """Bytes of a value of the student's compute type on a GPU of today: what auto would choose there."""
-    return 2 if name == "auto" else itemsize
+def gpu_itemsize(name: str) -> int:
+    """Bytes of a value of this compute type on a GPU of today, where auto is bf16."""
+    return 4 if name == "fp32" else 2

@@ -201,7 +201,7 @@ def _planned_on_disk(run: Prepared, per_token: int) -> Keeping:
 
 
 def _beside_rows(run: Prepared, per_token: int) -> dict[str, int]:
-    drawn = min(new_replay(run).capacity, run.steps * run.step_rows)
+    drawn = min(new_replay(run.recipe, run.step_rows).capacity, run.steps * run.step_rows)
     rollouts = drawn * run.recipe.rollout.max_new_tokens * per_token if new_scheduler(run).may_replay else 0
     held_out = sum(len(s.response) for s in _held_out(run)) * per_token
     samples = _sampled_tokens(run) * per_token if _samples_come_back(run) else 0

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -36,6 +37,9 @@ from distillm_cli.models.students import (
     spec_of_width,
 )
 from distillm_cli.models.tokenizers import is_trained_spec, put_end, train_tokenizer
+
+if TYPE_CHECKING:
+    from distillm_cli.models.shapes import Shape
 
 __all__ = [
     "Pair",
@@ -261,7 +265,7 @@ def _whole_student(
     )
 
 
-def check_kinds(teacher: Backbone, student: Backbone) -> None:
+def check_kinds(teacher: Backbone | Shape, student: Backbone | Shape) -> None:
     """Raises ModelError where one is causal and the other an encoder-decoder: they do not predict from the same text."""
     if teacher.is_encoder_decoder == student.is_encoder_decoder:
         return

@@ -5,6 +5,7 @@ What a run needs can so be told before any weights are there.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from distillm_cli.config import schema
-from distillm_cli.errors import ModelError
-from distillm_cli.models.backbone import vocabulary_size
+from distillm_cli.errors import ModelError, UsageError
+from distillm_cli.models.backbone import Backbone, vocabulary_size
+from distillm_cli.models.layers import build_from_layers
 from distillm_cli.models.loading import (
     WEIGHTS,
     has_tokenizer,
@@ -26,7 +28,7 @@ from distillm_cli.models.loading import (
     prepare_tokenizer,
     quiet,
 )
-from distillm_cli.models.students import build_random
+from distillm_cli.models.students import auto_class, build_random, spec_of_width, tied_from_scratch
 from distillm_cli.models.tokenizers import is_trained_spec, train_tokenizer
 
 Texts = Callable[[], Iterator[str]]
@@ -45,6 +47,21 @@ class Shape:
         rows = self.model.get_input_embeddings().weight.shape[0]
         return rows if self.tokenizer is None else min(rows, vocabulary_size(self.tokenizer))
 
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether prompt and response are two texts, each with its own stack of layers."""
+        return bool(self.model.config.is_encoder_decoder)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The encoder of an encoder-decoder. layers, matmul: as of ``Sizes``. crossed: weights of the decoder that prompt
+    tokens meet, making the keys and values of its cross-attention."""
+
+    layers: int
+    matmul: int
+    crossed: int
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -53,7 +70,8 @@ class Sizes:
     parameters: by part: embeddings (of positions too), trunk, head (0 where it is the embedding matrix), total, trainable.
     matmul: weights of the trunk that every token meets in a matrix product; of a mixture of experts, those of the experts
     that a token is sent to. head_in × vocab: the head's product. attention, kv: widths of all query heads, and of all
-    key-value heads, in a layer.
+    key-value heads, in a layer. adapted: weights of the layers that have a LoRA adapter, and rank: the adapter's.
+    encoder: of an encoder-decoder, whose layers and matmul are then the decoder's alone.
     """
 
     kind: str
@@ -66,6 +84,24 @@ class Sizes:
     attention: int
     kv: int
     parameters: dict[str, int] = field(default_factory=dict)
+    adapted: int = 0
+    rank: int = 0
+    encoder: Reading | None = None
+
+    @property
+    def every_layer(self) -> int:
+        """Layers of both stacks."""
+        return self.layers + (0 if self.encoder is None else self.encoder.layers)
+
+    @property
+    def matrices(self) -> int:
+        """Weights in matrix products, of both stacks."""
+        return self.matmul + (0 if self.encoder is None else self.encoder.matmul)
+
+    @property
+    def plain(self) -> int:
+        """Parameters of the model without its adapter, or with it merged in."""
+        return self.parameters["total"] - (self.parameters["trainable"] if self.adapted else 0)
 
     @property
     def trainable_share(self) -> float:
@@ -79,7 +115,8 @@ def sizes(model: PreTrainedModel, vocab: int | None = None) -> Sizes:
     head = model.get_output_embeddings()
     weight = None if head is None else head.weight
     parts = dict.fromkeys(("embeddings", "trunk", "head"), 0)
-    matmul, chosen, experts = 0, *_experts(config)
+    read = set() if not model.config.is_encoder_decoder else {id(p) for p in model.get_encoder().parameters()}
+    matmul, encoding, chosen, experts = 0, 0, *_experts(config)
     for parameter in model.parameters():
         n = parameter.numel()
         if id(parameter) in tables:
@@ -88,11 +125,21 @@ def sizes(model: PreTrainedModel, vocab: int | None = None) -> Sizes:
             parts["head"] += n
         else:
             parts["trunk"] += n
-            matmul += n if parameter.dim() == 2 else n * chosen // experts if parameter.dim() == 3 and experts else 0
+            met = n if parameter.dim() == 2 else n * chosen // experts if parameter.dim() == 3 and experts else 0
+            if id(parameter) in read:
+                encoding += met
+            else:
+                matmul += met
     every = list(model.parameters())
     layers, width = getattr(config, "num_hidden_layers", 1), getattr(config, "hidden_size", 1)
     heads = getattr(config, "num_attention_heads", None) or 1
-    head_width = getattr(config, "head_dim", None) or width // heads
+    attention = heads * (getattr(config, "head_dim", None) or width // heads)
+    encoder = None
+    if model.config.is_encoder_decoder:  # the plain name for the number of layers is then the encoder's
+        names = ("num_decoder_layers", "decoder_layers")
+        reads, layers = layers, next((n for name in names if (n := getattr(config, name, None))), layers)
+        encoder = Reading(reads, encoding, crossed=layers * 2 * width * attention)
+    adapters = [module for module in model.modules() if hasattr(module, "lora_A")]
     return Sizes(
         kind=config.model_type,
         layers=layers,
@@ -101,13 +148,16 @@ def sizes(model: PreTrainedModel, vocab: int | None = None) -> Sizes:
         vocab=vocab or (width if weight is None else weight.shape[0]),
         head_in=width if weight is None else weight.shape[1],
         matmul=matmul,
-        attention=heads * head_width,
-        kv=(getattr(config, "num_key_value_heads", None) or heads) * head_width,
+        attention=attention,
+        kv=(getattr(config, "num_key_value_heads", None) or heads) * (attention // heads),
         parameters={
             **parts,
             "total": sum(p.numel() for p in every),
             "trainable": sum(p.numel() for p in every if p.requires_grad),
         },
+        adapted=sum(module.get_base_layer().weight.numel() for module in adapters),
+        rank=max((max(module.r.values()) for module in adapters), default=0),
+        encoder=encoder,
     )
 
 
@@ -134,20 +184,28 @@ def load_shape(
     max_length: int,
     made: Mapping[str, Shape] | None = None,
 ) -> Shape:
-    """The shape that a model has: of a directory, a hub name (its config is fetched, no weights), a config.json, or
-    ``random:…``. tokenizer: a directory, a name, or one to be trained on ``texts``. made: shapes by the names of models
-    that are yet to be made (``stage:NAME``).
+    """The shape that a model has: of a directory, a hub name (its config is fetched, no weights), a config.json, or one that
+    is built: ``random:…``, ``layers:…`` or ``width:…``. tokenizer: a directory, a name, or one to be trained on ``texts``.
+    teacher: what a student is built after. made: shapes by the names of models that are yet to be made (``stage:NAME``).
 
-    Raises ModelError for what is no causal model.
+    Raises ModelError for what is no causal or encoder-decoder model, UsageError for a shape that cannot be.
     """
     known = made or {}
     if path in known:
         return known[path]
     own = _asked_tokenizer(tokenizer, texts, known)
-    if path.startswith("random:"):
+    config = None if teacher is None else teacher.model.config
+    if path.startswith("layers:"):
+        if teacher is None:
+            what = f"{path} takes layers from a teacher, and there is none"
+            raise UsageError(what, hint="name it: --set teacher.path=PATH")
+        with torch.device("meta"), quiet():
+            whole = Backbone(teacher.model, teacher.tokenizer, teacher.vocab)
+            return Shape(build_from_layers(path, whole), own or teacher.tokenizer)
+    if path.startswith(("random:", "width:")):
+        path = spec_of_width(path, config) if path.startswith("width:") else path
         own = own or (None if teacher is None else teacher.tokenizer)
         stand_in = own or _Unread(path, teacher)
-        config = None if teacher is None else teacher.model.config
         with torch.device("meta"), quiet():
             return Shape(build_random(path, stand_in, teacher_config=config, max_length=max_length, seed=0), own)
     file = path.endswith(".json")
@@ -156,9 +214,11 @@ def load_shape(
     config = load_config(str(Path(path).expanduser()) if file else path, revision=revision, file=file)
     with torch.device("meta"), quiet():
         try:
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+            model = auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=False)
         except Exception as error:  # every family checks its sizes in its own way
             raise ModelError(f"cannot build a {config.model_type} of this shape: {error}", where=path) from error
+    if not file and tied_from_scratch(model):  # a config.json is what a student is built from
+        model.set_output_embeddings(copy.deepcopy(model.get_output_embeddings()))
     if own is None:
         own = _tokenizer_of(str(Path(path).expanduser().parent) if file else path, revision)
     return Shape(model.eval(), own or (teacher.tokenizer if teacher is not None else None))

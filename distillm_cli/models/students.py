@@ -179,7 +179,7 @@ def _start_token(config: PretrainedConfig, tokenizer: Tokenizer) -> int:
     """What the decoder begins with: the token in the same role as before, T5's pad or BART's end-of-sequence."""
     start = getattr(config, "decoder_start_token_id", None)
     for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
-        if start is not None and start == getattr(config, name) and getattr(tokenizer, name) is not None:
+        if start is not None and start == getattr(config, name, None) and getattr(tokenizer, name) is not None:
             return getattr(tokenizer, name)
     return tokenizer.pad_token_id if start is None or start >= vocabulary_size(tokenizer) else start
 
@@ -211,10 +211,14 @@ def _build(config: PretrainedConfig, tokenizer: Tokenizer, seed: int, where: str
 def _calm_embeddings(model: PreTrainedModel) -> None:
     """T5 and its kin draw embeddings of spread 1. Where they are the head too, and nothing scales its input, the first
     logits would have a spread of √width: the scale goes into the matrix instead."""
-    embeddings = model.get_input_embeddings()
-    tied = getattr(model.get_output_embeddings(), "weight", None) is embeddings.weight
-    if tied and model.config.model_type in T5_KIN and head_scale(model.config) == 1.0:
-        embeddings.weight.mul_(model.config.hidden_size**-0.5)
+    if tied_from_scratch(model):
+        model.get_input_embeddings().weight.mul_(model.config.hidden_size**-0.5)
+
+
+def tied_from_scratch(model: PreTrainedModel) -> bool:
+    """Whether transformers ties embeddings and head of a T5 v1.1 or mT5 that it builds, whose checkpoints have both."""
+    tied = getattr(model.get_output_embeddings(), "weight", None) is model.get_input_embeddings().weight
+    return tied and model.config.model_type in T5_KIN and head_scale(model.config) == 1.0
 
 
 def _llama(*, layers: int, width: int, context: int, spec: str) -> PretrainedConfig:

@@ -358,6 +358,12 @@ def amount(number: float) -> str:
     return f"{number:.{digits}f} {unit}"
 
 
+def size(count: float) -> str:
+    """3,200 B, 1.56 GB: bytes, as ``amount``."""
+    said = amount(count)
+    return f"{said}B" if said[-1].isalpha() else f"{said} B"
+
+
 def parameters(count: int) -> str:
     """226 k parameters, 1.56 B parameters: of weights one says billions."""
     return f"{amount(count).replace('G', 'B')} parameters"

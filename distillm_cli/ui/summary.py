@@ -95,6 +95,16 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     return _Fitting(wide, narrow)
 
 
+def facts(title: str, rows: Sequence[tuple[str, object]]) -> RenderableType:
+    """What is known by name, a line each; long values go on below themselves. Values as the cells of ``table``."""
+    grid = _frame(title, header=False)
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in rows:
+        grid.add_row(Text(name), _cell(value))
+    return grid
+
+
 def outcome_table(
     rows: Sequence[Outcome], *, lower_is_better: Collection[str] = ("error_rate",), title: str = "Outcome"
 ) -> RenderableType:

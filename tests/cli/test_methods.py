@@ -85,8 +85,29 @@ def test_an_unknown_method_is_told_the_nearest(run):
     assert err == (f"error: no method named distilm; there are {', '.join(METHODS)}; did you mean distillm?\n")
 
 
-def test_the_help_of_distill_names_every_divergence_and_schedule(run, monkeypatch):
+def test_the_help_of_distill_names_every_method_divergence_and_schedule(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     words = run("distill", "--help")[1].replace(",", " ").replace(".", " ").split()
-    assert set(get_args(DivergenceName)) | set(get_args(ScheduleKind)) <= set(words)
+    assert set(METHODS) | set(get_args(DivergenceName)) | set(get_args(ScheduleKind)) <= set(words)
     assert options.flags(schedule="mixed")["schedule.kind"].name == "--schedule"
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("distill --method ", list(METHODS)),
+        ("plan --method dis", ["distillm", "distillm2"]),
+        ("distill --divergence j", ["jsd", "jeffreys"]),
+        ("distill --schedule a", ["annealed", "adaptive"]),
+        ("distill --recipe quick", ["quickstart", "quickstart-pipeline", "quickstart-teacher"]),
+        ("pl", ["plan"]),
+    ],
+)
+def test_a_shell_is_told_what_may_follow(run, monkeypatch, line, offered):
+    """As bash asks once --install-completion has been typed."""
+    words = f"distillm {line}"
+    monkeypatch.setenv("_DISTILLM_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - (not words.endswith(" "))))
+    code, out, err = run()
+    assert (code, out.split(), err) == (0, offered, "")

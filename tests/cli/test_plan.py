@@ -7,13 +7,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from distillm_cli.cli import costs
 from distillm_cli.cli.app import main
+from distillm_cli.config.load import shipped
+from distillm_cli.models.backbone import Backbone
+from distillm_cli.models.shapes import sizes
+from tests import tiny
 
 GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024}
 OPT = {"model_type": "opt", "vocab_size": 50272, "max_position_embeddings": 2048}
 QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "tie_word_embeddings": True, "head_dim": 128}
+QWEN2 = {"model_type": "qwen2", "max_position_embeddings": 32768}
 LLAMA = {"model_type": "llama", "max_position_embeddings": 4096}
+T5 = {"is_encoder_decoder": True, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "d_kv": 64}
 
 
 def gpt2(layers, width, heads):
@@ -34,6 +43,14 @@ def rotary(base, layers, width, inner, heads, kv, vocab, *, tied=True):
     }  # fmt: skip
 
 
+def t5(kind, layers, width, inner, heads, vocab):
+    """T5 1.1 and its kin: a head of their own, three matrices of feed-forward, heads that need not add up to the width."""
+    return T5 | {
+        "model_type": kind, "num_layers": layers, "num_decoder_layers": layers, "d_model": width, "d_ff": inner,
+        "num_heads": heads, "vocab_size": vocab, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0,
+    }  # fmt: skip
+
+
 # name → config and the number of parameters that its checkpoint has
 PUBLISHED = {
     "gpt2": (gpt2(12, 768, 12), 124_439_808),
@@ -46,11 +63,21 @@ PUBLISHED = {
     "facebook/opt-2.7b": (opt(32, 2560, 32), 2_651_596_800),
     "Qwen/Qwen3-0.6B": (rotary(QWEN3, 28, 1024, 3072, 16, 8, 151936), 596_049_920),
     "Qwen/Qwen3-4B-Instruct-2507": (rotary(QWEN3, 36, 2560, 9728, 32, 8, 151936), 4_022_468_096),
+    "Qwen/Qwen2.5-0.5B": (rotary(QWEN2, 24, 896, 4864, 14, 2, 151936), 494_032_768),
+    "Qwen/Qwen2.5-1.5B": (rotary(QWEN2, 28, 1536, 8960, 12, 2, 151936), 1_543_714_304),
     "meta-llama/Llama-3.2-1B-Instruct": (rotary(LLAMA, 16, 2048, 8192, 32, 8, 128256), 1_235_814_400),
     "meta-llama/Llama-3.2-3B-Instruct": (rotary(LLAMA, 28, 3072, 8192, 24, 8, 128256), 3_212_749_824),
     "openlm-research/open_llama_3b_v2": (rotary(LLAMA, 26, 3200, 8640, 32, 32, 32000, tied=False), 3_426_473_600),
     "openlm-research/open_llama_7b_v2": (rotary(LLAMA, 32, 4096, 11008, 32, 32, 32000, tied=False), 6_738_415_616),
+    "google/t5-v1_1-small": (t5("t5", 8, 512, 1024, 6, 32128), 76_961_152),
+    "google/t5-v1_1-xl": (t5("t5", 24, 2048, 5120, 32, 32128), 2_849_757_184),
+    "google/t5-small-lm-adapt": (t5("t5", 8, 512, 1024, 6, 32128), 76_961_152),
+    "google/t5-xl-lm-adapt": (t5("t5", 24, 2048, 5120, 32, 32128), 2_849_757_184),
+    "google/mt5-small": (t5("mt5", 8, 512, 1024, 6, 250112), 300_176_768),
+    "google/mt5-xl": (t5("mt5", 24, 2048, 5120, 32, 250112), 3_742_619_648),
 }
+AT_HAND = ("quickstart", "quickstart-pipeline", "quickstart-teacher")  # need nothing of the hub
+OWN = ("g2p", "g2p-teacher")  # need rows and a teacher of one's own
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +168,7 @@ def test_weights_here_are_loaded_and_counted_the_same(planned, tmp_path):
     few = ["data.size=200", "train.device=cpu", "teacher.cache=memory"]
     sets = [word for field in few for word in ("--set", field)]
     loaded = planned("--recipe", "quickstart", *sets)
-    shapes, _ = of_shapes(resolve(command="plan", recipe="quickstart", sets=few).recipe)
+    shapes, _ = of_shapes(resolve(command="plan", recipe="quickstart", sets=few))
     for key in ("models", "vocabulary", "steps", "memory", "step_flops", "gpus"):
         assert loaded[key] == shapes[key], key
     assert loaded["teacher_cache"]["bytes"] == shapes["teacher_cache"]["bytes"]
@@ -150,38 +177,59 @@ def test_weights_here_are_loaded_and_counted_the_same(planned, tmp_path):
 def test_a_pipeline_is_planned_stage_by_stage_from_what_its_stages_will_make(planned):
     told = planned("--recipe", "quickstart-pipeline")
     stages = told["stages"]
-    assert list(stages) == ["teacher", "student", "distill"]
+    assert list(stages) == ["teacher", "student", "distill", "eval"]
     models = stages["distill"]["models"]
     assert models["teacher"]["parameters"] == stages["teacher"]["models"]["student"]["parameters"]
     assert models["student"]["parameters"] == stages["student"]["models"]["student"]["parameters"]
     assert stages["distill"]["steps"] == 1000
 
 
-def test_every_shipped_pipeline_has_a_plan_from_the_hubs_configs_alone(configs):
-    """As typed where the hub was asked for configs before: names of the hub, nothing else in its cache."""
+@pytest.fixture(scope="module")
+def plans(configs):
+    """The plan of every shipped recipe of hub models, as typed where the hub was asked for their configs before and for
+    nothing else: by name, the object of --json and what a terminal of 80 columns shows."""
     script = (
         "import contextlib, io, json, sys\n"
         "from distillm_cli.cli.app import main\n"
-        "from distillm_cli.config.load import shipped\n"
-        "from distillm_cli.config.pipeline import is_pipeline\n"
-        "names = [n for n in shipped() if n.startswith('dolly') or (is_pipeline(n) and n != 'quickstart-pipeline')]\n"
-        "for name in names:\n"
-        "    out = io.StringIO()\n"
-        "    with contextlib.redirect_stdout(out):\n"
-        "        code = main(['plan', '--recipe', name, '--json', '--quiet'])\n"
-        "    told = json.loads(out.getvalue())\n"
-        "    print(name, code, *[s['models']['student']['parameters'] for s in told.get('stages', {}).values()])\n"
+        "for name in sys.argv[1:]:\n"
+        "    out, err = io.StringIO(), io.StringIO()\n"
+        "    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):\n"
+        "        code = main(['plan', '--recipe', name, '--json'])\n"
+        "    print(json.dumps([name, code, json.loads(out.getvalue()), err.getvalue()]))\n"
     )
-    root = str(Path(__file__).resolve().parents[2])
-    environment = {**os.environ, "PYTHONPATH": root, "HF_HUB_CACHE": str(configs / "hub"), "HF_HUB_OFFLINE": "1"}
+    names = [name for name in shipped() if name not in AT_HAND + OWN]
+    own = {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "HF_HUB_CACHE": str(configs / "hub")}
+    environment = {**os.environ, **own, "HF_HUB_OFFLINE": "1", "COLUMNS": "80"}
     environment.pop("DISTILLM_DATA", None)
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
-    told = {words[0]: words[1:] for words in map(str.split, done.stdout.splitlines())}
-    assert {"dolly-gpt2", "dolly-opt", "dolly-gpt2-pipeline", "dolly-opt-pipeline", "qwen3-pipeline"} <= set(told), done
-    assert {words[0] for words in told.values()} == {"0"}, done.stderr
-    sizes = ["1557611200", *["124439808"] * 2, *["354823168"] * 2, *["774030080"] * 2]
-    assert told["dolly-gpt2-pipeline"][1:] == sizes
-    assert told["llama-3.2-pipeline"][1:] == ["1235814400"] * 2
+    command = [sys.executable, "-c", script, *names]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    found = {name: (code, told, err) for name, code, told, err in map(json.loads, done.stdout.splitlines())}
+    assert list(found) == names, done.stderr
+    return found
+
+
+def test_every_shipped_recipe_has_a_plan_from_the_hubs_configs_alone(plans):
+    assert {code for code, _, _ in plans.values()} == {0}
+    sizes = {
+        name: [s["models"]["student"]["parameters"] for s in told["stages"].values() if "student" in s["models"]]
+        for name, (_, told, _) in plans.items()
+        if "stages" in told
+    }
+    assert sizes["dolly-gpt2-pipeline"] == [1557611200, *[124439808] * 2, *[354823168] * 2, *[774030080] * 2]
+    assert sizes["llama-3.2-pipeline"] == [1235814400] * 2
+
+
+def test_a_plan_fits_80_columns_and_names_every_unit(plans):
+    for name, (_, _, shown) in plans.items():
+        # Sentences of talk are left to the terminal to break.
+        lines = [line for line in shown.splitlines() if line[:1] in "╭│├╰"]
+        assert 0 < max(map(len, lines)) <= 80, name
+    one, stages = plans["samsum-t5"][2], plans["dolly-gpt2-pipeline"][2]
+    for told in ("24 + 24 × 2048", "8 + 8 × 512", "TFLOP", "GB", "ms"):
+        assert told in one
+    assert "not known: no tokenizer at hand; 32,128 rows in common" in one
+    for told in ("1.56 B → 124 M", "FLOP of each", "– steps", "– answers", "ms", "too large"):
+        assert told in stages
 
 
 @pytest.mark.parametrize(
@@ -194,6 +242,7 @@ def test_every_shipped_pipeline_has_a_plan_from_the_hubs_configs_alone(configs):
             "--lr with dolly-gpt2-pipeline, a recipe of stages; try --set",
         ),
         (["--data", "rows.jsonl", "--student", "random:2x32"], "rows.jsonl: no such file or directory"),
+        (["--data", "builtin", "--student", "layers:6"], "layers:6 takes layers from a teacher, and there is none"),
     ],
 )
 def test_what_cannot_be_planned_is_said_in_one_line(argv, line, capsys, monkeypatch, tmp_path):
@@ -213,3 +262,196 @@ def test_an_adapter_trains_few_weights_and_needs_little_memory(configs, planned)
     assert adapter["models"]["student"]["parameters"] == whole["models"]["student"]["parameters"] + 26 * layer
     assert adapter["memory"]["optimizer"] == 8 * 26 * layer
     assert adapter["step_flops"]["dataset"] < 0.8 * whole["step_flops"]["dataset"], "no gradients of frozen weights"
+
+
+def test_an_encoder_decoder_by_hand(plans):
+    """T5-XL → T5-small on SAMSum, 32 rows of 1,024 + 128 tokens: prompts meet the encoder and the keys and values of
+    cross-attention, responses the decoder and the head."""
+    _, told, _ = plans["samsum-t5"]
+
+    def forward(layers, width, inner, heads):
+        wide = 64 * heads
+        encoder, decoder = 4 * width * wide + 3 * width * inner, 6 * width * wide + 3 * width * inner
+        attention = 4 * wide * (1024 * 1024 + 128 * 64 + 128 * 1024)  # itself, half of the response, all of the prompt
+        return 32 * layers * (2 * (1024 * (encoder + 2 * width * wide) + 128 * decoder) + attention)
+
+    def head(width):
+        return 2 * 32 * 128 * width * 32128
+
+    teacher = forward(24, 2048, 5120, 32) + head(2048)
+    student = 3 * (forward(8, 512, 1024, 6) + head(512))
+    assert told["step_flops"]["dataset"] == pytest.approx(teacher + student, rel=1e-3)
+    assert told["step_flops"]["replay"] == pytest.approx(student + head(2048), rel=1e-3)
+    assert told["memory"]["rollout_cache"] == 32 * 8 * 1152 * 8 * 2 * 384 * 2, "the decoder's, of response and prompt"
+    assert (told["models"]["student"]["encoder_layers"], told["models"]["student"]["layers"]) == (8, 8)
+
+
+def test_flops_and_seconds_of_a_step_by_hand(plans):
+    """GPT-2 XL → GPT-2: every source of the adaptive schedule, and its time on an H200."""
+    _, told, _ = plans["dolly-gpt2"]
+    vocab, prompt, new = 50257, 256, 256
+    trunk, wide = 12 * 12 * 768**2, 48 * 12 * 1600**2
+
+    def forward(matrices, layers, width, tokens):
+        return 8 * tokens * (2 * matrices + 2 * layers * width * tokens)
+
+    learn = 3 * (forward(trunk, 12, 768, 512) + 2 * 8 * new * 768 * vocab)
+    ask = forward(wide, 48, 1600, 512) + 2 * 8 * new * 1600 * vocab
+    tell = 2 * 8 * new * 1600 * vocab
+    each = 2 * trunk + 4 * 12 * 768 * (prompt + new / 2) + 2 * 768 * vocab
+    draw = forward(trunk, 12, 768, prompt) + 8 * new * each
+    flops = {"dataset": learn + ask, "rollout": draw + ask + learn, "replay": learn + tell}
+    assert told["step_flops"] == pytest.approx(flops, rel=1e-3)
+
+    peak, bandwidth = 0.4 * 989e12, 0.6 * 4.8e12
+    optimizer = 28 * 124_439_808 / bandwidth
+    learn_s = max(learn / peak, 12 * 1.5e-3) + optimizer
+    ask_s = max(ask / peak, 48 * 0.5e-3)
+    # Eight batches are drawn side by side: weights are read once a token for all of them, keys and values once a row.
+    read = 2 * (trunk + 768 * vocab) / 8 + 8 * (prompt + new / 2) * 12 * 2 * 768 * 2
+    draw_s = max(draw / peak, new * read / bandwidth, new * 12 * 2e-4 / 8)
+    copy_s = (4 + 2) * 124_439_808 / 8 / bandwidth
+    seconds = told["gpus"]["H200"]["step_s"]
+    assert seconds["dataset"] == pytest.approx(learn_s + ask_s, rel=1e-6)
+    assert seconds["replay"] == pytest.approx(learn_s + tell / peak, rel=1e-6)
+    assert seconds["rollout"] == pytest.approx(copy_s + draw_s + ask_s + learn_s, rel=1e-6)
+
+
+def test_memory_is_what_is_in_use_at_once(plans):
+    """A step's activations are gone while the student samples: OpenLLaMA2 7 B → 3 B with an adapter fits 80 GB."""
+    told = plans["dolly-openllama-pipeline"][1]["stages"]["distill"]
+    memory = dict(told["memory"])
+    most = memory.pop("total")
+    step = sum(memory.get(p, 0) for p in ("gradients", "cast_weights", "activations", "loss", "teacher_activations"))
+    sampling = memory["rollout_weights"] + memory["rollout_cache"]
+    assert memory["rollout_weights"] == 2 * 3_426_473_600, "merged in bf16, embeddings and all"
+    assert most == sum(memory.values()) - min(step, sampling)
+    assert [told["gpus"][name]["fits"] for name in ("L40S", "A100 80GB", "H200")] == [False, True, True]
+
+
+def test_an_adapter_is_merged_into_a_copy_to_sample(configs, planned):
+    """GPT-2 with r 16: in float32 only the adapted layers are copied, in bf16 every weight."""
+    pair = ("--teacher", configs / "gpt2-xl", "--student", configs / "gpt2", "--method", "gkd")
+    memory = {
+        dtype: planned(*pair, "--lora", 16, "--dtype", dtype, "--device", "cpu")["memory"] for dtype in ("fp32", "bf16")
+    }
+    assert memory["fp32"]["rollout_weights"] == 4 * 12 * 12 * 768**2
+    assert memory["bf16"]["rollout_weights"] == 2 * 124_439_808
+    whole = planned(*pair, "--dtype", "fp32", "--device", "cpu")
+    assert "rollout_weights" not in whole["memory"], "a model that computes in its own type samples as it is"
+    off = planned("--teacher", configs / "gpt2-xl", "--student", configs / "gpt2", "--method", "kd", "--lora", 16)
+    assert not {"rollout_weights", "rollout_cache"} & off["memory"].keys()
+
+
+@pytest.mark.parametrize(
+    ("method", "sets", "sources", "kept"),
+    [
+        ("minillm", [], {"rollout", "replay"}, 4 * 8),
+        ("minillm", ["rollout.bulk=2", "train.accumulate=3"], {"rollout", "replay"}, 2 * 8 * 3),
+        ("minillm", ["schedule.inner_epochs=1"], {"rollout"}, 0),
+        ("distillm", ["schedule.capacity=77"], {"dataset", "rollout", "replay"}, 77),
+        ("gkd", [], {"dataset", "rollout"}, 0),
+        ("skd", [], {"rollout"}, 0),
+        ("distillm2", [], {"teacher+rollout"}, 0),
+        ("seqkd", [], {"teacher", "teacher_cached"}, 0),
+        ("kd", [], {"dataset"}, 0),
+    ],
+)
+def test_sources_and_kept_states_are_those_of_the_schedule(configs, planned, method, sets, sources, kept):
+    """What a buffer of student outputs holds: its capacity; under rounds, one round."""
+    words = [word for field in sets for word in ("--set", field)]
+    pair = ("--teacher", configs / "gpt2-xl", "--student", configs / "gpt2", "--set", "rollout.max_new_tokens=100")
+    told = planned("--method", method, *pair, *words)
+    assert set(told["step_flops"]) == sources
+    assert told["memory"].get("rollout_states", 0) == kept * 100 * 3200
+
+
+def test_fine_tuning_before_distillation_is_part_of_the_run(planned):
+    """200 rows of the built-in set, 16 a step: three epochs of sft at two models' fewer FLOPs, and the time of both."""
+    short = ("--set", "data.size=200", "--epochs", 2, "--device", "cpu")
+    plain = planned("--recipe", "quickstart", *short)
+    told = planned("--recipe", "quickstart", *short, "--set", "student.sft_epochs=3")
+    per_epoch = plain["steps_per_epoch"]
+    assert told["sft"]["steps"] == 3 * per_epoch
+    assert told["steps"] == plain["steps"] == 2 * per_epoch
+    assert told["sft"]["step_flops"]["dataset"] < 0.6 * told["step_flops"]["dataset"]
+    for name, gpu in told["gpus"].items():
+        assert gpu["sft_s"] == pytest.approx(3 * per_epoch * 3 * 1.5e-3, rel=0.02), "three layers, kernels decide"
+        assert gpu["run_s"] == pytest.approx([s + gpu["sft_s"] for s in plain["gpus"][name]["run_s"]])
+
+
+PIPELINE = """
+defaults:
+  data: {source: builtin, template: plain, max_length: 64, size: 400}
+  rollout: {max_new_tokens: 24}
+  eval: {max_new_tokens: 20, batch_size: 50, seeds: [1, 2, 3], limit: 30}
+stages:
+  samples: {verb: generate, model: builtin, n: 2, limit: 100}
+  student:
+    verb: sft
+    student: {path: "random:2x64", tokenizer: builtin, dtype: fp32}
+    data: {source: stage:samples}
+    train: {epochs: 1}
+  eval: {verb: eval, models: [builtin, stage:student], eval: {suites: [builtin, stage:samples]}}
+"""
+
+
+def test_stages_that_only_sample_are_counted_too(planned, tmp_path):
+    """By hand: 100 prompts answered twice, and 30 of each of two suites by two models with three seeds."""
+    (tmp_path / "three.yaml").write_text(PIPELINE)
+    stages = planned("--recipe", "three.yaml")["stages"]
+    assert [stage["verb"] for stage in stages.values()] == ["generate", "sft", "eval"]
+    samples, scores = stages["samples"], stages["eval"]
+    assert (samples["responses"], samples["new_tokens"]) == (200, 24)
+    assert (scores["responses"], scores["new_tokens"]) == (2 * 2 * 3 * 30, 20)
+    assert stages["student"]["data"]["rows"] == 100
+    assert (
+        "stage:samples is not there yet: the first 100 rows of builtin, once instead of 2 times, stand for it"
+        in (stages["student"]["notes"])
+    )
+    (model,) = samples["models"].values()
+    assert (model["layers"], model["width"]) == (4, 128)
+
+    prompt, vocab = samples["prompt_tokens"][0], 60
+    matrices = model["parts"]["trunk"] - (2 * 4 + 1) * 128  # all but the norms
+    attention = 4 * 4 * 128 * (prompt + 12)
+    read = prompt * (2 * matrices + 2 * 4 * 128 * prompt)
+    answer = read + 24 * (2 * matrices + attention + 2 * 128 * vocab)
+    assert samples["response_flops"] == pytest.approx([answer] * 2, rel=1e-3)
+    assert samples["memory"]["weights"] == 2 * model["parameters"]
+    # So small a model waits for its kernels: 4 layers and 24 tokens for each batch of 50.
+    seconds = 200 / 50 * 24 * 4 * 2e-4
+    assert samples["gpus"]["H100 SXM"]["run_s"] == pytest.approx([seconds] * 2)
+    assert scores["gpus"]["H100 SXM"]["run_s"] == pytest.approx([2 * 3 * (4 + 2) * 20 * 2e-4] * 2), (
+        "30 rows are one batch"
+    )
+
+
+def test_a_student_that_is_built_of_the_teacher_has_a_plan_without_its_weights(configs, planned):
+    def student(spec):
+        return planned("--teacher", configs / "gpt2-xl", "--student", spec)["models"]["student"]
+
+    layer = 12 * 1600**2 + 13 * 1600
+    ends = (50257 + 1024) * 1600 + 2 * 1600
+    assert student("layers:6")["parameters"] == 6 * layer + ends
+    assert (student("width:0.5")["layers"], student("width:0.5")["width"]) == (48, 800)
+    told = planned("--method", "sft", "--set", f"teacher.path={configs / 'gpt2-xl'}", "--student", "layers:0,47")
+    assert told["models"]["student"]["parameters"] == 2 * layer + ends
+    assert "teacher" not in told["models"]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5-v1.1", "bart"])
+def test_a_forward_pass_counts_what_torch_counts(family):
+    """The formula beside torch's own counter of products, in a model wide enough for attention to weigh little."""
+    wide = {"num_decoder_layers": 3} if family == "t5-v1.1" else {}
+    sides = {"d_model": 256, "d_kv": 64, "d_ff": 512, "encoder_ffn_dim": 512, "decoder_ffn_dim": 512}
+    one = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "n_embd": 256}
+    known = tiny.config(family, 101).to_dict()
+    names = {name: size for name, size in (sides | one).items() if known.get(name) is not None}
+    model = tiny.model(family, 101, **names, **wide)
+    batch = tiny.batch([(12, 8)] * 3, 101)
+    backbone = Backbone(model, tiny.tokenizer(size=101))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        backbone.hidden(batch)
+    read = 8 if backbone.is_encoder_decoder else 7  # of a response: a causal model need not read its last token
+    assert costs.forward(sizes(model), 3, 12, read, 0, 101) == pytest.approx(counter.get_total_flops(), rel=0.015)

@@ -7,6 +7,8 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from distillm_cli.cli.app import main
+from distillm_cli.cli.planning import of_shapes, survey
+from distillm_cli.config.load import resolve
 from distillm_cli.core.engine import Engine
 from tests.typed import call
 
@@ -139,6 +141,27 @@ def test_plan_shows_the_pair_and_the_end_of_the_prompt(place, capsys):
     assert (models["teacher"]["kind"], models["student"]["kind"]) == ("t5", "t5")
     assert (models["teacher"]["width"], models["student"]["layers"], models["student"]["context"]) == (48, 1, None)
     assert "<eos>" in err.replace("\n", "")
+
+
+@pytest.mark.parametrize("method", ["distillm", "minillm", "distillm2"])
+def test_the_plan_by_shapes_is_that_of_the_loaded_pair(place, method):
+    """Both stacks, the copy that samples, kept states: what is told by arithmetic alone is what loading tells."""
+    flags = {
+        "teacher.path": str(place / "teacher"),
+        "student.path": "random:1x32",
+        "data.source": "wmt14-de-en",
+        "method": method,
+        "train.device": "cpu",
+        "student.lora.r": 2,
+    }
+    sets = ["data.template=plain", "data.max_length=128", "teacher.cache=memory", "student.dtype=fp32"]
+    resolved = resolve(command="plan", recipe=None, flags=flags, sets=sets)
+    loaded, run = survey(resolved, lambda event: None)
+    assert run is not None
+    shapes, _ = of_shapes(resolved)
+    for key in ("models", "vocabulary", "steps", "sequences_per_step", "memory", "step_flops", "gpus"):
+        assert loaded[key] == shapes[key], key
+    assert {"rollout_weights", "rollout_cache"} <= loaded["memory"].keys()
 
 
 def test_a_pair_of_two_kinds_is_refused(place, tmp_path, capsys):
