@@ -82,8 +82,8 @@ class InterleavedRollouts:
         self, prompts: SequenceOf[np.ndarray], keys: SequenceOf[int], rooms: SequenceOf[int]
     ) -> list[Sampled]:
         B, horizon, rooms_B = len(prompts), max(rooms), np.array(rooms)
-        drafting_BT = np.stack([uniforms((self.seed, key), horizon) for key in keys])
-        mending_BT = np.stack([uniforms((self.seed + MENDING, key), horizon) for key in keys])
+        drafting_BT = uniforms([(self.seed, key) for key in keys], horizon)
+        mending_BT = uniforms([(self.seed + MENDING, key) for key in keys], horizon)
         stops = np.array(sorted(self.student.stop_ids), dtype=np.int64)
         tokens_BT, counts_B = np.zeros((B, horizon), dtype=np.int32), np.zeros(B, dtype=np.int64)
         complete_B = np.zeros(B, dtype=bool)

@@ -141,9 +141,8 @@ def sample(
     width: what is known of how many fit into memory; where they do not, the same outputs are made in smaller groups.
     Raises DataError where a prompt leaves no room for a single new token.
     """
-    rooms = [
-        room(len(p), sampling, decoder.context, None if limits is None else limits[i]) for i, p in enumerate(prompts)
-    ]
+    context = decoder.context
+    rooms = [room(len(p), sampling, context, None if limits is None else limits[i]) for i, p in enumerate(prompts)]
     return in_groups(
         len(prompts),
         width or Width(),
@@ -178,7 +177,7 @@ def _side_by_side(
     """rooms: most new tokens of each row, at least one."""
     B, horizon = len(prompts), max(rooms)
     lengths_B, rooms_B = np.array([len(p) for p in prompts]), np.array(rooms)
-    uniforms_BT = np.stack([uniforms(seed, horizon) for seed in seeds])
+    uniforms_BT, context = uniforms(seeds, horizon), decoder.context  # asked once: a config is slow to answer
     ngrams = None
     if sampling.no_repeat_ngram_size:
         # An encoder's text is another one than the response: a summary may quote it.
@@ -215,7 +214,7 @@ def _side_by_side(
             break
         # Dropping rows copies the cache: worth it once an eighth has finished, and due before a finished row's position
         # leaves the context.
-        outgrown = decoder.context is not None and lengths_B[live].max() + t + 2 > decoder.context
+        outgrown = context is not None and lengths_B[live].max() + t + 2 > context
         if not left.all() and (left.mean() <= 7 / 8 or outgrown):
             rows = torch.from_numpy(np.flatnonzero(left)).to(chosen.device)
             decoding.keep(rows)
@@ -267,10 +266,20 @@ def _entropy(logits_BV: Tensor) -> Tensor:
     return log_z_B - torch.linalg.vecdot(p_BV, shifted_BV.clamp_min_(torch.finfo(torch.float32).min))
 
 
-def uniforms(seed: tuple[int, int], count: int) -> np.ndarray:
-    """A row's uniforms in [0, 1): the beginning of the Philox stream of this key."""
-    key = np.array([seed[0] % 2**64, seed[1] % 2**64], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key)).random(count)
+def uniforms(seeds: SequenceOf[tuple[int, int]], count: int) -> np.ndarray:
+    """Uniforms in [0, 1), [B, count]: of each row the beginning of the Philox stream of its key.
+
+    One generator is set to each key in turn: to make a new one asks the operating system for a seed, and costs five times
+    as much as the numbers.
+    """
+    philox = np.random.Philox(key=0)
+    random, start = np.random.Generator(philox), philox.state
+    uniforms_BT = np.empty((len(seeds), count))
+    for uniforms_T, (seed, row) in zip(uniforms_BT, seeds, strict=True):
+        start["state"]["key"][:] = seed % 2**64, row % 2**64
+        philox.state = start
+        random.random(out=uniforms_T)
+    return uniforms_BT
 
 
 def room(prompt: int, sampling: Sampling, context: int | None, limit: int | None) -> int:

@@ -7,7 +7,7 @@ from scipy import stats
 
 from distillm_cli.config.schema import Rollout
 from distillm_cli.core.events import Warned
-from distillm_cli.core.rollout import SampledRollouts, sample, sample_all
+from distillm_cli.core.rollout import SampledRollouts, sample, sample_all, uniforms
 from distillm_cli.core.sampling import Sampling, choose
 from distillm_cli.errors import DataError
 from distillm_cli.models.backbone import Backbone
@@ -51,6 +51,14 @@ def test_a_token_of_probability_zero_is_never_drawn_even_at_the_ends_of_the_inte
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(3, -1)
     picks = choose(logits, Sampling(), torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64))
     assert set(picks.tolist()) <= {1, 3}
+
+
+def test_each_row_has_the_philox_stream_of_its_own_key():
+    """As from a generator made for that key alone, at the ends of the range of keys too."""
+    seeds = [(10, (7 << 32) + 3), (10, 2**63 + 1), (-1, 0), (10, 0), (2**64 - 1, 5)]
+    for (seed, row), found_T in zip(seeds, uniforms(seeds, 9), strict=True):
+        key = np.array([seed % 2**64, row % 2**64], dtype=np.uint64)
+        assert found_T.tolist() == np.random.Generator(np.random.Philox(key=key)).random(9).tolist()
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
