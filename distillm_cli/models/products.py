@@ -25,7 +25,7 @@ class Linear:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
         self.packed: torch.Tensor | None = None
-        if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and weight.numel() <= _MOST and _can_pack():
+        if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and weight.numel() <= _MOST and can_pack():
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), _ROWS)
 
     def __call__(self, x: torch.Tensor, act: nn.Module | None = None) -> torch.Tensor:
@@ -59,7 +59,7 @@ class Packs:
 
 
 @cache
-def _can_pack() -> bool:
+def can_pack() -> bool:
     """Whether this build of torch has the operators, which are torch's own compiler's, and this processor the products."""
     names = ("_is_mkldnn_bf16_supported", "_reorder_linear_weight", "_linear_pointwise")
     there = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)

@@ -31,7 +31,7 @@ _MOST_WEIGHTS = 1_000_000_000
 
 def step_of(trunk: nn.Module | None) -> Step | None:
     """The step of this model, its weights as they are now; None where none was written for it."""
-    if trunk is None or any(altered(module) for module in trunk.modules()) or not small(trunk):
+    if trunk is None or any(altered(module) for module in trunk.modules()) or not is_small(weights_of(trunk)):
         return None
     if is_gpt2(trunk):
         return Gpt2Step(trunk)
@@ -119,9 +119,13 @@ def fused_act(act: nn.Module) -> nn.Module:
     return nn.GELU(approximate="tanh") if _is(act, "NewGELUActivation") else act
 
 
-def small(trunk: nn.Module) -> bool:
-    """Whether a second copy of its weights is cheap enough."""
-    return sum(weight.numel() for weight in trunk.parameters()) <= _MOST_WEIGHTS
+def is_small(weights: int) -> bool:
+    """Whether a second copy of so many weights is cheap enough."""
+    return weights <= _MOST_WEIGHTS
+
+
+def weights_of(trunk: nn.Module) -> int:
+    return sum(weight.numel() for weight in trunk.parameters())
 
 
 def is_gpt2(trunk: nn.Module) -> bool:

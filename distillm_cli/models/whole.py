@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distillm_cli.models.cache import fits
-from distillm_cli.models.products import Packs
-from distillm_cli.models.steps import altered, fused_act, is_gpt2, is_llama, small
+from distillm_cli.models.products import Packs, can_pack
+from distillm_cli.models.steps import altered, fused_act, is_gpt2, is_llama, is_small, weights_of
 from distillm_cli.sequences import Batch
 
 # Queries of a block: its keys end where it ends, which is where a causal mask saves half of the work.
@@ -29,6 +29,8 @@ _QUERIES = 128
 # In training the blocks keep their weights, T² of them for a head, which the kernel for long sequences does not: up to
 # here that is a fraction of what else a block keeps.
 _LONGEST = 512
+
+KINDS = ("gpt2", "llama", "mistral", "qwen2", "qwen3")  # for which a pass is written out
 
 Whole = Callable[[Batch], Tensor]
 
@@ -45,10 +47,15 @@ def whole_of(trunk: nn.Module | None, packs: Packs) -> Whole | None:
         return None
     if trunk.training and getattr(trunk, "gradient_checkpointing", False):
         return None
-    packs = packs if small(trunk) else None
+    packs = packs if is_small(weights_of(trunk)) else None
     if is_gpt2(trunk):
         return _Gpt2(trunk, packs)
     return _Llama(trunk, packs) if is_llama(trunk) else None
+
+
+def has_layouts(kind: str, weights: int) -> bool:
+    """Whether the frozen bf16 weights of a model of this kind (``model_type``) and size lie here in a second layout too."""
+    return kind in KINDS and is_small(weights) and can_pack()
 
 
 class _Supervised:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from distillm_cli.cli.app import main
+from distillm_cli.models.products import can_pack
 
 GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024}
 OPT = {"model_type": "opt", "vocab_size": 50272, "max_position_embeddings": 2048}
@@ -213,3 +214,16 @@ def test_an_adapter_trains_few_weights_and_needs_little_memory(configs, planned)
     assert adapter["models"]["student"]["parameters"] == whole["models"]["student"]["parameters"] + 26 * layer
     assert adapter["memory"]["optimizer"] == 8 * 26 * layer
     assert adapter["step_flops"]["dataset"] < 0.8 * whole["step_flops"]["dataset"], "no gradients of frozen weights"
+
+
+def test_on_a_cpu_a_bf16_teacher_is_there_twice_where_its_weights_are_laid_out(configs, planned):
+    def layouts(teacher: str, device: str, dtype: str = "bf16"):
+        pair = ("--teacher", configs / teacher, "--student", configs / "gpt2", "--set", f"teacher.dtype={dtype}")
+        told = planned("--recipe", "dolly-gpt2", *pair, "--set", f"train.device={device}")
+        return told["memory"].get("teacher_layouts")
+
+    assert layouts("gpt2-medium", "cpu") == (2 * 24 * 12 * 1024**2 if can_pack() else None)
+    assert layouts("gpt2-medium", "auto") is None, "planned for a GPU"
+    assert layouts("gpt2-medium", "cpu", "fp32") is None
+    assert layouts("gpt2-xl", "cpu") is None, "too large for a second copy"
+    assert layouts("facebook/opt-125m", "cpu") is None, "no pass is written out for it"

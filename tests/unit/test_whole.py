@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from distillm_cli.models import whole
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.models.products import Packs, _can_pack
+from distillm_cli.models.products import Packs, can_pack
 from distillm_cli.sequences import collate
 from tests import tiny
 
@@ -52,6 +52,7 @@ def test_it_is_used_for_the_families_it_was_written_after(family):
     if not model.own_logits:
         model.hidden(tiny.batch(LENGTHS, VOCAB))
         assert bool(model._is_written_out) == (family in WRITTEN)
+        assert model.model.config.model_type in whole.KINDS or not model._is_written_out
 
 
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bf16 weights"])
@@ -69,7 +70,7 @@ def test_in_bfloat16_it_is_as_near_to_the_truth_as_the_trunk_itself(family, auto
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_frozen_weights_are_laid_out_once_and_anew_when_they_change(family):
-    if not _can_pack():
+    if not can_pack():
         pytest.skip("no bf16 products to lay weights out for")
     model = backbone(family, torch.bfloat16).eval().requires_grad_(False)
     batch = tiny.batch(LENGTHS, VOCAB)
@@ -99,7 +100,7 @@ def test_weights_that_train_are_never_laid_out():
 
 
 def test_gelu_inside_a_product_is_gelu_behind_it():
-    if not _can_pack():
+    if not can_pack():
         pytest.skip("no bf16 products to lay weights out for")
     weight, bias, x = torch.randn(48, 32).bfloat16(), torch.randn(48).bfloat16(), torch.randn(9, 32).bfloat16()
     product = Packs().of(weight, bias, 0, None, transposed=False)
