@@ -178,7 +178,11 @@ class Backbone(nn.Module):
 
     def _whole(self) -> Whole | None:
         """The written-out pass, where there is one for this trunk as it is now and it gives the trunk's own states."""
-        if self._is_written_out is False or (whole := whole_of(self.trunk, self._packs)) is None:
+        if self._is_written_out is False:
+            return None
+        tied = _head_weight(self.model) is self.model.get_input_embeddings().weight
+        whole = whole_of(self.trunk, self._packs, tied=tied)
+        if whole is None:
             return None
         if self._is_written_out is None:
             self._is_written_out = self._agrees(whole)

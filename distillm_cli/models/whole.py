@@ -35,9 +35,11 @@ KINDS = ("gpt2", "llama", "mistral", "qwen2", "qwen3")  # for which a pass is wr
 Whole = Callable[[Batch], Tensor]
 
 
-def whole_of(trunk: nn.Module | None, packs: Packs) -> Whole | None:
+def whole_of(trunk: nn.Module | None, packs: Packs, *, tied: bool) -> Whole | None:
     """The pass over this trunk, its weights as they are now: batch → last hidden states [N, D]; None where none was
-    written for it. packs: the layouts of frozen weights, kept from one pass to the next.
+    written for it. packs: the layouts of frozen weights, kept from one pass to the next. tied: the embedding matrix is the
+    head's, which has a dense gradient anyway: the embedding's own is then a sparse one, added to that where its tokens
+    are, and not another table of zeros.
 
     On a CPU only: elsewhere transformers' own kernels are good, and this was not measured.
     """
@@ -49,8 +51,8 @@ def whole_of(trunk: nn.Module | None, packs: Packs) -> Whole | None:
         return None
     packs = packs if is_small(weights_of(trunk)) else None
     if is_gpt2(trunk):
-        return _Gpt2(trunk, packs)
-    return _Llama(trunk, packs) if is_llama(trunk) else None
+        return _Gpt2(trunk, packs, tied)
+    return _Llama(trunk, packs, tied) if is_llama(trunk) else None
 
 
 def has_layouts(kind: str, weights: int) -> bool:
@@ -87,13 +89,13 @@ class _Supervised:
 
 
 class _Gpt2:
-    def __init__(self, trunk: nn.Module, packs: Packs | None):
-        self.trunk = trunk
+    def __init__(self, trunk: nn.Module, packs: Packs | None, tied: bool):
+        self.trunk, self.tied = trunk, tied
         self.blocks = [_Gpt2Block(block, packs, last=block is trunk.h[-1]) for block in trunk.h]
 
     def __call__(self, batch: Batch) -> Tensor:
         trunk, ids_BT = self.trunk, batch.ids_BT
-        x_BTD = trunk.drop(trunk.wte(ids_BT) + trunk.wpe(torch.arange(ids_BT.shape[1])))
+        x_BTD = trunk.drop(_embedded(trunk.wte, ids_BT, self.tied) + trunk.wpe(torch.arange(ids_BT.shape[1])))
         x_MD, supervised = x_BTD.flatten(0, 1), _Supervised(batch)
         for block in self.blocks:
             x_MD = block(x_MD, supervised)
@@ -137,14 +139,14 @@ class _Gpt2Block:
 
 
 class _Llama:
-    def __init__(self, trunk: nn.Module, packs: Packs | None):
-        self.trunk = trunk
+    def __init__(self, trunk: nn.Module, packs: Packs | None, tied: bool):
+        self.trunk, self.tied = trunk, tied
         layers = trunk.layers[: trunk.config.num_hidden_layers]
         self.layers = [_LlamaLayer(layer, packs, last=layer is layers[-1]) for layer in layers]
 
     def __call__(self, batch: Batch) -> Tensor:
         trunk, ids_BT = self.trunk, batch.ids_BT
-        x_BTD, supervised = trunk.embed_tokens(ids_BT), _Supervised(batch)
+        x_BTD, supervised = _embedded(trunk.embed_tokens, ids_BT, self.tied), _Supervised(batch)
         cos_1TW, sin_1TW = trunk.rotary_emb(x_BTD, torch.arange(supervised.T)[None])
         x_MD = x_BTD.flatten(0, 1)
         for layer in self.layers:
@@ -193,6 +195,12 @@ class _LlamaLayer:
         normed = getattr(self.layer.self_attn, norm)(states) if hasattr(self.layer.self_attn, norm) else states
         first, second = normed.chunk(2, -1)
         return (normed * cos + torch.cat([-second, first], -1) * sin).to(states.dtype)
+
+
+def _embedded(table: nn.Embedding, ids_BT: Tensor, tied: bool) -> Tensor:
+    if not tied or table.max_norm is not None or table.scale_grad_by_freq:
+        return table(ids_BT)
+    return F.embedding(ids_BT, table.weight, table.padding_idx, sparse=True)
 
 
 class _Product:

@@ -8,6 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
+from distillm_cli.config import schema
+from distillm_cli.core.criterion import CROSS_ENTROPY, Criterion
+from distillm_cli.core.objective import Objective
 from distillm_cli.models import whole
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.products import Packs, can_pack
@@ -43,7 +46,26 @@ def test_states_and_gradients_are_the_trunks_own(family, lengths):
         for states in (states_ND, expected_ND)
     )
     for name, mine, own in zip(parameters, found, expected, strict=True):
-        assert_close(mine, own, rtol=1e-9, atol=1e-11, msg=name)
+        assert_close(mine.to_dense() if mine.is_sparse else mine, own, rtol=1e-9, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt2-untied", "llama", "llama-tied"])
+def test_gradients_through_the_loss_are_dense_and_the_trunks_own_tied_or_not(family, monkeypatch):
+    """The tied matrix gets one from the head and one, sparse, from the embedding; two micro-batches add up."""
+    found = []
+    for own in (False, True):
+        model = backbone(family, **no_dropout(family)).train()
+        if own:
+            monkeypatch.setattr(Backbone, "hidden", Backbone._states)
+        objective = Objective(model, Criterion(schema.Objective()))
+        for seed in (0, 1):
+            total, tokens = objective(tiny.batch(LENGTHS, VOCAB, seed), None, CROSS_ENTROPY)
+            (total / tokens).backward()
+        assert own or model._is_written_out
+        assert all(parameter.grad.layout == torch.strided for parameter in model.parameters())
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, grad in found[0].items():
+        assert_close(grad, found[1][name], rtol=1e-9, atol=1e-11, msg=name)
 
 
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
