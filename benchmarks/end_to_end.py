@@ -1,12 +1,22 @@
 """Seconds per optimizer step of a whole adaptive run, validation and all, beside TRL's trainers on the same rows.
 
     python benchmarks/end_to_end.py --data FILE.jsonl --tokenizer DIR --work DIR \\
-        --peers PATH/trl_run.py --peers-python PATH/python [--steps 20] [--rounds 2] [--threads 2] [--json]
+        --peers PATH/trl_run.py --peers-python PATH/python [--rows 80] [--epochs 12] [--peer-steps 6] [--threads 2] [--json]
 
-Teacher GPT-2 124M, student 4 layers × 384, random weights, V = 50,257, batch 8, at most 64 new tokens, bf16. Ours: skew KL
-α = 0.1, adaptive, with φ held at --phi (a short run would not see it rise; the paper's runs spend their time between 0 and
-about 0.3), validation twice, from the training loop's own clock: rollouts, replay, teacher, optimizer and validation are in.
-Peers: TRL's GKDTrainer (λ = 1 and ½) and DistillationTrainer, from the first step's end, without validation. Rounds
+Teacher GPT-2 124M, student 4 layers × 384, random weights, V = 50,257, batch 8, at most 64 new tokens, rows of at most 400
+tokens, bf16. Everyone trains on the same --rows rows.
+
+Ours: skew KL α = 0.1 on the adaptive schedule, --epochs epochs over those rows. A run of the paper has 10 to 20 epochs, and
+what ours saves it saves after the first: the teacher is asked about a row once and its states are kept in memory, and a
+student output is scored once and replayed. A short run must have epochs too, or it measures a first epoch only. So the rows
+are few, and the rest is in proportion: a replay buffer of --capacity outputs, small enough to fill early (1,000 of the
+some 34,000 outputs that a run of 20 epochs on Dolly trains on), and a validation at the start and after each epoch, on a
+tenth as many rows as are trained on (Dolly: 1,000 beside 11,435). φ is held at --phi: a short run would not see it rise,
+and the paper's runs spend their time between 0 and about 0.3. The seconds are the training loop's own clock over all
+steps, the first included: rollouts, replay, teacher, optimizer and validations are in.
+
+Peers: TRL's GKDTrainer (λ = 1 and ½) and DistillationTrainer, --peer-steps steps on those rows, their first step left out,
+without validation. They ask the teacher in every step and keep nothing, so a step costs the same in any epoch. Rounds
 alternate; the best of each counts. Goals: 6 × DistillationTrainer, 20 × GKD λ = 1, 14 × GKD λ = ½.
 """
 
@@ -26,6 +36,7 @@ PEERS = {
     "TRL GKDTrainer λ=1": (["--trainer", "gkd", "--lmbda", "1.0"], 20),
     "TRL GKDTrainer λ=0.5": (["--trainer", "gkd", "--lmbda", "0.5"], 14),
 }
+LONGEST = 400  # tokens of a row, before a template
 SHAPES = {"teacher": (12, 768, 12), "student": (4, 384, 6)}
 MAKE = """
 import sys, torch
@@ -55,22 +66,45 @@ def pair(work: Path, tokenizer: Path) -> dict[str, str]:
     return {name: str(place) for name, place in places.items()}
 
 
-def ours(models: dict[str, str], args: argparse.Namespace) -> dict:
+def rows(args: argparse.Namespace, tokenizer: Path) -> tuple[Path, Path]:
+    """Files of the rows to train on and to validate on: the first of --data that are short enough."""
+    from transformers import AutoTokenizer
+
+    count = AutoTokenizer.from_pretrained(tokenizer)
+    kept, wanted = [], args.rows + max(1, args.rows // 10)
+    with args.data.open(encoding="utf-8") as file:
+        for line in file:
+            row = json.loads(line)
+            text = " ".join(str(row.get(key) or "") for key in ("prompt", "instruction", "input", "output"))
+            if len(count(text).input_ids) <= LONGEST:
+                kept.append(line)
+            if len(kept) == wanted:
+                break
+    if len(kept) < wanted:
+        raise SystemExit(f"{args.data} has {len(kept)} rows of at most {LONGEST} tokens, and {wanted} are needed")
+    places = args.work / "train.jsonl", args.work / "valid.jsonl"
+    for place, lines in zip(places, (kept[: args.rows], kept[args.rows :]), strict=True):
+        place.write_text("".join(lines), encoding="utf-8")
+    return places
+
+
+def ours(models: dict[str, str], train: Path, valid: Path, args: argparse.Namespace) -> dict:
     fields = [
-        "teacher.dtype=bf16", "rollout.max_new_tokens=64", f"train.eval_steps={max(1, args.steps // 2)}",
-        f"data.limit={args.steps * 16}", "data.valid_limit=64", "eval.report_rows=0", "train.select=last",
-        f"schedule.phi={args.phi}", "schedule.epsilon=100", "train.save_steps=100000", f"train.threads={args.threads}",
+        "teacher.dtype=bf16", "teacher.cache=memory", "rollout.max_new_tokens=64", "train.eval_steps=epoch",
+        f"data.valid={valid}", "eval.report_rows=0", "train.select=last", f"schedule.phi={args.phi}",
+        "schedule.epsilon=100", f"schedule.capacity={args.capacity}", "train.save_steps=100000",
+        f"train.threads={args.threads}",
     ]  # fmt: skip
     command = [sys.executable, "-m", "distillm_cli", "distill", "--teacher", models["teacher"]]
-    command += ["--student", models["student"], "--data", str(args.data), "--output", str(args.work / "run")]
-    command += ["--steps", str(args.steps), "--batch-size", "8", "--max-length", "512", "--lr", "1e-4"]
+    command += ["--student", models["student"], "--data", str(train), "--output", str(args.work / "run")]
+    command += ["--epochs", str(args.epochs), "--batch-size", "8", "--max-length", "512", "--lr", "1e-4"]
     command += ["--dtype", "bf16", "--seed", str(args.seed), "--overwrite", "--json", "--quiet", *sets(*fields)]
     return last_json(command, args.threads)
 
 
-def peer(name: str, models: dict[str, str], args: argparse.Namespace) -> float:
+def peer(name: str, models: dict[str, str], train: Path, args: argparse.Namespace) -> float:
     command = [str(args.peers_python), str(args.peers), "--teacher", models["teacher"], "--student", models["student"]]
-    command += ["--data", str(args.data), "--steps", str(args.peer_steps or args.steps), "--batch", "8"]
+    command += ["--data", str(train), "--steps", str(args.peer_steps), "--batch", "8"]
     return last_json([*command, *PEERS[name][0]], args.threads)["seconds_per_step"]
 
 
@@ -81,8 +115,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--peers", type=Path, required=True)
     parser.add_argument("--peers-python", type=Path, required=True, help="an environment with trl")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--peer-steps", type=int, help="where the peers' steps are too slow for as many")
+    parser.add_argument("--rows", type=int, default=80)
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--capacity", type=int, default=64, help="of the replay buffer")
+    parser.add_argument("--peer-steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--phi", type=float, default=0.3)
@@ -91,14 +127,15 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     models = pair(args.work, args.tokenizer)
+    train, valid = rows(args, args.tokenizer)
 
     best: dict[str, float] = {}
     drawn = {}
     for _ in range(args.rounds):
-        result = ours(models, args)
+        result = ours(models, train, valid, args)
         drawn = {name: result[f"{name}_steps"] for name in ("dataset", "rollout", "replay")}
         taken = {"distillm adaptive": result["train_s"] / result["steps"]}
-        taken |= {name: peer(name, models, args) for name in PEERS}
+        taken |= {name: peer(name, models, train, args) for name in PEERS}
         best = {name: min(best.get(name, float("inf")), seconds) for name, seconds in taken.items()}
     mine = best.pop("distillm adaptive")
     ratios = {name: seconds / mine for name, seconds in best.items()}

@@ -291,7 +291,10 @@ def main() -> None:
         serve(shape.serve, shape)
         return
     torch.set_num_threads(shape.threads)
+    from distillm_cli.cli.app import set_environment
+
     peers = Peers(shape.peers_python, shape.peers, shape) if shape.peers else None
+    set_environment()  # as the program does; the peers' process has the environment as it was
     with tempfile.TemporaryDirectory() as directory:
         ours = Ours(shape, Path(directory))
     values = ours.check()

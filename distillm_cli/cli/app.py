@@ -78,7 +78,7 @@ def _root(
 def main(argv: list[str] | None = None) -> int:
     """Run one command line (default: the process's own) and return its exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # nothing phones home
+    set_environment()
     command = get_command(app)
     if _COMPLETE in os.environ:  # a shell asks what could be typed next: typer answers and leaves
         try:
@@ -96,6 +96,14 @@ def main(argv: list[str] | None = None) -> int:
             return _BROKEN_PIPE
         return _report(error, argv)
     return 0
+
+
+def set_environment() -> None:
+    """What the libraries read from the environment, where it does not say otherwise itself."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # nothing phones home
+    # Huge pages for torch's large tensors on a CPU, where the kernel leaves that to programs: a tenth of a step. Torch
+    # reads it at its first allocation; 0 in the environment leaves it off.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 @contextmanager

@@ -102,9 +102,11 @@ def memory(run: Run) -> dict[str, int]:
     Activations: 34 values a position, layer and width, of one micro-batch of the longest rows (saved tensors, counted on
     GPT-2, OPT, Llama and Qwen 3 with attention scores not kept, are 19 to 36), or 2 with gradient checkpointing. Under
     autocast there is a copy of every matrix in the compute dtype, and while the student samples another one of every
-    weight, an adapter merged in. The loss holds its chunks and one gradient of the head.
+    weight, an adapter merged in. The loss holds its chunks and one gradient of the head. On a CPU the matrices of a bf16
+    teacher of the families with a written-out pass are there twice, once laid out for the products.
     """
     from distillm_cli.core.fused import work_bytes
+    from distillm_cli.models.whole import has_layouts
 
     recipe, student = run.recipe, run.student
     total, trainable = student.parameters["total"], student.parameters["trainable"]
@@ -127,6 +129,8 @@ def memory(run: Run) -> dict[str, int]:
         bits = {"none": 8 * run.teacher_itemsize, "8bit": 8, "4bit": 4}[recipe.teacher.quantize]  # of linear layers
         others = teacher.parameters["total"] - teacher.matrices
         parts["teacher_weights"] = others * run.teacher_itemsize + teacher.matrices * bits // 8
+        if run.device == "cpu" and run.teacher_itemsize == 2 and has_layouts(teacher.kind, teacher.parameters["total"]):
+            parts["teacher_layouts"] = teacher.matmul * run.teacher_itemsize
         parts["teacher_activations"] = positions * teacher.width * run.teacher_itemsize * 8  # one layer, no graph
     parts |= run.states or {}
     positions = run.sequences * recipe.rollout.bulk * longest

@@ -6,7 +6,7 @@ Shape letters: B sequences, T time, N supervised positions, V vocabulary, D widt
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -21,8 +21,10 @@ from distillm_cli.models import seq2seq
 from distillm_cli.models.blocks import BlockDecoding, takes_back
 from distillm_cli.models.decoding import FastDecoding, PlainDecoding, Ways, cast, close, ways
 from distillm_cli.models.modes import eval_mode
-from distillm_cli.models.products import Linear
-from distillm_cli.sequences import Batch
+from distillm_cli.models.products import Linear, Packs
+from distillm_cli.models.whole import Whole, whole_of
+from distillm_cli.sequences import Batch, collate
+from distillm_cli.sequences import Sequence as Tokens
 
 if TYPE_CHECKING:
     from distillm_cli.models.lora import Adapter
@@ -35,6 +37,8 @@ _SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_c
 
 # Random models have logits so small that a soft cap would not show; the head is checked at this magnitude too.
 _PROBE = 50.0
+
+_PROBE_TOKENS = 12  # of the longest prompt that the written-out pass is tried on
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -94,6 +98,8 @@ class Backbone(nn.Module):
         self.vocab = vocabulary_size(tokenizer) if vocab is None else vocab
         self._ways: Ways | None = None  # to decode; not known before the first decoding
         self._takes_back: bool | None = None  # so too
+        self._is_written_out: bool | None = None  # whether the pass over whole sequences is; tried before the first one
+        self._packs = Packs()
         self._scale, self._softcap = _head_quirks(model.config)
         self.own_logits = _trunk(model) is None or not isinstance(_head_weight(model), torch.Tensor)
 
@@ -162,8 +168,37 @@ class Backbone(nn.Module):
             return self.logits(batch)
         if self.is_encoder_decoder:
             return seq2seq.states(self.model, batch, self.start)
+        whole = self._whole()
+        return self._states(batch) if whole is None else whole(batch)
+
+    def _states(self, batch: Batch) -> torch.Tensor:
+        """By the trunk's own forward, which makes them at every position."""
         states = self.trunk(input_ids=batch.ids_BT, attention_mask=None, use_cache=False)[0]
         return states.flatten(0, 1).index_select(0, batch.positions_N)
+
+    def _whole(self) -> Whole | None:
+        """The written-out pass, where there is one for this trunk as it is now and it gives the trunk's own states."""
+        if self._is_written_out is False:
+            return None
+        tied = _head_weight(self.model) is self.model.get_input_embeddings().weight
+        whole = whole_of(self.trunk, self._packs, tied=tied)
+        if whole is None:
+            return None
+        if self._is_written_out is None:
+            self._is_written_out = self._agrees(whole)
+        return whole if self._is_written_out else None
+
+    @torch.no_grad()
+    def _agrees(self, whole: Whole) -> bool:
+        ids = np.arange(8 * _PROBE_TOKENS, dtype=np.int32) * 7 % self.vocab
+        sizes = [(1, 5), (_PROBE_TOKENS, 3), (4, 0), (2, _PROBE_TOKENS - 1)]
+        batch = collate([Tokens(ids[:p], ids[p : p + r]) for p, r in sizes]).to(self.device)
+        with eval_mode(self.model), torch.autocast(self.device.type, enabled=False):
+            return close(whole(batch), self._states(batch), self.model.dtype)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Backbone:
+        self._packs = Packs()  # the weights are about to become others
+        return super()._apply(fn, recurse)
 
     def head(self) -> Head:
         """What turns `hidden` into logits. Tensors are views of the live parameters, cut to `vocab` rows."""

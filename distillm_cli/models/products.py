@@ -6,6 +6,7 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 # A layout is chosen for so many rows and serves other numbers as well.
 _ROWS = 32
@@ -24,17 +25,41 @@ class Linear:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
         self.packed: torch.Tensor | None = None
-        if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and weight.numel() <= _MOST and _can_pack():
+        if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and weight.numel() <= _MOST and can_pack():
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), _ROWS)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, act: nn.Module | None = None) -> torch.Tensor:
+        """act: a function of the result; the tanh form of GELU is part of a product that is laid out."""
+        is_gelu = type(act) is nn.GELU and act.approximate == "tanh"
         if self.packed is None:
-            return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+            y = F.linear(x, self.weight, self.bias)
+        else:
+            name, form = ("gelu", "tanh") if is_gelu else ("none", "")
+            y = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, name, [], form)
+        return y if act is None or (is_gelu and self.packed is not None) else act(y)
+
+
+class Packs:
+    """Layouts of frozen weights, made when they are first asked for, and anew where a weight has changed since."""
+
+    def __init__(self):
+        self._made: dict[tuple, tuple[torch.Tensor, int, Linear]] = {}
+
+    def of(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, start: int, stop: int | None, *, transposed: bool
+    ) -> Linear | None:
+        """The product with the rows start:stop of a weight [out, in], or of its transpose; None where no layout helps."""
+        key = (id(weight), start, stop)
+        known, version, product = self._made.get(key, (None, None, None))
+        if known is not weight or version != weight._version:
+            rows = (weight.t() if transposed else weight)[start:stop]
+            product = Linear(rows, None if bias is None else bias[start:stop])
+            self._made[key] = (weight, weight._version, product)
+        return product if product.packed is not None else None
 
 
 @cache
-def _can_pack() -> bool:
+def can_pack() -> bool:
     """Whether this build of torch has the operators, which are torch's own compiler's, and this processor the products."""
     names = ("_is_mkldnn_bf16_supported", "_reorder_linear_weight", "_linear_pointwise")
     there = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)

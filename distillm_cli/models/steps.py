@@ -31,16 +31,11 @@ _MOST_WEIGHTS = 1_000_000_000
 
 def step_of(trunk: nn.Module | None) -> Step | None:
     """The step of this model, its weights as they are now; None where none was written for it."""
-    if trunk is None or any(_altered(module) for module in trunk.modules()):
+    if trunk is None or any(altered(module) for module in trunk.modules()) or not is_small(weights_of(trunk)):
         return None
-    if sum(weight.numel() for weight in trunk.parameters()) > _MOST_WEIGHTS:
-        return None
-    if _is(trunk, "GPT2Model") and all(_plain_gpt2(block) for block in trunk.h):
+    if is_gpt2(trunk):
         return Gpt2Step(trunk)
-    family = next((name for name in _LLAMAS if _is(trunk, f"{name}Model")), None)
-    if family is not None and all(_plain_llama(layer, family) for layer in trunk.layers):
-        return LlamaStep(trunk)
-    return None
+    return LlamaStep(trunk) if is_llama(trunk) else None
 
 
 class Gpt2Step:
@@ -70,7 +65,7 @@ class _Gpt2Block:
         query_BHW, key_BKW, value_BKW = qkv.unbind(1)
         layer.append(key_BKW, value_BKW)
         x_BD = x_BD + self.out(attend(query_BHW, layer.keys, layer.values, mask, self.scaling).flatten(1))
-        return x_BD + self.down(self.act(self.up(self.norm_2(x_BD))))
+        return x_BD + self.down(self.up(self.norm_2(x_BD), self.act))
 
 
 class LlamaStep:
@@ -124,6 +119,26 @@ def fused_act(act: nn.Module) -> nn.Module:
     return nn.GELU(approximate="tanh") if _is(act, "NewGELUActivation") else act
 
 
+def is_small(weights: int) -> bool:
+    """Whether a second copy of so many weights is cheap enough."""
+    return weights <= _MOST_WEIGHTS
+
+
+def weights_of(trunk: nn.Module) -> int:
+    return sum(weight.numel() for weight in trunk.parameters())
+
+
+def is_gpt2(trunk: nn.Module) -> bool:
+    """Whether trunk and blocks are GPT-2's, of transformers' own classes throughout."""
+    return _is(trunk, "GPT2Model") and all(_plain_gpt2(block) for block in trunk.h)
+
+
+def is_llama(trunk: nn.Module) -> bool:
+    """The same for Llama and the families that are written as it is."""
+    family = next((name for name in _LLAMAS if _is(trunk, f"{name}Model")), None)
+    return family is not None and all(_plain_llama(layer, family) for layer in trunk.layers)
+
+
 def _plain_gpt2(block: nn.Module) -> bool:
     attention, mlp = block.attn, block.mlp
     weights = (attention.c_attn, attention.c_proj, mlp.c_fc, mlp.c_proj)
@@ -139,7 +154,7 @@ def _plain_llama(layer: nn.Module, family: str) -> bool:
     return own and all(type(linear) is nn.Linear for linear in weights)
 
 
-def _altered(module: nn.Module) -> bool:
+def altered(module: nn.Module) -> bool:
     """Whether calling it does more than its class says: hooks, or a forward of its own as accelerate gives it."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 

@@ -128,6 +128,30 @@ def test_python_m_works_like_the_program():
     assert done.stderr == "error: distillm recipes has no command nothing; it has ls, show, cp, validate\n"
 
 
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not HUGE_PAGES.exists() or "[madvise]" not in HUGE_PAGES.read_text(), reason="needs a Linux that asks programs"
+)
+@pytest.mark.parametrize("asked", ["1", "0"])
+def test_large_tensors_lie_in_huge_pages_unless_the_environment_says_no(asked):
+    script = """
+        import contextlib, io, os, re, sys
+        from distillm_cli.cli.app import main
+        if sys.argv[1] == "0":
+            os.environ["THP_MEM_ALLOC_ENABLE"] = "0"
+        with contextlib.redirect_stdout(io.StringIO()):
+            main(["--version"])
+        import torch
+        table = torch.ones(32 << 20)
+        print(re.search(r"AnonHugePages: *([0-9]+) kB", open("/proc/self/smaps_rollup").read())[1])
+    """
+    done = python(script, asked)
+    assert done.returncode == 0, done.stderr
+    assert (int(done.stdout) >= 100 << 10) == (asked == "1")
+
+
 # --- errors -----------------------------------------------------------------------------------------------------
 
 

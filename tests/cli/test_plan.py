@@ -14,6 +14,7 @@ from distillm_cli.cli import costs
 from distillm_cli.cli.app import main
 from distillm_cli.config.load import shipped
 from distillm_cli.models.backbone import Backbone
+from distillm_cli.models.products import can_pack
 from distillm_cli.models.shapes import sizes
 from tests import tiny
 
@@ -452,6 +453,22 @@ def test_a_forward_pass_counts_what_torch_counts(family):
     batch = tiny.batch([(12, 8)] * 3, 101)
     backbone = Backbone(model, tiny.tokenizer(size=101))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        backbone.hidden(batch)
+        if backbone.is_encoder_decoder:
+            backbone.hidden(batch)
+        else:  # the family's own pass: the written-out one leaves work out where nothing is supervised
+            model.base_model(input_ids=batch.ids_BT)
     read = 8 if backbone.is_encoder_decoder else 7  # of a response: a causal model need not read its last token
     assert costs.forward(sizes(model), 3, 12, read, 0, 101) == pytest.approx(counter.get_total_flops(), rel=0.015)
+
+
+def test_on_a_cpu_a_bf16_teacher_is_there_twice_where_its_weights_are_laid_out(configs, planned):
+    def layouts(teacher: str, device: str, dtype: str = "bf16"):
+        pair = ("--teacher", configs / teacher, "--student", configs / "gpt2", "--set", f"teacher.dtype={dtype}")
+        told = planned("--recipe", "dolly-gpt2", *pair, "--set", f"train.device={device}")
+        return told["memory"].get("teacher_layouts")
+
+    assert layouts("gpt2-medium", "cpu") == (2 * 24 * 12 * 1024**2 if can_pack() else None)
+    assert layouts("gpt2-medium", "auto") is None, "planned for a GPU"
+    assert layouts("gpt2-medium", "cpu", "fp32") is None
+    assert layouts("gpt2-xl", "cpu") is None, "too large for a second copy"
+    assert layouts("facebook/opt-125m", "cpu") is None, "no pass is written out for it"
