@@ -60,7 +60,7 @@ def main() -> int:
         import torch
         from torch.profiler import ProfilerActivity, profile
 
-        from distillm_cli.cli import training
+        from distillm_cli.cli import measuring, training
         from distillm_cli.cli.app import main as distillm
         from distillm_cli.core import objective, rollout, teacher
         from distillm_cli.core.engine import Engine
@@ -74,7 +74,7 @@ def main() -> int:
     stages.watch(objective, "fused_loss", "step: fused loss, gradients of the heads included")
     stages.watch(objective.Objective, "forward", "step: student forward")
     stages.watch(torch.optim.AdamW, "step", "step: optimizer")
-    stages.watch(training._Report, "all", "report")
+    stages.watch(measuring.Report, "all", "report")
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as found:
         code = distillm([*args.command[args.command[:1] == ["--"] :], "--set", f"train.threads={args.threads}"])
     stages._tick()

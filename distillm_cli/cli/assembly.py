@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from distillm_cli.cli import outputs, sampling
@@ -22,16 +24,25 @@ from distillm_cli.core.objective import Objective
 from distillm_cli.core.replay import ReplayBuffer, Round
 from distillm_cli.core.scheduler import Scheduler
 from distillm_cli.core.teacher import Teacher
+from distillm_cli.data.ahead import Ahead
 from distillm_cli.data.batching import Examples, Order, by_length, tokenise
 from distillm_cli.data.prompts import Encoder, render
 from distillm_cli.data.sources import Rows, load_rows, overlap
 from distillm_cli.data.teacher_samples import encoded, read_beforehand
-from distillm_cli.models.backbone import Backbone
-from distillm_cli.models.loading import fingerprint, quiet
-from distillm_cli.models.pair import Pair, load_pair, resolve_device, resolve_dtype, student_again
+from distillm_cli.errors import ModelError
+from distillm_cli.models.devices import resolve_device, resolve_dtype
+from distillm_cli.models.fingerprint import fingerprint
+from distillm_cli.models.tokenizer_files import OwnTokenizers, quiet
 from distillm_cli.sequences import Sequence, collate
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from distillm_cli.models.backbone import Backbone
+    from distillm_cli.models.pair import Pair
+
 FROZEN = "frozen.txt"  # in a checkpoint: of the weights below an adapter
+_PROBED = 8  # tokens that the heads are checked on
 
 
 def frozen_digest(student: Backbone) -> str:
@@ -100,6 +111,8 @@ class Prepared:
 
     def first_weights(self) -> Mapping[str, torch.Tensor]:
         """What changes of the student, as it was before its first step."""
+        from distillm_cli.models.pair import student_again
+
         return self.begins() if self.begins else student_again(self.recipe, self.pair, torch.device("cpu")).state()
 
     def save_model(self, directory: Path) -> None:
@@ -145,15 +158,21 @@ def prepare(recipe: Recipe, listener: Listener) -> Prepared:
         for row in train_rows:
             yield from (render(row, recipe.data.template, None), row.references[0])
 
-    pair = load_pair(recipe, device=device, texts=texts, listener=listener)
-    encoder = Encoder(pair.tokenizer, recipe.data, is_encoder_decoder=pair.student.is_encoder_decoder)
-    contexts = [m.context for m in (pair.teacher, pair.student) if m is not None and m.context is not None]
-    context = min(contexts, default=None)
-    train = tokenise(train_rows, encoder, recipe.data, listener, context)
-    valid = tokenise(valid_rows, encoder, recipe.data, listener, context)
+    tokenizers = OwnTokenizers()
+    with Ahead((train_rows, valid_rows), recipe.data.template, _expected_tokenizer(recipe, tokenizers)) as ahead:
+        # Only here: it takes long to import, and the rows are tokenised meanwhile.
+        from distillm_cli.models.pair import load_pair
+
+        pair = load_pair(recipe, device=device, texts=texts, tokenizers=tokenizers, listener=listener)
+        tokenizer, ends = pair.tokenizer, ahead.ends(pair.tokenizer)
+        encoder = Encoder(tokenizer, recipe.data, is_encoder_decoder=pair.student.is_encoder_decoder, ends=ends)
+        contexts = [m.context for m in (pair.teacher, pair.student) if m is not None and m.context is not None]
+        context = min(contexts, default=None)
+        _check_heads(pair, context, listener)
+        train = tokenise(train_rows, encoder, recipe.data, listener, context, ahead)
+        valid = tokenise(valid_rows, encoder, recipe.data, listener, context, ahead)
     if recipe.train.gradient_checkpointing:
         _checkpoint_activations(pair.student)
-    _check_heads(pair, train, device, listener)
     dtype = resolve_dtype(recipe.student.dtype, device)
     begins = None
     if pair.student.adapter is not None:  # few weights: not worth loading the model under them again
@@ -163,6 +182,21 @@ def prepare(recipe: Recipe, listener: Listener) -> Prepared:
     return Prepared(
         recipe, listener, device, dtype, train_rows, valid_rows, pair, encoder, train, valid, begins, samples
     )
+
+
+def _expected_tokenizer(recipe: Recipe, tokenizers: OwnTokenizers) -> PreTrainedTokenizerBase | None:
+    """The one that the run will most likely turn out to have, read before the models are: the student's, or the teacher's
+    for a student without. None where it is asked for by name or tried out on the way (a built student's is, whether it
+    comes back as it was), and where processes of their own tokenise."""
+    if recipe.student.tokenizer is not None or recipe.student.is_built or recipe.data.workers:
+        return None
+    for model in (recipe.student, recipe.teacher):
+        try:
+            if model.path is not None:
+                return tokenizers.of(model.path, model.revision)
+        except ModelError:  # which is told when the model is loaded, after whatever else is wrong before that
+            continue
+    return None
 
 
 def new_order(recipe: Recipe, examples: Examples) -> Order:
@@ -226,10 +260,16 @@ def _checkpoint_activations(student: Backbone) -> None:
     (enable or student.model.gradient_checkpointing_enable)()
 
 
-def _check_heads(pair: Pair, train: Examples, device: torch.device, listener: Listener) -> None:
-    """One small batch through both ways to logits; where they disagree, the model's own way is used, and said."""
-    batch = collate(sorted(train.sequences, key=len)[:2]).to(device)
+def _check_heads(pair: Pair, context: int | None, listener: Listener) -> None:
+    """A few tokens through both ways to logits; where they disagree, the model's own way is used, and said.
+
+    Which tokens and how many tells nothing of a head: it does the same to every state.
+    """
+    half = max(1, min(_PROBED, context or _PROBED) // 2)
+    ids = np.arange(1, half + 1, dtype=np.int32) % pair.vocab
+    # Of two lengths, so that padding is among what is checked.
+    batch = collate([Sequence(ids, ids), Sequence(ids[: max(1, half - 1)], ids)])
     for name, model in (("teacher", pair.teacher), ("student", pair.student)):
-        if model is not None and not model.check_head(batch):
+        if model is not None and not model.check_head(batch.to(model.device)):
             kind = model.model.config.model_type
             listener(Warned(f"the {name}'s head ({kind}) is not a plain one: using the model's own logits, slower"))

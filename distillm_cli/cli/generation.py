@@ -26,7 +26,8 @@ from distillm_cli.evaluation.evaluate import fitting
 from distillm_cli.evaluation.evaluate import text_of as output_text
 from distillm_cli.evaluation.suites import Suite
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.models.loading import fingerprint, locate
+from distillm_cli.models.fingerprint import fingerprint
+from distillm_cli.models.places import locate
 from distillm_cli.ui.console import Console
 
 _BATCHES = 8  # sorted by length together, and written together: what a stopped run loses at most

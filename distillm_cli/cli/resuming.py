@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,8 +15,10 @@ from distillm_cli.config.schema import Recipe
 from distillm_cli.config.shaping import shaping
 from distillm_cli.core.checkpoint import Checkpoint, latest, read
 from distillm_cli.errors import CheckpointError
-from distillm_cli.models.backbone import Backbone
-from distillm_cli.models.loading import quiet
+from distillm_cli.models.tokenizer_files import quiet
+
+if TYPE_CHECKING:
+    from distillm_cli.models.backbone import Backbone
 
 
 def checkpoint_of(output: Path, recipe, *, started: bool = True) -> Checkpoint | None:

@@ -21,7 +21,8 @@ from distillm_cli.evaluation.evaluate import evaluate
 from distillm_cli.evaluation.metrics import METRICS
 from distillm_cli.evaluation.results import check_writable, earlier, save
 from distillm_cli.evaluation.suites import Suite, load_suites
-from distillm_cli.models.loading import fingerprint, locate
+from distillm_cli.models.fingerprint import fingerprint
+from distillm_cli.models.places import locate
 from distillm_cli.ui.console import Console
 from distillm_cli.ui.summary import table
 

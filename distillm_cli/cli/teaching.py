@@ -8,7 +8,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distillm_cli.cli.assembly import Prepared, new_order, new_replay, new_scheduler, prepare
 from distillm_cli.cli.host import available_memory
@@ -18,10 +18,12 @@ from distillm_cli.core.events import Listener, Note, Warned
 from distillm_cli.core.teacher import FirstEpoch, RowStates, Teacher
 from distillm_cli.core.teacher_cache import Key
 from distillm_cli.errors import UsageError
-from distillm_cli.models.backbone import Backbone
 from distillm_cli.sequences import Sequence, collate
 from distillm_cli.ui.console import Console
 from distillm_cli.ui.display import amount
+
+if TYPE_CHECKING:
+    from distillm_cli.models.backbone import Backbone
 
 SHARE = 0.25  # of the free memory, which `auto` may fill
 
@@ -258,8 +260,9 @@ def _held_out(run: Prepared) -> list[Sequence]:
 
 def _token_bytes(run: Prepared) -> int:
     """Of one token's state; measured, since a model may answer with its own logits in its own type."""
-    shortest = min(run.train.sequences, key=len)
-    hidden_ND = Teacher(run.pair.teacher).hidden(collate([shortest]).to(run.device), [shortest])
+    whole = run.train.sequences[0]
+    few = Sequence(whole.prompt[:1], whole.response[:1])
+    hidden_ND = Teacher(run.pair.teacher).hidden(collate([few]).to(run.device), [few])
     return hidden_ND.shape[1] * hidden_ND.element_size()
 
 

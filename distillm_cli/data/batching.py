@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import get_all_start_methods, get_context
 
 import numpy as np
 
 from distillm_cli.config.schema import Data
 from distillm_cli.core.events import Listener, Note, Progress, silent
-from distillm_cli.data.prompts import Encoder, TooLong
+from distillm_cli.data.ahead import CHUNK, Ahead
+from distillm_cli.data.prompts import BareIds, Encoder, TooLong
 from distillm_cli.data.rows import Row
 from distillm_cli.data.sources import Rows
 from distillm_cli.errors import DataError, PeerProcessError
 from distillm_cli.sequences import Sequence
-
-_CHUNK = 500  # rows tokenised in one call
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,16 +57,18 @@ def tokenise(
     data: Data,
     listener: Listener = silent,
     max_context: int | None = None,
+    ahead: Ahead | None = None,
 ) -> Examples:
     """Rows → sequences, too long ones dropped, cut or refused as ``data.too_long`` says, counted and reported.
 
-    data.workers processes tokenise when it is above 0; the result is the same. max_context: positions of the model.
-    Raises DataError when a row is refused or when no row is left.
+    data.workers processes tokenise when it is above 0; the result is the same. max_context: positions of the model. ahead:
+    where these very rows may be on their way. Raises DataError when a row is refused or when no row is left.
     """
-    chunks = [(rows[at : at + _CHUNK], at, max_context) for at in range(0, len(rows), _CHUNK)]
+    chunks = [(rows[at : at + CHUNK], at, max_context) for at in range(0, len(rows), CHUNK)]
+    taken = None if ahead is None else partial(ahead.take, rows, tokenizer=encoder.tokenizer)
     sequences, kept, left_out, truncated = [], [], [], 0
     name = str(rows) if isinstance(rows, Rows) else ""
-    for (chunk, at, _), outcomes in zip(chunks, _encoded(chunks, encoder, data.workers), strict=True):
+    for (chunk, at, _), outcomes in zip(chunks, _encoded(chunks, encoder, data.workers, taken), strict=True):
         for row, outcome in zip(chunk, outcomes, strict=True):
             if isinstance(outcome, TooLong):
                 left_out.append(outcome)
@@ -111,9 +113,12 @@ def _nothing_left(left_out: list[TooLong], limit: int) -> DataError:
 Chunk = tuple[SequenceOf[Row], int, int | None]  # rows, the number of the first, the model's context
 
 
-def _encoded(chunks: list[Chunk], encoder: Encoder, workers: int) -> Iterator[list[Sequence | TooLong]]:
+def _encoded(
+    chunks: list[Chunk], encoder: Encoder, workers: int, taken: Callable[[int], BareIds | None] | None
+) -> Iterator[list[Sequence | TooLong]]:
     if workers == 0 or len(chunks) < 2:
-        yield from (encoder.sequences(*chunk) for chunk in chunks)
+        for rows, at, context in chunks:
+            yield encoder.sequences(rows, at, context, None if taken is None else taken(at))
         return
     # Not forked from this process: a child would inherit the locks of threads that do not exist in it. A fork server
     # imports the heavy libraries once for all workers; where there is none, each worker imports them.

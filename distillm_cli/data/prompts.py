@@ -102,6 +102,47 @@ class TooLong:
     part: str
 
 
+@dataclass(frozen=True, slots=True)
+class BareIds:
+    """What a tokenizer makes of the texts of some rows, int32: no special tokens around them, nothing cut."""
+
+    prompts: list[np.ndarray]
+    responses: list[np.ndarray]
+
+
+def bare_ids(rows: SequenceOf[Row], template: str, tokenizer: Any) -> BareIds:
+    """Of each row's prompt and first reference. Raises as ``render`` does."""
+    ids = _ids(tokenizer, [*_rendered(rows, template, tokenizer), *(row.references[0] for row in rows)])
+    return BareIds(ids[: len(rows)], ids[len(rows) :])
+
+
+def _rendered(rows: SequenceOf[Row], template: str, tokenizer: Any) -> list[str]:
+    return [render(row, template, tokenizer) for row in rows]
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
+    if not texts:
+        return []
+    # verbose=False: the tokenizer would warn of its own length limit, which is not the one that counts here.
+    made = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return [np.array(ids, dtype=np.int32) for ids in made]
+
+
+Ends = tuple[list[int], list[int]]
+
+
+def find_ends(tokenizer: Any) -> Ends:
+    """The special tokens that a tokenizer puts before a text, and those it puts after one."""
+    for probe in ("a", "1", ".", "the"):
+        bare = _ids(tokenizer, [probe])[0].tolist()
+        if bare:
+            full = tokenizer(probe)["input_ids"]
+            starts = (at for at in range(len(full)) if full[at : at + len(bare)] == bare)
+            at = next(starts, None)
+            return ([], []) if at is None else (full[:at], full[at + len(bare) :])
+    return [token for token in tokenizer("")["input_ids"] if token != tokenizer.eos_token_id], []
+
+
 class Encoder:
     """Rows → token ids, the same way for training, generation and scoring.
 
@@ -111,9 +152,10 @@ class Encoder:
 
     is_encoder_decoder: prompt and response are texts of their own. The prompt ends with whatever the tokenizer puts last,
     end-of-sequence at least, as T5's encoder knows it; the response starts with whatever the tokenizer puts first.
+    ends: the tokenizer's, where they have been found.
     """
 
-    def __init__(self, tokenizer: Any, data: Data, *, is_encoder_decoder: bool = False):
+    def __init__(self, tokenizer: Any, data: Data, *, is_encoder_decoder: bool = False, ends: Ends | None = None):
         if tokenizer.eos_token_id is None:
             raise ModelError(
                 "the tokenizer has no end-of-sequence token",
@@ -125,8 +167,9 @@ class Encoder:
         self.max_length, self.max_prompt_length, self.too_long = data.max_length, data.max_prompt_length, data.too_long
         self.eos: int = tokenizer.eos_token_id
         self.is_encoder_decoder = is_encoder_decoder
-        self._start, end = self._find_ends()
-        self._end = (end or [self.eos]) if is_encoder_decoder else []
+        start, end = ends or find_ends(tokenizer)
+        self._start = np.array(start, dtype=np.int32)
+        self._end = np.array((end or [self.eos]) if is_encoder_decoder else [], dtype=np.int32)
 
     def prompt_ids(self, row: Row, limit: int | None = None) -> np.ndarray:
         """The prompt's ids, int32, at least one. limit: the model's context; DataError when the prompt is longer."""
@@ -134,20 +177,23 @@ class Encoder:
 
     def prompts(self, rows: SequenceOf[Row], limit: int | None = None) -> list[np.ndarray]:
         """``prompt_ids`` of many rows at once."""
-        forms = [_form(row, self.template) for row in rows]
-        texts = [render(row, self.template, self.tokenizer) for row in rows]
+        return self._whole(rows, _ids(self.tokenizer, _rendered(rows, self.template, self.tokenizer)), limit)
+
+    def _whole(self, rows: SequenceOf[Row], bare: list[np.ndarray], limit: int | None = None) -> list[np.ndarray]:
+        """The prompts with the special tokens around them."""
         found = []
-        for row, form, ids in zip(rows, forms, self._ids(texts), strict=True):
-            if form != "chat":
-                ids = self._start + ids
-            if self._end and ids[-len(self._end) :] != self._end:
-                ids = ids + self._end
-            if not ids:  # an all-blank prompt for a tokenizer that drops blanks; the first response token needs a state
-                ids = [self.eos if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id]
+        for row, ids in zip(rows, bare, strict=True):
+            if len(self._start) and _form(row, self.template) != "chat":
+                ids = np.concatenate((self._start, ids))
+            if len(self._end) and not np.array_equal(ids[-len(self._end) :], self._end):
+                ids = np.concatenate((ids, self._end))
+            if not len(ids):  # an all-blank prompt, blanks dropped; the first response token needs a state
+                first = self.eos if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+                ids = np.array([first], dtype=np.int32)
             if limit is not None and len(ids) > limit:
                 what = f"a prompt of {len(ids):,} tokens is longer than the context of {limit:,}"
                 raise DataError(f"{row.where}: {what}", hint="shorten it, or use a model with a longer context")
-            found.append(np.array(ids, dtype=np.int32))
+            found.append(ids)
         return found
 
     def sequence(self, row: Row, index: int, context: int | None = None) -> Sequence | TooLong:
@@ -158,15 +204,17 @@ class Encoder:
         """
         return self.sequences([row], index, context)[0]
 
-    def sequences(self, rows: SequenceOf[Row], first: int = 0, context: int | None = None) -> list[Sequence | TooLong]:
-        """``sequence`` of many rows at once, numbered from ``first``."""
+    def sequences(
+        self, rows: SequenceOf[Row], first: int = 0, context: int | None = None, bare: BareIds | None = None
+    ) -> list[Sequence | TooLong]:
+        """``sequence`` of many rows at once, numbered from ``first``. bare: their ids, where they have been made."""
         for row in rows:
             if not row.references:
                 raise DataError(f"{row.where}: no response to train on", hint="generate responses first")
-        responses = self._ids([row.references[0] for row in rows])
-        if self.is_encoder_decoder:
-            responses = [self._start + ids for ids in responses]
-        prompts = self.prompts(rows)
+        bare = bare or bare_ids(rows, self.template, self.tokenizer)
+        prompts, responses = self._whole(rows, bare.prompts), bare.responses
+        if self.is_encoder_decoder and len(self._start):
+            responses = [np.concatenate((self._start, ids)) for ids in responses]
         return [
             self._fit(row, prompt, response, index, context)
             for index, (row, prompt, response) in enumerate(zip(rows, prompts, responses, strict=True), start=first)
@@ -176,10 +224,12 @@ class Encoder:
         """The most tokens of prompt and response together."""
         return self.max_length if context is None else min(self.max_length, context)
 
-    def _fit(self, row: Row, prompt: np.ndarray, ids: list[int], index: int, context: int | None) -> Sequence | TooLong:
-        ended = row.cut or ids[-1:] == [self.eos]  # some files spell the end-of-sequence token out
-        if not (ids and ended):
-            ids = [*ids, self.eos]
+    def _fit(
+        self, row: Row, prompt: np.ndarray, ids: np.ndarray, index: int, context: int | None
+    ) -> Sequence | TooLong:
+        # Some files spell the end-of-sequence token out.
+        if not (len(ids) and (row.cut or ids[-1] == self.eos)):
+            ids = np.append(ids, np.int32(self.eos))
         P, R, limit = len(prompt), len(ids), self.limit(context)
         over = None
         if self.max_prompt_length < P:
@@ -189,11 +239,11 @@ class Encoder:
         elif limit < P + R:
             over = TooLong(row.where, P, R, limit, "row")
         if over is None:
-            return Sequence(prompt, np.array(ids, dtype=np.int32), index)
+            return Sequence(prompt, ids, index)
         if self.too_long == "error":
             raise self._refusal(over, context)
         if over.part == "row" and self.too_long == "truncate":
-            return Sequence(prompt, np.array(ids[: limit - P], dtype=np.int32), index)
+            return Sequence(prompt, ids[: limit - P].copy(), index)
         return over
 
     def _refusal(self, over: TooLong, context: int | None) -> DataError:
@@ -206,20 +256,3 @@ class Encoder:
         else:
             limit, cure = f"data.max_length is {self.max_length:,}", "raise it with --max-length"
         return DataError(f"{over.where}: {what}, but {limit}", hint=f"{cure}, or try --set data.too_long=drop")
-
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        # verbose=False: the tokenizer would warn of its own length limit, which is not the one that counts here.
-        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-
-    def _find_ends(self) -> tuple[list[int], list[int]]:
-        """The special tokens the tokenizer puts before a text, and those it puts after one."""
-        for probe in ("a", "1", ".", "the"):
-            bare = self._ids([probe])[0]
-            if bare:
-                full = self.tokenizer(probe)["input_ids"]
-                starts = (at for at in range(len(full)) if full[at : at + len(bare)] == bare)
-                at = next(starts, None)
-                return ([], []) if at is None else (full[:at], full[at + len(bare) :])
-        return [token for token in self.tokenizer("")["input_ids"] if token != self.eos], []

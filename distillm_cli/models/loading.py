@@ -1,30 +1,22 @@
-"""From a name or a directory to a config, a tokenizer, a model; whatever is wrong there becomes one line.
+"""From a name or a directory to a config, a model; whatever is wrong there becomes one line.
 
 Local directories never touch the network, and code that comes with a checkpoint is never run.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
-import transformers
-from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 
 from distillm_cli.config.schema import Lora
@@ -36,31 +28,7 @@ from distillm_cli.models.modes import eval_mode
 from distillm_cli.models.places import Place, adapters_of, lasting, locate, no_base
 from distillm_cli.models.quantize import check_quantize, in_few_bits
 from distillm_cli.models.students import adopt_special_tokens, auto_class, set_dropout
-
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
-_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.model", "tekken.json")
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """transformers and the hub say nothing below an error and draw no bars: stderr belongs to our own display."""
-    loggings = (transformers.utils.logging, huggingface_hub.utils.logging)
-    verbosities = [logging.get_verbosity() for logging in loggings]
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    for logging in loggings:
-        logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for logging, verbosity in zip(loggings, verbosities, strict=True):
-            logging.set_verbosity(verbosity)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
-
-
-def has_tokenizer(directory: Path) -> bool:
-    return any(next(directory.glob(pattern), None) for pattern in _TOKENIZERS)
+from distillm_cli.models.tokenizer_files import WEIGHTS, OwnTokenizers, not_loaded, quiet
 
 
 def load_config(path: str, *, revision: str | None = None, file: bool = False) -> PretrainedConfig:
@@ -84,52 +52,11 @@ def load_config(path: str, *, revision: str | None = None, file: bool = False) -
                 name, revision=revision, local_files_only=local, trust_remote_code=False
             )
         except Exception as error:  # a dozen types, by version; each of them means that the config is not usable
-            raise _not_loaded("config", path, local, error) from error
+            raise not_loaded("config", path, local, error) from error
     known = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
     if type(config) not in known:
         raise _not_causal(path, config)
     return config
-
-
-def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a directory or a hub name. It has an end-of-sequence token, and a pad token (that one if none)."""
-    name, local = locate(path)
-    if local and not has_tokenizer(Path(name)):
-        raise ModelError(f"{path} holds no tokenizer", hint="pass --tokenizer DIR, or bpe:SIZE, chars, words")
-    with quiet():
-        try:
-            tokenizer = _tokenizer_class(Path(name) if local else None).from_pretrained(
-                name, revision=revision, local_files_only=local, trust_remote_code=False
-            )
-        except Exception as error:
-            raise _not_loaded("tokenizer", path, local, error) from error
-    if not local and (files := _cached_beside_config(name, revision)) is not None and not has_tokenizer(files):
-        # transformers makes an empty tokenizer of the family's kind where there are no files for one.
-        raise ModelError(
-            f"no files of a tokenizer for {path!r}", hint="pass --tokenizer DIR, or bpe:SIZE, chars, words"
-        )
-    for key in ("local_files_only", "is_local", "trust_remote_code"):  # how it was loaded is no part of what is saved
-        tokenizer.init_kwargs.pop(key, None)
-    return prepare_tokenizer(tokenizer, path)
-
-
-def _cached_beside_config(name: str, revision: str | None) -> Path | None:
-    """Where the hub's cache has what was fetched of a repository; None where not even its config was."""
-    file = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
-    return Path(file).parent if isinstance(file, str) else None
-
-
-def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrainedTokenizerBase:
-    """Checks for an end-of-sequence token and arranges a pad token: supervision goes by position, so it may be the same."""
-    if tokenizer.eos_token_id is None:
-        raise ModelError(
-            "the tokenizer has no end-of-sequence token, so no response could end",
-            where=where,
-            hint="name one in its tokenizer_config.json: eos_token",
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def load_backbone(
@@ -139,12 +66,14 @@ def load_backbone(
     device: torch.device,
     revision: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizers: OwnTokenizers | None = None,
     dropout: float | None = None,
     quantize: str = "none",
     train: Lora | None = None,
     listener: Listener = silent,
 ) -> Backbone:
-    """A model with its trained weights, in eval mode. tokenizer: in place of its own. dropout: sets every one it has.
+    """A model with its trained weights, in eval mode. tokenizer: in place of its own. tokenizers: which have been read,
+    and read its own where that is not among them. dropout: sets every one it has.
 
     path: of a model, or of a LoRA adapter, which is merged into the model it belongs to. train: then it is left beside
     that, to go on training it. quantize: 8bit or 4bit; an adapter is left beside such weights too. Raises ModelError,
@@ -156,7 +85,7 @@ def load_backbone(
     config = load_config(path, revision=revision)
     adapters, base, base_revision = adapters_of(path, revision)
     own = tokenizer is None
-    tokenizer = _own_tokenizer(path, revision) if tokenizer is None else tokenizer
+    tokenizer = (tokenizers or OwnTokenizers()).of(path, revision) if tokenizer is None else tokenizer
     if dropout is not None:
         set_dropout(config, dropout, where=path)
     bits = {} if quantize == "none" else in_few_bits(quantize, dtype, device)
@@ -176,15 +105,6 @@ def load_backbone(
     return backbone
 
 
-def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Tells one set of weights from another by a few numbers of each tensor; reading all of them would take a while."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        few = tensor.detach().flatten()[:: max(1, tensor.numel() // 64)][:64]
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + few.float().cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _with_adapters(
     model: PreTrainedModel, adapters: list[Place], base: str, base_revision: str | None, train: Lora | None
 ) -> tuple[PreTrainedModel, lora.Adapter | None]:
@@ -201,20 +121,6 @@ def _with_adapters(
             put = lora.put_on if getattr(model, "is_quantized", False) else lora.merge
             model = put(model, place.name, **there)
     return model, None
-
-
-def _own_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase:
-    """A model's; an adapter's where it brings one, else that of the model it belongs to."""
-    adapters, base, base_revision = adapters_of(path, revision)
-    for place in adapters:
-        if place.local and has_tokenizer(Path(place.name)):
-            return load_tokenizer(place.name)
-        if not place.local:
-            try:
-                return load_tokenizer(place.name, revision=place.revision)
-            except ModelError:  # it has none, or none is to be had from the hub
-                continue
-    return load_tokenizer(base, revision=base_revision)
 
 
 def _load_weights(
@@ -244,7 +150,7 @@ def _load_weights(
         except Exception as error:
             if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
                 raise
-            raise _not_loaded("weights", path, local, error) from error
+            raise not_loaded("weights", path, local, error) from error
     for kind, what in (("mismatched_keys", "of another shape than its config says"), ("missing_keys", "absent")):
         if keys := sorted(str(key[0] if isinstance(key, tuple) else key) for key in report[kind]):
             more = f" and {len(keys) - 2} more" if len(keys) > 2 else ""
@@ -272,32 +178,9 @@ def check_causal(path: str, model: PreTrainedModel) -> None:
         raise _not_causal(path, model.config)
 
 
-def _tokenizer_class(directory: Path | None) -> Any:
-    """AutoTokenizer lets the model's family overrule the class that the files name; a plain tokenizer.json stays itself."""
-    if directory is None or not (directory / "tokenizer.json").is_file():
-        return AutoTokenizer
-    declared = transformers.models.auto.tokenization_auto.get_tokenizer_config(str(directory), local_files_only=True)
-    plain = declared.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
-    return PreTrainedTokenizerFast if plain else AutoTokenizer
-
-
 def _not_causal(path: str, config: PretrainedConfig) -> ModelError:
     architecture = (config.architectures or [config.model_type])[0]
     return ModelError(
         f"{path} is not a causal language model ({architecture})",
         hint="pass one that predicts the next token: GPT-2, OPT, Llama, Qwen, Gemma, … or T5, mT5",
     )
-
-
-def _not_loaded(part: str, path: str, local: bool, error: Exception) -> ModelError:
-    said = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(".")
-    if local:
-        if isinstance(error, SafetensorError):
-            said, hint = f"damaged or incomplete safetensors file ({said})", "copy or download the files again"
-        else:
-            hint = "the directory must be a model that this version of transformers knows"
-        return ModelError(f"cannot read the {part} of {path}: {said}", hint=hint)
-    hint = "pass a local directory, or check the spelling"
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        said, hint = "HF_HUB_OFFLINE is set and it is not in the cache", f"{hint}, or unset HF_HUB_OFFLINE"
-    return ModelError(f"cannot find {path!r}: no such directory here, and not from the hub: {said}", hint=hint)

@@ -1,4 +1,4 @@
-"""LoRA adapters, by peft: found, merged into their model, put onto one to train, saved and read again.
+"""LoRA adapters, by peft: merged into their model, put onto one to train, saved and read again.
 
 An adapter that trains is put into the model's own layers, in place: the model stays transformers' own class, so that
 hidden states, head and checks are what they are without one. What decodes and what is published is a plain copy with
@@ -10,7 +10,6 @@ An adapter directory is peft's: adapter_config.json, which names the model it be
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +22,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils.peft_utils import find_adapter_config_file
 
 from distillm_cli.config.schema import Lora
 from distillm_cli.errors import ModelError
@@ -31,7 +29,7 @@ from distillm_cli.errors import ModelError
 if TYPE_CHECKING:  # peft is slow to import, and most runs have no adapter
     from peft import LoraConfig, PeftModel
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 _NAME, _PREFIX = "default", "base_model.model."  # of an adapter in a model; of its weights in a file
 
 
@@ -99,24 +97,6 @@ class Adapter:
             twin._parameters["bias"] = None if base.bias is None else made(f"{name}.bias", base.bias.detach())
             plain[id(layer)] = twin
         return plain
-
-
-def base_of(name: str, *, local: bool, revision: str | None) -> tuple[str, str | None] | None:
-    """The model that an adapter (a directory, or a hub name) belongs to, and its revision; None for anything else."""
-    try:
-        file = find_adapter_config_file(name, revision=revision, local_files_only=local)
-    except Exception:  # no such repository, no network: whoever loads the model says it better
-        return None
-    if file is None:
-        return None
-    try:
-        told = json.loads(Path(file).read_text(encoding="utf-8"))
-        base = told.get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"cannot read {file}: {error}", hint="copy or download the adapter again") from error
-    if not base:
-        raise ModelError(f"{file} does not name the model it adapts", hint="add base_model_name_or_path to it")
-    return base, told.get("revision")
 
 
 def attach(model: PreTrainedModel, config: Lora, *, seed: int, base: str, revision: str | None) -> Adapter:

@@ -18,15 +18,7 @@ from distillm_cli.models import lora
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.devices import bf16_is_fast, resolve_device, resolve_dtype
 from distillm_cli.models.layers import build_from_layers, read_layers
-from distillm_cli.models.loading import (
-    check_causal,
-    has_tokenizer,
-    load_backbone,
-    load_config,
-    load_tokenizer,
-    prepare_tokenizer,
-    quiet,
-)
+from distillm_cli.models.loading import check_causal, load_backbone, load_config
 from distillm_cli.models.places import adapters_of, lasting, locate
 from distillm_cli.models.students import (
     adopt_special_tokens,
@@ -35,6 +27,13 @@ from distillm_cli.models.students import (
     parse_spec,
     read_width,
     spec_of_width,
+)
+from distillm_cli.models.tokenizer_files import (
+    OwnTokenizers,
+    has_tokenizer,
+    load_tokenizer,
+    prepare_tokenizer,
+    quiet,
 )
 from distillm_cli.models.tokenizers import is_trained_spec, put_end, train_tokenizer
 
@@ -69,25 +68,32 @@ class Pair:
 
 
 def load_pair(
-    recipe: schema.Recipe, *, device: torch.device, texts: Texts | None = None, listener: Listener = silent
+    recipe: schema.Recipe,
+    *,
+    device: torch.device,
+    texts: Texts | None = None,
+    tokenizers: OwnTokenizers | None = None,
+    listener: Listener = silent,
 ) -> Pair:
     """The recipe's teacher (frozen; none for `sft`) and student, both in eval mode, sharing tokenizer and vocabulary.
 
     A student that is built of the teacher is so for `sft` too. texts: the training texts, for a tokenizer that is trained
-    on them. Raises ModelError or UsageError.
+    on them. tokenizers: those of the models, as far as they have been read. Raises ModelError or UsageError.
     """
+    tokenizers = tokenizers or OwnTokenizers()
     for prefix, read in {"random:": parse_spec, "layers:": read_layers, "width:": read_width}.items():
         if (recipe.student.path or "").startswith(prefix):
             read(recipe.student.path)  # a slip of the pen is told before a large teacher is loaded
     teacher, is_sft = None, recipe.method == "sft"
     if recipe.teacher.path is not None and not is_sft:
-        teacher = _load_teacher(recipe.teacher, device, listener)
+        teacher = _load_teacher(recipe.teacher, device, listener, tokenizers)
     student = load_student(
         recipe.student,
         seed=recipe.train.seed,
         device=device,
         teacher=_model_for(recipe, listener) if is_sft else teacher,
         texts=texts,
+        tokenizers=tokenizers,
         max_length=recipe.data.max_length,
         listener=listener,
     )
@@ -101,7 +107,12 @@ def load_pair(
     return Pair(teacher, student, student.tokenizer, student.vocab)
 
 
-def _load_teacher(teacher: schema.Teacher, device: torch.device, listener: Listener = silent) -> Backbone:
+def _load_teacher(
+    teacher: schema.Teacher,
+    device: torch.device,
+    listener: Listener = silent,
+    tokenizers: OwnTokenizers | None = None,
+) -> Backbone:
     dtype = resolve_dtype(teacher.dtype, device)
     model = load_backbone(
         teacher.path,
@@ -109,6 +120,7 @@ def _load_teacher(teacher: schema.Teacher, device: torch.device, listener: Liste
         device=device,
         revision=teacher.revision,
         quantize=teacher.quantize,
+        tokenizers=tokenizers,
         listener=listener,
     )
     model.requires_grad_(False)
@@ -165,15 +177,17 @@ def load_student(
     teacher: Backbone | None = None,
     texts: Texts | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizers: OwnTokenizers | None = None,
     max_length: int,
     listener: Listener = silent,
 ) -> Backbone:
     """The model to train, float32 parameters, in eval mode: loaded or built, under a LoRA adapter where one is asked for.
 
-    Its tokenizer is the one given, else the one asked for, else its own, else the teacher's. max_length: tokens of the
-    longest example, which sizes the context of a model built without a teacher. seed: of random weights.
+    Its tokenizer is the one given, else the one asked for, else its own, else the teacher's. tokenizers: as of `load_pair`.
+    max_length: tokens of the longest example, which sizes the context of a model built without a teacher. seed: of random
+    weights.
     """
-    backbone = _whole_student(student, seed, device, teacher, texts, tokenizer, max_length, listener)
+    backbone = _whole_student(student, seed, device, teacher, texts, tokenizer, tokenizers, max_length, listener)
     if student.lora.r is not None:
         if backbone.adapter is None:
             base = student.path if student.is_built else lasting(student.path)
@@ -204,6 +218,7 @@ def _whole_student(
     teacher: Backbone | None,
     texts: Texts | None,
     tokenizer: PreTrainedTokenizerBase | None,
+    tokenizers: OwnTokenizers | None,
     max_length: int,
     listener: Listener,
 ) -> Backbone:
@@ -259,6 +274,7 @@ def _whole_student(
         device=device,
         revision=student.revision,
         tokenizer=tokenizer,
+        tokenizers=tokenizers,
         dropout=student.dropout,
         train=None if student.lora.r is None else student.lora,
         listener=listener,
@@ -283,8 +299,10 @@ def check_vocabularies(teacher: PreTrainedTokenizerBase, student: PreTrainedToke
 
     Raises ModelError naming the first difference.
     """
+    if student is teacher:
+        return
     ours, theirs = student.get_vocab(), teacher.get_vocab()
-    if student is teacher or ours == theirs:
+    if ours == theirs:
         return
     hint = "take a student of the teacher's family, or --student random:4x256, which uses the teacher's tokenizer"
     ours_by_id, theirs_by_id = ({i: token for token, i in vocab.items()} for vocab in (ours, theirs))

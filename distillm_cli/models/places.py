@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers.utils.peft_utils import find_adapter_config_file
+
 from distillm_cli.config.schema import BUILT
 from distillm_cli.errors import ModelError
-from distillm_cli.models import lora
 
+CONFIG = "adapter_config.json"  # what makes a directory an adapter's
 BUILTIN_TEACHER = Path(__file__).resolve().parent.parent / "assets" / "quickstart-teacher"
 
 
@@ -33,6 +36,24 @@ class Place:
     revision: str | None = None
 
 
+def base_of(name: str, *, local: bool, revision: str | None) -> tuple[str, str | None] | None:
+    """The model that an adapter (a directory, or a hub name) belongs to, and its revision; None for anything else."""
+    try:
+        file = find_adapter_config_file(name, revision=revision, local_files_only=local)
+    except Exception:  # no such repository, no network: whoever loads the model says it better
+        return None
+    if file is None:
+        return None
+    try:
+        told = json.loads(Path(file).read_text(encoding="utf-8"))
+        base = told.get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"cannot read {file}: {error}", hint="copy or download the adapter again") from error
+    if not base:
+        raise ModelError(f"{file} does not name the model it adapts", hint="add base_model_name_or_path to it")
+    return base, told.get("revision")
+
+
 def adapters_of(path: str, revision: str | None = None) -> tuple[list[Place], str, str | None]:
     """LoRA adapters, the outermost first, and what they adapt: its path and revision. For a model: none, and itself."""
     adapters: list[Place] = []
@@ -46,13 +67,11 @@ def adapters_of(path: str, revision: str | None = None) -> tuple[list[Place], st
             name, local = locate(path)
         except ModelError as error:
             raise error if not adapters else no_base(adapters[-1], path, error) from error
-        found = lora.base_of(name, local=local, revision=revision)
+        found = base_of(name, local=local, revision=revision)
         if found is None:
             return adapters, path, revision
         if any(place.name == name for place in adapters):
-            raise ModelError(
-                f"{name} is an adapter of itself", hint=f"see base_model_name_or_path in its {lora.CONFIG}"
-            )
+            raise ModelError(f"{name} is an adapter of itself", hint=f"see base_model_name_or_path in its {CONFIG}")
         adapters.append(Place(name, local, revision))
         path, revision = found
 
@@ -66,5 +85,5 @@ def lasting(path: str) -> str:
 def no_base(adapter: Place, base: str, error: ModelError) -> ModelError:
     return ModelError(
         f"{adapter.name} is an adapter of {base}, which does not load: {error.what}",
-        hint=f"put that model there, or name its new place in {adapter.name}/{lora.CONFIG} (base_model_name_or_path)",
+        hint=f"put that model there, or name its new place in {adapter.name}/{CONFIG} (base_model_name_or_path)",
     )

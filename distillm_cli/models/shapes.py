@@ -19,16 +19,10 @@ from distillm_cli.config import schema
 from distillm_cli.errors import ModelError, UsageError
 from distillm_cli.models.backbone import Backbone, vocabulary_size
 from distillm_cli.models.layers import build_from_layers
-from distillm_cli.models.loading import (
-    WEIGHTS,
-    has_tokenizer,
-    load_config,
-    load_tokenizer,
-    locate,
-    prepare_tokenizer,
-    quiet,
-)
+from distillm_cli.models.loading import load_config
+from distillm_cli.models.places import locate
 from distillm_cli.models.students import auto_class, build_random, spec_of_width, tied_from_scratch
+from distillm_cli.models.tokenizer_files import WEIGHTS, has_tokenizer, load_tokenizer, prepare_tokenizer, quiet
 from distillm_cli.models.tokenizers import is_trained_spec, train_tokenizer
 
 Texts = Callable[[], Iterator[str]]

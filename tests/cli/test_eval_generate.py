@@ -18,7 +18,7 @@ from distillm_cli.config.schema import Data, Recipe
 from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.sources import load_rows
 from distillm_cli.evaluation.suites import load_suite
-from distillm_cli.models.loading import load_tokenizer
+from distillm_cli.models.tokenizer_files import load_tokenizer
 from distillm_cli.models.tokenizers import train_tokenizer
 from tests import tiny
 

@@ -140,6 +140,18 @@ def test_nothing_heavy_is_loaded_with(root):
     assert heavy == [], "import it inside the function that needs it"
 
 
+# What a run needs later than its rows' tokens, and takes long to import.
+LATER = {"models.loading", "models.backbone", "models.pair", "evaluation.metrics"}
+
+
+def test_rows_and_tokenizer_wait_for_no_model_and_no_metric():
+    ours = {inner for inner, _ in loaded_with("cli.training", source_of)}
+    assert "models.tokenizer_files" in ours
+    assert ours & LATER == set(), "import it where it is used: the first step waits for it"
+    found = imports(source_of("models.tokenizer_files"), "distillm_cli.models.tokenizer_files")
+    assert {f.module for f in found if f.module.startswith("transformers")} == {"transformers"}
+
+
 def test_a_heavy_import_is_found_through_other_files():
     files = {
         "cli.app": "from distillm_cli.cli import distill, eval",

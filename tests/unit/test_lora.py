@@ -18,11 +18,11 @@ from distillm_cli.core.objective import Objective
 from distillm_cli.core.rollout import sample
 from distillm_cli.core.sampling import Sampling
 from distillm_cli.errors import ModelError
-from distillm_cli.models import lora
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.decoding import FastDecoding
 from distillm_cli.models.loading import load_backbone, load_config
 from distillm_cli.models.pair import load_student
+from distillm_cli.models.places import base_of
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -316,4 +316,4 @@ def test_gradient_checkpointing_reaches_the_adapter(tmp_path):
 
 
 def test_no_adapter_is_no_peft(tmp_path):
-    assert lora.base_of(tiny.save(tmp_path / "m"), local=True, revision=None) is None
+    assert base_of(tiny.save(tmp_path / "m"), local=True, revision=None) is None

@@ -1,0 +1,131 @@
+"""What a run's models do on its held-out rows: measured once they are trained, or to select checkpoints.
+
+Metrics are imported where something is scored: nobody waits for them before the first step.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+import torch
+
+from distillm_cli.cli import outputs
+from distillm_cli.cli.assembly import Prepared
+from distillm_cli.config.fields import MetricName
+from distillm_cli.config.schema import Recipe
+from distillm_cli.core.criterion import CROSS_ENTROPY, Criterion
+from distillm_cli.core.engine import Engine, eval_mode
+from distillm_cli.core.objective import Objective
+from distillm_cli.evaluation.suites import HELD_OUT, Suite
+from distillm_cli.ui.console import Console
+
+if TYPE_CHECKING:
+    from distillm_cli.evaluation.evaluate import SuiteResult
+    from distillm_cli.models.backbone import Backbone
+
+# Before anything; after the fine-tuning stage, where there is one; at the end.
+BEFORE, FINE_TUNED, AFTER, TEACHER = "student before", "student after sft", "student after", "teacher"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one model did on the held-out rows: its figures, and what it answered to the first of them."""
+
+    valid_loss: float | None
+    scores: dict[str, float]
+    answers: list[str]
+
+
+def needs_metric(recipe: Recipe) -> bool:
+    """Whether checkpoints are selected by what a metric says of generated answers."""
+    return recipe.train.select in get_args(MetricName)
+
+
+class Report:
+    """Student before, student after and teacher on the same held-out rows, one pass of generation each.
+
+    All of it after the last step, so that nobody waits for it before the first: the student's first weights are loaded or
+    built again, and so is the teacher where it has left memory. Figures and answers are kept under ``directory``. After a
+    fine-tuning stage the student before is the one before that, and the fine-tuned one has a name of its own: both were
+    measured then.
+    """
+
+    def __init__(self, run: Prepared, directory: Path, ui: Console):
+        config, self.run, self.directory, self.ui = run.recipe.eval, run, directory, ui
+        rows = run.valid.rows[: config.report_rows]
+        self.suite = Suite(HELD_OUT, list(rows), run.valid_rows.name)
+        metrics = dict.fromkeys([*config.metrics, *([run.recipe.train.select] if needs_metric(run.recipe) else [])])
+        self.config = config.model_copy(update={"seeds": config.seeds[:1], "metrics": tuple(metrics)})
+
+    def all(self, engine: Engine) -> dict[str, Measured]:
+        from distillm_cli.models.pair import teacher_again
+
+        run = self.run
+        engine.optimizer.state.clear()  # its work is done, and the teacher may be needed once more
+        found = {AFTER: self._measure(run.student, AFTER, _valid_loss(run.student, engine))}
+        if run.pair.teacher is not None:
+            has_left = engine.teacher.has_left
+            teacher = teacher_again(run.recipe, run.pair, run.device) if has_left else run.pair.teacher
+            found[TEACHER] = self._measure(teacher, TEACHER, _valid_loss(teacher, engine))
+        if run.recipe.student.sft_epochs:
+            return found | self._of_stage({BEFORE: BEFORE, AFTER: FINE_TUNED})
+        with run.as_at_start() if self.suite.rows else nullcontext():
+            found[BEFORE] = self._measure(run.student, BEFORE, engine.at.first_valid_loss)
+        return found
+
+    def _measure(self, model: Backbone, name: str, valid_loss: float | None) -> Measured:
+        result = self._generate(model, name) if self.suite.rows else None
+        scores = {} if result is None else {metric: score.mean for metric, score in result.scores.items()}
+        answers = [] if result is None else next(iter(result.outputs.values()))
+        return self._keep(name, Measured(valid_loss, scores, answers))
+
+    def _of_stage(self, names: dict[str, str]) -> dict[str, Measured]:
+        """What the stage before measured, as far as it is there still, kept here too. names: there → here."""
+        place = self.directory.parents[1] / outputs.SFT / outputs.EVAL / self.directory.name
+        files = {here: place / _file(there) for there, here in names.items()}
+        return {
+            here: self._keep(here, Measured(**json.loads(file.read_text(encoding="utf-8"))))
+            for here, file in files.items()
+            if file.is_file()
+        }
+
+    def _keep(self, name: str, measured: Measured) -> Measured:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        outputs.write_text(self.directory / _file(name), json.dumps(vars(measured), ensure_ascii=False, indent=1))
+        return measured
+
+    def score(self) -> dict[str, float]:
+        """The figure that selects checkpoints, for the student as it is now."""
+        result = self._generate(self.run.student, "validating")
+        return {metric: score.mean for metric, score in result.scores.items()}
+
+    def _generate(self, model: Backbone, name: str) -> SuiteResult:
+        from distillm_cli.evaluation.evaluate import evaluate  # with its metrics, whose libraries take long to import
+
+        with eval_mode(model):
+            return evaluate(model, self.run.encoder, self.suite, self.config, _titled(self.ui, name))
+
+
+def _file(name: str) -> str:
+    return f"{name.replace(' ', '-')}.json"
+
+
+def _titled(ui: Console, name: str):
+    """Scoring's progress, with the name of who is scored."""
+
+    def listener(event) -> None:
+        task = getattr(event, "task", None)
+        ui(event if task is None else type(event)(name, event.done, event.total, event.unit))
+
+    return listener
+
+
+def _valid_loss(model: Backbone, engine: Engine) -> float:
+    """Mean cross-entropy per token on the validation rows, nats: the student's own measure, for any model."""
+    objective = Objective(model, Criterion(None), matmul_dtype=engine.objective.matmul_dtype)
+    with eval_mode(objective), torch.no_grad():
+        return engine.mean_over_validation(CROSS_ENTROPY, objective)

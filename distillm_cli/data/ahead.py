@@ -1,0 +1,78 @@
+"""Tokenising begun ahead: rows become token ids in a thread of its own, while this one imports and loads the models.
+
+Nothing is decided here. What limits, ends and drops a row is known only with the models, so only the bare ids are made
+ahead, and whoever needs them takes them chunk by chunk.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from distillm_cli.data.prompts import BareIds, Ends, bare_ids, find_ends
+from distillm_cli.data.rows import Row
+
+T = TypeVar("T")
+
+CHUNK = 500  # rows tokenised in one call
+_NICE = 10
+
+
+class Ahead:
+    """The bare ids of all rows of some sources, on their way. To be used as a context: leaving it ends the work.
+
+    tokenizer: None makes nothing. Inside the context it may be asked and saved elsewhere, but must tokenise nothing: it
+    changes settings of its own before each text, and that is an error while another thread is in it. It releases the
+    interpreter's lock while it works, and the thread ends between chunks, so neither imports nor Ctrl-C wait long for it.
+    """
+
+    def __init__(self, sources: Iterable[SequenceOf[Row]], template: str, tokenizer: Any | None):
+        self._tokenizer, self._template = tokenizer, template
+        self._sources = list(sources)  # held, since they are known by their identity
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="tokenising", initializer=_step_back)
+        self._ends: Future[Ends] | None = None
+        self._chunks: dict[tuple[int, int], Future[BareIds]] = {}
+
+    def __enter__(self) -> Ahead:
+        if self._tokenizer is not None:
+            self._ends = self._pool.submit(find_ends, self._tokenizer)
+            for rows in self._sources:
+                for at in range(0, len(rows), CHUNK):
+                    task = (bare_ids, rows[at : at + CHUNK], self._template, self._tokenizer)
+                    self._chunks[id(rows), at] = self._pool.submit(*task)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def ends(self, tokenizer: Any) -> Ends | None:
+        """What this tokenizer puts around a text; None as of ``take``."""
+        return self._made(self._ends, tokenizer)
+
+    def take(self, rows: SequenceOf[Row], at: int, tokenizer: Any) -> BareIds | None:
+        """Those of the chunk of ``rows`` that begins at ``at``, once; waits for them.
+
+        None where they are not made, or of another tokenizer, or could not be made. What was wrong is not told here: whoever
+        then makes them meets it again, in its own turn. From then on nothing is made ahead.
+        """
+        return self._made(self._chunks.pop((id(rows), at), None), tokenizer)
+
+    def _made(self, found: Future[T] | None, tokenizer: Any) -> T | None:
+        if found is not None and tokenizer is self._tokenizer and not found.cancelled() and found.exception() is None:
+            return found.result()
+        self._pool.shutdown(cancel_futures=True)
+        return None
+
+
+def _step_back() -> None:
+    """This thread, and those that the tokenizer starts from it, take the time that nobody else wants: on few cores they
+    would keep the imports waiting, and the models' threads, which wait for one another, longer still."""
+    if sys.platform == "linux":  # elsewhere a thread has no priority of its own to set
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
