@@ -6,13 +6,9 @@ ahead, and whoever needs them takes them chunk by chunk.
 
 from __future__ import annotations
 
-import os
-import sys
-import threading
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from typing import Any, TypeVar
 
 from distillm_cli.data.prompts import BareIds, Ends, bare_ids, find_ends
@@ -21,7 +17,6 @@ from distillm_cli.data.rows import Row
 T = TypeVar("T")
 
 CHUNK = 500  # rows tokenised in one call
-_NICE = 10
 
 
 class Ahead:
@@ -35,7 +30,7 @@ class Ahead:
     def __init__(self, sources: Iterable[SequenceOf[Row]], template: str, tokenizer: Any | None):
         self._tokenizer, self._template = tokenizer, template
         self._sources = list(sources)  # held, since they are known by their identity
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="tokenising", initializer=_step_back)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="tokenising")
         self._ends: Future[Ends] | None = None
         self._chunks: dict[tuple[int, int], Future[BareIds]] = {}
 
@@ -68,11 +63,3 @@ class Ahead:
             return found.result()
         self._pool.shutdown(cancel_futures=True)
         return None
-
-
-def _step_back() -> None:
-    """This thread, and those that the tokenizer starts from it, take the time that nobody else wants: on few cores they
-    would keep the imports waiting, and the models' threads, which wait for one another, longer still."""
-    if sys.platform == "linux":  # elsewhere a thread has no priority of its own to set
-        with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
