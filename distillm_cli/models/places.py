@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import huggingface_hub
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from distillm_cli.config.schema import BUILT
@@ -36,8 +38,27 @@ class Place:
     revision: str | None = None
 
 
+@functools.cache
+def hub_is_there() -> bool:
+    """Whether the hub answers; asked once, and not where HF_HUB_OFFLINE is set.
+
+    Where it does not, this process goes on as under HF_HUB_OFFLINE: what was downloaded before is read. The hub's client
+    would try each file of a model six times, for half a minute each.
+    """
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10, follow_redirects=False)
+    except Exception:  # name resolution, refusal, a proxy, a certificate: whatever it is, nothing can be fetched
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        return False
+    return True
+
+
 def base_of(name: str, *, local: bool, revision: str | None) -> tuple[str, str | None] | None:
     """The model that an adapter (a directory, or a hub name) belongs to, and its revision; None for anything else."""
+    if not local:
+        hub_is_there()
     try:
         file = find_adapter_config_file(name, revision=revision, local_files_only=local)
     except Exception:  # no such repository, no network: whoever loads the model says it better

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from distillm_cli.errors import ModelError
-from distillm_cli.models.places import adapters_of, locate
+from distillm_cli.models.places import adapters_of, hub_is_there, locate
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.model", "tekken.json")
@@ -174,6 +175,8 @@ def not_loaded(part: str, path: str, local: bool, error: Exception) -> ModelErro
             hint = "the directory must be a model that this version of transformers knows"
         return ModelError(f"cannot read the {part} of {path}: {said}", hint=hint)
     hint = "pass a local directory, or check the spelling"
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
+    if os.environ.get("HF_HUB_OFFLINE") and huggingface_hub.constants.HF_HUB_OFFLINE:
         said, hint = "HF_HUB_OFFLINE is set and it is not in the cache", f"{hint}, or unset HF_HUB_OFFLINE"
+    elif not hub_is_there():
+        said = f"{huggingface_hub.constants.ENDPOINT} cannot be reached, and it is not in the cache"
     return ModelError(f"cannot find {path!r}: no such directory here, and not from the hub: {said}", hint=hint)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -204,3 +207,29 @@ def test_gpt2s_own_tokenizer_files(shared_data):
     assert vocabulary_size(tokenizer) == 50_257
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 50_256
     assert tokenizer.decode(tokenizer("### Response:\n don't").input_ids) == "### Response:\n don't"
+
+
+def test_without_a_network_what_was_downloaded_before_loads_and_the_rest_is_refused_at_once(tmp_path):
+    """In a process of its own: not reaching the hub lasts as long as the process."""
+    snapshot = tmp_path / "hub" / "models--someone--tiny" / "snapshots" / "0"
+    tiny.save(snapshot)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("0")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+    env |= {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_ENDPOINT": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1"}
+    program = """
+import torch
+from distillm_cli.errors import ModelError
+from distillm_cli.models.loading import load_backbone
+print(load_backbone("someone/tiny", dtype=torch.float32, device=torch.device("cpu")).vocab)
+try:
+    load_backbone("someone/else", dtype=torch.float32, device=torch.device("cpu"))
+except ModelError as error:
+    print(error.what)
+"""
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    vocab, refusal = done.stdout.splitlines()
+    assert int(vocab) == VOCAB
+    assert refusal.endswith("http://127.0.0.1:9 cannot be reached, and it is not in the cache")
+    assert "Retry" not in done.stderr, "the hub's client tries every file six times, for half a minute"
