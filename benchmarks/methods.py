@@ -28,7 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tasks
@@ -162,8 +162,8 @@ class Bench:
         found: dict[str, list[float]] = {}
         for turn in range(2):
             for name, argv in ALL.items():
-                # The middle rate: cost does not depend on it. Nothing is scored.
-                wanted = (argv, self.seeds[0], self.task.grid[1], COST_STEPS, None, f"cost{turn}")
+                # Any rate: cost does not depend on it. Nothing is scored.
+                wanted = (argv, self.seeds[0], self.task.grid[-1], COST_STEPS, None, f"cost{turn}")
                 outcome = self.each(lambda *of: self.task.train(*of, more=NO_REPORT), [wanted])[0]
                 if outcome is not None:
                     found.setdefault(name, []).append(outcome[1]["train_s"] / COST_STEPS)
@@ -340,6 +340,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12])
     parser.add_argument("--steps", type=int, default=1000, help="of a G2P run")
+    parser.add_argument("--grid", nargs="+", metavar="LR", help="of learning rates, instead of the task's own")
     parser.add_argument("--seconds", type=float, default=60.0, help="of a run in `seconds`")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     parser.add_argument("--threads", type=int, default=1, help="of each run")
@@ -349,6 +350,7 @@ def main() -> None:
     figures: dict[str, tuple[Bench, dict, dict]] = {}
 
     def open_bench(task: Task, seeds: list[int]) -> Bench:
+        task.grid = tuple(args.grid or task.grid)
         bench = Bench(task, seeds, args.jobs, args.report)
         if not args.report:
             bench.prepare()
@@ -363,10 +365,11 @@ def main() -> None:
         if "g2p" in parts:
             figures["g2p"] = (bench, *compare(bench, blocks))
         if "ablations" in parts:
-            runs = bench.ablations()
-            scores = bench.scored(runs)
-            blocks["g2p: ablations"] = ablations_table(bench, runs, scores)
-            figures["ablations"] = (bench, runs, scores)
+            two = Bench(replace(bench.task, passes=("T=1", "greedy")), args.seeds, args.jobs, args.report)
+            runs = two.ablations()
+            scores = two.scored(runs)
+            blocks["g2p: ablations"] = ablations_table(two, runs, scores)
+            figures["ablations"] = (two, runs, scores)
         if "seconds" in parts:
             runs = bench.equal_seconds(args.seconds)
             scores = bench.scored(runs)
