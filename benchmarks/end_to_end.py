@@ -24,12 +24,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-from lab import sets
+from lab import last_json, sets
 
 PEERS = {
     "TRL DistillationTrainer": (["--trainer", "distillation"], 6),
@@ -48,14 +47,6 @@ config = GPT2Config(vocab_size=50257, n_layer=layers, n_embd=width, n_head=heads
 GPT2LMHeadModel(config).save_pretrained(out)
 AutoTokenizer.from_pretrained(tokenizer).save_pretrained(out)
 """
-
-
-def last_json(command: list[str], threads: int) -> dict:
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def pair(work: Path, tokenizer: Path) -> dict[str, str]:

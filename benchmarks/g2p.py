@@ -35,16 +35,18 @@ PASSES = {"greedy": ["--greedy"], "T=1": [*SAMPLED, "1"], "T=0.5": [*SAMPLED, "0
 
 
 class Lab:
-    """One working directory, one teacher, and the runs made from it."""
+    """One working directory, one teacher, and the runs made from it. passes: ways of decoding, as flags of ``eval``."""
+
+    passes = PASSES
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.work, self.data = args, args.work.resolve(), str(args.data.resolve())
         self.pool = ThreadPoolExecutor(args.jobs)
         fields = [
-            f"train.threads={args.threads}", "data.template=plain", "train.warmup=0.05", "rollout.max_new_tokens=32",
-            "train.select=last", "train.eval_steps=250", "train.save_steps=100000", "eval.max_new_tokens=32",
-            "eval.no_repeat_ngram_size=0", "eval.metrics=[error_rate, exact_match]", "eval.report_rows=1000",
-            "eval.greedy=true", "eval.batch_size=250",
+            f"train.threads={args.threads}", "data.template=plain", "data.bucket=1", "train.warmup=0.05",
+            "rollout.max_new_tokens=32", "train.select=last", "train.eval_steps=250", "train.save_steps=100000",
+            "eval.max_new_tokens=32", "eval.no_repeat_ngram_size=0", "eval.metrics=[error_rate, exact_match]",
+            "eval.report_rows=1000", "eval.greedy=true", "eval.batch_size=250",
         ]  # fmt: skip
         self.common = ["--data", self.data, "--batch-size", "64", "--max-length", "64", "--dtype", "fp32"]
         self.common += ["--device", "cpu", *sets(*fields)]
@@ -76,14 +78,17 @@ class Lab:
 
     def score(self, place: Path, name: str) -> dict:
         """Test figures of one model in one way of decoding."""
-        found = place.with_name(f"{place.name}.test-{name}")
-        suite = ["--suite", str(Path(self.data) / "test.jsonl")]
-        suite += ["--batch-size", "250", "--max-new-tokens", "32"]
+        return self.scores(place, name, "test")["test"]
+
+    def scores(self, place: Path, name: str, *splits: str) -> dict[str, dict]:
+        """Figures of one model on these splits, in one way of decoding."""
+        found = place.with_name(f"{place.name}.{'-'.join(splits)}-{name}")
+        suites = [word for split in splits for word in ("--suite", str(Path(self.data) / f"{split}.jsonl"))]
+        suites += ["--batch-size", "250", "--max-new-tokens", "32"]
         metrics = ["--metric", "error_rate", "--metric", "exact_match", *sets("eval.no_repeat_ngram_size=0")]
         more = ["--dtype", "fp32", *sets("data.template=plain"), "--output", str(found)]
-        result = self.run(found, ["eval", str(place), *suite, *metrics, *PASSES[name], *more])
-        (suite_result,) = result["suites"].values()
-        return suite_result
+        result = self.run(found, ["eval", str(place), *suites, *metrics, *self.passes[name], *more])
+        return dict(zip(splits, result["suites"].values(), strict=True))
 
     def map(self, function, items: list) -> list:
         return list(self.pool.map(lambda item: function(*item), items))

@@ -10,17 +10,26 @@ import sys
 from pathlib import Path
 
 
-def run(place: Path, argv: list[str], threads: int) -> dict:
-    """``distillm ARGV --json``; the result object is kept in ``PLACE.json`` and read back the next time."""
+def last_json(command: list[str], threads: int) -> dict:
+    """Runs a command and reads its last line; what it says on stderr is shown only when it fails."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def kept(place: Path, command: list[str], threads: int) -> dict:
+    """``last_json`` of a command; kept in ``PLACE.json`` and read back the next time."""
     found = place.with_name(place.name + ".json")
     if not found.exists():
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-m", "distillm_cli", *argv, "--json", "--quiet"]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if done.returncode:
-            raise SystemExit(f"distillm {' '.join(argv)}\n{done.stderr}")
-        found.write_text(done.stdout)
+        found.write_text(json.dumps(last_json(command, threads)) + "\n")
     return json.loads(found.read_text())
+
+
+def run(place: Path, argv: list[str], threads: int) -> dict:
+    """``distillm ARGV --json``, kept."""
+    return kept(place, [sys.executable, "-m", "distillm_cli", *argv, "--json", "--quiet"], threads)
 
 
 def sets(*fields: str) -> list[str]:

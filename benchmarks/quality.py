@@ -1,0 +1,278 @@
+"""Seconds until our student is as good as the one that each of TRL's trainers ends with, on G2P (letters → phonemes).
+
+    python benchmarks/quality.py --data DIR --work DIR --peers-python PYTHON [--seeds 10] [--steps 300] [--json]
+
+Everyone has the same teacher, the same start (one epoch of SFT, see ``g2p.py``), rows, batch of 64, tokens, sampling
+temperature 1, AdamW, clipping, cosine after 5 % warm-up, threads, and a live teacher: nothing it says is known beforehand.
+Peers (``peers_trl.py``): GKDTrainer λ = 1 and ½, DistillationTrainer, all β = 0.1, for --steps. Ours: ``distill``, whole
+runs of --budgets steps each with its own schedule: ``distillm`` (skew KL, adaptive) and ``gkd`` (the peers' algorithm).
+
+1. autocast, fp32 or bf16: whichever makes 20 steps faster (best of three, in turns), for each trainer by itself
+2. learning rate, on the first seed, from one grid, after --steps (peers) or --probe steps (ours): the lowest phoneme error
+   rate (PER) on validation rows, sampled and greedy averaged
+3. per seed the peers' students and ours of each budget, in turns; 2,000 test rows, greedy and at T = 1 (mean of five passes)
+4. per peer the smallest budget of ours from which on every budget's test PER, mean over the seeds, is at most the
+   peer's; the least seconds of --rounds runs of both, in turns, and their ratio. Goal: 4.3
+
+Seconds are the training loop's on both sides: the start-up (imports, models, tokenising) is in neither, our two validations
+are in ours. Runs are resumable by their result files. Wants a machine (or a core: ``taskset``) of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import ClassVar
+
+from g2p import Lab
+from lab import kept, mean_sd, sets
+
+PEERS = {
+    "TRL GKDTrainer λ=1": ["--trainer", "gkd", "--lmbda", "1.0"],
+    "TRL GKDTrainer λ=0.5": ["--trainer", "gkd", "--lmbda", "0.5"],
+    "TRL DistillationTrainer": ["--trainer", "distillation"],
+}
+OURS = {"distillm": ["--method", "distillm"], "gkd": ["--method", "gkd"]}
+GOAL = 4.3
+TRIALS, TRIAL_STEPS = 3, 20
+WAYS = ("T=1", "greedy")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run. again: how often it was made before, for its seconds."""
+
+    name: str
+    seed: int
+    lr: str
+    steps: int
+    dtype: str
+    again: int = 0
+
+    @property
+    def file(self) -> str:
+        letters = "".join(c if c.isalnum() or c == "." else "-" for c in self.name.replace("λ=", "l"))
+        again = f"-again{self.again}" if self.again else ""
+        return f"{letters}-{self.seed}-{self.lr}-{self.steps}-{self.dtype}{again}"
+
+
+class Quality(Lab):
+    """The laboratory of ``g2p.py``, with peers in it and a teacher that is asked live."""
+
+    passes: ClassVar = {"T=1": ["--temperature", "1"], "greedy": ["--greedy"]}
+
+    def __init__(self, args: argparse.Namespace):
+        super().__init__(args)
+        self.rows = self.work / "rows.jsonl"
+
+    def write_rows(self) -> None:
+        """The training rows as our runs see them: the prompt's text and the ids of prompt and response."""
+        if self.rows.exists():
+            return
+        from transformers import AutoTokenizer
+
+        from distillm_cli.config.schema import Data
+        from distillm_cli.data.prompts import Encoder, render
+        from distillm_cli.data.sources import load_rows
+
+        data = Data(source=self.data, template="plain", max_length=64)
+        tokenizer = AutoTokenizer.from_pretrained(self.teacher())
+        rows = load_rows(data, "train")
+        lines = [
+            {
+                "prompt": render(row, data.template, tokenizer),
+                "prompt_ids": sequence.prompt.tolist(),
+                "response_ids": sequence.response.tolist(),
+            }
+            for row, sequence in zip(rows, Encoder(tokenizer, data).sequences(rows), strict=True)
+        ]
+        self.rows.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+    def train_one(self, run: Run) -> dict:
+        """The run's result; its student is in ``self.place(run)``."""
+        place, start, teacher = self.place(run), str(self.start(run.seed)), str(self.teacher())
+        pair = ["--teacher", teacher, "--student", start, "--output", str(place)]
+        pair += ["--steps", str(run.steps), "--lr", run.lr, "--seed", str(run.seed)]
+        if run.name in PEERS:
+            script = [self.args.peers_python, str(Path(__file__).with_name("peers_trl.py")), *PEERS[run.name]]
+            how = ["--rows", str(self.rows), "--dtype", run.dtype, "--threads", str(self.args.threads)]
+            return kept(place, [*script, *pair, *how], self.args.threads)
+        fields = ["eval.report_rows=0", "teacher.cache=off"]
+        fields += [f"teacher.dtype={run.dtype}", f"student.dtype={run.dtype}"]
+        return self.run(place, ["distill", *OURS[run.name], *pair, "--overwrite", *self.common, *sets(*fields)])
+
+    def place(self, run: Run) -> Path:
+        return self.work / run.file
+
+    def error_rates(self, place: Path) -> dict[str, dict[str, float]]:
+        """PER in percent by split and way of decoding."""
+        found = {way: self.scores(place, way, "valid", "test") for way in WAYS}
+        return {split: {way: found[way][split]["error_rate"]["mean"] for way in WAYS} for split in ("valid", "test")}
+
+    def faster_dtype(self, name: str) -> str:
+        """The autocast with the least seconds for a few steps, of several runs in turns."""
+        first, lr = self.args.seeds[0], self.args.grid[0]
+        trials: dict[str, float] = {}
+        for again in range(TRIALS):
+            for dtype in ("fp32", "bf16"):
+                seconds = self.train_one(Run(name, first, lr, TRIAL_STEPS, dtype, again))["train_s"]
+                trials[dtype] = min(trials.get(dtype, seconds), seconds)
+        say(
+            f"{name}: {TRIAL_STEPS} steps, least of {TRIALS}: " + ", ".join(f"{d} {s:.2f} s" for d, s in trials.items())
+        )
+        return min(trials, key=trials.get)
+
+    def best_rates(self, dtypes: dict[str, str]) -> dict[str, str]:
+        """Each trainer's learning rate."""
+        errors: dict[str, dict[str, float]] = {name: {} for name in dtypes}
+        for lr in self.args.grid:
+            for name, dtype in dtypes.items():
+                steps = self.args.steps if name in PEERS else self.args.probe
+                run = Run(name, self.args.seeds[0], lr, steps, dtype)
+                seconds = self.train_one(run)["train_s"]
+                per = self.error_rates(self.place(run))["valid"]
+                errors[name][lr] = statistics.mean(per.values())
+                say(f"{name}, lr {lr}, {steps} steps: {seconds:.1f} s, valid PER {by_way(per)}")
+        return {name: min(found, key=found.get) for name, found in errors.items()}
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def by_way(per: dict[str, float]) -> str:
+    return ", ".join(f"{way} {value:.2f}" for way, value in per.items())
+
+
+def first_to_hold(curve: dict[int, dict[str, float]], target: dict[str, float], ways: tuple[str, ...]) -> int | None:
+    """The least budget from which on all budgets are at most as wrong as the target in all of these ways."""
+    found = None
+    for budget in sorted(curve, reverse=True):
+        if any(curve[budget][way] > target[way] for way in ways):
+            break
+        found = budget
+    return found
+
+
+def measure(lab: Quality, args: argparse.Namespace) -> dict:
+    names = [*PEERS, *OURS]
+    dtypes = {name: lab.faster_dtype(name) for name in names}
+    rates = lab.best_rates(dtypes)
+
+    def run_of(name: str, seed: int, steps: int) -> Run:
+        return Run(name, seed, rates[name], steps, dtypes[name])
+
+    runs: dict[tuple[str, int], list[Run]] = {}  # (name, steps) → one per seed
+    for seed in args.seeds:
+        theirs = [run_of(name, seed, args.steps) for name in PEERS]
+        ours = [run_of(name, seed, budget) for budget in args.budgets for name in OURS]
+        share = -(-len(ours) // len(theirs))
+        groups = [ours[at : at + share] for at in range(0, len(ours), share)]
+        for run in chain.from_iterable([t, *g] for t, g in zip_longest(theirs, groups, fillvalue=())):
+            result, per = lab.train_one(run), lab.error_rates(lab.place(run))
+            say(
+                f"{run.name}, seed {seed}, {run.steps} steps: {result['train_s']:.1f} s, test PER {by_way(per['test'])}"
+            )
+            runs.setdefault((run.name, run.steps), []).append(run)
+
+    def mean_per(key: tuple[str, int]) -> dict[str, float]:
+        tests = [lab.error_rates(lab.place(run))["test"] for run in runs[key]]
+        return {way: statistics.mean(test[way] for test in tests) for way in WAYS}
+
+    curves = {name: {budget: mean_per((name, budget)) for budget in args.budgets} for name in OURS}
+    aims = {"T=1": ("T=1",), "greedy": ("greedy",), "both": WAYS}
+    reached = {
+        peer: {name: {aim: first_to_hold(curves[name], mean_per((peer, args.steps)), ways) for aim, ways in aims.items()}
+               for name in OURS}
+        for peer in PEERS
+    }  # fmt: skip
+
+    wanted = [(peer, args.steps) for peer in PEERS]
+    wanted += sorted({(n, b) for at in reached.values() for n, by_aim in at.items() for b in by_aim.values() if b})
+    timed: dict[tuple[str, int], list[list[float]]] = {key: [[] for _ in args.seeds] for key in runs}
+    for again in range(args.rounds):
+        for key in runs if not again else wanted:
+            for seconds, run in zip(timed[key], runs[key], strict=True):
+                seconds.append(lab.train_one(replace(run, again=again))["train_s"])
+    taken = {key: [min(seconds) for seconds in by_seed] for key, by_seed in timed.items()}
+
+    def described(key: tuple[str, int]) -> dict:
+        name, steps = key
+        tests = [lab.error_rates(lab.place(run))["test"] for run in runs[key]]
+        return {
+            "steps": steps, "lr": rates[name], "dtype": dtypes[name], "seconds": taken[key], "all_seconds": timed[key],
+            "test_per": {way: [test[way] for test in tests] for way in WAYS},
+        }  # fmt: skip
+
+    start = [lab.error_rates(lab.start(seed))["test"] for seed in args.seeds]
+    return {
+        "seeds": args.seeds, "goal": GOAL, "teacher": lab.error_rates(lab.teacher())["test"],
+        "start": {way: [test[way] for test in start] for way in WAYS},
+        "peers": {peer: described((peer, args.steps)) for peer in PEERS},
+        "ours": {name: [described((name, budget)) for budget in args.budgets] for name in OURS},
+        "reached": {
+            peer: {
+                name: {aim: budget and {
+                    "steps": budget, "seconds": statistics.mean(taken[name, budget]),
+                    "ratio": statistics.mean(taken[peer, args.steps]) / statistics.mean(taken[name, budget]),
+                } for aim, budget in by_aim.items()}
+                for name, by_aim in by_name.items()
+            }
+            for peer, by_name in reached.items()
+        },
+        "runs": [asdict(run) for group in runs.values() for run in group],
+    }  # fmt: skip
+
+
+def show(found: dict) -> None:
+    print(f"Seeds {found['seeds']}; test PER, teacher: {by_way(found['teacher'])}\n")
+    print("| student | lr | autocast | steps | seconds | PER T=1 | PER greedy |\n|---|---|---|---|---|---|---|")
+    print("| start | – | – | – | – | " + " | ".join(mean_sd(found["start"][way]) for way in WAYS) + " |")
+    lines = [*found["peers"].items(), *((name, one) for name, many in found["ours"].items() for one in many)]
+    for name, one in lines:
+        per = " | ".join(mean_sd(one["test_per"][way]) for way in WAYS)
+        print(f"| {name} | {one['lr']} | {one['dtype']} | {one['steps']} | {mean_sd(one['seconds'])} | {per} |")
+    print(f"\nTimes faster to the same PER (our steps, seconds); goal {found['goal']}\n")
+    print("| peer | by | T=1 | greedy | both |\n|---|---|---|---|---|")
+    for peer, by_name in found["reached"].items():
+        for name, by_aim in by_name.items():
+            cells = [
+                f"{r['ratio']:.2f} × ({r['steps']}, {r['seconds']:.1f} s)" if r else "not reached"
+                for r in by_aim.values()
+            ]
+            print(f"| {peer} | {name} | {' | '.join(cells)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="train.jsonl, valid.jsonl, test.jsonl")
+    parser.add_argument("--work", type=Path, required=True, help="WORK/teacher is used where it is there")
+    parser.add_argument("--peers-python", required=True, help="an environment with trl")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[10])
+    parser.add_argument("--grid", nargs="+", default=["1e-3", "2e-3", "4e-3"])
+    parser.add_argument("--steps", type=int, default=300, help="of the peers")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[50, 100, 150, 200, 250, 300], help="our steps")
+    parser.add_argument("--probe", type=int, default=150, help="our steps when the learning rate is chosen")
+    parser.add_argument("--rounds", type=int, default=2, help="runs whose least seconds count")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    args.jobs = 1
+    args.work.mkdir(parents=True, exist_ok=True)
+    lab = Quality(args)
+    lab.teacher()
+    lab.write_rows()
+    found = measure(lab, args)
+    if args.json:
+        print(json.dumps(found, ensure_ascii=False))
+    else:
+        show(found)
+
+
+if __name__ == "__main__":
+    main()
