@@ -43,7 +43,7 @@ class Lab:
         self.args, self.work, self.data = args, args.work.resolve(), str(args.data.resolve())
         self.pool = ThreadPoolExecutor(args.jobs)
         fields = [
-            f"train.threads={args.threads}", "data.template=plain", "data.bucket=1", "train.warmup=0.05",
+            f"train.threads={args.threads}", "data.template=plain", "train.warmup=0.05",
             "rollout.max_new_tokens=32", "train.select=last", "train.eval_steps=250", "train.save_steps=100000",
             "eval.max_new_tokens=32", "eval.no_repeat_ngram_size=0", "eval.metrics=[error_rate, exact_match]",
             "eval.report_rows=1000", "eval.greedy=true", "eval.batch_size=250",

@@ -124,7 +124,7 @@ def _training(threads: int, batch: int, max_length: int, dtype: str, *fields: st
 def g2p(data: Path, work: Path, threads: int, steps: int = 1000) -> Task:
     """Letters → phonemes (CMU dictionary): teacher of 3.2 M parameters, student of 0.23 M, both from scratch."""
     rows, batch = str(data.resolve()), 64
-    fields = ["data.template=plain", "data.bucket=1", "train.eval_steps=100", "rollout.max_new_tokens=32"]
+    fields = ["data.template=plain", "train.eval_steps=100", "rollout.max_new_tokens=32"]
     fields += ["eval.max_new_tokens=32", "eval.metrics=[error_rate, exact_match]", "eval.report_rows=1000"]
     fields += ["eval.greedy=true", "eval.batch_size=250"]
     return Task(
@@ -143,7 +143,6 @@ def builtin(work: Path, threads: int, steps: int = 1000) -> Task:
     batch = 16
     fields = [
         "data.template=plain",
-        "data.bucket=1",
         "data.size=8000",
         "train.eval_steps=250",
         "train.betas=[0.9, 0.98]",

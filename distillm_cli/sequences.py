@@ -86,21 +86,26 @@ def collate(sequences: SequenceOf[Sequence]) -> Batch:
     )
 
 
-# What one more pass over the model costs beside its tokens, in token positions: launching every layer's kernels.
-_PASS_OVERHEAD = 512
+# What one more pass over the model costs beside its tokens, in token positions: Python, and launching every layer's kernels,
+# during which a GPU would have got through more positions than a CPU. With 64 a random batch of 8 of Dolly's rows is cut
+# into 3.5 parts and 7 % padding, with 512 into 1.8 parts and 26 %.
+_PASS_COST = {"cpu": 64}
+_PASS_COST_ELSEWHERE = 512
 
 
-def micro_batches(sequences: SequenceOf[Sequence], most: int) -> list[list[Sequence]]:
+def micro_batches(sequences: SequenceOf[Sequence], most: int, device: str = "cpu") -> list[list[Sequence]]:
     """The sequences of one step, cut into micro-batches of at most ``most``, each of about one length.
 
     Sums of losses add up whatever the cut, so this saves padding and changes no gradient. The cut minimises padded
-    positions plus a fixed cost per micro-batch, by dynamic programming over the sequences sorted by length.
+    positions plus a fixed cost per micro-batch on this type of device, by dynamic programming over the sequences sorted
+    by length.
     """
+    pass_cost = _PASS_COST.get(device, _PASS_COST_ELSEWHERE)
     ordered = sorted(sequences, key=len, reverse=True)
     cost, start = [0.0], [0]
     for end in range(1, len(ordered) + 1):
         first = max(0, end - most)
-        costs = [cost[i] + len(ordered[i]) * (end - i) + _PASS_OVERHEAD for i in range(first, end)]
+        costs = [cost[i] + len(ordered[i]) * (end - i) + pass_cost for i in range(first, end)]
         cheapest = min(range(len(costs)), key=costs.__getitem__)
         cost.append(costs[cheapest])
         start.append(first + cheapest)

@@ -159,9 +159,10 @@ class Data(Section):
     seed: int = Field(1, description="of the builtin rows, and of the held-out slice")
     skip_bad_rows: bool = Field(False, description="skip, count and list broken rows instead of stopping at the first")
     bucket: Positive = Field(
-        16,
-        description="so many batches are sorted by length together, and then shuffled: saves padding. 1: random batches, "
-        "for rows whose length goes with their kind, where each step would otherwise see one kind only",
+        1,
+        description="1: random batches, each cut into passes of about one length, which saves padding and changes no "
+        "gradient. k: batches of about one length, from k batches sorted together: fewer passes, but where length goes "
+        "with the kind of row each step sees one kind only, and learning suffers",
     )
     workers: Count = Field(0, description="processes that tokenise; cannot change a run")
 

@@ -220,7 +220,7 @@ class Engine:
         pieces = [
             Piece(part.source, group)
             for part in parts
-            for group in micro_batches(part.sequences, self.train.batch_size)
+            for group in micro_batches(part.sequences, self.train.batch_size, self.device.type)
         ]
         own, told = self._look_ahead(pieces, progress)
         count = criterion.count([s for part in parts for s in part.sequences])

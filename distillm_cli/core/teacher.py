@@ -195,12 +195,20 @@ class FirstEpoch:
     So the first pass computes nothing beside its own batches, and what is kept of a row is a function of teacher, rows
     and order alone: a resumed run, which has to compute a row again, does so in the same company and gets the same bits.
 
-    batches: step → rows, of the first epoch; steps: of that epoch; most: sequences of a micro-batch.
+    batches: step → rows, of the first epoch; steps: of that epoch; most, device: as of ``micro_batches``.
     leftovers: the rows of no batch of it; they keep each other company.
     """
 
-    def __init__(self, batches: Callable[[int], list[Sequence]], *, steps: int, rows: SequenceOf[Sequence], most: int):
-        self._batches, self._steps, self._most = batches, steps, most
+    def __init__(
+        self,
+        batches: Callable[[int], list[Sequence]],
+        *,
+        steps: int,
+        rows: SequenceOf[Sequence],
+        most: int,
+        device: str = "cpu",
+    ):
+        self._batches, self._steps, self._most, self._device = batches, steps, most, device
         self._step_of_row = np.full(len(rows), steps)
         for step in reversed(range(steps)):
             self._step_of_row[[s.row for s in batches(step)]] = step
@@ -211,5 +219,7 @@ class FirstEpoch:
         wanted, groups = set(rows), []
         for step in dict.fromkeys(self._step_of_row[s.row] for s in rows):
             batch = self.leftovers if step == self._steps else self._batches(int(step))
-            groups += [group for group in micro_batches(batch, self._most) if not wanted.isdisjoint(group)]
+            groups += [
+                group for group in micro_batches(batch, self._most, self._device) if not wanted.isdisjoint(group)
+            ]
         return groups

@@ -154,7 +154,7 @@ class Order:
 
     Each epoch permutes the examples and cuts the permutation into batches. With ``bucket`` > 1 it is cut into stretches
     of up to so many batches first, each stretch is sorted by length, and the batches of the epoch are shuffled: the
-    sequences of a batch are of about one length, and both its company and its turn are random. That saves padding and
+    sequences of a batch are of about one length, and both its company and its turn are random. That saves passes and
     costs gradient noise where length goes with the kind of task. An epoch has only whole batches; the examples left
     over (fewer than one batch, others in every epoch) sit that epoch out. Fewer examples than one batch are one batch.
     """

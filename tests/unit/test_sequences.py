@@ -49,4 +49,7 @@ def test_padding_is_cut_away_where_it_is_worth_a_pass():
     assert [[len(s) for s in part] for part in micro_batches(rows, 8)] == [[501] * 4, [21] * 4]
     short = [sequence([1], [2] * n) for n in [30] * 4 + [20] * 4]
     assert len(micro_batches(short, 8)) == 1
+    # On a GPU a pass of few tokens takes as long as one of many.
+    long = [sequence([1], [2] * n) for n in [150] * 4 + [50] * 4]
+    assert (len(micro_batches(long, 8)), len(micro_batches(long, 8, "cuda"))) == (2, 1)
     assert torch.is_tensor(collate(short).ids_BT)
