@@ -86,21 +86,27 @@ def collate(sequences: SequenceOf[Sequence]) -> Batch:
     )
 
 
-# What one more pass over the model costs beside its tokens, in token positions: Python, and launching every layer's kernels,
-# during which a GPU would have got through more positions than a CPU. With 64 a random batch of 8 of Dolly's rows is cut
-# into 3.5 parts and 7 % padding, with 512 into 1.8 parts and 26 %.
-_PASS_COST = {"cpu": 64}
-_PASS_COST_ELSEWHERE = 512
+LEAST_PASS_COST = 64
 
 
-def micro_batches(sequences: SequenceOf[Sequence], most: int, device: str = "cpu") -> list[list[Sequence]]:
+def pass_cost(device: str, width: int) -> int:
+    """What one more pass over a student costs beside its tokens, in token positions.
+
+    On a CPU that is Python and a call per operation, about as long for a narrow layer as for a wide one, while a position's
+    time goes with width²; from about 150 on the least is taken, with which a random batch of 8 of Dolly's rows is cut into
+    3.5 parts and 7 % padding. Elsewhere launching the kernels takes as long as many positions: 1.8 parts, 26 %.
+
+    device: its type. width: of the student's layers.
+    """
+    return max(LEAST_PASS_COST, min(512, 1_400_000 // width**2)) if device == "cpu" else 512
+
+
+def micro_batches(sequences: SequenceOf[Sequence], most: int, pass_cost: int = LEAST_PASS_COST) -> list[list[Sequence]]:
     """The sequences of one step, cut into micro-batches of at most ``most``, each of about one length.
 
     Sums of losses add up whatever the cut, so this saves padding and changes no gradient. The cut minimises padded
-    positions plus a fixed cost per micro-batch on this type of device, by dynamic programming over the sequences sorted
-    by length.
+    positions plus ``pass_cost`` per micro-batch, by dynamic programming over the sequences sorted by length.
     """
-    pass_cost = _PASS_COST.get(device, _PASS_COST_ELSEWHERE)
     ordered = sorted(sequences, key=len, reverse=True)
     cost, start = [0.0], [0]
     for end in range(1, len(ordered) + 1):

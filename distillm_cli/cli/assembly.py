@@ -33,7 +33,7 @@ from distillm_cli.errors import ModelError
 from distillm_cli.models.devices import resolve_device, resolve_dtype
 from distillm_cli.models.fingerprint import fingerprint
 from distillm_cli.models.tokenizer_files import OwnTokenizers, quiet
-from distillm_cli.sequences import Sequence, collate
+from distillm_cli.sequences import Sequence, collate, pass_cost
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,6 +87,11 @@ class Prepared:
         """Data set rows of a step, and as many student outputs."""
         train = self.recipe.train
         return min(train.batch_size * train.accumulate, len(self.train))
+
+    @property
+    def pass_cost(self) -> int:
+        """By which a step's rows are cut into passes; the same for whoever computes their states."""
+        return pass_cost(self.device.type, self.student.model.config.hidden_size)
 
     @property
     def steps(self) -> int:
@@ -232,6 +237,7 @@ def build_engine(run: Prepared, output: Path, listener: Listener, *, teacher: Te
     scheduler = new_scheduler(run)
     return Engine(
         objective=objective,
+        pass_cost=run.pass_cost,
         train=recipe.train,
         steps=run.steps,
         steps_per_epoch=run.order.steps_per_epoch,

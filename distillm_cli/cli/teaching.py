@@ -93,7 +93,7 @@ def open_teacher(
             steps=order.steps_per_epoch,
             rows=run.train.sequences,
             most=run.recipe.train.batch_size,
-            device=run.device.type,
+            pass_cost=run.pass_cost,
         )
     schedule = new_scheduler(run)
     teacher = Teacher(

@@ -32,7 +32,7 @@ from distillm_cli.core.scheduler import Scheduler, Source
 from distillm_cli.core.stopping import stop_on_signal
 from distillm_cli.core.teacher import Teacher
 from distillm_cli.errors import Interrupted, NonFiniteError
-from distillm_cli.sequences import Sequence, collate, micro_batches
+from distillm_cli.sequences import LEAST_PASS_COST, Sequence, collate, micro_batches
 
 LOWER_IS_BETTER = frozenset({"valid_loss", "valid_divergence", "error_rate"})
 
@@ -119,6 +119,7 @@ class Engine:
         checkpoints: Checkpoints | None = None,
         recipe: dict | None = None,
         method: str = "",
+        pass_cost: int = LEAST_PASS_COST,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         listener: Listener = silent,
@@ -127,7 +128,7 @@ class Engine:
         self.batches, self.scheduler, self.replay, self.rollouts = batches, scheduler, replay, rollouts
         self.bulk, self.fresh, self.samples, self.teacher = bulk, fresh, samples or {}, teacher
         self.validation, self.score, self.checkpoints, self.recipe = validation, score, checkpoints, recipe or {}
-        self.as_at_start = as_at_start
+        self.as_at_start, self.pass_cost = as_at_start, pass_cost
         self.method, self.device, self.dtype, self.say = method, torch.device(device), dtype, listener
         self.waiting: deque[list[Sequence]] = deque()  # rollout batches sampled in bulk and not yet served
         self.at, self.saved_step = Progress(), None
@@ -220,7 +221,7 @@ class Engine:
         pieces = [
             Piece(part.source, group)
             for part in parts
-            for group in micro_batches(part.sequences, self.train.batch_size, self.device.type)
+            for group in micro_batches(part.sequences, self.train.batch_size, self.pass_cost)
         ]
         own, told = self._look_ahead(pieces, progress)
         count = criterion.count([s for part in parts for s in part.sequences])

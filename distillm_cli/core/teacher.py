@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from distillm_cli.core.fused import HeadLike
-from distillm_cli.sequences import Batch, Sequence, collate, micro_batches
+from distillm_cli.sequences import LEAST_PASS_COST, Batch, Sequence, collate, micro_batches
 
 
 class Model(Protocol):
@@ -195,7 +195,7 @@ class FirstEpoch:
     So the first pass computes nothing beside its own batches, and what is kept of a row is a function of teacher, rows
     and order alone: a resumed run, which has to compute a row again, does so in the same company and gets the same bits.
 
-    batches: step → rows, of the first epoch; steps: of that epoch; most, device: as of ``micro_batches``.
+    batches: step → rows, of the first epoch; steps: of that epoch; most, pass_cost: as of ``micro_batches``.
     leftovers: the rows of no batch of it; they keep each other company.
     """
 
@@ -206,9 +206,9 @@ class FirstEpoch:
         steps: int,
         rows: SequenceOf[Sequence],
         most: int,
-        device: str = "cpu",
+        pass_cost: int = LEAST_PASS_COST,
     ):
-        self._batches, self._steps, self._most, self._device = batches, steps, most, device
+        self._batches, self._steps, self._most, self._pass_cost = batches, steps, most, pass_cost
         self._step_of_row = np.full(len(rows), steps)
         for step in reversed(range(steps)):
             self._step_of_row[[s.row for s in batches(step)]] = step
@@ -220,6 +220,6 @@ class FirstEpoch:
         for step in dict.fromkeys(self._step_of_row[s.row] for s in rows):
             batch = self.leftovers if step == self._steps else self._batches(int(step))
             groups += [
-                group for group in micro_batches(batch, self._most, self._device) if not wanted.isdisjoint(group)
+                group for group in micro_batches(batch, self._most, self._pass_cost) if not wanted.isdisjoint(group)
             ]
         return groups

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distillm_cli.sequences import Sequence, collate, micro_batches
+from distillm_cli.sequences import Sequence, collate, micro_batches, pass_cost
 
 
 def sequence(prompt, response, row=0):
@@ -49,7 +49,10 @@ def test_padding_is_cut_away_where_it_is_worth_a_pass():
     assert [[len(s) for s in part] for part in micro_batches(rows, 8)] == [[501] * 4, [21] * 4]
     short = [sequence([1], [2] * n) for n in [30] * 4 + [20] * 4]
     assert len(micro_batches(short, 8)) == 1
-    # On a GPU a pass of few tokens takes as long as one of many.
+    # On a GPU, or in narrow layers, a pass of few tokens takes as long as one of many.
     long = [sequence([1], [2] * n) for n in [150] * 4 + [50] * 4]
-    assert (len(micro_batches(long, 8)), len(micro_batches(long, 8, "cuda"))) == (2, 1)
+    costs = [pass_cost("cpu", 768), pass_cost("cpu", 64), pass_cost("cuda", 768)]
+    assert [len(micro_batches(long, 8, cost)) for cost in costs] == [2, 2, 1]
+    near = [sequence([1], [2] * n) for n in [110] * 4 + [60] * 4]
+    assert [len(micro_batches(near, 8, cost)) for cost in costs] == [2, 1, 1]
     assert torch.is_tensor(collate(short).ids_BT)
