@@ -157,14 +157,19 @@ class Bench:
         argv = [(ALL[name], seed, rates[name], self.task.steps) for name, seed in wanted]
         return self._done(wanted, [rates[name] for name, _ in wanted], self.each(self.task.train, argv))
 
-    def costs(self) -> dict[str, float]:
-        """method → seconds per step: short runs, one at a time, all methods in turns, the better of two rounds."""
+    def costs(self, *, measure: bool = False) -> dict[str, float]:
+        """method → seconds per step: short runs, one at a time, all methods in turns, the better of two rounds.
+
+        measure: run what is missing; else only what is there is told.
+        """
         found: dict[str, list[float]] = {}
         for turn in range(2):
             for name, argv in ALL.items():
                 # Any rate: cost does not depend on it. Nothing is scored.
-                wanted = (argv, self.seeds[0], self.task.grid[-1], COST_STEPS, None, f"cost{turn}")
-                outcome = self.each(lambda *of: self.task.train(*of, more=NO_REPORT), [wanted])[0]
+                wanted = (argv, self.seeds[0], self.task.grid[-1], COST_STEPS, None, f"cost{turn}", NO_REPORT)
+                if not measure and not self.task.has(*wanted):
+                    continue
+                outcome = self.each(self.task.train, [wanted])[0]
                 if outcome is not None:
                     found.setdefault(name, []).append(outcome[1]["train_s"] / COST_STEPS)
         return {name: min(seconds) for name, seconds in found.items()}
@@ -172,7 +177,7 @@ class Bench:
     def equal_seconds(self, seconds: float) -> dict[tuple[str, int], Done]:
         """Every method at its rate for the same wall time, by its own cost of a step."""
         # A round number: the same on the next day, when the last digits of a timing differ.
-        steps = {name: max(round(seconds / cost, -1), 10) for name, cost in self.costs().items()}
+        steps = {name: max(round(seconds / cost, -1), 10) for name, cost in self.costs(measure=True).items()}
         rates = self.best()
         wanted = [(name, seed) for seed in self.seeds for name in steps if name in rates]
         argv = [(ALL[name], seed, rates[name], int(steps[name])) for name, seed in wanted]
@@ -361,7 +366,7 @@ def main() -> None:
             parser.error("--data DIR holds the rows of G2P")
         bench = open_bench(tasks.g2p(args.data, args.work / "g2p", args.threads, args.steps), args.seeds)
         if "costs" in parts:
-            bench.costs()
+            bench.costs(measure=True)
         if "g2p" in parts:
             figures["g2p"] = (bench, *compare(bench, blocks))
         if "ablations" in parts:

@@ -63,6 +63,18 @@ class Task:
         self.run(place, ["sft", *student, "--output", str(place), *how, *self.common])
         return place
 
+    def place(self, argv: tuple[str, ...], seed: int, lr: str, steps: int, start: str | None, tag: str | None) -> Path:
+        """Where ``train`` keeps this run."""
+        verb, *method = argv
+        words = [word for word in method or [verb] if word not in ("--method", "--set")]
+        words += [word for word in (start, tag) if word] + [str(seed), lr, str(steps)]
+        return self.work / re.sub(r"[^\w.=]+", "_", "-".join(words))
+
+    def has(self, argv, seed: int, lr: str, steps: int, start: str | None, tag: str | None, *_: object) -> bool:
+        """Whether ``train`` with these arguments would find its result."""
+        place = self.place(argv, seed, lr, steps, start, tag)
+        return place.with_name(place.name + ".json").exists()
+
     def train(
         self,
         argv: tuple[str, ...],
@@ -79,9 +91,7 @@ class Task:
         same run elsewhere. more: further arguments.
         """
         verb, *method = argv
-        words = [word for word in method or [verb] if word not in ("--method", "--set")]
-        words += [word for word in (start, tag) if word] + [str(seed), lr, str(steps)]
-        place = self.work / re.sub(r"[^\w.=]+", "_", "-".join(words))
+        place = self.place(argv, seed, lr, steps, start, tag)
         origin = start or str(self.start(seed))
         if verb == "sft":
             pair = ["--model", origin, *(["--tokenizer", self.teacher()] if start else [])]
