@@ -55,7 +55,7 @@ class Objective(nn.Module):
             own_N = per_token.weights_N
             per_token = replace(per_token, weights_N=weights_N if own_N is None else weights_N * own_N)
         total = fused_loss(
-            self.student.hidden(batch),
+            self.student.hidden(batch, meets_head=True),
             self.student.head(),
             batch.targets_N,
             terms=terms,

@@ -25,8 +25,12 @@ class Model(Protocol):
 
     vocab: int
 
-    def hidden(self, batch: Batch) -> Tensor:
-        """Last hidden states [N, D] at ``batch.positions_N``."""
+    def hidden(self, batch: Batch, *, meets_head: bool = False) -> Tensor:
+        """Last hidden states [N, D] at ``batch.positions_N``.
+
+        meets_head: the loss goes through the head, which then gives its matrix a dense gradient. What else reads that
+        matrix (a tied embedding) may add a sparse one of its own to it.
+        """
 
     def head(self) -> HeadLike:
         """The way from there to logits."""

@@ -38,8 +38,8 @@ Whole = Callable[[Batch], Tensor]
 def whole_of(trunk: nn.Module | None, packs: Packs, *, tied: bool) -> Whole | None:
     """The pass over this trunk, its weights as they are now: batch → last hidden states [N, D]; None where none was
     written for it. packs: the layouts of frozen weights, kept from one pass to the next. tied: the embedding matrix is the
-    head's, which has a dense gradient anyway: the embedding's own is then a sparse one, added to that where its tokens
-    are, and not another table of zeros.
+    head's, and the loss goes through the head: that has a dense gradient anyway, and the embedding's own is then a sparse
+    one, added where its tokens are, and not another table of zeros.
 
     On a CPU only: elsewhere transformers' own kernels are good, and this was not measured.
     """
