@@ -5,7 +5,8 @@
 Everyone has the same teacher, the same start (one epoch of SFT, see ``g2p.py``), rows, batch of 64, tokens, sampling
 temperature 1, AdamW, clipping, cosine after 5 % warm-up, threads, and a live teacher: nothing it says is known beforehand.
 Peers (``peers_trl.py``): GKDTrainer λ = 1 and ½, DistillationTrainer, all β = 0.1, for --steps. Ours: ``distill``, whole
-runs of --budgets steps each with its own schedule: ``distillm`` (skew KL, adaptive) and ``gkd`` (the peers' algorithm).
+runs of --budgets steps each with its own schedule: ``distillm`` (skew KL, adaptive) and ``gkd`` (the peers' algorithm),
+every row once; and ``distillm`` on a quarter as many rows, each four times, what the teacher said of it remembered.
 
 1. autocast, fp32 or bf16: whichever makes 20 steps faster (best of three, in turns), for each trainer by itself
 2. learning rate, on the first seed, from one grid, after --steps (peers) or --probe steps (ours): the lowest phoneme error
@@ -37,7 +38,10 @@ PEERS = {
     "TRL GKDTrainer λ=0.5": ["--trainer", "gkd", "--lmbda", "0.5"],
     "TRL DistillationTrainer": ["--trainer", "distillation"],
 }
-OURS = {"distillm": ["--method", "distillm"], "gkd": ["--method", "gkd"]}
+FEW = "distillm, each row 4 times"
+OURS = {"distillm": ["--method", "distillm"], "gkd": ["--method", "gkd"], FEW: ["--method", "distillm"]}
+EPOCHS = 4  # of FEW
+BATCH = 64
 GOAL = 4.3
 TRIALS, TRIAL_STEPS = 3, 20
 WAYS = ("T=1", "greedy")
@@ -101,9 +105,13 @@ class Quality(Lab):
         if run.name in PEERS:
             script = [self.args.peers_python, str(Path(__file__).with_name("peers_trl.py")), *PEERS[run.name]]
             how = ["--rows", str(self.rows), "--dtype", run.dtype, "--threads", str(self.args.threads)]
+            how += ["--batch", str(BATCH)]
             return kept(place, [*script, *pair, *how], self.args.threads)
-        fields = ["eval.report_rows=0", "teacher.cache=off"]
-        fields += [f"teacher.dtype={run.dtype}", f"student.dtype={run.dtype}"]
+        fields = ["eval.report_rows=0", f"teacher.dtype={run.dtype}", f"student.dtype={run.dtype}"]
+        if run.name == FEW:
+            fields += ["teacher.cache=memory", f"data.limit={run.steps * BATCH // EPOCHS}"]
+        else:
+            fields.append("teacher.cache=off")
         return self.run(place, ["distill", *OURS[run.name], *pair, "--overwrite", *self.common, *sets(*fields)])
 
     def place(self, run: Run) -> Path:
@@ -256,7 +264,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[10])
     parser.add_argument("--grid", nargs="+", default=["1e-3", "2e-3", "4e-3"])
     parser.add_argument("--steps", type=int, default=300, help="of the peers")
-    parser.add_argument("--budgets", type=int, nargs="+", default=[50, 100, 150, 200, 250, 300], help="our steps")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[50, 100, 150, 200, 250, 300, 400], help="our steps")
     parser.add_argument("--probe", type=int, default=150, help="our steps when the learning rate is chosen")
     parser.add_argument("--rounds", type=int, default=2, help="runs whose least seconds count")
     parser.add_argument("--threads", type=int, default=1)
