@@ -81,8 +81,9 @@ class Quality(Lab):
         from transformers import AutoTokenizer
 
         from distillm_cli.config.schema import Data
-        from distillm_cli.data.prompts import Encoder, render
+        from distillm_cli.data.prompts import Encoder
         from distillm_cli.data.sources import load_rows
+        from distillm_cli.data.templates import render
 
         data = Data(source=self.data, template="plain", max_length=64)
         tokenizer = AutoTokenizer.from_pretrained(self.teacher())

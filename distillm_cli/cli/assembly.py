@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from distillm_cli.cli import outputs, sampling
+from distillm_cli.cli.reading import bringers, reading
 from distillm_cli.config.schema import Recipe
 from distillm_cli.config.shaping import shaping
 from distillm_cli.core import criteria
@@ -26,9 +27,11 @@ from distillm_cli.core.scheduler import Scheduler
 from distillm_cli.core.teacher import Teacher
 from distillm_cli.data.ahead import Ahead
 from distillm_cli.data.batching import Examples, Order, by_length, tokenise
-from distillm_cli.data.prompts import Encoder, render
-from distillm_cli.data.sources import Rows, load_rows, overlap
+from distillm_cli.data.early import Early
+from distillm_cli.data.prompts import Encoder
+from distillm_cli.data.sources import Rows, overlap
 from distillm_cli.data.teacher_samples import encoded, read_beforehand
+from distillm_cli.data.templates import render
 from distillm_cli.errors import ModelError
 from distillm_cli.models.devices import resolve_device, resolve_dtype
 from distillm_cli.models.fingerprint import fingerprint
@@ -146,14 +149,21 @@ class Prepared:
             self.pair.tokenizer.save_pretrained(directory)
 
 
-def prepare(recipe: Recipe, listener: Listener) -> Prepared:
-    """Reads, loads and checks everything a run needs. Raises DataError, ModelError."""
+def prepare(recipe: Recipe, listener: Listener, early: Early | None = None) -> Prepared:
+    """Reads, loads and checks everything a run needs. early: where its rows are on their way already.
+
+    Raises DataError, ModelError.
+    """
+    with early or reading(recipe) as rows:
+        return _prepared(recipe, listener, rows)
+
+
+def _prepared(recipe: Recipe, listener: Listener, early: Early) -> Prepared:
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     torch.manual_seed(recipe.train.seed)
     device = resolve_device(recipe.train.device)
-    train_rows = load_rows(recipe.data, "train", listener=listener)
-    valid_rows = load_rows(recipe.data, "valid", listener=listener)
+    train_rows, valid_rows = early.rows("train", listener), early.rows("valid", listener)
     if shared := overlap(valid_rows, train_rows):
         listener(Note(f"{shared:,} of the {len(valid_rows):,} held-out rows ask what a training row asks too"))
 
@@ -164,7 +174,8 @@ def prepare(recipe: Recipe, listener: Listener) -> Prepared:
             yield from (render(row, recipe.data.template, None), row.references[0])
 
     tokenizers = OwnTokenizers()
-    with Ahead((train_rows, valid_rows), recipe.data.template, _expected_tokenizer(recipe, tokenizers)) as ahead:
+    expected = _expected_tokenizer(recipe, tokenizers)
+    with Ahead((train_rows, valid_rows), recipe.data.template, expected, early) as ahead:
         # Only here: it takes long to import, and the rows are tokenised meanwhile.
         from distillm_cli.models.pair import load_pair
 
@@ -190,15 +201,10 @@ def prepare(recipe: Recipe, listener: Listener) -> Prepared:
 
 
 def _expected_tokenizer(recipe: Recipe, tokenizers: OwnTokenizers) -> PreTrainedTokenizerBase | None:
-    """The one that the run will most likely turn out to have, read before the models are: the student's, or the teacher's
-    for a student without. None where it is asked for by name or tried out on the way (a built student's is, whether it
-    comes back as it was), and where processes of their own tokenise."""
-    if recipe.student.tokenizer is not None or recipe.student.is_built or recipe.data.workers:
-        return None
-    for model in (recipe.student, recipe.teacher):
+    """The one that the run will most likely turn out to have, read before the models are; None where that is open."""
+    for model in bringers(recipe):
         try:
-            if model.path is not None:
-                return tokenizers.of(model.path, model.revision)
+            return tokenizers.of(model.path, model.revision)
         except ModelError:  # which is told when the model is loaded, after whatever else is wrong before that
             continue
     return None

@@ -38,23 +38,24 @@ def launch(ctx: typer.Context) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("training in several processes is not supported yet", hint="start it without a launcher")
 
+    from distillm_cli.cli.reading import reading
     from distillm_cli.ui.console import console
 
     if typed.get("warm_teacher_cache"):
         if resume or overwrite or output is not None:
             what = "--warm-teacher-cache writes no output directory"
             raise UsageError(what, hint="drop --output, --resume and --overwrite")
-        with console(json_mode=typed["json"], quiet=typed["quiet"]) as ui:
+        with console(json_mode=typed["json"], quiet=typed["quiet"]) as ui, reading(resolved.recipe) as early:
             from distillm_cli.cli.teaching import warm
 
-            ui.result(warm(resolved, rebuild=rebuild, ui=ui))
+            ui.result(warm(resolved, rebuild=rebuild, ui=ui, early=early))
         return
     r = resolved.recipe
     place = Path(output) if output else None
     if place is None:
         place = outputs.default_name(resolved.name, r.data.source, r.student.path or "student", r.method, resume=resume)
-    with console(json_mode=typed["json"], quiet=typed["quiet"]) as ui:
-        from distillm_cli.cli.training import train
+    with console(json_mode=typed["json"], quiet=typed["quiet"]) as ui, reading(r) as early:
+        from distillm_cli.cli.training import train  # which imports torch, while the rows are read and tokenised
 
         result = train(
             command,
@@ -63,6 +64,7 @@ def launch(ctx: typer.Context) -> None:
             resume=resume,
             overwrite=overwrite,
             rebuild_teacher_cache=rebuild,
+            early=early,
             ui=ui,
         )
         ui.result(result)

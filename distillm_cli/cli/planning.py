@@ -22,8 +22,9 @@ from distillm_cli.config.stages import sft_before
 from distillm_cli.core.events import Listener, Note, silent
 from distillm_cli.core.scheduler import Scheduler
 from distillm_cli.data.batching import Examples, tokenise
-from distillm_cli.data.prompts import Encoder, render
+from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.sources import Rows, is_path, load_rows, local_place
+from distillm_cli.data.templates import render
 from distillm_cli.errors import DataError
 from distillm_cli.models import lora
 from distillm_cli.models.pair import check_kinds, check_vocabularies, resolve_device, resolve_dtype

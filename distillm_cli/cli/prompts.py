@@ -12,9 +12,10 @@ import numpy as np
 from distillm_cli.config.schema import Data
 from distillm_cli.core.events import Listener, Warned
 from distillm_cli.data.files import FORMATS
-from distillm_cli.data.prompts import Encoder, render
+from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.rows import BadRow, parse
 from distillm_cli.data.sources import Row, load_rows
+from distillm_cli.data.templates import render
 from distillm_cli.errors import DataError
 
 

@@ -17,6 +17,7 @@ from distillm_cli.core import teacher_cache
 from distillm_cli.core.events import Listener, Note, Warned
 from distillm_cli.core.teacher import FirstEpoch, RowStates, Teacher
 from distillm_cli.core.teacher_cache import Key
+from distillm_cli.data.early import Early
 from distillm_cli.errors import UsageError
 from distillm_cli.sequences import Sequence, collate
 from distillm_cli.ui.console import Console
@@ -111,12 +112,12 @@ def open_teacher(
     return Opened(teacher, keeping, hit)
 
 
-def warm(resolved: Resolved, *, rebuild: bool, ui: Console) -> dict[str, Any]:
+def warm(resolved: Resolved, *, rebuild: bool, ui: Console, early: Early | None = None) -> dict[str, Any]:
     """Computes the cache on disk for this recipe, unless it is there, and returns the result object of ``--json``."""
     began = time.perf_counter()
     for note in resolved.notes:
         ui(Warned(note))
-    run = prepare(resolved.recipe, ui)
+    run = prepare(resolved.recipe, ui, early)
     keeping = _planned_on_disk(run, _token_bytes(run))
     _, hit, computed = _on_disk(run, keeping, rebuild, ui)
     rows, size, mode = len(run.train), keeping.rows_bytes, run.recipe.teacher.cache

@@ -24,7 +24,8 @@ from distillm_cli.core.engine import Progress as Reached
 from distillm_cli.core.events import Note, Warned
 from distillm_cli.core.metrics_log import MetricsLog
 from distillm_cli.core.scheduler import Source
-from distillm_cli.data.prompts import render
+from distillm_cli.data.early import Early
+from distillm_cli.data.templates import render
 from distillm_cli.errors import Interrupted, UsageError, signal_number
 from distillm_cli.ui.console import Console
 from distillm_cli.ui.summary import (
@@ -46,12 +47,14 @@ def train(
     resume: bool,
     overwrite: bool,
     rebuild_teacher_cache: bool = False,
+    early: Early | None = None,
     begun: Callable[[], None] = lambda: None,
     ui: Console,
 ) -> dict:
     """Runs the recipe into ``output`` and returns the result object of ``--json``.
 
-    begun: called once everything is prepared and ``output`` holds nothing of an earlier run any more (or its resume).
+    early: where its rows are on their way already. begun: called once everything is prepared and ``output`` holds nothing
+    of an earlier run any more (or its resume).
     """
     recipe, began = resolved.recipe, time.perf_counter()
     if needs_metric(recipe) and not recipe.eval.report_rows:
@@ -64,7 +67,7 @@ def train(
     try:
         checkpoint = checkpoint_of(output, recipe, started=stage is None) if resume else None
         of_stage = checkpoint_of(output / outputs.SFT, stage.recipe) if resume and stage and not checkpoint else None
-        run = prepare(recipe, ui)
+        run = prepare(recipe, ui, early)
         before = None if checkpoint is None else checkpoint.state.get("teacher_cache")
         opened = open_teacher(run, ui, before=before, rebuild=rebuild_teacher_cache)
     except KeyboardInterrupt as stop:

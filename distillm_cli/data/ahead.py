@@ -11,12 +11,11 @@ from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from distillm_cli.data.prompts import BareIds, Ends, bare_ids, find_ends
+from distillm_cli.data.bare_ids import BareIds, Ends, bare_ids, find_ends
+from distillm_cli.data.early import CHUNK, Early
 from distillm_cli.data.rows import Row
 
 T = TypeVar("T")
-
-CHUNK = 500  # rows tokenised in one call
 
 
 class Ahead:
@@ -25,18 +24,25 @@ class Ahead:
     tokenizer: None makes nothing. Inside the context it may be asked and saved elsewhere, but must tokenise nothing: it
     changes settings of its own before each text, and that is an error while another thread is in it. It releases the
     interpreter's lock while it works, and the thread ends between chunks, so neither imports nor Ctrl-C wait long for it.
+    early: what was begun before there was a tokenizer; where it made what this one makes, nothing is made again.
     """
 
-    def __init__(self, sources: Iterable[SequenceOf[Row]], template: str, tokenizer: Any | None):
-        self._tokenizer, self._template = tokenizer, template
+    def __init__(
+        self, sources: Iterable[SequenceOf[Row]], template: str, tokenizer: Any | None, early: Early | None = None
+    ):
+        self._tokenizer, self._template, self._early = tokenizer, template, early
         self._sources = list(sources)  # held, since they are known by their identity
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tokenising")
         self._ends: Future[Ends] | None = None
         self._chunks: dict[tuple[int, int], Future[BareIds]] = {}
 
     def __enter__(self) -> Ahead:
-        if self._tokenizer is not None:
-            self._ends = self._pool.submit(find_ends, self._tokenizer)
+        if self._tokenizer is None:
+            return self
+        if self._early is not None:  # first: it asks the tokenizer, which then belongs to the thread
+            self._chunks = dict(self._early.made(self._tokenizer))
+        self._ends = self._pool.submit(find_ends, self._tokenizer)
+        if not self._chunks:
             for rows in self._sources:
                 for at in range(0, len(rows), CHUNK):
                     task = (bare_ids, rows[at : at + CHUNK], self._template, self._tokenizer)
@@ -45,6 +51,8 @@ class Ahead:
 
     def __exit__(self, *_: Any) -> None:
         self._pool.shutdown(cancel_futures=True)
+        if self._early is not None:
+            self._early.end()
 
     def ends(self, tokenizer: Any) -> Ends | None:
         """What this tokenizer puts around a text; None as of ``take``."""
@@ -61,5 +69,5 @@ class Ahead:
     def _made(self, found: Future[T] | None, tokenizer: Any) -> T | None:
         if found is not None and tokenizer is self._tokenizer and not found.cancelled() and found.exception() is None:
             return found.result()
-        self._pool.shutdown(cancel_futures=True)
+        self.__exit__()
         return None

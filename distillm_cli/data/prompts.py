@@ -1,4 +1,4 @@
-"""Rows → prompts as text, and prompts with responses as token ids."""
+"""Rows → token ids: prompts with the special tokens around them, responses that end, nothing too long."""
 
 from __future__ import annotations
 
@@ -9,86 +9,11 @@ from typing import Any
 import numpy as np
 
 from distillm_cli.config.schema import Data
+from distillm_cli.data.bare_ids import BareIds, Ends, bare_ids, find_ends, prompt_ids
 from distillm_cli.data.rows import Row
+from distillm_cli.data.templates import form_of
 from distillm_cli.errors import DataError, ModelError
 from distillm_cli.sequences import Sequence
-
-_ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
-_ALPACA_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
-
-
-def render(row: Row, template: str, tokenizer: Any) -> str:
-    """The prompt of a row as text. template: auto, alpaca, chat or plain (see ``schema.Data.template``).
-
-    auto: the row's own prompt, chat for messages, plain for question rows, alpaca for instruction rows. alpaca: the row's
-    own prompt, else the Alpaca prompt. plain: instruction, input, each with a newline after it; a prompt that stands
-    alone is complete as it is. chat: the tokenizer's own template around the instruction, prompt or messages.
-
-    Raises ModelError when the tokenizer has no chat template, DataError when the row does not fit the template.
-    """
-    form = _form(row, template)
-    if form == "exact":
-        return row.prompt
-    if form == "chat":
-        return _chat(row, tokenizer)
-    instruction, material = _instruction(row, form)
-    if form == "plain":
-        return f"{instruction}\n{material}\n" if material else f"{instruction}\n"
-    # Not str.format on the row's text: braces in it are text.
-    if material:
-        head, middle, tail = _ALPACA_INPUT.replace("{input}", "{instruction}").split("{instruction}")
-        return f"{head}{instruction}{middle}{material}{tail}"
-    return _ALPACA.replace("{instruction}", instruction)
-
-
-def _form(row: Row, template: str) -> str:
-    if template == "auto":
-        if row.prompt is not None:
-            return "exact"
-        if row.messages is not None:
-            return "chat"
-        return "plain" if row.question else "alpaca"
-    own_prompt = row.prompt is not None and (template == "alpaca" or row.instruction is None)
-    return "exact" if own_prompt and template != "chat" else template
-
-
-def _instruction(row: Row, template: str) -> tuple[str, str]:
-    """The row as instruction and input. One question with at most a system message before it is no conversation."""
-    if row.instruction is not None:
-        return row.instruction, row.input
-    roles = [message["role"] for message in row.messages]
-    texts = [message["content"] for message in row.messages]
-    if roles == ["user"]:
-        return texts[0], ""
-    if roles == ["system", "user"]:
-        return texts[0], texts[1]
-    raise DataError(
-        f"{row.where}: a conversation ({', '.join(roles)}) does not fit the template {template}",
-        hint="try --set data.template=chat",
-    )
-
-
-def _chat(row: Row, tokenizer: Any) -> str:
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise ModelError("the tokenizer has no chat template", where=row.where, hint="try --set data.template=alpaca")
-    messages = row.messages
-    if messages is None:
-        text = row.prompt if row.instruction is None else "\n".join(filter(None, (row.instruction, row.input)))
-        messages = [{"role": "user", "content": text}]
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
-        hint = "mend the row, or try --set data.template=plain"
-        raise DataError(f"{row.where}: the chat template refuses it ({error})", hint=hint) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,47 +25,6 @@ class TooLong:
     response: int
     limit: int
     part: str
-
-
-@dataclass(frozen=True, slots=True)
-class BareIds:
-    """What a tokenizer makes of the texts of some rows, int32: no special tokens around them, nothing cut."""
-
-    prompts: list[np.ndarray]
-    responses: list[np.ndarray]
-
-
-def bare_ids(rows: SequenceOf[Row], template: str, tokenizer: Any) -> BareIds:
-    """Of each row's prompt and first reference. Raises as ``render`` does."""
-    ids = _ids(tokenizer, [*_rendered(rows, template, tokenizer), *(row.references[0] for row in rows)])
-    return BareIds(ids[: len(rows)], ids[len(rows) :])
-
-
-def _rendered(rows: SequenceOf[Row], template: str, tokenizer: Any) -> list[str]:
-    return [render(row, template, tokenizer) for row in rows]
-
-
-def _ids(tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
-    if not texts:
-        return []
-    # verbose=False: the tokenizer would warn of its own length limit, which is not the one that counts here.
-    made = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return [np.array(ids, dtype=np.int32) for ids in made]
-
-
-Ends = tuple[list[int], list[int]]
-
-
-def find_ends(tokenizer: Any) -> Ends:
-    """The special tokens that a tokenizer puts before a text, and those it puts after one."""
-    for probe in ("a", "1", ".", "the"):
-        bare = _ids(tokenizer, [probe])[0].tolist()
-        if bare:
-            full = tokenizer(probe)["input_ids"]
-            starts = (at for at in range(len(full)) if full[at : at + len(bare)] == bare)
-            at = next(starts, None)
-            return ([], []) if at is None else (full[:at], full[at + len(bare) :])
-    return [token for token in tokenizer("")["input_ids"] if token != tokenizer.eos_token_id], []
 
 
 class Encoder:
@@ -177,13 +61,13 @@ class Encoder:
 
     def prompts(self, rows: SequenceOf[Row], limit: int | None = None) -> list[np.ndarray]:
         """``prompt_ids`` of many rows at once."""
-        return self._whole(rows, _ids(self.tokenizer, _rendered(rows, self.template, self.tokenizer)), limit)
+        return self._whole(rows, prompt_ids(rows, self.template, self.tokenizer), limit)
 
     def _whole(self, rows: SequenceOf[Row], bare: list[np.ndarray], limit: int | None = None) -> list[np.ndarray]:
         """The prompts with the special tokens around them."""
         found = []
         for row, ids in zip(rows, bare, strict=True):
-            if len(self._start) and _form(row, self.template) != "chat":
+            if len(self._start) and form_of(row, self.template) != "chat":
                 ids = np.concatenate((self._start, ids))
             if len(self._end) and not np.array_equal(ids[-len(self._end) :], self._end):
                 ids = np.concatenate((ids, self._end))

@@ -18,8 +18,9 @@ import numpy as np
 from distillm_cli.config import schema
 from distillm_cli.core.events import Listener, Warned, silent
 from distillm_cli.core.rollout import Decoder, Sampled, Sampling, sample_all
-from distillm_cli.data.prompts import Encoder, render
+from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.sources import Row
+from distillm_cli.data.templates import render
 from distillm_cli.errors import DataError
 from distillm_cli.evaluation.metrics import METRICS, Count, Metric, ratio
 from distillm_cli.evaluation.suites import Suite

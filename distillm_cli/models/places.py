@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
-from transformers.utils.peft_utils import find_adapter_config_file
 
 from distillm_cli.config.schema import BUILT
 from distillm_cli.errors import ModelError
@@ -38,6 +37,12 @@ class Place:
     revision: str | None = None
 
 
+def cached(name: str, file: str, revision: str | None) -> Path | None:
+    """A file of a hub repository as it was fetched before; None where it was not."""
+    found = huggingface_hub.try_to_load_from_cache(name, file, revision=revision)
+    return Path(found) if isinstance(found, str) else None
+
+
 @functools.cache
 def hub_is_there() -> bool:
     """Whether the hub answers; asked once, and not where HF_HUB_OFFLINE is set.
@@ -57,6 +62,8 @@ def hub_is_there() -> bool:
 
 def base_of(name: str, *, local: bool, revision: str | None) -> tuple[str, str | None] | None:
     """The model that an adapter (a directory, or a hub name) belongs to, and its revision; None for anything else."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
     if not local:
         hub_is_there()
     try:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from distillm_cli.errors import ModelError
-from distillm_cli.models.places import adapters_of, hub_is_there, locate
+from distillm_cli.models.places import adapters_of, cached, hub_is_there, locate
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.model", "tekken.json")
@@ -59,7 +59,7 @@ def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedToken
             )
         except Exception as error:
             raise not_loaded("tokenizer", path, local, error) from error
-    if not local and (files := _cached_beside_config(name, revision)) is not None and not has_tokenizer(files):
+    if not local and (config := cached(name, "config.json", revision)) and not has_tokenizer(config.parent):
         # transformers makes an empty tokenizer of the family's kind where there are no files for one.
         raise ModelError(
             f"no files of a tokenizer for {path!r}", hint="pass --tokenizer DIR, or bpe:SIZE, chars, words"
@@ -67,12 +67,6 @@ def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedToken
     for key in ("local_files_only", "is_local", "trust_remote_code"):  # how it was loaded is no part of what is saved
         tokenizer.init_kwargs.pop(key, None)
     return prepare_tokenizer(tokenizer, path)
-
-
-def _cached_beside_config(name: str, revision: str | None) -> Path | None:
-    """Where the hub's cache has what was fetched of a repository; None where not even its config was."""
-    file = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
-    return Path(file).parent if isinstance(file, str) else None
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrainedTokenizerBase:

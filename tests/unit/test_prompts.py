@@ -10,9 +10,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from distillm_cli.config.schema import Columns, Data
-from distillm_cli.data.prompts import Encoder, TooLong, render
+from distillm_cli.data.prompts import Encoder, TooLong
 from distillm_cli.data.rows import Row, parse
 from distillm_cli.data.sources import load_rows
+from distillm_cli.data.templates import render
 from distillm_cli.errors import DataError, ModelError
 from distillm_cli.sequences import Sequence
 
