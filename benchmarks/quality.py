@@ -5,8 +5,9 @@
 Everyone has the same teacher, the same start (one epoch of SFT, see ``g2p.py``), rows, batch of 64, tokens, sampling
 temperature 1, AdamW, clipping, cosine after 5 % warm-up, threads, and a live teacher: nothing it says is known beforehand.
 Peers (``peers_trl.py``): GKDTrainer λ = 1 and ½, DistillationTrainer, all β = 0.1, for --steps. Ours: ``distill``, whole
-runs of --budgets steps each with its own schedule: ``distillm`` (skew KL, adaptive) and ``gkd`` (the peers' algorithm),
-every row once; and ``distillm`` on a quarter as many rows, each four times, what the teacher said of it remembered.
+runs of --budgets steps each with its own schedule: ``distillm`` (skew KL, adaptive), ``gkd`` (the peers' algorithm) and
+``ab`` (α-β divergence on rows), every row once; and ``distillm`` and ``ab`` on a quarter as many rows, each four times, what
+the teacher said of it remembered.
 
 1. autocast, fp32 or bf16: whichever makes 20 steps faster (best of three, in turns), for each trainer by itself
 2. learning rate, on the first seed, from one grid, after --steps (peers) or --probe steps (ours): the lowest phoneme error
@@ -38,9 +39,10 @@ PEERS = {
     "TRL GKDTrainer λ=0.5": ["--trainer", "gkd", "--lmbda", "0.5"],
     "TRL DistillationTrainer": ["--trainer", "distillation"],
 }
-FEW = "distillm, each row 4 times"
-OURS = {"distillm": ["--method", "distillm"], "gkd": ["--method", "gkd"], FEW: ["--method", "distillm"]}
-EPOCHS = 4  # of FEW
+METHODS = {name: ["--method", name] for name in ("distillm", "gkd", "ab")}
+EPOCHS = 4
+FEW = {f"{name}, each row {EPOCHS} times": METHODS[name] for name in ("distillm", "ab")}
+OURS = METHODS | FEW
 BATCH = 64
 GOAL = 4.3
 TRIALS, TRIAL_STEPS = 3, 20
@@ -109,7 +111,7 @@ class Quality(Lab):
             how += ["--batch", str(BATCH)]
             return kept(place, [*script, *pair, *how], self.args.threads)
         fields = ["eval.report_rows=0", f"teacher.dtype={run.dtype}", f"student.dtype={run.dtype}"]
-        if run.name == FEW:
+        if run.name in FEW:
             fields += ["teacher.cache=memory", f"data.limit={run.steps * BATCH // EPOCHS}"]
         else:
             fields.append("teacher.cache=off")
