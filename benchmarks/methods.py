@@ -341,7 +341,6 @@ def main() -> None:
     parser.add_argument("parts", nargs="+", choices=[*PARTS, "all"], metavar="PART", help="all: every one")
     parser.add_argument("--report", action="store_true", help="write what is there, run nothing")
     parser.add_argument("--data", type=Path, help="of G2P: train.jsonl, valid.jsonl, test.jsonl")
-    parser.add_argument("--tokenizer", type=Path, help="GPT-2's, for dolly")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12])
     parser.add_argument("--steps", type=int, default=1000, help="of a G2P run")
@@ -383,8 +382,8 @@ def main() -> None:
     if "builtin" in parts:
         bench = open_bench(tasks.builtin(args.work / "builtin", args.threads), args.seeds)
         figures["builtin"] = (bench, *compare(bench, blocks))
-    if "dolly" in parts and (args.tokenizer or not args.report):
-        bench = open_bench(tasks.dolly(args.tokenizer, args.work / "dolly", args.threads), args.seeds[:1])
+    if "dolly" in parts:
+        bench = open_bench(tasks.dolly(args.work / "dolly", args.threads), args.seeds[:1])
         figures["dolly"] = (bench, *compare(bench, blocks))
     write(blocks)
     from plots import draw

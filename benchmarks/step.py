@@ -96,11 +96,11 @@ class Ours:
 
         self.objective.zero_grad(set_to_none=True)
         count, loss = self.objective.criterion.count(self.sequences), 0.0
-        for micro_batch in micro_batches(self.sequences, self.batch_size):
-            batch = collate(micro_batch).to(self.device)
+        for cuts in micro_batches(self.sequences, self.batch_size):
+            batches = [collate(sequences).to(self.device) for sequences in cuts]
             with torch.autocast(self.device.type, torch.bfloat16):
-                teacher_hidden_ND = teacher.hidden(batch, micro_batch)
-                total, _ = self.objective(batch, teacher_hidden_ND, self.terms)
+                told = [teacher.hidden(batch, sequences) for batch, sequences in zip(batches, cuts, strict=True)]
+                total, _ = self.objective(batches, torch.cat(told), self.terms)
             (total / count).backward()
             loss += total.item() / count
         return loss

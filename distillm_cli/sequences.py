@@ -86,7 +86,12 @@ def collate(sequences: SequenceOf[Sequence]) -> Batch:
     )
 
 
-LEAST_PASS_COST = 64
+LEAST_PASS_COST = 64  # in token positions
+
+
+Passes = list[
+    list[Sequence]
+]  # sequences that one loss is taken of, cut by length: each part goes through the trunk alone
 
 
 def pass_cost(device: str, width: int) -> int:
@@ -101,11 +106,11 @@ def pass_cost(device: str, width: int) -> int:
     return max(LEAST_PASS_COST, min(512, 1_400_000 // width**2)) if device == "cpu" else 512
 
 
-def micro_batches(sequences: SequenceOf[Sequence], most: int, pass_cost: int = LEAST_PASS_COST) -> list[list[Sequence]]:
-    """The sequences of one step, cut into micro-batches of at most ``most``, each of about one length.
+def passes(sequences: SequenceOf[Sequence], most: int, pass_cost: int = LEAST_PASS_COST) -> Passes:
+    """The sequences of one step, cut into parts of at most ``most``, each of about one length.
 
     Sums of losses add up whatever the cut, so this saves padding and changes no gradient. The cut minimises padded
-    positions plus ``pass_cost`` per micro-batch, by dynamic programming over the sequences sorted by length.
+    positions plus ``pass_cost`` per part, by dynamic programming over the sequences sorted by length.
     """
     ordered = sorted(sequences, key=len, reverse=True)
     cost, start = [0.0], [0]
@@ -120,3 +125,19 @@ def micro_batches(sequences: SequenceOf[Sequence], most: int, pass_cost: int = L
         cuts.append(ordered[start[end] : end])
         end = start[end]
     return cuts[::-1]
+
+
+def micro_batches(sequences: SequenceOf[Sequence], most: int, pass_cost: int = LEAST_PASS_COST) -> list[Passes]:
+    """The ``passes`` of one step, gathered into micro-batches of at most ``most`` sequences.
+
+    A micro-batch is what one backward pass goes through, so its activations are in memory together.
+    """
+    gathered: list[Passes] = []
+    room = 0
+    for part in passes(sequences, most, pass_cost):
+        if len(part) > room:
+            gathered.append([])
+            room = most
+        gathered[-1].append(part)
+        room -= len(part)
+    return gathered

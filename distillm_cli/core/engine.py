@@ -32,7 +32,7 @@ from distillm_cli.core.scheduler import Scheduler, Source
 from distillm_cli.core.stopping import stop_on_signal
 from distillm_cli.core.teacher import Teacher
 from distillm_cli.errors import Interrupted, NonFiniteError
-from distillm_cli.sequences import LEAST_PASS_COST, Sequence, collate, micro_batches
+from distillm_cli.sequences import LEAST_PASS_COST, Batch, Passes, Sequence, collate, micro_batches
 
 LOWER_IS_BETTER = frozenset({"valid_loss", "valid_divergence", "error_rate"})
 
@@ -218,25 +218,26 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         criterion, progress = self.objective.criterion, (self.at.step + 1) / self.steps
-        pieces = [
-            Piece(part.source, group)
+        micro = [
+            (part.source, cuts)
             for part in parts
-            for group in micro_batches(part.sequences, self.train.batch_size, self.pass_cost)
+            for cuts in micro_batches(part.sequences, self.train.batch_size, self.pass_cost)
         ]
-        own, told = self._look_ahead(pieces, progress)
+        pieces = [Piece(source, list(chain.from_iterable(cuts))) for source, cuts in micro]
+        own, told = self._look_ahead(pieces, [cuts for _, cuts in micro], progress)
         count = criterion.count([s for part in parts for s in part.sequences])
         loss = torch.zeros((), device=self.device)
-        for piece, per_token, told_ND in zip(pieces, own, told, strict=True):
-            terms = criterion.terms(piece.source, progress)
-            batch = collate(piece.sequences).to(self.device)
+        for (source, cuts), per_token, told_ND in zip(micro, own, told, strict=True):
+            terms = criterion.terms(source, progress)
+            batches = self._collated(cuts)
             with self._autocast():
                 if told_ND is None and terms.kd:
-                    told_ND = self.teacher.hidden(batch, piece.sequences)
-                total, _ = self.objective(batch, told_ND, terms, per_token)
+                    told_ND = self._ask(batches, cuts)
+                total, _ = self.objective(batches, told_ND, terms, per_token)
             (total / count).backward()  # one division, by the whole step's count
             loss += total.detach() / count
         norm = nn.utils.clip_grad_norm_(self.objective.parameters(), self.train.clip or math.inf)
-        loss, grad_norm = loss.item(), norm.item()
+        loss, grad_norm = torch.stack((loss, norm)).tolist()  # the one time a step waits for a device
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self.optimizer.zero_grad(set_to_none=True)
             self._save()  # the weights are those before this step: still good
@@ -250,19 +251,26 @@ class Engine:
         criterion.observe(loss, progress)
         return loss, grad_norm, lr
 
+    def _collated(self, cuts: Passes) -> list[Batch]:
+        return [collate(sequences).to(self.device) for sequences in cuts]
+
+    def _ask(self, batches: list[Batch], cuts: Passes) -> torch.Tensor:
+        """The teacher's states for all of a micro-batch, pass by pass."""
+        return torch.cat([self.teacher.hidden(batch, cut) for batch, cut in zip(batches, cuts, strict=True)])
+
     def _look_ahead(
-        self, pieces: list[Piece], progress: float
+        self, pieces: list[Piece], micro: list[Passes], progress: float
     ) -> tuple[list[PerToken | None], list[torch.Tensor | None]]:
         """Shows the criterion the whole step, where it wants to see it: what its tokens get of their own, and what the
         teacher, if it was asked, has said of them, so that it need not be asked again."""
         criterion = self.objective.criterion
         readings, told = [], [None] * len(pieces)
-        for i, piece in enumerate(pieces if criterion.looks_at else ()):
-            batch = collate(piece.sequences).to(self.device)
+        for i, cuts in enumerate(micro if criterion.looks_at else ()):
+            batches = self._collated(cuts)
             with self._autocast():
                 if "teacher" in criterion.looks_at:
-                    told[i] = self.teacher.hidden(batch, piece.sequences)
-                readings.append(self.objective.read(batch, told[i]))
+                    told[i] = self._ask(batches, cuts)
+                readings.append(self.objective.read(batches, told[i]))
         own = criterion.look_ahead(pieces, readings, progress)
         return [None if per_token is None else per_token.to(self.device) for per_token in own], told
 
@@ -314,7 +322,7 @@ class Engine:
             batch = collate(sequences).to(self.device)
             with self._autocast():
                 teacher_hidden_ND = self.teacher.hidden(batch, sequences) if terms.kd else None
-                part, count = objective(batch, teacher_hidden_ND, terms)
+                part, count = objective([batch], teacher_hidden_ND, terms)
             total, tokens = total + part.double(), tokens + count
         return (total / tokens).item()
 

@@ -6,6 +6,7 @@ The student lives inside the objective and everything goes through ``forward``, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 
 import torch
@@ -42,22 +43,30 @@ class Objective(nn.Module):
         self._teacher_head = lambda: teacher_head
 
     def forward(
-        self, batch: Batch, teacher_hidden_ND: Tensor | None, terms: Terms, per_token: PerToken | None = None
+        self,
+        batches: SequenceOf[Batch],
+        teacher_hidden_ND: Tensor | None,
+        terms: Terms,
+        per_token: PerToken | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(Σ of token losses with its graph, the number of tokens), both scalars.
+        """(Σ of token losses with its graph, the number of tokens), both scalars, over the tokens of all batches.
+
+        Each batch goes through the student's trunk by itself, as short as its own rows are, and all of them through the
+        head together: a matrix of the vocabulary's height is read, and its gradient written, once for all.
+        teacher_hidden_ND, per_token: of the batches' tokens, one batch after the other.
 
         With ``reduction: sequence`` a token of a response of n tokens weighs 1/n while training.
         """
         per_token = per_token or NOTHING
         if self.criterion.per_sequence and self.training:
-            lengths_B = torch.bincount(batch.rows_N, minlength=batch.size)
-            weights_N = 1.0 / lengths_B[batch.rows_N]
+            weights_N = torch.cat([_shares_N(batch) for batch in batches])
             own_N = per_token.weights_N
             per_token = replace(per_token, weights_N=weights_N if own_N is None else weights_N * own_N)
+        targets_N = torch.cat([batch.targets_N for batch in batches])
         total = fused_loss(
-            self.student.hidden(batch, meets_head=True),
+            torch.cat([self.student.hidden(batch, meets_head=True) for batch in batches]),
             self.student.head(),
-            batch.targets_N,
+            targets_N,
             terms=terms,
             teacher_hidden_ND=teacher_hidden_ND if terms.kd else None,
             teacher_head=self._teacher_head() if terms.kd else None,
@@ -66,19 +75,20 @@ class Objective(nn.Module):
             chunk=self.chunk,
             on_halved=self._go_on_with,
         )
-        return total, torch.tensor(batch.tokens, device=total.device)
+        return total, torch.tensor(targets_N.shape[0], device=total.device)
 
     @torch.no_grad()
-    def read(self, batch: Batch, teacher_hidden_ND: Tensor | None) -> Reading:
-        """What the models that the criterion looks at say of the batch's own tokens, without a graph."""
+    def read(self, batches: SequenceOf[Batch], teacher_hidden_ND: Tensor | None) -> Reading:
+        """What the models that the criterion looks at say of the batches' own tokens, without a graph."""
         log_p_N = log_q_N = None
+        targets_N = torch.cat([batch.targets_N for batch in batches])
         if "teacher" in self.criterion.looks_at:
-            log_p_N = target_log_probs(teacher_hidden_ND, self._teacher_head(), batch.targets_N, chunk=self.chunk)
+            log_p_N = target_log_probs(teacher_hidden_ND, self._teacher_head(), targets_N, chunk=self.chunk)
         if "student" in self.criterion.looks_at:
             log_q_N = target_log_probs(
-                self.student.hidden(batch),
+                torch.cat([self.student.hidden(batch) for batch in batches]),
                 self.student.head(),
-                batch.targets_N,
+                targets_N,
                 matmul_dtype=self.matmul_dtype,
                 chunk=self.chunk,
             )
@@ -89,3 +99,9 @@ class Objective(nn.Module):
         self.say(
             Note(f"out of memory in the loss: going on with {tokens} tokens at once, slower and with the same result")
         )
+
+
+def _shares_N(batch: Batch) -> Tensor:
+    """For each token 1/n, of the n tokens of its response."""
+    lengths_B = torch.bincount(batch.rows_N, minlength=batch.size)
+    return 1.0 / lengths_B[batch.rows_N]

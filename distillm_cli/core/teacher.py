@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from distillm_cli.core.fused import HeadLike
-from distillm_cli.sequences import LEAST_PASS_COST, Batch, Sequence, collate, micro_batches
+from distillm_cli.sequences import LEAST_PASS_COST, Batch, Sequence, collate, passes
 
 
 class Model(Protocol):
@@ -193,13 +193,13 @@ class RowStates:
 
 
 class FirstEpoch:
-    """Which rows are computed together: those that meet in a micro-batch of the first epoch, whether or not that step
+    """Which rows are computed together: those that meet in a pass of the first epoch, whether or not that step
     came to train on them.
 
     So the first pass computes nothing beside its own batches, and what is kept of a row is a function of teacher, rows
     and order alone: a resumed run, which has to compute a row again, does so in the same company and gets the same bits.
 
-    batches: step → rows, of the first epoch; steps: of that epoch; most, pass_cost: as of ``micro_batches``.
+    batches: step → rows, of the first epoch; steps: of that epoch; most, pass_cost: as of ``passes``.
     leftovers: the rows of no batch of it; they keep each other company.
     """
 
@@ -219,11 +219,9 @@ class FirstEpoch:
         self.leftovers = [s for s in rows if self._step_of_row[s.row] == steps]
 
     def groups(self, rows: SequenceOf[Sequence]) -> list[list[Sequence]]:
-        """The micro-batches in which these rows are, all members included."""
+        """The passes in which these rows are, all members included."""
         wanted, groups = set(rows), []
         for step in dict.fromkeys(self._step_of_row[s.row] for s in rows):
             batch = self.leftovers if step == self._steps else self._batches(int(step))
-            groups += [
-                group for group in micro_batches(batch, self._most, self._pass_cost) if not wanted.isdisjoint(group)
-            ]
+            groups += [group for group in passes(batch, self._most, self._pass_cost) if not wanted.isdisjoint(group)]
         return groups

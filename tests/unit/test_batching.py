@@ -19,7 +19,7 @@ from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.rows import Row
 from distillm_cli.data.sources import load_rows
 from distillm_cli.errors import DataError
-from distillm_cli.sequences import Sequence, collate, micro_batches
+from distillm_cli.sequences import Sequence, collate, passes
 
 
 def letters() -> PreTrainedTokenizerFast:
@@ -182,7 +182,7 @@ def test_less_than_a_tenth_is_padding_where_lengths_differ_as_in_instruction_dat
     real = computed = 0
     for step in range(order.steps_per_epoch):
         rows = [Sequence(np.zeros(n - 1, np.int32), np.zeros(1, np.int32)) for n in lengths[order.batch(step)]]
-        for part in micro_batches(rows, train.batch_size):
+        for part in passes(rows, train.batch_size):
             real, computed = real + sum(map(len, part)), computed + len(part) * max(map(len, part))
     assert 1 - real / computed < 0.1
 

@@ -362,11 +362,11 @@ def test_a_run_says_it_once_and_stays_with_the_smaller_chunk():
     said, teacher_hidden_ND = [], teacher.hidden(batch).detach()
     objective = Objective(student, Criterion(schema.Objective()), teacher_head=teacher.head()).eval()
     objective.say = said.append
-    expected, _ = objective(batch, teacher_hidden_ND, objective.criterion.held_out)
+    expected, _ = objective([batch], teacher_hidden_ND, objective.criterion.held_out)
     refuse = iter([True])
     with Watched(full=lambda _, size: size == 16 * len(tokenizer) * 4 and next(refuse, False), error=OUT_OF_MEMORY[2]):
-        total, _ = objective(batch, teacher_hidden_ND, objective.criterion.held_out)
-    again, _ = objective(batch, teacher_hidden_ND, objective.criterion.held_out)
+        total, _ = objective([batch], teacher_hidden_ND, objective.criterion.held_out)
+    again, _ = objective([batch], teacher_hidden_ND, objective.criterion.held_out)
     assert objective.chunk == 8
     assert [type(event) for event in said] == [Note]
     assert "8 tokens" in said[0].text

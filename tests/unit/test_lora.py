@@ -68,7 +68,7 @@ def test_only_the_adapter_trains_and_at_first_it_says_nothing(family, tmp_path):
         assert backbone.check_head(BATCH)
     objective = Objective(backbone, Criterion(None))
     objective.train()
-    total, _ = objective(BATCH, None, CROSS_ENTROPY)
+    total, _ = objective([BATCH], None, CROSS_ENTROPY)
     total.backward()
     assert all((p.grad is not None) == p.requires_grad for p in backbone.parameters())
     linear = [m for m in bare.model.modules() if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D"]
@@ -107,7 +107,7 @@ def test_the_loss_has_the_gradients_of_the_merged_weights(family, tmp_path):
     wanted = {n: p.grad.clone() for n, p in exact.named_parameters() if p.requires_grad}
     exact.zero_grad()
     backbone.model.float()
-    total, _ = Objective(backbone, Criterion(None))(BATCH, None, CROSS_ENTROPY)
+    total, _ = Objective(backbone, Criterion(None))([BATCH], None, CROSS_ENTROPY)
     total.backward()
     assert total.item() == pytest.approx(truth.item(), rel=1e-5)
     for name, p in backbone.model.named_parameters():
@@ -309,7 +309,7 @@ def test_gradient_checkpointing_reaches_the_adapter(tmp_path):
         for module in backbone.model.modules():  # dropout would differ
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-        total, _ = objective(BATCH, None, CROSS_ENTROPY)
+        total, _ = objective([BATCH], None, CROSS_ENTROPY)
         total.backward()
         grads.append({n: p.grad for n, p in backbone.model.named_parameters() if p.requires_grad})
     assert all(g is not None and torch.allclose(g, grads[1][n], atol=1e-5) for n, g in grads[0].items())

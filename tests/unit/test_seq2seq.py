@@ -433,7 +433,7 @@ def test_the_loss_of_a_step_is_the_definition_in_float64():
     engine.objective.eval()
     batch = collate(sequences)
     total, tokens = engine.objective(
-        batch, engine.teacher.hidden(batch, sequences), engine.objective.criterion.held_out
+        [batch], engine.teacher.hidden(batch, sequences), engine.objective.criterion.held_out
     )
     (total / tokens).backward()
     assert (total / tokens).item() == pytest.approx(expected.item(), rel=1e-6)

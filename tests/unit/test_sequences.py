@@ -1,12 +1,14 @@
 """Where the supervised positions are, and how a step is cut: both decided once, for rows and rollouts alike."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distillm_cli.sequences import Sequence, collate, micro_batches, pass_cost
+from distillm_cli.sequences import Sequence, collate, micro_batches, pass_cost, passes
 
 
 def sequence(prompt, response, row=0):
@@ -36,9 +38,9 @@ def test_an_empty_prompt_has_no_state_to_predict_from():
 
 @settings(max_examples=200, deadline=None)
 @given(lengths=st.lists(st.integers(2, 500), min_size=1, max_size=40), most=st.integers(1, 16))
-def test_micro_batches_hold_every_sequence_once_and_none_is_too_large(lengths, most):
+def test_passes_hold_every_sequence_once_and_none_is_too_large(lengths, most):
     rows = [sequence([1], [2] * (length - 1), row) for row, length in enumerate(lengths)]
-    cut = micro_batches(rows, most)
+    cut = passes(rows, most)
     assert sorted(s.row for part in cut for s in part) == list(range(len(rows)))
     assert max(len(part) for part in cut) <= most
     assert sum(collate(part).tokens for part in cut) == collate(rows).tokens
@@ -46,13 +48,25 @@ def test_micro_batches_hold_every_sequence_once_and_none_is_too_large(lengths, m
 
 def test_padding_is_cut_away_where_it_is_worth_a_pass():
     rows = [sequence([1], [2] * n) for n in [500] * 4 + [20] * 4]
-    assert [[len(s) for s in part] for part in micro_batches(rows, 8)] == [[501] * 4, [21] * 4]
+    assert [[len(s) for s in part] for part in passes(rows, 8)] == [[501] * 4, [21] * 4]
     short = [sequence([1], [2] * n) for n in [30] * 4 + [20] * 4]
-    assert len(micro_batches(short, 8)) == 1
+    assert len(passes(short, 8)) == 1
     # On a GPU, or in narrow layers, a pass of few tokens takes as long as one of many.
     long = [sequence([1], [2] * n) for n in [150] * 4 + [50] * 4]
     costs = [pass_cost("cpu", 768), pass_cost("cpu", 64), pass_cost("cuda", 768)]
-    assert [len(micro_batches(long, 8, cost)) for cost in costs] == [2, 2, 1]
+    assert [len(passes(long, 8, cost)) for cost in costs] == [2, 2, 1]
     near = [sequence([1], [2] * n) for n in [110] * 4 + [60] * 4]
-    assert [len(micro_batches(near, 8, cost)) for cost in costs] == [2, 1, 1]
+    assert [len(passes(near, 8, cost)) for cost in costs] == [2, 1, 1]
     assert torch.is_tensor(collate(short).ids_BT)
+
+
+@settings(max_examples=200, deadline=None)
+@given(lengths=st.lists(st.integers(2, 500), min_size=1, max_size=40), most=st.integers(1, 16))
+def test_micro_batches_are_the_passes_gathered_as_far_as_there_is_room(lengths, most):
+    rows = [sequence([1], [2] * (length - 1), row) for row, length in enumerate(lengths)]
+    gathered = micro_batches(rows, most)
+    assert [part for cuts in gathered for part in cuts] == passes(rows, most)
+    sizes = [[len(part) for part in cuts] for cuts in gathered]
+    assert max(map(sum, sizes)) <= most
+    for one, following in pairwise(sizes):
+        assert sum(one) + following[0] > most

@@ -59,7 +59,7 @@ def test_gradients_through_the_loss_are_dense_and_the_trunks_own_tied_or_not(fam
             monkeypatch.setattr(Backbone, "hidden", lambda self, batch, meets_head: self._states(batch))
         objective = Objective(model, Criterion(schema.Objective()))
         for seed in (0, 1):
-            total, tokens = objective(tiny.batch(LENGTHS, VOCAB, seed), None, CROSS_ENTROPY)
+            total, tokens = objective([tiny.batch(LENGTHS, VOCAB, seed)], None, CROSS_ENTROPY)
             (total / tokens).backward()
         assert own or model._is_written_out
         assert all(parameter.grad.layout == torch.strided for parameter in model.parameters())
