@@ -28,8 +28,8 @@ class Model(Protocol):
     def hidden(self, batch: Batch, *, meets_head: bool = False) -> Tensor:
         """Last hidden states [N, D] at ``batch.positions_N``.
 
-        meets_head: the loss goes through the head, which then gives its matrix a dense gradient. What else reads that
-        matrix (a tied embedding) may add a sparse one of its own to it.
+        meets_head: the loss goes through the head, which then gives its matrix a gradient. What else reads that matrix (a
+        tied embedding) may hold its own back and add it to that.
         """
 
     def head(self) -> HeadLike:

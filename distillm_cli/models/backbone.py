@@ -22,7 +22,7 @@ from distillm_cli.models.blocks import BlockDecoding, takes_back
 from distillm_cli.models.decoding import FastDecoding, PlainDecoding, Ways, cast, close, ways
 from distillm_cli.models.modes import eval_mode
 from distillm_cli.models.products import Linear, Packs
-from distillm_cli.models.whole import Whole, whole_of
+from distillm_cli.models.whole import Late, Whole, whole_of
 from distillm_cli.sequences import Batch, collate
 from distillm_cli.sequences import Sequence as Tokens
 
@@ -100,6 +100,7 @@ class Backbone(nn.Module):
         self._takes_back: bool | None = None  # so too
         self._is_written_out: bool | None = None  # whether the pass over whole sequences is; tried before the first one
         self._packs = Packs()
+        self._late: Late | None = None
         self._scale, self._softcap = _head_quirks(model.config)
         self.own_logits = _trunk(model) is None or not isinstance(_head_weight(model), torch.Tensor)
 
@@ -161,7 +162,7 @@ class Backbone(nn.Module):
     def hidden(self, batch: Batch, *, meets_head: bool = False) -> torch.Tensor:
         """The last hidden states [N, D] that predict the supervised tokens, after the final norm and any projection.
 
-        meets_head: the loss goes through the head, so that a tied embedding may leave its own gradient sparse.
+        meets_head: the loss goes through the head, so that a tied embedding's own gradient may be added to the head's.
 
         No attention mask for a causal model: padding is on the right, where causal attention does not look. In the
         fallback that `check_head` may switch to: the model's own logits [N, V].
@@ -182,13 +183,22 @@ class Backbone(nn.Module):
         """The written-out pass, where there is one for this trunk as it is now and it gives the trunk's own states."""
         if self._is_written_out is False:
             return None
-        tied = meets_head and _head_weight(self.model) is self.model.get_input_embeddings().weight
-        whole = whole_of(self.trunk, self._packs, tied=tied)
+        whole = whole_of(self.trunk, self._packs, self._late_rows() if meets_head else None)
         if whole is None:
             return None
         if self._is_written_out is None:
             self._is_written_out = self._agrees(whole)
         return whole if self._is_written_out else None
+
+    def _late_rows(self) -> Late | None:
+        """What holds the embedding's gradient back until the head's is there; None where they are not one matrix."""
+        weight_VD = self.model.get_input_embeddings().weight
+        if _head_weight(self.model) is not weight_VD or not weight_VD.requires_grad:
+            return None
+        if self._late is None or self._late.weight_VD is not weight_VD:
+            self._late = Late(weight_VD)
+        self._late.drop()
+        return self._late
 
     @torch.no_grad()
     def _agrees(self, whole: Whole) -> bool:

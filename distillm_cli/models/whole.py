@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from distillm_cli.models.cache import fits
 from distillm_cli.models.products import Packs, can_pack
@@ -35,11 +36,56 @@ KINDS = ("gpt2", "llama", "mistral", "qwen2", "qwen3")  # for which a pass is wr
 Whole = Callable[[Batch], Tensor]
 
 
-def whole_of(trunk: nn.Module | None, packs: Packs, *, tied: bool) -> Whole | None:
+class Late:
+    """The gradient of a tied matrix by its use as an embedding, held back until that by its use as a head is there.
+
+    A batch looks up few of the matrix's rows. Autograd would make a table of its height for each batch, or copy the head's
+    for each sparse one; here the rows are added to ``weight.grad`` where their tokens are, once it is complete, at the end
+    of each backward pass. Only where the loss goes through the head too: else nothing would ever be added.
+    """
+
+    def __init__(self, weight_VD: nn.Parameter):
+        self.weight_VD = weight_VD
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+        weight_VD.register_post_accumulate_grad_hook(self._add)
+
+    def rows(self, ids_BT: Tensor, padding: int | None) -> Tensor:
+        """[B, T, D]. padding: the token whose row learns nothing here."""
+        return _LateRows.apply(self.weight_VD, ids_BT, padding, self)
+
+    def hold(self, ids_M: Tensor, grad_MD: Tensor) -> None:
+        self._waiting.append((ids_M, grad_MD))
+
+    def drop(self) -> None:
+        """What a backward pass left that did not come to its end."""
+        self._waiting.clear()
+
+    def _add(self, weight_VD: Tensor) -> None:
+        for ids_M, grad_MD in self._waiting:
+            weight_VD.grad.index_add_(0, ids_M, grad_MD.to(weight_VD.grad.dtype))
+        self._waiting.clear()
+
+
+class _LateRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight_VD: Tensor, ids_BT: Tensor, padding: int | None, late: Late) -> Tensor:
+        ctx.ids_M, ctx.padding, ctx.late = ids_BT.flatten(), padding, late
+        return F.embedding(ids_BT, weight_VD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_BTD: Tensor) -> tuple[None, ...]:
+        ids_M, grad_MD = ctx.ids_M, grad_BTD.flatten(0, 1)
+        if ctx.padding is not None:
+            ids_M, grad_MD = ids_M[(kept := ids_M != ctx.padding)], grad_MD[kept]
+        ctx.late.hold(ids_M, grad_MD)
+        return None, None, None, None
+
+
+def whole_of(trunk: nn.Module | None, packs: Packs, late: Late | None = None) -> Whole | None:
     """The pass over this trunk, its weights as they are now: batch → last hidden states [N, D]; None where none was
-    written for it. packs: the layouts of frozen weights, kept from one pass to the next. tied: the embedding matrix is the
-    head's, and the loss goes through the head: that has a dense gradient anyway, and the embedding's own is then a sparse
-    one, added where its tokens are, and not another table of zeros.
+    written for it. packs: the layouts of frozen weights, kept from one pass to the next. late: of the embedding matrix,
+    where that is the head's and the loss goes through the head.
 
     On a CPU only: elsewhere transformers' own kernels are good, and this was not measured.
     """
@@ -51,8 +97,8 @@ def whole_of(trunk: nn.Module | None, packs: Packs, *, tied: bool) -> Whole | No
         return None
     packs = packs if is_small(weights_of(trunk)) else None
     if is_gpt2(trunk):
-        return _Gpt2(trunk, packs, tied)
-    return _Llama(trunk, packs, tied) if is_llama(trunk) else None
+        return _Gpt2(trunk, packs, late)
+    return _Llama(trunk, packs, late) if is_llama(trunk) else None
 
 
 def has_layouts(kind: str, weights: int) -> bool:
@@ -89,13 +135,13 @@ class _Supervised:
 
 
 class _Gpt2:
-    def __init__(self, trunk: nn.Module, packs: Packs | None, tied: bool):
-        self.trunk, self.tied = trunk, tied
+    def __init__(self, trunk: nn.Module, packs: Packs | None, late: Late | None):
+        self.trunk, self.late = trunk, late
         self.blocks = [_Gpt2Block(block, packs, last=block is trunk.h[-1]) for block in trunk.h]
 
     def __call__(self, batch: Batch) -> Tensor:
         trunk, ids_BT = self.trunk, batch.ids_BT
-        x_BTD = trunk.drop(_embedded(trunk.wte, ids_BT, self.tied) + trunk.wpe(torch.arange(ids_BT.shape[1])))
+        x_BTD = trunk.drop(_embedded(trunk.wte, ids_BT, self.late) + trunk.wpe(torch.arange(ids_BT.shape[1])))
         x_MD, supervised = x_BTD.flatten(0, 1), _Supervised(batch)
         for block in self.blocks:
             x_MD = block(x_MD, supervised)
@@ -139,14 +185,14 @@ class _Gpt2Block:
 
 
 class _Llama:
-    def __init__(self, trunk: nn.Module, packs: Packs | None, tied: bool):
-        self.trunk, self.tied = trunk, tied
+    def __init__(self, trunk: nn.Module, packs: Packs | None, late: Late | None):
+        self.trunk, self.late = trunk, late
         layers = trunk.layers[: trunk.config.num_hidden_layers]
         self.layers = [_LlamaLayer(layer, packs, last=layer is layers[-1]) for layer in layers]
 
     def __call__(self, batch: Batch) -> Tensor:
         trunk, ids_BT = self.trunk, batch.ids_BT
-        x_BTD, supervised = _embedded(trunk.embed_tokens, ids_BT, self.tied), _Supervised(batch)
+        x_BTD, supervised = _embedded(trunk.embed_tokens, ids_BT, self.late), _Supervised(batch)
         cos_1TW, sin_1TW = trunk.rotary_emb(x_BTD, torch.arange(supervised.T)[None])
         x_MD = x_BTD.flatten(0, 1)
         for layer in self.layers:
@@ -197,10 +243,10 @@ class _LlamaLayer:
         return (normed * cos + torch.cat([-second, first], -1) * sin).to(states.dtype)
 
 
-def _embedded(table: nn.Embedding, ids_BT: Tensor, tied: bool) -> Tensor:
-    if not tied or table.max_norm is not None or table.scale_grad_by_freq:
+def _embedded(table: nn.Embedding, ids_BT: Tensor, late: Late | None) -> Tensor:
+    if late is None or table.max_norm is not None or table.scale_grad_by_freq or not torch.is_grad_enabled():
         return table(ids_BT)
-    return F.embedding(ids_BT, table.weight, table.padding_idx, sparse=True)
+    return late.rows(ids_BT, table.padding_idx)
 
 
 class _Product:

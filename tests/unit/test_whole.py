@@ -51,7 +51,8 @@ def test_states_and_gradients_are_the_trunks_own(family, lengths):
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt2-untied", "llama", "llama-tied"])
 def test_gradients_through_the_loss_are_dense_and_the_trunks_own_tied_or_not(family, monkeypatch):
-    """The tied matrix gets one from the head and one, sparse, from the embedding; two micro-batches add up."""
+    """The tied matrix gets one from the head and one, late, from each pass's embedding; two micro-batches add up. A backward
+    pass that broke off leaves nothing behind."""
     found = []
     for own in (False, True):
         model = backbone(family, **no_dropout(family)).train()
@@ -59,7 +60,10 @@ def test_gradients_through_the_loss_are_dense_and_the_trunks_own_tied_or_not(fam
             monkeypatch.setattr(Backbone, "hidden", lambda self, batch, meets_head: self._states(batch))
         objective = Objective(model, Criterion(schema.Objective()))
         for seed in (0, 1):
-            total, tokens = objective([tiny.batch(LENGTHS, VOCAB, seed)], None, CROSS_ENTROPY)
+            batches = [tiny.batch(LENGTHS, VOCAB, seed), tiny.batch(LENGTHS[:2], VOCAB, seed + 7)]
+            if not own and model._late is not None:
+                model._late.hold(torch.tensor([3]), torch.ones(1, model.model.config.hidden_size))
+            total, tokens = objective(batches, None, CROSS_ENTROPY)
             (total / tokens).backward()
         assert own or model._is_written_out
         assert all(parameter.grad.layout == torch.strided for parameter in model.parameters())
