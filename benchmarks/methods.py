@@ -183,12 +183,16 @@ class Bench:
         argv = [(ALL[name], seed, rates[name], int(steps[name])) for name, seed in wanted]
         return self._done(wanted, [rates[name] for name, _ in wanted], self.each(self.task.train, argv))
 
-    def ablations(self) -> dict[tuple[str, str, int], Done]:
-        """(group, what, seed) → the run. Rates: kl's for α = 0, else what the grid gave distillm."""
+    def ablations(self, groups: list[str]) -> dict[tuple[str, str, int], Done]:
+        """(group, what, seed) → the run. Rates: kl's for α = 0, else what the grid gave distillm.
+
+        groups: how the names begin of those that are wanted.
+        """
         rates = self.best()
         if not {"kd", "distillm"} <= rates.keys():
             return {}
-        wanted = [(group, what, seed) for seed in self.seeds for group, runs in ABLATIONS.items() for what in runs]
+        members = {name: runs for name, runs in ABLATIONS.items() if name.startswith(tuple(groups))}
+        wanted = [(group, what, seed) for seed in self.seeds for group, runs in members.items() for what in runs]
         lrs, asked = [], []
         for group, what, seed in wanted:
             argv = ABLATIONS[group][what]
@@ -301,13 +305,13 @@ def rates_table(bench: Bench) -> str:
 
 def ablations_table(bench: Bench, runs: dict, scores: dict) -> str:
     """Group by group."""
-    lines = _head(bench.task, "what", "", "lr", "rollout / replay steps")
+    lines = _head(bench.task, "what", "", "lr", "seeds", "rollout / replay steps")
     names = [(group, what) for group, members in ABLATIONS.items() for what in members]
     last = None
     for (group, what), mine, figures in _rows(bench, runs, scores, names):
         drawn = [statistics.mean(d.result[f"{source}_steps"] for d in mine) for source in ("rollout", "replay")]
         told = f"{drawn[0]:.0f} / {drawn[1]:.0f}" if any(drawn) else "–"
-        cells = ["" if group == last else group, what, mine[0].lr, told, *_cells(bench.task, figures)]
+        cells = ["" if group == last else group, what, mine[0].lr, str(len(mine)), told, *_cells(bench.task, figures)]
         lines.append("| " + " | ".join(cells) + " |")
         last = group
     return "\n".join(lines)
@@ -345,6 +349,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12])
     parser.add_argument("--steps", type=int, default=1000, help="of a G2P run")
     parser.add_argument("--grid", nargs="+", metavar="LR", help="of learning rates, instead of the task's own")
+    parser.add_argument("--groups", nargs="+", default=[""], metavar="WORD", help="of ablations: those that begin so")
     parser.add_argument("--seconds", type=float, default=60.0, help="of a run in `seconds`")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     parser.add_argument("--threads", type=int, default=1, help="of each run")
@@ -370,7 +375,7 @@ def main() -> None:
             figures["g2p"] = (bench, *compare(bench, blocks))
         if "ablations" in parts:
             two = Bench(replace(bench.task, passes=("T=1", "greedy")), args.seeds, args.jobs, args.report)
-            runs = two.ablations()
+            runs = two.ablations(args.groups)
             scores = two.scored(runs)
             blocks["g2p: ablations"] = ablations_table(two, runs, scores)
             figures["ablations"] = (two, runs, scores)
