@@ -6,8 +6,8 @@ Everyone has the same teacher, the same start (one epoch of SFT, see ``g2p.py``)
 temperature 1, AdamW, clipping, cosine after 5 % warm-up, threads, and a live teacher: nothing it says is known beforehand.
 Peers (``peers_trl.py``): GKDTrainer λ = 1 and ½, DistillationTrainer, all β = 0.1, for --steps. Ours: ``distill``, whole
 runs of --budgets steps each with its own schedule: ``distillm`` (skew KL, adaptive), ``gkd`` (the peers' algorithm) and
-``ab`` (α-β divergence on rows), every row once; and ``distillm`` and ``ab`` on a quarter as many rows, each four times, what
-the teacher said of it remembered.
+``ab`` (α-β divergence on rows), every row once; and ``distillm``, also with skew reverse KL, ``ab`` and ``kd`` on a quarter
+as many rows, each four times, what the teacher said of it remembered.
 
 1. autocast, fp32 or bf16: whichever makes 20 steps faster (best of three, in turns), for each trainer by itself
 2. learning rate, on the first seed, from one grid, after --steps (peers) or --probe steps (ours): the lowest phoneme error
@@ -39,10 +39,11 @@ PEERS = {
     "TRL GKDTrainer λ=0.5": ["--trainer", "gkd", "--lmbda", "0.5"],
     "TRL DistillationTrainer": ["--trainer", "distillation"],
 }
-METHODS = {name: ["--method", name] for name in ("distillm", "gkd", "ab")}
+METHODS = {name: ["--method", name] for name in ("distillm", "gkd", "ab", "kd")}
+METHODS["srkl α=0.3"] = ["--method", "distillm", "--divergence", "srkl", "--alpha", "0.3"]
 EPOCHS = 4
-FEW = {f"{name}, each row {EPOCHS} times": METHODS[name] for name in ("distillm", "ab")}
-OURS = METHODS | FEW
+FEW = {f"{name}, each row {EPOCHS} times": METHODS[name] for name in ("distillm", "ab", "kd", "srkl α=0.3")}
+OURS = {name: METHODS[name] for name in ("distillm", "gkd", "ab")} | FEW
 BATCH = 64
 GOAL = 4.3
 TRIALS, TRIAL_STEPS = 3, 20
@@ -62,7 +63,9 @@ class Run:
 
     @property
     def file(self) -> str:
-        letters = "".join(c if c.isalnum() or c == "." else "-" for c in self.name.replace("λ=", "l"))
+        letters = "".join(
+            c if c.isalnum() or c == "." else "-" for c in self.name.replace("λ=", "l").replace("α=", "a")
+        )
         again = f"-again{self.again}" if self.again else ""
         return f"{letters}-{self.seed}-{self.lr}-{self.steps}-{self.dtype}{again}"
 
