@@ -166,7 +166,7 @@ class Bench:
         for turn in range(2):
             for name, argv in ALL.items():
                 # Any rate: cost does not depend on it. Nothing is scored.
-                wanted = (argv, self.seeds[0], self.task.grid[-1], COST_STEPS, None, f"cost{turn}", NO_REPORT)
+                wanted = (argv, self.seeds[0], self.task.grid[0], COST_STEPS, None, f"cost{turn}", NO_REPORT)
                 if not measure and not self.task.has(*wanted):
                     continue
                 outcome = self.each(self.task.train, [wanted])[0]
