@@ -54,6 +54,7 @@ def launch(ctx: typer.Context) -> None:
     place = Path(output) if output else None
     if place is None:
         place = outputs.default_name(resolved.name, r.data.source, r.student.path or "student", r.method, resume=resume)
+    outputs.check(place, resume=resume, overwrite=overwrite)  # before rows are read that nobody will want
     with console(json_mode=typed["json"], quiet=typed["quiet"]) as ui, reading(r) as early:
         from distillm_cli.cli.training import train  # which imports torch, while the rows are read and tokenised
 
