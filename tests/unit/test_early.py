@@ -96,13 +96,17 @@ def another_special_token(file: Path):
     return tokenizer
 
 
+def splits_special_tokens(file: Path):
+    return AutoTokenizer.from_pretrained(file.parent, split_special_tokens=True)
+
+
 def damaged(file: Path):
     tokenizer = AutoTokenizer.from_pretrained(file.parent)
     file.write_text("{")
     return tokenizer
 
 
-@pytest.mark.parametrize("change", [other_class, other_token, another_special_token, damaged])
+@pytest.mark.parametrize("change", [other_class, other_token, another_special_token, splits_special_tokens, damaged])
 def test_rules_that_are_not_the_tokenizers_are_not_used(change, tmp_path, tokenizer_file):
     data = Data(source=str(lines(tmp_path / "rows.jsonl", pairs(2 * CHUNK))), seed=4)
     tokenizer = change(tokenizer_file)
