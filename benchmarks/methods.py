@@ -63,6 +63,7 @@ ABLATIONS: dict[str, dict[str, Argv]] = {
         "on": (*_off("skl", "0.1"), "--set", "schedule.kind=on"),
         "mixed λ=0.5": (*_off("skl", "0.1"), "--set", "schedule.kind=mixed"),
         "adaptive, φ₀=0, ε=0.1": ALL["distillm"],
+        "adaptive, φ₀=0, ε=0": (*ALL["distillm"], "--set", "schedule.epsilon=0"),
         "adaptive, φ₀=0.5": _adaptive(),
     },
     "replay (adaptive, φ₀=0.5)": {
@@ -76,6 +77,10 @@ ABLATIONS: dict[str, dict[str, Argv]] = {
         "10,000": _adaptive("schedule.capacity=10000"),
     },
     "bulk (adaptive, φ₀=0.5)": {"1": _adaptive("rollout.bulk=1"), "8": _adaptive()},
+    "cross-entropy beside atkd": {
+        "atkd alone": ALL["atkd"],
+        "half and half": (*ALL["atkd"], "--set", "objective.kd_weight=0.5"),
+    },
     "start (kl, adaptive skl)": {
         "SFT, then kl": ALL["kd"],
         "kl from nothing": ALL["kd"],

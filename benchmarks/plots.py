@@ -79,6 +79,8 @@ def _dots(pyplot, task, scores: dict):
 
 def _cost(pyplot, task, scores: dict, costs: dict[str, float]):
     """Seconds of the training loop against the error at T = 1, for equal steps."""
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
     metric = task.metrics[0]
     figure, axes = pyplot.subplots(figsize=(7, 4.2))
     points = []
@@ -88,13 +90,19 @@ def _cost(pyplot, task, scores: dict, costs: dict[str, float]):
     low, high = min(y for _, y, _ in points), max(y for _, y, _ in points)
     taken: list[tuple[float, float]] = []
     for x, y, name in sorted(points, key=lambda point: point[1]):
-        # Names side by side where points lie close: the next one is pushed up until it is free.
-        up = y
-        while any(abs(x / other - 1) < 0.35 and abs(up - at) < (high - low) * 0.035 for other, at in taken):
+        # Names side by side where points lie close: the next one is pushed up until it is free, and one that would lie on a
+        # point to its right goes to the left.
+        up, near = y, (high - low) * 0.035
+        while any(abs(x / other - 1) < 0.35 and abs(up - at) < near for other, at in taken):
             up += (high - low) * 0.01
         taken.append((x, up))
-        axes.annotate(name, (x, y), (x * 1.03, up), fontsize=8, color=INK, va="center")
+        left = any(1.02 < other / x < 1.35 and abs(up - at) < near / 2 for other, at, _ in points)
+        beside = {"ha": "right", "xytext": (x / 1.03, up)} if left else {"ha": "left", "xytext": (x * 1.03, up)}
+        axes.annotate(name, (x, y), fontsize=8, color=INK, va="center", **beside)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("seconds of the training loop, the teacher's states of data set rows at hand")
     axes.set_ylabel("phoneme error rate at T = 1, %")
     axes.margins(x=0.15)
