@@ -189,8 +189,9 @@ class Rollout(Section):
     )
     bulk: Positive = Field(
         8,
-        description="rollout batches sampled at once and served one by one; the number sampled stays. "
-        "1 is the paper's letter. Under rounds: the batches of a round",
+        description="rollout batches sampled at once and served one by one; the number sampled stays. Fast, and samples up "
+        "to so many rollout steps old: in a run of a few hundred steps 1, the paper's letter, learns a little better. Under "
+        "rounds: the batches of a round",
     )
     teacher_mix: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0,
