@@ -274,8 +274,9 @@ def _rows(bench: Bench, runs: dict[tuple, Done], scores: dict, names: list) -> I
 def table(bench: Bench, runs: dict[tuple[str, int], Done], scores: dict, *, steps: bool = False) -> str:
     """Methods in the registry's order, teacher and start first."""
     task, also = bench.task, bench.scored_also()
-    columns = ["method", "lr", *(["steps"] if steps else ["s / 100 steps"]), "sampled, k tokens: student", "teacher"]
     costs = {} if steps else bench.costs()
+    second = ["steps"] if steps else ["s / 100 steps"] if costs else []
+    columns = ["method", "lr", *second, "sampled, k tokens: student", "teacher"]
     lines = _head(task, *columns)
     for name in ("teacher", "start"):
         figures = [[f for (n, _, p), f in also.items() if (n, p) == (name, way)] for way in task.passes]
@@ -285,7 +286,7 @@ def table(bench: Bench, runs: dict[tuple[str, int], Done], scores: dict, *, step
         cost = f"{100 * costs[name]:.1f}" if name in costs else "–"
         sampled = [_thousands([d.result[k] for d in mine]) for k in ("sampled_tokens", "teacher_sampled_tokens")]
         ran = f"{mine[0].result['steps']:,}" if steps else cost
-        cells = [name, mine[0].lr, ran, *sampled, *_cells(task, figures)]
+        cells = [name, mine[0].lr, *([ran] if second else []), *sampled, *_cells(task, figures)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
