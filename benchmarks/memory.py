@@ -45,7 +45,8 @@ def case(name: str, vocab: int, tokens: int, width: int, teacher_width: int) -> 
     import torch.nn.functional as F
 
     from distillm_cli.core.divergences import SkewKL
-    from distillm_cli.core.fused import Terms, fused_loss
+    from distillm_cli.core.fused import fused_loss
+    from distillm_cli.core.terms import Terms
     from distillm_cli.models.backbone import Head
 
     torch.manual_seed(0)

@@ -100,9 +100,9 @@ class Ours:
             batches = [collate(sequences).to(self.device) for sequences in cuts]
             with torch.autocast(self.device.type, torch.bfloat16):
                 told = [teacher.hidden(batch, sequences) for batch, sequences in zip(batches, cuts, strict=True)]
-                total, _ = self.objective(batches, torch.cat(told), self.terms)
-            (total / count).backward()
-            loss += total.item() / count
+                part, _ = self.objective(batches, torch.cat(told), self.terms, scale=1 / count)
+            part.backward()
+            loss += part.item()
         return loss
 
     def textbook(self) -> float:

@@ -18,8 +18,8 @@ import torch
 from distillm_cli.config.schema import Objective as Config
 from distillm_cli.core.criterion import Criterion, Piece, Reading
 from distillm_cli.core.divergences import KL, Divergence, ReverseKL, SkewKL, SkewReverseKL, build
-from distillm_cli.core.fused import PerToken, Terms
 from distillm_cli.core.scheduler import Source
+from distillm_cli.core.terms import PerToken, Terms
 
 FORWARD, REVERSE = "forward", "reverse"
 LEAST_ALPHA = 0.01

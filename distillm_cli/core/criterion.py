@@ -20,8 +20,8 @@ from distillm_cli.config.schema import Objective as Config
 from distillm_cli.core import divergences
 from distillm_cli.core.divergences import KL
 from distillm_cli.core.families import Interpolated
-from distillm_cli.core.fused import PerToken, Terms
 from distillm_cli.core.scheduler import Source
+from distillm_cli.core.terms import PerToken, Terms
 from distillm_cli.sequences import Sequence
 
 CROSS_ENTROPY = Terms(kd=0.0, ce=1.0)

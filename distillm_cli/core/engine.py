@@ -22,7 +22,6 @@ from distillm_cli.config.schema import Train
 from distillm_cli.core.checkpoint import Checkpoint, Checkpoints
 from distillm_cli.core.criterion import CROSS_ENTROPY, Piece
 from distillm_cli.core.events import Listener, Note, RunEnded, RunStarted, Saved, Stepped, Validated, silent
-from distillm_cli.core.fused import PerToken, Terms
 from distillm_cli.core.objective import Objective
 from distillm_cli.core.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from distillm_cli.core.replay import ReplayBuffer, pack, unpack
@@ -31,6 +30,7 @@ from distillm_cli.core.samples import Samples
 from distillm_cli.core.scheduler import Scheduler, Source
 from distillm_cli.core.stopping import stop_on_signal
 from distillm_cli.core.teacher import Teacher
+from distillm_cli.core.terms import PerToken, Terms
 from distillm_cli.errors import Interrupted, NonFiniteError
 from distillm_cli.sequences import LEAST_PASS_COST, Batch, Passes, Sequence, collate, micro_batches
 
@@ -233,10 +233,10 @@ class Engine:
             with self._autocast():
                 if told_ND is None and terms.kd:
                     told_ND = self._ask(batches, cuts)
-                total, _ = self.objective(batches, told_ND, terms, per_token)
-            (total / count).backward()  # one division, by the whole step's count
-            loss += total.detach() / count
-        norm = nn.utils.clip_grad_norm_(self.objective.parameters(), self.train.clip or math.inf)
+                part, _ = self.objective(batches, told_ND, terms, per_token, scale=1 / count)  # of the whole step
+            part.backward()
+            loss += part.detach()
+        norm = nn.utils.get_total_norm([p.grad for p in self.objective.parameters() if p.grad is not None])
         loss, grad_norm = torch.stack((loss, norm)).tolist()  # the one time a step waits for a device
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self.optimizer.zero_grad(set_to_none=True)
@@ -246,6 +246,8 @@ class Engine:
                 f"({'+'.join(part.source for part in parts)} batch); nothing was applied",
                 hint=f"lower --lr (now {lr:g}), or --dtype fp32",
             )
+        if self.train.clip and grad_norm > self.train.clip:
+            nn.utils.clip_grads_with_norm_(self.objective.parameters(), self.train.clip, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         criterion.observe(loss, progress)

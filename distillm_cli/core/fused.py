@@ -18,14 +18,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distillm_cli.core.divergences import Divergence, Rows
+from distillm_cli.core.divergences import Rows
+from distillm_cli.core.terms import NOTHING, PerToken, Terms
 from distillm_cli.errors import out_of_memory
 
 CHUNK_BYTES = 320 * 2**20  # most bytes of a chunk's logits, both models'; with small vocabularies it is far less
@@ -47,52 +48,6 @@ class HeadLike(Protocol):
     softcap: float | None
 
 
-@dataclass(frozen=True)
-class Terms:
-    """What a token costs: ``kd`` · divergence + ``ce`` · cross-entropy."""
-
-    kd: float
-    ce: float
-    divergence: Divergence | None = None
-
-
-class Surrogate(Protocol):
-    """A loss of N supervised tokens by their log-probabilities [N]: its values [N], and −d value / d log q [N]."""
-
-    def __call__(self, log_q_N: Tensor) -> tuple[Tensor, Tensor]: ...
-    def __getitem__(self, tokens: slice) -> Surrogate: ...
-    def to(self, device: torch.device | str) -> Surrogate: ...
-
-
-@dataclass(frozen=True, eq=False)
-class PerToken:
-    """What a token has of its own; each [N], and absent where all tokens are alike.
-
-    weights_N: of the whole of its loss. ce_weights_N: of its cross-entropy, beside that; may be negative (an advantage).
-    marks_N: what ``Divergence.at`` is told of it. kd_weights_N: of its divergence, beside ``weights_N``. surrogate: one
-    more term of its loss.
-    """
-
-    weights_N: Tensor | None = None
-    ce_weights_N: Tensor | None = None
-    marks_N: Tensor | None = None
-    kd_weights_N: Tensor | None = None
-    surrogate: Surrogate | None = None
-
-    def __getitem__(self, tokens: slice) -> PerToken:
-        return self._each(lambda part: part[tokens])
-
-    def to(self, device: torch.device | str) -> PerToken:
-        return self._each(lambda part: part.to(device))
-
-    def _each(self, do: Callable) -> PerToken:
-        parts = (getattr(self, f.name) for f in fields(self))
-        return PerToken(*(None if part is None else do(part) for part in parts))
-
-
-NOTHING = PerToken()
-
-
 def fused_loss(
     hidden_ND: Tensor,
     head: HeadLike,
@@ -105,9 +60,10 @@ def fused_loss(
     matmul_dtype: torch.dtype | None = None,
     chunk: int | None = None,
     on_halved: Callable[[int], None] | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
-    """Σ over N tokens of weight · (kd · kd_weight · D(p, q) + ce · ce_weight · −log q(target) + surrogate(log q(target))),
-    nats; a scalar with a graph.
+    """scale · Σ over N tokens of weight · (kd · kd_weight · D(p, q) + ce · ce_weight · −log q(target) + surrogate(log
+    q(target))), nats; a scalar with a graph.
 
     hidden_ND: the student's last hidden states at the positions that predict ``targets_N``. teacher_hidden_ND: the
     teacher's at the same positions, [N, D_teacher]; widths may differ, vocabularies must not. matmul_dtype: of the
@@ -117,6 +73,8 @@ def fused_loss(
 
     chunk: most tokens at once; unset, as many as pay and as CHUNK_BYTES allows. Where memory runs out the chunk is halved
     and the loss begun again, down to single tokens; ``on_halved`` is then told the chunk that fitted.
+
+    scale: as well applied to the result, but here it costs nothing: the head's gradient is scaled where it is written.
     """
     if terms.kd and (teacher_hidden_ND is None or teacher_head is None or terms.divergence is None):
         raise ValueError("a divergence needs the teacher's hidden states and head")
@@ -131,6 +89,7 @@ def fused_loss(
         chunk=chunk,
         on_halved=on_halved,
         with_grad=torch.is_grad_enabled(),
+        scale=scale,
     )
     with torch.autocast(hidden_ND.device.type, enabled=False):
         return _FusedLoss.apply(hidden_ND, head.weight_VD, head.bias_V, work)
@@ -169,6 +128,7 @@ class _Work:
     chunk: int | None
     on_halved: Callable[[int], None] | None
     with_grad: bool
+    scale: float = 1.0  # of the gradients; the values are left as they are
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -179,18 +139,20 @@ class _FusedLoss(torch.autograd.Function):
         if any(wanted):
             ctx.save_for_backward(hidden_ND, weight_VD, bias_V)
             ctx.work, ctx.wanted = work, wanted
-        return value_N.sum()
+        return value_N.sum() if work.scale == 1 else value_N.sum() * work.scale
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_total):
-        # Scaled where they lie and given away: a second [V, D] table would cost more than the scaling. Whoever asks again
-        # (retain_graph) has them computed again.
+        # Scaled where they lie, if at all, and given away: a second [V, D] table would cost more than the scaling. Whoever
+        # asks again (retain_graph) has them computed again.
         inputs = ctx.saved_tensors
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             _, grads = _values_and_grads(inputs, ctx.work, ctx.wanted)
-        return (*(None if g is None else g.mul_(d_total) for g in grads), None)
+        if d_total.device.type != "cpu" or d_total.item() != 1:  # to know it of another device would be to wait for it
+            grads = tuple(None if g is None else g.mul_(d_total) for g in grads)
+        return (*grads, None)
 
 
 def _values_and_grads(inputs: Inputs, work: _Work, wanted: tuple[bool, ...]) -> tuple[Tensor, Inputs]:
@@ -313,6 +275,9 @@ class _Walk:
             dz_CV = self._chunk(tokens, value_N, *tables, needs_grad=any(wanted))
             if weight_VD is not None:
                 self._carry_back(dz_CV, tokens)
+        for gradient in (self.d_hidden_ND, self.d_bias_V):  # the weight's has been, where it was written
+            if gradient is not None and self.work.scale != 1:
+                gradient.mul_(self.work.scale)
         return value_N
 
     def _chunk(self, tokens: slice, value_N: Tensor, table_CV, teacher_table_CV, needs_grad: bool) -> Tensor:
@@ -370,11 +335,11 @@ class _Walk:
         hidden_CD = self.student.hidden_ND[tokens]
         # By pieces: a product in bfloat16 is added to the float32 sum while it is still in the cache.
         for piece in _cuts(dz_CV.shape[1], _PIECE):
-            part_SD = dz_CV[:, piece].T @ hidden_CD
+            part_SD = (dz_CV[:, piece].T @ hidden_CD).to(self.exact)
             if tokens.start == 0:
-                self.d_weight_VD[piece] = part_SD
+                torch.mul(part_SD, self.work.scale, out=self.d_weight_VD[piece])
             else:
-                self.d_weight_VD[piece] += part_SD.to(self.exact)
+                self.d_weight_VD[piece].add_(part_SD, alpha=self.work.scale)
 
 
 def _logit_grad(h_RV: Tensor | None, q_RV: Tensor, targets_R: Tensor, kd: float | Tensor, ce: float | Tensor) -> Tensor:

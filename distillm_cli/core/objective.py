@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from distillm_cli.core.criterion import Criterion, Reading
 from distillm_cli.core.events import Listener, Note, silent
-from distillm_cli.core.fused import NOTHING, HeadLike, PerToken, Terms, fused_loss, target_log_probs
+from distillm_cli.core.fused import HeadLike, fused_loss, target_log_probs
 from distillm_cli.core.teacher import Model
+from distillm_cli.core.terms import NOTHING, PerToken, Terms
 from distillm_cli.sequences import Batch
 
 
@@ -48,8 +49,9 @@ class Objective(nn.Module):
         teacher_hidden_ND: Tensor | None,
         terms: Terms,
         per_token: PerToken | None = None,
+        scale: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """(Σ of token losses with its graph, the number of tokens), both scalars, over the tokens of all batches.
+        """(scale · Σ of token losses with its graph, the number of tokens), both scalars, over the tokens of all batches.
 
         Each batch goes through the student's trunk by itself, as short as its own rows are, and all of them through the
         head together: a matrix of the vocabulary's height is read, and its gradient written, once for all.
@@ -74,6 +76,7 @@ class Objective(nn.Module):
             matmul_dtype=self.matmul_dtype,
             chunk=self.chunk,
             on_halved=self._go_on_with,
+            scale=scale,
         )
         return total, torch.tensor(targets_N.shape[0], device=total.device)
 

@@ -31,9 +31,9 @@ from torch import Tensor
 from distillm_cli.config.schema import Objective as Config
 from distillm_cli.core.criterion import Criterion, Piece, Reading
 from distillm_cli.core.divergences import KL
-from distillm_cli.core.fused import PerToken, Terms
 from distillm_cli.core.mixture import LOG_DRAWN, LOG_P, LOG_Q
 from distillm_cli.core.scheduler import Source
+from distillm_cli.core.terms import PerToken, Terms
 from distillm_cli.sequences import Sequence
 
 STUDENT_OUTPUTS = (Source.ROLLOUT, Source.REPLAY)

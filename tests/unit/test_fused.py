@@ -19,8 +19,9 @@ from distillm_cli.core import fused
 from distillm_cli.core.criterion import Criterion
 from distillm_cli.core.divergences import KL, SkewKL, build
 from distillm_cli.core.events import Note
-from distillm_cli.core.fused import PerToken, Terms, fused_loss, target_log_probs
+from distillm_cli.core.fused import fused_loss, target_log_probs
 from distillm_cli.core.objective import Objective
+from distillm_cli.core.terms import PerToken, Terms
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.sequences import collate
 from tests import plain, tiny
@@ -125,6 +126,26 @@ def test_backward_twice_gives_the_gradient_twice():
     (3 * total).backward()
     assert_close(hidden.grad, 2 * once[0])
     assert_close(head.weight_VD.grad, 2 * once[1])
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0], ids=["as it is", "and once more"])
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_scaled_loss_is_the_loss_scaled(kind, factor):
+    """Written into the head's gradient chunk by chunk, or applied to the result: the same."""
+    hidden, head, *rest = setting(kind)
+    inputs = [hidden, head.weight_VD, *([] if head.bias_V is None else [head.bias_V])]
+    scaled = ours("skl", hidden, head, *rest, terms=TERMS["both"], chunk=3, scale=0.125)
+    plain_ = ours("skl", hidden, head, *rest, terms=TERMS["both"], chunk=3)
+    assert scaled.item() == pytest.approx(0.125 * plain_.item(), rel=1e-12)
+    mine, own = torch.autograd.grad(scaled * factor, inputs), torch.autograd.grad(plain_ * 0.125 * factor, inputs)
+    for found, expected in zip(mine, own, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    logits = rand(7, V, seed=9).requires_grad_()
+    given = ours("kl", logits, Head(None), rand(7, V, seed=10), Head(None), rest[2][:7].repeat(2)[:7], scale=0.125)
+    again = ours("kl", logits, Head(None), rand(7, V, seed=10), Head(None), rest[2][:7].repeat(2)[:7])
+    torch.testing.assert_close(
+        *(torch.autograd.grad(x, logits)[0] for x in (given, again * 0.125)), rtol=1e-12, atol=1e-14
+    )
 
 
 @pytest.mark.parametrize("terms", ["ce", "both"])
@@ -381,7 +402,8 @@ def test_the_real_allocator_refusing_is_survived():
         import resource
         import torch
         from distillm_cli.core.divergences import SkewKL
-        from distillm_cli.core.fused import Terms, fused_loss
+        from distillm_cli.core.fused import fused_loss
+        from distillm_cli.core.terms import Terms
         from distillm_cli.models.backbone import Head
 
         torch.set_num_threads(1)

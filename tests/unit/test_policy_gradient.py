@@ -14,11 +14,12 @@ from distillm_cli.config import schema
 from distillm_cli.core.checkpoint import Checkpoints
 from distillm_cli.core.criterion import Piece
 from distillm_cli.core.events import Stepped
-from distillm_cli.core.fused import PerToken, Terms, fused_loss
+from distillm_cli.core.fused import fused_loss
 from distillm_cli.core.mixture import MixtureRollouts
 from distillm_cli.core.policy_gradient import ClippedSurrogate, PolicyGradient, advantages
 from distillm_cli.core.replay import Round
 from distillm_cli.core.scheduler import Scheduler, Source
+from distillm_cli.core.terms import PerToken, Terms
 from distillm_cli.sequences import Sequence
 from tests.unit import test_engine as runs
 from tests.unit.test_fused import Head, rand

@@ -11,8 +11,9 @@ from distillm_cli.config import schema
 from distillm_cli.core import criteria
 from distillm_cli.core.criterion import Piece, Reading
 from distillm_cli.core.divergences import KL
-from distillm_cli.core.fused import NOTHING, fused_loss
+from distillm_cli.core.fused import fused_loss
 from distillm_cli.core.scheduler import Source
+from distillm_cli.core.terms import NOTHING
 from distillm_cli.errors import Interrupted
 from distillm_cli.models.backbone import Head
 from tests import plain
