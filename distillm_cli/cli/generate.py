@@ -59,6 +59,9 @@ Template = Annotated[
     typer.Option("--template", metavar="NAME", help="auto, alpaca, chat or plain.", rich_help_panel=options.MODELS),
 ]
 Samples = Annotated[int, typer.Option("--n", metavar="N", help="Responses per prompt.", rich_help_panel=SAMPLING)]
+Greedy = Annotated[
+    bool, typer.Option("--greedy", metavar="", help="The likeliest tokens: --temperature 0.", rich_help_panel=SAMPLING)
+]
 Temperature = Annotated[
     float | None, typer.Option("--temperature", metavar="T", help="0 is greedy.", rich_help_panel=SAMPLING)
 ]
@@ -122,6 +125,7 @@ def generate(
     template: Template = None,
     skip_bad_rows: options.SkipBadRows = None,
     n: Samples = 1,
+    greedy: Greedy = False,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
@@ -153,8 +157,10 @@ def generate(
         raise UsageError("no model to generate with", hint="give --model")
     if json and output is None:
         raise UsageError("--json without --output", where="the rows themselves go to stdout", hint="give --output FILE")
+    if greedy and temperature:
+        raise UsageError(f"--greedy and --temperature {temperature:g} exclude each other", hint="drop one of them")
     given = {
-        "rollout.temperature": ("--temperature", temperature),
+        "rollout.temperature": ("--greedy", 0.0) if greedy else ("--temperature", temperature),
         "rollout.top_p": ("--top-p", top_p),
         "rollout.top_k": ("--top-k", top_k),
         "rollout.max_new_tokens": ("--max-new-tokens", max_new_tokens),

@@ -169,6 +169,12 @@ def test_a_recipe_of_another_program_beside_the_model_is_told_and_left_alone(pla
         (2, ["generate", "--model", "model", "--prompt", "x", "--data", "data"], "--data and --prompt exclude"),
         (2, ["generate", "--model", "model", "--prompt", "x", "--json"], "give --output FILE"),
         (2, ["generate", "--model", "model", "--prompt", "x", "--n", "2", "--temperature", "0"], "temperature 0"),
+        (2, ["generate", "--model", "model", "--prompt", "x", "--n", "2", "--greedy"], "temperature 0"),
+        (
+            2,
+            ["generate", "--model", "model", "--prompt", "x", "--greedy", "--temperature", "0.7"],
+            "exclude each other",
+        ),
         (2, ["generate", "--model", "model", "--prompt", "x", "--n", "0"], "--n = 0"),
         (2, ["generate", "--model", "model", "--data", "data", "--split", "dev"], "train, valid or test"),
         (2, ["generate", "--model", "model", "--prompt", "x", "--output", "out.txt"], "try --output out.txt.jsonl"),
@@ -265,6 +271,7 @@ def test_prompts_from_the_command_line_a_text_file_and_stdin(place, typed, monke
 
 def test_greedy_is_the_same_every_time_and_cut_responses_say_so(place, typed):
     first = typed(*GENERATE, "--temperature", 0, "--limit", 2)[1]
+    assert typed(*GENERATE, "--greedy", "--limit", 2)[1] == first
     assert typed(*GENERATE, "--temperature", 0, "--limit", 2, "--seed", 5)[1] == first.replace(
         '"seed": 10', '"seed": 5'
     )
