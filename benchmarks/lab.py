@@ -37,7 +37,7 @@ def sets(*fields: str) -> list[str]:
     return [word for field in fields for word in ("--set", field)]
 
 
-def mean_sd(values: list[float]) -> str:
-    """``12.34 ± 0.56``: mean and sample standard deviation."""
-    mean = f"{statistics.mean(values):.2f}"
+def mean_sd(values: list[float], *, sign: bool = False) -> str:
+    """``12.34 ± 0.56``: mean and sample standard deviation. sign: ``+12.34``."""
+    mean = f"{statistics.mean(values):{'+' if sign else ''}.2f}"
     return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean

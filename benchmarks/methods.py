@@ -277,18 +277,42 @@ def table(bench: Bench, runs: dict[tuple[str, int], Done], scores: dict, *, step
     costs = {} if steps else bench.costs()
     second = ["steps"] if steps else ["s / 100 steps"] if costs else []
     columns = ["method", "lr", *second, "sampled, k tokens: student", "teacher"]
+    gains = [f"{name}, to {task.beside}" for name in task.passes] if task.beside else []
     lines = _head(task, *columns)
+    lines = [lines[0] + "".join(f" {gain} |" for gain in gains), lines[1] + "---|" * len(gains)]
     for name in ("teacher", "start"):
         figures = [[f for (n, _, p), f in also.items() if (n, p) == (name, way)] for way in task.passes]
         if any(figures):
-            lines.append(f"| {name} |" + " – |" * (len(columns) - 1) + " " + " | ".join(_cells(task, figures)) + " |")
+            lines.append(
+                f"| {name} |"
+                + " – |" * (len(columns) - 1)
+                + " "
+                + " | ".join(_cells(task, figures))
+                + " |"
+                + " – |" * len(gains)
+            )
     for name, mine, figures in _rows(bench, runs, scores, list(ALL)):
         cost = f"{100 * costs[name]:.1f}" if name in costs else "–"
         sampled = [_thousands([d.result[k] for d in mine]) for k in ("sampled_tokens", "teacher_sampled_tokens")]
         ran = f"{mine[0].result['steps']:,}" if steps else cost
         cells = [name, mine[0].lr, *([ran] if second else []), *sampled, *_cells(task, figures)]
+        if gains:
+            cells += [_gain(bench, runs, scores, name, way) for way in task.passes]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _gain(bench: Bench, runs: dict[tuple[str, int], Done], scores: dict, name: str, way: str) -> str:
+    """A method's first metric less that of the method it is set beside, of the same seed: mean ± deviation."""
+    metric, other = bench.task.metrics[0], bench.task.beside
+
+    def figure(of: str, seed: int) -> float | None:
+        done = runs.get((of, seed))
+        found = None if done is None else scores.get((done.place, way))
+        return None if found is None else found[metric]["mean"]
+
+    pairs = [(figure(name, seed), figure(other, seed)) for seed in bench.seeds]
+    return mean_sd([mine - its for mine, its in pairs if mine is not None and its is not None], sign=True)
 
 
 def rates_table(bench: Bench) -> str:

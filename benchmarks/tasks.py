@@ -22,7 +22,8 @@ class Task:
     work: its directory. threads: of each run. steps, batch: of a run, optimizer steps and rows. metrics: of the test set,
     the first chooses the learning rate on validation rows. lower: it is better when lower. passes: ways of decoding the
     test set. common: arguments of every training. scoring: arguments of every evaluation. student: what a start is made
-    from. start_steps, start_lr: of the SFT that every student starts from. suite: what is scored at the end.
+    from. start_steps, start_lr: of the SFT that every student starts from. suite: what is scored at the end. beside: a
+    method that the others are set beside, seed by seed, where seeds differ more than methods do.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Task:
     suite: str
     teacher_argv: list[str] = field(default_factory=list)
     teacher_path: str | None = None
+    beside: str | None = None
 
     def run(self, place: Path, argv: list[str]) -> dict:
         return run(place, argv, self.threads)
@@ -166,6 +168,7 @@ def builtin(work: Path, threads: int, steps: int = 1000) -> Task:
         scoring=["--limit", "1000", "--batch-size", "250", "--max-new-tokens", "24", "--dtype", "fp32",
                  *sets("eval.no_repeat_ngram_size=0", "data.template=plain", f"train.threads={threads}")],
         student=["--model", "random:3x64"], start_steps=2000, start_lr="3e-3", suite="builtin", teacher_path="builtin",
+        beside="sft",
     )  # fmt: skip
 
 
