@@ -61,17 +61,25 @@ def _bare(axes) -> None:
 
 
 def _dots(pyplot, task, scores: dict):
-    """A line per method, a dot per way of decoding with its seeds' standard deviation; the best at T = 1 on top."""
+    """A line per method, a dot per way of decoding with its seeds' standard deviation; the best at T = 1 on top. Where the
+    task sets methods beside one of them: the difference to it, seed by seed."""
     metric = task.metrics[0]
-    mean = lambda name, way: statistics.mean(f[metric]["mean"] for f in scores[name][way])  # noqa: E731
+
+    def values(name: str, way: str) -> list[float]:
+        mine = [f[metric]["mean"] for f in scores[name][way]]
+        if task.beside not in scores:
+            return mine
+        return [value - f[metric]["mean"] for value, f in zip(mine, scores[task.beside][way], strict=False)]
+
+    mean = lambda name, way: statistics.mean(values(name, way))  # noqa: E731
     names = sorted(scores, key=lambda name: mean(name, "T=1"), reverse=task.lower)
     figure, axes = pyplot.subplots(figsize=(7, 0.8 + 0.28 * len(names)))
     for way in task.passes:
-        spread = [_spread([f[metric]["mean"] for f in scores[name][way]]) for name in names]
+        spread = [_spread(values(name, way)) for name in names]
         axes.errorbar([m for m, _ in spread], range(len(names)), xerr=[s for _, s in spread], fmt="o", markersize=5,
                       color=COLOURS[way], ecolor=COLOURS[way], elinewidth=1.2, label=way)  # fmt: skip
     axes.set_yticks(range(len(names)), names)
-    axes.set_xlabel(TITLES[metric])
+    axes.set_xlabel(TITLES[metric] + (f", less that of {task.beside}, same seed" if task.beside in scores else ""))
     axes.legend(frameon=False, ncols=len(task.passes), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     _bare(axes)
     return figure
