@@ -283,14 +283,8 @@ def table(bench: Bench, runs: dict[tuple[str, int], Done], scores: dict, *, step
     for name in ("teacher", "start"):
         figures = [[f for (n, _, p), f in also.items() if (n, p) == (name, way)] for way in task.passes]
         if any(figures):
-            lines.append(
-                f"| {name} |"
-                + " – |" * (len(columns) - 1)
-                + " "
-                + " | ".join(_cells(task, figures))
-                + " |"
-                + " – |" * len(gains)
-            )
+            empty, cells = " – |" * (len(columns) - 1), " | ".join(_cells(task, figures))
+            lines.append(f"| {name} |{empty} {cells} |" + " – |" * len(gains))
     for name, mine, figures in _rows(bench, runs, scores, list(ALL)):
         cost = f"{100 * costs[name]:.1f}" if name in costs else "–"
         sampled = [_thousands([d.result[k] for d in mine]) for k in ("sampled_tokens", "teacher_sampled_tokens")]

@@ -22,7 +22,7 @@ from distillm_cli.config.schema import Train
 from distillm_cli.core.checkpoint import Checkpoint, Checkpoints
 from distillm_cli.core.criterion import CROSS_ENTROPY, Piece
 from distillm_cli.core.events import Listener, Note, RunEnded, RunStarted, Saved, Stepped, Validated, silent
-from distillm_cli.core.objective import Objective
+from distillm_cli.core.objective import Objective, joined
 from distillm_cli.core.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from distillm_cli.core.replay import ReplayBuffer, pack, unpack
 from distillm_cli.core.rollout import Rollouts
@@ -223,8 +223,7 @@ class Engine:
             for part in parts
             for cuts in micro_batches(part.sequences, self.train.batch_size, self.pass_cost)
         ]
-        pieces = [Piece(source, list(chain.from_iterable(cuts))) for source, cuts in micro]
-        own, told = self._look_ahead(pieces, [cuts for _, cuts in micro], progress)
+        own, told = self._look_ahead(micro, progress)
         count = criterion.count([s for part in parts for s in part.sequences])
         loss = torch.zeros((), device=self.device)
         for (source, cuts), per_token, told_ND in zip(micro, own, told, strict=True):
@@ -258,16 +257,17 @@ class Engine:
 
     def _ask(self, batches: list[Batch], cuts: Passes) -> torch.Tensor:
         """The teacher's states for all of a micro-batch, pass by pass."""
-        return torch.cat([self.teacher.hidden(batch, cut) for batch, cut in zip(batches, cuts, strict=True)])
+        return joined([self.teacher.hidden(batch, cut) for batch, cut in zip(batches, cuts, strict=True)])
 
     def _look_ahead(
-        self, pieces: list[Piece], micro: list[Passes], progress: float
+        self, micro: list[tuple[Source, Passes]], progress: float
     ) -> tuple[list[PerToken | None], list[torch.Tensor | None]]:
         """Shows the criterion the whole step, where it wants to see it: what its tokens get of their own, and what the
         teacher, if it was asked, has said of them, so that it need not be asked again."""
         criterion = self.objective.criterion
-        readings, told = [], [None] * len(pieces)
-        for i, cuts in enumerate(micro if criterion.looks_at else ()):
+        pieces = [Piece(source, list(chain.from_iterable(cuts))) for source, cuts in micro]
+        readings, told = [], [None] * len(micro)
+        for i, (_, cuts) in enumerate(micro if criterion.looks_at else ()):
             batches = self._collated(cuts)
             with self._autocast():
                 if "teacher" in criterion.looks_at:

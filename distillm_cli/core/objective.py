@@ -66,7 +66,7 @@ class Objective(nn.Module):
             per_token = replace(per_token, weights_N=weights_N if own_N is None else weights_N * own_N)
         targets_N = torch.cat([batch.targets_N for batch in batches])
         total = fused_loss(
-            _joined([self.student.hidden(batch, meets_head=True) for batch in batches]),
+            joined([self.student.hidden(batch, meets_head=True) for batch in batches]),
             self.student.head(),
             targets_N,
             terms=terms,
@@ -89,7 +89,7 @@ class Objective(nn.Module):
             log_p_N = target_log_probs(teacher_hidden_ND, self._teacher_head(), targets_N, chunk=self.chunk)
         if "student" in self.criterion.looks_at:
             log_q_N = target_log_probs(
-                _joined([self.student.hidden(batch) for batch in batches]),
+                joined([self.student.hidden(batch) for batch in batches]),
                 self.student.head(),
                 targets_N,
                 matmul_dtype=self.matmul_dtype,
@@ -110,6 +110,6 @@ def _shares_N(batch: Batch) -> Tensor:
     return 1.0 / lengths_B[batch.rows_N]
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def joined(parts: list[Tensor]) -> Tensor:
     """One after the other. A single one as it is: where a model gives logits of its own it is large."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -11,8 +11,8 @@ from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from distillm_cli.data.bare_ids import BareIds, Ends, bare_ids, find_ends
-from distillm_cli.data.early import CHUNK, Early
+from distillm_cli.data.bare_ids import BareIds, Ends, find_ends
+from distillm_cli.data.early import Early, Made, begun
 from distillm_cli.data.rows import Row
 
 T = TypeVar("T")
@@ -34,22 +34,21 @@ class Ahead:
         self._sources = list(sources)  # held, since they are known by their identity
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tokenising")
         self._ends: Future[Ends] | None = None
-        self._chunks: dict[tuple[int, int], Future[BareIds]] = {}
+        self._chunks: Made = {}
 
     def __enter__(self) -> Ahead:
         if self._tokenizer is None:
             return self
-        if self._early is not None:  # first: it asks the tokenizer, which then belongs to the thread
-            self._chunks = dict(self._early.made(self._tokenizer))
+        # First: it asks the tokenizer, which then belongs to the thread.
+        made = {} if self._early is None else self._early.made(self._tokenizer)
         self._ends = self._pool.submit(find_ends, self._tokenizer)
-        if not self._chunks:
-            for rows in self._sources:
-                for at in range(0, len(rows), CHUNK):
-                    task = (bare_ids, rows[at : at + CHUNK], self._template, self._tokenizer)
-                    self._chunks[id(rows), at] = self._pool.submit(*task)
+        self._chunks = made or begun(self._pool, self._sources, self._template, self._tokenizer)
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self._end()
+
+    def _end(self) -> None:
         self._pool.shutdown(cancel_futures=True)
         if self._early is not None:
             self._early.end()
@@ -69,5 +68,5 @@ class Ahead:
     def _made(self, found: Future[T] | None, tokenizer: Any) -> T | None:
         if found is not None and tokenizer is self._tokenizer and not found.cancelled() and found.exception() is None:
             return found.result()
-        self.__exit__()
+        self._end()
         return None

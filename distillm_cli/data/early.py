@@ -6,7 +6,8 @@ tokenizer a run has is known only with its models, and what was made by other ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -17,11 +18,21 @@ from tokenizers import Tokenizer
 from distillm_cli.config.schema import Data
 from distillm_cli.core.events import Event, Listener
 from distillm_cli.data.bare_ids import BareIds, bare_ids, same_rules
+from distillm_cli.data.rows import Row
 from distillm_cli.data.sources import Rows, Split, load_rows, local_place
 from distillm_cli.data.templates import form_of
 
 CHUNK = 500  # rows tokenised in one call
 Made = dict[tuple[int, int], "Future[BareIds]"]  # (identity of the rows, number of the first) → ids of a chunk of them
+
+
+def begun(pool: ThreadPoolExecutor, sources: Iterable[SequenceOf[Row]], template: str, tokenizer: Any) -> Made:
+    """The bare ids of all rows of some sources, chunk by chunk, as the pool comes to them."""
+    return {
+        (id(rows), at): pool.submit(bare_ids, rows[at : at + CHUNK], template, tokenizer)
+        for rows in sources
+        for at in range(0, len(rows), CHUNK)
+    }
 
 
 class Early:
@@ -68,7 +79,7 @@ class Early:
             listener(event)
         return self._rows[split].result()
 
-    def made(self, tokenizer: Any) -> Mapping[tuple[int, int], Future[BareIds]]:
+    def made(self, tokenizer: Any) -> Made:
         """The ids on their way, where they are what ``tokenizer`` makes; else none, and no more are made."""
         self._begin()
         try:
@@ -90,7 +101,7 @@ class Early:
         file = self._find()
         if file is None:
             return None
-        template, made = self._data.template, {}
+        template = self._data.template
         sources = [rows.result() for rows in self._rows.values()]
         # Chat templates are transformers' own.
         if any(form_of(row, template) == "chat" for rows in sources for row in rows):
@@ -98,7 +109,4 @@ class Early:
         rules = Tokenizer.from_file(str(file))
         rules.no_truncation()
         rules.no_padding()
-        for rows in sources:
-            for at in range(0, len(rows), CHUNK):
-                made[id(rows), at] = self._pool.submit(bare_ids, rows[at : at + CHUNK], template, rules)
-        return rules, made
+        return rules, begun(self._pool, sources, template, rules)
