@@ -54,6 +54,7 @@ def _adaptive(*fields: str) -> Argv:
 
 SCRATCH = "random:2x96"
 PARTS = ["g2p", "costs", "seconds", "ablations", "builtin", "dolly"]
+LONGER = ", four times the steps"
 COST_STEPS, NO_REPORT = 100, tuple(tasks.sets("eval.report_rows=0"))
 ABLATIONS: dict[str, dict[str, Argv]] = {
     "α of skl (data set)": {f"skl α={a}": _off("skl", a) for a in ("0", "0.01", "0.1", "0.3", "0.5")},
@@ -76,7 +77,12 @@ ABLATIONS: dict[str, dict[str, Argv]] = {
         "1,000": _adaptive(),
         "10,000": _adaptive("schedule.capacity=10000"),
     },
-    "bulk (adaptive, φ₀=0.5)": {"1": _adaptive("rollout.bulk=1"), "8": _adaptive()},
+    "bulk (adaptive, φ₀=0.5)": {
+        "1": _adaptive("rollout.bulk=1"),
+        "8": _adaptive(),
+        f"1{LONGER}": _adaptive("rollout.bulk=1"),
+        f"8{LONGER}": _adaptive(),
+    },
     "cross-entropy beside atkd": {
         "atkd alone": ALL["atkd"],
         "half and half": (*ALL["atkd"], "--set", "objective.kd_weight=0.5"),
@@ -202,7 +208,7 @@ class Bench:
         for group, what, seed in wanted:
             argv = ABLATIONS[group][what]
             lr = rates["kd" if argv == ALL["kd"] or what.endswith("α=0") else "distillm"]
-            scratch, steps = what.endswith("from nothing"), self.task.steps
+            scratch, steps = what.endswith("from nothing"), self.task.steps * (4 if what.endswith(LONGER) else 1)
             lrs.append(lr)
             asked.append((argv, seed, lr, steps + self.task.start_steps * scratch, SCRATCH if scratch else None))
         # The same run may stand in several groups: it runs once.

@@ -7,7 +7,8 @@ temperature 1, AdamW, clipping, cosine after 5 % warm-up, threads, and a live te
 Peers (``peers_trl.py``): GKDTrainer λ = 1 and ½, DistillationTrainer, all β = 0.1, for --steps. Ours: ``distill``, whole
 runs of --budgets steps each with its own schedule: ``distillm`` (skew KL, adaptive), ``gkd`` (the peers' algorithm) and
 ``ab`` (α-β divergence on rows), every row once; and ``distillm``, also with skew reverse KL, ``ab`` and ``kd`` on a quarter
-as many rows, each four times, what the teacher said of it remembered.
+as many rows, each four times, what the teacher said of it remembered. Beside them, since a step without a teacher costs a
+quarter: plain ``sft``, and ``sft`` for seven eighths of the steps and ``ab`` for the last, at a quarter of the rate.
 
 1. autocast, fp32 or bf16: whichever makes 20 steps faster (best of three, in turns), for each trainer by itself
 2. learning rate, on the first seed, from one grid, after --steps (peers) or --probe steps (ours): the lowest phoneme error
@@ -43,7 +44,8 @@ METHODS = {name: ["--method", name] for name in ("distillm", "gkd", "ab", "kd")}
 METHODS["srkl α=0.3"] = ["--method", "distillm", "--divergence", "srkl", "--alpha", "0.3"]
 EPOCHS = 4
 FEW = {f"{name}, each row {EPOCHS} times": METHODS[name] for name in ("distillm", "ab", "kd", "srkl α=0.3")}
-OURS = {name: METHODS[name] for name in ("distillm", "gkd", "ab")} | FEW
+SFT, THEN = "sft", "sft, then ab"
+OURS = {name: METHODS[name] for name in ("distillm", "gkd", "ab")} | FEW | {SFT: [], THEN: METHODS["ab"]}
 BATCH = 64
 GOAL = 4.3
 TRIALS, TRIAL_STEPS = 3, 20
@@ -105,20 +107,46 @@ class Quality(Lab):
 
     def train_one(self, run: Run) -> dict:
         """The run's result; its student is in ``self.place(run)``."""
-        place, start, teacher = self.place(run), str(self.start(run.seed)), str(self.teacher())
-        pair = ["--teacher", teacher, "--student", start, "--output", str(place)]
-        pair += ["--steps", str(run.steps), "--lr", run.lr, "--seed", str(run.seed)]
         if run.name in PEERS:
-            script = [self.args.peers_python, str(Path(__file__).with_name("peers_trl.py")), *PEERS[run.name]]
-            how = ["--rows", str(self.rows), "--dtype", run.dtype, "--threads", str(self.args.threads)]
-            how += ["--batch", str(BATCH)]
-            return kept(place, [*script, *pair, *how], self.args.threads)
-        fields = ["eval.report_rows=0", f"teacher.dtype={run.dtype}", f"student.dtype={run.dtype}"]
+            return self._peer(run)
+        if run.name != THEN:
+            return self._ours(run, self.start(run.seed))
+        first = replace(run, name=SFT, steps=run.steps - run.steps // 8)
+        last = replace(run, steps=run.steps // 8, lr=f"{float(run.lr) / 4:g}")
+        before, after = self.train_one(first), self._ours(last, self.place(first), self.place(run))
+        return {"train_s": before["train_s"] + after["train_s"]}
+
+    def _peer(self, run: Run) -> dict:
+        place, argv = self.place(run), ["--teacher", str(self.teacher()), "--student", str(self.start(run.seed))]
+        argv += ["--output", str(place), "--rows", str(self.rows), "--batch", str(BATCH), "--steps", str(run.steps)]
+        argv += ["--lr", run.lr, "--seed", str(run.seed), "--dtype", run.dtype, "--threads", str(self.args.threads)]
+        script = [self.args.peers_python, str(Path(__file__).with_name("peers_trl.py")), *PEERS[run.name]]
+        return kept(place, [*script, *argv], self.args.threads)
+
+    def _ours(self, run: Run, start: Path, place: Path | None = None) -> dict:
+        """place: in place of the run's own."""
+        place = place or self.place(run)
+        how = [
+            "--output",
+            str(place),
+            "--overwrite",
+            "--steps",
+            str(run.steps),
+            "--lr",
+            run.lr,
+            "--seed",
+            str(run.seed),
+        ]
+        fields = ["eval.report_rows=0", f"student.dtype={run.dtype}"]
+        if run.name == SFT:
+            return self.run(place, ["sft", "--model", str(start), *how, *self.common, *sets(*fields)])
+        fields.append(f"teacher.dtype={run.dtype}")
         if run.name in FEW:
             fields += ["teacher.cache=memory", f"data.limit={run.steps * BATCH // EPOCHS}"]
         else:
             fields.append("teacher.cache=off")
-        return self.run(place, ["distill", *OURS[run.name], *pair, "--overwrite", *self.common, *sets(*fields)])
+        pair = ["--teacher", str(self.teacher()), "--student", str(start)]
+        return self.run(place, ["distill", *OURS[run.name], *pair, *how, *self.common, *sets(*fields)])
 
     def place(self, run: Run) -> Path:
         return self.work / run.file

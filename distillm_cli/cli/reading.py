@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 def reading(recipe: Recipe) -> Early:
     """The recipe's rows on their way, once the context is entered."""
-    return Early(recipe.data, lambda: _tokenizer_file(recipe))
+    return Early(recipe.data, partial(_tokenizer_file, recipe))
 
 
 def bringers(recipe: Recipe) -> list[Student | Teacher]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from distillm_cli.data.bare_ids import BareIds, Ends, find_ends
+from distillm_cli.data.bare_ids import BareIds, Ends, bare_ids, find_ends
 from distillm_cli.data.early import Early, Made, begun
 from distillm_cli.data.rows import Row
 
@@ -42,8 +42,11 @@ class Ahead:
         # First: it asks the tokenizer, which then belongs to the thread.
         made = {} if self._early is None else self._early.made(self._tokenizer)
         self._ends = self._pool.submit(find_ends, self._tokenizer)
-        self._chunks = made or begun(self._pool, self._sources, self._template, self._tokenizer)
+        self._chunks = made or begun(self._pool, self._sources, self._make)
         return self
+
+    def _make(self, rows: SequenceOf[Row]) -> BareIds:
+        return bare_ids(rows, self._template, self._tokenizer)
 
     def __exit__(self, *_: Any) -> None:
         self._end()

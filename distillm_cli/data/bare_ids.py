@@ -6,15 +6,19 @@ Loads no torch, so that rows can be tokenised before it is there.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from distillm_cli.data.rows import Row
-from distillm_cli.data.templates import render
+from distillm_cli.data.templates import form_of, render
+
+CHUNK = 500  # rows tokenised in one call
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,18 @@ def _ids(tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
     return [np.array(ids, dtype=np.int32) for ids in made]
 
 
+def rules_for(sources: Iterable[SequenceOf[Row]], template: str, find: Callable[[], Path | None]) -> Tokenizer | None:
+    """The rules in the ``tokenizer.json`` that is found, None where none is or where they are not enough for these rows."""
+    file = find()
+    # Chat templates are transformers' own.
+    if file is None or any(form_of(row, template) == "chat" for rows in sources for row in rows):
+        return None
+    rules = Tokenizer.from_file(str(file))
+    rules.no_truncation()
+    rules.no_padding()
+    return rules
+
+
 _NOT_OF_IDS = ("post_processor", "truncation", "padding")  # of a tokenizer.json: what bare ids do not depend on
 _PROBES = (
     "The quick brown fox.",
@@ -61,21 +77,22 @@ _PROBES = (
 )
 
 
-def same_rules(rules: Tokenizer, tokenizer: Any) -> bool:
-    """Whether transformers' tokenizer makes the bare ids of a text by these very rules.
+def same_rules(rules: str, tokenizer: Any) -> bool:
+    """Whether transformers' tokenizer makes the bare ids of a text by these very rules (``Tokenizer.to_str``).
 
     It need not, of the same tokenizer.json: classes of some families mend what they read, or build it anew.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if not isinstance(backend, Tokenizer):
+    # encode_special_tokens: the one setting that is not part of the text (split_special_tokens, in transformers).
+    if not isinstance(backend, Tokenizer) or backend.encode_special_tokens:
         return False
-    if (ours := rules.to_str()) != (theirs := backend.to_str()):
-        left, right = (json.loads(text) for text in (ours, theirs))
+    if rules != (theirs := backend.to_str()):
+        left, right = (json.loads(text) for text in (rules, theirs))
         if any(left.get(key) != right.get(key) for key in {*left, *right} if key not in _NOT_OF_IDS):
             return False
-    # Its class may have a way of its own around them, or a setting that is not among them (split_special_tokens).
+    # Its class may have a way of its own around them. It is asked first: it takes its file's limit of length off them.
     texts = [*_PROBES, " ".join(tokenizer.all_special_tokens)]
-    return all(map(np.array_equal, _ids(rules, texts), _ids(tokenizer, texts)))
+    return all(map(np.array_equal, _ids(tokenizer, texts), _ids(backend, texts)))
 
 
 Ends = tuple[list[int], list[int]]

@@ -16,8 +16,7 @@ import numpy as np
 from distillm_cli.config.schema import Data
 from distillm_cli.core.events import Listener, Note, Progress, silent
 from distillm_cli.data.ahead import Ahead
-from distillm_cli.data.bare_ids import BareIds
-from distillm_cli.data.early import CHUNK
+from distillm_cli.data.bare_ids import CHUNK, BareIds
 from distillm_cli.data.prompts import Encoder, TooLong
 from distillm_cli.data.rows import Row
 from distillm_cli.data.sources import Rows

@@ -6,30 +6,36 @@ tokenizer a run has is known only with its models, and what was made by other ru
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from distillm_cli.config.schema import Data
 from distillm_cli.core.events import Event, Listener
-from distillm_cli.data.bare_ids import BareIds, bare_ids, same_rules
+from distillm_cli.data.bare_ids import CHUNK, BareIds, bare_ids, rules_for, same_rules
+from distillm_cli.data.helper import Helper, Lost
 from distillm_cli.data.rows import Row
 from distillm_cli.data.sources import Rows, Split, load_rows, local_place
-from distillm_cli.data.templates import form_of
 
-CHUNK = 500  # rows tokenised in one call
+_MOST = 1 << 28  # bytes of rows on disk up to which a second process may hold them, too, for a while
 Made = dict[tuple[int, int], "Future[BareIds]"]  # (identity of the rows, number of the first) → ids of a chunk of them
 
 
-def begun(pool: ThreadPoolExecutor, sources: Iterable[SequenceOf[Row]], template: str, tokenizer: Any) -> Made:
+def begun(
+    pool: ThreadPoolExecutor,
+    sources: Iterable[SequenceOf[Row]],
+    make: Callable[[SequenceOf[Row]], BareIds],
+) -> Made:
     """The bare ids of all rows of some sources, chunk by chunk, as the pool comes to them."""
     return {
-        (id(rows), at): pool.submit(bare_ids, rows[at : at + CHUNK], template, tokenizer)
+        (id(rows), at): pool.submit(make, rows[at : at + CHUNK])
         for rows in sources
         for at in range(0, len(rows), CHUNK)
     }
@@ -38,24 +44,35 @@ def begun(pool: ThreadPoolExecutor, sources: Iterable[SequenceOf[Row]], template
 class Early:
     """Training and held-out rows on their way, and their bare ids. To be used as a context: leaving it ends the work.
 
-    find: the ``tokenizer.json`` that the run will most likely turn out to have, None for none; called in the thread.
+    find: the ``tokenizer.json`` that the run will most likely turn out to have, None for none; can be pickled.
     Entering it again is nothing new, so that whoever begins it and whoever needs it may both see to its end.
-    Rows on the hub are only begun when they are asked for.
+    Rows on the hub are only begun when they are asked for. The work is done in a thread; while torch is yet to be
+    imported, and there is a core for it, by a process that the thread waits for.
     """
 
     def __init__(self, data: Data, find: Callable[[], Path | None]):
         self._data, self._find = data, find
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tokenising")
+        self._helper: Helper | None = None
         self._said: dict[Split, SimpleQueue[Event | None]] = {}
         self._rows: dict[Split, Future[Rows]] = {}
-        self._planned: Future[tuple[Tokenizer, Made] | None] | None = None
+        self._planned: Future[tuple[str, Made] | None] | None = None
+        self._is_over = False
 
     def __enter__(self) -> Early:
-        named = (self._data.source, self._data.valid)
         # What is on the hub waits for torch: `datasets` imports it too, and two threads would be in each other's way.
-        if all(name is None or name == "builtin" or local_place(name) for name in named):
+        if self._planned is None and (places := self._places()) is not None:
+            if "torch" not in sys.modules and _cores() > 1 and _size(places) <= _MOST:
+                with suppress(OSError):  # no more processes allowed, say
+                    self._helper = Helper(self._data, self._find)
             self._begin()
         return self
+
+    def _places(self) -> list[Path] | None:
+        """The files and directories to read; None where there are others than those."""
+        named = [name for name in (self._data.source, self._data.valid) if name not in (None, "builtin")]
+        places = [local_place(name) for name in named]
+        return None if None in places else places
 
     def _begin(self) -> None:
         if self._planned is None:
@@ -69,6 +86,9 @@ class Early:
 
     def end(self) -> None:
         """No more is made; waits for the chunk in hand."""
+        self._is_over = True
+        if self._helper is not None:
+            self._helper.stop()
         self._pool.shutdown(cancel_futures=True)
 
     def rows(self, split: Split, listener: Listener) -> Rows:
@@ -92,21 +112,42 @@ class Early:
         return {}
 
     def _read(self, split: Split) -> Rows:
+        say = self._said[split].put
         try:
-            return load_rows(self._data, split, listener=self._said[split].put)
+            if self._helper is not None:
+                try:
+                    rows, said = self._helper.rows()
+                except Lost:
+                    if self._is_over:
+                        raise
+                    self._helper.stop()
+                    self._helper = None  # here, then, and whatever is wrong with them is told
+                else:
+                    for event in said:
+                        say(event)
+                    return rows
+            return load_rows(self._data, split, listener=say)
         finally:
-            self._said[split].put(None)
+            say(None)
 
-    def _plan(self) -> tuple[Tokenizer, Made] | None:
-        file = self._find()
-        if file is None:
-            return None
-        template = self._data.template
+    def _plan(self) -> tuple[str, Made] | None:
         sources = [rows.result() for rows in self._rows.values()]
-        # Chat templates are transformers' own.
-        if any(form_of(row, template) == "chat" for rows in sources for row in rows):
+        if self._helper is not None:
+            rules = self._helper.rules()
+            return None if rules is None else (rules, begun(self._pool, sources, lambda _: self._helper.ids()))
+        template = self._data.template
+        rules = rules_for(sources, template, self._find)
+        if rules is None:
             return None
-        rules = Tokenizer.from_file(str(file))
-        rules.no_truncation()
-        rules.no_padding()
-        return rules, begun(self._pool, sources, template, rules)
+        return rules.to_str(), begun(self._pool, sources, partial(bare_ids, template=template, tokenizer=rules))
+
+
+def _cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _size(places: Iterable[Path]) -> int:
+    """Bytes of files, and of those in directories and in their ``data``."""
+    files = [file for place in places for file in (place, *place.glob("*"), *place.glob("data/*"))]
+    return sum(file.stat().st_size for file in files if file.is_file())

@@ -26,7 +26,7 @@ class Linear:
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
         self.packed: torch.Tensor | None = None
         if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and weight.numel() <= _MOST and can_pack():
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), _ROWS)
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, _ROWS)
 
     def __call__(self, x: torch.Tensor, act: nn.Module | None = None) -> torch.Tensor:
         """act: a function of the result; the tanh form of GELU is part of a product that is laid out."""

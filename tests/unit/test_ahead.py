@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from distillm_cli.config.schema import Data
 from distillm_cli.data.ahead import Ahead
+from distillm_cli.data.bare_ids import CHUNK
 from distillm_cli.data.batching import tokenise
-from distillm_cli.data.early import CHUNK
 from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.rows import Row
 from distillm_cli.data.sources import load_rows

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import threading
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from distillm_cli.config.schema import Data
+from distillm_cli.cli.reading import reading
+from distillm_cli.config.schema import Data, Recipe
 from distillm_cli.core.events import Note, Warned
+from distillm_cli.data import early as early_module
+from distillm_cli.data import helper
 from distillm_cli.data.ahead import Ahead
-from distillm_cli.data.bare_ids import bare_ids
+from distillm_cli.data.bare_ids import CHUNK, bare_ids
 from distillm_cli.data.batching import tokenise
-from distillm_cli.data.early import CHUNK, Early
+from distillm_cli.data.early import Early
 from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.sources import load_rows
 from distillm_cli.errors import DataError
@@ -220,7 +226,6 @@ print(sorted({{"torch", "transformers", "datasets"}} & set(sys.modules)))
 
 def test_a_run_that_began_early_is_the_run_that_did_not(tmp_path):
     from distillm_cli.cli.assembly import prepare
-    from distillm_cli.cli.reading import reading
     from distillm_cli.config.load import resolve
 
     teacher = tiny.save(tmp_path / "teacher", own_tokenizer=tiny.tokenizer(size=tiny.VOCAB))
@@ -238,3 +243,106 @@ def test_a_run_that_began_early_is_the_run_that_did_not(tmp_path):
         for run in (begun, plain)
     ]
     assert told[0] == told[1]
+
+
+# ------------------------------------------------------------------------------------------ a process that does it
+
+
+@pytest.fixture
+def before_torch(monkeypatch):
+    """As it is at the start of a command: torch not imported, and a core to spare. The processes started in it."""
+    started = []
+
+    class Watched(helper.Helper):
+        def __init__(self, *args):
+            super().__init__(*args)
+            started.append(self._process)
+
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr(early_module, "_cores", lambda: 2)
+    monkeypatch.setattr(early_module, "Helper", Watched)
+    return started
+
+
+def ids_of(made: dict, rows) -> list[list[list[int]]]:
+    """Prompts and responses of all chunks of some rows, in order."""
+    chunks = [made[id(rows), at].result() for at in range(0, len(rows), CHUNK)]
+    return [[ids.tolist() for chunk in chunks for ids in getattr(chunk, part)] for part in ("prompts", "responses")]
+
+
+@pytest.mark.parametrize("named", ["dolly", "builtin"])
+def test_a_process_makes_what_the_thread_makes(named, shared_data, before_torch):
+    """Same rows, same words said, same ids: real rows by GPT-2's rules, and the built-in ones."""
+    place = shared_data / "tokenizers" / "gpt2"
+    source = str(shared_data / "dolly" / "train.jsonl") if named == "dolly" else named
+    recipe = Recipe.model_validate(
+        {"data": {"source": source, "limit": 1_200, "size": 1_200}, "student": {"path": str(place)}}
+    )
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    said, plainly_said = [], []
+    with reading(recipe) as early:
+        train, valid = early.rows("train", said.append), early.rows("valid", said.append)
+        made = early.made(tokenizer)
+        ids = [ids_of(made, rows) for rows in (train, valid)]
+    (process,) = before_torch
+    assert process.returncode is not None
+    plain = [load_rows(recipe.data, split, listener=plainly_said.append) for split in ("train", "valid")]
+    assert [list(train), list(valid)] == [list(rows) for rows in plain]
+    assert (train.name, train.path, str(valid)) == (plain[0].name, plain[0].path, str(plain[1]))
+    assert said == plainly_said
+    for mine, rows in zip(ids, plain, strict=True):
+        expected = bare_ids(rows, recipe.data.template, tokenizer)
+        assert mine == [[ids.tolist() for ids in part] for part in (expected.prompts, expected.responses)]
+
+
+def test_what_goes_wrong_in_the_process_is_told_here(tmp_path, tokenizer_file, before_torch):
+    rows = pairs(80)
+    rows[41] = {"prompt": "t5"}
+    data = Data(source=str(lines(tmp_path / "rows.jsonl", rows)))
+    with Early(data, partial(Path, tokenizer_file)) as early, pytest.raises(DataError, match=r"rows\.jsonl:42"):
+        early.rows("train", print)
+    assert len(before_torch) == 1
+
+
+@pytest.mark.parametrize("when", ["at once", "between the rows and their ids"])
+def test_a_process_that_dies_costs_nothing(when, tmp_path, tokenizer_file, before_torch):
+    """Killed (the system was out of memory, say): the rows are read here, the ids are made later."""
+    data = Data(source=str(lines(tmp_path / "rows.jsonl", pairs(20 * CHUNK))))
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_file.parent)
+    with Early(data, partial(Path, tokenizer_file)) as early:
+        if when == "at once":
+            before_torch[0].kill()
+        train = early.rows("train", print)
+        valid = early.rows("valid", print)
+        before_torch[0].kill()
+        with Ahead((train, valid), data.template, tokenizer, early) as ahead:
+            encoder = Encoder(tokenizer, data, ends=ahead.ends(tokenizer))
+            ready = tokenise(train, encoder, data, ahead=ahead)
+    assert list(train) == list(load_rows(data, "train"))
+    alone = tokenise(train, Encoder(tokenizer, data), data)
+    assert [s.response.tolist() for s in ready.sequences] == [s.response.tolist() for s in alone.sequences]
+
+
+def test_leaving_ends_the_process(tmp_path, tokenizer_file, before_torch):
+    data = Data(source=str(lines(tmp_path / "rows.jsonl", pairs(200 * CHUNK))))
+    began = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt), Early(data, partial(Path, tokenizer_file)):
+        raise KeyboardInterrupt
+    assert before_torch[0].returncode == -signal.SIGKILL
+    assert not working()
+    assert time.perf_counter() - began < 5  # nobody reads the 100,000 rows here instead
+
+
+@pytest.mark.parametrize("why", ["one core", "many rows", "no more processes"])
+def test_without_a_process_a_thread_does_it(why, tmp_path, tokenizer_file, before_torch, monkeypatch):
+    def refused(*_):
+        raise OSError("Resource temporarily unavailable")
+
+    change = {"one core": ("_cores", lambda: 1), "many rows": ("_MOST", 100), "no more processes": ("Helper", refused)}
+    monkeypatch.setattr(early_module, *change[why])
+    data = Data(source=str(lines(tmp_path / "rows.jsonl", pairs(2 * CHUNK))))
+    with Early(data, partial(Path, tokenizer_file)) as early:
+        train = early.rows("train", print)
+        made = early.made(AutoTokenizer.from_pretrained(tokenizer_file.parent))
+        assert len(ids_of(made, train)[0]) == len(train) > CHUNK
+    assert not before_torch
