@@ -76,9 +76,11 @@ class Checkpoints:
             _flush(self.root)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(staged, ignore_errors=True)
+            kept = visible(self.root)
+            then = f"{kept[-1]} is whole, go on with --resume" if kept else "nothing was saved yet, start it again"
             raise StorageError(
                 f"cannot write checkpoint {final}: {getattr(error, 'strerror', None) or error}",
-                hint="free some space or choose another --output; earlier checkpoints are untouched, go on with --resume",
+                hint=f"free some space or choose another --output; {then}",
             ) from error
         for old in self.steps()[: -self.keep]:
             if old != protect:

@@ -66,7 +66,7 @@ class Objective(nn.Module):
             per_token = replace(per_token, weights_N=weights_N if own_N is None else weights_N * own_N)
         targets_N = torch.cat([batch.targets_N for batch in batches])
         total = fused_loss(
-            joined([self.student.hidden(batch, meets_head=True) for batch in batches]),
+            joined([self.student.hidden(batch, for_backward=True) for batch in batches]),
             self.student.head(),
             targets_N,
             terms=terms,

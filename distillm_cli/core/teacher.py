@@ -25,11 +25,11 @@ class Model(Protocol):
 
     vocab: int
 
-    def hidden(self, batch: Batch, *, meets_head: bool = False) -> Tensor:
+    def hidden(self, batch: Batch, *, for_backward: bool = False) -> Tensor:
         """Last hidden states [N, D] at ``batch.positions_N``.
 
-        meets_head: the loss goes through the head, which then gives its matrix a gradient. What else reads that matrix (a
-        tied embedding) may hold its own back and add it to that.
+        for_backward: ``backward()`` follows (not ``autograd.grad``). Who reads a matrix that the head reads too (a tied
+        embedding) may hold its gradient back until the head's is there.
         """
 
     def head(self) -> HeadLike:

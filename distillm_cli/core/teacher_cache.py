@@ -90,7 +90,7 @@ def check_space(place: Path, size: int) -> None:
         raise _refused(place, error) from error
     if size > 0.95 * free:
         raise StorageError(
-            f"the teacher cache needs {size / 1e9:,.1f} GB and {place.parent} has {free / 1e9:,.1f} GB free",
+            f"the teacher cache needs {size / 1e6:,.1f} MB and {place.parent} has {free / 1e6:,.1f} MB free",
             hint="free some space, give another --set teacher.cache_dir=DIR, or --teacher-cache memory or off",
         )
 

@@ -159,10 +159,10 @@ class Backbone(nn.Module):
     def forward(self, batch: Batch) -> torch.Tensor:
         return self.hidden(batch)
 
-    def hidden(self, batch: Batch, *, meets_head: bool = False) -> torch.Tensor:
+    def hidden(self, batch: Batch, *, for_backward: bool = False) -> torch.Tensor:
         """The last hidden states [N, D] that predict the supervised tokens, after the final norm and any projection.
 
-        meets_head: the loss goes through the head, so that a tied embedding's own gradient may be added to the head's.
+        for_backward: ``backward()`` follows, so that a tied embedding's own gradient may be added to ``grad`` at its end.
 
         No attention mask for a causal model: padding is on the right, where causal attention does not look. In the
         fallback that `check_head` may switch to: the model's own logits [N, V].
@@ -171,7 +171,7 @@ class Backbone(nn.Module):
             return self.logits(batch)
         if self.is_encoder_decoder:
             return seq2seq.states(self.model, batch, self.start)
-        whole = self._whole(meets_head)
+        whole = self._whole(for_backward)
         return self._states(batch) if whole is None else whole(batch)
 
     def _states(self, batch: Batch) -> torch.Tensor:
@@ -179,11 +179,11 @@ class Backbone(nn.Module):
         states = self.trunk(input_ids=batch.ids_BT, attention_mask=None, use_cache=False)[0]
         return states.flatten(0, 1).index_select(0, batch.positions_N)
 
-    def _whole(self, meets_head: bool = False) -> Whole | None:
+    def _whole(self, for_backward: bool = False) -> Whole | None:
         """The written-out pass, where there is one for this trunk as it is now and it gives the trunk's own states."""
         if self._is_written_out is False:
             return None
-        whole = whole_of(self.trunk, self._packs, self._late_rows() if meets_head else None)
+        whole = whole_of(self.trunk, self._packs, self._late_rows() if for_backward else None)
         if whole is None:
             return None
         if self._is_written_out is None:

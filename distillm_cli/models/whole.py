@@ -40,27 +40,31 @@ class Late:
     """The gradient of a tied matrix by its use as an embedding, held back until that by its use as a head is there.
 
     A batch looks up few of the matrix's rows. Autograd would make a table of its height for each batch, or copy the head's
-    for each sparse one; here the rows are added to ``weight.grad`` where their tokens are, once it is complete, at the end
-    of each backward pass. Only where the loss goes through the head too: else nothing would ever be added.
+    for each sparse one; here the rows are added to ``weight.grad`` where their tokens are, at the end of each backward pass.
     """
 
     def __init__(self, weight_VD: nn.Parameter):
         self.weight_VD = weight_VD
         self._waiting: list[tuple[Tensor, Tensor]] = []
-        weight_VD.register_post_accumulate_grad_hook(self._add)
 
     def rows(self, ids_BT: Tensor, padding: int | None) -> Tensor:
         """[B, T, D]. padding: the token whose row learns nothing here."""
         return _LateRows.apply(self.weight_VD, ids_BT, padding, self)
 
     def hold(self, ids_M: Tensor, grad_MD: Tensor) -> None:
+        """In a backward pass: until its end, when all other gradients are there."""
+        if not self._waiting:
+            torch.autograd.Variable._execution_engine.queue_callback(self._add)
         self._waiting.append((ids_M, grad_MD))
 
     def drop(self) -> None:
         """What a backward pass left that did not come to its end."""
         self._waiting.clear()
 
-    def _add(self, weight_VD: Tensor) -> None:
+    def _add(self) -> None:
+        weight_VD = self.weight_VD
+        if weight_VD.grad is None:
+            weight_VD.grad = torch.zeros_like(weight_VD)
         for ids_M, grad_MD in self._waiting:
             weight_VD.grad.index_add_(0, ids_M, grad_MD.to(weight_VD.grad.dtype))
         self._waiting.clear()
@@ -85,7 +89,7 @@ class _LateRows(torch.autograd.Function):
 def whole_of(trunk: nn.Module | None, packs: Packs, late: Late | None = None) -> Whole | None:
     """The pass over this trunk, its weights as they are now: batch → last hidden states [N, D]; None where none was
     written for it. packs: the layouts of frozen weights, kept from one pass to the next. late: of the embedding matrix,
-    where that is the head's and the loss goes through the head.
+    where that is the head's too.
 
     On a CPU only: elsewhere transformers' own kernels are good, and this was not measured.
     """

@@ -162,7 +162,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_a_disk_that_would_overflow_is_noticed_before_anything_is_computed(tmp_path):
-    with pytest.raises(StorageError, match=r"needs 1,000,000,000.0 GB and .* GB free; .*--teacher-cache"):
+    with pytest.raises(StorageError, match=r"needs 1,000,000,000,000.0 MB and .* MB free; .*--teacher-cache"):
         check_space(place_of(tmp_path, key_of(model())), 10**18)
 
 

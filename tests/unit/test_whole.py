@@ -57,12 +57,12 @@ def test_gradients_through_the_loss_are_dense_and_the_trunks_own_tied_or_not(fam
     for own in (False, True):
         model = backbone(family, **no_dropout(family)).train()
         if own:
-            monkeypatch.setattr(Backbone, "hidden", lambda self, batch, meets_head: self._states(batch))
+            monkeypatch.setattr(Backbone, "hidden", lambda self, batch, for_backward: self._states(batch))
         objective = Objective(model, Criterion(schema.Objective()))
         for seed in (0, 1):
             batches = [tiny.batch(LENGTHS, VOCAB, seed), tiny.batch(LENGTHS[:2], VOCAB, seed + 7)]
             if not own and model._late is not None:
-                model._late.hold(torch.tensor([3]), torch.ones(1, model.model.config.hidden_size))
+                model._late._waiting.append((torch.tensor([3]), torch.ones(1, model.model.config.hidden_size)))
             total, tokens = objective(batches, None, CROSS_ENTROPY)
             (total / tokens).backward()
         assert own or model._is_written_out
@@ -70,6 +70,17 @@ def test_gradients_through_the_loss_are_dense_and_the_trunks_own_tied_or_not(fam
         found.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, grad in found[0].items():
         assert_close(grad, found[1][name], rtol=1e-9, atol=1e-11, msg=name)
+
+
+def test_a_tied_embedding_learns_from_a_loss_that_does_not_meet_the_head():
+    """Its gradient waits for the end of the backward pass, not for the head's."""
+    grads = []
+    for for_backward in (True, False):
+        model = backbone("gpt2", **no_dropout("gpt2")).train()
+        model.hidden(tiny.batch(LENGTHS, VOCAB), for_backward=for_backward).square().sum().backward()
+        grads.append(model.model.get_input_embeddings().weight.grad.to_dense())
+    assert grads[0].abs().sum() > 0
+    assert_close(*grads, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
