@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import resource
 import signal
 from collections import Counter
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from distillm_cli.core.replay import ReplayBuffer
 from distillm_cli.core.rollout import SampledRollouts
 from distillm_cli.core.scheduler import Scheduler, Source
 from distillm_cli.core.teacher import FirstEpoch, RowStates, Teacher
-from distillm_cli.errors import CheckpointError, Interrupted, NonFiniteError
+from distillm_cli.errors import CheckpointError, Interrupted, NonFiniteError, StorageError
 from distillm_cli.models.backbone import Backbone
 from tests import tiny
 
@@ -358,6 +359,32 @@ def test_a_half_written_checkpoint_is_invisible_and_cleared_away(tmp_path):
     assert engine.checkpoints.latest() is None
     engine.run()
     assert [p.name for p in tmp_path.iterdir()] == ["step-000002"]
+
+
+def test_a_disk_that_is_full_costs_no_checkpoint_and_names_what_is_left(tmp_path):
+    """The system lets no file grow beyond a few bytes, as a full disk or a quota does."""
+
+    @contextmanager
+    def full():
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    def save_model(place):
+        (place / "weights").write_bytes(b"w" * 5000)
+
+    checkpoints, tensors = Checkpoints(tmp_path, save_model, keep=1), {"x": torch.ones(9)}
+    with full(), pytest.raises(StorageError, match=r"step-000003: File too large; .*nothing was saved yet") as error:
+        checkpoints.write(3, {}, tensors)
+    assert error.value.exit_code == 8
+    checkpoints.write(6, {"step": 6}, tensors)
+    with full(), pytest.raises(StorageError, match=r"step-000009: .*step-000006 is whole, go on with --resume"):
+        checkpoints.write(9, {"step": 9}, tensors)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000006"]
+    assert checkpoints.latest().state == {"step": 6}
 
 
 def test_no_pickle_in_a_checkpoint(tmp_path):
