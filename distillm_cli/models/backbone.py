@@ -20,7 +20,7 @@ from distillm_cli.errors import ModelError
 from distillm_cli.models import seq2seq
 from distillm_cli.models.blocks import BlockDecoding, takes_back
 from distillm_cli.models.decoding import FastDecoding, PlainDecoding, Ways, cast, close, ways
-from distillm_cli.models.modes import eval_mode
+from distillm_cli.models.modes import eval_mode, one_sequence_a_row
 from distillm_cli.models.products import Linear, Packs
 from distillm_cli.models.whole import Late, Whole, whole_of
 from distillm_cli.sequences import Batch, collate
@@ -176,7 +176,8 @@ class Backbone(nn.Module):
 
     def _states(self, batch: Batch) -> torch.Tensor:
         """By the trunk's own forward, which makes them at every position."""
-        states = self.trunk(input_ids=batch.ids_BT, attention_mask=None, use_cache=False)[0]
+        with one_sequence_a_row():
+            states = self.trunk(input_ids=batch.ids_BT, attention_mask=None, use_cache=False)[0]
         return states.flatten(0, 1).index_select(0, batch.positions_N)
 
     def _whole(self, for_backward: bool = False) -> Whole | None:
@@ -225,7 +226,8 @@ class Backbone(nn.Module):
         """float32 logits [N, vocab] by the model's own forward, which makes them at every position."""
         if self.is_encoder_decoder:
             return seq2seq.own_logits(self.model, batch, self.start)[:, : self.vocab].float()
-        logits_BTV = self.model(input_ids=batch.ids_BT, attention_mask=None, use_cache=False).logits
+        with one_sequence_a_row():
+            logits_BTV = self.model(input_ids=batch.ids_BT, attention_mask=None, use_cache=False).logits
         return logits_BTV.flatten(0, 1).index_select(0, batch.positions_N)[:, : self.vocab].float()
 
     @torch.no_grad()

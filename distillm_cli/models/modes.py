@@ -1,4 +1,4 @@
-"""Training and evaluation mode, module by module."""
+"""How a model is run: in training or evaluation mode, module by module; on rows of one sequence each."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
+from transformers import masking_utils
+
+_LOOK = "find_packed_sequence_indices"
 
 
 def eval_mode(model: nn.Module) -> AbstractContextManager[None]:
@@ -24,3 +27,21 @@ def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def one_sequence_a_row() -> Iterator[None]:
+    """Inside, transformers does not look at the positions for rows that several sequences share.
+
+    A batch here has none, and without a padding mask each forward pass would look: on an accelerator that is to wait, pass
+    by pass, for all work in hand. There is no switch for it; where the function is gone, nothing is changed.
+    """
+    look = getattr(masking_utils, _LOOK, None)
+    if look is None:
+        yield
+        return
+    setattr(masking_utils, _LOOK, lambda position_ids: None)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, _LOOK, look)

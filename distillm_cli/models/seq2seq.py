@@ -45,7 +45,10 @@ def halves(batch: Batch, start: int) -> Halves:
     """Prompts and responses of a batch, both padded on the right. start: the token that the decoder begins with."""
     B, T = batch.ids_BT.shape
     device = batch.ids_BT.device
-    lengths_B = torch.bincount(batch.rows_N, minlength=B)
+    # Not by bincount, which waits for the device to learn how many there are.
+    lengths_B = torch.zeros(B, dtype=torch.int64, device=device).index_add_(
+        0, batch.rows_N, torch.ones_like(batch.rows_N)
+    )
     first_B = lengths_B.cumsum(0) - lengths_B  # where each row's supervised tokens begin among the N
     # The state that predicts the first response token is the prompt's last.
     last_B = batch.positions_N[first_B.clamp(max=batch.tokens - 1)] - torch.arange(B, device=device) * T

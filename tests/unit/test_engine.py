@@ -46,9 +46,13 @@ def build(
     backbone=None,
     kept=False,
     objective=None,
+    device="cpu",
     **train,
 ):
-    """A whole small run: dropout on (GPT-2's own 0.1), so that the random state matters. kept: the teacher's states."""
+    """A whole small run: dropout on (GPT-2's own 0.1), so that the random state matters. kept: the teacher's states.
+
+    device: where ``backbone`` is already.
+    """
     train = schema.Train(**{"batch_size": 4, "lr": 1e-3, "eval_steps": 3, "save_steps": 1000, "seed": 5} | train)
     step_rows = train.batch_size * train.accumulate
     sft = method == "sft"
@@ -62,7 +66,7 @@ def build(
     def batches(step):
         return [ROWS[(step * step_rows + i * 7) % len(ROWS)] for i in range(step_rows)]
 
-    teacher = None if sft else Teacher(Backbone(tiny.model("llama", len(TOKENIZER), seed=4), TOKENIZER))
+    teacher = None if sft else Teacher(Backbone(tiny.model("llama", len(TOKENIZER), seed=4), TOKENIZER).to(device))
     if kept:
         teacher = Teacher(
             teacher.model,
@@ -95,6 +99,7 @@ def build(
         validation=HELD_OUT,
         checkpoints=checkpoints,
         listener=listener,
+        device=device,
     )
 
 
