@@ -11,7 +11,7 @@ costs      seconds of a step of each method, on an otherwise quiet machine
 seconds    the methods at their rates, equal wall time: steps of each = seconds ÷ its own cost of a step
 ablations  of the paper, in small: α, replay, schedule, SFT start, buffer, bulk
 builtin    as ``g2p``, on the built-in rows
-dolly      as ``g2p``, on Dolly with small models; one seed, DISTILLM_DATA set
+dolly      as ``g2p``, on Dolly with small models, DISTILLM_DATA set
 
 The teacher's states for data set rows are computed once and read by every run (``teacher.cache``), so the cost of methods
 that train on rows holds no teacher; what is sampled in training is not known beforehand, and is paid for. Costs are of the
@@ -79,6 +79,7 @@ ABLATIONS: dict[str, dict[str, Argv]] = {
     },
     "bulk (adaptive, φ₀=0.5)": {
         "1": _adaptive("rollout.bulk=1"),
+        "4": _adaptive("rollout.bulk=4"),
         "8": _adaptive(),
         f"1{LONGER}": _adaptive("rollout.bulk=1"),
         f"8{LONGER}": _adaptive(),
@@ -418,7 +419,7 @@ def main() -> None:
         bench = open_bench(tasks.builtin(args.work / "builtin", args.threads), args.seeds)
         figures["builtin"] = (bench, *compare(bench, blocks))
     if "dolly" in parts:
-        bench = open_bench(tasks.dolly(args.work / "dolly", args.threads), args.seeds[:1])
+        bench = open_bench(tasks.dolly(args.work / "dolly", args.threads), args.seeds)
         figures["dolly"] = (bench, *compare(bench, blocks))
     write(blocks)
     from plots import draw
