@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distillm_cli.cli import outputs, stages
+from distillm_cli.cli.host import give_back_freed_memory
 from distillm_cli.cli.stages import Record
 from distillm_cli.config.load import Resolved, to_yaml
 from distillm_cli.config.pipeline import Pipeline, Stage, Training, placed
@@ -269,6 +270,7 @@ def _let_go() -> None:
     import torch
 
     gc.collect()
+    give_back_freed_memory()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

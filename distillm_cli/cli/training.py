@@ -13,6 +13,7 @@ import torch
 from distillm_cli.cli import outputs
 from distillm_cli.cli.assembly import Prepared, build_engine, prepare
 from distillm_cli.cli.card import model_card
+from distillm_cli.cli.host import keep_freed_memory
 from distillm_cli.cli.measuring import AFTER, BEFORE, FINE_TUNED, TEACHER, Measured, Report, needs_metric
 from distillm_cli.cli.resuming import best_of, checkpoint_of, load_student, weights_in
 from distillm_cli.cli.teaching import Opened, open_teacher
@@ -137,6 +138,8 @@ def _trained(
     engine = build_engine(run, output, listener, teacher=None if opened is None else opened.teacher, score=score)
     if checkpoint is not None:
         engine.load(checkpoint)
+    if run.device.type == "cpu":
+        keep_freed_memory()
     reached = engine.run()
     if reached.best_step not in (None, reached.step):
         load_student(run.student, read(engine.checkpoints.path(reached.best_step)))

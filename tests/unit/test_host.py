@@ -1,5 +1,14 @@
-"""How much memory a process may take, on systems that say so in different ways."""
+"""How much memory a process may take, on systems that say so in different ways; and what it does with what is freed."""
 
+import ctypes
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from distillm_cli.cli import host
 from distillm_cli.cli.host import available_memory
 
 GB = 10**9
@@ -36,3 +45,40 @@ def test_the_tightest_group_above_the_process_counts(tmp_path):
 
 def test_this_machine_has_some():
     assert available_memory() > 0
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc's malloc")
+@pytest.mark.parametrize("told", [{}, {"MALLOC_TRIM_THRESHOLD_": "131072"}], ids=["", "environment"])
+def test_freed_memory_is_kept_for_the_next_tensor_until_it_is_given_back(told):
+    """Large tensors, one after the other, each written to: how many pages the system had to clear for them."""
+    script = """
+import json, resource, torch
+from pathlib import Path
+from distillm_cli.cli import host
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.empty(10 << 20).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+torch.set_num_threads(1)
+found = {"as it is": faults()}
+host.keep_freed_memory()
+faults()
+found |= {"kept": faults(), "resident": resident()}
+host.give_back_freed_memory()
+print(json.dumps(found | {"given back": resident()}))
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in host._SAYS_HOW} | told
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    if told:
+        assert found["kept"] > found["as it is"] / 2
+    else:
+        assert found["kept"] < found["as it is"] / 20
+        assert found["given back"] < found["resident"] - 40e6
