@@ -107,6 +107,10 @@ def set_environment() -> None:
     # OpenMP's threads wait for each other after every operation, spinning for milliseconds. Where another program has one of
     # the cores, the thread that shares it then finds no other core free, and small models train a hundred times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # Products in bf16 are compiled for their shapes, and a thousand of each of two kinds kept: over a gigabyte, where
+    # lengths differ from step to step. Those of the last steps are all that is asked for again.
+    for capacity in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(capacity, "200")
 
 
 @contextmanager
