@@ -69,8 +69,9 @@ def survey(pipeline: Pipeline, output: Path, chosen: list[str]) -> dict[str, Sta
         if before is None:
             found[stage.name] = State("to run")
         elif again:
+            verb = "is" if len(again) == 1 else "are"
             found[stage.name] = State(
-                "changed", f"{' and '.join(f'stage {name}' for name in again)} is to be made first"
+                "changed", f"{' and '.join(f'stage {name}' for name in again)} {verb} to be made first"
             )
         else:
             found[stage.name] = _state(stage, place, before, made)

@@ -264,7 +264,7 @@ def test_the_dry_run_reads_back_and_says_where_values_come_from(typed, home, cap
     assert main(argv) == 0
     text = capsys.readouterr().out
     assert "  teacher:  # changed: train.seed 3 → 4\n" in text
-    assert "  eval:  # changed: stage distill and stage student is to be made first\n" in text
+    assert "  eval:  # changed: stage distill and stage student are to be made first\n" in text
     said = [" ".join(line.split()) for line in text.splitlines()]
     assert "lr: 0.005 # all.yaml:10 (method sft: 5.0e-05)" in said
     assert "seed: 4 # --set (all.yaml:7: 3)" in said
