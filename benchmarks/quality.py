@@ -126,17 +126,8 @@ class Quality(Lab):
     def _ours(self, run: Run, start: Path, place: Path | None = None) -> dict:
         """place: in place of the run's own."""
         place = place or self.place(run)
-        how = [
-            "--output",
-            str(place),
-            "--overwrite",
-            "--steps",
-            str(run.steps),
-            "--lr",
-            run.lr,
-            "--seed",
-            str(run.seed),
-        ]
+        how = ["--output", str(place), "--overwrite"]
+        how += ["--steps", str(run.steps), "--lr", run.lr, "--seed", str(run.seed)]
         fields = ["eval.report_rows=0", f"student.dtype={run.dtype}"]
         if run.name == SFT:
             return self.run(place, ["sft", "--model", str(start), *how, *self.common, *sets(*fields)])

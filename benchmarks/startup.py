@@ -46,9 +46,8 @@ TIMED = "import sys, time\nbegan = time.perf_counter()\n{}\nprint(time.perf_coun
 
 def seconds(script: str, *argv: str) -> float:
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    environment.pop(
-        "PYTHONDONTWRITEBYTECODE", None
-    )  # a checkout's modules are compiled once, as an installed program's are
+    # So that a checkout's modules are compiled once, as an installed program's are.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     done = subprocess.run(
         [sys.executable, "-c", TIMED.format(script), *argv], capture_output=True, text=True, env=environment
     )

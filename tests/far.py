@@ -29,20 +29,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 NAME = "far"
 there = hasattr(registration, "_setup_privateuseone_for_python_backend")
 
-_CROSSING = ("aten::_to_copy", "aten::copy_")  # operations whose tensors may be of two devices
-_INDEXING = (
-    "aten::index",
-    "aten::index_put",
-    "aten::index_put_",
-    "aten::_index_put_impl_",
-)  # indices may be of the CPU
-_WAITING = (
-    "aten::_local_scalar_dense",
-    "aten::nonzero",
-    "aten::masked_select",
-    "aten::bincount",
-    "aten::_unique2",
-)  # the program waits for their outcome
+# Operations whose tensors may be of two devices; those whose indices may be of the CPU; those for whose outcome, or its
+# size, the program waits.
+_CROSSING = ("aten::_to_copy", "aten::copy_")
+_INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
+_WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::bincount", "aten::_unique2")
 
 
 class Far(torch.Tensor):

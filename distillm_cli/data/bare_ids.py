@@ -6,7 +6,7 @@ Loads no torch, so that rows can be tokenised before it is there.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,11 @@ def bare_ids(rows: SequenceOf[Row], template: str, tokenizer: Any) -> BareIds:
     """
     ids = _ids(tokenizer, [*_rendered(rows, template, tokenizer), *(row.references[0] for row in rows)])
     return BareIds(ids[: len(rows)], ids[len(rows) :])
+
+
+def chunks(sources: Iterable[SequenceOf[Row]]) -> Iterator[tuple[SequenceOf[Row], int]]:
+    """All rows of some sources in the order in which they are tokenised: a source, and where a chunk of it begins."""
+    return ((rows, at) for rows in sources for at in range(0, len(rows), CHUNK))
 
 
 def prompt_ids(rows: SequenceOf[Row], template: str, tokenizer: Any) -> list[np.ndarray]:

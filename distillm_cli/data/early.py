@@ -19,7 +19,7 @@ from typing import Any
 
 from distillm_cli.config.schema import Data
 from distillm_cli.core.events import Event, Listener
-from distillm_cli.data.bare_ids import CHUNK, BareIds, bare_ids, rules_for, same_rules
+from distillm_cli.data.bare_ids import CHUNK, BareIds, bare_ids, chunks, rules_for, same_rules
 from distillm_cli.data.helper import Helper, Lost
 from distillm_cli.data.rows import Row
 from distillm_cli.data.sources import Rows, Split, load_rows, local_place
@@ -34,11 +34,7 @@ def begun(
     make: Callable[[SequenceOf[Row]], BareIds],
 ) -> Made:
     """The bare ids of all rows of some sources, chunk by chunk, as the pool comes to them."""
-    return {
-        (id(rows), at): pool.submit(make, rows[at : at + CHUNK])
-        for rows in sources
-        for at in range(0, len(rows), CHUNK)
-    }
+    return {(id(rows), at): pool.submit(make, rows[at : at + CHUNK]) for rows, at in chunks(sources)}
 
 
 class Early:
@@ -114,21 +110,28 @@ class Early:
     def _read(self, split: Split) -> Rows:
         say = self._said[split].put
         try:
-            if self._helper is not None:
-                try:
-                    rows, said = self._helper.rows()
-                except Lost:
-                    if self._is_over:
-                        raise
-                    self._helper.stop()
-                    self._helper = None  # here, then, and whatever is wrong with them is told
-                else:
-                    for event in said:
-                        say(event)
-                    return rows
-            return load_rows(self._data, split, listener=say)
+            found = self._helped()
+            if found is None:
+                return load_rows(self._data, split, listener=say)
+            rows, said = found
+            for event in said:
+                say(event)
+            return rows
         finally:
             say(None)
+
+    def _helped(self) -> tuple[Rows, list[Event]] | None:
+        """The process's next rows. None where there is none (any more): they are read here, and what is wrong is told."""
+        if self._helper is None:
+            return None
+        try:
+            return self._helper.rows()
+        except Lost:
+            if self._is_over:
+                raise
+            self._helper.stop()
+            self._helper = None
+            return None
 
     def _plan(self) -> tuple[str, Made] | None:
         sources = [rows.result() for rows in self._rows.values()]

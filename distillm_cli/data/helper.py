@@ -11,7 +11,7 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from distillm_cli.config.schema import Data
 from distillm_cli.core.events import Event
-from distillm_cli.data.bare_ids import CHUNK, BareIds, bare_ids, rules_for
+from distillm_cli.data.bare_ids import CHUNK, BareIds, bare_ids, chunks, rules_for
 from distillm_cli.data.sources import Rows, load_rows
 
 _MAIN = "import sys; sys.path[:] = {path!r}; from distillm_cli.data.helper import main; main()"
@@ -79,15 +79,13 @@ def _answers(data: Data, find: Callable[[], Path | None]) -> Iterator[Any]:
         yield sources[-1], said
     rules = rules_for(sources, data.template, find)
     yield None if rules is None else rules.to_str()
-    for rows in sources if rules is not None else ():
-        for at in range(0, len(rows), CHUNK):
-            made = bare_ids(rows[at : at + CHUNK], data.template, rules)
-            yield _flat(made.prompts), _flat(made.responses)
+    for rows, at in chunks(sources) if rules is not None else ():
+        made = bare_ids(rows[at : at + CHUNK], data.template, rules)
+        yield _flat(made.prompts), _flat(made.responses)
 
 
-def _flat(ids: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def _flat(ids: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """All in one, and where all but the last end: one array is sent sooner than five hundred."""
-    ids = list(ids)
     return np.concatenate(ids), np.cumsum([len(one) for one in ids])[:-1]
 
 

@@ -3,7 +3,6 @@
 import copy
 import json
 import os
-import resource
 import signal
 from collections import Counter
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from distillm_cli.core.teacher import FirstEpoch, RowStates, Teacher
 from distillm_cli.errors import CheckpointError, Interrupted, NonFiniteError, StorageError
 from distillm_cli.models.backbone import Backbone
 from tests import tiny
+from tests.limits import file_size
 
 TOKENIZER = tiny.tokenizer()
 ROWS = tiny.sequences([(3 + i % 5, 2 + i % 4) for i in range(24)], vocab=len(TOKENIZER), seed=2)
@@ -369,24 +369,21 @@ def test_a_half_written_checkpoint_is_invisible_and_cleared_away(tmp_path):
 def test_a_disk_that_is_full_costs_no_checkpoint_and_names_what_is_left(tmp_path):
     """The system lets no file grow beyond a few bytes, as a full disk or a quota does."""
 
-    @contextmanager
-    def full():
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
     def save_model(place):
         (place / "weights").write_bytes(b"w" * 5000)
 
     checkpoints, tensors = Checkpoints(tmp_path, save_model, keep=1), {"x": torch.ones(9)}
-    with full(), pytest.raises(StorageError, match=r"step-000003: File too large; .*nothing was saved yet") as error:
+    with (
+        file_size(1000),
+        pytest.raises(StorageError, match=r"step-000003: File too large; .*nothing was saved yet") as error,
+    ):
         checkpoints.write(3, {}, tensors)
     assert error.value.exit_code == 8
     checkpoints.write(6, {"step": 6}, tensors)
-    with full(), pytest.raises(StorageError, match=r"step-000009: .*step-000006 is whole, go on with --resume"):
+    with (
+        file_size(1000),
+        pytest.raises(StorageError, match=r"step-000009: .*step-000006 is whole, go on with --resume"),
+    ):
         checkpoints.write(9, {"step": 9}, tensors)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000006"]
     assert checkpoints.latest().state == {"step": 6}

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import resource
 import subprocess
 import sys
 import textwrap
@@ -19,6 +18,7 @@ from distillm_cli.errors import CheckpointError, StorageError
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.sequences import collate
 from tests import tiny
+from tests.limits import file_size
 
 TOKENIZER = tiny.tokenizer()
 ROWS = tiny.sequences([(3 + i % 9, 1 + i % 5) for i in range(50)], vocab=len(TOKENIZER), seed=3)
@@ -170,16 +170,12 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing_and_loses_nothing(tmp
     """The system refuses to let the file grow further, in mid-write, as a full disk or a quota does."""
     place, key = make(tmp_path)
     before = (place / "states.bin").read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
-    try:
+    with file_size(len(before) // 2):
         with pytest.raises(StorageError, match=f"cannot write the teacher cache {place}"):
             write(place, key, Teacher(model()), ROWS, CPU, of=OF, rebuild=True)
         empty = place_of(tmp_path / "new", key)
         with pytest.raises(StorageError, match="File too large"):
             write(empty, key, Teacher(model()), ROWS, CPU, of=OF)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (place / "states.bin").read_bytes() == before
     assert not any(p.name.startswith((".staging", ".old")) for p in tmp_path.rglob(".*"))
     assert not empty.exists()
