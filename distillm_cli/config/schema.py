@@ -189,9 +189,8 @@ class Rollout(Section):
     )
     bulk: Positive = Field(
         8,
-        description="rollout batches sampled at once and served one by one; the number sampled stays. Fast, and samples up "
-        "to so many rollout steps old: in a run of a few hundred steps 1, the paper's letter, learns a little better. Under "
-        "rounds: the batches of a round",
+        description="rollout batches sampled at once, those of the next steps that will ask for one; how many are sampled, "
+        "and for which rows, stays. Fast, and samples up to so many rollout steps old. Under rounds: the batches of a round",
     )
     teacher_mix: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from distillm_cli.config.schema import Train
+from distillm_cli.core.bulk import Bulk
 from distillm_cli.core.checkpoint import Checkpoint, Checkpoints
 from distillm_cli.core.criterion import CROSS_ENTROPY, Piece
 from distillm_cli.core.events import Listener, Note, RunEnded, RunStarted, Saved, Stepped, Validated, silent
@@ -125,12 +126,12 @@ class Engine:
         listener: Listener = silent,
     ):
         self.objective, self.train, self.steps, self.steps_per_epoch = objective, train, steps, steps_per_epoch
-        self.batches, self.scheduler, self.replay, self.rollouts = batches, scheduler, replay, rollouts
+        self.batches, self.scheduler, self.replay = batches, scheduler, replay
         self.bulk, self.fresh, self.samples, self.teacher = bulk, fresh, samples or {}, teacher
         self.validation, self.score, self.checkpoints, self.recipe = validation, score, checkpoints, recipe or {}
         self.as_at_start, self.pass_cost = as_at_start, pass_cost
         self.method, self.device, self.dtype, self.say = method, torch.device(device), dtype, listener
-        self.waiting: deque[list[Sequence]] = deque()  # rollout batches sampled in bulk and not yet served
+        self.ahead = Bulk(rollouts)
         self.at, self.saved_step = Progress(), None
         objective.say = listener
         self.optimizer = build_optimizer(objective, train)
@@ -200,17 +201,16 @@ class Engine:
         return samples.batch(self.at.step)
 
     def _fresh_batch(self) -> list[Sequence]:
-        """A batch of student outputs. ``bulk`` batches are decoded side by side, since one large batch costs little more
-        than a small one, and then served one per request: as many are sampled as without it, some a little earlier."""
-        if not self.waiting:
-            last = min(self.at.step + self.bulk, self.steps)
-            groups = [self.batches(step) for step in range(self.at.step, last)]
+        """A batch of student outputs, drawn with those of the next steps that will ask for one: as many are sampled as
+        without that, for the same rows, some a little earlier."""
+        if not self.ahead.serves(self.at.step):
+            steps = self.scheduler.rollout_steps(
+                self.at.step, len(self.replay), adds=len(self.batches(self.at.step)), count=self.bulk
+            )
+            due = {step: self.batches(step) for step in steps if step not in self.ahead.waiting}
             with eval_mode(self.objective), self._autocast():
-                drawn = self.rollouts.sample([s for group in groups for s in group], self.at.step)
-            self.at.count(drawn)
-            served = iter(drawn)
-            self.waiting.extend([next(served) for _ in group] for group in groups)
-        return self.waiting.popleft()
+                self.at.count(self.ahead.draw(due, self.at.step))
+        return self.ahead.batch()
 
     def _update(self, parts: list[Piece]) -> tuple[float, float, float]:
         """One optimizer step over all its parts, in micro-batches; (loss per token, gradient norm, learning rate)."""
@@ -360,12 +360,12 @@ class Engine:
             return
         state = {"progress": dict(vars(self.at)), "scheduler": self.scheduler.state_dict(), "recipe": self.recipe}
         state["criterion"] = self.objective.criterion.state_dict()
-        state["waiting"] = [len(group) for group in self.waiting]
+        state |= self.ahead.state()
         tensors = optimizer_tensors(self.optimizer) | {"random.cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
-        for name, held in {"replay": list(self.replay.sequences), "waiting": list(chain(*self.waiting))}.items():
-            tensors |= pack(held, name) | self.objective.criterion.pack(held, name)
+        criterion, replayed = self.objective.criterion, list(self.replay.sequences)
+        tensors |= pack(replayed, "replay") | criterion.pack(replayed, "replay") | self.ahead.pack(criterion)
         if self.teacher is not None:
             state["teacher_cache"] = self.teacher.mode
             tensors |= self.teacher.pack(self.replay.sequences, "replay")
@@ -391,10 +391,7 @@ class Engine:
         for source, samples in self.samples.items():
             samples.unpack(checkpoint.tensors, f"samples.{source}", self.at.step)
             self.teacher.unpack(checkpoint.tensors, f"samples.{source}", samples.sequences)
-        waiting = unpack(checkpoint.tensors, "waiting")
-        self.objective.criterion.unpack(checkpoint.tensors, "waiting", waiting)
-        served = iter(waiting)
-        self.waiting = deque([next(served) for _ in range(size)] for size in checkpoint.state["waiting"])
+        self.ahead.unpack(checkpoint.state, checkpoint.tensors, self.objective.criterion, self.at.step)
         torch.set_rng_state(checkpoint.tensors["random.cpu"])
         if "random.cuda" in checkpoint.tensors and self.device.type == "cuda":
             torch.cuda.set_rng_state(checkpoint.tensors["random.cuda"], self.device)

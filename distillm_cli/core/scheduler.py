@@ -139,6 +139,20 @@ class Scheduler:
             return Source.ROLLOUT
         return Source.REPLAY
 
+    def rollout_steps(self, step: int, buffered: int, *, adds: int, count: int) -> list[int]:
+        """This step and the next ones, ``count`` in all, that will ask for a rollout if φ stays where it is.
+
+        buffered: sequences in the replay buffer before this step. adds: how many a rollout puts there.
+        """
+        found = []
+        for later in range(step, self.steps):
+            if later == step or self.draw(later, buffered) in (Source.ROLLOUT, Source.PAIR):
+                found.append(later)
+                buffered = min(buffered + adds, self.config.capacity)
+                if len(found) == count:
+                    break
+        return found
+
     def observe(self, valid_loss: float) -> bool:
         """Takes a validation loss (nats per token); returns whether φ rose.
 

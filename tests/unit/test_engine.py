@@ -281,7 +281,68 @@ def test_bulk_rollouts_are_as_many_as_single_ones_and_each_is_used_once():
     single.bulk, bulk.bulk = 1, 4
     assert single.run().sampled == bulk.run().sampled == 40
     assert Counter(e.source for e in events if isinstance(e, Stepped)) == {"rollout": 10}
-    assert not bulk.waiting
+    assert not bulk.ahead.waiting
+
+
+@pytest.mark.parametrize("kind", ["mixed", "annealed", "adaptive"])
+def test_a_bulk_answers_the_rows_that_single_draws_would_have_answered_each_at_its_own_step(kind):
+    """Data set steps go on over the other rows: drawing ahead must not show some rows twice and others not at all."""
+
+    fixed = {"phi": 0.5, "epsilon": 100.0, "capacity": 8} if kind == "adaptive" else {}
+
+    def trained_on(bulk):
+        engine, seen = build(method=kind, steps=24), []
+        engine.bulk = bulk
+        engine.scheduler.config = schema.Schedule(kind=kind, **fixed)
+        draw = engine._draw_sequences
+
+        def watched(source):
+            rows = draw(source)
+            if source is not Source.REPLAY:
+                seen.append((engine.at.step, source.value, [s.row for s in rows]))
+            return rows
+
+        engine._draw_sequences = watched
+        return seen, engine.run()
+
+    (single, one), (bulk, eight) = trained_on(1), trained_on(8)
+    assert bulk == single
+    assert {source for _, source, _ in bulk} == {"dataset", "rollout"}
+    assert [rows for step, _, rows in bulk] == [
+        [row.row for row in build(steps=24).batches(step)] for step, _, _ in bulk
+    ]
+    assert eight.sampled == one.sampled == sum(len(rows) for _, source, rows in bulk if source == "rollout")
+
+
+def test_a_phi_that_rises_leaves_no_rollout_unserved(tmp_path):
+    """More steps ask than were foreseen, and a buffer that fills sooner turns some that were into replay."""
+    engine = build(method="adaptive", steps=30)
+    engine.bulk, served = 6, []
+    batch = engine.ahead.batch
+
+    def watched():
+        served.append(min(engine.ahead.waiting))
+        return batch()
+
+    engine.ahead.batch = watched
+    done = engine.run()
+    assert len(done.phis) > 2
+    assert done.sources["rollout"] == len(served) == len(set(served))
+    assert done.sampled == 4 * (len(served) + len(engine.ahead.waiting))
+    assert all(step >= done.step - 6 for step in engine.ahead.waiting)
+
+
+def test_a_bulk_of_an_earlier_version_is_served_in_turn():
+    """Its checkpoints do not say for which steps they were drawn."""
+    engine = build(method="on", steps=12)
+    engine.bulk = 4
+    engine.ahead.draw({step: engine.batches(step) for step in range(2, 5)}, 2)
+    state, tensors = engine.ahead.state(), engine.ahead.pack(engine.objective.criterion)
+    held = [[s.response.tolist() for s in batch] for batch in engine.ahead.waiting.values()]
+    del state["waiting_for"]
+    engine.ahead.unpack(state, tensors, engine.objective.criterion, 7)
+    assert list(engine.ahead.waiting) == [7, 8, 9]
+    assert [[s.response.tolist() for s in engine.ahead.batch()] for _ in range(3)] == held
 
 
 def test_the_papers_fresh_through_the_buffer_trains_on_what_the_buffer_holds():

@@ -250,7 +250,7 @@ def built(
     engine.objective.criterion = criterion
     engine.scheduler = Scheduler(schema.Schedule(kind="rounds", inner_epochs=3), steps=steps, seed=5, batches=2)
     engine.replay = Round(2, rows=4, inner_epochs=3, seed=5)
-    engine.rollouts = MixtureRollouts(
+    engine.ahead.rollouts = MixtureRollouts(
         engine.objective.student,
         engine.teacher.model,
         schema.Rollout(max_new_tokens=5, **{"teacher_mix": ALPHA} | rollout),

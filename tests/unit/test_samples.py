@@ -48,7 +48,7 @@ def build(method, tmp_path=None, backbone=None, **settings):
         "redraw": schedule.get("redraw") == "epoch",
     }  # fmt: skip
     if schedule["kind"] == "interleaved":
-        engine.rollouts = InterleavedRollouts(
+        engine.ahead.rollouts = InterleavedRollouts(
             student, teacher.model, ROLLOUT.model_copy(update={"accept": 5}), ROLLOUT, max_length=16, seed=5
         )
     if scheduler.may_use_teacher_samples:
