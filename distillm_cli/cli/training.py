@@ -20,9 +20,10 @@ from distillm_cli.cli.teaching import Opened, open_teacher
 from distillm_cli.config.load import Resolved, to_yaml
 from distillm_cli.config.stages import sft_before
 from distillm_cli.core.checkpoint import Checkpoint, read, visible
+from distillm_cli.core.compiled import CompiledPart, pays, tried
 from distillm_cli.core.engine import LOWER_IS_BETTER, Engine
 from distillm_cli.core.engine import Progress as Reached
-from distillm_cli.core.events import Note, Warned
+from distillm_cli.core.events import Listener, Note, Warned
 from distillm_cli.core.metrics_log import MetricsLog
 from distillm_cli.core.scheduler import Source
 from distillm_cli.data.early import Early
@@ -136,10 +137,12 @@ def _trained(
     report = Report(run, output / outputs.EVAL / "report", ui)
     score = report.score if needs_metric(recipe) else None
     engine = build_engine(run, output, listener, teacher=None if opened is None else opened.teacher, score=score)
-    if checkpoint is not None:
-        engine.load(checkpoint)
     if run.device.type == "cpu":
         keep_freed_memory()
+    if checkpoint is not None:
+        engine.load(checkpoint)
+    else:
+        _compile_loss(run, engine, listener)
     reached = engine.run()
     if reached.best_step not in (None, reached.step):
         load_student(run.student, read(engine.checkpoints.path(reached.best_step)))
@@ -152,6 +155,27 @@ def _trained(
     if opened is not None:
         result |= {"teacher_cache": opened.facts(), "teacher_tokens": opened.teacher.tokens}
     return result
+
+
+def _compile_loss(run: Prepared, engine: Engine, listener: Listener) -> None:
+    """Lets the loss be compiled where that is asked for, or where it pays and a trial finds it faster."""
+    shape = engine.objective.part_of_loss(engine.objective.criterion.terms(Source.DATASET), run.device)
+    if run.recipe.train.compile == "off" or shape is None:
+        return
+    is_asked_for, tokens = (
+        run.recipe.train.compile == "on",
+        run.train.tokens / len(run.train) * run.step_rows * run.steps,
+    )
+    if not is_asked_for and not pays(shape, tokens / shape.rows):
+        return
+    part = CompiledPart(listener=listener)  # which imports the compiler
+    if not is_asked_for:
+        listener(Note("trying whether the loss is faster compiled: some ten seconds"))
+        trial = tried(part, shape)
+        listener(Note(str(trial)))
+        if not trial.wins:
+            return
+    engine.objective.part = part
 
 
 def _stopped(output: Path | None, stop: KeyboardInterrupt) -> Interrupted:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -30,6 +29,11 @@ class Rows:
     The tables belong to whoever holds the Rows: a divergence reads them and changes none.
     """
 
+    # Plain attributes: a compiler cannot see through ``cached_property``, which takes a lock.
+    _prob_NV: Tensor | None = None
+    _log_norm_N1: Tensor | None = None
+    _log_NV: Tensor | None = None
+
     def __init__(self, z_NV: Tensor):
         self.z_NV = z_NV
 
@@ -37,21 +41,27 @@ class Rows:
     def of_log(cls, log_NV: Tensor) -> Rows:
         """From log-probabilities, which are taken as they come: nothing is normalised again."""
         rows = cls(log_NV)
-        rows.prob_NV, rows.log_norm_N1 = log_NV.exp(), torch.zeros_like(log_NV[:, :1])
+        rows._prob_NV, rows._log_norm_N1 = log_NV.exp(), torch.zeros_like(log_NV[:, :1])
         return rows
 
-    @cached_property
+    @property
     def prob_NV(self) -> Tensor:
-        return torch.softmax(self.z_NV, -1)
+        if self._prob_NV is None:
+            self._prob_NV = torch.softmax(self.z_NV, -1)
+        return self._prob_NV
 
-    @cached_property
+    @property
     def log_norm_N1(self) -> Tensor:
         """log Σ exp z. The largest probability is exp(max z) over that sum: two maxima instead of another exp and sum."""
-        return self.z_NV.amax(-1, keepdim=True) - self.prob_NV.amax(-1, keepdim=True).log()
+        if self._log_norm_N1 is None:
+            self._log_norm_N1 = self.z_NV.amax(-1, keepdim=True) - self.prob_NV.amax(-1, keepdim=True).log()
+        return self._log_norm_N1
 
-    @cached_property
+    @property
     def log_NV(self) -> Tensor:
-        return self.z_NV - self.log_norm_N1
+        if self._log_NV is None:
+            self._log_NV = self.z_NV - self.log_norm_N1
+        return self._log_NV
 
     def log_at(self, ids_N: Tensor) -> Tensor:
         """log-probability [N] of one entry per row."""

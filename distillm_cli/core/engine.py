@@ -21,6 +21,7 @@ from torch import nn
 from distillm_cli.config.schema import Train
 from distillm_cli.core.bulk import Bulk
 from distillm_cli.core.checkpoint import Checkpoint, Checkpoints
+from distillm_cli.core.compiled import CompiledPart
 from distillm_cli.core.criterion import CROSS_ENTROPY, Piece
 from distillm_cli.core.events import Listener, Note, RunEnded, RunStarted, Saved, Stepped, Validated, silent
 from distillm_cli.core.objective import Objective, joined
@@ -360,7 +361,7 @@ class Engine:
             return
         state = {"progress": dict(vars(self.at)), "scheduler": self.scheduler.state_dict(), "recipe": self.recipe}
         state["criterion"] = self.objective.criterion.state_dict()
-        state |= self.ahead.state()
+        state |= self.ahead.state() | {"compiled": self.objective.part is not None}
         tensors = optimizer_tensors(self.optimizer) | {"random.cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
@@ -383,6 +384,7 @@ class Engine:
         self.saved_step = self.at.step
         self.scheduler.load_state_dict(checkpoint.state["scheduler"])
         self.objective.criterion.load_state_dict(checkpoint.state.get("criterion", {}))
+        self.objective.part = CompiledPart(listener=self.say) if checkpoint.state.get("compiled") else None
         load_optimizer_tensors(self.optimizer, checkpoint.tensors)
         self.replay.add(unpack(checkpoint.tensors, "replay"))
         self.objective.criterion.unpack(checkpoint.tensors, "replay", self.replay.sequences)
