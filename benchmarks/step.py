@@ -3,7 +3,8 @@
     python benchmarks/step.py [--peers STEP.py --peers-python PYTHON] [--threads N] [--rounds N] [--json]
 
 Ours is the engine's own path: models loaded as a run loads them, ``micro_batches``, ``collate``, ``Teacher``, ``Objective``,
-bf16 autocast; once with the teacher's forward pass in the step and once with its states cached. Beside it the textbook
+bf16 autocast; once with the teacher's forward pass in the step and once with its states cached. The loss is compiled if
+the trial with which a long run begins finds that faster, and both are timed without it as well. Beside it the textbook
 skew KL (both models' whole logits at every position, float32 softmax, mask at the end) and, with ``--peers``, the
 functions of that file's ``PEERS``, run in a process of ``--peers-python`` (their libraries may need another environment):
 ``peers.pair(V)`` and ``peers.batch(B, P, R, V)`` make models and inputs, ``PEERS[name](teacher, student, *batch)`` a step.
@@ -39,6 +40,7 @@ import torch
 import torch.nn.functional as F
 
 UNCACHED, CACHED, TEXTBOOK = "distillm", "distillm, teacher cached", "textbook skew KL"
+PLAIN = ", loss not compiled"
 GOALS = {  # peer → at least so many times faster: uncached, cached
     "trl_gkd": (8.0, 14.0),
     "trl_chunked_jsd": (3.5, 6.0),
@@ -64,6 +66,7 @@ class Ours:
     def __init__(self, shape: argparse.Namespace, directory: Path):
         from distillm_cli.config import schema
         from distillm_cli.core import criteria
+        from distillm_cli.core.compiled import CompiledPart, tried
         from distillm_cli.core.objective import Objective
         from distillm_cli.core.scheduler import Source
         from distillm_cli.core.teacher import Teacher
@@ -89,11 +92,15 @@ class Ours:
         rows = [[random.integers(0, shape.vocab, n, dtype=np.int32) for n in sizes] for _ in range(shape.batch)]
         self.sequences = [Sequence(prompt, response, row) for row, (prompt, response) in enumerate(rows)]
         self.cached = Teacher(self.pair.teacher, remembers=True)  # the first answer is kept
+        part = CompiledPart()
+        self.trial = tried(part, self.objective.part_of_loss(self.terms, self.device))
+        self.compiled = part if self.trial.wins else None
 
-    def update(self, teacher) -> float:
-        """What the engine does in a step, up to the optimizer; the loss per token."""
+    def update(self, teacher, *, plain: bool = False) -> float:
+        """What the engine does in a step, up to the optimizer; the loss per token. plain: in any case not compiled."""
         from distillm_cli.sequences import collate, micro_batches
 
+        self.objective.part = None if plain else self.compiled
         self.objective.zero_grad(set_to_none=True)
         count, loss = self.objective.criterion.count(self.sequences), 0.0
         for cuts in micro_batches(self.sequences, self.batch_size):
@@ -125,6 +132,7 @@ class Ours:
     def check(self) -> dict[str, float]:
         """Our loss, uncached and cached, is the textbook's up to bf16 rounding: whoever is fast must also be right."""
         values = {TEXTBOOK: self.textbook(), UNCACHED: self.update(self.teacher), CACHED: self.update(self.cached)}
+        values[UNCACHED + PLAIN] = self.update(self.teacher, plain=True)
         if max(values.values()) > 1.02 * min(values.values()):
             raise SystemExit(f"the losses disagree, nothing was timed: {values}")
         return values
@@ -228,6 +236,8 @@ def measure(shape: argparse.Namespace, ours: Ours, peers: Peers | None) -> tuple
     steps: dict[str, Step] = {
         UNCACHED: lambda: timed(lambda: ours.update(ours.teacher)),
         CACHED: lambda: timed(lambda: ours.update(ours.cached)),
+        UNCACHED + PLAIN: lambda: timed(lambda: ours.update(ours.teacher, plain=True)),
+        CACHED + PLAIN: lambda: timed(lambda: ours.update(ours.cached, plain=True)),
         TEXTBOOK: lambda: timed(ours.textbook),
     }
     for name in peers.names if peers else ():
@@ -251,14 +261,14 @@ def report(shape: argparse.Namespace, ours: Ours, best: dict[str, float], peak: 
     ratios = {
         name: {"uncached": seconds / best[UNCACHED], "cached": seconds / best[CACHED], "goals": GOALS.get(name)}
         for name, seconds in best.items()
-        if name not in (UNCACHED, CACHED)
+        if not name.startswith(UNCACHED)
     }
     work = {name: ours.flops(shape, cached=name == CACHED) for name in (UNCACHED, CACHED)}
     use = {name: work[name] / best[name] / peak for name in work}
     sizes = {name: getattr(shape, name) for name in ("batch", "prompt", "response", "vocab", "threads", "rounds")}
     return sizes | {
         "seconds": best, "ratios": ratios, "flop": work, "peak_flops": peak, "flop_use": use,
-        "flop_use_goal": GOAL_FLOPS, "torch": torch.__version__,
+        "flop_use_goal": GOAL_FLOPS, "torch": torch.__version__, "trial": str(ours.trial),
     }  # fmt: skip
 
 
@@ -271,6 +281,7 @@ def print_table(result: dict) -> None:
             goals = [f"≥ {goal:g}" for goal in found["goals"]] if found["goals"] else ["–", "–"]
             cells = [f"{found['uncached']:.2f}", goals[0], f"{found['cached']:.2f}", goals[1]]
         print(f"| {name} | {seconds:.3f} | {' | '.join(cells)} |")
+    print(f"\nTrial: {result['trial']}")
     use, work, peak = result["flop_use"], result["flop"], result["peak_flops"]
     for name in use:
         goal = f" (goal {GOAL_FLOPS})" if name == UNCACHED else ""

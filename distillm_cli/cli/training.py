@@ -158,7 +158,7 @@ def _trained(
 
 
 def _compile_loss(run: Prepared, engine: Engine, listener: Listener) -> None:
-    """Lets the loss be compiled where that is asked for, or where it pays and a trial finds it faster."""
+    """Lets the loss be compiled where that is asked for and works, or where it pays and a trial finds it faster."""
     shape = engine.objective.part_of_loss(engine.objective.criterion.terms(Source.DATASET), run.device)
     if run.recipe.train.compile == "off" or shape is None:
         return
@@ -168,14 +168,15 @@ def _compile_loss(run: Prepared, engine: Engine, listener: Listener) -> None:
     )
     if not is_asked_for and not pays(shape, tokens / shape.rows):
         return
+    listener(Note("compiling the loss, to see whether it is faster so: some ten seconds"))
     part = CompiledPart(listener=listener)  # which imports the compiler
-    if not is_asked_for:
-        listener(Note("trying whether the loss is faster compiled: some ten seconds"))
-        trial = tried(part, shape)
+    trial = tried(part, shape)
+    if is_asked_for and trial.why_not:
+        listener(Warned(f"train.compile is on, but {trial}"))
+    else:
         listener(Note(str(trial)))
-        if not trial.wins:
-            return
-    engine.objective.part = part
+    if trial.wins or (is_asked_for and not trial.why_not):
+        engine.objective.part = part
 
 
 def _stopped(output: Path | None, stop: KeyboardInterrupt) -> Interrupted:

@@ -277,15 +277,19 @@ class _Walk:
         part = self.work.part or part_loss
         for rows in _cuts(z_CV.shape[0], self.part):
             among_N = slice(tokens.start + rows.start, tokens.start + rows.stop)
+            product_RV, into_RV = z_CV[rows], None
+            if needs_grad and dz_CV is not None:
+                # One tensor where both are one memory: a compiler must know that what it writes is what it reads.
+                into_RV = product_RV if dz_CV is z_CV else dz_CV[rows]
             value_N[among_N], d_bias_V = part(
-                z_CV[rows],
+                product_RV,
                 None if teacher_z_CV is None else teacher_z_CV[rows],
                 self.work.targets_N[among_N],
                 self.work.per_token[among_N],
                 ways,
                 self.work.terms,
                 self.exact,
-                dz_CV[rows] if needs_grad and dz_CV is not None else None,
+                into_RV,
                 self.d_bias_V is not None,
             )
             if d_bias_V is not None:
