@@ -4,10 +4,11 @@
 
 Ours is the engine's own path: models loaded as a run loads them, ``micro_batches``, ``collate``, ``Teacher``, ``Objective``,
 bf16 autocast; once with the teacher's forward pass in the step and once with its states cached. The loss is compiled if
-the trial with which a long run begins finds that faster, and both are timed without it as well. Beside it the textbook
-skew KL (both models' whole logits at every position, float32 softmax, mask at the end) and, with ``--peers``, the
-functions of that file's ``PEERS``, run in a process of ``--peers-python`` (their libraries may need another environment):
-``peers.pair(V)`` and ``peers.batch(B, P, R, V)`` make models and inputs, ``PEERS[name](teacher, student, *batch)`` a step.
+the trial that a long run makes after its first steps finds that faster, and both are timed without it as well. Beside it
+the textbook skew KL (both models' whole logits at every position, float32 softmax, mask at the end) and, with ``--peers``,
+the functions of that file's ``PEERS``, run in a process of ``--peers-python`` (their libraries may need another
+environment): ``peers.pair(V)`` and ``peers.batch(B, P, R, V)`` make models and inputs, ``PEERS[name](teacher, student,
+*batch)`` a step.
 
 Teacher GPT-2 124M and student 4 × 384 with random weights, V = 50,257, batch 8, prompt 128, response 64 unless said
 otherwise; everyone has the same shapes, tokens per step, precision and threads. All take turns in every round, one step

@@ -141,8 +141,10 @@ def _trained(
         keep_freed_memory()
     if checkpoint is not None:
         engine.load(checkpoint)
-    else:
+    if recipe.train.compile == "on" and checkpoint is None:
         _compile_loss(run, engine, listener)
+    elif recipe.train.compile == "auto":
+        engine.tune = lambda: _compile_loss(run, engine, listener)
     reached = engine.run()
     if reached.best_step not in (None, reached.step):
         load_student(run.student, read(engine.checkpoints.path(reached.best_step)))
@@ -160,12 +162,10 @@ def _trained(
 def _compile_loss(run: Prepared, engine: Engine, listener: Listener) -> None:
     """Lets the loss be compiled where that is asked for and works, or where it pays and a trial finds it faster."""
     shape = engine.objective.part_of_loss(engine.objective.criterion.terms(Source.DATASET), run.device)
-    if run.recipe.train.compile == "off" or shape is None:
+    if shape is None:
         return
-    is_asked_for, tokens = (
-        run.recipe.train.compile == "on",
-        run.train.tokens / len(run.train) * run.step_rows * run.steps,
-    )
+    is_asked_for = run.recipe.train.compile == "on"
+    tokens = run.train.tokens / len(run.train) * run.step_rows * run.steps
     if not is_asked_for and not pays(shape, tokens / shape.rows):
         return
     listener(Note("compiling the loss, to see whether it is faster so: some ten seconds"))

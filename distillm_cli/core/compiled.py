@@ -1,4 +1,4 @@
-"""A part's loss compiled by ``torch.compile``, used where a trial at the beginning of a run finds it faster.
+"""A part's loss compiled by ``torch.compile``, used where a trial in the beginning of a run finds it faster.
 
 Between its matrix products the loss makes some twenty passes over tables of the vocabulary's width; a compiler makes a few
 of them, and reads bfloat16 as it goes. On two CPU cores that halves the time of these passes (lab book), on a GPU, where

@@ -36,6 +36,7 @@ from distillm_cli.core.terms import PerToken, Terms
 from distillm_cli.errors import Interrupted, NonFiniteError
 from distillm_cli.sequences import LEAST_PASS_COST, Batch, Passes, Sequence, collate, micro_batches
 
+TUNED_AT = 20  # a step, not a time: a resumed run changes where the uninterrupted one did
 LOWER_IS_BETTER = frozenset({"valid_loss", "valid_divergence", "error_rate"})
 
 
@@ -96,8 +97,8 @@ class Engine:
     teacher's, and the student's where those of a pair are not fresh at every step. validation: held-out sequences, batched.
     score: further held-out figures by name, computed at each validation (student in evaluation mode). as_at_start: a
     context in which the student has the weights it began with: the loss before training is then taken at the first
-    validation, and nobody waits for it before the first step. checkpoints: None keeps nothing. dtype: of autocast; float32
-    switches it off.
+    validation, and nobody waits for it before the first step. tune: called before step TUNED_AT, of every run, for what pays
+    in a long one only. checkpoints: None keeps nothing. dtype: of autocast; float32 switches it off.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class Engine:
         validation: SequenceOf[list[Sequence]] = (),
         score: Callable[[], dict[str, float]] | None = None,
         as_at_start: Callable[[], AbstractContextManager[None]] | None = None,
+        tune: Callable[[], None] = lambda: None,
         checkpoints: Checkpoints | None = None,
         recipe: dict | None = None,
         method: str = "",
@@ -130,11 +132,10 @@ class Engine:
         self.batches, self.scheduler, self.replay = batches, scheduler, replay
         self.bulk, self.fresh, self.samples, self.teacher = bulk, fresh, samples or {}, teacher
         self.validation, self.score, self.checkpoints, self.recipe = validation, score, checkpoints, recipe or {}
-        self.as_at_start, self.pass_cost = as_at_start, pass_cost
+        self.as_at_start, self.tune, self.pass_cost = as_at_start, tune, pass_cost
         self.method, self.device, self.dtype, self.say = method, torch.device(device), dtype, listener
         self.ahead = Bulk(rollouts)
-        self.at, self.saved_step = Progress(), None
-        objective.say = listener
+        self.at, self.saved_step, objective.say = Progress(), None, listener
         self.optimizer = build_optimizer(objective, train)
 
     def run(self) -> Progress:
@@ -146,6 +147,8 @@ class Engine:
             self._validate()
         with stop_on_signal() as stop:
             while self.at.step < self.steps:
+                if self.at.step == TUNED_AT:
+                    self.tune()
                 clock = time.perf_counter()
                 source = self.scheduler.draw(self.at.step, len(self.replay))
                 parts = self._draw_parts(source)
@@ -202,12 +205,10 @@ class Engine:
         return samples.batch(self.at.step)
 
     def _fresh_batch(self) -> list[Sequence]:
-        """A batch of student outputs, drawn with those of the next steps that will ask for one: as many are sampled as
-        without that, for the same rows, some a little earlier."""
+        """A batch of student outputs, drawn with those of the next steps that will ask for one (``bulk``)."""
         if not self.ahead.serves(self.at.step):
-            steps = self.scheduler.rollout_steps(
-                self.at.step, len(self.replay), adds=len(self.batches(self.at.step)), count=self.bulk
-            )
+            adds = len(self.batches(self.at.step))
+            steps = self.scheduler.rollout_steps(self.at.step, len(self.replay), adds=adds, count=self.bulk)
             due = {step: self.batches(step) for step in steps if step not in self.ahead.waiting}
             with eval_mode(self.objective), self._autocast():
                 self.at.count(self.ahead.draw(due, self.at.step))
@@ -365,8 +366,8 @@ class Engine:
         tensors = optimizer_tensors(self.optimizer) | {"random.cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
-        criterion, replayed = self.objective.criterion, list(self.replay.sequences)
-        tensors |= pack(replayed, "replay") | criterion.pack(replayed, "replay") | self.ahead.pack(criterion)
+        criterion, held = self.objective.criterion, list(self.replay.sequences)
+        tensors |= pack(held, "replay") | criterion.pack(held, "replay") | self.ahead.pack(criterion)
         if self.teacher is not None:
             state["teacher_cache"] = self.teacher.mode
             tensors |= self.teacher.pack(self.replay.sequences, "replay")

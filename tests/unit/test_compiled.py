@@ -172,6 +172,23 @@ def test_validation_is_not_compiled():
     assert_close(in_training.detach(), held_out, rtol=1e-5, atol=0)
 
 
+def test_every_run_is_tuned_before_the_same_step(tmp_path):
+    """Long or short, resumed before it or not; a run that was resumed after it is not tuned again."""
+    from tests.unit.test_engine import build, resume
+
+    def tuned(engine):
+        at = []
+        engine.tune = lambda: at.append(engine.at.step)
+        engine.run()
+        return at
+
+    assert tuned(build(tmp_path, method="off", steps=24)) == [20]
+    assert tuned(build(tmp_path / "short", method="off", steps=18)) == []
+    kept = sorted(tmp_path.glob("step-*"))
+    assert tuned(resume(tmp_path, "off", steps=30)) == []
+    assert int(kept[-1].name[5:]) > 20
+
+
 def test_a_resumed_run_computes_as_it_did(tmp_path):
     """Whatever a trial would find now."""
     from tests.unit.test_engine import build, resume
