@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from distillm_cli.cli import costs, gpus
 from distillm_cli.cli.assembly import Prepared, new_order, new_replay, prepare
 from distillm_cli.cli.host import available_memory
-from distillm_cli.cli.teaching import Keeping, disk_free, plan_keeping
+from distillm_cli.cli.teaching import Keeping, disk_free, plan_keeping, uses_rows
 from distillm_cli.config.load import Resolved
 from distillm_cli.config.schema import Recipe
 from distillm_cli.config.stages import sft_before
@@ -286,7 +286,7 @@ def _would_keep(
     train, counted = recipe.train, lengths.rows or 0
     step_rows = min(train.batch_size * train.accumulate, lengths.rows or math.inf)
     comes_back = None not in (lengths.steps, lengths.steps_per_epoch) and lengths.steps > lengths.steps_per_epoch
-    rows = round(counted * lengths.response * per_token) if schedule.may_use_rows else 0
+    rows = round(counted * lengths.response * per_token) if uses_rows(recipe) else 0
     drawn = min(new_replay(recipe, step_rows).capacity, (lengths.steps or math.inf) * step_rows)
     rollouts = drawn * recipe.rollout.max_new_tokens * per_token if schedule.may_replay else 0
     asked_again = schedule.samples_come_back and comes_back and recipe.objective.kd_weight > 0
@@ -300,7 +300,7 @@ def _would_keep(
     why = f"{places[mode]}: {', '.join(f'{size(n)} {what}' for what, n in listed.items())}"
     if not listed:
         why = "not kept" if mode == "off" else "not kept: nothing is seen twice"
-    if lengths.rows is None and schedule.may_use_rows and mode != "off":
+    if lengths.rows is None and uses_rows(recipe) and mode != "off":
         why = f"{size(per_token)} for each response token of a row{f'; {why}' if listed else ''}"
     parts = {
         "teacher_states": keeps if mode != "disk" else 0,

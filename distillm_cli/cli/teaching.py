@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from distillm_cli.cli.assembly import Prepared, new_order, new_replay, new_scheduler, prepare
 from distillm_cli.cli.host import available_memory
 from distillm_cli.config.load import Resolved
-from distillm_cli.core import teacher_cache
+from distillm_cli.config.schema import Recipe
+from distillm_cli.core import criteria, teacher_cache
 from distillm_cli.core.events import Listener, Note, Warned
+from distillm_cli.core.scheduler import Scheduler
 from distillm_cli.core.teacher import FirstEpoch, RowStates, Teacher
 from distillm_cli.core.teacher_cache import Key
 from distillm_cli.data.early import Early
@@ -103,6 +105,7 @@ def open_teacher(
         rows=rows,
         company=company,
         remembers=schedule.may_replay or _samples_come_back(run),
+        passing=run.train.sequences if rows is None else (),
         # Weights in few bits are no plain tensors that could be let go of one by one.
         leaves=rows is not None
         and not (schedule.may_use_student_outputs or schedule.may_use_teacher_samples or model.is_quantized),
@@ -134,6 +137,12 @@ def warm(resolved: Resolved, *, rebuild: bool, ui: Console, early: Early | None 
     }
 
 
+def uses_rows(recipe: Recipe) -> bool:
+    """Whether data set rows' own responses are trained on: where the schedule draws them, or beside student outputs."""
+    schedule = Scheduler(recipe.schedule, steps=1, seed=0)
+    return schedule.may_use_rows or criteria.build(recipe.objective).rows_beside
+
+
 def plan_keeping(run: Prepared, *, before: str | None = None, rebuild: bool = False) -> Keeping:
     """What would be kept, and its size; computes a few tokens to measure the width. Arguments as of ``open_teacher``."""
     mode = run.recipe.teacher.cache
@@ -148,7 +157,7 @@ def plan_keeping(run: Prepared, *, before: str | None = None, rebuild: bool = Fa
     if mode == "disk" or (is_auto and rebuild):
         return _planned_on_disk(run, per_token)
     if mode == "memory":
-        rows = new_scheduler(run).may_use_rows if not is_auto else _rows_come_back(run)
+        rows = uses_rows(run.recipe) if not is_auto else _rows_come_back(run)
         return _planned_in_memory(run, per_token, rows=rows)
     return _planned_by_itself(run, per_token)
 
@@ -158,13 +167,13 @@ def _planned_by_itself(run: Prepared, per_token: int) -> Keeping:
     root, rows = _root(run), teacher_cache.rows_digest(run.train.sequences)
     # The weights are read only where the name of some cache gives hope.
     may_be_there = (root / teacher_cache.FACTS).exists() or any(root.glob(f"*-{rows[:16]}"))
-    if may_be_there and new_scheduler(run).may_use_rows:
+    if may_be_there and uses_rows(run.recipe):
         found = _planned_on_disk(run, per_token)
         if found.is_made:
             return found
     if not (_rows_come_back(run) or new_scheduler(run).may_replay or _samples_come_back(run)):
         schedule = new_scheduler(run)
-        asked = "sees every row once" if schedule.may_use_rows else "asks about every sample once"
+        asked = "sees every row once" if uses_rows(run.recipe) else "asks about every sample once"
         if schedule.may_use_teacher_samples and not run.recipe.objective.kd_weight:
             asked = "asks the teacher for samples alone"
         return Keeping("off", f"not kept: this run {asked}")
@@ -188,7 +197,7 @@ def _planned_in_memory(run: Prepared, per_token: int, *, rows: bool) -> Keeping:
 
 
 def _planned_on_disk(run: Prepared, per_token: int) -> Keeping:
-    if not new_scheduler(run).may_use_rows:
+    if not uses_rows(run.recipe):
         raise UsageError(
             f"teacher.cache disk keeps what the teacher says of data set rows, and schedule.kind "
             f"{run.recipe.schedule.kind} trains on none",
@@ -246,7 +255,7 @@ def _root(run: Prepared) -> Path:
 
 
 def _rows_come_back(run: Prepared) -> bool:
-    return new_scheduler(run).may_use_rows and run.steps > run.order.steps_per_epoch
+    return uses_rows(run.recipe) and run.steps > run.order.steps_per_epoch
 
 
 def _samples_come_back(run: Prepared) -> bool:

@@ -70,7 +70,7 @@ class Scheduler:
 
     @property
     def may_use_rows(self) -> bool:
-        """Whether data set rows' own responses are trained on."""
+        """Whether steps are on data set rows' own responses, drawn as such."""
         return self.config.kind in ("off", "mixed", "annealed", "adaptive")
 
     @property

@@ -40,8 +40,9 @@ class Teacher:
     """A frozen model, asked for hidden states only, and asked once where its answers are kept.
 
     mode: off, memory or disk; recorded in checkpoints. rows: where the states of data set rows are kept (None: nowhere).
-    company: with whom a row is computed that ``rows`` does not hold yet; None when it holds all. remembers: a student
-    output's states are kept for as long as the sequence itself. awaited: held-out sequences, whose states are kept too.
+    company: with whom a row is computed that ``rows`` does not hold yet; None when it holds all. remembers: a sampled
+    sequence's states are kept for as long as the sequence itself. passing: data set rows that are no samples and kept
+    nowhere. awaited: held-out sequences, whose states are kept too.
     leaves: no student output will be asked about, so that the model may leave memory once all of that is known.
     tokens: response positions that the model has computed so far.
     """
@@ -54,11 +55,13 @@ class Teacher:
         rows: RowStates | None = None,
         company: FirstEpoch | None = None,
         remembers: bool = False,
+        passing: SequenceOf[Sequence] = (),
         leaves: bool = False,
         awaited: SequenceOf[Sequence] = (),
     ):
         self.model, self.mode, self.rows, self.company = model, mode, rows, company
-        self.remembers, self.leaves, self.awaited = remembers, leaves, frozenset(awaited)
+        self.remembers, self.leaves = remembers, leaves
+        self.passing, self.awaited = frozenset(passing), frozenset(awaited)
         self.tokens, self.has_left = 0, False
         self._head: HeadLike | None = None
         self._others: WeakKeyDictionary[Sequence, Tensor] = WeakKeyDictionary()
@@ -110,7 +113,8 @@ class Teacher:
             return self.model.hidden(batch)
 
     def _is_kept(self, sequence: Sequence) -> bool:
-        return self.remembers or sequence in self.awaited or self._is_row(sequence)
+        is_remembered = self.remembers and sequence not in self.passing
+        return is_remembered or sequence in self.awaited or self._is_row(sequence)
 
     def _is_row(self, sequence: Sequence) -> bool:
         return self.rows is not None and self.rows.is_row(sequence)

@@ -5,9 +5,12 @@ import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from distillm_cli.core import engine
+from distillm_cli.core.teacher import Teacher
+from tests import tiny
 
 SHORT = [
     "--recipe", "quickstart", "--method", "minillm", "--student", "random:1x32", "--steps", "6", "--batch-size", "4",
@@ -37,13 +40,35 @@ def test_the_quickstart_pair_in_rounds(typed, tmp_path):
     AutoModelForCausalLM.from_pretrained("run")
 
 
-def test_interrupted_with_half_a_round_to_serve_it_goes_on_as_if_nothing_had_happened(typed, monkeypatch):
-    argv = ["distill", *SHORT, "--set", "eval.report_rows=0"]
-    assert typed(*argv, "--output", "whole")[0] == 0
+@pytest.mark.parametrize(("family", "cache"), [("llama", "memory"), ("llama", "disk"), ("t5", "memory")])
+def test_interrupted_with_half_a_round_to_serve_it_goes_on_as_if_nothing_had_happened(
+    typed, monkeypatch, tmp_path, family, cache
+):
+    """In the second epoch, so that what the teacher said of the rows is read again. It is kept, and counted, with the rows:
+    a resumed run that met them in other company would round otherwise."""
+    teacher = "builtin" if family == "llama" else tiny.save(tmp_path / "teacher", family)
+    argv = [
+        "distill",
+        *SHORT,
+        "--steps",
+        "10",
+        "--set",
+        "eval.report_rows=0",
+        "--set",
+        "data.size=16",
+        "--teacher",
+        teacher,
+    ]
+    argv += ["--teacher-cache", cache, "--set", "teacher.cache_dir=states"]
+    code, whole, err = typed(*argv, "--output", "whole")
+    assert code == 0, err
+    kept = whole["teacher_cache"]
+    assert (kept["mode"], kept["rows"], kept["model_left"]) == (cache, 16, False)
+    assert kept["bytes"] > 0
     update = engine.Engine._update
 
     def killed(self, parts):
-        if self.at.step == 4:
+        if self.at.step == 6:
             signal.raise_signal(signal.SIGINT)
         return update(self, parts)
 
@@ -51,9 +76,23 @@ def test_interrupted_with_half_a_round_to_serve_it_goes_on_as_if_nothing_had_hap
         patched.setattr(engine.Engine, "_update", killed)
         assert typed(*argv, "--output", "cut")[0] == 130
     code, result, err = typed(*argv, "--output", "cut", "--resume")
-    assert (code, result["steps"]) == (0, 6), err
-    ends = [AutoModelForCausalLM.from_pretrained(place).state_dict() for place in ("whole", "cut")]
+    assert (code, result["steps"]) == (0, 10), err
+    ends = [load_file(f"{place}/model.safetensors") for place in ("whole", "cut")]
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_of_outputs_that_come_back_beside_rows_that_do_not_only_the_outputs_are_kept(typed, monkeypatch):
+    kept = []
+    keep = Teacher._keep
+
+    def seen(self, sequences, hidden_ND):
+        keep(self, sequences, hidden_ND)
+        kept.append(len(self._others))
+
+    monkeypatch.setattr(Teacher, "_keep", seen)
+    code, result, err = typed("distill", *SHORT, "--output", "run")  # 6 steps of an epoch of 10
+    assert (code, result["teacher_cache"]["mode"], result["teacher_cache"]["rows"]) == (0, "memory", 0), err
+    assert max(kept) <= 2 * 2 * 4, "no more than two rounds of outputs, while one takes the other's place"
 
 
 def test_the_plan_counts_what_the_teacher_keeps_while_it_samples(typed):
@@ -66,6 +105,11 @@ def test_the_plan_counts_what_the_teacher_keeps_while_it_samples(typed):
     assert (ours["sequences_per_step"], alone["sequences_per_step"]) == (8, 4)
     outputs = 2 * 4 * 8  # batches, rows, tokens
     assert ours["teacher_cache"]["rollout_bytes"] == outputs * 128 * 4
+    assert ours["teacher_cache"]["bytes"] == 0, "6 steps of an epoch of 10"
+    _, longer, _ = typed("plan", *SHORT, "--steps", "12")
+    assert longer["teacher_cache"]["bytes"] == longer["data"]["response_tokens"] * 128 * 4
+    assert longer["memory"]["teacher_states"] == longer["teacher_cache"]["bytes"]
+    assert longer["step_flops"]["replay"] < ours["step_flops"]["replay"], "rows are read from what is kept"
 
 
 @pytest.mark.parametrize(
