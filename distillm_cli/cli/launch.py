@@ -76,11 +76,5 @@ def check_complete(recipe: Recipe) -> None:
     if recipe.student.path is None:
         what, flag = ("model", "--model") if recipe.method == "sft" else ("student", "--student")
         raise UsageError(f"no {what} to train", hint=f"give {flag} PATH, or a --recipe that names one")
-    if recipe.data.teacher_samples is not None and recipe.schedule.kind not in ("teacher", "pairs"):
-        raise UsageError(
-            f"data.teacher_samples = {recipe.data.teacher_samples}",
-            where=f"schedule.kind {recipe.schedule.kind} trains on no samples of the teacher; seqkd, fdistill, distillm2 do",
-            hint="try --method seqkd, or --set schedule.kind=teacher",
-        )
     if recipe.method != "sft" and recipe.teacher.path is None:
         raise UsageError("no teacher to learn from", hint="give --teacher PATH, or use `distillm sft`")

@@ -148,10 +148,10 @@ class Data(Section):
         "drop", description="a row over max_length; truncate cuts the response's end. A prompt is never cut"
     )
     limit: Positive | None = Field(None, description="use the first rows only")
-    teacher_samples: Name | None = Field(
+    teacher_samples: Annotated[Name | None, under("teacher", "pairs")] = Field(
         None,
         description="responses that the teacher gave before (a file that `generate` wrote), matched to the rows by their "
-        "prompts, for schedule.kind teacher or pairs; unset: drawn during the run",
+        "prompts; unset: drawn during the run",
     )
     valid_limit: Positive = Field(1000, description="held-out rows for validation, at most (METHODS B: 1000)")
     size: Positive = Field(20_000, description="rows of the builtin set")

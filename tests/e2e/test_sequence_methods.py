@@ -69,7 +69,7 @@ def test_samples_made_with_generate_are_trained_on_and_bad_files_are_named_befor
             "train.jsonl:5: no teacher sample asks the same (2 of 6 rows have none)",
         ),
         (["data.teacher_samples=wrong.jsonl"], 3, "wrong.jsonl:1: no prompt column"),
-        (["data.teacher_samples=said.jsonl", "schedule.kind=off"], 2, "schedule.kind off trains on no samples"),
+        (["data.teacher_samples=said.jsonl", "schedule.kind=off"], 2, "it belongs to teacher and pairs (methods seqkd"),
     ]
     for fields, expected, says in bad:
         sets = [word for field in fields for word in ("--set", field)]

@@ -91,6 +91,9 @@ def test_single_recipes_and_pipelines_know_each_other(written):
          "samples"),
         ("model: stage:teacher", "model: stage:samples", "a stage cannot read what it makes itself"),
         ("source: stage:samples", "source: stage:teacher", "stage teacher (sft) makes a model, this takes rows"),
+        ("data: {source: stage:samples}", "data: {teacher_samples: stage:samples}", "p.yaml:14: stages.distill.data."
+         "teacher_samples = 'stage:samples'; it belongs to teacher and pairs (methods seqkd, fdistill, distillm2), and here "
+         "schedule.kind is adaptive"),
         ("student: {path: stage:teacher}", "student: {path: stage:samples}", "makes rows, this takes a model"),
         ("  teacher: {path: stage:teacher}\n", "  method: kd\n", "p.yaml:2: defaults.method: a method is of one stage; set"),
         ("student: {path: \"random:2x32\", tokenizer: chars}", "data: {source: builtin}",
