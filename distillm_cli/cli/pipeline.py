@@ -7,7 +7,7 @@ unfinished one goes on from its own checkpoint, rows or results.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,7 +17,7 @@ from distillm_cli.cli import outputs, stages
 from distillm_cli.cli.host import give_back_freed_memory
 from distillm_cli.cli.stages import Record
 from distillm_cli.config.load import Resolved, to_yaml
-from distillm_cli.config.pipeline import Pipeline, Stage, Training, placed
+from distillm_cli.config.pipeline import PREFIX, Pipeline, Stage, Training, inputs, placed
 from distillm_cli.core.events import Note, Staged, Warned
 from distillm_cli.errors import CheckpointError, DistillmError, Interrupted, UsageError, signal_number
 
@@ -192,7 +192,7 @@ class _Run:
         own, resolved = placed(stage, places)
         again = "type the same command again to go on"
         try:
-            return _by_verb(own, resolved, place, record, self.ui)
+            return _by_verb(own, resolved, place, record, _from_stages(stage), self.ui)
         except Interrupted as stop:
             raise Interrupted(
                 f"stage {stage.name}: {stop.what}", where=stop.where, hint=again, signal_number=stop.exit_code - 128
@@ -225,9 +225,11 @@ class _Run:
             self.ui(Warned(f"stage {stage.name} is taken as it is, though it has changed since: {state.why}"))
 
 
-def _by_verb(own: Training, resolved: Resolved, place: Path, record: Record, ui: Console) -> dict[str, Any]:
+def _by_verb(
+    own: Training, resolved: Resolved, place: Path, record: Record, from_stages: Collection[str], ui: Console
+) -> dict[str, Any]:
     if own.verb in ("sft", "distill"):
-        return _train(own.verb, resolved, place, record, ui)
+        return _train(own.verb, resolved, place, record, from_stages, ui)
     if own.verb == "generate":
         return _generate(own, resolved, place, ui)
     from distillm_cli.cli.scoring import score
@@ -235,14 +237,17 @@ def _by_verb(own: Training, resolved: Resolved, place: Path, record: Record, ui:
     return score(list(own.models), recipe=resolved, flags={}, sets=None, output=str(place), resume=True, ui=ui)
 
 
-def _train(verb: str, resolved: Resolved, place: Path, record: Record, ui: Console) -> dict[str, Any]:
+def _train(
+    verb: str, resolved: Resolved, place: Path, record: Record, from_stages: Collection[str], ui: Console
+) -> dict[str, Any]:
     from distillm_cli.cli.training import train
     from distillm_cli.core.checkpoint import visible
 
     # Checkpoints are this making's own only once the directory has been cleared for it.
     resume = record.status == "started" and bool(visible(place / outputs.CHECKPOINTS))
     begun: Callable[[], None] = lambda: stages.write(place, replace(record, status="started"))  # noqa: E731
-    return train(verb, resolved, place, resume=resume, overwrite=not resume, begun=begun, ui=ui)
+    # The fingerprint knows which making of a stage is read; the pipeline may have been moved since it was started.
+    return train(verb, resolved, place, resume=resume, overwrite=not resume, movable=from_stages, begun=begun, ui=ui)
 
 
 def _generate(own: Any, resolved: Resolved, place: Path, ui: Console) -> dict[str, Any]:
@@ -256,6 +261,11 @@ def _generate(own: Any, resolved: Resolved, place: Path, ui: Console) -> dict[st
         return generate(own.model, wanted, resume=True, overwrite=False, **common)
     except CheckpointError:
         return generate(own.model, wanted, resume=False, overwrite=True, **common)
+
+
+def _from_stages(stage: Stage) -> set[str]:
+    """Dotted keys of what the stage reads of others."""
+    return {key for key, text in inputs(stage.own, stage.resolved.recipe) if text.startswith(PREFIX)}
 
 
 def _from_here(place: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     from distillm_cli.models.backbone import Backbone
 
 
-def checkpoint_of(output: Path, recipe, *, started: bool = True) -> Checkpoint | None:
-    """The newest checkpoint, if it is this recipe's. started: there must be one."""
+def checkpoint_of(output: Path, recipe, *, started: bool = True, movable: Collection[str] = ()) -> Checkpoint | None:
+    """The newest checkpoint, if it is this recipe's. started: there must be one.
+
+    movable: dotted keys of inputs that are known to be the same ones, wherever they are now.
+    """
     checkpoint = latest(output / outputs.CHECKPOINTS)
     if checkpoint is None and not started:
         return None
@@ -32,7 +35,7 @@ def checkpoint_of(output: Path, recipe, *, started: bool = True) -> Checkpoint |
     then, now = (
         json.loads(json.dumps(fields)) for fields in (shaping(Recipe()) | checkpoint.state["recipe"], shaping(recipe))
     )
-    changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
+    changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key) and key not in movable]
     if changed:
         key, more = changed[0], f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise CheckpointError(

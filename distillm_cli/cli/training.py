@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,13 +50,14 @@ def train(
     overwrite: bool,
     rebuild_teacher_cache: bool = False,
     early: Early | None = None,
+    movable: Collection[str] = (),
     begun: Callable[[], None] = lambda: None,
     ui: Console,
 ) -> dict:
     """Runs the recipe into ``output`` and returns the result object of ``--json``.
 
-    early: where its rows are on their way already. begun: called once everything is prepared and ``output`` holds nothing
-    of an earlier run any more (or its resume).
+    early: where its rows are on their way already. movable: as of ``checkpoint_of``. begun: called once everything is
+    prepared and ``output`` holds nothing of an earlier run any more (or its resume).
     """
     recipe, began = resolved.recipe, time.perf_counter()
     if needs_metric(recipe) and not recipe.eval.report_rows:
@@ -67,8 +68,10 @@ def train(
         ui(Warned(note))
     stage = sft_before(resolved)
     try:
-        checkpoint = checkpoint_of(output, recipe, started=stage is None) if resume else None
-        of_stage = checkpoint_of(output / outputs.SFT, stage.recipe) if resume and stage and not checkpoint else None
+        checkpoint = checkpoint_of(output, recipe, started=stage is None, movable=movable) if resume else None
+        of_stage = None
+        if resume and stage and not checkpoint:
+            of_stage = checkpoint_of(output / outputs.SFT, stage.recipe, movable=movable)
         run = prepare(recipe, ui, early)
         before = None if checkpoint is None else checkpoint.state.get("teacher_cache")
         opened = open_teacher(run, ui, before=before, rebuild=rebuild_teacher_cache)

@@ -153,6 +153,26 @@ def test_killed_in_each_stage_and_continued_it_ends_where_the_whole_run_does(hom
     assert figures(home / "whole") == figures(out)
 
 
+def test_stopped_and_moved_it_goes_on_from_another_directory(home, typed, monkeypatch, tmp_path):
+    """What a stage reads of others is known by their making, not by where they lie or how that is spelt from here."""
+    out = home / "moving"
+    stop, thread = interrupt_when(lambda: '"step": 12,' in read(out / "distill" / "metrics.jsonl"))
+    code, _, err = typed("run", "all.yaml", "--output", "moving")
+    stop.set()
+    thread.join()
+    assert code == 130, err
+    out.rename(tmp_path / "moved")
+    for name in ("rows", "all.yaml"):
+        (tmp_path / name).symlink_to(home / name)
+    monkeypatch.chdir(tmp_path)
+    code, told, err = typed("run", "all.yaml", "--output", "moved")
+    assert code == 0, err
+    assert states(told) == dict.fromkeys(STAGES[:3], "skipped") | {"distill": "done", "eval": "done"}
+    assert "distill (distill) · goes on where it was stopped" in err
+    whole, moved = weights(home / "whole/distill"), weights(tmp_path / "moved/distill")
+    assert all(torch.equal(whole[key], moved[key]) for key in whole)
+
+
 def read(path):
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
