@@ -174,10 +174,9 @@ class _Run:
             self.ui(Note(f"{head}{why}"))
             record = stages.begin(stage, of, before)
             result = self._made(stage, place, record)
+            record = stages.finished(record, stage, place, _plain(result))
+            stages.write(place, record)
             made[stage.name] = record.made
-            stages.write(
-                place, replace(record, status="done", files=stages.main_files(stage, place), result=_plain(result))
-            )
             told[stage.name] = {"status": "done", **self._about(stage, place), "result": result}
         self._show(number)
         self.ui.show(_table(told))

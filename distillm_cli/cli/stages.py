@@ -5,6 +5,8 @@ result depends on, such as where a cache is kept), the identity of each making o
 of its local inputs. Of data files, configs and tokenizers that is the SHA-256 of their bytes. Of weights it is the size
 and 64 blocks of 64 KiB spread over the file: training changes every tensor, a copy or a `touch` none, and a large model is
 not read through at every start. What has a name on the hub is known by that name and its revision.
+
+What a finished stage made is known in the same way: its rows and configs by their bytes, its weights by size and blocks.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import json
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +48,8 @@ _NOT_SHAPING = ("data.workers", "eval.report_rows", "eval.batch_size")
 class Record:
     """What ``stage.json`` holds. status: "starting" (what an earlier making left may still be there), "started", "done".
 
-    of: all that the fingerprint is made of. made: names this making of the stage. files: of a finished stage, the sizes
-    of its main files, by path under its directory. result: the verb's own object.
+    of: all that the fingerprint is made of. made: names this making of the stage. files: of a stage that was finished,
+    the identities of its main files, by path under its directory. result: the verb's own object.
     """
 
     stage: str
@@ -56,7 +58,7 @@ class Record:
     fingerprint: str
     made: str
     of: Mapping[str, Any]
-    files: Mapping[str, int] = field(default_factory=dict)
+    files: Mapping[str, str | int] = field(default_factory=dict)
     result: Mapping[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
@@ -92,12 +94,24 @@ def write(place: Path, record: Record) -> None:
 
 
 def begin(stage: Stage, of: Mapping[str, Any], before: Record | None) -> Record:
-    """The record of a stage that is to be made (or gone on with, where ``before`` is of the same fingerprint)."""
+    """The record of a stage that is to be made (or gone on with, where ``before`` is of the same fingerprint: what that
+    had finished stays on record)."""
     mark = fingerprint(of)
     if before is not None and before.fingerprint == mark:
         status = "starting" if before.status == "starting" else "started"
-        return Record(stage.name, stage.verb, status, mark, before.made, of)
-    return Record(stage.name, stage.verb, "starting", mark, secrets.token_hex(8), of)
+        return Record(stage.name, stage.verb, status, mark, before.made, of, before.files)
+    return Record(stage.name, stage.verb, "starting", mark, _new_name(), of)
+
+
+def finished(record: Record, stage: Stage, place: Path, result: Mapping[str, Any]) -> Record:
+    """The record of a stage that is made. What had been finished and differs now (rows that somebody mended) is another
+    making, and whoever has read the earlier one runs again."""
+    made = _new_name() if record.files and not is_whole(record, place) else record.made
+    return replace(record, status="done", made=made, files=main_files(stage, place), result=result)
+
+
+def _new_name() -> str:
+    return secrets.token_hex(8)
 
 
 def fingerprint(of: Mapping[str, Any]) -> str:
@@ -109,17 +123,23 @@ def makes(stage: Stage, place: Path) -> Path:
     return place / SAMPLES if stage.verb == "generate" else place
 
 
-def main_files(stage: Stage, place: Path) -> dict[str, int]:
-    """The files without which a finished stage is not finished, and their sizes."""
+def main_files(stage: Stage, place: Path) -> dict[str, str]:
+    """The files without which a finished stage is not finished, and their identities."""
     patterns = {"generate": (SAMPLES,), "eval": ("**/results.json",)}.get(stage.verb, ("config.json", "*.safetensors"))
     found = sorted(path for pattern in patterns for path in place.glob(pattern))
-    return {path.relative_to(place).as_posix(): path.stat().st_size for path in found}
+    return {path.relative_to(place).as_posix(): _identity(path) for path in found}
 
 
 def is_whole(record: Record, place: Path) -> bool:
-    """Whether a finished stage's main files are still there, as large as they were."""
-    sizes = {name: (place / name).stat().st_size if (place / name).is_file() else None for name in record.files}
-    return bool(sizes) and sizes == dict(record.files)
+    """Whether a finished stage's main files are still there, as they were."""
+    return bool(record.files) and all(_is_still(known, place / name) for name, known in record.files.items())
+
+
+def _is_still(known: str | int, path: Path) -> bool:
+    if not path.is_file():
+        return False
+    # A number is the size, which is all that was recorded before there were identities.
+    return path.stat().st_size == known if isinstance(known, int) else _identity(path) == known
 
 
 def shaped_by(stage: Stage, made: Mapping[str, str]) -> dict[str, Any]:

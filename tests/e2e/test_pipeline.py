@@ -259,6 +259,34 @@ def test_a_stage_whose_output_was_lost_is_made_again(typed, copied):
     assert f"remove {copied / 'student'} to make that stage anew" in err
 
 
+def test_a_row_that_is_mended_is_noticed_though_its_file_is_as_long_and_whoever_read_it_runs_again(typed, copied):
+    rows_file = copied / "samples" / "samples.jsonl"
+    before = rows_file.read_text(encoding="utf-8")
+    first = json.loads(before.splitlines()[0])["output"]
+    mended = before.replace(json.dumps(first), json.dumps(first.swapcase()), 1)
+    assert mended != before
+    assert len(mended) == len(before)
+    rows_file.write_text(mended, encoding="utf-8")
+    assert dry(typed, "--output", copied)["samples"] == "to go on"
+    code, told, err = typed("run", "all.yaml", "--output", copied)
+    assert code == 0, err
+    assert states(told) == dict.fromkeys(STAGES[:2], "skipped") | dict.fromkeys(STAGES[2:], "done")
+    assert rows_file.read_text(encoding="utf-8") == mended, "nobody's work is lost"
+    assert set(dry(typed, "--output", copied).values()) == {"done"}
+
+
+def test_a_record_of_sizes_alone_is_still_read(typed, copied):
+    """As earlier versions wrote it."""
+    for path in copied.glob("*/stage.json"):
+        record = json.loads(path.read_text())
+        record["files"] = {name: (path.parent / name).stat().st_size for name in record["files"]}
+        path.write_text(json.dumps(record))
+    assert set(dry(typed, "--output", copied).values()) == {"done"}
+    rows_file = copied / "samples" / "samples.jsonl"
+    rows_file.write_text(rows_file.read_text() + "\n")
+    assert dry(typed, "--output", copied)["samples"] == "to go on"
+
+
 def test_only_and_from_leave_stages_out_and_name_the_one_that_is_missing(typed, home, copied):
     code, told, err = typed("run", "all.yaml", "--output", "new", "--only", "distill")
     assert (code, told["code"]) == (2, 2)
