@@ -20,7 +20,7 @@ from distillm_cli.errors import ModelError
 from distillm_cli.models import seq2seq
 from distillm_cli.models.blocks import BlockDecoding, takes_back
 from distillm_cli.models.decoding import FastDecoding, PlainDecoding, Ways, cast, close, ways
-from distillm_cli.models.modes import eval_mode, one_sequence_a_row
+from distillm_cli.models.modes import eval_mode, one_sequence_a_row, padded_on_the_right
 from distillm_cli.models.products import Linear, Packs
 from distillm_cli.models.whole import Late, Whole, whole_of
 from distillm_cli.sequences import Batch, collate
@@ -103,6 +103,7 @@ class Backbone(nn.Module):
         self._late: Late | None = None
         self._scale, self._softcap = _head_quirks(model.config)
         self.own_logits = _trunk(model) is None or not isinstance(_head_weight(model), torch.Tensor)
+        padded_on_the_right(model)
 
     @property
     def vocab(self) -> int:

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
-from transformers import masking_utils
+from transformers import PreTrainedModel, masking_utils
 
 _LOOK = "find_packed_sequence_indices"
+_LOOK_FOR_PADDING = "warn_if_padding_and_no_attention_mask"
 
 
 def eval_mode(model: nn.Module) -> AbstractContextManager[None]:
@@ -27,6 +28,21 @@ def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def padded_on_the_right(model: nn.Module) -> None:
+    """From now on this model does not look for padding tokens among ids that come without a mask.
+
+    GPT-2 does, and warns that results may be wrong. Here padding is on the right, where causal attention does not look, or
+    has a mask, and a student may sample the padding token like any other; to look is to wait for an accelerator, too.
+    """
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and hasattr(part, _LOOK_FOR_PADDING):
+            setattr(part, _LOOK_FOR_PADDING, _do_not_look)
+
+
+def _do_not_look(*args: object) -> None:
+    pass
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 
 import numpy as np
@@ -9,9 +10,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers.utils.logging import warning_once
 
 from distillm_cli.errors import ModelError
 from distillm_cli.models.backbone import Backbone, Head, eval_mode
+from distillm_cli.sequences import Sequence as Tokens
 from distillm_cli.sequences import collate
 from tests import tiny
 
@@ -47,6 +50,25 @@ def greedy(backbone: Backbone, given: list[np.ndarray], steps: int = 8) -> tuple
 
 
 # Hidden states and heads
+
+
+def test_a_padding_token_that_is_read_without_a_mask_is_no_reason_to_warn(caplog, monkeypatch):
+    """GPT-2's own forward looks for it; a batch here is padded on the right, and a student may have sampled that token."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    pad, batch = 1, collate([*tiny.sequences(LENGTHS, VOCAB), Tokens(np.array([1, 1]), np.array([1, 1, 1]))])
+    model = tiny.model("gpt2", ROWS, pad_token_id=pad)
+
+    def warned(what):
+        warning_once.cache_clear()  # else only the first test of the session would see it
+        caplog.clear()
+        what()
+        return [record.message for record in caplog.records if "attention_mask" in record.message]
+
+    assert warned(lambda: model(input_ids=torch.tensor([[1, 5]]))), "as transformers' own users see it"
+    backbone = Backbone(model, tokenizer())
+    assert not warned(lambda: (backbone._states(batch), backbone.logits(batch), backbone.hidden(batch)))
+    assert not warned(lambda: greedy(backbone, [np.array([1, 4, 1]), np.array([1, 7, 1])]))
+    assert not warned(lambda: greedy(backbone.plain(torch.bfloat16), [np.array([1])]))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
