@@ -21,7 +21,7 @@ from distillm_cli.config.schema import Recipe
 from distillm_cli.config.stages import sft_before
 from distillm_cli.core.events import Listener, Note, silent
 from distillm_cli.core.scheduler import Scheduler
-from distillm_cli.data.batching import Examples, tokenise
+from distillm_cli.data.batching import Examples, steps_per_epoch, tokenise
 from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.sources import Rows, is_path, load_rows, local_place
 from distillm_cli.data.templates import render
@@ -353,7 +353,7 @@ def _limits(recipe: Recipe, rows: Rows | None, student: Shape, teacher: Shape | 
     response = max(1, longest - (prompt if prompt < longest else longest // 2))
     per_epoch = None
     if rows is not None:
-        per_epoch = math.ceil(len(rows) / (recipe.train.batch_size * recipe.train.accumulate))
+        per_epoch = steps_per_epoch(len(rows), recipe.train.batch_size * recipe.train.accumulate)
     steps = recipe.train.steps if per_epoch is None else _steps(recipe, per_epoch)
     return costs.Lengths(
         longest=longest,

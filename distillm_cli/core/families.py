@@ -44,6 +44,9 @@ class AdaptiveKL(Divergence):
     def _head_share(self, p_NV: Tensor, q_NV: Tensor) -> Tensor:
         """w [N, 1]: the head's share of Σ |p−q|; 0 where there is no gap."""
         gap_NV = (p_NV - q_NV).abs_()
+        total_N1 = gap_NV.sum(-1, keepdim=True)
+        if self.mu >= 1:  # all entries; their masses added up may round to 1 before the last ones
+            return (total_N1 > 0).to(p_NV.dtype)
         V, k = p_NV.shape[-1], min(_FEW, p_NV.shape[-1])
         while True:
             top_NK, ids_NK = p_NV.topk(k, dim=-1)
@@ -52,7 +55,6 @@ class AdaptiveKL(Divergence):
                 break
             k = min(8 * k, V)
         head_N1 = (gap_NV.gather(-1, ids_NK) * (before_NK < self.mu)).sum(-1, keepdim=True)
-        total_N1 = gap_NV.sum(-1, keepdim=True)
         return (head_N1 / total_N1.clamp_min_(torch.finfo(p_NV.dtype).tiny)).clamp_max_(1)
 
 

@@ -150,6 +150,11 @@ def _work(chunk: Chunk) -> list[Sequence | TooLong]:
     return _encoder.sequences(*chunk)
 
 
+def steps_per_epoch(rows: int, batch: int) -> int:
+    """Batches of an epoch: whole ones only, but one where there are fewer rows than a batch has."""
+    return rows // min(batch, rows)
+
+
 class Order:
     """Which examples step s trains on: a pure function of (seed, epoch, index), so resuming needs one integer.
 
@@ -165,7 +170,7 @@ class Order:
         if not len(self._lengths):
             raise ValueError("no examples to order")
         self._batch, self._seed, self._bucket = min(batch, len(self._lengths)), seed, bucket
-        self.steps_per_epoch = len(self._lengths) // self._batch
+        self.steps_per_epoch = steps_per_epoch(len(self._lengths), batch)
         self._cached: tuple[int, np.ndarray] = (-1, np.empty((0, 0), dtype=np.int64))
 
     def batch(self, step: int) -> list[int]:

@@ -31,6 +31,7 @@ T = TypeVar("T")
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 VOWELS = "aeiou"
+TEST_ROWS = 1000  # of the suite, unless told; there is no end of them
 CONSONANTS = "bcdfghjklmnpqrstvwxz"  # y is sometimes a vowel: in no word
 
 

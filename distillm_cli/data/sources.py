@@ -236,7 +236,8 @@ def _slice(whole: Rows, split: Split, data: Data, listener: Listener, limit: int
 def _builtin(data: Data, split: Split, limit: int | None) -> Rows:
     from distillm_cli.data import builtin
 
-    n = _least(data.size, data.limit, limit) if split == "train" else _least(data.valid_limit, limit)
+    trained_on, held_out = _least(data.size, data.limit, limit), _least(data.valid_limit, limit)
+    n = {"train": trained_on, "valid": held_out, "test": limit or builtin.TEST_ROWS}[split]
     made = builtin.rows(split, n, data.seed, data.tasks)
     rows = [
         # One answer is enough to train on, and a hundred times fewer strings.

@@ -331,3 +331,13 @@ def test_decoupled_terms_and_their_gradient_with_weights_of_their_own():
     assert_close(gradient(divergence, log_p, log_q), expected_grad)
     with pytest.raises(ValueError, match="targets"):
         Decoupled().value(log_p, log_q)
+
+
+def test_a_head_that_is_everything_is_everything_in_float32_too():
+    """The masses of the likelier entries round to 1 while there is a tail left: with mu = 1 this is KL all the same."""
+    p, q = (6 * logits(seed, n=20, v=401, scale=1.0, dtype=torch.float32) for seed in (48, 49))
+    assert bool((p.softmax(-1).sort(descending=True).values.cumsum(-1)[:, -2] >= 1).any()), "or this shows nothing"
+    ours, kl = (of.value(p.log_softmax(-1), q.log_softmax(-1)) for of in (AdaptiveKL(1.0), KL()))
+    assert_close(ours, kl)
+    same = AdaptiveKL(1.0).value(p.log_softmax(-1), p.log_softmax(-1))
+    assert_close(same, torch.zeros_like(same))

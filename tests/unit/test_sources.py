@@ -390,7 +390,10 @@ def test_limits_keep_the_first_rows(tmp_path):
 def test_builtin_rows_are_named_and_disjoint():
     data = Data(source="builtin", size=300, valid_limit=60)
     train, valid, test = (load_rows(data, split) for split in ("train", "valid", "test"))
-    assert (len(train), len(valid), len(test), train.name) == (300, 60, 60, "builtin")
+    assert (len(train), len(valid), len(test), train.name) == (300, 60, 1000, "builtin"), (
+        "valid_limit is of valid alone"
+    )
+    assert [len(load_rows(data, "test", limit=n)) for n in (70, 1200)] == [70, 1200]
     assert all(row.task and row.references[0] for row in train)
     assert train[0].where == "builtin train row 1"
     assert overlap(valid, train) == overlap(test, train) == overlap(test, valid) == 0
