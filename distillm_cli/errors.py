@@ -7,6 +7,7 @@ Exit codes are part of what scripts rely on:
 
 from __future__ import annotations
 
+import json
 import sys
 
 
@@ -85,6 +86,11 @@ class Interrupted(DistillmError):
         self.exit_code = 128 + signal_number
 
 
+class Pressed(KeyboardInterrupt):
+    """Ctrl-C. A kind of its own: of a plain KeyboardInterrupt that came through ``exec``, with which imports make their data
+    classes, Python keeps that nobody heard it, and in the end kills itself by the signal, whatever the exit code."""
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, as Ctrl-C comes: at once, through every ``finally``, past every ``except Exception``."""
 
@@ -92,6 +98,20 @@ class Terminated(KeyboardInterrupt):
 def signal_number(stop: KeyboardInterrupt) -> int:
     """SIGTERM's for Terminated, SIGINT's else."""
     return 15 if isinstance(stop, Terminated) else 2
+
+
+def tell(error: DistillmError, argv: list[str]) -> int:
+    """One line on stderr, and with ``--json`` one object on stdout. Returns the exit code."""
+    message = str(error)
+    print(f"error: {message}", file=sys.stderr)
+    if "--json" in typed_options(argv):
+        print(json.dumps({"status": "error", "code": error.exit_code, "message": message}), flush=True)
+    return error.exit_code
+
+
+def typed_options(argv: list[str]) -> list[str]:
+    """The words of a command line that may be options: those before ``--``."""
+    return argv[: argv.index("--")] if "--" in argv else argv
 
 
 def out_of_memory(error: BaseException) -> bool:

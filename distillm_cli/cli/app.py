@@ -8,35 +8,33 @@ their top and the engine inside their functions, so that ``--help`` is quick and
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import select
-import signal
 import sys
-import threading
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 from typer.main import get_command
 
-from distillm_cli import __version__
 from distillm_cli.cli import distill, eval, generate, methods, options, plan, recipes, run, sft
+from distillm_cli.cli.interrupts import heard
 from distillm_cli.cli.usage import UsageProblem, explained
 from distillm_cli.errors import (
     DistillmError,
     Interrupted,
     OutOfMemoryError,
     StorageError,
-    Terminated,
     out_of_memory,
     signal_number,
+    tell,
+    typed_options,
 )
 
 _COMPLETE = "_DISTILLM_COMPLETE"  # set by what --install-completion puts into a shell's start file
+_FAILED = frozenset({errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO})  # of storage
+_REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.ENAMETOOLONG})
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, as of any program whose reader has left
 
 app = typer.Typer(
@@ -59,6 +57,8 @@ for module in (sft, generate, distill, eval, run, plan, methods, recipes):
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        from distillm_cli import __version__
+
         print(f"distillm {__version__}")
         raise typer.Exit
 
@@ -78,6 +78,7 @@ def _root(
 def main(argv: list[str] | None = None) -> int:
     """Run one command line (default: the process's own) and return its exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    _open_streams()
     set_environment()
     command = get_command(app)
     if _COMPLETE in os.environ:  # a shell asks what could be typed next: typer answers and leaves
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         except SystemExit as done:
             return done.code or 0
     try:
-        with _terminated_like_interrupted(), command.make_context("distillm", list(argv)) as context:
+        with heard(), command.make_context("distillm", list(argv)) as context:
             command.invoke(context)
         sys.stdout.flush()
     except typer.Exit as done:
@@ -96,6 +97,13 @@ def main(argv: list[str] | None = None) -> int:
             return _BROKEN_PIPE
         return _report(error, argv)
     return 0
+
+
+def _open_streams() -> None:
+    """Where whoever started this has closed a stream, nothing is read from it, and what is said into it goes nowhere."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
 
 
 def set_environment() -> None:
@@ -113,36 +121,12 @@ def set_environment() -> None:
         os.environ.setdefault(capacity, "200")
 
 
-@contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM ends a command as Ctrl-C does: cleaned up, one line, with --json one object. A host's handler stays."""
-    own = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    if not own:
-        yield
-        return
-
-    def stop(number, frame):
-        raise Terminated
-
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 def _report(error: BaseException, argv: list[str]) -> int:
     if isinstance(error, UsageProblem) and type(error).__name__ == "NoArgsIsHelpError":
         return 2  # the help is already printed
-    known = _known(error, argv)
-    options_given = argv[: argv.index("--")] if "--" in argv else argv
-    if "--debug" in options_given:
+    if "--debug" in typed_options(argv):
         traceback.print_exception(error)
-    message = str(known)
-    print(f"error: {message}", file=sys.stderr)
-    if "--json" in options_given:
-        print(json.dumps({"status": "error", "code": known.exit_code, "message": message}), flush=True)
-    return known.exit_code
+    return tell(_known(error, argv), argv)
 
 
 def _known(error: BaseException, argv: list[str]) -> DistillmError:
@@ -158,7 +142,9 @@ def _known(error: BaseException, argv: list[str]) -> DistillmError:
     if out_of_memory(error):
         hint = "lower --batch-size (and raise train.accumulate), or --max-length; `distillm plan` estimates the need"
         return OutOfMemoryError("out of memory", where=_first_line(error), hint=hint)
-    if _storage_failed(error):
+    if _storage_failed(error, _REFUSED):
+        return StorageError(_first_line(error), hint="give another place, or see who may write there")
+    if _storage_failed(error, _FAILED):
         return StorageError(_first_line(error), hint="free some space there, or give another --output")
     return DistillmError(
         f"unexpected {type(error).__name__}",
@@ -174,8 +160,7 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else ""
 
 
-def _storage_failed(error: BaseException) -> bool:
-    codes = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO}
+def _storage_failed(error: BaseException, codes: frozenset[int]) -> bool:
     if isinstance(error, OSError):
         return error.errno in codes
     found = re.search(r"\(os error (\d+)\)", str(error))  # how safetensors and tokenizers, written in Rust, say it

@@ -73,7 +73,13 @@ Device = Annotated[
 ]
 Output = Annotated[
     str | None,
-    typer.Option("--output", metavar="DIR", help="Where results go; else CKPT/eval/.", rich_help_panel=options.OUTPUT),
+    typer.Option(
+        "--output",
+        metavar="DIR",
+        callback=options.named,
+        help="Where results go; else CKPT/eval/.",
+        rich_help_panel=options.OUTPUT,
+    ),
 ]
 
 

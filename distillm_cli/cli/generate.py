@@ -91,7 +91,13 @@ Device = Annotated[
 ]
 Output = Annotated[
     str | None,
-    typer.Option("--output", metavar="FILE", help="A .jsonl file; else stdout.", rich_help_panel=options.OUTPUT),
+    typer.Option(
+        "--output",
+        metavar="FILE",
+        callback=options.named,
+        help="A .jsonl file; else stdout.",
+        rich_help_panel=options.OUTPUT,
+    ),
 ]
 Resume = Annotated[
     bool, typer.Option("--resume", metavar="", help="Go on where FILE stops.", rich_help_panel=options.OUTPUT)

@@ -14,6 +14,7 @@ import typer
 
 from distillm_cli.config.methods import METHODS
 from distillm_cli.config.shortcuts import SHORTCUTS, Flag
+from distillm_cli.errors import UsageError
 
 # Panels of a command's help, in the order in which they are shown.
 MODELS = "Models and data"
@@ -192,9 +193,23 @@ DryRun = Annotated[
     ),
 ]
 
+
+def named(output: str | None) -> str | None:
+    """Of --output: an empty name is a script's unset variable, and no wish for another place."""
+    if output == "":
+        raise UsageError("--output = (empty)", where="expected a name", hint="drop it, or see what the variable holds")
+    return output
+
+
 Output = Annotated[
     str | None,
-    typer.Option("--output", metavar="DIR", help="Where it goes; else a name under runs/.", rich_help_panel=OUTPUT),
+    typer.Option(
+        "--output",
+        metavar="DIR",
+        callback=named,
+        help="Where it goes; else a name under runs/.",
+        rich_help_panel=OUTPUT,
+    ),
 ]
 Resume = Annotated[
     bool,

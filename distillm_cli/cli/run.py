@@ -45,6 +45,7 @@ Output = Annotated[
     typer.Option(
         "--output",
         metavar="DIR",
+        callback=options.named,
         help="A directory for each stage goes there; else runs/NAME.",
         rich_help_panel=options.OUTPUT,
     ),

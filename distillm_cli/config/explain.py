@@ -107,8 +107,15 @@ def described(annotation: Any, metadata: list[Any]) -> str:
     noun = {bool: "true or false", int: "a whole number", float: "a number", types.NoneType: "null"}.get(annotation)
     if noun is None:
         return "a text that is not empty" if any(isinstance(m, annotated_types.MinLen) for m in metadata) else "a text"
-    bounds = [f"{sign} {getattr(m, name):g}" for m in metadata for cls, sign, name in _BOUNDS if isinstance(m, cls)]
+    bounds = [
+        f"{sign} {_bound(getattr(m, name))}" for m in metadata for cls, sign, name in _BOUNDS if isinstance(m, cls)
+    ]
     return " ".join([noun, " and ".join(bounds)]).rstrip() if annotation in (int, float) else noun
+
+
+def _bound(value: float) -> str:
+    """0.5, 1, 2^63."""
+    return f"2^{value.bit_length() - 1}" if isinstance(value, int) and value > 1 << 20 else f"{value:g}"
 
 
 def shown(value: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from distillm_cli.config.fields import Beta, Count, Dtype, MetricName, Name, Positive, Probability, Section, under
+from distillm_cli.config.fields import Beta, Count, Dtype, MetricName, Name, Positive, Probability, Section, Seed, under
 from distillm_cli.config.objective import Objective, Schedule
 
 _SAMPLED = under("teacher", "pairs", "interleaved")
@@ -212,7 +212,7 @@ class Train(Section):
     weight_decay: Annotated[float, Field(ge=0)] = Field(1e-2, description="matrices only; not biases and norms")
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="of AdamW")
     clip: Annotated[float, Field(ge=0)] = Field(1.0, description="gradient norm; 0 is off")
-    seed: Count = Field(10, description="of the order, the rollouts, dropout and new weights")
+    seed: Seed = Field(10, description="of the order, the rollouts, dropout and new weights")
     device: Name = Field("auto", description="auto, cpu, cuda, cuda:N, mps")
     threads: Positive | None = Field(None, description="CPU threads; unset: torch's choice")
     compile: Literal["auto", "on", "off"] = Field(
@@ -250,7 +250,9 @@ class Eval(Section):
         ("rouge_l", "exact_match"),
         description="rouge_l rouge_1 rouge_2, bleu and chrf (of a whole set), exact_match, error_rate, final_number (GSM8K)",
     )
-    seeds: tuple[int, ...] = Field((10, 20, 30, 40, 50), min_length=1, description="one sampled pass each")
+    seeds: tuple[Annotated[int, Field(lt=2**63)], ...] = Field(
+        (10, 20, 30, 40, 50), min_length=1, description="one sampled pass each"
+    )
     greedy: bool = Field(False, description="one deterministic pass instead")
     temperature: Annotated[float, Field(ge=0)] = Field(1.0, description="0 is greedy")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="sample from the likeliest tokens of this mass")

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from distillm_cli.errors import Pressed
+
 
 @dataclass
 class Stop:
@@ -24,7 +26,7 @@ def stop_on_signal() -> Iterator[Stop]:
 
     def ask(number, frame):
         if stop.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise Pressed
         stop.signal = number
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

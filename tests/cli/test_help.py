@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -178,6 +179,18 @@ def test_large_tensors_lie_in_huge_pages_unless_the_environment_says_no(asked):
         ("distill --ab-beta 0.3", "distillm distill has no flag --ab-beta; try --set objective.ab_beta=VALUE"),
         ("distill --set lr", "--set lr; expected section.key=value; try --set train.lr=5e-4"),
         ("distill --recipe quikstart", f"no recipe named quikstart; shipped: {', '.join(shipped())}; try --recipe "),
+        (
+            "distill --seed 9223372036854775808",
+            "--seed = 9223372036854775808; expected a whole number ≥ 0 and < 2^63; try",
+        ),
+        (
+            "plan --seed 99999999999999999999",
+            "--seed = 99999999999999999999; expected a whole number ≥ 0 and < 2^63; try",
+        ),
+        *(
+            (f"{words} --output=", "--output = (empty); expected a name; drop it, or see what the variable holds")
+            for words in ("sft", "distill", "eval model", "run quickstart-pipeline", "generate")
+        ),
         ("recipes show", "missing argument 'NAME|FILE'; see `distillm recipes show --help`"),
     ],
 )
@@ -229,6 +242,8 @@ def failing(run, monkeypatch):
         (OSError(errno.ENOSPC, "No space left on device", "/d/x"), 8, "No space left on device: /d/x; free some space"),
         (OSError(errno.EROFS, "Read-only file system", "/d"), 8, "Read-only file system: /d"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), 8, "Disk quota exceeded; free"),
+        (PermissionError(errno.EACCES, "Permission denied", "/d/x"), 8, "Permission denied: /d/x; give another place"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "xxx"), 8, "File name too long: xxx; give another place"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), 8, "I/O error: No space left"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (KeyError("a\nb"), 1, "unexpected KeyError; 'a\\nb'; run it again with --debug for the traceback"),
@@ -275,6 +290,46 @@ def test_a_reader_that_leaves_ends_the_program_quietly():
         assert (child.returncode, child.stderr.read()) == (141, b"")
 
 
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("module", ["typer", "distillm_cli.cli.training"])
+def test_a_signal_during_the_imports_is_one_line_and_an_exit_code_too(module, asked, tmp_path):
+    script = """
+        import os, sys
+        number, module, *words = sys.argv[1:]
+        class Finger:
+            def find_spec(self, name, *_):
+                if name == module:
+                    sys.meta_path.remove(self)
+                    # From text, as imports make their data classes: Python remembers such a KeyboardInterrupt to the end.
+                    exec(f"os.kill(os.getpid(), {number}); [0 for _ in range(1000)]")
+        sys.meta_path.insert(0, Finger())
+        sys.argv[1:] = words
+        from distillm_cli.__main__ import main
+        sys.exit(main())
+    """
+    argv = ["sft", "--model", "random:1x8", "--tokenizer", "chars", "--data", "builtin", "--json"]
+    done = python(script, str(int(asked)), module, *argv, "--output", str(tmp_path / "run"))
+    assert (done.returncode, done.stderr) == (128 + asked, "error: interrupted\n")
+    assert json.loads(done.stdout) == {"status": "error", "code": 128 + asked, "message": "interrupted"}
+
+
+@pytest.mark.parametrize(
+    "words", ["recipes ls", "recipes ls --json", "recipes show g2p", "methods", "--help", "nothing"]
+)
+@pytest.mark.parametrize("closed", ["1", "012"])
+def test_closed_streams_disturb_nobody(words, closed):
+    script = """
+        import os, sys
+        closed, *argv = sys.argv[1:]
+        for stream in closed:
+            os.close(int(stream))
+        os.execv(sys.executable, [sys.executable, "-m", "distillm_cli", *argv])
+    """
+    done = python(script, closed, *words.split())
+    assert (done.returncode, done.stdout) == (2 if words == "nothing" else 0, "")
+    assert len(done.stderr.splitlines()) == (words == "nothing" and closed == "1")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
 def test_a_full_disk_under_stdout_is_a_storage_error():
     with Path("/dev/full").open("w") as full:
@@ -319,6 +374,11 @@ def test_recipes_cp_copies_and_never_overwrites(run, tmp_path, monkeypatch):
     assert (code, out) == (2, "")
     assert err == "error: my.yaml exists; give another DEST, or remove it first\n"
     assert (tmp_path / "my.yaml").read_text() == "mine"
+    code, _, err = run("recipes", "cp", "g2p", "x" * 300)
+    assert (code, err) == (
+        8,
+        f"error: File name too long: {'x' * 300}; give another place, or see who may write there\n",
+    )
     assert run("recipes", "cp", "g2p", "gone/")[2] == "error: no directory gone; create it first\n"
 
 
