@@ -88,6 +88,8 @@ def _check(wanted: Wanted, output: str | None, resume: bool, overwrite: bool) ->
     for flag, count in (("--limit", wanted.limit), ("--n", wanted.samples)):
         if count is not None and count < 1:
             raise UsageError(f"{flag} = {count}", where="expected a whole number ≥ 1")
+    if any(not text.strip() for text in wanted.prompts or ()):
+        raise UsageError("an empty --prompt", where="no row that is trained on may have one", hint="give it a text")
     if wanted.split is not None and wanted.data is None:
         raise UsageError(f"--split {wanted.split} without --data", hint="drop it, or give --data")
     if wanted.split not in (None, "train", "valid", "test"):

@@ -22,7 +22,7 @@ from distillm_cli.evaluation.metrics import METRICS
 from distillm_cli.evaluation.results import check_writable, earlier, save
 from distillm_cli.evaluation.suites import Suite, load_suites
 from distillm_cli.models.fingerprint import fingerprint
-from distillm_cli.models.places import locate
+from distillm_cli.models.loading import load_config
 from distillm_cli.ui.console import Console
 from distillm_cli.ui.summary import table
 
@@ -90,7 +90,7 @@ def _plan(
     loaded: dict[Any, list[Suite]] = {}
     places = _places(list(dict.fromkeys(checkpoints)), output)
     for checkpoint, place in places.items():
-        locate(checkpoint)
+        load_config(checkpoint)
         resolved, own = inference.settings("eval", checkpoint, recipe=recipe, flags=flags, sets=sets, listener=ui)
         chosen = resolved.recipe
         if not chosen.eval.suites and recipe is None and not own:
