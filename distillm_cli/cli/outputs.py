@@ -5,19 +5,31 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from distillm_cli.errors import CheckpointError, StorageError, UsageError
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs into one directory are then not told apart
+    fcntl = None
 
 CHECKPOINTS, METRICS, RECIPE, EVAL = "checkpoints", "metrics.jsonl", "recipe.yaml", "eval"
 SFT = "sft"  # the stage before distillation, an output directory in the output directory
 
 # What a run writes; `--overwrite` clears these and nothing else, so that a mistyped path loses nobody's files.
-_OURS = (
-    CHECKPOINTS, METRICS, RECIPE, EVAL, "README.md", "config.json", "generation_config.json", "model.safetensors",
+_FILES = (
+    METRICS, RECIPE, "README.md", "config.json", "generation_config.json", "model.safetensors",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "chat_template.jinja", "model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors", SFT,
+    "chat_template.jinja", "model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors",
+    "model-*-of-*.safetensors",
 )  # fmt: skip
+_FOLDERS = {
+    CHECKPOINTS: ("step-*", ".staging-*"),
+    EVAL: ("report/*.json", "*/*/results.json", "*/*/predictions-*.jsonl", "**/.staging-*"),
+}
 
 
 def default_name(recipe: str | None, data: str, student: str, method: str, *, resume: bool) -> Path:
@@ -44,6 +56,17 @@ def check(output: Path, *, resume: bool, overwrite: bool) -> None:
     """
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other", hint="give one of them")
+    try:
+        _check_used(output, resume=resume, overwrite=overwrite)
+        output.mkdir(parents=True, exist_ok=True)
+        probe = output / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise StorageError(f"cannot write to {output}: {error.strerror}", hint="choose another --output") from error
+
+
+def _check_used(output: Path, *, resume: bool, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output {output} is a file", hint="give a directory")
     if resume and not any((place / CHECKPOINTS).is_dir() for place in (output, output / SFT)):
@@ -55,24 +78,68 @@ def check(output: Path, *, resume: bool, overwrite: bool) -> None:
             f"output directory {output} is not empty",
             hint="choose another --output, or give --resume to go on or --overwrite to start anew",
         )
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        probe = output / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise StorageError(f"cannot write to {output}: {error.strerror}", hint="choose another --output") from error
+
+
+def written(output: Path) -> Iterator[Path]:
+    """What runs have left in an output directory: files, and whole checkpoints. Of a folder that is a link, the link."""
+    for pattern in _FILES:
+        yield from output.glob(pattern)
+    for name, patterns in _FOLDERS.items():
+        folder = output / name
+        if folder.is_symlink():
+            yield folder
+        else:
+            for pattern in patterns:
+                yield from folder.glob(pattern)
+    stage = output / SFT
+    if stage.is_symlink():
+        yield stage
+    elif stage.is_dir():
+        yield from written(stage)
 
 
 def clear(output: Path) -> None:
-    """Removes what an earlier run wrote into the directory, and only that."""
-    shards = [p.name for p in output.glob("model-*-of-*.safetensors")]
-    for name in (*_OURS, *shards):
-        path = output / name
+    """Removes what an earlier run wrote into the directory, and only that; folders go where nothing else is in them."""
+    for path in [*written(output)]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+    for name in (*_FOLDERS, SFT):
+        for folder, _, _ in os.walk(output / name, topdown=False):
+            with suppress(OSError):  # somebody's own files are in it
+                Path(folder).rmdir()
+
+
+@contextmanager
+def claimed(output: Path) -> Iterator[None]:
+    """No other run works in this directory, which must be there, meanwhile. Raises UsageError where one does.
+
+    The directory itself is locked: nothing is left in it, and the lock dies with the process.
+    """
+    if fcntl is None:
+        yield
+        return
+    directory = os.open(output, os.O_RDONLY)
+    try:
+        if is_taken(directory):
+            raise UsageError(f"another run is at work in {output}", hint="wait for it, or choose another --output")
+        yield
+    finally:
+        os.close(directory)
+
+
+def is_taken(descriptor: int) -> bool:
+    """Whether somebody else holds this open file or directory; if not, it is held from here on, until it is closed."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks: then there is nobody to be told apart
+        return False
+    return False
 
 
 def write_text(path: Path, text: str) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from distillm_cli.cli import outputs, stages
 from distillm_cli.cli.host import give_back_freed_memory
+from distillm_cli.cli.inputs import check_spared
 from distillm_cli.cli.stages import Record
 from distillm_cli.config.load import Resolved, to_yaml
 from distillm_cli.config.pipeline import PREFIX, Pipeline, Stage, Training, inputs, placed
@@ -245,8 +246,12 @@ def _train(
     # Checkpoints are this making's own only once the directory has been cleared for it.
     resume = record.status == "started" and bool(visible(place / outputs.CHECKPOINTS))
     begun: Callable[[], None] = lambda: stages.write(place, replace(record, status="started"))  # noqa: E731
-    # The fingerprint knows which making of a stage is read; the pipeline may have been moved since it was started.
-    return train(verb, resolved, place, resume=resume, overwrite=not resume, movable=from_stages, begun=begun, ui=ui)
+    if not resume:
+        check_spared(verb, resolved.recipe, place)
+    with outputs.claimed(place):
+        # The fingerprint knows which making of a stage is read; the pipeline may have been moved since it was started.
+        how = {"resume": resume, "overwrite": not resume, "movable": from_stages}
+        return train(verb, resolved, place, **how, begun=begun, ui=ui)
 
 
 def _generate(own: Any, resolved: Resolved, place: Path, ui: Console) -> dict[str, Any]:

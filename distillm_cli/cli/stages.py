@@ -21,16 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from distillm_cli.cli import outputs
+from distillm_cli.cli.inputs import is_data, place_of
 from distillm_cli.config.pipeline import PREFIX, Stage, inputs, values
 from distillm_cli.config.shaping import shaping
 from distillm_cli.data.files import FORMATS
 from distillm_cli.data.sources import is_path, local_place
 from distillm_cli.errors import CheckpointError, DataError, StorageError, UsageError
-
-try:
-    import fcntl
-except ImportError:  # Windows: two runs into one directory are then not told apart
-    fcntl = None
 
 RECORD, SAMPLES, LOCK = "stage.json", "samples.jsonl", ".run.lock"
 FORMAT = 1
@@ -175,16 +171,15 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def check_inputs(stage: Stage) -> None:
     """Raises DataError for a data file that is not there: better now than after the stages before it."""
     for key, text in inputs(stage.own, stage.resolved.recipe):
-        is_data = key.startswith(("data.", "eval."))
-        if is_data and not text.startswith(PREFIX) and is_path(text) and local_place(text) is None:
+        if is_data(key) and not text.startswith(PREFIX) and is_path(text) and local_place(text) is None:
             raise DataError(f"stage {stage.name}: {key} = {text}: no such file or directory", hint="check the path")
 
 
 def _identity_of(key: str, text: str) -> str | None:
     if text.startswith(PREFIX):
         return None
-    place = local_place(text) if key.startswith(("data.", "eval.")) else Path(text).expanduser()
-    if place is None or text == "builtin" or not place.exists():
+    place = place_of(key, text)
+    if place is None:
         return None
     if place.is_file():
         return _identity(place)
@@ -223,11 +218,8 @@ def locked(output: Path) -> Iterator[None]:
     except OSError as error:
         raise StorageError(f"cannot write to {output}: {error.strerror}", hint="choose another --output") from error
     with file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UsageError(
-                    f"another `distillm run` is at work in {output}", hint="wait for it, or choose another --output"
-                ) from None
+        if outputs.is_taken(file.fileno()):
+            raise UsageError(
+                f"another `distillm run` is at work in {output}", hint="wait for it, or choose another --output"
+            )
         yield

@@ -72,8 +72,13 @@ def base_of(name: str, *, local: bool, revision: str | None) -> tuple[str, str |
         return None
     if file is None:
         return None
+    return base_in(Path(file))
+
+
+def base_in(file: Path) -> tuple[str, str | None]:
+    """The model that an adapter's config names, and its revision. Raises ModelError."""
     try:
-        told = json.loads(Path(file).read_text(encoding="utf-8"))
+        told = json.loads(file.read_text(encoding="utf-8"))
         base = told.get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(f"cannot read {file}: {error}", hint="copy or download the adapter again") from error

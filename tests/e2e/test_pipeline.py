@@ -343,6 +343,20 @@ def test_a_directory_that_is_not_the_pipelines_is_never_touched(typed, home):
     assert [p.name for p in (home / "mine").iterdir()] == ["distill"], "found out before the first stage"
 
 
+def test_a_stage_that_would_train_from_its_own_output_is_refused(typed, copied):
+    before = weights(copied / "student")
+    sets = (f"path={copied.name}/student", "tokenizer=null")
+    code, told, err = typed(
+        "run", "all.yaml", "--output", copied.name, "--only", "student", "--quiet",
+        *(word for field in sets for word in ("--set", f"stages.student.student.{field}")),
+    )  # fmt: skip
+    assert (code, told["code"]) == (2, 2)
+    assert "starting anew in" in err
+    assert f"{copied.name}/student would remove what the run reads; --model" in err
+    after = weights(copied / "student")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
 def test_a_missing_file_is_found_before_the_first_stage(typed, home):
     code, told, err = typed("run", "all.yaml", "--output", "gone", "--set", "stages.eval.eval.suites=rows/tset.jsonl")
     assert (code, told["code"]) == (3, 3)
