@@ -87,8 +87,8 @@ class Interrupted(DistillmError):
 
 
 class Pressed(KeyboardInterrupt):
-    """Ctrl-C. A kind of its own: of a plain KeyboardInterrupt that came through ``exec``, with which imports make their data
-    classes, Python keeps that nobody heard it, and in the end kills itself by the signal, whatever the exit code."""
+    """Ctrl-C. A kind of its own: of a plain KeyboardInterrupt that comes through ``exec`` of a text, with which imports make
+    their data classes, ``python -m`` remembers that it came, and ends by the signal, whatever the exit code."""
 
 
 class Terminated(KeyboardInterrupt):
