@@ -169,9 +169,9 @@ def _prepared(recipe: Recipe, listener: Listener, early: Early) -> Prepared:
 
     beforehand = None if recipe.data.teacher_samples is None else read_beforehand(recipe.data, train_rows, listener)
 
-    def texts() -> Iterator[str]:
+    def texts(tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
         for row in train_rows:
-            yield from (render(row, recipe.data.template, None), row.references[0])
+            yield from (render(row, recipe.data.template, tokenizer), row.references[0])
 
     tokenizers = OwnTokenizers()
     expected = _expected_tokenizer(recipe, tokenizers)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distillm_cli.cli import costs, gpus
 from distillm_cli.cli.assembly import Prepared, new_order, new_replay, prepare
@@ -113,9 +113,9 @@ def of_shapes(
     recipe = resolved.recipe
     rows, why = at_hand(lambda: load_rows(recipe.data, "train", listener=silent), recipe.data.source)
 
-    def texts() -> Iterator[str]:
+    def texts(tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
         for row in rows or ():
-            yield from (render(row, recipe.data.template, None), row.references[0])
+            yield from (render(row, recipe.data.template, tokenizer), row.references[0])
 
     read = texts if rows is not None else None
     common = {"max_length": recipe.data.max_length, "made": made}

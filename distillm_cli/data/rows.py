@@ -60,7 +60,11 @@ def parse(record: Any, where: str, columns: Columns, *, require_output: bool = T
     fields["cut"] = record.get("complete") is False
     if name == "messages" or (columns.prompt is not None and isinstance(record[name], list)):
         messages, reply = _conversation(record[name], name, columns)
-        references = (reply,) if reply is not None else _references(record, columns, require_output)
+        if reply is not None:
+            references = (reply,)
+        else:
+            unanswered = f"no reply to the last message ({messages[-1]['role']}), and "
+            references = _references(record, columns, require_output, unanswered)
         return Row(messages=messages, references=references, **fields)
     prompt = _text(record, name)
     material = _input(record, columns)
@@ -99,7 +103,8 @@ def _input(record: dict, columns: Columns) -> str:
     return ""
 
 
-def _references(record: dict, columns: Columns, required: bool) -> tuple[str, ...]:
+def _references(record: dict, columns: Columns, required: bool, also: str = "") -> tuple[str, ...]:
+    """The accepted responses. also: what else is missing, before the complaint that there is no column of them."""
     if columns.response is not None:
         name = columns.response if columns.response in record else None
         known = f"no column `{columns.response}` (data.columns.response)"
@@ -108,7 +113,7 @@ def _references(record: dict, columns: Columns, required: bool) -> tuple[str, ..
         known = f"no response column ({', '.join(_RESPONSES)}, or data.columns.response)"
     if name is None or record[name] is None:
         if required:
-            raise BadRow(f"column `{name}` is null" if name else f"{known}; found {_names(record)}")
+            raise BadRow(f"column `{name}` is null" if name else f"{also}{known}; found {_names(record)}")
         return ()
     value = record[name]
     if isinstance(value, str):
@@ -124,7 +129,11 @@ def _references(record: dict, columns: Columns, required: bool) -> tuple[str, ..
 
 
 def _conversation(messages: Any, name: str, columns: Columns) -> tuple[list[dict[str, Any]], str | None]:
-    """The messages before the last one of the assistant, and that one's text (None: the response is elsewhere)."""
+    """The messages before a closing one of the assistant, and that one's text.
+
+    Where another closes the conversation it is all prompt, to be answered: what the assistant said before is no answer to
+    it. The text is then None, as where the response has a column of its own.
+    """
     if not isinstance(messages, list):
         raise BadRow(f"column `{name}` must be a list of messages, found {_kind(messages)}")
     for number, message in enumerate(messages, start=1):
@@ -134,10 +143,9 @@ def _conversation(messages: Any, name: str, columns: Columns) -> tuple[list[dict
             if not isinstance(message.get(part), str):
                 raise BadRow(f"message {number}: `{part}` must be text, found {_kind(message.get(part))}")
             _valid(message[part], f"{name}, message {number}")
-    replies = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
     asked, reply = messages, None
-    if replies and columns.response is None:
-        asked, reply = messages[: replies[-1]], messages[replies[-1]]["content"]
+    if messages and messages[-1]["role"] == "assistant" and columns.response is None:
+        asked, reply = messages[:-1], messages[-1]["content"]
     if not any(message["content"].strip() for message in asked):
         raise BadRow(f"an empty prompt (column `{name}` has no message before the response)")
     return asked, reply

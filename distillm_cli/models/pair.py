@@ -54,7 +54,8 @@ __all__ = [
     "teacher_again",
 ]
 
-Texts = Callable[[], Iterator[str]]
+# Prompts and responses in turn; prompts as this tokenizer's chat template writes them (None: it is yet to be trained).
+Texts = Callable[[PreTrainedTokenizerBase | None], Iterator[str]]
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def load_pair(
     if teacher is not None:
         check_kinds(teacher, student)
     if _is_borrowed(recipe.student):
-        check_reload(student, next(texts(), None) if texts else None)
+        check_reload(student, next(texts(student.tokenizer), None) if texts else None)
     if teacher is not None:
         check_vocabularies(teacher.tokenizer, student.tokenizer)
         _share_tokens(teacher, student)
@@ -370,7 +371,7 @@ def _asked_tokenizer(student: schema.Student, texts: Texts | None) -> PreTrained
         return load_tokenizer(spec)
     if texts is None:
         raise ModelError(f"a {spec} tokenizer is trained on data, and there is none", hint="pass a tokenizer directory")
-    return prepare_tokenizer(train_tokenizer(spec, texts()), spec)
+    return prepare_tokenizer(train_tokenizer(spec, texts(None)), spec)
 
 
 def _end_prompts(student: schema.Student, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

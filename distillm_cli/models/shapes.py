@@ -243,7 +243,7 @@ def _asked_tokenizer(
         return known[spec].tokenizer
     if not is_trained_spec(spec):
         return load_tokenizer(spec)
-    return None if texts is None else prepare_tokenizer(train_tokenizer(spec, texts()), spec)
+    return None if texts is None else prepare_tokenizer(train_tokenizer(spec, texts(None)), spec)
 
 
 def _tokenizer_of(path: str, revision: str | None) -> PreTrainedTokenizerBase | None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import string
 import subprocess
 import sys
 import time
@@ -96,6 +97,26 @@ def test_a_pair_of_two_families_with_one_tokenizer(typed, tmp_path):
     assert code == 0, err
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.model_type == "llama"
     assert result["rollout_steps"] > 0
+
+
+def test_rows_of_chat_train_a_model_from_scratch_and_students_of_it(typed, tmp_path):
+    """Only the tokenizer that such a model takes over can write them: it alone has the chat template."""
+    tokens = tiny.tokenizer(string.printable)
+    tokens.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}[reply] "
+    tokens.save_pretrained(tmp_path / "tokens")
+    said = [("user", "hi"), ("assistant", "yo"), ("user", "and?"), ("assistant", "bye")]
+    messages = [{"role": role, "content": text} for role, text in said]
+    lines = [json.dumps({"messages": [*messages[:2], {"role": "user", "content": c}, messages[3]]}) for c in "abcd"]
+    (tmp_path / "chat.jsonl").write_text("\n".join(lines))
+    rows = ["--data", "chat.jsonl", "--set", "data.template=auto", "--steps", "1"]
+    code, _, err = typed("sft", "--model", "random:gpt2:2x16", "--tokenizer", "tokens", *SMALL, *rows, "--output", "big")
+    assert code == 0, err
+    for student in ("random:1x16", "layers:1"):
+        code, _, err = typed(*distill("--student", student, *rows, "--output", student, teacher="big"))
+        assert code == 0, err
+        assert AutoTokenizer.from_pretrained(tmp_path / student).chat_template == tokens.chat_template
+    code, told, _ = typed("sft", "--model", "random:1x16", "--tokenizer", "chars", *SMALL, *rows, "--output", "none")
+    assert (code, "no chat template; chat.jsonl:" in told["message"]) == (4, True), "one trained on the rows has none"
 
 
 def test_an_adapter_is_output_evaluated_asked_taught_by_and_gone_on_with(typed, tmp_path):

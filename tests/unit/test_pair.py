@@ -135,7 +135,7 @@ def test_from_scratch_with_a_tokenizer_from_a_directory_or_trained_on_the_data(t
     place = tmp_path / "t"
     tiny.tokenizer(size=VOCAB).save_pretrained(place)
     assert student("random:1x16", tokenizer=str(place)).vocab == VOCAB
-    backbone = student("random:1x16", tokenizer="chars", texts=lambda: iter(["abc", "bcd"]))
+    backbone = student("random:1x16", tokenizer="chars", texts=lambda _: iter(["abc", "bcd"]))
     assert backbone.vocab == vocabulary_size(backbone.tokenizer) == backbone.model.config.vocab_size
     assert {"a", "b", "c", "d"} <= backbone.tokenizer.get_vocab().keys()
     with pytest.raises(ModelError, match="trained on data, and there is none"):
@@ -255,9 +255,9 @@ def test_a_tokenizer_that_the_output_directory_would_not_give_back_is_refused(tm
         tiny.config(family, 101).to_json_file(file)
         recipe = Recipe(method="sft", student=Student(path=str(file), tokenizer="chars"))
         if fits:
-            pair = load_pair(recipe, device=CPU, texts=lambda: iter(texts))
+            pair = load_pair(recipe, device=CPU, texts=lambda _: iter(texts))
             assert pair.tokenizer.decode(pair.tokenizer(texts[0])["input_ids"]) == texts[0]
             continue
         with pytest.raises(ModelError, match="qwen2 model's directory is read with qwen2's own kind") as caught:
-            load_pair(recipe, device=CPU, texts=lambda: iter(texts))
+            load_pair(recipe, device=CPU, texts=lambda _: iter(texts))
         assert caught.value.exit_code == 4

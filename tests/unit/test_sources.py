@@ -126,8 +126,13 @@ def test_the_last_assistant_message_is_the_response(tmp_path):
     path = jsonl(tmp_path / "chat.jsonl", {"messages": said}, {"messages": said + said[1:2]}, {"messages": said[:2]})
     first, second, third = whole(path, require_output=False)
     assert (first.messages, first.references) == (said[:4], ("bye",))
-    assert (second.messages, second.references) == (said[:4], ("bye",))  # a last word of the user gets no response
+    assert (second.messages, second.references) == (said + said[1:2], ())  # asked again, and not answered yet
     assert (third.messages, third.references) == (said[:2], ())
+    with pytest.raises(DataError, match=r"chat.jsonl:2: no reply to the last message \(user\), and no response column"):
+        whole(path)
+    elsewhere = jsonl(tmp_path / "both.jsonl", {"messages": said[:4], "output": "bye"})
+    (row,) = whole(elsewhere)
+    assert (row.messages, row.references) == (said[:4], ("bye",))
 
 
 def test_prompts_need_no_response_where_none_is_used(tmp_path):
