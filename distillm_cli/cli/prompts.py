@@ -43,7 +43,8 @@ def prompts_of(wanted: Wanted, data: Data, listener: Listener) -> list[Row]:
     # Whatever the model's own recipe says of its training rows, these are others.
     data = data.model_copy(update={"source": source, "valid": None, "limit": None})
     split = wanted.split or ("test" if path.is_file() else "train")  # of a single file, test is all of it
-    return list(load_rows(data, split, listener=listener, require_output=False, limit=wanted.limit))
+    stand_in = wanted.split is None  # a split that was asked for is that one, or an error
+    return list(load_rows(data, split, listener=listener, require_output=False, limit=wanted.limit, stand_in=stand_in))
 
 
 def _lines(source: str, data: Data, listener: Listener) -> list[Row]:

@@ -238,7 +238,8 @@ def _tell(
             ui.show(f"Beside the student's outputs each step used as many data set rows, with weight {weight:g}.")
     if ui.in_pipeline:
         return
-    suites = run.recipe.eval.suites or ((run.recipe.data.source,) if run.recipe.data.source else ())
+    # Of a source without test rows `--suite` takes all, rows trained on included; the command without it, those held out.
+    suites = run.recipe.eval.suites or ((run.recipe.data.source,) if "test" in run.train_rows.splits else ())
     files = OUTPUT_FILES | ({"student after sft": f"{outputs.SFT}/"} if run.recipe.student.sft_epochs else {})
     ui.show(next_steps(output, suites=suites, prompt=samples[0].prompt if samples else None, files=files))
 

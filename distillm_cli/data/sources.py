@@ -38,7 +38,8 @@ _LISTED = 20  # broken rows named one by one; all of them are in Rows.skipped
 class Rows(SequenceOf[Row]):
     """The rows of one split. name: what to call the source. path: where it is, when local.
 
-    skipped: a message per broken row that was left out (`data.skip_bad_rows`). split: the one that was asked for.
+    skipped: a message per broken row that was left out (`data.skip_bad_rows`). split: the one that was asked for. splits:
+    those that the source has of its own.
     """
 
     rows: list[Row]
@@ -46,6 +47,7 @@ class Rows(SequenceOf[Row]):
     path: Path | None = None
     skipped: list[str] = field(default_factory=list)
     split: str = ""
+    splits: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -81,6 +83,7 @@ def load_rows(
     listener: Listener = silent,
     require_output: bool = True,
     limit: int | None = None,
+    stand_in: bool = True,
 ) -> Rows:
     """The rows of one split of ``data.source`` (of ``data.valid``, for split "valid", when that is given).
 
@@ -91,17 +94,27 @@ def load_rows(
     thing stay on the same side. A file given as ``data.valid`` is read whole.
 
     ``data.limit`` holds for the training rows (and the slice made of them), ``data.valid_limit`` for "valid", ``limit``
-    for whatever is asked; each keeps the first rows. require_output=False: rows may lack a response.
+    for whatever is asked; each keeps the first rows. require_output=False: rows may lack a response. stand_in=False: "test"
+    is test rows, and neither the whole of a file nor a slice.
 
     Raises DataError: no such source, nothing in it, or its first broken row (unless ``data.skip_bad_rows``).
     """
     own_valid = split == "valid" and data.valid is not None
     named = data.valid if own_valid else data.source
     if named == "builtin":
-        rows = _builtin(data, split, limit)
+        rows, splits = _builtin(data, split, limit), ("train", "valid", "test")
     else:
-        rows = _of_source(_resolve(named, listener), data, split, own_valid, limit, require_output, listener)
-    return replace(rows, split=split)
+        source = _resolve(named, listener)
+        splits = tuple(source.parts)
+        if split == "test" and "test" not in splits and not stand_in:
+            found = splits if "valid" in splits else (*splits, "valid (held out of train)")
+            raise DataError(
+                f"{source.name}: no test rows; there are {' and '.join(found)}",
+                where=_where(source),
+                hint="ask for one of those, or leave --split out",
+            )
+        rows = _of_source(source, data, split, own_valid, limit, require_output, listener)
+    return replace(rows, split=split, splits=splits)
 
 
 def overlap(rows: SequenceOf[Row], others: SequenceOf[Row]) -> int:

@@ -186,6 +186,11 @@ def test_a_recipe_of_another_program_beside_the_model_is_told_and_left_alone(pla
         (2, ["generate", "--model", "model", "--prompt", "x", "--output", "out.txt"], "try --output out.txt.jsonl"),
         (2, ["generate", "--model", "model", "--prompt", "x", "--top-p", "0"], "--top-p"),
         (3, ["generate", "--model", "model", "--data", "long.jsonl"], "long.jsonl:2: a prompt of"),
+        (
+            3,
+            ["generate", "--model", "model", "--data", "data/dev.jsonl", "--split", "test"],
+            "dev.jsonl: no test rows; there are train and valid (held out of train)",
+        ),
         (3, ["generate", "--model", "model", "--input", "absent.txt"], "absent.txt: No such file"),
     ],
 )

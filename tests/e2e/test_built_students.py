@@ -109,7 +109,9 @@ def test_rows_of_chat_train_a_model_from_scratch_and_students_of_it(typed, tmp_p
     lines = [json.dumps({"messages": [*messages[:2], {"role": "user", "content": c}, messages[3]]}) for c in "abcd"]
     (tmp_path / "chat.jsonl").write_text("\n".join(lines))
     rows = ["--data", "chat.jsonl", "--set", "data.template=auto", "--steps", "1"]
-    code, _, err = typed("sft", "--model", "random:gpt2:2x16", "--tokenizer", "tokens", *SMALL, *rows, "--output", "big")
+    code, _, err = typed(
+        "sft", "--model", "random:gpt2:2x16", "--tokenizer", "tokens", *SMALL, *rows, "--output", "big"
+    )
     assert code == 0, err
     for student in ("random:1x16", "layers:1"):
         code, _, err = typed(*distill("--student", student, *rows, "--output", student, teacher="big"))

@@ -103,6 +103,19 @@ def test_distill_gives_the_promised_object_and_a_model_that_eval_and_generate_ta
     assert (code, again["steps"]) == (0, 2)
 
 
+def test_what_to_type_next_scores_rows_that_were_not_trained_on(place, tmp_path, capsys):
+    """Test rows where the data has some; of a single file those held out, which need no word."""
+    small = [word for word in SMALL if word != "--quiet"]
+    alone = write(tmp_path / "rows.jsonl", rows(10))
+    for data, suite in ((place, f" --suite {place}"), (alone, "")):
+        output = tmp_path / f"{data.name}-out"
+        argv = ["sft", "--model", place / "teacher", "--data", data, "--steps", "1", "--output", output]
+        code, _, err = call(capsys, *argv, *small)
+        assert code == 0, err
+        typed = "".join(line.strip() for line in err[err.index("What next") :].splitlines())
+        assert f"distillm eval {output}{suite}distillm generate".replace(" ", "") in typed.replace(" ", "")
+
+
 def test_a_stopped_run_goes_on_to_the_same_weights(place, tmp_path, capsys):
     """Ctrl-C from outside, exit code 130, a usable checkpoint; ``--resume`` ends where the uninterrupted run does."""
     code, _, _ = call(capsys, *distill_argv(place, tmp_path / "whole", "--steps", "60"))

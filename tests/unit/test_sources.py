@@ -327,6 +327,21 @@ def test_splits_of_a_directory(tmp_path, files, expected):
                 load_rows(Data(source=str(tmp_path)), split)
 
 
+def test_rows_that_stand_in_for_test_rows_are_refused_where_those_were_asked_for(tmp_path):
+    alone = jsonl(tmp_path / "a.jsonl", *numbered(40))
+    (tmp_path / "train only").mkdir()
+    jsonl(tmp_path / "train only/train.jsonl", *numbered(40))
+    for source, stand_ins in ((alone, 40), (tmp_path / "train only", 2)):
+        data = Data(source=str(source))
+        rows = load_rows(data, "test")
+        assert (len(rows), rows.splits) == (stand_ins, ("train",))
+        with pytest.raises(DataError, match=r"no test rows; there are train and valid \(held out of train\)"):
+            load_rows(data, "test", stand_in=False)
+        assert len(load_rows(data, "valid", stand_in=False)) == 2
+    jsonl(tmp_path / "train only/test.jsonl", *numbered(7))
+    assert len(load_rows(data, "test", stand_in=False)) == 7
+
+
 def test_other_directories(tmp_path):
     for shard in (1, 0):  # as a clone from the hub has them
         jsonl(tmp_path / "clone" / "data" / f"train-0000{shard}-of-00002.jsonl", {"prompt": f"{shard}", "output": "x"})
