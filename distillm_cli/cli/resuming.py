@@ -11,6 +11,8 @@ import torch
 
 from distillm_cli.cli import outputs
 from distillm_cli.cli.assembly import FROZEN, frozen_digest
+from distillm_cli.config.explain import leaves
+from distillm_cli.config.ownership import ValueOf, is_read
 from distillm_cli.config.schema import Recipe
 from distillm_cli.config.shaping import shaping
 from distillm_cli.core.checkpoint import Checkpoint, latest, read
@@ -35,7 +37,11 @@ def checkpoint_of(output: Path, recipe, *, started: bool = True, movable: Collec
     then, now = (
         json.loads(json.dumps(fields)) for fields in (shaping(Recipe()) | checkpoint.state["recipe"], shaping(recipe))
     )
-    changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key) and key not in movable]
+    changed = [
+        key
+        for key in sorted(then.keys() | now.keys())
+        if then.get(key) != now.get(key) and key not in movable and _counts(key, now.get)
+    ]
     if changed:
         key, more = changed[0], f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise CheckpointError(
@@ -44,6 +50,11 @@ def checkpoint_of(output: Path, recipe, *, started: bool = True, movable: Collec
             hint="resume with the settings it was started with, or choose another --output",
         )
     return checkpoint
+
+
+def _counts(key: str, now: ValueOf) -> bool:
+    """Whether the steps depend on the field: one that this run never reads may have been written down all the same."""
+    return key not in leaves() or is_read(key, now)
 
 
 def best_of(output: Path) -> Checkpoint:

@@ -22,6 +22,7 @@ from typing import Any
 
 from distillm_cli.cli import outputs
 from distillm_cli.cli.inputs import is_data, place_of
+from distillm_cli.config.ownership import SAMPLING
 from distillm_cli.config.pipeline import PREFIX, Stage, inputs, values
 from distillm_cli.config.shaping import shaping
 from distillm_cli.data.files import FORMATS
@@ -35,8 +36,7 @@ _BESIDE_WEIGHTS = (".json", ".jinja", ".txt", ".model", *FORMATS)
 _NOT_OF_A_MODEL = {"stage.json", "metrics.jsonl"}
 _BLOCKS, _BLOCK = 64, 1 << 16
 
-_SAMPLING = ("rollout.temperature", "rollout.top_p", "rollout.top_k", "rollout.max_new_tokens", "train.seed")
-_SHAPING = {"generate": (*_SAMPLING, "student.dtype"), "eval": ("student.dtype",)}
+_SHAPING = {"generate": (*SAMPLING, "student.dtype"), "eval": ("student.dtype",)}
 _NOT_SHAPING = ("data.workers", "eval.report_rows", "eval.batch_size")
 
 

@@ -23,8 +23,6 @@ from distillm_cli.config.ownership import value_of
 from distillm_cli.config.schema import Recipe, Section
 from distillm_cli.errors import RecipeError, UsageError
 
-_TRAIN_NOTHING = ("generate", "eval")
-
 
 @dataclass(frozen=True)
 class Resolved:
@@ -90,9 +88,9 @@ def resolve(
     (str) or a path. flags: dotted key → Flag(name, value) or a bare value; None is "not given". sets:
     "section.key=value" texts, read by YAML's rules.
 
-    A value given by hand that the run would never read (``--alpha`` with ``--method kd``) is an error, except in `generate`
-    and `eval`, which train nothing. What a recipe says for its own method, and a flag has put another in its place, is
-    left out, and a note says so.
+    A value given by hand that the run would never read (``--alpha`` with ``--method kd``) is an error. `generate` and `eval`
+    train nothing and take any recipe: to them it is one that was typed and says how to train. What a recipe says for its
+    own method, and a flag has put another in its place, is left out, and a note says so.
 
     Raises RecipeError for the first thing wrong, in file order, and says how many more there are; UsageError for
     contradicting flags and for a method of the other verb.
@@ -141,7 +139,13 @@ def settle(
     if made is None:
         return None
     notes: tuple[str, ...] = ()
-    if command not in _TRAIN_NOTHING:
+    if not ownership.trains(command):
+        for key, entry in given.items():
+            if entry.rank.layer > layers.STAGE and ownership.is_of_training_alone(key, command):
+                problems.add(entry.rank, ownership.misplaced(key, entry, partial(value_of, made), command))
+        if problems:
+            return None
+    else:
         unread = _unread(made, given, {**preset, **over})
         unasked = {k for k, entry in unread.items() if entry.rank.layer in (layers.SHARED, layers.SHARED_SET)}
         left_out = _left_out(unread, command, from_recipe) | unasked
@@ -156,6 +160,7 @@ def settle(
         if told := left_out - unasked:
             keys = ", ".join(key for key in leaves() if key in told)
             run = f"method {made.method}, objective {made.objective.divergence}, schedule {made.schedule.kind}"
+            run += f", data {made.data.source}" if any(key.startswith("data.") for key in told) else ""
             notes = (f"{label or name}: left out, since nothing reads them here ({run}): {keys}",)
     origin = {key: given[key].origin if key in given else "default" for key in leaves()}
     return Resolved(made, origin, former, notes, name)

@@ -90,7 +90,7 @@ class Objective(Section):
         description="MiniLLM: on student outputs D, weighted back to the student's own sampling, and beside it the policy "
         "gradient of what follows a token; kd_weight is then of the rows beside them (row_weight), D of the rows is kl",
     )
-    ratio_clip: Annotated[float, Field(gt=0, lt=1)] = Field(
+    ratio_clip: Annotated[float, Field(gt=0, lt=1), ReadWhen({"objective.policy_gradient": (True,)})] = Field(
         0.2, description="ε of policy_gradient: the ratio of student to sampler counts within 1 ± ε (PPO)"
     )
     row_weight: Annotated[float, Field(ge=0)] = Field(

@@ -19,6 +19,11 @@ from distillm_cli.errors import RecipeError
 ValueOf = Callable[[str], Any]  # dotted key → its value in some recipe
 
 _OF_DISTILLATION = ("objective.", "schedule.")  # sections of which fine-tuning (verb sft) reads nothing
+_OF_TRAINING = (*_OF_DISTILLATION, "train.", "rollout.")  # of which verbs that train nothing read these fields alone
+SAMPLING = ("rollout.temperature", "rollout.top_p", "rollout.top_k", "rollout.max_new_tokens", "train.seed")
+_WHERE = ("train.device", "train.threads")
+_READ_WITHOUT_TRAINING = {"generate": (*SAMPLING, *_WHERE), "eval": _WHERE}
+_NAMED_BY_WORD = ("objective.divergence", "schedule.kind")  # whose words are names that stand for themselves
 _SYMBOLS = {"alpha": "α", "beta": "β", "lambda": "λ", "mu": "μ", "start": "t₀"}
 
 
@@ -34,9 +39,19 @@ def condition(key: str) -> ReadWhen | None:
     return next((part for part in leaves()[key].metadata if isinstance(part, ReadWhen)), None)
 
 
+def trains(command: str) -> bool:
+    """Whether the verb trains, and so reads what training reads."""
+    return command not in _READ_WITHOUT_TRAINING
+
+
+def is_of_training_alone(key: str, command: str) -> bool:
+    """Whether the field says how to train, to a verb that does not and reads nothing of it."""
+    return key.startswith(_OF_TRAINING) and key not in _READ_WITHOUT_TRAINING.get(command, (key,))
+
+
 def is_read(key: str, value: ValueOf) -> bool:
     """Whether a run with these values reads the field."""
-    if key.startswith(_OF_DISTILLATION) and _is_fine_tuning(value):
+    if _is_of_distillation(key) and _is_fine_tuning(value):
         return False
     when = condition(key)
     return when is None or any(all(value(k) in words for k, words in way.items()) for way in when.ways)
@@ -51,30 +66,37 @@ def misplaced(key: str, given: Given, value: ValueOf, command: str) -> RecipeErr
     """The error for a value, given by hand, that the run never reads: whose it is, and what this run is instead."""
     what, method = f"{given.place} = {shown(given.value)}", value("method")
     it = "it" if key in given.place else key
-    if key.startswith(_OF_DISTILLATION) and _is_fine_tuning(value):
+    distills = _is_of_distillation(key)
+    if not trains(command):
+        verbs = "`distillm distill`" if distills else "`distillm sft` and `distillm distill`"
+        return RecipeError(what, where=f"{it} belongs to {verbs}; {command} trains nothing", hint="leave it out")
+    if distills and _is_fine_tuning(value):
         where = f"{it} belongs to `distillm distill`; {method} trains on cross-entropy alone"
         return RecipeError(what, where=where, hint="leave it out")
     unmet = {}
     for way in condition(key).ways:
         first = next(k for k, words in way.items() if value(k) not in words)
         unmet[first] = value(first)
-    here = " and ".join(f"{k} is {found}" for k, found in unmet.items())
-    where = f"{it} belongs to {owners(key)}, and here {here} (method {method})"
+    here = " and ".join(f"{k} is {_said(found)}" for k, found in unmet.items())
+    where = f"{it} belongs to {owners(key)}, and here {here}" + (f" (method {method})" if distills else "")
     decider, words = next(iter(condition(key).ways[0].items()))
-    flag = flag_of(decider, command)
-    other = f"{flag} {words[0]}" if flag else f"--set {decider}={words[0]}"
+    flag, word = flag_of(decider, command), _said(words[0])
+    other = f"{flag} {word}" if flag else f"--set {decider}={word}"
     mine = [k for k in parameters(value) if set(condition(k).ways[0]) == {decider}]
     instead = f"{value(decider)} reads {', '.join(mine)}; " if mine and decider == "objective.divergence" else ""
     return RecipeError(what, where=where, hint=f"{instead}leave it out, or try {other}")
 
 
 def owners(key: str) -> str:
-    """Whose the field is: "skl and srkl (method distillm)", "mixed (method gkd)", "akl"."""
+    """Whose the field is: "skl and srkl (method distillm)", "mixed (method gkd)", "akl", "data.source builtin"."""
     told = []
     for way in condition(key).ways:
         (decider, words), *more = way.items()
         methods = [name for name, m in METHODS.items() if m.preset.get(decider) in words and name not in words]
-        told.append(_listed(words) + "".join(f" with {k.rpartition('.')[2]} {_listed(w, 'or')}" for k, w in more))
+        whose = "" if decider in _NAMED_BY_WORD else f"{decider} "
+        told.append(
+            whose + _listed(words) + "".join(f" with {k.rpartition('.')[2]} {_listed(w, 'or')}" for k, w in more)
+        )
         if methods and len(words) < 3:
             told[-1] += f" ({'method' if len(methods) == 1 else 'methods'} {', '.join(methods)})"
     return ", and to ".join(told)
@@ -94,10 +116,22 @@ def objective_words(objective: Objective) -> str:
     return " ".join(words) + (f", kd_weight {objective.kd_weight:g}" if objective.kd_weight < 1 else "")
 
 
+def _is_of_distillation(key: str) -> bool:
+    """Whether the field, or what decides on it, is of the sections that fine-tuning does without."""
+    when = condition(key)
+    deciders = [] if when is None else [decider for way in when.ways for decider in way]
+    return any(name.startswith(_OF_DISTILLATION) for name in (key, *deciders))
+
+
 def _is_fine_tuning(value: ValueOf) -> bool:
     method = value("method")
     return isinstance(method, str) and method in METHODS and METHODS[method].verb == "sft"
 
 
-def _listed(words: tuple[str, ...], joint: str = "and") -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {joint} {words[-1]}"
+def _listed(words: tuple[Any, ...], joint: str = "and") -> str:
+    *others, last = map(_said, words)
+    return f"{', '.join(others)} {joint} {last}" if others else last
+
+
+def _said(word: Any) -> str:
+    return word if isinstance(word, str) else shown(word)

@@ -10,10 +10,27 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from distillm_cli.config.fields import Beta, Count, Dtype, MetricName, Name, Positive, Probability, Section, Seed, under
+from distillm_cli.config.fields import (
+    Beta,
+    Count,
+    Dtype,
+    MetricName,
+    Name,
+    Positive,
+    Probability,
+    ReadWhen,
+    Section,
+    Seed,
+    under,
+)
 from distillm_cli.config.objective import Objective, Schedule
 
 _SAMPLED = under("teacher", "pairs", "interleaved")
+_MIXED = ReadWhen(  # what is drawn for a whole epoch of pairs is the student's own
+    {"schedule.kind": ("on", "mixed", "annealed", "adaptive", "rounds")},
+    {"schedule.kind": ("pairs",), "schedule.redraw": ("never",)},
+)
+_BUILTIN = {"data.source": ("builtin",)}
 
 
 class Teacher(Section):
@@ -154,8 +171,10 @@ class Data(Section):
         "prompts; unset: drawn during the run",
     )
     valid_limit: Positive = Field(1000, description="held-out rows for validation, at most (METHODS B: 1000)")
-    size: Positive = Field(20_000, description="rows of the builtin set")
-    tasks: tuple[str, ...] | None = Field(None, description="kinds of task of the builtin set; unset: all")
+    size: Annotated[Positive, ReadWhen(_BUILTIN)] = Field(20_000, description="rows of the builtin set")
+    tasks: Annotated[tuple[str, ...] | None, ReadWhen(_BUILTIN, {"data.valid": ("builtin",)})] = Field(
+        None, description="kinds of task of the builtin set; unset: all"
+    )
     seed: int = Field(1, description="of the builtin rows, and of the held-out slice")
     skip_bad_rows: bool = Field(False, description="skip, count and list broken rows instead of stopping at the first")
     bucket: Positive = Field(
@@ -192,7 +211,7 @@ class Rollout(Section):
         description="rollout batches sampled at once, those of the next steps that will ask for one; how many are sampled, "
         "and for which rows, stays. Fast, and samples up to so many rollout steps old. Under rounds: the batches of a round",
     )
-    teacher_mix: Annotated[float, Field(ge=0, lt=1)] = Field(
+    teacher_mix: Annotated[float, Field(ge=0, lt=1), _MIXED] = Field(
         0.0,
         description="α: each token of a rollout from α·teacher + (1 − α)·student (MiniLLM: 0.2); 0: the student's own",
     )

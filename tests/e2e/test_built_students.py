@@ -108,16 +108,15 @@ def test_rows_of_chat_train_a_model_from_scratch_and_students_of_it(typed, tmp_p
     messages = [{"role": role, "content": text} for role, text in said]
     lines = [json.dumps({"messages": [*messages[:2], {"role": "user", "content": c}, messages[3]]}) for c in "abcd"]
     (tmp_path / "chat.jsonl").write_text("\n".join(lines))
-    rows = ["--data", "chat.jsonl", "--set", "data.template=auto", "--steps", "1"]
-    code, _, err = typed(
-        "sft", "--model", "random:gpt2:2x16", "--tokenizer", "tokens", *SMALL, *rows, "--output", "big"
-    )
+    few = ["--set", "eval.report_rows=0", "--set", "rollout.max_new_tokens=4", "--device", "cpu", "--json", "--quiet"]
+    rows = ["--data", "chat.jsonl", "--steps", "1", "--dtype", "fp32", "--max-length", "64", *few]
+    code, _, err = typed("sft", "--model", "random:gpt2:2x16", "--tokenizer", "tokens", *rows, "--output", "big")
     assert code == 0, err
     for student in ("random:1x16", "layers:1"):
-        code, _, err = typed(*distill("--student", student, *rows, "--output", student, teacher="big"))
+        code, _, err = typed("distill", "--teacher", "big", "--student", student, *rows, "--output", student)
         assert code == 0, err
         assert AutoTokenizer.from_pretrained(tmp_path / student).chat_template == tokens.chat_template
-    code, told, _ = typed("sft", "--model", "random:1x16", "--tokenizer", "chars", *SMALL, *rows, "--output", "none")
+    code, told, _ = typed("sft", "--model", "random:1x16", "--tokenizer", "chars", *rows, "--output", "none")
     assert (code, "no chat template; chat.jsonl:" in told["message"]) == (4, True), "one trained on the rows has none"
 
 

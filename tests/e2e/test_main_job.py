@@ -14,6 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distillm_cli.cli.app import main
+from distillm_cli.cli.resuming import checkpoint_of
+from distillm_cli.config.schema import Recipe
+from distillm_cli.config.shaping import shaping
+from distillm_cli.core.checkpoint import Checkpoints
+from distillm_cli.errors import CheckpointError
 from tests.typed import call
 
 WORDS = ["alpha", "beta", "gamma", "delta", "kappa", "sigma", "omega", "theta", "iota", "zeta"]
@@ -149,6 +154,19 @@ def test_resume_with_a_changed_recipe_is_refused(place, tmp_path, capsys):
     code, answer, err = call(capsys, *distill_argv(place, tmp_path / "run", "--resume", "--alpha", "0.3"))
     assert (code, answer["code"]) == (5, 5)
     assert "objective.alpha was 0.1, now 0.3" in err
+
+
+def test_a_checkpoint_that_wrote_down_what_its_run_never_read_is_this_recipes_all_the_same(tmp_path):
+    """Earlier versions took such values; what the steps depend on is as it was."""
+    recipe = Recipe.model_validate({"method": "kd", "data": {"source": "rows.jsonl"}, "schedule": {"kind": "off"}})
+    written = shaping(recipe) | {"data.size": 8000, "rollout.teacher_mix": 0.5, "of.long.ago": 1}
+    checkpoints = Checkpoints(tmp_path / "checkpoints", lambda place: None, keep=1)
+    checkpoints.write(3, {"recipe": written | {"train.lr": 1.0}}, {})
+    with pytest.raises(CheckpointError, match=r"of.long.ago was 1, now None \(and 1 more\)"):
+        checkpoint_of(tmp_path, recipe)
+    del written["of.long.ago"]
+    checkpoints.write(4, {"recipe": written}, {})
+    assert checkpoint_of(tmp_path, recipe).path.name == "step-000004"
 
 
 def test_a_non_empty_output_is_refused_and_overwrite_clears_only_what_a_run_wrote(place, tmp_path, capsys):

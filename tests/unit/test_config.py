@@ -10,6 +10,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from distillm_cli.cli import options
 from distillm_cli.config.explain import choices, kinds, leaves, takes_list
@@ -201,6 +202,29 @@ def test_a_method_named_by_hand_brings_its_preset_along(recipe):
             ["schedule.capacity=5"],
             "it belongs to on, mixed, annealed, adaptive and interleaved, and here schedule",
         ),
+        (
+            {"method": "kd"},
+            ["rollout.teacher_mix=0.5"],
+            "it belongs to on, mixed, annealed, adaptive and rounds, and to pairs with redraw never (methods fdistill, "
+            "distillm2), and here schedule.kind is off (method kd); leave it out, or try --schedule on",
+        ),
+        (
+            {"method": "distillm2"},
+            ["rollout.teacher_mix=0.5"],
+            "and here schedule.kind is pairs and schedule.redraw is epoch (method distillm2)",
+        ),
+        (
+            {"method": "kd"},
+            ["objective.ratio_clip=0.1"],
+            "it belongs to objective.policy_gradient true (method minillm), and here objective.policy_gradient is false "
+            "(method kd); leave it out, or try --set objective.policy_gradient=true",
+        ),
+        (
+            {"data": "mine.jsonl"},
+            ["data.size=99"],
+            "it belongs to data.source builtin, and here data.source is mine.jsonl; leave it out, or try --data builtin",
+        ),
+        ({}, ["data.tasks=[sum]"], "here data.source is dolly and data.valid is null; leave it out"),
     ],
 )
 def test_a_parameter_of_another_method_is_refused_by_naming_whose_it_is(flags, sets, said):
@@ -219,6 +243,54 @@ def test_a_parameter_of_another_method_in_a_recipe_is_an_error_with_its_line(rec
         "method: kd\nobjective: {beta: 0.5, alpha: 0.1}"
     )  # what holds anyway: every resolved recipe says it
     assert resolve(command="distill", recipe=repeated).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("command", "said", "whose"),
+    [
+        ("generate", "train.lr=0.1", "it belongs to `distillm sft` and `distillm distill`; generate trains nothing"),
+        ("generate", "schedule.kind=on", "it belongs to `distillm distill`; generate trains nothing; leave it out"),
+        ("generate", "rollout.teacher_mix=0.2", "`distillm distill`; generate trains nothing"),
+        ("eval", "objective.alpha=0.3", "it belongs to `distillm distill`; eval trains nothing"),
+        ("eval", "rollout.temperature=0", "eval trains nothing"),
+        ("sft", "rollout.teacher_mix=0.2", "it belongs to `distillm distill`; sft trains on cross-entropy alone"),
+        ("sft", "rollout.draft=3", "it belongs to `distillm distill`; sft trains on cross-entropy alone; leave it out"),
+    ],
+)
+def test_what_a_verb_never_reads_is_refused_where_it_is_typed(command, said, whose, recipe):
+    assert whose in complaint(command=command, sets=[said])
+    key, _, value = said.partition("=")
+    section, name = key.split(".")
+    if command != "sft":  # a recipe is of training, and any will do
+        resolve(command=command, recipe=recipe(f"{section}: {{{name}: {value}}}\n"))
+
+
+@pytest.mark.parametrize(
+    ("command", "typed"),
+    [
+        ("generate", ["rollout.top_k=5", "train.seed=3", "train.threads=1"]),
+        ("eval", ["train.threads=1", "eval.seeds=[1]"]),
+        # What `generate` will read of the recipe beside the model; and how much is drawn at once, which a sweep over
+        # methods sets for all.
+        ("sft", ["rollout.max_new_tokens=24", "rollout.temperature=0.5", "rollout.bulk=2"]),
+        ("distill", ["data.valid=builtin", "data.tasks=[sum]"]),
+        ("distill", ["method=minillm", "objective.ratio_clip=0.1", "rollout.teacher_mix=0.3"]),
+        ("distill", ["method=fdistill", "rollout.teacher_mix=0.3"]),
+    ],
+)
+def test_what_is_read_may_be_typed(command, typed):
+    assert resolve(command=command, sets=typed).notes == ()
+
+
+def test_a_recipe_of_the_built_in_rows_takes_other_rows_and_says_what_it_leaves_out():
+    resolved = resolve(command="distill", recipe="quickstart", flags=options.flags(data="mine.jsonl"))
+    assert resolved.notes == (
+        "quickstart.yaml: left out, since nothing reads them here (method distillm, objective srkl, schedule adaptive, "
+        "data mine.jsonl): data.size",
+    )
+    assert "belongs to data.source builtin" in complaint(
+        recipe="quickstart", flags=options.flags(data="mine.jsonl"), sets=["data.size=5"]
+    )
 
 
 def test_what_a_recipe_says_for_its_own_method_is_left_out_under_another(recipe, tmp_path):
@@ -268,7 +340,8 @@ def test_a_condition_speaks_of_fields_and_values_that_exist():
     for key in leaves():
         for way in condition(key).ways if condition(key) else ():
             for decider, words in way.items():
-                assert set(words) <= set(choices(decider)), key
+                taken = TypeAdapter(leaves()[decider].annotation)
+                assert all(taken.validate_python(word, strict=True) == word for word in words), (key, decider)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -299,7 +372,7 @@ def test_set_reads_lists_and_a_single_word_is_a_list_of_one():
     assert resolved.recipe.eval.suites == ("dolly", "vicuna")
     assert resolved.recipe.eval.seeds == (3,)
     assert resolved.recipe.eval.metrics == ("rouge_l",)
-    assert resolve(command="distill", sets=["data.tasks=null"]).recipe.data.tasks is None
+    assert resolve(command="distill", sets=["data.source=builtin", "data.tasks=null"]).recipe.data.tasks is None
     assert resolve(command="distill", sets=["train.seed=1", "train.seed=2"]).recipe.train.seed == 2
     assert resolve(command="distill", sets=["data.columns.prompt=q"]).recipe.data.columns.prompt == "q"
 
