@@ -37,6 +37,7 @@ from distillm_cli.models.devices import resolve_device, resolve_dtype
 from distillm_cli.models.fingerprint import fingerprint
 from distillm_cli.models.tokenizer_files import OwnTokenizers, quiet
 from distillm_cli.sequences import Sequence, collate, pass_cost
+from distillm_cli.words import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -165,7 +166,9 @@ def _prepared(recipe: Recipe, listener: Listener, early: Early) -> Prepared:
     device = resolve_device(recipe.train.device)
     train_rows, valid_rows = early.rows("train", listener), early.rows("valid", listener)
     if shared := overlap(valid_rows, train_rows):
-        listener(Note(f"{shared:,} of the {len(valid_rows):,} held-out rows ask what a training row asks too"))
+        ask = "asks" if shared == 1 else "ask"
+        rows = counted(len(valid_rows), "held-out row")
+        listener(Note(f"{shared:,} of the {rows} {ask} what a training row asks too"))
 
     beforehand = None if recipe.data.teacher_samples is None else read_beforehand(recipe.data, train_rows, listener)
 

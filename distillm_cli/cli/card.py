@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from distillm_cli.core.engine import Progress
 
 
-def model_card(resolved: Resolved, reached: Progress, measured: Mapping[str, Any], *, task: str) -> str:
+def model_card(
+    resolved: Resolved, reached: Progress, measured: Mapping[str, Any], *, task: str, measured_on: str
+) -> str:
     """Markdown with the front matter that the hub reads. measured: by model name, with ``valid_loss`` and ``scores``.
 
-    task: the hub's name for what such a model does.
+    task: the hub's name for what such a model does. measured_on: the rows, and how they were answered, in words.
     """
     recipe = resolved.recipe
     student, is_adapter = recipe.student, recipe.student.lora_output == "adapter"
@@ -47,7 +49,8 @@ def model_card(resolved: Resolved, reached: Progress, measured: Mapping[str, Any
     for name, m in measured.items():
         figures = [m.valid_loss, *(m.scores.get(metric) for metric in metrics)]
         lines.append(f"| {name} | " + " | ".join("–" if f is None else f"{f:.3f}" for f in figures) + " |")
-    lines += ["", "Valid loss: mean cross-entropy per response token, nats. `recipe.yaml` holds every setting.", ""]
+    lines += ["", f"{measured_on[0].upper()}{measured_on[1:]}.", ""]
+    lines += ["Valid loss: mean cross-entropy per response token, nats. `recipe.yaml` holds every setting.", ""]
     return "\n".join(lines)
 
 

@@ -29,6 +29,7 @@ from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.fingerprint import fingerprint
 from distillm_cli.models.places import locate
 from distillm_cli.ui.console import Console
+from distillm_cli.words import counted
 
 _BATCHES = 8  # sorted by length together, and written together: what a stopped run loses at most
 
@@ -63,10 +64,10 @@ def run(
     tokens, cut, seconds = work.go(responses, ui)
     total = len(work)
     if responses is not None:
-        ui(Note(f"{total:,} rows in {output}"))
+        ui(Note(f"{counted(total, 'row')} in {output}"))
     if cut:
-        what = "1 response was" if cut == 1 else f"{cut:,} responses were"
-        ui(Note(f"{what} cut at --max-new-tokens or the context: `complete: false`"))
+        were = f"{counted(cut, 'response')} {'was' if cut == 1 else 'were'}"
+        ui(Note(f"{were} cut at --max-new-tokens or the context: `complete: false`"))
     return {
         "command": "generate",
         "status": "ok",
@@ -154,7 +155,7 @@ class _Work:
         heads, tokens, cut, began = self.heads(), 0, 0, time.perf_counter()
         start = 0 if responses is None else responses.count
         if start:
-            listener(Note(f"going on after {start:,} of {len(self):,} rows"))
+            listener(Note(f"going on after {start:,} of {counted(len(self), 'row')}"))
         step = _BATCHES * self.batch_size
         try:
             for at in range(start, len(self), step):

@@ -22,6 +22,7 @@ from distillm_cli.core.engine import Engine, eval_mode
 from distillm_cli.core.objective import Objective
 from distillm_cli.evaluation.suites import HELD_OUT, Suite
 from distillm_cli.ui.console import Console
+from distillm_cli.words import counted
 
 if TYPE_CHECKING:
     from distillm_cli.evaluation.evaluate import SuiteResult
@@ -97,6 +98,19 @@ class Report:
         self.directory.mkdir(parents=True, exist_ok=True)
         outputs.write_text(self.directory / _file(name), json.dumps(vars(measured), ensure_ascii=False, indent=1))
         return measured
+
+    @property
+    def measured_on(self) -> str:
+        """Which rows the figures are of, and how those were answered, in words."""
+        rows, answered, config = counted(len(self.run.valid), "held-out row"), len(self.suite.rows), self.config
+        if not answered:
+            return f"on {rows}"
+        narrowed = [f"top-p {config.top_p:g}"] if config.top_p < 1 else []
+        narrowed += [f"top-k {config.top_k}"] if config.top_k else []
+        sampled = ", ".join([f"sampled at T = {config.temperature:g}", *narrowed])
+        how = "decoded greedily" if config.greedy or config.temperature == 0 else sampled
+        which = "" if answered == len(self.run.valid) else f" on the first {answered:,} of them,"
+        return f"valid loss on {rows}; scores{which} {how}"
 
     def score(self) -> dict[str, float]:
         """The figure that selects checkpoints, for the student as it is now."""

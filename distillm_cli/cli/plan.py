@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from distillm_cli.cli import options
+from distillm_cli.words import counted
 
 if TYPE_CHECKING:
     from distillm_cli.cli.assembly import Prepared
@@ -135,16 +136,21 @@ def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
         lengths = f"not known: taken to be {data['longest']:,} tokens of prompt and response, the most allowed"
     told.append(("lengths", lengths))
     if "response_tokens" in data:
-        told.append(("supervised", f"{data['response_tokens']:,} response tokens an epoch"))
-    sequences = f"{found['sequences_per_step']:,} sequences"
+        told.append(("supervised", f"{counted(data['response_tokens'], 'response token')} an epoch"))
+    sequences = counted(found["sequences_per_step"], "sequence")
     if found["steps"] is None:
         told.append(("steps", f"number not known; {sequences} each"))
     else:
         epoch = f", {found['steps_per_epoch']:,} an epoch" if found["steps_per_epoch"] else ""
         told.append(("steps", f"{found['steps']:,} of {sequences}{epoch}"))
     if (before := found.get("sft")) is not None:
-        number = "" if before["steps"] is None else f", {before['steps']:,} steps"
-        told.append(("fine-tuned before it", f"{before['epochs']:g} epochs of sft{number}, without the teacher"))
+        number = "" if before["steps"] is None else f", {counted(before['steps'], 'step')}"
+        told.append(
+            (
+                "fine-tuned before it",
+                f"{before['epochs']:g} {'epoch' if before['epochs'] == 1 else 'epochs'} of sft{number}, without the teacher",
+            )
+        )
     told.append(("computes on", f"{found['device']}, {found['dtype']}"))
     if "teacher_cache" in found:
         told.append(("teacher's states", found["teacher_cache"]["why"]))

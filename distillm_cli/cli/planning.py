@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from distillm_cli import words
 from distillm_cli.cli import costs, gpus
 from distillm_cli.cli.assembly import Prepared, new_order, new_replay, prepare
 from distillm_cli.cli.host import available_memory
@@ -294,7 +295,7 @@ def _would_keep(
     if mode == "off":
         rollouts = samples = 0
     keeps = rows if mode in ("memory", "disk") or (mode == "auto" and comes_back) else 0
-    listed = {f"for {counted:,} rows": keeps, "for replayed rollouts, at most": rollouts}
+    listed = {f"for {words.counted(counted, 'row')}": keeps, "for replayed rollouts, at most": rollouts}
     listed = {what: n for what, n in (listed | {"for teacher samples, at most": samples}).items() if n}
     places = {"off": "", "disk": "on disk", "memory": "in memory", "auto": "in memory, where enough is free"}
     why = f"{places[mode]}: {', '.join(f'{size(n)} {what}' for what, n in listed.items())}"

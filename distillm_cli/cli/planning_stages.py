@@ -21,6 +21,7 @@ from distillm_cli.data.sources import Row
 from distillm_cli.evaluation.evaluate import passes
 from distillm_cli.evaluation.suites import held_out, load_suite
 from distillm_cli.models.shapes import Shape, Sizes, load_shape, sizes
+from distillm_cli.words import counted
 
 
 def of_pipeline(pipeline: Pipeline, listener: Listener) -> dict[str, dict[str, Any]]:
@@ -56,7 +57,7 @@ class Samples:
     each: int
 
     def __str__(self) -> str:
-        first = "the rows" if self.limit is None else f"the first {self.limit:,} rows"
+        first = "the rows" if self.limit is None else f"the first {counted(self.limit, 'row')}"
         return f"{first} of {self.source}{'' if self.each == 1 else f', once instead of {self.each} times,'}"
 
 

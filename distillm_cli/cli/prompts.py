@@ -17,6 +17,7 @@ from distillm_cli.data.rows import BadRow, parse
 from distillm_cli.data.sources import Row, load_rows
 from distillm_cli.data.templates import render
 from distillm_cli.errors import DataError
+from distillm_cli.words import all_are
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def _lines(source: str, data: Data, listener: Listener) -> list[Row]:
                 ) from None
             listener(Warned(f"skipped {where}: {error}"))
     if not rows:
-        raise DataError(f"{name}: all {len(found)} rows are broken")
+        raise DataError(f"{name}: {all_are(len(found), 'row')} broken")
     return rows
 
 

@@ -24,6 +24,7 @@ from distillm_cli.errors import UsageError
 from distillm_cli.sequences import Sequence, collate
 from distillm_cli.ui.console import Console
 from distillm_cli.ui.display import amount
+from distillm_cli.words import counted
 
 if TYPE_CHECKING:
     from distillm_cli.models.backbone import Backbone
@@ -126,7 +127,7 @@ def warm(resolved: Resolved, *, rebuild: bool, ui: Console, early: Early | None 
     rows, size, mode = len(run.train), keeping.rows_bytes, run.recipe.teacher.cache
     if mode in ("memory", "off"):
         ui(Warned(f"with teacher.cache {mode} this recipe will not read it; give --teacher-cache disk or auto"))
-    ui(Note(f"{'was there already' if hit else 'made'}: {keeping.place} · {rows:,} rows · {amount(size)}B"))
+    ui(Note(f"{'was there already' if hit else 'made'}: {keeping.place} · {counted(rows, 'row')} · {amount(size)}B"))
     return {
         "command": "distill",
         "status": "ok",
@@ -187,7 +188,7 @@ def _planned_by_itself(run: Prepared, per_token: int) -> Keeping:
 
 def _planned_in_memory(run: Prepared, per_token: int, *, rows: bool) -> Keeping:
     sizes = {"rows_bytes": run.train.tokens * per_token if rows else 0, **_beside_rows(run, per_token)}
-    parts = [f"{amount(sizes['rows_bytes'])}B for {len(run.train):,} rows"] if rows else []
+    parts = [f"{amount(sizes['rows_bytes'])}B for {counted(len(run.train), 'row')}"] if rows else []
     if sizes["rollout_bytes"]:
         parts.append(f"at most {amount(sizes['rollout_bytes'])}B for replayed rollouts")
     if sizes["sample_bytes"]:
@@ -207,7 +208,7 @@ def _planned_on_disk(run: Prepared, per_token: int) -> Keeping:
     key = Key(teacher_cache.teacher_digest(model, _config_of(model)), teacher_cache.rows_digest(sequences))
     place = teacher_cache.place_of(_root(run), key)
     size = run.train.tokens * per_token
-    why = f"on disk, {amount(size)}B for {len(run.train):,} rows"
+    why = f"on disk, {amount(size)}B for {counted(len(run.train), 'row')}"
     return Keeping(
         "disk", why, rows_bytes=size, **_beside_rows(run, per_token), place=place, key=key, is_made=place.exists()
     )

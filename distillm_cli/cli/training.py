@@ -154,8 +154,8 @@ def _trained(
         best = f"the best {recipe.train.select} was {reached.best:.4g}, at step {reached.best_step}"
         ui(Note(f"{best}: those weights are kept"))
     measured = report.all(engine)
-    publish(run, output, resolved, reached, measured)
-    _tell(run, output, reached, engine, measured, ui, is_stage)
+    publish(run, output, resolved, reached, measured, report.measured_on)
+    _tell(run, output, reached, engine, measured, report.measured_on, ui, is_stage)
     result = _result(command, output, reached, engine, measured, time.perf_counter() - began)
     if opened is not None:
         result |= {"teacher_cache": opened.facts(), "teacher_tokens": opened.teacher.tokens}
@@ -198,14 +198,20 @@ def _stopped(output: Path | None, stop: KeyboardInterrupt) -> Interrupted:
     return Interrupted("interrupted between steps", signal_number=number, hint=hint)
 
 
-def publish(run: Prepared, output: Path, resolved: Resolved, reached: Reached, measured: dict[str, Measured]) -> None:
-    """The student, its tokenizer and its card into ``output``: from now on ``from_pretrained(output)`` works."""
+def publish(
+    run: Prepared, output: Path, resolved: Resolved, reached: Reached, measured: dict[str, Measured], measured_on: str
+) -> None:
+    """The student, its tokenizer and its card into ``output``: from now on ``from_pretrained(output)`` works.
+
+    measured_on: the rows, and how they were answered, in words.
+    """
     staged = output / ".staging-model"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
     run.export_model(staged)
     task = "text2text-generation" if run.student.is_encoder_decoder else "text-generation"
-    (staged / "README.md").write_text(model_card(resolved, reached, measured, task=task), encoding="utf-8")
+    card = model_card(resolved, reached, measured, task=task, measured_on=measured_on)
+    (staged / "README.md").write_text(card, encoding="utf-8")
     outputs.publish(staged, output)
 
 
@@ -215,12 +221,14 @@ def _tell(
     reached: Reached,
     engine: Engine,
     measured: dict[str, Measured],
+    measured_on: str,
     ui: Console,
     is_stage: bool,
 ) -> None:
     order = [name for name in (BEFORE, FINE_TUNED, AFTER, TEACHER) if name in measured]
     table = [Outcome(name, measured[name].valid_loss, measured[name].scores) for name in order]
-    ui.show(outcome_table(table, lower_is_better=LOWER_IS_BETTER, title="Fine-tuning" if is_stage else "Outcome"))
+    title = "Fine-tuning" if is_stage else "Outcome"
+    ui.show(outcome_table(table, lower_is_better=LOWER_IS_BETTER, title=title, caption=measured_on))
     if is_stage:
         return
     answered = min(len(measured[name].answers) for name in order)

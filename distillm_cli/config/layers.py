@@ -22,6 +22,7 @@ from distillm_cli.config.explain import (
 from distillm_cli.config.schema import Recipe, Section
 from distillm_cli.config.shortcuts import Flag
 from distillm_cli.errors import RecipeError, UsageError
+from distillm_cli.words import counted
 
 # Weakest first. SHARED (in the file), SHARED_SET (typed) and STAGE are a pipeline's: its defaults, a stage's own values.
 DEFAULT, METHOD, RECIPE, SHARED, SHARED_SET, STAGE, FLAG, SET = range(8)
@@ -66,7 +67,7 @@ class Problems:
         first, *rest = {error.what: error for _, error in ordered}.values()  # one flag may set, and miss, two fields
         if not rest:
             return first
-        more = f"and {len(rest)} more {'problem' if len(rest) == 1 else 'problems'}"
+        more = f"and {counted(len(rest), 'more problem')}"
         return RecipeError(first.what, where=first.where, hint="; ".join(part for part in (first.hint, more) if part))
 
 

@@ -35,6 +35,7 @@ from distillm_cli.core.teacher import Teacher
 from distillm_cli.core.terms import PerToken, Terms
 from distillm_cli.errors import Interrupted, NonFiniteError
 from distillm_cli.sequences import LEAST_PASS_COST, Batch, Passes, Sequence, collate, micro_batches
+from distillm_cli.words import counted
 
 TUNED_AT = 20  # a step, not a time: a resumed run changes where the uninterrupted one did
 LOWER_IS_BETTER = frozenset({"valid_loss", "valid_divergence", "error_rate"})
@@ -340,7 +341,7 @@ class Engine:
     def _give_up_when_stale(self) -> None:
         if self.train.patience is not None and self.at.stale >= self.train.patience and self.at.step < self.steps:
             self.at.reason = "early stop"
-            self.say(Note(f"no better {self.train.select} in {self.at.stale} validations: stopping early"))
+            self.say(Note(f"no better {self.train.select} in {counted(self.at.stale, 'validation')}: stopping early"))
 
     def _due(self, every: int | str) -> bool:
         every = self.steps_per_epoch if every == "epoch" else every

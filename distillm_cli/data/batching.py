@@ -22,6 +22,7 @@ from distillm_cli.data.rows import Row
 from distillm_cli.data.sources import Rows
 from distillm_cli.errors import DataError, PeerProcessError
 from distillm_cli.sequences import Sequence
+from distillm_cli.words import all_are, counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,9 +93,10 @@ def _report(examples: Examples, name: str, encoder: Encoder, context: int | None
         prompt_limit = min(encoder.max_prompt_length, limit)
         why = [f"{prompts:,} with a prompt over {prompt_limit:,} tokens"] if prompts else []
         why += [f"{dropped - prompts:,} over {limit:,} tokens in all"] if dropped > prompts else []
-        listener(Note(f"{name}{dropped:,} of {rows:,} rows dropped as too long: {', '.join(why)}"))
+        listener(Note(f"{name}{dropped:,} of {counted(rows, 'row')} dropped as too long: {', '.join(why)}"))
     if examples.truncated:
-        listener(Note(f"{name}{examples.truncated:,} of {rows:,} responses cut at {limit:,} tokens, prompt included"))
+        what = f"{examples.truncated:,} of {counted(rows, 'response')}"
+        listener(Note(f"{name}{what} cut at {limit:,} tokens, prompt included"))
 
 
 def _nothing_left(left_out: list[TooLong], limit: int) -> DataError:
@@ -104,7 +106,7 @@ def _nothing_left(left_out: list[TooLong], limit: int) -> DataError:
     prompt_limit = min(over.limit for over in left_out if over.part == least.part)
     limits = f"{limit:,} tokens in all" if least.part == "row" else f"{prompt_limit:,} for the prompt, {limit:,} in all"
     return DataError(
-        f"all {len(left_out):,} rows are too long: the shortest has {least.prompt:,} + {least.response:,} tokens "
+        f"{all_are(len(left_out), 'row')} too long: the shortest has {least.prompt:,} + {least.response:,} tokens "
         f"(prompt + response), the limit is {limits}",
         where=least.where,
         hint="raise --max-length (and data.max_prompt_length), or use a model with a longer context",

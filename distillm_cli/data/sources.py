@@ -24,6 +24,7 @@ from distillm_cli.data.hub import hub_splits
 from distillm_cli.data.known import ALIASES, Reshape, known
 from distillm_cli.data.rows import BadRow, Row, parse
 from distillm_cli.errors import DataError
+from distillm_cli.words import all_are, counted
 
 Split = Literal["train", "valid", "test"]
 T = TypeVar("T")
@@ -208,12 +209,15 @@ def _load(
     skipped: list[str] = []
     rows = list(islice(good(), limit))
     if not rows:
-        what = f"all {len(skipped)} rows are broken, the first: {skipped[0]}" if skipped else "no rows in it"
+        first = "" if len(skipped) == 1 else ", the first"
+        what = f"{all_are(len(skipped), 'row')} broken{first}: {skipped[0]}" if skipped else "no rows in it"
         raise DataError(f"{source.name}: {what}", where=_where(source), hint="check that it is the right source")
     for message in skipped[:_LISTED]:
         listener(Warned(f"skipped {message}"))
     if len(skipped) > _LISTED:
-        listener(Warned(f"skipped {len(skipped):,} broken rows of {source.name}; the first {_LISTED} are above"))
+        listener(
+            Warned(f"skipped {counted(len(skipped), 'broken row')} of {source.name}; the first {_LISTED} are above")
+        )
     return Rows(rows, name=source.name, path=source.path, skipped=skipped)
 
 
@@ -232,18 +236,26 @@ def _slice(whole: Rows, split: Split, data: Data, listener: Listener, limit: int
             held.update(members[group])
     if split == "train":
         if held:
-            share = f"{len(held):,} of its {len(whole):,} are kept for validation"
+            share = f"{len(held):,} of its {len(whole):,} {'is' if len(held) == 1 else 'are'} kept for validation"
             listener(Note(f"{whole.name} has no held-out rows of its own: {share}"))
         kept = [row for index, row in enumerate(whole) if index not in held]
     elif held:
         kept = [whole[index] for index in sorted(held)]
     else:
         raise DataError(
-            f"{whole.name}: {len(whole):,} rows are too few to hold some of them out",
+            f"{whole.name}: {_why_none_held(len(whole), len(members), wanted)}",
             where=str(whole.path) if whole.path else None,
             hint="name held-out rows with --set data.valid=FILE",
         )
     return Rows(kept[:limit], name=whole.name, path=whole.path, skipped=whole.skipped)
+
+
+def _why_none_held(rows: int, prompts: int, wanted: int) -> str:
+    if rows == 1:
+        return "1 row is too few to hold some of them out"
+    if prompts == 1:
+        return f"all {rows:,} rows ask the same thing, so that none of them can be held out"
+    return f"its {rows:,} rows ask {prompts:,} things, each of them more often than the {wanted:,} to be held out"
 
 
 def _builtin(data: Data, split: Split, limit: int | None) -> Rows:
@@ -340,8 +352,12 @@ def _directory(path: Path, name: str) -> _Source:
         parts = {split: partial(_chained, files) for split, files in _arrange(found).items()}
         return _Source(name, parts, path=path)
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in FORMATS and file.is_file())
+    if not files:
+        raise DataError(
+            f"{path}: no data file in it", hint=f"put train.jsonl there, or name a {', '.join(FORMATS)} file"
+        )
     if len(files) != 1:
-        there = ", ".join(file.name for file in files[:5]) or "no data file"
+        there = ", ".join(file.name for file in files[:5])
         raise DataError(f"{path}: no train.*, valid.* or test.* in it, but {there}", hint="name a file of it instead")
     return _Source(name, {"train": partial(read, files[0])}, path=files[0], whole=True)
 

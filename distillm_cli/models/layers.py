@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from distillm_cli.errors import ModelError, UsageError
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.students import set_dropout, with_layers
+from distillm_cli.words import counted
 
 _SPEC = re.compile(r"layers:(?:(?P<all>all)|(?P<list>\d+(?:,\d+)+)|(?P<count>\d+)(?::(?P<which>evenly|first|last))?)")
 _FORM = "layers:6 (evenly spaced), layers:6:first, layers:6:last, layers:0,3,7 or layers:all"
@@ -49,7 +50,7 @@ def chosen_layers(spec: str, depth: int) -> list[int]:
         return wanted
     count = int(match["count"])
     if not 1 <= count <= depth:
-        raise UsageError(f"{spec}: the teacher has {depth} layers", hint=f"give 1 to {depth}")
+        raise UsageError(f"{spec}: the teacher has {counted(depth, 'layer')}", hint=f"give 1 to {depth}")
     if match["which"] in ("first", "last"):
         return list(range(count) if match["which"] == "first" else range(depth - count, depth))
     gaps = max(count - 1, 1)

@@ -36,6 +36,7 @@ from distillm_cli.models.tokenizer_files import (
     quiet,
 )
 from distillm_cli.models.tokenizers import is_trained_spec, put_end, train_tokenizer
+from distillm_cli.words import counted
 
 if TYPE_CHECKING:
     from distillm_cli.models.shapes import Shape
@@ -204,9 +205,10 @@ def _tell_of(backbone: Backbone, listener: Listener) -> None:
     config, parameters = backbone.adapter.config, list(backbone.parameters())
     train = sum(p.numel() for p in parameters if p.requires_grad)
     every = sum(p.numel() for p in parameters)
+    layers = counted(sum(1 for _ in backbone.adapter.layers()), "layer")
     listener(
         Note(
-            f"LoRA adapter, r {config.r}, α {config.lora_alpha:g}, in {sum(1 for _ in backbone.adapter.layers())} layers: "
+            f"LoRA adapter, r {config.r}, α {config.lora_alpha:g}, in {layers}: "
             f"{train:,} weights train ({train / every:.2%} of {every:,})"
         )
     )

@@ -35,6 +35,7 @@ from distillm_cli.core.events import (
     Warned,
 )
 from distillm_cli.ui.display import BAD, GOOD, Memory, Task, Watch, amount, draw, duration, parameters, percent
+from distillm_cli.words import counted, signed
 
 REFRESHES = 4  # per second: numbers one can read
 YOUNG = 0.2  # seconds; work that is over sooner never flashes up
@@ -254,14 +255,9 @@ def _step(step: int, watch: Watch) -> str:
     return f"step {step:>{len(str(watch.started.steps))}}"
 
 
-def _signed(change: float, style: str) -> Text:
-    sign = "−" if change < 0 else "+"
-    return Text.assemble("(", (f"{sign}{abs(change):.3f}", style), ")")
-
-
 def _started(event: RunStarted) -> Text:
     epochs = event.steps / max(event.steps_per_epoch, 1)
-    line = Text.assemble((event.method, "bold"), f" · {event.steps:,} steps, {epochs:.1f} epochs")
+    line = Text.assemble((event.method, "bold"), f" · {counted(event.steps, 'step')}, {epochs:.1f} epochs")
     line.append(f" · {parameters(event.parameters)} · {event.device} · {event.dtype}")
     return line.append(f" · going on after step {event.first_step:,}") if event.first_step else line
 
@@ -287,7 +283,7 @@ def _validated(event: Validated, watch: Watch, phi: float) -> Text:
     value = Text.assemble("valid loss ", (f"{event.valid_loss:.3f}", "bold"))
     if watch.before is not None:
         change = event.valid_loss - watch.before
-        value.append(" ").append_text(_signed(change, GOOD if change < 0 else BAD))
+        value.append(" ").append_text(Text.assemble("(", (signed(change, 3), GOOD if change < 0 else BAD), ")"))
     parts = [Text(_step(event.step, watch)), value]
     if watch.started.steps_per_epoch:
         parts.insert(1, Text(f"epoch {event.step / watch.started.steps_per_epoch:.1f}"))
@@ -297,7 +293,7 @@ def _validated(event: Validated, watch: Watch, phi: float) -> Text:
     elif watch.student_takes_part:
         parts.append(Text(f"φ {event.phi:.2f}"))
     if event.best and watch.before is not None:
-        parts.append(Text("best", GOOD))
+        parts.append(Text("selected", GOOD))  # of the weights trained so far; before training they may have been better
     return Text(" · ").join(parts)
 
 

@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from distillm_cli.ui.display import BAD, GOOD, WIDE, percent
+from distillm_cli.words import signed
 
 NONE = "–"
 LINES, STACKED_LINES = 5, 3  # of a cell of the samples table, about; longer text is cropped
@@ -106,12 +107,17 @@ def facts(title: str, rows: Sequence[tuple[str, object]]) -> RenderableType:
 
 
 def outcome_table(
-    rows: Sequence[Outcome], *, lower_is_better: Collection[str] = ("error_rate",), title: str = "Outcome"
+    rows: Sequence[Outcome],
+    *,
+    lower_is_better: Collection[str] = ("error_rate",),
+    title: str = "Outcome",
+    caption: str | None = None,
 ) -> RenderableType:
     """A row per model, the validation loss and every score a column; models become columns where that does not fit.
 
     The first row is the starting point (the student before): each figure of the others is followed by its difference
     to it, green where better and yellow where worse. ``lower_is_better`` names such scores; validation loss is one.
+    caption: what the figures are of, below them.
     """
     figures = [{"valid_loss": row.valid_loss, **row.scores} for row in rows]
     names = list(dict.fromkeys(name for figure in figures for name in figure))
@@ -128,6 +134,8 @@ def outcome_table(
         wide.add_column(_label(name), justify="right", no_wrap=True)
     for row, line in zip(rows, cells, strict=True):
         wide.add_row(Text(row.name), *line)
+    for grid in (wide, narrow) if caption else ():
+        grid.caption, grid.caption_justify = Text(caption, "dim"), "left"
     narrow.add_column("")
     for row in rows:
         narrow.add_column(Text(row.name), justify="right")
@@ -324,6 +332,5 @@ def _figure(value: float | None, start: float | None, lower_is_better: bool, nam
     if start is None or not (math.isfinite(value) and math.isfinite(start)):
         return text
     change = round(value - start, digits)
-    sign = "−" if change < 0 else "+"
     style = "dim" if change == 0 else GOOD if (change < 0) == lower_is_better else BAD
-    return text.append(" ").append_text(Text(f"{sign}{abs(change):.{digits}f}", style))
+    return text.append(" ").append_text(Text(signed(change, digits), style))

@@ -68,6 +68,8 @@ def test_sft_leaves_an_ordinary_model_directory(place):
     assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
     names = {p.name for p in (place / "teacher").iterdir()}
     assert {"recipe.yaml", "metrics.jsonl", "checkpoints", "README.md", "model.safetensors", "config.json"} <= names
+    card = (place / "teacher" / "README.md").read_text()
+    assert "Valid loss on 10 held-out rows; scores on the first 6 of them, sampled at T = 1." in card
     lines = [json.loads(line) for line in (place / "teacher" / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     assert len(steps) == 30

@@ -73,7 +73,7 @@ def test_a_log_file_gets_plain_lines():
         "step   0 · epoch 0.0 · valid loss 3.412",
         "step   1 · epoch 0.0 · loss 2.000 · lr 4.0e-03 · 1,600 tokens/s · 1.42 GB · 1:39 left",
         "warning: no pad token; <|endoftext|> stands in",
-        "step 100 · epoch 1.0 · valid loss 1.836 (−1.576) · valid divergence 0.612 · best",
+        "step 100 · epoch 1.0 · valid loss 1.836 (−1.576) · valid divergence 0.612 · selected",
         "step 100 · saved runs/a/checkpoints/step-000100",
         "step 200 · epoch 2.0 · loss 2.000 · φ 0.10 · dataset 67% rollout 33% · lr 4.0e-03 · 1,600 tokens/s · 1.42 GB"
         " · 0:00 left",
@@ -116,7 +116,7 @@ def test_a_validation_that_moves_phi_says_from_where_to_where():
     stage.ui(Validated(200, 1.265, 0.1))
     stage.step(399, "rollout", phi=0.1)
     stage.ui(Validated(400, 1.234, 0.2, rose=True, best=True))
-    assert stage.lines[-1] == "step 400 · epoch 4.0 · valid loss 1.234 (−0.031) · φ 0.10 → 0.20 · best"
+    assert stage.lines[-1] == "step 400 · epoch 4.0 · valid loss 1.234 (−0.031) · φ 0.10 → 0.20 · selected"
 
 
 def test_a_resumed_run_goes_on_where_it_was():

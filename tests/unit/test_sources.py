@@ -14,6 +14,7 @@ from distillm_cli.core.events import Note, Warned
 from distillm_cli.data.rows import Row
 from distillm_cli.data.sources import load_rows, overlap
 from distillm_cli.errors import DataError
+from distillm_cli.words import counted
 
 PAIR = {"instruction": "Add.", "input": "1 + 1", "output": "2"}
 
@@ -356,7 +357,7 @@ def test_other_directories(tmp_path):
     with pytest.raises(DataError, match=r"several files for train \(train.json, train.jsonl\)"):
         whole(tmp_path / "twice")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="but no data file"):
+    with pytest.raises(DataError, match="empty: no data file in it"):
         whole(tmp_path / "empty")
 
 
@@ -396,6 +397,26 @@ def test_one_row_cannot_be_held_out(tmp_path):
     assert len(load_rows(data, "train")) == 1
     with pytest.raises(DataError, match=r"too few to hold some of them out; .*data.valid=FILE"):
         load_rows(data, "valid")
+
+
+def test_why_no_row_can_be_held_out_is_said(tmp_path):
+    same, few = [PAIR] * 20, [{"question": f"word {i % 4}", "answer": f"{i}"} for i in range(20)]
+    for rows, why in (
+        (same, "all 20 rows ask the same thing, so that none of them can be held out"),
+        (few, "its 20 rows ask 4 things, each of them more often than the 1 to be held out"),
+    ):
+        with pytest.raises(DataError, match=why):
+            load_rows(Data(source=str(jsonl(tmp_path / "a.jsonl", *rows))), "valid")
+
+
+def test_one_of_a_thing_is_told_in_the_singular(tmp_path):
+    said = []
+    data = Data(source=str(jsonl(tmp_path / "a.jsonl", *numbered(10))))
+    load_rows(data, "train", listener=said.append)
+    assert said == [Note("a.jsonl has no held-out rows of its own: 1 of its 10 is kept for validation")]
+    with pytest.raises(DataError, match=r"its one row is broken: b.jsonl:1: "):
+        load_rows(Data(source=str(jsonl(tmp_path / "b.jsonl", {})), skip_bad_rows=True), "test")
+    assert (counted(1, "row"), counted(0, "row"), counted(1_000, "row")) == ("1 row", "0 rows", "1,000 rows")
 
 
 def test_limits_keep_the_first_rows(tmp_path):

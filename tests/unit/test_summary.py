@@ -63,6 +63,16 @@ def test_outcomes_are_turned_on_their_side_where_they_do_not_fit():
     assert ["valid loss", "3.412", "0.871 −2.541", "–"] in lines
 
 
+def test_a_difference_that_is_seen_as_nothing_has_no_sign_and_what_was_measured_on_is_said():
+    few = [Outcome("before", 2.3746, {"x": 1.0}), Outcome("after", 2.3744, {"x": 1.0}), Outcome("teacher", 2.3757)]
+    for width in (100, 56):
+        text = page(outcome_table(few, caption="on 7 held-out rows"), width)
+        assert "2.374 ±0.000" in text
+        assert "1.00 ±0.00" in text
+        assert "2.376 +0.001" in text
+        assert "on 7 held-out rows" in " ".join(text.split())
+
+
 def test_differences_are_coloured_by_whether_they_are_better():
     text = page(outcome_table(OUTCOMES, lower_is_better={"error_rate"}), 100, colour=True)
     green, yellow = "\x1b[32m", "\x1b[33m"

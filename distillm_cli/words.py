@@ -1,0 +1,20 @@
+"""Numbers as people write them in a sentence. Loads nothing."""
+
+from __future__ import annotations
+
+
+def counted(n: int, noun: str) -> str:
+    """A count with its noun, given in the singular: "1 row", "1,000 rows"."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
+def all_are(n: int, noun: str) -> str:
+    """The beginning of what is wrong with all of them: "its one row is", "all 1,000 rows are"."""
+    return f"its one {noun} is" if n == 1 else f"all {n:,} {noun}s are"
+
+
+def signed(change: float, digits: int) -> str:
+    """A difference with its sign, which one that is seen as nothing does not have: "+0.006", "−1.500", "±0.000"."""
+    size = f"{abs(change):.{digits}f}"
+    sign = "±" if float(size) == 0 else "−" if change < 0 else "+"
+    return sign + size
