@@ -370,7 +370,7 @@ class Engine:
         criterion, held = self.objective.criterion, list(self.replay.sequences)
         tensors |= pack(held, "replay") | criterion.pack(held, "replay") | self.ahead.pack(criterion)
         if self.teacher is not None:
-            state["teacher_cache"] = self.teacher.mode
+            state |= self.teacher.state()
             tensors |= self.teacher.pack(self.replay.sequences, "replay")
         for source, samples in self.samples.items():
             tensors |= samples.pack(f"samples.{source}") | self.teacher.pack(samples.sequences, f"samples.{source}")
@@ -391,6 +391,7 @@ class Engine:
         self.replay.add(unpack(checkpoint.tensors, "replay"))
         self.objective.criterion.unpack(checkpoint.tensors, "replay", self.replay.sequences)
         if self.teacher is not None:
+            self.teacher.load_state(checkpoint.state)
             self.teacher.unpack(checkpoint.tensors, "replay", self.replay.sequences)
         for source, samples in self.samples.items():
             samples.unpack(checkpoint.tensors, f"samples.{source}", self.at.step)

@@ -44,7 +44,8 @@ class Teacher:
     sequence's states are kept for as long as the sequence itself. passing: data set rows that are no samples and kept
     nowhere. awaited: held-out sequences, whose states are kept too.
     leaves: no student output will be asked about, so that the model may leave memory once all of that is known.
-    tokens: response positions that the model has computed so far.
+    tokens: response positions that the model has computed so far, for the whole run: what a resumed one has to compute again
+    counts again.
     """
 
     def __init__(
@@ -90,6 +91,14 @@ class Teacher:
         if self.leaves and not self.has_left:
             self._leave_if_done(device)
         return hidden_ND
+
+    def state(self) -> dict[str, str | int]:
+        """What a checkpoint says of it."""
+        return {"teacher_cache": self.mode, "teacher_tokens": self.tokens}
+
+    def load_state(self, state: dict) -> None:
+        """Counts on from where ``state`` was taken; an older checkpoint did not count."""
+        self.tokens += state.get("teacher_tokens", 0)
 
     def pack(self, sequences: Iterable[Sequence], prefix: str) -> dict[str, Tensor]:
         """What is kept of these student outputs, for a checkpoint: recomputed in other company it would round otherwise."""

@@ -151,6 +151,16 @@ def test_a_stopped_run_goes_on_to_the_same_weights(place, tmp_path, capsys):
     assert kept["whole"] == kept["cut"]
 
 
+def test_what_the_teacher_computed_is_counted_for_the_whole_run(place, tmp_path, capsys):
+    argv = distill_argv(place, tmp_path / "run", "--teacher-cache", "off", "--set", "train.save_steps=10")
+    code, whole, err = call(capsys, *argv)
+    assert code == 0, err
+    shutil.rmtree(tmp_path / "run/checkpoints/step-000020")  # as if it had been stopped before that
+    code, resumed, err = call(capsys, "distill", "--resume", "--output", tmp_path / "run", "--json", "--quiet")
+    assert code == 0, err
+    assert resumed["teacher_tokens"] == whole["teacher_tokens"] > 0
+
+
 def test_resume_with_a_changed_recipe_is_refused(place, tmp_path, capsys):
     assert call(capsys, *distill_argv(place, tmp_path / "run"))[0] == 0
     code, answer, err = call(capsys, *distill_argv(place, tmp_path / "run", "--resume", "--alpha", "0.3"))

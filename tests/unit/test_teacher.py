@@ -164,3 +164,14 @@ def test_the_teacher_computes_in_its_own_dtype_under_autocast():
     alone = teacher.hidden(collate(picks), picks)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(teacher.hidden(collate(picks), picks), alone)
+
+
+def test_a_resumed_teacher_counts_on_and_an_older_checkpoint_did_not_count():
+    first = Teacher(model())
+    first.hidden(collate(ROWS[:2]), ROWS[:2])
+    resumed = Teacher(model())
+    resumed.load_state(first.state())
+    resumed.hidden(collate(ROWS[:2]), ROWS[:2])
+    assert resumed.tokens == 2 * first.tokens > 0
+    resumed.load_state({"teacher_cache": "off"})
+    assert resumed.tokens == 2 * first.tokens
