@@ -10,7 +10,7 @@ from distillm_cli.config.load import Resolved
 from distillm_cli.config.ownership import objective_words
 
 if TYPE_CHECKING:
-    from distillm_cli.core.engine import Progress
+    from distillm_cli.core.progress import Progress
 
 
 def model_card(

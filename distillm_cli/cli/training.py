@@ -22,9 +22,9 @@ from distillm_cli.config.stages import sft_before
 from distillm_cli.core.checkpoint import Checkpoint, read, visible
 from distillm_cli.core.compiled import CompiledPart, pays, tried
 from distillm_cli.core.engine import LOWER_IS_BETTER, Engine
-from distillm_cli.core.engine import Progress as Reached
 from distillm_cli.core.events import Listener, Note, Warned
 from distillm_cli.core.metrics_log import MetricsLog
+from distillm_cli.core.progress import Progress as Reached
 from distillm_cli.core.scheduler import Source
 from distillm_cli.data.early import Early
 from distillm_cli.data.templates import render

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from itertools import chain
 
 import torch
@@ -26,6 +25,7 @@ from distillm_cli.core.criterion import CROSS_ENTROPY, Piece
 from distillm_cli.core.events import Listener, Note, RunEnded, RunStarted, Saved, Stepped, Validated, silent
 from distillm_cli.core.objective import Objective, joined
 from distillm_cli.core.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
+from distillm_cli.core.progress import Progress
 from distillm_cli.core.replay import ReplayBuffer, pack, unpack
 from distillm_cli.core.rollout import Rollouts
 from distillm_cli.core.samples import Samples
@@ -39,43 +39,6 @@ from distillm_cli.words import counted
 
 TUNED_AT = 20  # a step, not a time: a resumed run changes where the uninterrupted one did
 LOWER_IS_BETTER = frozenset({"valid_loss", "valid_divergence", "error_rate"})
-
-
-@dataclass
-class Progress:
-    """Where a run is, and what it has seen. All of it is in a checkpoint, so all of it survives a resume."""
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    train_loss: float | None = None
-    valid_loss: float | None = None
-    first_valid_loss: float | None = None
-    scores: dict[str, float] = field(default_factory=dict)
-    sources: Counter = field(default_factory=Counter)
-    sampled: int = 0
-    sampled_tokens: int = 0
-    teacher_sampled: int = 0
-    teacher_sampled_tokens: int = 0
-    phis: list[tuple[int, float]] = field(default_factory=list)
-    best: float | None = None
-    best_step: int | None = None
-    stale: int = 0
-    reason: str = "done"
-
-    def count(self, drawn: SequenceOf[Sequence], *, by_teacher: bool = False) -> None:
-        """Adds sequences that were sampled, and their tokens."""
-        tokens = sum(len(s.response) for s in drawn)
-        if by_teacher:
-            self.teacher_sampled += len(drawn)
-            self.teacher_sampled_tokens += tokens
-        else:
-            self.sampled += len(drawn)
-            self.sampled_tokens += tokens
-
-    def steps_with(self, source: Source) -> int:
-        """Steps that trained on this source, alone or beside another."""
-        return sum(count for name, count in self.sources.items() if source in name.split("+"))
 
 
 @contextmanager
