@@ -20,6 +20,7 @@ Suites = Annotated[
         "--suite",
         metavar="NAME|FILE",
         help="dolly, self-inst, vicuna, sni, unni, samsum, xsum, wmt14-de-en, iwslt, gsm8k, builtin, or data.",
+        autocompletion=lambda incomplete: options.suites_like(incomplete),
         rich_help_panel=options.MODELS,
     ),
 ]
@@ -29,6 +30,7 @@ Metrics = Annotated[
         "--metric",
         metavar="NAME",
         help="rouge_l, rouge_1, rouge_2, bleu, chrf, exact_match, error_rate, final_number; may be repeated.",
+        autocompletion=lambda incomplete: options.words_like(incomplete, "eval.metrics"),
         rich_help_panel=options.MODELS,
     ),
 ]

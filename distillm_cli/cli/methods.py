@@ -24,7 +24,15 @@ methods = typer.Typer(
     ),
 )
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="As `distillm methods` lists it.", show_default=False)]
+Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME",
+        help="As `distillm methods` lists it.",
+        autocompletion=lambda incomplete: options.methods_like(incomplete),
+        show_default=False,
+    ),
+]
 COLUMNS = ("name", "paper", "objective", "sequences", "needs")
 
 

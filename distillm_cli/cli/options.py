@@ -8,6 +8,7 @@ Nothing heavy may be imported here: ``--help`` reads this file.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
@@ -87,9 +88,7 @@ Method = Annotated[
         "--method",
         metavar="NAME",
         help=f"A preset (see distillm methods): {', '.join(METHODS)}.",
-        autocompletion=lambda incomplete: [
-            (m.name, m.summary) for m in METHODS.values() if m.name.startswith(incomplete)
-        ],
+        autocompletion=lambda incomplete: methods_like(incomplete),
         rich_help_panel=METHOD,
     ),
 ]
@@ -99,7 +98,7 @@ Divergence = Annotated[
         "--divergence",
         metavar="NAME",
         help="kl, rkl, skl, srkl, jsd, tvd, jeffreys, akl, ab, amid, taid or atkd.",
-        autocompletion=lambda incomplete: _begin(incomplete, "objective.divergence"),
+        autocompletion=lambda incomplete: words_like(incomplete, "objective.divergence"),
         rich_help_panel=METHOD,
     ),
 ]
@@ -109,7 +108,7 @@ Schedule = Annotated[
         "--schedule",
         metavar="KIND",
         help="off, on, mixed, annealed, adaptive, teacher, pairs, interleaved or rounds.",
-        autocompletion=lambda incomplete: _begin(incomplete, "schedule.kind"),
+        autocompletion=lambda incomplete: words_like(incomplete, "schedule.kind"),
         rich_help_panel=METHOD,
     ),
 ]
@@ -173,7 +172,7 @@ Recipe = Annotated[
         "--recipe",
         metavar="NAME|FILE",
         help="Shipped name or file: distillm recipes ls, show.",
-        autocompletion=lambda incomplete: _begin(incomplete),
+        autocompletion=lambda incomplete: recipes_like(incomplete),
         rich_help_panel=RECIPE,
     ),
 ]
@@ -228,16 +227,38 @@ Quiet = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", metavar="", help="Tracebacks with errors.", rich_help_panel=OUTPUT)]
 
 
-def _methods(typed: str) -> list[tuple[str, str]]:
+# What may follow in a shell: names that begin as what was typed.
+
+
+def methods_like(typed: str) -> list[tuple[str, str]]:
     return [(method.name, method.summary) for method in METHODS.values() if method.name.startswith(typed)]
 
 
-def _begin(typed: str, key: str | None = None) -> list[str]:
-    """What may follow in a shell: values of this field of a recipe, without one the shipped recipes, that so begin."""
-    from distillm_cli.config.explain import choices
+def recipes_like(typed: str, *, of_stages: bool = False) -> list[str]:
+    """Shipped ones. of_stages: those for `distillm run` alone."""
     from distillm_cli.config.load import shipped
+    from distillm_cli.config.pipeline import is_pipeline
 
-    return [name for name in (shipped() if key is None else choices(key)) if name.startswith(typed)]
+    return [name for name in shipped() if name.startswith(typed) and (not of_stages or is_pipeline(name))]
+
+
+def words_like(typed: str, key: str) -> list[str]:
+    """Values of this field of a recipe."""
+    from distillm_cli.config.explain import choices
+
+    return _last_like(typed, choices(key))
+
+
+def suites_like(typed: str) -> list[str]:
+    from distillm_cli.data.known import names
+
+    return _last_like(typed, names())
+
+
+def _last_like(typed: str, words: Iterable[str]) -> list[str]:
+    """Of several with commas between them, the last is the one that goes on."""
+    before, comma, last = typed.rpartition(",")
+    return [before + comma + word for word in words if word.startswith(last)]
 
 
 def flags(**given: Any) -> dict[str, Flag]:

@@ -151,6 +151,10 @@ def write_text(path: Path, text: str) -> None:
 
 def publish(staged: Path, output: Path) -> None:
     """Moves a finished model directory's files into ``output``, weights last, and removes ``staged``."""
+    # Not at the top: it imports torch, and whoever only names an output can do without.
+    from distillm_cli.core.checkpoint import open_as_others
+
+    open_as_others(staged)
     for path in sorted(staged.iterdir(), key=lambda p: p.suffix == ".safetensors"):
         path.replace(output / path.name)
     staged.rmdir()

@@ -22,7 +22,15 @@ recipes = typer.Typer(
     ),
 )
 
-Name = Annotated[str, typer.Argument(metavar="NAME|FILE", help="A shipped recipe, or a file.", show_default=False)]
+Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME|FILE",
+        help="A shipped recipe, or a file.",
+        autocompletion=lambda incomplete: options.recipes_like(incomplete),
+        show_default=False,
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -85,7 +93,15 @@ def cp(
 
 @recipes.command("validate")
 def validate(
-    paths: Annotated[list[str], typer.Argument(metavar="NAME|FILE...", help="Recipes to check.", show_default=False)],
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME|FILE...",
+            help="Recipes to check.",
+            autocompletion=lambda incomplete: options.recipes_like(incomplete),
+            show_default=False,
+        ),
+    ],
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:

@@ -13,7 +13,13 @@ from distillm_cli.cli import options
 PIPELINE = "Pipeline"
 
 Recipe = Annotated[
-    str, typer.Argument(metavar="NAME|FILE", help="A recipe of stages, shipped or a file.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="NAME|FILE",
+        help="A recipe of stages, shipped or a file.",
+        autocompletion=lambda incomplete: options.recipes_like(incomplete, of_stages=True),
+        show_default=False,
+    ),
 ]
 Only = Annotated[
     str | None, typer.Option("--only", metavar="STAGE,…", help="These stages alone.", rich_help_panel=PIPELINE)

@@ -65,6 +65,7 @@ class Checkpoints:
             self.save_model(staged)
             save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, staged / TENSORS)
             (staged / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+            open_as_others(staged)
             files = {p.relative_to(staged).as_posix(): _seal(p) for p in sorted(staged.rglob("*")) if p.is_file()}
             manifest = {"format": FORMAT, "step": step, "files": files}
             (staged / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -90,6 +91,16 @@ class Checkpoints:
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint, verified; None where there is none."""
         return latest(self.root)
+
+
+def open_as_others(directory: Path) -> None:
+    """Lets whoever may read a file that is made here read the tensors too: safetensors writes them for their owner alone."""
+    probe = directory / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in directory.rglob("*.safetensors"):
+        path.chmod(mode)
 
 
 def visible(root: Path) -> list[Path]:

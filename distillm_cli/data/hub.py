@@ -15,17 +15,20 @@ from distillm_cli.errors import DataError
 T = TypeVar("T")
 
 
-def hub_splits(name: str, typed: str, looked: str, listener: Listener) -> dict[str, Callable[[], Records]]:
+def hub_splits(
+    name: str, typed: str, looked: str, listener: Listener, meant: str | None = None
+) -> dict[str, Callable[[], Records]]:
     """The splits of a data set by the hub's names for them, each a call that reads it.
 
     name: a known short name, or ``owner/name``, with ``:config`` where a set has several. typed: what the person wrote.
-    looked: where else was looked, for the message. Raises DataError when the hub has no such set or cannot be reached.
+    looked: where else was looked, for the message. meant: a name like it, which there is.
+    Raises DataError when the hub has no such set or cannot be reached.
     """
     import datasets
 
     found = known(name)
     repo, _, config = (name if found is None else found.repo).partition(":")
-    ask = partial(_asked, typed, repo, looked)
+    ask = partial(_asked, typed, repo, looked, meant)
     _reach(ask, repo)
     listener(Note(f"{typed}: reading {repo} of the hub"))
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # a counter elsewhere is no reason to phone there
@@ -60,7 +63,9 @@ def _reach(ask: Callable[..., Any], repo: str) -> None:
         ask(huggingface_hub.HfApi().dataset_info, repo, timeout=20)
 
 
-def _asked(typed: str, repo: str, looked: str, question: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+def _asked(
+    typed: str, repo: str, looked: str, meant: str | None, question: Callable[..., T], *args: Any, **kwargs: Any
+) -> T:
     """``question(…)`` to the hub. Whatever goes wrong there is a DataError that says where else was looked."""
     try:
         return question(*args, **kwargs)
@@ -73,4 +78,5 @@ def _asked(typed: str, repo: str, looked: str, question: Callable[..., T], *args
         absent &= not isinstance(error, LocalEntryNotFoundError)  # not among earlier downloads, and offline
         found = "is not on the hub" if absent else "cannot be read from the hub"
         hint = "set DISTILLM_DATA to a directory that holds it, or pass a file"
+        hint = f"did you mean {meant}?" if meant else hint
         raise DataError(f"no data set `{typed}`: {looked}, and {repo} {found} ({reason})", hint=hint) from error

@@ -84,6 +84,12 @@ KNOWN = {
 ALIASES = {"sni": "sinst", "unni": "uinst"}
 
 
+def names() -> list[str]:
+    """What a person may call the sets that are known, and the one that is made here."""
+    shorter = {long: short for short, long in ALIASES.items()}
+    return [*(shorter.get(name, name) for name in KNOWN), "builtin"]
+
+
 def known(name: str) -> Known | None:
     """The set of this short name, in either spelling."""
     return KNOWN.get(ALIASES.get(name, name))

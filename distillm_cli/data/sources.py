@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -21,7 +22,7 @@ from distillm_cli.config.schema import Columns, Data
 from distillm_cli.core.events import Listener, Note, Warned, silent
 from distillm_cli.data.files import FORMATS, Fault, Records, read
 from distillm_cli.data.hub import hub_splits
-from distillm_cli.data.known import ALIASES, Reshape, known
+from distillm_cli.data.known import ALIASES, Reshape, known, names
 from distillm_cli.data.rows import BadRow, Row, parse
 from distillm_cli.errors import DataError
 from distillm_cli.words import all_are, counted
@@ -324,11 +325,20 @@ def _find(named: str, listener: Listener) -> _Source:
     if is_path(text):
         raise DataError(f"{text}: no such file or directory", hint="check the path")
     looked = f"not under $DISTILLM_DATA ({root})" if root else "$DISTILLM_DATA is not set"
-    found = hub_splits(ALIASES.get(text, text), text, looked, listener)
+    found = hub_splits(ALIASES.get(text, text), text, looked, listener, _meant(text, root))
     parts = _arrange(found)
     if not parts:
         raise DataError(f"{text}: no train, valid or test on the hub, but {', '.join(found)}", hint="pass a file")
     return _Source(text, parts)
+
+
+def _meant(text: str, root: str | None) -> str | None:
+    """The known set, or the one under $DISTILLM_DATA, whose name is nearly that; None where it is the name of one."""
+    here = Path(root).expanduser() if root else None
+    there = (
+        [*names(), *ALIASES.values(), *(path.name for path in here.iterdir())] if here and here.is_dir() else names()
+    )
+    return None if text in there else next(iter(get_close_matches(text.lower(), there, n=1, cutoff=0.7)), None)
 
 
 def _spellings(name: str) -> list[str]:

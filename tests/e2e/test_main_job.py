@@ -68,6 +68,8 @@ def test_sft_leaves_an_ordinary_model_directory(place):
     assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
     names = {p.name for p in (place / "teacher").iterdir()}
     assert {"recipe.yaml", "metrics.jsonl", "checkpoints", "README.md", "model.safetensors", "config.json"} <= names
+    modes = {p.stat().st_mode for p in (place / "teacher").rglob("*") if p.is_file()}
+    assert modes == {(place / "train.jsonl").stat().st_mode}, "the umask holds for all, tensors included"
     card = (place / "teacher" / "README.md").read_text()
     assert "Valid loss on 10 held-out rows; scores on the first 6 of them, sampled at T = 1." in card
     lines = [json.loads(line) for line in (place / "teacher" / "metrics.jsonl").read_text().splitlines()]

@@ -293,6 +293,18 @@ def test_an_unknown_name_says_where_it_was_looked_for(tmp_path, monkeypatch):
     assert "set DISTILLM_DATA to a directory that holds it, or pass a file" in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("doly", "dolly"), ("Dolli", "dolly"), ("uni", "unni"), ("buildin", "builtin")]
+)
+def test_a_name_that_is_nearly_that_of_a_known_set_is_told(typed, meant, tmp_path, monkeypatch):
+    with pytest.raises(DataError, match=rf"no data set `{typed}`: .*; did you mean {meant}\?"):
+        load_rows(Data(source=typed), "train")
+    monkeypatch.setenv("DISTILLM_DATA", str(tmp_path))
+    (tmp_path / "letters").mkdir()
+    with pytest.raises(DataError, match="did you mean letters"):
+        load_rows(Data(source="leters"), "test")
+
+
 def test_a_bare_name_is_looked_for_under_distillm_data_first(tmp_path, monkeypatch):
     jsonl(tmp_path / "named" / "unni" / "valid.jsonl", {"prompt": "named", "output": "x"})
     jsonl(tmp_path / "here" / "unni" / "valid.jsonl", {"prompt": "here", "output": "x"})
