@@ -110,13 +110,12 @@ class Prepared:
     @contextmanager
     def as_at_start(self) -> Iterator[None]:
         """The student has the weights it began with, inside the block; those it has reached again after it."""
-        reached = {name: tensor.to("cpu", copy=True) for name, tensor in self.student.state().items()}
-        first = self.first_weights()
+        held = dict(self.first_weights())
+        self.student.swap_state(held)
         try:
-            self.student.load_state(first)
             yield
         finally:
-            self.student.load_state(reached)
+            self.student.swap_state(held)
 
     def first_weights(self) -> Mapping[str, torch.Tensor]:
         """What changes of the student, as it was before its first step."""

@@ -130,8 +130,11 @@ def _trained(
     recipe = run.recipe
     if checkpoint is not None:
         load_student(run.student, checkpoint)
-    first_step = checkpoint.state["progress"]["step"] if checkpoint else 0
-    log = MetricsLog(output / outputs.METRICS, log_steps=recipe.train.log_steps, first_step=first_step)
+    before = checkpoint.state["progress"] if checkpoint else {"step": 0, "valid_loss": None}
+    validated = before["valid_loss"] is not None
+    log = MetricsLog(
+        output / outputs.METRICS, log_steps=recipe.train.log_steps, first_step=before["step"], validated=validated
+    )
 
     def listener(event) -> None:
         log(event)

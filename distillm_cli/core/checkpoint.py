@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -134,6 +135,21 @@ def read(path: Path) -> Checkpoint:
         return Checkpoint(path, state, load_file(path / TENSORS))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint unreadable: {path} ({error})", hint=hint) from error
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """Torch's on the CPU, and on ``device`` where that is a GPU, as tensors of a checkpoint."""
+    states = {"random.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["random.cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def restore_random_states(tensors: dict[str, Tensor], device: torch.device) -> None:
+    """Takes back what ``random_states`` gave."""
+    torch.set_rng_state(tensors["random.cpu"])
+    if "random.cuda" in tensors and device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["random.cuda"], device)
 
 
 def _seal(path: Path, flush: bool = True) -> dict:

@@ -19,7 +19,7 @@ from torch import nn
 
 from distillm_cli.config.schema import Train
 from distillm_cli.core.bulk import Bulk
-from distillm_cli.core.checkpoint import Checkpoint, Checkpoints
+from distillm_cli.core.checkpoint import Checkpoint, Checkpoints, random_states, restore_random_states
 from distillm_cli.core.compiled import CompiledPart
 from distillm_cli.core.criterion import CROSS_ENTROPY, Piece
 from distillm_cli.core.events import Listener, Note, RunEnded, RunStarted, Saved, Stepped, Validated, silent
@@ -115,7 +115,10 @@ class Engine:
                     self.tune()
                 clock = time.perf_counter()
                 source = self.scheduler.draw(self.at.step, len(self.replay))
-                parts = self._draw_parts(source)
+                try:
+                    parts = self._draw_parts(source)
+                except NonFiniteError as error:
+                    raise self._diverged(error.what, source) from error
                 loss, grad_norm, lr = self._update(parts)
                 self._count(source, parts, loss, grad_norm, lr, time.perf_counter() - clock)
                 if self._due(self.train.eval_steps):
@@ -205,18 +208,20 @@ class Engine:
         loss, grad_norm = torch.stack((loss, norm)).tolist()  # the one time a step waits for a device
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self.optimizer.zero_grad(set_to_none=True)
-            self._save()  # the weights are those before this step: still good
-            raise NonFiniteError(
-                f"loss {loss}, gradient norm {grad_norm} at step {self.at.step + 1} "
-                f"({'+'.join(part.source for part in parts)} batch); nothing was applied",
-                hint=f"lower --lr (now {lr:g}), or --dtype fp32",
-            )
+            raise self._diverged(f"loss {loss}, gradient norm {grad_norm}", "+".join(part.source for part in parts))
         if self.train.clip and grad_norm > self.train.clip:
             nn.utils.clip_grads_with_norm_(self.objective.parameters(), self.train.clip, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         criterion.observe(loss, progress)
         return loss, grad_norm, lr
+
+    def _diverged(self, what: str, sources: str) -> NonFiniteError:
+        """Of the step in hand, after saving: the weights are those before it."""
+        self._save()
+        lr = learning_rate(self.train, self.at.step, self.steps)
+        what += f" at step {self.at.step + 1} ({sources} batch); nothing was applied"
+        return NonFiniteError(what, hint=f"lower --lr (now {lr:g}), or --dtype fp32")
 
     def _collated(self, cuts: Passes) -> list[Batch]:
         return [collate(sequences).to(self.device) for sequences in cuts]
@@ -327,9 +332,7 @@ class Engine:
         state = {"progress": dict(vars(self.at)), "scheduler": self.scheduler.state_dict(), "recipe": self.recipe}
         state["criterion"] = self.objective.criterion.state_dict()
         state |= self.ahead.state() | {"compiled": self.objective.part is not None}
-        tensors = optimizer_tensors(self.optimizer) | {"random.cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        tensors = optimizer_tensors(self.optimizer) | random_states(self.device)
         criterion, held = self.objective.criterion, list(self.replay.sequences)
         tensors |= pack(held, "replay") | criterion.pack(held, "replay") | self.ahead.pack(criterion)
         if self.teacher is not None:
@@ -360,6 +363,4 @@ class Engine:
             samples.unpack(checkpoint.tensors, f"samples.{source}", self.at.step)
             self.teacher.unpack(checkpoint.tensors, f"samples.{source}", samples.sequences)
         self.ahead.unpack(checkpoint.state, checkpoint.tensors, self.objective.criterion, self.at.step)
-        torch.set_rng_state(checkpoint.tensors["random.cpu"])
-        if "random.cuda" in checkpoint.tensors and self.device.type == "cuda":
-            torch.cuda.set_rng_state(checkpoint.tensors["random.cuda"], self.device)
+        restore_random_states(checkpoint.tensors, self.device)

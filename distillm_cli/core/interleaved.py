@@ -21,7 +21,7 @@ from torch import Tensor
 from distillm_cli.config.schema import Rollout
 from distillm_cli.core.events import Listener, silent
 from distillm_cli.core.rollout import Decoder, Decoding, Sampled, Width, in_groups, room, uniforms
-from distillm_cli.core.sampling import Sampling, choose
+from distillm_cli.core.sampling import Sampling, check_chosen, choose
 from distillm_cli.sequences import Sequence
 
 
@@ -94,6 +94,8 @@ class InterleavedRollouts:
             G = min(most, int((rooms_B - counts_B)[live].min()))  # never past a context
             places_BG = counts_B[live, None] + np.arange(G)
             drafts_BG = self._drafts(student, last, drafting_BT[live[:, None], places_BG])
+            is_none_BG = drafts_BG < 0  # some token stands for it, until that is seen below
+            drafts_BG.clamp_min_(0)
             told_BGV = _verdicts(teacher, last, drafts_BG)
             kept_B = self._kept(told_BGV, drafts_BG)  # drafted tokens before the first that is not accepted
             is_mended_B = kept_B < G
@@ -102,7 +104,8 @@ class InterleavedRollouts:
             uniforms_B = mending_BT[live, counts_B[live] + at_B.cpu().numpy()]
             mended_B = choose(told_BGV[rows_B, at_B], self.mending, torch.from_numpy(uniforms_B).to(at_B.device))
             drafts_BG[rows_B, at_B] = torch.where(is_mended_B, mended_B, drafts_BG[rows_B, at_B])
-            sizes_B, found_BG = (at_B + 1).cpu().numpy(), drafts_BG.cpu().numpy()
+            sizes_B, found_BG = (at_B + 1).cpu().numpy(), drafts_BG.masked_fill(is_none_BG, -1).cpu().numpy()
+            check_chosen(found_BG)
             for b, (row, size) in enumerate(zip(live, sizes_B, strict=True)):
                 ends = np.flatnonzero(np.isin(found_BG[b, :size], stops))
                 complete_B[row] = len(ends) > 0
@@ -139,8 +142,8 @@ class InterleavedRollouts:
         drafts = []
         for g in range(uniforms_BG.shape[1]):
             logits_BV = student.logits(last)
-            last = choose(logits_BV, self.drafting, torch.from_numpy(uniforms_BG[:, g]).to(logits_BV.device))
-            drafts.append(last)
+            drafts.append(choose(logits_BV, self.drafting, torch.from_numpy(uniforms_BG[:, g]).to(logits_BV.device)))
+            last = drafts[-1].clamp_min(0)
         return torch.stack(drafts, dim=1)
 
     def _kept(self, told_BGV: Tensor, drafts_BG: Tensor) -> Tensor:

@@ -12,11 +12,15 @@ _STEP_KEYS = ("step", "epoch", "source", "loss", "lr", "grad_norm", "phi", "toke
 
 
 class MetricsLog:
-    """A listener that appends to ``path``. Open it after a resume with ``first_step`` and later lines are dropped."""
+    """A listener that appends to ``path``.
 
-    def __init__(self, path: Path, *, log_steps: int, first_step: int = 0):
+    first_step: of a resume; lines of later steps are dropped. validated: whether the run had been validated by then; if not,
+    the validation that tells of step 0 came later too.
+    """
+
+    def __init__(self, path: Path, *, log_steps: int, first_step: int = 0, validated: bool = True):
         self.path, self.log_steps = Path(path), log_steps
-        kept = _lines_up_to(self.path, first_step) if first_step and self.path.exists() else []
+        kept = _lines_up_to(self.path, first_step, validated) if first_step and self.path.exists() else []
         staged = self.path.with_suffix(".staging")
         staged.write_text("".join(kept), encoding="utf-8")
         staged.replace(self.path)
@@ -38,11 +42,12 @@ class MetricsLog:
             os.close(descriptor)
 
 
-def _lines_up_to(path: Path, step: int) -> list[str]:
+def _lines_up_to(path: Path, step: int, validated: bool) -> list[str]:
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
+            told = json.loads(line)
+            if line.endswith("\n") and told["step"] <= step and (validated or "valid_loss" not in told):
                 kept.append(line)
         except (ValueError, KeyError):
             continue

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from distillm_cli.config.schema import Rollout
 from distillm_cli.core.events import Listener, Progress, Warned, silent
-from distillm_cli.core.sampling import Sampling, choose
+from distillm_cli.core.sampling import Sampling, check_chosen, choose
 from distillm_cli.errors import DataError, out_of_memory
 from distillm_cli.sequences import Sequence
 
@@ -139,7 +139,7 @@ def sample(
     seeds: (seed, row) per prompt. limits: most new tokens per row, beside ``sampling.max_new_tokens`` and the context.
     telling: keep what the decoding says of the chosen tokens; it then has ``told(tokens_B)``, a [B, K] tensor.
     width: what is known of how many fit into memory; where they do not, the same outputs are made in smaller groups.
-    Raises DataError where a prompt leaves no room for a single new token.
+    Raises DataError where a prompt leaves no room for a single new token, NonFiniteError where the logits are not finite.
     """
     context = decoder.context
     rooms = [room(len(p), sampling, context, None if limits is None else limits[i]) for i, p in enumerate(prompts)]
@@ -200,6 +200,7 @@ def _side_by_side(
             _ban(logits_BV, [ngrams[i].banned() for i in live])
         chosen = choose(logits_BV, sampling, torch.from_numpy(uniforms_BT[live, t]).to(logits_BV.device))
         tokens_BT[live, t] = chosen.cpu().numpy()
+        check_chosen(tokens_BT[live, t])
         if telling:
             for i, told_K in zip(live, decoding.told(chosen).float().cpu().numpy(), strict=True):
                 told[i].append(told_K)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from distillm_cli.errors import ModelError
+from distillm_cli.errors import ModelError, NonFiniteError
 from distillm_cli.models import seq2seq
 from distillm_cli.models.blocks import BlockDecoding, takes_back
 from distillm_cli.models.decoding import FastDecoding, PlainDecoding, Ways, cast, close, ways
@@ -236,12 +236,19 @@ class Backbone(nn.Module):
         """Whether `head().logits(hidden(batch))` is what the model itself computes; if not, use its own logits from now on.
 
         Compared on the batch as it is and again with the head's input scaled up until the logits are large, where a
-        soft cap shows. Tolerance: 1e-3 of the logits' spread, and the rounding of the model's dtype.
+        soft cap shows. Tolerance: 1e-3 of the logits' spread, and the rounding of the model's dtype. Raises NonFiniteError
+        where the model's own logits have no finite maximum: not the head is at fault then.
         """
         if self.own_logits:
             return False
         with eval_mode(self.model), torch.autocast(self.device.type, enabled=False):
             hidden_ND, own_NV = self.hidden(batch), self.logits(batch)
+            if not own_NV.amax(-1).isfinite().all():
+                raise NonFiniteError(
+                    "the model's logits are not finite",
+                    where=self.model.config.name_or_path or self.model.config.model_type,
+                    hint="its weights have diverged or are damaged: take an earlier checkpoint; in fp16 try fp32",
+                )
             agrees = close(self.head().logits(hidden_ND), own_NV, self.model.dtype)
             gain = _PROBE / max(own_NV.abs().max().item(), 1e-6)
             if agrees and gain > 1:
@@ -308,6 +315,21 @@ class Backbone(nn.Module):
         absent, unknown = self.model.load_state_dict(state, strict=self.adapter is None)
         if unknown or set(absent) & self.state().keys():
             raise ValueError(f"these are not the adapter's weights: {[*unknown, *absent][:2]}")
+
+    @torch.no_grad()
+    def swap_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Takes back what `state` gave, and leaves in it, on the CPU, what there was: the same again undoes it.
+
+        A tensor after the other, so that no second copy of them all is needed. One that has two names, as a tied head, is
+        left under the first.
+        """
+        swapped = set()
+        for name, live in self.state().items():
+            if live.data_ptr() not in swapped:
+                swapped.add(live.data_ptr())
+                there_was = live.to("cpu", copy=True)
+                live.copy_(state[name])
+                state[name] = there_was
 
     @property
     def is_quantized(self) -> bool:

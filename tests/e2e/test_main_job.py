@@ -163,6 +163,34 @@ def test_what_the_teacher_computed_is_counted_for_the_whole_run(place, tmp_path,
     assert resumed["teacher_tokens"] == whole["teacher_tokens"] > 0
 
 
+def test_each_validation_is_told_once_after_a_resume_from_before_the_first(place, tmp_path, capsys):
+    output = tmp_path / "out"
+    argv = distill_argv(place, output, "--set", "train.save_steps=4", "--steps", "6")
+    whole = call(capsys, *argv)[1]
+    shutil.rmtree(output / "checkpoints" / "step-000006")  # as if it had been killed at its end
+    again = call(capsys, *argv, "--resume")[1]
+    told = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in told if "valid_loss" in line] == [0, 5, 6]
+    assert again["report"] == whole["report"], "the student before among them"
+
+
+def test_a_model_that_has_diverged_is_named_before_anything_is_trained_or_scored(place, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(place / "teacher", broken, ignore=shutil.ignore_patterns("checkpoints"))
+    model = AutoModelForCausalLM.from_pretrained(broken)
+    model.get_input_embeddings().weight.data.fill_(float("nan"))
+    model.save_pretrained(broken)
+    said = f"the model's logits are not finite; {broken}; its weights have diverged or are damaged"
+    for argv in (
+        distill_argv(place, tmp_path / "out", "--teacher", broken),
+        ["eval", broken, "--suite", place / "test.jsonl", "--greedy", "--json", "--quiet"],
+        ["generate", "--model", broken, "--prompt", "alpha", "--json", "--quiet", "--output", tmp_path / "said"],
+    ):
+        code, answer, err = call(capsys, *argv)
+        assert (code, answer["code"]) == (6, 6), err
+        assert answer["message"].startswith(said)
+
+
 def test_resume_with_a_changed_recipe_is_refused(place, tmp_path, capsys):
     assert call(capsys, *distill_argv(place, tmp_path / "run"))[0] == 0
     code, answer, err = call(capsys, *distill_argv(place, tmp_path / "run", "--resume", "--alpha", "0.3"))

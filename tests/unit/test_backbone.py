@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from functools import cache
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from transformers.utils.logging import warning_once
 
-from distillm_cli.errors import ModelError
+from distillm_cli.errors import ModelError, NonFiniteError
 from distillm_cli.models.backbone import Backbone, Head, eval_mode
 from distillm_cli.sequences import Sequence as Tokens
 from distillm_cli.sequences import collate
@@ -134,6 +135,31 @@ def test_head_check_is_not_confused_by_autocast_or_training_mode():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert backbone.check_head(tiny.batch(LENGTHS, VOCAB))
     assert all(module.training for module in backbone.model.modules())
+
+
+def test_head_check_names_a_model_that_has_diverged_and_leaves_one_that_rules_a_token_out_alone():
+    backbone = Backbone(tiny.model("phi", ROWS), tokenizer())
+    backbone.model.lm_head.bias.data[5] = -torch.inf
+    backbone.check_head(tiny.batch(LENGTHS, VOCAB))
+    backbone = Backbone(tiny.model("phi", ROWS), tokenizer())
+    backbone.model.model.layers[0].mlp.fc1.weight.data[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match="logits are not finite; phi; its weights have diverged"):
+        backbone.check_head(tiny.batch(LENGTHS, VOCAB))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt2-untied", "phi"])
+def test_weights_change_places_with_others_one_by_one_and_back_again(family):
+    """Tied ones once; of the others nothing is held beside what was there."""
+    model, other = (Backbone(tiny.model(family, ROWS, seed=seed), tokenizer()) for seed in (1, 2))
+    mine, others = ({name: t.clone() for name, t in each.state().items()} for each in (model, other))
+    held = other.state()
+    left = [weakref.ref(tensor) for tensor in held.values()]
+    del other
+    model.swap_state(held)
+    assert all(torch.equal(tensor, others[name]) for name, tensor in model.state().items())
+    assert sum(ref() is not None for ref in left) == len(held) - len({t.data_ptr() for t in model.state().values()})
+    model.swap_state(held)
+    assert all(torch.equal(tensor, mine[name]) for name, tensor in model.state().items())
 
 
 def test_a_padded_head_is_cut_to_the_vocabulary_and_an_exact_one_is_left_alone():

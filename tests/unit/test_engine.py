@@ -471,6 +471,23 @@ def test_metrics_lines_are_whole_and_a_resume_drops_the_ones_after_it(tmp_path):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 2, 3, 4]
 
 
+def test_a_resume_from_before_the_first_validation_does_not_keep_what_that_said_of_step_0(tmp_path):
+    """It was written at the first validation, after the checkpoint, and will be written again."""
+    path, log = tmp_path / "metrics.jsonl", None
+    log = MetricsLog(path, log_steps=4)
+    for step in range(1, 7):
+        log(Stepped(step, 0.1, "dataset", 1.0, 1e-3, 1.0, 0.0, 8, 0.1, {}))
+    for step in (0, 6):
+        log(Validated(step, 2.0, 0.0, False, False, {}))
+
+    def kept(**resumed):
+        MetricsLog(path, log_steps=4, **resumed)
+        return [(line["step"], "loss" in line) for line in map(json.loads, path.read_text().splitlines())]
+
+    assert kept(first_step=6) == [(4, True), (0, False), (6, False)]
+    assert kept(first_step=5, validated=False) == [(4, True)]
+
+
 def test_the_teacher_is_neither_trained_nor_saved_with_the_student():
     engine = build(method="off")
     before = copy.deepcopy(engine.teacher.model.model.state_dict())
@@ -484,3 +501,21 @@ def test_checkpoints_are_announced(tmp_path):
     events = []
     build(tmp_path, method="sft", steps=4, save_steps=2, listener=events.append).run()
     assert [e.step for e in events if isinstance(e, Saved)] == [2, 4]
+
+
+def test_a_student_that_diverges_while_it_samples_stops_the_run_as_a_loss_that_does(tmp_path):
+    """Its weights after step 2 are numbers still, its logits no more; the error says what a lower rate would have mended."""
+    engine = build(tmp_path, method="on", steps=6)
+
+    def explode(event):
+        if isinstance(event, Stepped) and event.step == 2:
+            for block in engine.objective.student.model.transformer.h:
+                block.mlp.c_fc.weight.data.fill_(1e38)
+
+    engine.say = explode
+    with pytest.raises(NonFiniteError, match=r"at step 3 \(rollout batch\); nothing was applied; lower --lr") as error:
+        engine.run()
+    assert error.value.exit_code == 6
+    assert engine.at.step == 2
+    with pytest.raises(NonFiniteError, match="at step 3"):
+        resume(tmp_path, "on", steps=6).run()

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from distillm_cli.config.schema import Rollout
 from distillm_cli.core.interleaved import InterleavedRollouts
 from distillm_cli.core.sampling import keep_nucleus
+from distillm_cli.errors import NonFiniteError
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.decoding import PlainDecoding
 from distillm_cli.sequences import Sequence, collate
@@ -152,3 +153,11 @@ def whole(model, texts, last=1):
         for text in texts
     ]  # fmt: skip
     return torch.stack(rows)
+
+
+@pytest.mark.parametrize("draft", [1, 5])
+def test_a_student_that_has_diverged_drafts_nothing(draft):
+    student, teacher = backbone("llama", 0), backbone("gpt2", 1)
+    student.model.model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(NonFiniteError, match="not finite while sampling"):
+        rollouts(student, teacher, draft=draft).sample(prompts(3), step=0)

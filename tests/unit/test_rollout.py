@@ -9,7 +9,7 @@ from distillm_cli.config.schema import Rollout
 from distillm_cli.core.events import Warned
 from distillm_cli.core.rollout import SampledRollouts, sample, sample_all, uniforms
 from distillm_cli.core.sampling import Sampling, choose
-from distillm_cli.errors import DataError
+from distillm_cli.errors import DataError, NonFiniteError
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.sequences import Sequence, collate
 from tests import tiny
@@ -198,3 +198,12 @@ def test_entropy_is_that_of_the_softmax_also_where_logits_are_extreme():
     p = logits.double().softmax(-1)
     expected = -torch.where(p > 0, p * p.log(), 0).sum(-1)
     assert _entropy(logits.clone()).tolist() == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+def test_a_model_that_has_diverged_answers_nothing(temperature):
+    """Neither an answer made of NaN nor an index out of range; one layer is enough."""
+    model = backbone("llama")
+    model.model.model.layers[1].mlp.up_proj.weight.data.mul_(1e38)
+    with pytest.raises(NonFiniteError, match="not finite while sampling"):
+        sample(model, prompts(3, 5), Sampling(temperature, max_new_tokens=4), [(0, 0), (0, 1)])

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from distillm_cli.core.sampling import Sampling, choose, inverse_cdf, keep_nucleus
+from distillm_cli.core.sampling import Sampling, check_chosen, choose, inverse_cdf, keep_nucleus
+from distillm_cli.errors import NonFiniteError
 
 LARGE = 50_257
 
@@ -103,3 +104,33 @@ def test_one_uniform_per_row_samples_a_large_softmax_exactly():
     counts = torch.bincount(bins[picks], minlength=200).numpy()
     expected = torch.zeros(200, dtype=torch.float64).index_add_(0, bins, p).numpy() * n
     assert stats.chisquare(counts, expected * (counts.sum() / expected.sum())).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("vocab", [60, LARGE])
+def test_no_temperature_leaves_float32(vocab):
+    """So cold that only the likeliest is left, however large the logits; so hot that all are alike but what was banned."""
+    logits, uniforms = rows(32, vocab, seed=5, spread=1e4), torch.linspace(0, 1, 33, dtype=torch.float64)[:-1]
+    for cold in (1e-12, 1e-38, 1e-45, 1e-320):
+        assert torch.equal(choose(logits, Sampling(temperature=cold), uniforms), logits.argmax(-1)), cold
+    logits[:, ::2] = -torch.inf
+    for hot in (1e38, 1e300):
+        places = (uniforms * (vocab // 2)).long() * 2 + 1
+        assert (choose(logits, Sampling(temperature=hot), uniforms) - places).abs().max() <= 2, hot
+
+
+@pytest.mark.parametrize("vocab", [60, LARGE])
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(), Sampling(temperature=0.0), Sampling(temperature=0.5), Sampling(top_k=5), Sampling(top_p=0.9)],
+    ids=["plain", "greedy", "cold", "top-k", "top-p"],
+)
+def test_a_row_without_a_finite_maximum_gives_no_token_and_its_neighbours_theirs(sampling, vocab):
+    logits, uniforms = rows(5, vocab, seed=6), torch.full((5,), 0.5, dtype=torch.float64)
+    expected = choose(logits[[0, 4]], sampling, uniforms[:2])
+    logits[1], logits[2, vocab - 2], logits[3, 7] = torch.nan, torch.inf, torch.nan
+    found = choose(logits, sampling, uniforms)
+    assert found.tolist() == [expected[0], -1, -1, -1, expected[1]]
+    check_chosen(expected.numpy())
+    with pytest.raises(NonFiniteError, match="not finite") as error:
+        check_chosen(found.numpy())
+    assert error.value.exit_code == 6
