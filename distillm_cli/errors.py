@@ -7,8 +7,12 @@ Exit codes are part of what scripts rely on:
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
+
+# How a plain RuntimeError says that memory ran out: torch's allocators and its mmap; Python, without room for a stack.
+_MEMORY = ("allocate memory", "not enough memory", "out of memory", "can't start new thread")
 
 
 class DistillmError(Exception):
@@ -116,11 +120,10 @@ def typed_options(argv: list[str]) -> list[str]:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether memory, the machine's or a device's, is what ran out."""
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     torch = sys.modules.get("torch")  # never imported just to ask
     if torch is not None and isinstance(error, getattr(torch, "OutOfMemoryError", ())):
         return True
-    # The CPU and MPS allocators raise a plain RuntimeError.
-    said = str(error) if isinstance(error, RuntimeError) else ""
-    return "can't allocate memory" in said or "not enough memory" in said or "out of memory" in said
+    said = str(error).lower() if isinstance(error, RuntimeError) else ""
+    return any(words in said for words in _MEMORY)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from distillm_cli.errors import ModelError, UsageError
+from distillm_cli.errors import ModelError, UsageError, out_of_memory
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.students import set_dropout, with_layers
 from distillm_cli.words import counted
@@ -89,9 +89,9 @@ def _unfilled(config: PretrainedConfig, spec: str) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         try:
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-        except MemoryError:
-            raise
         except Exception as error:  # every family checks its config in its own way
+            if out_of_memory(error):
+                raise
             said = str(error).splitlines()[-1].strip()
             raise _not_cut(config, spec, said) from error
 

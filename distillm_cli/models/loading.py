@@ -148,8 +148,6 @@ def _load_weights(
                 **more,
             )
         except Exception as error:
-            if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
-                raise
             raise not_loaded("weights", path, local, error) from error
     for kind, what in (("mismatched_keys", "of another shape than its config says"), ("missing_keys", "absent")):
         if keys := sorted(str(key[0] if isinstance(key, tuple) else key) for key in report[kind]):

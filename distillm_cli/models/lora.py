@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from distillm_cli.config.schema import Lora
-from distillm_cli.errors import ModelError
+from distillm_cli.errors import ModelError, out_of_memory
 
 if TYPE_CHECKING:  # peft is slow to import, and most runs have no adapter
     from peft import LoraConfig, PeftModel
@@ -197,10 +197,8 @@ def _read(work: Callable[[], Any], place: str) -> Any:
     try:
         with _quiet():
             return work()
-    except MemoryError:
-        raise
     except Exception as error:  # a dozen types, by kind of adapter
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+        if out_of_memory(error):
             raise
         said = (str(error).strip() or type(error).__name__).splitlines()
         raise ModelError(

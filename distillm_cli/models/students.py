@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from distillm_cli.errors import ModelError, UsageError
+from distillm_cli.errors import ModelError, UsageError, out_of_memory
 from distillm_cli.models.backbone import vocabulary_size
 from distillm_cli.models.seq2seq import T5_KIN, head_scale
 
@@ -196,9 +196,9 @@ def _build(config: PretrainedConfig, tokenizer: Tokenizer, seed: int, where: str
         try:
             _set_special_tokens(config, tokenizer)  # before the embedding is made, which may look at the pad token
             model = auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=False)
-        except MemoryError:
-            raise
         except Exception as error:  # every family checks its sizes in its own way, or stumbles over them
+            if out_of_memory(error):
+                raise
             raise ModelError(
                 f"cannot build a {config.model_type} of this shape: {error}", where=where, hint="try random:llama:4x256"
             ) from error

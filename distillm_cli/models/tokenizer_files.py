@@ -18,7 +18,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from distillm_cli.errors import ModelError
+from distillm_cli.errors import DistillmError, ModelError, OutOfMemoryError, out_of_memory
 from distillm_cli.models.places import adapters_of, cached, hub_is_there, locate
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
@@ -159,9 +159,12 @@ def _tokenizer_class(directory: Path | None) -> Any:
     return PreTrainedTokenizerFast if plain else AutoTokenizer
 
 
-def not_loaded(part: str, path: str, local: bool, error: Exception) -> ModelError:
+def not_loaded(part: str, path: str, local: bool, error: Exception) -> DistillmError:
     """What to tell of a part of a model (config, tokenizer, weights) that transformers could not read."""
     said = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(".")
+    if out_of_memory(error):
+        hint = "close other programs, or choose a smaller model; `distillm plan` estimates the need"
+        return OutOfMemoryError(f"out of memory while reading the {part} of {path}", where=said, hint=hint)
     if local:
         if isinstance(error, SafetensorError):
             said, hint = f"damaged or incomplete safetensors file ({said})", "copy or download the files again"

@@ -239,6 +239,13 @@ def failing(run, monkeypatch):
         (CheckpointError("damaged"), 5, "damaged"),
         (MemoryError(), 7, "out of memory; lower --batch-size"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 7, "out of memory; "),
+        (
+            RuntimeError("unable to mmap 13 bytes from file <m>: Cannot allocate memory (12)"),
+            7,
+            "out of memory; unable",
+        ),
+        (RuntimeError("can't start new thread"), 7, "out of memory; can't start new thread"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), 7, "out of memory; Cannot allocate memory"),
         (OSError(errno.ENOSPC, "No space left on device", "/d/x"), 8, "No space left on device: /d/x; free some space"),
         (OSError(errno.EROFS, "Read-only file system", "/d"), 8, "Read-only file system: /d"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), 8, "Disk quota exceeded; free"),

@@ -233,3 +233,30 @@ except ModelError as error:
     assert int(vocab) == VOCAB
     assert refusal.endswith("http://127.0.0.1:9 cannot be reached, and it is not in the cache")
     assert "Retry" not in done.stderr, "the hub's client tries every file six times, for half a minute"
+
+
+def test_a_model_for_which_memory_does_not_suffice_is_no_damaged_model(tmp_path):
+    """The system gives this process no more than it has, and 4 MB."""
+    tiny.save(tmp_path / "small", "gpt2"), tiny.save(tmp_path / "large", "gpt2", n_embd=512)
+    script = """
+import resource, sys, torch
+from pathlib import Path
+from distillm_cli.errors import DistillmError
+from distillm_cli.models.loading import load_backbone
+
+def load(name):
+    return load_backbone(f"{sys.argv[1]}/{name}", dtype=torch.float32, device=torch.device("cpu"))
+
+load("small")
+size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + (4 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (size, size))
+try:
+    load("large")
+except DistillmError as error:
+    print(error.exit_code, error)
+"""
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("no /proc")
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, env=env)
+    assert done.stdout.startswith(f"7 out of memory while reading the weights of {tmp_path}/large; "), done.stderr
