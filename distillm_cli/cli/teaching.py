@@ -20,7 +20,7 @@ from distillm_cli.core.scheduler import Scheduler
 from distillm_cli.core.teacher import FirstEpoch, RowStates, Teacher
 from distillm_cli.core.teacher_cache import Key
 from distillm_cli.data.early import Early
-from distillm_cli.errors import UsageError
+from distillm_cli.errors import Interrupted, UsageError, signal_number
 from distillm_cli.sequences import Sequence, collate
 from distillm_cli.ui.console import Console
 from distillm_cli.ui.display import amount
@@ -121,9 +121,15 @@ def warm(resolved: Resolved, *, rebuild: bool, ui: Console, early: Early | None 
     began = time.perf_counter()
     for note in resolved.notes:
         ui(Warned(note))
-    run = prepare(resolved.recipe, ui, early)
-    keeping = _planned_on_disk(run, _token_bytes(run))
-    _, hit, computed = _on_disk(run, keeping, rebuild, ui)
+    place = None
+    try:
+        run = prepare(resolved.recipe, ui, early)
+        keeping = _planned_on_disk(run, _token_bytes(run))
+        place = str(keeping.place)
+        _, hit, computed = _on_disk(run, keeping, rebuild, ui)
+    except KeyboardInterrupt as stop:
+        what, hint = "interrupted while making the teacher cache", "it is there whole or not at all; start it again"
+        raise Interrupted(what, signal_number=signal_number(stop), where=place, hint=hint) from None
     rows, size, mode = len(run.train), keeping.rows_bytes, run.recipe.teacher.cache
     if mode in ("memory", "off"):
         ui(Warned(f"with teacher.cache {mode} this recipe will not read it; give --teacher-cache disk or auto"))

@@ -37,6 +37,7 @@ except ImportError:  # Windows: without locks two writers both compute, and the 
 
 FORMAT = 2
 STATES, FACTS = "states.bin", "states.json"
+_KINDS = {"teacher": str, "rows": str, "tokens": int, "width": int, "dtype": str, "sha256": str, "of": dict}
 REBUILD = "make it anew with --rebuild-teacher-cache"
 _AT_ONCE = 4096  # token positions in one batch
 _BLOCK = 1 << 26  # bytes checked between two signs of progress
@@ -136,11 +137,13 @@ def read(place: Path, key: Key, sequences: SequenceOf[Sequence], listener: Liste
     Raises CheckpointError for a cache that is damaged, half there, or of another teacher or other rows.
     """
     try:
-        facts = json.loads((place / FACTS).read_text(encoding="utf-8"))
+        facts = _facts(place)
         if (whose := _stranger(facts, key)) is not None:
             hint = f"give another --set teacher.cache_dir=DIR, or {REBUILD}"
             raise CheckpointError(f"the teacher cache {place} is of {whose}", hint=hint)
-        tokens, width, dtype = int(facts["tokens"]), int(facts["width"]), getattr(torch, facts["dtype"])
+        tokens, width, dtype = facts["tokens"], facts["width"], getattr(torch, facts["dtype"], None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{FACTS}: dtype is {facts['dtype']!r}")
         size = tokens * width * dtype.itemsize
         if (found := (place / STATES).stat().st_size) != size:
             raise ValueError(f"{STATES} has {found:,} bytes in place of {size:,}")
@@ -149,10 +152,24 @@ def read(place: Path, key: Key, sequences: SequenceOf[Sequence], listener: Liste
         if _sum_of(place / STATES, listener) != facts["sha256"]:
             raise ValueError(f"{STATES} differs from its SHA-256")
         table = torch.from_file(str(place / STATES), shared=False, size=tokens * width, dtype=dtype)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        why = getattr(error, "strerror", None) or error
+    except (OSError, ValueError) as error:
+        why = f"{Path(error.filename or place).name}: {error.strerror}" if isinstance(error, OSError) else error
         raise CheckpointError(f"the teacher cache {place} is damaged: {why}", hint=REBUILD) from error
     return RowStates(sequences, table.view(tokens, width))
+
+
+def _facts(place: Path) -> dict:
+    """What states.json says. ValueError, in words, where that is not what this version writes."""
+    try:
+        facts = json.loads((place / FACTS).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{FACTS} is not JSON ({error})") from error
+    if not isinstance(facts, dict) or "format" not in facts:
+        raise ValueError(f"{FACTS} does not say which format it has")
+    for name, kind in _KINDS.items() if facts["format"] == FORMAT else ():
+        if not isinstance(facts.get(name), kind):
+            raise ValueError(f"{FACTS}: {name} is {facts[name]!r}" if name in facts else f"{FACTS} says no {name}")
+    return facts
 
 
 def _stranger(facts: dict, key: Key) -> str | None:
@@ -160,9 +177,9 @@ def _stranger(facts: dict, key: Key) -> str | None:
     if facts["format"] != FORMAT:
         return f"another version of distillm (format {facts['format']}, this one reads {FORMAT})"
     if facts["teacher"] != key.teacher:
-        return f"another teacher ({facts['of']['teacher']}) or another dtype of it"
+        return f"another teacher ({facts['of'].get('teacher')}) or another dtype of it"
     if facts["rows"] != key.rows:
-        return f"other rows, or another template or tokenizer ({facts['of']['data']})"
+        return f"other rows, or another template or tokenizer ({facts['of'].get('data')})"
     return None
 
 
@@ -248,7 +265,16 @@ def _clear_leftovers(place: Path) -> None:
     """What a writer that was killed left behind; nobody else can be writing now."""
     for kind in ("staging", "old"):
         for path in place.parent.glob(f".{kind}-{place.name}-*"):
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """A directory, or the plain file that lay in a cache's place; what cannot be removed is left."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _swap(staged: Path, place: Path) -> None:
@@ -261,7 +287,7 @@ def _swap(staged: Path, place: Path) -> None:
     except OSError as error:  # without locks: another run was as quick, and its states are as good
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
             raise
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
 
 
 def _refused(place: Path, error: OSError) -> StorageError:

@@ -175,6 +175,16 @@ def test_a_signal_before_the_first_step_says_that_nothing_is_written(tmp_path):
     assert "Traceback" not in err
 
 
+def test_a_signal_while_a_cache_is_made_says_where_and_what_to_try(tmp_path):
+    cache = tmp_path / "cache"
+    many = ["--set", "data.size=20000", "--warm-teacher-cache", "--set", f"teacher.cache_dir={cache}"]
+    code, answer, _ = stopped([*SMALL, *many], signal.SIGTERM, lambda: cache.exists() and any(cache.glob(".staging*")))
+    assert (code, answer["code"]) == (143, 143)
+    assert answer["message"].startswith(f"interrupted while making the teacher cache; {cache}/")
+    assert answer["message"].endswith("it is there whole or not at all; start it again")
+    assert not [path for path in cache.iterdir() if path.suffix != ".lock"]
+
+
 def test_sigterm_ends_generate_with_one_json_object(tmp_path):
     output = tmp_path / "said.jsonl"
     argv = [

@@ -107,6 +107,41 @@ def test_a_damaged_cache_is_refused_by_name_and_rebuilt_on_request(tmp_path, how
     assert [p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")] == [place.name]
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"{}", "states.json does not say which format it has"),
+        (b"[1, 2]", "states.json does not say which format it has"),
+        (b"\xff\xfe", "states.json is not JSON ('utf-8' codec"),
+        ({"tokens": None}, "states.json: tokens is None"),
+        ({"dtype": "nn"}, "states.json: dtype is 'nn'"),
+        ({"sha256": ...}, "states.json says no sha256"),
+        ({"width": 7}, "states.bin has "),
+    ],
+)
+def test_what_is_wrong_with_the_facts_is_said_in_words(tmp_path, content, said):
+    place, key = make(tmp_path)
+    file = place / teacher_cache.FACTS
+    if isinstance(content, dict):
+        facts = json.loads(file.read_text()) | content
+        content = json.dumps({name: fact for name, fact in facts.items() if fact is not ...}).encode()
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError) as error:
+        read(place, key, ROWS)
+    assert error.value.what.startswith(f"the teacher cache {place} is damaged: {said}")
+
+
+def test_a_plain_file_in_the_place_of_a_cache_goes_when_it_is_rebuilt(tmp_path):
+    key = key_of(model())
+    place = place_of(tmp_path, key)
+    place.write_text("not a directory")
+    (tmp_path / f".old-{place.name}-1").write_text("what an earlier version left behind")
+    with pytest.raises(CheckpointError, match=r"is damaged: states.json: Not a directory"):
+        read(place, key, ROWS)
+    make(tmp_path, rebuild=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f".{place.name}.lock", place.name]
+
+
 def test_a_cache_that_is_named_itself_must_be_of_this_teacher_and_these_rows(tmp_path):
     place, key = make(tmp_path)
     assert place_of(place, key) == place
