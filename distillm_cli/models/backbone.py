@@ -323,11 +323,12 @@ class Backbone(nn.Module):
         A tensor after the other, so that no second copy of them all is needed. One that has two names, as a tied head, is
         left under the first.
         """
-        swapped = set()
-        for name, live in self.state().items():
-            if live.data_ptr() not in swapped:
-                swapped.add(live.data_ptr())
-                there_was = live.to("cpu", copy=True)
+        tensors, swapped = self.model.state_dict(keep_vars=True), set()  # the same object under both names
+        for name in self.state():
+            live = tensors[name]
+            if id(live) not in swapped:
+                swapped.add(id(live))
+                there_was = live.detach().to("cpu", copy=True)
                 live.copy_(state[name])
                 state[name] = there_was
 

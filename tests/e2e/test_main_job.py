@@ -184,7 +184,7 @@ def test_a_model_that_has_diverged_is_named_before_anything_is_trained_or_scored
     for argv in (
         distill_argv(place, tmp_path / "out", "--teacher", broken),
         ["eval", broken, "--suite", place / "test.jsonl", "--greedy", "--json", "--quiet"],
-        ["generate", "--model", broken, "--prompt", "alpha", "--json", "--quiet", "--output", tmp_path / "said"],
+        ["generate", "--model", broken, "--prompt", "alpha", "--json", "--quiet", "--output", tmp_path / "said.jsonl"],
     ):
         code, answer, err = call(capsys, *argv)
         assert (code, answer["code"]) == (6, 6), err
