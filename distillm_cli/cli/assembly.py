@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from distillm_cli.cli import outputs, sampling
+from distillm_cli.cli.host import give_back_freed_memory
 from distillm_cli.cli.reading import bringers, reading
 from distillm_cli.config.schema import Recipe
 from distillm_cli.config.shaping import shaping
@@ -110,6 +111,7 @@ class Prepared:
     @contextmanager
     def as_at_start(self) -> Iterator[None]:
         """The student has the weights it began with, inside the block; those it has reached again after it."""
+        give_back_freed_memory()  # a step's gradients and activations: more than the copy that is made here
         held = dict(self.first_weights())
         self.student.swap_state(held)
         try:

@@ -17,6 +17,10 @@ from distillm_cli.core import criteria
 from distillm_cli.core.scheduler import Scheduler, Source
 from distillm_cli.models.shapes import Sizes
 
+# On a CPU: what products in bf16, compiled for each of their shapes, come to hold, whatever the model (measured from one of
+# 60 tokens of vocabulary to one of 50,257; `app.set_environment` says how many are kept).
+_COMPILED_PRODUCTS = 250_000_000
+
 
 @dataclass(frozen=True)
 class Lengths:
@@ -100,10 +104,14 @@ def memory(run: Run) -> dict[str, int]:
     """Bytes by part. Weights, gradients and optimizer are counted exactly (AdamW: two float32 moments).
 
     Activations: 34 values a position, layer and width, of one micro-batch of the longest rows (saved tensors, counted on
-    GPT-2, OPT, Llama and Qwen 3 with attention scores not kept, are 19 to 36), or 2 with gradient checkpointing. Under
-    autocast there is a copy of every matrix in the compute dtype, and while the student samples another one of every
-    weight, an adapter merged in. The loss holds its chunks and one gradient of the head. On a CPU the matrices of a bf16
-    teacher of the families with a written-out pass are there twice, once laid out for the products.
+    GPT-2, OPT, Llama and Qwen 3 with attention scores not kept, are 19 to 36; adapters of every linear layer add 24 in
+    float32), or 2 with gradient checkpointing. Under autocast there is a copy of every matrix in the compute dtype, and
+    while the student samples another one of every weight, an adapter merged in. The loss holds its chunks and, where it is
+    trained, one gradient of the head.
+
+    On a CPU the matrices of a bf16 teacher of the families with a written-out pass are there twice, once laid out for the
+    products, and so are those of a model that samples in bf16. At the first validation the weights from before training are
+    there beside those reached: never more than the gradients, which are not there then (`Prepared.as_at_start`).
     """
     from distillm_cli.core.fused import work_bytes
     from distillm_cli.models.whole import has_layouts
@@ -116,13 +124,17 @@ def memory(run: Run) -> dict[str, int]:
     positions = run.micro_batch * longest
     layers = student.layers if student.encoder is None else max(student.layers, student.encoder.layers)
     width, head = student.width, run.vocab * student.head_in
+    saved = 34 * run.itemsize + 24 * 4 * student.adapted // max(1, student.matrices)
+    if recipe.train.gradient_checkpointing:
+        saved = 2 * run.itemsize
+    head_gradient = head * ((0 if student.adapted else 4) + (0 if run.itemsize == 4 else 2))
     parts = {
         "student_weights": 4 * total,
         "gradients": 4 * trainable,
         "optimizer": 8 * trainable,
         "cast_weights": student.matrices * run.itemsize if run.itemsize < 4 else 0,
-        "activations": positions * layers * width * run.itemsize * (2 if recipe.train.gradient_checkpointing else 34),
-        "loss": work_bytes(positions, run.vocab, run.itemsize, run.device) + head * (4 if run.itemsize == 4 else 6),
+        "activations": positions * layers * width * saved,
+        "loss": work_bytes(positions, run.vocab, run.itemsize, run.device) + head_gradient,
     }
     if run.teacher is not None:
         teacher = run.teacher
@@ -139,6 +151,16 @@ def memory(run: Run) -> dict[str, int]:
         parts["rollout_cache"] = cache_bytes(student, positions, run.itemsize)
     if run.samples_of_the_teacher or run.mixes or (run.teacher is not None and recipe.schedule.kind == "interleaved"):
         parts["teacher_rollout_cache"] = cache_bytes(run.teacher, positions, run.teacher_itemsize)
+    if run.device == "cpu":
+        caches = {
+            "rollout_cache": (student, run.itemsize),
+            "teacher_rollout_cache": (run.teacher, run.teacher_itemsize),
+        }
+        sampling = [model for part, (model, itemsize) in caches.items() if part in parts and itemsize == 2]
+        laid_out = [2 * (m.matmul + run.vocab * m.head_in) for m in sampling if has_layouts(m.kind, m.plain)]
+        is_bf16 = run.itemsize == 2 or (run.teacher is not None and run.teacher_itemsize == 2)
+        parts["rollout_layouts"] = sum(laid_out)
+        parts["compiled_products"] = _COMPILED_PRODUCTS if is_bf16 else 0
     return {name: size for name, size in parts.items() if size}
 
 
@@ -146,8 +168,14 @@ _IN_A_STEP = ("gradients", "cast_weights", "activations", "loss", "teacher_activ
 _IN_SAMPLING = ("rollout_weights", "rollout_cache", "teacher_rollout_cache")
 
 
-def at_once(parts: Mapping[str, int]) -> int:
-    """The most bytes in use at once: a step and the sampling for it are not there together."""
+def at_once(parts: Mapping[str, int], device: str) -> int:
+    """The most bytes in use at once: a step and the sampling for it are not there together.
+
+    Only on a CPU are they as good as that, where what is freed is kept for tensors of the same sizes
+    (`host.keep_freed_memory`).
+    """
+    if device == "cpu":
+        return sum(parts.values())
     in_a_step, in_sampling = (sum(parts.get(name, 0) for name in names) for names in (_IN_A_STEP, _IN_SAMPLING))
     return sum(parts.values()) - min(in_a_step, in_sampling)
 

@@ -171,7 +171,11 @@ def _place(kept: dict[str, Any] | None) -> list[Any]:
     return [Text(f"The teacher's states are kept in {kept['place']} ({said})", "yellow" if short else "")]
 
 
-_PARTS = {"total": "most at once", "rollout_weights": "copy that samples"}
+_PARTS = {
+    "total": "most at once",
+    "rollout_weights": "copy that samples",
+    "rollout_layouts": "the same, laid out",
+}
 
 _SOURCES = {
     "dataset": "data set rows",

@@ -195,7 +195,9 @@ def _told(run: costs.Run, device: str, dtype: torch.dtype, dtypes: Mapping[str, 
         models["ratio"] = round(ratio, 2)
     need = costs.memory(run)
     on_gpu = _on_a_gpu(run)
-    gpu_need = costs.at_once({part: n for part, n in costs.memory(on_gpu).items() if part not in _IN_HOST})
+    gpu_need = costs.at_once(
+        {part: n for part, n in costs.memory(on_gpu).items() if part not in _IN_HOST}, on_gpu.device
+    )
     lengths = run.lengths
     before = {} if run.before is None else {"sft": _fine_tuning_told(run.before)}
     return {
@@ -208,7 +210,7 @@ def _told(run: costs.Run, device: str, dtype: torch.dtype, dtypes: Mapping[str, 
         "steps_per_epoch": lengths.steps_per_epoch,
         "sequences_per_step": run.sequences
         * (2 if run.recipe.objective.row_weight or run.recipe.schedule.kind == "pairs" else 1),
-        "memory": need | {"total": costs.at_once(need)},
+        "memory": need | {"total": costs.at_once(need, run.device)},
         "step_flops": _step_flops(run),
         **before,
         "gpus": costs.on_gpus(on_gpu, gpu_need),

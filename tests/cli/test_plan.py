@@ -339,6 +339,61 @@ def test_memory_is_what_is_in_use_at_once(plans):
     assert [told["gpus"][name]["fits"] for name in ("L40S", "A100 80GB", "H200")] == [False, True, True]
 
 
+def test_on_a_cpu_what_a_step_frees_stays_with_the_process(configs, planned):
+    """GPT-2 medium → GPT-2 on outputs of the student, in bf16: every part by hand, and all of them at once."""
+    pair = ("--teacher", configs / "gpt2-medium", "--student", configs / "gpt2", "--method", "gkd", "--dtype", "bf16")
+    memory = planned(*pair, "--device", "cpu")["memory"]
+    assert memory.pop("total") == sum(memory.values())
+    assert memory.get("rollout_layouts") == (2 * (12 * 12 * 768**2 + 50257 * 768) if can_pack() else None)
+    assert memory["compiled_products"] == 250e6
+    fp32 = planned(*pair[:-1], "fp32", "--device", "cpu", "--set", "teacher.dtype=fp32")["memory"]
+    assert not {"rollout_layouts", "compiled_products", "teacher_layouts"} & fp32.keys()
+    assert not {"rollout_layouts", "compiled_products"} & planned(*pair)["memory"].keys()
+
+
+def test_an_adapter_saves_its_inputs_and_no_gradient_of_the_head(configs, planned):
+    pair = ("--teacher", configs / "gpt2-xl", "--student", configs / "gpt2", "--method", "kd", "--dtype", "fp32")
+    whole, adapter = (planned(*pair, *lora, "--device", "cpu")["memory"] for lora in ((), ("--lora", 16)))
+    assert whole["loss"] - adapter["loss"] == 4 * 50257 * 768
+    assert adapter["activations"] / whole["activations"] == pytest.approx((34 + 24) / 34, rel=0.02)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no /proc to read the peak from")
+def test_the_memory_of_a_run_on_a_cpu_is_what_was_planned(planned, tmp_path):
+    """A pair with a large vocabulary, trained on its own outputs in bf16, in a process that has its libraries already."""
+    words = tiny.tokenizer(size=12_000)
+    for name, width in (("teacher", 320), ("student", 256)):
+        tiny.save(tmp_path / name, "gpt2", rows=12_000, own_tokenizer=words, n_embd=width, n_layer=3, n_positions=256)
+    rows = [{"prompt": "ab" * (20 + i % 20), "completion": "cd" * (20 + i % 9)} for i in range(48)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = [
+        "--teacher", "./teacher", "--student", "./student", "--data", "rows.jsonl", "--device", "cpu", "--method", "gkd",
+        "--dtype", "bf16", "--batch-size", "8", "--set", "schedule.kind=on", "--set", "teacher.dtype=bf16",
+        "--set", "rollout.max_new_tokens=40", "--set", "rollout.bulk=2", "--set", "eval.report_rows=0", "--epochs", "2",
+        "--set", "train.threads=1", "--set", "data.template=plain",
+    ]  # fmt: skip
+    script = """
+import contextlib, io, re, sys
+from pathlib import Path
+import distillm_cli.cli.training, transformers.models.gpt2.modeling_gpt2
+from distillm_cli.cli.app import main
+
+def status(name):
+    return int(re.search(rf"^{name}:\\s+(\\d+)", Path("/proc/self/status").read_text(), re.M)[1]) * 1024
+
+before = status("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
+with contextlib.redirect_stdout(io.StringIO()):
+    code = main(["distill", *sys.argv[1:], "--output", "out", "--json", "--quiet"])
+print(code, status("VmHWM") - before)
+"""
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script, *argv], capture_output=True, text=True, env=env)
+    code, taken = map(int, done.stdout.split())
+    assert code == 0, done.stderr
+    assert 0.75 < planned(*argv)["memory"]["total"] / taken < 1.5
+
+
 def test_an_adapter_is_merged_into_a_copy_to_sample(configs, planned):
     """GPT-2 with r 16: in float32 only the adapted layers are copied, in bf16 every weight."""
     pair = ("--teacher", configs / "gpt2-xl", "--student", configs / "gpt2", "--method", "gkd")
