@@ -104,10 +104,10 @@ def memory(run: Run) -> dict[str, int]:
     """Bytes by part. Weights, gradients and optimizer are counted exactly (AdamW: two float32 moments).
 
     Activations: 34 values a position, layer and width, of one micro-batch of the longest rows (saved tensors, counted on
-    GPT-2, OPT, Llama and Qwen 3 with attention scores not kept, are 19 to 36; adapters of every linear layer, with dropout
-    on their inputs, add 12), or 2 with gradient checkpointing. Under autocast there is a copy of every matrix in the compute
-    dtype, and while the student samples another one of every weight, an adapter merged in. The loss holds its chunks and,
-    where it is trained, one gradient of the head.
+    GPT-2, OPT, Llama and Qwen 3 with attention scores not kept, are 19 to 36), or 2 with gradient checkpointing. Adapters
+    of every linear layer add 9, their inputs in float32, and 15 more in GPT-2, whose own GELU is many operations. Under
+    autocast there is a copy of every matrix in the compute dtype, and while the student samples another one of every
+    weight, an adapter merged in. The loss holds its chunks and, where it is trained, one gradient of the head.
 
     On a CPU the matrices of a bf16 teacher of the families with a written-out pass are there twice, once laid out for the
     products, and so are those of a model that samples in bf16. At the first validation the weights from before training are
@@ -124,7 +124,8 @@ def memory(run: Run) -> dict[str, int]:
     positions = run.micro_batch * longest
     layers = student.layers if student.encoder is None else max(student.layers, student.encoder.layers)
     width, head = student.width, run.vocab * student.head_in
-    saved = (34 + 12 * student.adapted / max(1, student.matrices)) * run.itemsize
+    by_adapters = 4 * (24 if student.kind == "gpt2" else 9) * student.adapted / max(1, student.matrices)
+    saved = 34 * run.itemsize + round(by_adapters)
     if recipe.train.gradient_checkpointing:
         saved = 2 * run.itemsize
     head_gradient = head * ((0 if student.adapted else 4) + (0 if run.itemsize == 4 else 2))

@@ -23,8 +23,9 @@ _BLOCK, _TWO_LEVELS = 256, 4096
 # Of the likeliest tokens so many are looked at first for the nucleus, and eight times as many as long as they are too few.
 _FEW = 64
 
-# Temperatures beyond these are taken for these: the same distribution, and neither T nor 1/T leaves float32.
-_COLDEST, _HOTTEST = 1e-30, 1e30
+# Temperatures beyond these are taken for these: the same distribution, and neither T nor 1/T leaves float32. Below _COLD
+# logits are measured from their maximum, or divided by T they might.
+_COLDEST, _COLD, _HOTTEST = 1e-30, 1e-6, 1e30
 
 _NONE = -1  # in place of a token
 
@@ -53,9 +54,8 @@ def choose(logits_BV: Tensor, sampling: Sampling, uniforms_B: Tensor) -> Tensor:
     the tokens asks ``check_chosen``.
     """
     if sampling.temperature == 0:
-        likeliest_B = logits_BV.argmax(-1)  # of NaN, where there is one
-        is_one_B = logits_BV.gather(-1, likeliest_B[:, None])[:, 0].isfinite()
-        return likeliest_B.where(is_one_B, _NONE)
+        most_B, likeliest_B = logits_BV.max(-1)  # NaN, where there is one
+        return likeliest_B.where(most_B.isfinite(), _NONE)
     return inverse_cdf(distribution(logits_BV, sampling), uniforms_B.to(torch.float64))
 
 
@@ -73,9 +73,9 @@ def distribution(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     if sampling.temperature == 0:
         return torch.zeros_like(logits_BV).scatter_(-1, logits_BV.argmax(-1, keepdim=True), 1.0)
     if sampling.temperature != 1:
-        # From the maximum, or a small temperature would leave float32.
-        shifted_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
-        logits_BV = shifted_BV.div_(min(max(sampling.temperature, _COLDEST), _HOTTEST))
+        if sampling.temperature < _COLD:
+            logits_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
+        logits_BV = logits_BV / min(max(sampling.temperature, _COLDEST), _HOTTEST)
     if 0 < sampling.top_k < logits_BV.shape[-1]:
         least_B1 = logits_BV.topk(sampling.top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
         logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)
@@ -118,27 +118,28 @@ def inverse_cdf(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     In float64, as fifty thousand float32 additions would bend the tail; over a large vocabulary first by blocks, whose
     own masses are short float32 sums, and then inside one block.
     """
-    if weights_BV.shape[-1] < _TWO_LEVELS:
-        token_B, rest_B = _search(weights_BV, None, uniforms_B)
-        return token_B.where(rest_B.isfinite(), _NONE)
     V = weights_BV.shape[-1]
+    if V < _TWO_LEVELS:
+        cumulative_BV = weights_BV.cumsum(-1, dtype=torch.float64)
+        token_B, _ = _search(cumulative_BV, uniforms_B * cumulative_BV[:, -1])
+        return token_B.where(cumulative_BV[:, -1].isfinite(), _NONE)
     whole = V // _BLOCK * _BLOCK
     masses_BN = weights_BV[:, :whole].unflatten(-1, (-1, _BLOCK)).sum(-1)
     if whole < V:
         masses_BN = torch.cat([masses_BN, weights_BV[:, whole:].sum(-1, keepdim=True)], -1)
-    block_B, rest_B = _search(masses_BN, None, uniforms_B)
-    ids = block_B[:, None] * _BLOCK + torch.arange(_BLOCK, device=weights_BV.device)
+    cumulative_BN = masses_BN.cumsum(-1, dtype=torch.float64)
+    block_B, points_B = _search(cumulative_BN, uniforms_B * cumulative_BN[:, -1])
+    block_B1 = block_B[:, None].clamp_max(masses_BN.shape[1] - 1)  # beyond it where all is NaN
+    before_B1 = cumulative_BN.gather(-1, block_B1) - masses_BN.gather(-1, block_B1)
+    ids = block_B1 * _BLOCK + torch.arange(_BLOCK, device=weights_BV.device)
     inside = weights_BV.gather(-1, ids.clamp_max(V - 1)).masked_fill_(ids >= V, 0.0)
-    return (block_B * _BLOCK + _search(inside, rest_B, None)[0]).where(rest_B.isfinite(), _NONE)
+    place_B, _ = _search(inside.cumsum(-1, dtype=torch.float64), points_B - before_B1[:, 0])
+    return (block_B * _BLOCK + place_B).where(cumulative_BN[:, -1].isfinite(), _NONE)
 
 
-def _search(weights: Tensor, points_B: Tensor | None, uniforms_B: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(index, how far into its weight) of a point on the rows' cumulative sums, given as it is or as a share of all."""
-    cumulative = weights.cumsum(-1, dtype=torch.float64)
+def _search(cumulative: Tensor, points_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each row's sum goes beyond its point, and that point, which is never the very end: rounding may carry it there,
+    where right=True would leave the last token that has any weight."""
     total_B = cumulative[:, -1]
-    points_B = uniforms_B * total_B if points_B is None else points_B
-    # Rounding may carry a point to the very end, where right=True would leave the last token that has any weight.
     points_B = torch.minimum(points_B, torch.nextafter(total_B, torch.zeros_like(total_B))).clamp_min_(0.0)
-    index_B1 = torch.searchsorted(cumulative, points_B[:, None], right=True).clamp_max_(weights.shape[-1] - 1)  # of NaN
-    before_B = (cumulative.gather(-1, index_B1) - weights.gather(-1, index_B1)).squeeze(-1)
-    return index_B1.squeeze(-1), points_B - before_B
+    return torch.searchsorted(cumulative, points_B[:, None], right=True)[:, 0], points_B
