@@ -174,7 +174,7 @@ def _place(kept: dict[str, Any] | None) -> list[Any]:
 _PARTS = {
     "total": "most at once",
     "rollout_weights": "copy that samples",
-    "rollout_layouts": "the same, laid out",
+    "rollout_layouts": "that copy, laid out",
 }
 
 _SOURCES = {
