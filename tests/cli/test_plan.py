@@ -141,6 +141,15 @@ def test_the_papers_pair_from_configs_alone(configs, planned):
     assert told["gpus"]["H200"]["step_s"]["dataset"] < told["gpus"]["A100 80GB"]["step_s"]["dataset"]
 
 
+def test_without_a_tokenizer_an_epoch_has_as_many_steps_as_it_is_trained_with(configs, planned):
+    """Whole batches only: 20 rows by 8 are 2; and one where there are fewer rows than that."""
+    pair = ("--teacher", configs / "gpt2-xl", "--student", configs / "gpt2", "--data", "builtin", "--epochs", 3)
+    for rows, per_epoch in ((20, 2), (24, 3), (5, 1)):
+        told = planned(*pair, "--batch-size", 8, "--set", f"data.size={rows}")
+        assert "no tokenizer at hand" in " ".join(told["notes"])
+        assert (told["steps_per_epoch"], told["steps"]) == (per_epoch, 3 * per_epoch)
+
+
 def test_rows_and_tokenizer_that_are_at_hand_are_measured(configs, planned, shared_data, monkeypatch, tmp_path):
     import shutil
 
