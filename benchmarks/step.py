@@ -3,9 +3,9 @@
     python benchmarks/step.py [--peers STEP.py --peers-python PYTHON] [--threads N] [--rounds N] [--json]
 
 Ours is the engine's own path: models loaded as a run loads them, ``micro_batches``, ``collate``, ``Teacher``, ``Objective``,
-bf16 autocast; once with the teacher's forward pass in the step and once with its states cached. The loss is compiled if
-the trial that a long run makes after its first steps finds that faster, and both are timed without it as well. Beside it
-the textbook skew KL (both models' whole logits at every position, float32 softmax, mask at the end) and, with ``--peers``,
+bf16 autocast; once with the teacher's forward pass in the step and once with its states cached. Both are timed with the
+loss compiled as well (``train.compile: on``), where the trial that this begins with finds it right. Beside them the textbook
+skew KL (both models' whole logits at every position, float32 softmax, mask at the end) and, with ``--peers``,
 the functions of that file's ``PEERS``, run in a process of ``--peers-python`` (their libraries may need another
 environment): ``peers.pair(V)`` and ``peers.batch(B, P, R, V)`` make models and inputs, ``PEERS[name](teacher, student,
 *batch)`` a step.
@@ -41,7 +41,7 @@ import torch
 import torch.nn.functional as F
 
 UNCACHED, CACHED, TEXTBOOK = "distillm", "distillm, teacher cached", "textbook skew KL"
-PLAIN = ", loss not compiled"
+COMPILED = ", loss compiled"
 GOALS = {  # peer → at least so many times faster: uncached, cached
     "trl_gkd": (8.0, 14.0),
     "trl_chunked_jsd": (3.5, 6.0),
@@ -95,13 +95,13 @@ class Ours:
         self.cached = Teacher(self.pair.teacher, remembers=True)  # the first answer is kept
         part = CompiledPart()
         self.trial = tried(part, self.objective.part_of_loss(self.terms, self.device))
-        self.compiled = part if self.trial.wins else None
+        self.part = None if self.trial.why_not else part
 
-    def update(self, teacher, *, plain: bool = False) -> float:
-        """What the engine does in a step, up to the optimizer; the loss per token. plain: in any case not compiled."""
+    def update(self, teacher, *, compiled: bool = False) -> float:
+        """What the engine does in a step, up to the optimizer; the loss per token."""
         from distillm_cli.sequences import collate, micro_batches
 
-        self.objective.part = None if plain else self.compiled
+        self.objective.part = self.part if compiled else None
         self.objective.zero_grad(set_to_none=True)
         count, loss = self.objective.criterion.count(self.sequences), 0.0
         for cuts in micro_batches(self.sequences, self.batch_size):
@@ -133,7 +133,7 @@ class Ours:
     def check(self) -> dict[str, float]:
         """Our loss, uncached and cached, is the textbook's up to bf16 rounding: whoever is fast must also be right."""
         values = {TEXTBOOK: self.textbook(), UNCACHED: self.update(self.teacher), CACHED: self.update(self.cached)}
-        values[UNCACHED + PLAIN] = self.update(self.teacher, plain=True)
+        values[UNCACHED + COMPILED] = self.update(self.teacher, compiled=True)
         if max(values.values()) > 1.02 * min(values.values()):
             raise SystemExit(f"the losses disagree, nothing was timed: {values}")
         return values
@@ -237,8 +237,8 @@ def measure(shape: argparse.Namespace, ours: Ours, peers: Peers | None) -> tuple
     steps: dict[str, Step] = {
         UNCACHED: lambda: timed(lambda: ours.update(ours.teacher)),
         CACHED: lambda: timed(lambda: ours.update(ours.cached)),
-        UNCACHED + PLAIN: lambda: timed(lambda: ours.update(ours.teacher, plain=True)),
-        CACHED + PLAIN: lambda: timed(lambda: ours.update(ours.cached, plain=True)),
+        UNCACHED + COMPILED: lambda: timed(lambda: ours.update(ours.teacher, compiled=True)),
+        CACHED + COMPILED: lambda: timed(lambda: ours.update(ours.cached, compiled=True)),
         TEXTBOOK: lambda: timed(ours.textbook),
     }
     for name in peers.names if peers else ():

@@ -149,7 +149,7 @@ def _trained(
         engine.load(checkpoint)
     if recipe.train.compile == "on" and checkpoint is None:
         _compile_loss(run, engine, listener)
-    elif recipe.train.compile == "auto":
+    elif recipe.train.compile == "auto" and run.device.type != "cpu":
         engine.tune = lambda: _compile_loss(run, engine, listener)
     reached = engine.run()
     if reached.best_step not in (None, reached.step):

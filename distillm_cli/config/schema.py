@@ -236,8 +236,8 @@ class Train(Section):
     threads: Positive | None = Field(None, description="CPU threads; unset: torch's choice")
     compile: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="the loss through torch.compile. auto: in runs long enough to pay for it, where a trial after the "
-        "first 20 steps finds it faster",
+        description="the loss through torch.compile. auto: not on a CPU, where it gains little; elsewhere in runs long "
+        "enough to pay for it, where a trial after the first 20 steps finds it faster",
     )
     gradient_checkpointing: bool = Field(False, description="less memory, one more forward pass")
     log_steps: Positive = Field(1, description="a metrics line every so many steps")

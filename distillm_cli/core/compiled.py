@@ -1,9 +1,10 @@
 """A part's loss compiled by ``torch.compile``, used where a trial in the beginning of a run finds it faster.
 
 Between its matrix products the loss makes some twenty passes over tables of the vocabulary's width; a compiler makes a few
-of them, and reads bfloat16 as it goes. On two CPU cores that halves the time of these passes (lab book), on a GPU, where
-they are most of the loss, it should do more. Compiling takes some ten seconds, so short runs do not try; and the choice is
-in the checkpoint, so that a resumed run computes what the uninterrupted one would have.
+of them, and reads bfloat16 as it goes. On two CPU cores these passes then take two thirds of their time, and a whole step
+hardly less (lab book), for which nobody would have two runs of one seed differ by what a trial found; on a GPU, where they
+are most of the loss, it should do more. Compiling takes some ten seconds, so short runs do not try; and the choice is in
+the checkpoint, so that a resumed run computes what the uninterrupted one would have.
 
 Only parts with a gradient are compiled: validation is short, and would be compiled once more.
 """
