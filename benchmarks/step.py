@@ -3,12 +3,10 @@
     python benchmarks/step.py [--peers STEP.py --peers-python PYTHON] [--threads N] [--rounds N] [--json]
 
 Ours is the engine's own path: models loaded as a run loads them, ``micro_batches``, ``collate``, ``Teacher``, ``Objective``,
-bf16 autocast; once with the teacher's forward pass in the step and once with its states cached. Both are timed with the
-loss compiled as well (``train.compile: on``), where the trial that this begins with finds it right. Beside them the textbook
-skew KL (both models' whole logits at every position, float32 softmax, mask at the end) and, with ``--peers``,
-the functions of that file's ``PEERS``, run in a process of ``--peers-python`` (their libraries may need another
-environment): ``peers.pair(V)`` and ``peers.batch(B, P, R, V)`` make models and inputs, ``PEERS[name](teacher, student,
-*batch)`` a step.
+bf16 autocast; once with the teacher's forward pass in the step and once with its states cached. Beside it the textbook
+skew KL (both models' whole logits at every position, float32 softmax, mask at the end) and, with ``--peers``, the
+functions of that file's ``PEERS``, run in a process of ``--peers-python`` (their libraries may need another environment):
+``peers.pair(V)`` and ``peers.batch(B, P, R, V)`` make models and inputs, ``PEERS[name](teacher, student, *batch)`` a step.
 
 Teacher GPT-2 124M and student 4 × 384 with random weights, V = 50,257, batch 8, prompt 128, response 64 unless said
 otherwise; everyone has the same shapes, tokens per step, precision and threads. All take turns in every round, one step
@@ -41,7 +39,6 @@ import torch
 import torch.nn.functional as F
 
 UNCACHED, CACHED, TEXTBOOK = "distillm", "distillm, teacher cached", "textbook skew KL"
-COMPILED = ", loss compiled"
 GOALS = {  # peer → at least so many times faster: uncached, cached
     "trl_gkd": (8.0, 14.0),
     "trl_chunked_jsd": (3.5, 6.0),
@@ -67,7 +64,6 @@ class Ours:
     def __init__(self, shape: argparse.Namespace, directory: Path):
         from distillm_cli.config import schema
         from distillm_cli.core import criteria
-        from distillm_cli.core.compiled import CompiledPart, tried
         from distillm_cli.core.objective import Objective
         from distillm_cli.core.scheduler import Source
         from distillm_cli.core.teacher import Teacher
@@ -93,15 +89,11 @@ class Ours:
         rows = [[random.integers(0, shape.vocab, n, dtype=np.int32) for n in sizes] for _ in range(shape.batch)]
         self.sequences = [Sequence(prompt, response, row) for row, (prompt, response) in enumerate(rows)]
         self.cached = Teacher(self.pair.teacher, remembers=True)  # the first answer is kept
-        part = CompiledPart()
-        self.trial = tried(part, self.objective.part_of_loss(self.terms, self.device))
-        self.part = None if self.trial.why_not else part
 
-    def update(self, teacher, *, compiled: bool = False) -> float:
+    def update(self, teacher) -> float:
         """What the engine does in a step, up to the optimizer; the loss per token."""
         from distillm_cli.sequences import collate, micro_batches
 
-        self.objective.part = self.part if compiled else None
         self.objective.zero_grad(set_to_none=True)
         count, loss = self.objective.criterion.count(self.sequences), 0.0
         for cuts in micro_batches(self.sequences, self.batch_size):
@@ -133,7 +125,6 @@ class Ours:
     def check(self) -> dict[str, float]:
         """Our loss, uncached and cached, is the textbook's up to bf16 rounding: whoever is fast must also be right."""
         values = {TEXTBOOK: self.textbook(), UNCACHED: self.update(self.teacher), CACHED: self.update(self.cached)}
-        values[UNCACHED + COMPILED] = self.update(self.teacher, compiled=True)
         if max(values.values()) > 1.02 * min(values.values()):
             raise SystemExit(f"the losses disagree, nothing was timed: {values}")
         return values
@@ -237,8 +228,6 @@ def measure(shape: argparse.Namespace, ours: Ours, peers: Peers | None) -> tuple
     steps: dict[str, Step] = {
         UNCACHED: lambda: timed(lambda: ours.update(ours.teacher)),
         CACHED: lambda: timed(lambda: ours.update(ours.cached)),
-        UNCACHED + COMPILED: lambda: timed(lambda: ours.update(ours.teacher, compiled=True)),
-        CACHED + COMPILED: lambda: timed(lambda: ours.update(ours.cached, compiled=True)),
         TEXTBOOK: lambda: timed(ours.textbook),
     }
     for name in peers.names if peers else ():
@@ -262,14 +251,14 @@ def report(shape: argparse.Namespace, ours: Ours, best: dict[str, float], peak: 
     ratios = {
         name: {"uncached": seconds / best[UNCACHED], "cached": seconds / best[CACHED], "goals": GOALS.get(name)}
         for name, seconds in best.items()
-        if not name.startswith(UNCACHED)
+        if name not in (UNCACHED, CACHED)
     }
     work = {name: ours.flops(shape, cached=name == CACHED) for name in (UNCACHED, CACHED)}
     use = {name: work[name] / best[name] / peak for name in work}
     sizes = {name: getattr(shape, name) for name in ("batch", "prompt", "response", "vocab", "threads", "rounds")}
     return sizes | {
         "seconds": best, "ratios": ratios, "flop": work, "peak_flops": peak, "flop_use": use,
-        "flop_use_goal": GOAL_FLOPS, "torch": torch.__version__, "trial": str(ours.trial),
+        "flop_use_goal": GOAL_FLOPS, "torch": torch.__version__,
     }  # fmt: skip
 
 
@@ -282,7 +271,6 @@ def print_table(result: dict) -> None:
             goals = [f"≥ {goal:g}" for goal in found["goals"]] if found["goals"] else ["–", "–"]
             cells = [f"{found['uncached']:.2f}", goals[0], f"{found['cached']:.2f}", goals[1]]
         print(f"| {name} | {seconds:.3f} | {' | '.join(cells)} |")
-    print(f"\nTrial: {result['trial']}")
     use, work, peak = result["flop_use"], result["flop"], result["peak_flops"]
     for name in use:
         goal = f" (goal {GOAL_FLOPS})" if name == UNCACHED else ""

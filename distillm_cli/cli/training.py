@@ -20,9 +20,8 @@ from distillm_cli.cli.teaching import Opened, open_teacher
 from distillm_cli.config.load import Resolved, to_yaml
 from distillm_cli.config.stages import sft_before
 from distillm_cli.core.checkpoint import Checkpoint, read, visible
-from distillm_cli.core.compiled import CompiledPart, pays, tried
 from distillm_cli.core.engine import LOWER_IS_BETTER, Engine
-from distillm_cli.core.events import Listener, Note, Warned
+from distillm_cli.core.events import Note, Warned
 from distillm_cli.core.metrics_log import MetricsLog
 from distillm_cli.core.progress import Progress as Reached
 from distillm_cli.core.scheduler import Source
@@ -147,10 +146,6 @@ def _trained(
         keep_freed_memory()
     if checkpoint is not None:
         engine.load(checkpoint)
-    if recipe.train.compile == "on" and checkpoint is None:
-        _compile_loss(run, engine, listener)
-    elif recipe.train.compile == "auto" and run.device.type != "cpu":
-        engine.tune = lambda: _compile_loss(run, engine, listener)
     reached = engine.run()
     if reached.best_step not in (None, reached.step):
         load_student(run.student, read(engine.checkpoints.path(reached.best_step)))
@@ -163,26 +158,6 @@ def _trained(
     if opened is not None:
         result |= {"teacher_cache": opened.facts(), "teacher_tokens": opened.teacher.tokens}
     return result
-
-
-def _compile_loss(run: Prepared, engine: Engine, listener: Listener) -> None:
-    """Lets the loss be compiled where that is asked for and works, or where it pays and a trial finds it faster."""
-    shape = engine.objective.part_of_loss(engine.objective.criterion.terms(Source.DATASET), run.device)
-    if shape is None:
-        return
-    is_asked_for = run.recipe.train.compile == "on"
-    tokens = run.train.tokens / len(run.train) * run.step_rows * run.steps
-    if not is_asked_for and not pays(shape, tokens / shape.rows):
-        return
-    listener(Note("compiling the loss, to see whether it is faster so: some ten seconds"))
-    part = CompiledPart(listener=listener)  # which imports the compiler
-    trial = tried(part, shape)
-    if is_asked_for and trial.why_not:
-        listener(Warned(f"train.compile is on, but {trial}"))
-    else:
-        listener(Note(str(trial)))
-    if trial.wins or (is_asked_for and not trial.why_not):
-        engine.objective.part = part
 
 
 def _stopped(output: Path | None, stop: KeyboardInterrupt) -> Interrupted:

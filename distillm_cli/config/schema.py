@@ -234,11 +234,6 @@ class Train(Section):
     seed: Seed = Field(10, description="of the order, the rollouts, dropout and new weights")
     device: Name = Field("auto", description="auto, cpu, cuda, cuda:N, mps")
     threads: Positive | None = Field(None, description="CPU threads; unset: torch's choice")
-    compile: Literal["auto", "on", "off"] = Field(
-        "auto",
-        description="the loss through torch.compile. auto: not on a CPU, where it gains little; elsewhere in runs long "
-        "enough to pay for it, where a trial after the first 20 steps finds it faster",
-    )
     gradient_checkpointing: bool = Field(False, description="less memory, one more forward pass")
     log_steps: Positive = Field(1, description="a metrics line every so many steps")
     eval_steps: Positive | Literal["epoch"] = Field("epoch", description="validate every so many steps")

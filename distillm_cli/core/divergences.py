@@ -29,7 +29,7 @@ class Rows:
     The tables belong to whoever holds the Rows: a divergence reads them and changes none.
     """
 
-    # Plain attributes: a compiler cannot see through ``cached_property``, which takes a lock.
+    # Plain attributes: ``cached_property`` takes a lock each time, which is slower and stops a compiler.
     _prob_NV: Tensor | None = None
     _log_norm_N1: Tensor | None = None
     _log_NV: Tensor | None = None

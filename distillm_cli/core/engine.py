@@ -20,7 +20,6 @@ from torch import nn
 from distillm_cli.config.schema import Train
 from distillm_cli.core.bulk import Bulk
 from distillm_cli.core.checkpoint import Checkpoint, Checkpoints, random_states, restore_random_states
-from distillm_cli.core.compiled import CompiledPart
 from distillm_cli.core.criterion import CROSS_ENTROPY, Piece
 from distillm_cli.core.events import Listener, Note, RunEnded, RunStarted, Saved, Stepped, Validated, silent
 from distillm_cli.core.objective import Objective, joined
@@ -37,7 +36,6 @@ from distillm_cli.errors import Interrupted, NonFiniteError
 from distillm_cli.sequences import LEAST_PASS_COST, Batch, Passes, Sequence, collate, micro_batches
 from distillm_cli.words import counted
 
-TUNED_AT = 20  # a step, not a time: a resumed run changes where the uninterrupted one did
 LOWER_IS_BETTER = frozenset({"valid_loss", "valid_divergence", "error_rate"})
 
 
@@ -61,8 +59,8 @@ class Engine:
     teacher's, and the student's where those of a pair are not fresh at every step. validation: held-out sequences, batched.
     score: further held-out figures by name, computed at each validation (student in evaluation mode). as_at_start: a
     context in which the student has the weights it began with: the loss before training is then taken at the first
-    validation, and nobody waits for it before the first step. tune: called before step TUNED_AT, of every run, for what pays
-    in a long one only. checkpoints: None keeps nothing. dtype: of autocast; float32 switches it off.
+    validation, and nobody waits for it before the first step. checkpoints: None keeps nothing. dtype: of autocast; float32
+    switches it off.
     """
 
     def __init__(
@@ -83,7 +81,6 @@ class Engine:
         validation: SequenceOf[list[Sequence]] = (),
         score: Callable[[], dict[str, float]] | None = None,
         as_at_start: Callable[[], AbstractContextManager[None]] | None = None,
-        tune: Callable[[], None] = lambda: None,
         checkpoints: Checkpoints | None = None,
         recipe: dict | None = None,
         method: str = "",
@@ -96,7 +93,7 @@ class Engine:
         self.batches, self.scheduler, self.replay = batches, scheduler, replay
         self.bulk, self.fresh, self.samples, self.teacher = bulk, fresh, samples or {}, teacher
         self.validation, self.score, self.checkpoints, self.recipe = validation, score, checkpoints, recipe or {}
-        self.as_at_start, self.tune, self.pass_cost = as_at_start, tune, pass_cost
+        self.as_at_start, self.pass_cost = as_at_start, pass_cost
         self.method, self.device, self.dtype, self.say = method, torch.device(device), dtype, listener
         self.ahead = Bulk(rollouts)
         self.at, self.saved_step, objective.say = Progress(), None, listener
@@ -111,8 +108,6 @@ class Engine:
             self._validate()
         with stop_on_signal() as stop:
             while self.at.step < self.steps:
-                if self.at.step == TUNED_AT:
-                    self.tune()
                 clock = time.perf_counter()
                 source = self.scheduler.draw(self.at.step, len(self.replay))
                 try:
@@ -331,7 +326,7 @@ class Engine:
             return
         state = {"progress": dict(vars(self.at)), "scheduler": self.scheduler.state_dict(), "recipe": self.recipe}
         state["criterion"] = self.objective.criterion.state_dict()
-        state |= self.ahead.state() | {"compiled": self.objective.part is not None}
+        state |= self.ahead.state()
         tensors = optimizer_tensors(self.optimizer) | random_states(self.device)
         criterion, held = self.objective.criterion, list(self.replay.sequences)
         tensors |= pack(held, "replay") | criterion.pack(held, "replay") | self.ahead.pack(criterion)
@@ -352,7 +347,6 @@ class Engine:
         self.saved_step = self.at.step
         self.scheduler.load_state_dict(checkpoint.state["scheduler"])
         self.objective.criterion.load_state_dict(checkpoint.state.get("criterion", {}))
-        self.objective.part = CompiledPart(listener=self.say) if checkpoint.state.get("compiled") else None
         load_optimizer_tensors(self.optimizer, checkpoint.tensors)
         self.replay.add(unpack(checkpoint.tensors, "replay"))
         self.objective.criterion.unpack(checkpoint.tensors, "replay", self.replay.sequences)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distillm_cli.core.part import PartLoss, Way, part_loss
+from distillm_cli.core.part import Way, part_loss
 from distillm_cli.core.terms import NOTHING, PerToken, Terms
 from distillm_cli.errors import out_of_memory
 
@@ -61,7 +61,6 @@ def fused_loss(
     chunk: int | None = None,
     on_halved: Callable[[int], None] | None = None,
     scale: float = 1.0,
-    part: PartLoss | None = None,
 ) -> Tensor:
     """scale · Σ over N tokens of weight · (kd · kd_weight · D(p, q) + ce · ce_weight · −log q(target) + surrogate(log
     q(target))), nats; a scalar with a graph.
@@ -76,8 +75,6 @@ def fused_loss(
     and the loss begun again, down to single tokens; ``on_halved`` is then told the chunk that fitted.
 
     scale: as well applied to the result, but here it costs nothing: the head's gradient is scaled where it is written.
-
-    part: in place of ``part_loss``, the same compiled (``compiled.py``); a surrogate is the plain one's affair.
     """
     if terms.kd and (teacher_hidden_ND is None or teacher_head is None or terms.divergence is None):
         raise ValueError("a divergence needs the teacher's hidden states and head")
@@ -93,7 +90,6 @@ def fused_loss(
         on_halved=on_halved,
         with_grad=torch.is_grad_enabled(),
         scale=scale,
-        part=part_loss if part is None or per_token.surrogate is not None else part,
     )
     with torch.autocast(hidden_ND.device.type, enabled=False):
         return _FusedLoss.apply(hidden_ND, head.weight_VD, head.bias_V, work)
@@ -133,7 +129,6 @@ class _Work:
     on_halved: Callable[[int], None] | None
     with_grad: bool
     scale: float = 1.0  # of the gradients; the values are left as they are
-    part: PartLoss | None = None  # None: ``part_loss``
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -274,14 +269,12 @@ class _Walk:
         if self.student.weight_VD is None:
             dz_CV = None if self.d_hidden_ND is None else self.d_hidden_ND[tokens]
         ways = self.student.way, None if self.teacher is None else self.teacher.way
-        part = self.work.part or part_loss
         for rows in _cuts(z_CV.shape[0], self.part):
             among_N = slice(tokens.start + rows.start, tokens.start + rows.stop)
             product_RV, into_RV = z_CV[rows], None
             if needs_grad and dz_CV is not None:
-                # One tensor where both are one memory: a compiler must know that what it writes is what it reads.
-                into_RV = product_RV if dz_CV is z_CV else dz_CV[rows]
-            value_N[among_N], d_bias_V = part(
+                into_RV = dz_CV[rows]
+            value_N[among_N], d_bias_V = part_loss(
                 product_RV,
                 None if teacher_z_CV is None else teacher_z_CV[rows],
                 self.work.targets_N[among_N],

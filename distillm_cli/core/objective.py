@@ -12,11 +12,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from distillm_cli.core.compiled import CompiledPart, Shape
 from distillm_cli.core.criterion import Criterion, Reading
 from distillm_cli.core.events import Listener, Note, silent
-from distillm_cli.core.fused import HeadLike, fused_loss, part_rows, target_log_probs
-from distillm_cli.core.part import Way
+from distillm_cli.core.fused import HeadLike, fused_loss, target_log_probs
 from distillm_cli.core.teacher import Model
 from distillm_cli.core.terms import NOTHING, PerToken, Terms
 from distillm_cli.sequences import Batch
@@ -42,7 +40,6 @@ class Objective(nn.Module):
         self.criterion, self.matmul_dtype = criterion, matmul_dtype
         self.say: Listener = silent
         self.chunk: int | None = None  # most tokens that the loss takes at once; unset until memory runs out
-        self.part: CompiledPart | None = None  # of the loss, where it is compiled
         # Behind a function: a teacher's head that happens to be a Module must not become ours to train or save.
         self._teacher_head = lambda: teacher_head
 
@@ -80,19 +77,8 @@ class Objective(nn.Module):
             chunk=self.chunk,
             on_halved=self._go_on_with,
             scale=scale,
-            part=self.part if torch.is_grad_enabled() else None,
         )
         return total, torch.tensor(targets_N.shape[0], device=total.device)
-
-    def part_of_loss(self, terms: Terms, device: torch.device) -> Shape | None:
-        """What the loss between the heads' products looks like; None where a model gives logits of its own."""
-        own, teacher = self.student.head(), self._teacher_head() if terms.kd else None
-        if own.weight_VD is None or (teacher is not None and teacher.weight_VD is None):
-            return None
-        dtype, vocab = self.matmul_dtype or own.weight_VD.dtype, own.weight_VD.shape[0]
-        ways = [None if head is None else Way(head.bias_V, head.scale, head.softcap) for head in (own, teacher)]
-        dtypes = dtype, dtype if teacher is None else teacher.weight_VD.dtype
-        return Shape(part_rows(vocab, device), vocab, device, dtypes, tuple(ways), terms)
 
     @torch.no_grad()
     def read(self, batches: SequenceOf[Batch], teacher_hidden_ND: Tensor | None) -> Reading:

@@ -1,12 +1,11 @@
 """Logits of a few rows → their losses and their gradient: all that the fused loss does between its matrix products.
 
-Elementwise work over tables of the vocabulary's width, and nothing else, so that a compiler can make one pass of it
-(``compiled.py``). Shape letters: R rows, V vocabulary.
+Elementwise work over tables of the vocabulary's width, and nothing else. Shape letters: R rows, V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,24 +39,17 @@ class Way(NamedTuple):
         return dz_RV if self.scale == 1 else dz_RV.mul_(self.scale)
 
 
-class PartLoss(Protocol):
-    """``part_loss``, or the same compiled."""
-
-    def __call__(
-        self,
-        product_RV: Tensor,
-        teacher_product_RV: Tensor | None,
-        targets_R: Tensor,
-        own: PerToken,
-        ways: tuple[Way, Way | None],
-        terms: Terms,
-        exact: torch.dtype,
-        into_RV: Tensor | None,
-        sums_bias: bool,
-    ) -> tuple[Tensor, Tensor | None]: ...
-
-
-def part_loss(product_RV, teacher_product_RV, targets_R, own, ways, terms, exact, into_RV, sums_bias):
+def part_loss(
+    product_RV: Tensor,
+    teacher_product_RV: Tensor | None,
+    targets_R: Tensor,
+    own: PerToken,
+    ways: tuple[Way, Way | None],
+    terms: Terms,
+    exact: torch.dtype,
+    into_RV: Tensor | None,
+    sums_bias: bool,
+) -> tuple[Tensor, Tensor | None]:
     """Weighted loss per token [R] of a few rows, from the bare products of both heads; and, where asked for, the gradient
     summed over them [V], for a bias.
 
