@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -29,11 +30,6 @@ class Rows:
     The tables belong to whoever holds the Rows: a divergence reads them and changes none.
     """
 
-    # Plain attributes: ``cached_property`` takes a lock each time, which is slower and stops a compiler.
-    _prob_NV: Tensor | None = None
-    _log_norm_N1: Tensor | None = None
-    _log_NV: Tensor | None = None
-
     def __init__(self, z_NV: Tensor):
         self.z_NV = z_NV
 
@@ -41,27 +37,21 @@ class Rows:
     def of_log(cls, log_NV: Tensor) -> Rows:
         """From log-probabilities, which are taken as they come: nothing is normalised again."""
         rows = cls(log_NV)
-        rows._prob_NV, rows._log_norm_N1 = log_NV.exp(), torch.zeros_like(log_NV[:, :1])
+        rows.prob_NV, rows.log_norm_N1 = log_NV.exp(), torch.zeros_like(log_NV[:, :1])
         return rows
 
-    @property
+    @cached_property
     def prob_NV(self) -> Tensor:
-        if self._prob_NV is None:
-            self._prob_NV = torch.softmax(self.z_NV, -1)
-        return self._prob_NV
+        return torch.softmax(self.z_NV, -1)
 
-    @property
+    @cached_property
     def log_norm_N1(self) -> Tensor:
         """log Σ exp z. The largest probability is exp(max z) over that sum: two maxima instead of another exp and sum."""
-        if self._log_norm_N1 is None:
-            self._log_norm_N1 = self.z_NV.amax(-1, keepdim=True) - self.prob_NV.amax(-1, keepdim=True).log()
-        return self._log_norm_N1
+        return self.z_NV.amax(-1, keepdim=True) - self.prob_NV.amax(-1, keepdim=True).log()
 
-    @property
+    @cached_property
     def log_NV(self) -> Tensor:
-        if self._log_NV is None:
-            self._log_NV = self.z_NV - self.log_norm_N1
-        return self._log_NV
+        return self.z_NV - self.log_norm_N1
 
     def log_at(self, ids_N: Tensor) -> Tensor:
         """log-probability [N] of one entry per row."""

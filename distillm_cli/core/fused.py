@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distillm_cli.core.part import Way, part_loss
+from distillm_cli.core.divergences import Rows
 from distillm_cli.core.terms import NOTHING, PerToken, Terms
 from distillm_cli.errors import out_of_memory
 
@@ -195,28 +195,31 @@ def work_bytes(tokens: int, vocab: int, itemsize: int, device: str) -> int:
 def _most_tokens(student: _Side, teacher: _Side | None, exact: torch.dtype) -> int:
     """Of a chunk: enough for the products' speed, and for one part at least, but no more than fit the budget."""
     bytes_per_token = sum(side.V * side.hidden_ND.dtype.itemsize for side in (student, teacher) if side is not None)
-    enough = max(_CHUNK_TOKENS, part_rows(student.V, student.hidden_ND.device, exact))
+    enough = max(_CHUNK_TOKENS, _part_rows(student, exact))
     return min(enough, max(1, CHUNK_BYTES // bytes_per_token))
 
 
-def part_rows(vocab: int, device: torch.device, exact: torch.dtype = torch.float32) -> int:
-    """Rows whose softmax and divergence are computed at once, in the exact dtype."""
-    return max(1, _TABLE_BYTES.get(device.type, _TABLE_BYTES_ELSEWHERE) // (exact.itemsize * vocab))
+def _part_rows(student: _Side, exact: torch.dtype) -> int:
+    """Rows whose softmax and divergence are computed at once."""
+    table_bytes = _TABLE_BYTES.get(student.hidden_ND.device.type, _TABLE_BYTES_ELSEWHERE)
+    return max(1, table_bytes // (exact.itemsize * student.V))
 
 
 @dataclass(frozen=True)
 class _Side:
-    """One model's hidden states and head, in the dtype of the products: the head is cast once."""
+    """One model's way from hidden states to logits, its tensors in the dtype of the products: the head is cast once."""
 
     hidden_ND: Tensor
     weight_VD: Tensor | None
-    way: Way
+    bias_V: Tensor | None
+    scale: float
+    softcap: float | None
 
     @staticmethod
     def of(hidden_ND: Tensor, weight_VD: Tensor | None, bias_V: Tensor | None, head: HeadLike, dtype) -> _Side:
         if weight_VD is not None:
             hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
-        return _Side(hidden_ND, weight_VD, Way(bias_V, head.scale, head.softcap))
+        return _Side(hidden_ND, weight_VD, bias_V, head.scale, head.softcap)
 
     @property
     def V(self) -> int:
@@ -232,13 +235,30 @@ class _Side:
             return hidden_CD
         return torch.mm(hidden_CD, self.weight_VD.T, out=table_CV[: hidden_CD.shape[0]])
 
+    def logits(self, product_RV: Tensor, exact: torch.dtype) -> Tensor:
+        """What the model makes of the bare product, in the exact dtype; the product itself is left as it is."""
+        z_RV = product_RV.to(exact)
+        if self.bias_V is not None:
+            z_RV = z_RV + self.bias_V.to(exact)
+        if self.scale != 1:
+            z_RV = z_RV * self.scale
+        if self.softcap is not None:
+            z_RV = (z_RV / self.softcap).tanh_().mul_(self.softcap)
+        return z_RV
+
+    def through_cap(self, dz_RV: Tensor, z_RV: Tensor) -> Tensor:
+        """A gradient in the final logits → in the bare product, in place."""
+        if self.softcap is not None:
+            dz_RV.mul_((z_RV / self.softcap).square_().neg_().add_(1))
+        return dz_RV if self.scale == 1 else dz_RV.mul_(self.scale)
+
 
 class _Walk:
     """One attempt at the whole loss. All that it adds to memory is its own, so that an attempt that fails leaves nothing."""
 
     def __init__(self, student: _Side, teacher: _Side | None, work: _Work, exact: torch.dtype):
         self.student, self.teacher, self.work, self.exact = student, teacher, work, exact
-        self.part = part_rows(student.V, student.hidden_ND.device, exact)
+        self.part = _part_rows(student, exact)
         self.d_hidden_ND = self.d_weight_VD = self.d_bias_V = None
 
     def run(self, chunk: int, inputs: Inputs, wanted: tuple[bool, ...]) -> Tensor:
@@ -265,29 +285,46 @@ class _Walk:
         logits were given instead, in the gradient of those."""
         z_CV = self.student.product(tokens, table_CV)
         teacher_z_CV = None if self.teacher is None else self.teacher.product(tokens, teacher_table_CV)
+        given = self.student.weight_VD is None
         dz_CV = z_CV
-        if self.student.weight_VD is None:
+        if given:
             dz_CV = None if self.d_hidden_ND is None else self.d_hidden_ND[tokens]
-        ways = self.student.way, None if self.teacher is None else self.teacher.way
         for rows in _cuts(z_CV.shape[0], self.part):
             among_N = slice(tokens.start + rows.start, tokens.start + rows.stop)
-            product_RV, into_RV = z_CV[rows], None
-            if needs_grad and dz_CV is not None:
-                into_RV = dz_CV[rows]
-            value_N[among_N], d_bias_V = part_loss(
-                product_RV,
-                None if teacher_z_CV is None else teacher_z_CV[rows],
-                self.work.targets_N[among_N],
-                self.work.per_token[among_N],
-                ways,
-                self.work.terms,
-                self.exact,
-                into_RV,
-                self.d_bias_V is not None,
-            )
-            if d_bias_V is not None:
-                self.d_bias_V += d_bias_V
+            p = None if teacher_z_CV is None else Rows(self.teacher.logits(teacher_z_CV[rows], self.exact))
+            q = Rows(self.student.logits(z_CV[rows], self.exact))
+            value_N[among_N], dz_RV = self._losses(p, q, among_N, needs_grad)
+            if dz_RV is None:
+                continue
+            dz_RV = self.student.through_cap(dz_RV, q.z_NV)
+            if self.d_bias_V is not None:
+                self.d_bias_V += dz_RV.sum(0)
+            if dz_CV is not None:
+                dz_CV[rows] = dz_RV
         return dz_CV
+
+    def _losses(self, p: Rows | None, q: Rows, tokens: slice, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
+        """Weighted loss per token [R] and, when asked for, its gradient in the student's logits [R, V]."""
+        kd, ce = self.work.terms.kd, self.work.terms.ce
+        targets_R, own = self.work.targets_N[tokens], self.work.per_token[tokens]
+        value_R, h_RV = torch.zeros_like(q.z_NV[:, 0]), None
+        kd_R = kd if own.kd_weights_N is None else kd * own.kd_weights_N.to(self.exact)
+        ce_R = ce if own.ce_weights_N is None else ce * own.ce_weights_N.to(self.exact)
+        if p is not None:
+            value_R, h_RV = self.work.terms.divergence.at(targets_R, own.marks_N).between(p, q, needs_grad)
+            value_R = value_R * kd_R
+        if ce:
+            value_R = value_R - ce_R * q.log_at(targets_R)
+        if own.surrogate is not None:
+            more_R, slope_R = own.surrogate(q.log_at(targets_R))
+            value_R, ce_R = value_R + more_R, ce_R + slope_R  # −slope · log q has the same gradient
+        weight_R = None if own.weights_N is None else own.weights_N.to(self.exact)
+        if weight_R is not None:
+            value_R = value_R * weight_R
+        if not needs_grad:
+            return value_R, None
+        dz_RV = _logit_grad(h_RV, q.prob_NV, targets_R, kd_R, ce_R)
+        return value_R, dz_RV if weight_R is None else dz_RV.mul_(weight_R.unsqueeze(-1))
 
     def _carry_back(self, dz_CV: Tensor, tokens: slice) -> None:
         """From the bare product to hidden states and head."""
@@ -303,6 +340,22 @@ class _Walk:
                 torch.mul(part_SD, self.work.scale, out=self.d_weight_VD[piece])
             else:
                 self.d_weight_VD[piece].add_(part_SD, alpha=self.work.scale)
+
+
+def _logit_grad(h_RV: Tensor | None, q_RV: Tensor, targets_R: Tensor, kd: float | Tensor, ce: float | Tensor) -> Tensor:
+    """kd · (h − q Σ h) + ce · (q − onehot), in few passes; both may be per row [R]. Takes over h, or q without it."""
+    ce_R1 = ce.unsqueeze(-1) if isinstance(ce, Tensor) else q_RV.new_full((q_RV.shape[0], 1), ce)
+    if h_RV is None:
+        dz_RV = q_RV.mul_(ce_R1)
+    else:
+        if isinstance(kd, Tensor):
+            h_RV.mul_(kd.unsqueeze(-1))
+        elif kd != 1:
+            h_RV.mul_(kd)
+        dz_RV = h_RV.addcmul_(q_RV, h_RV.sum(-1, keepdim=True).sub_(ce_R1), value=-1)
+    if isinstance(ce, Tensor) or ce:
+        dz_RV.scatter_add_(-1, targets_R.unsqueeze(-1), -ce_R1)
+    return dz_RV
 
 
 def _cuts(total: int, size: int) -> Iterator[slice]:
