@@ -25,7 +25,7 @@ for place in sys.argv[1:3]:
 AutoTokenizer.from_pretrained(sys.argv[1])
 """
 OURS = """
-from distillm_cli.cli.app import main
+from distillm_cli.__main__ import main
 from distillm_cli.core.scheduler import Scheduler
 
 class Begun(BaseException):
@@ -35,9 +35,11 @@ def begun(*_):
     raise Begun
 
 Scheduler.draw = begun
+teacher, student, data, output = sys.argv[1:]
+sys.argv[1:] = ["distill", "--teacher", teacher, "--student", student, "--data", data, "--output", output]
+sys.argv += ["--overwrite", "--quiet"]
 try:
-    main(["distill", "--teacher", sys.argv[1], "--student", sys.argv[2], "--data", sys.argv[3], "--output", sys.argv[4],
-          "--overwrite", "--quiet"])
+    main()
 except Begun:
     pass
 """

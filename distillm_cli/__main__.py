@@ -2,6 +2,7 @@
 
 import sys
 
+from distillm_cli.cli import garbage
 from distillm_cli.cli.interrupts import heard
 from distillm_cli.errors import Interrupted, signal_number, tell
 
@@ -11,6 +12,7 @@ def main() -> int:
 
     Ctrl-C has its one line and its code from here on, also while the commands are being imported.
     """
+    garbage.put_off()
     try:
         with heard():
             from distillm_cli.cli.app import main as run

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from distillm_cli.cli import outputs, sampling
+from distillm_cli.cli import garbage, outputs, sampling
 from distillm_cli.cli.host import give_back_freed_memory
 from distillm_cli.cli.reading import bringers, reading
 from distillm_cli.config.schema import Recipe
@@ -183,6 +183,7 @@ def _prepared(recipe: Recipe, listener: Listener, early: Early) -> Prepared:
         # Only here: it takes long to import, and the rows are tokenised meanwhile.
         from distillm_cli.models.pair import load_pair
 
+        garbage.take_up()
         pair = load_pair(recipe, device=device, texts=texts, tokenizers=tokenizers, listener=listener)
         tokenizer, ends = pair.tokenizer, ahead.ends(pair.tokenizer)
         encoder = Encoder(tokenizer, recipe.data, is_encoder_decoder=pair.student.is_encoder_decoder, ends=ends)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from distillm_cli.cli import garbage
 from distillm_cli.config.load import Resolved, load_resolved, resolve
 from distillm_cli.config.schema import Recipe
 from distillm_cli.core.events import Listener, Warned
@@ -68,6 +69,7 @@ def own_recipe(model: str) -> Path | None:
 
 def load(model: str, recipe: Recipe, listener: Listener) -> tuple[Backbone, Encoder]:
     """The model, where and in the precision the recipe asks for, and its encoder. Raises ModelError."""
+    garbage.take_up()
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     device = resolve_device(recipe.train.device)

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distillm_cli import words
-from distillm_cli.cli import costs, gpus
+from distillm_cli.cli import costs, garbage, gpus
 from distillm_cli.cli.assembly import Prepared, new_order, new_replay, prepare
 from distillm_cli.cli.host import available_memory
 from distillm_cli.cli.teaching import Keeping, disk_free, plan_keeping, uses_rows
@@ -55,6 +55,7 @@ def weights_are_at_hand(recipe: Recipe) -> bool:
 
 def survey(resolved: Resolved, listener: Listener) -> tuple[dict[str, Any], Prepared | None]:
     """The plan of one run; the prepared run too, where weights are at hand."""
+    garbage.take_up()
     if not weights_are_at_hand(resolved.recipe):
         return of_shapes(resolved, listener)[0], None
     run = prepare(resolved.recipe, listener)

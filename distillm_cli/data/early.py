@@ -6,7 +6,6 @@ tokenizer a run has is known only with its models, and what was made by other ru
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
@@ -20,7 +19,7 @@ from typing import Any
 from distillm_cli.config.schema import Data
 from distillm_cli.core.events import Event, Listener
 from distillm_cli.data.bare_ids import CHUNK, BareIds, bare_ids, chunks, rules_for, same_rules
-from distillm_cli.data.helper import Helper, Lost
+from distillm_cli.data.helper import Helper, Lost, cores
 from distillm_cli.data.rows import Row
 from distillm_cli.data.sources import Rows, Split, load_rows, local_place
 
@@ -58,7 +57,7 @@ class Early:
     def __enter__(self) -> Early:
         # What is on the hub waits for torch: `datasets` imports it too, and two threads would be in each other's way.
         if self._planned is None and (places := self._places()) is not None:
-            if "torch" not in sys.modules and _cores() > 1 and _size(places) <= _MOST:
+            if "torch" not in sys.modules and cores() > 1 and _size(places) <= _MOST:
                 with suppress(OSError):  # no more processes allowed, say
                     self._helper = Helper(self._data, self._find)
             self._begin()
@@ -143,11 +142,6 @@ class Early:
         if rules is None:
             return None
         return rules.to_str(), begun(self._pool, sources, partial(bare_ids, template=template, tokenizer=rules))
-
-
-def _cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _size(places: Iterable[Path]) -> int:

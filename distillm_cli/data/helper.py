@@ -89,8 +89,15 @@ def _flat(ids: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(ids), np.cumsum([len(one) for one in ids])[:-1]
 
 
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def main() -> None:
     """The process, seen from inside: a pickled task on standard input, pickled answers on standard output."""
+    # A core is left to whoever waits: the tokenizers' own threads would take all of them.
+    os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, cores() - 1)))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever started it, who then stops it
     with os.fdopen(os.dup(sys.stdout.fileno()), "wb") as answers:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what is printed must not stand between them

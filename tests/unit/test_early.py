@@ -259,7 +259,7 @@ def before_torch(monkeypatch):
             started.append(self._process)
 
     monkeypatch.delitem(sys.modules, "torch")
-    monkeypatch.setattr(early_module, "_cores", lambda: 2)
+    monkeypatch.setattr(early_module, "cores", lambda: 2)
     monkeypatch.setattr(early_module, "Helper", Watched)
     return started
 
@@ -338,7 +338,7 @@ def test_without_a_process_a_thread_does_it(why, tmp_path, tokenizer_file, befor
     def refused(*_):
         raise OSError("Resource temporarily unavailable")
 
-    change = {"one core": ("_cores", lambda: 1), "many rows": ("_MOST", 100), "no more processes": ("Helper", refused)}
+    change = {"one core": ("cores", lambda: 1), "many rows": ("_MOST", 100), "no more processes": ("Helper", refused)}
     monkeypatch.setattr(early_module, *change[why])
     data = Data(source=str(lines(tmp_path / "rows.jsonl", pairs(2 * CHUNK))))
     with Early(data, partial(Path, tokenizer_file)) as early:
