@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +26,7 @@ from distillm_cli.core.objective import Objective
 from distillm_cli.core.replay import ReplayBuffer, Round
 from distillm_cli.core.scheduler import Scheduler
 from distillm_cli.core.teacher import Teacher
+from distillm_cli.core.teacher_cache import rows_digest
 from distillm_cli.data.ahead import Ahead
 from distillm_cli.data.batching import Examples, Order, by_length, tokenise
 from distillm_cli.data.early import Early
@@ -74,6 +75,7 @@ class Prepared:
     valid: Examples
     begins: Callable[[], Mapping[str, torch.Tensor]] | None = None
     teacher_samples: dict[int, list[Sequence]] | None = None  # by row, where they were made beforehand
+    models: Mapping[str, str] = field(default_factory=dict)  # fingerprints of what was loaded, by role
 
     @property
     def student(self) -> Backbone:
@@ -82,6 +84,14 @@ class Prepared:
     @property
     def sft(self) -> bool:
         return self.recipe.method == "sft"
+
+    @cached_property
+    def inputs(self) -> dict[str, str]:
+        """Tells what the run is made from, by what it holds and not by its name: for a resume."""
+        rows = {"training rows": self.train.sequences, "held-out rows": self.valid.sequences}
+        if self.teacher_samples is not None:
+            rows["teacher samples"] = [s for _, answers in sorted(self.teacher_samples.items()) for s in answers]
+        return {**self.models, **{name: rows_digest(sequences) for name, sequences in rows.items()}}
 
     @cached_property
     def order(self) -> Order:
@@ -200,8 +210,15 @@ def _prepared(recipe: Recipe, listener: Listener, early: Early) -> Prepared:
         first = {name: weight.to("cpu", copy=True) for name, weight in pair.student.state().items()}
         begins = first.copy
     samples = None if beforehand is None else encoded(beforehand, train, encoder, recipe.data, context)
+    there = {"teacher": pair.teacher, "student": pair.student}
+    # Rounded: on another device `auto` may load them in another type.
+    models = {
+        role: fingerprint(backbone.model.state_dict().items(), torch.bfloat16)
+        for role, backbone in there.items()
+        if backbone is not None
+    }
     return Prepared(
-        recipe, listener, device, dtype, train_rows, valid_rows, pair, encoder, train, valid, begins, samples
+        recipe, listener, device, dtype, train_rows, valid_rows, pair, encoder, train, valid, begins, samples, models
     )
 
 
@@ -265,6 +282,7 @@ def build_engine(run: Prepared, output: Path, listener: Listener, *, teacher: Te
         as_at_start=run.as_at_start,
         checkpoints=Checkpoints(output / outputs.CHECKPOINTS, run.save_model, keep=recipe.train.keep),
         recipe=shaping(recipe),
+        inputs=lambda: run.inputs,
         method=recipe.method,
         device=run.device,
         dtype=run.dtype,

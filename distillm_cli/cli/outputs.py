@@ -17,15 +17,19 @@ except ImportError:  # Windows: two runs into one directory are then not told ap
     fcntl = None
 
 CHECKPOINTS, METRICS, RECIPE, EVAL = "checkpoints", "metrics.jsonl", "recipe.yaml", "eval"
+CARD, MADE_WITH = "README.md", "**made with**: distillm"  # in a card of ours
+_PROBE = ".writable-"
+_MANY = 50  # settings: nobody writes so many by hand, each with a comment
 SFT = "sft"  # the stage before distillation, an output directory in the output directory
 
 # What a run writes; `--overwrite` clears these and nothing else, so that a mistyped path loses nobody's files.
-_FILES = (
-    METRICS, RECIPE, "README.md", "config.json", "generation_config.json", "model.safetensors",
+MODEL_FILES = (
+    "config.json", "generation_config.json", "model.safetensors",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template.jinja", "model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors",
     "model-*-of-*.safetensors",
 )  # fmt: skip
+_FILES = (METRICS, *MODEL_FILES)
 _FOLDERS = {
     CHECKPOINTS: ("step-*", ".staging-*"),
     EVAL: ("report/*.json", "*/*/results.json", "*/*/predictions-*.jsonl", "**/.staging-*"),
@@ -59,7 +63,7 @@ def check(output: Path, *, resume: bool, overwrite: bool) -> None:
     try:
         _check_used(output, resume=resume, overwrite=overwrite)
         output.mkdir(parents=True, exist_ok=True)
-        probe = output / f".writable-{os.getpid()}"
+        probe = output / f"{_PROBE}{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -73,17 +77,28 @@ def _check_used(output: Path, *, resume: bool, overwrite: bool) -> None:
         raise CheckpointError(
             f"nothing to resume: {output / CHECKPOINTS} does not exist", hint="start without --resume"
         )
-    if output.is_dir() and any(output.iterdir()) and not (resume or overwrite):
+    # A probe is left behind where a run was stopped between its two lines.
+    is_used = output.is_dir() and any(not path.name.startswith(_PROBE) for path in output.iterdir())
+    if is_used and not (resume or overwrite):
         raise UsageError(
             f"output directory {output} is not empty",
             hint="choose another --output, or give --resume to go on or --overwrite to start anew",
         )
+    if overwrite and (path := foreign(output)) is not None:
+        raise UsageError(f"{path} was not written by a run", hint="choose another --output, or move it away")
 
 
 def written(output: Path) -> Iterator[Path]:
-    """What runs have left in an output directory: files, and whole checkpoints. Of a folder that is a link, the link."""
+    """What runs have left in an output directory: files, and whole checkpoints. Of a folder that is a link, the link.
+
+    Nothing where no run has been: what has the same name there is somebody's own.
+    """
+    if not _is_resolved(output / RECIPE):
+        return
     for pattern in _FILES:
         yield from output.glob(pattern)
+    if (card := output / CARD).is_file() and MADE_WITH in card.read_text(encoding="utf-8", errors="replace"):
+        yield card
     for name, patterns in _FOLDERS.items():
         folder = output / name
         if folder.is_symlink():
@@ -91,11 +106,42 @@ def written(output: Path) -> Iterator[Path]:
         else:
             for pattern in patterns:
                 yield from folder.glob(pattern)
-    stage = output / SFT
-    if stage.is_symlink():
-        yield stage
-    elif stage.is_dir():
-        yield from written(stage)
+    if has_stage(output):
+        stage = output / SFT
+        yield from [stage] if stage.is_symlink() else written(stage)
+    yield output / RECIPE  # last, so that a clearing that is stopped half way can be gone on with
+
+
+def foreign(output: Path) -> Path | None:
+    """A file in the directory that a run would replace and that no run wrote; None where there is none."""
+    ours = set(written(output))
+    names = (
+        *_FILES,
+        CARD,
+        RECIPE,
+        *(f"{name}/{pattern}" for name, patterns in _FOLDERS.items() for pattern in patterns),
+    )
+    found = (path for name in names for path in sorted(output.glob(name)) if path not in ours)
+    return next((path for path in found if not any(parent in ours for parent in path.parents)), None)
+
+
+def has_stage(output: Path) -> bool:
+    """Whether ``OUTPUT/sft`` is a stage of the run in ``output``, and no run of its own beside it."""
+    if not (output / SFT).is_dir() or not _is_resolved(output / RECIPE):
+        return False
+    epochs = re.search(r"^  sft_epochs: +([\d.]+)", _text(output / RECIPE), re.M)
+    return epochs is not None and float(epochs[1]) > 0
+
+
+def _is_resolved(recipe: Path) -> bool:
+    """Whether a run wrote this recipe: every setting is in it, and says where it came from."""
+    lines = _text(recipe).splitlines() if recipe.is_file() else []
+    values = [line for line in lines if not line.startswith("#") and not line.endswith(":")]
+    return len(values) > _MANY and all("  # " in line for line in values)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def clear(output: Path) -> None:
@@ -145,8 +191,12 @@ def is_taken(descriptor: int) -> bool:
 def write_text(path: Path, text: str) -> None:
     """Writes a whole file or none."""
     staged = path.with_name(f".staging-{path.name}")
-    staged.write_text(text, encoding="utf-8")
-    staged.replace(path)
+    try:
+        staged.write_text(text, encoding="utf-8")
+        staged.replace(path)
+    except OSError:
+        staged.unlink(missing_ok=True)
+        raise
 
 
 def publish(staged: Path, output: Path) -> None:

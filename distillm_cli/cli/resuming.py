@@ -33,6 +33,9 @@ def checkpoint_of(output: Path, recipe, *, started: bool = True, movable: Collec
         return None
     if checkpoint is None:
         raise CheckpointError(f"no checkpoint in {output / outputs.CHECKPOINTS}", hint="start anew with --overwrite")
+    if absent := [part for part in ("progress", "recipe") if not isinstance(checkpoint.state.get(part), dict)]:
+        what = f"checkpoint unreadable: its state.json says no {absent[0]}"
+        raise CheckpointError(what, where=str(checkpoint.path), hint="start anew with --overwrite")
     # A field that came later had its default then.
     then, now = (
         json.loads(json.dumps(fields)) for fields in (shaping(Recipe()) | checkpoint.state["recipe"], shaping(recipe))
@@ -40,7 +43,7 @@ def checkpoint_of(output: Path, recipe, *, started: bool = True, movable: Collec
     changed = [
         key
         for key in sorted(then.keys() | now.keys())
-        if then.get(key) != now.get(key) and key not in movable and _counts(key, now.get)
+        if not _same(then.get(key), now.get(key)) and key not in movable and _counts(key, then, now.get)
     ]
     if changed:
         key, more = changed[0], f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
@@ -52,8 +55,34 @@ def checkpoint_of(output: Path, recipe, *, started: bool = True, movable: Collec
     return checkpoint
 
 
-def _counts(key: str, now: ValueOf) -> bool:
-    """Whether the steps depend on the field: one that this run never reads may have been written down all the same."""
+def check_inputs(checkpoint: Checkpoint | None, inputs: Mapping[str, str]) -> None:
+    """Raises CheckpointError where what lies under the recipe's names is not what the run was begun with.
+
+    inputs: by name, what tells it from others; the student's as it was loaded, before the checkpoint's weights.
+    """
+    then = {} if checkpoint is None else checkpoint.state.get("inputs", {})
+    for name, known in then.items():
+        if name in inputs and inputs[name] != known:
+            raise CheckpointError(
+                f"the {name} {'have' if name.endswith('s') else 'has'} changed since the run was started",
+                where=str(checkpoint.path),
+                hint="put back what it was started with, or choose another --output",
+            )
+
+
+def _same(then: object, now: object) -> bool:
+    """Equal, or two spellings of one place."""
+    if then == now or not (isinstance(then, str) and isinstance(now, str)):
+        return then == now
+    left, right = (Path(text).expanduser() for text in (then, now))
+    return left.exists() and right.exists() and left.samefile(right)
+
+
+def _counts(key: str, then: Mapping[str, object], now: ValueOf) -> bool:
+    """Whether the steps depend on the field: one that this run never reads may have been written down all the same, and
+    earlier versions did not write down how answers were scored."""
+    if key.startswith("eval."):
+        return key in then
     return key not in leaves() or is_read(key, now)
 
 

@@ -15,7 +15,7 @@ from distillm_cli.cli.assembly import Prepared, build_engine, prepare
 from distillm_cli.cli.card import model_card
 from distillm_cli.cli.host import keep_freed_memory
 from distillm_cli.cli.measuring import AFTER, BEFORE, FINE_TUNED, TEACHER, Measured, Report, needs_metric
-from distillm_cli.cli.resuming import best_of, checkpoint_of, load_student, weights_in
+from distillm_cli.cli.resuming import best_of, check_inputs, checkpoint_of, load_student, weights_in
 from distillm_cli.cli.teaching import Opened, open_teacher
 from distillm_cli.config.load import Resolved, to_yaml
 from distillm_cli.config.stages import sft_before
@@ -66,12 +66,17 @@ def train(
     for note in resolved.notes:
         ui(Warned(note))
     stage = sft_before(resolved)
+    if stage is not None and (output / outputs.SFT).exists() and not outputs.has_stage(output):
+        what = f"{output / outputs.SFT} is no stage of a run in {output}, which would put its fine-tuning there"
+        raise UsageError(what, hint="choose another --output, or move it away")
     try:
         checkpoint = checkpoint_of(output, recipe, started=stage is None, movable=movable) if resume else None
         of_stage = None
         if resume and stage and not checkpoint:
             of_stage = checkpoint_of(output / outputs.SFT, stage.recipe, movable=movable)
         run = prepare(recipe, ui, early)
+        for earlier in (checkpoint, of_stage):
+            check_inputs(earlier, run.inputs)
         before = None if checkpoint is None else checkpoint.state.get("teacher_cache")
         opened = open_teacher(run, ui, before=before, rebuild=rebuild_teacher_cache)
     except KeyboardInterrupt as stop:
@@ -189,7 +194,7 @@ def publish(
     run.export_model(staged)
     task = "text2text-generation" if run.student.is_encoder_decoder else "text-generation"
     card = model_card(resolved, reached, measured, task=task, measured_on=measured_on)
-    (staged / "README.md").write_text(card, encoding="utf-8")
+    (staged / outputs.CARD).write_text(card, encoding="utf-8")
     outputs.publish(staged, output)
 
 

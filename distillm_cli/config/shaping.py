@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import get_args
 
-from distillm_cli.config.schema import Recipe
+from distillm_cli.config.schema import MetricName, Recipe
 
 # What may differ between a run and its resume, because no later step depends on it.
-_FREE = ("teacher.cache_dir", "train.keep", "train.log_steps", "train.device", "train.threads", "data.workers", "eval")
+_FREE = ("teacher.cache_dir", "train.keep", "train.log_steps", "train.device", "train.threads", "data.workers")
+_FREE += ("eval.suites", "eval.batch_size")
 
 
 def shaping(recipe: Recipe) -> dict:
-    """The part of a recipe that shapes the steps of a run, as dotted keys: what a resume must find unchanged."""
+    """The part of a recipe that shapes the steps of a run, as dotted keys: what a resume must find unchanged.
+
+    How answers are scored is part of it where a metric of them selects the checkpoint.
+    """
+    free = _FREE if recipe.train.select in get_args(MetricName) else (*_FREE, "eval")
 
     def flat(section: dict, prefix: str) -> Iterator[tuple[str, object]]:
         for key, value in section.items():
             dotted = f"{prefix}{key}"
-            if dotted in _FREE:
+            if dotted in free:
                 continue
             if isinstance(value, dict):
                 yield from flat(value, f"{dotted}.")

@@ -133,7 +133,7 @@ def read(path: Path) -> Checkpoint:
                 raise CheckpointError(f"checkpoint file damaged: {path / name} differs from its manifest", hint=hint)
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         return Checkpoint(path, state, load_file(path / TENSORS))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint unreadable: {path} ({error})", hint=hint) from error
 
 

@@ -59,8 +59,8 @@ class Engine:
     teacher's, and the student's where those of a pair are not fresh at every step. validation: held-out sequences, batched.
     score: further held-out figures by name, computed at each validation (student in evaluation mode). as_at_start: a
     context in which the student has the weights it began with: the loss before training is then taken at the first
-    validation, and nobody waits for it before the first step. checkpoints: None keeps nothing. dtype: of autocast; float32
-    switches it off.
+    validation, and nobody waits for it before the first step. checkpoints: None keeps nothing. recipe, inputs: what a resume
+    must find unchanged, kept with them. dtype: of autocast; float32 switches it off.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class Engine:
         as_at_start: Callable[[], AbstractContextManager[None]] | None = None,
         checkpoints: Checkpoints | None = None,
         recipe: dict | None = None,
+        inputs: Callable[[], dict[str, str]] = dict,
         method: str = "",
         pass_cost: int = LEAST_PASS_COST,
         device: torch.device | str = "cpu",
@@ -93,7 +94,7 @@ class Engine:
         self.batches, self.scheduler, self.replay = batches, scheduler, replay
         self.bulk, self.fresh, self.samples, self.teacher = bulk, fresh, samples or {}, teacher
         self.validation, self.score, self.checkpoints, self.recipe = validation, score, checkpoints, recipe or {}
-        self.as_at_start, self.pass_cost = as_at_start, pass_cost
+        self.as_at_start, self.pass_cost, self.inputs = as_at_start, pass_cost, inputs
         self.method, self.device, self.dtype, self.say = method, torch.device(device), dtype, listener
         self.ahead = Bulk(rollouts)
         self.at, self.saved_step, objective.say = Progress(), None, listener
@@ -106,8 +107,9 @@ class Engine:
         self.say(self._opening())
         if self.at.valid_loss is None and self.as_at_start is None:
             self._validate()
+        self._give_up_when_stale()  # of a run that had stopped early, what comes after the last step is all that is left
         with stop_on_signal() as stop:
-            while self.at.step < self.steps:
+            while self.at.step < self.steps and self.at.reason == "done":
                 clock = time.perf_counter()
                 source = self.scheduler.draw(self.at.step, len(self.replay))
                 try:
@@ -129,8 +131,6 @@ class Engine:
                         signal_number=stop.signal,
                         hint="the checkpoint is whole; go on with --resume" if self.checkpoints else None,
                     )
-                if self.at.reason != "done":
-                    break
         self.say(RunEnded(self.at.step, self.at.reason, self.at.seconds))
         return self.at
 
@@ -325,7 +325,7 @@ class Engine:
         if self.checkpoints is None or self.saved_step == self.at.step:
             return
         state = {"progress": dict(vars(self.at)), "scheduler": self.scheduler.state_dict(), "recipe": self.recipe}
-        state["criterion"] = self.objective.criterion.state_dict()
+        state |= {"inputs": self.inputs(), "criterion": self.objective.criterion.state_dict()}
         state |= self.ahead.state()
         tensors = optimizer_tensors(self.optimizer) | random_states(self.device)
         criterion, held = self.objective.criterion, list(self.replay.sequences)

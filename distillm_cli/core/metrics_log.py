@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
 
 from distillm_cli.core.events import Event, Stepped, Validated
+from distillm_cli.errors import StorageError
 
 _STEP_KEYS = ("step", "epoch", "source", "loss", "lr", "grad_norm", "phi", "tokens", "seconds")
 
@@ -35,21 +37,30 @@ class MetricsLog:
 
     def _write(self, line: dict) -> None:
         # One write call a line: a process that dies between lines leaves whole ones.
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        text = (json.dumps(line) + "\n").encode()
         try:
-            os.write(descriptor, (json.dumps(line) + "\n").encode())
-        finally:
-            os.close(descriptor)
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                if (written := os.write(descriptor, text)) < len(text):  # a disk that is full takes what it can
+                    os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise StorageError(
+                f"cannot write {self.path}: {error.strerror}",
+                hint="free some space, then go on from the newest checkpoint with --resume",
+            ) from error
 
 
 def _lines_up_to(path: Path, step: int, validated: bool) -> list[str]:
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             told = json.loads(line)
             if line.endswith("\n") and told["step"] <= step and (validated or "valid_loss" not in told):
                 kept.append(line)
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):  # half a line, or none of ours
             continue
     return kept
 

@@ -198,16 +198,93 @@ def test_resume_with_a_changed_recipe_is_refused(place, tmp_path, capsys):
     assert "objective.alpha was 0.1, now 0.3" in err
 
 
+@pytest.fixture(scope="module")
+def stopped(place, tmp_path_factory):
+    """A run as it was at step 10 of 20: its home with rows, teacher and student, from which it is typed."""
+    home, here = tmp_path_factory.mktemp("stopped"), Path.cwd()
+    shutil.copytree(place, home / "data", ignore=shutil.ignore_patterns("teacher"))
+    shutil.copytree(place / "teacher", home / "data/teacher")
+    os.chdir(home)
+    try:
+        argv = ["sft", "--model", "random:1x32", "--tokenizer", "data/teacher", "--data", "data", "--output", "student"]
+        assert main([*argv, "--steps", "1", *SMALL]) == 0
+        assert main(["distill", *STOPPED, "--set", "train.save_steps=10", *SMALL]) == 0
+    finally:
+        os.chdir(here)
+    shutil.rmtree(home / "run/checkpoints/step-000020")
+    return home
+
+
+STOPPED = ["--teacher", "data/teacher", "--student", "student", "--data", "data", "--steps", "20", "--output", "run"]
+STOPPED += ["--set", "train.select=exact_match", "--set", "train.eval_steps=10"]
+RESUME = ["distill", "--resume", "--output", "run", "--json", "--quiet"]
+
+
+def reverse_rows(home):
+    lines = (home / "data/train.jsonl").read_text().splitlines(keepends=True)
+    (home / "data/train.jsonl").write_text("".join(reversed(lines)))
+
+
+def mend_a_held_out_row(home):
+    text = (home / "data/valid.jsonl").read_text()
+    (home / "data/valid.jsonl").write_text(text.replace("ALPHA", "ALPHO", 1))
+
+
+def another_model(home, name):
+    model = AutoModelForCausalLM.from_pretrained(home / name)
+    model.get_input_embeddings().weight.data.mul_(1.01)
+    model.save_pretrained(home / name)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (reverse_rows, "the training rows have changed since the run was started"),
+        (mend_a_held_out_row, "the held-out rows have changed since the run was started"),
+        (lambda home: another_model(home, "data/teacher"), "the teacher has changed since the run was started"),
+        (lambda home: another_model(home, "student"), "the student has changed since the run was started"),
+        (["--set", "eval.max_new_tokens=3"], "eval.max_new_tokens was 8, now 3"),
+    ],
+)
+def test_a_run_does_not_go_on_with_something_else_under_the_same_name(
+    stopped, tmp_path, capsys, monkeypatch, change, named
+):
+    shutil.copytree(stopped, tmp_path / "home")
+    monkeypatch.chdir(tmp_path / "home")
+    if callable(change):
+        change(tmp_path / "home")
+    code, answer, _ = call(capsys, *RESUME, *([] if callable(change) else change))
+    assert code == 5
+    assert named in answer["message"]
+
+
+def test_another_spelling_of_the_same_place_is_the_same(stopped, tmp_path, capsys, monkeypatch):
+    shutil.copytree(stopped, tmp_path / "home")
+    monkeypatch.chdir(tmp_path / "home")
+    (tmp_path / "link").symlink_to(tmp_path / "home/data")
+    code, answer, _ = call(capsys, *RESUME, "--data", tmp_path / "link", "--student", "./student/")
+    assert (code, answer.get("steps")) == (0, 20), answer
+    monkeypatch.chdir(tmp_path)
+    code, answer, _ = call(capsys, *RESUME[:3], "home/run", "--json", "--quiet")
+    assert code != 0, "what is not there is not the same"
+
+
+def test_a_checkpoint_that_says_nothing_of_its_run_is_damaged(tmp_path):
+    Checkpoints(tmp_path / "checkpoints", lambda place: None, keep=1).write(3, {}, {})
+    with pytest.raises(CheckpointError, match=r"unreadable: its state\.json says no progress"):
+        checkpoint_of(tmp_path, Recipe())
+
+
 def test_a_checkpoint_that_wrote_down_what_its_run_never_read_is_this_recipes_all_the_same(tmp_path):
     """Earlier versions took such values; what the steps depend on is as it was."""
     recipe = Recipe.model_validate({"method": "kd", "data": {"source": "rows.jsonl"}, "schedule": {"kind": "off"}})
     written = shaping(recipe) | {"data.size": 8000, "rollout.teacher_mix": 0.5, "of.long.ago": 1}
     checkpoints = Checkpoints(tmp_path / "checkpoints", lambda place: None, keep=1)
-    checkpoints.write(3, {"recipe": written | {"train.lr": 1.0}}, {})
+    checkpoints.write(3, {"recipe": written | {"train.lr": 1.0}, "progress": {}}, {})
     with pytest.raises(CheckpointError, match=r"of.long.ago was 1, now None \(and 1 more\)"):
         checkpoint_of(tmp_path, recipe)
     del written["of.long.ago"]
-    checkpoints.write(4, {"recipe": written}, {})
+    checkpoints.write(4, {"recipe": written, "progress": {}}, {})
     assert checkpoint_of(tmp_path, recipe).path.name == "step-000004"
 
 

@@ -382,6 +382,20 @@ def test_early_stop_after_patience_runs_out(tmp_path):
     assert at.step == at.best_step + 2 * 2
 
 
+@pytest.mark.parametrize("method", ["sft", "adaptive"])
+def test_a_run_that_has_stopped_early_stays_so_when_it_is_resumed(tmp_path, method):
+    """Killed after its last step, while the report is made say: what is left to do is not training."""
+    how = {"method": method, "steps": 60, "lr": 0.3, "select": "valid_loss", "patience": 2, "eval_steps": 2}
+    whole = build(tmp_path, **how)
+    whole.run()
+    events = []
+    again = resume(tmp_path, **how, listener=events.append)
+    at = again.run()
+    assert (at.step, at.best_step, at.reason) == (whole.at.step, whole.at.best_step, "early stop")
+    assert not any(isinstance(event, Stepped) for event in events)
+    assert all(map(torch.equal, again.objective.state_dict().values(), whole.objective.state_dict().values()))
+
+
 def test_selection_by_divergence_measures_it_on_held_out_rows(tmp_path):
     events = []
     build(tmp_path, method="off", select="valid_divergence", listener=events.append).run()
@@ -466,9 +480,20 @@ def test_metrics_lines_are_whole_and_a_resume_drops_the_ones_after_it(tmp_path):
     assert set(lines[1]) == {"step", "epoch", "source", "loss", "lr", "grad_norm", "phi", "tokens", "seconds"}
     assert [line["step"] for line in lines if "valid_loss" in line] == [0, 3, 6]
 
-    path.write_text(path.read_text() + '{"step": 7, "lo')
+    path.write_bytes(path.read_bytes() + b'[1]\n5\n"\xff"\n{"step": 7, "lo')  # and what somebody wrote into it
     MetricsLog(path, log_steps=2, first_step=4)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 2, 3, 4]
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_line_leaves_whole_ones(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, log_steps=1)
+    steps = [Stepped(step, 0.1, "dataset", 1.0, 1e-3, 1.0, 0.0, 8, 0.1, {}) for step in range(1, 30)]
+    with file_size(1000), pytest.raises(StorageError, match=f"cannot write {path}: .*go on from the newest checkpoint"):
+        [*map(log, steps)]
+    lines = path.read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, len(lines) + 1))
+    assert len(lines) > 5
 
 
 def test_a_resume_from_before_the_first_validation_does_not_keep_what_that_said_of_step_0(tmp_path):

@@ -10,13 +10,23 @@ from pathlib import Path
 import pytest
 
 from distillm_cli.cli import outputs
+from distillm_cli.config.load import resolve, to_yaml
 from distillm_cli.errors import StorageError, UsageError
+from tests.limits import file_size
 
 
 def put(place: Path, *names: str) -> None:
+    """Files that hold their names; of runs, the recipes that they write, and the card."""
     for name in names:
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).write_text(name, encoding="utf-8")
+        if Path(name).name == outputs.RECIPE:
+            (place / name).write_text(resolved("student.sft_epochs=3"), encoding="utf-8")
+
+
+def resolved(*sets: str) -> str:
+    """A recipe as a run writes it down."""
+    return to_yaml(resolve(command="distill", recipe=None, flags={}, sets=list(sets)))
 
 
 def files(place: Path) -> set[str]:
@@ -27,7 +37,7 @@ OF_RUNS = (
     "model-00001-of-00002.safetensors", "config.json", "recipe.yaml", "checkpoints/step-000200/state.json",
     "checkpoints/.staging-step-000300/config.json", "eval/report/student-after.json", "eval/dolly/t1/results.json",
     "eval/dolly/t1/predictions-seed10.jsonl", "eval/dolly/t1/.staging-results.json", "sft/model.safetensors",
-    "sft/checkpoints/step-000010/state.json", "sft/eval/report/student-before.json",
+    "sft/checkpoints/step-000010/state.json", "sft/eval/report/student-before.json", "sft/recipe.yaml",
 )  # fmt: skip
 OF_SOMEBODY = (
     "notes.txt",
@@ -57,9 +67,62 @@ def test_of_a_folder_that_is_a_link_only_the_link_goes(tmp_path):
     (tmp_path / "run").mkdir()
     for name in ("checkpoints", "eval", "sft"):
         (tmp_path / "run" / name).symlink_to(tmp_path / "other" / name)
+    put(tmp_path / "run", "recipe.yaml")
     outputs.clear(tmp_path / "run")
     assert list((tmp_path / "run").iterdir()) == []
     assert files(tmp_path / "other") == set(OF_RUNS)
+
+
+@pytest.mark.parametrize("recipe", [None, "method: distillm  # as in the paper\ntrain:\n  lr: 0.001\n"])
+@pytest.mark.parametrize("name", ["README.md", "config.json", "model.safetensors", "checkpoints/step-000001/weights"])
+def test_where_no_run_has_been_what_bears_a_runs_names_is_somebodys_own(tmp_path, name, recipe):
+    """A checkout, a downloaded model: --overwrite neither clears nor replaces it, whoever wrote a recipe beside it."""
+    put(tmp_path, name, "notes.txt")
+    if recipe is not None:
+        (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    before = files(tmp_path)
+    assert list(outputs.written(tmp_path)) == []
+    with pytest.raises(UsageError, match="was not written by a run; choose another --output, or move it away"):
+        outputs.check(tmp_path, resume=False, overwrite=True)
+    outputs.clear(tmp_path)
+    assert files(tmp_path) == before
+
+
+def test_a_card_of_ones_own_in_a_runs_directory_is_not_replaced(tmp_path):
+    put(tmp_path, *OF_RUNS, "README.md")
+    with pytest.raises(UsageError, match=r"README\.md was not written by a run"):
+        outputs.check(tmp_path, resume=False, overwrite=True)
+    (tmp_path / "README.md").write_text("- **made with**: distillm 0.1.0\n", encoding="utf-8")
+    outputs.check(tmp_path, resume=False, overwrite=True)
+    outputs.clear(tmp_path)
+    assert files(tmp_path) == set()
+
+
+@pytest.mark.parametrize("epochs", [None, "0.0", "2.0"])
+def test_a_run_that_is_called_sft_is_a_stage_only_of_a_run_that_has_one(tmp_path, epochs):
+    put(tmp_path, "sft/recipe.yaml", "sft/model.safetensors")
+    if epochs is not None:
+        (tmp_path / "recipe.yaml").write_text(resolved(f"student.sft_epochs={epochs}"), encoding="utf-8")
+    assert outputs.has_stage(tmp_path) == (epochs == "2.0")
+    outputs.check(tmp_path, resume=False, overwrite=True)
+    outputs.clear(tmp_path)
+    assert files(tmp_path) == (set() if epochs == "2.0" else {"sft/recipe.yaml", "sft/model.safetensors"})
+
+
+def test_a_clearing_that_is_stopped_half_way_can_be_gone_on_with(tmp_path):
+    put(tmp_path, *OF_RUNS)
+    assert next(reversed(list(outputs.written(tmp_path)))) == tmp_path / "recipe.yaml"
+
+
+def test_a_probe_that_was_left_behind_does_not_fill_a_directory(tmp_path):
+    put(tmp_path, ".writable-123")
+    outputs.check(tmp_path, resume=False, overwrite=False)
+
+
+def test_a_text_that_does_not_fit_leaves_nothing(tmp_path):
+    with file_size(100), pytest.raises(OSError, match="File too large"):
+        outputs.write_text(tmp_path / "recipe.yaml", "x" * 5000)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_one_run_at_a_time_has_the_directory_by_whatever_name(tmp_path):
