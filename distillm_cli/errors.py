@@ -12,7 +12,7 @@ import json
 import sys
 
 # How a plain RuntimeError says that memory ran out: torch's allocators and its mmap; Python, without room for a stack.
-_MEMORY = ("allocate memory", "not enough memory", "out of memory", "can't start new thread")
+_MEMORY = ("allocate memory", "not enough memory", "out of memory", "can't start new thread", "failed to map segment")
 
 
 class DistillmError(Exception):
@@ -125,5 +125,6 @@ def out_of_memory(error: BaseException) -> bool:
     torch = sys.modules.get("torch")  # never imported just to ask
     if torch is not None and isinstance(error, getattr(torch, "OutOfMemoryError", ())):
         return True
-    said = str(error).lower() if isinstance(error, RuntimeError) else ""
+    # ImportError: a library that there is no room for.
+    said = str(error).lower() if isinstance(error, RuntimeError | ImportError) else ""
     return any(words in said for words in _MEMORY)

@@ -33,8 +33,8 @@ from distillm_cli.errors import (
 )
 
 _COMPLETE = "_DISTILLM_COMPLETE"  # set by what --install-completion puts into a shell's start file
-_FAILED = frozenset({errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO})  # of storage
-_REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.ENAMETOOLONG})
+_FAILED = frozenset({errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO, errno.EFBIG})  # of storage
+_REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR})
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, as of any program whose reader has left
 
 app = typer.Typer(

@@ -20,7 +20,7 @@ from distillm_cli.config.schema import Recipe
 from distillm_cli.core.events import Event, Listener, Note, Progress
 from distillm_cli.core.rollout import Sampling, sample_all
 from distillm_cli.data.prompts import Encoder
-from distillm_cli.data.sources import Row
+from distillm_cli.data.sources import Row, local_place
 from distillm_cli.errors import Interrupted, UsageError, signal_number
 from distillm_cli.evaluation.evaluate import fitting
 from distillm_cli.evaluation.evaluate import text_of as output_text
@@ -50,6 +50,8 @@ def run(
     began = time.perf_counter()
     _check(wanted, output, resume, overwrite)
     responses = None if output is None else Responses(Path(output), resume=resume, overwrite=overwrite)
+    if overwrite:
+        _check_spared(wanted, Path(output))
     resolved, _ = inference.settings("generate", model, recipe=recipe, flags=flags, sets=sets, listener=ui)
     r = resolved.recipe
     if wanted.samples > 1 and r.rollout.temperature == 0:
@@ -59,9 +61,13 @@ def run(
     backbone, encoder = inference.load(model, r, ui)
     inference.check_head(backbone, encoder, rows[0], ui)
     work = _Work.of(rows, wanted.samples, backbone, encoder, r, ui)
-    if responses is not None:
-        responses.begin(work.settings(), work.heads())
-    tokens, cut, seconds = work.go(responses, ui)
+    try:
+        if responses is not None:
+            responses.begin(work.settings(), work.heads())
+        tokens, cut, seconds = work.go(responses, ui)
+    finally:
+        if responses is not None:
+            responses.close()
     total = len(work)
     if responses is not None:
         ui(Note(f"{counted(total, 'row')} in {output}"))
@@ -97,6 +103,17 @@ def _check(wanted: Wanted, output: str | None, resume: bool, overwrite: bool) ->
         raise UsageError(f"--split = {wanted.split}", where="expected train, valid or test")
     if output is None and (resume or overwrite):
         raise UsageError(f"{'--resume' if resume else '--overwrite'} without --output", hint="give --output FILE")
+
+
+def _check_spared(wanted: Wanted, output: Path) -> None:
+    """Raises UsageError where the file to be replaced is one that the prompts are read from."""
+    for flag, name in (("--data", wanted.data), ("--input", wanted.input)):
+        place = None if name in (None, "-", "builtin") else local_place(name)
+        read = () if place is None else (place, place / "data") if place.is_dir() else (place,)
+        if output.exists() and any(
+            output.samefile(p) or output.resolve().parent == p.resolve() for p in read if p.exists()
+        ):
+            raise UsageError(f"--output {output} is among what {flag} {name} reads", hint="choose another --output")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ unfinished one goes on from its own checkpoint, rows or results.
 
 from __future__ import annotations
 
+import itertools
+import re
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from distillm_cli.ui.console import Console
 
 RESOLVED = "pipeline.yaml"
+_OURS = re.compile(r"stages:\n  \S+:\n    verb: \w+ +# (.+\n)+?    method: \S+ +# ")
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ def run(
     """Runs what is not done into ``output`` and returns the result object of ``--json``."""
     began = time.perf_counter()
     chosen = choose(pipeline, only, start)
+    _check_free(output / RESOLVED)
     survey(pipeline, output, chosen)  # everything that can be wrong beforehand, before anything is written
     with stages.locked(output):
         outputs.write_text(output / RESOLVED, resolved_yaml(pipeline))
@@ -110,6 +114,13 @@ def resolved_yaml(pipeline: Pipeline, states: Mapping[str, State] | None = None)
 
 def said(state: State) -> str:
     return f"{state.kind}: {state.why}" if state.why else state.kind
+
+
+def _check_free(path: Path) -> None:
+    """Raises UsageError for a file that is somebody's own pipeline: ours say of each value where it came from."""
+    if path.is_file() and not _OURS.match(path.read_text(encoding="utf-8", errors="replace")):
+        what = f"{path} was not written by `distillm run`, which would replace it"
+        raise UsageError(what, hint="choose another --output, or move it away")
 
 
 def _is_done(record: Record | None, place: Path) -> bool:
@@ -192,7 +203,7 @@ class _Run:
         own, resolved = placed(stage, places)
         again = "type the same command again to go on"
         try:
-            return _by_verb(own, resolved, place, record, _from_stages(stage), self.ui)
+            return _by_verb(stage, own, resolved, place, record, self.ui)
         except Interrupted as stop:
             raise Interrupted(
                 f"stage {stage.name}: {stop.what}", where=stop.where, hint=again, signal_number=stop.exit_code - 128
@@ -226,15 +237,20 @@ class _Run:
 
 
 def _by_verb(
-    own: Training, resolved: Resolved, place: Path, record: Record, from_stages: Collection[str], ui: Console
+    stage: Stage, own: Training, resolved: Resolved, place: Path, record: Record, ui: Console
 ) -> dict[str, Any]:
+    """own, resolved: the stage's, with places for the names of others."""
     if own.verb in ("sft", "distill"):
-        return _train(own.verb, resolved, place, record, from_stages, ui)
+        return _train(own.verb, resolved, place, record, _from_stages(stage), ui)
     if own.verb == "generate":
         return _generate(own, resolved, place, ui)
     from distillm_cli.cli.scoring import score
 
-    return score(list(own.models), recipe=resolved, flags={}, sets=None, output=str(place), resume=True, ui=ui)
+    # By stage: where those are may change, and scores must not stand beside those of the same stage elsewhere.
+    pairs = zip(stage.own.models, own.models, strict=True)
+    names = {model: name.removeprefix(PREFIX) for name, model in pairs if name.startswith(PREFIX)}
+    how = {"flags": {}, "sets": None, "output": str(place), "resume": True}
+    return score(list(own.models), recipe=resolved, names=names, **how, ui=ui)
 
 
 def _train(
@@ -264,7 +280,16 @@ def _generate(own: Any, resolved: Resolved, place: Path, ui: Console) -> dict[st
     try:  # the rows know what they were made with, weights and prompts included
         return generate(own.model, wanted, resume=True, overwrite=False, **common)
     except CheckpointError:
-        return generate(own.model, wanted, resume=False, overwrite=True, **common)
+        _put_aside(place / stages.SAMPLES, ui)
+        return generate(own.model, wanted, resume=False, overwrite=False, **common)
+
+
+def _put_aside(samples: Path, ui: Console) -> None:
+    """Under a name of its own: somebody may have mended what is to be made anew."""
+    numbered = (samples.with_name(f"{samples.stem}-before-{n}{samples.suffix}") for n in itertools.count(1))
+    aside = next(path for path in numbered if not path.exists())
+    samples.rename(aside)
+    ui(Note(f"the answers of before are kept: {aside}"))
 
 
 def _from_stages(stage: Stage) -> set[str]:

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from distillm_cli.cli import outputs
 from distillm_cli.errors import CheckpointError, StorageError, UsageError
 
 Line = dict[str, Any]
@@ -36,21 +37,38 @@ class Responses:
             )
         self.path, self.resume, self.count = path, resume, 0
         self.record = path.with_name(f".{path.name}.generate.json")
+        self._held: BinaryIO | None = None  # nobody else writes the file while this is open
 
     def begin(self, settings: Mapping[str, Any], expected: SequenceOf[Mapping[str, Any]]) -> None:
         """Starts the file anew, or (resume, and it exists) checks it and counts its rows.
 
         settings: all that shapes the rows. expected: what each row must hold, in order; every such key is compared.
-        Raises CheckpointError when the file was made otherwise or was changed, StorageError when it cannot be written.
+        Raises CheckpointError when the file was made otherwise or was changed, StorageError when it cannot be written,
+        UsageError where another process is writing it.
         """
-        if self.resume and self.path.exists():
+        is_new = not self.path.exists()
+        with _writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._held = self.path.open("ab")
+        if outputs.is_taken(self._held.fileno()):
+            raise UsageError(f"another run is writing {self.path}", hint="wait for it, or choose another --output")
+        if self.resume and not is_new:
             self._compare(settings)
             self.count = self._verify(expected)
             return
         with _writing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_bytes(b"")
-            self.record.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+            try:
+                self._held.truncate(0)
+                outputs.write_text(self.record, json.dumps(settings, indent=1) + "\n")
+            except OSError:
+                if is_new:
+                    self.path.unlink()
+                raise
+
+    def close(self) -> None:
+        """Others may write the file."""
+        if self._held is not None:
+            self._held.close()
 
     def add(self, lines: SequenceOf[Line]) -> None:
         """Appends rows; they are on the disk when this returns."""

@@ -47,15 +47,17 @@ def score(
     sets: list[str] | None,
     output: str | None,
     resume: bool = False,
+    names: Mapping[str, str] | None = None,
     ui: Console,
 ) -> dict[str, Any]:
     """Scores every checkpoint on every suite and returns the result object of ``--json``.
 
     Everything that can be wrong with names, rows and places is found before the first model is loaded. resume: a suite
-    that these weights have been scored on in the same way is not scored again.
+    that these weights have been scored on in the same way is not scored again. names: by checkpoint, what its directory is
+    called where there are several; else that goes by its path.
     """
     began = time.perf_counter()
-    jobs = _plan(checkpoints, recipe, flags, sets, output, ui)
+    jobs = _plan(checkpoints, recipe, flags, sets, output, names or {}, ui)
     done: dict[str, dict[str, Told]] = {job.checkpoint: {} for job in jobs}
     try:
         for job in jobs:
@@ -84,11 +86,12 @@ def _plan(
     flags: Mapping[str, Any],
     sets: list[str] | None,
     output: str | None,
+    names: Mapping[str, str],
     ui: Console,
 ) -> list[_Job]:
     jobs: list[_Job] = []
     loaded: dict[Any, list[Suite]] = {}
-    places = _places(list(dict.fromkeys(checkpoints)), output)
+    places = _places(list(dict.fromkeys(checkpoints)), output, names)
     for checkpoint, place in places.items():
         load_config(checkpoint)
         resolved, own = inference.settings("eval", checkpoint, recipe=recipe, flags=flags, sets=sets, listener=ui)
@@ -104,12 +107,12 @@ def _plan(
     return jobs
 
 
-def _places(checkpoints: list[str], output: str | None) -> dict[str, Path]:
+def _places(checkpoints: list[str], output: str | None, names: Mapping[str, str]) -> dict[str, Path]:
     """Where each checkpoint's results go: ``eval/`` inside it; for one of the hub or shipped here ``./eval-NAME/``."""
     places: dict[str, Path] = {}
     for checkpoint in checkpoints:
         directory = Path(checkpoint).expanduser()
-        name = re.sub(r"[^\w.+-]+", "-", checkpoint.strip("./~")) or "model"
+        name = names.get(checkpoint) or re.sub(r"[^\w.+-]+", "-", checkpoint.strip("./~")) or "model"
         if output is not None:
             place = Path(output) if len(checkpoints) == 1 else Path(output) / name
         elif directory.is_dir() and checkpoint != "builtin":

@@ -75,8 +75,11 @@ def read(place: Path) -> Record | None:
         told = json.loads(path.read_text(encoding="utf-8"))
         if told["format"] != FORMAT:
             raise CheckpointError(f"{path}: format {told['format']}, this version reads {FORMAT}", hint=hint)
-        return Record(**told)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        record = Record(**told)
+        if not all(isinstance(record.of.get(part), dict) for part in ("settings", "reads", "files")):
+            raise ValueError("it does not say what the stage was made of")
+        return record
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error})", hint=hint) from error
 
 
@@ -121,7 +124,8 @@ def makes(stage: Stage, place: Path) -> Path:
 
 def main_files(stage: Stage, place: Path) -> dict[str, str]:
     """The files without which a finished stage is not finished, and their identities."""
-    patterns = {"generate": (SAMPLES,), "eval": ("**/results.json",)}.get(stage.verb, ("config.json", "*.safetensors"))
+    of_verb = {"generate": (SAMPLES,), "eval": ("**/results.json", "**/predictions-*.jsonl")}
+    patterns = of_verb.get(stage.verb, outputs.MODEL_FILES)
     found = sorted(path for pattern in patterns for path in place.glob(pattern))
     return {path.relative_to(place).as_posix(): _identity(path) for path in found}
 
@@ -141,15 +145,12 @@ def _is_still(known: str | int, path: Path) -> bool:
 def shaped_by(stage: Stage, made: Mapping[str, str]) -> dict[str, Any]:
     """All that shapes a stage's result. made: by stage name, which making of it is there to be read."""
     recipe = stage.resolved.recipe
-    every = values(recipe)
     if stage.verb in ("sft", "distill"):
         settings = shaping(recipe)
-        if recipe.train.select not in ("last", "valid_loss", "valid_divergence"):  # a metric, so generation decides
-            settings |= {key: value for key, value in every.items() if key.startswith("eval.")}
     else:
         sections = ("data.", "eval.") if stage.verb == "eval" else ("data.",)
+        every = {key: value for key, value in values(recipe).items() if key not in _NOT_SHAPING}
         settings = {k: v for k, v in every.items() if k.startswith(sections) or k in _SHAPING[stage.verb]}
-    settings = {key: value for key, value in settings.items() if key not in _NOT_SHAPING}
     own = stage.own.model_dump(mode="json", exclude={"recipe"})
     files = {text: known for key, text in inputs(stage.own, recipe) if (known := _identity_of(key, text)) is not None}
     return {"settings": {**own, **settings}, "reads": {name: made[name] for name in stage.reads}, "files": files}

@@ -117,6 +117,7 @@ def write(
         with _alone(place, listener) as alone:
             if place.exists() and not rebuild:
                 return False
+            _check_nothing_else(place)
             if alone:
                 _clear_leftovers(place)
             staged = place.with_name(f".staging-{place.name}-{os.getpid()}")
@@ -259,6 +260,14 @@ def _alone(place: Path, listener: Listener) -> Iterator[bool]:
             except OSError:
                 held = False
         yield held
+
+
+def _check_nothing_else(place: Path) -> None:
+    """Raises StorageError where what is to be replaced is more than a cache: somebody's own files are in it."""
+    others = sorted(p.name for p in place.iterdir() if p.name not in (STATES, FACTS)) if place.is_dir() else []
+    if others:
+        what = f"{place} holds more than a teacher cache ({others[0]}), and is not replaced"
+        raise StorageError(what, hint="give another --set teacher.cache_dir=DIR, or move what is not the cache's")
 
 
 def _clear_leftovers(place: Path) -> None:

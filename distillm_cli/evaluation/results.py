@@ -83,11 +83,14 @@ def earlier(
 ) -> dict[str, Any] | None:
     """What ``save`` left of the same suite, settings and ``about``: the suite's object of ``--json``; None where nothing."""
     head = _head(suite, config, template, about)
+    place = root / suite.name / label(config, template)
     try:
-        told = json.loads((root / suite.name / label(config, template) / RESULTS).read_text(encoding="utf-8"))
+        told = json.loads((place / RESULTS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     if not isinstance(told, dict) or any(told.get(key) != value for key, value in head.items()):
+        return None
+    if len([*place.glob("predictions-*.jsonl")]) < len(told[config.metrics[0]]["seeds"]):
         return None
     return {key: value for key, value in told.items() if key not in head}
 

@@ -53,6 +53,9 @@ def load_config(path: str, *, revision: str | None = None, file: bool = False) -
             )
         except Exception as error:  # a dozen types, by version; each of them means that the config is not usable
             raise not_loaded("config", path, local, error) from error
+    depth = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(depth, int) and depth < 1:
+        raise ModelError(f"{path}: num_hidden_layers is {depth}", hint="its config.json must name at least one layer")
     known = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
     if type(config) not in known:
         raise _not_causal(path, config)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from distillm_cli.cli import outputs
 from distillm_cli.cli.app import main
 from distillm_cli.config.schema import Data, Recipe
 from distillm_cli.data.prompts import Encoder
@@ -21,6 +22,7 @@ from distillm_cli.evaluation.suites import load_suite
 from distillm_cli.models.tokenizer_files import load_tokenizer
 from distillm_cli.models.tokenizers import train_tokenizer
 from tests import tiny
+from tests.limits import file_size
 
 ROWS = [
     {"instruction": "Reverse it.", "input": word, "output": [word[::-1], word[::-1].upper()]}
@@ -299,6 +301,45 @@ def test_an_existing_file_is_not_overwritten_unasked(place, typed):
     assert (place / "mine.jsonl").read_text(encoding="utf-8") == "precious\n"
     assert typed(*GENERATE, "--output", "mine.jsonl", "--overwrite")[0] == 0
     assert len(lines("mine.jsonl")) == 10
+
+
+@pytest.mark.parametrize("data", ["rows.jsonl", "set"])
+def test_rows_that_are_read_are_not_replaced_by_what_is_made_of_them(place, typed, data):
+    (place / "set").mkdir()
+    for name in ("rows.jsonl", "set/train.jsonl"):
+        (place / name).write_text('{"instruction": "go on", "output": "x"}\n', encoding="utf-8")
+    output = "set/train.jsonl" if data == "set" else "./rows.jsonl"
+    before = (place / output).read_bytes()
+    argv = ("--model", "model", "--template", "plain", "--max-new-tokens", 2, "--output", output, "--overwrite")
+    code, _, err = typed("generate", "--data", data, *argv)
+    assert code == 2
+    assert err.endswith(
+        f"--output {output.removeprefix('./')} is among what --data {data} reads; choose another --output\n"
+    )
+    assert (place / output).read_bytes() == before
+
+
+def test_of_two_runs_into_one_file_the_second_is_refused(place, typed):
+    assert typed(*GENERATE, "--output", "rows.jsonl", "--limit", 4)[0] == 0
+    before = (place / "rows.jsonl").read_bytes()
+    with (place / "rows.jsonl").open("ab") as first:
+        assert not outputs.is_taken(first.fileno())
+        for how in ("--resume", "--overwrite"):
+            code, _, err = typed(*GENERATE, "--output", "rows.jsonl", how)
+            assert code == 2
+            assert "another run is writing rows.jsonl; wait for it, or choose another --output" in err
+    assert (place / "rows.jsonl").read_bytes() == before
+    assert typed(*GENERATE, "--output", "rows.jsonl", "--overwrite")[0] == 0
+
+
+def test_a_disk_without_room_for_the_first_byte_leaves_no_file(place, typed):
+    with file_size(0):
+        code, _, err = typed(*GENERATE, "--output", "rows.jsonl")
+    assert code == 8
+    assert "cannot write rows.jsonl: File too large" in err
+    assert not [path.name for path in place.iterdir() if "rows.jsonl" in path.name and path.name != "rows.jsonl"]
+    assert not (place / "rows.jsonl").exists()
+    assert typed(*GENERATE, "--output", "rows.jsonl", "--resume")[0] == 0
 
 
 def test_a_stopped_run_goes_on_where_it_was(place, typed):

@@ -275,6 +275,63 @@ def test_a_row_that_is_mended_is_noticed_though_its_file_is_as_long_and_whoever_
     assert set(dry(typed, "--output", copied).values()) == {"done"}
 
 
+def test_what_a_changed_stage_had_answered_is_kept(typed, copied):
+    """Somebody may have mended it, or taken rows out."""
+    rows_file = copied / "samples" / "samples.jsonl"
+    mended = rows_file.read_text(encoding="utf-8").splitlines(keepends=True)[1:]
+    rows_file.write_text("".join(mended), encoding="utf-8")
+    code, _, err = typed("run", "all.yaml", "--output", copied, "--only", "samples")
+    assert code == 0, err
+    assert f"the answers of before are kept: {rows_file.with_name('samples-before-1.jsonl')}" in err
+    assert rows_file.with_name("samples-before-1.jsonl").read_text(encoding="utf-8") == "".join(mended)
+    assert len(rows_file.read_text(encoding="utf-8").splitlines()) == 48
+    assert typed("run", "all.yaml", "--output", copied, "--only", "samples", "--set", "stages.samples.limit=40")[0] == 0
+    assert rows_file.with_name("samples-before-2.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "lost"),
+    [("teacher", "tokenizer.json"), ("distill", "tokenizer_config.json"), ("eval", "predictions-seed1.jsonl")],
+)
+def test_every_file_of_a_stage_is_missed(typed, copied, home, stage, lost):
+    path = next((copied / stage).rglob(lost))
+    before = path.read_bytes()
+    path.unlink()
+    assert dry(typed, "--output", copied)[stage] == "to go on"
+    code, told, err = typed("run", "all.yaml", "--output", copied)
+    assert code == 0, err
+    assert {name for name, status in states(told).items() if status == "done"} == {stage}, "as it was, for its readers"
+    assert path.read_bytes() == before
+
+
+def test_moved_and_changed_the_scores_of_before_stand_nowhere_as_the_new_ones(typed, copied, tmp_path):
+    copied.rename(tmp_path / "moved")
+    code, _, err = typed("run", "all.yaml", "--output", tmp_path / "moved", "--set", "stages.distill.train.lr=4e-3")
+    assert code == 0, err
+    assert len(list((tmp_path / "moved").glob("eval/*/*/*/results.json"))) == 4
+    assert {path.name for path in (tmp_path / "moved/eval").iterdir() if path.is_dir()} == {"distill", "student"}
+
+
+def test_a_damaged_record_is_named(typed, copied):
+    record = copied / "student" / "stage.json"
+    told = json.loads(record.read_text())
+    record.write_text(json.dumps(told | {"of": {}, "fingerprint": "0"}))
+    code, _, err = typed("run", "all.yaml", "--output", copied)
+    assert code == 5
+    assert f"{record} cannot be read (it does not say what the stage was made of); remove {copied / 'student'}" in err
+
+
+def test_a_pipeline_of_ones_own_is_not_replaced_by_what_it_resolves_to(typed, home, tmp_path):
+    (tmp_path / "mine").mkdir()
+    own = tmp_path / "mine" / "pipeline.yaml"
+    own.write_text(RECIPE, encoding="utf-8")
+    code, _, err = typed("run", own, "--output", own.parent)
+    assert code == 2
+    assert f"{own} was not written by `distillm run`, which would replace it; choose another --output" in err
+    assert [path.name for path in own.parent.iterdir()] == ["pipeline.yaml"]
+    assert own.read_text(encoding="utf-8") == RECIPE
+
+
 def test_a_record_of_sizes_alone_is_still_read(typed, copied):
     """As earlier versions wrote it."""
     for path in copied.glob("*/stage.json"):

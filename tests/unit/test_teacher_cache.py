@@ -168,6 +168,17 @@ def test_a_running_reader_keeps_its_states_while_another_run_rebuilds(tmp_path):
     assert torch.equal(reading.table_ND, before)
 
 
+def test_only_a_cache_is_replaced_by_a_cache(tmp_path):
+    """A directory that happens to hold a states.json is somebody's own."""
+    place, key = make(tmp_path)
+    damage(place, "no facts")
+    (place / "thesis.txt").write_text("mine")
+    with pytest.raises(StorageError, match=r"holds more than a teacher cache \(thesis.txt\), and is not replaced"):
+        write(place, key, Teacher(model()), ROWS, CPU, of=OF, rebuild=True)
+    assert (place / "thesis.txt").read_text() == "mine"
+    assert not any(path.name.startswith((".staging", ".old")) for path in tmp_path.iterdir())
+
+
 def test_what_a_killed_writer_left_is_never_read_and_goes(tmp_path):
     key = key_of(model())
     place = place_of(tmp_path, key)
