@@ -1,7 +1,7 @@
 """Local data files → records, each with the place it stands at: ``train.jsonl:318``.
 
 A record that cannot be read is yielded as a ``Fault``, so that the caller decides between stopping and skipping; a file
-that cannot be read at all is a ``DataError``. Parquet goes through ``datasets``. JSON lines, JSON and CSV are read here:
+that cannot be read at all is a ``DataError``. JSON lines, JSON and CSV are read here:
 ``datasets`` guesses the types of CSV cells (an answer of ``42`` becomes a number, ``NA`` a null), fills short rows, and
 none of its complaints can name a line.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import codecs
 import csv
-import glob
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -22,6 +22,7 @@ from distillm_cli.errors import DataError
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 
+_AT_ONCE = 1000  # rows of a parquet file
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -191,18 +192,20 @@ def _csv_record(names: list[str], row: list[str]) -> Any:
 
 
 def _parquet(path: Path) -> Records:
-    import datasets
+    # Not by `datasets`, which looks into a transformers that another thread may be in the middle of importing.
     import pyarrow
+    from pyarrow.parquet import ParquetFile
 
-    with path.open("rb"):
-        pass  # absent and unreadable files are told apart here; datasets calls both "invalid"
-    try:
-        # Streaming leaves no copy in the cache, and unlike load_dataset this never asks the network for anything.
-        stream = datasets.IterableDataset.from_parquet(glob.escape(str(path)))
-        for number, record in enumerate(stream, start=1):
-            yield f"{path.name} row {number}", record
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path.name}: not parquet ({error})", where=str(path), hint="write the file again") from None
+    numbers = itertools.count(1)
+    with path.open("rb") as file:  # absent and unreadable files are told apart here
+        try:
+            for batch in ParquetFile(file).iter_batches(_AT_ONCE):
+                for record in batch.to_pylist():
+                    yield f"{path.name} row {next(numbers)}", record
+        except (pyarrow.ArrowException, OSError) as error:  # OSError: pages that cannot be unpacked
+            raise DataError(
+                f"{path.name}: not parquet ({error})", where=str(path), hint="write the file again"
+            ) from None
 
 
 _READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}

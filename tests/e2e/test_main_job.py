@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -298,6 +300,35 @@ def test_a_non_empty_output_is_refused_and_overwrite_clears_only_what_a_run_wrot
     code, _, _ = call(capsys, *distill_argv(place, output, "--overwrite"))
     assert code == 0
     assert (output / "thesis.txt").read_text() == "mine"
+
+
+def test_parquet_rows_are_read_beside_the_imports_on_one_core(place, tmp_path):
+    """Without a core for a process of their own they are read by a thread, while the main one imports transformers."""
+    asked = [{"prompt": f"say {i}", "completion": f"it is {i}"} for i in range(40)]
+    pq.write_table(pa.Table.from_pylist(asked), tmp_path / "rows.parquet")
+    argv = [
+        "sft",
+        "--model",
+        "random:1x32",
+        "--tokenizer",
+        "chars",
+        "--data",
+        tmp_path / "rows.parquet",
+        "--steps",
+        "1",
+    ]
+    argv = [str(a) for a in [*argv, "--output", tmp_path / "out", *SMALL]]
+    script = f"""
+import os, sys
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+from distillm_cli.__main__ import main
+sys.argv[1:] = {argv!r}
+sys.exit(main())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 1
 
 
 def test_the_resolved_recipe_reproduces_the_run(place, tmp_path, capsys):
