@@ -8,6 +8,7 @@ their top and the engine inside their functions, so that ``--help`` is quick and
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import select
@@ -100,10 +101,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _open_streams() -> None:
-    """Where whoever started this has closed a stream, nothing is read from it, and what is said into it goes nowhere."""
+    """Where whoever started this has closed a stream, nothing is read from it, and what is said into it goes nowhere.
+
+    Letters that an output's encoding does not have are spelled out (``\\u03c6``).
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
+        if (stream := getattr(sys, name)) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def set_environment() -> None:

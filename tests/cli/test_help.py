@@ -338,6 +338,21 @@ def test_closed_streams_disturb_nobody(words, closed):
     assert len(done.stderr.splitlines()) == (words == "nothing" and closed == "1")
 
 
+@pytest.mark.parametrize("words", ["methods", "methods show minillm", "distill --help"])
+@pytest.mark.parametrize(
+    "environment",
+    [{"PYTHONIOENCODING": "latin-1"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
+    ids=["latin-1", "C"],
+)
+def test_letters_that_a_terminal_does_not_have_are_spelled_out(words, environment):
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG", "PYTHON"))}
+    env |= {"PYTHONPATH": str(ROOT), **environment}
+    argv = [sys.executable, "-m", "distillm_cli", *words.split()]
+    done = subprocess.run(argv, env=env, capture_output=True, encoding="latin-1", timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\\u03b" in done.stdout or "\\u226" in done.stdout
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
 def test_a_full_disk_under_stdout_is_a_storage_error():
     with Path("/dev/full").open("w") as full:
