@@ -134,6 +134,8 @@ def settle(
         problems.add(method.rank, bad(method, "method", command))
 
     by_hand = [{k: e for k, e in layer.items() if e.rank.layer > layers.RECIPE} for layer in weakest_first]
+    typed = {key: entry for layer in by_hand for key, entry in layer.items()}
+    problems.exclude(typed.get("train.epochs"), typed.get("train.steps"))
     given, former = _stacked(preset, from_recipe, over, *by_hand)
     made = _validated(given, command, problems)
     if made is None:

@@ -135,14 +135,34 @@ def test_epochs_on_the_command_line_replace_the_steps_of_the_recipe(recipe):
     assert (resolved.recipe.train.epochs, resolved.recipe.train.steps) == (2, None)
     assert resolved.origin["train.steps"] == "--epochs"
     assert resolved.former["train.steps"] == (100, "distill.yaml:1")
-    both = {"train.epochs": Flag("--epochs", 2.0), "train.steps": Flag("--steps", 9)}
-    assert "--epochs and --steps" in complaint(flags=both)
+    assert resolve(command="distill", recipe=path, sets=["train.epochs=2"]).recipe.train.steps is None
+    assert resolve(command="distill", recipe=path, flags=options.flags(steps=9)).recipe.train.steps == 9
+
+
+@pytest.mark.parametrize(
+    ("flags", "sets", "said"),
+    [
+        ({"epochs": 2.0, "steps": 9}, [], "--epochs and --steps both given; keep one of them"),
+        ({"steps": 9}, ["train.epochs=2"], "--set train.epochs and --steps both given; keep one of them"),
+        ({"epochs": 2.0}, ["train.steps=9"], "--epochs and --set train.steps both given; keep one of them"),
+        (
+            {},
+            ["train.steps=9", "train.epochs=2"],
+            "--set train.epochs and --set train.steps both given; keep one of them",
+        ),
+    ],
+)
+def test_epochs_and_steps_exclude_each_other_however_they_are_typed(recipe, flags, sets, said):
+    assert complaint("train: {steps: 100}", recipe, flags=options.flags(**flags), sets=sets) == said
+    freed = resolve(command="distill", sets=["train.steps=null", "train.epochs=2"]).recipe.train
+    assert (freed.steps, freed.epochs) == (None, 2), "no steps is no wish"
 
 
 def test_a_method_named_by_hand_brings_its_preset_along(recipe):
     """One word changed over a recipe that spells its own method out: objective and sequences follow, the training stays."""
     path = recipe(
-        "method: distillm\nobjective: {divergence: srkl, kd_weight: 0.5}\nschedule: {kind: adaptive, capacity: 99}\n"
+        "method: distillm\nobjective: {divergence: srkl, kd_weight: 0.5}\nschedule: {kind: adaptive, fresh: buffer, "
+        "capacity: 99}\n"
         "train: {lr: 3e-3, epochs: 2}\n"
     )
     resolved = resolve(command="distill", recipe=path, flags={"method": Flag("--method", "gkd")})
