@@ -5,11 +5,11 @@ The schema says it beside each field (``fields.ReadWhen``); methods with those v
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from distillm_cli.config.explain import leaves, shown
-from distillm_cli.config.fields import ReadWhen
+from distillm_cli.config.fields import ReadWhen, Such, Values
 from distillm_cli.config.layers import Given
 from distillm_cli.config.methods import METHODS
 from distillm_cli.config.schema import Objective, Recipe, Section
@@ -54,12 +54,23 @@ def is_read(key: str, value: ValueOf) -> bool:
     if _is_of_distillation(key) and _is_fine_tuning(value):
         return False
     when = condition(key)
-    return when is None or any(all(value(k) in words for k, words in way.items()) for way in when.ways)
+    return when is None or any(not _missing(way, value) for way in when.ways)
+
+
+def _missing(way: Mapping[str, Values], value: ValueOf) -> dict[str, Values]:
+    """What would have to change for this way to lead to the field: deciders, and the values they must have."""
+    found = {}
+    for decider, words in way.items():
+        if value(decider) not in words:
+            found[decider] = words
+        if condition(decider) is not None:
+            found |= min((_missing(other, value) for other in condition(decider).ways), key=len) | found
+    return found
 
 
 def parameters(value: ValueOf) -> list[str]:
     """The fields that a run with these values reads and others do not, in the schema's order."""
-    return [key for key in leaves() if condition(key) is not None and is_read(key, value)]
+    return [key for key in leaves() if (when := condition(key)) and when.of_method and is_read(key, value)]
 
 
 def misplaced(key: str, given: Given, value: ValueOf, command: str) -> RecipeError:
@@ -73,18 +84,19 @@ def misplaced(key: str, given: Given, value: ValueOf, command: str) -> RecipeErr
     if distills and _is_fine_tuning(value):
         where = f"{it} belongs to `distillm distill`; {method} trains on cross-entropy alone"
         return RecipeError(what, where=where, hint="leave it out")
-    unmet = {}
-    for way in condition(key).ways:
-        first = next(k for k, words in way.items() if value(k) not in words)
-        unmet[first] = value(first)
-    here = " and ".join(f"{k} is {_said(found)}" for k, found in unmet.items())
+    ways = [_missing(way, value) for way in condition(key).ways]
+    here = " and ".join(f"{k} is {_said(value(k))}" for k in dict.fromkeys(next(iter(lacks)) for lacks in ways))
     where = f"{it} belongs to {owners(key)}, and here {here}" + (f" (method {method})" if distills else "")
-    decider, words = next(iter(condition(key).ways[0].items()))
-    flag, word = flag_of(decider, command), _said(words[0])
-    other = f"{flag} {word}" if flag else f"--set {decider}={word}"
-    mine = [k for k in parameters(value) if set(condition(k).ways[0]) == {decider}]
-    instead = f"{value(decider)} reads {', '.join(mine)}; " if mine and decider == "objective.divergence" else ""
-    return RecipeError(what, where=where, hint=f"{instead}leave it out, or try {other}")
+    nearest = min(ways, key=len)
+    other = " ".join(_typed(decider, next(iter(words)), command) for decider, words in nearest.items())
+    mine = [k for k in parameters(value) if set(condition(k).ways[0]) == {"objective.divergence"}]
+    instead = f"{value('objective.divergence')} reads {', '.join(mine)}; " if "objective.divergence" in nearest else ""
+    return RecipeError(what, where=where, hint=f"{instead if mine else ''}leave it out, or try {other}")
+
+
+def _typed(key: str, value: Any, command: str) -> str:
+    flag = flag_of(key, command)
+    return f"{flag} {_said(value)}" if flag else f"--set {key}={_said(value)}"
 
 
 def owners(key: str) -> str:
@@ -92,12 +104,13 @@ def owners(key: str) -> str:
     told = []
     for way in condition(key).ways:
         (decider, words), *more = way.items()
-        methods = [name for name, m in METHODS.items() if m.preset.get(decider) in words and name not in words]
+        named = [] if isinstance(words, Such) else words  # what is told by a test is most methods' anyway
+        methods = [name for name, m in METHODS.items() if m.preset.get(decider) in named and name not in named]
         whose = "" if decider in _NAMED_BY_WORD else f"{decider} "
         told.append(
             whose + _listed(words) + "".join(f" with {k.rpartition('.')[2]} {_listed(w, 'or')}" for k, w in more)
         )
-        if methods and len(words) < 3:
+        if methods and len(named) < 3:
             told[-1] += f" ({'method' if len(methods) == 1 else 'methods'} {', '.join(methods)})"
     return ", and to ".join(told)
 
@@ -128,7 +141,9 @@ def _is_fine_tuning(value: ValueOf) -> bool:
     return isinstance(method, str) and method in METHODS and METHODS[method].verb == "sft"
 
 
-def _listed(words: tuple[Any, ...], joint: str = "and") -> str:
+def _listed(words: Values, joint: str = "and") -> str:
+    if isinstance(words, Such):
+        return words.said
     *others, last = map(_said, words)
     return f"{', '.join(others)} {joint} {last}" if others else last
 

@@ -220,7 +220,9 @@ def test_a_method_named_by_hand_brings_its_preset_along(recipe):
         (
             {"schedule": "off"},
             ["schedule.capacity=5"],
-            "it belongs to on, mixed, annealed, adaptive and interleaved, and here schedule",
+            "it belongs to schedule.replay decreasing, constant and increasing, and to adaptive with replay auto (methods "
+            "distillm, amid), and to schedule.fresh buffer (method imitkd), and here schedule.replay is auto and schedule."
+            "kind is off and schedule.fresh is direct (method distillm); leave it out, or try --schedule adaptive",
         ),
         (
             {"method": "kd"},
@@ -245,6 +247,58 @@ def test_a_method_named_by_hand_brings_its_preset_along(recipe):
             "it belongs to data.source builtin, and here data.source is mine.jsonl; leave it out, or try --data builtin",
         ),
         ({}, ["data.tasks=[sum]"], "here data.source is dolly and data.valid is null; leave it out"),
+        (
+            {"method": "seqkd", "divergence": "rkl"},
+            [],
+            "--divergence = rkl; objective.divergence belongs to objective.kd_weight above 0, and to objective.policy_"
+            "gradient true (method minillm), and to train.select valid_divergence, and here objective.kd_weight is 0.0 and",
+        ),
+        ({"method": "seqkd"}, ["objective.kd_warmup=0.1"], "leave it out, or try --set objective.kd_weight=1.0"),
+        ({"method": "seqkd", "alpha": 0.3}, [], "or try --divergence skl --set objective.kd_weight=1.0"),
+        (
+            {"alpha": 0.3},
+            ["objective.kd_weight=0"],
+            "--alpha = 0.3; objective.alpha belongs to skl and srkl (methods distillm, distillm2), and here objective.kd_"
+            "weight is 0.0 (method distillm); leave it out, or try --set objective.kd_weight=1.0",
+        ),
+        (
+            {"method": "kd"},
+            ["objective.by_source=true"],
+            "and here schedule.kind is off and objective.divergence is kl and objective.curriculum is off (method kd)",
+        ),
+        (
+            {"method": "akl", "schedule": "on"},
+            ["objective.by_source=true"],
+            "here schedule.kind is on and objective.div",
+        ),
+        (
+            {"method": "gkd"},
+            ["schedule.capacity=9"],
+            "and here schedule.replay is auto and schedule.kind is mixed and schedule.fresh is direct (method gkd); "
+            "leave it out, or try --set schedule.replay=decreasing",
+        ),
+        ({"method": "skd"}, ["schedule.capacity=9"], "and schedule.kind is interleaved and"),
+        ({"method": "imitkd"}, ["schedule.warm_up=none"], "leave it out, or try --set schedule.replay=decreasing"),
+        (
+            {},
+            ["student.lora.dropout=0.3"],
+            "--set student.lora.dropout = 0.3; it belongs to student.lora.r that is given, and here student.lora.r is null; "
+            "leave it out, or try --lora 16",
+        ),
+        (
+            {},
+            ["train.lr_schedule=constant", "train.min_lr=1e-5"],
+            "it belongs to train.lr_schedule cosine and linear, and here train.lr_schedule is constant; leave it",
+        ),
+        (
+            {"teacher": "builtin"},
+            ["teacher.revision=main"],
+            "it belongs to teacher.path on the hub, and here teacher.path is builtin; leave it out, or try --teacher NAME",
+        ),
+        ({"teacher": "."}, ["teacher.revision=main"], "here teacher.path is .; leave it out"),
+        ({"teacher": "gone/for/good"}, ["teacher.revision=main"], "here teacher.path is gone/for/good; leave it out"),
+        ({"student": "layers:2"}, ["student.revision=main"], "here student.path is layers:2; leave it out"),
+        ({"student": "config.json"}, ["student.revision=main"], "here student.path is config.json; leave it out"),
     ],
 )
 def test_a_parameter_of_another_method_is_refused_by_naming_whose_it_is(flags, sets, said):
@@ -296,10 +350,30 @@ def test_what_a_verb_never_reads_is_refused_where_it_is_typed(command, said, who
         ("distill", ["data.valid=builtin", "data.tasks=[sum]"]),
         ("distill", ["method=minillm", "objective.ratio_clip=0.1", "rollout.teacher_mix=0.3"]),
         ("distill", ["method=fdistill", "rollout.teacher_mix=0.3"]),
+        ("distill", ["objective.kd_weight=0", "train.select=valid_divergence", "objective.alpha=0.3"]),
+        ("distill", ["method=minillm", "objective.kd_weight=0", "objective.divergence=kl", "objective.kd_warmup=0.1"]),
+        ("distill", ["method=kd", "objective.divergence=srkl", "objective.by_source=true"]),  # which makes it skl
+        ("distill", ["method=imitkd", "schedule.capacity=9"]),
+        ("distill", ["method=skd", "schedule.replay=constant", "schedule.capacity=9", "schedule.warm_up=none"]),
+        ("distill", ["student.lora.r=4", "student.lora.dropout=0.3"]),
+        (
+            "distill",
+            ["teacher.path=gpt2-xl", "teacher.revision=main", "student.path=org/gpt2", "student.revision=main"],
+        ),
     ],
 )
 def test_what_is_read_may_be_typed(command, typed):
     assert resolve(command=command, sets=typed).notes == ()
+
+
+def test_a_revision_goes_with_the_model_of_the_hub_that_it_is_of(recipe, tmp_path):
+    """A run's own recipe must not say that a directory was some commit on the hub."""
+    path = recipe("teacher: {path: gpt2-xl, revision: abc}")
+    resolved = resolve(command="distill", recipe=path, flags=options.flags(teacher=str(tmp_path)))
+    assert resolved.recipe.teacher.revision is None
+    assert resolved.notes[0].endswith(": teacher.revision")
+    line = complaint(f"teacher: {{path: {tmp_path}, revision: abc}}", recipe)
+    assert line.startswith("distill.yaml:1: teacher.revision = abc; it belongs to teacher.path on the hub, and here")
 
 
 def test_a_recipe_of_the_built_in_rows_takes_other_rows_and_says_what_it_leaves_out():
@@ -475,6 +549,18 @@ def test_aliases_cannot_blow_a_recipe_up(recipe):
         ),
         ("student: {lora: {alpha: 64}}", "student.lora.alpha = 64; student.lora.alpha belongs to an adapter"),
         ("student: {lora: 16}", "student.lora: a section, not a value; its keys are r, alpha, dropout, targets"),
+        (
+            "train: {min_lr: 1e-2}",
+            "train.min_lr = 0.01; train.min_lr 0.01 is above train.lr 0.0005, and a rate falls; try",
+        ),
+        (
+            "train: {lr: 1e-9}",
+            "train.lr = 1.0e-09; train.min_lr 1e-07 is above train.lr 1e-09, and a rate falls; try --set",
+        ),
+        (
+            "student: {sft_epochs: 1, sft_lr: 1e-9}",
+            "train.min_lr 1e-07 is above student.sft_lr 1e-09, and a rate falls",
+        ),
         ("student: {lora_output: adapter}", "without an adapter, student.lora.r; try --lora 16"),
         (
             'student: {path: "layers:2", lora: {r: 4}, lora_output: adapter}',
@@ -613,7 +699,7 @@ def _values(key: str) -> st.SearchStrategy:
 BOUND = {"train.patience", "student.sft_epochs", "student.sft_lr", "student.lora_output"}
 BOUND |= {"student.lora.alpha", "student.lora.targets"}
 BOUND |= {"objective.policy_gradient", "objective.row_weight", "objective.by_source", "objective.curriculum"}
-BOUND |= {"schedule.fresh"}
+BOUND |= {"schedule.fresh", "train.lr", "train.min_lr"}
 EVERY_FIELD = st.fixed_dictionaries({}, optional={key: _values(key) for key in leaves() if key not in BOUND})
 
 
