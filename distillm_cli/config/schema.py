@@ -32,6 +32,17 @@ _MIXED = ReadWhen(  # what is drawn for a whole epoch of pairs is the student's 
     {"schedule.kind": ("on", "mixed", "annealed", "adaptive", "rounds")},
     {"schedule.kind": ("pairs",), "schedule.redraw": ("never",)},
 )
+_DRAWN = (
+    "on",
+    "mixed",
+    "annealed",
+    "adaptive",
+    "pairs",
+    "interleaved",
+    "rounds",
+)  # schedules with outputs of the student
+_OF_STUDENT = ReadWhen({"schedule.kind": _DRAWN}, of_method=False)
+_OF_EITHER = ReadWhen({"schedule.kind": (*_DRAWN, "teacher")}, of_method=False)
 _FALLING = ReadWhen({"train.lr_schedule": ("cosine", "linear")}, of_method=False)
 _BUILTIN = {"data.source": ("builtin",)}
 _RANK = Such("that is given", 16, lambda rank: rank is not None)
@@ -45,9 +56,14 @@ def is_of_hub(model: str) -> bool:
     return not (is_path or model == "builtin" or Path(model).exists())
 
 
+def is_built(model: str | None) -> bool:
+    """Whether this stands for a model that is made here, and not loaded with trained weights of its own."""
+    return model is not None and (model.startswith(BUILT) or model.endswith(".json"))
+
+
 def _may_have_revisions(model: Any) -> bool:
-    """One that is built, or what an earlier stage makes, has a colon in its name, as nothing of the hub has."""
-    return not isinstance(model, str) or (is_of_hub(model) and ":" not in model and not model.endswith(".json"))
+    """What an earlier stage makes has a colon in its name (``stage:NAME``), as nothing of the hub has."""
+    return not isinstance(model, str) or (is_of_hub(model) and not is_built(model) and ":" not in model)
 
 
 _ON_HUB = Such("on the hub", "NAME", _may_have_revisions)
@@ -142,7 +158,7 @@ class Student(Section):
     @property
     def is_built(self) -> bool:
         """Whether the model is made here, and not loaded with trained weights of its own."""
-        return self.path is not None and (self.path.startswith(BUILT) or self.path.endswith(".json"))
+        return is_built(self.path)
 
     @model_validator(mode="after")
     def _an_adapter_needs_a_rank_and_a_base(self) -> Student:
@@ -212,9 +228,11 @@ class Data(Section):
 class Rollout(Section):
     """Sampling from the student during training; from any model in `generate`."""
 
-    temperature: Annotated[float, Field(ge=0)] = Field(1.0, description="0 is greedy")
-    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="sample from the likeliest tokens of this mass")
-    top_k: Count = Field(0, description="sample from so many likeliest tokens; 0 is off")
+    temperature: Annotated[float, Field(ge=0), _OF_STUDENT] = Field(1.0, description="0 is greedy")
+    top_p: Annotated[float, Field(gt=0, le=1), _OF_STUDENT] = Field(
+        1.0, description="sample from the likeliest tokens of this mass"
+    )
+    top_k: Annotated[Count, _OF_STUDENT] = Field(0, description="sample from so many likeliest tokens; 0 is off")
     max_new_tokens: Positive = Field(256, description="end-of-sequence included")
     teacher_temperature: Annotated[float, Field(ge=0), _SAMPLED] = Field(
         1.0, description="of what the teacher samples in training"
@@ -229,7 +247,7 @@ class Rollout(Section):
     accept: Annotated[Positive, under("interleaved")] = Field(
         25, description="K of interleaved: a drafted token stays where it is among so many likeliest of the teacher's"
     )
-    bulk: Positive = Field(
+    bulk: Annotated[Positive, _OF_EITHER] = Field(
         8,
         description="rollout batches sampled at once, those of the next steps that will ask for one; how many are sampled, "
         "and for which rows, stays. Fast, and samples up to so many rollout steps old. Under rounds: the batches of a round",

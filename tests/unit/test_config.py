@@ -297,6 +297,17 @@ def test_a_method_named_by_hand_brings_its_preset_along(recipe):
         ),
         ({"teacher": "."}, ["teacher.revision=main"], "here teacher.path is .; leave it out"),
         ({"teacher": "gone/for/good"}, ["teacher.revision=main"], "here teacher.path is gone/for/good; leave it out"),
+        (
+            {"method": "kd"},
+            ["rollout.temperature=0.5"],
+            "here schedule.kind is off (method kd); leave it out, or try --sch",
+        ),
+        (
+            {"method": "kd"},
+            ["rollout.bulk=4"],
+            "interleaved, rounds and teacher, and here schedule.kind is off (method kd)",
+        ),
+        ({"method": "seqkd"}, ["rollout.top_k=4"], "here schedule.kind is teacher (method seqkd); leave it out"),
         ({"student": "layers:2"}, ["student.revision=main"], "here student.path is layers:2; leave it out"),
         ({"student": "config.json"}, ["student.revision=main"], "here student.path is config.json; leave it out"),
     ],
@@ -328,6 +339,18 @@ def test_a_parameter_of_another_method_in_a_recipe_is_an_error_with_its_line(rec
         ("eval", "objective.alpha=0.3", "it belongs to `distillm distill`; eval trains nothing"),
         ("eval", "rollout.temperature=0", "eval trains nothing"),
         ("sft", "rollout.teacher_mix=0.2", "it belongs to `distillm distill`; sft trains on cross-entropy alone"),
+        (
+            "sft",
+            "rollout.temperature=0.5",
+            "it belongs to `distillm distill` and `distillm generate`; sft trains on cross",
+        ),
+        ("sft", "rollout.bulk=2", "it belongs to `distillm distill`; sft trains on cross-entropy alone; leave it out"),
+        ("sft", "teacher.cache=memory", "it belongs to `distillm distill`; sft trains on cross-entropy alone"),
+        (
+            "sft",
+            "teacher.path=gpt2-xl",
+            "it belongs to `distillm distill`, and to models built of a teacher (layers:4, width:0.5); sft trains on cross",
+        ),
         ("sft", "rollout.draft=3", "it belongs to `distillm distill`; sft trains on cross-entropy alone; leave it out"),
     ],
 )
@@ -335,7 +358,8 @@ def test_what_a_verb_never_reads_is_refused_where_it_is_typed(command, said, who
     assert whose in complaint(command=command, sets=[said])
     key, _, value = said.partition("=")
     section, name = key.split(".")
-    if command != "sft":  # a recipe is of training, and any will do
+    shared = {"rollout.temperature", "rollout.bulk", "teacher.cache", "teacher.path"}  # `distill` reads the same file
+    if command != "sft" or said.partition("=")[0] in shared:  # a recipe is of training, and any will do
         resolve(command=command, recipe=recipe(f"{section}: {{{name}: {value}}}\n"))
 
 
@@ -343,10 +367,13 @@ def test_what_a_verb_never_reads_is_refused_where_it_is_typed(command, said, who
     ("command", "typed"),
     [
         ("generate", ["rollout.top_k=5", "train.seed=3", "train.threads=1"]),
+        ("generate", ["eval.batch_size=2", "data.tasks=[sum]", "data.template=plain", "data.columns.prompt=q"]),
         ("eval", ["train.threads=1", "eval.seeds=[1]"]),
-        # What `generate` will read of the recipe beside the model; and how much is drawn at once, which a sweep over
-        # methods sets for all.
-        ("sft", ["rollout.max_new_tokens=24", "rollout.temperature=0.5", "rollout.bulk=2"]),
+        ("eval", ["data.source=mine.jsonl", "data.valid_limit=9"]),  # held-out rows
+        ("eval", ["eval.suites=builtin", "eval.top_k=5", "data.tasks=[sum]", "data.skip_bad_rows=true"]),
+        ("sft", ["rollout.max_new_tokens=24"]),  # by which `generate` will go, too
+        ("sft", ["student.path=layers:2", "teacher.path=gpt2-xl", "teacher.dtype=fp32", "teacher.revision=main"]),
+        ("distill", ["method=seqkd", "rollout.bulk=2"]),
         ("distill", ["data.valid=builtin", "data.tasks=[sum]"]),
         ("distill", ["method=minillm", "objective.ratio_clip=0.1", "rollout.teacher_mix=0.3"]),
         ("distill", ["method=fdistill", "rollout.teacher_mix=0.3"]),
@@ -364,6 +391,70 @@ def test_what_a_verb_never_reads_is_refused_where_it_is_typed(command, said, who
 )
 def test_what_is_read_may_be_typed(command, typed):
     assert resolve(command=command, sets=typed).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("command", "said", "instead"),
+    [
+        ("generate", "data.limit=5", "or try --limit"),
+        ("generate", "data.source=x", "or try --data"),
+        ("generate", "data.max_length=9", "or try --max-new-tokens"),
+        (
+            "generate",
+            "eval.max_new_tokens=4",
+            "it belongs to `distillm eval`; generate trains nothing; leave it out, or try --m",
+        ),
+        ("generate", "eval.seeds=3", "or try --seed"),
+        (
+            "generate",
+            "eval.report_rows=3",
+            "it belongs to `distillm sft` and `distillm distill`; generate trains nothing",
+        ),
+        ("generate", "student.path=x", "or try --model"),
+        (
+            "generate",
+            "method=kd",
+            "--set method = kd; it belongs to `distillm sft` and `distillm distill`; generate trains",
+        ),
+        ("eval", "data.limit=5", "or try --limit"),
+        ("eval", "data.max_length=9", "or try --max-new-tokens"),
+        ("eval", "data.max_prompt_length=9", "eval trains nothing; leave it out"),
+        ("eval", "eval.report_rows=3", "or try --limit"),
+        ("eval", "student.path=x", "or try `distillm eval CKPT`"),
+        ("eval", "student.tokenizer=x", "eval trains nothing"),
+        ("eval", "student.lora.r=4", "eval trains nothing"),
+        ("eval", "teacher.path=x", "eval trains nothing"),
+        ("eval", "teacher.dtype=bf16", "eval trains nothing"),
+        ("eval", "rollout.max_new_tokens=4", "or try --max-new-tokens"),
+        (
+            "eval",
+            "train.seed=4",
+            "`distillm sft`, `distillm distill` and `distillm generate`; eval trains nothing; leave it",
+        ),
+    ],
+)
+def test_a_verb_that_trains_nothing_names_the_flag_that_it_reads_instead(command, said, instead, recipe):
+    assert instead in complaint(command=command, sets=[said])
+    section, _, rest = said.partition(".")
+    if rest:  # of a model's own recipe
+        *inner, last = rest.partition("=")[0].split(".")
+        name = f"{{{inner[0]}: {{{last}: " if inner else f"{{{last}: "
+        resolve(command=command, recipe=recipe(f"{section}: {name}{said.partition('=')[2]}" + "}" * (1 + len(inner))))
+
+
+def test_held_out_rows_are_scored_on_where_no_suite_is_named(recipe):
+    path = recipe("eval: {suites: [dolly]}")
+    for said in ("data.source=mine.jsonl", "data.valid=mine.jsonl", "data.valid_limit=9"):
+        assert "it is of held-out rows, and here eval.suites is [dolly]; leave it out, or try --" in complaint(
+            command="eval", recipe=path, sets=[said]
+        )
+        assert resolve(command="eval", recipe=path, sets=[said, "eval.suites=[]"]).recipe.eval.suites == ()
+
+
+def test_one_flag_of_two_models_is_read_where_one_of_them_is():
+    for command in ("sft", "generate", "eval"):
+        r = resolve(command=command, flags=options.flags(dtype="bf16")).recipe
+        assert r.student.dtype == "bf16"
 
 
 def test_a_revision_goes_with_the_model_of_the_hub_that_it_is_of(recipe, tmp_path):
