@@ -710,6 +710,15 @@ def test_the_first_problem_in_the_file_is_told_and_the_others_are_counted(recipe
         ("a", "--set a; expected section.key=value; try --set train.lr=5e-4"),
         ("=1", "--set =1; expected section.key=value"),
         ("train={lr: 1}", "--set train: a section, not a value"),
+        (
+            "eval.metrics=exact_match,error_rate",
+            "error_rate, final_number; try --set 'eval.metrics=[exact_match, error_rate]'",
+        ),
+        ("eval.metrics=exact,rouge", "try --set 'eval.metrics=[exact_match, rouge_l]'"),
+        (
+            "eval.seeds=1,2",
+            "expected a list that is not empty, each a whole number < 2^63; try --set 'eval.seeds=[1, 2]'",
+        ),
         ("train.lr=[", "--set train.lr: not a YAML document"),
         ("train.lr=*x", "aliases (*name) are not read"),
         ("train.lr.x=1", "--set train.lr.x: no such key; did you mean train.lr?"),
