@@ -61,6 +61,15 @@ def test_layers_lie_over_each_other(written):
             load_pipeline(written(), both)
 
 
+def test_a_stage_that_generates_reads_its_own_rows_and_how_many(written):
+    """Where the verb has --data and --limit, and refuses these."""
+    sets = ["stages.samples.data.limit=4", "stages.samples.data.source=builtin"]
+    data = load_pipeline(written(), sets)["samples"].resolved.recipe.data
+    assert (data.limit, data.source) == (4, "builtin")
+    with pytest.raises(RecipeError, match=r"stages\.eval\.data\.limit = 4; .*; eval trains nothing; leave it out$"):
+        load_pipeline(written(), ["stages.eval.data.limit=4"])
+
+
 def test_stages_stand_for_what_they_make(written):
     p = load_pipeline(written())
     assert [s.reads for s in p.stages] == [(), ("teacher",), ("teacher", "samples"), ("distill",)]
