@@ -21,6 +21,7 @@ from distillm_cli.core.criterion import CROSS_ENTROPY, Criterion
 from distillm_cli.core.engine import Engine, eval_mode
 from distillm_cli.core.objective import Objective
 from distillm_cli.evaluation.suites import HELD_OUT, Suite
+from distillm_cli.models.devices import dtype_name, resolve_dtype
 from distillm_cli.ui.console import Console
 from distillm_cli.words import counted
 
@@ -110,7 +111,14 @@ class Report:
         sampled = ", ".join([f"sampled at T = {config.temperature:g}", *narrowed])
         how = "decoded greedily" if config.greedy or config.temperature == 0 else sampled
         which = "" if answered == len(self.run.valid) else f" on the first {answered:,} of them,"
-        return f"valid loss on {rows}; scores{which} {how}"
+        return f"valid loss on {rows}; scores{which} {how}, in {self._precision()}"
+
+    def _precision(self) -> str:
+        """Each model decodes in the precision of its weights, the student in that of training, whatever `eval` takes."""
+        run = self.run
+        own = dtype_name(run.student.model.dtype)
+        teachers = own if run.pair.teacher is None else dtype_name(resolve_dtype(run.recipe.teacher.dtype, run.device))
+        return own if own == teachers else f"{own} (teacher: {teachers})"
 
     def score(self) -> dict[str, float]:
         """The figure that selects checkpoints, for the student as it is now."""

@@ -94,19 +94,21 @@ def cp(
 @recipes.command("validate")
 def validate(
     paths: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
-            metavar="NAME|FILE...",
-            help="Recipes to check.",
+            metavar="NAME|FILE",
+            help="Recipes to check; else the shipped ones.",
             autocompletion=lambda incomplete: options.recipes_like(incomplete),
             show_default=False,
         ),
-    ],
+    ] = None,
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Check recipes, all of them; exit code 2 if any is wrong."""
-    rows = [_checked(path) for path in paths]
+    """Check recipes, all that are shipped unless some are named; exit code 2 if any is wrong."""
+    from distillm_cli.config.load import shipped
+
+    rows = [_checked(path) for path in paths or shipped()]
     wrong = [row for row in rows if row["status"] == "error"]
     if as_json:
         code = {"code": RecipeError.exit_code, "message": wrong[0]["message"]} if wrong else {}

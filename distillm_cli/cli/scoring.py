@@ -21,6 +21,7 @@ from distillm_cli.evaluation.evaluate import evaluate
 from distillm_cli.evaluation.metrics import METRICS
 from distillm_cli.evaluation.results import check_writable, earlier, save
 from distillm_cli.evaluation.suites import Suite, load_suites
+from distillm_cli.models.devices import dtype_name
 from distillm_cli.models.fingerprint import fingerprint
 from distillm_cli.models.loading import load_config
 from distillm_cli.ui.console import Console
@@ -59,14 +60,15 @@ def score(
     began = time.perf_counter()
     jobs = _plan(checkpoints, recipe, flags, sets, output, names or {}, ui)
     done: dict[str, dict[str, Told]] = {job.checkpoint: {} for job in jobs}
+    precision: dict[str, str] = {}
     try:
         for job in jobs:
-            _score(job, done[job.checkpoint], resume, ui)
+            precision[job.checkpoint] = _score(job, done[job.checkpoint], resume, ui)
     except KeyboardInterrupt as stop:
         finished, total = sum(map(len, done.values())), sum(len(job.suites) for job in jobs)
         where = f"results of {finished} of {total} are written" if finished else "no suite was finished"
         raise Interrupted("interrupted", signal_number=signal_number(stop), where=where) from None
-    _show(jobs, done, ui)
+    _show(jobs, done, precision, ui)
     found = {
         job.checkpoint: {
             "output": str(job.place),
@@ -125,7 +127,8 @@ def _places(checkpoints: list[str], output: str | None, names: Mapping[str, str]
     return places
 
 
-def _score(job: _Job, done: dict[str, Told], resume: bool, ui: Console) -> None:
+def _score(job: _Job, done: dict[str, Told], resume: bool, ui: Console) -> str:
+    """Scores one checkpoint; returns the precision it was decoded in."""
     backbone, encoder = inference.load(job.checkpoint, job.recipe, ui)
     inference.check_head(backbone, encoder, job.suites[0].rows[0], ui)
     about = {"model": job.checkpoint, "dtype": str(backbone.model.dtype).removeprefix("torch.")}
@@ -140,13 +143,15 @@ def _score(job: _Job, done: dict[str, Told], resume: bool, ui: Console) -> None:
         result = evaluate(backbone, encoder, suite, job.recipe.eval, ui, skip_long=job.recipe.data.skip_bad_rows)
         save(result, job.place, about)
         done[suite.name] = result.as_json()
+    precision = dtype_name(backbone.model.dtype)
     del backbone
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    return precision
 
 
-def _show(jobs: list[_Job], done: Mapping[str, Mapping[str, Told]], ui: Console) -> None:
+def _show(jobs: list[_Job], done: Mapping[str, Mapping[str, Told]], precision: Mapping[str, str], ui: Console) -> None:
     several = len(jobs) > 1
     metrics = list(dict.fromkeys(metric for job in jobs for metric in job.recipe.eval.metrics))
     columns = [*(["checkpoint"] if several else []), "suite", "rows", *map(_title, metrics), "entropy"]
@@ -163,7 +168,7 @@ def _show(jobs: list[_Job], done: Mapping[str, Mapping[str, Told]], ui: Console)
         ui.show(table("By kind of task", [*(["checkpoint"] if several else []), "task", *map(_title, metrics)], tasks))
     ui.show(table("Scores", columns, rows))
     for job in jobs:
-        ui(Note(f"results and predictions: {job.place}"))
+        ui(Note(f"decoded in {precision[job.checkpoint]}; results and predictions: {job.place}"))
 
 
 def _title(metric: str) -> str:

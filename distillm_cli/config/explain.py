@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import types
 from collections.abc import Iterator
@@ -182,6 +183,12 @@ def nearest_word(value: Any, words: list[str]) -> str | None:
     return close[0] if close else None
 
 
+def _parts(item: Any) -> list[Any]:
+    """``a,b`` for ``[a, b]``: of a list that was typed without its brackets, the items."""
+    parts = [part.strip() for part in item.split(",")] if isinstance(item, str) else [item]
+    return [int(part) if isinstance(part, str) and re.fullmatch(r"-?[0-9]+", part) else part for part in parts]
+
+
 def what_to_try(key: str, value: Any, verb: str, flag: str | None = None, *, given_at: str = "") -> str | None:
     """A cure for a bad value: the nearest choice, else the default, as something to type; else the field's own help.
 
@@ -190,9 +197,12 @@ def what_to_try(key: str, value: Any, verb: str, flag: str | None = None, *, giv
     """
     field, words = leaves()[key], choices(key)
     better = field.default
-    if isinstance(value, list | tuple) and words:
-        better = [v if v in words else nearest_word(v, words) for v in value]
-        better = field.default if None in better else better
+    if isinstance(value, list | tuple):
+        meant = [part for item in value for part in _parts(item)]
+        if words:
+            meant = [v if v in words else nearest_word(v, words) for v in meant]
+        if None not in meant and (words or len(meant) > len(value)):
+            better = meant
     elif words and (word := nearest_word(value, words)):
         better = word
     if better is None or better == ():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -22,14 +23,31 @@ MetricName = Literal[
 ]  # fmt: skip
 
 
+class Such:
+    """Values of which there are too many to list: what tells them, what they are called, and one of them to try."""
+
+    def __init__(self, said: str, example: Any, test: Callable[[Any], bool]):
+        self.said, self.example, self.test = said, example, test
+
+    def __contains__(self, value: Any) -> bool:
+        return self.test(value)
+
+    def __iter__(self) -> Iterator[Any]:
+        yield self.example
+
+
+Values = tuple[Any, ...] | Such
+
+
 class ReadWhen:
     """Beside a field that not every run reads: the fields that decide it, by dotted key, and the values they must have.
 
-    Several mappings are several ways: any of them will do. A value given by hand that no way leads to is an error.
+    Several mappings are several ways: any of them will do. One that is not read itself decides nothing. A value given by
+    hand that no way leads to is an error. of_method: whether it is one of the parameters that a method is listed with.
     """
 
-    def __init__(self, *ways: dict[str, tuple[Any, ...]]):
-        self.ways = ways
+    def __init__(self, *ways: dict[str, Values], of_method: bool = True):
+        self.ways, self.of_method = ways, of_method
 
 
 def of(*divergences: DivergenceName) -> ReadWhen:

@@ -61,6 +61,14 @@ class Problems:
     def add(self, rank: Rank, error: RecipeError) -> None:
         self._found.append((rank, error))
 
+    def exclude(self, one: Given | None, other: Given | None) -> None:
+        """Two that were typed for one purpose: which of them is meant? (A stage's own is, over one for all stages.)"""
+        if one is None or other is None or None in (one.value, other.value):
+            return
+        layers = {one.rank.layer, other.rank.layer}
+        if layers <= {FLAG, SET} or layers == {SHARED_SET}:
+            self.add(one.rank, RecipeError(f"{one.place} and {other.place} both given", hint="keep one of them"))
+
     def first(self) -> RecipeError:
         """The first in the order of layers and lines; its hint ends with how many more there are."""
         ordered = sorted(self._found, key=lambda pair: pair[0])
@@ -137,18 +145,15 @@ def from_mapping(
 
 
 def from_flags(flags: Mapping[str, Any]) -> dict[str, Given]:
-    """The values of flags: dotted key → Flag or bare value; None is "not given". Raises UsageError."""
+    """The values of flags: dotted key → Flag or bare value; None is "not given"."""
     named = {key: value if isinstance(value, Flag) else Flag(key, value) for key, value in flags.items()}
     if unknown := set(named) - set(leaves()):
         raise KeyError(f"flags for fields that do not exist: {sorted(unknown)}")
-    given = {
+    return {
         key: Given(flag.value, flag.name, flag.name, Rank(FLAG))
         for key, flag in named.items()
         if flag.value is not None
     }
-    if "train.epochs" in given and "train.steps" in given:
-        raise UsageError("--epochs and --steps both given", hint="keep one of them")
-    return given
 
 
 def from_sets(sets: Iterable[str], problems: Problems, at: str = "", layer: int = SET) -> dict[str, Given]:

@@ -6,10 +6,11 @@ was written for another, brings its preset along: it is stronger than what that 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from distillm_cli.config.layers import Given, Problems, Rank, bad
 from distillm_cli.config.methods import METHODS
 from distillm_cli.config.ownership import value_of
 from distillm_cli.config.schema import Recipe, Section
+from distillm_cli.config.shortcuts import SHORTCUTS
 from distillm_cli.errors import RecipeError, UsageError
 
 
@@ -134,23 +136,28 @@ def settle(
         problems.add(method.rank, bad(method, "method", command))
 
     by_hand = [{k: e for k, e in layer.items() if e.rank.layer > layers.RECIPE} for layer in weakest_first]
+    typed = {key: entry for layer in by_hand for key, entry in layer.items()}
+    problems.exclude(typed.get("train.epochs"), typed.get("train.steps"))
     given, former = _stacked(preset, from_recipe, over, *by_hand)
     made = _validated(given, command, problems)
     if made is None:
         return None
     notes: tuple[str, ...] = ()
+    value, held = partial(value_of, made), {**preset, **over}
     if not ownership.trains(command):
         for key, entry in given.items():
-            if entry.rank.layer > layers.STAGE and ownership.is_of_training_alone(key, command):
-                problems.add(entry.rank, ownership.misplaced(key, entry, partial(value_of, made), command))
+            if entry.rank.layer > layers.STAGE and (key == "method" or entry is not held.get(key)):
+                reads = partial(ownership.is_read_without_training, given=entry, value=value, command=command)
+                if not _is_read(key, entry, reads):
+                    problems.add(entry.rank, ownership.misplaced(key, entry, value, command))
         if problems:
             return None
     else:
-        unread = _unread(made, given, {**preset, **over})
+        unread = _unread(value, given, held)
         unasked = {k for k, entry in unread.items() if entry.rank.layer in (layers.SHARED, layers.SHARED_SET)}
         left_out = _left_out(unread, command, from_recipe) | unasked
         for key in unread.keys() - left_out:
-            problems.add(given[key].rank, ownership.misplaced(key, given[key], partial(value_of, made), command))
+            problems.add(given[key].rank, ownership.misplaced(key, given[key], value, command))
         if problems:
             return None
         if left_out:
@@ -276,16 +283,26 @@ def _preset(method: str, layer: int) -> dict[str, Given]:
     return {key: Given(value, f"method {method}", key, Rank(layer)) for key, value in METHODS[method].preset.items()}
 
 
-def _unread(made: Recipe, given: Mapping[str, Given], preset: Mapping[str, Given]) -> dict[str, Given]:
-    """What was given by hand and this run never reads. A recipe that repeats what holds anyway has asked for nothing."""
+def _unread(value: ownership.ValueOf, given: Mapping[str, Given], held: Mapping[str, Given]) -> dict[str, Given]:
+    """What was given by hand and this run never reads. A recipe that repeats what holds anyway has asked for nothing.
+
+    held: of presets.
+    """
     found = {}
     for key, entry in given.items():
-        if entry is preset.get(key) or ownership.is_read(key, partial(value_of, made)):
+        if entry is held.get(key) or _is_read(key, entry, partial(ownership.is_read, value=value)):
             continue
-        holds_anyway = preset[key].value if key in preset else leaves()[key].default
-        if entry.rank.layer > layers.STAGE or value_of(made, key) != holds_anyway:
+        holds_anyway = held[key].value if key in held else leaves()[key].default
+        is_typed = entry.rank.layer > layers.STAGE
+        if is_typed or not (value(key) == holds_anyway or ownership.is_general(key, value)):
             found[key] = entry
     return found
+
+
+def _is_read(key: str, entry: Given, reads: Callable[[str], bool]) -> bool:
+    """Of a flag that sets several fields (--dtype) it is enough where one of them is read."""
+    flags = [s.keys for s in SHORTCUTS.values() if entry.rank.layer == layers.FLAG and s.flag == entry.origin]
+    return any(map(reads, (key, *chain(*flags))))
 
 
 def _left_out(unread: Mapping[str, Given], command: str, from_recipe: Mapping[str, Given]) -> set[str]:

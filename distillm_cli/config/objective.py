@@ -15,6 +15,7 @@ from distillm_cli.config.fields import (
     ReadWhen,
     ScheduleKind,
     Section,
+    Such,
     of,
     under,
 )
@@ -23,13 +24,34 @@ _AB = ReadWhen(
     {"objective.divergence": ("ab",)}, {"objective.divergence": ("amid",), "objective.amid_divergence": ("ab",)}
 )
 _CURVED = ReadWhen({"schedule.kind": ("annealed",), "schedule.anneal": ("exponential", "sigmoid")})
-_BUFFERED = under("on", "mixed", "annealed", "adaptive", "interleaved")
+_DRAWING = (
+    "on",
+    "mixed",
+    "annealed",
+    "adaptive",
+    "interleaved",
+)  # fresh outputs of the student or, at will, earlier ones
+_BUFFERED = under(*_DRAWING)
+_REPLAYED = (
+    {"schedule.replay": ("decreasing", "constant", "increasing")},
+    {"schedule.kind": ("adaptive",), "schedule.replay": ("auto",)},
+)
+_ABOVE_ZERO = Such("above 0", 1.0, lambda n: isinstance(n, int | float) and n > 0)
+_WEIGHED = ({"objective.kd_weight": _ABOVE_ZERO}, {"objective.policy_gradient": (True,)})
+_LEARNT = ReadWhen(*_WEIGHED, {"train.select": ("valid_divergence",)}, of_method=False)
+_HALVED = ReadWhen(  # one half alone is of no account where it is the divergence as it stands
+    {"schedule.kind": ("pairs",)},
+    {"schedule.kind": (*_DRAWING, "rounds"), "objective.divergence": ("kl", "skl")},
+    {"objective.divergence": ("rkl", "srkl", "jsd", "jeffreys")},
+    {"objective.curriculum": ("on",)},
+    of_method=False,
+)
 
 
 class Objective(Section):
     """The divergence between next-token distributions, per supervised token (METHODS A)."""
 
-    divergence: DivergenceName = Field("skl", description="p teacher, q student")
+    divergence: Annotated[DivergenceName, _LEARNT] = Field("skl", description="p teacher, q student")
     alpha: Annotated[float, Field(ge=0, lt=1), of("skl", "srkl")] = Field(
         0.1, description="skew of skl and srkl: the share of the other distribution mixed in. 0 is kl, rkl"
     )
@@ -69,10 +91,10 @@ class Objective(Section):
         0.2, description="α of atkd: weight of the tokens the teacher is surest of; the others weigh 1−α"
     )
     kd_weight: Probability = Field(1.0, description="(1 − kd_weight)·CE + kd_weight·D; CE never on student outputs")
-    kd_warmup: Probability = Field(
+    kd_warmup: Annotated[Probability, ReadWhen(*_WEIGHED, of_method=False)] = Field(
         0.0, description="share of the steps over which D's weight climbs from 0 to kd_weight: cross-entropy first"
     )
-    by_source: bool = Field(
+    by_source: Annotated[bool, _HALVED] = Field(
         False,
         description="the forward half of the divergence on data set rows and teacher samples, the reverse half on student "
         "outputs: skl and srkl (DistiLLM-2), the halves of jsd (f-distill); the same on both where it has no halves",
@@ -149,7 +171,7 @@ class Schedule(Section):
     inner_epochs: Annotated[Positive, under("rounds")] = Field(
         4, description="of rounds: how often a round's rollouts are trained on"
     )
-    capacity: Annotated[Positive, _BUFFERED] = Field(
+    capacity: Annotated[Positive, ReadWhen(*_REPLAYED, {"schedule.fresh": ("buffer",)})] = Field(
         1000, description="replay buffer, sequences; the oldest leave first"
     )
     epsilon: Annotated[float, under("adaptive")] = Field(
@@ -161,7 +183,7 @@ class Schedule(Section):
         "last_rise",
         description="the loss ε is added to: at the last rise of φ (official code), or the previous one (paper)",
     )
-    warm_up: Annotated[Literal["fill", "none"], _BUFFERED] = Field(
+    warm_up: Annotated[Literal["fill", "none"], ReadWhen(*_REPLAYED)] = Field(
         "fill",
         description="fill: until the buffer is full every student draw is fresh (official code); none: the paper",
     )

@@ -5,24 +5,49 @@ The schema says it beside each field (``fields.ReadWhen``); methods with those v
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from distillm_cli.config.explain import leaves, shown
-from distillm_cli.config.fields import ReadWhen
+from distillm_cli.config.fields import ReadWhen, Such, Values
 from distillm_cli.config.layers import Given
 from distillm_cli.config.methods import METHODS
-from distillm_cli.config.schema import Objective, Recipe, Section
+from distillm_cli.config.schema import Eval, Objective, Recipe, Section, is_built
 from distillm_cli.config.shortcuts import flag_of
 from distillm_cli.errors import RecipeError
 
 ValueOf = Callable[[str], Any]  # dotted key → its value in some recipe
 
 _OF_DISTILLATION = ("objective.", "schedule.")  # sections of which fine-tuning (verb sft) reads nothing
-_OF_TRAINING = (*_OF_DISTILLATION, "train.", "rollout.")  # of which verbs that train nothing read these fields alone
 SAMPLING = ("rollout.temperature", "rollout.top_p", "rollout.top_k", "rollout.max_new_tokens", "train.seed")
-_WHERE = ("train.device", "train.threads")
-_READ_WITHOUT_TRAINING = {"generate": (*SAMPLING, *_WHERE), "eval": _WHERE}
+_BUILDS_AFTER = ("teacher.path", "teacher.dtype", "teacher.revision")  # what fine-tuning reads of it, if anything
+
+# What verbs that train nothing read: how rows are read and asked, and where. By flags and ``--set`` they take nothing else.
+_ASKING = (
+    "train.device", "train.threads", "student.dtype", "data.template", "data.skip_bad_rows", "data.seed", "data.tasks",
+    "data.columns.prompt", "data.columns.input", "data.columns.response",
+)  # fmt: skip
+_READ_WITHOUT_TRAINING = {
+    "generate": (*_ASKING, *SAMPLING, "eval.batch_size", "data.size", "data.valid_limit"),
+    "eval": (*_ASKING, *(f"eval.{name}" for name in Eval.model_fields if name != "report_rows")),
+}
+_OF_HELD_OUT = ("data.source", "data.valid", "data.valid_limit")  # which `eval` scores on where no suite is named
+_OF_A_STAGE = {"generate": ("data.source", "data.limit")}  # in a pipeline, where --data and --limit are no flags
+_INSTEAD = {
+    "generate": {
+        "student.path": "--model", "data.source": "--data", "data.valid": "--split valid", "data.limit": "--limit",
+        "data.max_length": "--max-new-tokens", "eval.suites": "--data", "eval.limit": "--limit", "eval.seeds": "--seed",
+        "eval.greedy": "--greedy", "eval.temperature": "--temperature", "eval.top_p": "--top-p", "eval.top_k": "--top-k",
+        "eval.max_new_tokens": "--max-new-tokens",
+    },
+    "eval": {
+        "data.source": "--suite", "data.valid": "--suite", "data.limit": "--limit", "data.valid_limit": "--limit",
+        "data.size": "--limit", "data.max_length": "--max-new-tokens", "eval.report_rows": "--limit",
+        "train.seed": "--seeds", "student.path": "`distillm eval CKPT`",
+        "rollout.temperature": "--temperature", "rollout.top_p": "--top-p", "rollout.top_k": "--set eval.top_k",
+        "rollout.max_new_tokens": "--max-new-tokens",
+    },
+}  # fmt: skip
 _NAMED_BY_WORD = ("objective.divergence", "schedule.kind")  # whose words are names that stand for themselves
 _SYMBOLS = {"alpha": "α", "beta": "β", "lambda": "λ", "mu": "μ", "start": "t₀"}
 
@@ -44,22 +69,42 @@ def trains(command: str) -> bool:
     return command not in _READ_WITHOUT_TRAINING
 
 
-def is_of_training_alone(key: str, command: str) -> bool:
-    """Whether the field says how to train, to a verb that does not and reads nothing of it."""
-    return key.startswith(_OF_TRAINING) and key not in _READ_WITHOUT_TRAINING.get(command, (key,))
+def is_read_without_training(key: str, given: Given, value: ValueOf, command: str) -> bool:
+    """Whether a verb that trains nothing reads the field."""
+    if key in _OF_HELD_OUT and command == "eval":
+        return not value("eval.suites")
+    return key in _READ_WITHOUT_TRAINING[command] or (bool(given.at) and key in _OF_A_STAGE.get(command, ()))
 
 
 def is_read(key: str, value: ValueOf) -> bool:
     """Whether a run with these values reads the field."""
     if _is_of_distillation(key) and _is_fine_tuning(value):
         return False
+    if _is_of_no_teacher(key, value):
+        return False
     when = condition(key)
-    return when is None or any(all(value(k) in words for k, words in way.items()) for way in when.ways)
+    return when is None or any(not _missing(way, value) for way in when.ways)
+
+
+def is_general(key: str, value: ValueOf) -> bool:
+    """Whether a recipe may have the field for runs that read it and others: what `generate` will go by, and a teacher."""
+    return key in (*SAMPLING, "rollout.bulk") or _is_of_no_teacher(key, value)
+
+
+def _missing(way: Mapping[str, Values], value: ValueOf) -> dict[str, Values]:
+    """What would have to change for this way to lead to the field: deciders, and the values they must have."""
+    found = {}
+    for decider, words in way.items():
+        if value(decider) not in words:
+            found[decider] = words
+        if condition(decider) is not None:
+            found |= min((_missing(other, value) for other in condition(decider).ways), key=len) | found
+    return found
 
 
 def parameters(value: ValueOf) -> list[str]:
     """The fields that a run with these values reads and others do not, in the schema's order."""
-    return [key for key in leaves() if condition(key) is not None and is_read(key, value)]
+    return [key for key in leaves() if (when := condition(key)) and when.of_method and is_read(key, value)]
 
 
 def misplaced(key: str, given: Given, value: ValueOf, command: str) -> RecipeError:
@@ -68,23 +113,39 @@ def misplaced(key: str, given: Given, value: ValueOf, command: str) -> RecipeErr
     it = "it" if key in given.place else key
     distills = _is_of_distillation(key)
     if not trains(command):
-        verbs = "`distillm distill`" if distills else "`distillm sft` and `distillm distill`"
-        return RecipeError(what, where=f"{it} belongs to {verbs}; {command} trains nothing", hint="leave it out")
-    if distills and _is_fine_tuning(value):
-        where = f"{it} belongs to `distillm distill`; {method} trains on cross-entropy alone"
+        other = None if given.at else _INSTEAD[command].get(key)
+        hint = f"leave it out, or try {other}" if other else "leave it out"
+        if key in _OF_HELD_OUT and command == "eval":
+            where = f"{it} is of held-out rows, and here eval.suites is {shown(value('eval.suites'))}"
+        else:
+            where = f"{it} belongs to {_verbs(key)}; {command} trains nothing"
+        return RecipeError(what, where=where, hint=hint)
+    if _is_fine_tuning(value) and (distills or _is_of_no_teacher(key, value)):
+        where = f"{it} belongs to {_verbs(key)}; {method} trains on cross-entropy alone"
         return RecipeError(what, where=where, hint="leave it out")
-    unmet = {}
-    for way in condition(key).ways:
-        first = next(k for k, words in way.items() if value(k) not in words)
-        unmet[first] = value(first)
-    here = " and ".join(f"{k} is {_said(found)}" for k, found in unmet.items())
+    ways = [_missing(way, value) for way in condition(key).ways]
+    here = " and ".join(f"{k} is {_said(value(k))}" for k in dict.fromkeys(next(iter(lacks)) for lacks in ways))
     where = f"{it} belongs to {owners(key)}, and here {here}" + (f" (method {method})" if distills else "")
-    decider, words = next(iter(condition(key).ways[0].items()))
-    flag, word = flag_of(decider, command), _said(words[0])
-    other = f"{flag} {word}" if flag else f"--set {decider}={word}"
-    mine = [k for k in parameters(value) if set(condition(k).ways[0]) == {decider}]
-    instead = f"{value(decider)} reads {', '.join(mine)}; " if mine and decider == "objective.divergence" else ""
-    return RecipeError(what, where=where, hint=f"{instead}leave it out, or try {other}")
+    nearest = min(ways, key=len)
+    other = " ".join(_typed(decider, next(iter(words)), command) for decider, words in nearest.items())
+    mine = [k for k in parameters(value) if set(condition(k).ways[0]) == {"objective.divergence"}]
+    instead = f"{value('objective.divergence')} reads {', '.join(mine)}; " if "objective.divergence" in nearest else ""
+    return RecipeError(what, where=where, hint=f"{instead if mine else ''}leave it out, or try {other}")
+
+
+def _verbs(key: str) -> str:
+    """Of which verbs the field is, beside the one that does not read it."""
+    if key in _READ_WITHOUT_TRAINING["eval"] and key.startswith("eval."):
+        return "`distillm eval`"
+    found = ["distill"] if _is_of_distillation(key) or key.startswith("teacher.") else ["sft", "distill"]
+    found += ["generate"] if key in SAMPLING else []
+    built = ", and to models built of a teacher (layers:4, width:0.5)" if key in _BUILDS_AFTER else ""
+    return _listed(tuple(f"`distillm {verb}`" for verb in found)) + built
+
+
+def _typed(key: str, value: Any, command: str) -> str:
+    flag = flag_of(key, command)
+    return f"{flag} {_said(value)}" if flag else f"--set {key}={_said(value)}"
 
 
 def owners(key: str) -> str:
@@ -92,12 +153,13 @@ def owners(key: str) -> str:
     told = []
     for way in condition(key).ways:
         (decider, words), *more = way.items()
-        methods = [name for name, m in METHODS.items() if m.preset.get(decider) in words and name not in words]
+        named = [] if isinstance(words, Such) else words  # what is told by a test is most methods' anyway
+        methods = [name for name, m in METHODS.items() if m.preset.get(decider) in named and name not in named]
         whose = "" if decider in _NAMED_BY_WORD else f"{decider} "
         told.append(
             whose + _listed(words) + "".join(f" with {k.rpartition('.')[2]} {_listed(w, 'or')}" for k, w in more)
         )
-        if methods and len(words) < 3:
+        if methods and len(named) < 3:
             told[-1] += f" ({'method' if len(methods) == 1 else 'methods'} {', '.join(methods)})"
     return ", and to ".join(told)
 
@@ -123,12 +185,21 @@ def _is_of_distillation(key: str) -> bool:
     return any(name.startswith(_OF_DISTILLATION) for name in (key, *deciders))
 
 
+def _is_of_no_teacher(key: str, value: ValueOf) -> bool:
+    """Whether the field is of a teacher, and here is fine-tuning that builds no model after one."""
+    if not key.startswith("teacher.") or not _is_fine_tuning(value):
+        return False
+    return key not in _BUILDS_AFTER or not is_built(value("student.path"))
+
+
 def _is_fine_tuning(value: ValueOf) -> bool:
     method = value("method")
     return isinstance(method, str) and method in METHODS and METHODS[method].verb == "sft"
 
 
-def _listed(words: tuple[Any, ...], joint: str = "and") -> str:
+def _listed(words: Values, joint: str = "and") -> str:
+    if isinstance(words, Such):
+        return words.said
     *others, last = map(_said, words)
     return f"{', '.join(others)} {joint} {last}" if others else last
 

@@ -6,7 +6,8 @@ A field's description is its help text, its unit and its source. Section and fie
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -21,6 +22,7 @@ from distillm_cli.config.fields import (
     ReadWhen,
     Section,
     Seed,
+    Such,
     under,
 )
 from distillm_cli.config.objective import Objective, Schedule
@@ -30,7 +32,41 @@ _MIXED = ReadWhen(  # what is drawn for a whole epoch of pairs is the student's 
     {"schedule.kind": ("on", "mixed", "annealed", "adaptive", "rounds")},
     {"schedule.kind": ("pairs",), "schedule.redraw": ("never",)},
 )
+_DRAWN = (
+    "on",
+    "mixed",
+    "annealed",
+    "adaptive",
+    "pairs",
+    "interleaved",
+    "rounds",
+)  # schedules with outputs of the student
+_OF_STUDENT = ReadWhen({"schedule.kind": _DRAWN}, of_method=False)
+_OF_EITHER = ReadWhen({"schedule.kind": (*_DRAWN, "teacher")}, of_method=False)
+_FALLING = ReadWhen({"train.lr_schedule": ("cosine", "linear")}, of_method=False)
 _BUILTIN = {"data.source": ("builtin",)}
+_RANK = Such("that is given", 16, lambda rank: rank is not None)
+
+BUILT = ("random:", "layers:", "width:")
+
+
+def is_of_hub(model: str) -> bool:
+    """Whether a model's name can only be of the hub: nothing here has it, and it is no path."""
+    is_path = model.startswith((".", "~")) or Path(model).is_absolute() or model.count("/") > 1
+    return not (is_path or model == "builtin" or Path(model).exists())
+
+
+def is_built(model: str | None) -> bool:
+    """Whether this stands for a model that is made here, and not loaded with trained weights of its own."""
+    return model is not None and (model.startswith(BUILT) or model.endswith(".json"))
+
+
+def _may_have_revisions(model: Any) -> bool:
+    """What an earlier stage makes has a colon in its name (``stage:NAME``), as nothing of the hub has."""
+    return not isinstance(model, str) or (is_of_hub(model) and not is_built(model) and ":" not in model)
+
+
+_ON_HUB = Such("on the hub", "NAME", _may_have_revisions)
 
 
 class Teacher(Section):
@@ -49,7 +85,9 @@ class Teacher(Section):
     cache_dir: Name | None = Field(
         None, description="of cache: disk; unset: teacher/ in $DISTILLM_CACHE, else in ~/.cache/distillm"
     )
-    revision: Name | None = Field(None, description="branch, tag or commit on the hub")
+    revision: Annotated[Name | None, ReadWhen({"teacher.path": _ON_HUB}, of_method=False)] = Field(
+        None, description="branch, tag or commit on the hub"
+    )
     quantize: Literal["none", "8bit", "4bit"] = Field(
         "none", description="its linear layers in 8 bits (LLM.int8) or 4 (NF4), by bitsandbytes; needs CUDA"
     )
@@ -62,7 +100,9 @@ class Lora(Section):
     alpha: Annotated[float, Field(gt=0)] | None = Field(
         None, description="the adapter counts alpha / r times; unset: 4·r, the paper's 64 for 16"
     )
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="on the adapter's input")
+    dropout: Annotated[float, Field(ge=0, lt=1), ReadWhen({"student.lora.r": _RANK}, of_method=False)] = Field(
+        0.1, description="on the adapter's input"
+    )
     targets: tuple[Name, ...] | None = Field(
         None, min_length=1, description="names of the layers that get one; unset: every linear layer but the head"
     )
@@ -75,9 +115,6 @@ class Lora(Section):
                     f"student.lora.{name} belongs to an adapter, and student.lora.r is unset; try --lora 16"
                 )
         return self
-
-
-BUILT = ("random:", "layers:", "width:")
 
 
 class Student(Section):
@@ -104,7 +141,9 @@ class Student(Section):
     save_dtype: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="of the weights in the output directory; checkpoints stay fp32"
     )
-    revision: Name | None = Field(None, description="branch, tag or commit on the hub")
+    revision: Annotated[Name | None, ReadWhen({"student.path": _ON_HUB}, of_method=False)] = Field(
+        None, description="branch, tag or commit on the hub"
+    )
     lora: Lora = Lora()
     lora_output: Literal["merged", "adapter"] = Field(
         "merged", description="the output directory is a whole model, the adapter merged in, or the adapter alone"
@@ -119,7 +158,7 @@ class Student(Section):
     @property
     def is_built(self) -> bool:
         """Whether the model is made here, and not loaded with trained weights of its own."""
-        return self.path is not None and (self.path.startswith(BUILT) or self.path.endswith(".json"))
+        return is_built(self.path)
 
     @model_validator(mode="after")
     def _an_adapter_needs_a_rank_and_a_base(self) -> Student:
@@ -189,9 +228,11 @@ class Data(Section):
 class Rollout(Section):
     """Sampling from the student during training; from any model in `generate`."""
 
-    temperature: Annotated[float, Field(ge=0)] = Field(1.0, description="0 is greedy")
-    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="sample from the likeliest tokens of this mass")
-    top_k: Count = Field(0, description="sample from so many likeliest tokens; 0 is off")
+    temperature: Annotated[float, Field(ge=0), _OF_STUDENT] = Field(1.0, description="0 is greedy")
+    top_p: Annotated[float, Field(gt=0, le=1), _OF_STUDENT] = Field(
+        1.0, description="sample from the likeliest tokens of this mass"
+    )
+    top_k: Annotated[Count, _OF_STUDENT] = Field(0, description="sample from so many likeliest tokens; 0 is off")
     max_new_tokens: Positive = Field(256, description="end-of-sequence included")
     teacher_temperature: Annotated[float, Field(ge=0), _SAMPLED] = Field(
         1.0, description="of what the teacher samples in training"
@@ -206,7 +247,7 @@ class Rollout(Section):
     accept: Annotated[Positive, under("interleaved")] = Field(
         25, description="K of interleaved: a drafted token stays where it is among so many likeliest of the teacher's"
     )
-    bulk: Positive = Field(
+    bulk: Annotated[Positive, _OF_EITHER] = Field(
         8,
         description="rollout batches sampled at once, those of the next steps that will ask for one; how many are sampled, "
         "and for which rows, stays. Fast, and samples up to so many rollout steps old. Under rounds: the batches of a round",
@@ -226,7 +267,7 @@ class Train(Section):
     accumulate: Positive = Field(1, description="micro-batches per step; the mean is over the whole step's tokens")
     lr: Annotated[float, Field(gt=0)] = Field(5e-4, description="the highest learning rate of the run")
     lr_schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how it falls after the warm-up")
-    min_lr: Annotated[float, Field(ge=0)] = Field(1e-7, description="where cosine and linear end")
+    min_lr: Annotated[float, Field(ge=0), _FALLING] = Field(1e-7, description="where cosine and linear end")
     warmup: Annotated[float, Field(ge=0)] = Field(0, description="steps; below 1: a fraction of all steps")
     weight_decay: Annotated[float, Field(ge=0)] = Field(1e-2, description="matrices only; not biases and norms")
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="of AdamW")
@@ -308,6 +349,16 @@ class Recipe(Section):
                 f"teacher.quantize {self.teacher.quantize}: student {self.student.path} copies the teacher's layers, and "
                 "they would be quantised ones; try --set teacher.quantize=none"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _the_rate_falls(self) -> Recipe:
+        least = 0.0 if self.train.lr_schedule == "constant" else self.train.min_lr
+        for key, highest in (("train.lr", self.train.lr), ("student.sft_lr", self.student.sft_lr)):
+            if highest is not None and least > highest:
+                raise ValueError(
+                    f"train.min_lr {least:g} is above {key} {highest:g}, and a rate falls; try --set train.min_lr=0"
+                )
         return self
 
     @model_validator(mode="after")

@@ -316,8 +316,9 @@ class Engine:
     def _opening(self) -> RunStarted:
         parameters = sum(p.numel() for p in self.objective.parameters() if p.requires_grad)
         dtype = str(self.dtype).removeprefix("torch.")
+        where, has_phi = str(self.device), self.scheduler.has_phi
         return RunStarted(
-            self.steps, self.at.step, self.steps_per_epoch, self.method, parameters, str(self.device), dtype
+            self.steps, self.at.step, self.steps_per_epoch, self.method, parameters, where, dtype, has_phi
         )
 
     def _save(self) -> None:

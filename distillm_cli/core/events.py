@@ -40,7 +40,10 @@ class Progress(Event):
 
 @dataclass(frozen=True, slots=True)
 class RunStarted(Event):
-    """The loop is about to take its first step (or to go on at ``first_step`` after a resume)."""
+    """The loop is about to take its first step (or to go on at ``first_step`` after a resume).
+
+    has_phi: whether the schedule goes by φ, which later events bear all the same.
+    """
 
     steps: int
     first_step: int
@@ -49,6 +52,7 @@ class RunStarted(Event):
     parameters: int
     device: str
     dtype: str
+    has_phi: bool = True
 
 
 @dataclass(frozen=True, slots=True)

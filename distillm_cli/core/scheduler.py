@@ -44,9 +44,13 @@ class Scheduler:
         self.reference: float | None = None
 
     @property
+    def has_phi(self) -> bool:
+        return self.config.kind == "adaptive"
+
+    @property
     def phi(self) -> float:
         """φ, the probability of a student-output batch under ``adaptive``; 0 and meaningless under the others."""
-        if self.config.kind != "adaptive":
+        if not self.has_phi:
             return 0.0
         return min(self.config.phi + self.rises / self.config.levels, 1.0)
 
@@ -159,7 +163,7 @@ class Scheduler:
         The first one, before training, sets the reference. After that φ rises by 1/levels when
         loss ≥ reference + ε; the reference is the loss at the last rise, or simply the previous one.
         """
-        if self.config.kind != "adaptive":
+        if not self.has_phi:
             return False
         if self.reference is None:
             self.reference = valid_loss

@@ -16,6 +16,7 @@ _ALPACA_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
+_CHAT_MODEL = "a chat model or, for one from scratch, such a model's tokenizer (--tokenizer PATH)"
 
 
 def render(row: Row, template: str, tokenizer: Any) -> str:
@@ -58,21 +59,32 @@ def _instruction(row: Row, template: str) -> tuple[str, str]:
     """The row as instruction and input. One question with at most a system message before it is no conversation."""
     if row.instruction is not None:
         return row.instruction, row.input
+    question = _question(row.messages)
+    if question is not None:
+        return question
     roles = [message["role"] for message in row.messages]
-    texts = [message["content"] for message in row.messages]
-    if roles == ["user"]:
-        return texts[0], ""
-    if roles == ["system", "user"]:
-        return texts[0], texts[1]
     raise DataError(
         f"{row.where}: a conversation ({', '.join(roles)}) does not fit the template {template}",
-        hint="try --set data.template=chat",
+        hint=f"try --set data.template=chat and {_CHAT_MODEL}",
     )
+
+
+def _question(messages: list[dict[str, str]]) -> tuple[str, str] | None:
+    """What one question and its system message ask; None for a conversation."""
+    texts = [message["content"] for message in messages]
+    match [message["role"] for message in messages]:
+        case ["user"]:
+            return texts[0], ""
+        case ["system", "user"]:
+            return texts[0], texts[1]
+    return None
 
 
 def _chat(row: Row, tokenizer: Any) -> str:
     if getattr(tokenizer, "chat_template", None) is None:
-        raise ModelError("the tokenizer has no chat template", where=row.where, hint="try --set data.template=alpaca")
+        one_question = row.messages is None or _question(row.messages) is not None
+        hint = "try --set data.template=alpaca" if one_question else f"a conversation wants one: take {_CHAT_MODEL}"
+        raise ModelError("the tokenizer has no chat template", where=row.where, hint=hint)
     messages = row.messages
     if messages is None:
         text = row.prompt if row.instruction is None else "\n".join(filter(None, (row.instruction, row.input)))

@@ -47,3 +47,8 @@ def resolve_dtype(name: schema.Dtype, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if bf16_is_fast(device) else torch.float32
     return _DTYPES[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """What a recipe calls it."""
+    return next(name for name, known in _DTYPES.items() if known == dtype)

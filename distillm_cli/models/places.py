@@ -9,7 +9,7 @@ from pathlib import Path
 
 import huggingface_hub
 
-from distillm_cli.config.schema import BUILT
+from distillm_cli.config.schema import BUILT, is_of_hub
 from distillm_cli.errors import ModelError
 
 CONFIG = "adapter_config.json"  # what makes a directory an adapter's
@@ -23,7 +23,7 @@ def locate(path: str) -> tuple[str, bool]:
         return str(place), True
     if place.is_file():
         raise ModelError(f"{path} is a file, not a model directory", hint=f"pass {place.parent}")
-    if path == "builtin" or place.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
+    if not is_of_hub(path):
         raise ModelError(f"no model at {place}: no such directory", hint="check the path")
     return path, False
 

@@ -266,8 +266,9 @@ def _stepped(watch: Watch, now: float) -> Text:
     left, rate = watch.seconds_left(now), watch.tokens_per_second
     parts = [_step(watch.step, watch), f"epoch {watch.epoch:.1f}", f"loss {watch.loss:.3f}"]
     parts += [f"{name} {figure:.3f}" for name, figure in watch.figures.items()]
-    if watch.student_takes_part:
+    if watch.shows_phi:
         parts.append(f"φ {watch.phi:.2f}")
+    if watch.student_takes_part:
         parts.append(" ".join(f"{name} {percent(share)}" for name, share in watch.shares()))
     parts.append(f"lr {watch.lr:.1e}")
     if rate is not None:
@@ -290,7 +291,7 @@ def _validated(event: Validated, watch: Watch, phi: float) -> Text:
     parts += [Text(f"{name.replace('_', ' ')} {figure:.3f}") for name, figure in event.scores.items()]
     if event.rose:
         parts.append(Text(f"φ {phi:.2f} → {event.phi:.2f}", "magenta"))
-    elif watch.student_takes_part:
+    elif watch.shows_phi:
         parts.append(Text(f"φ {event.phi:.2f}"))
     if event.best and watch.before is not None:
         parts.append(Text("selected", GOOD))  # of the weights trained so far; before training they may have been better

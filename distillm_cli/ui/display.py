@@ -97,8 +97,12 @@ class Watch:
 
     @property
     def student_takes_part(self) -> bool:
-        """Whether φ and the shares of the sources say anything: not in sft, nor while only data set rows were seen."""
+        """Whether the shares of the sources say anything: not in sft, nor while only data set rows were seen."""
         return self.started.method != "sft" and (self.phi > 0 or set(self.sources) - {"dataset"} != set())
+
+    @property
+    def shows_phi(self) -> bool:
+        return self.student_takes_part and self.started.has_phi
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -218,9 +222,10 @@ def _main_figures(watch: Watch, width: int) -> list[tuple[str, Text]]:
     rows = [("loss", _loss(watch, width)), ("valid loss", _valid(watch))]
     rows += [(name, Text(f"{figure:.3f}")) for name, figure in watch.figures.items()]
     if watch.student_takes_part:
-        filled = round(watch.phi * 10)
-        gauge = Text.assemble(f"{watch.phi:.2f}   ", ("▰" * filled, "magenta"), ("▱" * (10 - filled), "dim"))
-        rows.append(("φ", gauge))
+        if watch.shows_phi:
+            filled = round(watch.phi * 10)
+            gauge = Text.assemble(f"{watch.phi:.2f}   ", ("▰" * filled, "magenta"), ("▱" * (10 - filled), "dim"))
+            rows.append(("φ", gauge))
         rows.append(("sources", stacked_bar(watch.shares(), min(width, CURVE + 7))))
     return rows
 

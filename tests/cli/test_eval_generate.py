@@ -93,6 +93,10 @@ def test_json_is_one_object_as_scripts_expect_it(place, typed):
     assert set(suite["rouge_l"]) == set(suite["exact_match"]) == {"mean", "sd", "seeds"}
     assert set(suite["rouge_l"]["seeds"]) == {"10", "20"}
     assert "ROUGE-L" in err, "the table is talk, and goes to stderr"
+    code, out, err = typed(
+        "eval", "model", "--suite", "data", "--seeds", "10", *SHORT, "--dtype", "bf16", "--output", "low"
+    )
+    assert "decoded in bf16; results and predictions: low" in err, "the report of a run is of float32 weights"
     results = json.loads((place / "model/eval/data/t1-n8/results.json").read_text(encoding="utf-8"))
     assert results["rouge_l"] == suite["rouge_l"]
     assert results["settings"]["template"] == "auto"

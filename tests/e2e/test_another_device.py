@@ -17,9 +17,10 @@ ROOT = Path(__file__).parents[2]
 FEW = (
     "data.size=60", "data.valid_limit=4", "eval.report_rows=0", "train.threads=1", "train.eval_steps=2",
     "train.save_steps=2", "train.log_steps=1", "train.batch_size=4", "rollout.max_new_tokens=4", "eval.max_new_tokens=4",
-    "rollout.bulk=2", "student.dtype=fp32", "teacher.dtype=fp32",
+    "student.dtype=fp32",
 )  # fmt: skip
-ADAPTIVE = ("schedule.phi=0.7", "schedule.warm_up=none")
+TAUGHT = (*FEW, "teacher.dtype=fp32")
+ADAPTIVE = ("rollout.bulk=2", "schedule.phi=0.7", "schedule.warm_up=none")
 
 
 def words(*fields):
@@ -72,8 +73,9 @@ def same(near, other):
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.verb == "distill"])
 def test_a_method_computes_there_what_it_computes_here(name, on, tmp_path):
-    more = ADAPTIVE if METHODS[name].preset["schedule.kind"] == "adaptive" else ()
-    argv = ["distill", "--recipe", "quickstart", "--method", name, "--steps", "3", *words(*FEW, *more)]
+    kind = METHODS[name].preset["schedule.kind"]
+    more = {"adaptive": ADAPTIVE, "off": ()}.get(kind, ("rollout.bulk=2",))
+    argv = ["distill", "--recipe", "quickstart", "--method", name, "--steps", "3", *words(*TAUGHT, *more)]
     results = [on(device, *argv, "--output", device) for device in ("cpu", far.NAME)]
     same(*(steps_of(tmp_path / device) for device in ("cpu", far.NAME)))
     for key in ("sampled_tokens", "teacher_sampled_tokens", "rollout_steps", "replay_steps"):
@@ -95,14 +97,14 @@ def test_so_do_the_other_ways_to_train(fields, on, tmp_path):
     if "t5" in fields:
         on("cpu", "sft", "--model", "random:t5:1x48", "--tokenizer", "chars", "--data", "builtin", "--steps", "2",
            "--output", "t5", *words(*FEW, "data.template=plain"))  # fmt: skip
-    argv = ["distill", "--recipe", "quickstart", "--steps", "3", *words(*FEW, *ADAPTIVE), *fields]
+    argv = ["distill", "--recipe", "quickstart", "--steps", "3", *words(*TAUGHT, *ADAPTIVE), *fields]
     for device in ("cpu", far.NAME):
         on(device, *argv, "--output", device)
     same(*(steps_of(tmp_path / device) for device in ("cpu", far.NAME)))
 
 
 def test_a_stopped_run_goes_on_there_bit_for_bit(on, tmp_path):
-    argv = ["distill", "--recipe", "quickstart", *words(*FEW, *ADAPTIVE, "train.keep=9")]
+    argv = ["distill", "--recipe", "quickstart", *words(*TAUGHT, *ADAPTIVE, "train.keep=9")]
     whole = on(far.NAME, *argv, "--steps", "6", "--output", "whole")
     for late in ("step-000004", "step-000006"):
         shutil.rmtree(tmp_path / "whole" / "checkpoints" / late)
@@ -112,7 +114,7 @@ def test_a_stopped_run_goes_on_there_bit_for_bit(on, tmp_path):
 
 
 def test_responses_and_scores_are_those_made_here(on, tmp_path):
-    on("cpu", "distill", "--recipe", "quickstart", "--steps", "2", *words(*FEW), "--output", "student")
+    on("cpu", "distill", "--recipe", "quickstart", "--steps", "2", *words(*TAUGHT), "--output", "student")
     for device in ("cpu", far.NAME):
         on(device, "generate", "--model", "student", "--data", "builtin", "--output", f"{device}.jsonl", "--dtype", "fp32",
            *words("data.size=12", "rollout.max_new_tokens=4"))  # fmt: skip

@@ -15,7 +15,7 @@ from distillm_cli.core.engine import Engine
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 SETS = (
     "data.template=plain", "data.valid_limit=4", "eval.report_rows=2", "eval.max_new_tokens=4", "eval.greedy=true",
-    "rollout.max_new_tokens=4", "rollout.bulk=2", "train.threads=1", "train.eval_steps=2", "train.save_steps=2",
+    "rollout.max_new_tokens=4", "train.threads=1", "train.eval_steps=2", "train.save_steps=2",
 )  # fmt: skip
 SMALL = [
     *("--max-length", 64, "--dtype", "fp32", "--device", "cpu", "--batch-size", 4, "--lr", 5e-3, "--json", "--quiet"),
@@ -23,6 +23,7 @@ SMALL = [
 ]
 RANK = 2
 ADAPTIVE = [word for s in ("capacity=6", "phi=0.6", "epsilon=-9") for word in ("--set", f"schedule.{s}")]
+BULK = ["--set", "rollout.bulk=2"]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,8 @@ CASES += [
 
 @pytest.mark.parametrize(("family", "kind", "lora"), CASES)
 def test_stopped_and_resumed_it_is_the_run_that_was_not(family, kind, lora, place, tmp_path, typed, monkeypatch):
-    settings = ["--student", "random:1x32", "--schedule", kind, *lora, *(ADAPTIVE if kind == "adaptive" else [])]
+    settings = ["--student", "random:1x32", "--schedule", kind, *lora, *([] if kind == "off" else BULK)]
+    settings += ADAPTIVE if kind == "adaptive" else []
     code, told, err = typed(*distill(place, family, *settings, "--output", tmp_path / "whole"))
     assert (code, told["steps"]) == (0, 7), err
     update = Engine._update
@@ -123,7 +125,7 @@ def test_an_adapter_on_layers_of_the_teacher_changes_them_by_its_rank_and_nothin
 
 
 def test_a_t5_adapter_is_published_as_a_whole_model_or_alone_and_both_say_the_same(place, tmp_path, typed):
-    base = ["--student", place / "t5", "--lora", RANK, "--schedule", "on"]
+    base = ["--student", place / "t5", "--lora", RANK, "--schedule", "on", *BULK]
     for output in ("merged", "adapter"):
         more = ["--set", f"student.lora_output={output}", "--output", tmp_path / output]
         assert typed(*distill(place, "t5", *base, *more))[0] == 0

@@ -10,8 +10,7 @@ from distillm_cli.config.methods import METHODS
 
 FEW = (
     "data.size=60", "data.valid_limit=8", "eval.report_rows=0", "train.threads=1", "train.eval_steps=2",
-    "train.log_steps=1", "train.batch_size=4", "rollout.max_new_tokens=4", "rollout.bulk=1", "objective.kd_weight=1",
-    "objective.kd_warmup=0",
+    "train.log_steps=1", "train.batch_size=4", "rollout.max_new_tokens=4", "objective.kd_weight=1", "objective.kd_warmup=0",
 )  # fmt: skip
 ADAPTIVE = ("schedule.phi=1", "schedule.warm_up=none")  # student outputs from the first step
 CASES = [(name, m.preset["schedule.kind"]) for name, m in METHODS.items() if m.verb == "distill"]
@@ -22,7 +21,8 @@ KEYS = {"step", "epoch", "source", "loss", "lr", "grad_norm", "phi", "tokens", "
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_a_method_runs_and_logs_what_all_log(name, kind, tmp_path, capsys):
     method = ["--method", name, *(["--schedule", kind] if kind != METHODS[name].preset["schedule.kind"] else [])]
-    words = [word for field in FEW + (ADAPTIVE if kind == "adaptive" else ()) for word in ("--set", field)]
+    few = FEW + (ADAPTIVE if kind == "adaptive" else ()) + (() if kind == "off" else ("rollout.bulk=1",))
+    words = [word for field in few for word in ("--set", field)]
     run = ["distill", "--recipe", "quickstart", *method, "--steps", "3", "--output", str(tmp_path / "o"), *words]
     code = main([*run, "--json", "--quiet"])
     out, err = capsys.readouterr()

@@ -135,14 +135,34 @@ def test_epochs_on_the_command_line_replace_the_steps_of_the_recipe(recipe):
     assert (resolved.recipe.train.epochs, resolved.recipe.train.steps) == (2, None)
     assert resolved.origin["train.steps"] == "--epochs"
     assert resolved.former["train.steps"] == (100, "distill.yaml:1")
-    both = {"train.epochs": Flag("--epochs", 2.0), "train.steps": Flag("--steps", 9)}
-    assert "--epochs and --steps" in complaint(flags=both)
+    assert resolve(command="distill", recipe=path, sets=["train.epochs=2"]).recipe.train.steps is None
+    assert resolve(command="distill", recipe=path, flags=options.flags(steps=9)).recipe.train.steps == 9
+
+
+@pytest.mark.parametrize(
+    ("flags", "sets", "said"),
+    [
+        ({"epochs": 2.0, "steps": 9}, [], "--epochs and --steps both given; keep one of them"),
+        ({"steps": 9}, ["train.epochs=2"], "--set train.epochs and --steps both given; keep one of them"),
+        ({"epochs": 2.0}, ["train.steps=9"], "--epochs and --set train.steps both given; keep one of them"),
+        (
+            {},
+            ["train.steps=9", "train.epochs=2"],
+            "--set train.epochs and --set train.steps both given; keep one of them",
+        ),
+    ],
+)
+def test_epochs_and_steps_exclude_each_other_however_they_are_typed(recipe, flags, sets, said):
+    assert complaint("train: {steps: 100}", recipe, flags=options.flags(**flags), sets=sets) == said
+    freed = resolve(command="distill", sets=["train.steps=null", "train.epochs=2"]).recipe.train
+    assert (freed.steps, freed.epochs) == (None, 2), "no steps is no wish"
 
 
 def test_a_method_named_by_hand_brings_its_preset_along(recipe):
     """One word changed over a recipe that spells its own method out: objective and sequences follow, the training stays."""
     path = recipe(
-        "method: distillm\nobjective: {divergence: srkl, kd_weight: 0.5}\nschedule: {kind: adaptive, capacity: 99}\n"
+        "method: distillm\nobjective: {divergence: srkl, kd_weight: 0.5}\nschedule: {kind: adaptive, fresh: buffer, "
+        "capacity: 99}\n"
         "train: {lr: 3e-3, epochs: 2}\n"
     )
     resolved = resolve(command="distill", recipe=path, flags={"method": Flag("--method", "gkd")})
@@ -200,7 +220,9 @@ def test_a_method_named_by_hand_brings_its_preset_along(recipe):
         (
             {"schedule": "off"},
             ["schedule.capacity=5"],
-            "it belongs to on, mixed, annealed, adaptive and interleaved, and here schedule",
+            "it belongs to schedule.replay decreasing, constant and increasing, and to adaptive with replay auto (methods "
+            "distillm, amid), and to schedule.fresh buffer (method imitkd), and here schedule.replay is auto and schedule."
+            "kind is off and schedule.fresh is direct (method distillm); leave it out, or try --schedule adaptive",
         ),
         (
             {"method": "kd"},
@@ -225,6 +247,69 @@ def test_a_method_named_by_hand_brings_its_preset_along(recipe):
             "it belongs to data.source builtin, and here data.source is mine.jsonl; leave it out, or try --data builtin",
         ),
         ({}, ["data.tasks=[sum]"], "here data.source is dolly and data.valid is null; leave it out"),
+        (
+            {"method": "seqkd", "divergence": "rkl"},
+            [],
+            "--divergence = rkl; objective.divergence belongs to objective.kd_weight above 0, and to objective.policy_"
+            "gradient true (method minillm), and to train.select valid_divergence, and here objective.kd_weight is 0.0 and",
+        ),
+        ({"method": "seqkd"}, ["objective.kd_warmup=0.1"], "leave it out, or try --set objective.kd_weight=1.0"),
+        ({"method": "seqkd", "alpha": 0.3}, [], "or try --divergence skl --set objective.kd_weight=1.0"),
+        (
+            {"alpha": 0.3},
+            ["objective.kd_weight=0"],
+            "--alpha = 0.3; objective.alpha belongs to skl and srkl (methods distillm, distillm2), and here objective.kd_"
+            "weight is 0.0 (method distillm); leave it out, or try --set objective.kd_weight=1.0",
+        ),
+        (
+            {"method": "kd"},
+            ["objective.by_source=true"],
+            "and here schedule.kind is off and objective.divergence is kl and objective.curriculum is off (method kd)",
+        ),
+        (
+            {"method": "akl", "schedule": "on"},
+            ["objective.by_source=true"],
+            "here schedule.kind is on and objective.div",
+        ),
+        (
+            {"method": "gkd"},
+            ["schedule.capacity=9"],
+            "and here schedule.replay is auto and schedule.kind is mixed and schedule.fresh is direct (method gkd); "
+            "leave it out, or try --set schedule.replay=decreasing",
+        ),
+        ({"method": "skd"}, ["schedule.capacity=9"], "and schedule.kind is interleaved and"),
+        ({"method": "imitkd"}, ["schedule.warm_up=none"], "leave it out, or try --set schedule.replay=decreasing"),
+        (
+            {},
+            ["student.lora.dropout=0.3"],
+            "--set student.lora.dropout = 0.3; it belongs to student.lora.r that is given, and here student.lora.r is null; "
+            "leave it out, or try --lora 16",
+        ),
+        (
+            {},
+            ["train.lr_schedule=constant", "train.min_lr=1e-5"],
+            "it belongs to train.lr_schedule cosine and linear, and here train.lr_schedule is constant; leave it",
+        ),
+        (
+            {"teacher": "builtin"},
+            ["teacher.revision=main"],
+            "it belongs to teacher.path on the hub, and here teacher.path is builtin; leave it out, or try --teacher NAME",
+        ),
+        ({"teacher": "."}, ["teacher.revision=main"], "here teacher.path is .; leave it out"),
+        ({"teacher": "gone/for/good"}, ["teacher.revision=main"], "here teacher.path is gone/for/good; leave it out"),
+        (
+            {"method": "kd"},
+            ["rollout.temperature=0.5"],
+            "here schedule.kind is off (method kd); leave it out, or try --sch",
+        ),
+        (
+            {"method": "kd"},
+            ["rollout.bulk=4"],
+            "interleaved, rounds and teacher, and here schedule.kind is off (method kd)",
+        ),
+        ({"method": "seqkd"}, ["rollout.top_k=4"], "here schedule.kind is teacher (method seqkd); leave it out"),
+        ({"student": "layers:2"}, ["student.revision=main"], "here student.path is layers:2; leave it out"),
+        ({"student": "config.json"}, ["student.revision=main"], "here student.path is config.json; leave it out"),
     ],
 )
 def test_a_parameter_of_another_method_is_refused_by_naming_whose_it_is(flags, sets, said):
@@ -254,6 +339,18 @@ def test_a_parameter_of_another_method_in_a_recipe_is_an_error_with_its_line(rec
         ("eval", "objective.alpha=0.3", "it belongs to `distillm distill`; eval trains nothing"),
         ("eval", "rollout.temperature=0", "eval trains nothing"),
         ("sft", "rollout.teacher_mix=0.2", "it belongs to `distillm distill`; sft trains on cross-entropy alone"),
+        (
+            "sft",
+            "rollout.temperature=0.5",
+            "it belongs to `distillm distill` and `distillm generate`; sft trains on cross",
+        ),
+        ("sft", "rollout.bulk=2", "it belongs to `distillm distill`; sft trains on cross-entropy alone; leave it out"),
+        ("sft", "teacher.cache=memory", "it belongs to `distillm distill`; sft trains on cross-entropy alone"),
+        (
+            "sft",
+            "teacher.path=gpt2-xl",
+            "it belongs to `distillm distill`, and to models built of a teacher (layers:4, width:0.5); sft trains on cross",
+        ),
         ("sft", "rollout.draft=3", "it belongs to `distillm distill`; sft trains on cross-entropy alone; leave it out"),
     ],
 )
@@ -261,7 +358,8 @@ def test_what_a_verb_never_reads_is_refused_where_it_is_typed(command, said, who
     assert whose in complaint(command=command, sets=[said])
     key, _, value = said.partition("=")
     section, name = key.split(".")
-    if command != "sft":  # a recipe is of training, and any will do
+    shared = {"rollout.temperature", "rollout.bulk", "teacher.cache", "teacher.path"}  # `distill` reads the same file
+    if command != "sft" or said.partition("=")[0] in shared:  # a recipe is of training, and any will do
         resolve(command=command, recipe=recipe(f"{section}: {{{name}: {value}}}\n"))
 
 
@@ -269,17 +367,104 @@ def test_what_a_verb_never_reads_is_refused_where_it_is_typed(command, said, who
     ("command", "typed"),
     [
         ("generate", ["rollout.top_k=5", "train.seed=3", "train.threads=1"]),
+        ("generate", ["eval.batch_size=2", "data.tasks=[sum]", "data.template=plain", "data.columns.prompt=q"]),
         ("eval", ["train.threads=1", "eval.seeds=[1]"]),
-        # What `generate` will read of the recipe beside the model; and how much is drawn at once, which a sweep over
-        # methods sets for all.
-        ("sft", ["rollout.max_new_tokens=24", "rollout.temperature=0.5", "rollout.bulk=2"]),
+        ("eval", ["data.source=mine.jsonl", "data.valid_limit=9"]),  # held-out rows
+        ("eval", ["eval.suites=builtin", "eval.top_k=5", "data.tasks=[sum]", "data.skip_bad_rows=true"]),
+        ("sft", ["rollout.max_new_tokens=24"]),  # by which `generate` will go, too
+        ("sft", ["student.path=layers:2", "teacher.path=gpt2-xl", "teacher.dtype=fp32", "teacher.revision=main"]),
+        ("distill", ["method=seqkd", "rollout.bulk=2"]),
         ("distill", ["data.valid=builtin", "data.tasks=[sum]"]),
         ("distill", ["method=minillm", "objective.ratio_clip=0.1", "rollout.teacher_mix=0.3"]),
         ("distill", ["method=fdistill", "rollout.teacher_mix=0.3"]),
+        ("distill", ["objective.kd_weight=0", "train.select=valid_divergence", "objective.alpha=0.3"]),
+        ("distill", ["method=minillm", "objective.kd_weight=0", "objective.divergence=kl", "objective.kd_warmup=0.1"]),
+        ("distill", ["method=kd", "objective.divergence=srkl", "objective.by_source=true"]),  # which makes it skl
+        ("distill", ["method=imitkd", "schedule.capacity=9"]),
+        ("distill", ["method=skd", "schedule.replay=constant", "schedule.capacity=9", "schedule.warm_up=none"]),
+        ("distill", ["student.lora.r=4", "student.lora.dropout=0.3"]),
+        (
+            "distill",
+            ["teacher.path=gpt2-xl", "teacher.revision=main", "student.path=org/gpt2", "student.revision=main"],
+        ),
     ],
 )
 def test_what_is_read_may_be_typed(command, typed):
     assert resolve(command=command, sets=typed).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("command", "said", "instead"),
+    [
+        ("generate", "data.limit=5", "or try --limit"),
+        ("generate", "data.source=x", "or try --data"),
+        ("generate", "data.max_length=9", "or try --max-new-tokens"),
+        (
+            "generate",
+            "eval.max_new_tokens=4",
+            "it belongs to `distillm eval`; generate trains nothing; leave it out, or try --m",
+        ),
+        ("generate", "eval.seeds=3", "or try --seed"),
+        (
+            "generate",
+            "eval.report_rows=3",
+            "it belongs to `distillm sft` and `distillm distill`; generate trains nothing",
+        ),
+        ("generate", "student.path=x", "or try --model"),
+        (
+            "generate",
+            "method=kd",
+            "--set method = kd; it belongs to `distillm sft` and `distillm distill`; generate trains",
+        ),
+        ("eval", "data.limit=5", "or try --limit"),
+        ("eval", "data.max_length=9", "or try --max-new-tokens"),
+        ("eval", "data.max_prompt_length=9", "eval trains nothing; leave it out"),
+        ("eval", "eval.report_rows=3", "or try --limit"),
+        ("eval", "student.path=x", "or try `distillm eval CKPT`"),
+        ("eval", "student.tokenizer=x", "eval trains nothing"),
+        ("eval", "student.lora.r=4", "eval trains nothing"),
+        ("eval", "teacher.path=x", "eval trains nothing"),
+        ("eval", "teacher.dtype=bf16", "eval trains nothing"),
+        ("eval", "rollout.max_new_tokens=4", "or try --max-new-tokens"),
+        (
+            "eval",
+            "train.seed=4",
+            "`distillm sft`, `distillm distill` and `distillm generate`; eval trains nothing; leave it",
+        ),
+    ],
+)
+def test_a_verb_that_trains_nothing_names_the_flag_that_it_reads_instead(command, said, instead, recipe):
+    assert instead in complaint(command=command, sets=[said])
+    section, _, rest = said.partition(".")
+    if rest:  # of a model's own recipe
+        *inner, last = rest.partition("=")[0].split(".")
+        name = f"{{{inner[0]}: {{{last}: " if inner else f"{{{last}: "
+        resolve(command=command, recipe=recipe(f"{section}: {name}{said.partition('=')[2]}" + "}" * (1 + len(inner))))
+
+
+def test_held_out_rows_are_scored_on_where_no_suite_is_named(recipe):
+    path = recipe("eval: {suites: [dolly]}")
+    for said in ("data.source=mine.jsonl", "data.valid=mine.jsonl", "data.valid_limit=9"):
+        assert "it is of held-out rows, and here eval.suites is [dolly]; leave it out, or try --" in complaint(
+            command="eval", recipe=path, sets=[said]
+        )
+        assert resolve(command="eval", recipe=path, sets=[said, "eval.suites=[]"]).recipe.eval.suites == ()
+
+
+def test_one_flag_of_two_models_is_read_where_one_of_them_is():
+    for command in ("sft", "generate", "eval"):
+        r = resolve(command=command, flags=options.flags(dtype="bf16")).recipe
+        assert r.student.dtype == "bf16"
+
+
+def test_a_revision_goes_with_the_model_of_the_hub_that_it_is_of(recipe, tmp_path):
+    """A run's own recipe must not say that a directory was some commit on the hub."""
+    path = recipe("teacher: {path: gpt2-xl, revision: abc}")
+    resolved = resolve(command="distill", recipe=path, flags=options.flags(teacher=str(tmp_path)))
+    assert resolved.recipe.teacher.revision is None
+    assert resolved.notes[0].endswith(": teacher.revision")
+    line = complaint(f"teacher: {{path: {tmp_path}, revision: abc}}", recipe)
+    assert line.startswith("distill.yaml:1: teacher.revision = abc; it belongs to teacher.path on the hub, and here")
 
 
 def test_a_recipe_of_the_built_in_rows_takes_other_rows_and_says_what_it_leaves_out():
@@ -455,6 +640,18 @@ def test_aliases_cannot_blow_a_recipe_up(recipe):
         ),
         ("student: {lora: {alpha: 64}}", "student.lora.alpha = 64; student.lora.alpha belongs to an adapter"),
         ("student: {lora: 16}", "student.lora: a section, not a value; its keys are r, alpha, dropout, targets"),
+        (
+            "train: {min_lr: 1e-2}",
+            "train.min_lr = 0.01; train.min_lr 0.01 is above train.lr 0.0005, and a rate falls; try",
+        ),
+        (
+            "train: {lr: 1e-9}",
+            "train.lr = 1.0e-09; train.min_lr 1e-07 is above train.lr 1e-09, and a rate falls; try --set",
+        ),
+        (
+            "student: {sft_epochs: 1, sft_lr: 1e-9}",
+            "train.min_lr 1e-07 is above student.sft_lr 1e-09, and a rate falls",
+        ),
         ("student: {lora_output: adapter}", "without an adapter, student.lora.r; try --lora 16"),
         (
             'student: {path: "layers:2", lora: {r: 4}, lora_output: adapter}',
@@ -513,6 +710,15 @@ def test_the_first_problem_in_the_file_is_told_and_the_others_are_counted(recipe
         ("a", "--set a; expected section.key=value; try --set train.lr=5e-4"),
         ("=1", "--set =1; expected section.key=value"),
         ("train={lr: 1}", "--set train: a section, not a value"),
+        (
+            "eval.metrics=exact_match,error_rate",
+            "error_rate, final_number; try --set 'eval.metrics=[exact_match, error_rate]'",
+        ),
+        ("eval.metrics=exact,rouge", "try --set 'eval.metrics=[exact_match, rouge_l]'"),
+        (
+            "eval.seeds=1,2",
+            "expected a list that is not empty, each a whole number < 2^63; try --set 'eval.seeds=[1, 2]'",
+        ),
         ("train.lr=[", "--set train.lr: not a YAML document"),
         ("train.lr=*x", "aliases (*name) are not read"),
         ("train.lr.x=1", "--set train.lr.x: no such key; did you mean train.lr?"),
@@ -593,7 +799,7 @@ def _values(key: str) -> st.SearchStrategy:
 BOUND = {"train.patience", "student.sft_epochs", "student.sft_lr", "student.lora_output"}
 BOUND |= {"student.lora.alpha", "student.lora.targets"}
 BOUND |= {"objective.policy_gradient", "objective.row_weight", "objective.by_source", "objective.curriculum"}
-BOUND |= {"schedule.fresh"}
+BOUND |= {"schedule.fresh", "train.lr", "train.min_lr"}
 EVERY_FIELD = st.fixed_dictionaries({}, optional={key: _values(key) for key in leaves() if key not in BOUND})
 
 

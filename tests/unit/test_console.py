@@ -35,8 +35,8 @@ class Stage:
         self.memory = Memory(1.42e9)
         self.ui = console(stderr=self.screen, clock=lambda: self.now, memory=lambda: self.memory, **options)
 
-    def start(self, method="distillm", steps=600, first_step=0):
-        self.ui(RunStarted(steps, first_step, 100, method, 226_304, "cpu", "fp32"))
+    def start(self, method="distillm", steps=600, first_step=0, **more):
+        self.ui(RunStarted(steps, first_step, 100, method, 226_304, "cpu", "fp32", **more))
 
     def step(self, n, source="dataset", *, loss=2.0, phi=0.0, seconds=0.5):
         self.now += seconds
@@ -180,6 +180,18 @@ def test_phi_and_shares_are_hidden_while_they_say_nothing(method):
         assert not re.search("φ|dataset|sources", stage.frame())
         stage.step(2, "rollout" if method == "distillm" else "dataset", phi=0.1 if method == "distillm" else 0.0)
         assert bool(re.search("φ", stage.frame())) == (method == "distillm")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_schedule_that_goes_by_no_phi_shows_its_sources_alone(terminal):
+    stage = Stage(terminal=terminal)
+    with stage.ui:
+        stage.start("gkd", has_phi=False)
+        stage.step(1, "rollout")
+        stage.ui(Validated(1, 2.0, 0.0, False, True, {}))
+        told = stage.frame() if terminal else "\n".join(stage.lines)
+    assert "rollout 100%" in told
+    assert "φ" not in told + "".join(stage.lines)
 
 
 @pytest.mark.parametrize("width", [20, 59, 60, 70, 79, 80, 100, 240])

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import statistics
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from distillm_cli.cli.measuring import Report
 from distillm_cli.config.schema import Columns, Data, Eval, Recipe
-from distillm_cli.core.events import Progress, Warned
+from distillm_cli.core.events import Progress, Warned, silent
 from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.sources import Row, load_rows
 from distillm_cli.errors import DataError, StorageError
@@ -292,3 +295,24 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(model, encoder,
     assert [path.name for path in tmp_path.iterdir()] == ["file"], "trying leaves nothing behind"
     with pytest.raises(StorageError, match="--output"):
         save(evaluate(model, encoder, suite_of(), config(greedy=True)), tmp_path / "file")
+
+
+def test_a_run_tells_in_which_precision_each_model_answered(tmp_path):
+    """The student with its float32 weights, whatever it was trained in; `eval` may well take another."""
+    recipe = Recipe(
+        teacher={"dtype": "bf16"}, student={"dtype": "bf16"}, eval={"report_rows": 2, "metrics": ["exact_match"]}
+    )
+    student = SimpleNamespace(model=SimpleNamespace(dtype=torch.float32))
+    rows = [Row(instruction=str(n), references=("x",)) for n in range(3)]
+    for teacher, precision in ((student, "fp32 (teacher: bf16)"), (None, "fp32")):
+        pair = SimpleNamespace(teacher=teacher)
+        run = SimpleNamespace(
+            recipe=recipe, student=student, pair=pair, device=torch.device("cpu"),
+            valid=_Held(rows), valid_rows=SimpleNamespace(name="v"),
+        )  # fmt: skip
+        told = Report(run, tmp_path, silent).measured_on
+        assert told == f"valid loss on 3 held-out rows; scores on the first 2 of them, sampled at T = 1, in {precision}"
+
+
+class _Held(list):
+    rows = property(list)

@@ -51,6 +51,23 @@ def test_layers_lie_over_each_other(written):
     assert {s.resolved.recipe.train.seed for s in p.stages} == {4}
     assert (distill.recipe.train.steps, distill.recipe.train.epochs) == (None, 2), "its own epochs, over shared steps"
     assert teacher.recipe.train.steps == 9
+    own = load_pipeline(written(), ["defaults.train.epochs=3", "stages.teacher.train.steps=4"])[
+        "teacher"
+    ].resolved.recipe
+    assert own.train.steps == 4, "a stage's own is meant over a shared one"
+    for both in (["defaults.train.steps=4", "defaults.train.epochs=3"], ["stages.distill.train.steps=4"] * 2):
+        both[1] = both[1].replace("steps=4", "epochs=3")
+        with pytest.raises(RecipeError, match=r"train\.epochs and --set .*train\.steps both given; keep one of them"):
+            load_pipeline(written(), both)
+
+
+def test_a_stage_that_generates_reads_its_own_rows_and_how_many(written):
+    """Where the verb has --data and --limit, and refuses these."""
+    sets = ["stages.samples.data.limit=4", "stages.samples.data.source=builtin"]
+    data = load_pipeline(written(), sets)["samples"].resolved.recipe.data
+    assert (data.limit, data.source) == (4, "builtin")
+    with pytest.raises(RecipeError, match=r"stages\.eval\.data\.limit = 4; .*; eval trains nothing; leave it out$"):
+        load_pipeline(written(), ["stages.eval.data.limit=4"])
 
 
 def test_stages_stand_for_what_they_make(written):

@@ -112,8 +112,13 @@ def test_no_chat_template_names_what_to_try():
 
 def test_a_conversation_fits_no_instruction_template_and_a_refusal_names_the_row():
     said = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
-    with pytest.raises(DataError, match=r"a.jsonl:3: a conversation \(user, assistant, user\) does not fit .* alpaca"):
+    with pytest.raises(
+        DataError, match=r"a.jsonl:3: a conversation \(user, assistant, user\) does not fit .* and a chat m"
+    ):
         render(Row(messages=said, where="a.jsonl:3"), "alpaca", None)
+    without = "no chat template; a.jsonl:3; a conversation wants one: take a chat model or, for one from scratch"
+    with pytest.raises(ModelError, match=without):  # and not alpaca, which sends back here
+        render(Row(messages=said, where="a.jsonl:3"), "auto", letters())
     strict = letters(chat="{{ raise_exception('System role not supported') }}")
     with pytest.raises(DataError, match=r"a.jsonl:3: the chat template refuses it \(System role not supported\)"):
         render(Row(messages=said, where="a.jsonl:3"), "chat", strict)
