@@ -59,7 +59,8 @@ def frozen_digest(student: Backbone) -> str:
 class Prepared:
     """Rows read, models loaded and checked against each other, examples tokenised: all that comes before the loop.
 
-    begins: the weights that the student starts with; unset, those that it was loaded or built with.
+    begins: the weights that the student starts with; unset, those that it was loaded or built with. answers: whether all
+    models can be asked for answers to held-out rows.
     """
 
     recipe: Recipe
@@ -74,6 +75,7 @@ class Prepared:
     valid: Examples
     begins: Callable[[], Mapping[str, torch.Tensor]] | None = None
     teacher_samples: dict[int, list[Sequence]] | None = None  # by row, where they were made beforehand
+    answers: bool = True
 
     @property
     def student(self) -> Backbone:

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, get_args
 
 import torch
 
-from distillm_cli.cli import outputs
+from distillm_cli.cli import outputs, sampling
 from distillm_cli.cli.assembly import Prepared
 from distillm_cli.config.fields import MetricName
 from distillm_cli.config.schema import Recipe
 from distillm_cli.core.criterion import CROSS_ENTROPY, Criterion
 from distillm_cli.core.engine import Engine, eval_mode
+from distillm_cli.core.events import Warned
 from distillm_cli.core.objective import Objective
+from distillm_cli.errors import ModelError
 from distillm_cli.evaluation.suites import HELD_OUT, Suite
 from distillm_cli.ui.console import Console
 from distillm_cli.words import counted
@@ -46,6 +48,27 @@ def needs_metric(recipe: Recipe) -> bool:
     return recipe.train.select in get_args(MetricName)
 
 
+def can_answer(run: Prepared, ui: Console) -> bool:
+    """Whether the models can be asked for answers at the end; where not, that is said, and the run trains all the same.
+
+    Raises ModelError where it cannot do without: it trains on samples of such a model, or selects checkpoints by what one
+    answers.
+    """
+    needed = sampling.samplers(run) + ([run.student] if needs_metric(run.recipe) else [])
+    for model in needed:
+        model.check_decoding()
+    if not (run.recipe.eval.report_rows and run.valid.rows):
+        return True
+    for name, model in (("student", run.student), ("teacher", run.pair.teacher)):
+        try:
+            if model is not None:
+                model.check_decoding()
+        except ModelError as error:
+            ui(Warned(f"no answers in the table at the end, losses only: the {name} has none ({error.what})"))
+            return False
+    return True
+
+
 class Report:
     """Student before, student after and teacher on the same held-out rows, one pass of generation each.
 
@@ -57,7 +80,7 @@ class Report:
 
     def __init__(self, run: Prepared, directory: Path, ui: Console):
         config, self.run, self.directory, self.ui = run.recipe.eval, run, directory, ui
-        rows = run.valid.rows[: config.report_rows]
+        rows = run.valid.rows[: config.report_rows if run.answers else 0]
         self.suite = Suite(HELD_OUT, list(rows), run.valid_rows.name)
         metrics = dict.fromkeys([*config.metrics, *([run.recipe.train.select] if needs_metric(run.recipe) else [])])
         self.config = config.model_copy(update={"seeds": config.seeds[:1], "metrics": tuple(metrics)})

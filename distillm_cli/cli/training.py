@@ -14,7 +14,7 @@ from distillm_cli.cli import outputs
 from distillm_cli.cli.assembly import Prepared, build_engine, prepare
 from distillm_cli.cli.card import model_card
 from distillm_cli.cli.host import keep_freed_memory
-from distillm_cli.cli.measuring import AFTER, BEFORE, FINE_TUNED, TEACHER, Measured, Report, needs_metric
+from distillm_cli.cli.measuring import AFTER, BEFORE, FINE_TUNED, TEACHER, Measured, Report, can_answer, needs_metric
 from distillm_cli.cli.resuming import best_of, checkpoint_of, load_student, weights_in
 from distillm_cli.cli.teaching import Opened, open_teacher
 from distillm_cli.config.load import Resolved, to_yaml
@@ -73,6 +73,7 @@ def train(
             of_stage = checkpoint_of(output / outputs.SFT, stage.recipe, movable=movable)
         run = prepare(recipe, ui, early)
         before = None if checkpoint is None else checkpoint.state.get("teacher_cache")
+        run = replace(run, answers=can_answer(run, ui))
         opened = open_teacher(run, ui, before=before, rebuild=rebuild_teacher_cache)
     except KeyboardInterrupt as stop:
         raise _stopped(None, stop) from None

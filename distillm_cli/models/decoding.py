@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Cache, DynamicCache
 
-from distillm_cli.errors import ModelError
+from distillm_cli.errors import DistillmError, ModelError, out_of_memory
 from distillm_cli.models.cache import ContiguousCache, fits, one_token_attention_in
 from distillm_cli.models.modes import evaluating
 from distillm_cli.models.steps import fused_act, step_of
@@ -141,12 +141,8 @@ class _Pass:
         self._accepts = {n for n in names if n in accepts or (usual and n != "cache_params")}
         self._cache_name = next((n for n in names[:2] if n in self._accepts), None)
         self.recurrent = self._cache_name == "cache_params"
-        family = backbone.model.config.model_type
-        if self._cache_name is None or family in _STATE_IN_LAYERS:
-            raise ModelError(
-                f"cannot generate with a {family} model: it has no cache of the usual kind",
-                hint="train on data set rows only: --set schedule.kind=off",
-            )
+        if self._cache_name is None or backbone.model.config.model_type in _STATE_IN_LAYERS:
+            raise _mute(backbone, "it has no cache of the usual kind")
 
     def __call__(
         self,
@@ -199,6 +195,34 @@ def cast(model: nn.Module, dtype: torch.dtype, adapter: Adapter | None = None) -
             if (fused := fused_act(child)) is not child:
                 setattr(module, name, fused)
     return twin
+
+
+@torch.no_grad()
+def check_decoding(backbone: Backbone, decode: Callable[[Backbone, Sequence[np.ndarray]], Any]) -> None:
+    """Tries two short prompts of unlike length and a token after one of them. decode: the plain way for such a model.
+
+    Raises ModelError where that cannot be done: families have caches, inputs and outputs of their own.
+    """
+    ids = np.arange(1, 6) * 7 % backbone.vocab
+    try:
+        decoding = decode(backbone, [ids, ids[:2]])
+        tokens_B = decoding.logits(None).argmax(-1)
+        decoding.keep(torch.tensor([1], device=tokens_B.device))
+        decoding.logits(tokens_B[1:])
+    except DistillmError:
+        raise
+    except Exception as error:  # of any type, for it is the family's own code that stumbles
+        if out_of_memory(error):
+            raise
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise _mute(backbone, said[:200]) from error
+
+
+def _mute(backbone: Backbone, why: str) -> ModelError:
+    return ModelError(
+        f"cannot generate with a {backbone.model.config.model_type} model: {why}",
+        hint="it can be trained, on data set rows: --set schedule.kind=off --set train.select=valid_loss",
+    )
 
 
 class Ways(NamedTuple):
