@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -164,9 +165,47 @@ def take_up(
 
 
 def merge(model: PreTrainedModel, place: str, *, local: bool, revision: str | None) -> PreTrainedModel:
-    """The model with the adapter in ``place`` merged into its weights: a plain model again."""
+    """The model with the adapter in ``place`` merged into its weights: a plain model again.
+
+    Raises ModelError too where the adapter parts weights that a family cannot have apart.
+    """
+    tied = _tied(model)
     wrapped = _put(model, place, local=local, revision=revision)
-    return _read(lambda: wrapped.merge_and_unload(safe_merge=True), place).requires_grad_(True)  # peft froze it
+    _part_adapted(model)
+    merged = _read(lambda: wrapped.merge_and_unload(safe_merge=True), place).requires_grad_(True)  # peft froze it
+    parted = _tied(merged)
+    if parted != tied:
+        config = merged.config
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+        merged.tie_weights()  # as when it is loaded again
+        # Encoder-decoders embed in two places, and some scale what a tied head reads.
+        if config.is_encoder_decoder or _tied(merged) != parted:
+            raise ModelError(
+                f"the adapter {place} changes one of the weights that are tied in this {config.model_type} model",
+                hint="put an adapter on the layers between embeddings and head only",
+            )
+    return merged
+
+
+def _tied(model: nn.Module) -> set[frozenset[str]]:
+    """The names of weights that are one tensor."""
+    names: dict[int, list[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(weight), []).append(name)
+    return {frozenset(same) for same in names.values() if len(same) > 1}
+
+
+def _part_adapted(model: nn.Module) -> None:
+    """Gives adapted layers weights of their own: what is added to an embedding is not added to the head tied to it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    users = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
+    for layer in [module for module in model.modules() if isinstance(module, BaseTunerLayer)]:
+        base = layer.get_base_layer()
+        for name, weight in base._parameters.items():
+            if weight is not None and users[id(weight)] > 1:
+                users[id(weight)] -= 1
+                base._parameters[name] = nn.Parameter(weight.detach().clone(), requires_grad=False)
 
 
 def put_on(model: PreTrainedModel, place: str, *, local: bool, revision: str | None) -> PreTrainedModel:
