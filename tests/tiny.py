@@ -73,6 +73,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gptj": ("gptj", _GPT2 | {"rotary_dim": 4}),
     "gpt_neox": ("gpt_neox", _NEOX),
     "bloom": ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "xglm": (
+        "xglm",
+        {"d_model": 32, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4, "max_position_embeddings": CONTEXT},
+    ),
     "cohere": ("cohere", {k: v for k, v in _LLAMA.items() if k != "head_dim"} | {"logit_scale": 0.25}),
     "granite": ("granite", {k: v for k, v in _LLAMA.items() if k != "head_dim"} | {"logits_scaling": 4.0}),
     "falcon_h1": (

@@ -124,11 +124,14 @@ def one_token_attention(
     scaling: float | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """`attend` as transformers calls it: queries of one token [B, H, 1, W] → [B, 1, H, W], and no weights."""
+    """`attend` as transformers calls it: queries of one token [B, H, 1, W] → [B, 1, H, W], and no weights.
+
+    The softmax is in float32; the mask comes in the model's dtype, for families that attend in a way of their own.
+    """
     if named := [name for name in _UNKNOWN if kwargs.get(name) is not None]:
         raise NotImplementedError(f"attention with {' and '.join(named)}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(query[:, :, 0], key, value, attention_mask, scaling)[:, None], None
+    return attend(query[:, :, 0], key, value, attention_mask.float(), scaling)[:, None], None
 
 
 def attend(

@@ -15,6 +15,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -110,9 +111,8 @@ class FastDecoding:
             if logits_BV is None:
                 logits_BV = part_BV.new_empty((len(prompts), part_BV.shape[1]))
             logits_BV[rows] = part_BV
-        # The scores' softmax is in float32 where it is ours, and other kernels want the mask in the dtype of the keys.
-        ours = self._step is not None or device.type == "cpu"
-        self._cache.start(lengths, torch.float32 if ours else self._backbone.model.dtype)
+        # The scores' softmax is in float32 where it is ours, and others want the mask in the dtype of the keys.
+        self._cache.start(lengths, self._backbone.model.dtype if self._step is None else torch.float32)
         return logits_BV
 
     def keep(self, rows_B: torch.Tensor) -> None:
@@ -167,15 +167,19 @@ class _Pass:
 
 
 def cast(model: nn.Module, dtype: torch.dtype, adapter: Adapter | None = None) -> nn.Module:
-    """A copy in evaluation mode, its float32 weights in ``dtype``; buffers and config are the model's own.
+    """A copy in evaluation mode, its float32 weights in ``dtype``; config and most buffers are the model's own.
 
-    What transformers keeps in float32 when it loads a model in this dtype stays float32 here too. Weights that need no
-    cast are not copied. adapter: the one in the model's layers, merged into the copy, which is a plain model.
+    What transformers keeps in float32 when it loads a model in this dtype stays float32 here too, rotary frequencies
+    among it. Tables of sinusoids are cast as it casts them: they are added to states. Weights that need no cast are not
+    copied. adapter: the one in the model's layers, merged into the copy, which is a plain model.
     """
     kept = [*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
     if dtype == torch.float16:
         kept += [*(getattr(model, "_keep_in_fp32_modules", None) or ())]
     memo: dict[int, Any] = {id(model.config): model.config} | {id(buffer): buffer for buffer in model.buffers()}
+    memo |= {
+        id(buffer): buffer.to(dtype) for name, buffer in model.named_buffers() if name in _cast_buffers(model, dtype)
+    }
 
     def made(name: str, weight: torch.Tensor) -> nn.Parameter:
         same = weight.dtype != torch.float32 or any(part in name.split(".") for part in kept)
@@ -195,6 +199,25 @@ def cast(model: nn.Module, dtype: torch.dtype, adapter: Adapter | None = None) -
             if (fused := fused_act(child)) is not child:
                 setattr(module, name, fused)
     return twin
+
+
+_CAST_BUFFERS: WeakKeyDictionary[nn.Module, dict[torch.dtype, set[str]]] = WeakKeyDictionary()
+
+
+def _cast_buffers(model: nn.Module, dtype: torch.dtype) -> set[str]:
+    """Names of float32 buffers that transformers makes in ``dtype`` for a model of that dtype. None that are saved with the
+    weights: they take part in float32.
+    """
+    known = _CAST_BUFFERS.setdefault(model, {})
+    if dtype not in known:
+        known[dtype] = set()
+        made = {name for name, buffer in model.named_buffers() if buffer.dtype == torch.float32}
+        if dtype != torch.float32 and made.difference(model.state_dict()):
+            with torch.device("meta"), torch.random.fork_rng(devices=[]):
+                bare = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
+            cast = {name for name, buffer in bare.named_buffers() if buffer.dtype == dtype}
+            known[dtype] = made.intersection(cast).difference(model.state_dict())
+    return known[dtype]
 
 
 @torch.no_grad()
