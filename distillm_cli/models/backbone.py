@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from distillm_cli.errors import ModelError, NonFiniteError
 from distillm_cli.models import seq2seq
 from distillm_cli.models.blocks import BlockDecoding, takes_back
+from distillm_cli.models.contexts import context_of
 from distillm_cli.models.decoding import FastDecoding, PlainDecoding, Ways, cast, check_decoding, close, ways
 from distillm_cli.models.modes import eval_mode, one_sequence_a_row, padded_on_the_right
 from distillm_cli.models.products import Linear, Packs
@@ -148,7 +149,7 @@ class Backbone(nn.Module):
 
         An encoder-decoder with learned positions has as many on either side; together is less than it could take.
         """
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return context_of(self.model.config)
 
     @property
     def stop_ids(self) -> frozenset[int]:

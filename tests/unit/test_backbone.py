@@ -15,6 +15,7 @@ from transformers.utils.logging import warning_once
 
 from distillm_cli.errors import ModelError, NonFiniteError
 from distillm_cli.models.backbone import Backbone, Head, eval_mode
+from distillm_cli.models.contexts import context_of
 from distillm_cli.sequences import Sequence as Tokens
 from distillm_cli.sequences import collate
 from tests import tiny
@@ -400,6 +401,14 @@ def test_context_is_the_configs_and_absent_where_there_is_none():
     contexts = {family: shared(family).context for family in ("gpt2", "opt", "llama", "gpt_neox", "bloom", "mamba")}
     assert contexts.pop("bloom") is contexts.pop("mamba") is None
     assert set(contexts.values()) == {tiny.CONTEXT}
+
+
+def test_context_is_found_under_the_names_that_some_families_have_for_it():
+    mpt = AutoConfig.for_model("mpt", d_model=32, n_heads=4, n_layers=1, max_seq_len=24, vocab_size=ROWS)
+    backbone = Backbone(AutoModelForCausalLM.from_config(mpt), tokenizer())
+    assert backbone.context == 24
+    sides = {"max_encoder_position_embeddings": 48, "max_decoder_position_embeddings": 16}
+    assert context_of(AutoConfig.for_model("led", **sides)) == 16
 
 
 def test_stop_ids_are_the_tokenizers_and_the_generation_configs():
