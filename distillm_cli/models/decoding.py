@@ -43,8 +43,9 @@ _ALIKE, _NEAR, _TOKENS = 7 / 8, 8, 4096
 class PlainDecoding:
     """All prompts in one pass, padded on the left; transformers' own cache, of whatever kind the model has."""
 
-    def __init__(self, backbone: Backbone, prompts: Sequence[np.ndarray]):
-        self._pass = _Pass(backbone)
+    def __init__(self, backbone: Backbone, prompts: Sequence[np.ndarray], run: _Pass | None = None):
+        self._pass = run or _Pass(backbone)
+        self._columns_alone = fits(backbone.model.config)  # what the cache holds is a column for each token
         self._prompt_BP, mask_BP, self._positions_BP = _left_padded(prompts, backbone.device)
         self._mask_BT = None if mask_BP.all() else mask_BP
         self._cache = DynamicCache(config=backbone.model.config)
@@ -72,6 +73,46 @@ class PlainDecoding:
             return
         # Not batch_select_indices, which the layers of state space models do not have.
         self._cache.reorder_cache(rows_B)
+        if self._mask_BT is not None and self._columns_alone:
+            self._drop_columns(int(self._mask_BT.argmax(1).min()))
+
+    def _drop_columns(self, count: int) -> None:
+        """The first columns, where no row has a token: some families have tables no longer than their context."""
+        if count:
+            self._mask_BT = self._mask_BT[:, count:]
+            for layer in self._cache.layers:
+                layer.keys, layer.values = layer.keys[:, :, count:], layer.values[:, :, count:]
+
+
+class ByLength:
+    """Prompts of one length at a time, each group in a plain decoding of its own, for models that padding misleads: those
+    with learned positions that a caller cannot name, say.
+    """
+
+    def __init__(self, backbone: Backbone, prompts: Sequence[np.ndarray]):
+        lengths, run = np.array([len(prompt) for prompt in prompts]), _Pass(backbone)
+        self._groups = [
+            (torch.from_numpy(rows), PlainDecoding(backbone, [prompts[b] for b in rows], run))
+            for rows in (np.flatnonzero(lengths == length) for length in np.unique(lengths))
+        ]
+
+    def logits(self, tokens_B: torch.Tensor | None) -> torch.Tensor:
+        parts = [
+            (rows, decoding.logits(None if tokens_B is None else tokens_B[rows.to(tokens_B.device)]))
+            for rows, decoding in self._groups
+        ]
+        order = torch.cat([rows for rows, _ in parts]).argsort()
+        logits_BV = torch.cat([part_BV for _, part_BV in parts])
+        return logits_BV[order.to(logits_BV.device)]
+
+    def keep(self, rows_B: torch.Tensor) -> None:
+        rows_B, kept = rows_B.cpu(), []
+        for rows, decoding in self._groups:
+            there_B = torch.isin(rows_B, rows)  # places in the batch to be
+            if there_B.any():
+                decoding.keep(torch.searchsorted(rows, rows_B[there_B]))
+                kept.append((there_B.nonzero()[:, 0], decoding))
+        self._groups = kept
 
 
 class FastDecoding:
@@ -100,7 +141,7 @@ class FastDecoding:
     def _read_prompts(self) -> torch.Tensor:
         prompts, self._prompts = self._prompts, None
         device, lengths = self._backbone.device, [len(prompt) for prompt in prompts]
-        self._cache = ContiguousCache(len(prompts), max(lengths))
+        self._cache = ContiguousCache(len(prompts), max(lengths), self._backbone.context)
         self._positions_B1 = torch.tensor(lengths, device=device)[:, None] - 1
         logits_BV = None
         for rows in alike(lengths):
@@ -141,6 +182,7 @@ class _Pass:
         self._accepts = {n for n in names if n in accepts or (usual and n != "cache_params")}
         self._cache_name = next((n for n in names[:2] if n in self._accepts), None)
         self.recurrent = self._cache_name == "cache_params"
+        self.knows_positions = "position_ids" in self._accepts
         if self._cache_name is None or backbone.model.config.model_type in _STATE_IN_LAYERS:
             raise _mute(backbone, "it has no cache of the usual kind")
 
@@ -154,7 +196,7 @@ class _Pass:
     ) -> torch.Tensor:
         last = slice(None) if every else -1
         inputs: dict[str, Any] = {"attention_mask": mask, self._cache_name: cache}
-        if "position_ids" in self._accepts:  # learned positions would count the padding too
+        if self.knows_positions:  # learned positions would count the padding too
             inputs["position_ids"] = positions_BT
         # In training mode gradient checkpointing would drop the cache without an error.
         with evaluating(self._modules), torch.autocast(ids_BT.device.type, enabled=False):
@@ -220,18 +262,23 @@ def _cast_buffers(model: nn.Module, dtype: torch.dtype) -> set[str]:
     return known[dtype]
 
 
-@torch.no_grad()
-def check_decoding(backbone: Backbone, decode: Callable[[Backbone, Sequence[np.ndarray]], Any]) -> None:
-    """Tries two short prompts of unlike length and a token after one of them. decode: the plain way for such a model.
+def check_decoding(backbone: Backbone, decode: Callable[[Backbone, Sequence[np.ndarray]], Any]) -> bool:
+    """Tries two short prompts and a token after one of them. decode: the plain way for such a model.
 
-    Raises ModelError where that cannot be done: families have caches, inputs and outputs of their own.
+    Whether prompts of unlike length may stand side by side: a model that cannot be told of positions may count padding.
+    Raises ModelError where not even like ones go: families have caches, inputs and outputs of their own.
     """
     ids = np.arange(1, 6) * 7 % backbone.vocab
+
+    def tried(first: np.ndarray) -> torch.Tensor:
+        decoding = decode(backbone, [first, ids[:2]])
+        logits_BV = decoding.logits(None)
+        tokens_B = torch.full((1,), int(ids[2]), device=logits_BV.device)
+        decoding.keep(torch.tensor([1], device=logits_BV.device))
+        return torch.cat([logits_BV[1:], decoding.logits(tokens_B)])
+
     try:
-        decoding = decode(backbone, [ids, ids[:2]])
-        tokens_B = decoding.logits(None).argmax(-1)
-        decoding.keep(torch.tensor([1], device=tokens_B.device))
-        decoding.logits(tokens_B[1:])
+        alone = tried(ids[:2])
     except DistillmError:
         raise
     except Exception as error:  # of any type, for it is the family's own code that stumbles
@@ -239,6 +286,14 @@ def check_decoding(backbone: Backbone, decode: Callable[[Backbone, Sequence[np.n
             raise
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise _mute(backbone, said[:200]) from error
+    if backbone.is_encoder_decoder or _Pass(backbone).knows_positions:
+        return True
+    try:
+        return close(tried(ids), alone, backbone.model.dtype)
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        return False
 
 
 def _mute(backbone: Backbone, why: str) -> ModelError:
