@@ -33,6 +33,11 @@ if TYPE_CHECKING:  # peft is slow to import, and most runs have no adapter
 WEIGHTS = "adapter_model.safetensors"
 _NAME, _PREFIX = "default", "base_model.model."  # of an adapter in a model; of its weights in a file
 
+# State space layers whose weights are read without a call of the layer, which is where an adapter would be: peft refuses
+# the first two, on the others an adapter would do nothing, merged it would do something.
+_MAMBAS = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
+_UNCALLED = ("out_proj", "conv1d", "x_proj", "dt_proj")
+
 
 class Adapter:
     """A LoRA adapter in the layers of a model, the rest of which is frozen."""
@@ -267,6 +272,8 @@ def _targets(model: PreTrainedModel, wanted: tuple[str, ...] | None) -> tuple[li
     head = next((name for name, m in linear.items() if m is model.get_output_embeddings()), "")
     linear.pop(head, None)
     if wanted is None:
+        uncalled = _UNCALLED if model.config.model_type in _MAMBAS else ()
+        linear = {name: m for name, m in linear.items() if name.rpartition(".")[2] not in uncalled}
         last = {name.rpartition(".")[2] for name in linear}
         # Short names, unless the head has one of them too.
         return sorted(linear if head.rpartition(".")[2] in last else last), {type(m) for m in linear.values()}

@@ -248,6 +248,16 @@ def test_adapters_of_others_are_merged_whatever_they_are_on(tmp_path):
         student(tmp_path / "adapter", r=2)
 
 
+@pytest.mark.parametrize("family", ["mamba", "falcon_h1"])
+def test_by_default_state_space_layers_are_adapted_where_an_adapter_takes_part(family, tmp_path):
+    adapted = stir(student(tiny.save(tmp_path / "m", family)))
+    names = {name.rpartition(".")[2] for name, _ in adapted.adapter.layers()}
+    assert "in_proj" in names
+    assert not names & {"out_proj", "x_proj", "dt_proj"}
+    whole = adapted.plain(torch.float32)
+    torch.testing.assert_close(whole.logits(BATCH), adapted.logits(BATCH), rtol=1e-3, atol=1e-3)
+
+
 def of_others(base, place: Path, **config):
     """An adapter by peft alone that says something, saved in ``place``; as peft runs it, not merged."""
     kind = "SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM"
