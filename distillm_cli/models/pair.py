@@ -151,6 +151,7 @@ def teacher_again(recipe: schema.Recipe, pair: Pair, device: torch.device) -> Ba
     """The pair's teacher, whose weights have left memory, as it was."""
     teacher = _load_teacher(recipe.teacher, device)
     _share_tokens(teacher, pair.student)
+    teacher.own_logits = pair.teacher.own_logits
     return teacher
 
 

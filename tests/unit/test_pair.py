@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, BertConfig
 
 from distillm_cli.config.schema import Recipe, Student
 from distillm_cli.core.events import Warned
@@ -287,3 +287,18 @@ def test_where_longrope_changes_its_factors_is_read_from_the_config():
     llama = tiny.config("llama", rope_parameters=rope | {"original_max_position_embeddings": 24})
     assert longrope_bound(llama) == 24
     assert longrope_bound(tiny.config("llama")) is None
+
+
+def test_a_teacher_that_comes_back_answers_by_its_own_logits_where_it_did_before(tmp_path):
+    """A Switch scales what its head reads, in a way that only its own forward knows."""
+    sizes = {"d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 64, "num_layers": 2, "num_experts": 2}
+    ids = {"vocab_size": tiny.VOCAB, "eos_token_id": 0, "pad_token_id": 1, "decoder_start_token_id": 1}
+    switch = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("switch_transformers", **ids, **sizes))
+    switch.save_pretrained(tmp_path / "teacher")
+    tiny.tokenizer(size=tiny.VOCAB).save_pretrained(tmp_path / "teacher")
+    recipe = Recipe(teacher={"path": str(tmp_path / "teacher")}, student={"path": tiny.save(tmp_path / "t5", "t5")})
+    pair, batch = load_pair(recipe, device=torch.device("cpu")), tiny.batch([(3, 4), (5, 2)], tiny.VOCAB)
+    assert not pair.teacher.check_head(batch)
+    again = teacher_again(recipe, pair, torch.device("cpu"))
+    with torch.no_grad():
+        torch.testing.assert_close(again.head().logits(again(batch)), pair.teacher.logits(batch))
