@@ -48,6 +48,14 @@ _OPT: dict[str, Any] = {
     "word_embed_proj_dim": 32,
 }
 
+_BART: dict[str, Any] = {
+    "d_model": 32,
+    "max_position_embeddings": CONTEXT,
+    "forced_eos_token_id": None,
+    **{f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in (("layers", 2), ("ffn_dim", 64))},
+    **{f"{side}_attention_heads": 4 for side in ("encoder", "decoder")},
+}
+
 # name → (model_type, config fields). Dropouts stay at each family's default: a forgotten eval mode shows.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", _GPT2),
@@ -73,6 +81,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gptj": ("gptj", _GPT2 | {"rotary_dim": 4}),
     "gpt_neox": ("gpt_neox", _NEOX),
     "bloom": ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "xglm": (
+        "xglm",
+        {"d_model": 32, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4, "max_position_embeddings": CONTEXT},
+    ),
     "cohere": ("cohere", {k: v for k, v in _LLAMA.items() if k != "head_dim"} | {"logit_scale": 0.25}),
     "granite": ("granite", {k: v for k, v in _LLAMA.items() if k != "head_dim"} | {"logits_scaling": 4.0}),
     "falcon_h1": (
@@ -88,18 +100,24 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "lm_head_multiplier": 0.5,
         },
     ),
+    "bart-decoder": ("bart", _BART | {"is_decoder": True, "is_encoder_decoder": False}),
+    "mpt": ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": CONTEXT}),
+    "gpt_neo": (
+        "gpt_neo",
+        {
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 6,
+            "max_position_embeddings": CONTEXT,
+        },
+    ),
     "mamba": ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 4}),
 }
 
 _T5: dict[str, Any] = {"d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 64, "num_layers": 2}
 _GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
-_BART: dict[str, Any] = {
-    "d_model": 32,
-    "max_position_embeddings": CONTEXT,
-    "forced_eos_token_id": None,
-    **{f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in (("layers", 2), ("ffn_dim", 64))},
-    **{f"{side}_attention_heads": 4 for side in ("encoder", "decoder")},
-}
 
 # The same for encoder-decoders. T5 1.0: one matrix for all, scaled before the head; 1.1 and mT5 have a head of their own.
 SEQ2SEQ: dict[str, tuple[str, dict[str, Any]]] = {

@@ -35,6 +35,7 @@ from distillm_cli.data.sources import Rows, overlap
 from distillm_cli.data.teacher_samples import encoded, read_beforehand
 from distillm_cli.data.templates import render
 from distillm_cli.errors import ModelError
+from distillm_cli.models.contexts import longrope_bound
 from distillm_cli.models.devices import resolve_device, resolve_dtype
 from distillm_cli.models.fingerprint import fingerprint
 from distillm_cli.models.tokenizer_files import OwnTokenizers, quiet
@@ -200,6 +201,7 @@ def _prepared(recipe: Recipe, listener: Listener, early: Early) -> Prepared:
         contexts = [m.context for m in (pair.teacher, pair.student) if m is not None and m.context is not None]
         context = min(contexts, default=None)
         _check_heads(pair, context, listener)
+        _warn_of_longrope(pair, min(recipe.data.max_length, context or recipe.data.max_length), listener)
         train = tokenise(train_rows, encoder, recipe.data, listener, context, ahead)
         valid = tokenise(valid_rows, encoder, recipe.data, listener, context, ahead)
     if recipe.train.gradient_checkpointing:
@@ -293,6 +295,15 @@ def build_engine(run: Prepared, output: Path, listener: Listener, *, teacher: Te
 def _checkpoint_activations(student: Backbone) -> None:
     enable = getattr(student.model, "activation_checkpointing_enable", None)  # transformers 5.2x; the older name before
     (enable or student.model.gradient_checkpointing_enable)()
+
+
+def _warn_of_longrope(pair: Pair, longest: int, listener: Listener) -> None:
+    for name, model in (("teacher", pair.teacher), ("student", pair.student)):
+        bound = None if model is None else longrope_bound(model.model.config)
+        if bound is not None and longest > bound:
+            what = f"rows may be longer than {bound:,} tokens, where the {name}'s rotary factors change (longrope)"
+            how = "what it says of a row depends on the longest one beside it"
+            listener(Warned(f"{what}: {how}; --max-length {bound} keeps them alike"))
 
 
 def _check_heads(pair: Pair, context: int | None, listener: Listener) -> None:

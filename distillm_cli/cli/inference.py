@@ -79,9 +79,13 @@ def load(model: str, recipe: Recipe, listener: Listener) -> tuple[Backbone, Enco
 
 
 def check_head(backbone: Backbone, encoder: Encoder, row: Row, listener: Listener) -> None:
-    """One prompt through both ways to logits; where they disagree the model's own is used, and said."""
+    """One prompt through both ways to logits; where they disagree the model's own is used, and said.
+
+    Raises ModelError for a model that cannot generate.
+    """
     ids = encoder.prompt_ids(row)
     ids = ids if backbone.context is None else ids[: backbone.context - 1]
     if not backbone.check_head(collate([Sequence(ids, ids[-1:])]).to(backbone.device)):
         kind = backbone.model.config.model_type
         listener(Warned(f"the head of this {kind} model is not a plain one: using the model's own logits, slower"))
+    backbone.check_decoding()

@@ -6,20 +6,23 @@ Metrics are imported where something is scored: nobody waits for them before the
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 import torch
 
-from distillm_cli.cli import outputs
+from distillm_cli.cli import outputs, sampling
 from distillm_cli.cli.assembly import Prepared
 from distillm_cli.config.fields import MetricName
 from distillm_cli.config.schema import Recipe
 from distillm_cli.core.criterion import CROSS_ENTROPY, Criterion
 from distillm_cli.core.engine import Engine, eval_mode
+from distillm_cli.core.events import Warned
 from distillm_cli.core.objective import Objective
+from distillm_cli.errors import ModelError
 from distillm_cli.evaluation.suites import HELD_OUT, Suite
 from distillm_cli.models.devices import dtype_name, resolve_dtype
 from distillm_cli.ui.console import Console
@@ -47,6 +50,13 @@ def needs_metric(recipe: Recipe) -> bool:
     return recipe.train.select in get_args(MetricName)
 
 
+def check_answers(run: Prepared) -> None:
+    """Raises ModelError where the run trains on samples of a model that cannot generate, or selects checkpoints by what it
+    answers. The table at the end can do without."""
+    for model in sampling.samplers(run) + ([run.student] if needs_metric(run.recipe) else []):
+        model.check_decoding()
+
+
 class Report:
     """Student before, student after and teacher on the same held-out rows, one pass of generation each.
 
@@ -68,16 +78,30 @@ class Report:
 
         run = self.run
         engine.optimizer.state.clear()  # its work is done, and the teacher may be needed once more
+        teacher = run.pair.teacher
+        if teacher is not None and engine.teacher.has_left:
+            teacher = teacher_again(run.recipe, run.pair, run.device)
+        if not self._all_answer({"student": run.student, "teacher": teacher}):
+            self.suite = replace(self.suite, rows=[])
         found = {AFTER: self._measure(run.student, AFTER, _valid_loss(run.student, engine))}
-        if run.pair.teacher is not None:
-            has_left = engine.teacher.has_left
-            teacher = teacher_again(run.recipe, run.pair, run.device) if has_left else run.pair.teacher
+        if teacher is not None:
             found[TEACHER] = self._measure(teacher, TEACHER, _valid_loss(teacher, engine))
         if run.recipe.student.sft_epochs:
             return found | self._of_stage({BEFORE: BEFORE, AFTER: FINE_TUNED})
         with run.as_at_start() if self.suite.rows else nullcontext():
             found[BEFORE] = self._measure(run.student, BEFORE, engine.at.first_valid_loss)
         return found
+
+    def _all_answer(self, models: Mapping[str, Backbone | None]) -> bool:
+        """Whether there are rows to answer, and every model can; where one cannot, that is said."""
+        for name, model in models.items() if self.suite.rows else ():
+            try:
+                if model is not None:
+                    model.check_decoding()
+            except ModelError as error:
+                self.ui(Warned(f"no answers in the table, losses only: the {name} has none ({error.what})"))
+                return False
+        return bool(self.suite.rows)
 
     def _measure(self, model: Backbone, name: str, valid_loss: float | None) -> Measured:
         result = self._generate(model, name) if self.suite.rows else None

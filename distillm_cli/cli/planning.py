@@ -28,6 +28,7 @@ from distillm_cli.data.sources import Rows, is_path, load_rows, local_place
 from distillm_cli.data.templates import render
 from distillm_cli.errors import DataError
 from distillm_cli.models import lora
+from distillm_cli.models.contexts import context_of
 from distillm_cli.models.pair import check_kinds, check_vocabularies, resolve_device, resolve_dtype
 from distillm_cli.models.shapes import Shape, Sizes, has_weights, load_shape, sizes, student_spec, weight_bytes
 from distillm_cli.ui.display import size
@@ -374,9 +375,7 @@ def _steps(recipe: Recipe, per_epoch: int) -> int:
 
 
 def _context(student: Shape, teacher: Shape | None) -> int | None:
-    found = (
-        getattr(s.model.config.get_text_config(), "max_position_embeddings", None) for s in (student, teacher) if s
-    )
+    found = (context_of(s.model.config) for s in (student, teacher) if s)
     return min((n for n in found if n is not None), default=None)
 
 

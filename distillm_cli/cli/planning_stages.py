@@ -20,6 +20,7 @@ from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.sources import Row
 from distillm_cli.evaluation.evaluate import passes
 from distillm_cli.evaluation.suites import held_out, load_suite
+from distillm_cli.models.contexts import context_of
 from distillm_cli.models.shapes import Shape, Sizes, load_shape, sizes
 from distillm_cli.words import counted
 
@@ -121,7 +122,7 @@ def _asked(rows: Sequence[Row] | None, shape: Shape, recipe: Recipe, new: int, e
         encoder = Encoder(shape.tokenizer, recipe.data, is_encoder_decoder=shape.is_encoder_decoder)
         lengths = [len(ids) for ids in encoder.prompts(list(rows))]
         tokens, longest = sum(lengths) / len(lengths), max(lengths)
-    context = getattr(shape.model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(shape.model.config)
     room = new if context is None else min(new, int(context - tokens))
     return Asked(count, tokens, longest, max(1, room), each)
 

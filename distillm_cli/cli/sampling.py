@@ -16,6 +16,7 @@ from distillm_cli.core.scheduler import Scheduler, Source
 
 if TYPE_CHECKING:
     from distillm_cli.cli.assembly import Prepared
+    from distillm_cli.models.backbone import Backbone
 
 _TEACHERS = 1 << 32  # added to the seed: the same uniforms for both would draw a pair's two samples near each other
 
@@ -24,6 +25,18 @@ def teachers(rollout: Rollout) -> Rollout:
     """How the teacher samples, in the terms of a section that says how the student does."""
     own = {"temperature": rollout.teacher_temperature, "top_p": rollout.teacher_top_p, "top_k": 0}
     return rollout.model_copy(update=own)
+
+
+def samplers(run: Prepared) -> list[Backbone]:
+    """The models without whose samples the run could not train."""
+    recipe, schedule = run.recipe, Scheduler(run.recipe.schedule, steps=1, seed=0)
+    found = []
+    if not run.sft and schedule.may_use_student_outputs:
+        found.append(run.student)
+    mends = schedule.may_use_student_outputs and (recipe.schedule.kind == "interleaved" or recipe.mixes_in_the_teacher)
+    if run.pair.teacher is not None and (mends or (schedule.may_use_teacher_samples and run.teacher_samples is None)):
+        found.append(run.pair.teacher)
+    return found
 
 
 def rollouts(run: Prepared, rule: Criterion, listener: Listener) -> Rollouts:

@@ -14,7 +14,7 @@ from distillm_cli.cli import outputs
 from distillm_cli.cli.assembly import Prepared, build_engine, prepare
 from distillm_cli.cli.card import model_card
 from distillm_cli.cli.host import keep_freed_memory
-from distillm_cli.cli.measuring import AFTER, BEFORE, FINE_TUNED, TEACHER, Measured, Report, needs_metric
+from distillm_cli.cli.measuring import AFTER, BEFORE, FINE_TUNED, TEACHER, Measured, Report, check_answers, needs_metric
 from distillm_cli.cli.resuming import best_of, check_inputs, checkpoint_of, load_student, weights_in
 from distillm_cli.cli.teaching import Opened, open_teacher
 from distillm_cli.config.load import Resolved, to_yaml
@@ -78,6 +78,7 @@ def train(
         for earlier in (checkpoint, of_stage):
             check_inputs(earlier, run.inputs)
         before = None if checkpoint is None else checkpoint.state.get("teacher_cache")
+        check_answers(run)
         opened = open_teacher(run, ui, before=before, rebuild=rebuild_teacher_cache)
     except KeyboardInterrupt as stop:
         raise _stopped(None, stop) from None

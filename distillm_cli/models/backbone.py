@@ -19,7 +19,8 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from distillm_cli.errors import ModelError, NonFiniteError
 from distillm_cli.models import seq2seq
 from distillm_cli.models.blocks import BlockDecoding, takes_back
-from distillm_cli.models.decoding import FastDecoding, PlainDecoding, Ways, cast, close, ways
+from distillm_cli.models.contexts import context_of
+from distillm_cli.models.decoding import ByLength, FastDecoding, PlainDecoding, Ways, cast, check_decoding, close, ways
 from distillm_cli.models.modes import eval_mode, one_sequence_a_row, padded_on_the_right
 from distillm_cli.models.products import Linear, Packs
 from distillm_cli.models.whole import Late, Whole, whole_of
@@ -96,6 +97,7 @@ class Backbone(nn.Module):
         self.training = model.training
         self.tokenizer = tokenizer
         self.vocab = vocabulary_size(tokenizer) if vocab is None else vocab
+        self._tried: tuple[bool, bool] | None = None  # with these `own_logits`: whether prompts may be padded
         self._ways: Ways | None = None  # to decode; not known before the first decoding
         self._takes_back: bool | None = None  # so too
         self._is_written_out: bool | None = None  # whether the pass over whole sequences is; tried before the first one
@@ -147,7 +149,7 @@ class Backbone(nn.Module):
 
         An encoder-decoder with learned positions has as many on either side; together is less than it could take.
         """
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return context_of(self.model.config)
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -268,20 +270,33 @@ class Backbone(nn.Module):
         self.own_logits = not agrees
         return agrees
 
-    def decode(self, prompts: Sequence[np.ndarray]) -> FastDecoding | PlainDecoding | seq2seq.Seq2SeqDecoding:
+    def check_decoding(self) -> bool:
+        """Raises ModelError for a model that cannot decode; the first call tries it on a few tokens. Whether prompts may be
+        padded."""
+        if self._tried is None or self._tried[0] != self.own_logits:
+            plain = seq2seq.Seq2SeqDecoding if self.is_encoder_decoder else PlainDecoding
+            self._tried = self.own_logits, check_decoding(self, plain)
+        return self._tried[1]
+
+    def decode(
+        self, prompts: Sequence[np.ndarray]
+    ) -> FastDecoding | PlainDecoding | ByLength | seq2seq.Seq2SeqDecoding:
         """Start decoding these prompts (token ids, one array each, at least one token) side by side.
 
         Nothing bounds the length: prompt and new tokens together must stay within `context`. Under autocast the float32
         weights are cast once, here, into a copy that lives as long as the decoding: it is of the weights as they are now.
-        An adapter is merged into such a copy.
+        An adapter is merged into such a copy. Raises ModelError as `check_decoding` does.
         """
         if not prompts or min(len(prompt) for prompt in prompts) == 0:
             raise ValueError("decoding needs prompts, and a token in each")
-        if self._ways is None and not self.is_encoder_decoder:
+        may_be_padded = self.check_decoding()
+        if self._ways is None and may_be_padded and not self.is_encoder_decoder:
             self._ways = ways(self if self.adapter is None else self.plain(self.model.dtype))
         runs = self._as_decoded()
         if self.is_encoder_decoder:
             return seq2seq.Seq2SeqDecoding(runs, prompts)
+        if not may_be_padded:
+            return ByLength(runs, prompts)
         return FastDecoding(runs, prompts, step=self._ways.step) if self._ways.fast else PlainDecoding(runs, prompts)
 
     def decode_blocks(self, prompts: Sequence[np.ndarray]) -> BlockDecoding | None:

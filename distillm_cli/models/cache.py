@@ -28,9 +28,9 @@ _UNKNOWN = ("softcap", "s_aux", "position_bias")
 class ContiguousLayer(DynamicLayer):
     """One layer's keys and values, in one piece. ``length``: the columns that are filled."""
 
-    def __init__(self, rows: int, columns: int):
+    def __init__(self, rows: int, columns: int, most: int | None):
         super().__init__()
-        self.rows, self.length = rows, columns
+        self.rows, self.length, self.most = rows, columns, most
 
     @property
     def capacity(self) -> int:
@@ -40,7 +40,8 @@ class ContiguousLayer(DynamicLayer):
         """The states of some rows' prompts, whose last token goes into column ``length − 1``."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-            self.keys, self.values = (_zeros(x, self.rows, self.length + _COLUMNS) for x in (keys, values))
+            columns = _grown(self.length, self.most)
+            self.keys, self.values = (_zeros(x, self.rows, columns) for x in (keys, values))
         place = slice(self.length - keys.shape[2], self.length)
         self.keys[rows, :, place], self.values[rows, :, place] = keys, values
 
@@ -51,7 +52,8 @@ class ContiguousLayer(DynamicLayer):
     def append(self, key_BKW: torch.Tensor, value_BKW: torch.Tensor) -> None:
         """One more token of every row."""
         if self.length == self.capacity:
-            self.keys, self.values = _longer(self.keys), _longer(self.values)
+            columns = _grown(self.length, self.most)
+            self.keys, self.values = _longer(self.keys, columns), _longer(self.values, columns)
         self.keys[:, :, self.length], self.values[:, :, self.length] = key_BKW, value_BKW
         self.length += 1
 
@@ -65,12 +67,13 @@ class ContiguousLayer(DynamicLayer):
 class ContiguousCache(Cache):
     """A cache of such layers, and the mask of what is filled in them.
 
-    rows: B. columns: of the longest prompt. The additive mask [B or 1, 1, 1, C] is 0 or the least number.
+    rows: B. columns: of the longest prompt. most: columns that a family may have tables for, its context. The additive mask
+    [B or 1, 1, 1, C] is 0 or the least number.
     """
 
-    def __init__(self, rows: int, columns: int):
+    def __init__(self, rows: int, columns: int, most: int | None = None):
         super().__init__(layers=[])
-        self.rows, self.columns = rows, columns
+        self.rows, self.columns, self.most = rows, columns, most
         self.mask_B11C: torch.Tensor | None = None
 
     @property
@@ -80,7 +83,7 @@ class ContiguousCache(Cache):
     def take(self, rows: list[int], part: DynamicCache) -> None:
         """What a pass over some rows' prompts, padded on the left, left in ``part``."""
         if not self.layers:
-            self.layers = [ContiguousLayer(self.rows, self.columns) for _ in part.layers]
+            self.layers = [ContiguousLayer(self.rows, self.columns, self.most) for _ in part.layers]
         for mine, theirs in zip(self.layers, part.layers, strict=True):
             mine.take(rows, theirs.keys, theirs.values)
 
@@ -98,14 +101,19 @@ class ContiguousCache(Cache):
         """The mask for the next token, which sees itself."""
         if self.length == self.mask_B11C.shape[-1]:
             least = torch.finfo(self.mask_B11C.dtype).min
-            self.mask_B11C = torch.nn.functional.pad(self.mask_B11C, (0, _COLUMNS), value=least)
+            more = _grown(self.length, self.most) - self.length
+            self.mask_B11C = torch.nn.functional.pad(self.mask_B11C, (0, more), value=least)
         self.mask_B11C[..., self.length] = 0
         return self.mask_B11C
 
     def keep(self, rows_B: torch.Tensor) -> None:
-        self.reorder_cache(rows_B)
         if self.mask_B11C.shape[0] > 1:
             self.mask_B11C = self.mask_B11C[rows_B]
+        empty = int((self.mask_B11C[:, 0, 0] == 0).int().argmax(1).min())  # columns where none of the rows has a token
+        self.mask_B11C = self.mask_B11C[..., empty:]
+        for layer in self.layers:
+            layer.keys, layer.values = (x[:, :, empty:].index_select(0, rows_B) for x in (layer.keys, layer.values))
+            layer.length -= empty
 
 
 def fits(config: PretrainedConfig) -> bool:
@@ -124,11 +132,14 @@ def one_token_attention(
     scaling: float | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """`attend` as transformers calls it: queries of one token [B, H, 1, W] → [B, 1, H, W], and no weights."""
+    """`attend` as transformers calls it: queries of one token [B, H, 1, W] → [B, 1, H, W], and no weights.
+
+    The softmax is in float32; the mask comes in the model's dtype, for families that attend in a way of their own.
+    """
     if named := [name for name in _UNKNOWN if kwargs.get(name) is not None]:
         raise NotImplementedError(f"attention with {' and '.join(named)}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(query[:, :, 0], key, value, attention_mask, scaling)[:, None], None
+    return attend(query[:, :, 0], key, value, attention_mask.float(), scaling)[:, None], None
 
 
 def attend(
@@ -164,7 +175,12 @@ def _zeros(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     return torch.zeros((rows, like.shape[1], columns, like.shape[3]), dtype=like.dtype, device=like.device)
 
 
-def _longer(states: torch.Tensor) -> torch.Tensor:
-    longer = _zeros(states, states.shape[0], states.shape[2] + _COLUMNS)
+def _grown(length: int, most: int | None) -> int:
+    """Columns to have, of which so many are full; one more at least, whatever the context."""
+    return length + _COLUMNS if most is None else max(length + 1, min(length + _COLUMNS, most))
+
+
+def _longer(states: torch.Tensor, columns: int) -> torch.Tensor:
+    longer = _zeros(states, states.shape[0], columns)
     longer[:, :, : states.shape[2]] = states
     return longer

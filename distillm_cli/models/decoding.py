@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Cache, DynamicCache
 
-from distillm_cli.errors import ModelError
+from distillm_cli.errors import DistillmError, ModelError, out_of_memory
 from distillm_cli.models.cache import ContiguousCache, fits, one_token_attention_in
 from distillm_cli.models.modes import evaluating
 from distillm_cli.models.steps import fused_act, step_of
@@ -42,8 +43,9 @@ _ALIKE, _NEAR, _TOKENS = 7 / 8, 8, 4096
 class PlainDecoding:
     """All prompts in one pass, padded on the left; transformers' own cache, of whatever kind the model has."""
 
-    def __init__(self, backbone: Backbone, prompts: Sequence[np.ndarray]):
-        self._pass = _Pass(backbone)
+    def __init__(self, backbone: Backbone, prompts: Sequence[np.ndarray], run: _Pass | None = None):
+        self._pass = run or _Pass(backbone)
+        self._columns_alone = fits(backbone.model.config)  # what the cache holds is a column for each token
         self._prompt_BP, mask_BP, self._positions_BP = _left_padded(prompts, backbone.device)
         self._mask_BT = None if mask_BP.all() else mask_BP
         self._cache = DynamicCache(config=backbone.model.config)
@@ -71,6 +73,46 @@ class PlainDecoding:
             return
         # Not batch_select_indices, which the layers of state space models do not have.
         self._cache.reorder_cache(rows_B)
+        if self._mask_BT is not None and self._columns_alone:
+            self._drop_columns(int(self._mask_BT.argmax(1).min()))
+
+    def _drop_columns(self, count: int) -> None:
+        """The first columns, where no row has a token: some families have tables no longer than their context."""
+        if count:
+            self._mask_BT = self._mask_BT[:, count:]
+            for layer in self._cache.layers:
+                layer.keys, layer.values = layer.keys[:, :, count:], layer.values[:, :, count:]
+
+
+class ByLength:
+    """Prompts of one length at a time, each group in a plain decoding of its own, for models that padding misleads: those
+    with learned positions that a caller cannot name, say.
+    """
+
+    def __init__(self, backbone: Backbone, prompts: Sequence[np.ndarray]):
+        lengths, run = np.array([len(prompt) for prompt in prompts]), _Pass(backbone)
+        self._groups = [
+            (torch.from_numpy(rows), PlainDecoding(backbone, [prompts[b] for b in rows], run))
+            for rows in (np.flatnonzero(lengths == length) for length in np.unique(lengths))
+        ]
+
+    def logits(self, tokens_B: torch.Tensor | None) -> torch.Tensor:
+        parts = [
+            (rows, decoding.logits(None if tokens_B is None else tokens_B[rows.to(tokens_B.device)]))
+            for rows, decoding in self._groups
+        ]
+        order = torch.cat([rows for rows, _ in parts]).argsort()
+        logits_BV = torch.cat([part_BV for _, part_BV in parts])
+        return logits_BV[order.to(logits_BV.device)]
+
+    def keep(self, rows_B: torch.Tensor) -> None:
+        rows_B, kept = rows_B.cpu(), []
+        for rows, decoding in self._groups:
+            there_B = torch.isin(rows_B, rows)  # places in the batch to be
+            if there_B.any():
+                decoding.keep(torch.searchsorted(rows, rows_B[there_B]))
+                kept.append((there_B.nonzero()[:, 0], decoding))
+        self._groups = kept
 
 
 class FastDecoding:
@@ -99,7 +141,7 @@ class FastDecoding:
     def _read_prompts(self) -> torch.Tensor:
         prompts, self._prompts = self._prompts, None
         device, lengths = self._backbone.device, [len(prompt) for prompt in prompts]
-        self._cache = ContiguousCache(len(prompts), max(lengths))
+        self._cache = ContiguousCache(len(prompts), max(lengths), self._backbone.context)
         self._positions_B1 = torch.tensor(lengths, device=device)[:, None] - 1
         logits_BV = None
         for rows in alike(lengths):
@@ -110,9 +152,8 @@ class FastDecoding:
             if logits_BV is None:
                 logits_BV = part_BV.new_empty((len(prompts), part_BV.shape[1]))
             logits_BV[rows] = part_BV
-        # The scores' softmax is in float32 where it is ours, and other kernels want the mask in the dtype of the keys.
-        ours = self._step is not None or device.type == "cpu"
-        self._cache.start(lengths, torch.float32 if ours else self._backbone.model.dtype)
+        # The scores' softmax is in float32 where it is ours, and others want the mask in the dtype of the keys.
+        self._cache.start(lengths, self._backbone.model.dtype if self._step is None else torch.float32)
         return logits_BV
 
     def keep(self, rows_B: torch.Tensor) -> None:
@@ -141,12 +182,9 @@ class _Pass:
         self._accepts = {n for n in names if n in accepts or (usual and n != "cache_params")}
         self._cache_name = next((n for n in names[:2] if n in self._accepts), None)
         self.recurrent = self._cache_name == "cache_params"
-        family = backbone.model.config.model_type
-        if self._cache_name is None or family in _STATE_IN_LAYERS:
-            raise ModelError(
-                f"cannot generate with a {family} model: it has no cache of the usual kind",
-                hint="train on data set rows only: --set schedule.kind=off",
-            )
+        self.knows_positions = "position_ids" in self._accepts
+        if self._cache_name is None or backbone.model.config.model_type in _STATE_IN_LAYERS:
+            raise _mute(backbone, "it has no cache of the usual kind")
 
     def __call__(
         self,
@@ -158,7 +196,7 @@ class _Pass:
     ) -> torch.Tensor:
         last = slice(None) if every else -1
         inputs: dict[str, Any] = {"attention_mask": mask, self._cache_name: cache}
-        if "position_ids" in self._accepts:  # learned positions would count the padding too
+        if self.knows_positions:  # learned positions would count the padding too
             inputs["position_ids"] = positions_BT
         # In training mode gradient checkpointing would drop the cache without an error.
         with evaluating(self._modules), torch.autocast(ids_BT.device.type, enabled=False):
@@ -171,15 +209,19 @@ class _Pass:
 
 
 def cast(model: nn.Module, dtype: torch.dtype, adapter: Adapter | None = None) -> nn.Module:
-    """A copy in evaluation mode, its float32 weights in ``dtype``; buffers and config are the model's own.
+    """A copy in evaluation mode, its float32 weights in ``dtype``; config and most buffers are the model's own.
 
-    What transformers keeps in float32 when it loads a model in this dtype stays float32 here too. Weights that need no
-    cast are not copied. adapter: the one in the model's layers, merged into the copy, which is a plain model.
+    What transformers keeps in float32 when it loads a model in this dtype stays float32 here too, rotary frequencies
+    among it. Tables of sinusoids are cast as it casts them: they are added to states. Weights that need no cast are not
+    copied. adapter: the one in the model's layers, merged into the copy, which is a plain model.
     """
     kept = [*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
     if dtype == torch.float16:
         kept += [*(getattr(model, "_keep_in_fp32_modules", None) or ())]
     memo: dict[int, Any] = {id(model.config): model.config} | {id(buffer): buffer for buffer in model.buffers()}
+    memo |= {
+        id(buffer): buffer.to(dtype) for name, buffer in model.named_buffers() if name in _cast_buffers(model, dtype)
+    }
 
     def made(name: str, weight: torch.Tensor) -> nn.Parameter:
         same = weight.dtype != torch.float32 or any(part in name.split(".") for part in kept)
@@ -199,6 +241,66 @@ def cast(model: nn.Module, dtype: torch.dtype, adapter: Adapter | None = None) -
             if (fused := fused_act(child)) is not child:
                 setattr(module, name, fused)
     return twin
+
+
+_CAST_BUFFERS: WeakKeyDictionary[nn.Module, dict[torch.dtype, set[str]]] = WeakKeyDictionary()
+
+
+def _cast_buffers(model: nn.Module, dtype: torch.dtype) -> set[str]:
+    """Names of float32 buffers that transformers makes in ``dtype`` for a model of that dtype. None that are saved with the
+    weights: they take part in float32.
+    """
+    known = _CAST_BUFFERS.setdefault(model, {})
+    if dtype not in known:
+        known[dtype] = set()
+        made = {name for name, buffer in model.named_buffers() if buffer.dtype == torch.float32}
+        if dtype != torch.float32 and made.difference(model.state_dict()):
+            with torch.device("meta"), torch.random.fork_rng(devices=[]):
+                bare = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
+            cast = {name for name, buffer in bare.named_buffers() if buffer.dtype == dtype}
+            known[dtype] = made.intersection(cast).difference(model.state_dict())
+    return known[dtype]
+
+
+def check_decoding(backbone: Backbone, decode: Callable[[Backbone, Sequence[np.ndarray]], Any]) -> bool:
+    """Tries two short prompts and a token after one of them. decode: the plain way for such a model.
+
+    Whether prompts of unlike length may stand side by side: a model that cannot be told of positions may count padding.
+    Raises ModelError where not even like ones go: families have caches, inputs and outputs of their own.
+    """
+    ids = np.arange(1, 6) * 7 % backbone.vocab
+
+    def tried(first: np.ndarray) -> torch.Tensor:
+        decoding = decode(backbone, [first, ids[:2]])
+        logits_BV = decoding.logits(None)
+        tokens_B = torch.full((1,), int(ids[2]), device=logits_BV.device)
+        decoding.keep(torch.tensor([1], device=logits_BV.device))
+        return torch.cat([logits_BV[1:], decoding.logits(tokens_B)])
+
+    try:
+        alone = tried(ids[:2])
+    except DistillmError:
+        raise
+    except Exception as error:  # of any type, for it is the family's own code that stumbles
+        if out_of_memory(error):
+            raise
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise _mute(backbone, said[:200]) from error
+    if backbone.is_encoder_decoder or _Pass(backbone).knows_positions:
+        return True
+    try:
+        return close(tried(ids), alone, backbone.model.dtype)
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        return False
+
+
+def _mute(backbone: Backbone, why: str) -> ModelError:
+    return ModelError(
+        f"cannot generate with a {backbone.model.config.model_type} model: {why}",
+        hint="it can be trained, on data set rows: --set schedule.kind=off --set train.select=valid_loss",
+    )
 
 
 class Ways(NamedTuple):

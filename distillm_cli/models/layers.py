@@ -21,6 +21,8 @@ from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.students import set_dropout, with_layers
 from distillm_cli.words import counted
 
+_BY_PLACE = ("diffllama",)  # families with a constant of each layer that is no weight
+
 _SPEC = re.compile(r"layers:(?:(?P<all>all)|(?P<list>\d+(?:,\d+)+)|(?P<count>\d+)(?::(?P<which>evenly|first|last))?)")
 _FORM = "layers:6 (evenly spaced), layers:6:first, layers:6:last, layers:0,3,7 or layers:all"
 
@@ -73,6 +75,8 @@ def build_from_layers(spec: str, teacher: Backbone, *, dropout: float | None = N
         )
     text = teacher.model.config.get_text_config()
     keep = chosen_layers(spec, text.num_hidden_layers)
+    if text.model_type in _BY_PLACE and keep != list(range(len(keep))):
+        raise _not_cut(text, spec, "what its layers compute depends on their place")
     config = with_layers(text, keep, spec)
     if dropout is not None:
         set_dropout(config, dropout, where=spec)
@@ -80,9 +84,20 @@ def build_from_layers(spec: str, teacher: Backbone, *, dropout: float | None = N
     _copy_weights(
         model, teacher.model, Backbone(model, teacher.tokenizer, teacher.vocab).trunk, teacher.trunk, keep, spec
     )
+    if getattr(text, "scale_attn_by_inverse_layer_idx", False):
+        _keep_scales(model.get_decoder(), keep)
     if teacher.model.generation_config is not None:
         model.generation_config = copy.deepcopy(teacher.model.generation_config)
     return model.eval()
+
+
+@torch.no_grad()
+def _keep_scales(trunk: nn.Module, keep: list[int]) -> None:
+    """Such a GPT-2 divides a layer's scores by its place, counted from 1: a layer that moves has that in its queries."""
+    for new, old in enumerate(keep):
+        attention = trunk.h[new].attn
+        for weight in (attention.c_attn.weight, attention.c_attn.bias):
+            weight[..., : attention.embed_dim] *= (new + 1) / (old + 1)
 
 
 def _unfilled(config: PretrainedConfig, spec: str) -> PreTrainedModel:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,11 @@ if TYPE_CHECKING:  # peft is slow to import, and most runs have no adapter
 
 WEIGHTS = "adapter_model.safetensors"
 _NAME, _PREFIX = "default", "base_model.model."  # of an adapter in a model; of its weights in a file
+
+# State space layers whose weights are read without a call of the layer, which is where an adapter would be: peft refuses
+# the first two, on the others an adapter would do nothing, merged it would do something.
+_MAMBAS = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
+_UNCALLED = ("out_proj", "conv1d", "x_proj", "dt_proj")
 
 
 class Adapter:
@@ -164,9 +170,47 @@ def take_up(
 
 
 def merge(model: PreTrainedModel, place: str, *, local: bool, revision: str | None) -> PreTrainedModel:
-    """The model with the adapter in ``place`` merged into its weights: a plain model again."""
+    """The model with the adapter in ``place`` merged into its weights: a plain model again.
+
+    Raises ModelError too where the adapter parts weights that a family cannot have apart.
+    """
+    tied = _tied(model)
     wrapped = _put(model, place, local=local, revision=revision)
-    return _read(lambda: wrapped.merge_and_unload(safe_merge=True), place).requires_grad_(True)  # peft froze it
+    _part_adapted(model)
+    merged = _read(lambda: wrapped.merge_and_unload(safe_merge=True), place).requires_grad_(True)  # peft froze it
+    parted = _tied(merged)
+    if parted != tied:
+        config = merged.config
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+        merged.tie_weights()  # as when it is loaded again
+        # Encoder-decoders embed in two places, and some scale what a tied head reads.
+        if config.is_encoder_decoder or _tied(merged) != parted:
+            raise ModelError(
+                f"the adapter {place} changes one of the weights that are tied in this {config.model_type} model",
+                hint="put an adapter on the layers between embeddings and head only",
+            )
+    return merged
+
+
+def _tied(model: nn.Module) -> set[frozenset[str]]:
+    """The names of weights that are one tensor."""
+    names: dict[int, list[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(weight), []).append(name)
+    return {frozenset(same) for same in names.values() if len(same) > 1}
+
+
+def _part_adapted(model: nn.Module) -> None:
+    """Gives adapted layers weights of their own: what is added to an embedding is not added to the head tied to it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    users = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
+    for layer in [module for module in model.modules() if isinstance(module, BaseTunerLayer)]:
+        base = layer.get_base_layer()
+        for name, weight in base._parameters.items():
+            if weight is not None and users[id(weight)] > 1:
+                users[id(weight)] -= 1
+                base._parameters[name] = nn.Parameter(weight.detach().clone(), requires_grad=False)
 
 
 def put_on(model: PreTrainedModel, place: str, *, local: bool, revision: str | None) -> PreTrainedModel:
@@ -228,6 +272,8 @@ def _targets(model: PreTrainedModel, wanted: tuple[str, ...] | None) -> tuple[li
     head = next((name for name, m in linear.items() if m is model.get_output_embeddings()), "")
     linear.pop(head, None)
     if wanted is None:
+        uncalled = _UNCALLED if model.config.model_type in _MAMBAS else ()
+        linear = {name: m for name, m in linear.items() if name.rpartition(".")[2] not in uncalled}
         last = {name.rpartition(".")[2] for name in linear}
         # Short names, unless the head has one of them too.
         return sorted(linear if head.rpartition(".")[2] in last else last), {type(m) for m in linear.values()}

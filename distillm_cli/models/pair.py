@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from distillm_cli.config import schema
-from distillm_cli.core.events import Listener, Note, silent
+from distillm_cli.core.events import Listener, Note, Warned, silent
 from distillm_cli.errors import ModelError, UsageError
 from distillm_cli.models import lora
 from distillm_cli.models.backbone import Backbone
@@ -35,7 +35,7 @@ from distillm_cli.models.tokenizer_files import (
     prepare_tokenizer,
     quiet,
 )
-from distillm_cli.models.tokenizers import is_trained_spec, put_end, train_tokenizer
+from distillm_cli.models.tokenizers import is_trained_spec, lost_with, put_end, train_tokenizer
 from distillm_cli.words import counted
 
 if TYPE_CHECKING:
@@ -104,8 +104,10 @@ def load_pair(
     if _is_borrowed(recipe.student):
         check_reload(student, next(texts(student.tokenizer), None) if texts else None)
     if teacher is not None:
-        check_vocabularies(teacher.tokenizer, student.tokenizer)
+        check_vocabularies(teacher.tokenizer, own := student.tokenizer)
         _share_tokens(teacher, student)
+        if lost := lost_with(own, student.tokenizer):
+            listener(Warned(f"the student gets the teacher's tokenizer, whose tokens both know; its own {lost} lost"))
     return Pair(teacher, student, student.tokenizer, student.vocab)
 
 
@@ -149,6 +151,7 @@ def teacher_again(recipe: schema.Recipe, pair: Pair, device: torch.device) -> Ba
     """The pair's teacher, whose weights have left memory, as it was."""
     teacher = _load_teacher(recipe.teacher, device)
     _share_tokens(teacher, pair.student)
+    teacher.own_logits = pair.teacher.own_logits
     return teacher
 
 

@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from distillm_cli.config import schema
 from distillm_cli.errors import ModelError, UsageError
 from distillm_cli.models.backbone import Backbone, vocabulary_size
+from distillm_cli.models.contexts import context_of
 from distillm_cli.models.layers import build_from_layers
 from distillm_cli.models.loading import load_config
 from distillm_cli.models.places import locate
@@ -138,7 +139,7 @@ def sizes(model: PreTrainedModel, vocab: int | None = None) -> Sizes:
         kind=config.model_type,
         layers=layers,
         width=width,
-        context=getattr(config, "max_position_embeddings", None),
+        context=context_of(config),
         vocab=vocab or (width if weight is None else weight.shape[0]),
         head_in=width if weight is None else weight.shape[1],
         matmul=matmul,

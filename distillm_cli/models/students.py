@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from distillm_cli.errors import ModelError, UsageError, out_of_memory
 from distillm_cli.models.backbone import vocabulary_size
+from distillm_cli.models.contexts import context_of
 from distillm_cli.models.seq2seq import T5_KIN, head_scale
 
 _SPEC = re.compile(r"random:(?:(?P<family>[A-Za-z][\w-]*):)?(?P<layers>\d+)x(?P<width>\d+)")
@@ -61,7 +62,7 @@ def build_random(
     """
     family, layers, width = parse_spec(spec)
     text = None if teacher_config is None else teacher_config.get_text_config()
-    context = max(2 * max_length, 128) if text is None else getattr(text, "max_position_embeddings", None)
+    context = max(2 * max_length, 128) if text is None else context_of(text)
     shape = {"layers": layers, "width": width, "context": context or max(2 * max_length, 128)}
     family = family or ("llama" if text is None else text.model_type)
     if text is not None and family == text.model_type:

@@ -30,7 +30,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from distillm_cli.errors import DataError, UsageError
 
@@ -157,3 +157,13 @@ def _spelling(texts: Iterator[str], *, words: bool) -> Tokenizer:
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(list(SPECIAL))
     return tokenizer
+
+
+def lost_with(own: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
+    """What a model had with its own tokenizer and has not with the other, as the start of a sentence; None for nothing."""
+    tokens = sorted(own.get_vocab().keys() - other.get_vocab().keys())
+    more = f" and {len(tokens) - 3} more" if len(tokens) > 3 else ""
+    parts = [f"tokens {', '.join(tokens[:3])}{more}"] if tokens else []
+    if own.chat_template is not None and own.chat_template != other.chat_template:
+        parts.append("chat template")
+    return f"{' and '.join(parts)} {'are' if tokens else 'is'}" if parts else None

@@ -271,7 +271,7 @@ def test_a_resumed_adapter_refuses_another_model_below_it(typed, tmp_path):
     tiny.save(tmp_path / "base", "llama", rows=len(tokens), own_tokenizer=tokens, seed=1)
     code, answer, err = typed("distill", "--resume", "--output", "out", "--json", "--quiet")
     assert (code, answer["code"]) == (5, 5)
-    assert "the model under the adapter is not the one that this run started with" in err
+    assert "the student has changed since the run was started" in err
 
 
 def test_a_quantised_teacher_is_refused_where_it_cannot_be(typed, monkeypatch):

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaForCausalLM
 from transformers.utils.logging import warning_once
 
 from distillm_cli.errors import ModelError, NonFiniteError
 from distillm_cli.models.backbone import Backbone, Head, eval_mode
+from distillm_cli.models.contexts import context_of
 from distillm_cli.sequences import Sequence as Tokens
 from distillm_cli.sequences import collate
 from tests import tiny
@@ -254,7 +255,8 @@ def test_greedy_decoding_equals_generate_and_each_row_alone(family):
     expected = backbone.model.generate(
         input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=8, pad_token_id=1
     )
-    assert torch.equal(tokens, expected[:, P:])
+    if family != "bart-decoder":  # whose positions transformers' own generate shifts by the padding
+        assert torch.equal(tokens, expected[:, P:])
 
     for row, prompt in enumerate(prompts()):
         tokens_alone, logits_alone = greedy(backbone, [prompt])
@@ -300,6 +302,7 @@ def masks_seen(backbone: Backbone, given) -> list[torch.Tensor | None]:
 
 def test_no_attention_mask_is_passed_where_nothing_is_padded():
     backbone = Backbone(tiny.model("mistral", ROWS), tokenizer())  # a sliding window: the plain way
+    backbone.check_decoding()  # a trial of its own, with padding
     assert masks_seen(backbone, prompts((5, 5))) == [None, None, None]
     assert [mask.shape[1] for mask in masks_seen(backbone, prompts((5, 3)))] == [5, 6, 7]
 
@@ -361,6 +364,37 @@ def test_a_family_whose_layers_hold_the_state_is_trained_but_not_decoded():
         backbone.decode(prompts())
 
 
+_HEADS = {f"num_{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+STUMBLING = {
+    "prophetnet": {"hidden_size": 32, "pad_token_id": 1, **_HEADS},
+    "switch_transformers": {"d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 64, "num_layers": 2, "num_experts": 2},
+}
+
+
+@pytest.mark.parametrize("family", sorted(STUMBLING))
+def test_a_family_that_stumbles_over_the_usual_inputs_is_refused_in_words(family):
+    config = AutoConfig.for_model(family, vocab_size=ROWS, decoder_start_token_id=1, **STUMBLING[family])
+    backbone = Backbone(AutoModelForSeq2SeqLM.from_config(config).eval(), tokenizer())
+    if family == "switch_transformers":
+        backbone.check_decoding()  # by its decoder alone it would go
+        backbone.own_logits = True
+    with pytest.raises(ModelError, match=f"cannot generate with a {family} model: .+"):
+        backbone.decode(prompts())
+
+
+def test_memory_that_runs_out_in_the_trial_is_no_fault_of_the_model():
+    backbone = Backbone(tiny.model("gpt2", ROWS), tokenizer())
+
+    def full(*args):
+        raise torch.OutOfMemoryError("no room")
+
+    hook = backbone.model.transformer.register_forward_pre_hook(full)
+    with pytest.raises(torch.OutOfMemoryError):
+        backbone.decode(prompts())
+    hook.remove()
+    backbone.decode(prompts())
+
+
 # Facts about the model
 
 
@@ -368,6 +402,14 @@ def test_context_is_the_configs_and_absent_where_there_is_none():
     contexts = {family: shared(family).context for family in ("gpt2", "opt", "llama", "gpt_neox", "bloom", "mamba")}
     assert contexts.pop("bloom") is contexts.pop("mamba") is None
     assert set(contexts.values()) == {tiny.CONTEXT}
+
+
+def test_context_is_found_under_the_names_that_some_families_have_for_it():
+    mpt = AutoConfig.for_model("mpt", d_model=32, n_heads=4, n_layers=1, max_seq_len=24, vocab_size=ROWS)
+    backbone = Backbone(AutoModelForCausalLM.from_config(mpt), tokenizer())
+    assert backbone.context == 24
+    sides = {"max_encoder_position_embeddings": 48, "max_decoder_position_embeddings": 16}
+    assert context_of(AutoConfig.for_model("led", **sides)) == 16
 
 
 def test_stop_ids_are_the_tokenizers_and_the_generation_configs():

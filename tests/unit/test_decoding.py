@@ -7,16 +7,19 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
+from distillm_cli.core.rollout import sample
+from distillm_cli.core.sampling import Sampling
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.models.decoding import FastDecoding, PlainDecoding, cast
+from distillm_cli.models.decoding import ByLength, FastDecoding, PlainDecoding, cast
 from tests import tiny
 
 VOCAB = 97
 STEPS = 40  # more than the cache grows by at a time
 LENGTHS = (3, 19, 6, 18, 17, 1)
 STEP = {"gpt2", "gpt2-untied", "llama", "llama-tied", "qwen2", "qwen3"}
-FAST = STEP | {"opt", "opt-350m", "gemma", "phi", "gptj", "gpt_neox", "cohere", "granite"}
+FAST = STEP | {"opt", "opt-350m", "gemma", "phi", "gptj", "gpt_neox", "xglm", "cohere", "granite", "mpt"}
 
 
 def backbone(family: str, **fields) -> Backbone:
@@ -71,8 +74,23 @@ def test_decoding_is_the_same_as_recomputing_everything(family, dtype):
 def test_each_family_decodes_the_fastest_way_that_suits_it(family):
     model = backbone(family)
     decoding = model.decode(prompts())
+    if family == "bart-decoder":  # it counts padding among its learned positions, and cannot be told otherwise
+        assert isinstance(decoding, ByLength)
+        return
     assert isinstance(decoding, FastDecoding if family in FAST else PlainDecoding)
     assert model._ways == (family in FAST, family in STEP)
+
+
+@pytest.mark.parametrize("family", ["mpt", "gpt_neo", "opt", "llama", "bart-decoder"])
+def test_a_short_prompt_goes_on_beside_one_that_ended_with_the_context(family):
+    """Tables that are no longer than the context serve tokens, not the padding that the long prompt left behind."""
+    model, sampling = backbone(family), Sampling(max_new_tokens=40, min_new_tokens=40)
+    given = prompts((tiny.CONTEXT - 4, 3, tiny.CONTEXT - 8, 30))
+    together = sample(model, given, sampling, [(1, i) for i in range(4)])
+    assert len(together[1].tokens) == 40
+    for i, prompt in enumerate(given):
+        (alone,) = sample(model, [prompt], sampling, [(1, i)])
+        assert alone.tokens.tolist() == together[i].tokens.tolist()
 
 
 class Doubling(nn.Linear):
@@ -146,6 +164,26 @@ def test_a_cast_copy_is_of_the_weights_as_they_are_now_and_leaves_the_model_alon
 def test_rotary_frequencies_stay_float32_in_a_cast_copy():
     model = backbone("llama").model
     assert cast(model, torch.bfloat16).model.rotary_emb.inv_freq is model.model.rotary_emb.inv_freq
+
+
+@pytest.mark.parametrize("family", ["m2m_100", "xglm", "gemma2", "llama"])
+def test_a_cast_copy_is_in_every_dtype_what_transformers_loads(family, tmp_path):
+    """Tables of sinusoids among it, which are no weights, and rotary frequencies, which stay float32."""
+    if family == "m2m_100":
+        config = tiny.config("bart", VOCAB).to_dict() | {"model_type": family, "scale_embedding": True}
+        model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(**config)).eval()
+    else:
+        model = tiny.model(family, VOCAB)
+    model.save_pretrained(tmp_path)
+    own = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    copied = cast(model, torch.bfloat16)
+    assert {n: b.dtype for n, b in copied.named_buffers()} == {n: b.dtype for n, b in own.named_buffers()}
+    ids = torch.arange(3, 15).reshape(2, 6)
+    more = {"decoder_input_ids": ids} if own.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        gap = (copied(ids, **more).logits - own(ids, **more).logits).float().abs().max()
+    assert gap <= 2**-6 * own(ids, **more).logits.abs().max(), "the activation alone is another implementation"
+    assert {b.dtype for b in model.buffers()} == {torch.float32}
 
 
 def test_the_attention_of_the_config_is_what_it_was_also_after_an_exception():

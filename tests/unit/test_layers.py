@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from distillm_cli.config.schema import Student
 from distillm_cli.errors import ModelError, UsageError
@@ -155,3 +156,30 @@ def test_layers_that_are_not_in_one_list_are_refused():
     whole.model.model.layers = torch.nn.ModuleDict({str(i): layer for i, layer in enumerate(whole.model.model.layers)})
     with pytest.raises(ModelError, match=r"cannot take layers of a llama teacher: its layers are not in one list"):
         build_from_layers("layers:1", whole)
+
+
+def test_layers_that_moved_keep_the_scale_of_their_scores():
+    """A GPT-2 that divides them by the layer's place: the student is the teacher's own layers, run one after the other."""
+    whole = teacher("gpt2", n_layer=6, scale_attn_by_inverse_layer_idx=True, scale_attn_weights=True)
+    student = build_from_layers("layers:1,3,4", whole)
+    ids = torch.arange(12)[None] * 7 % 41
+    with torch.no_grad():
+        found = student(ids, use_cache=False).logits
+        blocks = whole.model.transformer.h
+        whole.model.transformer.h = torch.nn.ModuleList([blocks[i] for i in (1, 3, 4)])
+        expected = whole.model(ids, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_with_a_constant_of_their_place_may_not_move():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = AutoConfig.for_model("diffllama", vocab_size=45, num_hidden_layers=4, **sizes)
+    whole = Backbone(AutoModelForCausalLM.from_config(config).eval(), TOKENIZER)
+    with pytest.raises(
+        ModelError, match="diffllama teacher: what its layers compute depends on their place; layers:2;"
+    ):
+        build_from_layers("layers:2", whole)
+    student, ids = build_from_layers("layers:2:first", whole), torch.arange(8)[None]
+    whole.model.model.layers = whole.model.model.layers[:2]
+    with torch.no_grad():
+        torch.testing.assert_close(student(ids).logits, whole.model(ids).logits)

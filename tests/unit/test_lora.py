@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from distillm_cli.config.schema import Lora, Student
 from distillm_cli.core.criterion import CROSS_ENTROPY, Criterion
@@ -246,6 +246,64 @@ def test_adapters_of_others_are_merged_whatever_they_are_on(tmp_path):
     assert len(merged.tokenizer) == tiny.VOCAB, "the model's own tokenizer, where the adapter has none"
     with pytest.raises(ModelError, match="not a plain LoRA"):
         student(tmp_path / "adapter", r=2)
+
+
+@pytest.mark.parametrize("family", ["mamba", "falcon_h1"])
+def test_by_default_state_space_layers_are_adapted_where_an_adapter_takes_part(family, tmp_path):
+    adapted = stir(student(tiny.save(tmp_path / "m", family)))
+    names = {name.rpartition(".")[2] for name, _ in adapted.adapter.layers()}
+    assert "in_proj" in names
+    assert not names & {"out_proj", "x_proj", "dt_proj"}
+    whole = adapted.plain(torch.float32)
+    torch.testing.assert_close(whole.logits(BATCH), adapted.logits(BATCH), rtol=1e-3, atol=1e-3)
+
+
+def of_others(base, place: Path, **config):
+    """An adapter by peft alone that says something, saved in ``place``; as peft runs it, not merged."""
+    kind = "SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM"
+    made = get_peft_model(base, LoraConfig(r=2, task_type=kind, init_lora_weights=False, **config)).eval()
+    with torch.no_grad():
+        for name, weight in made.named_parameters():
+            if "modules_to_save" in name:
+                weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    made.save_pretrained(place)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("gpt2", {"target_modules": ["c_attn", "wte"], "fan_in_fan_out": True}),
+        ("llama-tied", {"target_modules": ["q_proj", "lm_head"]}),
+        ("llama-tied", {"target_modules": ["lm_head", "embed_tokens"]}),
+        ("llama-tied", {"target_modules": ["lm_head", "embed_tokens"], "ensure_weight_tying": True}),
+        ("llama-tied", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
+    ],
+    ids=["embedding", "head", "both", "both as one", "embedding in whole"],
+)
+def test_an_adapter_on_a_tied_weight_is_the_same_model_when_merged_and_when_that_is_saved(family, config, tmp_path):
+    path = tiny.save(tmp_path / "m", family)
+    made = of_others(AutoModelForCausalLM.from_pretrained(path), tmp_path / "adapter", **config)
+    merged = load(tmp_path / "adapter")
+    merged.model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        own = made(input_ids=BATCH.ids_BT).logits.flatten(0, 1)[BATCH.positions_N]
+        for logits in (merged.logits(BATCH), merged.head().logits(merged(BATCH))):
+            torch.testing.assert_close(logits, own, rtol=1e-4, atol=1e-4)
+        saved = again(input_ids=BATCH.ids_BT).logits.flatten(0, 1)[BATCH.positions_N]
+        torch.testing.assert_close(saved, own, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "config", [{"target_modules": ["q", "shared"]}, {"target_modules": ["q"], "modules_to_save": ["lm_head"]}]
+)
+def test_an_adapter_that_parts_the_tied_weights_of_an_encoder_decoder_is_refused(config, tmp_path):
+    """umT5 scales what its head reads where that is tied: parted it would be another model."""
+    path = tiny.save(tmp_path / "m", "umt5", tie_word_embeddings=True)
+    of_others(AutoModelForSeq2SeqLM.from_pretrained(path), tmp_path / "adapter", **config)
+    with pytest.raises(ModelError, match="changes one of the weights that are tied in this umt5 model"):
+        load(tmp_path / "adapter")
 
 
 def test_what_is_wrong_with_an_adapter_is_said(tmp_path):

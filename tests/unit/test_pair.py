@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, BertConfig
 
 from distillm_cli.config.schema import Recipe, Student
+from distillm_cli.core.events import Warned
 from distillm_cli.errors import ModelError, UsageError
 from distillm_cli.models.backbone import vocabulary_size
+from distillm_cli.models.contexts import longrope_bound
 from distillm_cli.models.pair import (
     bf16_is_fast,
     check_vocabularies,
@@ -261,3 +263,42 @@ def test_a_tokenizer_that_the_output_directory_would_not_give_back_is_refused(tm
         with pytest.raises(ModelError, match="qwen2 model's directory is read with qwen2's own kind") as caught:
             load_pair(recipe, device=CPU, texts=lambda _: iter(texts))
         assert caught.value.exit_code == 4
+
+
+def test_what_a_student_loses_with_its_own_tokenizer_is_said(tmp_path):
+    teacher = tiny.save(tmp_path / "teacher")
+    own, events = tiny.tokenizer(size=tiny.VOCAB), []
+    own.add_special_tokens({"additional_special_tokens": ["<im_start>", "<im_end>"]})
+    own.chat_template = "{% for m in messages %}<im_start>{{ m['content'] }}<im_end>{% endfor %}"
+    student = tiny.save(tmp_path / "student", rows=len(own), own_tokenizer=own)
+    recipe = Recipe(teacher={"path": teacher}, student={"path": student})
+    pair = load_pair(recipe, device=torch.device("cpu"), listener=events.append)
+    assert len(pair.tokenizer) == tiny.VOCAB
+    (told,) = [event.text for event in events if isinstance(event, Warned)]
+    assert told.endswith("its own tokens <im_end>, <im_start> and chat template are lost")
+    events.clear()
+    turned = Recipe(teacher={"path": student}, student={"path": teacher})
+    load_pair(turned, device=torch.device("cpu"), listener=events.append)
+    assert not [event for event in events if isinstance(event, Warned)], "the smaller vocabulary is kept"
+
+
+def test_where_longrope_changes_its_factors_is_read_from_the_config():
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    llama = tiny.config("llama", rope_parameters=rope | {"original_max_position_embeddings": 24})
+    assert longrope_bound(llama) == 24
+    assert longrope_bound(tiny.config("llama")) is None
+
+
+def test_a_teacher_that_comes_back_answers_by_its_own_logits_where_it_did_before(tmp_path):
+    """A Switch scales what its head reads, in a way that only its own forward knows."""
+    sizes = {"d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 64, "num_layers": 2, "num_experts": 2}
+    ids = {"vocab_size": tiny.VOCAB, "eos_token_id": 0, "pad_token_id": 1, "decoder_start_token_id": 1}
+    switch = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("switch_transformers", **ids, **sizes))
+    switch.save_pretrained(tmp_path / "teacher")
+    tiny.tokenizer(size=tiny.VOCAB).save_pretrained(tmp_path / "teacher")
+    recipe = Recipe(teacher={"path": str(tmp_path / "teacher")}, student={"path": tiny.save(tmp_path / "t5", "t5")})
+    pair, batch = load_pair(recipe, device=torch.device("cpu")), tiny.batch([(3, 4), (5, 2)], tiny.VOCAB)
+    assert not pair.teacher.check_head(batch)
+    again = teacher_again(recipe, pair, torch.device("cpu"))
+    with torch.no_grad():
+        torch.testing.assert_close(again.head().logits(again(batch)), pair.teacher.logits(batch))
