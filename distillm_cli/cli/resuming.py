@@ -55,13 +55,12 @@ def checkpoint_of(output: Path, recipe, *, started: bool = True, movable: Collec
     return checkpoint
 
 
-def check_inputs(checkpoint: Checkpoint | None, inputs: Mapping[str, str]) -> None:
+def check_inputs(checkpoint: Checkpoint, inputs: Mapping[str, str]) -> None:
     """Raises CheckpointError where what lies under the recipe's names is not what the run was begun with.
 
     inputs: by name, what tells it from others; the student's as it was loaded, before the checkpoint's weights.
     """
-    then = {} if checkpoint is None else checkpoint.state.get("inputs", {})
-    for name, known in then.items():
+    for name, known in checkpoint.state.get("inputs", {}).items():
         if name in inputs and inputs[name] != known:
             raise CheckpointError(
                 f"the {name} {'have' if name.endswith('s') else 'has'} changed since the run was started",

@@ -171,10 +171,8 @@ def plan_keeping(run: Prepared, *, before: str | None = None, rebuild: bool = Fa
 
 def _planned_by_itself(run: Prepared, per_token: int) -> Keeping:
     """``auto``: the disk where a cache is there already, else memory where it pays and fits, else off."""
-    root, rows = _root(run), teacher_cache.rows_digest(run.train.sequences)
-    # The weights are read only where the name of some cache gives hope.
-    may_be_there = (root / teacher_cache.FACTS).exists() or any(root.glob(f"*-{rows[:16]}"))
-    if may_be_there and uses_rows(run.recipe):
+    root = _root(run)
+    if uses_rows(run.recipe) and _may_be_there(root, run):
         found = _planned_on_disk(run, per_token)
         if found.is_made:
             return found
@@ -190,6 +188,13 @@ def _planned_by_itself(run: Prepared, per_token: int) -> Keeping:
         return found
     why = f"not kept: {amount(size)}B is more than a quarter of the {amount(free)}B of free memory"
     return Keeping("off", f"{why} (--teacher-cache disk would keep them in {root})")
+
+
+def _may_be_there(root: Path, run: Prepared) -> bool:
+    """Whether the name of some cache gives hope: only then are the weights read."""
+    if (root / teacher_cache.FACTS).exists() or not root.is_dir():
+        return root.is_dir()
+    return any(root.glob(f"*-{teacher_cache.rows_digest(run.train.sequences)[:16]}"))
 
 
 def _planned_in_memory(run: Prepared, per_token: int, *, rows: bool) -> Keeping:

@@ -75,7 +75,7 @@ def train(
         if resume and stage and not checkpoint:
             of_stage = checkpoint_of(output / outputs.SFT, stage.recipe, movable=movable)
         run = prepare(recipe, ui, early)
-        for earlier in (checkpoint, of_stage):
+        for earlier in filter(None, (checkpoint, of_stage)):
             check_inputs(earlier, run.inputs)
         before = None if checkpoint is None else checkpoint.state.get("teacher_cache")
         check_answers(run)

@@ -161,6 +161,8 @@ def _spelling(texts: Iterator[str], *, words: bool) -> Tokenizer:
 
 def lost_with(own: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
     """What a model had with its own tokenizer and has not with the other, as the start of a sentence; None for nothing."""
+    if own is other:
+        return None
     tokens = sorted(own.get_vocab().keys() - other.get_vocab().keys())
     more = f" and {len(tokens) - 3} more" if len(tokens) > 3 else ""
     parts = [f"tokens {', '.join(tokens[:3])}{more}"] if tokens else []
