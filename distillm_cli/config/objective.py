@@ -24,14 +24,9 @@ _AB = ReadWhen(
     {"objective.divergence": ("ab",)}, {"objective.divergence": ("amid",), "objective.amid_divergence": ("ab",)}
 )
 _CURVED = ReadWhen({"schedule.kind": ("annealed",), "schedule.anneal": ("exponential", "sigmoid")})
-_DRAWING = (
-    "on",
-    "mixed",
-    "annealed",
-    "adaptive",
-    "interleaved",
-)  # fresh outputs of the student or, at will, earlier ones
-_BUFFERED = under(*_DRAWING)
+# Schedules with fresh outputs of the student or, at will, earlier ones.
+DRAWING = ("on", "mixed", "annealed", "adaptive", "interleaved")
+_BUFFERED = under(*DRAWING)
 _REPLAYED = (
     {"schedule.replay": ("decreasing", "constant", "increasing")},
     {"schedule.kind": ("adaptive",), "schedule.replay": ("auto",)},
@@ -41,7 +36,7 @@ _WEIGHED = ({"objective.kd_weight": _ABOVE_ZERO}, {"objective.policy_gradient": 
 _LEARNT = ReadWhen(*_WEIGHED, {"train.select": ("valid_divergence",)}, of_method=False)
 _HALVED = ReadWhen(  # one half alone is of no account where it is the divergence as it stands
     {"schedule.kind": ("pairs",)},
-    {"schedule.kind": (*_DRAWING, "rounds"), "objective.divergence": ("kl", "skl")},
+    {"schedule.kind": (*DRAWING, "rounds"), "objective.divergence": ("kl", "skl")},
     {"objective.divergence": ("rkl", "srkl", "jsd", "jeffreys")},
     {"objective.curriculum": ("on",)},
     of_method=False,

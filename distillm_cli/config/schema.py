@@ -25,22 +25,14 @@ from distillm_cli.config.fields import (
     Such,
     under,
 )
-from distillm_cli.config.objective import Objective, Schedule
+from distillm_cli.config.objective import DRAWING, Objective, Schedule
 
 _SAMPLED = under("teacher", "pairs", "interleaved")
 _MIXED = ReadWhen(  # what is drawn for a whole epoch of pairs is the student's own
     {"schedule.kind": ("on", "mixed", "annealed", "adaptive", "rounds")},
     {"schedule.kind": ("pairs",), "schedule.redraw": ("never",)},
 )
-_DRAWN = (
-    "on",
-    "mixed",
-    "annealed",
-    "adaptive",
-    "pairs",
-    "interleaved",
-    "rounds",
-)  # schedules with outputs of the student
+_DRAWN = (*DRAWING, "pairs", "rounds")  # schedules with outputs of the student
 _OF_STUDENT = ReadWhen({"schedule.kind": _DRAWN}, of_method=False)
 _OF_EITHER = ReadWhen({"schedule.kind": (*_DRAWN, "teacher")}, of_method=False)
 _FALLING = ReadWhen({"train.lr_schedule": ("cosine", "linear")}, of_method=False)
