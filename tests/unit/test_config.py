@@ -305,7 +305,7 @@ def test_a_method_named_by_hand_brings_its_preset_along(recipe):
         (
             {"method": "kd"},
             ["rollout.bulk=4"],
-            "interleaved, rounds and teacher, and here schedule.kind is off (method kd)",
+            "pairs, rounds and teacher, and here schedule.kind is off (method kd)",
         ),
         ({"method": "seqkd"}, ["rollout.top_k=4"], "here schedule.kind is teacher (method seqkd); leave it out"),
         ({"student": "layers:2"}, ["student.revision=main"], "here student.path is layers:2; leave it out"),
