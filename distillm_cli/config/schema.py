@@ -345,7 +345,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _the_rate_falls(self) -> Recipe:
-        least = 0.0 if self.train.lr_schedule == "constant" else self.train.min_lr
+        least, anyway = self.train.min_lr, Train.model_fields["min_lr"].default
+        if self.train.lr_schedule == "constant" or least == anyway:  # below which a rate just stays as it is
+            return self
         for key, highest in (("train.lr", self.train.lr), ("student.sft_lr", self.student.sft_lr)):
             if highest is not None and least > highest:
                 raise ValueError(

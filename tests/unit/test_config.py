@@ -645,12 +645,12 @@ def test_aliases_cannot_blow_a_recipe_up(recipe):
             "train.min_lr = 0.01; train.min_lr 0.01 is above train.lr 0.0005, and a rate falls; try",
         ),
         (
-            "train: {lr: 1e-9}",
-            "train.lr = 1.0e-09; train.min_lr 1e-07 is above train.lr 1e-09, and a rate falls; try --set",
+            "train: {lr: 1e-9, min_lr: 1e-8}",
+            "train.min_lr 1e-08 is above train.lr 1e-09, and a rate falls; try --set",
         ),
         (
-            "student: {sft_epochs: 1, sft_lr: 1e-9}",
-            "train.min_lr 1e-07 is above student.sft_lr 1e-09, and a rate falls",
+            "{train: {min_lr: 1e-6}, student: {sft_epochs: 1, sft_lr: 1e-9}}",
+            "train.min_lr 1e-06 is above student.sft_lr 1e-09, and a rate falls",
         ),
         ("student: {lora_output: adapter}", "without an adapter, student.lora.r; try --lora 16"),
         (
@@ -667,6 +667,11 @@ def test_aliases_cannot_blow_a_recipe_up(recipe):
 )
 def test_a_wrong_value_is_told_with_its_place_and_a_cure(recipe, text, said):
     assert said in complaint(text, recipe)
+
+
+def test_a_rate_below_the_least_that_nobody_asked_for_stays_as_it_is():
+    made = resolve(command="distill", sets=["train.lr=1e-9", "student.sft_epochs=1", "student.sft_lr=1e-8"]).recipe
+    assert (made.train.lr, made.student.sft_lr) == (1e-9, 1e-8)
 
 
 def test_a_stage_before_distillation_is_not_for_sft():
