@@ -260,3 +260,12 @@ except DistillmError as error:
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, env=env)
     assert done.stdout.startswith(f"7 out of memory while reading the weights of {tmp_path}/large; "), done.stderr
+
+
+@pytest.mark.parametrize("depth", [0, -1])
+def test_a_model_without_layers_is_none(tmp_path, depth):
+    tiny.save(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": depth}))
+    with pytest.raises(ModelError, match=f"num_hidden_layers is {depth}; its config.json must name at least one layer"):
+        load_backbone(str(tmp_path / "model"), dtype=torch.float32, device=torch.device("cpu"))
