@@ -198,7 +198,7 @@ def _prepared(recipe: Recipe, listener: Listener, early: Early) -> Prepared:
         pair = load_pair(recipe, device=device, texts=texts, tokenizers=tokenizers, listener=listener)
         tokenizer, ends = pair.tokenizer, ahead.ends(pair.tokenizer)
         encoder = Encoder(tokenizer, recipe.data, is_encoder_decoder=pair.student.is_encoder_decoder, ends=ends)
-        contexts = [m.context for m in (pair.teacher, pair.student) if m is not None and m.context is not None]
+        contexts = [model.context for model in pair.models.values() if model.context is not None]
         context = min(contexts, default=None)
         _check_heads(pair, context, listener)
         _warn_of_longrope(pair, min(recipe.data.max_length, context or recipe.data.max_length), listener)
@@ -212,12 +212,9 @@ def _prepared(recipe: Recipe, listener: Listener, early: Early) -> Prepared:
         first = {name: weight.to("cpu", copy=True) for name, weight in pair.student.state().items()}
         begins = first.copy
     samples = None if beforehand is None else encoded(beforehand, train, encoder, recipe.data, context)
-    there = {"teacher": pair.teacher, "student": pair.student}
     # Rounded: on another device `auto` may load them in another type.
     models = {
-        role: fingerprint(backbone.model.state_dict().items(), torch.bfloat16)
-        for role, backbone in there.items()
-        if backbone is not None
+        role: fingerprint(backbone.model.state_dict().items(), torch.bfloat16) for role, backbone in pair.models.items()
     }
     return Prepared(
         recipe, listener, device, dtype, train_rows, valid_rows, pair, encoder, train, valid, begins, samples, models
@@ -298,8 +295,8 @@ def _checkpoint_activations(student: Backbone) -> None:
 
 
 def _warn_of_longrope(pair: Pair, longest: int, listener: Listener) -> None:
-    for name, model in (("teacher", pair.teacher), ("student", pair.student)):
-        bound = None if model is None else longrope_bound(model.model.config)
+    for name, model in pair.models.items():
+        bound = longrope_bound(model.model.config)
         if bound is not None and longest > bound:
             what = f"rows may be longer than {bound:,} tokens, where the {name}'s rotary factors change (longrope)"
             how = "what it says of a row depends on the longest one beside it"
@@ -315,7 +312,7 @@ def _check_heads(pair: Pair, context: int | None, listener: Listener) -> None:
     ids = np.arange(1, half + 1, dtype=np.int32) % pair.vocab
     # Of two lengths, so that padding is among what is checked.
     batch = collate([Sequence(ids, ids), Sequence(ids[: max(1, half - 1)], ids)])
-    for name, model in (("teacher", pair.teacher), ("student", pair.student)):
-        if model is not None and not model.check_head(batch.to(model.device)):
+    for name, model in pair.models.items():
+        if not model.check_head(batch.to(model.device)):
             kind = model.model.config.model_type
             listener(Warned(f"the {name}'s head ({kind}) is not a plain one: using the model's own logits, slower"))

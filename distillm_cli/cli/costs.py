@@ -150,7 +150,7 @@ def memory(run: Run) -> dict[str, int]:
     if run.samples_of_the_student:
         parts["rollout_weights"] = copied(student, run.itemsize)
         parts["rollout_cache"] = cache_bytes(student, positions, run.itemsize)
-    if run.samples_of_the_teacher or run.mixes or (run.teacher is not None and recipe.schedule.kind == "interleaved"):
+    if run.samples_of_the_teacher or (run.teacher is not None and recipe.decodes_beside_the_teacher):
         parts["teacher_rollout_cache"] = cache_bytes(run.teacher, positions, run.teacher_itemsize)
     if run.device == "cpu":
         caches = {

@@ -73,9 +73,13 @@ def load(model: str, recipe: Recipe, listener: Listener) -> tuple[Backbone, Enco
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     device = resolve_device(recipe.train.device)
-    dtype = resolve_dtype(recipe.student.dtype, device)
-    backbone = load_backbone(model, dtype=dtype, device=device, listener=listener)
+    backbone = load_backbone(model, dtype=precision(recipe), device=device, listener=listener)
     return backbone, Encoder(backbone.tokenizer, recipe.data, is_encoder_decoder=backbone.is_encoder_decoder)
+
+
+def precision(recipe: Recipe) -> torch.dtype:
+    """What a model is decoded in."""
+    return resolve_dtype(recipe.student.dtype, resolve_device(recipe.train.device))
 
 
 def check_head(backbone: Backbone, encoder: Encoder, row: Row, listener: Listener) -> None:

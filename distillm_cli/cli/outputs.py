@@ -93,7 +93,7 @@ def written(output: Path) -> Iterator[Path]:
 
     Nothing where no run has been: what has the same name there is somebody's own.
     """
-    if not _is_resolved(output / RECIPE):
+    if not is_resolved(output / RECIPE):
         return
     for pattern in _FILES:
         yield from output.glob(pattern)
@@ -115,28 +115,25 @@ def written(output: Path) -> Iterator[Path]:
 def foreign(output: Path) -> Path | None:
     """A file in the directory that a run would replace and that no run wrote; None where there is none."""
     ours = set(written(output))
-    names = (
-        *_FILES,
-        CARD,
-        RECIPE,
-        *(f"{name}/{pattern}" for name, patterns in _FOLDERS.items() for pattern in patterns),
+    in_folders = (f"{name}/{pattern}" for name, patterns in _FOLDERS.items() for pattern in patterns)
+    found = (
+        path for name in (*_FILES, CARD, RECIPE, *in_folders) for path in sorted(output.glob(name)) if path not in ours
     )
-    found = (path for name in names for path in sorted(output.glob(name)) if path not in ours)
     return next((path for path in found if not any(parent in ours for parent in path.parents)), None)
 
 
 def has_stage(output: Path) -> bool:
     """Whether ``OUTPUT/sft`` is a stage of the run in ``output``, and no run of its own beside it."""
-    if not (output / SFT).is_dir() or not _is_resolved(output / RECIPE):
+    if not (output / SFT).is_dir() or not is_resolved(output / RECIPE):
         return False
     epochs = re.search(r"^  sft_epochs: +([\d.]+)", _text(output / RECIPE), re.M)
     return epochs is not None and float(epochs[1]) > 0
 
 
-def _is_resolved(recipe: Path) -> bool:
-    """Whether a run wrote this recipe: every setting is in it, and says where it came from."""
+def is_resolved(recipe: Path) -> bool:
+    """Whether a run wrote this recipe or pipeline: every setting is in it, and says where it came from."""
     lines = _text(recipe).splitlines() if recipe.is_file() else []
-    values = [line for line in lines if not line.startswith("#") and not line.endswith(":")]
+    values = [line for line in lines if not line.lstrip().startswith("#") and not line.endswith(":")]
     return len(values) > _MANY and all("  # " in line for line in values)
 
 

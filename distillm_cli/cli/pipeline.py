@@ -7,7 +7,6 @@ unfinished one goes on from its own checkpoint, rows or results.
 from __future__ import annotations
 
 import itertools
-import re
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from distillm_cli.ui.console import Console
 
 RESOLVED = "pipeline.yaml"
-_OURS = re.compile(r"stages:\n  \S+:\n    verb: \w+ +# (.+\n)+?    method: \S+ +# ")
 
 
 @dataclass(frozen=True)
@@ -117,8 +115,8 @@ def said(state: State) -> str:
 
 
 def _check_free(path: Path) -> None:
-    """Raises UsageError for a file that is somebody's own pipeline: ours say of each value where it came from."""
-    if path.is_file() and not _OURS.match(path.read_text(encoding="utf-8", errors="replace")):
+    """Raises UsageError for a file that is somebody's own pipeline."""
+    if path.is_file() and not outputs.is_resolved(path):
         what = f"{path} was not written by `distillm run`, which would replace it"
         raise UsageError(what, hint="choose another --output, or move it away")
 
@@ -262,6 +260,7 @@ def _train(
     # Checkpoints are this making's own only once the directory has been cleared for it.
     resume = record.status == "started" and bool(visible(place / outputs.CHECKPOINTS))
     begun: Callable[[], None] = lambda: stages.write(place, replace(record, status="started"))  # noqa: E731
+    outputs.check(place, resume=resume, overwrite=not resume)
     if not resume:
         check_spared(verb, resolved.recipe, place)
     with outputs.claimed(place):

@@ -33,8 +33,8 @@ def samplers(run: Prepared) -> list[Backbone]:
     found = []
     if not run.sft and schedule.may_use_student_outputs:
         found.append(run.student)
-    mends = schedule.may_use_student_outputs and (recipe.schedule.kind == "interleaved" or recipe.mixes_in_the_teacher)
-    if run.pair.teacher is not None and (mends or (schedule.may_use_teacher_samples and run.teacher_samples is None)):
+    beside = schedule.may_use_student_outputs and recipe.decodes_beside_the_teacher
+    if run.pair.teacher is not None and (beside or (schedule.may_use_teacher_samples and run.teacher_samples is None)):
         found.append(run.pair.teacher)
     return found
 

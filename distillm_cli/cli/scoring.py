@@ -60,15 +60,14 @@ def score(
     began = time.perf_counter()
     jobs = _plan(checkpoints, recipe, flags, sets, output, names or {}, ui)
     done: dict[str, dict[str, Told]] = {job.checkpoint: {} for job in jobs}
-    precision: dict[str, str] = {}
     try:
         for job in jobs:
-            precision[job.checkpoint] = _score(job, done[job.checkpoint], resume, ui)
+            _score(job, done[job.checkpoint], resume, ui)
     except KeyboardInterrupt as stop:
         finished, total = sum(map(len, done.values())), sum(len(job.suites) for job in jobs)
         where = f"results of {finished} of {total} are written" if finished else "no suite was finished"
         raise Interrupted("interrupted", signal_number=signal_number(stop), where=where) from None
-    _show(jobs, done, precision, ui)
+    _show(jobs, done, ui)
     found = {
         job.checkpoint: {
             "output": str(job.place),
@@ -127,8 +126,7 @@ def _places(checkpoints: list[str], output: str | None, names: Mapping[str, str]
     return places
 
 
-def _score(job: _Job, done: dict[str, Told], resume: bool, ui: Console) -> str:
-    """Scores one checkpoint; returns the precision it was decoded in."""
+def _score(job: _Job, done: dict[str, Told], resume: bool, ui: Console) -> None:
     backbone, encoder = inference.load(job.checkpoint, job.recipe, ui)
     inference.check_head(backbone, encoder, job.suites[0].rows[0], ui)
     about = {"model": job.checkpoint, "dtype": str(backbone.model.dtype).removeprefix("torch.")}
@@ -143,15 +141,13 @@ def _score(job: _Job, done: dict[str, Told], resume: bool, ui: Console) -> str:
         result = evaluate(backbone, encoder, suite, job.recipe.eval, ui, skip_long=job.recipe.data.skip_bad_rows)
         save(result, job.place, about)
         done[suite.name] = result.as_json()
-    precision = dtype_name(backbone.model.dtype)
     del backbone
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return precision
 
 
-def _show(jobs: list[_Job], done: Mapping[str, Mapping[str, Told]], precision: Mapping[str, str], ui: Console) -> None:
+def _show(jobs: list[_Job], done: Mapping[str, Mapping[str, Told]], ui: Console) -> None:
     several = len(jobs) > 1
     metrics = list(dict.fromkeys(metric for job in jobs for metric in job.recipe.eval.metrics))
     columns = [*(["checkpoint"] if several else []), "suite", "rows", *map(_title, metrics), "entropy"]
@@ -168,7 +164,7 @@ def _show(jobs: list[_Job], done: Mapping[str, Mapping[str, Told]], precision: M
         ui.show(table("By kind of task", [*(["checkpoint"] if several else []), "task", *map(_title, metrics)], tasks))
     ui.show(table("Scores", columns, rows))
     for job in jobs:
-        ui(Note(f"decoded in {precision[job.checkpoint]}; results and predictions: {job.place}"))
+        ui(Note(f"decoded in {dtype_name(inference.precision(job.recipe))}; results and predictions: {job.place}"))
 
 
 def _title(metric: str) -> str:

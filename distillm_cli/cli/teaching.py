@@ -192,8 +192,10 @@ def _planned_by_itself(run: Prepared, per_token: int) -> Keeping:
 
 def _may_be_there(root: Path, run: Prepared) -> bool:
     """Whether the name of some cache gives hope: only then are the weights read."""
-    if (root / teacher_cache.FACTS).exists() or not root.is_dir():
-        return root.is_dir()
+    if not root.is_dir():
+        return False
+    if (root / teacher_cache.FACTS).exists():
+        return True
     return any(root.glob(f"*-{teacher_cache.rows_digest(run.train.sequences)[:16]}"))
 
 

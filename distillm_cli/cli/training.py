@@ -53,7 +53,7 @@ def train(
     begun: Callable[[], None] = lambda: None,
     ui: Console,
 ) -> dict:
-    """Runs the recipe into ``output`` and returns the result object of ``--json``.
+    """Runs the recipe into ``output``, which ``outputs.check`` has passed, and returns the result object of ``--json``.
 
     early: where its rows are on their way already. movable: as of ``checkpoint_of``. begun: called once everything is
     prepared and ``output`` holds nothing of an earlier run any more (or its resume).
@@ -62,7 +62,6 @@ def train(
     if needs_metric(recipe) and not recipe.eval.report_rows:
         what = f"train.select = {recipe.train.select} is measured on eval.report_rows held-out rows, and that is 0"
         raise UsageError(what, hint="try --set eval.report_rows=100, or --set train.select=valid_loss")
-    outputs.check(output, resume=resume, overwrite=overwrite)
     for note in resolved.notes:
         ui(Warned(note))
     stage = sft_before(resolved)

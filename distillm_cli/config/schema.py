@@ -327,6 +327,11 @@ class Recipe(Section):
     eval: Eval = Eval()
 
     @property
+    def decodes_beside_the_teacher(self) -> bool:
+        """Whether the teacher decodes with the student: drafts that it accepts or mends, or a mixture of both."""
+        return self.schedule.kind == "interleaved" or self.mixes_in_the_teacher
+
+    @property
     def mixes_in_the_teacher(self) -> bool:
         """Whether student outputs are drawn from a mixture with the teacher; a policy gradient needs to be told of it even
         where the teacher's share is 0."""

@@ -165,6 +165,15 @@ class FastDecoding:
         self._cache.keep(rows_B)
 
 
+def _accepted(module: nn.Module) -> set[str]:
+    """Which of the inputs that decoding may want to give the module's forward takes."""
+    names = ("past_key_values", "cache_params", "position_ids", "logits_to_keep")
+    accepts = inspect.signature(module.forward).parameters
+    # A wrapper's forward(*args, **kwargs) names nothing; what is behind it is taken to be of the usual kind.
+    usual = "input_ids" not in accepts
+    return {n for n in names if n in accepts or (usual and n != "cache_params")}
+
+
 class _Pass:
     """One pass of the model: ids [B, T] behind a cache → float32 logits [B, vocab] after the last of them, or, where
     ``every`` is asked for, after each: [B, T, vocab]."""
@@ -175,14 +184,9 @@ class _Pass:
         self._modules = list(backbone.model.modules())
         self.head = None if self._own_logits else backbone.head().prepared()
         self.config = self._runs.config
-        names = ("past_key_values", "cache_params", "position_ids", "logits_to_keep")
-        accepts = inspect.signature(self._runs.forward).parameters
-        # A wrapper's forward(*args, **kwargs) names nothing; what is behind it is taken to be of the usual kind.
-        usual = "input_ids" not in accepts
-        self._accepts = {n for n in names if n in accepts or (usual and n != "cache_params")}
-        self._cache_name = next((n for n in names[:2] if n in self._accepts), None)
+        self._accepts = _accepted(self._runs)
+        self._cache_name = next((n for n in ("past_key_values", "cache_params") if n in self._accepts), None)
         self.recurrent = self._cache_name == "cache_params"
-        self.knows_positions = "position_ids" in self._accepts
         if self._cache_name is None or backbone.model.config.model_type in _STATE_IN_LAYERS:
             raise _mute(backbone, "it has no cache of the usual kind")
 
@@ -196,7 +200,7 @@ class _Pass:
     ) -> torch.Tensor:
         last = slice(None) if every else -1
         inputs: dict[str, Any] = {"attention_mask": mask, self._cache_name: cache}
-        if self.knows_positions:  # learned positions would count the padding too
+        if "position_ids" in self._accepts:  # learned positions would count the padding too
             inputs["position_ids"] = positions_BT
         # In training mode gradient checkpointing would drop the cache without an error.
         with evaluating(self._modules), torch.autocast(ids_BT.device.type, enabled=False):
@@ -219,9 +223,8 @@ def cast(model: nn.Module, dtype: torch.dtype, adapter: Adapter | None = None) -
     if dtype == torch.float16:
         kept += [*(getattr(model, "_keep_in_fp32_modules", None) or ())]
     memo: dict[int, Any] = {id(model.config): model.config} | {id(buffer): buffer for buffer in model.buffers()}
-    memo |= {
-        id(buffer): buffer.to(dtype) for name, buffer in model.named_buffers() if name in _cast_buffers(model, dtype)
-    }
+    to_cast = _cast_buffers(model, dtype)
+    memo |= {id(buffer): buffer.to(dtype) for name, buffer in model.named_buffers() if name in to_cast}
 
     def made(name: str, weight: torch.Tensor) -> nn.Parameter:
         same = weight.dtype != torch.float32 or any(part in name.split(".") for part in kept)
@@ -252,13 +255,13 @@ def _cast_buffers(model: nn.Module, dtype: torch.dtype) -> set[str]:
     """
     known = _CAST_BUFFERS.setdefault(model, {})
     if dtype not in known:
-        known[dtype] = set()
-        made = {name for name, buffer in model.named_buffers() if buffer.dtype == torch.float32}
-        if dtype != torch.float32 and made.difference(model.state_dict()):
+        found = {name for name, buffer in model.named_buffers() if buffer.dtype == torch.float32}
+        found.difference_update(model.state_dict())
+        if dtype != torch.float32 and found:
             with torch.device("meta"), torch.random.fork_rng(devices=[]):
                 bare = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
-            cast = {name for name, buffer in bare.named_buffers() if buffer.dtype == dtype}
-            known[dtype] = made.intersection(cast).difference(model.state_dict())
+            found &= {name for name, buffer in bare.named_buffers() if buffer.dtype == dtype}
+        known[dtype] = found
     return known[dtype]
 
 
@@ -286,7 +289,8 @@ def check_decoding(backbone: Backbone, decode: Callable[[Backbone, Sequence[np.n
             raise
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise _mute(backbone, said[:200]) from error
-    if backbone.is_encoder_decoder or _Pass(backbone).knows_positions:
+    runs = backbone.model if backbone.own_logits else backbone.trunk
+    if backbone.is_encoder_decoder or "position_ids" in _accepted(runs):
         return True
     try:
         return close(tried(ids), alone, backbone.model.dtype)

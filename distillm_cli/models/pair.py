@@ -68,6 +68,11 @@ class Pair:
     tokenizer: PreTrainedTokenizerBase
     vocab: int
 
+    @property
+    def models(self) -> dict[str, Backbone]:
+        """By role, those that are there."""
+        return {"student": self.student} if self.teacher is None else {"teacher": self.teacher, "student": self.student}
+
 
 def load_pair(
     recipe: schema.Recipe,
