@@ -4,6 +4,8 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 
 @contextmanager
 def file_size(most: int) -> Iterator[None]:
@@ -14,3 +16,21 @@ def file_size(most: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+class Narrow:
+    """Memory for a forward pass over so many sequences and no more, as on a small GPU: it runs out at the pass's end.
+
+    refused: how often it did.
+    """
+
+    def __init__(self, objective: torch.nn.Module, rows: int):
+        self.rows, self.refused, self._forward = rows, 0, objective.forward
+        objective.forward = self
+
+    def __call__(self, batches, *args, **kwargs):
+        made = self._forward(batches, *args, **kwargs)
+        if sum(batch.size for batch in batches) > self.rows:
+            self.refused += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return made

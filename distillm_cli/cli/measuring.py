@@ -174,4 +174,4 @@ def _valid_loss(model: Backbone, engine: Engine) -> float:
     """Mean cross-entropy per token on the validation rows, nats: the student's own measure, for any model."""
     objective = Objective(model, Criterion(None), matmul_dtype=engine.objective.matmul_dtype)
     with eval_mode(objective), torch.no_grad():
-        return engine.mean_over_validation(CROSS_ENTROPY, objective)
+        return engine.held_out.mean(CROSS_ENTROPY, objective)

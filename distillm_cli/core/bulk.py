@@ -25,6 +25,7 @@ class Bulk:
     def __init__(self, rollouts: Rollouts | None):
         self.rollouts = rollouts
         self.waiting: dict[int, list[Sequence]] = {}  # by the step they were drawn for
+        self.served: tuple[int, list[Sequence]] | None = None
 
     def serves(self, step: int) -> bool:
         """Whether a batch is there for this step, or from an earlier one that trained on something else after all."""
@@ -39,7 +40,15 @@ class Bulk:
 
     def batch(self) -> list[Sequence]:
         """The batch that has waited longest."""
-        return self.waiting.pop(min(self.waiting))
+        drawn_for = min(self.waiting)
+        self.served = drawn_for, self.waiting.pop(drawn_for)
+        return self.served[1]
+
+    def put_back(self) -> None:
+        """What was served last waits again, unless ``served`` has been cleared since."""
+        if self.served is not None:
+            drawn_for, batch = self.served
+            self.waiting[drawn_for], self.served = batch, None
 
     def state(self) -> dict[str, Any]:
         """What is waiting, for a checkpoint; the sequences themselves are in ``pack``."""

@@ -15,13 +15,15 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distillm_cli.config.schema import Train
+from distillm_cli.core.attempts import Before, in_halves, release
 from distillm_cli.core.bulk import Bulk
 from distillm_cli.core.checkpoint import Checkpoint, Checkpoints, random_states, restore_random_states
 from distillm_cli.core.criterion import CROSS_ENTROPY, Piece
-from distillm_cli.core.events import Listener, Note, RunEnded, RunStarted, Saved, Stepped, Validated, silent
+from distillm_cli.core.events import Listener, Note, RunEnded, RunStarted, Saved, Stepped, Validated, Warned, silent
+from distillm_cli.core.held_out import HeldOut
 from distillm_cli.core.objective import Objective, joined
 from distillm_cli.core.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from distillm_cli.core.progress import Progress
@@ -31,8 +33,8 @@ from distillm_cli.core.samples import Samples
 from distillm_cli.core.scheduler import Scheduler, Source
 from distillm_cli.core.stopping import stop_on_signal
 from distillm_cli.core.teacher import Teacher
-from distillm_cli.core.terms import PerToken, Terms
-from distillm_cli.errors import Interrupted, NonFiniteError
+from distillm_cli.core.terms import PerToken
+from distillm_cli.errors import Interrupted, NonFiniteError, OutOfMemoryError, out_of_memory
 from distillm_cli.sequences import LEAST_PASS_COST, Batch, Passes, Sequence, collate, micro_batches
 from distillm_cli.words import counted
 
@@ -93,11 +95,15 @@ class Engine:
         self.objective, self.train, self.steps, self.steps_per_epoch = objective, train, steps, steps_per_epoch
         self.batches, self.scheduler, self.replay = batches, scheduler, replay
         self.bulk, self.fresh, self.samples, self.teacher = bulk, fresh, samples or {}, teacher
-        self.validation, self.score, self.checkpoints, self.recipe = validation, score, checkpoints, recipe or {}
+        self.score, self.checkpoints, self.recipe = score, checkpoints, recipe or {}
         self.as_at_start, self.pass_cost, self.inputs = as_at_start, pass_cost, inputs
         self.method, self.device, self.dtype, self.say = method, torch.device(device), dtype, listener
         self.ahead = Bulk(rollouts)
         self.at, self.saved_step, objective.say = Progress(), None, listener
+        self.held_out = HeldOut(
+            validation, teacher=teacher, device=self.device, autocast=self._autocast, listener=listener
+        )
+        self.most_rows = train.batch_size  # of a micro-batch; fewer once memory has run out
         self.optimizer = build_optimizer(objective, train)
 
     def run(self) -> Progress:
@@ -112,11 +118,8 @@ class Engine:
             while self.at.step < self.steps and self.at.reason == "done":
                 clock = time.perf_counter()
                 source = self.scheduler.draw(self.at.step, len(self.replay))
-                try:
-                    parts = self._draw_parts(source)
-                except NonFiniteError as error:
-                    raise self._diverged(error.what, source) from error
-                loss, grad_norm, lr = self._update(parts)
+                parts, loss, grad_norm = self._learn(source)
+                lr = self._apply(loss)
                 self._count(source, parts, loss, grad_norm, lr, time.perf_counter() - clock)
                 if self._due(self.train.eval_steps):
                     self._validate()
@@ -176,22 +179,72 @@ class Engine:
                 self.at.count(self.ahead.draw(due, self.at.step))
         return self.ahead.batch()
 
-    def _update(self, parts: list[Piece]) -> tuple[float, float, float]:
-        """One optimizer step over all its parts, in micro-batches; (loss per token, gradient norm, learning rate)."""
-        lr = learning_rate(self.train, self.at.step, self.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        criterion, progress = self.objective.criterion, (self.at.step + 1) / self.steps
+    def _learn(self, source: Source) -> tuple[list[Piece], float, float]:
+        """What the step trains on, its loss per token, and the norm of the gradient, which the parameters then have.
+
+        Raises NonFiniteError or OutOfMemoryError after saving: all is then as if the step had not begun.
+        """
+        before = Before(self.objective.criterion, self.replay, self.ahead, self.device)
+        where = f"at step {self.at.step + 1} ({source} batch); nothing was applied"
+        try:
+            parts = self._draw_parts(source)
+            return parts, *self._gradients(parts, before)
+        except NonFiniteError as error:
+            lr = learning_rate(self.train, self.at.step, self.steps)
+            cause, failed = (
+                error,
+                NonFiniteError(f"{error.what} {where}", hint=f"lower --lr (now {lr:g}), or --dtype fp32"),
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            release(error)
+            hint = (
+                "go on with --resume where more is free" if self.at.step and self.checkpoints else "lower --max-length"
+            )
+            cause, failed = error, OutOfMemoryError(f"out of memory {where}", hint=hint)
+        self.optimizer.zero_grad(set_to_none=True)
+        before.undo()
+        if self.at.step:
+            self._save()
+        raise failed from cause
+
+    def _gradients(self, parts: list[Piece], before: Before) -> tuple[float, float]:
+        """As ``_learn`` says, clipped. Where memory runs out, micro-batches are halved from then on."""
+        largest = max(len(part.sequences) for part in parts)
+
+        def halve() -> bool:
+            rows = min(self.most_rows, largest)
+            if rows == 1:
+                return False
+            self.optimizer.zero_grad(set_to_none=True)
+            before.again()
+            self.most_rows = rows // 2
+            self.say(Warned(f"out of memory with {rows} rows at once: going on with {self.most_rows}, same gradient"))
+            return True
+
+        total = in_halves(lambda: self._backward(parts), halve)
+        norm = nn.utils.get_total_norm([p.grad for p in self.objective.parameters() if p.grad is not None])
+        loss, grad_norm = torch.stack((total, norm)).tolist()  # the one time a step waits for a device
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise NonFiniteError(f"loss {loss}, gradient norm {grad_norm}")
+        if self.train.clip and grad_norm > self.train.clip:
+            nn.utils.clip_grads_with_norm_(self.objective.parameters(), self.train.clip, norm)
+        return loss, grad_norm
+
+    def _backward(self, parts: list[Piece]) -> Tensor:
+        """One attempt at the gradients, in micro-batches; the step's loss."""
+        criterion = self.objective.criterion
         micro = [
             (part.source, cuts)
             for part in parts
-            for cuts in micro_batches(part.sequences, self.train.batch_size, self.pass_cost)
+            for cuts in micro_batches(part.sequences, self.most_rows, self.pass_cost)
         ]
-        own, told = self._look_ahead(micro, progress)
+        own, told = self._look_ahead(micro)
         count = criterion.count([s for part in parts for s in part.sequences])
         loss = torch.zeros((), device=self.device)
         for (source, cuts), per_token, told_ND in zip(micro, own, told, strict=True):
-            terms = criterion.terms(source, progress)
+            terms = criterion.terms(source, self._progress)
             batches = self._collated(cuts)
             with self._autocast():
                 if told_ND is None and terms.kd:
@@ -199,35 +252,31 @@ class Engine:
                 part, _ = self.objective(batches, told_ND, terms, per_token, scale=1 / count)  # of the whole step
             part.backward()
             loss += part.detach()
-        norm = nn.utils.get_total_norm([p.grad for p in self.objective.parameters() if p.grad is not None])
-        loss, grad_norm = torch.stack((loss, norm)).tolist()  # the one time a step waits for a device
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            self.optimizer.zero_grad(set_to_none=True)
-            raise self._diverged(f"loss {loss}, gradient norm {grad_norm}", "+".join(part.source for part in parts))
-        if self.train.clip and grad_norm > self.train.clip:
-            nn.utils.clip_grads_with_norm_(self.objective.parameters(), self.train.clip, norm)
+        return loss
+
+    def _apply(self, loss: float) -> float:
+        """The optimizer's step, after one of this loss; its learning rate."""
+        lr, progress = learning_rate(self.train, self.at.step, self.steps), self._progress
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        criterion.observe(loss, progress)
-        return loss, grad_norm, lr
+        self.objective.criterion.observe(loss, progress)
+        return lr
 
-    def _diverged(self, what: str, sources: str) -> NonFiniteError:
-        """Of the step in hand, after saving: the weights are those before it."""
-        self._save()
-        lr = learning_rate(self.train, self.at.step, self.steps)
-        what += f" at step {self.at.step + 1} ({sources} batch); nothing was applied"
-        return NonFiniteError(what, hint=f"lower --lr (now {lr:g}), or --dtype fp32")
+    @property
+    def _progress(self) -> float:
+        """Of the run once the step in hand is done, 0 to 1."""
+        return (self.at.step + 1) / self.steps
 
     def _collated(self, cuts: Passes) -> list[Batch]:
         return [collate(sequences).to(self.device) for sequences in cuts]
 
-    def _ask(self, batches: list[Batch], cuts: Passes) -> torch.Tensor:
+    def _ask(self, batches: list[Batch], cuts: Passes) -> Tensor:
         """The teacher's states for all of a micro-batch, pass by pass."""
         return joined([self.teacher.hidden(batch, cut) for batch, cut in zip(batches, cuts, strict=True)])
 
-    def _look_ahead(
-        self, micro: list[tuple[Source, Passes]], progress: float
-    ) -> tuple[list[PerToken | None], list[torch.Tensor | None]]:
+    def _look_ahead(self, micro: list[tuple[Source, Passes]]) -> tuple[list[PerToken | None], list[Tensor | None]]:
         """Shows the criterion the whole step, where it wants to see it: what its tokens get of their own, and what the
         teacher, if it was asked, has said of them, so that it need not be asked again."""
         criterion = self.objective.criterion
@@ -239,7 +288,7 @@ class Engine:
                 if "teacher" in criterion.looks_at:
                     told[i] = self._ask(batches, cuts)
                 readings.append(self.objective.read(batches, told[i]))
-        own = criterion.look_ahead(pieces, readings, progress)
+        own = criterion.look_ahead(pieces, readings, self._progress)
         return [None if per_token is None else per_token.to(self.device) for per_token in own], told
 
     def _count(self, source, parts, loss, grad_norm, lr, seconds) -> None:
@@ -254,7 +303,7 @@ class Engine:
 
     def _validate(self) -> None:
         """The student on the held-out rows; the first time, also as it was before training."""
-        if not self.validation:
+        if not self.held_out.batches:
             return
         if self.at.first_valid_loss is None and self.at.step > 0:
             with self.as_at_start():
@@ -265,10 +314,11 @@ class Engine:
         """Held-out cross-entropy, and a divergence or metric where one selects checkpoints; then φ may move."""
         at, select = self.at, self.train.select
         with eval_mode(self.objective), torch.no_grad():
-            at.valid_loss = self.mean_over_validation(CROSS_ENTROPY)
+            at.valid_loss = self.held_out.mean(CROSS_ENTROPY, self.objective)
             at.scores = self.score() if self.score else {}
             if select == "valid_divergence":
-                at.scores["valid_divergence"] = self.mean_over_validation(self.objective.criterion.held_out)
+                terms = self.objective.criterion.held_out
+                at.scores["valid_divergence"] = self.held_out.mean(terms, self.objective)
         if at.first_valid_loss is None:
             at.first_valid_loss = at.valid_loss
         rose = self.scheduler.observe(at.valid_loss)
@@ -281,18 +331,6 @@ class Engine:
             self._save()
         elif step > 0:
             at.stale += 1
-
-    def mean_over_validation(self, terms: Terms, objective: Objective | None = None) -> float:
-        """Mean per token over the held-out rows, nats, of this objective's student or another's."""
-        objective = objective or self.objective
-        total = tokens = 0
-        for sequences in self.validation:
-            batch = collate(sequences).to(self.device)
-            with self._autocast():
-                teacher_hidden_ND = self.teacher.hidden(batch, sequences) if terms.kd else None
-                part, count = objective([batch], teacher_hidden_ND, terms)
-            total, tokens = total + part.double(), tokens + count
-        return (total / tokens).item()
 
     def _is_better(self, value: float) -> bool:
         sign = -1 if self.train.select in LOWER_IS_BETTER else 1

@@ -14,6 +14,7 @@ from distillm_cli.core.contrast import FORWARD, REVERSE, BySource, Curriculum
 from distillm_cli.core.criterion import Criterion, Piece, Reading
 from distillm_cli.core.scheduler import Source
 from distillm_cli.sequences import Sequence
+from tests.limits import Narrow
 from tests.unit import test_engine as runs
 
 DISTILLM2 = {"divergence": "skl", "by_source": True, "curriculum": "on", "reduction": "sequence"}
@@ -105,7 +106,7 @@ def test_a_steps_loss_and_gradient_are_the_papers(name, batch_size):
     fields, forward, reverse = CASES[name]
     engine, parts = engine_of(schema.Objective(**fields), batch_size=batch_size), pair_of_parts()
     before = runs.weights(engine)
-    loss, _, _ = engine._update(parts)
+    loss, _ = runs.step(engine, parts)
     ours = {name: before[name] - value for name, value in runs.weights(engine).items()}
 
     reference = engine_of(schema.Objective(**fields))
@@ -116,11 +117,23 @@ def test_a_steps_loss_and_gradient_are_the_papers(name, batch_size):
         assert_close(ours[name], parameter.grad, rtol=1e-5, atol=1e-8)
 
 
-def test_the_curriculum_is_distillm2s_over_three_epochs_by_hand():
-    """Value, gradient, α and the growing weight of a run of six steps, two an epoch, with the gaps measured by hand."""
+@pytest.mark.parametrize("rows", [100, 2])
+def test_the_curriculum_is_distillm2s_over_three_epochs_by_hand(rows):
+    """Value, gradient, α and the growing weight of a run of six steps, two an epoch, with the gaps measured by hand.
+
+    rows: what there is memory for once the gaps are known. With too little the step is taken anew, and they count once.
+    """
     config = schema.Objective(**DISTILLM2)
     engine = engine_of(config, steps=6, lr=0.3)
     engine.objective.criterion = criterion = criteria.build(config, epochs=3.0)
+    look_ahead, memory = criterion.look_ahead, Narrow(engine.objective, 100)
+
+    def look_ahead_and_shrink(*args):
+        told = look_ahead(*args)
+        memory.rows = rows
+        return told
+
+    criterion.look_ahead = look_ahead_and_shrink
     gaps, seen = {FORWARD: [], REVERSE: []}, []
     for step in range(6):
         parts = pair_of_parts()
@@ -146,7 +159,8 @@ def test_the_curriculum_is_distillm2s_over_three_epochs_by_hand():
         gradients = torch.autograd.grad(expected, list(engine.objective.parameters()))
         before = runs.weights(engine)
         engine.at.step = step
-        loss, _, lr = engine._update(parts)
+        engine.most_rows, memory.rows = engine.train.batch_size, 100
+        loss, lr = runs.step(engine, parts)
         assert loss == pytest.approx(expected.item(), rel=1e-6)
         assert [criterion.alphas[FORWARD], criterion.alphas[REVERSE]] == pytest.approx(alphas, rel=1e-6)
         for (name, value), gradient in zip(runs.weights(engine).items(), gradients, strict=True):
@@ -154,6 +168,7 @@ def test_the_curriculum_is_distillm2s_over_three_epochs_by_hand():
         seen += alphas
     assert seen[:4] == [0.1] * 4  # the first epoch's are fixed
     assert len({round(a, 6) for a in seen}) > 2
+    assert memory.refused == (0 if rows == 100 else 6)
 
 
 def test_easy_batches_get_less_skew_within_the_bounds():

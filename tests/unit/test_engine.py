@@ -5,7 +5,8 @@ import json
 import os
 import signal
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,20 +14,22 @@ from torch.testing import assert_close
 
 from distillm_cli.config import schema
 from distillm_cli.core import criteria
+from distillm_cli.core.attempts import Before
 from distillm_cli.core.checkpoint import Checkpoints, read
-from distillm_cli.core.criterion import Piece
+from distillm_cli.core.criterion import CROSS_ENTROPY, Piece
 from distillm_cli.core.engine import Engine
-from distillm_cli.core.events import Saved, Stepped, Validated
+from distillm_cli.core.events import Saved, Stepped, Validated, Warned
+from distillm_cli.core.held_out import HeldOut
 from distillm_cli.core.metrics_log import MetricsLog
 from distillm_cli.core.objective import Objective
 from distillm_cli.core.replay import ReplayBuffer
 from distillm_cli.core.rollout import SampledRollouts
 from distillm_cli.core.scheduler import Scheduler, Source
 from distillm_cli.core.teacher import FirstEpoch, RowStates, Teacher
-from distillm_cli.errors import CheckpointError, Interrupted, NonFiniteError, StorageError
+from distillm_cli.errors import CheckpointError, Interrupted, NonFiniteError, OutOfMemoryError, StorageError
 from distillm_cli.models.backbone import Backbone
 from tests import tiny
-from tests.limits import file_size
+from tests.limits import Narrow, file_size
 
 TOKENIZER = tiny.tokenizer()
 ROWS = tiny.sequences([(3 + i % 5, 2 + i % 4) for i in range(24)], vocab=len(TOKENIZER), seed=2)
@@ -105,6 +108,12 @@ def build(
 
 def weights(engine):
     return {name: p.detach().clone() for name, p in engine.objective.named_parameters()}
+
+
+def step(engine, parts):
+    """One optimizer step on these parts; its loss and learning rate."""
+    loss, _ = engine._gradients(parts, Before(engine.objective.criterion, engine.replay, engine.ahead, engine.device))
+    return loss, engine._apply(loss)
 
 
 def resume(tmp_path, method, **settings):
@@ -245,7 +254,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(batch_size, accumula
     engine.optimizer = torch.optim.SGD(engine.objective.parameters(), lr=1.0)
     before = weights(engine)
     engine.objective.train()
-    engine._update([Piece(Source.DATASET, rows)])
+    step(engine, [Piece(Source.DATASET, rows)])
     ours = {name: before[name] - value for name, value in weights(engine).items()}
 
     reference = build(method="off", steps=1, backbone=student("llama").double())
@@ -544,3 +553,80 @@ def test_a_student_that_diverges_while_it_samples_stops_the_run_as_a_loss_that_d
     assert engine.at.step == 2
     with pytest.raises(NonFiniteError, match="at step 3"):
         resume(tmp_path, "on", steps=6).run()
+
+
+@pytest.mark.parametrize(
+    ("method", "objective"),
+    [
+        ("sft", None),
+        ("off", schema.Objective(divergence="atkd")),  # looks at the whole step first
+        ("adaptive", None),
+    ],
+)
+def test_where_memory_runs_out_micro_batches_are_halved_and_the_weights_are_the_same(method, objective):
+    """Memory for three sequences of the four: said once, and the gradients are those of the whole batch."""
+
+    def trained(rows):
+        events = []
+        engine = build(method=method, objective=objective, backbone=student("llama"), steps=6, listener=events.append)
+        memory = Narrow(engine.objective, rows)
+        engine.run()
+        assert memory.refused == (rows < 4)
+        return engine, [e.text for e in events if isinstance(e, Warned) and "decoding" not in e.text]
+
+    (whole, silence), (halved, said) = trained(rows=4), trained(rows=3)
+    assert silence == []
+    assert said == ["out of memory with 4 rows at once: going on with 2, same gradient"]
+    for name, expected in weights(whole).items():
+        assert_close(weights(halved)[name], expected, atol=2e-5, rtol=1e-4, msg=name)
+    assert halved.at.valid_loss == pytest.approx(whole.at.valid_loss, abs=1e-4)
+    assert halved.at.sources == whole.at.sources
+
+
+def test_where_memory_runs_out_held_out_rows_are_taken_in_smaller_batches():
+    said, backbone = [], student("llama")
+    rows = tiny.sequences([(4, 3), (5, 4), (3, 2), (6, 1), (2, 5), (3, 3), (4, 4)], vocab=len(TOKENIZER), seed=9)
+    plain = {"teacher": None, "device": torch.device("cpu"), "autocast": nullcontext, "listener": said.append}
+    held_out, objective = HeldOut([rows[:5], rows[5:]], **plain), Objective(backbone, criteria.build(None))
+    with torch.no_grad():
+        expected = held_out.mean(CROSS_ENTROPY, objective)
+        memory = Narrow(objective, 3)
+        assert held_out.mean(CROSS_ENTROPY, objective) == pytest.approx(expected, rel=1e-5)
+        assert held_out.mean(CROSS_ENTROPY, objective) == pytest.approx(expected, rel=1e-5)
+        memory.rows = 0
+        with pytest.raises(torch.OutOfMemoryError):
+            held_out.mean(CROSS_ENTROPY, objective)
+    counts = [5, 2, 1]
+    assert said == [
+        Warned(f"out of memory with {rows} held-out rows at once: going on with {fewer}, to the same loss")
+        for rows, fewer in pairwise(counts)
+    ]
+
+
+@pytest.mark.parametrize("method", ["sft", "off", "on", "adaptive"])
+def test_a_step_that_memory_does_not_suffice_for_costs_no_step_before_it(tmp_path, method):
+    """Not one sequence fits at step 6. With more memory the run goes on to the weights of one that never lacked any:
+    dropout, replay, and the outputs that the failed step had already drawn."""
+    torch.manual_seed(5)
+    whole = build(method=method)
+    whole.run()
+
+    torch.manual_seed(5)
+    engine = build(tmp_path, method=method)
+    memory = Narrow(engine.objective, 4)
+
+    def shrink(event):
+        if isinstance(event, Stepped) and event.step == 5:
+            memory.rows = 0
+
+    engine.say = shrink
+    with pytest.raises(OutOfMemoryError, match=r"at step 6 .*nothing was applied; go on with --resume") as error:
+        engine.run()
+    assert error.value.exit_code == 7
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000005"]
+
+    resumed = resume(tmp_path, method)
+    resumed.run()
+    assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
+    assert (resumed.at.sources, resumed.at.sampled) == (whole.at.sources, whole.at.sampled)
+    assert resumed.at.valid_loss == whole.at.valid_loss

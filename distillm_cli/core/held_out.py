@@ -1,0 +1,55 @@
+"""The held-out rows of a run: means per token over them, batch by batch, in smaller ones where memory runs out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from contextlib import AbstractContextManager
+
+import torch
+
+from distillm_cli.core.attempts import in_halves
+from distillm_cli.core.events import Listener, Warned
+from distillm_cli.core.objective import Objective
+from distillm_cli.core.teacher import Teacher
+from distillm_cli.core.terms import Terms
+from distillm_cli.sequences import Sequence, collate
+
+
+class HeldOut:
+    """batches: of the rows; none where nothing is held out. autocast: of the run. teacher: for divergences."""
+
+    def __init__(
+        self,
+        batches: SequenceOf[list[Sequence]],
+        *,
+        teacher: Teacher | None,
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager],
+        listener: Listener,
+    ):
+        self.batches, self.teacher, self.device = list(batches), teacher, device
+        self.autocast, self.say = autocast, listener
+
+    def mean(self, terms: Terms, objective: Objective) -> float:
+        """Of these terms' losses over all supervised tokens, nats. Evaluation mode and gradients are the caller's affair."""
+        return in_halves(lambda: self._mean(terms, objective), self._halve)
+
+    def _mean(self, terms: Terms, objective: Objective) -> float:
+        total = tokens = 0
+        for sequences in self.batches:
+            batch = collate(sequences).to(self.device)
+            with self.autocast():
+                teacher_hidden_ND = self.teacher.hidden(batch, sequences) if terms.kd else None
+                part, count = objective([batch], teacher_hidden_ND, terms)
+            total, tokens = total + part.double(), tokens + count
+        return (total / tokens).item()
+
+    def _halve(self) -> bool:
+        most = max(len(batch) for batch in self.batches)
+        if most == 1:
+            return False
+        rows = most // 2
+        self.batches = [batch[at : at + rows] for batch in self.batches for at in range(0, len(batch), rows)]
+        self.say(Warned(f"out of memory with {most} held-out rows at once: going on with {rows}, to the same loss"))
+        return True
