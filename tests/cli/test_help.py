@@ -321,6 +321,40 @@ def test_a_signal_during_the_imports_is_one_line_and_an_exit_code_too(module, as
     assert json.loads(done.stdout) == {"status": "error", "code": 128 + asked, "message": "interrupted"}
 
 
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "does",
+    [
+        "try: press()\nexcept BaseException: raise SystemExit('imported twice')",  # as modules do whose parts may lack
+        "press(); press(); time.sleep(60)",
+        "press(); raise ImportError('lacks a part')",
+    ],
+    ids=["waits", "twice", "fails"],
+)
+def test_a_signal_waits_for_the_import_that_it_comes_in(does, asked, tmp_path):
+    module = f"""
+        import os, time
+        def press():
+            os.kill(os.getpid(), {int(asked)})
+            [0 for _ in range(1000)]
+    """
+    (tmp_path / "slow.py").write_text(textwrap.dedent(module) + does + "\n", encoding="utf-8")
+    script = """
+        import sys
+        from distillm_cli.cli import app
+        from distillm_cli.config import load
+        def shipped():
+            import slow
+            print("gone on")
+        load.shipped = shipped
+        sys.exit(app.main(["recipes", "ls"]))
+    """
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + asked, "", "error: interrupted\n")
+
+
 @pytest.mark.parametrize(
     "words", ["recipes ls", "recipes ls --json", "recipes show g2p", "methods", "--help", "nothing"]
 )
