@@ -245,6 +245,8 @@ def failing(run, monkeypatch):
             "out of memory; unable",
         ),
         (RuntimeError("can't start new thread"), 7, "out of memory; can't start new thread"),
+        (RuntimeError("could not create a primitive"), 7, "out of memory; could not create a primitive"),
+        (RuntimeError("could not create a primitive descriptor for a matmul"), 1, "unexpected RuntimeError; "),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), 7, "out of memory; Cannot allocate memory"),
         (OSError(errno.ENOSPC, "No space left on device", "/d/x"), 8, "No space left on device: /d/x; free some space"),
         (OSError(errno.EROFS, "Read-only file system", "/d"), 8, "Read-only file system: /d"),
