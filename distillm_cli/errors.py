@@ -9,10 +9,15 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import sys
 
-# How a plain RuntimeError says that memory ran out: torch's allocators and its mmap; Python, without room for a stack.
-_MEMORY = ("allocate memory", "not enough memory", "out of memory", "can't start new thread", "failed to map segment")
+# How a plain RuntimeError says that memory ran out: torch's allocators and its mmap; Python, without room for a stack;
+# oneDNN, without room for compiled code (of a product that it cannot do at all it says "a primitive descriptor").
+_MEMORY = re.compile(
+    "allocate memory|not enough memory|out of memory|can't start new thread|failed to map segment"
+    "|could not create a primitive(?! desc)"
+)
 
 
 class DistillmError(Exception):
@@ -127,4 +132,4 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     # ImportError: a library that there is no room for.
     said = str(error).lower() if isinstance(error, RuntimeError | ImportError) else ""
-    return any(words in said for words in _MEMORY)
+    return _MEMORY.search(said) is not None

@@ -211,7 +211,7 @@ def _prepared(recipe: Recipe, listener: Listener, early: Early) -> Prepared:
     if pair.student.adapter is not None:  # few weights: not worth loading the model under them again
         first = {name: weight.to("cpu", copy=True) for name, weight in pair.student.state().items()}
         begins = first.copy
-    samples = None if beforehand is None else encoded(beforehand, train, encoder, recipe.data, context)
+    samples = None if beforehand is None else encoded(beforehand, train, encoder, context)
     # Rounded: on another device `auto` may load them in another type.
     models = {
         role: fingerprint(backbone.model.state_dict().items(), torch.bfloat16) for role, backbone in pair.models.items()

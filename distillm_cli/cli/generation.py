@@ -138,7 +138,7 @@ class _Work:
             Suite("prompts", rows, ""), encoder, backbone.context, listener, skip_long=r.data.skip_bad_rows
         )
         sampling = Sampling(r.rollout.temperature, r.rollout.top_p, r.rollout.top_k, r.rollout.max_new_tokens)
-        prompts = rereadable(suite.rows, ids, encoder, r.data, listener)
+        prompts = rereadable(suite.rows, ids, encoder, listener)
         return cls(suite.rows, ids, prompts, samples, r.train.seed, sampling, r.eval.batch_size, backbone, encoder)
 
     def __len__(self) -> int:

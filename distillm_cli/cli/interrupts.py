@@ -3,27 +3,67 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
+from typing import Any
 
 from distillm_cli.errors import Pressed, Terminated
+
+_IMPORTING = "<frozen importlib._bootstrap>"  # where the frames of an import under way are
+_OURS = __name__.partition(".")[0]
 
 
 @contextmanager
 def heard() -> Iterator[None]:
-    """Either signal ends what is inside: cleaned up, one line, with --json one object. A host's own handlers stay."""
+    """Either signal ends what is inside: cleaned up, one line, with --json one object. A host's own handlers stay.
+
+    One that comes while we import a library waits until that is through: half of torch's import is calls from C++, where an
+    exception ends the process, or is caught and the rest imported twice. Another one does not wait.
+    """
     usual = {signal.SIGINT: (signal.default_int_handler, Pressed), signal.SIGTERM: (signal.SIG_DFL, Terminated)}
     main_thread = threading.current_thread() is threading.main_thread()
     own = {n: stop for n, (handler, stop) in usual.items() if main_thread and signal.getsignal(n) == handler}
+    waiting = False
 
     def raised(number, frame):
-        raise own[number]
+        nonlocal waiting
+        under_way = _import_in(frame)
+        if waiting or under_way is None or sys.gettrace() is not None:
+            raise own[number]
+        waiting = True
+        _after(under_way, own[number])
 
     for number in own:
         signal.signal(number, raised)
     try:
         yield
     finally:
+        if waiting:
+            sys.settrace(None)
         for number in own:
             signal.signal(number, usual[number][0])
+
+
+def _import_in(frame: FrameType | None) -> FrameType | None:
+    """The import that is under way in ``frame``: the one that our own code waits for, with all that it imports in turn."""
+    found = None
+    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] != _OURS:
+        found = frame if frame.f_code.co_filename == _IMPORTING else found
+        frame = frame.f_back
+    return found
+
+
+def _after(frame: FrameType, stop: type[KeyboardInterrupt]) -> None:
+    """Raises ``stop`` in the caller of ``frame`` once that returns."""
+
+    def local(_: FrameType, event: str, __: Any) -> Callable | None:
+        if event == "return":
+            sys.settrace(None)
+            raise stop
+        return local
+
+    frame.f_trace, frame.f_trace_lines = local, False
+    sys.settrace(lambda *_: None)

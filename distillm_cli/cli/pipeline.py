@@ -258,7 +258,8 @@ def _train(
     from distillm_cli.core.checkpoint import visible
 
     # Checkpoints are this making's own only once the directory has been cleared for it.
-    resume = record.status == "started" and bool(visible(place / outputs.CHECKPOINTS))
+    beginnings = (place, place / outputs.SFT)
+    resume = record.status == "started" and any(visible(begun / outputs.CHECKPOINTS) for begun in beginnings)
     begun: Callable[[], None] = lambda: stages.write(place, replace(record, status="started"))  # noqa: E731
     outputs.check(place, resume=resume, overwrite=not resume)
     if not resume:

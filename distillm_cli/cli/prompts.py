@@ -83,7 +83,7 @@ def _lines(source: str, data: Data, listener: Listener) -> list[Row]:
     return rows
 
 
-def rereadable(rows: list[Row], ids: list[np.ndarray], encoder: Encoder, data: Data, listener: Listener) -> list[str]:
+def rereadable(rows: list[Row], ids: list[np.ndarray], encoder: Encoder, listener: Listener) -> list[str]:
     """Each prompt as the text that, read back as a row's exact prompt, gives the same tokens again.
 
     A chat template writes the beginning-of-sequence token itself, while the encoder puts it before an exact prompt.
@@ -92,8 +92,7 @@ def rereadable(rows: list[Row], ids: list[np.ndarray], encoder: Encoder, data: D
     suspects = [i for i, row in enumerate(rows) if encoder.template == "chat" or row.messages is not None]
     if not suspects:
         return texts
-    auto = data.model_copy(update={"template": "auto"})
-    reader = Encoder(encoder.tokenizer, auto, is_encoder_decoder=encoder.is_encoder_decoder)
+    reader = encoder.under(template="auto")
     start = encoder.tokenizer.bos_token
     lost = 0
     for i in suspects:

@@ -31,13 +31,15 @@ class Responses:
             raise UsageError("--resume and --overwrite exclude each other", hint="give one of them")
         if path.is_dir():
             raise UsageError(f"--output {path} is a directory", hint="give a file")
-        if path.exists() and not (resume or overwrite):
-            raise UsageError(
-                f"--output {path} exists", hint="choose another, or give --resume to go on or --overwrite to start anew"
-            )
-        self.path, self.resume, self.count = path, resume, 0
+        self.path, self.resume, self.overwrite, self.count = path, resume, overwrite, 0
+        self._check_free()
         self.record = path.with_name(f".{path.name}.generate.json")
         self._held: BinaryIO | None = None  # nobody else writes the file while this is open
+
+    def _check_free(self) -> None:
+        if self.path.exists() and not (self.resume or self.overwrite):
+            hint = "choose another, or give --resume to go on or --overwrite to start anew"
+            raise UsageError(f"--output {self.path} exists", hint=hint)
 
     def begin(self, settings: Mapping[str, Any], expected: SequenceOf[Mapping[str, Any]]) -> None:
         """Starts the file anew, or (resume, and it exists) checks it and counts its rows.
@@ -52,6 +54,8 @@ class Responses:
             self._held = self.path.open("ab")
         if outputs.is_taken(self._held.fileno()):
             raise UsageError(f"another run is writing {self.path}", hint="wait for it, or choose another --output")
+        if not is_new:
+            self._check_free()  # again: another run may have begun and ended while this one's model was loaded
         if self.resume and not is_new:
             self._compare(settings)
             self.count = self._verify(expected)

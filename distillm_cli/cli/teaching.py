@@ -246,11 +246,9 @@ def _on_disk(run: Prepared, keeping: Keeping, rebuild: bool, listener: Listener)
     """The states, whether they were there already, and how many tokens the teacher computed for them."""
     sequences, asked, made = run.train.sequences, Teacher(run.pair.teacher), False
     if rebuild or not keeping.is_made:
-        teacher_cache.check_space(keeping.place, keeping.rows_bytes)
-        of = {"teacher": str(run.recipe.teacher.path), "data": run.train_rows.name}
-        made = teacher_cache.write(
-            keeping.place, keeping.key, asked, sequences, run.device, listener, of=of, rebuild=rebuild
-        )
+        how = {"size": keeping.rows_bytes, "rebuild": rebuild}
+        how["of"] = {"teacher": str(run.recipe.teacher.path), "data": run.train_rows.name}
+        made = teacher_cache.write(keeping.place, keeping.key, asked, sequences, run.device, listener, **how)
     return teacher_cache.read(keeping.place, keeping.key, sequences, listener), not made, asked.tokens
 
 

@@ -105,12 +105,14 @@ def write(
     listener: Listener = silent,
     *,
     of: Mapping[str, str],
+    size: int = 0,
     rebuild: bool = False,
 ) -> bool:
     """Computes the states of all rows into ``place``; False where another process did so while this one waited for it.
 
-    of: names for people: the teacher's, the data's. rebuild: replaces what is there. Raises StorageError when the disk
-    refuses; nothing is visible then, and what was there before is untouched.
+    of: names for people: the teacher's, the data's. size: bytes that they will take. rebuild: replaces what is there. Raises
+    StorageError when the disk refuses, or has less room than that; nothing is visible then, and what was there before is
+    untouched.
     """
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -120,6 +122,7 @@ def write(
             _check_nothing_else(place)
             if alone:
                 _clear_leftovers(place)
+            check_space(place, size)  # only here: what a writer that was killed had filled is free again
             staged = place.with_name(f".staging-{place.name}-{os.getpid()}")
             try:
                 staged.mkdir()

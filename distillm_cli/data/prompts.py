@@ -46,14 +46,19 @@ class Encoder:
                 where=getattr(tokenizer, "name_or_path", None) or None,
                 hint="name one as eos_token in its tokenizer_config.json",
             )
-        self.tokenizer = tokenizer
+        self.tokenizer, self.data = tokenizer, data
         self.template = data.template
         self.max_length, self.max_prompt_length, self.too_long = data.max_length, data.max_prompt_length, data.too_long
         self.eos: int = tokenizer.eos_token_id
         self.is_encoder_decoder = is_encoder_decoder
-        start, end = ends or find_ends(tokenizer)
+        self._ends = start, end = ends or find_ends(tokenizer)
         self._start = np.array(start, dtype=np.int32)
         self._end = np.array((end or [self.eos]) if is_encoder_decoder else [], dtype=np.int32)
+
+    def under(self, **changes: Any) -> Encoder:
+        """One for the same model, whose rows are read by other fields of ``data``."""
+        data = self.data.model_copy(update=changes)
+        return Encoder(self.tokenizer, data, is_encoder_decoder=self.is_encoder_decoder, ends=self._ends)
 
     def prompt_ids(self, row: Row, limit: int | None = None) -> np.ndarray:
         """The prompt's ids, int32, at least one. limit: the model's context; DataError when the prompt is longer."""

@@ -50,7 +50,7 @@ def read_beforehand(data: Data, rows: SequenceOf[Row], listener: Listener = sile
 
 
 def encoded(
-    beforehand: Beforehand, examples: Examples, encoder: Encoder, data: Data, context: int | None
+    beforehand: Beforehand, examples: Examples, encoder: Encoder, context: int | None
 ) -> dict[int, list[Sequence]]:
     """The samples of each training row, in the order of the file; one that is too long is cut, as a rollout would be.
 
@@ -58,14 +58,14 @@ def encoded(
     """
     asked = {i: beforehand.by_key.get(row.key) for i, row in enumerate(examples.rows)}
     if unmatched := [i for i, found in asked.items() if found is None]:
-        reader = Encoder(encoder.tokenizer, data.model_copy(update={"template": "auto"}))
+        reader = encoder.under(template="auto")
         by_prompt: dict[bytes, list[Row]] = defaultdict(list)
         for row, ids in zip(beforehand.rows, reader.prompts(beforehand.rows), strict=True):
             by_prompt[ids.tobytes()].append(row)
         asked |= {i: by_prompt.get(examples.sequences[i].prompt.tobytes()) for i in unmatched}
     if without := [examples.rows[i] for i, found in asked.items() if found is None]:
         raise _missing(without, len(examples), beforehand.path)
-    cutting = Encoder(encoder.tokenizer, data.model_copy(update={"too_long": "truncate"}))
+    cutting = encoder.under(too_long="truncate")
     pairs = [(i, sample) for i, found in asked.items() for sample in found]
     answered = [replace(examples.rows[i], references=sample.references, cut=sample.cut) for i, sample in pairs]
     sequences: dict[int, list[Sequence]] = defaultdict(list)

@@ -15,6 +15,7 @@ import pytest
 
 from distillm_cli.cli import outputs
 from distillm_cli.cli.app import main
+from distillm_cli.cli.responses import Responses
 from distillm_cli.config.schema import Data, Recipe
 from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.sources import load_rows
@@ -321,6 +322,19 @@ def test_rows_that_are_read_are_not_replaced_by_what_is_made_of_them(place, type
         f"--output {output.removeprefix('./')} is among what --data {data} reads; choose another --output\n"
     )
     assert (place / output).read_bytes() == before
+
+
+def test_what_another_run_wrote_while_this_one_was_loading_is_not_replaced(place, typed, monkeypatch):
+    begin = Responses.begin
+
+    def late(self, *told):
+        (place / "rows.jsonl").write_text("another's\n", encoding="utf-8")
+        begin(self, *told)
+
+    monkeypatch.setattr(Responses, "begin", late)
+    code, _, err = typed(*GENERATE, "--output", "rows.jsonl", "--limit", 4)
+    assert (code, err.rpartition("error: ")[2].startswith("--output rows.jsonl exists; choose another")) == (2, True)
+    assert (place / "rows.jsonl").read_text(encoding="utf-8") == "another's\n"
 
 
 def test_of_two_runs_into_one_file_the_second_is_refused(place, typed):

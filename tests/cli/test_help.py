@@ -245,6 +245,8 @@ def failing(run, monkeypatch):
             "out of memory; unable",
         ),
         (RuntimeError("can't start new thread"), 7, "out of memory; can't start new thread"),
+        (RuntimeError("could not create a primitive"), 7, "out of memory; could not create a primitive"),
+        (RuntimeError("could not create a primitive descriptor for a matmul"), 1, "unexpected RuntimeError; "),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), 7, "out of memory; Cannot allocate memory"),
         (OSError(errno.ENOSPC, "No space left on device", "/d/x"), 8, "No space left on device: /d/x; free some space"),
         (OSError(errno.EROFS, "Read-only file system", "/d"), 8, "Read-only file system: /d"),
@@ -319,6 +321,40 @@ def test_a_signal_during_the_imports_is_one_line_and_an_exit_code_too(module, as
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (128 + asked, "error: interrupted\n")
     assert json.loads(done.stdout) == {"status": "error", "code": 128 + asked, "message": "interrupted"}
+
+
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "does",
+    [
+        "try: press()\nexcept BaseException: raise SystemExit('imported twice')",  # as modules do whose parts may lack
+        "press(); press(); time.sleep(60)",
+        "press(); raise ImportError('lacks a part')",
+    ],
+    ids=["waits", "twice", "fails"],
+)
+def test_a_signal_waits_for_the_import_that_it_comes_in(does, asked, tmp_path):
+    module = f"""
+        import os, time
+        def press():
+            os.kill(os.getpid(), {int(asked)})
+            [0 for _ in range(1000)]
+    """
+    (tmp_path / "slow.py").write_text(textwrap.dedent(module) + does + "\n", encoding="utf-8")
+    script = """
+        import sys
+        from distillm_cli.cli import app
+        from distillm_cli.config import load
+        def shipped():
+            import slow
+            print("gone on")
+        load.shipped = shipped
+        sys.exit(app.main(["recipes", "ls"]))
+    """
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + asked, "", "error: interrupted\n")
 
 
 @pytest.mark.parametrize(

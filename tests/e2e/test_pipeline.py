@@ -173,6 +173,34 @@ def test_stopped_and_moved_it_goes_on_from_another_directory(home, typed, monkey
     assert all(torch.equal(whole[key], moved[key]) for key in whole)
 
 
+def test_killed_while_its_student_is_fine_tuned_a_stage_goes_on_there(home, typed):
+    """The fine-tuning before a distillation has checkpoints of its own."""
+    stage = "\n".join(line for line in RECIPE.splitlines() if not line.startswith("  student: {verb"))
+    stage = (
+        stage[: stage.index("  samples:")]
+        + """
+  distill:
+    verb: distill
+    teacher: {path: stage:teacher}
+    student: {path: "random:1x32", sft_epochs: 4}
+    schedule: {kind: "off"}
+    train: {steps: 4}
+"""
+    )
+    (home / "tuned.yaml").write_text(stage, encoding="utf-8")
+    metrics = home / "tuned" / "distill" / "sft" / "metrics.jsonl"
+    stop, thread = interrupt_when(lambda: '"step": 12,' in read(metrics))
+    code, _, err = typed("run", "tuned.yaml", "--output", "tuned")
+    stop.set()
+    thread.join()
+    assert code == 130, err
+    stopped = read(metrics).splitlines()
+    code, told, err = typed("run", "tuned.yaml", "--output", "tuned")
+    assert code == 0, err
+    assert states(told) == {"teacher": "skipped", "distill": "done"}
+    assert read(metrics).splitlines()[: len(stopped)] == stopped, "with the seconds that those steps took"
+
+
 def read(path):
     return path.read_text(encoding="utf-8") if path.exists() else ""
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,8 +26,10 @@ from distillm_cli.core.replay import ReplayBuffer
 from distillm_cli.core.rollout import SampledRollouts, Sampling, sample
 from distillm_cli.core.scheduler import Scheduler
 from distillm_cli.core.teacher import FirstEpoch, RowStates, Teacher
+from distillm_cli.data.batching import tokenise
 from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.rows import Row
+from distillm_cli.data.teacher_samples import Beforehand, encoded
 from distillm_cli.errors import Interrupted, ModelError
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.loading import load_backbone
@@ -288,6 +292,19 @@ def test_a_tokenizer_with_marks_on_both_sides_keeps_them_on_either_text():
     bart.backend_tokenizer.post_processor = template
     made = Encoder(bart, Data(), is_encoder_decoder=True).sequence(Row(prompt="a", references=("b",), where=""), 0)
     assert (made.prompt.tolist(), made.response.tolist()) == ([28, 3, 0], [28, 4, 0])
+
+
+def test_the_teachers_samples_from_a_file_have_the_prompt_and_the_ends_that_their_rows_have():
+    bart = tiny.tokenizer()
+    template = processors.TemplateProcessing(single="z $A <eos>", special_tokens=[("z", 28), ("<eos>", 0)])
+    bart.backend_tokenizer.post_processor = template
+    row, data = Row(prompt="ab", references=("cd",), where="t:1"), Data(template="plain")
+    encoder = Encoder(bart, data, is_encoder_decoder=True)
+    examples = tokenise([row], encoder, data)
+    said = replace(row, references=("dc",))
+    by_row = encoded(Beforehand(Path("said.jsonl"), [said], {said.key: [said]}), examples, encoder, None)
+    assert by_row[0][0].prompt.tolist() == examples.sequences[0].prompt.tolist() == [28, 3, 4, 0]
+    assert by_row[0][0].response.tolist() == [28, 6, 5, 0]
 
 
 def test_a_causal_and_an_encoder_decoder_model_are_no_pair():

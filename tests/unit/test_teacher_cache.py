@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -194,6 +195,29 @@ def test_what_a_killed_writer_left_is_never_read_and_goes(tmp_path):
     assert read(place, key, ROWS).unknown == 0
 
 
+def test_what_a_killed_writer_left_does_not_count_as_taken(tmp_path, monkeypatch):
+    place, key = make(tmp_path / "whole")
+    size = (place / "states.bin").stat().st_size
+    place = place_of(tmp_path / "small", key)
+    half = place.with_name(f".staging-{key.name}-1234")
+    half.mkdir(parents=True)
+    (half / "states.bin").write_bytes(bytes(size // 2))
+
+    def usage(path):
+        taken = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+        return SimpleNamespace(free=int(1.1 * size) - taken)
+
+    monkeypatch.setattr(teacher_cache.shutil, "disk_usage", usage)
+    with pytest.raises(StorageError, match="MB free"):
+        check_space(place, size)
+    with pytest.raises(StorageError, match="MB free"):
+        write(place, key, Teacher(model()), ROWS, CPU, of=OF, size=2 * size)
+    half.mkdir(exist_ok=True)
+    (half / "states.bin").write_bytes(bytes(size // 2))
+    assert write(place, key, Teacher(model()), ROWS, CPU, of=OF, size=size)
+    assert read(place, key, ROWS).unknown == 0
+
+
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("not a directory")
     key = key_of(model())
@@ -240,6 +264,7 @@ def test_no_space_left_is_said_in_the_systems_words(tmp_path, monkeypatch):
 WRITER = """
 import sys, time, torch, numpy as np
 from pathlib import Path
+from types import SimpleNamespace
 from distillm_cli.core.events import Note
 from distillm_cli.core.teacher import Teacher
 from distillm_cli.core.teacher_cache import Key, read, write
