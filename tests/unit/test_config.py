@@ -735,6 +735,19 @@ def test_a_wrong_set(text, said):
     assert said in complaint(sets=[text])
 
 
+@pytest.mark.parametrize(
+    ("key", "name", "value", "told", "cure"),
+    [
+        ("eval.metrics", "--metric", ["rougel", "exact"], "--metric = rougel,exact;", "try --metric rouge_l,exact_match"),
+        ("eval.seeds", "--seeds", ["ten"], "--seeds = ten;", "try --seeds 10,20,30,40,50"),
+    ],
+)
+def test_a_list_given_by_a_flag_is_told_and_cured_as_flags_take_it(key, name, value, told, cure):
+    line = complaint(flags={key: Flag(name, value)})
+    assert line.startswith(told)
+    assert line.endswith(cure), "brackets are what --set reads, not --metric"
+
+
 def test_a_wrong_flag_is_told_by_its_own_name_and_once():
     assert complaint(flags={"objective.alpha": Flag("--alpha", 1.4)}) == (
         "--alpha = 1.4; expected a number ≥ 0 and < 1; try --alpha 0.1"
