@@ -204,7 +204,7 @@ def what_to_try(key: str, value: Any, verb: str, flag: str | None = None, *, giv
         meant = [part for item in value for part in _parts(item)]
         if words:
             meant = [v if v in words else nearest_word(v, words) for v in meant]
-        if None not in meant and (words or len(meant) > len(value)):
+        if meant and None not in meant and (words or len(meant) > len(value)):
             better = meant
     elif words and (word := nearest_word(value, words)):
         better = word

@@ -616,8 +616,9 @@ def test_aliases_cannot_blow_a_recipe_up(recipe):
         ),
         (
             "eval: {metrics: [rouge, exact_match]}",
-            "distill.yaml:1: eval.metrics = [rouge, exact_match]; expected a list, each one of rouge_l, rouge_1, "
-            "rouge_2, bleu, chrf, exact_match, error_rate, final_number; try --set 'eval.metrics=[rouge_l, exact_match]'",
+            "distill.yaml:1: eval.metrics = [rouge, exact_match]; expected a list that is not empty, each one of rouge_l, "
+            "rouge_1, rouge_2, bleu, chrf, exact_match, error_rate, final_number; "
+            "try --set 'eval.metrics=[rouge_l, exact_match]'",
         ),
         ("train: {epochs: abc}", "train.epochs = abc; expected a number > 0; try --epochs 20"),
         ("train: {batch_size: 3.5}", "train.batch_size = 3.5; expected a whole number ≥ 1; try --batch-size 8"),
@@ -630,6 +631,7 @@ def test_aliases_cannot_blow_a_recipe_up(recipe):
         ("train: {betas: [0.9]}", "train.betas = [0.9]; expected a list of 2, each a number ≥ 0 and < 1"),
         ("train: {gradient_checkpointing: maybe}", "expected true or false"),
         ("eval: {seeds: []}", "eval.seeds = []; expected a list that is not empty, each a whole number"),
+        ("eval: {metrics: []}", "try --set 'eval.metrics=[rouge_l, exact_match]'"),
         ("eval: {seeds: [true]}", "eval.seeds = [true]; expected a list"),
         ("teacher: {path: ''}", "teacher.path = (empty); expected a text that is not empty"),
         ("method: distilm", f"method = distilm; expected one of {', '.join(METHODS)}; try --method distillm"),
@@ -738,7 +740,13 @@ def test_a_wrong_set(text, said):
 @pytest.mark.parametrize(
     ("key", "name", "value", "told", "cure"),
     [
-        ("eval.metrics", "--metric", ["rougel", "exact"], "--metric = rougel,exact;", "try --metric rouge_l,exact_match"),
+        (
+            "eval.metrics",
+            "--metric",
+            ["rougel", "exact"],
+            "--metric = rougel,exact;",
+            "try --metric rouge_l,exact_match",
+        ),
         ("eval.seeds", "--seeds", ["ten"], "--seeds = ten;", "try --seeds 10,20,30,40,50"),
     ],
 )
