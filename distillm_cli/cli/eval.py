@@ -12,13 +12,19 @@ SAMPLING = "Sampling"
 
 Checkpoints = Annotated[
     list[str],
-    typer.Argument(metavar="CKPT...", help="Output directories, model directories or hub names.", show_default=False),
+    typer.Argument(
+        metavar="CKPT...",
+        callback=options.named,
+        help="Output directories, model directories or hub names.",
+        show_default=False,
+    ),
 ]
 Suites = Annotated[
     list[str] | None,
     typer.Option(
         "--suite",
         metavar="NAME|FILE",
+        callback=options.named,
         help="dolly, self-inst, vicuna, sni, unni, samsum, xsum, wmt14-de-en, iwslt, gsm8k, builtin, or data.",
         autocompletion=lambda incomplete: options.suites_like(incomplete),
         rich_help_panel=options.MODELS,
@@ -29,6 +35,7 @@ Metrics = Annotated[
     typer.Option(
         "--metric",
         metavar="NAME",
+        callback=options.named,
         help="rouge_l, rouge_1, rouge_2, bleu, chrf, exact_match, error_rate, final_number; may be repeated.",
         autocompletion=lambda incomplete: options.words_like(incomplete, "eval.metrics"),
         rich_help_panel=options.MODELS,

@@ -15,6 +15,7 @@ Model = Annotated[
     typer.Option(
         "--model",
         metavar="PATH|NAME",
+        callback=options.named,
         help="An output directory, a model directory, a hub name, or builtin.",
         rich_help_panel=options.MODELS,
     ),
@@ -24,6 +25,7 @@ Data = Annotated[
     typer.Option(
         "--data",
         metavar="PATH|NAME",
+        callback=options.named,
         help="Prompts of a data set, file, directory, or builtin.",
         rich_help_panel=options.MODELS,
     ),
@@ -46,6 +48,7 @@ Input = Annotated[
     typer.Option(
         "--input",
         metavar="FILE|-",
+        callback=options.named,
         help="Prompts of a text file (one a line), a data file, or stdin (-).",
         rich_help_panel=options.MODELS,
     ),

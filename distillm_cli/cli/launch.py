@@ -54,13 +54,13 @@ def launch(ctx: typer.Context) -> None:
     place = Path(output) if output else None
     if place is None:
         place = outputs.default_name(resolved.name, r.data.source, r.student.path or "student", r.method, resume=resume)
-    outputs.check(place, resume=resume, overwrite=overwrite)  # before rows are read that nobody will want
+    is_new = outputs.check(place, resume=resume, overwrite=overwrite)  # before rows are read that nobody will want
     if overwrite:
         from distillm_cli.cli.inputs import check_spared
 
         check_spared(command, r, place, file=recipe)
     ui = console(json_mode=typed["json"], quiet=typed["quiet"])
-    with outputs.claimed(place), ui, reading(r) as early:
+    with outputs.claimed(place, is_new=is_new), ui, reading(r) as early:
         from distillm_cli.cli.training import train  # which imports torch, while the rows are read and tokenised
 
         result = train(

@@ -193,11 +193,15 @@ DryRun = Annotated[
 ]
 
 
-def named(output: str | None) -> str | None:
-    """Of --output: an empty name is a script's unset variable, and no wish for another place."""
-    if output == "":
-        raise UsageError("--output = (empty)", where="expected a name", hint="drop it, or see what the variable holds")
-    return output
+def named(parameter: typer.CallbackParam, value: Any) -> Any:
+    """Of --output and the like: an empty name is a script's unset variable, and no wish for another place.
+
+    Of a list each item, and what is left of it between commas: ``--suite ,`` names nothing either.
+    """
+    if any(not item.strip(" ,") for item in ([value] if isinstance(value, str) else value or [])):
+        flag = next((opt for opt in parameter.opts if opt.startswith("-")), parameter.metavar)
+        raise UsageError(f"{flag} = (empty)", where="expected a name", hint="drop it, or see what the variable holds")
+    return value
 
 
 Output = Annotated[

@@ -48,32 +48,39 @@ def default_name(recipe: str | None, data: str, student: str, method: str, *, re
     taken = [base] if base.exists() else []
     while (candidate := base.with_name(f"{base.name}-{len(taken) + 1}")).exists() and taken:
         taken.append(candidate)
-    if resume:
-        return taken[-1] if taken else base
+    if resume:  # of those that saved something, if any did: a run that was stopped at once hides none before it
+        return next(filter(_may_resume, reversed(taken)), taken[-1] if taken else base)
     return candidate if taken else base
 
 
-def check(output: Path, *, resume: bool, overwrite: bool) -> None:
-    """Makes sure the directory may be written. A non-empty one is refused without ``resume`` or ``overwrite``.
+def _may_resume(output: Path) -> bool:
+    return any((place / CHECKPOINTS).is_dir() for place in (output, output / SFT))
 
-    Nothing in it is touched. Raises UsageError, CheckpointError, StorageError.
+
+def check(output: Path, *, resume: bool, overwrite: bool) -> bool:
+    """Makes sure the directory may be written, and returns whether it was made for that.
+
+    A non-empty one is refused without ``resume`` or ``overwrite``. Nothing in it is touched. Raises UsageError,
+    CheckpointError, StorageError.
     """
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other", hint="give one of them")
     try:
         _check_used(output, resume=resume, overwrite=overwrite)
+        is_new = not output.exists()
         output.mkdir(parents=True, exist_ok=True)
         probe = output / f"{_PROBE}{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise StorageError(f"cannot write to {output}: {error.strerror}", hint="choose another --output") from error
+    return is_new
 
 
 def _check_used(output: Path, *, resume: bool, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output {output} is a file", hint="give a directory")
-    if resume and not any((place / CHECKPOINTS).is_dir() for place in (output, output / SFT)):
+    if resume and not _may_resume(output):
         raise CheckpointError(
             f"nothing to resume: {output / CHECKPOINTS} does not exist", hint="start without --resume"
         )
@@ -155,21 +162,26 @@ def clear(output: Path) -> None:
 
 
 @contextmanager
-def claimed(output: Path) -> Iterator[None]:
+def claimed(output: Path, *, is_new: bool = False) -> Iterator[None]:
     """No other run works in this directory, which must be there, meanwhile. Raises UsageError where one does.
 
-    The directory itself is locked: nothing is left in it, and the lock dies with the process.
+    The directory itself is locked: nothing is left in it, and the lock dies with the process. is_new: it was made for
+    this run, and goes again where the run fails before it wrote anything.
     """
-    if fcntl is None:
-        yield
-        return
-    directory = os.open(output, os.O_RDONLY)
+    directory = None if fcntl is None else os.open(output, os.O_RDONLY)
     try:
-        if is_taken(directory):
+        if directory is not None and is_taken(directory):
             raise UsageError(f"another run is at work in {output}", hint="wait for it, or choose another --output")
-        yield
+        try:
+            yield
+        except BaseException:
+            if is_new:
+                with suppress(OSError):  # something is in it
+                    output.rmdir()
+            raise
     finally:
-        os.close(directory)
+        if directory is not None:
+            os.close(directory)
 
 
 def is_taken(descriptor: int) -> bool:

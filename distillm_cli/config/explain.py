@@ -119,11 +119,14 @@ def _bound(value: float) -> str:
     return f"2^{value.bit_length() - 1}" if isinstance(value, int) and value > 1 << 20 else f"{value:g}"
 
 
-def shown(value: Any) -> str:
-    """A value as a person would type it, on one line, not too long."""
+def shown(value: Any, *, by_flag: bool = False) -> str:
+    """A value as a person would type it, on one line, not too long. Flags take lists without brackets: ``a,b``."""
     if isinstance(value, dict):
         return "a mapping"
-    text = "(empty)" if value == "" else yaml_io.text_of(list(value) if isinstance(value, tuple) else value)
+    if by_flag and isinstance(value, list | tuple):
+        text = ",".join(map(str, value)) or "(empty)"
+    else:
+        text = "(empty)" if value == "" else yaml_io.text_of(list(value) if isinstance(value, tuple) else value)
     return text if len(text) <= 80 else text[:77] + "…"
 
 
@@ -201,11 +204,13 @@ def what_to_try(key: str, value: Any, verb: str, flag: str | None = None, *, giv
         meant = [part for item in value for part in _parts(item)]
         if words:
             meant = [v if v in words else nearest_word(v, words) for v in meant]
-        if None not in meant and (words or len(meant) > len(value)):
+        if meant and None not in meant and (words or len(meant) > len(value)):
             better = meant
     elif words and (word := nearest_word(value, words)):
         better = word
     if better is None or better == ():
         return f"it means: {field.description}" if field.description else None
-    flag, text = flag or (None if given_at else flag_of(key, verb)), shown(better)
-    return f"try {flag} {shlex.quote(text)}" if flag else f"try --set {shlex.quote(f'{given_at}{key}={text}')}"
+    flag = flag or (None if given_at else flag_of(key, verb))
+    if flag:
+        return f"try {flag} {shlex.quote(shown(better, by_flag=True))}"
+    return f"try --set {shlex.quote(f'{given_at}{key}={shown(better)}')}"

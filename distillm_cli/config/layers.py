@@ -84,12 +84,11 @@ Keep = Callable[[str, Any, int], None]
 
 def bad(given: Given, key: str, command: str) -> RecipeError:
     """The error for a value its field does not take: ``--alpha = 1.4; expected a number ≥ 0 and < 1; try …``."""
+    flag = given.origin if given.rank.layer == FLAG else None
     return RecipeError(
-        f"{given.place} = {shown(given.value)}",
+        f"{given.place} = {shown(given.value, by_flag=flag is not None)}",
         where=f"expected {expected(key)}",
-        hint=what_to_try(
-            key, given.value, command, given.origin if given.rank.layer == FLAG else None, given_at=given.at
-        ),
+        hint=what_to_try(key, given.value, command, flag, given_at=given.at),
     )
 
 

@@ -295,6 +295,7 @@ class Eval(Section):
     )
     metrics: tuple[MetricName, ...] = Field(
         ("rouge_l", "exact_match"),
+        min_length=1,
         description="rouge_l rouge_1 rouge_2, bleu and chrf (of a whole set), exact_match, error_rate, final_number (GSM8K)",
     )
     seeds: tuple[Annotated[int, Field(lt=2**63)], ...] = Field(

@@ -191,6 +191,12 @@ def test_large_tensors_lie_in_huge_pages_unless_the_environment_says_no(asked):
             (f"{words} --output=", "--output = (empty); expected a name; drop it, or see what the variable holds")
             for words in ("sft", "distill", "eval model", "run quickstart-pipeline", "generate")
         ),
+        *(
+            (f"{words}=", f"{words.split()[-1]} = (empty); expected a name; drop it, or see what the variable holds")
+            for words in ("eval model --suite", "eval model --metric", "generate --model", "generate --input")
+        ),
+        ("eval model --suite ,", "--suite = (empty); expected a name"),
+        ("eval model --metric ,", "--metric = (empty); expected a name"),
         ("recipes show", "missing argument 'NAME|FILE'; see `distillm recipes show --help`"),
     ],
 )

@@ -616,8 +616,9 @@ def test_aliases_cannot_blow_a_recipe_up(recipe):
         ),
         (
             "eval: {metrics: [rouge, exact_match]}",
-            "distill.yaml:1: eval.metrics = [rouge, exact_match]; expected a list, each one of rouge_l, rouge_1, "
-            "rouge_2, bleu, chrf, exact_match, error_rate, final_number; try --set 'eval.metrics=[rouge_l, exact_match]'",
+            "distill.yaml:1: eval.metrics = [rouge, exact_match]; expected a list that is not empty, each one of rouge_l, "
+            "rouge_1, rouge_2, bleu, chrf, exact_match, error_rate, final_number; "
+            "try --set 'eval.metrics=[rouge_l, exact_match]'",
         ),
         ("train: {epochs: abc}", "train.epochs = abc; expected a number > 0; try --epochs 20"),
         ("train: {batch_size: 3.5}", "train.batch_size = 3.5; expected a whole number ≥ 1; try --batch-size 8"),
@@ -630,6 +631,7 @@ def test_aliases_cannot_blow_a_recipe_up(recipe):
         ("train: {betas: [0.9]}", "train.betas = [0.9]; expected a list of 2, each a number ≥ 0 and < 1"),
         ("train: {gradient_checkpointing: maybe}", "expected true or false"),
         ("eval: {seeds: []}", "eval.seeds = []; expected a list that is not empty, each a whole number"),
+        ("eval: {metrics: []}", "try --set 'eval.metrics=[rouge_l, exact_match]'"),
         ("eval: {seeds: [true]}", "eval.seeds = [true]; expected a list"),
         ("teacher: {path: ''}", "teacher.path = (empty); expected a text that is not empty"),
         ("method: distilm", f"method = distilm; expected one of {', '.join(METHODS)}; try --method distillm"),
@@ -733,6 +735,25 @@ def test_the_first_problem_in_the_file_is_told_and_the_others_are_counted(recipe
 )
 def test_a_wrong_set(text, said):
     assert said in complaint(sets=[text])
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "value", "told", "cure"),
+    [
+        (
+            "eval.metrics",
+            "--metric",
+            ["rougel", "exact"],
+            "--metric = rougel,exact;",
+            "try --metric rouge_l,exact_match",
+        ),
+        ("eval.seeds", "--seeds", ["ten"], "--seeds = ten;", "try --seeds 10,20,30,40,50"),
+    ],
+)
+def test_a_list_given_by_a_flag_is_told_and_cured_as_flags_take_it(key, name, value, told, cure):
+    line = complaint(flags={key: Flag(name, value)})
+    assert line.startswith(told)
+    assert line.endswith(cure), "brackets are what --set reads, not --metric"
 
 
 def test_a_wrong_flag_is_told_by_its_own_name_and_once():

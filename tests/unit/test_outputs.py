@@ -137,6 +137,38 @@ def test_one_run_at_a_time_has_the_directory_by_whatever_name(tmp_path):
         pass
 
 
+def fails_in(place: Path, *written: str) -> None:
+    """A run that ends with an error, after it wrote these files."""
+
+    def run() -> None:
+        put(place, *written)
+        raise StorageError("a disk is full")
+
+    is_new = outputs.check(place, resume=False, overwrite=False)
+    with pytest.raises(StorageError), outputs.claimed(place, is_new=is_new):
+        run()
+
+
+def test_a_run_that_fails_before_it_wrote_anything_leaves_no_directory(tmp_path):
+    fails_in(tmp_path / "runs" / "new")
+    assert not (tmp_path / "runs" / "new").exists()
+    fails_in(tmp_path / "runs" / "begun", "recipe.yaml")
+    assert (tmp_path / "runs" / "begun" / "recipe.yaml").is_file()
+    (tmp_path / "mine").mkdir()
+    fails_in(tmp_path / "mine")
+    assert (tmp_path / "mine").is_dir(), "it was there before"
+
+
+def test_a_resume_without_a_name_takes_the_newest_run_that_saved_something(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = ("quickstart", "builtin", "student", "distillm")
+    put(Path("runs"), "quickstart-distillm/checkpoints/step-000002/state", "quickstart-distillm-2/recipe.yaml")
+    assert outputs.default_name(*name, resume=False) == Path("runs/quickstart-distillm-3")
+    assert outputs.default_name(*name, resume=True) == Path("runs/quickstart-distillm"), "the second saved nothing"
+    put(Path("runs"), "quickstart-distillm-2/sft/checkpoints/step-000002/state")
+    assert outputs.default_name(*name, resume=True) == Path("runs/quickstart-distillm-2")
+
+
 def test_a_directory_whose_run_was_killed_is_free_again(tmp_path):
     script = "import sys; from pathlib import Path; from distillm_cli.cli.outputs import claimed\n"
     script += "with claimed(Path(sys.argv[1])): print('claimed', flush=True); sys.stdin.read()"
