@@ -22,6 +22,7 @@ from distillm_cli.core.bulk import Bulk
 from distillm_cli.core.checkpoint import Checkpoint, Checkpoints, random_states, restore_random_states
 from distillm_cli.core.criterion import CROSS_ENTROPY, Piece
 from distillm_cli.core.events import Listener, Note, RunEnded, RunStarted, Saved, Stepped, Validated, silent
+from distillm_cli.core.exact import where_exact
 from distillm_cli.core.objective import Objective, joined
 from distillm_cli.core.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from distillm_cli.core.progress import Progress
@@ -291,7 +292,7 @@ class Engine:
             with self._autocast():
                 teacher_hidden_ND = self.teacher.hidden(batch, sequences) if terms.kd else None
                 part, count = objective([batch], teacher_hidden_ND, terms)
-            total, tokens = total + part.double(), tokens + count
+            total, tokens = total + where_exact(part).double(), tokens + where_exact(count)
         return (total / tokens).item()
 
     def _is_better(self, value: float) -> bool:
