@@ -11,8 +11,16 @@ import errno
 import json
 import sys
 
-# How a plain RuntimeError says that memory ran out: torch's allocators and its mmap; Python, without room for a stack.
-_MEMORY = ("allocate memory", "not enough memory", "out of memory", "can't start new thread", "failed to map segment")
+# How a plain RuntimeError says that memory ran out: torch's allocators and its mmap; Python, without room for a stack;
+# cuBLAS and cuDNN, which take memory for themselves on a GPU that torch has filled.
+_MEMORY = (
+    "allocate memory",
+    "not enough memory",
+    "out of memory",
+    "can't start new thread",
+    "failed to map segment",
+    "_status_alloc_failed",
+)
 
 
 class DistillmError(Exception):
