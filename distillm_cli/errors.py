@@ -13,10 +13,11 @@ import re
 import sys
 
 # How a plain RuntimeError says that memory ran out: torch's allocators and its mmap; Python, without room for a stack;
-# oneDNN, without room for compiled code (of a product that it cannot do at all it says "a primitive descriptor").
+# oneDNN, without room for compiled code (of a product that it cannot do at all it says "a primitive descriptor"); cuBLAS
+# and cuDNN, which take memory for themselves on a GPU that torch has filled.
 _MEMORY = re.compile(
     "allocate memory|not enough memory|out of memory|can't start new thread|failed to map segment"
-    "|could not create a primitive(?! desc)"
+    "|could not create a primitive(?! desc)|_status_alloc_failed"
 )
 
 

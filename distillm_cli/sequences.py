@@ -58,8 +58,16 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``; copies overlap with compute where the device allows."""
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in self.__slots__}
-        return replace(self, **moved)
+        return replace(self, **{name: moved(getattr(self, name), device) for name in self.__slots__})
+
+
+def moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A tensor of the CPU that may be gone at once, on ``device``.
+
+    For CUDA nobody waits: memory that is not pinned has been read when the call is back. Other devices may read it later,
+    when it holds something else (MPS did up to torch 2.13: pytorch/pytorch#189690).
+    """
+    return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
 def collate(sequences: SequenceOf[Sequence]) -> Batch:

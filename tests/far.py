@@ -5,8 +5,10 @@ stop the first run on a GPU stops a test here. Speed, kernels and autocast of a 
 hooks for backends written in Python, which are experimental: ``there`` tells whether this torch has them. Autograd counts
 a process's devices once, so whatever uses this one has a process of its own.
 
-    python -m tests.far     a machine with that device: command lines as JSON on standard input, one a line, what came of
-                            them on standard output
+With ``strict`` it refuses what Apple's MPS cannot do as well, or does wrong: float64, and copies that nobody waits for.
+
+    python -m tests.far [strict]    a machine with that device: command lines as JSON on standard input, one a line, what
+                                    came of them on standard output
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ import torch.utils.backend_registration as registration
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
+
+from distillm_cli.core import exact
 
 NAME = "far"
 there = hasattr(registration, "_setup_privateuseone_for_python_backend")
@@ -103,6 +107,8 @@ def _run(func, args, kwargs):
         raise RuntimeError(f"tensors of two devices: {func} of {[(tuple(t.shape), t.device) for t in tensors]}")
     if far and (name in _WAITING or (name in _CROSSING and not is_far)):
         _waits[name] += 1
+    if _is_strict and is_far and name in _CROSSING and (kwargs.get("non_blocking") or args[2:3] == (True,)) and not far:
+        raise RuntimeError(f"the device may read this memory later: {func} of {[tuple(t.shape) for t in tensors]}")
     if device is not None and is_far:
         kwargs["device"] = torch.device("cpu")
     args, kwargs = tree_map(lambda leaf: leaf.near if isinstance(leaf, Far) else leaf, (args, kwargs))
@@ -115,17 +121,24 @@ def _run(func, args, kwargs):
     def wrapped(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf
+        if _is_strict and leaf.dtype == torch.float64:
+            raise TypeError(f"the device has no float64: {func}")
         return written[id(leaf)] if id(leaf) in written else Far(leaf)
 
     return tree_map(wrapped, out)
 
 
 _waits: Counter[str] = Counter()
+_is_strict = False
 
 
 @contextmanager
-def using() -> Iterator[Counter[str]]:
+def using(strict: bool = False) -> Iterator[Counter[str]]:
     """Inside, ``.to("far")`` works. The counter: how often the program had to wait for the device, by operation."""
+    global _is_strict
+    _is_strict = strict
+    if strict:
+        exact.WITHOUT_FLOAT64.add(NAME)
     _register()
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)  # tied weights stay tied
@@ -135,6 +148,7 @@ def using() -> Iterator[Counter[str]]:
             yield _waits
     finally:
         torch.__future__.set_swap_module_params_on_conversion(before)
+        exact.WITHOUT_FLOAT64.discard(NAME)
 
 
 def _register() -> None:
@@ -170,7 +184,7 @@ def _serve() -> None:
         asked = json.loads(line)
         os.chdir(asked["cwd"])
         out, err = io.StringIO(), io.StringIO()
-        with redirect_stdout(out), redirect_stderr(err), using():
+        with redirect_stdout(out), redirect_stderr(err), using(strict="strict" in sys.argv[1:]):
             code = main(asked["argv"])
         print(json.dumps({"code": code, "out": out.getvalue(), "err": err.getvalue()}), flush=True)
 

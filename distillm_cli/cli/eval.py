@@ -133,6 +133,7 @@ def evaluate(
     Without --suite: the suites of the checkpoint's own recipe, or the rows its run held out. Its recipe also gives the
     template and every setting that no flag gives.
     """
+    from distillm_cli.cli.launch import check_alone
     from distillm_cli.cli.scoring import score
     from distillm_cli.config.shortcuts import Flag
     from distillm_cli.errors import UsageError
@@ -144,6 +145,7 @@ def evaluate(
         raise UsageError(f"--greedy and {wish} exclude each other", hint="drop one of them")
     if temperature == 0 and seeds is not None:
         raise UsageError("--temperature 0 and --seeds exclude each other", where="there is nothing random")
+    check_alone()
     if greedy is None and wish:
         greedy = False  # whatever the checkpoint's own recipe says
     given: dict[str, Any] = {

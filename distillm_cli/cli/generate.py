@@ -157,6 +157,7 @@ def generate(
     Settings that no flag gives come from the model's own recipe, where there is one.
     """
     from distillm_cli.cli.generation import run
+    from distillm_cli.cli.launch import check_alone
     from distillm_cli.cli.prompts import Wanted
     from distillm_cli.config.shortcuts import Flag
     from distillm_cli.errors import UsageError
@@ -168,6 +169,7 @@ def generate(
         raise UsageError("--json without --output", where="the rows themselves go to stdout", hint="give --output FILE")
     if greedy and temperature:
         raise UsageError(f"--greedy and --temperature {temperature:g} exclude each other", hint="drop one of them")
+    check_alone()
     given = {
         "rollout.temperature": ("--greedy", 0.0) if greedy else ("--temperature", temperature),
         "rollout.top_p": ("--top-p", top_p),

@@ -35,8 +35,7 @@ def launch(ctx: typer.Context) -> None:
             sys.stdout.write(to_yaml(resolved))
         return
     check_complete(resolved.recipe)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("training in several processes is not supported yet", hint="start it without a launcher")
+    check_alone()
 
     from distillm_cli.cli.reading import reading
     from distillm_cli.ui.console import console
@@ -74,6 +73,12 @@ def launch(ctx: typer.Context) -> None:
             ui=ui,
         )
         ui.result(result)
+
+
+def check_alone() -> None:
+    """Raises UsageError where a launcher (accelerate's, torchrun) has started several of this: each would do all of it."""
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise UsageError("work in several processes is not supported yet", hint="start it without a launcher")
 
 
 def check_complete(recipe: Recipe) -> None:

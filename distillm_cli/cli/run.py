@@ -89,6 +89,7 @@ def run(
     What is done is skipped: a stage runs again when its recipe, its data or a stage that it reads has changed. A stopped
     run goes on when the same command is typed again. To make a stage anew, remove its directory.
     """
+    from distillm_cli.cli.launch import check_alone
     from distillm_cli.config.pipeline import load_pipeline
     from distillm_cli.ui.console import console, print_json
 
@@ -108,6 +109,7 @@ def run(
         }
         print_json({"command": "run", "status": "ok", "output": str(place), "stages": told})
         return
+    check_alone()
     with console(json_mode=json, quiet=quiet) as ui:
         from distillm_cli.cli import pipeline as work
 

@@ -18,6 +18,7 @@ import torch
 from distillm_cli.config.schema import Objective as Config
 from distillm_cli.core.criterion import Criterion, Piece, Reading
 from distillm_cli.core.divergences import KL, Divergence, ReverseKL, SkewKL, SkewReverseKL, build
+from distillm_cli.core.exact import where_exact
 from distillm_cli.core.scheduler import Source
 from distillm_cli.core.terms import PerToken, Terms
 
@@ -150,6 +151,6 @@ def _gaps(piece: Piece, reading: Reading) -> list[float]:
     lengths = [len(s.response) for s in piece.sequences]
     p_B, q_B = (
         torch.stack([part.double().mean().exp() for part in log_N.split(lengths)])
-        for log_N in (reading.log_p_N, reading.log_q_N)
+        for log_N in map(where_exact, (reading.log_p_N, reading.log_q_N))
     )
     return (q_B - p_B if half_of(piece.source) == REVERSE else p_B - q_B).tolist()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from distillm_cli.core.divergences import KL, Divergence, ReverseKL, Rows, logit_grad
+from distillm_cli.core.exact import where_exact
 
 _FEW = 32  # entries looked at first for a head; most of a language model's mass is in fewer
 _NARROW = 0.05  # exponents closer together than this are told apart in float64
@@ -80,23 +81,23 @@ class AlphaBeta(Divergence):
 
     def between(self, p, q, with_grad=True):
         first, middle, last = sorted((0.0, self.alpha, self.alpha + self.beta))
-        u_NV, w_NV, dtype = p.log_NV, q.log_NV, q.log_NV.dtype
+        u_NV, w_NV = p.log_NV, q.log_NV
         gap_NV = u_NV - w_NV
         spread = last - first
         if spread == 0:
             value_N = gap_NV.square().sum(-1).mul_(0.5)
             return value_N, gap_NV.neg_() if with_grad else None
         if spread < _NARROW:
-            u_NV, w_NV, gap_NV = u_NV.double(), w_NV.double(), gap_NV.double()
+            u_NV, w_NV, gap_NV = (where_exact(x_NV).double() for x_NV in (u_NV, w_NV, gap_NV))
         pairs = ((first, middle), (middle, last))
         rises = {pair: self._rise(u_NV, w_NV, gap_NV, *pair) for pair in pairs}
         (below_NV, below), (above_NV, above) = (rises[pair] for pair in pairs)
-        value_N = torch.add(above_NV, below_NV, alpha=-above / below).sum(-1).div_(above * spread).to(dtype)
+        value_N = torch.add(above_NV, below_NV, alpha=-above / below).sum(-1).div_(above * spread).to(q.log_NV)
         if not with_grad:
             return value_N, None
         wanted = min(0.0, self.alpha), max(0.0, self.alpha)
         h_NV, width = rises.get(wanted) or self._rise(u_NV, w_NV, gap_NV, *wanted)
-        return value_N, h_NV.mul_(-1 / width).to(dtype)
+        return value_N, h_NV.mul_(-1 / width).to(q.log_NV)
 
     def _rise(self, u_NV: Tensor, w_NV: Tensor, gap_NV: Tensor, low: float, high: float) -> tuple[Tensor, float]:
         """G(high) − G(low), entry by entry, and high − low; their quotient is the divided difference. (G'(low), 1) where

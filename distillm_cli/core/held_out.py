@@ -10,6 +10,7 @@ import torch
 
 from distillm_cli.core.attempts import in_halves
 from distillm_cli.core.events import Listener, Warned
+from distillm_cli.core.exact import where_exact
 from distillm_cli.core.objective import Objective
 from distillm_cli.core.teacher import Teacher
 from distillm_cli.core.terms import Terms
@@ -42,7 +43,7 @@ class HeldOut:
             with self.autocast():
                 teacher_hidden_ND = self.teacher.hidden(batch, sequences) if terms.kd else None
                 part, count = objective([batch], teacher_hidden_ND, terms)
-            total, tokens = total + part.double(), tokens + count
+            total, tokens = total + where_exact(part).double(), tokens + where_exact(count)
         return (total / tokens).item()
 
     def _halve(self) -> bool:

@@ -102,7 +102,7 @@ class InterleavedRollouts:
             at_B = kept_B.clamp_max(G - 1)
             rows_B = torch.arange(len(live), device=at_B.device)
             uniforms_B = mending_BT[live, counts_B[live] + at_B.cpu().numpy()]
-            mended_B = choose(told_BGV[rows_B, at_B], self.mending, torch.from_numpy(uniforms_B).to(at_B.device))
+            mended_B = choose(told_BGV[rows_B, at_B], self.mending, torch.from_numpy(uniforms_B))
             drafts_BG[rows_B, at_B] = torch.where(is_mended_B, mended_B, drafts_BG[rows_B, at_B])
             sizes_B, found_BG = (at_B + 1).cpu().numpy(), drafts_BG.masked_fill(is_none_BG, -1).cpu().numpy()
             check_chosen(found_BG)
@@ -142,7 +142,7 @@ class InterleavedRollouts:
         drafts = []
         for g in range(uniforms_BG.shape[1]):
             logits_BV = student.logits(last)
-            drafts.append(choose(logits_BV, self.drafting, torch.from_numpy(uniforms_BG[:, g]).to(logits_BV.device)))
+            drafts.append(choose(logits_BV, self.drafting, torch.from_numpy(uniforms_BG[:, g])))
             last = drafts[-1].clamp_min(0)
         return torch.stack(drafts, dim=1)
 

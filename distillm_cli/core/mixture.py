@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from contextlib import ExitStack
 
 import numpy as np
 import torch
@@ -79,7 +80,9 @@ class Mixture:
     def decode(self, prompts: SequenceOf[np.ndarray]) -> _MixtureDecoding:
         student = self.student.decode(prompts)
         # The teacher speaks in its own dtype, whatever the student computes in.
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+        with ExitStack() as stack:
+            for device in ("cpu", "cuda", "mps"):
+                stack.enter_context(torch.autocast(device, enabled=False))
             teacher = self.teacher.decode(prompts)
         return _MixtureDecoding(student, teacher, self.alpha, self.shape)
 

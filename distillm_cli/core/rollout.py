@@ -198,7 +198,7 @@ def _side_by_side(
             logits_BV[:, torch.from_numpy(stops).to(logits_BV.device)] = -torch.inf
         if ngrams is not None:
             _ban(logits_BV, [ngrams[i].banned() for i in live])
-        chosen = choose(logits_BV, sampling, torch.from_numpy(uniforms_BT[live, t]).to(logits_BV.device))
+        chosen = choose(logits_BV, sampling, torch.from_numpy(uniforms_BT[live, t]))
         tokens_BT[live, t] = chosen.cpu().numpy()
         check_chosen(tokens_BT[live, t])
         if telling:

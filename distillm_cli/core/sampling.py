@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distillm_cli.core.exact import where_exact
 from distillm_cli.errors import NonFiniteError
 
 # Tokens of a block in the two-level cumulative sum, and the vocabulary from which two levels are cheaper than one.
@@ -48,7 +49,7 @@ class Sampling:
 
 def choose(logits_BV: Tensor, sampling: Sampling, uniforms_B: Tensor) -> Tensor:
     """The next token of each row [B]: argmax at temperature 0, else the inverse of the filtered distribution's
-    cumulative sum at ``uniforms_B`` (each in [0, 1)).
+    cumulative sum at ``uniforms_B`` (each in [0, 1), float64 of any device).
 
     −1 where the logits have no finite maximum: to raise here would be to wait for a device at every token. Whoever reads
     the tokens asks ``check_chosen``.
@@ -56,7 +57,9 @@ def choose(logits_BV: Tensor, sampling: Sampling, uniforms_B: Tensor) -> Tensor:
     if sampling.temperature == 0:
         most_B, likeliest_B = logits_BV.max(-1)  # NaN, where there is one
         return likeliest_B.where(most_B.isfinite(), _NONE)
-    return inverse_cdf(distribution(logits_BV, sampling), uniforms_B.to(torch.float64))
+    device, logits_BV = logits_BV.device, where_exact(logits_BV)
+    uniforms_B = uniforms_B.to(logits_BV.device, torch.float64)
+    return inverse_cdf(distribution(logits_BV, sampling), uniforms_B).to(device)
 
 
 def check_chosen(tokens: np.ndarray) -> None:

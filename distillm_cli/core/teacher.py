@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from distillm_cli.core.fused import HeadLike
-from distillm_cli.sequences import LEAST_PASS_COST, Batch, Sequence, collate, passes
+from distillm_cli.sequences import LEAST_PASS_COST, Batch, Sequence, collate, moved, passes
 
 
 class Model(Protocol):
@@ -87,7 +87,7 @@ class Teacher:
             self._keep(sequences, hidden_ND)
         else:
             self._learn(unknown, device)
-            hidden_ND = torch.cat([self._recall(s) for s in sequences]).to(device, non_blocking=True)
+            hidden_ND = moved(torch.cat([self._recall(s) for s in sequences]), device)
         if self.leaves and not self.has_left:
             self._leave_if_done(device)
         return hidden_ND

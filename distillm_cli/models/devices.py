@@ -11,7 +11,11 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str) -> torch.device:
-    """auto, cpu, cuda, cuda:N or mps → a device that is there. Raises UsageError when it is not."""
+    """auto, cpu, cuda, cuda:N or mps → a device that is there. Raises UsageError when it is not.
+
+    cuda:N becomes the current one, which torch means where it asks a GPU without saying which: what it can (bf16), how much
+    of its memory is in use; and on which kernels are started whose authors thought of one GPU (Triton's).
+    """
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -25,6 +29,8 @@ def resolve_device(name: str) -> torch.device:
         raise UsageError(f"unknown device {name!r}", hint="use auto, cpu, cuda, cuda:N or mps")
     if (device.index or 0) >= counts[device.type]:
         raise UsageError(f"no device {name} on this machine", hint="try --device auto or --device cpu")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 

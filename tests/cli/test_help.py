@@ -284,6 +284,33 @@ def test_torchs_own_out_of_memory_error_is_out_of_memory(failing):
     assert err.startswith("error: out of memory; CUDA out of memory. Tried to allocate 2 GiB; lower --batch-size")
 
 
+def test_libraries_of_a_gpu_that_find_no_memory_say_it_in_their_own_way(failing):
+    said = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+    code, _, err = failing(RuntimeError(said))
+    assert code == 7
+    assert err.startswith(f"error: out of memory; {said}; lower --batch-size")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["sft", "--model", "builtin", "--data", "builtin"],
+        ["distill", "--recipe", "quickstart"],
+        ["run", "quickstart-pipeline"],
+        ["generate", "--model", "builtin", "--prompt", "a"],
+        ["eval", "builtin", "--suite", "builtin"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_several_processes_of_one_launcher_are_refused_by_every_verb_that_works(words, run, monkeypatch, tmp_path):
+    """Each would do all of the work, into one place."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(*words)
+    assert (code, err) == (2, "error: work in several processes is not supported yet; start it without a launcher\n")
+    assert not list(tmp_path.iterdir())
+
+
 def test_debug_adds_the_traceback(failing):
     code, out, err = failing(KeyError("lost"), "--debug")
     assert (code, out) == (1, "")

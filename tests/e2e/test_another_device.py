@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,19 +28,41 @@ def words(*fields):
     return [word for field in fields for word in ("--set", field)]
 
 
-@pytest.fixture(scope="module")
-def machine():
-    """Another machine, which has the device."""
-    command = [sys.executable, "-m", "tests.far"]
+@contextmanager
+def started(*words):
+    command = [sys.executable, "-m", "tests.far", *words]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         yield process
         process.stdin.close()
 
 
+@pytest.fixture(scope="module")
+def machine():
+    """Another machine, which has the device."""
+    with started() as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def strict_machine():
+    """One whose device can do no more than Apple's MPS."""
+    with started("strict") as process:
+        yield process
+
+
 @pytest.fixture
 def on(typed, machine, tmp_path):
     """Types a command line here (device "cpu") or there; the JSON object."""
+    return typist(typed, machine, tmp_path)
 
+
+@pytest.fixture
+def on_strict(typed, strict_machine, tmp_path):
+    """The same, there being the strict machine."""
+    return typist(typed, strict_machine, tmp_path)
+
+
+def typist(typed, machine, tmp_path):
     def type_it(device, *argv):
         argv = [*argv, "--json", "--quiet"]
         if device == "cpu":
@@ -111,6 +134,19 @@ def test_a_stopped_run_goes_on_there_bit_for_bit(on, tmp_path):
     resumed = on(far.NAME, "distill", "--resume", "--output", "whole")
     assert resumed["train_loss"] == whole["train_loss"]
     assert resumed["valid_loss"] == whole["valid_loss"]
+
+
+@pytest.mark.parametrize("name", ["distillm", "distillm2", "minillm", "skd", "ab"])
+def test_a_device_without_float64_whose_copies_may_lag_computes_the_same(name, on_strict, tmp_path):
+    more = {
+        "distillm": (*ADAPTIVE, "rollout.top_p=0.9"),
+        "minillm": ("rollout.bulk=2",),
+        "ab": ("objective.ab_alpha=0.01", "objective.ab_beta=0.01"),  # told apart in float64
+    }.get(name, ())
+    argv = ["distill", "--recipe", "quickstart", "--method", name, "--steps", "3", *words(*TAUGHT, *more)]
+    for device in ("cpu", far.NAME):
+        on_strict(device, *argv, "--output", device)
+    same(*(steps_of(tmp_path / device) for device in ("cpu", far.NAME)))
 
 
 def test_responses_and_scores_are_those_made_here(on, tmp_path):

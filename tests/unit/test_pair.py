@@ -51,6 +51,17 @@ def test_a_device_that_is_not_there_is_refused(name):
     assert caught.value.exit_code == 2
 
 
+def test_a_gpu_that_is_named_becomes_the_current_one(monkeypatch):
+    """Torch asks the current GPU for bf16 and for the memory in use, whichever one the models are on."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert resolve_device("cuda:1") == torch.device("cuda", 1)
+    resolve_device("cuda")
+    resolve_device("cpu")
+    assert current == [torch.device("cuda", 1)]
+
+
 @pytest.mark.parametrize(
     ("capabilities", "fast"),
     [({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx512_f": True, "avx512_bf16": False}, False)],
