@@ -171,7 +171,9 @@ def _titled(ui: Console, name: str):
 
 
 def _valid_loss(model: Backbone, engine: Engine) -> float:
-    """Mean cross-entropy per token on the validation rows, nats: the student's own measure, for any model."""
-    objective = Objective(model, Criterion(None), matmul_dtype=engine.objective.matmul_dtype)
+    """Mean cross-entropy per token on the validation rows, nats: the student's own measure, for any model. The student is
+    measured as it computed in training, the teacher in its own dtype, as it taught."""
+    dtype = engine.objective.matmul_dtype if model is engine.objective.student else None
+    objective = Objective(model, Criterion(None), matmul_dtype=dtype)
     with eval_mode(objective), torch.no_grad():
         return engine.mean_over_validation(CROSS_ENTROPY, objective)

@@ -222,8 +222,10 @@ class Engine:
         return [collate(sequences).to(self.device) for sequences in cuts]
 
     def _ask(self, batches: list[Batch], cuts: Passes) -> torch.Tensor:
-        """The teacher's states for all of a micro-batch, pass by pass."""
-        return joined([self.teacher.hidden(batch, cut) for batch, cut in zip(batches, cuts, strict=True)])
+        """The teacher's states for all of a micro-batch, pass by pass. In its own dtype: under autocast to bfloat16 not
+        even putting float16 states side by side is possible."""
+        with torch.autocast(self.device.type, enabled=False):
+            return joined([self.teacher.hidden(batch, cut) for batch, cut in zip(batches, cuts, strict=True)])
 
     def _look_ahead(
         self, micro: list[tuple[Source, Passes]], progress: float
@@ -283,13 +285,15 @@ class Engine:
             at.stale += 1
 
     def mean_over_validation(self, terms: Terms, objective: Objective | None = None) -> float:
-        """Mean per token over the held-out rows, nats, of this objective's student or another's."""
+        """Mean per token over the held-out rows, nats, of this objective's student or another's: this student under
+        autocast, another model in its own dtype."""
         objective = objective or self.objective
+        is_own = objective.student is self.objective.student
         total = tokens = 0
         for sequences in self.validation:
             batch = collate(sequences).to(self.device)
-            with self._autocast():
-                teacher_hidden_ND = self.teacher.hidden(batch, sequences) if terms.kd else None
+            with self._autocast() if is_own else nullcontext():
+                teacher_hidden_ND = self._ask([batch], [sequences]) if terms.kd else None
                 part, count = objective([batch], teacher_hidden_ND, terms)
             total, tokens = total + part.double(), tokens + count
         return (total / tokens).item()
