@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 from distillm_cli.errors import Pressed, Terminated
 
+_came: list[type[KeyboardInterrupt]] = []  # since the outermost ``heard`` began
+
 
 @contextmanager
 def heard() -> Iterator[None]:
@@ -18,8 +20,11 @@ def heard() -> Iterator[None]:
     own = {n: stop for n, (handler, stop) in usual.items() if main_thread and signal.getsignal(n) == handler}
 
     def raised(number, frame):
+        _came.append(own[number])
         raise own[number]
 
+    if own:
+        _came.clear()
     for number in own:
         signal.signal(number, raised)
     try:
@@ -27,3 +32,10 @@ def heard() -> Iterator[None]:
     finally:
         for number in own:
             signal.signal(number, usual[number][0])
+
+
+def lost() -> KeyboardInterrupt | None:
+    """The signal that came, if one did: for those who meet another error, or none. Code in C may take what a signal's
+    handler raises for a failure of its own: a tensor whose reading is stopped has "no shape", and its file looks damaged.
+    """
+    return _came[-1]() if _came else None

@@ -14,6 +14,7 @@ from distillm_cli.cli import outputs
 from distillm_cli.cli.assembly import Prepared, build_engine, prepare
 from distillm_cli.cli.card import model_card
 from distillm_cli.cli.host import keep_freed_memory
+from distillm_cli.cli.interrupts import lost
 from distillm_cli.cli.measuring import (
     AFTER,
     BEFORE,
@@ -159,6 +160,8 @@ def _trained(
         keep_freed_memory()
     if checkpoint is not None:
         engine.load(checkpoint)
+    if (stop := lost()) is not None:  # whoever took it for something else may have chosen another way for this run
+        raise stop
     reached = engine.run()
     if reached.best_step not in (None, reached.step):
         load_student(run.student, read(engine.checkpoints.path(reached.best_step)))
