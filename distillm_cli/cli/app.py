@@ -20,7 +20,7 @@ import typer
 from typer.main import get_command
 
 from distillm_cli.cli import distill, eval, generate, methods, options, plan, recipes, run, sft
-from distillm_cli.cli.interrupts import heard
+from distillm_cli.cli.interrupts import heard, lost
 from distillm_cli.cli.usage import UsageProblem, explained
 from distillm_cli.errors import (
     DistillmError,
@@ -137,6 +137,8 @@ def _report(error: BaseException, argv: list[str]) -> int:
 
 def _known(error: BaseException, argv: list[str]) -> DistillmError:
     """Any exception as one of the family."""
+    if not isinstance(error, Interrupted | KeyboardInterrupt):
+        error = lost() or error
     if isinstance(error, DistillmError):
         return error
     if isinstance(error, UsageProblem):

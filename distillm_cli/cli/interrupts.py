@@ -14,6 +14,7 @@ from distillm_cli.errors import Pressed, Terminated
 
 _IMPORTING = "<frozen importlib._bootstrap>"  # where the frames of an import under way are
 _OURS = __name__.partition(".")[0]
+_came: list[type[KeyboardInterrupt]] = []  # since the outermost ``heard`` began
 
 
 @contextmanager
@@ -30,12 +31,15 @@ def heard() -> Iterator[None]:
 
     def raised(number, frame):
         nonlocal waiting
+        _came.append(own[number])
         under_way = _import_in(frame)
         if waiting or under_way is None or sys.gettrace() is not None:
             raise own[number]
         waiting = True
         _after(under_way, own[number])
 
+    if own:
+        _came.clear()
     for number in own:
         signal.signal(number, raised)
     try:
@@ -67,3 +71,10 @@ def _after(frame: FrameType, stop: type[KeyboardInterrupt]) -> None:
 
     frame.f_trace, frame.f_trace_lines = local, False
     sys.settrace(lambda *_: None)
+
+
+def lost() -> KeyboardInterrupt | None:
+    """The signal that came, if one did: for those who meet another error, or none. Code in C may take what a signal's
+    handler raises for a failure of its own: a tensor whose reading is stopped has "no shape", and its file looks damaged.
+    """
+    return _came[-1]() if _came else None

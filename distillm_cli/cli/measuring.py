@@ -22,7 +22,7 @@ from distillm_cli.core.criterion import CROSS_ENTROPY, Criterion
 from distillm_cli.core.engine import Engine, eval_mode
 from distillm_cli.core.events import Warned
 from distillm_cli.core.objective import Objective
-from distillm_cli.errors import ModelError
+from distillm_cli.errors import ModelError, UsageError
 from distillm_cli.evaluation.suites import HELD_OUT, Suite
 from distillm_cli.models.devices import dtype_name, resolve_dtype
 from distillm_cli.ui.console import Console
@@ -48,6 +48,13 @@ class Measured:
 def needs_metric(recipe: Recipe) -> bool:
     """Whether checkpoints are selected by what a metric says of generated answers."""
     return recipe.train.select in get_args(MetricName)
+
+
+def check_metric(recipe: Recipe) -> None:
+    """Raises UsageError where checkpoints are selected by a metric of no answers."""
+    if needs_metric(recipe) and not recipe.eval.report_rows:
+        what = f"train.select = {recipe.train.select} is measured on eval.report_rows held-out rows, and that is 0"
+        raise UsageError(what, hint="try --set eval.report_rows=100, or --set train.select=valid_loss")
 
 
 def check_answers(run: Prepared) -> None:
@@ -171,7 +178,9 @@ def _titled(ui: Console, name: str):
 
 
 def _valid_loss(model: Backbone, engine: Engine) -> float:
-    """Mean cross-entropy per token on the validation rows, nats: the student's own measure, for any model."""
-    objective = Objective(model, Criterion(None), matmul_dtype=engine.objective.matmul_dtype)
+    """Mean cross-entropy per token on the validation rows, nats: the student's own measure, for any model. The student is
+    measured as it computed in training, the teacher in its own dtype, as it taught."""
+    dtype = engine.objective.matmul_dtype if model is engine.objective.student else None
+    objective = Objective(model, Criterion(None), matmul_dtype=dtype)
     with eval_mode(objective), torch.no_grad():
         return engine.held_out.mean(CROSS_ENTROPY, objective)

@@ -16,7 +16,8 @@ from distillm_cli import words
 from distillm_cli.cli import costs, garbage, gpus
 from distillm_cli.cli.assembly import Prepared, new_order, new_replay, prepare
 from distillm_cli.cli.host import available_memory
-from distillm_cli.cli.teaching import Keeping, disk_free, plan_keeping, uses_rows
+from distillm_cli.cli.measuring import check_answers, check_metric
+from distillm_cli.cli.teaching import Keeping, check_rows, disk_free, plan_keeping, uses_rows
 from distillm_cli.config.load import Resolved
 from distillm_cli.config.schema import Recipe
 from distillm_cli.config.stages import sft_before
@@ -59,7 +60,9 @@ def survey(resolved: Resolved, listener: Listener) -> tuple[dict[str, Any], Prep
     garbage.take_up()
     if not weights_are_at_hand(resolved.recipe):
         return of_shapes(resolved, listener)[0], None
+    check_metric(resolved.recipe)
     run = prepare(resolved.recipe, listener)
+    check_answers(run)
     return of_run(run, resolved), run
 
 
@@ -114,6 +117,9 @@ def of_shapes(
     made: shapes of models that are yet to be made, by ``stage:NAME``.
     """
     recipe = resolved.recipe
+    check_metric(recipe)
+    if recipe.method != "sft" and recipe.teacher.cache == "disk":
+        check_rows(recipe)
     rows, why = at_hand(lambda: load_rows(recipe.data, "train", listener=silent), recipe.data.source)
 
     def texts(tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:

@@ -150,6 +150,16 @@ def uses_rows(recipe: Recipe) -> bool:
     return schedule.may_use_rows or criteria.build(recipe.objective).rows_beside
 
 
+def check_rows(recipe: Recipe) -> None:
+    """Raises UsageError where states on disk would be of rows that the run does not train on."""
+    if not uses_rows(recipe):
+        raise UsageError(
+            f"teacher.cache disk keeps what the teacher says of data set rows, and schedule.kind "
+            f"{recipe.schedule.kind} trains on none",
+            hint="give --teacher-cache memory or off",
+        )
+
+
 def plan_keeping(run: Prepared, *, before: str | None = None, rebuild: bool = False) -> Keeping:
     """What would be kept, and its size; computes a few tokens to measure the width. Arguments as of ``open_teacher``."""
     mode = run.recipe.teacher.cache
@@ -211,12 +221,7 @@ def _planned_in_memory(run: Prepared, per_token: int, *, rows: bool) -> Keeping:
 
 
 def _planned_on_disk(run: Prepared, per_token: int) -> Keeping:
-    if not uses_rows(run.recipe):
-        raise UsageError(
-            f"teacher.cache disk keeps what the teacher says of data set rows, and schedule.kind "
-            f"{run.recipe.schedule.kind} trains on none",
-            hint="give --teacher-cache memory or off",
-        )
+    check_rows(run.recipe)
     model, sequences = run.pair.teacher, run.train.sequences
     key = Key(teacher_cache.teacher_digest(model, _config_of(model)), teacher_cache.rows_digest(sequences))
     place = teacher_cache.place_of(_root(run), key)

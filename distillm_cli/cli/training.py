@@ -14,7 +14,18 @@ from distillm_cli.cli import outputs
 from distillm_cli.cli.assembly import Prepared, build_engine, prepare
 from distillm_cli.cli.card import model_card
 from distillm_cli.cli.host import keep_freed_memory
-from distillm_cli.cli.measuring import AFTER, BEFORE, FINE_TUNED, TEACHER, Measured, Report, check_answers, needs_metric
+from distillm_cli.cli.interrupts import lost
+from distillm_cli.cli.measuring import (
+    AFTER,
+    BEFORE,
+    FINE_TUNED,
+    TEACHER,
+    Measured,
+    Report,
+    check_answers,
+    check_metric,
+    needs_metric,
+)
 from distillm_cli.cli.resuming import best_of, check_inputs, checkpoint_of, load_student, weights_in
 from distillm_cli.cli.teaching import Opened, open_teacher
 from distillm_cli.config.load import Resolved, to_yaml
@@ -59,9 +70,7 @@ def train(
     prepared and ``output`` holds nothing of an earlier run any more (or its resume).
     """
     recipe, began = resolved.recipe, time.perf_counter()
-    if needs_metric(recipe) and not recipe.eval.report_rows:
-        what = f"train.select = {recipe.train.select} is measured on eval.report_rows held-out rows, and that is 0"
-        raise UsageError(what, hint="try --set eval.report_rows=100, or --set train.select=valid_loss")
+    check_metric(recipe)
     for note in resolved.notes:
         ui(Warned(note))
     stage = sft_before(resolved)
@@ -151,6 +160,8 @@ def _trained(
         keep_freed_memory()
     if checkpoint is not None:
         engine.load(checkpoint)
+    if (stop := lost()) is not None:  # whoever took it for something else may have chosen another way for this run
+        raise stop
     reached = engine.run()
     if reached.best_step not in (None, reached.step):
         load_student(run.student, read(engine.checkpoints.path(reached.best_step)))

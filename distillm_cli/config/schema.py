@@ -342,6 +342,10 @@ class Recipe(Section):
     def _the_student_can_be_made(self) -> Recipe:
         if self.method == "sft" and self.student.sft_epochs:
             raise ValueError("student.sft_epochs is a stage before distill; try --epochs, which is sft's own")
+        if self.method == "sft" and self.train.select == "valid_divergence":
+            raise ValueError(
+                "train.select valid_divergence is to a teacher, and sft has none; try --set train.select=valid_loss"
+            )
         if (self.student.path or "").startswith("layers:") and self.teacher.quantize != "none":
             raise ValueError(
                 f"teacher.quantize {self.teacher.quantize}: student {self.student.path} copies the teacher's layers, and "

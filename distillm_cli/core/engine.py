@@ -101,7 +101,7 @@ class Engine:
         self.ahead = Bulk(rollouts)
         self.at, self.saved_step, objective.say = Progress(), None, listener
         self.held_out = HeldOut(
-            validation, teacher=teacher, device=self.device, autocast=self._autocast, listener=listener
+            validation, objective.student, teacher, device=self.device, autocast=self._autocast, listener=listener
         )
         self.most_rows = train.batch_size  # of a micro-batch; fewer once memory has run out
         self.optimizer = build_optimizer(objective, train)
@@ -246,9 +246,9 @@ class Engine:
         for (source, cuts), per_token, told_ND in zip(micro, own, told, strict=True):
             terms = criterion.terms(source, self._progress)
             batches = self._collated(cuts)
+            if told_ND is None and terms.kd:
+                told_ND = self._ask(batches, cuts)
             with self._autocast():
-                if told_ND is None and terms.kd:
-                    told_ND = self._ask(batches, cuts)
                 part, _ = self.objective(batches, told_ND, terms, per_token, scale=1 / count)  # of the whole step
             part.backward()
             loss += part.detach()
@@ -273,7 +273,8 @@ class Engine:
         return [collate(sequences).to(self.device) for sequences in cuts]
 
     def _ask(self, batches: list[Batch], cuts: Passes) -> Tensor:
-        """The teacher's states for all of a micro-batch, pass by pass."""
+        """The teacher's states for all of a micro-batch, pass by pass. Outside autocast, which to bfloat16 does not even put
+        float16 states side by side."""
         return joined([self.teacher.hidden(batch, cut) for batch, cut in zip(batches, cuts, strict=True)])
 
     def _look_ahead(self, micro: list[tuple[Source, Passes]]) -> tuple[list[PerToken | None], list[Tensor | None]]:
@@ -284,9 +285,9 @@ class Engine:
         readings, told = [], [None] * len(micro)
         for i, (_, cuts) in enumerate(micro if criterion.looks_at else ()):
             batches = self._collated(cuts)
+            if "teacher" in criterion.looks_at:
+                told[i] = self._ask(batches, cuts)
             with self._autocast():
-                if "teacher" in criterion.looks_at:
-                    told[i] = self._ask(batches, cuts)
                 readings.append(self.objective.read(batches, told[i]))
         own = criterion.look_ahead(pieces, readings, self._progress)
         return [None if per_token is None else per_token.to(self.device) for per_token in own], told

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -12,36 +12,41 @@ from distillm_cli.core.attempts import in_halves
 from distillm_cli.core.events import Listener, Warned
 from distillm_cli.core.exact import where_exact
 from distillm_cli.core.objective import Objective
-from distillm_cli.core.teacher import Teacher
+from distillm_cli.core.teacher import Model, Teacher
 from distillm_cli.core.terms import Terms
 from distillm_cli.sequences import Sequence, collate
 
 
 class HeldOut:
-    """batches: of the rows; none where nothing is held out. autocast: of the run. teacher: for divergences."""
+    """batches: of the rows; none where nothing is held out. autocast: what the student computes under. teacher: for
+    divergences."""
 
     def __init__(
         self,
         batches: SequenceOf[list[Sequence]],
-        *,
+        student: Model,
         teacher: Teacher | None,
+        *,
         device: torch.device,
         autocast: Callable[[], AbstractContextManager],
         listener: Listener,
     ):
-        self.batches, self.teacher, self.device = list(batches), teacher, device
-        self.autocast, self.say = autocast, listener
+        self.batches, self.student, self.teacher = list(batches), student, teacher
+        self.device, self.autocast, self.say = device, autocast, listener
 
     def mean(self, terms: Terms, objective: Objective) -> float:
-        """Of these terms' losses over all supervised tokens, nats. Evaluation mode and gradients are the caller's affair."""
+        """Of these terms' losses over all supervised tokens, nats. Another model than the student computes in its own dtype.
+
+        Evaluation mode and gradients are the caller's affair.
+        """
         return in_halves(lambda: self._mean(terms, objective), self._halve)
 
     def _mean(self, terms: Terms, objective: Objective) -> float:
         total = tokens = 0
         for sequences in self.batches:
             batch = collate(sequences).to(self.device)
-            with self.autocast():
-                teacher_hidden_ND = self.teacher.hidden(batch, sequences) if terms.kd else None
+            teacher_hidden_ND = self.teacher.hidden(batch, sequences) if terms.kd else None
+            with self.autocast() if objective.student is self.student else nullcontext():
                 part, count = objective([batch], teacher_hidden_ND, terms)
             total, tokens = total + where_exact(part).double(), tokens + where_exact(count)
         return (total / tokens).item()

@@ -136,7 +136,8 @@ class FastDecoding:
         # transformers' own kernels are made for long queries; on other devices they are good at short ones too.
         attention = one_token_attention_in(self._pass.config) if ids_B1.device.type == "cpu" else nullcontext()
         with attention:
-            return self._pass(ids_B1, self._cache, self._cache.mask(), self._positions_B1)
+            mask_B11C = self._cache.mask().expand(len(ids_B1), -1, -1, -1)  # XGLM takes no mask that all rows share
+            return self._pass(ids_B1, self._cache, mask_B11C, self._positions_B1)
 
     def _read_prompts(self) -> torch.Tensor:
         prompts, self._prompts = self._prompts, None

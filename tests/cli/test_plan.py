@@ -263,6 +263,26 @@ def test_what_cannot_be_planned_is_said_in_one_line(argv, line, capsys, monkeypa
     assert len([said for said in err.splitlines() if said.startswith("error: ")]) == 1
 
 
+@pytest.mark.parametrize("student", ["gpt2", "random:2x32"])
+@pytest.mark.parametrize(
+    ("sets", "line"),
+    [
+        (("teacher.cache=disk", "schedule.kind=on"), "schedule.kind on trains on none"),
+        (
+            ("train.select=rouge_l", "eval.report_rows=0"),
+            "is measured on eval.report_rows held-out rows, and that is 0",
+        ),
+    ],
+)
+def test_what_the_run_would_refuse_is_refused_with_weights_and_without(student, sets, line, configs, capsys):
+    teacher = "builtin" if student.startswith("random") else configs / "gpt2-xl"
+    pair = ["--teacher", teacher, "--student", student if teacher == "builtin" else configs / student]
+    argv = ["plan", *pair, "--data", "builtin", "--set", "data.size=48"]
+    argv += [word for field in ("data.template=plain", *sets) for word in ("--set", field)]
+    assert main([str(word) for word in argv]) == 2
+    assert line in capsys.readouterr().err
+
+
 def test_an_adapter_trains_few_weights_and_needs_little_memory(configs, planned):
     """OpenLLaMA2 3 B, r 16 in every linear layer: r·(in + out) weights each, by hand."""
     base = ("--method", "sft", "--student", configs / "openlm-research/open_llama_3b_v2")

@@ -2,6 +2,7 @@
 students."""
 
 import json
+import signal
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from distillm_cli.cli.app import main
 from distillm_cli.config.explain import choices
+from distillm_cli.core import checkpoint
 from distillm_cli.core.engine import Engine
+from tests import tiny
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 SETS = (
@@ -176,3 +179,44 @@ def test_what_cannot_be_combined_is_refused_in_one_line(family, settings, code, 
     assert line in err
     assert len([said for said in err.splitlines() if said.startswith("error: ")]) == 1
     assert not list(tmp_path.glob("no/*"))
+
+
+@pytest.mark.parametrize("taken_for", ["a failure", "nothing"])
+def test_a_signal_that_a_library_takes_for_something_else_is_a_signal(taken_for, place, tmp_path, typed, monkeypatch):
+    """What a signal's handler raises while a tensor is read comes out of torch as a file that cannot be read."""
+    ran = distill(place, "llama", "--student", "random:1x32", "--schedule", "off", "--output", tmp_path / "run")
+    assert typed(*ran)[0] == 0
+
+    def load(path):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            if taken_for == "nothing":
+                return load_file(path)
+        raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'")
+
+    monkeypatch.setattr(checkpoint, "load_file", load)
+    code, told, err = typed(*ran, "--resume")
+    assert (code, told["code"]) == (143, 143), err
+    assert "interrupted" in told["message"]
+    assert "delete" not in err
+    monkeypatch.undo()
+    assert typed(*ran, "--resume")[0] == 0, "what came in one command is of no account in the next"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_float16_teacher_teaches_a_bfloat16_student(family, tmp_path, typed):
+    """Autocast to bfloat16 can neither put float16 states side by side nor go through GPT-2's norms in float16."""
+    rows = [{"prompt": "ab" * (1 + i), "completion": "ba" * (1 + i % 5)} for i in range(24)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pair = ["--teacher", tiny.save(tmp_path / "teacher", family), "--student", "random:1x32"]
+    asked = ["--schedule", "off", "--teacher-cache", "memory", "--set", "train.select=valid_divergence"]
+    losses = {}
+    for dtype in ("bf16", "fp32"):
+        ran = ["--set", "teacher.dtype=fp16", "--set", f"student.dtype={dtype}", "--output", tmp_path / dtype]
+        code, told, err = typed(
+            "distill", *pair, "--data", tmp_path / "rows.jsonl", *SMALL, "--steps", 12, *asked, *ran
+        )
+        assert code == 0, err
+        losses[dtype] = told["report"]["teacher"]["valid_loss"]
+    assert losses["bf16"] == losses["fp32"], "the teacher is measured as it teaches, whatever the student computes in"

@@ -683,6 +683,14 @@ def test_a_stage_before_distillation_is_not_for_sft():
     assert complaint(command="sft", sets=["student.sft_epochs=3"]) == said
 
 
+def test_nothing_tells_how_far_a_fine_tuned_model_is_from_no_teacher():
+    said = (
+        "--set train.select = valid_divergence; train.select valid_divergence is to a teacher, and sft has none; "
+        "try --set train.select=valid_loss"
+    )
+    assert complaint(command="sft", sets=["train.select=valid_divergence"]) == said
+
+
 @pytest.mark.parametrize(
     ("text", "meant"),
     [

@@ -71,6 +71,17 @@ def test_decoding_is_the_same_as_recomputing_everything(family, dtype):
 
 
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+def test_prompts_of_one_length_are_decoded_like_others(family):
+    """Then one mask would do for all rows; XGLM wants one for each."""
+    model, ps = backbone(family), prompts((6, 6, 6))
+    tokens = torch.randint(VOCAB, (len(ps), 4), generator=torch.Generator().manual_seed(5))
+    found = forced(model.decode(ps), tokens, {2: [2, 0]})
+    expected = [recomputed(model.model, p, tokens[row]) for row, p in enumerate(ps)]
+    for (row, step), logits in found.items():
+        assert_close(logits, expected[row][step], rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
 def test_each_family_decodes_the_fastest_way_that_suits_it(family):
     model = backbone(family)
     decoding = model.decode(prompts())

@@ -586,8 +586,9 @@ def test_where_memory_runs_out_micro_batches_are_halved_and_the_weights_are_the_
 def test_where_memory_runs_out_held_out_rows_are_taken_in_smaller_batches():
     said, backbone = [], student("llama")
     rows = tiny.sequences([(4, 3), (5, 4), (3, 2), (6, 1), (2, 5), (3, 3), (4, 4)], vocab=len(TOKENIZER), seed=9)
-    plain = {"teacher": None, "device": torch.device("cpu"), "autocast": nullcontext, "listener": said.append}
-    held_out, objective = HeldOut([rows[:5], rows[5:]], **plain), Objective(backbone, criteria.build(None))
+    plain = {"device": torch.device("cpu"), "autocast": nullcontext, "listener": said.append}
+    held_out = HeldOut([rows[:5], rows[5:]], backbone, None, **plain)
+    objective = Objective(backbone, criteria.build(None))
     with torch.no_grad():
         expected = held_out.mean(CROSS_ENTROPY, objective)
         memory = Narrow(objective, 3)
