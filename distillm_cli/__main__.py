@@ -1,9 +1,10 @@
 """``python -m distillm_cli`` is ``distillm``: here the program begins."""
 
+import atexit
 import sys
 
 from distillm_cli.cli import garbage
-from distillm_cli.cli.interrupts import heard
+from distillm_cli.cli.interrupts import heard, stop_the_shell_too
 from distillm_cli.errors import Interrupted, signal_number, tell
 
 
@@ -13,13 +14,16 @@ def main() -> int:
     Ctrl-C has its one line and its code from here on, also while the commands are being imported.
     """
     garbage.put_off()
+    code = 0
+    atexit.register(lambda: stop_the_shell_too(code))  # the first to be registered is the last to be called
     try:
         with heard():
             from distillm_cli.cli.app import main as run
 
-            return run()
+            code = run()
     except KeyboardInterrupt as stop:
-        return tell(Interrupted("interrupted", signal_number=signal_number(stop)), sys.argv[1:])
+        code = tell(Interrupted("interrupted", signal_number=signal_number(stop)), sys.argv[1:])
+    return code
 
 
 if __name__ == "__main__":

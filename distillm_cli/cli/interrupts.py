@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -78,3 +79,14 @@ def lost() -> KeyboardInterrupt | None:
     handler raises for a failure of its own: a tensor whose reading is stopped has "no shape", and its file looks damaged.
     """
     return _came[-1]() if _came else None
+
+
+def stop_the_shell_too(code: int) -> None:
+    """At a terminal, ends this process by Ctrl-C if that is what it ends with: only then does a shell leave its loop, and
+    not go on with the next run of a sweep. ``$?`` is 130 either way; other callers get the code as it is."""
+    if code == 128 + signal.SIGINT and os.name == "posix" and sys.stderr.isatty():
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)

@@ -79,15 +79,15 @@ def test_stopped_and_resumed_it_is_the_run_that_was_not(family, kind, lora, plac
     settings += ADAPTIVE if kind == "adaptive" else []
     code, told, err = typed(*distill(place, family, *settings, "--output", tmp_path / "whole"))
     assert (code, told["steps"]) == (0, 7), err
-    update = Engine._update
+    gradients = Engine._gradients
 
     def interrupted(self, *args):
         if self.at.step == 5:
             raise KeyboardInterrupt
-        return update(self, *args)
+        return gradients(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "_update", interrupted)
+        patch.setattr(Engine, "_gradients", interrupted)
         assert typed(*distill(place, family, *settings, "--output", tmp_path / "cut"))[0] == 130
     code, told, err = typed("distill", "--resume", "--output", tmp_path / "cut", "--json", "--quiet")
     assert (code, told["steps"]) == (0, 7), err

@@ -2,11 +2,15 @@
 
 import json
 import os
+import pty
+import select
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,6 +27,7 @@ from distillm_cli.core.checkpoint import Checkpoints
 from distillm_cli.errors import CheckpointError
 from tests.typed import call
 
+ROOT = Path(__file__).parents[2]
 WORDS = ["alpha", "beta", "gamma", "delta", "kappa", "sigma", "omega", "theta", "iota", "zeta"]
 
 
@@ -481,3 +486,26 @@ def test_the_built_in_teacher_fits_in_the_wheel_and_the_student_is_five_times_sm
     pair = load_pair(resolve(command="distill", recipe="quickstart").recipe, device=torch.device("cpu"))
     teacher, student = (sum(p.numel() for p in m.model.parameters()) for m in (pair.teacher, pair.student))
     assert teacher >= 5 * student
+
+
+def test_ctrl_c_at_a_terminal_stops_the_shells_loop_too(place, tmp_path):
+    """A sweep as people type it. The run in hand saves, and the next one is not begun."""
+    argv = [str(a) for a in distill_argv(place, "run-$i", "--steps", "4000", "--set", "train.eval_steps=1000")]
+    words = " ".join(a if "$" in a else shlex.quote(a) for a in [sys.executable, "-m", "distillm_cli", *argv])
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(tmp_path)
+        os.execvpe("bash", ["bash", "-c", f"for i in 1 2; do {words}; done"], {**os.environ, "PYTHONPATH": str(ROOT)})
+    shown, pressed, metrics = b"", False, tmp_path / "run-1/metrics.jsonl"
+    with suppress(OSError):  # how Linux says that nobody is at the terminal's other side any more
+        while True:
+            if select.select([terminal], [], [], 0.05)[0]:
+                shown += os.read(terminal, 65536)
+            if not pressed and metrics.exists() and '"step": 7,' in metrics.read_text():
+                pressed = os.write(terminal, b"\x03") == 1
+    _, status = os.waitpid(child, 0)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(status) in (-signal.SIGINT, 130), shown.decode()
+    assert b"stopped at step" in shown, shown.decode()
+    assert list((tmp_path / "run-1/checkpoints").iterdir())
+    assert not (tmp_path / "run-2").exists()

@@ -65,15 +65,15 @@ def test_interrupted_with_half_a_round_to_serve_it_goes_on_as_if_nothing_had_hap
     kept = whole["teacher_cache"]
     assert (kept["mode"], kept["rows"], kept["model_left"]) == (cache, 16, False)
     assert kept["bytes"] > 0
-    update = engine.Engine._update
+    gradients = engine.Engine._gradients
 
-    def killed(self, parts):
+    def killed(self, *args):
         if self.at.step == 6:
             signal.raise_signal(signal.SIGINT)
-        return update(self, parts)
+        return gradients(self, *args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(engine.Engine, "_update", killed)
+        patched.setattr(engine.Engine, "_gradients", killed)
         assert typed(*argv, "--output", "cut")[0] == 130
     code, result, err = typed(*argv, "--output", "cut", "--resume")
     assert (code, result["steps"]) == (0, 10), err

@@ -77,7 +77,7 @@ def test_samples_made_with_generate_are_trained_on_and_bad_files_are_named_befor
         assert (code, answer["code"]) == (expected, expected), err
         assert says in answer["message"], answer["message"]
         assert "loading builtin" not in err
-    assert not list((tmp_path / "bad").iterdir()), "refused before anything was written"
+    assert not (tmp_path / "bad").exists(), "refused before anything was written"
 
 
 def test_plan_counts_both_models_caches_and_a_cache_of_rows_is_refused_where_no_row_is_trained_on(typed):

@@ -77,14 +77,14 @@ def test_distilled_interrupted_resumed_scored_and_sampled(place, tmp_path, capsy
     assert whole["teacher_cache"]["rows"] == 64
     assert {"bleu", "chrf"} <= whole["report"]["student_after"].keys()
 
-    update, stop = Engine._update, {"at": 12}
+    gradients, stop = Engine._gradients, {"at": 12}
 
     def interrupted(self, *args):
         if self.at.step == stop["at"]:
             raise KeyboardInterrupt
-        return update(self, *args)
+        return gradients(self, *args)
 
-    monkeypatch.setattr(Engine, "_update", interrupted)
+    monkeypatch.setattr(Engine, "_gradients", interrupted)
     assert call(capsys, *distill_argv(place, tmp_path / "cut"))[0] == 130
     monkeypatch.undo()
     monkeypatch.setenv("DISTILLM_DATA", str(place / "data"))
