@@ -104,7 +104,8 @@ def memory(run: Run) -> dict[str, int]:
     """Bytes by part. Weights, gradients and optimizer are counted exactly (AdamW: two float32 moments).
 
     Activations: 34 values a position, layer and width, of one micro-batch of the longest rows (saved tensors, counted on
-    GPT-2, OPT, Llama and Qwen 3 with attention scores not kept, are 19 to 36), or 2 with gradient checkpointing. Adapters
+    GPT-2, OPT, Llama and Qwen 3 with attention scores not kept, are 19 to 36), or with gradient checkpointing 2, and one
+    layer's 34 while it is computed again; and scores, where the CPU's attention keeps them (``_scores``). Adapters
     of every linear layer add 9, their inputs in float32, and 15 more in GPT-2, whose own GELU is many operations. Under
     autocast there is a copy of every matrix in the compute dtype, and while the student samples another one of every
     weight, an adapter merged in. The loss holds its chunks and, where it is trained, one gradient of the head.
@@ -125,16 +126,16 @@ def memory(run: Run) -> dict[str, int]:
     layers = student.layers if student.encoder is None else max(student.layers, student.encoder.layers)
     width, head = student.width, run.vocab * student.head_in
     by_adapters = 4 * (24 if student.kind == "gpt2" else 9) * student.adapted / max(1, student.matrices)
-    saved = 34 * run.itemsize + round(by_adapters)
+    saved = layers * (34 * run.itemsize + by_adapters)
     if recipe.train.gradient_checkpointing:
-        saved = 2 * run.itemsize
+        saved = saved / layers + layers * 2 * run.itemsize
     head_gradient = head * ((0 if student.adapted else 4) + (0 if run.itemsize == 4 else 2))
     parts = {
         "student_weights": 4 * total,
         "gradients": 4 * trainable,
         "optimizer": 8 * trainable,
         "cast_weights": student.matrices * run.itemsize if run.itemsize < 4 else 0,
-        "activations": round(positions * layers * width * saved),
+        "activations": round(positions * width * saved) + _scores(run, longest),
         "loss": work_bytes(positions, run.vocab, run.itemsize, run.device) + head_gradient,
     }
     if run.teacher is not None:
@@ -163,6 +164,25 @@ def memory(run: Run) -> dict[str, int]:
         parts["rollout_layouts"] = sum(laid_out)
         parts["compiled_products"] = _COMPILED_PRODUCTS if is_bf16 else 0
     return {name: size for name, size in parts.items() if size}
+
+
+def _scores(run: Run, longest: int) -> int:
+    """Bytes of the attention scores that the student's backward pass needs: torch's attention on a CPU keeps them (12 bytes
+    each, counted on T5) where it has dropout, but for the families whose pass is written out here. longest: tokens of a row.
+    """
+    from distillm_cli.models.whole import KINDS
+
+    student, again = run.student, run.recipe.train.gradient_checkpointing
+    is_written_out = student.kind in KINDS and not student.adapted and not again
+    if run.device != "cpu" or is_written_out:
+        return 0
+    response = longest * run.lengths.response / max(run.lengths.mean, 1)
+    prompt, layers = longest - response, student.layers
+    pairs = [longest**2] * layers
+    if student.encoder is not None:
+        pairs = [prompt**2] * student.encoder.layers + [response * longest] * layers  # its own tokens, and the prompt's
+    kept = max(pairs) if again else sum(pairs)
+    return round(12 * run.micro_batch * student.dropping * kept)
 
 
 _IN_A_STEP = ("gradients", "cast_weights", "activations", "loss", "teacher_activations")

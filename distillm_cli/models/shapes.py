@@ -29,6 +29,9 @@ from distillm_cli.models.tokenizers import is_trained_spec, train_tokenizer
 Texts = Callable[[], Iterator[str]]
 
 
+_ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "dropout_rate")  # as families call it; the last is T5's
+
+
 @dataclass(frozen=True)
 class Shape:
     """A model on the meta device. tokenizer: None where none is at hand."""
@@ -65,8 +68,9 @@ class Sizes:
     parameters: by part: embeddings (of positions too), trunk, head (0 where it is the embedding matrix), total, trainable.
     matmul: weights of the trunk that every token meets in a matrix product; of a mixture of experts, those of the experts
     that a token is sent to. head_in × vocab: the head's product. attention, kv: widths of all query heads, and of all
-    key-value heads, in a layer. adapted: weights of the layers that have a LoRA adapter, and rank: the adapter's.
-    encoder: of an encoder-decoder, whose layers and matmul are then the decoder's alone.
+    key-value heads, in a layer. dropping: query heads of a layer, where attention has dropout. adapted: weights of the
+    layers that have a LoRA adapter, and rank: the adapter's. encoder: of an encoder-decoder, whose layers and matmul are
+    then the decoder's alone.
     """
 
     kind: str
@@ -78,6 +82,7 @@ class Sizes:
     matmul: int
     attention: int
     kv: int
+    dropping: int = 0
     parameters: dict[str, int] = field(default_factory=dict)
     adapted: int = 0
     rank: int = 0
@@ -145,6 +150,7 @@ def sizes(model: PreTrainedModel, vocab: int | None = None) -> Sizes:
         matmul=matmul,
         attention=attention,
         kv=(getattr(config, "num_key_value_heads", None) or heads) * (attention // heads),
+        dropping=heads if any(getattr(config, name, None) for name in _ATTENTION_DROPOUT) else 0,
         parameters={
             **parts,
             "total": sum(p.numel() for p in every),
