@@ -371,11 +371,28 @@ def test_on_a_cpu_what_a_step_frees_stays_with_the_process(configs, planned):
     assert not {"rollout_layouts", "compiled_products"} & planned(*pair)["memory"].keys()
 
 
-def test_an_adapter_saves_its_inputs_and_no_gradient_of_the_head(configs, planned):
-    pair = ("--teacher", configs / "gpt2-xl", "--student", configs / "gpt2", "--method", "kd", "--dtype", "fp32")
+def test_an_adapter_saves_its_inputs_and_no_gradient_of_the_head(configs, planned, tmp_path):
+    """And attention scores, with GPT-2's own dropout: an adapter goes by transformers' pass."""
+    config = json.loads((configs / "gpt2" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"attn_pdrop": 0.0}))
+    pair = (
+        "--teacher",
+        configs / "gpt2-xl",
+        "--student",
+        tmp_path / "config.json",
+        "--method",
+        "kd",
+        "--dtype",
+        "fp32",
+    )
     whole, adapter = (planned(*pair, *lora, "--device", "cpu")["memory"] for lora in ((), ("--lora", 16)))
     assert whole["loss"] - adapter["loss"] == 4 * 50257 * 768
     assert adapter["activations"] / whole["activations"] == pytest.approx((34 + 24) / 34, rel=0.02)
+    pair = (*pair[:3], configs / "gpt2", *pair[4:])
+    told = planned(*pair, "--lora", 16, "--device", "cpu")
+    rows, longest = 8, told["memory"]["teacher_activations"] / (8 * 1600 * 8 * 4)
+    scores = 12 * rows * 12 * 12 * longest**2  # bytes, heads, layers
+    assert told["memory"]["activations"] == pytest.approx(adapter["activations"] + scores, rel=1e-3)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no /proc to read the peak from")
