@@ -226,10 +226,10 @@ def _leaf(key: str, node: yaml.Node | None, label: str) -> Any:
 
 def _unknown(key: str, place: str) -> RecipeError:
     close = nearest_key(key)
-    return RecipeError(
-        f"{place}: no such key",
-        hint=f"did you mean {close}?" if close else "`distillm distill --dry-run` prints every key",
-    )
+    hint = f"did you mean {close}?" if close else "`distillm distill --dry-run` prints every key"
+    if key.rpartition(".")[2].isdecimal():  # what YAML makes of {alpha: 0,1}
+        hint = "inside braces a comma ends a value: write 0.1 for 0,1 and 8000 for 8,000"
+    return RecipeError(f"{place}: no such key", hint=hint)
 
 
 def _not_a_section(key: str, place: str, section: type[Section]) -> RecipeError:

@@ -190,19 +190,15 @@ class Engine:
             parts = self._draw_parts(source)
             return parts, *self._gradients(parts, before)
         except NonFiniteError as error:
-            lr = learning_rate(self.train, self.at.step, self.steps)
-            cause, failed = (
-                error,
-                NonFiniteError(f"{error.what} {where}", hint=f"lower --lr (now {lr:g}), or --dtype fp32"),
-            )
+            cause, lr = error, learning_rate(self.train, self.at.step, self.steps)
+            failed = NonFiniteError(f"{error.what} {where}", hint=f"lower --lr (now {lr:g}), or --dtype fp32")
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             release(error)
-            hint = (
-                "go on with --resume where more is free" if self.at.step and self.checkpoints else "lower --max-length"
-            )
-            cause, failed = error, OutOfMemoryError(f"out of memory {where}", hint=hint)
+            cause, is_saved = error, self.at.step and self.checkpoints
+            hint = "go on with --resume where more is free" if is_saved else "lower --max-length"
+            failed = OutOfMemoryError(f"out of memory {where}", hint=hint)
         self.optimizer.zero_grad(set_to_none=True)
         before.undo()
         if self.at.step:

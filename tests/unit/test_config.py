@@ -694,6 +694,7 @@ def test_nothing_tells_how_far_a_fine_tuned_model_is_from_no_teacher():
 @pytest.mark.parametrize(
     ("text", "meant"),
     [
+        ("objective: {alpha: 0,1}", "objective.1: no such key; inside braces a comma ends a value: write 0.1 for 0,1"),
         ("objective: {alhpa: 0.1}", "objective.alhpa: no such key; did you mean objective.alpha?"),
         ("train: {alpha: 0.1}", "train.alpha: no such key; did you mean objective.alpha?"),
         ("student: {lora_alpha: 64}", "student.lora_alpha: no such key; did you mean student.lora.alpha?"),
