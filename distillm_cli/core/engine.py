@@ -1,7 +1,7 @@
 """The one training loop: draw, forward, backward, step, validate, save, say.
 
 The engine is handed everything it uses (batches, models inside an objective, a schedule, a place for checkpoints) and
-knows none of their insides. One step, ``_update``, can be followed without leaving this file.
+knows none of their insides. One step, ``_learn`` and ``_apply``, can be followed without leaving this file.
 """
 
 from __future__ import annotations
