@@ -216,7 +216,7 @@ class Engine:
             self.optimizer.zero_grad(set_to_none=True)
             before.again()
             self.most_rows = rows // 2
-            self.say(Warned(f"out of memory with {rows} rows at once: going on with {self.most_rows}, same gradient"))
+            self.say(Warned(f"out of memory with {rows} rows at once: going on with {self.most_rows}, same batches"))
             return True
 
         total = in_halves(lambda: self._backward(parts), halve)

@@ -576,7 +576,7 @@ def test_where_memory_runs_out_micro_batches_are_halved_and_the_weights_are_the_
 
     (whole, silence), (halved, said) = trained(rows=4), trained(rows=3)
     assert silence == []
-    assert said == ["out of memory with 4 rows at once: going on with 2, same gradient"]
+    assert said == ["out of memory with 4 rows at once: going on with 2, same batches"]
     for name, expected in weights(whole).items():
         assert_close(weights(halved)[name], expected, atol=2e-5, rtol=1e-4, msg=name)
     assert halved.at.valid_loss == pytest.approx(whole.at.valid_loss, abs=1e-4)
