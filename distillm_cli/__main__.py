@@ -4,7 +4,7 @@ import atexit
 import sys
 
 from distillm_cli.cli import garbage
-from distillm_cli.cli.interrupts import heard, stop_the_shell_too
+from distillm_cli.cli.interrupts import heard, hurry, stop_the_shell_too
 from distillm_cli.errors import Interrupted, signal_number, tell
 
 
@@ -23,6 +23,7 @@ def main() -> int:
             code = run()
     except KeyboardInterrupt as stop:
         code = tell(Interrupted("interrupted", signal_number=signal_number(stop)), sys.argv[1:])
+    hurry(code)
     return code
 
 

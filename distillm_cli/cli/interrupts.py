@@ -78,15 +78,29 @@ def lost() -> KeyboardInterrupt | None:
     """The signal that came, if one did: for those who meet another error, or none. Code in C may take what a signal's
     handler raises for a failure of its own: a tensor whose reading is stopped has "no shape", and its file looks damaged.
     """
+    if threading.current_thread() is not threading.main_thread():
+        return None  # what came, came to an earlier command of the main thread
     return _came[-1]() if _came else None
 
 
 def stop_the_shell_too(code: int) -> None:
     """At a terminal, ends this process by Ctrl-C if that is what it ends with: only then does a shell leave its loop, and
     not go on with the next run of a sweep. ``$?`` is 130 either way; other callers get the code as it is."""
-    if code == 128 + signal.SIGINT and os.name == "posix" and sys.stderr.isatty():
+    if _is_for_the_shell(code):
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError):
                 stream.flush()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        hurry(code)
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def hurry(code: int) -> None:
+    """For the way out: another Ctrl-C then ends a process that will die by it at once. Python's own handler would raise
+    into whichever library is cleaning up, and print its traceback behind the one line."""
+    if _is_for_the_shell(code):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _is_for_the_shell(code: int) -> bool:
+    at_terminal = os.name == "posix" and sys.stderr is not None and sys.stderr.isatty()
+    return at_terminal and code == 128 + signal.SIGINT

@@ -41,6 +41,7 @@ def release(error: BaseException) -> None:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
     gc.collect()
+    torch.cuda.empty_cache()  # what torch keeps for itself, cuBLAS and cuDNN cannot have; without CUDA in use, nothing
 
 
 class Before:

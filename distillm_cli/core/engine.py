@@ -1,7 +1,7 @@
 """The one training loop: draw, forward, backward, step, validate, save, say.
 
 The engine is handed everything it uses (batches, models inside an objective, a schedule, a place for checkpoints) and
-knows none of their insides. One step, ``_update``, can be followed without leaving this file.
+knows none of their insides. One step, ``_learn`` and ``_apply``, can be followed without leaving this file.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ class Engine:
             self.optimizer.zero_grad(set_to_none=True)
             before.again()
             self.most_rows = rows // 2
-            self.say(Warned(f"out of memory with {rows} rows at once: going on with {self.most_rows}, same gradient"))
+            self.say(Warned(f"out of memory with {rows} rows at once: going on with {self.most_rows}, same batches"))
             return True
 
         total = in_halves(lambda: self._backward(parts), halve)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 
+import torch
 from torch import Tensor
 
 from distillm_cli.core.events import Listener, Progress, silent
@@ -81,10 +82,11 @@ class Samples:
         return [self.given[row.row][turn % len(self.given[row.row])] for row in self.batches(step)]
 
     def pack(self, prefix: str) -> dict[str, Tensor]:
-        """What was drawn, for a checkpoint."""
-        return pack(self.kept.values(), prefix)
+        """What was drawn, and for which epoch, for a checkpoint: a step that failed may have begun one."""
+        return pack(self.kept.values(), prefix) | {f"{prefix}.epoch": torch.tensor(self.epoch)}
 
     def unpack(self, tensors: dict[str, Tensor], prefix: str, step: int) -> None:
         """Takes back what ``pack`` gave before step ``step`` (from 0)."""
         self.kept = {s.row: s for s in unpack(tensors, prefix)}
-        self.epoch = max(step - 1, 0) // self.steps_per_epoch
+        of_last_step = max(step - 1, 0) // self.steps_per_epoch  # of a version that told no epoch
+        self.epoch = int(tensors.get(f"{prefix}.epoch", of_last_step))

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -354,6 +356,46 @@ def test_a_signal_during_the_imports_is_one_line_and_an_exit_code_too(module, as
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (128 + asked, "error: interrupted\n")
     assert json.loads(done.stdout) == {"status": "error", "code": 128 + asked, "message": "interrupted"}
+
+
+def test_a_second_ctrl_c_while_libraries_clean_up_ends_the_process_at_once():
+    """Python's own handler would raise into them, and print a traceback behind the one line."""
+    script = """
+        import atexit, os, signal, sys, time
+        from distillm_cli.__main__ import main
+        from distillm_cli.config import load
+        def press():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+        load.shipped = press
+        sys.argv[1:] = ["recipes", "ls"]
+        code = main()
+        atexit.register(press)
+        sys.exit(code)
+    """
+    terminal, end = os.openpty()
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=env, stderr=end, timeout=30)
+    assert (done.returncode, os.read(terminal, 4096)) == (-signal.SIGINT, b"error: interrupted\r\n")
+    os.close(terminal)
+    os.close(end)
+
+
+def test_a_signal_to_an_earlier_command_says_nothing_of_one_in_another_thread(run, monkeypatch):
+    from distillm_cli.config import load
+
+    def press():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    with monkeypatch.context() as changed:
+        changed.setattr(load, "shipped", press)
+        assert run("recipes", "ls")[0] == 130
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(run("recipes", "show", "nothing")[0]))
+    thread.start()
+    thread.join()
+    assert codes == [2]
 
 
 @pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from distillm_cli.config import schema
 from distillm_cli.core import criteria
-from distillm_cli.core.attempts import Before
+from distillm_cli.core.attempts import Before, in_halves
 from distillm_cli.core.checkpoint import Checkpoints, read
 from distillm_cli.core.criterion import CROSS_ENTROPY, Piece
 from distillm_cli.core.engine import Engine
@@ -576,11 +576,24 @@ def test_where_memory_runs_out_micro_batches_are_halved_and_the_weights_are_the_
 
     (whole, silence), (halved, said) = trained(rows=4), trained(rows=3)
     assert silence == []
-    assert said == ["out of memory with 4 rows at once: going on with 2, same gradient"]
+    assert said == ["out of memory with 4 rows at once: going on with 2, same batches"]
     for name, expected in weights(whole).items():
         assert_close(weights(halved)[name], expected, atol=2e-5, rtol=1e-4, msg=name)
     assert halved.at.valid_loss == pytest.approx(whole.at.valid_loss, abs=1e-4)
     assert halved.at.sources == whole.at.sources
+
+
+def test_another_attempt_begins_with_what_torch_kept_of_a_gpus_memory_given_back(monkeypatch):
+    """Smaller pieces alone free nothing for a library that takes memory of its own, as cuBLAS does."""
+    freed = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(True))
+
+    def attempt():
+        if not freed:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+        return "done"
+
+    assert in_halves(attempt, halve=lambda: bool(freed)) == "done"
 
 
 def test_where_memory_runs_out_held_out_rows_are_taken_in_smaller_batches():

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch.testing import assert_close
 
 from distillm_cli.config import schema
 from distillm_cli.core import criteria
@@ -15,10 +16,11 @@ from distillm_cli.core.rollout import SampledRollouts
 from distillm_cli.core.samples import Samples
 from distillm_cli.core.scheduler import Scheduler, Source
 from distillm_cli.core.teacher import Teacher
-from distillm_cli.errors import Interrupted
+from distillm_cli.errors import Interrupted, OutOfMemoryError
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.sequences import Sequence
 from tests import tiny
+from tests.limits import Narrow
 from tests.unit import test_engine as runs
 
 ROLLOUT = schema.Rollout(max_new_tokens=5)
@@ -80,6 +82,39 @@ def test_a_run_stopped_anywhere_in_an_epoch_goes_on_to_the_same_bits(tmp_path, m
     again = resumed.run()
     for name, value in runs.weights(whole).items():
         assert torch.equal(runs.weights(resumed)[name], value), name
+    for count in ("sources", "sampled", "sampled_tokens", "teacher_sampled", "teacher_sampled_tokens"):
+        assert getattr(again, count) == getattr(done, count), count
+    assert resumed.objective.criterion.state_dict() == whole.objective.criterion.state_dict()
+
+
+@pytest.mark.parametrize("fits", [6, 8])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_step_drew_before_memory_ran_out_is_neither_drawn_nor_counted_again(tmp_path, method, fits):
+    """After six steps an epoch begins, and with it samples anew."""
+    torch.manual_seed(5)
+    whole = build(method)
+    done = whole.run()
+
+    torch.manual_seed(5)
+    engine = build(method, tmp_path, eval_steps=1000)
+    memory = Narrow(engine.objective, 4)
+
+    def shrink(event):
+        if isinstance(event, Stepped) and event.step == fits:
+            memory.rows = 0
+
+    engine.say = shrink
+    with pytest.raises(OutOfMemoryError, match=f"at step {fits + 1} "):
+        engine.run()
+    backbone = runs.student()
+    found = Checkpoints(tmp_path, lambda path: None, keep=1).latest()
+    loaded = type(backbone.model).from_pretrained(found.path, dtype=torch.float32)
+    backbone.model.load_state_dict(loaded.state_dict())
+    resumed = build(method, backbone=backbone)
+    resumed.load(found)
+    again = resumed.run()
+    for name, value in runs.weights(whole).items():
+        assert_close(runs.weights(resumed)[name], value, rtol=0, atol=0, msg=name)
     for count in ("sources", "sampled", "sampled_tokens", "teacher_sampled", "teacher_sampled_tokens"):
         assert getattr(again, count) == getattr(done, count), count
     assert resumed.objective.criterion.state_dict() == whole.objective.criterion.state_dict()
