@@ -168,6 +168,7 @@ def claimed(output: Path, *, is_new: bool = False) -> Iterator[None]:
     The directory itself is locked: nothing is left in it, and the lock dies with the process. is_new: it was made for
     this run, and goes again where the run fails before it wrote anything.
     """
+    output.mkdir(parents=True, exist_ok=True)  # one that another run made, and took away when it failed
     directory = None if fcntl is None else os.open(output, os.O_RDONLY)
     try:
         if directory is not None and is_taken(directory):
