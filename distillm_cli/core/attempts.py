@@ -14,6 +14,7 @@ from distillm_cli.core.bulk import Bulk
 from distillm_cli.core.checkpoint import random_states, restore_random_states
 from distillm_cli.core.criterion import Criterion
 from distillm_cli.core.replay import ReplayBuffer
+from distillm_cli.core.teacher import Teacher
 from distillm_cli.errors import out_of_memory
 
 T = TypeVar("T")
@@ -47,10 +48,12 @@ def release(error: BaseException) -> None:
 class Before:
     """What a step changes before the optimizer is asked, as it was when the step began."""
 
-    def __init__(self, criterion: Criterion, replay: ReplayBuffer, ahead: Bulk, device: torch.device):
-        self.criterion, self.replay, self.ahead, self.device = criterion, replay, ahead, device
+    def __init__(
+        self, criterion: Criterion, replay: ReplayBuffer, ahead: Bulk, teacher: Teacher | None, device: torch.device
+    ):
+        self.criterion, self.replay, self.ahead, self.teacher, self.device = criterion, replay, ahead, teacher, device
         self._random, self._state = random_states(device), deepcopy(criterion.state_dict())
-        self._held = list(replay.sequences)
+        self._held, self._remembered = list(replay.sequences), teacher and teacher.remembered()
         ahead.served = None
 
     def again(self) -> None:
@@ -64,3 +67,5 @@ class Before:
         self.replay.sequences.clear()
         self.replay.add(self._held)
         self.ahead.put_back()
+        if self.teacher is not None:  # known in part, a batch would be computed in other company, and round otherwise
+            self.teacher.forget_all_but(self._remembered)

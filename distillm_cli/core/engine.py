@@ -184,7 +184,7 @@ class Engine:
 
         Raises NonFiniteError or OutOfMemoryError after saving: all is then as if the step had not begun.
         """
-        before = Before(self.objective.criterion, self.replay, self.ahead, self.device)
+        before = Before(self.objective.criterion, self.replay, self.ahead, self.teacher, self.device)
         where = f"at step {self.at.step + 1} ({source} batch); nothing was applied"
         try:
             parts = self._draw_parts(source)

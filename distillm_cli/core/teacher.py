@@ -115,6 +115,15 @@ class Teacher:
         scored = [sequences[i] for i in tensors[f"{prefix}.scored"].tolist()]
         self._keep(scored, tensors[f"{prefix}.states"])
 
+    def remembered(self) -> frozenset[Sequence]:
+        """The sequences that are no rows and whose states are kept now."""
+        return frozenset(self._others)
+
+    def forget_all_but(self, remembered: frozenset[Sequence]) -> None:
+        """Goes back to what was ``remembered``; rows' states stay, which do not depend on when they were computed."""
+        for sequence in self.remembered() - remembered:
+            del self._others[sequence]
+
     def _ask(self, batch: Batch) -> Tensor:
         """In the teacher's own dtype, whatever the student computes in."""
         self.tokens += batch.tokens

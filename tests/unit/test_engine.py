@@ -112,7 +112,8 @@ def weights(engine):
 
 def step(engine, parts):
     """One optimizer step on these parts; its loss and learning rate."""
-    loss, _ = engine._gradients(parts, Before(engine.objective.criterion, engine.replay, engine.ahead, engine.device))
+    before = Before(engine.objective.criterion, engine.replay, engine.ahead, engine.teacher, engine.device)
+    loss, _ = engine._gradients(parts, before)
     return loss, engine._apply(loss)
 
 
@@ -644,3 +645,34 @@ def test_a_step_that_memory_does_not_suffice_for_costs_no_step_before_it(tmp_pat
     assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
     assert (resumed.at.sources, resumed.at.sampled) == (whole.at.sources, whole.at.sampled)
     assert resumed.at.valid_loss == whole.at.valid_loss
+
+
+def test_what_the_teacher_said_in_a_step_that_failed_is_asked_again_in_the_same_company(tmp_path):
+    """A batch from the buffer, in part of outputs that wait again after the failure: with the rest of it known already the
+    teacher would see another batch shape, and its answer would round otherwise."""
+    settings = {"method": "adaptive", "kept": True, "steps": 24}
+
+    def failing(at):
+        torch.manual_seed(5)
+        engine = build(tmp_path / str(at), **settings)
+        engine.fresh, memory = "buffer", Narrow(engine.objective, 4)
+
+        def shrink(event):
+            if isinstance(event, Stepped) and event.step == at:
+                memory.rows, failing.remembered = 0, engine.teacher.remembered()
+
+        engine.say = shrink
+        with pytest.raises(OutOfMemoryError):
+            engine.run()
+        return engine
+
+    torch.manual_seed(5)
+    whole = build(**settings)
+    whole.fresh = "buffer"
+    whole.run()
+    for at in (10, 11, 13, 14):
+        assert failing(at).teacher.remembered() == failing.remembered
+        resumed = resume(tmp_path / str(at), **settings)
+        resumed.fresh = "buffer"
+        resumed.run()
+        assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
