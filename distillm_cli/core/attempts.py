@@ -53,8 +53,10 @@ class Before:
     ):
         self.criterion, self.replay, self.ahead, self.teacher, self.device = criterion, replay, ahead, teacher, device
         self._random, self._state = random_states(device), deepcopy(criterion.state_dict())
-        self._held, self._remembered = list(replay.sequences), teacher and teacher.remembered()
+        self._held = list(replay.sequences)
         ahead.served = None
+        if teacher is not None:
+            teacher.begin_step()
 
     def again(self) -> None:
         """For another attempt at what the step has drawn."""
@@ -68,4 +70,4 @@ class Before:
         self.replay.add(self._held)
         self.ahead.put_back()
         if self.teacher is not None:  # known in part, a batch would be computed in other company, and round otherwise
-            self.teacher.forget_all_but(self._remembered)
+            self.teacher.forget_step()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from typing import Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 import torch
@@ -66,6 +66,7 @@ class Teacher:
         self.tokens, self.has_left = 0, False
         self._head: HeadLike | None = None
         self._others: WeakKeyDictionary[Sequence, Tensor] = WeakKeyDictionary()
+        self._lately: WeakSet[Sequence] = WeakSet()
 
     @property
     def head(self) -> HeadLike:
@@ -115,14 +116,16 @@ class Teacher:
         scored = [sequences[i] for i in tensors[f"{prefix}.scored"].tolist()]
         self._keep(scored, tensors[f"{prefix}.states"])
 
-    def remembered(self) -> frozenset[Sequence]:
-        """The sequences that are no rows and whose states are kept now."""
-        return frozenset(self._others)
+    def begin_step(self) -> None:
+        """What is asked from here on may have to be forgotten."""
+        self._lately.clear()
 
-    def forget_all_but(self, remembered: frozenset[Sequence]) -> None:
-        """Goes back to what was ``remembered``; rows' states stay, which do not depend on when they were computed."""
-        for sequence in self.remembered() - remembered:
+    def forget_step(self) -> None:
+        """Forgets the states of the sequences that are no rows and were asked about since ``begin_step``; those of rows do
+        not depend on when they were computed."""
+        for sequence in list(self._lately):
             del self._others[sequence]
+        self._lately.clear()
 
     def _ask(self, batch: Batch) -> Tensor:
         """In the teacher's own dtype, whatever the student computes in."""
@@ -157,6 +160,7 @@ class Teacher:
                 self.rows.write(sequence, part)
             else:
                 self._others[sequence] = part.clone()  # a view would hold the whole batch's states
+                self._lately.add(sequence)
 
     def _recall(self, sequence: Sequence) -> Tensor:
         return self.rows.read(sequence) if self._is_row(sequence) else self._others[sequence]
