@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
 import time
 from collections.abc import Mapping
@@ -92,7 +93,10 @@ def _plan(
 ) -> list[_Job]:
     jobs: list[_Job] = []
     loaded: dict[Any, list[Suite]] = {}
-    places = _places(list(dict.fromkeys(checkpoints)), output, names)
+    once: dict[str, str] = {}
+    for checkpoint in checkpoints:
+        once.setdefault(os.path.abspath(checkpoint), checkpoint)  # ``a/`` is ``a``
+    places = _places(list(once.values()), output, names)
     for checkpoint, place in places.items():
         load_config(checkpoint)
         resolved, own = inference.settings("eval", checkpoint, recipe=recipe, flags=flags, sets=sets, listener=ui)

@@ -107,7 +107,18 @@ def test_several_checkpoints_and_suites_in_one_call(place, typed):
     (place / "other").symlink_to(place / "model")
     told = json.loads(
         typed(
-            *("eval", "model", "other", "--suite", "data,data/train.jsonl", "--suite", "builtin", "--limit", 4),
+            *(
+                "eval",
+                "model",
+                "other",
+                "./model/",
+                "--suite",
+                "data,data/train.jsonl",
+                "--suite",
+                "builtin",
+                "--limit",
+                4,
+            ),
             *("--metric", "error_rate", "--greedy", "--output", "out", "--json", *SHORT),
         )[1]
     )
