@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import re
 import time
 from collections.abc import Mapping
@@ -93,9 +92,9 @@ def _plan(
 ) -> list[_Job]:
     jobs: list[_Job] = []
     loaded: dict[Any, list[Suite]] = {}
-    once: dict[str, str] = {}
+    once: dict[Path, str] = {}
     for checkpoint in checkpoints:
-        once.setdefault(os.path.abspath(checkpoint), checkpoint)  # ``a/`` is ``a``
+        once.setdefault(Path(checkpoint), checkpoint)  # ``./a/`` is ``a``
     places = _places(list(once.values()), output, names)
     for checkpoint, place in places.items():
         load_config(checkpoint)
