@@ -1,12 +1,8 @@
-"""A step that memory does not suffice for: once more in smaller pieces, or as if it had not begun."""
+"""A step that fails: taken once more, or as if it had not begun."""
 
 from __future__ import annotations
 
-import gc
-import traceback
-from collections.abc import Callable
 from copy import deepcopy
-from typing import TypeVar
 
 import torch
 
@@ -15,34 +11,6 @@ from distillm_cli.core.checkpoint import random_states, restore_random_states
 from distillm_cli.core.criterion import Criterion
 from distillm_cli.core.replay import ReplayBuffer
 from distillm_cli.core.teacher import Teacher
-from distillm_cli.errors import out_of_memory
-
-T = TypeVar("T")
-
-
-def in_halves(attempt: Callable[[], T], halve: Callable[[], bool]) -> T:
-    """What ``attempt`` gives, at first or after as many calls of ``halve`` as it takes.
-
-    halve: makes the next attempt's pieces smaller; False where they cannot be, and the error is the caller's.
-    """
-    while True:
-        try:
-            return attempt()
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            release(error)
-            if not halve():
-                raise
-
-
-def release(error: BaseException) -> None:
-    """Lets go of what filled the memory: the frames that the error came through hold it."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__context__
-    gc.collect()
-    torch.cuda.empty_cache()  # what torch keeps for itself, cuBLAS and cuDNN cannot have; without CUDA in use, nothing
 
 
 class Before:

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from distillm_cli.config.schema import Train
-from distillm_cli.core.attempts import Before, in_halves, release
+from distillm_cli.core.attempts import Before
 from distillm_cli.core.bulk import Bulk
 from distillm_cli.core.checkpoint import Checkpoint, Checkpoints, random_states, restore_random_states
 from distillm_cli.core.criterion import CROSS_ENTROPY, Piece
 from distillm_cli.core.events import Listener, Note, RunEnded, RunStarted, Saved, Stepped, Validated, Warned, silent
+from distillm_cli.core.halving import in_halves, release
 from distillm_cli.core.held_out import HeldOut
 from distillm_cli.core.objective import Objective, joined
 from distillm_cli.core.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors

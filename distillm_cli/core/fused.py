@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distillm_cli.core.divergences import Rows
+from distillm_cli.core.halving import in_halves
 from distillm_cli.core.terms import NOTHING, PerToken, Terms
-from distillm_cli.errors import out_of_memory
 
 CHUNK_BYTES = 320 * 2**20  # most bytes of a chunk's logits, both models'; with small vocabularies it is far less
 _CHUNK_TOKENS = 256  # beyond it the products gain nothing: 128 tokens reach 90 % of their speed, 256 all of it
@@ -169,15 +169,19 @@ def _values_and_grads(inputs: Inputs, work: _Work, wanted: tuple[bool, ...]) -> 
     N = hidden_ND.shape[0]
     most = work.chunk or _most_tokens(student, teacher, exact)
     fitting = chunk = max(1, math.ceil(N / math.ceil(max(N, 1) / most)))  # chunks of one size: a small last one is slow
-    while True:
+
+    def attempt() -> tuple[_Walk, Tensor]:
         walk = _Walk(student, teacher, work, exact)
-        try:
-            value_N = walk.run(fitting, inputs, wanted)
-            break
-        except (RuntimeError, MemoryError) as error:
-            if fitting == 1 or not out_of_memory(error):
-                raise
-            fitting //= 2
+        return walk, walk.run(fitting, inputs, wanted)
+
+    def halve() -> bool:
+        nonlocal fitting
+        if fitting == 1:
+            return False
+        fitting //= 2
+        return True
+
+    walk, value_N = in_halves(attempt, halve)
     if fitting < chunk and work.on_halved is not None:
         work.on_halved(fitting)
     grads = (walk.d_hidden_ND, walk.d_weight_VD, walk.d_bias_V)

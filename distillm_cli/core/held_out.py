@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from distillm_cli.core.attempts import in_halves
 from distillm_cli.core.events import Listener, Warned
 from distillm_cli.core.exact import where_exact
+from distillm_cli.core.halving import in_halves
 from distillm_cli.core.objective import Objective
 from distillm_cli.core.teacher import Model, Teacher
 from distillm_cli.core.terms import Terms

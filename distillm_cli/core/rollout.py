@@ -19,8 +19,9 @@ from torch import Tensor
 
 from distillm_cli.config.schema import Rollout
 from distillm_cli.core.events import Listener, Progress, Warned, silent
+from distillm_cli.core.halving import in_halves
 from distillm_cli.core.sampling import Sampling, check_chosen, choose
-from distillm_cli.errors import DataError, out_of_memory
+from distillm_cli.errors import DataError
 from distillm_cli.sequences import Sequence
 
 
@@ -153,15 +154,22 @@ def sample(
 def in_groups(count: int, width: Width, make: Callable[[slice], list[Sampled]]) -> list[Sampled]:
     """What ``make`` makes of ``count`` rows, all at once or, where memory does not suffice, in smaller groups."""
     outputs: list[Sampled] = []
+
+    def rows() -> int:
+        left = count - len(outputs)
+        return left if width.rows is None else min(width.rows, left)
+
+    def halve() -> bool:
+        if rows() == 1:
+            return False
+        width.halve(rows())
+        return True
+
+    def group() -> list[Sampled]:
+        return make(slice(len(outputs), len(outputs) + rows()))
+
     while len(outputs) < count:
-        now = slice(len(outputs), count if width.rows is None else min(len(outputs) + width.rows, count))
-        rows = now.stop - now.start
-        try:
-            outputs += make(now)
-        except (RuntimeError, MemoryError) as error:
-            if rows == 1 or not out_of_memory(error):
-                raise
-            width.halve(rows)
+        outputs += in_halves(group, halve)
     return outputs
 
 

@@ -14,11 +14,12 @@ from torch.testing import assert_close
 
 from distillm_cli.config import schema
 from distillm_cli.core import criteria
-from distillm_cli.core.attempts import Before, in_halves
+from distillm_cli.core.attempts import Before
 from distillm_cli.core.checkpoint import Checkpoints, read
 from distillm_cli.core.criterion import CROSS_ENTROPY, Piece
 from distillm_cli.core.engine import Engine
 from distillm_cli.core.events import Saved, Stepped, Validated, Warned
+from distillm_cli.core.halving import in_halves
 from distillm_cli.core.held_out import HeldOut
 from distillm_cli.core.metrics_log import MetricsLog
 from distillm_cli.core.objective import Objective
