@@ -69,6 +69,7 @@ def main() -> int:
     stages.watch(Engine, "_validate", "validation")
     stages.watch(Engine, "_save", "checkpoint")
     stages.watch(Engine, "_gradients", "step: backbones' backward, and the rest")
+    stages.watch(Engine, "_apply", "step: optimizer")
     stages.watch(rollout, "sample", "rollouts")
     stages.watch(teacher.Teacher, "_ask", "step: teacher forward")
     stages.watch(objective, "fused_loss", "step: fused loss, gradients of the heads included")

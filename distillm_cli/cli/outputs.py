@@ -163,7 +163,7 @@ def clear(output: Path) -> None:
 
 @contextmanager
 def claimed(output: Path, *, is_new: bool = False) -> Iterator[None]:
-    """No other run works in this directory, which must be there, meanwhile. Raises UsageError where one does.
+    """No other run works in this directory meanwhile. Raises UsageError where one does.
 
     The directory itself is locked: nothing is left in it, and the lock dies with the process. is_new: it was made for
     this run, and goes again where the run fails before it wrote anything.
