@@ -27,21 +27,30 @@ class Row:
     """One example, before any template.
 
     instruction, input: the task as text, and the material it is about. prompt: the exact prompt of the file, complete.
-    messages: the conversation up to the response. references: accepted responses; the first is trained on, and there
-    may be none where only prompts are needed. where: "train.jsonl:318". task: its kind, where known. question: the
-    instruction comes from a column other than `instruction`, which template `auto` renders plain. cut: the response was
-    cut at a length limit (`complete: false`, as `generate` writes it), so there is no end to learn.
+    messages: the conversation up to the answer, each message with every field of the file. answer: the assistant message
+    that closes a conversation, with every field of the file (``tool_calls``, ``reasoning_content``, …). tools, documents:
+    what the chat template receives under these names. template_kwargs: further arguments of the chat template
+    (``enable_thinking``). references: accepted responses as text; the first is trained on where there is no ``answer``,
+    and there may be none where only prompts are needed. where: "train.jsonl:318". task: its kind, where known. question:
+    the instruction comes from a column other than `instruction`, which template `auto` renders plain. cut: the response
+    was cut at a length limit (`complete: false`, as `generate` writes it), so there is no end to learn. format: the name
+    of the row's format, for display.
     """
 
     instruction: str | None = None
     input: str = ""
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
+    answer: dict[str, Any] | None = None
+    tools: list[Any] | None = None
+    documents: list[Any] | None = None
+    template_kwargs: dict[str, Any] | None = None
     references: tuple[str, ...] = ()
     where: str = ""
     task: str | None = None
     question: bool = False
     cut: bool = False
+    format: str = ""
 
     @property
     def key(self) -> str:
