@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from datetime import date
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ import torch
 from distillm_cli.cli import garbage, outputs, sampling
 from distillm_cli.cli.host import give_back_freed_memory
 from distillm_cli.cli.reading import bringers, reading
-from distillm_cli.config.schema import Recipe
+from distillm_cli.config.schema import Data, Recipe
 from distillm_cli.config.shaping import shaping
 from distillm_cli.core import criteria
 from distillm_cli.core.checkpoint import Checkpoints
@@ -31,11 +32,14 @@ from distillm_cli.data.ahead import Ahead
 from distillm_cli.data.batching import Examples, Order, by_length, tokenise
 from distillm_cli.data.early import Early
 from distillm_cli.data.prompts import Encoder
+from distillm_cli.data.rows import Row
 from distillm_cli.data.sources import Rows, overlap
 from distillm_cli.data.teacher_samples import encoded, read_beforehand
-from distillm_cli.data.templates import render
+from distillm_cli.data.templates import Renderer, settled_template
+from distillm_cli.data.token_ids import Affixes
 from distillm_cli.errors import ModelError
 from distillm_cli.models.contexts import longrope_bound
+from distillm_cli.models.conversation import generation_config
 from distillm_cli.models.devices import resolve_device, resolve_dtype
 from distillm_cli.models.fingerprint import fingerprint
 from distillm_cli.models.tokenizer_files import OwnTokenizers, quiet
@@ -77,6 +81,7 @@ class Prepared:
     begins: Callable[[], Mapping[str, torch.Tensor]] | None = None
     teacher_samples: dict[int, list[Sequence]] | None = None  # by row, where they were made beforehand
     models: Mapping[str, str] = field(default_factory=dict)  # fingerprints of what was loaded, by role
+    settled: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # values that were open, with their origin
 
     @property
     def student(self) -> Backbone:
@@ -146,6 +151,7 @@ class Prepared:
                 self.student.model.save_pretrained(directory)
             else:
                 self.student.adapter.save(directory)
+                generation_config(self.student).save_pretrained(directory)
                 (directory / FROZEN).write_text(frozen_digest(self.student), encoding="utf-8")
             self.pair.tokenizer.save_pretrained(directory)
 
@@ -155,6 +161,7 @@ class Prepared:
         with quiet():
             if student.lora_output == "adapter":
                 self.student.adapter.save(directory, dtype)
+                generation_config(self.student).save_pretrained(directory)
             elif self.student.adapter is None and dtype == torch.float32:
                 self.student.model.save_pretrained(directory)
             else:
@@ -184,20 +191,17 @@ def _prepared(recipe: Recipe, listener: Listener, early: Early) -> Prepared:
 
     beforehand = None if recipe.data.teacher_samples is None else read_beforehand(recipe.data, train_rows, listener)
 
-    def texts(tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
-        for row in train_rows:
-            yield from (render(row, recipe.data.template, tokenizer), row.references[0])
-
+    texts = partial(texts_of, train_rows, recipe.data)
     tokenizers = OwnTokenizers()
     expected = _expected_tokenizer(recipe, tokenizers)
-    with Ahead((train_rows, valid_rows), recipe.data.template, expected, early) as ahead:
+    with Ahead((train_rows, valid_rows), recipe.data, expected, early) as ahead:
         # Only here: it takes long to import, and the rows are tokenised meanwhile.
         from distillm_cli.models.pair import load_pair
 
         garbage.take_up()
         pair = load_pair(recipe, device=device, texts=texts, tokenizers=tokenizers, listener=listener)
-        tokenizer, ends = pair.tokenizer, ahead.ends(pair.tokenizer)
-        encoder = Encoder(tokenizer, recipe.data, is_encoder_decoder=pair.student.is_encoder_decoder, ends=ends)
+        affixes = ahead.affixes(pair.tokenizer)
+        recipe, encoder, settled = _conversing(recipe, pair, (train_rows, valid_rows), affixes, listener)
         contexts = [model.context for model in pair.models.values() if model.context is not None]
         context = min(contexts, default=None)
         _check_heads(pair, context, listener)
@@ -217,8 +221,56 @@ def _prepared(recipe: Recipe, listener: Listener, early: Early) -> Prepared:
         role: fingerprint(backbone.model.state_dict().items(), torch.bfloat16) for role, backbone in pair.models.items()
     }
     return Prepared(
-        recipe, listener, device, dtype, train_rows, valid_rows, pair, encoder, train, valid, begins, samples, models
-    )
+        recipe, listener, device, dtype, train_rows, valid_rows, pair, encoder, train, valid, begins, samples, models,
+        settled,
+    )  # fmt: skip
+
+
+def texts_of(rows: Iterable[Row], data: Data, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
+    """Yield prompts and responses in turn, for a tokenizer that is trained on them."""
+    renderer = Renderer(data, tokenizer)
+    for row in rows:
+        text = renderer.text(row)
+        if text is not None:
+            yield from (text.text[: text.cut], text.text[text.cut : text.end])
+
+
+def _conversing(
+    recipe: Recipe, pair: Pair, rows: tuple[Rows, ...], affixes: Affixes | None, listener: Listener
+) -> tuple[Recipe, Encoder, dict[str, tuple[str, str]]]:
+    """Settle how the models are asked and how they answer: template, date and end tokens.
+
+    Returns the recipe with these values, the encoder, and the values that were open, by key, with their origin.
+    """
+    from distillm_cli.models.conversation import own_end, set_languages, settle_ends, settle_template
+
+    settle_template(pair, recipe.data, listener)
+    set_languages(pair.tokenizer, recipe.data, pair.models.values())
+    settled: dict[str, tuple[str, str]] = {}
+    both_chat = all(template is not None for template in pair.templates.values())
+    if recipe.data.template == "auto" and (found := settled_template(rows[0], both_chat)) is not None:
+        template, why = found
+        settled["data.template"] = (template, f"auto: {why}")
+        other = {"chat": "alpaca", "alpaca": "chat"}.get(template)
+        choice = f"; --set data.template={other} chooses the other form" if other and both_chat else ""
+        listener(Note(f"template {template}: {why}{choice}"))
+    if recipe.data.date is None:
+        settled["data.date"] = (date.today().isoformat(), "start of the run")
+    data = recipe.data.model_copy(update={key.partition(".")[2]: value for key, (value, _) in settled.items()})
+    common = {
+        "is_encoder_decoder": pair.student.is_encoder_decoder,
+        "affixes": affixes if recipe.data.source_language is None and recipe.data.target_language is None else None,
+        "stops": pair.student.stop_ids | {*(pair.teacher_stops or ())},
+        "end": own_end(recipe.data, pair, listener),
+    }
+    encoder = Encoder(pair.tokenizer, data, **common)
+    chat = encoder.renderer.chat
+    if chat is None or not chat.uses_date:
+        settled.pop("data.date", None)
+    is_chat = any(encoder.renderer.form(row) == "chat" for row in rows[0])
+    settle_ends(pair, encoder, is_chat, listener)
+    data = recipe.data.model_copy(update={key.partition(".")[2]: value for key, (value, _) in settled.items()})
+    return recipe.model_copy(update={"data": data}), encoder, settled
 
 
 def _expected_tokenizer(recipe: Recipe, tokenizers: OwnTokenizers) -> PreTrainedTokenizerBase | None:

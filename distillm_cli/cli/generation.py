@@ -23,7 +23,6 @@ from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.sources import Row, local_place
 from distillm_cli.errors import Interrupted, UsageError, signal_number
 from distillm_cli.evaluation.evaluate import fitting
-from distillm_cli.evaluation.evaluate import text_of as output_text
 from distillm_cli.evaluation.suites import Suite
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.fingerprint import fingerprint
@@ -60,6 +59,7 @@ def run(
     rows = prompts_of(wanted, r.data, ui)
     backbone, encoder = inference.load(model, r, ui)
     inference.check_head(backbone, encoder, rows[0], ui)
+    inference.name_template(encoder, rows, ui)
     work = _Work.of(rows, wanted.samples, backbone, encoder, r, ui)
     try:
         if responses is not None:
@@ -155,10 +155,10 @@ class _Work:
         return {**head, "weights": fingerprint(self.backbone.model.state_dict().items()), "prompts": digest.hexdigest()}
 
     def heads(self) -> list[Line]:
-        """What each row says of itself before there is a response."""
+        """The fields of each row that are known before there is a response."""
         return [
             {
-                **({} if row.instruction is None else {"instruction": row.instruction, "input": row.input}),
+                **_asked(row),
                 "prompt": prompt,
                 "seed": self.seed,
                 "sample": j,
@@ -192,7 +192,7 @@ class _Work:
                 lines = []
                 for offset, k in enumerate(chunk):
                     head, out = heads[k], said[offset]
-                    text = {"output": output_text(self.encoder.tokenizer, out)}
+                    text = {"output": self.encoder.decode(self.ids[k // self.samples], out.tokens)}
                     lines.append(_placed(head, text) | {"complete": out.complete})
                     tokens += len(out.tokens)
                     cut += not out.complete
@@ -217,6 +217,15 @@ class _Work:
             listener(event)
 
         return heard
+
+
+def _asked(row: Row) -> Line:
+    """What the row asks, in the columns that it is read from."""
+    columns = {"messages": row.messages, "tools": row.tools, "documents": row.documents}
+    columns |= {"chat_template_kwargs": row.template_kwargs}
+    if row.instruction is not None:
+        columns |= {"instruction": row.instruction, "input": row.input}
+    return {name: value for name, value in columns.items() if value is not None}
 
 
 def _placed(head: Line, text: Line) -> Line:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from distillm_cli.cli import garbage
-from distillm_cli.config.load import Resolved, load_resolved, resolve
+from distillm_cli.config.explain import leaves
+from distillm_cli.config.load import Resolved, load_resolved, resolve, settled
 from distillm_cli.config.schema import Recipe
-from distillm_cli.core.events import Listener, Warned
+from distillm_cli.core.events import Listener, Note, Warned
 from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.sources import Row
 from distillm_cli.errors import RecipeError
 from distillm_cli.models.backbone import Backbone
+from distillm_cli.models.conversation import read_template, set_languages
 from distillm_cli.models.pair import load_backbone, resolve_device, resolve_dtype
 from distillm_cli.sequences import Sequence, collate
 
@@ -50,14 +51,16 @@ def settings(
 
 
 def _on_this_machine(resolved: Resolved, own: Path) -> Resolved:
-    train = resolved.recipe.train
-    defaults = {
-        name: type(train).model_fields[name].default
-        for name in ("device", "threads")
-        if resolved.origin[f"train.{name}"].startswith(f"{own.name}:")
+    """The recipe of the run that made the model, without what holds for that machine alone.
+
+    The chat template is saved with the model's tokenizer, wherever the run had it from.
+    """
+    open_again = {
+        key: (leaves()[key].default, "default")
+        for key in ("train.device", "train.threads", "data.chat_template")
+        if resolved.origin[key].startswith(f"{own.name}:")
     }
-    recipe = resolved.recipe.model_copy(update={"train": train.model_copy(update=defaults)})
-    return replace(resolved, recipe=recipe)
+    return settled(resolved, open_again)
 
 
 def own_recipe(model: str) -> Path | None:
@@ -74,7 +77,18 @@ def load(model: str, recipe: Recipe, listener: Listener) -> tuple[Backbone, Enco
         torch.set_num_threads(recipe.train.threads)
     device = resolve_device(recipe.train.device)
     backbone = load_backbone(model, dtype=precision(recipe), device=device, listener=listener)
-    return backbone, Encoder(backbone.tokenizer, recipe.data, is_encoder_decoder=backbone.is_encoder_decoder)
+    if recipe.data.chat_template not in ("auto", "student", "teacher"):
+        backbone.tokenizer.chat_template = read_template(recipe.data.chat_template)
+    set_languages(backbone.tokenizer, recipe.data, [backbone])
+    stops, is_seq2seq = backbone.stop_ids, backbone.is_encoder_decoder
+    return backbone, Encoder(backbone.tokenizer, recipe.data, is_encoder_decoder=is_seq2seq, stops=stops)
+
+
+def name_template(encoder: Encoder, rows: Iterable[Row], listener: Listener) -> None:
+    """Report the template that the model is asked in."""
+    forms = sorted({encoder.renderer.form(row) for row in rows})
+    names = {"chat": "chat (the tokenizer's chat template)", "exact": "exact (prompts as they are)"}
+    listener(Note(f"template: {', '.join(names.get(form, form) for form in forms)}"))
 
 
 def precision(recipe: Recipe) -> torch.dtype:

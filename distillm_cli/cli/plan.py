@@ -341,11 +341,17 @@ def _times(found: dict[str, dict[str, Any]]) -> list[Any]:
 def _batch(run: Prepared) -> list[Any]:
     from rich.text import Text
 
-    head = "One batch, decoded; supervised tokens stand in ⟦ ⟧ (the last is end-of-sequence unless cut)"
+    head = "One batch, decoded; supervised tokens are in ⟦ ⟧ (the last one ends the response, unless it was cut)"
     tokenizer, lines = run.pair.tokenizer, [Text(head, "bold")]
     for sequence in run.batch(0)[:SHOWN]:
-        text = Text(tokenizer.decode(sequence.prompt), style="dim")
-        for token in sequence.response:
-            text.append(f"⟦{tokenizer.decode([int(token)])}⟧", style="not dim green")
+        text, context = Text(style="dim"), []
+        turns = set() if sequence.turns is None else set(sequence.turns.tolist())
+        for at, token in enumerate([*sequence.prompt.tolist(), *sequence.response.tolist()]):
+            if at < len(sequence.prompt) and at not in turns:
+                context.append(token)
+                continue
+            text.append(tokenizer.decode(context))
+            context = []
+            text.append(f"⟦{tokenizer.decode([token])}⟧", style="not dim green")
         lines += [text, Text("─" * 20, "dim")]
     return lines

@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from distillm_cli import words
 from distillm_cli.cli import costs, garbage, gpus
-from distillm_cli.cli.assembly import Prepared, new_order, new_replay, prepare
+from distillm_cli.cli.assembly import Prepared, new_order, new_replay, prepare, texts_of
 from distillm_cli.cli.host import available_memory
 from distillm_cli.cli.measuring import check_answers, check_metric
 from distillm_cli.cli.teaching import Keeping, check_rows, disk_free, plan_keeping, uses_rows
@@ -26,7 +27,6 @@ from distillm_cli.core.scheduler import Scheduler
 from distillm_cli.data.batching import Examples, steps_per_epoch, tokenise
 from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.sources import Rows, is_path, load_rows, local_place
-from distillm_cli.data.templates import render
 from distillm_cli.errors import DataError
 from distillm_cli.models import lora
 from distillm_cli.models.contexts import context_of
@@ -122,11 +122,7 @@ def of_shapes(
         check_rows(recipe)
     rows, why = at_hand(lambda: load_rows(recipe.data, "train", listener=silent), recipe.data.source)
 
-    def texts(tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
-        for row in rows or ():
-            yield from (render(row, recipe.data.template, tokenizer), row.references[0])
-
-    read = texts if rows is not None else None
+    read = None if rows is None else partial(texts_of, rows, recipe.data)
     common = {"max_length": recipe.data.max_length, "made": made}
     origin = None  # of a student that is built after it, for `sft` too
     if recipe.teacher.path is not None and (recipe.method != "sft" or recipe.student.is_built):

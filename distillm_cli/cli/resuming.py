@@ -12,15 +12,33 @@ import torch
 from distillm_cli.cli import outputs
 from distillm_cli.cli.assembly import FROZEN, frozen_digest
 from distillm_cli.config.explain import leaves
-from distillm_cli.config.ownership import ValueOf, is_read
+from distillm_cli.config.load import Resolved, load_resolved, settled
+from distillm_cli.config.ownership import ValueOf, is_read, value_of
 from distillm_cli.config.schema import Recipe
 from distillm_cli.config.shaping import shaping
 from distillm_cli.core.checkpoint import Checkpoint, latest, read
-from distillm_cli.errors import CheckpointError
+from distillm_cli.errors import CheckpointError, RecipeError
 from distillm_cli.models.tokenizer_files import quiet
 
 if TYPE_CHECKING:
     from distillm_cli.models.backbone import Backbone
+
+
+# Values that a run settles when it starts, and that its resume takes over where they are open again.
+SETTLED = {"data.template": "auto", "data.date": None}
+
+
+def as_recorded(resolved: Resolved, output: Path) -> Resolved:
+    """Return the recipe with the values that the run in ``output`` settled when it started."""
+    try:
+        before = load_resolved(output / outputs.RECIPE)
+    except RecipeError:  # a damaged or missing one: whatever differs shows in the checkpoint's own
+        return resolved
+    found = {}
+    for key, is_open in SETTLED.items():
+        if value_of(resolved.recipe, key) == is_open and (value := value_of(before, key)) != is_open:
+            found[key] = (value, "the run that is resumed")
+    return settled(resolved, found)
 
 
 def checkpoint_of(output: Path, recipe, *, started: bool = True, movable: Collection[str] = ()) -> Checkpoint | None:

@@ -26,9 +26,9 @@ from distillm_cli.cli.measuring import (
     check_metric,
     needs_metric,
 )
-from distillm_cli.cli.resuming import best_of, check_inputs, checkpoint_of, load_student, weights_in
+from distillm_cli.cli.resuming import as_recorded, best_of, check_inputs, checkpoint_of, load_student, weights_in
 from distillm_cli.cli.teaching import Opened, open_teacher
-from distillm_cli.config.load import Resolved, to_yaml
+from distillm_cli.config.load import Resolved, settled, to_yaml
 from distillm_cli.config.stages import sft_before
 from distillm_cli.core.checkpoint import Checkpoint, read, visible
 from distillm_cli.core.engine import LOWER_IS_BETTER, Engine
@@ -37,7 +37,7 @@ from distillm_cli.core.metrics_log import MetricsLog
 from distillm_cli.core.progress import Progress as Reached
 from distillm_cli.core.scheduler import Source
 from distillm_cli.data.early import Early
-from distillm_cli.data.templates import render
+from distillm_cli.data.templates import text_of_content
 from distillm_cli.errors import Interrupted, UsageError, signal_number
 from distillm_cli.ui.console import Console
 from distillm_cli.ui.summary import (
@@ -69,7 +69,10 @@ def train(
     early: where its rows are on their way already. movable: as of ``checkpoint_of``. begun: called once everything is
     prepared and ``output`` holds nothing of an earlier run any more (or its resume).
     """
-    recipe, began = resolved.recipe, time.perf_counter()
+    began = time.perf_counter()
+    if resume:
+        resolved = as_recorded(resolved, output)
+    recipe = resolved.recipe
     check_metric(recipe)
     for note in resolved.notes:
         ui(Warned(note))
@@ -83,6 +86,8 @@ def train(
         if resume and stage and not checkpoint:
             of_stage = checkpoint_of(output / outputs.SFT, stage.recipe, movable=movable)
         run = prepare(recipe, ui, early)
+        resolved = settled(resolved, run.settled)
+        stage = sft_before(resolved)
         for earlier in filter(None, (checkpoint, of_stage)):
             check_inputs(earlier, run.inputs)
         before = None if checkpoint is None else checkpoint.state.get("teacher_cache")
@@ -248,9 +253,13 @@ def _tell(
 
 def _asked(run: Prepared, row) -> str:
     """What a row asks, without the words of a template where it has an instruction of its own."""
-    if row.instruction is None:
-        return render(row, run.encoder.template, run.encoder.tokenizer)
-    return "\n".join(filter(None, (row.instruction, row.input)))
+    if row.instruction is not None:
+        return "\n".join(filter(None, (row.instruction, row.input)))
+    if row.messages is not None and row.messages[-1]["role"] == "user":
+        question = text_of_content(row.messages[-1].get("content"))
+        if question is not None:
+            return question
+    return run.encoder.renderer.prompt(row)
 
 
 def _result(command: str, output: Path, reached: Reached, engine: Engine, measured, wall: float) -> dict:

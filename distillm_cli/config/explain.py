@@ -54,6 +54,8 @@ def kinds(annotation: Any) -> set[Any]:
         return kinds(get_args(annotation)[0])
     if origin is Literal:
         return {type(choice) for choice in get_args(annotation)}
+    if origin is dict:
+        return {dict}
     if origin in (Union, types.UnionType, tuple):
         return set().union(*(kinds(part) for part in get_args(annotation) if part is not Ellipsis))
     return {annotation if annotation is not types.NoneType else None}
@@ -101,6 +103,8 @@ def described(annotation: Any, metadata: list[Any]) -> str:
         return ", or ".join(described(part, metadata) for part in parts)
     if origin is Literal:
         return str(parts[0]) if len(parts) == 1 else f"one of {', '.join(map(str, parts))}"
+    if origin is dict:
+        return "a mapping"
     if origin is tuple:
         count = " that is not empty" if any(isinstance(m, annotated_types.MinLen) for m in metadata) else ""
         count = count if parts[-1] is Ellipsis else f" of {len(parts)}"

@@ -7,7 +7,7 @@ was written for another, brings its preset along: it is stronger than what that 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
 from itertools import chain
@@ -171,6 +171,17 @@ def settle(
             notes = (f"{label or name}: left out, since nothing reads them here ({run}): {keys}",)
     origin = {key: given[key].origin if key in given else "default" for key in leaves()}
     return Resolved(made, origin, former, notes, name)
+
+
+def settled(resolved: Resolved, values: Mapping[str, tuple[Any, str]]) -> Resolved:
+    """Return the recipe with values that were open until the run started. values: dotted key → (value, origin)."""
+    recipe = resolved.recipe
+    for key, (value, _) in values.items():
+        section, _, name = key.rpartition(".")
+        part = getattr(recipe, section).model_copy(update={name: value})
+        recipe = recipe.model_copy(update={section: part})
+    origin = resolved.origin | {key: origin for key, (_, origin) in values.items()}
+    return replace(resolved, recipe=recipe, origin=origin)
 
 
 def load_resolved(path: str | Path) -> Recipe:

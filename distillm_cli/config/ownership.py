@@ -26,6 +26,8 @@ _BUILDS_AFTER = ("teacher.path", "teacher.dtype", "teacher.revision")  # what fi
 _ASKING = (
     "train.device", "train.threads", "student.dtype", "data.template", "data.skip_bad_rows", "data.seed", "data.tasks",
     "data.columns.prompt", "data.columns.input", "data.columns.response",
+    "data.chat_template", "data.chat_template_kwargs", "data.tools", "data.documents", "data.date",
+    "data.special_tokens_in_text", "data.source_language", "data.target_language",
 )  # fmt: skip
 _READ_WITHOUT_TRAINING = {
     "generate": (*_ASKING, *SAMPLING, "eval.batch_size", "data.size", "data.valid_limit"),

@@ -185,10 +185,35 @@ class Data(Section):
     valid: Name | None = Field(
         None, description="held-out rows: a file or source; unset: the source's own, else a slice"
     )
-    template: Literal["auto", "alpaca", "chat", "plain"] = Field(
+    template: Literal["auto", "alpaca", "chat", "plain", "exact"] = Field(
         "auto",
-        description="auto: a row's own `prompt`, chat for `messages` rows, alpaca for instruction rows, else plain",
+        description="how rows are written. auto: chat for conversations, and for instructions where teacher and student "
+        "have chat templates; else alpaca for instructions, plain for questions, exact for whole prompts",
     )
+    chat_template: Name = Field(
+        "auto",
+        description="auto: the student's own chat template, else the teacher's; or student, teacher, or a Jinja file",
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="arguments of the chat template for every row, such as {enable_thinking: false}"
+    )
+    tools: Name | None = Field(None, description="JSON file with the list of tools of rows that have no `tools` column")
+    documents: Name | None = Field(
+        None, description="JSON file with the list of documents of rows that have no `documents` column"
+    )
+    turns: Literal["all", "last"] = Field("all", description="answers of a conversation that are supervised")
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = Field(
+        None, description="date that chat templates see, YYYY-MM-DD; unset: the day on which the run starts"
+    )
+    special_tokens_in_text: Literal["encode", "text", "refuse"] = Field(
+        "encode",
+        description="special tokens written in a row's text: encode them as special tokens (as transformers does), as "
+        "text, or refuse the row",
+    )
+    source_language: Name | None = Field(
+        None, description="language code of prompts, for tokenizers with such codes (NLLB: eng_Latn)"
+    )
+    target_language: Name | None = Field(None, description="language code of responses, so too")
     columns: Columns = Columns()  # sections are frozen, so that a shared default is safe
     max_length: Annotated[int, Field(ge=2)] = Field(512, description="prompt + response, tokens")
     max_prompt_length: Positive = Field(256, description="tokens")
@@ -307,6 +332,9 @@ class Eval(Section):
     top_k: Count = Field(0, description="sample from so many likeliest tokens; 0 is off")
     max_new_tokens: Positive = Field(256, description="end-of-sequence included")
     no_repeat_ngram_size: Count = Field(6, description="0 is off")
+    strip_reasoning: bool = Field(
+        True, description="score responses and references without their reasoning (<think> blocks, analysis channels)"
+    )
     batch_size: Positive = Field(32, description="sequences decoded side by side")
     limit: Positive | None = Field(None, description="the first rows of each suite only")
     report_rows: Count = Field(

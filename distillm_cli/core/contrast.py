@@ -148,7 +148,7 @@ class Curriculum(BySource):
 
 def _gaps(piece: Piece, reading: Reading) -> list[float]:
     """Of each sequence of the piece."""
-    lengths = [len(s.response) for s in piece.sequences]
+    lengths = [s.supervised for s in piece.sequences]
     p_B, q_B = (
         torch.stack([part.double().mean().exp() for part in log_N.split(lengths)])
         for log_N in map(where_exact, (reading.log_p_N, reading.log_q_N))

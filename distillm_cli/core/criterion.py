@@ -84,7 +84,7 @@ class Criterion:
 
     def count(self, sequences: SequenceOf[Sequence]) -> int:
         """What the sum over a step's sequences is divided by: response tokens, or sequences."""
-        return len(sequences) if self.per_sequence else sum(len(s.response) for s in sequences)
+        return len(sequences) if self.per_sequence else sum(s.supervised for s in sequences)
 
     def look_ahead(
         self, pieces: SequenceOf[Piece], readings: SequenceOf[Reading], progress: float

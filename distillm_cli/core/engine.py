@@ -291,7 +291,7 @@ class Engine:
 
     def _count(self, source, parts, loss, grad_norm, lr, seconds) -> None:
         at = self.at
-        tokens = sum(len(s.response) for part in parts for s in part.sequences)
+        tokens = sum(s.supervised for part in parts for s in part.sequences)
         at.step, at.tokens, at.train_loss = at.step + 1, at.tokens + tokens, loss
         at.sources[source.value] += 1
         epoch, figures = at.step / self.steps_per_epoch, self.objective.criterion.figures()

@@ -36,6 +36,8 @@ def label(config: schema.Eval, template: str) -> str:
         value = getattr(config, name)
         if value != schema.Eval.model_fields[name].default and not (greedy and name in _WITHOUT_EFFECT_ON_GREEDY):
             parts.append(f"{letter}{value:g}")
+    if not config.strip_reasoning:
+        parts.append("reasoning")
     if template != schema.Data.model_fields["template"].default:
         parts.append(template)
     return "-".join(parts)
@@ -103,14 +105,16 @@ def _head(suite: Suite, config: schema.Eval, template: str, about: Mapping[str, 
 
 
 def _predictions(result: SuiteResult, name: str) -> Iterator[dict[str, Any]]:
-    for row, prompt, answer in zip(result.suite.rows, result.prompts, result.answers[name], strict=True):
+    rows = zip(result.suite.rows, result.prompts, result.references, result.answers[name], strict=True)
+    for row, prompt, references, answer in rows:
         yield {
             "where": row.where,
             **({} if row.task is None else {"task": row.task}),
             "prompt": prompt,
-            "output": answer.text,
-            "references": list(row.references),
-            **{name: _of_row(name, answer, row.references) for name in result.config.metrics},
+            "output": answer.output,
+            **({} if answer.text == answer.output else {"scored": answer.text}),
+            "references": list(references),
+            **{name: _of_row(name, answer, references) for name in result.config.metrics},
             "tokens": answer.tokens,
             "complete": answer.complete,
             "entropy": answer.entropy,

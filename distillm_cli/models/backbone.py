@@ -159,6 +159,16 @@ class Backbone(nn.Module):
         ids = declared if isinstance(declared, list | tuple) else [declared]
         return frozenset(i for i in [self.tokenizer.eos_token_id, *ids] if i is not None and i < self.vocab)
 
+    @property
+    def forced_first(self) -> int | None:
+        """The token that every response of an encoder-decoder begins with (``forced_bos_token_id``), None for none."""
+        if not self.is_encoder_decoder:
+            return None
+        for config in (getattr(self.model, "generation_config", None), self.model.config):
+            if (token := getattr(config, "forced_bos_token_id", None)) is not None:
+                return token
+        return None
+
     def forward(self, batch: Batch) -> torch.Tensor:
         return self.hidden(batch)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from distillm_cli.core.events import Listener, Note, Warned, silent
 from distillm_cli.errors import ModelError, UsageError
 from distillm_cli.models import lora
 from distillm_cli.models.backbone import Backbone
+from distillm_cli.models.conversation import add_stops
 from distillm_cli.models.devices import bf16_is_fast, resolve_device, resolve_dtype
 from distillm_cli.models.layers import build_from_layers, read_layers
 from distillm_cli.models.loading import check_causal, load_backbone, load_config
@@ -61,12 +62,19 @@ Texts = Callable[[PreTrainedTokenizerBase | None], Iterator[str]]
 
 @dataclass(frozen=True)
 class Pair:
-    """Models that fit together. vocab: the token ids that both know, which is what meets the loss."""
+    """Models that fit together.
+
+    vocab: the token ids that both know, which is what meets the loss. templates: by role, the chat templates that the
+    tokenizers came with. teacher_stops: ids at which the teacher's own configuration stops, its end-of-sequence first;
+    None without a teacher.
+    """
 
     teacher: Backbone | None
     student: Backbone
     tokenizer: PreTrainedTokenizerBase
     vocab: int
+    templates: dict[str, str | dict[str, str] | None] = field(default_factory=dict)
+    teacher_stops: tuple[int, ...] | None = None
 
     @property
     def models(self) -> dict[str, Backbone]:
@@ -108,12 +116,16 @@ def load_pair(
         check_kinds(teacher, student)
     if _is_borrowed(recipe.student):
         check_reload(student, next(texts(student.tokenizer), None) if texts else None)
+    templates, stops = {"student": student.tokenizer.chat_template}, None
     if teacher is not None:
+        templates["teacher"] = teacher.tokenizer.chat_template
+        eos = teacher.tokenizer.eos_token_id
+        stops = (eos, *sorted(teacher.stop_ids - {eos}))
         check_vocabularies(teacher.tokenizer, own := student.tokenizer)
         _share_tokens(teacher, student)
         if lost := lost_with(own, student.tokenizer):
             listener(Warned(f"the student gets the teacher's tokenizer, whose tokens both know; its own {lost} lost"))
-    return Pair(teacher, student, student.tokenizer, student.vocab)
+    return Pair(teacher, student, student.tokenizer, student.vocab, templates, stops)
 
 
 def _load_teacher(
@@ -156,6 +168,7 @@ def teacher_again(recipe: schema.Recipe, pair: Pair, device: torch.device) -> Ba
     """The pair's teacher, whose weights have left memory, as it was."""
     teacher = _load_teacher(recipe.teacher, device)
     _share_tokens(teacher, pair.student)
+    add_stops(teacher, sorted(pair.teacher.stop_ids))
     teacher.own_logits = pair.teacher.own_logits
     return teacher
 

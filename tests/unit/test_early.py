@@ -20,11 +20,11 @@ from distillm_cli.core.events import Note, Warned
 from distillm_cli.data import early as early_module
 from distillm_cli.data import helper
 from distillm_cli.data.ahead import Ahead
-from distillm_cli.data.bare_ids import CHUNK, bare_ids
 from distillm_cli.data.batching import tokenise
 from distillm_cli.data.early import Early
 from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.sources import load_rows
+from distillm_cli.data.token_ids import CHUNK
 from distillm_cli.errors import DataError
 from tests import tiny
 
@@ -64,8 +64,8 @@ def test_what_was_made_early_is_what_the_tokenizer_makes(part, shared_data, tmp_
         train, valid = early.rows("train", print), early.rows("valid", print)
         made = early.made(tokenizer)
         assert len(made) == -(-len(train) // CHUNK) + -(-len(valid) // CHUNK)
-        with Ahead((train, valid), data.template, tokenizer, early) as ahead:
-            encoder = Encoder(tokenizer, data, ends=ahead.ends(tokenizer))
+        with Ahead((train, valid), data, tokenizer, early) as ahead:
+            encoder = Encoder(tokenizer, data, affixes=ahead.affixes(tokenizer))
             ready = tokenise(train, encoder, data, ahead=ahead)
     assert not working()
     assert list(train) == list(load_rows(data, "train"))
@@ -119,10 +119,10 @@ def test_rules_that_are_not_the_tokenizers_are_not_used(change, tmp_path, tokeni
     with known(data, tokenizer_file) as early:
         train = early.rows("train", print)
         assert early.made(tokenizer) == {}
-        with Ahead((train,), data.template, tokenizer, early) as ahead:
+        with Ahead((train,), data, tokenizer, early) as ahead:
             taken = ahead.take(train, 0, tokenizer)
-    expected = bare_ids(train[:CHUNK], data.template, tokenizer)
-    assert [ids.tolist() for ids in taken.prompts] == [ids.tolist() for ids in expected.prompts]
+    expected = [tokenizer(row.prompt, add_special_tokens=False)["input_ids"] for row in train[:CHUNK]]
+    assert [ids.prompt.tolist() for ids in taken] == expected
     assert not working()
 
 
@@ -267,7 +267,7 @@ def before_torch(monkeypatch):
 def ids_of(made: dict, rows) -> list[list[list[int]]]:
     """Prompts and responses of all chunks of some rows, in order."""
     chunks = [made[id(rows), at].result() for at in range(0, len(rows), CHUNK)]
-    return [[ids.tolist() for chunk in chunks for ids in getattr(chunk, part)] for part in ("prompts", "responses")]
+    return [[getattr(ids, part).tolist() for chunk in chunks for ids in chunk] for part in ("prompt", "response")]
 
 
 @pytest.mark.parametrize("named", ["dolly", "builtin"])
@@ -291,8 +291,8 @@ def test_a_process_makes_what_the_thread_makes(named, shared_data, before_torch)
     assert (train.name, train.path, str(valid)) == (plain[0].name, plain[0].path, str(plain[1]))
     assert said == plainly_said
     for mine, rows in zip(ids, plain, strict=True):
-        expected = bare_ids(rows, recipe.data.template, tokenizer)
-        assert mine == [[ids.tolist() for ids in part] for part in (expected.prompts, expected.responses)]
+        whole = [tokenizer(row.prompt + row.references[0], add_special_tokens=False)["input_ids"] for row in rows]
+        assert [prompt + response for prompt, response in zip(*mine, strict=True)] == whole
 
 
 def test_what_goes_wrong_in_the_process_is_told_here(tmp_path, tokenizer_file, before_torch):
@@ -315,8 +315,8 @@ def test_a_process_that_dies_costs_nothing(when, tmp_path, tokenizer_file, befor
         train = early.rows("train", print)
         valid = early.rows("valid", print)
         before_torch[0].kill()
-        with Ahead((train, valid), data.template, tokenizer, early) as ahead:
-            encoder = Encoder(tokenizer, data, ends=ahead.ends(tokenizer))
+        with Ahead((train, valid), data, tokenizer, early) as ahead:
+            encoder = Encoder(tokenizer, data, affixes=ahead.affixes(tokenizer))
             ready = tokenise(train, encoder, data, ahead=ahead)
     assert list(train) == list(load_rows(data, "train"))
     alone = tokenise(train, Encoder(tokenizer, data), data)
