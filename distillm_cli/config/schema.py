@@ -6,6 +6,7 @@ A field's description is its help text, its unit and its source. Section and fie
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -202,7 +203,7 @@ class Data(Section):
         None, description="JSON file with the list of documents of rows that have no `documents` column"
     )
     turns: Literal["all", "last"] = Field("all", description="answers of a conversation that are supervised")
-    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = Field(
+    date: Name | None = Field(
         None, description="date that chat templates see, YYYY-MM-DD; unset: the day on which the run starts"
     )
     special_tokens_in_text: Literal["encode", "text", "refuse"] = Field(
@@ -239,7 +240,15 @@ class Data(Section):
         "gradient. k: batches of about one length, from k batches sorted together: fewer passes, but where length goes "
         "with the kind of row each step sees one kind only, and learning suffers",
     )
-    workers: Count = Field(0, description="processes that tokenise; cannot change a run")
+    workers: Count = Field(0, description="processes that tokenize; cannot change a run")
+
+    @model_validator(mode="after")
+    def _the_date_is_one(self) -> Data:
+        try:
+            date.fromisoformat(self.date or "2000-01-01")
+        except ValueError:
+            raise ValueError("data.date must be a date, YYYY-MM-DD; try --set data.date=2026-01-31") from None
+        return self
 
 
 class Rollout(Section):

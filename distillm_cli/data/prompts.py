@@ -288,7 +288,7 @@ class Encoder:
         """The response with its first special tokens and its end, or without an end where it was cut."""
         if self.is_encoder_decoder and len(self._target_before):
             ids = np.concatenate((self._target_before, ids))
-        if row.cut:
+        if row.cut and len(ids):
             return ids[:-1] if text.is_closed else ids
         end = self.end if text.end_id is None else text.end_id
         # Some files spell the end-of-sequence token out.

@@ -55,11 +55,13 @@ def token_ids(texts: SequenceOf[Text], tokenizer: Any, *, apart: bool = False, l
         found = {i: _cut_by_prefixes(texts[i], tokenizer, literal) for i in together}
     else:
         found = {i: _cut(texts[i], encoding) for i, encoding in zip(together, encodings, strict=True)}
+        # Offsets are not exact at blanks: where they leave a doubt, the ids of the prompt alone decide.
         doubtful = [i for i in together if found[i].moved]
         prompts = ids_of([texts[i].text[: texts[i].cut] for i in doubtful], tokenizer, literal=literal)
         for i, prompt in zip(doubtful, prompts, strict=True):
-            if np.array_equal(prompt, found[i].prompt):  # text between two tokens that no token stands for
-                found[i] = TokenIds(found[i].prompt, found[i].response, found[i].turns)
+            whole = np.concatenate((found[i].prompt, found[i].response))
+            if np.array_equal(prompt, whole[: len(prompt)]):
+                found[i] = TokenIds(prompt, whole[len(prompt) :], found[i].turns)
     return [found[i] if i in found else _cut_marked(text, tokenizer) for i, text in enumerate(texts)]
 
 
@@ -116,17 +118,19 @@ def _turns(spans: list[np.ndarray], cut: int) -> np.ndarray | None:
 
 
 def _place(text: str, encoding: Encoding, char: int) -> tuple[int, bool]:
-    """The first token of the text from ``char`` on, and whether it, or text without a token, spans that place."""
+    """The first token of the text from ``char`` on, and whether the offsets leave a doubt: a token that spans this place,
+    text without a token before it, or a token without a character."""
     at = char
     while at < len(text) and (index := encoding.char_to_token(at)) is None:
         at += 1
     index = len(encoding) if at >= len(text) else index
+    first = index
     # Tokens of no character, such as the blank that SentencePiece puts before a word, belong to what follows.
-    while index and encoding.offsets[index - 1][0] >= char:
+    while index and encoding.token_to_chars(index - 1)[0] >= char:
         index -= 1
-    starts = encoding.token_to_chars(index)[0] < char if index < len(encoding) else False
-    ends_before = index > 0 and char > 0 and encoding.token_to_chars(index - 1)[1] < char
-    return index, starts or ends_before
+    spans = index < len(encoding) and encoding.token_to_chars(index)[0] < char
+    ends_before = index > 0 and encoding.token_to_chars(index - 1)[1] < char
+    return index, spans or ends_before or index < first
 
 
 def _cut_by_prefixes(text: Text, tokenizer: Any, literal: bool) -> TokenIds:

@@ -1,4 +1,4 @@
-"""Tokenising begun ahead: the same sequences, the same complaints, and no thread that outlives its context."""
+"""Tokenizing in the background: the same sequences, the same complaints, and no thread that outlives its context."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def letters(refuses: str | None = None) -> PreTrainedTokenizerFast:
     """Single characters between <s> and </s>. refuses: a text that it cannot be given."""
 
     class Letters(PreTrainedTokenizerFast):
-        def __call__(self, text, **kwargs):
-            if refuses in text:
+        def __call__(self, text=None, **kwargs):
+            if any(refuses in one for one in text or ()):
                 raise ValueError(f"not {refuses}")
             return super().__call__(text, **kwargs)
 

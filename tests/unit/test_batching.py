@@ -43,7 +43,7 @@ def examples_of(rows, listener=lambda event: None, context=None, **fields):
 
 ROWS = rows_of((3, 4), (7, 2), (3, 8), (6, 4), (4, 7))
 
-# ------------------------------------------------------------------------------------------------------- tokenising
+# ------------------------------------------------------------------------------------------------------- tokenizing
 
 
 def test_rows_too_long_are_dropped_counted_and_reported():
@@ -55,7 +55,7 @@ def test_rows_too_long_are_dropped_counted_and_reported():
     assert examples.lengths.tolist() == [7, 10]
     assert examples.tokens == 8
     dropped = "3 of 5 rows dropped as too long: 1 with a prompt over 6 tokens, 2 over 10 tokens in all"
-    assert said == [Progress("tokenising", 5, 5, "rows"), Note(dropped)]
+    assert said == [Progress("tokenizing", 5, 5, "rows"), Note(dropped)]
 
 
 def test_truncating_cuts_responses_and_still_drops_long_prompts():
@@ -85,7 +85,7 @@ def test_nothing_left_names_the_shortest_row_and_the_limit():
     )
     with pytest.raises(DataError, match=r"shortest has 3 \+ 4 tokens .* the limit is 5 tokens in all; a.jsonl:1;"):
         examples_of(rows_of((3, 4), (3, 5)), context=5)
-    with pytest.raises(DataError, match="no rows to tokenise"):
+    with pytest.raises(DataError, match="no rows to tokenize"):
         examples_of([])
 
 
@@ -102,7 +102,7 @@ def test_dolly_in_seconds_with_progress(shared_data):
     progress = [event for event in said if isinstance(event, Progress)]
     assert [event.done for event in progress] == [500, 1_000, 1_500, 2_000]
     assert said[-1].text.startswith(f"dolly train: {examples.dropped} of 2,000 rows dropped as too long")
-    assert progress[0].task == "tokenising dolly train"
+    assert progress[0].task == "tokenizing dolly train"
 
 
 def test_workers_change_nothing(shared_data):

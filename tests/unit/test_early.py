@@ -24,6 +24,7 @@ from distillm_cli.data.batching import tokenise
 from distillm_cli.data.early import Early
 from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.sources import load_rows
+from distillm_cli.data.templates import Renderer
 from distillm_cli.data.token_ids import CHUNK
 from distillm_cli.errors import DataError
 from tests import tiny
@@ -147,7 +148,7 @@ def test_what_only_stands_around_a_text_does_not_matter(tmp_path, tokenizer_file
     with known(data, other) as early:
         train = early.rows("train", print)
         (made,) = (made.result() for (rows, _), made in early.made(tokenizer).items() if rows == id(train))
-    assert [ids.tolist() for ids in made.prompts] == [tokenizer(row.prompt)["input_ids"] for row in train]
+    assert [ids.prompt.tolist() for ids in made] == [tokenizer(row.prompt)["input_ids"] for row in train]
 
 
 def test_conversations_wait_for_the_chat_template(tmp_path, tokenizer_file):
@@ -215,7 +216,7 @@ recipe = Recipe.model_validate({{
 with reading(recipe) as early:
     rows = early.rows("train", print)
     rules, made = early._planned.result()
-    print(len(rows), sum(len(chunk.result().prompts) for chunk in made.values()))
+    print(len(rows), sum(len(chunk.result()) for chunk in made.values()))
 print(sorted({{"torch", "transformers", "datasets"}} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -291,7 +292,8 @@ def test_a_process_makes_what_the_thread_makes(named, shared_data, before_torch)
     assert (train.name, train.path, str(valid)) == (plain[0].name, plain[0].path, str(plain[1]))
     assert said == plainly_said
     for mine, rows in zip(ids, plain, strict=True):
-        whole = [tokenizer(row.prompt + row.references[0], add_special_tokens=False)["input_ids"] for row in rows]
+        texts = [Renderer(recipe.data).text(row).text for row in rows]
+        whole = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         assert [prompt + response for prompt, response in zip(*mine, strict=True)] == whole
 
 

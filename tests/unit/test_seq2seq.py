@@ -204,7 +204,7 @@ def test_a_row_is_sampled_the_same_whatever_else_is_in_the_batch():
 class Says:
     """A decoder that wants to say the same two tokens for ever."""
 
-    context, stop_ids = None, frozenset({EOS})
+    context, stop_ids, forced_first = None, frozenset({EOS}), None
 
     def __init__(self, is_encoder_decoder: bool):
         self.is_encoder_decoder, self.step = is_encoder_decoder, -1
