@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from distillm_cli.config.schema import Columns
+from distillm_cli.data.conversations import content_text, is_blank, read_messages, split_answer
+from distillm_cli.data.values import BadRow, decode_json, kind, valid_text
+
+__all__ = ["BadRow", "Row", "parse"]
 
 _PROMPTS = ("messages", "instruction", "prompt", "question")
 _INPUTS = ("input", "context")
+_OF_TRAINING = ("weight", "train")  # fields of a message that say how it is trained on
 _RESPONSES = ("output", "response", "completion", "answer")
-
-
-class BadRow(ValueError):
-    """What is wrong with a record, in words; the caller knows where it stands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,25 +57,37 @@ class Row:
     def key(self) -> str:
         """What makes two rows ask the same thing, whatever their responses."""
         if self.instruction is not None:
-            return json.dumps([self.instruction, self.input])
-        return json.dumps(self.messages if self.prompt is None else self.prompt, default=str)
+            asked: Any = [self.instruction, self.input]
+        elif self.prompt is not None:
+            asked = self.prompt
+        else:
+            asked = [{k: v for k, v in message.items() if k not in _OF_TRAINING} for message in self.messages]
+        extras = [self.tools, self.documents, self.template_kwargs]
+        # Without extras the same as before there were any: digests of evaluations contain it.
+        return json.dumps(asked if extras == [None] * 3 else [asked, *extras], default=str)
 
 
 def parse(record: Any, where: str, columns: Columns, *, require_output: bool = True) -> Row:
     """One record of a source → a Row. Raises BadRow with the column, what was found, and what was expected."""
     if not isinstance(record, dict):
-        raise BadRow(f"expected an object with named columns, found {_kind(record)}")
+        raise BadRow(f"expected an object with named columns, found {kind(record)}")
     name = _prompt_column(record, columns)
     fields: dict[str, Any] = {"where": where, "task": record["task"] if isinstance(record.get("task"), str) else None}
     fields["cut"] = record.get("complete") is False
     if name == "messages" or (columns.prompt is not None and isinstance(record[name], list)):
-        messages, reply = _conversation(record[name], name, columns)
-        if reply is not None:
-            references = (reply,)
+        messages, answer = read_messages(record[name], name), None
+        if columns.response is None:
+            messages, answer = split_answer(messages)
+        if all(is_blank(message) for message in messages):
+            raise BadRow(f"an empty prompt (column `{name}` has no message before the response)")
+        if answer is not None:
+            text = content_text(answer)
+            references = () if text is None else (text,)
         else:
             unanswered = f"no reply to the last message ({messages[-1]['role']}), and "
             references = _references(record, columns, require_output, unanswered)
-        return Row(messages=messages, references=references, **fields)
+        fields |= _arguments(record)
+        return Row(messages=messages, answer=answer, references=references, **fields)
     prompt = _text(record, name)
     material = _input(record, columns)
     if name == "instruction":
@@ -126,64 +139,46 @@ def _references(record: dict, columns: Columns, required: bool, also: str = "") 
         return ()
     value = record[name]
     if isinstance(value, str):
-        return (_valid(value, name),)
+        return (valid_text(value, f"column `{name}`"),)
     if not isinstance(value, list):
-        raise BadRow(f"column `{name}` must be text or a list of texts, found {_kind(value)}")
+        raise BadRow(f"column `{name}` must be text or a list of texts, found {kind(value)}")
     if not value and required:
         raise BadRow(f"column `{name}` is an empty list")
     for number, reference in enumerate(value, start=1):
         if not isinstance(reference, str):
-            raise BadRow(f"column `{name}` must be a list of texts; its number {number} is {_kind(reference)}")
-    return tuple(_valid(reference, name) for reference in value)
+            raise BadRow(f"column `{name}` must be a list of texts; its number {number} is {kind(reference)}")
+    return tuple(valid_text(reference, f"column `{name}`") for reference in value)
 
 
-def _conversation(messages: Any, name: str, columns: Columns) -> tuple[list[dict[str, Any]], str | None]:
-    """The messages before a closing one of the assistant, and that one's text.
+def _arguments(record: dict) -> dict[str, Any]:
+    """What the chat template receives beside the messages."""
+    found: dict[str, Any] = {}
+    for name in ("tools", "documents"):
+        value = _decoded(record, name)
+        if value is None:
+            continue
+        if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+            raise BadRow(f"column `{name}` must be a list of objects, found {kind(value)}")
+        found[name] = value
+    kwargs = _decoded(record, "chat_template_kwargs")
+    if kwargs is not None and not isinstance(kwargs, dict):
+        raise BadRow(f"column `chat_template_kwargs` must be an object, found {kind(kwargs)}")
+    return found if kwargs is None else found | {"template_kwargs": kwargs}
 
-    Where another closes the conversation it is all prompt, to be answered: what the assistant said before is no answer to
-    it. The text is then None, as where the response has a column of its own.
-    """
-    if not isinstance(messages, list):
-        raise BadRow(f"column `{name}` must be a list of messages, found {_kind(messages)}")
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict):
-            raise BadRow(f"message {number} must have `role` and `content`, found {_kind(message)}")
-        for part in ("role", "content"):
-            if not isinstance(message.get(part), str):
-                raise BadRow(f"message {number}: `{part}` must be text, found {_kind(message.get(part))}")
-            _valid(message[part], f"{name}, message {number}")
-    asked, reply = messages, None
-    if messages and messages[-1]["role"] == "assistant" and columns.response is None:
-        asked, reply = messages[:-1], messages[-1]["content"]
-    if not any(message["content"].strip() for message in asked):
-        raise BadRow(f"an empty prompt (column `{name}` has no message before the response)")
-    return asked, reply
+
+def _decoded(record: dict, name: str) -> Any:
+    """The value of a column that may hold JSON as text; None where it is blank."""
+    value = record.get(name)
+    if not isinstance(value, str):
+        return value
+    return decode_json(value, name) if value.strip() else None
 
 
 def _text(record: dict, name: str) -> str:
     if not isinstance(record[name], str):
-        raise BadRow(f"column `{name}` must be text, found {_kind(record[name])}")
-    return _valid(record[name], name)
-
-
-def _valid(text: str, name: str) -> str:
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:  # JSON can spell half of a surrogate pair; no tokenizer takes it
-            raise BadRow(f"column `{name}` holds half of a character (a lone surrogate)") from None
-    return text
+        raise BadRow(f"column `{name}` must be text, found {kind(record[name])}")
+    return valid_text(record[name], f"column `{name}`")
 
 
 def _names(record: dict) -> str:
     return ", ".join(f"`{name}`" for name in record) or "no columns"
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return f"a number ({str(value)[:20]})"
-    return {str: "text", list: "a list", dict: "an object"}.get(type(value), f"a {type(value).__name__}")

@@ -64,7 +64,7 @@ def test_the_paper_sets_load_whole_and_by_name(shared_data, monkeypatch):
 def test_every_reference_of_a_row_is_kept(shared_data):
     rows = load_rows(Data(source=str(shared_data / "g2p")), "valid")
     assert rows[0] == Row(
-        "Pronounce the word.", "process", None, None, ("P R AA S EH S", "P R AO S EH S"), "valid.jsonl:1"
+        "Pronounce the word.", "process", references=("P R AA S EH S", "P R AO S EH S"), where="valid.jsonl:1"
     )
 
 
@@ -88,11 +88,11 @@ def test_upstreams_overlap_is_reported_rather_than_hidden(shared_data):
 @pytest.mark.parametrize(
     ("record", "columns", "expected"),
     [
-        (PAIR, {}, Row("Add.", "1 + 1", None, None, ("2",))),
-        (PAIR | {"input": None, "output": ["2", "two"]}, {}, Row("Add.", "", None, None, ("2", "two"))),
-        (PAIR | {"prompt": "Add 1 + 1:"}, {}, Row("Add.", "1 + 1", "Add 1 + 1:", None, ("2",))),
-        (PAIR | {"task": "sums"}, {}, Row("Add.", "1 + 1", None, None, ("2",), task="sums")),
-        ({"instruction": "a", "context": "b", "response": "c"}, {}, Row("a", "b", None, None, ("c",))),
+        (PAIR, {}, Row("Add.", "1 + 1", references=("2",))),
+        (PAIR | {"input": None, "output": ["2", "two"]}, {}, Row("Add.", "", references=("2", "two"))),
+        (PAIR | {"prompt": "Add 1 + 1:"}, {}, Row("Add.", "1 + 1", "Add 1 + 1:", references=("2",))),
+        (PAIR | {"task": "sums"}, {}, Row("Add.", "1 + 1", references=("2",), task="sums")),
+        ({"instruction": "a", "context": "b", "response": "c"}, {}, Row("a", "b", references=("c",))),
         ({"prompt": "a", "completion": "b"}, {}, Row(prompt="a", references=("b",))),
         ({"prompt": "a", "response": "b"}, {}, Row(prompt="a", references=("b",))),
         ({"prompt": "a", "output": ""}, {}, Row(prompt="a", references=("",))),
@@ -126,7 +126,7 @@ def test_the_last_assistant_message_is_the_response(tmp_path):
     ]
     path = jsonl(tmp_path / "chat.jsonl", {"messages": said}, {"messages": said + said[1:2]}, {"messages": said[:2]})
     first, second, third = whole(path, require_output=False)
-    assert (first.messages, first.references) == (said[:4], ("bye",))
+    assert (first.messages, first.answer, first.references) == (said[:4], said[4], ("bye",))
     assert (second.messages, second.references) == (said + said[1:2], ())  # asked again, and not answered yet
     assert (third.messages, third.references) == (said[:2], ())
     with pytest.raises(DataError, match=r"chat.jsonl:2: no reply to the last message \(user\), and no response column"):
