@@ -336,6 +336,8 @@ def _rows_told(rows: Rows, examples: Examples) -> dict[str, Any]:
     return {
         "source": rows.name,
         "rows": len(rows),
+        "format": rows.described,
+        "columns_not_read": {name: round(share, 4) for name, share in rows.not_read.items()},
         "kept": len(examples),
         "dropped": examples.dropped,
         "dropped_prompts": examples.dropped_prompts,
