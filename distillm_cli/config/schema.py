@@ -179,8 +179,8 @@ class Data(Section):
 
     source: Name = Field(
         "dolly",
-        description="a name under $DISTILLM_DATA or a known data set, a hub name, a file (jsonl json csv parquet), a "
-        "directory of them, or `builtin`",
+        description="a name under $DISTILLM_DATA or a known data set, a hub name, a file (jsonl json csv parquet; .gz, "
+        ".zst), a directory of them or of save_to_disk, or `builtin`",
     )
     valid: Name | None = Field(
         None, description="held-out rows: a file or source; unset: the source's own, else a slice"

@@ -30,6 +30,7 @@ _RESPONSES = ("output", "response", "completion", "answer")
 _SYSTEMS = ("system", "system_prompt")
 _ARGUMENTS = ("tools", "documents", "chat_template_kwargs")
 _OTHERS = ("text", "chosen", "rejected", "history", "task", "complete")
+_OF_GENERATE = ("seed", "sample")  # what `generate` writes beside `complete`, for people
 # Columns whose content no text model can read, and the word for it.
 _MEDIA = {
     **dict.fromkeys(("image", "images"), "images"),
@@ -48,8 +49,9 @@ def readable_columns(columns: Columns) -> frozenset[str]:
 def read_fields(record: Record, columns: Columns, *, require_output: bool) -> Fields:
     """Return the fields of a ``Row`` but for its place. Raises BadRow with the column, what was found and expected."""
     found = _read(record, columns, require_output)
-    if record.values.get("complete") is False:
-        found["cut"] = record.take("complete") is False
+    if isinstance(record.values.get("complete"), bool):
+        found["cut"] = not record.take("complete")
+        record.read.update(_OF_GENERATE)
     if isinstance(record.values.get("task"), str):
         found["task"] = record.take("task")
     return found

@@ -324,7 +324,14 @@ def test_columns_that_are_read_are_known():
         "task": "sums",
         "complete": True,
     }
-    assert read_row(record, "a:1", Columns())[1] == {"instruction", "output", "task"}
+    assert read_row(record, "a:1", Columns())[1] == {
+        "instruction",
+        "output",
+        "task",
+        "complete",
+        "seed",
+        "sample",
+    }
     record = {"messages": [USER, HELLO], "tools": [], "prompt": "hi", "images": [], "bad": Unreadable("is not UTF-8")}
     assert read_row(record, "a:1", Columns())[1] == {"messages", "tools"}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from distillm_cli.cli.stages import _identity_of
 from distillm_cli.config.schema import Data
 from distillm_cli.core.events import Note
 from distillm_cli.data.sources import load_rows
@@ -210,3 +211,16 @@ def test_a_link_to_itself_is_a_data_error(tmp_path):
     for path in (tmp_path / "a.jsonl", tmp_path / "d", tmp_path / "d" / "train.jsonl"):
         with pytest.raises(DataError, match="no such file or directory"):
             asked(path)
+
+
+@pytest.mark.parametrize("name", ["set", "rows.jsonl.gz", "rows.jsonl.zst"])
+def test_a_pipeline_notices_other_rows(tmp_path, name):
+    place, found = tmp_path / name, []
+    for rows in (ROWS, ROWS[:2]):
+        if name == "set":
+            datasets.DatasetDict(train=datasets.Dataset.from_list(rows)).save_to_disk(place)
+        else:
+            compressed(place, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        found.append([_identity_of("data.source", str(at)) for at in (place, tmp_path)])
+    assert found[0][0] != found[1][0]
+    assert name == "set" or found[0][1] != found[1][1]
