@@ -34,7 +34,7 @@ from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.sources import Rows, overlap
 from distillm_cli.data.teacher_samples import encoded, read_beforehand
 from distillm_cli.data.templates import render
-from distillm_cli.errors import ModelError
+from distillm_cli.errors import DataError, ModelError
 from distillm_cli.models.contexts import longrope_bound
 from distillm_cli.models.devices import resolve_device, resolve_dtype
 from distillm_cli.models.fingerprint import fingerprint
@@ -182,11 +182,12 @@ def _prepared(recipe: Recipe, listener: Listener, early: Early) -> Prepared:
         rows = counted(len(valid_rows), "held-out row")
         listener(Note(f"{shared:,} of the {rows} {ask} what a training row asks too"))
 
+    _check_held_out(recipe, valid_rows, listener)
     beforehand = None if recipe.data.teacher_samples is None else read_beforehand(recipe.data, train_rows, listener)
 
     def texts(tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
         for row in train_rows:
-            yield from (render(row, recipe.data.template, tokenizer), row.references[0])
+            yield from (render(row, recipe.data.template, tokenizer), *row.references[:1])
 
     tokenizers = OwnTokenizers()
     expected = _expected_tokenizer(recipe, tokenizers)
@@ -219,6 +220,18 @@ def _prepared(recipe: Recipe, listener: Listener, early: Early) -> Prepared:
     return Prepared(
         recipe, listener, device, dtype, train_rows, valid_rows, pair, encoder, train, valid, begins, samples, models
     )
+
+
+def _check_held_out(recipe: Recipe, rows: Rows, listener: Listener) -> None:
+    """Raise DataError where checkpoints are selected by held-out responses and there are none."""
+    if recipe.needs_responses or any(row.answer or row.references for row in rows):
+        return
+    if recipe.train.select != "last":
+        raise DataError(
+            f"{rows.name}: no held-out row has a response, and train.select = {recipe.train.select} needs them",
+            hint="name rows with responses with --set data.valid=FILE, or try --set train.select=last",
+        )
+    listener(Note(f"{rows.name}: no held-out row has a response: no validation"))
 
 
 def _expected_tokenizer(recipe: Recipe, tokenizers: OwnTokenizers) -> PreTrainedTokenizerBase | None:
@@ -276,7 +289,7 @@ def build_engine(run: Prepared, output: Path, listener: Listener, *, teacher: Te
         fresh="direct" if recipe.schedule.kind == "rounds" else recipe.schedule.fresh,
         samples=sampling.samples(run, scheduler, listener),
         teacher=teacher,
-        validation=by_length(run.valid.sequences, max(recipe.train.batch_size, 16)),
+        validation=by_length([s for s in run.valid.sequences if len(s.response)], max(recipe.train.batch_size, 16)),
         score=score,
         as_at_start=run.as_at_start,
         checkpoints=Checkpoints(output / outputs.CHECKPOINTS, run.save_model, keep=recipe.train.keep),

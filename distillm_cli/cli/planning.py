@@ -120,11 +120,12 @@ def of_shapes(
     check_metric(recipe)
     if recipe.method != "sft" and recipe.teacher.cache == "disk":
         check_rows(recipe)
-    rows, why = at_hand(lambda: load_rows(recipe.data, "train", listener=silent), recipe.data.source)
+    needed = recipe.needs_responses
+    rows, why = at_hand(lambda: load_rows(recipe.data, "train", require_output=needed), recipe.data.source)
 
     def texts(tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
         for row in rows or ():
-            yield from (render(row, recipe.data.template, tokenizer), row.references[0])
+            yield from (render(row, recipe.data.template, tokenizer), *row.references[:1])
 
     read = texts if rows is not None else None
     common = {"max_length": recipe.data.max_length, "made": made}

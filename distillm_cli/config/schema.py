@@ -328,6 +328,13 @@ class Recipe(Section):
     eval: Eval = Eval()
 
     @property
+    def needs_responses(self) -> bool:
+        """Whether training reads the responses of the data set, and not its prompts alone."""
+        fine_tunes = self.method == "sft" or self.student.sft_epochs > 0
+        draws_rows = self.schedule.kind in ("off", "mixed", "annealed", "adaptive")
+        return fine_tunes or draws_rows or self.objective.row_weight > 0
+
+    @property
     def decodes_beside_the_teacher(self) -> bool:
         """Whether the teacher decodes with the student: drafts that it accepts or mends, or a mixture of both."""
         return self.schedule.kind == "interleaved" or self.mixes_in_the_teacher
