@@ -115,6 +115,12 @@ class Prepared:
         train = self.recipe.train
         return train.steps or max(1, math.ceil(train.epochs * self.order.steps_per_epoch))
 
+    @property
+    def answered(self) -> list[Sequence]:
+        """The held-out rows that have a response."""
+        pairs = zip(self.valid.sequences, self.valid.rows, strict=True)
+        return [sequence for sequence, row in pairs if row.is_answered]
+
     def batch(self, step: int) -> list[Sequence]:
         """The data set rows of step ``step``."""
         return [self.train.sequences[i] for i in self.order.batch(step)]
@@ -224,7 +230,7 @@ def _prepared(recipe: Recipe, listener: Listener, early: Early) -> Prepared:
 
 def _check_held_out(recipe: Recipe, rows: Rows, listener: Listener) -> None:
     """Raise DataError where checkpoints are selected by held-out responses and there are none."""
-    if recipe.needs_responses or any(row.answer or row.references for row in rows):
+    if recipe.needs_responses or any(row.is_answered for row in rows):
         return
     if recipe.train.select != "last":
         raise DataError(
@@ -289,7 +295,7 @@ def build_engine(run: Prepared, output: Path, listener: Listener, *, teacher: Te
         fresh="direct" if recipe.schedule.kind == "rounds" else recipe.schedule.fresh,
         samples=sampling.samples(run, scheduler, listener),
         teacher=teacher,
-        validation=by_length([s for s in run.valid.sequences if len(s.response)], max(recipe.train.batch_size, 16)),
+        validation=by_length(run.answered, max(recipe.train.batch_size, 16)),
         score=score,
         as_at_start=run.as_at_start,
         checkpoints=Checkpoints(output / outputs.CHECKPOINTS, run.save_model, keep=recipe.train.keep),

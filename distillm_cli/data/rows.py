@@ -46,6 +46,11 @@ class Row:
     format: str = ""
 
     @property
+    def is_answered(self) -> bool:
+        """Whether the row has a response of its own."""
+        return self.answer is not None or bool(self.references)
+
+    @property
     def key(self) -> str:
         """What makes two rows ask the same thing, whatever their responses."""
         if self.instruction is not None:
