@@ -37,7 +37,7 @@ from distillm_cli.data.sources import Rows, overlap
 from distillm_cli.data.teacher_samples import encoded, read_beforehand
 from distillm_cli.data.templates import Renderer, settled_template
 from distillm_cli.data.token_ids import Affixes
-from distillm_cli.errors import ModelError
+from distillm_cli.errors import DataError, ModelError
 from distillm_cli.models.contexts import longrope_bound
 from distillm_cli.models.conversation import generation_config
 from distillm_cli.models.devices import resolve_device, resolve_dtype
@@ -120,6 +120,12 @@ class Prepared:
         train = self.recipe.train
         return train.steps or max(1, math.ceil(train.epochs * self.order.steps_per_epoch))
 
+    @property
+    def answered(self) -> list[Sequence]:
+        """The held-out rows that have a response."""
+        pairs = zip(self.valid.sequences, self.valid.rows, strict=True)
+        return [sequence for sequence, row in pairs if row.is_answered]
+
     def batch(self, step: int) -> list[Sequence]:
         """The data set rows of step ``step``."""
         return [self.train.sequences[i] for i in self.order.batch(step)]
@@ -189,6 +195,7 @@ def _prepared(recipe: Recipe, listener: Listener, early: Early) -> Prepared:
         rows = counted(len(valid_rows), "held-out row")
         listener(Note(f"{shared:,} of the {rows} {ask} what a training row asks too"))
 
+    _check_held_out(recipe, valid_rows, listener)
     beforehand = None if recipe.data.teacher_samples is None else read_beforehand(recipe.data, train_rows, listener)
 
     texts = partial(texts_of, train_rows, recipe.data)
@@ -262,6 +269,7 @@ def _conversing(
         "affixes": affixes if recipe.data.source_language is None and recipe.data.target_language is None else None,
         "stops": pair.student.stop_ids | {*(pair.teacher_stops or ())},
         "end": own_end(recipe.data, pair, listener),
+        "needs_responses": recipe.needs_responses,
     }
     encoder = Encoder(pair.tokenizer, data, **common)
     chat = encoder.renderer.chat
@@ -271,6 +279,18 @@ def _conversing(
     settle_ends(pair, encoder, is_chat, listener)
     data = recipe.data.model_copy(update={key.partition(".")[2]: value for key, (value, _) in settled.items()})
     return recipe.model_copy(update={"data": data}), encoder, settled
+
+
+def _check_held_out(recipe: Recipe, rows: Rows, listener: Listener) -> None:
+    """Raise DataError where checkpoints are selected by held-out responses and there are none."""
+    if recipe.needs_responses or any(row.is_answered for row in rows):
+        return
+    if recipe.train.select != "last":
+        raise DataError(
+            f"{rows.name}: no held-out row has a response, and train.select = {recipe.train.select} needs them",
+            hint="name rows with responses with --set data.valid=FILE, or try --set train.select=last",
+        )
+    listener(Note(f"{rows.name}: no held-out row has a response: no validation"))
 
 
 def _expected_tokenizer(recipe: Recipe, tokenizers: OwnTokenizers) -> PreTrainedTokenizerBase | None:
@@ -328,7 +348,7 @@ def build_engine(run: Prepared, output: Path, listener: Listener, *, teacher: Te
         fresh="direct" if recipe.schedule.kind == "rounds" else recipe.schedule.fresh,
         samples=sampling.samples(run, scheduler, listener),
         teacher=teacher,
-        validation=by_length(run.valid.sequences, max(recipe.train.batch_size, 16)),
+        validation=by_length(run.answered, max(recipe.train.batch_size, 16)),
         score=score,
         as_at_start=run.as_at_start,
         checkpoints=Checkpoints(output / outputs.CHECKPOINTS, run.save_model, keep=recipe.train.keep),

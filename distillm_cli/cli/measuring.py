@@ -75,7 +75,7 @@ class Report:
 
     def __init__(self, run: Prepared, directory: Path, ui: Console):
         config, self.run, self.directory, self.ui = run.recipe.eval, run, directory, ui
-        rows = run.valid.rows[: config.report_rows]
+        rows = [row for row in run.valid.rows if row.references][: config.report_rows]
         self.suite = Suite(HELD_OUT, list(rows), run.valid_rows.name)
         metrics = dict.fromkeys([*config.metrics, *([run.recipe.train.select] if needs_metric(run.recipe) else [])])
         self.config = config.model_copy(update={"seeds": config.seeds[:1], "metrics": tuple(metrics)})
@@ -177,9 +177,11 @@ def _titled(ui: Console, name: str):
     return listener
 
 
-def _valid_loss(model: Backbone, engine: Engine) -> float:
+def _valid_loss(model: Backbone, engine: Engine) -> float | None:
     """Mean cross-entropy per token on the validation rows, nats: the student's own measure, for any model. The student is
-    measured as it computed in training, the teacher in its own dtype, as it taught."""
+    measured as it computed in training, the teacher in its own dtype, as it taught. None without validation rows."""
+    if not engine.held_out.batches:
+        return None
     dtype = engine.objective.matmul_dtype if model is engine.objective.student else None
     objective = Objective(model, Criterion(None), matmul_dtype=dtype)
     with eval_mode(objective), torch.no_grad():

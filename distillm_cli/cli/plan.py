@@ -123,8 +123,14 @@ def _pages(found: dict[str, Any]) -> list[Any]:
 
 
 def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
+    from distillm_cli.data.sources import listed_shares
+
     data = found["data"]
     told = [("pair", _pair(found)), ("rows", _rows(data))]
+    if data.get("format"):
+        told.append(("format", data["format"]))
+    if data.get("columns_not_read"):
+        told.append(("columns not read", listed_shares(data["columns_not_read"])))
     if data.get("bad_rows_skipped"):
         told.append(("broken rows skipped", f"{data['bad_rows_skipped']:,}"))
     if "kept" in data:

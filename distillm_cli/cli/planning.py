@@ -120,7 +120,8 @@ def of_shapes(
     check_metric(recipe)
     if recipe.method != "sft" and recipe.teacher.cache == "disk":
         check_rows(recipe)
-    rows, why = at_hand(lambda: load_rows(recipe.data, "train", listener=silent), recipe.data.source)
+    needed = recipe.needs_responses
+    rows, why = at_hand(lambda: load_rows(recipe.data, "train", require_output=needed), recipe.data.source)
 
     read = None if rows is None else partial(texts_of, rows, recipe.data)
     common = {"max_length": recipe.data.max_length, "made": made}
@@ -332,6 +333,8 @@ def _rows_told(rows: Rows, examples: Examples) -> dict[str, Any]:
     return {
         "source": rows.name,
         "rows": len(rows),
+        "format": rows.described,
+        "columns_not_read": {name: round(share, 4) for name, share in rows.not_read.items()},
         "kept": len(examples),
         "dropped": examples.dropped,
         "dropped_prompts": examples.dropped_prompts,

@@ -11,7 +11,7 @@ import numpy as np
 
 from distillm_cli.config.schema import Data
 from distillm_cli.core.events import Listener, Warned
-from distillm_cli.data.files import FORMATS
+from distillm_cli.data.files import format_of
 from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.rows import BadRow, parse
 from distillm_cli.data.sources import Row, load_rows
@@ -38,7 +38,7 @@ def prompts_of(wanted: Wanted, data: Data, listener: Listener) -> list[Row]:
         return rows[: wanted.limit]
     source = wanted.data if wanted.input is None else wanted.input
     path = Path(source).expanduser()
-    if wanted.input == "-" or (wanted.input is not None and path.suffix.lower() not in FORMATS):
+    if wanted.input == "-" or (wanted.input is not None and not path.is_dir() and format_of(path) is None):
         return _lines(wanted.input, data, listener)[: wanted.limit]
     # Whatever the model's own recipe says of its training rows, these are others.
     data = data.model_copy(update={"source": source, "valid": None, "limit": None})
@@ -74,7 +74,7 @@ def _lines(source: str, data: Data, listener: Listener) -> list[Row]:
         except BadRow as error:
             if not data.skip_bad_rows:
                 raise DataError(
-                    f"{where}: {error}", hint="mend the row, or leave it out with --skip-bad-rows"
+                    f"{where}: {error}", hint="fix the row, or skip such rows with --skip-bad-rows"
                 ) from None
             listener(Warned(f"skipped {where}: {error}"))
     if not rows:

@@ -25,14 +25,15 @@ from distillm_cli.cli.inputs import is_data, place_of
 from distillm_cli.config.ownership import SAMPLING
 from distillm_cli.config.pipeline import PREFIX, Stage, inputs, values
 from distillm_cli.config.shaping import shaping
-from distillm_cli.data.files import FORMATS
+from distillm_cli.data.files import COMPRESSIONS, FORMATS
 from distillm_cli.data.sources import is_path, local_place
+from distillm_cli.data.tables import saved_splits
 from distillm_cli.errors import CheckpointError, DataError, StorageError, UsageError
 
 RECORD, SAMPLES, LOCK = "stage.json", "samples.jsonl", ".run.lock"
 FORMAT = 1
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
-_BESIDE_WEIGHTS = (".json", ".jinja", ".txt", ".model", *FORMATS)
+_BESIDE_WEIGHTS = (".json", ".jinja", ".txt", ".model", ".arrow", *FORMATS, *COMPRESSIONS)
 _NOT_OF_A_MODEL = {"stage.json", "metrics.jsonl"}
 _BLOCKS, _BLOCK = 64, 1 << 16
 
@@ -185,7 +186,7 @@ def _identity_of(key: str, text: str) -> str | None:
     if place.is_file():
         return _identity(place)
     digest = hashlib.sha256()
-    for folder in (place, place / "data"):
+    for folder in (place, place / "data", *(saved_splits(place) or {}).values()):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             relevant = path.suffix in (*_WEIGHTS, *_BESIDE_WEIGHTS) and path.name not in _NOT_OF_A_MODEL
             if relevant and path.is_file() and not path.name.startswith("."):

@@ -227,7 +227,8 @@ def _tell(
     order = [name for name in (BEFORE, FINE_TUNED, AFTER, TEACHER) if name in measured]
     table = [Outcome(name, measured[name].valid_loss, measured[name].scores) for name in order]
     title = "Fine-tuning" if is_stage else "Outcome"
-    ui.show(outcome_table(table, lower_is_better=LOWER_IS_BETTER, title=title, caption=measured_on))
+    if any(outcome.valid_loss is not None or outcome.scores for outcome in table):
+        ui.show(outcome_table(table, lower_is_better=LOWER_IS_BETTER, title=title, caption=measured_on))
     if is_stage:
         return
     answered = min(len(measured[name].answers) for name in order)

@@ -180,8 +180,8 @@ class Data(Section):
 
     source: Name = Field(
         "dolly",
-        description="a name under $DISTILLM_DATA or a known data set, a hub name, a file (jsonl json csv parquet), a "
-        "directory of them, or `builtin`",
+        description="a name under $DISTILLM_DATA or a known data set, a hub name, a file (jsonl json csv parquet; .gz, "
+        ".zst), a directory of them or of save_to_disk, or `builtin`",
     )
     valid: Name | None = Field(
         None, description="held-out rows: a file or source; unset: the source's own, else a slice"
@@ -363,6 +363,13 @@ class Recipe(Section):
     rollout: Rollout = Rollout()
     train: Train = Train()
     eval: Eval = Eval()
+
+    @property
+    def needs_responses(self) -> bool:
+        """Whether training reads the responses of the data set, and not its prompts alone."""
+        fine_tunes = self.method == "sft" or self.student.sft_epochs > 0
+        draws_rows = self.schedule.kind in ("off", "mixed", "annealed", "adaptive")
+        return fine_tunes or draws_rows or self.objective.row_weight > 0
 
     @property
     def decodes_beside_the_teacher(self) -> bool:

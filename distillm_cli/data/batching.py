@@ -83,7 +83,8 @@ def tokenise(
             if not isinstance(outcome, Encoded):
                 left_out.append(outcome)
                 continue
-            truncated += int(outcome.sequence.response[-1]) not in encoder.ends
+            response = outcome.sequence.response
+            truncated += len(response) > 0 and int(response[-1]) not in encoder.ends
             moved += outcome.moved
             examples.written.update(outcome.written)
             examples.sequences.append(replace(outcome.sequence, row=len(examples)))

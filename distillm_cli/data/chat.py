@@ -151,6 +151,9 @@ class ChatTemplate:
         """
         if row.raw is not None:
             return self._as_written(row)
+        if not row.is_answered:
+            prompt = self.prompt(row)
+            return Text(prompt, len(prompt), len(prompt), is_chat=True)
         messages = self._messages(row)
         answer = row.answer
         if answer is None:
@@ -439,7 +442,7 @@ def marked(value: Any, control: str) -> Any:
 
 def _is_trained(message: Message) -> bool:
     """Whether the row wants this answer to be trained on."""
-    return bool(message.get("weight", 1)) and message.get("train", True) is not False
+    return message.get("weight") != 0 and message.get("train") is not False
 
 
 def _holds(target: str, text: str) -> bool:

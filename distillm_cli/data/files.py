@@ -1,4 +1,4 @@
-"""Local data files → records, each with the place it stands at: ``train.jsonl:318``.
+"""Read local data files into records, each with its place: ``train.jsonl:318``.
 
 A record that cannot be read is yielded as a ``Fault``, so that the caller decides between stopping and skipping; a file
 that cannot be read at all is a ``DataError``. JSON lines, JSON and CSV are read here:
@@ -10,19 +10,23 @@ from __future__ import annotations
 
 import codecs
 import csv
-import itertools
+import gzip
+import io
 import json
 import re
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from distillm_cli.data.tables import read_parquet
+from distillm_cli.data.values import Unreadable
 from distillm_cli.errors import DataError
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
+COMPRESSIONS = (".gz", ".zst")
 
-_AT_ONCE = 1000  # rows of a parquet file
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -36,21 +40,49 @@ class Fault:
 Records = Iterator[tuple[str, Any]]  # (where, record or Fault)
 
 
-def read(path: Path) -> Records:
-    """The records of one file, in order. Blank lines are no records.
+def format_of(path: Path) -> str | None:
+    """Return the kind of a data file by its name: ".jsonl" for ``rows.jsonl.gz``, None for an unknown one."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        return suffixes[0] if suffixes[0] in _READERS else None
+    return suffixes[-1] if suffixes and suffixes[-1] in FORMATS else None
 
-    Raises DataError when the file is absent, unreadable, of an unknown kind, or broken as a whole.
+
+def stem_of(path: Path) -> str:
+    """Return a data file's name without its endings: "train" for ``train.jsonl.gz``."""
+    return Path(path.stem).stem if path.suffix.lower() in COMPRESSIONS else path.stem
+
+
+def read(path: Path, wanted: Collection[str]) -> Records:
+    """Yield the records of one file, in order. Blank lines are no records.
+
+    wanted: columns to convert, where the file has types. Raises DataError when the file is absent, unreadable, of an
+    unknown kind, or broken as a whole.
     """
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        known = ", ".join(FORMATS)
+    form = format_of(path)
+    if form is None:
+        known = f"{', '.join(FORMATS)}; all but the last also with {' or '.join(COMPRESSIONS)}"
         raise DataError(f"{path}: not a kind of data file that is known", hint=f"known are {known}")
     try:
-        yield from reader(path)
+        yield from read_parquet(path, wanted) if form == ".parquet" else _READERS[form](path)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file", hint="check the path") from None
+    except (EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be decompressed ({error})", hint="write the file again") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})", hint="check the file") from error
+
+
+def _open(path: Path) -> BinaryIO:
+    """The file's bytes, decompressed."""
+    ending = path.suffix.lower()
+    if ending == ".gz":
+        return gzip.open(path, "rb")
+    if ending == ".zst":
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))
+    return path.open("rb")
 
 
 def _complaint(error: ValueError) -> str:
@@ -62,7 +94,7 @@ def _complaint(error: ValueError) -> str:
 
 
 def _jsonl(path: Path) -> Records:
-    with path.open("rb") as lines:
+    with _open(path) as lines:
         # Lines are split at \n alone: str.splitlines would also split at U+2028 inside a text.
         for number, raw in enumerate(lines, start=1):
             if number == 1:
@@ -88,7 +120,8 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
 
 
 def _json(path: Path) -> Records:
-    raw = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    with _open(path) as file:
+        raw = file.read().removeprefix(codecs.BOM_UTF8)
     try:
         text = raw.decode("utf-8")
         start = _SPACE.match(text).end()
@@ -159,7 +192,7 @@ def _element_lines(text: str, at: int) -> Iterator[int]:
 
 def _csv(path: Path) -> Records:
     csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is less than some documents
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+    with io.TextIOWrapper(_open(path), encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
         cells = csv.reader(text, strict=True)
         try:
             header = next(cells, None)
@@ -186,26 +219,13 @@ def _csv(path: Path) -> Records:
 def _csv_record(names: list[str], row: list[str]) -> Any:
     if len(row) != len(names):
         return Fault(f"{len(row)} cells where the header has {len(names)}")
-    if any("\udc80" <= char <= "\udcff" for cell in row if not cell.isascii() for char in cell):
-        return Fault("not UTF-8")
-    return dict(zip(names, row, strict=True))
+    return {name: _cell(cell) for name, cell in zip(names, row, strict=True)}
 
 
-def _parquet(path: Path) -> Records:
-    # Not by `datasets`, which looks into a transformers that another thread may be in the middle of importing.
-    import pyarrow
-    from pyarrow.parquet import ParquetFile
-
-    numbers = itertools.count(1)
-    with path.open("rb") as file:  # absent and unreadable files are told apart here
-        try:
-            for batch in ParquetFile(file).iter_batches(_AT_ONCE):
-                for record in batch.to_pylist():
-                    yield f"{path.name} row {next(numbers)}", record
-        except (pyarrow.ArrowException, OSError) as error:  # OSError: pages that cannot be unpacked
-            raise DataError(
-                f"{path.name}: not parquet ({error})", where=str(path), hint="write the file again"
-            ) from None
+def _cell(cell: str) -> Any:
+    if not cell.isascii() and any("\udc80" <= char <= "\udcff" for char in cell):
+        return Unreadable("is not UTF-8")
+    return cell
 
 
-_READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+_READERS: dict[str, Callable[[Path], Records]] = {".jsonl": _jsonl, ".json": _json, ".csv": _csv}

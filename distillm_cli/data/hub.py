@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,15 +10,19 @@ from typing import Any, TypeVar
 from distillm_cli.core.events import Listener, Note
 from distillm_cli.data.files import Records, read
 from distillm_cli.data.known import known
+from distillm_cli.data.tables import records
 from distillm_cli.errors import DataError
 
 T = TypeVar("T")
 
+_AT_ONCE = 1000  # rows
+
 
 def hub_splits(
     name: str, typed: str, looked: str, listener: Listener, meant: str | None = None
-) -> dict[str, Callable[[], Records]]:
-    """The splits of a data set by the hub's names for them, each a call that reads it.
+) -> dict[str, Callable[[Collection[str]], Records]]:
+    """The splits of a data set by the hub's names for them, each a call that reads it and receives the
+    columns to convert.
 
     name: a known short name, or ``owner/name``, with ``:config`` where a set has several. typed: what the person wrote.
     looked: where else was looked, for the message. meant: a name like it, which there is.
@@ -38,19 +42,23 @@ def hub_splits(
     return {split: partial(_rows, ask, repo, config, split) for split in splits}
 
 
-def _files(ask: Callable[..., Any], repo: str, files: tuple[str, ...], revision: str | None) -> Records:
+def _files(
+    ask: Callable[..., Any], repo: str, files: tuple[str, ...], revision: str | None, wanted: Collection[str]
+) -> Records:
     import huggingface_hub
 
     for file in files:
         at = ask(huggingface_hub.hf_hub_download, repo, file, repo_type="dataset", revision=revision)
-        yield from read(Path(at))
+        yield from read(Path(at), wanted)
 
 
-def _rows(ask: Callable[..., Any], repo: str, config: str, split: str) -> Records:
+def _rows(ask: Callable[..., Any], repo: str, config: str, split: str, wanted: Collection[str]) -> Records:
     import datasets
 
     loaded = ask(datasets.load_dataset, repo, config or None, split=split)
-    for number, record in enumerate(loaded, start=1):
+    batches = (batch for table in loaded.with_format("arrow").iter(_AT_ONCE) for batch in table.to_batches())
+    found = (record for batch in batches for record in records(batch, wanted, batch.schema.names))
+    for number, record in enumerate(found, start=1):
         yield f"{repo} {split} row {number}", record
 
 

@@ -21,19 +21,21 @@ class Known:
     """A set of the hub, file by file: named one by one they are found again offline, and their complaints name a line.
 
     files: by the hub's name of the split. revision: unset is main. reshape: a record with columns of this set alone → one
-    with those that every file may have; records of another form are left as they are.
+    with those that every file may have; records of another form are left as they are. columns: those that it reads.
     """
 
     repo: str
     files: dict[str, tuple[str, ...]]
     revision: str | None = None
     reshape: Reshape | None = None
+    columns: frozenset[str] = frozenset()
 
 
 def _summary(record: dict[str, Any], column: str, task: str) -> dict[str, Any]:
     if column not in record:
         return record
-    return {**record, "instruction": task, "input": record[column], "output": record.get("summary")}
+    rest = {name: value for name, value in record.items() if name not in (column, "summary")}
+    return {**rest, "instruction": task, "input": record[column], "output": record.get("summary")}
 
 
 _LANGUAGES = {"de": "German", "en": "English"}
@@ -44,7 +46,8 @@ def _translation(record: dict[str, Any], source: str, target: str) -> dict[str, 
     if not isinstance(pair, dict) or source not in pair:
         return record
     task = f"Translate {_LANGUAGES[source]} to {_LANGUAGES[target]}."
-    return {**record, "instruction": task, "input": pair[source], "output": pair.get(target)}
+    rest = {name: value for name, value in record.items() if name not in ("translation", source, target)}
+    return {**rest, "instruction": task, "input": pair[source], "output": pair.get(target)}
 
 
 def _splits(form: str, **counts: int) -> dict[str, tuple[str, ...]]:
@@ -57,6 +60,8 @@ _IWSLT = _splits("iwslt2017-en-de/{}/{:04d}.parquet", train=1, validation=1, tes
 _SAMSUM = {split: (f"{split}.csv",) for split in ("train", "validation", "test")}
 _DIALOGUE = partial(_summary, column="dialogue", task="Summarize the conversation.")
 _DOCUMENT = partial(_summary, column="document", task="Summarize the article in one sentence.")
+_SUMMARIES = frozenset(("dialogue", "document", "summary"))
+_TRANSLATIONS = frozenset(("translation", *_LANGUAGES))
 _DE_EN, _EN_DE = (partial(_translation, source=s, target=t) for s, t in (("de", "en"), ("en", "de")))
 
 # The first five are MiniLLM's processed sets (METHODS D). Left to itself the loader would read the plain-text twins that lie
@@ -67,16 +72,17 @@ KNOWN = {
     "vicuna": Known("MiniLLM/Vicuna", {"test": ("valid.jsonl",)}),
     "sinst": Known("MiniLLM/sinst", {"test": ("11_/valid.jsonl",)}),
     "uinst": Known("MiniLLM/uinst", {"test": ("11_/valid.jsonl",)}),
-    "samsum": Known("knkarthick/samsum", _SAMSUM, reshape=_DIALOGUE),
+    "samsum": Known("knkarthick/samsum", _SAMSUM, reshape=_DIALOGUE, columns=_SUMMARIES),
     "xsum": Known(
         "EdinburghNLP/xsum",
         _splits("default/{}/{:04d}.parquet", train=1, validation=1, test=1),
         revision=_CONVERTED,
         reshape=_DOCUMENT,
+        columns=_SUMMARIES,
     ),
-    "wmt14-de-en": Known("wmt/wmt14", _WMT14, reshape=_DE_EN),
-    "wmt14-en-de": Known("wmt/wmt14", _WMT14, reshape=_EN_DE),
-    "iwslt": Known("IWSLT/iwslt2017", _IWSLT, revision=_CONVERTED, reshape=_EN_DE),
+    "wmt14-de-en": Known("wmt/wmt14", _WMT14, reshape=_DE_EN, columns=_TRANSLATIONS),
+    "wmt14-en-de": Known("wmt/wmt14", _WMT14, reshape=_EN_DE, columns=_TRANSLATIONS),
+    "iwslt": Known("IWSLT/iwslt2017", _IWSLT, revision=_CONVERTED, reshape=_EN_DE, columns=_TRANSLATIONS),
     "gsm8k": Known("openai/gsm8k", _splits("main/{}-{:05d}-of-{:05d}.parquet", train=1, test=1)),
 }
 

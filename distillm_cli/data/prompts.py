@@ -57,7 +57,8 @@ class Encoder:
     is_encoder_decoder: prompt and response are texts of their own. The prompt ends with whatever the tokenizer puts last,
     end-of-sequence at least, as T5's encoder knows it; the response starts with what the tokenizer's target mode puts
     first. affixes: the tokenizer's, where they have been found. stops: ids that the models stop at. end: the id that ends
-    responses which no chat template ends; unset: the tokenizer's end-of-sequence.
+    responses which no chat template ends; unset: the tokenizer's end-of-sequence. needs_responses: rows without a response
+    are refused; otherwise their sequences are prompts alone.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Encoder:
         affixes: Affixes | None = None,
         stops: Collection[int] = (),
         end: int | None = None,
+        needs_responses: bool = True,
     ):
         if tokenizer.eos_token_id is None:
             raise ModelError(
@@ -87,6 +89,7 @@ class Encoder:
         self.literal = data.special_tokens_in_text == "text"
         self.end: int = tokenizer.eos_token_id if end is None else end
         self.is_encoder_decoder = is_encoder_decoder
+        self.needs_responses = needs_responses
         self.affixes = affixes or find_affixes(tokenizer)
         self._before = np.array(self.affixes.before, dtype=np.int32)
         after = (self.affixes.after or (tokenizer.eos_token_id,)) if is_encoder_decoder else ()
@@ -113,6 +116,7 @@ class Encoder:
             affixes=self.affixes,
             stops=self.stops,
             end=self.end,
+            needs_responses=self.needs_responses,
         )
 
     def prompt_ids(self, row: Row, limit: int | None = None) -> np.ndarray:
@@ -192,7 +196,7 @@ class Encoder:
 
     def _text(self, row: Row) -> Text | LeftOut:
         try:
-            if not row.references and row.answer is None:
+            if self.needs_responses and not row.is_answered:
                 raise DataError(f"{row.where}: no response to train on", hint="generate responses first")
             text = self.renderer.text(row)
             if text is None:
@@ -285,7 +289,9 @@ class Encoder:
         return Encoded(Sequence(prompt, response, index, turns), ids.moved, written)
 
     def _ended(self, row: Row, text: Text, ids: np.ndarray) -> np.ndarray:
-        """The response with its first special tokens and its end, or without an end where it was cut."""
+        """The response with its first special tokens and its end, or without an end where it was cut; none of none."""
+        if not row.is_answered and row.raw is None:
+            return ids
         if self.is_encoder_decoder and len(self._target_before):
             ids = np.concatenate((self._target_before, ids))
         if row.cut and len(ids):

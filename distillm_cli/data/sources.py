@@ -1,47 +1,43 @@
-"""A named source → rows: `builtin`, a file, a directory, a name under ``$DISTILLM_DATA``, a data set of the hub.
-
-Local paths never touch the network. Every complaint about a row names the place it stands at.
-"""
+"""Load the rows of a named source. Every error about a row names its place."""
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 
 from distillm_cli.config.schema import Columns, Data
 from distillm_cli.core.events import Listener, Note, Warned, silent
-from distillm_cli.data.files import FORMATS, Fault, Records, read
-from distillm_cli.data.hub import hub_splits
-from distillm_cli.data.known import ALIASES, Reshape, known, names
-from distillm_cli.data.rows import BadRow, Row, parse
+from distillm_cli.data.files import Fault
+from distillm_cli.data.formats import readable_columns
+from distillm_cli.data.locations import Source, find_source, is_path, local_place
+from distillm_cli.data.rows import BadRow, Row, read_row
 from distillm_cli.errors import DataError
 from distillm_cli.words import all_are, counted
 
-Split = Literal["train", "valid", "test"]
-T = TypeVar("T")
+__all__ = ["Row", "Rows", "Split", "is_path", "load_rows", "local_place", "overlap"]
 
-_FILE_ENDINGS = (*FORMATS, ".txt", ".tsv", ".gz", ".zst", ".zip", ".arrow")
-_SPLIT_FILE = re.compile(r"(train|dev|valid|validation|val|test)(-\d+-of-\d+)?", re.IGNORECASE)
+Split = Literal["train", "valid", "test"]
+
 _HELD_OUT_SHARE = 20  # one row in so many, when a source has no held-out rows of its own
+_COLUMNS_LISTED = 8
 LISTED = 20  # broken rows named one by one; all of them are in Rows.skipped
 
 
 @dataclass(frozen=True, eq=False)
 class Rows(SequenceOf[Row]):
-    """The rows of one split. name: what to call the source. path: where it is, when local.
+    """Hold the rows of one split.
 
-    skipped: a message per broken row that was left out (`data.skip_bad_rows`). split: the one that was asked for. splits:
-    those that the source has of its own.
+    name: of the source, for display. path: where it is, when local. skipped: a message per broken row that was left out
+    (`data.skip_bad_rows`). split: the one that was asked for. splits: those that the source has of its own. read: the
+    columns that were read. not_read: the other columns, with the share of rows that have a value there.
     """
 
     rows: list[Row]
@@ -50,6 +46,20 @@ class Rows(SequenceOf[Row]):
     skipped: list[str] = field(default_factory=list)
     split: str = ""
     splits: tuple[str, ...] = ()
+    read: tuple[str, ...] = ()
+    not_read: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def formats(self) -> dict[str, int]:
+        """The formats of the rows, each with its number of rows."""
+        return dict(Counter(row.format for row in self.rows if row.format).most_common())
+
+    @property
+    def described(self) -> str:
+        """The formats of the rows and the columns that were read, for display: "prompt-completion (prompt, completion)"."""
+        formats = self.formats
+        found = ", ".join(f"{n:,} {name}" for name, n in formats.items()) if len(formats) > 1 else "".join(formats)
+        return f"{found} ({', '.join(self.read)})" if self.read else found
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -62,20 +72,6 @@ class Rows(SequenceOf[Row]):
 
     def __str__(self) -> str:
         return f"{self.name} {self.split}".rstrip()
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Where rows may be read. parts: by split, each a call that reads it. whole: a single file, which has no splits.
-
-    reshape: of the records of a set with a short name, where no column is named.
-    """
-
-    name: str
-    parts: Mapping[str, Callable[[], Records]]
-    path: Path | None = None
-    whole: bool = False
-    reshape: Reshape | None = None
 
 
 def load_rows(
@@ -106,7 +102,7 @@ def load_rows(
     if named == "builtin":
         rows, splits = _builtin(data, split, limit), ("train", "valid", "test")
     else:
-        source = _resolve(named, listener)
+        source = find_source(named, listener)
         splits = tuple(source.parts)
         if split == "test" and "test" not in splits and not stand_in:
             found = splits if "valid" in splits else (*splits, "valid (held out of train)")
@@ -125,7 +121,7 @@ def overlap(rows: SequenceOf[Row], others: SequenceOf[Row]) -> int:
 
 
 def _of_source(
-    source: _Source,
+    source: Source,
     data: Data,
     split: Split,
     own_valid: bool,
@@ -167,7 +163,7 @@ def _least(*limits: int | None) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def _where(source: _Source) -> str | None:
+def _where(source: Source) -> str | None:
     return str(source.path) if source.path is not None else None
 
 
@@ -175,7 +171,7 @@ def _where(source: _Source) -> str | None:
 
 
 def _load(
-    source: _Source,
+    source: Source,
     part: str,
     limit: int | None,
     *,
@@ -187,27 +183,29 @@ def _load(
     def complain(where: str, what: str) -> str:
         if not skip_bad_rows:
             place = _where(source)
-            hint = "mend the row, or leave such rows out with --skip-bad-rows"
+            hint = "fix the row, or skip such rows with --skip-bad-rows"
             raise DataError(f"{where}: {what}", where=None if place and where.startswith(place) else place, hint=hint)
         return f"{where}: {what}"
 
     reshape = source.reshape if columns == Columns() else None
 
     def good() -> Iterator[Row]:
-        for where, record in source.parts[part]():
+        for where, record in source.parts[part](readable_columns(columns) | source.columns):
             if isinstance(record, Fault):
                 skipped.append(complain(where, record.what))
                 continue
             if reshape is not None and isinstance(record, dict):
                 record = reshape(record)
             try:
-                row = parse(record, where, columns, require_output=require_output)
+                row, columns_read = read_row(record, where, columns, require_output=require_output)
             except BadRow as error:
                 skipped.append(complain(where, str(error)))
                 continue
+            seen.update((name, name in columns_read) for name, value in record.items() if value not in (None, ""))
             yield row
 
     skipped: list[str] = []
+    seen: Counter[tuple[str, bool]] = Counter()  # rows with a value in a column, by its name and whether it was read
     rows = list(islice(good(), limit))
     if not rows:
         first = "" if len(skipped) == 1 else ", the first"
@@ -219,7 +217,28 @@ def _load(
         listener(
             Warned(f"skipped {counted(len(skipped), 'broken row')} of {source.name}; the first {LISTED} are above")
         )
-    return Rows(rows, name=source.name, path=source.path, skipped=skipped)
+    found = Rows(
+        rows,
+        name=source.name,
+        path=source.path,
+        skipped=skipped,
+        read=tuple(name for name, was_read in seen if was_read),
+        not_read={name: n / len(rows) for (name, was_read), n in seen.items() if not was_read},
+    )
+    several = len(source.parts) > 1
+    listener(Note(f"{source.name}{f' {part}' if several else ''}: {counted(len(rows), 'row')}, {found.described}"))
+    # Once for a source: its validation rows have the columns of its training rows.
+    if found.not_read and (part != "valid" or "train" not in source.parts):
+        listener(Note(f"{source.name}: columns not read: {listed_shares(found.not_read)}"))
+    return found
+
+
+def listed_shares(shares: Mapping[str, float]) -> str:
+    """Return the names of columns with their shares of rows: "id (100 % of rows), source (40 %)"."""
+    listed = list(shares.items())[:_COLUMNS_LISTED]
+    texts = [f"{name} ({share * 100:.0f} %{'' if i else ' of rows'})" for i, (name, share) in enumerate(listed)]
+    more = len(shares) - len(listed)
+    return ", ".join(texts) + (f", and {more} more" if more else "")
 
 
 def _slice(whole: Rows, split: Split, data: Data, listener: Listener, limit: int | None) -> Rows:
@@ -248,7 +267,7 @@ def _slice(whole: Rows, split: Split, data: Data, listener: Listener, limit: int
             where=str(whole.path) if whole.path else None,
             hint="name held-out rows with --set data.valid=FILE",
         )
-    return Rows(kept[:limit], name=whole.name, path=whole.path, skipped=whole.skipped)
+    return replace(whole, rows=kept[:limit])
 
 
 def _why_none_held(rows: int, prompts: int, wanted: int) -> str:
@@ -272,114 +291,8 @@ def _builtin(data: Data, split: Split, limit: int | None) -> Rows:
             references=answers[:1] if split == "train" else answers,
             where=f"builtin {split} row {number}",
             task=task,
+            format="instruction",
         )
         for number, (instruction, answers, task) in enumerate(made, start=1)
     ]
     return Rows(rows, name="builtin")
-
-
-# ------------------------------------------------------------------------------------------------- where a source is
-
-
-def local_place(named: str) -> Path | None:
-    """The file or directory that a source's name stands for, None where it is none: `builtin`, or a name of the hub."""
-    return None if named == "builtin" else next((p for p in _places(named.strip()) if p.exists()), None)
-
-
-def is_path(text: str) -> bool:
-    """Whether a source's name can only be a path: it never is looked for on the hub."""
-    return _is_explicit(text) or Path(text).suffix.lower() in _FILE_ENDINGS
-
-
-def _is_explicit(text: str) -> bool:
-    return text.startswith(("./", "../", "/", "~")) or text in (".", "..")
-
-
-def _places(text: str) -> list[Path]:
-    """Where to look for a source, in order."""
-    path = Path(text).expanduser()
-    places = [path] if "/" in text or is_path(text) else []
-    root = os.environ.get("DISTILLM_DATA")
-    if root and not _is_explicit(text):
-        places += [Path(root).expanduser() / spelling for spelling in _spellings(text)]
-    return places if path in places else [*places, path]
-
-
-def _resolve(named: str, listener: Listener) -> _Source:
-    """What ``named`` is. A bare name is looked for under $DISTILLM_DATA before the working directory, a path after."""
-    set_of_that_name = known(named.strip())
-    source = _find(named, listener)
-    return source if set_of_that_name is None else replace(source, reshape=set_of_that_name.reshape)
-
-
-def _find(named: str, listener: Listener) -> _Source:
-    text = named.strip()
-    if not text:
-        raise DataError("an empty name for a data source", hint="name a file, a directory, a data set, or builtin")
-    path, root = Path(text).expanduser(), os.environ.get("DISTILLM_DATA")
-    for place in _places(text):
-        if place.is_dir():
-            return _directory(place, text if place != path else place.resolve().name)
-        if place.exists():
-            return _Source(place.name, {"train": partial(read, place)}, path=place, whole=True)
-    if is_path(text):
-        raise DataError(f"{text}: no such file or directory", hint="check the path")
-    looked = f"not under $DISTILLM_DATA ({root})" if root else "$DISTILLM_DATA is not set"
-    found = hub_splits(ALIASES.get(text, text), text, looked, listener, _meant(text, root))
-    parts = _arrange(found)
-    if not parts:
-        raise DataError(f"{text}: no train, valid or test on the hub, but {', '.join(found)}", hint="pass a file")
-    return _Source(text, parts)
-
-
-def _meant(text: str, root: str | None) -> str | None:
-    """The known set, or the one under $DISTILLM_DATA, whose name is nearly that; None where it is the name of one."""
-    here = Path(root).expanduser() if root else None
-    there = (
-        [*names(), *ALIASES.values(), *(path.name for path in here.iterdir())] if here and here.is_dir() else names()
-    )
-    return None if text in there else next(iter(get_close_matches(text.lower(), there, n=1, cutoff=0.7)), None)
-
-
-def _spellings(name: str) -> list[str]:
-    twins = ALIASES | {long: short for short, long in ALIASES.items()}
-    return [name, twins[name]] if name in twins else [name]
-
-
-def _directory(path: Path, name: str) -> _Source:
-    found: dict[str, list[Path]] = {}
-    folders = [path, path / "data"]  # the second is where a cloned data set of the hub has its files
-    for folder in (folder for folder in folders if folder.is_dir() and not found):
-        for file in sorted(folder.iterdir()):
-            match = _SPLIT_FILE.fullmatch(file.stem)
-            if match and file.suffix.lower() in FORMATS and file.is_file():
-                found.setdefault(match[1].lower(), []).append(file)
-    for split, files in found.items():
-        if len(files) > 1 and not all(_SPLIT_FILE.fullmatch(file.stem)[2] for file in files):
-            names = ", ".join(file.name for file in files)
-            raise DataError(f"{path}: several files for {split} ({names})", hint="keep one of them")
-    if found:
-        parts = {split: partial(_chained, files) for split, files in _arrange(found).items()}
-        return _Source(name, parts, path=path)
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in FORMATS and file.is_file())
-    if not files:
-        raise DataError(
-            f"{path}: no data file in it", hint=f"put train.jsonl there, or name a {', '.join(FORMATS)} file"
-        )
-    if len(files) != 1:
-        there = ", ".join(file.name for file in files[:5])
-        raise DataError(f"{path}: no train.*, valid.* or test.* in it, but {there}", hint="name a file of it instead")
-    return _Source(name, {"train": partial(read, files[0])}, path=files[0], whole=True)
-
-
-def _chained(files: list[Path]) -> Records:
-    return chain.from_iterable(map(read, files))
-
-
-def _arrange(found: Mapping[str, T]) -> dict[str, T]:
-    """Names of splits as people give them → train, valid, test as they are meant."""
-    named_valid = found.get("valid", found.get("validation", found.get("val")))
-    valid = found.get("dev", named_valid)
-    test = found.get("test", named_valid if named_valid is not None else valid)
-    parts = {"train": found.get("train"), "valid": valid, "test": test}
-    return {split: part for split, part in parts.items() if part is not None}

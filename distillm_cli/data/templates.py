@@ -73,7 +73,8 @@ class Renderer:
     def text(self, row: Row) -> Text | None:
         """Return prompt and response (the first reference, or the whole answer of a conversation) as one text.
 
-        None for a conversation without an answer to train on. Raises as ``prompt`` does.
+        The response of a row without one is empty. None for a conversation whose answers are not to be trained on. Raises
+        as ``prompt`` does.
         """
         if self.form(row) == "chat":
             return self._chat(row).text(row)
@@ -83,7 +84,7 @@ class Renderer:
                 hint=f"use {_CHAT_MODEL}",
             )
         prompt = self.prompt(row)
-        text = prompt + row.references[0]
+        text = prompt + (row.references[0] if row.references else "")
         return Text(text, len(prompt), len(text))
 
     def _chat(self, row: Row) -> ChatTemplate:

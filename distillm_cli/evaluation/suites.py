@@ -12,6 +12,7 @@ from pathlib import Path
 
 from distillm_cli.config.schema import Columns, Recipe
 from distillm_cli.core.events import Listener, silent
+from distillm_cli.data.files import stem_of
 from distillm_cli.data.known import known
 from distillm_cli.data.sources import Row, Rows, load_rows
 
@@ -82,7 +83,8 @@ def short_name(source: str) -> str:
     path, name = Path(source).expanduser(), source
     if path.is_file():
         place = path.resolve()
-        name = f"{place.parent.name}-{place.stem}" if place.stem in _GENERIC else place.stem
+        stem = stem_of(place)
+        name = f"{place.parent.name}-{stem}" if stem in _GENERIC else stem
     elif path.is_dir():
         name = path.resolve().name
     return re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "suite"

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from distillm_cli.cli import options
+from distillm_cli.cli.teaching import uses_rows
 from distillm_cli.config.explain import choices, kinds, leaves, takes_list
 from distillm_cli.config.fields import ScheduleKind
 from distillm_cli.config.load import load_resolved, locate, resolve, shipped, to_yaml
@@ -903,3 +904,11 @@ def test_the_schema_itself_takes_no_truth_value_for_a_number():
     assert Train(gradient_checkpointing=True).gradient_checkpointing
     with pytest.raises(ValueError, match="frozen"):
         Recipe().train.lr = 1.0
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_that_train_on_prompts_alone_need_no_responses(name):
+    r = resolve(command=METHODS[name].verb, flags={"method": Flag("--method", name)}).recipe
+    assert r.needs_responses == (r.method == "sft" or uses_rows(r))
+    tuned = r.model_copy(update={"student": r.student.model_copy(update={"sft_epochs": 1.0})})
+    assert tuned.needs_responses

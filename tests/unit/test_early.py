@@ -180,7 +180,7 @@ def test_complaints_about_rows_are_those_of_reading_them(tmp_path, tokenizer_fil
         assert found == told(lambda split, listener, data=data: load_rows(data, split, listener=listener), data)
     with known(skipping, tokenizer_file) as early:
         said = told(early.rows, skipping)[1]
-    assert [type(event) for event in said] == [Warned, Note]
+    assert [type(event) for event in said] == [Warned, Note, Note]
     assert "rows.jsonl:42" in said[0].text
 
 

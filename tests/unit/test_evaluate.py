@@ -222,10 +222,13 @@ def test_without_suites_the_run_s_own_held_out_rows(tmp_path):
     assert suite == held_out(recipe)
 
 
-def test_names_that_clash_are_told_apart():
+def test_names_that_clash_are_told_apart(tmp_path):
     suites = [Suite("test", [], "a"), Suite("test", [], "b"), Suite("dolly", [], "c"), Suite("test", [], "d")]
     assert [suite.name for suite in distinct(suites)] == ["test", "test-2", "dolly", "test-3"]
     assert [short_name(name) for name in ("dolly", "MiniLLM/dolly")] == ["dolly", "MiniLLM-dolly"]
+    for name, short in {"answers.jsonl.gz": "answers", "test.csv.zst": f"{tmp_path.name}-test"}.items():
+        (tmp_path / name).touch()
+        assert short_name(str(tmp_path / name)) == short
 
 
 def test_a_suite_that_is_nowhere_says_so(monkeypatch):

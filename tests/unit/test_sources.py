@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,11 @@ def test_the_paper_sets_load_whole_and_by_name(shared_data, monkeypatch):
 def test_every_reference_of_a_row_is_kept(shared_data):
     rows = load_rows(Data(source=str(shared_data / "g2p")), "valid")
     assert rows[0] == Row(
-        "Pronounce the word.", "process", None, None, ("P R AA S EH S", "P R AO S EH S"), "valid.jsonl:1"
+        "Pronounce the word.",
+        "process",
+        references=("P R AA S EH S", "P R AO S EH S"),
+        where="valid.jsonl:1",
+        format="instruction",
     )
 
 
@@ -76,7 +81,10 @@ def test_question_rows_and_a_slice_where_nothing_is_held_out(shared_data):
     assert not {row.where for row in train} & {row.where for row in valid}
     assert train[0].question
     assert train[0].references[0].endswith("#### 72")
-    assert said == [Note("gsm8k has no held-out rows of its own: 373 of its 7,473 are kept for validation")]
+    assert said == [
+        Note("gsm8k train: 7,473 rows, question-answer (question, answer)"),
+        Note("gsm8k has no held-out rows of its own: 373 of its 7,473 are kept for validation"),
+    ]
 
 
 def test_upstreams_overlap_is_reported_rather_than_hidden(shared_data):
@@ -88,11 +96,11 @@ def test_upstreams_overlap_is_reported_rather_than_hidden(shared_data):
 @pytest.mark.parametrize(
     ("record", "columns", "expected"),
     [
-        (PAIR, {}, Row("Add.", "1 + 1", None, None, ("2",))),
-        (PAIR | {"input": None, "output": ["2", "two"]}, {}, Row("Add.", "", None, None, ("2", "two"))),
-        (PAIR | {"prompt": "Add 1 + 1:"}, {}, Row("Add.", "1 + 1", "Add 1 + 1:", None, ("2",))),
-        (PAIR | {"task": "sums"}, {}, Row("Add.", "1 + 1", None, None, ("2",), task="sums")),
-        ({"instruction": "a", "context": "b", "response": "c"}, {}, Row("a", "b", None, None, ("c",))),
+        (PAIR, {}, Row("Add.", "1 + 1", references=("2",))),
+        (PAIR | {"input": None, "output": ["2", "two"]}, {}, Row("Add.", "", references=("2", "two"))),
+        (PAIR | {"prompt": "Add 1 + 1:"}, {}, Row("Add.", "1 + 1", "Add 1 + 1:", references=("2",))),
+        (PAIR | {"task": "sums"}, {}, Row("Add.", "1 + 1", references=("2",), task="sums")),
+        ({"instruction": "a", "context": "b", "response": "c"}, {}, Row("a", "b", references=("c",))),
         ({"prompt": "a", "completion": "b"}, {}, Row(prompt="a", references=("b",))),
         ({"prompt": "a", "response": "b"}, {}, Row(prompt="a", references=("b",))),
         ({"prompt": "a", "output": ""}, {}, Row(prompt="a", references=("",))),
@@ -113,7 +121,7 @@ def test_upstreams_overlap_is_reported_rather_than_hidden(shared_data):
 )
 def test_shapes_of_rows(tmp_path, record, columns, expected):
     (row,) = whole(jsonl(tmp_path / "a.jsonl", record), columns=Columns(**columns))
-    assert row == Row(**{name: getattr(expected, name) for name in Row.__slots__} | {"where": "a.jsonl:1"})
+    assert row == replace(expected, where="a.jsonl:1", format=row.format)
 
 
 def test_the_last_assistant_message_is_the_response(tmp_path):
@@ -126,7 +134,7 @@ def test_the_last_assistant_message_is_the_response(tmp_path):
     ]
     path = jsonl(tmp_path / "chat.jsonl", {"messages": said}, {"messages": said + said[1:2]}, {"messages": said[:2]})
     first, second, third = whole(path, require_output=False)
-    assert (first.messages, first.references) == (said[:4], ("bye",))
+    assert (first.messages, first.answer, first.references) == (said[:4], said[4], ("bye",))
     assert (second.messages, second.references) == (said + said[1:2], ())  # asked again, and not answered yet
     assert (third.messages, third.references) == (said[:2], ())
     with pytest.raises(DataError, match=r"chat.jsonl:2: no reply to the last message \(user\), and no response column"):
@@ -183,8 +191,8 @@ BROKEN = {
     '{"instruction": "a", "output": "b"': "not JSON (expected ',' at column 35)",
     "[1, 2]": "expected an object with named columns, found a list",
     "[" * 100_000: "not JSON (nested too deeply)",
-    '{"text": "a", "label": 1}': "no prompt column (messages, instruction, prompt, question, or data.columns.prompt); "
-    "found `text`, `label`",
+    '{"body": "a", "label": 1}': "no prompt column (messages, conversations, conversation, instruction, prompt, question, "
+    "text, or data.columns.prompt); found `body`, `label`",
     '{"instruction": "a"}': "no response column (output, response, completion, answer, or data.columns.response); "
     "found `instruction`",
     '{"instruction": "a", "output": 42}': "column `output` must be text or a list of texts, found a number (42)",
@@ -224,8 +232,8 @@ def test_skipping_broken_rows_counts_and_lists_them(tmp_path):
     assert len(rows.skipped) == len(BROKEN) + 31
     assert rows.skipped[-1].endswith("not UTF-8 (byte 0xff at byte 13 of the line)")
     assert said[0] == Warned(f"skipped {messages[0]}")
-    assert said[-1] == Warned(f"skipped {len(BROKEN) + 31} broken rows of train.jsonl; the first 20 are above")
-    assert len(said) == 21
+    assert said[20] == Warned(f"skipped {len(BROKEN) + 31} broken rows of train.jsonl; the first 20 are above")
+    assert said[21:] == [Note("train.jsonl: 2 rows, instruction (instruction, input, output)")]
 
 
 def test_a_column_named_in_the_recipe_must_be_there(tmp_path):
@@ -254,7 +262,7 @@ def test_a_column_named_in_the_recipe_must_be_there(tmp_path):
         ("a.csv", b"prompt,prompt\na,b\n", "a.csv:1: column `prompt` occurs twice"),
         ("a.csv", b'prompt,output\n"a\nb",c\nd\n', "a.csv:4: 1 cells where the header has 2"),
         ("a.csv", b'prompt,output\n"a,b\n', "a.csv:2: not CSV (unexpected end of data)"),
-        ("a.csv", b"prompt,output\n\xff,b\n", "a.csv:2: not UTF-8"),
+        ("a.csv", b"prompt,output\n\xff,b\n", "a.csv:2: column `prompt` is not UTF-8"),
         ("a.csv", b"text,output\na,b\n", "a.csv:2: no prompt column"),
         ("a.parquet", b"hello", "a.parquet: not parquet ("),
         ("a.txt", b"hello", "a.txt: not a kind of data file that is known"),
@@ -425,7 +433,7 @@ def test_one_of_a_thing_is_told_in_the_singular(tmp_path):
     said = []
     data = Data(source=str(jsonl(tmp_path / "a.jsonl", *numbered(10))))
     load_rows(data, "train", listener=said.append)
-    assert said == [Note("a.jsonl has no held-out rows of its own: 1 of its 10 is kept for validation")]
+    assert said[1:] == [Note("a.jsonl has no held-out rows of its own: 1 of its 10 is kept for validation")]
     with pytest.raises(DataError, match=r"its one row is broken: b.jsonl:1: "):
         load_rows(Data(source=str(jsonl(tmp_path / "b.jsonl", {})), skip_bad_rows=True), "test")
     assert (counted(1, "row"), counted(0, "row"), counted(1_000, "row")) == ("1 row", "0 rows", "1,000 rows")

@@ -1,0 +1,168 @@
+"""Read conversations: lists of messages with roles, in the forms that data sets have them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distillm_cli.data.values import BadRow, decode_json, kind, valid_text
+
+Message = dict[str, Any]
+
+# Fields of an assistant message that stand for its content where that is null or absent.
+_INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+
+# Names of speakers in ShareGPT's `from`.
+_SPEAKERS = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant"),
+    "system": "system",
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    "function_call": "assistant",
+}
+
+
+def is_messages(value: Any) -> bool:
+    """Return whether the value of a column that may also hold text is a list of messages, or JSON text of one."""
+    if isinstance(value, str):
+        if not value.lstrip().startswith("["):
+            return False
+        try:
+            value = decode_json(value, "")
+        except BadRow:
+            return False
+        return bool(value) and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in value)
+    return isinstance(value, dict) or (isinstance(value, list) and not all(isinstance(one, str) for one in value))
+
+
+def read_messages(value: Any, name: str) -> list[Message]:
+    """Return the messages of a column as ``role`` and ``content``, with every further field of the file.
+
+    value: a list of messages (or a struct of lists, as `datasets` stores a ``Sequence`` of structs), or the same as JSON
+    text. Messages of ShareGPT (``from``, ``value``) get the roles of chat templates. Raises BadRow with the number of the
+    message.
+    """
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        value = decode_json(value, f"column `{name}`")
+    if isinstance(value, dict):
+        value = _transposed(value)
+    if not isinstance(value, list):
+        raise BadRow(f"column `{name}` must be a list of messages, found {kind(value)}")
+    return [_message(message, f"message {number}") for number, message in enumerate(value, start=1)]
+
+
+def is_sharegpt(value: Any) -> bool:
+    """Return whether a column's messages are those of ShareGPT."""
+    if isinstance(value, str):
+        return '"from"' in value and '"role"' not in value
+    first = value if isinstance(value, dict) else next(iter(value), None)
+    return isinstance(first, dict) and "from" in first and "role" not in first
+
+
+def split_answer(messages: list[Message]) -> tuple[list[Message], Message | None]:
+    """Split off the assistant's message that closes a conversation; None where another message closes it."""
+    if messages and messages[-1]["role"] == "assistant":
+        return messages[:-1], messages[-1]
+    return messages, None
+
+
+def not_trained(messages: list[Message]) -> list[Message]:
+    """Return the messages of a prompt: its assistant messages get ``weight`` 0, unless they say how they are trained."""
+    return [
+        message | {"weight": 0}
+        if message["role"] == "assistant" and message.get("weight") is None and message.get("train") is None
+        else message
+        for message in messages
+    ]
+
+
+def references_of(answer: Message) -> tuple[str, ...]:
+    """Return the text of an answer as the only reference; none where it has no text."""
+    text = content_text(answer)
+    return () if text is None else (text,)
+
+
+def content_text(message: Message) -> str | None:
+    """Return the text of a message's content; None where it has none."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content)
+    return content
+
+
+def is_blank(message: Message) -> bool:
+    """Return whether a message holds nothing but white space."""
+    return not (content_text(message) or "").strip() and not any(message.get(name) for name in _INSTEAD_OF_CONTENT)
+
+
+def _transposed(columns: dict[str, Any]) -> list[Message] | dict[str, Any]:
+    """A struct of lists → a list of structs; anything else as it is."""
+    if not all(isinstance(values, list) for values in columns.values()):
+        return columns
+    if len({len(values) for values in columns.values()}) != 1:
+        return columns
+    found = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return [{k: v for k, v in message.items() if v is not None or k == "content"} for message in found]
+
+
+def _message(message: Any, place: str) -> Message:
+    if not isinstance(message, dict):
+        raise BadRow(f"{place} must have `role` and `content`, found {kind(message)}")
+    if "from" in message and "role" not in message:
+        message = _of_sharegpt(message, place)
+    if not isinstance(message.get("role"), str):
+        raise BadRow(f"{place}: `role` must be text, found {kind(message.get('role'))}")
+    valid_text(message["role"], f"{place}: `role`")
+    calls = message.get("tool_calls")
+    if isinstance(calls, str):
+        calls = decode_json(calls, f"{place}: `tool_calls`")
+        message = message | {"tool_calls": calls}
+    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+        raise BadRow(f"{place}: `tool_calls` must be a list of objects")
+    _check_content(message, place)
+    weight, train = message.get("weight"), message.get("train")
+    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+        raise BadRow(f"{place}: `weight` must be 0 or 1, found {kind(weight)}")
+    if train is not None and not isinstance(train, bool):
+        raise BadRow(f"{place}: `train` must be true or false, found {kind(train)}")
+    return message
+
+
+def _of_sharegpt(message: Message, place: str) -> Message:
+    speaker, value = message["from"], message.get("value")
+    role = _SPEAKERS.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
+        known = ", ".join(_SPEAKERS)
+        found = f"`{speaker}`" if isinstance(speaker, str) else kind(speaker)
+        raise BadRow(f"{place}: `from` must be one of {known}; found {found}")
+    rest = {name: field for name, field in message.items() if name not in ("from", "value")}
+    if speaker != "function_call":
+        return {"role": role, "content": value, **rest}
+    call = decode_json(value, f"{place}: a function call") if isinstance(value, str) else value
+    calls = call if isinstance(call, list) else [call]
+    if not all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in calls):
+        raise BadRow(f"{place}: a function call must be JSON with `name` and `arguments`")
+    return {"role": role, "content": "", "tool_calls": [{"type": "function", "function": c} for c in calls], **rest}
+
+
+def _check_content(message: Message, place: str) -> None:
+    content = message.get("content")
+    if content is None:
+        if not any(message.get(name) for name in _INSTEAD_OF_CONTENT):
+            raise BadRow(f"{place}: `content` must be text, found null")
+    elif isinstance(content, str):
+        valid_text(content, place)
+    elif isinstance(content, list):
+        for number, part in enumerate(content, start=1):
+            _check_part(part, number, place)
+    else:
+        raise BadRow(f"{place}: `content` must be text or a list of parts, found {kind(content)}")
+
+
+def _check_part(part: Any, number: int, place: str) -> None:
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+        raise BadRow(f"{place}: part {number} must be an object with a `type`")
+    if part["type"] != "text":
+        raise BadRow(f"{part['type']} parts are not supported ({place})")
+    if not isinstance(part.get("text"), str):
+        raise BadRow(f"{place}: part {number}: `text` must be text, found {kind(part.get('text'))}")
+    valid_text(part["text"], place)

@@ -1,0 +1,167 @@
+"""Find the source of a name: a file, a directory, a name under ``$DISTILLM_DATA``, a data set of the hub.
+
+Local paths never touch the network.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import TypeVar
+
+from distillm_cli.core.events import Listener
+from distillm_cli.data.files import COMPRESSIONS, FORMATS, Records, format_of, read, stem_of
+from distillm_cli.data.hub import hub_splits
+from distillm_cli.data.known import ALIASES, Reshape, known, names
+from distillm_cli.data.tables import read_saved, saved_splits
+from distillm_cli.errors import DataError
+
+T = TypeVar("T")
+Read = Callable[[Collection[str]], Records]
+
+_FILE_ENDINGS = (*FORMATS, *COMPRESSIONS, ".txt", ".tsv", ".zip", ".arrow")
+_SPLIT_FILE = re.compile(r"(train|dev|valid|validation|val|test)(-\d+-of-\d+)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Hold where rows can be read.
+
+    parts: by split, a call that reads it; it receives the columns to convert. whole: a single file, which has no splits.
+    reshape: of the records of a set with a short name, where no column is named. columns: those that ``reshape`` reads.
+    """
+
+    name: str
+    parts: Mapping[str, Read]
+    path: Path | None = None
+    whole: bool = False
+    reshape: Reshape | None = None
+    columns: frozenset[str] = frozenset()
+
+
+def local_place(named: str) -> Path | None:
+    """The file or directory that a source's name stands for, None where it is none: `builtin`, or a name of the hub."""
+    return None if named == "builtin" else next((p for p in _places(named.strip()) if p.exists()), None)
+
+
+def is_path(text: str) -> bool:
+    """Whether a source's name can only be a path: it never is looked for on the hub."""
+    return _is_explicit(text) or Path(text).suffix.lower() in _FILE_ENDINGS
+
+
+def _is_explicit(text: str) -> bool:
+    return text.startswith(("./", "../", "/", "~")) or text in (".", "..")
+
+
+def _places(text: str) -> list[Path]:
+    """Where to look for a source, in order."""
+    path = Path(text).expanduser()
+    places = [path] if "/" in text or is_path(text) else []
+    root = os.environ.get("DISTILLM_DATA")
+    if root and not _is_explicit(text):
+        places += [Path(root).expanduser() / spelling for spelling in _spellings(text)]
+    return places if path in places else [*places, path]
+
+
+def find_source(named: str, listener: Listener) -> Source:
+    """Return the source of a name. A bare name is looked for under $DISTILLM_DATA before the working directory.
+
+    Raises DataError where there is none.
+    """
+    set_of_that_name = known(named.strip())
+    source = _find(named, listener)
+    if set_of_that_name is None:
+        return source
+    return replace(source, reshape=set_of_that_name.reshape, columns=set_of_that_name.columns)
+
+
+def _find(named: str, listener: Listener) -> Source:
+    text = named.strip()
+    if not text:
+        raise DataError("an empty name for a data source", hint="name a file, a directory, a data set, or builtin")
+    path, root = Path(text).expanduser(), os.environ.get("DISTILLM_DATA")
+    for place in _places(text):
+        if place.is_dir():
+            return _directory(place, text if place != path else place.resolve().name)
+        if place.exists():
+            return Source(place.name, {"train": partial(read, place)}, path=place, whole=True)
+    if is_path(text):
+        raise DataError(f"{text}: no such file or directory", hint="check the path")
+    looked = f"not under $DISTILLM_DATA ({root})" if root else "$DISTILLM_DATA is not set"
+    found = hub_splits(ALIASES.get(text, text), text, looked, listener, _meant(text, root))
+    parts = _arrange(found)
+    if not parts:
+        raise DataError(f"{text}: no train, valid or test on the hub, but {', '.join(found)}", hint="pass a file")
+    return Source(text, parts)
+
+
+def _meant(text: str, root: str | None) -> str | None:
+    """The known set, or the one under $DISTILLM_DATA, whose name is nearly that; None where it is the name of one."""
+    here = Path(root).expanduser() if root else None
+    there = (
+        [*names(), *ALIASES.values(), *(path.name for path in here.iterdir())] if here and here.is_dir() else names()
+    )
+    return None if text in there else next(iter(get_close_matches(text.lower(), there, n=1, cutoff=0.7)), None)
+
+
+def _spellings(name: str) -> list[str]:
+    twins = ALIASES | {long: short for short, long in ALIASES.items()}
+    return [name, twins[name]] if name in twins else [name]
+
+
+def _directory(path: Path, name: str) -> Source:
+    saved = saved_splits(path)
+    if saved is not None:
+        return _saved(path, name, saved)
+    found: dict[str, list[Path]] = {}
+    folders = [path, path / "data"]  # the second is where a cloned data set of the hub has its files
+    for folder in (folder for folder in folders if folder.is_dir() and not found):
+        for file in sorted(folder.iterdir()):
+            match = _SPLIT_FILE.fullmatch(stem_of(file))
+            if match and format_of(file) is not None and file.is_file():
+                found.setdefault(match[1].lower(), []).append(file)
+    for split, files in found.items():
+        if len(files) > 1 and not all(_SPLIT_FILE.fullmatch(stem_of(file))[2] for file in files):
+            names = ", ".join(file.name for file in files)
+            raise DataError(f"{path}: several files for {split} ({names})", hint="keep one of them")
+    if found:
+        parts = {split: partial(_chained, files) for split, files in _arrange(found).items()}
+        return Source(name, parts, path=path)
+    files = sorted(file for file in path.iterdir() if format_of(file) is not None and file.is_file())
+    if not files:
+        raise DataError(
+            f"{path}: no data file in it", hint=f"put train.jsonl there, or name a {', '.join(FORMATS)} file"
+        )
+    if len(files) != 1:
+        there = ", ".join(file.name for file in files[:5])
+        raise DataError(f"{path}: no train.*, valid.* or test.* in it, but {there}", hint="name a file of it instead")
+    return Source(name, {"train": partial(read, files[0])}, path=files[0], whole=True)
+
+
+def _saved(path: Path, name: str, saved: dict[str, Path]) -> Source:
+    """The source of a directory that `datasets` saved."""
+    if "" in saved:
+        return Source(name, {"train": partial(read_saved, path)}, path=path, whole=True)
+    parts = {split: partial(read_saved, place) for split, place in _arrange(saved).items()}
+    if not parts:
+        raise DataError(f"{path}: no train, valid or test in it, but {', '.join(saved)}", hint="name one of these")
+    return Source(name, parts, path=path)
+
+
+def _chained(files: list[Path], wanted: Collection[str]) -> Records:
+    return chain.from_iterable(read(file, wanted) for file in files)
+
+
+def _arrange(found: Mapping[str, T]) -> dict[str, T]:
+    """Names of splits as people give them → train, valid, test as they are meant."""
+    named_valid = found.get("valid", found.get("validation", found.get("val")))
+    valid = found.get("dev", named_valid)
+    test = found.get("test", named_valid if named_valid is not None else valid)
+    parts = {"train": found.get("train"), "valid": valid, "test": test}
+    return {split: part for split, part in parts.items() if part is not None}
