@@ -259,7 +259,8 @@ def _conversing(
         template, why = found
         settled["data.template"] = (template, f"auto: {why}")
         other = {"chat": "alpaca", "alpaca": "chat"}.get(template)
-        choice = f"; --set data.template={other} chooses the other form" if other and both_chat else ""
+        has_choice = other is not None and both_chat and any(row.messages is None for row in rows[0])
+        choice = f"; --set data.template={other} chooses the other form" if has_choice else ""
         listener(Note(f"template {template}: {why}{choice}"))
     if recipe.data.date is None:
         settled["data.date"] = (date.today().isoformat(), "start of the run")

@@ -96,7 +96,7 @@ class ChatTemplate:
         self.written = written
         self._sources: dict[bool, str] = {}
         self._end: TurnEnd | None = None
-        self._takes_parts: bool | None = None
+        self._content_form: str | None = None
         self._ids, self._control = control_tokens(tokenizer)
         self._special = special_tokens(tokenizer)
 
@@ -108,19 +108,19 @@ class ChatTemplate:
         return any("strftime_now" in source for source in sources)
 
     @property
-    def takes_parts(self) -> bool:
-        """Whether the template writes the content of messages only where it is a list of parts (SmolVLM)."""
-        if self._takes_parts is None:
-            self._takes_parts = False
-            if not self._shows(_PROBES[0]):
-                self._takes_parts = True
-                self._takes_parts = self._shows(_PROBES[0])
-        return self._takes_parts
+    def content(self) -> str:
+        """The form in which the template writes the content of messages: text, parts (SmolVLM), or either."""
+        if self._content_form is None:
+            self._content_form = "either"
+            text, parts = (self._shows(content) for content in (_PROBES[0], _parts(_PROBES[0])))
+            if text != parts:
+                self._content_form = "text" if text else "parts"
+        return self._content_form
 
-    def _shows(self, content: str) -> bool:
-        """Whether the template writes the content of a user's message."""
+    def _shows(self, content: str | list[Any]) -> bool:
+        """Whether the template writes this content of a user's message."""
         try:
-            return content in self._write(None, [{"role": "user", "content": content}])
+            return _PROBES[0] in self._write(None, [{"role": "user", "content": content}])
         except DataError:  # a template that takes other conversations
             return False
 
@@ -179,8 +179,9 @@ class ChatTemplate:
         calls = [call for call in answer.get("tool_calls") or () if isinstance(call, Mapping)]
         names = [str((call.get("function") or call).get("name", "")) for call in calls]
         content = answer.get("content")
+        texts = [content] if isinstance(content, str) else [part.get("text") for part in content or ()]
         missing = [name for name in names if name not in target]
-        if missing or (isinstance(content, str) and not _holds(target, content)):
+        if missing or not all(_holds(target, text) for text in texts if isinstance(text, str)):
             what = f"the tool call {missing[0]}" if missing else "the content of the answer"
             raise DataError(f"{row.where}: the chat template does not write {what}", hint=_TEMPLATE_HINT)
         reasoning = [name for name in _REASONING if isinstance(answer.get(name), str) and answer[name].strip()]
@@ -213,8 +214,7 @@ class ChatTemplate:
         documents = self.documents if row is None or row.documents is None else row.documents
         arguments = self.arguments if row is None else self.arguments | (row.template_kwargs or {})
         messages = [_without(message, _FLAGS) for message in messages]
-        if self.takes_parts:
-            messages = [_in_parts(message) for message in messages]
+        messages = [_in_form(message, self.content) for message in messages]
         if self.written:
             messages = [self._marked_message(message) for message in messages]
             tools, documents = marked(tools, self._control), marked(documents, self._control)
@@ -451,10 +451,18 @@ def _holds(target: str, text: str) -> bool:
     return plain in target.translate(_NO_MARKS)
 
 
-def _in_parts(message: Message) -> Message:
-    if not isinstance(message.get("content"), str):
-        return message
-    return {**message, "content": [{"type": "text", "text": message["content"]}]}
+def _in_form(message: Message, form: str) -> Message:
+    """The message with its content as text or in parts, as the template writes it."""
+    content = message.get("content")
+    if form == "parts" and isinstance(content, str):
+        return {**message, "content": _parts(content)}
+    if form == "text" and isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
+        return {**message, "content": "".join(str(part.get("text", "")) for part in content)}
+    return message
+
+
+def _parts(text: str) -> list[Message]:
+    return [{"type": "text", "text": text}]
 
 
 def _without(message: Message, names: Collection[str]) -> Message:
