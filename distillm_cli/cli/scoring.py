@@ -132,6 +132,7 @@ def _places(checkpoints: list[str], output: str | None, names: Mapping[str, str]
 def _score(job: _Job, done: dict[str, Told], resume: bool, ui: Console) -> None:
     backbone, encoder = inference.load(job.checkpoint, job.recipe, ui)
     inference.check_head(backbone, encoder, job.suites[0].rows[0], ui)
+    inference.name_template(encoder, [row for suite in job.suites for row in suite.rows], ui)
     about = {"model": job.checkpoint, "dtype": str(backbone.model.dtype).removeprefix("torch.")}
     about["weights"] = fingerprint(backbone.model.state_dict().items())
     for suite in job.suites:
