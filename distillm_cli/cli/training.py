@@ -38,7 +38,8 @@ from distillm_cli.core.progress import Progress as Reached
 from distillm_cli.core.scheduler import Source
 from distillm_cli.data.early import Early
 from distillm_cli.data.templates import render
-from distillm_cli.errors import Interrupted, UsageError, signal_number
+from distillm_cli.errors import Interrupted, StorageError, UsageError, signal_number
+from distillm_cli.storage import failed_with, reason
 from distillm_cli.ui.console import Console
 from distillm_cli.ui.summary import (
     OUTPUT_FILES,
@@ -91,7 +92,8 @@ def train(
     except KeyboardInterrupt as stop:
         raise _stopped(None, stop) from None
     if overwrite:  # only now: bad input must not cost what an earlier run left
-        outputs.clear(output)
+        for stuck in outputs.clear(output):
+            ui(Warned(f"cannot remove all of {stuck}, of an earlier run: it takes up space"))
     begun()
     outputs.write_text(output / outputs.RECIPE, to_yaml(resolved))
     try:
@@ -202,11 +204,18 @@ def publish(
     staged = output / ".staging-model"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
-    run.export_model(staged)
-    task = "text2text-generation" if run.student.is_encoder_decoder else "text-generation"
-    card = model_card(resolved, reached, measured, task=task, measured_on=measured_on)
-    (staged / outputs.CARD).write_text(card, encoding="utf-8")
-    outputs.publish(staged, output)
+    try:
+        run.export_model(staged)
+        task = "text2text-generation" if run.student.is_encoder_decoder else "text-generation"
+        card = model_card(resolved, reached, measured, task=task, measured_on=measured_on)
+        (staged / outputs.CARD).write_text(card, encoding="utf-8")
+        outputs.publish(staged, output)
+    except Exception as error:
+        shutil.rmtree(staged, ignore_errors=True)
+        if failed_with(error) is None:
+            raise
+        hint = "free some space, then type the command again with --resume: nothing is trained again"
+        raise StorageError(f"cannot write the model into {output}: {reason(error)}", hint=hint) from error
 
 
 def _tell(

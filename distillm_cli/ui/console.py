@@ -13,13 +13,14 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 
-from rich.console import Console as Terminal
-from rich.console import RenderableType
+from rich.console import Console as RichConsole
+from rich.console import ConsoleOptions, RenderableType
 from rich.live import Live
+from rich.segment import Segment
 from rich.text import Text
 
 from distillm_cli.core.events import (
@@ -34,8 +35,9 @@ from distillm_cli.core.events import (
     Validated,
     Warned,
 )
+from distillm_cli.errors import StorageError
 from distillm_cli.ui.display import BAD, GOOD, Memory, Task, Watch, amount, draw, duration, parameters, percent
-from distillm_cli.words import counted, signed
+from distillm_cli.words import counted, printable, signed
 
 REFRESHES = 4  # per second: numbers one can read
 YOUNG = 0.2  # seconds; work that is over sooner never flashes up
@@ -43,10 +45,18 @@ WORTH_A_LINE = 1.0  # seconds that loading or tokenising took
 PERIOD = 10.0  # seconds between plain lines
 
 
+class Terminal(RichConsole):
+    """A Rich console that prints no control characters but its own, whatever texts it is given."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+
 def console(
     json_mode: bool = False,
     quiet: bool = False,
-    stderr: Terminal | None = None,
+    stderr: RichConsole | None = None,
     *,
     clock: Callable[[], float] = time.monotonic,
     memory: Callable[[], Memory] | None = None,
@@ -67,7 +77,7 @@ class Console:
 
     def __init__(
         self,
-        terminal: Terminal,
+        terminal: RichConsole,
         *,
         json_mode: bool,
         quiet: bool,
@@ -213,8 +223,14 @@ class Console:
 
 def print_json(obj: Mapping[str, object]) -> None:
     """One object as one line on stdout, flushed. ASCII, so that no locale can break it; not-a-number becomes null."""
-    sys.stdout.write(json.dumps(plain(obj), allow_nan=False) + "\n")
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(json.dumps(plain(obj), allow_nan=False) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        what = f"cannot write the result to standard output: {error.strerror}"
+        raise StorageError(what, hint="free some space there; the files that the command wrote are complete") from error
 
 
 def plain(value: object) -> object:
