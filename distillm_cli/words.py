@@ -29,3 +29,8 @@ def printable(text: str) -> str:
     """Replace what would command a terminal (control characters, escape sequences, overrides of the writing direction)
     by �. Newlines and tabs stay."""
     return _COMMANDS.sub("�", text)
+
+
+def escaped(line: str) -> str:
+    """Escape what would command a terminal in a line of JSON; it stays JSON of the same value."""
+    return _COMMANDS.sub(lambda found: f"\\u{ord(found[0]):04x}", line)

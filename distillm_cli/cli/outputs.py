@@ -223,8 +223,9 @@ def write_text(path: Path, text: str) -> None:
     try:
         staged.write_text(text, encoding="utf-8")
         staged.replace(path)
-    except OSError:
-        staged.unlink(missing_ok=True)
+    except OSError as error:
+        _unlink(staged)
+        error.filename = error.filename or str(path)  # a write that fails does not name its file
         raise
 
 

@@ -64,8 +64,7 @@ def report(error: DistillmError, argv: list[str]) -> int:
     Neither stream can change the exit code: an error that cannot be printed is still that error.
     """
     message = str(error)
-    with suppress(OSError):
-        print(f"error: {printable(shortened(message, LONGEST_ERROR))}", file=sys.stderr)
+    print_error(message)
     try:
         if "--json" in typed_options(argv):
             print(json.dumps({"status": "error", "code": error.exit_code, "message": message}))
@@ -73,6 +72,17 @@ def report(error: DistillmError, argv: list[str]) -> int:
     except OSError:
         discard_stdout()
     return error.exit_code
+
+
+def print_error(message: str) -> None:
+    """Print the line of an error on stderr."""
+    with suppress(OSError):
+        print(f"error: {printable(shortened(message, LONGEST_ERROR))}", file=sys.stderr)
+
+
+def write_stdout(text: str) -> None:
+    """Write text on stdout: as it is into files and pipes, without control characters on a terminal."""
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
 
 
 def shortened(text: str, length: int) -> str:

@@ -24,6 +24,7 @@ from distillm_cli.cli.measuring import (
     Report,
     check_answers,
     check_metric,
+    labels,
     needs_metric,
 )
 from distillm_cli.cli.resuming import best_of, check_inputs, checkpoint_of, load_student, weights_in
@@ -229,7 +230,8 @@ def _tell(
     is_stage: bool,
 ) -> None:
     order = [name for name in (BEFORE, FINE_TUNED, AFTER, TEACHER) if name in measured]
-    table = [Outcome(name, measured[name].valid_loss, measured[name].scores) for name in order]
+    label = labels(reached, after_sft=bool(run.recipe.student.sft_epochs))
+    table = [Outcome(label[name], measured[name].valid_loss, measured[name].scores) for name in order]
     title = "Fine-tuning" if is_stage else "Outcome"
     ui.show(outcome_table(table, lower_is_better=LOWER_IS_BETTER, title=title, caption=measured_on))
     if is_stage:

@@ -179,9 +179,11 @@ class Console:
                 self._said_at = now
                 return [_stepped(self._watch, now)]
             case Validated():
-                phi = self._watch.phi
+                phi, late = self._watch.phi, self._watch.late
                 self._watch.validated(event)
-                return [_validated(event, self._watch, phi)]
+                if self._watch.late:  # the loss before training, measured now: the next line compares with it
+                    return []
+                return [_validated(event, self._watch, phi, late)]
             case Saved():
                 step = _step(event.step, self._watch)
                 return [Text.assemble(f"{step} · ", (f"saved {event.path}", "dim"))]
@@ -296,11 +298,13 @@ def _stepped(watch: Watch, now: float) -> Text:
     return Text(" · ".join(parts))
 
 
-def _validated(event: Validated, watch: Watch, phi: float) -> Text:
+def _validated(event: Validated, watch: Watch, phi: float, late: tuple[float, int] | None) -> Text:
+    """late: the validation before this one and its step, where it had no line of its own."""
     value = Text.assemble("valid loss ", (f"{event.valid_loss:.3f}", "bold"))
     if watch.before is not None:
         change = event.valid_loss - watch.before
-        value.append(" ").append_text(Text.assemble("(", (signed(change, 3), GOOD if change < 0 else BAD), ")"))
+        since = f" from {late[0]:.3f} at step {late[1]:,}" if late else ""
+        value.append(" ").append_text(Text.assemble("(", (signed(change, 3), GOOD if change < 0 else BAD), f"{since})"))
     parts = [Text(_step(event.step, watch)), value]
     if watch.started.steps_per_epoch:
         parts.insert(1, Text(f"epoch {event.step / watch.started.steps_per_epoch:.1f}"))
@@ -318,9 +322,14 @@ def _ended(event: RunEnded, watch: Watch) -> Text:
     line = Text.assemble((event.reason, "bold"), f" · step {event.step:,} of {watch.started.steps:,}")
     line.append(f" · {duration(event.seconds)}")
     if watch.valid is not None:
-        line.append(f" · valid loss {watch.first_valid:.3f}")
-        if watch.before is not None:
-            line.append(f" → {watch.valid:.3f}")
+        first, step = watch.first_valid
+        last_step = "" if watch.valid_step == event.step else f" at step {watch.valid_step:,}"
+        if watch.before is None:
+            line.append(f" · valid loss {first:.3f}{last_step}")
+        else:
+            line.append(
+                f" · valid loss {first:.3f}{f' at step {step:,}' if step else ''} → {watch.valid:.3f}{last_step}"
+            )
     return line
 
 
