@@ -124,9 +124,7 @@ def test_a_recipe_on_a_terminal_is_text(tmp_path):
     assert "# �]0;owned��[2J�31m��\r\ntrain:\r\n" in said.decode()
 
 
-@pytest.mark.parametrize(
-    "argv", [["sft", "--output"], ["sft", "--data"], ["eval"], ["generate", "--model", "m", "--prompt"]]
-)
+@pytest.mark.parametrize("words", ["sft --output", "sft --data", "eval", "generate --model m --prompt"])
 def test_an_argument_that_is_not_utf8_is_refused_before_anything_is_done(words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, _, err = call(capsys, *words.split(), "runs/\udcff", "--json")
