@@ -1,6 +1,11 @@
-"""Numbers as people write them in a sentence. Loads nothing."""
+"""Text for people: numbers in a sentence, and what may be printed. Loads nothing slow."""
 
 from __future__ import annotations
+
+import re
+
+# C0 and C1 controls but tab and newline, line and paragraph separators, bidirectional overrides and isolates.
+_COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 def counted(n: int, noun: str) -> str:
@@ -18,3 +23,14 @@ def signed(change: float, digits: int) -> str:
     size = f"{abs(change):.{digits}f}"
     sign = "±" if float(size) == 0 else "−" if change < 0 else "+"
     return sign + size
+
+
+def printable(text: str) -> str:
+    """Replace what would command a terminal (control characters, escape sequences, overrides of the writing direction)
+    by �. Newlines and tabs stay."""
+    return _COMMANDS.sub("�", text)
+
+
+def escaped(line: str) -> str:
+    """Escape what would command a terminal in a line of JSON; it stays JSON of the same value."""
+    return _COMMANDS.sub(lambda found: f"\\u{ord(found[0]):04x}", line)

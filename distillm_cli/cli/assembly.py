@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from distillm_cli.cli import garbage, outputs, sampling
-from distillm_cli.cli.host import give_back_freed_memory
+from distillm_cli.cli.host import give_back_freed_memory, set_threads
 from distillm_cli.cli.reading import bringers, reading
 from distillm_cli.config.schema import Data, Recipe
 from distillm_cli.config.shaping import shaping
@@ -185,8 +185,7 @@ def prepare(recipe: Recipe, listener: Listener, early: Early | None = None) -> P
 
 
 def _prepared(recipe: Recipe, listener: Listener, early: Early) -> Prepared:
-    if recipe.train.threads:
-        torch.set_num_threads(recipe.train.threads)
+    set_threads(recipe.train.threads, listener)
     torch.manual_seed(recipe.train.seed)
     device = resolve_device(recipe.train.device)
     train_rows, valid_rows = early.rows("train", listener), early.rows("valid", listener)
@@ -352,7 +351,9 @@ def build_engine(run: Prepared, output: Path, listener: Listener, *, teacher: Te
         validation=by_length(run.answered, max(recipe.train.batch_size, 16)),
         score=score,
         as_at_start=run.as_at_start,
-        checkpoints=Checkpoints(output / outputs.CHECKPOINTS, run.save_model, keep=recipe.train.keep),
+        checkpoints=Checkpoints(
+            output / outputs.CHECKPOINTS, run.save_model, keep=recipe.train.keep, listener=listener
+        ),
         recipe=shaping(recipe),
         inputs=lambda: run.inputs,
         method=recipe.method,

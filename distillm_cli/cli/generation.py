@@ -28,7 +28,7 @@ from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.fingerprint import fingerprint
 from distillm_cli.models.places import locate
 from distillm_cli.ui.console import Console
-from distillm_cli.words import counted
+from distillm_cli.words import counted, escaped
 
 _BATCHES = 8  # sorted by length together, and written together: what a stopped run loses at most
 
@@ -240,5 +240,5 @@ def _placed(head: Line, text: Line) -> Line:
 
 def _print(lines: list[Line]) -> None:
     ascii_only = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
-    sys.stdout.write("".join(text_of(line, ascii_only=ascii_only) for line in lines))
+    sys.stdout.write("".join(escaped(text_of(line, ascii_only=ascii_only)) for line in lines))
     sys.stdout.flush()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from distillm_cli.cli import garbage
+from distillm_cli.cli.host import set_threads
 from distillm_cli.config.explain import leaves
 from distillm_cli.config.load import Resolved, load_resolved, resolve, settled
 from distillm_cli.config.schema import Recipe
@@ -73,8 +74,7 @@ def own_recipe(model: str) -> Path | None:
 def load(model: str, recipe: Recipe, listener: Listener) -> tuple[Backbone, Encoder]:
     """The model, where and in the precision the recipe asks for, and its encoder. Raises ModelError."""
     garbage.take_up()
-    if recipe.train.threads:
-        torch.set_num_threads(recipe.train.threads)
+    set_threads(recipe.train.threads, listener)
     device = resolve_device(recipe.train.device)
     backbone = load_backbone(model, dtype=precision(recipe), device=device, listener=listener)
     if recipe.data.chat_template not in ("auto", "student", "teacher"):

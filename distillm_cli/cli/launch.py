@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
 def launch(ctx: typer.Context) -> None:
     """Resolve what was typed, then print the resolved recipe (``--dry-run``), warm the teacher's cache, or train."""
     from distillm_cli.cli import options, outputs
+    from distillm_cli.cli.streams import write_stdout
     from distillm_cli.config.load import resolve, to_yaml
 
     command, typed = ctx.info_name, ctx.params
@@ -32,7 +32,7 @@ def launch(ctx: typer.Context) -> None:
 
             print_json({"command": command, "status": "ok", "recipe": resolved.recipe.model_dump(mode="json")})
         else:
-            sys.stdout.write(to_yaml(resolved))
+            write_stdout(to_yaml(resolved))
         return
     check_complete(resolved.recipe)
     check_alone()

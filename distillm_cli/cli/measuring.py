@@ -22,6 +22,7 @@ from distillm_cli.core.criterion import CROSS_ENTROPY, Criterion
 from distillm_cli.core.engine import Engine, eval_mode
 from distillm_cli.core.events import Warned
 from distillm_cli.core.objective import Objective
+from distillm_cli.core.progress import Progress
 from distillm_cli.errors import ModelError, UsageError
 from distillm_cli.evaluation.suites import HELD_OUT, Suite
 from distillm_cli.models.devices import dtype_name, resolve_dtype
@@ -43,6 +44,13 @@ class Measured:
     valid_loss: float | None
     scores: dict[str, float]
     answers: list[str]
+
+
+def labels(reached: Progress, *, after_sft: bool) -> dict[str, str]:
+    """Return the models' names with the step that their weights are of, for people. after_sft: of a stage before."""
+    kept = reached.step if reached.best_step is None else reached.best_step
+    begun = FINE_TUNED if after_sft else BEFORE
+    return {BEFORE: BEFORE, TEACHER: TEACHER, begun: f"{begun}, step 0", AFTER: f"{AFTER}, step {kept:,}"}
 
 
 def needs_metric(recipe: Recipe) -> bool:
@@ -84,6 +92,7 @@ class Report:
         from distillm_cli.models.pair import teacher_again
 
         run = self.run
+        self.labels = labels(engine.at, after_sft=bool(run.recipe.student.sft_epochs))
         engine.optimizer.state.clear()  # its work is done, and the teacher may be needed once more
         teacher = run.pair.teacher
         if teacher is not None and engine.teacher.has_left:
@@ -111,7 +120,7 @@ class Report:
         return bool(self.suite.rows)
 
     def _measure(self, model: Backbone, name: str, valid_loss: float | None) -> Measured:
-        result = self._generate(model, name) if self.suite.rows else None
+        result = self._generate(model, self.labels[name]) if self.suite.rows else None
         scores = {} if result is None else {metric: score.mean for metric, score in result.scores.items()}
         answers = [] if result is None else next(iter(result.outputs.values()))
         return self._keep(name, Measured(valid_loss, scores, answers))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from distillm_cli.cli import options
+from distillm_cli.cli.streams import write_stdout
 
 PIPELINE = "Pipeline"
 
@@ -100,7 +100,7 @@ def run(
 
         states = survey(pipeline, place, choose(pipeline, only, start))
         if not json:
-            sys.stdout.write(resolved_yaml(pipeline, states))
+            write_stdout(resolved_yaml(pipeline, states))
             return
         told = {
             stage.name: {"verb": stage.verb, "state": states[stage.name].kind, "why": states[stage.name].why}

@@ -24,6 +24,7 @@ from distillm_cli.cli.measuring import (
     Report,
     check_answers,
     check_metric,
+    labels,
     needs_metric,
 )
 from distillm_cli.cli.resuming import as_recorded, best_of, check_inputs, checkpoint_of, load_student, weights_in
@@ -38,7 +39,8 @@ from distillm_cli.core.progress import Progress as Reached
 from distillm_cli.core.scheduler import Source
 from distillm_cli.data.early import Early
 from distillm_cli.data.templates import text_of_content
-from distillm_cli.errors import Interrupted, UsageError, signal_number
+from distillm_cli.errors import Interrupted, StorageError, UsageError, signal_number
+from distillm_cli.storage import failed_with, reason
 from distillm_cli.ui.console import Console
 from distillm_cli.ui.summary import (
     OUTPUT_FILES,
@@ -96,7 +98,8 @@ def train(
     except KeyboardInterrupt as stop:
         raise _stopped(None, stop) from None
     if overwrite:  # only now: bad input must not cost what an earlier run left
-        outputs.clear(output)
+        for stuck in outputs.clear(output):
+            ui(Warned(f"cannot remove all of {stuck}, of an earlier run: it takes up space"))
     begun()
     outputs.write_text(output / outputs.RECIPE, to_yaml(resolved))
     try:
@@ -207,11 +210,18 @@ def publish(
     staged = output / ".staging-model"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
-    run.export_model(staged)
-    task = "text2text-generation" if run.student.is_encoder_decoder else "text-generation"
-    card = model_card(resolved, reached, measured, task=task, measured_on=measured_on)
-    (staged / outputs.CARD).write_text(card, encoding="utf-8")
-    outputs.publish(staged, output)
+    try:
+        run.export_model(staged)
+        task = "text2text-generation" if run.student.is_encoder_decoder else "text-generation"
+        card = model_card(resolved, reached, measured, task=task, measured_on=measured_on)
+        (staged / outputs.CARD).write_text(card, encoding="utf-8")
+        outputs.publish(staged, output)
+    except Exception as error:
+        shutil.rmtree(staged, ignore_errors=True)
+        if failed_with(error) is None:
+            raise
+        hint = "free some space, then type the command again with --resume: nothing is trained again"
+        raise StorageError(f"cannot write the model into {output}: {reason(error)}", hint=hint) from error
 
 
 def _tell(
@@ -225,7 +235,8 @@ def _tell(
     is_stage: bool,
 ) -> None:
     order = [name for name in (BEFORE, FINE_TUNED, AFTER, TEACHER) if name in measured]
-    table = [Outcome(name, measured[name].valid_loss, measured[name].scores) for name in order]
+    label = labels(reached, after_sft=bool(run.recipe.student.sft_epochs))
+    table = [Outcome(label[name], measured[name].valid_loss, measured[name].scores) for name in order]
     title = "Fine-tuning" if is_stage else "Outcome"
     if any(outcome.valid_loss is not None or outcome.scores for outcome in table):
         ui.show(outcome_table(table, lower_is_better=LOWER_IS_BETTER, title=title, caption=measured_on))

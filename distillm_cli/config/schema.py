@@ -300,7 +300,7 @@ class Train(Section):
     clip: Annotated[float, Field(ge=0)] = Field(1.0, description="gradient norm; 0 is off")
     seed: Seed = Field(10, description="of the order, the rollouts, dropout and new weights")
     device: Name = Field("auto", description="auto, cpu, cuda, cuda:N, mps")
-    threads: Positive | None = Field(None, description="CPU threads; unset: torch's choice")
+    threads: Positive | None = Field(None, description="CPU threads, at most one for each core; unset: torch's choice")
     gradient_checkpointing: bool = Field(False, description="less memory, one more forward pass")
     log_steps: Positive = Field(1, description="a metrics line every so many steps")
     eval_steps: Positive | Literal["epoch"] = Field("epoch", description="validate every so many steps")

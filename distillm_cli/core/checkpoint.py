@@ -6,7 +6,8 @@
       state.json                                       every scalar: position, schedule, best value, recipe
       manifest.json                                    size and SHA-256 of each of the above, written last
 
-It is staged beside its place, flushed to the disk, and renamed. No pickle anywhere.
+It is staged beside its place, flushed to the disk, and renamed; one that is removed is renamed first. So whatever has a
+step's name is whole, whenever the process is killed. No pickle anywhere.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from distillm_cli.core.events import Listener, Warned, silent
 from distillm_cli.errors import CheckpointError, StorageError
+from distillm_cli.storage import failed_with, reason, remove, sweep
 
 FORMAT = 1
 MANIFEST, STATE, TENSORS = "manifest.json", "state.json", "training.safetensors"
@@ -40,10 +43,17 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one run, under ``root``. save_model: writes the student and its tokenizer into a directory."""
+    """The checkpoints of one run, under ``root``. save_model: writes the student and its tokenizer into a directory.
 
-    def __init__(self, root: Path, save_model: Callable[[Path], None], *, keep: int):
-        self.root, self.save_model, self.keep = Path(root), save_model, keep
+    listener: is warned, once for each, of old checkpoints that cannot be removed.
+    """
+
+    def __init__(self, root: Path, save_model: Callable[[Path], None], *, keep: int, listener: Listener = silent):
+        self.root = Path(root)
+        self.save_model = save_model
+        self.keep = keep
+        self.listener = listener
+        self._stuck: set[Path] = set()  # old checkpoints that could not be removed
 
     def path(self, step: int) -> Path:
         return self.root / f"step-{step:06d}"
@@ -60,8 +70,9 @@ class Checkpoints:
         final, staged = self.path(step), self.root / f".staging-step-{step:06d}"
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            for leftover in self.root.glob(".staging-*"):
-                shutil.rmtree(leftover)
+            sweep(self.root, ".staging-*")
+            if staged.exists():  # what a killed process left and could not be removed
+                remove(staged)
             staged.mkdir()
             self.save_model(staged)
             save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, staged / TENSORS)
@@ -73,21 +84,29 @@ class Checkpoints:
             _flush(staged / MANIFEST)
             _flush(staged)
             if final.exists():  # the same step once more, after a resume
-                shutil.rmtree(final)
+                remove(final)
             staged.rename(final)
             _flush(self.root)
-        except (OSError, SafetensorError) as error:
+        except Exception as error:
             shutil.rmtree(staged, ignore_errors=True)
+            if failed_with(error) is None:
+                raise
             kept = visible(self.root)
             then = f"{kept[-1]} is whole, go on with --resume" if kept else "nothing was saved yet, start it again"
             raise StorageError(
-                f"cannot write checkpoint {final}: {getattr(error, 'strerror', None) or error}",
+                f"cannot write checkpoint {final}: {reason(error)}",
                 hint=f"free some space or choose another --output; {then}",
             ) from error
         for old in self.steps()[: -self.keep]:
             if old != protect:
-                shutil.rmtree(self.path(old))
+                self._drop(self.path(old))
         return final
+
+    def _drop(self, old: Path) -> None:
+        error = remove(old)
+        if error is not None and old not in self._stuck:
+            self._stuck.add(old)
+            self.listener(Warned(f"cannot remove the old checkpoint {old}: {reason(error)}; it takes up space"))
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint, verified; None where there is none."""

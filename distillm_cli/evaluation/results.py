@@ -11,11 +11,11 @@ and no others.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from distillm_cli import storage
 from distillm_cli.config import schema
 from distillm_cli.errors import StorageError
 from distillm_cli.evaluation.evaluate import GREEDY, Answer, SuiteResult
@@ -51,10 +51,8 @@ def check_writable(root: Path) -> None:
     home = root
     while not home.exists() and home != home.parent:
         home = home.parent
-    probe = home / f".writable-{os.getpid()}"
     try:
-        probe.touch()
-        probe.unlink()
+        storage.check_writable(home)
     except OSError as error:
         raise _refused(root, error) from error
 

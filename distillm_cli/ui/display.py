@@ -56,8 +56,12 @@ class Watch:
         self.loss: float | None = None
         self.curve: deque[float] = deque(maxlen=CURVE)
         self.valid: float | None = None
+        self.valid_step = 0
         self.before: float | None = None  # the validation before that
-        self.first_valid: float | None = None
+        self.first_valid: tuple[float, int] | None = None  # and its step
+        self.late: tuple[float, int] | None = (
+            None  # the last validation, where it was of an earlier step than the run's
+        )
         self.best: tuple[float, int] | None = None
         self.phi = 0.0
         self.sources: Counter[str] = Counter()
@@ -88,10 +92,11 @@ class Watch:
         self._recent.append((event.tokens, event.seconds))
 
     def validated(self, event: Validated) -> None:
-        self.step = max(self.step, event.step)
+        self.late = (event.valid_loss, event.step) if event.step < self.step else None
+        self.step, self.valid_step = max(self.step, event.step), event.step
         self.before, self.valid, self.phi = self.valid, event.valid_loss, event.phi
         if self.first_valid is None:
-            self.first_valid = event.valid_loss
+            self.first_valid = (event.valid_loss, event.step)
         if self.best is None or event.valid_loss < self.best[0]:
             self.best = (event.valid_loss, event.step)
 

@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from distillm_cli.ui.display import BAD, GOOD, WIDE, percent
-from distillm_cli.words import signed
+from distillm_cli.words import printable, signed
 
 NONE = "–"
 LINES, STACKED_LINES = 5, 3  # of a cell of the samples table, about; longer text is cropped
@@ -317,7 +317,7 @@ def _cell(value: object) -> Text:
         return Text(f"{value:.3f}")
     if isinstance(value, int) and not isinstance(value, bool):
         return Text(f"{value:,}")
-    return Text(str(value))
+    return Text(printable(str(value)))  # here already, so that columns are as wide as what is printed
 
 
 def _label(name: str) -> Text:

@@ -511,7 +511,7 @@ def test_recipes_cp_copies_and_never_overwrites(run, tmp_path, monkeypatch):
     code, _, err = run("recipes", "cp", "g2p", "x" * 300)
     assert (code, err) == (
         8,
-        f"error: File name too long: {'x' * 300}; give another place, or see who may write there\n",
+        f"error: File name too long: {'x' * 300}; give another place, or check the disk and who may write there\n",
     )
     assert run("recipes", "cp", "g2p", "gone/")[2] == "error: no directory gone; create it first\n"
 

@@ -119,6 +119,34 @@ def test_a_validation_that_moves_phi_says_from_where_to_where():
     assert stage.lines[-1] == "step 400 · epoch 4.0 · valid loss 1.234 (−0.031) · φ 0.10 → 0.20 · selected"
 
 
+def test_the_loss_before_training_is_never_told_after_later_steps():
+    """It is measured at the first validation, when steps have been told already."""
+    stage = Stage()
+    stage.start(steps=200)
+    stage.step(1)
+    stage.ui(Validated(0, 3.412, 0.0))
+    stage.ui(Validated(100, 1.836, 0.0, best=True))
+    stage.ui(Validated(200, 1.800, 0.0))
+    stage.ui(RunEnded(200, "done", 75.0))
+    steps = [int(line.split()[1]) for line in stage.lines if line.startswith("step")]
+    assert steps == sorted(steps)
+    assert stage.lines[-3:] == [
+        "step 100 · epoch 1.0 · valid loss 1.836 (−1.576 from 3.412 at step 0) · selected",
+        "step 200 · epoch 2.0 · valid loss 1.800 (−0.036)",
+        "done · step 200 of 200 · 1:15 · valid loss 3.412 → 1.800",
+    ]
+
+
+def test_a_validation_loss_at_the_end_names_its_step_where_it_is_not_the_first_or_the_last():
+    stage = Stage()
+    stage.start(steps=600, first_step=300)
+    stage.ui(Validated(400, 1.9, 0.0))
+    stage.ui(Validated(500, 1.8, 0.0))
+    stage.step(550)
+    stage.ui(RunEnded(550, "interrupted", 75.0))
+    assert stage.lines[-1].endswith(" · valid loss 1.900 at step 400 → 1.800 at step 500")
+
+
 def test_a_resumed_run_goes_on_where_it_was():
     stage = Stage(terminal=True)
     with stage.ui:
@@ -237,7 +265,7 @@ def test_talk_stays_above_the_display_and_the_display_goes():
         ui.show("best [of] all")
     written = stage.out.getvalue()
     assert written.count(CURSOR_OFF) == written.count(CURSOR_ON) == 1
-    assert stage.lines[-2:] == ["early stop · step 2 of 2 · 0:03 · valid loss 1.500", "best [of] all"]
+    assert stage.lines[-2:] == ["early stop · step 2 of 2 · 0:03 · valid loss 1.500 at step 1", "best [of] all"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
