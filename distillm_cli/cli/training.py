@@ -13,6 +13,7 @@ import torch
 from distillm_cli.cli import outputs
 from distillm_cli.cli.assembly import Prepared, build_engine, prepare
 from distillm_cli.cli.card import model_card
+from distillm_cli.cli.defaults import fitted
 from distillm_cli.cli.host import keep_freed_memory
 from distillm_cli.cli.interrupts import lost
 from distillm_cli.cli.measuring import (
@@ -69,7 +70,8 @@ def train(
     early: where its rows are on their way already. movable: as of ``checkpoint_of``. begun: called once everything is
     prepared and ``output`` holds nothing of an earlier run any more (or its resume).
     """
-    recipe, began = resolved.recipe, time.perf_counter()
+    began, resolved = time.perf_counter(), fitted(resolved)
+    recipe = resolved.recipe
     check_metric(recipe)
     for note in resolved.notes:
         ui(Warned(note))
