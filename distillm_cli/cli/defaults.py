@@ -21,9 +21,10 @@ Lengths: 512 where every model that is loaded is GPT-2, OPT or Llama without a c
 within the models' context. A prompt may have 256 tokens less than that, and always 256.
 
 Sources: the upper part is the DistiLLM paper (arXiv 2402.03898), which trains GPT-2 and OPT in full and OpenLLaMA with LoRA;
-students from scratch and small Llama bases are treated as its small GPT-2. The lower part is common practice: LLaMA-Factory's
-examples (full 1e-5, LoRA 1e-4, 3 epochs, warm-up 0.1, 2048 tokens), TRL's SFTConfig (2e-5), ms-swift's Qwen chat scripts
-(1e-5, LoRA 1e-4, 2048 tokens), "LoRA Without Regret" (ten times the full rate), and transformers' advice for T5 (1e-4).
+students from scratch and small Llama bases are treated as its small GPT-2. The lower part is common practice:
+LLaMA-Factory's examples (full 1e-5, LoRA 1e-4, 3 epochs, warm-up 0.1, 2048 tokens), TRL's SFTConfig (2e-5), ms-swift's
+Qwen chat scripts (1e-5, LoRA 1e-4, 2048 tokens), "LoRA Without Regret" (ten times the full rate), and transformers' advice
+for T5 (1e-4).
 """
 
 from __future__ import annotations
@@ -199,15 +200,15 @@ def _with(recipe: Recipe, changes: Mapping[str, float]) -> Recipe:
 
 def told(resolved: Resolved) -> str | None:
     """Return a sentence with what was fitted to the models, None where nothing was that the run depends on."""
-    recipe = resolved.recipe
     names = {"train.lr": "lr", "train.epochs": "epochs", "train.warmup": "warmup", "data.max_length": "max_length"}
+    if resolved.recipe.train.steps:
+        del names["train.epochs"]
     found: dict[str, list[str]] = {}
     for key, name in names.items():
-        origin = resolved.origin[key]
-        if value_of(recipe, key) == AUTO or not origin.startswith("auto: ") or (key == "train.epochs" and recipe.train.steps):
-            continue
-        value, _, why = origin.removeprefix("auto: ").partition(" ")
-        found.setdefault(why, []).append(f"{name} {value}")
+        is_fitted = resolved.origin[key].startswith("auto: ") and value_of(resolved.recipe, key) != AUTO
+        if is_fitted:
+            value, _, why = resolved.origin[key].removeprefix("auto: ").partition(" ")
+            found.setdefault(why, []).append(f"{name} {value}")
     if not found:
         return None
     return "auto: " + "; ".join(f"{', '.join(values)} {why}" for why, values in found.items())

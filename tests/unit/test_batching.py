@@ -91,7 +91,7 @@ def test_nothing_left_names_the_shortest_row_and_the_limit():
 
 def test_dolly_in_seconds_with_progress(shared_data):
     tokenizer = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "gpt2")
-    data, said = Data(source=str(shared_data / "dolly"), limit=2_000), []
+    data, said = Data(source=str(shared_data / "dolly"), limit=2_000, max_length=512, max_prompt_length=256), []
     rows = load_rows(data, "train")
     start = time.process_time()
     examples = tokenise(rows, Encoder(tokenizer, data), data, said.append, 1024)
@@ -106,7 +106,8 @@ def test_dolly_in_seconds_with_progress(shared_data):
 
 
 def test_workers_change_nothing(shared_data):
-    data = Data(source=str(shared_data / "g2p"), limit=1_200, too_long="truncate", max_length=64)
+    lengths = {"max_length": 64, "max_prompt_length": 256}
+    data = Data(source=str(shared_data / "g2p"), limit=1_200, too_long="truncate", **lengths)
     rows = load_rows(data, "train")
     encoder = Encoder(AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "gpt2"), data)
     alone, together = (tokenise(rows, encoder, data.model_copy(update={"workers": workers})) for workers in (0, 2))

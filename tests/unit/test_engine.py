@@ -57,7 +57,9 @@ def build(
 
     device: where ``backbone`` is already.
     """
-    train = schema.Train(**{"batch_size": 4, "lr": 1e-3, "eval_steps": 3, "save_steps": 1000, "seed": 5} | train)
+    train = schema.Train(
+        **{"batch_size": 4, "lr": 1e-3, "warmup": 0, "eval_steps": 3, "save_steps": 1000, "seed": 5} | train
+    )
     step_rows = train.batch_size * train.accumulate
     sft = method == "sft"
     # epsilon −10: φ rises at every validation, so that a short run has rollouts and replay
