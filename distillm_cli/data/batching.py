@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
@@ -14,7 +15,7 @@ from multiprocessing import get_all_start_methods, get_context
 import numpy as np
 
 from distillm_cli.config.schema import Data
-from distillm_cli.core.events import Listener, Note, Progress, silent
+from distillm_cli.core.events import Listener, Note, Progress, Warned, silent
 from distillm_cli.data.ahead import Ahead
 from distillm_cli.data.bare_ids import CHUNK, BareIds
 from distillm_cli.data.prompts import Encoder, TooLong
@@ -23,6 +24,9 @@ from distillm_cli.data.sources import Rows
 from distillm_cli.errors import DataError, PeerProcessError
 from distillm_cli.sequences import Sequence
 from distillm_cli.words import all_are, counted
+
+_MANY = 0.2  # share of dropped rows from which a warning says so
+_KEPT = 0.95  # share of rows that the length it names would keep
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,21 +86,39 @@ def tokenise(
     if not sequences:
         raise _nothing_left(left_out, encoder.limit(max_context))
     examples = Examples(sequences, kept, len(left_out), sum(over.part == "prompt" for over in left_out), truncated)
-    _report(examples, f"{name}: " if name else "", encoder, max_context, listener)
+    _report(examples, left_out, f"{name}: " if name else "", encoder, max_context, listener)
     return examples
 
 
-def _report(examples: Examples, name: str, encoder: Encoder, context: int | None, listener: Listener) -> None:
+def _report(
+    examples: Examples, left_out: list[TooLong], name: str, encoder: Encoder, context: int | None, listener: Listener
+) -> None:
     limit, dropped, prompts = encoder.limit(context), examples.dropped, examples.dropped_prompts
     rows = len(examples) + dropped
     if dropped:
         prompt_limit = min(encoder.max_prompt_length, limit)
         why = [f"{prompts:,} with a prompt over {prompt_limit:,} tokens"] if prompts else []
         why += [f"{dropped - prompts:,} over {limit:,} tokens in all"] if dropped > prompts else []
-        listener(Note(f"{name}{dropped:,} of {counted(rows, 'row')} dropped as too long: {', '.join(why)}"))
+        what = f"{name}{dropped:,} of {counted(rows, 'row')} dropped as too long: {', '.join(why)}"
+        if dropped > _MANY * rows:
+            what = f"{what}; {_keeping(examples, left_out, encoder, context)}"
+        listener((Warned if dropped > _MANY * rows else Note)(what))
     if examples.truncated:
         what = f"{examples.truncated:,} of {counted(rows, 'response')}"
         listener(Note(f"{name}{what} cut at {limit:,} tokens, prompt included"))
+
+
+def _keeping(examples: Examples, left_out: list[TooLong], encoder: Encoder, context: int | None) -> str:
+    """Return what to type to keep ``_KEPT`` of the rows, or that the model's context does not allow it."""
+    prompts = [len(sequence.prompt) for sequence in examples.sequences] + [over.prompt for over in left_out]
+    lengths = [*examples.lengths.tolist(), *(over.prompt + over.response for over in left_out)]
+    length = sorted(lengths)[math.ceil(_KEPT * len(lengths)) - 1]
+    prompt = max(p for p, whole in zip(prompts, lengths, strict=True) if whole <= length)
+    if context is not None and length > context:
+        return f"to keep {_KEPT:.0%} takes {length:,} tokens, and the model's context is {context:,}"
+    typed = [f"--max-length {length}"] if length > encoder.limit(context) else []
+    typed += [f"--set data.max_prompt_length={prompt}"] if prompt > encoder.max_prompt_length else []
+    return f"{' '.join(typed)} would keep {_KEPT:.0%}"
 
 
 def _nothing_left(left_out: list[TooLong], limit: int) -> DataError:

@@ -34,7 +34,7 @@ from distillm_cli.core.events import (
     Validated,
     Warned,
 )
-from distillm_cli.ui.display import BAD, GOOD, Memory, Task, Watch, amount, draw, duration, parameters, percent
+from distillm_cli.ui.display import BAD, GOOD, VALID, Memory, Task, Watch, amount, draw, duration, parameters, percent
 from distillm_cli.words import counted, signed
 
 REFRESHES = 4  # per second: numbers one can read
@@ -264,7 +264,7 @@ def _started(event: RunStarted) -> Text:
 
 def _stepped(watch: Watch, now: float) -> Text:
     left, rate = watch.seconds_left(now), watch.tokens_per_second
-    parts = [_step(watch.step, watch), f"epoch {watch.epoch:.1f}", f"loss {watch.loss:.3f}"]
+    parts = [_step(watch.step, watch), f"epoch {watch.epoch:.1f}", f"{watch.started.loss} {watch.loss:.3f}"]
     parts += [f"{name} {figure:.3f}" for name, figure in watch.figures.items()]
     if watch.shows_phi:
         parts.append(f"φ {watch.phi:.2f}")
@@ -281,14 +281,15 @@ def _stepped(watch: Watch, now: float) -> Text:
 
 
 def _validated(event: Validated, watch: Watch, phi: float) -> Text:
-    value = Text.assemble("valid loss ", (f"{event.valid_loss:.3f}", "bold"))
+    value = Text.assemble(f"{VALID} ", (f"{event.valid_loss:.3f}", "bold"))
     if watch.before is not None:
         change = event.valid_loss - watch.before
         value.append(" ").append_text(Text.assemble("(", (signed(change, 3), GOOD if change < 0 else BAD), ")"))
     parts = [Text(_step(event.step, watch)), value]
     if watch.started.steps_per_epoch:
         parts.insert(1, Text(f"epoch {event.step / watch.started.steps_per_epoch:.1f}"))
-    parts += [Text(f"{name.replace('_', ' ')} {figure:.3f}") for name, figure in event.scores.items()]
+    names = {"valid_divergence": f"valid {watch.started.divergence}"}
+    parts += [Text(f"{names.get(name, name.replace('_', ' '))} {figure:.3f}") for name, figure in event.scores.items()]
     if event.rose:
         parts.append(Text(f"φ {phi:.2f} → {event.phi:.2f}", "magenta"))
     elif watch.shows_phi:
@@ -302,7 +303,7 @@ def _ended(event: RunEnded, watch: Watch) -> Text:
     line = Text.assemble((event.reason, "bold"), f" · step {event.step:,} of {watch.started.steps:,}")
     line.append(f" · {duration(event.seconds)}")
     if watch.valid is not None:
-        line.append(f" · valid loss {watch.first_valid:.3f}")
+        line.append(f" · {VALID} {watch.first_valid:.3f}")
         if watch.before is not None:
             line.append(f" → {watch.valid:.3f}")
     return line
