@@ -44,13 +44,13 @@ def model_card(
     }
     lines += [f"- **{name}**: {value}" for name, value in facts.items() if value is not None]
     metrics = list(dict.fromkeys(metric for m in measured.values() for metric in m.scores))
-    lines += ["", "## Held-out figures", "", f"| model | valid loss |{''.join(f' {name} |' for name in metrics)}"]
+    lines += ["", "## Held-out figures", "", f"| model | valid CE |{''.join(f' {name} |' for name in metrics)}"]
     lines.append("|---" * (2 + len(metrics)) + "|")
     for name, m in measured.items():
         figures = [m.valid_loss, *(m.scores.get(metric) for metric in metrics)]
         lines.append(f"| {name} | " + " | ".join("–" if f is None else f"{f:.3f}" for f in figures) + " |")
     lines += ["", f"{measured_on[0].upper()}{measured_on[1:]}.", ""]
-    lines += ["Valid loss: mean cross-entropy per response token, nats. `recipe.yaml` holds every setting.", ""]
+    lines += ["Valid CE: mean cross-entropy per response token, nats. `recipe.yaml` holds every setting.", ""]
     return "\n".join(lines)
 
 

@@ -151,7 +151,7 @@ class Report:
         sampled = ", ".join([f"sampled at T = {config.temperature:g}", *narrowed])
         how = "decoded greedily" if config.greedy or config.temperature == 0 else sampled
         which = "" if answered == len(self.run.valid) else f" on the first {answered:,} of them,"
-        return f"valid loss on {rows}; scores{which} {how}, in {self._precision()}"
+        return f"valid CE on {rows}; scores{which} {how}, in {self._precision()}"
 
     def _precision(self) -> str:
         """Each model decodes in the precision of its weights, the student in that of training, whatever `eval` takes."""

@@ -64,17 +64,24 @@ def plan(
     (a directory with a config.json, the file itself, or a hub name), and no weights are downloaded. A recipe of stages
     is planned stage by stage.
     """
+    from distillm_cli.cli.defaults import fitted, told
     from distillm_cli.cli.launch import check_complete
     from distillm_cli.config.load import resolve
     from distillm_cli.config.pipeline import is_pipeline
+    from distillm_cli.core.events import Note
     from distillm_cli.ui.console import console
 
     if recipe is not None and is_pipeline(recipe):
         _plan_stages(recipe, options.given(ctx), sets, json, quiet)
         return
-    resolved = resolve(command="plan", recipe=recipe, flags=options.given(ctx), sets=sets)
+    resolved = fitted(resolve(command="plan", recipe=recipe, flags=options.given(ctx), sets=sets))
     check_complete(resolved.recipe)
+    is_default = resolved.origin["data.source"] == "default"
+    notes = ["no --data: planned for Dolly (data.source dolly)"] if is_default else []
+    notes += filter(None, [told(resolved)])
     with console(json_mode=json, quiet=quiet) as ui:
+        for note in notes:
+            ui(Note(note))
         from distillm_cli.cli.planning import survey
 
         found, run = survey(resolved, ui)
@@ -83,6 +90,7 @@ def plan(
 
 
 def _plan_stages(recipe: str, flags: dict[str, Any], sets: list[str] | None, json: bool, quiet: bool) -> None:
+    from distillm_cli.cli.defaults import fitted_pipeline
     from distillm_cli.config.pipeline import load_pipeline
     from distillm_cli.errors import UsageError
     from distillm_cli.ui.console import console
@@ -92,7 +100,7 @@ def _plan_stages(recipe: str, flags: dict[str, Any], sets: list[str] | None, jso
         raise UsageError(
             f"{flag} with {recipe}, a recipe of stages", hint="try --set stages.NAME.section.key=VALUE, or defaults.…"
         )
-    pipeline = load_pipeline(recipe, sets or ())
+    pipeline = fitted_pipeline(load_pipeline(recipe, sets or ()))
     with console(json_mode=json, quiet=quiet) as ui:
         from distillm_cli.cli.planning_stages import of_pipeline
 

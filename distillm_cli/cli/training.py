@@ -74,6 +74,7 @@ def train(
     began = time.perf_counter()
     if resume:
         resolved = as_recorded(resolved, output)
+    resolved = fitted(resolved)
     recipe = resolved.recipe
     check_metric(recipe)
     for note in resolved.notes:

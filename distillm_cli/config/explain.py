@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from distillm_cli.config import yaml_io
 from distillm_cli.config.methods import METHODS
-from distillm_cli.config.schema import Recipe, Section
+from distillm_cli.config.schema import AUTO, Recipe, Section
 from distillm_cli.config.shortcuts import flag_of
 
 _BOUNDS = (
@@ -203,6 +203,8 @@ def what_to_try(key: str, value: Any, verb: str, flag: str | None = None, *, giv
     which has no flags for fields.
     """
     field, words = leaves()[key], choices(key)
+    if words == [AUTO]:  # of a number, whose flag takes numbers only
+        return f"try --set {given_at}{key}={AUTO}"
     better = field.default
     if isinstance(value, list | tuple):
         meant = [part for item in value for part in _parts(item)]

@@ -41,6 +41,8 @@ _BUILTIN = {"data.source": ("builtin",)}
 _RANK = Such("that is given", 16, lambda rank: rank is not None)
 
 BUILT = ("random:", "layers:", "width:")
+AUTO = "auto"  # of a number: it is chosen to fit the models before the run (cli/defaults.py)
+Auto = Literal["auto"]
 
 
 def is_of_hub(model: str) -> bool:
@@ -216,8 +218,13 @@ class Data(Section):
     )
     target_language: Name | None = Field(None, description="language code of responses, so too")
     columns: Columns = Columns()  # sections are frozen, so that a shared default is safe
-    max_length: Annotated[int, Field(ge=2)] = Field(512, description="prompt + response, tokens")
-    max_prompt_length: Positive = Field(256, description="tokens")
+    max_length: Annotated[int, Field(ge=2)] | Auto = Field(
+        AUTO,
+        description="prompt + response, tokens; auto: 512 for GPT-2, OPT and Llama bases, else 2048, within the context",
+    )
+    max_prompt_length: Positive | Auto = Field(
+        AUTO, description="tokens; auto: 256 less than max_length, and always 256"
+    )
     too_long: Literal["drop", "truncate", "error"] = Field(
         "drop", description="a row over max_length; truncate cuts the response's end. A prompt is never cut"
     )
@@ -285,16 +292,25 @@ class Rollout(Section):
 
 
 class Train(Section):
-    """The loop. Defaults are the paper's (METHODS D)."""
+    """The loop. The defaults are the paper's (METHODS D), or fit the models where they are `auto`."""
 
-    epochs: Annotated[float, Field(gt=0)] = Field(20, description="passes over the rows; ignored when steps is given")
+    epochs: Annotated[float, Field(gt=0)] | Auto = Field(
+        AUTO,
+        description="passes over the rows; ignored when steps is given; auto: 10 or 20 for the paper's models, else 3",
+    )
     steps: Positive | None = Field(None, description="optimizer steps; overrides epochs")
     batch_size: Positive = Field(8, description="sequences per micro-batch (and per process)")
     accumulate: Positive = Field(1, description="micro-batches per step; the mean is over the whole step's tokens")
-    lr: Annotated[float, Field(gt=0)] = Field(5e-4, description="the highest learning rate of the run")
+    lr: Annotated[float, Field(gt=0)] | Auto = Field(
+        AUTO,
+        description="the highest learning rate of the run; auto: by family and size, 5e-4 for the paper's GPT-2, 1e-5 for "
+        "a chat model",
+    )
     lr_schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how it falls after the warm-up")
     min_lr: Annotated[float, Field(ge=0), _FALLING] = Field(1e-7, description="where cosine and linear end")
-    warmup: Annotated[float, Field(ge=0)] = Field(0, description="steps; below 1: a fraction of all steps")
+    warmup: Annotated[float, Field(ge=0)] | Auto = Field(
+        AUTO, description="steps; below 1: a fraction of all steps; auto: 0 for the paper's models, else 0.1"
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(1e-2, description="matrices only; not biases and norms")
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="of AdamW")
     clip: Annotated[float, Field(ge=0)] = Field(1.0, description="gradient norm; 0 is off")
@@ -403,7 +419,7 @@ class Recipe(Section):
         if self.train.lr_schedule == "constant" or least == anyway:  # below which a rate just stays as it is
             return self
         for key, highest in (("train.lr", self.train.lr), ("student.sft_lr", self.student.sft_lr)):
-            if highest is not None and least > highest:
+            if isinstance(highest, float | int) and least > highest:
                 raise ValueError(
                     f"train.min_lr {least:g} is above {key} {highest:g}, and a rate falls; try --set train.min_lr=0"
                 )

@@ -62,6 +62,13 @@ class BySource(Criterion):
         self.halves = halves(config)
         self._shares: dict[str, float] = {}
 
+    @property
+    def divergence_name(self) -> str:
+        """Return the names of both halves where they have names of their own: "skl + srkl"."""
+        name = self.config.divergence.removeprefix("s").removeprefix("r")
+        skew = "s" if self.config.divergence in ("skl", "srkl") else ""
+        return f"{skew}kl + {skew}rkl" if name == "kl" else self.config.divergence
+
     def student_weight(self, progress: float) -> float:
         return 0.5
 

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from distillm_cli.config.schema import Train
+from distillm_cli.core.announce import half_time, opening
 from distillm_cli.core.attempts import Before
 from distillm_cli.core.bulk import Bulk
 from distillm_cli.core.checkpoint import Checkpoint, Checkpoints, random_states, restore_random_states
 from distillm_cli.core.criterion import CROSS_ENTROPY, Piece
-from distillm_cli.core.events import Listener, Note, RunEnded, RunStarted, Saved, Stepped, Validated, Warned, silent
+from distillm_cli.core.events import Listener, Note, RunEnded, Saved, Stepped, Validated, Warned, silent
 from distillm_cli.core.halving import in_halves, release
 from distillm_cli.core.held_out import HeldOut
 from distillm_cli.core.objective import Objective, joined
@@ -111,7 +112,7 @@ class Engine:
         """Trains to the end, to an early stop, or to a signal; the last raises Interrupted after saving."""
         started, began_at = time.perf_counter(), self.at.seconds
         self.objective.train()
-        self.say(self._opening())
+        self.say(opening(self))
         if self.at.valid_loss is None and self.as_at_start is None:
             self._validate()
         self._give_up_when_stale()  # of a run that had stopped early, what comes after the last step is all that is left
@@ -125,6 +126,8 @@ class Engine:
                 if self._due(self.train.eval_steps):
                     self._validate()
                 self.at.seconds = began_at + time.perf_counter() - started
+                if (waits := half_time(self)) is not None:
+                    self.say(Note(waits))
                 self._give_up_when_stale()
                 if self._due(self.train.save_steps) or stop.signal or self.at.reason != "done":
                     self._save()
@@ -323,7 +326,8 @@ class Engine:
         if rose or not at.phis:
             at.phis.append((step, self.scheduler.phi))
         better = select != "last" and step > 0 and self._is_better(({"valid_loss": at.valid_loss} | at.scores)[select])
-        self.say(Validated(step, at.valid_loss, self.scheduler.phi, rose, better, dict(at.scores)))
+        trigger = self.scheduler.trigger
+        self.say(Validated(step, at.valid_loss, self.scheduler.phi, rose, better, dict(at.scores), trigger))
         if better:
             at.best_step, at.stale = step, 0
             self._save()
@@ -348,14 +352,6 @@ class Engine:
 
     def _autocast(self):
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
-
-    def _opening(self) -> RunStarted:
-        parameters = sum(p.numel() for p in self.objective.parameters() if p.requires_grad)
-        dtype = str(self.dtype).removeprefix("torch.")
-        where, has_phi = str(self.device), self.scheduler.has_phi
-        return RunStarted(
-            self.steps, self.at.step, self.steps_per_epoch, self.method, parameters, where, dtype, has_phi
-        )
 
     def _save(self) -> None:
         """Everything that shapes the next step, in one checkpoint."""

@@ -89,6 +89,10 @@ class PolicyGradient(Criterion):
         self._told: WeakKeyDictionary[Sequence, Tensor] = WeakKeyDictionary()
         self._reward: float | None = None
 
+    @property
+    def name(self) -> str:
+        return f"PG + {self.config.divergence}"
+
     def note(self, sequence: Sequence, told_N3: Tensor) -> None:
         """Takes what the sampler says of a fresh output."""
         self._told[sequence] = told_N3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,6 +25,9 @@ from distillm_cli.data.token_ids import CHUNK, TokenIds
 from distillm_cli.errors import DataError, PeerProcessError
 from distillm_cli.sequences import Sequence
 from distillm_cli.words import all_are, counted
+
+_MANY = 0.2  # share of dropped rows from which a warning says so
+_KEPT = 0.95  # share of rows that the length it names would keep
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +107,7 @@ def tokenise(
         refused=[out.why for out in others if out.why],
         moved=moved,
     )
-    _report(examples, f"{name}: " if name else "", encoder, max_context, listener)
+    _report(examples, too_long, f"{name}: " if name else "", encoder, max_context, listener)
     _report_rows(examples, f"{name}: " if name else "", data, listener)
     return examples
 
@@ -133,17 +137,35 @@ def _report_rows(examples: Examples, name: str, data: Data, listener: Listener) 
         )
 
 
-def _report(examples: Examples, name: str, encoder: Encoder, context: int | None, listener: Listener) -> None:
+def _report(
+    examples: Examples, left_out: list[TooLong], name: str, encoder: Encoder, context: int | None, listener: Listener
+) -> None:
     limit, dropped, prompts = encoder.limit(context), examples.dropped, examples.dropped_prompts
     rows = len(examples) + dropped
     if dropped:
         prompt_limit = min(encoder.max_prompt_length, limit)
         why = [f"{prompts:,} with a prompt over {prompt_limit:,} tokens"] if prompts else []
         why += [f"{dropped - prompts:,} over {limit:,} tokens in all"] if dropped > prompts else []
-        listener(Note(f"{name}{dropped:,} of {counted(rows, 'row')} dropped as too long: {', '.join(why)}"))
+        what = f"{name}{dropped:,} of {counted(rows, 'row')} dropped as too long: {', '.join(why)}"
+        if dropped > _MANY * rows:
+            what = f"{what}; {_keeping(examples, left_out, encoder, context)}"
+        listener((Warned if dropped > _MANY * rows else Note)(what))
     if examples.truncated:
         what = f"{examples.truncated:,} of {counted(rows, 'response')}"
         listener(Note(f"{name}{what} cut at {limit:,} tokens, prompt included"))
+
+
+def _keeping(examples: Examples, left_out: list[TooLong], encoder: Encoder, context: int | None) -> str:
+    """Return what to type to keep ``_KEPT`` of the rows, or that the model's context does not allow it."""
+    prompts = [len(sequence.prompt) for sequence in examples.sequences] + [over.prompt for over in left_out]
+    lengths = [*examples.lengths.tolist(), *(over.prompt + over.response for over in left_out)]
+    length = sorted(lengths)[math.ceil(_KEPT * len(lengths)) - 1]
+    prompt = max(p for p, whole in zip(prompts, lengths, strict=True) if whole <= length)
+    if context is not None and length > context:
+        return f"to keep {_KEPT:.0%} takes {length:,} tokens, and the model's context is {context:,}"
+    typed = [f"--max-length {length}"] if length > encoder.limit(context) else []
+    typed += [f"--set data.max_prompt_length={prompt}"] if prompt > encoder.max_prompt_length else []
+    return f"{' '.join(typed)} would keep {_KEPT:.0%}"
 
 
 def _nothing_left(left_out: list[TooLong], others: list[LeftOut], limit: int) -> DataError:

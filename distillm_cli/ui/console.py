@@ -36,7 +36,7 @@ from distillm_cli.core.events import (
     Warned,
 )
 from distillm_cli.errors import StorageError
-from distillm_cli.ui.display import BAD, GOOD, Memory, Task, Watch, amount, draw, duration, parameters, percent
+from distillm_cli.ui.display import BAD, GOOD, VALID, Memory, Task, Watch, amount, draw, duration, parameters, percent
 from distillm_cli.words import counted, printable, signed
 
 REFRESHES = 4  # per second: numbers one can read
@@ -282,7 +282,7 @@ def _started(event: RunStarted) -> Text:
 
 def _stepped(watch: Watch, now: float) -> Text:
     left, rate = watch.seconds_left(now), watch.tokens_per_second
-    parts = [_step(watch.step, watch), f"epoch {watch.epoch:.1f}", f"loss {watch.loss:.3f}"]
+    parts = [_step(watch.step, watch), f"epoch {watch.epoch:.1f}", f"{watch.started.loss} {watch.loss:.3f}"]
     parts += [f"{name} {figure:.3f}" for name, figure in watch.figures.items()]
     if watch.shows_phi:
         parts.append(f"φ {watch.phi:.2f}")
@@ -300,7 +300,7 @@ def _stepped(watch: Watch, now: float) -> Text:
 
 def _validated(event: Validated, watch: Watch, phi: float, late: tuple[float, int] | None) -> Text:
     """late: the validation before this one and its step, where it had no line of its own."""
-    value = Text.assemble("valid loss ", (f"{event.valid_loss:.3f}", "bold"))
+    value = Text.assemble(f"{VALID} ", (f"{event.valid_loss:.3f}", "bold"))
     if watch.before is not None:
         change = event.valid_loss - watch.before
         since = f" from {late[0]:.3f} at step {late[1]:,}" if late else ""
@@ -308,7 +308,8 @@ def _validated(event: Validated, watch: Watch, phi: float, late: tuple[float, in
     parts = [Text(_step(event.step, watch)), value]
     if watch.started.steps_per_epoch:
         parts.insert(1, Text(f"epoch {event.step / watch.started.steps_per_epoch:.1f}"))
-    parts += [Text(f"{name.replace('_', ' ')} {figure:.3f}") for name, figure in event.scores.items()]
+    names = {"valid_divergence": f"valid {watch.started.divergence}"}
+    parts += [Text(f"{names.get(name, name.replace('_', ' '))} {figure:.3f}") for name, figure in event.scores.items()]
     if event.rose:
         parts.append(Text(f"φ {phi:.2f} → {event.phi:.2f}", "magenta"))
     elif watch.shows_phi:
@@ -325,11 +326,9 @@ def _ended(event: RunEnded, watch: Watch) -> Text:
         first, step = watch.first_valid
         last_step = "" if watch.valid_step == event.step else f" at step {watch.valid_step:,}"
         if watch.before is None:
-            line.append(f" · valid loss {first:.3f}{last_step}")
+            line.append(f" · {VALID} {first:.3f}{last_step}")
         else:
-            line.append(
-                f" · valid loss {first:.3f}{f' at step {step:,}' if step else ''} → {watch.valid:.3f}{last_step}"
-            )
+            line.append(f" · {VALID} {first:.3f}{f' at step {step:,}' if step else ''} → {watch.valid:.3f}{last_step}")
     return line
 
 

@@ -22,14 +22,14 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from distillm_cli.ui.display import BAD, GOOD, WIDE, percent
+from distillm_cli.ui.display import BAD, GOOD, VALID, WIDE, percent
 from distillm_cli.words import printable, signed
 
 NONE = "–"
 LINES, STACKED_LINES = 5, 3  # of a cell of the samples table, about; longer text is cropped
 LONGEST_PROMPT = 80
 FIGURE = re.compile(r"[−+-]?[\d.,]+%?( ± [\d.,]+)?")
-LABELS = {"valid_loss": "valid loss", "bleu": "BLEU", "chrf": "chrF"}
+LABELS = {"valid_loss": VALID, "bleu": "BLEU", "chrf": "chrF"}
 LABELS |= {f"rouge_{kind}": f"ROUGE-{kind.upper()}" for kind in ("1", "2", "l")}
 SOURCE_WORDS = {
     "dataset": ("data set rows", "data set rows"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from distillm_cli.data.rows import Row
 from distillm_cli.data.sources import load_rows
 from distillm_cli.data.token_ids import CHUNK, Affixes
 from distillm_cli.errors import DataError
+
+Data = partial(Data, max_length=512, max_prompt_length=256)  # as of a run whose models are known
 
 
 def letters(refuses: str | None = None) -> PreTrainedTokenizerFast:

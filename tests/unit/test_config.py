@@ -116,7 +116,7 @@ def test_without_a_word_distill_is_distillm_on_dolly_and_sft_is_sft():
         "adaptive",
     )
     r = resolve(command="sft").recipe
-    assert (r.method, r.objective.kd_weight, r.train.epochs, r.train.lr) == ("sft", 0.0, 3, 5e-5)
+    assert (r.method, r.objective.kd_weight, r.train.select) == ("sft", 0.0, "valid_loss")
 
 
 def test_a_method_of_the_other_verb_is_refused_by_naming_that_verb(recipe):
@@ -621,7 +621,7 @@ def test_aliases_cannot_blow_a_recipe_up(recipe):
             "rouge_1, rouge_2, bleu, chrf, exact_match, error_rate, final_number; "
             "try --set 'eval.metrics=[rouge_l, exact_match]'",
         ),
-        ("train: {epochs: abc}", "train.epochs = abc; expected a number > 0; try --epochs 20"),
+        ("train: {epochs: abc}", "train.epochs = abc; expected a number > 0, or auto; try --set train.epochs=auto"),
         ("train: {batch_size: 3.5}", "train.batch_size = 3.5; expected a whole number ≥ 1; try --batch-size 8"),
         ("train: {batch_size: true}", "train.batch_size = true; expected a whole number ≥ 1"),
         ("train: {lr: true}", "train.lr = true; expected a number > 0"),
@@ -644,7 +644,7 @@ def test_aliases_cannot_blow_a_recipe_up(recipe):
         ("student: {lora: {alpha: 64}}", "student.lora.alpha = 64; student.lora.alpha belongs to an adapter"),
         ("student: {lora: 16}", "student.lora: a section, not a value; its keys are r, alpha, dropout, targets"),
         (
-            "train: {min_lr: 1e-2}",
+            "train: {lr: 5e-4, min_lr: 1e-2}",
             "train.min_lr = 0.01; train.min_lr 0.01 is above train.lr 0.0005, and a rate falls; try",
         ),
         (

@@ -29,6 +29,8 @@ from distillm_cli.data.token_ids import CHUNK
 from distillm_cli.errors import DataError
 from tests import tiny
 
+Data = partial(Data, max_length=512, max_prompt_length=256)  # as of a run whose models are known
+
 
 def working() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("tokenising")]
@@ -227,13 +229,14 @@ print(sorted({{"torch", "transformers", "datasets"}} & set(sys.modules)))
 
 def test_a_run_that_began_early_is_the_run_that_did_not(tmp_path):
     from distillm_cli.cli.assembly import prepare
+    from distillm_cli.cli.defaults import fitted
     from distillm_cli.config.load import resolve
 
     teacher = tiny.save(tmp_path / "teacher", own_tokenizer=tiny.tokenizer(size=tiny.VOCAB))
     student = tiny.save(tmp_path / "student", own_tokenizer=tiny.tokenizer(size=tiny.VOCAB))
     source = lines(tmp_path / "rows.jsonl", pairs(200))
     flags = {"teacher.path": str(teacher), "student.path": str(student), "data.source": str(source)}
-    recipe = resolve(command="distill", recipe=None, flags=flags, sets=[]).recipe
+    recipe = fitted(resolve(command="distill", recipe=None, flags=flags, sets=[])).recipe
     with reading(recipe) as early:
         begun = prepare(recipe, print, early)
     whole = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": 1})})  # nothing is made ahead

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from distillm_cli.data.sources import load_rows
 from distillm_cli.data.templates import Renderer
 from distillm_cli.errors import DataError, ModelError
 from distillm_cli.sequences import Sequence
+
+Data = partial(Data, max_length=512, max_prompt_length=256)  # as of a run whose models are known
 
 CHAT = (
     "{{ bos_token }}{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}"
