@@ -93,7 +93,7 @@ def train(
     if overwrite:  # only now: bad input must not cost what an earlier run left
         outputs.clear(output)
     begun()
-    outputs.write_text(output / outputs.RECIPE, to_yaml(resolved))
+    outputs.write_recipe(output, to_yaml(resolved))
     try:
         if stage is not None:
             if checkpoint is None:
@@ -119,7 +119,7 @@ def _fine_tune(run: Prepared, stage: Resolved, checkpoint: Checkpoint | None, ou
     else:
         ui(Note(f"first the student is fine-tuned (student.sft_epochs = {stage.recipe.train.epochs:g}), in {output}"))
         output.mkdir(parents=True, exist_ok=True)
-        outputs.write_text(output / outputs.RECIPE, to_yaml(stage))
+        outputs.write_recipe(output, to_yaml(stage))
         torch.manual_seed(seed)
         _trained("sft", begin, None, checkpoint, stage, output, time.perf_counter(), ui, is_stage=True)
     torch.manual_seed(seed)

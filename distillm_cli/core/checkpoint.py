@@ -11,9 +11,7 @@ It is staged beside its place, flushed to the disk, and renamed. No pickle anywh
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,10 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from distillm_cli import manifest
 from distillm_cli.errors import CheckpointError, StorageError
+from distillm_cli.manifest import flush as _flush
 
-FORMAT = 1
-MANIFEST, STATE, TENSORS = "manifest.json", "state.json", "training.safetensors"
+STATE, TENSORS = "state.json", "training.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +66,7 @@ class Checkpoints:
             save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, staged / TENSORS)
             (staged / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
             open_as_others(staged)
-            files = {p.relative_to(staged).as_posix(): _seal(p) for p in sorted(staged.rglob("*")) if p.is_file()}
-            manifest = {"format": FORMAT, "step": step, "files": files}
-            (staged / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-            _flush(staged / MANIFEST)
-            _flush(staged)
+            manifest.write(staged, [path for path in staged.rglob("*") if path.is_file()], step=step)
             if final.exists():  # the same step once more, after a resume
                 shutil.rmtree(final)
             staged.rename(final)
@@ -121,15 +116,14 @@ def read(path: Path) -> Checkpoint:
     path = Path(path)
     hint = f"delete {path} to go on from the one before it, or start anew with --overwrite"
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise CheckpointError(
-                f"checkpoint format {manifest['format']}, this version reads {FORMAT}", where=str(path), hint=hint
-            )
-        for name, sealed in manifest["files"].items():
+        listed = json.loads((path / manifest.MANIFEST).read_text(encoding="utf-8"))
+        if listed["format"] != manifest.FORMAT:
+            what = f"checkpoint format {listed['format']}, this version reads {manifest.FORMAT}"
+            raise CheckpointError(what, where=str(path), hint=hint)
+        for name, sealed in listed["files"].items():
             if not (path / name).is_file():
                 raise CheckpointError(f"checkpoint file missing: {path / name}", hint=hint)
-            if _seal(path / name, flush=False) != sealed:
+            if manifest.seal(path / name) != sealed:
                 raise CheckpointError(f"checkpoint file damaged: {path / name} differs from its manifest", hint=hint)
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         return Checkpoint(path, state, load_file(path / TENSORS))
@@ -150,18 +144,3 @@ def restore_random_states(tensors: dict[str, Tensor], device: torch.device) -> N
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and device.type == "cuda":
         torch.cuda.set_rng_state(tensors["random.cuda"], device)
-
-
-def _seal(path: Path, flush: bool = True) -> dict:
-    if flush:
-        _flush(path)
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
