@@ -200,13 +200,15 @@ def what_to_try(key: str, value: Any, verb: str, flag: str | None = None, *, giv
     """
     field, words = leaves()[key], choices(key)
     better = field.default
+    if isinstance(value, list | tuple) and not takes_list(key):
+        value = value[0] if len(value) == 1 else None  # a list where one value is expected
     if isinstance(value, list | tuple):
         meant = [part for item in value for part in _parts(item)]
         if words:
             meant = [v if v in words else nearest_word(v, words) for v in meant]
         if meant and None not in meant and (words or len(meant) > len(value)):
             better = meant
-    elif words and (word := nearest_word(value, words)):
+    elif value is not None and words and (word := nearest_word(value, words)):
         better = word
     if better is None or better == ():
         return f"it means: {field.description}" if field.description else None

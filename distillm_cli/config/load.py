@@ -125,7 +125,7 @@ def settle(
     from_recipe = {key: entry for layer in of_recipe for key, entry in layer.items()}
     method = _method(command, *weakest_first)
     preset, over = {"method": method}, {}
-    if method.value in METHODS:
+    if _is_method(method.value):
         _check_verb(method, command)
         preset |= _preset(method.value, layers.METHOD)
         own = from_recipe.get("method", method)  # a recipe that names no method speaks for any
@@ -214,6 +214,10 @@ def _method(command: str, *weakest_first: Mapping[str, Given]) -> Given:
     if command == "sft":
         return Given("sft", "verb sft", "method", Rank(layers.DEFAULT))
     return Given(Recipe.model_fields["method"].default, "default", "method", Rank(layers.DEFAULT))
+
+
+def _is_method(value: Any) -> bool:
+    return isinstance(value, str) and value in METHODS
 
 
 def _check_verb(method: Given, command: str) -> None:
@@ -308,7 +312,7 @@ def _is_read(key: str, entry: Given, reads: Callable[[str], bool]) -> bool:
 def _left_out(unread: Mapping[str, Given], command: str, from_recipe: Mapping[str, Given]) -> set[str]:
     """Of what is not read: what the recipe, taken by itself, would read; a flag or --set has changed that."""
     own = _method(command, from_recipe)
-    preset = _preset(own.value, layers.METHOD) if own.value in METHODS else {}
+    preset = _preset(own.value, layers.METHOD) if _is_method(own.value) else {}
     alone, _ = _stacked({"method": own}, preset, from_recipe)
 
     def value(key: str) -> Any:
