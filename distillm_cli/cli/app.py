@@ -32,6 +32,7 @@ from distillm_cli.errors import (
     tell,
     typed_options,
 )
+from distillm_cli.words import redact
 
 _COMPLETE = "_DISTILLM_COMPLETE"  # set by what --install-completion puts into a shell's start file
 _FAILED = frozenset({errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO, errno.EFBIG})  # of storage
@@ -131,7 +132,7 @@ def _report(error: BaseException, argv: list[str]) -> int:
     if isinstance(error, UsageProblem) and type(error).__name__ == "NoArgsIsHelpError":
         return 2  # the help is already printed
     if "--debug" in typed_options(argv):
-        traceback.print_exception(error)
+        print(redact("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     return tell(_known(error, argv), argv)
 
 

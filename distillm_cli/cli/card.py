@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import distillm_cli
 from distillm_cli.config.load import Resolved
 from distillm_cli.config.ownership import objective_words
+from distillm_cli.words import redact
 
 if TYPE_CHECKING:
     from distillm_cli.core.progress import Progress
@@ -51,7 +52,7 @@ def model_card(
         lines.append(f"| {name} | " + " | ".join("–" if f is None else f"{f:.3f}" for f in figures) + " |")
     lines += ["", f"{measured_on[0].upper()}{measured_on[1:]}.", ""]
     lines += ["Valid loss: mean cross-entropy per response token, nats. `recipe.yaml` holds every setting.", ""]
-    return "\n".join(lines)
+    return redact("\n".join(lines))
 
 
 def _trained(student, is_adapter: bool) -> str | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from distillm_cli import manifest
 from distillm_cli.errors import CheckpointError, StorageError, UsageError
+from distillm_cli.words import redact
 
 try:
     import fcntl
@@ -41,7 +42,7 @@ def default_name(recipe: str | None, data: str, student: str, method: str, *, re
     """``runs/dolly-gpt2-distillm``, with a number where that is taken; on a resume the newest of that name."""
 
     def short(text: str) -> str:
-        stem = Path(text.rstrip("/")).name.removesuffix(".jsonl").removesuffix(".json")
+        stem = Path(redact(text).rstrip("/")).name.removesuffix(".jsonl").removesuffix(".json")
         return re.sub(r"[^\w.+-]+", "-", stem).strip("-.") or "run"
 
     name = short(recipe) if recipe else f"{short(data)}-{short(student)}"

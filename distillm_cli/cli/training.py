@@ -26,7 +26,15 @@ from distillm_cli.cli.measuring import (
     check_metric,
     needs_metric,
 )
-from distillm_cli.cli.resuming import best_of, check_inputs, checkpoint_of, load_student, weights_in
+from distillm_cli.cli.resuming import (
+    as_checkpoint_error,
+    best_of,
+    check_inputs,
+    check_length,
+    checkpoint_of,
+    load_student,
+    weights_in,
+)
 from distillm_cli.cli.teaching import Opened, open_teacher
 from distillm_cli.config.load import Resolved, to_yaml
 from distillm_cli.config.stages import sft_before
@@ -85,6 +93,8 @@ def train(
         run = prepare(recipe, ui, early)
         for earlier in filter(None, (checkpoint, of_stage)):
             check_inputs(earlier, run.inputs)
+        if checkpoint is not None:
+            check_length(checkpoint, run.steps, run.order.steps_per_epoch, ui)
         before = None if checkpoint is None else checkpoint.state.get("teacher_cache")
         check_answers(run)
         opened = open_teacher(run, ui, before=before, rebuild=rebuild_teacher_cache)
@@ -144,7 +154,7 @@ def _trained(
     if checkpoint is not None:
         load_student(run.student, checkpoint)
     before = checkpoint.state["progress"] if checkpoint else {"step": 0, "valid_loss": None}
-    validated = before["valid_loss"] is not None
+    validated = before.get("valid_loss") is not None
     log = MetricsLog(
         output / outputs.METRICS, log_steps=recipe.train.log_steps, first_step=before["step"], validated=validated
     )
@@ -159,7 +169,8 @@ def _trained(
     if run.device.type == "cpu":
         keep_freed_memory()
     if checkpoint is not None:
-        engine.load(checkpoint)
+        with as_checkpoint_error(checkpoint):
+            engine.load(checkpoint)
     if (stop := lost()) is not None:  # whoever took it for something else may have chosen another way for this run
         raise stop
     reached = engine.run()

@@ -17,6 +17,7 @@ from distillm_cli.config import yaml_io
 from distillm_cli.config.methods import METHODS
 from distillm_cli.config.schema import Recipe, Section
 from distillm_cli.config.shortcuts import flag_of
+from distillm_cli.words import redact
 
 _BOUNDS = (
     (annotated_types.Ge, "≥", "ge"),
@@ -127,6 +128,7 @@ def shown(value: Any, *, by_flag: bool = False) -> str:
         text = ",".join(map(str, value)) or "(empty)"
     else:
         text = "(empty)" if value == "" else yaml_io.text_of(list(value) if isinstance(value, tuple) else value)
+    text = redact(text)  # before it is cut: half an address may not be known as one
     return text if len(text) <= 80 else text[:77] + "…"
 
 
