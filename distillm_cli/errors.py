@@ -11,6 +11,8 @@ import errno
 import re
 import sys
 
+from distillm_cli.words import redact
+
 # How a plain RuntimeError says that memory ran out: torch's allocators and its mmap; Python, without room for a stack;
 # oneDNN, without room for compiled code (of a product that it cannot do at all it says "a primitive descriptor"); cuBLAS
 # and cuDNN, which take memory for themselves on a GPU that torch has filled.
@@ -30,6 +32,7 @@ class DistillmError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, *, where: str | None = None, hint: str | None = None):
+        what, where, hint = (None if part is None else redact(part) for part in (what, where, hint))
         self.what, self.where, self.hint = what, where, hint
         parts = (" ".join(part.split()) for part in (what, where, hint) if part)
         super().__init__("; ".join(parts))

@@ -1,4 +1,4 @@
-"""Text for people: numbers in a sentence, and what may be printed. Loads nothing slow."""
+"""Text for people: numbers in a sentence, what may be printed, and addresses without credentials. Loads nothing slow."""
 
 from __future__ import annotations
 
@@ -6,6 +6,20 @@ import re
 
 # C0 and C1 controls but tab and newline, line and paragraph separators, bidirectional overrides and isolates.
 _COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+HIDDEN = "***"
+# One slash too: a path takes the other one away. Not beyond quotes, which end an address in JSON and YAML.
+_USER = re.compile(r"""\b([a-z][a-z0-9+.-]+:/{1,2})[^\s/?#"'<>]*@""", re.IGNORECASE)
+_SECRET = re.compile(
+    r"""([?&;][\w.%-]*(?:token|key|secret|passw|pwd|sig|auth|cred|session|user|login)[\w.%-]*=)[^\s&;#"'<>]+""",
+    re.IGNORECASE,
+)
+
+
+def redact(text: str) -> str:
+    """Replace what gives access in the addresses of a text: user and password, and parameters such as ``token=…``."""
+    if ":/" not in text and "=" not in text:
+        return text
+    return _SECRET.sub(rf"\1{HIDDEN}", _USER.sub(rf"\1{HIDDEN}@", text))
 
 
 def counted(n: int, noun: str) -> str:

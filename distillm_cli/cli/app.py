@@ -32,7 +32,7 @@ from distillm_cli.errors import (
     typed_options,
 )
 from distillm_cli.storage import failed_with, is_full
-from distillm_cli.words import printable
+from distillm_cli.words import printable, redact
 
 _COMPLETE = "_DISTILLM_COMPLETE"  # set by what --install-completion puts into a shell's start file
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, as of any program whose reader has left
@@ -130,7 +130,7 @@ def _reported(error: BaseException, argv: list[str]) -> int:
         return 2  # the help is already printed
     if "--debug" in typed_options(argv):
         with suppress(OSError):
-            print(printable("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+            print(printable(redact("".join(traceback.format_exception(error)))), end="", file=sys.stderr)
     return report(_known(error, argv), argv)
 
 

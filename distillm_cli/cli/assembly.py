@@ -17,7 +17,7 @@ import torch
 from distillm_cli.cli import garbage, outputs, sampling
 from distillm_cli.cli.host import give_back_freed_memory, set_threads
 from distillm_cli.cli.reading import bringers, reading
-from distillm_cli.config.schema import Data, Recipe
+from distillm_cli.config.schema import Data, Recipe, Train
 from distillm_cli.config.shaping import shaping
 from distillm_cli.core import criteria
 from distillm_cli.core.checkpoint import Checkpoints
@@ -54,6 +54,11 @@ if TYPE_CHECKING:
 
 FROZEN = "frozen.txt"  # in a checkpoint: of the weights below an adapter
 _PROBED = 8  # tokens that the heads are checked on
+
+
+def total_steps(train: Train, steps_per_epoch: int) -> int:
+    """Return the optimizer steps of a whole run."""
+    return train.steps or max(1, math.ceil(train.epochs * steps_per_epoch))
 
 
 def frozen_digest(student: Backbone) -> str:
@@ -117,8 +122,7 @@ class Prepared:
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        train = self.recipe.train
-        return train.steps or max(1, math.ceil(train.epochs * self.order.steps_per_epoch))
+        return total_steps(self.recipe.train, self.order.steps_per_epoch)
 
     @property
     def answered(self) -> list[Sequence]:

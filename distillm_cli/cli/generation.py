@@ -30,6 +30,7 @@ from distillm_cli.models.places import locate
 from distillm_cli.ui.console import Console
 from distillm_cli.words import counted, escaped
 
+_MOST = 2**31  # of rows, and of samples of each
 _BATCHES = 8  # sorted by length together, and written together: what a stopped run loses at most
 
 
@@ -93,8 +94,8 @@ def _check(wanted: Wanted, output: str | None, resume: bool, overwrite: bool) ->
         what = f"{' and '.join(given)} exclude each other" if given else "no prompts"
         raise UsageError(what, hint="give one of --data SOURCE, --prompt TEXT, --input FILE")
     for flag, count in (("--limit", wanted.limit), ("--n", wanted.samples)):
-        if count is not None and count < 1:
-            raise UsageError(f"{flag} = {count}", where="expected a whole number ≥ 1")
+        if count is not None and not 1 <= count < _MOST:
+            raise UsageError(f"{flag} = {count}", where="expected a whole number ≥ 1 and < 2^31")
     if any(not text.strip() for text in wanted.prompts or ()):
         raise UsageError("an empty --prompt", where="no row that is trained on may have one", hint="give it a text")
     if wanted.split is not None and wanted.data is None:

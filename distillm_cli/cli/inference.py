@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 
+from distillm_cli import manifest
 from distillm_cli.cli import garbage
 from distillm_cli.cli.host import set_threads
+from distillm_cli.cli.outputs import RECIPE, is_resolved
 from distillm_cli.config.explain import leaves
+from distillm_cli.config.layers import document
 from distillm_cli.config.load import Resolved, load_resolved, resolve, settled
 from distillm_cli.config.schema import Recipe
 from distillm_cli.core.events import Listener, Note, Warned
@@ -40,13 +43,7 @@ def settings(
     """
     if isinstance(recipe, Resolved):
         return recipe, False
-    own = None if recipe is not None else own_recipe(model)
-    if own is not None:
-        try:
-            load_resolved(own)
-        except RecipeError as error:  # other programs leave a recipe.yaml in their output too
-            listener(Warned(f"{own} is not used: {error}"))
-            own = None
+    own = None if recipe is not None else own_recipe(model, listener)
     resolved = resolve(command=command, recipe=own or recipe, flags=flags, sets=sets)
     return (resolved, False) if own is None else (_on_this_machine(resolved, own), True)
 
@@ -64,11 +61,49 @@ def _on_this_machine(resolved: Resolved, own: Path) -> Resolved:
     return settled(resolved, open_again)
 
 
-def own_recipe(model: str) -> Path | None:
-    """The resolved recipe of the run that made this model: in its directory, or above its ``checkpoints/``."""
+def own_recipe(model: str, listener: Listener) -> Path | None:
+    """Return the recipe of the run that made this model: in its directory, or above its ``checkpoints/``.
+
+    None for a directory that no run wrote, and with a warning where a run's recipe is missing or where another program
+    has left a ``recipe.yaml``. Raises RecipeError for one that is damaged: the model would be asked in another way.
+    """
     place = Path(model).expanduser()
     homes = [place] if place.parent.name != "checkpoints" else [place, place.parent.parent]
-    return next((home / "recipe.yaml" for home in homes if (home / "recipe.yaml").is_file()), None)
+    own = next((home / RECIPE for home in homes if (home / RECIPE).is_file()), None)
+    if own is None:
+        if any(manifest.read(home) for home in homes):
+            what = f"{homes[-1] / RECIPE} is missing: {model} is asked with the default settings, not as it was trained"
+            listener(Warned(f"{what}; put it back, or give --recipe FILE"))
+        return None
+    listed = manifest.read(own.parent)
+    if listed is not None and RECIPE in listed["files"] and manifest.difference(own.parent, listed, RECIPE):
+        raise _damaged(own, "it differs from the manifest beside it")
+    was_of_run = "  # default" in own.read_text(
+        encoding="utf-8", errors="replace"
+    )  # a run writes down where each value came from
+    if was_of_run and not is_resolved(own):
+        raise _damaged(own, "lines of it are missing")
+    try:
+        load_resolved(own)
+    except RecipeError as error:
+        if was_of_run or not _is_mapping(own):
+            raise _damaged(own, str(error)) from error
+        listener(Warned(f"{own} is not used: {error}"))  # other programs leave a recipe.yaml in their output too
+        return None
+    return own
+
+
+def _is_mapping(path: Path) -> bool:
+    try:
+        document(path, str(path))
+    except RecipeError:
+        return False
+    return True
+
+
+def _damaged(own: Path, why: str) -> RecipeError:
+    hint = f"put it back as the run wrote it, or give --recipe {own} to use it as it is (--recipe FILE for another)"
+    return RecipeError(f"{own} is damaged or changed: {why}", hint=hint)
 
 
 def load(model: str, recipe: Recipe, listener: Listener) -> tuple[Backbone, Encoder]:

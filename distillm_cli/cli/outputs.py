@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from distillm_cli import manifest
 from distillm_cli.errors import CheckpointError, StorageError, UsageError
 from distillm_cli.storage import PROBE, REMOVED, check_writable, leads_nowhere, reason, remove
+from distillm_cli.words import redact
 
 try:
     import fcntl
@@ -27,7 +29,7 @@ MODEL_FILES = (
     "config.json", "generation_config.json", "model.safetensors",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template.jinja", "model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors",
-    "model-*-of-*.safetensors",
+    "model-*-of-*.safetensors", manifest.MANIFEST,
 )  # fmt: skip
 _FILES = (METRICS, *MODEL_FILES, ".staging-*")
 _FOLDERS = {
@@ -40,7 +42,7 @@ def default_name(recipe: str | None, data: str, student: str, method: str, *, re
     """``runs/dolly-gpt2-distillm``, with a number where that is taken; on a resume the newest of that name."""
 
     def short(text: str) -> str:
-        stem = Path(text.rstrip("/")).name.removesuffix(".jsonl").removesuffix(".json")
+        stem = Path(redact(text).rstrip("/")).name.removesuffix(".jsonl").removesuffix(".json")
         return re.sub(r"[^\w.+-]+", "-", stem).strip("-.") or "run"
 
     name = short(recipe) if recipe else f"{short(data)}-{short(student)}"
@@ -230,11 +232,27 @@ def write_text(path: Path, text: str) -> None:
 
 
 def publish(staged: Path, output: Path) -> None:
-    """Moves a finished model directory's files into ``output``, weights last, and removes ``staged``."""
+    """Move a finished model directory's files into ``output``, weights last, remove ``staged``, and write the manifest.
+
+    The manifest lists them and the recipe, but not the card, which people edit.
+    """
     # Not at the top: it imports torch, and whoever only names an output can do without.
     from distillm_cli.core.checkpoint import open_as_others
 
     open_as_others(staged)
+    (output / manifest.MANIFEST).unlink(missing_ok=True)  # an earlier one, of what is replaced now
+    published = [output / RECIPE]
     for path in sorted(staged.iterdir(), key=lambda p: p.suffix == ".safetensors"):
         path.replace(output / path.name)
+        if path.name != CARD:
+            published.append(output / path.name)
     staged.rmdir()
+    manifest.write(output, [path for path in published if path.is_file()])
+
+
+def write_recipe(output: Path, text: str) -> None:
+    """Write the recipe of a run that begins; the manifest of an earlier one then speaks of the model alone."""
+    listed = manifest.read(output)
+    if listed is not None and listed["files"].pop(RECIPE, None) is not None:
+        manifest.replace(output, listed)
+    write_text(output / RECIPE, text)

@@ -33,6 +33,7 @@ from distillm_cli.models.contexts import context_of
 from distillm_cli.models.pair import check_kinds, check_vocabularies, resolve_device, resolve_dtype
 from distillm_cli.models.shapes import Shape, Sizes, has_weights, load_shape, sizes, student_spec, weight_bytes
 from distillm_cli.ui.display import size
+from distillm_cli.words import redact
 
 T = TypeVar("T")
 _BUILT = re.compile(r"[a-z]+:")  # random:…; no hub name and no path here begins so
@@ -168,7 +169,7 @@ def of_shapes(
         keeps=recipe.teacher.cache != "off",
     )
     sized = _with_fine_tuning(sized, resolved)
-    data: dict[str, Any] = {"source": recipe.data.source, "rows": None if rows is None else len(rows)}
+    data: dict[str, Any] = {"source": redact(recipe.data.source), "rows": None if rows is None else len(rows)}
     if rows is not None and examples is not None:
         data |= _rows_told(rows, examples) | {"response_tokens": examples.tokens}
     data |= {"longest": lengths.longest, "mean_length": round(lengths.mean, 1)}
@@ -326,7 +327,7 @@ def at_hand(read: Callable[[], T], source: str) -> tuple[T | None, str]:
     except DataError as error:
         if is_path(source) or local_place(source) is not None:
             raise  # it is here, or should be: a fault in it is worth more than an estimate
-        return None, f"no rows of {source} at hand ({error.what.partition(' (')[0].split(': ', 1)[-1]})"
+        return None, f"no rows of {redact(source)} at hand ({error.what.partition(' (')[0].split(': ', 1)[-1]})"
 
 
 def _rows_told(rows: Rows, examples: Examples) -> dict[str, Any]:

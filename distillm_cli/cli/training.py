@@ -13,6 +13,7 @@ import torch
 from distillm_cli.cli import outputs
 from distillm_cli.cli.assembly import Prepared, build_engine, prepare
 from distillm_cli.cli.card import model_card
+from distillm_cli.cli.defaults import fitted
 from distillm_cli.cli.host import keep_freed_memory
 from distillm_cli.cli.interrupts import lost
 from distillm_cli.cli.measuring import (
@@ -27,7 +28,16 @@ from distillm_cli.cli.measuring import (
     labels,
     needs_metric,
 )
-from distillm_cli.cli.resuming import as_recorded, best_of, check_inputs, checkpoint_of, load_student, weights_in
+from distillm_cli.cli.resuming import (
+    as_checkpoint_error,
+    as_recorded,
+    best_of,
+    check_inputs,
+    check_length,
+    checkpoint_of,
+    load_student,
+    weights_in,
+)
 from distillm_cli.cli.teaching import Opened, open_teacher
 from distillm_cli.config.load import Resolved, settled, to_yaml
 from distillm_cli.config.stages import sft_before
@@ -93,6 +103,8 @@ def train(
         stage = sft_before(resolved)
         for earlier in filter(None, (checkpoint, of_stage)):
             check_inputs(earlier, run.inputs)
+        if checkpoint is not None:
+            check_length(checkpoint, run.steps, run.order.steps_per_epoch, ui)
         before = None if checkpoint is None else checkpoint.state.get("teacher_cache")
         check_answers(run)
         opened = open_teacher(run, ui, before=before, rebuild=rebuild_teacher_cache)
@@ -102,7 +114,7 @@ def train(
         for stuck in outputs.clear(output):
             ui(Warned(f"cannot remove all of {stuck}, of an earlier run: it takes up space"))
     begun()
-    outputs.write_text(output / outputs.RECIPE, to_yaml(resolved))
+    outputs.write_recipe(output, to_yaml(resolved))
     try:
         if stage is not None:
             if checkpoint is None:
@@ -128,7 +140,7 @@ def _fine_tune(run: Prepared, stage: Resolved, checkpoint: Checkpoint | None, ou
     else:
         ui(Note(f"first the student is fine-tuned (student.sft_epochs = {stage.recipe.train.epochs:g}), in {output}"))
         output.mkdir(parents=True, exist_ok=True)
-        outputs.write_text(output / outputs.RECIPE, to_yaml(stage))
+        outputs.write_recipe(output, to_yaml(stage))
         torch.manual_seed(seed)
         _trained("sft", begin, None, checkpoint, stage, output, time.perf_counter(), ui, is_stage=True)
     torch.manual_seed(seed)
@@ -153,7 +165,7 @@ def _trained(
     if checkpoint is not None:
         load_student(run.student, checkpoint)
     before = checkpoint.state["progress"] if checkpoint else {"step": 0, "valid_loss": None}
-    validated = before["valid_loss"] is not None
+    validated = before.get("valid_loss") is not None
     log = MetricsLog(
         output / outputs.METRICS, log_steps=recipe.train.log_steps, first_step=before["step"], validated=validated
     )
@@ -168,7 +180,8 @@ def _trained(
     if run.device.type == "cpu":
         keep_freed_memory()
     if checkpoint is not None:
-        engine.load(checkpoint)
+        with as_checkpoint_error(checkpoint):
+            engine.load(checkpoint)
     if (stop := lost()) is not None:  # whoever took it for something else may have chosen another way for this run
         raise stop
     reached = engine.run()

@@ -17,6 +17,7 @@ from distillm_cli.config import yaml_io
 from distillm_cli.config.methods import METHODS
 from distillm_cli.config.schema import AUTO, Recipe, Section
 from distillm_cli.config.shortcuts import flag_of
+from distillm_cli.words import redact
 
 _BOUNDS = (
     (annotated_types.Ge, "≥", "ge"),
@@ -131,6 +132,7 @@ def shown(value: Any, *, by_flag: bool = False) -> str:
         text = ",".join(map(str, value)) or "(empty)"
     else:
         text = "(empty)" if value == "" else yaml_io.text_of(list(value) if isinstance(value, tuple) else value)
+    text = redact(text)  # before it is cut: half an address may not be known as one
     return text if len(text) <= 80 else text[:77] + "…"
 
 
@@ -206,13 +208,15 @@ def what_to_try(key: str, value: Any, verb: str, flag: str | None = None, *, giv
     if words == [AUTO]:  # of a number, whose flag takes numbers only
         return f"try --set {given_at}{key}={AUTO}"
     better = field.default
+    if isinstance(value, list | tuple) and not takes_list(key):
+        value = value[0] if len(value) == 1 else None  # a list where one value is expected
     if isinstance(value, list | tuple):
         meant = [part for item in value for part in _parts(item)]
         if words:
             meant = [v if v in words else nearest_word(v, words) for v in meant]
         if meant and None not in meant and (words or len(meant) > len(value)):
             better = meant
-    elif words and (word := nearest_word(value, words)):
+    elif value is not None and words and (word := nearest_word(value, words)):
         better = word
     if better is None or better == ():
         return f"it means: {field.description}" if field.description else None

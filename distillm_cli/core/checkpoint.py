@@ -12,9 +12,7 @@ step's name is whole, whenever the process is killed. No pickle anywhere.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,12 +23,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from distillm_cli import manifest
 from distillm_cli.core.events import Listener, Warned, silent
 from distillm_cli.errors import CheckpointError, StorageError
+from distillm_cli.manifest import flush as _flush
 from distillm_cli.storage import failed_with, reason, remove, sweep
 
-FORMAT = 1
-MANIFEST, STATE, TENSORS = "manifest.json", "state.json", "training.safetensors"
+STATE, TENSORS = "state.json", "training.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +77,7 @@ class Checkpoints:
             save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, staged / TENSORS)
             (staged / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
             open_as_others(staged)
-            files = {p.relative_to(staged).as_posix(): _seal(p) for p in sorted(staged.rglob("*")) if p.is_file()}
-            manifest = {"format": FORMAT, "step": step, "files": files}
-            (staged / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-            _flush(staged / MANIFEST)
-            _flush(staged)
+            manifest.write(staged, [path for path in staged.rglob("*") if path.is_file()], step=step)
             if final.exists():  # the same step once more, after a resume
                 remove(final)
             staged.rename(final)
@@ -140,15 +135,14 @@ def read(path: Path) -> Checkpoint:
     path = Path(path)
     hint = f"delete {path} to go on from the one before it, or start anew with --overwrite"
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise CheckpointError(
-                f"checkpoint format {manifest['format']}, this version reads {FORMAT}", where=str(path), hint=hint
-            )
-        for name, sealed in manifest["files"].items():
+        listed = json.loads((path / manifest.MANIFEST).read_text(encoding="utf-8"))
+        if listed["format"] != manifest.FORMAT:
+            what = f"checkpoint format {listed['format']}, this version reads {manifest.FORMAT}"
+            raise CheckpointError(what, where=str(path), hint=hint)
+        for name, sealed in listed["files"].items():
             if not (path / name).is_file():
                 raise CheckpointError(f"checkpoint file missing: {path / name}", hint=hint)
-            if _seal(path / name, flush=False) != sealed:
+            if manifest.seal(path / name) != sealed:
                 raise CheckpointError(f"checkpoint file damaged: {path / name} differs from its manifest", hint=hint)
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         return Checkpoint(path, state, load_file(path / TENSORS))
@@ -169,18 +163,3 @@ def restore_random_states(tensors: dict[str, Tensor], device: torch.device) -> N
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and device.type == "cuda":
         torch.cuda.set_rng_state(tensors["random.cuda"], device)
-
-
-def _seal(path: Path, flush: bool = True) -> dict:
-    if flush:
-        _flush(path)
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,7 +6,6 @@ knows none of their insides. One step, ``_learn`` and ``_apply``, can be followe
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from distillm_cli.config.schema import Train
 from distillm_cli.core.announce import half_time, opening
-from distillm_cli.core.attempts import Before
+from distillm_cli.core.attempts import Before, InfiniteLoss, check_finite
 from distillm_cli.core.bulk import Bulk
 from distillm_cli.core.checkpoint import Checkpoint, Checkpoints, random_states, restore_random_states
 from distillm_cli.core.criterion import CROSS_ENTROPY, Piece
@@ -195,7 +194,8 @@ class Engine:
             return parts, *self._gradients(parts, before)
         except NonFiniteError as error:
             cause, lr = error, learning_rate(self.train, self.at.step, self.steps)
-            failed = NonFiniteError(f"{error.what} {where}", hint=f"lower --lr (now {lr:g}), or --dtype fp32")
+            hint = error.hint if isinstance(error, InfiniteLoss) else f"lower --lr (now {lr:g}), or --dtype fp32"
+            failed = NonFiniteError(f"{error.what} {where}", hint=hint)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
@@ -226,8 +226,7 @@ class Engine:
         total = in_halves(lambda: self._backward(parts), halve)
         norm = nn.utils.get_total_norm([p.grad for p in self.objective.parameters() if p.grad is not None])
         loss, grad_norm = torch.stack((total, norm)).tolist()  # the one time a step waits for a device
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise NonFiniteError(f"loss {loss}, gradient norm {grad_norm}")
+        check_finite(loss, grad_norm)
         if self.train.clip and grad_norm > self.train.clip:
             nn.utils.clip_grads_with_norm_(self.objective.parameters(), self.train.clip, norm)
         return loss, grad_norm

@@ -61,15 +61,17 @@ def _error_rate(prediction: str, references: Sequence[str]) -> Count:
     return min(counts, key=lambda count: count[0] / count[1])
 
 
-# "$1,234.50" and "-7", but of "5-3" and of "1,2,3" the 3; not the full stop that ends a sentence.
-_NUMBER = re.compile(r"(?<!\w)(?<!\d\.)[-−]?\$?[-−]?(?:\d+(?:,\d{3}(?!\d))*(?:\.\d+)?|\.\d+)")
+# "$1,234.50", "-7" and "2.5e-3", but of "5-3" and of "1,2,3" the 3; not the full stop that ends a sentence.
+_NUMBER = re.compile(
+    r"(?<!\w)(?<!\d\.)[-−]?\$?[-−]?(?:\d+(?:,\d{3}(?!\d))*(?:\.\d+)?|\.\d+)(?:[eE][-−+]?\d{1,4}(?!\w))?"
+)
 
 
 def final_number(text: str) -> Decimal | None:
-    """The first number after the last ``####``, where GSM8K writes its answers, else the last number in the text.
+    """Return the first number after the last ``####``, where GSM8K writes its answers, else the last number in the text.
 
-    Dollar signs and commas before three digits are no part of it; other commas stand between numbers. None where there is
-    no number.
+    ``1e5`` is 100000. Dollar signs and commas before three digits are no part of a number; other commas stand between
+    numbers. None where there is no number.
     """
     _, marked, answer = text.rpartition("####")
     found = _NUMBER.findall(answer if marked else text)

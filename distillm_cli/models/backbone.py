@@ -262,7 +262,7 @@ class Backbone(nn.Module):
                     hint="its weights have diverged or are damaged: take an earlier checkpoint; in fp16 try fp32",
                 )
             agrees = close(self.head().logits(hidden_ND), own_NV, self.model.dtype)
-            gain = _PROBE / max(own_NV.abs().max().item(), 1e-6)
+            gain = _PROBE / max(own_NV[own_NV.isfinite()].abs().max().item(), 1e-6)
             if agrees and gain > 1:
                 reached = []
 

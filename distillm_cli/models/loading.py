@@ -19,8 +19,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from distillm_cli import manifest
 from distillm_cli.config.schema import Lora
-from distillm_cli.core.events import Listener, Progress, silent
+from distillm_cli.core.events import Listener, Progress, Warned, silent
 from distillm_cli.errors import ModelError
 from distillm_cli.models import lora
 from distillm_cli.models.backbone import Backbone
@@ -44,8 +45,11 @@ def load_config(path: str, *, revision: str | None = None, file: bool = False) -
             except ModelError as error:
                 raise no_base(adapters[-1], base, error) from error
     name, local = (path, True) if file else locate(path)
-    if local and not file and not (Path(name) / "config.json").is_file():
-        raise ModelError(f"{path} holds no config.json", hint="pass a model directory: config.json, model.safetensors")
+    if local and not file:
+        manifest.check(Path(name), weights=False)
+        if not (Path(name) / "config.json").is_file():
+            hint = "pass a model directory: config.json, model.safetensors"
+            raise ModelError(f"{path} holds no config.json", hint=hint)
     with quiet():
         try:
             config = AutoConfig.from_pretrained(
@@ -87,12 +91,18 @@ def load_backbone(
     listener(Progress(task, 0, 1))
     config = load_config(path, revision=revision)
     adapters, base, base_revision = adapters_of(path, revision)
+    for place in adapters:
+        if place.local:
+            manifest.check(Path(place.name), weights=True)
+            _warn_of_edits(Path(place.name), listener)
     own = tokenizer is None
     tokenizer = (tokenizers or OwnTokenizers()).of(path, revision) if tokenizer is None else tokenizer
     if dropout is not None:
         set_dropout(config, dropout, where=path)
     bits = {} if quantize == "none" else in_few_bits(quantize, dtype, device)
     model = _load_weights(base, config, dtype, base_revision, **bits)
+    if (place := Path(locate(base)[0])).is_dir():
+        _warn_of_edits(place, listener)
     model, adapter = _with_adapters(model if bits else model.to(device), adapters, base, base_revision, train)
     model.eval()
     if not bits:  # 8 bits round a token by what stands beside it, which would look like looking ahead
@@ -106,6 +116,11 @@ def load_backbone(
     backbone.adapter = adapter
     listener(Progress(task, 1, 1))
     return backbone
+
+
+def _warn_of_edits(directory: Path, listener: Listener) -> None:
+    for path in manifest.edited(directory):
+        listener(Warned(f"{path} has changed since the run wrote it: it is used as it is now"))
 
 
 def _with_adapters(
@@ -135,6 +150,8 @@ def _load_weights(
             f"{path} holds a config.json but no weights (model.safetensors)",
             hint=f"to start from scratch, pass {Path(path) / 'config.json'}",
         )
+    if local:
+        manifest.check(Path(name), weights=True)
     # Else a thread asks the hub to convert repositories that have no safetensors.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     with quiet():
@@ -175,6 +192,8 @@ def check_causal(path: str, model: PreTrainedModel) -> None:
         inputs = {"input_ids": ids_BT[:1].expand(2, -1), "decoder_input_ids": ids_BT}
     with eval_mode(model), quiet():
         first_TV, second_TV = model(**inputs, use_cache=False).logits[:, :-1].float()
+    known_TV = first_TV.isfinite() | second_TV.isfinite()  # not tokens that the model suppresses with −inf
+    first_TV, second_TV = first_TV[known_TV], second_TV[known_TV]
     if (first_TV - second_TV).abs().max() > 16 * torch.finfo(model.dtype).eps * first_TV.abs().max():
         raise _not_causal(path, model.config)
 

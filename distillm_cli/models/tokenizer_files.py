@@ -18,6 +18,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from distillm_cli import manifest
 from distillm_cli.errors import DistillmError, ModelError, OutOfMemoryError, out_of_memory
 from distillm_cli.models.places import adapters_of, cached, hub_is_there, locate
 
@@ -52,6 +53,8 @@ def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedToken
     name, local = locate(path)
     if local and not has_tokenizer(Path(name)):
         raise ModelError(f"{path} holds no tokenizer", hint="pass --tokenizer DIR, or bpe:SIZE, chars, words")
+    if local:
+        manifest.check(Path(name), weights=False)
     with quiet():
         try:
             tokenizer = _tokenizer_class(Path(name) if local else None).from_pretrained(
@@ -130,7 +133,7 @@ class OwnTokenizers:
 
 
 # Of a model directory: what no tokenizer is read from. Any other file may be, by the class.
-_NO_TOKENIZER = (*WEIGHTS, "config.json", "generation_config.json", "*.md", "*.yaml", "*.jsonl")
+_NO_TOKENIZER = (*WEIGHTS, "config.json", "generation_config.json", "manifest.json", "*.md", "*.yaml", "*.jsonl")
 # What transformers looks at in a model's config to choose a tokenizer's class, or to mend what the class got wrong.
 _OF_CONFIG = ("model_type", "tokenizer_class", "transformers_version", "auto_map")
 

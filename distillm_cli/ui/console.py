@@ -37,7 +37,7 @@ from distillm_cli.core.events import (
 )
 from distillm_cli.errors import StorageError
 from distillm_cli.ui.display import BAD, GOOD, VALID, Memory, Task, Watch, amount, draw, duration, parameters, percent
-from distillm_cli.words import counted, printable, signed
+from distillm_cli.words import counted, printable, redact, signed
 
 REFRESHES = 4  # per second: numbers one can read
 YOUNG = 0.2  # seconds; work that is over sooner never flashes up
@@ -203,6 +203,8 @@ class Console:
         return [Text(f"{event.task} · {event.done:,}/{event.total:,} {event.unit}".rstrip())]
 
     def _say(self, line: Text) -> None:
+        if (text := redact(line.plain)) != line.plain:
+            line = Text(text)
         # A log's lines are as long as what they say; only a terminal wraps.
         self._terminal.print(line, soft_wrap=not self._is_live, highlight=False)
 
@@ -241,6 +243,8 @@ def plain(value: object) -> object:
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
+    if isinstance(value, str):
+        return redact(value)
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return str(value) if isinstance(value, Path) else value

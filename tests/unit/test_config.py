@@ -912,3 +912,23 @@ def test_methods_that_train_on_prompts_alone_need_no_responses(name):
     assert r.needs_responses == (r.method == "sft" or uses_rows(r))
     tuned = r.model_copy(update={"student": r.student.model_copy(update={"sft_epochs": 1.0})})
     assert tuned.needs_responses
+
+
+LARGE = 2**63
+
+
+@pytest.mark.parametrize("method", ["[a, b]", "[sft]", "{a: 1}", "3", "1.5", "null"])
+def test_a_method_that_is_no_name_is_refused(method, recipe):
+    for command in ("distill", "sft"):
+        assert "expected one of sft, kd" in complaint(f"method: {method}", recipe, command=command)
+        assert "expected one of sft, kd" in complaint(sets=[f"method={method}"], command=command)
+
+
+@pytest.mark.parametrize("key", [key for key, field in leaves().items() if int in kinds(field.annotation)])
+def test_whole_numbers_beyond_64_bits_are_refused(key):
+    for value in (LARGE, 10**30, -LARGE):
+        with pytest.raises(RecipeError) as error:
+            resolve(command="distill", sets=[f"{key}={value}"])
+        assert error.value.what.startswith(f"--set {key} = ") or "lora" in key or "patience" in key
+    with pytest.raises(RecipeError, match=r"2\^63"):
+        resolve(command="distill", sets=[f"{key}={LARGE}"])
