@@ -114,7 +114,7 @@ def test_every_command_that_computes_keeps_to_the_cores(tmp_path, capsys, monkey
     (tmp_path / "rows.jsonl").write_text("".join(f'{{"prompt": "a {c}", "completion": "b"}}\n' for c in "cdefghijkl"))
     argv = {
         "sft": "sft --model model --data rows.jsonl --steps 1 --output run --set eval.report_rows=0",
-        "generate": "generate --model model --prompt a --max-new-tokens 2 --output o.jsonl",
+        "generate": "generate --model model --prompt a --template plain --max-new-tokens 2 --output o.jsonl",
     }[command]
     code, _, err = call(capsys, *argv.split(), "--set", "train.threads=999999999999", "--quiet", "--json")
     torch.set_num_threads(1)
