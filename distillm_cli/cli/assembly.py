@@ -35,6 +35,7 @@ from distillm_cli.data.sources import Rows, overlap
 from distillm_cli.data.teacher_samples import encoded, read_beforehand
 from distillm_cli.data.templates import render
 from distillm_cli.errors import ModelError
+from distillm_cli.models.composite import copy_processor, is_composite
 from distillm_cli.models.contexts import longrope_bound
 from distillm_cli.models.devices import resolve_device, resolve_dtype
 from distillm_cli.models.fingerprint import fingerprint
@@ -107,7 +108,7 @@ class Prepared:
     @property
     def pass_cost(self) -> int:
         """By which a step's rows are cut into passes; the same for whoever computes their states."""
-        return pass_cost(self.device.type, self.student.model.config.hidden_size)
+        return pass_cost(self.device.type, self.student.model.config.get_text_config().hidden_size)
 
     @property
     def steps(self) -> int:
@@ -160,6 +161,8 @@ class Prepared:
             else:
                 self.student.plain(torch.float32).model.to(dtype).save_pretrained(directory)
             self.pair.tokenizer.save_pretrained(directory)
+        if is_composite(self.student.model.config) and not student.is_built:
+            copy_processor(student.path, student.revision, directory)
 
 
 def prepare(recipe: Recipe, listener: Listener, early: Early | None = None) -> Prepared:

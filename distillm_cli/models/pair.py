@@ -16,6 +16,7 @@ from distillm_cli.core.events import Listener, Note, Warned, silent
 from distillm_cli.errors import ModelError, UsageError
 from distillm_cli.models import lora
 from distillm_cli.models.backbone import Backbone
+from distillm_cli.models.composite import freeze_rest
 from distillm_cli.models.devices import bf16_is_fast, resolve_device, resolve_dtype
 from distillm_cli.models.layers import build_from_layers, read_layers
 from distillm_cli.models.loading import check_causal, load_backbone, load_config
@@ -28,6 +29,7 @@ from distillm_cli.models.students import (
     read_width,
     spec_of_width,
 )
+from distillm_cli.models.targets import frozen_parts
 from distillm_cli.models.tokenizer_files import (
     OwnTokenizers,
     has_tokenizer,
@@ -198,6 +200,9 @@ def load_student(
     weights.
     """
     backbone = _whole_student(student, seed, device, teacher, texts, tokenizer, tokenizers, max_length, listener)
+    if frozen := freeze_rest(backbone.model):
+        kind = backbone.model.config.model_type
+        listener(Note(f"{kind}: the text model trains; {frozen:,} weights outside it stay as they are"))
     if student.lora.r is not None:
         if backbone.adapter is None:
             base = student.path if student.is_built else lasting(student.path)
@@ -220,6 +225,14 @@ def _tell_of(backbone: Backbone, listener: Listener) -> None:
             f"{train:,} weights train ({train / every:.2%} of {every:,})"
         )
     )
+    if backbone.adapter.config.target_parameters:
+        frozen = ", ".join(frozen_parts(backbone.model)) or "none"
+        listener(
+            Note(
+                "mixture of experts: the adapter has no dropout, which peft cannot apply to experts; matrices of its "
+                f"layers that stay frozen: {frozen}"
+            )
+        )
 
 
 def _whole_student(

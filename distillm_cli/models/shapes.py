@@ -21,6 +21,7 @@ from distillm_cli.models.backbone import Backbone, vocabulary_size
 from distillm_cli.models.contexts import context_of
 from distillm_cli.models.layers import build_from_layers
 from distillm_cli.models.loading import load_config
+from distillm_cli.models.lora import parameter_of
 from distillm_cli.models.places import locate
 from distillm_cli.models.students import auto_class, build_random, spec_of_width, tied_from_scratch
 from distillm_cli.models.tokenizer_files import WEIGHTS, has_tokenizer, load_tokenizer, prepare_tokenizer, quiet
@@ -156,7 +157,7 @@ def sizes(model: PreTrainedModel, vocab: int | None = None) -> Sizes:
             "total": sum(p.numel() for p in every),
             "trainable": sum(p.numel() for p in every if p.requires_grad),
         },
-        adapted=sum(module.get_base_layer().weight.numel() for module in adapters),
+        adapted=sum(getattr(m.get_base_layer(), parameter_of(m)).numel() for m in adapters),
         rank=max((max(module.r.values()) for module in adapters), default=0),
         encoder=encoder,
     )
