@@ -35,6 +35,7 @@ from distillm_cli.data.sources import Rows, overlap
 from distillm_cli.data.teacher_samples import encoded, read_beforehand
 from distillm_cli.data.templates import render
 from distillm_cli.errors import ModelError
+from distillm_cli.models import router
 from distillm_cli.models.composite import copy_processor, is_composite
 from distillm_cli.models.contexts import longrope_bound
 from distillm_cli.models.devices import resolve_device, resolve_dtype
@@ -78,6 +79,7 @@ class Prepared:
     begins: Callable[[], Mapping[str, torch.Tensor]] | None = None
     teacher_samples: dict[int, list[Sequence]] | None = None  # by row, where they were made beforehand
     models: Mapping[str, str] = field(default_factory=dict)  # fingerprints of what was loaded, by role
+    router_aux: float = 0.0  # weight of the auxiliary loss of the student's routers
 
     @property
     def student(self) -> Backbone:
@@ -204,6 +206,7 @@ def _prepared(recipe: Recipe, listener: Listener, early: Early) -> Prepared:
         contexts = [model.context for model in pair.models.values() if model.context is not None]
         context = min(contexts, default=None)
         _check_heads(pair, context, listener)
+        router_aux = router.weight_of(recipe.objective.router_aux, pair.student, listener)
         _warn_of_longrope(pair, min(recipe.data.max_length, context or recipe.data.max_length), listener)
         train = tokenise(train_rows, encoder, recipe.data, listener, context, ahead)
         valid = tokenise(valid_rows, encoder, recipe.data, listener, context, ahead)
@@ -220,7 +223,20 @@ def _prepared(recipe: Recipe, listener: Listener, early: Early) -> Prepared:
         role: fingerprint(backbone.model.state_dict().items(), torch.bfloat16) for role, backbone in pair.models.items()
     }
     return Prepared(
-        recipe, listener, device, dtype, train_rows, valid_rows, pair, encoder, train, valid, begins, samples, models
+        recipe=recipe,
+        listener=listener,
+        device=device,
+        dtype=dtype,
+        train_rows=train_rows,
+        valid_rows=valid_rows,
+        pair=pair,
+        encoder=encoder,
+        train=train,
+        valid=valid,
+        begins=begins,
+        teacher_samples=samples,
+        models=models,
+        router_aux=router_aux,
     )
 
 
@@ -263,6 +279,7 @@ def build_engine(run: Prepared, output: Path, listener: Listener, *, teacher: Te
         rule,
         teacher_head=None if teacher is None else teacher.head,
         matmul_dtype=None if run.dtype == torch.float32 else run.dtype,
+        router_aux=run.router_aux,
     )
     scheduler = new_scheduler(run)
     return Engine(

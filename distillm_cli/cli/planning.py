@@ -248,7 +248,7 @@ def model_told(counted: Sizes, dtype: str) -> dict[str, Any]:
     return encoder | {
         "kind": counted.kind,
         "parameters": counted.parameters["total"],
-        "parts": {part: counted.parameters[part] for part in ("embeddings", "trunk", "head")},
+        "parts": {part: counted.parameters[part] for part in ("embeddings", "trunk", "head", "outside")},
         "trainable": counted.parameters["trainable"],
         "layers": counted.layers,
         "width": counted.width,

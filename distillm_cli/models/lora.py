@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # peft is slow to import, and most runs have no adapter
 WEIGHTS = "adapter_model.safetensors"
 _NAME, _PREFIX = "default", "base_model.model."  # of an adapter in a model; of its weights in a file
 
+
 def parameter_of(layer: nn.Module) -> str:
     """Return the name, in the layer it is in, of the weight that a LoRA layer adapts."""
     return getattr(layer, "parameter_name", "weight")
@@ -177,7 +178,8 @@ def take_up(
                 f"student.lora.{name} is {asked}, and the adapter {place} has {there}",
                 hint="give its own; without --lora it is merged into its model, and every weight trains",
             )
-    own.lora_dropout, own.inference_mode = config.dropout, False
+    own.lora_dropout = 0.0 if own.target_parameters else config.dropout
+    own.inference_mode = False
     own.base_model_name_or_path, own.revision = base, base_revision
     return _checked(Adapter(_put(model, place, local=local, revision=revision, config=own, is_trainable=True)), place)
 

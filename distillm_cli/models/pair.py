@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distillm_cli.config import schema
 from distillm_cli.core.events import Listener, Note, Warned, silent
@@ -21,6 +20,7 @@ from distillm_cli.models.devices import bf16_is_fast, resolve_device, resolve_dt
 from distillm_cli.models.layers import build_from_layers, read_layers
 from distillm_cli.models.loading import check_causal, load_backbone, load_config
 from distillm_cli.models.places import adapters_of, lasting, locate
+from distillm_cli.models.round_trip import check_reload, differs_from_file
 from distillm_cli.models.students import (
     adopt_special_tokens,
     build_from_config,
@@ -108,8 +108,12 @@ def load_pair(
     )
     if teacher is not None:
         check_kinds(teacher, student)
-    if _is_borrowed(recipe.student):
-        check_reload(student, next(texts(student.tokenizer), None) if texts else None)
+    for path, revision, tokenizer in _tokenizers_read(recipe, teacher, student):
+        if wrong := differs_from_file(path, revision, tokenizer):
+            listener(Warned(wrong))
+    borrowed = _is_borrowed(recipe.student)
+    text = next(texts(student.tokenizer), None) if texts and borrowed else None
+    check_reload(student, borrowed=borrowed, text=text)
     if teacher is not None:
         check_vocabularies(teacher.tokenizer, own := student.tokenizer)
         _share_tokens(teacher, student)
@@ -352,33 +356,14 @@ def check_vocabularies(teacher: PreTrainedTokenizerBase, student: PreTrainedToke
             )
 
 
-_PROBE = "Which of these 12 words, in 3 lines,\n is a  Word?"
-
-
-def check_reload(student: Backbone, text: str | None = None) -> None:
-    """Whether the output directory will give this very tokenizer to `AutoTokenizer`.
-
-    transformers picks the tokenizer's class by the model's family for some of them (Qwen2's, say), whatever was saved: a
-    tokenizer that such a model did not grow up with comes back cutting text in other places. text: one more probe.
-    Raises ModelError.
-    """
-    ours, family = student.tokenizer, student.model.config.model_type
-    with TemporaryDirectory() as directory, quiet():
-        student.model.config.save_pretrained(directory)
-        ours.save_pretrained(directory)
-        try:
-            again = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-            same = ours.get_vocab() == again.get_vocab() and all(
-                ours(probe)["input_ids"] == again(probe)["input_ids"] for probe in (_PROBE, text) if probe
-            )
-        except Exception:  # whatever a family's tokenizer stumbles over, it is not ours that came back
-            same = False
-    if not same:
-        raise ModelError(
-            f"a {family} model's directory is read with {family}'s own kind of tokenizer, which this one is not",
-            where="student.tokenizer",
-            hint="take another family, --student random:llama:4x256 say, or a tokenizer of the family",
-        )
+def _tokenizers_read(
+    recipe: schema.Recipe, teacher: Backbone | None, student: Backbone
+) -> Iterator[tuple[str, str | None, PreTrainedTokenizerBase]]:
+    """Yield where the models' own tokenizers were read, with its revision, and the tokenizers; each once."""
+    if not _is_borrowed(recipe.student):
+        yield recipe.student.path, recipe.student.revision, student.tokenizer
+    if teacher is not None and teacher.tokenizer is not student.tokenizer:
+        yield recipe.teacher.path, recipe.teacher.revision, teacher.tokenizer
 
 
 def _is_borrowed(student: schema.Student) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -159,12 +160,17 @@ def _tokenizer_class(directory: Path | None) -> Any:
     return PreTrainedTokenizerFast if plain else AutoTokenizer
 
 
+_NEEDS = re.compile(r"requires the ([\w-]+) library but it was not found")  # as transformers says it
+
+
 def not_loaded(part: str, path: str, local: bool, error: Exception) -> DistillmError:
     """What to tell of a part of a model (config, tokenizer, weights) that transformers could not read."""
     said = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(".")
     if out_of_memory(error):
         hint = "close other programs, or choose a smaller model; `distillm plan` estimates the need"
         return OutOfMemoryError(f"out of memory while reading the {part} of {path}", where=said, hint=hint)
+    if package := _NEEDS.search(str(error)):  # tekken.json, for example
+        return ModelError(f"the {part} of {path} needs the package {package[1]}", hint=f"pip install {package[1]}")
     if local:
         if isinstance(error, SafetensorError):
             said, hint = f"damaged or incomplete safetensors file ({said})", "copy or download the files again"
