@@ -22,7 +22,7 @@ from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.sources import Row
 from distillm_cli.data.templates import render
 from distillm_cli.errors import DataError
-from distillm_cli.evaluation.metrics import METRICS, Count, Metric, ratio
+from distillm_cli.evaluation.metrics import METRICS, Count, Metric, metric_of, ratio, undefined_on
 from distillm_cli.evaluation.suites import Suite
 
 GREEDY = "greedy"
@@ -32,17 +32,21 @@ GREEDY = "greedy"
 class Score:
     """One metric: mean and sample standard deviation over passes (0 for a single pass), and each pass's value.
 
-    signature: how it was computed, where a library has words for that (``metrics.Metric``).
+    signature: how it was computed, where a library has words for that (``metrics.Metric``). undefined: why the metric says
+    nothing on these rows, and what to use instead; its figures are None then.
     """
 
-    mean: float
-    sd: float
-    seeds: dict[str, float]
+    mean: float | None
+    sd: float | None
+    seeds: dict[str, float | None]
     signature: str | None = None
+    undefined: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Its object in the suite's."""
         told = {"mean": self.mean, "sd": self.sd, "seeds": self.seeds}
+        if self.undefined is not None:
+            told |= {"undefined": self.undefined}
         return told if self.signature is None else told | {"signature": self.signature}
 
 
@@ -135,15 +139,15 @@ def evaluate(
             )
         )
         seconds += time.monotonic() - began
-        answers[name] = [_answer(encoder, said[i], row, config.metrics) for i, row in enumerate(suite.rows)]
+        answers[name] = [_answer(encoder, said[i], row, config) for i, row in enumerate(suite.rows)]
     every = [answer for one_pass in answers.values() for answer in one_pass]
     tokens = sum(answer.tokens for answer in every)
     return SuiteResult(
         suite=suite,
         config=config,
         template=encoder.template,
-        scores=_scores(config.metrics, answers, [row.references for row in suite.rows]),
-        tasks=_by_task(config.metrics, answers, suite.rows),
+        scores=_scores(config, answers, [row.references for row in suite.rows]),
+        tasks=_by_task(config, answers, suite.rows),
         prompts=[render(row, encoder.template, encoder.tokenizer) for row in suite.rows],
         answers=answers,
         tokens=tokens,
@@ -191,17 +195,21 @@ def text_of(tokenizer: Any, said: Sampled) -> str:
     return tokenizer.decode(said.tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def _answer(encoder: Encoder, said: Sampled, row: Row, metrics: SequenceOf[str]) -> Answer:
+def _answer(encoder: Encoder, said: Sampled, row: Row, config: schema.Eval) -> Answer:
     text = text_of(encoder.tokenizer, said)
-    counts = {name: count(text, row.references) for name in metrics if (count := METRICS[name].count) is not None}
+    metrics = [metric_of(name, config.rouge_tokenizer) for name in config.metrics]
+    counts = {metric.name: metric.count(text, row.references) for metric in metrics if metric.count is not None}
     return Answer(text, len(said.tokens), said.complete, float(said.entropy), counts)
 
 
 def _scores(
-    metrics: SequenceOf[str], answers: Mapping[str, SequenceOf[Answer]], references: SequenceOf[SequenceOf[str]]
+    config: schema.Eval, answers: Mapping[str, SequenceOf[Answer]], references: SequenceOf[SequenceOf[str]]
 ) -> dict[str, Score]:
     found = {}
-    for name in metrics:
+    for name in config.metrics:
+        if (why := undefined_on(name, references, config.rouge_tokenizer)) is not None:
+            found[name] = Score(None, None, dict.fromkeys(answers), METRICS[name].signature, why)
+            continue
         seeds = {key: _figure(METRICS[name], said, references) for key, said in answers.items()}
         values = list(seeds.values())
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -217,7 +225,7 @@ def _figure(metric: Metric, said: SequenceOf[Answer], references: SequenceOf[Seq
 
 
 def _by_task(
-    metrics: SequenceOf[str], answers: Mapping[str, SequenceOf[Answer]], rows: SequenceOf[Row]
+    config: schema.Eval, answers: Mapping[str, SequenceOf[Answer]], rows: SequenceOf[Row]
 ) -> dict[str, dict[str, Score]]:
     members: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
@@ -225,7 +233,7 @@ def _by_task(
             members.setdefault(row.task, []).append(i)
     return {
         task: _scores(
-            metrics,
+            config,
             {name: [said[i] for i in picked] for name, said in answers.items()},
             [rows[i].references for i in picked],
         )
