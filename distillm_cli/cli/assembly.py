@@ -38,6 +38,8 @@ from distillm_cli.data.teacher_samples import encoded, read_beforehand
 from distillm_cli.data.templates import Renderer, settled_template
 from distillm_cli.data.token_ids import Affixes
 from distillm_cli.errors import DataError, ModelError
+from distillm_cli.models import router
+from distillm_cli.models.composite import copy_processor, is_composite
 from distillm_cli.models.contexts import longrope_bound
 from distillm_cli.models.conversation import generation_config
 from distillm_cli.models.devices import resolve_device, resolve_dtype
@@ -87,6 +89,7 @@ class Prepared:
     teacher_samples: dict[int, list[Sequence]] | None = None  # by row, where they were made beforehand
     models: Mapping[str, str] = field(default_factory=dict)  # fingerprints of what was loaded, by role
     settled: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # values that were open, with their origin
+    router_aux: float = 0.0  # weight of the auxiliary loss of the student's routers
 
     @property
     def student(self) -> Backbone:
@@ -117,7 +120,7 @@ class Prepared:
     @property
     def pass_cost(self) -> int:
         """By which a step's rows are cut into passes; the same for whoever computes their states."""
-        return pass_cost(self.device.type, self.student.model.config.hidden_size)
+        return pass_cost(self.device.type, self.student.model.config.get_text_config().hidden_size)
 
     @property
     def steps(self) -> int:
@@ -177,6 +180,8 @@ class Prepared:
             else:
                 self.student.plain(torch.float32).model.to(dtype).save_pretrained(directory)
             self.pair.tokenizer.save_pretrained(directory)
+        if is_composite(self.student.model.config) and not student.is_built:
+            copy_processor(student.path, student.revision, directory)
 
 
 def prepare(recipe: Recipe, listener: Listener, early: Early | None = None) -> Prepared:
@@ -215,6 +220,7 @@ def _prepared(recipe: Recipe, listener: Listener, early: Early) -> Prepared:
         contexts = [model.context for model in pair.models.values() if model.context is not None]
         context = min(contexts, default=None)
         _check_heads(pair, context, listener)
+        router_aux = router.weight_of(recipe.objective.router_aux, pair.student, listener)
         _warn_of_longrope(pair, min(recipe.data.max_length, context or recipe.data.max_length), listener)
         train = tokenise(train_rows, encoder, recipe.data, listener, context, ahead)
         valid = tokenise(valid_rows, encoder, recipe.data, listener, context, ahead)
@@ -231,9 +237,22 @@ def _prepared(recipe: Recipe, listener: Listener, early: Early) -> Prepared:
         role: fingerprint(backbone.model.state_dict().items(), torch.bfloat16) for role, backbone in pair.models.items()
     }
     return Prepared(
-        recipe, listener, device, dtype, train_rows, valid_rows, pair, encoder, train, valid, begins, samples, models,
-        settled,
-    )  # fmt: skip
+        recipe=recipe,
+        listener=listener,
+        device=device,
+        dtype=dtype,
+        train_rows=train_rows,
+        valid_rows=valid_rows,
+        pair=pair,
+        encoder=encoder,
+        train=train,
+        valid=valid,
+        begins=begins,
+        teacher_samples=samples,
+        models=models,
+        settled=settled,
+        router_aux=router_aux,
+    )
 
 
 def texts_of(rows: Iterable[Row], data: Data, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
@@ -336,6 +355,7 @@ def build_engine(run: Prepared, output: Path, listener: Listener, *, teacher: Te
         rule,
         teacher_head=None if teacher is None else teacher.head,
         matmul_dtype=None if run.dtype == torch.float32 else run.dtype,
+        router_aux=run.router_aux,
     )
     scheduler = new_scheduler(run)
     return Engine(

@@ -42,7 +42,7 @@ class Measured:
     """What one model did on the held-out rows: its figures, and what it answered to the first of them."""
 
     valid_loss: float | None
-    scores: dict[str, float]
+    scores: dict[str, float | None]
     answers: list[str]
 
 
@@ -67,9 +67,18 @@ def check_metric(recipe: Recipe) -> None:
 
 def check_answers(run: Prepared) -> None:
     """Raises ModelError where the run trains on samples of a model that cannot generate, or selects checkpoints by what it
-    answers. The table at the end can do without."""
+    answers. The table at the end can do without.
+
+    Raises UsageError where the metric that selects checkpoints is undefined on the held-out rows."""
     for model in sampling.samplers(run) + ([run.student] if needs_metric(run.recipe) else []):
         model.check_decoding()
+    if needs_metric(run.recipe):
+        from distillm_cli.evaluation.metrics import undefined_on
+
+        select, config = run.recipe.train.select, run.recipe.eval
+        references = [row.references for row in run.valid.rows[: config.report_rows]]
+        if references and (why := undefined_on(select, references, config.rouge_tokenizer)) is not None:
+            raise UsageError(f"train.select: {why}", where=run.valid_rows.name)
 
 
 class Report:
@@ -122,6 +131,9 @@ class Report:
     def _measure(self, model: Backbone, name: str, valid_loss: float | None) -> Measured:
         result = self._generate(model, self.labels[name]) if self.suite.rows else None
         scores = {} if result is None else {metric: score.mean for metric, score in result.scores.items()}
+        for told in {} if result is None or name != AFTER else result.scores.values():
+            if told.undefined is not None:
+                self.ui(Warned(told.undefined))
         answers = [] if result is None else next(iter(result.outputs.values()))
         return self._keep(name, Measured(valid_loss, scores, answers))
 

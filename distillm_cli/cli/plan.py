@@ -214,11 +214,14 @@ def _models(found: dict[str, Any]) -> Any:
         "  embeddings": lambda m: _count(m["parts"]["embeddings"]),
         "  trunk": lambda m: _count(m["parts"]["trunk"]),
         "  head": lambda m: _count(m["parts"]["head"]) if m["parts"]["head"] else "the embeddings",
+        "  not text": lambda m: _count(m["parts"]["outside"]) if m["parts"]["outside"] else "none",
         "that train": lambda m: "none" if not m["trainable"] else _count(m["trainable"]),
         "layers × width": _layers,
         "context": lambda m: "no limit" if m["context"] is None else f"{m['context']:,}",
         "weights in": lambda m: m["dtype"],
     }
+    if not any(m["parts"]["outside"] for m in models.values()):
+        del lines["  not text"]
     return table("Models", ["", *models], [[line, *map(told, models.values())] for line, told in lines.items()])
 
 

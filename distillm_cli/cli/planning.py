@@ -29,6 +29,7 @@ from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.sources import Rows, is_path, load_rows, local_place
 from distillm_cli.errors import DataError
 from distillm_cli.models import lora
+from distillm_cli.models.composite import freeze_rest, is_composite
 from distillm_cli.models.contexts import context_of
 from distillm_cli.models.pair import check_kinds, check_vocabularies, resolve_device, resolve_dtype
 from distillm_cli.models.shapes import Shape, Sizes, has_weights, load_shape, sizes, student_spec, weight_bytes
@@ -245,7 +246,7 @@ def model_told(counted: Sizes, dtype: str) -> dict[str, Any]:
     return encoder | {
         "kind": counted.kind,
         "parameters": counted.parameters["total"],
-        "parts": {part: counted.parameters[part] for part in ("embeddings", "trunk", "head")},
+        "parts": {part: counted.parameters[part] for part in ("embeddings", "trunk", "head", "outside")},
         "trainable": counted.parameters["trainable"],
         "layers": counted.layers,
         "width": counted.width,
@@ -271,9 +272,12 @@ def _kept(run: Prepared, keeping: Keeping) -> dict[str, Any]:
 
 def _trained(student: Shape, recipe: Recipe) -> PreTrainedModel:
     """The student as it is trained: under its adapter, where it has one (a copy: what others read is the whole model)."""
-    if recipe.student.lora.r is None:
+    if recipe.student.lora.r is None and not is_composite(student.model.config):
         return student.model
     model = copy.deepcopy(student.model)
+    freeze_rest(model)
+    if recipe.student.lora.r is None:
+        return model
     with torch.device("meta"):
         lora.attach(model, recipe.student.lora, seed=0, base=str(recipe.student.path), revision=None)
     return model

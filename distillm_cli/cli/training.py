@@ -50,6 +50,7 @@ from distillm_cli.core.scheduler import Source
 from distillm_cli.data.early import Early
 from distillm_cli.data.templates import text_of_content
 from distillm_cli.errors import Interrupted, StorageError, UsageError, signal_number
+from distillm_cli.models.composite import is_composite
 from distillm_cli.storage import failed_with, reason
 from distillm_cli.ui.console import Console
 from distillm_cli.ui.summary import (
@@ -227,6 +228,7 @@ def publish(
     try:
         run.export_model(staged)
         task = "text2text-generation" if run.student.is_encoder_decoder else "text-generation"
+        task = "image-text-to-text" if is_composite(run.student.model.config) else task
         card = model_card(resolved, reached, measured, task=task, measured_on=measured_on)
         (staged / outputs.CARD).write_text(card, encoding="utf-8")
         outputs.publish(staged, output)

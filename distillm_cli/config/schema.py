@@ -348,6 +348,10 @@ class Eval(Section):
         min_length=1,
         description="rouge_l rouge_1 rouge_2, bleu and chrf (of a whole set), exact_match, error_rate, final_number (GSM8K)",
     )
+    rouge_tokenizer: Literal["words", "characters"] = Field(
+        "words",
+        description="tokens of rouge_*: words (runs of a-z and 0-9, stemmed; the paper's) or characters (for Chinese, say)",
+    )
     seeds: tuple[Annotated[int, Field(lt=2**63)], ...] = Field(
         (10, 20, 30, 40, 50), min_length=1, description="one sampled pass each"
     )

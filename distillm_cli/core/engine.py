@@ -324,11 +324,13 @@ class Engine:
         rose = self.scheduler.observe(at.valid_loss)
         if rose or not at.phis:
             at.phis.append((step, self.scheduler.phi))
-        better = select != "last" and step > 0 and self._is_better(({"valid_loss": at.valid_loss} | at.scores)[select])
+        value = None if select == "last" or step == 0 else ({"valid_loss": at.valid_loss} | at.scores)[select]
+        tied = value is not None and value == at.best  # the later weights are kept, and patience counts on
+        better = tied or (value is not None and self._is_better(value))
         trigger = self.scheduler.trigger
         self.say(Validated(step, at.valid_loss, self.scheduler.phi, rose, better, dict(at.scores), trigger))
         if better:
-            at.best_step, at.stale = step, 0
+            at.best_step, at.stale = step, at.stale + 1 if tied else 0
             self._save()
         elif step > 0:
             at.stale += 1

@@ -21,7 +21,7 @@ from distillm_cli.core.rollout import Decoder, Sampled, Sampling, sample_all
 from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.sources import Row
 from distillm_cli.errors import DataError
-from distillm_cli.evaluation.metrics import METRICS, Count, Metric, ratio
+from distillm_cli.evaluation.metrics import METRICS, Count, Metric, metric_of, ratio, undefined_on
 from distillm_cli.evaluation.reasoning import without_reasoning
 from distillm_cli.evaluation.suites import Suite
 
@@ -32,17 +32,21 @@ GREEDY = "greedy"
 class Score:
     """One metric: mean and sample standard deviation over passes (0 for a single pass), and each pass's value.
 
-    signature: how it was computed, where a library has words for that (``metrics.Metric``).
+    signature: how it was computed, where a library has words for that (``metrics.Metric``). undefined: why the metric says
+    nothing on these rows, and what to use instead; its figures are None then.
     """
 
-    mean: float
-    sd: float
-    seeds: dict[str, float]
+    mean: float | None
+    sd: float | None
+    seeds: dict[str, float | None]
     signature: str | None = None
+    undefined: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Its object in the suite's."""
         told = {"mean": self.mean, "sd": self.sd, "seeds": self.seeds}
+        if self.undefined is not None:
+            told |= {"undefined": self.undefined}
         return told if self.signature is None else told | {"signature": self.signature}
 
 
@@ -150,8 +154,8 @@ def evaluate(
         suite=suite,
         config=config,
         template=encoder.template,
-        scores=_scores(config.metrics, answers, references),
-        tasks=_by_task(config.metrics, answers, suite.rows, references),
+        scores=_scores(config, answers, references),
+        tasks=_by_task(config, answers, suite.rows, references),
         prompts=[encoder.renderer.prompt(row) for row in suite.rows],
         references=references,
         answers=answers,
@@ -202,15 +206,19 @@ def _scored(texts: SequenceOf[str], config: schema.Eval) -> tuple[str, ...]:
 
 def _answer(output: str, said: Sampled, references: SequenceOf[str], config: schema.Eval) -> Answer:
     (text,) = _scored([output], config)
-    counts = {name: count(text, references) for name in config.metrics if (count := METRICS[name].count) is not None}
+    metrics = [metric_of(name, config.rouge_tokenizer) for name in config.metrics]
+    counts = {metric.name: metric.count(text, references) for metric in metrics if metric.count is not None}
     return Answer(text, output, len(said.tokens), said.complete, float(said.entropy), counts)
 
 
 def _scores(
-    metrics: SequenceOf[str], answers: Mapping[str, SequenceOf[Answer]], references: SequenceOf[SequenceOf[str]]
+    config: schema.Eval, answers: Mapping[str, SequenceOf[Answer]], references: SequenceOf[SequenceOf[str]]
 ) -> dict[str, Score]:
     found = {}
-    for name in metrics:
+    for name in config.metrics:
+        if (why := undefined_on(name, references, config.rouge_tokenizer)) is not None:
+            found[name] = Score(None, None, dict.fromkeys(answers), METRICS[name].signature, why)
+            continue
         seeds = {key: _figure(METRICS[name], said, references) for key, said in answers.items()}
         values = list(seeds.values())
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -226,7 +234,7 @@ def _figure(metric: Metric, said: SequenceOf[Answer], references: SequenceOf[Seq
 
 
 def _by_task(
-    metrics: SequenceOf[str],
+    config: schema.Eval,
     answers: Mapping[str, SequenceOf[Answer]],
     rows: SequenceOf[Row],
     references: SequenceOf[SequenceOf[str]],
@@ -237,7 +245,7 @@ def _by_task(
             members.setdefault(row.task, []).append(i)
     return {
         task: _scores(
-            metrics,
+            config,
             {name: [said[i] for i in picked] for name, said in answers.items()},
             [references[i] for i in picked],
         )

@@ -112,14 +112,16 @@ def _predictions(result: SuiteResult, name: str) -> Iterator[dict[str, Any]]:
             "output": answer.output,
             **({} if answer.text == answer.output else {"scored": answer.text}),
             "references": list(references),
-            **{name: _of_row(name, answer, references) for name in result.config.metrics},
+            **{name: _of_row(name, answer, references, result) for name in result.config.metrics},
             "tokens": answer.tokens,
             "complete": answer.complete,
             "entropy": answer.entropy,
         }
 
 
-def _of_row(name: str, answer: Answer, references: tuple[str, ...]) -> float:
+def _of_row(name: str, answer: Answer, references: tuple[str, ...], result: SuiteResult) -> float | None:
+    if result.scores[name].undefined is not None:
+        return None
     count = answer.counts.get(name)
     return METRICS[name].score(answer.text, references) if count is None else ratio([count])
 
