@@ -7,30 +7,14 @@ from datetime import date
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from distillm_cli.config.schema import Data
 from distillm_cli.data.prompts import Encoder, LeftOut
 from distillm_cli.data.rows import Row
 from distillm_cli.errors import DataError, ModelError
+from tests.chat_models import CALLS, USER, loop, tokenizer
 
-TOKENS = ("<bos>", "<eos>", "<sys>", "<user>", "<bot>", "<end>", "<stop>", "<call>", "<chan>", "<msg>")
-STRUCTURE = ("<think>", "</think>")  # added tokens that are not special, as Qwen has them
-
-
-def loop(body: str, prompt: str, *, before: str = "<bos>", after: str = "") -> str:
-    """A template that writes ``body`` for each message."""
-    last = "{%- set last = messages | length - 1 -%}"
-    prompt = "{%- if add_generation_prompt -%}" + prompt + "{%- else -%}" + after + "{%- endif -%}"
-    return last + before + "{%- for m in messages -%}" + body + "{%- endfor -%}" + prompt
-
-
-USER = "{%- if m.role != 'assistant' -%}<user>{{ m.content }}<end>{{ '\\n' }}{%- else -%}"
 THINK = "<think>{{ '\\n' }}{{ m.reasoning_content or '' }}{{ '\\n' }}</think>{{ '\\n\\n' }}"
-CALLS = (
-    "{%- for c in m.tool_calls or [] -%}<call>{{ c.function.name }}{{ c.function.arguments | tojson }}{%- endfor -%}"
-)
 
 # name → (template, generation prompt's end, target of an earlier "two", target of the last "four")
 FAMILIES = {
@@ -113,19 +97,6 @@ APPENDED = ("a header that ends the turn before it", "words that are no token") 
 STOPS = ("<eos>", "<stop>", "<user>")
 
 
-def tokenizer(template: str | dict | None) -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator([], trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False))
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in TOKENS])
-    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in STRUCTURE])
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<eos>")
-    made.chat_template = template
-    return made
-
-
 def encoder(chat_template: str | None, stops: tuple[str, ...] = STOPS, **fields) -> Encoder:
     made = tokenizer(chat_template)
     data = Data(**{"max_length": 4096, "max_prompt_length": 4096, "template": "chat"} | fields)
@@ -191,7 +162,7 @@ def test_reasoning_and_tool_calls_reach_the_template():
     call = {"type": "function", "function": {"name": "get", "arguments": {"city": "Oslo"}}}
     for content in (None, ""):
         row = talk(user("Weather?"), bot(content, tool_calls=[call]))
-        assert supervised(made, made.sequence(row, 0)) == ['<think>\n\n</think>\n\n<call>get{"city": "Oslo"}<end>']
+        assert supervised(made, made.sequence(row, 0)) == ['<think>\n\n</think>\n\n<call>get {"city": "Oslo"}<end>']
     row = talk(user("1 + 1?"), bot("2", reasoning_content="Add."))
     assert supervised(made, made.sequence(row, 0)) == ["<think>\nAdd.\n</think>\n\n2<end>"]
 
