@@ -387,6 +387,19 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
     assert engine.checkpoints.steps() == sorted({at.best_step, 11, 12})
 
 
+def test_of_equal_figures_the_last_is_kept_and_patience_counts(tmp_path):
+    how = {"method": "sft", "steps": 12, "select": "rouge_l", "eval_steps": 2}
+    figures = iter([0.0, 3.0, 3.0, 1.0, 3.0, 2.0, 2.0])  # the first is of the student before training
+    engine = build(tmp_path / "a", **how)
+    engine.score = lambda: {"rouge_l": next(figures)}
+    at = engine.run()
+    assert (at.best, at.best_step, at.stale) == (3.0, 8, 5)
+    engine = build(tmp_path / "b", **how, patience=3)
+    engine.score = lambda: {"rouge_l": 0.0}
+    at = engine.run()
+    assert (at.reason, at.step, at.best_step) == ("early stop", 8, 8)
+
+
 def test_early_stop_after_patience_runs_out(tmp_path):
     engine = build(tmp_path, method="sft", steps=60, lr=0.3, select="valid_loss", patience=2, eval_steps=2)
     at = engine.run()

@@ -108,6 +108,20 @@ def test_figures_of_a_whole_set_are_computed_pass_by_pass_and_task_by_task(model
     assert set(lines[0]) >= {"bleu", "rouge_1"}
 
 
+def test_an_undefined_metric_is_shown_as_such(model, encoder, tmp_path):
+    suite = suite_of(("红色",), ("今天天气不错。",))
+    result = evaluate(model, encoder, suite, config(metrics=("rouge_l", "chrf"), seeds=(10, 20)))
+    told = result.as_json()
+    assert (told["rouge_l"]["mean"], told["rouge_l"]["seeds"]) == (None, {"10": None, "20": None})
+    assert "rouge_tokenizer=characters" in told["rouge_l"]["undefined"]
+    assert told["chrf"]["mean"] is not None
+    place = save(result, tmp_path)
+    (first, _) = (place / "predictions-seed10.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(first)["rouge_l"] is None
+    characters = config(metrics=("rouge_l",), rouge_tokenizer="characters")
+    assert evaluate(model, encoder, suite, characters).scores["rouge_l"].mean is not None
+
+
 def test_a_pass_is_a_function_of_seed_and_row_alone(model, encoder):
     one = evaluate(model, encoder, suite_of(), config(seeds=(10,)))
     other = evaluate(model, encoder, suite_of(), config(seeds=(20, 10), batch_size=12))
