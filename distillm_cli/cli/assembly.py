@@ -27,7 +27,7 @@ from distillm_cli.core.objective import Objective
 from distillm_cli.core.replay import ReplayBuffer, Round
 from distillm_cli.core.scheduler import Scheduler
 from distillm_cli.core.teacher import Teacher
-from distillm_cli.core.teacher_cache import rows_digest
+from distillm_cli.core.teacher_cache import date_of, root_of, rows_digest
 from distillm_cli.data.ahead import Ahead
 from distillm_cli.data.batching import Examples, Order, by_length, tokenise
 from distillm_cli.data.early import Early
@@ -285,7 +285,7 @@ def _conversing(
         choice = f"; --set data.template={other} chooses the other form" if has_choice else ""
         listener(Note(f"template {template}: {why}{choice}"))
     if recipe.data.date is None:
-        settled["data.date"] = (date.today().isoformat(), "start of the run")
+        settled["data.date"] = _open_date(recipe, rows[0].name)
     data = recipe.data.model_copy(update={key.partition(".")[2]: value for key, (value, _) in settled.items()})
     common = {
         "is_encoder_decoder": pair.student.is_encoder_decoder,
@@ -302,6 +302,15 @@ def _conversing(
     settle_ends(pair, encoder, is_chat, listener)
     data = recipe.data.model_copy(update={key.partition(".")[2]: value for key, (value, _) in settled.items()})
     return recipe.model_copy(update={"data": data}), encoder, settled
+
+
+def _open_date(recipe: Recipe, data: str) -> tuple[str, str]:
+    """The date that chat templates see where the recipe gives none, and where it is from."""
+    if recipe.method != "sft" and recipe.teacher.cache in ("disk", "auto"):
+        of_cache = date_of(root_of(recipe.teacher.cache_dir), str(recipe.teacher.path), data)
+        if of_cache is not None:
+            return of_cache, "the teacher cache"
+    return date.today().isoformat(), "start of the run"
 
 
 def _check_held_out(recipe: Recipe, rows: Rows, listener: Listener) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -253,6 +252,8 @@ def _on_disk(run: Prepared, keeping: Keeping, rebuild: bool, listener: Listener)
     if rebuild or not keeping.is_made:
         how = {"size": keeping.rows_bytes, "rebuild": rebuild}
         how["of"] = {"teacher": str(run.recipe.teacher.path), "data": run.train_rows.name}
+        if run.recipe.data.date is not None:
+            how["of"] |= {"date": run.recipe.data.date}
         made = teacher_cache.write(keeping.place, keeping.key, asked, sequences, run.device, listener, **how)
     return teacher_cache.read(keeping.place, keeping.key, sequences, listener), not made, asked.tokens
 
@@ -266,9 +267,7 @@ def disk_free(place: Path) -> int | None:
 
 
 def _root(run: Prepared) -> Path:
-    if run.recipe.teacher.cache_dir is not None:
-        return Path(run.recipe.teacher.cache_dir).expanduser()
-    return Path(os.environ.get("DISTILLM_CACHE") or Path.home() / ".cache" / "distillm").expanduser() / "teacher"
+    return teacher_cache.root_of(run.recipe.teacher.cache_dir)
 
 
 def _rows_come_back(run: Prepared) -> bool:

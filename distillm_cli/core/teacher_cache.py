@@ -79,6 +79,29 @@ def teacher_digest(model: nn.Module, config: str) -> str:
     return digest.hexdigest()
 
 
+def root_of(cache_dir: str | None) -> Path:
+    """Return the directory of all caches: ``teacher.cache_dir``, else the user's."""
+    if cache_dir is not None:
+        return Path(cache_dir).expanduser()
+    return Path(os.environ.get("DISTILLM_CACHE") or Path.home() / ".cache" / "distillm").expanduser() / "teacher"
+
+
+def date_of(root: Path, teacher: str, data: str) -> str | None:
+    """Return the date in the prompts of the newest cache of a teacher and a data set; None where there is none.
+
+    A run whose chat template writes the current date takes this one, so that the cache is used on later days too.
+    """
+    found = []
+    for facts in [*root.glob(f"*/{FACTS}"), root / FACTS]:
+        try:
+            of = json.loads(facts.read_text(encoding="utf-8"))["of"]
+            if of["teacher"] == teacher and of["data"] == data and "date" in of:
+                found.append((facts.stat().st_mtime, str(of["date"])))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return max(found)[1] if found else None
+
+
 def place_of(root: Path, key: Key) -> Path:
     """Where the cache is or will be: a directory of ``root``, or ``root`` itself where it is a cache."""
     return root if (root / FACTS).exists() else root / key.name

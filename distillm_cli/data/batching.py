@@ -36,8 +36,9 @@ class Examples:
 
     dropped: rows left out because they are too long; dropped_prompts: those of them whose prompt alone is. truncated:
     responses that were cut. unsupervised: rows without an answer to train on. refused: rows that could not be written,
-    with the reason each (``data.skip_bad_rows``). moved: rows in which a token spans the end of the prompt. written: how
-    many rows have a special token in their text, by token.
+    with the reason each (``data.skip_bad_rows``). moved: rows in which a token spans the end of the prompt. written: rows
+    that have a special token in their text, by token. ignored: rows with a field that the chat template does not write,
+    by field.
     """
 
     sequences: list[Sequence]
@@ -48,7 +49,8 @@ class Examples:
     unsupervised: int = 0
     refused: list[str] = field(default_factory=list)
     moved: int = 0
-    written: Counter[str] = field(default_factory=Counter)
+    written: dict[str, list[Row]] = field(default_factory=dict)
+    ignored: Counter[str] = field(default_factory=Counter)
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -90,7 +92,9 @@ def tokenise(
             response = outcome.sequence.response
             truncated += len(response) > 0 and int(response[-1]) not in encoder.ends
             moved += outcome.moved
-            examples.written.update(outcome.written)
+            examples.ignored.update(outcome.ignored)
+            for token in outcome.written:
+                examples.written.setdefault(token, []).append(row)
             examples.sequences.append(replace(outcome.sequence, row=len(examples)))
             examples.rows.append(row)
         listener(Progress(f"tokenizing {name}".rstrip(), at + len(chunk), len(rows), "rows"))
@@ -128,13 +132,13 @@ def _report_rows(examples: Examples, name: str, data: Data, listener: Listener) 
         what = f"in {examples.moved:,} of {counted(rows, 'row')} a token spans the end of the prompt"
         listener(Note(f"{name}{what}; it belongs to the response"))
     if examples.written and data.special_tokens_in_text != "text":
-        tokens = ", ".join(f"{token} ({count:,})" for token, count in examples.written.most_common(5))
-        listener(
-            Warned(
-                f"{name}special tokens in the text of rows are encoded as special tokens: {tokens}; "
-                "--set data.special_tokens_in_text=text encodes them as text"
-            )
-        )
+        most = sorted(examples.written.items(), key=lambda item: -len(item[1]))[:5]
+        tokens = ", ".join(f"{token} in {counted(len(found), 'row')} (first {found[0].where})" for token, found in most)
+        what = f"{name}special tokens in the text of rows are encoded as special tokens: {tokens}"
+        listener(Warned(f"{what}; --set data.special_tokens_in_text=text encodes them as text"))
+    for field_name, count in examples.ignored.items():
+        share = f"{count / rows * 100:.0f} % of rows"
+        listener(Note(f"{name}the chat template does not write `{field_name}` of the answers ({share})"))
 
 
 def _report(

@@ -20,11 +20,16 @@ from distillm_cli.sequences import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A row as a sequence. moved: a token spans the end of its prompt. written: special tokens in the row's own text."""
+    """A row as a sequence.
+
+    moved: a token spans the end of its prompt. written: special tokens in the row's own text. ignored: fields of its answer
+    that the chat template does not write.
+    """
 
     sequence: Sequence
     moved: bool = False
     written: frozenset[str] = frozenset()
+    ignored: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +291,7 @@ class Encoder:
                 return over
             response = response[: limit - P].copy()
         written = self.special_tokens_of(row, text)
-        return Encoded(Sequence(prompt, response, index, turns), ids.moved, written)
+        return Encoded(Sequence(prompt, response, index, turns), ids.moved, written, text.ignored)
 
     def _ended(self, row: Row, text: Text, ids: np.ndarray) -> np.ndarray:
         """The response with its first special tokens and its end, or without an end where it was cut; none of none."""

@@ -49,6 +49,21 @@ def questions(*answers: dict) -> list[dict]:
     ]
 
 
+@pytest.fixture
+def day(monkeypatch):
+    """The clock that a run reads its date from."""
+
+    class Day(date):
+        now = date(2026, 1, 31)
+
+        @classmethod
+        def today(cls):
+            return cls.now
+
+    monkeypatch.setattr(assembly, "date", Day)
+    return Day
+
+
 def spelled() -> list[dict]:
     return questions(*({"content": text} for text in ("eno", "owt", "xis", "net")))
 
@@ -99,15 +114,7 @@ def test_a_tool_call_is_learned_generated_scored_and_read_back(typed, tmp_path):
     assert result["train_loss"] < 0.05
 
 
-def test_a_dated_template_is_resumed_under_another_date(typed, tmp_path, monkeypatch):
-    class Day(date):
-        now = date(2026, 1, 31)
-
-        @classmethod
-        def today(cls):
-            return cls.now
-
-    monkeypatch.setattr(assembly, "date", Day)
+def test_a_dated_template_is_resumed_under_another_date(typed, tmp_path, day):
     dated = "{{ strftime_now('%d %b %Y') }}" + CHAT
     model, data = chat_models.save(tmp_path / "model", dated), lines(tmp_path / "rows.jsonl", spelled())
     run = ["sft", "--model", model, *on(data), "--set", "train.save_steps=2"]
@@ -121,7 +128,7 @@ def test_a_dated_template_is_resumed_under_another_date(typed, tmp_path, monkeyp
         file.unlink() if file.is_file() else file.rmdir()
     newest.rmdir()
     (tmp_path / "halves" / "model.safetensors").unlink()
-    Day.now = date(2026, 2, 3)
+    day.now = date(2026, 2, 3)
     code, _, err = typed(*run, "--steps", 4, "--output", "halves", "--resume")
     assert code == 0, err
     halves, whole = (tmp_path / name / "model.safetensors" for name in ("halves", "whole"))
@@ -129,6 +136,21 @@ def test_a_dated_template_is_resumed_under_another_date(typed, tmp_path, monkeyp
     assert "date: '2026-01-31'" in (tmp_path / "halves" / "recipe.yaml").read_text()
     said, _ = asked(typed, "whole", "--prompt", "one?")
     assert said[0]["prompt"].startswith("31 Jan 2026"), "asked as it was trained"
+
+
+def test_a_teacher_cache_is_used_on_another_day(typed, tmp_path, day):
+    dated = "{{ strftime_now('%d %b %Y') }}" + CHAT
+    pair = ["--teacher", chat_models.save(tmp_path / "t", dated), "--student", chat_models.save(tmp_path / "s", dated)]
+    cache = ["--teacher-cache", "disk", "--set", f"teacher.cache_dir={tmp_path / 'cache'}"]
+    run = ["distill", "--method", "kd", *pair, *on(lines(tmp_path / "rows.jsonl", spelled())), *cache, "--steps", 1]
+    hits = []
+    for name in ("a", "b"):
+        code, result, err = typed(*run, "--output", name)
+        assert code == 0, err
+        hits.append(result["teacher_cache"]["hit"])
+        day.now = date(2026, 2, 3)
+    assert hits == [False, True]
+    assert "date: '2026-01-31'" in (tmp_path / "b" / "recipe.yaml").read_text()
 
 
 @pytest.mark.parametrize(

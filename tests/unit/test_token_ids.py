@@ -15,6 +15,7 @@ from distillm_cli.data.rows import Row
 from distillm_cli.data.sources import load_rows
 from distillm_cli.data.token_ids import Affixes, find_affixes, token_ids
 
+DATA = Data(template="exact", max_length=512, max_prompt_length=256)
 TEXTS = [
     "Name three rivers in the north of the country and say where they end.",
     "The answer is in the name: the river ends in the sea.\nAnd  so on, and so on.",
@@ -116,7 +117,7 @@ def test_ids_are_those_of_the_whole_text(kind):
 def test_no_blank_is_put_before_a_response(kind):
     """A response tokenized alone would begin with a blank that the whole text does not have."""
     tokenizer = wrapped(KINDS[kind]())
-    sequence = Encoder(tokenizer, Data(template="exact")).sequence(Row(prompt="Name.\n", references=("The sea",)), 0)
+    sequence = Encoder(tokenizer, DATA).sequence(Row(prompt="Name.\n", references=("The sea",)), 0)
     whole = tokenizer("Name.\nThe sea")["input_ids"]
     assert [*sequence.prompt.tolist(), *sequence.response.tolist()] == [*whole, tokenizer.eos_token_id]
     assert sequence.prompt.tolist() == tokenizer("Name.\n")["input_ids"]
@@ -144,8 +145,7 @@ def test_moved_boundaries_are_reported():
     tokenizer, said = wrapped(bytes_like()), []
     prompt, response = split_inside_a_token(tokenizer)
     rows = [Row(prompt=prompt, references=(response,)), Row(prompt="Name.\n", references=("The",))]
-    data = Data(template="exact")
-    examples = tokenise(rows, Encoder(tokenizer, data), data, said.append)
+    examples = tokenise(rows, Encoder(tokenizer, DATA), DATA, said.append)
     assert examples.moved == 1
     assert any("in 1 of 2 rows a token spans the end of the prompt" in getattr(event, "text", "") for event in said)
 
@@ -174,7 +174,7 @@ def test_dolly_by_gpt2_is_the_whole_text(shared_data):
 def test_decoding_gives_the_text_behind_the_prompt():
     for kind in KINDS.values():
         tokenizer = wrapped(kind())
-        encoder = Encoder(tokenizer, Data(template="exact"))
+        encoder = Encoder(tokenizer, DATA)
         for prompt, response in (("Name three rivers.", " The sea"), ("Name.\n", "The sea"), ("the n", "ame")):
             row = Row(prompt=prompt, references=(response,))
             sequence = encoder.sequence(row, 0)
@@ -196,7 +196,7 @@ def test_targets_begin_with_the_language_of_the_tokenizers_target_mode():
     tokenizer = nllb()
     source, target = tokenizer("abc")["input_ids"], tokenizer(text_target="abc")["input_ids"]
     assert source != target  # else this would show nothing
-    encoder = Encoder(tokenizer, Data(template="exact"), is_encoder_decoder=True)
+    encoder = Encoder(tokenizer, DATA, is_encoder_decoder=True)
     sequence = encoder.sequence(Row(prompt="abc", references=("abc",)), 0)
     assert (sequence.prompt.tolist(), sequence.response.tolist()) == (source, target)
     assert encoder.decode(sequence.prompt, sequence.response) == "abc"
