@@ -25,8 +25,10 @@ from distillm_cli.cli.usage import UsageProblem, explained
 from distillm_cli.errors import (
     DistillmError,
     Interrupted,
+    ModelError,
     OutOfMemoryError,
     StorageError,
+    of_tokenizers,
     out_of_memory,
     signal_number,
     tell,
@@ -94,7 +96,9 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
     except typer.Exit as done:
         return done.exit_code
-    except (Exception, KeyboardInterrupt) as error:
+    except BaseException as error:
+        if not (isinstance(error, Exception | KeyboardInterrupt) or of_tokenizers(error)):
+            raise
         if _reader_left(error):
             return _BROKEN_PIPE
         return _report(error, argv)
@@ -155,6 +159,9 @@ def _known(error: BaseException, argv: list[str]) -> DistillmError:
         return StorageError(_first_line(error), hint="give another place, or see who may write there")
     if _storage_failed(error, _FAILED):
         return StorageError(_first_line(error), hint="free some space there, or give another --output")
+    if of_tokenizers(error):
+        hint = "its files are damaged or incomplete: copy or download them again (--debug shows where it failed)"
+        return ModelError("the tokenizer failed", where=_first_line(error), hint=hint)
     return DistillmError(
         f"unexpected {type(error).__name__}",
         where=_first_line(error),
