@@ -121,6 +121,12 @@ def typed_options(argv: list[str]) -> list[str]:
     return argv[: argv.index("--")] if "--" in argv else argv
 
 
+def of_tokenizers(error: BaseException) -> bool:
+    """Return whether a tokenizer failed inside its library, written in Rust: by a panic, which is no Exception, or by a bare
+    Exception, which nothing else raises."""
+    return type(error) is Exception or type(error).__name__ == "PanicException"
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether memory, the machine's or a device's, is what ran out."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):

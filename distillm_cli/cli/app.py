@@ -24,9 +24,11 @@ from distillm_cli.cli.usage import UsageProblem, explained
 from distillm_cli.errors import (
     DistillmError,
     Interrupted,
+    ModelError,
     OutOfMemoryError,
     StorageError,
     UsageError,
+    of_tokenizers,
     out_of_memory,
     signal_number,
     typed_options,
@@ -89,7 +91,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         code = _invoked(command, argv)
         sys.stdout.flush()
-    except (Exception, KeyboardInterrupt) as error:
+    except BaseException as error:
+        if not (isinstance(error, Exception | KeyboardInterrupt) or of_tokenizers(error)):
+            raise
         if _reader_left(error):
             return _BROKEN_PIPE
         return _reported(error, argv)
@@ -155,6 +159,9 @@ def _known(error: BaseException, argv: list[str]) -> DistillmError:
         return StorageError(_first_line(error), hint=hint)
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # Path.resolve, before Python 3.13
         return StorageError(_first_line(error), hint="remove the link, or give another place")
+    if of_tokenizers(error):
+        hint = "its files are damaged or incomplete: copy or download them again (--debug shows where it failed)"
+        return ModelError("the tokenizer failed", where=_first_line(error), hint=hint)
     return DistillmError(
         f"unexpected {type(error).__name__}",
         where=_first_line(error),

@@ -26,11 +26,15 @@ from distillm_cli.errors import ModelError, out_of_memory
 from distillm_cli.models import lora
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.composite import is_composite
+from distillm_cli.models.contexts import context_of
 from distillm_cli.models.modes import eval_mode
 from distillm_cli.models.places import Place, adapters_of, lasting, locate, no_base
 from distillm_cli.models.quantize import check_quantize, in_few_bits
 from distillm_cli.models.students import adopt_special_tokens, auto_class, heads_are_tied, set_dropout
 from distillm_cli.models.tokenizer_files import WEIGHTS, OwnTokenizers, not_loaded, quiet
+from distillm_cli.words import counted
+
+LEAST_CONTEXT = 24  # tokens; decoding is tried on prompts nearly as long
 
 
 def load_config(path: str, *, revision: str | None = None, file: bool = False) -> PretrainedConfig:
@@ -64,6 +68,12 @@ def load_config(path: str, *, revision: str | None = None, file: bool = False) -
         raise _not_causal(path, config) from error
     if isinstance(depth, int) and depth < 1:
         raise ModelError(f"{path}: num_hidden_layers is {depth}", hint="its config.json must name at least one layer")
+    context = context_of(config)
+    if context is not None and context < LEAST_CONTEXT:
+        what = f"{path}: a context of {counted(context, 'token')} is too short for a prompt and a response"
+        raise ModelError(
+            what, hint=f"use a model with {LEAST_CONTEXT} or more (max_position_embeddings in config.json)"
+        )
     known = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
     if type(config) not in known and not is_composite(config):
         raise _not_causal(path, config)

@@ -21,11 +21,14 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from distillm_cli import manifest
-from distillm_cli.errors import DistillmError, ModelError, OutOfMemoryError, out_of_memory
+from distillm_cli.errors import DistillmError, ModelError, OutOfMemoryError, of_tokenizers, out_of_memory
 from distillm_cli.models.places import adapters_of, cached, hub_is_there, locate
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.model", "tekken.json")
+
+
+_TRIED = "Hello, 1 é"  # some damages show only in use
 
 
 @contextmanager
@@ -64,7 +67,10 @@ def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedToken
             tokenizer = _tokenizer_class(Path(name) if local else None).from_pretrained(
                 name, revision=revision, local_files_only=local, trust_remote_code=False
             )
-        except Exception as error:
+            tokenizer(_TRIED)
+        except BaseException as error:
+            if not (isinstance(error, Exception) or of_tokenizers(error)):
+                raise
             raise not_loaded("tokenizer", path, local, error) from error
     if not local and (config := cached(name, "config.json", revision)) and not has_tokenizer(config.parent):
         # transformers makes an empty tokenizer of the family's kind where there are no files for one.
@@ -179,7 +185,7 @@ def _needs_package(part: str, path: str, package: str) -> ModelError:
 _NEEDS = re.compile(r"requires the ([\w-]+) library but it was not found")  # as transformers says it
 
 
-def not_loaded(part: str, path: str, local: bool, error: Exception) -> DistillmError:
+def not_loaded(part: str, path: str, local: bool, error: BaseException) -> DistillmError:
     """What to tell of a part of a model (config, tokenizer, weights) that transformers could not read."""
     said = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(".")
     if out_of_memory(error):
