@@ -5,7 +5,8 @@ import sys
 
 from distillm_cli.cli import garbage
 from distillm_cli.cli.interrupts import heard, hurry, stop_the_shell_too
-from distillm_cli.errors import Interrupted, signal_number, tell
+from distillm_cli.cli.streams import open_streams, report
+from distillm_cli.errors import Interrupted, signal_number
 
 
 def main() -> int:
@@ -13,6 +14,7 @@ def main() -> int:
 
     Ctrl-C has its one line and its code from here on, also while the commands are being imported.
     """
+    open_streams()
     garbage.put_off()
     code = 0
     atexit.register(lambda: stop_the_shell_too(code))  # the first to be registered is the last to be called
@@ -22,7 +24,7 @@ def main() -> int:
 
             code = run()
     except KeyboardInterrupt as stop:
-        code = tell(Interrupted("interrupted", signal_number=signal_number(stop)), sys.argv[1:])
+        code = report(Interrupted("interrupted", signal_number=signal_number(stop)), sys.argv[1:])
     hurry(code)
     return code
 

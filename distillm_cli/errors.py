@@ -2,15 +2,16 @@
 
 Exit codes are part of what scripts rely on:
 0 done · 1 unexpected · 2 usage or recipe · 3 data · 4 model or tokenizer · 5 checkpoint · 6 non-finite numbers ·
-7 out of memory · 8 storage · 9 a peer process died · 130/143 interrupted.
+7 out of memory · 8 storage · 9 a peer process died · 129/130/143 interrupted (SIGHUP, Ctrl-C, SIGTERM).
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import re
 import sys
+
+from distillm_cli.words import redact
 
 # How a plain RuntimeError says that memory ran out: torch's allocators and its mmap; Python, without room for a stack;
 # oneDNN, without room for compiled code (of a product that it cannot do at all it says "a primitive descriptor"); cuBLAS
@@ -31,6 +32,7 @@ class DistillmError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, *, where: str | None = None, hint: str | None = None):
+        what, where, hint = (None if part is None else redact(part) for part in (what, where, hint))
         self.what, self.where, self.hint = what, where, hint
         parts = (" ".join(part.split()) for part in (what, where, hint) if part)
         super().__init__("; ".join(parts))
@@ -105,18 +107,13 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, as Ctrl-C comes: at once, through every ``finally``, past every ``except Exception``."""
 
 
+class HungUp(KeyboardInterrupt):
+    """SIGHUP, as SIGTERM: the terminal was closed."""
+
+
 def signal_number(stop: KeyboardInterrupt) -> int:
-    """SIGTERM's for Terminated, SIGINT's else."""
-    return 15 if isinstance(stop, Terminated) else 2
-
-
-def tell(error: DistillmError, argv: list[str]) -> int:
-    """One line on stderr, and with ``--json`` one object on stdout. Returns the exit code."""
-    message = str(error)
-    print(f"error: {message}", file=sys.stderr)
-    if "--json" in typed_options(argv):
-        print(json.dumps({"status": "error", "code": error.exit_code, "message": message}), flush=True)
-    return error.exit_code
+    """Return the number of the signal that raised this."""
+    return 15 if isinstance(stop, Terminated) else 1 if isinstance(stop, HungUp) else 2
 
 
 def typed_options(argv: list[str]) -> list[str]:

@@ -20,16 +20,23 @@ import torch
 class Sequence:
     """One prompt and one response as token ids (int32 arrays).
 
-    The response holds every token to supervise: its end-of-sequence token is part of it when the response is complete,
-    and absent when the response was cut. ``row`` is the index of the dataset row it belongs to.
+    Every token of the response is supervised: the token that ends it is part of it when the response is complete, and
+    absent when the response was cut. ``row`` is the index of the dataset row it belongs to. ``turns``: ascending indices
+    of prompt tokens that are supervised too, the earlier answers of a conversation; None where there are none.
     """
 
     prompt: np.ndarray
     response: np.ndarray
     row: int = -1
+    turns: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
+
+    @property
+    def supervised(self) -> int:
+        """Number of supervised tokens: those of ``turns`` and of the response."""
+        return len(self.response) + (0 if self.turns is None else len(self.turns))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,7 +47,8 @@ class Batch:
     padding token may be any id. The last token of a sequence is only ever a target, so T is the longest length − 1.
 
     ids_BT: int64 input ids. positions_N: index into the flattened [B·T] of the state that predicts each supervised
-    token. targets_N: that token. rows_N: the sequence (0..B−1) it belongs to. tokens: N, as a plain number.
+    token, ascending within a sequence. targets_N: that token. rows_N: the sequence (0..B−1) it belongs to. tokens: N, as
+    a plain number.
     """
 
     ids_BT: torch.Tensor
@@ -71,7 +79,11 @@ def moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 
 
 def collate(sequences: SequenceOf[Sequence]) -> Batch:
-    """Sequences → one batch. Every prompt needs at least one token: its last state predicts the first response token."""
+    """Collate sequences into one batch.
+
+    Every prompt needs at least one token: its last state predicts the first response token. The token at index 0 of a
+    prompt cannot be among its ``turns``: no state predicts it.
+    """
     B, T = len(sequences), max(len(s) for s in sequences) - 1
     ids_BT = np.zeros((B, max(T, 1)), dtype=np.int64)
     positions, targets, rows = [], [], []
@@ -82,10 +94,13 @@ def collate(sequences: SequenceOf[Sequence]) -> Batch:
         ids_BT[b, :P] = s.prompt
         if R:
             ids_BT[b, P : P + R - 1] = s.response[:-1]
-        start = b * ids_BT.shape[1] + P - 1
-        positions.append(np.arange(start, start + R, dtype=np.int64))
+        start = b * ids_BT.shape[1] - 1
+        if s.turns is not None:
+            positions.append(s.turns.astype(np.int64) + start)
+            targets.append(s.prompt[s.turns])
+        positions.append(np.arange(start + P, start + P + R, dtype=np.int64))
         targets.append(s.response)
-        rows.append(np.full(R, b, dtype=np.int64))
+        rows.append(np.full(s.supervised, b, dtype=np.int64))
     return Batch(
         ids_BT=torch.from_numpy(ids_BT),
         positions_N=torch.from_numpy(np.concatenate(positions)),

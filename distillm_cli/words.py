@@ -1,6 +1,25 @@
-"""Numbers as people write them in a sentence. Loads nothing."""
+"""Text for people: numbers in a sentence, what may be printed, and addresses without credentials. Loads nothing slow."""
 
 from __future__ import annotations
+
+import re
+
+# C0 and C1 controls but tab and newline, line and paragraph separators, bidirectional overrides and isolates.
+_COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+HIDDEN = "***"
+# One slash too: a path takes the other one away. Not beyond quotes, which end an address in JSON and YAML.
+_USER = re.compile(r"""\b([a-z][a-z0-9+.-]+:/{1,2})[^\s/?#"'<>]*@""", re.IGNORECASE)
+_SECRET = re.compile(
+    r"""([?&;][\w.%-]*(?:token|key|secret|passw|pwd|sig|auth|cred|session|user|login)[\w.%-]*=)[^\s&;#"'<>]+""",
+    re.IGNORECASE,
+)
+
+
+def redact(text: str) -> str:
+    """Replace what gives access in the addresses of a text: user and password, and parameters such as ``token=…``."""
+    if ":/" not in text and "=" not in text:
+        return text
+    return _SECRET.sub(rf"\1{HIDDEN}", _USER.sub(rf"\1{HIDDEN}@", text))
 
 
 def counted(n: int, noun: str) -> str:
@@ -18,3 +37,14 @@ def signed(change: float, digits: int) -> str:
     size = f"{abs(change):.{digits}f}"
     sign = "±" if float(size) == 0 else "−" if change < 0 else "+"
     return sign + size
+
+
+def printable(text: str) -> str:
+    """Replace what would command a terminal (control characters, escape sequences, overrides of the writing direction)
+    by �. Newlines and tabs stay."""
+    return _COMMANDS.sub("�", text)
+
+
+def escaped(line: str) -> str:
+    """Escape what would command a terminal in a line of JSON; it stays JSON of the same value."""
+    return _COMMANDS.sub(lambda found: f"\\u{ord(found[0]):04x}", line)

@@ -7,35 +7,34 @@ their top and the engine inside their functions, so that ``--help`` is quick and
 
 from __future__ import annotations
 
-import errno
-import io
 import os
-import re
 import select
 import sys
 import traceback
-from typing import Annotated
+from contextlib import suppress
+from typing import Annotated, Any
 
 import typer
 from typer.main import get_command
 
 from distillm_cli.cli import distill, eval, generate, methods, options, plan, recipes, run, sft
 from distillm_cli.cli.interrupts import heard, lost
+from distillm_cli.cli.streams import discard_stdout, open_streams, report
 from distillm_cli.cli.usage import UsageProblem, explained
 from distillm_cli.errors import (
     DistillmError,
     Interrupted,
     OutOfMemoryError,
     StorageError,
+    UsageError,
     out_of_memory,
     signal_number,
-    tell,
     typed_options,
 )
+from distillm_cli.storage import failed_with, is_full
+from distillm_cli.words import printable, redact
 
 _COMPLETE = "_DISTILLM_COMPLETE"  # set by what --install-completion puts into a shell's start file
-_FAILED = frozenset({errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO, errno.EFBIG})  # of storage
-_REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR})
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, as of any program whose reader has left
 
 app = typer.Typer(
@@ -79,7 +78,7 @@ def _root(
 def main(argv: list[str] | None = None) -> int:
     """Run one command line (default: the process's own) and return its exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    _open_streams()
+    open_streams()
     set_environment()
     command = get_command(app)
     if _COMPLETE in os.environ:  # a shell asks what could be typed next: typer answers and leaves
@@ -88,28 +87,27 @@ def main(argv: list[str] | None = None) -> int:
         except SystemExit as done:
             return done.code or 0
     try:
-        with heard(), command.make_context("distillm", list(argv)) as context:
-            command.invoke(context)
+        code = _invoked(command, argv)
         sys.stdout.flush()
-    except typer.Exit as done:
-        return done.exit_code
     except (Exception, KeyboardInterrupt) as error:
         if _reader_left(error):
             return _BROKEN_PIPE
-        return _report(error, argv)
+        return _reported(error, argv)
+    return code
+
+
+def _invoked(command: Any, argv: list[str]) -> int:
+    """Run the command and return its exit code."""
+    for word in argv:
+        if not word.isascii() and word != word.encode("utf-8", "ignore").decode():
+            spelled = word.encode("utf-8", "backslashreplace").decode()
+            raise UsageError(f"{spelled} is not UTF-8", hint="rename the file, or see what the variable holds")
+    try:
+        with heard(), command.make_context("distillm", list(argv)) as context:
+            command.invoke(context)
+    except typer.Exit as done:
+        return done.exit_code
     return 0
-
-
-def _open_streams() -> None:
-    """Where whoever started this has closed a stream, nothing is read from it, and what is said into it goes nowhere.
-
-    Letters that an output's encoding does not have are spelled out (``\\u03c6``).
-    """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if (stream := getattr(sys, name)) is None:
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
-        elif mode == "w" and isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def set_environment() -> None:
@@ -127,12 +125,13 @@ def set_environment() -> None:
         os.environ.setdefault(capacity, "200")
 
 
-def _report(error: BaseException, argv: list[str]) -> int:
+def _reported(error: BaseException, argv: list[str]) -> int:
     if isinstance(error, UsageProblem) and type(error).__name__ == "NoArgsIsHelpError":
         return 2  # the help is already printed
     if "--debug" in typed_options(argv):
-        traceback.print_exception(error)
-    return tell(_known(error, argv), argv)
+        with suppress(OSError):
+            print(printable(redact("".join(traceback.format_exception(error)))), end="", file=sys.stderr)
+    return report(_known(error, argv), argv)
 
 
 def _known(error: BaseException, argv: list[str]) -> DistillmError:
@@ -150,10 +149,12 @@ def _known(error: BaseException, argv: list[str]) -> DistillmError:
     if out_of_memory(error):
         hint = "lower --batch-size (and raise train.accumulate), or --max-length; `distillm plan` estimates the need"
         return OutOfMemoryError("out of memory", where=_first_line(error), hint=hint)
-    if _storage_failed(error, _REFUSED):
-        return StorageError(_first_line(error), hint="give another place, or see who may write there")
-    if _storage_failed(error, _FAILED):
-        return StorageError(_first_line(error), hint="free some space there, or give another --output")
+    if (number := failed_with(error)) is not None:
+        other = "give another place, or check the disk and who may write there"
+        hint = "free some space there, or give another --output" if is_full(number) else other
+        return StorageError(_first_line(error), hint=hint)
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # Path.resolve, before Python 3.13
+        return StorageError(_first_line(error), hint="remove the link, or give another place")
     return DistillmError(
         f"unexpected {type(error).__name__}",
         where=_first_line(error),
@@ -168,22 +169,14 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else ""
 
 
-def _storage_failed(error: BaseException, codes: frozenset[int]) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in codes
-    found = re.search(r"\(os error (\d+)\)", str(error))  # how safetensors and tokenizers, written in Rust, say it
-    return found is not None and int(found[1]) in codes
-
-
 def _reader_left(error: BaseException) -> bool:
     """Whether stdout's reader has gone. If so, stdout is pointed at nothing, so that the exit stays quiet too."""
     if not isinstance(error, BrokenPipeError):
         return False
-    stdout = sys.stdout.fileno()
     if hasattr(select, "poll"):  # other pipes break too: ask whether it was this one
         watch = select.poll()
-        watch.register(stdout, select.POLLOUT)
+        watch.register(sys.stdout.fileno(), select.POLLOUT)
         if not any(event & select.POLLERR for _, event in watch.poll(0)):
             return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    discard_stdout()
     return True

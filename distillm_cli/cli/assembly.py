@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from datetime import date
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,9 +15,9 @@ import numpy as np
 import torch
 
 from distillm_cli.cli import garbage, outputs, sampling
-from distillm_cli.cli.host import give_back_freed_memory
+from distillm_cli.cli.host import give_back_freed_memory, set_threads
 from distillm_cli.cli.reading import bringers, reading
-from distillm_cli.config.schema import Recipe
+from distillm_cli.config.schema import Data, Recipe, Train
 from distillm_cli.config.shaping import shaping
 from distillm_cli.core import criteria
 from distillm_cli.core.checkpoint import Checkpoints
@@ -31,11 +32,16 @@ from distillm_cli.data.ahead import Ahead
 from distillm_cli.data.batching import Examples, Order, by_length, tokenise
 from distillm_cli.data.early import Early
 from distillm_cli.data.prompts import Encoder
+from distillm_cli.data.rows import Row
 from distillm_cli.data.sources import Rows, overlap
 from distillm_cli.data.teacher_samples import encoded, read_beforehand
-from distillm_cli.data.templates import render
+from distillm_cli.data.templates import Renderer, settled_template
+from distillm_cli.data.token_ids import Affixes
 from distillm_cli.errors import DataError, ModelError
+from distillm_cli.models import router
+from distillm_cli.models.composite import copy_processor, is_composite
 from distillm_cli.models.contexts import longrope_bound
+from distillm_cli.models.conversation import generation_config
 from distillm_cli.models.devices import resolve_device, resolve_dtype
 from distillm_cli.models.fingerprint import fingerprint
 from distillm_cli.models.tokenizer_files import OwnTokenizers, quiet
@@ -50,6 +56,11 @@ if TYPE_CHECKING:
 
 FROZEN = "frozen.txt"  # in a checkpoint: of the weights below an adapter
 _PROBED = 8  # tokens that the heads are checked on
+
+
+def total_steps(train: Train, steps_per_epoch: int) -> int:
+    """Return the optimizer steps of a whole run."""
+    return train.steps or max(1, math.ceil(train.epochs * steps_per_epoch))
 
 
 def frozen_digest(student: Backbone) -> str:
@@ -77,6 +88,8 @@ class Prepared:
     begins: Callable[[], Mapping[str, torch.Tensor]] | None = None
     teacher_samples: dict[int, list[Sequence]] | None = None  # by row, where they were made beforehand
     models: Mapping[str, str] = field(default_factory=dict)  # fingerprints of what was loaded, by role
+    settled: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # values that were open, with their origin
+    router_aux: float = 0.0  # weight of the auxiliary loss of the student's routers
 
     @property
     def student(self) -> Backbone:
@@ -107,13 +120,12 @@ class Prepared:
     @property
     def pass_cost(self) -> int:
         """By which a step's rows are cut into passes; the same for whoever computes their states."""
-        return pass_cost(self.device.type, self.student.model.config.hidden_size)
+        return pass_cost(self.device.type, self.student.model.config.get_text_config().hidden_size)
 
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        train = self.recipe.train
-        return train.steps or max(1, math.ceil(train.epochs * self.order.steps_per_epoch))
+        return total_steps(self.recipe.train, self.order.steps_per_epoch)
 
     @property
     def answered(self) -> list[Sequence]:
@@ -152,6 +164,7 @@ class Prepared:
                 self.student.model.save_pretrained(directory)
             else:
                 self.student.adapter.save(directory)
+                generation_config(self.student).save_pretrained(directory)
                 (directory / FROZEN).write_text(frozen_digest(self.student), encoding="utf-8")
             self.pair.tokenizer.save_pretrained(directory)
 
@@ -161,11 +174,14 @@ class Prepared:
         with quiet():
             if student.lora_output == "adapter":
                 self.student.adapter.save(directory, dtype)
+                generation_config(self.student).save_pretrained(directory)
             elif self.student.adapter is None and dtype == torch.float32:
                 self.student.model.save_pretrained(directory)
             else:
                 self.student.plain(torch.float32).model.to(dtype).save_pretrained(directory)
             self.pair.tokenizer.save_pretrained(directory)
+        if is_composite(self.student.model.config) and not student.is_built:
+            copy_processor(student.path, student.revision, directory)
 
 
 def prepare(recipe: Recipe, listener: Listener, early: Early | None = None) -> Prepared:
@@ -178,8 +194,7 @@ def prepare(recipe: Recipe, listener: Listener, early: Early | None = None) -> P
 
 
 def _prepared(recipe: Recipe, listener: Listener, early: Early) -> Prepared:
-    if recipe.train.threads:
-        torch.set_num_threads(recipe.train.threads)
+    set_threads(recipe.train.threads, listener)
     torch.manual_seed(recipe.train.seed)
     device = resolve_device(recipe.train.device)
     train_rows, valid_rows = early.rows("train", listener), early.rows("valid", listener)
@@ -191,23 +206,21 @@ def _prepared(recipe: Recipe, listener: Listener, early: Early) -> Prepared:
     _check_held_out(recipe, valid_rows, listener)
     beforehand = None if recipe.data.teacher_samples is None else read_beforehand(recipe.data, train_rows, listener)
 
-    def texts(tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
-        for row in train_rows:
-            yield from (render(row, recipe.data.template, tokenizer), *row.references[:1])
-
+    texts = partial(texts_of, train_rows, recipe.data)
     tokenizers = OwnTokenizers()
     expected = _expected_tokenizer(recipe, tokenizers)
-    with Ahead((train_rows, valid_rows), recipe.data.template, expected, early) as ahead:
+    with Ahead((train_rows, valid_rows), recipe.data, expected, early) as ahead:
         # Only here: it takes long to import, and the rows are tokenised meanwhile.
         from distillm_cli.models.pair import load_pair
 
         garbage.take_up()
         pair = load_pair(recipe, device=device, texts=texts, tokenizers=tokenizers, listener=listener)
-        tokenizer, ends = pair.tokenizer, ahead.ends(pair.tokenizer)
-        encoder = Encoder(tokenizer, recipe.data, is_encoder_decoder=pair.student.is_encoder_decoder, ends=ends)
+        affixes = ahead.affixes(pair.tokenizer)
+        recipe, encoder, settled = _conversing(recipe, pair, (train_rows, valid_rows), affixes, listener)
         contexts = [model.context for model in pair.models.values() if model.context is not None]
         context = min(contexts, default=None)
         _check_heads(pair, context, listener)
+        router_aux = router.weight_of(recipe.objective.router_aux, pair.student, listener)
         _warn_of_longrope(pair, min(recipe.data.max_length, context or recipe.data.max_length), listener)
         train = tokenise(train_rows, encoder, recipe.data, listener, context, ahead)
         valid = tokenise(valid_rows, encoder, recipe.data, listener, context, ahead)
@@ -224,8 +237,71 @@ def _prepared(recipe: Recipe, listener: Listener, early: Early) -> Prepared:
         role: fingerprint(backbone.model.state_dict().items(), torch.bfloat16) for role, backbone in pair.models.items()
     }
     return Prepared(
-        recipe, listener, device, dtype, train_rows, valid_rows, pair, encoder, train, valid, begins, samples, models
+        recipe=recipe,
+        listener=listener,
+        device=device,
+        dtype=dtype,
+        train_rows=train_rows,
+        valid_rows=valid_rows,
+        pair=pair,
+        encoder=encoder,
+        train=train,
+        valid=valid,
+        begins=begins,
+        teacher_samples=samples,
+        models=models,
+        settled=settled,
+        router_aux=router_aux,
     )
+
+
+def texts_of(rows: Iterable[Row], data: Data, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
+    """Yield prompts and responses in turn, for a tokenizer that is trained on them."""
+    renderer = Renderer(data, tokenizer)
+    for row in rows:
+        text = renderer.text(row)
+        if text is not None:
+            yield from (text.text[: text.cut], text.text[text.cut : text.end])
+
+
+def _conversing(
+    recipe: Recipe, pair: Pair, rows: tuple[Rows, ...], affixes: Affixes | None, listener: Listener
+) -> tuple[Recipe, Encoder, dict[str, tuple[str, str]]]:
+    """Settle how the models are asked and how they answer: template, date and end tokens.
+
+    Returns the recipe with these values, the encoder, and the values that were open, by key, with their origin.
+    """
+    from distillm_cli.models.conversation import own_end, set_languages, settle_ends, settle_template
+
+    settle_template(pair, recipe.data, listener)
+    set_languages(pair.tokenizer, recipe.data, pair.models.values())
+    settled: dict[str, tuple[str, str]] = {}
+    both_chat = all(template is not None for template in pair.templates.values())
+    if recipe.data.template == "auto" and (found := settled_template(rows[0], both_chat)) is not None:
+        template, why = found
+        settled["data.template"] = (template, f"auto: {why}")
+        other = {"chat": "alpaca", "alpaca": "chat"}.get(template)
+        has_choice = other is not None and both_chat and any(row.messages is None for row in rows[0])
+        choice = f"; --set data.template={other} chooses the other form" if has_choice else ""
+        listener(Note(f"template {template}: {why}{choice}"))
+    if recipe.data.date is None:
+        settled["data.date"] = (date.today().isoformat(), "start of the run")
+    data = recipe.data.model_copy(update={key.partition(".")[2]: value for key, (value, _) in settled.items()})
+    common = {
+        "is_encoder_decoder": pair.student.is_encoder_decoder,
+        "affixes": affixes if recipe.data.source_language is None and recipe.data.target_language is None else None,
+        "stops": pair.student.stop_ids | {*(pair.teacher_stops or ())},
+        "end": own_end(recipe.data, pair, listener),
+        "needs_responses": recipe.needs_responses,
+    }
+    encoder = Encoder(pair.tokenizer, data, **common)
+    chat = encoder.renderer.chat
+    if chat is None or not chat.uses_date:
+        settled.pop("data.date", None)
+    is_chat = any(encoder.renderer.form(row) == "chat" for row in rows[0])
+    settle_ends(pair, encoder, is_chat, listener)
+    data = recipe.data.model_copy(update={key.partition(".")[2]: value for key, (value, _) in settled.items()})
+    return recipe.model_copy(update={"data": data}), encoder, settled
 
 
 def _check_held_out(recipe: Recipe, rows: Rows, listener: Listener) -> None:
@@ -279,6 +355,7 @@ def build_engine(run: Prepared, output: Path, listener: Listener, *, teacher: Te
         rule,
         teacher_head=None if teacher is None else teacher.head,
         matmul_dtype=None if run.dtype == torch.float32 else run.dtype,
+        router_aux=run.router_aux,
     )
     scheduler = new_scheduler(run)
     return Engine(
@@ -298,7 +375,9 @@ def build_engine(run: Prepared, output: Path, listener: Listener, *, teacher: Te
         validation=by_length(run.answered, max(recipe.train.batch_size, 16)),
         score=score,
         as_at_start=run.as_at_start,
-        checkpoints=Checkpoints(output / outputs.CHECKPOINTS, run.save_model, keep=recipe.train.keep),
+        checkpoints=Checkpoints(
+            output / outputs.CHECKPOINTS, run.save_model, keep=recipe.train.keep, listener=listener
+        ),
         recipe=shaping(recipe),
         inputs=lambda: run.inputs,
         method=recipe.method,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import distillm_cli
 from distillm_cli.config.load import Resolved
 from distillm_cli.config.ownership import objective_words
+from distillm_cli.config.yaml_io import text_of
+from distillm_cli.words import redact
 
 if TYPE_CHECKING:
     from distillm_cli.core.progress import Progress
@@ -22,12 +24,22 @@ def model_card(
     """
     recipe = resolved.recipe
     student, is_adapter = recipe.student, recipe.student.lora_output == "adapter"
-    lines = ["---", f"library_name: {'peft' if is_adapter else 'transformers'}", f"pipeline_tag: {task}"]
-    lines += [*([f"base_model: {student.path}"] if is_adapter else []), "tags:", f"- {recipe.method}"]
-    lines += ["- lora"] if student.lora.r is not None else []
+    front: dict[str, Any] = {"library_name": "peft" if is_adapter else "transformers", "pipeline_tag": task}
+    if is_adapter:
+        front["base_model"] = redact(student.path)
+    front["tags"] = [recipe.method]
+    if student.lora.r is not None:
+        front["tags"].append("lora")
     if recipe.method != "sft":
-        lines.append("- knowledge-distillation")
-    lines += ["---", "", f"# {student.path}, " + ("fine-tuned" if recipe.method == "sft" else "distilled"), ""]
+        front["tags"].append("knowledge-distillation")
+    lines = [
+        "---",
+        *(f"{key}: {text_of(value)}" for key, value in front.items()),
+        "---",
+        "",
+        f"# {student.path}, " + ("fine-tuned" if recipe.method == "sft" else "distilled"),
+        "",
+    ]
     facts = {
         "method": recipe.method,
         "student": student.path,
@@ -44,14 +56,14 @@ def model_card(
     }
     lines += [f"- **{name}**: {value}" for name, value in facts.items() if value is not None]
     metrics = list(dict.fromkeys(metric for m in measured.values() for metric in m.scores))
-    lines += ["", "## Held-out figures", "", f"| model | valid loss |{''.join(f' {name} |' for name in metrics)}"]
+    lines += ["", "## Held-out figures", "", f"| model | valid CE |{''.join(f' {name} |' for name in metrics)}"]
     lines.append("|---" * (2 + len(metrics)) + "|")
     for name, m in measured.items():
         figures = [m.valid_loss, *(m.scores.get(metric) for metric in metrics)]
         lines.append(f"| {name} | " + " | ".join("–" if f is None else f"{f:.3f}" for f in figures) + " |")
     lines += ["", f"{measured_on[0].upper()}{measured_on[1:]}.", ""]
-    lines += ["Valid loss: mean cross-entropy per response token, nats. `recipe.yaml` holds every setting.", ""]
-    return "\n".join(lines)
+    lines += ["Valid CE: mean cross-entropy per response token, nats. `recipe.yaml` holds every setting.", ""]
+    return redact("\n".join(lines))
 
 
 def _trained(student, is_adapter: bool) -> str | None:

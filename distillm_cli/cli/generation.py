@@ -23,14 +23,14 @@ from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.sources import Row, local_place
 from distillm_cli.errors import Interrupted, UsageError, signal_number
 from distillm_cli.evaluation.evaluate import fitting
-from distillm_cli.evaluation.evaluate import text_of as output_text
 from distillm_cli.evaluation.suites import Suite
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.fingerprint import fingerprint
 from distillm_cli.models.places import locate
 from distillm_cli.ui.console import Console
-from distillm_cli.words import counted
+from distillm_cli.words import counted, escaped
 
+_MOST = 2**31  # of rows, and of samples of each
 _BATCHES = 8  # sorted by length together, and written together: what a stopped run loses at most
 
 
@@ -60,6 +60,7 @@ def run(
     rows = prompts_of(wanted, r.data, ui)
     backbone, encoder = inference.load(model, r, ui)
     inference.check_head(backbone, encoder, rows[0], ui)
+    inference.name_template(encoder, rows, ui)
     work = _Work.of(rows, wanted.samples, backbone, encoder, r, ui)
     try:
         if responses is not None:
@@ -93,8 +94,8 @@ def _check(wanted: Wanted, output: str | None, resume: bool, overwrite: bool) ->
         what = f"{' and '.join(given)} exclude each other" if given else "no prompts"
         raise UsageError(what, hint="give one of --data SOURCE, --prompt TEXT, --input FILE")
     for flag, count in (("--limit", wanted.limit), ("--n", wanted.samples)):
-        if count is not None and count < 1:
-            raise UsageError(f"{flag} = {count}", where="expected a whole number ≥ 1")
+        if count is not None and not 1 <= count < _MOST:
+            raise UsageError(f"{flag} = {count}", where="expected a whole number ≥ 1 and < 2^31")
     if any(not text.strip() for text in wanted.prompts or ()):
         raise UsageError("an empty --prompt", where="no row that is trained on may have one", hint="give it a text")
     if wanted.split is not None and wanted.data is None:
@@ -155,10 +156,10 @@ class _Work:
         return {**head, "weights": fingerprint(self.backbone.model.state_dict().items()), "prompts": digest.hexdigest()}
 
     def heads(self) -> list[Line]:
-        """What each row says of itself before there is a response."""
+        """The fields of each row that are known before there is a response."""
         return [
             {
-                **({} if row.instruction is None else {"instruction": row.instruction, "input": row.input}),
+                **_asked(row),
                 "prompt": prompt,
                 "seed": self.seed,
                 "sample": j,
@@ -192,7 +193,7 @@ class _Work:
                 lines = []
                 for offset, k in enumerate(chunk):
                     head, out = heads[k], said[offset]
-                    text = {"output": output_text(self.encoder.tokenizer, out)}
+                    text = {"output": self.encoder.decode(self.ids[k // self.samples], out.tokens)}
                     lines.append(_placed(head, text) | {"complete": out.complete})
                     tokens += len(out.tokens)
                     cut += not out.complete
@@ -219,6 +220,15 @@ class _Work:
         return heard
 
 
+def _asked(row: Row) -> Line:
+    """What the row asks, in the columns that it is read from."""
+    columns = {"messages": row.messages, "tools": row.tools, "documents": row.documents}
+    columns |= {"chat_template_kwargs": row.template_kwargs}
+    if row.instruction is not None:
+        columns |= {"instruction": row.instruction, "input": row.input}
+    return {name: value for name, value in columns.items() if value is not None}
+
+
 def _placed(head: Line, text: Line) -> Line:
     """The row with the output beside its prompt, where a reader looks for it."""
     line = {}
@@ -231,5 +241,5 @@ def _placed(head: Line, text: Line) -> Line:
 
 def _print(lines: list[Line]) -> None:
     ascii_only = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
-    sys.stdout.write("".join(text_of(line, ascii_only=ascii_only) for line in lines))
+    sys.stdout.write("".join(escaped(text_of(line, ascii_only=ascii_only)) for line in lines))
     sys.stdout.flush()

@@ -7,9 +7,27 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from distillm_cli.core.events import Listener, Warned
+from distillm_cli.data.helper import cores
+from distillm_cli.words import counted
+
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of mallopt, by glibc's malloc.h
 _NEVER = -1
 _SAYS_HOW = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
+
+
+def set_threads(wanted: int | None, listener: Listener) -> None:
+    """Set torch's CPU threads, at most the cores that this process may use: more are slower, and thousands crash.
+
+    wanted: of the recipe, which may come from a larger machine. None leaves torch's choice.
+    """
+    if wanted is None:
+        return
+    import torch
+
+    if wanted > cores():
+        listener(Warned(f"train.threads = {wanted} is more than {counted(cores(), 'CPU core')}: using {cores()}"))
+    torch.set_num_threads(min(wanted, cores()))
 
 
 def keep_freed_memory() -> None:

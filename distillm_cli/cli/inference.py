@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from distillm_cli import manifest
 from distillm_cli.cli import garbage
-from distillm_cli.config.load import Resolved, load_resolved, resolve
+from distillm_cli.cli.host import set_threads
+from distillm_cli.cli.outputs import RECIPE, is_resolved
+from distillm_cli.config.explain import leaves
+from distillm_cli.config.layers import document
+from distillm_cli.config.load import Resolved, load_resolved, resolve, settled
 from distillm_cli.config.schema import Recipe
-from distillm_cli.core.events import Listener, Warned
+from distillm_cli.core.events import Listener, Note, Warned
 from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.sources import Row
 from distillm_cli.errors import RecipeError
 from distillm_cli.models.backbone import Backbone
+from distillm_cli.models.conversation import read_template, set_languages
 from distillm_cli.models.pair import load_backbone, resolve_device, resolve_dtype
 from distillm_cli.sequences import Sequence, collate
 
@@ -38,43 +43,87 @@ def settings(
     """
     if isinstance(recipe, Resolved):
         return recipe, False
-    own = None if recipe is not None else own_recipe(model)
-    if own is not None:
-        try:
-            load_resolved(own)
-        except RecipeError as error:  # other programs leave a recipe.yaml in their output too
-            listener(Warned(f"{own} is not used: {error}"))
-            own = None
+    own = None if recipe is not None else own_recipe(model, listener)
     resolved = resolve(command=command, recipe=own or recipe, flags=flags, sets=sets)
     return (resolved, False) if own is None else (_on_this_machine(resolved, own), True)
 
 
 def _on_this_machine(resolved: Resolved, own: Path) -> Resolved:
-    train = resolved.recipe.train
-    defaults = {
-        name: type(train).model_fields[name].default
-        for name in ("device", "threads")
-        if resolved.origin[f"train.{name}"].startswith(f"{own.name}:")
+    """The recipe of the run that made the model, without what holds for that machine alone.
+
+    The chat template is saved with the model's tokenizer, wherever the run had it from.
+    """
+    open_again = {
+        key: (leaves()[key].default, "default")
+        for key in ("train.device", "train.threads", "data.chat_template")
+        if resolved.origin[key].startswith(f"{own.name}:")
     }
-    recipe = resolved.recipe.model_copy(update={"train": train.model_copy(update=defaults)})
-    return replace(resolved, recipe=recipe)
+    return settled(resolved, open_again)
 
 
-def own_recipe(model: str) -> Path | None:
-    """The resolved recipe of the run that made this model: in its directory, or above its ``checkpoints/``."""
+def own_recipe(model: str, listener: Listener) -> Path | None:
+    """Return the recipe of the run that made this model: in its directory, or above its ``checkpoints/``.
+
+    None for a directory that no run wrote, and with a warning where a run's recipe is missing or where another program
+    has left a ``recipe.yaml``. Raises RecipeError for one that is damaged: the model would be asked in another way.
+    """
     place = Path(model).expanduser()
     homes = [place] if place.parent.name != "checkpoints" else [place, place.parent.parent]
-    return next((home / "recipe.yaml" for home in homes if (home / "recipe.yaml").is_file()), None)
+    own = next((home / RECIPE for home in homes if (home / RECIPE).is_file()), None)
+    if own is None:
+        if any(manifest.read(home) for home in homes):
+            what = f"{homes[-1] / RECIPE} is missing: {model} is asked with the default settings, not as it was trained"
+            listener(Warned(f"{what}; put it back, or give --recipe FILE"))
+        return None
+    listed = manifest.read(own.parent)
+    if listed is not None and RECIPE in listed["files"] and manifest.difference(own.parent, listed, RECIPE):
+        raise _damaged(own, "it differs from the manifest beside it")
+    was_of_run = "  # default" in own.read_text(
+        encoding="utf-8", errors="replace"
+    )  # a run writes down where each value came from
+    if was_of_run and not is_resolved(own):
+        raise _damaged(own, "lines of it are missing")
+    try:
+        load_resolved(own)
+    except RecipeError as error:
+        if was_of_run or not _is_mapping(own):
+            raise _damaged(own, str(error)) from error
+        listener(Warned(f"{own} is not used: {error}"))  # other programs leave a recipe.yaml in their output too
+        return None
+    return own
+
+
+def _is_mapping(path: Path) -> bool:
+    try:
+        document(path, str(path))
+    except RecipeError:
+        return False
+    return True
+
+
+def _damaged(own: Path, why: str) -> RecipeError:
+    hint = f"put it back as the run wrote it, or give --recipe {own} to use it as it is (--recipe FILE for another)"
+    return RecipeError(f"{own} is damaged or changed: {why}", hint=hint)
 
 
 def load(model: str, recipe: Recipe, listener: Listener) -> tuple[Backbone, Encoder]:
     """The model, where and in the precision the recipe asks for, and its encoder. Raises ModelError."""
     garbage.take_up()
-    if recipe.train.threads:
-        torch.set_num_threads(recipe.train.threads)
+    set_threads(recipe.train.threads, listener)
     device = resolve_device(recipe.train.device)
     backbone = load_backbone(model, dtype=precision(recipe), device=device, listener=listener)
-    return backbone, Encoder(backbone.tokenizer, recipe.data, is_encoder_decoder=backbone.is_encoder_decoder)
+    if recipe.data.chat_template not in ("auto", "student", "teacher"):
+        backbone.tokenizer.chat_template = read_template(recipe.data.chat_template)
+    set_languages(backbone.tokenizer, recipe.data, [backbone])
+    stops, is_seq2seq = backbone.stop_ids, backbone.is_encoder_decoder
+    return backbone, Encoder(backbone.tokenizer, recipe.data, is_encoder_decoder=is_seq2seq, stops=stops)
+
+
+def name_template(encoder: Encoder, rows: Iterable[Row], listener: Listener) -> None:
+    """Report the template that the model is asked in."""
+    forms = sorted({encoder.renderer.form(row) for row in rows})
+    names = {"chat": "chat (the tokenizer's chat template)", "exact": "exact (prompts as they are)"}
+    listener(Note(f"template: {', '.join(names.get(form, form) for form in forms)}"))
 
 
 def precision(recipe: Recipe) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,14 +32,19 @@ def check_spared(verb: str, recipe: Recipe, output: Path, *, file: str | None = 
 
     file: the recipe's own, or its shipped name. Real places are compared, whatever leads to them.
     """
-    gone = {path.resolve() for path in outputs.written(output)}
+    gone = {_real(path) for path in outputs.written(output)}
     for said, read in _reads(verb, recipe, file):
-        if any(path in gone or not gone.isdisjoint(path.parents) for path in (p.resolve() for p in read)):
+        if any(path in gone or not gone.isdisjoint(path.parents) for path in map(_real, read)):
             raise UsageError(
                 f"starting anew in {output} would remove what the run reads",
                 where=said,
                 hint="choose another --output, or copy it elsewhere first",
             )
+
+
+def _real(path: Path) -> Path:
+    """Return where links lead. Of one that leads to itself, its own place: ``Path.resolve`` would raise."""
+    return Path(os.path.realpath(path))
 
 
 def _reads(verb: str, recipe: Recipe, file: str | None) -> Iterator[tuple[str, list[Path]]]:

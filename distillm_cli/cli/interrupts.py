@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, heard alike from the first import on. Nothing is imported here that takes time."""
+"""Ctrl-C, SIGTERM and SIGHUP, heard alike from the first import on. Nothing is imported here that takes time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-from distillm_cli.errors import Pressed, Terminated
+from distillm_cli.errors import HungUp, Pressed, Terminated
 
 _IMPORTING = "<frozen importlib._bootstrap>"  # where the frames of an import under way are
 _OURS = __name__.partition(".")[0]
@@ -20,18 +20,23 @@ _came: list[type[KeyboardInterrupt]] = []  # since the outermost ``heard`` began
 
 @contextmanager
 def heard() -> Iterator[None]:
-    """Either signal ends what is inside: cleaned up, one line, with --json one object. A host's own handlers stay.
+    """Any of the signals ends what is inside: cleaned up, one line, with --json one object. A host's own handlers stay, and
+    a signal that was ignored at start (SIGHUP under nohup, SIGINT in a shell's background job) stays ignored.
 
     One that comes while we import a library waits until that is through: half of torch's import is calls from C++, where an
     exception ends the process, or is caught and the rest imported twice. Another one does not wait.
     """
     usual = {signal.SIGINT: (signal.default_int_handler, Pressed), signal.SIGTERM: (signal.SIG_DFL, Terminated)}
+    if hasattr(signal, "SIGHUP"):  # not on Windows
+        usual[signal.SIGHUP] = (signal.SIG_DFL, HungUp)
     main_thread = threading.current_thread() is threading.main_thread()
     own = {n: stop for n, (handler, stop) in usual.items() if main_thread and signal.getsignal(n) == handler}
     waiting = False
 
     def raised(number, frame):
         nonlocal waiting
+        if own[number] is HungUp and HungUp in _came:  # the kernel sends it, and the shell again
+            return
         _came.append(own[number])
         under_way = _import_in(frame)
         if waiting or under_way is None or sys.gettrace() is not None:

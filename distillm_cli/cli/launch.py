@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,23 +17,27 @@ if TYPE_CHECKING:
 def launch(ctx: typer.Context) -> None:
     """Resolve what was typed, then print the resolved recipe (``--dry-run``), warm the teacher's cache, or train."""
     from distillm_cli.cli import options, outputs
+    from distillm_cli.cli.defaults import check_data, fitted, told
+    from distillm_cli.cli.streams import write_stdout
     from distillm_cli.config.load import resolve, to_yaml
+    from distillm_cli.core.events import Note
 
     command, typed = ctx.info_name, ctx.params
     output, resume, overwrite = typed["output"], typed["resume"], typed["overwrite"]
     recipe, rebuild = typed["recipe"], typed.get("rebuild_teacher_cache", False)
     if resume and recipe is None and output is not None and (Path(output) / outputs.RECIPE).is_file():
         recipe = str(Path(output) / outputs.RECIPE)  # going on needs no more than the directory
-    resolved = resolve(command=command, recipe=recipe, flags=options.given(ctx), sets=typed["sets"])
+    resolved = fitted(resolve(command=command, recipe=recipe, flags=options.given(ctx), sets=typed["sets"]))
     if typed["dry_run"]:
         if typed["json"]:
             from distillm_cli.ui.console import print_json
 
             print_json({"command": command, "status": "ok", "recipe": resolved.recipe.model_dump(mode="json")})
         else:
-            sys.stdout.write(to_yaml(resolved))
+            write_stdout(to_yaml(resolved))
         return
     check_complete(resolved.recipe)
+    notes = [note for note in (check_data(resolved), told(resolved)) if note is not None]
     check_alone()
 
     from distillm_cli.cli.reading import reading
@@ -45,6 +48,8 @@ def launch(ctx: typer.Context) -> None:
             what = "--warm-teacher-cache writes no output directory"
             raise UsageError(what, hint="drop --output, --resume and --overwrite")
         with console(json_mode=typed["json"], quiet=typed["quiet"]) as ui, reading(resolved.recipe) as early:
+            for note in notes:
+                ui(Note(note))
             from distillm_cli.cli.teaching import warm
 
             ui.result(warm(resolved, rebuild=rebuild, ui=ui, early=early))
@@ -60,6 +65,8 @@ def launch(ctx: typer.Context) -> None:
         check_spared(command, r, place, file=recipe)
     ui = console(json_mode=typed["json"], quiet=typed["quiet"])
     with outputs.claimed(place, is_new=is_new), ui, reading(r) as early:
+        for note in notes:
+            ui(Note(note))
         from distillm_cli.cli.training import train  # which imports torch, while the rows are read and tokenised
 
         result = train(

@@ -22,6 +22,7 @@ from distillm_cli.core.criterion import CROSS_ENTROPY, Criterion
 from distillm_cli.core.engine import Engine, eval_mode
 from distillm_cli.core.events import Warned
 from distillm_cli.core.objective import Objective
+from distillm_cli.core.progress import Progress
 from distillm_cli.errors import ModelError, UsageError
 from distillm_cli.evaluation.suites import HELD_OUT, Suite
 from distillm_cli.models.devices import dtype_name, resolve_dtype
@@ -41,8 +42,15 @@ class Measured:
     """What one model did on the held-out rows: its figures, and what it answered to the first of them."""
 
     valid_loss: float | None
-    scores: dict[str, float]
+    scores: dict[str, float | None]
     answers: list[str]
+
+
+def labels(reached: Progress, *, after_sft: bool) -> dict[str, str]:
+    """Return the models' names with the step that their weights are of, for people. after_sft: of a stage before."""
+    kept = reached.step if reached.best_step is None else reached.best_step
+    begun = FINE_TUNED if after_sft else BEFORE
+    return {BEFORE: BEFORE, TEACHER: TEACHER, begun: f"{begun}, step 0", AFTER: f"{AFTER}, step {kept:,}"}
 
 
 def needs_metric(recipe: Recipe) -> bool:
@@ -59,9 +67,18 @@ def check_metric(recipe: Recipe) -> None:
 
 def check_answers(run: Prepared) -> None:
     """Raises ModelError where the run trains on samples of a model that cannot generate, or selects checkpoints by what it
-    answers. The table at the end can do without."""
+    answers. The table at the end can do without.
+
+    Raises UsageError where the metric that selects checkpoints is undefined on the held-out rows."""
     for model in sampling.samplers(run) + ([run.student] if needs_metric(run.recipe) else []):
         model.check_decoding()
+    if needs_metric(run.recipe):
+        from distillm_cli.evaluation.metrics import undefined_on
+
+        select, config = run.recipe.train.select, run.recipe.eval
+        references = [row.references for row in run.valid.rows[: config.report_rows]]
+        if references and (why := undefined_on(select, references, config.rouge_tokenizer)) is not None:
+            raise UsageError(f"train.select: {why}", where=run.valid_rows.name)
 
 
 class Report:
@@ -84,6 +101,7 @@ class Report:
         from distillm_cli.models.pair import teacher_again
 
         run = self.run
+        self.labels = labels(engine.at, after_sft=bool(run.recipe.student.sft_epochs))
         engine.optimizer.state.clear()  # its work is done, and the teacher may be needed once more
         teacher = run.pair.teacher
         if teacher is not None and engine.teacher.has_left:
@@ -111,8 +129,11 @@ class Report:
         return bool(self.suite.rows)
 
     def _measure(self, model: Backbone, name: str, valid_loss: float | None) -> Measured:
-        result = self._generate(model, name) if self.suite.rows else None
+        result = self._generate(model, self.labels[name]) if self.suite.rows else None
         scores = {} if result is None else {metric: score.mean for metric, score in result.scores.items()}
+        for told in {} if result is None or name != AFTER else result.scores.values():
+            if told.undefined is not None:
+                self.ui(Warned(told.undefined))
         answers = [] if result is None else next(iter(result.outputs.values()))
         return self._keep(name, Measured(valid_loss, scores, answers))
 
@@ -142,7 +163,7 @@ class Report:
         sampled = ", ".join([f"sampled at T = {config.temperature:g}", *narrowed])
         how = "decoded greedily" if config.greedy or config.temperature == 0 else sampled
         which = "" if answered == len(self.run.valid) else f" on the first {answered:,} of them,"
-        return f"valid loss on {rows}; scores{which} {how}, in {self._precision()}"
+        return f"valid CE on {rows}; scores{which} {how}, in {self._precision()}"
 
     def _precision(self) -> str:
         """Each model decodes in the precision of its weights, the student in that of training, whatever `eval` takes."""

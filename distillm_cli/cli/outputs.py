@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from distillm_cli import manifest
 from distillm_cli.errors import CheckpointError, StorageError, UsageError
+from distillm_cli.storage import PROBE, REMOVED, check_writable, leads_nowhere, reason, remove
+from distillm_cli.words import redact
 
 try:
     import fcntl
@@ -18,7 +21,6 @@ except ImportError:  # Windows: two runs into one directory are then not told ap
 
 CHECKPOINTS, METRICS, RECIPE, EVAL = "checkpoints", "metrics.jsonl", "recipe.yaml", "eval"
 CARD, MADE_WITH = "README.md", "**made with**: distillm"  # in a card of ours
-_PROBE = ".writable-"
 _MANY = 50  # settings: nobody writes so many by hand, each with a comment
 SFT = "sft"  # the stage before distillation, an output directory in the output directory
 
@@ -27,11 +29,11 @@ MODEL_FILES = (
     "config.json", "generation_config.json", "model.safetensors",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template.jinja", "model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors",
-    "model-*-of-*.safetensors",
+    "model-*-of-*.safetensors", manifest.MANIFEST,
 )  # fmt: skip
-_FILES = (METRICS, *MODEL_FILES)
+_FILES = (METRICS, *MODEL_FILES, ".staging-*")
 _FOLDERS = {
-    CHECKPOINTS: ("step-*", ".staging-*"),
+    CHECKPOINTS: ("step-*", ".staging-*", f"{REMOVED}*"),
     EVAL: ("report/*.json", "*/*/results.json", "*/*/predictions-*.jsonl", "**/.staging-*"),
 }
 
@@ -40,7 +42,7 @@ def default_name(recipe: str | None, data: str, student: str, method: str, *, re
     """``runs/dolly-gpt2-distillm``, with a number where that is taken; on a resume the newest of that name."""
 
     def short(text: str) -> str:
-        stem = Path(text.rstrip("/")).name.removesuffix(".jsonl").removesuffix(".json")
+        stem = Path(redact(text).rstrip("/")).name.removesuffix(".jsonl").removesuffix(".json")
         return re.sub(r"[^\w.+-]+", "-", stem).strip("-.") or "run"
 
     name = short(recipe) if recipe else f"{short(data)}-{short(student)}"
@@ -69,9 +71,9 @@ def check(output: Path, *, resume: bool, overwrite: bool) -> bool:
         _check_used(output, resume=resume, overwrite=overwrite)
         is_new = not output.exists()
         output.mkdir(parents=True, exist_ok=True)
-        probe = output / f"{_PROBE}{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        check_writable(output)
+        for leftover in output.glob(f"{PROBE}*"):  # of earlier versions
+            leftover.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"cannot write to {output}: {error.strerror}", hint="choose another --output") from error
     return is_new
@@ -80,12 +82,15 @@ def check(output: Path, *, resume: bool, overwrite: bool) -> bool:
 def _check_used(output: Path, *, resume: bool, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output {output} is a file", hint="give a directory")
+    if leads_nowhere(output):
+        raise UsageError(
+            f"--output {output} is a symbolic link that leads nowhere", hint="remove it, or give a directory"
+        )
     if resume and not _may_resume(output):
         raise CheckpointError(
             f"nothing to resume: {output / CHECKPOINTS} does not exist", hint="start without --resume"
         )
-    # A probe is left behind where a run was stopped between its two lines.
-    is_used = output.is_dir() and any(not path.name.startswith(_PROBE) for path in output.iterdir())
+    is_used = output.is_dir() and any(not path.name.startswith(PROBE) for path in output.iterdir())
     if is_used and not (resume or overwrite):
         raise UsageError(
             f"output directory {output} is not empty",
@@ -123,9 +128,9 @@ def foreign(output: Path) -> Path | None:
     """A file in the directory that a run would replace and that no run wrote; None where there is none."""
     ours = set(written(output))
     in_folders = (f"{name}/{pattern}" for name, patterns in _FOLDERS.items() for pattern in patterns)
-    found = (
-        path for name in (*_FILES, CARD, RECIPE, *in_folders) for path in sorted(output.glob(name)) if path not in ours
-    )
+    named = (path for name in (*_FILES, CARD, RECIPE, *in_folders) for path in sorted(output.glob(name)))
+    broken = (output / name for name in _FOLDERS if leads_nowhere(output / name))
+    found = (path for path in itertools.chain(named, broken) if path not in ours)
     return next((path for path in found if not any(parent in ours for parent in path.parents)), None)
 
 
@@ -148,17 +153,33 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace")
 
 
-def clear(output: Path) -> None:
-    """Removes what an earlier run wrote into the directory, and only that; folders go where nothing else is in them."""
+def clear(output: Path) -> list[Path]:
+    """Removes what an earlier run wrote into the directory, and only that; folders go where nothing else is in them.
+
+    Returns the directories of which something could not be removed: only parts are left, under names that no run reads.
+    Raises StorageError where one keeps its name.
+    """
+    stuck = []
     for path in [*written(output)]:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        is_directory = path.is_dir() and not path.is_symlink()
+        error = remove(path) if is_directory else _unlink(path)
+        if error is not None and os.path.lexists(path):
+            what = f"cannot remove {path}, of an earlier run: {reason(error)}"
+            raise StorageError(what, hint="choose another --output, or remove it yourself")
+        stuck += [path] if error is not None else []
     for name in (*_FOLDERS, SFT):
         for folder, _, _ in os.walk(output / name, topdown=False):
             with suppress(OSError):  # somebody's own files are in it
                 Path(folder).rmdir()
+    return stuck
+
+
+def _unlink(path: Path) -> OSError | None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        return error
+    return None
 
 
 @contextmanager
@@ -204,17 +225,34 @@ def write_text(path: Path, text: str) -> None:
     try:
         staged.write_text(text, encoding="utf-8")
         staged.replace(path)
-    except OSError:
-        staged.unlink(missing_ok=True)
+    except OSError as error:
+        _unlink(staged)
+        error.filename = error.filename or str(path)  # a write that fails does not name its file
         raise
 
 
 def publish(staged: Path, output: Path) -> None:
-    """Moves a finished model directory's files into ``output``, weights last, and removes ``staged``."""
+    """Move a finished model directory's files into ``output``, weights last, remove ``staged``, and write the manifest.
+
+    The manifest lists them and the recipe, but not the card, which people edit.
+    """
     # Not at the top: it imports torch, and whoever only names an output can do without.
     from distillm_cli.core.checkpoint import open_as_others
 
     open_as_others(staged)
+    (output / manifest.MANIFEST).unlink(missing_ok=True)  # an earlier one, of what is replaced now
+    published = [output / RECIPE]
     for path in sorted(staged.iterdir(), key=lambda p: p.suffix == ".safetensors"):
         path.replace(output / path.name)
+        if path.name != CARD:
+            published.append(output / path.name)
     staged.rmdir()
+    manifest.write(output, [path for path in published if path.is_file()])
+
+
+def write_recipe(output: Path, text: str) -> None:
+    """Write the recipe of a run that begins; the manifest of an earlier one then speaks of the model alone."""
+    listed = manifest.read(output)
+    if listed is not None and listed["files"].pop(RECIPE, None) is not None:
+        manifest.replace(output, listed)
+    write_text(output / RECIPE, text)

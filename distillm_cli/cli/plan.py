@@ -64,17 +64,24 @@ def plan(
     (a directory with a config.json, the file itself, or a hub name), and no weights are downloaded. A recipe of stages
     is planned stage by stage.
     """
+    from distillm_cli.cli.defaults import fitted, told
     from distillm_cli.cli.launch import check_complete
     from distillm_cli.config.load import resolve
     from distillm_cli.config.pipeline import is_pipeline
+    from distillm_cli.core.events import Note
     from distillm_cli.ui.console import console
 
     if recipe is not None and is_pipeline(recipe):
         _plan_stages(recipe, options.given(ctx), sets, json, quiet)
         return
-    resolved = resolve(command="plan", recipe=recipe, flags=options.given(ctx), sets=sets)
+    resolved = fitted(resolve(command="plan", recipe=recipe, flags=options.given(ctx), sets=sets))
     check_complete(resolved.recipe)
+    is_default = resolved.origin["data.source"] == "default"
+    notes = ["no --data: planned for Dolly (data.source dolly)"] if is_default else []
+    notes += filter(None, [told(resolved)])
     with console(json_mode=json, quiet=quiet) as ui:
+        for note in notes:
+            ui(Note(note))
         from distillm_cli.cli.planning import survey
 
         found, run = survey(resolved, ui)
@@ -83,6 +90,7 @@ def plan(
 
 
 def _plan_stages(recipe: str, flags: dict[str, Any], sets: list[str] | None, json: bool, quiet: bool) -> None:
+    from distillm_cli.cli.defaults import fitted_pipeline
     from distillm_cli.config.pipeline import load_pipeline
     from distillm_cli.errors import UsageError
     from distillm_cli.ui.console import console
@@ -92,7 +100,7 @@ def _plan_stages(recipe: str, flags: dict[str, Any], sets: list[str] | None, jso
         raise UsageError(
             f"{flag} with {recipe}, a recipe of stages", hint="try --set stages.NAME.section.key=VALUE, or defaults.…"
         )
-    pipeline = load_pipeline(recipe, sets or ())
+    pipeline = fitted_pipeline(load_pipeline(recipe, sets or ()))
     with console(json_mode=json, quiet=quiet) as ui:
         from distillm_cli.cli.planning_stages import of_pipeline
 
@@ -206,11 +214,14 @@ def _models(found: dict[str, Any]) -> Any:
         "  embeddings": lambda m: _count(m["parts"]["embeddings"]),
         "  trunk": lambda m: _count(m["parts"]["trunk"]),
         "  head": lambda m: _count(m["parts"]["head"]) if m["parts"]["head"] else "the embeddings",
+        "  not text": lambda m: _count(m["parts"]["outside"]) if m["parts"]["outside"] else "none",
         "that train": lambda m: "none" if not m["trainable"] else _count(m["trainable"]),
         "layers × width": _layers,
         "context": lambda m: "no limit" if m["context"] is None else f"{m['context']:,}",
         "weights in": lambda m: m["dtype"],
     }
+    if not any(m["parts"]["outside"] for m in models.values()):
+        del lines["  not text"]
     return table("Models", ["", *models], [[line, *map(told, models.values())] for line, told in lines.items()])
 
 
@@ -347,11 +358,17 @@ def _times(found: dict[str, dict[str, Any]]) -> list[Any]:
 def _batch(run: Prepared) -> list[Any]:
     from rich.text import Text
 
-    head = "One batch, decoded; supervised tokens stand in ⟦ ⟧ (the last is end-of-sequence unless cut)"
+    head = "One batch, decoded; supervised tokens are in ⟦ ⟧ (the last one ends the response, unless it was cut)"
     tokenizer, lines = run.pair.tokenizer, [Text(head, "bold")]
     for sequence in run.batch(0)[:SHOWN]:
-        text = Text(tokenizer.decode(sequence.prompt), style="dim")
-        for token in sequence.response:
-            text.append(f"⟦{tokenizer.decode([int(token)])}⟧", style="not dim green")
+        text, context = Text(style="dim"), []
+        turns = set() if sequence.turns is None else set(sequence.turns.tolist())
+        for at, token in enumerate([*sequence.prompt.tolist(), *sequence.response.tolist()]):
+            if at < len(sequence.prompt) and at not in turns:
+                context.append(token)
+                continue
+            text.append(tokenizer.decode(context))
+            context = []
+            text.append(f"⟦{tokenizer.decode([token])}⟧", style="not dim green")
         lines += [text, Text("─" * 20, "dim")]
     return lines

@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from distillm_cli import words
 from distillm_cli.cli import costs, garbage, gpus
-from distillm_cli.cli.assembly import Prepared, new_order, new_replay, prepare
+from distillm_cli.cli.assembly import Prepared, new_order, new_replay, prepare, texts_of
 from distillm_cli.cli.host import available_memory
 from distillm_cli.cli.measuring import check_answers, check_metric
 from distillm_cli.cli.teaching import Keeping, check_rows, disk_free, plan_keeping, uses_rows
@@ -26,13 +27,14 @@ from distillm_cli.core.scheduler import Scheduler
 from distillm_cli.data.batching import Examples, steps_per_epoch, tokenise
 from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.sources import Rows, is_path, load_rows, local_place
-from distillm_cli.data.templates import render
 from distillm_cli.errors import DataError
 from distillm_cli.models import lora
+from distillm_cli.models.composite import freeze_rest, is_composite
 from distillm_cli.models.contexts import context_of
 from distillm_cli.models.pair import check_kinds, check_vocabularies, resolve_device, resolve_dtype
 from distillm_cli.models.shapes import Shape, Sizes, has_weights, load_shape, sizes, student_spec, weight_bytes
 from distillm_cli.ui.display import size
+from distillm_cli.words import redact
 
 T = TypeVar("T")
 _BUILT = re.compile(r"[a-z]+:")  # random:…; no hub name and no path here begins so
@@ -123,11 +125,7 @@ def of_shapes(
     needed = recipe.needs_responses
     rows, why = at_hand(lambda: load_rows(recipe.data, "train", require_output=needed), recipe.data.source)
 
-    def texts(tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
-        for row in rows or ():
-            yield from (render(row, recipe.data.template, tokenizer), *row.references[:1])
-
-    read = texts if rows is not None else None
+    read = None if rows is None else partial(texts_of, rows, recipe.data)
     common = {"max_length": recipe.data.max_length, "made": made}
     origin = None  # of a student that is built after it, for `sft` too
     if recipe.teacher.path is not None and (recipe.method != "sft" or recipe.student.is_built):
@@ -172,7 +170,7 @@ def of_shapes(
         keeps=recipe.teacher.cache != "off",
     )
     sized = _with_fine_tuning(sized, resolved)
-    data: dict[str, Any] = {"source": recipe.data.source, "rows": None if rows is None else len(rows)}
+    data: dict[str, Any] = {"source": redact(recipe.data.source), "rows": None if rows is None else len(rows)}
     if rows is not None and examples is not None:
         data |= _rows_told(rows, examples) | {"response_tokens": examples.tokens}
     data |= {"longest": lengths.longest, "mean_length": round(lengths.mean, 1)}
@@ -248,7 +246,7 @@ def model_told(counted: Sizes, dtype: str) -> dict[str, Any]:
     return encoder | {
         "kind": counted.kind,
         "parameters": counted.parameters["total"],
-        "parts": {part: counted.parameters[part] for part in ("embeddings", "trunk", "head")},
+        "parts": {part: counted.parameters[part] for part in ("embeddings", "trunk", "head", "outside")},
         "trainable": counted.parameters["trainable"],
         "layers": counted.layers,
         "width": counted.width,
@@ -274,9 +272,12 @@ def _kept(run: Prepared, keeping: Keeping) -> dict[str, Any]:
 
 def _trained(student: Shape, recipe: Recipe) -> PreTrainedModel:
     """The student as it is trained: under its adapter, where it has one (a copy: what others read is the whole model)."""
-    if recipe.student.lora.r is None:
+    if recipe.student.lora.r is None and not is_composite(student.model.config):
         return student.model
     model = copy.deepcopy(student.model)
+    freeze_rest(model)
+    if recipe.student.lora.r is None:
+        return model
     with torch.device("meta"):
         lora.attach(model, recipe.student.lora, seed=0, base=str(recipe.student.path), revision=None)
     return model
@@ -330,7 +331,7 @@ def at_hand(read: Callable[[], T], source: str) -> tuple[T | None, str]:
     except DataError as error:
         if is_path(source) or local_place(source) is not None:
             raise  # it is here, or should be: a fault in it is worth more than an estimate
-        return None, f"no rows of {source} at hand ({error.what.partition(' (')[0].split(': ', 1)[-1]})"
+        return None, f"no rows of {redact(source)} at hand ({error.what.partition(' (')[0].split(': ', 1)[-1]})"
 
 
 def _rows_told(rows: Rows, examples: Examples) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from distillm_cli.data.files import format_of
 from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.rows import BadRow, parse
 from distillm_cli.data.sources import Row, kind_of, load_rows, user_path
-from distillm_cli.data.templates import render
 from distillm_cli.errors import DataError
 from distillm_cli.words import all_are
 
@@ -84,22 +83,23 @@ def _lines(source: str, data: Data, listener: Listener) -> list[Row]:
 
 
 def rereadable(rows: list[Row], ids: list[np.ndarray], encoder: Encoder, listener: Listener) -> list[str]:
-    """Each prompt as the text that, read back as a row's exact prompt, gives the same tokens again.
+    """Return each prompt as the text that, read back as a row's exact prompt, gives the same tokens again.
 
-    A chat template writes the beginning-of-sequence token itself, while the encoder puts it before an exact prompt.
+    A chat template writes the beginning-of-sequence token itself, while the encoder puts it before an exact prompt. Rows
+    of messages are read back as messages, whatever their prompt's text.
     """
-    texts = [render(row, encoder.template, encoder.tokenizer) for row in rows]
-    suspects = [i for i, row in enumerate(rows) if encoder.template == "chat" or row.messages is not None]
+    texts = [encoder.renderer.prompt(row) for row in rows]
+    suspects = [i for i, row in enumerate(rows) if encoder.renderer.form(row) == "chat"]
     if not suspects:
         return texts
-    reader = encoder.under(template="auto")
+    reader = encoder.under(template="exact")
     start = encoder.tokenizer.bos_token
     lost = 0
     for i in suspects:
         candidates = [texts[i], *([texts[i].removeprefix(start)] if start else [])]
         exact = [text for text in candidates if np.array_equal(reader.prompt_ids(Row(prompt=text)), ids[i])]
         texts[i] = exact[0] if exact else texts[i]
-        lost += not exact
+        lost += not exact and rows[i].messages is None
     if lost:
         listener(Warned(f"{lost:,} chat prompts cannot be written so that they read back as the same tokens"))
     return texts

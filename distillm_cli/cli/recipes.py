@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from distillm_cli.cli import options
+from distillm_cli.cli.streams import print_error, write_stdout
 from distillm_cli.errors import RecipeError, UsageError
 
 recipes = typer.Typer(
@@ -64,7 +65,11 @@ def show(name: Name, debug: options.Debug = False) -> None:
     """Print a recipe as it is written."""
     from distillm_cli.config.load import locate
 
-    sys.stdout.buffer.write(locate(name).read_bytes())
+    content = locate(name).read_bytes()
+    if sys.stdout.isatty():
+        write_stdout(content.decode("utf-8", "backslashreplace"))
+    else:
+        sys.stdout.buffer.write(content)
 
 
 @recipes.command("cp")
@@ -88,7 +93,7 @@ def cp(
         raise UsageError(f"{target} exists", hint="give another DEST, or remove it first") from None
     except FileNotFoundError:
         raise UsageError(f"no directory {target.parent}", hint="create it first") from None
-    print(target)
+    write_stdout(f"{target}\n")
 
 
 @recipes.command("validate")
@@ -117,9 +122,9 @@ def validate(
     else:
         for row in rows:
             if row["status"] == "ok":
-                print(f"{row['recipe']}\tok")
+                write_stdout(f"{row['recipe']}\tok\n")
     for row in wrong:
-        print(f"error: {row['message']}", file=sys.stderr)
+        print_error(row["message"])
     if wrong:
         raise typer.Exit(RecipeError.exit_code)
 

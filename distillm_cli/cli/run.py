@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from distillm_cli.cli import options
+from distillm_cli.cli.streams import write_stdout
 
 PIPELINE = "Pipeline"
 
@@ -89,18 +89,19 @@ def run(
     What is done is skipped: a stage runs again when its recipe, its data or a stage that it reads has changed. A stopped
     run goes on when the same command is typed again. To make a stage anew, remove its directory.
     """
+    from distillm_cli.cli.defaults import fitted_pipeline
     from distillm_cli.cli.launch import check_alone
     from distillm_cli.config.pipeline import load_pipeline
     from distillm_cli.ui.console import console, print_json
 
-    pipeline = load_pipeline(recipe, sets or ())
+    pipeline = fitted_pipeline(load_pipeline(recipe, sets or ()))
     place = Path(output) if output else Path("runs") / pipeline.name
     if dry_run:
         from distillm_cli.cli.pipeline import choose, resolved_yaml, survey
 
         states = survey(pipeline, place, choose(pipeline, only, start))
         if not json:
-            sys.stdout.write(resolved_yaml(pipeline, states))
+            write_stdout(resolved_yaml(pipeline, states))
             return
         told = {
             stage.name: {"verb": stage.verb, "state": states[stage.name].kind, "why": states[stage.name].why}

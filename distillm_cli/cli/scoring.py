@@ -15,7 +15,7 @@ import torch
 from distillm_cli.cli import inference
 from distillm_cli.config.load import Resolved
 from distillm_cli.config.schema import Recipe
-from distillm_cli.core.events import Note
+from distillm_cli.core.events import Note, Warned
 from distillm_cli.errors import Interrupted, UsageError, signal_number
 from distillm_cli.evaluation.evaluate import evaluate
 from distillm_cli.evaluation.metrics import METRICS
@@ -132,6 +132,7 @@ def _places(checkpoints: list[str], output: str | None, names: Mapping[str, str]
 def _score(job: _Job, done: dict[str, Told], resume: bool, ui: Console) -> None:
     backbone, encoder = inference.load(job.checkpoint, job.recipe, ui)
     inference.check_head(backbone, encoder, job.suites[0].rows[0], ui)
+    inference.name_template(encoder, [row for suite in job.suites for row in suite.rows], ui)
     about = {"model": job.checkpoint, "dtype": str(backbone.model.dtype).removeprefix("torch.")}
     about["weights"] = fingerprint(backbone.model.state_dict().items())
     for suite in job.suites:
@@ -142,6 +143,9 @@ def _score(job: _Job, done: dict[str, Told], resume: bool, ui: Console) -> None:
             done[suite.name] = before
             continue
         result = evaluate(backbone, encoder, suite, job.recipe.eval, ui, skip_long=job.recipe.data.skip_bad_rows)
+        for told in result.scores.values():
+            if told.undefined is not None:
+                ui(Warned(f"{suite.name}: {told.undefined}"))
         save(result, job.place, about)
         done[suite.name] = result.as_json()
     del backbone
@@ -177,4 +181,6 @@ def _title(metric: str) -> str:
 def _figure(score: Mapping[str, Any] | None, passes: int) -> str | None:
     if score is None:
         return None
+    if score["mean"] is None:
+        return "undefined"
     return f"{score['mean']:.2f} ± {score['sd']:.2f}" if passes > 1 else f"{score['mean']:.2f}"

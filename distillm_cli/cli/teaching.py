@@ -235,7 +235,7 @@ def _planned_on_disk(run: Prepared, per_token: int) -> Keeping:
 def _beside_rows(run: Prepared, per_token: int) -> dict[str, int]:
     drawn = min(new_replay(run.recipe, run.step_rows).capacity, run.steps * run.step_rows)
     rollouts = drawn * run.recipe.rollout.max_new_tokens * per_token if new_scheduler(run).may_replay else 0
-    held_out = sum(len(s.response) for s in _held_out(run)) * per_token
+    held_out = sum(s.supervised for s in _held_out(run)) * per_token
     samples = _sampled_tokens(run) * per_token if _samples_come_back(run) else 0
     return {"rollout_bytes": rollouts, "sample_bytes": samples, "held_out_bytes": held_out}
 
@@ -243,7 +243,7 @@ def _beside_rows(run: Prepared, per_token: int) -> dict[str, int]:
 def _sampled_tokens(run: Prepared) -> int:
     """Of the teacher's samples: as many as there are, or as there can be at most."""
     if run.teacher_samples is not None:
-        return sum(len(s.response) for samples in run.teacher_samples.values() for s in samples)
+        return sum(s.supervised for samples in run.teacher_samples.values() for s in samples)
     return len(run.train) * run.recipe.rollout.max_new_tokens
 
 

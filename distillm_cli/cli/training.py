@@ -13,6 +13,7 @@ import torch
 from distillm_cli.cli import outputs
 from distillm_cli.cli.assembly import Prepared, build_engine, prepare
 from distillm_cli.cli.card import model_card
+from distillm_cli.cli.defaults import fitted
 from distillm_cli.cli.host import keep_freed_memory
 from distillm_cli.cli.interrupts import lost
 from distillm_cli.cli.measuring import (
@@ -24,11 +25,21 @@ from distillm_cli.cli.measuring import (
     Report,
     check_answers,
     check_metric,
+    labels,
     needs_metric,
 )
-from distillm_cli.cli.resuming import best_of, check_inputs, checkpoint_of, load_student, weights_in
+from distillm_cli.cli.resuming import (
+    as_checkpoint_error,
+    as_recorded,
+    best_of,
+    check_inputs,
+    check_length,
+    checkpoint_of,
+    load_student,
+    weights_in,
+)
 from distillm_cli.cli.teaching import Opened, open_teacher
-from distillm_cli.config.load import Resolved, to_yaml
+from distillm_cli.config.load import Resolved, settled, to_yaml
 from distillm_cli.config.stages import sft_before
 from distillm_cli.core.checkpoint import Checkpoint, read, visible
 from distillm_cli.core.engine import LOWER_IS_BETTER, Engine
@@ -37,8 +48,10 @@ from distillm_cli.core.metrics_log import MetricsLog
 from distillm_cli.core.progress import Progress as Reached
 from distillm_cli.core.scheduler import Source
 from distillm_cli.data.early import Early
-from distillm_cli.data.templates import render
-from distillm_cli.errors import Interrupted, UsageError, signal_number
+from distillm_cli.data.templates import text_of_content
+from distillm_cli.errors import Interrupted, StorageError, UsageError, signal_number
+from distillm_cli.models.composite import is_composite
+from distillm_cli.storage import failed_with, reason
 from distillm_cli.ui.console import Console
 from distillm_cli.ui.summary import (
     OUTPUT_FILES,
@@ -69,7 +82,11 @@ def train(
     early: where its rows are on their way already. movable: as of ``checkpoint_of``. begun: called once everything is
     prepared and ``output`` holds nothing of an earlier run any more (or its resume).
     """
-    recipe, began = resolved.recipe, time.perf_counter()
+    began = time.perf_counter()
+    if resume:
+        resolved = as_recorded(resolved, output)
+    resolved = fitted(resolved)
+    recipe = resolved.recipe
     check_metric(recipe)
     for note in resolved.notes:
         ui(Warned(note))
@@ -83,17 +100,22 @@ def train(
         if resume and stage and not checkpoint:
             of_stage = checkpoint_of(output / outputs.SFT, stage.recipe, movable=movable)
         run = prepare(recipe, ui, early)
+        resolved = settled(resolved, run.settled)
+        stage = sft_before(resolved)
         for earlier in filter(None, (checkpoint, of_stage)):
             check_inputs(earlier, run.inputs)
+        if checkpoint is not None:
+            check_length(checkpoint, run.steps, run.order.steps_per_epoch, ui)
         before = None if checkpoint is None else checkpoint.state.get("teacher_cache")
         check_answers(run)
         opened = open_teacher(run, ui, before=before, rebuild=rebuild_teacher_cache)
     except KeyboardInterrupt as stop:
         raise _stopped(None, stop) from None
     if overwrite:  # only now: bad input must not cost what an earlier run left
-        outputs.clear(output)
+        for stuck in outputs.clear(output):
+            ui(Warned(f"cannot remove all of {stuck}, of an earlier run: it takes up space"))
     begun()
-    outputs.write_text(output / outputs.RECIPE, to_yaml(resolved))
+    outputs.write_recipe(output, to_yaml(resolved))
     try:
         if stage is not None:
             if checkpoint is None:
@@ -119,7 +141,7 @@ def _fine_tune(run: Prepared, stage: Resolved, checkpoint: Checkpoint | None, ou
     else:
         ui(Note(f"first the student is fine-tuned (student.sft_epochs = {stage.recipe.train.epochs:g}), in {output}"))
         output.mkdir(parents=True, exist_ok=True)
-        outputs.write_text(output / outputs.RECIPE, to_yaml(stage))
+        outputs.write_recipe(output, to_yaml(stage))
         torch.manual_seed(seed)
         _trained("sft", begin, None, checkpoint, stage, output, time.perf_counter(), ui, is_stage=True)
     torch.manual_seed(seed)
@@ -144,7 +166,7 @@ def _trained(
     if checkpoint is not None:
         load_student(run.student, checkpoint)
     before = checkpoint.state["progress"] if checkpoint else {"step": 0, "valid_loss": None}
-    validated = before["valid_loss"] is not None
+    validated = before.get("valid_loss") is not None
     log = MetricsLog(
         output / outputs.METRICS, log_steps=recipe.train.log_steps, first_step=before["step"], validated=validated
     )
@@ -159,7 +181,8 @@ def _trained(
     if run.device.type == "cpu":
         keep_freed_memory()
     if checkpoint is not None:
-        engine.load(checkpoint)
+        with as_checkpoint_error(checkpoint):
+            engine.load(checkpoint)
     if (stop := lost()) is not None:  # whoever took it for something else may have chosen another way for this run
         raise stop
     reached = engine.run()
@@ -202,11 +225,19 @@ def publish(
     staged = output / ".staging-model"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
-    run.export_model(staged)
-    task = "text2text-generation" if run.student.is_encoder_decoder else "text-generation"
-    card = model_card(resolved, reached, measured, task=task, measured_on=measured_on)
-    (staged / outputs.CARD).write_text(card, encoding="utf-8")
-    outputs.publish(staged, output)
+    try:
+        run.export_model(staged)
+        task = "text2text-generation" if run.student.is_encoder_decoder else "text-generation"
+        task = "image-text-to-text" if is_composite(run.student.model.config) else task
+        card = model_card(resolved, reached, measured, task=task, measured_on=measured_on)
+        (staged / outputs.CARD).write_text(card, encoding="utf-8")
+        outputs.publish(staged, output)
+    except Exception as error:
+        shutil.rmtree(staged, ignore_errors=True)
+        if failed_with(error) is None:
+            raise
+        hint = "free some space, then type the command again with --resume: nothing is trained again"
+        raise StorageError(f"cannot write the model into {output}: {reason(error)}", hint=hint) from error
 
 
 def _tell(
@@ -220,7 +251,8 @@ def _tell(
     is_stage: bool,
 ) -> None:
     order = [name for name in (BEFORE, FINE_TUNED, AFTER, TEACHER) if name in measured]
-    table = [Outcome(name, measured[name].valid_loss, measured[name].scores) for name in order]
+    label = labels(reached, after_sft=bool(run.recipe.student.sft_epochs))
+    table = [Outcome(label[name], measured[name].valid_loss, measured[name].scores) for name in order]
     title = "Fine-tuning" if is_stage else "Outcome"
     if any(outcome.valid_loss is not None or outcome.scores for outcome in table):
         ui.show(outcome_table(table, lower_is_better=LOWER_IS_BETTER, title=title, caption=measured_on))
@@ -249,9 +281,13 @@ def _tell(
 
 def _asked(run: Prepared, row) -> str:
     """What a row asks, without the words of a template where it has an instruction of its own."""
-    if row.instruction is None:
-        return render(row, run.encoder.template, run.encoder.tokenizer)
-    return "\n".join(filter(None, (row.instruction, row.input)))
+    if row.instruction is not None:
+        return "\n".join(filter(None, (row.instruction, row.input)))
+    if row.messages is not None and row.messages[-1]["role"] == "user":
+        question = text_of_content(row.messages[-1].get("content"))
+        if question is not None:
+            return question
+    return run.encoder.renderer.prompt(row)
 
 
 def _result(command: str, output: Path, reached: Reached, engine: Engine, measured, wall: float) -> dict:

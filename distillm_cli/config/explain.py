@@ -15,8 +15,9 @@ from pydantic.fields import FieldInfo
 
 from distillm_cli.config import yaml_io
 from distillm_cli.config.methods import METHODS
-from distillm_cli.config.schema import Recipe, Section
+from distillm_cli.config.schema import AUTO, Recipe, Section
 from distillm_cli.config.shortcuts import flag_of
+from distillm_cli.words import redact
 
 _BOUNDS = (
     (annotated_types.Ge, "≥", "ge"),
@@ -54,6 +55,8 @@ def kinds(annotation: Any) -> set[Any]:
         return kinds(get_args(annotation)[0])
     if origin is Literal:
         return {type(choice) for choice in get_args(annotation)}
+    if origin is dict:
+        return {dict}
     if origin in (Union, types.UnionType, tuple):
         return set().union(*(kinds(part) for part in get_args(annotation) if part is not Ellipsis))
     return {annotation if annotation is not types.NoneType else None}
@@ -101,6 +104,8 @@ def described(annotation: Any, metadata: list[Any]) -> str:
         return ", or ".join(described(part, metadata) for part in parts)
     if origin is Literal:
         return str(parts[0]) if len(parts) == 1 else f"one of {', '.join(map(str, parts))}"
+    if origin is dict:
+        return "a mapping"
     if origin is tuple:
         count = " that is not empty" if any(isinstance(m, annotated_types.MinLen) for m in metadata) else ""
         count = count if parts[-1] is Ellipsis else f" of {len(parts)}"
@@ -127,6 +132,7 @@ def shown(value: Any, *, by_flag: bool = False) -> str:
         text = ",".join(map(str, value)) or "(empty)"
     else:
         text = "(empty)" if value == "" else yaml_io.text_of(list(value) if isinstance(value, tuple) else value)
+    text = redact(text)  # before it is cut: half an address may not be known as one
     return text if len(text) <= 80 else text[:77] + "…"
 
 
@@ -199,14 +205,18 @@ def what_to_try(key: str, value: Any, verb: str, flag: str | None = None, *, giv
     which has no flags for fields.
     """
     field, words = leaves()[key], choices(key)
+    if words == [AUTO]:  # of a number, whose flag takes numbers only
+        return f"try --set {given_at}{key}={AUTO}"
     better = field.default
+    if isinstance(value, list | tuple) and not takes_list(key):
+        value = value[0] if len(value) == 1 else None  # a list where one value is expected
     if isinstance(value, list | tuple):
         meant = [part for item in value for part in _parts(item)]
         if words:
             meant = [v if v in words else nearest_word(v, words) for v in meant]
         if meant and None not in meant and (words or len(meant) > len(value)):
             better = meant
-    elif words and (word := nearest_word(value, words)):
+    elif value is not None and words and (word := nearest_word(value, words)):
         better = word
     if better is None or better == ():
         return f"it means: {field.description}" if field.description else None

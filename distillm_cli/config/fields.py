@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch's generators take
+LIMIT = 2**63  # of whole numbers: torch, numpy and pyarrow have no larger ones
+Seed = Annotated[int, Field(ge=0, lt=LIMIT)]  # what torch's generators take
 Probability = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Exponent = Annotated[float, Field(ge=-2, le=2)]
@@ -71,4 +72,12 @@ class Section(BaseModel):
             union = get_origin(annotation) in (Union, UnionType)
             if bool not in (get_args(annotation) if union else (annotation,)):
                 raise ValueError("true and false are no numbers")
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _whole_numbers_fit_64_bits(cls, value: Any) -> Any:
+        items = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(item, int) and abs(item) >= LIMIT for item in items):
+            raise ValueError("too large a whole number")
         return value

@@ -11,6 +11,7 @@ import yaml
 from distillm_cli.config import yaml_io
 from distillm_cli.config.explain import (
     expected,
+    kinds,
     leaves,
     nearest_key,
     section_of,
@@ -19,6 +20,7 @@ from distillm_cli.config.explain import (
     takes_texts_only,
     what_to_try,
 )
+from distillm_cli.config.fields import LIMIT
 from distillm_cli.config.schema import Recipe, Section
 from distillm_cli.config.shortcuts import Flag
 from distillm_cli.errors import RecipeError, UsageError
@@ -82,12 +84,21 @@ class Problems:
 Keep = Callable[[str, Any, int], None]
 
 
+def is_too_large(value: Any) -> bool:
+    """Return whether a value is, or holds, a number that no 64-bit integer can be."""
+    items = value if isinstance(value, list | tuple) else [value]
+    return any(isinstance(item, int | float) and abs(item) >= LIMIT for item in items)
+
+
 def bad(given: Given, key: str, command: str) -> RecipeError:
     """The error for a value its field does not take: ``--alpha = 1.4; expected a number ≥ 0 and < 1; try …``."""
     flag = given.origin if given.rank.layer == FLAG else None
+    takes = expected(key)
+    if int in kinds(leaves()[key].annotation) and is_too_large(given.value) and "2^63" not in takes:
+        takes += " (and below 2^63)"
     return RecipeError(
         f"{given.place} = {shown(given.value, by_flag=flag is not None)}",
-        where=f"expected {expected(key)}",
+        where=f"expected {takes}",
         hint=what_to_try(key, given.value, command, flag, given_at=given.at),
     )
 

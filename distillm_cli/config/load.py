@@ -7,7 +7,7 @@ was written for another, brings its preset along: it is stronger than what that 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
 from itertools import chain
@@ -24,6 +24,7 @@ from distillm_cli.config.ownership import value_of
 from distillm_cli.config.schema import Recipe, Section
 from distillm_cli.config.shortcuts import SHORTCUTS
 from distillm_cli.errors import RecipeError, UsageError
+from distillm_cli.words import HIDDEN, redact
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def settle(
     from_recipe = {key: entry for layer in of_recipe for key, entry in layer.items()}
     method = _method(command, *weakest_first)
     preset, over = {"method": method}, {}
-    if method.value in METHODS:
+    if _is_method(method.value):
         _check_verb(method, command)
         preset |= _preset(method.value, layers.METHOD)
         own = from_recipe.get("method", method)  # a recipe that names no method speaks for any
@@ -173,6 +174,17 @@ def settle(
     return Resolved(made, origin, former, notes, name)
 
 
+def settled(resolved: Resolved, values: Mapping[str, tuple[Any, str]]) -> Resolved:
+    """Return the recipe with values that were open until the run started. values: dotted key → (value, origin)."""
+    recipe = resolved.recipe
+    for key, (value, _) in values.items():
+        section, _, name = key.rpartition(".")
+        part = getattr(recipe, section).model_copy(update={name: value})
+        recipe = recipe.model_copy(update={section: part})
+    origin = resolved.origin | {key: origin for key, (_, origin) in values.items()}
+    return replace(resolved, recipe=recipe, origin=origin)
+
+
 def load_resolved(path: str | Path) -> Recipe:
     """The recipe in a file, such as the ``recipe.yaml`` of an output directory. Raises RecipeError."""
     return resolve(command="eval", recipe=Path(path)).recipe
@@ -181,13 +193,19 @@ def load_resolved(path: str | Path) -> Recipe:
 def to_yaml(resolved: Resolved, with_origin: bool = True) -> str:
     """The whole recipe as YAML that reads back the same; with_origin: each line ends with where its value came from.
 
+    Credentials in addresses are left out, and a note says so.
+
     A value that replaced another says so: ``lr: 0.0001  # --lr (dolly-gpt2.yaml:14: 0.0005)``.
     """
     rows = [*_rows(resolved.recipe, "", resolved)]
     if not with_origin:
         return "".join(f"{line}\n" for line, _ in rows)
     column = min(max(len(line) for line, comment in rows if comment), 56)
-    notes = "".join(f"# note: {note}\n" for note in resolved.notes)
+    notes = "".join(f"# note: {redact(note)}\n" for note in resolved.notes)
+    notes += (
+        f"# note: {HIDDEN} stands for credentials, which are not written down: give those values again\n"
+        * _holds_credentials(resolved.recipe)
+    )
     return notes + "".join(f"{line:<{column}}  # {comment}\n" if comment else f"{line}\n" for line, comment in rows)
 
 
@@ -204,7 +222,21 @@ def _rows(section: Section, prefix: str, resolved: Resolved) -> Iterable[tuple[s
         if key in resolved.former:
             before, where = resolved.former[key]
             comment += f" ({where}: {yaml_io.text_of(before)})"
-        yield f"{indent}{name}: {yaml_io.text_of(value)}", " ".join(comment.split())
+        yield f"{indent}{name}: {yaml_io.text_of(_without_credentials(value))}", redact(" ".join(comment.split()))
+
+
+def _without_credentials(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(map(_without_credentials, value))
+    return redact(value) if isinstance(value, str) else value
+
+
+def _holds_credentials(section: Section) -> bool:
+    values = [getattr(section, name) for name in type(section).model_fields]
+    return any(
+        _holds_credentials(value) if isinstance(value, Section) else _without_credentials(value) != value
+        for value in values
+    )
 
 
 def _method(command: str, *weakest_first: Mapping[str, Given]) -> Given:
@@ -214,6 +246,10 @@ def _method(command: str, *weakest_first: Mapping[str, Given]) -> Given:
     if command == "sft":
         return Given("sft", "verb sft", "method", Rank(layers.DEFAULT))
     return Given(Recipe.model_fields["method"].default, "default", "method", Rank(layers.DEFAULT))
+
+
+def _is_method(value: Any) -> bool:
+    return isinstance(value, str) and value in METHODS
 
 
 def _check_verb(method: Given, command: str) -> None:
@@ -308,7 +344,7 @@ def _is_read(key: str, entry: Given, reads: Callable[[str], bool]) -> bool:
 def _left_out(unread: Mapping[str, Given], command: str, from_recipe: Mapping[str, Given]) -> set[str]:
     """Of what is not read: what the recipe, taken by itself, would read; a flag or --set has changed that."""
     own = _method(command, from_recipe)
-    preset = _preset(own.value, layers.METHOD) if own.value in METHODS else {}
+    preset = _preset(own.value, layers.METHOD) if _is_method(own.value) else {}
     alone, _ = _stacked({"method": own}, preset, from_recipe)
 
     def value(key: str) -> Any:

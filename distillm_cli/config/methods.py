@@ -61,8 +61,6 @@ METHODS: dict[str, Method] = {
             preset={
                 "objective.kd_weight": 0.0,
                 "schedule.kind": "off",
-                "train.epochs": 3.0,
-                "train.lr": 5e-5,
                 "train.select": "valid_loss",
             },
         ),

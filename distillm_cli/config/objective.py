@@ -116,6 +116,12 @@ class Objective(Section):
         "(1 − kd_weight)·CE + kd_weight·KL(p‖q) per token (MiniLLM's term on plain text); 0: none",
     )
 
+    router_aux: Literal["auto"] | Annotated[float, Field(ge=0)] = Field(
+        "auto",
+        description="weight of the auxiliary loss of the routers of a mixture of experts, for sft too. auto: the student's "
+        "router_aux_loss_coef where its config says output_router_logits, else 0",
+    )
+
     @model_validator(mode="after")
     def _rows_stand_beside_the_policy_gradient(self) -> Objective:
         if self.row_weight and not self.policy_gradient:

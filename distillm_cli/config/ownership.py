@@ -18,7 +18,8 @@ from distillm_cli.errors import RecipeError
 
 ValueOf = Callable[[str], Any]  # dotted key → its value in some recipe
 
-_OF_DISTILLATION = ("objective.", "schedule.")  # sections of which fine-tuning (verb sft) reads nothing
+_OF_DISTILLATION = ("objective.", "schedule.")  # sections of which fine-tuning (verb sft) reads nothing else
+_OF_TRAINING = ("objective.router_aux",)
 SAMPLING = ("rollout.temperature", "rollout.top_p", "rollout.top_k", "rollout.max_new_tokens", "train.seed")
 _BUILDS_AFTER = ("teacher.path", "teacher.dtype", "teacher.revision")  # what fine-tuning reads of it, if anything
 
@@ -26,6 +27,8 @@ _BUILDS_AFTER = ("teacher.path", "teacher.dtype", "teacher.revision")  # what fi
 _ASKING = (
     "train.device", "train.threads", "student.dtype", "data.template", "data.skip_bad_rows", "data.seed", "data.tasks",
     "data.columns.prompt", "data.columns.input", "data.columns.response",
+    "data.chat_template", "data.chat_template_kwargs", "data.tools", "data.documents", "data.date",
+    "data.special_tokens_in_text", "data.source_language", "data.target_language",
 )  # fmt: skip
 _READ_WITHOUT_TRAINING = {
     "generate": (*_ASKING, *SAMPLING, "eval.batch_size", "data.size", "data.valid_limit"),
@@ -182,7 +185,7 @@ def _is_of_distillation(key: str) -> bool:
     """Whether the field, or what decides on it, is of the sections that fine-tuning does without."""
     when = condition(key)
     deciders = [] if when is None else [decider for way in when.ways for decider in way]
-    return any(name.startswith(_OF_DISTILLATION) for name in (key, *deciders))
+    return key not in _OF_TRAINING and any(name.startswith(_OF_DISTILLATION) for name in (key, *deciders))
 
 
 def _is_of_no_teacher(key: str, value: ValueOf) -> bool:

@@ -6,6 +6,7 @@ A field's description is its help text, its unit and its source. Section and fie
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,6 +41,8 @@ _BUILTIN = {"data.source": ("builtin",)}
 _RANK = Such("that is given", 16, lambda rank: rank is not None)
 
 BUILT = ("random:", "layers:", "width:")
+AUTO = "auto"  # of a number: it is chosen to fit the models before the run (cli/defaults.py)
+Auto = Literal["auto"]
 
 
 def is_of_hub(model: str) -> bool:
@@ -185,13 +188,43 @@ class Data(Section):
     valid: Name | None = Field(
         None, description="held-out rows: a file or source; unset: the source's own, else a slice"
     )
-    template: Literal["auto", "alpaca", "chat", "plain"] = Field(
+    template: Literal["auto", "alpaca", "chat", "plain", "exact"] = Field(
         "auto",
-        description="auto: a row's own `prompt`, chat for `messages` rows, alpaca for instruction rows, else plain",
+        description="how rows are written. auto: chat for conversations, and for instructions where teacher and student "
+        "have chat templates; else alpaca for instructions, plain for questions, exact for whole prompts",
     )
+    chat_template: Name = Field(
+        "auto",
+        description="auto: the student's own chat template, else the teacher's; or student, teacher, or a Jinja file",
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="arguments of the chat template for every row, such as {enable_thinking: false}"
+    )
+    tools: Name | None = Field(None, description="JSON file with the list of tools of rows that have no `tools` column")
+    documents: Name | None = Field(
+        None, description="JSON file with the list of documents of rows that have no `documents` column"
+    )
+    turns: Literal["all", "last"] = Field("all", description="answers of a conversation that are supervised")
+    date: Name | None = Field(
+        None, description="date that chat templates see, YYYY-MM-DD; unset: the day on which the run starts"
+    )
+    special_tokens_in_text: Literal["encode", "text", "refuse"] = Field(
+        "encode",
+        description="special tokens written in a row's text: encode them as special tokens (as transformers does), as "
+        "text, or refuse the row",
+    )
+    source_language: Name | None = Field(
+        None, description="language code of prompts, for tokenizers with such codes (NLLB: eng_Latn)"
+    )
+    target_language: Name | None = Field(None, description="language code of responses, so too")
     columns: Columns = Columns()  # sections are frozen, so that a shared default is safe
-    max_length: Annotated[int, Field(ge=2)] = Field(512, description="prompt + response, tokens")
-    max_prompt_length: Positive = Field(256, description="tokens")
+    max_length: Annotated[int, Field(ge=2)] | Auto = Field(
+        AUTO,
+        description="prompt + response, tokens; auto: 512 for GPT-2, OPT and Llama bases, else 2048, within the context",
+    )
+    max_prompt_length: Positive | Auto = Field(
+        AUTO, description="tokens; auto: 256 less than max_length, and always 256"
+    )
     too_long: Literal["drop", "truncate", "error"] = Field(
         "drop", description="a row over max_length; truncate cuts the response's end. A prompt is never cut"
     )
@@ -214,7 +247,15 @@ class Data(Section):
         "gradient. k: batches of about one length, from k batches sorted together: fewer passes, but where length goes "
         "with the kind of row each step sees one kind only, and learning suffers",
     )
-    workers: Count = Field(0, description="processes that tokenise; cannot change a run")
+    workers: Count = Field(0, description="processes that tokenize; cannot change a run")
+
+    @model_validator(mode="after")
+    def _the_date_is_one(self) -> Data:
+        try:
+            date.fromisoformat(self.date or "2000-01-01")
+        except ValueError:
+            raise ValueError("data.date must be a date, YYYY-MM-DD; try --set data.date=2026-01-31") from None
+        return self
 
 
 class Rollout(Section):
@@ -251,22 +292,31 @@ class Rollout(Section):
 
 
 class Train(Section):
-    """The loop. Defaults are the paper's (METHODS D)."""
+    """The loop. The defaults are the paper's (METHODS D), or fit the models where they are `auto`."""
 
-    epochs: Annotated[float, Field(gt=0)] = Field(20, description="passes over the rows; ignored when steps is given")
+    epochs: Annotated[float, Field(gt=0)] | Auto = Field(
+        AUTO,
+        description="passes over the rows; ignored when steps is given; auto: 10 or 20 for the paper's models, else 3",
+    )
     steps: Positive | None = Field(None, description="optimizer steps; overrides epochs")
     batch_size: Positive = Field(8, description="sequences per micro-batch (and per process)")
     accumulate: Positive = Field(1, description="micro-batches per step; the mean is over the whole step's tokens")
-    lr: Annotated[float, Field(gt=0)] = Field(5e-4, description="the highest learning rate of the run")
+    lr: Annotated[float, Field(gt=0)] | Auto = Field(
+        AUTO,
+        description="the highest learning rate of the run; auto: by family and size, 5e-4 for the paper's GPT-2, 1e-5 for "
+        "a chat model",
+    )
     lr_schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how it falls after the warm-up")
     min_lr: Annotated[float, Field(ge=0), _FALLING] = Field(1e-7, description="where cosine and linear end")
-    warmup: Annotated[float, Field(ge=0)] = Field(0, description="steps; below 1: a fraction of all steps")
+    warmup: Annotated[float, Field(ge=0)] | Auto = Field(
+        AUTO, description="steps; below 1: a fraction of all steps; auto: 0 for the paper's models, else 0.1"
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(1e-2, description="matrices only; not biases and norms")
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="of AdamW")
     clip: Annotated[float, Field(ge=0)] = Field(1.0, description="gradient norm; 0 is off")
     seed: Seed = Field(10, description="of the order, the rollouts, dropout and new weights")
     device: Name = Field("auto", description="auto, cpu, cuda, cuda:N, mps")
-    threads: Positive | None = Field(None, description="CPU threads; unset: torch's choice")
+    threads: Positive | None = Field(None, description="CPU threads, at most one for each core; unset: torch's choice")
     gradient_checkpointing: bool = Field(False, description="less memory, one more forward pass")
     log_steps: Positive = Field(1, description="a metrics line every so many steps")
     eval_steps: Positive | Literal["epoch"] = Field("epoch", description="validate every so many steps")
@@ -298,6 +348,10 @@ class Eval(Section):
         min_length=1,
         description="rouge_l rouge_1 rouge_2, bleu and chrf (of a whole set), exact_match, error_rate, final_number (GSM8K)",
     )
+    rouge_tokenizer: Literal["words", "characters"] = Field(
+        "words",
+        description="tokens of rouge_*: words (runs of a-z and 0-9, stemmed; the paper's) or characters (for Chinese, say)",
+    )
     seeds: tuple[Annotated[int, Field(lt=2**63)], ...] = Field(
         (10, 20, 30, 40, 50), min_length=1, description="one sampled pass each"
     )
@@ -307,6 +361,9 @@ class Eval(Section):
     top_k: Count = Field(0, description="sample from so many likeliest tokens; 0 is off")
     max_new_tokens: Positive = Field(256, description="end-of-sequence included")
     no_repeat_ngram_size: Count = Field(6, description="0 is off")
+    strip_reasoning: bool = Field(
+        True, description="score responses and references without their reasoning (<think> blocks, analysis channels)"
+    )
     batch_size: Positive = Field(32, description="sequences decoded side by side")
     limit: Positive | None = Field(None, description="the first rows of each suite only")
     report_rows: Count = Field(
@@ -366,7 +423,7 @@ class Recipe(Section):
         if self.train.lr_schedule == "constant" or least == anyway:  # below which a rate just stays as it is
             return self
         for key, highest in (("train.lr", self.train.lr), ("student.sft_lr", self.student.sft_lr)):
-            if highest is not None and least > highest:
+            if isinstance(highest, float | int) and least > highest:
                 raise ValueError(
                     f"train.min_lr {least:g} is above {key} {highest:g}, and a rate falls; try --set train.min_lr=0"
                 )

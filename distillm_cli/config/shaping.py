@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import get_args
 
 from distillm_cli.config.schema import MetricName, Recipe
+from distillm_cli.words import redact
 
 # What may differ between a run and its resume, because no later step depends on it.
 _FREE = ("teacher.cache_dir", "train.keep", "train.log_steps", "train.device", "train.threads", "data.workers")
@@ -14,6 +15,8 @@ _FREE += ("eval.suites", "eval.batch_size")
 
 def shaping(recipe: Recipe) -> dict:
     """The part of a recipe that shapes the steps of a run, as dotted keys: what a resume must find unchanged.
+
+    Credentials in addresses are left out, since it is written down.
 
     How answers are scored is part of it where a metric of them selects the checkpoint.
     """
@@ -27,6 +30,6 @@ def shaping(recipe: Recipe) -> dict:
             if isinstance(value, dict):
                 yield from flat(value, f"{dotted}.")
             else:
-                yield dotted, value
+                yield dotted, redact(value) if isinstance(value, str) else value
 
     return dict(flat(recipe.model_dump(mode="json"), ""))

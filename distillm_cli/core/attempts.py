@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 
 import torch
@@ -11,6 +12,24 @@ from distillm_cli.core.checkpoint import random_states, restore_random_states
 from distillm_cli.core.criterion import Criterion
 from distillm_cli.core.replay import ReplayBuffer
 from distillm_cli.core.teacher import Teacher
+from distillm_cli.errors import NonFiniteError
+
+
+class InfiniteLoss(NonFiniteError):
+    """A loss of +inf: a token without any probability, which no learning rate cures."""
+
+
+def check_finite(loss: float, grad_norm: float) -> None:
+    """Raise NonFiniteError unless both are finite, naming the cause where the numbers tell it."""
+    if loss == math.inf:
+        raise InfiniteLoss(
+            "the loss is infinite: a token has probability 0 (a logit of −inf) in one model but not in the other, "
+            "or is in a row,",
+            hint="suppress the same tokens in both models, drop the rows that contain them, or choose a divergence "
+            "that is bounded (skl, srkl, jsd, tvd)",
+        )
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise NonFiniteError(f"loss {loss}, gradient norm {grad_norm}")
 
 
 class Before:

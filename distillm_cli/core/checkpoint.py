@@ -6,14 +6,13 @@
       state.json                                       every scalar: position, schedule, best value, recipe
       manifest.json                                    size and SHA-256 of each of the above, written last
 
-It is staged beside its place, flushed to the disk, and renamed. No pickle anywhere.
+It is staged beside its place, flushed to the disk, and renamed; one that is removed is renamed first. So whatever has a
+step's name is whole, whenever the process is killed. No pickle anywhere.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,10 +23,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from distillm_cli import manifest
+from distillm_cli.core.events import Listener, Warned, silent
 from distillm_cli.errors import CheckpointError, StorageError
+from distillm_cli.manifest import flush as _flush
+from distillm_cli.storage import failed_with, reason, remove, sweep
 
-FORMAT = 1
-MANIFEST, STATE, TENSORS = "manifest.json", "state.json", "training.safetensors"
+STATE, TENSORS = "state.json", "training.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +42,17 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one run, under ``root``. save_model: writes the student and its tokenizer into a directory."""
+    """The checkpoints of one run, under ``root``. save_model: writes the student and its tokenizer into a directory.
 
-    def __init__(self, root: Path, save_model: Callable[[Path], None], *, keep: int):
-        self.root, self.save_model, self.keep = Path(root), save_model, keep
+    listener: is warned, once for each, of old checkpoints that cannot be removed.
+    """
+
+    def __init__(self, root: Path, save_model: Callable[[Path], None], *, keep: int, listener: Listener = silent):
+        self.root = Path(root)
+        self.save_model = save_model
+        self.keep = keep
+        self.listener = listener
+        self._stuck: set[Path] = set()  # old checkpoints that could not be removed
 
     def path(self, step: int) -> Path:
         return self.root / f"step-{step:06d}"
@@ -60,34 +69,39 @@ class Checkpoints:
         final, staged = self.path(step), self.root / f".staging-step-{step:06d}"
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            for leftover in self.root.glob(".staging-*"):
-                shutil.rmtree(leftover)
+            sweep(self.root, ".staging-*")
+            if staged.exists():  # what a killed process left and could not be removed
+                remove(staged)
             staged.mkdir()
             self.save_model(staged)
             save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, staged / TENSORS)
             (staged / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
             open_as_others(staged)
-            files = {p.relative_to(staged).as_posix(): _seal(p) for p in sorted(staged.rglob("*")) if p.is_file()}
-            manifest = {"format": FORMAT, "step": step, "files": files}
-            (staged / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-            _flush(staged / MANIFEST)
-            _flush(staged)
+            manifest.write(staged, [path for path in staged.rglob("*") if path.is_file()], step=step)
             if final.exists():  # the same step once more, after a resume
-                shutil.rmtree(final)
+                remove(final)
             staged.rename(final)
             _flush(self.root)
-        except (OSError, SafetensorError) as error:
+        except Exception as error:
             shutil.rmtree(staged, ignore_errors=True)
+            if failed_with(error) is None:
+                raise
             kept = visible(self.root)
             then = f"{kept[-1]} is whole, go on with --resume" if kept else "nothing was saved yet, start it again"
             raise StorageError(
-                f"cannot write checkpoint {final}: {getattr(error, 'strerror', None) or error}",
+                f"cannot write checkpoint {final}: {reason(error)}",
                 hint=f"free some space or choose another --output; {then}",
             ) from error
         for old in self.steps()[: -self.keep]:
             if old != protect:
-                shutil.rmtree(self.path(old))
+                self._drop(self.path(old))
         return final
+
+    def _drop(self, old: Path) -> None:
+        error = remove(old)
+        if error is not None and old not in self._stuck:
+            self._stuck.add(old)
+            self.listener(Warned(f"cannot remove the old checkpoint {old}: {reason(error)}; it takes up space"))
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint, verified; None where there is none."""
@@ -121,15 +135,14 @@ def read(path: Path) -> Checkpoint:
     path = Path(path)
     hint = f"delete {path} to go on from the one before it, or start anew with --overwrite"
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise CheckpointError(
-                f"checkpoint format {manifest['format']}, this version reads {FORMAT}", where=str(path), hint=hint
-            )
-        for name, sealed in manifest["files"].items():
+        listed = json.loads((path / manifest.MANIFEST).read_text(encoding="utf-8"))
+        if listed["format"] != manifest.FORMAT:
+            what = f"checkpoint format {listed['format']}, this version reads {manifest.FORMAT}"
+            raise CheckpointError(what, where=str(path), hint=hint)
+        for name, sealed in listed["files"].items():
             if not (path / name).is_file():
                 raise CheckpointError(f"checkpoint file missing: {path / name}", hint=hint)
-            if _seal(path / name, flush=False) != sealed:
+            if manifest.seal(path / name) != sealed:
                 raise CheckpointError(f"checkpoint file damaged: {path / name} differs from its manifest", hint=hint)
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         return Checkpoint(path, state, load_file(path / TENSORS))
@@ -150,18 +163,3 @@ def restore_random_states(tensors: dict[str, Tensor], device: torch.device) -> N
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and device.type == "cuda":
         torch.cuda.set_rng_state(tensors["random.cuda"], device)
-
-
-def _seal(path: Path, flush: bool = True) -> dict:
-    if flush:
-        _flush(path)
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

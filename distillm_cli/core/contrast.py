@@ -62,6 +62,13 @@ class BySource(Criterion):
         self.halves = halves(config)
         self._shares: dict[str, float] = {}
 
+    @property
+    def divergence_name(self) -> str:
+        """Return the names of both halves where they have names of their own: "skl + srkl"."""
+        name = self.config.divergence.removeprefix("s").removeprefix("r")
+        skew = "s" if self.config.divergence in ("skl", "srkl") else ""
+        return f"{skew}kl + {skew}rkl" if name == "kl" else self.config.divergence
+
     def student_weight(self, progress: float) -> float:
         return 0.5
 
@@ -148,7 +155,7 @@ class Curriculum(BySource):
 
 def _gaps(piece: Piece, reading: Reading) -> list[float]:
     """Of each sequence of the piece."""
-    lengths = [len(s.response) for s in piece.sequences]
+    lengths = [s.supervised for s in piece.sequences]
     p_B, q_B = (
         torch.stack([part.double().mean().exp() for part in log_N.split(lengths)])
         for log_N in map(where_exact, (reading.log_p_N, reading.log_q_N))

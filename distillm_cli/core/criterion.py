@@ -73,6 +73,25 @@ class Criterion:
         return Terms(kd=kd, ce=1.0 - kd if source in _TRUTH else 0.0, divergence=self.divergence)
 
     @property
+    def name(self) -> str:
+        """Return the name of the training loss: "CE", "skl", "CE + skl"."""
+        if self.config is None or self.config.kd_weight == 0:
+            return "CE"
+        mixes = self.config.kd_weight < 1 or self.config.kd_warmup > 0
+        return f"CE + {self.divergence_name}" if mixes else self.divergence_name
+
+    @property
+    def divergence_name(self) -> str:
+        return "CE" if self.config is None else self.config.divergence
+
+    @property
+    def held_out_name(self) -> str:
+        """Return the name of the divergence on held-out rows."""
+        if self.config is None:
+            return "CE"
+        return "kl" if isinstance(self.held_out.divergence, KL) else self.config.divergence
+
+    @property
     def held_out(self) -> Terms:
         """The divergence alone, as it is measured on held-out rows."""
         return Terms(kd=1.0, ce=0.0, divergence=self.divergence)
@@ -84,7 +103,7 @@ class Criterion:
 
     def count(self, sequences: SequenceOf[Sequence]) -> int:
         """What the sum over a step's sequences is divided by: response tokens, or sequences."""
-        return len(sequences) if self.per_sequence else sum(len(s.response) for s in sequences)
+        return len(sequences) if self.per_sequence else sum(s.supervised for s in sequences)
 
     def look_ahead(
         self, pieces: SequenceOf[Piece], readings: SequenceOf[Reading], progress: float

@@ -8,6 +8,10 @@ ratio like p/m is bounded by 1/α, its logarithm is taken after the division, an
 (1e-38 in float32) adds nothing to a sum of probabilities. Unmixed log-probabilities stay logits minus their normaliser, so
 that the divergences that are unbounded (KL, reverse KL) stay right where a probability underflows.
 
+A logit of −inf (a suppressed token) is a probability of exactly 0, and 0 · log 0 = 0. A divergence that is infinite then
+(KL where p > 0 = q, reverse KL where q > 0 = p) has the value +inf; its gradient is undefined. All other values and
+gradients are finite.
+
 Sources: skew KL and skew reverse KL, DistiLLM (arXiv 2402.03898); generalised JSD, GKD (arXiv 2306.13649); total variation,
 f-distill (arXiv 2307.15190); the table in full is METHODS A of the project's design.
 """
@@ -27,11 +31,13 @@ from distillm_cli.config.schema import Objective
 class Rows:
     """N distributions over the vocabulary, from their logits z; each table is made when it is first asked for, once.
 
-    The tables belong to whoever holds the Rows: a divergence reads them and changes none.
+    The tables belong to whoever holds the Rows: a divergence reads them and changes none. has_zeros: whether logits may be
+    −inf; False promises that none is, and saves the passes that look for them.
     """
 
-    def __init__(self, z_NV: Tensor):
+    def __init__(self, z_NV: Tensor, *, has_zeros: bool = True):
         self.z_NV = z_NV
+        self.has_zeros = has_zeros
 
     @classmethod
     def of_log(cls, log_NV: Tensor) -> Rows:
@@ -97,12 +103,23 @@ def _safe_log(x_NV: Tensor) -> Tensor:
     return x_NV.clamp_min(torch.finfo(x_NV.dtype).tiny).log_()
 
 
+def have_zeros(*all_rows: Rows) -> bool:
+    """Return whether a logit of any of these may be −inf."""
+    return any(rows.has_zeros for rows in all_rows)
+
+
+def drop_zeros(part_NV: Tensor, prob_NV: Tensor, zeros: bool) -> Tensor:
+    """Apply 0 · log 0 = 0 to a table of probability · logarithm, in place; without ``zeros`` it is left as it is."""
+    return part_NV.masked_fill_(prob_NV == 0, 0) if zeros else part_NV
+
+
 @dataclass(frozen=True)
 class KL(Divergence):
     """Forward KL, Σ p (log p − log q)."""
 
     def between(self, p, q, with_grad=True):
-        value_N = (p.log_NV - q.log_NV).mul_(p.prob_NV).sum(-1)
+        part_NV = (p.log_NV - q.log_NV).mul_(p.prob_NV)
+        value_N = drop_zeros(part_NV, p.prob_NV, have_zeros(p, q)).sum(-1)
         return value_N, -p.prob_NV if with_grad else None
 
 
@@ -111,7 +128,7 @@ class ReverseKL(Divergence):
     """Reverse KL, Σ q (log q − log p)."""
 
     def between(self, p, q, with_grad=True):
-        part_NV = (q.log_NV - p.log_NV).mul_(q.prob_NV)
+        part_NV = drop_zeros((q.log_NV - p.log_NV).mul_(q.prob_NV), q.prob_NV, have_zeros(p, q))
         value_N = part_NV.sum(-1)
         return value_N, part_NV.add_(q.prob_NV) if with_grad else None
 
@@ -180,6 +197,12 @@ class Jeffreys(Divergence):
 
     def between(self, p, q, with_grad=True):
         a, b = 2 * self.weight, 2 * (1 - self.weight)
+        if b == 0:  # a part without weight counts for nothing, even where it is infinite
+            value_N, h_NV = KL().between(p, q, with_grad)
+            return a * value_N, h_NV.mul_(a) if with_grad else None
+        if a == 0:
+            value_N, h_NV = ReverseKL().between(p, q, with_grad)
+            return b * value_N, h_NV.mul_(b) if with_grad else None
         forward_N, forward_h_NV = KL().between(p, q, with_grad)
         reverse_N, reverse_h_NV = ReverseKL().between(p, q, with_grad)
         return a * forward_N + b * reverse_N, reverse_h_NV.mul_(b).add_(forward_h_NV, alpha=a) if with_grad else None

@@ -6,7 +6,6 @@ knows none of their insides. One step, ``_learn`` and ``_apply``, can be followe
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -18,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from distillm_cli.config.schema import Train
-from distillm_cli.core.attempts import Before
+from distillm_cli.core.announce import half_time, opening
+from distillm_cli.core.attempts import Before, InfiniteLoss, check_finite
 from distillm_cli.core.bulk import Bulk
 from distillm_cli.core.checkpoint import Checkpoint, Checkpoints, random_states, restore_random_states
 from distillm_cli.core.criterion import CROSS_ENTROPY, Piece
-from distillm_cli.core.events import Listener, Note, RunEnded, RunStarted, Saved, Stepped, Validated, Warned, silent
+from distillm_cli.core.events import Listener, Note, RunEnded, Saved, Stepped, Validated, Warned, silent
 from distillm_cli.core.halving import in_halves, release
 from distillm_cli.core.held_out import HeldOut
 from distillm_cli.core.objective import Objective, joined
@@ -111,7 +111,7 @@ class Engine:
         """Trains to the end, to an early stop, or to a signal; the last raises Interrupted after saving."""
         started, began_at = time.perf_counter(), self.at.seconds
         self.objective.train()
-        self.say(self._opening())
+        self.say(opening(self))
         if self.at.valid_loss is None and self.as_at_start is None:
             self._validate()
         self._give_up_when_stale()  # of a run that had stopped early, what comes after the last step is all that is left
@@ -125,6 +125,8 @@ class Engine:
                 if self._due(self.train.eval_steps):
                     self._validate()
                 self.at.seconds = began_at + time.perf_counter() - started
+                if (waits := half_time(self)) is not None:
+                    self.say(Note(waits))
                 self._give_up_when_stale()
                 if self._due(self.train.save_steps) or stop.signal or self.at.reason != "done":
                     self._save()
@@ -192,7 +194,8 @@ class Engine:
             return parts, *self._gradients(parts, before)
         except NonFiniteError as error:
             cause, lr = error, learning_rate(self.train, self.at.step, self.steps)
-            failed = NonFiniteError(f"{error.what} {where}", hint=f"lower --lr (now {lr:g}), or --dtype fp32")
+            hint = error.hint if isinstance(error, InfiniteLoss) else f"lower --lr (now {lr:g}), or --dtype fp32"
+            failed = NonFiniteError(f"{error.what} {where}", hint=hint)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
@@ -223,8 +226,7 @@ class Engine:
         total = in_halves(lambda: self._backward(parts), halve)
         norm = nn.utils.get_total_norm([p.grad for p in self.objective.parameters() if p.grad is not None])
         loss, grad_norm = torch.stack((total, norm)).tolist()  # the one time a step waits for a device
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise NonFiniteError(f"loss {loss}, gradient norm {grad_norm}")
+        check_finite(loss, grad_norm)
         if self.train.clip and grad_norm > self.train.clip:
             nn.utils.clip_grads_with_norm_(self.objective.parameters(), self.train.clip, norm)
         return loss, grad_norm
@@ -291,7 +293,7 @@ class Engine:
 
     def _count(self, source, parts, loss, grad_norm, lr, seconds) -> None:
         at = self.at
-        tokens = sum(len(s.response) for part in parts for s in part.sequences)
+        tokens = sum(s.supervised for part in parts for s in part.sequences)
         at.step, at.tokens, at.train_loss = at.step + 1, at.tokens + tokens, loss
         at.sources[source.value] += 1
         epoch, figures = at.step / self.steps_per_epoch, self.objective.criterion.figures()
@@ -322,10 +324,13 @@ class Engine:
         rose = self.scheduler.observe(at.valid_loss)
         if rose or not at.phis:
             at.phis.append((step, self.scheduler.phi))
-        better = select != "last" and step > 0 and self._is_better(({"valid_loss": at.valid_loss} | at.scores)[select])
-        self.say(Validated(step, at.valid_loss, self.scheduler.phi, rose, better, dict(at.scores)))
+        value = None if select == "last" or step == 0 else ({"valid_loss": at.valid_loss} | at.scores)[select]
+        tied = value is not None and value == at.best  # the later weights are kept, and patience counts on
+        better = tied or (value is not None and self._is_better(value))
+        trigger = self.scheduler.trigger
+        self.say(Validated(step, at.valid_loss, self.scheduler.phi, rose, better, dict(at.scores), trigger))
         if better:
-            at.best_step, at.stale = step, 0
+            at.best_step, at.stale = step, at.stale + 1 if tied else 0
             self._save()
         elif step > 0:
             at.stale += 1
@@ -348,14 +353,6 @@ class Engine:
 
     def _autocast(self):
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
-
-    def _opening(self) -> RunStarted:
-        parameters = sum(p.numel() for p in self.objective.parameters() if p.requires_grad)
-        dtype = str(self.dtype).removeprefix("torch.")
-        where, has_phi = str(self.device), self.scheduler.has_phi
-        return RunStarted(
-            self.steps, self.at.step, self.steps_per_epoch, self.method, parameters, where, dtype, has_phi
-        )
 
     def _save(self) -> None:
         """Everything that shapes the next step, in one checkpoint."""

@@ -42,7 +42,9 @@ class Progress(Event):
 class RunStarted(Event):
     """The loop is about to take its first step (or to go on at ``first_step`` after a resume).
 
-    has_phi: whether the schedule goes by φ, which later events bear all the same.
+    has_phi: whether the schedule goes by φ, which later events bear all the same. loss, divergence: names of the training
+    figure ("skl", "CE") and of the held-out divergence. epsilon, trigger: φ rises when the validation loss has risen by
+    epsilon, which is at trigger nats; None where that is not known yet or φ cannot rise.
     """
 
     steps: int
@@ -53,6 +55,11 @@ class RunStarted(Event):
     device: str
     dtype: str
     has_phi: bool = True
+    loss: str = "loss"
+    divergence: str = "divergence"
+    phi: float = 0.0
+    epsilon: float | None = None
+    trigger: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +86,8 @@ class Validated(Event):
     """A validation. valid_loss: mean cross-entropy per token of the student on held-out rows, nats.
 
     scores: further held-out figures (a divergence, ROUGE-L, …) by name. rose: φ rose because of it. best: this is the
-    best value so far of the quantity checkpoints are selected by.
+    best value so far of the quantity checkpoints are selected by. trigger: the loss at which φ rises, nats; None where it
+    cannot.
     """
 
     step: int
@@ -88,6 +96,7 @@ class Validated(Event):
     rose: bool = False
     best: bool = False
     scores: dict[str, float] = field(default_factory=dict)
+    trigger: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distillm_cli.core.divergences import KL, Divergence, ReverseKL, Rows, logit_grad
+from distillm_cli.core.divergences import KL, Divergence, ReverseKL, Rows, drop_zeros, have_zeros, logit_grad
 from distillm_cli.core.exact import where_exact
 
 _FEW = 32  # entries looked at first for a head; most of a language model's mass is in fewer
@@ -33,11 +33,12 @@ class AdaptiveKL(Divergence):
     mu: float = 0.5
 
     def between(self, p, q, with_grad=True):
-        w_N1 = self._head_share(p.prob_NV, q.prob_NV)
+        w_N1, zeros = self._head_share(p.prob_NV, q.prob_NV), have_zeros(p, q)
         log_ratio_NV = q.log_NV - p.log_NV
-        part_NV = log_ratio_NV * q.prob_NV
+        part_NV = drop_zeros(log_ratio_NV * q.prob_NV, q.prob_NV, zeros)
         w_N = w_N1.squeeze(-1)
-        value_N = (1 - w_N) * part_NV.sum(-1) - w_N * log_ratio_NV.mul_(p.prob_NV).sum(-1)
+        forward_NV = drop_zeros(log_ratio_NV.mul_(p.prob_NV), p.prob_NV, zeros)
+        value_N = _times(1 - w_N, part_NV.sum(-1)) - _times(w_N, forward_NV.sum(-1))
         if not with_grad:
             return value_N, None
         return value_N, part_NV.add_(q.prob_NV).mul_(1 - w_N1).sub_(w_N1 * p.prob_NV)
@@ -68,7 +69,8 @@ class AlphaBeta(Divergence):
     convex), and its h is minus the first one at 0 and α. Where two of these points meet, a difference is a derivative.
 
     α, β and α+β ≥ 0 keep every power below 1. Negative ones are for distributions that overlap: a power that would
-    overflow is held at the square root of the largest number.
+    overflow is held at the square root of the largest number. An entry that only one side has is infinite unless the other
+    side's power and α+β are positive.
     """
 
     alpha: float
@@ -80,8 +82,29 @@ class AlphaBeta(Divergence):
         return AlphaBeta(self.beta, self.alpha)
 
     def between(self, p, q, with_grad=True):
+        if not have_zeros(p, q):
+            return self._of_logs(p.log_NV, q.log_NV, with_grad)
+        no_p_NV, no_q_NV = torch.isneginf(p.log_NV), torch.isneginf(q.log_NV)
+        filled = (rows.log_NV.masked_fill(no_p_NV | no_q_NV, 0) for rows in (p, q))  # equal there: adds 0
+        value_N, h_NV = self._of_logs(*filled, with_grad)
+        only_q_NV = no_p_NV & ~no_q_NV
+        value_N += self._alone(q.log_NV, only_q_NV, self.alpha)
+        value_N += self._alone(p.log_NV, no_q_NV & ~no_p_NV, self.beta)
+        if with_grad and self.alpha != 0:  # infinite at α = 0
+            h_NV.add_(torch.where(only_q_NV, ((self.alpha + self.beta) * q.log_NV).exp_() / self.alpha, 0))
+        return value_N, h_NV
+
+    def _alone(self, log_NV: Tensor, alone_NV: Tensor, power: float) -> Tensor:
+        """Sum the entries where only this side is not 0. power: of the other side in p^α q^β."""
+        s = self.alpha + self.beta
+        if power <= 0 or s <= 0:
+            return torch.where(alone_NV.any(-1), math.inf, 0.0).to(log_NV)
+        return torch.where(alone_NV, (s * log_NV).exp_(), 0).sum(-1).div_(power * s)
+
+    def _of_logs(self, u_NV: Tensor, w_NV: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None]:
+        """Return value and h from finite log p and log q."""
         first, middle, last = sorted((0.0, self.alpha, self.alpha + self.beta))
-        u_NV, w_NV = p.log_NV, q.log_NV
+        given_NV = w_NV
         gap_NV = u_NV - w_NV
         spread = last - first
         if spread == 0:
@@ -92,12 +115,12 @@ class AlphaBeta(Divergence):
         pairs = ((first, middle), (middle, last))
         rises = {pair: self._rise(u_NV, w_NV, gap_NV, *pair) for pair in pairs}
         (below_NV, below), (above_NV, above) = (rises[pair] for pair in pairs)
-        value_N = torch.add(above_NV, below_NV, alpha=-above / below).sum(-1).div_(above * spread).to(q.log_NV)
+        value_N = torch.add(above_NV, below_NV, alpha=-above / below).sum(-1).div_(above * spread).to(given_NV)
         if not with_grad:
             return value_N, None
         wanted = min(0.0, self.alpha), max(0.0, self.alpha)
         h_NV, width = rises.get(wanted) or self._rise(u_NV, w_NV, gap_NV, *wanted)
-        return value_N, h_NV.mul_(-1 / width).to(q.log_NV)
+        return value_N, h_NV.mul_(-1 / width).to(given_NV)
 
     def _rise(self, u_NV: Tensor, w_NV: Tensor, gap_NV: Tensor, low: float, high: float) -> tuple[Tensor, float]:
         """G(high) − G(low), entry by entry, and high − low; their quotient is the divided difference. (G'(low), 1) where
@@ -131,7 +154,7 @@ class AlphaMixture(Divergence):
     from_student: bool = False
 
     def between(self, p, q, with_grad=True):
-        r, share = self._assistant(p.log_NV, q.log_NV)
+        r, share = self._assistant(p.log_NV, q.log_NV, have_zeros(p, q))
         first = q if self.from_student else p
         value_N, h_NV = self.inner.between(first, r, with_grad)
         if not with_grad:
@@ -141,17 +164,22 @@ class AlphaMixture(Divergence):
             h_NV += _mirrored(self.inner).between(r, q)[1]
         return value_N, h_NV
 
-    def _assistant(self, u_NV: Tensor, w_NV: Tensor) -> tuple[Rows, Tensor | float]:
+    def _assistant(self, u_NV: Tensor, w_NV: Tensor, zeros: bool = True) -> tuple[Rows, Tensor | float]:
         """r, and ∂ log(unnormalised r)/∂ log q: the share of q's term in the sum."""
         kappa, lam = (1 - self.a) / 2, self.lam
         if kappa == 0:
-            return Rows(torch.lerp(w_NV, u_NV, lam)), 1 - lam
+            return Rows(_lerp(w_NV, u_NV, lam, zeros), has_zeros=zeros), 1 - lam
+        both_NV = torch.isneginf(u_NV) & torch.isneginf(w_NV) if zeros else None
+        if zeros:
+            u_NV, w_NV = u_NV.masked_fill(both_NV, 0), w_NV.masked_fill(both_NV, 0)
         gap_NV = (u_NV - w_NV).mul_(kappa)
         p_leads_NV = gap_NV > 0  # p^κ > q^κ: the larger term is taken out of the sum
         weight_NV = torch.where(p_leads_NV, gap_NV.new_tensor(1 - lam), gap_NV.new_tensor(lam))
         log_NV = gap_NV.abs().neg_().expm1_().mul_(weight_NV).log1p_().div_(kappa)
         log_NV += torch.where(p_leads_NV, u_NV, w_NV)
-        return Rows(log_NV), torch.sigmoid(-gap_NV - math.log(lam / (1 - lam)))
+        if zeros:
+            log_NV.masked_fill_(both_NV, -math.inf)
+        return Rows(log_NV, has_zeros=zeros), torch.sigmoid(-gap_NV - math.log(lam / (1 - lam)))
 
 
 def _mirrored(divergence: KL | ReverseKL | AlphaBeta) -> Divergence:
@@ -176,7 +204,24 @@ class Interpolated(Divergence):
     t: float
 
     def between(self, p, q, with_grad=True):
-        return KL().between(Rows(torch.lerp(q.z_NV, p.z_NV, self.t)), q, with_grad)
+        zeros = have_zeros(p, q)
+        return KL().between(Rows(_lerp(q.z_NV, p.z_NV, self.t, zeros), has_zeros=zeros), q, with_grad)
+
+
+def _lerp(from_NV: Tensor, to_NV: Tensor, t: float, zeros: bool) -> Tensor:
+    """Interpolate logits; an entry that is −inf at either end is −inf between them."""
+    if not zeros:
+        return torch.lerp(from_NV, to_NV, t)
+    if t in (0, 1):
+        return to_NV if t else from_NV
+    return torch.lerp(from_NV, to_NV, t).masked_fill_(torch.isneginf(from_NV) | torch.isneginf(to_NV), -math.inf)
+
+
+def _times(weight_N: Tensor | float, value_N: Tensor) -> Tensor:
+    """Weigh values; a weight of 0 leaves nothing, even of an infinite one."""
+    if not isinstance(weight_N, Tensor):
+        return weight_N * value_N
+    return torch.where(weight_N == 0, 0, weight_N * value_N)
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,9 +252,10 @@ class Decoupled(Divergence):
         )
         log_p_N, log_q_N = p.log_at(self.targets_N), q.log_at(self.targets_N)
         p_N, p_rest_N = log_p_N.exp(), log_p_rest_N.exp()
-        target_N = p_N * (log_p_N - log_q_N) + p_rest_N * (log_p_rest_N - log_q_rest_N)
-        others_N = (p_others.log_NV - q_others.log_NV).mul_(p_others.prob_NV).sum(-1)
-        value_N = c_target_N * target_N + c_others_N * others_N
+        target_N = _times(p_N, log_p_N - log_q_N) + _times(p_rest_N, log_p_rest_N - log_q_rest_N)
+        others_NV = (p_others.log_NV - q_others.log_NV).mul_(p_others.prob_NV)
+        others_N = drop_zeros(others_NV, p_others.prob_NV, have_zeros(p, q)).sum(-1)
+        value_N = _times(c_target_N, target_N) + _times(c_others_N, others_N)
         if not with_grad:
             return value_N, None
         share_N = c_others_N - c_target_N * p_rest_N
@@ -220,4 +266,5 @@ class Decoupled(Divergence):
     @staticmethod
     def _without_targets(rows: Rows, targets_N1: Tensor) -> Rows:
         """The distribution over all entries but the target, whose logit is put far below everything."""
-        return Rows(rows.z_NV.scatter(-1, targets_N1, -0.25 * torch.finfo(rows.z_NV.dtype).max))
+        lowest = -0.25 * torch.finfo(rows.z_NV.dtype).max
+        return Rows(rows.z_NV.scatter(-1, targets_N1, lowest), has_zeros=rows.has_zeros)

@@ -218,12 +218,19 @@ class _Side:
     bias_V: Tensor | None
     scale: float
     softcap: float | None
+    has_zeros: bool  # whether logits may be −inf: where they are given, or the bias suppresses tokens
 
     @staticmethod
     def of(hidden_ND: Tensor, weight_VD: Tensor | None, bias_V: Tensor | None, head: HeadLike, dtype) -> _Side:
         if weight_VD is not None:
             hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
-        return _Side(hidden_ND, weight_VD, bias_V, head.scale, head.softcap)
+        if head.softcap is not None:
+            has_zeros = False
+        elif weight_VD is None:
+            has_zeros = True
+        else:
+            has_zeros = bias_V is not None and bool(torch.isneginf(bias_V).any())
+        return _Side(hidden_ND, weight_VD, bias_V, head.scale, head.softcap, has_zeros)
 
     @property
     def V(self) -> int:
@@ -238,6 +245,9 @@ class _Side:
         if self.weight_VD is None:
             return hidden_CD
         return torch.mm(hidden_CD, self.weight_VD.T, out=table_CV[: hidden_CD.shape[0]])
+
+    def rows(self, product_RV: Tensor, exact: torch.dtype) -> Rows:
+        return Rows(self.logits(product_RV, exact), has_zeros=self.has_zeros)
 
     def logits(self, product_RV: Tensor, exact: torch.dtype) -> Tensor:
         """What the model makes of the bare product, in the exact dtype; the product itself is left as it is."""
@@ -295,8 +305,8 @@ class _Walk:
             dz_CV = None if self.d_hidden_ND is None else self.d_hidden_ND[tokens]
         for rows in _cuts(z_CV.shape[0], self.part):
             among_N = slice(tokens.start + rows.start, tokens.start + rows.stop)
-            p = None if teacher_z_CV is None else Rows(self.teacher.logits(teacher_z_CV[rows], self.exact))
-            q = Rows(self.student.logits(z_CV[rows], self.exact))
+            p = None if teacher_z_CV is None else self.teacher.rows(teacher_z_CV[rows], self.exact)
+            q = self.student.rows(z_CV[rows], self.exact)
             value_N[among_N], dz_RV = self._losses(p, q, among_N, needs_grad)
             if dz_RV is None:
                 continue

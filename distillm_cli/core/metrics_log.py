@@ -23,7 +23,7 @@ class MetricsLog:
     def __init__(self, path: Path, *, log_steps: int, first_step: int = 0, validated: bool = True):
         self.path, self.log_steps = Path(path), log_steps
         kept = _lines_up_to(self.path, first_step, validated) if first_step and self.path.exists() else []
-        staged = self.path.with_suffix(".staging")
+        staged = self.path.with_name(f".staging-{self.path.name}")
         staged.write_text("".join(kept), encoding="utf-8")
         staged.replace(self.path)
 

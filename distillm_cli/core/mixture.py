@@ -72,6 +72,7 @@ class Mixture:
         self.student, self.teacher, self.alpha, self.shape = student, teacher, alpha, shape
         self.context = min((d.context for d in (student, teacher) if d.context is not None), default=None)
         self.stop_ids = student.stop_ids
+        self.forced_first = student.forced_first
 
     @property
     def is_encoder_decoder(self) -> bool:

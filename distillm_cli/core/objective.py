@@ -24,7 +24,7 @@ class Objective(nn.Module):
     """The student, and the criterion by which it is taught.
 
     student: an ``nn.Module`` with the face of ``Model``. teacher_head: needed for any divergence. matmul_dtype: of the
-    student's head.
+    student's head. router_aux: weight of the auxiliary loss of a mixture of experts' routers, in training.
     """
 
     def __init__(
@@ -34,10 +34,12 @@ class Objective(nn.Module):
         *,
         teacher_head: HeadLike | None = None,
         matmul_dtype: torch.dtype | None = None,
+        router_aux: float = 0.0,
     ):
         super().__init__()
         self.student = student
         self.criterion, self.matmul_dtype = criterion, matmul_dtype
+        self.router_aux = router_aux
         self.say: Listener = silent
         self.chunk: int | None = None  # most tokens that the loss takes at once; unset until memory runs out
         # Behind a function: a teacher's head that happens to be a Module must not become ours to train or save.
@@ -65,8 +67,9 @@ class Objective(nn.Module):
             own_N = per_token.weights_N
             per_token = replace(per_token, weights_N=weights_N if own_N is None else weights_N * own_N)
         targets_N = torch.cat([batch.targets_N for batch in batches])
+        hidden_ND, balance = self._hidden(batches)
         total = fused_loss(
-            joined([self.student.hidden(batch, for_backward=True) for batch in batches]),
+            hidden_ND,
             self.student.head(),
             targets_N,
             terms=terms,
@@ -78,7 +81,22 @@ class Objective(nn.Module):
             on_halved=self._go_on_with,
             scale=scale,
         )
+        if balance is not None:
+            total = total + balance * (self.router_aux * scale)
         return total, torch.tensor(targets_N.shape[0], device=total.device)
+
+    def _hidden(self, batches: SequenceOf[Batch]) -> tuple[Tensor, Tensor | None]:
+        """Return the student's states, and in training the routers' auxiliary loss where it counts.
+
+        That is a mean over a batch; here it is weighed by what the batch adds to the step's count, so that over a step it is
+        a mean again.
+        """
+        if not (self.router_aux and self.training):
+            return joined([self.student.hidden(batch, for_backward=True) for batch in batches]), None
+        found = [self.student.hidden_and_router_loss(batch) for batch in batches]
+        weights = [batch.size if self.criterion.per_sequence else batch.tokens for batch in batches]
+        balance = sum(loss * weight for (_, loss), weight in zip(found, weights, strict=True))
+        return joined([hidden_ND for hidden_ND, _ in found]), balance
 
     @torch.no_grad()
     def read(self, batches: SequenceOf[Batch], teacher_hidden_ND: Tensor | None) -> Reading:

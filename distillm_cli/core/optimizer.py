@@ -48,4 +48,10 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
         if name.startswith("optimizer."):
             _, index, key = name.split(".")
             state.setdefault(int(index), {})[key] = value
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, values in state.items():
+        for key, value in values.items():
+            if value.ndim and value.shape != parameters[index].shape:
+                there, here = (list(t.shape) for t in (value, parameters[index]))
+                raise ValueError(f"optimizer.{index}.{key} has shape {there}, and its parameter {here}")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -89,6 +89,10 @@ class PolicyGradient(Criterion):
         self._told: WeakKeyDictionary[Sequence, Tensor] = WeakKeyDictionary()
         self._reward: float | None = None
 
+    @property
+    def name(self) -> str:
+        return f"PG + {self.config.divergence}"
+
     def note(self, sequence: Sequence, told_N3: Tensor) -> None:
         """Takes what the sampler says of a fresh output."""
         self._told[sequence] = told_N3
@@ -114,7 +118,7 @@ class PolicyGradient(Criterion):
         of_rows = self.config.row_weight * everything / max(self.count(rows), 1)
         own = []
         for piece in pieces:
-            N = sum(len(s.response) for s in piece.sequences)
+            N = sum(s.supervised for s in piece.sequences)
             if piece.source in STUDENT_OUTPUTS:
                 own.append(self._of_outputs(piece.sequences, torch.full((N,), of_outputs)))
             else:
@@ -145,7 +149,7 @@ class PolicyGradient(Criterion):
 
     def unpack(self, tensors: dict[str, Tensor], prefix: str, sequences: SequenceOf[Sequence]) -> None:
         if sequences:
-            parts = tensors[f"{prefix}.sampler"].split([len(s.response) for s in sequences])
+            parts = tensors[f"{prefix}.sampler"].split([s.supervised for s in sequences])
             self._told.update(zip(sequences, parts, strict=True))
 
 

@@ -34,7 +34,7 @@ class Progress:
 
     def count(self, drawn: SequenceOf[Sequence], *, by_teacher: bool = False) -> None:
         """Adds sequences that were sampled, and their tokens."""
-        tokens = sum(len(s.response) for s in drawn)
+        tokens = sum(s.supervised for s in drawn)
         if by_teacher:
             self.teacher_sampled += len(drawn)
             self.teacher_sampled_tokens += tokens

@@ -39,11 +39,13 @@ class Decoder(Protocol):
     """A model that can decode; ``context`` is its longest sequence, None when unbounded.
 
     is_encoder_decoder: prompt and response are two texts. ``no_repeat_ngram_size`` then counts in the response alone.
+    forced_first: the token that every response begins with, None for none.
     """
 
     context: int | None
     is_encoder_decoder: bool
     stop_ids: frozenset[int]
+    forced_first: int | None
 
     def decode(self, prompts: SequenceOf[np.ndarray]) -> Decoding: ...
 
@@ -196,7 +198,7 @@ def _side_by_side(
     complete_B, done_B = np.zeros(B, dtype=bool), np.zeros(B, dtype=bool)
     told: list[list[np.ndarray]] = [[] for _ in prompts]
 
-    decoding, live, chosen = decoder.decode(prompts), np.arange(B), None
+    decoding, live, chosen, forced = decoder.decode(prompts), np.arange(B), None, decoder.forced_first
     for t in range(horizon):
         logits_BV = decoding.logits(chosen)
         going = live[~done_B[live]]
@@ -207,6 +209,8 @@ def _side_by_side(
         if ngrams is not None:
             _ban(logits_BV, [ngrams[i].banned() for i in live])
         chosen = choose(logits_BV, sampling, torch.from_numpy(uniforms_BT[live, t]))
+        if t == 0 and forced is not None:
+            chosen = torch.full_like(chosen, forced)
         tokens_BT[live, t] = chosen.cpu().numpy()
         check_chosen(tokens_BT[live, t])
         if telling:

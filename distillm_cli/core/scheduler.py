@@ -55,6 +55,11 @@ class Scheduler:
         return min(self.config.phi + self.rises / self.config.levels, 1.0)
 
     @property
+    def trigger(self) -> float | None:
+        """Return the validation loss at which φ rises, nats; None before the first one and where φ cannot rise."""
+        return None if self.reference is None or self.phi == 1 else self.reference + self.config.epsilon
+
+    @property
     def may_use_student_outputs(self) -> bool:
         return self.config.kind not in ("off", "teacher")
 

@@ -18,7 +18,10 @@ class Stop:
 
 @contextmanager
 def stop_on_signal() -> Iterator[Stop]:
-    """The first SIGINT or SIGTERM asks the loop to stop after the step in hand; a second SIGINT stops at once."""
+    """Ask the loop to stop after the current step at the first SIGINT, SIGTERM or SIGHUP; a second SIGINT stops at once.
+
+    Signals that are ignored stay ignored: SIGHUP under nohup, SIGINT in a shell's background job.
+    """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -29,7 +32,9 @@ def stop_on_signal() -> Iterator[Stop]:
             raise Pressed
         stop.signal = number
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    known = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    heeded = [number for number in known if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, ask) for number in heeded}
     try:
         yield stop
     finally:

@@ -154,7 +154,7 @@ class Teacher:
             self._keep(group, self._ask(collate(group).to(device)))
 
     def _keep(self, sequences: SequenceOf[Sequence], hidden_ND: Tensor) -> None:
-        parts = hidden_ND.cpu().split([len(s.response) for s in sequences])
+        parts = hidden_ND.cpu().split([s.supervised for s in sequences])
         for sequence, part in zip(sequences, parts, strict=True):
             if self._is_row(sequence):
                 self.rows.write(sequence, part)
@@ -190,7 +190,7 @@ class RowStates:
 
     def __init__(self, sequences: SequenceOf[Sequence], table_ND: Tensor | None = None):
         self.sequences, self.table_ND = sequences, table_ND
-        ends = np.cumsum([len(s.response) for s in sequences])
+        ends = np.cumsum([s.supervised for s in sequences])
         self._spans = list(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True))
         self._is_known = np.full(len(sequences), table_ND is not None)
         self.unknown = 0 if table_ND is not None else len(sequences)

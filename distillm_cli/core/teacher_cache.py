@@ -62,6 +62,8 @@ def rows_digest(sequences: SequenceOf[Sequence]) -> str:
     for s in sequences:
         digest.update(f"{len(s.prompt)} {len(s.response)} ".encode())
         digest.update(s.prompt.tobytes() + s.response.tobytes())
+        if s.turns is not None:
+            digest.update(b"turns" + s.turns.tobytes())
     return digest.hexdigest()
 
 
@@ -151,7 +153,7 @@ def read(place: Path, key: Key, sequences: SequenceOf[Sequence], listener: Liste
         size = tokens * width * dtype.itemsize
         if (found := (place / STATES).stat().st_size) != size:
             raise ValueError(f"{STATES} has {found:,} bytes in place of {size:,}")
-        if tokens != sum(len(s.response) for s in sequences):
+        if tokens != sum(s.supervised for s in sequences):
             raise ValueError(f"{tokens:,} tokens are not the rows'")
         if _sum_of(place / STATES, listener) != facts["sha256"]:
             raise ValueError(f"{STATES} differs from its SHA-256")
@@ -196,7 +198,7 @@ def _fill(staged: Path, key: Key, teacher: Teacher, sequences, device, listener:
         "format": FORMAT,
         "teacher": key.teacher,
         "rows": key.rows,
-        "tokens": sum(len(s.response) for s in sequences),
+        "tokens": sum(s.supervised for s in sequences),
         "width": width,
         "dtype": str(dtype).removeprefix("torch."),
         "sha256": _sum_of(staged / STATES),
@@ -210,14 +212,14 @@ def _fill(staged: Path, key: Key, teacher: Teacher, sequences, device, listener:
 
 def _compute(file: RawIOBase, teacher: Teacher, sequences, device, listener: Listener) -> tuple[int, torch.dtype]:
     """All rows' states into their places in ``file``; their width and dtype. The longest first, in large batches."""
-    ends = torch.tensor([len(s.response) for s in sequences]).cumsum(0).tolist()
+    ends = torch.tensor([s.supervised for s in sequences]).cumsum(0).tolist()
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True)
     at, hidden_ND = 0, None
     while at < len(order):
         picks = order[at : at + max(1, _AT_ONCE // len(sequences[order[at]]))]
         group = [sequences[i] for i in picks]
         hidden_ND = teacher.hidden(collate(group).to(device), group).cpu()
-        for part, i in zip(hidden_ND.split([len(s.response) for s in group]), picks, strict=True):
+        for part, i in zip(hidden_ND.split([s.supervised for s in group]), picks, strict=True):
             offset = (ends[i] - part.shape[0]) * part.shape[1] * part.element_size()
             _write_at(file, offset, _raw(part.contiguous()))
         at += len(picks)

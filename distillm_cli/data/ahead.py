@@ -1,7 +1,7 @@
-"""Tokenising begun ahead: rows become token ids in a thread of its own, while this one imports and loads the models.
+"""Tokenize rows in a thread while the main thread imports and loads the models.
 
-Nothing is decided here. What limits, ends and drops a row is known only with the models, so only the bare ids are made
-ahead, and whoever needs them takes them chunk by chunk.
+What limits, ends and drops a row is known only with the models, so only ids without special tokens are made ahead, and
+only of rows that no chat template writes: these depend on how the models end a turn.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from distillm_cli.data.bare_ids import BareIds, Ends, bare_ids, find_ends
-from distillm_cli.data.early import Early, Made, begun
+from distillm_cli.config.schema import Data
+from distillm_cli.data.early import Early, Made, begun, ids_of_rows
 from distillm_cli.data.rows import Row
+from distillm_cli.data.templates import Renderer
+from distillm_cli.data.token_ids import Affixes, TokenIds, find_affixes
 
 T = TypeVar("T")
 
 
 class Ahead:
-    """The bare ids of all rows of some sources, on their way. To be used as a context: leaving it ends the work.
+    """Token ids of all rows of some sources, made in the background. To be used as a context: leaving it ends the work.
 
     tokenizer: None makes nothing. Inside the context it may be asked and saved elsewhere, but must tokenise nothing: it
     changes settings of its own before each text, and that is an error while another thread is in it. It releases the
@@ -28,12 +30,21 @@ class Ahead:
     """
 
     def __init__(
-        self, sources: Iterable[SequenceOf[Row]], template: str, tokenizer: Any | None, early: Early | None = None
+        self, sources: Iterable[SequenceOf[Row]], data: Data, tokenizer: Any | None, early: Early | None = None
     ):
-        self._tokenizer, self._template, self._early = tokenizer, template, early
         self._sources = list(sources)  # held, since they are known by their identity
+        self._renderer = Renderer(data)
+        self._early = early
+        has_chat = getattr(tokenizer, "chat_template", None) is not None
+        if (
+            has_chat
+            or data.special_tokens_in_text == "text"
+            or any(self._renderer.form(row) == "chat" for rows in self._sources for row in rows)
+        ):
+            tokenizer = None
+        self._tokenizer = tokenizer
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tokenising")
-        self._ends: Future[Ends] | None = None
+        self._affixes: Future[Affixes] | None = None
         self._chunks: Made = {}
 
     def __enter__(self) -> Ahead:
@@ -41,12 +52,12 @@ class Ahead:
             return self
         # First: it asks the tokenizer, which then belongs to the thread.
         made = {} if self._early is None else self._early.made(self._tokenizer)
-        self._ends = self._pool.submit(find_ends, self._tokenizer)
+        self._affixes = self._pool.submit(find_affixes, self._tokenizer)
         self._chunks = made or begun(self._pool, self._sources, self._make)
         return self
 
-    def _make(self, rows: SequenceOf[Row]) -> BareIds:
-        return bare_ids(rows, self._template, self._tokenizer)
+    def _make(self, rows: SequenceOf[Row]) -> list[TokenIds]:
+        return ids_of_rows(rows, self._renderer, self._tokenizer)
 
     def __exit__(self, *_: Any) -> None:
         self._end()
@@ -56,11 +67,11 @@ class Ahead:
         if self._early is not None:
             self._early.end()
 
-    def ends(self, tokenizer: Any) -> Ends | None:
-        """What this tokenizer puts around a text; None as of ``take``."""
-        return self._made(self._ends, tokenizer)
+    def affixes(self, tokenizer: Any) -> Affixes | None:
+        """Return what this tokenizer puts around a text; None as in ``take``."""
+        return self._made(self._affixes, tokenizer)
 
-    def take(self, rows: SequenceOf[Row], at: int, tokenizer: Any) -> BareIds | None:
+    def take(self, rows: SequenceOf[Row], at: int, tokenizer: Any) -> list[TokenIds] | None:
         """Those of the chunk of ``rows`` that begins at ``at``, once; waits for them.
 
         None where they are not made, or of another tokenizer, or could not be made. What was wrong is not told here: whoever

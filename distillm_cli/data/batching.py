@@ -1,28 +1,33 @@
-"""Tokenise once; then the order of examples as arithmetic on (seed, epoch, index), bucketed by length."""
+"""Tokenize once; then the order of examples as arithmetic on (seed, epoch, index), bucketed by length."""
 
 from __future__ import annotations
 
+import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import get_all_start_methods, get_context
 
 import numpy as np
 
 from distillm_cli.config.schema import Data
-from distillm_cli.core.events import Listener, Note, Progress, silent
+from distillm_cli.core.events import Listener, Note, Progress, Warned, silent
 from distillm_cli.data.ahead import Ahead
-from distillm_cli.data.bare_ids import CHUNK, BareIds
-from distillm_cli.data.prompts import Encoder, TooLong
+from distillm_cli.data.prompts import Encoded, Encoder, LeftOut, TooLong
 from distillm_cli.data.rows import Row
-from distillm_cli.data.sources import Rows
+from distillm_cli.data.sources import LISTED, Rows
+from distillm_cli.data.token_ids import CHUNK, TokenIds
 from distillm_cli.errors import DataError, PeerProcessError
 from distillm_cli.sequences import Sequence
 from distillm_cli.words import all_are, counted
+
+_MANY = 0.2  # share of dropped rows from which a warning says so
+_KEPT = 0.95  # share of rows that the length it names would keep
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +35,9 @@ class Examples:
     """What is trained on. sequences[i] comes from rows[i] and has ``row == i``.
 
     dropped: rows left out because they are too long; dropped_prompts: those of them whose prompt alone is. truncated:
-    responses that were cut.
+    responses that were cut. unsupervised: rows without an answer to train on. refused: rows that could not be written,
+    with the reason each (``data.skip_bad_rows``). moved: rows in which a token spans the end of the prompt. written: how
+    many rows have a special token in their text, by token.
     """
 
     sequences: list[Sequence]
@@ -38,6 +45,10 @@ class Examples:
     dropped: int = 0
     dropped_prompts: int = 0
     truncated: int = 0
+    unsupervised: int = 0
+    refused: list[str] = field(default_factory=list)
+    moved: int = 0
+    written: Counter[str] = field(default_factory=Counter)
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -50,7 +61,7 @@ class Examples:
     @property
     def tokens(self) -> int:
         """Supervised tokens, end-of-sequence included."""
-        return sum(len(sequence.response) for sequence in self.sequences)
+        return sum(sequence.supervised for sequence in self.sequences)
 
 
 def tokenise(
@@ -68,40 +79,103 @@ def tokenise(
     """
     chunks = [(rows[at : at + CHUNK], at, max_context) for at in range(0, len(rows), CHUNK)]
     taken = None if ahead is None else partial(ahead.take, rows, tokenizer=encoder.tokenizer)
-    sequences, kept, left_out, truncated = [], [], [], 0
+    examples, left_out = Examples([], []), []
+    truncated = moved = 0
     name = str(rows) if isinstance(rows, Rows) else ""
     for (chunk, at, _), outcomes in zip(chunks, _encoded(chunks, encoder, data.workers, taken), strict=True):
         for row, outcome in zip(chunk, outcomes, strict=True):
-            if isinstance(outcome, TooLong):
+            if not isinstance(outcome, Encoded):
                 left_out.append(outcome)
                 continue
-            truncated += int(outcome.response[-1]) != encoder.eos
-            sequences.append(replace(outcome, row=len(kept)))
-            kept.append(row)
-        listener(Progress(f"tokenising {name}".rstrip(), at + len(chunk), len(rows), "rows"))
-    if not sequences:
-        raise _nothing_left(left_out, encoder.limit(max_context))
-    examples = Examples(sequences, kept, len(left_out), sum(over.part == "prompt" for over in left_out), truncated)
-    _report(examples, f"{name}: " if name else "", encoder, max_context, listener)
+            response = outcome.sequence.response
+            truncated += len(response) > 0 and int(response[-1]) not in encoder.ends
+            moved += outcome.moved
+            examples.written.update(outcome.written)
+            examples.sequences.append(replace(outcome.sequence, row=len(examples)))
+            examples.rows.append(row)
+        listener(Progress(f"tokenizing {name}".rstrip(), at + len(chunk), len(rows), "rows"))
+    too_long = [over for over in left_out if isinstance(over, TooLong)]
+    others = [out for out in left_out if isinstance(out, LeftOut)]
+    if not examples.sequences:
+        raise _nothing_left(too_long, others, encoder.limit(max_context))
+    examples = replace(
+        examples,
+        dropped=len(too_long),
+        dropped_prompts=sum(over.part == "prompt" for over in too_long),
+        truncated=truncated,
+        unsupervised=sum(not out.why for out in others),
+        refused=[out.why for out in others if out.why],
+        moved=moved,
+    )
+    _report(examples, too_long, f"{name}: " if name else "", encoder, max_context, listener)
+    _report_rows(examples, f"{name}: " if name else "", data, listener)
     return examples
 
 
-def _report(examples: Examples, name: str, encoder: Encoder, context: int | None, listener: Listener) -> None:
+def _report_rows(examples: Examples, name: str, data: Data, listener: Listener) -> None:
+    """Report what is unusual about the rows' texts."""
+    rows = len(examples)
+    for why in examples.refused[:LISTED]:
+        listener(Warned(f"skipped {why}"))
+    if len(examples.refused) > LISTED:
+        listener(Warned(f"{name}skipped {counted(len(examples.refused), 'row')} in all that could not be written"))
+    if examples.unsupervised:
+        what = (
+            f"{counted(examples.unsupervised, 'row')} dropped: no answer to train on (weight 0, train false, or none)"
+        )
+        listener(Note(f"{name}{what}"))
+    if examples.moved:
+        what = f"in {examples.moved:,} of {counted(rows, 'row')} a token spans the end of the prompt"
+        listener(Note(f"{name}{what}; it belongs to the response"))
+    if examples.written and data.special_tokens_in_text != "text":
+        tokens = ", ".join(f"{token} ({count:,})" for token, count in examples.written.most_common(5))
+        listener(
+            Warned(
+                f"{name}special tokens in the text of rows are encoded as special tokens: {tokens}; "
+                "--set data.special_tokens_in_text=text encodes them as text"
+            )
+        )
+
+
+def _report(
+    examples: Examples, left_out: list[TooLong], name: str, encoder: Encoder, context: int | None, listener: Listener
+) -> None:
     limit, dropped, prompts = encoder.limit(context), examples.dropped, examples.dropped_prompts
     rows = len(examples) + dropped
     if dropped:
         prompt_limit = min(encoder.max_prompt_length, limit)
         why = [f"{prompts:,} with a prompt over {prompt_limit:,} tokens"] if prompts else []
         why += [f"{dropped - prompts:,} over {limit:,} tokens in all"] if dropped > prompts else []
-        listener(Note(f"{name}{dropped:,} of {counted(rows, 'row')} dropped as too long: {', '.join(why)}"))
+        what = f"{name}{dropped:,} of {counted(rows, 'row')} dropped as too long: {', '.join(why)}"
+        if dropped > _MANY * rows:
+            what = f"{what}; {_keeping(examples, left_out, encoder, context)}"
+        listener((Warned if dropped > _MANY * rows else Note)(what))
     if examples.truncated:
         what = f"{examples.truncated:,} of {counted(rows, 'response')}"
         listener(Note(f"{name}{what} cut at {limit:,} tokens, prompt included"))
 
 
-def _nothing_left(left_out: list[TooLong], limit: int) -> DataError:
+def _keeping(examples: Examples, left_out: list[TooLong], encoder: Encoder, context: int | None) -> str:
+    """Return what to type to keep ``_KEPT`` of the rows, or that the model's context does not allow it."""
+    prompts = [len(sequence.prompt) for sequence in examples.sequences] + [over.prompt for over in left_out]
+    lengths = [*examples.lengths.tolist(), *(over.prompt + over.response for over in left_out)]
+    length = sorted(lengths)[math.ceil(_KEPT * len(lengths)) - 1]
+    prompt = max(p for p, whole in zip(prompts, lengths, strict=True) if whole <= length)
+    if context is not None and length > context:
+        return f"to keep {_KEPT:.0%} takes {length:,} tokens, and the model's context is {context:,}"
+    typed = [f"--max-length {length}"] if length > encoder.limit(context) else []
+    typed += [f"--set data.max_prompt_length={prompt}"] if prompt > encoder.max_prompt_length else []
+    return f"{' '.join(typed)} would keep {_KEPT:.0%}"
+
+
+def _nothing_left(left_out: list[TooLong], others: list[LeftOut], limit: int) -> DataError:
     if not left_out:
-        return DataError("no rows to tokenise", hint="check the source")
+        if not others:
+            return DataError("no rows to tokenize", hint="check the source")
+        if all(not out.why for out in others):
+            what = f"{all_are(len(others), 'row')} without an answer to train on"
+            return DataError(what, where=others[0].where, hint="check the messages' weight and train fields")
+        return DataError(f"no row is left: {next(out.why for out in others if out.why)}", hint="check the rows")
     least = min(left_out, key=lambda over: over.prompt + over.response)
     prompt_limit = min(over.limit for over in left_out if over.part == least.part)
     limits = f"{limit:,} tokens in all" if least.part == "row" else f"{prompt_limit:,} for the prompt, {limit:,} in all"
@@ -117,11 +191,11 @@ Chunk = tuple[SequenceOf[Row], int, int | None]  # rows, the number of the first
 
 
 def _encoded(
-    chunks: list[Chunk], encoder: Encoder, workers: int, taken: Callable[[int], BareIds | None] | None
-) -> Iterator[list[Sequence | TooLong]]:
+    chunks: list[Chunk], encoder: Encoder, workers: int, taken: Callable[[int], list[TokenIds] | None] | None
+) -> Iterator[list[Encoded | TooLong | LeftOut]]:
     if workers == 0 or len(chunks) < 2:
         for rows, at, context in chunks:
-            yield encoder.sequences(rows, at, context, None if taken is None else taken(at))
+            yield encoder.encode(rows, at, context, None if taken is None else taken(at))
         return
     # Not forked from this process: a child would inherit the locks of threads that do not exist in it. A fork server
     # imports the heavy libraries once for all workers; where there is none, each worker imports them.
@@ -134,7 +208,7 @@ def _encoded(
     try:
         yield from pool.map(_work, chunks)
     except BrokenProcessPool:
-        raise PeerProcessError("a tokenising process died", hint="try --set data.workers=0") from None
+        raise PeerProcessError("a tokenizing process died", hint="try --set data.workers=0") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -148,8 +222,8 @@ def _start_worker(encoder: Encoder) -> None:
     _encoder = encoder
 
 
-def _work(chunk: Chunk) -> list[Sequence | TooLong]:
-    return _encoder.sequences(*chunk)
+def _work(chunk: Chunk) -> list[Encoded | TooLong | LeftOut]:
+    return _encoder.encode(*chunk)
 
 
 def steps_per_epoch(rows: int, batch: int) -> int:

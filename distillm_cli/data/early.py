@@ -1,4 +1,4 @@
-"""Rows read, and tokenised by the rules in a tokenizer's file, while torch and transformers are still being imported.
+"""Read and tokenize rows, by the rules in a tokenizer's file, while torch and transformers are still being imported.
 
 Importing them takes seconds in which a core has nothing to do, and the rows need neither. Nothing is decided here: which
 tokenizer a run has is known only with its models, and what was made by other rules than its own is not used.
@@ -18,26 +18,27 @@ from typing import Any
 
 from distillm_cli.config.schema import Data
 from distillm_cli.core.events import Event, Listener
-from distillm_cli.data.bare_ids import CHUNK, BareIds, bare_ids, chunks, rules_for, same_rules
 from distillm_cli.data.helper import Helper, Lost, cores
 from distillm_cli.data.rows import Row
 from distillm_cli.data.sources import Rows, Split, load_rows, local_place
+from distillm_cli.data.templates import Renderer
+from distillm_cli.data.token_ids import CHUNK, TokenIds, chunks, rules_for, same_rules, token_ids
 
 _MOST = 1 << 28  # bytes of rows on disk up to which a second process may hold them, too, for a while
-Made = dict[tuple[int, int], "Future[BareIds]"]  # (identity of the rows, number of the first) → ids of a chunk of them
+Made = dict[tuple[int, int], "Future[list[TokenIds]]"]  # (identity of the rows, number of the first) → ids of a chunk
 
 
 def begun(
     pool: ThreadPoolExecutor,
     sources: Iterable[SequenceOf[Row]],
-    make: Callable[[SequenceOf[Row]], BareIds],
+    make: Callable[[SequenceOf[Row]], list[TokenIds]],
 ) -> Made:
-    """The bare ids of all rows of some sources, chunk by chunk, as the pool comes to them."""
+    """Tokenize all rows of some sources in a pool, chunk by chunk."""
     return {(id(rows), at): pool.submit(make, rows[at : at + CHUNK]) for rows, at in chunks(sources)}
 
 
 class Early:
-    """Training and held-out rows on their way, and their bare ids. To be used as a context: leaving it ends the work.
+    """Read and tokenize training and held-out rows in the background. To be used as a context: leaving it ends the work.
 
     find: the ``tokenizer.json`` that the run will most likely turn out to have, None for none; can be pickled.
     Entering it again is nothing new, so that whoever begins it and whoever needs it may both see to its end.
@@ -137,11 +138,16 @@ class Early:
         if self._helper is not None:
             rules = self._helper.rules()
             return None if rules is None else (rules, begun(self._pool, sources, lambda _: self._helper.ids()))
-        template = self._data.template
-        rules = rules_for(sources, template, self._find)
+        renderer = Renderer(self._data)
+        rules = rules_for(sources, renderer, self._find)
         if rules is None:
             return None
-        return rules.to_str(), begun(self._pool, sources, partial(bare_ids, template=template, tokenizer=rules))
+        return rules.to_str(), begun(self._pool, sources, partial(ids_of_rows, renderer=renderer, tokenizer=rules))
+
+
+def ids_of_rows(rows: SequenceOf[Row], renderer: Renderer, tokenizer: Any) -> list[TokenIds]:
+    """Tokenize prompts and responses of rows that no chat template writes."""
+    return token_ids([renderer.text(row) for row in rows], tokenizer)
 
 
 def _size(places: Iterable[Path]) -> int:

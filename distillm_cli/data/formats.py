@@ -52,6 +52,8 @@ def read_fields(record: Record, columns: Columns, *, require_output: bool) -> Fi
     if isinstance(record.values.get("complete"), bool):
         found["cut"] = not record.take("complete")
         record.read.update(_OF_GENERATE)
+        if columns.response is None and isinstance(record.values.get("output"), str):
+            found["raw"] = record.take("output")
     if isinstance(record.values.get("task"), str):
         found["task"] = record.take("task")
     return found

@@ -19,8 +19,9 @@ import numpy as np
 
 from distillm_cli.config.schema import Data
 from distillm_cli.core.events import Event
-from distillm_cli.data.bare_ids import CHUNK, BareIds, bare_ids, chunks, rules_for
 from distillm_cli.data.sources import Rows, load_rows
+from distillm_cli.data.templates import Renderer
+from distillm_cli.data.token_ids import CHUNK, TokenIds, chunks, rules_for, token_ids
 
 _MAIN = "import sys; sys.path[:] = {path!r}; from distillm_cli.data.helper import main; main()"
 
@@ -55,9 +56,11 @@ class Helper:
         """As of ``rules_for``, as text."""
         return self._next()
 
-    def ids(self) -> BareIds:
-        """Of the next chunk."""
-        return BareIds(*(np.split(ids, ends) for ids, ends in self._next()))
+    def ids(self) -> list[TokenIds]:
+        """Return those of the next chunk."""
+        prompts, responses, moved = self._next()
+        parts = zip(np.split(*prompts), np.split(*responses), moved, strict=True)
+        return [TokenIds(prompt, response, moved=spans) for prompt, response, spans in parts]
 
     def _next(self) -> Any:
         try:
@@ -77,15 +80,16 @@ def _answers(data: Data, find: Callable[[], Path | None]) -> Iterator[Any]:
         said: list[Event] = []
         sources.append(load_rows(data, split, listener=said.append))
         yield sources[-1], said
-    rules = rules_for(sources, data.template, find)
+    renderer = Renderer(data)
+    rules = rules_for(sources, renderer, find)
     yield None if rules is None else rules.to_str()
     for rows, at in chunks(sources) if rules is not None else ():
-        made = bare_ids(rows[at : at + CHUNK], data.template, rules)
-        yield _flat(made.prompts), _flat(made.responses)
+        made = token_ids([renderer.text(row) for row in rows[at : at + CHUNK]], rules)
+        yield _flat([ids.prompt for ids in made]), _flat([ids.response for ids in made]), [ids.moved for ids in made]
 
 
 def _flat(ids: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """All in one, and where all but the last end: one array is sent sooner than five hundred."""
+    """One array, and where all parts but the last end: one array is sent sooner than five hundred."""
     return np.concatenate(ids), np.cumsum([len(one) for one in ids])[:-1]
 
 

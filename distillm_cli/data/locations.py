@@ -21,6 +21,7 @@ from distillm_cli.data.hub import hub_splits
 from distillm_cli.data.known import ALIASES, Reshape, known, names
 from distillm_cli.data.tables import read_saved, saved_splits
 from distillm_cli.errors import DataError
+from distillm_cli.storage import leads_nowhere
 
 T = TypeVar("T")
 Read = Callable[[Collection[str]], Records]
@@ -110,6 +111,8 @@ def _find(named: str, listener: Listener) -> Source:
             return _directory(place, text if place != path else place.resolve().name)
         if kind == "file":
             return Source(place.name, {"train": partial(read, place)}, path=place, whole=True)
+    if leads_nowhere(path):
+        raise DataError(f"{text} is a symbolic link that leads nowhere", hint="correct the link, or pass another path")
     if is_path(text):
         raise DataError(f"{text}: no such file or directory", hint="check the path")
     looked = f"not under $DISTILLM_DATA ({root})" if root else "$DISTILLM_DATA is not set"

@@ -26,8 +26,9 @@ class Row:
     (``enable_thinking``). references: accepted responses as text; the first is trained on where there is no ``answer``,
     and there may be none where only prompts are needed. where: "train.jsonl:318". task: its kind, where known. question:
     the instruction comes from a column other than `instruction`, which template `auto` renders plain. cut: the response
-    was cut at a length limit (`complete: false`, as `generate` writes it), so there is no end to learn. format: the name
-    of the row's format, for display.
+    was cut at a length limit (`complete: false`, as `generate` writes it), so there is no end to learn. raw: the response
+    as a model wrote it behind the prompt, structural special tokens included, where `generate` made the row. format: the
+    name of the row's format, for display.
     """
 
     instruction: str | None = None
@@ -43,6 +44,7 @@ class Row:
     task: str | None = None
     question: bool = False
     cut: bool = False
+    raw: str | None = None
     format: str = ""
 
     @property

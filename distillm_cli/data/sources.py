@@ -28,7 +28,7 @@ Split = Literal["train", "valid", "test"]
 
 _HELD_OUT_SHARE = 20  # one row in so many, when a source has no held-out rows of its own
 _COLUMNS_LISTED = 8
-_LISTED = 20  # broken rows named one by one; all of them are in Rows.skipped
+LISTED = 20  # broken rows named one by one; all of them are in Rows.skipped
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,11 +211,11 @@ def _load(
         first = "" if len(skipped) == 1 else ", the first"
         what = f"{all_are(len(skipped), 'row')} broken{first}: {skipped[0]}" if skipped else "no rows in it"
         raise DataError(f"{source.name}: {what}", where=_where(source), hint="check that it is the right source")
-    for message in skipped[:_LISTED]:
+    for message in skipped[:LISTED]:
         listener(Warned(f"skipped {message}"))
-    if len(skipped) > _LISTED:
+    if len(skipped) > LISTED:
         listener(
-            Warned(f"skipped {counted(len(skipped), 'broken row')} of {source.name}; the first {_LISTED} are above")
+            Warned(f"skipped {counted(len(skipped), 'broken row')} of {source.name}; the first {LISTED} are above")
         )
     found = Rows(
         rows,

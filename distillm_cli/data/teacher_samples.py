@@ -67,7 +67,10 @@ def encoded(
         raise _missing(without, len(examples), beforehand.path)
     cutting = encoder.under(too_long="truncate")
     pairs = [(i, sample) for i, found in asked.items() for sample in found]
-    answered = [replace(examples.rows[i], references=sample.references, cut=sample.cut) for i, sample in pairs]
+    answered = [
+        replace(examples.rows[i], references=sample.references, answer=None, raw=sample.raw, cut=sample.cut)
+        for i, sample in pairs
+    ]
     sequences: dict[int, list[Sequence]] = defaultdict(list)
     for (i, _), sequence in zip(pairs, cutting.sequences(answered, context=context), strict=True):
         sequences[i].append(replace(sequence, row=i))

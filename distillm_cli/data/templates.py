@@ -1,9 +1,15 @@
-"""Rows → prompts as text."""
+"""Rows as text: the prompt that a model is asked with, and the response it must give."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Collection, Iterable
+from datetime import date
+from pathlib import Path
 from typing import Any
 
+from distillm_cli.config.schema import Data
+from distillm_cli.data.chat import ChatTemplate, Text
 from distillm_cli.data.rows import Row
 from distillm_cli.errors import DataError, ModelError
 
@@ -17,23 +23,118 @@ _ALPACA_INPUT = (
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
 _CHAT_MODEL = "a chat model or, for one from scratch, such a model's tokenizer (--tokenizer PATH)"
+FORMS = ("exact", "alpaca", "plain", "chat")
 
 
-def render(row: Row, template: str, tokenizer: Any) -> str:
-    """The prompt of a row as text. template: auto, alpaca, chat or plain (see ``schema.Data.template``).
+class Renderer:
+    """Write rows as text under ``data.template``, the same way for training, generation and scoring.
 
-    auto: the row's own prompt, chat for messages, plain for question rows, alpaca for instruction rows. alpaca: the row's
-    own prompt, else the Alpaca prompt. plain: instruction, input, each with a newline after it; a prompt that stands
-    alone is complete as it is. chat: the tokenizer's own template around the instruction, prompt or messages.
+    auto: chat for messages; the row's own prompt where that is all it has; for instructions and questions chat where the
+    tokenizer has a chat template, else Alpaca for instructions (the row's own prompt, where it has one) and plain for
+    questions. alpaca: the row's own prompt, else the Alpaca prompt. plain: instruction, input, each with a newline after
+    it. exact: instruction and input as they are. In these three a prompt that stands alone is complete as it is. chat:
+    the chat template around the instruction, prompt or messages.
 
-    Raises ModelError when the tokenizer has no chat template, DataError when the row does not fit the template.
+    tokenizer: transformers', or None where no row needs one. stops: ids of the tokens that the models stop at.
     """
-    form = form_of(row, template)
+
+    def __init__(self, data: Data, tokenizer: Any = None, *, stops: Collection[int] = ()):
+        self.template = data.template
+        self.has_chat = getattr(tokenizer, "chat_template", None) is not None
+        self.chat: ChatTemplate | None = None
+        if self.has_chat:
+            self.chat = ChatTemplate(
+                tokenizer,
+                day=date.fromisoformat(data.date) if data.date else date.today(),
+                arguments=data.chat_template_kwargs,
+                tools=_json_list(data.tools, "data.tools"),
+                documents=_json_list(data.documents, "data.documents"),
+                stops=stops,
+                turns=data.turns,
+                written=data.special_tokens_in_text == "text",
+            )
+
+    def form(self, row: Row) -> str:
+        """Return how the row is written: exact (its own prompt), chat, plain or alpaca."""
+        return form_of(row, self.template, self.has_chat)
+
+    def prompt(self, row: Row) -> str:
+        """Return the text that the model is asked with.
+
+        Raises ModelError where the tokenizer has no chat template, DataError where the row does not fit the template.
+        """
+        form = self.form(row)
+        if form == "chat":
+            return self._chat(row).prompt(row)
+        if row.prompt is not None and form == "exact":
+            return row.prompt
+        return _written(*_instruction(row, form), form)
+
+    def text(self, row: Row) -> Text | None:
+        """Return prompt and response (the first reference, or the whole answer of a conversation) as one text.
+
+        The response of a row without one is empty. None for a conversation whose answers are not to be trained on. Raises
+        as ``prompt`` does.
+        """
+        if self.form(row) == "chat":
+            return self._chat(row).text(row)
+        if row.answer is not None and not row.references:
+            raise DataError(
+                f"{row.where}: an answer without text (a tool call) cannot be written without a chat template",
+                hint=f"use {_CHAT_MODEL}",
+            )
+        prompt = self.prompt(row)
+        text = prompt + (row.references[0] if row.references else "")
+        return Text(text, len(prompt), len(text))
+
+    def _chat(self, row: Row) -> ChatTemplate:
+        if self.chat is not None:
+            return self.chat
+        one_question = row.messages is None or _question(row.messages) is not None
+        hint = "try --set data.template=alpaca" if one_question else f"a conversation needs one: use {_CHAT_MODEL}"
+        raise ModelError("the tokenizer has no chat template", where=row.where, hint=hint)
+
+
+def form_of(row: Row, template: str, has_chat: bool) -> str:
+    """Return how a row is written under a template: exact (its own prompt), chat, plain or alpaca.
+
+    has_chat: whether there is a chat template.
+    """
+    if template == "auto":
+        if row.messages is not None:
+            return "chat"
+        if row.instruction is None:
+            return "exact"
+        if has_chat:
+            return "chat"
+        return "exact" if row.prompt is not None else "plain" if row.question else "alpaca"
+    own_prompt = row.prompt is not None and (template == "alpaca" or row.instruction is None)
+    return "exact" if own_prompt and template != "chat" else template
+
+
+def settled_template(rows: Iterable[Row], has_chat: bool) -> tuple[str, str] | None:
+    """Return the template that ``auto`` comes to for these rows, and why; None where no single one serves them.
+
+    has_chat: whether teacher and student have chat templates.
+    """
+    kinds = {(form_of(row, "auto", has_chat), row.messages is not None, row.instruction is not None) for row in rows}
+    forms = {form for form, _, _ in kinds}
+    if forms == {"chat"}:
+        of_messages = all(is_conversation for _, is_conversation, _ in kinds)
+        return (
+            "chat",
+            "rows are conversations" if of_messages else "rows are instructions and the models have chat templates",
+        )
+    if forms == {"exact"} and not any(has_instruction for *_, has_instruction in kinds):
+        return "exact", "rows are whole prompts"
+    if forms <= {"exact", "alpaca"}:
+        return "alpaca", "rows are instructions"
+    return ("plain", "rows are questions") if forms == {"plain"} else None
+
+
+def _written(instruction: str, material: str, form: str) -> str:
     if form == "exact":
-        return row.prompt
-    if form == "chat":
-        return _chat(row, tokenizer)
-    instruction, material = _instruction(row, form)
+        return f"{instruction}\n{material}" if material else instruction
     if form == "plain":
         return f"{instruction}\n{material}\n" if material else f"{instruction}\n"
     # Not str.format on the row's text: braces in it are text.
@@ -41,18 +142,6 @@ def render(row: Row, template: str, tokenizer: Any) -> str:
         head, middle, tail = _ALPACA_INPUT.replace("{input}", "{instruction}").split("{instruction}")
         return f"{head}{instruction}{middle}{material}{tail}"
     return _ALPACA.replace("{instruction}", instruction)
-
-
-def form_of(row: Row, template: str) -> str:
-    """How this row is written under a template: exact (its own prompt), chat, plain or alpaca."""
-    if template == "auto":
-        if row.prompt is not None:
-            return "exact"
-        if row.messages is not None:
-            return "chat"
-        return "plain" if row.question else "alpaca"
-    own_prompt = row.prompt is not None and (template == "alpaca" or row.instruction is None)
-    return "exact" if own_prompt and template != "chat" else template
 
 
 def _instruction(row: Row, template: str) -> tuple[str, str]:
@@ -69,9 +158,11 @@ def _instruction(row: Row, template: str) -> tuple[str, str]:
     )
 
 
-def _question(messages: list[dict[str, str]]) -> tuple[str, str] | None:
-    """What one question and its system message ask; None for a conversation."""
-    texts = [message["content"] for message in messages]
+def _question(messages: list[dict[str, Any]]) -> tuple[str, str] | None:
+    """What one question and its system message ask; None for a conversation, and for parts that are no text."""
+    texts = [text_of_content(message.get("content")) for message in messages]
+    if None in texts:
+        return None
     match [message["role"] for message in messages]:
         case ["user"]:
             return texts[0], ""
@@ -80,19 +171,22 @@ def _question(messages: list[dict[str, str]]) -> tuple[str, str] | None:
     return None
 
 
-def _chat(row: Row, tokenizer: Any) -> str:
-    if getattr(tokenizer, "chat_template", None) is None:
-        one_question = row.messages is None or _question(row.messages) is not None
-        hint = "try --set data.template=alpaca" if one_question else f"a conversation wants one: take {_CHAT_MODEL}"
-        raise ModelError("the tokenizer has no chat template", where=row.where, hint=hint)
-    messages = row.messages
-    if messages is None:
-        text = row.prompt if row.instruction is None else "\n".join(filter(None, (row.instruction, row.input)))
-        messages = [{"role": "user", "content": text}]
-    from jinja2 import TemplateError
+def text_of_content(content: Any) -> str | None:
+    """Return a message's content as text, its text parts one after the other; None where it has none."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
+        return "".join(part["text"] for part in content)
+    return None
 
+
+def _json_list(path: str | None, key: str) -> list[Any] | None:
+    if path is None:
+        return None
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
-        hint = "mend the row, or try --set data.template=plain"
-        raise DataError(f"{row.where}: the chat template refuses it ({error})", hint=hint) from error
+        found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{key} = {path}: {error}", hint="give a file that holds a JSON list") from None
+    if not isinstance(found, list):
+        raise DataError(f"{key} = {path}: not a JSON list", hint="give a file that holds a JSON list")
+    return found

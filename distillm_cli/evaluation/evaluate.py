@@ -20,9 +20,9 @@ from distillm_cli.core.events import Listener, Warned, silent
 from distillm_cli.core.rollout import Decoder, Sampled, Sampling, sample_all
 from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.sources import Row
-from distillm_cli.data.templates import render
 from distillm_cli.errors import DataError
-from distillm_cli.evaluation.metrics import METRICS, Count, Metric, ratio
+from distillm_cli.evaluation.metrics import METRICS, Count, Metric, metric_of, ratio, undefined_on
+from distillm_cli.evaluation.reasoning import without_reasoning
 from distillm_cli.evaluation.suites import Suite
 
 GREEDY = "greedy"
@@ -32,28 +32,34 @@ GREEDY = "greedy"
 class Score:
     """One metric: mean and sample standard deviation over passes (0 for a single pass), and each pass's value.
 
-    signature: how it was computed, where a library has words for that (``metrics.Metric``).
+    signature: how it was computed, where a library has words for that (``metrics.Metric``). undefined: why the metric says
+    nothing on these rows, and what to use instead; its figures are None then.
     """
 
-    mean: float
-    sd: float
-    seeds: dict[str, float]
+    mean: float | None
+    sd: float | None
+    seeds: dict[str, float | None]
     signature: str | None = None
+    undefined: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Its object in the suite's."""
         told = {"mean": self.mean, "sd": self.sd, "seeds": self.seeds}
+        if self.undefined is not None:
+            told |= {"undefined": self.undefined}
         return told if self.signature is None else told | {"signature": self.signature}
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the model said to one row. tokens: how many, end-of-sequence included. entropy: their mean, nats.
+    """One row's response. tokens: how many, end-of-sequence included. entropy: their mean, nats.
 
-    counts: by metric, what the row adds to a figure (see ``metrics.ratio``); none for the figures of a whole set.
+    text: what is scored. output: the whole response, reasoning and structural special tokens included. counts: by metric,
+    what the row adds to a figure (see ``metrics.ratio``); none for the figures of a whole set.
     """
 
     text: str
+    output: str
     tokens: int
     complete: bool
     entropy: float
@@ -64,8 +70,9 @@ class Answer:
 class SuiteResult:
     """What a model scored on one suite.
 
-    prompts: each row's, as text. answers: by pass ("10", "20", … or "greedy"), in the order of ``suite.rows``. tasks:
-    the scores by kind of task, where rows carry one. tokens: generated over all passes. seconds: spent generating.
+    prompts: each row's, as text. references: each row's accepted responses, as they are compared. answers: by pass ("10",
+    "20", … or "greedy"), in the order of ``suite.rows``. tasks: the scores by kind of task, where rows carry one. tokens:
+    generated over all passes. seconds: spent generating.
     entropy: mean over those tokens of the entropy of the model's next-token distribution (temperature 1), nats.
     complete: the share of answers that ended by themselves, 0 to 1.
     """
@@ -76,6 +83,7 @@ class SuiteResult:
     scores: dict[str, Score]
     tasks: dict[str, dict[str, Score]]
     prompts: list[str]
+    references: list[tuple[str, ...]]
     answers: dict[str, list[Answer]]
     tokens: int
     seconds: float
@@ -117,6 +125,7 @@ def evaluate(
     otherwise the first of them is a DataError that names the row. Other responses are cut at the context.
     """
     suite, prompts = fitting(suite, encoder, decoder.context, listener, skip_long=skip_long)
+    references = [_scored(encoder.references(row), config) for row in suite.rows]
     answers: dict[str, list[Answer]] = {}
     seconds = 0.0
     for name, seed, sampling in passes(config):
@@ -135,16 +144,20 @@ def evaluate(
             )
         )
         seconds += time.monotonic() - began
-        answers[name] = [_answer(encoder, said[i], row, config.metrics) for i, row in enumerate(suite.rows)]
+        answers[name] = [
+            _answer(encoder.decode(prompts[i], said[i].tokens), said[i], references[i], config)
+            for i in range(len(suite.rows))
+        ]
     every = [answer for one_pass in answers.values() for answer in one_pass]
     tokens = sum(answer.tokens for answer in every)
     return SuiteResult(
         suite=suite,
         config=config,
         template=encoder.template,
-        scores=_scores(config.metrics, answers, [row.references for row in suite.rows]),
-        tasks=_by_task(config.metrics, answers, suite.rows),
-        prompts=[render(row, encoder.template, encoder.tokenizer) for row in suite.rows],
+        scores=_scores(config, answers, references),
+        tasks=_by_task(config, answers, suite.rows, references),
+        prompts=[encoder.renderer.prompt(row) for row in suite.rows],
+        references=references,
         answers=answers,
         tokens=tokens,
         seconds=seconds,
@@ -186,22 +199,26 @@ def fitting(
     return suite.keep(kept), [prompts[i] for i in kept]
 
 
-def text_of(tokenizer: Any, said: Sampled) -> str:
-    """An output as text: special tokens left out, nothing else tidied."""
-    return tokenizer.decode(said.tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def _scored(texts: SequenceOf[str], config: schema.Eval) -> tuple[str, ...]:
+    """Texts as they are compared."""
+    return tuple(map(without_reasoning, texts)) if config.strip_reasoning else tuple(texts)
 
 
-def _answer(encoder: Encoder, said: Sampled, row: Row, metrics: SequenceOf[str]) -> Answer:
-    text = text_of(encoder.tokenizer, said)
-    counts = {name: count(text, row.references) for name in metrics if (count := METRICS[name].count) is not None}
-    return Answer(text, len(said.tokens), said.complete, float(said.entropy), counts)
+def _answer(output: str, said: Sampled, references: SequenceOf[str], config: schema.Eval) -> Answer:
+    (text,) = _scored([output], config)
+    metrics = [metric_of(name, config.rouge_tokenizer) for name in config.metrics]
+    counts = {metric.name: metric.count(text, references) for metric in metrics if metric.count is not None}
+    return Answer(text, output, len(said.tokens), said.complete, float(said.entropy), counts)
 
 
 def _scores(
-    metrics: SequenceOf[str], answers: Mapping[str, SequenceOf[Answer]], references: SequenceOf[SequenceOf[str]]
+    config: schema.Eval, answers: Mapping[str, SequenceOf[Answer]], references: SequenceOf[SequenceOf[str]]
 ) -> dict[str, Score]:
     found = {}
-    for name in metrics:
+    for name in config.metrics:
+        if (why := undefined_on(name, references, config.rouge_tokenizer)) is not None:
+            found[name] = Score(None, None, dict.fromkeys(answers), METRICS[name].signature, why)
+            continue
         seeds = {key: _figure(METRICS[name], said, references) for key, said in answers.items()}
         values = list(seeds.values())
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -217,7 +234,10 @@ def _figure(metric: Metric, said: SequenceOf[Answer], references: SequenceOf[Seq
 
 
 def _by_task(
-    metrics: SequenceOf[str], answers: Mapping[str, SequenceOf[Answer]], rows: SequenceOf[Row]
+    config: schema.Eval,
+    answers: Mapping[str, SequenceOf[Answer]],
+    rows: SequenceOf[Row],
+    references: SequenceOf[SequenceOf[str]],
 ) -> dict[str, dict[str, Score]]:
     members: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
@@ -225,9 +245,9 @@ def _by_task(
             members.setdefault(row.task, []).append(i)
     return {
         task: _scores(
-            metrics,
+            config,
             {name: [said[i] for i in picked] for name, said in answers.items()},
-            [rows[i].references for i in picked],
+            [references[i] for i in picked],
         )
         for task, picked in sorted(members.items())
     }

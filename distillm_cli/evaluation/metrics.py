@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import cache, lru_cache, partial
 
 from rapidfuzz.distance import Levenshtein
 from rouge_score.rouge_scorer import RougeScorer
-from rouge_score.tokenizers import DefaultTokenizer
+from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
 from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.metrics.base import Metric as SacreMetric
 
@@ -31,22 +31,37 @@ class _StemmedWords(DefaultTokenizer):
         return self._remembered(text)
 
 
-@cache
-def _words() -> _StemmedWords:
-    return _StemmedWords()
+class _Characters(Tokenizer):
+    """Every character but white space as a token of its own, lower-cased, for text that does not part words by spaces."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return [character for character in text.lower() if not character.isspace()]
 
 
 @cache
-def _scorer(kind: str) -> RougeScorer:
-    return RougeScorer([kind], tokenizer=_words())
+def _tokenizer(name: str) -> Tokenizer:
+    return _Characters() if name == "characters" else _StemmedWords()
+
+
+@cache
+def _scorer(kind: str, tokenizer: str) -> RougeScorer:
+    return RougeScorer([kind], tokenizer=_tokenizer(tokenizer))
 
 
 # A metric counts (points, of) for a row; a row's score is 100 · points / of, a set's 100 · Σ points / Σ of.
 Count = tuple[float, float]
 
 
-def _rouge(prediction: str, references: Sequence[str], *, kind: str) -> Count:
-    return _scorer(kind).score_multi(references, prediction)[kind].fmeasure, 1
+def _rouge(prediction: str, references: Sequence[str], *, kind: str, tokenizer: str = "words") -> Count:
+    return _scorer(kind, tokenizer).score_multi(references, prediction)[kind].fmeasure, 1
+
+
+def _no_words(references: Iterable[str]) -> str | None:
+    """Return why ROUGE says nothing on these references: most of their letters are no a-z, which is all its words have."""
+    letters = [character for text in references for character in text if character.isalnum()]
+    if 2 * sum(character.isascii() for character in letters) > len(letters):
+        return None
+    return "its words are runs of a-z and 0-9, which these references hardly have"
 
 
 def _exact_match(prediction: str, references: Sequence[str]) -> Count:
@@ -61,15 +76,17 @@ def _error_rate(prediction: str, references: Sequence[str]) -> Count:
     return min(counts, key=lambda count: count[0] / count[1])
 
 
-# "$1,234.50" and "-7", but of "5-3" and of "1,2,3" the 3; not the full stop that ends a sentence.
-_NUMBER = re.compile(r"(?<!\w)(?<!\d\.)[-−]?\$?[-−]?(?:\d+(?:,\d{3}(?!\d))*(?:\.\d+)?|\.\d+)")
+# "$1,234.50", "-7" and "2.5e-3", but of "5-3" and of "1,2,3" the 3; not the full stop that ends a sentence.
+_NUMBER = re.compile(
+    r"(?<!\w)(?<!\d\.)[-−]?\$?[-−]?(?:\d+(?:,\d{3}(?!\d))*(?:\.\d+)?|\.\d+)(?:[eE][-−+]?\d{1,4}(?!\w))?"
+)
 
 
 def final_number(text: str) -> Decimal | None:
-    """The first number after the last ``####``, where GSM8K writes its answers, else the last number in the text.
+    """Return the first number after the last ``####``, where GSM8K writes its answers, else the last number in the text.
 
-    Dollar signs and commas before three digits are no part of it; other commas stand between numbers. None where there is
-    no number.
+    ``1e5`` is 100000. Dollar signs and commas before three digits are no part of a number; other commas stand between
+    numbers. None where there is no number.
     """
     _, marked, answer = text.rpartition("####")
     found = _NUMBER.findall(answer if marked else text)
@@ -81,6 +98,11 @@ def final_number(text: str) -> Decimal | None:
 def _final_number(prediction: str, references: Sequence[str]) -> Count:
     said = final_number(prediction)
     return said is not None and said in {final_number(reference) for reference in references}, 1
+
+
+def _no_numbers(references: Iterable[str]) -> str | None:
+    """Return why the final number says nothing on these references: none of them has a number."""
+    return None if any(final_number(text) is not None for text in references) else "no reference holds a number"
 
 
 def _corpus(scorer: SacreMetric, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
@@ -100,6 +122,7 @@ class Metric:
 
     count: what one row adds to a ratio. Where there is none, ``whole`` is the figure of a set and ``single`` that of one
     row, which is for reading: their mean is not the set's figure. signature: in sacrebleu's words how it was computed.
+    undefined: why the metric says nothing on a set's references, whatever the predictions; None where it is defined.
     """
 
     name: str
@@ -109,6 +132,7 @@ class Metric:
     whole: Callable[[Sequence[str], Sequence[Sequence[str]]], float] | None = None
     single: Callable[[str, Sequence[str]], float] | None = None
     signature: str | None = None
+    undefined: Callable[[Iterable[str]], str | None] = lambda references: None
 
     def score(self, prediction: str, references: Sequence[str]) -> float:
         """One prediction against its references, ×100."""
@@ -136,10 +160,11 @@ METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
         # F1 of lower-cased, Porter-stemmed words, by `rouge_score`: the longest common subsequence, single words, pairs.
-        # Its words are runs of a-z and 0-9: text in other scripts scores 0. A set's figure is the mean over rows.
-        Metric("rouge_l", "ROUGE-L", partial(_rouge, kind="rougeL")),
-        Metric("rouge_1", "ROUGE-1", partial(_rouge, kind="rouge1")),
-        Metric("rouge_2", "ROUGE-2", partial(_rouge, kind="rouge2")),
+        # Its words are runs of a-z and 0-9: on text in other scripts it is undefined, and `eval.rouge_tokenizer: characters`
+        # takes characters instead. A set's figure is the mean over rows.
+        Metric("rouge_l", "ROUGE-L", partial(_rouge, kind="rougeL"), undefined=_no_words),
+        Metric("rouge_1", "ROUGE-1", partial(_rouge, kind="rouge1"), undefined=_no_words),
+        Metric("rouge_2", "ROUGE-2", partial(_rouge, kind="rouge2"), undefined=_no_words),
         # By `sacrebleu` with its defaults. BLEU: words by the 13a rules, n-grams to 4, case counts; a row's own figure is
         # over the n-grams it is long enough for. chrF2: characters, n-grams to 6.
         _of_sacrebleu("bleu", "BLEU", BLEU(), BLEU(effective_order=True)),
@@ -152,9 +177,29 @@ METRICS: dict[str, Metric] = {
         Metric("error_rate", "error rate", _error_rate, higher_is_better=False),
         # The share of rows whose last number is the reference's (the one after ####, where there is that mark), as numbers:
         # 18 is 18.00. GSM8K's measure.
-        Metric("final_number", "final number", _final_number),
+        Metric("final_number", "final number", _final_number, undefined=_no_numbers),
     )
 }
+
+
+def metric_of(name: str, rouge_tokenizer: str = "words") -> Metric:
+    """Return a metric by name, ROUGE on words or on characters."""
+    metric = METRICS[name]
+    if metric.undefined is not _no_words or rouge_tokenizer == "words":
+        return metric
+    count = partial(metric.count, tokenizer=rouge_tokenizer)
+    return replace(metric, count=count, undefined=lambda references: None)
+
+
+def undefined_on(name: str, references: Sequence[Sequence[str]], rouge_tokenizer: str = "words") -> str | None:
+    """Return why a metric is undefined on these rows, and what to use instead; None where it is defined."""
+    why = metric_of(name, rouge_tokenizer).undefined(text for wanted in references for text in wanted)
+    if why is None:
+        return None
+    instead = (
+        "chrf, or --set eval.rouge_tokenizer=characters" if METRICS[name].undefined is _no_words else "exact_match"
+    )
+    return f"{name} is undefined on these rows: {why}; use {instead}"
 
 
 def ratio(counts: Iterable[Count]) -> float:

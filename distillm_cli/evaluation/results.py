@@ -11,11 +11,11 @@ and no others.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from distillm_cli import storage
 from distillm_cli.config import schema
 from distillm_cli.errors import StorageError
 from distillm_cli.evaluation.evaluate import GREEDY, Answer, SuiteResult
@@ -36,6 +36,8 @@ def label(config: schema.Eval, template: str) -> str:
         value = getattr(config, name)
         if value != schema.Eval.model_fields[name].default and not (greedy and name in _WITHOUT_EFFECT_ON_GREEDY):
             parts.append(f"{letter}{value:g}")
+    if not config.strip_reasoning:
+        parts.append("reasoning")
     if template != schema.Data.model_fields["template"].default:
         parts.append(template)
     return "-".join(parts)
@@ -49,10 +51,8 @@ def check_writable(root: Path) -> None:
     home = root
     while not home.exists() and home != home.parent:
         home = home.parent
-    probe = home / f".writable-{os.getpid()}"
     try:
-        probe.touch()
-        probe.unlink()
+        storage.check_writable(home)
     except OSError as error:
         raise _refused(root, error) from error
 
@@ -103,21 +103,25 @@ def _head(suite: Suite, config: schema.Eval, template: str, about: Mapping[str, 
 
 
 def _predictions(result: SuiteResult, name: str) -> Iterator[dict[str, Any]]:
-    for row, prompt, answer in zip(result.suite.rows, result.prompts, result.answers[name], strict=True):
+    rows = zip(result.suite.rows, result.prompts, result.references, result.answers[name], strict=True)
+    for row, prompt, references, answer in rows:
         yield {
             "where": row.where,
             **({} if row.task is None else {"task": row.task}),
             "prompt": prompt,
-            "output": answer.text,
-            "references": list(row.references),
-            **{name: _of_row(name, answer, row.references) for name in result.config.metrics},
+            "output": answer.output,
+            **({} if answer.text == answer.output else {"scored": answer.text}),
+            "references": list(references),
+            **{name: _of_row(name, answer, references, result) for name in result.config.metrics},
             "tokens": answer.tokens,
             "complete": answer.complete,
             "entropy": answer.entropy,
         }
 
 
-def _of_row(name: str, answer: Answer, references: tuple[str, ...]) -> float:
+def _of_row(name: str, answer: Answer, references: tuple[str, ...], result: SuiteResult) -> float | None:
+    if result.scores[name].undefined is not None:
+        return None
     count = answer.counts.get(name)
     return METRICS[name].score(answer.text, references) if count is None else ratio([count])
 

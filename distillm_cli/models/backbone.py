@@ -23,6 +23,7 @@ from distillm_cli.models.contexts import context_of
 from distillm_cli.models.decoding import ByLength, FastDecoding, PlainDecoding, Ways, cast, check_decoding, close, ways
 from distillm_cli.models.modes import eval_mode, one_sequence_a_row, padded_on_the_right
 from distillm_cli.models.products import Linear, Packs
+from distillm_cli.models.router import RouterLoss, mask_of
 from distillm_cli.models.whole import Late, Whole, whole_of
 from distillm_cli.sequences import Batch, collate
 from distillm_cli.sequences import Sequence as Tokens
@@ -94,6 +95,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.model = model
         self.adapter: Adapter | None = None
+        self.router_loss: RouterLoss | None = None  # of a mixture of experts that trains with it (`router.weight_of`)
         self.training = model.training
         self.tokenizer = tokenizer
         self.vocab = vocabulary_size(tokenizer) if vocab is None else vocab
@@ -159,6 +161,16 @@ class Backbone(nn.Module):
         ids = declared if isinstance(declared, list | tuple) else [declared]
         return frozenset(i for i in [self.tokenizer.eos_token_id, *ids] if i is not None and i < self.vocab)
 
+    @property
+    def forced_first(self) -> int | None:
+        """The token that every response of an encoder-decoder begins with (``forced_bos_token_id``), None for none."""
+        if not self.is_encoder_decoder:
+            return None
+        for config in (getattr(self.model, "generation_config", None), self.model.config):
+            if (token := getattr(config, "forced_bos_token_id", None)) is not None:
+                return token
+        return None
+
     def forward(self, batch: Batch) -> torch.Tensor:
         return self.hidden(batch)
 
@@ -176,6 +188,13 @@ class Backbone(nn.Module):
             return seq2seq.states(self.model, batch, self.start)
         whole = self._whole(for_backward)
         return self._states(batch) if whole is None else whole(batch)
+
+    def hidden_and_router_loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `hidden` and the auxiliary loss of the routers over the batch, a scalar, of one pass."""
+        with one_sequence_a_row():
+            found = self.trunk(input_ids=batch.ids_BT, attention_mask=None, use_cache=False, output_router_logits=True)
+        hidden_ND = found[0].flatten(0, 1).index_select(0, batch.positions_N)
+        return hidden_ND, self.router_loss(found.router_logits, mask_of(batch))
 
     def _states(self, batch: Batch) -> torch.Tensor:
         """By the trunk's own forward, which makes them at every position."""
@@ -252,7 +271,7 @@ class Backbone(nn.Module):
                     hint="its weights have diverged or are damaged: take an earlier checkpoint; in fp16 try fp32",
                 )
             agrees = close(self.head().logits(hidden_ND), own_NV, self.model.dtype)
-            gain = _PROBE / max(own_NV.abs().max().item(), 1e-6)
+            gain = _PROBE / max(own_NV[own_NV.isfinite()].abs().max().item(), 1e-6)
             if agrees and gain > 1:
                 reached = []
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, PretrainedConfig
 
 from distillm_cli.errors import DistillmError, ModelError, out_of_memory
 from distillm_cli.models.cache import ContiguousCache, fits, one_token_attention_in
@@ -38,6 +39,9 @@ _STATE_IN_LAYERS = ("recurrent_gemma", "xlstm")
 # Prompts are read together when the shortest is at least this share of the longest, or this near it: below that, padding
 # costs more than another pass. More tokens than that at once leave the processor's caches.
 _ALIKE, _NEAR, _TOKENS = 7 / 8, 8, 4096
+
+# Of the trial of padding: tokens of the short prompt, and of padding before it. No family compresses by a multiple of 7.
+_SHORT, _PADDING = 4, 7
 
 
 class PlainDecoding:
@@ -267,22 +271,27 @@ def _cast_buffers(model: nn.Module, dtype: torch.dtype) -> set[str]:
 
 
 def check_decoding(backbone: Backbone, decode: Callable[[Backbone, Sequence[np.ndarray]], Any]) -> bool:
-    """Tries two short prompts and a token after one of them. decode: the plain way for such a model.
+    """Return whether prompts of different lengths may stand side by side, by trying it on a few tokens.
 
-    Whether prompts of unlike length may stand side by side: a model that cannot be told of positions may count padding.
-    Raises ModelError where not even like ones go: families have caches, inputs and outputs of their own.
+    decode: the plain way for such a model. A short prompt is answered beside one of its own length and beside a longer one,
+    where it is padded. Families differ in how they treat padding, also those that are told of positions: some count it, or
+    compress tokens in blocks that padding shifts. Raises ModelError for a model that cannot decode at all.
     """
-    ids = np.arange(1, 6) * 7 % backbone.vocab
+    room = backbone.context or math.inf
+    short = max(1, min(_SHORT + _compression(backbone.model.config), room - 2))
+    padding = max(1, min(_PADDING, room - short - 1))
+    ids = np.arange(1, short + padding + 2) * 7 % backbone.vocab
+    prompt, token, other = ids[:short], int(ids[short]), (ids[:short] + 1) % backbone.vocab
 
     def tried(first: np.ndarray) -> torch.Tensor:
-        decoding = decode(backbone, [first, ids[:2]])
+        decoding = decode(backbone, [first, prompt])
         logits_BV = decoding.logits(None)
-        tokens_B = torch.full((1,), int(ids[2]), device=logits_BV.device)
+        tokens_B = torch.full((1,), token, device=logits_BV.device)
         decoding.keep(torch.tensor([1], device=logits_BV.device))
         return torch.cat([logits_BV[1:], decoding.logits(tokens_B)])
 
     try:
-        alone = tried(ids[:2])
+        alone = tried(prompt)
     except DistillmError:
         raise
     except Exception as error:  # of any type, for it is the family's own code that stumbles
@@ -290,15 +299,23 @@ def check_decoding(backbone: Backbone, decode: Callable[[Backbone, Sequence[np.n
             raise
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise _mute(backbone, said[:200]) from error
-    runs = backbone.model if backbone.own_logits else backbone.trunk
-    if backbone.is_encoder_decoder or "position_ids" in _accepted(runs):
-        return True
     try:
-        return close(tried(ids), alone, backbone.model.dtype)
+        padded = tried(ids[: short + padding])
+        if close(padded, alone, backbone.model.dtype):
+            return True
+        # In few bits a router may choose otherwise beside any other row: no fault of padding.
+        rounding = (tried(other) - alone).abs().max()
+        return bool((padded - alone).abs().max() <= 2 * rounding)
     except Exception as error:
         if out_of_memory(error):
             raise
         return False
+
+
+def _compression(config: PretrainedConfig) -> int:
+    """Return how many tokens the coarsest of a model's attention layers compresses into one; 0 where none does."""
+    rates = getattr(config.get_text_config(), "compress_rates", None) or {}
+    return max(rates.values(), default=0)
 
 
 def _mute(backbone: Backbone, why: str) -> ModelError:
@@ -346,7 +363,15 @@ def _agrees(backbone: Backbone, *, step: bool) -> bool:
 
 
 def close(ours_NV: torch.Tensor, own_NV: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Logits the same but for 1e-3 of their spread and the rounding of the model's dtype."""
+    """Return whether logits are the same up to 1e-3 of their spread and the rounding of the model's dtype.
+
+    What is −inf on one side must be −inf on the other.
+    """
+    suppressed_NV = torch.isneginf(own_NV)
+    if suppressed_NV.any():
+        if not torch.equal(suppressed_NV, torch.isneginf(ours_NV)):
+            return False
+        ours_NV, own_NV = ours_NV[~suppressed_NV], own_NV[~suppressed_NV]
     tolerance = 1e-3 * own_NV.std() + 4 * torch.finfo(dtype).eps * own_NV.abs().max()
     return bool((ours_NV - own_NV).abs().max() <= tolerance)
 

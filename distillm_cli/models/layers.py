@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from distillm_cli.errors import ModelError, UsageError, out_of_memory
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.models.students import set_dropout, with_layers
+from distillm_cli.models.composite import check_causal_class
+from distillm_cli.models.students import heads_are_tied, set_dropout, with_layers
 from distillm_cli.words import counted
 
 _BY_PLACE = ("diffllama",)  # families with a constant of each layer that is no weight
@@ -78,6 +79,7 @@ def build_from_layers(spec: str, teacher: Backbone, *, dropout: float | None = N
     if text.model_type in _BY_PLACE and keep != list(range(len(keep))):
         raise _not_cut(text, spec, "what its layers compute depends on their place")
     config = with_layers(text, keep, spec)
+    config.tie_word_embeddings = heads_are_tied(teacher.model)  # the file decides, whatever the teacher's config says
     if dropout is not None:
         set_dropout(config, dropout, where=spec)
     model = _unfilled(config, spec)
@@ -101,6 +103,7 @@ def _keep_scales(trunk: nn.Module, keep: list[int]) -> None:
 
 
 def _unfilled(config: PretrainedConfig, spec: str) -> PreTrainedModel:
+    check_causal_class(config, spec)
     with torch.random.fork_rng(devices=[]):
         try:
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)

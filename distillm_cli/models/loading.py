@@ -19,15 +19,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from distillm_cli import manifest
 from distillm_cli.config.schema import Lora
-from distillm_cli.core.events import Listener, Progress, silent
-from distillm_cli.errors import ModelError
+from distillm_cli.core.events import Listener, Progress, Warned, silent
+from distillm_cli.errors import ModelError, out_of_memory
 from distillm_cli.models import lora
 from distillm_cli.models.backbone import Backbone
+from distillm_cli.models.composite import is_composite
 from distillm_cli.models.modes import eval_mode
 from distillm_cli.models.places import Place, adapters_of, lasting, locate, no_base
 from distillm_cli.models.quantize import check_quantize, in_few_bits
-from distillm_cli.models.students import adopt_special_tokens, auto_class, set_dropout
+from distillm_cli.models.students import adopt_special_tokens, auto_class, heads_are_tied, set_dropout
 from distillm_cli.models.tokenizer_files import WEIGHTS, OwnTokenizers, not_loaded, quiet
 
 
@@ -44,8 +46,11 @@ def load_config(path: str, *, revision: str | None = None, file: bool = False) -
             except ModelError as error:
                 raise no_base(adapters[-1], base, error) from error
     name, local = (path, True) if file else locate(path)
-    if local and not file and not (Path(name) / "config.json").is_file():
-        raise ModelError(f"{path} holds no config.json", hint="pass a model directory: config.json, model.safetensors")
+    if local and not file:
+        manifest.check(Path(name), weights=False)
+        if not (Path(name) / "config.json").is_file():
+            hint = "pass a model directory: config.json, model.safetensors"
+            raise ModelError(f"{path} holds no config.json", hint=hint)
     with quiet():
         try:
             config = AutoConfig.from_pretrained(
@@ -53,11 +58,14 @@ def load_config(path: str, *, revision: str | None = None, file: bool = False) -
             )
         except Exception as error:  # a dozen types, by version; each of them means that the config is not usable
             raise not_loaded("config", path, local, error) from error
-    depth = getattr(config.get_text_config(), "num_hidden_layers", None)
+    try:
+        depth = getattr(config.get_text_config(), "num_hidden_layers", None)
+    except ValueError as error:  # several text models, none of which is the one that writes
+        raise _not_causal(path, config) from error
     if isinstance(depth, int) and depth < 1:
         raise ModelError(f"{path}: num_hidden_layers is {depth}", hint="its config.json must name at least one layer")
     known = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
-    if type(config) not in known:
+    if type(config) not in known and not is_composite(config):
         raise _not_causal(path, config)
     return config
 
@@ -87,12 +95,18 @@ def load_backbone(
     listener(Progress(task, 0, 1))
     config = load_config(path, revision=revision)
     adapters, base, base_revision = adapters_of(path, revision)
+    for place in adapters:
+        if place.local:
+            manifest.check(Path(place.name), weights=True)
+            _warn_of_edits(Path(place.name), listener)
     own = tokenizer is None
     tokenizer = (tokenizers or OwnTokenizers()).of(path, revision) if tokenizer is None else tokenizer
     if dropout is not None:
         set_dropout(config, dropout, where=path)
     bits = {} if quantize == "none" else in_few_bits(quantize, dtype, device)
     model = _load_weights(base, config, dtype, base_revision, **bits)
+    if (place := Path(locate(base)[0])).is_dir():
+        _warn_of_edits(place, listener)
     model, adapter = _with_adapters(model if bits else model.to(device), adapters, base, base_revision, train)
     model.eval()
     if not bits:  # 8 bits round a token by what stands beside it, which would look like looking ahead
@@ -106,6 +120,11 @@ def load_backbone(
     backbone.adapter = adapter
     listener(Progress(task, 1, 1))
     return backbone
+
+
+def _warn_of_edits(directory: Path, listener: Listener) -> None:
+    for path in manifest.edited(directory):
+        listener(Warned(f"{path} has changed since the run wrote it: it is used as it is now"))
 
 
 def _with_adapters(
@@ -135,6 +154,8 @@ def _load_weights(
             f"{path} holds a config.json but no weights (model.safetensors)",
             hint=f"to start from scratch, pass {Path(path) / 'config.json'}",
         )
+    if local:
+        manifest.check(Path(name), weights=True)
     # Else a thread asks the hub to convert repositories that have no safetensors.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     with quiet():
@@ -155,18 +176,29 @@ def _load_weights(
     for kind, what in (("mismatched_keys", "of another shape than its config says"), ("missing_keys", "absent")):
         if keys := sorted(str(key[0] if isinstance(key, tuple) else key) for key in report[kind]):
             more = f" and {len(keys) - 2} more" if len(keys) > 2 else ""
-            raise ModelError(
-                f"{path}: weights {what}: {', '.join(keys[:2])}{more}",
-                hint=f"the files are not the checkpoint of a {type(model).__name__}",
-            )
+            hint = f"the files are not the checkpoint of a {type(model).__name__}"
+            if kind == "missing_keys" and keys == _head_names(model):
+                hint = "if its head is its embedding matrix, set tie_word_embeddings to true in its config.json"
+            raise ModelError(f"{path}: weights {what}: {', '.join(keys[:2])}{more}", hint=hint)
+    if not config.is_encoder_decoder and not heads_are_tied(model):
+        # transformers keeps a head that differs from the embeddings, and leaves the config as it was: whatever is built
+        # or saved from that config would lose the head.
+        for part in (model.config, model.config.get_text_config()):
+            part.tie_word_embeddings = False
     return model
+
+
+def _head_names(model: PreTrainedModel) -> list[str]:
+    head = model.get_output_embeddings()
+    return [name for name, weight in model.named_parameters() if head is not None and weight is head.weight]
 
 
 @torch.no_grad()
 def check_causal(path: str, model: PreTrainedModel) -> None:
-    """Raises ModelError for BERT and its kin, which load as causal models too: only what they look at tells.
+    """Check on a few tokens that a model predicts each token from those before it.
 
-    Of an encoder-decoder the decoder must be causal.
+    Raises ModelError for BERT and its kin, which load as causal models too, and for a composite model that does not run
+    without images. Of an encoder-decoder the decoder must be causal.
     """
     ids_BT = torch.arange(1, 9, device=model.device).repeat(2, 1) % model.get_input_embeddings().weight.shape[0]
     ids_BT[1, -1] = 0
@@ -174,7 +206,19 @@ def check_causal(path: str, model: PreTrainedModel) -> None:
     if model.config.is_encoder_decoder:
         inputs = {"input_ids": ids_BT[:1].expand(2, -1), "decoder_input_ids": ids_BT}
     with eval_mode(model), quiet():
-        first_TV, second_TV = model(**inputs, use_cache=False).logits[:, :-1].float()
+        try:
+            first_TV, second_TV = model(**inputs, use_cache=False).logits[:, :-1].float()
+        except Exception as error:
+            if out_of_memory(error) or not is_composite(model.config):
+                raise
+            why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise ModelError(
+                f"cannot run {path} on text alone: {why}",
+                where=f"a {model.config.model_type} model",
+                hint="only the text part of a model is trained: choose one that reads text without images",
+            ) from error
+    known_TV = first_TV.isfinite() | second_TV.isfinite()  # not tokens that the model suppresses with −inf
+    first_TV, second_TV = first_TV[known_TV], second_TV[known_TV]
     if (first_TV - second_TV).abs().max() > 16 * torch.finfo(model.dtype).eps * first_TV.abs().max():
         raise _not_causal(path, model.config)
 

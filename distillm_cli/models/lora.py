@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from distillm_cli.config.schema import Lora
 from distillm_cli.errors import ModelError, out_of_memory
+from distillm_cli.models.targets import find_targets
 
 if TYPE_CHECKING:  # peft is slow to import, and most runs have no adapter
     from peft import LoraConfig, PeftModel
@@ -33,10 +34,10 @@ if TYPE_CHECKING:  # peft is slow to import, and most runs have no adapter
 WEIGHTS = "adapter_model.safetensors"
 _NAME, _PREFIX = "default", "base_model.model."  # of an adapter in a model; of its weights in a file
 
-# State space layers whose weights are read without a call of the layer, which is where an adapter would be: peft refuses
-# the first two, on the others an adapter would do nothing, merged it would do something.
-_MAMBAS = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
-_UNCALLED = ("out_proj", "conv1d", "x_proj", "dt_proj")
+
+def parameter_of(layer: nn.Module) -> str:
+    """Return the name, in the layer it is in, of the weight that a LoRA layer adapts."""
+    return getattr(layer, "parameter_name", "weight")
 
 
 class Adapter:
@@ -78,6 +79,8 @@ class Adapter:
         config.inference_mode = True
         if not isinstance(config.target_modules, str):
             config.target_modules = sorted(config.target_modules)  # a set's order changes from process to process
+        if config.target_parameters:
+            config.target_parameters = sorted(config.target_parameters)
         config.save_pretrained(str(directory))
 
     def read(self, directory: Path) -> dict[str, torch.Tensor]:
@@ -90,17 +93,27 @@ class Adapter:
 
     @torch.no_grad()
     def folded(self, made: Callable[[str, torch.Tensor], nn.Parameter]) -> dict[int, nn.Module]:
-        """id of each adapted layer → the plain layer W + (alpha / r)·B·A, summed in float32.
+        """Return by id of each adapted layer the plain layer W + (alpha / r)·B·A, summed in float32.
 
         made: a weight's name in the plain model and its value → the parameter that stands for it there.
         """
         plain: dict[int, nn.Module] = {}
         for name, layer in self.layers():
+            if ".base_layer" in name:  # the adapter of a second weight of the same layer, inside that of the first
+                continue
             base = layer.get_base_layer()
-            whole = base.weight.float() + layer.get_delta_weight(_NAME).float()
+            deltas, inner = {}, layer
+            while inner is not base:
+                deltas[parameter_of(inner)] = inner.get_delta_weight(_NAME)
+                inner = inner.base_layer
             twin = copy.copy(base)
-            twin._parameters = {"weight": made(f"{name}.weight", whole.to(base.weight.dtype))}
-            twin._parameters["bias"] = None if base.bias is None else made(f"{name}.bias", base.bias.detach())
+            twin._modules = dict(base._modules)
+            twin._parameters = {}
+            for own, weight in base._parameters.items():
+                value = None if weight is None else weight.detach()
+                if own in deltas:
+                    value = (weight.float() + deltas[own].float()).to(weight.dtype)
+                twin._parameters[own] = None if value is None else made(f"{name}.{own}", value)
             plain[id(layer)] = twin
         return plain
 
@@ -113,14 +126,15 @@ def attach(model: PreTrainedModel, config: Lora, *, seed: int, base: str, revisi
     from peft import LoraConfig, get_peft_model
 
     alpha = config.alpha or 4 * config.r
-    targets, kinds = _targets(model, config.targets)
+    found = find_targets(model, config.targets)
     asked = LoraConfig(
         task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
         r=config.r,
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
-        lora_dropout=config.dropout,
-        target_modules=targets,
-        fan_in_fan_out=kinds == {Conv1D},  # where both kinds occur peft sets it layer by layer
+        lora_dropout=0.0 if found.parameters else config.dropout,  # peft cannot drop the input of a parameter
+        target_modules=found.modules,
+        target_parameters=found.parameters or None,
+        fan_in_fan_out=found.kinds == {Conv1D},  # where both kinds occur peft sets it layer by layer
         base_model_name_or_path=base,
         revision=revision,
     )
@@ -129,7 +143,7 @@ def attach(model: PreTrainedModel, config: Lora, *, seed: int, base: str, revisi
         torch.default_generator.manual_seed(seed)
         for device in devices:
             torch.cuda.default_generators[device.index].manual_seed(seed)
-        wrapped = get_peft_model(model, asked)
+        wrapped = _read(lambda: get_peft_model(model, asked), f"of rank {config.r}", "try other student.lora.targets")
     # peft writes down where it found the model; the directory must say where others find it.
     wrapped.peft_config[_NAME].base_model_name_or_path = base
     return _checked(Adapter(wrapped), base)
@@ -164,7 +178,8 @@ def take_up(
                 f"student.lora.{name} is {asked}, and the adapter {place} has {there}",
                 hint="give its own; without --lora it is merged into its model, and every weight trains",
             )
-    own.lora_dropout, own.inference_mode = config.dropout, False
+    own.lora_dropout = 0.0 if own.target_parameters else config.dropout
+    own.inference_mode = False
     own.base_model_name_or_path, own.revision = base, base_revision
     return _checked(Adapter(_put(model, place, local=local, revision=revision, config=own, is_trainable=True)), place)
 
@@ -237,7 +252,10 @@ def _put(model: PreTrainedModel, place: str, *, local: bool, revision: str | Non
     return _read(load, place)
 
 
-def _read(work: Callable[[], Any], place: str) -> Any:
+_INCOMPLETE = "the adapter must be complete, and belong to the model that its adapter_config.json names"
+
+
+def _read(work: Callable[[], Any], place: str, hint: str = _INCOMPLETE) -> Any:
     try:
         with _quiet():
             return work()
@@ -247,47 +265,24 @@ def _read(work: Callable[[], Any], place: str) -> Any:
         said = (str(error).strip() or type(error).__name__).splitlines()
         raise ModelError(
             f"cannot put the adapter {place} on its model: {' '.join(said[:2])[:200]}",
-            hint="the adapter must be complete, and belong to the model that its adapter_config.json names",
+            hint=hint,
         ) from error
 
 
 def _checked(adapter: Adapter, where: str) -> Adapter:
-    """Only layers between embeddings and head are adapted: the loss reads the head's own weight."""
+    """Return the adapter. Raises ModelError where it is on the embeddings or the head: the loss reads the head's weight."""
     from peft.tuners.lora import Linear
+    from peft.tuners.lora.layer import ParamWrapper
 
     ends = (adapter.model.get_input_embeddings(), adapter.model.get_output_embeddings())
     for name, layer in adapter.layers():
-        if not isinstance(layer, Linear) or layer in ends:
+        if not isinstance(layer, Linear | ParamWrapper) or layer in ends:
             raise ModelError(
-                f"a LoRA adapter on {name}, and only linear layers before the head can have one",
+                f"a LoRA adapter on {name}, and only linear layers and experts before the head can have one",
                 where=where,
                 hint="leave student.lora.targets unset: every linear layer but the head",
             )
     return adapter
-
-
-def _targets(model: PreTrainedModel, wanted: tuple[str, ...] | None) -> tuple[list[str], set[type]]:
-    """What peft is to look for, and the kinds of layers it will find. Raises ModelError for a name that finds nothing."""
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-    head = next((name for name, m in linear.items() if m is model.get_output_embeddings()), "")
-    linear.pop(head, None)
-    if wanted is None:
-        uncalled = _UNCALLED if model.config.model_type in _MAMBAS else ()
-        linear = {name: m for name, m in linear.items() if name.rpartition(".")[2] not in uncalled}
-        last = {name.rpartition(".")[2] for name in linear}
-        # Short names, unless the head has one of them too.
-        return sorted(linear if head.rpartition(".")[2] in last else last), {type(m) for m in linear.values()}
-    found: set[type] = set()
-    for target in wanted:
-        mine = {type(m) for name, m in linear.items() if name == target or name.endswith(f".{target}")}
-        if not mine:
-            raise ModelError(
-                f"no linear layer {target!r} before the head",
-                where="student.lora.targets",
-                hint=f"this {model.config.model_type} has {', '.join(sorted({n.rpartition('.')[2] for n in linear}))}",
-            )
-        found |= mine
-    return list(wanted), found
 
 
 @contextmanager

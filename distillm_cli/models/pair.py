@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distillm_cli.config import schema
 from distillm_cli.core.events import Listener, Note, Warned, silent
 from distillm_cli.errors import ModelError, UsageError
 from distillm_cli.models import lora
 from distillm_cli.models.backbone import Backbone
+from distillm_cli.models.composite import freeze_rest
+from distillm_cli.models.conversation import add_stops
 from distillm_cli.models.devices import bf16_is_fast, resolve_device, resolve_dtype
 from distillm_cli.models.layers import build_from_layers, read_layers
 from distillm_cli.models.loading import check_causal, load_backbone, load_config
 from distillm_cli.models.places import adapters_of, lasting, locate
+from distillm_cli.models.round_trip import check_reload, differs_from_file
 from distillm_cli.models.students import (
     adopt_special_tokens,
     build_from_config,
@@ -28,6 +30,7 @@ from distillm_cli.models.students import (
     read_width,
     spec_of_width,
 )
+from distillm_cli.models.targets import frozen_parts
 from distillm_cli.models.tokenizer_files import (
     OwnTokenizers,
     has_tokenizer,
@@ -61,12 +64,19 @@ Texts = Callable[[PreTrainedTokenizerBase | None], Iterator[str]]
 
 @dataclass(frozen=True)
 class Pair:
-    """Models that fit together. vocab: the token ids that both know, which is what meets the loss."""
+    """Models that fit together.
+
+    vocab: the token ids that both know, which is what meets the loss. templates: by role, the chat templates that the
+    tokenizers came with. teacher_stops: ids at which the teacher's own configuration stops, its end-of-sequence first;
+    None without a teacher.
+    """
 
     teacher: Backbone | None
     student: Backbone
     tokenizer: PreTrainedTokenizerBase
     vocab: int
+    templates: dict[str, str | dict[str, str] | None] = field(default_factory=dict)
+    teacher_stops: tuple[int, ...] | None = None
 
     @property
     def models(self) -> dict[str, Backbone]:
@@ -106,14 +116,22 @@ def load_pair(
     )
     if teacher is not None:
         check_kinds(teacher, student)
-    if _is_borrowed(recipe.student):
-        check_reload(student, next(texts(student.tokenizer), None) if texts else None)
+    for path, revision, tokenizer in _tokenizers_read(recipe, teacher, student):
+        if wrong := differs_from_file(path, revision, tokenizer):
+            listener(Warned(wrong))
+    borrowed = _is_borrowed(recipe.student)
+    text = next(texts(student.tokenizer), None) if texts and borrowed else None
+    check_reload(student, borrowed=borrowed, text=text)
+    templates, stops = {"student": student.tokenizer.chat_template}, None
     if teacher is not None:
+        templates["teacher"] = teacher.tokenizer.chat_template
+        eos = teacher.tokenizer.eos_token_id
+        stops = (eos, *sorted(teacher.stop_ids - {eos}))
         check_vocabularies(teacher.tokenizer, own := student.tokenizer)
         _share_tokens(teacher, student)
         if lost := lost_with(own, student.tokenizer):
             listener(Warned(f"the student gets the teacher's tokenizer, whose tokens both know; its own {lost} lost"))
-    return Pair(teacher, student, student.tokenizer, student.vocab)
+    return Pair(teacher, student, student.tokenizer, student.vocab, templates, stops)
 
 
 def _load_teacher(
@@ -156,6 +174,7 @@ def teacher_again(recipe: schema.Recipe, pair: Pair, device: torch.device) -> Ba
     """The pair's teacher, whose weights have left memory, as it was."""
     teacher = _load_teacher(recipe.teacher, device)
     _share_tokens(teacher, pair.student)
+    add_stops(teacher, sorted(pair.teacher.stop_ids))
     teacher.own_logits = pair.teacher.own_logits
     return teacher
 
@@ -198,6 +217,9 @@ def load_student(
     weights.
     """
     backbone = _whole_student(student, seed, device, teacher, texts, tokenizer, tokenizers, max_length, listener)
+    if frozen := freeze_rest(backbone.model):
+        kind = backbone.model.config.model_type
+        listener(Note(f"{kind}: the text model trains; {frozen:,} weights outside it stay as they are"))
     if student.lora.r is not None:
         if backbone.adapter is None:
             base = student.path if student.is_built else lasting(student.path)
@@ -220,6 +242,14 @@ def _tell_of(backbone: Backbone, listener: Listener) -> None:
             f"{train:,} weights train ({train / every:.2%} of {every:,})"
         )
     )
+    if backbone.adapter.config.target_parameters:
+        frozen = ", ".join(frozen_parts(backbone.model)) or "none"
+        listener(
+            Note(
+                "mixture of experts: the adapter has no dropout, which peft cannot apply to experts; matrices of its "
+                f"layers that stay frozen: {frozen}"
+            )
+        )
 
 
 def _whole_student(
@@ -339,33 +369,14 @@ def check_vocabularies(teacher: PreTrainedTokenizerBase, student: PreTrainedToke
             )
 
 
-_PROBE = "Which of these 12 words, in 3 lines,\n is a  Word?"
-
-
-def check_reload(student: Backbone, text: str | None = None) -> None:
-    """Whether the output directory will give this very tokenizer to `AutoTokenizer`.
-
-    transformers picks the tokenizer's class by the model's family for some of them (Qwen2's, say), whatever was saved: a
-    tokenizer that such a model did not grow up with comes back cutting text in other places. text: one more probe.
-    Raises ModelError.
-    """
-    ours, family = student.tokenizer, student.model.config.model_type
-    with TemporaryDirectory() as directory, quiet():
-        student.model.config.save_pretrained(directory)
-        ours.save_pretrained(directory)
-        try:
-            again = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-            same = ours.get_vocab() == again.get_vocab() and all(
-                ours(probe)["input_ids"] == again(probe)["input_ids"] for probe in (_PROBE, text) if probe
-            )
-        except Exception:  # whatever a family's tokenizer stumbles over, it is not ours that came back
-            same = False
-    if not same:
-        raise ModelError(
-            f"a {family} model's directory is read with {family}'s own kind of tokenizer, which this one is not",
-            where="student.tokenizer",
-            hint="take another family, --student random:llama:4x256 say, or a tokenizer of the family",
-        )
+def _tokenizers_read(
+    recipe: schema.Recipe, teacher: Backbone | None, student: Backbone
+) -> Iterator[tuple[str, str | None, PreTrainedTokenizerBase]]:
+    """Yield where the models' own tokenizers were read, with its revision, and the tokenizers; each once."""
+    if not _is_borrowed(recipe.student):
+        yield recipe.student.path, recipe.student.revision, student.tokenizer
+    if teacher is not None and teacher.tokenizer is not student.tokenizer:
+        yield recipe.teacher.path, recipe.teacher.revision, teacher.tokenizer
 
 
 def _is_borrowed(student: schema.Student) -> bool:

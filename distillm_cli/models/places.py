@@ -11,6 +11,7 @@ import huggingface_hub
 
 from distillm_cli.config.schema import BUILT, is_of_hub
 from distillm_cli.errors import ModelError
+from distillm_cli.storage import leads_nowhere
 
 CONFIG = "adapter_config.json"  # what makes a directory an adapter's
 BUILTIN_TEACHER = Path(__file__).resolve().parent.parent / "assets" / "quickstart-teacher"
@@ -23,6 +24,8 @@ def locate(path: str) -> tuple[str, bool]:
         return str(place), True
     if place.is_file():
         raise ModelError(f"{path} is a file, not a model directory", hint=f"pass {place.parent}")
+    if leads_nowhere(place):
+        raise ModelError(f"{path} is a symbolic link that leads nowhere", hint="correct the link, or pass another path")
     if not is_of_hub(path):
         raise ModelError(f"no model at {place}: no such directory", hint="check the path")
     return path, False

@@ -18,9 +18,11 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from distillm_cli.config import schema
 from distillm_cli.errors import ModelError, UsageError
 from distillm_cli.models.backbone import Backbone, vocabulary_size
+from distillm_cli.models.composite import text_parameters
 from distillm_cli.models.contexts import context_of
 from distillm_cli.models.layers import build_from_layers
 from distillm_cli.models.loading import load_config
+from distillm_cli.models.lora import parameter_of
 from distillm_cli.models.places import locate
 from distillm_cli.models.students import auto_class, build_random, spec_of_width, tied_from_scratch
 from distillm_cli.models.tokenizer_files import WEIGHTS, has_tokenizer, load_tokenizer, prepare_tokenizer, quiet
@@ -65,7 +67,8 @@ class Reading:
 class Sizes:
     """What of a model costs memory and time, counted on its modules (whatever device they are on).
 
-    parameters: by part: embeddings (of positions too), trunk, head (0 where it is the embedding matrix), total, trainable.
+    parameters: by part: embeddings (of positions too), trunk, head (0 where it is the embedding matrix), outside (of a
+    composite model, what is not its text model), total, trainable.
     matmul: weights of the trunk that every token meets in a matrix product; of a mixture of experts, those of the experts
     that a token is sent to. head_in × vocab: the head's product. attention, kv: widths of all query heads, and of all
     key-value heads, in a layer. dropping: query heads of a layer, where attention has dropout. adapted: weights of the
@@ -114,12 +117,15 @@ def sizes(model: PreTrainedModel, vocab: int | None = None) -> Sizes:
     tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     head = model.get_output_embeddings()
     weight = None if head is None else head.weight
-    parts = dict.fromkeys(("embeddings", "trunk", "head"), 0)
+    parts = dict.fromkeys(("embeddings", "trunk", "head", "outside"), 0)
+    text = {id(p) for _, p in text_parameters(model)}
     read = set() if not model.config.is_encoder_decoder else {id(p) for p in model.get_encoder().parameters()}
     matmul, encoding, chosen, experts = 0, 0, *_experts(config)
     for parameter in model.parameters():
         n = parameter.numel()
-        if id(parameter) in tables:
+        if id(parameter) not in text:
+            parts["outside"] += n
+        elif id(parameter) in tables:
             parts["embeddings"] += n
         elif parameter is weight:
             parts["head"] += n
@@ -156,7 +162,7 @@ def sizes(model: PreTrainedModel, vocab: int | None = None) -> Sizes:
             "total": sum(p.numel() for p in every),
             "trainable": sum(p.numel() for p in every if p.requires_grad),
         },
-        adapted=sum(module.get_base_layer().weight.numel() for module in adapters),
+        adapted=sum(getattr(m.get_base_layer(), parameter_of(m)).numel() for m in adapters),
         rank=max((max(module.r.values()) for module in adapters), default=0),
         encoder=encoder,
     )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     GPT2Config,
     LlamaConfig,
@@ -17,9 +18,11 @@ from transformers import (
     T5Config,
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from distillm_cli.errors import ModelError, UsageError, out_of_memory
 from distillm_cli.models.backbone import vocabulary_size
+from distillm_cli.models.composite import check_causal_class, is_composite
 from distillm_cli.models.contexts import context_of
 from distillm_cli.models.seq2seq import T5_KIN, head_scale
 
@@ -66,6 +69,8 @@ def build_random(
     shape = {"layers": layers, "width": width, "context": context or max(2 * max_length, 128)}
     family = family or ("llama" if text is None else text.model_type)
     if text is not None and family == text.model_type:
+        if text is not teacher_config:
+            check_causal_class(text, spec)
         config = _scaled(text, layers, width, spec)
     elif family in _SHAPES:
         config = _SHAPES[family](**shape, spec=spec)
@@ -185,8 +190,13 @@ def _start_token(config: PretrainedConfig, tokenizer: Tokenizer) -> int:
     return tokenizer.pad_token_id if start is None or start >= vocabulary_size(tokenizer) else start
 
 
-def auto_class(config: PretrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForSeq2SeqLM]:
-    """Which of transformers' classes loads and builds such a model."""
+def auto_class(config: PretrainedConfig) -> type[_BaseAutoModelClass]:
+    """Return the class of transformers that loads and builds such a model.
+
+    A composite model is loaded whole, also where its causal class would load the text model alone and lose the rest.
+    """
+    if is_composite(config):
+        return AutoModelForImageTextToText
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
@@ -216,10 +226,14 @@ def _calm_embeddings(model: PreTrainedModel) -> None:
         model.get_input_embeddings().weight.mul_(model.config.hidden_size**-0.5)
 
 
+def heads_are_tied(model: PreTrainedModel) -> bool:
+    """Return whether the head is the embedding matrix itself, as loaded: a config may say otherwise than its weights."""
+    return getattr(model.get_output_embeddings(), "weight", None) is model.get_input_embeddings().weight
+
+
 def tied_from_scratch(model: PreTrainedModel) -> bool:
     """Whether transformers ties embeddings and head of a T5 v1.1 or mT5 that it builds, whose checkpoints have both."""
-    tied = getattr(model.get_output_embeddings(), "weight", None) is model.get_input_embeddings().weight
-    return tied and model.config.model_type in T5_KIN and head_scale(model.config) == 1.0
+    return heads_are_tied(model) and model.config.model_type in T5_KIN and head_scale(model.config) == 1.0
 
 
 def _llama(*, layers: int, width: int, context: int, spec: str) -> PretrainedConfig:

@@ -6,8 +6,10 @@ Imports no model class of transformers: reading a tokenizer need not wait for wh
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from distillm_cli import manifest
 from distillm_cli.errors import DistillmError, ModelError, OutOfMemoryError, out_of_memory
 from distillm_cli.models.places import adapters_of, cached, hub_is_there, locate
 
@@ -52,6 +55,10 @@ def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedToken
     name, local = locate(path)
     if local and not has_tokenizer(Path(name)):
         raise ModelError(f"{path} holds no tokenizer", hint="pass --tokenizer DIR, or bpe:SIZE, chars, words")
+    if local:
+        manifest.check(Path(name), weights=False)
+    if local and _is_tekken(Path(name)) and importlib.util.find_spec("mistral_common") is None:
+        raise _needs_package("tokenizer", path, "mistral-common")
     with quiet():
         try:
             tokenizer = _tokenizer_class(Path(name) if local else None).from_pretrained(
@@ -130,7 +137,7 @@ class OwnTokenizers:
 
 
 # Of a model directory: what no tokenizer is read from. Any other file may be, by the class.
-_NO_TOKENIZER = (*WEIGHTS, "config.json", "generation_config.json", "*.md", "*.yaml", "*.jsonl")
+_NO_TOKENIZER = (*WEIGHTS, "config.json", "generation_config.json", "manifest.json", "*.md", "*.yaml", "*.jsonl")
 # What transformers looks at in a model's config to choose a tokenizer's class, or to mend what the class got wrong.
 _OF_CONFIG = ("model_type", "tokenizer_class", "transformers_version", "auto_map")
 
@@ -159,12 +166,27 @@ def _tokenizer_class(directory: Path | None) -> Any:
     return PreTrainedTokenizerFast if plain else AutoTokenizer
 
 
+def _is_tekken(directory: Path) -> bool:
+    """Return whether a directory's only tokenizer is Mistral's tekken.json."""
+    others = [pattern for pattern in _TOKENIZERS if pattern not in ("tekken.json", "tokenizer_config.json")]
+    return (directory / "tekken.json").is_file() and not any(next(directory.glob(other), None) for other in others)
+
+
+def _needs_package(part: str, path: str, package: str) -> ModelError:
+    return ModelError(f"the {part} of {path} needs the package {package}", hint=f"pip install {package}")
+
+
+_NEEDS = re.compile(r"requires the ([\w-]+) library but it was not found")  # as transformers says it
+
+
 def not_loaded(part: str, path: str, local: bool, error: Exception) -> DistillmError:
     """What to tell of a part of a model (config, tokenizer, weights) that transformers could not read."""
     said = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(".")
     if out_of_memory(error):
         hint = "close other programs, or choose a smaller model; `distillm plan` estimates the need"
         return OutOfMemoryError(f"out of memory while reading the {part} of {path}", where=said, hint=hint)
+    if package := _NEEDS.search(str(error)):  # tekken.json, for example
+        return _needs_package(part, path, package[1])
     if local:
         if isinstance(error, SafetensorError):
             said, hint = f"damaged or incomplete safetensors file ({said})", "copy or download the files again"

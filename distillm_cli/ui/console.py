@@ -13,13 +13,14 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 
-from rich.console import Console as Terminal
-from rich.console import RenderableType
+from rich.console import Console as RichConsole
+from rich.console import ConsoleOptions, RenderableType
 from rich.live import Live
+from rich.segment import Segment
 from rich.text import Text
 
 from distillm_cli.core.events import (
@@ -34,8 +35,9 @@ from distillm_cli.core.events import (
     Validated,
     Warned,
 )
-from distillm_cli.ui.display import BAD, GOOD, Memory, Task, Watch, amount, draw, duration, parameters, percent
-from distillm_cli.words import counted, signed
+from distillm_cli.errors import StorageError
+from distillm_cli.ui.display import BAD, GOOD, VALID, Memory, Task, Watch, amount, draw, duration, parameters, percent
+from distillm_cli.words import counted, printable, redact, signed
 
 REFRESHES = 4  # per second: numbers one can read
 YOUNG = 0.2  # seconds; work that is over sooner never flashes up
@@ -43,10 +45,18 @@ WORTH_A_LINE = 1.0  # seconds that loading or tokenising took
 PERIOD = 10.0  # seconds between plain lines
 
 
+class Terminal(RichConsole):
+    """A Rich console that prints no control characters but its own, whatever texts it is given."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+
 def console(
     json_mode: bool = False,
     quiet: bool = False,
-    stderr: Terminal | None = None,
+    stderr: RichConsole | None = None,
     *,
     clock: Callable[[], float] = time.monotonic,
     memory: Callable[[], Memory] | None = None,
@@ -67,7 +77,7 @@ class Console:
 
     def __init__(
         self,
-        terminal: Terminal,
+        terminal: RichConsole,
         *,
         json_mode: bool,
         quiet: bool,
@@ -169,9 +179,11 @@ class Console:
                 self._said_at = now
                 return [_stepped(self._watch, now)]
             case Validated():
-                phi = self._watch.phi
+                phi, late = self._watch.phi, self._watch.late
                 self._watch.validated(event)
-                return [_validated(event, self._watch, phi)]
+                if self._watch.late:  # the loss before training, measured now: the next line compares with it
+                    return []
+                return [_validated(event, self._watch, phi, late)]
             case Saved():
                 step = _step(event.step, self._watch)
                 return [Text.assemble(f"{step} · ", (f"saved {event.path}", "dim"))]
@@ -191,6 +203,8 @@ class Console:
         return [Text(f"{event.task} · {event.done:,}/{event.total:,} {event.unit}".rstrip())]
 
     def _say(self, line: Text) -> None:
+        if (text := redact(line.plain)) != line.plain:
+            line = Text(text)
         # A log's lines are as long as what they say; only a terminal wraps.
         self._terminal.print(line, soft_wrap=not self._is_live, highlight=False)
 
@@ -213,8 +227,14 @@ class Console:
 
 def print_json(obj: Mapping[str, object]) -> None:
     """One object as one line on stdout, flushed. ASCII, so that no locale can break it; not-a-number becomes null."""
-    sys.stdout.write(json.dumps(plain(obj), allow_nan=False) + "\n")
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(json.dumps(plain(obj), allow_nan=False) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        what = f"cannot write the result to standard output: {error.strerror}"
+        raise StorageError(what, hint="free some space there; the files that the command wrote are complete") from error
 
 
 def plain(value: object) -> object:
@@ -223,6 +243,8 @@ def plain(value: object) -> object:
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
+    if isinstance(value, str):
+        return redact(value)
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return str(value) if isinstance(value, Path) else value
@@ -264,7 +286,7 @@ def _started(event: RunStarted) -> Text:
 
 def _stepped(watch: Watch, now: float) -> Text:
     left, rate = watch.seconds_left(now), watch.tokens_per_second
-    parts = [_step(watch.step, watch), f"epoch {watch.epoch:.1f}", f"loss {watch.loss:.3f}"]
+    parts = [_step(watch.step, watch), f"epoch {watch.epoch:.1f}", f"{watch.started.loss} {watch.loss:.3f}"]
     parts += [f"{name} {figure:.3f}" for name, figure in watch.figures.items()]
     if watch.shows_phi:
         parts.append(f"φ {watch.phi:.2f}")
@@ -280,15 +302,18 @@ def _stepped(watch: Watch, now: float) -> Text:
     return Text(" · ".join(parts))
 
 
-def _validated(event: Validated, watch: Watch, phi: float) -> Text:
-    value = Text.assemble("valid loss ", (f"{event.valid_loss:.3f}", "bold"))
+def _validated(event: Validated, watch: Watch, phi: float, late: tuple[float, int] | None) -> Text:
+    """late: the validation before this one and its step, where it had no line of its own."""
+    value = Text.assemble(f"{VALID} ", (f"{event.valid_loss:.3f}", "bold"))
     if watch.before is not None:
         change = event.valid_loss - watch.before
-        value.append(" ").append_text(Text.assemble("(", (signed(change, 3), GOOD if change < 0 else BAD), ")"))
+        since = f" from {late[0]:.3f} at step {late[1]:,}" if late else ""
+        value.append(" ").append_text(Text.assemble("(", (signed(change, 3), GOOD if change < 0 else BAD), f"{since})"))
     parts = [Text(_step(event.step, watch)), value]
     if watch.started.steps_per_epoch:
         parts.insert(1, Text(f"epoch {event.step / watch.started.steps_per_epoch:.1f}"))
-    parts += [Text(f"{name.replace('_', ' ')} {figure:.3f}") for name, figure in event.scores.items()]
+    names = {"valid_divergence": f"valid {watch.started.divergence}"}
+    parts += [Text(f"{names.get(name, name.replace('_', ' '))} {figure:.3f}") for name, figure in event.scores.items()]
     if event.rose:
         parts.append(Text(f"φ {phi:.2f} → {event.phi:.2f}", "magenta"))
     elif watch.shows_phi:
@@ -302,9 +327,12 @@ def _ended(event: RunEnded, watch: Watch) -> Text:
     line = Text.assemble((event.reason, "bold"), f" · step {event.step:,} of {watch.started.steps:,}")
     line.append(f" · {duration(event.seconds)}")
     if watch.valid is not None:
-        line.append(f" · valid loss {watch.first_valid:.3f}")
-        if watch.before is not None:
-            line.append(f" → {watch.valid:.3f}")
+        first, step = watch.first_valid
+        last_step = "" if watch.valid_step == event.step else f" at step {watch.valid_step:,}"
+        if watch.before is None:
+            line.append(f" · {VALID} {first:.3f}{last_step}")
+        else:
+            line.append(f" · {VALID} {first:.3f}{f' at step {step:,}' if step else ''} → {watch.valid:.3f}{last_step}")
     return line
 
 

@@ -26,6 +26,7 @@ WIDE = 80  # columns from which figures stand side by side
 WIDEST = 100  # a wider panel would only spread its figures apart
 SMOOTHING = 0.9  # of the loss, per step
 LABEL = 10
+VALID = "valid CE"  # held-out cross-entropy, nats per token
 
 # A shade of its own beside the colour: the bar stays readable without colours.
 SOURCES = {
@@ -56,10 +57,14 @@ class Watch:
         self.loss: float | None = None
         self.curve: deque[float] = deque(maxlen=CURVE)
         self.valid: float | None = None
+        self.valid_step = 0
         self.before: float | None = None  # the validation before that
-        self.first_valid: float | None = None
+        self.first_valid: tuple[float, int] | None = None  # and its step
+        self.late: tuple[float, int] | None = (
+            None  # the last validation, where it was of an earlier step than the run's
+        )
         self.best: tuple[float, int] | None = None
-        self.phi = 0.0
+        self.phi, self.trigger = started.phi, started.trigger
         self.sources: Counter[str] = Counter()
         self.lr = self.grad_norm = 0.0
         self.figures: dict[str, float] = {}
@@ -88,10 +93,12 @@ class Watch:
         self._recent.append((event.tokens, event.seconds))
 
     def validated(self, event: Validated) -> None:
-        self.step = max(self.step, event.step)
+        self.late = (event.valid_loss, event.step) if event.step < self.step else None
+        self.step, self.valid_step = max(self.step, event.step), event.step
         self.before, self.valid, self.phi = self.valid, event.valid_loss, event.phi
+        self.trigger = event.trigger
         if self.first_valid is None:
-            self.first_valid = event.valid_loss
+            self.first_valid = (event.valid_loss, event.step)
         if self.best is None or event.valid_loss < self.best[0]:
             self.best = (event.valid_loss, event.step)
 
@@ -165,11 +172,12 @@ def _panel(watch: Watch, tasks: Sequence[Task], now: float, width: int) -> Panel
     s = watch.started
     title = Text.assemble((s.method, "bold"), f" · {parameters(s.parameters)} · {s.device} · {s.dtype}")
     wide = width >= WIDE
-    rows = _main_figures(watch, width - 4 - LABEL - 2 - (23 if wide else 0))
+    label = max(LABEL, len(s.loss))
+    rows = _main_figures(watch, width - 4 - label - 2 - (23 if wide else 0))
     side = _side_figures(watch)
     parts: list[RenderableType] = [_progress(watch, now, width), ""]
     grid = Table.grid(padding=(0, 2, 0, 0), expand=True)
-    grid.add_column(style="dim", width=LABEL, no_wrap=True)
+    grid.add_column(style="dim", width=label, no_wrap=True)
     grid.add_column(ratio=1, no_wrap=True)
     if wide:
         grid.add_column(style="dim", width=9, no_wrap=True)
@@ -182,7 +190,7 @@ def _panel(watch: Watch, tasks: Sequence[Task], now: float, width: int) -> Panel
             grid.add_row(*row)
     parts.append(grid)
     if watch.student_takes_part and watch.sources:
-        parts.append(Padding(legend(watch.shares()), (0, 0, 0, LABEL + 2)))
+        parts.append(Padding(legend(watch.shares()), (0, 0, 0, label + 2)))
     if not wide:
         talk = [Text.assemble((f"{label} ", "dim"), value) for label, value in side]
         parts += ["", Text(" · ", style="dim").join(talk)]
@@ -219,15 +227,25 @@ def _progress(watch: Watch, now: float, width: int) -> RenderableType:
 
 def _main_figures(watch: Watch, width: int) -> list[tuple[str, Text]]:
     """Label and value, the values at most ``width`` columns wide."""
-    rows = [("loss", _loss(watch, width)), ("valid loss", _valid(watch))]
+    rows = [(watch.started.loss, _loss(watch, width)), (VALID, _valid(watch))]
     rows += [(name, Text(f"{figure:.3f}")) for name, figure in watch.figures.items()]
+    if watch.started.has_phi and watch.started.method != "sft":
+        filled = round(watch.phi * 10)
+        gauge = Text.assemble(f"{watch.phi:.2f} ", ("▰" * filled, "magenta"), ("▱" * (10 - filled), "dim"))
+        rows.append(("φ", gauge.append(_trigger(watch), "dim")))
     if watch.student_takes_part:
-        if watch.shows_phi:
-            filled = round(watch.phi * 10)
-            gauge = Text.assemble(f"{watch.phi:.2f}   ", ("▰" * filled, "magenta"), ("▱" * (10 - filled), "dim"))
-            rows.append(("φ", gauge))
         rows.append(("sources", stacked_bar(watch.shares(), min(width, CURVE + 7))))
     return rows
+
+
+def _trigger(watch: Watch) -> str:
+    """Return the validation loss at which φ rises; before the first validation, how far above that one."""
+    if watch.trigger is not None:
+        return f" rises at {VALID} ≥ {watch.trigger:.3f}"
+    epsilon = watch.started.epsilon
+    if epsilon is None or watch.valid is not None:
+        return ""
+    return f" rises at {VALID} {'−' if epsilon < 0 else '+'} {abs(epsilon):g}"
 
 
 def _loss(watch: Watch, width: int) -> Text:

@@ -22,14 +22,14 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from distillm_cli.ui.display import BAD, GOOD, WIDE, percent
-from distillm_cli.words import signed
+from distillm_cli.ui.display import BAD, GOOD, VALID, WIDE, percent
+from distillm_cli.words import printable, signed
 
 NONE = "–"
 LINES, STACKED_LINES = 5, 3  # of a cell of the samples table, about; longer text is cropped
 LONGEST_PROMPT = 80
 FIGURE = re.compile(r"[−+-]?[\d.,]+%?( ± [\d.,]+)?")
-LABELS = {"valid_loss": "valid loss", "bleu": "BLEU", "chrf": "chrF"}
+LABELS = {"valid_loss": VALID, "bleu": "BLEU", "chrf": "chrF"}
 LABELS |= {f"rouge_{kind}": f"ROUGE-{kind.upper()}" for kind in ("1", "2", "l")}
 SOURCE_WORDS = {
     "dataset": ("data set rows", "data set rows"),
@@ -317,7 +317,7 @@ def _cell(value: object) -> Text:
         return Text(f"{value:.3f}")
     if isinstance(value, int) and not isinstance(value, bool):
         return Text(f"{value:,}")
-    return Text(str(value))
+    return Text(printable(str(value)))  # here already, so that columns are as wide as what is printed
 
 
 def _label(name: str) -> Text:

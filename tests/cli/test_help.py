@@ -511,7 +511,7 @@ def test_recipes_cp_copies_and_never_overwrites(run, tmp_path, monkeypatch):
     code, _, err = run("recipes", "cp", "g2p", "x" * 300)
     assert (code, err) == (
         8,
-        f"error: File name too long: {'x' * 300}; give another place, or see who may write there\n",
+        f"error: File name too long: {'x' * 300}; give another place, or check the disk and who may write there\n",
     )
     assert run("recipes", "cp", "g2p", "gone/")[2] == "error: no directory gone; create it first\n"
 
@@ -526,7 +526,7 @@ def test_recipes_validate_tells_of_every_recipe_that_is_wrong(run, tmp_path, mon
     code, out, err = run("recipes", "validate", "a.yaml", "quickstart", "b.yaml")
     assert (code, out) == (2, "quickstart\tok\n")
     assert err.splitlines() == [
-        "error: a.yaml:1: train.lr = fast; expected a number > 0; try --set train.lr=0.0005",
+        "error: a.yaml:1: train.lr = fast; expected a number > 0, or auto; try --set train.lr=auto",
         "error: b.yaml:1: trian: no such key; did you mean train?",
     ]
     code, out, _ = run("recipes", "validate", "a.yaml", "quickstart", "--json")

@@ -40,7 +40,7 @@ def test_a_run_on_rows_ends_with_a_model_and_without_answers(place, typed, teach
     assert result["report"].keys() == {"student_before", "student_after", "teacher"}
     assert all(figures.keys() == {"valid_loss"} for figures in result["report"].values())
     AutoModelForCausalLM.from_pretrained(place / "out")
-    assert "valid loss" in (place / "out" / "README.md").read_text().lower()
+    assert "valid ce" in (place / "out" / "README.md").read_text().lower()
 
 
 def test_a_fine_tuned_model_without_answers_is_published_too(place, typed):

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from distillm_cli.cli.app import main
+from distillm_cli.cli.defaults import fitted
 from distillm_cli.cli.planning import of_shapes, survey
 from distillm_cli.config.load import resolve
 from distillm_cli.core.engine import Engine
@@ -155,7 +156,7 @@ def test_the_plan_by_shapes_is_that_of_the_loaded_pair(place, method):
         "student.lora.r": 2,
     }
     sets = ["data.template=plain", "data.max_length=128", "teacher.cache=memory", "student.dtype=fp32"]
-    resolved = resolve(command="plan", recipe=None, flags=flags, sets=sets)
+    resolved = fitted(resolve(command="plan", recipe=None, flags=flags, sets=sets))
     loaded, run = survey(resolved, lambda event: None)
     assert run is not None
     shapes, _ = of_shapes(resolved)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import time
 
 import numpy as np
@@ -13,7 +14,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from distillm_cli.config.schema import Data, Train
-from distillm_cli.core.events import Note, Progress
+from distillm_cli.core.events import Note, Progress, Warned
 from distillm_cli.data.batching import Order, by_length, tokenise
 from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.rows import Row
@@ -43,7 +44,7 @@ def examples_of(rows, listener=lambda event: None, context=None, **fields):
 
 ROWS = rows_of((3, 4), (7, 2), (3, 8), (6, 4), (4, 7))
 
-# ------------------------------------------------------------------------------------------------------- tokenising
+# ------------------------------------------------------------------------------------------------------- tokenizing
 
 
 def test_rows_too_long_are_dropped_counted_and_reported():
@@ -55,7 +56,28 @@ def test_rows_too_long_are_dropped_counted_and_reported():
     assert examples.lengths.tolist() == [7, 10]
     assert examples.tokens == 8
     dropped = "3 of 5 rows dropped as too long: 1 with a prompt over 6 tokens, 2 over 10 tokens in all"
-    assert said == [Progress("tokenising", 5, 5, "rows"), Note(dropped)]
+    typed = "--max-length 11 --set data.max_prompt_length=7 would keep 95%"
+    assert said == [Progress("tokenizing", 5, 5, "rows"), Warned(f"{dropped}; {typed}")]
+    assert examples_of(ROWS, max_length=11, max_prompt_length=7).dropped == 0
+
+
+@pytest.mark.parametrize(("long", "kind"), [(20, Note), (21, Warned)])
+def test_more_than_a_fifth_dropped_is_a_warning(long, kind):
+    rows, said = rows_of(*[(3, 4)] * (100 - long), *((3, 10 + n) for n in range(long))), []
+    assert examples_of(rows, said.append).dropped == long
+    assert type(said[-1]) is kind
+    if kind is Note:
+        assert "--max-length" not in said[-1].text
+        return
+    length = int(re.search(r"; --max-length (\d+) would keep 95%$", said[-1].text)[1])
+    assert len(examples_of(rows, max_length=length)) == 95
+    assert len(examples_of(rows, max_length=length - 1)) < 95, "the least that does"
+
+
+def test_a_warning_of_dropped_rows_names_the_context_where_that_is_the_limit():
+    said = []
+    examples_of(rows_of(*[(3, 4)] * 3, (3, 9), (3, 9)), said.append, context=10, max_length=100)
+    assert said[-1].text.endswith("; to keep 95% takes 12 tokens, and the model's context is 10")
 
 
 def test_truncating_cuts_responses_and_still_drops_long_prompts():
@@ -85,13 +107,13 @@ def test_nothing_left_names_the_shortest_row_and_the_limit():
     )
     with pytest.raises(DataError, match=r"shortest has 3 \+ 4 tokens .* the limit is 5 tokens in all; a.jsonl:1;"):
         examples_of(rows_of((3, 4), (3, 5)), context=5)
-    with pytest.raises(DataError, match="no rows to tokenise"):
+    with pytest.raises(DataError, match="no rows to tokenize"):
         examples_of([])
 
 
 def test_dolly_in_seconds_with_progress(shared_data):
     tokenizer = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "gpt2")
-    data, said = Data(source=str(shared_data / "dolly"), limit=2_000), []
+    data, said = Data(source=str(shared_data / "dolly"), limit=2_000, max_length=512, max_prompt_length=256), []
     rows = load_rows(data, "train")
     start = time.process_time()
     examples = tokenise(rows, Encoder(tokenizer, data), data, said.append, 1024)
@@ -102,11 +124,12 @@ def test_dolly_in_seconds_with_progress(shared_data):
     progress = [event for event in said if isinstance(event, Progress)]
     assert [event.done for event in progress] == [500, 1_000, 1_500, 2_000]
     assert said[-1].text.startswith(f"dolly train: {examples.dropped} of 2,000 rows dropped as too long")
-    assert progress[0].task == "tokenising dolly train"
+    assert progress[0].task == "tokenizing dolly train"
 
 
 def test_workers_change_nothing(shared_data):
-    data = Data(source=str(shared_data / "g2p"), limit=1_200, too_long="truncate", max_length=64)
+    lengths = {"max_length": 64, "max_prompt_length": 256}
+    data = Data(source=str(shared_data / "g2p"), limit=1_200, too_long="truncate", **lengths)
     rows = load_rows(data, "train")
     encoder = Encoder(AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "gpt2"), data)
     alone, together = (tokenise(rows, encoder, data.model_copy(update={"workers": workers})) for workers in (0, 2))

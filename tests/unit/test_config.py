@@ -116,7 +116,7 @@ def test_without_a_word_distill_is_distillm_on_dolly_and_sft_is_sft():
         "adaptive",
     )
     r = resolve(command="sft").recipe
-    assert (r.method, r.objective.kd_weight, r.train.epochs, r.train.lr) == ("sft", 0.0, 3, 5e-5)
+    assert (r.method, r.objective.kd_weight, r.train.select) == ("sft", 0.0, "valid_loss")
 
 
 def test_a_method_of_the_other_verb_is_refused_by_naming_that_verb(recipe):
@@ -621,7 +621,7 @@ def test_aliases_cannot_blow_a_recipe_up(recipe):
             "rouge_1, rouge_2, bleu, chrf, exact_match, error_rate, final_number; "
             "try --set 'eval.metrics=[rouge_l, exact_match]'",
         ),
-        ("train: {epochs: abc}", "train.epochs = abc; expected a number > 0; try --epochs 20"),
+        ("train: {epochs: abc}", "train.epochs = abc; expected a number > 0, or auto; try --set train.epochs=auto"),
         ("train: {batch_size: 3.5}", "train.batch_size = 3.5; expected a whole number ≥ 1; try --batch-size 8"),
         ("train: {batch_size: true}", "train.batch_size = true; expected a whole number ≥ 1"),
         ("train: {lr: true}", "train.lr = true; expected a number > 0"),
@@ -644,7 +644,7 @@ def test_aliases_cannot_blow_a_recipe_up(recipe):
         ("student: {lora: {alpha: 64}}", "student.lora.alpha = 64; student.lora.alpha belongs to an adapter"),
         ("student: {lora: 16}", "student.lora: a section, not a value; its keys are r, alpha, dropout, targets"),
         (
-            "train: {min_lr: 1e-2}",
+            "train: {lr: 5e-4, min_lr: 1e-2}",
             "train.min_lr = 0.01; train.min_lr 0.01 is above train.lr 0.0005, and a rate falls; try",
         ),
         (
@@ -820,6 +820,8 @@ def _values(key: str) -> st.SearchStrategy:
         item = st.text(min_size=1, max_size=12) | st.sampled_from(
             ["off", "5e-4", "null", "1:30", "#", "a: b", "'", "~"]
         )
+    elif dict in types:
+        item = st.dictionaries(st.text("ab_", min_size=1), st.booleans() | st.text(max_size=9) | st.integers())
     elif bool in types:
         item = st.booleans()
     elif float in types:
@@ -835,7 +837,7 @@ def _values(key: str) -> st.SearchStrategy:
 BOUND = {"train.patience", "student.sft_epochs", "student.sft_lr", "student.lora_output"}
 BOUND |= {"student.lora.alpha", "student.lora.targets"}
 BOUND |= {"objective.policy_gradient", "objective.row_weight", "objective.by_source", "objective.curriculum"}
-BOUND |= {"schedule.fresh", "train.lr", "train.min_lr"}
+BOUND |= {"schedule.fresh", "train.lr", "train.min_lr", "data.date"}
 EVERY_FIELD = st.fixed_dictionaries({}, optional={key: _values(key) for key in leaves() if key not in BOUND})
 
 
@@ -844,6 +846,8 @@ EVERY_FIELD = st.fixed_dictionaries({}, optional={key: _values(key) for key in l
 def test_what_is_written_reads_back_identical(values, with_origin, tmp_path):
     method = METHODS[values.get("method", "distillm")]
     command = method.verb
+    if method.name == "sft" and values.get("train.select") == "valid_divergence":
+        values.pop("train.select")  # there is no teacher to diverge from
     if method.name == "minillm":
         values.pop("schedule.kind", None)  # it needs outputs of the student's own
     if method.name in ("minillm", "fdistill", "distillm2"):
@@ -908,3 +912,23 @@ def test_methods_that_train_on_prompts_alone_need_no_responses(name):
     assert r.needs_responses == (r.method == "sft" or uses_rows(r))
     tuned = r.model_copy(update={"student": r.student.model_copy(update={"sft_epochs": 1.0})})
     assert tuned.needs_responses
+
+
+LARGE = 2**63
+
+
+@pytest.mark.parametrize("method", ["[a, b]", "[sft]", "{a: 1}", "3", "1.5", "null"])
+def test_a_method_that_is_no_name_is_refused(method, recipe):
+    for command in ("distill", "sft"):
+        assert "expected one of sft, kd" in complaint(f"method: {method}", recipe, command=command)
+        assert "expected one of sft, kd" in complaint(sets=[f"method={method}"], command=command)
+
+
+@pytest.mark.parametrize("key", [key for key, field in leaves().items() if int in kinds(field.annotation)])
+def test_whole_numbers_beyond_64_bits_are_refused(key):
+    for value in (LARGE, 10**30, -LARGE):
+        with pytest.raises(RecipeError) as error:
+            resolve(command="distill", sets=[f"{key}={value}"])
+        assert error.value.what.startswith(f"--set {key} = ") or "lora" in key or "patience" in key
+    with pytest.raises(RecipeError, match=r"2\^63"):
+        resolve(command="distill", sets=[f"{key}={LARGE}"])

@@ -57,7 +57,7 @@ def test_a_log_file_gets_plain_lines():
     stage = Stage()
     with stage.ui as ui:
         ui(Note("1,250 rows dropped: longer than 512 tokens"))
-        stage.start(steps=200)
+        stage.start(steps=200, loss="srkl", divergence="srkl")
         ui(Validated(0, 3.412, 0.0))
         stage.step(1)
         ui(Warned("no pad token; <|endoftext|> stands in"))
@@ -70,15 +70,15 @@ def test_a_log_file_gets_plain_lines():
     assert stage.out.getvalue().splitlines() == [
         "1,250 rows dropped: longer than 512 tokens",
         "distillm · 200 steps, 2.0 epochs · 226 k parameters · cpu · fp32",
-        "step   0 · epoch 0.0 · valid loss 3.412",
-        "step   1 · epoch 0.0 · loss 2.000 · lr 4.0e-03 · 1,600 tokens/s · 1.42 GB · 1:39 left",
+        "step   0 · epoch 0.0 · valid CE 3.412",
+        "step   1 · epoch 0.0 · srkl 2.000 · lr 4.0e-03 · 1,600 tokens/s · 1.42 GB · 1:39 left",
         "warning: no pad token; <|endoftext|> stands in",
-        "step 100 · epoch 1.0 · valid loss 1.836 (−1.576) · valid divergence 0.612 · selected",
+        "step 100 · epoch 1.0 · valid CE 1.836 (−1.576) · valid srkl 0.612 · selected",
         "step 100 · saved runs/a/checkpoints/step-000100",
-        "step 200 · epoch 2.0 · loss 2.000 · φ 0.10 · dataset 67% rollout 33% · lr 4.0e-03 · 1,600 tokens/s · 1.42 GB"
+        "step 200 · epoch 2.0 · srkl 2.000 · φ 0.10 · dataset 67% rollout 33% · lr 4.0e-03 · 1,600 tokens/s · 1.42 GB"
         " · 0:00 left",
-        "step 200 · epoch 2.0 · valid loss 1.946 (+0.110) · φ 0.10",
-        "done · step 200 of 200 · 1:15 · valid loss 3.412 → 1.946",
+        "step 200 · epoch 2.0 · valid CE 1.946 (+0.110) · φ 0.10",
+        "done · step 200 of 200 · 1:15 · valid CE 3.412 → 1.946",
     ]
 
 
@@ -116,7 +116,35 @@ def test_a_validation_that_moves_phi_says_from_where_to_where():
     stage.ui(Validated(200, 1.265, 0.1))
     stage.step(399, "rollout", phi=0.1)
     stage.ui(Validated(400, 1.234, 0.2, rose=True, best=True))
-    assert stage.lines[-1] == "step 400 · epoch 4.0 · valid loss 1.234 (−0.031) · φ 0.10 → 0.20 · selected"
+    assert stage.lines[-1] == "step 400 · epoch 4.0 · valid CE 1.234 (−0.031) · φ 0.10 → 0.20 · selected"
+
+
+def test_the_loss_before_training_is_never_told_after_later_steps():
+    """It is measured at the first validation, when steps have been told already."""
+    stage = Stage()
+    stage.start(steps=200)
+    stage.step(1)
+    stage.ui(Validated(0, 3.412, 0.0))
+    stage.ui(Validated(100, 1.836, 0.0, best=True))
+    stage.ui(Validated(200, 1.800, 0.0))
+    stage.ui(RunEnded(200, "done", 75.0))
+    steps = [int(line.split()[1]) for line in stage.lines if line.startswith("step")]
+    assert steps == sorted(steps)
+    assert stage.lines[-3:] == [
+        "step 100 · epoch 1.0 · valid CE 1.836 (−1.576 from 3.412 at step 0) · selected",
+        "step 200 · epoch 2.0 · valid CE 1.800 (−0.036)",
+        "done · step 200 of 200 · 1:15 · valid CE 3.412 → 1.800",
+    ]
+
+
+def test_a_validation_loss_at_the_end_names_its_step_where_it_is_not_the_first_or_the_last():
+    stage = Stage()
+    stage.start(steps=600, first_step=300)
+    stage.ui(Validated(400, 1.9, 0.0))
+    stage.ui(Validated(500, 1.8, 0.0))
+    stage.step(550)
+    stage.ui(RunEnded(550, "interrupted", 75.0))
+    assert stage.lines[-1].endswith(" · valid CE 1.900 at step 400 → 1.800 at step 500")
 
 
 def test_a_resumed_run_goes_on_where_it_was():
@@ -145,17 +173,17 @@ def test_time_left_counts_validations_in_and_runs_down_between_steps():
 def test_the_panel_tells_the_figures_of_an_adaptive_run():
     stage = Stage(terminal=True)
     with stage.ui as ui:
-        stage.start()
-        ui(Validated(0, 3.412, 0.0))
+        stage.start(loss="CE + jeffreys")
+        ui(Validated(0, 3.412, 0.0, trigger=3.512))
         for n in range(1, 301):
             stage.step(n, ("dataset", "dataset", "rollout", "replay")[n % 4], loss=3.0 - n / 200, phi=0.2)
-        ui(Validated(300, 1.3, 0.3, rose=True, best=True))
+        ui(Validated(300, 1.3, 0.3, rose=True, best=True, trigger=1.4))
         frame = stage.frame()
         assert "distillm · 226 k parameters · cpu · fp32" in frame
         assert "300/600  epoch 3.0  2:30 elapsed  2:30 left" in frame
-        assert re.search(r"loss +1\.54\d  █[▁-█]+▁ ", frame)  # smoothed: a little behind the last value, 1.5
-        assert "valid loss  1.300 ↓  best 1.300 at 300" in frame
-        assert "φ           0.30   ▰▰▰▱▱▱▱▱▱▱" in frame
+        assert re.search(r"CE \+ jeffreys +1\.54\d  █[▁-█]+▁ ", frame)  # smoothed: a little behind the last value, 1.5
+        assert "valid CE       1.300 ↓  best 1.300 at 300" in frame
+        assert "φ              0.30 ▰▰▰▱▱▱▱▱▱▱ rises at valid CE ≥ 1.400" in frame
         assert "█ dataset 50%  ▓ rollout 25%  ▒ replay 25%" in frame
         for label, value in (("tokens/s", "1,600"), ("lr", "4.0e-03"), ("grad norm", "0.83"), ("memory", "1.42 GB")):
             assert re.search(rf"{label} +{re.escape(value)} ", frame)
@@ -171,13 +199,26 @@ def test_gpu_memory_is_shown_where_there_is_some():
         assert re.search(r"GPU +12\.3 GB", stage.frame())
 
 
+@pytest.mark.parametrize(("epsilon", "said"), [(0.1, "valid CE + 0.1"), (-0.03, "valid CE − 0.03")])
+def test_panel_shows_phi_and_its_trigger_from_the_start(epsilon, said):
+    stage = Stage(terminal=True, width=80)
+    with stage.ui as ui:
+        stage.start(epsilon=epsilon, phi=0.2)
+        assert f"φ           0.20 ▰▰▱▱▱▱▱▱▱▱ rises at {said} " in stage.frame()
+        ui(Validated(100, 9.0, 0.2, trigger=9 + epsilon))
+        assert f"φ           0.20 ▰▰▱▱▱▱▱▱▱▱ rises at valid CE ≥ {9 + epsilon:.3f} " in stage.frame()
+        ui(Validated(200, 9.0, 1.0, trigger=None))
+        assert "φ           1.00 ▰▰▰▰▰▰▰▰▰▰ " in stage.frame()
+        assert "rises" not in stage.frame(), "it is at its highest"
+
+
 @pytest.mark.parametrize("method", ["sft", "distillm"])
-def test_phi_and_shares_are_hidden_while_they_say_nothing(method):
+def test_shares_are_hidden_while_they_say_nothing(method):
     stage = Stage(terminal=True)
     with stage.ui:
         stage.start(method)
         stage.step(1)
-        assert not re.search("φ|dataset|sources", stage.frame())
+        assert not re.search("dataset|sources", stage.frame())
         stage.step(2, "rollout" if method == "distillm" else "dataset", phi=0.1 if method == "distillm" else 0.0)
         assert bool(re.search("φ", stage.frame())) == (method == "distillm")
 
@@ -237,7 +278,7 @@ def test_talk_stays_above_the_display_and_the_display_goes():
         ui.show("best [of] all")
     written = stage.out.getvalue()
     assert written.count(CURSOR_OFF) == written.count(CURSOR_ON) == 1
-    assert stage.lines[-2:] == ["early stop · step 2 of 2 · 0:03 · valid loss 1.500", "best [of] all"]
+    assert stage.lines[-2:] == ["early stop · step 2 of 2 · 0:03 · valid CE 1.500 at step 1", "best [of] all"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
@@ -354,7 +395,7 @@ def test_a_listener_survives_events_out_of_order():
     stage.ui(Validated(0, 3.4, 0.0))
     stage.ui(Saved(0, "a"))
     stage.ui(RunEnded(0, "interrupted", 0.0))
-    assert stage.lines[0] == "step 0 · valid loss 3.400"
+    assert stage.lines[0] == "step 0 · valid CE 3.400"
 
 
 def test_the_answer_is_one_line_of_json_and_only_when_asked(capsys):

@@ -20,13 +20,16 @@ from distillm_cli.core.events import Note, Warned
 from distillm_cli.data import early as early_module
 from distillm_cli.data import helper
 from distillm_cli.data.ahead import Ahead
-from distillm_cli.data.bare_ids import CHUNK, bare_ids
 from distillm_cli.data.batching import tokenise
 from distillm_cli.data.early import Early
 from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.sources import load_rows
+from distillm_cli.data.templates import Renderer
+from distillm_cli.data.token_ids import CHUNK
 from distillm_cli.errors import DataError
 from tests import tiny
+
+Data = partial(Data, max_length=512, max_prompt_length=256)  # as of a run whose models are known
 
 
 def working() -> list[threading.Thread]:
@@ -64,8 +67,8 @@ def test_what_was_made_early_is_what_the_tokenizer_makes(part, shared_data, tmp_
         train, valid = early.rows("train", print), early.rows("valid", print)
         made = early.made(tokenizer)
         assert len(made) == -(-len(train) // CHUNK) + -(-len(valid) // CHUNK)
-        with Ahead((train, valid), data.template, tokenizer, early) as ahead:
-            encoder = Encoder(tokenizer, data, ends=ahead.ends(tokenizer))
+        with Ahead((train, valid), data, tokenizer, early) as ahead:
+            encoder = Encoder(tokenizer, data, affixes=ahead.affixes(tokenizer))
             ready = tokenise(train, encoder, data, ahead=ahead)
     assert not working()
     assert list(train) == list(load_rows(data, "train"))
@@ -119,10 +122,10 @@ def test_rules_that_are_not_the_tokenizers_are_not_used(change, tmp_path, tokeni
     with known(data, tokenizer_file) as early:
         train = early.rows("train", print)
         assert early.made(tokenizer) == {}
-        with Ahead((train,), data.template, tokenizer, early) as ahead:
+        with Ahead((train,), data, tokenizer, early) as ahead:
             taken = ahead.take(train, 0, tokenizer)
-    expected = bare_ids(train[:CHUNK], data.template, tokenizer)
-    assert [ids.tolist() for ids in taken.prompts] == [ids.tolist() for ids in expected.prompts]
+    expected = [tokenizer(row.prompt, add_special_tokens=False)["input_ids"] for row in train[:CHUNK]]
+    assert [ids.prompt.tolist() for ids in taken] == expected
     assert not working()
 
 
@@ -147,7 +150,7 @@ def test_what_only_stands_around_a_text_does_not_matter(tmp_path, tokenizer_file
     with known(data, other) as early:
         train = early.rows("train", print)
         (made,) = (made.result() for (rows, _), made in early.made(tokenizer).items() if rows == id(train))
-    assert [ids.tolist() for ids in made.prompts] == [tokenizer(row.prompt)["input_ids"] for row in train]
+    assert [ids.prompt.tolist() for ids in made] == [tokenizer(row.prompt)["input_ids"] for row in train]
 
 
 def test_conversations_wait_for_the_chat_template(tmp_path, tokenizer_file):
@@ -215,7 +218,7 @@ recipe = Recipe.model_validate({{
 with reading(recipe) as early:
     rows = early.rows("train", print)
     rules, made = early._planned.result()
-    print(len(rows), sum(len(chunk.result().prompts) for chunk in made.values()))
+    print(len(rows), sum(len(chunk.result()) for chunk in made.values()))
 print(sorted({{"torch", "transformers", "datasets"}} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -226,13 +229,14 @@ print(sorted({{"torch", "transformers", "datasets"}} & set(sys.modules)))
 
 def test_a_run_that_began_early_is_the_run_that_did_not(tmp_path):
     from distillm_cli.cli.assembly import prepare
+    from distillm_cli.cli.defaults import fitted
     from distillm_cli.config.load import resolve
 
     teacher = tiny.save(tmp_path / "teacher", own_tokenizer=tiny.tokenizer(size=tiny.VOCAB))
     student = tiny.save(tmp_path / "student", own_tokenizer=tiny.tokenizer(size=tiny.VOCAB))
     source = lines(tmp_path / "rows.jsonl", pairs(200))
     flags = {"teacher.path": str(teacher), "student.path": str(student), "data.source": str(source)}
-    recipe = resolve(command="distill", recipe=None, flags=flags, sets=[]).recipe
+    recipe = fitted(resolve(command="distill", recipe=None, flags=flags, sets=[])).recipe
     with reading(recipe) as early:
         begun = prepare(recipe, print, early)
     whole = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": 1})})  # nothing is made ahead
@@ -267,7 +271,7 @@ def before_torch(monkeypatch):
 def ids_of(made: dict, rows) -> list[list[list[int]]]:
     """Prompts and responses of all chunks of some rows, in order."""
     chunks = [made[id(rows), at].result() for at in range(0, len(rows), CHUNK)]
-    return [[ids.tolist() for chunk in chunks for ids in getattr(chunk, part)] for part in ("prompts", "responses")]
+    return [[getattr(ids, part).tolist() for chunk in chunks for ids in chunk] for part in ("prompt", "response")]
 
 
 @pytest.mark.parametrize("named", ["dolly", "builtin"])
@@ -291,8 +295,9 @@ def test_a_process_makes_what_the_thread_makes(named, shared_data, before_torch)
     assert (train.name, train.path, str(valid)) == (plain[0].name, plain[0].path, str(plain[1]))
     assert said == plainly_said
     for mine, rows in zip(ids, plain, strict=True):
-        expected = bare_ids(rows, recipe.data.template, tokenizer)
-        assert mine == [[ids.tolist() for ids in part] for part in (expected.prompts, expected.responses)]
+        texts = [Renderer(recipe.data).text(row).text for row in rows]
+        whole = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        assert [prompt + response for prompt, response in zip(*mine, strict=True)] == whole
 
 
 def test_what_goes_wrong_in_the_process_is_told_here(tmp_path, tokenizer_file, before_torch):
@@ -315,8 +320,8 @@ def test_a_process_that_dies_costs_nothing(when, tmp_path, tokenizer_file, befor
         train = early.rows("train", print)
         valid = early.rows("valid", print)
         before_torch[0].kill()
-        with Ahead((train, valid), data.template, tokenizer, early) as ahead:
-            encoder = Encoder(tokenizer, data, ends=ahead.ends(tokenizer))
+        with Ahead((train, valid), data, tokenizer, early) as ahead:
+            encoder = Encoder(tokenizer, data, affixes=ahead.affixes(tokenizer))
             ready = tokenise(train, encoder, data, ahead=ahead)
     assert list(train) == list(load_rows(data, "train"))
     alone = tokenise(train, Encoder(tokenizer, data), data)

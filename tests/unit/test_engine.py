@@ -18,7 +18,7 @@ from distillm_cli.core.attempts import Before
 from distillm_cli.core.checkpoint import Checkpoints, read
 from distillm_cli.core.criterion import CROSS_ENTROPY, Piece
 from distillm_cli.core.engine import Engine
-from distillm_cli.core.events import Saved, Stepped, Validated, Warned
+from distillm_cli.core.events import Note, Saved, Stepped, Validated, Warned
 from distillm_cli.core.halving import in_halves
 from distillm_cli.core.held_out import HeldOut
 from distillm_cli.core.metrics_log import MetricsLog
@@ -57,7 +57,9 @@ def build(
 
     device: where ``backbone`` is already.
     """
-    train = schema.Train(**{"batch_size": 4, "lr": 1e-3, "eval_steps": 3, "save_steps": 1000, "seed": 5} | train)
+    train = schema.Train(
+        **{"batch_size": 4, "lr": 1e-3, "warmup": 0, "eval_steps": 3, "save_steps": 1000, "seed": 5} | train
+    )
     step_rows = train.batch_size * train.accumulate
     sft = method == "sft"
     # epsilon −10: φ rises at every validation, so that a short run has rollouts and replay
@@ -677,3 +679,65 @@ def test_what_the_teacher_said_in_a_step_that_failed_is_asked_again_in_the_same_
         resumed.fresh = "buffer"
         resumed.run()
         assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------------------------------- what a run says of itself
+
+
+@pytest.mark.parametrize(
+    ("objective", "name", "held_out"),
+    [
+        (None, "CE", "CE"),
+        ({}, "skl", "skl"),
+        ({"divergence": "jsd"}, "jsd", "jsd"),
+        ({"divergence": "kl", "kd_weight": 0.5}, "CE + kl", "kl"),
+        ({"divergence": "srkl", "kd_warmup": 0.5}, "CE + srkl", "srkl"),
+        ({"kd_weight": 0.0}, "CE", "skl"),
+        ({"divergence": "taid"}, "taid", "kl"),
+        ({"divergence": "atkd"}, "atkd", "kl"),
+        ({"divergence": "skl", "by_source": True}, "skl + srkl", "skl"),
+        ({"divergence": "rkl", "by_source": True}, "kl + rkl", "rkl"),
+        ({"divergence": "jsd", "by_source": True}, "jsd", "jsd"),
+        ({"divergence": "rkl", "policy_gradient": True}, "PG + rkl", "rkl"),
+    ],
+)
+def test_losses_are_named_after_what_they_are(objective, name, held_out):
+    criterion = criteria.build(None if objective is None else schema.Objective(**objective))
+    assert (criterion.name, criterion.held_out_name) == (name, held_out)
+
+
+def told_of_phi(epsilon=100.0, steps=8, validation=True, **more):
+    """Events of a run whose φ never rises, and what it says at half time."""
+    events = []
+    engine = build(steps=steps, listener=events.append, **{"eval_steps": 2} | more)
+    engine.scheduler.config = engine.scheduler.config.model_copy(update={"epsilon": epsilon})
+    if not validation:
+        engine.held_out.batches = []
+    engine.run()
+    waits = [(i, e.text) for i, e in enumerate(events) if isinstance(e, Note) and e.text.startswith("half of the")]
+    return events, waits
+
+
+def test_at_half_time_a_run_says_what_phi_waits_for():
+    events, [(at, text)] = told_of_phi()
+    assert sum(isinstance(e, Stepped) for e in events[:at]) == 4
+    first, *_, now = [e for e in events[:at] if isinstance(e, Validated)]
+    assert first.trigger == first.valid_loss + 100
+    assert f"φ is 0; it rises by 0.33 at a valid CE of {first.trigger:.3f} or more (now {now.valid_loss:.3f}; " in text
+    assert f"{first.valid_loss:.3f} at first, schedule.epsilon 100); 2 validations to come; to use" in text
+    assert "--set schedule.phi=0.2" in text
+
+
+def test_half_time_without_a_validation_or_held_out_rows():
+    _, [(_, text)] = told_of_phi(validation=False)
+    assert "it cannot rise without held-out rows; name some with --set data.valid=PATH" in text
+
+
+@pytest.mark.parametrize("more", [{"epsilon": -10.0}, {"method": "off"}, {"method": "on"}, {"steps": 1}])
+def test_half_time_is_silent_where_there_is_nothing_to_wait_for(more):
+    assert told_of_phi(**more)[1] == []
+
+
+def test_a_run_opens_with_its_phi_and_what_raises_it():
+    events, _ = told_of_phi(epsilon=0.1)
+    assert (events[0].phi, events[0].epsilon, events[0].trigger, events[0].loss) == (0.0, 0.1, None, "skl")

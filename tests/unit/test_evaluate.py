@@ -314,7 +314,7 @@ def test_a_run_tells_in_which_precision_each_model_answered(tmp_path):
             valid=_Held(rows), valid_rows=SimpleNamespace(name="v"),
         )  # fmt: skip
         told = Report(run, tmp_path, silent).measured_on
-        assert told == f"valid loss on 3 held-out rows; scores on the first 2 of them, sampled at T = 1, in {precision}"
+        assert told == f"valid CE on 3 held-out rows; scores on the first 2 of them, sampled at T = 1, in {precision}"
 
 
 class _Held(list):

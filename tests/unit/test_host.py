@@ -7,9 +7,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from distillm_cli.cli import host
 from distillm_cli.cli.host import available_memory
+from distillm_cli.data.helper import cores
+from tests import tiny
+from tests.typed import call
 
 GB = 10**9
 
@@ -82,3 +86,37 @@ print(json.dumps(found | {"given back": resident()}))
     else:
         assert found["kept"] < found["as it is"] / 20
         assert found["given back"] < found["resident"] - 40e6
+
+
+@pytest.mark.parametrize("wanted", [None, 1, cores() + 1, 10**6, 2**70])
+def test_threads_are_at_most_the_cores(wanted):
+    """In a process of its own: with a million torch ends it."""
+    script = """
+import json, sys, torch
+from distillm_cli.cli.host import set_threads
+before, told = torch.get_num_threads(), []
+set_threads(json.loads(sys.argv[1]), told.append)
+print(json.dumps([before, torch.get_num_threads(), [event.text for event in told]]))
+torch.ones(300, 300) @ torch.ones(300, 300)
+"""
+    done = subprocess.run([sys.executable, "-c", script, json.dumps(wanted)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    before, after, told = json.loads(done.stdout)
+    assert after == (before if wanted is None else min(wanted, cores()))
+    assert len(told) == (wanted is not None and wanted > cores())
+    assert all(f"train.threads = {wanted} is more than {cores()} CPU core" in text for text in told)
+
+
+@pytest.mark.parametrize("command", ["sft", "generate"])
+def test_every_command_that_computes_keeps_to_the_cores(tmp_path, capsys, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    tiny.save(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"prompt": "a {c}", "completion": "b"}}\n' for c in "cdefghijkl"))
+    argv = {
+        "sft": "sft --model model --data rows.jsonl --steps 1 --output run --set eval.report_rows=0",
+        "generate": "generate --model model --prompt a --template plain --max-new-tokens 2 --output o.jsonl",
+    }[command]
+    code, _, err = call(capsys, *argv.split(), "--set", "train.threads=999999999999", "--quiet", "--json")
+    torch.set_num_threads(1)
+    assert code == 0
+    assert err.startswith("warning: train.threads = 999999999999 is more than ")

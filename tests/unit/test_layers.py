@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -10,6 +12,7 @@ from distillm_cli.config.schema import Student
 from distillm_cli.errors import ModelError, UsageError
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.layers import build_from_layers, chosen_layers
+from distillm_cli.models.loading import load_backbone
 from distillm_cli.models.pair import load_student
 from tests import tiny
 
@@ -183,3 +186,31 @@ def test_layers_with_a_constant_of_their_place_may_not_move():
     whole.model.model.layers = whole.model.model.layers[:2]
     with torch.no_grad():
         torch.testing.assert_close(student(ids).logits, whole.model(ids).logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "qwen2"])
+@pytest.mark.parametrize("in_file", [True, False])
+def test_the_file_decides_whether_the_head_is_tied(family, in_file, tmp_path):
+    """A config that says tied, over a file with a head of its own (``in_file``) or without one."""
+    path = tiny.save(tmp_path / "model", family, tie_word_embeddings=not in_file)
+    config = tmp_path / "model/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}), encoding="utf-8")
+    own = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    loaded = load_backbone(path, dtype=torch.float32, device=torch.device("cpu"))
+    student = build_from_layers("layers:all", loaded)
+    ids = torch.arange(2, 14)[None]
+    student.save_pretrained(tmp_path / "student")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = own(ids).logits
+        for model in (loaded.model, student, again):
+            torch.testing.assert_close(model(ids).logits, expected)
+    assert again.config.tie_word_embeddings is not in_file
+
+
+def test_a_missing_head_is_refused_with_the_cure(tmp_path):
+    path = tiny.save(tmp_path / "model", "llama", tie_word_embeddings=True)
+    config = tmp_path / "model/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": False}), encoding="utf-8")
+    with pytest.raises(ModelError, match="tie_word_embeddings to true"):
+        load_backbone(path, dtype=torch.float32, device=torch.device("cpu"))

@@ -213,3 +213,23 @@ def test_an_empty_set_and_a_row_without_reference_are_refused():
 def test_directions():
     assert METRICS["rouge_l"].higher_is_better
     assert not METRICS["error_rate"].higher_is_better
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("1e5", "100000"),
+        ("about 1E5.", "100000"),
+        ("it is -2.5e-3", "-0.0025"),
+        ("−3e+2 dollars", "-300"),
+        ("$1.5e6", "1500000"),
+        ("#### 6.02e23", "602e21"),
+        ("1,000e3", "1000000"),
+        ("3e", "3"),
+        ("7e5x", "7"),
+        ("2e", "2"),
+    ],
+)
+def test_scientific_notation_is_one_number(text, number):
+    assert final_number(text) == Decimal(number)
+    assert METRICS["final_number"].score(text, [number]) == 100

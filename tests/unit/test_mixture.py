@@ -20,7 +20,7 @@ V = 6
 class Table:
     """A model whose next token depends on the last one only: logits [V, V], the prompt's last token first."""
 
-    context, stop_ids = None, frozenset({0})
+    context, stop_ids, forced_first = None, frozenset({0}), None
 
     def __init__(self, seed):
         self.logits_VV = torch.randn(V, V, generator=torch.Generator().manual_seed(seed)) * 1.5

@@ -92,10 +92,10 @@ def test_single_recipes_and_pipelines_know_each_other(written):
 @pytest.mark.parametrize(
     ("old", "new", "line"),
     [
-        ("train: {epochs: 2}", "train: {lr: fast}", "p.yaml:15: stages.distill.train.lr = fast; expected a number > 0; "
-         "try --set stages.distill.train.lr=0.0005"),
-        ("train: {lr: 1e-3, steps: 9}", "train: {lr: -1}", "p.yaml:4: defaults.train.lr = -1; expected a number > 0; try "
-         "--set defaults.train.lr=0.0005"),
+        ("train: {epochs: 2}", "train: {lr: fast}", "p.yaml:15: stages.distill.train.lr = fast; "
+         "expected a number > 0, or auto; try --set stages.distill.train.lr=auto"),
+        ("train: {lr: 1e-3, steps: 9}", "train: {lr: -1}", "p.yaml:4: defaults.train.lr = -1; "
+         "expected a number > 0, or auto; try --set defaults.train.lr=auto"),
         ("train: {epochs: 2}", "trian: {epochs: 2}", "p.yaml:15: stages.distill.trian: no such key; did you mean train?"),
         ("verb: sft", "verb: stf", "p.yaml:7: stages.teacher.verb = stf; expected one of sft, generate, distill, eval; try"),
         ("    verb: sft\n", "", "p.yaml:6: stages.teacher: no verb; expected verb: sft, generate, distill, eval"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from distillm_cli.config.schema import Columns, Data
 from distillm_cli.data.prompts import Encoder, TooLong
 from distillm_cli.data.rows import Row, parse
 from distillm_cli.data.sources import load_rows
-from distillm_cli.data.templates import render
+from distillm_cli.data.templates import Renderer
 from distillm_cli.errors import DataError, ModelError
 from distillm_cli.sequences import Sequence
+
+Data = partial(Data, max_length=512, max_prompt_length=256)  # as of a run whose models are known
 
 CHAT = (
     "{{ bos_token }}{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}"
@@ -33,6 +36,10 @@ def letters(wrap: str = "$A", eos: str | None = "</s>", chat: str | None = None,
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", bos_token=bos, eos_token=eos, chat_template=chat
     )
+
+
+def render(row: Row, template: str, tokenizer) -> str:
+    return Renderer(Data(template=template), tokenizer).prompt(row)
 
 
 def encode(tokenizer, row: Row, **fields):
@@ -66,19 +73,24 @@ MESSAGES = [{"role": "system", "content": "Add."}, {"role": "user", "content": "
     [
         (
             ASKED,
-            {"auto": ALPACA, "alpaca": ALPACA, "plain": "Add {this}.\n1 + 1\n", "chat": "[user]Add {this}.\n1 + 1"},
+            {
+                "auto": "[user]Add {this}.\n1 + 1",
+                "alpaca": ALPACA,
+                "plain": "Add {this}.\n1 + 1\n",
+                "exact": "Add {this}.\n1 + 1",
+            },
         ),
         (
             Row("Add.", "1 + 1", "Sum of 1 and 1:"),  # the exact prompt, unless another template is asked for
             {
-                "auto": "Sum of 1 and 1:",
+                "auto": "[user]Add.\n1 + 1",
                 "alpaca": "Sum of 1 and 1:",
                 "plain": "Add.\n1 + 1\n",
                 "chat": "[user]Add.\n1 + 1",
             },
         ),
         (Row(prompt="1 + 1 ="), {"auto": "1 + 1 =", "alpaca": "1 + 1 =", "plain": "1 + 1 =", "chat": "[user]1 + 1 ="}),
-        (Row("1 + 1?", question=True), {"auto": "1 + 1?\n", "plain": "1 + 1?\n", "chat": "[user]1 + 1?"}),
+        (Row("1 + 1?", question=True), {"auto": "[user]1 + 1?", "plain": "1 + 1?\n", "chat": "[user]1 + 1?"}),
         (
             Row(messages=MESSAGES),
             {
@@ -95,6 +107,13 @@ def test_templates(row, rendered):
     for template, text in rendered.items():
         expected = f"<s>{text}[assistant]" if text.startswith("[") else text
         assert render(row, template, tokenizer) == expected, template
+
+
+def test_auto_without_a_chat_template_is_the_rows_own_prompt_alpaca_or_plain():
+    exact = Row("Add.", "1 + 1", "Sum of 1 and 1:")
+    expected = [ALPACA, "Sum of 1 and 1:", "1 + 1 =", "1 + 1?\n"]
+    rows = [ASKED, exact, Row(prompt="1 + 1 ="), Row("1 + 1?", question=True)]
+    assert [render(row, "auto", letters()) for row in rows] == expected
 
 
 def test_alpaca_without_input_has_no_input_heading():
@@ -116,11 +135,13 @@ def test_a_conversation_fits_no_instruction_template_and_a_refusal_names_the_row
         DataError, match=r"a.jsonl:3: a conversation \(user, assistant, user\) does not fit .* and a chat m"
     ):
         render(Row(messages=said, where="a.jsonl:3"), "alpaca", None)
-    without = "no chat template; a.jsonl:3; a conversation wants one: take a chat model or, for one from scratch"
+    without = "no chat template; a.jsonl:3; a conversation needs one: use a chat model or, for one from scratch"
     with pytest.raises(ModelError, match=without):  # and not alpaca, which sends back here
         render(Row(messages=said, where="a.jsonl:3"), "auto", letters())
     strict = letters(chat="{{ raise_exception('System role not supported') }}")
-    with pytest.raises(DataError, match=r"a.jsonl:3: the chat template refuses it \(System role not supported\)"):
+    with pytest.raises(
+        DataError, match=r"a.jsonl:3: the chat template cannot write this row: System role not supported"
+    ):
         render(Row(messages=said, where="a.jsonl:3"), "chat", strict)
 
 
@@ -255,6 +276,6 @@ def test_a_response_that_was_cut_has_no_end_to_learn(shared_data):
     encoder = Encoder(tokenizer, Data(template="plain"))
     record = {"prompt": "Tell me. ", "output": "Once upon a"}
     whole, cut = (parse(record | {"complete": c}, "x.jsonl:1", Columns()) for c in (True, False))
-    ids = tokenizer("Once upon a")["input_ids"]
+    ids = tokenizer(" Once upon a")["input_ids"]  # the blank is one token with the word behind it
     assert encoder.sequence(whole, 0).response.tolist() == [*ids, tokenizer.eos_token_id]
     assert encoder.sequence(cut, 0).response.tolist() == ids

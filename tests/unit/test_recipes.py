@@ -136,7 +136,7 @@ def test_dolly_gpt2_is_the_papers_setting():
     assert (r.objective.divergence, r.objective.alpha, r.objective.kd_weight) == ("skl", 0.1, 1.0)
     assert (r.schedule.kind, r.schedule.capacity, r.schedule.epsilon, r.schedule.levels) == ("adaptive", 1000, 0.1, 10)
     assert (r.train.lr, r.train.batch_size, r.train.epochs, r.train.weight_decay) == (5e-4, 8, 20, 1e-2)
-    assert (r.train.clip, r.train.warmup, r.train.lr_schedule, r.train.min_lr) == (1.0, 0, "cosine", 1e-7)
+    assert (r.train.clip, r.train.lr_schedule, r.train.min_lr) == (1.0, "cosine", 1e-7)
     assert (r.train.seed, r.train.select, r.data.max_length, r.data.max_prompt_length) == (10, "rouge_l", 512, 256)
     assert (r.eval.seeds, r.eval.no_repeat_ngram_size, r.eval.max_new_tokens) == ((10, 20, 30, 40, 50), 6, 256)
 

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +41,8 @@ from distillm_cli.sequences import Sequence, collate
 from tests import tiny
 
 VOCAB, ROWS = 97, 101
+Data = partial(Data, max_length=512, max_prompt_length=256)  # as of a run whose models are known
+
 FAMILIES = sorted(tiny.SEQ2SEQ)
 LENGTHS = [(3, 4), (7, 9), (5, 2), (1, 1)]
 START, PAD, EOS = 1, 1, 0
@@ -204,7 +206,7 @@ def test_a_row_is_sampled_the_same_whatever_else_is_in_the_batch():
 class Says:
     """A decoder that wants to say the same two tokens for ever."""
 
-    context, stop_ids = None, frozenset({EOS})
+    context, stop_ids, forced_first = None, frozenset({EOS}), None
 
     def __init__(self, is_encoder_decoder: bool):
         self.is_encoder_decoder, self.step = is_encoder_decoder, -1
@@ -359,7 +361,7 @@ def test_a_repository_with_a_sentencepiece_file_alone_is_read(tmp_path):
 
 def engine_of(tmp_path=None, *, steps=10, kept=False, student=None, teacher="t5-v1.1", listener=lambda event: None):
     """An adaptive run with rollouts and replay from a T5 (dropout 0.1) against another."""
-    train = Train(batch_size=4, lr=1e-3, eval_steps=3, save_steps=1000, seed=5)
+    train = Train(batch_size=4, lr=1e-3, warmup=0, eval_steps=3, save_steps=1000, seed=5)
     rows = tiny.sequences([(3 + i % 5, 2 + i % 4) for i in range(24)], VOCAB, seed=2)
     student = student or backbone("t5", seed=1, spread=1.0)
     scheduler = Scheduler(Schedule(epsilon=-10.0, capacity=8, levels=3), steps=steps, seed=5)

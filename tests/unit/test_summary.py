@@ -50,7 +50,7 @@ def rows(text: str) -> list[list[str]]:
 
 def test_outcomes_stand_side_by_side_with_differences_to_where_the_student_began():
     assert rows(page(outcome_table(OUTCOMES), 100)) == [
-        ["", "valid loss", "ROUGE-L", "exact match", "error rate"],
+        ["", "valid CE", "ROUGE-L", "exact match", "error rate"],
         ["student before", "3.412", "12.35", "1.00", "80.20"],
         ["student after", "0.871 −2.541", "71.40 +59.06", "0.50 −0.50", "20.10 −60.10"],
         ["teacher", "–", "97.70 +85.36", "95.00 +94.00", "–"],
@@ -60,7 +60,7 @@ def test_outcomes_stand_side_by_side_with_differences_to_where_the_student_began
 def test_outcomes_are_turned_on_their_side_where_they_do_not_fit():
     lines = rows(page(outcome_table(OUTCOMES), 60))
     assert ["error rate", "80.20", "20.10 −60.10", "–"] in lines
-    assert ["valid loss", "3.412", "0.871 −2.541", "–"] in lines
+    assert ["valid CE", "3.412", "0.871 −2.541", "–"] in lines
 
 
 def test_a_difference_that_is_seen_as_nothing_has_no_sign_and_what_was_measured_on_is_said():

@@ -1,0 +1,102 @@
+"""Standard streams that cannot end a run, and the one line that reports an error. Imports nothing slow."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import select
+import sys
+from contextlib import suppress
+
+from distillm_cli.errors import DistillmError, typed_options
+from distillm_cli.words import printable
+
+LONGEST_ERROR = 1000  # characters of an error line
+_PATIENCE = 1.0  # seconds to wait for a non-blocking stderr that is full
+
+
+class _Unfailing(io.RawIOBase):
+    """A file whose writes always succeed: what the system refuses is dropped."""
+
+    def __init__(self, file: io.RawIOBase):
+        self._file = file
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def isatty(self) -> bool:
+        return self._file.isatty()
+
+    def write(self, data) -> int:
+        with suppress(OSError, ValueError):  # a full disk, a reader that has gone, a terminal that was closed
+            written = self._file.write(data)
+            if written is None:  # non-blocking, and full
+                select.select([], [self._file], [], _PATIENCE)
+                written = self._file.write(data)
+            return len(data) if written is None else written
+        return len(data)
+
+
+def open_streams() -> None:
+    """Make the standard streams usable in whatever state they were inherited.
+
+    Closed streams are replaced by /dev/null. Writes to the process's own stderr never fail. Characters that an output's
+    encoding lacks are escaped (``\\u03c6``).
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if (stream := getattr(sys, name)) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
+    if sys.stderr is sys.__stderr__ and isinstance(sys.stderr, io.TextIOWrapper):
+        raw = getattr(sys.stderr.buffer, "raw", sys.stderr.buffer)  # under PYTHONUNBUFFERED there is one layer less
+        how = {"encoding": sys.stderr.encoding, "errors": sys.stderr.errors}
+        sys.stderr = io.TextIOWrapper(io.BufferedWriter(_Unfailing(raw)), line_buffering=True, **how)
+
+
+def report(error: DistillmError, argv: list[str]) -> int:
+    """Print one line on stderr, and with ``--json`` one object on stdout. Return the exit code.
+
+    Neither stream can change the exit code: an error that cannot be printed is still that error.
+    """
+    message = str(error)
+    print_error(message)
+    try:
+        if "--json" in typed_options(argv):
+            print(json.dumps({"status": "error", "code": error.exit_code, "message": message}))
+        sys.stdout.flush()
+    except OSError:
+        discard_stdout()
+    return error.exit_code
+
+
+def print_error(message: str) -> None:
+    """Print the line of an error on stderr."""
+    with suppress(OSError):
+        print(f"error: {printable(shortened(message, LONGEST_ERROR))}", file=sys.stderr)
+
+
+def write_stdout(text: str) -> None:
+    """Write text on stdout: as it is into files and pipes, without control characters on a terminal."""
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+
+
+def shortened(text: str, length: int) -> str:
+    """Return at most ``length`` characters: the start and the end, where the cause and the remedy are."""
+    if len(text) <= length:
+        return text
+    tail = (length - 3) // 2
+    return f"{text[: length - 3 - tail]} … {text[-tail:]}"
+
+
+def discard_stdout() -> None:
+    """Point stdout at nothing, so that what is left in its buffer does not change the exit code."""
+    with suppress(OSError, ValueError):
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, sys.stdout.fileno())
+        os.close(nothing)
+        sys.stdout.flush()

@@ -1,0 +1,37 @@
+"""Responses without the reasoning that models write before their answer."""
+
+from __future__ import annotations
+
+import re
+
+# How reasoning is opened and closed. A generation prompt may have opened it, so that a response holds the closing alone.
+_TAGS = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<seed:think>", "</seed:think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+)
+# Headers of channels (gpt-oss). What is addressed to a tool is an answer, and its header names the tool.
+_FINAL = re.compile(r"<\|channel\|>final[^<]*<\|message\|>")
+_CALL = re.compile(r"(?:<\|start\|>assistant)?[^<]*<\|channel\|>commentary[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>")
+
+
+def without_reasoning(text: str) -> str:
+    """Return the response without its reasoning: think blocks, and channels other than the final one.
+
+    Of a response that is cut inside its reasoning nothing remains. Text without reasoning is returned as it is.
+    """
+    if "<|channel|>" in text:
+        if final := list(_FINAL.finditer(text)):
+            return text[final[-1].end() :].strip()
+        call = _CALL.search(text)
+        return text[call.start() :].strip() if call else ""
+    for opening, closing in _TAGS:
+        if closing in text:
+            return text.rpartition(closing)[2].strip()
+        if text.lstrip().startswith(opening):
+            return ""
+    return text

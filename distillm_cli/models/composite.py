@@ -1,0 +1,101 @@
+"""Models whose config holds a text model beside others, for images say: Gemma 3, Mistral 3, Qwen-VL, SmolVLM.
+
+The text model trains and distils, and everything else stays as it was loaded. The whole model is saved, in the same
+architecture, with the processor's files. `AutoModelForImageTextToText` loads such a directory, and `AutoModelForCausalLM`
+does wherever transformers has a causal class for the family (Gemma 3, Qwen 3.5).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import cached_file
+
+from distillm_cli.errors import ModelError
+from distillm_cli.models.places import adapters_of, locate
+
+# Files of a processor beside the tokenizer's own, which `save_pretrained` of the tokenizer does not write.
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "image_processor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
+
+
+def is_composite(config: PretrainedConfig) -> bool:
+    """Return whether a config holds a text model's config beside others that transformers loads together with it."""
+    if config.is_encoder_decoder or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return False
+    return config.get_text_config() is not config
+
+
+def text_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yield the named parameters of the text model and its head; of a model that is not composite, all of them."""
+    if not is_composite(model.config):
+        yield from model.named_parameters()
+        return
+    parts = (model.get_decoder(), model.get_output_embeddings())
+    text = {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in text:
+            yield name, parameter
+
+
+def check_causal_class(config: PretrainedConfig, where: str) -> None:
+    """Raise ModelError where transformers has no causal model for the text config of a composite one (Qwen-VL)."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            f"transformers has no causal language model for the text part of this teacher ({config.model_type})",
+            where=where,
+            hint="build a student of another family, --student random:llama:4x256 say, or name a smaller model",
+        )
+
+
+def freeze_rest(model: PreTrainedModel) -> int:
+    """Freeze what is not text. Return the number of weights that this froze, 0 for a model that is not composite."""
+    text = {id(parameter) for _, parameter in text_parameters(model)}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in text]
+    for parameter in rest:
+        parameter.requires_grad_(False)
+    return sum(parameter.numel() for parameter in rest)
+
+
+def copy_processor(path: str, revision: str | None, directory: Path) -> None:
+    """Copy the processor's files of a model (a directory, a hub name, or an adapter on one) into ``directory``.
+
+    Files that ``directory`` has already, which the tokenizer wrote, are left as they are.
+    """
+    _, base, base_revision = adapters_of(path, revision)
+    name, local = locate(base)
+    for file in PROCESSOR_FILES:
+        found = Path(name) / file if local else _fetched(name, file, base_revision)
+        if found is not None and found.is_file() and not (directory / file).exists():
+            shutil.copyfile(found, directory / file)
+
+
+def _fetched(name: str, file: str, revision: str | None) -> Path | None:
+    offline = huggingface_hub.constants.HF_HUB_OFFLINE
+    try:
+        found = cached_file(
+            name,
+            file,
+            revision=revision,
+            local_files_only=offline,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:  # not on the hub, or not reachable
+        return None
+    return None if found is None else Path(found)

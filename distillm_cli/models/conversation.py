@@ -1,0 +1,158 @@
+"""How a pair of models converse: the chat template both are asked in, and the tokens that end a response.
+
+Rows, rollouts, teacher samples, the loss and the output directory's generation config must agree on these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import GenerationConfig
+
+from distillm_cli.core.events import Listener, Note, Warned
+from distillm_cli.errors import ModelError, UsageError
+
+if TYPE_CHECKING:
+    from distillm_cli.config.schema import Data
+    from distillm_cli.data.prompts import Encoder
+    from distillm_cli.models.backbone import Backbone
+    from distillm_cli.models.pair import Pair
+
+Template = str | dict[str, str] | None
+
+
+def settle_template(pair: Pair, data: Data, listener: Listener) -> None:
+    """Give the pair's tokenizer the chat template of ``data.chat_template``: the student's, the teacher's or a file's.
+
+    Raises UsageError for a template that is not there.
+    """
+    tokenizer, own, other = pair.tokenizer, pair.templates["student"], pair.templates.get("teacher")
+    choice = data.chat_template
+    if choice == "auto":
+        tokenizer.chat_template = other if own is None else own
+        if own is not None and other is not None and own != other:
+            listener(
+                Warned(
+                    "teacher and student have different chat templates: the student's is used; "
+                    "--set data.chat_template=teacher uses the teacher's"
+                )
+            )
+        elif own is None and other is not None:
+            listener(Note("the student's tokenizer has no chat template: the teacher's is used and saved with it"))
+    elif choice in ("student", "teacher"):
+        if pair.templates.get(choice) is None:
+            raise UsageError(f"data.chat_template = {choice}, but the {choice}'s tokenizer has none")
+        tokenizer.chat_template = pair.templates[choice]
+    else:
+        tokenizer.chat_template = read_template(choice)
+
+
+def read_template(path: str) -> str:
+    """Read a chat template from a file. Raises UsageError."""
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"data.chat_template = {path}: {error}", hint="give auto, student, teacher, or a Jinja file"
+        ) from None
+
+
+def set_languages(tokenizer: Any, data: Data, models: Iterable[Backbone]) -> None:
+    """Set the language codes of a translation tokenizer (NLLB, M2M100, mBART), and the first token of responses.
+
+    Raises UsageError where the tokenizer has no such codes.
+    """
+    for key, name, code in (
+        ("data.source_language", "src_lang", data.source_language),
+        ("data.target_language", "tgt_lang", data.target_language),
+    ):
+        if code is None:
+            continue
+        if not hasattr(tokenizer, name):
+            raise UsageError(f"{key} = {code}, but the tokenizer has no language codes", hint="leave it out")
+        try:
+            setattr(tokenizer, name, code)
+            tokenizer("a") if name == "src_lang" else tokenizer(text_target="a")
+        except Exception as error:  # KeyError, ValueError, …: by the family
+            raise UsageError(f"{key} = {code}: the tokenizer does not know this language ({error})") from error
+        if name == "tgt_lang":
+            first = tokenizer(text_target="a")["input_ids"][0]
+            for model in models:
+                generation_config(model).forced_bos_token_id = int(first)
+
+
+def own_end(data: Data, pair: Pair, listener: Listener) -> int:
+    """Return the token that ends responses which no chat template ends, one that both models know as an end.
+
+    That is the student's end-of-sequence token, or, where the teacher does not stop at that, the teacher's.
+    """
+    student = pair.tokenizer.eos_token_id
+    teacher = pair.teacher_stops
+    if teacher is None or student in teacher:
+        return student
+    shared = [token for token in teacher if token < pair.vocab]
+    name = pair.tokenizer.convert_ids_to_tokens
+    if not shared:
+        raise ModelError(
+            f"teacher and student end responses differently: the student with {name(student)}, the teacher with tokens "
+            "that the student does not have",
+            hint="take a student of the teacher's family, or name eos_token in the student's tokenizer_config.json",
+        )
+    common = [token for token in shared if token in pair.student.stop_ids]
+    end = common[0] if common else shared[0]
+    listener(
+        Note(
+            f"responses end with {name(end)}, where the teacher stops; the student's end-of-sequence is {name(student)}"
+        )
+    )
+    return end
+
+
+def settle_ends(pair: Pair, encoder: Encoder, is_chat: bool, listener: Listener) -> None:
+    """Make both models stop at the tokens that rows end with, and write them into the student's generation config.
+
+    is_chat: whether rows are written by the chat template. Warns where the teacher's own configuration does not know the
+    token, since the teacher may then give it little probability. Raises ModelError for a token that the models lack.
+    """
+    name = pair.tokenizer.convert_ids_to_tokens
+    ends = [encoder.end]
+    if is_chat and encoder.renderer.chat is not None:
+        turn = encoder.renderer.chat.end
+        if turn.token is not None:
+            ends = [turn.token]
+        elif turn.text.strip():
+            listener(Note(f"the chat template ends a turn with text that is no token; {name(encoder.end)} is appended"))
+    for end in ends:
+        if end >= pair.vocab:
+            raise ModelError(
+                f"the chat template ends a turn with {name(end)}, which teacher and student do not share",
+                hint="use another template with --set data.chat_template=FILE",
+            )
+        if pair.teacher_stops is not None and end not in pair.teacher_stops:
+            listener(
+                Warned(
+                    f"the teacher's configuration does not stop at {name(end)}, which ends the responses here; it may "
+                    "give that token little probability"
+                )
+            )
+    for model in pair.models.values():
+        add_stops(model, ends)
+
+
+def add_stops(model: Backbone, ends: Iterable[int]) -> None:
+    """Add tokens to those that end a response; a saved model keeps them in its generation config."""
+    ends = list(ends)
+    known = model.stop_ids
+    if all(end in known for end in ends):
+        return
+    others = [token for token in sorted(known) if token not in ends]
+    generation_config(model).eos_token_id = [*ends, *others]
+
+
+def generation_config(model: Backbone) -> GenerationConfig:
+    """Return the model's generation config, made where it has none."""
+    if getattr(model.model, "generation_config", None) is None:
+        model.model.generation_config = GenerationConfig()
+    return model.model.generation_config

@@ -1,0 +1,164 @@
+"""Facts that a model's small files tell: its family, size, chat template and context. No weights are loaded.
+
+Neither torch nor transformers is imported, unless parameters have to be counted where no safetensors file is at hand.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+
+from distillm_cli.errors import ModelError
+from distillm_cli.models.places import CONFIG, base_in, cached, hub_is_there, locate
+
+_CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
+_LARGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors format
+
+# Hub names whose config is not at hand: the family by name, for bases without a chat template only.
+_FAMILIES = (
+    ("gpt2", re.compile(r"(openai-community/)?(distil)?gpt2(-medium|-large|-xl)?", re.IGNORECASE)),
+    ("opt", re.compile(r"facebook/opt-[\d.]+[mb]", re.IGNORECASE)),
+    ("llama", re.compile(r"(?!.*(instruct|chat))([^/]+/)?[^/]*llama[^/]*", re.IGNORECASE)),
+)
+_SIZES = {"distilgpt2": 82e6, "gpt2": 124e6, "gpt2-medium": 355e6, "gpt2-large": 774e6, "gpt2-xl": 1.56e9}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a model. family: the config's model_type. is_built: the run builds it instead of loading it.
+
+    count: returns the number of parameters, None where it is not known.
+    """
+
+    family: str
+    has_template: bool = False
+    context: int | None = None
+    is_encoder_decoder: bool = False
+    is_built: bool = False
+    count: Callable[[], int | None] = lambda: None
+
+    @cached_property
+    def parameters(self) -> int | None:
+        """Number of parameters, None where it is not known."""
+        return self.count()
+
+
+def read_facts(path: str, revision: str | None = None) -> Facts | None:
+    """Read the facts of a model directory or a hub name, of an adapter those of its base model.
+
+    Returns None where there is no readable config; whoever loads the model reports why.
+    """
+    try:
+        for _ in range(4):  # adapters of adapters
+            adapter = _file(path, CONFIG, revision)
+            if adapter is None:
+                break
+            path, revision = base_in(adapter)
+        file = _file(path, "config.json", revision)
+        if file is None:
+            return _by_name(path)
+        return _from_config(_read(file), path, revision, file.parent)
+    except (ModelError, OSError, ValueError):
+        return None
+
+
+def _from_config(config: dict[str, Any], path: str, revision: str | None, directory: Path) -> Facts:
+    text = config.get("text_config")
+    text = text if isinstance(text, dict) else config
+    limits = [text.get(name) for name in _CONTEXT]
+    return Facts(
+        family=str(config.get("model_type")),
+        has_template=_has_template(path, revision),
+        context=min((n for n in limits if isinstance(n, int) and n > 0), default=None),
+        is_encoder_decoder=bool(config.get("is_encoder_decoder")),
+        count=lambda: _in_headers(directory) or _by_shape(path, revision),
+    )
+
+
+def _file(path: str, name: str, revision: str | None) -> Path | None:
+    """Return one of a model's small files, fetched from the hub where that is needed and possible."""
+    place, local = locate(path)
+    if local:
+        file = Path(place) / name
+        return file if file.is_file() else None
+    file = cached(place, name, revision)
+    if file is None and hub_is_there():
+        with suppress(Exception):  # no such file, no such repository, no access: the loader reports it
+            file = Path(huggingface_hub.hf_hub_download(place, name, revision=revision))
+    return file
+
+
+def _read(file: Path) -> dict[str, Any]:
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds no JSON object")
+    return found
+
+
+def _has_template(path: str, revision: str | None) -> bool:
+    file = _file(path, "tokenizer_config.json", revision)
+    if file is not None and _read(file).get("chat_template"):
+        return True
+    return any(_file(path, name, revision) for name in ("chat_template.jinja", "chat_template.json"))
+
+
+def _in_headers(directory: Path) -> int | None:
+    """Count the parameters in the headers of the safetensors files; None where a file is absent or unreadable."""
+    files = set(directory.glob("model*.safetensors"))
+    index = directory / "model.safetensors.index.json"
+    try:
+        if index.is_file():
+            files = {directory / name for name in _read(index)["weight_map"].values()}
+        return sum(map(_in_header, files)) or None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
+        return None
+
+
+def _in_header(path: Path) -> int:
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > _LARGEST_HEADER:
+            raise ValueError(f"{path} is no safetensors file")
+        header = json.loads(file.read(length))
+    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+
+
+def _by_shape(path: str, revision: str | None) -> int | None:
+    """Count the parameters of a model that is built on torch's meta device, without weights."""
+    import torch
+
+    from distillm_cli.models.loading import load_config
+    from distillm_cli.models.students import auto_class
+    from distillm_cli.models.tokenizer_files import quiet
+
+    try:
+        config = load_config(path, revision=revision)
+        with torch.device("meta"), quiet():
+            model = auto_class(config).from_config(config, trust_remote_code=False)
+    except Exception:  # whatever is wrong with the model, the loader reports it
+        return None
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _by_name(path: str) -> Facts | None:
+    if locate(path)[1]:  # a directory without a config
+        return None
+    family = next((family for family, pattern in _FAMILIES if pattern.fullmatch(path)), None)
+    if family is None:
+        return None
+    name = path.rpartition("/")[2].lower()
+    size = re.search(r"(?<![a-z\d.])(\d+(?:\.\d+)?)([bm])(?![a-z])", name)
+    parameters = _SIZES.get(name)
+    if parameters is None and size is not None:
+        parameters = float(size[1]) * {"m": 1e6, "b": 1e9}[size[2]]
+    return Facts(family, count=lambda: None if parameters is None else round(parameters))

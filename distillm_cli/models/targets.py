@@ -1,0 +1,122 @@
+"""The weights of a model that a LoRA adapter is put on.
+
+Linear layers get an adapter as modules. The experts of a mixture of experts are three-dimensional parameters, one matrix
+for each expert, and get one as parameters (peft's `target_parameters`). For some of these families peft takes the names of
+dense and shared MLPs to mean the experts, as they did in transformers 4, so the weights of these layers go by parameter
+too. Of a composite model only the text model gets adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from distillm_cli.errors import ModelError
+from distillm_cli.models.composite import text_parameters
+
+# State space layers whose weights are read without a call of the layer, which is where an adapter would be: peft refuses
+# the first two, on the others an adapter would do nothing, merged it would do something.
+_MAMBAS = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
+_UNCALLED = ("out_proj", "conv1d", "x_proj", "dt_proj")
+
+# What peft takes to mean experts where a model has them (peft.utils.transformers_weight_conversion).
+_TAKEN_FOR_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What peft is to look for: names of modules and of parameters. kinds: of the modules that it will find."""
+
+    modules: list[str]
+    parameters: list[str]
+    kinds: set[type]
+
+
+def expert_weights(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield by name the parameters that hold a matrix for each expert."""
+    for name, module in model.named_modules():
+        for own, weight in module.named_parameters(recurse=False):
+            if weight.dim() == 3 and getattr(module, "num_experts", None) == weight.shape[0]:
+                yield f"{name}.{own}", weight
+
+
+def find_targets(model: PreTrainedModel, wanted: tuple[str, ...] | None) -> Targets:
+    """Return the targets of these names, or, unset, every linear layer but the head and every expert.
+
+    Raises ModelError for a name that finds nothing.
+    """
+    text = {id(weight) for _, weight in text_parameters(model)}
+    alike = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    modules = {name: m for name, m in alike.items() if id(m.weight) in text and _is_plain(m)}
+    head = next((name for name, module in modules.items() if module is model.get_output_embeddings()), "")
+    modules.pop(head, None)
+    experts = {name for name, weight in expert_weights(model) if id(weight) in text}
+    if wanted is None:
+        uncalled = _UNCALLED if model.config.model_type in _MAMBAS else ()
+        modules = {name: module for name, module in modules.items() if _last(name) not in uncalled}
+    else:
+        experts, modules = _named(model, wanted, modules, experts)
+    renamed = {name for name in modules if _last(name) in _TAKEN_FOR_EXPERTS} if _has_experts(model) else set()
+    parameters = sorted(experts | {f"{name}.weight" for name in renamed})
+    modules = {name: module for name, module in modules.items() if name not in renamed}
+    kinds = {type(module) for module in modules.values()}
+    short = {_last(name) for name in modules}
+    # A short name must not reach the head, another model's layer, or a router that only looks like a linear layer.
+    whole_names = bool(short & {_last(name) for name in alike.keys() - modules.keys() - renamed})
+    if wanted is not None and not (whole_names or parameters):
+        return Targets(list(wanted), [], kinds)
+    return Targets(sorted(modules if whole_names or wanted is not None else short), parameters, kinds)
+
+
+def _named(
+    model: PreTrainedModel, wanted: tuple[str, ...], modules: dict[str, nn.Module], experts: set[str]
+) -> tuple[set[str], dict[str, nn.Module]]:
+    """Narrow experts and modules down to those of these names."""
+    found: set[str] = set()
+    for target in wanted:
+        mine = {name for name in (*modules, *experts) if name == target or name.endswith(f".{target}")}
+        if not mine:
+            names = sorted({_last(name) for name in (*modules, *experts)})
+            raise ModelError(
+                f"no linear layer {target!r} before the head",
+                where="student.lora.targets",
+                hint=f"this {model.config.model_type} has {', '.join(names)}",
+            )
+        found |= mine
+    return experts & found, {name: module for name, module in modules.items() if name in found}
+
+
+def frozen_parts(model: PreTrainedModel) -> list[str]:
+    """Return, of a mixture of experts under an adapter, the names of matrices in its layers that do not train.
+
+    Empty for other models. Embeddings, norms and the head never train under an adapter and are left out.
+    """
+    if not _has_experts(model):
+        return []
+    ends = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+    parts: dict[str, None] = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") or ".base_layer" in f".{name}":
+            continue
+        for own, weight in module.named_parameters(recurse=False):
+            if weight.requires_grad or weight.dim() < 2 or id(weight) in ends:
+                continue
+            parts[".".join(part for part in name.split(".")[-2:] if not part.isdigit()) + f".{own}"] = None
+    return list(parts)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Return whether a layer computes what its class does: routers of some families are linear layers with two results."""
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
+
+
+def _has_experts(model: PreTrainedModel) -> bool:
+    return next(expert_weights(model), None) is not None
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]

@@ -1,0 +1,122 @@
+"""Composite models by the command line: the text model trains and distils, the rest is kept."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from distillm_cli.models.loading import load_backbone
+from tests import families, tiny, typed
+
+
+def _text(name: str) -> bool:
+    return ".vision" not in name and ".visual" not in name and "multi_modal" not in name and "connector" not in name
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    return families.rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
+
+
+@pytest.mark.parametrize("family", families.COMPOSITE)
+def test_text_trains_and_the_rest_is_kept(family, tmp_path, data, capsys):
+    base, out = families.save(tmp_path / "model", family), tmp_path / "out"
+    code, _, err = typed.call(
+        capsys, "sft", "--model", base, "--data", data, "--output", out, *families.QUICK, "--json"
+    )
+    assert code == 0, err
+    assert "the text model trains" in err
+    before, after = (AutoModelForImageTextToText.from_pretrained(place, dtype=torch.float32) for place in (base, out))
+    moved = {name for name, weight in before.named_parameters() if not weight.equal(after.get_parameter(name))}
+    assert moved
+    assert all(_text(name) for name in moved)
+    assert (out / "preprocessor_config.json").read_bytes() == (tmp_path / "model/preprocessor_config.json").read_bytes()
+
+    ours = load_backbone(str(out), dtype=torch.float32, device=torch.device("cpu"))
+    batch = tiny.batch([(5, 3), (2, 6)], vocab=30)  # ids below those of images
+    with torch.no_grad():
+        own_BTV = after.eval()(input_ids=batch.ids_BT, use_cache=False).logits
+        mine_NV = ours.head().logits(ours.hidden(batch))
+    torch.testing.assert_close(mine_NV, own_BTV.flatten(0, 1)[batch.positions_N], atol=1e-4, rtol=1e-4)
+    prompts = [np.array([5, 9, 12, 7]), np.array([8, 3])]
+    decoding = ours.decode(prompts)
+    tokens_B = decoding.logits(None).argmax(-1)
+    second_B = decoding.logits(tokens_B).argmax(-1)
+    for prompt, first, second in zip(prompts, tokens_B, second_B, strict=True):
+        ids = torch.cat([torch.from_numpy(prompt), first[None]])[None]
+        with torch.no_grad():
+            own_TV = after(input_ids=ids, use_cache=False).logits[0, -2:]
+        assert own_TV.argmax(-1).tolist() == [first, second]
+
+
+def test_gemma_loads_with_the_causal_class(tmp_path, data, capsys):
+    base, out = families.save(tmp_path / "model", "gemma3"), tmp_path / "out"
+    assert (
+        typed.call(capsys, "sft", "--model", base, "--data", data, "--output", out, *families.QUICK, "--json")[0] == 0
+    )
+    loaded, missing = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not missing["missing_keys"]
+    assert any("vision_tower" in name for name, _ in loaded.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student"),
+    [
+        ("mistral3", "mistral3"),
+        ("qwen3_vl", "text"),
+        ("text", "smolvlm"),
+        ("gemma3", "layers:1"),
+        ("mistral3", "width:0.5"),
+    ],
+)
+def test_either_side_may_be_composite(teacher, student, tmp_path, data, capsys):
+    def made(name: str) -> str:
+        if ":" in name:
+            return name
+        place = tmp_path / name
+        return families.save(place, "mixtral" if name == "text" else name) if not place.exists() else str(place)
+
+    argv = ("distill", "--teacher", made(teacher), "--student", made(student), "--data", data, *families.QUICK)
+    code, _, err = typed.call(capsys, *argv, "--set", "schedule.kind=mixed", "--output", tmp_path / "out", "--json")
+    assert code == 0, err
+    if ":" in student:
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.model_type in ("gemma3_text", "mistral")
+
+
+def test_layers_of_a_text_model_without_a_causal_class_are_refused(tmp_path, data, capsys):
+    base = families.save(tmp_path / "model", "qwen3_vl")
+    argv = ("distill", "--teacher", base, "--student", "layers:1", "--data", data, "--output", tmp_path / "out")
+    code, told, _ = typed.call(capsys, *argv, "--json")
+    assert code == 4
+    assert "qwen3_vl_text" in told["message"]
+    assert "random:llama" in told["message"]
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mistral3"])
+def test_an_adapter_is_on_the_text_model_only(family, tmp_path, data, capsys):
+    from peft import PeftModel
+
+    base, out = families.save(tmp_path / "model", family), tmp_path / "out"
+    argv = ("sft", "--model", base, "--data", data, "--lora", 4, "--set", "student.lora_output=adapter")
+    code, _, err = typed.call(capsys, *argv, *families.QUICK, "--output", out, "--json")
+    assert code == 0, err
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    adapted = {name for name, _ in PeftModel.from_pretrained(model, out).named_parameters() if "lora_" in name}
+    assert adapted
+    assert all(_text(name) for name in adapted)
+
+
+def test_plan_counts_the_text_model(tmp_path, data, capsys):
+    base = families.save(tmp_path / "model", "gemma3")
+    whole = families.model("gemma3")
+    text = sum(weight.numel() for weight in whole.model.language_model.parameters())
+    total = sum(weight.numel() for weight in whole.parameters())
+    code, told, err = typed.call(capsys, "plan", "--teacher", base, "--student", base, "--data", data, "--json")
+    assert code == 0, err
+    student = told["models"]["student"]
+    assert (student["layers"], student["width"]) == (2, 32)
+    assert student["parameters"] == total
+    assert student["trainable"] == text
+    assert student["parts"]["outside"] == total - text

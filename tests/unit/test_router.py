@@ -1,0 +1,102 @@
+"""The routers' auxiliary loss against transformers' own, and who has one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from distillm_cli.core.criterion import CROSS_ENTROPY, Criterion
+from distillm_cli.core.events import Note, Warned
+from distillm_cli.core.objective import Objective
+from distillm_cli.errors import ModelError
+from distillm_cli.models import router
+from distillm_cli.models.backbone import Backbone
+from tests import families, tiny, typed
+
+WITH_LOSS = ("mixtral", "qwen2_moe", "gpt_oss", "phimoe", "ernie4_5_moe")
+
+
+def _backbone(family: str, **fields) -> Backbone:
+    return Backbone(families.model(family, **fields), tiny.tokenizer(size=families.VOCAB))
+
+
+@pytest.mark.parametrize("family", WITH_LOSS)
+def test_loss_and_gradient_equal_those_of_transformers(family):
+    student = _backbone(family, router_aux_loss_coef=0.3, output_router_logits=True)
+    batch = tiny.batch([(5, 3), (2, 4), (1, 2)], families.VOCAB)
+    mask_BT = router.mask_of(batch)
+    labels_BT = torch.full_like(batch.ids_BT, -100)
+    labels_BT.view(-1)[batch.positions_N] = batch.targets_N
+    # transformers shifts labels by itself: it is given them one place later, behind one more column.
+    ids_BT, mask_BT, labels_BT = (
+        torch.nn.functional.pad(x, pad, value=value)
+        for x, pad, value in ((batch.ids_BT, (0, 1), 0), (mask_BT, (0, 1), 0), (labels_BT, (1, 0), -100))
+    )
+    own = student.model(input_ids=ids_BT, attention_mask=mask_BT, labels=labels_BT, use_cache=False)
+    own.loss.backward()
+    expected = {
+        name: weight.grad.clone() for name, weight in student.model.named_parameters() if weight.grad is not None
+    }
+    student.model.zero_grad()
+
+    weight = router.weight_of("auto", student)
+    objective = Objective(student, Criterion(None), router_aux=weight).train()
+    student.model.eval()  # the objective trains; no dropout
+    loss, _ = objective([batch], None, CROSS_ENTROPY, scale=1 / batch.tokens)
+    loss.backward()
+    assert weight == 0.3
+    torch.testing.assert_close(loss, own.loss, atol=1e-5, rtol=1e-5)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(student.model.get_parameter(name).grad, gradient, atol=1e-5, rtol=1e-3)
+
+
+def test_the_mask_ends_where_a_row_does():
+    batch = tiny.batch([(3, 2), (1, 2), (2, 4)], families.VOCAB)
+    assert router.mask_of(batch).sum(1).tolist() == [4, 2, 5]
+
+
+def test_held_out_loss_is_without_it():
+    student = _backbone("mixtral")
+    batch = tiny.batch([(5, 3)], families.VOCAB)
+    weight = router.weight_of(0.5, student)
+    plain, balanced = (Objective(student, Criterion(None), router_aux=w) for w in (0.0, weight))
+    losses = {w: o.eval()([batch], None, CROSS_ENTROPY)[0].item() for w, o in (("plain", plain), ("with", balanced))}
+    assert losses["plain"] == losses["with"]
+    assert balanced.train()([batch], None, CROSS_ENTROPY)[0].item() != losses["plain"]
+
+
+@pytest.mark.parametrize(("asks", "weight"), [(True, 0.2), (False, 0.0)])
+def test_auto_is_what_the_config_asks_for(asks, weight):
+    said = []
+    student = _backbone("mixtral", output_router_logits=asks, router_aux_loss_coef=0.2)
+    assert router.weight_of("auto", student, said.append) == weight
+    assert [type(event) for event in said] == [Note] * asks
+
+
+def test_models_without_such_a_loss():
+    dense = Backbone(tiny.model("llama", families.VOCAB), tiny.tokenizer(size=families.VOCAB))
+    for student in (dense, _backbone("deepseek_v2")):
+        with pytest.raises(ModelError, match=r"no router"):
+            router.weight_of(0.1, student)
+    said = []
+    dense.model.config.output_router_logits, dense.model.config.router_aux_loss_coef = True, 0.1
+    assert router.weight_of("auto", dense, said.append) == 0.0
+    assert isinstance(said[0], Warned)
+
+
+def test_by_the_command_line(tmp_path, capsys):
+    data = families.rows(tmp_path / "rows.jsonl")
+    argv = ("--data", data, *families.QUICK, "--output", tmp_path / "out", "--overwrite", "--json")
+    mixture = families.save(tmp_path / "mixtral", "mixtral", output_router_logits=True, router_aux_loss_coef=0.5)
+    losses = {}
+    for setting in ("auto", "0", "0.5"):
+        code, told, err = typed.call(
+            capsys, "sft", "--model", mixture, "--set", f"objective.router_aux={setting}", *argv
+        )
+        assert code == 0, err
+        losses[setting] = told["train_loss"]
+    assert losses["auto"] == losses["0.5"] != losses["0"]
+    dense = tiny.save(tmp_path / "dense", "llama")
+    code, told, _ = typed.call(capsys, "sft", "--model", dense, "--set", "objective.router_aux=0.5", *argv)
+    assert code == 4
+    assert "objective.router_aux" in told["message"]

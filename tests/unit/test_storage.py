@@ -1,0 +1,316 @@
+"""What a disk refuses, and a process that is killed while it removes something."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from distillm_cli import storage
+from distillm_cli.cli import outputs
+from distillm_cli.cli.app import main
+from distillm_cli.cli.inputs import check_spared
+from distillm_cli.config.schema import Recipe
+from distillm_cli.core.checkpoint import Checkpoints, latest, read, visible
+from distillm_cli.core.events import Warned
+from distillm_cli.data.sources import load_rows
+from distillm_cli.errors import DataError, ModelError, StorageError, UsageError
+from distillm_cli.models.places import locate
+from tests import tiny
+from tests.limits import file_size
+from tests.typed import call
+from tests.unit.test_outputs import OF_RUNS, put, resolved
+
+ROOT = Path(__file__).resolve().parents[2]
+STATE = {"progress": {}, "recipe": {}}
+
+
+def weights(place: Path) -> None:
+    for name in ("a", "b", "c"):
+        (place / f"{name}.json").write_text(name)
+
+
+def checkpoints(root: Path, **more) -> Checkpoints:
+    return Checkpoints(root, more.pop("save_model", weights), **{"keep": 1, **more})
+
+
+def write(made: Checkpoints, *steps: int) -> None:
+    for step in steps:
+        made.write(step, STATE, {"t": torch.ones(2)})
+
+
+# --- removal ------------------------------------------------------------------------------------------------------
+
+KILLED = """
+    import os, signal, sys
+    from pathlib import Path
+    import torch
+    from distillm_cli.cli import outputs
+    from distillm_cli.core.checkpoint import Checkpoints
+
+    what, place, last = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    removed = 0
+
+    def count(event, args):
+        global removed
+        if event in ("os.remove", "os.rmdir"):
+            removed += 1
+            if removed > last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    if what == "clear":
+        outputs.clear(place)
+    else:
+        made = Checkpoints(place / "checkpoints", lambda d: (d / "new.json").write_text("new"), keep=1)
+        made.write(3, {"progress": {}, "recipe": {}}, {"t": torch.ones(2)})
+"""
+
+
+@pytest.mark.parametrize("what", ["prune", "clear"])
+@pytest.mark.parametrize("last", [0, 1, 3, 5, 8])
+def test_a_kill_in_the_middle_of_a_removal_leaves_whole_checkpoints_only(tmp_path, what, last):
+    made = checkpoints(tmp_path / "checkpoints", keep=9)
+    write(made, 1, 2)
+    (tmp_path / outputs.RECIPE).write_text(resolved(), encoding="utf-8")
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), what, str(tmp_path), str(last)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    for path in visible(made.root):
+        assert read(path).path == path, "every file is there, as the manifest has it"
+    assert what == "clear" or latest(made.root).path.name in ("step-000002", "step-000003")
+    if what == "prune":  # the next one to be written sweeps what is left
+        write(checkpoints(made.root), 4)
+        assert [path.name for path in made.root.iterdir()] == ["step-000004"]
+    else:  # clearing goes on where it was stopped
+        assert outputs.clear(tmp_path) == []
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning_each_once(tmp_path, monkeypatch):
+    told = []
+    made = checkpoints(tmp_path, listener=told.append)
+    write(made, 1)
+
+    def refuse(path, *_, **how):
+        if not how.get("ignore_errors"):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    write(made, 2, 3)
+    assert [path.name for path in visible(tmp_path)] == ["step-000003"]
+    assert [event.text.split(";")[0] for event in told] == [
+        f"cannot remove the old checkpoint {tmp_path / f'step-00000{n}'}: Input/output error" for n in (1, 2)
+    ]
+    monkeypatch.undo()
+    write(made, 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000004"]
+
+
+def test_an_old_checkpoint_that_keeps_its_name_is_a_warning_once(tmp_path, monkeypatch):
+    told = []
+    made = checkpoints(tmp_path, listener=told.append)
+    write(made, 1)
+    rename = Path.rename
+
+    def refuse(path, target):
+        if path.name == "step-000001":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    write(made, 2, 3)
+    assert [path.name for path in visible(tmp_path)] == ["step-000001", "step-000003"]
+    (warning,) = told
+    assert isinstance(warning, Warned)
+    assert latest(tmp_path).path.name == "step-000003"
+
+
+def test_starting_over_stops_where_an_old_checkpoint_would_stay_and_be_resumed(tmp_path, monkeypatch):
+    put(tmp_path, *OF_RUNS)
+
+    def refuse(path, target):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(StorageError, match=r"cannot remove .*step-000200.*: Permission denied; choose another"):
+        outputs.clear(tmp_path)
+
+
+# --- refusals of the system -----------------------------------------------------------------------------------------
+
+
+def of_files() -> list[int]:
+    names = (
+        "EIO EROFS EDQUOT ENOSPC EFBIG EACCES EPERM ENAMETOOLONG EISDIR ENOTDIR ELOOP ESTALE EBUSY EMFILE ENFILE ENXIO"
+    )
+    names += " ENODEV EINVAL EEXIST ENOTEMPTY ETXTBSY EREMOTEIO EUCLEAN EMLINK EXDEV ENOTSUP ENOLCK ENOENT ETIMEDOUT"
+    return [getattr(errno, name) for name in names.split() if hasattr(errno, name)]
+
+
+@pytest.mark.parametrize("number", of_files(), ids=errno.errorcode.get)
+def test_every_error_of_a_file_system_is_a_storage_error(number, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number), "/d/x")
+
+    monkeypatch.setattr("distillm_cli.config.load.shipped", refuse)
+    code, result, err = call(capsys, "recipes", "ls", "--json")
+    assert (code, result["code"]) == (8, 8)
+    assert err.startswith(f"error: {os.strerror(number)}: /d/x; ")
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.ECONNREFUSED, errno.ECHILD])
+def test_an_error_of_something_else_is_none(number):
+    assert storage.failed_with(OSError(number, "x")) is None
+    assert storage.failed_with(ValueError("os error of mine")) is None
+    assert storage.failed_with(OSError("no number")) is None
+
+
+def test_the_libraries_report_a_full_disk_in_their_own_words(tmp_path):
+    with file_size(2000):
+        with pytest.raises(Exception) as of_tokenizers:  # noqa: PT011
+            tiny.tokenizer(size=500).save_pretrained(tmp_path)
+        with pytest.raises(Exception) as of_safetensors:  # noqa: PT011
+            save_file({"t": torch.ones(5000)}, tmp_path / "t.safetensors")
+    for found in (of_tokenizers.value, of_safetensors.value):
+        assert storage.failed_with(found) == errno.EFBIG, repr(found)
+        assert storage.reason(found)
+
+
+def test_a_disk_that_is_full_as_the_tokenizer_is_written_costs_no_checkpoint(tmp_path):
+    made = checkpoints(tmp_path)
+    write(made, 1)
+    tokenizer = tiny.tokenizer(size=500)
+    with file_size(4000), pytest.raises(StorageError, match="File too large") as stopped:
+        write(checkpoints(tmp_path, save_model=tokenizer.save_pretrained), 2)
+    assert "step-000001 is whole, go on with --resume" in str(stopped.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
+def test_a_disk_that_is_full_as_the_model_is_published_publishes_nothing(tmp_path, capsys, monkeypatch):
+    """Of a finished run, resumed: all that is left is to write the adapter and a tokenizer, which is larger."""
+    monkeypatch.chdir(tmp_path)
+    tiny.save(tmp_path / "model", rows=2000, own_tokenizer=tiny.tokenizer(size=2000))
+    Path("rows.jsonl").write_text("".join(f'{{"prompt": "a {c}", "completion": "b"}}\n' for c in "abcdefghijklmnop"))
+    argv = [
+        "sft", "--model", "model", "--lora", "1", "--data", "rows.jsonl", "--steps", "1", "--output", "run", "--quiet",
+        "--dtype", "fp32", "--device", "cpu", "--set", "data.template=plain", "--set", "eval.report_rows=0", "--json",
+        "--set", "student.lora_output=adapter",
+    ]  # fmt: skip
+    assert call(capsys, *argv)[0] == 0
+    published = {path.name for path in Path("run").iterdir()}
+    for path in [*Path("run").glob("*.json"), *Path("run").glob("adapter*"), Path("run/README.md")]:
+        path.unlink(missing_ok=True)
+    before = {path.name for path in Path("run").iterdir()}
+    with file_size(20_000):
+        code, _, err = call(capsys, *argv, "--resume")
+    assert code == 8
+    assert err.startswith("error: cannot write the model into run: File too large; ")
+    assert {path.name for path in Path("run").iterdir()} == before
+    assert call(capsys, *argv, "--resume")[0] == 0
+    assert {path.name for path in Path("run").iterdir()} == published
+
+
+# --- probes ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_kill_while_a_place_is_tried_leaves_nothing(tmp_path):
+    script = """
+        import os, signal, sys
+        from pathlib import Path
+        from distillm_cli import storage
+
+        def kill(event, args):  # as soon as a file was made
+            if event in ("os.remove", "tempfile.mkstemp"):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(kill)
+        storage.check_writable(Path(sys.argv[1]))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_found(tmp_path):
+    with pytest.raises(OSError, match="No such file"):
+        storage.check_writable(tmp_path / "absent")
+    if Path("/proc/self").is_dir():
+        with pytest.raises(OSError, match=r"(?i)permission|read-only|no such|not supported|not permitted"):
+            storage.check_writable(Path("/proc/self"))
+
+
+def test_probes_of_earlier_versions_are_swept(tmp_path):
+    (tmp_path / ".writable-123").touch()
+    outputs.check(tmp_path, resume=False, overwrite=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- links that lead nowhere ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["loop", "absent"])
+def test_a_link_that_leads_nowhere_is_named_wherever_it_is_given(tmp_path, monkeypatch, target):
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to(target)
+    Path("loop.jsonl").symlink_to("loop.jsonl")
+    with pytest.raises(UsageError, match="--output loop is a symbolic link that leads nowhere"):
+        outputs.check(Path("loop"), resume=False, overwrite=False)
+    with pytest.raises(ModelError, match="loop is a symbolic link that leads nowhere"):
+        locate("loop")
+    for named in ("loop", "./loop", "loop.jsonl"):
+        data = Recipe.model_validate({"data": {"source": named}}).data
+        with pytest.raises(DataError, match="is a symbolic link that leads nowhere"):
+            load_rows(data, "train")
+
+
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [
+        ("sft --model random:1x32 --tokenizer chars --data rows.jsonl --output loop", 2),
+        ("sft --model random:1x32 --tokenizer chars --data rows.jsonl --output loop/a", 8),
+        ("sft --model random:1x32 --tokenizer chars --data loop.jsonl --output out", 3),
+        ("sft --model loop --data rows.jsonl --output out", 4),
+        ("sft --model random:1x32 --tokenizer loop --data rows.jsonl --output out", 4),
+        ("distill --teacher loop --student random:1x32 --data rows.jsonl --output out", 4),
+        ("sft --recipe loop.yaml --output out", 2),
+        ("generate --model loop --prompt a --output o.jsonl", 4),
+        ("generate --model loop --prompt a --output loop.jsonl", 4),
+        ("eval loop --suite rows.jsonl", 4),
+        ("run loop.yaml", 2),
+    ],
+)
+def test_a_symlink_loop_has_its_exit_code_in_every_flag(tmp_path, capsys, monkeypatch, argv, code):
+    monkeypatch.chdir(tmp_path)
+    for name in ("loop", "loop.jsonl", "loop.yaml"):
+        Path(name).symlink_to(name)
+    Path("rows.jsonl").write_text("".join(f'{{"prompt": "a {c}", "completion": "b"}}\n' for c in "abcdefghijklmnop"))
+    got, _, err = call(capsys, *argv.split(), "--json")
+    assert got == code, err
+
+
+def test_a_loop_in_a_runs_own_folder_is_cleared_and_in_somebodys_refused(tmp_path):
+    (tmp_path / "checkpoints").symlink_to("checkpoints")
+    with pytest.raises(UsageError, match=r"checkpoints was not written by a run"):
+        outputs.check(tmp_path, resume=False, overwrite=True)
+    (tmp_path / outputs.RECIPE).write_text(resolved(), encoding="utf-8")
+    outputs.check(tmp_path, resume=False, overwrite=True)
+    check_spared("sft", Recipe(), tmp_path)
+    assert outputs.clear(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_loop_that_python_itself_complains_of_is_a_storage_error(tmp_path, monkeypatch, capsys):
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.setattr("distillm_cli.config.load.shipped", lambda: (tmp_path / "loop").resolve(strict=True))
+    assert main(["recipes", "ls"]) == 8
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,220 @@
+"""Prompt and response tokenized as one text: the ids are those that transformers gives for the whole."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import ByT5Tokenizer, NllbTokenizer, PreTrainedTokenizerFast
+
+from distillm_cli.config.schema import Data
+from distillm_cli.data.batching import tokenise
+from distillm_cli.data.chat import Text
+from distillm_cli.data.prompts import Encoder
+from distillm_cli.data.rows import Row
+from distillm_cli.data.sources import load_rows
+from distillm_cli.data.token_ids import Affixes, find_affixes, token_ids
+
+TEXTS = [
+    "Name three rivers in the north of the country and say where they end.",
+    "The answer is in the name: the river ends in the sea.\nAnd  so on, and so on.",
+    "Élan vital – 中文, emoji 🙂 and\ttabs.",
+]
+
+
+def trained(model, pre_tokenizer, decoder, normalizer=None, **trainer) -> Tokenizer:
+    backend = Tokenizer(model)
+    backend.pre_tokenizer, backend.decoder = pre_tokenizer, decoder
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    kind = trainers.UnigramTrainer if isinstance(model, models.Unigram) else trainers.BpeTrainer
+    backend.train_from_iterator(TEXTS * 20, kind(show_progress=False, **trainer))
+    return backend
+
+
+def sentencepiece_like(prepend: str) -> Tokenizer:
+    """Llama's kind: a blank before the first word, and bytes for what the vocabulary lacks."""
+    backend = trained(
+        models.BPE(unk_token="<unk>"),
+        pre_tokenizers.Metaspace(prepend_scheme=prepend, split=False),
+        decoders.Metaspace(prepend_scheme=prepend),
+        vocab_size=300,
+        special_tokens=["<unk>", "<s>", "</s>"],
+    )
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return backend
+
+
+def bytes_like(trim: bool = False) -> Tokenizer:
+    backend = trained(
+        models.BPE(),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+        vocab_size=320,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    backend.post_processor = processors.ByteLevel(trim_offsets=trim)
+    return backend
+
+
+def unigram() -> Tokenizer:
+    return trained(
+        models.Unigram(),
+        pre_tokenizers.Metaspace(),
+        decoders.Metaspace(),
+        normalizers.NFKC(),
+        vocab_size=200,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        unk_token="<unk>",
+    )
+
+
+KINDS = {
+    "metaspace, always": lambda: sentencepiece_like("always"),
+    "metaspace, first": lambda: sentencepiece_like("first"),
+    "bytes": bytes_like,
+    "bytes, trimmed offsets": lambda: bytes_like(trim=True),
+    "unigram with a normalizer": unigram,
+}
+PAIRS = [
+    ("Name three rivers.\n", "The rivers"),
+    ("Name three rivers. ", "The rivers"),
+    ("Name three rivers:", " the rivers"),
+    ("Name", "s end in the sea"),
+    ("the answer is in the n", "ame"),
+    ("", "The answer"),
+    ("The name:", ""),
+    ("中", "文 🙂"),
+    ("🙂", "🙂"),
+    ("a  ", "  b"),
+]
+
+
+def wrapped(backend: Tokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_are_those_of_the_whole_text(kind):
+    tokenizer = wrapped(KINDS[kind]())
+    texts = [Text(prompt + response, len(prompt), len(prompt + response)) for prompt, response in PAIRS]
+    for taken in (tokenizer, tokenizer.backend_tokenizer):
+        for text, ids in zip(texts, token_ids(texts, taken), strict=True):
+            whole = tokenizer(text.text, add_special_tokens=False, return_offsets_mapping=True)
+            assert [*ids.prompt.tolist(), *ids.response.tolist()] == whole["input_ids"]
+            prompt = tokenizer(text.text[: text.cut], add_special_tokens=False)["input_ids"]
+            if whole["input_ids"][: len(prompt)] == prompt:
+                assert ids.prompt.tolist() == prompt
+            else:  # a token holds characters of both: all of the response is supervised
+                assert ids.moved
+                assert all(end <= text.cut for _, end in whole["offset_mapping"][: len(ids.prompt)])
+                assert whole["offset_mapping"][len(ids.prompt)][1] > text.cut
+
+
+@pytest.mark.parametrize("kind", ["metaspace, always", "metaspace, first"])
+def test_no_blank_is_put_before_a_response(kind):
+    """A response tokenized alone would begin with a blank that the whole text does not have."""
+    tokenizer = wrapped(KINDS[kind]())
+    sequence = Encoder(tokenizer, Data(template="exact")).sequence(Row(prompt="Name.\n", references=("The sea",)), 0)
+    whole = tokenizer("Name.\nThe sea")["input_ids"]
+    assert [*sequence.prompt.tolist(), *sequence.response.tolist()] == [*whole, tokenizer.eos_token_id]
+    assert sequence.prompt.tolist() == tokenizer("Name.\n")["input_ids"]
+    assert sequence.response.tolist() != [*tokenizer("The sea", add_special_tokens=False)["input_ids"], 2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_across_the_prompts_end_is_counted_and_supervised(kind):
+    tokenizer = wrapped(KINDS[kind]())
+    texts = [Text(prompt + response, len(prompt), len(prompt + response)) for prompt, response in PAIRS]
+    for text, ids in zip(texts, token_ids(texts, tokenizer), strict=True):
+        alone = tokenizer(text.text[: text.cut], add_special_tokens=False)["input_ids"]
+        assert ids.moved == (ids.prompt.tolist() != alone), text.text
+
+
+def split_inside_a_token(tokenizer) -> tuple[str, str]:
+    """A text of the training set cut where a token of the whole spans the cut."""
+    text = TEXTS[0]
+    whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    end = next(end for start, end in whole if start and end - start > 2 and text[start] != " ")
+    return text[: end - 1], text[end - 1 :]
+
+
+def test_moved_boundaries_are_reported():
+    tokenizer, said = wrapped(bytes_like()), []
+    prompt, response = split_inside_a_token(tokenizer)
+    rows = [Row(prompt=prompt, references=(response,)), Row(prompt="Name.\n", references=("The",))]
+    data = Data(template="exact")
+    examples = tokenise(rows, Encoder(tokenizer, data), data, said.append)
+    assert examples.moved == 1
+    assert any("in 1 of 2 rows a token spans the end of the prompt" in getattr(event, "text", "") for event in said)
+
+
+def test_a_tokenizer_without_offsets_is_cut_by_its_prompts():
+    tokenizer = ByT5Tokenizer()
+    assert not tokenizer.is_fast
+    for prompt, response in PAIRS:
+        text = Text(prompt + response, len(prompt), len(prompt + response))
+        (ids,) = token_ids([text], tokenizer)
+        assert ids.prompt.tolist() == tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        assert ids.response.tolist() == tokenizer(response, add_special_tokens=False)["input_ids"]
+
+
+def test_dolly_by_gpt2_is_the_whole_text(shared_data):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "gpt2")
+    rows = load_rows(Data(source=str(shared_data / "dolly"), limit=300), "train")
+    encoder = Encoder(tokenizer, Data(max_length=4096, max_prompt_length=4096))
+    for row, sequence in zip(rows, encoder.sequences(rows), strict=True):
+        whole = tokenizer(row.prompt + row.references[0])["input_ids"]
+        assert [*sequence.prompt.tolist(), *sequence.response.tolist()] == [*whole, tokenizer.eos_token_id]
+
+
+def test_decoding_gives_the_text_behind_the_prompt():
+    for kind in KINDS.values():
+        tokenizer = wrapped(kind())
+        encoder = Encoder(tokenizer, Data(template="exact"))
+        for prompt, response in (("Name three rivers.", " The sea"), ("Name.\n", "The sea"), ("the n", "ame")):
+            row = Row(prompt=prompt, references=(response,))
+            sequence = encoder.sequence(row, 0)
+            text = encoder.decode(sequence.prompt, sequence.response)
+            if not token_ids([Text(prompt + response, len(prompt), len(prompt + response))], tokenizer)[0].moved:
+                assert text == response
+
+
+# ------------------------------------------------------------------------------------------------- encoder-decoders
+
+
+def nllb() -> NllbTokenizer:
+    vocab = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "▁": 4}
+    vocab |= {letter: 5 + i for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz")}
+    return NllbTokenizer(vocab=vocab, merges=[], src_lang="eng_Latn", tgt_lang="deu_Latn")
+
+
+def test_targets_begin_with_the_language_of_the_tokenizers_target_mode():
+    tokenizer = nllb()
+    source, target = tokenizer("abc")["input_ids"], tokenizer(text_target="abc")["input_ids"]
+    assert source != target  # else this would show nothing
+    encoder = Encoder(tokenizer, Data(template="exact"), is_encoder_decoder=True)
+    sequence = encoder.sequence(Row(prompt="abc", references=("abc",)), 0)
+    assert (sequence.prompt.tolist(), sequence.response.tolist()) == (source, target)
+    assert encoder.decode(sequence.prompt, sequence.response) == "abc"
+
+
+def test_affixes_of_tokenizers_without_languages_are_the_same_on_both_sides():
+    backend = bytes_like()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    assert find_affixes(wrapped(backend)) == Affixes((0,), (1,), (0,), (1,))
+
+
+def test_literal_text_is_what_the_library_makes_of_it():
+    tokenizer = wrapped(bytes_like())
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<x>", normalized=False)]})
+    text = Text("a<x>b</s>", 4, 9)
+    (ids,) = token_ids([text], tokenizer, literal=True)
+    truth = tokenizer("a<x>b</s>", add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    np.testing.assert_array_equal([*ids.prompt, *ids.response], truth)
+    assert tokenizer("<x>", add_special_tokens=False)["input_ids"] == [tokenizer.convert_tokens_to_ids("<x>")]

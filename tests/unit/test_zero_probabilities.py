@@ -1,0 +1,133 @@
+"""Logits of −inf: 0 · log 0 = 0 in every divergence, and +inf where the truth is infinite. The truth is the plain float64
+definition with probabilities so small that they stand for 0."""
+
+import math
+from typing import get_args
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from distillm_cli.config import fields
+from distillm_cli.config.schema import Objective
+from distillm_cli.core.divergences import Rows, build, logit_grad
+from distillm_cli.core.fused import fused_loss
+from distillm_cli.core.terms import Terms
+from tests import plain
+from tests.unit.test_divergences import SETTINGS, STEEP
+from tests.unit.test_fused import Head, rand
+
+N, V = 7, 13
+TARGET, OTHER = 1, 5  # columns: some rows' supervised token, and nobody's
+WHERE = {
+    "teacher": ((TARGET, OTHER), ()),
+    "student": ((), (TARGET, OTHER)),
+    "both": ((TARGET, OTHER), (TARGET, OTHER)),
+    "teacher's target": ((TARGET,), (OTHER,)),
+    "teacher's other": ((OTHER,), (TARGET,)),
+}
+
+
+def with_zeros(z, columns, eps=None):
+    """(logits with −inf, probabilities with eps) in these columns."""
+    kept = [c for c in range(V) if c not in columns]
+    suppressed = torch.full_like(z, -math.inf).index_copy(-1, torch.tensor(kept), z[:, kept])
+    prob = torch.full_like(z, eps or 0.0).index_copy(-1, torch.tensor(kept), z[:, kept].softmax(-1))
+    return suppressed, prob
+
+
+def truth(name, settings, zt, z, columns):
+    """Values, +inf where they grow as the stand-in for 0 shrinks, and the gradient in the logits."""
+    found = []
+    for eps in (1e-100, 1e-102):
+        p, q = (with_zeros(logits, c, eps)[1] for logits, c in zip((zt, z), columns, strict=True))
+        found.append(plain.divergence(name, p, q, **settings))
+    (grad,) = torch.autograd.grad(found[0].sum(), z)
+    grows = (found[0] - found[1]).abs().nan_to_num(math.inf) > 1e-8 * (1 + found[0].abs())
+    return found[0].detach().masked_fill(grows, math.inf), grad
+
+
+def has_limit(settings, where):
+    """Exclude negative powers of the same stand-in on both sides, where the plain definition loses every digit."""
+    return where != "both" or settings.get("ab_alpha", 1) + settings.get("ab_beta", 1) >= 0
+
+
+CASES = [(*pair, where) for pair in SETTINGS + STEEP for where in WHERE if has_limit(pair[1], where)]
+
+
+@pytest.mark.parametrize(("name", "settings", "where"), CASES)
+def test_suppressed_tokens_have_the_value_of_the_limit(name, settings, where):
+    z, zt, columns = rand(N, V, seed=1).mul(2).requires_grad_(), 2 * rand(N, V, seed=2), WHERE[where]
+    expected, expected_grad = truth(name, settings, zt, z, columns)
+
+    p, q = Rows(with_zeros(zt, columns[0])[0]), Rows(with_zeros(z.detach(), columns[1])[0])
+    divergence = build(Objective(divergence=name, **settings)).at(plain.some_targets(zt), None)
+    value, h = divergence.between(p, q)
+    assert_close(value, expected, rtol=1e-9, atol=1e-11)
+    finite = expected.isfinite()
+    assert_close(logit_grad(h, q.prob_NV)[finite], expected_grad[finite], rtol=1e-8, atol=1e-11)
+    assert torch.equal(divergence.between(p, q, with_grad=False)[0], value)
+
+
+@pytest.mark.parametrize(("name", "settings"), [pair for pair in SETTINGS + STEEP if pair[0] != "atkd"])
+def test_a_token_suppressed_on_both_sides_is_absent(name, settings):
+    z, zt = rand(N, V, seed=3), rand(N, V, seed=4)
+    gone = torch.full((N, 1), -math.inf, dtype=torch.float64)
+    divergence = build(Objective(divergence=name, **settings))
+    value, h = divergence.between(Rows(zt), Rows(z))
+    longer, longer_h = divergence.between(Rows(torch.cat([zt, gone], -1)), Rows(torch.cat([z, gone], -1)))
+    assert_close(longer, value)
+    assert_close(logit_grad(longer_h, torch.cat([z, gone], -1).softmax(-1))[:, :V], logit_grad(h, z.softmax(-1)))
+    assert not longer_h[:, V:].any()
+
+
+@pytest.mark.parametrize(("name", "settings"), SETTINGS + STEEP)
+def test_looking_for_zeros_changes_no_bit_of_finite_logits(name, settings):
+    tables = [(4 * rand(50, 101, seed=seed)).float() for seed in (5, 6)]
+    divergence = build(Objective(divergence=name, **settings)).at(plain.some_targets(tables[0]), None)
+    plainly, looking = (divergence.between(*(Rows(z, has_zeros=zeros) for z in tables)) for zeros in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(plainly, looking, strict=True))
+
+
+@pytest.mark.parametrize("form", ["logits", "bias"])
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("name", get_args(fields.DivergenceName))
+def test_the_fused_loss_knows_suppressed_tokens(name, where, form):
+    """Where a model gives logits of its own, and where the bias of its head suppresses tokens."""
+    hidden, weight, teacher_hidden, teacher_weight = (
+        rand(*shape, seed=seed) for seed, shape in enumerate([(N, 6), (V, 6), (N, 9), (V, 9)], 10)
+    )
+    z, zt = hidden @ weight.T, teacher_hidden @ teacher_weight.T
+    expected, expected_grad = truth(name, {"taid_start": Objective().taid_start}, zt, z.requires_grad_(), WHERE[where])
+    teacher_columns, columns = WHERE[where]
+    if form == "logits":
+        given = with_zeros(z.detach(), columns)[0].requires_grad_()
+        student, teacher_given = Head(None), with_zeros(zt, teacher_columns)[0]
+        teacher = Head(None)
+    else:
+        given, teacher_given = hidden.requires_grad_(), teacher_hidden
+        student, teacher = (
+            Head(w, with_zeros(torch.zeros(1, V, dtype=torch.float64), c)[0][0])
+            for w, c in ((weight, columns), (teacher_weight, teacher_columns))
+        )
+        expected_grad = expected_grad @ weight
+    total = fused_loss(
+        given,
+        student,
+        plain.some_targets(z),
+        terms=Terms(1.0, 0.0, build(Objective(divergence=name))),
+        teacher_hidden_ND=teacher_given,
+        teacher_head=teacher,
+        chunk=3,
+    )
+    assert_close(total, expected.sum())
+    if expected.isfinite().all():
+        assert_close(torch.autograd.grad(total, given)[0], expected_grad)
+
+
+def test_cross_entropy_of_a_suppressed_target_is_infinite():
+    z = with_zeros(rand(N, V, seed=7), (OTHER,))[0].requires_grad_()
+    loss = {target: fused_loss(z, Head(None), torch.full((N,), target), terms=Terms(0.0, 1.0)) for target in (0, OTHER)}
+    assert_close(loss[0], torch.nn.functional.cross_entropy(z, torch.zeros(N, dtype=torch.long), reduction="sum"))
+    assert loss[OTHER].item() == math.inf
+    assert torch.autograd.grad(loss[0], z)[0].isfinite().all()
