@@ -14,7 +14,7 @@ from distillm_cli.core.events import Listener, Warned
 from distillm_cli.data.files import format_of
 from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.rows import BadRow, parse
-from distillm_cli.data.sources import Row, load_rows
+from distillm_cli.data.sources import Row, kind_of, load_rows, user_path
 from distillm_cli.errors import DataError
 from distillm_cli.words import all_are
 
@@ -37,12 +37,12 @@ def prompts_of(wanted: Wanted, data: Data, listener: Listener) -> list[Row]:
         rows = [Row(instruction=text, where=f"--prompt {i}") for i, text in enumerate(wanted.prompts, start=1)]
         return rows[: wanted.limit]
     source = wanted.data if wanted.input is None else wanted.input
-    path = Path(source).expanduser()
-    if wanted.input == "-" or (wanted.input is not None and not path.is_dir() and format_of(path) is None):
+    path = user_path(source)
+    if wanted.input == "-" or (wanted.input is not None and kind_of(path) != "directory" and format_of(path) is None):
         return _lines(wanted.input, data, listener)[: wanted.limit]
     # Whatever the model's own recipe says of its training rows, these are others.
     data = data.model_copy(update={"source": source, "valid": None, "limit": None})
-    split = wanted.split or ("test" if path.is_file() else "train")  # of a single file, test is all of it
+    split = wanted.split or ("test" if kind_of(path) == "file" else "train")  # of a single file, test is all of it
     stand_in = wanted.split is None  # a split that was asked for is that one, or an error
     return list(load_rows(data, split, listener=listener, require_output=False, limit=wanted.limit, stand_in=stand_in))
 
@@ -50,7 +50,7 @@ def prompts_of(wanted: Wanted, data: Data, listener: Listener) -> list[Row]:
 def _lines(source: str, data: Data, listener: Listener) -> list[Row]:
     """A prompt a line: an instruction as text, or a row as a JSON object."""
     try:
-        raw = sys.stdin.buffer.read() if source == "-" else Path(source).expanduser().read_bytes()
+        raw = sys.stdin.buffer.read() if source == "-" else user_path(source).read_bytes()
         lines = raw.decode("utf-8-sig").split("\n")
     except OSError as error:
         raise DataError(f"{source}: {error.strerror or error}", hint="check the path") from error

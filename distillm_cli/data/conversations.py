@@ -95,7 +95,7 @@ def is_blank(message: Message) -> bool:
 
 
 def _transposed(columns: dict[str, Any]) -> list[Message] | dict[str, Any]:
-    """A struct of lists → a list of structs; anything else as it is."""
+    """Turn a struct of lists into a list of structs. Return anything else unchanged."""
     if not all(isinstance(values, list) for values in columns.values()):
         return columns
     if len({len(values) for values in columns.values()}) != 1:

@@ -32,7 +32,7 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Why the record at this place could not be read."""
+    """Hold why a record could not be read."""
 
     what: str
 
@@ -74,7 +74,7 @@ def read(path: Path, wanted: Collection[str]) -> Records:
 
 
 def _open(path: Path) -> BinaryIO:
-    """The file's bytes, decompressed."""
+    """Open the file for its decompressed bytes."""
     ending = path.suffix.lower()
     if ending == ".gz":
         return gzip.open(path, "rb")
@@ -86,7 +86,7 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _complaint(error: ValueError) -> str:
-    """A JSON error in this project's words: ``not JSON (expected ',' at column 41)``."""
+    """Describe a JSON error in plain words: ``not JSON (expected ',' at column 41)``."""
     if not isinstance(error, json.JSONDecodeError):  # an integer of thousands of digits
         return f"not JSON ({error})"
     said = error.msg.replace("Expecting", "expected").removesuffix(" delimiter").removesuffix(" at")
@@ -152,7 +152,7 @@ def _json(path: Path) -> Records:
 
 
 def _follows(text: str, start: int) -> bool:
-    """Whether something follows the JSON value at ``start``."""
+    """Return whether something follows the JSON value at ``start``."""
     _, end = _decode_at(text, start)
     return _SPACE.match(text, end).end() < len(text)
 
@@ -161,7 +161,7 @@ _decode_at = json.JSONDecoder().raw_decode
 
 
 def _value_start(text: str, at: int, key: str) -> int:
-    """Where the value of the last top-level ``key`` starts, in the JSON object at ``at`` (known to be valid)."""
+    """Return where the value of the last top-level ``key`` starts, in the JSON object at ``at`` (known to be valid)."""
     found = at
     at = _SPACE.match(text, at + 1).end()
     while text[at] != "}":
@@ -177,7 +177,7 @@ def _value_start(text: str, at: int, key: str) -> int:
 
 
 def _element_lines(text: str, at: int) -> Iterator[int]:
-    """The line on which each element of the JSON list at ``at`` (known to be valid) starts."""
+    """Yield the line on which each element of the JSON list at ``at`` (known to be valid) starts."""
     line, counted = 1, 0
     at = _SPACE.match(text, at + 1).end()
     while text[at] != "]":

@@ -85,7 +85,7 @@ def _read(record: Record, columns: Columns, required: bool) -> Fields:
 
 
 def _named(record: Record, columns: Columns, required: bool) -> Fields:
-    """A record whose prompt column is named in the recipe."""
+    """Read a record whose prompt column is named in the recipe."""
     name = columns.prompt
     if name not in record:
         raise BadRow(f"no column `{name}` (data.columns.prompt); found {record.names()}")
@@ -118,7 +118,7 @@ def _conversation(record: Record, name: str, columns: Columns, required: bool) -
 
 
 def _prompt(record: Record, name: str, columns: Columns, required: bool) -> Fields:
-    """A prompt as text, or as messages, and the same of its completion."""
+    """Read a prompt and its completion, each as text or as messages."""
     if is_messages(record.values[name]):
         messages = read_messages(record.take(name), name)
         if columns.response is None and _response_column(record, columns, False) is None:
@@ -141,7 +141,7 @@ def _prompt(record: Record, name: str, columns: Columns, required: bool) -> Fiel
 
 
 def _completed(record: Record, messages: list[Fields], columns: Columns, required: bool) -> Fields:
-    """Messages of a prompt with those, or the text, of a response column."""
+    """Read the response column, as messages or as text, to the messages of a prompt."""
     response = _response_column(record, columns, required)
     messages, answer = not_trained(_with_system(record, messages)), None
     if response is not None and is_messages(record.values[response]):
@@ -158,7 +158,7 @@ def _completed(record: Record, messages: list[Fields], columns: Columns, require
 
 
 def _preferred_conversation(record: Record) -> Fields:
-    """The preferred one of two conversations, or of two replies to a prompt."""
+    """Read the preferred one of two conversations, or of two replies to a prompt."""
     chosen = read_messages(record.take("chosen"), "chosen")
     if not chosen:
         raise BadRow("column `chosen` is an empty list")
@@ -185,7 +185,7 @@ def _check_asked(messages: list[Fields], name: str) -> None:
 
 
 def _with_system(record: Record, messages: list[Fields]) -> list[Fields]:
-    """The conversation, begun by the row's own system message where it has none."""
+    """Return the conversation, with the row's system column at its start where it has no system message."""
     if messages and messages[0]["role"] in ("system", "developer"):
         return messages
     system = _system(record)
@@ -199,7 +199,7 @@ def _system(record: Record) -> str:
 
 
 def _asked(record: Record, messages: list[Fields]) -> Fields:
-    """A conversation and what else its template receives."""
+    """Return the fields of a conversation and what else its template receives. Raises BadRow."""
     found: Fields = {"messages": messages}
     for name in ("tools", "documents"):
         value = record.decoded(name) if record.has(name) else None
@@ -264,14 +264,14 @@ def _question(record: Record, name: str, columns: Columns, required: bool) -> Fi
 
 
 def _turn(record: Record, before: list[Fields], asked: str, references: tuple[str, ...]) -> Fields:
-    """A conversation of earlier messages, a question and its answer as text."""
+    """Return the fields of a conversation that ends with a question and its answer as text."""
     answer = {"role": "assistant", "content": references[0]} if references else None
     messages = [*before, {"role": "user", "content": asked}]
     return _asked(record, messages) | {"answer": answer, "references": references}
 
 
 def _arguments(record: Record) -> Fields:
-    """What the chat template receives beside a text; what is of another type is not meant for it."""
+    """Return what the chat template receives beside a text. Values of another type are not for a template."""
     found: Fields = {}
     for name, field, type_ in (
         ("tools", "tools", list),
@@ -285,7 +285,7 @@ def _arguments(record: Record) -> Fields:
 
 
 def _history(record: Record) -> list[Fields]:
-    """Earlier turns: pairs of what was asked and answered, or messages."""
+    """Read earlier turns: pairs of a question and its answer, or messages."""
     value = record.decoded("history") if record.has("history") else None
     if not value:
         return []
@@ -302,7 +302,7 @@ def _history(record: Record) -> list[Fields]:
 
 
 def _implicit_prompt(record: Record) -> Fields:
-    """Two whole texts: the prompt is what they share, as TRL's ``extract_prompt`` has it."""
+    """Read two whole texts. The prompt is their common start, as in TRL's ``extract_prompt``."""
     chosen, rejected = record.text("chosen"), record.text("rejected")
     shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
     shared = min(len(chosen), len(rejected)) if shared is None else shared
@@ -314,7 +314,7 @@ def _implicit_prompt(record: Record) -> Fields:
 
 
 def _text(record: Record, required: bool) -> Fields:
-    """A text without prompt and response."""
+    """Read a text that has no prompt and response."""
     text = record.text("text")
     beside = next((name for name in _RESPONSES if record.has(name)), None)
     if beside is not None:
@@ -339,7 +339,7 @@ def _input(record: Record, columns: Columns) -> str:
 
 
 def _response_column(record: Record, columns: Columns, required: bool, also: str = "") -> str | None:
-    """The column of the response; None where there is none. also: what else is missing, before that complaint."""
+    """Return the column of the response; None where there is none. also: the start of the error."""
     if columns.response is not None:
         name = columns.response if columns.response in record else None
         known = f"no column `{columns.response}` (data.columns.response)"
@@ -354,7 +354,7 @@ def _response_column(record: Record, columns: Columns, required: bool, also: str
 
 
 def _references(record: Record, name: str | None, required: bool) -> tuple[str, ...]:
-    """The accepted responses, as texts."""
+    """Return the accepted responses as texts."""
     if name is None:
         return ()
     value = record.take(name)

@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from distillm_cli.core.events import Listener
 from distillm_cli.data.files import COMPRESSIONS, FORMATS, Records, format_of, read, stem_of
@@ -48,7 +48,25 @@ class Source:
 
 def local_place(named: str) -> Path | None:
     """The file or directory that a source's name stands for, None where it is none: `builtin`, or a name of the hub."""
-    return None if named == "builtin" else next((p for p in _places(named.strip()) if p.exists()), None)
+    return None if named == "builtin" else next(filter(kind_of, _places(named.strip())), None)
+
+
+def user_path(text: str) -> Path:
+    """Return the path of a name, ``~`` replaced where there is such a home directory."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
+
+
+def kind_of(path: Path) -> Literal["file", "directory"] | None:
+    """Return what there is at a path; None where nothing can be: the name is too long, say."""
+    try:
+        if path.is_dir():
+            return "directory"
+        return "file" if path.exists() else None
+    except OSError:
+        return None
 
 
 def is_path(text: str) -> bool:
@@ -62,11 +80,11 @@ def _is_explicit(text: str) -> bool:
 
 def _places(text: str) -> list[Path]:
     """Where to look for a source, in order."""
-    path = Path(text).expanduser()
+    path = user_path(text)
     places = [path] if "/" in text or is_path(text) else []
     root = os.environ.get("DISTILLM_DATA")
     if root and not _is_explicit(text):
-        places += [Path(root).expanduser() / spelling for spelling in _spellings(text)]
+        places += [user_path(root) / spelling for spelling in _spellings(text)]
     return places if path in places else [*places, path]
 
 
@@ -86,11 +104,12 @@ def _find(named: str, listener: Listener) -> Source:
     text = named.strip()
     if not text:
         raise DataError("an empty name for a data source", hint="name a file, a directory, a data set, or builtin")
-    path, root = Path(text).expanduser(), os.environ.get("DISTILLM_DATA")
+    path, root = user_path(text), os.environ.get("DISTILLM_DATA")
     for place in _places(text):
-        if place.is_dir():
+        kind = kind_of(place)
+        if kind == "directory":
             return _directory(place, text if place != path else place.resolve().name)
-        if place.exists():
+        if kind == "file":
             return Source(place.name, {"train": partial(read, place)}, path=place, whole=True)
     if leads_nowhere(path):
         raise DataError(f"{text} is a symbolic link that leads nowhere", hint="correct the link, or pass another path")
@@ -106,7 +125,7 @@ def _find(named: str, listener: Listener) -> Source:
 
 def _meant(text: str, root: str | None) -> str | None:
     """The known set, or the one under $DISTILLM_DATA, whose name is nearly that; None where it is the name of one."""
-    here = Path(root).expanduser() if root else None
+    here = user_path(root) if root else None
     there = (
         [*names(), *ALIASES.values(), *(path.name for path in here.iterdir())] if here and here.is_dir() else names()
     )

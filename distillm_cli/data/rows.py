@@ -17,7 +17,7 @@ _OF_TRAINING = ("weight", "train")  # fields of a message that say how it is tra
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One example, before any template.
+    """Hold one example, before any template.
 
     instruction, input: the task as text, and the material it is about. prompt: the exact prompt of the file, complete.
     messages: the conversation up to the answer, each message with every field of the file. answer: the assistant message
@@ -54,7 +54,7 @@ class Row:
 
     @property
     def key(self) -> str:
-        """What makes two rows ask the same thing, whatever their responses."""
+        """What two rows share that ask the same thing, whatever their responses."""
         if self.instruction is not None:
             asked: Any = [self.instruction, self.input]
         elif self.format == LANGUAGE_MODELING:

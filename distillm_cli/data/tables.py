@@ -127,7 +127,7 @@ def _presence(column: pyarrow.Array) -> list[bool]:
 
 
 def _is_full(table: ParquetFile, name: str) -> bool:
-    """Whether the file's statistics say that the column has a value in every row: then it need not be read for that."""
+    """Return whether the file's statistics tell that the column has a value in every row, without reading it."""
     meta = table.metadata
     paths = [meta.schema.column(i).path for i in range(meta.num_columns)]
     leaves = [i for i, path in enumerate(paths) if path == name or path.startswith(f"{name}.")]
@@ -140,7 +140,7 @@ def _no_nulls(chunk: Any) -> bool:
 
 
 def _converter(kind: pyarrow.DataType) -> Convert | None:
-    """What turns pyarrow's value of a type into that of the file it was written from; None: nothing."""
+    """Return the function that restores a value of this type as it was before it was stored; None for no change."""
     from pyarrow import types
 
     if getattr(kind, "extension_name", None) == "arrow.json":  # `datasets` stores fields of mixed types so

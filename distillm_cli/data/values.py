@@ -24,7 +24,7 @@ class NotConverted:
 
 
 class Record:
-    """The columns of one record. Keeps account of those that are read."""
+    """Hold the columns of one record, and which of them were read."""
 
     __slots__ = ("read", "values")
 

@@ -8,13 +8,12 @@ import re
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from distillm_cli.config.schema import Columns, Recipe
 from distillm_cli.core.events import Listener, silent
 from distillm_cli.data.files import stem_of
 from distillm_cli.data.known import known
-from distillm_cli.data.sources import Row, Rows, load_rows
+from distillm_cli.data.sources import Row, Rows, kind_of, load_rows, user_path
 
 HELD_OUT = "held-out"
 _GENERIC = {"train", "valid", "validation", "val", "dev", "test", "data"}
@@ -80,12 +79,12 @@ def distinct(suites: Iterable[Suite]) -> list[Suite]:
 
 def short_name(source: str) -> str:
     """dolly → dolly; data/g2p/test.jsonl → g2p-test; answers.jsonl → answers; MiniLLM/dolly → MiniLLM-dolly."""
-    path, name = Path(source).expanduser(), source
-    if path.is_file():
+    path, name = user_path(source), source
+    if kind_of(path) == "file":
         place = path.resolve()
         stem = stem_of(place)
         name = f"{place.parent.name}-{stem}" if stem in _GENERIC else stem
-    elif path.is_dir():
+    elif kind_of(path) == "directory":
         name = path.resolve().name
     return re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "suite"
 

@@ -205,12 +205,13 @@ def test_a_damaged_compressed_file_is_a_data_error(tmp_path, ending):
             asked(tmp_path / name)
 
 
-def test_a_link_to_itself_is_a_data_error(tmp_path):
+def test_a_path_that_cannot_be_there_is_a_data_error(tmp_path):
     (tmp_path / "a.jsonl").symlink_to("a.jsonl")
     (tmp_path / "d").symlink_to("d")
-    for path in (tmp_path / "a.jsonl", tmp_path / "d", tmp_path / "d" / "train.jsonl"):
-        with pytest.raises(DataError, match="no such file or directory"):
-            asked(path)
+    elsewhere = [Path(f"./{'x' * 5000}"), Path("~nobody-of-that-name/a.jsonl")]
+    for path in (tmp_path / "a.jsonl", tmp_path / "d", tmp_path / "d" / "train.jsonl", *elsewhere):
+        with pytest.raises(DataError, match="no such file or directory|leads nowhere"):
+            load_rows(Data(source=f"./{path}" if "xx" in path.name else str(path)), "test")
 
 
 @pytest.mark.parametrize("name", ["set", "rows.jsonl.gz", "rows.jsonl.zst"])
