@@ -92,7 +92,7 @@ class Quality(Lab):
         from distillm_cli.data.sources import load_rows
         from distillm_cli.data.templates import render
 
-        data = Data(source=self.data, template="plain", max_length=64)
+        data = Data(source=self.data, template="plain", max_length=64, max_prompt_length=256)
         tokenizer = AutoTokenizer.from_pretrained(self.teacher())
         rows = load_rows(data, "train")
         lines = [

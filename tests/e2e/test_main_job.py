@@ -78,7 +78,7 @@ def test_sft_leaves_an_ordinary_model_directory(place):
     modes = {p.stat().st_mode for p in (place / "teacher").rglob("*") if p.is_file()}
     assert modes == {(place / "train.jsonl").stat().st_mode}, "the umask holds for all, tensors included"
     card = (place / "teacher" / "README.md").read_text()
-    assert "Valid loss on 10 held-out rows; scores on the first 6 of them, sampled at T = 1, in fp32." in card
+    assert "Valid CE on 10 held-out rows; scores on the first 6 of them, sampled at T = 1, in fp32." in card
     lines = [json.loads(line) for line in (place / "teacher" / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     assert len(steps) == 30

@@ -399,12 +399,15 @@ def test_the_dry_run_reads_back_and_says_where_values_come_from(typed, home, cap
     assert "  teacher:  # changed: train.seed 3 → 4\n" in text
     assert "  eval:  # changed: stage distill and stage student are to be made first\n" in text
     said = [" ".join(line.split()) for line in text.splitlines()]
-    assert "lr: 0.005 # all.yaml:10 (method sft: 5.0e-05)" in said
+    assert "lr: 0.005 # all.yaml:10" in said
+    assert "warmup: 0.0 # auto: 0 for a student built from scratch" in said
     assert "seed: 4 # --set (all.yaml:7: 3)" in said
     (home / "written.yaml").write_text(text)
+    from distillm_cli.cli.defaults import fitted_pipeline
     from distillm_cli.config.pipeline import load_pipeline
 
-    again, first = load_pipeline(Path("written.yaml")), load_pipeline(Path("all.yaml"), ["defaults.train.seed=4"])
+    again = load_pipeline(Path("written.yaml"))
+    first = fitted_pipeline(load_pipeline(Path("all.yaml"), ["defaults.train.seed=4"]))
     assert [(s.own, s.resolved.recipe) for s in again.stages] == [(s.own, s.resolved.recipe) for s in first.stages]
     assert list(yaml.safe_load(text)["stages"]) == list(STAGES)
 
