@@ -72,15 +72,19 @@ def set_languages(tokenizer: Any, data: Data, models: Iterable[Backbone]) -> Non
             continue
         if not hasattr(tokenizer, name):
             raise UsageError(f"{key} = {code}, but the tokenizer has no language codes", hint="leave it out")
+        given = "text" if name == "src_lang" else "text_target"
         try:
             setattr(tokenizer, name, code)
-            tokenizer("a") if name == "src_lang" else tokenizer(text_target="a")
-        except Exception as error:  # KeyError, ValueError, …: by the family
-            raise UsageError(f"{key} = {code}: the tokenizer does not know this language ({error})") from error
+            ids = tokenizer(**{given: "a"})["input_ids"]
+            bare = tokenizer(**{given: "a"}, add_special_tokens=False)["input_ids"]
+            is_known = ids.count(tokenizer.unk_token_id) == bare.count(tokenizer.unk_token_id)
+        except Exception:  # KeyError, ValueError, …: by the family
+            is_known = False
+        if not is_known:
+            raise UsageError(f"{key} = {code}: the tokenizer does not know this language", hint="see its documentation")
         if name == "tgt_lang":
-            first = tokenizer(text_target="a")["input_ids"][0]
             for model in models:
-                generation_config(model).forced_bos_token_id = int(first)
+                generation_config(model).forced_bos_token_id = int(ids[0])
 
 
 def own_end(data: Data, pair: Pair, listener: Listener) -> int:
