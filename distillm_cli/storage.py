@@ -85,4 +85,7 @@ def check_writable(directory: Path) -> None:
 
 def leads_nowhere(path: Path) -> bool:
     """Return whether the path is a symbolic link to nothing, or to itself."""
-    return path.is_symlink() and not path.exists()
+    try:
+        return path.is_symlink() and not path.exists()
+    except OSError:  # a name that is too long is no link
+        return False

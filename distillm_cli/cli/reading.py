@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def reading(recipe: Recipe) -> Early:
     """The recipe's rows on their way, once the context is entered."""
-    return Early(recipe.data, partial(_tokenizer_file, recipe))
+    return Early(recipe.data, partial(_tokenizer_file, recipe), recipe.needs_responses)
 
 
 def bringers(recipe: Recipe) -> list[Student | Teacher]:

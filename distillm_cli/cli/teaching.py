@@ -287,8 +287,8 @@ def _held_out(run: Prepared) -> list[Sequence]:
 
 def _token_bytes(run: Prepared) -> int:
     """Of one token's state; measured, since a model may answer with its own logits in its own type."""
-    whole = run.train.sequences[0]
-    few = Sequence(whole.prompt[:1], whole.response[:1])
+    one = run.train.sequences[0].prompt[:1]  # a row may have no response
+    few = Sequence(one, one)
     hidden_ND = Teacher(run.pair.teacher).hidden(collate([few]).to(run.device), [few])
     return hidden_ND.shape[1] * hidden_ND.element_size()
 

@@ -41,13 +41,15 @@ class Early:
     """Read and tokenize training and held-out rows in the background. To be used as a context: leaving it ends the work.
 
     find: the ``tokenizer.json`` that the run will most likely turn out to have, None for none; can be pickled.
+    require_output: where false, rows may lack a response.
     Entering it again is nothing new, so that whoever begins it and whoever needs it may both see to its end.
     Rows on the hub are only begun when they are asked for. The work is done in a thread; while torch is yet to be
     imported, and there is a core for it, by a process that the thread waits for.
     """
 
-    def __init__(self, data: Data, find: Callable[[], Path | None]):
+    def __init__(self, data: Data, find: Callable[[], Path | None], require_output: bool = True):
         self._data, self._find = data, find
+        self._require_output = require_output
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tokenising")
         self._helper: Helper | None = None
         self._said: dict[Split, SimpleQueue[Event | None]] = {}
@@ -60,7 +62,7 @@ class Early:
         if self._planned is None and (places := self._places()) is not None:
             if "torch" not in sys.modules and cores() > 1 and _size(places) <= _MOST:
                 with suppress(OSError):  # no more processes allowed, say
-                    self._helper = Helper(self._data, self._find)
+                    self._helper = Helper(self._data, self._find, self._require_output)
             self._begin()
         return self
 
@@ -112,7 +114,7 @@ class Early:
         try:
             found = self._helped()
             if found is None:
-                return load_rows(self._data, split, listener=say)
+                return load_rows(self._data, split, listener=say, require_output=self._require_output)
             rows, said = found
             for event in said:
                 say(event)

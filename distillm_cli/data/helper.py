@@ -36,8 +36,8 @@ class Helper:
     find: as of ``rules_for``; can be pickled. Raises OSError where no process can be started.
     """
 
-    def __init__(self, data: Data, find: Callable[[], Path | None]):
-        task = pickle.dumps((data, find), protocol=pickle.HIGHEST_PROTOCOL)
+    def __init__(self, data: Data, find: Callable[[], Path | None], require_output: bool = True):
+        task = pickle.dumps((data, find, require_output), protocol=pickle.HIGHEST_PROTOCOL)
         command = [sys.executable, "-c", _MAIN.format(path=sys.path)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
@@ -74,11 +74,11 @@ class Helper:
         self._process.wait()
 
 
-def _answers(data: Data, find: Callable[[], Path | None]) -> Iterator[Any]:
+def _answers(data: Data, find: Callable[[], Path | None], require_output: bool) -> Iterator[Any]:
     sources = []
     for split in ("train", "valid"):
         said: list[Event] = []
-        sources.append(load_rows(data, split, listener=said.append))
+        sources.append(load_rows(data, split, listener=said.append, require_output=require_output))
         yield sources[-1], said
     renderer = Renderer(data)
     rules = rules_for(sources, renderer, find)

@@ -43,6 +43,38 @@ def test_each_method_trains_on_its_sequences_and_says_so(typed, tmp_path, method
         assert result["teacher_tokens"] == 0, "its samples are all that is asked of it"
 
 
+@pytest.mark.parametrize("chosen", [("--set", "schedule.kind=on"), ("--method", "seqkd"), ("--method", "skd")])
+def test_prompts_alone_train_as_the_same_rows_with_responses(typed, tmp_path, chosen):
+    losses = {}
+    for name in ("prompts", "pairs"):
+        rows = [{"instruction": f"Say {i}."} | ({"output": f"{i}"} if name == "pairs" else {}) for i in range(40)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        method = "kd" if chosen[0] == "--set" else chosen[1]
+        more = chosen if chosen[0] == "--set" else ()
+        command = distill(method, *more, "--data", tmp_path / f"{name}.jsonl", "--steps", 4, "--output", name)
+        code, result, err = typed(*command, "--set", "eval.report_rows=2")
+        assert code == 0, err
+        assert (result["valid_loss"] is None) == (name == "prompts")
+        assert ("no held-out row has a response: no validation" in err) == (name == "prompts")
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses["pairs"]) == 4
+    assert losses["prompts"] == pytest.approx(losses["pairs"], rel=1e-5)
+
+
+def test_prompts_alone_are_refused_where_responses_are_read(typed, tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"prompt": f"Say {i}."}) + "\n" for i in range(40)))
+    refused = {
+        ("--method", "distillm"): "a.jsonl:1: no response column",
+        ("--method", "minillm"): "a.jsonl:1: no response column",
+        ("--set", "schedule.kind=on", "--set", "student.sft_epochs=1"): "a.jsonl:1: no response column",
+        ("--set", "schedule.kind=on", "--set", "train.select=valid_loss"): "train.select = valid_loss needs them",
+    }
+    for more, what in refused.items():
+        code, _, err = typed(*distill("kd", *more, "--data", tmp_path / "a.jsonl", "--steps", 1, "--output", "run"))
+        assert (code, what in err) == (3, True), err
+
+
 def test_samples_made_with_generate_are_trained_on_and_bad_files_are_named_before_models_are_loaded(typed, tmp_path):
     rows = [{"instruction": f"Say {word}.", "output": word} for word in ("one", "two", "six", "ten", "red", "sun")]
     source = tmp_path / "train.jsonl"
