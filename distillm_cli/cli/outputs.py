@@ -29,9 +29,9 @@ MODEL_FILES = (
     "config.json", "generation_config.json", "model.safetensors",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template.jinja", "model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors",
-    "model-*-of-*.safetensors", manifest.MANIFEST,
+    "model-*-of-*.safetensors",
 )  # fmt: skip
-_FILES = (METRICS, *MODEL_FILES, ".staging-*")
+_FILES = (METRICS, manifest.MANIFEST, *MODEL_FILES, ".staging-*")
 _FOLDERS = {
     CHECKPOINTS: ("step-*", ".staging-*", f"{REMOVED}*"),
     EVAL: ("report/*.json", "*/*/results.json", "*/*/predictions-*.jsonl", "**/.staging-*"),

@@ -20,13 +20,14 @@ from distillm_cli.cli.host import available_memory
 from distillm_cli.cli.measuring import check_answers, check_metric
 from distillm_cli.cli.teaching import Keeping, check_rows, disk_free, plan_keeping, uses_rows
 from distillm_cli.config.load import Resolved
-from distillm_cli.config.schema import Recipe
+from distillm_cli.config.schema import Data, Recipe
 from distillm_cli.config.stages import sft_before
 from distillm_cli.core.events import Listener, Note, silent
 from distillm_cli.core.scheduler import Scheduler
 from distillm_cli.data.batching import Examples, steps_per_epoch, tokenise
 from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.sources import Rows, is_path, load_rows, local_place
+from distillm_cli.data.templates import settled_template
 from distillm_cli.errors import DataError
 from distillm_cli.models import lora
 from distillm_cli.models.composite import freeze_rest, is_composite
@@ -143,7 +144,8 @@ def of_shapes(
     examples = None
     tokenizer = student.tokenizer
     if rows is not None and tokenizer is not None:
-        encoder = Encoder(tokenizer, recipe.data, is_encoder_decoder=student.is_encoder_decoder)
+        how = {"is_encoder_decoder": student.is_encoder_decoder, "needs_responses": recipe.needs_responses}
+        encoder = Encoder(tokenizer, _asked_in(recipe, rows, student, teacher), **how)
         examples = tokenise(rows, encoder, recipe.data, silent, _context(student, teacher))
         lengths = _measured(recipe, examples)
     else:
@@ -178,6 +180,18 @@ def of_shapes(
         listener(Note(note))
     found = _told(sized, "GPU" if is_open else str(device), dtype, {"student": torch.float32, "teacher": teacher_dtype})
     return found | {"data": data, "notes": notes} | ({} if kept is None else {"teacher_cache": kept}), student
+
+
+def _asked_in(recipe: Recipe, rows: Rows, student: Shape, teacher: Shape | None) -> Data:
+    """The recipe's data section with the template that a run would settle on."""
+    own = student.tokenizer.chat_template
+    other = own if teacher is None or teacher.tokenizer is None else teacher.tokenizer.chat_template
+    if own is None:
+        student.tokenizer.chat_template = other
+    if recipe.data.template != "auto":
+        return recipe.data
+    template = settled_template(rows, own is not None and other is not None)
+    return recipe.data if template is None else recipe.data.model_copy(update={"template": template[0]})
 
 
 def _with_fine_tuning(run: costs.Run, resolved: Resolved) -> costs.Run:

@@ -34,7 +34,7 @@ RECORD, SAMPLES, LOCK = "stage.json", "samples.jsonl", ".run.lock"
 FORMAT = 1
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 _BESIDE_WEIGHTS = (".json", ".jinja", ".txt", ".model", ".arrow", *FORMATS, *COMPRESSIONS)
-_NOT_OF_A_MODEL = {"stage.json", "metrics.jsonl"}
+_NOT_OF_A_MODEL = {"stage.json", "metrics.jsonl", "manifest.json"}
 _BLOCKS, _BLOCK = 64, 1 << 16
 
 _SHAPING = {"generate": (*SAMPLING, "student.dtype"), "eval": ("student.dtype",)}
