@@ -55,9 +55,9 @@ def read(directory: Path) -> dict | None:
     path = directory / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
     except (OSError, ValueError) as error:
+        if not path.parent.is_dir() or isinstance(error, FileNotFoundError):
+            return None
         hint = f"copy or download it again, or delete it to use {directory} unchecked"
         raise CheckpointError(f"cannot read {path}: {error}", hint=hint) from error
     if not (isinstance(manifest, dict) and {"format", "files"} <= manifest.keys()):

@@ -102,7 +102,8 @@ def test_a_pair_of_two_families_with_one_tokenizer(typed, tmp_path):
 def test_rows_of_chat_train_a_model_from_scratch_and_students_of_it(typed, tmp_path):
     """Only the tokenizer that such a model takes over can write them: it alone has the chat template."""
     tokens = tiny.tokenizer(string.printable)
-    tokens.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}[reply] "
+    turns = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
+    tokens.chat_template = turns + "{% if add_generation_prompt %}[assistant] {% endif %}"
     tokens.save_pretrained(tmp_path / "tokens")
     said = [("user", "hi"), ("assistant", "yo"), ("user", "and?"), ("assistant", "bye")]
     messages = [{"role": role, "content": text} for role, text in said]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
@@ -24,6 +25,7 @@ from distillm_cli.cli.resuming import checkpoint_of
 from distillm_cli.config.schema import Recipe
 from distillm_cli.config.shaping import shaping
 from distillm_cli.core.checkpoint import Checkpoints
+from distillm_cli.core.progress import Progress
 from distillm_cli.errors import CheckpointError
 from tests.typed import call
 
@@ -187,6 +189,7 @@ def test_a_model_that_has_diverged_is_named_before_anything_is_trained_or_scored
     model = AutoModelForCausalLM.from_pretrained(broken)
     model.get_input_embeddings().weight.data.fill_(float("nan"))
     model.save_pretrained(broken)
+    (broken / "manifest.json").unlink()  # otherwise the change itself is named
     said = f"the model's logits are not finite; {broken}; its weights have diverged or are damaged"
     for argv in (
         distill_argv(place, tmp_path / "out", "--teacher", broken),
@@ -241,6 +244,7 @@ def another_model(home, name):
     model = AutoModelForCausalLM.from_pretrained(home / name)
     model.get_input_embeddings().weight.data.mul_(1.01)
     model.save_pretrained(home / name)
+    (home / name / "manifest.json").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize(
@@ -287,11 +291,12 @@ def test_a_checkpoint_that_wrote_down_what_its_run_never_read_is_this_recipes_al
     recipe = Recipe.model_validate({"method": "kd", "data": {"source": "rows.jsonl"}, "schedule": {"kind": "off"}})
     written = shaping(recipe) | {"data.size": 8000, "rollout.teacher_mix": 0.5, "of.long.ago": 1}
     checkpoints = Checkpoints(tmp_path / "checkpoints", lambda place: None, keep=1)
-    checkpoints.write(3, {"recipe": written | {"train.lr": 1.0}, "progress": {}}, {})
+    progress = asdict(Progress())
+    checkpoints.write(3, {"recipe": written | {"train.lr": 1.0}, "progress": progress}, {})
     with pytest.raises(CheckpointError, match=r"of.long.ago was 1, now None \(and 1 more\)"):
         checkpoint_of(tmp_path, recipe)
     del written["of.long.ago"]
-    checkpoints.write(4, {"recipe": written, "progress": {}}, {})
+    checkpoints.write(4, {"recipe": written, "progress": progress}, {})
     assert checkpoint_of(tmp_path, recipe).path.name == "step-000004"
 
 
@@ -378,6 +383,7 @@ def bad_inputs(place, tmp_path):
     tokens = json.loads((other / "tokenizer.json").read_text())
     text = json.dumps(tokens)
     (other / "tokenizer.json").write_text(text.replace('"a":', '"a_":').replace('"a"', '"a_"'))
+    (other / "manifest.json").unlink()
     full = tmp_path / "full"
     full.mkdir()
     (full / "file").touch()

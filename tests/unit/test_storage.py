@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from distillm_cli import storage
-from distillm_cli.cli import outputs
+from distillm_cli.cli import outputs, training
 from distillm_cli.cli.app import main
 from distillm_cli.cli.inputs import check_spared
 from distillm_cli.config.schema import Recipe
@@ -211,7 +211,14 @@ def test_a_disk_that_is_full_as_the_model_is_published_publishes_nothing(tmp_pat
     for path in [*Path("run").glob("*.json"), *Path("run").glob("adapter*"), Path("run/README.md")]:
         path.unlink(missing_ok=True)
     before = {path.name for path in Path("run").iterdir()}
-    with file_size(20_000):
+    publish = training.publish
+
+    def on_a_full_disk(*arguments):
+        with file_size(20_000):
+            publish(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "publish", on_a_full_disk)
         code, _, err = call(capsys, *argv, "--resume")
     assert code == 8
     assert err.startswith("error: cannot write the model into run: File too large; ")
