@@ -210,28 +210,29 @@ class ChatTemplate:
 
     def _write(self, row: Any, messages: SequenceOf[Message], *, prompting: bool = False) -> str:
         """The template's output. Raises ModelError, DataError. row: None for a conversation of the project's own."""
+        given, arguments = self._given(row, messages)
+        try:
+            return self.tokenizer.apply_chat_template(
+                given.pop("messages"), add_generation_prompt=prompting, tokenize=False, **given, **arguments
+            )
+        except Exception as error:  # templates are programs: they fail in as many ways as programs do
+            raise self._refusal(row, error) from error
+
+    def _given(self, row: Any, messages: SequenceOf[Message]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the template receives of a row: messages, tools, documents and its own text; and further arguments."""
         tools = self.tools if row is None or row.tools is None else row.tools
         documents = self.documents if row is None or row.documents is None else row.documents
         arguments = self.arguments if row is None else self.arguments | (row.template_kwargs or {})
-        messages = [_without(message, _FLAGS) for message in messages]
-        messages = [_in_form(message, self.content) for message in messages]
+        messages = [_in_form(_without(message, _FLAGS), self.content) for message in messages]
         if self.written:
             messages = [self._marked_message(message) for message in messages]
             tools, documents = marked(tools, self._control), marked(documents, self._control)
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages,
-                tools=list(tools) if tools else None,
-                documents=list(documents) if documents else None,
-                chat_template=self._source(bool(tools)),
-                add_generation_prompt=prompting,
-                tokenize=False,
-                **arguments,
-            )
-        except ModelError:
-            raise
-        except Exception as error:  # templates are programs: they fail in as many ways as programs do
-            raise self._refusal(row, error) from error
+        return {
+            "messages": messages,
+            "tools": list(tools) if tools else None,
+            "documents": list(documents) if documents else None,
+            "chat_template": self._source(bool(tools)),
+        }, arguments
 
     def _refusal(self, row: Any, error: Exception) -> DataError | ModelError:
         from jinja2 import TemplateSyntaxError
@@ -371,19 +372,19 @@ class ChatTemplate:
 
     def _generation_spans(self, row: Any, conversation: SequenceOf[Message]) -> list[tuple[int, int]]:
         """The spans that the template marks with ``{% generation %}``, empty where it marks none."""
-        tools = self.tools if row.tools is None else row.tools
-        source = self._source(bool(tools))
-        if not _GENERATION.search(source):
+        given, arguments = self._given(row, conversation)
+        if not _GENERATION.search(given["chat_template"]):
             return []
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        _, spans = render_jinja_template(
-            conversations=[[_without(message, _FLAGS) for message in conversation]],
-            tools=list(tools) if tools else None,
-            chat_template=source,
-            return_assistant_tokens_mask=True,
-            **{**self.tokenizer.special_tokens_map, **self.arguments, **(row.template_kwargs or {})},
-        )
+        try:
+            _, spans = render_jinja_template(
+                conversations=[given.pop("messages")],
+                return_assistant_tokens_mask=True,
+                **{**self.tokenizer.special_tokens_map, **given, **arguments},
+            )
+        except Exception as error:
+            raise self._refusal(row, error) from error
         return [(int(start), int(end)) for start, end in spans[0]]
 
     # --------------------------------------------------------------------------------------------- the format's ends
