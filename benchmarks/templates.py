@@ -22,10 +22,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from lab import last_json
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging
-
-from benchmarks.lab import last_json
 
 # Family → its end-of-sequence token, and the token that ends an answer.
 FAMILIES = {
