@@ -28,6 +28,7 @@ MARK_START, MARK_END = "\ue0d0", "\ue0d1"
 _NO_MARKS = {ord(MARK_START): None, ord(MARK_END): None}
 _STRFTIME = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(?P<quote>["'])(?P<format>[^"']*)(?P=quote)\s*\)""")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_THOUGHT = re.compile(r"\A.*(?:</think(?:ing)?>|\[/THINK\]|<\|END_THINKING\|>)", re.DOTALL)
 _TEMPLATE_HINT = "check the row, skip such rows with --skip-bad-rows, or choose another --set data.template=plain"
 
 
@@ -208,25 +209,26 @@ class ChatTemplate:
             return marked(message, self._control)
         return marked(message, "|".join(map(re.escape, self._special)) or "(?!)")
 
-    def _write(self, row: Any, messages: SequenceOf[Message], *, prompting: bool = False) -> str:
-        """The template's output. Raises ModelError, DataError. row: None for a conversation of the project's own."""
+    def _given(self, row: Any, messages: SequenceOf[Message]) -> tuple[list[Message], dict[str, Any], dict[str, Any]]:
+        """Return what the template receives: messages, the template with tools and documents, and other arguments."""
         tools = self.tools if row is None or row.tools is None else row.tools
         documents = self.documents if row is None or row.documents is None else row.documents
         arguments = self.arguments if row is None else self.arguments | (row.template_kwargs or {})
+        given: dict[str, Any] = {"chat_template": self._source(bool(tools))}
         messages = [_without(message, _FLAGS) for message in messages]
         messages = [_in_form(message, self.content) for message in messages]
         if self.written:
             messages = [self._marked_message(message) for message in messages]
             tools, documents = marked(tools, self._control), marked(documents, self._control)
+        given |= {"tools": list(tools) if tools else None, "documents": list(documents) if documents else None}
+        return messages, given, arguments
+
+    def _write(self, row: Any, messages: SequenceOf[Message], *, prompting: bool = False) -> str:
+        """The template's output. Raises ModelError, DataError. row: None for a conversation of the project's own."""
+        messages, given, arguments = self._given(row, messages)
         try:
             return self.tokenizer.apply_chat_template(
-                messages,
-                tools=list(tools) if tools else None,
-                documents=list(documents) if documents else None,
-                chat_template=self._source(bool(tools)),
-                add_generation_prompt=prompting,
-                tokenize=False,
-                **arguments,
+                messages, add_generation_prompt=prompting, tokenize=False, **given, **arguments
             )
         except ModelError:
             raise
@@ -280,6 +282,7 @@ class ChatTemplate:
                     "use a template with {% generation %}: --set data.chat_template=FILE",
                 )
             start, end = spans[-1]
+            start = max(start, self._shared(prompt, whole))
             closing = self._closing(whole[start:end])
             return (start, end, False, self.end.token) if closing is None else (start, start + closing[1], True, None)
         return (start, *self._end_of(row, conversation, whole, start))
@@ -307,13 +310,14 @@ class ChatTemplate:
         if start < len(prompt) or (end := self._as_prefix(row, conversation, k, whole, start)) is None:
             spans = self._generation_spans(row, conversation)
             if len(spans) == sum(message["role"] == "assistant" for message in conversation):
-                start, end = spans[sum(message["role"] == "assistant" for message in conversation[:k])]
-                closing = self._closing(whole[start:end])
-                return start, end if closing is None else start + closing[1]
+                begin, end = spans[sum(message["role"] == "assistant" for message in conversation[:k])]
+                start = max(begin, self._shared(prompt, whole))
+                closing = re.search(rf"(?:\s*(?:{self._control}))+\s*\Z", whole[start:end])
+                return start, end if closing is None else start + self._ending(row, conversation, k, closing)
             first, content_end = self._content(row, conversation, k, whole)
             start = min(start, first)
             found = re.compile(f"(?:{self._control})+").search(whole, content_end)
-            end = content_end if found is None else self._ending(whole, found)
+            end = content_end if found is None else self._ending(row, conversation, k, found)
         if end <= start:
             raise DataError(
                 f"{row.where}: the chat template writes message {k + 1}, an answer, in another way once others follow it",
@@ -362,27 +366,43 @@ class ChatTemplate:
         token = token or next((m for m in reversed(found) if m[0] in self._special), None)
         return None if token is None else (closing.start() + token.start(), closing.start() + token.end())
 
-    def _ending(self, whole: str, run: re.Match[str]) -> int:
-        """The end of the end-of-turn token in a run of control tokens of the whole conversation."""
-        found = list(re.finditer(self._control, run[0]))
+    def _ending(self, row: Any, conversation: SequenceOf[Message], k: int, run: re.Match[str]) -> int:
+        """The end of message ``k`` in the control tokens behind its content.
+
+        A token that ends it only because others follow (gpt-oss's ``<|end|>``) does not belong to it: nothing stops there.
+        """
+        try:
+            closing = self._closing(part := self._write(row, conversation[: k + 1]))
+        except DataError:
+            closing = None
+        own = None if closing is None else part[slice(*closing)]
         known = {*self.stops, self.end.token}
-        token = next((m for m in found if self._ids[m[0]] in known), found[0])
-        return run.start() + token.end()
+        found = list(re.finditer(self._control, run[0]))
+        token = next((m for m in found if self._ids[m[0]] in known or m[0] == own), None)
+        if token is None and own is None:
+            token = found[0]
+        return run.start() + (0 if token is None else token.end())
+
+    def _shared(self, prompt: str, whole: str) -> int:
+        """Length of what a prompt and the whole conversation have in common, no control token cut in two."""
+        shared = _common(prompt, whole)
+        cut = (m.start() for m in re.finditer(self._control, whole) if m.start() < shared < m.end())
+        return next(cut, shared)
 
     def _generation_spans(self, row: Any, conversation: SequenceOf[Message]) -> list[tuple[int, int]]:
         """The spans that the template marks with ``{% generation %}``, empty where it marks none."""
-        tools = self.tools if row.tools is None else row.tools
-        source = self._source(bool(tools))
-        if not _GENERATION.search(source):
+        messages, given, arguments = self._given(row, conversation)
+        if not _GENERATION.search(given["chat_template"]):
             return []
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        # As apply_chat_template calls it, which gives the spans in tokens alone.
+        messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
         _, spans = render_jinja_template(
-            conversations=[[_without(message, _FLAGS) for message in conversation]],
-            tools=list(tools) if tools else None,
-            chat_template=source,
+            conversations=[messages],
             return_assistant_tokens_mask=True,
-            **{**self.tokenizer.special_tokens_map, **self.arguments, **(row.template_kwargs or {})},
+            **given,
+            **{**self.tokenizer.special_tokens_map, **arguments},
         )
         return [(int(start), int(end)) for start, end in spans[0]]
 
@@ -446,8 +466,8 @@ def _is_trained(message: Message) -> bool:
 
 
 def _holds(target: str, text: str) -> bool:
-    """Whether a target ends with about this text; templates may trim it and drop reasoning before it."""
-    plain = text.translate(_NO_MARKS).strip()[-20:]
+    """Whether a target has the end of this text; templates may trim it, and write reasoning before it in their own way."""
+    plain = _THOUGHT.sub("", text.translate(_NO_MARKS)).strip()[-20:]
     return plain in target.translate(_NO_MARKS)
 
 
