@@ -39,8 +39,8 @@ class Text:
     text: prompt and response together. cut: where the response begins, in characters. end: where it ends; what the
     template writes after it is not used. turns: (start, end) of the earlier answers to supervise. is_closed: the response
     holds the token that ends it. is_chat: the chat template wrote it, beginning-of-sequence token included.
-    end_id: the token to append where it is not closed, None for the usual one. ignored: fields of the answer that the
-    template does not write.
+    end_id: the token to append where it is not closed, None for the usual one. ends: ids of the tokens that end the answers
+    to supervise, the usual one aside. ignored: fields of the answer that the template does not write.
     """
 
     text: str
@@ -50,6 +50,7 @@ class Text:
     is_closed: bool = False
     is_chat: bool = False
     end_id: int | None = None
+    ends: frozenset[int] = frozenset()
     ignored: frozenset[str] = frozenset()
 
 
@@ -170,7 +171,10 @@ class ChatTemplate:
         cut, end, closed, end_id = self._last(row, conversation, whole)
         ignored = self._check_written(row, conversation[-1], whole[cut:end])
         turns = tuple(self._earlier(row, conversation, k, whole) for k in wanted[:-1])
-        return Text(whole, cut, end, turns, closed, is_chat=True, end_id=end_id, ignored=ignored)
+        closings = [self._stop(whole[start:stop]) for start, stop in turns]
+        closings.append(end_id if not closed else self._closing_id(whole[cut:end]))
+        ends = frozenset(token for token in closings if token is not None)
+        return Text(whole, cut, end, turns, closed, is_chat=True, end_id=end_id, ends=ends, ignored=ignored)
 
     def _check_written(self, row: Any, answer: Message, target: str) -> frozenset[str]:
         """Return the fields of an answer that the template leaves out: reasoning, which some templates never write.
@@ -192,8 +196,8 @@ class ChatTemplate:
         """A response that a model wrote behind the prompt: it is the text, whatever the template would make of it."""
         prompt = self.prompt(row)
         text = prompt + row.raw
-        closing = self._closing(row.raw)
-        is_closed = closing is not None and closing[1] == len(row.raw) and not row.cut
+        # Where the response ended as answers do, the file leaves that token out: any other is one that models stop at.
+        is_closed = self._stop(row.raw) is not None and not row.cut
         return Text(text, len(prompt), len(text), is_closed=is_closed, is_chat=True, end_id=self.end.token)
 
     def _messages(self, row: Any) -> list[Message]:
@@ -365,6 +369,16 @@ class ChatTemplate:
         token = next((m for m in found if self._ids[m[0]] in known), None)
         token = token or next((m for m in reversed(found) if m[0] in self._special), None)
         return None if token is None else (closing.start() + token.start(), closing.start() + token.end())
+
+    def _closing_id(self, answer: str) -> int | None:
+        closing = self._closing(answer)
+        return None if closing is None else self._ids[answer[slice(*closing)]]
+
+    def _stop(self, answer: str) -> int | None:
+        """The token at the end of an answer, where models stop at it."""
+        closing = self._closing(answer)
+        token = None if closing is None or closing[1] < len(answer) else self._ids[answer[slice(*closing)]]
+        return token if token in self.stops or token == self.end.token else None
 
     def _ending(self, row: Any, conversation: SequenceOf[Message], k: int, run: re.Match[str]) -> int:
         """The end of message ``k`` in the control tokens behind its content.

@@ -1,10 +1,13 @@
-"""Answers that a template marks, reformats, or ends in another way once others follow."""
+"""Answers that a template marks, reformats, or ends in ways of their own."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from distillm_cli.data.batching import tokenise
 from tests.chat_models import CALLS, USER, loop
 from tests.unit.test_chat import bot, encoder, supervised, talk, user
 
@@ -75,3 +78,46 @@ def test_a_token_that_ends_only_earlier_turns_is_never_learned():
     assert supervised(made, sequence) == ["<chan>final<msg>two", last]
     turns = sequence.prompt[sequence.turns]
     assert not np.isin(turns, made.tokenizer.convert_tokens_to_ids(["<end>", "<stop>"])).any()
+
+
+TOOL_END = (  # tool calls end with <stop>, other answers with <end>
+    USER
+    + "<bot>{{ m.content or '' }}"
+    + CALLS
+    + "{%- if m.tool_calls -%}<stop>{%- else -%}<end>{%- endif -%}{%- endif -%}"
+)
+
+
+def test_rows_that_end_with_another_token_are_not_cut():
+    made = encoder(loop(TOOL_END, "<bot>"), ("<eos>",))
+    row = talk(user("one?"), bot(None, tool_calls=CALL))
+    found = tokenise([row], made, made.data)
+    assert found.truncated == 0
+    assert made.tokenizer.convert_ids_to_tokens(sorted(found.ends)) == ["<stop>"]
+    whole = found.lengths[0]
+    short = encoder(loop(TOOL_END, "<bot>"), ("<eos>",), max_length=int(whole) - 2, too_long="truncate")
+    assert tokenise([row], short, short.data).truncated == 1
+
+
+@pytest.mark.parametrize("header", [False, True], ids=["a token of its own", "the next header"])
+def test_a_correct_tool_call_equals_its_reference(header):
+    """GLM's calls end with the header of the tool's turn, which the template writes once that turn is there."""
+    plain = "{%- if m.role == 'tool' -%}<sys>{{ m.content }}{%- elif m.role != 'assistant' -%}<user>{{ m.content }}"
+    headers = plain + "{%- else -%}<bot>{{ m.content or '' }}" + CALLS + "{%- endif -%}"
+    made = encoder(loop(headers if header else TOOL_END, "<bot>"), ("<eos>", "<user>", "<sys>", "<stop>"))
+    row = talk(user("one?"), bot(None, tool_calls=CALL))
+    sequence = made.sequence(row, 0)
+    end = "<sys>" if header else "<stop>"
+    assert made.tokenizer.convert_ids_to_tokens(int(sequence.response[-1])) == end
+    assert (made.decode(sequence.prompt, sequence.response),) == made.references(row)
+
+
+@pytest.mark.parametrize("answer", ["two<chan>", "<chan>final<msg>", "two"])
+def test_a_sample_that_closes_with_structure_still_ends(answer):
+    """As Cohere and LFM2 write answers and calls: another token closes the content, and then the turn ends."""
+    made = encoder(loop(USER + "<bot>{{ m.content }}<end>{%- endif -%}", "<bot>"), ("<eos>", "<stop>"))
+    asked = talk(user("one?"), bot("x"))
+    response = np.append(made.tokenizer(answer, add_special_tokens=False)["input_ids"], made.renderer.chat.end.token)
+    written = made.decode(made.prompt_ids(asked), response)
+    read = made.sequence(replace(asked, answer=None, references=(written,), raw=written), 0)
+    assert read.response.tolist() == response.tolist()
