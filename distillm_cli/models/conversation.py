@@ -162,6 +162,13 @@ def add_stops(model: Backbone, ends: Iterable[int], *, after: bool = False) -> N
     generation_config(model).eos_token_id = [*others, *ends] if after else [*ends, *others]
 
 
+def usual_end(model: Backbone) -> int | None:
+    """Return the token that a model's responses usually end with: the first of its generation config."""
+    declared = generation_config(model).eos_token_id
+    first = next(iter(declared), None) if isinstance(declared, list | tuple) else declared
+    return first if first in model.stop_ids else model.tokenizer.eos_token_id
+
+
 def generation_config(model: Backbone) -> GenerationConfig:
     """Return the model's generation config, made where it has none."""
     if getattr(model.model, "generation_config", None) is None:
