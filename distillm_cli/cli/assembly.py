@@ -41,7 +41,7 @@ from distillm_cli.errors import DataError, ModelError
 from distillm_cli.models import router
 from distillm_cli.models.composite import copy_processor, is_composite
 from distillm_cli.models.contexts import longrope_bound
-from distillm_cli.models.conversation import generation_config
+from distillm_cli.models.conversation import add_stops, generation_config
 from distillm_cli.models.devices import resolve_device, resolve_dtype
 from distillm_cli.models.fingerprint import fingerprint
 from distillm_cli.models.tokenizer_files import OwnTokenizers, quiet
@@ -224,6 +224,8 @@ def _prepared(recipe: Recipe, listener: Listener, early: Early) -> Prepared:
         _warn_of_longrope(pair, min(recipe.data.max_length, context or recipe.data.max_length), listener)
         train = tokenise(train_rows, encoder, recipe.data, listener, context, ahead)
         valid = tokenise(valid_rows, encoder, recipe.data, listener, context, ahead)
+    for model in pair.models.values():
+        add_stops(model, sorted(train.ends - encoder.ends), after=True)
     if recipe.train.gradient_checkpointing:
         _checkpoint_activations(pair.student)
     dtype = resolve_dtype(recipe.student.dtype, device)

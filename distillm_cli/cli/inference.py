@@ -21,7 +21,7 @@ from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.sources import Row
 from distillm_cli.errors import RecipeError
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.models.conversation import read_template, set_languages
+from distillm_cli.models.conversation import read_template, set_languages, usual_end
 from distillm_cli.models.pair import load_backbone, resolve_device, resolve_dtype
 from distillm_cli.sequences import Sequence, collate
 
@@ -116,7 +116,8 @@ def load(model: str, recipe: Recipe, listener: Listener) -> tuple[Backbone, Enco
         backbone.tokenizer.chat_template = read_template(recipe.data.chat_template)
     set_languages(backbone.tokenizer, recipe.data, [backbone])
     stops, is_seq2seq = backbone.stop_ids, backbone.is_encoder_decoder
-    return backbone, Encoder(backbone.tokenizer, recipe.data, is_encoder_decoder=is_seq2seq, stops=stops)
+    how = {"is_encoder_decoder": is_seq2seq, "stops": stops, "end": usual_end(backbone)}
+    return backbone, Encoder(backbone.tokenizer, recipe.data, **how)
 
 
 def name_template(encoder: Encoder, rows: Iterable[Row], listener: Listener) -> None:

@@ -38,7 +38,7 @@ class Examples:
     responses that were cut. unsupervised: rows without an answer to train on. refused: rows that could not be written,
     with the reason each (``data.skip_bad_rows``). moved: rows in which a token spans the end of the prompt. written: rows
     that have a special token in their text, by token. ignored: rows with a field that the chat template does not write,
-    by field.
+    by field. ends: the tokens that answers end with, the usual one aside.
     """
 
     sequences: list[Sequence]
@@ -51,6 +51,7 @@ class Examples:
     moved: int = 0
     written: dict[str, list[Row]] = field(default_factory=dict)
     ignored: Counter[str] = field(default_factory=Counter)
+    ends: set[int] = field(default_factory=set)
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -89,8 +90,8 @@ def tokenise(
             if not isinstance(outcome, Encoded):
                 left_out.append(outcome)
                 continue
-            response = outcome.sequence.response
-            truncated += len(response) > 0 and int(response[-1]) not in encoder.ends
+            truncated += outcome.cut
+            examples.ends.update(outcome.ends)
             moved += outcome.moved
             examples.ignored.update(outcome.ignored)
             for token in outcome.written:

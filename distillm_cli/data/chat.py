@@ -28,6 +28,7 @@ MARK_START, MARK_END = "\ue0d0", "\ue0d1"
 _NO_MARKS = {ord(MARK_START): None, ord(MARK_END): None}
 _STRFTIME = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(?P<quote>["'])(?P<format>[^"']*)(?P=quote)\s*\)""")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_THOUGHT = re.compile(r"\A.*(?:</think(?:ing)?>|\[/THINK\]|<\|END_THINKING\|>)", re.DOTALL)
 _TEMPLATE_HINT = "check the row, skip such rows with --skip-bad-rows, or choose another --set data.template=plain"
 
 
@@ -38,8 +39,8 @@ class Text:
     text: prompt and response together. cut: where the response begins, in characters. end: where it ends; what the
     template writes after it is not used. turns: (start, end) of the earlier answers to supervise. is_closed: the response
     holds the token that ends it. is_chat: the chat template wrote it, beginning-of-sequence token included.
-    end_id: the token to append where it is not closed, None for the usual one. ignored: fields of the answer that the
-    template does not write.
+    end_id: the token to append where it is not closed, None for the usual one. ends: ids of the tokens that end the answers
+    to supervise, the usual one aside. ignored: fields of the answer that the template does not write.
     """
 
     text: str
@@ -49,6 +50,7 @@ class Text:
     is_closed: bool = False
     is_chat: bool = False
     end_id: int | None = None
+    ends: frozenset[int] = frozenset()
     ignored: frozenset[str] = frozenset()
 
 
@@ -169,7 +171,10 @@ class ChatTemplate:
         cut, end, closed, end_id = self._last(row, conversation, whole)
         ignored = self._check_written(row, conversation[-1], whole[cut:end])
         turns = tuple(self._earlier(row, conversation, k, whole) for k in wanted[:-1])
-        return Text(whole, cut, end, turns, closed, is_chat=True, end_id=end_id, ignored=ignored)
+        closings = [self._stop(whole[start:stop]) for start, stop in turns]
+        closings.append(end_id if not closed else self._closing_id(whole[cut:end]))
+        ends = frozenset(token for token in closings if token is not None)
+        return Text(whole, cut, end, turns, closed, is_chat=True, end_id=end_id, ends=ends, ignored=ignored)
 
     def _check_written(self, row: Any, answer: Message, target: str) -> frozenset[str]:
         """Return the fields of an answer that the template leaves out: reasoning, which some templates never write.
@@ -191,8 +196,8 @@ class ChatTemplate:
         """A response that a model wrote behind the prompt: it is the text, whatever the template would make of it."""
         prompt = self.prompt(row)
         text = prompt + row.raw
-        closing = self._closing(row.raw)
-        is_closed = closing is not None and closing[1] == len(row.raw) and not row.cut
+        # Where the response ended as answers do, the file leaves that token out: any other is one that models stop at.
+        is_closed = self._stop(row.raw) is not None and not row.cut
         return Text(text, len(prompt), len(text), is_closed=is_closed, is_chat=True, end_id=self.end.token)
 
     def _messages(self, row: Any) -> list[Message]:
@@ -208,31 +213,29 @@ class ChatTemplate:
             return marked(message, self._control)
         return marked(message, "|".join(map(re.escape, self._special)) or "(?!)")
 
-    def _write(self, row: Any, messages: SequenceOf[Message], *, prompting: bool = False) -> str:
-        """The template's output. Raises ModelError, DataError. row: None for a conversation of the project's own."""
-        given, arguments = self._given(row, messages)
-        try:
-            return self.tokenizer.apply_chat_template(
-                given.pop("messages"), add_generation_prompt=prompting, tokenize=False, **given, **arguments
-            )
-        except Exception as error:  # templates are programs: they fail in as many ways as programs do
-            raise self._refusal(row, error) from error
-
-    def _given(self, row: Any, messages: SequenceOf[Message]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What the template receives of a row: messages, tools, documents and its own text; and further arguments."""
+    def _given(self, row: Any, messages: SequenceOf[Message]) -> tuple[list[Message], dict[str, Any], dict[str, Any]]:
+        """Return what the template receives: messages, the template with tools and documents, and other arguments."""
         tools = self.tools if row is None or row.tools is None else row.tools
         documents = self.documents if row is None or row.documents is None else row.documents
         arguments = self.arguments if row is None else self.arguments | (row.template_kwargs or {})
-        messages = [_in_form(_without(message, _FLAGS), self.content) for message in messages]
+        given: dict[str, Any] = {"chat_template": self._source(bool(tools))}
+        messages = [_without(message, _FLAGS) for message in messages]
+        messages = [_in_form(message, self.content) for message in messages]
         if self.written:
             messages = [self._marked_message(message) for message in messages]
             tools, documents = marked(tools, self._control), marked(documents, self._control)
-        return {
-            "messages": messages,
-            "tools": list(tools) if tools else None,
-            "documents": list(documents) if documents else None,
-            "chat_template": self._source(bool(tools)),
-        }, arguments
+        given |= {"tools": list(tools) if tools else None, "documents": list(documents) if documents else None}
+        return messages, given, arguments
+
+    def _write(self, row: Any, messages: SequenceOf[Message], *, prompting: bool = False) -> str:
+        """The template's output. Raises ModelError, DataError. row: None for a conversation of the project's own."""
+        messages, given, arguments = self._given(row, messages)
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=prompting, tokenize=False, **given, **arguments
+            )
+        except Exception as error:  # templates are programs: they fail in as many ways as programs do
+            raise self._refusal(row, error) from error
 
     def _refusal(self, row: Any, error: Exception) -> DataError | ModelError:
         from jinja2 import TemplateSyntaxError
@@ -281,6 +284,7 @@ class ChatTemplate:
                     "use a template with {% generation %}: --set data.chat_template=FILE",
                 )
             start, end = spans[-1]
+            start = max(start, self._shared(prompt, whole))
             closing = self._closing(whole[start:end])
             return (start, end, False, self.end.token) if closing is None else (start, start + closing[1], True, None)
         return (start, *self._end_of(row, conversation, whole, start))
@@ -308,13 +312,14 @@ class ChatTemplate:
         if start < len(prompt) or (end := self._as_prefix(row, conversation, k, whole, start)) is None:
             spans = self._generation_spans(row, conversation)
             if len(spans) == sum(message["role"] == "assistant" for message in conversation):
-                start, end = spans[sum(message["role"] == "assistant" for message in conversation[:k])]
-                closing = self._closing(whole[start:end])
-                return start, end if closing is None else start + closing[1]
+                begin, end = spans[sum(message["role"] == "assistant" for message in conversation[:k])]
+                start = max(begin, self._shared(prompt, whole))
+                closing = re.search(rf"(?:\s*(?:{self._control}))+\s*\Z", whole[start:end])
+                return start, end if closing is None else start + self._ending(row, conversation, k, closing)
             first, content_end = self._content(row, conversation, k, whole)
             start = min(start, first)
             found = re.compile(f"(?:{self._control})+").search(whole, content_end)
-            end = content_end if found is None else self._ending(whole, found)
+            end = content_end if found is None else self._ending(row, conversation, k, found)
         if end <= start:
             raise DataError(
                 f"{row.where}: the chat template writes message {k + 1}, an answer, in another way once others follow it",
@@ -363,25 +368,54 @@ class ChatTemplate:
         token = token or next((m for m in reversed(found) if m[0] in self._special), None)
         return None if token is None else (closing.start() + token.start(), closing.start() + token.end())
 
-    def _ending(self, whole: str, run: re.Match[str]) -> int:
-        """The end of the end-of-turn token in a run of control tokens of the whole conversation."""
-        found = list(re.finditer(self._control, run[0]))
+    def _closing_id(self, answer: str) -> int | None:
+        closing = self._closing(answer)
+        return None if closing is None else self._ids[answer[slice(*closing)]]
+
+    def _stop(self, answer: str) -> int | None:
+        """The token at the end of an answer, where models stop at it."""
+        closing = self._closing(answer)
+        token = None if closing is None or closing[1] < len(answer) else self._ids[answer[slice(*closing)]]
+        return token if token in self.stops or token == self.end.token else None
+
+    def _ending(self, row: Any, conversation: SequenceOf[Message], k: int, run: re.Match[str]) -> int:
+        """The end of message ``k`` in the control tokens behind its content.
+
+        A token that ends it only because others follow (gpt-oss's ``<|end|>``) does not belong to it: nothing stops there.
+        """
+        try:
+            closing = self._closing(part := self._write(row, conversation[: k + 1]))
+        except DataError:
+            closing = None
+        own = None if closing is None else part[slice(*closing)]
         known = {*self.stops, self.end.token}
-        token = next((m for m in found if self._ids[m[0]] in known), found[0])
-        return run.start() + token.end()
+        found = list(re.finditer(self._control, run[0]))
+        token = next((m for m in found if self._ids[m[0]] in known or m[0] == own), None)
+        if token is None and own is None:
+            token = found[0]
+        return run.start() + (0 if token is None else token.end())
+
+    def _shared(self, prompt: str, whole: str) -> int:
+        """Length of what a prompt and the whole conversation have in common, no control token cut in two."""
+        shared = _common(prompt, whole)
+        cut = (m.start() for m in re.finditer(self._control, whole) if m.start() < shared < m.end())
+        return next(cut, shared)
 
     def _generation_spans(self, row: Any, conversation: SequenceOf[Message]) -> list[tuple[int, int]]:
         """The spans that the template marks with ``{% generation %}``, empty where it marks none."""
-        given, arguments = self._given(row, conversation)
+        messages, given, arguments = self._given(row, conversation)
         if not _GENERATION.search(given["chat_template"]):
             return []
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        # As apply_chat_template calls it, which gives the spans in tokens alone.
+        messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
         try:
             _, spans = render_jinja_template(
-                conversations=[given.pop("messages")],
+                conversations=[messages],
                 return_assistant_tokens_mask=True,
-                **{**self.tokenizer.special_tokens_map, **given, **arguments},
+                **given,
+                **{**self.tokenizer.special_tokens_map, **arguments},
             )
         except Exception as error:
             raise self._refusal(row, error) from error
@@ -447,8 +481,8 @@ def _is_trained(message: Message) -> bool:
 
 
 def _holds(target: str, text: str) -> bool:
-    """Whether a target ends with about this text; templates may trim it and drop reasoning before it."""
-    plain = text.translate(_NO_MARKS).strip()[-20:]
+    """Whether a target has the end of this text; templates may trim it, and write reasoning before it in their own way."""
+    plain = _THOUGHT.sub("", text.translate(_NO_MARKS)).strip()[-20:]
     return plain in target.translate(_NO_MARKS)
 
 

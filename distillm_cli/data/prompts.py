@@ -22,12 +22,15 @@ from distillm_cli.sequences import Sequence
 class Encoded:
     """A row as a sequence.
 
-    moved: a token spans the end of its prompt. written: special tokens in the row's own text. ignored: fields of its answer
-    that the chat template does not write.
+    moved: a token spans the end of its prompt. cut: its response is cut at the limit of length. ends: the tokens that its
+    answers end with, the usual one aside. written: special tokens in the row's own text. ignored: fields of its answer that
+    the chat template does not write.
     """
 
     sequence: Sequence
     moved: bool = False
+    cut: bool = False
+    ends: frozenset[int] = frozenset()
     written: frozenset[str] = frozenset()
     ignored: frozenset[str] = frozenset()
 
@@ -264,6 +267,8 @@ class Encoder:
             target = text.text[text.cut : text.end]
             for token in self.renderer.chat.end_tokens:
                 target = target.removesuffix(token)
+            if not text.is_closed and text.end_id is not None and text.end_id not in self.ends:
+                target += self.tokenizer.convert_ids_to_tokens(text.end_id)  # as ``decode`` leaves it
             found.append(target)
         return tuple(found)
 
@@ -291,7 +296,8 @@ class Encoder:
                 return over
             response = response[: limit - P].copy()
         written = self.special_tokens_of(row, text)
-        return Encoded(Sequence(prompt, response, index, turns), ids.moved, written, text.ignored)
+        sequence = Sequence(prompt, response, index, turns)
+        return Encoded(sequence, ids.moved, over is not None, text.ends, written, text.ignored)
 
     def _ended(self, row: Row, text: Text, ids: np.ndarray) -> np.ndarray:
         """The response with its first special tokens and its end, or without an end where it was cut; none of none."""

@@ -143,16 +143,30 @@ def settle_ends(pair: Pair, encoder: Encoder, is_chat: bool, listener: Listener)
             )
     for model in pair.models.values():
         add_stops(model, ends)
+    if is_chat and pair.teacher_stops is not None:  # its tool calls may end in another way than its answers
+        add_stops(pair.student, [token for token in pair.teacher_stops if token < pair.vocab], after=True)
 
 
-def add_stops(model: Backbone, ends: Iterable[int]) -> None:
-    """Add tokens to those that end a response; a saved model keeps them in its generation config."""
-    ends = list(ends)
+def add_stops(model: Backbone, ends: Iterable[int], *, after: bool = False) -> None:
+    """Add tokens to those that end a response; a saved model keeps them in its generation config.
+
+    after: behind the known ones. The first is the usual one.
+    """
     known = model.stop_ids
+    ends = [end for end in ends if not (after and end in known)]
     if all(end in known for end in ends):
         return
-    others = [token for token in sorted(known) if token not in ends]
-    generation_config(model).eos_token_id = [*ends, *others]
+    declared = generation_config(model).eos_token_id
+    listed = declared if isinstance(declared, list | tuple) else [declared]
+    others = [token for token in dict.fromkeys([*listed, *sorted(known)]) if token in known and token not in ends]
+    generation_config(model).eos_token_id = [*others, *ends] if after else [*ends, *others]
+
+
+def usual_end(model: Backbone) -> int | None:
+    """Return the token that a model's responses usually end with: the first of its generation config."""
+    declared = generation_config(model).eos_token_id
+    first = next(iter(declared), None) if isinstance(declared, list | tuple) else declared
+    return first if first in model.stop_ids else model.tokenizer.eos_token_id
 
 
 def generation_config(model: Backbone) -> GenerationConfig:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from distillm_cli.cli import assembly
 from tests import chat_models
-from tests.chat_models import CHAT
+from tests.chat_models import CALLS, CHAT, USER, loop
 
 LEARN = ["--batch-size", "4", "--lr", "3e-3", "--dtype", "fp32", "--device", "cpu", "--json"]
 QUIET = [f"--set={field}" for field in ("train.threads=1", "eval.report_rows=0", "train.save_steps=1000")]
@@ -93,6 +93,40 @@ def test_a_base_student_under_an_instruct_teacher_learns_to_stop(typed, tmp_path
     model = AutoModelForCausalLM.from_pretrained("kd")
     said = model.generate(ids["input_ids"], max_new_tokens=20, do_sample=False)[0, ids["input_ids"].shape[1] :]
     assert tokenizer.decode(said) == "eno<end>"
+
+
+def test_without_templates_the_teachers_end_is_learned_and_never_shown(typed, tmp_path):
+    """The student's own end-of-sequence token is another, and the output's tokenizer keeps it."""
+    rows = [{"instruction": f"{word}?", "output": word[::-1]} for word in ("one", "two", "six", "ten")]
+    data = lines(tmp_path / "rows.jsonl", rows)
+    teacher = chat_models.save(tmp_path / "teacher", template=None, eos="<end>")
+    student = chat_models.save(tmp_path / "student", template=None, width=48)
+    shared = [*on(data), "--set", "data.template=plain"]
+    code, _, err = typed("sft", "--model", teacher, *shared, "--steps", 120, "--output", "taught")
+    assert code == 0, err
+    pair = ["--teacher", "taught", "--student", student]
+    code, _, err = typed("distill", "--method", "kd", *pair, *shared, "--steps", 150, "--output", "kd")
+    assert code == 0, err
+    said, _ = asked(typed, "kd", "--data", data)
+    assert [(row["output"], row["complete"]) for row in said] == [(row["output"], True) for row in rows]
+    code, result, err = typed("eval", "kd", "--suite", data, "--greedy", "--json")
+    assert (code, result["suites"]["rows"]["exact_match"]["mean"]) == (0, 100.0), err
+
+
+@pytest.mark.parametrize("command", ["sft", "distill"])
+def test_a_student_stops_where_tool_calls_end(typed, tmp_path, command):
+    """Calls end with <stop> and other answers with <end>; the model's own configuration knows neither."""
+    end = "{%- if m.tool_calls -%}<stop>{%- else -%}<end>{%- endif -%}{%- endif -%}"
+    template = loop(USER + "<bot>{{ m.content or '' }}" + CALLS + end, "<bot>")
+    calls = [{"type": "function", "function": {"name": "get", "arguments": {"at": n}}} for n in range(4)]
+    data = lines(tmp_path / "rows.jsonl", questions(*({"content": None, "tool_calls": [call]} for call in calls)))
+    model = chat_models.save(tmp_path / "model", template)
+    models = ["--model", model] if command == "sft" else ["--teacher", model, "--student", model, "--method", "kd"]
+    code, _, err = typed(command, *models, *on(data), "--steps", 1, "--output", "a")
+    assert code == 0, err
+    assert "cut at" not in err
+    ends = AutoTokenizer.from_pretrained("a").convert_tokens_to_ids(["<end>", "<eos>", "<stop>"])
+    assert GenerationConfig.from_pretrained("a").eos_token_id == ends
 
 
 def test_a_tool_call_is_learned_generated_scored_and_read_back(typed, tmp_path):
