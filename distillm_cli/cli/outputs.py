@@ -20,6 +20,7 @@ except ImportError:  # Windows: two runs into one directory are then not told ap
     fcntl = None
 
 CHECKPOINTS, METRICS, RECIPE, EVAL = "checkpoints", "metrics.jsonl", "recipe.yaml", "eval"
+TEMPLATES = "additional_chat_templates"  # of tokenizers that have several
 CARD, MADE_WITH = "README.md", "**made with**: distillm"  # in a card of ours
 _MANY = 50  # settings: nobody writes so many by hand, each with a comment
 SFT = "sft"  # the stage before distillation, an output directory in the output directory
@@ -29,12 +30,14 @@ MODEL_FILES = (
     "config.json", "generation_config.json", "model.safetensors",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template.jinja", "model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors",
-    "model-*-of-*.safetensors",
+    "model-*-of-*.safetensors", "preprocessor_config.json", "image_processor_config.json", "processor_config.json",
+    "video_preprocessor_config.json",
 )  # fmt: skip
 _FILES = (METRICS, manifest.MANIFEST, *MODEL_FILES, ".staging-*")
 _FOLDERS = {
     CHECKPOINTS: ("step-*", ".staging-*", f"{REMOVED}*"),
     EVAL: ("report/*.json", "*/*/results.json", "*/*/predictions-*.jsonl", "**/.staging-*"),
+    TEMPLATES: ("*.jinja",),
 }
 
 
@@ -242,6 +245,11 @@ def publish(staged: Path, output: Path) -> None:
     open_as_others(staged)
     (output / manifest.MANIFEST).unlink(missing_ok=True)  # an earlier one, of what is replaced now
     published = [output / RECIPE]
+    if (staged / TEMPLATES).is_dir():
+        (output / TEMPLATES).mkdir(exist_ok=True)
+        for path in (staged / TEMPLATES).iterdir():
+            path.replace(output / TEMPLATES / path.name)
+        (staged / TEMPLATES).rmdir()
     for path in sorted(staged.iterdir(), key=lambda p: p.suffix == ".safetensors"):
         path.replace(output / path.name)
         if path.name != CARD:

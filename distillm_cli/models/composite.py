@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import huggingface_hub
 import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -19,18 +18,17 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import cached_file
 
 from distillm_cli.errors import ModelError
-from distillm_cli.models.places import adapters_of, locate
+from distillm_cli.models.places import adapters_of, file_of
 
-# Files of a processor beside the tokenizer's own, which `save_pretrained` of the tokenizer does not write.
+# Files of a processor beside the tokenizer's own, which `save_pretrained` of the tokenizer does not write. Its older
+# chat_template.json is not among them: transformers prefers it to the template that the tokenizer is saved with.
 PROCESSOR_FILES = (
     "preprocessor_config.json",
     "image_processor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
-    "chat_template.json",
 )
 
 
@@ -78,24 +76,7 @@ def copy_processor(path: str, revision: str | None, directory: Path) -> None:
     Files that ``directory`` has already, which the tokenizer wrote, are left as they are.
     """
     _, base, base_revision = adapters_of(path, revision)
-    name, local = locate(base)
     for file in PROCESSOR_FILES:
-        found = Path(name) / file if local else _fetched(name, file, base_revision)
-        if found is not None and found.is_file() and not (directory / file).exists():
+        found = file_of(base, file, base_revision)
+        if found is not None and not (directory / file).exists():
             shutil.copyfile(found, directory / file)
-
-
-def _fetched(name: str, file: str, revision: str | None) -> Path | None:
-    offline = huggingface_hub.constants.HF_HUB_OFFLINE
-    try:
-        found = cached_file(
-            name,
-            file,
-            revision=revision,
-            local_files_only=offline,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    except OSError:  # not on the hub, or not reachable
-        return None
-    return None if found is None else Path(found)

@@ -10,16 +10,13 @@ import math
 import re
 import struct
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-
 from distillm_cli.errors import ModelError
-from distillm_cli.models.places import CONFIG, base_in, cached, hub_is_there, locate
+from distillm_cli.models.places import CONFIG, base_in, file_of, locate
 
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
 _LARGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors format
@@ -54,20 +51,23 @@ class Facts:
 
 
 def read_facts(path: str, revision: str | None = None) -> Facts | None:
-    """Read the facts of a model directory or a hub name, of an adapter those of its base model.
+    """Read the facts of a model directory or a hub name, of an adapter those of its base model and its own chat template.
 
     Returns None where there is no readable config; whoever loads the model reports why.
     """
+    has_template = False
     try:
         for _ in range(4):  # adapters of adapters
-            adapter = _file(path, CONFIG, revision)
+            adapter = file_of(path, CONFIG, revision)
             if adapter is None:
                 break
+            has_template = has_template or _has_template(path, revision)
             path, revision = base_in(adapter)
-        file = _file(path, "config.json", revision)
+        file = file_of(path, "config.json", revision)
         if file is None:
             return _by_name(path)
-        return _from_config(_read(file), path, revision, file.parent)
+        facts = _from_config(_read(file), path, revision, file.parent)
+        return replace(facts, has_template=True) if has_template else facts
     except (ModelError, OSError, ValueError):
         return None
 
@@ -85,19 +85,6 @@ def _from_config(config: dict[str, Any], path: str, revision: str | None, direct
     )
 
 
-def _file(path: str, name: str, revision: str | None) -> Path | None:
-    """Return one of a model's small files, fetched from the hub where that is needed and possible."""
-    place, local = locate(path)
-    if local:
-        file = Path(place) / name
-        return file if file.is_file() else None
-    file = cached(place, name, revision)
-    if file is None and hub_is_there():
-        with suppress(Exception):  # no such file, no such repository, no access: the loader reports it
-            file = Path(huggingface_hub.hf_hub_download(place, name, revision=revision))
-    return file
-
-
 def _read(file: Path) -> dict[str, Any]:
     found = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(found, dict):
@@ -106,10 +93,10 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _has_template(path: str, revision: str | None) -> bool:
-    file = _file(path, "tokenizer_config.json", revision)
+    file = file_of(path, "tokenizer_config.json", revision)
     if file is not None and _read(file).get("chat_template"):
         return True
-    return any(_file(path, name, revision) for name in ("chat_template.jinja", "chat_template.json"))
+    return any(file_of(path, name, revision) for name in ("chat_template.jinja", "chat_template.json"))
 
 
 def _in_headers(directory: Path) -> int | None:

@@ -14,6 +14,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,7 +29,7 @@ from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.composite import is_composite
 from distillm_cli.models.contexts import context_of
 from distillm_cli.models.modes import eval_mode
-from distillm_cli.models.places import Place, adapters_of, lasting, locate, no_base
+from distillm_cli.models.places import Place, adapters_of, file_of, lasting, locate, no_base
 from distillm_cli.models.quantize import check_quantize, in_few_bits
 from distillm_cli.models.students import adopt_special_tokens, auto_class, heads_are_tied, set_dropout
 from distillm_cli.models.tokenizer_files import WEIGHTS, OwnTokenizers, not_loaded, quiet
@@ -118,6 +119,7 @@ def load_backbone(
     if (place := Path(locate(base)[0])).is_dir():
         _warn_of_edits(place, listener)
     model, adapter = _with_adapters(model if bits else model.to(device), adapters, base, base_revision, train)
+    _read_generation_config([*adapters, Place(base, False, base_revision)], model)
     model.eval()
     if not bits:  # 8 bits round a token by what stands beside it, which would look like looking ahead
         check_causal(path, model)
@@ -153,6 +155,26 @@ def _with_adapters(
             put = lora.put_on if getattr(model, "is_quantized", False) else lora.merge
             model = put(model, place.name, **there)
     return model, None
+
+
+def _read_generation_config(places: list[Place], model: PreTrainedModel) -> None:
+    """Give the model the generation config of the outermost place that has one: the tokens that end its responses.
+
+    places: of adapters and, last, of their model, which has its own already. An adapter that was trained under a chat
+    template ends responses with other tokens than its model. Raises ModelError for a damaged file, which transformers
+    passes over without a word.
+    """
+    for place in places:
+        file = file_of(place.name, "generation_config.json", place.revision)
+        if file is None:
+            continue
+        try:
+            found = GenerationConfig.from_pretrained(file.parent, local_files_only=True)
+        except Exception as error:  # of any type, by what is wrong with the file
+            raise not_loaded("generation config", place.name, True, error) from error
+        if place is not places[-1]:
+            model.generation_config = found
+        return
 
 
 def _load_weights(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,19 @@ def cached(name: str, file: str, revision: str | None) -> Path | None:
     """A file of a hub repository as it was fetched before; None where it was not."""
     found = huggingface_hub.try_to_load_from_cache(name, file, revision=revision)
     return Path(found) if isinstance(found, str) else None
+
+
+def file_of(path: str, file: str, revision: str | None = None) -> Path | None:
+    """Return one of a model's small files, fetched from the hub where that is needed and possible; None without it."""
+    name, local = locate(path)
+    if local:
+        place = Path(name) / file
+        return place if place.is_file() else None
+    found = cached(name, file, revision)
+    if found is None and hub_is_there():
+        with suppress(Exception):  # no such file, no such repository, no access: the loader reports it
+            found = Path(huggingface_hub.hf_hub_download(name, file, revision=revision))
+    return found
 
 
 @functools.cache

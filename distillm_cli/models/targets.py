@@ -65,8 +65,10 @@ def find_targets(model: PreTrainedModel, wanted: tuple[str, ...] | None) -> Targ
     modules = {name: module for name, module in modules.items() if name not in renamed}
     kinds = {type(module) for module in modules.values()}
     short = {_last(name) for name in modules}
-    # A short name must not reach the head, another model's layer, or a router that only looks like a linear layer.
-    whole_names = bool(short & {_last(name) for name in alike.keys() - modules.keys() - renamed})
+    # A short name must not reach the head, another model's layer, a router that only looks like a linear layer, or, where
+    # linear layers stand in a list and are called by number, the decoder layers of these numbers.
+    others = {name for name, _ in model.named_modules()} - modules.keys() - renamed
+    whole_names = bool(short & {_last(name) for name in others})
     if wanted is not None and not (whole_names or parameters):
         return Targets(list(wanted), [], kinds)
     return Targets(sorted(modules if whole_names or wanted is not None else short), parameters, kinds)

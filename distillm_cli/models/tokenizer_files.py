@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from distillm_cli import manifest
 from distillm_cli.errors import DistillmError, ModelError, OutOfMemoryError, of_tokenizers, out_of_memory
-from distillm_cli.models.places import adapters_of, cached, hub_is_there, locate
+from distillm_cli.models.places import adapters_of, cached, file_of, hub_is_there, locate
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.model", "tekken.json")
@@ -77,9 +77,25 @@ def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedToken
         raise ModelError(
             f"no files of a tokenizer for {path!r}", hint="pass --tokenizer DIR, or bpe:SIZE, chars, words"
         )
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = _template_of_processor(path, revision)
     for key in ("local_files_only", "is_local", "trust_remote_code"):  # how it was loaded is no part of what is saved
         tokenizer.init_kwargs.pop(key, None)
     return prepare_tokenizer(tokenizer, path)
+
+
+def _template_of_processor(path: str, revision: str | None) -> str | None:
+    """Return the chat template that a model with a processor has in a file of its own; None where it has none.
+
+    Mistral 3 and SmolVLM2 have it there alone, where transformers reads it for a processor and not for a tokenizer.
+    """
+    file = file_of(path, "chat_template.json", revision)
+    if file is None:
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["chat_template"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"cannot read {file}: {error}", hint="copy or download the file again") from error
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrainedTokenizerBase:

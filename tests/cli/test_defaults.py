@@ -130,6 +130,16 @@ def test_parameters_are_counted_with_and_without_weights(tmp_path, family):
     assert read_facts(str(tmp_path / "bare")).parameters == expected
 
 
+def test_an_adapter_may_bring_the_chat_template_that_its_model_lacks(tmp_path):
+    tiny.save(tmp_path / "model")
+    (tmp_path / "adapter").mkdir()
+    named = {"base_model_name_or_path": str(tmp_path / "model")}
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(named))
+    assert not read_facts(str(tmp_path / "adapter")).has_template
+    (tmp_path / "adapter/chat_template.jinja").write_text("{{ messages }}")
+    assert read_facts(str(tmp_path / "adapter")).has_template
+
+
 # ------------------------------------------------------------------------------------------------------------- runs
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -59,6 +61,33 @@ def test_gemma_loads_with_the_causal_class(tmp_path, data, capsys):
     loaded, missing = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not missing["missing_keys"]
     assert any("vision_tower" in name for name, _ in loaded.named_parameters())
+
+
+def test_a_chat_template_beside_the_processor_is_the_models(tmp_path, capsys):
+    """Of SmolVLM's kind: it stands in chat_template.json alone, and takes content in parts alone."""
+    from transformers import AutoTokenizer
+
+    base, out = tmp_path / "model", tmp_path / "out"
+    families.save(base, "smolvlm")
+    parts = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+    (base / "chat_template.json").write_text(json.dumps({"chat_template": parts}), encoding="utf-8")
+    conversations = tmp_path / "rows.jsonl"
+    sides = ({"role": "user", "content": "abc"}, {"role": "assistant", "content": [{"type": "text", "text": "cba"}]})
+    conversations.write_text(json.dumps({"messages": sides}) + "\n", encoding="utf-8")
+    code, _, err = typed.call(
+        *(capsys, "sft", "--model", base, "--data", conversations, "--set", f"data.valid={conversations}"),
+        *(*families.QUICK, "--output", out, "--json"),
+    )
+    assert code == 0, err
+    assert AutoTokenizer.from_pretrained(out).chat_template == parts
+    # transformers would prefer the older file to the template that the model was trained in.
+    assert not (out / "chat_template.json").exists()
+    code, _, err = typed.call(
+        *(capsys, "generate", "--model", out, "--data", conversations, "--output", tmp_path / "said.jsonl", "--json")
+    )
+    assert code == 0, err
+    assert "template: chat" in err
+    assert json.loads((tmp_path / "said.jsonl").read_text())["prompt"] == "abc"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from datetime import date
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from distillm_cli.cli import assembly
@@ -127,6 +128,48 @@ def test_a_student_stops_where_tool_calls_end(typed, tmp_path, command):
     assert "cut at" not in err
     ends = AutoTokenizer.from_pretrained("a").convert_tokens_to_ids(["<end>", "<eos>", "<stop>"])
     assert GenerationConfig.from_pretrained("a").eos_token_id == ends
+
+
+def test_an_adapter_of_a_base_model_stops_where_it_was_trained_to(typed, tmp_path):
+    """The adapter's directory has the end of turns that the base model's configuration does not know."""
+    data = lines(tmp_path / "rows.jsonl", spelled())
+    student = chat_models.save(tmp_path / "student", template=None)
+    model = AutoModelForCausalLM.from_pretrained(student)
+    with torch.no_grad(), torch.random.fork_rng():  # the head does not train: it must tell tokens apart as it is
+        torch.manual_seed(0)
+        model.model.embed_tokens.weight.normal_(0, 0.2)
+    model.save_pretrained(student)
+    (tmp_path / "chat.jinja").write_text(CHAT, encoding="utf-8")
+    form = [f"--set=data.chat_template={tmp_path / 'chat.jinja'}", "--set=student.lora_output=adapter"]
+    learn = [*on(data), "--lora", 16, "--lr", "1e-2", "--steps", 150]
+    code, _, err = typed("sft", "--model", student, *learn, *form, "--output", "a")
+    assert code == 0, err
+    tokenizer = AutoTokenizer.from_pretrained("a")
+    assert tokenizer.chat_template == CHAT
+    ends = tokenizer.convert_tokens_to_ids(["<end>", "<eos>"])
+    assert GenerationConfig.from_pretrained("a").eos_token_id == ends
+    said, err = asked(typed, "a", "--data", data)
+    assert "template: chat" in err
+    assert [(row["output"], row["complete"]) for row in said] == [(w, True) for w in ("eno", "owt", "xis", "net")]
+    code, result, err = typed("eval", "a", "--suite", data, "--greedy", "--json")
+    assert (code, result["suites"]["rows"]["complete"]) == (0, 1.0), err
+    # As a teacher it is known to stop there, and merged and trained further it keeps that.
+    code, _, err = typed(
+        "distill", "--teacher", "a", "--student", student, *on(data), "--steps", 1, "--lora", 4, "--output", "b"
+    )
+    assert code == 0, err
+    assert "the teacher's configuration does not stop" not in err
+    code, _, err = typed("sft", "--model", "a", *on(data), "--steps", 1, "--set=data.template=alpaca", "--output", "c")
+    assert code == 0, err
+    assert GenerationConfig.from_pretrained("c").eos_token_id == ends
+
+
+def test_a_damaged_generation_config_is_named(typed, tmp_path):
+    model = chat_models.save(tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text("{", encoding="utf-8")
+    code, result, _ = typed("generate", "--model", model, "--prompt", "one?", "--output", "said.jsonl", "--json")
+    assert code == 4
+    assert "cannot read the generation config" in result["message"]
 
 
 def test_a_tool_call_is_learned_generated_scored_and_read_back(typed, tmp_path):

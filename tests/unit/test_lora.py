@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from distillm_cli.config.schema import Lora, Student
 from distillm_cli.core.criterion import CROSS_ENTROPY, Criterion
@@ -21,6 +21,7 @@ from distillm_cli.errors import ModelError
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.decoding import FastDecoding
 from distillm_cli.models.loading import load_backbone, load_config
+from distillm_cli.models.lora import attach
 from distillm_cli.models.pair import load_student
 from distillm_cli.models.places import base_of
 from tests import tiny
@@ -228,6 +229,26 @@ def test_targets_are_layers_that_are_there(tmp_path):
             ModelError, match=rf"no linear layer '{target}' before the head; student.lora.targets; .*k_proj"
         ):
             student(path, targets=("q_proj", target))
+
+
+def test_linear_layers_in_a_list_are_no_decoder_layers(tmp_path):
+    """Gemma 3n calls linear layers by number, as every model calls its decoder layers."""
+    fields = {
+        name: tiny.config("gemma3").to_dict()[name] for name in ("head_dim", "num_key_value_heads", "sliding_window")
+    }
+    config = AutoConfig.for_model(
+        "gemma3n_text",
+        **fields | {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": [48, 48]},
+        layer_types=["sliding_attention", "full_attention"],
+        activation_sparsity_pattern=[0.0, 0.0],
+        **{"vocab_size": 41, "vocab_size_per_layer_input": 41, "hidden_size_per_layer_input": 8, "laurel_rank": 4},
+        **{"num_kv_shared_layers": 0, "altup_num_inputs": 2, "max_position_embeddings": tiny.CONTEXT},
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    linear = {name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)} - {"lm_head"}
+    adapter = attach(model, Lora(r=2), seed=0, base="base", revision=None)
+    assert {name for name, _ in adapter.layers()} == linear
+    assert "model.altup_projections.0" in linear
 
 
 def test_adapters_of_others_are_merged_whatever_they_are_on(tmp_path):

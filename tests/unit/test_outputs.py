@@ -12,6 +12,7 @@ import pytest
 from distillm_cli.cli import outputs
 from distillm_cli.config.load import resolve, to_yaml
 from distillm_cli.errors import StorageError, UsageError
+from distillm_cli.models.composite import PROCESSOR_FILES
 from tests.limits import file_size
 
 
@@ -34,7 +35,8 @@ def files(place: Path) -> set[str]:
 
 
 OF_RUNS = (
-    "model-00001-of-00002.safetensors", "config.json", "recipe.yaml", "checkpoints/step-000200/state.json",
+    "model-00001-of-00002.safetensors", "config.json", "recipe.yaml", "preprocessor_config.json",
+    "additional_chat_templates/tool_use.jinja", "checkpoints/step-000200/state.json",
     "checkpoints/.staging-step-000300/config.json", "eval/report/student-after.json", "eval/dolly/t1/results.json",
     "eval/dolly/t1/predictions-seed10.jsonl", "eval/dolly/t1/.staging-results.json", "sft/model.safetensors",
     "sft/checkpoints/step-000010/state.json", "sft/eval/report/student-before.json", "sft/recipe.yaml",
@@ -74,7 +76,7 @@ def test_of_a_folder_that_is_a_link_only_the_link_goes(tmp_path):
 
 
 @pytest.mark.parametrize("recipe", [None, "method: distillm  # as in the paper\ntrain:\n  lr: 0.001\n"])
-@pytest.mark.parametrize("name", ["README.md", "config.json", "model.safetensors", "checkpoints/step-000001/weights"])
+@pytest.mark.parametrize("name", ["README.md", "config.json", *PROCESSOR_FILES, "checkpoints/step-000001/weights"])
 def test_where_no_run_has_been_what_bears_a_runs_names_is_somebodys_own(tmp_path, name, recipe):
     """A checkout, a downloaded model: --overwrite neither clears nor replaces it, whoever wrote a recipe beside it."""
     put(tmp_path, name, "notes.txt")
@@ -86,6 +88,22 @@ def test_where_no_run_has_been_what_bears_a_runs_names_is_somebodys_own(tmp_path
         outputs.check(tmp_path, resume=False, overwrite=True)
     outputs.clear(tmp_path)
     assert files(tmp_path) == before
+
+
+def test_a_model_with_several_chat_templates_is_published_again(tmp_path):
+    output = tmp_path / "run"
+    for _ in range(2):  # the second time over the first, as after --resume
+        put(tmp_path / "staged", "config.json", "additional_chat_templates/tool_use.jinja")
+        put(output, "recipe.yaml")
+        outputs.publish(tmp_path / "staged", output)
+        assert files(output) == {
+            "config.json",
+            "recipe.yaml",
+            "manifest.json",
+            "additional_chat_templates/tool_use.jinja",
+        }
+    outputs.clear(output)
+    assert files(output) == set()
 
 
 def test_a_card_of_ones_own_in_a_runs_directory_is_not_replaced(tmp_path):
