@@ -21,6 +21,7 @@ class _Unfailing(io.RawIOBase):
 
     def __init__(self, file: io.RawIOBase):
         self._file = file
+        self._patience = _PATIENCE
 
     def writable(self) -> bool:
         return True
@@ -35,8 +36,9 @@ class _Unfailing(io.RawIOBase):
         with suppress(OSError, ValueError):  # a full disk, a reader that has gone, a terminal that was closed
             written = self._file.write(data)
             if written is None:  # non-blocking, and full
-                select.select([], [self._file], [], _PATIENCE)
+                select.select([], [self._file], [], self._patience)
                 written = self._file.write(data)
+            self._patience = 0 if written is None else _PATIENCE  # one wait for a reader that has stopped, not many
             return len(data) if written is None else written
         return len(data)
 

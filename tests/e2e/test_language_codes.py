@@ -60,9 +60,8 @@ def test_codes_are_on_targets_and_forced_in_decoding(typed, tmp_path, model):
         "--dtype",
         "fp32",
     ]
-    code, _, err = typed(
-        *run, "--set", "eval.report_rows=0", "--set", "train.save_steps=1000", "--json", "--output", "a"
-    )
+    run += [f"--set={field}" for field in ("eval.report_rows=0", "train.save_steps=1000", "train.eval_steps=1000")]
+    code, _, err = typed(*run, "--json", "--output", "a")
     assert code == 0, err
 
     # transformers, with the directory alone, is asked as the tokenizer's source and target modes have it.
