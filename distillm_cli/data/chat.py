@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from datetime import date
+from inspect import signature
 from typing import Any
 
 from distillm_cli.errors import DataError, ModelError
@@ -219,6 +220,8 @@ class ChatTemplate:
             messages = [self._marked_message(message) for message in messages]
             tools, documents = marked(tools, self._control), marked(documents, self._control)
         try:
+            if taken := sorted(arguments.keys() & signature(self.tokenizer.apply_chat_template).parameters.keys()):
+                raise ValueError(f"chat_template_kwargs cannot set `{taken[0]}`")
             return self.tokenizer.apply_chat_template(
                 messages,
                 tools=list(tools) if tools else None,
