@@ -41,9 +41,9 @@ def replace(directory: Path, manifest: dict) -> None:
         staged.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         flush(staged)
         staged.replace(directory / MANIFEST)
-    except OSError:
+    except OSError as error:
         staged.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror, str(directory / MANIFEST)) from error
     flush(directory)
 
 

@@ -33,7 +33,7 @@ from distillm_cli.errors import (
     signal_number,
     typed_options,
 )
-from distillm_cli.storage import failed_with, is_full
+from distillm_cli.storage import failed_with, is_full, reason
 from distillm_cli.words import printable, redact
 
 _COMPLETE = "_DISTILLM_COMPLETE"  # set by what --install-completion puts into a shell's start file
@@ -155,8 +155,9 @@ def _known(error: BaseException, argv: list[str]) -> DistillmError:
         return OutOfMemoryError("out of memory", where=_first_line(error), hint=hint)
     if (number := failed_with(error)) is not None:
         other = "give another place, or check the disk and who may write there"
-        hint = "free some space there, or give another --output" if is_full(number) else other
-        return StorageError(_first_line(error), hint=hint)
+        hint = "free some space there, or give another place" if is_full(number) else other
+        pathless = isinstance(error, OSError) and error.filename is None
+        return StorageError(f"cannot read or write: {reason(error)}" if pathless else _first_line(error), hint=hint)
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # Path.resolve, before Python 3.13
         return StorageError(_first_line(error), hint="remove the link, or give another place")
     if of_tokenizers(error):

@@ -276,7 +276,9 @@ def _tell(
     # Of a source without test rows `--suite` takes all, rows trained on included; the command without it, those held out.
     suites = run.recipe.eval.suites or ((run.recipe.data.source,) if "test" in run.train_rows.splits else ())
     files = OUTPUT_FILES | ({"student after sft": f"{outputs.SFT}/"} if run.recipe.student.sft_epochs else {})
-    ui.show(next_steps(output, suites=suites, prompt=samples[0].prompt if samples else None, files=files))
+    asked = samples[0].prompt if samples else next((_asked(run, row) for row in run.valid.rows), None)
+    scored = bool(suites) or any(row.is_answered for row in run.valid.rows)
+    ui.show(next_steps(output, suites=suites, prompt=asked, files=files, scored=scored))
 
 
 def _asked(run: Prepared, row) -> str:

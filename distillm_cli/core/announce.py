@@ -49,8 +49,9 @@ def half_time(engine: Engine) -> str | None:
     to_come = max(0, -(-engine.steps // every) - at.step // every)
     rise, epsilon = 1 / scheduler.config.levels, scheduler.config.epsilon
     if scheduler.reference is None:
-        wait = f"it rises by {rise:.2g} when valid CE has changed by {epsilon:+g} or more since before training"
-        wait += f", and there was no validation yet ({counted(to_come, 'validation')} to come)"
+        moved = f"risen by {epsilon:g} or more" if epsilon > 0 else f"fallen by {abs(epsilon):g} or less"
+        wait = f"it rises by {rise:.2g} at a validation where valid CE has {moved} since before training"
+        wait += f", and there was none yet ({counted(to_come, 'validation')} to come)"
         return f"{head}; {wait}; to validate more often, try --set train.eval_steps={max(1, engine.steps // 10)}"
     since = "at the validation before" if scheduler.config.reference == "previous" else "at first"
     wait = f"it rises by {rise:.2g} at a valid CE of {scheduler.trigger:.3f} or more (now {at.valid_loss:.3f}; "

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from datetime import date
+from inspect import signature
 from typing import Any
 
 from distillm_cli.errors import DataError, ModelError
@@ -231,6 +232,8 @@ class ChatTemplate:
         """The template's output. Raises ModelError, DataError. row: None for a conversation of the project's own."""
         messages, given, arguments = self._given(row, messages)
         try:
+            if taken := sorted(arguments.keys() & signature(self.tokenizer.apply_chat_template).parameters.keys()):
+                raise ValueError(f"chat_template_kwargs cannot set `{taken[0]}`")
             return self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=prompting, tokenize=False, **given, **arguments
             )

@@ -203,7 +203,8 @@ class Console:
         return [Text(f"{event.task} · {event.done:,}/{event.total:,} {event.unit}".rstrip())]
 
     def _say(self, line: Text) -> None:
-        if (text := redact(line.plain)) != line.plain:
+        # One event is one line, also where a path or the name of a column holds a newline.
+        if (text := redact(" ".join(line.plain.split("\n")))) != line.plain:
             line = Text(text)
         # A log's lines are as long as what they say; only a terminal wraps.
         self._terminal.print(line, soft_wrap=not self._is_live, highlight=False)

@@ -196,11 +196,13 @@ def next_steps(
     prompt: str | None = None,
     files: Mapping[str, str] | None = None,
     commands: Sequence[str] = (),
+    scored: bool = True,
 ) -> RenderableType:
     """Where the files are and what to type next, whole, so that it can be copied.
 
-    ``suites`` and ``prompt`` fill in the commands (a prompt too long for a line is left to the reader); ``files``: what
-    it is → its place within the directory; ``commands``: further lines.
+    ``suites`` and ``prompt`` fill in the commands (a prompt that is blank or too long for a line is left to the reader);
+    ``files``: what it is → its place within the directory; ``commands``: further lines; ``scored``: whether there are rows
+    with responses to evaluate on.
     """
     files = files if files is not None else OUTPUT_FILES
     place = PurePath(output_dir)
@@ -211,10 +213,10 @@ def next_steps(
         grid.add_row(Text(what), Text(str(place / name) + ("/" if name.endswith("/") else "")))
     directory = shlex.quote(str(place))
     suite = f" --suite {' '.join(map(shlex.quote, suites))}" if suites else ""
-    if prompt is not None and (len(prompt) > LONGEST_PROMPT or not prompt.isprintable()):
+    if not prompt or len(prompt) > LONGEST_PROMPT or not prompt.isprintable() or prompt.isspace():
         prompt = "YOUR PROMPT"
-    ask = f" --prompt {shlex.quote(prompt)}" if prompt is not None else ""
-    lines = [f"distillm eval {directory}{suite}", f"distillm generate --model {directory}{ask}", *commands]
+    evaluate = [f"distillm eval {directory}{suite}"] if scored else []
+    lines = [*evaluate, f"distillm generate --model {directory} --prompt {shlex.quote(prompt)}", *commands]
     typed = Group(*(Text(line, style="cyan", overflow="fold") for line in lines))
     body = Group(grid, "", Text("What next", style="bold"), Padding(typed, (0, 0, 0, 2)))
     # Lines above and below only: a border at the sides would be copied along with a command.

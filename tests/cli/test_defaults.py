@@ -209,6 +209,22 @@ def test_stages_are_fitted_with_what_earlier_stages_make(place):
     }
 
 
+def test_each_stage_of_a_pipeline_shows_its_numbers(place, capsys):
+    (place / "p.yaml").write_text("""
+        defaults: {data: {source: rows.jsonl, template: plain}, train: {steps: 1}, eval: {report_rows: 0}}
+        stages:
+          teacher: {verb: sft, student: {path: qwen}}
+          small: {verb: sft, student: {path: "random:2x16", tokenizer: stage:teacher}}
+    """)
+    code, _, err = call(capsys, "run", "p.yaml", "--output", "out", "--json")
+    assert code == 0, err
+    shown = [line for line in err.splitlines() if line.startswith("auto: ")]
+    assert [line.partition(";")[0] for line in shown] == [
+        "auto: lr 1e-4, warmup 0.1 for an 18.2 k base model",
+        "auto: lr 5e-5, warmup 0 for a student built from scratch",
+    ]
+
+
 # ------------------------------------------------------------------------------------------------------------- data
 
 

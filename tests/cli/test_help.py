@@ -258,7 +258,7 @@ def failing(run, monkeypatch):
         (OSError(errno.ENOMEM, "Cannot allocate memory"), 7, "out of memory; Cannot allocate memory"),
         (OSError(errno.ENOSPC, "No space left on device", "/d/x"), 8, "No space left on device: /d/x; free some space"),
         (OSError(errno.EROFS, "Read-only file system", "/d"), 8, "Read-only file system: /d"),
-        (OSError(errno.EDQUOT, "Disk quota exceeded"), 8, "Disk quota exceeded; free"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 8, "cannot read or write: Disk quota exceeded; free"),
         (OSError(errno.EFBIG, "File too large", "/d/x"), 8, "File too large: /d/x; free some space"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "/d/m"), 8, "Is a directory: /d/m; give another place"),
         (ImportError("lib.so: failed to map segment from shared object"), 7, "out of memory; lib.so: failed to map"),
@@ -471,7 +471,7 @@ def test_a_full_disk_under_stdout_is_a_storage_error():
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run([sys.executable, "-c", script], env=env, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 8
-    assert done.stderr.startswith("error: No space left on device; ")
+    assert done.stderr.startswith("error: cannot read or write: No space left on device; ")
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------

@@ -224,6 +224,15 @@ def test_arguments_tools_and_documents_of_row_and_recipe(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "name", ["add_generation_prompt", "tokenize", "continue_final_message", "tools", "conversation"]
+)
+def test_arguments_that_are_not_for_the_template_are_refused(name):
+    row = talk(user("Hi"), bot("Ho"), template_kwargs={name: True})
+    with pytest.raises(DataError, match=f"1: .*chat_template_kwargs cannot set `{name}`"):
+        encoder(FAMILIES["words that are no token"][0]).renderer.prompt(row)
+
+
+@pytest.mark.parametrize(
     "call", ['strftime_now("%d %b %Y")', "strftime_now('%d %b %Y')", 'strftime_now(format="%d %b %Y")']
 )
 def test_the_date_is_the_runs_and_not_the_clocks(call):

@@ -101,6 +101,14 @@ def test_long_lines_are_not_wrapped_in_a_log_file():
     assert stage.lines == ["word " * 60 + "[bold]not markup[/bold]"]
 
 
+def test_an_event_is_one_line_whatever_it_names():
+    stage = Stage()
+    stage.start()
+    for event in (Note("a\nb"), Warned("c\n\nd"), Saved(1, "runs/e\nf")):
+        stage.ui(event)
+    assert stage.lines[-3:] == ["a b", "warning: c  d", "step   1 · saved runs/e f"]
+
+
 def test_step_lines_in_a_log_come_first_then_every_ten_seconds_then_last():
     stage = Stage()
     stage.start(steps=50)

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from distillm_cli.config import schema
 from distillm_cli.core import criteria
+from distillm_cli.core.announce import half_time
 from distillm_cli.core.attempts import Before
 from distillm_cli.core.checkpoint import Checkpoints, read
 from distillm_cli.core.criterion import CROSS_ENTROPY, Piece
@@ -739,6 +740,18 @@ def test_at_half_time_a_run_says_what_phi_waits_for():
     assert f"φ is 0; it rises by 0.33 at a valid CE of {first.trigger:.3f} or more (now {now.valid_loss:.3f}; " in text
     assert f"{first.valid_loss:.3f} at first, schedule.epsilon 100); 2 validations to come; to use" in text
     assert "--set schedule.phi=0.2" in text
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "moved"),
+    [(100.0, "risen by 100 or more"), (-0.5, "fallen by 0.5 or less"), (0.0, "fallen by 0 or less")],
+)
+def test_half_time_before_the_first_validation_says_what_raises_phi(epsilon, moved):
+    engine = build(steps=8, listener=lambda _: None, eval_steps=100)
+    engine.scheduler.config = engine.scheduler.config.model_copy(update={"epsilon": epsilon})
+    engine.at.step = 4
+    text = half_time(engine)
+    assert f"at a validation where valid CE has {moved} since before training, and there was none yet (1 " in text
 
 
 def test_half_time_without_a_validation_or_held_out_rows():

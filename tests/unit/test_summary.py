@@ -161,6 +161,15 @@ def test_next_steps_do_not_drown_in_a_long_prompt(prompt):
     assert "generate --model out --prompt 'YOUR PROMPT'" in page(next_steps("out", prompt=prompt), 80)
 
 
+@pytest.mark.parametrize("prompt", [None, "", " "])
+def test_next_steps_always_give_a_prompt(prompt):
+    assert "generate --model out --prompt 'YOUR PROMPT'" in page(next_steps("out", prompt=prompt), 80)
+
+
+def test_next_steps_without_rows_to_score_leave_eval_out():
+    assert "distillm eval" not in page(next_steps("out", scored=False), 80)
+
+
 def test_next_steps_name_the_files_they_are_given():
     text = page(next_steps("out", files={"answers": "eval/dolly.jsonl"}), 100)
     assert "answers  out/eval/dolly.jsonl" in text
