@@ -129,7 +129,7 @@ class Prepared:
 
     @property
     def answered(self) -> list[Sequence]:
-        """The held-out rows that have a response."""
+        """Return the held-out rows that have a response."""
         pairs = zip(self.valid.sequences, self.valid.rows, strict=True)
         return [sequence for sequence, row in pairs if row.is_answered]
 
@@ -305,7 +305,7 @@ def _conversing(
 
 
 def _open_date(recipe: Recipe, data: str) -> tuple[str, str]:
-    """The date that chat templates see where the recipe gives none, and where it is from."""
+    """Return the date that chat templates see where the recipe gives none, and where it is from."""
     if recipe.method != "sft" and recipe.teacher.cache in ("disk", "auto"):
         of_cache = date_of(root_of(recipe.teacher.cache_dir), str(recipe.teacher.path), data)
         if of_cache is not None:

@@ -199,7 +199,7 @@ def _titled(ui: Console, name: str):
 
 
 def _valid_loss(model: Backbone, engine: Engine) -> float | None:
-    """Mean cross-entropy per token on the validation rows, nats: the student's own measure, for any model. The student is
+    """Return the mean cross-entropy per token on the validation rows, nats, as measured for the student. The student is
     measured as it computed in training, the teacher in its own dtype, as it taught. None without validation rows."""
     if not engine.held_out.batches:
         return None

@@ -191,9 +191,9 @@ def load_resolved(path: str | Path) -> Recipe:
 
 
 def to_yaml(resolved: Resolved, with_origin: bool = True) -> str:
-    """The whole recipe as YAML that reads back the same; with_origin: each line ends with where its value came from.
+    """Return the whole recipe as YAML that reads back the same; with_origin: each line ends with where its value came from.
 
-    Credentials in addresses are left out, and a note says so.
+    Credentials in addresses are left out, and a note reports it.
 
     A value that replaced another says so: ``lr: 0.0001  # --lr (dolly-gpt2.yaml:14: 0.0005)``.
     """
