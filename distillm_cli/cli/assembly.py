@@ -23,9 +23,9 @@ from distillm_cli.core import criteria
 from distillm_cli.core.checkpoint import Checkpoints
 from distillm_cli.core.engine import Engine
 from distillm_cli.core.events import Listener, Note, Warned
-from distillm_cli.core.objective import Objective
 from distillm_cli.core.replay import ReplayBuffer, Round
 from distillm_cli.core.scheduler import Scheduler
+from distillm_cli.core.student_loss import Objective
 from distillm_cli.core.teacher import Teacher
 from distillm_cli.core.teacher_cache import date_of, root_of, rows_digest
 from distillm_cli.data.ahead import Ahead

@@ -198,7 +198,7 @@ def _with(recipe: Recipe, changes: Mapping[str, float]) -> Recipe:
     return recipe
 
 
-def told(resolved: Resolved) -> str | None:
+def fitted_line(resolved: Resolved) -> str | None:
     """Return a sentence with what was fitted to the models, None where nothing was that the run depends on."""
     names = {"train.lr": "lr", "train.epochs": "epochs", "train.warmup": "warmup", "data.max_length": "max_length"}
     if resolved.recipe.train.steps:

@@ -13,8 +13,8 @@ from distillm_cli.cli import garbage
 from distillm_cli.cli.host import set_threads
 from distillm_cli.cli.outputs import RECIPE, is_resolved
 from distillm_cli.config.explain import leaves
-from distillm_cli.config.layers import document
 from distillm_cli.config.load import Resolved, load_resolved, resolve, settled
+from distillm_cli.config.merging import document
 from distillm_cli.config.schema import Recipe
 from distillm_cli.core.events import Listener, Note, Warned
 from distillm_cli.data.prompts import Encoder

@@ -21,8 +21,8 @@ from distillm_cli.config.schema import Recipe
 from distillm_cli.core.criterion import CROSS_ENTROPY, Criterion
 from distillm_cli.core.engine import Engine, eval_mode
 from distillm_cli.core.events import Warned
-from distillm_cli.core.objective import Objective
 from distillm_cli.core.progress import Progress
+from distillm_cli.core.student_loss import Objective
 from distillm_cli.errors import ModelError, UsageError
 from distillm_cli.evaluation.suites import HELD_OUT, Suite
 from distillm_cli.models.devices import dtype_name, resolve_dtype
