@@ -64,8 +64,8 @@ class Ours:
     def __init__(self, shape: argparse.Namespace, directory: Path):
         from distillm_cli.config import schema
         from distillm_cli.core import criteria
-        from distillm_cli.core.objective import Objective
         from distillm_cli.core.scheduler import Source
+        from distillm_cli.core.student_loss import Objective
         from distillm_cli.core.teacher import Teacher
         from distillm_cli.models.pair import load_pair
         from distillm_cli.sequences import Sequence

@@ -49,7 +49,7 @@ TOLERANCE = 1e-4
 
 
 def tokenizer(template: str, eos: str, end: str) -> PreTrainedTokenizerFast:
-    """Bytes, and every control token that the template writes."""
+    """Return a tokenizer of bytes and of every control token that the template writes."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -64,7 +64,7 @@ def tokenizer(template: str, eos: str, end: str) -> PreTrainedTokenizerFast:
 
 
 def rows() -> list[dict]:
-    """Eight conversations with one answer each."""
+    """Return eight conversations with one answer each."""
     return [
         {
             "messages": [
@@ -76,8 +76,8 @@ def rows() -> list[dict]:
     ]
 
 
-def labelled(made: PreTrainedTokenizerFast, messages: list[dict], end: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids of the whole conversation up to the answer's end, and labels: −100 on the prompt."""
+def labeled(made: PreTrainedTokenizerFast, messages: list[dict], end: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids of the whole conversation up to the answer's end, and labels: −100 on the prompt."""
     whole = made.apply_chat_template(messages, return_dict=False)
     prompt = made.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
     assert whole[: len(prompt)] == prompt
@@ -91,7 +91,7 @@ def labelled(made: PreTrainedTokenizerFast, messages: list[dict], end: str) -> t
 
 
 def loss(model: LlamaForCausalLM, examples: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """Mean cross-entropy over all answer tokens."""
+    """Return the mean cross-entropy over all answer tokens."""
     total, count = 0.0, 0
     for ids, labels in examples:
         logits = model(ids[None]).logits[0, :-1].float()
@@ -101,7 +101,7 @@ def loss(model: LlamaForCausalLM, examples: list[tuple[torch.Tensor, torch.Tenso
 
 
 def measured(family: str, templates: Path, steps: int, work: Path) -> tuple[float, float]:
-    """The teacher's loss in transformers and here."""
+    """Return the teacher's loss in transformers and here."""
     eos, end = FAMILIES[family]
     made = tokenizer((templates / f"{family}.jinja").read_text(encoding="utf-8"), eos, end)
     torch.manual_seed(0)
@@ -119,7 +119,7 @@ def measured(family: str, templates: Path, steps: int, work: Path) -> tuple[floa
     model = LlamaForCausalLM(config)
     model.generation_config.eos_token_id = sorted({made.convert_tokens_to_ids(t) for t in (eos, end)})
     conversations = rows()
-    examples = [labelled(made, row["messages"], end) for row in conversations]
+    examples = [labeled(made, row["messages"], end) for row in conversations]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(steps):
         optimizer.zero_grad()

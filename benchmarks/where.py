@@ -62,7 +62,7 @@ def main() -> int:
 
         from distillm_cli.cli import measuring, training
         from distillm_cli.cli.app import main as distillm
-        from distillm_cli.core import objective, rollout, teacher
+        from distillm_cli.core import rollout, student_loss, teacher
         from distillm_cli.core.engine import Engine
     stages.watch(training, "prepare", "prepare: rows, models, tokens")
     stages.watch(training, "open_teacher", "open the teacher")
@@ -72,8 +72,8 @@ def main() -> int:
     stages.watch(Engine, "_apply", "step: optimizer")
     stages.watch(rollout, "sample", "rollouts")
     stages.watch(teacher.Teacher, "_ask", "step: teacher forward")
-    stages.watch(objective, "fused_loss", "step: fused loss, gradients of the heads included")
-    stages.watch(objective.Objective, "forward", "step: student forward")
+    stages.watch(student_loss, "fused_loss", "step: fused loss, gradients of the heads included")
+    stages.watch(student_loss.Objective, "forward", "step: student forward")
     stages.watch(torch.optim.AdamW, "step", "step: optimizer")
     stages.watch(measuring.Report, "all", "report")
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as found:

@@ -1,4 +1,4 @@
-"""One family of errors. Each knows its exit code; each message says what, where, and what to try.
+"""Define the errors. Each has its exit code; each message names what, where, and what to try.
 
 Exit codes are part of what scripts rely on:
 0 done · 1 unexpected · 2 usage or recipe · 3 data · 4 model or tokenizer · 5 checkpoint · 6 non-finite numbers ·
@@ -108,7 +108,7 @@ class Terminated(KeyboardInterrupt):
 
 
 class HungUp(KeyboardInterrupt):
-    """SIGHUP, as SIGTERM: the terminal was closed."""
+    """Report SIGHUP, as SIGTERM: the terminal was closed."""
 
 
 def signal_number(stop: KeyboardInterrupt) -> int:

@@ -1,4 +1,4 @@
-"""A manifest lists the files of a directory with their size and SHA-256: what differs from it is damaged.
+"""Write and check manifests: the files of a directory with size and SHA-256. A file that differs from it is damaged.
 
 It is written last, at once. A checkpoint has one, and so has the output directory, for what the run wrote there.
 """

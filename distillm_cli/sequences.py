@@ -18,7 +18,7 @@ import torch
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Sequence:
-    """One prompt and one response as token ids (int32 arrays).
+    """Hold one prompt and one response as token ids (int32 arrays).
 
     Every token of the response is supervised: the token that ends it is part of it when the response is complete, and
     absent when the response was cut. ``row`` is the index of the dataset row it belongs to. ``turns``: ascending indices
@@ -35,13 +35,13 @@ class Sequence:
 
     @property
     def supervised(self) -> int:
-        """Number of supervised tokens: those of ``turns`` and of the response."""
+        """Return the number of supervised tokens: those of ``turns`` and of the response."""
         return len(self.response) + (0 if self.turns is None else len(self.turns))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """Sequences side by side, padded on the right.
+    """Hold sequences side by side, padded on the right.
 
     Under causal attention padding on the right is seen by no real position, so no attention mask is needed and the
     padding token may be any id. The last token of a sequence is only ever a target, so T is the longest length − 1.

@@ -1,4 +1,4 @@
-"""What the disk refuses, and how files are removed. Used by everybody; loads nothing slow."""
+"""Classify errors of the disk, and remove files. Used everywhere; loads nothing slow."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def remove(path: Path) -> OSError | None:
     """Remove a directory and all in it, so that a process that is killed meanwhile leaves no half of it under its name.
 
     It is renamed first, to a name that ``sweep`` knows. Return the error where something could not be removed; whether the
-    name is free then, ``path.exists()`` tells.
+    name is free then, ``path.exists()`` shows.
     """
     try:
         names = (path.with_name(f"{REMOVED}{path.name}{n}") for n in itertools.chain([""], itertools.count(1)))

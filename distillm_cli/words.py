@@ -1,4 +1,4 @@
-"""Text for people: numbers in a sentence, what may be printed, and addresses without credentials. Loads nothing slow."""
+"""Format text for people: numbers, printable characters, addresses without credentials. Loads nothing slow."""
 
 from __future__ import annotations
 

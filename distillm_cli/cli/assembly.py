@@ -23,9 +23,9 @@ from distillm_cli.core import criteria
 from distillm_cli.core.checkpoint import Checkpoints
 from distillm_cli.core.engine import Engine
 from distillm_cli.core.events import Listener, Note, Warned
-from distillm_cli.core.objective import Objective
 from distillm_cli.core.replay import ReplayBuffer, Round
 from distillm_cli.core.scheduler import Scheduler
+from distillm_cli.core.student_loss import Objective
 from distillm_cli.core.teacher import Teacher
 from distillm_cli.core.teacher_cache import date_of, root_of, rows_digest
 from distillm_cli.data.ahead import Ahead
@@ -129,7 +129,7 @@ class Prepared:
 
     @property
     def answered(self) -> list[Sequence]:
-        """The held-out rows that have a response."""
+        """Return the held-out rows that have a response."""
         pairs = zip(self.valid.sequences, self.valid.rows, strict=True)
         return [sequence for sequence, row in pairs if row.is_answered]
 
@@ -307,7 +307,7 @@ def _conversing(
 
 
 def _open_date(recipe: Recipe, data: str) -> tuple[str, str]:
-    """The date that chat templates see where the recipe gives none, and where it is from."""
+    """Return the date that chat templates see where the recipe gives none, and where it is from."""
     if recipe.method != "sft" and recipe.teacher.cache in ("disk", "auto"):
         of_cache = date_of(root_of(recipe.teacher.cache_dir), str(recipe.teacher.path), data)
         if of_cache is not None:

@@ -1,4 +1,4 @@
-"""Defaults that fit the models of a run: learning rate, epochs, warm-up and lengths that the recipe leaves at `auto`.
+"""Choose defaults that fit the models of a run: learning rate, epochs, warm-up and lengths that the recipe leaves at `auto`.
 
 | student                                        | distill: lr, epochs | sft: lr, epochs | warm-up |
 |------------------------------------------------|---------------------|-----------------|---------|
@@ -58,7 +58,7 @@ Known = Mapping[str, Facts | None]  # facts of models that are yet to be made, b
 
 
 class Rates(NamedTuple):
-    """A line of the table, and which models it is for."""
+    """Hold a line of the table, and which models it is for."""
 
     lr: float
     epochs: float
@@ -198,7 +198,7 @@ def _with(recipe: Recipe, changes: Mapping[str, float]) -> Recipe:
     return recipe
 
 
-def told(resolved: Resolved) -> str | None:
+def fitted_line(resolved: Resolved) -> str | None:
     """Return a sentence with what was fitted to the models, None where nothing was that the run depends on."""
     names = {"train.lr": "lr", "train.epochs": "epochs", "train.warmup": "warmup", "data.max_length": "max_length"}
     if resolved.recipe.train.steps:

@@ -156,7 +156,7 @@ class _Work:
         return {**head, "weights": fingerprint(self.backbone.model.state_dict().items()), "prompts": digest.hexdigest()}
 
     def heads(self) -> list[Line]:
-        """The fields of each row that are known before there is a response."""
+        """Return the fields of each row that are known before there is a response."""
         return [
             {
                 **_asked(row),
@@ -221,7 +221,7 @@ class _Work:
 
 
 def _asked(row: Row) -> Line:
-    """What the row asks, in the columns that it is read from."""
+    """Return the prompt of a row in the columns that it is read from."""
     columns = {"messages": row.messages, "tools": row.tools, "documents": row.documents}
     columns |= {"chat_template_kwargs": row.template_kwargs}
     if row.instruction is not None:

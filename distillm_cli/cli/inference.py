@@ -13,8 +13,8 @@ from distillm_cli.cli import garbage
 from distillm_cli.cli.host import set_threads
 from distillm_cli.cli.outputs import RECIPE, is_resolved
 from distillm_cli.config.explain import leaves
-from distillm_cli.config.layers import document
 from distillm_cli.config.load import Resolved, load_resolved, resolve, settled
+from distillm_cli.config.merging import document
 from distillm_cli.config.schema import Recipe
 from distillm_cli.core.events import Listener, Note, Warned
 from distillm_cli.data.prompts import Encoder
@@ -49,7 +49,7 @@ def settings(
 
 
 def _on_this_machine(resolved: Resolved, own: Path) -> Resolved:
-    """The recipe of the run that made the model, without what holds for that machine alone.
+    """Return the recipe of the run that made the model, without what holds for that machine alone.
 
     The chat template is saved with the model's tokenizer, wherever the run had it from.
     """
@@ -65,14 +65,14 @@ def own_recipe(model: str, listener: Listener) -> Path | None:
     """Return the recipe of the run that made this model: in its directory, or above its ``checkpoints/``.
 
     None for a directory that no run wrote, and with a warning where a run's recipe is missing or where another program
-    has left a ``recipe.yaml``. Raises RecipeError for one that is damaged: the model would be asked in another way.
+    has left a ``recipe.yaml``. Raises RecipeError for one that is damaged: the prompts would be formatted differently.
     """
     place = Path(model).expanduser()
     homes = [place] if place.parent.name != "checkpoints" else [place, place.parent.parent]
     own = next((home / RECIPE for home in homes if (home / RECIPE).is_file()), None)
     if own is None:
         if any(manifest.read(home) for home in homes):
-            what = f"{homes[-1] / RECIPE} is missing: {model} is asked with the default settings, not as it was trained"
+            what = f"{homes[-1] / RECIPE} is missing: prompts of {model} get the default settings, not those of its training"
             listener(Warned(f"{what}; put it back, or give --recipe FILE"))
         return None
     listed = manifest.read(own.parent)
@@ -121,7 +121,7 @@ def load(model: str, recipe: Recipe, listener: Listener) -> tuple[Backbone, Enco
 
 
 def name_template(encoder: Encoder, rows: Iterable[Row], listener: Listener) -> None:
-    """Report the template that the model is asked in."""
+    """Report the template of the prompts."""
     forms = sorted({encoder.renderer.form(row) for row in rows})
     names = {"chat": "chat (the tokenizer's chat template)", "exact": "exact (prompts as they are)"}
     listener(Note(f"template: {', '.join(names.get(form, form) for form in forms)}"))

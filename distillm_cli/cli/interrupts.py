@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP, heard alike from the first import on. Nothing is imported here that takes time."""
+"""Handle Ctrl-C, SIGTERM and SIGHUP alike from the first import on. Nothing is imported here that takes time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _came: list[type[KeyboardInterrupt]] = []  # since the outermost ``heard`` began
 
 @contextmanager
 def heard() -> Iterator[None]:
-    """Any of the signals ends what is inside: cleaned up, one line, with --json one object. A host's own handlers stay, and
+    """End what is inside at any of the signals: cleaned up, one line, with --json one object. A host's handlers stay, and
     a signal that was ignored at start (SIGHUP under nohup, SIGINT in a shell's background job) stays ignored.
 
     One that comes while we import a library waits until that is through: half of torch's import is calls from C++, where an

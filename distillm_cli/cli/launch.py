@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def launch(ctx: typer.Context) -> None:
     """Resolve what was typed, then print the resolved recipe (``--dry-run``), warm the teacher's cache, or train."""
     from distillm_cli.cli import options, outputs
-    from distillm_cli.cli.defaults import check_data, fitted, told
+    from distillm_cli.cli.defaults import check_data, fitted, fitted_line
     from distillm_cli.cli.streams import write_stdout
     from distillm_cli.config.load import resolve, to_yaml
     from distillm_cli.core.events import Note
@@ -37,7 +37,7 @@ def launch(ctx: typer.Context) -> None:
             write_stdout(to_yaml(resolved))
         return
     check_complete(resolved.recipe)
-    notes = [note for note in (check_data(resolved), told(resolved)) if note is not None]
+    notes = [note for note in (check_data(resolved), fitted_line(resolved)) if note is not None]
     check_alone()
 
     from distillm_cli.cli.reading import reading

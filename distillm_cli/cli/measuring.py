@@ -21,8 +21,8 @@ from distillm_cli.config.schema import Recipe
 from distillm_cli.core.criterion import CROSS_ENTROPY, Criterion
 from distillm_cli.core.engine import Engine, eval_mode
 from distillm_cli.core.events import Warned
-from distillm_cli.core.objective import Objective
 from distillm_cli.core.progress import Progress
+from distillm_cli.core.student_loss import Objective
 from distillm_cli.errors import ModelError, UsageError
 from distillm_cli.evaluation.suites import HELD_OUT, Suite
 from distillm_cli.models.devices import dtype_name, resolve_dtype
@@ -199,7 +199,7 @@ def _titled(ui: Console, name: str):
 
 
 def _valid_loss(model: Backbone, engine: Engine) -> float | None:
-    """Mean cross-entropy per token on the validation rows, nats: the student's own measure, for any model. The student is
+    """Return the mean cross-entropy per token on the validation rows, nats, as measured for the student. The student is
     measured as it computed in training, the teacher in its own dtype, as it taught. None without validation rows."""
     if not engine.held_out.batches:
         return None

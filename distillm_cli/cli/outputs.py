@@ -259,7 +259,7 @@ def publish(staged: Path, output: Path) -> None:
 
 
 def write_recipe(output: Path, text: str) -> None:
-    """Write the recipe of a run that begins; the manifest of an earlier one then speaks of the model alone."""
+    """Write the recipe of a run that begins; the manifest of an earlier one then lists the model alone."""
     listed = manifest.read(output)
     if listed is not None and listed["files"].pop(RECIPE, None) is not None:
         manifest.replace(output, listed)

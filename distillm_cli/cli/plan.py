@@ -64,7 +64,7 @@ def plan(
     (a directory with a config.json, the file itself, or a hub name), and no weights are downloaded. A recipe of stages
     is planned stage by stage.
     """
-    from distillm_cli.cli.defaults import fitted, told
+    from distillm_cli.cli.defaults import fitted, fitted_line
     from distillm_cli.cli.launch import check_complete
     from distillm_cli.config.load import resolve
     from distillm_cli.config.pipeline import is_pipeline
@@ -78,7 +78,7 @@ def plan(
     check_complete(resolved.recipe)
     is_default = resolved.origin["data.source"] == "default"
     notes = ["no --data: planned for Dolly (data.source dolly)"] if is_default else []
-    notes += filter(None, [told(resolved)])
+    notes += filter(None, [fitted_line(resolved)])
     with console(json_mode=json, quiet=quiet) as ui:
         for note in notes:
             ui(Note(note))

@@ -183,7 +183,7 @@ def of_shapes(
 
 
 def _asked_in(recipe: Recipe, rows: Rows, student: Shape, teacher: Shape | None) -> Data:
-    """The recipe's data section with the template that a run would settle on."""
+    """Return the recipe's data section with the template that a run would settle on."""
     own = student.tokenizer.chat_template
     other = own if teacher is None or teacher.tokenizer is None else teacher.tokenizer.chat_template
     if own is None:

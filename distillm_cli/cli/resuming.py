@@ -100,7 +100,7 @@ def check_inputs(checkpoint: Checkpoint, inputs: Mapping[str, str]) -> None:
 
 @contextmanager
 def as_checkpoint_error(checkpoint: Checkpoint) -> Iterator[None]:
-    """Turn whatever a whole checkpoint fails with while it is read into CheckpointError: another version wrote it."""
+    """Turn every failure to read a whole checkpoint into CheckpointError: another version wrote it."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, OSError) as error:
@@ -129,9 +129,9 @@ def check_length(checkpoint: Checkpoint, steps: int, steps_per_epoch: int, liste
     if steps > before:
         listener(
             Warned(
-                f"the run is longer than it was: {steps:,} steps instead of {before:,}. The learning rate and whatever else "
-                f"follows the share of the run that is done, is that of the longer run from step {reached + 1:,} on, so the "
-                "result differs from that of an uninterrupted run"
+                f"the run is longer than it was: {steps:,} steps instead of {before:,}. The learning rate, and "
+                "what else depends on the share of the run that is done, follows the longer run from step "
+                f"{reached + 1:,} on, so the result differs from that of an uninterrupted run"
             )
         )
 

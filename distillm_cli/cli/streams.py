@@ -1,4 +1,4 @@
-"""Standard streams that cannot end a run, and the one line that reports an error. Imports nothing slow."""
+"""Provide standard streams that cannot end a run, and the line that reports an error. Imports nothing slow."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PATIENCE = 1.0  # seconds to wait for a non-blocking stderr that is full
 
 
 class _Unfailing(io.RawIOBase):
-    """A file whose writes always succeed: what the system refuses is dropped."""
+    """Wrap a file so that writes always succeed: what the system refuses is dropped."""
 
     def __init__(self, file: io.RawIOBase):
         self._file = file

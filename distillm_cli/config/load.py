@@ -16,9 +16,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from distillm_cli.config import layers, ownership, yaml_io
+from distillm_cli.config import merging, ownership, yaml_io
 from distillm_cli.config.explain import leaves, shown
-from distillm_cli.config.layers import Given, Problems, Rank, bad
+from distillm_cli.config.merging import Given, Problems, Rank, bad
 from distillm_cli.config.methods import METHODS
 from distillm_cli.config.ownership import value_of
 from distillm_cli.config.schema import Recipe, Section
@@ -101,9 +101,9 @@ def resolve(
     problems = Problems()
     path = locate(recipe) if recipe is not None else None
     label = path.name if path and recipe == path.stem else str(recipe)
-    from_recipe = layers.from_recipe(path, label, problems, str(recipe)) if path else {}
-    from_flags = layers.from_flags(flags or {})
-    from_sets = layers.from_sets(sets or (), problems)
+    from_recipe = merging.from_recipe(path, label, problems, str(recipe)) if path else {}
+    from_flags = merging.from_flags(flags or {})
+    from_sets = merging.from_sets(sets or (), problems)
 
     resolved = settle(command, (from_recipe, from_flags, from_sets), problems, path.stem if path else None, label)
     if resolved is None or problems:
@@ -122,21 +122,21 @@ def settle(
 
     label: what notes call the recipe. What is shared by several stages is offered: one that does not read it goes without.
     """
-    of_recipe = [{k: e for k, e in layer.items() if e.rank.layer <= layers.RECIPE} for layer in weakest_first]
+    of_recipe = [{k: e for k, e in layer.items() if e.rank.layer <= merging.RECIPE} for layer in weakest_first]
     from_recipe = {key: entry for layer in of_recipe for key, entry in layer.items()}
     method = _method(command, *weakest_first)
     preset, over = {"method": method}, {}
     if _is_method(method.value):
         _check_verb(method, command)
-        preset |= _preset(method.value, layers.METHOD)
+        preset |= _preset(method.value, merging.METHOD)
         own = from_recipe.get("method", method)  # a recipe that names no method speaks for any
-        if method.rank.layer > layers.RECIPE and method.value != own.value:
+        if method.rank.layer > merging.RECIPE and method.value != own.value:
             # How long and how fast a recipe trains is its pair's affair, whatever the method.
-            over = {k: v for k, v in _preset(method.value, layers.FLAG).items() if not k.startswith("train.")}
+            over = {k: v for k, v in _preset(method.value, merging.FLAG).items() if not k.startswith("train.")}
     else:
         problems.add(method.rank, bad(method, "method", command))
 
-    by_hand = [{k: e for k, e in layer.items() if e.rank.layer > layers.RECIPE} for layer in weakest_first]
+    by_hand = [{k: e for k, e in layer.items() if e.rank.layer > merging.RECIPE} for layer in weakest_first]
     typed = {key: entry for layer in by_hand for key, entry in layer.items()}
     problems.exclude(typed.get("train.epochs"), typed.get("train.steps"))
     given, former = _stacked(preset, from_recipe, over, *by_hand)
@@ -147,7 +147,7 @@ def settle(
     value, held = partial(value_of, made), {**preset, **over}
     if not ownership.trains(command):
         for key, entry in given.items():
-            if entry.rank.layer > layers.STAGE and (key == "method" or entry is not held.get(key)):
+            if entry.rank.layer > merging.STAGE and (key == "method" or entry is not held.get(key)):
                 reads = partial(ownership.is_read_without_training, given=entry, value=value, command=command)
                 if not _is_read(key, entry, reads):
                     problems.add(entry.rank, ownership.misplaced(key, entry, value, command))
@@ -155,7 +155,7 @@ def settle(
             return None
     else:
         unread = _unread(value, given, held)
-        unasked = {k for k, entry in unread.items() if entry.rank.layer in (layers.SHARED, layers.SHARED_SET)}
+        unasked = {k for k, entry in unread.items() if entry.rank.layer in (merging.SHARED, merging.SHARED_SET)}
         left_out = _left_out(unread, command, from_recipe) | unasked
         for key in unread.keys() - left_out:
             problems.add(given[key].rank, ownership.misplaced(key, given[key], value, command))
@@ -191,9 +191,9 @@ def load_resolved(path: str | Path) -> Recipe:
 
 
 def to_yaml(resolved: Resolved, with_origin: bool = True) -> str:
-    """The whole recipe as YAML that reads back the same; with_origin: each line ends with where its value came from.
+    """Return the whole recipe as YAML that reads back the same; with_origin: each line ends with where its value came from.
 
-    Credentials in addresses are left out, and a note says so.
+    Credentials in addresses are left out, and a note reports it.
 
     A value that replaced another says so: ``lr: 0.0001  # --lr (dolly-gpt2.yaml:14: 0.0005)``.
     """
@@ -244,8 +244,8 @@ def _method(command: str, *weakest_first: Mapping[str, Given]) -> Given:
         if "method" in layer:
             return layer["method"]
     if command == "sft":
-        return Given("sft", "verb sft", "method", Rank(layers.DEFAULT))
-    return Given(Recipe.model_fields["method"].default, "default", "method", Rank(layers.DEFAULT))
+        return Given("sft", "verb sft", "method", Rank(merging.DEFAULT))
+    return Given(Recipe.model_fields["method"].default, "default", "method", Rank(merging.DEFAULT))
 
 
 def _is_method(value: Any) -> bool:
@@ -270,7 +270,7 @@ def _stacked(*weakest_first: Mapping[str, Given]) -> tuple[dict[str, Given], dic
     for layer in weakest_first:
         for key, entry in layer.items():
             before = given.get(key)
-            if before and layers.DEFAULT < before.rank.layer < entry.rank.layer and before.value != entry.value:
+            if before and merging.DEFAULT < before.rank.layer < entry.rank.layer and before.value != entry.value:
                 former[key] = (before.value, before.origin)
             given[key] = entry
     # In one layer steps win over epochs; a recipe's steps do not outlive a flag that asks for epochs.
@@ -309,7 +309,7 @@ def _translated(detail: Mapping[str, Any], given: Mapping[str, Given], command: 
     words = (word.strip(",;:") for word in what.split())
     entry = next((given[word] for word in words if word in given), None)
     if entry is None:
-        return Rank(layers.SET), RecipeError(what, hint=hint or None)
+        return Rank(merging.SET), RecipeError(what, hint=hint or None)
     hint = hint.replace("--set ", f"--set {entry.at}")
     return entry.rank, RecipeError(f"{entry.place} = {shown(entry.value)}", where=what, hint=hint or None)
 
@@ -329,7 +329,7 @@ def _unread(value: ownership.ValueOf, given: Mapping[str, Given], held: Mapping[
         if entry is held.get(key) or _is_read(key, entry, partial(ownership.is_read, value=value)):
             continue
         holds_anyway = held[key].value if key in held else leaves()[key].default
-        is_typed = entry.rank.layer > layers.STAGE
+        is_typed = entry.rank.layer > merging.STAGE
         if is_typed or not (value(key) == holds_anyway or ownership.is_general(key, value)):
             found[key] = entry
     return found
@@ -337,17 +337,19 @@ def _unread(value: ownership.ValueOf, given: Mapping[str, Given], held: Mapping[
 
 def _is_read(key: str, entry: Given, reads: Callable[[str], bool]) -> bool:
     """Of a flag that sets several fields (--dtype) it is enough where one of them is read."""
-    flags = [s.keys for s in SHORTCUTS.values() if entry.rank.layer == layers.FLAG and s.flag == entry.origin]
+    flags = [s.keys for s in SHORTCUTS.values() if entry.rank.layer == merging.FLAG and s.flag == entry.origin]
     return any(map(reads, (key, *chain(*flags))))
 
 
 def _left_out(unread: Mapping[str, Given], command: str, from_recipe: Mapping[str, Given]) -> set[str]:
     """Of what is not read: what the recipe, taken by itself, would read; a flag or --set has changed that."""
     own = _method(command, from_recipe)
-    preset = _preset(own.value, layers.METHOD) if _is_method(own.value) else {}
+    preset = _preset(own.value, merging.METHOD) if _is_method(own.value) else {}
     alone, _ = _stacked({"method": own}, preset, from_recipe)
 
     def value(key: str) -> Any:
         return alone[key].value if key in alone else leaves()[key].default
 
-    return {key for key, entry in unread.items() if entry.rank.layer == layers.RECIPE and ownership.is_read(key, value)}
+    return {
+        key for key, entry in unread.items() if entry.rank.layer == merging.RECIPE and ownership.is_read(key, value)
+    }

@@ -10,7 +10,7 @@ from typing import Any
 
 from distillm_cli.config.explain import leaves, shown
 from distillm_cli.config.fields import ReadWhen, Such, Values
-from distillm_cli.config.layers import Given
+from distillm_cli.config.merging import Given
 from distillm_cli.config.methods import METHODS
 from distillm_cli.config.schema import Eval, Objective, Recipe, Section, is_built
 from distillm_cli.config.shortcuts import flag_of

@@ -24,11 +24,11 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError
 
-from distillm_cli.config import layers, yaml_io
+from distillm_cli.config import merging, yaml_io
 from distillm_cli.config.explain import choices, described, leaves, shown, takes_texts_only
 from distillm_cli.config.fields import Name, Positive, Section
-from distillm_cli.config.layers import Given, Problems, Rank
 from distillm_cli.config.load import Resolved, locate, settle, shipped
+from distillm_cli.config.merging import Given, Problems, Rank
 from distillm_cli.config.schema import Recipe
 from distillm_cli.errors import RecipeError, UsageError
 
@@ -112,7 +112,7 @@ class Pipeline:
 def is_pipeline(recipe: str | Path) -> bool:
     """Whether a shipped name or a path is a recipe of stages. Raises RecipeError where there is no such file."""
     path = locate(recipe)
-    return layers.is_pipeline(layers.document(path, str(recipe)))
+    return merging.is_pipeline(merging.document(path, str(recipe)))
 
 
 def load_pipeline(recipe: str | Path, sets: Iterable[str] = ()) -> Pipeline:
@@ -129,7 +129,7 @@ class _Reader:
         self.path, self.label, self.typed, self.problems = path, label, typed, Problems()
 
     def read(self, sets: list[str]) -> Pipeline:
-        node = layers.document(self.path, self.label)
+        node = merging.document(self.path, self.label)
         parts = {name: (key, value) for name, key, value in yaml_io.pairs(node, self.label)}
         if "stages" not in parts:
             verb = "sft" if "sft" in parts.get("method", (None, yaml.ScalarNode("", "")))[1].value else "distill"
@@ -144,8 +144,8 @@ class _Reader:
         shared: dict[str, Given] = {}
         if "defaults" in parts:
             whole = self._mapping(*parts["defaults"], "defaults", "sections of a recipe", raw=True)
-            shared = layers.from_mapping(whole, self.path, self.label, self.problems, layers.SHARED, at="defaults.")
-        typed_values = layers.from_sets(typed_shared, self.problems, "defaults.", layers.SHARED_SET)
+            shared = merging.from_mapping(whole, self.path, self.label, self.problems, merging.SHARED, at="defaults.")
+        typed_values = merging.from_sets(typed_shared, self.problems, "defaults.", merging.SHARED_SET)
         for given in (shared, typed_values):
             if "method" in given:
                 what = f"{given['method'].place}: a method is of one stage"
@@ -188,17 +188,17 @@ class _Reader:
             if equals and field.strip() in _OWN_KEYS:
                 label = f"--set {at}{field.strip()}"
                 read = yaml_io.value_of(yaml_io.compose(value, label), label)
-                own[field.strip()] = Given(read, "--set", label, Rank(layers.SET), at)
+                own[field.strip()] = Given(read, "--set", label, Rank(merging.SET), at)
         head = self._own(own, at, line)
         if head is None:
             return None
         weakest_first = []
         if head.recipe is not None:
             weakest_first.append(self._base(head.recipe, own["recipe"]))
-        said = layers.from_mapping(sections, self.path, self.label, self.problems, layers.STAGE, at)
+        said = merging.from_mapping(sections, self.path, self.label, self.problems, merging.STAGE, at)
         if head.verb != "distill":  # a shared teacher is not one that those stages read, least of all the teacher's own
             shared = [{k: v for k, v in given.items() if not k.startswith("teacher.")} for given in shared]
-        weakest_first += [*shared, said, layers.from_sets(typed, self.problems, at)]
+        weakest_first += [*shared, said, merging.from_sets(typed, self.problems, at)]
         resolved = settle(head.verb, weakest_first, self.problems, name)
         if resolved is None:
             return None
@@ -214,7 +214,7 @@ class _Reader:
             if name in _OWN_KEYS:
                 place = f"{yaml_io.at(self.label, line)}: {at}{name}"
                 read = yaml_io.value_of(value, self.label)
-                own[name] = Given(read, f"{self.path.name}:{line}", place, Rank(layers.STAGE, line), at)
+                own[name] = Given(read, f"{self.path.name}:{line}", place, Rank(merging.STAGE, line), at)
             else:
                 rest.append((key_node, value))
         return own, yaml.MappingNode(node.tag, rest, node.start_mark, node.end_mark)
@@ -224,7 +224,7 @@ class _Reader:
         place = f"{yaml_io.at(self.label, line)}: {at[:-1]}"
         if "verb" not in own:
             self.problems.add(
-                Rank(layers.STAGE, line), RecipeError(f"{place}: no verb", where=f"expected verb: {', '.join(_OWN)}")
+                Rank(merging.STAGE, line), RecipeError(f"{place}: no verb", where=f"expected verb: {', '.join(_OWN)}")
             )
             return None
         verb = own["verb"]
@@ -254,7 +254,7 @@ class _Reader:
         found = recipe if recipe in shipped() or not beside.is_file() else beside
         try:
             path = locate(found)
-            return layers.from_recipe(path, path.name, self.problems)
+            return merging.from_recipe(path, path.name, self.problems)
         except RecipeError as error:
             self.problems.add(given.rank, RecipeError(f"{given.place} = {recipe}", where=str(error)))
         return {}
@@ -269,7 +269,7 @@ class _Reader:
         if missing:
             what, field = missing
             hint = f"set {field} there, to a path, a hub name or stage:NAME"
-            self.problems.add(Rank(layers.STAGE, line), RecipeError(f"{place}: {what}", hint=hint))
+            self.problems.add(Rank(merging.STAGE, line), RecipeError(f"{place}: {what}", hint=hint))
 
     def _linked(self, stages: list[Stage]) -> Iterator[Stage]:
         """The stages with what they read, checked: it exists, comes before, and makes what the field takes."""
@@ -331,7 +331,7 @@ def _own_problem(
     name = str(detail["loc"][0])
     if detail["type"] == "missing":
         hint = f"set {name}: stage:NAME, a path or a hub name"
-        return Rank(layers.STAGE, line), RecipeError(f"{place}: no {name}", hint=hint)
+        return Rank(merging.STAGE, line), RecipeError(f"{place}: no {name}", hint=hint)
     given = own[name]
     if name not in kind.model_fields:
         owners = " and ".join(verb for verb, other in _OWN.items() if name in other.model_fields)

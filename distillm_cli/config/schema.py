@@ -292,7 +292,7 @@ class Rollout(Section):
 
 
 class Train(Section):
-    """The loop. The defaults are the paper's (METHODS D), or fit the models where they are `auto`."""
+    """Configure the loop. The defaults are the paper's (METHODS D), or fit the models where they are `auto`."""
 
     epochs: Annotated[float, Field(gt=0)] | Auto = Field(
         AUTO,
@@ -350,7 +350,7 @@ class Eval(Section):
     )
     rouge_tokenizer: Literal["words", "characters"] = Field(
         "words",
-        description="tokens of rouge_*: words (runs of a-z and 0-9, stemmed; the paper's) or characters (for Chinese, say)",
+        description="tokens of rouge_*: words (runs of a-z and 0-9, stemmed; the paper's) or characters (for Chinese)",
     )
     seeds: tuple[Annotated[int, Field(lt=2**63)], ...] = Field(
         (10, 20, 30, 40, 50), min_length=1, description="one sampled pass each"
@@ -386,7 +386,7 @@ class Recipe(Section):
 
     @property
     def needs_responses(self) -> bool:
-        """Whether training reads the responses of the data set, and not its prompts alone."""
+        """Return whether training reads the responses of the data set, and not its prompts alone."""
         fine_tunes = self.method == "sft" or self.student.sft_epochs > 0
         draws_rows = self.schedule.kind in ("off", "mixed", "annealed", "adaptive")
         return fine_tunes or draws_rows or self.objective.row_weight > 0

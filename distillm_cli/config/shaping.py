@@ -14,7 +14,7 @@ _FREE += ("eval.suites", "eval.batch_size")
 
 
 def shaping(recipe: Recipe) -> dict:
-    """The part of a recipe that shapes the steps of a run, as dotted keys: what a resume must find unchanged.
+    """Return the part of a recipe that shapes the steps of a run, as dotted keys: what a resume must find unchanged.
 
     Credentials in addresses are left out, since it is written down.
 

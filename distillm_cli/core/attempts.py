@@ -16,11 +16,11 @@ from distillm_cli.errors import NonFiniteError
 
 
 class InfiniteLoss(NonFiniteError):
-    """A loss of +inf: a token without any probability, which no learning rate cures."""
+    """Report a loss of +inf: a token without any probability, which no learning rate cures."""
 
 
 def check_finite(loss: float, grad_norm: float) -> None:
-    """Raise NonFiniteError unless both are finite, naming the cause where the numbers tell it."""
+    """Raise NonFiniteError unless both are finite, naming the cause where the numbers show it."""
     if loss == math.inf:
         raise InfiniteLoss(
             "the loss is infinite: a token has probability 0 (a logit of −inf) in one model but not in the other, "

@@ -1,4 +1,4 @@
-"""A checkpoint is a directory that becomes visible at once, and says itself whether it is whole.
+"""Write and read checkpoints: directories that become visible at once, with a manifest that shows whether they are whole.
 
     checkpoints/step-000200/
       config.json model.safetensors tokenizer.json …   the student, loadable with from_pretrained
@@ -42,7 +42,7 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one run, under ``root``. save_model: writes the student and its tokenizer into a directory.
+    """Manage the checkpoints of one run, under ``root``. save_model: writes the student and its tokenizer into a directory.
 
     listener: is warned, once for each, of old checkpoints that cannot be removed.
     """

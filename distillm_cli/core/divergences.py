@@ -1,4 +1,4 @@
-"""What "different" means: divergences between next-token distributions, per token, with exact gradients. Pure tensors.
+"""Compute divergences between next-token distributions, per token, with exact gradients. Pure tensors.
 
 p is the teacher, q the student. A divergence gives its value per token [N] and ``h_NV = ∂D/∂log q`` with the other entries
 held fixed; the gradient in the student's logits is then ``h − q Σ_u h_u`` (``logit_grad``).
@@ -29,9 +29,9 @@ from distillm_cli.config.schema import Objective
 
 
 class Rows:
-    """N distributions over the vocabulary, from their logits z; each table is made when it is first asked for, once.
+    """Hold N distributions over the vocabulary, from their logits z; each table is computed once, when first used.
 
-    The tables belong to whoever holds the Rows: a divergence reads them and changes none. has_zeros: whether logits may be
+    The tables belong to the owner of the Rows: a divergence reads them and changes none. has_zeros: whether logits may be
     −inf; False promises that none is, and saves the passes that look for them.
     """
 

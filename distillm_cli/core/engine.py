@@ -25,7 +25,6 @@ from distillm_cli.core.criterion import CROSS_ENTROPY, Piece
 from distillm_cli.core.events import Listener, Note, RunEnded, Saved, Stepped, Validated, Warned, silent
 from distillm_cli.core.halving import in_halves, release
 from distillm_cli.core.held_out import HeldOut
-from distillm_cli.core.objective import Objective, joined
 from distillm_cli.core.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from distillm_cli.core.progress import Progress
 from distillm_cli.core.replay import ReplayBuffer, pack, unpack
@@ -33,6 +32,7 @@ from distillm_cli.core.rollout import Rollouts
 from distillm_cli.core.samples import Samples
 from distillm_cli.core.scheduler import Scheduler, Source
 from distillm_cli.core.stopping import stop_on_signal
+from distillm_cli.core.student_loss import Objective, joined
 from distillm_cli.core.teacher import Teacher
 from distillm_cli.core.terms import PerToken
 from distillm_cli.errors import Interrupted, NonFiniteError, OutOfMemoryError, out_of_memory

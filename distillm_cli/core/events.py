@@ -40,7 +40,7 @@ class Progress(Event):
 
 @dataclass(frozen=True, slots=True)
 class RunStarted(Event):
-    """The loop is about to take its first step (or to go on at ``first_step`` after a resume).
+    """Report that the loop begins its first step (``first_step`` after a resume).
 
     has_phi: whether the schedule goes by φ, which later events bear all the same. loss, divergence: names of the training
     figure ("skl", "CE") and of the held-out divergence. epsilon, trigger: φ rises when the validation loss has risen by
@@ -83,7 +83,7 @@ class Stepped(Event):
 
 @dataclass(frozen=True, slots=True)
 class Validated(Event):
-    """A validation. valid_loss: mean cross-entropy per token of the student on held-out rows, nats.
+    """Report a validation. valid_loss: mean cross-entropy per token of the student on held-out rows, nats.
 
     scores: further held-out figures (a divergence, ROUGE-L, …) by name. rose: φ rose because of it. best: this is the
     best value so far of the quantity checkpoints are selected by. trigger: the loss at which φ rises, nats; None where it

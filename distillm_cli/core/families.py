@@ -62,7 +62,7 @@ class AdaptiveKL(Divergence):
 
 @dataclass(frozen=True)
 class AlphaBeta(Divergence):
-    """−1/(αβ) Σ [p^α q^β − α/(α+β) p^{α+β} − β/(α+β) q^{α+β}], continued to where α, β or α+β is 0.
+    """Compute −1/(αβ) Σ [p^α q^β − α/(α+β) p^{α+β} − β/(α+β) q^{α+β}], continued to where α, β or α+β is 0.
 
     (1, 0) is KL and (0, 1) reverse KL; (0, 0) is ½ Σ (log p − log q)². One form serves them all: with s = α+β and
     G(t) = p^t q^{s−t}, an entry's value is the second divided difference of G at 0, α and s (never negative, since G is

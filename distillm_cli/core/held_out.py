@@ -11,7 +11,7 @@ import torch
 from distillm_cli.core.events import Listener, Warned
 from distillm_cli.core.exact import where_exact
 from distillm_cli.core.halving import in_halves
-from distillm_cli.core.objective import Objective
+from distillm_cli.core.student_loss import Objective
 from distillm_cli.core.teacher import Model, Teacher
 from distillm_cli.core.terms import Terms
 from distillm_cli.sequences import Sequence, collate

@@ -36,7 +36,7 @@ class Decoding(Protocol):
 
 
 class Decoder(Protocol):
-    """A model that can decode; ``context`` is its longest sequence, None when unbounded.
+    """Decode with a model; ``context`` is its longest sequence, None when unbounded.
 
     is_encoder_decoder: prompt and response are two texts. ``no_repeat_ngram_size`` then counts in the response alone.
     forced_first: the token that every response begins with, None for none.

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Ahead:
-    """Token ids of all rows of some sources, made in the background. To be used as a context: leaving it ends the work.
+    """Tokenize all rows of some sources in the background. To be used as a context: leaving it ends the work.
 
     tokenizer: None makes nothing. Inside the context it may be asked and saved elsewhere, but must tokenise nothing: it
     changes settings of its own before each text, and that is an error while another thread is in it. It releases the

@@ -26,13 +26,13 @@ from distillm_cli.errors import DataError, PeerProcessError
 from distillm_cli.sequences import Sequence
 from distillm_cli.words import all_are, counted
 
-_MANY = 0.2  # share of dropped rows from which a warning says so
+_MANY = 0.2  # share of dropped rows from which there is a warning
 _KEPT = 0.95  # share of rows that the length it names would keep
 
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """What is trained on. sequences[i] comes from rows[i] and has ``row == i``.
+    """Hold the examples to train on. sequences[i] comes from rows[i] and has ``row == i``.
 
     dropped: rows left out because they are too long; dropped_prompts: those of them whose prompt alone is. truncated:
     responses that were cut. unsupervised: rows without an answer to train on. refused: rows that could not be written,

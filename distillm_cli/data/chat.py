@@ -1,4 +1,4 @@
-"""Conversations as text: what the tokenizer's chat template writes, and which of it the assistant must produce.
+"""Render conversations as text: what the tokenizer's chat template writes, and which of it the assistant must produce.
 
 The template's own output decides. A conversation is rendered as a whole, and each answer is found in it by rendering the
 messages before it with a generation prompt: what the template adds after that prompt, up to the token that ends the turn,
@@ -20,7 +20,7 @@ from distillm_cli.errors import DataError, ModelError
 Message = dict[str, Any]
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-_FLAGS = ("weight", "train")  # what a row says about training on a message; no template sees them
+_FLAGS = ("weight", "train")  # fields about training on a message; no template sees them
 # Stand for the content of an answer. They share no first and no last character with one another, so that the text around
 # them is what two renderings have in common.
 _PROBES = ("\u2042distillm\u2043", "\u203bmodel\u203c")
@@ -35,7 +35,7 @@ _TEMPLATE_HINT = "check the row, skip such rows with --skip-bad-rows, or choose 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """One example as text.
+    """Hold one example as text.
 
     text: prompt and response together. cut: where the response begins, in characters. end: where it ends; what the
     template writes after it is not used. turns: (start, end) of the earlier answers to supervise. is_closed: the response
@@ -57,7 +57,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class TurnEnd:
-    """How a chat template ends an assistant turn.
+    """Describe how a chat template ends an assistant turn.
 
     token: the end-of-turn token's id, None where the template writes no such token. text: what it writes behind the
     content. is_written: the template writes the token itself; otherwise it is the header of the next turn that ends this
@@ -70,7 +70,7 @@ class TurnEnd:
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer, with everything that its output depends on besides the row.
+    """Render with the chat template of a tokenizer, with everything that its output depends on besides the row.
 
     day: the date that templates see through ``strftime_now``. arguments: of every row, below its own. tools, documents:
     for rows without their own. stops: ids of the tokens that the models stop at. turns: "all" or "last". written:
@@ -105,14 +105,14 @@ class ChatTemplate:
 
     @property
     def uses_date(self) -> bool:
-        """Whether the template asks for the current date."""
+        """Return whether the template uses the current date."""
         template = self.tokenizer.chat_template
         sources = template.values() if isinstance(template, Mapping) else [template or ""]
         return any("strftime_now" in source for source in sources)
 
     @property
     def content(self) -> str:
-        """The form in which the template writes the content of messages: text, parts (SmolVLM), or either."""
+        """Return the form in which the template writes the content of messages: text, parts (SmolVLM), or either."""
         if self._content_form is None:
             self._content_form = "either"
             text, parts = (self._shows(content) for content in (_PROBES[0], _parts(_PROBES[0])))
@@ -121,7 +121,7 @@ class ChatTemplate:
         return self._content_form
 
     def _shows(self, content: str | list[Any]) -> bool:
-        """Whether the template writes this content of a user's message."""
+        """Return whether the template writes this content of a user's message."""
         try:
             return _PROBES[0] in self._write(None, [{"role": "user", "content": content}])
         except DataError:  # a template that takes other conversations
@@ -129,18 +129,18 @@ class ChatTemplate:
 
     @property
     def end(self) -> TurnEnd:
-        """How the template ends an answer, found by rendering short conversations."""
+        """Return how the template ends an answer, found by rendering short conversations."""
         if self._end is None:
             self._end = self._find_end()
         return self._end
 
     @property
     def end_tokens(self) -> list[str]:
-        """The text of the end-of-turn token, where there is one."""
+        """Return the text of the end-of-turn token, where there is one."""
         return [text for text, i in self._ids.items() if i == self.end.token]
 
     def prompt(self, row: Any) -> str:
-        """Return the text that the model is asked with: the row's messages and the generation prompt.
+        """Return the prompt: the row's messages and the generation prompt.
 
         Raises ModelError for a template that cannot be used, DataError where it refuses the row.
         """
@@ -194,7 +194,7 @@ class ChatTemplate:
         return frozenset(name for name in reasoning if not _holds(target, answer[name]))
 
     def _as_written(self, row: Any) -> Text:
-        """A response that a model wrote behind the prompt: it is the text, whatever the template would make of it."""
+        """Return a response that a model wrote after the prompt: the text as it is, not as the template would write it."""
         prompt = self.prompt(row)
         text = prompt + row.raw
         # Where the response ended as answers do, the file leaves that token out: any other is one that models stop at.
@@ -202,7 +202,7 @@ class ChatTemplate:
         return Text(text, len(prompt), len(text), is_closed=is_closed, is_chat=True, end_id=self.end.token)
 
     def _messages(self, row: Any) -> list[Message]:
-        """The row's messages up to the answer; a row without any is one question of the user."""
+        """Return the row's messages up to the answer; a row without any is one question of the user."""
         if row.messages is not None:
             return list(row.messages)
         text = row.prompt if row.instruction is None else "\n".join(filter(None, (row.instruction, row.input)))
@@ -229,7 +229,7 @@ class ChatTemplate:
         return messages, given, arguments
 
     def _write(self, row: Any, messages: SequenceOf[Message], *, prompting: bool = False) -> str:
-        """The template's output. Raises ModelError, DataError. row: None for a conversation of the project's own."""
+        """Return the template's output. Raises ModelError, DataError. row: None for a conversation of the project's own."""
         messages, given, arguments = self._given(row, messages)
         try:
             if taken := sorted(arguments.keys() & signature(self.tokenizer.apply_chat_template).parameters.keys()):
@@ -251,7 +251,7 @@ class ChatTemplate:
         return DataError(f"{place}the chat template cannot write this row: {what}", hint=_TEMPLATE_HINT)
 
     def _source(self, with_tools: bool) -> str:
-        """The template's text, with the run's date in place of the current one."""
+        """Return the template's text, with the run's date in place of the current one."""
         if with_tools not in self._sources:
             try:
                 found = self.tokenizer.get_chat_template(tools=[{}] if with_tools else None)
@@ -274,7 +274,7 @@ class ChatTemplate:
     # ------------------------------------------------------------------------------------------- the answers' places
 
     def _last(self, row: Any, conversation: SequenceOf[Message], whole: str) -> tuple[int, int, bool, int | None]:
-        """Where the last answer begins and ends, whether its end token is written, and the token to append if not."""
+        """Return where the last answer begins and ends, whether its end token is written, and the token to append if not."""
         prompt = self._write(row, conversation[:-1], prompting=True)
         start = len(prompt)
         if not whole.startswith(prompt):
@@ -295,7 +295,7 @@ class ChatTemplate:
     def _end_of(
         self, row: Any, conversation: SequenceOf[Message], whole: str, start: int
     ) -> tuple[int, bool, int | None]:
-        """The end of the last answer, which begins at ``start``; whether it is closed, and the token to append."""
+        """Return the end of the last answer, which begins at ``start``; whether it is closed, and the token to append."""
         closing = self._closing(whole[start:])
         if closing is not None:
             return start + closing[1], True, None
@@ -309,7 +309,7 @@ class ChatTemplate:
         return max(end, start), False, token
 
     def _earlier(self, row: Any, conversation: SequenceOf[Message], k: int, whole: str) -> tuple[int, int]:
-        """Where message ``k``, an answer that others follow, stands in the whole conversation."""
+        """Return where message ``k``, an answer that others follow, stands in the whole conversation."""
         prompt = self._write(row, conversation[:k], prompting=True)
         start = _common(prompt, whole)
         if start < len(prompt) or (end := self._as_prefix(row, conversation, k, whole, start)) is None:
@@ -332,7 +332,7 @@ class ChatTemplate:
         return start, end
 
     def _as_prefix(self, row: Any, conversation: SequenceOf[Message], k: int, whole: str, start: int) -> int | None:
-        """The answer's end where the conversation up to it is written as it is in the whole; None where it is not."""
+        """Return the answer's end where the conversation up to it is written as it is in the whole; None where it is not."""
         try:
             part = self._write(row, conversation[: k + 1])
         except DataError:
@@ -348,7 +348,7 @@ class ChatTemplate:
         return start + closing[0] if closing is not None and same >= start + closing[0] else None
 
     def _content(self, row: Any, conversation: SequenceOf[Message], k: int, whole: str) -> tuple[int, int]:
-        """Where the content of message ``k`` begins and ends in the whole, found by writing something else there."""
+        """Return where the content of message ``k`` begins and ends in the whole, found by writing something else there."""
         starts, ends = [], []
         for probe in _PROBES:
             other = {"role": conversation[k]["role"], "content": probe}
@@ -358,7 +358,7 @@ class ChatTemplate:
         return max(starts), min(ends)
 
     def _closing(self, answer: str) -> tuple[int, int] | None:
-        """Start and end of the token that ends the answer, among the control tokens that close its text.
+        """Return start and end of the token that ends the answer, among the control tokens that close its text.
 
         None where the text closes with none.
         """
@@ -376,13 +376,13 @@ class ChatTemplate:
         return None if closing is None else self._ids[answer[slice(*closing)]]
 
     def _stop(self, answer: str) -> int | None:
-        """The token at the end of an answer, where models stop at it."""
+        """Return the token at the end of an answer, where models stop at it."""
         closing = self._closing(answer)
         token = None if closing is None or closing[1] < len(answer) else self._ids[answer[slice(*closing)]]
         return token if token in self.stops or token == self.end.token else None
 
     def _ending(self, row: Any, conversation: SequenceOf[Message], k: int, run: re.Match[str]) -> int:
-        """The end of message ``k`` in the control tokens behind its content.
+        """Return the end of message ``k`` in the control tokens behind its content.
 
         A token that ends it only because others follow (gpt-oss's ``<|end|>``) does not belong to it: nothing stops there.
         """
@@ -399,13 +399,13 @@ class ChatTemplate:
         return run.start() + (0 if token is None else token.end())
 
     def _shared(self, prompt: str, whole: str) -> int:
-        """Length of what a prompt and the whole conversation have in common, no control token cut in two."""
+        """Return the length of what a prompt and the whole conversation have in common, no control token cut in two."""
         shared = _common(prompt, whole)
         cut = (m.start() for m in re.finditer(self._control, whole) if m.start() < shared < m.end())
         return next(cut, shared)
 
     def _generation_spans(self, row: Any, conversation: SequenceOf[Message]) -> list[tuple[int, int]]:
-        """The spans that the template marks with ``{% generation %}``, empty where it marks none."""
+        """Return the spans that the template marks with ``{% generation %}``, empty where it marks none."""
         messages, given, arguments = self._given(row, conversation)
         if not _GENERATION.search(given["chat_template"]):
             return []
@@ -443,7 +443,7 @@ class ChatTemplate:
         return TurnEnd(self._token_before(None, probe, question), behind, is_written=False)
 
     def _token_before(self, row: Any, conversation: SequenceOf[Message], following: Message) -> int | None:
-        """The control token that the template writes between an answer and the message after it, where models stop at it."""
+        """Return the control token that the template writes between an answer and the next message if models stop at it."""
         try:
             whole = self._write(row, conversation)
             longer = self._write(row, [*conversation, following])
@@ -479,18 +479,18 @@ def marked(value: Any, control: str) -> Any:
 
 
 def _is_trained(message: Message) -> bool:
-    """Whether the row wants this answer to be trained on."""
+    """Return whether this answer is trained on."""
     return message.get("weight") != 0 and message.get("train") is not False
 
 
 def _holds(target: str, text: str) -> bool:
-    """Whether a target has the end of this text; templates may trim it, and write reasoning before it in their own way."""
+    """Return whether a target has the end of this text; templates may trim it, and write reasoning before it in their own way."""
     plain = _THOUGHT.sub("", text.translate(_NO_MARKS)).strip()[-20:]
     return plain in target.translate(_NO_MARKS)
 
 
 def _in_form(message: Message, form: str) -> Message:
-    """The message with its content as text or in parts, as the template writes it."""
+    """Return the message with its content as text or in parts, as the template writes it."""
     content = message.get("content")
     if form == "parts" and isinstance(content, str):
         return {**message, "content": _parts(content)}
@@ -508,7 +508,7 @@ def _without(message: Message, names: Collection[str]) -> Message:
 
 
 def _common(one: str, other: str) -> int:
-    """Length of the common beginning of two texts."""
+    """Return the length of the common beginning of two texts."""
     low, high = 0, min(len(one), len(other))
     if one[:high] == other[:high]:
         return high
@@ -519,5 +519,5 @@ def _common(one: str, other: str) -> int:
 
 
 def _tail(text: str) -> str:
-    """The last characters of a text, for a message."""
+    """Return the last characters of a text, for a message."""
     return repr(text[-24:])

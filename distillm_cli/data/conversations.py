@@ -66,7 +66,7 @@ def split_answer(messages: list[Message]) -> tuple[list[Message], Message | None
 
 
 def not_trained(messages: list[Message]) -> list[Message]:
-    """Return the messages of a prompt: its assistant messages get ``weight`` 0, unless they say how they are trained."""
+    """Return the messages of a prompt: its assistant messages get ``weight`` 0, unless they have ``weight`` or ``train``."""
     return [
         message | {"weight": 0}
         if message["role"] == "assistant" and message.get("weight") is None and message.get("train") is None

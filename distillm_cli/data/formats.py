@@ -293,7 +293,7 @@ def _history(record: Record) -> list[Fields]:
         return read_messages(value, "history")
     pairs = isinstance(value, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in value)
     if not pairs or not all(isinstance(text, str) for turn in value for text in turn):
-        raise BadRow("column `history` must be a list of pairs of texts, asked and answered")
+        raise BadRow("column `history` must be a list of pairs of texts: question and answer")
     return [
         {"role": role, "content": valid_text(text, "column `history`")}
         for turn in value

@@ -89,7 +89,7 @@ def _answers(data: Data, find: Callable[[], Path | None], require_output: bool) 
 
 
 def _flat(ids: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """One array, and where all parts but the last end: one array is sent sooner than five hundred."""
+    """Return one array, and where all parts but the last end: one array is sent sooner than five hundred."""
     return np.concatenate(ids), np.cumsum([len(one) for one in ids])[:-1]
 
 

@@ -21,7 +21,7 @@ _AT_ONCE = 1000  # rows
 def hub_splits(
     name: str, typed: str, looked: str, listener: Listener, meant: str | None = None
 ) -> dict[str, Callable[[Collection[str]], Records]]:
-    """The splits of a data set by the hub's names for them, each a call that reads it and receives the
+    """Return the splits of a data set by the hub's names for them, each a call that reads it and receives the
     columns to convert.
 
     name: a known short name, or ``owner/name``, with ``:config`` where a set has several. typed: what the person wrote.

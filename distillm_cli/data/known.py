@@ -18,7 +18,7 @@ _CONVERTED = "refs/convert/parquet"
 
 @dataclass(frozen=True)
 class Known:
-    """A set of the hub, file by file: named one by one they are found again offline, and their complaints name a line.
+    """Describe a set of the hub file by file: named one by one they are found offline, and errors name a line.
 
     files: by the hub's name of the split. revision: unset is main. reshape: a record with columns of this set alone → one
     with those that every file may have; records of another form are left as they are. columns: those that it reads.

@@ -47,7 +47,7 @@ class Source:
 
 
 def local_place(named: str) -> Path | None:
-    """The file or directory that a source's name stands for, None where it is none: `builtin`, or a name of the hub."""
+    """Return the file or directory of a source's name; None for `builtin` and for a name of the hub."""
     return None if named == "builtin" else next(filter(kind_of, _places(named.strip())), None)
 
 
@@ -60,7 +60,7 @@ def user_path(text: str) -> Path:
 
 
 def kind_of(path: Path) -> Literal["file", "directory"] | None:
-    """Return what there is at a path; None where nothing can be: the name is too long, say."""
+    """Return what there is at a path; None where nothing can be, for example because the name is too long."""
     try:
         if path.is_dir():
             return "directory"
@@ -70,7 +70,7 @@ def kind_of(path: Path) -> Literal["file", "directory"] | None:
 
 
 def is_path(text: str) -> bool:
-    """Whether a source's name can only be a path: it never is looked for on the hub."""
+    """Return whether a source's name can only be a path: it never is looked for on the hub."""
     return _is_explicit(text) or Path(text).suffix.lower() in _FILE_ENDINGS
 
 
@@ -79,7 +79,7 @@ def _is_explicit(text: str) -> bool:
 
 
 def _places(text: str) -> list[Path]:
-    """Where to look for a source, in order."""
+    """Return where to look for a source, in order."""
     path = user_path(text)
     places = [path] if "/" in text or is_path(text) else []
     root = os.environ.get("DISTILLM_DATA")
@@ -124,7 +124,7 @@ def _find(named: str, listener: Listener) -> Source:
 
 
 def _meant(text: str, root: str | None) -> str | None:
-    """The known set, or the one under $DISTILLM_DATA, whose name is nearly that; None where it is the name of one."""
+    """Return the known set, or the one under $DISTILLM_DATA, whose name is nearly that; None where it is the name of one."""
     here = user_path(root) if root else None
     there = (
         [*names(), *ALIASES.values(), *(path.name for path in here.iterdir())] if here and here.is_dir() else names()
@@ -167,7 +167,7 @@ def _directory(path: Path, name: str) -> Source:
 
 
 def _saved(path: Path, name: str, saved: dict[str, Path]) -> Source:
-    """The source of a directory that `datasets` saved."""
+    """Return the source of a directory that `datasets` saved."""
     if "" in saved:
         return Source(name, {"train": partial(read_saved, path)}, path=path, whole=True)
     parts = {split: partial(read_saved, place) for split, place in _arrange(saved).items()}

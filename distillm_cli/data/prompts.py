@@ -1,4 +1,4 @@
-"""Rows to token ids: prompts with the special tokens around them, responses that end, nothing too long."""
+"""Turn rows into token ids: prompts with the special tokens around them, responses that end, nothing too long."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from distillm_cli.sequences import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A row as a sequence.
+    """Hold a row as a sequence.
 
     moved: a token spans the end of its prompt. cut: its response is cut at the limit of length. ends: the tokens that its
     answers end with, the usual one aside. written: special tokens in the row's own text. ignored: fields of its answer that
@@ -48,7 +48,7 @@ class TooLong:
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """A row that was left out. why: the reason; empty where it has no answer to train on (``weight: 0``)."""
+    """Hold a row that was left out. why: the reason; empty where it has no answer to train on (``weight: 0``)."""
 
     where: str
     why: str = ""
@@ -109,7 +109,7 @@ class Encoder:
 
     @property
     def ends(self) -> frozenset[int]:
-        """Ids that responses are trained to end with: the usual one and the chat template's, as rows use them."""
+        """Return the ids that responses are trained to end with: the usual one and the chat template's, as rows use them."""
         found = {self.end}
         if self.renderer.chat is not None and self.renderer.chat.end.token is not None:
             found.add(self.renderer.chat.end.token)
@@ -154,7 +154,7 @@ class Encoder:
         return self.renderer.form(row) == "chat"
 
     def _whole(self, ids: np.ndarray, is_chat: bool) -> np.ndarray:
-        """The prompt with the special tokens around it."""
+        """Return the prompt with the special tokens around it."""
         if len(self._before) and not is_chat:
             ids = np.concatenate((self._before, ids))
         if len(self._after) and not np.array_equal(ids[-len(self._after) :], self._after):
@@ -300,7 +300,7 @@ class Encoder:
         return Encoded(sequence, ids.moved, over is not None, text.ends, written, text.ignored)
 
     def _ended(self, row: Row, text: Text, ids: np.ndarray) -> np.ndarray:
-        """The response with its first special tokens and its end, or without an end where it was cut; none of none."""
+        """Return the response with its first special tokens and its end; where it was cut, without the end."""
         if not row.is_answered and row.raw is None:
             return ids
         if self.is_encoder_decoder and len(self._target_before):
@@ -324,7 +324,7 @@ class Encoder:
 
 
 def _texts_of(row: Row) -> Iterator[str]:
-    """Every text of a row that a chat template may write."""
+    """Yield every text of a row that a chat template may write."""
     yield from (text for text in (row.instruction, row.input, row.prompt) if text)
     stack: list[Any] = [row.messages, row.answer, row.tools, row.documents]
     if row.answer is None:

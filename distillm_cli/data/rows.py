@@ -12,7 +12,7 @@ from distillm_cli.data.values import BadRow, Record, kind
 
 __all__ = ["BadRow", "Row", "parse", "read_row"]
 
-_OF_TRAINING = ("weight", "train")  # fields of a message that say how it is trained on
+_OF_TRAINING = ("weight", "train")  # fields about training on a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +49,12 @@ class Row:
 
     @property
     def is_answered(self) -> bool:
-        """Whether the row has a response of its own."""
+        """Return whether the row has a response of its own."""
         return self.answer is not None or bool(self.references)
 
     @property
     def key(self) -> str:
-        """What two rows share that ask the same thing, whatever their responses."""
+        """Return a key that rows with the same prompt share."""
         if self.instruction is not None:
             asked: Any = [self.instruction, self.input]
         elif self.format == LANGUAGE_MODELING:

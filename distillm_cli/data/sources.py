@@ -36,7 +36,7 @@ class Rows(SequenceOf[Row]):
     """Hold the rows of one split.
 
     name: of the source, for display. path: where it is, when local. skipped: a message per broken row that was left out
-    (`data.skip_bad_rows`). split: the one that was asked for. splits: those that the source has of its own. read: the
+    (`data.skip_bad_rows`). split: the requested one. splits: those that the source has of its own. read: the
     columns that were read. not_read: the other columns, with the share of rows that have a value there.
     """
 
@@ -51,12 +51,12 @@ class Rows(SequenceOf[Row]):
 
     @property
     def formats(self) -> dict[str, int]:
-        """The formats of the rows, each with its number of rows."""
+        """Return the formats of the rows, each with its number of rows."""
         return dict(Counter(row.format for row in self.rows if row.format).most_common())
 
     @property
     def described(self) -> str:
-        """The formats of the rows and the columns that were read, for display: "prompt-completion (prompt, completion)"."""
+        """Return the formats of the rows and the columns read, for display: "prompt-completion (prompt, completion)"."""
         formats = self.formats
         found = ", ".join(f"{n:,} {name}" for name, n in formats.items()) if len(formats) > 1 else "".join(formats)
         return f"{found} ({', '.join(self.read)})" if self.read else found

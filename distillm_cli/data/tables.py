@@ -33,7 +33,7 @@ def read_parquet(path: Path, wanted: Collection[str]) -> Iterator[tuple[str, Any
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
-    with path.open("rb") as file:  # absent and unreadable files are told apart here
+    with path.open("rb") as file:  # distinguishes absent files from unreadable ones
         try:
             table = ParquetFile(file)
             names = table.schema_arrow.names
@@ -127,7 +127,7 @@ def _presence(column: pyarrow.Array) -> list[bool]:
 
 
 def _is_full(table: ParquetFile, name: str) -> bool:
-    """Return whether the file's statistics tell that the column has a value in every row, without reading it."""
+    """Return whether the file's statistics show that the column has a value in every row, without reading it."""
     meta = table.metadata
     paths = [meta.schema.column(i).path for i in range(meta.num_columns)]
     leaves = [i for i, path in enumerate(paths) if path == name or path.startswith(f"{name}.")]

@@ -1,4 +1,4 @@
-"""Rows as text: the prompt that a model is asked with, and the response it must give."""
+"""Write rows as text: the prompt, and the response that the model must give."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Renderer:
         return form_of(row, self.template, self.has_chat)
 
     def prompt(self, row: Row) -> str:
-        """Return the text that the model is asked with.
+        """Return the prompt's text.
 
         Raises ModelError where the tokenizer has no chat template, DataError where the row does not fit the template.
         """
@@ -159,7 +159,7 @@ def _instruction(row: Row, template: str) -> tuple[str, str]:
 
 
 def _question(messages: list[dict[str, Any]]) -> tuple[str, str] | None:
-    """What one question and its system message ask; None for a conversation, and for parts that are no text."""
+    """Return the text of one question and its system message; None for a conversation, and for parts that are no text."""
     texts = [text_of_content(message.get("content")) for message in messages]
     if None in texts:
         return None

@@ -1,4 +1,4 @@
-"""Texts to token ids: prompt and response tokenized together and then cut, as transformers tokenizes the whole text.
+"""Turn texts into token ids: prompt and response tokenized together and then cut, as transformers tokenizes the whole text.
 
 Loads no torch, so that rows can be tokenized before it is imported.
 """
@@ -26,7 +26,7 @@ CHUNK = 500  # rows tokenized in one call
 
 @dataclass(frozen=True, slots=True)
 class TokenIds:
-    """Ids of one example, int32, without special tokens around it.
+    """Hold the ids of one example, int32, without special tokens around it.
 
     prompt, response: the whole text's ids, cut where the response begins. turns: indices of the prompt's ids that belong
     to earlier answers. moved: a token spanned the end of the prompt and went to the response.
@@ -90,7 +90,7 @@ def _called(texts: list[str], tokenizer: Any, literal: bool, target: bool = Fals
 
 
 def _encodings(texts: list[str], tokenizer: Any, literal: bool) -> list[Encoding] | None:
-    """Encodings with offsets; None from a tokenizer that has none."""
+    """Return encodings with offsets; None from a tokenizer that has none."""
     if not texts:
         return []
     if isinstance(tokenizer, Tokenizer):
@@ -110,7 +110,7 @@ def _cut(text: Text, encoding: Encoding) -> TokenIds:
 
 
 def _turns(spans: list[np.ndarray], cut: int) -> np.ndarray | None:
-    """Indices in the prompt; the first token of all has no state that predicts it."""
+    """Return indices in the prompt; the first token of all has no state that predicts it."""
     if not spans:
         return None
     turns = np.concatenate(spans)
@@ -118,7 +118,7 @@ def _turns(spans: list[np.ndarray], cut: int) -> np.ndarray | None:
 
 
 def _place(text: str, encoding: Encoding, char: int) -> tuple[int, bool]:
-    """The first token of the text from ``char`` on, and whether the offsets leave a doubt: a token that spans this place,
+    """Return the first token of the text from ``char`` on, and whether the offsets leave a doubt: a token that spans it,
     text without a token before it, or a token without a character."""
     at = char
     while at < len(text) and (index := encoding.char_to_token(at)) is None:
@@ -134,7 +134,7 @@ def _place(text: str, encoding: Encoding, char: int) -> tuple[int, bool]:
 
 
 def _cut_by_prefixes(text: Text, tokenizer: Any, literal: bool) -> TokenIds:
-    """Of a tokenizer without offsets: cut where the ids of the prompt alone stop being those of the whole text."""
+    """Cut, for a tokenizer without offsets, where the ids of the prompt alone stop being those of the whole text."""
 
     def ids(part: str) -> np.ndarray:
         return ids_of([part], tokenizer, literal=literal)[0]
@@ -157,7 +157,7 @@ _MARKED = re.compile(f"{MARK_START}([^{MARK_START}{MARK_END}]*){MARK_END}|[{MARK
 
 
 def _cut_marked(text: Text, tokenizer: Any) -> TokenIds:
-    """Of a chat in which control tokens that people wrote are marked: these are encoded as text, the template's are not.
+    """Tokenize a chat whose marked control tokens people wrote: these are encoded as text, the template's are not.
 
     transformers does the same for whole chats (``sanitize_control_tokens``).
     """
@@ -179,7 +179,7 @@ def _cut_marked(text: Text, tokenizer: Any) -> TokenIds:
 
 
 def _pieces(text: str) -> Iterator[tuple[str, bool]]:
-    """Parts of a marked text without the marks, and whether each is a control token to encode as text."""
+    """Return parts of a marked text without the marks, and whether each is a control token to encode as text."""
     at = 0
     for found in _MARKED.finditer(text):
         if found.start() > at:
@@ -192,7 +192,7 @@ def _pieces(text: str) -> Iterator[tuple[str, bool]]:
 
 
 def _after_newline(piece: str, tokenizer: Any, newline: np.ndarray, literal: bool) -> np.ndarray:
-    """Ids of a part of a text, without the blank that some tokenizers put before the first word of a text."""
+    """Return ids of a part of a text, without the blank that some tokenizers put before the first word of a text."""
     ids = ids_of(["\n" + piece], tokenizer, literal=literal)[0]
     if np.array_equal(ids[: len(newline)], newline):
         return ids[len(newline) :]
@@ -239,14 +239,14 @@ def same_rules(rules: str, tokenizer: Any) -> bool:
         left, right = (json.loads(text) for text in (rules, theirs))
         if any(left.get(key) != right.get(key) for key in {*left, *right} if key not in _NOT_OF_IDS):
             return False
-    # Its class may have a way of its own around them. It is asked first: it takes its file's limit of length off them.
+    # Its class may have a way of its own around them. It runs first: it takes its file's limit of length off them.
     texts = [*_PROBES, " ".join(tokenizer.all_special_tokens)]
     return all(map(np.array_equal, ids_of(texts, tokenizer), ids_of(texts, backend)))
 
 
 @dataclass(frozen=True, slots=True)
 class Affixes:
-    """The special tokens that a tokenizer puts before and after a text, and around a response in its target mode.
+    """Hold the special tokens that a tokenizer puts before and after a text, and around a response in its target mode.
 
     The last two differ from the first two for encoder-decoders with language codes (NLLB).
     """
@@ -285,7 +285,7 @@ def written_tokens(texts: Iterable[str], tokens: SequenceOf[str]) -> set[str]:
 
 
 def refused(row: Row, tokens: Iterable[str]) -> DataError:
-    """The error for a row in which special tokens are written and ``data.special_tokens_in_text`` is refuse."""
+    """Return the error for a row in which special tokens are written and ``data.special_tokens_in_text`` is refuse."""
     names = ", ".join(sorted(tokens))
     return DataError(
         f"{row.where}: special tokens in the text: {names}",

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class BadRow(ValueError):
-    """Say what is wrong with a record, without the place: the caller knows it."""
+    """Report what is wrong with a record, without the place: the caller knows it."""
 
 
 @dataclass(frozen=True, slots=True)

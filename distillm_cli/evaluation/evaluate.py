@@ -30,9 +30,9 @@ GREEDY = "greedy"
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One metric: mean and sample standard deviation over passes (0 for a single pass), and each pass's value.
+    """Hold one metric: mean and sample standard deviation over passes (0 for a single pass), and each pass's value.
 
-    signature: how it was computed, where a library has words for that (``metrics.Metric``). undefined: why the metric says
+    signature: how it was computed, where a library has words for that (``metrics.Metric``). undefined: why the metric gives
     nothing on these rows, and what to use instead; its figures are None then.
     """
 
@@ -52,7 +52,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One row's response. tokens: how many, end-of-sequence included. entropy: their mean, nats.
+    """Hold one row's response. tokens: how many, end-of-sequence included. entropy: their mean, nats.
 
     text: what is scored. output: the whole response, reasoning and structural special tokens included. counts: by metric,
     what the row adds to a figure (see ``metrics.ratio``); none for the figures of a whole set.
@@ -68,7 +68,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """What a model scored on one suite.
+    """Hold the scores of a model on one suite.
 
     prompts: each row's, as text. references: each row's accepted responses, as they are compared. answers: by pass ("10",
     "20", … or "greedy"), in the order of ``suite.rows``. tasks: the scores by kind of task, where rows carry one. tokens:
@@ -200,7 +200,7 @@ def fitting(
 
 
 def _scored(texts: SequenceOf[str], config: schema.Eval) -> tuple[str, ...]:
-    """Texts as they are compared."""
+    """Return texts as they are compared."""
     return tuple(map(without_reasoning, texts)) if config.strip_reasoning else tuple(texts)
 
 

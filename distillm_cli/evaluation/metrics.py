@@ -32,7 +32,7 @@ class _StemmedWords(DefaultTokenizer):
 
 
 class _Characters(Tokenizer):
-    """Every character but white space as a token of its own, lower-cased, for text that does not part words by spaces."""
+    """Make a lower-case token of every character but white space, for text that does not separate words by spaces."""
 
     def tokenize(self, text: str) -> list[str]:
         return [character for character in text.lower() if not character.isspace()]
@@ -57,7 +57,7 @@ def _rouge(prediction: str, references: Sequence[str], *, kind: str, tokenizer: 
 
 
 def _no_words(references: Iterable[str]) -> str | None:
-    """Return why ROUGE says nothing on these references: most of their letters are no a-z, which is all its words have."""
+    """Return why ROUGE is undefined on these references: most of their letters are not a-z, the only ones in its words."""
     letters = [character for text in references for character in text if character.isalnum()]
     if 2 * sum(character.isascii() for character in letters) > len(letters):
         return None
@@ -101,7 +101,7 @@ def _final_number(prediction: str, references: Sequence[str]) -> Count:
 
 
 def _no_numbers(references: Iterable[str]) -> str | None:
-    """Return why the final number says nothing on these references: none of them has a number."""
+    """Return why the final number is undefined on these references: none of them has a number."""
     return None if any(final_number(text) is not None for text in references) else "no reference holds a number"
 
 
@@ -118,11 +118,11 @@ def _sentence(scorer: SacreMetric, prediction: str, references: Sequence[str]) -
 
 @dataclass(frozen=True)
 class Metric:
-    """What it is called, in recipes and in tables, how it is computed, and which way is better.
+    """Describe a metric: its name in recipes and tables, how it is computed, and which way is better.
 
     count: what one row adds to a ratio. Where there is none, ``whole`` is the figure of a set and ``single`` that of one
     row, which is for reading: their mean is not the set's figure. signature: in sacrebleu's words how it was computed.
-    undefined: why the metric says nothing on a set's references, whatever the predictions; None where it is defined.
+    undefined: why the metric is undefined on a set's references, for any predictions; None where it is defined.
     """
 
     name: str

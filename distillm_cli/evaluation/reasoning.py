@@ -1,4 +1,4 @@
-"""Responses without the reasoning that models write before their answer."""
+"""Strip from responses the reasoning that models write before their answer."""
 
 from __future__ import annotations
 

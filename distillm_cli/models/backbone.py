@@ -163,7 +163,7 @@ class Backbone(nn.Module):
 
     @property
     def forced_first(self) -> int | None:
-        """The token that every response of an encoder-decoder begins with (``forced_bos_token_id``), None for none."""
+        """Return the token that responses of an encoder-decoder begin with (``forced_bos_token_id``), None for none."""
         if not self.is_encoder_decoder:
             return None
         for config in (getattr(self.model, "generation_config", None), self.model.config):

@@ -1,6 +1,6 @@
-"""Models whose config holds a text model beside others, for images say: Gemma 3, Mistral 3, Qwen-VL, SmolVLM.
+"""Handle models whose config holds a text model beside others (for images): Gemma 3, Mistral 3, Qwen-VL, SmolVLM.
 
-The text model trains and distils, and everything else stays as it was loaded. The whole model is saved, in the same
+The text model is trained, and everything else stays as it was loaded. The whole model is saved, in the same
 architecture, with the processor's files. `AutoModelForImageTextToText` loads such a directory, and `AutoModelForCausalLM`
 does wherever transformers has a causal class for the family (Gemma 3, Qwen 3.5).
 """
@@ -57,7 +57,7 @@ def check_causal_class(config: PretrainedConfig, where: str) -> None:
         raise ModelError(
             f"transformers has no causal language model for the text part of this teacher ({config.model_type})",
             where=where,
-            hint="build a student of another family, --student random:llama:4x256 say, or name a smaller model",
+            hint="build a student of another family, for example --student random:llama:4x256, or name a smaller model",
         )
 
 

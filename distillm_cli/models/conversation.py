@@ -1,4 +1,4 @@
-"""How a pair of models converse: the chat template both are asked in, and the tokens that end a response.
+"""Settle the chat template of a pair of models, and the tokens that end a response.
 
 Rows, rollouts, teacher samples, the loss and the output directory's generation config must agree on these.
 """

@@ -274,7 +274,7 @@ def check_decoding(backbone: Backbone, decode: Callable[[Backbone, Sequence[np.n
     """Return whether prompts of different lengths may stand side by side, by trying it on a few tokens.
 
     decode: the plain way for such a model. A short prompt is answered beside one of its own length and beside a longer one,
-    where it is padded. Families differ in how they treat padding, also those that are told of positions: some count it, or
+    where it is padded. Families differ in how they treat padding, also those that take positions: some count it, or
     compress tokens in blocks that padding shifts. Raises ModelError for a model that cannot decode at all.
     """
     room = backbone.context or math.inf

@@ -1,4 +1,4 @@
-"""Facts that a model's small files tell: its family, size, chat template and context. No weights are loaded.
+"""Read a model's family, size, chat template and context from its small files. No weights are loaded.
 
 Neither torch nor transformers is imported, unless parameters have to be counted where no safetensors file is at hand.
 """
@@ -32,7 +32,7 @@ _SIZES = {"distilgpt2": 82e6, "gpt2": 124e6, "gpt2-medium": 355e6, "gpt2-large":
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a model. family: the config's model_type. is_built: the run builds it instead of loading it.
+    """Hold what is known of a model. family: the config's model_type. is_built: the run builds it instead of loading it.
 
     count: returns the number of parameters, None where it is not known.
     """
@@ -46,7 +46,7 @@ class Facts:
 
     @cached_property
     def parameters(self) -> int | None:
-        """Number of parameters, None where it is not known."""
+        """Return the number of parameters, None where it is not known."""
         return self.count()
 
 

@@ -1,4 +1,4 @@
-"""Students cut from the teacher: some of its layers, its embeddings, its final norm and its head, as copies.
+"""Build students from the teacher: some of its layers, its embeddings, its final norm and its head, as copies.
 
 layers:6         six of them, evenly spaced, the first and the last included
 layers:6:first   the first six; layers:6:last the last six
@@ -79,7 +79,7 @@ def build_from_layers(spec: str, teacher: Backbone, *, dropout: float | None = N
     if text.model_type in _BY_PLACE and keep != list(range(len(keep))):
         raise _not_cut(text, spec, "what its layers compute depends on their place")
     config = with_layers(text, keep, spec)
-    config.tie_word_embeddings = heads_are_tied(teacher.model)  # the file decides, whatever the teacher's config says
+    config.tie_word_embeddings = heads_are_tied(teacher.model)  # the file decides, not the teacher's config
     if dropout is not None:
         set_dropout(config, dropout, where=spec)
     model = _unfilled(config, spec)

@@ -64,7 +64,7 @@ Texts = Callable[[PreTrainedTokenizerBase | None], Iterator[str]]
 
 @dataclass(frozen=True)
 class Pair:
-    """Models that fit together.
+    """Hold models that fit together.
 
     vocab: the token ids that both know, which is what meets the loss. templates: by role, the chat templates that the
     tokenizers came with. teacher_stops: ids at which the teacher's own configuration stops, its end-of-sequence first;

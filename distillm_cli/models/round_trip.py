@@ -1,4 +1,4 @@
-"""Whether a tokenizer cuts text into the same tokens after it was saved, and as the SentencePiece file it was read from."""
+"""Check that a tokenizer gives the same tokens after it was saved, and as the SentencePiece file it was read from."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def check_reload(student: Backbone, *, borrowed: bool, text: str | None = None) 
         raise ModelError(
             f"a {family} model's directory is read with {family}'s own kind of tokenizer, which this one is not",
             where="student.tokenizer",
-            hint="take another family, --student random:llama:4x256 say, or a tokenizer of the family",
+            hint="take another family, for example --student random:llama:4x256, or a tokenizer of the family",
         )
     raise ModelError(
         f"this {family} model's tokenizer gives other token ids once transformers has saved it and read it back",

@@ -1,6 +1,6 @@
-"""The auxiliary loss of a mixture of experts, which asks its routers for an even load (Fedus et al. 2021, arXiv 2101.03961).
+"""Compute the auxiliary loss of a mixture of experts, for an even load of its experts (Fedus et al. 2021, 2101.03961).
 
-transformers adds it to the loss of a model whose config says `output_router_logits`, with weight `router_aux_loss_coef`. It
+transformers adds it to the loss of a model whose config sets `output_router_logits`, with weight `router_aux_loss_coef`. It
 is computed here by transformers' own function on what the routers of the trunk return, padding left out.
 """
 
@@ -29,7 +29,7 @@ _FIELD = "objective.router_aux"
 
 
 def asked_by(config: PretrainedConfig) -> float:
-    """Return the weight that a model's config gives to the auxiliary loss; 0 where it asks for none."""
+    """Return the weight that a model's config gives to the auxiliary loss, 0 by default."""
     text = config.get_text_config()
     return (
         float(getattr(text, "router_aux_loss_coef", None) or 0) if getattr(text, "output_router_logits", False) else 0.0
@@ -39,7 +39,7 @@ def asked_by(config: PretrainedConfig) -> float:
 def weight_of(setting: float | str, student: Backbone, listener: Listener = silent) -> float:
     """Return the weight of the auxiliary loss for this student, and prepare the student to compute it.
 
-    setting: `objective.router_aux`; auto is what the student's config asks for, or 0, with a warning, where transformers
+    setting: `objective.router_aux`; auto is the weight in the student's config, or 0, with a warning, where transformers
     computes no such loss for its family. Raises ModelError where a weight was given for such a student.
     """
     weight = asked_by(student.model.config) if setting == "auto" else float(setting)
@@ -53,7 +53,7 @@ def weight_of(setting: float | str, student: Backbone, listener: Listener = sile
     what = f"the student ({kind}) has no router whose auxiliary loss transformers computes"
     if setting != "auto":
         raise ModelError(what, where=f"{_FIELD} = {setting}", hint=f"--set {_FIELD}=0")
-    listener(Warned(f"{what}, and its config asks for one with weight {weight:g}: training without it"))
+    listener(Warned(f"{what}, and its config has router_aux_loss_coef {weight:g}: training without it"))
     return 0.0
 
 

@@ -65,7 +65,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What of a model costs memory and time, counted on its modules (whatever device they are on).
+    """Hold what of a model costs memory and time, counted on its modules (whatever device they are on).
 
     parameters: by part: embeddings (of positions too), trunk, head (0 where it is the embedding matrix), outside (of a
     composite model, what is not its text model), total, trainable.

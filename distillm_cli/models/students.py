@@ -227,7 +227,7 @@ def _calm_embeddings(model: PreTrainedModel) -> None:
 
 
 def heads_are_tied(model: PreTrainedModel) -> bool:
-    """Return whether the head is the embedding matrix itself, as loaded: a config may say otherwise than its weights."""
+    """Return whether the head is the embedding matrix itself, as loaded: a config may differ from its weights."""
     return getattr(model.get_output_embeddings(), "weight", None) is model.get_input_embeddings().weight
 
 

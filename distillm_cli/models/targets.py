@@ -1,4 +1,4 @@
-"""The weights of a model that a LoRA adapter is put on.
+"""Find the weights of a model that a LoRA adapter is put on.
 
 Linear layers get an adapter as modules. The experts of a mixture of experts are three-dimensional parameters, one matrix
 for each expert, and get one as parameters (peft's `target_parameters`). For some of these families peft takes the names of
@@ -29,7 +29,7 @@ _TAKEN_FOR_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "
 
 @dataclass(frozen=True)
 class Targets:
-    """What peft is to look for: names of modules and of parameters. kinds: of the modules that it will find."""
+    """Hold what peft is to look for: names of modules and of parameters. kinds: of the modules that it will find."""
 
     modules: list[str]
     parameters: list[str]

@@ -198,7 +198,7 @@ def _needs_package(part: str, path: str, package: str) -> ModelError:
     return ModelError(f"the {part} of {path} needs the package {package}", hint=f"pip install {package}")
 
 
-_NEEDS = re.compile(r"requires the ([\w-]+) library but it was not found")  # as transformers says it
+_NEEDS = re.compile(r"requires the ([\w-]+) library but it was not found")  # as transformers words it
 
 
 def not_loaded(part: str, path: str, local: bool, error: BaseException) -> DistillmError:

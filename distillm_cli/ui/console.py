@@ -46,7 +46,7 @@ PERIOD = 10.0  # seconds between plain lines
 
 
 class Terminal(RichConsole):
-    """A Rich console that prints no control characters but its own, whatever texts it is given."""
+    """Print like a Rich console, with no control characters but its own, whatever texts it is given."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
@@ -304,7 +304,7 @@ def _stepped(watch: Watch, now: float) -> Text:
 
 
 def _validated(event: Validated, watch: Watch, phi: float, late: tuple[float, int] | None) -> Text:
-    """late: the validation before this one and its step, where it had no line of its own."""
+    """Return the line of a validation. late: the validation before it and its step, where that had no line of its own."""
     value = Text.assemble(f"{VALID} ", (f"{event.valid_loss:.3f}", "bold"))
     if watch.before is not None:
         change = event.valid_loss - watch.before

@@ -10,7 +10,7 @@ import yaml
 from transformers import AutoConfig
 
 from distillm_cli.cli.app import main
-from distillm_cli.cli.defaults import KEYS, fitted, fitted_pipeline, number, rates, told
+from distillm_cli.cli.defaults import KEYS, fitted, fitted_line, fitted_pipeline, number, rates
 from distillm_cli.config.load import resolve
 from distillm_cli.config.ownership import value_of
 from distillm_cli.config.pipeline import load_pipeline
@@ -75,7 +75,9 @@ def test_a_chat_model_is_not_trained_as_the_papers(tmp_path, command, sets, lr, 
     assert (train.lr, train.epochs, train.warmup) == (lr, 3, 0.1)
     assert (data.max_length, data.max_prompt_length) == (2048, 1792)
     assert found.origin["train.lr"] == f"auto: {number(lr)} for {who}"
-    assert told(found) == f"auto: lr {number(lr)}, epochs 3, warmup 0.1 for {who}; max_length 2048 for a chat model"
+    assert (
+        fitted_line(found) == f"auto: lr {number(lr)}, epochs 3, warmup 0.1 for {who}; max_length 2048 for a chat model"
+    )
     assert fitted(found) == found, "numbers stay"
 
 

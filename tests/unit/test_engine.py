@@ -23,10 +23,10 @@ from distillm_cli.core.events import Note, Saved, Stepped, Validated, Warned
 from distillm_cli.core.halving import in_halves
 from distillm_cli.core.held_out import HeldOut
 from distillm_cli.core.metrics_log import MetricsLog
-from distillm_cli.core.objective import Objective
 from distillm_cli.core.replay import ReplayBuffer
 from distillm_cli.core.rollout import SampledRollouts
 from distillm_cli.core.scheduler import Scheduler, Source
+from distillm_cli.core.student_loss import Objective
 from distillm_cli.core.teacher import FirstEpoch, RowStates, Teacher
 from distillm_cli.errors import CheckpointError, Interrupted, NonFiniteError, OutOfMemoryError, StorageError
 from distillm_cli.models.backbone import Backbone

@@ -20,7 +20,7 @@ from distillm_cli.core.criterion import Criterion
 from distillm_cli.core.divergences import KL, SkewKL, build
 from distillm_cli.core.events import Note
 from distillm_cli.core.fused import fused_loss, target_log_probs
-from distillm_cli.core.objective import Objective
+from distillm_cli.core.student_loss import Objective
 from distillm_cli.core.terms import PerToken, Terms
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.sequences import collate

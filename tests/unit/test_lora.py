@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from distillm_cli.config.schema import Lora, Student
 from distillm_cli.core.criterion import CROSS_ENTROPY, Criterion
-from distillm_cli.core.objective import Objective
 from distillm_cli.core.rollout import sample
 from distillm_cli.core.sampling import Sampling
+from distillm_cli.core.student_loss import Objective
 from distillm_cli.errors import ModelError
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.decoding import FastDecoding

@@ -7,7 +7,7 @@ import torch
 
 from distillm_cli.core.criterion import CROSS_ENTROPY, Criterion
 from distillm_cli.core.events import Note, Warned
-from distillm_cli.core.objective import Objective
+from distillm_cli.core.student_loss import Objective
 from distillm_cli.errors import ModelError
 from distillm_cli.models import router
 from distillm_cli.models.backbone import Backbone

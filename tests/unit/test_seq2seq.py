@@ -21,10 +21,10 @@ from distillm_cli.core import criteria
 from distillm_cli.core.checkpoint import Checkpoints
 from distillm_cli.core.engine import Engine
 from distillm_cli.core.events import Stepped
-from distillm_cli.core.objective import Objective
 from distillm_cli.core.replay import ReplayBuffer
 from distillm_cli.core.rollout import SampledRollouts, Sampling, sample
 from distillm_cli.core.scheduler import Scheduler
+from distillm_cli.core.student_loss import Objective
 from distillm_cli.core.teacher import FirstEpoch, RowStates, Teacher
 from distillm_cli.data.batching import tokenise
 from distillm_cli.data.prompts import Encoder

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from distillm_cli.config import schema
 from distillm_cli.core.criterion import CROSS_ENTROPY, Criterion
-from distillm_cli.core.objective import Objective
+from distillm_cli.core.student_loss import Objective
 from distillm_cli.models import whole
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.products import Packs, can_pack

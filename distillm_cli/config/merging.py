@@ -1,4 +1,4 @@
-"""What a person said, layer by layer: a recipe file, flags and ``--set`` → dotted keys with values and places."""
+"""Merge settings layer by layer: a recipe file, flags and ``--set`` → dotted keys with values and places."""
 
 from __future__ import annotations
 

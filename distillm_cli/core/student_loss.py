@@ -21,7 +21,7 @@ from distillm_cli.sequences import Batch
 
 
 class Objective(nn.Module):
-    """The student, and the criterion by which it is taught.
+    """Join the student and the criterion of its training.
 
     student: an ``nn.Module`` with the face of ``Model``. teacher_head: needed for any divergence. matmul_dtype: of the
     student's head. router_aux: weight of the auxiliary loss of a mixture of experts' routers, in training.
