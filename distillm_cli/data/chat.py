@@ -484,7 +484,7 @@ def _is_trained(message: Message) -> bool:
 
 
 def _holds(target: str, text: str) -> bool:
-    """Return whether a target has the end of this text; templates may trim it, and write reasoning before it in their own way."""
+    """Return whether a target has the end of this text. Templates may trim it and reformat the reasoning before it."""
     plain = _THOUGHT.sub("", text.translate(_NO_MARKS)).strip()[-20:]
     return plain in target.translate(_NO_MARKS)
 
