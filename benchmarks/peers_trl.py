@@ -5,7 +5,7 @@
 
 gkd: ``trl.experimental.gkd.GKDTrainer``. distillation: ``trl.DistillationTrainer``, always on the student's own outputs.
 rows: jsonl of ``prompt`` (text), ``prompt_ids`` and ``response_ids`` (end-of-sequence included), as ``quality.py`` writes
-them: both sides train on the same tokens, and GKD is spared tokenising in its loop. Generation uses the key-value cache,
+them: both sides train on the same tokens, and GKD is spared tokenizing in its loop. Generation uses the key-value cache,
 gradient checkpointing is off, the schedule is a cosine after 5 % warm-up: nothing here slows a trainer down.
 train_s: from ``on_train_begin`` to ``on_train_end``, no validation, no checkpoint. step_s: the median step.
 """

@@ -17,7 +17,7 @@ quarter: plain ``sft``, and ``sft`` for seven eighths of the steps and ``ab`` fo
 4. per peer the smallest budget of ours from which on every budget's test PER, mean over the seeds, is at most the
    peer's; the least seconds of --rounds runs of both, in turns, and their ratio. Goal: 4.3
 
-Seconds are the training loop's on both sides: the start-up (imports, models, tokenising) is in neither, our two validations
+Seconds are the training loop's on both sides: the start-up (imports, models, tokenizing) is in neither, our two validations
 are in ours. Runs are resumable by their result files. Wants a machine (or a core: ``taskset``) of its own.
 """
 

@@ -1,4 +1,4 @@
-"""The vocabulary that the rooms share: a tokenised pair of prompt and response, and a batch of them.
+"""The vocabulary that the rooms share: a tokenized pair of prompt and response, and a batch of them.
 
 ``data`` makes sequences from rows, ``core`` makes them from rollouts; both collate them here, so that the place of the
 supervised positions is decided once.

@@ -29,7 +29,7 @@ from distillm_cli.core.student_loss import Objective
 from distillm_cli.core.teacher import Teacher
 from distillm_cli.core.teacher_cache import date_of, root_of, rows_digest
 from distillm_cli.data.ahead import Ahead
-from distillm_cli.data.batching import Examples, Order, by_length, tokenise
+from distillm_cli.data.batching import Examples, Order, by_length, tokenize
 from distillm_cli.data.early import Early
 from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.rows import Row
@@ -70,7 +70,7 @@ def frozen_digest(student: Backbone) -> str:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Rows read, models loaded and checked against each other, examples tokenised: all that comes before the loop.
+    """Rows read, models loaded and checked against each other, examples tokenized: all that comes before the loop.
 
     begins: the weights that the student starts with; unset, those that it was loaded or built with.
     """
@@ -210,7 +210,7 @@ def _prepared(recipe: Recipe, listener: Listener, early: Early) -> Prepared:
     tokenizers = OwnTokenizers()
     expected = _expected_tokenizer(recipe, tokenizers)
     with Ahead((train_rows, valid_rows), recipe.data, expected, early) as ahead:
-        # Only here: it takes long to import, and the rows are tokenised meanwhile.
+        # Only here: it takes long to import, and the rows are tokenized meanwhile.
         from distillm_cli.models.pair import load_pair
 
         garbage.take_up()
@@ -222,8 +222,8 @@ def _prepared(recipe: Recipe, listener: Listener, early: Early) -> Prepared:
         _check_heads(pair, context, listener)
         router_aux = router.weight_of(recipe.objective.router_aux, pair.student, listener)
         _warn_of_longrope(pair, min(recipe.data.max_length, context or recipe.data.max_length), listener)
-        train = tokenise(train_rows, encoder, recipe.data, listener, context, ahead)
-        valid = tokenise(valid_rows, encoder, recipe.data, listener, context, ahead)
+        train = tokenize(train_rows, encoder, recipe.data, listener, context, ahead)
+        valid = tokenize(valid_rows, encoder, recipe.data, listener, context, ahead)
     for model in pair.models.values():
         add_stops(model, sorted(train.ends - encoder.ends), after=True)
     if recipe.train.gradient_checkpointing:

@@ -67,7 +67,7 @@ def launch(ctx: typer.Context) -> None:
     with outputs.claimed(place, is_new=is_new), ui, reading(r) as early:
         for note in notes:
             ui(Note(note))
-        from distillm_cli.cli.training import train  # which imports torch, while the rows are read and tokenised
+        from distillm_cli.cli.training import train  # which imports torch, while the rows are read and tokenized
 
         result = train(
             command,

@@ -24,7 +24,7 @@ from distillm_cli.config.schema import Data, Recipe
 from distillm_cli.config.stages import sft_before
 from distillm_cli.core.events import Listener, Note, silent
 from distillm_cli.core.scheduler import Scheduler
-from distillm_cli.data.batching import Examples, steps_per_epoch, tokenise
+from distillm_cli.data.batching import Examples, steps_per_epoch, tokenize
 from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.sources import Rows, is_path, load_rows, local_place
 from distillm_cli.data.templates import settled_template
@@ -146,7 +146,7 @@ def of_shapes(
     if rows is not None and tokenizer is not None:
         how = {"is_encoder_decoder": student.is_encoder_decoder, "needs_responses": recipe.needs_responses}
         encoder = Encoder(tokenizer, _asked_in(recipe, rows, student, teacher), **how)
-        examples = tokenise(rows, encoder, recipe.data, silent, _context(student, teacher))
+        examples = tokenize(rows, encoder, recipe.data, silent, _context(student, teacher))
         lengths = _measured(recipe, examples)
     else:
         lengths = _limits(recipe, rows, student, teacher)

@@ -22,7 +22,7 @@ def bringers(recipe: Recipe) -> list[Student | Teacher]:
     """The models that most likely bring the run's tokenizer, the likeliest first: the student, the teacher for one without.
 
     No model where it is asked for by name or tried out on the way (a built student's is, whether it comes back as it was),
-    and where processes of their own tokenise.
+    and where processes of their own tokenize.
     """
     if recipe.student.tokenizer is not None or recipe.student.is_built or recipe.data.workers:
         return []

@@ -30,7 +30,7 @@ class Warned(Event):
 
 @dataclass(frozen=True, slots=True)
 class Progress(Event):
-    """Work outside the training loop: loading, tokenising, generating, scoring. done == total ends it."""
+    """Work outside the training loop: loading, tokenizing, generating, scoring. done == total ends it."""
 
     task: str
     done: int

@@ -23,7 +23,7 @@ T = TypeVar("T")
 class Ahead:
     """Tokenize all rows of some sources in the background. To be used as a context: leaving it ends the work.
 
-    tokenizer: None makes nothing. Inside the context it may be asked and saved elsewhere, but must tokenise nothing: it
+    tokenizer: None makes nothing. Inside the context it may be asked and saved elsewhere, but must tokenize nothing: it
     changes settings of its own before each text, and that is an error while another thread is in it. It releases the
     interpreter's lock while it works, and the thread ends between chunks, so neither imports nor Ctrl-C wait long for it.
     early: what was begun before there was a tokenizer; where it made what this one makes, nothing is made again.
@@ -43,7 +43,7 @@ class Ahead:
         ):
             tokenizer = None
         self._tokenizer = tokenizer
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="tokenising")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="tokenizing")
         self._affixes: Future[Affixes] | None = None
         self._chunks: Made = {}
 

@@ -67,7 +67,7 @@ class Examples:
         return sum(sequence.supervised for sequence in self.sequences)
 
 
-def tokenise(
+def tokenize(
     rows: SequenceOf[Row],
     encoder: Encoder,
     data: Data,
@@ -77,7 +77,7 @@ def tokenise(
 ) -> Examples:
     """Rows → sequences, too long ones dropped, cut or refused as ``data.too_long`` says, counted and reported.
 
-    data.workers processes tokenise when it is above 0; the result is the same. max_context: positions of the model. ahead:
+    data.workers processes tokenize when it is above 0; the result is the same. max_context: positions of the model. ahead:
     where these very rows may be on their way. Raises DataError when a row is refused or when no row is left.
     """
     chunks = [(rows[at : at + CHUNK], at, max_context) for at in range(0, len(rows), CHUNK)]

@@ -50,7 +50,7 @@ class Early:
     def __init__(self, data: Data, find: Callable[[], Path | None], require_output: bool = True):
         self._data, self._find = data, find
         self._require_output = require_output
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="tokenising")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="tokenizing")
         self._helper: Helper | None = None
         self._said: dict[Split, SimpleQueue[Event | None]] = {}
         self._rows: dict[Split, Future[Rows]] = {}

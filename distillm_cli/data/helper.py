@@ -1,4 +1,4 @@
-"""A process of its own that reads and tokenises rows, so that imports here do not wait for the interpreter's lock.
+"""A process of its own that reads and tokenizes rows, so that imports here do not wait for the interpreter's lock.
 
 It does what it was asked, in order, and nothing else. What goes wrong in it is not told: whoever asked does the work
 instead, meets it again, and says so in its own turn.

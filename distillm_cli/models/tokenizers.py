@@ -77,7 +77,7 @@ def train_tokenizer(spec: str, texts: Iterator[str]) -> PreTrainedTokenizerFast:
 
 
 def put_end(tokenizer: PreTrainedTokenizerFast) -> None:
-    """From now on a text that is tokenised with special tokens ends with end-of-sequence, as an encoder's input does."""
+    """From now on a text that is tokenized with special tokens ends with end-of-sequence, as an encoder's input does."""
     end, number = tokenizer.eos_token, tokenizer.eos_token_id
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {end}", pair=f"$A {end} $B {end}", special_tokens=[(end, number)]

@@ -41,7 +41,7 @@ from distillm_cli.words import counted, printable, redact, signed
 
 REFRESHES = 4  # per second: numbers one can read
 YOUNG = 0.2  # seconds; work that is over sooner never flashes up
-WORTH_A_LINE = 1.0  # seconds that loading or tokenising took
+WORTH_A_LINE = 1.0  # seconds that loading or tokenizing took
 PERIOD = 10.0  # seconds between plain lines
 
 

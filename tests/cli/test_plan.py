@@ -426,12 +426,12 @@ def test_the_memory_of_a_run_on_a_cpu_is_what_was_planned(planned, tmp_path):
     words = tiny.tokenizer(size=12_000)
     for name, width in (("teacher", 320), ("student", 256)):
         tiny.save(tmp_path / name, "gpt2", rows=12_000, own_tokenizer=words, n_embd=width, n_layer=3, n_positions=256)
-    rows = [{"prompt": "ab" * (20 + i % 20), "completion": "cd" * (20 + i % 9)} for i in range(48)]
+    rows = [{"prompt": "ab" * (20 + i % 20), "completion": "cd" * (20 + i % 9)} for i in range(27)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     argv = [
         "--teacher", "./teacher", "--student", "./student", "--data", "rows.jsonl", "--device", "cpu", "--method", "gkd",
         "--dtype", "bf16", "--batch-size", "8", "--set", "schedule.kind=on", "--set", "teacher.dtype=bf16",
-        "--set", "rollout.max_new_tokens=40", "--set", "rollout.bulk=2", "--set", "eval.report_rows=0", "--epochs", "2",
+        "--set", "rollout.max_new_tokens=40", "--set", "rollout.bulk=2", "--set", "eval.report_rows=0", "--epochs", "1",
         "--set", "train.threads=1", "--set", "data.template=plain",
     ]  # fmt: skip
     assert 0.75 < planned(*argv)["memory"]["total"] / taken(argv) < 1.5

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from distillm_cli.config.schema import Data
 from distillm_cli.data.ahead import Ahead
-from distillm_cli.data.batching import tokenise
+from distillm_cli.data.batching import tokenize
 from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.rows import Row
 from distillm_cli.data.sources import load_rows
@@ -51,9 +51,9 @@ DATA = Data(max_length=12, max_prompt_length=8)
 
 
 def told(rows, encoder, data=DATA, ahead=None, context=None):
-    """What tokenising comes to, everything in it, and what it says on the way."""
+    """What tokenizing comes to, everything in it, and what it says on the way."""
     said = []
-    examples = tokenise(rows, encoder, data, said.append, context, ahead)
+    examples = tokenize(rows, encoder, data, said.append, context, ahead)
     pairs = [
         (s.row, s.prompt.tolist(), s.response.tolist(), s.prompt.dtype, s.response.dtype) for s in examples.sequences
     ]
@@ -61,7 +61,7 @@ def told(rows, encoder, data=DATA, ahead=None, context=None):
 
 
 def working() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("tokenising")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("tokenizing")]
 
 
 @pytest.mark.parametrize("is_encoder_decoder", [False, True])
@@ -124,7 +124,7 @@ def test_a_row_that_does_not_fit_is_complained_of_as_ever():
     complaints = []
     for begun in (None, tokenizer):
         with Ahead((part,), data, begun) as ahead, pytest.raises(DataError) as caught:
-            tokenise(part, Encoder(tokenizer, data), data, max_context=400, ahead=ahead)
+            tokenize(part, Encoder(tokenizer, data), data, max_context=400, ahead=ahead)
         complaints.append((str(caught.value), caught.value.exit_code))
     assert complaints[0] == complaints[1]
     assert complaints[0][0].startswith("a.jsonl:502: a conversation (user, assistant, user)")
@@ -135,7 +135,7 @@ def test_a_tokenizer_that_fails_fails_where_it_always_did():
     part[CHUNK + 2] = Row(prompt="ppp", references=("never",), where="a.jsonl:503")
     tokenizer, said = letters(refuses="never"), []
     with Ahead((part,), DATA, tokenizer) as ahead, pytest.raises(ValueError, match="not never"):
-        tokenise(part, Encoder(tokenizer, DATA), DATA, said.append, ahead=ahead)
+        tokenize(part, Encoder(tokenizer, DATA), DATA, said.append, ahead=ahead)
     assert [event.done for event in said] == [CHUNK]
     assert not working()
 

@@ -1,4 +1,4 @@
-"""Tokenising with its counts, and the arithmetic of order."""
+"""Tokenizing with its counts, and the arithmetic of order."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from distillm_cli.config.schema import Data, Train
 from distillm_cli.core.events import Note, Progress, Warned
-from distillm_cli.data.batching import Order, by_length, tokenise
+from distillm_cli.data.batching import Order, by_length, tokenize
 from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.rows import Row
 from distillm_cli.data.sources import load_rows
@@ -39,7 +39,7 @@ def rows_of(*lengths: tuple[int, int]) -> list[Row]:
 
 def examples_of(rows, listener=lambda event: None, context=None, **fields):
     data = Data(**({"max_length": 10, "max_prompt_length": 6} | fields))
-    return tokenise(rows, Encoder(letters(), data), data, listener, context)
+    return tokenize(rows, Encoder(letters(), data), data, listener, context)
 
 
 ROWS = rows_of((3, 4), (7, 2), (3, 8), (6, 4), (4, 7))
@@ -116,7 +116,7 @@ def test_dolly_in_seconds_with_progress(shared_data):
     data, said = Data(source=str(shared_data / "dolly"), limit=2_000, max_length=512, max_prompt_length=256), []
     rows = load_rows(data, "train")
     start = time.process_time()
-    examples = tokenise(rows, Encoder(tokenizer, data), data, said.append, 1024)
+    examples = tokenize(rows, Encoder(tokenizer, data), data, said.append, 1024)
     assert time.process_time() - start < 10  # 1.5 s on two cores; all 11,435 rows take about 8
     assert len(examples) + examples.dropped == 2_000
     assert examples.dropped_prompts == 0  # upstream kept prompts of up to 256 tokens
@@ -132,7 +132,7 @@ def test_workers_change_nothing(shared_data):
     data = Data(source=str(shared_data / "g2p"), limit=1_200, too_long="truncate", **lengths)
     rows = load_rows(data, "train")
     encoder = Encoder(AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "gpt2"), data)
-    alone, together = (tokenise(rows, encoder, data.model_copy(update={"workers": workers})) for workers in (0, 2))
+    alone, together = (tokenize(rows, encoder, data.model_copy(update={"workers": workers})) for workers in (0, 2))
     assert alone.truncated == together.truncated
     assert 0 < alone.truncated < 1_200
     assert alone.rows == together.rows

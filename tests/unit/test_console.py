@@ -325,25 +325,25 @@ def test_work_leaves_a_line_only_when_it_took_a_while(terminal):
             ui(Progress(task, 0, total, unit))
             stage.now += seconds
             ui(Progress(task, total, total, unit))
-        ui(Progress("tokenising", 5, 11_435, "rows"))
+        ui(Progress("tokenizing", 5, 11_435, "rows"))
         stage.now += 75
-        ui(Progress("tokenising", 11_435, 11_435, "rows"))
+        ui(Progress("tokenizing", 11_435, 11_435, "rows"))
         ui(Progress("nothing to do", 0, 0))
     kept = [line.strip() for line in stage.lines if " · " in line]
-    assert kept == ["loading gpt2 · 3.2 s", "tokenising · 11,435 rows · 1:15"]
+    assert kept == ["loading gpt2 · 3.2 s", "tokenizing · 11,435 rows · 1:15"]
 
 
 def test_bars_show_how_far_work_has_come_but_not_for_a_blink():
     stage = Stage(terminal=True)
     with stage.ui as ui:
-        ui(Progress("tokenising", 0, 200, "rows"))
+        ui(Progress("tokenizing", 0, 200, "rows"))
         assert not stage.frame().strip()
         stage.now += 5
-        ui(Progress("tokenising", 50, 200, "rows"))
+        ui(Progress("tokenizing", 50, 200, "rows"))
         ui(Progress("loading gpt2", 0, 1))
         stage.now += 5
         frame = stage.frame()
-        assert re.search(r"tokenising +━+.* 50/200 rows", frame)
+        assert re.search(r"tokenizing +━+.* 50/200 rows", frame)
         assert re.search(r"loading gpt2 .* 0:05", frame)
 
 

@@ -1,4 +1,4 @@
-"""Rows read and tokenised before torch is there: the same rows, ids and complaints as without, or nothing at all."""
+"""Rows read and tokenized before torch is there: the same rows, ids and complaints as without, or nothing at all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from distillm_cli.core.events import Note, Warned
 from distillm_cli.data import early as early_module
 from distillm_cli.data import helper
 from distillm_cli.data.ahead import Ahead
-from distillm_cli.data.batching import tokenise
+from distillm_cli.data.batching import tokenize
 from distillm_cli.data.early import Early
 from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.sources import load_rows
@@ -33,7 +33,7 @@ Data = partial(Data, max_length=512, max_prompt_length=256)  # as of a run whose
 
 
 def working() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("tokenising")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("tokenizing")]
 
 
 def lines(place: Path, rows: list[dict]) -> Path:
@@ -69,10 +69,10 @@ def test_what_was_made_early_is_what_the_tokenizer_makes(part, shared_data, tmp_
         assert len(made) == -(-len(train) // CHUNK) + -(-len(valid) // CHUNK)
         with Ahead((train, valid), data, tokenizer, early) as ahead:
             encoder = Encoder(tokenizer, data, affixes=ahead.affixes(tokenizer))
-            ready = tokenise(train, encoder, data, ahead=ahead)
+            ready = tokenize(train, encoder, data, ahead=ahead)
     assert not working()
     assert list(train) == list(load_rows(data, "train"))
-    alone = tokenise(train, Encoder(tokenizer, data), data)
+    alone = tokenize(train, Encoder(tokenizer, data), data)
     assert len(ready) == len(alone) > CHUNK
     for mine, plain in zip(ready.sequences, alone.sequences, strict=True):
         assert (mine.row, mine.prompt.tolist(), mine.response.tolist()) == (
@@ -322,9 +322,9 @@ def test_a_process_that_dies_costs_nothing(when, tmp_path, tokenizer_file, befor
         before_torch[0].kill()
         with Ahead((train, valid), data, tokenizer, early) as ahead:
             encoder = Encoder(tokenizer, data, affixes=ahead.affixes(tokenizer))
-            ready = tokenise(train, encoder, data, ahead=ahead)
+            ready = tokenize(train, encoder, data, ahead=ahead)
     assert list(train) == list(load_rows(data, "train"))
-    alone = tokenise(train, Encoder(tokenizer, data), data)
+    alone = tokenize(train, Encoder(tokenizer, data), data)
     assert [s.response.tolist() for s in ready.sequences] == [s.response.tolist() for s in alone.sequences]
 
 

@@ -26,7 +26,7 @@ from distillm_cli.core.rollout import SampledRollouts, Sampling, sample
 from distillm_cli.core.scheduler import Scheduler
 from distillm_cli.core.student_loss import Objective
 from distillm_cli.core.teacher import FirstEpoch, RowStates, Teacher
-from distillm_cli.data.batching import tokenise
+from distillm_cli.data.batching import tokenize
 from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.rows import Row
 from distillm_cli.data.teacher_samples import Beforehand, encoded
@@ -302,7 +302,7 @@ def test_the_teachers_samples_from_a_file_have_the_prompt_and_the_ends_that_thei
     bart.backend_tokenizer.post_processor = template
     row, data = Row(prompt="ab", references=("cd",), where="t:1"), Data(template="plain")
     encoder = Encoder(bart, data, is_encoder_decoder=True)
-    examples = tokenise([row], encoder, data)
+    examples = tokenize([row], encoder, data)
     said = replace(row, references=("dc",))
     by_row = encoded(Beforehand(Path("said.jsonl"), [said], {said.key: [said]}), examples, encoder, None)
     assert by_row[0][0].prompt.tolist() == examples.sequences[0].prompt.tolist() == [28, 3, 4, 0]

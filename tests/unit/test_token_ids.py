@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import ByT5Tokenizer, NllbTokenizer, PreTrainedTokenizerFast
 
 from distillm_cli.config.schema import Data
-from distillm_cli.data.batching import tokenise
+from distillm_cli.data.batching import tokenize
 from distillm_cli.data.chat import Text
 from distillm_cli.data.prompts import Encoder
 from distillm_cli.data.rows import Row
@@ -145,7 +145,7 @@ def test_moved_boundaries_are_reported():
     tokenizer, said = wrapped(bytes_like()), []
     prompt, response = split_inside_a_token(tokenizer)
     rows = [Row(prompt=prompt, references=(response,)), Row(prompt="Name.\n", references=("The",))]
-    examples = tokenise(rows, Encoder(tokenizer, DATA), DATA, said.append)
+    examples = tokenize(rows, Encoder(tokenizer, DATA), DATA, said.append)
     assert examples.moved == 1
     assert any("in 1 of 2 rows a token spans the end of the prompt" in getattr(event, "text", "") for event in said)
 
