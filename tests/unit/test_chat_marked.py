@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from distillm_cli.data.batching import tokenise
+from distillm_cli.data.batching import tokenize
 from tests.chat_models import CALLS, USER, loop
 from tests.unit.test_chat import bot, encoder, supervised, talk, user
 
@@ -91,12 +91,12 @@ TOOL_END = (  # tool calls end with <stop>, other answers with <end>
 def test_rows_that_end_with_another_token_are_not_cut():
     made = encoder(loop(TOOL_END, "<bot>"), ("<eos>",))
     row = talk(user("one?"), bot(None, tool_calls=CALL))
-    found = tokenise([row], made, made.data)
+    found = tokenize([row], made, made.data)
     assert found.truncated == 0
     assert made.tokenizer.convert_ids_to_tokens(sorted(found.ends)) == ["<stop>"]
     whole = found.lengths[0]
     short = encoder(loop(TOOL_END, "<bot>"), ("<eos>",), max_length=int(whole) - 2, too_long="truncate")
-    assert tokenise([row], short, short.data).truncated == 1
+    assert tokenize([row], short, short.data).truncated == 1
 
 
 @pytest.mark.parametrize("header", [False, True], ids=["a token of its own", "the next header"])
