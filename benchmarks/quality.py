@@ -90,18 +90,17 @@ class Quality(Lab):
         from distillm_cli.config.schema import Data
         from distillm_cli.data.prompts import Encoder
         from distillm_cli.data.sources import load_rows
-        from distillm_cli.data.templates import render
 
         data = Data(source=self.data, template="plain", max_length=64, max_prompt_length=256)
-        tokenizer = AutoTokenizer.from_pretrained(self.teacher())
+        encoder = Encoder(AutoTokenizer.from_pretrained(self.teacher()), data)
         rows = load_rows(data, "train")
         lines = [
             {
-                "prompt": render(row, data.template, tokenizer),
+                "prompt": encoder.renderer.prompt(row),
                 "prompt_ids": sequence.prompt.tolist(),
                 "response_ids": sequence.response.tolist(),
             }
-            for row, sequence in zip(rows, Encoder(tokenizer, data).sequences(rows), strict=True)
+            for row, sequence in zip(rows, encoder.sequences(rows), strict=True)
         ]
         self.rows.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 

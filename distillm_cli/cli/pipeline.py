@@ -254,7 +254,7 @@ def _by_verb(
 def _train(
     verb: str, resolved: Resolved, place: Path, record: Record, from_stages: Collection[str], ui: Console
 ) -> dict[str, Any]:
-    from distillm_cli.cli.defaults import told
+    from distillm_cli.cli.defaults import fitted_line
     from distillm_cli.cli.training import train
     from distillm_cli.core.checkpoint import visible
 
@@ -265,7 +265,7 @@ def _train(
     outputs.check(place, resume=resume, overwrite=not resume)
     if not resume:
         check_spared(verb, resolved.recipe, place)
-    if (fitted := told(resolved)) is not None:
+    if (fitted := fitted_line(resolved)) is not None:
         ui(Note(fitted))
     with outputs.claimed(place):
         # The fingerprint knows which making of a stage is read; the pipeline may have been moved since it was started.
