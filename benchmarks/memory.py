@@ -44,9 +44,9 @@ def case(name: str, vocab: int, tokens: int, width: int, teacher_width: int) -> 
     import torch
     import torch.nn.functional as F
 
-    from distillm_cli.core.divergences import SkewKL
-    from distillm_cli.core.fused import fused_loss
-    from distillm_cli.core.terms import Terms
+    from distillm_cli.losses.divergences import SkewKL
+    from distillm_cli.losses.fused import fused_loss
+    from distillm_cli.losses.terms import Terms
     from distillm_cli.models.backbone import Head
 
     torch.manual_seed(0)

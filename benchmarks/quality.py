@@ -88,7 +88,7 @@ class Quality(Lab):
         from transformers import AutoTokenizer
 
         from distillm_cli.config.schema import Data
-        from distillm_cli.data.prompts import Encoder
+        from distillm_cli.data.encoder import Encoder
         from distillm_cli.data.sources import load_rows
 
         data = Data(source=self.data, template="plain", max_length=64, max_prompt_length=256)

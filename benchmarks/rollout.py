@@ -24,9 +24,9 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from distillm_cli.core.rollout import sample
-from distillm_cli.core.sampling import Sampling
 from distillm_cli.models.backbone import Backbone
+from distillm_cli.rollouts.rollout import sample
+from distillm_cli.rollouts.sampling import Sampling
 
 GOALS = {"equal batch": 3.0, "bulk 8": 5.0}
 

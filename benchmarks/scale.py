@@ -62,10 +62,10 @@ def rows_case(rows: int) -> dict:
     import numpy as np
     import torch
 
-    from distillm_cli.core import teacher_cache
-    from distillm_cli.core.teacher import Teacher
     from distillm_cli.models.backbone import Backbone
-    from distillm_cli.sequences import Sequence, collate
+    from distillm_cli.teachers import teacher_cache
+    from distillm_cli.teachers.teacher import Teacher
+    from distillm_cli.types import Sequence, collate
     from tests import tiny
 
     random, tokenizer = np.random.default_rng(0), tiny.tokenizer()

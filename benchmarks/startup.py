@@ -26,7 +26,7 @@ AutoTokenizer.from_pretrained(sys.argv[1])
 """
 OURS = """
 from distillm_cli.__main__ import main
-from distillm_cli.core.scheduler import Scheduler
+from distillm_cli.rollouts.scheduler import Scheduler
 
 class Begun(BaseException):
     pass

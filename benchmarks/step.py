@@ -63,12 +63,12 @@ class Ours:
 
     def __init__(self, shape: argparse.Namespace, directory: Path):
         from distillm_cli.config import schema
-        from distillm_cli.core import criteria
-        from distillm_cli.core.scheduler import Source
-        from distillm_cli.core.student_loss import Objective
-        from distillm_cli.core.teacher import Teacher
+        from distillm_cli.losses import criteria
+        from distillm_cli.losses.student_loss import Objective
         from distillm_cli.models.pair import load_pair
-        from distillm_cli.sequences import Sequence
+        from distillm_cli.rollouts.scheduler import Source
+        from distillm_cli.teachers.teacher import Teacher
+        from distillm_cli.types import Sequence
 
         save_models(shape, directory)
         recipe = schema.Recipe(
@@ -92,7 +92,7 @@ class Ours:
 
     def update(self, teacher) -> float:
         """What the engine does in a step, up to the optimizer; the loss per token."""
-        from distillm_cli.sequences import collate, micro_batches
+        from distillm_cli.types import collate, micro_batches
 
         self.objective.zero_grad(set_to_none=True)
         count, loss = self.objective.criterion.count(self.sequences), 0.0
@@ -292,7 +292,7 @@ def main() -> None:
         return
     torch.set_num_threads(shape.threads)
     from distillm_cli.cli.app import set_environment
-    from distillm_cli.cli.host import keep_freed_memory
+    from distillm_cli.utils.host import keep_freed_memory
 
     peers = Peers(shape.peers_python, shape.peers, shape) if shape.peers else None
     set_environment()  # as the program does; the peers' process has the environment as it was

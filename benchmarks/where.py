@@ -60,12 +60,14 @@ def main() -> int:
         import torch
         from torch.profiler import ProfilerActivity, profile
 
-        from distillm_cli.cli import measuring, training
         from distillm_cli.cli.app import main as distillm
-        from distillm_cli.core import rollout, student_loss, teacher
-        from distillm_cli.core.engine import Engine
-    stages.watch(training, "prepare", "prepare: rows, models, tokens")
-    stages.watch(training, "open_teacher", "open the teacher")
+        from distillm_cli.losses import student_loss
+        from distillm_cli.rollouts import rollout
+        from distillm_cli.runs import report, train
+        from distillm_cli.teachers import teacher
+        from distillm_cli.training.engine import Engine
+    stages.watch(train, "prepare", "prepare: rows, models, tokens")
+    stages.watch(train, "open_teacher", "open the teacher")
     stages.watch(Engine, "_validate", "validation")
     stages.watch(Engine, "_save", "checkpoint")
     stages.watch(Engine, "_gradients", "step: backbones' backward, and the rest")
@@ -75,7 +77,7 @@ def main() -> int:
     stages.watch(student_loss, "fused_loss", "step: fused loss, gradients of the heads included")
     stages.watch(student_loss.Objective, "forward", "step: student forward")
     stages.watch(torch.optim.AdamW, "step", "step: optimizer")
-    stages.watch(measuring.Report, "all", "report")
+    stages.watch(report.Report, "all", "report")
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as found:
         code = distillm([*args.command[args.command[:1] == ["--"] :], "--set", f"train.threads={args.threads}"])
     stages._tick()

@@ -3,10 +3,10 @@
 import atexit
 import sys
 
-from distillm_cli.cli import garbage
-from distillm_cli.cli.interrupts import heard, hurry, stop_the_shell_too
 from distillm_cli.cli.streams import open_streams, report
 from distillm_cli.errors import Interrupted, signal_number
+from distillm_cli.utils import garbage
+from distillm_cli.utils.interrupts import heard, hurry, stop_the_shell_too
 
 
 def main() -> int:

@@ -11,7 +11,7 @@ import errno
 import re
 import sys
 
-from distillm_cli.words import redact
+from distillm_cli.utils.text import redact
 
 # How a plain RuntimeError says that memory ran out: torch's allocators and its mmap; Python, without room for a stack;
 # oneDNN, without room for compiled code (of a product that it cannot do at all it says "a primitive descriptor"); cuBLAS

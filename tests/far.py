@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from distillm_cli.core import exact
+from distillm_cli.utils import exact
 
 NAME = "far"
 there = hasattr(registration, "_setup_privateuseone_for_python_backend")
@@ -166,8 +166,8 @@ def _serve() -> None:
     """{"argv": …, "cwd": …} → {"code": …, "out": …, "err": …}, every command line run on the device."""
     from transformers import PreTrainedModel
 
-    from distillm_cli.cli import assembly, inference
     from distillm_cli.cli.app import main
+    from distillm_cli.runs import inference, prepare
 
     save = PreTrainedModel.save_pretrained
 
@@ -178,7 +178,7 @@ def _serve() -> None:
         save(model, directory, state_dict=state, **more)
 
     PreTrainedModel.save_pretrained = saved
-    for module in (assembly, inference):
+    for module in (prepare, inference):
         module.resolve_device = lambda name: torch.device(NAME)
     for line in sys.stdin:
         asked = json.loads(line)

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from distillm_cli.sequences import Batch, Sequence, collate
+from distillm_cli.types import Batch, Sequence, collate
 
 CONTEXT = 64
 VOCAB = 41  # of saved directories

@@ -18,7 +18,6 @@ import typer
 from typer.main import get_command
 
 from distillm_cli.cli import distill, eval, generate, methods, options, plan, recipes, run, sft
-from distillm_cli.cli.interrupts import heard, lost
 from distillm_cli.cli.streams import discard_stdout, open_streams, report
 from distillm_cli.cli.usage import UsageProblem, explained
 from distillm_cli.errors import (
@@ -33,8 +32,9 @@ from distillm_cli.errors import (
     signal_number,
     typed_options,
 )
-from distillm_cli.storage import failed_with, is_full, reason
-from distillm_cli.words import printable, redact
+from distillm_cli.utils.interrupts import heard, lost
+from distillm_cli.utils.storage import failed_with, is_full, reason
+from distillm_cli.utils.text import printable, redact
 
 _COMPLETE = "_DISTILLM_COMPLETE"  # set by what --install-completion puts into a shell's start file
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, as of any program whose reader has left

@@ -134,9 +134,9 @@ def evaluate(
     template and every setting that no flag gives.
     """
     from distillm_cli.cli.launch import check_alone
-    from distillm_cli.cli.scoring import score
     from distillm_cli.config.shortcuts import Flag
     from distillm_cli.errors import UsageError
+    from distillm_cli.runs.eval import score
     from distillm_cli.ui.console import console
 
     sampling = {"--seeds": seeds, "--temperature": temperature, "--top-p": top_p}

@@ -156,11 +156,11 @@ def generate(
 
     Settings that no flag gives come from the model's own recipe, where there is one.
     """
-    from distillm_cli.cli.generation import run
     from distillm_cli.cli.launch import check_alone
-    from distillm_cli.cli.prompts import Wanted
     from distillm_cli.config.shortcuts import Flag
     from distillm_cli.errors import UsageError
+    from distillm_cli.runs.generate import run
+    from distillm_cli.runs.prompt_source import Wanted
     from distillm_cli.ui.console import console
 
     if model is None:

@@ -16,17 +16,18 @@ if TYPE_CHECKING:
 
 def launch(ctx: typer.Context) -> None:
     """Resolve what was typed, then print the resolved recipe (``--dry-run``), warm the teacher's cache, or train."""
-    from distillm_cli.cli import options, outputs
-    from distillm_cli.cli.defaults import check_data, fitted, fitted_line
+    from distillm_cli.cli import options
     from distillm_cli.cli.streams import write_stdout
     from distillm_cli.config.load import resolve, to_yaml
-    from distillm_cli.core.events import Note
+    from distillm_cli.runs import output_dir
+    from distillm_cli.runs.defaults import check_data, fitted, fitted_line
+    from distillm_cli.training.events import Note
 
     command, typed = ctx.info_name, ctx.params
     output, resume, overwrite = typed["output"], typed["resume"], typed["overwrite"]
     recipe, rebuild = typed["recipe"], typed.get("rebuild_teacher_cache", False)
-    if resume and recipe is None and output is not None and (Path(output) / outputs.RECIPE).is_file():
-        recipe = str(Path(output) / outputs.RECIPE)  # going on needs no more than the directory
+    if resume and recipe is None and output is not None and (Path(output) / output_dir.RECIPE).is_file():
+        recipe = str(Path(output) / output_dir.RECIPE)  # going on needs no more than the directory
     resolved = fitted(resolve(command=command, recipe=recipe, flags=options.given(ctx), sets=typed["sets"]))
     if typed["dry_run"]:
         if typed["json"]:
@@ -40,7 +41,7 @@ def launch(ctx: typer.Context) -> None:
     notes = [note for note in (check_data(resolved), fitted_line(resolved)) if note is not None]
     check_alone()
 
-    from distillm_cli.cli.reading import reading
+    from distillm_cli.runs.reading import reading
     from distillm_cli.ui.console import console
 
     if typed.get("warm_teacher_cache"):
@@ -50,24 +51,26 @@ def launch(ctx: typer.Context) -> None:
         with console(json_mode=typed["json"], quiet=typed["quiet"]) as ui, reading(resolved.recipe) as early:
             for note in notes:
                 ui(Note(note))
-            from distillm_cli.cli.teaching import warm
+            from distillm_cli.runs.teacher_states import warm
 
             ui.result(warm(resolved, rebuild=rebuild, ui=ui, early=early))
         return
     r = resolved.recipe
     place = Path(output) if output else None
     if place is None:
-        place = outputs.default_name(resolved.name, r.data.source, r.student.path or "student", r.method, resume=resume)
-    is_new = outputs.check(place, resume=resume, overwrite=overwrite)  # before rows are read that nobody will want
+        place = output_dir.default_name(
+            resolved.name, r.data.source, r.student.path or "student", r.method, resume=resume
+        )
+    is_new = output_dir.check(place, resume=resume, overwrite=overwrite)  # before rows are read that nobody will want
     if overwrite:
-        from distillm_cli.cli.inputs import check_spared
+        from distillm_cli.runs.inputs import check_spared
 
         check_spared(command, r, place, file=recipe)
     ui = console(json_mode=typed["json"], quiet=typed["quiet"])
-    with outputs.claimed(place, is_new=is_new), ui, reading(r) as early:
+    with output_dir.claimed(place, is_new=is_new), ui, reading(r) as early:
         for note in notes:
             ui(Note(note))
-        from distillm_cli.cli.training import train  # which imports torch, while the rows are read and tokenized
+        from distillm_cli.runs.train import train  # which imports torch, while the rows are read and tokenized
 
         result = train(
             command,

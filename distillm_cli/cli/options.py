@@ -241,7 +241,7 @@ def methods_like(typed: str) -> list[tuple[str, str]]:
 def recipes_like(typed: str, *, of_stages: bool = False) -> list[str]:
     """Shipped ones. of_stages: those for `distillm run` alone."""
     from distillm_cli.config.load import shipped
-    from distillm_cli.config.pipeline import is_pipeline
+    from distillm_cli.config.pipeline_recipe import is_pipeline
 
     return [name for name in shipped() if name.startswith(typed) and (not of_stages or is_pipeline(name))]
 

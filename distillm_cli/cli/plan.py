@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from distillm_cli.cli import options
-from distillm_cli.words import counted
+from distillm_cli.utils.text import counted
 
 if TYPE_CHECKING:
-    from distillm_cli.cli.assembly import Prepared
+    from distillm_cli.runs.prepare import Prepared
 
 SHOWN = 3  # sequences of the decoded batch
 
@@ -64,11 +64,11 @@ def plan(
     (a directory with a config.json, the file itself, or a hub name), and no weights are downloaded. A recipe of stages
     is planned stage by stage.
     """
-    from distillm_cli.cli.defaults import fitted, fitted_line
     from distillm_cli.cli.launch import check_complete
     from distillm_cli.config.load import resolve
-    from distillm_cli.config.pipeline import is_pipeline
-    from distillm_cli.core.events import Note
+    from distillm_cli.config.pipeline_recipe import is_pipeline
+    from distillm_cli.runs.defaults import fitted, fitted_line
+    from distillm_cli.training.events import Note
     from distillm_cli.ui.console import console
 
     if recipe is not None and is_pipeline(recipe):
@@ -82,7 +82,7 @@ def plan(
     with console(json_mode=json, quiet=quiet) as ui:
         for note in notes:
             ui(Note(note))
-        from distillm_cli.cli.planning import survey
+        from distillm_cli.runs.plan import survey
 
         found, run = survey(resolved, ui)
         ui.show(*_pages(found), *(_batch(run) if run is not None else ()))
@@ -90,9 +90,9 @@ def plan(
 
 
 def _plan_stages(recipe: str, flags: dict[str, Any], sets: list[str] | None, json: bool, quiet: bool) -> None:
-    from distillm_cli.cli.defaults import fitted_pipeline
-    from distillm_cli.config.pipeline import load_pipeline
+    from distillm_cli.config.pipeline_recipe import load_pipeline
     from distillm_cli.errors import UsageError
+    from distillm_cli.runs.defaults import fitted_pipeline
     from distillm_cli.ui.console import console
 
     if flags:
@@ -102,7 +102,7 @@ def _plan_stages(recipe: str, flags: dict[str, Any], sets: list[str] | None, jso
         )
     pipeline = fitted_pipeline(load_pipeline(recipe, sets or ()))
     with console(json_mode=json, quiet=quiet) as ui:
-        from distillm_cli.cli.planning_stages import of_pipeline
+        from distillm_cli.runs.plan_stages import of_pipeline
 
         found = of_pipeline(pipeline, ui)
         ui.show(*_stages_page(found))

@@ -131,7 +131,7 @@ def validate(
 
 def _checked(recipe: str) -> dict[str, Any]:
     from distillm_cli.config.load import resolve
-    from distillm_cli.config.pipeline import is_pipeline, load_pipeline
+    from distillm_cli.config.pipeline_recipe import is_pipeline, load_pipeline
 
     try:
         if is_pipeline(recipe):

@@ -89,15 +89,15 @@ def run(
     What is done is skipped: a stage runs again when its recipe, its data or a stage that it reads has changed. A stopped
     run goes on when the same command is typed again. To make a stage anew, remove its directory.
     """
-    from distillm_cli.cli.defaults import fitted_pipeline
     from distillm_cli.cli.launch import check_alone
-    from distillm_cli.config.pipeline import load_pipeline
+    from distillm_cli.config.pipeline_recipe import load_pipeline
+    from distillm_cli.runs.defaults import fitted_pipeline
     from distillm_cli.ui.console import console, print_json
 
     pipeline = fitted_pipeline(load_pipeline(recipe, sets or ()))
     place = Path(output) if output else Path("runs") / pipeline.name
     if dry_run:
-        from distillm_cli.cli.pipeline import choose, resolved_yaml, survey
+        from distillm_cli.runs.pipeline import choose, resolved_yaml, survey
 
         states = survey(pipeline, place, choose(pipeline, only, start))
         if not json:
@@ -112,6 +112,6 @@ def run(
         return
     check_alone()
     with console(json_mode=json, quiet=quiet) as ui:
-        from distillm_cli.cli import pipeline as work
+        from distillm_cli.runs import pipeline as work
 
         ui.result(work.run(pipeline, place, only=only, start=start, ui=ui))

@@ -10,7 +10,7 @@ import sys
 from contextlib import suppress
 
 from distillm_cli.errors import DistillmError, typed_options
-from distillm_cli.words import printable
+from distillm_cli.utils.text import printable
 
 LONGEST_ERROR = 1000  # characters of an error line
 _PATIENCE = 1.0  # seconds to wait for a non-blocking stderr that is full

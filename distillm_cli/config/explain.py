@@ -17,7 +17,7 @@ from distillm_cli.config import yaml_io
 from distillm_cli.config.methods import METHODS
 from distillm_cli.config.schema import AUTO, Recipe, Section
 from distillm_cli.config.shortcuts import flag_of
-from distillm_cli.words import redact
+from distillm_cli.utils.text import redact
 
 _BOUNDS = (
     (annotated_types.Ge, "≥", "ge"),

@@ -24,7 +24,7 @@ from distillm_cli.config.ownership import value_of
 from distillm_cli.config.schema import Recipe, Section
 from distillm_cli.config.shortcuts import SHORTCUTS
 from distillm_cli.errors import RecipeError, UsageError
-from distillm_cli.words import HIDDEN, redact
+from distillm_cli.utils.text import HIDDEN, redact
 
 
 @dataclass(frozen=True)

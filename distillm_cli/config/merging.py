@@ -24,7 +24,7 @@ from distillm_cli.config.fields import LIMIT
 from distillm_cli.config.schema import Recipe, Section
 from distillm_cli.config.shortcuts import Flag
 from distillm_cli.errors import RecipeError, UsageError
-from distillm_cli.words import counted
+from distillm_cli.utils.text import counted
 
 # Weakest first. SHARED (in the file), SHARED_SET (typed) and STAGE are a pipeline's: its defaults, a stage's own values.
 DEFAULT, METHOD, RECIPE, SHARED, SHARED_SET, STAGE, FLAG, SET = range(8)

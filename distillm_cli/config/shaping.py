@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import get_args
 
 from distillm_cli.config.schema import MetricName, Recipe
-from distillm_cli.words import redact
+from distillm_cli.utils.text import redact
 
 # What may differ between a run and its resume, because no later step depends on it.
 _FREE = ("teacher.cache_dir", "train.keep", "train.log_steps", "train.device", "train.threads", "data.workers")

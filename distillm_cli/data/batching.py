@@ -16,15 +16,15 @@ from multiprocessing import get_all_start_methods, get_context
 import numpy as np
 
 from distillm_cli.config.schema import Data
-from distillm_cli.core.events import Listener, Note, Progress, Warned, silent
 from distillm_cli.data.ahead import Ahead
-from distillm_cli.data.prompts import Encoded, Encoder, LeftOut, TooLong
+from distillm_cli.data.encoder import Encoded, Encoder, LeftOut, TooLong
 from distillm_cli.data.rows import Row
 from distillm_cli.data.sources import LISTED, Rows
 from distillm_cli.data.token_ids import CHUNK, TokenIds
 from distillm_cli.errors import DataError, PeerProcessError
-from distillm_cli.sequences import Sequence
-from distillm_cli.words import all_are, counted
+from distillm_cli.training.events import Listener, Note, Progress, Warned, silent
+from distillm_cli.types import Sequence
+from distillm_cli.utils.text import all_are, counted
 
 _MANY = 0.2  # share of dropped rows from which there is a warning
 _KEPT = 0.95  # share of rows that the length it names would keep

@@ -17,12 +17,13 @@ from queue import SimpleQueue
 from typing import Any
 
 from distillm_cli.config.schema import Data
-from distillm_cli.core.events import Event, Listener
-from distillm_cli.data.helper import Helper, Lost, cores
+from distillm_cli.data.helper import Helper, Lost
 from distillm_cli.data.rows import Row
 from distillm_cli.data.sources import Rows, Split, load_rows, local_place
 from distillm_cli.data.templates import Renderer
 from distillm_cli.data.token_ids import CHUNK, TokenIds, chunks, rules_for, same_rules, token_ids
+from distillm_cli.training.events import Event, Listener
+from distillm_cli.utils.host import cores
 
 _MOST = 1 << 28  # bytes of rows on disk up to which a second process may hold them, too, for a while
 Made = dict[tuple[int, int], "Future[list[TokenIds]]"]  # (identity of the rows, number of the first) → ids of a chunk

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from distillm_cli.config.schema import Data
-from distillm_cli.core.events import Event
 from distillm_cli.data.sources import Rows, load_rows
 from distillm_cli.data.templates import Renderer
 from distillm_cli.data.token_ids import CHUNK, TokenIds, chunks, rules_for, token_ids
+from distillm_cli.training.events import Event
+from distillm_cli.utils.host import cores
 
 _MAIN = "import sys; sys.path[:] = {path!r}; from distillm_cli.data.helper import main; main()"
 
@@ -91,11 +92,6 @@ def _answers(data: Data, find: Callable[[], Path | None], require_output: bool) 
 def _flat(ids: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Return one array, and where all parts but the last end: one array is sent sooner than five hundred."""
     return np.concatenate(ids), np.cumsum([len(one) for one in ids])[:-1]
-
-
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def main() -> None:

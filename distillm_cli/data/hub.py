@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from distillm_cli.core.events import Listener, Note
 from distillm_cli.data.files import Records, read
 from distillm_cli.data.known import known
 from distillm_cli.data.tables import records
 from distillm_cli.errors import DataError
+from distillm_cli.training.events import Listener, Note
 
 T = TypeVar("T")
 

@@ -15,13 +15,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from distillm_cli.core.events import Listener
 from distillm_cli.data.files import COMPRESSIONS, FORMATS, Records, format_of, read, stem_of
 from distillm_cli.data.hub import hub_splits
 from distillm_cli.data.known import ALIASES, Reshape, known, names
 from distillm_cli.data.tables import read_saved, saved_splits
 from distillm_cli.errors import DataError
-from distillm_cli.storage import leads_nowhere
+from distillm_cli.training.events import Listener
+from distillm_cli.utils.storage import leads_nowhere
 
 T = TypeVar("T")
 Read = Callable[[Collection[str]], Records]

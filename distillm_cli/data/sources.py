@@ -14,13 +14,13 @@ from typing import Literal
 import numpy as np
 
 from distillm_cli.config.schema import Columns, Data
-from distillm_cli.core.events import Listener, Note, Warned, silent
 from distillm_cli.data.files import Fault
 from distillm_cli.data.formats import readable_columns
 from distillm_cli.data.locations import Source, find_source, is_path, kind_of, local_place, user_path
 from distillm_cli.data.rows import BadRow, Row, read_row
 from distillm_cli.errors import DataError
-from distillm_cli.words import all_are, counted
+from distillm_cli.training.events import Listener, Note, Warned, silent
+from distillm_cli.utils.text import all_are, counted
 
 __all__ = ["Row", "Rows", "Split", "is_path", "kind_of", "load_rows", "local_place", "overlap", "user_path"]
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from distillm_cli.config.schema import Columns, Data
-from distillm_cli.core.events import Listener, Note, silent
 from distillm_cli.data.batching import Examples
-from distillm_cli.data.prompts import Encoder
+from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.rows import Row
 from distillm_cli.data.sources import load_rows
 from distillm_cli.errors import DataError
-from distillm_cli.sequences import Sequence
+from distillm_cli.training.events import Listener, Note, silent
+from distillm_cli.types import Sequence
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 
 from distillm_cli.config import schema
-from distillm_cli.core.events import Listener, Warned, silent
-from distillm_cli.core.rollout import Decoder, Sampled, Sampling, sample_all
-from distillm_cli.data.prompts import Encoder
+from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import Row
 from distillm_cli.errors import DataError
 from distillm_cli.evaluation.metrics import METRICS, Count, Metric, metric_of, ratio, undefined_on
 from distillm_cli.evaluation.reasoning import without_reasoning
 from distillm_cli.evaluation.suites import Suite
+from distillm_cli.rollouts.rollout import Decoder, Sampled, Sampling, sample_all
+from distillm_cli.training.events import Listener, Warned, silent
 
 GREEDY = "greedy"
 

@@ -15,12 +15,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from distillm_cli import storage
 from distillm_cli.config import schema
 from distillm_cli.errors import StorageError
 from distillm_cli.evaluation.evaluate import GREEDY, Answer, SuiteResult
 from distillm_cli.evaluation.metrics import METRICS, ratio
 from distillm_cli.evaluation.suites import Suite
+from distillm_cli.utils import storage
 
 RESULTS = "results.json"
 

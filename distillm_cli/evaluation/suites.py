@@ -10,10 +10,10 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 
 from distillm_cli.config.schema import Columns, Recipe
-from distillm_cli.core.events import Listener, silent
 from distillm_cli.data.files import stem_of
 from distillm_cli.data.known import known
 from distillm_cli.data.sources import Row, Rows, kind_of, load_rows, user_path
+from distillm_cli.training.events import Listener, silent
 
 HELD_OUT = "held-out"
 _GENERIC = {"train", "valid", "validation", "val", "dev", "test", "data"}

@@ -18,15 +18,24 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from distillm_cli.errors import ModelError, NonFiniteError
 from distillm_cli.models import seq2seq
-from distillm_cli.models.blocks import BlockDecoding, takes_back
 from distillm_cli.models.contexts import context_of
-from distillm_cli.models.decoding import ByLength, FastDecoding, PlainDecoding, Ways, cast, check_decoding, close, ways
+from distillm_cli.models.cpu.products import Linear, Packs
+from distillm_cli.models.cpu.whole import Late, Whole, whole_of
+from distillm_cli.models.generation.blocks import BlockDecoding, takes_back
+from distillm_cli.models.generation.decoding import (
+    ByLength,
+    FastDecoding,
+    PlainDecoding,
+    Ways,
+    cast,
+    check_decoding,
+    close,
+    ways,
+)
 from distillm_cli.models.modes import eval_mode, one_sequence_a_row, padded_on_the_right
-from distillm_cli.models.products import Linear, Packs
 from distillm_cli.models.router import RouterLoss, mask_of
-from distillm_cli.models.whole import Late, Whole, whole_of
-from distillm_cli.sequences import Batch, collate
-from distillm_cli.sequences import Sequence as Tokens
+from distillm_cli.types import Batch, collate
+from distillm_cli.types import Sequence as Tokens
 
 if TYPE_CHECKING:
     from distillm_cli.models.lora import Adapter

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import GenerationConfig
 
-from distillm_cli.core.events import Listener, Note, Warned
 from distillm_cli.errors import ModelError, UsageError
+from distillm_cli.training.events import Listener, Note, Warned
 
 if TYPE_CHECKING:
     from distillm_cli.config.schema import Data
-    from distillm_cli.data.prompts import Encoder
+    from distillm_cli.data.encoder import Encoder
     from distillm_cli.models.backbone import Backbone
     from distillm_cli.models.pair import Pair
 

@@ -20,7 +20,7 @@ from distillm_cli.errors import ModelError, UsageError, out_of_memory
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.composite import check_causal_class
 from distillm_cli.models.students import heads_are_tied, set_dropout, with_layers
-from distillm_cli.words import counted
+from distillm_cli.utils.text import counted
 
 _BY_PLACE = ("diffllama",)  # families with a constant of each layer that is no weight
 

@@ -20,9 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from distillm_cli import manifest
 from distillm_cli.config.schema import Lora
-from distillm_cli.core.events import Listener, Progress, Warned, silent
 from distillm_cli.errors import ModelError, out_of_memory
 from distillm_cli.models import lora
 from distillm_cli.models.backbone import Backbone
@@ -33,7 +31,9 @@ from distillm_cli.models.places import Place, adapters_of, file_of, lasting, loc
 from distillm_cli.models.quantize import check_quantize, in_few_bits
 from distillm_cli.models.students import adopt_special_tokens, auto_class, heads_are_tied, set_dropout
 from distillm_cli.models.tokenizer_files import WEIGHTS, OwnTokenizers, not_loaded, quiet
-from distillm_cli.words import counted
+from distillm_cli.training.events import Listener, Progress, Warned, silent
+from distillm_cli.utils import manifest
+from distillm_cli.utils.text import counted
 
 LEAST_CONTEXT = 24  # tokens; decoding is tried on prompts nearly as long
 

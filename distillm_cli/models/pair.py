@@ -11,7 +11,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distillm_cli.config import schema
-from distillm_cli.core.events import Listener, Note, Warned, silent
 from distillm_cli.errors import ModelError, UsageError
 from distillm_cli.models import lora
 from distillm_cli.models.backbone import Backbone
@@ -39,7 +38,8 @@ from distillm_cli.models.tokenizer_files import (
     quiet,
 )
 from distillm_cli.models.tokenizers import is_trained_spec, lost_with, put_end, train_tokenizer
-from distillm_cli.words import counted
+from distillm_cli.training.events import Listener, Note, Warned, silent
+from distillm_cli.utils.text import counted
 
 if TYPE_CHECKING:
     from distillm_cli.models.shapes import Shape

@@ -12,7 +12,7 @@ import huggingface_hub
 
 from distillm_cli.config.schema import BUILT, is_of_hub
 from distillm_cli.errors import ModelError
-from distillm_cli.storage import leads_nowhere
+from distillm_cli.utils.storage import leads_nowhere
 
 CONFIG = "adapter_config.json"  # what makes a directory an adapter's
 BUILTIN_TEACHER = Path(__file__).resolve().parent.parent / "assets" / "quickstart-teacher"

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from distillm_cli.core.events import Listener, Note, Warned, silent
 from distillm_cli.errors import ModelError, out_of_memory
 from distillm_cli.models.modes import eval_mode
-from distillm_cli.sequences import Batch
+from distillm_cli.training.events import Listener, Note, Warned, silent
+from distillm_cli.types import Batch
 
 if TYPE_CHECKING:
     from distillm_cli.models.backbone import Backbone

@@ -19,9 +19,9 @@ from transformers import DynamicCache, EncoderDecoderCache, PretrainedConfig, Pr
 from transformers.modeling_outputs import BaseModelOutput
 
 from distillm_cli.errors import ModelError
-from distillm_cli.models.decoding import alike, check_turn
+from distillm_cli.models.generation.decoding import alike, check_turn
 from distillm_cli.models.modes import evaluating
-from distillm_cli.sequences import Batch
+from distillm_cli.types import Batch
 
 if TYPE_CHECKING:
     from distillm_cli.models.backbone import Backbone

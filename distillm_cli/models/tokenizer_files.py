@@ -20,9 +20,9 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from distillm_cli import manifest
 from distillm_cli.errors import DistillmError, ModelError, OutOfMemoryError, of_tokenizers, out_of_memory
 from distillm_cli.models.places import adapters_of, cached, file_of, hub_is_there, locate
+from distillm_cli.utils import manifest
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.model", "tekken.json")

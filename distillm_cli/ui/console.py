@@ -23,7 +23,8 @@ from rich.live import Live
 from rich.segment import Segment
 from rich.text import Text
 
-from distillm_cli.core.events import (
+from distillm_cli.errors import StorageError
+from distillm_cli.training.events import (
     Event,
     Note,
     Progress,
@@ -35,9 +36,8 @@ from distillm_cli.core.events import (
     Validated,
     Warned,
 )
-from distillm_cli.errors import StorageError
 from distillm_cli.ui.display import BAD, GOOD, VALID, Memory, Task, Watch, amount, draw, duration, parameters, percent
-from distillm_cli.words import counted, printable, redact, signed
+from distillm_cli.utils.text import counted, printable, redact, signed
 
 REFRESHES = 4  # per second: numbers one can read
 YOUNG = 0.2  # seconds; work that is over sooner never flashes up

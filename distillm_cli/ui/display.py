@@ -19,7 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from distillm_cli.core.events import Progress, RunStarted, Staged, Stepped, Validated
+from distillm_cli.training.events import Progress, RunStarted, Staged, Stepped, Validated
 
 CURVE = 40  # values in the small chart of the loss
 WIDE = 80  # columns from which figures stand side by side

@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from distillm_cli.ui.display import BAD, GOOD, VALID, WIDE, percent
-from distillm_cli.words import printable, signed
+from distillm_cli.utils.text import printable, signed
 
 NONE = "–"
 LINES, STACKED_LINES = 5, 3  # of a cell of the samples table, about; longer text is cropped

@@ -10,12 +10,12 @@ import yaml
 from transformers import AutoConfig
 
 from distillm_cli.cli.app import main
-from distillm_cli.cli.defaults import KEYS, fitted, fitted_line, fitted_pipeline, number, rates
 from distillm_cli.config.load import resolve
 from distillm_cli.config.ownership import value_of
-from distillm_cli.config.pipeline import load_pipeline
+from distillm_cli.config.pipeline_recipe import load_pipeline
 from distillm_cli.errors import RecipeError
 from distillm_cli.models.facts import Facts, read_facts
+from distillm_cli.runs.defaults import KEYS, fitted, fitted_line, fitted_pipeline, number, rates
 from tests import tiny
 from tests.typed import call
 

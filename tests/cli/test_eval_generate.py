@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distillm_cli.cli import outputs
 from distillm_cli.cli.app import main
-from distillm_cli.cli.responses import Responses
 from distillm_cli.config.schema import Data, Recipe
-from distillm_cli.data.prompts import Encoder
+from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import load_rows
 from distillm_cli.evaluation.suites import load_suite
 from distillm_cli.models.tokenizer_files import load_tokenizer
 from distillm_cli.models.tokenizers import train_tokenizer
+from distillm_cli.runs import output_dir
+from distillm_cli.runs.responses import Responses
 from tests import tiny
 from tests.limits import file_size
 
@@ -352,7 +352,7 @@ def test_of_two_runs_into_one_file_the_second_is_refused(place, typed):
     assert typed(*GENERATE, "--output", "rows.jsonl", "--limit", 4)[0] == 0
     before = (place / "rows.jsonl").read_bytes()
     with (place / "rows.jsonl").open("ab") as first:
-        assert not outputs.is_taken(first.fileno())
+        assert not output_dir.is_taken(first.fileno())
         for how in ("--resume", "--overwrite"):
             code, _, err = typed(*GENERATE, "--output", "rows.jsonl", how)
             assert code == 2

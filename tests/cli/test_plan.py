@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from distillm_cli.cli import costs
 from distillm_cli.cli.app import main
 from distillm_cli.config.load import shipped
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.models.products import can_pack
+from distillm_cli.models.cpu.products import can_pack
 from distillm_cli.models.shapes import sizes
+from distillm_cli.runs import costs
 from tests import tiny
 
 GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024}
@@ -172,9 +172,9 @@ def test_rows_and_tokenizer_that_are_at_hand_are_measured(configs, planned, shar
 
 def test_weights_here_are_loaded_and_counted_the_same(planned, tmp_path):
     """The quickstart has its weights: what is told of it by loading agrees with its shapes."""
-    from distillm_cli.cli.defaults import fitted
-    from distillm_cli.cli.planning import of_shapes
     from distillm_cli.config.load import resolve
+    from distillm_cli.runs.defaults import fitted
+    from distillm_cli.runs.plan import of_shapes
 
     few = ["data.size=200", "train.device=cpu", "teacher.cache=memory"]
     sets = [word for field in few for word in ("--set", field)]
@@ -402,7 +402,7 @@ def taken(argv):
     script = """
 import contextlib, io, re, sys
 from pathlib import Path
-import distillm_cli.cli.training, transformers.models.gpt2.modeling_gpt2, transformers.models.t5.modeling_t5
+import distillm_cli.runs.train, transformers.models.gpt2.modeling_gpt2, transformers.models.t5.modeling_t5
 from distillm_cli.cli.app import main
 
 def status(name):

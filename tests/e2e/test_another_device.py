@@ -172,7 +172,7 @@ def in_a_process(script):
 def test_a_step_waits_for_the_device_once():
     """For its loss and norm, which are told together; not in the models' passes either."""
     script = """
-from distillm_cli.core.events import Stepped
+from distillm_cli.training.events import Stepped
 from tests import far
 from tests.unit import test_engine
 for method, family in (("sft", "gpt2"), ("off", "gemma2"), ("off", "mistral")):

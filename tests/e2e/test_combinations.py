@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from distillm_cli.cli.app import main
 from distillm_cli.config.explain import choices
-from distillm_cli.core import checkpoint
-from distillm_cli.core.engine import Engine
+from distillm_cli.training import checkpoint
+from distillm_cli.training.engine import Engine
 from tests import tiny
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]

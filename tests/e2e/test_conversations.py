@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from distillm_cli.cli import assembly
+from distillm_cli.runs import prepare
 from tests import chat_models
 from tests.chat_models import CALLS, CHAT, USER, loop
 
@@ -61,7 +61,7 @@ def day(monkeypatch):
         def today(cls):
             return cls.now
 
-    monkeypatch.setattr(assembly, "date", Day)
+    monkeypatch.setattr(prepare, "date", Day)
     return Day
 
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from distillm_cli.manifest import MANIFEST
+from distillm_cli.utils.manifest import MANIFEST
 from tests.e2e.test_main_job import SMALL, rows, write
 
 SHORT = [*SMALL, "--max-length", "400", "--steps", "4", "--set", "train.save_steps=2"]
@@ -140,9 +140,9 @@ def test_a_missing_recipe_is_said_where_a_run_wrote_the_model(typed, made, run):
 
 def test_a_run_that_goes_on_leaves_the_model_readable_meanwhile(typed, made, run):
     """The recipe of a resume is another one, and the model still the first one's."""
-    from distillm_cli.cli import outputs
+    from distillm_cli.runs import output_dir
 
-    outputs.write_recipe(run, (run / "recipe.yaml").read_text().replace("log_steps: 10", "log_steps: 11"))
+    output_dir.write_recipe(run, (run / "recipe.yaml").read_text().replace("log_steps: 10", "log_steps: 11"))
     assert score(typed, made, run)[0] == 0
     flip(run / "model.safetensors")
     assert score(typed, made, run)[0] == 4

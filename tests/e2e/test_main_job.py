@@ -21,12 +21,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distillm_cli.cli.app import main
-from distillm_cli.cli.resuming import checkpoint_of
 from distillm_cli.config.schema import Recipe
 from distillm_cli.config.shaping import shaping
-from distillm_cli.core.checkpoint import Checkpoints
-from distillm_cli.core.progress import Progress
 from distillm_cli.errors import CheckpointError
+from distillm_cli.runs.resume import checkpoint_of
+from distillm_cli.training.checkpoint import Checkpoints
+from distillm_cli.training.progress import Progress
 from tests.typed import call
 
 ROOT = Path(__file__).parents[2]

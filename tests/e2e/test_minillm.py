@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from distillm_cli.core import engine
-from distillm_cli.core.teacher import Teacher
+from distillm_cli.teachers.teacher import Teacher
+from distillm_cli.training import engine
 from tests import tiny
 
 SHORT = [

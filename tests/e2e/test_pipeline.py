@@ -403,8 +403,8 @@ def test_the_dry_run_reads_back_and_says_where_values_come_from(typed, home, cap
     assert "warmup: 0.0 # auto: 0 for a student built from scratch" in said
     assert "seed: 4 # --set (all.yaml:7: 3)" in said
     (home / "written.yaml").write_text(text)
-    from distillm_cli.cli.defaults import fitted_pipeline
-    from distillm_cli.config.pipeline import load_pipeline
+    from distillm_cli.config.pipeline_recipe import load_pipeline
+    from distillm_cli.runs.defaults import fitted_pipeline
 
     again = load_pipeline(Path("written.yaml"))
     first = fitted_pipeline(load_pipeline(Path("all.yaml"), ["defaults.train.seed=4"]))

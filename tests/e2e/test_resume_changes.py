@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from distillm_cli import manifest
 from distillm_cli.cli.app import main
+from distillm_cli.utils import manifest
 from tests.e2e.test_main_job import SMALL, rows, write
 
 KD = ["distill", "--method", "kd", "--teacher", "teacher", "--student", "random:1x24", "--data", "data", *SMALL]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -13,23 +15,28 @@ PACKAGE = Path(__file__).resolve().parents[2] / "distillm_cli"
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if "_recipes" not in path.parts)
 
 # room → what it may import of this package besides itself. The command line may import everything.
-EVERYBODY = {"errors", "manifest", "sequences", "storage", "words", "config.schema"}
+EVERYBODY = {"errors", "types", "utils", "config.schema", "training.events"}
+TRAINING_ROOMS = {"losses", "rollouts", "teachers", "training"}
 ARROWS: dict[str, set[str]] = {
+    "utils": set(),
     "config": set(),
-    "data": {"core.events"},
-    "models": {"core.events"},
-    "core": set(),
-    "evaluation": {"core.rollout", "core.events", "data"},
-    "ui": {"core.events"},
+    "data": set(),
+    "models": set(),
+    **dict.fromkeys(TRAINING_ROOMS, TRAINING_ROOMS),
+    "evaluation": {"rollouts.rollout", "data"},
+    "ui": set(),
+    "runs": {"config", "data", "models", *TRAINING_ROOMS, "evaluation", "ui"},
 }
 COMMAND_LINE = {"typer", "click", "rich"}
 FOREIGN: dict[str, set[str]] = {  # room → packages it has no business with
-    "core": {*COMMAND_LINE, "yaml", "transformers", "datasets"},
+    **{room: {*COMMAND_LINE, "yaml", "transformers", "datasets"} for room in TRAINING_ROOMS},
+    "utils": COMMAND_LINE,
     "data": COMMAND_LINE,
     "models": COMMAND_LINE,
     "evaluation": COMMAND_LINE,
     "config": COMMAND_LINE,
     "ui": {"typer", "click"},
+    "runs": {"typer", "click"},
 }
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "tokenizers", "safetensors", "numpy", "pyarrow", "pandas"}
 # Nothing heavy at import: neither here nor in whatever these import at their top.
@@ -44,7 +51,7 @@ class Import(NamedTuple):
 
 
 def imports(source: str, module: str) -> Iterator[Import]:
-    """Every import of a file; ``from distillm_cli.core import engine`` counts as ``core.engine``."""
+    """Every import of a file; ``from distillm_cli.training import engine`` counts as ``training.engine``."""
 
     def visit(node: ast.AST, top: bool) -> Iterator[Import]:
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
@@ -75,7 +82,7 @@ def imports(source: str, module: str) -> Iterator[Import]:
 
 
 def broken(source: str, module: str) -> list[str]:
-    """The rules of the design that a file breaks, one sentence each. module: dotted, as ``distillm_cli.core.engine``."""
+    """The rules of the design that a file breaks, one sentence each. module: dotted, as ``distillm_cli.training.engine``."""
     inner = module.removeprefix("distillm_cli").lstrip(".")
     room = inner.split(".")[0]
     found = []
@@ -85,8 +92,7 @@ def broken(source: str, module: str) -> list[str]:
             allowed = {room, *EVERYBODY, *ARROWS[room]}
             if module_ and not any(module_ == a or module_.startswith(f"{a}.") for a in allowed):
                 found.append(f"{inner}:{line}: {room} may not import {module_}")
-        below = ("errors", "sequences", "storage", "words")
-        if ours and room in below and module_ != "words":
+        if ours and room in ("errors", "types") and module_ != "utils.text":
             found.append(f"{inner}:{line}: {room} stands below everything, and imports {module_}")
         if not ours and first in FOREIGN.get(room, ()):
             found.append(f"{inner}:{line}: {room} may not import {first}")
@@ -129,6 +135,21 @@ def test_a_file_keeps_to_its_room(path):
     assert broken(path.read_text(encoding="utf-8"), module) == []
 
 
+def test_no_file_stem_is_used_twice():
+    """The commands in ``cli/`` aside, which are named after their verbs."""
+    stems = [path.stem for path in SOURCES if path.stem != "__init__" and path.parent.name != "cli"]
+    assert [stem for stem in stems if stems.count(stem) > 1] == []
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE.parent / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_every_benchmark_can_be_imported(path):
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {path.stem}"], cwd=path.parent, capture_output=True, text=True
+    )
+    is_peers = "No module named 'trl'" in done.stderr  # of a script that runs in an environment of its own
+    assert done.returncode == 0 or is_peers, done.stderr
+
+
 @pytest.mark.parametrize("root", LIGHT_ROOTS)
 def test_nothing_heavy_is_loaded_with(root):
     heavy = [
@@ -144,7 +165,7 @@ LATER = {"models.loading", "models.backbone", "models.pair", "evaluation.metrics
 
 
 def test_rows_and_tokenizer_wait_for_no_model_and_no_metric():
-    ours = {inner for inner, _ in loaded_with("cli.training", source_of)}
+    ours = {inner for inner, _ in loaded_with("runs.train", source_of)}
     assert "models.tokenizer_files" in ours
     assert ours & LATER == set(), "import it where it is used: the first step waits for it"
     found = imports(source_of("models.tokenizer_files"), "distillm_cli.models.tokenizer_files")
@@ -164,25 +185,25 @@ def test_a_heavy_import_is_found_through_other_files():
 
 
 def test_the_scheduler_knows_no_torch():
-    source = (PACKAGE / "core/scheduler.py").read_text(encoding="utf-8")
-    assert not {found.module.split(".")[0] for found in imports(source, "distillm_cli.core.scheduler")} & HEAVY
+    source = (PACKAGE / "rollouts/scheduler.py").read_text(encoding="utf-8")
+    assert not {found.module.split(".")[0] for found in imports(source, "distillm_cli.rollouts.scheduler")} & HEAVY
 
 
 @pytest.mark.parametrize(
     ("source", "module", "complaint"),
     [
-        ("import typer", "core.engine", "core may not import typer"),
-        ("def f():\n    import yaml", "core.engine", "core may not import yaml"),
-        ("from rich.table import Table", "core.engine", "core may not import rich"),
-        ("from distillm_cli.data import sources", "core.engine", "core may not import data.sources"),
-        ("from distillm_cli import models", "core.engine", "core may not import models"),
-        ("from ..models.pair import load_pair", "core.engine", "core may not import models.pair"),
+        ("import typer", "training.engine", "training may not import typer"),
+        ("def f():\n    import yaml", "training.engine", "training may not import yaml"),
+        ("from rich.table import Table", "training.engine", "training may not import rich"),
+        ("from distillm_cli.data import sources", "training.engine", "training may not import data.sources"),
+        ("from distillm_cli import models", "training.engine", "training may not import models"),
+        ("from ..models.pair import load_pair", "training.engine", "training may not import models.pair"),
         (
-            "def f():\n    from distillm_cli.core.engine import train",
+            "def f():\n    from distillm_cli.training.engine import train",
             "models.pair",
-            "models may not import core.engine",
+            "models may not import training.engine",
         ),
-        ("from distillm_cli.config.load import resolve", "core.engine", "core may not import config.load"),
+        ("from distillm_cli.config.load import resolve", "training.engine", "training may not import config.load"),
         ("from distillm_cli.ui import console", "evaluation.evaluate", "evaluation may not import ui.console"),
         ("from distillm_cli.config import schema", "errors", "stands below everything"),
     ],
@@ -195,12 +216,12 @@ def test_the_rules_bite(source, module, complaint):
 @pytest.mark.parametrize(
     ("source", "module"),
     [
-        ("from distillm_cli.config.schema import Train\nfrom distillm_cli.sequences import Batch", "core.engine"),
-        ("from distillm_cli.core.events import Progress", "data.sources"),
-        ("from distillm_cli.core import events, rollout", "evaluation.evaluate"),
-        ("def f():\n    import torch\n    from distillm_cli.core.engine import train", "cli.distill"),
+        ("from distillm_cli.config.schema import Train\nfrom distillm_cli.types import Batch", "training.engine"),
+        ("from distillm_cli.training.events import Progress", "data.sources"),
+        ("from distillm_cli.rollouts import rollout", "evaluation.evaluate"),
+        ("def f():\n    import torch\n    from distillm_cli.training.engine import train", "cli.distill"),
         ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch", "cli.distill"),
-        ("from distillm_cli.core.events import Event", "ui.console"),
+        ("from distillm_cli.training.events import Event", "ui.console"),
     ],
 )
 def test_the_rules_allow_what_the_design_allows(source, module):

@@ -16,8 +16,8 @@ from transformers.utils.logging import warning_once
 from distillm_cli.errors import ModelError, NonFiniteError
 from distillm_cli.models.backbone import Backbone, Head, eval_mode
 from distillm_cli.models.contexts import context_of
-from distillm_cli.sequences import Sequence as Tokens
-from distillm_cli.sequences import collate
+from distillm_cli.types import Sequence as Tokens
+from distillm_cli.types import collate
 from tests import tiny
 
 VOCAB = 97  # token ids; the models have a few rows more, as padded vocabularies do

@@ -14,13 +14,13 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from distillm_cli.config.schema import Data, Train
-from distillm_cli.core.events import Note, Progress, Warned
 from distillm_cli.data.batching import Order, by_length, tokenize
-from distillm_cli.data.prompts import Encoder
+from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.rows import Row
 from distillm_cli.data.sources import load_rows
 from distillm_cli.errors import DataError
-from distillm_cli.sequences import Sequence, collate, passes
+from distillm_cli.training.events import Note, Progress, Warned
+from distillm_cli.types import Sequence, collate, passes
 
 
 def letters() -> PreTrainedTokenizerFast:

@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from distillm_cli.cli.card import model_card
 from distillm_cli.config.load import resolve
-from distillm_cli.core.progress import Progress
+from distillm_cli.runs.card import model_card
+from distillm_cli.training.progress import Progress
 
 NAMES = [
     "gpt2",

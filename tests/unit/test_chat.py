@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from distillm_cli.config.schema import Data
-from distillm_cli.data.prompts import Encoder, LeftOut
+from distillm_cli.data.encoder import Encoder, LeftOut
 from distillm_cli.data.rows import Row
 from distillm_cli.errors import DataError, ModelError
 from tests.chat_models import CALLS, USER, loop, tokenizer

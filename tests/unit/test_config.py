@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from distillm_cli.cli import options
-from distillm_cli.cli.teaching import uses_rows
 from distillm_cli.config.explain import choices, kinds, leaves, takes_list
 from distillm_cli.config.fields import ScheduleKind
 from distillm_cli.config.load import load_resolved, locate, resolve, shipped, to_yaml
@@ -22,6 +21,7 @@ from distillm_cli.config.ownership import condition, is_read
 from distillm_cli.config.schema import Recipe, Train
 from distillm_cli.config.shortcuts import SHORTCUTS, Flag, flag_of
 from distillm_cli.errors import RecipeError, UsageError
+from distillm_cli.runs.teacher_states import uses_rows
 
 
 @pytest.fixture

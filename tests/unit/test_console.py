@@ -14,7 +14,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console as Terminal
 
-from distillm_cli.core.events import Note, Progress, RunEnded, RunStarted, Saved, Staged, Stepped, Validated, Warned
+from distillm_cli.training.events import Note, Progress, RunEnded, RunStarted, Saved, Staged, Stepped, Validated, Warned
 from distillm_cli.ui import console as console_module
 from distillm_cli.ui.console import console, memory_in_use, print_json
 from distillm_cli.ui.display import Memory, amount, duration, legend, percent, sparkline, stacked_bar, stages

@@ -9,11 +9,11 @@ from pydantic import ValidationError
 from torch.testing import assert_close
 
 from distillm_cli.config import schema
-from distillm_cli.core import criteria
-from distillm_cli.core.contrast import FORWARD, REVERSE, BySource, Curriculum
-from distillm_cli.core.criterion import Criterion, Piece, Reading
-from distillm_cli.core.scheduler import Source
-from distillm_cli.sequences import Sequence
+from distillm_cli.losses import criteria
+from distillm_cli.losses.contrast import FORWARD, REVERSE, BySource, Curriculum
+from distillm_cli.losses.criterion import Criterion, Piece, Reading
+from distillm_cli.rollouts.scheduler import Source
+from distillm_cli.types import Sequence
 from tests.limits import Narrow
 from tests.unit import test_engine as runs
 

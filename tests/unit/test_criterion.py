@@ -5,10 +5,10 @@ import torch
 from torch.testing import assert_close
 
 from distillm_cli.config import schema
-from distillm_cli.core.checkpoint import read
-from distillm_cli.core.criterion import Criterion
-from distillm_cli.core.scheduler import Source
-from distillm_cli.core.terms import PerToken, Terms
+from distillm_cli.losses.criterion import Criterion
+from distillm_cli.losses.terms import PerToken, Terms
+from distillm_cli.rollouts.scheduler import Source
+from distillm_cli.training.checkpoint import read
 from tests.unit import test_engine as runs
 
 

@@ -9,10 +9,10 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
-from distillm_cli.core.rollout import sample
-from distillm_cli.core.sampling import Sampling
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.models.decoding import ByLength, FastDecoding, PlainDecoding, cast
+from distillm_cli.models.generation.decoding import ByLength, FastDecoding, PlainDecoding, cast
+from distillm_cli.rollouts.rollout import sample
+from distillm_cli.rollouts.sampling import Sampling
 from tests import tiny
 
 VOCAB = 97

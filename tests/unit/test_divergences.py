@@ -8,8 +8,8 @@ import torch
 from torch.testing import assert_close
 
 from distillm_cli.config.schema import Objective
-from distillm_cli.core.divergences import JSD, KL, ReverseKL, Rows, SkewKL, SkewReverseKL, build, logit_grad
-from distillm_cli.core.families import AdaptiveKL, AlphaBeta, AlphaMixture, Decoupled, Interpolated
+from distillm_cli.losses.divergences import JSD, KL, ReverseKL, Rows, SkewKL, SkewReverseKL, build, logit_grad
+from distillm_cli.losses.families import AdaptiveKL, AlphaBeta, AlphaMixture, Decoupled, Interpolated
 from tests import plain
 
 SETTINGS = [

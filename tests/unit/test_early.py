@@ -14,19 +14,19 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from distillm_cli.cli.reading import reading
 from distillm_cli.config.schema import Data, Recipe
-from distillm_cli.core.events import Note, Warned
 from distillm_cli.data import early as early_module
 from distillm_cli.data import helper
 from distillm_cli.data.ahead import Ahead
 from distillm_cli.data.batching import tokenize
 from distillm_cli.data.early import Early
-from distillm_cli.data.prompts import Encoder
+from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import load_rows
 from distillm_cli.data.templates import Renderer
 from distillm_cli.data.token_ids import CHUNK
 from distillm_cli.errors import DataError
+from distillm_cli.runs.reading import reading
+from distillm_cli.training.events import Note, Warned
 from tests import tiny
 
 Data = partial(Data, max_length=512, max_prompt_length=256)  # as of a run whose models are known
@@ -210,7 +210,7 @@ def test_it_needs_neither_torch_nor_transformers(tmp_path, tokenizer_file):
     source = lines(tmp_path / "rows.jsonl", pairs(CHUNK + 100))
     script = f"""
 import sys
-from distillm_cli.cli.reading import reading
+from distillm_cli.runs.reading import reading
 from distillm_cli.config.schema import Recipe
 recipe = Recipe.model_validate({{
     "data": {{"source": {str(source)!r}}}, "student": {{"path": {str(tokenizer_file.parent)!r}}},
@@ -228,9 +228,9 @@ print(sorted({{"torch", "transformers", "datasets"}} & set(sys.modules)))
 
 
 def test_a_run_that_began_early_is_the_run_that_did_not(tmp_path):
-    from distillm_cli.cli.assembly import prepare
-    from distillm_cli.cli.defaults import fitted
     from distillm_cli.config.load import resolve
+    from distillm_cli.runs.defaults import fitted
+    from distillm_cli.runs.prepare import prepare
 
     teacher = tiny.save(tmp_path / "teacher", own_tokenizer=tiny.tokenizer(size=tiny.VOCAB))
     student = tiny.save(tmp_path / "student", own_tokenizer=tiny.tokenizer(size=tiny.VOCAB))

@@ -13,23 +13,23 @@ import torch
 from torch.testing import assert_close
 
 from distillm_cli.config import schema
-from distillm_cli.core import criteria
-from distillm_cli.core.announce import half_time
-from distillm_cli.core.attempts import Before
-from distillm_cli.core.checkpoint import Checkpoints, read
-from distillm_cli.core.criterion import CROSS_ENTROPY, Piece
-from distillm_cli.core.engine import Engine
-from distillm_cli.core.events import Note, Saved, Stepped, Validated, Warned
-from distillm_cli.core.halving import in_halves
-from distillm_cli.core.held_out import HeldOut
-from distillm_cli.core.metrics_log import MetricsLog
-from distillm_cli.core.replay import ReplayBuffer
-from distillm_cli.core.rollout import SampledRollouts
-from distillm_cli.core.scheduler import Scheduler, Source
-from distillm_cli.core.student_loss import Objective
-from distillm_cli.core.teacher import FirstEpoch, RowStates, Teacher
 from distillm_cli.errors import CheckpointError, Interrupted, NonFiniteError, OutOfMemoryError, StorageError
+from distillm_cli.losses import criteria
+from distillm_cli.losses.criterion import CROSS_ENTROPY, Piece
+from distillm_cli.losses.student_loss import Objective
 from distillm_cli.models.backbone import Backbone
+from distillm_cli.rollouts.replay import ReplayBuffer
+from distillm_cli.rollouts.rollout import SampledRollouts
+from distillm_cli.rollouts.scheduler import Scheduler, Source
+from distillm_cli.teachers.teacher import FirstEpoch, RowStates, Teacher
+from distillm_cli.training.announce import half_time
+from distillm_cli.training.attempts import Before
+from distillm_cli.training.checkpoint import Checkpoints, read
+from distillm_cli.training.engine import Engine
+from distillm_cli.training.events import Note, Saved, Stepped, Validated, Warned
+from distillm_cli.training.held_out import HeldOut
+from distillm_cli.training.metrics_log import MetricsLog
+from distillm_cli.utils.halving import in_halves
 from tests import tiny
 from tests.limits import Narrow, file_size
 

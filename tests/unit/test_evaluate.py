@@ -10,10 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from distillm_cli.cli.measuring import Report
 from distillm_cli.config.schema import Columns, Data, Eval, Recipe
-from distillm_cli.core.events import Progress, Warned, silent
-from distillm_cli.data.prompts import Encoder
+from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import Row, load_rows
 from distillm_cli.errors import DataError, StorageError
 from distillm_cli.evaluation.evaluate import evaluate, passes
@@ -21,6 +19,8 @@ from distillm_cli.evaluation.metrics import METRICS, corpus
 from distillm_cli.evaluation.results import check_writable, label, save
 from distillm_cli.evaluation.suites import Suite, distinct, held_out, load_suite, load_suites, short_name
 from distillm_cli.models.backbone import Backbone
+from distillm_cli.runs.report import Report
+from distillm_cli.training.events import Progress, Warned, silent
 from tests import tiny
 
 WORDS = ["abc", "hello", "a", "sevenletters", "xyz", "qrs", "model", "te", "student", "u", "vw", "teacher"]

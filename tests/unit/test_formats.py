@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from distillm_cli.config.schema import Columns, Data
-from distillm_cli.core.events import Note
 from distillm_cli.data.rows import BadRow, Row, parse, read_row
 from distillm_cli.data.sources import load_rows
 from distillm_cli.data.values import Unreadable
+from distillm_cli.training.events import Note
 
 SYSTEM = {"role": "system", "content": "be brief"}
 USER = {"role": "user", "content": "hi"}

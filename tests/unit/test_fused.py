@@ -15,15 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from distillm_cli.config import fields, schema
-from distillm_cli.core import fused
-from distillm_cli.core.criterion import Criterion
-from distillm_cli.core.divergences import KL, SkewKL, build
-from distillm_cli.core.events import Note
-from distillm_cli.core.fused import fused_loss, target_log_probs
-from distillm_cli.core.student_loss import Objective
-from distillm_cli.core.terms import PerToken, Terms
+from distillm_cli.losses import fused
+from distillm_cli.losses.criterion import Criterion
+from distillm_cli.losses.divergences import KL, SkewKL, build
+from distillm_cli.losses.fused import fused_loss, target_log_probs
+from distillm_cli.losses.student_loss import Objective
+from distillm_cli.losses.terms import PerToken, Terms
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.sequences import collate
+from distillm_cli.training.events import Note
+from distillm_cli.types import collate
 from tests import plain, tiny
 
 N, D, D_TEACHER, V = 11, 6, 9, 17
@@ -401,9 +401,9 @@ def test_the_real_allocator_refusing_is_survived():
     script = """
         import resource
         import torch
-        from distillm_cli.core.divergences import SkewKL
-        from distillm_cli.core.fused import fused_loss
-        from distillm_cli.core.terms import Terms
+        from distillm_cli.losses.divergences import SkewKL
+        from distillm_cli.losses.fused import fused_loss
+        from distillm_cli.losses.terms import Terms
         from distillm_cli.models.backbone import Head
 
         torch.set_num_threads(1)

@@ -8,15 +8,15 @@ import textwrap
 
 import pytest
 
-from distillm_cli.cli import garbage
 from distillm_cli.cli.app import main
+from distillm_cli.utils import garbage
 from tests import tiny
 
 # What holds weights is told by the collector itself: a cycle that nothing else knows of is gone after the next search.
 SCRIPT = """
     import gc, sys, weakref
     from distillm_cli.__main__ import main
-    from distillm_cli.cli import garbage
+    from distillm_cli.utils import garbage
 
     seen = []
     inner = garbage.take_up

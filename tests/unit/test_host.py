@@ -9,9 +9,8 @@ import sys
 import pytest
 import torch
 
-from distillm_cli.cli import host
-from distillm_cli.cli.host import available_memory
-from distillm_cli.data.helper import cores
+from distillm_cli.utils import host
+from distillm_cli.utils.host import available_memory, cores
 from tests import tiny
 from tests.typed import call
 
@@ -58,7 +57,7 @@ def test_freed_memory_is_kept_for_the_next_tensor_until_it_is_given_back(told):
     script = """
 import json, resource, torch
 from pathlib import Path
-from distillm_cli.cli import host
+from distillm_cli.utils import host
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -93,7 +92,7 @@ def test_threads_are_at_most_the_cores(wanted):
     """In a process of its own: with a million torch ends it."""
     script = """
 import json, sys, torch
-from distillm_cli.cli.host import set_threads
+from distillm_cli.utils.host import set_threads
 before, told = torch.get_num_threads(), []
 set_threads(json.loads(sys.argv[1]), told.append)
 print(json.dumps([before, torch.get_num_threads(), [event.text for event in told]]))

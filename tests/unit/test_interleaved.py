@@ -9,12 +9,12 @@ from scipy import stats
 from torch.testing import assert_close
 
 from distillm_cli.config.schema import Rollout
-from distillm_cli.core.interleaved import InterleavedRollouts
-from distillm_cli.core.sampling import keep_nucleus
 from distillm_cli.errors import NonFiniteError
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.models.decoding import PlainDecoding
-from distillm_cli.sequences import Sequence, collate
+from distillm_cli.models.generation.decoding import PlainDecoding
+from distillm_cli.rollouts.interleaved import InterleavedRollouts
+from distillm_cli.rollouts.sampling import keep_nucleus
+from distillm_cli.types import Sequence, collate
 from tests import tiny
 
 TOKENIZER = tiny.tokenizer("abc")  # six tokens, of which 0 ends a response
@@ -111,7 +111,7 @@ def test_with_everything_accepted_it_is_the_students_own_and_never_outgrows_a_co
     source.max_length = 2 * tiny.CONTEXT
     found = source.sample(rows, 0)
     assert [len(s.prompt) + len(s.response) <= tiny.CONTEXT for s in found] == [True] * 6
-    from distillm_cli.core.rollout import SampledRollouts
+    from distillm_cli.rollouts.rollout import SampledRollouts
 
     own = SampledRollouts(student, Rollout(max_new_tokens=30), max_length=2 * tiny.CONTEXT, seed=3).sample(rows, 0)
     assert [s.response.tolist() for s in found] == [s.response.tolist() for s in own]

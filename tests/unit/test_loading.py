@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, ViTConfig
 
-from distillm_cli.core.events import Progress
 from distillm_cli.errors import ModelError
 from distillm_cli.models.backbone import vocabulary_size
 from distillm_cli.models.loading import load_backbone
 from distillm_cli.models.tokenizer_files import load_tokenizer
+from distillm_cli.training.events import Progress
 from tests import tiny
 
 CPU = torch.device("cpu")

@@ -13,17 +13,17 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from distillm_cli.config.schema import Lora, Student
-from distillm_cli.core.criterion import CROSS_ENTROPY, Criterion
-from distillm_cli.core.rollout import sample
-from distillm_cli.core.sampling import Sampling
-from distillm_cli.core.student_loss import Objective
 from distillm_cli.errors import ModelError
+from distillm_cli.losses.criterion import CROSS_ENTROPY, Criterion
+from distillm_cli.losses.student_loss import Objective
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.models.decoding import FastDecoding
+from distillm_cli.models.generation.decoding import FastDecoding
 from distillm_cli.models.loading import load_backbone, load_config
 from distillm_cli.models.lora import attach
 from distillm_cli.models.pair import load_student
 from distillm_cli.models.places import base_of
+from distillm_cli.rollouts.rollout import sample
+from distillm_cli.rollouts.sampling import Sampling
 from tests import tiny
 
 CPU = torch.device("cpu")

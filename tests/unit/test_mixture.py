@@ -7,11 +7,11 @@ from scipy import stats
 from torch.testing import assert_close
 
 from distillm_cli.config.schema import Rollout
-from distillm_cli.core.fused import target_log_probs
-from distillm_cli.core.mixture import LOG_DRAWN, LOG_P, LOG_Q, Mixture, MixtureRollouts
-from distillm_cli.core.rollout import SampledRollouts, sample
-from distillm_cli.core.sampling import Sampling, distribution
-from distillm_cli.sequences import Sequence, collate
+from distillm_cli.losses.fused import target_log_probs
+from distillm_cli.rollouts.mixture import LOG_DRAWN, LOG_P, LOG_Q, Mixture, MixtureRollouts
+from distillm_cli.rollouts.rollout import SampledRollouts, sample
+from distillm_cli.rollouts.sampling import Sampling, distribution
+from distillm_cli.types import Sequence, collate
 from tests.unit.test_rollout import backbone, prompts
 
 V = 6

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from distillm_cli.config.schema import Train
-from distillm_cli.core.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
+from distillm_cli.training.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 
 
 def rates(steps=100, **train):

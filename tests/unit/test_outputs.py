@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from distillm_cli.cli import outputs
 from distillm_cli.config.load import resolve, to_yaml
 from distillm_cli.errors import StorageError, UsageError
 from distillm_cli.models.composite import PROCESSOR_FILES
+from distillm_cli.runs import output_dir
 from tests.limits import file_size
 
 
@@ -21,7 +21,7 @@ def put(place: Path, *names: str) -> None:
     for name in names:
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).write_text(name, encoding="utf-8")
-        if Path(name).name == outputs.RECIPE:
+        if Path(name).name == output_dir.RECIPE:
             (place / name).write_text(resolved("student.sft_epochs=3"), encoding="utf-8")
 
 
@@ -53,13 +53,13 @@ OF_SOMEBODY = (
 
 def test_starting_anew_clears_what_runs_wrote_and_nobody_elses_files(tmp_path):
     put(tmp_path, *OF_RUNS, *OF_SOMEBODY)
-    outputs.clear(tmp_path)
+    output_dir.clear(tmp_path)
     assert files(tmp_path) == set(OF_SOMEBODY)
 
 
 def test_of_what_runs_wrote_not_even_an_empty_folder_stays(tmp_path):
     put(tmp_path, *OF_RUNS)
-    outputs.clear(tmp_path)
+    output_dir.clear(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -70,7 +70,7 @@ def test_of_a_folder_that_is_a_link_only_the_link_goes(tmp_path):
     for name in ("checkpoints", "eval", "sft"):
         (tmp_path / "run" / name).symlink_to(tmp_path / "other" / name)
     put(tmp_path / "run", "recipe.yaml")
-    outputs.clear(tmp_path / "run")
+    output_dir.clear(tmp_path / "run")
     assert list((tmp_path / "run").iterdir()) == []
     assert files(tmp_path / "other") == set(OF_RUNS)
 
@@ -83,10 +83,10 @@ def test_where_no_run_has_been_what_bears_a_runs_names_is_somebodys_own(tmp_path
     if recipe is not None:
         (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
     before = files(tmp_path)
-    assert list(outputs.written(tmp_path)) == []
+    assert list(output_dir.written(tmp_path)) == []
     with pytest.raises(UsageError, match="was not written by a run; choose another --output, or move it away"):
-        outputs.check(tmp_path, resume=False, overwrite=True)
-    outputs.clear(tmp_path)
+        output_dir.check(tmp_path, resume=False, overwrite=True)
+    output_dir.clear(tmp_path)
     assert files(tmp_path) == before
 
 
@@ -95,24 +95,24 @@ def test_a_model_with_several_chat_templates_is_published_again(tmp_path):
     for _ in range(2):  # the second time over the first, as after --resume
         put(tmp_path / "staged", "config.json", "additional_chat_templates/tool_use.jinja")
         put(output, "recipe.yaml")
-        outputs.publish(tmp_path / "staged", output)
+        output_dir.publish(tmp_path / "staged", output)
         assert files(output) == {
             "config.json",
             "recipe.yaml",
             "manifest.json",
             "additional_chat_templates/tool_use.jinja",
         }
-    outputs.clear(output)
+    output_dir.clear(output)
     assert files(output) == set()
 
 
 def test_a_card_of_ones_own_in_a_runs_directory_is_not_replaced(tmp_path):
     put(tmp_path, *OF_RUNS, "README.md")
     with pytest.raises(UsageError, match=r"README\.md was not written by a run"):
-        outputs.check(tmp_path, resume=False, overwrite=True)
+        output_dir.check(tmp_path, resume=False, overwrite=True)
     (tmp_path / "README.md").write_text("- **made with**: distillm 0.1.0\n", encoding="utf-8")
-    outputs.check(tmp_path, resume=False, overwrite=True)
-    outputs.clear(tmp_path)
+    output_dir.check(tmp_path, resume=False, overwrite=True)
+    output_dir.clear(tmp_path)
     assert files(tmp_path) == set()
 
 
@@ -121,25 +121,25 @@ def test_a_run_that_is_called_sft_is_a_stage_only_of_a_run_that_has_one(tmp_path
     put(tmp_path, "sft/recipe.yaml", "sft/model.safetensors")
     if epochs is not None:
         (tmp_path / "recipe.yaml").write_text(resolved(f"student.sft_epochs={epochs}"), encoding="utf-8")
-    assert outputs.has_stage(tmp_path) == (epochs == "2.0")
-    outputs.check(tmp_path, resume=False, overwrite=True)
-    outputs.clear(tmp_path)
+    assert output_dir.has_stage(tmp_path) == (epochs == "2.0")
+    output_dir.check(tmp_path, resume=False, overwrite=True)
+    output_dir.clear(tmp_path)
     assert files(tmp_path) == (set() if epochs == "2.0" else {"sft/recipe.yaml", "sft/model.safetensors"})
 
 
 def test_a_clearing_that_is_stopped_half_way_can_be_gone_on_with(tmp_path):
     put(tmp_path, *OF_RUNS)
-    assert next(reversed(list(outputs.written(tmp_path)))) == tmp_path / "recipe.yaml"
+    assert next(reversed(list(output_dir.written(tmp_path)))) == tmp_path / "recipe.yaml"
 
 
 def test_a_probe_that_was_left_behind_does_not_fill_a_directory(tmp_path):
     put(tmp_path, ".writable-123")
-    outputs.check(tmp_path, resume=False, overwrite=False)
+    output_dir.check(tmp_path, resume=False, overwrite=False)
 
 
 def test_a_text_that_does_not_fit_leaves_nothing(tmp_path):
     with file_size(100), pytest.raises(OSError, match="File too large"):
-        outputs.write_text(tmp_path / "recipe.yaml", "x" * 5000)
+        output_dir.write_text(tmp_path / "recipe.yaml", "x" * 5000)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -147,11 +147,11 @@ def test_one_run_at_a_time_has_the_directory_by_whatever_name(tmp_path):
     place, link = tmp_path / "run", tmp_path / "link"
     place.mkdir()
     link.symlink_to(place)
-    with outputs.claimed(place):
-        with pytest.raises(UsageError, match=r"another run is at work in .*link"), outputs.claimed(link):
+    with output_dir.claimed(place):
+        with pytest.raises(UsageError, match=r"another run is at work in .*link"), output_dir.claimed(link):
             pass
         assert list(place.iterdir()) == [], "nothing is left in it"
-    with outputs.claimed(link):
+    with output_dir.claimed(link):
         pass
 
 
@@ -162,8 +162,8 @@ def fails_in(place: Path, *written: str) -> None:
         put(place, *written)
         raise StorageError("a disk is full")
 
-    is_new = outputs.check(place, resume=False, overwrite=False)
-    with pytest.raises(StorageError), outputs.claimed(place, is_new=is_new):
+    is_new = output_dir.check(place, resume=False, overwrite=False)
+    with pytest.raises(StorageError), output_dir.claimed(place, is_new=is_new):
         run()
 
 
@@ -181,23 +181,23 @@ def test_a_resume_without_a_name_takes_the_newest_run_that_saved_something(tmp_p
     monkeypatch.chdir(tmp_path)
     name = ("quickstart", "builtin", "student", "distillm")
     put(Path("runs"), "quickstart-distillm/checkpoints/step-000002/state", "quickstart-distillm-2/recipe.yaml")
-    assert outputs.default_name(*name, resume=False) == Path("runs/quickstart-distillm-3")
-    assert outputs.default_name(*name, resume=True) == Path("runs/quickstart-distillm"), "the second saved nothing"
+    assert output_dir.default_name(*name, resume=False) == Path("runs/quickstart-distillm-3")
+    assert output_dir.default_name(*name, resume=True) == Path("runs/quickstart-distillm"), "the second saved nothing"
     put(Path("runs"), "quickstart-distillm-2/sft/checkpoints/step-000002/state")
-    assert outputs.default_name(*name, resume=True) == Path("runs/quickstart-distillm-2")
+    assert output_dir.default_name(*name, resume=True) == Path("runs/quickstart-distillm-2")
 
 
 def test_a_directory_whose_run_was_killed_is_free_again(tmp_path):
-    script = "import sys; from pathlib import Path; from distillm_cli.cli.outputs import claimed\n"
+    script = "import sys; from pathlib import Path; from distillm_cli.runs.output_dir import claimed\n"
     script += "with claimed(Path(sys.argv[1])): print('claimed', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", script, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as run:
         assert run.stdout.readline() == b"claimed\n"
-        with pytest.raises(UsageError, match="another run is at work"), outputs.claimed(tmp_path):
+        with pytest.raises(UsageError, match="another run is at work"), output_dir.claimed(tmp_path):
             pass
         run.kill()
         run.wait()
-        with outputs.claimed(tmp_path):
+        with output_dir.claimed(tmp_path):
             pass
 
 
@@ -205,14 +205,14 @@ def test_where_the_file_system_has_no_locks_runs_go_on(tmp_path, monkeypatch):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(outputs.fcntl, "flock", no_locks)
-    with outputs.claimed(tmp_path), outputs.claimed(tmp_path):
+    monkeypatch.setattr(output_dir.fcntl, "flock", no_locks)
+    with output_dir.claimed(tmp_path), output_dir.claimed(tmp_path):
         pass
-    monkeypatch.setattr(outputs, "fcntl", None)  # Windows
-    with outputs.claimed(tmp_path), outputs.claimed(tmp_path):
+    monkeypatch.setattr(output_dir, "fcntl", None)  # Windows
+    with output_dir.claimed(tmp_path), output_dir.claimed(tmp_path):
         pass
 
 
 def test_a_name_that_no_file_system_takes_is_a_storage_error(tmp_path):
     with pytest.raises(StorageError, match="File name too long; choose another --output"):
-        outputs.check(tmp_path / ("x" * 300), resume=False, overwrite=False)
+        output_dir.check(tmp_path / ("x" * 300), resume=False, overwrite=False)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.models.decoding import ByLength, PlainDecoding
+from distillm_cli.models.generation.decoding import ByLength, PlainDecoding
 from tests import families, tiny
 
 MODELS = [*tiny.FAMILIES, *families.MIXTURES, *families.COMPOSITE]

@@ -10,7 +10,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, BertConfig
 
 from distillm_cli.config.schema import Recipe, Student
-from distillm_cli.core.events import Warned
 from distillm_cli.errors import ModelError, UsageError
 from distillm_cli.models.backbone import vocabulary_size
 from distillm_cli.models.contexts import longrope_bound
@@ -25,6 +24,7 @@ from distillm_cli.models.pair import (
     student_again,
     teacher_again,
 )
+from distillm_cli.training.events import Warned
 from tests import tiny
 
 CPU = torch.device("cpu")

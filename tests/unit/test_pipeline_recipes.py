@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from distillm_cli.config.load import resolve
-from distillm_cli.config.pipeline import is_pipeline, load_pipeline, placed
+from distillm_cli.config.pipeline_recipe import is_pipeline, load_pipeline, placed
 from distillm_cli.errors import DistillmError, RecipeError
 
 TEXT = """\

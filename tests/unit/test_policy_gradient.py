@@ -11,16 +11,16 @@ import torch
 from torch.testing import assert_close
 
 from distillm_cli.config import schema
-from distillm_cli.core.checkpoint import Checkpoints
-from distillm_cli.core.criterion import Piece
-from distillm_cli.core.events import Stepped
-from distillm_cli.core.fused import fused_loss
-from distillm_cli.core.mixture import MixtureRollouts
-from distillm_cli.core.policy_gradient import ClippedSurrogate, PolicyGradient, advantages
-from distillm_cli.core.replay import Round
-from distillm_cli.core.scheduler import Scheduler, Source
-from distillm_cli.core.terms import PerToken, Terms
-from distillm_cli.sequences import Sequence
+from distillm_cli.losses.criterion import Piece
+from distillm_cli.losses.fused import fused_loss
+from distillm_cli.losses.policy_gradient import ClippedSurrogate, PolicyGradient, advantages
+from distillm_cli.losses.terms import PerToken, Terms
+from distillm_cli.rollouts.mixture import MixtureRollouts
+from distillm_cli.rollouts.replay import Round
+from distillm_cli.rollouts.scheduler import Scheduler, Source
+from distillm_cli.training.checkpoint import Checkpoints
+from distillm_cli.training.events import Stepped
+from distillm_cli.types import Sequence
 from tests.unit import test_engine as runs
 from tests.unit.test_fused import Head, rand
 

@@ -11,12 +11,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from distillm_cli.config.schema import Columns, Data
-from distillm_cli.data.prompts import Encoder, TooLong
+from distillm_cli.data.encoder import Encoder, TooLong
 from distillm_cli.data.rows import Row, parse
 from distillm_cli.data.sources import load_rows
 from distillm_cli.data.templates import Renderer
 from distillm_cli.errors import DataError, ModelError
-from distillm_cli.sequences import Sequence
+from distillm_cli.types import Sequence
 
 Data = partial(Data, max_length=512, max_prompt_length=256)  # as of a run whose models are known
 

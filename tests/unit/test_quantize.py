@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from distillm_cli.config.schema import Lora, Student
-from distillm_cli.core.rollout import sample
-from distillm_cli.core.sampling import Sampling
 from distillm_cli.errors import ModelError
 from distillm_cli.models import loading
 from distillm_cli.models.pair import load_student
 from distillm_cli.models.quantize import check_quantize
+from distillm_cli.rollouts.rollout import sample
+from distillm_cli.rollouts.sampling import Sampling
 from tests import tiny
 
 CPU = torch.device("cpu")

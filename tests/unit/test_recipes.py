@@ -15,7 +15,7 @@ import pytest
 
 from distillm_cli.config.load import resolve, shipped, to_yaml
 from distillm_cli.config.methods import METHODS
-from distillm_cli.config.pipeline import is_pipeline, load_pipeline
+from distillm_cli.config.pipeline_recipe import is_pipeline, load_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 

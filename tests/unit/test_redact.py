@@ -3,14 +3,14 @@
 import pytest
 import yaml
 
-from distillm_cli.cli import outputs
 from distillm_cli.cli.app import main
 from distillm_cli.config.load import resolve, to_yaml
 from distillm_cli.config.shaping import shaping
-from distillm_cli.core.events import Note, Warned
 from distillm_cli.errors import DataError
+from distillm_cli.runs import output_dir
+from distillm_cli.training.events import Note, Warned
 from distillm_cli.ui.console import console
-from distillm_cli.words import redact
+from distillm_cli.utils.text import redact
 
 URL = "https://bob:hunter2@host.example/rows.jsonl?x=1&access_token=s3cr3t"
 SECRETS = ("bob", "hunter2", "s3cr3t")
@@ -87,5 +87,5 @@ def test_a_recipe_is_written_without_credentials_and_says_so():
 
 
 def test_an_output_is_not_named_after_credentials():
-    name = str(outputs.default_name(None, URL, "https://bob:hunter2@host", "kd", resume=False))
+    name = str(output_dir.default_name(None, URL, "https://bob:hunter2@host", "kd", resume=False))
     assert not [secret for secret in SECRETS if secret in name]

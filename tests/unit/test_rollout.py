@@ -6,12 +6,12 @@ import torch
 from scipy import stats
 
 from distillm_cli.config.schema import Rollout
-from distillm_cli.core.events import Warned
-from distillm_cli.core.rollout import SampledRollouts, sample, sample_all, uniforms
-from distillm_cli.core.sampling import Sampling, choose
 from distillm_cli.errors import DataError, NonFiniteError
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.sequences import Sequence, collate
+from distillm_cli.rollouts.rollout import SampledRollouts, sample, sample_all, uniforms
+from distillm_cli.rollouts.sampling import Sampling, choose
+from distillm_cli.training.events import Warned
+from distillm_cli.types import Sequence, collate
 from tests import tiny
 
 
@@ -191,7 +191,7 @@ def test_other_errors_and_a_single_row_that_does_not_fit_are_not_hidden(monkeypa
 
 
 def test_entropy_is_that_of_the_softmax_also_where_logits_are_extreme():
-    from distillm_cli.core.rollout import _entropy
+    from distillm_cli.rollouts.rollout import _entropy
 
     logits = torch.randn(3, 5_000, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.0], [5.0], [40.0]])
     logits[0, 17] = -torch.inf

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distillm_cli.core.criterion import CROSS_ENTROPY, Criterion
-from distillm_cli.core.events import Note, Warned
-from distillm_cli.core.student_loss import Objective
 from distillm_cli.errors import ModelError
+from distillm_cli.losses.criterion import CROSS_ENTROPY, Criterion
+from distillm_cli.losses.student_loss import Objective
 from distillm_cli.models import router
 from distillm_cli.models.backbone import Backbone
+from distillm_cli.training.events import Note, Warned
 from tests import families, tiny, typed
 
 WITH_LOSS = ("mixtral", "qwen2_moe", "gpt_oss", "phimoe", "ernie4_5_moe")

@@ -7,17 +7,17 @@ import pytest
 import torch
 
 from distillm_cli.config import schema
-from distillm_cli.core import criteria
-from distillm_cli.core.checkpoint import Checkpoints
-from distillm_cli.core.events import Progress, Stepped
-from distillm_cli.core.interleaved import InterleavedRollouts
-from distillm_cli.core.rollout import SampledRollouts
-from distillm_cli.core.samples import Samples
-from distillm_cli.core.scheduler import Scheduler, Source
-from distillm_cli.core.teacher import Teacher
 from distillm_cli.errors import Interrupted, OutOfMemoryError
+from distillm_cli.losses import criteria
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.sequences import Sequence
+from distillm_cli.rollouts.interleaved import InterleavedRollouts
+from distillm_cli.rollouts.rollout import SampledRollouts
+from distillm_cli.rollouts.samples import Samples
+from distillm_cli.rollouts.scheduler import Scheduler, Source
+from distillm_cli.teachers.teacher import Teacher
+from distillm_cli.training.checkpoint import Checkpoints
+from distillm_cli.training.events import Progress, Stepped
+from distillm_cli.types import Sequence
 from tests import tiny
 from tests.limits import Narrow
 from tests.unit import test_engine as runs

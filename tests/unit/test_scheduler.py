@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from distillm_cli.config.schema import Schedule
-from distillm_cli.core.scheduler import Scheduler, Source
+from distillm_cli.rollouts.scheduler import Scheduler, Source
 
 FULL = 1000
 

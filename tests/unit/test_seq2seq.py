@@ -17,27 +17,27 @@ from torch.testing import assert_close
 
 from distillm_cli.config.schema import Data, Rollout, Schedule, Train
 from distillm_cli.config.schema import Objective as ObjectiveConfig
-from distillm_cli.core import criteria
-from distillm_cli.core.checkpoint import Checkpoints
-from distillm_cli.core.engine import Engine
-from distillm_cli.core.events import Stepped
-from distillm_cli.core.replay import ReplayBuffer
-from distillm_cli.core.rollout import SampledRollouts, Sampling, sample
-from distillm_cli.core.scheduler import Scheduler
-from distillm_cli.core.student_loss import Objective
-from distillm_cli.core.teacher import FirstEpoch, RowStates, Teacher
 from distillm_cli.data.batching import tokenize
-from distillm_cli.data.prompts import Encoder
+from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.rows import Row
 from distillm_cli.data.teacher_samples import Beforehand, encoded
 from distillm_cli.errors import Interrupted, ModelError
+from distillm_cli.losses import criteria
+from distillm_cli.losses.student_loss import Objective
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.loading import load_backbone
 from distillm_cli.models.pair import check_kinds
 from distillm_cli.models.seq2seq import halves
 from distillm_cli.models.students import build_from_config, build_random
 from distillm_cli.models.tokenizers import put_end
-from distillm_cli.sequences import Sequence, collate
+from distillm_cli.rollouts.replay import ReplayBuffer
+from distillm_cli.rollouts.rollout import SampledRollouts, Sampling, sample
+from distillm_cli.rollouts.scheduler import Scheduler
+from distillm_cli.teachers.teacher import FirstEpoch, RowStates, Teacher
+from distillm_cli.training.checkpoint import Checkpoints
+from distillm_cli.training.engine import Engine
+from distillm_cli.training.events import Stepped
+from distillm_cli.types import Sequence, collate
 from tests import tiny
 
 VOCAB, ROWS = 97, 101

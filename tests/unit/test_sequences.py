@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distillm_cli.sequences import Sequence, collate, micro_batches, pass_cost, passes
+from distillm_cli.types import Sequence, collate, micro_batches, pass_cost, passes
 
 
 def sequence(prompt, response, row=0):

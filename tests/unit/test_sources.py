@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from distillm_cli.config.schema import Columns, Data
-from distillm_cli.core.events import Note, Warned
 from distillm_cli.data.rows import Row
 from distillm_cli.data.sources import load_rows, overlap
 from distillm_cli.errors import DataError
-from distillm_cli.words import counted
+from distillm_cli.training.events import Note, Warned
+from distillm_cli.utils.text import counted
 
 PAIR = {"instruction": "Add.", "input": "1 + 1", "output": "2"}
 

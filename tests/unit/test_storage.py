@@ -15,16 +15,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from distillm_cli import storage
-from distillm_cli.cli import outputs, training
 from distillm_cli.cli.app import main
-from distillm_cli.cli.inputs import check_spared
 from distillm_cli.config.schema import Recipe
-from distillm_cli.core.checkpoint import Checkpoints, latest, read, visible
-from distillm_cli.core.events import Warned
 from distillm_cli.data.sources import load_rows
 from distillm_cli.errors import DataError, ModelError, StorageError, UsageError
 from distillm_cli.models.places import locate
+from distillm_cli.runs import output_dir, train
+from distillm_cli.runs.inputs import check_spared
+from distillm_cli.training.checkpoint import Checkpoints, latest, read, visible
+from distillm_cli.training.events import Warned
+from distillm_cli.utils import storage
 from tests import tiny
 from tests.limits import file_size
 from tests.typed import call
@@ -54,8 +54,8 @@ KILLED = """
     import os, signal, sys
     from pathlib import Path
     import torch
-    from distillm_cli.cli import outputs
-    from distillm_cli.core.checkpoint import Checkpoints
+    from distillm_cli.runs import output_dir
+    from distillm_cli.training.checkpoint import Checkpoints
 
     what, place, last = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     removed = 0
@@ -69,7 +69,7 @@ KILLED = """
 
     sys.addaudithook(count)
     if what == "clear":
-        outputs.clear(place)
+        output_dir.clear(place)
     else:
         made = Checkpoints(place / "checkpoints", lambda d: (d / "new.json").write_text("new"), keep=1)
         made.write(3, {"progress": {}, "recipe": {}}, {"t": torch.ones(2)})
@@ -81,7 +81,7 @@ KILLED = """
 def test_a_kill_in_the_middle_of_a_removal_leaves_whole_checkpoints_only(tmp_path, what, last):
     made = checkpoints(tmp_path / "checkpoints", keep=9)
     write(made, 1, 2)
-    (tmp_path / outputs.RECIPE).write_text(resolved(), encoding="utf-8")
+    (tmp_path / output_dir.RECIPE).write_text(resolved(), encoding="utf-8")
     command = [sys.executable, "-c", textwrap.dedent(KILLED), what, str(tmp_path), str(last)]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60)
     assert done.returncode == -signal.SIGKILL
@@ -92,7 +92,7 @@ def test_a_kill_in_the_middle_of_a_removal_leaves_whole_checkpoints_only(tmp_pat
         write(checkpoints(made.root), 4)
         assert [path.name for path in made.root.iterdir()] == ["step-000004"]
     else:  # clearing goes on where it was stopped
-        assert outputs.clear(tmp_path) == []
+        assert output_dir.clear(tmp_path) == []
         assert list(tmp_path.iterdir()) == []
 
 
@@ -143,7 +143,7 @@ def test_starting_over_stops_where_an_old_checkpoint_would_stay_and_be_resumed(t
 
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(StorageError, match=r"cannot remove .*step-000200.*: Permission denied; choose another"):
-        outputs.clear(tmp_path)
+        output_dir.clear(tmp_path)
 
 
 # --- refusals of the system -----------------------------------------------------------------------------------------
@@ -211,14 +211,14 @@ def test_a_disk_that_is_full_as_the_model_is_published_publishes_nothing(tmp_pat
     for path in [*Path("run").glob("*.json"), *Path("run").glob("adapter*"), Path("run/README.md")]:
         path.unlink(missing_ok=True)
     before = {path.name for path in Path("run").iterdir()}
-    publish = training.publish
+    publish = train.publish
 
     def on_a_full_disk(*arguments):
         with file_size(20_000):
             publish(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(training, "publish", on_a_full_disk)
+        patched.setattr(train, "publish", on_a_full_disk)
         code, _, err = call(capsys, *argv, "--resume")
     assert code == 8
     assert err.startswith("error: cannot write the model into run: File too large; ")
@@ -234,7 +234,7 @@ def test_a_kill_while_a_place_is_tried_leaves_nothing(tmp_path):
     script = """
         import os, signal, sys
         from pathlib import Path
-        from distillm_cli import storage
+        from distillm_cli.utils import storage
 
         def kill(event, args):  # as soon as a file was made
             if event in ("os.remove", "tempfile.mkstemp"):
@@ -258,7 +258,7 @@ def test_a_place_that_cannot_be_written_is_found(tmp_path):
 
 def test_probes_of_earlier_versions_are_swept(tmp_path):
     (tmp_path / ".writable-123").touch()
-    outputs.check(tmp_path, resume=False, overwrite=False)
+    output_dir.check(tmp_path, resume=False, overwrite=False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -271,7 +271,7 @@ def test_a_link_that_leads_nowhere_is_named_wherever_it_is_given(tmp_path, monke
     Path("loop").symlink_to(target)
     Path("loop.jsonl").symlink_to("loop.jsonl")
     with pytest.raises(UsageError, match="--output loop is a symbolic link that leads nowhere"):
-        outputs.check(Path("loop"), resume=False, overwrite=False)
+        output_dir.check(Path("loop"), resume=False, overwrite=False)
     with pytest.raises(ModelError, match="loop is a symbolic link that leads nowhere"):
         locate("loop")
     for named in ("loop", "./loop", "loop.jsonl"):
@@ -308,11 +308,11 @@ def test_a_symlink_loop_has_its_exit_code_in_every_flag(tmp_path, capsys, monkey
 def test_a_loop_in_a_runs_own_folder_is_cleared_and_in_somebodys_refused(tmp_path):
     (tmp_path / "checkpoints").symlink_to("checkpoints")
     with pytest.raises(UsageError, match=r"checkpoints was not written by a run"):
-        outputs.check(tmp_path, resume=False, overwrite=True)
-    (tmp_path / outputs.RECIPE).write_text(resolved(), encoding="utf-8")
-    outputs.check(tmp_path, resume=False, overwrite=True)
+        output_dir.check(tmp_path, resume=False, overwrite=True)
+    (tmp_path / output_dir.RECIPE).write_text(resolved(), encoding="utf-8")
+    output_dir.check(tmp_path, resume=False, overwrite=True)
     check_spared("sft", Recipe(), tmp_path)
-    assert outputs.clear(tmp_path) == []
+    assert output_dir.clear(tmp_path) == []
     assert list(tmp_path.iterdir()) == []
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from distillm_cli.cli.stages import _identity_of
 from distillm_cli.config.schema import Data
-from distillm_cli.core.events import Note
 from distillm_cli.data.sources import load_rows
 from distillm_cli.errors import DataError
+from distillm_cli.runs.stages import _identity_of
+from distillm_cli.training.events import Note
 
 datasets = pytest.importorskip("datasets")
 pa = pytest.importorskip("pyarrow")

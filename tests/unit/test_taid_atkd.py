@@ -8,14 +8,14 @@ import torch
 from torch.testing import assert_close
 
 from distillm_cli.config import schema
-from distillm_cli.core import criteria
-from distillm_cli.core.criterion import Piece, Reading
-from distillm_cli.core.divergences import KL
-from distillm_cli.core.fused import fused_loss
-from distillm_cli.core.scheduler import Source
-from distillm_cli.core.terms import NOTHING
 from distillm_cli.errors import Interrupted
+from distillm_cli.losses import criteria
+from distillm_cli.losses.criterion import Piece, Reading
+from distillm_cli.losses.divergences import KL
+from distillm_cli.losses.fused import fused_loss
+from distillm_cli.losses.terms import NOTHING
 from distillm_cli.models.backbone import Head
+from distillm_cli.rollouts.scheduler import Source
 from tests import plain
 from tests.unit import test_engine as runs
 

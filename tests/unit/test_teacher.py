@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from distillm_cli.core.teacher import FirstEpoch, RowStates, Teacher
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.sequences import Sequence, collate, passes
+from distillm_cli.teachers.teacher import FirstEpoch, RowStates, Teacher
+from distillm_cli.types import Sequence, collate, passes
 from tests import tiny
 
 TOKENIZER = tiny.tokenizer()

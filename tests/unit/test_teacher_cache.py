@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from distillm_cli.core import teacher_cache
-from distillm_cli.core.teacher import Teacher
-from distillm_cli.core.teacher_cache import Key, check_space, place_of, read, rows_digest, teacher_digest, write
 from distillm_cli.errors import CheckpointError, StorageError
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.sequences import collate
+from distillm_cli.teachers import teacher_cache
+from distillm_cli.teachers.teacher import Teacher
+from distillm_cli.teachers.teacher_cache import Key, check_space, place_of, read, rows_digest, teacher_digest, write
+from distillm_cli.types import collate
 from tests import tiny
 from tests.limits import file_size
 
@@ -265,10 +265,10 @@ WRITER = """
 import sys, time, torch, numpy as np
 from pathlib import Path
 from types import SimpleNamespace
-from distillm_cli.core.events import Note
-from distillm_cli.core.teacher import Teacher
-from distillm_cli.core.teacher_cache import Key, read, write
-from distillm_cli.sequences import Sequence
+from distillm_cli.training.events import Note
+from distillm_cli.teachers.teacher import Teacher
+from distillm_cli.teachers.teacher_cache import Key, read, write
+from distillm_cli.types import Sequence
 
 class Slow:
     def hidden(self, batch):

@@ -10,7 +10,7 @@ from transformers import ByT5Tokenizer, NllbTokenizer, PreTrainedTokenizerFast
 from distillm_cli.config.schema import Data
 from distillm_cli.data.batching import tokenize
 from distillm_cli.data.chat import Text
-from distillm_cli.data.prompts import Encoder
+from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.rows import Row
 from distillm_cli.data.sources import load_rows
 from distillm_cli.data.token_ids import Affixes, find_affixes, token_ids

@@ -9,12 +9,12 @@ from torch import nn
 from torch.testing import assert_close
 
 from distillm_cli.config import schema
-from distillm_cli.core.criterion import CROSS_ENTROPY, Criterion
-from distillm_cli.core.student_loss import Objective
-from distillm_cli.models import whole
+from distillm_cli.losses.criterion import CROSS_ENTROPY, Criterion
+from distillm_cli.losses.student_loss import Objective
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.models.products import Packs, can_pack
-from distillm_cli.sequences import collate
+from distillm_cli.models.cpu import whole
+from distillm_cli.models.cpu.products import Packs, can_pack
+from distillm_cli.types import collate
 from tests import tiny
 
 VOCAB = 97

@@ -10,9 +10,9 @@ from torch.testing import assert_close
 
 from distillm_cli.config import fields
 from distillm_cli.config.schema import Objective
-from distillm_cli.core.divergences import Rows, build, logit_grad
-from distillm_cli.core.fused import fused_loss
-from distillm_cli.core.terms import Terms
+from distillm_cli.losses.divergences import Rows, build, logit_grad
+from distillm_cli.losses.fused import fused_loss
+from distillm_cli.losses.terms import Terms
 from tests import plain
 from tests.unit.test_divergences import SETTINGS, STEEP
 from tests.unit.test_fused import Head, rand

@@ -1,0 +1,158 @@
+"""MiniLLM (Gu et al., arXiv 2306.08543): the gradient of the reverse KL between whole outputs, KL(q ‖ p).
+
+At token t of an output of T tokens, drawn from p̃ (``mixture``), with r = log p − log q at the time of sampling, p the
+teacher and q the student, the gradient has two parts (the paper's section 2.2):
+
+- what token t itself does, exact over the vocabulary: ∇ KL(q ‖ p) at its prefix, weighted with w = q/p̃ at the time of
+  sampling, at most 1/(1 − α);
+- what it does to all that follows: the policy gradient −w·A·∇ log q(token) with A the mean of r over the tokens after t
+  (length normalisation), 0 at the last one. There is no baseline. Over several steps on the same outputs it is PPO's
+  clipped surrogate (arXiv 1707.06347), −min(ρA, clip(ρ, 1 ± ε)·A), ρ = q/p̃ with q as it is now.
+
+An output that was cut is taken to end where it was cut; the end-of-sequence token of a complete one is a token like others.
+
+Where sources differ: the paper prints 1/(T − t − 1) for a mean of T − t terms, here it is their mean. The authors' code
+(microsoft/LMOps, minillm/losses.py) clips ρ against the sampler, as here; but it counts r at t itself into A, standardises A
+over the batch and leaves the exact part without w. The formulas here are the paper's.
+
+Shape letters: N supervised tokens of a micro-batch; 3 what ``mixture`` says of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from distillm_cli.config.schema import Objective as Config
+from distillm_cli.losses.criterion import Criterion, Piece, Reading
+from distillm_cli.losses.divergences import KL
+from distillm_cli.losses.terms import PerToken, Terms
+from distillm_cli.rollouts.mixture import LOG_DRAWN, LOG_P, LOG_Q
+from distillm_cli.rollouts.scheduler import Source
+from distillm_cli.types import Sequence
+
+STUDENT_OUTPUTS = (Source.ROLLOUT, Source.REPLAY)
+
+
+@dataclass(frozen=True, eq=False)
+class ClippedSurrogate:
+    """−min(ρA, clip(ρ, 1 − clip, 1 + clip)·A) with ρ = q(token)/p̃(token): nats where A is.
+
+    advantages_N: A, constants. log_drawn_N: log p̃ of each token when it was drawn.
+    """
+
+    advantages_N: Tensor
+    log_drawn_N: Tensor
+    clip: float
+
+    def __call__(self, log_q_N: Tensor) -> tuple[Tensor, Tensor]:
+        ratio_N = (log_q_N - self.log_drawn_N.to(log_q_N)).exp()
+        advantages_N = self.advantages_N.to(log_q_N)
+        free_N = ratio_N * advantages_N
+        held_N = ratio_N.clamp(1 - self.clip, 1 + self.clip) * advantages_N
+        # d(ρA)/d log q = ρA, and nothing where the clipped value is the smaller one: it does not depend on q.
+        return -torch.minimum(free_N, held_N), torch.where(free_N <= held_N, free_N, 0.0)
+
+    def __getitem__(self, tokens: slice) -> ClippedSurrogate:
+        return ClippedSurrogate(self.advantages_N[tokens], self.log_drawn_N[tokens], self.clip)
+
+    def to(self, device: torch.device | str) -> ClippedSurrogate:
+        return ClippedSurrogate(self.advantages_N.to(device), self.log_drawn_N.to(device), self.clip)
+
+
+def advantages(rewards_N: Tensor) -> Tensor:
+    """The mean of one output's rewards after each token, [N]; 0 after the last."""
+    N = len(rewards_N)
+    to_go_N = rewards_N.double().flip(0).cumsum(0).flip(0)
+    means_N = torch.zeros_like(to_go_N)
+    means_N[:-1] = to_go_N[1:] / torch.arange(N - 1, 0, -1, device=rewards_N.device)
+    return means_N.to(rewards_N.dtype)
+
+
+class PolicyGradient(Criterion):
+    """Student outputs: w·D + the clipped surrogate, per token; MiniLLM's D is ``rkl``. Data set rows stand beside them in
+    the same step with ``row_weight``, (1 − kd_weight)·CE + kd_weight·KL(p ‖ q) per token: the authors' term on plain text,
+    on the rows' own responses here.
+
+    The loss is a mean over the outputs' tokens plus row_weight times a mean over the rows', nats per token: the exact part
+    is the reverse KL at a token, the surrogate an estimate of the mean one after it, both 0 where the models agree.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.rows_beside = config.row_weight > 0
+        self._told: WeakKeyDictionary[Sequence, Tensor] = WeakKeyDictionary()
+        self._reward: float | None = None
+
+    @property
+    def name(self) -> str:
+        return f"PG + {self.config.divergence}"
+
+    def note(self, sequence: Sequence, told_N3: Tensor) -> None:
+        """Takes what the sampler says of a fresh output."""
+        self._told[sequence] = told_N3
+
+    def terms(self, source: Source, progress: float = 1.0) -> Terms:
+        if source in STUDENT_OUTPUTS:
+            return Terms(kd=1.0, ce=0.0, divergence=self.divergence)
+        of_rows = super().terms(source, progress)
+        return Terms(of_rows.kd, of_rows.ce, KL())
+
+    def look_ahead(
+        self, pieces: SequenceOf[Piece], readings: SequenceOf[Reading], progress: float
+    ) -> list[PerToken | None]:
+        outputs = [s for piece in pieces if piece.source in STUDENT_OUTPUTS for s in piece.sequences]
+        rows = [s for piece in pieces if piece.source not in STUDENT_OUTPUTS for s in piece.sequences]
+        self._reward = self._reward_of(outputs) if outputs else None
+        if not outputs:
+            return [None] * len(pieces)
+        # The engine divides by all of them: a mean over a part is a sum that weighs all/part.
+        everything = self.count(outputs) + self.count(rows)
+        of_outputs = min(1.0, progress / self.config.kd_warmup) if self.config.kd_warmup else 1.0
+        of_outputs *= everything / self.count(outputs)
+        of_rows = self.config.row_weight * everything / max(self.count(rows), 1)
+        own = []
+        for piece in pieces:
+            N = sum(s.supervised for s in piece.sequences)
+            if piece.source in STUDENT_OUTPUTS:
+                own.append(self._of_outputs(piece.sequences, torch.full((N,), of_outputs)))
+            else:
+                own.append(PerToken(weights_N=torch.full((N,), of_rows)))
+        return own
+
+    def _of_outputs(self, sequences: SequenceOf[Sequence], weights_N: Tensor) -> PerToken:
+        told_N3 = torch.cat([self._told[s] for s in sequences])
+        rewards = [self._told[s][:, LOG_P] - self._told[s][:, LOG_Q] for s in sequences]
+        surrogate = ClippedSurrogate(
+            torch.cat([advantages(r_N) for r_N in rewards]), told_N3[:, LOG_DRAWN], self.config.ratio_clip
+        )
+        return PerToken(weights_N=weights_N, kd_weights_N=_weights(told_N3), surrogate=surrogate)
+
+    def _reward_of(self, outputs: SequenceOf[Sequence]) -> float:
+        told_N3 = torch.cat([self._told[s] for s in outputs])
+        w_N = _weights(told_N3)
+        return float((w_N * (told_N3[:, LOG_P] - told_N3[:, LOG_Q])).sum() / w_N.sum().clamp_min(1e-12))
+
+    def figures(self) -> dict[str, float]:
+        """reward: mean of log p − log q per token of the step's outputs when they were sampled, nats, weighted back from
+        the mixture to the student: an estimate of −KL(q ‖ p) per token."""
+        return {} if self._reward is None else {"reward": self._reward}
+
+    def pack(self, sequences: Iterable[Sequence], prefix: str) -> dict[str, Tensor]:
+        told = [self._told[s] for s in sequences]
+        return {f"{prefix}.sampler": torch.cat(told)} if told else {}
+
+    def unpack(self, tensors: dict[str, Tensor], prefix: str, sequences: SequenceOf[Sequence]) -> None:
+        if sequences:
+            parts = tensors[f"{prefix}.sampler"].split([s.supervised for s in sequences])
+            self._told.update(zip(sequences, parts, strict=True))
+
+
+def _weights(told_N3: Tensor) -> Tensor:
+    """w = q/p̃ when the tokens were drawn."""
+    return (told_N3[:, LOG_Q] - told_N3[:, LOG_DRAWN]).exp()

@@ -1,0 +1,109 @@
+"""Sampling from student and teacher together: each token from p̃ = α·p + (1 − α)·q, p the teacher, q the student.
+
+So says MiniLLM (Gu et al., arXiv 2306.08543, section 2.2): a student alone finds outputs that fool the reward, the teacher
+keeps the samples sensible, and because p̃ is known, a weight q/p̃ puts things right (``policy_gradient``). Both models
+decode the same prompts side by side, each with its own cache, and the one sampler draws from their mixture; nothing else
+is new, so rows keep their own random streams and finished ones leave the batch.
+
+Shape letters: B rows, V vocabulary, N tokens of an output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from contextlib import ExitStack
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distillm_cli.config.schema import Rollout
+from distillm_cli.rollouts.rollout import Decoder, Decoding, SampledRollouts
+from distillm_cli.rollouts.sampling import Sampling, distribution
+from distillm_cli.training.events import Listener, silent
+from distillm_cli.types import Sequence
+
+# What is said of each token, in this order: log-probabilities under the teacher and the student as they are, and under
+# what it was drawn from.
+LOG_P, LOG_Q, LOG_DRAWN = range(3)
+
+
+class MixtureRollouts(SampledRollouts):
+    """Rollouts drawn from the mixture.
+
+    config: the recipe's ``rollout`` section; ``teacher_mix`` is α, and temperature, top-k and top-p shape each model's
+    distribution before they are mixed. note: told each output's log-probabilities [N, 3], nats, float32 on the CPU.
+    """
+
+    def __init__(
+        self,
+        student: Decoder,
+        teacher: Decoder,
+        config: Rollout,
+        *,
+        max_length: int,
+        seed: int,
+        note: Callable[[Sequence, Tensor], None],
+        listener: Listener = silent,
+    ):
+        shape = Sampling(config.temperature, config.top_p, config.top_k)
+        plain = config.model_copy(update={"temperature": 1.0, "top_p": 1.0, "top_k": 0})
+        mixture = Mixture(student, teacher, config.teacher_mix, shape)
+        super().__init__(mixture, plain, max_length=max_length, seed=seed, listener=listener)
+        self.note = note
+
+    def sample(self, prompts: SequenceOf[Sequence], step: int) -> list[Sequence]:
+        made = []
+        for prompt, out in self.outputs(prompts, step, telling=True):
+            made.append(Sequence(prompt.prompt, out.tokens, prompt.row))
+            self.note(made[-1], torch.from_numpy(out.told))
+        return made
+
+
+class Mixture:
+    """Two decoders as one, whose next-token distribution is α times the teacher's plus 1 − α times the student's.
+
+    Stop tokens are the student's, for the outputs are its own.
+    """
+
+    def __init__(self, student: Decoder, teacher: Decoder, alpha: float, shape: Sampling):
+        self.student, self.teacher, self.alpha, self.shape = student, teacher, alpha, shape
+        self.context = min((d.context for d in (student, teacher) if d.context is not None), default=None)
+        self.stop_ids = student.stop_ids
+        self.forced_first = student.forced_first
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return self.student.is_encoder_decoder
+
+    def decode(self, prompts: SequenceOf[np.ndarray]) -> _MixtureDecoding:
+        student = self.student.decode(prompts)
+        # The teacher speaks in its own dtype, whatever the student computes in.
+        with ExitStack() as stack:
+            for device in ("cpu", "cuda", "mps"):
+                stack.enter_context(torch.autocast(device, enabled=False))
+            teacher = self.teacher.decode(prompts)
+        return _MixtureDecoding(student, teacher, self.alpha, self.shape)
+
+
+class _MixtureDecoding:
+    def __init__(self, student: Decoding, teacher: Decoding, alpha: float, shape: Sampling):
+        self.student, self.teacher, self.alpha, self.shape = student, teacher, alpha, shape
+
+    def logits(self, tokens_B: Tensor | None) -> Tensor:
+        """log p̃ [B, V], −inf where neither model would go."""
+        p_BV, q_BV = self.teacher.logits(tokens_B), self.student.logits(tokens_B)
+        shaped = [distribution(logits_BV, self.shape) for logits_BV in (q_BV, p_BV)]
+        drawn_BV = torch.lerp(*shaped, self.alpha).log_()
+        self._logs = {LOG_P: F.log_softmax(p_BV, -1), LOG_Q: F.log_softmax(q_BV, -1), LOG_DRAWN: drawn_BV}
+        return drawn_BV
+
+    def told(self, tokens_B: Tensor) -> Tensor:
+        """The log-probabilities [B, 3] of the tokens just chosen."""
+        return torch.stack([self._logs[i].gather(-1, tokens_B[:, None])[:, 0] for i in range(3)], -1)
+
+    def keep(self, rows_B: Tensor) -> None:
+        self.student.keep(rows_B)
+        self.teacher.keep(rows_B)

@@ -1,0 +1,341 @@
+"""Sampling: the one sampler behind student rollouts, ``generate`` and ``eval``.
+
+A row's randomness is its own: token t of row (seed, row) is drawn with the t-th uniform of a Philox stream keyed by that
+pair, against the cumulative sum of the row's probabilities. So one uniform replaces a vocabulary of random numbers, and
+what else is in the batch cannot change a row's sample (beyond the rounding of a differently shaped matmul).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distillm_cli.config.schema import Rollout
+from distillm_cli.errors import DataError
+from distillm_cli.rollouts.sampling import Sampling, check_chosen, choose
+from distillm_cli.training.events import Listener, Progress, Warned, silent
+from distillm_cli.types import Sequence
+from distillm_cli.utils.halving import in_halves
+
+
+class Decoding(Protocol):
+    """One batch being decoded, with its key-value cache."""
+
+    def logits(self, tokens_B: Tensor | None) -> Tensor:
+        """Next-token logits [B, V], float32. None prefills the prompts; afterwards the tokens just chosen."""
+
+    def keep(self, rows_B: Tensor) -> None:
+        """Goes on with these rows only."""
+
+
+class Decoder(Protocol):
+    """Decode with a model; ``context`` is its longest sequence, None when unbounded.
+
+    is_encoder_decoder: prompt and response are two texts. ``no_repeat_ngram_size`` then counts in the response alone.
+    forced_first: the token that every response begins with, None for none.
+    """
+
+    context: int | None
+    is_encoder_decoder: bool
+    stop_ids: frozenset[int]
+    forced_first: int | None
+
+    def decode(self, prompts: SequenceOf[np.ndarray]) -> Decoding: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sampled:
+    """One output: token ids (int32), the stop token included when it is complete.
+
+    complete: False where the length limit cut it. entropy: mean entropy in nats of the model's own next-token
+    distributions (temperature 1, nothing filtered) over the output's tokens; None unless asked for. told: [tokens, K],
+    float32, what the decoding said of each of them; None unless asked for.
+    """
+
+    tokens: np.ndarray
+    complete: bool
+    entropy: float | None = None
+    told: np.ndarray | None = None
+
+
+class Rollouts(Protocol):
+    """Where a model's outputs come from; the built-in sampler is one, another engine may be."""
+
+    def sample(self, prompts: SequenceOf[Sequence], step: int) -> list[Sequence]:
+        """A response for each prompt by the model as it is now; prompts' own responses are ignored."""
+
+
+class SampledRollouts:
+    """Rollouts by the built-in sampler.
+
+    config: the recipe's ``rollout`` section. max_length: prompt + response, tokens. seed: with the step it fixes the draw.
+    by_row: a row's randomness is (seed, step, row), whatever is drawn with it; else its place in the draw counts.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        config: Rollout,
+        *,
+        max_length: int,
+        seed: int,
+        by_row: bool = False,
+        listener: Listener = silent,
+    ):
+        self.decoder, self.max_length, self.seed, self.by_row = decoder, max_length, seed, by_row
+        self.sampling = Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
+        self.width = Width(listener)
+
+    def sample(self, prompts: SequenceOf[Sequence], step: int) -> list[Sequence]:
+        return [Sequence(s.prompt, out.tokens, s.row) for s, out in self.outputs(prompts, step)]
+
+    def outputs(
+        self, prompts: SequenceOf[Sequence], step: int, telling: bool = False
+    ) -> Iterator[tuple[Sequence, Sampled]]:
+        """Each prompt with what was sampled for it. telling: as of ``sample``."""
+        limits = [self.max_length - len(s.prompt) for s in prompts]
+        if self.by_row:
+            seeds = [(self.seed, (step << 32) + s.row) for s in prompts]
+        else:
+            seeds = [(self.seed, (step << 24) + i) for i in range(len(prompts))]
+        token_ids, more = [s.prompt for s in prompts], {"limits": limits, "telling": telling, "width": self.width}
+        return zip(prompts, sample(self.decoder, token_ids, self.sampling, seeds, **more), strict=True)
+
+
+class Width:
+    """How many rows are decoded side by side: all of them until memory runs out, then half as many, and so on.
+
+    Kept from one draw to the next, so that the same wall is not run into twice.
+    """
+
+    def __init__(self, listener: Listener = silent):
+        self.rows: int | None = None
+        self.listener = listener
+
+    def halve(self, rows: int) -> None:
+        """Memory ran out with so many rows side by side, at least two."""
+        self.rows = rows // 2
+        self.listener(Warned(f"out of memory while decoding {rows} rows side by side: going on with {self.rows}"))
+
+
+@torch.no_grad()
+def sample(
+    decoder: Decoder,
+    prompts: SequenceOf[np.ndarray],
+    sampling: Sampling,
+    seeds: SequenceOf[tuple[int, int]],
+    *,
+    limits: SequenceOf[int] | None = None,
+    entropy: bool = False,
+    telling: bool = False,
+    width: Width | None = None,
+) -> list[Sampled]:
+    """One output per prompt, decoded side by side; finished rows leave the batch.
+
+    seeds: (seed, row) per prompt. limits: most new tokens per row, beside ``sampling.max_new_tokens`` and the context.
+    telling: keep what the decoding says of the chosen tokens; it then has ``told(tokens_B)``, a [B, K] tensor.
+    width: what is known of how many fit into memory; where they do not, the same outputs are made in smaller groups.
+    Raises DataError where a prompt leaves no room for a single new token, NonFiniteError where the logits are not finite.
+    """
+    context = decoder.context
+    rooms = [room(len(p), sampling, context, None if limits is None else limits[i]) for i, p in enumerate(prompts)]
+    return in_groups(
+        len(prompts),
+        width or Width(),
+        lambda now: _side_by_side(decoder, prompts[now], sampling, seeds[now], rooms[now], entropy, telling),
+    )
+
+
+def in_groups(count: int, width: Width, make: Callable[[slice], list[Sampled]]) -> list[Sampled]:
+    """What ``make`` makes of ``count`` rows, all at once or, where memory does not suffice, in smaller groups."""
+    outputs: list[Sampled] = []
+
+    def rows() -> int:
+        left = count - len(outputs)
+        return left if width.rows is None else min(width.rows, left)
+
+    def halve() -> bool:
+        if rows() == 1:
+            return False
+        width.halve(rows())
+        return True
+
+    def group() -> list[Sampled]:
+        return make(slice(len(outputs), len(outputs) + rows()))
+
+    while len(outputs) < count:
+        outputs += in_halves(group, halve)
+    return outputs
+
+
+def _side_by_side(
+    decoder: Decoder,
+    prompts: SequenceOf[np.ndarray],
+    sampling: Sampling,
+    seeds: SequenceOf[tuple[int, int]],
+    rooms: SequenceOf[int],
+    entropy: bool,
+    telling: bool,
+) -> list[Sampled]:
+    """rooms: most new tokens of each row, at least one."""
+    B, horizon = len(prompts), max(rooms)
+    lengths_B, rooms_B = np.array([len(p) for p in prompts]), np.array(rooms)
+    uniforms_BT, context = uniforms(seeds, horizon), decoder.context  # asked once: a config is slow to answer
+    ngrams = None
+    if sampling.no_repeat_ngram_size:
+        # An encoder's text is another one than the response: a summary may quote it.
+        ngrams = [_NGrams(sampling.no_repeat_ngram_size, p[:0] if decoder.is_encoder_decoder else p) for p in prompts]
+    stops = np.array(sorted(decoder.stop_ids), dtype=np.int64)
+    tokens_BT = np.zeros((B, horizon), dtype=np.int32)
+    counts_B, entropies_B = np.zeros(B, dtype=np.int64), np.zeros(B)
+    complete_B, done_B = np.zeros(B, dtype=bool), np.zeros(B, dtype=bool)
+    told: list[list[np.ndarray]] = [[] for _ in prompts]
+
+    decoding, live, chosen, forced = decoder.decode(prompts), np.arange(B), None, decoder.forced_first
+    for t in range(horizon):
+        logits_BV = decoding.logits(chosen)
+        going = live[~done_B[live]]
+        if entropy:
+            entropies_B[live] += np.where(done_B[live], 0, _entropy(logits_BV).cpu().numpy())
+        if t < sampling.min_new_tokens:
+            logits_BV[:, torch.from_numpy(stops).to(logits_BV.device)] = -torch.inf
+        if ngrams is not None:
+            _ban(logits_BV, [ngrams[i].banned() for i in live])
+        chosen = choose(logits_BV, sampling, torch.from_numpy(uniforms_BT[live, t]))
+        if t == 0 and forced is not None:
+            chosen = torch.full_like(chosen, forced)
+        tokens_BT[live, t] = chosen.cpu().numpy()
+        check_chosen(tokens_BT[live, t])
+        if telling:
+            for i, told_K in zip(live, decoding.told(chosen).float().cpu().numpy(), strict=True):
+                told[i].append(told_K)
+        if ngrams is not None:
+            for i in going:
+                ngrams[i].push(int(tokens_BT[i, t]))
+        counts_B[going] += 1
+        complete_B[going] = (tokens_BT[going, t, None] == stops).any(-1)
+        done_B[going] = complete_B[going] | (counts_B[going] >= rooms_B[going])
+        left = ~done_B[live]
+        if not left.any():
+            break
+        # Dropping rows copies the cache: worth it once an eighth has finished, and due before a finished row's position
+        # leaves the context.
+        outgrown = context is not None and lengths_B[live].max() + t + 2 > context
+        if not left.all() and (left.mean() <= 7 / 8 or outgrown):
+            rows = torch.from_numpy(np.flatnonzero(left)).to(chosen.device)
+            decoding.keep(rows)
+            live, chosen = live[left], chosen[rows]
+    return [
+        Sampled(
+            tokens_BT[i, :n].copy(),
+            bool(complete_B[i]),
+            entropies_B[i] / n if entropy else None,
+            np.stack(told[i][:n]) if telling else None,
+        )
+        for i, n in enumerate(counts_B)
+    ]
+
+
+def sample_all(
+    decoder: Decoder,
+    prompts: SequenceOf[np.ndarray],
+    sampling: Sampling,
+    *,
+    seed: int,
+    batch_size: int,
+    listener: Listener = silent,
+    task: str = "generating",
+    rows: SequenceOf[int] | None = None,
+    entropy: bool = False,
+) -> Iterator[tuple[int, Sampled]]:
+    """(index, output) for every prompt, in batches of like length, so not in input order.
+
+    rows: the second half of each row's random key; the prompt's index when absent.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    width = Width(listener)
+    for start in range(0, len(order), batch_size):
+        listener(Progress(task, start, len(order), "responses"))
+        picks = order[start : start + batch_size]
+        seeds = [(seed, i if rows is None else rows[i]) for i in picks]
+        outputs = sample(decoder, [prompts[i] for i in picks], sampling, seeds, entropy=entropy, width=width)
+        yield from zip(picks, outputs, strict=True)
+    listener(Progress(task, len(order), len(order), "responses"))
+
+
+def _entropy(logits_BV: Tensor) -> Tensor:
+    """−Σ p log p with p as the softmax leaves it, and no second pass of exponentials: log p = x − log Z."""
+    shifted_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
+    p_BV = shifted_BV.softmax(-1)
+    # exp(0) / Z is the likeliest token's. A logit of −inf is no token: 0 · −inf would be nan.
+    log_z_B = -p_BV.amax(-1).log()
+    return log_z_B - torch.linalg.vecdot(p_BV, shifted_BV.clamp_min_(torch.finfo(torch.float32).min))
+
+
+def uniforms(seeds: SequenceOf[tuple[int, int]], count: int) -> np.ndarray:
+    """Uniforms in [0, 1), [B, count]: of each row the beginning of the Philox stream of its key.
+
+    One generator is set to each key in turn: to make a new one asks the operating system for a seed, and costs five times
+    as much as the numbers.
+    """
+    philox = np.random.Philox(key=0)
+    random, start = np.random.Generator(philox), philox.state
+    uniforms_BT = np.empty((len(seeds), count))
+    for uniforms_T, (seed, row) in zip(uniforms_BT, seeds, strict=True):
+        start["state"]["key"][:] = seed % 2**64, row % 2**64
+        philox.state = start
+        random.random(out=uniforms_T)
+    return uniforms_BT
+
+
+def room(prompt: int, sampling: Sampling, context: int | None, limit: int | None) -> int:
+    """Most new tokens behind a prompt of so many. Raises DataError where there is no place for one."""
+    most = sampling.max_new_tokens
+    if context is not None:
+        most = min(most, context - prompt)
+    if limit is not None:
+        most = min(most, limit)
+    if most < 1:
+        raise DataError(
+            f"a prompt of {prompt} tokens leaves no room for a response in {context if limit is None else limit + prompt}",
+            hint="shorten the prompt, or lower data.max_prompt_length so that such rows are dropped",
+        )
+    return most
+
+
+class _NGrams:
+    """The n-grams of one row so far, for ``no_repeat_ngram_size``."""
+
+    def __init__(self, n: int, prompt: np.ndarray):
+        self.n, self.tokens = n, []
+        self.following: dict[tuple[int, ...], set[int]] = defaultdict(set)
+        for token in prompt.tolist():
+            self.push(token)
+
+    def push(self, token: int) -> None:
+        prefix = self._prefix()
+        if prefix is not None:
+            self.following[prefix].add(token)
+        self.tokens.append(token)
+
+    def banned(self) -> set[int]:
+        prefix = self._prefix()
+        return self.following.get(prefix, set()) if prefix is not None else set()
+
+    def _prefix(self) -> tuple[int, ...] | None:
+        width = self.n - 1
+        return tuple(self.tokens[len(self.tokens) - width :]) if len(self.tokens) >= width else None
+
+
+def _ban(logits_BV: Tensor, banned: list[set[int]]) -> None:
+    pairs = [(b, token) for b, tokens in enumerate(banned) for token in tokens]
+    if pairs:
+        rows, tokens = zip(*pairs, strict=True)
+        logits_BV[list(rows), list(tokens)] = -torch.inf

@@ -1,0 +1,268 @@
+"""Choose defaults that fit the models of a run: learning rate, epochs, warm-up and lengths that the recipe leaves at `auto`.
+
+| student                                        | distill: lr, epochs | sft: lr, epochs | warm-up |
+|------------------------------------------------|---------------------|-----------------|---------|
+| built from scratch (random:, layers:, …)       | 5e-4, 20            | 5e-5, 3         | 0       |
+| GPT-2 under 0.5 B                              | 5e-4, 20            | 5e-5, 3         | 0       |
+| GPT-2 from 0.5 B                               | 1e-4, 10            | 5e-5, 3         | 0       |
+| OPT under 1 B                                  | 5e-5, 20            | 5e-5, 3         | 0       |
+| OPT from 1 B                                   | 5e-5, 10            | 5e-5, 3         | 0       |
+| Llama base under 0.3 B                         | 5e-4, 20            | 5e-5, 3         | 0       |
+| Llama base with LoRA                           | 5e-4, 10            | 5e-4, 3         | 0       |
+| any of these with LoRA                         | 5e-4, as above      | 5e-4, 3         | 0       |
+| encoder-decoder                                | 1e-4, 3             | 1e-4, 3         | 10 %    |
+| any other under 0.3 B, with a chat template    | 5e-5, 3             | 5e-5, 3         | 10 %    |
+| any other under 0.3 B, base                    | 1e-4, 3             | 1e-4, 3         | 10 %    |
+| any other from 0.3 B, with a chat template     | 1e-5, 3             | 1e-5, 3         | 10 %    |
+| any other from 0.3 B, base                     | 2e-5, 3             | 2e-5, 3         | 10 %    |
+| the last five with LoRA                        | 10 times the rate   | 10 times        | 10 %    |
+
+Lengths: 512 where every model that is loaded is GPT-2, OPT or Llama without a chat template (or none is), else 2048,
+within the models' context. A prompt may have 256 tokens less than that, and always 256.
+
+Sources: the upper part is the DistiLLM paper (arXiv 2402.03898), which trains GPT-2 and OPT in full and OpenLLaMA with LoRA;
+students from scratch and small Llama bases are treated as its small GPT-2. The lower part is common practice:
+LLaMA-Factory's examples (full 1e-5, LoRA 1e-4, 3 epochs, warm-up 0.1, 2048 tokens), TRL's SFTConfig (2e-5), ms-swift's
+Qwen chat scripts (1e-5, LoRA 1e-4, 2048 tokens), "LoRA Without Regret" (ten times the full rate), and transformers' advice
+for T5 (1e-4).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from distillm_cli.config.load import Resolved
+from distillm_cli.config.ownership import value_of
+from distillm_cli.config.pipeline_recipe import PREFIX, Pipeline, Stage
+from distillm_cli.config.schema import AUTO, Recipe, is_built
+from distillm_cli.errors import RecipeError, UsageError
+from distillm_cli.models.facts import Facts, read_facts
+from distillm_cli.models.places import locate
+from distillm_cli.ui.display import parameters
+
+LENGTHS = ("data.max_length", "data.max_prompt_length")
+KEYS = ("train.lr", "train.epochs", "train.warmup", *LENGTHS)
+PAPER_LENGTH, LENGTH, LEAST_PROMPT = 512, 2048, 256
+_PAPER = {"gpt2": "GPT-2", "opt": "OPT", "llama": "Llama"}
+_SMALL = 0.3e9  # parameters
+
+Known = Mapping[str, Facts | None]  # facts of models that are yet to be made, by ``stage:NAME``
+
+
+class Rates(NamedTuple):
+    """Hold a line of the table, and which models it is for."""
+
+    lr: float
+    epochs: float
+    warmup: float
+    who: str
+
+
+def fitted(resolved: Resolved, known: Known | None = None, model: str | None = None) -> Resolved:
+    """Replace each `auto` of the recipe by the number that fits its models, with the reason as its origin.
+
+    model: answers instead of the recipe's student, in a stage that trains nothing. A model whose config cannot be read
+    leaves `auto`; loading it reports why. Raises RecipeError where a number contradicts what the recipe gives.
+    """
+    recipe, known = resolved.recipe, known or {}
+    path = model or recipe.student.path
+    wanted = [key for key in KEYS if value_of(recipe, key) == AUTO]
+    if not wanted:
+        return resolved
+    student = facts_of(recipe, known, model)
+    if student is None:
+        why = f"auto: no config of {path} at hand" if path else "auto: by the models, once they are named"
+        return replace(resolved, origin=resolved.origin | dict.fromkeys(wanted, why))
+    found = dict(_values(recipe, student, _teacher(recipe, known), wanted))
+    if not found:  # no parameters known
+        return resolved
+    changes = {key: value for key, (value, _) in found.items()}
+    origin = {key: f"auto: {number(value)} {why}" for key, (value, why) in found.items()}
+    return replace(resolved, recipe=_with(recipe, changes), origin=resolved.origin | origin)
+
+
+def facts_of(recipe: Recipe, known: Known, model: str | None = None) -> Facts | None:
+    """Return the facts of the recipe's student (or of ``model``), None where its config cannot be read."""
+    path = model or recipe.student.path
+    if path is None or path in known:
+        return known.get(path or "")
+    if is_built(path):
+        after = _teacher(recipe, known)
+        facts = Facts(_family_of(path)) if after is None else after
+        return replace(facts, is_built=True, count=lambda: None)
+    return read_facts(path, None if model else recipe.student.revision)
+
+
+def _family_of(path: str) -> str:
+    """Return the family of a student that is built without a teacher: random:[FAMILY:]SIZE, or a config.json."""
+    if path.endswith(".json"):
+        with suppress(OSError, ValueError, AttributeError):
+            return str(json.loads(Path(path).expanduser().read_text(encoding="utf-8")).get("model_type"))
+    named = re.fullmatch(r"random:([^:]+):.*", path)
+    return named[1] if named else "llama"
+
+
+def _teacher(recipe: Recipe, known: Known) -> Facts | None:
+    path = recipe.teacher.path
+    if path is None or (recipe.method == "sft" and not recipe.student.is_built):
+        return None
+    return known[path] if path in known else read_facts(path, recipe.teacher.revision)
+
+
+def is_papers(facts: Facts) -> bool:
+    """Return whether a model is of a family of the paper, without a chat template."""
+    return facts.family in _PAPER and not facts.has_template
+
+
+def rates(student: Facts, *, sft: bool, lora: bool) -> Rates | None:
+    """Return the line of the table for a student; None where it depends on a size that is not known."""
+    if student.is_built or is_papers(student):
+        found = _paper(student, lora)
+        if found is not None:
+            lr, epochs, who = found
+            lr, epochs = (5e-5, 3.0) if sft else (lr, epochs)
+            return Rates(5e-4 if lora else lr, epochs, 0.0, f"for {who}{', LoRA' if lora else ''}")
+    size = student.parameters
+    if size is None:
+        return None
+    kind = "chat" if student.has_template else "base"
+    if student.is_encoder_decoder:
+        kind, lr = "encoder-decoder", 1e-4
+    elif size < _SMALL:
+        lr = 5e-5 if student.has_template else 1e-4
+    else:
+        lr = 1e-5 if student.has_template else 2e-5
+    who = f"{_article(parameters(size).removesuffix(' parameters'))} {kind} model{', LoRA' if lora else ''}"
+    return Rates(10 * lr if lora else lr, 3.0, 0.1, f"for {who}")
+
+
+def _paper(student: Facts, lora: bool) -> tuple[float, float, str] | None:
+    """Return the paper's rate and epochs of distillation, and for whom; None for what it does not have."""
+    if student.is_built:
+        return 5e-4, 20.0, "a student built from scratch"
+    size, who = student.parameters or 0, f"{_PAPER[student.family]} (the paper's)"
+    match student.family:
+        case "gpt2":
+            return (5e-4, 20.0, who) if size < 0.5e9 else (1e-4, 10.0, who)
+        case "opt":
+            return 5e-5, 20.0 if size < 1e9 else 10.0, who
+    if lora:
+        return 5e-4, 10.0, who
+    return (5e-4, 20.0, "a small Llama (as the paper's GPT-2)") if size < _SMALL else None
+
+
+def _values(
+    recipe: Recipe, student: Facts, teacher: Facts | None, wanted: list[str]
+) -> Iterator[tuple[str, tuple[float, str]]]:
+    if set(wanted) - set(LENGTHS):
+        line = rates(student, sft=recipe.method == "sft", lora=recipe.student.lora.r is not None)
+        if line is not None:
+            found = {"train.lr": line.lr, "train.epochs": line.epochs, "train.warmup": line.warmup}
+            yield from ((key, (value, line.who)) for key, value in found.items() if key in wanted)
+    length = recipe.data.max_length
+    if length == AUTO:
+        length, why = _length(student, teacher)
+        yield "data.max_length", (length, why)
+    if recipe.data.max_prompt_length == AUTO:
+        yield "data.max_prompt_length", (max(LEAST_PROMPT, length - LEAST_PROMPT), f"for a max_length of {length}")
+
+
+def _length(student: Facts, teacher: Facts | None) -> tuple[int, str]:
+    loaded = [facts for facts in (None if student.is_built else student, teacher) if facts is not None]
+    if all(map(is_papers, loaded)):
+        return PAPER_LENGTH, "(the paper's)"
+    contexts = [facts.context for facts in loaded if facts.context is not None]
+    if min(contexts, default=LENGTH) < LENGTH:
+        return max(2, min(contexts)), "(the models' context)"
+    return LENGTH, "for a chat model" if any(facts.has_template for facts in loaded) else "for a model of this family"
+
+
+def _with(recipe: Recipe, changes: Mapping[str, float]) -> Recipe:
+    """Return the recipe with other values at these keys of `train` and `data`."""
+    for name in ("train", "data"):
+        inside = {key.partition(".")[2]: value for key, value in changes.items() if key.startswith(f"{name}.")}
+        recipe = recipe.model_copy(update={name: getattr(recipe, name).model_copy(update=inside)})
+    try:
+        Recipe.model_validate(recipe.model_dump())  # rules over several fields
+    except ValidationError as error:
+        what, _, hint = str(error.errors()[0]["ctx"]["error"]).partition("; ")
+        raise RecipeError(what, hint=hint or None) from None
+    return recipe
+
+
+def fitted_line(resolved: Resolved) -> str | None:
+    """Return a sentence with what was fitted to the models, None where nothing was that the run depends on."""
+    names = {"train.lr": "lr", "train.epochs": "epochs", "train.warmup": "warmup", "data.max_length": "max_length"}
+    if resolved.recipe.train.steps:
+        del names["train.epochs"]
+    found: dict[str, list[str]] = {}
+    for key, name in names.items():
+        is_fitted = resolved.origin[key].startswith("auto: ") and value_of(resolved.recipe, key) != AUTO
+        if is_fitted:
+            value, _, why = resolved.origin[key].removeprefix("auto: ").partition(" ")
+            found.setdefault(why, []).append(f"{name} {value}")
+    if not found:
+        return None
+    return "auto: " + "; ".join(f"{', '.join(values)} {why}" for why, values in found.items())
+
+
+def number(value: float) -> str:
+    """Format a number as it is typed: 1e-5, 0.1, 512."""
+    return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-") if 0 < value < 0.01 else f"{value:g}"
+
+
+def _article(noun: str) -> str:
+    return f"{'an' if noun.startswith(('8', '11 ', '11.', '18 ', '18.')) else 'a'} {noun}"
+
+
+def check_data(resolved: Resolved, known: Known | None = None) -> str | None:
+    """Return a sentence where the run takes Dolly because no data is named, None where data is named.
+
+    Raises UsageError where that is not allowed: only distillation between models of the paper's families may do so.
+    """
+    recipe, known = resolved.recipe, known or {}
+    if resolved.origin["data.source"] != "default":
+        return None
+    if recipe.method == "sft":
+        hint = "give --data PATH or NAME, such as --data rows.jsonl or --data dolly"
+        raise UsageError("no data to train on", where="--data is not given", hint=hint)
+    paths = (recipe.teacher.path, recipe.student.path)
+    models = [_teacher(recipe, known), facts_of(recipe, known)]
+    for path, facts in zip(paths, models, strict=True):
+        if facts is None and path not in known and not is_built(path):
+            locate(path)  # no such directory: that is what is wrong
+    if "builtin" in paths or not all(facts is not None and is_papers(facts) for facts in models):
+        name = "builtin" if "builtin" in paths else "rows.jsonl or --data dolly"
+        where = "--data is not given, and only GPT-2, OPT and Llama bases take Dolly by default"
+        raise UsageError("no data to train on", where=where, hint=f"give --data PATH or NAME, such as --data {name}")
+    return f"no --data: training on Dolly (data.source {recipe.data.source}), the paper's data set"
+
+
+def fitted_pipeline(pipeline: Pipeline) -> Pipeline:
+    """Return the pipeline with each stage's recipe fitted to its models, those that earlier stages make included.
+
+    Raises RecipeError for a training stage that names no data.
+    """
+    known: dict[str, Facts | None] = {}
+    return replace(pipeline, stages=tuple(_fitted_stage(stage, known) for stage in pipeline.stages))
+
+
+def _fitted_stage(stage: Stage, known: dict[str, Facts | None]) -> Stage:
+    if stage.verb in ("sft", "distill"):
+        try:
+            check_data(stage.resolved, known)
+        except UsageError as error:
+            where = f"stage {stage.name} has no data.source"
+            raise RecipeError(error.what, where=where, hint=f"set stages.{stage.name}.data.source") from None
+        known[PREFIX + stage.name] = facts_of(stage.resolved.recipe, known)
+        return replace(stage, resolved=fitted(stage.resolved, known))
+    models: Any = getattr(stage.own, "models", None) or (stage.own.model,)
+    return replace(stage, resolved=fitted(stage.resolved, known, models[0]))

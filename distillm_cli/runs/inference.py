@@ -1,0 +1,144 @@
+"""What ``generate`` and ``eval`` share: the settings a trained model brings along, and loading it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distillm_cli.config.explain import leaves
+from distillm_cli.config.load import Resolved, load_resolved, resolve, settled
+from distillm_cli.config.merging import document
+from distillm_cli.config.schema import Recipe
+from distillm_cli.data.encoder import Encoder
+from distillm_cli.data.sources import Row
+from distillm_cli.errors import RecipeError
+from distillm_cli.models.backbone import Backbone
+from distillm_cli.models.conversation import read_template, set_languages, usual_end
+from distillm_cli.models.pair import load_backbone, resolve_device, resolve_dtype
+from distillm_cli.runs.output_dir import RECIPE, is_resolved
+from distillm_cli.training.events import Listener, Note, Warned
+from distillm_cli.types import Sequence, collate
+from distillm_cli.utils import garbage, manifest
+from distillm_cli.utils.host import set_threads
+
+
+def settings(
+    command: str,
+    model: str,
+    *,
+    recipe: str | Resolved | None,
+    flags: Mapping[str, Any],
+    sets: list[str] | None,
+    listener: Listener,
+) -> tuple[Resolved, bool]:
+    """The recipe to go by, and whether it is the model's own: the one given, else the one beside the model, else none.
+    One that is resolved already (a stage's) is taken as it is.
+
+    So a model trained with a template of its own is asked in that template. Flags and ``--set`` are stronger. What the
+    run said of its machine is not taken over: this may be another one.
+    """
+    if isinstance(recipe, Resolved):
+        return recipe, False
+    own = None if recipe is not None else own_recipe(model, listener)
+    resolved = resolve(command=command, recipe=own or recipe, flags=flags, sets=sets)
+    return (resolved, False) if own is None else (_on_this_machine(resolved, own), True)
+
+
+def _on_this_machine(resolved: Resolved, own: Path) -> Resolved:
+    """Return the recipe of the run that made the model, without what holds for that machine alone.
+
+    The chat template is saved with the model's tokenizer, wherever the run had it from.
+    """
+    open_again = {
+        key: (leaves()[key].default, "default")
+        for key in ("train.device", "train.threads", "data.chat_template")
+        if resolved.origin[key].startswith(f"{own.name}:")
+    }
+    return settled(resolved, open_again)
+
+
+def own_recipe(model: str, listener: Listener) -> Path | None:
+    """Return the recipe of the run that made this model: in its directory, or above its ``checkpoints/``.
+
+    None for a directory that no run wrote, and with a warning where a run's recipe is missing or where another program
+    has left a ``recipe.yaml``. Raises RecipeError for one that is damaged: the prompts would be formatted differently.
+    """
+    place = Path(model).expanduser()
+    homes = [place] if place.parent.name != "checkpoints" else [place, place.parent.parent]
+    own = next((home / RECIPE for home in homes if (home / RECIPE).is_file()), None)
+    if own is None:
+        if any(manifest.read(home) for home in homes):
+            what = f"{homes[-1] / RECIPE} is missing: prompts of {model} get the default settings, not those of its training"
+            listener(Warned(f"{what}; put it back, or give --recipe FILE"))
+        return None
+    listed = manifest.read(own.parent)
+    if listed is not None and RECIPE in listed["files"] and manifest.difference(own.parent, listed, RECIPE):
+        raise _damaged(own, "it differs from the manifest beside it")
+    was_of_run = "  # default" in own.read_text(
+        encoding="utf-8", errors="replace"
+    )  # a run writes down where each value came from
+    if was_of_run and not is_resolved(own):
+        raise _damaged(own, "lines of it are missing")
+    try:
+        load_resolved(own)
+    except RecipeError as error:
+        if was_of_run or not _is_mapping(own):
+            raise _damaged(own, str(error)) from error
+        listener(Warned(f"{own} is not used: {error}"))  # other programs leave a recipe.yaml in their output too
+        return None
+    return own
+
+
+def _is_mapping(path: Path) -> bool:
+    try:
+        document(path, str(path))
+    except RecipeError:
+        return False
+    return True
+
+
+def _damaged(own: Path, why: str) -> RecipeError:
+    hint = f"put it back as the run wrote it, or give --recipe {own} to use it as it is (--recipe FILE for another)"
+    return RecipeError(f"{own} is damaged or changed: {why}", hint=hint)
+
+
+def load(model: str, recipe: Recipe, listener: Listener) -> tuple[Backbone, Encoder]:
+    """The model, where and in the precision the recipe asks for, and its encoder. Raises ModelError."""
+    garbage.take_up()
+    set_threads(recipe.train.threads, listener)
+    device = resolve_device(recipe.train.device)
+    backbone = load_backbone(model, dtype=precision(recipe), device=device, listener=listener)
+    if recipe.data.chat_template not in ("auto", "student", "teacher"):
+        backbone.tokenizer.chat_template = read_template(recipe.data.chat_template)
+    set_languages(backbone.tokenizer, recipe.data, [backbone])
+    stops, is_seq2seq = backbone.stop_ids, backbone.is_encoder_decoder
+    how = {"is_encoder_decoder": is_seq2seq, "stops": stops, "end": usual_end(backbone)}
+    return backbone, Encoder(backbone.tokenizer, recipe.data, **how)
+
+
+def name_template(encoder: Encoder, rows: Iterable[Row], listener: Listener) -> None:
+    """Report the template of the prompts."""
+    forms = sorted({encoder.renderer.form(row) for row in rows})
+    names = {"chat": "chat (the tokenizer's chat template)", "exact": "exact (prompts as they are)"}
+    listener(Note(f"template: {', '.join(names.get(form, form) for form in forms)}"))
+
+
+def precision(recipe: Recipe) -> torch.dtype:
+    """What a model is decoded in."""
+    return resolve_dtype(recipe.student.dtype, resolve_device(recipe.train.device))
+
+
+def check_head(backbone: Backbone, encoder: Encoder, row: Row, listener: Listener) -> None:
+    """One prompt through both ways to logits; where they disagree the model's own is used, and said.
+
+    Raises ModelError for a model that cannot generate.
+    """
+    ids = encoder.prompt_ids(row)
+    ids = ids if backbone.context is None else ids[: backbone.context - 1]
+    if not backbone.check_head(collate([Sequence(ids, ids[-1:])]).to(backbone.device)):
+        kind = backbone.model.config.model_type
+        listener(Warned(f"the head of this {kind} model is not a plain one: using the model's own logits, slower"))
+    backbone.check_decoding()

@@ -1,0 +1,412 @@
+"""The plan of a run as data: from the rows and models themselves, or from their shapes where weights are not at hand."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedModel
+
+from distillm_cli.config.load import Resolved
+from distillm_cli.config.schema import Data, Recipe
+from distillm_cli.config.sft_stage import sft_before
+from distillm_cli.data.batching import Examples, steps_per_epoch, tokenize
+from distillm_cli.data.encoder import Encoder
+from distillm_cli.data.sources import Rows, is_path, load_rows, local_place
+from distillm_cli.data.templates import settled_template
+from distillm_cli.errors import DataError
+from distillm_cli.models import lora
+from distillm_cli.models.composite import freeze_rest, is_composite
+from distillm_cli.models.contexts import context_of
+from distillm_cli.models.pair import check_kinds, check_vocabularies, resolve_device, resolve_dtype
+from distillm_cli.models.shapes import Shape, Sizes, has_weights, load_shape, sizes, student_spec, weight_bytes
+from distillm_cli.rollouts.scheduler import Scheduler
+from distillm_cli.runs import costs, gpus
+from distillm_cli.runs.prepare import Prepared, new_order, new_replay, prepare, texts_of
+from distillm_cli.runs.report import check_answers, check_metric
+from distillm_cli.runs.teacher_states import Keeping, check_rows, disk_free, plan_keeping, uses_rows
+from distillm_cli.training.events import Listener, Note, silent
+from distillm_cli.ui.display import size
+from distillm_cli.utils import garbage, text
+from distillm_cli.utils.host import available_memory
+from distillm_cli.utils.text import redact
+
+T = TypeVar("T")
+_BUILT = re.compile(r"[a-z]+:")  # random:…; no hub name and no path here begins so
+_IN_HOST = (
+    "teacher_states",
+    "rollout_states",
+    "teacher_sample_states",
+)  # whatever the accelerator, they lie in the machine's own memory
+
+
+def weights_are_at_hand(recipe: Recipe) -> bool:
+    """Whether the run's models can be loaded here as they are: directories with weights that fit the free memory, or
+    models from scratch."""
+    is_needed = recipe.method != "sft" or recipe.student.is_built
+    paths = [recipe.student.path, recipe.teacher.path if is_needed else None]
+    loaded = [path for path in paths if path is not None and not _BUILT.match(path)]
+    if not all(has_weights(path) for path in loaded):
+        return False
+    free = available_memory()
+    return free is None or sum(weight_bytes(path) for path in loaded) <= free / 4  # read as float32, and some room
+
+
+def survey(resolved: Resolved, listener: Listener) -> tuple[dict[str, Any], Prepared | None]:
+    """The plan of one run; the prepared run too, where weights are at hand."""
+    garbage.take_up()
+    if not weights_are_at_hand(resolved.recipe):
+        return of_shapes(resolved, listener)[0], None
+    check_metric(resolved.recipe)
+    run = prepare(resolved.recipe, listener)
+    check_answers(run)
+    return of_run(run, resolved), run
+
+
+def of_run(run: Prepared, resolved: Resolved) -> dict[str, Any]:
+    """The plan of a run whose models and rows are loaded."""
+    teacher = None if run.pair.teacher is None else run.pair.teacher.model
+    keeping = None if teacher is None else plan_keeping(run)
+    states, kept = {}, {}
+    if keeping is not None and keeping.mode != "off":
+        in_memory = keeping.rows_bytes if keeping.mode == "memory" else 0  # those on disk are mapped
+        states = {
+            "teacher_states": keeping.held_out_bytes + in_memory,
+            "rollout_states": keeping.rollout_bytes,
+            "teacher_sample_states": keeping.sample_bytes,
+        }
+    if keeping is not None:
+        kept = {"teacher_cache": _kept(run, keeping)}
+    sized = costs.Run(
+        recipe=run.recipe,
+        student=sizes(run.student.model, run.pair.vocab),
+        teacher=None if teacher is None else sizes(teacher, run.pair.vocab),
+        vocab=run.pair.vocab,
+        lengths=_measured(run.recipe, run.train),
+        itemsize=run.dtype.itemsize,
+        teacher_itemsize=2 if teacher is None else teacher.dtype.itemsize,
+        device=run.device.type,
+        states=states,
+        cached=keeping is not None and bool(keeping.rows_bytes),
+        keeps=keeping is not None and keeping.mode != "off",
+    )
+    sized = _with_fine_tuning(sized, resolved)
+    dtypes = {"student": run.student.model.dtype, "teacher": None if teacher is None else teacher.dtype}
+    return _told(sized, str(run.device), run.dtype, dtypes) | {"data": _data(run)} | kept
+
+
+def _data(run: Prepared) -> dict[str, Any]:
+    lengths = run.train.lengths
+    return _rows_told(run.train_rows, run.train) | {
+        "valid_rows": len(run.valid),
+        "response_tokens": run.train.tokens,
+        "longest": int(lengths.max()),
+        "mean_length": round(float(lengths.mean()), 1),
+    }
+
+
+def of_shapes(
+    resolved: Resolved, listener: Listener = silent, made: Mapping[str, Shape] | None = None
+) -> tuple[dict[str, Any], Shape]:
+    """The plan of a run whose weights are not here, and the student's shape. Tokenizer and rows are used where they are
+    at hand, else the recipe's limits stand for them. A device that the recipe leaves open is taken to be a GPU.
+
+    made: shapes of models that are yet to be made, by ``stage:NAME``.
+    """
+    recipe = resolved.recipe
+    check_metric(recipe)
+    if recipe.method != "sft" and recipe.teacher.cache == "disk":
+        check_rows(recipe)
+    needed = recipe.needs_responses
+    rows, why = at_hand(lambda: load_rows(recipe.data, "train", require_output=needed), recipe.data.source)
+
+    read = None if rows is None else partial(texts_of, rows, recipe.data)
+    common = {"max_length": recipe.data.max_length, "made": made}
+    origin = None  # of a student that is built after it, for `sft` too
+    if recipe.teacher.path is not None and (recipe.method != "sft" or recipe.student.is_built):
+        origin = load_shape(recipe.teacher.path, revision=recipe.teacher.revision, **common)
+    student = load_shape(**student_spec(recipe.student), texts=read, teacher=origin, **common)
+    teacher = origin if recipe.method != "sft" else None
+    vocab = student.vocab if teacher is None else min(student.vocab, teacher.vocab)
+    notes = ["weights are not at hand: models by their configs"]
+    if teacher is not None:
+        check_kinds(teacher, student)
+    if teacher is not None and teacher.tokenizer is not None and student.tokenizer is not None:
+        check_vocabularies(teacher.tokenizer, student.tokenizer)
+    elif teacher is not None:
+        notes.append("a tokenizer is not at hand: whether the vocabularies fit is not known")
+    examples = None
+    tokenizer = student.tokenizer
+    if rows is not None and tokenizer is not None:
+        how = {"is_encoder_decoder": student.is_encoder_decoder, "needs_responses": recipe.needs_responses}
+        encoder = Encoder(tokenizer, _asked_in(recipe, rows, student, teacher), **how)
+        examples = tokenize(rows, encoder, recipe.data, silent, _context(student, teacher))
+        lengths = _measured(recipe, examples)
+    else:
+        lengths = _limits(recipe, rows, student, teacher)
+        notes.append(f"{why or 'no tokenizer at hand'}: every row is taken to be as long as data.max_length allows")
+    is_open = recipe.train.device == "auto"
+    device = torch.device("cuda") if is_open else resolve_device(recipe.train.device)
+    dtype, teacher_dtype = (_dtype(name, device, is_open) for name in (recipe.student.dtype, recipe.teacher.dtype))
+    if is_open:
+        notes.append("train.device is auto: planned for a GPU")
+    counted = None if teacher is None else _frozen(sizes(teacher.model, vocab))
+    kept, states = _would_keep(recipe, counted, lengths, teacher_dtype.itemsize)
+    sized = costs.Run(
+        recipe=recipe,
+        student=sizes(_trained(student, recipe), vocab),
+        teacher=counted,
+        vocab=vocab,
+        lengths=lengths,
+        itemsize=dtype.itemsize,
+        teacher_itemsize=teacher_dtype.itemsize,
+        device=device.type,
+        states=states,
+        cached=kept is not None and bool(kept["bytes"]),
+        keeps=recipe.teacher.cache != "off",
+    )
+    sized = _with_fine_tuning(sized, resolved)
+    data: dict[str, Any] = {"source": redact(recipe.data.source), "rows": None if rows is None else len(rows)}
+    if rows is not None and examples is not None:
+        data |= _rows_told(rows, examples) | {"response_tokens": examples.tokens}
+    data |= {"longest": lengths.longest, "mean_length": round(lengths.mean, 1)}
+    for note in notes:
+        listener(Note(note))
+    found = _told(sized, "GPU" if is_open else str(device), dtype, {"student": torch.float32, "teacher": teacher_dtype})
+    return found | {"data": data, "notes": notes} | ({} if kept is None else {"teacher_cache": kept}), student
+
+
+def _asked_in(recipe: Recipe, rows: Rows, student: Shape, teacher: Shape | None) -> Data:
+    """Return the recipe's data section with the template that a run would settle on."""
+    own = student.tokenizer.chat_template
+    other = own if teacher is None or teacher.tokenizer is None else teacher.tokenizer.chat_template
+    if own is None:
+        student.tokenizer.chat_template = other
+    if recipe.data.template != "auto":
+        return recipe.data
+    template = settled_template(rows, own is not None and other is not None)
+    return recipe.data if template is None else recipe.data.model_copy(update={"template": template[0]})
+
+
+def _with_fine_tuning(run: costs.Run, resolved: Resolved) -> costs.Run:
+    """The same with the stage that ``student.sft_epochs`` asks for, on the same rows and without the teacher."""
+    stage = sft_before(resolved)
+    if stage is None:
+        return run
+    per_epoch = run.lengths.steps_per_epoch
+    lengths = replace(run.lengths, steps=None if per_epoch is None else _steps(stage.recipe, per_epoch))
+    before = replace(run, recipe=stage.recipe, teacher=None, lengths=lengths, states=None, cached=False)
+    return replace(run, before=before)
+
+
+def _told(run: costs.Run, device: str, dtype: torch.dtype, dtypes: Mapping[str, torch.dtype | None]) -> dict[str, Any]:
+    """What both ways of planning say, from the numbers."""
+    models: dict[str, Any] = {}
+    for name, counted in (("student", run.student), ("teacher", run.teacher)):
+        if counted is not None:
+            models[name] = model_told(counted, str(dtypes[name]).removeprefix("torch."))
+    if run.teacher is not None:
+        ratio = run.teacher.parameters["total"] / run.student.parameters["total"]
+        models["ratio"] = round(ratio, 2)
+    need = costs.memory(run)
+    on_gpu = _on_a_gpu(run)
+    gpu_need = costs.at_once(
+        {part: n for part, n in costs.memory(on_gpu).items() if part not in _IN_HOST}, on_gpu.device
+    )
+    lengths = run.lengths
+    before = {} if run.before is None else {"sft": _fine_tuning_told(run.before)}
+    return {
+        "method": run.recipe.method,
+        "device": device,
+        "dtype": str(dtype).removeprefix("torch."),
+        "models": models,
+        "vocabulary": run.vocab,
+        "steps": lengths.steps,
+        "steps_per_epoch": lengths.steps_per_epoch,
+        "sequences_per_step": run.sequences
+        * (2 if run.recipe.objective.row_weight or run.recipe.schedule.kind == "pairs" else 1),
+        "memory": need | {"total": costs.at_once(need, run.device)},
+        "step_flops": _step_flops(run),
+        **before,
+        "gpus": costs.on_gpus(on_gpu, gpu_need),
+        "assumed": gpus.ASSUMED,
+    }
+
+
+def _step_flops(run: costs.Run) -> dict[str, float]:
+    return {source: float(f"{gpus.flops(work):.4g}") for source, work in costs.steps(run).items()}
+
+
+def _fine_tuning_told(run: costs.Run) -> dict[str, Any]:
+    return {"epochs": run.recipe.train.epochs, "steps": run.lengths.steps, "step_flops": _step_flops(run)}
+
+
+def _on_a_gpu(run: costs.Run) -> costs.Run:
+    """The same run on a GPU of today, in the type that auto would choose there for the student."""
+    itemsize = gpu_itemsize(run.recipe.student.dtype)
+    before = None if run.before is None else _on_a_gpu(run.before)
+    return replace(run, device="cuda", itemsize=itemsize, before=before)
+
+
+def model_told(counted: Sizes, dtype: str) -> dict[str, Any]:
+    """A model's sizes, for people and scripts. encoder_layers: of an encoder-decoder, whose ``layers`` are the decoder's."""
+    encoder = {} if counted.encoder is None else {"encoder_layers": counted.encoder.layers}
+    return encoder | {
+        "kind": counted.kind,
+        "parameters": counted.parameters["total"],
+        "parts": {part: counted.parameters[part] for part in ("embeddings", "trunk", "head", "outside")},
+        "trainable": counted.parameters["trainable"],
+        "layers": counted.layers,
+        "width": counted.width,
+        "context": counted.context,
+        "dtype": dtype,
+    }
+
+
+def _kept(run: Prepared, keeping: Keeping) -> dict[str, Any]:
+    """What would be kept of the teacher's states: bytes of rows and, at most, of replayed rollouts."""
+    told = {
+        "mode": keeping.mode,
+        "rows": len(run.train) if keeping.rows_bytes else 0,
+        "bytes": keeping.rows_bytes,
+        "rollout_bytes": keeping.rollout_bytes,
+        "sample_bytes": keeping.sample_bytes,
+        "why": keeping.why,
+    }
+    if keeping.place is None:
+        return told
+    return told | {"place": str(keeping.place), "hit": keeping.is_made, "disk_free": disk_free(keeping.place)}
+
+
+def _trained(student: Shape, recipe: Recipe) -> PreTrainedModel:
+    """The student as it is trained: under its adapter, where it has one (a copy: what others read is the whole model)."""
+    if recipe.student.lora.r is None and not is_composite(student.model.config):
+        return student.model
+    model = copy.deepcopy(student.model)
+    freeze_rest(model)
+    if recipe.student.lora.r is None:
+        return model
+    with torch.device("meta"):
+        lora.attach(model, recipe.student.lora, seed=0, base=str(recipe.student.path), revision=None)
+    return model
+
+
+def _frozen(counted: Sizes) -> Sizes:
+    """As a teacher: nothing of it is trained."""
+    return replace(counted, parameters=counted.parameters | {"trainable": 0})
+
+
+def _would_keep(
+    recipe: Recipe, teacher: Sizes | None, lengths: costs.Lengths, itemsize: int
+) -> tuple[dict[str, Any] | None, dict[str, int]]:
+    """As ``_kept``, by arithmetic: width × size of a value for each response token; and the parts of the memory."""
+    if teacher is None:
+        return None, {}
+    per_token, mode = teacher.head_in * itemsize, recipe.teacher.cache
+    schedule = Scheduler(recipe.schedule, steps=1, seed=0)
+    train, counted = recipe.train, lengths.rows or 0
+    step_rows = min(train.batch_size * train.accumulate, lengths.rows or math.inf)
+    comes_back = None not in (lengths.steps, lengths.steps_per_epoch) and lengths.steps > lengths.steps_per_epoch
+    rows = round(counted * lengths.response * per_token) if uses_rows(recipe) else 0
+    drawn = min(new_replay(recipe, step_rows).capacity, (lengths.steps or math.inf) * step_rows)
+    rollouts = drawn * recipe.rollout.max_new_tokens * per_token if schedule.may_replay else 0
+    asked_again = schedule.samples_come_back and comes_back and recipe.objective.kd_weight > 0
+    samples = counted * recipe.rollout.max_new_tokens * per_token if asked_again else 0
+    if mode == "off":
+        rollouts = samples = 0
+    keeps = rows if mode in ("memory", "disk") or (mode == "auto" and comes_back) else 0
+    listed = {f"for {text.counted(counted, 'row')}": keeps, "for replayed rollouts, at most": rollouts}
+    listed = {what: n for what, n in (listed | {"for teacher samples, at most": samples}).items() if n}
+    places = {"off": "", "disk": "on disk", "memory": "in memory", "auto": "in memory, where enough is free"}
+    why = f"{places[mode]}: {', '.join(f'{size(n)} {what}' for what, n in listed.items())}"
+    if not listed:
+        why = "not kept" if mode == "off" else "not kept: nothing is seen twice"
+    if lengths.rows is None and uses_rows(recipe) and mode != "off":
+        why = f"{size(per_token)} for each response token of a row{f'; {why}' if listed else ''}"
+    parts = {
+        "teacher_states": keeps if mode != "disk" else 0,
+        "rollout_states": rollouts,
+        "teacher_sample_states": samples,
+    }
+    kept = {"mode": mode, "rows": lengths.rows if keeps else 0, "bytes": keeps, "rollout_bytes": rollouts}
+    return kept | {"sample_bytes": samples, "why": why, "bytes_per_token": per_token}, parts
+
+
+def at_hand(read: Callable[[], T], source: str) -> tuple[T | None, str]:
+    """What is read of a source of rows; None where it is not at hand, and why."""
+    try:
+        return read(), ""
+    except DataError as error:
+        if is_path(source) or local_place(source) is not None:
+            raise  # it is here, or should be: a fault in it is worth more than an estimate
+        return None, f"no rows of {redact(source)} at hand ({error.what.partition(' (')[0].split(': ', 1)[-1]})"
+
+
+def _rows_told(rows: Rows, examples: Examples) -> dict[str, Any]:
+    return {
+        "source": rows.name,
+        "rows": len(rows),
+        "format": rows.described,
+        "columns_not_read": {name: round(share, 4) for name, share in rows.not_read.items()},
+        "kept": len(examples),
+        "dropped": examples.dropped,
+        "dropped_prompts": examples.dropped_prompts,
+        "truncated": examples.truncated,
+        "bad_rows_skipped": len(rows.skipped),
+    }
+
+
+def _measured(recipe: Recipe, examples: Examples) -> costs.Lengths:
+    order, lengths = new_order(recipe, examples), examples.lengths
+    return costs.Lengths(
+        longest=int(lengths.max()),
+        mean=float(lengths.mean()),
+        response=examples.tokens / len(examples),
+        rows=len(examples),
+        steps=_steps(recipe, order.steps_per_epoch),
+        steps_per_epoch=order.steps_per_epoch,
+    )
+
+
+def _limits(recipe: Recipe, rows: Rows | None, student: Shape, teacher: Shape | None) -> costs.Lengths:
+    """What the recipe allows: prompts of ``max_prompt_length``, and responses that fill the rest."""
+    context = _context(student, teacher)
+    longest = recipe.data.max_length if context is None else min(recipe.data.max_length, context)
+    prompt = recipe.data.max_prompt_length
+    response = max(1, longest - (prompt if prompt < longest else longest // 2))
+    per_epoch = None
+    if rows is not None:
+        per_epoch = steps_per_epoch(len(rows), recipe.train.batch_size * recipe.train.accumulate)
+    steps = recipe.train.steps if per_epoch is None else _steps(recipe, per_epoch)
+    return costs.Lengths(
+        longest=longest,
+        mean=longest,
+        response=response,
+        rows=None if rows is None else len(rows),
+        steps=steps,
+        steps_per_epoch=per_epoch,
+    )
+
+
+def _steps(recipe: Recipe, per_epoch: int) -> int:
+    return recipe.train.steps or max(1, math.ceil(recipe.train.epochs * per_epoch))
+
+
+def _context(student: Shape, teacher: Shape | None) -> int | None:
+    found = (context_of(s.model.config) for s in (student, teacher) if s)
+    return min((n for n in found if n is not None), default=None)
+
+
+def _dtype(name: str, device: torch.device, is_open: bool) -> torch.dtype:
+    return torch.bfloat16 if is_open and name == "auto" else resolve_dtype(name, device)
+
+
+def gpu_itemsize(name: str) -> int:
+    """Bytes of a value of this compute type on a GPU of today, where auto is bf16."""
+    return 4 if name == "fp32" else 2

@@ -1,0 +1,105 @@
+"""Where the prompts of ``distillm generate`` come from, and how they are written beside the responses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from distillm_cli.config.schema import Data
+from distillm_cli.data.encoder import Encoder
+from distillm_cli.data.files import format_of
+from distillm_cli.data.rows import BadRow, parse
+from distillm_cli.data.sources import Row, kind_of, load_rows, user_path
+from distillm_cli.errors import DataError
+from distillm_cli.training.events import Listener, Warned
+from distillm_cli.utils.text import all_are
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Where the prompts come from, exactly one of data, prompts and input; and how many, with how many samples each."""
+
+    data: str | None = None
+    split: str | None = None
+    prompts: list[str] | None = None
+    input: str | None = None
+    limit: int | None = None
+    samples: int = 1
+
+
+def prompts_of(wanted: Wanted, data: Data, listener: Listener) -> list[Row]:
+    """The rows to answer; they may lack a response. Raises DataError."""
+    if wanted.prompts is not None:
+        rows = [Row(instruction=text, where=f"--prompt {i}") for i, text in enumerate(wanted.prompts, start=1)]
+        return rows[: wanted.limit]
+    source = wanted.data if wanted.input is None else wanted.input
+    path = user_path(source)
+    if wanted.input == "-" or (wanted.input is not None and kind_of(path) != "directory" and format_of(path) is None):
+        return _lines(wanted.input, data, listener)[: wanted.limit]
+    # Whatever the model's own recipe says of its training rows, these are others.
+    data = data.model_copy(update={"source": source, "valid": None, "limit": None})
+    split = wanted.split or ("test" if kind_of(path) == "file" else "train")  # of a single file, test is all of it
+    stand_in = wanted.split is None  # a split that was asked for is that one, or an error
+    return list(load_rows(data, split, listener=listener, require_output=False, limit=wanted.limit, stand_in=stand_in))
+
+
+def _lines(source: str, data: Data, listener: Listener) -> list[Row]:
+    """A prompt a line: an instruction as text, or a row as a JSON object."""
+    try:
+        raw = sys.stdin.buffer.read() if source == "-" else user_path(source).read_bytes()
+        lines = raw.decode("utf-8-sig").split("\n")
+    except OSError as error:
+        raise DataError(f"{source}: {error.strerror or error}", hint="check the path") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source}: not UTF-8 (byte {error.start})") from None
+    name = "stdin" if source == "-" else Path(source).name
+    found = [(f"{name}:{number}", line.rstrip("\r")) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not found:
+        raise DataError(f"{name}: no prompts in it", hint="one a line")
+    rows = []
+    for where, line in found:
+        try:
+            record = json.loads(line) if line.lstrip().startswith("{") else None
+        except ValueError:
+            record = None  # a prompt may well begin with a brace
+        if not isinstance(record, dict):
+            rows.append(Row(instruction=line, where=where))
+            continue
+        try:
+            rows.append(parse(record, where, data.columns, require_output=False))
+        except BadRow as error:
+            if not data.skip_bad_rows:
+                raise DataError(
+                    f"{where}: {error}", hint="fix the row, or skip such rows with --skip-bad-rows"
+                ) from None
+            listener(Warned(f"skipped {where}: {error}"))
+    if not rows:
+        raise DataError(f"{name}: {all_are(len(found), 'row')} broken")
+    return rows
+
+
+def rereadable(rows: list[Row], ids: list[np.ndarray], encoder: Encoder, listener: Listener) -> list[str]:
+    """Return each prompt as the text that, read back as a row's exact prompt, gives the same tokens again.
+
+    A chat template writes the beginning-of-sequence token itself, while the encoder puts it before an exact prompt. Rows
+    of messages are read back as messages, whatever their prompt's text.
+    """
+    texts = [encoder.renderer.prompt(row) for row in rows]
+    suspects = [i for i, row in enumerate(rows) if encoder.renderer.form(row) == "chat"]
+    if not suspects:
+        return texts
+    reader = encoder.under(template="exact")
+    start = encoder.tokenizer.bos_token
+    lost = 0
+    for i in suspects:
+        candidates = [texts[i], *([texts[i].removeprefix(start)] if start else [])]
+        exact = [text for text in candidates if np.array_equal(reader.prompt_ids(Row(prompt=text)), ids[i])]
+        texts[i] = exact[0] if exact else texts[i]
+        lost += not exact and rows[i].messages is None
+    if lost:
+        listener(Warned(f"{lost:,} chat prompts cannot be written so that they read back as the same tokens"))
+    return texts

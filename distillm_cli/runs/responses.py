@@ -1,0 +1,133 @@
+"""The file that ``generate`` writes: whole lines in order, resumable, never overwritten unasked.
+
+What a file was made with stands in a hidden file beside it, ``.NAME.generate.json``, so that the rows stay plain data and
+a resume can tell whether it goes on with the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from distillm_cli.errors import CheckpointError, StorageError, UsageError
+from distillm_cli.runs import output_dir
+
+Line = dict[str, Any]
+
+
+class Responses:
+    """One output file. ``count`` whole rows are in it."""
+
+    def __init__(self, path: Path, *, resume: bool, overwrite: bool):
+        """Raises UsageError for a path that cannot be used so; nothing is touched yet."""
+        if path.suffix != ".jsonl":
+            raise UsageError(f"--output {path}", where="rows are JSON lines", hint=f"try --output {path}.jsonl")
+        if resume and overwrite:
+            raise UsageError("--resume and --overwrite exclude each other", hint="give one of them")
+        if path.is_dir():
+            raise UsageError(f"--output {path} is a directory", hint="give a file")
+        self.path, self.resume, self.overwrite, self.count = path, resume, overwrite, 0
+        self._check_free()
+        self.record = path.with_name(f".{path.name}.generate.json")
+        self._held: BinaryIO | None = None  # nobody else writes the file while this is open
+
+    def _check_free(self) -> None:
+        if self.path.exists() and not (self.resume or self.overwrite):
+            hint = "choose another, or give --resume to go on or --overwrite to start anew"
+            raise UsageError(f"--output {self.path} exists", hint=hint)
+
+    def begin(self, settings: Mapping[str, Any], expected: SequenceOf[Mapping[str, Any]]) -> None:
+        """Starts the file anew, or (resume, and it exists) checks it and counts its rows.
+
+        settings: all that shapes the rows. expected: what each row must hold, in order; every such key is compared.
+        Raises CheckpointError when the file was made otherwise or was changed, StorageError when it cannot be written,
+        UsageError where another process is writing it.
+        """
+        is_new = not self.path.exists()
+        with _writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._held = self.path.open("ab")
+        if output_dir.is_taken(self._held.fileno()):
+            raise UsageError(f"another run is writing {self.path}", hint="wait for it, or choose another --output")
+        if not is_new:
+            self._check_free()  # again: another run may have begun and ended while this one's model was loaded
+        if self.resume and not is_new:
+            self._compare(settings)
+            self.count = self._verify(expected)
+            return
+        with _writing(self.path):
+            try:
+                self._held.truncate(0)
+                output_dir.write_text(self.record, json.dumps(settings, indent=1) + "\n")
+            except OSError:
+                if is_new:
+                    self.path.unlink()
+                raise
+
+    def close(self) -> None:
+        """Others may write the file."""
+        if self._held is not None:
+            self._held.close()
+
+    def add(self, lines: SequenceOf[Line]) -> None:
+        """Appends rows; they are on the disk when this returns."""
+        with _writing(self.path), self.path.open("ab") as file:
+            file.write("".join(text_of(line, ascii_only=False) for line in lines).encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
+        self.count += len(lines)
+
+    def _compare(self, settings: Mapping[str, Any]) -> None:
+        hint = "resume with the settings it was started with, or start anew with --overwrite"
+        try:
+            before = json.loads(self.record.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise CheckpointError(f"how {self.path} was made is not known: no {self.record.name}", hint=hint) from None
+        changed = [key for key, value in settings.items() if before.get(key) != value]
+        if changed:
+            key = changed[0]
+            values = (before.get(key), settings[key])
+            how = f"was {values[0]}, now {values[1]}" if all(len(str(v)) < 30 for v in values) else "differ"
+            more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+            raise CheckpointError(f"{self.path} was made otherwise: {key} {how}{more}", hint=hint)
+
+    def _verify(self, expected: SequenceOf[Mapping[str, Any]]) -> int:
+        """How many whole rows there are; half a line at the end, of a write that was cut off, is removed."""
+        raw = self.path.read_bytes()
+        whole = raw[: raw.rfind(b"\n") + 1]
+        lines = whole.split(b"\n")[:-1]
+        hint = "start anew with --overwrite"
+        if len(lines) > len(expected):
+            raise CheckpointError(f"{self.path} has {len(lines)} rows, {len(expected)} are wanted", hint=hint)
+        for number, (line, wanted) in enumerate(zip(lines, expected, strict=False), start=1):
+            try:
+                row = json.loads(line)
+                same = all(row[key] == value for key, value in wanted.items())
+            except (ValueError, KeyError, TypeError):
+                same = False
+            if not same:
+                raise CheckpointError(f"{self.path}:{number} is not the row that belongs there", hint=hint)
+        if len(whole) < len(raw):
+            with _writing(self.path):
+                os.truncate(self.path, len(whole))
+        return len(lines)
+
+
+def text_of(line: Line, *, ascii_only: bool) -> str:
+    """A row as a line of JSON."""
+    return json.dumps(line, ensure_ascii=ascii_only) + "\n"
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path}: {error.strerror or error}", hint="free some space, or choose another --output"
+        ) from error

@@ -1,0 +1,227 @@
+"""What is known of a pipeline's stages from their directories: ``OUTPUT/STAGE/stage.json``.
+
+A stage's fingerprint is the SHA-256 of everything that shapes its result: its verb and its settings (not those that no
+result depends on, such as where a cache is kept), the identity of each making of a stage that it reads, and the identity
+of its local inputs. Of data files, configs and tokenizers that is the SHA-256 of their bytes. Of weights it is the size
+and 64 blocks of 64 KiB spread over the file: training changes every tensor, a copy or a `touch` none, and a large model is
+not read through at every start. What has a name on the hub is known by that name and its revision.
+
+What a finished stage made is known in the same way: its rows and configs by their bytes, its weights by size and blocks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from distillm_cli.config.ownership import SAMPLING
+from distillm_cli.config.pipeline_recipe import PREFIX, Stage, inputs, values
+from distillm_cli.config.shaping import shaping
+from distillm_cli.data.files import COMPRESSIONS, FORMATS
+from distillm_cli.data.sources import is_path, local_place
+from distillm_cli.data.tables import saved_splits
+from distillm_cli.errors import CheckpointError, DataError, StorageError, UsageError
+from distillm_cli.runs import output_dir
+from distillm_cli.runs.inputs import is_data, place_of
+
+RECORD, SAMPLES, LOCK = "stage.json", "samples.jsonl", ".run.lock"
+FORMAT = 1
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
+_BESIDE_WEIGHTS = (".json", ".jinja", ".txt", ".model", ".arrow", *FORMATS, *COMPRESSIONS)
+_NOT_OF_A_MODEL = {"stage.json", "metrics.jsonl", "manifest.json"}
+_BLOCKS, _BLOCK = 64, 1 << 16
+
+_SHAPING = {"generate": (*SAMPLING, "student.dtype"), "eval": ("student.dtype",)}
+_NOT_SHAPING = ("data.workers", "eval.report_rows", "eval.batch_size")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What ``stage.json`` holds. status: "starting" (what an earlier making left may still be there), "started", "done".
+
+    of: all that the fingerprint is made of. made: names this making of the stage. files: of a stage that was finished,
+    the identities of its main files, by path under its directory. result: the verb's own object.
+    """
+
+    stage: str
+    verb: str
+    status: str
+    fingerprint: str
+    made: str
+    of: Mapping[str, Any]
+    files: Mapping[str, str | int] = field(default_factory=dict)
+    result: Mapping[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
+
+
+def read(place: Path) -> Record | None:
+    """The record in a stage's directory; None where there is none. Raises CheckpointError, and UsageError for a directory
+    that holds files and is no stage's: a pipeline never touches those."""
+    path = place / RECORD
+    if not path.exists():
+        if place.is_file() or (place.is_dir() and any(place.iterdir())):
+            raise UsageError(
+                f"{place} is there and was not made by `distillm run`",
+                hint="choose another --output, or move it away",
+            )
+        return None
+    hint = f"remove {place} to make that stage anew"
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        if told["format"] != FORMAT:
+            raise CheckpointError(f"{path}: format {told['format']}, this version reads {FORMAT}", hint=hint)
+        record = Record(**told)
+        if not all(isinstance(record.of.get(part), dict) for part in ("settings", "reads", "files")):
+            raise ValueError("it does not say what the stage was made of")
+        return record
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error})", hint=hint) from error
+
+
+def write(place: Path, record: Record) -> None:
+    """Writes the record, whole or not at all. Raises StorageError."""
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        output_dir.write_text(place / RECORD, json.dumps(asdict(record), indent=1, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise StorageError(f"cannot write to {place}: {error.strerror}", hint="choose another --output") from error
+
+
+def begin(stage: Stage, of: Mapping[str, Any], before: Record | None) -> Record:
+    """The record of a stage that is to be made (or gone on with, where ``before`` is of the same fingerprint: what that
+    had finished stays on record)."""
+    mark = fingerprint(of)
+    if before is not None and before.fingerprint == mark:
+        status = "starting" if before.status == "starting" else "started"
+        return Record(stage.name, stage.verb, status, mark, before.made, of, before.files)
+    return Record(stage.name, stage.verb, "starting", mark, _new_name(), of)
+
+
+def finished(record: Record, stage: Stage, place: Path, result: Mapping[str, Any]) -> Record:
+    """The record of a stage that is made. What had been finished and differs now (rows that somebody mended) is another
+    making, and whoever has read the earlier one runs again."""
+    made = _new_name() if record.files and not is_whole(record, place) else record.made
+    return replace(record, status="done", made=made, files=main_files(stage, place), result=result)
+
+
+def _new_name() -> str:
+    return secrets.token_hex(8)
+
+
+def fingerprint(of: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
+
+
+def makes(stage: Stage, place: Path) -> Path:
+    """Where what a stage makes is to be found: a model directory, or a file of rows."""
+    return place / SAMPLES if stage.verb == "generate" else place
+
+
+def main_files(stage: Stage, place: Path) -> dict[str, str]:
+    """The files without which a finished stage is not finished, and their identities."""
+    of_verb = {"generate": (SAMPLES,), "eval": ("**/results.json", "**/predictions-*.jsonl")}
+    patterns = of_verb.get(stage.verb, output_dir.MODEL_FILES)
+    found = sorted(path for pattern in patterns for path in place.glob(pattern))
+    return {path.relative_to(place).as_posix(): _identity(path) for path in found}
+
+
+def is_whole(record: Record, place: Path) -> bool:
+    """Whether a finished stage's main files are still there, as they were."""
+    return bool(record.files) and all(_is_still(known, place / name) for name, known in record.files.items())
+
+
+def _is_still(known: str | int, path: Path) -> bool:
+    if not path.is_file():
+        return False
+    # A number is the size, which is all that was recorded before there were identities.
+    return path.stat().st_size == known if isinstance(known, int) else _identity(path) == known
+
+
+def shaped_by(stage: Stage, made: Mapping[str, str]) -> dict[str, Any]:
+    """All that shapes a stage's result. made: by stage name, which making of it is there to be read."""
+    recipe = stage.resolved.recipe
+    if stage.verb in ("sft", "distill"):
+        settings = shaping(recipe)
+    else:
+        sections = ("data.", "eval.") if stage.verb == "eval" else ("data.",)
+        every = {key: value for key, value in values(recipe).items() if key not in _NOT_SHAPING}
+        settings = {k: v for k, v in every.items() if k.startswith(sections) or k in _SHAPING[stage.verb]}
+    own = stage.own.model_dump(mode="json", exclude={"recipe"})
+    files = {text: known for key, text in inputs(stage.own, recipe) if (known := _identity_of(key, text)) is not None}
+    return {"settings": {**own, **settings}, "reads": {name: made[name] for name in stage.reads}, "files": files}
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What of a stage has changed, as clauses: "train.lr 0.001 → 0.002", "rows.jsonl", "stage teacher"."""
+    found = []
+    for key in sorted(before["settings"].keys() | now["settings"].keys()):
+        old, new = before["settings"].get(key), now["settings"].get(key)
+        if old != new:
+            found.append(f"{key} {old} → {new}")
+    for part, words in (("files", "{}"), ("reads", "stage {}")):
+        old, new = before[part], now[part]
+        found += [words.format(name) for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    return found
+
+
+def check_inputs(stage: Stage) -> None:
+    """Raises DataError for a data file that is not there: better now than after the stages before it."""
+    for key, text in inputs(stage.own, stage.resolved.recipe):
+        if is_data(key) and not text.startswith(PREFIX) and is_path(text) and local_place(text) is None:
+            raise DataError(f"stage {stage.name}: {key} = {text}: no such file or directory", hint="check the path")
+
+
+def _identity_of(key: str, text: str) -> str | None:
+    if text.startswith(PREFIX):
+        return None
+    place = place_of(key, text)
+    if place is None:
+        return None
+    if place.is_file():
+        return _identity(place)
+    digest = hashlib.sha256()
+    for folder in (place, place / "data", *(saved_splits(place) or {}).values()):
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            relevant = path.suffix in (*_WEIGHTS, *_BESIDE_WEIGHTS) and path.name not in _NOT_OF_A_MODEL
+            if relevant and path.is_file() and not path.name.startswith("."):
+                digest.update(f"{path.name} {_identity(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _identity(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            if path.suffix not in _WEIGHTS or size <= _BLOCKS * _BLOCK:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+            digest = hashlib.sha256(str(size).encode())
+            for i in range(_BLOCKS):
+                file.seek(i * (size - _BLOCK) // (_BLOCKS - 1))
+                digest.update(file.read(_BLOCK))
+            return digest.hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}", hint="check the path") from error
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """No other pipeline works in this directory meanwhile. Raises UsageError where one does, StorageError."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        file = (output / LOCK).open("a")
+    except FileExistsError:
+        raise UsageError(f"--output {output} is a file", hint="give a directory") from None
+    except OSError as error:
+        raise StorageError(f"cannot write to {output}: {error.strerror}", hint="choose another --output") from error
+    with file:
+        if output_dir.is_taken(file.fileno()):
+            raise UsageError(
+                f"another `distillm run` is at work in {output}", hint="wait for it, or choose another --output"
+            )
+        yield

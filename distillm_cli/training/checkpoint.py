@@ -1,0 +1,165 @@
+"""Write and read checkpoints: directories that become visible at once, with a manifest that shows whether they are whole.
+
+    checkpoints/step-000200/
+      config.json model.safetensors tokenizer.json …   the student, loadable with from_pretrained
+      training.safetensors                             optimizer, random states, replay buffer
+      state.json                                       every scalar: position, schedule, best value, recipe
+      manifest.json                                    size and SHA-256 of each of the above, written last
+
+It is staged beside its place, flushed to the disk, and renamed; one that is removed is renamed first. So whatever has a
+step's name is whole, whenever the process is killed. No pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from distillm_cli.errors import CheckpointError, StorageError
+from distillm_cli.training.events import Listener, Warned, silent
+from distillm_cli.utils import manifest
+from distillm_cli.utils.manifest import flush as _flush
+from distillm_cli.utils.storage import failed_with, reason, remove, sweep
+
+STATE, TENSORS = "state.json", "training.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A verified checkpoint, read into memory except for the student's weights, which stay at ``path``."""
+
+    path: Path
+    state: dict
+    tensors: dict[str, Tensor]
+
+
+class Checkpoints:
+    """Manage the checkpoints of one run, under ``root``. save_model: writes the student and its tokenizer into a directory.
+
+    listener: is warned, once for each, of old checkpoints that cannot be removed.
+    """
+
+    def __init__(self, root: Path, save_model: Callable[[Path], None], *, keep: int, listener: Listener = silent):
+        self.root = Path(root)
+        self.save_model = save_model
+        self.keep = keep
+        self.listener = listener
+        self._stuck: set[Path] = set()  # old checkpoints that could not be removed
+
+    def path(self, step: int) -> Path:
+        return self.root / f"step-{step:06d}"
+
+    def steps(self) -> list[int]:
+        """Steps with a visible checkpoint, ascending."""
+        return [int(path.name[5:]) for path in visible(self.root)]
+
+    def write(self, step: int, state: dict, tensors: dict[str, Tensor], *, protect: int | None = None) -> Path:
+        """Writes the checkpoint of ``step``, then drops all but the newest ``keep`` and the protected one.
+
+        Raises StorageError when the disk refuses; what was there before is untouched then.
+        """
+        final, staged = self.path(step), self.root / f".staging-step-{step:06d}"
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            sweep(self.root, ".staging-*")
+            if staged.exists():  # what a killed process left and could not be removed
+                remove(staged)
+            staged.mkdir()
+            self.save_model(staged)
+            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, staged / TENSORS)
+            (staged / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+            open_as_others(staged)
+            manifest.write(staged, [path for path in staged.rglob("*") if path.is_file()], step=step)
+            if final.exists():  # the same step once more, after a resume
+                remove(final)
+            staged.rename(final)
+            _flush(self.root)
+        except Exception as error:
+            shutil.rmtree(staged, ignore_errors=True)
+            if failed_with(error) is None:
+                raise
+            kept = visible(self.root)
+            then = f"{kept[-1]} is whole, go on with --resume" if kept else "nothing was saved yet, start it again"
+            raise StorageError(
+                f"cannot write checkpoint {final}: {reason(error)}",
+                hint=f"free some space or choose another --output; {then}",
+            ) from error
+        for old in self.steps()[: -self.keep]:
+            if old != protect:
+                self._drop(self.path(old))
+        return final
+
+    def _drop(self, old: Path) -> None:
+        error = remove(old)
+        if error is not None and old not in self._stuck:
+            self._stuck.add(old)
+            self.listener(Warned(f"cannot remove the old checkpoint {old}: {reason(error)}; it takes up space"))
+
+    def latest(self) -> Checkpoint | None:
+        """The newest checkpoint, verified; None where there is none."""
+        return latest(self.root)
+
+
+def open_as_others(directory: Path) -> None:
+    """Lets whoever may read a file that is made here read the tensors too: safetensors writes them for their owner alone."""
+    probe = directory / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in directory.rglob("*.safetensors"):
+        path.chmod(mode)
+
+
+def visible(root: Path) -> list[Path]:
+    """The checkpoints under ``root``, oldest first."""
+    found = (p for p in Path(root).glob("step-*") if p.is_dir() and p.name[5:].isdigit())
+    return sorted(found, key=lambda p: int(p.name[5:]))
+
+
+def latest(root: Path) -> Checkpoint | None:
+    """The newest checkpoint under ``root``, verified; None where there is none. Raises CheckpointError."""
+    paths = visible(root)
+    return read(paths[-1]) if paths else None
+
+
+def read(path: Path) -> Checkpoint:
+    """A checkpoint, after every file was compared with the manifest. Raises CheckpointError naming the damaged file."""
+    path = Path(path)
+    hint = f"delete {path} to go on from the one before it, or start anew with --overwrite"
+    try:
+        listed = json.loads((path / manifest.MANIFEST).read_text(encoding="utf-8"))
+        if listed["format"] != manifest.FORMAT:
+            what = f"checkpoint format {listed['format']}, this version reads {manifest.FORMAT}"
+            raise CheckpointError(what, where=str(path), hint=hint)
+        for name, sealed in listed["files"].items():
+            if not (path / name).is_file():
+                raise CheckpointError(f"checkpoint file missing: {path / name}", hint=hint)
+            if manifest.seal(path / name) != sealed:
+                raise CheckpointError(f"checkpoint file damaged: {path / name} differs from its manifest", hint=hint)
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        return Checkpoint(path, state, load_file(path / TENSORS))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint unreadable: {path} ({error})", hint=hint) from error
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """Torch's on the CPU, and on ``device`` where that is a GPU, as tensors of a checkpoint."""
+    states = {"random.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["random.cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def restore_random_states(tensors: dict[str, Tensor], device: torch.device) -> None:
+    """Takes back what ``random_states`` gave."""
+    torch.set_rng_state(tensors["random.cpu"])
+    if "random.cuda" in tensors and device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["random.cuda"], device)
