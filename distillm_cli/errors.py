@@ -13,6 +13,9 @@ import sys
 
 from distillm_cli.utils.text import redact
 
+# What to type where a run cannot be resumed. A pipeline, which has no --overwrite, puts its own advice in its place.
+START_OVER = "start over with --overwrite"
+
 # How a plain RuntimeError says that memory ran out: torch's allocators and its mmap; Python, without room for a stack;
 # oneDNN, without room for compiled code (of a product that it cannot do at all it says "a primitive descriptor"); cuBLAS
 # and cuDNN, which take memory for themselves on a GPU that torch has filled.

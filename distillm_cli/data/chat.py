@@ -59,14 +59,12 @@ class Text:
 class TurnEnd:
     """Describe how a chat template ends an assistant turn.
 
-    token: the end-of-turn token's id, None where the template writes no such token. text: what it writes behind the
-    content. is_written: the template writes the token itself; otherwise it is the header of the next turn that ends this
-    one, and the token is appended.
+    token: the id of the token that ends the turn: one behind the content, or the header of the next turn; None where there
+    is neither. text: what the template writes behind the content.
     """
 
     token: int | None
     text: str
-    is_written: bool
 
 
 class ChatTemplate:
@@ -432,15 +430,15 @@ class ChatTemplate:
         try:
             whole = self._write(None, probe)
         except DataError:  # a template that takes other roles: rows show what it can do
-            return TurnEnd(None, "", is_written=False)
+            return TurnEnd(None, "")
         if _PROBES[0] not in whole:
-            return TurnEnd(None, "", is_written=False)
+            return TurnEnd(None, "")
         behind = whole.rpartition(_PROBES[0])[2]
         if run := re.search(f"(?:{self._control})+", behind):
             ids = [self._ids[m[0]] for m in re.finditer(self._control, run[0])]
             token = next((i for i in ids if i in self.stops), ids[-1])
-            return TurnEnd(token, behind, is_written=True)
-        return TurnEnd(self._token_before(None, probe, question), behind, is_written=False)
+            return TurnEnd(token, behind)
+        return TurnEnd(self._token_before(None, probe, question), behind)
 
     def _token_before(self, row: Any, conversation: SequenceOf[Message], following: Message) -> int | None:
         """Return the control token that the template writes between an answer and the next message if models stop at it."""

@@ -23,7 +23,6 @@ _ALPACA_INPUT = (
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
 _CHAT_MODEL = "a chat model or, for one from scratch, such a model's tokenizer (--tokenizer PATH)"
-FORMS = ("exact", "alpaca", "plain", "chat")
 
 
 class Renderer:

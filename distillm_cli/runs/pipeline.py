@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from distillm_cli.config.load import Resolved, to_yaml
 from distillm_cli.config.pipeline_recipe import PREFIX, Pipeline, Stage, Training, inputs, placed
-from distillm_cli.errors import CheckpointError, DistillmError, Interrupted, UsageError, signal_number
+from distillm_cli.errors import START_OVER, CheckpointError, DistillmError, Interrupted, UsageError, signal_number
 from distillm_cli.runs import output_dir, stages
 from distillm_cli.runs.inputs import check_spared
 from distillm_cli.runs.stages import Record
@@ -207,8 +207,8 @@ class _Run:
                 f"stage {stage.name}: {stop.what}", where=stop.where, hint=again, signal_number=stop.exit_code - 128
             ) from stop
         except DistillmError as error:
-            anew = f"remove {place} to make the stage anew"
-            error.args = (f"stage {stage.name}: {error}".replace("start anew with --overwrite", anew),)
+            advice = f"remove {place} to make the stage again"
+            error.args = (f"stage {stage.name}: {error}".replace(START_OVER, advice),)
             raise
         except KeyboardInterrupt as stop:
             what = f"stage {stage.name}: interrupted"

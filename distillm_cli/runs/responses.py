@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from distillm_cli.errors import CheckpointError, StorageError, UsageError
+from distillm_cli.errors import START_OVER, CheckpointError, StorageError, UsageError
 from distillm_cli.runs import output_dir
 
 Line = dict[str, Any]
@@ -83,7 +83,7 @@ class Responses:
         self.count += len(lines)
 
     def _compare(self, settings: Mapping[str, Any]) -> None:
-        hint = "resume with the settings it was started with, or start anew with --overwrite"
+        hint = f"resume with the settings it was started with, or {START_OVER}"
         try:
             before = json.loads(self.record.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -101,7 +101,7 @@ class Responses:
         raw = self.path.read_bytes()
         whole = raw[: raw.rfind(b"\n") + 1]
         lines = whole.split(b"\n")[:-1]
-        hint = "start anew with --overwrite"
+        hint = START_OVER
         if len(lines) > len(expected):
             raise CheckpointError(f"{self.path} has {len(lines)} rows, {len(expected)} are wanted", hint=hint)
         for number, (line, wanted) in enumerate(zip(lines, expected, strict=False), start=1):

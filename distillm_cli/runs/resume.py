@@ -15,7 +15,7 @@ from distillm_cli.config.load import Resolved, load_resolved, settled
 from distillm_cli.config.ownership import ValueOf, is_read, value_of
 from distillm_cli.config.schema import Recipe, Train
 from distillm_cli.config.shaping import shaping
-from distillm_cli.errors import CheckpointError, RecipeError, out_of_memory
+from distillm_cli.errors import START_OVER, CheckpointError, RecipeError, out_of_memory
 from distillm_cli.models.tokenizer_files import quiet
 from distillm_cli.runs import output_dir
 from distillm_cli.runs.prepare import FROZEN, frozen_digest, total_steps
@@ -58,10 +58,10 @@ def checkpoint_of(output: Path, recipe, *, started: bool = True, movable: Collec
     if checkpoint is None and not started:
         return None
     if checkpoint is None:
-        raise CheckpointError(f"no checkpoint in {output / output_dir.CHECKPOINTS}", hint="start anew with --overwrite")
+        raise _no_checkpoint(output)
     if absent := [part for part in ("progress", "recipe") if not isinstance(checkpoint.state.get(part), dict)]:
         what = f"checkpoint unreadable: its state.json says no {absent[0]}"
-        raise CheckpointError(what, where=str(checkpoint.path), hint="start anew with --overwrite")
+        raise CheckpointError(what, where=str(checkpoint.path), hint=START_OVER)
     with as_checkpoint_error(checkpoint):
         Progress(**checkpoint.state["progress"])
         int(checkpoint.state["progress"]["step"])
@@ -110,7 +110,7 @@ def as_checkpoint_error(checkpoint: Checkpoint) -> Iterator[None]:
         raise CheckpointError(
             f"the checkpoint is whole, but not as this version writes them ({type(error).__name__}: {said})",
             where=str(checkpoint.path),
-            hint="resume with the version that wrote it, or start over with --overwrite",
+            hint=f"resume with the version that wrote it, or {START_OVER}",
         ) from error
 
 
@@ -152,11 +152,15 @@ def _counts(key: str, then: Mapping[str, object], now: ValueOf) -> bool:
     return key not in leaves() or is_read(key, now)
 
 
+def _no_checkpoint(output: Path) -> CheckpointError:
+    return CheckpointError(f"no checkpoint in {output / output_dir.CHECKPOINTS}", hint=START_OVER)
+
+
 def best_of(output: Path) -> Checkpoint:
     """The checkpoint whose weights a finished run kept."""
     last = latest(output / output_dir.CHECKPOINTS)
     if last is None:
-        raise CheckpointError(f"no checkpoint in {output / output_dir.CHECKPOINTS}", hint="start anew with --overwrite")
+        raise _no_checkpoint(output)
     best = last.state["progress"].get("best_step")
     return last if best is None else read(last.path.with_name(f"step-{best:06d}"))
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distillm_cli.errors import CheckpointError, StorageError
+from distillm_cli.errors import START_OVER, CheckpointError, StorageError
 from distillm_cli.training.events import Listener, Warned, silent
 from distillm_cli.utils import manifest
 from distillm_cli.utils.manifest import flush as _flush
@@ -133,7 +133,7 @@ def latest(root: Path) -> Checkpoint | None:
 def read(path: Path) -> Checkpoint:
     """A checkpoint, after every file was compared with the manifest. Raises CheckpointError naming the damaged file."""
     path = Path(path)
-    hint = f"delete {path} to go on from the one before it, or start anew with --overwrite"
+    hint = f"delete {path} to go on from the one before it, or {START_OVER}"
     try:
         listed = json.loads((path / manifest.MANIFEST).read_text(encoding="utf-8"))
         if listed["format"] != manifest.FORMAT:
