@@ -46,14 +46,14 @@ def case(name: str, vocab: int, tokens: int, width: int, teacher_width: int) -> 
 
     from distillm_cli.losses.divergences import SkewKL
     from distillm_cli.losses.fused import fused_loss
-    from distillm_cli.losses.terms import Terms
+    from distillm_cli.losses.terms import LossWeights
     from distillm_cli.models.backbone import Head
 
     torch.manual_seed(0)
 
     def fused(hidden, weight, teacher_hidden, teacher_weight):
         return fused_loss(
-            hidden, Head(weight), torch.zeros(len(hidden), dtype=torch.long), terms=Terms(1.0, 0.0, SkewKL(0.1)),
+            hidden, Head(weight), torch.zeros(len(hidden), dtype=torch.long), terms=LossWeights(1.0, 0.0, SkewKL(0.1)),
             teacher_hidden_ND=teacher_hidden, teacher_head=Head(teacher_weight),
             matmul_dtype=torch.bfloat16,
         )  # fmt: skip

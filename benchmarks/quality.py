@@ -87,11 +87,11 @@ class Quality(Lab):
             return
         from transformers import AutoTokenizer
 
-        from distillm_cli.config.schema import Data
+        from distillm_cli.config.schema import DataConfig
         from distillm_cli.data.encoder import Encoder
         from distillm_cli.data.sources import load_rows
 
-        data = Data(source=self.data, template="plain", max_length=64, max_prompt_length=256)
+        data = DataConfig(source=self.data, template="plain", max_length=64, max_prompt_length=256)
         encoder = Encoder(AutoTokenizer.from_pretrained(self.teacher()), data)
         rows = load_rows(data, "train")
         lines = [

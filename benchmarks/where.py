@@ -75,7 +75,7 @@ def main() -> int:
     stages.watch(rollout, "sample", "rollouts")
     stages.watch(teacher.Teacher, "_ask", "step: teacher forward")
     stages.watch(student_loss, "fused_loss", "step: fused loss, gradients of the heads included")
-    stages.watch(student_loss.Objective, "forward", "step: student forward")
+    stages.watch(student_loss.StudentLoss, "forward", "step: student forward")
     stages.watch(torch.optim.AdamW, "step", "step: optimizer")
     stages.watch(report.Report, "all", "report")
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as found:

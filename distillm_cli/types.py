@@ -109,15 +109,15 @@ def collate(sequences: SequenceOf[Sequence]) -> Batch:
     )
 
 
-LEAST_PASS_COST = 64  # in token positions
+MIN_PASS_OVERHEAD = 64  # in token positions
 
 
-Passes = list[
+LengthGroups = list[
     list[Sequence]
 ]  # sequences that one loss is taken of, cut by length: each part goes through the trunk alone
 
 
-def pass_cost(device: str, width: int) -> int:
+def pass_overhead(device: str, width: int) -> int:
     """What one more pass over a student costs beside its tokens, in token positions.
 
     On a CPU that is Python and a call per operation, about as long for a narrow layer as for a wide one, while a position's
@@ -126,20 +126,20 @@ def pass_cost(device: str, width: int) -> int:
 
     device: its type. width: of the student's layers.
     """
-    return max(LEAST_PASS_COST, min(512, 1_400_000 // width**2)) if device == "cpu" else 512
+    return max(MIN_PASS_OVERHEAD, min(512, 1_400_000 // width**2)) if device == "cpu" else 512
 
 
-def passes(sequences: SequenceOf[Sequence], most: int, pass_cost: int = LEAST_PASS_COST) -> Passes:
+def length_groups(sequences: SequenceOf[Sequence], most: int, pass_overhead: int = MIN_PASS_OVERHEAD) -> LengthGroups:
     """The sequences of one step, cut into parts of at most ``most``, each of about one length.
 
     Sums of losses add up whatever the cut, so this saves padding and changes no gradient. The cut minimises padded
-    positions plus ``pass_cost`` per part, by dynamic programming over the sequences sorted by length.
+    positions plus ``pass_overhead`` per part, by dynamic programming over the sequences sorted by length.
     """
     ordered = sorted(sequences, key=len, reverse=True)
     cost, start = [0.0], [0]
     for end in range(1, len(ordered) + 1):
         first = max(0, end - most)
-        costs = [cost[i] + len(ordered[i]) * (end - i) + pass_cost for i in range(first, end)]
+        costs = [cost[i] + len(ordered[i]) * (end - i) + pass_overhead for i in range(first, end)]
         cheapest = min(range(len(costs)), key=costs.__getitem__)
         cost.append(costs[cheapest])
         start.append(first + cheapest)
@@ -150,14 +150,16 @@ def passes(sequences: SequenceOf[Sequence], most: int, pass_cost: int = LEAST_PA
     return cuts[::-1]
 
 
-def micro_batches(sequences: SequenceOf[Sequence], most: int, pass_cost: int = LEAST_PASS_COST) -> list[Passes]:
+def micro_batches(
+    sequences: SequenceOf[Sequence], most: int, pass_overhead: int = MIN_PASS_OVERHEAD
+) -> list[LengthGroups]:
     """The ``passes`` of one step, gathered into micro-batches of at most ``most`` sequences.
 
     A micro-batch is what one backward pass goes through, so its activations are in memory together.
     """
-    gathered: list[Passes] = []
+    gathered: list[LengthGroups] = []
     room = 0
-    for part in passes(sequences, most, pass_cost):
+    for part in length_groups(sequences, most, pass_overhead):
         if len(part) > room:
             gathered.append([])
             room = most

@@ -160,7 +160,7 @@ def generate(
     from distillm_cli.config.shortcuts import Flag
     from distillm_cli.errors import UsageError
     from distillm_cli.runs.generate import run
-    from distillm_cli.runs.prompt_source import Wanted
+    from distillm_cli.runs.prompt_source import PromptSource
     from distillm_cli.ui.console import console
 
     if model is None:
@@ -181,7 +181,7 @@ def generate(
     }
     flags = {key: Flag(*pair) for key, pair in given.items()}
     flags |= options.flags(dtype=dtype, device=device, skip_bad_rows=skip_bad_rows)
-    wanted = Wanted(data=data, split=split, prompts=prompts, input=input, limit=limit, samples=n)
+    wanted = PromptSource(data=data, split=split, prompts=prompts, input=input, limit=limit, samples=n)
     with console(json_mode=json, quiet=quiet) as ui:
         ui.result(
             run(

@@ -149,7 +149,7 @@ BatchSize = Annotated[
     int | None, typer.Option("--batch-size", metavar="N", help="Sequences side by side.", rich_help_panel=TRAINING)
 ]
 Epochs = Annotated[
-    float | None, typer.Option("--epochs", metavar="X", help="Passes over the rows.", rich_help_panel=TRAINING)
+    float | None, typer.Option("--epochs", metavar="X", help="LengthGroups over the rows.", rich_help_panel=TRAINING)
 ]
 Steps = Annotated[
     int | None,

@@ -24,7 +24,7 @@ MetricName = Literal[
 ]  # fmt: skip
 
 
-class Such:
+class Condition:
     """Values of which there are too many to list: what tells them, what they are called, and one of them to try."""
 
     def __init__(self, said: str, example: Any, test: Callable[[Any], bool]):
@@ -37,10 +37,10 @@ class Such:
         yield self.example
 
 
-Values = tuple[Any, ...] | Such
+Values = tuple[Any, ...] | Condition
 
 
-class ReadWhen:
+class UsedWhen:
     """Beside a field that not every run reads: the fields that decide it, by dotted key, and the values they must have.
 
     Several mappings are several ways: any of them will do. One that is not read itself decides nothing. A value given by
@@ -51,12 +51,12 @@ class ReadWhen:
         self.ways, self.of_method = ways, of_method
 
 
-def of(*divergences: DivergenceName) -> ReadWhen:
-    return ReadWhen({"objective.divergence": divergences})
+def of(*divergences: DivergenceName) -> UsedWhen:
+    return UsedWhen({"objective.divergence": divergences})
 
 
-def under(*kinds: ScheduleKind) -> ReadWhen:
-    return ReadWhen({"schedule.kind": kinds})
+def under(*kinds: ScheduleKind) -> UsedWhen:
+    return UsedWhen({"schedule.kind": kinds})
 
 
 class Section(BaseModel):

@@ -8,22 +8,22 @@ from pydantic import Field, model_validator
 
 from distillm_cli.config.fields import (
     Beta,
+    Condition,
     DivergenceName,
     Exponent,
     Positive,
     Probability,
-    ReadWhen,
     ScheduleKind,
     Section,
-    Such,
+    UsedWhen,
     of,
     under,
 )
 
-_AB = ReadWhen(
+_AB = UsedWhen(
     {"objective.divergence": ("ab",)}, {"objective.divergence": ("amid",), "objective.amid_divergence": ("ab",)}
 )
-_CURVED = ReadWhen({"schedule.kind": ("annealed",), "schedule.anneal": ("exponential", "sigmoid")})
+_CURVED = UsedWhen({"schedule.kind": ("annealed",), "schedule.anneal": ("exponential", "sigmoid")})
 # Schedules with fresh outputs of the student or, at will, earlier ones.
 DRAWING = ("on", "mixed", "annealed", "adaptive", "interleaved")
 _BUFFERED = under(*DRAWING)
@@ -31,10 +31,10 @@ _REPLAYED = (
     {"schedule.replay": ("decreasing", "constant", "increasing")},
     {"schedule.kind": ("adaptive",), "schedule.replay": ("auto",)},
 )
-_ABOVE_ZERO = Such("above 0", 1.0, lambda n: isinstance(n, int | float) and n > 0)
+_ABOVE_ZERO = Condition("above 0", 1.0, lambda n: isinstance(n, int | float) and n > 0)
 _WEIGHED = ({"objective.kd_weight": _ABOVE_ZERO}, {"objective.policy_gradient": (True,)})
-_LEARNT = ReadWhen(*_WEIGHED, {"train.select": ("valid_divergence",)}, of_method=False)
-_HALVED = ReadWhen(  # one half alone is of no account where it is the divergence as it stands
+_LEARNT = UsedWhen(*_WEIGHED, {"train.select": ("valid_divergence",)}, of_method=False)
+_HALVED = UsedWhen(  # one half alone is of no account where it is the divergence as it stands
     {"schedule.kind": ("pairs",)},
     {"schedule.kind": (*DRAWING, "rounds"), "objective.divergence": ("kl", "skl")},
     {"objective.divergence": ("rkl", "srkl", "jsd", "jeffreys")},
@@ -43,7 +43,7 @@ _HALVED = ReadWhen(  # one half alone is of no account where it is the divergenc
 )
 
 
-class Objective(Section):
+class ObjectiveConfig(Section):
     """The divergence between next-token distributions, per supervised token (METHODS A)."""
 
     divergence: Annotated[DivergenceName, _LEARNT] = Field("skl", description="p teacher, q student")
@@ -86,7 +86,7 @@ class Objective(Section):
         0.2, description="α of atkd: weight of the tokens the teacher is surest of; the others weigh 1−α"
     )
     kd_weight: Probability = Field(1.0, description="(1 − kd_weight)·CE + kd_weight·D; CE never on student outputs")
-    kd_warmup: Annotated[Probability, ReadWhen(*_WEIGHED, of_method=False)] = Field(
+    kd_warmup: Annotated[Probability, UsedWhen(*_WEIGHED, of_method=False)] = Field(
         0.0, description="share of the steps over which D's weight climbs from 0 to kd_weight: cross-entropy first"
     )
     by_source: Annotated[bool, _HALVED] = Field(
@@ -107,7 +107,7 @@ class Objective(Section):
         description="MiniLLM: on student outputs D, weighted back to the student's own sampling, and beside it the policy "
         "gradient of what follows a token; kd_weight is then of the rows beside them (row_weight), D of the rows is kl",
     )
-    ratio_clip: Annotated[float, Field(gt=0, lt=1), ReadWhen({"objective.policy_gradient": (True,)})] = Field(
+    ratio_clip: Annotated[float, Field(gt=0, lt=1), UsedWhen({"objective.policy_gradient": (True,)})] = Field(
         0.2, description="ε of policy_gradient: the ratio of student to sampler counts within 1 ± ε (PPO)"
     )
     row_weight: Annotated[float, Field(ge=0)] = Field(
@@ -123,7 +123,7 @@ class Objective(Section):
     )
 
     @model_validator(mode="after")
-    def _rows_stand_beside_the_policy_gradient(self) -> Objective:
+    def _rows_stand_beside_the_policy_gradient(self) -> ObjectiveConfig:
         if self.row_weight and not self.policy_gradient:
             raise ValueError(
                 "objective.row_weight belongs to objective.policy_gradient; try --set objective.policy_gradient=true"
@@ -131,7 +131,7 @@ class Objective(Section):
         return self
 
     @model_validator(mode="after")
-    def _curriculum_is_of_skewed_halves(self) -> Objective:
+    def _curriculum_is_of_skewed_halves(self) -> ObjectiveConfig:
         if self.curriculum == "on" and not (self.by_source and self.divergence in ("skl", "srkl") and self.alpha > 0):
             raise ValueError(
                 "objective.curriculum is of skl by_source, with alpha above 0; try --set objective.curriculum=off"
@@ -150,7 +150,7 @@ class Objective(Section):
         return self
 
 
-class Schedule(Section):
+class ScheduleConfig(Section):
     """Which sequences a step trains on (METHODS B)."""
 
     kind: ScheduleKind = Field(
@@ -172,7 +172,7 @@ class Schedule(Section):
     inner_epochs: Annotated[Positive, under("rounds")] = Field(
         4, description="of rounds: how often a round's rollouts are trained on"
     )
-    capacity: Annotated[Positive, ReadWhen(*_REPLAYED, {"schedule.fresh": ("buffer",)})] = Field(
+    capacity: Annotated[Positive, UsedWhen(*_REPLAYED, {"schedule.fresh": ("buffer",)})] = Field(
         1000, description="replay buffer, sequences; the oldest leave first"
     )
     epsilon: Annotated[float, under("adaptive")] = Field(
@@ -184,7 +184,7 @@ class Schedule(Section):
         "last_rise",
         description="the loss ε is added to: at the last rise of φ (official code), or the previous one (paper)",
     )
-    warm_up: Annotated[Literal["fill", "none"], ReadWhen(*_REPLAYED)] = Field(
+    warm_up: Annotated[Literal["fill", "none"], UsedWhen(*_REPLAYED)] = Field(
         "fill",
         description="fill: until the buffer is full every student draw is fresh (official code); none: the paper",
     )

@@ -1,6 +1,6 @@
 """Whose a parameter is: which runs read a field, and what to say where one that is not read was given by hand.
 
-The schema says it beside each field (``fields.ReadWhen``); methods with those values are looked up in ``methods.METHODS``.
+The schema says it beside each field (``fields.UsedWhen``); methods with those values are looked up in ``methods.METHODS``.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from distillm_cli.config.explain import leaves, shown
-from distillm_cli.config.fields import ReadWhen, Such, Values
+from distillm_cli.config.fields import Condition, UsedWhen, Values
 from distillm_cli.config.merging import Given
 from distillm_cli.config.methods import METHODS
-from distillm_cli.config.schema import Eval, Objective, Recipe, Section, is_built
+from distillm_cli.config.schema import EvalConfig, ObjectiveConfig, Recipe, Section, is_built
 from distillm_cli.config.shortcuts import flag_of
 from distillm_cli.errors import RecipeError
 
@@ -32,7 +32,7 @@ _ASKING = (
 )  # fmt: skip
 _READ_WITHOUT_TRAINING = {
     "generate": (*_ASKING, *SAMPLING, "eval.batch_size", "data.size", "data.valid_limit"),
-    "eval": (*_ASKING, *(f"eval.{name}" for name in Eval.model_fields if name != "report_rows")),
+    "eval": (*_ASKING, *(f"eval.{name}" for name in EvalConfig.model_fields if name != "report_rows")),
 }
 _OF_HELD_OUT = ("data.source", "data.valid", "data.valid_limit")  # which `eval` scores on where no suite is named
 _OF_A_STAGE = {"generate": ("data.source", "data.limit")}  # in a pipeline, where --data and --limit are no flags
@@ -62,9 +62,9 @@ def value_of(section: Section, key: str) -> Any:
     return section
 
 
-def condition(key: str) -> ReadWhen | None:
+def condition(key: str) -> UsedWhen | None:
     """What decides whether a run reads the field; None where every run does."""
-    return next((part for part in leaves()[key].metadata if isinstance(part, ReadWhen)), None)
+    return next((part for part in leaves()[key].metadata if isinstance(part, UsedWhen)), None)
 
 
 def trains(command: str) -> bool:
@@ -156,7 +156,7 @@ def owners(key: str) -> str:
     told = []
     for way in condition(key).ways:
         (decider, words), *more = way.items()
-        named = [] if isinstance(words, Such) else words  # what is told by a test is most methods' anyway
+        named = [] if isinstance(words, Condition) else words  # what is told by a test is most methods' anyway
         methods = [name for name, m in METHODS.items() if m.preset.get(decider) in named and name not in named]
         whose = "" if decider in _NAMED_BY_WORD else f"{decider} "
         told.append(
@@ -167,7 +167,7 @@ def owners(key: str) -> str:
     return ", and to ".join(told)
 
 
-def objective_words(objective: Objective) -> str:
+def objective_words(objective: ObjectiveConfig) -> str:
     """The objective of a recipe in a few words: "skl α=0.1", "amid a=0.5 λ=0.1 divergence=kl from=teacher"."""
     if objective.kd_weight == 0:
         return "cross-entropy"
@@ -201,7 +201,7 @@ def _is_fine_tuning(value: ValueOf) -> bool:
 
 
 def _listed(words: Values, joint: str = "and") -> str:
-    if isinstance(words, Such):
+    if isinstance(words, Condition):
         return words.said
     *others, last = map(_said, words)
     return f"{', '.join(others)} {joint} {last}" if others else last

@@ -14,31 +14,31 @@ from pydantic import Field, model_validator
 
 from distillm_cli.config.fields import (
     Beta,
+    Condition,
     Count,
     Dtype,
     MetricName,
     Name,
     Positive,
     Probability,
-    ReadWhen,
     Section,
     Seed,
-    Such,
+    UsedWhen,
     under,
 )
-from distillm_cli.config.objective import DRAWING, Objective, Schedule
+from distillm_cli.config.objective import DRAWING, ObjectiveConfig, ScheduleConfig
 
 _SAMPLED = under("teacher", "pairs", "interleaved")
-_MIXED = ReadWhen(  # what is drawn for a whole epoch of pairs is the student's own
+_MIXED = UsedWhen(  # what is drawn for a whole epoch of pairs is the student's own
     {"schedule.kind": ("on", "mixed", "annealed", "adaptive", "rounds")},
     {"schedule.kind": ("pairs",), "schedule.redraw": ("never",)},
 )
 _DRAWN = (*DRAWING, "pairs", "rounds")  # schedules with outputs of the student
-_OF_STUDENT = ReadWhen({"schedule.kind": _DRAWN}, of_method=False)
-_OF_EITHER = ReadWhen({"schedule.kind": (*_DRAWN, "teacher")}, of_method=False)
-_FALLING = ReadWhen({"train.lr_schedule": ("cosine", "linear")}, of_method=False)
+_OF_STUDENT = UsedWhen({"schedule.kind": _DRAWN}, of_method=False)
+_OF_EITHER = UsedWhen({"schedule.kind": (*_DRAWN, "teacher")}, of_method=False)
+_FALLING = UsedWhen({"train.lr_schedule": ("cosine", "linear")}, of_method=False)
 _BUILTIN = {"data.source": ("builtin",)}
-_RANK = Such("that is given", 16, lambda rank: rank is not None)
+_RANK = Condition("that is given", 16, lambda rank: rank is not None)
 
 BUILT = ("random:", "layers:", "width:")
 AUTO = "auto"  # of a number: it is chosen to fit the models before the run (cli/defaults.py)
@@ -61,10 +61,10 @@ def _may_have_revisions(model: Any) -> bool:
     return not isinstance(model, str) or (is_of_hub(model) and not is_built(model) and ":" not in model)
 
 
-_ON_HUB = Such("on the hub", "NAME", _may_have_revisions)
+_ON_HUB = Condition("on the hub", "NAME", _may_have_revisions)
 
 
-class Teacher(Section):
+class TeacherConfig(Section):
     """The model that is imitated. Never trained."""
 
     path: Name | None = Field(
@@ -80,7 +80,7 @@ class Teacher(Section):
     cache_dir: Name | None = Field(
         None, description="of cache: disk; unset: teacher/ in $DISTILLM_CACHE, else in ~/.cache/distillm"
     )
-    revision: Annotated[Name | None, ReadWhen({"teacher.path": _ON_HUB}, of_method=False)] = Field(
+    revision: Annotated[Name | None, UsedWhen({"teacher.path": _ON_HUB}, of_method=False)] = Field(
         None, description="branch, tag or commit on the hub"
     )
     quantize: Literal["none", "8bit", "4bit"] = Field(
@@ -88,14 +88,14 @@ class Teacher(Section):
     )
 
 
-class Lora(Section):
+class AdapterConfig(Section):
     """A low-rank adapter on a frozen model (Hu et al. 2021, arXiv 2106.09685), by peft."""
 
     r: Positive | None = Field(None, description="rank; unset: no adapter, every weight trains")
     alpha: Annotated[float, Field(gt=0)] | None = Field(
         None, description="the adapter counts alpha / r times; unset: 4·r, the paper's 64 for 16"
     )
-    dropout: Annotated[float, Field(ge=0, lt=1), ReadWhen({"student.lora.r": _RANK}, of_method=False)] = Field(
+    dropout: Annotated[float, Field(ge=0, lt=1), UsedWhen({"student.lora.r": _RANK}, of_method=False)] = Field(
         0.1, description="on the adapter's input"
     )
     targets: tuple[Name, ...] | None = Field(
@@ -103,7 +103,7 @@ class Lora(Section):
     )
 
     @model_validator(mode="after")
-    def _belongs_to_a_rank(self) -> Lora:
+    def _belongs_to_a_rank(self) -> AdapterConfig:
         for name in ("alpha", "targets"):
             if self.r is None and getattr(self, name) is not None:
                 raise ValueError(
@@ -112,7 +112,7 @@ class Lora(Section):
         return self
 
 
-class Student(Section):
+class StudentConfig(Section):
     """The model that is trained (by `sft` too)."""
 
     path: Name | None = Field(
@@ -136,10 +136,10 @@ class Student(Section):
     save_dtype: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="of the weights in the output directory; checkpoints stay fp32"
     )
-    revision: Annotated[Name | None, ReadWhen({"student.path": _ON_HUB}, of_method=False)] = Field(
+    revision: Annotated[Name | None, UsedWhen({"student.path": _ON_HUB}, of_method=False)] = Field(
         None, description="branch, tag or commit on the hub"
     )
-    lora: Lora = Lora()
+    lora: AdapterConfig = AdapterConfig()
     lora_output: Literal["merged", "adapter"] = Field(
         "merged", description="the output directory is a whole model, the adapter merged in, or the adapter alone"
     )
@@ -156,7 +156,7 @@ class Student(Section):
         return is_built(self.path)
 
     @model_validator(mode="after")
-    def _an_adapter_needs_a_rank_and_a_base(self) -> Student:
+    def _an_adapter_needs_a_rank_and_a_base(self) -> StudentConfig:
         if self.lora_output == "adapter" and self.lora.r is None:
             raise ValueError("student.lora_output adapter without an adapter, student.lora.r; try --lora 16")
         if self.lora_output == "adapter" and self.is_built:
@@ -169,7 +169,7 @@ class Student(Section):
         return self
 
 
-class Columns(Section):
+class ColumnsConfig(Section):
     """Which columns of the source are the prompt and the response, when their names are not known ones."""
 
     prompt: Name | None = Field(None, description="the whole prompt, or the instruction")
@@ -177,7 +177,7 @@ class Columns(Section):
     response: Name | None = Field(None, description="a text, or a list of references")
 
 
-class Data(Section):
+class DataConfig(Section):
     """Rows in, examples out."""
 
     source: Name = Field(
@@ -217,7 +217,7 @@ class Data(Section):
         None, description="language code of prompts, for tokenizers with such codes (NLLB: eng_Latn)"
     )
     target_language: Name | None = Field(None, description="language code of responses, so too")
-    columns: Columns = Columns()  # sections are frozen, so that a shared default is safe
+    columns: ColumnsConfig = ColumnsConfig()  # sections are frozen, so that a shared default is safe
     max_length: Annotated[int, Field(ge=2)] | Auto = Field(
         AUTO,
         description="prompt + response, tokens; auto: 512 for GPT-2, OPT and Llama bases, else 2048, within the context",
@@ -235,8 +235,8 @@ class Data(Section):
         "prompts; unset: drawn during the run",
     )
     valid_limit: Positive = Field(1000, description="held-out rows for validation, at most (METHODS B: 1000)")
-    size: Annotated[Positive, ReadWhen(_BUILTIN)] = Field(20_000, description="rows of the builtin set")
-    tasks: Annotated[tuple[str, ...] | None, ReadWhen(_BUILTIN, {"data.valid": ("builtin",)})] = Field(
+    size: Annotated[Positive, UsedWhen(_BUILTIN)] = Field(20_000, description="rows of the builtin set")
+    tasks: Annotated[tuple[str, ...] | None, UsedWhen(_BUILTIN, {"data.valid": ("builtin",)})] = Field(
         None, description="kinds of task of the builtin set; unset: all"
     )
     seed: int = Field(1, description="of the builtin rows, and of the held-out slice")
@@ -250,7 +250,7 @@ class Data(Section):
     workers: Count = Field(0, description="processes that tokenize; cannot change a run")
 
     @model_validator(mode="after")
-    def _the_date_is_one(self) -> Data:
+    def _the_date_is_one(self) -> DataConfig:
         try:
             date.fromisoformat(self.date or "2000-01-01")
         except ValueError:
@@ -258,7 +258,7 @@ class Data(Section):
         return self
 
 
-class Rollout(Section):
+class RolloutConfig(Section):
     """Sampling from the student during training; from any model in `generate`."""
 
     temperature: Annotated[float, Field(ge=0), _OF_STUDENT] = Field(1.0, description="0 is greedy")
@@ -291,7 +291,7 @@ class Rollout(Section):
     )
 
 
-class Train(Section):
+class TrainConfig(Section):
     """Configure the loop. The defaults are the paper's (METHODS D), or fit the models where they are `auto`."""
 
     epochs: Annotated[float, Field(gt=0)] | Auto = Field(
@@ -329,13 +329,13 @@ class Train(Section):
     patience: Positive | None = Field(None, description="stop after so many validations without a better `select`")
 
     @model_validator(mode="after")
-    def _patience_needs_a_figure(self) -> Train:
+    def _patience_needs_a_figure(self) -> TrainConfig:
         if self.patience is not None and self.select == "last":
             raise ValueError("train.patience needs a train.select to watch; try --set train.select=valid_loss")
         return self
 
 
-class Eval(Section):
+class EvalConfig(Section):
     """Scoring by generation (METHODS D)."""
 
     suites: tuple[Name, ...] = Field(
@@ -375,14 +375,14 @@ class Recipe(Section):
     """Everything that decides what a run computes."""
 
     method: str = Field("distillm", description="a named preset over the fields below")
-    teacher: Teacher = Teacher()
-    student: Student = Student()
-    data: Data = Data()
-    objective: Objective = Objective()
-    schedule: Schedule = Schedule()
-    rollout: Rollout = Rollout()
-    train: Train = Train()
-    eval: Eval = Eval()
+    teacher: TeacherConfig = TeacherConfig()
+    student: StudentConfig = StudentConfig()
+    data: DataConfig = DataConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
 
     @property
     def needs_responses(self) -> bool:
@@ -419,7 +419,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _the_rate_falls(self) -> Recipe:
-        least, anyway = self.train.min_lr, Train.model_fields["min_lr"].default
+        least, anyway = self.train.min_lr, TrainConfig.model_fields["min_lr"].default
         if self.train.lr_schedule == "constant" or least == anyway:  # below which a rate just stays as it is
             return self
         for key, highest in (("train.lr", self.train.lr), ("student.sft_lr", self.student.sft_lr)):

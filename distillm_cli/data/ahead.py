@@ -11,7 +11,7 @@ from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from distillm_cli.config.schema import Data
+from distillm_cli.config.schema import DataConfig
 from distillm_cli.data.early import Early, Made, begun, ids_of_rows
 from distillm_cli.data.rows import Row
 from distillm_cli.data.templates import Renderer
@@ -30,7 +30,7 @@ class Ahead:
     """
 
     def __init__(
-        self, sources: Iterable[SequenceOf[Row]], data: Data, tokenizer: Any | None, early: Early | None = None
+        self, sources: Iterable[SequenceOf[Row]], data: DataConfig, tokenizer: Any | None, early: Early | None = None
     ):
         self._sources = list(sources)  # held, since they are known by their identity
         self._renderer = Renderer(data)

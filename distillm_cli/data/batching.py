@@ -15,7 +15,7 @@ from multiprocessing import get_all_start_methods, get_context
 
 import numpy as np
 
-from distillm_cli.config.schema import Data
+from distillm_cli.config.schema import DataConfig
 from distillm_cli.data.ahead import Ahead
 from distillm_cli.data.encoder import Encoded, Encoder, LeftOut, TooLong
 from distillm_cli.data.rows import Row
@@ -70,7 +70,7 @@ class Examples:
 def tokenize(
     rows: SequenceOf[Row],
     encoder: Encoder,
-    data: Data,
+    data: DataConfig,
     listener: Listener = silent,
     max_context: int | None = None,
     ahead: Ahead | None = None,
@@ -117,7 +117,7 @@ def tokenize(
     return examples
 
 
-def _report_rows(examples: Examples, name: str, data: Data, listener: Listener) -> None:
+def _report_rows(examples: Examples, name: str, data: DataConfig, listener: Listener) -> None:
     """Report what is unusual about the rows' texts."""
     rows = len(examples)
     for why in examples.refused[:LISTED]:

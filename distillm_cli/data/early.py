@@ -16,7 +16,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from distillm_cli.config.schema import Data
+from distillm_cli.config.schema import DataConfig
 from distillm_cli.data.helper import Helper, Lost
 from distillm_cli.data.rows import Row
 from distillm_cli.data.sources import Rows, Split, load_rows, local_place
@@ -48,7 +48,7 @@ class Early:
     imported, and there is a core for it, by a process that the thread waits for.
     """
 
-    def __init__(self, data: Data, find: Callable[[], Path | None], require_output: bool = True):
+    def __init__(self, data: DataConfig, find: Callable[[], Path | None], require_output: bool = True):
         self._data, self._find = data, find
         self._require_output = require_output
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tokenizing")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from distillm_cli.config.schema import Data
+from distillm_cli.config.schema import DataConfig
 from distillm_cli.data.chat import Text, special_tokens
 from distillm_cli.data.rows import Row
 from distillm_cli.data.templates import Renderer
@@ -72,7 +72,7 @@ class Encoder:
     def __init__(
         self,
         tokenizer: Any,
-        data: Data,
+        data: DataConfig,
         *,
         is_encoder_decoder: bool = False,
         affixes: Affixes | None = None,

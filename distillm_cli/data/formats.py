@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from distillm_cli.config.schema import Columns
+from distillm_cli.config.schema import ColumnsConfig
 from distillm_cli.data.conversations import (
     is_blank,
     is_messages,
@@ -40,13 +40,13 @@ _MEDIA = {
 _KNOWN = frozenset((*_PROMPTS, *_INPUTS, *_RESPONSES, *_SYSTEMS, *_ARGUMENTS, *_OTHERS))
 
 
-def readable_columns(columns: Columns) -> frozenset[str]:
+def readable_columns(columns: ColumnsConfig) -> frozenset[str]:
     """Return the names of all columns that any format may read. The others need not be converted."""
     named = (columns.prompt, columns.input, columns.response)
     return _KNOWN.union(name for name in named if name is not None)
 
 
-def read_fields(record: Record, columns: Columns, *, require_output: bool) -> Fields:
+def read_fields(record: Record, columns: ColumnsConfig, *, require_output: bool) -> Fields:
     """Return the fields of a ``Row`` but for its place. Raises BadRow with the column, what was found and expected."""
     found = _read(record, columns, require_output)
     if isinstance(record.values.get("complete"), bool):
@@ -59,7 +59,7 @@ def read_fields(record: Record, columns: Columns, *, require_output: bool) -> Fi
     return found
 
 
-def _read(record: Record, columns: Columns, required: bool) -> Fields:
+def _read(record: Record, columns: ColumnsConfig, required: bool) -> Fields:
     if columns.prompt is not None:
         return _named(record, columns, required)
     for name, what in _MEDIA.items():
@@ -84,7 +84,7 @@ def _read(record: Record, columns: Columns, required: bool) -> Fields:
     raise BadRow(f"no prompt column ({expected}); found {record.names()}")
 
 
-def _named(record: Record, columns: Columns, required: bool) -> Fields:
+def _named(record: Record, columns: ColumnsConfig, required: bool) -> Fields:
     """Read a record whose prompt column is named in the recipe."""
     name = columns.prompt
     if name not in record:
@@ -101,7 +101,7 @@ def _named(record: Record, columns: Columns, required: bool) -> Fields:
 # ------------------------------------------------------------------------------------------------------ conversations
 
 
-def _conversation(record: Record, name: str, columns: Columns, required: bool) -> Fields:
+def _conversation(record: Record, name: str, columns: ColumnsConfig, required: bool) -> Fields:
     value = record.take(name)
     messages, answer = _with_system(record, read_messages(value, name)), None
     if columns.response is None:
@@ -117,7 +117,7 @@ def _conversation(record: Record, name: str, columns: Columns, required: bool) -
     return _asked(record, messages) | {"answer": answer, "references": references, "format": form}
 
 
-def _prompt(record: Record, name: str, columns: Columns, required: bool) -> Fields:
+def _prompt(record: Record, name: str, columns: ColumnsConfig, required: bool) -> Fields:
     """Read a prompt and its completion, each as text or as messages."""
     if is_messages(record.values[name]):
         messages = read_messages(record.take(name), name)
@@ -140,7 +140,7 @@ def _prompt(record: Record, name: str, columns: Columns, required: bool) -> Fiel
     return {"prompt": prompt, "references": references, "format": "preference" if response == "chosen" else form}
 
 
-def _completed(record: Record, messages: list[Fields], columns: Columns, required: bool) -> Fields:
+def _completed(record: Record, messages: list[Fields], columns: ColumnsConfig, required: bool) -> Fields:
     """Read the response column, as messages or as text, to the messages of a prompt."""
     response = _response_column(record, columns, required)
     messages, answer = not_trained(_with_system(record, messages)), None
@@ -225,7 +225,7 @@ def _listed_kind(value: Any) -> str:
 # --------------------------------------------------------------------------------------------------------------- text
 
 
-def _instruction(record: Record, columns: Columns, required: bool) -> Fields:
+def _instruction(record: Record, columns: ColumnsConfig, required: bool) -> Fields:
     instruction, material = record.text("instruction"), _input(record, columns)
     # A column named in the recipe is what the person wants, so then the row's own `prompt` does not overrule it.
     exact = record.text("prompt") if columns.prompt is None and record.has("prompt") else ""
@@ -245,7 +245,7 @@ def _instruction(record: Record, columns: Columns, required: bool) -> Fields:
     return found | _arguments(record)
 
 
-def _question(record: Record, name: str, columns: Columns, required: bool) -> Fields:
+def _question(record: Record, name: str, columns: ColumnsConfig, required: bool) -> Fields:
     question, material = record.text(name), _input(record, columns)
     if not (question.strip() or material.strip()):
         raise BadRow(f"an empty prompt (column `{name}`)")
@@ -326,7 +326,7 @@ def _text(record: Record, required: bool) -> Fields:
     return {"prompt": "", "references": (text,), "format": LANGUAGE_MODELING}
 
 
-def _input(record: Record, columns: Columns) -> str:
+def _input(record: Record, columns: ColumnsConfig) -> str:
     if columns.input is not None and columns.input not in record:
         raise BadRow(f"no column `{columns.input}` (data.columns.input); found {record.names()}")
     for name in _INPUTS if columns.input is None else (columns.input,):
@@ -338,7 +338,7 @@ def _input(record: Record, columns: Columns) -> str:
 # --------------------------------------------------------------------------------------------------------- responses
 
 
-def _response_column(record: Record, columns: Columns, required: bool, also: str = "") -> str | None:
+def _response_column(record: Record, columns: ColumnsConfig, required: bool, also: str = "") -> str | None:
     """Return the column of the response; None where there is none. also: the start of the error."""
     if columns.response is not None:
         name = columns.response if columns.response in record else None

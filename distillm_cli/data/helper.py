@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from distillm_cli.config.schema import Data
+from distillm_cli.config.schema import DataConfig
 from distillm_cli.data.sources import Rows, load_rows
 from distillm_cli.data.templates import Renderer
 from distillm_cli.data.token_ids import CHUNK, TokenIds, chunks, rules_for, token_ids
@@ -37,7 +37,7 @@ class Helper:
     find: as of ``rules_for``; can be pickled. Raises OSError where no process can be started.
     """
 
-    def __init__(self, data: Data, find: Callable[[], Path | None], require_output: bool = True):
+    def __init__(self, data: DataConfig, find: Callable[[], Path | None], require_output: bool = True):
         task = pickle.dumps((data, find, require_output), protocol=pickle.HIGHEST_PROTOCOL)
         command = [sys.executable, "-c", _MAIN.format(path=sys.path)]
         self._process = subprocess.Popen(
@@ -75,7 +75,7 @@ class Helper:
         self._process.wait()
 
 
-def _answers(data: Data, find: Callable[[], Path | None], require_output: bool) -> Iterator[Any]:
+def _answers(data: DataConfig, find: Callable[[], Path | None], require_output: bool) -> Iterator[Any]:
     sources = []
     for split in ("train", "valid"):
         said: list[Event] = []

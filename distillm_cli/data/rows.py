@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from distillm_cli.config.schema import Columns
+from distillm_cli.config.schema import ColumnsConfig
 from distillm_cli.data.formats import LANGUAGE_MODELING, read_fields
 from distillm_cli.data.values import BadRow, Record, kind
 
@@ -68,7 +68,7 @@ class Row:
         return json.dumps(asked if extras == [None] * 3 else [asked, *extras], default=str)
 
 
-def parse(record: Any, where: str, columns: Columns, *, require_output: bool = True) -> Row:
+def parse(record: Any, where: str, columns: ColumnsConfig, *, require_output: bool = True) -> Row:
     """Read one record of a source into a Row. Raises BadRow with the column, what was found, and what was expected.
 
     require_output: where false, rows may lack a response, and need a prompt.
@@ -76,7 +76,7 @@ def parse(record: Any, where: str, columns: Columns, *, require_output: bool = T
     return read_row(record, where, columns, require_output=require_output)[0]
 
 
-def read_row(record: Any, where: str, columns: Columns, *, require_output: bool = True) -> tuple[Row, set[str]]:
+def read_row(record: Any, where: str, columns: ColumnsConfig, *, require_output: bool = True) -> tuple[Row, set[str]]:
     """Read one record as ``parse`` does; return the names of the columns that were read, too."""
     if not isinstance(record, dict):
         raise BadRow(f"expected an object with named columns, found {kind(record)}")

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from distillm_cli.config.schema import Columns, Data
+from distillm_cli.config.schema import ColumnsConfig, DataConfig
 from distillm_cli.data.files import Fault
 from distillm_cli.data.formats import readable_columns
 from distillm_cli.data.locations import Source, find_source, is_path, kind_of, local_place, user_path
@@ -75,7 +75,7 @@ class Rows(SequenceOf[Row]):
 
 
 def load_rows(
-    data: Data,
+    data: DataConfig,
     split: Split,
     *,
     listener: Listener = silent,
@@ -122,7 +122,7 @@ def overlap(rows: SequenceOf[Row], others: SequenceOf[Row]) -> int:
 
 def _of_source(
     source: Source,
-    data: Data,
+    data: DataConfig,
     split: Split,
     own_valid: bool,
     limit: int | None,
@@ -175,7 +175,7 @@ def _load(
     part: str,
     limit: int | None,
     *,
-    columns: Columns,
+    columns: ColumnsConfig,
     skip_bad_rows: bool,
     require_output: bool,
     listener: Listener,
@@ -187,7 +187,7 @@ def _load(
             raise DataError(f"{where}: {what}", where=None if place and where.startswith(place) else place, hint=hint)
         return f"{where}: {what}"
 
-    reshape = source.reshape if columns == Columns() else None
+    reshape = source.reshape if columns == ColumnsConfig() else None
 
     def good() -> Iterator[Row]:
         for where, record in source.parts[part](readable_columns(columns) | source.columns):
@@ -241,7 +241,7 @@ def listed_shares(shares: Mapping[str, float]) -> str:
     return ", ".join(texts) + (f", and {more} more" if more else "")
 
 
-def _slice(whole: Rows, split: Split, data: Data, listener: Listener, limit: int | None) -> Rows:
+def _slice(whole: Rows, split: Split, data: DataConfig, listener: Listener, limit: int | None) -> Rows:
     """The training rows without the held-out ones, or the held-out ones: a pure function of the rows and data.seed."""
     groups: dict[str, list[int]] = {}
     for index, row in enumerate(whole):
@@ -278,7 +278,7 @@ def _why_none_held(rows: int, prompts: int, wanted: int) -> str:
     return f"its {rows:,} rows ask {prompts:,} things, each of them more often than the {wanted:,} to be held out"
 
 
-def _builtin(data: Data, split: Split, limit: int | None) -> Rows:
+def _builtin(data: DataConfig, split: Split, limit: int | None) -> Rows:
     from distillm_cli.data import builtin
 
     trained_on, held_out = _least(data.size, data.limit, limit), _least(data.valid_limit, limit)

@@ -8,7 +8,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from distillm_cli.config.schema import Columns, Data
+from distillm_cli.config.schema import ColumnsConfig, DataConfig
 from distillm_cli.data.batching import Examples
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.rows import Row
@@ -27,7 +27,7 @@ class Beforehand:
     by_key: dict[str, list[Row]]
 
 
-def read_beforehand(data: Data, rows: SequenceOf[Row], listener: Listener = silent) -> Beforehand:
+def read_beforehand(data: DataConfig, rows: SequenceOf[Row], listener: Listener = silent) -> Beforehand:
     """The samples of ``data.teacher_samples`` for these rows.
 
     Raises DataError: no such file, a row of it that cannot be read, a training row without a sample. A conversation is asked
@@ -37,7 +37,9 @@ def read_beforehand(data: Data, rows: SequenceOf[Row], listener: Listener = sile
     hint = "make it with `distillm generate --model TEACHER --data SOURCE --split train --output FILE`"
     if not path.is_file():
         raise DataError(f"{path}: no such file (data.teacher_samples)", hint=hint)
-    own = data.model_copy(update={"source": str(path.absolute()), "valid": None, "limit": None, "columns": Columns()})
+    own = data.model_copy(
+        update={"source": str(path.absolute()), "valid": None, "limit": None, "columns": ColumnsConfig()}
+    )
     found = load_rows(own, "test", listener=listener)  # of a single file, test is all of it
     by_key: dict[str, list[Row]] = defaultdict(list)
     for row in found:

@@ -8,7 +8,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from distillm_cli.config.schema import Data
+from distillm_cli.config.schema import DataConfig
 from distillm_cli.data.chat import ChatTemplate, Text
 from distillm_cli.data.rows import Row
 from distillm_cli.errors import DataError, ModelError
@@ -37,7 +37,7 @@ class Renderer:
     tokenizer: transformers', or None where no row needs one. stops: ids of the tokens that the models stop at.
     """
 
-    def __init__(self, data: Data, tokenizer: Any = None, *, stops: Collection[int] = ()):
+    def __init__(self, data: DataConfig, tokenizer: Any = None, *, stops: Collection[int] = ()):
         self.template = data.template
         self.has_chat = getattr(tokenizer, "chat_template", None) is not None
         self.chat: ChatTemplate | None = None

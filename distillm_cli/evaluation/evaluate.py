@@ -78,7 +78,7 @@ class SuiteResult:
     """
 
     suite: Suite
-    config: schema.Eval
+    config: schema.EvalConfig
     template: str
     scores: dict[str, Score]
     tasks: dict[str, dict[str, Score]]
@@ -114,7 +114,7 @@ def evaluate(
     decoder: Decoder,
     encoder: Encoder,
     suite: Suite,
-    config: schema.Eval,
+    config: schema.EvalConfig,
     listener: Listener = silent,
     *,
     skip_long: bool = False,
@@ -166,7 +166,7 @@ def evaluate(
     )
 
 
-def passes(config: schema.Eval) -> list[tuple[str, int, Sampling]]:
+def passes(config: schema.EvalConfig) -> list[tuple[str, int, Sampling]]:
     """(name, seed, sampling) of each pass: one per seed, or a single one named ``greedy`` that has no randomness."""
     shared = {"max_new_tokens": config.max_new_tokens, "no_repeat_ngram_size": config.no_repeat_ngram_size}
     if config.greedy or config.temperature == 0:
@@ -199,12 +199,12 @@ def fitting(
     return suite.keep(kept), [prompts[i] for i in kept]
 
 
-def _scored(texts: SequenceOf[str], config: schema.Eval) -> tuple[str, ...]:
+def _scored(texts: SequenceOf[str], config: schema.EvalConfig) -> tuple[str, ...]:
     """Return texts as they are compared."""
     return tuple(map(without_reasoning, texts)) if config.strip_reasoning else tuple(texts)
 
 
-def _answer(output: str, said: Sampled, references: SequenceOf[str], config: schema.Eval) -> Answer:
+def _answer(output: str, said: Sampled, references: SequenceOf[str], config: schema.EvalConfig) -> Answer:
     (text,) = _scored([output], config)
     metrics = [metric_of(name, config.rouge_tokenizer) for name in config.metrics]
     counts = {metric.name: metric.count(text, references) for metric in metrics if metric.count is not None}
@@ -212,7 +212,7 @@ def _answer(output: str, said: Sampled, references: SequenceOf[str], config: sch
 
 
 def _scores(
-    config: schema.Eval, answers: Mapping[str, SequenceOf[Answer]], references: SequenceOf[SequenceOf[str]]
+    config: schema.EvalConfig, answers: Mapping[str, SequenceOf[Answer]], references: SequenceOf[SequenceOf[str]]
 ) -> dict[str, Score]:
     found = {}
     for name in config.metrics:
@@ -234,7 +234,7 @@ def _figure(metric: Metric, said: SequenceOf[Answer], references: SequenceOf[Seq
 
 
 def _by_task(
-    config: schema.Eval,
+    config: schema.EvalConfig,
     answers: Mapping[str, SequenceOf[Answer]],
     rows: SequenceOf[Row],
     references: SequenceOf[SequenceOf[str]],

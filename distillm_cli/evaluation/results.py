@@ -28,17 +28,17 @@ _LETTERS = {"top_p": "p", "top_k": "k", "max_new_tokens": "n", "no_repeat_ngram_
 _WITHOUT_EFFECT_ON_GREEDY = ("top_p", "top_k")
 
 
-def label(config: schema.Eval, template: str) -> str:
+def label(config: schema.EvalConfig, template: str) -> str:
     """A directory's name for settings: ``t1``, ``t0.5-p0.9``, ``greedy-n64-plain``. Defaults are not spelled out."""
     greedy = config.greedy or config.temperature == 0
     parts = [GREEDY if greedy else f"t{config.temperature:g}"]
     for name, letter in _LETTERS.items():
         value = getattr(config, name)
-        if value != schema.Eval.model_fields[name].default and not (greedy and name in _WITHOUT_EFFECT_ON_GREEDY):
+        if value != schema.EvalConfig.model_fields[name].default and not (greedy and name in _WITHOUT_EFFECT_ON_GREEDY):
             parts.append(f"{letter}{value:g}")
     if not config.strip_reasoning:
         parts.append("reasoning")
-    if template != schema.Data.model_fields["template"].default:
+    if template != schema.DataConfig.model_fields["template"].default:
         parts.append(template)
     return "-".join(parts)
 
@@ -79,7 +79,7 @@ def save(result: SuiteResult, root: Path, about: Mapping[str, Any] | None = None
 
 
 def earlier(
-    suite: Suite, root: Path, config: schema.Eval, template: str, about: Mapping[str, Any]
+    suite: Suite, root: Path, config: schema.EvalConfig, template: str, about: Mapping[str, Any]
 ) -> dict[str, Any] | None:
     """What ``save`` left of the same suite, settings and ``about``: the suite's object of ``--json``; None where nothing."""
     head = _head(suite, config, template, about)
@@ -95,7 +95,7 @@ def earlier(
     return {key: value for key, value in told.items() if key not in head}
 
 
-def _head(suite: Suite, config: schema.Eval, template: str, about: Mapping[str, Any] | None) -> dict[str, Any]:
+def _head(suite: Suite, config: schema.EvalConfig, template: str, about: Mapping[str, Any] | None) -> dict[str, Any]:
     """What ``results.json`` opens with: the suite, whatever else it is about, and all settings that shape the answers."""
     settings = config.model_dump(mode="json", exclude={"suites", "report_rows", "batch_size"})
     head = {"suite": suite.name, "source": suite.source, **(about or {})}

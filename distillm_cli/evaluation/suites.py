@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 
-from distillm_cli.config.schema import Columns, Recipe
+from distillm_cli.config.schema import ColumnsConfig, Recipe
 from distillm_cli.data.files import stem_of
 from distillm_cli.data.known import known
 from distillm_cli.data.sources import Row, Rows, kind_of, load_rows, user_path
@@ -55,7 +55,7 @@ def load_suite(name: str, recipe: Recipe, listener: Listener = silent) -> Suite:
     # What belongs to the training source, such as its own held-out file, is not the suite's.
     own = {"source": name, "valid": None, "limit": None}
     if known(name) is not None:  # its columns are known, whatever a recipe names for its own data
-        own["columns"] = Columns()
+        own["columns"] = ColumnsConfig()
     data = recipe.data.model_copy(update=own)
     return _suite(short_name(name), load_rows(data, "test", listener=listener, limit=recipe.eval.limit))
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from distillm_cli.config.schema import Objective as Config
-from distillm_cli.losses.criterion import Criterion, Piece, Reading
+from distillm_cli.config.schema import ObjectiveConfig
+from distillm_cli.losses.criterion import Objective, SourceBatch, TokenLogProbs
 from distillm_cli.losses.divergences import KL, Divergence, ReverseKL, SkewKL, SkewReverseKL, build
-from distillm_cli.losses.terms import PerToken, Terms
+from distillm_cli.losses.terms import LossWeights, TokenWeights
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.utils.exact import where_exact
 
@@ -31,7 +31,7 @@ def half_of(source: Source) -> str:
     return REVERSE if source in (Source.ROLLOUT, Source.REPLAY) else FORWARD
 
 
-def halves(config: Config) -> dict[str, tuple[float, Divergence]]:
+def halves(config: ObjectiveConfig) -> dict[str, tuple[float, Divergence]]:
     """Half → (weight, divergence). Half the sum of both, each on its own samples, estimates the whole.
 
     Of kl and skl the reverse half is their mirror image, and the other way round; one without halves is the same on both.
@@ -50,14 +50,14 @@ def halves(config: Config) -> dict[str, tuple[float, Divergence]]:
     return dict(zip((FORWARD, REVERSE), found, strict=True))
 
 
-class BySource(Criterion):
+class FDistill(Objective):
     """The divergence by halves; in a step that has both, each half is a mean of its own before they are added up.
 
     With w the weight of the student's half (½, under the curriculum rising to 1), such a step's loss is
     (1−w)·mean over the teacher's part + w·mean over the student's, whichever of them has more tokens.
     """
 
-    def __init__(self, config: Config, epochs: float = 1.0):
+    def __init__(self, config: ObjectiveConfig, epochs: float = 1.0):
         super().__init__(config)
         self.halves = halves(config)
         self._shares: dict[str, float] = {}
@@ -72,15 +72,15 @@ class BySource(Criterion):
     def student_weight(self, progress: float) -> float:
         return 0.5
 
-    def terms(self, source: Source, progress: float = 1.0) -> Terms:
+    def terms(self, source: Source, progress: float = 1.0) -> LossWeights:
         half = half_of(source)
         weight, divergence = self.halves[half]
         terms, share = super().terms(source, progress), self._shares.get(half, 1.0)
         return replace(terms, kd=terms.kd * weight * share, ce=terms.ce * share, divergence=divergence)
 
     def look_ahead(
-        self, pieces: SequenceOf[Piece], readings: SequenceOf[Reading], progress: float
-    ) -> list[PerToken | None]:
+        self, pieces: SequenceOf[SourceBatch], readings: SequenceOf[TokenLogProbs], progress: float
+    ) -> list[TokenWeights | None]:
         counts: dict[str, int] = defaultdict(int)
         for piece in pieces:
             counts[half_of(piece.source)] += self.count(piece.sequences)
@@ -92,7 +92,7 @@ class BySource(Criterion):
         return [None] * len(pieces)
 
 
-class Curriculum(BySource):
+class DistiLLM2(FDistill):
     """DistiLLM-2's: the skew of a batch by how far student and teacher are apart on it, and a growing student's half.
 
     The gap of a sequence is p̄ − q̄ where the teacher wrote it and q̄ − p̄ where the student did, with p̄ and q̄ the geometric
@@ -105,7 +105,7 @@ class Curriculum(BySource):
 
     looks_at = ("teacher", "student")
 
-    def __init__(self, config: Config, epochs: float = 1.0):
+    def __init__(self, config: ObjectiveConfig, epochs: float = 1.0):
         super().__init__(config, epochs)
         self.epochs, self.epoch = epochs, 0
         self.alphas = {FORWARD: config.alpha, REVERSE: config.alpha}
@@ -116,8 +116,8 @@ class Curriculum(BySource):
         return 0.5 + 0.5 * progress
 
     def look_ahead(
-        self, pieces: SequenceOf[Piece], readings: SequenceOf[Reading], progress: float
-    ) -> list[PerToken | None]:
+        self, pieces: SequenceOf[SourceBatch], readings: SequenceOf[TokenLogProbs], progress: float
+    ) -> list[TokenWeights | None]:
         self._turn(max(0, math.ceil(progress * self.epochs - 1e-6) - 1))
         gaps: dict[str, list[float]] = defaultdict(list)
         for piece, reading in zip(pieces, readings, strict=True):
@@ -153,7 +153,7 @@ class Curriculum(BySource):
         self.sums = {half: list(pair) for half, pair in state["sums"].items()}
 
 
-def _gaps(piece: Piece, reading: Reading) -> list[float]:
+def _gaps(piece: SourceBatch, reading: TokenLogProbs) -> list[float]:
     """Of each sequence of the piece."""
     lengths = [s.supervised for s in piece.sequences]
     p_B, q_B = (

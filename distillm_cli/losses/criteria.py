@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from distillm_cli.config.schema import Objective as Config
-from distillm_cli.losses.contrast import BySource, Curriculum
-from distillm_cli.losses.criterion import Criterion, HardAndEasy, Interpolating
-from distillm_cli.losses.policy_gradient import PolicyGradient
+from distillm_cli.config.schema import ObjectiveConfig
+from distillm_cli.losses.contrast import DistiLLM2, FDistill
+from distillm_cli.losses.criterion import ATKD, TAID, Objective
+from distillm_cli.losses.policy_gradient import MiniLLM
 
-_OF_DIVERGENCE = {"taid": Interpolating, "atkd": HardAndEasy}
+_OF_DIVERGENCE = {"taid": TAID, "atkd": ATKD}
 
 
-def build(config: Config | None, epochs: float = 1.0) -> Criterion:
+def build(config: ObjectiveConfig | None, epochs: float = 1.0) -> Objective:
     """The criterion of a recipe's ``objective`` section; None is SFT. epochs: of the whole run."""
     if config is None:
-        return Criterion(None)
+        return Objective(None)
     if config.by_source:
-        return (Curriculum if config.curriculum == "on" else BySource)(config, epochs)
+        return (DistiLLM2 if config.curriculum == "on" else FDistill)(config, epochs)
     if config.policy_gradient:
-        return PolicyGradient(config)
-    return _OF_DIVERGENCE.get(config.divergence, Criterion)(config)
+        return MiniLLM(config)
+    return _OF_DIVERGENCE.get(config.divergence, Objective)(config)

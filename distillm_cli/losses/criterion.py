@@ -16,20 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distillm_cli.config.schema import Objective as Config
+from distillm_cli.config.schema import ObjectiveConfig
 from distillm_cli.losses import divergences
 from distillm_cli.losses.divergences import KL
 from distillm_cli.losses.families import Interpolated
-from distillm_cli.losses.terms import PerToken, Terms
+from distillm_cli.losses.terms import LossWeights, TokenWeights
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.types import Sequence
 
-CROSS_ENTROPY = Terms(kd=0.0, ce=1.0)
+CROSS_ENTROPY = LossWeights(kd=0.0, ce=1.0)
 _TRUTH = (Source.DATASET, Source.TEACHER)  # whose tokens are to be learnt as they stand
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class SourceBatch:
     """Sequences of one source: a part of a step, or one micro-batch of it."""
 
     source: Source
@@ -37,7 +37,7 @@ class Piece:
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class TokenLogProbs:
     """What the models say of a piece's own tokens before the step: log-probability [N] of each supervised token, nats,
     in the order of the collated batch; None where ``looks_at`` does not ask for it."""
 
@@ -45,7 +45,7 @@ class Reading:
     log_q_N: Tensor | None = None  # the student's
 
 
-class Criterion:
+class Objective:
     """(1 − kd_weight)·CE + kd_weight·D on data set rows and teacher samples; kd_weight·D on student outputs, whose tokens
     are no truth.
 
@@ -55,11 +55,11 @@ class Criterion:
     looks_at: tuple[str, ...] = ()  # of "teacher", "student": whose reading of the step ``look_ahead`` needs
     rows_beside: bool = False  # whether a step on student outputs trains on its data set rows too
 
-    def __init__(self, config: Config | None):
+    def __init__(self, config: ObjectiveConfig | None):
         self.config = config
         self.divergence = None if config is None else divergences.build(config)
 
-    def terms(self, source: Source, progress: float = 1.0) -> Terms:
+    def terms(self, source: Source, progress: float = 1.0) -> LossWeights:
         """What a token of this source costs once ``progress`` (0 to 1) of the run is done.
 
         During ``kd_warmup`` the divergence's weight climbs, and cross-entropy has the rest: a skewed divergence hardly
@@ -70,7 +70,7 @@ class Criterion:
         kd = self.config.kd_weight
         if progress < self.config.kd_warmup:
             kd *= progress / self.config.kd_warmup
-        return Terms(kd=kd, ce=1.0 - kd if source in _TRUTH else 0.0, divergence=self.divergence)
+        return LossWeights(kd=kd, ce=1.0 - kd if source in _TRUTH else 0.0, divergence=self.divergence)
 
     @property
     def name(self) -> str:
@@ -92,9 +92,9 @@ class Criterion:
         return "kl" if isinstance(self.held_out.divergence, KL) else self.config.divergence
 
     @property
-    def held_out(self) -> Terms:
+    def held_out(self) -> LossWeights:
         """The divergence alone, as it is measured on held-out rows."""
-        return Terms(kd=1.0, ce=0.0, divergence=self.divergence)
+        return LossWeights(kd=1.0, ce=0.0, divergence=self.divergence)
 
     @property
     def per_sequence(self) -> bool:
@@ -106,8 +106,8 @@ class Criterion:
         return len(sequences) if self.per_sequence else sum(s.supervised for s in sequences)
 
     def look_ahead(
-        self, pieces: SequenceOf[Piece], readings: SequenceOf[Reading], progress: float
-    ) -> list[PerToken | None]:
+        self, pieces: SequenceOf[SourceBatch], readings: SequenceOf[TokenLogProbs], progress: float
+    ) -> list[TokenWeights | None]:
         """Takes in the whole step before ``terms`` is asked; what its tokens get of their own, piece by piece."""
         return [None] * len(pieces)
 
@@ -133,7 +133,7 @@ class Criterion:
         """Takes back what ``pack`` gave, for the same sequences in the same order."""
 
 
-class Interpolating(Criterion):
+class TAID(Objective):
     """TAID (arXiv 2501.16937): KL to a target that moves from near the student (t = taid_start) to the teacher (t = 1).
 
     After each step of loss L, with m the running mean of the loss's relative fall:
@@ -141,17 +141,17 @@ class Interpolating(Criterion):
     L_before. linear: straight from taid_start to 1 over the run.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: ObjectiveConfig):
         super().__init__(config)
         self.t, self.fall, self.before = config.taid_start, 0.0, None
 
-    def terms(self, source: Source, progress: float = 1.0) -> Terms:
+    def terms(self, source: Source, progress: float = 1.0) -> LossWeights:
         return replace(super().terms(source, progress), divergence=Interpolated(self.t))
 
     @property
-    def held_out(self) -> Terms:
+    def held_out(self) -> LossWeights:
         """KL to the teacher: a figure that means the same whatever t is."""
-        return Terms(kd=1.0, ce=0.0, divergence=KL())
+        return LossWeights(kd=1.0, ce=0.0, divergence=KL())
 
     def observe(self, loss: float, progress: float) -> None:
         before, self.before = self.before, loss
@@ -169,7 +169,7 @@ class Interpolating(Criterion):
         self.t, self.fall, self.before = state["t"], state["fall"], state["before"]
 
 
-class HardAndEasy(Criterion):
+class ATKD(Objective):
     """ATKD (arXiv 2402.11890): tokens the teacher is sure of teach what else might stand there; the others teach all.
 
     A token is hard where the teacher's 1 − p(token) reaches the median of the whole step. The step's loss is
@@ -179,13 +179,13 @@ class HardAndEasy(Criterion):
     looks_at = ("teacher",)
 
     @property
-    def held_out(self) -> Terms:
+    def held_out(self) -> LossWeights:
         """KL: held-out rows belong to no step whose median could split them."""
-        return Terms(kd=1.0, ce=0.0, divergence=KL())
+        return LossWeights(kd=1.0, ce=0.0, divergence=KL())
 
     def look_ahead(
-        self, pieces: SequenceOf[Piece], readings: SequenceOf[Reading], progress: float
-    ) -> list[PerToken | None]:
+        self, pieces: SequenceOf[SourceBatch], readings: SequenceOf[TokenLogProbs], progress: float
+    ) -> list[TokenWeights | None]:
         told = [reading.log_p_N for reading in readings]
         log_p_N = torch.cat(told)
         N = len(log_p_N)
@@ -198,7 +198,7 @@ class HardAndEasy(Criterion):
         # The engine divides by all N: a mean over a part of them is a sum that weighs N/part.
         w_hard, w_easy = (1 - easy) * N / hard, easy * N / max(N - hard, 1)
         weights_N2 = torch.stack([torch.where(is_hard_N, w_hard, 0.0), torch.where(is_hard_N, w_hard, w_easy)], dim=-1)
-        return [PerToken(marks_N=part) for part in weights_N2.split([len(part) for part in told])]
+        return [TokenWeights(divergence_args_N=part) for part in weights_N2.split([len(part) for part in told])]
 
 
 def _sigmoid(x: float) -> float:

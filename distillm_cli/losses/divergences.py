@@ -25,7 +25,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from distillm_cli.config.schema import Objective
+from distillm_cli.config.schema import ObjectiveConfig
 
 
 class Rows:
@@ -67,7 +67,7 @@ class Rows:
 class Divergence(ABC):
     """D(p, q) ≥ 0, and 0 at p = q, for every row of two [N, V] tables."""
 
-    def at(self, targets_N: Tensor, marks_N: Tensor | None) -> Divergence:
+    def at(self, targets_N: Tensor, divergence_args_N: Tensor | None) -> Divergence:
         """The divergence for these rows. One that treats the supervised token, or tokens marked by its criterion, apart
         returns a copy that knows them; the others are the same everywhere."""
         return self
@@ -208,7 +208,7 @@ class Jeffreys(Divergence):
         return a * forward_N + b * reverse_N, reverse_h_NV.mul_(b).add_(forward_h_NV, alpha=a) if with_grad else None
 
 
-def build(config: Objective) -> Divergence:
+def build(config: ObjectiveConfig) -> Divergence:
     """The divergence of a recipe's ``objective`` section."""
     from distillm_cli.losses import families  # which stand on this file
 

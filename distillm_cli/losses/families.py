@@ -235,8 +235,8 @@ class Decoupled(Divergence):
     targets_N: Tensor | None = None
     weights_N2: Tensor | None = None
 
-    def at(self, targets_N, marks_N):
-        return Decoupled(targets_N, marks_N)
+    def at(self, targets_N, divergence_args_N):
+        return Decoupled(targets_N, divergence_args_N)
 
     def between(self, p, q, with_grad=True):
         if self.targets_N is None:

@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distillm_cli.losses.divergences import Rows
-from distillm_cli.losses.terms import NOTHING, PerToken, Terms
-from distillm_cli.utils.halving import in_halves
+from distillm_cli.losses.terms import NO_WEIGHTS, LossWeights, TokenWeights
+from distillm_cli.utils.halving import retry_halved
 
 CHUNK_BYTES = 320 * 2**20  # most bytes of a chunk's logits, both models'; with small vocabularies it is far less
 _CHUNK_TOKENS = 256  # beyond it the products gain nothing: 128 tokens reach 90 % of their speed, 256 all of it
@@ -53,10 +53,10 @@ def fused_loss(
     head: HeadLike,
     targets_N: Tensor,
     *,
-    terms: Terms,
+    terms: LossWeights,
     teacher_hidden_ND: Tensor | None = None,
     teacher_head: HeadLike | None = None,
-    per_token: PerToken = NOTHING,
+    per_token: TokenWeights = NO_WEIGHTS,
     matmul_dtype: torch.dtype | None = None,
     chunk: int | None = None,
     on_halved: Callable[[int], None] | None = None,
@@ -108,7 +108,7 @@ def target_log_probs(
 
     Arguments as of ``fused_loss``; the same walk, so the same numbers.
     """
-    work = _Work(head, None, None, targets_N, NOTHING, Terms(kd=0.0, ce=1.0), matmul_dtype, chunk, None, False)
+    work = _Work(head, None, None, targets_N, NO_WEIGHTS, LossWeights(kd=0.0, ce=1.0), matmul_dtype, chunk, None, False)
     with torch.autocast(hidden_ND.device.type, enabled=False):
         value_N, _ = _values_and_grads((hidden_ND, head.weight_VD, head.bias_V), work, (False, False, False))
     return value_N.neg_()
@@ -122,8 +122,8 @@ class _Work:
     teacher_head: HeadLike | None
     teacher_hidden_ND: Tensor | None
     targets_N: Tensor
-    per_token: PerToken
-    terms: Terms
+    per_token: TokenWeights
+    terms: LossWeights
     matmul_dtype: torch.dtype | None
     chunk: int | None
     on_halved: Callable[[int], None] | None
@@ -181,7 +181,7 @@ def _values_and_grads(inputs: Inputs, work: _Work, wanted: tuple[bool, ...]) -> 
         fitting //= 2
         return True
 
-    walk, value_N = in_halves(attempt, halve)
+    walk, value_N = retry_halved(attempt, halve)
     if fitting < chunk and work.on_halved is not None:
         work.on_halved(fitting)
     grads = (walk.d_hidden_ND, walk.d_weight_VD, walk.d_bias_V)
@@ -325,7 +325,7 @@ class _Walk:
         kd_R = kd if own.kd_weights_N is None else kd * own.kd_weights_N.to(self.exact)
         ce_R = ce if own.ce_weights_N is None else ce * own.ce_weights_N.to(self.exact)
         if p is not None:
-            value_R, h_RV = self.work.terms.divergence.at(targets_R, own.marks_N).between(p, q, needs_grad)
+            value_R, h_RV = self.work.terms.divergence.at(targets_R, own.divergence_args_N).between(p, q, needs_grad)
             value_R = value_R * kd_R
         if ce:
             value_R = value_R - ce_R * q.log_at(targets_R)

@@ -28,10 +28,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from distillm_cli.config.schema import Objective as Config
-from distillm_cli.losses.criterion import Criterion, Piece, Reading
+from distillm_cli.config.schema import ObjectiveConfig
+from distillm_cli.losses.criterion import Objective, SourceBatch, TokenLogProbs
 from distillm_cli.losses.divergences import KL
-from distillm_cli.losses.terms import PerToken, Terms
+from distillm_cli.losses.terms import LossWeights, TokenWeights
 from distillm_cli.rollouts.mixture import LOG_DRAWN, LOG_P, LOG_Q
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.types import Sequence
@@ -74,7 +74,7 @@ def advantages(rewards_N: Tensor) -> Tensor:
     return means_N.to(rewards_N.dtype)
 
 
-class PolicyGradient(Criterion):
+class MiniLLM(Objective):
     """Student outputs: w·D + the clipped surrogate, per token; MiniLLM's D is ``rkl``. Data set rows stand beside them in
     the same step with ``row_weight``, (1 − kd_weight)·CE + kd_weight·KL(p ‖ q) per token: the authors' term on plain text,
     on the rows' own responses here.
@@ -83,7 +83,7 @@ class PolicyGradient(Criterion):
     is the reverse KL at a token, the surrogate an estimate of the mean one after it, both 0 where the models agree.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: ObjectiveConfig):
         super().__init__(config)
         self.rows_beside = config.row_weight > 0
         self._told: WeakKeyDictionary[Sequence, Tensor] = WeakKeyDictionary()
@@ -97,15 +97,15 @@ class PolicyGradient(Criterion):
         """Takes what the sampler says of a fresh output."""
         self._told[sequence] = told_N3
 
-    def terms(self, source: Source, progress: float = 1.0) -> Terms:
+    def terms(self, source: Source, progress: float = 1.0) -> LossWeights:
         if source in STUDENT_OUTPUTS:
-            return Terms(kd=1.0, ce=0.0, divergence=self.divergence)
+            return LossWeights(kd=1.0, ce=0.0, divergence=self.divergence)
         of_rows = super().terms(source, progress)
-        return Terms(of_rows.kd, of_rows.ce, KL())
+        return LossWeights(of_rows.kd, of_rows.ce, KL())
 
     def look_ahead(
-        self, pieces: SequenceOf[Piece], readings: SequenceOf[Reading], progress: float
-    ) -> list[PerToken | None]:
+        self, pieces: SequenceOf[SourceBatch], readings: SequenceOf[TokenLogProbs], progress: float
+    ) -> list[TokenWeights | None]:
         outputs = [s for piece in pieces if piece.source in STUDENT_OUTPUTS for s in piece.sequences]
         rows = [s for piece in pieces if piece.source not in STUDENT_OUTPUTS for s in piece.sequences]
         self._reward = self._reward_of(outputs) if outputs else None
@@ -122,16 +122,16 @@ class PolicyGradient(Criterion):
             if piece.source in STUDENT_OUTPUTS:
                 own.append(self._of_outputs(piece.sequences, torch.full((N,), of_outputs)))
             else:
-                own.append(PerToken(weights_N=torch.full((N,), of_rows)))
+                own.append(TokenWeights(weights_N=torch.full((N,), of_rows)))
         return own
 
-    def _of_outputs(self, sequences: SequenceOf[Sequence], weights_N: Tensor) -> PerToken:
+    def _of_outputs(self, sequences: SequenceOf[Sequence], weights_N: Tensor) -> TokenWeights:
         told_N3 = torch.cat([self._told[s] for s in sequences])
         rewards = [self._told[s][:, LOG_P] - self._told[s][:, LOG_Q] for s in sequences]
         surrogate = ClippedSurrogate(
             torch.cat([advantages(r_N) for r_N in rewards]), told_N3[:, LOG_DRAWN], self.config.ratio_clip
         )
-        return PerToken(weights_N=weights_N, kd_weights_N=_weights(told_N3), surrogate=surrogate)
+        return TokenWeights(weights_N=weights_N, kd_weights_N=_weights(told_N3), surrogate=surrogate)
 
     def _reward_of(self, outputs: SequenceOf[Sequence]) -> float:
         told_N3 = torch.cat([self._told[s] for s in outputs])

@@ -12,15 +12,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from distillm_cli.losses.criterion import Criterion, Reading
+from distillm_cli.losses.criterion import Objective, TokenLogProbs
 from distillm_cli.losses.fused import HeadLike, fused_loss, target_log_probs
-from distillm_cli.losses.terms import NOTHING, PerToken, Terms
+from distillm_cli.losses.terms import NO_WEIGHTS, LossWeights, TokenWeights
 from distillm_cli.teachers.teacher import Model
 from distillm_cli.training.events import Listener, Note, silent
 from distillm_cli.types import Batch
 
 
-class Objective(nn.Module):
+class StudentLoss(nn.Module):
     """Join the student and the criterion of its training.
 
     student: an ``nn.Module`` with the face of ``Model``. teacher_head: needed for any divergence. matmul_dtype: of the
@@ -30,7 +30,7 @@ class Objective(nn.Module):
     def __init__(
         self,
         student: Model,
-        criterion: Criterion,
+        criterion: Objective,
         *,
         teacher_head: HeadLike | None = None,
         matmul_dtype: torch.dtype | None = None,
@@ -49,8 +49,8 @@ class Objective(nn.Module):
         self,
         batches: SequenceOf[Batch],
         teacher_hidden_ND: Tensor | None,
-        terms: Terms,
-        per_token: PerToken | None = None,
+        terms: LossWeights,
+        per_token: TokenWeights | None = None,
         scale: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
         """(scale · Σ of token losses with its graph, the number of tokens), both scalars, over the tokens of all batches.
@@ -61,7 +61,7 @@ class Objective(nn.Module):
 
         With ``reduction: sequence`` a token of a response of n tokens weighs 1/n while training.
         """
-        per_token = per_token or NOTHING
+        per_token = per_token or NO_WEIGHTS
         if self.criterion.per_sequence and self.training:
             weights_N = torch.cat([_shares_N(batch) for batch in batches])
             own_N = per_token.weights_N
@@ -99,7 +99,7 @@ class Objective(nn.Module):
         return joined([hidden_ND for hidden_ND, _ in found]), balance
 
     @torch.no_grad()
-    def read(self, batches: SequenceOf[Batch], teacher_hidden_ND: Tensor | None) -> Reading:
+    def read(self, batches: SequenceOf[Batch], teacher_hidden_ND: Tensor | None) -> TokenLogProbs:
         """What the models that the criterion looks at say of the batches' own tokens, without a graph."""
         log_p_N = log_q_N = None
         targets_N = torch.cat([batch.targets_N for batch in batches])
@@ -113,7 +113,7 @@ class Objective(nn.Module):
                 matmul_dtype=self.matmul_dtype,
                 chunk=self.chunk,
             )
-        return Reading(log_p_N, log_q_N)
+        return TokenLogProbs(log_p_N, log_q_N)
 
     def _go_on_with(self, tokens: int) -> None:
         self.chunk = tokens

@@ -13,7 +13,7 @@ from distillm_cli.losses.divergences import Divergence
 
 
 @dataclass(frozen=True)
-class Terms:
+class LossWeights:
     """What a token costs: ``kd`` · divergence + ``ce`` · cross-entropy."""
 
     kd: float
@@ -30,29 +30,28 @@ class Surrogate(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class PerToken:
-    """What a token has of its own; each [N], and absent where all tokens are alike.
+class TokenWeights:
+    """Hold the loss weights of single tokens; each [N], and None where all tokens have the same.
 
-    weights_N: of the whole of its loss. ce_weights_N: of its cross-entropy, beside that; may be negative (an advantage).
-    marks_N: what ``Divergence.at`` is told of it. kd_weights_N: of its divergence, beside ``weights_N``. surrogate: one
-    more term of its loss.
+    weights_N: factor of the whole loss. kd_weights_N: further factor of the divergence. divergence_args_N: passed to
+    ``Divergence.at``. surrogate: one more term of the loss. ce_weights_N: further factor of the cross-entropy.
     """
 
     weights_N: Tensor | None = None
     ce_weights_N: Tensor | None = None
-    marks_N: Tensor | None = None
+    divergence_args_N: Tensor | None = None
     kd_weights_N: Tensor | None = None
     surrogate: Surrogate | None = None
 
-    def __getitem__(self, tokens: slice) -> PerToken:
+    def __getitem__(self, tokens: slice) -> TokenWeights:
         return self._each(lambda part: part[tokens])
 
-    def to(self, device: torch.device | str) -> PerToken:
+    def to(self, device: torch.device | str) -> TokenWeights:
         return self._each(lambda part: part.to(device))
 
-    def _each(self, do: Callable) -> PerToken:
+    def _each(self, do: Callable) -> TokenWeights:
         parts = (getattr(self, f.name) for f in fields(self))
-        return PerToken(*(None if part is None else do(part) for part in parts))
+        return TokenWeights(*(None if part is None else do(part) for part in parts))
 
 
-NOTHING = PerToken()
+NO_WEIGHTS = TokenWeights()

@@ -15,7 +15,7 @@ from distillm_cli.errors import ModelError, UsageError
 from distillm_cli.training.events import Listener, Note, Warned
 
 if TYPE_CHECKING:
-    from distillm_cli.config.schema import Data
+    from distillm_cli.config.schema import DataConfig
     from distillm_cli.data.encoder import Encoder
     from distillm_cli.models.backbone import Backbone
     from distillm_cli.models.pair import Pair
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Template = str | dict[str, str] | None
 
 
-def settle_template(pair: Pair, data: Data, listener: Listener) -> None:
+def settle_template(pair: Pair, data: DataConfig, listener: Listener) -> None:
     """Give the pair's tokenizer the chat template of ``data.chat_template``: the student's, the teacher's or a file's.
 
     Raises UsageError for a template that is not there.
@@ -59,7 +59,7 @@ def read_template(path: str) -> str:
         ) from None
 
 
-def set_languages(tokenizer: Any, data: Data, models: Iterable[Backbone]) -> None:
+def set_languages(tokenizer: Any, data: DataConfig, models: Iterable[Backbone]) -> None:
     """Set the language codes of a translation tokenizer (NLLB, M2M100, mBART), and the first token of responses.
 
     Raises UsageError where the tokenizer has no such codes.
@@ -87,7 +87,7 @@ def set_languages(tokenizer: Any, data: Data, models: Iterable[Backbone]) -> Non
                 generation_config(model).forced_bos_token_id = int(ids[0])
 
 
-def own_end(data: Data, pair: Pair, listener: Listener) -> int:
+def own_end(data: DataConfig, pair: Pair, listener: Listener) -> int:
     """Return the token that ends responses which no chat template ends, one that both models know as an end.
 
     That is the student's end-of-sequence token, or, where the teacher does not stop at that, the teacher's.

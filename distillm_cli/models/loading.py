@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from distillm_cli.config.schema import Lora
+from distillm_cli.config.schema import AdapterConfig
 from distillm_cli.errors import ModelError, out_of_memory
 from distillm_cli.models import lora
 from distillm_cli.models.backbone import Backbone
@@ -91,7 +91,7 @@ def load_backbone(
     tokenizers: OwnTokenizers | None = None,
     dropout: float | None = None,
     quantize: str = "none",
-    train: Lora | None = None,
+    train: AdapterConfig | None = None,
     listener: Listener = silent,
 ) -> Backbone:
     """A model with its trained weights, in eval mode. tokenizer: in place of its own. tokenizers: which have been read,
@@ -140,7 +140,7 @@ def _warn_of_edits(directory: Path, listener: Listener) -> None:
 
 
 def _with_adapters(
-    model: PreTrainedModel, adapters: list[Place], base: str, base_revision: str | None, train: Lora | None
+    model: PreTrainedModel, adapters: list[Place], base: str, base_revision: str | None, train: AdapterConfig | None
 ) -> tuple[PreTrainedModel, lora.Adapter | None]:
     """The model with these in it, and the one of them that trains."""
     for at, place in reversed(list(enumerate(adapters))):

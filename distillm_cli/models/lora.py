@@ -24,7 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from distillm_cli.config.schema import Lora
+from distillm_cli.config.schema import AdapterConfig
 from distillm_cli.errors import ModelError, out_of_memory
 from distillm_cli.models.targets import find_targets
 
@@ -118,7 +118,7 @@ class Adapter:
         return plain
 
 
-def attach(model: PreTrainedModel, config: Lora, *, seed: int, base: str, revision: str | None) -> Adapter:
+def attach(model: PreTrainedModel, config: AdapterConfig, *, seed: int, base: str, revision: str | None) -> Adapter:
     """A new adapter in the model, which is frozen beside it. A starts random (a function of the seed), B is zero.
 
     base, revision: what the adapter's config will say it belongs to. Raises ModelError for targets that are not there.
@@ -152,7 +152,7 @@ def attach(model: PreTrainedModel, config: Lora, *, seed: int, base: str, revisi
 def take_up(
     model: PreTrainedModel,
     place: str,
-    config: Lora,
+    config: AdapterConfig,
     *,
     base: str,
     base_revision: str | None,

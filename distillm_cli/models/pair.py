@@ -135,7 +135,7 @@ def load_pair(
 
 
 def _load_teacher(
-    teacher: schema.Teacher,
+    teacher: schema.TeacherConfig,
     device: torch.device,
     listener: Listener = silent,
     tokenizers: OwnTokenizers | None = None,
@@ -199,7 +199,7 @@ def student_again(recipe: schema.Recipe, pair: Pair, device: torch.device) -> Ba
 
 
 def load_student(
-    student: schema.Student,
+    student: schema.StudentConfig,
     *,
     seed: int,
     device: torch.device,
@@ -253,7 +253,7 @@ def _tell_of(backbone: Backbone, listener: Listener) -> None:
 
 
 def _whole_student(
-    student: schema.Student,
+    student: schema.StudentConfig,
     seed: int,
     device: torch.device,
     teacher: Backbone | None,
@@ -379,12 +379,12 @@ def _tokenizers_read(
         yield recipe.teacher.path, recipe.teacher.revision, teacher.tokenizer
 
 
-def _is_borrowed(student: schema.Student) -> bool:
+def _is_borrowed(student: schema.StudentConfig) -> bool:
     """Whether the tokenizer is not the one that came with the student."""
     return student.tokenizer is not None or student.is_built
 
 
-def _asked_tokenizer(student: schema.Student, texts: Texts | None) -> PreTrainedTokenizerBase | None:
+def _asked_tokenizer(student: schema.StudentConfig, texts: Texts | None) -> PreTrainedTokenizerBase | None:
     spec = student.tokenizer
     if spec is None:
         return None
@@ -395,7 +395,7 @@ def _asked_tokenizer(student: schema.Student, texts: Texts | None) -> PreTrained
     return prepare_tokenizer(train_tokenizer(spec, texts(None)), spec)
 
 
-def _end_prompts(student: schema.Student, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _end_prompts(student: schema.StudentConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """A tokenizer trained for an encoder-decoder ends every text, as T5's does, so that whoever loads it feeds the model
     what it was trained on."""
     if model.config.is_encoder_decoder and student.tokenizer is not None and is_trained_spec(student.tokenizer):

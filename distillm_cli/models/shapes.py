@@ -279,6 +279,6 @@ def _experts(config: PretrainedConfig) -> tuple[int, int]:
     return chosen, every
 
 
-def student_spec(student: schema.Student) -> dict[str, Any]:
+def student_spec(student: schema.StudentConfig) -> dict[str, Any]:
     """The student section as ``load_shape`` takes it."""
     return {"path": student.path, "revision": student.revision, "tokenizer": student.tokenizer}

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from distillm_cli.losses.criterion import Criterion
+from distillm_cli.losses.criterion import Objective
 from distillm_cli.rollouts.replay import pack, unpack
 from distillm_cli.rollouts.rollout import Rollouts
 from distillm_cli.types import Sequence
@@ -54,11 +54,11 @@ class Bulk:
         """What is waiting, for a checkpoint; the sequences themselves are in ``pack``."""
         return {"waiting": [len(batch) for batch in self.waiting.values()], "waiting_for": list(self.waiting)}
 
-    def pack(self, criterion: Criterion) -> dict[str, Tensor]:
+    def pack(self, criterion: Objective) -> dict[str, Tensor]:
         held = list(chain(*self.waiting.values()))
         return pack(held, "waiting") | criterion.pack(held, "waiting")
 
-    def unpack(self, state: dict[str, Any], tensors: dict[str, Tensor], criterion: Criterion, step: int) -> None:
+    def unpack(self, state: dict[str, Any], tensors: dict[str, Tensor], criterion: Objective, step: int) -> None:
         """Takes back what ``state`` and ``pack`` gave before ``step``."""
         held = unpack(tensors, "waiting")
         criterion.unpack(tensors, "waiting", held)

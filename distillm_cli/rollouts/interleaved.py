@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distillm_cli.config.schema import Rollout
+from distillm_cli.config.schema import RolloutConfig
 from distillm_cli.rollouts.rollout import Decoder, Decoding, Sampled, Width, in_groups, room, uniforms
 from distillm_cli.rollouts.sampling import Sampling, check_chosen, choose
 from distillm_cli.training.events import Listener, silent
@@ -53,8 +53,8 @@ class InterleavedRollouts:
         self,
         student: Drafter,
         teacher: Drafter,
-        drafting: Rollout,
-        mending: Rollout,
+        drafting: RolloutConfig,
+        mending: RolloutConfig,
         *,
         max_length: int,
         seed: int,

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distillm_cli.config.schema import Rollout
+from distillm_cli.config.schema import RolloutConfig
 from distillm_cli.rollouts.rollout import Decoder, Decoding, SampledRollouts
 from distillm_cli.rollouts.sampling import Sampling, distribution
 from distillm_cli.training.events import Listener, silent
@@ -41,7 +41,7 @@ class MixtureRollouts(SampledRollouts):
         self,
         student: Decoder,
         teacher: Decoder,
-        config: Rollout,
+        config: RolloutConfig,
         *,
         max_length: int,
         seed: int,

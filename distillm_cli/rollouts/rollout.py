@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distillm_cli.config.schema import Rollout
+from distillm_cli.config.schema import RolloutConfig
 from distillm_cli.errors import DataError
 from distillm_cli.rollouts.sampling import Sampling, check_chosen, choose
 from distillm_cli.training.events import Listener, Progress, Warned, silent
 from distillm_cli.types import Sequence
-from distillm_cli.utils.halving import in_halves
+from distillm_cli.utils.halving import retry_halved
 
 
 class Decoding(Protocol):
@@ -82,7 +82,7 @@ class SampledRollouts:
     def __init__(
         self,
         decoder: Decoder,
-        config: Rollout,
+        config: RolloutConfig,
         *,
         max_length: int,
         seed: int,
@@ -171,7 +171,7 @@ def in_groups(count: int, width: Width, make: Callable[[slice], list[Sampled]]) 
         return make(slice(len(outputs), len(outputs) + rows()))
 
     while len(outputs) < count:
-        outputs += in_halves(group, halve)
+        outputs += retry_halved(group, halve)
     return outputs
 
 

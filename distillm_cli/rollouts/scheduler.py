@@ -21,7 +21,7 @@ import math
 import random
 from enum import StrEnum
 
-from distillm_cli.config.schema import Schedule
+from distillm_cli.config.schema import ScheduleConfig
 
 
 class Source(StrEnum):
@@ -38,7 +38,7 @@ class Scheduler:
     config: the recipe's ``schedule`` section. steps: T. seed: of the draws. batches: of a round.
     """
 
-    def __init__(self, config: Schedule, *, steps: int, seed: int, batches: int = 1):
+    def __init__(self, config: ScheduleConfig, *, steps: int, seed: int, batches: int = 1):
         self.config, self.steps, self.seed, self.batches = config, steps, seed, batches
         self.rises = 0
         self.reference: float | None = None

@@ -12,11 +12,11 @@ from distillm_cli.config.yaml_io import text_of
 from distillm_cli.utils.text import redact
 
 if TYPE_CHECKING:
-    from distillm_cli.training.progress import Progress
+    from distillm_cli.training.progress import TrainerState
 
 
 def model_card(
-    resolved: Resolved, reached: Progress, measured: Mapping[str, Any], *, task: str, measured_on: str
+    resolved: Resolved, reached: TrainerState, measured: Mapping[str, Any], *, task: str, measured_on: str
 ) -> str:
     """Markdown with the front matter that the hub reads. measured: by model name, with ``valid_loss`` and ``scores``.
 

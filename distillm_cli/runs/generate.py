@@ -24,7 +24,7 @@ from distillm_cli.models.fingerprint import fingerprint
 from distillm_cli.models.places import locate
 from distillm_cli.rollouts.rollout import Sampling, sample_all
 from distillm_cli.runs import inference
-from distillm_cli.runs.prompt_source import Wanted, prompts_of, rereadable
+from distillm_cli.runs.prompt_source import PromptSource, prompts_of, rereadable
 from distillm_cli.runs.responses import Line, Responses, text_of
 from distillm_cli.training.events import Event, Listener, Note, Progress
 from distillm_cli.ui.console import Console
@@ -36,7 +36,7 @@ _BATCHES = 8  # sorted by length together, and written together: what a stopped 
 
 def run(
     model: str,
-    wanted: Wanted,
+    wanted: PromptSource,
     *,
     recipe: str | Resolved | None,
     flags: Mapping[str, Any],
@@ -87,7 +87,7 @@ def run(
     }
 
 
-def _check(wanted: Wanted, output: str | None, resume: bool, overwrite: bool) -> None:
+def _check(wanted: PromptSource, output: str | None, resume: bool, overwrite: bool) -> None:
     sources = {"--data": wanted.data, "--prompt": wanted.prompts, "--input": wanted.input}
     given = [flag for flag, value in sources.items() if value is not None]
     if len(given) != 1:
@@ -106,7 +106,7 @@ def _check(wanted: Wanted, output: str | None, resume: bool, overwrite: bool) ->
         raise UsageError(f"{'--resume' if resume else '--overwrite'} without --output", hint="give --output FILE")
 
 
-def _check_spared(wanted: Wanted, output: Path) -> None:
+def _check_spared(wanted: PromptSource, output: Path) -> None:
     """Raises UsageError where the file to be replaced is one that the prompts are read from."""
     for flag, name in (("--data", wanted.data), ("--input", wanted.input)):
         place = None if name in (None, "-", "builtin") else local_place(name)

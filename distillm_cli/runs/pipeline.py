@@ -275,10 +275,10 @@ def _train(
 
 def _generate(own: Any, resolved: Resolved, place: Path, ui: Console) -> dict[str, Any]:
     from distillm_cli.runs.generate import run as generate
-    from distillm_cli.runs.prompt_source import Wanted
+    from distillm_cli.runs.prompt_source import PromptSource
 
     data = resolved.recipe.data
-    wanted = Wanted(data=data.source, split=own.split, limit=own.limit or data.limit, samples=own.n)
+    wanted = PromptSource(data=data.source, split=own.split, limit=own.limit or data.limit, samples=own.n)
     common = {"recipe": resolved, "flags": {}, "sets": None, "output": str(place / stages.SAMPLES), "ui": ui}
     try:  # the rows know what they were made with, weights and prompts included
         return generate(own.model, wanted, resume=True, overwrite=False, **common)

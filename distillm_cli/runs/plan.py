@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from distillm_cli.config.load import Resolved
-from distillm_cli.config.schema import Data, Recipe
+from distillm_cli.config.schema import DataConfig, Recipe
 from distillm_cli.config.sft_stage import sft_before
 from distillm_cli.data.batching import Examples, steps_per_epoch, tokenize
 from distillm_cli.data.encoder import Encoder
@@ -30,7 +30,7 @@ from distillm_cli.rollouts.scheduler import Scheduler
 from distillm_cli.runs import costs, gpus
 from distillm_cli.runs.prepare import Prepared, new_order, new_replay, prepare, texts_of
 from distillm_cli.runs.report import check_answers, check_metric
-from distillm_cli.runs.teacher_states import Keeping, check_rows, disk_free, plan_keeping, uses_rows
+from distillm_cli.runs.teacher_states import CachePlan, check_rows, disk_free, plan_cache, uses_rows
 from distillm_cli.training.events import Listener, Note, silent
 from distillm_cli.ui.display import size
 from distillm_cli.utils import garbage, text
@@ -72,7 +72,7 @@ def survey(resolved: Resolved, listener: Listener) -> tuple[dict[str, Any], Prep
 def of_run(run: Prepared, resolved: Resolved) -> dict[str, Any]:
     """The plan of a run whose models and rows are loaded."""
     teacher = None if run.pair.teacher is None else run.pair.teacher.model
-    keeping = None if teacher is None else plan_keeping(run)
+    keeping = None if teacher is None else plan_cache(run)
     states, kept = {}, {}
     if keeping is not None and keeping.mode != "off":
         in_memory = keeping.rows_bytes if keeping.mode == "memory" else 0  # those on disk are mapped
@@ -182,7 +182,7 @@ def of_shapes(
     return found | {"data": data, "notes": notes} | ({} if kept is None else {"teacher_cache": kept}), student
 
 
-def _asked_in(recipe: Recipe, rows: Rows, student: Shape, teacher: Shape | None) -> Data:
+def _asked_in(recipe: Recipe, rows: Rows, student: Shape, teacher: Shape | None) -> DataConfig:
     """Return the recipe's data section with the template that a run would settle on."""
     own = student.tokenizer.chat_template
     other = own if teacher is None or teacher.tokenizer is None else teacher.tokenizer.chat_template
@@ -269,7 +269,7 @@ def model_told(counted: Sizes, dtype: str) -> dict[str, Any]:
     }
 
 
-def _kept(run: Prepared, keeping: Keeping) -> dict[str, Any]:
+def _kept(run: Prepared, keeping: CachePlan) -> dict[str, Any]:
     """What would be kept of the teacher's states: bytes of rows and, at most, of replayed rollouts."""
     told = {
         "mode": keeping.mode,

@@ -20,7 +20,7 @@ from distillm_cli.models.shapes import Shape, Sizes, load_shape, sizes
 from distillm_cli.runs import costs
 from distillm_cli.runs.gpus import ASSUMED, GPUS, Part, fits
 from distillm_cli.runs.plan import at_hand, gpu_itemsize, model_told, of_shapes
-from distillm_cli.runs.prompt_source import Wanted, prompts_of
+from distillm_cli.runs.prompt_source import PromptSource, prompts_of
 from distillm_cli.training.events import Listener, Note, silent
 from distillm_cli.utils.text import counted
 
@@ -84,7 +84,7 @@ class Asked:
 
 def _of_generate(stage: Stage, recipe: Recipe, made: Mapping[str, Shape]) -> dict[str, Any]:
     own, source = stage.own, recipe.data.source
-    wanted = Wanted(data=source, split=own.split, limit=own.limit or recipe.data.limit, samples=own.n)
+    wanted = PromptSource(data=source, split=own.split, limit=own.limit or recipe.data.limit, samples=own.n)
     rows, why = at_hand(lambda: prompts_of(wanted, recipe.data, silent), source)
     shape = load_shape(own.model, max_length=recipe.data.max_length, made=made)
     asked = _asked(rows, shape, recipe, recipe.rollout.max_new_tokens, own.n)

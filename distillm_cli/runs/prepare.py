@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from distillm_cli.config.schema import Data, Recipe, Train
+from distillm_cli.config.schema import DataConfig, Recipe, TrainConfig
 from distillm_cli.config.shaping import shaping
 from distillm_cli.data.ahead import Ahead
 from distillm_cli.data.batching import Examples, Order, by_length, tokenize
@@ -27,7 +27,7 @@ from distillm_cli.data.templates import Renderer, settled_template
 from distillm_cli.data.token_ids import Affixes
 from distillm_cli.errors import DataError, ModelError
 from distillm_cli.losses import criteria
-from distillm_cli.losses.student_loss import Objective
+from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.models import router
 from distillm_cli.models.composite import copy_processor, is_composite
 from distillm_cli.models.contexts import longrope_bound
@@ -44,7 +44,7 @@ from distillm_cli.teachers.teacher_cache import date_of, root_of, rows_digest
 from distillm_cli.training.checkpoint import Checkpoints
 from distillm_cli.training.engine import Engine
 from distillm_cli.training.events import Listener, Note, Warned
-from distillm_cli.types import Sequence, collate, pass_cost
+from distillm_cli.types import Sequence, collate, pass_overhead
 from distillm_cli.utils import garbage
 from distillm_cli.utils.host import give_back_freed_memory, set_threads
 from distillm_cli.utils.text import counted
@@ -59,7 +59,7 @@ FROZEN = "frozen.txt"  # in a checkpoint: of the weights below an adapter
 _PROBED = 8  # tokens that the heads are checked on
 
 
-def total_steps(train: Train, steps_per_epoch: int) -> int:
+def total_steps(train: TrainConfig, steps_per_epoch: int) -> int:
     """Return the optimizer steps of a whole run."""
     return train.steps or max(1, math.ceil(train.epochs * steps_per_epoch))
 
@@ -119,9 +119,9 @@ class Prepared:
         return min(train.batch_size * train.accumulate, len(self.train))
 
     @property
-    def pass_cost(self) -> int:
+    def pass_overhead(self) -> int:
         """By which a step's rows are cut into passes; the same for whoever computes their states."""
-        return pass_cost(self.device.type, self.student.model.config.get_text_config().hidden_size)
+        return pass_overhead(self.device.type, self.student.model.config.get_text_config().hidden_size)
 
     @property
     def steps(self) -> int:
@@ -258,7 +258,7 @@ def _prepared(recipe: Recipe, listener: Listener, early: Early) -> Prepared:
     )
 
 
-def texts_of(rows: Iterable[Row], data: Data, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
+def texts_of(rows: Iterable[Row], data: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
     """Yield prompts and responses in turn, for a tokenizer that is trained on them."""
     renderer = Renderer(data, tokenizer)
     for row in rows:
@@ -362,7 +362,7 @@ def build_engine(run: Prepared, output: Path, listener: Listener, *, teacher: Te
     """The engine of a prepared run, keeping its checkpoints under ``output``. teacher: None for SFT."""
     recipe = run.recipe
     rule = criteria.build(None if run.sft else recipe.objective, run.steps / run.order.steps_per_epoch)
-    objective = Objective(
+    objective = StudentLoss(
         run.student,
         rule,
         teacher_head=None if teacher is None else teacher.head,
@@ -372,7 +372,7 @@ def build_engine(run: Prepared, output: Path, listener: Listener, *, teacher: Te
     scheduler = new_scheduler(run)
     return Engine(
         objective=objective,
-        pass_cost=run.pass_cost,
+        pass_overhead=run.pass_overhead,
         train=recipe.train,
         steps=run.steps,
         steps_per_epoch=run.order.steps_per_epoch,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distillm_cli.config.schema import Data
+from distillm_cli.config.schema import DataConfig
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.files import format_of
 from distillm_cli.data.rows import BadRow, parse
@@ -20,7 +20,7 @@ from distillm_cli.utils.text import all_are
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PromptSource:
     """Where the prompts come from, exactly one of data, prompts and input; and how many, with how many samples each."""
 
     data: str | None = None
@@ -31,7 +31,7 @@ class Wanted:
     samples: int = 1
 
 
-def prompts_of(wanted: Wanted, data: Data, listener: Listener) -> list[Row]:
+def prompts_of(wanted: PromptSource, data: DataConfig, listener: Listener) -> list[Row]:
     """The rows to answer; they may lack a response. Raises DataError."""
     if wanted.prompts is not None:
         rows = [Row(instruction=text, where=f"--prompt {i}") for i, text in enumerate(wanted.prompts, start=1)]
@@ -47,7 +47,7 @@ def prompts_of(wanted: Wanted, data: Data, listener: Listener) -> list[Row]:
     return list(load_rows(data, split, listener=listener, require_output=False, limit=wanted.limit, stand_in=stand_in))
 
 
-def _lines(source: str, data: Data, listener: Listener) -> list[Row]:
+def _lines(source: str, data: DataConfig, listener: Listener) -> list[Row]:
     """A prompt a line: an instruction as text, or a row as a JSON object."""
     try:
         raw = sys.stdin.buffer.read() if source == "-" else user_path(source).read_bytes()

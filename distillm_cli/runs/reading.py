@@ -10,7 +10,7 @@ from distillm_cli.data.early import Early
 from distillm_cli.errors import ModelError
 
 if TYPE_CHECKING:
-    from distillm_cli.config.schema import Recipe, Student, Teacher
+    from distillm_cli.config.schema import Recipe, StudentConfig, TeacherConfig
 
 
 def reading(recipe: Recipe) -> Early:
@@ -18,7 +18,7 @@ def reading(recipe: Recipe) -> Early:
     return Early(recipe.data, partial(_tokenizer_file, recipe), recipe.needs_responses)
 
 
-def bringers(recipe: Recipe) -> list[Student | Teacher]:
+def bringers(recipe: Recipe) -> list[StudentConfig | TeacherConfig]:
     """The models that most likely bring the run's tokenizer, the likeliest first: the student, the teacher for one without.
 
     No model where it is asked for by name or tried out on the way (a built student's is, whether it comes back as it was),

@@ -18,14 +18,14 @@ from distillm_cli.config.fields import MetricName
 from distillm_cli.config.schema import Recipe
 from distillm_cli.errors import ModelError, UsageError
 from distillm_cli.evaluation.suites import HELD_OUT, Suite
-from distillm_cli.losses.criterion import CROSS_ENTROPY, Criterion
-from distillm_cli.losses.student_loss import Objective
+from distillm_cli.losses.criterion import CROSS_ENTROPY, Objective
+from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.models.devices import dtype_name, resolve_dtype
 from distillm_cli.runs import output_dir, samplers
 from distillm_cli.runs.prepare import Prepared
 from distillm_cli.training.engine import Engine, eval_mode
 from distillm_cli.training.events import Warned
-from distillm_cli.training.progress import Progress
+from distillm_cli.training.progress import TrainerState
 from distillm_cli.ui.console import Console
 from distillm_cli.utils.text import counted
 
@@ -46,7 +46,7 @@ class Measured:
     answers: list[str]
 
 
-def labels(reached: Progress, *, after_sft: bool) -> dict[str, str]:
+def labels(reached: TrainerState, *, after_sft: bool) -> dict[str, str]:
     """Return the models' names with the step that their weights are of, for people. after_sft: of a stage before."""
     kept = reached.step if reached.best_step is None else reached.best_step
     begun = FINE_TUNED if after_sft else BEFORE
@@ -204,6 +204,6 @@ def _valid_loss(model: Backbone, engine: Engine) -> float | None:
     if not engine.held_out.batches:
         return None
     dtype = engine.objective.matmul_dtype if model is engine.objective.student else None
-    objective = Objective(model, Criterion(None), matmul_dtype=dtype)
+    objective = StudentLoss(model, Objective(None), matmul_dtype=dtype)
     with eval_mode(objective), torch.no_grad():
         return engine.held_out.mean(CROSS_ENTROPY, objective)

@@ -13,7 +13,7 @@ import torch
 from distillm_cli.config.explain import leaves
 from distillm_cli.config.load import Resolved, load_resolved, settled
 from distillm_cli.config.ownership import ValueOf, is_read, value_of
-from distillm_cli.config.schema import Recipe, Train
+from distillm_cli.config.schema import Recipe, TrainConfig
 from distillm_cli.config.shaping import shaping
 from distillm_cli.errors import START_OVER, CheckpointError, RecipeError, out_of_memory
 from distillm_cli.models.tokenizer_files import quiet
@@ -21,7 +21,7 @@ from distillm_cli.runs import output_dir
 from distillm_cli.runs.prepare import FROZEN, frozen_digest, total_steps
 from distillm_cli.training.checkpoint import Checkpoint, latest, read
 from distillm_cli.training.events import Listener, Warned
-from distillm_cli.training.progress import Progress
+from distillm_cli.training.progress import TrainerState
 
 if TYPE_CHECKING:
     from distillm_cli.models.backbone import Backbone
@@ -63,7 +63,7 @@ def checkpoint_of(output: Path, recipe, *, started: bool = True, movable: Collec
         what = f"checkpoint unreadable: its state.json says no {absent[0]}"
         raise CheckpointError(what, where=str(checkpoint.path), hint=START_OVER)
     with as_checkpoint_error(checkpoint):
-        Progress(**checkpoint.state["progress"])
+        TrainerState(**checkpoint.state["progress"])
         int(checkpoint.state["progress"]["step"])
     # A field that came later had its default then.
     then, now = (
@@ -119,7 +119,7 @@ def check_length(checkpoint: Checkpoint, steps: int, steps_per_epoch: int, liste
     with as_checkpoint_error(checkpoint):
         then, reached = checkpoint.state["recipe"], checkpoint.state["progress"]["step"]
         known = {key: then[f"train.{key}"] for key in ("steps", "epochs") if f"train.{key}" in then}
-        before = total_steps(Train.model_validate(known), steps_per_epoch)
+        before = total_steps(TrainConfig.model_validate(known), steps_per_epoch)
     if steps < before:
         raise CheckpointError(
             f"the run was started with {before:,} steps, now it has {steps:,}",

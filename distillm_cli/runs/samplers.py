@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from distillm_cli.config.schema import Rollout
-from distillm_cli.losses.criterion import Criterion
-from distillm_cli.losses.policy_gradient import PolicyGradient
+from distillm_cli.config.schema import RolloutConfig
+from distillm_cli.losses.criterion import Objective
+from distillm_cli.losses.policy_gradient import MiniLLM
 from distillm_cli.rollouts.interleaved import InterleavedRollouts
 from distillm_cli.rollouts.mixture import MixtureRollouts
 from distillm_cli.rollouts.rollout import Rollouts, SampledRollouts
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _TEACHERS = 1 << 32  # added to the seed: the same uniforms for both would draw a pair's two samples near each other
 
 
-def teachers(rollout: Rollout) -> Rollout:
+def teachers(rollout: RolloutConfig) -> RolloutConfig:
     """How the teacher samples, in the terms of a section that says how the student does."""
     own = {"temperature": rollout.teacher_temperature, "top_p": rollout.teacher_top_p, "top_k": 0}
     return rollout.model_copy(update=own)
@@ -39,14 +39,14 @@ def samplers(run: Prepared) -> list[Backbone]:
     return found
 
 
-def rollouts(run: Prepared, rule: Criterion, listener: Listener) -> Rollouts:
+def rollouts(run: Prepared, rule: Objective, listener: Listener) -> Rollouts:
     """Where the run's student outputs come from. rule: what is told of each token, where it wants to know."""
     recipe = run.recipe
     common = {"max_length": _longest(run), "seed": recipe.train.seed, "listener": listener}
     if recipe.schedule.kind == "interleaved":
         return InterleavedRollouts(run.student, run.pair.teacher, recipe.rollout, teachers(recipe.rollout), **common)
     if run.pair.teacher is not None and recipe.mixes_in_the_teacher:
-        note = rule.note if isinstance(rule, PolicyGradient) else lambda sequence, told_N3: None
+        note = rule.note if isinstance(rule, MiniLLM) else lambda sequence, told_N3: None
         return MixtureRollouts(run.student, run.pair.teacher, recipe.rollout, note=note, **common)
     return SampledRollouts(run.student, recipe.rollout, **common)
 

@@ -33,7 +33,7 @@ SHARE = 0.25  # of the free memory, which `auto` may fill
 
 
 @dataclass(frozen=True)
-class Keeping:
+class CachePlan:
     """What is kept of the teacher's states. mode: memory, disk or off. why: a clause for people.
 
     rows_bytes, rollout_bytes, sample_bytes, held_out_bytes: of data set rows (exact), of student outputs (at most), of the
@@ -53,11 +53,11 @@ class Keeping:
 
 
 @dataclass(frozen=True)
-class Opened:
+class TeacherHandle:
     """A teacher at work, and what it was decided to keep. hit: its states were on disk already."""
 
     teacher: Teacher
-    keeping: Keeping
+    keeping: CachePlan
     hit: bool = False
 
     def facts(self) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class Opened:
 
 def open_teacher(
     run: Prepared, listener: Listener, *, before: str | None = None, rebuild: bool = False
-) -> Opened | None:
+) -> TeacherHandle | None:
     """The run's teacher, None for SFT. States on disk are read, or computed first.
 
     before: the mode that the run was started with, on a resume: `auto` must not decide anew, or the states would round
@@ -81,10 +81,10 @@ def open_teacher(
     model = run.pair.teacher
     if model is None:
         return None
-    keeping = plan_keeping(run, before=before, rebuild=rebuild)
+    keeping = plan_cache(run, before=before, rebuild=rebuild)
     listener(Note(f"teacher's states: {keeping.why}{'' if keeping.place is None else f', in {keeping.place}'}"))
     if keeping.mode == "off":
-        return Opened(Teacher(model), keeping)
+        return TeacherHandle(Teacher(model), keeping)
     rows, company, hit, computed = None, None, False, 0
     if keeping.mode == "disk":
         rows, hit, computed = _on_disk(run, keeping, rebuild, listener)
@@ -97,7 +97,7 @@ def open_teacher(
             steps=order.steps_per_epoch,
             rows=run.train.sequences,
             most=run.recipe.train.batch_size,
-            pass_cost=run.pass_cost,
+            pass_overhead=run.pass_overhead,
         )
     schedule = new_scheduler(run)
     teacher = Teacher(
@@ -113,7 +113,7 @@ def open_teacher(
         awaited=_held_out(run),
     )
     teacher.tokens = computed
-    return Opened(teacher, keeping, hit)
+    return TeacherHandle(teacher, keeping, hit)
 
 
 def warm(resolved: Resolved, *, rebuild: bool, ui: Console, early: Early | None = None) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def check_rows(recipe: Recipe) -> None:
         )
 
 
-def plan_keeping(run: Prepared, *, before: str | None = None, rebuild: bool = False) -> Keeping:
+def plan_cache(run: Prepared, *, before: str | None = None, rebuild: bool = False) -> CachePlan:
     """What would be kept, and its size; computes a few tokens to measure the width. Arguments as of ``open_teacher``."""
     mode = run.recipe.teacher.cache
     if rebuild and mode in ("memory", "off"):
@@ -169,7 +169,7 @@ def plan_keeping(run: Prepared, *, before: str | None = None, rebuild: bool = Fa
     if is_auto and before is not None:
         mode = before
     if mode == "off":
-        return Keeping("off", "not kept" if not is_auto else "not kept, as when the run was started")
+        return CachePlan("off", "not kept" if not is_auto else "not kept, as when the run was started")
     per_token = _token_bytes(run)
     if mode == "disk" or (is_auto and rebuild):
         return _planned_on_disk(run, per_token)
@@ -179,7 +179,7 @@ def plan_keeping(run: Prepared, *, before: str | None = None, rebuild: bool = Fa
     return _planned_by_itself(run, per_token)
 
 
-def _planned_by_itself(run: Prepared, per_token: int) -> Keeping:
+def _planned_by_itself(run: Prepared, per_token: int) -> CachePlan:
     """``auto``: the disk where a cache is there already, else memory where it pays and fits, else off."""
     root = _root(run)
     if uses_rows(run.recipe) and _may_be_there(root, run):
@@ -191,13 +191,13 @@ def _planned_by_itself(run: Prepared, per_token: int) -> Keeping:
         asked = "sees every row once" if uses_rows(run.recipe) else "asks about every sample once"
         if schedule.may_use_teacher_samples and not run.recipe.objective.kd_weight:
             asked = "asks the teacher for samples alone"
-        return Keeping("off", f"not kept: this run {asked}")
+        return CachePlan("off", f"not kept: this run {asked}")
     found = _planned_in_memory(run, per_token, rows=_rows_come_back(run))
     size, free = found.rows_bytes + found.rollout_bytes + found.sample_bytes + found.held_out_bytes, available_memory()
     if free is None or size <= SHARE * free:
         return found
     why = f"not kept: {amount(size)}B is more than a quarter of the {amount(free)}B of free memory"
-    return Keeping("off", f"{why} (--teacher-cache disk would keep them in {root})")
+    return CachePlan("off", f"{why} (--teacher-cache disk would keep them in {root})")
 
 
 def _may_be_there(root: Path, run: Prepared) -> bool:
@@ -209,7 +209,7 @@ def _may_be_there(root: Path, run: Prepared) -> bool:
     return any(root.glob(f"*-{teacher_cache.rows_digest(run.train.sequences)[:16]}"))
 
 
-def _planned_in_memory(run: Prepared, per_token: int, *, rows: bool) -> Keeping:
+def _planned_in_memory(run: Prepared, per_token: int, *, rows: bool) -> CachePlan:
     sizes = {"rows_bytes": run.train.tokens * per_token if rows else 0, **_beside_rows(run, per_token)}
     parts = [f"{amount(sizes['rows_bytes'])}B for {counted(len(run.train), 'row')}"] if rows else []
     if sizes["rollout_bytes"]:
@@ -217,17 +217,17 @@ def _planned_in_memory(run: Prepared, per_token: int, *, rows: bool) -> Keeping:
     if sizes["sample_bytes"]:
         parts.append(f"at most {amount(sizes['sample_bytes'])}B for teacher samples")
     what = f"as they come, {' and '.join(parts)}" if parts else "where it is asked twice, which it is not in this run"
-    return Keeping("memory", f"kept in memory {what}", **sizes)
+    return CachePlan("memory", f"kept in memory {what}", **sizes)
 
 
-def _planned_on_disk(run: Prepared, per_token: int) -> Keeping:
+def _planned_on_disk(run: Prepared, per_token: int) -> CachePlan:
     check_rows(run.recipe)
     model, sequences = run.pair.teacher, run.train.sequences
     key = Key(teacher_cache.teacher_digest(model, _config_of(model)), teacher_cache.rows_digest(sequences))
     place = teacher_cache.place_of(_root(run), key)
     size = run.train.tokens * per_token
     why = f"on disk, {amount(size)}B for {counted(len(run.train), 'row')}"
-    return Keeping(
+    return CachePlan(
         "disk", why, rows_bytes=size, **_beside_rows(run, per_token), place=place, key=key, is_made=place.exists()
     )
 
@@ -247,7 +247,7 @@ def _sampled_tokens(run: Prepared) -> int:
     return len(run.train) * run.recipe.rollout.max_new_tokens
 
 
-def _on_disk(run: Prepared, keeping: Keeping, rebuild: bool, listener: Listener) -> tuple[RowStates, bool, int]:
+def _on_disk(run: Prepared, keeping: CachePlan, rebuild: bool, listener: Listener) -> tuple[RowStates, bool, int]:
     """The states, whether they were there already, and how many tokens the teacher computed for them."""
     sequences, asked, made = run.train.sequences, Teacher(run.pair.teacher), False
     if rebuild or not keeping.is_made:
@@ -301,7 +301,7 @@ def _config_of(model: Backbone) -> str:
     return json.dumps({k: v for k, v in told.items() if k not in elsewhere}, sort_keys=True, default=str)
 
 
-def _warn_if_short(keeping: Keeping, listener: Listener) -> None:
+def _warn_if_short(keeping: CachePlan, listener: Listener) -> None:
     size, free = keeping.rows_bytes + keeping.rollout_bytes + keeping.sample_bytes, available_memory()
     if free is not None and size > free:
         listener(Warned(f"the teacher's states take {amount(size)}B, and {amount(free)}B of memory are free"))

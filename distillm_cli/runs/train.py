@@ -43,12 +43,12 @@ from distillm_cli.runs.resume import (
     load_student,
     weights_in,
 )
-from distillm_cli.runs.teacher_states import Opened, open_teacher
+from distillm_cli.runs.teacher_states import TeacherHandle, open_teacher
 from distillm_cli.training.checkpoint import Checkpoint, read, visible
 from distillm_cli.training.engine import LOWER_IS_BETTER, Engine
 from distillm_cli.training.events import Note, Warned
 from distillm_cli.training.metrics_log import MetricsLog
-from distillm_cli.training.progress import Progress as Reached
+from distillm_cli.training.progress import TrainerState
 from distillm_cli.ui.console import Console
 from distillm_cli.ui.summary import (
     OUTPUT_FILES,
@@ -154,7 +154,7 @@ def _is_published(output: Path) -> bool:
 def _trained(
     command: str,
     run: Prepared,
-    opened: Opened | None,
+    opened: TeacherHandle | None,
     checkpoint: Checkpoint | None,
     resolved: Resolved,
     output: Path,
@@ -216,7 +216,12 @@ def _stopped(output: Path | None, stop: KeyboardInterrupt) -> Interrupted:
 
 
 def publish(
-    run: Prepared, output: Path, resolved: Resolved, reached: Reached, measured: dict[str, Measured], measured_on: str
+    run: Prepared,
+    output: Path,
+    resolved: Resolved,
+    reached: TrainerState,
+    measured: dict[str, Measured],
+    measured_on: str,
 ) -> None:
     """The student, its tokenizer and its card into ``output``: from now on ``from_pretrained(output)`` works.
 
@@ -243,7 +248,7 @@ def publish(
 def _tell(
     run: Prepared,
     output: Path,
-    reached: Reached,
+    reached: TrainerState,
     engine: Engine,
     measured: dict[str, Measured],
     measured_on: str,
@@ -292,7 +297,7 @@ def _asked(run: Prepared, row) -> str:
     return run.encoder.renderer.prompt(row)
 
 
-def _result(command: str, output: Path, reached: Reached, engine: Engine, measured, wall: float) -> dict:
+def _result(command: str, output: Path, reached: TrainerState, engine: Engine, measured, wall: float) -> dict:
     return {
         "command": command,
         "status": "ok",

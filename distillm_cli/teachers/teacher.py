@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from distillm_cli.losses.fused import HeadLike
-from distillm_cli.types import LEAST_PASS_COST, Batch, Sequence, collate, moved, passes
+from distillm_cli.types import MIN_PASS_OVERHEAD, Batch, Sequence, collate, length_groups, moved
 
 
 class Model(Protocol):
@@ -225,7 +225,7 @@ class FirstEpoch:
     So the first pass computes nothing beside its own batches, and what is kept of a row is a function of teacher, rows
     and order alone: a resumed run, which has to compute a row again, does so in the same company and gets the same bits.
 
-    batches: step → rows, of the first epoch; steps: of that epoch; most, pass_cost: as of ``passes``.
+    batches: step → rows, of the first epoch; steps: of that epoch; most, pass_overhead: as of ``passes``.
     leftovers: the rows of no batch of it; they keep each other company.
     """
 
@@ -236,9 +236,9 @@ class FirstEpoch:
         steps: int,
         rows: SequenceOf[Sequence],
         most: int,
-        pass_cost: int = LEAST_PASS_COST,
+        pass_overhead: int = MIN_PASS_OVERHEAD,
     ):
-        self._batches, self._steps, self._most, self._pass_cost = batches, steps, most, pass_cost
+        self._batches, self._steps, self._most, self._pass_cost = batches, steps, most, pass_overhead
         self._step_of_row = np.full(len(rows), steps)
         for step in reversed(range(steps)):
             self._step_of_row[[s.row for s in batches(step)]] = step
@@ -249,5 +249,7 @@ class FirstEpoch:
         wanted, groups = set(rows), []
         for step in dict.fromkeys(self._step_of_row[s.row] for s in rows):
             batch = self.leftovers if step == self._steps else self._batches(int(step))
-            groups += [group for group in passes(batch, self._most, self._pass_cost) if not wanted.isdisjoint(group)]
+            groups += [
+                group for group in length_groups(batch, self._most, self._pass_cost) if not wanted.isdisjoint(group)
+            ]
         return groups

@@ -8,7 +8,7 @@ from copy import deepcopy
 import torch
 
 from distillm_cli.errors import NonFiniteError
-from distillm_cli.losses.criterion import Criterion
+from distillm_cli.losses.criterion import Objective
 from distillm_cli.rollouts.bulk import Bulk
 from distillm_cli.rollouts.replay import ReplayBuffer
 from distillm_cli.teachers.teacher import Teacher
@@ -36,7 +36,7 @@ class Before:
     """What a step changes before the optimizer is asked, as it was when the step began."""
 
     def __init__(
-        self, criterion: Criterion, replay: ReplayBuffer, ahead: Bulk, teacher: Teacher | None, device: torch.device
+        self, criterion: Objective, replay: ReplayBuffer, ahead: Bulk, teacher: Teacher | None, device: torch.device
     ):
         self.criterion, self.replay, self.ahead, self.teacher, self.device = criterion, replay, ahead, teacher, device
         self._random, self._state = random_states(device), deepcopy(criterion.state_dict())

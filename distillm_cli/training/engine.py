@@ -16,11 +16,11 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from distillm_cli.config.schema import Train
+from distillm_cli.config.schema import TrainConfig
 from distillm_cli.errors import Interrupted, NonFiniteError, OutOfMemoryError, out_of_memory
-from distillm_cli.losses.criterion import CROSS_ENTROPY, Piece
-from distillm_cli.losses.student_loss import Objective, joined
-from distillm_cli.losses.terms import PerToken
+from distillm_cli.losses.criterion import CROSS_ENTROPY, SourceBatch
+from distillm_cli.losses.student_loss import StudentLoss, joined
+from distillm_cli.losses.terms import TokenWeights
 from distillm_cli.rollouts.bulk import Bulk
 from distillm_cli.rollouts.replay import ReplayBuffer, pack, unpack
 from distillm_cli.rollouts.rollout import Rollouts
@@ -33,10 +33,10 @@ from distillm_cli.training.checkpoint import Checkpoint, Checkpoints, random_sta
 from distillm_cli.training.events import Listener, Note, RunEnded, Saved, Stepped, Validated, Warned, silent
 from distillm_cli.training.held_out import HeldOut
 from distillm_cli.training.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
-from distillm_cli.training.progress import Progress
+from distillm_cli.training.progress import TrainerState
 from distillm_cli.training.stopping import stop_on_signal
-from distillm_cli.types import LEAST_PASS_COST, Batch, Passes, Sequence, collate, micro_batches
-from distillm_cli.utils.halving import in_halves, release
+from distillm_cli.types import MIN_PASS_OVERHEAD, Batch, LengthGroups, Sequence, collate, micro_batches
+from distillm_cli.utils.halving import release, retry_halved
 from distillm_cli.utils.text import counted
 
 LOWER_IS_BETTER = frozenset({"valid_loss", "valid_divergence", "error_rate"})
@@ -69,8 +69,8 @@ class Engine:
     def __init__(
         self,
         *,
-        objective: Objective,
-        train: Train,
+        objective: StudentLoss,
+        train: TrainConfig,
         steps: int,
         steps_per_epoch: int,
         batches: Callable[[int], list[Sequence]],
@@ -88,7 +88,7 @@ class Engine:
         recipe: dict | None = None,
         inputs: Callable[[], dict[str, str]] = dict,
         method: str = "",
-        pass_cost: int = LEAST_PASS_COST,
+        pass_overhead: int = MIN_PASS_OVERHEAD,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         listener: Listener = silent,
@@ -97,17 +97,17 @@ class Engine:
         self.batches, self.scheduler, self.replay = batches, scheduler, replay
         self.bulk, self.fresh, self.samples, self.teacher = bulk, fresh, samples or {}, teacher
         self.score, self.checkpoints, self.recipe = score, checkpoints, recipe or {}
-        self.as_at_start, self.pass_cost, self.inputs = as_at_start, pass_cost, inputs
+        self.as_at_start, self.pass_overhead, self.inputs = as_at_start, pass_overhead, inputs
         self.method, self.device, self.dtype, self.say = method, torch.device(device), dtype, listener
         self.ahead = Bulk(rollouts)
-        self.at, self.saved_step, objective.say = Progress(), None, listener
+        self.at, self.saved_step, objective.say = TrainerState(), None, listener
         self.held_out = HeldOut(
             validation, objective.student, teacher, device=self.device, autocast=self._autocast, listener=listener
         )
         self.most_rows = train.batch_size  # of a micro-batch; fewer once memory has run out
         self.optimizer = build_optimizer(objective, train)
 
-    def run(self) -> Progress:
+    def run(self) -> TrainerState:
         """Trains to the end, to an early stop, or to a signal; the last raises Interrupted after saving."""
         started, began_at = time.perf_counter(), self.at.seconds
         self.objective.train()
@@ -140,14 +140,14 @@ class Engine:
         self.say(RunEnded(self.at.step, self.at.reason, self.at.seconds))
         return self.at
 
-    def _draw_parts(self, source: Source) -> list[Piece]:
+    def _draw_parts(self, source: Source) -> list[SourceBatch]:
         """What the step trains on, source by source."""
         if source is Source.PAIR:
             own = self._samples_of(Source.ROLLOUT) if Source.ROLLOUT in self.samples else self._fresh_batch()
-            return [Piece(Source.TEACHER, self._samples_of(Source.TEACHER)), Piece(Source.ROLLOUT, own)]
-        parts = [Piece(source, self._draw_sequences(source))]
+            return [SourceBatch(Source.TEACHER, self._samples_of(Source.TEACHER)), SourceBatch(Source.ROLLOUT, own)]
+        parts = [SourceBatch(source, self._draw_sequences(source))]
         if source is not Source.DATASET and self.objective.criterion.rows_beside:
-            parts.append(Piece(Source.DATASET, self.batches(self.at.step)))
+            parts.append(SourceBatch(Source.DATASET, self.batches(self.at.step)))
         return parts
 
     def _draw_sequences(self, source: Source) -> list[Sequence]:
@@ -182,7 +182,7 @@ class Engine:
                 self.at.count(self.ahead.draw(due, self.at.step))
         return self.ahead.batch()
 
-    def _learn(self, source: Source) -> tuple[list[Piece], float, float]:
+    def _learn(self, source: Source) -> tuple[list[SourceBatch], float, float]:
         """What the step trains on, its loss per token, and the norm of the gradient, which the parameters then have.
 
         Raises NonFiniteError or OutOfMemoryError after saving: all is then as if the step had not begun.
@@ -209,7 +209,7 @@ class Engine:
             self._save()
         raise failed from cause
 
-    def _gradients(self, parts: list[Piece], before: Before) -> tuple[float, float]:
+    def _gradients(self, parts: list[SourceBatch], before: Before) -> tuple[float, float]:
         """As ``_learn`` says, clipped. Where memory runs out, micro-batches are halved from then on."""
         largest = max(len(part.sequences) for part in parts)
 
@@ -223,7 +223,7 @@ class Engine:
             self.say(Warned(f"out of memory with {rows} rows at once: going on with {self.most_rows}, same batches"))
             return True
 
-        total = in_halves(lambda: self._backward(parts), halve)
+        total = retry_halved(lambda: self._backward(parts), halve)
         norm = nn.utils.get_total_norm([p.grad for p in self.objective.parameters() if p.grad is not None])
         loss, grad_norm = torch.stack((total, norm)).tolist()  # the one time a step waits for a device
         check_finite(loss, grad_norm)
@@ -231,13 +231,13 @@ class Engine:
             nn.utils.clip_grads_with_norm_(self.objective.parameters(), self.train.clip, norm)
         return loss, grad_norm
 
-    def _backward(self, parts: list[Piece]) -> Tensor:
+    def _backward(self, parts: list[SourceBatch]) -> Tensor:
         """One attempt at the gradients, in micro-batches; the step's loss."""
         criterion = self.objective.criterion
         micro = [
             (part.source, cuts)
             for part in parts
-            for cuts in micro_batches(part.sequences, self.most_rows, self.pass_cost)
+            for cuts in micro_batches(part.sequences, self.most_rows, self.pass_overhead)
         ]
         own, told = self._look_ahead(micro)
         count = criterion.count([s for part in parts for s in part.sequences])
@@ -268,19 +268,21 @@ class Engine:
         """Of the run once the step in hand is done, 0 to 1."""
         return (self.at.step + 1) / self.steps
 
-    def _collated(self, cuts: Passes) -> list[Batch]:
+    def _collated(self, cuts: LengthGroups) -> list[Batch]:
         return [collate(sequences).to(self.device) for sequences in cuts]
 
-    def _ask(self, batches: list[Batch], cuts: Passes) -> Tensor:
+    def _ask(self, batches: list[Batch], cuts: LengthGroups) -> Tensor:
         """The teacher's states for all of a micro-batch, pass by pass. Outside autocast, which to bfloat16 does not even put
         float16 states side by side."""
         return joined([self.teacher.hidden(batch, cut) for batch, cut in zip(batches, cuts, strict=True)])
 
-    def _look_ahead(self, micro: list[tuple[Source, Passes]]) -> tuple[list[PerToken | None], list[Tensor | None]]:
+    def _look_ahead(
+        self, micro: list[tuple[Source, LengthGroups]]
+    ) -> tuple[list[TokenWeights | None], list[Tensor | None]]:
         """Shows the criterion the whole step, where it wants to see it: what its tokens get of their own, and what the
         teacher, if it was asked, has said of them, so that it need not be asked again."""
         criterion = self.objective.criterion
-        pieces = [Piece(source, list(chain.from_iterable(cuts))) for source, cuts in micro]
+        pieces = [SourceBatch(source, list(chain.from_iterable(cuts))) for source, cuts in micro]
         readings, told = [], [None] * len(micro)
         for i, (_, cuts) in enumerate(micro if criterion.looks_at else ()):
             batches = self._collated(cuts)
@@ -377,7 +379,7 @@ class Engine:
         """Goes back to where a checkpoint was written. The student's weights are loaded by whoever holds the model."""
         progress = checkpoint.state["progress"] | {"sources": Counter(checkpoint.state["progress"]["sources"])}
         progress["phis"] = [tuple(pair) for pair in progress["phis"]]
-        self.at = Progress(**progress | {"reason": "done"})
+        self.at = TrainerState(**progress | {"reason": "done"})
         self.saved_step = self.at.step
         self.scheduler.load_state_dict(checkpoint.state["scheduler"])
         self.objective.criterion.load_state_dict(checkpoint.state.get("criterion", {}))

@@ -8,13 +8,13 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from distillm_cli.losses.student_loss import Objective
-from distillm_cli.losses.terms import Terms
+from distillm_cli.losses.student_loss import StudentLoss
+from distillm_cli.losses.terms import LossWeights
 from distillm_cli.teachers.teacher import Model, Teacher
 from distillm_cli.training.events import Listener, Warned
 from distillm_cli.types import Sequence, collate
 from distillm_cli.utils.exact import where_exact
-from distillm_cli.utils.halving import in_halves
+from distillm_cli.utils.halving import retry_halved
 
 
 class HeldOut:
@@ -34,14 +34,14 @@ class HeldOut:
         self.batches, self.student, self.teacher = list(batches), student, teacher
         self.device, self.autocast, self.say = device, autocast, listener
 
-    def mean(self, terms: Terms, objective: Objective) -> float:
+    def mean(self, terms: LossWeights, objective: StudentLoss) -> float:
         """Of these terms' losses over all supervised tokens, nats. Another model than the student computes in its own dtype.
 
         Evaluation mode and gradients are the caller's affair.
         """
-        return in_halves(lambda: self._mean(terms, objective), self._halve)
+        return retry_halved(lambda: self._mean(terms, objective), self._halve)
 
-    def _mean(self, terms: Terms, objective: Objective) -> float:
+    def _mean(self, terms: LossWeights, objective: StudentLoss) -> float:
         total = tokens = 0
         for sequences in self.batches:
             batch = collate(sequences).to(self.device)

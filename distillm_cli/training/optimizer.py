@@ -7,10 +7,10 @@ import math
 import torch
 from torch import nn
 
-from distillm_cli.config.schema import Train
+from distillm_cli.config.schema import TrainConfig
 
 
-def build_optimizer(module: nn.Module, train: Train) -> torch.optim.AdamW:
+def build_optimizer(module: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; weight decay on matrices only, never on biases and norm scales.
 
     The fused kernel is used wherever every parameter sits on a device and in a dtype that has one.
@@ -24,7 +24,7 @@ def build_optimizer(module: nn.Module, train: Train) -> torch.optim.AdamW:
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=train.lr, betas=train.betas, fused=fused)
 
 
-def learning_rate(train: Train, step: int, steps: int) -> float:
+def learning_rate(train: TrainConfig, step: int, steps: int) -> float:
     """The rate of step ``step`` (from 0) of ``steps``: linear warm-up, then the chosen schedule down to ``min_lr``."""
     warmup = train.warmup * steps if train.warmup < 1 else train.warmup
     if step < warmup:

@@ -11,7 +11,7 @@ from distillm_cli.types import Sequence
 
 
 @dataclass
-class Progress:
+class TrainerState:
     """Where a run is, and what it has seen. All of it is in a checkpoint, so all of it survives a resume."""
 
     step: int = 0

@@ -14,7 +14,7 @@ from distillm_cli.errors import out_of_memory
 T = TypeVar("T")
 
 
-def in_halves(attempt: Callable[[], T], halve: Callable[[], bool]) -> T:
+def retry_halved(attempt: Callable[[], T], halve: Callable[[], bool]) -> T:
     """What ``attempt`` gives, at first or after as many calls of ``halve`` as it takes.
 
     halve: makes the next attempt's pieces smaller; False where they cannot be, and the error is the caller's.

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from distillm_cli.cli.app import main
-from distillm_cli.config.schema import Data, Recipe
+from distillm_cli.config.schema import DataConfig, Recipe
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import load_rows
 from distillm_cli.evaluation.suites import load_suite
@@ -246,12 +246,14 @@ def test_rows_come_in_the_order_of_the_prompts_and_do_not_depend_on_the_batch(pl
 
 def test_what_is_written_reads_back_as_exactly_those_prompts_and_responses(place, typed):
     assert typed(*GENERATE, "--template", "alpaca", "--output", "told.jsonl")[0] == 0
-    back = load_rows(Data(source="told.jsonl"), "test")
+    back = load_rows(DataConfig(source="told.jsonl"), "test")
     told = lines("told.jsonl")
     assert [row.references for row in back] == [(row["output"],) for row in told]
     tokenizer = load_tokenizer("model")
-    asked = Encoder(tokenizer, Data(template="alpaca")).prompts(list(load_rows(Data(source="data"), "test")))
-    for ours, theirs in zip(Encoder(tokenizer, Data()).prompts(list(back)), asked, strict=True):
+    asked = Encoder(tokenizer, DataConfig(template="alpaca")).prompts(
+        list(load_rows(DataConfig(source="data"), "test"))
+    )
+    for ours, theirs in zip(Encoder(tokenizer, DataConfig()).prompts(list(back)), asked, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert typed(*GENERATE[:3], "--data", "told.jsonl", "--output", "again.jsonl", *SHORT)[0] == 0
 
@@ -268,9 +270,9 @@ def test_a_chat_prompt_reads_back_with_one_beginning_of_sequence(place, typed):
     tokenizer.save_pretrained(place / "model")
     assert typed(*GENERATE, "--template", "chat", "--output", "chat.jsonl")[0] == 0
     tokenizer = load_tokenizer("model")
-    rows = list(load_rows(Data(source="data"), "test"))
-    asked = Encoder(tokenizer, Data(template="chat")).prompts(rows)
-    back = Encoder(tokenizer, Data()).prompts(list(load_rows(Data(source="chat.jsonl"), "test")))
+    rows = list(load_rows(DataConfig(source="data"), "test"))
+    asked = Encoder(tokenizer, DataConfig(template="chat")).prompts(rows)
+    back = Encoder(tokenizer, DataConfig()).prompts(list(load_rows(DataConfig(source="chat.jsonl"), "test")))
     for ours, theirs in zip(back, asked, strict=True):
         np.testing.assert_array_equal(ours, theirs)
         assert list(ours).count(tokenizer.bos_token_id) == 1

@@ -26,7 +26,7 @@ from distillm_cli.config.shaping import shaping
 from distillm_cli.errors import CheckpointError
 from distillm_cli.runs.resume import checkpoint_of
 from distillm_cli.training.checkpoint import Checkpoints
-from distillm_cli.training.progress import Progress
+from distillm_cli.training.progress import TrainerState
 from tests.typed import call
 
 ROOT = Path(__file__).parents[2]
@@ -291,7 +291,7 @@ def test_a_checkpoint_that_wrote_down_what_its_run_never_read_is_this_recipes_al
     recipe = Recipe.model_validate({"method": "kd", "data": {"source": "rows.jsonl"}, "schedule": {"kind": "off"}})
     written = shaping(recipe) | {"data.size": 8000, "rollout.teacher_mix": 0.5, "of.long.ago": 1}
     checkpoints = Checkpoints(tmp_path / "checkpoints", lambda place: None, keep=1)
-    progress = asdict(Progress())
+    progress = asdict(TrainerState())
     checkpoints.write(3, {"recipe": written | {"train.lr": 1.0}, "progress": progress}, {})
     with pytest.raises(CheckpointError, match=r"of.long.ago was 1, now None \(and 1 more\)"):
         checkpoint_of(tmp_path, recipe)

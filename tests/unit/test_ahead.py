@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from distillm_cli.config.schema import Data
+from distillm_cli.config.schema import DataConfig
 from distillm_cli.data.ahead import Ahead
 from distillm_cli.data.batching import tokenize
 from distillm_cli.data.encoder import Encoder
@@ -19,7 +19,7 @@ from distillm_cli.data.sources import load_rows
 from distillm_cli.data.token_ids import CHUNK, Affixes
 from distillm_cli.errors import DataError
 
-Data = partial(Data, max_length=512, max_prompt_length=256)  # as of a run whose models are known
+DataConfig = partial(DataConfig, max_length=512, max_prompt_length=256)  # as of a run whose models are known
 
 
 def letters(refuses: str | None = None) -> PreTrainedTokenizerFast:
@@ -47,7 +47,7 @@ def rows(n: int) -> list[Row]:
     ]
 
 
-DATA = Data(max_length=12, max_prompt_length=8)
+DATA = DataConfig(max_length=12, max_prompt_length=8)
 
 
 def told(rows, encoder, data=DATA, ahead=None, context=None):
@@ -80,7 +80,7 @@ def test_what_is_made_ahead_is_what_is_made_in_turn(too_long, is_encoder_decoder
 
 
 def test_real_rows_and_a_real_tokenizer(shared_data):
-    data = Data(source=str(shared_data / "dolly"), limit=1_200)
+    data = DataConfig(source=str(shared_data / "dolly"), limit=1_200)
     found, tokenizer = load_rows(data, "train"), AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "gpt2")
     encoder = Encoder(tokenizer, data)
     with Ahead((found,), data, tokenizer) as ahead:

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from distillm_cli.config.schema import Data, Train
+from distillm_cli.config.schema import DataConfig, TrainConfig
 from distillm_cli.data.batching import Order, by_length, tokenize
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.rows import Row
 from distillm_cli.data.sources import load_rows
 from distillm_cli.errors import DataError
 from distillm_cli.training.events import Note, Progress, Warned
-from distillm_cli.types import Sequence, collate, passes
+from distillm_cli.types import Sequence, collate, length_groups
 
 
 def letters() -> PreTrainedTokenizerFast:
@@ -38,7 +38,7 @@ def rows_of(*lengths: tuple[int, int]) -> list[Row]:
 
 
 def examples_of(rows, listener=lambda event: None, context=None, **fields):
-    data = Data(**({"max_length": 10, "max_prompt_length": 6} | fields))
+    data = DataConfig(**({"max_length": 10, "max_prompt_length": 6} | fields))
     return tokenize(rows, Encoder(letters(), data), data, listener, context)
 
 
@@ -113,7 +113,7 @@ def test_nothing_left_names_the_shortest_row_and_the_limit():
 
 def test_dolly_in_seconds_with_progress(shared_data):
     tokenizer = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "gpt2")
-    data, said = Data(source=str(shared_data / "dolly"), limit=2_000, max_length=512, max_prompt_length=256), []
+    data, said = DataConfig(source=str(shared_data / "dolly"), limit=2_000, max_length=512, max_prompt_length=256), []
     rows = load_rows(data, "train")
     start = time.process_time()
     examples = tokenize(rows, Encoder(tokenizer, data), data, said.append, 1024)
@@ -129,7 +129,7 @@ def test_dolly_in_seconds_with_progress(shared_data):
 
 def test_workers_change_nothing(shared_data):
     lengths = {"max_length": 64, "max_prompt_length": 256}
-    data = Data(source=str(shared_data / "g2p"), limit=1_200, too_long="truncate", **lengths)
+    data = DataConfig(source=str(shared_data / "g2p"), limit=1_200, too_long="truncate", **lengths)
     rows = load_rows(data, "train")
     encoder = Encoder(AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "gpt2"), data)
     alone, together = (tokenize(rows, encoder, data.model_copy(update={"workers": workers})) for workers in (0, 2))
@@ -198,14 +198,14 @@ def test_remainders_differ_so_that_every_example_is_trained_on():
 
 def test_less_than_a_tenth_is_padding_where_lengths_differ_as_in_instruction_data():
     """Lengths like Dolly's in GPT-2 tokens (median 90, a long tail to 512), batches of the default size, random ones."""
-    assert Data().bucket == 1, "sorting across batches changes what a step sees; cutting within one does not"
+    assert DataConfig().bucket == 1, "sorting across batches changes what a step sees; cutting within one does not"
     lengths = np.clip(np.random.default_rng(0).lognormal(4.6, 0.75, 4000), 25, 512).astype(int)
-    data, train = Data(), Train()
+    data, train = DataConfig(), TrainConfig()
     order = Order(lengths, train.batch_size, seed=10, bucket=data.bucket)
     real = computed = 0
     for step in range(order.steps_per_epoch):
         rows = [Sequence(np.zeros(n - 1, np.int32), np.zeros(1, np.int32)) for n in lengths[order.batch(step)]]
-        for part in passes(rows, train.batch_size):
+        for part in length_groups(rows, train.batch_size):
             real, computed = real + sum(map(len, part)), computed + len(part) * max(map(len, part))
     assert 1 - real / computed < 0.1
 

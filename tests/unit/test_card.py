@@ -5,7 +5,7 @@ import yaml
 
 from distillm_cli.config.load import resolve
 from distillm_cli.runs.card import model_card
-from distillm_cli.training.progress import Progress
+from distillm_cli.training.progress import TrainerState
 
 NAMES = [
     "gpt2",
@@ -31,7 +31,7 @@ def test_the_front_matter_is_yaml(name, output, command):
     sets = ["student.lora.r=4", f"student.lora_output={output}"]
     flags = {"student.path": name, **({"teacher.path": "gpt2-xl"} if command == "distill" else {})}
     card = model_card(
-        resolve(command=command, flags=flags, sets=sets), Progress(), {}, task="text-generation", measured_on="x"
+        resolve(command=command, flags=flags, sets=sets), TrainerState(), {}, task="text-generation", measured_on="x"
     )
     opening, front, _ = card.split("---\n", 2)
     read = yaml.safe_load(front)

@@ -9,7 +9,7 @@ from datetime import date
 import numpy as np
 import pytest
 
-from distillm_cli.config.schema import Data
+from distillm_cli.config.schema import DataConfig
 from distillm_cli.data.encoder import Encoder, LeftOut
 from distillm_cli.data.rows import Row
 from distillm_cli.errors import DataError, ModelError
@@ -100,7 +100,7 @@ STOPS = ("<eos>", "<stop>", "<user>")
 
 def encoder(chat_template: str | None, stops: tuple[str, ...] = STOPS, **fields) -> Encoder:
     made = tokenizer(chat_template)
-    data = Data(**{"max_length": 4096, "max_prompt_length": 4096, "template": "chat"} | fields)
+    data = DataConfig(**{"max_length": 4096, "max_prompt_length": 4096, "template": "chat"} | fields)
     return Encoder(made, data, stops=made.convert_tokens_to_ids(list(stops)))
 
 

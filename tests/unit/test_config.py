@@ -18,7 +18,7 @@ from distillm_cli.config.fields import ScheduleKind
 from distillm_cli.config.load import load_resolved, locate, resolve, shipped, to_yaml
 from distillm_cli.config.methods import METHODS
 from distillm_cli.config.ownership import condition, is_read
-from distillm_cli.config.schema import Recipe, Train
+from distillm_cli.config.schema import Recipe, TrainConfig
 from distillm_cli.config.shortcuts import SHORTCUTS, Flag, flag_of
 from distillm_cli.errors import RecipeError, UsageError
 from distillm_cli.runs.teacher_states import uses_rows
@@ -900,8 +900,8 @@ def test_every_field_explains_itself():
 
 def test_the_schema_itself_takes_no_truth_value_for_a_number():
     with pytest.raises(ValueError, match="true and false are no numbers"):
-        Train(epochs=True)
-    assert Train(gradient_checkpointing=True).gradient_checkpointing
+        TrainConfig(epochs=True)
+    assert TrainConfig(gradient_checkpointing=True).gradient_checkpointing
     with pytest.raises(ValueError, match="frozen"):
         Recipe().train.lr = 1.0
 

@@ -10,8 +10,8 @@ from torch.testing import assert_close
 
 from distillm_cli.config import schema
 from distillm_cli.losses import criteria
-from distillm_cli.losses.contrast import FORWARD, REVERSE, BySource, Curriculum
-from distillm_cli.losses.criterion import Criterion, Piece, Reading
+from distillm_cli.losses.contrast import FORWARD, REVERSE, DistiLLM2, FDistill
+from distillm_cli.losses.criterion import Objective, SourceBatch, TokenLogProbs
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.types import Sequence
 from tests.limits import Narrow
@@ -47,7 +47,7 @@ def pair_of_parts():
         Sequence(s.prompt, longer.response, s.row)
         for s, longer in zip(written, runs.tiny.sequences([(4, 9), (3, 7), (5, 8)], vocab=20, seed=2), strict=True)
     ]
-    return [Piece(Source.TEACHER, written), Piece(Source.ROLLOUT, said)]
+    return [SourceBatch(Source.TEACHER, written), SourceBatch(Source.ROLLOUT, said)]
 
 
 def by_hand(engine, parts, forward, reverse, w, per_sequence):
@@ -104,12 +104,12 @@ def engine_of(config, **settings):
 @pytest.mark.parametrize("name", CASES)
 def test_a_steps_loss_and_gradient_are_the_papers(name, batch_size):
     fields, forward, reverse = CASES[name]
-    engine, parts = engine_of(schema.Objective(**fields), batch_size=batch_size), pair_of_parts()
+    engine, parts = engine_of(schema.ObjectiveConfig(**fields), batch_size=batch_size), pair_of_parts()
     before = runs.weights(engine)
     loss, _ = runs.step(engine, parts)
     ours = {name: before[name] - value for name, value in runs.weights(engine).items()}
 
-    reference = engine_of(schema.Objective(**fields))
+    reference = engine_of(schema.ObjectiveConfig(**fields))
     expected = by_hand(reference, parts, forward, reverse, 0.5, fields.get("reduction") == "sequence")
     expected.backward()
     assert loss == pytest.approx(expected.item(), rel=1e-6)
@@ -123,7 +123,7 @@ def test_the_curriculum_is_distillm2s_over_three_epochs_by_hand(rows):
 
     rows: what there is memory for once the gaps are known. With too little the step is taken anew, and they count once.
     """
-    config = schema.Objective(**DISTILLM2)
+    config = schema.ObjectiveConfig(**DISTILLM2)
     engine = engine_of(config, steps=6, lr=0.3)
     engine.objective.criterion = criterion = criteria.build(config, epochs=3.0)
     look_ahead, memory = criterion.look_ahead, Narrow(engine.objective, 100)
@@ -172,7 +172,7 @@ def test_the_curriculum_is_distillm2s_over_three_epochs_by_hand(rows):
 
 
 def test_easy_batches_get_less_skew_within_the_bounds():
-    criterion = Curriculum(schema.Objective(**DISTILLM2), epochs=2.0)
+    criterion = DistiLLM2(schema.ObjectiveConfig(**DISTILLM2), epochs=2.0)
     criterion.before = {FORWARD: 0.2, REVERSE: -0.1}
     assert criterion._alpha(FORWARD, 0.2) == pytest.approx(0.1)  # as hard as usual
     assert criterion._alpha(FORWARD, 0.19) == pytest.approx(1 - 0.9 * 0.2 / 0.19)
@@ -182,16 +182,16 @@ def test_easy_batches_get_less_skew_within_the_bounds():
 
 
 def test_the_curriculum_survives_in_a_checkpoint_and_knows_its_epoch_from_the_progress():
-    first, config = Curriculum(schema.Objective(**DISTILLM2), epochs=3.0), schema.Objective(**DISTILLM2)
+    first, config = DistiLLM2(schema.ObjectiveConfig(**DISTILLM2), epochs=3.0), schema.ObjectiveConfig(**DISTILLM2)
     parts = pair_of_parts()
     torch.manual_seed(0)
     readings = [
-        Reading(*(torch.rand(sum(len(s.response) for s in part.sequences)).log() for _ in "pq")) for part in parts
+        TokenLogProbs(*(torch.rand(sum(len(s.response) for s in part.sequences)).log() for _ in "pq")) for part in parts
     ]
     for step in range(9):  # three steps an epoch
         first.look_ahead(parts, readings, (step + 1) / 9)
         assert first.epoch == step // 3
-        second = Curriculum(config, epochs=3.0)
+        second = DistiLLM2(config, epochs=3.0)
         second.load_state_dict(first.state_dict())
         for criterion in (first, second):
             criterion.look_ahead(parts, readings, (step + 1) / 9)
@@ -201,21 +201,21 @@ def test_the_curriculum_survives_in_a_checkpoint_and_knows_its_epoch_from_the_pr
 
 
 def test_by_source_under_other_schedules_gives_each_source_its_half():
-    criterion = BySource(schema.Objective(divergence="jsd", beta=0.3, by_source=True, kd_weight=0.8))
-    criterion.look_ahead([Piece(Source.REPLAY, pair_of_parts()[1].sequences)], [], 0.5)
+    criterion = FDistill(schema.ObjectiveConfig(divergence="jsd", beta=0.3, by_source=True, kd_weight=0.8))
+    criterion.look_ahead([SourceBatch(Source.REPLAY, pair_of_parts()[1].sequences)], [], 0.5)
     row, replayed = criterion.terms(Source.DATASET), criterion.terms(Source.REPLAY)
     assert (row.kd, row.ce) == pytest.approx((0.8 * 0.6, 0.2))
     assert (replayed.kd, replayed.ce) == pytest.approx((0.8 * 1.4, 0.0))
-    assert type(criteria.build(schema.Objective())) is Criterion
+    assert type(criteria.build(schema.ObjectiveConfig())) is Objective
 
 
 def test_cross_entropy_is_for_teacher_samples_as_for_rows():
-    terms = Criterion(schema.Objective(kd_weight=0.0)).terms(Source.TEACHER)
+    terms = Objective(schema.ObjectiveConfig(kd_weight=0.0)).terms(Source.TEACHER)
     assert (terms.kd, terms.ce) == (0.0, 1.0)
-    assert math.isclose(Criterion(schema.Objective(kd_weight=0.3)).terms(Source.ROLLOUT).ce, 0.0)
+    assert math.isclose(Objective(schema.ObjectiveConfig(kd_weight=0.3)).terms(Source.ROLLOUT).ce, 0.0)
 
 
 def test_a_curriculum_without_skewed_halves_is_refused():
     for fields in ({"divergence": "jsd"}, {"by_source": False}, {"alpha": 0.0}):
         with pytest.raises(ValidationError, match="curriculum"):
-            schema.Objective(**DISTILLM2 | fields)
+            schema.ObjectiveConfig(**DISTILLM2 | fields)

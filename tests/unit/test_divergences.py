@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from distillm_cli.config.schema import Objective
+from distillm_cli.config.schema import ObjectiveConfig
 from distillm_cli.losses.divergences import JSD, KL, ReverseKL, Rows, SkewKL, SkewReverseKL, build, logit_grad
 from distillm_cli.losses.families import AdaptiveKL, AlphaBeta, AlphaMixture, Decoupled, Interpolated
 from tests import plain
@@ -56,7 +56,7 @@ class Anywhere:
     """The divergence of a recipe, told some targets where it asks for them."""
 
     def __init__(self, name, settings):
-        self.built = build(Objective(divergence=name, **settings))
+        self.built = build(ObjectiveConfig(divergence=name, **settings))
 
     def value(self, log_p, log_q):
         return self.built.at(plain.some_targets(log_p), None).value(log_p, log_q)

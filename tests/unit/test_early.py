@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from distillm_cli.config.schema import Data, Recipe
+from distillm_cli.config.schema import DataConfig, Recipe
 from distillm_cli.data import early as early_module
 from distillm_cli.data import helper
 from distillm_cli.data.ahead import Ahead
@@ -29,7 +29,7 @@ from distillm_cli.runs.reading import reading
 from distillm_cli.training.events import Note, Warned
 from tests import tiny
 
-Data = partial(Data, max_length=512, max_prompt_length=256)  # as of a run whose models are known
+DataConfig = partial(DataConfig, max_length=512, max_prompt_length=256)  # as of a run whose models are known
 
 
 def working() -> list[threading.Thread]:
@@ -51,7 +51,7 @@ def tokenizer_file(tmp_path) -> Path:
     return tmp_path / "tokenizer" / "tokenizer.json"
 
 
-def known(data: Data, file: Path | None) -> Early:
+def known(data: DataConfig, file: Path | None) -> Early:
     return Early(data, lambda: file)
 
 
@@ -61,7 +61,7 @@ def test_what_was_made_early_is_what_the_tokenizer_makes(part, shared_data, tmp_
         source, place = str(shared_data / "dolly"), shared_data / "tokenizers" / "gpt2"
     else:
         source, place = str(lines(tmp_path / "rows.jsonl", pairs(3 * CHUNK))), tokenizer_file.parent
-    data = Data(source=source, limit=1_300)
+    data = DataConfig(source=source, limit=1_300)
     tokenizer = AutoTokenizer.from_pretrained(place)
     with known(data, place / "tokenizer.json") as early:
         train, valid = early.rows("train", print), early.rows("valid", print)
@@ -117,7 +117,7 @@ def damaged(file: Path):
 
 @pytest.mark.parametrize("change", [other_class, other_token, another_special_token, splits_special_tokens, damaged])
 def test_rules_that_are_not_the_tokenizers_are_not_used(change, tmp_path, tokenizer_file):
-    data = Data(source=str(lines(tmp_path / "rows.jsonl", pairs(2 * CHUNK))), seed=4)
+    data = DataConfig(source=str(lines(tmp_path / "rows.jsonl", pairs(2 * CHUNK))), seed=4)
     tokenizer = change(tokenizer_file)
     with known(data, tokenizer_file) as early:
         train = early.rows("train", print)
@@ -143,7 +143,7 @@ def test_what_only_stands_around_a_text_does_not_matter(tmp_path, tokenizer_file
     }
     other = tmp_path / "other.json"
     other.write_text(json.dumps(told), encoding="utf-8")
-    data = Data(
+    data = DataConfig(
         source=str(lines(tmp_path / "rows.jsonl", [{"prompt": "t5 t6 t7 t8 t9", "output": "t4"}] * 30 + pairs(30)))
     )
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_file.parent)
@@ -156,7 +156,7 @@ def test_what_only_stands_around_a_text_does_not_matter(tmp_path, tokenizer_file
 def test_conversations_wait_for_the_chat_template(tmp_path, tokenizer_file):
     said = [({"role": "user", "content": "t5"}, {"role": "assistant", "content": f"t{6 + i}"}) for i in range(30)]
     talk = [{"messages": list(messages)} for messages in said]
-    data = Data(source=str(lines(tmp_path / "rows.jsonl", pairs(CHUNK) + talk)))
+    data = DataConfig(source=str(lines(tmp_path / "rows.jsonl", pairs(CHUNK) + talk)))
     with known(data, tokenizer_file) as early:
         assert early.rows("train", print)
         assert early.made(AutoTokenizer.from_pretrained(tokenizer_file.parent)) == {}
@@ -167,7 +167,7 @@ def test_complaints_about_rows_are_those_of_reading_them(tmp_path, tokenizer_fil
     rows[41] = {"prompt": "t5"}
     file = lines(tmp_path / "rows.jsonl", rows)
 
-    def told(read, data: Data) -> tuple:
+    def told(read, data: DataConfig) -> tuple:
         said = []
         try:
             found = [list(read(split, said.append)) for split in ("train", "valid")]
@@ -175,8 +175,8 @@ def test_complaints_about_rows_are_those_of_reading_them(tmp_path, tokenizer_fil
             found = (str(error), error.exit_code)
         return found, said
 
-    skipping = Data(source=str(file), skip_bad_rows=True)
-    for data in (Data(source=str(file)), skipping, Data(source=str(tmp_path / "no.jsonl"))):
+    skipping = DataConfig(source=str(file), skip_bad_rows=True)
+    for data in (DataConfig(source=str(file)), skipping, DataConfig(source=str(tmp_path / "no.jsonl"))):
         with known(data, tokenizer_file) as early:
             found = told(early.rows, data)
         assert found == told(lambda split, listener, data=data: load_rows(data, split, listener=listener), data)
@@ -187,7 +187,7 @@ def test_complaints_about_rows_are_those_of_reading_them(tmp_path, tokenizer_fil
 
 
 def test_it_may_be_left_at_any_time(tmp_path, tokenizer_file):
-    data = Data(source=str(lines(tmp_path / "rows.jsonl", pairs(40 * CHUNK))))
+    data = DataConfig(source=str(lines(tmp_path / "rows.jsonl", pairs(40 * CHUNK))))
 
     def stopped():
         with known(data, tokenizer_file) as early, early:
@@ -200,7 +200,7 @@ def test_it_may_be_left_at_any_time(tmp_path, tokenizer_file):
 
 
 def test_a_source_on_the_hub_is_not_begun_before_it_is_asked_for():
-    with known(Data(source="somebody/something"), None) as early:
+    with known(DataConfig(source="somebody/something"), None) as early:
         assert not working()
         with pytest.raises(DataError, match="somebody/something"):
             early.rows("train", print)
@@ -223,7 +223,7 @@ print(sorted({{"torch", "transformers", "datasets"}} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    rows = load_rows(Data(source=str(source)), "train")
+    rows = load_rows(DataConfig(source=str(source)), "train")
     assert done.stdout.splitlines()[-2:] == [f"{len(rows)} {CHUNK + 100}", "[]"]
 
 
@@ -303,7 +303,7 @@ def test_a_process_makes_what_the_thread_makes(named, shared_data, before_torch)
 def test_what_goes_wrong_in_the_process_is_told_here(tmp_path, tokenizer_file, before_torch):
     rows = pairs(80)
     rows[41] = {"prompt": "t5"}
-    data = Data(source=str(lines(tmp_path / "rows.jsonl", rows)))
+    data = DataConfig(source=str(lines(tmp_path / "rows.jsonl", rows)))
     with Early(data, partial(Path, tokenizer_file)) as early, pytest.raises(DataError, match=r"rows\.jsonl:42"):
         early.rows("train", print)
     assert len(before_torch) == 1
@@ -312,7 +312,7 @@ def test_what_goes_wrong_in_the_process_is_told_here(tmp_path, tokenizer_file, b
 @pytest.mark.parametrize("when", ["at once", "between the rows and their ids"])
 def test_a_process_that_dies_costs_nothing(when, tmp_path, tokenizer_file, before_torch):
     """Killed (the system was out of memory, say): the rows are read here, the ids are made later."""
-    data = Data(source=str(lines(tmp_path / "rows.jsonl", pairs(20 * CHUNK))))
+    data = DataConfig(source=str(lines(tmp_path / "rows.jsonl", pairs(20 * CHUNK))))
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_file.parent)
     with Early(data, partial(Path, tokenizer_file)) as early:
         if when == "at once":
@@ -329,7 +329,7 @@ def test_a_process_that_dies_costs_nothing(when, tmp_path, tokenizer_file, befor
 
 
 def test_leaving_ends_the_process(tmp_path, tokenizer_file, before_torch):
-    data = Data(source=str(lines(tmp_path / "rows.jsonl", pairs(200 * CHUNK))))
+    data = DataConfig(source=str(lines(tmp_path / "rows.jsonl", pairs(200 * CHUNK))))
     began = time.perf_counter()
     with pytest.raises(KeyboardInterrupt), Early(data, partial(Path, tokenizer_file)):
         raise KeyboardInterrupt
@@ -345,7 +345,7 @@ def test_without_a_process_a_thread_does_it(why, tmp_path, tokenizer_file, befor
 
     change = {"one core": ("cores", lambda: 1), "many rows": ("_MOST", 100), "no more processes": ("Helper", refused)}
     monkeypatch.setattr(early_module, *change[why])
-    data = Data(source=str(lines(tmp_path / "rows.jsonl", pairs(2 * CHUNK))))
+    data = DataConfig(source=str(lines(tmp_path / "rows.jsonl", pairs(2 * CHUNK))))
     with Early(data, partial(Path, tokenizer_file)) as early:
         train = early.rows("train", print)
         made = early.made(AutoTokenizer.from_pretrained(tokenizer_file.parent))

@@ -15,8 +15,8 @@ from torch.testing import assert_close
 from distillm_cli.config import schema
 from distillm_cli.errors import CheckpointError, Interrupted, NonFiniteError, OutOfMemoryError, StorageError
 from distillm_cli.losses import criteria
-from distillm_cli.losses.criterion import CROSS_ENTROPY, Piece
-from distillm_cli.losses.student_loss import Objective
+from distillm_cli.losses.criterion import CROSS_ENTROPY, SourceBatch
+from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.rollouts.replay import ReplayBuffer
 from distillm_cli.rollouts.rollout import SampledRollouts
@@ -29,7 +29,7 @@ from distillm_cli.training.engine import Engine
 from distillm_cli.training.events import Note, Saved, Stepped, Validated, Warned
 from distillm_cli.training.held_out import HeldOut
 from distillm_cli.training.metrics_log import MetricsLog
-from distillm_cli.utils.halving import in_halves
+from distillm_cli.utils.halving import retry_halved
 from tests import tiny
 from tests.limits import Narrow, file_size
 
@@ -58,7 +58,7 @@ def build(
 
     device: where ``backbone`` is already.
     """
-    train = schema.Train(
+    train = schema.TrainConfig(
         **{"batch_size": 4, "lr": 1e-3, "warmup": 0, "eval_steps": 3, "save_steps": 1000, "seed": 5} | train
     )
     step_rows = train.batch_size * train.accumulate
@@ -68,7 +68,7 @@ def build(
         {"kind": "off"} if method in ("sft", "off") else {"kind": method, "epsilon": -10.0, "capacity": 8, "levels": 3}
     )
     backbone = backbone or student()
-    scheduler = Scheduler(schema.Schedule(**kind), steps=steps, seed=train.seed)
+    scheduler = Scheduler(schema.ScheduleConfig(**kind), steps=steps, seed=train.seed)
 
     def batches(step):
         return [ROWS[(step * step_rows + i * 7) % len(ROWS)] for i in range(step_rows)]
@@ -84,9 +84,9 @@ def build(
             leaves=not scheduler.may_use_student_outputs,
             awaited=HELD_OUT[0] if train.select == "valid_divergence" else (),
         )
-    objective = Objective(
+    objective = StudentLoss(
         backbone,
-        criteria.build(None if sft else objective or schema.Objective()),
+        criteria.build(None if sft else objective or schema.ObjectiveConfig()),
         teacher_head=None if sft else teacher.head,
     )
     checkpoints = None
@@ -100,7 +100,7 @@ def build(
         batches=batches,
         scheduler=scheduler,
         replay=ReplayBuffer(8, seed=train.seed),
-        rollouts=SampledRollouts(backbone, schema.Rollout(max_new_tokens=5), max_length=16, seed=train.seed),
+        rollouts=SampledRollouts(backbone, schema.RolloutConfig(max_new_tokens=5), max_length=16, seed=train.seed),
         bulk=2,
         teacher=teacher,
         validation=HELD_OUT,
@@ -259,7 +259,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(batch_size, accumula
     engine.optimizer = torch.optim.SGD(engine.objective.parameters(), lr=1.0)
     before = weights(engine)
     engine.objective.train()
-    step(engine, [Piece(Source.DATASET, rows)])
+    step(engine, [SourceBatch(Source.DATASET, rows)])
     ours = {name: before[name] - value for name, value in weights(engine).items()}
 
     reference = build(method="off", steps=1, backbone=student("llama").double())
@@ -307,7 +307,7 @@ def test_a_bulk_answers_the_rows_that_single_draws_would_have_answered_each_at_i
     def trained_on(bulk):
         engine, seen = build(method=kind, steps=24), []
         engine.bulk = bulk
-        engine.scheduler.config = schema.Schedule(kind=kind, **fixed)
+        engine.scheduler.config = schema.ScheduleConfig(kind=kind, **fixed)
         draw = engine._draw_sequences
 
         def watched(source):
@@ -577,7 +577,7 @@ def test_a_student_that_diverges_while_it_samples_stops_the_run_as_a_loss_that_d
     ("method", "objective"),
     [
         ("sft", None),
-        ("off", schema.Objective(divergence="atkd")),  # looks at the whole step first
+        ("off", schema.ObjectiveConfig(divergence="atkd")),  # looks at the whole step first
         ("adaptive", None),
     ],
 )
@@ -611,7 +611,7 @@ def test_another_attempt_begins_with_what_torch_kept_of_a_gpus_memory_given_back
             raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
         return "done"
 
-    assert in_halves(attempt, halve=lambda: bool(freed)) == "done"
+    assert retry_halved(attempt, halve=lambda: bool(freed)) == "done"
 
 
 def test_where_memory_runs_out_held_out_rows_are_taken_in_smaller_batches():
@@ -619,7 +619,7 @@ def test_where_memory_runs_out_held_out_rows_are_taken_in_smaller_batches():
     rows = tiny.sequences([(4, 3), (5, 4), (3, 2), (6, 1), (2, 5), (3, 3), (4, 4)], vocab=len(TOKENIZER), seed=9)
     plain = {"device": torch.device("cpu"), "autocast": nullcontext, "listener": said.append}
     held_out = HeldOut([rows[:5], rows[5:]], backbone, None, **plain)
-    objective = Objective(backbone, criteria.build(None))
+    objective = StudentLoss(backbone, criteria.build(None))
     with torch.no_grad():
         expected = held_out.mean(CROSS_ENTROPY, objective)
         memory = Narrow(objective, 3)
@@ -716,7 +716,7 @@ def test_what_the_teacher_said_in_a_step_that_failed_is_asked_again_in_the_same_
     ],
 )
 def test_losses_are_named_after_what_they_are(objective, name, held_out):
-    criterion = criteria.build(None if objective is None else schema.Objective(**objective))
+    criterion = criteria.build(None if objective is None else schema.ObjectiveConfig(**objective))
     assert (criterion.name, criterion.held_out_name) == (name, held_out)
 
 

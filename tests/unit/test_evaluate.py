@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from distillm_cli.config.schema import Columns, Data, Eval, Recipe
+from distillm_cli.config.schema import ColumnsConfig, DataConfig, EvalConfig, Recipe
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import Row, load_rows
 from distillm_cli.errors import DataError, StorageError
@@ -34,7 +34,7 @@ def model() -> Backbone:
 
 @pytest.fixture(scope="module")
 def encoder(model) -> Encoder:
-    return Encoder(model.tokenizer, Data(template="plain"))
+    return Encoder(model.tokenizer, DataConfig(template="plain"))
 
 
 def suite_of(*references: tuple[str, ...]) -> Suite:
@@ -45,8 +45,8 @@ def suite_of(*references: tuple[str, ...]) -> Suite:
     return Suite("words", rows, "test.jsonl")
 
 
-def config(**fields) -> Eval:
-    return Eval(
+def config(**fields) -> EvalConfig:
+    return EvalConfig(
         **{"max_new_tokens": 12, "batch_size": 4, "metrics": ("rouge_l", "exact_match", "error_rate"), **fields}
     )
 
@@ -131,12 +131,12 @@ def test_a_pass_is_a_function_of_seed_and_row_alone(model, encoder):
 
 
 def test_passes():
-    assert [(name, seed) for name, seed, _ in passes(Eval())] == [(str(s), s) for s in (10, 20, 30, 40, 50)]
-    assert [name for name, _, _ in passes(Eval(seeds=(1, 1, 2)))] == ["1", "2"]
-    for greedy in (Eval(greedy=True), Eval(temperature=0)):
+    assert [(name, seed) for name, seed, _ in passes(EvalConfig())] == [(str(s), s) for s in (10, 20, 30, 40, 50)]
+    assert [name for name, _, _ in passes(EvalConfig(seeds=(1, 1, 2)))] == ["1", "2"]
+    for greedy in (EvalConfig(greedy=True), EvalConfig(temperature=0)):
         ((name, _, sampling),) = passes(greedy)
         assert (name, sampling.temperature) == ("greedy", 0)
-    _, _, sampling = passes(Eval(top_p=0.9, top_k=5, temperature=0.5))[0]
+    _, _, sampling = passes(EvalConfig(top_p=0.9, top_k=5, temperature=0.5))[0]
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.no_repeat_ngram_size) == (0.5, 0.9, 5, 6)
 
 
@@ -187,7 +187,9 @@ def test_a_suite_is_a_file_a_directory_or_a_name_under_the_data_directory(tmp_pa
         suite = load_suite(str(source), Recipe())
         assert (suite.name, len(suite.rows)) == (name, 1)
     # The training set's own settings are none of the suite's.
-    training = Recipe(data=Data(source="own", limit=1, columns=Columns(prompt="q")), eval=Eval(limit=1))
+    training = Recipe(
+        data=DataConfig(source="own", limit=1, columns=ColumnsConfig(prompt="q")), eval=EvalConfig(limit=1)
+    )
     assert len(load_suite("sni", training).rows) == 1
 
 
@@ -209,20 +211,20 @@ def test_a_named_set_has_its_own_columns_or_those_of_any_file(
     monkeypatch.setenv("DISTILLM_DATA", str(tmp_path))
     write(tmp_path / name / "test.jsonl", record)
     # What a recipe says of the columns of its own data is none of the suite's.
-    (row,) = load_suite(name, Recipe(data=Data(columns=Columns(prompt="ask")))).rows
+    (row,) = load_suite(name, Recipe(data=DataConfig(columns=ColumnsConfig(prompt="ask")))).rows
     assert (row.instruction, row.input, row.references) == (instruction, material, (reference,))
 
 
 def test_a_named_set_read_by_named_columns_is_read_by_those(tmp_path, monkeypatch):
     monkeypatch.setenv("DISTILLM_DATA", str(tmp_path))
     write(tmp_path / "samsum" / "train.jsonl", *[{"dialogue": f"d{i}", "summary": "s", "title": "t"} for i in range(3)])
-    columns = Columns(prompt="dialogue", response="title")
-    row = load_rows(Data(source="samsum", columns=columns, valid="builtin"), "train")[0]
+    columns = ColumnsConfig(prompt="dialogue", response="title")
+    row = load_rows(DataConfig(source="samsum", columns=columns, valid="builtin"), "train")[0]
     assert (row.instruction, row.references) == ("d0", ("t",))
 
 
 def test_builtin_rows_carry_their_kind_of_task():
-    suite = load_suite("builtin", Recipe(eval=Eval(limit=30)))
+    suite = load_suite("builtin", Recipe(eval=EvalConfig(limit=30)))
     assert (suite.name, len(suite.rows)) == ("builtin", 30)
     assert len({row.task for row in suite.rows}) >= 8
 
@@ -230,7 +232,7 @@ def test_builtin_rows_carry_their_kind_of_task():
 def test_without_suites_the_run_s_own_held_out_rows(tmp_path):
     write(tmp_path / "own" / "train.jsonl", *[{"prompt": f"p{i}", "output": "a"} for i in range(10)])
     write(tmp_path / "own" / "dev.jsonl", *[{"prompt": f"d{i}", "output": "a"} for i in range(5)])
-    recipe = Recipe(data=Data(source=str(tmp_path / "own"), valid_limit=3))
+    recipe = Recipe(data=DataConfig(source=str(tmp_path / "own"), valid_limit=3))
     (suite,) = load_suites(recipe)
     assert [row.prompt for row in suite.rows] == ["d0", "d1", "d2"]
     assert suite == held_out(recipe)
@@ -253,7 +255,7 @@ def test_a_suite_that_is_nowhere_says_so(monkeypatch):
 
 def test_the_real_suites_load(shared_data, monkeypatch):
     monkeypatch.setenv("DISTILLM_DATA", str(shared_data))
-    recipe = Recipe(eval=Eval(suites=("dolly", "self-inst", "vicuna", "sni")))
+    recipe = Recipe(eval=EvalConfig(suites=("dolly", "self-inst", "vicuna", "sni")))
     suites = {suite.name: suite.rows for suite in load_suites(recipe)}
     assert {name: len(rows) for name, rows in suites.items()} == {
         "dolly": 500,
@@ -298,10 +300,10 @@ def test_the_same_again_replaces_its_own_files_and_no_others(model, encoder, tmp
 
 
 def test_settings_have_names_a_person_can_read():
-    assert label(Eval(), "auto") == "t1"
-    assert label(Eval(temperature=0.5, top_p=0.9, limit=10), "auto") == "t0.5-p0.9-limit10"
-    assert label(Eval(greedy=True, top_p=0.9, max_new_tokens=64), "plain") == "greedy-n64-plain"
-    assert label(Eval(temperature=0), "auto") == "greedy"
+    assert label(EvalConfig(), "auto") == "t1"
+    assert label(EvalConfig(temperature=0.5, top_p=0.9, limit=10), "auto") == "t0.5-p0.9-limit10"
+    assert label(EvalConfig(greedy=True, top_p=0.9, max_new_tokens=64), "plain") == "greedy-n64-plain"
+    assert label(EvalConfig(temperature=0), "auto") == "greedy"
 
 
 def test_a_place_that_cannot_be_written_is_found_before_the_work(model, encoder, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from distillm_cli.config.schema import Columns, Data
+from distillm_cli.config.schema import ColumnsConfig, DataConfig
 from distillm_cli.data.rows import BadRow, Row, parse, read_row
 from distillm_cli.data.sources import load_rows
 from distillm_cli.data.values import Unreadable
@@ -222,7 +222,7 @@ def cases(table: dict) -> Iterator:
 @pytest.mark.parametrize(("record", "expected", "name"), list(cases(READ)))
 def test_a_record_is_read_into_its_row(record, expected, name):
     untouched = json.dumps(record)
-    row = parse(record, "a:1", Columns())
+    row = parse(record, "a:1", ColumnsConfig())
     fields = (
         expected
         if isinstance(expected, dict)
@@ -245,10 +245,10 @@ def test_a_record_is_read_into_its_row(record, expected, name):
     ],
 )
 def test_a_prompt_alone_is_enough_where_no_response_is_needed(record, name):
-    row = parse(record, "a:1", Columns(), require_output=False)
+    row = parse(record, "a:1", ColumnsConfig(), require_output=False)
     assert (row.format, row.answer, row.references) == (name, None, ())
     with pytest.raises(BadRow, match="no response column"):
-        parse(record, "a:1", Columns())
+        parse(record, "a:1", ColumnsConfig())
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ def test_a_prompt_alone_is_enough_where_no_response_is_needed(record, name):
 )
 def test_what_is_wrong_is_named(record, what):
     with pytest.raises(BadRow, match=f"^.*{what}"):
-        parse(record, "a:1", Columns())
+        parse(record, "a:1", ColumnsConfig())
 
 
 def test_columns_that_are_read_are_known():
@@ -324,7 +324,7 @@ def test_columns_that_are_read_are_known():
         "task": "sums",
         "complete": True,
     }
-    assert read_row(record, "a:1", Columns())[1] == {
+    assert read_row(record, "a:1", ColumnsConfig())[1] == {
         "instruction",
         "output",
         "task",
@@ -333,12 +333,12 @@ def test_columns_that_are_read_are_known():
         "sample",
     }
     record = {"messages": [USER, HELLO], "tools": [], "prompt": "hi", "images": [], "bad": Unreadable("is not UTF-8")}
-    assert read_row(record, "a:1", Columns())[1] == {"messages", "tools"}
+    assert read_row(record, "a:1", ColumnsConfig())[1] == {"messages", "tools"}
 
 
 def test_rows_ask_the_same_whatever_their_answers():
     def key(**record) -> str:
-        return parse(record, "a:1", Columns(), require_output="text" in record).key
+        return parse(record, "a:1", ColumnsConfig(), require_output="text" in record).key
 
     assert key(messages=[USER, HELLO]) == key(messages=[USER, BYE]) == key(messages=[USER]) == key(prompt=[USER])
     assert key(messages=[USER, HELLO, MORE]) == key(prompt=[USER, HELLO, MORE]), "weights do not change what is asked"
@@ -357,8 +357,8 @@ def test_the_format_and_the_columns_that_are_not_read_are_named_once(tmp_path):
     records = [{"id": i, "messages": [USER | {"content": f"{i}"}, HELLO]} for i in range(20)]
     records += [{"prompt": f"{i}", "completion": "x", "source": "web"} for i in range(5)]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    rows = load_rows(Data(source=str(path)), "train", listener=said.append)
-    load_rows(Data(source=str(path)), "valid", listener=said.append)
+    rows = load_rows(DataConfig(source=str(path)), "train", listener=said.append)
+    load_rows(DataConfig(source=str(path)), "valid", listener=said.append)
     assert said == [
         Note(
             "train.jsonl: 25 rows, 20 conversational language modeling, 5 prompt-completion (messages, prompt, completion)"
@@ -379,7 +379,7 @@ def test_skipping_bad_rows_covers_every_refusal(tmp_path):
         {"text": ""},
     ]
     path.write_text("".join(json.dumps(record) + "\n" for record in [*bad, {"messages": [USER, HELLO]}]))
-    rows = load_rows(Data(source=str(path), skip_bad_rows=True), "test")
+    rows = load_rows(DataConfig(source=str(path), skip_bad_rows=True), "test")
     assert [row.where for row in rows] == ["a.jsonl:6"]
     assert len(rows.skipped) == len(bad)
 
@@ -394,7 +394,8 @@ def cases_of_the_field(shared_data) -> Path:
 
 def test_the_cases_of_the_field_load(cases_of_the_field):
     formats = {
-        path.name: load_rows(Data(source=str(path)), "test").described for path in sorted(cases_of_the_field.iterdir())
+        path.name: load_rows(DataConfig(source=str(path)), "test").described
+        for path in sorted(cases_of_the_field.iterdir())
     }
     conversation = "conversational language modeling"
     assert formats == {

@@ -16,11 +16,11 @@ from torch.utils._pytree import tree_leaves
 
 from distillm_cli.config import fields, schema
 from distillm_cli.losses import fused
-from distillm_cli.losses.criterion import Criterion
+from distillm_cli.losses.criterion import Objective
 from distillm_cli.losses.divergences import KL, SkewKL, build
 from distillm_cli.losses.fused import fused_loss, target_log_probs
-from distillm_cli.losses.student_loss import Objective
-from distillm_cli.losses.terms import PerToken, Terms
+from distillm_cli.losses.student_loss import StudentLoss
+from distillm_cli.losses.terms import LossWeights, TokenWeights
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.training.events import Note
 from distillm_cli.types import collate
@@ -37,7 +37,7 @@ HEADS = {
     "softcap": (False, 1.0, 2.5),
     "all": (True, 0.7, 2.5),
 }
-TERMS = {"kd": Terms(1.0, 0.0), "ce": Terms(0.0, 1.0), "both": Terms(0.7, 0.3)}
+TERMS = {"kd": LossWeights(1.0, 0.0), "ce": LossWeights(0.0, 1.0), "both": LossWeights(0.7, 0.3)}
 
 
 @dataclass
@@ -78,7 +78,7 @@ def plain_loss(name, hidden, head, teacher_hidden, teacher_head, targets, terms,
 
 
 def make(name):
-    return build(schema.Objective(divergence=name, alpha=0.1, beta=0.5, jeffreys_weight=0.5))
+    return build(schema.ObjectiveConfig(divergence=name, alpha=0.1, beta=0.5, jeffreys_weight=0.5))
 
 
 def ours(name, hidden, head, teacher_hidden, teacher_head, targets, terms=TERMS["kd"], **more):
@@ -100,7 +100,7 @@ def test_values_and_all_gradients_are_those_of_the_definition(name, terms, kind,
         for chunk, table_rows, piece in ((1, 1, 5), (4, 3, 5), (100, 2, 100), (100, 100, 4)):
             monkeypatch.setitem(fused._TABLE_BYTES, "cpu", 8 * V * table_rows)
             monkeypatch.setattr(fused, "_PIECE", piece)
-            total = ours(name, *this, terms, per_token=PerToken(weights_N=weights), chunk=chunk)
+            total = ours(name, *this, terms, per_token=TokenWeights(weights_N=weights), chunk=chunk)
             assert_close(total, expected)
             for grad, reference in zip(torch.autograd.grad(total, leaves), expected_grads, strict=True):
                 assert_close(grad, reference)
@@ -112,7 +112,7 @@ def test_gradcheck_in_float64(name):
 
     def loss(hidden, weight, bias):
         h = Head(weight, bias, head.scale, head.softcap)
-        return ours(name, hidden, h, teacher_hidden, teacher_head, targets, Terms(0.8, 0.2), chunk=4)
+        return ours(name, hidden, h, teacher_hidden, teacher_head, targets, LossWeights(0.8, 0.2), chunk=4)
 
     assert torch.autograd.gradcheck(loss, (hidden, head.weight_VD, head.bias_V))
 
@@ -158,7 +158,7 @@ def test_cross_entropy_may_weigh_each_token_apart_and_below_zero(terms):
     kd = plain.divergence("skl", zt.softmax(-1), z.softmax(-1))
     ce = F.cross_entropy(z, targets, reduction="none")
     expected = ((terms.kd * kd + terms.ce * advantages * ce) * weights).sum()
-    total = ours("skl", *this, terms, per_token=PerToken(weights, advantages), chunk=4)
+    total = ours("skl", *this, terms, per_token=TokenWeights(weights, advantages), chunk=4)
     wanted = (hidden, head.weight_VD, head.bias_V)
     assert_close(total, expected)
     for found, true in zip(torch.autograd.grad(total, wanted), torch.autograd.grad(expected, wanted), strict=True):
@@ -250,10 +250,10 @@ def test_nothing_is_computed_for_what_needs_no_gradient():
 def test_under_no_grad_there_is_the_value_and_nothing_else():
     this = setting("bias")
     with torch.no_grad(), Watched() as seen:
-        value = ours("skl", *this, Terms(0.5, 0.5))
+        value = ours("skl", *this, LossWeights(0.5, 0.5))
     assert seen.products == 2
     assert not value.requires_grad
-    assert_close(value, ours("skl", *this, Terms(0.5, 0.5)).detach())
+    assert_close(value, ours("skl", *this, LossWeights(0.5, 0.5)).detach())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -381,7 +381,7 @@ def test_a_run_says_it_once_and_stays_with_the_smaller_chunk():
     )
     batch = collate(tiny.sequences([(3, 8), (4, 8)], vocab=len(tokenizer), seed=2))
     said, teacher_hidden_ND = [], teacher.hidden(batch).detach()
-    objective = Objective(student, Criterion(schema.Objective()), teacher_head=teacher.head()).eval()
+    objective = StudentLoss(student, Objective(schema.ObjectiveConfig()), teacher_head=teacher.head()).eval()
     objective.say = said.append
     expected, _ = objective([batch], teacher_hidden_ND, objective.criterion.held_out)
     refuse = iter([True])
@@ -403,14 +403,14 @@ def test_the_real_allocator_refusing_is_survived():
         import torch
         from distillm_cli.losses.divergences import SkewKL
         from distillm_cli.losses.fused import fused_loss
-        from distillm_cli.losses.terms import Terms
+        from distillm_cli.losses.terms import LossWeights
         from distillm_cli.models.backbone import Head
 
         torch.set_num_threads(1)
         hidden, weight = torch.randn(512, 8, requires_grad=True), torch.randn(20_000, 8, requires_grad=True)
         def loss(**more):
-            return fused_loss(hidden, Head(weight), torch.zeros(512, dtype=torch.long), terms=Terms(1.0, 0.0, SkewKL(0.1)),
-                              teacher_hidden_ND=hidden.detach() + 1,
+            return fused_loss(hidden, Head(weight), torch.zeros(512, dtype=torch.long),
+                              terms=LossWeights(1.0, 0.0, SkewKL(0.1)), teacher_hidden_ND=hidden.detach() + 1,
                               teacher_head=Head(weight.detach()), **more)
         expected = loss(chunk=16).item()
         pages = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -431,6 +431,6 @@ def test_the_real_allocator_refusing_is_survived():
 def test_half_a_call_is_refused():
     hidden, head, _, _, targets = setting()
     with pytest.raises(ValueError, match="teacher"):
-        fused_loss(hidden, head, targets, terms=Terms(1.0, 0.0, KL()))
+        fused_loss(hidden, head, targets, terms=LossWeights(1.0, 0.0, KL()))
     with pytest.raises(ValueError, match="teacher"):
-        fused_loss(hidden, head, targets, terms=Terms(0.5, 0.5, SkewKL(0.1)))
+        fused_loss(hidden, head, targets, terms=LossWeights(0.5, 0.5, SkewKL(0.1)))

@@ -53,12 +53,12 @@ FILES = {
 
 SCRIPT = """
 import json, sys
-from distillm_cli.config.schema import Data
+from distillm_cli.config.schema import DataConfig
 from distillm_cli.data.sources import load_rows
 from distillm_cli.errors import DataError
 for name, split in (question.split(".") for question in sys.argv[1:]):
     try:
-        rows = load_rows(Data(source=name), split)
+        rows = load_rows(DataConfig(source=name), split)
         print(json.dumps([len(rows), rows[0].instruction, rows[0].where, rows[0].input, rows[0].references]))
     except DataError as error:
         print(json.dumps(str(error)))

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 from torch.testing import assert_close
 
-from distillm_cli.config.schema import Rollout
+from distillm_cli.config.schema import RolloutConfig
 from distillm_cli.errors import NonFiniteError
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.generation.decoding import PlainDecoding
@@ -27,7 +27,7 @@ def backbone(family, seed, spread=2.0):
 def rollouts(student, teacher, **fields):
     drafting = {"temperature": 0.9, "top_p": 0.9, "accept": 2, "max_new_tokens": 3, "draft": 5} | fields
     return InterleavedRollouts(
-        student, teacher, Rollout(**drafting), Rollout(temperature=0.7, top_p=0.8), max_length=40, seed=3
+        student, teacher, RolloutConfig(**drafting), RolloutConfig(temperature=0.7, top_p=0.8), max_length=40, seed=3
     )
 
 
@@ -113,7 +113,9 @@ def test_with_everything_accepted_it_is_the_students_own_and_never_outgrows_a_co
     assert [len(s.prompt) + len(s.response) <= tiny.CONTEXT for s in found] == [True] * 6
     from distillm_cli.rollouts.rollout import SampledRollouts
 
-    own = SampledRollouts(student, Rollout(max_new_tokens=30), max_length=2 * tiny.CONTEXT, seed=3).sample(rows, 0)
+    own = SampledRollouts(student, RolloutConfig(max_new_tokens=30), max_length=2 * tiny.CONTEXT, seed=3).sample(
+        rows, 0
+    )
     assert [s.response.tolist() for s in found] == [s.response.tolist() for s in own]
 
 

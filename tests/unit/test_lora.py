@@ -12,10 +12,10 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from distillm_cli.config.schema import Lora, Student
+from distillm_cli.config.schema import AdapterConfig, StudentConfig
 from distillm_cli.errors import ModelError
-from distillm_cli.losses.criterion import CROSS_ENTROPY, Criterion
-from distillm_cli.losses.student_loss import Objective
+from distillm_cli.losses.criterion import CROSS_ENTROPY, Objective
+from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.generation.decoding import FastDecoding
 from distillm_cli.models.loading import load_backbone, load_config
@@ -38,7 +38,9 @@ def load(path, **options) -> Backbone:
 def student(path, *, seed: int = 0, **fields) -> Backbone:
     """A student under an adapter of rank 4, without dropout unless told."""
     config = {"r": 4, "dropout": 0.0} | fields
-    return load_student(Student(path=str(path), lora=Lora(**config)), seed=seed, device=CPU, max_length=32)
+    return load_student(
+        StudentConfig(path=str(path), lora=AdapterConfig(**config)), seed=seed, device=CPU, max_length=32
+    )
 
 
 def stir(backbone: Backbone, seed: int = 0) -> Backbone:
@@ -67,7 +69,7 @@ def test_only_the_adapter_trains_and_at_first_it_says_nothing(family, tmp_path):
     with torch.no_grad():
         assert torch.equal(backbone.logits(BATCH), bare.logits(BATCH))
         assert backbone.check_head(BATCH)
-    objective = Objective(backbone, Criterion(None))
+    objective = StudentLoss(backbone, Objective(None))
     objective.train()
     total, _ = objective([BATCH], None, CROSS_ENTROPY)
     total.backward()
@@ -108,7 +110,7 @@ def test_the_loss_has_the_gradients_of_the_merged_weights(family, tmp_path):
     wanted = {n: p.grad.clone() for n, p in exact.named_parameters() if p.requires_grad}
     exact.zero_grad()
     backbone.model.float()
-    total, _ = Objective(backbone, Criterion(None))([BATCH], None, CROSS_ENTROPY)
+    total, _ = StudentLoss(backbone, Objective(None))([BATCH], None, CROSS_ENTROPY)
     total.backward()
     assert total.item() == pytest.approx(truth.item(), rel=1e-5)
     for name, p in backbone.model.named_parameters():
@@ -213,7 +215,7 @@ def test_an_adapter_is_taken_up_again_where_it_is_the_one_asked_for(tmp_path):
     ):
         with pytest.raises(ModelError, match=said):
             student(place, **fields)
-    whole = load_student(Student(path=str(place)), seed=0, device=CPU, max_length=32)
+    whole = load_student(StudentConfig(path=str(place)), seed=0, device=CPU, max_length=32)
     assert whole.adapter is None
     assert all(p.requires_grad for p in whole.parameters())
     with torch.no_grad():
@@ -246,7 +248,7 @@ def test_linear_layers_in_a_list_are_no_decoder_layers(tmp_path):
     )
     model = AutoModelForCausalLM.from_config(config)
     linear = {name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)} - {"lm_head"}
-    adapter = attach(model, Lora(r=2), seed=0, base="base", revision=None)
+    adapter = attach(model, AdapterConfig(r=2), seed=0, base="base", revision=None)
     assert {name for name, _ in adapter.layers()} == linear
     assert "model.altup_projections.0" in linear
 
@@ -383,7 +385,7 @@ def test_gradient_checkpointing_reaches_the_adapter(tmp_path):
         if checkpointing:
             enable = getattr(backbone.model, "activation_checkpointing_enable", None)
             (enable or backbone.model.gradient_checkpointing_enable)()
-        objective = Objective(backbone, Criterion(None))
+        objective = StudentLoss(backbone, Objective(None))
         backbone.model.train()
         for module in backbone.model.modules():  # dropout would differ
             if isinstance(module, torch.nn.Dropout):

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from distillm_cli.config.schema import Train
+from distillm_cli.config.schema import TrainConfig
 from distillm_cli.training.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 
 
 def rates(steps=100, **train):
     train = {"lr": 1e-3, "warmup": 0} | train
-    return [learning_rate(Train(**train), step, steps) for step in range(steps)]
+    return [learning_rate(TrainConfig(**train), step, steps) for step in range(steps)]
 
 
 def test_cosine_starts_at_lr_and_nears_min_lr_through_half_way():
@@ -36,20 +36,20 @@ def test_warm_up_in_steps_or_as_a_fraction_rises_linearly_and_never_starts_at_ze
 
 def test_matrices_decay_and_norms_and_biases_do_not():
     module = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
-    groups = build_optimizer(module, Train(lr=1e-3, weight_decay=0.3)).param_groups
+    groups = build_optimizer(module, TrainConfig(lr=1e-3, weight_decay=0.3)).param_groups
     assert [(g["weight_decay"], [p.ndim for p in g["params"]]) for g in groups] == [(0.3, [2]), (0.0, [1, 1, 1])]
     module[0].weight.requires_grad_(False)
-    assert len(build_optimizer(module, Train(lr=1e-3)).param_groups) == 1
+    assert len(build_optimizer(module, TrainConfig(lr=1e-3)).param_groups) == 1
 
 
 def test_state_survives_as_named_tensors():
     torch.manual_seed(0)
     module = nn.Linear(3, 2)
-    first = build_optimizer(module, Train(lr=1e-3))
+    first = build_optimizer(module, TrainConfig(lr=1e-3))
     for _ in range(3):
         module(torch.randn(4, 3)).sum().backward()
         first.step()
-    second = build_optimizer(module, Train(lr=1e-3))
+    second = build_optimizer(module, TrainConfig(lr=1e-3))
     load_optimizer_tensors(second, optimizer_tensors(first))
     for a, b in zip(first.state.values(), second.state.values(), strict=True):
         assert all(torch.equal(a[key], b[key]) for key in ("step", "exp_avg", "exp_avg_sq"))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, BertConfig
 
-from distillm_cli.config.schema import Recipe, Student
+from distillm_cli.config.schema import Recipe, StudentConfig
 from distillm_cli.errors import ModelError, UsageError
 from distillm_cli.models.backbone import vocabulary_size
 from distillm_cli.models.contexts import longrope_bound
@@ -118,7 +118,7 @@ def test_a_larger_vocabulary_is_not_a_superset_by_special_tokens():
 def student(path: str | None, **options):
     fields = {name: options.pop(name) for name in ("tokenizer", "dropout") if name in options}
     options = {"seed": 0, "device": CPU, "max_length": 64} | options
-    return load_student(Student(path=path, **fields), **options)
+    return load_student(StudentConfig(path=path, **fields), **options)
 
 
 def test_a_student_is_loaded_in_float32_with_its_own_tokenizer(tmp_path):
@@ -266,7 +266,7 @@ def test_a_tokenizer_that_the_output_directory_would_not_give_back_is_refused(tm
     for family, fits in (("qwen2", False), ("llama", True)):
         file = tmp_path / f"{family}.json"
         tiny.config(family, 101).to_json_file(file)
-        recipe = Recipe(method="sft", student=Student(path=str(file), tokenizer="chars"))
+        recipe = Recipe(method="sft", student=StudentConfig(path=str(file), tokenizer="chars"))
         if fits:
             pair = load_pair(recipe, device=CPU, texts=lambda _: iter(texts))
             assert pair.tokenizer.decode(pair.tokenizer(texts[0])["input_ids"]) == texts[0]

@@ -11,10 +11,10 @@ import torch
 from torch.testing import assert_close
 
 from distillm_cli.config import schema
-from distillm_cli.losses.criterion import Piece
+from distillm_cli.losses.criterion import SourceBatch
 from distillm_cli.losses.fused import fused_loss
-from distillm_cli.losses.policy_gradient import ClippedSurrogate, PolicyGradient, advantages
-from distillm_cli.losses.terms import PerToken, Terms
+from distillm_cli.losses.policy_gradient import ClippedSurrogate, MiniLLM, advantages
+from distillm_cli.losses.terms import LossWeights, TokenWeights
 from distillm_cli.rollouts.mixture import MixtureRollouts
 from distillm_cli.rollouts.replay import Round
 from distillm_cli.rollouts.scheduler import Scheduler, Source
@@ -63,7 +63,7 @@ def step(clip=0.2, moved=0.3, seed=0, **objective):
     outputs = [output(3, 0, 5, 2), output(6, 1, 4)]
     rows = [output(2, 2, 0, row=1), output(5, row=2)]
     head, teacher_head = Head(rand(V, D, seed=1).requires_grad_()), Head(rand(V, D, seed=2))
-    criterion = PolicyGradient(schema.Objective(**MINILLM | {"ratio_clip": clip} | objective))
+    criterion = MiniLLM(schema.ObjectiveConfig(**MINILLM | {"ratio_clip": clip} | objective))
     student, teacher = states(outputs + rows, head, 10 + seed), states(outputs + rows, teacher_head, 20 + seed)
     told = []
     for s, h, g in zip(outputs, student, teacher, strict=False):
@@ -77,7 +77,7 @@ def step(clip=0.2, moved=0.3, seed=0, **objective):
 
 def ours(criterion, outputs, rows, head, teacher_head, student, teacher):
     """Through the criterion and the fused loss, each sequence a micro-batch, and the engine's one division."""
-    pieces = [Piece(Source.ROLLOUT, [s]) for s in outputs] + [Piece(Source.DATASET, [s]) for s in rows]
+    pieces = [SourceBatch(Source.ROLLOUT, [s]) for s in outputs] + [SourceBatch(Source.DATASET, [s]) for s in rows]
     own = criterion.look_ahead(pieces, [], 1.0)
     total = sum(
         fused_loss(
@@ -139,13 +139,13 @@ def test_over_all_outputs_the_two_parts_are_the_gradient_of_the_reverse_kl_betwe
     kl = sum(
         log_q(a, b).sum().exp() * (log_q(a, b).sum() - p_first[a] - p_then[a, b]) for a, b in pairs
     )  # between whole outputs
-    criterion = PolicyGradient(schema.Objective(**MINILLM | {"row_weight": 0.0, "ratio_clip": 0.9}))
+    criterion = MiniLLM(schema.ObjectiveConfig(**MINILLM | {"row_weight": 0.0, "ratio_clip": 0.9}))
     total = 0.0
     for a, b in pairs:
         drawn = log_q(a, b).detach()
         s = output(a, b)
         criterion.note(s, torch.stack([torch.stack([p_first[a], p_then[a, b]]), drawn, drawn], -1))
-        (own,) = criterion.look_ahead([Piece(Source.ROLLOUT, [s])], [], 1.0)
+        (own,) = criterion.look_ahead([SourceBatch(Source.ROLLOUT, [s])], [], 1.0)
         total = total + drawn.sum().exp() * fused_loss(
             torch.stack([first, then[a]]),
             Head(None),
@@ -167,8 +167,10 @@ def test_gradcheck_with_a_surrogate_and_weights_of_the_divergence():
     teacher = {"teacher_hidden_ND": rand(n, D, seed=3), "teacher_head": Head(rand(V, D, seed=4))}
     targets = torch.arange(n) % V
     drawn = log_probs(hidden, head)[torch.arange(n), targets].detach() + 0.4 * rand(n, seed=5)
-    own = PerToken(rand(n, seed=6).abs(), None, None, rand(n, seed=7), ClippedSurrogate(rand(n, seed=8), drawn, 0.2))
-    terms = Terms(0.7, 0.4, PolicyGradient(schema.Objective(**MINILLM)).divergence)
+    own = TokenWeights(
+        rand(n, seed=6).abs(), None, None, rand(n, seed=7), ClippedSurrogate(rand(n, seed=8), drawn, 0.2)
+    )
+    terms = LossWeights(0.7, 0.4, MiniLLM(schema.ObjectiveConfig(**MINILLM)).divergence)
 
     def loss(hidden, weight):
         return fused_loss(hidden, Head(weight), targets, terms=terms, per_token=own, chunk=4, **teacher)
@@ -193,7 +195,7 @@ def test_rewards_to_go_are_means_of_what_follows():
 
 def test_agreeing_models_cost_nothing_and_have_nothing_to_learn():
     s, logits = output(3, 1, 2), rand(3, V, seed=1)
-    criterion = PolicyGradient(schema.Objective(**MINILLM | {"row_weight": 0.0}))
+    criterion = MiniLLM(schema.ObjectiveConfig(**MINILLM | {"row_weight": 0.0}))
     said = logits.log_softmax(-1)[torch.arange(3), torch.tensor([3, 1, 2])]
     criterion.note(s, torch.stack([said, said, said], -1))
     z = logits.clone().requires_grad_()
@@ -209,9 +211,9 @@ def test_the_reward_is_weighed_back_from_the_mixture_to_the_student():
     drawn = 0.5 * p + 0.5 * q
     tokens = [0] * 55 + [1] * 45  # by p̃, exactly
     s = output(*tokens)
-    criterion = PolicyGradient(schema.Objective(**MINILLM))
+    criterion = MiniLLM(schema.ObjectiveConfig(**MINILLM))
     criterion.note(s, torch.stack([p.log(), q.log(), drawn.log()], -1)[torch.tensor(tokens)])
-    criterion.look_ahead([Piece(Source.ROLLOUT, [s])], [], 1.0)
+    criterion.look_ahead([SourceBatch(Source.ROLLOUT, [s])], [], 1.0)
     assert criterion.figures()["reward"] == pytest.approx(float((q * (p / q).log()).sum()), rel=1e-5)
 
 
@@ -219,12 +221,12 @@ def test_the_reward_is_weighed_back_from_the_mixture_to_the_student():
 
 
 def test_a_round_is_sampled_once_and_gone_through_four_times():
-    schedule = Scheduler(schema.Schedule(kind="rounds", inner_epochs=4), steps=40, seed=1, batches=3)
+    schedule = Scheduler(schema.ScheduleConfig(kind="rounds", inner_epochs=4), steps=40, seed=1, batches=3)
     drawn = [schedule.draw(step, 0) for step in range(24)]
     assert drawn == ([Source.ROLLOUT] * 3 + [Source.REPLAY] * 9) * 2
     assert schedule.may_replay
     assert schedule.may_use_student_outputs
-    assert not Scheduler(schema.Schedule(kind="rounds", inner_epochs=1), steps=9, seed=1).may_replay
+    assert not Scheduler(schema.ScheduleConfig(kind="rounds", inner_epochs=1), steps=9, seed=1).may_replay
 
     buffer = Round(3, rows=2, inner_epochs=4, seed=5)
     seen = Counter()
@@ -246,14 +248,14 @@ def built(
     """A small run in rounds of 2 batches, three times each, with dropout in the student's family."""
     more = {"batch_size": batch_size, "accumulate": accumulate, "listener": listener, "backbone": backbone}
     engine = runs.build(tmp_path, method="mixed", steps=steps, kept=True, **more)
-    criterion = PolicyGradient(schema.Objective(**MINILLM))
+    criterion = MiniLLM(schema.ObjectiveConfig(**MINILLM))
     engine.objective.criterion = criterion
-    engine.scheduler = Scheduler(schema.Schedule(kind="rounds", inner_epochs=3), steps=steps, seed=5, batches=2)
+    engine.scheduler = Scheduler(schema.ScheduleConfig(kind="rounds", inner_epochs=3), steps=steps, seed=5, batches=2)
     engine.replay = Round(2, rows=4, inner_epochs=3, seed=5)
     engine.ahead.rollouts = MixtureRollouts(
         engine.objective.student,
         engine.teacher.model,
-        schema.Rollout(max_new_tokens=5, **{"teacher_mix": ALPHA} | rollout),
+        schema.RolloutConfig(max_new_tokens=5, **{"teacher_mix": ALPHA} | rollout),
         max_length=16,
         seed=5,
         note=criterion.note,
@@ -307,8 +309,8 @@ def test_what_the_sampler_said_is_forgotten_with_the_outputs():
 
 
 def test_a_data_set_step_between_is_an_ordinary_one():
-    criterion = PolicyGradient(schema.Objective(**MINILLM))
-    assert criterion.look_ahead([Piece(Source.DATASET, [output(1, 2)])], [], 1.0) == [None]
+    criterion = MiniLLM(schema.ObjectiveConfig(**MINILLM))
+    assert criterion.look_ahead([SourceBatch(Source.DATASET, [output(1, 2)])], [], 1.0) == [None]
     assert criterion.figures() == {}
     row = criterion.terms(Source.DATASET)
     assert (row.kd, row.ce, type(row.divergence).__name__) == (0.5, 0.5, "KL")
@@ -316,7 +318,7 @@ def test_a_data_set_step_between_is_an_ordinary_one():
 
 def test_warming_up_takes_both_parts_with_it():
     criterion, outputs, rows, *_ = step(kd_warmup=0.5)
-    pieces = [Piece(Source.ROLLOUT, outputs), Piece(Source.DATASET, rows)]
+    pieces = [SourceBatch(Source.ROLLOUT, outputs), SourceBatch(Source.DATASET, rows)]
     early, late = (criterion.look_ahead(pieces, [], progress) for progress in (0.25, 1.0))
     assert_close(early[0].weights_N, late[0].weights_N / 2)
     assert_close(early[1].weights_N, late[1].weights_N)
@@ -325,7 +327,7 @@ def test_warming_up_takes_both_parts_with_it():
 
 def test_per_sequence_each_output_weighs_the_same():
     criterion, outputs, rows, *_ = step(reduction="sequence")
-    own = criterion.look_ahead([Piece(Source.ROLLOUT, outputs), Piece(Source.DATASET, rows)], [], 1.0)
+    own = criterion.look_ahead([SourceBatch(Source.ROLLOUT, outputs), SourceBatch(Source.DATASET, rows)], [], 1.0)
     # The objective makes a token of n weigh 1/n, the engine divides by four sequences: a mean over two, and over two.
     assert own[0].weights_N.unique().tolist() == [2.0]
     assert own[1].weights_N.unique().tolist() == [2.0]

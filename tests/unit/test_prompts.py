@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from distillm_cli.config.schema import Columns, Data
+from distillm_cli.config.schema import ColumnsConfig, DataConfig
 from distillm_cli.data.encoder import Encoder, TooLong
 from distillm_cli.data.rows import Row, parse
 from distillm_cli.data.sources import load_rows
@@ -18,7 +18,7 @@ from distillm_cli.data.templates import Renderer
 from distillm_cli.errors import DataError, ModelError
 from distillm_cli.types import Sequence
 
-Data = partial(Data, max_length=512, max_prompt_length=256)  # as of a run whose models are known
+DataConfig = partial(DataConfig, max_length=512, max_prompt_length=256)  # as of a run whose models are known
 
 CHAT = (
     "{{ bos_token }}{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}"
@@ -39,11 +39,11 @@ def letters(wrap: str = "$A", eos: str | None = "</s>", chat: str | None = None,
 
 
 def render(row: Row, template: str, tokenizer) -> str:
-    return Renderer(Data(template=template), tokenizer).prompt(row)
+    return Renderer(DataConfig(template=template), tokenizer).prompt(row)
 
 
 def encode(tokenizer, row: Row, **fields):
-    return Encoder(tokenizer, Data(**fields)).sequence(row, 7)
+    return Encoder(tokenizer, DataConfig(**fields)).sequence(row, 7)
 
 
 ASKED = Row("Add {this}.", "1 + 1", references=("2",), where="a.jsonl:3")
@@ -59,7 +59,7 @@ def gpt2(shared_data):
 
 def test_alpaca_is_the_prompt_of_the_papers_data(shared_data):
     for split in ("valid", "test"):
-        for row in load_rows(Data(source=str(shared_data / "dolly")), split):
+        for row in load_rows(DataConfig(source=str(shared_data / "dolly")), split):
             without = Row(row.instruction, row.input)
             assert render(without, "auto", None) == render(without, "alpaca", None) == row.prompt
 
@@ -149,8 +149,8 @@ def test_a_conversation_fits_no_instruction_template_and_a_refusal_names_the_row
 
 
 def test_real_rows_decode_to_prompt_and_response(shared_data, gpt2):
-    encoder = Encoder(gpt2, Data())
-    rows = load_rows(Data(source=str(shared_data / "dolly"), limit=20), "train")
+    encoder = Encoder(gpt2, DataConfig())
+    rows = load_rows(DataConfig(source=str(shared_data / "dolly"), limit=20), "train")
     for index, (row, sequence) in enumerate(zip(rows, encoder.sequences(rows), strict=True)):
         assert sequence.prompt.dtype == sequence.response.dtype == np.int32
         assert gpt2.decode(sequence.prompt) == row.prompt
@@ -183,7 +183,7 @@ def test_end_of_sequence_once():
     spelt = encode(letters(), Row(prompt="a", references=("b</s>",)))
     assert spelt.response.tolist() == encode(letters(), Row(prompt="a", references=("b",))).response.tolist()
     with pytest.raises(ModelError, match="no end-of-sequence token"):
-        Encoder(letters(eos=None), Data())
+        Encoder(letters(eos=None), DataConfig())
 
 
 def test_a_prompt_of_no_tokens_gets_one():
@@ -243,10 +243,10 @@ def test_a_prompt_is_never_cut():
 
 
 def test_the_models_context_limits_too():
-    encoder = Encoder(letters(), Data(too_long="truncate", **LIMITS))
+    encoder = Encoder(letters(), DataConfig(too_long="truncate", **LIMITS))
     assert len(encoder.sequence(lengths(3, 5), 0, context=5)) == 5
     assert encoder.sequence(lengths(5, 5), 0, context=5) == TooLong("a.jsonl:3", 5, 5, 5, "prompt")
-    strict = Encoder(letters(), Data(too_long="error", **LIMITS))
+    strict = Encoder(letters(), DataConfig(too_long="error", **LIMITS))
     with pytest.raises(DataError, match="8 tokens, prompt and response, but the model's context is 5"):
         strict.sequence(lengths(3, 5), 0, context=5)
     with pytest.raises(DataError, match="a prompt of 9 tokens, but the model's context is 8"):
@@ -254,7 +254,7 @@ def test_the_models_context_limits_too():
 
 
 def test_a_prompt_longer_than_the_context_is_refused_for_generation(gpt2):
-    encoder = Encoder(gpt2, Data())
+    encoder = Encoder(gpt2, DataConfig())
     row = Row(prompt=" the" * 1025, where="prompts.jsonl:4")
     assert len(encoder.prompt_ids(row)) == 1025
     with pytest.raises(DataError) as caught:
@@ -264,7 +264,7 @@ def test_a_prompt_longer_than_the_context_is_refused_for_generation(gpt2):
 
 
 def test_an_encoder_can_be_pickled():
-    encoder = Encoder(letters("<s> $A"), Data())
+    encoder = Encoder(letters("<s> $A"), DataConfig())
     row = Row(prompt="ab", references=("cd",))
     again = pickle.loads(pickle.dumps(encoder)).sequence(row, 3)
     assert again.prompt.tolist() == encoder.prompt_ids(row).tolist()
@@ -273,9 +273,9 @@ def test_an_encoder_can_be_pickled():
 def test_a_response_that_was_cut_has_no_end_to_learn(shared_data):
     """What ``generate`` wrote with ``complete: false`` ends in the middle: end-of-sequence there would be a lie."""
     tokenizer = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "gpt2")
-    encoder = Encoder(tokenizer, Data(template="plain"))
+    encoder = Encoder(tokenizer, DataConfig(template="plain"))
     record = {"prompt": "Tell me. ", "output": "Once upon a"}
-    whole, cut = (parse(record | {"complete": c}, "x.jsonl:1", Columns()) for c in (True, False))
+    whole, cut = (parse(record | {"complete": c}, "x.jsonl:1", ColumnsConfig()) for c in (True, False))
     ids = tokenizer(" Once upon a")["input_ids"]  # the blank is one token with the word behind it
     assert encoder.sequence(whole, 0).response.tolist() == [*ids, tokenizer.eos_token_id]
     assert encoder.sequence(cut, 0).response.tolist() == ids

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from distillm_cli.config.schema import Lora, Student
+from distillm_cli.config.schema import AdapterConfig, StudentConfig
 from distillm_cli.errors import ModelError
 from distillm_cli.models import loading
 from distillm_cli.models.pair import load_student
@@ -46,7 +46,7 @@ def test_a_quantised_teacher_is_near_itself_and_its_head_is_exact(bits, adapted,
     monkeypatch.setattr(loading, "check_quantize", lambda *args: None)
     path = tiny.save(tmp_path / "m", hidden_size=128, intermediate_size=256, head_dim=32)
     if adapted:
-        student = load_student(Student(path=path, lora=Lora(r=4)), seed=0, device=CPU, max_length=32)
+        student = load_student(StudentConfig(path=path, lora=AdapterConfig(r=4)), seed=0, device=CPU, max_length=32)
         (tmp_path / "a").mkdir()
         student.adapter.save(tmp_path / "a")
         config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())

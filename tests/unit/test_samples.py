@@ -22,7 +22,7 @@ from tests import tiny
 from tests.limits import Narrow
 from tests.unit import test_engine as runs
 
-ROLLOUT = schema.Rollout(max_new_tokens=5)
+ROLLOUT = schema.RolloutConfig(max_new_tokens=5)
 METHODS = {
     "seqkd": ({"kd_weight": 0.0}, {"kind": "teacher"}),
     "seqkd, kl": ({"divergence": "kl"}, {"kind": "teacher"}),
@@ -41,9 +41,9 @@ def build(method, tmp_path=None, backbone=None, **settings):
     objective, schedule = METHODS[method]
     engine = runs.build(tmp_path, method="off", steps=STEPS, backbone=backbone, **settings)
     student, teacher = engine.objective.student, Teacher(engine.teacher.model, mode="memory", remembers=True)
-    scheduler = Scheduler(schema.Schedule(**schedule), steps=STEPS, seed=5)
+    scheduler = Scheduler(schema.ScheduleConfig(**schedule), steps=STEPS, seed=5)
     engine.scheduler, engine.teacher = scheduler, teacher
-    engine.objective.criterion = criteria.build(schema.Objective(**objective), STEPS / engine.steps_per_epoch)
+    engine.objective.criterion = criteria.build(schema.ObjectiveConfig(**objective), STEPS / engine.steps_per_epoch)
     common = {
         "batches": engine.batches, "steps": STEPS, "steps_per_epoch": engine.steps_per_epoch, "bulk": 2,
         "redraw": schedule.get("redraw") == "epoch",

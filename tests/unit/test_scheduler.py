@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from distillm_cli.config.schema import Schedule
+from distillm_cli.config.schema import ScheduleConfig
 from distillm_cli.rollouts.scheduler import Scheduler, Source
 
 FULL = 1000
@@ -17,7 +17,7 @@ def sources(scheduler, buffered=FULL):
 
 
 def make(steps=20_000, seed=3, **config):
-    return Scheduler(Schedule(**config), steps=steps, seed=seed)
+    return Scheduler(ScheduleConfig(**config), steps=steps, seed=seed)
 
 
 def near(count, expected, n):

@@ -15,15 +15,14 @@ import torch
 from tokenizers import processors
 from torch.testing import assert_close
 
-from distillm_cli.config.schema import Data, Rollout, Schedule, Train
-from distillm_cli.config.schema import Objective as ObjectiveConfig
+from distillm_cli.config.schema import DataConfig, ObjectiveConfig, RolloutConfig, ScheduleConfig, TrainConfig
 from distillm_cli.data.batching import tokenize
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.rows import Row
 from distillm_cli.data.teacher_samples import Beforehand, encoded
 from distillm_cli.errors import Interrupted, ModelError
 from distillm_cli.losses import criteria
-from distillm_cli.losses.student_loss import Objective
+from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.loading import load_backbone
 from distillm_cli.models.pair import check_kinds
@@ -41,7 +40,7 @@ from distillm_cli.types import Sequence, collate
 from tests import tiny
 
 VOCAB, ROWS = 97, 101
-Data = partial(Data, max_length=512, max_prompt_length=256)  # as of a run whose models are known
+DataConfig = partial(DataConfig, max_length=512, max_prompt_length=256)  # as of a run whose models are known
 
 FAMILIES = sorted(tiny.SEQ2SEQ)
 LENGTHS = [(3, 4), (7, 9), (5, 2), (1, 1)]
@@ -273,18 +272,18 @@ def test_the_prompt_ends_as_the_tokenizer_ends_a_text_and_the_response_with_end_
     plain = tiny.tokenizer()
     ids = plain(["ab", "cd"])["input_ids"]
     eos = plain.eos_token_id
-    made = Encoder(plain, Data(), is_encoder_decoder=True).sequence(row, 0)
+    made = Encoder(plain, DataConfig(), is_encoder_decoder=True).sequence(row, 0)
     assert made.prompt.tolist() == [*ids[0], eos], "even where the tokenizer puts nothing there"
     assert made.response.tolist() == [*ids[1], eos]
-    assert Encoder(plain, Data()).prompt_ids(row).tolist() == ids[0], "a causal model's prompt is not at its end"
+    assert Encoder(plain, DataConfig()).prompt_ids(row).tolist() == ids[0], "a causal model's prompt is not at its end"
 
     t5 = tiny.tokenizer()
     put_end(t5)
     assert t5("ab")["input_ids"] == [*ids[0], eos]
-    assert Encoder(t5, Data(), is_encoder_decoder=True).prompt_ids(row).tolist() == [*ids[0], eos]
-    assert Encoder(t5, Data()).prompt_ids(row).tolist() == ids[0]
+    assert Encoder(t5, DataConfig(), is_encoder_decoder=True).prompt_ids(row).tolist() == [*ids[0], eos]
+    assert Encoder(t5, DataConfig()).prompt_ids(row).tolist() == ids[0]
     spelled = Row(prompt="ab<eos>", references=("cd",), where="t:1")
-    assert Encoder(t5, Data(), is_encoder_decoder=True).prompt_ids(spelled).tolist() == [*ids[0], eos]
+    assert Encoder(t5, DataConfig(), is_encoder_decoder=True).prompt_ids(spelled).tolist() == [*ids[0], eos]
 
 
 def test_a_tokenizer_with_marks_on_both_sides_keeps_them_on_either_text():
@@ -292,7 +291,9 @@ def test_a_tokenizer_with_marks_on_both_sides_keeps_them_on_either_text():
     bart = tiny.tokenizer()
     template = processors.TemplateProcessing(single="z $A <eos>", special_tokens=[("z", 28), ("<eos>", 0)])
     bart.backend_tokenizer.post_processor = template
-    made = Encoder(bart, Data(), is_encoder_decoder=True).sequence(Row(prompt="a", references=("b",), where=""), 0)
+    made = Encoder(bart, DataConfig(), is_encoder_decoder=True).sequence(
+        Row(prompt="a", references=("b",), where=""), 0
+    )
     assert (made.prompt.tolist(), made.response.tolist()) == ([28, 3, 0], [28, 4, 0])
 
 
@@ -300,7 +301,7 @@ def test_the_teachers_samples_from_a_file_have_the_prompt_and_the_ends_that_thei
     bart = tiny.tokenizer()
     template = processors.TemplateProcessing(single="z $A <eos>", special_tokens=[("z", 28), ("<eos>", 0)])
     bart.backend_tokenizer.post_processor = template
-    row, data = Row(prompt="ab", references=("cd",), where="t:1"), Data(template="plain")
+    row, data = Row(prompt="ab", references=("cd",), where="t:1"), DataConfig(template="plain")
     encoder = Encoder(bart, data, is_encoder_decoder=True)
     examples = tokenize([row], encoder, data)
     said = replace(row, references=("dc",))
@@ -348,7 +349,7 @@ def test_a_repository_with_a_sentencepiece_file_alone_is_read(tmp_path):
     marks = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "extra_ids": 100}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", **marks}))
     model = load_backbone(str(tmp_path), dtype=torch.float32, device=torch.device("cpu"))
-    made = Encoder(model.tokenizer, Data(template="plain"), is_encoder_decoder=True).sequence(
+    made = Encoder(model.tokenizer, DataConfig(template="plain"), is_encoder_decoder=True).sequence(
         Row(instruction="the red dog", references=("a cat",), where=""), 0
     )
     assert model.tokenizer.decode(made.prompt.tolist()) == "the red dog</s>"
@@ -361,10 +362,10 @@ def test_a_repository_with_a_sentencepiece_file_alone_is_read(tmp_path):
 
 def engine_of(tmp_path=None, *, steps=10, kept=False, student=None, teacher="t5-v1.1", listener=lambda event: None):
     """An adaptive run with rollouts and replay from a T5 (dropout 0.1) against another."""
-    train = Train(batch_size=4, lr=1e-3, warmup=0, eval_steps=3, save_steps=1000, seed=5)
+    train = TrainConfig(batch_size=4, lr=1e-3, warmup=0, eval_steps=3, save_steps=1000, seed=5)
     rows = tiny.sequences([(3 + i % 5, 2 + i % 4) for i in range(24)], VOCAB, seed=2)
     student = student or backbone("t5", seed=1, spread=1.0)
-    scheduler = Scheduler(Schedule(epsilon=-10.0, capacity=8, levels=3), steps=steps, seed=5)
+    scheduler = Scheduler(ScheduleConfig(epsilon=-10.0, capacity=8, levels=3), steps=steps, seed=5)
 
     def batches(step):
         return [rows[(step * 4 + i * 7) % len(rows)] for i in range(4)]
@@ -374,14 +375,14 @@ def engine_of(tmp_path=None, *, steps=10, kept=False, student=None, teacher="t5-
         company = FirstEpoch(batches, steps=6, rows=rows, most=4)
         asked = Teacher(asked.model, mode="memory", rows=RowStates(rows), company=company, remembers=True)
     return Engine(
-        objective=Objective(student, criteria.build(ObjectiveConfig()), teacher_head=asked.head),
+        objective=StudentLoss(student, criteria.build(ObjectiveConfig()), teacher_head=asked.head),
         train=train,
         steps=steps,
         steps_per_epoch=6,
         batches=batches,
         scheduler=scheduler,
         replay=ReplayBuffer(8, seed=5),
-        rollouts=SampledRollouts(student, Rollout(max_new_tokens=5), max_length=16, seed=5),
+        rollouts=SampledRollouts(student, RolloutConfig(max_new_tokens=5), max_length=16, seed=5),
         bulk=2,
         teacher=asked,
         validation=[tiny.sequences([(4, 3), (5, 4), (3, 2)], VOCAB, seed=9)],

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distillm_cli.types import Sequence, collate, micro_batches, pass_cost, passes
+from distillm_cli.types import Sequence, collate, length_groups, micro_batches, pass_overhead
 
 
 def sequence(prompt, response, row=0):
@@ -40,7 +40,7 @@ def test_an_empty_prompt_has_no_state_to_predict_from():
 @given(lengths=st.lists(st.integers(2, 500), min_size=1, max_size=40), most=st.integers(1, 16))
 def test_passes_hold_every_sequence_once_and_none_is_too_large(lengths, most):
     rows = [sequence([1], [2] * (length - 1), row) for row, length in enumerate(lengths)]
-    cut = passes(rows, most)
+    cut = length_groups(rows, most)
     assert sorted(s.row for part in cut for s in part) == list(range(len(rows)))
     assert max(len(part) for part in cut) <= most
     assert sum(collate(part).tokens for part in cut) == collate(rows).tokens
@@ -48,15 +48,15 @@ def test_passes_hold_every_sequence_once_and_none_is_too_large(lengths, most):
 
 def test_padding_is_cut_away_where_it_is_worth_a_pass():
     rows = [sequence([1], [2] * n) for n in [500] * 4 + [20] * 4]
-    assert [[len(s) for s in part] for part in passes(rows, 8)] == [[501] * 4, [21] * 4]
+    assert [[len(s) for s in part] for part in length_groups(rows, 8)] == [[501] * 4, [21] * 4]
     short = [sequence([1], [2] * n) for n in [30] * 4 + [20] * 4]
-    assert len(passes(short, 8)) == 1
+    assert len(length_groups(short, 8)) == 1
     # On a GPU, or in narrow layers, a pass of few tokens takes as long as one of many.
     long = [sequence([1], [2] * n) for n in [150] * 4 + [50] * 4]
-    costs = [pass_cost("cpu", 768), pass_cost("cpu", 64), pass_cost("cuda", 768)]
-    assert [len(passes(long, 8, cost)) for cost in costs] == [2, 2, 1]
+    costs = [pass_overhead("cpu", 768), pass_overhead("cpu", 64), pass_overhead("cuda", 768)]
+    assert [len(length_groups(long, 8, cost)) for cost in costs] == [2, 2, 1]
     near = [sequence([1], [2] * n) for n in [110] * 4 + [60] * 4]
-    assert [len(passes(near, 8, cost)) for cost in costs] == [2, 1, 1]
+    assert [len(length_groups(near, 8, cost)) for cost in costs] == [2, 1, 1]
     assert torch.is_tensor(collate(short).ids_BT)
 
 
@@ -65,7 +65,7 @@ def test_padding_is_cut_away_where_it_is_worth_a_pass():
 def test_micro_batches_are_the_passes_gathered_as_far_as_there_is_room(lengths, most):
     rows = [sequence([1], [2] * (length - 1), row) for row, length in enumerate(lengths)]
     gathered = micro_batches(rows, most)
-    assert [part for cuts in gathered for part in cuts] == passes(rows, most)
+    assert [part for cuts in gathered for part in cuts] == length_groups(rows, most)
     sizes = [[len(part) for part in cuts] for cuts in gathered]
     assert max(map(sum, sizes)) <= most
     for one, following in pairwise(sizes):

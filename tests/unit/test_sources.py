@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from distillm_cli.config.schema import Columns, Data
+from distillm_cli.config.schema import ColumnsConfig, DataConfig
 from distillm_cli.data.rows import Row
 from distillm_cli.data.sources import load_rows, overlap
 from distillm_cli.errors import DataError
@@ -29,7 +29,7 @@ def jsonl(path: Path, *records) -> Path:
 def whole(path: Path, **fields):
     """All rows of one file."""
     require_output = fields.pop("require_output", True)
-    return load_rows(Data(source=str(path), **fields), "test", require_output=require_output)
+    return load_rows(DataConfig(source=str(path), **fields), "test", require_output=require_output)
 
 
 def numbered(n: int) -> list[dict]:
@@ -54,16 +54,16 @@ def test_the_paper_sets_load_whole_and_by_name(shared_data, monkeypatch):
     sizes = {"dolly train": 11_435, "dolly valid": 1_000, "dolly test": 500, "sinst test": 1_694, "sni test": 1_694}
     sizes |= {"self-inst test": 242, "vicuna test": 80, "g2p train": 30_000, "g2p valid": 1_000, "g2p test": 2_000}
     for asked, size in sizes.items():
-        rows = load_rows(Data(source=asked.split()[0]), asked.split()[1])
+        rows = load_rows(DataConfig(source=asked.split()[0]), asked.split()[1])
         assert (len(rows), str(rows), rows.skipped) == (size, asked, [])
-    dolly = load_rows(Data(source="dolly", limit=3), "train")
+    dolly = load_rows(DataConfig(source="dolly", limit=3), "train")
     assert dolly[0].instruction == "Give me three different ways to reuse a paper grocery bag."
     assert dolly[0].prompt.endswith("### Response:\n")
     assert [row.where for row in dolly] == ["train.jsonl:1", "train.jsonl:2", "train.jsonl:3"]
 
 
 def test_every_reference_of_a_row_is_kept(shared_data):
-    rows = load_rows(Data(source=str(shared_data / "g2p")), "valid")
+    rows = load_rows(DataConfig(source=str(shared_data / "g2p")), "valid")
     assert rows[0] == Row(
         "Pronounce the word.",
         "process",
@@ -75,7 +75,7 @@ def test_every_reference_of_a_row_is_kept(shared_data):
 
 def test_question_rows_and_a_slice_where_nothing_is_held_out(shared_data):
     said = []
-    data = Data(source=str(shared_data / "gsm8k"))
+    data = DataConfig(source=str(shared_data / "gsm8k"))
     train, valid = (load_rows(data, split, listener=said.append) for split in ("train", "valid"))
     assert (len(train), len(valid), len(load_rows(data, "test"))) == (7_473 - 373, 373, 1_319)
     assert not {row.where for row in train} & {row.where for row in valid}
@@ -88,7 +88,7 @@ def test_question_rows_and_a_slice_where_nothing_is_held_out(shared_data):
 
 
 def test_upstreams_overlap_is_reported_rather_than_hidden(shared_data):
-    data = Data(source=str(shared_data / "dolly"))
+    data = DataConfig(source=str(shared_data / "dolly"))
     train = load_rows(data, "train")
     assert [overlap(load_rows(data, split), train) for split in ("valid", "test")] == [25, 8]
 
@@ -120,7 +120,7 @@ def test_upstreams_overlap_is_reported_rather_than_hidden(shared_data):
     ],
 )
 def test_shapes_of_rows(tmp_path, record, columns, expected):
-    (row,) = whole(jsonl(tmp_path / "a.jsonl", record), columns=Columns(**columns))
+    (row,) = whole(jsonl(tmp_path / "a.jsonl", record), columns=ColumnsConfig(**columns))
     assert row == replace(expected, where="a.jsonl:1", format=row.format)
 
 
@@ -225,7 +225,7 @@ def test_skipping_broken_rows_counts_and_lists_them(tmp_path):
     said = []
     path = jsonl(tmp_path / "train.jsonl", PAIR, *BROKEN, PAIR, *["{"] * 30)
     path.write_bytes(path.read_bytes() + b'{"prompt": "\xff"}\n')
-    rows = load_rows(Data(source=str(path), skip_bad_rows=True), "test", listener=said.append)
+    rows = load_rows(DataConfig(source=str(path), skip_bad_rows=True), "test", listener=said.append)
     assert [row.where for row in rows] == ["train.jsonl:1", f"train.jsonl:{len(BROKEN) + 2}"]
     messages = [f"train.jsonl:{line}: {what}" for line, what in enumerate(BROKEN.values(), start=2)]
     assert rows.skipped[: len(BROKEN)] == messages
@@ -243,7 +243,7 @@ def test_a_column_named_in_the_recipe_must_be_there(tmp_path):
         "input": "no column `x` (data.columns.input); found `q`, `gold`",
         "response": "no column `x` (data.columns.response); found `q`, `gold`",
     }.items():
-        named = Columns(**({"prompt": "q", "response": "gold"} | {columns: "x"}))
+        named = ColumnsConfig(**({"prompt": "q", "response": "gold"} | {columns: "x"}))
         with pytest.raises(DataError) as caught:
             whole(path, columns=named)
         assert caught.value.what == f"a.jsonl:1: {complaint}"
@@ -288,15 +288,15 @@ def test_all_rows_broken_says_so(tmp_path):
 def test_a_missing_path_is_refused_without_asking_the_hub(tmp_path):
     for name in ("./nowhere", "../nowhere/x", str(tmp_path / "nowhere"), "~/no/where", "train.jsonl", "prompts.txt"):
         with pytest.raises(DataError, match="no such file or directory"):
-            load_rows(Data(source=name), "train")
+            load_rows(DataConfig(source=name), "train")
 
 
 def test_an_unknown_name_says_where_it_was_looked_for(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"no data set `unni`: \$DISTILLM_DATA is not set, and MiniLLM/uinst cannot be"):
-        load_rows(Data(source="unni"), "test")
+        load_rows(DataConfig(source="unni"), "test")
     monkeypatch.setenv("DISTILLM_DATA", str(tmp_path))
     with pytest.raises(DataError) as caught:
-        load_rows(Data(source="someone/set"), "test")
+        load_rows(DataConfig(source="someone/set"), "test")
     assert f"not under $DISTILLM_DATA ({tmp_path}), and someone/set cannot be read from the hub" in str(caught.value)
     assert "set DISTILLM_DATA to a directory that holds it, or pass a file" in caught.value.hint
 
@@ -306,11 +306,11 @@ def test_an_unknown_name_says_where_it_was_looked_for(tmp_path, monkeypatch):
 )
 def test_a_name_that_is_nearly_that_of_a_known_set_is_told(typed, meant, tmp_path, monkeypatch):
     with pytest.raises(DataError, match=rf"no data set `{typed}`: .*; did you mean {meant}\?"):
-        load_rows(Data(source=typed), "train")
+        load_rows(DataConfig(source=typed), "train")
     monkeypatch.setenv("DISTILLM_DATA", str(tmp_path))
     (tmp_path / "letters").mkdir()
     with pytest.raises(DataError, match="did you mean letters"):
-        load_rows(Data(source="leters"), "test")
+        load_rows(DataConfig(source="leters"), "test")
 
 
 def test_a_bare_name_is_looked_for_under_distillm_data_first(tmp_path, monkeypatch):
@@ -318,10 +318,12 @@ def test_a_bare_name_is_looked_for_under_distillm_data_first(tmp_path, monkeypat
     jsonl(tmp_path / "here" / "unni" / "valid.jsonl", {"prompt": "here", "output": "x"})
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("DISTILLM_DATA", str(tmp_path / "named"))
-    prompt = {name: load_rows(Data(source=name), "test")[0].prompt for name in ("unni", "uinst", "./unni", "unni/")}
+    prompt = {
+        name: load_rows(DataConfig(source=name), "test")[0].prompt for name in ("unni", "uinst", "./unni", "unni/")
+    }
     assert prompt == {"unni": "named", "uinst": "named", "./unni": "here", "unni/": "here"}
     monkeypatch.delenv("DISTILLM_DATA")
-    assert load_rows(Data(source="unni"), "test")[0].prompt == "here"
+    assert load_rows(DataConfig(source="unni"), "test")[0].prompt == "here"
 
 
 @pytest.mark.parametrize(
@@ -341,11 +343,11 @@ def test_splits_of_a_directory(tmp_path, files, expected):
         jsonl(tmp_path / f"{name}.jsonl", {"prompt": name, "output": "x"})
     for split in ("train", "valid", "test"):
         if split in expected:
-            rows = load_rows(Data(source=str(tmp_path)), split)
+            rows = load_rows(DataConfig(source=str(tmp_path)), split)
             assert [row.prompt for row in rows] == [expected[split]]
         else:
             with pytest.raises(DataError, match=f"no {split} rows, only"):
-                load_rows(Data(source=str(tmp_path)), split)
+                load_rows(DataConfig(source=str(tmp_path)), split)
 
 
 def test_rows_that_stand_in_for_test_rows_are_refused_where_those_were_asked_for(tmp_path):
@@ -353,7 +355,7 @@ def test_rows_that_stand_in_for_test_rows_are_refused_where_those_were_asked_for
     (tmp_path / "train only").mkdir()
     jsonl(tmp_path / "train only/train.jsonl", *numbered(40))
     for source, stand_ins in ((alone, 40), (tmp_path / "train only", 2)):
-        data = Data(source=str(source))
+        data = DataConfig(source=str(source))
         rows = load_rows(data, "test")
         assert (len(rows), rows.splits) == (stand_ins, ("train",))
         with pytest.raises(DataError, match=r"no test rows; there are train and valid \(held out of train\)"):
@@ -366,7 +368,7 @@ def test_rows_that_stand_in_for_test_rows_are_refused_where_those_were_asked_for
 def test_other_directories(tmp_path):
     for shard in (1, 0):  # as a clone from the hub has them
         jsonl(tmp_path / "clone" / "data" / f"train-0000{shard}-of-00002.jsonl", {"prompt": f"{shard}", "output": "x"})
-    assert [row.prompt for row in load_rows(Data(source=str(tmp_path / "clone"), valid="builtin"), "train")] == [
+    assert [row.prompt for row in load_rows(DataConfig(source=str(tmp_path / "clone"), valid="builtin"), "train")] == [
         "0",
         "1",
     ]
@@ -388,32 +390,32 @@ def test_a_slice_of_a_single_file_is_seeded_and_disjoint_from_train(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", *numbered(200))
     slices = {}
     for seed in (1, 2):
-        data = Data(source=str(path), seed=seed)
+        data = DataConfig(source=str(path), seed=seed)
         train, valid = load_rows(data, "train"), load_rows(data, "valid")
         assert (len(train), len(valid)) == (190, 10)
         assert {row.where for row in train} | {row.where for row in valid} == {row.where for row in whole(path)}
         assert load_rows(data, "valid").rows == valid.rows
         slices[seed] = [row.where for row in valid]
     assert slices[1] != slices[2]
-    assert len(load_rows(Data(source=str(path), valid_limit=3), "valid")) == 3
-    assert len(load_rows(Data(source=str(path), valid_limit=3), "train")) == 197
+    assert len(load_rows(DataConfig(source=str(path), valid_limit=3), "valid")) == 3
+    assert len(load_rows(DataConfig(source=str(path), valid_limit=3), "train")) == 197
 
 
 def test_rows_that_ask_the_same_thing_stay_on_one_side(tmp_path):
     rows = [{"question": f"word {i // 4}", "answer": f"{i}"} for i in range(400)]
-    data = Data(source=str(jsonl(tmp_path / "a.jsonl", *rows)))
+    data = DataConfig(source=str(jsonl(tmp_path / "a.jsonl", *rows)))
     train, valid = load_rows(data, "train"), load_rows(data, "valid")
     assert (len(train), len(valid), overlap(valid, train)) == (380, 20, 0)
 
 
 def test_a_named_validation_file_is_read_whole_and_train_keeps_its_rows(tmp_path):
     train, valid = jsonl(tmp_path / "a.jsonl", *numbered(40)), jsonl(tmp_path / "b.jsonl", *numbered(7))
-    data = Data(source=str(train), valid=str(valid))
+    data = DataConfig(source=str(train), valid=str(valid))
     assert [len(load_rows(data, split)) for split in ("train", "valid", "test")] == [40, 7, 40]
 
 
 def test_one_row_cannot_be_held_out(tmp_path):
-    data = Data(source=str(jsonl(tmp_path / "a.jsonl", PAIR)))
+    data = DataConfig(source=str(jsonl(tmp_path / "a.jsonl", PAIR)))
     assert len(load_rows(data, "train")) == 1
     with pytest.raises(DataError, match=r"too few to hold some of them out; .*data.valid=FILE"):
         load_rows(data, "valid")
@@ -426,30 +428,30 @@ def test_why_no_row_can_be_held_out_is_said(tmp_path):
         (few, "its 20 rows ask 4 things, each of them more often than the 1 to be held out"),
     ):
         with pytest.raises(DataError, match=why):
-            load_rows(Data(source=str(jsonl(tmp_path / "a.jsonl", *rows))), "valid")
+            load_rows(DataConfig(source=str(jsonl(tmp_path / "a.jsonl", *rows))), "valid")
 
 
 def test_one_of_a_thing_is_told_in_the_singular(tmp_path):
     said = []
-    data = Data(source=str(jsonl(tmp_path / "a.jsonl", *numbered(10))))
+    data = DataConfig(source=str(jsonl(tmp_path / "a.jsonl", *numbered(10))))
     load_rows(data, "train", listener=said.append)
     assert said[1:] == [Note("a.jsonl has no held-out rows of its own: 1 of its 10 is kept for validation")]
     with pytest.raises(DataError, match=r"its one row is broken: b.jsonl:1: "):
-        load_rows(Data(source=str(jsonl(tmp_path / "b.jsonl", {})), skip_bad_rows=True), "test")
+        load_rows(DataConfig(source=str(jsonl(tmp_path / "b.jsonl", {})), skip_bad_rows=True), "test")
     assert (counted(1, "row"), counted(0, "row"), counted(1_000, "row")) == ("1 row", "0 rows", "1,000 rows")
 
 
 def test_limits_keep_the_first_rows(tmp_path):
     for name in ("train", "valid", "test"):
         jsonl(tmp_path / f"{name}.jsonl", *numbered(50), "broken beyond the limit")
-    data = Data(source=str(tmp_path), limit=5, valid_limit=4)
+    data = DataConfig(source=str(tmp_path), limit=5, valid_limit=4)
     assert [len(load_rows(data, split)) for split in ("train", "valid")] == [5, 4]
     assert len(load_rows(data, "test", limit=3)) == 3
     assert len(load_rows(data, "train", limit=2)) == 2
 
 
 def test_builtin_rows_are_named_and_disjoint():
-    data = Data(source="builtin", size=300, valid_limit=60)
+    data = DataConfig(source="builtin", size=300, valid_limit=60)
     train, valid, test = (load_rows(data, split) for split in ("train", "valid", "test"))
     assert (len(train), len(valid), len(test), train.name) == (300, 60, 1000, "builtin"), (
         "valid_limit is of valid alone"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from distillm_cli.config.schema import Data
+from distillm_cli.config.schema import DataConfig
 from distillm_cli.data.sources import load_rows
 from distillm_cli.errors import DataError
 from distillm_cli.runs.stages import _identity_of
@@ -22,7 +22,7 @@ ROWS = [{"prompt": f"{i}", "completion": "x"} for i in range(3)]
 
 
 def asked(path: Path, split: str = "test", **fields) -> list[tuple]:
-    rows = load_rows(Data(source=str(path), **fields), split)
+    rows = load_rows(DataConfig(source=str(path), **fields), split)
     return [(row.prompt or row.messages, row.answer or row.references) for row in rows]
 
 
@@ -78,7 +78,7 @@ def test_saved_splits_are_recognized(tmp_path):
     split = {name: datasets.Dataset.from_list([{"prompt": name, "completion": "x"}] * 2) for name in ("train", "test")}
     datasets.DatasetDict(split).save_to_disk(tmp_path / "both")
     for name in split:
-        rows = load_rows(Data(source=str(tmp_path / "both"), valid="builtin"), name)
+        rows = load_rows(DataConfig(source=str(tmp_path / "both"), valid="builtin"), name)
         assert [row.prompt for row in rows] == [name] * 2
         assert rows.splits == ("train", "test")
     datasets.DatasetDict(train_sft=split["train"]).save_to_disk(tmp_path / "other")
@@ -117,7 +117,7 @@ def test_unread_columns_of_a_table_do_not_matter(tmp_path, name):
     table = pa.Table.from_pylist(ROWS).append_column("odd", odd(name)).append_column("text", odd("bytes"))
     pq.write_table(table, tmp_path / "a.parquet")
     said = []
-    rows = load_rows(Data(source=str(tmp_path / "a.parquet")), "test", listener=said.append)
+    rows = load_rows(DataConfig(source=str(tmp_path / "a.parquet")), "test", listener=said.append)
     assert [row.prompt for row in rows] == ["0", "1", "2"]
     share = {"bytes": 100, "dates": 67}[name]
     assert said == [
@@ -211,7 +211,7 @@ def test_a_path_that_cannot_be_there_is_a_data_error(tmp_path):
     elsewhere = [Path(f"./{'x' * 5000}"), Path("~nobody-of-that-name/a.jsonl")]
     for path in (tmp_path / "a.jsonl", tmp_path / "d", tmp_path / "d" / "train.jsonl", *elsewhere):
         with pytest.raises(DataError, match=r"no such file or directory|leads nowhere"):
-            load_rows(Data(source=f"./{path}" if "xx" in path.name else str(path)), "test")
+            load_rows(DataConfig(source=f"./{path}" if "xx" in path.name else str(path)), "test")
 
 
 @pytest.mark.parametrize("name", ["set", "rows.jsonl.gz", "rows.jsonl.zst"])

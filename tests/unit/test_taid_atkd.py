@@ -10,17 +10,17 @@ from torch.testing import assert_close
 from distillm_cli.config import schema
 from distillm_cli.errors import Interrupted
 from distillm_cli.losses import criteria
-from distillm_cli.losses.criterion import Piece, Reading
+from distillm_cli.losses.criterion import SourceBatch, TokenLogProbs
 from distillm_cli.losses.divergences import KL
 from distillm_cli.losses.fused import fused_loss
-from distillm_cli.losses.terms import NOTHING
+from distillm_cli.losses.terms import NO_WEIGHTS
 from distillm_cli.models.backbone import Head
 from distillm_cli.rollouts.scheduler import Source
 from tests import plain
 from tests.unit import test_engine as runs
 
 LOSSES = [3.0, 2.5, 2.6, 2.0, 1.0, 4.0, 0.9, 0.8, 0.7, 0.7]
-TAID, ATKD = schema.Objective(divergence="taid"), schema.Objective(divergence="atkd")
+TAID, ATKD = schema.ObjectiveConfig(divergence="taid"), schema.ObjectiveConfig(divergence="atkd")
 
 
 def logits(seed, n=13, v=7):
@@ -50,7 +50,7 @@ def course(losses, steps, start, rate, momentum):
 @pytest.mark.parametrize(("steps", "start", "rate", "momentum"), [(10, 0.4, 5e-4, 0.99), (1000, 0.2, 0.3, 0.5)])
 def test_t_takes_the_papers_course_and_ends_at_the_teacher(steps, start, rate, momentum):
     """Ten steps that are the whole run (where the straight line leads), and the first ten of many (where the loss does)."""
-    config = schema.Objective(divergence="taid", taid_start=start, taid_rate=rate, taid_momentum=momentum)
+    config = schema.ObjectiveConfig(divergence="taid", taid_start=start, taid_rate=rate, taid_momentum=momentum)
     moving, seen = criteria.build(config), []
     for step, loss in enumerate(LOSSES, start=1):
         seen.append(moving.terms(Source.DATASET, step / steps).divergence.t)
@@ -85,7 +85,7 @@ def test_taids_step_is_kl_to_the_target_between_with_the_student_in_it_as_a_numb
 def step_loss(z, zt, targets, terms, per_token=None):
     """The fused loss, summed, of logits that are given."""
     more = {"teacher_hidden_ND": zt, "teacher_head": Head(None)}
-    return fused_loss(z, Head(None), targets, terms=terms, per_token=per_token or NOTHING, **more)
+    return fused_loss(z, Head(None), targets, terms=terms, per_token=per_token or NO_WEIGHTS, **more)
 
 
 def whole_step(z, zt, targets, alpha):
@@ -104,10 +104,10 @@ def test_atkds_step_is_the_papers_however_it_is_cut(cuts, alpha):
     targets = torch.randint(0, 7, (13,), generator=torch.Generator().manual_seed(5))
     expected = whole_step(z, zt, targets, alpha)
 
-    looking = criteria.build(schema.Objective(divergence="atkd", atkd_easy=alpha))
+    looking = criteria.build(schema.ObjectiveConfig(divergence="atkd", atkd_easy=alpha))
     assert looking.looks_at == ("teacher",)
-    readings = [Reading(log_p_N=part) for part in log_at(zt, targets).split(cuts)]
-    own = looking.look_ahead([Piece(Source.DATASET, [])] * len(cuts), readings, 0.5)
+    readings = [TokenLogProbs(log_p_N=part) for part in log_at(zt, targets).split(cuts)]
+    own = looking.look_ahead([SourceBatch(Source.DATASET, [])] * len(cuts), readings, 0.5)
     terms = looking.terms(Source.DATASET, 0.5)
     parts = zip(z.split(cuts), zt.split(cuts), targets.split(cuts), own, strict=True)
     total = sum(step_loss(*part[:3], terms, part[3]) for part in parts) / 13
@@ -117,9 +117,9 @@ def test_atkds_step_is_the_papers_however_it_is_cut(cuts, alpha):
 
 def test_atkd_where_all_tokens_are_alike_and_where_there_is_none():
     looking = criteria.build(ATKD)
-    (alike,) = looking.look_ahead([Piece(Source.DATASET, [])], [Reading(torch.full((4,), -0.5))], 0.5)
-    assert_close(alike.marks_N, torch.full((4, 2), 0.8))
-    assert looking.look_ahead([Piece(Source.DATASET, [])], [Reading(torch.zeros(0))], 0.5) == [None]
+    (alike,) = looking.look_ahead([SourceBatch(Source.DATASET, [])], [TokenLogProbs(torch.full((4,), -0.5))], 0.5)
+    assert_close(alike.divergence_args_N, torch.full((4, 2), 0.8))
+    assert looking.look_ahead([SourceBatch(Source.DATASET, [])], [TokenLogProbs(torch.zeros(0))], 0.5) == [None]
 
 
 def test_the_cut_of_a_step_does_not_change_where_atkd_goes():

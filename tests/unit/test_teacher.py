@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.teachers.teacher import FirstEpoch, RowStates, Teacher
-from distillm_cli.types import Sequence, collate, passes
+from distillm_cli.types import Sequence, collate, length_groups
 from tests import tiny
 
 TOKENIZER = tiny.tokenizer()
@@ -37,7 +37,7 @@ def keeping(backbone=None, **how):
 
 def first_epoch(teacher):
     """What a run asks in its first epoch, and the answers."""
-    groups = [group for step in range(STEPS) for group in passes(batches(step), 4)]
+    groups = [group for step in range(STEPS) for group in length_groups(batches(step), 4)]
     return groups, [teacher.hidden(collate(group), group) for group in groups]
 
 

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, NllbTokenizer, PreTrainedTokenizerFast
 
-from distillm_cli.config.schema import Data
+from distillm_cli.config.schema import DataConfig
 from distillm_cli.data.batching import tokenize
 from distillm_cli.data.chat import Text
 from distillm_cli.data.encoder import Encoder
@@ -15,7 +15,7 @@ from distillm_cli.data.rows import Row
 from distillm_cli.data.sources import load_rows
 from distillm_cli.data.token_ids import Affixes, find_affixes, token_ids
 
-DATA = Data(template="exact", max_length=512, max_prompt_length=256)
+DATA = DataConfig(template="exact", max_length=512, max_prompt_length=256)
 TEXTS = [
     "Name three rivers in the north of the country and say where they end.",
     "The answer is in the name: the river ends in the sea.\nAnd  so on, and so on.",
@@ -164,8 +164,8 @@ def test_dolly_by_gpt2_is_the_whole_text(shared_data):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "gpt2")
-    rows = load_rows(Data(source=str(shared_data / "dolly"), limit=300), "train")
-    encoder = Encoder(tokenizer, Data(max_length=4096, max_prompt_length=4096))
+    rows = load_rows(DataConfig(source=str(shared_data / "dolly"), limit=300), "train")
+    encoder = Encoder(tokenizer, DataConfig(max_length=4096, max_prompt_length=4096))
     for row, sequence in zip(rows, encoder.sequences(rows), strict=True):
         whole = tokenizer(row.prompt + row.references[0])["input_ids"]
         assert [*sequence.prompt.tolist(), *sequence.response.tolist()] == [*whole, tokenizer.eos_token_id]

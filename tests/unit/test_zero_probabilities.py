@@ -9,10 +9,10 @@ import torch
 from torch.testing import assert_close
 
 from distillm_cli.config import fields
-from distillm_cli.config.schema import Objective
+from distillm_cli.config.schema import ObjectiveConfig
 from distillm_cli.losses.divergences import Rows, build, logit_grad
 from distillm_cli.losses.fused import fused_loss
-from distillm_cli.losses.terms import Terms
+from distillm_cli.losses.terms import LossWeights
 from tests import plain
 from tests.unit.test_divergences import SETTINGS, STEEP
 from tests.unit.test_fused import Head, rand
@@ -61,7 +61,7 @@ def test_suppressed_tokens_have_the_value_of_the_limit(name, settings, where):
     expected, expected_grad = truth(name, settings, zt, z, columns)
 
     p, q = Rows(with_zeros(zt, columns[0])[0]), Rows(with_zeros(z.detach(), columns[1])[0])
-    divergence = build(Objective(divergence=name, **settings)).at(plain.some_targets(zt), None)
+    divergence = build(ObjectiveConfig(divergence=name, **settings)).at(plain.some_targets(zt), None)
     value, h = divergence.between(p, q)
     assert_close(value, expected, rtol=1e-9, atol=1e-11)
     finite = expected.isfinite()
@@ -73,7 +73,7 @@ def test_suppressed_tokens_have_the_value_of_the_limit(name, settings, where):
 def test_a_token_suppressed_on_both_sides_is_absent(name, settings):
     z, zt = rand(N, V, seed=3), rand(N, V, seed=4)
     gone = torch.full((N, 1), -math.inf, dtype=torch.float64)
-    divergence = build(Objective(divergence=name, **settings))
+    divergence = build(ObjectiveConfig(divergence=name, **settings))
     value, h = divergence.between(Rows(zt), Rows(z))
     longer, longer_h = divergence.between(Rows(torch.cat([zt, gone], -1)), Rows(torch.cat([z, gone], -1)))
     assert_close(longer, value)
@@ -84,7 +84,7 @@ def test_a_token_suppressed_on_both_sides_is_absent(name, settings):
 @pytest.mark.parametrize(("name", "settings"), SETTINGS + STEEP)
 def test_looking_for_zeros_changes_no_bit_of_finite_logits(name, settings):
     tables = [(4 * rand(50, 101, seed=seed)).float() for seed in (5, 6)]
-    divergence = build(Objective(divergence=name, **settings)).at(plain.some_targets(tables[0]), None)
+    divergence = build(ObjectiveConfig(divergence=name, **settings)).at(plain.some_targets(tables[0]), None)
     plainly, looking = (divergence.between(*(Rows(z, has_zeros=zeros) for z in tables)) for zeros in (False, True))
     assert all(torch.equal(a, b) for a, b in zip(plainly, looking, strict=True))
 
@@ -98,7 +98,9 @@ def test_the_fused_loss_knows_suppressed_tokens(name, where, form):
         rand(*shape, seed=seed) for seed, shape in enumerate([(N, 6), (V, 6), (N, 9), (V, 9)], 10)
     )
     z, zt = hidden @ weight.T, teacher_hidden @ teacher_weight.T
-    expected, expected_grad = truth(name, {"taid_start": Objective().taid_start}, zt, z.requires_grad_(), WHERE[where])
+    expected, expected_grad = truth(
+        name, {"taid_start": ObjectiveConfig().taid_start}, zt, z.requires_grad_(), WHERE[where]
+    )
     teacher_columns, columns = WHERE[where]
     if form == "logits":
         given = with_zeros(z.detach(), columns)[0].requires_grad_()
@@ -115,7 +117,7 @@ def test_the_fused_loss_knows_suppressed_tokens(name, where, form):
         given,
         student,
         plain.some_targets(z),
-        terms=Terms(1.0, 0.0, build(Objective(divergence=name))),
+        terms=LossWeights(1.0, 0.0, build(ObjectiveConfig(divergence=name))),
         teacher_hidden_ND=teacher_given,
         teacher_head=teacher,
         chunk=3,
@@ -127,7 +129,10 @@ def test_the_fused_loss_knows_suppressed_tokens(name, where, form):
 
 def test_cross_entropy_of_a_suppressed_target_is_infinite():
     z = with_zeros(rand(N, V, seed=7), (OTHER,))[0].requires_grad_()
-    loss = {target: fused_loss(z, Head(None), torch.full((N,), target), terms=Terms(0.0, 1.0)) for target in (0, OTHER)}
+    loss = {
+        target: fused_loss(z, Head(None), torch.full((N,), target), terms=LossWeights(0.0, 1.0))
+        for target in (0, OTHER)
+    }
     assert_close(loss[0], torch.nn.functional.cross_entropy(z, torch.zeros(N, dtype=torch.long), reduction="sum"))
     assert loss[OTHER].item() == math.inf
     assert torch.autograd.grad(loss[0], z)[0].isfinite().all()
