@@ -61,10 +61,10 @@ def step_case(axis: str, size: int, rounds: int) -> dict:
 def rows_case(rows: int) -> dict:
     import numpy as np
     import torch
+    from distillm_cli.teachers.teacher import Teacher
 
     from distillm_cli.models.backbone import Backbone
     from distillm_cli.teachers import teacher_cache
-    from distillm_cli.teachers.teacher import Teacher
     from distillm_cli.types import Sequence, collate
     from tests import tiny
 

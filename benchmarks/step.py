@@ -62,12 +62,13 @@ class Ours:
     """The pair through the classes of a real run, and one batch of sequences."""
 
     def __init__(self, shape: argparse.Namespace, directory: Path):
+        from distillm_cli.teachers.teacher import Teacher
+
         from distillm_cli.config import schema
         from distillm_cli.losses import criteria
         from distillm_cli.losses.student_loss import StudentLoss
         from distillm_cli.models.pair import load_pair
         from distillm_cli.rollouts.scheduler import Source
-        from distillm_cli.teachers.teacher import Teacher
         from distillm_cli.types import Sequence
 
         save_models(shape, directory)

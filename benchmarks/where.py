@@ -58,14 +58,13 @@ def main() -> int:
     stages = Stages()
     with stages.stage("import"):
         import torch
+        from distillm_cli.training.engine import Engine
         from torch.profiler import ProfilerActivity, profile
 
         from distillm_cli.cli.app import main as distillm
         from distillm_cli.losses import student_loss
-        from distillm_cli.rollouts import rollout
         from distillm_cli.runs import report, train
         from distillm_cli.teachers import teacher
-        from distillm_cli.training.engine import Engine
     stages.watch(train, "prepare", "prepare: rows, models, tokens")
     stages.watch(train, "open_teacher", "open the teacher")
     stages.watch(Engine, "_validate", "validation")

@@ -6,13 +6,13 @@ import signal
 
 import pytest
 import torch
+from distillm_cli.training.engine import Engine
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from distillm_cli.cli.app import main
 from distillm_cli.config.explain import choices
 from distillm_cli.training import checkpoint
-from distillm_cli.training.engine import Engine
 from tests import tiny
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]

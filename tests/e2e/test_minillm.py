@@ -5,10 +5,10 @@ import signal
 
 import pytest
 import torch
+from distillm_cli.teachers.teacher import Teacher
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from distillm_cli.teachers.teacher import Teacher
 from distillm_cli.training import engine
 from tests import tiny
 

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
+from distillm_cli.training.engine import Engine
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from distillm_cli.cli.app import main
 from distillm_cli.config.load import resolve
 from distillm_cli.runs.defaults import fitted
 from distillm_cli.runs.plan import of_shapes, survey
-from distillm_cli.training.engine import Engine
 from tests.typed import call
 
 GERMAN = ["null", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun"]

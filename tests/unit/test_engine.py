@@ -10,6 +10,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from distillm_cli.rollouts.replay import ReplayBuffer
+from distillm_cli.teachers.teacher import FirstEpoch, RowStates, Teacher
+from distillm_cli.training.attempts import Before
+from distillm_cli.training.engine import Engine
+from distillm_cli.training.held_out import HeldOut
 from torch.testing import assert_close
 
 from distillm_cli.config import schema
@@ -18,16 +23,11 @@ from distillm_cli.losses import criteria
 from distillm_cli.losses.criterion import CROSS_ENTROPY, SourceBatch
 from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.rollouts.replay import ReplayBuffer
-from distillm_cli.rollouts.rollout import SampledRollouts
+from distillm_cli.rollouts.sampler import ModelSampler
 from distillm_cli.rollouts.scheduler import Scheduler, Source
-from distillm_cli.teachers.teacher import FirstEpoch, RowStates, Teacher
 from distillm_cli.training.announce import half_time
-from distillm_cli.training.attempts import Before
 from distillm_cli.training.checkpoint import Checkpoints, read
-from distillm_cli.training.engine import Engine
 from distillm_cli.training.events import Note, Saved, Stepped, Validated, Warned
-from distillm_cli.training.held_out import HeldOut
 from distillm_cli.training.metrics_log import MetricsLog
 from distillm_cli.utils.halving import retry_halved
 from tests import tiny
@@ -100,7 +100,7 @@ def build(
         batches=batches,
         scheduler=scheduler,
         replay=ReplayBuffer(8, seed=train.seed),
-        rollouts=SampledRollouts(backbone, schema.RolloutConfig(max_new_tokens=5), max_length=16, seed=train.seed),
+        rollouts=ModelSampler(backbone, schema.RolloutConfig(max_new_tokens=5), max_length=16, seed=train.seed),
         bulk=2,
         teacher=teacher,
         validation=HELD_OUT,

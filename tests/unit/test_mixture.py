@@ -8,9 +8,9 @@ from torch.testing import assert_close
 
 from distillm_cli.config.schema import RolloutConfig
 from distillm_cli.losses.fused import target_log_probs
-from distillm_cli.rollouts.mixture import LOG_DRAWN, LOG_P, LOG_Q, Mixture, MixtureRollouts
-from distillm_cli.rollouts.rollout import SampledRollouts, sample
-from distillm_cli.rollouts.sampling import Sampling, distribution
+from distillm_cli.rollouts.mixture import LOG_DRAWN, LOG_P, LOG_Q, Mixture, MixtureSampler
+from distillm_cli.rollouts.next_token import Sampling, distribution
+from distillm_cli.rollouts.sampler import ModelSampler, sample
 from distillm_cli.types import Sequence, collate
 from tests.unit.test_rollout import backbone, prompts
 
@@ -77,7 +77,7 @@ def test_greedy_models_are_mixed_too():
 
 def rolled(alpha, rows, seed=7, **more):
     told = {}
-    rollouts = MixtureRollouts(
+    rollouts = MixtureSampler(
         backbone("gpt2", seed=1),
         backbone("llama", seed=2),
         RolloutConfig(max_new_tokens=8, teacher_mix=alpha, **more),
@@ -123,7 +123,7 @@ def test_a_row_does_not_know_its_neighbours_nor_how_many_fit_into_memory():
 
 def test_without_a_teachers_share_it_is_the_students_own_sampler():
     ours, told = rolled(0.0, rows())
-    plain = SampledRollouts(backbone("gpt2", seed=1), RolloutConfig(max_new_tokens=8), max_length=30, seed=7)
+    plain = ModelSampler(backbone("gpt2", seed=1), RolloutConfig(max_new_tokens=8), max_length=30, seed=7)
     for a, b in zip(ours, plain.sample(rows(), 3), strict=True):
         assert a.response.tolist() == b.response.tolist()
         assert (a.prompt.tolist(), a.row) == (b.prompt.tolist(), b.row)

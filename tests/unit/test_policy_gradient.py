@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from distillm_cli.rollouts.replay import Round
 from torch.testing import assert_close
 
 from distillm_cli.config import schema
@@ -15,8 +16,7 @@ from distillm_cli.losses.criterion import SourceBatch
 from distillm_cli.losses.fused import fused_loss
 from distillm_cli.losses.policy_gradient import ClippedSurrogate, MiniLLM, advantages
 from distillm_cli.losses.terms import LossWeights, TokenWeights
-from distillm_cli.rollouts.mixture import MixtureRollouts
-from distillm_cli.rollouts.replay import Round
+from distillm_cli.rollouts.mixture import MixtureSampler
 from distillm_cli.rollouts.scheduler import Scheduler, Source
 from distillm_cli.training.checkpoint import Checkpoints
 from distillm_cli.training.events import Stepped
@@ -252,7 +252,7 @@ def built(
     engine.objective.criterion = criterion
     engine.scheduler = Scheduler(schema.ScheduleConfig(kind="rounds", inner_epochs=3), steps=steps, seed=5, batches=2)
     engine.replay = Round(2, rows=4, inner_epochs=3, seed=5)
-    engine.ahead.rollouts = MixtureRollouts(
+    engine.ahead.rollouts = MixtureSampler(
         engine.objective.student,
         engine.teacher.model,
         schema.RolloutConfig(max_new_tokens=5, **{"teacher_mix": ALPHA} | rollout),

@@ -5,16 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
+from distillm_cli.rollouts.samples import Samples
+from distillm_cli.teachers.teacher import Teacher
 
 from distillm_cli.config import schema
 from distillm_cli.errors import Interrupted, OutOfMemoryError
 from distillm_cli.losses import criteria
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.rollouts.interleaved import InterleavedRollouts
-from distillm_cli.rollouts.rollout import SampledRollouts
-from distillm_cli.rollouts.samples import Samples
+from distillm_cli.rollouts.interleaved import InterleavedSampler
+from distillm_cli.rollouts.sampler import ModelSampler
 from distillm_cli.rollouts.scheduler import Scheduler, Source
-from distillm_cli.teachers.teacher import Teacher
 from distillm_cli.training.checkpoint import Checkpoints
 from distillm_cli.training.events import Progress, Stepped
 from distillm_cli.types import Sequence
@@ -49,14 +49,14 @@ def build(method, tmp_path=None, backbone=None, **settings):
         "redraw": schedule.get("redraw") == "epoch",
     }  # fmt: skip
     if schedule["kind"] == "interleaved":
-        engine.ahead.rollouts = InterleavedRollouts(
+        engine.ahead.rollouts = InterleavedSampler(
             student, teacher.model, ROLLOUT.model_copy(update={"accept": 5}), ROLLOUT, max_length=16, seed=5
         )
     if scheduler.may_use_teacher_samples:
-        sampler = SampledRollouts(teacher.model, ROLLOUT, max_length=16, seed=105, by_row=True)
+        sampler = ModelSampler(teacher.model, ROLLOUT, max_length=16, seed=105, by_row=True)
         engine.samples[Source.TEACHER] = Samples(sampler, **common)
     if scheduler.draws_student_ahead:
-        sampler = SampledRollouts(student, ROLLOUT, max_length=16, seed=5, by_row=True)
+        sampler = ModelSampler(student, ROLLOUT, max_length=16, seed=5, by_row=True)
         engine.samples[Source.ROLLOUT] = Samples(sampler, whole_epochs=True, **common)
     return engine
 
@@ -187,7 +187,7 @@ def test_what_is_drawn_does_not_depend_on_how_much_is_drawn_at_once():
     model = Backbone(tiny.model("llama", len(tokenizer), seed=4), tokenizer)
     found = []
     for bulk in (1, 3):
-        sampler = SampledRollouts(model, ROLLOUT, max_length=16, seed=1, by_row=True)
+        sampler = ModelSampler(model, ROLLOUT, max_length=16, seed=1, by_row=True)
         samples = Samples(sampler, batches=batches, steps=6, steps_per_epoch=3, bulk=bulk, redraw=True)
         found.append([tokens for _, tokens in answers(samples, range(6))])
     assert found[0] == found[1]

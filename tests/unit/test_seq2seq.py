@@ -12,6 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from distillm_cli.rollouts.replay import ReplayBuffer
+from distillm_cli.teachers.teacher import FirstEpoch, RowStates, Teacher
+from distillm_cli.training.engine import Engine
 from tokenizers import processors
 from torch.testing import assert_close
 
@@ -29,12 +32,9 @@ from distillm_cli.models.pair import check_kinds
 from distillm_cli.models.seq2seq import halves
 from distillm_cli.models.students import build_from_config, build_random
 from distillm_cli.models.tokenizers import put_end
-from distillm_cli.rollouts.replay import ReplayBuffer
-from distillm_cli.rollouts.rollout import SampledRollouts, Sampling, sample
+from distillm_cli.rollouts.sampler import ModelSampler, Sampling, sample
 from distillm_cli.rollouts.scheduler import Scheduler
-from distillm_cli.teachers.teacher import FirstEpoch, RowStates, Teacher
 from distillm_cli.training.checkpoint import Checkpoints
-from distillm_cli.training.engine import Engine
 from distillm_cli.training.events import Stepped
 from distillm_cli.types import Sequence, collate
 from tests import tiny
@@ -382,7 +382,7 @@ def engine_of(tmp_path=None, *, steps=10, kept=False, student=None, teacher="t5-
         batches=batches,
         scheduler=scheduler,
         replay=ReplayBuffer(8, seed=5),
-        rollouts=SampledRollouts(student, RolloutConfig(max_new_tokens=5), max_length=16, seed=5),
+        rollouts=ModelSampler(student, RolloutConfig(max_new_tokens=5), max_length=16, seed=5),
         bulk=2,
         teacher=asked,
         validation=[tiny.sequences([(4, 3), (5, 4), (3, 2)], VOCAB, seed=9)],

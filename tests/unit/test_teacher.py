@@ -6,10 +6,10 @@ import weakref
 
 import pytest
 import torch
+from distillm_cli.teachers.teacher import FirstEpoch, RowStates, Teacher
 from torch.testing import assert_close
 
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.teachers.teacher import FirstEpoch, RowStates, Teacher
 from distillm_cli.types import Sequence, collate, length_groups
 from tests import tiny
 

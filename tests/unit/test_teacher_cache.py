@@ -10,12 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from distillm_cli.teachers.teacher import Teacher
 from torch.testing import assert_close
 
 from distillm_cli.errors import CheckpointError, StorageError
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.teachers import teacher_cache
-from distillm_cli.teachers.teacher import Teacher
 from distillm_cli.teachers.teacher_cache import Key, check_space, place_of, read, rows_digest, teacher_digest, write
 from distillm_cli.types import collate
 from tests import tiny
