@@ -308,7 +308,7 @@ def _would_keep(
     if teacher is None:
         return None, {}
     per_token, mode = teacher.head_in * itemsize, recipe.teacher.cache
-    schedule = build_scheduler(recipe.schedule, steps=1, seed=0)
+    schedule = build_scheduler(recipe.schedule, steps=1, seed=0, batches=recipe.rollout.bulk)
     train, counted = recipe.train, lengths.rows or 0
     step_rows = min(train.batch_size * train.accumulate, lengths.rows or math.inf)
     comes_back = None not in (lengths.steps, lengths.steps_per_epoch) and lengths.steps > lengths.steps_per_epoch

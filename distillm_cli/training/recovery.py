@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from distillm_cli.errors import DistillmError, NonFiniteError, OutOfMemoryError, out_of_memory
-from distillm_cli.losses.criterion import Objective, SourceBatch
+from distillm_cli.losses.criterion import SourceBatch
+from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.rollouts.pool import SequencePool
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.teachers.local import LocalTeacher
@@ -65,7 +66,7 @@ class Recovery:
 
     def __init__(
         self,
-        objective: Objective,
+        student_loss: StudentLoss,
         pool: SequencePool,
         teacher: LocalTeacher | None,
         optimizer: torch.optim.Optimizer,
@@ -75,7 +76,7 @@ class Recovery:
         save: Callable[[], bool],
         listener: Listener,
     ):
-        self.objective = objective
+        self.student_loss = student_loss
         self.pool = pool
         self.teacher = teacher
         self.optimizer = optimizer
@@ -89,7 +90,7 @@ class Recovery:
 
         Raises NonFiniteError or OutOfMemoryError after saving: the step has then changed nothing.
         """
-        snapshot = _Snapshot(random_states(self.run.device), deepcopy(self.objective.state_dict()))
+        snapshot = _Snapshot(random_states(self.run.device), deepcopy(self.student_loss.criterion.state_dict()))
         where = f"at step {step + 1} ({source} batch); nothing was applied"
         succeeded = False
         while not succeeded:
@@ -104,7 +105,7 @@ class Recovery:
         """Return to the state before the step. What was sampled for it waits in the pool."""
         self.optimizer.zero_grad(set_to_none=True)
         restore_random_states(snapshot.random, self.run.device)
-        self.objective.load_state_dict(snapshot.objective)
+        self.student_loss.criterion.load_state_dict(snapshot.objective)
         self.pool.roll_back()
         if self.teacher is not None:
             self.teacher.roll_back()

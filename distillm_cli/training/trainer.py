@@ -59,7 +59,7 @@ class Trainer:
         self.saved_step: int | None = None
         self.optimizer = build_optimizer(student_loss, config)
         self.recovery = Recovery(
-            self.objective,
+            student_loss,
             pool,
             teacher,
             self.optimizer,

@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from distillm_cli.training.progress import TrainerState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distillm_cli.cli.app import main
@@ -27,6 +26,7 @@ from distillm_cli.config.shaping import shaping
 from distillm_cli.errors import CheckpointError
 from distillm_cli.runs.resume import checkpoint_of
 from distillm_cli.training.checkpoint import Checkpoints
+from distillm_cli.training.state import TrainerState
 from tests.typed import call
 
 ROOT = Path(__file__).parents[2]
