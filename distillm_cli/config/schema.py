@@ -17,6 +17,7 @@ from distillm_cli.config.fields import (
     Condition,
     Count,
     Dtype,
+    HeldOutFigure,
     MetricName,
     Name,
     Positive,
@@ -322,7 +323,7 @@ class TrainConfig(Section):
     eval_steps: Positive | Literal["epoch"] = Field("epoch", description="validate every so many steps")
     save_steps: Positive | Literal["epoch"] = Field("epoch", description="checkpoint every so many steps")
     keep: Positive = Field(2, description="checkpoints kept, beside the best")
-    select: Literal["last", "valid_loss", "valid_divergence", MetricName] = Field(
+    select: Literal["last", HeldOutFigure, MetricName] = Field(
         "last",
         description="whose weights the output directory ends with: the last, or the best by this held-out figure",
     )

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import torch
 
-from distillm_cli.config.fields import MetricName
+from distillm_cli import plugins
 from distillm_cli.config.schema import Recipe
 from distillm_cli.errors import ModelError, UsageError
 from distillm_cli.evaluation.suites import HELD_OUT, Suite
@@ -55,7 +55,7 @@ def labels(reached: TrainerState, *, after_sft: bool) -> dict[str, str]:
 
 def needs_metric(recipe: Recipe) -> bool:
     """Whether checkpoints are selected by what a metric says of generated answers."""
-    return recipe.train.select in get_args(MetricName)
+    return recipe.train.select in plugins.metrics
 
 
 def check_metric(recipe: Recipe) -> None:

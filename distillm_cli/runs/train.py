@@ -45,7 +45,7 @@ from distillm_cli.runs.resume import (
 )
 from distillm_cli.runs.teacher_states import TeacherHandle, open_teacher
 from distillm_cli.training.checkpoint import Checkpoint, read, visible
-from distillm_cli.training.engine import LOWER_IS_BETTER, Engine
+from distillm_cli.training.engine import Engine
 from distillm_cli.training.events import Note, Warned
 from distillm_cli.training.metrics_log import MetricsLog
 from distillm_cli.training.progress import TrainerState
@@ -260,7 +260,7 @@ def _tell(
     table = [Outcome(label[name], measured[name].valid_loss, measured[name].scores) for name in order]
     title = "Fine-tuning" if is_stage else "Outcome"
     if any(outcome.valid_loss is not None or outcome.scores for outcome in table):
-        ui.show(outcome_table(table, lower_is_better=LOWER_IS_BETTER, title=title, caption=measured_on))
+        ui.show(outcome_table(table, title=title, caption=measured_on))
     if is_stage:
         return
     answered = min(len(measured[name].answers) for name in order)

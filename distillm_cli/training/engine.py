@@ -16,6 +16,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from distillm_cli.config.fields import is_lower_better
 from distillm_cli.config.schema import TrainConfig
 from distillm_cli.errors import Interrupted, NonFiniteError, OutOfMemoryError, out_of_memory
 from distillm_cli.losses.criterion import CROSS_ENTROPY, SourceBatch
@@ -38,8 +39,6 @@ from distillm_cli.training.stopping import stop_on_signal
 from distillm_cli.types import MIN_PASS_OVERHEAD, Batch, LengthGroups, Sequence, collate, micro_batches
 from distillm_cli.utils.halving import release, retry_halved
 from distillm_cli.utils.text import counted
-
-LOWER_IS_BETTER = frozenset({"valid_loss", "valid_divergence", "error_rate"})
 
 
 @contextmanager
@@ -338,7 +337,7 @@ class Engine:
             at.stale += 1
 
     def _is_better(self, value: float) -> bool:
-        sign = -1 if self.train.select in LOWER_IS_BETTER else 1
+        sign = -1 if is_lower_better(self.train.select) else 1
         if self.at.best is not None and sign * value <= sign * self.at.best:
             return False
         self.at.best = value
