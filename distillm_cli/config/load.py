@@ -22,7 +22,7 @@ from distillm_cli.config.merging import Given, Problems, Rank, bad
 from distillm_cli.config.methods import METHODS
 from distillm_cli.config.ownership import value_of
 from distillm_cli.config.schema import Recipe, Section
-from distillm_cli.config.shortcuts import SHORTCUTS
+from distillm_cli.config.shortcuts import FIELD_FLAGS
 from distillm_cli.errors import RecipeError, UsageError
 from distillm_cli.utils.text import HIDDEN, redact
 
@@ -337,7 +337,8 @@ def _unread(value: ownership.ValueOf, given: Mapping[str, Given], held: Mapping[
 
 def _is_read(key: str, entry: Given, reads: Callable[[str], bool]) -> bool:
     """Of a flag that sets several fields (--dtype) it is enough where one of them is read."""
-    flags = [s.keys for s in SHORTCUTS.values() if entry.rank.layer == merging.FLAG and s.flag == entry.origin]
+    shared = [f.keys for f in FIELD_FLAGS if f.flag == entry.origin and key in f.keys]
+    flags = shared if entry.rank.layer == merging.FLAG else []
     return any(map(reads, (key, *chain(*flags))))
 
 

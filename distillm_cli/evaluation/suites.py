@@ -80,7 +80,7 @@ def distinct(suites: Iterable[Suite]) -> list[Suite]:
 
 
 def short_name(source: str) -> str:
-    """Return a short name: dolly → dolly; data/g2p/test.jsonl → g2p-test; answers.jsonl → answers; MiniLLM/dolly → MiniLLM-dolly."""
+    """Return a suite's name: dolly → dolly; data/g2p/test.jsonl → g2p-test; MiniLLM/dolly → MiniLLM-dolly."""
     path, name = user_path(source), source
     if kind_of(path) == "file":
         place = path.resolve()
