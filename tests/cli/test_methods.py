@@ -7,10 +7,10 @@ from typing import get_args
 import pytest
 
 from distillm_cli.cli import app as program
-from distillm_cli.cli import options
 from distillm_cli.config.fields import DivergenceName, ScheduleKind
 from distillm_cli.config.load import resolve
 from distillm_cli.config.methods import METHODS
+from tests.typed import flags
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_the_help_of_distill_names_every_method_divergence_and_schedule(run, mon
     monkeypatch.setenv("COLUMNS", "160")
     words = run("distill", "--help")[1].replace(",", " ").replace(".", " ").split()
     assert set(METHODS) | set(get_args(DivergenceName)) | set(get_args(ScheduleKind)) <= set(words)
-    assert options.flags(schedule="mixed")["schedule.kind"].name == "--schedule"
+    assert flags(schedule="mixed")["schedule.kind"].name == "--schedule"
 
 
 @pytest.mark.parametrize(
