@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
+from distillm_cli import plugins
 from distillm_cli.cli import options
 from distillm_cli.cli.eval import evaluate_checkpoints
 from distillm_cli.cli.generate import generate
@@ -24,7 +25,7 @@ from distillm_cli.cli.methods import methods_app
 from distillm_cli.cli.plan import plan
 from distillm_cli.cli.recipes import recipes_app, schema
 from distillm_cli.cli.run import run_stages
-from distillm_cli.cli.streams import discard_stdout, open_streams, report
+from distillm_cli.cli.streams import discard_stdout, open_streams, print_error, report
 from distillm_cli.cli.train import distill, sft
 from distillm_cli.cli.usage import UsageProblem, explained
 from distillm_cli.errors import (
@@ -113,6 +114,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _invoked(command: Any, argv: list[str]) -> int:
     """Run the command and return its exit code."""
+    for failure in plugins.failures():
+        print_error(str(failure), kind="warning")
     for word in argv:
         if not word.isascii() and word != word.encode("utf-8", "ignore").decode():
             spelled = word.encode("utf-8", "backslashreplace").decode()

@@ -157,7 +157,8 @@ def _example(method: Method) -> str:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     """Return a row of the table. Of the paper it has the name and number; ``show`` has the rest."""
-    short = row | {"paper": row["paper"][: row["paper"].index(")") + 1]}
+    reference, bracket, _ = row["paper"].partition(")")
+    short = row | {"paper": reference + bracket}
     return [_cell(short[column]) for column in COLUMNS]
 
 

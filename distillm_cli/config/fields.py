@@ -21,8 +21,6 @@ Name = Annotated[str, Field(min_length=1)]
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 DivergenceName = Literal["kl", "rkl", "skl", "srkl", "jsd", "tvd", "jeffreys", "akl", "ab", "amid", "taid", "atkd"]
 ScheduleKind = Literal["off", "on", "mixed", "annealed", "adaptive", "teacher", "pairs", "interleaved", "rounds"]
-plugins.metrics.close("the schema of recipes")
-MetricName = Literal[tuple(plugins.metrics)]
 # Figures by which a checkpoint is selected: on held-out rows without generation, or a metric of generated answers.
 HeldOutFigure = Literal["valid_loss", "valid_divergence"]
 

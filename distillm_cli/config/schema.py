@@ -12,13 +12,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from distillm_cli import plugins
 from distillm_cli.config.fields import (
     Beta,
     Condition,
     Count,
     Dtype,
     HeldOutFigure,
-    MetricName,
     Name,
     Positive,
     Probability,
@@ -40,6 +40,9 @@ _OF_EITHER = UsedWhen({"schedule.kind": (*_DRAWN, "teacher")}, of_method=False)
 _FALLING = UsedWhen({"train.lr_schedule": ("cosine", "linear")}, of_method=False)
 _BUILTIN = {"data.source": ("builtin",)}
 _RANK = Condition("that is given", 16, lambda rank: rank is not None)
+
+plugins.metrics.close("the schema of recipes")
+MetricName = Literal[tuple(plugins.metrics)]
 
 BUILT = ("random:", "layers:", "width:")
 AUTO = "auto"  # of a number: it is chosen to fit the models before the run (cli/defaults.py)
