@@ -63,7 +63,7 @@ class Ours:
 
     def __init__(self, shape: argparse.Namespace, directory: Path):
         from distillm_cli.config import schema
-        from distillm_cli.losses import criteria
+        from distillm_cli.losses import objectives
         from distillm_cli.losses.student_loss import StudentLoss
         from distillm_cli.models.pair import load_pair
         from distillm_cli.rollouts.scheduler import Source
@@ -82,7 +82,10 @@ class Ours:
         self.batch_size = shape.batch
         self.student, self.teacher = self.pair.student, Teacher(self.pair.teacher)
         self.objective = StudentLoss(
-            self.student, criteria.build(recipe.objective), teacher_head=self.teacher.head, matmul_dtype=torch.bfloat16
+            self.student,
+            objectives.build(recipe.objective),
+            teacher_head=self.teacher.head,
+            matmul_dtype=torch.bfloat16,
         ).train()
         self.terms = self.objective.criterion.terms(Source.DATASET)
         random, sizes = np.random.default_rng(0), (shape.prompt, shape.response)

@@ -56,10 +56,15 @@ class Registry(Mapping[str, T], Generic[T]):
         self._entries: dict[str, T] = {}
         self._origins: dict[str, str] = {}
         self._is_loaded = False
+        self._loading: str | None = None
         self._closed_by: str | None = None
 
-    def register(self, name: str, entry: T, origin: str) -> None:
-        """Add an entry. origin: the module that it comes from, for messages. Raise UsageError for a name in use."""
+    def register(self, name: str, entry: T, origin: str | None = None) -> None:
+        """Add an entry. Raise UsageError for a name in use.
+
+        origin: the module that it comes from, for messages; None: the module that is being loaded.
+        """
+        origin = origin or self._loading or "this program"
         if name in self._entries:
             raise UsageError(
                 f"{self.group}: {name} is registered twice",
@@ -81,7 +86,8 @@ class Registry(Mapping[str, T], Generic[T]):
         self._closed_by = built
 
     def __getitem__(self, name: str) -> T:
-        self._load()
+        if name not in self._entries:
+            self._load()
         return self._entries[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -98,9 +104,12 @@ class Registry(Mapping[str, T], Generic[T]):
             return
         self._is_loaded = True  # what is imported here may read the registry
         for module in self.builtin:
+            self._loading = module
             import_module(module)
         for entry_point in metadata.entry_points(group=f"distillm.{self.group}"):
+            self._loading = entry_point.value
             self._load_plugin(entry_point)
+        self._loading = None
 
     def _load_plugin(self, entry_point: metadata.EntryPoint) -> None:
         before = dict(self._entries)

@@ -29,6 +29,7 @@ from distillm_cli.config.explain import choices, described, leaves, shown, takes
 from distillm_cli.config.fields import Name, Positive, Section
 from distillm_cli.config.load import Resolved, locate, settle, shipped
 from distillm_cli.config.merging import Given, Problems, Rank
+from distillm_cli.config.ownership import has, value_of
 from distillm_cli.config.schema import Recipe
 from distillm_cli.errors import RecipeError, UsageError
 
@@ -356,14 +357,9 @@ def _nearest(wanted: str, names: list[str], prefix: str = PREFIX) -> str | None:
 
 
 def values(recipe: Recipe) -> dict[str, Any]:
-    """Every value of a recipe by its dotted key, lists as lists."""
-    found = {}
-    for key in leaves():
-        value: Any = recipe
-        for part in key.split("."):
-            value = getattr(value, part)
-        found[key] = list(value) if isinstance(value, tuple) else value
-    return found
+    """Return every value of a recipe by its dotted key, lists as lists."""
+    found = {key: value_of(recipe, key) for key in leaves() if has(recipe, key)}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
 
 
 def inputs(own: Training, recipe: Recipe) -> Iterator[tuple[str, str]]:

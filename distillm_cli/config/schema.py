@@ -25,18 +25,24 @@ from distillm_cli.config.fields import (
     Section,
     Seed,
     UsedWhen,
-    under,
 )
-from distillm_cli.config.objective import DRAWING, ObjectiveConfig, ScheduleConfig
+from distillm_cli.config.objective import OBJECTIVE, ObjectiveConfig
+from distillm_cli.config.schedule import SCHEDULE, ScheduleConfig, kinds_with, trains_on_own_outputs
 
-_SAMPLED = under("teacher", "pairs", "interleaved")
-_MIXED = UsedWhen(  # what is drawn for a whole epoch of pairs is the student's own
-    {"schedule.kind": ("on", "mixed", "annealed", "adaptive", "rounds")},
-    {"schedule.kind": ("pairs",), "schedule.redraw": ("never",)},
+_DRAFTS = UsedWhen({"schedule.kind": kinds_with(lambda kind: kind.drafts)})
+_TEACHER_SAMPLES = UsedWhen({"schedule.kind": kinds_with(lambda kind: kind.uses_teacher_samples)})
+_TEACHER_DECODES = UsedWhen({"schedule.kind": kinds_with(lambda kind: kind.uses_teacher_samples or kind.drafts)})
+_MAY_MIX = UsedWhen(  # what is drawn for a whole epoch of pairs is the student's own
+    {"schedule.kind": kinds_with(trains_on_own_outputs)},
+    {
+        "schedule.kind": kinds_with(lambda kind: kind.uses_student_outputs and kind.uses_teacher_samples),
+        "schedule.redraw": ("never",),
+    },
 )
-_DRAWN = (*DRAWING, "pairs", "rounds")  # schedules with outputs of the student
-_OF_STUDENT = UsedWhen({"schedule.kind": _DRAWN}, of_method=False)
-_OF_EITHER = UsedWhen({"schedule.kind": (*_DRAWN, "teacher")}, of_method=False)
+_STUDENT_DECODES = UsedWhen({"schedule.kind": kinds_with(lambda kind: kind.uses_student_outputs)}, of_method=False)
+_GENERATES = UsedWhen(
+    {"schedule.kind": kinds_with(lambda kind: kind.uses_student_outputs or kind.uses_teacher_samples)}, of_method=False
+)
 _FALLING = UsedWhen({"train.lr_schedule": ("cosine", "linear")}, of_method=False)
 _BUILTIN = {"data.source": ("builtin",)}
 _RANK = Condition("that is given", 16, lambda rank: rank is not None)
@@ -238,7 +244,7 @@ class DataConfig(Section):
         "drop", description="a row over max_length; truncate cuts the response's end. A prompt is never cut"
     )
     limit: Positive | None = Field(None, description="use the first rows only")
-    teacher_samples: Annotated[Name | None, under("teacher", "pairs")] = Field(
+    teacher_samples: Annotated[Name | None, _TEACHER_SAMPLES] = Field(
         None,
         description="responses that the teacher gave before (a file that `generate` wrote), matched to the rows by their "
         "prompts; unset: drawn during the run",
@@ -272,33 +278,33 @@ class DataConfig(Section):
 class RolloutConfig(Section):
     """Sampling from the student during training; from any model in `generate`."""
 
-    temperature: Annotated[float, Field(ge=0), _OF_STUDENT] = Field(
+    temperature: Annotated[float, Field(ge=0), _STUDENT_DECODES] = Field(
         1.0, description="Temperature of sampling. 0 is greedy."
     )
-    top_p: Annotated[float, Field(gt=0, le=1), _OF_STUDENT] = Field(
+    top_p: Annotated[float, Field(gt=0, le=1), _STUDENT_DECODES] = Field(
         1.0, description="Sample from the likeliest tokens of probability mass P."
     )
-    top_k: Annotated[Count, _OF_STUDENT] = Field(0, description="Sample from the K likeliest tokens (0: all).")
+    top_k: Annotated[Count, _STUDENT_DECODES] = Field(0, description="Sample from the K likeliest tokens (0: all).")
     max_new_tokens: Positive = Field(256, description="Longest response, in tokens. End-of-sequence is included.")
-    teacher_temperature: Annotated[float, Field(ge=0), _SAMPLED] = Field(
+    teacher_temperature: Annotated[float, Field(ge=0), _TEACHER_DECODES] = Field(
         1.0, description="of what the teacher samples in training"
     )
-    teacher_top_p: Annotated[float, Field(gt=0, le=1), _SAMPLED] = Field(
+    teacher_top_p: Annotated[float, Field(gt=0, le=1), _TEACHER_DECODES] = Field(
         1.0, description="of what the teacher samples in training"
     )
-    draft: Annotated[Positive, under("interleaved")] = Field(
+    draft: Annotated[Positive, _DRAFTS] = Field(
         5,
         description="γ of interleaved: tokens the student drafts before the teacher reads them; changes cost, not law",
     )
-    accept: Annotated[Positive, under("interleaved")] = Field(
+    accept: Annotated[Positive, _DRAFTS] = Field(
         25, description="K of interleaved: a drafted token stays where it is among so many likeliest of the teacher's"
     )
-    bulk: Annotated[Positive, _OF_EITHER] = Field(
+    bulk: Annotated[Positive, _GENERATES] = Field(
         8,
         description="rollout batches sampled at once, those of the next steps that will ask for one; how many are sampled, "
         "and for which rows, stays. Fast, and samples up to so many rollout steps old. Under rounds: the batches of a round",
     )
-    teacher_mix: Annotated[float, Field(ge=0, lt=1), _MIXED] = Field(
+    teacher_mix: Annotated[float, Field(ge=0, lt=1), _MAY_MIX] = Field(
         0.0,
         description="α: each token of a rollout from α·teacher + (1 − α)·student (MiniLLM: 0.2); 0: the student's own",
     )
@@ -385,14 +391,17 @@ class EvalConfig(Section):
 
 
 class Recipe(Section):
-    """Everything that decides what a run computes."""
+    """Everything that decides what a run computes.
+
+    objective and schedule are unions: their keys depend on ``objective.divergence`` and ``schedule.kind``.
+    """
 
     method: str = Field("distillm", description="Method, a named preset (see distillm methods).")
     teacher: TeacherConfig = TeacherConfig()
     student: StudentConfig = StudentConfig()
     data: DataConfig = DataConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
+    objective: OBJECTIVE.annotation() = ObjectiveConfig()
+    schedule: SCHEDULE.annotation() = ScheduleConfig()
     rollout: RolloutConfig = RolloutConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
@@ -401,18 +410,17 @@ class Recipe(Section):
     def needs_responses(self) -> bool:
         """Return whether training reads the responses of the data set, and not its prompts alone."""
         fine_tunes = self.method == "sft" or self.student.sft_epochs > 0
-        draws_rows = self.schedule.kind in ("off", "mixed", "annealed", "adaptive")
-        return fine_tunes or draws_rows or self.objective.row_weight > 0
+        return fine_tunes or self.schedule.uses_rows or self.objective.row_weight > 0
 
     @property
     def decodes_beside_the_teacher(self) -> bool:
-        """Whether the teacher decodes with the student: drafts that it accepts or mends, or a mixture of both."""
-        return self.schedule.kind == "interleaved" or self.mixes_in_the_teacher
+        """Return whether the teacher decodes with the student: it accepts or replaces drafts, or is part of a mixture."""
+        return self.schedule.drafts or self.mixes_in_the_teacher
 
     @property
     def mixes_in_the_teacher(self) -> bool:
-        """Whether student outputs are drawn from a mixture with the teacher; a policy gradient needs to be told of it even
-        where the teacher's share is 0."""
+        """Return whether student outputs are drawn from a mixture with the teacher. A policy gradient needs the sampler's
+        log-probabilities even where the teacher's share is 0."""
         return self.objective.policy_gradient or self.rollout.teacher_mix > 0
 
     @model_validator(mode="after")
@@ -444,10 +452,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _a_policy_needs_outputs(self) -> Recipe:
-        kind = self.schedule.kind
-        if self.objective.policy_gradient and kind in ("off", "teacher", "pairs", "interleaved"):
+        if self.objective.policy_gradient and not trains_on_own_outputs(type(self.schedule)):
             raise ValueError(
-                f"objective.policy_gradient needs outputs of the student's own, and schedule.kind is {kind}; "
+                f"objective.policy_gradient needs outputs of the student's own, and schedule.kind is {self.schedule.kind}; "
                 "try --set schedule.kind=rounds"
             )
         return self

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from distillm_cli.losses.criterion import Objective
+from distillm_cli.losses.objectives import Objective
 from distillm_cli.rollouts.replay import pack, unpack
 from distillm_cli.rollouts.rollout import Rollouts
 from distillm_cli.types import Sequence

@@ -157,7 +157,7 @@ class Scheduler:
         for later in range(step, self.steps):
             if later == step or self.draw(later, buffered) in (Source.ROLLOUT, Source.PAIR):
                 found.append(later)
-                buffered = min(buffered + adds, self.config.capacity)
+                buffered = min(buffered + adds, self.config.buffer_capacity)
                 if len(found) == count:
                     break
         return found

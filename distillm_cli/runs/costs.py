@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distillm_cli.config.schema import Recipe
-from distillm_cli.losses import criteria
+from distillm_cli.losses import objectives
 from distillm_cli.models.shapes import Sizes
 from distillm_cli.rollouts.scheduler import Scheduler, Source
 from distillm_cli.runs.gpus import BACKWARD_LAYER, DECODING_LAYER, FORWARD_LAYER, GPUS, Part, Work, fits, seconds
@@ -302,7 +302,7 @@ def _learned(run: Run, response: float) -> Work:
 
 def _looked(run: Run, response: float) -> Work:
     """What an objective that looks at the step before it trains asks of the student: a forward pass."""
-    if run.teacher is None or "student" not in criteria.build(run.recipe.objective, 1.0).looks_at:
+    if run.teacher is None or "student" not in objectives.build(run.recipe.objective, 1.0).looks_at:
         return ()
     starts = _pieces(run) * run.student.every_layer * FORWARD_LAYER
     work = forward(run.student, run.sequences, run.lengths.prompt, response, response, run.vocab)
@@ -351,7 +351,7 @@ def shares(run: Run, steps: int, phi: float | None = None) -> dict[str, float]:
     for step in range(few):
         source = scheduler.draw(step, int(buffered))
         found[source.value] += 1
-        buffered = min(config.capacity, buffered + batch) if source is Source.ROLLOUT else buffered
+        buffered = min(config.buffer_capacity, buffered + batch) if source is Source.ROLLOUT else buffered
     return {source: n / few for source, n in found.items()}
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from distillm_cli.config.schedule import RoundsConfig
 from distillm_cli.config.schema import DataConfig, Recipe, TrainConfig
 from distillm_cli.config.shaping import shaping
 from distillm_cli.data.ahead import Ahead
@@ -26,7 +27,7 @@ from distillm_cli.data.teacher_samples import encoded, read_beforehand
 from distillm_cli.data.templates import Renderer, settled_template
 from distillm_cli.data.token_ids import Affixes
 from distillm_cli.errors import DataError, ModelError
-from distillm_cli.losses import criteria
+from distillm_cli.losses import objectives
 from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.models import router
 from distillm_cli.models.composite import copy_processor, is_composite
@@ -353,15 +354,15 @@ def new_scheduler(run: Prepared) -> Scheduler:
 def new_replay(recipe: Recipe, step_rows: int) -> ReplayBuffer:
     """Where a run keeps student outputs, empty. step_rows: sequences of a step."""
     schedule, seed = recipe.schedule, recipe.train.seed
-    if schedule.kind != "rounds":
-        return ReplayBuffer(schedule.capacity, seed=seed)
+    if not isinstance(schedule, RoundsConfig):
+        return ReplayBuffer(schedule.buffer_capacity, seed=seed)
     return Round(recipe.rollout.bulk, rows=step_rows, inner_epochs=schedule.inner_epochs, seed=seed)
 
 
 def build_engine(run: Prepared, output: Path, listener: Listener, *, teacher: Teacher | None, score=None) -> Engine:
     """The engine of a prepared run, keeping its checkpoints under ``output``. teacher: None for SFT."""
     recipe = run.recipe
-    rule = criteria.build(None if run.sft else recipe.objective, run.steps / run.order.steps_per_epoch)
+    rule = objectives.build(None if run.sft else recipe.objective, run.steps / run.order.steps_per_epoch)
     objective = StudentLoss(
         run.student,
         rule,
@@ -381,7 +382,7 @@ def build_engine(run: Prepared, output: Path, listener: Listener, *, teacher: Te
         replay=new_replay(recipe, run.step_rows),
         rollouts=samplers.rollouts(run, rule, listener),
         bulk=recipe.rollout.bulk,
-        fresh="direct" if recipe.schedule.kind == "rounds" else recipe.schedule.fresh,
+        fresh="buffer" if recipe.schedule.trains_from_buffer else "direct",
         samples=samplers.samples(run, scheduler, listener),
         teacher=teacher,
         validation=by_length(run.answered, max(recipe.train.batch_size, 16)),

@@ -18,8 +18,9 @@ from distillm_cli import plugins
 from distillm_cli.config.schema import Recipe
 from distillm_cli.errors import ModelError, UsageError
 from distillm_cli.evaluation.suites import HELD_OUT, Suite
-from distillm_cli.losses.criterion import CROSS_ENTROPY, Objective
+from distillm_cli.losses.objectives import CrossEntropy
 from distillm_cli.losses.student_loss import StudentLoss
+from distillm_cli.losses.weights import CROSS_ENTROPY
 from distillm_cli.models.devices import dtype_name, resolve_dtype
 from distillm_cli.runs import output_dir, samplers
 from distillm_cli.runs.prepare import Prepared
@@ -204,6 +205,6 @@ def _valid_loss(model: Backbone, engine: Engine) -> float | None:
     if not engine.held_out.batches:
         return None
     dtype = engine.objective.matmul_dtype if model is engine.objective.student else None
-    objective = StudentLoss(model, Objective(None), matmul_dtype=dtype)
+    objective = StudentLoss(model, CrossEntropy(), matmul_dtype=dtype)
     with eval_mode(objective), torch.no_grad():
         return engine.held_out.mean(CROSS_ENTROPY, objective)

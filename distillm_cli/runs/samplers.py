@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from distillm_cli.config.schema import RolloutConfig
-from distillm_cli.losses.criterion import Objective
+from distillm_cli.losses.objectives import Objective
 from distillm_cli.losses.policy_gradient import MiniLLM
 from distillm_cli.rollouts.interleaved import InterleavedRollouts
 from distillm_cli.rollouts.mixture import MixtureRollouts
@@ -59,7 +59,7 @@ def samples(run: Prepared, scheduler: Scheduler, listener: Listener) -> dict[Sou
         "steps": run.steps,
         "steps_per_epoch": run.order.steps_per_epoch,
         "bulk": recipe.rollout.bulk,
-        "redraw": scheduler.config.redraw == "epoch",
+        "redraw": scheduler.config.redraws,
         "listener": listener,
     }
     own = {"max_length": _longest(run), "by_row": True, "listener": listener}

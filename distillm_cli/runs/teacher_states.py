@@ -13,7 +13,7 @@ from distillm_cli.config.load import Resolved
 from distillm_cli.config.schema import Recipe
 from distillm_cli.data.early import Early
 from distillm_cli.errors import Interrupted, UsageError, signal_number
-from distillm_cli.losses import criteria
+from distillm_cli.losses import objectives
 from distillm_cli.rollouts.scheduler import Scheduler
 from distillm_cli.runs.prepare import Prepared, new_order, new_replay, new_scheduler, prepare
 from distillm_cli.teachers import teacher_cache
@@ -147,7 +147,7 @@ def warm(resolved: Resolved, *, rebuild: bool, ui: Console, early: Early | None 
 def uses_rows(recipe: Recipe) -> bool:
     """Whether data set rows' own responses are trained on: where the schedule draws them, or beside student outputs."""
     schedule = Scheduler(recipe.schedule, steps=1, seed=0)
-    return schedule.may_use_rows or criteria.build(recipe.objective).rows_beside
+    return schedule.may_use_rows or objectives.build(recipe.objective).rows_beside
 
 
 def check_rows(recipe: Recipe) -> None:

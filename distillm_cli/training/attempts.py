@@ -8,7 +8,7 @@ from copy import deepcopy
 import torch
 
 from distillm_cli.errors import NonFiniteError
-from distillm_cli.losses.criterion import Objective
+from distillm_cli.losses.objectives import Objective
 from distillm_cli.rollouts.bulk import Bulk
 from distillm_cli.rollouts.replay import ReplayBuffer
 from distillm_cli.teachers.teacher import Teacher

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from distillm_cli.config.fields import is_lower_better
 from distillm_cli.config.schema import TrainConfig
 from distillm_cli.errors import Interrupted, NonFiniteError, OutOfMemoryError, out_of_memory
-from distillm_cli.losses.criterion import CROSS_ENTROPY, SourceBatch
+from distillm_cli.losses.objectives import SourceBatch
 from distillm_cli.losses.student_loss import StudentLoss, joined
-from distillm_cli.losses.terms import TokenWeights
+from distillm_cli.losses.weights import CROSS_ENTROPY, TokenWeights
 from distillm_cli.rollouts.bulk import Bulk
 from distillm_cli.rollouts.replay import ReplayBuffer, pack, unpack
 from distillm_cli.rollouts.rollout import Rollouts

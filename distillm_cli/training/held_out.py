@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from distillm_cli.losses.student_loss import StudentLoss
-from distillm_cli.losses.terms import LossWeights
+from distillm_cli.losses.weights import LossWeights
 from distillm_cli.teachers.teacher import Model, Teacher
 from distillm_cli.training.events import Listener, Warned
 from distillm_cli.types import Sequence, collate

@@ -14,9 +14,10 @@ from torch.testing import assert_close
 
 from distillm_cli.config import schema
 from distillm_cli.errors import CheckpointError, Interrupted, NonFiniteError, OutOfMemoryError, StorageError
-from distillm_cli.losses import criteria
-from distillm_cli.losses.criterion import CROSS_ENTROPY, SourceBatch
+from distillm_cli.losses import objectives
+from distillm_cli.losses.objectives import SourceBatch
 from distillm_cli.losses.student_loss import StudentLoss
+from distillm_cli.losses.weights import CROSS_ENTROPY
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.rollouts.replay import ReplayBuffer
 from distillm_cli.rollouts.rollout import SampledRollouts
@@ -64,11 +65,13 @@ def build(
     step_rows = train.batch_size * train.accumulate
     sft = method == "sft"
     # epsilon −10: φ rises at every validation, so that a short run has rollouts and replay
-    kind = (
-        {"kind": "off"} if method in ("sft", "off") else {"kind": method, "epsilon": -10.0, "capacity": 8, "levels": 3}
-    )
+    settings = {"kind": "off" if method == "sft" else method}
+    if method not in ("sft", "off"):
+        settings["capacity"] = 8
+    if method == "adaptive":
+        settings |= {"epsilon": -10.0, "levels": 3}
     backbone = backbone or student()
-    scheduler = Scheduler(schema.ScheduleConfig(**kind), steps=steps, seed=train.seed)
+    scheduler = Scheduler(schema.ScheduleConfig(**settings), steps=steps, seed=train.seed)
 
     def batches(step):
         return [ROWS[(step * step_rows + i * 7) % len(ROWS)] for i in range(step_rows)]
@@ -86,7 +89,7 @@ def build(
         )
     objective = StudentLoss(
         backbone,
-        criteria.build(None if sft else objective or schema.ObjectiveConfig()),
+        objectives.build(None if sft else objective or schema.ObjectiveConfig()),
         teacher_head=None if sft else teacher.head,
     )
     checkpoints = None
@@ -619,7 +622,7 @@ def test_where_memory_runs_out_held_out_rows_are_taken_in_smaller_batches():
     rows = tiny.sequences([(4, 3), (5, 4), (3, 2), (6, 1), (2, 5), (3, 3), (4, 4)], vocab=len(TOKENIZER), seed=9)
     plain = {"device": torch.device("cpu"), "autocast": nullcontext, "listener": said.append}
     held_out = HeldOut([rows[:5], rows[5:]], backbone, None, **plain)
-    objective = StudentLoss(backbone, criteria.build(None))
+    objective = StudentLoss(backbone, objectives.build(None))
     with torch.no_grad():
         expected = held_out.mean(CROSS_ENTROPY, objective)
         memory = Narrow(objective, 3)
@@ -716,7 +719,7 @@ def test_what_the_teacher_said_in_a_step_that_failed_is_asked_again_in_the_same_
     ],
 )
 def test_losses_are_named_after_what_they_are(objective, name, held_out):
-    criterion = criteria.build(None if objective is None else schema.ObjectiveConfig(**objective))
+    criterion = objectives.build(None if objective is None else schema.ObjectiveConfig(**objective))
     assert (criterion.name, criterion.held_out_name) == (name, held_out)
 
 

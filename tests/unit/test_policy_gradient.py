@@ -11,10 +11,10 @@ import torch
 from torch.testing import assert_close
 
 from distillm_cli.config import schema
-from distillm_cli.losses.criterion import SourceBatch
 from distillm_cli.losses.fused import fused_loss
+from distillm_cli.losses.objectives import SourceBatch
 from distillm_cli.losses.policy_gradient import ClippedSurrogate, MiniLLM, advantages
-from distillm_cli.losses.terms import LossWeights, TokenWeights
+from distillm_cli.losses.weights import LossWeights, TokenWeights
 from distillm_cli.rollouts.mixture import MixtureRollouts
 from distillm_cli.rollouts.replay import Round
 from distillm_cli.rollouts.scheduler import Scheduler, Source

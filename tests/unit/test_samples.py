@@ -8,7 +8,7 @@ import torch
 
 from distillm_cli.config import schema
 from distillm_cli.errors import Interrupted, OutOfMemoryError
-from distillm_cli.losses import criteria
+from distillm_cli.losses import objectives
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.rollouts.interleaved import InterleavedRollouts
 from distillm_cli.rollouts.rollout import SampledRollouts
@@ -43,7 +43,7 @@ def build(method, tmp_path=None, backbone=None, **settings):
     student, teacher = engine.objective.student, Teacher(engine.teacher.model, mode="memory", remembers=True)
     scheduler = Scheduler(schema.ScheduleConfig(**schedule), steps=STEPS, seed=5)
     engine.scheduler, engine.teacher = scheduler, teacher
-    engine.objective.criterion = criteria.build(schema.ObjectiveConfig(**objective), STEPS / engine.steps_per_epoch)
+    engine.objective.criterion = objectives.build(schema.ObjectiveConfig(**objective), STEPS / engine.steps_per_epoch)
     common = {
         "batches": engine.batches, "steps": STEPS, "steps_per_epoch": engine.steps_per_epoch, "bulk": 2,
         "redraw": schedule.get("redraw") == "epoch",

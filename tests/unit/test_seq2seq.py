@@ -21,7 +21,7 @@ from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.rows import Row
 from distillm_cli.data.teacher_samples import Beforehand, encoded
 from distillm_cli.errors import Interrupted, ModelError
-from distillm_cli.losses import criteria
+from distillm_cli.losses import objectives
 from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.loading import load_backbone
@@ -375,7 +375,7 @@ def engine_of(tmp_path=None, *, steps=10, kept=False, student=None, teacher="t5-
         company = FirstEpoch(batches, steps=6, rows=rows, most=4)
         asked = Teacher(asked.model, mode="memory", rows=RowStates(rows), company=company, remembers=True)
     return Engine(
-        objective=StudentLoss(student, criteria.build(ObjectiveConfig()), teacher_head=asked.head),
+        objective=StudentLoss(student, objectives.build(ObjectiveConfig()), teacher_head=asked.head),
         train=train,
         steps=steps,
         steps_per_epoch=6,
