@@ -314,7 +314,7 @@ def _would_keep(
     comes_back = None not in (lengths.steps, lengths.steps_per_epoch) and lengths.steps > lengths.steps_per_epoch
     rows = round(counted * lengths.response * per_token) if uses_rows(recipe) else 0
     drawn = min(schedule.capacity(step_rows), (lengths.steps or math.inf) * step_rows)
-    rollouts = drawn * recipe.rollout.max_new_tokens * per_token if schedule.may_replay else 0
+    rollouts = drawn * recipe.rollout.max_new_tokens * per_token if schedule.config.may_replay else 0
     asked_again = schedule.samples_come_back and comes_back and recipe.objective.kd_weight > 0
     samples = counted * recipe.rollout.max_new_tokens * per_token if asked_again else 0
     if mode == "off":

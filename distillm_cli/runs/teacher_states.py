@@ -13,8 +13,7 @@ from distillm_cli.config.load import Resolved
 from distillm_cli.config.schema import Recipe
 from distillm_cli.data.early import Early
 from distillm_cli.errors import Interrupted, UsageError, signal_number
-from distillm_cli.losses import criteria
-from distillm_cli.rollouts.scheduler import build_scheduler
+from distillm_cli.losses import objectives
 from distillm_cli.runs.build import new_scheduler
 from distillm_cli.runs.prepare import Prepared, new_order, prepare
 from distillm_cli.teachers import teacher_cache
@@ -102,14 +101,14 @@ def open_teacher(
             pass_overhead=run.pass_overhead,
         )
     schedule = new_scheduler(run)
-    samples = schedule.uses_student_outputs or schedule.uses_teacher_samples
+    samples = schedule.config.uses_student_outputs or schedule.config.uses_teacher_samples
     validation = _held_out(run)
     teacher = CachedTeacher(
         model,
         mode=keeping.mode,
         rows=rows,
         composition=composition,
-        caches_rollouts=schedule.may_replay or _samples_come_back(run),
+        caches_rollouts=schedule.config.may_replay or _samples_come_back(run),
         validation=HiddenStateTable(validation) if validation else None,
         # Quantized weights are no plain tensors that could be released one by one.
         releases_model=rows is not None and not (samples or model.is_quantized),
@@ -148,8 +147,7 @@ def warm(resolved: Resolved, *, rebuild: bool, ui: Console, early: Early | None 
 
 def uses_rows(recipe: Recipe) -> bool:
     """Whether data set rows' own responses are trained on: where the schedule draws them, or beside student outputs."""
-    schedule = build_scheduler(recipe.schedule, steps=1, seed=0)
-    return schedule.uses_rows or criteria.build(recipe.objective).rows_beside
+    return recipe.schedule.uses_rows or objectives.build(recipe.objective).rows_beside
 
 
 def check_rows(recipe: Recipe) -> None:
@@ -188,10 +186,10 @@ def _planned_by_itself(run: Prepared, per_token: int) -> CachePlan:
         found = _planned_on_disk(run, per_token)
         if found.is_made:
             return found
-    if not (_rows_come_back(run) or new_scheduler(run).may_replay or _samples_come_back(run)):
+    if not (_rows_come_back(run) or new_scheduler(run).config.may_replay or _samples_come_back(run)):
         schedule = new_scheduler(run)
         asked = "sees every row once" if uses_rows(run.recipe) else "asks about every sample once"
-        if schedule.uses_teacher_samples and not run.recipe.objective.kd_weight:
+        if schedule.config.uses_teacher_samples and not run.recipe.objective.kd_weight:
             asked = "asks the teacher for samples alone"
         return CachePlan("off", f"not kept: this run {asked}")
     found = _planned_in_memory(run, per_token, rows=_rows_come_back(run))
@@ -237,7 +235,7 @@ def _planned_on_disk(run: Prepared, per_token: int) -> CachePlan:
 def _beside_rows(run: Prepared, per_token: int) -> dict[str, int]:
     scheduler = new_scheduler(run)
     drawn = min(scheduler.capacity(run.step_rows), run.steps * run.step_rows)
-    rollouts = drawn * run.recipe.rollout.max_new_tokens * per_token if scheduler.may_replay else 0
+    rollouts = drawn * run.recipe.rollout.max_new_tokens * per_token if scheduler.config.may_replay else 0
     held_out = sum(s.supervised for s in _held_out(run)) * per_token
     samples = _sampled_tokens(run) * per_token if _samples_come_back(run) else 0
     return {"rollout_bytes": rollouts, "sample_bytes": samples, "held_out_bytes": held_out}
