@@ -136,8 +136,10 @@ def evaluate(
     from distillm_cli.cli.launch import check_alone
     from distillm_cli.config.shortcuts import Flag
     from distillm_cli.errors import UsageError
-    from distillm_cli.runs.eval import score
+    from distillm_cli.runs.eval import evaluate_checkpoints
+    from distillm_cli.runs.inference import Settings
     from distillm_cli.ui.console import console
+    from distillm_cli.ui.summary import eval_summary
 
     sampling = {"--seeds": seeds, "--temperature": temperature, "--top-p": top_p}
     wish = next((flag for flag, value in sampling.items() if value is not None), None)
@@ -163,7 +165,9 @@ def evaluate(
     flags = {key: Flag(*pair) for key, pair in given.items()}
     flags |= options.flags(dtype=dtype, device=device, skip_bad_rows=skip_bad_rows)
     with console(json_mode=json, quiet=quiet) as ui:
-        ui.result(score(checkpoints, recipe=recipe, flags=flags, sets=sets, output=output, ui=ui))
+        result = evaluate_checkpoints(checkpoints, Settings(recipe, flags, sets), ui, output=output)
+        ui.show(*eval_summary(result))
+        ui.result(result.as_json())
 
 
 def _listed(values: list[str] | None) -> list[str] | None:

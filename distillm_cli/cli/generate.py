@@ -159,9 +159,12 @@ def generate(
     from distillm_cli.cli.launch import check_alone
     from distillm_cli.config.shortcuts import Flag
     from distillm_cli.errors import UsageError
-    from distillm_cli.runs.generate import run
+    from distillm_cli.runs.generate import generate_responses
+    from distillm_cli.runs.inference import Settings
     from distillm_cli.runs.prompt_source import PromptSource
-    from distillm_cli.ui.console import console
+    from distillm_cli.runs.run_results import Generated
+    from distillm_cli.training.events import Event
+    from distillm_cli.ui.console import console, write_rows
 
     if model is None:
         raise UsageError("no model to generate with", hint="give --model")
@@ -181,18 +184,15 @@ def generate(
     }
     flags = {key: Flag(*pair) for key, pair in given.items()}
     flags |= options.flags(dtype=dtype, device=device, skip_bad_rows=skip_bad_rows)
-    wanted = PromptSource(data=data, split=split, prompts=prompts, input=input, limit=limit, samples=n)
+    source = PromptSource(data=data, split=split, prompts=prompts, input=input, limit=limit, samples=n)
+    settings = Settings(recipe, flags, sets)
     with console(json_mode=json, quiet=quiet) as ui:
-        ui.result(
-            run(
-                model,
-                wanted,
-                recipe=recipe,
-                flags=flags,
-                sets=sets,
-                output=output,
-                resume=resume,
-                overwrite=overwrite,
-                ui=ui,
-            )
-        )
+
+        def listen(event: Event) -> None:
+            if isinstance(event, Generated):
+                write_rows(event.rows)
+            else:
+                ui(event)
+
+        result = generate_responses(model, source, settings, listen, output=output, resume=resume, overwrite=overwrite)
+        ui.result(result.as_json())

@@ -21,7 +21,6 @@ def launch(ctx: typer.Context) -> None:
     from distillm_cli.config.load import resolve, to_yaml
     from distillm_cli.runs import output_dir
     from distillm_cli.runs.defaults import check_data, fitted, fitted_line
-    from distillm_cli.training.events import Note
 
     command, typed = ctx.info_name, ctx.params
     output, resume, overwrite = typed["output"], typed["resume"], typed["overwrite"]
@@ -41,19 +40,15 @@ def launch(ctx: typer.Context) -> None:
     notes = [note for note in (check_data(resolved), fitted_line(resolved)) if note is not None]
     check_alone()
 
-    from distillm_cli.runs.reading import reading
+    from distillm_cli.runs.start import TrainOptions, start_training, warm_teacher_cache
     from distillm_cli.ui.console import console
 
     if typed.get("warm_teacher_cache"):
         if resume or overwrite or output is not None:
             what = "--warm-teacher-cache writes no output directory"
             raise UsageError(what, hint="drop --output, --resume and --overwrite")
-        with console(json_mode=typed["json"], quiet=typed["quiet"]) as ui, reading(resolved.recipe) as early:
-            for note in notes:
-                ui(Note(note))
-            from distillm_cli.runs.teacher_states import warm
-
-            ui.result(warm(resolved, rebuild=rebuild, ui=ui, early=early))
+        with console(json_mode=typed["json"], quiet=typed["quiet"]) as ui:
+            ui.result(warm_teacher_cache(resolved, ui, rebuild=rebuild, notes=notes).as_json())
         return
     r = resolved.recipe
     place = Path(output) if output else None
@@ -61,28 +56,13 @@ def launch(ctx: typer.Context) -> None:
         place = output_dir.default_name(
             resolved.name, r.data.source, r.student.path or "student", r.method, resume=resume
         )
-    is_new = output_dir.check(place, resume=resume, overwrite=overwrite)  # before rows are read that nobody will want
-    if overwrite:
-        from distillm_cli.runs.inputs import check_spared
+    run_options = TrainOptions(resume=resume, overwrite=overwrite, rebuild_teacher_cache=rebuild)
+    with console(json_mode=typed["json"], quiet=typed["quiet"]) as ui:
+        result = start_training(command, resolved, place, ui, run_options, recipe_file=recipe, notes=notes)
+        from distillm_cli.ui.summary import train_next_steps, train_summary
 
-        check_spared(command, r, place, file=recipe)
-    ui = console(json_mode=typed["json"], quiet=typed["quiet"])
-    with output_dir.claimed(place, is_new=is_new), ui, reading(r) as early:
-        for note in notes:
-            ui(Note(note))
-        from distillm_cli.runs.train import train  # which imports torch, while the rows are read and tokenized
-
-        result = train(
-            command,
-            resolved,
-            place,
-            resume=resume,
-            overwrite=overwrite,
-            rebuild_teacher_cache=rebuild,
-            early=early,
-            ui=ui,
-        )
-        ui.result(result)
+        ui.show(*train_summary(result), train_next_steps(result))
+        ui.result(result.as_json())
 
 
 def check_alone() -> None:

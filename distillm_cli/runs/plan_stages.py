@@ -18,40 +18,40 @@ from distillm_cli.evaluation.suites import held_out, load_suite
 from distillm_cli.models.contexts import context_of
 from distillm_cli.models.shapes import Shape, Sizes, load_shape, sizes
 from distillm_cli.runs import costs
-from distillm_cli.runs.gpus import ASSUMED, GPUS, Part, fits
-from distillm_cli.runs.plan import at_hand, gpu_itemsize, model_told, of_shapes
-from distillm_cli.runs.prompt_source import PromptSource, prompts_of
+from distillm_cli.runs.gpus import ASSUMED, GPUS, Part, fits_in_memory
+from distillm_cli.runs.plan import at_hand, gpu_itemsize, model_told, plan_from_configs
+from distillm_cli.runs.prompt_source import PromptSource, read_prompts
+from distillm_cli.runs.run_results import PipelinePlan
 from distillm_cli.training.events import Listener, Note, silent
 from distillm_cli.utils.text import counted
 
 
-def of_pipeline(pipeline: Pipeline, listener: Listener) -> dict[str, dict[str, Any]]:
-    """The plan of every stage, by name. What an earlier stage makes stands there with its shape, and the rows it samples
-    with those that it answers."""
+def plan_pipeline(pipeline: Pipeline, listener: Listener) -> PipelinePlan:
+    """Plan every stage. A model that an earlier stage makes is planned by its shape; rows that it samples by its prompts."""
     found: dict[str, dict[str, Any]] = {}
     made: dict[str, Shape] = {}
-    sources: dict[str, Samples] = {}
+    sources: dict[str, PlannedSamples] = {}
     for stage in pipeline.stages:
         listener(Note(f"stage {stage.name}"))
         said = stage.resolved.recipe.data.source
         resolved = stage.resolved if said not in sources else _on_prompts_of(sources[said], stage.resolved)
         if stage.verb in ("sft", "distill"):
-            told, made[PREFIX + stage.name] = of_shapes(resolved, silent, made)
+            told, made[PREFIX + stage.name] = plan_from_configs(resolved, silent, made)
         elif stage.verb == "generate":
             data = resolved.recipe.data
-            sources[PREFIX + stage.name] = Samples(data.source, stage.own.limit or data.limit, stage.own.n)
+            sources[PREFIX + stage.name] = PlannedSamples(data.source, stage.own.limit or data.limit, stage.own.n)
             told = _of_generate(stage, resolved.recipe, made)
         else:
             told = _of_eval(stage, resolved.recipe, made, sources)
         found[stage.name] = {"verb": stage.verb} | told
         if said in sources:
             told["notes"].append(f"{said} is not there yet: {sources[said]} stand for it")
-    return found
+    return PipelinePlan(pipeline.name, found)
 
 
 @dataclass(frozen=True)
-class Samples:
-    """What a generate stage will make: ``each`` answers to the first ``limit`` prompts of a source."""
+class PlannedSamples:
+    """Describe what a generate stage will make: ``each`` answers to the first ``limit`` prompts of a source."""
 
     source: str
     limit: int | None
@@ -62,7 +62,7 @@ class Samples:
         return f"{first} of {self.source}{'' if self.each == 1 else f', once instead of {self.each} times,'}"
 
 
-def _on_prompts_of(samples: Samples, resolved: Resolved) -> Resolved:
+def _on_prompts_of(samples: PlannedSamples, resolved: Resolved) -> Resolved:
     """The same stage on the rows whose prompts are answered."""
     recipe = resolved.recipe
     limit = min(filter(None, (samples.limit, recipe.data.limit)), default=None)
@@ -85,13 +85,15 @@ class Asked:
 def _of_generate(stage: Stage, recipe: Recipe, made: Mapping[str, Shape]) -> dict[str, Any]:
     own, source = stage.own, recipe.data.source
     wanted = PromptSource(data=source, split=own.split, limit=own.limit or recipe.data.limit, samples=own.n)
-    rows, why = at_hand(lambda: prompts_of(wanted, recipe.data, silent), source)
+    rows, why = at_hand(lambda: read_prompts(wanted, recipe.data, silent), source)
     shape = load_shape(own.model, max_length=recipe.data.max_length, made=made)
     asked = _asked(rows, shape, recipe, recipe.rollout.max_new_tokens, own.n)
     return _told({own.model: (shape, [asked])}, recipe, _notes(why, shape))
 
 
-def _of_eval(stage: Stage, recipe: Recipe, made: Mapping[str, Shape], sources: Mapping[str, Samples]) -> dict[str, Any]:
+def _of_eval(
+    stage: Stage, recipe: Recipe, made: Mapping[str, Shape], sources: Mapping[str, PlannedSamples]
+) -> dict[str, Any]:
     suites = [sources[name].source if name in sources else name for name in recipe.eval.suites]
     found = [at_hand(lambda name=name: load_suite(name, recipe, silent).rows, name) for name in suites]
     if not found:
@@ -130,20 +132,22 @@ def _asked(rows: Sequence[Row] | None, shape: Shape, recipe: Recipe, new: int, e
 def _told(models: Mapping[str, tuple[Shape, list[Asked]]], recipe: Recipe, notes: list[str]) -> dict[str, Any]:
     """The numbers of a stage in which models answer prompts. A response's share of its batch is what it costs."""
     itemsize, batch = gpu_itemsize(recipe.student.dtype), recipe.eval.batch_size
-    counted = {name: sizes(shape.model, shape.vocab) for name, (shape, _) in models.items()}
+    model_sizes = {name: sizes(shape.model, shape.vocab) for name, (shape, _) in models.items()}
     jobs = [
-        (asked, _response(counted[name], asked, batch, itemsize))
+        (asked, _response(model_sizes[name], asked, batch, itemsize))
         for name, (_, every) in models.items()
         for asked in every
     ]
     responses = _total(asked.rows and asked.rows * asked.each for asked, _ in jobs)
-    need = [_memory(counted[name], asked, batch, itemsize) for name, (_, every) in models.items() for asked in every]
+    need = [
+        _memory(model_sizes[name], asked, batch, itemsize) for name, (_, every) in models.items() for asked in every
+    ]
     most = max(need, key=lambda parts: sum(parts.values()))
     most |= {"total": sum(most.values())}
     gpus = {}
     for gpu in GPUS:
         each = [part.seconds(gpu) for _, part in jobs]
-        entry: dict[str, Any] = {"fits": fits(most["total"], gpu), "response_s": [min(each), max(each)]}
+        entry: dict[str, Any] = {"fits": fits_in_memory(most["total"], gpu), "response_s": [min(each), max(each)]}
         if responses is not None:
             whole = sum(asked.rows * asked.each * s for (asked, _), s in zip(jobs, each, strict=True))
             entry["run_s"] = [whole, whole]
@@ -151,7 +155,7 @@ def _told(models: Mapping[str, tuple[Shape, list[Asked]]], recipe: Recipe, notes
     each_flops = [part.flops for _, part in jobs]
     dtype = str(torch.bfloat16 if itemsize == 2 else torch.float32).removeprefix("torch.")
     return {
-        "models": {name: model_told(size, dtype) for name, size in counted.items()},
+        "models": {name: model_told(size, dtype) for name, size in model_sizes.items()},
         "responses": responses,
         "prompt_tokens": [min(a.tokens for a, _ in jobs), max(a.tokens for a, _ in jobs)],
         "new_tokens": max(a.new for a, _ in jobs),

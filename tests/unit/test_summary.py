@@ -10,9 +10,9 @@ from rich.cells import cell_len
 from rich.console import Console as Terminal
 from rich.text import Text
 
+from distillm_cli.evaluation.metrics import METRICS
+from distillm_cli.runs.run_results import Outcome, Sample
 from distillm_cli.ui.summary import (
-    Outcome,
-    Sample,
     crop,
     next_steps,
     outcome_table,
@@ -49,7 +49,7 @@ def rows(text: str) -> list[list[str]]:
 
 
 def test_outcomes_stand_side_by_side_with_differences_to_where_the_student_began():
-    assert rows(page(outcome_table(OUTCOMES), 100)) == [
+    assert rows(page(outcome_table(OUTCOMES, metrics=METRICS.values()), 100)) == [
         ["", "valid CE", "ROUGE-L", "exact match", "error rate"],
         ["student before", "3.412", "12.35", "1.00", "80.20"],
         ["student after", "0.871 −2.541", "71.40 +59.06", "0.50 −0.50", "20.10 −60.10"],
@@ -58,7 +58,7 @@ def test_outcomes_stand_side_by_side_with_differences_to_where_the_student_began
 
 
 def test_outcomes_are_turned_on_their_side_where_they_do_not_fit():
-    lines = rows(page(outcome_table(OUTCOMES), 60))
+    lines = rows(page(outcome_table(OUTCOMES, metrics=METRICS.values()), 60))
     assert ["error rate", "80.20", "20.10 −60.10", "–"] in lines
     assert ["valid CE", "3.412", "0.871 −2.541", "–"] in lines
 
@@ -74,13 +74,17 @@ def test_a_difference_that_is_seen_as_nothing_has_no_sign_and_what_was_measured_
 
 
 def test_differences_are_coloured_by_whether_they_are_better():
-    text = page(outcome_table(OUTCOMES, lower_is_better={"error_rate"}), 100, colour=True)
+    text = page(outcome_table(OUTCOMES, metrics=METRICS.values()), 100, colour=True)
     green, yellow = "\x1b[32m", "\x1b[33m"
     for better in ("−2.541", "+59.06", "−60.10"):
         assert green + better in text
     assert yellow + "−0.50" in text
     worse = page(
-        outcome_table([Outcome("a", 1.0, {"error_rate": 1.0}), Outcome("b", 2.0, {"error_rate": 2.0})]), 100, True
+        outcome_table(
+            [Outcome("a", 1.0, {"error_rate": 1.0}), Outcome("b", 2.0, {"error_rate": 2.0})], metrics=METRICS.values()
+        ),
+        100,
+        True,
     )
     assert worse.count(yellow) == 2
 
@@ -115,7 +119,7 @@ def test_samples_are_stacked_in_a_narrow_terminal():
 def test_nothing_is_wider_than_the_terminal(width):
     wide = [[f"{i:05}" * 9, i, "x " * 40] for i in range(3)]
     for renderable in (
-        outcome_table(OUTCOMES),
+        outcome_table(OUTCOMES, metrics=METRICS.values()),
         samples_table(SAMPLES),
         next_steps("runs/" + "a" * 99, prompt="b " * 99),
         table("Rows", ["name", "n", "what"], wide),
