@@ -107,7 +107,7 @@ def run_pipeline(
 
 
 def resolved_yaml(pipeline: Pipeline, states: Mapping[str, StageState] | None = None) -> str:
-    """The whole pipeline as YAML that reads back the same, each line with where its value came from."""
+    """Return the whole pipeline as YAML that reads back the same, each value with its origin."""
     lines = ["stages:"]
     for stage in pipeline.stages:
         state = "" if states is None else f"  # {describe(states[stage.name])}"
@@ -126,7 +126,7 @@ def describe(state: StageState) -> str:
 
 
 def _check_free(path: Path) -> None:
-    """Raises UsageError for a file that is somebody's own pipeline."""
+    """Raise UsageError for a ``pipeline.yaml`` that no run wrote."""
     if path.is_file() and not output_dir.is_resolved(path):
         what = f"{path} was not written by `distillm run`, which would replace it"
         raise UsageError(what, hint="choose another --output, or move it away")
@@ -152,7 +152,7 @@ def _state(stage: Stage, place: Path, before: StageRecord, made: Mapping[str, st
 def _check_reads(
     pipeline: Pipeline, output: Path, chosen: list[str], records: Mapping[str, StageRecord | None]
 ) -> None:
-    """Whether every stage that is left out and read has been done."""
+    """Raise UsageError where a stage that is left out is read and has not been done."""
     for stage in (pipeline[name] for name in chosen):
         for name in stage.reads:
             if name not in chosen and not _is_done(records[name], output / name):

@@ -1,6 +1,6 @@
 """Measure a run's models on its held-out rows: at the end of training, or to select checkpoints.
 
-Metrics are imported where something is scored: nobody waits for them before the first step.
+Metrics, which take long to import, are imported only where something is scored.
 """
 
 from __future__ import annotations

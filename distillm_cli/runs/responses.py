@@ -24,7 +24,7 @@ class ResponseFile:
     """Write an output file. ``count``: whole rows in it."""
 
     def __init__(self, path: Path, *, resume: bool, overwrite: bool):
-        """Raises UsageError for a path that cannot be used so; nothing is touched yet."""
+        """Raise UsageError for a path that cannot be used; nothing is written yet."""
         if path.suffix != ".jsonl":
             raise UsageError(f"--output {path}", where="rows are JSON lines", hint=f"try --output {path}.jsonl")
         if resume and overwrite:
