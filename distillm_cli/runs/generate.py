@@ -20,7 +20,7 @@ from distillm_cli.evaluation.suites import Suite
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.fingerprint import fingerprint
 from distillm_cli.models.places import locate
-from distillm_cli.rollouts.rollout import Sampling, sample_all
+from distillm_cli.rollouts.sampler import Sampling, sample_all
 from distillm_cli.runs import inference
 from distillm_cli.runs.inference import Settings
 from distillm_cli.runs.prompt_source import PromptSource, exact_texts, read_prompts

@@ -21,7 +21,7 @@ from distillm_cli.utils.text import redact
 if TYPE_CHECKING:
     from distillm_cli.runs.prepare import Prepared
     from distillm_cli.runs.report import ModelReport
-    from distillm_cli.training.progress import TrainerState
+    from distillm_cli.training.state import TrainerState
 
 
 def publish_model(

@@ -21,11 +21,13 @@ from distillm_cli.evaluation.suites import HELD_OUT, Suite
 from distillm_cli.losses.criterion import CROSS_ENTROPY, Objective
 from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.models.devices import dtype_name, resolve_dtype
-from distillm_cli.runs import output_dir, samplers
+from distillm_cli.runs import output_dir
+from distillm_cli.runs.build import sampling_models
 from distillm_cli.runs.prepare import Prepared
-from distillm_cli.training.engine import Engine, eval_mode
 from distillm_cli.training.events import Event, Listener, Progress, Warned
-from distillm_cli.training.progress import TrainerState
+from distillm_cli.training.state import TrainerState
+from distillm_cli.training.trainer import Trainer
+from distillm_cli.utils.modules import eval_mode
 from distillm_cli.utils.text import counted
 
 if TYPE_CHECKING:
@@ -70,7 +72,7 @@ def check_can_generate(run: Prepared) -> None:
     The table at the end can do without answers. Raises UsageError where the metric that selects checkpoints is undefined
     on the held-out rows.
     """
-    for model in samplers.samplers(run) + ([run.student] if selects_by_metric(run.recipe) else []):
+    for model in sampling_models(run) + ([run.student] if selects_by_metric(run.recipe) else []):
         model.check_decoding()
     if selects_by_metric(run.recipe):
         from distillm_cli.evaluation.metrics import undefined_on
@@ -101,25 +103,25 @@ class Report:
             metrics[run.recipe.train.select] = None
         self.config = config.model_copy(update={"seeds": config.seeds[:1], "metrics": tuple(metrics)})
 
-    def all(self, engine: Engine) -> dict[str, ModelReport]:
+    def all(self, trainer: Trainer) -> dict[str, ModelReport]:
         """Measure every model; returns their reports by name."""
         from distillm_cli.models.pair import teacher_again
 
         run = self.run
-        self.labels = labels(engine.at, after_sft=bool(run.recipe.student.sft_epochs))
-        engine.optimizer.state.clear()  # no longer needed, and the teacher may be loaded once more
+        self.labels = labels(trainer.state, after_sft=bool(run.recipe.student.sft_epochs))
+        trainer.optimizer.state.clear()  # no longer needed, and the teacher may be loaded once more
         teacher = run.pair.teacher
-        if teacher is not None and engine.teacher.has_left:
+        if teacher is not None and trainer.teacher.has_released_model:
             teacher = teacher_again(run.recipe, run.pair, run.device)
         if not self._all_can_generate({"student": run.student, "teacher": teacher}):
             self.suite = replace(self.suite, rows=[])
-        found = {AFTER: self._measure(run.student, AFTER, _valid_loss(run.student, engine))}
+        found = {AFTER: self._measure(run.student, AFTER, _valid_loss(run.student, trainer))}
         if teacher is not None:
-            found[TEACHER] = self._measure(teacher, TEACHER, _valid_loss(teacher, engine))
+            found[TEACHER] = self._measure(teacher, TEACHER, _valid_loss(teacher, trainer))
         if run.recipe.student.sft_epochs:
             return found | self._stage_reports({BEFORE: BEFORE, AFTER: FINE_TUNED})
         with run.with_start_weights() if self.suite.rows else nullcontext():
-            found[BEFORE] = self._measure(run.student, BEFORE, engine.at.first_valid_loss)
+            found[BEFORE] = self._measure(run.student, BEFORE, trainer.state.first_valid_loss)
         return found
 
     def _all_can_generate(self, models: Mapping[str, Backbone | None]) -> bool:
@@ -208,12 +210,13 @@ def _renamed_progress(listener: Listener, name: str) -> Listener:
     return listen
 
 
-def _valid_loss(model: Backbone, engine: Engine) -> float | None:
+def _valid_loss(model: Backbone, trainer: Trainer) -> float | None:
     """Return the mean cross-entropy per token on the validation rows, nats, as measured for the student. The student is
     measured as it computed in training, the teacher in its own dtype, as it taught. None without validation rows."""
-    if not engine.held_out.batches:
+    if not trainer.validator.batches:
         return None
-    dtype = engine.objective.matmul_dtype if model is engine.objective.student else None
-    objective = StudentLoss(model, Objective(None), matmul_dtype=dtype)
-    with eval_mode(objective), torch.no_grad():
-        return engine.held_out.mean(CROSS_ENTROPY, objective)
+    is_student = model is trainer.student_loss.student
+    dtype = trainer.student_loss.matmul_dtype if is_student else None
+    student_loss = StudentLoss(model, Objective(None), matmul_dtype=dtype)
+    with eval_mode(student_loss), torch.no_grad():
+        return trainer.validator.mean(CROSS_ENTROPY, student_loss, autocast=is_student)

@@ -17,8 +17,9 @@ from distillm_cli.data.templates import text_of_content
 from distillm_cli.errors import Interrupted, UsageError, signal_number
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.runs import output_dir
+from distillm_cli.runs.build import build_trainer
 from distillm_cli.runs.defaults import fitted
-from distillm_cli.runs.prepare import Prepared, build_engine, prepare
+from distillm_cli.runs.prepare import Prepared, prepare
 from distillm_cli.runs.publish import publish_model
 from distillm_cli.runs.report import (
     AFTER,
@@ -46,10 +47,10 @@ from distillm_cli.runs.run_results import FineTuned, MetricColumn, Outcome, Samp
 from distillm_cli.runs.start import TrainOptions
 from distillm_cli.runs.teacher_states import TeacherHandle, open_teacher
 from distillm_cli.training.checkpoint import Checkpoint, read, visible
-from distillm_cli.training.engine import Engine
 from distillm_cli.training.events import Event, Listener, Note, Warned
 from distillm_cli.training.metrics_log import MetricsLog
-from distillm_cli.training.progress import TrainerState
+from distillm_cli.training.state import TrainerState
+from distillm_cli.training.trainer import Trainer
 from distillm_cli.utils.host import keep_freed_memory
 from distillm_cli.utils.interrupts import lost
 
@@ -206,22 +207,22 @@ def _train(training: _Training, listener: Listener) -> TrainResult:
     if training.checkpoint is not None:
         restore_student(run.student, training.checkpoint)
     report = Report(run, output / output_dir.EVAL / "report", listener)
-    engine = _engine(training, report, listener)
+    trainer = _trainer(training, report, listener)
     if (stop := lost()) is not None:  # an interrupt that a library swallowed while the run was prepared
         raise stop
-    state = engine.run()
+    state = trainer.train()
     if state.best_step not in (None, state.step):
-        restore_student(run.student, read(engine.checkpoints.path(state.best_step)))
+        restore_student(run.student, read(trainer.checkpoints.path(state.best_step)))
         best = f"the best {run.recipe.train.select} was {state.best:.4g}, at step {state.best_step}"
         listener(Note(f"{best}: those weights are kept"))
-    models = report.all(engine)
+    models = report.all(trainer)
     publish_model(run, output, training.resolved, state, models, report.measured_on)
     summary = _summary(run, state, models, report.measured_on)
-    return _result(training, engine, state, models, summary)
+    return _result(training, trainer, state, models, summary)
 
 
-def _engine(training: _Training, report: Report, listener: Listener) -> Engine:
-    """Return the engine of a training, at its checkpoint where it has one."""
+def _trainer(training: _Training, report: Report, listener: Listener) -> Trainer:
+    """Return the trainer of a training, at its checkpoint where it has one."""
     run, output, checkpoint, teacher = training.run, training.output, training.checkpoint, training.teacher
     progress = {"step": 0} if checkpoint is None else checkpoint.state["progress"]
     log = MetricsLog(
@@ -235,7 +236,7 @@ def _engine(training: _Training, report: Report, listener: Listener) -> Engine:
         log(event)
         listener(event)
 
-    engine = build_engine(
+    trainer = build_trainer(
         run,
         output,
         log_and_report,
@@ -246,8 +247,8 @@ def _engine(training: _Training, report: Report, listener: Listener) -> Engine:
         keep_freed_memory()
     if checkpoint is not None:
         with as_checkpoint_error(checkpoint):
-            engine.load(checkpoint)
-    return engine
+            trainer.load(checkpoint)
+    return trainer
 
 
 def _interrupted(output: Path | None, stop: KeyboardInterrupt) -> Interrupted:
@@ -326,12 +327,13 @@ def _question(run: Prepared, row: Row) -> str:
 
 def _result(
     training: _Training,
-    engine: Engine,
+    trainer: Trainer,
     state: TrainerState,
     models: Mapping[str, ModelReport],
     summary: TrainSummary,
 ) -> TrainResult:
     teacher = training.teacher
+    counts = trainer.pool.counts
     return TrainResult(
         command=training.command,
         output=training.output,
@@ -341,15 +343,15 @@ def _result(
         tokens_per_s=round(state.tokens / max(state.seconds, 1e-9), 1),
         train_loss=state.train_loss,
         valid_loss=models[AFTER].valid_loss,
-        phi=engine.scheduler.phi,
+        phi=trainer.scheduler.phi,
         rollout_steps=state.steps_with(Source.ROLLOUT),
         replay_steps=state.steps_with(Source.REPLAY),
         dataset_steps=state.steps_with(Source.DATASET),
         teacher_steps=state.steps_with(Source.TEACHER),
-        sampled_sequences=state.sampled,
-        sampled_tokens=state.sampled_tokens,
-        teacher_sampled_sequences=state.teacher_sampled,
-        teacher_sampled_tokens=state.teacher_sampled_tokens,
+        sampled_sequences=counts.student_sequences,
+        sampled_tokens=counts.student_tokens,
+        teacher_sampled_sequences=counts.teacher_sequences,
+        teacher_sampled_tokens=counts.teacher_tokens,
         train_s=round(state.seconds, 3),
         stopped=state.reason,
         best_step=state.best_step,
