@@ -29,15 +29,16 @@ from distillm_cli.models.shapes import Shape, Sizes, has_weights, load_shape, si
 from distillm_cli.rollouts.scheduler import build_scheduler
 from distillm_cli.runs import costs, gpus
 from distillm_cli.runs.prepare import Prepared, new_order, prepare, texts_of
-from distillm_cli.runs.report import check_answers, check_metric
+from distillm_cli.runs.report import check_can_generate, check_selection_metric
+from distillm_cli.runs.run_results import DecodedSequence, PlanResult
 from distillm_cli.runs.teacher_states import CachePlan, check_rows, disk_free, plan_cache, uses_rows
 from distillm_cli.training.events import Listener, Note, silent
-from distillm_cli.ui.display import size
-from distillm_cli.utils import garbage, text
+from distillm_cli.utils import garbage
 from distillm_cli.utils.host import available_memory
-from distillm_cli.utils.text import redact
+from distillm_cli.utils.text import counted, format_bytes, redact
 
-T = TypeVar("T")
+_T = TypeVar("_T")
+_SHOWN_SEQUENCES = 3  # of the decoded batch
 _BUILT = re.compile(r"[a-z]+:")  # random:…; no hub name and no path here begins so
 _IN_HOST = (
     "teacher_states",
@@ -58,18 +59,36 @@ def weights_are_at_hand(recipe: Recipe) -> bool:
     return free is None or sum(weight_bytes(path) for path in loaded) <= free / 4  # read as float32, and some room
 
 
-def survey(resolved: Resolved, listener: Listener) -> tuple[dict[str, Any], Prepared | None]:
-    """The plan of one run; the prepared run too, where weights are at hand."""
+def plan_run(resolved: Resolved, listener: Listener) -> PlanResult:
+    """Plan one run, from its models where their weights are here, else from their configs."""
     garbage.take_up()
     if not weights_are_at_hand(resolved.recipe):
-        return of_shapes(resolved, listener)[0], None
-    check_metric(resolved.recipe)
+        return PlanResult(plan_from_configs(resolved, listener)[0])
+    check_selection_metric(resolved.recipe)
     run = prepare(resolved.recipe, listener)
-    check_answers(run)
-    return of_run(run, resolved), run
+    check_can_generate(run)
+    return PlanResult(plan_prepared(run, resolved), _decoded_batch(run))
 
 
-def of_run(run: Prepared, resolved: Resolved) -> dict[str, Any]:
+def _decoded_batch(run: Prepared) -> tuple[DecodedSequence, ...]:
+    """Return the first sequences of a batch as text; context in one piece, each supervised token in its own."""
+    decoded = []
+    for sequence in run.batch(0)[:_SHOWN_SEQUENCES]:
+        turns = set() if sequence.turns is None else set(sequence.turns.tolist())
+        pieces: list[tuple[str, bool]] = []
+        context: list[int] = []
+        for position, token in enumerate([*sequence.prompt.tolist(), *sequence.response.tolist()]):
+            if position < len(sequence.prompt) and position not in turns:
+                context.append(token)
+                continue
+            pieces.append((run.pair.tokenizer.decode(context), False))
+            pieces.append((run.pair.tokenizer.decode([token]), True))
+            context = []
+        decoded.append(DecodedSequence(tuple(pieces)))
+    return tuple(decoded)
+
+
+def plan_prepared(run: Prepared, resolved: Resolved) -> dict[str, Any]:
     """The plan of a run whose models and rows are loaded."""
     teacher = None if run.pair.teacher is None else run.pair.teacher.model
     keeping = None if teacher is None else plan_cache(run)
@@ -111,7 +130,7 @@ def _data(run: Prepared) -> dict[str, Any]:
     }
 
 
-def of_shapes(
+def plan_from_configs(
     resolved: Resolved, listener: Listener = silent, made: Mapping[str, Shape] | None = None
 ) -> tuple[dict[str, Any], Shape]:
     """The plan of a run whose weights are not here, and the student's shape. Tokenizer and rows are used where they are
@@ -120,7 +139,7 @@ def of_shapes(
     made: shapes of models that are yet to be made, by ``stage:NAME``.
     """
     recipe = resolved.recipe
-    check_metric(recipe)
+    check_selection_metric(recipe)
     if recipe.method != "sft" and recipe.teacher.cache == "disk":
         check_rows(recipe)
     needed = recipe.needs_responses
@@ -156,12 +175,12 @@ def of_shapes(
     dtype, teacher_dtype = (_dtype(name, device, is_open) for name in (recipe.student.dtype, recipe.teacher.dtype))
     if is_open:
         notes.append("train.device is auto: planned for a GPU")
-    counted = None if teacher is None else _frozen(sizes(teacher.model, vocab))
-    kept, states = _would_keep(recipe, counted, lengths, teacher_dtype.itemsize)
+    teacher_sizes = None if teacher is None else _frozen(sizes(teacher.model, vocab))
+    kept, states = _would_keep(recipe, teacher_sizes, lengths, teacher_dtype.itemsize)
     sized = costs.Run(
         recipe=recipe,
         student=sizes(_trained(student, recipe), vocab),
-        teacher=counted,
+        teacher=teacher_sizes,
         vocab=vocab,
         lengths=lengths,
         itemsize=dtype.itemsize,
@@ -208,9 +227,9 @@ def _with_fine_tuning(run: costs.Run, resolved: Resolved) -> costs.Run:
 def _told(run: costs.Run, device: str, dtype: torch.dtype, dtypes: Mapping[str, torch.dtype | None]) -> dict[str, Any]:
     """What both ways of planning say, from the numbers."""
     models: dict[str, Any] = {}
-    for name, counted in (("student", run.student), ("teacher", run.teacher)):
-        if counted is not None:
-            models[name] = model_told(counted, str(dtypes[name]).removeprefix("torch."))
+    for name, model_sizes in (("student", run.student), ("teacher", run.teacher)):
+        if model_sizes is not None:
+            models[name] = model_told(model_sizes, str(dtypes[name]).removeprefix("torch."))
     if run.teacher is not None:
         ratio = run.teacher.parameters["total"] / run.student.parameters["total"]
         models["ratio"] = round(ratio, 2)
@@ -253,17 +272,17 @@ def _on_a_gpu(run: costs.Run) -> costs.Run:
     return replace(run, device="cuda", itemsize=itemsize, before=before)
 
 
-def model_told(counted: Sizes, dtype: str) -> dict[str, Any]:
+def model_told(model_sizes: Sizes, dtype: str) -> dict[str, Any]:
     """A model's sizes, for people and scripts. encoder_layers: of an encoder-decoder, whose ``layers`` are the decoder's."""
-    encoder = {} if counted.encoder is None else {"encoder_layers": counted.encoder.layers}
+    encoder = {} if model_sizes.encoder is None else {"encoder_layers": model_sizes.encoder.layers}
     return encoder | {
-        "kind": counted.kind,
-        "parameters": counted.parameters["total"],
-        "parts": {part: counted.parameters[part] for part in ("embeddings", "trunk", "head", "outside")},
-        "trainable": counted.parameters["trainable"],
-        "layers": counted.layers,
-        "width": counted.width,
-        "context": counted.context,
+        "kind": model_sizes.kind,
+        "parameters": model_sizes.parameters["total"],
+        "parts": {part: model_sizes.parameters[part] for part in ("embeddings", "trunk", "head", "outside")},
+        "trainable": model_sizes.parameters["trainable"],
+        "layers": model_sizes.layers,
+        "width": model_sizes.width,
+        "context": model_sizes.context,
         "dtype": dtype,
     }
 
@@ -296,9 +315,9 @@ def _trained(student: Shape, recipe: Recipe) -> PreTrainedModel:
     return model
 
 
-def _frozen(counted: Sizes) -> Sizes:
+def _frozen(model_sizes: Sizes) -> Sizes:
     """As a teacher: nothing of it is trained."""
-    return replace(counted, parameters=counted.parameters | {"trainable": 0})
+    return replace(model_sizes, parameters=model_sizes.parameters | {"trainable": 0})
 
 
 def _would_keep(
@@ -309,25 +328,25 @@ def _would_keep(
         return None, {}
     per_token, mode = teacher.head_in * itemsize, recipe.teacher.cache
     schedule = build_scheduler(recipe.schedule, steps=1, seed=0, batches=recipe.rollout.bulk)
-    train, counted = recipe.train, lengths.rows or 0
+    train, rows_kept = recipe.train, lengths.rows or 0
     step_rows = min(train.batch_size * train.accumulate, lengths.rows or math.inf)
     comes_back = None not in (lengths.steps, lengths.steps_per_epoch) and lengths.steps > lengths.steps_per_epoch
-    rows = round(counted * lengths.response * per_token) if uses_rows(recipe) else 0
+    rows = round(rows_kept * lengths.response * per_token) if uses_rows(recipe) else 0
     drawn = min(schedule.capacity(step_rows), (lengths.steps or math.inf) * step_rows)
     rollouts = drawn * recipe.rollout.max_new_tokens * per_token if schedule.config.may_replay else 0
     asked_again = schedule.samples_come_back and comes_back and recipe.objective.kd_weight > 0
-    samples = counted * recipe.rollout.max_new_tokens * per_token if asked_again else 0
+    samples = rows_kept * recipe.rollout.max_new_tokens * per_token if asked_again else 0
     if mode == "off":
         rollouts = samples = 0
     keeps = rows if mode in ("memory", "disk") or (mode == "auto" and comes_back) else 0
-    listed = {f"for {text.counted(counted, 'row')}": keeps, "for replayed rollouts, at most": rollouts}
+    listed = {f"for {counted(rows_kept, 'row')}": keeps, "for replayed rollouts, at most": rollouts}
     listed = {what: n for what, n in (listed | {"for teacher samples, at most": samples}).items() if n}
     places = {"off": "", "disk": "on disk", "memory": "in memory", "auto": "in memory, where enough is free"}
-    why = f"{places[mode]}: {', '.join(f'{size(n)} {what}' for what, n in listed.items())}"
+    why = f"{places[mode]}: {', '.join(f'{format_bytes(n)} {what}' for what, n in listed.items())}"
     if not listed:
         why = "not kept" if mode == "off" else "not kept: nothing is seen twice"
     if lengths.rows is None and uses_rows(recipe) and mode != "off":
-        why = f"{size(per_token)} for each response token of a row{f'; {why}' if listed else ''}"
+        why = f"{format_bytes(per_token)} for each response token of a row{f'; {why}' if listed else ''}"
     parts = {
         "teacher_states": keeps if mode != "disk" else 0,
         "rollout_states": rollouts,
@@ -337,7 +356,7 @@ def _would_keep(
     return kept | {"sample_bytes": samples, "why": why, "bytes_per_token": per_token}, parts
 
 
-def at_hand(read: Callable[[], T], source: str) -> tuple[T | None, str]:
+def at_hand(read: Callable[[], _T], source: str) -> tuple[_T | None, str]:
     """What is read of a source of rows; None where it is not at hand, and why."""
     try:
         return read(), ""
