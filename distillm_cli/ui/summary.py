@@ -112,7 +112,7 @@ def _task_rows(checkpoint: CheckpointScores, metrics: Sequence[str]) -> Iterator
 
 def _passes(checkpoint: CheckpointScores, suite: Mapping[str, Any]) -> int:
     """Return how often a suite was sampled."""
-    return max(len(suite[metric.name]["seeds"]) for metric in checkpoint.metrics)
+    return max(len(suite[metric]["seeds"]) for metric in checkpoint.metrics)
 
 
 def _score(score: Mapping[str, Any] | None, passes: int) -> str | None:

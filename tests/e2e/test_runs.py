@@ -72,7 +72,6 @@ def test_a_distillation_returns_what_the_command_line_prints(trained, capfd):
     assert {Validated, RunEnded, Note, Progress} <= {type(event) for event in events}
     losses = {outcome.name: outcome.valid_loss for outcome in result.summary.outcomes}
     assert losses["student after, step 6"] == result.valid_loss == result.report["student_after"]["valid_loss"]
-    assert [metric.name for metric in result.summary.metrics] == ["rouge_l", "exact_match"]
     assert len(result.summary.samples) == 3
     assert sum(result.summary.sources.values()) == 6
 
