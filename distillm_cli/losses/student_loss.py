@@ -100,13 +100,13 @@ class StudentLoss(nn.Module):
         return joined([hidden_ND for hidden_ND, _ in found]), balance
 
     @torch.no_grad()
-    def read(self, batches: SequenceOf[Batch], teacher_hidden_ND: Tensor | None) -> TokenLogProbs:
+    def log_probs(self, batches: SequenceOf[Batch], teacher_hidden_ND: Tensor | None) -> TokenLogProbs:
         """Return the log-probabilities of the batches' own tokens that the objective needs, without a graph."""
         log_p_N = log_q_N = None
         targets_N = torch.cat([batch.targets_N for batch in batches])
-        if "teacher" in self.criterion.looks_at:
+        if "teacher" in self.criterion.needs_log_probs_of:
             log_p_N = target_log_probs(teacher_hidden_ND, self._teacher_head(), targets_N, chunk=self.chunk)
-        if "student" in self.criterion.looks_at:
+        if "student" in self.criterion.needs_log_probs_of:
             log_q_N = target_log_probs(
                 joined([self.student.hidden(batch) for batch in batches]),
                 self.student.head(),

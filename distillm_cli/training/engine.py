@@ -243,7 +243,7 @@ class Engine:
         count = criterion.count([s for part in parts for s in part.sequences])
         loss = torch.zeros((), device=self.device)
         for (source, cuts), per_token, told_ND in zip(micro, own, told, strict=True):
-            terms = criterion.terms(source, self._progress)
+            terms = criterion.weights(source, self._progress)
             batches = self._collated(cuts)
             if told_ND is None and terms.kd:
                 told_ND = self._ask(batches, cuts)
@@ -284,13 +284,13 @@ class Engine:
         criterion = self.objective.criterion
         pieces = [SourceBatch(source, list(chain.from_iterable(cuts))) for source, cuts in micro]
         readings, told = [], [None] * len(micro)
-        for i, (_, cuts) in enumerate(micro if criterion.looks_at else ()):
+        for i, (_, cuts) in enumerate(micro if criterion.needs_log_probs_of else ()):
             batches = self._collated(cuts)
-            if "teacher" in criterion.looks_at:
+            if "teacher" in criterion.needs_log_probs_of:
                 told[i] = self._ask(batches, cuts)
             with self._autocast():
-                readings.append(self.objective.read(batches, told[i]))
-        own = criterion.look_ahead(pieces, readings, self._progress)
+                readings.append(self.objective.log_probs(batches, told[i]))
+        own = criterion.begin_step(pieces, readings, self._progress)
         return [None if per_token is None else per_token.to(self.device) for per_token in own], told
 
     def _count(self, source, parts, loss, grad_norm, lr, seconds) -> None:
