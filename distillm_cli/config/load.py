@@ -355,7 +355,10 @@ def _key_of(detail: Mapping[str, Any]) -> str | None:
 
 
 def _preset(method: str, layer: int) -> dict[str, Given]:
-    """What a method stands for, as strong as the given layer."""
+    """Return the values that a method stands for, as strong as the given layer."""
+    unknown = [key for key in METHODS[method].preset if key not in leaves()]
+    if unknown:  # only a method of another package can have one
+        raise RecipeError(f"method {method} sets {unknown[0]}: no such key", hint="fix the package that registers it")
     return {key: Given(value, f"method {method}", key, Rank(layer)) for key, value in METHODS[method].preset.items()}
 
 
