@@ -270,7 +270,7 @@ def what_to_try(key: str, value: Any, verb: str, flag: str | None = None, *, giv
     which has no flags for fields.
     """
     field, words = leaves()[key], choices(key)
-    if words == [AUTO]:  # of a number, whose flag takes numbers only
+    if words == [AUTO]:
         return f"try --set {given_at}{key}={AUTO}"
     better = field.default
     if isinstance(value, list | tuple) and not takes_list(key):
@@ -284,7 +284,8 @@ def what_to_try(key: str, value: Any, verb: str, flag: str | None = None, *, giv
     elif value is not None and words and (word := nearest_word(value, words)):
         better = word
     if better is None or better == ():
-        return f"it means: {field.description}" if field.description else None
+        meaning = field.description or ""
+        return f"it means: {meaning[:1].lower()}{meaning[1:]}" if meaning else None
     flag = flag or (None if given_at else flag_of(key, verb))
     if flag:
         return f"try {flag} {shlex.quote(shown(better, by_flag=True))}"

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, ValidationInfo, field_validator
 
+from distillm_cli import plugins
+
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 LIMIT = 2**63  # of whole numbers: torch, numpy and pyarrow have no larger ones
@@ -18,9 +20,14 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Exponent = Annotated[float, Field(ge=-2, le=2)]
 Name = Annotated[str, Field(min_length=1)]
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
-MetricName = Literal[
-    "rouge_l", "rouge_1", "rouge_2", "bleu", "chrf", "exact_match", "error_rate", "final_number"
-]  # fmt: skip
+# Figures by which a checkpoint is selected: on held-out rows without generation, or a metric of generated answers.
+HeldOutFigure = Literal["valid_loss", "valid_divergence"]
+
+
+def is_lower_better(figure: str) -> bool:
+    """Return whether a figure of a model is better when it is lower."""
+    metric = plugins.metrics.get(figure)
+    return figure in get_args(HeldOutFigure) or (metric is not None and not metric.higher_is_better)
 
 
 class Condition:

@@ -23,7 +23,7 @@ from distillm_cli.config.merging import Given, Problems, Rank, bad
 from distillm_cli.config.methods import METHODS
 from distillm_cli.config.ownership import has, value_of
 from distillm_cli.config.schema import Recipe
-from distillm_cli.config.shortcuts import SHORTCUTS
+from distillm_cli.config.shortcuts import FIELD_FLAGS
 from distillm_cli.errors import RecipeError, UsageError
 from distillm_cli.utils.text import HIDDEN, redact
 
@@ -382,7 +382,8 @@ def _unread(recipe: Recipe, given: Mapping[str, Given], held: Mapping[str, Given
 
 def _is_read(key: str, entry: Given, reads: Callable[[str], bool]) -> bool:
     """Return whether the run uses the field, or another one that the same flag sets (--dtype)."""
-    flags = [s.keys for s in SHORTCUTS.values() if entry.rank.layer == merging.FLAG and s.flag == entry.origin]
+    shared = [f.keys for f in FIELD_FLAGS if f.flag == entry.origin and key in f.keys]
+    flags = shared if entry.rank.layer == merging.FLAG else []
     return any(map(reads, (key, *chain(*flags))))
 
 

@@ -12,12 +12,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from distillm_cli import plugins
 from distillm_cli.config.fields import (
     Beta,
     Condition,
     Count,
     Dtype,
-    MetricName,
+    HeldOutFigure,
     Name,
     Positive,
     Probability,
@@ -45,6 +46,9 @@ _GENERATES = UsedWhen(
 _FALLING = UsedWhen({"train.lr_schedule": ("cosine", "linear")}, of_method=False)
 _BUILTIN = {"data.source": ("builtin",)}
 _RANK = Condition("that is given", 16, lambda rank: rank is not None)
+
+plugins.metrics.close("the schema of recipes")
+MetricName = Literal[tuple(plugins.metrics)]
 
 BUILT = ("random:", "layers:", "width:")
 AUTO = "auto"  # of a number: it is chosen to fit the models before the run (cli/defaults.py)
@@ -74,14 +78,16 @@ class TeacherConfig(Section):
     """The model that is imitated. Never trained."""
 
     path: Name | None = Field(
-        None, description="hub name or local directory of the teacher; `builtin` is the one shipped"
+        None, description="Teacher: a hub name, a local directory, or builtin. `builtin` is shipped with the program."
     )
-    dtype: Dtype = Field("auto", description="of its weights; auto: bf16 where the machine is fast at it, else fp32")
+    dtype: Dtype = Field(
+        "auto", description="Number format of the weights. auto: bf16 where the machine is fast at it, else fp32."
+    )
     cache: Literal["auto", "memory", "disk", "off"] = Field(
         "auto",
-        description="keep its last hidden states: of rows in memory (filled in the first epoch) or on disk (computed "
-        "beforehand, shared by runs), of student outputs while they are replayed. auto: the disk's where they are there "
-        "already, else memory where something is seen twice and a quarter of the free memory holds them, else off",
+        description="Cache of the teacher's hidden states. memory: filled in the first epoch. disk: computed beforehand "
+        "and shared by runs. Student outputs are cached while they are replayed. auto: disk where that cache exists, else "
+        "memory where sequences are seen twice and a quarter of the free memory holds them, else off.",
     )
     cache_dir: Name | None = Field(
         None, description="of cache: disk; unset: teacher/ in $DISTILLM_CACHE, else in ~/.cache/distillm"
@@ -97,7 +103,7 @@ class TeacherConfig(Section):
 class AdapterConfig(Section):
     """A low-rank adapter on a frozen model (Hu et al. 2021, arXiv 2106.09685), by peft."""
 
-    r: Positive | None = Field(None, description="rank; unset: no adapter, every weight trains")
+    r: Positive | None = Field(None, description="Train a LoRA adapter of this rank. Unset: every weight is trained.")
     alpha: Annotated[float, Field(gt=0)] | None = Field(
         None, description="the adapter counts alpha / r times; unset: 4·r, the paper's 64 for 16"
     )
@@ -123,18 +129,19 @@ class StudentConfig(Section):
 
     path: Name | None = Field(
         None,
-        description="hub name, local directory (of a model or of a LoRA adapter), or one that is built: from a "
-        "config.json or random:[FAMILY:]LAYERSxWIDTH (random; family llama or gpt2, with a teacher: the teacher's), "
-        "layers:N[:first|last] or layers:I,J,… (copies of the teacher's layers, embeddings and head; evenly spaced "
-        "unless told, counted from 0), width:SIZE or width:0.5 (random, as deep as the teacher)",
+        description="Model to train: a hub name, a directory, or one to build (layers:6, width:0.5, random:4x256). A "
+        "directory holds a model or a LoRA adapter. Built models: random:[FAMILY:]LAYERSxWIDTH or a config.json (random "
+        "weights; FAMILY is llama or gpt2, by default the teacher's), layers:N[:first|last] or layers:I,J,… (copies of the "
+        "teacher's layers, embeddings and head; evenly spaced by default, counted from 0), width:SIZE or width:0.5 "
+        "(random weights, as deep as the teacher).",
     )
     tokenizer: Name | None = Field(
         None,
-        description="directory or hub name of a tokenizer, or one trained on the data: bpe:SIZE, chars, words; "
-        "unset: the student's own, else the teacher's",
+        description="Tokenizer: a directory, a hub name, or one trained on the data (bpe:1000, chars, words). Unset: the "
+        "student's own, else the teacher's.",
     )
     dtype: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="compute type (autocast); parameters stay fp32. auto: bf16 where fast"
+        "auto", description="Compute type. Parameters stay fp32 (autocast). auto: bf16 where the machine is fast at it."
     )
     dropout: Probability | None = Field(
         None, description="sets every dropout of the student; unset: as its config says"
@@ -188,16 +195,17 @@ class DataConfig(Section):
 
     source: Name = Field(
         "dolly",
-        description="a name under $DISTILLM_DATA or a known data set, a hub name, a file (jsonl json csv parquet; .gz, "
-        ".zst), a directory of them or of save_to_disk, or `builtin`",
+        description="Rows of a file, a directory, a hub name or a known data set. Files are jsonl, json, csv or parquet, "
+        "also as .gz and .zst. A directory holds such files or a data set of save_to_disk. A name is looked for under "
+        "$DISTILLM_DATA first.",
     )
     valid: Name | None = Field(
         None, description="held-out rows: a file or source; unset: the source's own, else a slice"
     )
     template: Literal["auto", "alpaca", "chat", "plain", "exact"] = Field(
         "auto",
-        description="how rows are written. auto: chat for conversations, and for instructions where teacher and student "
-        "have chat templates; else alpaca for instructions, plain for questions, exact for whole prompts",
+        description="Prompt format. auto: chat for conversations, and for instructions where teacher and student "
+        "have chat templates; else alpaca for instructions, plain for questions, exact for whole prompts.",
     )
     chat_template: Name = Field(
         "auto",
@@ -226,7 +234,8 @@ class DataConfig(Section):
     columns: ColumnsConfig = ColumnsConfig()  # sections are frozen, so that a shared default is safe
     max_length: Annotated[int, Field(ge=2)] | Auto = Field(
         AUTO,
-        description="prompt + response, tokens; auto: 512 for GPT-2, OPT and Llama bases, else 2048, within the context",
+        description="Longest row, in tokens of prompt and response. auto: 512 for GPT-2, OPT and Llama bases, else 2048, "
+        "within the model's context.",
     )
     max_prompt_length: Positive | Auto = Field(
         AUTO, description="tokens; auto: 256 less than max_length, and always 256"
@@ -246,7 +255,9 @@ class DataConfig(Section):
         None, description="kinds of task of the builtin set; unset: all"
     )
     seed: int = Field(1, description="of the builtin rows, and of the held-out slice")
-    skip_bad_rows: bool = Field(False, description="skip, count and list broken rows instead of stopping at the first")
+    skip_bad_rows: bool = Field(
+        False, description="Skip broken rows instead of stopping at the first. They are counted and listed."
+    )
     bucket: Positive = Field(
         1,
         description="1: random batches, each cut into passes of about one length, which saves padding and changes no "
@@ -267,12 +278,14 @@ class DataConfig(Section):
 class RolloutConfig(Section):
     """Sampling from the student during training; from any model in `generate`."""
 
-    temperature: Annotated[float, Field(ge=0), _STUDENT_DECODES] = Field(1.0, description="0 is greedy")
-    top_p: Annotated[float, Field(gt=0, le=1), _STUDENT_DECODES] = Field(
-        1.0, description="sample from the likeliest tokens of this mass"
+    temperature: Annotated[float, Field(ge=0), _STUDENT_DECODES] = Field(
+        1.0, description="Temperature of sampling. 0 is greedy."
     )
-    top_k: Annotated[Count, _STUDENT_DECODES] = Field(0, description="sample from so many likeliest tokens; 0 is off")
-    max_new_tokens: Positive = Field(256, description="end-of-sequence included")
+    top_p: Annotated[float, Field(gt=0, le=1), _STUDENT_DECODES] = Field(
+        1.0, description="Sample from the likeliest tokens of probability mass P."
+    )
+    top_k: Annotated[Count, _STUDENT_DECODES] = Field(0, description="Sample from the K likeliest tokens (0: all).")
+    max_new_tokens: Positive = Field(256, description="Longest response, in tokens. End-of-sequence is included.")
     teacher_temperature: Annotated[float, Field(ge=0), _TEACHER_DECODES] = Field(
         1.0, description="of what the teacher samples in training"
     )
@@ -302,15 +315,14 @@ class TrainConfig(Section):
 
     epochs: Annotated[float, Field(gt=0)] | Auto = Field(
         AUTO,
-        description="passes over the rows; ignored when steps is given; auto: 10 or 20 for the paper's models, else 3",
+        description="Passes over the rows. Ignored when steps is given. auto: 10 or 20 for the paper's models, else 3.",
     )
-    steps: Positive | None = Field(None, description="optimizer steps; overrides epochs")
-    batch_size: Positive = Field(8, description="sequences per micro-batch (and per process)")
+    steps: Positive | None = Field(None, description="Optimizer steps, in place of epochs.")
+    batch_size: Positive = Field(8, description="Sequences per micro-batch.")
     accumulate: Positive = Field(1, description="micro-batches per step; the mean is over the whole step's tokens")
     lr: Annotated[float, Field(gt=0)] | Auto = Field(
         AUTO,
-        description="the highest learning rate of the run; auto: by family and size, 5e-4 for the paper's GPT-2, 1e-5 for "
-        "a chat model",
+        description="Peak learning rate. auto: by family and size, 5e-4 for the paper's GPT-2, 1e-5 for a chat model.",
     )
     lr_schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how it falls after the warm-up")
     min_lr: Annotated[float, Field(ge=0), _FALLING] = Field(1e-7, description="where cosine and linear end")
@@ -320,15 +332,15 @@ class TrainConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = Field(1e-2, description="matrices only; not biases and norms")
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="of AdamW")
     clip: Annotated[float, Field(ge=0)] = Field(1.0, description="gradient norm; 0 is off")
-    seed: Seed = Field(10, description="of the order, the rollouts, dropout and new weights")
-    device: Name = Field("auto", description="auto, cpu, cuda, cuda:N, mps")
+    seed: Seed = Field(10, description="Random seed. It decides the order of rows, rollouts, dropout and new weights.")
+    device: Name = Field("auto", examples=["auto", "cpu", "cuda", "cuda:1", "mps"], description="Device to compute on.")
     threads: Positive | None = Field(None, description="CPU threads, at most one for each core; unset: torch's choice")
     gradient_checkpointing: bool = Field(False, description="less memory, one more forward pass")
     log_steps: Positive = Field(1, description="a metrics line every so many steps")
     eval_steps: Positive | Literal["epoch"] = Field("epoch", description="validate every so many steps")
     save_steps: Positive | Literal["epoch"] = Field("epoch", description="checkpoint every so many steps")
     keep: Positive = Field(2, description="checkpoints kept, beside the best")
-    select: Literal["last", "valid_loss", "valid_divergence", MetricName] = Field(
+    select: Literal["last", HeldOutFigure, MetricName] = Field(
         "last",
         description="whose weights the output directory ends with: the last, or the best by this held-out figure",
     )
@@ -346,32 +358,33 @@ class EvalConfig(Section):
 
     suites: tuple[Name, ...] = Field(
         (),
-        description="dolly self-inst vicuna sni unni, samsum xsum wmt14-de-en wmt14-en-de iwslt gsm8k, or data files; "
-        "unset: the held-out rows",
+        description="Test sets, each a data file or a known data set. Unset: the held-out rows.",
     )
     metrics: tuple[MetricName, ...] = Field(
         ("rouge_l", "exact_match"),
         min_length=1,
-        description="rouge_l rouge_1 rouge_2, bleu and chrf (of a whole set), exact_match, error_rate, final_number (GSM8K)",
+        description="Metrics of the responses. bleu and chrf are figures of a whole set; final_number is GSM8K's.",
     )
     rouge_tokenizer: Literal["words", "characters"] = Field(
         "words",
         description="tokens of rouge_*: words (runs of a-z and 0-9, stemmed; the paper's) or characters (for Chinese)",
     )
     seeds: tuple[Annotated[int, Field(lt=2**63)], ...] = Field(
-        (10, 20, 30, 40, 50), min_length=1, description="one sampled pass each"
+        (10, 20, 30, 40, 50), min_length=1, description="Seeds, with one sampled pass each."
     )
-    greedy: bool = Field(False, description="one deterministic pass instead")
-    temperature: Annotated[float, Field(ge=0)] = Field(1.0, description="0 is greedy")
-    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="sample from the likeliest tokens of this mass")
-    top_k: Count = Field(0, description="sample from so many likeliest tokens; 0 is off")
-    max_new_tokens: Positive = Field(256, description="end-of-sequence included")
+    greedy: bool = Field(False, description="Decode greedily, in one pass, or sample.")
+    temperature: Annotated[float, Field(ge=0)] = Field(1.0, description="Temperature of sampling. 0 is greedy.")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="Sample from the likeliest tokens of probability mass P."
+    )
+    top_k: Count = Field(0, description="Sample from the K likeliest tokens (0: all).")
+    max_new_tokens: Positive = Field(256, description="Longest response, in tokens. End-of-sequence is included.")
     no_repeat_ngram_size: Count = Field(6, description="0 is off")
     strip_reasoning: bool = Field(
         True, description="score responses and references without their reasoning (<think> blocks, analysis channels)"
     )
-    batch_size: Positive = Field(32, description="sequences decoded side by side")
-    limit: Positive | None = Field(None, description="the first rows of each suite only")
+    batch_size: Positive = Field(32, description="Responses decoded at once.")
+    limit: Positive | None = Field(None, description="Use the first rows of each suite only.")
     report_rows: Count = Field(
         100, description="held-out rows that student and teacher answer for the table at the end of a run; 0: no table"
     )
@@ -383,7 +396,7 @@ class Recipe(Section):
     objective and schedule are unions: their keys depend on ``objective.divergence`` and ``schedule.kind``.
     """
 
-    method: str = Field("distillm", description="a named preset over the fields below")
+    method: str = Field("distillm", description="Method, a named preset (see distillm methods).")
     teacher: TeacherConfig = TeacherConfig()
     student: StudentConfig = StudentConfig()
     data: DataConfig = DataConfig()

@@ -65,11 +65,12 @@ class Objective:
     so that a median or a ratio does not depend on how the step was cut. ``observe`` gets the loss after the step.
     """
 
-    needs_log_probs_of: tuple[str, ...] = ()  # of "teacher", "student": whose log-probabilities ``begin_step`` needs
-    rows_beside: bool = False  # whether a step on student outputs trains on its data set rows too
-    per_sequence: bool = (
-        False  # whether a token of a response of n tokens weighs 1/n, and sums are divided by sequences
-    )
+    # Of "teacher" and "student": whose log-probabilities ``begin_step`` needs.
+    needs_log_probs_of: tuple[str, ...] = ()
+    # Whether a step on student outputs trains on its data set rows too.
+    rows_beside: bool = False
+    # Whether a token of a response of n tokens weighs 1/n, and sums are divided by sequences.
+    per_sequence: bool = False
 
     def weights(self, source: Source, progress: float = 1.0) -> LossWeights:
         """Return the loss of a token of this source once ``progress`` (0 to 1) of the run is done."""
@@ -113,13 +114,6 @@ class Objective:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
-
-    def pack(self, sequences: SequenceOf[Sequence], prefix: str) -> dict[str, Tensor]:
-        """Return what is remembered of these student outputs, for a checkpoint."""
-        return {}
-
-    def unpack(self, tensors: dict[str, Tensor], prefix: str, sequences: SequenceOf[Sequence]) -> None:
-        """Restore what ``pack`` returned, for the same sequences in the same order."""
 
 
 class CrossEntropy(Objective):

@@ -6,10 +6,10 @@ import sys
 import pytest
 
 from distillm_cli.cli import app as program
-from distillm_cli.cli import options
 from distillm_cli.config.explain import choices
 from distillm_cli.config.load import resolve
 from distillm_cli.config.methods import METHODS
+from tests.typed import flags
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_the_help_of_distill_names_every_method_divergence_and_schedule(run, mon
     monkeypatch.setenv("COLUMNS", "160")
     words = run("distill", "--help")[1].replace(",", " ").replace(".", " ").split()
     assert set(METHODS) | set(choices("objective.divergence")) | set(choices("schedule.kind")) <= set(words)
-    assert options.flags(schedule="mixed")["schedule.kind"].name == "--schedule"
+    assert flags(schedule="mixed")["schedule.kind"].name == "--schedule"
 
 
 @pytest.mark.parametrize(
