@@ -311,7 +311,7 @@ def _learned(run: Run, response: float) -> Work:
 
 def _looked(run: Run, response: float) -> Work:
     """What an objective that looks at the step before it trains asks of the student: a forward pass."""
-    if run.teacher is None or "student" not in objectives.build(run.recipe.objective, 1.0).looks_at:
+    if run.teacher is None or "student" not in objectives.build(run.recipe.objective, 1.0).needs_log_probs_of:
         return ()
     starts = _pieces(run) * run.student.every_layer * FORWARD_LAYER
     work = forward(run.student, run.sequences, run.lengths.prompt, response, response, run.vocab)

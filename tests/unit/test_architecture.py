@@ -49,7 +49,7 @@ FOREIGN: dict[str, set[str]] = {  # room → packages it has no business with
 }
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "tokenizers", "safetensors", "numpy", "pyarrow", "pandas"}
 # Nothing heavy at import: neither here nor in whatever these import at their top.
-LIGHT_ROOTS = ("__main__", "cli.app", "config.load", "ui.console")
+LIGHT_ROOTS = ("__main__", "cli.app", "config.load", "losses.divergences", "losses.families", "ui.console")
 
 
 class Import(NamedTuple):
