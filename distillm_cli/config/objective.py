@@ -41,7 +41,7 @@ class ObjectiveConfig(DivergenceConfig):
     ``ObjectiveConfig(divergence="skl", alpha=0.3)`` returns the member with that divergence's parameters.
     """
 
-    divergence: Annotated[str, _DIVERGENCE] = Field(DEFAULT, description="p teacher, q student")
+    divergence: Annotated[str, _DIVERGENCE] = Field(DEFAULT, description="Divergence between teacher p and student q.")
     kd_weight: Probability = Field(1.0, description="(1 − kd_weight)·CE + kd_weight·D; CE never on student outputs")
     kd_warmup: Annotated[Probability, UsedWhen(*_WEIGHTED, of_method=False)] = Field(
         0.0, description="share of the steps over which D's weight climbs from 0 to kd_weight: cross-entropy first"

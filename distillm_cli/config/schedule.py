@@ -39,9 +39,10 @@ class ScheduleConfig(Section):
 
     kind: str = Field(
         "adaptive",
-        description="off: data set rows; on: rollouts; mixed: GKD; annealed: ImitKD; adaptive: DistiLLM; teacher: samples "
-        "of the teacher; pairs: of both for each prompt; interleaved: rollouts that the teacher mends (speculative KD); "
-        "rounds: rollout.bulk batches of rollouts, trained on inner_epochs times, then the next (MiniLLM)",
+        description="Sequences of each step. off: data set rows. on: rollouts. mixed: GKD. annealed: ImitKD. adaptive: "
+        "DistiLLM. teacher: samples of the teacher. pairs: a sample of both models for each prompt. interleaved: rollouts "
+        "that the teacher corrects (speculative KD). rounds: rollout.bulk batches of rollouts, trained on inner_epochs "
+        "times, then the next (MiniLLM).",
     )
 
     def __new__(cls, **values: Any) -> ScheduleConfig:

@@ -257,7 +257,7 @@ class SkewConfig(DivergenceConfig):
     """The parameter of ``skl`` and ``srkl``."""
 
     alpha: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.1, description="skew of skl and srkl: the share of the other distribution mixed in. 0 is kl, rkl"
+        0.1, description="Skew of skl and srkl. The share of the other distribution in the mixture; 0 is kl or rkl."
     )
 
 
