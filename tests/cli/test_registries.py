@@ -59,7 +59,7 @@ def test_help_shows_the_default_of_every_field(verb, help_of):
         field = leaves()[entry.keys[0]]
         if entry.off is not None:
             assert f"[default: {entry.off.removeprefix('--')}]" in text
-        elif field.default in (None, (), False):
+        elif field.default is False or field.default in (None, ()):
             assert "[default:" not in own, entry.flag
         else:
             assert f"[default: {shown(field.default, by_flag=True)}]" in own, entry.flag
