@@ -320,7 +320,7 @@ class SkewReverseKL(Divergence):
 class JSDConfig(DivergenceConfig):
     """The parameter of ``jsd``."""
 
-    beta: Probability = Field(0.5, description="of jsd: m = βp + (1−β)q")
+    beta: Probability = Field(0.5, description="β of jsd: m = βp + (1−β)q.")
 
 
 @register_divergence("jsd", config=JSDConfig)
@@ -363,7 +363,7 @@ class TotalVariation(Divergence):
 class JeffreysConfig(DivergenceConfig):
     """The parameter of ``jeffreys``."""
 
-    jeffreys_weight: Probability = Field(0.5, description="λ of jeffreys: 2λ KL(p‖q) + 2(1−λ) KL(q‖p)")
+    jeffreys_weight: Probability = Field(0.5, description="λ of jeffreys: 2λ KL(p‖q) + 2(1−λ) KL(q‖p).")
 
 
 @register_divergence("jeffreys", config=JeffreysConfig)
