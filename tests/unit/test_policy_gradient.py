@@ -84,10 +84,10 @@ def ours(criterion, outputs, rows, head, teacher_head, student, teacher):
             h,
             head,
             torch.from_numpy(piece.sequences[0].response).long(),
-            terms=criterion.terms(piece.source),
+            weights=criterion.terms(piece.source),
             teacher_hidden_ND=g,
             teacher_head=teacher_head,
-            per_token=per_token,
+            token_weights=per_token,
             chunk=2,
         )
         for piece, per_token, h, g in zip(pieces, own, student, teacher, strict=True)
@@ -150,10 +150,10 @@ def test_over_all_outputs_the_two_parts_are_the_gradient_of_the_reverse_kl_betwe
             torch.stack([first, then[a]]),
             Head(None),
             torch.tensor([a, b]),
-            terms=criterion.terms(Source.ROLLOUT),
+            weights=criterion.terms(Source.ROLLOUT),
             teacher_hidden_ND=torch.stack([p_first, p_then[a]]),
             teacher_head=Head(None),
-            per_token=own,
+            token_weights=own,
         )
     for found, true in zip(
         torch.autograd.grad(total, (first, then)), torch.autograd.grad(kl, (first, then)), strict=True
@@ -173,7 +173,7 @@ def test_gradcheck_with_a_surrogate_and_weights_of_the_divergence():
     terms = LossWeights(0.7, 0.4, MiniLLM(schema.ObjectiveConfig(**MINILLM)).divergence)
 
     def loss(hidden, weight):
-        return fused_loss(hidden, Head(weight), targets, terms=terms, per_token=own, chunk=4, **teacher)
+        return fused_loss(hidden, Head(weight), targets, weights=terms, token_weights=own, chunk=4, **teacher)
 
     assert torch.autograd.gradcheck(loss, (hidden, head.weight_VD))
     assert torch.autograd.gradcheck(lambda h: loss(h, head.weight_VD.detach()), (hidden,))

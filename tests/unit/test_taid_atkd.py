@@ -85,7 +85,7 @@ def test_taids_step_is_kl_to_the_target_between_with_the_student_in_it_as_a_numb
 def step_loss(z, zt, targets, terms, per_token=None):
     """The fused loss, summed, of logits that are given."""
     more = {"teacher_hidden_ND": zt, "teacher_head": Head(None)}
-    return fused_loss(z, Head(None), targets, terms=terms, per_token=per_token or NO_WEIGHTS, **more)
+    return fused_loss(z, Head(None), targets, weights=terms, token_weights=per_token or NO_WEIGHTS, **more)
 
 
 def whole_step(z, zt, targets, alpha):
