@@ -56,7 +56,7 @@ class Training(Section):
     """Keys of an sft or distill stage beside the sections of a recipe."""
 
     verb: Verb
-    recipe: Name | None = Field(None, description="a single recipe, shipped or a file, that the stage starts from")
+    recipe: Name | None = Field(None, description="Recipe that the stage starts from, shipped or a file.")
 
 
 class Generating(Training):
@@ -64,14 +64,14 @@ class Generating(Training):
 
     model: Name
     split: Literal["train", "valid", "test"] = "train"
-    limit: Positive | None = Field(None, description="the first prompts only; unset: data.limit")
-    n: Positive = Field(1, description="responses per prompt")
+    limit: Positive | None = Field(None, description="Use the first prompts only. Unset: data.limit.")
+    n: Positive = Field(1, description="Responses per prompt.")
 
 
 class Scoring(Training):
     """Keys of an eval stage."""
 
-    models: tuple[Name, ...] = Field(min_length=1, description="what is scored")
+    models: tuple[Name, ...] = Field(min_length=1, description="Models to score.")
 
 
 STAGE_KEYS: dict[str, type[Training]] = {"sft": Training, "generate": Generating, "distill": Training, "eval": Scoring}

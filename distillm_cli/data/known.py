@@ -3,7 +3,7 @@
 A name stands for rows in ``--data``, for the test rows of a suite in ``--suite``. Under $DISTILLM_DATA a set of such a name
 may have its own columns or those that every file may have (``rows.py``). Others are added by a module like this one:
 
-    register_dataset("squares", GeneratedDataset(read, splits=("train", "test")), __name__)
+    register_dataset("squares", GeneratedDataset(read, splits=("train", "test")))
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class GeneratedDataset:
 KnownDataset = HubDataset | GeneratedDataset
 
 
-def register_dataset(name: str, dataset: KnownDataset, module: str) -> None:
-    """Register a data set under a short name. module: the caller's ``__name__``, for messages."""
-    plugins.datasets.register(name, dataset, module)
+def register_dataset(name: str, dataset: KnownDataset, origin: str | None = None) -> None:
+    """Register a data set under a short name. origin: the module that it comes from, for messages."""
+    plugins.datasets.register(name, dataset, origin)
 
 
 def _summary(record: Record, column: str, task: str) -> Record:
@@ -112,7 +112,7 @@ for _name, _dataset in {
     "iwslt": HubDataset("IWSLT/iwslt2017", _IWSLT, revision=_CONVERTED, reshape=_EN_DE, columns=_TRANSLATIONS),
     "gsm8k": HubDataset("openai/gsm8k", _splits("main/{}-{:05d}-of-{:05d}.parquet", train=1, test=1)),
 }.items():
-    register_dataset(_name, _dataset, __name__)
+    register_dataset(_name, _dataset)
 
 
 def names() -> list[str]:

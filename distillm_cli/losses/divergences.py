@@ -262,7 +262,7 @@ class SkewConfig(DivergenceConfig):
     """The parameter of ``skl`` and ``srkl``."""
 
     alpha: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.1, description="skew of skl and srkl: the share of the other distribution mixed in. 0 is kl, rkl"
+        0.1, description="Skew of skl and srkl. The share of the other distribution in the mixture; 0 is kl or rkl."
     )
 
 
@@ -325,7 +325,7 @@ class SkewReverseKL(Divergence):
 class JSDConfig(DivergenceConfig):
     """The parameter of ``jsd``."""
 
-    beta: Probability = Field(0.5, description="of jsd: m = βp + (1−β)q")
+    beta: Probability = Field(0.5, description="β of jsd: m = βp + (1−β)q.")
 
 
 @register_divergence("jsd", config=JSDConfig)
@@ -368,7 +368,7 @@ class TotalVariation(Divergence):
 class JeffreysConfig(DivergenceConfig):
     """The parameter of ``jeffreys``."""
 
-    jeffreys_weight: Probability = Field(0.5, description="λ of jeffreys: 2λ KL(p‖q) + 2(1−λ) KL(q‖p)")
+    jeffreys_weight: Probability = Field(0.5, description="λ of jeffreys: 2λ KL(p‖q) + 2(1−λ) KL(q‖p).")
 
 
 @register_divergence("jeffreys", config=JeffreysConfig)
