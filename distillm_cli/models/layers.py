@@ -9,13 +9,13 @@ layers:all       every one: the teacher itself, in float32
 from __future__ import annotations
 
 import copy
-import re
 from itertools import pairwise
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from distillm_cli.config.student_spec import FORMS, parse_student
 from distillm_cli.errors import ModelError, UsageError, out_of_memory
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.composite import check_causal_class
@@ -24,38 +24,28 @@ from distillm_cli.utils.text import counted
 
 _BY_PLACE = ("diffllama",)  # families with a constant of each layer that is no weight
 
-_SPEC = re.compile(r"layers:(?:(?P<all>all)|(?P<list>\d+(?:,\d+)+)|(?P<count>\d+)(?::(?P<which>evenly|first|last))?)")
-_FORM = "layers:6 (evenly spaced), layers:6:first, layers:6:last, layers:0,3,7 or layers:all"
 
-
-def read_layers(spec: str) -> re.Match[str]:
-    """``layers:…`` in parts. Raises UsageError."""
-    match = _SPEC.fullmatch(spec)
-    if match is None:
-        raise UsageError(f"cannot read the student's layers {spec!r}", hint=f"write {_FORM}")
-    return match
-
-
-def chosen_layers(spec: str, depth: int) -> list[int]:
-    """The layers, of ``depth``, that ``layers:…`` names: ascending, counted from 0. Raises UsageError.
+def chosen_layers(text: str, depth: int) -> list[int]:
+    """Return the layers, of ``depth``, that ``layers:…`` names: ascending, counted from 0. Raises UsageError.
 
     Evenly spaced: i·(depth−1)/(n−1), rounded half up, i from 0 to n−1; of one layer, the first.
     """
-    match = read_layers(spec)
-    if match["all"]:
-        return list(range(depth))
-    if match["list"]:
-        wanted = [int(i) for i in match["list"].split(",")]
-        if (high := max(wanted)) >= depth:
-            raise UsageError(f"{spec}: the teacher has no layer {high}", hint=f"its layers are 0 to {depth - 1}")
-        if any(b <= a for a, b in pairwise(wanted)):
-            raise UsageError(f"{spec}: the layers must be in the teacher's order, each once", hint=f"write {_FORM}")
-        return wanted
-    count = int(match["count"])
+    spec = parse_student(text)
+    if spec.indices is not None:
+        highest = max(spec.indices)
+        if highest >= depth:
+            raise UsageError(f"{text}: the teacher has no layer {highest}", hint=f"its layers are 0 to {depth - 1}")
+        if any(b <= a for a, b in pairwise(spec.indices)):
+            hint = f"write {FORMS['layers:']}"
+            raise UsageError(f"{text}: the layers must be in the teacher's order, each once", hint=hint)
+        return list(spec.indices)
+    count = depth if spec.count is None else spec.count
     if not 1 <= count <= depth:
-        raise UsageError(f"{spec}: the teacher has {counted(depth, 'layer')}", hint=f"give 1 to {depth}")
-    if match["which"] in ("first", "last"):
-        return list(range(count) if match["which"] == "first" else range(depth - count, depth))
+        raise UsageError(f"{text}: the teacher has {counted(depth, 'layer')}", hint=f"give 1 to {depth}")
+    if spec.position == "first":
+        return list(range(count))
+    if spec.position == "last":
+        return list(range(depth - count, depth))
     gaps = max(count - 1, 1)
     return [(2 * i * (depth - 1) + gaps) // (2 * gaps) for i in range(count)]
 

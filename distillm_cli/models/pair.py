@@ -11,13 +11,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distillm_cli.config import schema
+from distillm_cli.config.student_spec import ConfigFile, RandomModel, TeacherLayers, TeacherWidth, parse_student
 from distillm_cli.errors import ModelError, UsageError
 from distillm_cli.models import lora
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.composite import freeze_rest
 from distillm_cli.models.conversation import add_stops
 from distillm_cli.models.devices import bf16_is_fast, resolve_device, resolve_dtype
-from distillm_cli.models.layers import build_from_layers, read_layers
+from distillm_cli.models.layers import build_from_layers
 from distillm_cli.models.loading import check_causal, load_backbone, load_config
 from distillm_cli.models.places import adapters_of, lasting, locate
 from distillm_cli.models.round_trip import check_reload, differs_from_file
@@ -25,9 +26,7 @@ from distillm_cli.models.students import (
     adopt_special_tokens,
     build_from_config,
     build_random,
-    parse_spec,
-    read_width,
-    spec_of_width,
+    check_has_teacher,
 )
 from distillm_cli.models.targets import frozen_parts
 from distillm_cli.models.tokenizer_files import (
@@ -98,9 +97,8 @@ def load_pair(
     on them. tokenizers: those of the models, as far as they have been read. Raises ModelError or UsageError.
     """
     tokenizers = tokenizers or OwnTokenizers()
-    for prefix, read in {"random:": parse_spec, "layers:": read_layers, "width:": read_width}.items():
-        if (recipe.student.path or "").startswith(prefix):
-            read(recipe.student.path)  # a slip of the pen is told before a large teacher is loaded
+    if recipe.student.path is not None:
+        parse_student(recipe.student.path)  # a typing error is reported before a large teacher is loaded
     teacher, is_sft = None, recipe.method == "sft"
     if recipe.teacher.path is not None and not is_sft:
         teacher = _load_teacher(recipe.teacher, device, listener, tokenizers)
@@ -270,16 +268,14 @@ def _whole_student(
             "no model to train", hint="pass --student PATH, or --student random:4x256 to start from scratch"
         )
     tokenizer = tokenizer or _asked_tokenizer(student, texts)
-    if path.startswith("layers:"):
-        if teacher is None:
-            what = f"{path} takes layers from a teacher, and there is none"
-            raise UsageError(what, hint="name it: --set teacher.path=PATH")
+    spec = parse_student(path)
+    check_has_teacher(path, spec, teacher)
+    if isinstance(spec, TeacherLayers):
         with quiet():
             model = build_from_layers(path, teacher, dropout=student.dropout)
         return Backbone(model.to(device), tokenizer or teacher.tokenizer)
-    if path.startswith(("random:", "width:")):
+    if isinstance(spec, RandomModel | TeacherWidth):
         config = None if teacher is None else teacher.model.config
-        path = spec_of_width(path, config) if path.startswith("width:") else path
         tokenizer = tokenizer or _teachers(teacher, path)
         with quiet():
             model = build_random(
@@ -287,7 +283,7 @@ def _whole_student(
             )
         _end_prompts(student, model, tokenizer)
         return Backbone(model.to(device), tokenizer)
-    if path.endswith(".json"):
+    if isinstance(spec, ConfigFile):
         file = Path(path).expanduser()
         if not file.is_file():
             raise ModelError(f"no model config at {file}: no such file", hint="check the path")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import huggingface_hub
 
-from distillm_cli.config.schema import BUILT, is_of_hub
+from distillm_cli.config.student_spec import BUILTIN, is_built_without_file, is_on_hub
 from distillm_cli.errors import ModelError
 from distillm_cli.utils.storage import leads_nowhere
 
@@ -20,14 +20,14 @@ BUILTIN_TEACHER = Path(__file__).resolve().parent.parent / "assets" / "quickstar
 
 def locate(path: str) -> tuple[str, bool]:
     """`path` as transformers takes it, and whether it is a local directory. `builtin` is the teacher shipped here."""
-    place = BUILTIN_TEACHER if path == "builtin" else Path(path).expanduser()
+    place = BUILTIN_TEACHER if path == BUILTIN else Path(path).expanduser()
     if place.is_dir():
         return str(place), True
     if place.is_file():
         raise ModelError(f"{path} is a file, not a model directory", hint=f"pass {place.parent}")
     if leads_nowhere(place):
         raise ModelError(f"{path} is a symbolic link that leads nowhere", hint="correct the link, or pass another path")
-    if not is_of_hub(path):
+    if not is_on_hub(path):
         raise ModelError(f"no model at {place}: no such directory", hint="check the path")
     return path, False
 
@@ -108,7 +108,7 @@ def adapters_of(path: str, revision: str | None = None) -> tuple[list[Place], st
     """LoRA adapters, the outermost first, and what they adapt: its path and revision. For a model: none, and itself."""
     adapters: list[Place] = []
     while True:
-        if adapters and path.startswith(BUILT):
+        if adapters and is_built_without_file(path):
             raise ModelError(
                 f"{adapters[-1].name} is an adapter of a model that its run built ({path}) and that is not kept",
                 hint="give the run's output directory",

@@ -16,7 +16,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from distillm_cli.config import schema
-from distillm_cli.errors import ModelError, UsageError
+from distillm_cli.config.student_spec import ConfigFile, RandomModel, TeacherLayers, TeacherWidth, parse_student
+from distillm_cli.errors import ModelError
 from distillm_cli.models.backbone import Backbone, vocabulary_size
 from distillm_cli.models.composite import text_parameters
 from distillm_cli.models.contexts import context_of
@@ -24,7 +25,7 @@ from distillm_cli.models.layers import build_from_layers
 from distillm_cli.models.loading import load_config
 from distillm_cli.models.lora import parameter_of
 from distillm_cli.models.places import locate
-from distillm_cli.models.students import auto_class, build_random, spec_of_width, tied_from_scratch
+from distillm_cli.models.students import auto_class, build_random, check_has_teacher, tied_from_scratch
 from distillm_cli.models.tokenizer_files import WEIGHTS, has_tokenizer, load_tokenizer, prepare_tokenizer, quiet
 from distillm_cli.models.tokenizers import is_trained_spec, train_tokenizer
 
@@ -170,7 +171,7 @@ def sizes(model: PreTrainedModel, vocab: int | None = None) -> Sizes:
 
 def has_weights(path: str) -> bool:
     """Whether a model's weights are in a directory here. Raises ModelError for a path at which nothing is."""
-    if path.endswith(".json"):
+    if isinstance(parse_student(path), ConfigFile):
         return False
     name, local = locate(path)
     return local and any(next(Path(name).glob(pattern), None) for pattern in WEIGHTS)
@@ -202,20 +203,18 @@ def load_shape(
         return known[path]
     own = _asked_tokenizer(tokenizer, texts, known)
     config = None if teacher is None else teacher.model.config
-    if path.startswith("layers:"):
-        if teacher is None:
-            what = f"{path} takes layers from a teacher, and there is none"
-            raise UsageError(what, hint="name it: --set teacher.path=PATH")
+    spec = parse_student(path)
+    check_has_teacher(path, spec, teacher)
+    if isinstance(spec, TeacherLayers):
         with torch.device("meta"), quiet():
             whole = Backbone(teacher.model, teacher.tokenizer, teacher.vocab)
             return Shape(build_from_layers(path, whole), own or teacher.tokenizer)
-    if path.startswith(("random:", "width:")):
-        path = spec_of_width(path, config) if path.startswith("width:") else path
+    if isinstance(spec, RandomModel | TeacherWidth):
         own = own or (None if teacher is None else teacher.tokenizer)
         stand_in = own or _Unread(path, teacher)
         with torch.device("meta"), quiet():
             return Shape(build_random(path, stand_in, teacher_config=config, max_length=max_length, seed=0), own)
-    file = path.endswith(".json")
+    file = isinstance(spec, ConfigFile)
     if file and not Path(path).expanduser().is_file():
         raise ModelError(f"no model config at {path}: no such file", hint="check the path")
     config = load_config(str(Path(path).expanduser()) if file else path, revision=revision, file=file)

@@ -20,15 +20,19 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
+from distillm_cli.config.student_spec import (
+    RandomModel,
+    StudentSpec,
+    TeacherLayers,
+    TeacherWidth,
+    parse_student,
+)
 from distillm_cli.errors import ModelError, UsageError, out_of_memory
 from distillm_cli.models.backbone import vocabulary_size
 from distillm_cli.models.composite import check_causal_class, is_composite
 from distillm_cli.models.contexts import context_of
 from distillm_cli.models.seq2seq import T5_KIN, head_scale
 
-_SPEC = re.compile(r"random:(?:(?P<family>[A-Za-z][\w-]*):)?(?P<layers>\d+)x(?P<width>\d+)")
-_WIDTH = re.compile(r"width:(?:(?P<size>\d+)|(?P<share>0?\.\d+))")
-_FORM = "random:[FAMILY:]LAYERSxWIDTH, for example random:4x256 or random:gpt2:4x256"
 _DROPOUT = re.compile(r"(?!classifier|summary|layer)\w*(dropout|pdrop)(_prob|_rate|_p)?")
 
 # What a copied config must not carry over, and what grows and shrinks with the width.
@@ -56,18 +60,19 @@ def build_random(
     seed: int,
     dropout: float | None = None,
 ) -> PreTrainedModel:
-    """A model with random float32 weights, a function of the seed and the shape alone.
+    """Build a model with random float32 weights, a function of the seed and the shape alone.
 
-    spec: ``random:[FAMILY:]LAYERSxWIDTH``. FAMILY llama, gpt2 or t5, or the teacher's own, which is also the default: its
-    config with layers, width, heads and feed-forward scaled. Without a teacher: llama. An encoder-decoder has so many
-    layers on either side. Context: the teacher's, else 2·max_length. dropout: unset is 0. Raises UsageError for a shape
-    that cannot be.
+    spec: ``random:[FAMILY:]LAYERSxWIDTH``, or ``width:…``, as deep as the teacher. FAMILY: llama, gpt2 or t5, or the
+    teacher's own, which is also the default: its config with layers, width, heads and feed-forward scaled. Without a
+    teacher: llama. An encoder-decoder has so many layers on either side. Context: the teacher's, else 2·max_length.
+    dropout: unset is 0. Raises UsageError for a shape that cannot be.
     """
-    family, layers, width = parse_spec(spec)
+    model = _random_model(spec, teacher_config)
+    layers, width = model.layers, model.width
     text = None if teacher_config is None else teacher_config.get_text_config()
     context = max(2 * max_length, 128) if text is None else context_of(text)
     shape = {"layers": layers, "width": width, "context": context or max(2 * max_length, 128)}
-    family = family or ("llama" if text is None else text.model_type)
+    family = model.family or ("llama" if text is None else text.model_type)
     if text is not None and family == text.model_type:
         if text is not teacher_config:
             check_causal_class(text, spec)
@@ -102,37 +107,31 @@ def build_from_config(
     return _build(config, tokenizer, seed, where)
 
 
-def parse_spec(spec: str) -> tuple[str | None, int, int]:
-    """`random:[FAMILY:]LAYERSxWIDTH` → family (or None), layers, width."""
-    match = _SPEC.fullmatch(spec)
-    if match is None or int(match["layers"]) < 1 or int(match["width"]) < 1:
-        raise UsageError(f"cannot read the student's shape {spec!r}", hint=f"write {_FORM}")
-    return match["family"], int(match["layers"]), int(match["width"])
+def check_has_teacher(text: str, spec: StudentSpec, teacher: object | None) -> None:
+    """Raise UsageError where a student is made of a teacher and there is none."""
+    if teacher is not None:
+        return
+    if isinstance(spec, TeacherLayers):
+        what = f"{text} takes layers from a teacher, and there is none"
+        raise UsageError(what, hint="name it: --set teacher.path=PATH")
+    if isinstance(spec, TeacherWidth):
+        raise UsageError(f"{text} is as deep as a teacher, and there is none", hint="write random:LAYERSxWIDTH")
 
 
-def read_width(spec: str) -> re.Match[str]:
-    """`width:SIZE` or `width:SHARE`, in parts. Raises UsageError."""
-    match = _WIDTH.fullmatch(spec)
-    if match is None or (match["share"] and float(match["share"]) == 0):
-        raise UsageError(
-            f"cannot read the student's width {spec!r}", hint="write width:256, or width:0.5 for half of the teacher's"
-        )
-    return match
+def _random_model(text: str, teacher_config: PretrainedConfig | None) -> RandomModel:
+    """Return family, layers and width of ``random:`` or ``width:``. Raises UsageError.
 
-
-def spec_of_width(spec: str, teacher_config: PretrainedConfig | None) -> str:
-    """`width:SIZE` or `width:SHARE` (a share of the teacher's, to the nearest 16) → `random:LxW` as deep as the teacher.
-
-    Nothing is copied: a narrower matrix has no right place in a wider one. Raises UsageError.
+    Nothing is copied for a width: a narrower matrix has no right place in a wider one.
     """
-    match = read_width(spec)
-    if teacher_config is None:
-        raise UsageError(f"{spec} is as deep as a teacher, and there is none", hint="write random:LAYERSxWIDTH")
-    text = teacher_config.get_text_config()
-    width = int(match["size"]) if match["size"] else _multiple(float(match["share"]) * text.hidden_size)
-    if not 1 <= width <= text.hidden_size:
-        raise UsageError(f"{spec}: the teacher is {text.hidden_size} wide", hint=f"give 1 to {text.hidden_size}")
-    return f"random:{text.num_hidden_layers}x{width}"
+    spec = parse_student(text)
+    check_has_teacher(text, spec, teacher_config)
+    if isinstance(spec, RandomModel):
+        return spec
+    teacher = teacher_config.get_text_config()
+    width = spec.size if spec.size is not None else _multiple(spec.share * teacher.hidden_size)
+    if not 1 <= width <= teacher.hidden_size:
+        raise UsageError(f"{text}: the teacher is {teacher.hidden_size} wide", hint=f"give 1 to {teacher.hidden_size}")
+    return RandomModel(teacher.num_hidden_layers, width)
 
 
 def set_dropout(config: PretrainedConfig, dropout: float, *, where: str) -> None:

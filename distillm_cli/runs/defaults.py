@@ -30,7 +30,6 @@ for T5 (1e-4).
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -42,7 +41,8 @@ from pydantic import ValidationError
 from distillm_cli.config.load import Resolved
 from distillm_cli.config.ownership import value_of
 from distillm_cli.config.pipeline_recipe import PREFIX, Pipeline, Stage
-from distillm_cli.config.schema import AUTO, Recipe, is_built
+from distillm_cli.config.schema import AUTO, Recipe
+from distillm_cli.config.student_spec import BUILTIN, ConfigFile, RandomModel, is_built, parse_student
 from distillm_cli.errors import RecipeError, UsageError
 from distillm_cli.models.facts import Facts, read_facts
 from distillm_cli.models.places import locate
@@ -103,11 +103,11 @@ def facts_of(recipe: Recipe, known: Known, model: str | None = None) -> Facts | 
 
 def _family_of(path: str) -> str:
     """Return the family of a student that is built without a teacher: random:[FAMILY:]SIZE, or a config.json."""
-    if path.endswith(".json"):
+    spec = parse_student(path)
+    if isinstance(spec, ConfigFile):
         with suppress(OSError, ValueError, AttributeError):
             return str(json.loads(Path(path).expanduser().read_text(encoding="utf-8")).get("model_type"))
-    named = re.fullmatch(r"random:([^:]+):.*", path)
-    return named[1] if named else "llama"
+    return (spec.family or "llama") if isinstance(spec, RandomModel) else "llama"
 
 
 def _teacher(recipe: Recipe, known: Known) -> Facts | None:
@@ -239,8 +239,8 @@ def check_data(resolved: Resolved, known: Known | None = None) -> str | None:
     for path, facts in zip(paths, models, strict=True):
         if facts is None and path not in known and not is_built(path):
             locate(path)  # no such directory: that is what is wrong
-    if "builtin" in paths or not all(facts is not None and is_papers(facts) for facts in models):
-        name = "builtin" if "builtin" in paths else "rows.jsonl or --data dolly"
+    if BUILTIN in paths or not all(facts is not None and is_papers(facts) for facts in models):
+        name = BUILTIN if BUILTIN in paths else "rows.jsonl or --data dolly"
         where = "--data is not given, and only GPT-2, OPT and Llama bases take Dolly by default"
         raise UsageError("no data to train on", where=where, hint=f"give --data PATH or NAME, such as --data {name}")
     return f"no --data: training on Dolly (data.source {recipe.data.source}), the paper's data set"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 from distillm_cli.config.load import Resolved
 from distillm_cli.config.schema import DataConfig, Recipe
 from distillm_cli.config.sft_stage import sft_before
+from distillm_cli.config.student_spec import BuiltinModel, ConfigFile, SavedModel, parse_student
 from distillm_cli.data.batching import Examples, steps_per_epoch, tokenize
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import Rows, is_path, load_rows, local_place
@@ -38,7 +38,6 @@ from distillm_cli.utils.host import available_memory
 from distillm_cli.utils.text import redact
 
 T = TypeVar("T")
-_BUILT = re.compile(r"[a-z]+:")  # random:…; no hub name and no path here begins so
 _IN_HOST = (
     "teacher_states",
     "rollout_states",
@@ -51,11 +50,15 @@ def weights_are_at_hand(recipe: Recipe) -> bool:
     models from scratch."""
     is_needed = recipe.method != "sft" or recipe.student.is_built
     paths = [recipe.student.path, recipe.teacher.path if is_needed else None]
-    loaded = [path for path in paths if path is not None and not _BUILT.match(path)]
+    loaded = [path for path in paths if path is not None and _is_on_disk_or_hub(path)]
     if not all(has_weights(path) for path in loaded):
         return False
     free = available_memory()
     return free is None or sum(weight_bytes(path) for path in loaded) <= free / 4  # read as float32, and some room
+
+
+def _is_on_disk_or_hub(path: str) -> bool:
+    return isinstance(parse_student(path), SavedModel | BuiltinModel | ConfigFile)
 
 
 def survey(resolved: Resolved, listener: Listener) -> tuple[dict[str, Any], Prepared | None]:

@@ -46,7 +46,7 @@ def test_layers_are_chosen(spec, depth, layers):
     ("spec", "said"),
     [
         ("layers:", "write layers:6"),
-        ("layers:six", "cannot read the student's layers 'layers:six'"),
+        ("layers:six", "cannot read the student specification 'layers:six'"),
         ("layers:6:middle", "layers:6:last"),
         ("layers:13", "layers:13: the teacher has 12 layers; give 1 to 12"),
         ("layers:0", "give 1 to 12"),
@@ -136,7 +136,7 @@ def test_a_narrower_student_is_as_deep_as_the_teacher_and_random(spec, width):
     ("spec", "said"),
     [
         ("width:64", "the teacher is 32 wide; give 1 to 32"),
-        ("width:1.5", "cannot read the student's width 'width:1.5'; write width:256, or width:0.5"),
+        ("width:1.5", "cannot read the student specification 'width:1.5'; write width:256, or width:0.5"),
         ("width:0.0", "cannot read"),
         ("width:7", "a width of 7 does not divide into attention heads"),
     ],
