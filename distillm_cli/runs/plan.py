@@ -26,14 +26,14 @@ from distillm_cli.models.composite import freeze_rest, is_composite
 from distillm_cli.models.contexts import context_of
 from distillm_cli.models.pair import check_kinds, check_vocabularies, resolve_device, resolve_dtype
 from distillm_cli.models.shapes import Shape, Sizes, has_weights, load_shape, sizes, student_spec, weight_bytes
-from distillm_cli.rollouts.scheduler import Scheduler
 from distillm_cli.runs import costs, gpus
-from distillm_cli.runs.prepare import Prepared, new_order, new_replay, prepare, texts_of
+from distillm_cli.runs.cache_size import CacheWorkload, uses_rows
+from distillm_cli.runs.prepare import Prepared, new_order, prepare, texts_of
 from distillm_cli.runs.report import check_answers, check_metric
-from distillm_cli.runs.teacher_states import CachePlan, check_rows, disk_free, plan_cache, uses_rows
+from distillm_cli.runs.teacher_states import CachePlan, check_rows, disk_free, plan_cache, workload_of
 from distillm_cli.training.events import Listener, Note, silent
 from distillm_cli.ui.display import size
-from distillm_cli.utils import garbage, text
+from distillm_cli.utils import garbage
 from distillm_cli.utils.host import available_memory
 from distillm_cli.utils.text import redact
 
@@ -75,16 +75,10 @@ def survey(resolved: Resolved, listener: Listener) -> tuple[dict[str, Any], Prep
 def of_run(run: Prepared, resolved: Resolved) -> dict[str, Any]:
     """The plan of a run whose models and rows are loaded."""
     teacher = None if run.pair.teacher is None else run.pair.teacher.model
-    keeping = None if teacher is None else plan_cache(run)
+    keeping = None if teacher is None else plan_cache(run, workload_of(run))
     states, kept = {}, {}
-    if keeping is not None and keeping.mode != "off":
-        in_memory = keeping.rows_bytes if keeping.mode == "memory" else 0  # those on disk are mapped
-        states = {
-            "teacher_states": keeping.held_out_bytes + in_memory,
-            "rollout_states": keeping.rollout_bytes,
-            "teacher_sample_states": keeping.sample_bytes,
-        }
     if keeping is not None:
+        states = keeping.size.in_memory(keeping.mode)
         kept = {"teacher_cache": _kept(run, keeping)}
     sized = costs.Run(
         recipe=run.recipe,
@@ -96,7 +90,7 @@ def of_run(run: Prepared, resolved: Resolved) -> dict[str, Any]:
         teacher_itemsize=2 if teacher is None else teacher.dtype.itemsize,
         device=run.device.type,
         states=states,
-        cached=keeping is not None and bool(keeping.rows_bytes),
+        cached=keeping is not None and bool(keeping.size.rows),
         keeps=keeping is not None and keeping.mode != "off",
     )
     sized = _with_fine_tuning(sized, resolved)
@@ -276,10 +270,10 @@ def _kept(run: Prepared, keeping: CachePlan) -> dict[str, Any]:
     """What would be kept of the teacher's states: bytes of rows and, at most, of replayed rollouts."""
     told = {
         "mode": keeping.mode,
-        "rows": len(run.train) if keeping.rows_bytes else 0,
-        "bytes": keeping.rows_bytes,
-        "rollout_bytes": keeping.rollout_bytes,
-        "sample_bytes": keeping.sample_bytes,
+        "rows": len(run.train) if keeping.size.rows else 0,
+        "bytes": keeping.size.rows,
+        "rollout_bytes": keeping.size.rollouts,
+        "sample_bytes": keeping.size.samples,
         "why": keeping.why,
     }
     if keeping.place is None:
@@ -308,37 +302,39 @@ def _frozen(counted: Sizes) -> Sizes:
 def _would_keep(
     recipe: Recipe, teacher: Sizes | None, lengths: costs.Lengths, itemsize: int
 ) -> tuple[dict[str, Any] | None, dict[str, int]]:
-    """As ``_kept``, by arithmetic: width × size of a value for each response token; and the parts of the memory."""
+    """Return the same for a run by its shapes, and the parts of the memory.
+
+    Free memory is not compared: weights that are not at hand run on another machine.
+    """
     if teacher is None:
         return None, {}
-    per_token, mode = teacher.head_in * itemsize, recipe.teacher.cache
-    schedule = Scheduler(recipe.schedule, steps=1, seed=0)
-    train, counted = recipe.train, lengths.rows or 0
-    step_rows = min(train.batch_size * train.accumulate, lengths.rows or math.inf)
-    comes_back = None not in (lengths.steps, lengths.steps_per_epoch) and lengths.steps > lengths.steps_per_epoch
-    rows = round(counted * lengths.response * per_token) if uses_rows(recipe) else 0
-    drawn = min(new_replay(recipe, step_rows).capacity, (lengths.steps or math.inf) * step_rows)
-    rollouts = drawn * recipe.rollout.max_new_tokens * per_token if schedule.may_replay else 0
-    asked_again = schedule.samples_come_back and comes_back and recipe.objective.kd_weight > 0
-    samples = counted * recipe.rollout.max_new_tokens * per_token if asked_again else 0
-    if mode == "off":
-        rollouts = samples = 0
-    keeps = rows if mode in ("memory", "disk") or (mode == "auto" and comes_back) else 0
-    listed = {f"for {text.counted(counted, 'row')}": keeps, "for replayed rollouts, at most": rollouts}
-    listed = {what: n for what, n in (listed | {"for teacher samples, at most": samples}).items() if n}
+    mode, rows = recipe.teacher.cache, lengths.rows or 0
+    workload = CacheWorkload(
+        recipe=recipe,
+        bytes_per_token=teacher.head_in * itemsize,
+        rows=lengths.rows,
+        row_tokens=rows * lengths.response,
+        steps=lengths.steps,
+        steps_per_epoch=lengths.steps_per_epoch,
+    )
+    found = workload.size(mode)
     places = {"off": "", "disk": "on disk", "memory": "in memory", "auto": "in memory, where enough is free"}
-    why = f"{places[mode]}: {', '.join(f'{size(n)} {what}' for what, n in listed.items())}"
-    if not listed:
-        why = "not kept" if mode == "off" else "not kept: nothing is seen twice"
+    parts = found.described(rows)
+    why = f"{places[mode]}: {parts}"
+    if not parts:
+        why = "not cached" if mode == "off" else "not cached: nothing is seen twice"
     if lengths.rows is None and uses_rows(recipe) and mode != "off":
-        why = f"{size(per_token)} for each response token of a row{f'; {why}' if listed else ''}"
-    parts = {
-        "teacher_states": keeps if mode != "disk" else 0,
-        "rollout_states": rollouts,
-        "teacher_sample_states": samples,
+        why = f"{size(workload.bytes_per_token)} for each response token of a row{f'; {why}' if parts else ''}"
+    kept = {
+        "mode": mode,
+        "rows": lengths.rows if found.rows else 0,
+        "bytes": found.rows,
+        "rollout_bytes": found.rollouts,
+        "sample_bytes": found.samples,
+        "why": why,
+        "bytes_per_token": workload.bytes_per_token,
     }
-    kept = {"mode": mode, "rows": lengths.rows if keeps else 0, "bytes": keeps, "rollout_bytes": rollouts}
-    return kept | {"sample_bytes": samples, "why": why, "bytes_per_token": per_token}, parts
+    return kept, found.in_memory(mode)
 
 
 def at_hand(read: Callable[[], T], source: str) -> tuple[T | None, str]:

@@ -21,7 +21,7 @@ from distillm_cli.config.ownership import condition, is_read
 from distillm_cli.config.schema import Recipe, TrainConfig
 from distillm_cli.config.shortcuts import SHORTCUTS, Flag, flag_of
 from distillm_cli.errors import RecipeError, UsageError
-from distillm_cli.runs.teacher_states import uses_rows
+from distillm_cli.runs.cache_size import uses_rows
 
 
 @pytest.fixture
