@@ -1,4 +1,4 @@
-"""Students built from scratch: from a shape such as `random:4x256` or `width:0.5`, or from a config.json."""
+"""Build students from scratch: from a shape such as `random:4x256` or `width:0.5`, or from a config.json."""
 
 from __future__ import annotations
 
@@ -30,25 +30,18 @@ from distillm_cli.config.student_spec import (
 from distillm_cli.errors import ModelError, UsageError, out_of_memory
 from distillm_cli.models.backbone import vocabulary_size
 from distillm_cli.models.composite import check_causal_class, is_composite
-from distillm_cli.models.contexts import context_of
-from distillm_cli.models.seq2seq import T5_KIN, head_scale
+from distillm_cli.models.model_families import (
+    DECODER_DEPTH_FIELDS,
+    FEED_FORWARD_FIELDS,
+    IDENTITY_FIELDS,
+    INITIAL_SPREAD_FIELDS,
+    KEY_VALUE_HEADS_FIELDS,
+    context_of,
+    family_of,
+    t5_head_scale,
+)
 
 _DROPOUT = re.compile(r"(?!classifier|summary|layer)\w*(dropout|pdrop)(_prob|_rate|_p)?")
-
-# What a copied config must not carry over, and what grows and shrinks with the width.
-_IDENTITY = ("_name_or_path", "architectures", "auto_map", "dtype", "quantization_config", "transformers_version")
-_FEED_FORWARD = (
-    "intermediate_size",
-    "ffn_dim",
-    "d_ff",
-    "encoder_ffn_dim",
-    "decoder_ffn_dim",
-    "n_inner",
-    "ffn_hidden_size",
-    "moe_intermediate_size",
-    "shared_expert_intermediate_size",
-    "shared_intermediate_size",
-)
 
 
 def build_random(
@@ -91,7 +84,7 @@ def build_random(
 def build_from_config(
     config: PretrainedConfig, tokenizer: Tokenizer, *, seed: int, dropout: float | None = None, where: str
 ) -> PreTrainedModel:
-    """A model with random float32 weights of the shape that a config.json gives. where: that file, for messages.
+    """Build a model with random float32 weights of the shape that a config.json gives. where: that file, for messages.
 
     Raises ModelError when the tokenizer has more token ids than the config's vocab_size.
     """
@@ -135,7 +128,7 @@ def _random_model(text: str, teacher_config: PretrainedConfig | None) -> RandomM
 
 
 def set_dropout(config: PretrainedConfig, dropout: float, *, where: str) -> None:
-    """Every dropout of the config, on embeddings, attention, residuals and activations alike."""
+    """Set every dropout of a config: on embeddings, attention, residuals and activations alike."""
     text = config.get_text_config()
     names = [
         name
@@ -149,19 +142,19 @@ def set_dropout(config: PretrainedConfig, dropout: float, *, where: str) -> None
 
 
 def _set_initial_spread(config: PretrainedConfig, width: int) -> None:
-    """Standard deviation √(2/(5·width)) for the random weights (small init, Nguyen & Salazar, arXiv 1910.05895).
+    """Set the standard deviation √(2/(5·width)) for random weights (small init, Nguyen & Salazar, arXiv 1910.05895).
 
     The families' constant 0.02 is about right for a width of 1,000; in a model of width 64 a layer would pass on next to
     nothing at first, and the first hundreds of steps would be spent on growing the weights.
     """
     text = config.get_text_config()
-    for name in ("initializer_range", "init_std"):
+    for name in INITIAL_SPREAD_FIELDS:
         if hasattr(text, name):
             setattr(text, name, (2 / (5 * width)) ** 0.5)
 
 
 def adopt_special_tokens(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
-    """Point a model's config at the special tokens of a tokenizer that did not come with it, for `generate`."""
+    """Set the special tokens in a model's config to those of a tokenizer that did not come with it, for `generate`."""
     _set_special_tokens(model.config, tokenizer)
     if model.generation_config is not None:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -181,7 +174,7 @@ def _set_special_tokens(config: PretrainedConfig, tokenizer: Tokenizer) -> None:
 
 
 def _start_token(config: PretrainedConfig, tokenizer: Tokenizer) -> int:
-    """What the decoder begins with: the token in the same role as before, T5's pad or BART's end-of-sequence."""
+    """Return what the decoder begins with: the token in the same role as before, T5's pad or BART's end-of-sequence."""
     start = getattr(config, "decoder_start_token_id", None)
     for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
         if start is not None and start == getattr(config, name, None) and getattr(tokenizer, name) is not None:
@@ -213,14 +206,16 @@ def _build(config: PretrainedConfig, tokenizer: Tokenizer, seed: int, where: str
                 f"cannot build a {config.model_type} of this shape: {error}", where=where, hint="try random:llama:4x256"
             ) from error
     adopt_special_tokens(model, tokenizer)
-    _calm_embeddings(model)
+    _scale_embeddings(model)
     return model.eval()
 
 
 @torch.no_grad()
-def _calm_embeddings(model: PreTrainedModel) -> None:
-    """T5 and its kin draw embeddings of spread 1. Where they are the head too, and nothing scales its input, the first
-    logits would have a spread of √width: the scale goes into the matrix instead."""
+def _scale_embeddings(model: PreTrainedModel) -> None:
+    """Scale the embeddings of a T5-like model, which are drawn with spread 1, where they are the head too.
+
+    Where nothing scales the head's input, the first logits would have a spread of √width.
+    """
     if tied_from_scratch(model):
         model.get_input_embeddings().weight.mul_(model.config.hidden_size**-0.5)
 
@@ -231,8 +226,9 @@ def heads_are_tied(model: PreTrainedModel) -> bool:
 
 
 def tied_from_scratch(model: PreTrainedModel) -> bool:
-    """Whether transformers ties embeddings and head of a T5 v1.1 or mT5 that it builds, whose checkpoints have both."""
-    return heads_are_tied(model) and model.config.model_type in T5_KIN and head_scale(model.config) == 1.0
+    """Return whether transformers ties embeddings and head of a T5 v1.1 or mT5 that it builds; checkpoints have both."""
+    is_t5 = family_of(model.config.model_type).has_t5_head
+    return heads_are_tied(model) and is_t5 and t5_head_scale(model.config) == 1.0
 
 
 def _llama(*, layers: int, width: int, context: int, spec: str) -> PretrainedConfig:
@@ -276,8 +272,8 @@ _SHAPES = {"llama": _llama, "gpt2": _gpt2, "t5": _t5}
 
 
 def with_layers(old: PretrainedConfig, keep: list[int], spec: str) -> PretrainedConfig:
-    """The same config for these of the layers alone, whatever it says of each layer included."""
-    fields: dict[str, Any] = {k: v for k, v in old.to_dict().items() if k not in _IDENTITY}
+    """Return the same config for these of the layers alone, its lists with an entry per layer included."""
+    fields: dict[str, Any] = {k: v for k, v in old.to_dict().items() if k not in IDENTITY_FIELDS}
     depth = old.num_hidden_layers
     for name, value in fields.items():
         if isinstance(value, list) and len(value) == depth and "layer" in name:
@@ -288,15 +284,15 @@ def with_layers(old: PretrainedConfig, keep: list[int], spec: str) -> Pretrained
     try:
         return type(old).from_dict(fields)
     except Exception as error:  # every family validates its sizes in its own way
-        said = str(error).splitlines()[-1].strip()
+        reason = str(error).splitlines()[-1].strip()
         raise ModelError(
-            f"cannot take {len(keep)} layers of the teacher's {old.model_type}: {said}", where=spec
+            f"cannot take {len(keep)} layers of the teacher's {old.model_type}: {reason}", where=spec
         ) from error
 
 
 def _scaled(old: PretrainedConfig, layers: int, width: int, spec: str) -> PretrainedConfig:
-    """The same family and settings at another depth and width, every dependent size kept in proportion."""
-    fields: dict[str, Any] = {k: v for k, v in old.to_dict().items() if k not in _IDENTITY}
+    """Return the config at another depth and width, every dependent size in proportion."""
+    fields: dict[str, Any] = {k: v for k, v in old.to_dict().items() if k not in IDENTITY_FIELDS}
 
     def key(name: str) -> str:
         return old.attribute_map.get(name, name)
@@ -307,10 +303,10 @@ def _scaled(old: PretrainedConfig, layers: int, width: int, spec: str) -> Pretra
         if isinstance(value, list) and len(value) == old_layers and "layer" in name:
             fields[name] = _resampled(value, layers)
     fields[key("hidden_size")], fields[key("num_hidden_layers")] = width, layers
-    for name in ("num_decoder_layers", "decoder_layers"):  # of an encoder-decoder; the other name is the encoder's
+    for name in DECODER_DEPTH_FIELDS:
         if fields.get(name):
             fields[name] = max(1, round(layers * fields[name] / old_layers))
-    for name in _FEED_FORWARD:
+    for name in FEED_FORWARD_FIELDS:
         if isinstance(fields.get(name), int):
             fields[name] = _multiple(fields[name] * ratio)
     if heads := getattr(old, "num_attention_heads", None):
@@ -321,7 +317,7 @@ def _scaled(old: PretrainedConfig, layers: int, width: int, spec: str) -> Pretra
             fields["decoder_attention_heads"] = width // head
         if fields.get(key("head_dim")) is not None:
             fields[key("head_dim")] = head
-        for name in ("num_key_value_heads", "num_kv_heads"):
+        for name in KEY_VALUE_HEADS_FIELDS:
             if fields.get(key(name)):
                 fields[key(name)] = _shared_heads(width // head, fields[key(name)] / heads)
         if fields.get("query_pre_attn_scalar") is not None:
@@ -342,22 +338,22 @@ def _scaled(old: PretrainedConfig, layers: int, width: int, spec: str) -> Pretra
     try:
         return type(old).from_dict(fields)
     except Exception as error:  # every family validates its sizes in its own way
-        said = str(error).splitlines()[-1].strip()
+        reason = str(error).splitlines()[-1].strip()
         raise ModelError(
-            f"cannot scale the teacher's {old.model_type} to {layers} layers of {width}: {said}",
+            f"cannot scale the teacher's {old.model_type} to {layers} layers of {width}: {reason}",
             where=spec,
             hint=f"name a family: random:llama:{layers}x{width}",
         ) from error
 
 
 def _resampled(values: list[Any], layers: int) -> list[Any]:
-    """A list with an entry per layer, for another number of layers: evenly spaced, the last layer's kind at the end."""
+    """Return a list with an entry per layer for another number of layers: evenly spaced, ending with the last entry."""
     n = len(values)
     return [values[-(-(i + 1) * n // layers) - 1] for i in range(layers)]
 
 
 def _head_size(width: int, target: int, spec: str) -> int:
-    """An even divisor of the width, leaving two heads or more: the target if it is one, else a round number near it."""
+    """Return an even divisor of the width that leaves two heads or more: the target if it is one, else one near it."""
     sizes = [d for d in range(8, 257, 2) if width % d == 0 and (2 * d <= width or width < 32)]
     if not sizes:
         raise UsageError(
@@ -367,7 +363,7 @@ def _head_size(width: int, target: int, spec: str) -> int:
 
 
 def _shared_heads(heads: int, share: float) -> int:
-    """Key-value heads: the largest divisor of the heads that does not exceed the teacher's share of them."""
+    """Return the key-value heads: the largest divisor of the heads that does not exceed the teacher's share of them."""
     return max(k for k in range(1, heads + 1) if heads % k == 0 and k <= max(1.0, heads * share + 1e-9))
 
 

@@ -20,12 +20,12 @@ from distillm_cli.evaluation.metrics import METRICS
 from distillm_cli.evaluation.results import check_writable, earlier, save
 from distillm_cli.evaluation.suites import Suite, load_suites
 from distillm_cli.models.devices import dtype_name
-from distillm_cli.models.fingerprint import fingerprint
 from distillm_cli.models.loading import load_config
 from distillm_cli.runs import inference
 from distillm_cli.training.events import Note, Warned
 from distillm_cli.ui.console import Console
 from distillm_cli.ui.summary import table
+from distillm_cli.utils.modules import weights_fingerprint
 
 Told = dict[str, Any]  # a suite's object in `--json`
 
@@ -134,7 +134,7 @@ def _score(job: _Job, done: dict[str, Told], resume: bool, ui: Console) -> None:
     inference.check_head(backbone, encoder, job.suites[0].rows[0], ui)
     inference.name_template(encoder, [row for suite in job.suites for row in suite.rows], ui)
     about = {"model": job.checkpoint, "dtype": str(backbone.model.dtype).removeprefix("torch.")}
-    about["weights"] = fingerprint(backbone.model.state_dict().items())
+    about["weights"] = weights_fingerprint(backbone.model.state_dict().items())
     for suite in job.suites:
         about["rows_sha256"] = suite.digest()
         before = earlier(suite, job.place, job.recipe.eval, encoder.template, about) if resume else None

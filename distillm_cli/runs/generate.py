@@ -20,14 +20,14 @@ from distillm_cli.errors import Interrupted, UsageError, signal_number
 from distillm_cli.evaluation.evaluate import fitting
 from distillm_cli.evaluation.suites import Suite
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.models.fingerprint import fingerprint
-from distillm_cli.models.places import locate
+from distillm_cli.models.model_paths import locate_model
 from distillm_cli.rollouts.rollout import Sampling, sample_all
 from distillm_cli.runs import inference
 from distillm_cli.runs.prompt_source import PromptSource, prompts_of, rereadable
 from distillm_cli.runs.responses import Line, Responses, text_of
 from distillm_cli.training.events import Event, Listener, Note, Progress
 from distillm_cli.ui.console import Console
+from distillm_cli.utils.modules import weights_fingerprint
 from distillm_cli.utils.text import counted, escaped
 
 _MOST = 2**31  # of rows, and of samples of each
@@ -56,7 +56,7 @@ def run(
     r = resolved.recipe
     if wanted.samples > 1 and r.rollout.temperature == 0:
         raise UsageError(f"--n {wanted.samples} with temperature 0", where="the responses would all be the same")
-    locate(model)
+    locate_model(model)
     rows = prompts_of(wanted, r.data, ui)
     backbone, encoder = inference.load(model, r, ui)
     inference.check_head(backbone, encoder, rows[0], ui)
@@ -153,7 +153,11 @@ class _Work:
         how = {name: getattr(self.sampling, name) for name in ("temperature", "top_p", "top_k", "max_new_tokens")}
         dtype = str(self.backbone.model.dtype).removeprefix("torch.")
         head = {"rows": len(self), "samples": self.samples, "seed": self.seed, **how, "dtype": dtype}
-        return {**head, "weights": fingerprint(self.backbone.model.state_dict().items()), "prompts": digest.hexdigest()}
+        return {
+            **head,
+            "weights": weights_fingerprint(self.backbone.model.state_dict().items()),
+            "prompts": digest.hexdigest(),
+        }
 
     def heads(self) -> list[Line]:
         """Return the fields of each row that are known before there is a response."""

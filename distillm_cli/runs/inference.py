@@ -16,7 +16,7 @@ from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import Row
 from distillm_cli.errors import RecipeError
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.models.conversation import read_template, set_languages, usual_end
+from distillm_cli.models.chat_format import read_template, set_languages, usual_end_token
 from distillm_cli.models.pair import load_backbone, resolve_device, resolve_dtype
 from distillm_cli.runs.output_dir import RECIPE, is_resolved
 from distillm_cli.training.events import Listener, Note, Warned
@@ -115,7 +115,7 @@ def load(model: str, recipe: Recipe, listener: Listener) -> tuple[Backbone, Enco
         backbone.tokenizer.chat_template = read_template(recipe.data.chat_template)
     set_languages(backbone.tokenizer, recipe.data, [backbone])
     stops, is_seq2seq = backbone.stop_ids, backbone.is_encoder_decoder
-    how = {"is_encoder_decoder": is_seq2seq, "stops": stops, "end": usual_end(backbone)}
+    how = {"is_encoder_decoder": is_seq2seq, "stops": stops, "end": usual_end_token(backbone)}
     return backbone, Encoder(backbone.tokenizer, recipe.data, **how)
 
 

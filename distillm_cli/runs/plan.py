@@ -23,9 +23,9 @@ from distillm_cli.data.templates import settled_template
 from distillm_cli.errors import DataError
 from distillm_cli.models import lora
 from distillm_cli.models.composite import freeze_rest, is_composite
-from distillm_cli.models.contexts import context_of
-from distillm_cli.models.pair import check_kinds, check_vocabularies, resolve_device, resolve_dtype
-from distillm_cli.models.shapes import Shape, Sizes, has_weights, load_shape, sizes, student_spec, weight_bytes
+from distillm_cli.models.model_families import context_of
+from distillm_cli.models.pair import check_architectures, check_vocabularies, resolve_device, resolve_dtype
+from distillm_cli.models.shapes import Shape, Sizes, has_weights, load_shape, sizes, weight_bytes
 from distillm_cli.runs import costs, gpus
 from distillm_cli.runs.cache_size import CacheWorkload, uses_rows
 from distillm_cli.runs.prepare import Prepared, new_order, prepare, texts_of
@@ -128,12 +128,13 @@ def of_shapes(
     origin = None  # of a student that is built after it, for `sft` too
     if recipe.teacher.path is not None and (recipe.method != "sft" or recipe.student.is_built):
         origin = load_shape(recipe.teacher.path, revision=recipe.teacher.revision, **common)
-    student = load_shape(**student_spec(recipe.student), texts=read, teacher=origin, **common)
+    own = {"revision": recipe.student.revision, "tokenizer": recipe.student.tokenizer}
+    student = load_shape(recipe.student.path, **own, texts=read, teacher=origin, **common)
     teacher = origin if recipe.method != "sft" else None
     vocab = student.vocab if teacher is None else min(student.vocab, teacher.vocab)
     notes = ["weights are not at hand: models by their configs"]
     if teacher is not None:
-        check_kinds(teacher, student)
+        check_architectures(teacher, student)
     if teacher is not None and teacher.tokenizer is not None and student.tokenizer is not None:
         check_vocabularies(teacher.tokenizer, student.tokenizer)
     elif teacher is not None:

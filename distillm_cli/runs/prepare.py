@@ -29,12 +29,11 @@ from distillm_cli.errors import DataError, ModelError
 from distillm_cli.losses import criteria
 from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.models import router
+from distillm_cli.models.chat_format import add_stop_tokens, generation_config
 from distillm_cli.models.composite import copy_processor, is_composite
-from distillm_cli.models.contexts import longrope_bound
-from distillm_cli.models.conversation import add_stops, generation_config
 from distillm_cli.models.devices import resolve_device, resolve_dtype
-from distillm_cli.models.fingerprint import fingerprint
-from distillm_cli.models.tokenizer_files import OwnTokenizers, quiet
+from distillm_cli.models.model_families import longrope_bound
+from distillm_cli.models.tokenizer_files import TokenizerCache, quiet
 from distillm_cli.rollouts.replay import ReplayBuffer, Round
 from distillm_cli.rollouts.scheduler import Scheduler
 from distillm_cli.runs import output_dir, samplers
@@ -47,6 +46,7 @@ from distillm_cli.training.events import Listener, Note, Warned
 from distillm_cli.types import Sequence, collate, pass_overhead
 from distillm_cli.utils import garbage
 from distillm_cli.utils.host import give_back_freed_memory, set_threads
+from distillm_cli.utils.modules import weights_fingerprint
 from distillm_cli.utils.text import counted
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def total_steps(train: TrainConfig, steps_per_epoch: int) -> int:
 
 def frozen_digest(student: Backbone) -> str:
     """Tells one frozen model from another."""
-    return fingerprint(student.adapter.frozen())
+    return weights_fingerprint(student.adapter.frozen())
 
 
 @dataclass(frozen=True)
@@ -151,9 +151,9 @@ class Prepared:
 
     def first_weights(self) -> Mapping[str, torch.Tensor]:
         """What changes of the student, as it was before its first step."""
-        from distillm_cli.models.pair import student_again
+        from distillm_cli.models.pair import rebuild_student
 
-        return self.begins() if self.begins else student_again(self.recipe, self.pair, torch.device("cpu")).state()
+        return self.begins() if self.begins else rebuild_student(self.recipe, self.pair, torch.device("cpu")).state()
 
     def save_model(self, directory: Path) -> None:
         """What a checkpoint keeps of the student: model and tokenizer, as ``from_pretrained`` wants them.
@@ -208,7 +208,7 @@ def _prepared(recipe: Recipe, listener: Listener, early: Early) -> Prepared:
     beforehand = None if recipe.data.teacher_samples is None else read_beforehand(recipe.data, train_rows, listener)
 
     texts = partial(texts_of, train_rows, recipe.data)
-    tokenizers = OwnTokenizers()
+    tokenizers = TokenizerCache()
     expected = _expected_tokenizer(recipe, tokenizers)
     with Ahead((train_rows, valid_rows), recipe.data, expected, early) as ahead:
         # Only here: it takes long to import, and the rows are tokenized meanwhile.
@@ -221,12 +221,12 @@ def _prepared(recipe: Recipe, listener: Listener, early: Early) -> Prepared:
         contexts = [model.context for model in pair.models.values() if model.context is not None]
         context = min(contexts, default=None)
         _check_heads(pair, context, listener)
-        router_aux = router.weight_of(recipe.objective.router_aux, pair.student, listener)
+        router_aux = router.set_router_loss(recipe.objective.router_aux, pair.student, listener)
         _warn_of_longrope(pair, min(recipe.data.max_length, context or recipe.data.max_length), listener)
         train = tokenize(train_rows, encoder, recipe.data, listener, context, ahead)
         valid = tokenize(valid_rows, encoder, recipe.data, listener, context, ahead)
     for model in pair.models.values():
-        add_stops(model, sorted(train.ends - encoder.ends), after=True)
+        add_stop_tokens(model, sorted(train.ends - encoder.ends), after=True)
     if recipe.train.gradient_checkpointing:
         _checkpoint_activations(pair.student)
     dtype = resolve_dtype(recipe.student.dtype, device)
@@ -237,7 +237,8 @@ def _prepared(recipe: Recipe, listener: Listener, early: Early) -> Prepared:
     samples = None if beforehand is None else encoded(beforehand, train, encoder, context)
     # Rounded: on another device `auto` may load them in another type.
     models = {
-        role: fingerprint(backbone.model.state_dict().items(), torch.bfloat16) for role, backbone in pair.models.items()
+        role: weights_fingerprint(backbone.model.state_dict().items(), torch.bfloat16)
+        for role, backbone in pair.models.items()
     }
     return Prepared(
         recipe=recipe,
@@ -274,9 +275,9 @@ def _conversing(
 
     Returns the recipe with these values, the encoder, and the values that were open, by key, with their origin.
     """
-    from distillm_cli.models.conversation import own_end, set_languages, settle_ends, settle_template
+    from distillm_cli.models.chat_format import default_end_token, set_chat_template, set_languages, set_stop_tokens
 
-    settle_template(pair, recipe.data, listener)
+    set_chat_template(pair, recipe.data, listener)
     set_languages(pair.tokenizer, recipe.data, pair.models.values())
     settled: dict[str, tuple[str, str]] = {}
     both_chat = all(template is not None for template in pair.templates.values())
@@ -294,7 +295,7 @@ def _conversing(
         "is_encoder_decoder": pair.student.is_encoder_decoder,
         "affixes": affixes if recipe.data.source_language is None and recipe.data.target_language is None else None,
         "stops": pair.student.stop_ids | {*(pair.teacher_stops or ())},
-        "end": own_end(recipe.data, pair, listener),
+        "end": default_end_token(recipe.data, pair, listener),
         "needs_responses": recipe.needs_responses,
     }
     encoder = Encoder(pair.tokenizer, data, **common)
@@ -302,7 +303,7 @@ def _conversing(
     if chat is None or not chat.uses_date:
         settled.pop("data.date", None)
     is_chat = any(encoder.renderer.form(row) == "chat" for row in rows[0])
-    settle_ends(pair, encoder, is_chat, listener)
+    set_stop_tokens(pair, encoder, is_chat, listener)
     data = recipe.data.model_copy(update={key.partition(".")[2]: value for key, (value, _) in settled.items()})
     return recipe.model_copy(update={"data": data}), encoder, settled
 
@@ -328,11 +329,11 @@ def _check_held_out(recipe: Recipe, rows: Rows, listener: Listener) -> None:
     listener(Note(f"{rows.name}: no held-out row has a response: no validation"))
 
 
-def _expected_tokenizer(recipe: Recipe, tokenizers: OwnTokenizers) -> PreTrainedTokenizerBase | None:
+def _expected_tokenizer(recipe: Recipe, tokenizers: TokenizerCache) -> PreTrainedTokenizerBase | None:
     """The one that the run will most likely turn out to have, read before the models are; None where that is open."""
     for model in bringers(recipe):
         try:
-            return tokenizers.of(model.path, model.revision)
+            return tokenizers.load(model.path, model.revision)
         except ModelError:  # which is told when the model is loaded, after whatever else is wrong before that
             continue
     return None

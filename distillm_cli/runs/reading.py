@@ -30,14 +30,14 @@ def bringers(recipe: Recipe) -> list[StudentConfig | TeacherConfig]:
 
 
 def _tokenizer_file(recipe: Recipe) -> Path | None:
-    from distillm_cli.models.places import cached, locate
+    from distillm_cli.models.model_paths import cached_hub_file, locate_model
 
     for model in bringers(recipe):
         try:
-            name, local = locate(model.path)
+            name, local = locate_model(model.path)
         except ModelError:  # told when the model is loaded, after whatever else is wrong before that
             continue
-        file = Path(name) / "tokenizer.json" if local else cached(name, "tokenizer.json", model.revision)
+        file = Path(name) / "tokenizer.json" if local else cached_hub_file(name, "tokenizer.json", model.revision)
         if file is not None and file.is_file():
             return file
     return None

@@ -98,14 +98,14 @@ class Report:
         self.config = config.model_copy(update={"seeds": config.seeds[:1], "metrics": tuple(metrics)})
 
     def all(self, engine: Engine) -> dict[str, Measured]:
-        from distillm_cli.models.pair import teacher_again
+        from distillm_cli.models.pair import reload_teacher
 
         run = self.run
         self.labels = labels(engine.at, after_sft=bool(run.recipe.student.sft_epochs))
         engine.optimizer.state.clear()  # its work is done, and the teacher may be needed once more
         teacher = run.pair.teacher
         if teacher is not None and engine.teacher.has_left:
-            teacher = teacher_again(run.recipe, run.pair, run.device)
+            teacher = reload_teacher(run.recipe, run.pair, run.device)
         if not self._all_answer({"student": run.student, "teacher": teacher}):
             self.suite = replace(self.suite, rows=[])
         found = {AFTER: self._measure(run.student, AFTER, _valid_loss(run.student, engine))}

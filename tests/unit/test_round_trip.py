@@ -13,8 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from distillm_cli.errors import ModelError
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.models.round_trip import check_reload, differs_from_file
-from distillm_cli.models.tokenizer_files import load_tokenizer
+from distillm_cli.models.tokenizer_files import check_reload, load_tokenizer, sentencepiece_difference
 from tests import families, tiny, typed
 
 
@@ -39,7 +38,7 @@ def test_a_sentencepiece_file_that_is_read_otherwise_is_noticed(tmp_path, pieces
     path = _llama(tmp_path / "model", pieces)
     tokenizer = load_tokenizer(path)
     expected = sentencepiece.SentencePieceProcessor(model_proto=pieces).encode("which words", out_type=str)
-    wrong = differs_from_file(path, None, tokenizer)
+    wrong = sentencepiece_difference(path, None, tokenizer)
     assert (wrong is not None) == (tokenizer.tokenize("which words") != expected)
     argv = ("--model", path, "--data", families.rows(tmp_path / "rows.jsonl"), *families.QUICK)
     code, _, err = typed.call(capsys, "sft", *argv, "--output", tmp_path / "out", "--json")
@@ -50,7 +49,7 @@ def test_a_sentencepiece_file_that_is_read_otherwise_is_noticed(tmp_path, pieces
 def test_a_tokenizer_json_settles_it(tmp_path, pieces):
     path = _llama(tmp_path / "model", pieces)
     load_tokenizer(path).save_pretrained(path)
-    assert differs_from_file(path, None, load_tokenizer(path)) is None
+    assert sentencepiece_difference(path, None, load_tokenizer(path)) is None
 
 
 def test_a_tokenizer_that_comes_back_changed_is_refused(tmp_path):

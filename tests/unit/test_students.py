@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from distillm_cli.config.student_spec import RandomModel, parse_student
 from distillm_cli.errors import ModelError, UsageError
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.models.contexts import context_of
+from distillm_cli.models.model_families import context_of
 from distillm_cli.models.students import build_from_config, build_random, set_dropout
 from tests import tiny
 
