@@ -179,7 +179,7 @@ def test_layers_with_a_constant_of_their_place_may_not_move():
     config = AutoConfig.for_model("diffllama", vocab_size=45, num_hidden_layers=4, **sizes)
     whole = Backbone(AutoModelForCausalLM.from_config(config).eval(), TOKENIZER)
     with pytest.raises(
-        ModelError, match="diffllama teacher: what its layers compute depends on their place; layers:2;"
+        ModelError, match="diffllama teacher: what its layers compute depends on their index; layers:2;"
     ):
         build_from_layers("layers:2", whole)
     student, ids = build_from_layers("layers:2:first", whole), torch.arange(8)[None]

@@ -43,7 +43,7 @@ def test_a_sentencepiece_file_that_is_read_otherwise_is_noticed(tmp_path, pieces
     argv = ("--model", path, "--data", families.rows(tmp_path / "rows.jsonl"), *families.QUICK)
     code, _, err = typed.call(capsys, "sft", *argv, "--output", tmp_path / "out", "--json")
     assert code == 0, err
-    assert ("tokenizer.model otherwise than SentencePiece" in err) == (wrong is not None)
+    assert ("tokenizer.model differently from SentencePiece" in err) == (wrong is not None)
 
 
 def test_a_tokenizer_json_settles_it(tmp_path, pieces):
@@ -67,9 +67,9 @@ def test_a_tokenizer_that_comes_back_changed_is_refused(tmp_path):
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     student = Backbone(tiny.model("llama"), Forgetful(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>"))
     with pytest.raises(ModelError, match="other token ids"):
-        check_reload(student, borrowed=False)
+        check_reload(student, is_borrowed=False)
     student.tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
-    check_reload(student, borrowed=False)
+    check_reload(student, is_borrowed=False)
 
 
 def test_tekken_names_its_package(tmp_path, capsys):
