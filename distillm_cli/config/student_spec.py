@@ -28,7 +28,7 @@ BUILTIN = "builtin"
 
 @dataclass(frozen=True)
 class RandomModel:
-    """Random weights. family: None is the teacher's, or llama without a teacher."""
+    """Ask for random weights. family: None is the teacher's, or llama without a teacher."""
 
     layers: int
     width: int
@@ -37,7 +37,7 @@ class RandomModel:
 
 @dataclass(frozen=True)
 class TeacherWidth:
-    """Random weights, as deep as the teacher. Exactly one of size and share (of the teacher's width) is set."""
+    """Ask for random weights, as deep as the teacher. Exactly one of size and share (of the teacher's width) is set."""
 
     size: int | None = None
     share: float | None = None
@@ -45,7 +45,10 @@ class TeacherWidth:
 
 @dataclass(frozen=True)
 class TeacherLayers:
-    """Copies of the teacher's layers. indices: counted from 0. count: so many at this position. Neither: all of them."""
+    """Ask for copies of the teacher's layers. indices: counted from 0. count: so many at this position.
+
+    Neither: all of them.
+    """
 
     count: int | None = None
     position: Literal["evenly", "first", "last"] = "evenly"
@@ -54,26 +57,26 @@ class TeacherLayers:
 
 @dataclass(frozen=True)
 class ConfigFile:
-    """Random weights, of the shape that a JSON file gives."""
+    """Ask for random weights, of the shape that a JSON file gives."""
 
     path: str
 
 
 @dataclass(frozen=True)
 class StageOutput:
-    """The output of an earlier stage of the same pipeline."""
+    """Name the output of an earlier stage of the same pipeline."""
 
     stage: str
 
 
 @dataclass(frozen=True)
 class BuiltinModel:
-    """The model shipped with the package."""
+    """Name the model shipped with the package."""
 
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A directory or a hub name."""
+    """Name a directory or a hub repository."""
 
     path: str
 

@@ -1,4 +1,4 @@
-"""Model families: what is special about each of them, and the config fields that say so.
+"""List what is special about each model family, and the config fields that show it.
 
 Every exception by family is an entry of `FAMILIES`, with the reason; no other module compares a ``model_type`` with a name.
 What all families share under several names is a tuple of config fields below the table. This module is light: it imports

@@ -24,7 +24,7 @@ MEMORY_SHARE = 0.25  # of the free memory: the most that teacher.cache auto fill
 
 @dataclass(frozen=True)
 class CacheSize:
-    """Bytes in the cache, by what the states belong to."""
+    """Hold the bytes in the cache, by what the states belong to."""
 
     rows: int = 0
     rollouts: int = 0
@@ -142,7 +142,7 @@ class CacheWorkload:
 
     @property
     def _rollout_tokens(self) -> float:
-        """Response tokens of the replay buffer when it is full, or of all rollouts of the run where they are fewer."""
+        """Return the response tokens of a full replay buffer, or of all rollouts of the run where they are fewer."""
         train, rollout = self.recipe.train, self.recipe.rollout
         step_rows = min(train.batch_size * train.accumulate, self.rows or math.inf)
         capacity = self.recipe.schedule.capacity

@@ -2,7 +2,7 @@
 
 For one token of a few rows most of a model's own forward is Python around the products: module calls, hooks, masks,
 configs. These steps read the weights where they are and do the products. They are used for the classes of transformers
-they were written after and nothing else (no subclass, adapter, quantised layer or hook), and only where they have given
+they were written after and nothing else (no subclass, adapter, quantized layer or hook), and only where they have given
 the model's own logits (`decoding_checks.find_fast_decoding`). ``DISTILLM_CPU_FAST=0`` turns them off.
 
 Shape letters: B sequences, D width, H heads, K key-value heads, W width of a head.

@@ -1,4 +1,4 @@
-"""Products with few rows on a CPU, with weights that are laid out once for many of them."""
+"""Multiply few rows on a CPU with weights that are laid out once for many of them."""
 
 from __future__ import annotations
 
