@@ -103,9 +103,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.model = model
         self.adapter: Adapter | None = None
-        self.router_loss: RouterLoss | None = (
-            None  # of a mixture of experts that trains with it (`router.set_router_loss`)
-        )
+        self.router_loss: RouterLoss | None = None  # set by `router.set_router_loss`
         self.training = model.training
         self.tokenizer = tokenizer
         self.vocab = vocabulary_size(tokenizer) if vocab is None else vocab

@@ -109,7 +109,7 @@ def load_pair(
         recipe.student,
         seed=recipe.train.seed,
         device=device,
-        teacher=_origin_of(recipe, listener) if is_sft else teacher,
+        teacher=_load_origin(recipe, listener) if is_sft else teacher,
         texts=texts,
         tokenizers=tokenizers,
         max_length=recipe.data.max_length,
@@ -156,7 +156,7 @@ def _load_teacher(
     return model
 
 
-def _origin_of(recipe: schema.Recipe, listener: Listener = silent) -> Backbone | None:
+def _load_origin(recipe: schema.Recipe, listener: Listener = silent) -> Backbone | None:
     """Load the model that a student is built from, where it is not in memory as its teacher; None for one that is loaded."""
     if recipe.teacher.path is None or not recipe.student.is_built:
         return None
@@ -185,7 +185,7 @@ def rebuild_student(recipe: schema.Recipe, pair: Pair, device: torch.device) -> 
     """Return the pair's student as it was before its first step, without a change of random state."""
     teacher = pair.teacher
     if teacher is None or (teacher.device.type == "meta" and recipe.student.is_built):
-        teacher = _origin_of(recipe)
+        teacher = _load_origin(recipe)
     with torch.random.fork_rng(devices=[]):
         student = create_student(
             recipe.student,
