@@ -125,13 +125,6 @@ class Objective:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes back to where ``state_dict`` was taken."""
 
-    def pack(self, sequences: SequenceOf[Sequence], prefix: str) -> dict[str, Tensor]:
-        """What is remembered of these student outputs, for a checkpoint."""
-        return {}
-
-    def unpack(self, tensors: dict[str, Tensor], prefix: str, sequences: SequenceOf[Sequence]) -> None:
-        """Takes back what ``pack`` gave, for the same sequences in the same order."""
-
 
 class TAID(Objective):
     """TAID (arXiv 2501.16937): KL to a target that moves from near the student (t = taid_start) to the teacher (t = 1).

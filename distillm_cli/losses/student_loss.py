@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from distillm_cli.losses.criterion import Objective, TokenLogProbs
 from distillm_cli.losses.fused import HeadLike, fused_loss, target_log_probs
 from distillm_cli.losses.terms import NO_WEIGHTS, LossWeights, TokenWeights
-from distillm_cli.teachers.teacher import Model
+from distillm_cli.teachers.local import LanguageModel
 from distillm_cli.training.events import Listener, Note, silent
 from distillm_cli.types import Batch
 
@@ -23,13 +23,13 @@ from distillm_cli.types import Batch
 class StudentLoss(nn.Module):
     """Join the student and the criterion of its training.
 
-    student: an ``nn.Module`` with the face of ``Model``. teacher_head: needed for any divergence. matmul_dtype: of the
+    student: an ``nn.Module`` that is a ``LanguageModel``. teacher_head: needed for any divergence. matmul_dtype: of the
     student's head. router_aux: weight of the auxiliary loss of a mixture of experts' routers, in training.
     """
 
     def __init__(
         self,
-        student: Model,
+        student: LanguageModel,
         criterion: Objective,
         *,
         teacher_head: HeadLike | None = None,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from distillm_cli.config.schema import Recipe
 from distillm_cli.losses import criteria
-from distillm_cli.rollouts.scheduler import Scheduler
+from distillm_cli.rollouts.scheduler import Scheduler, build_scheduler
 from distillm_cli.ui.display import amount
 from distillm_cli.utils.text import counted
 
@@ -126,13 +126,13 @@ class CacheWorkload:
         return "memory", ""
 
     def _reason_to_compute_once(self) -> str:
-        if self._schedule.may_use_teacher_samples and not self.recipe.objective.kd_weight:
+        if self._schedule.uses_teacher_samples and not self.recipe.objective.kd_weight:
             return "needs the teacher for its samples alone"
         return "trains on every row once" if uses_rows(self.recipe) else "trains on every sample once"
 
     @property
     def _schedule(self) -> Scheduler:
-        return Scheduler(self.recipe.schedule, steps=1, seed=0)
+        return build_scheduler(self.recipe.schedule, steps=1, seed=0, batches=self.recipe.rollout.bulk)
 
     @property
     def _has_second_epoch(self) -> bool:
@@ -143,12 +143,10 @@ class CacheWorkload:
     @property
     def _rollout_tokens(self) -> float:
         """Return the response tokens of a full replay buffer, or of all rollouts of the run where they are fewer."""
-        train, rollout = self.recipe.train, self.recipe.rollout
+        train = self.recipe.train
         step_rows = min(train.batch_size * train.accumulate, self.rows or math.inf)
-        capacity = self.recipe.schedule.capacity
-        if self.recipe.schedule.kind == "rounds":
-            capacity = rollout.bulk * step_rows
-        return min(capacity, (self.steps or math.inf) * step_rows) * rollout.max_new_tokens
+        capacity = self._schedule.capacity(step_rows)
+        return min(capacity, (self.steps or math.inf) * step_rows) * self.recipe.rollout.max_new_tokens
 
     @property
     def _sample_tokens(self) -> int:
@@ -162,5 +160,5 @@ class CacheWorkload:
 
 def uses_rows(recipe: Recipe) -> bool:
     """Return whether rows' own responses are trained on: where the schedule draws them, or beside rollouts."""
-    schedule = Scheduler(recipe.schedule, steps=1, seed=0)
-    return schedule.may_use_rows or criteria.build(recipe.objective).rows_beside
+    schedule = build_scheduler(recipe.schedule, steps=1, seed=0)
+    return schedule.uses_rows or criteria.build(recipe.objective).rows_beside

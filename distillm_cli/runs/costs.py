@@ -15,7 +15,7 @@ from distillm_cli.config.schema import Recipe
 from distillm_cli.losses import criteria
 from distillm_cli.models.model_families import family_of
 from distillm_cli.models.shapes import Sizes
-from distillm_cli.rollouts.scheduler import Scheduler, Source
+from distillm_cli.rollouts.scheduler import Scheduler, Source, build_scheduler
 from distillm_cli.runs.gpus import BACKWARD_LAYER, DECODING_LAYER, FORWARD_LAYER, GPUS, Part, Work, fits, seconds
 
 # On a CPU: what products in bf16, compiled for each of their shapes, come to hold, whatever the model (measured from one of
@@ -82,18 +82,18 @@ class Run:
     def schedule(self) -> Scheduler:
         """The schedule at its beginning."""
         recipe, steps = self.recipe, self.lengths.steps or 1
-        return Scheduler(recipe.schedule, steps=steps, seed=recipe.train.seed, batches=recipe.rollout.bulk)
+        return build_scheduler(recipe.schedule, steps=steps, seed=recipe.train.seed, batches=recipe.rollout.bulk)
 
     @property
     def samples_of_the_student(self) -> bool:
-        return self.teacher is not None and self.schedule.may_use_student_outputs
+        return self.teacher is not None and self.schedule.uses_student_outputs
 
     @property
     def samples_of_the_teacher(self) -> bool:
         """Whether the teacher samples during the run."""
         if self.teacher is None:
             return False
-        return self.schedule.may_use_teacher_samples and self.recipe.data.teacher_samples is None
+        return self.schedule.uses_teacher_samples and self.recipe.data.teacher_samples is None
 
     @property
     def mixes(self) -> bool:
@@ -260,7 +260,7 @@ def steps(run: Run) -> dict[str, Work]:
     ask, tell = ((_asked(run, response),), (_told(run, response),)) if taught else ((), ())
     ask_new, tell_new = (_asked(run, new),), (_told(run, new) if run.keeps else _asked(run, new),)
     found: dict[str, Work] = {}
-    if schedule.may_use_rows:
+    if schedule.uses_rows:
         found["dataset"] = learn + ask
         if run.cached:
             found["dataset_cached"] = learn + tell
@@ -268,13 +268,13 @@ def steps(run: Run) -> dict[str, Work]:
     if run.samples_of_the_student:
         own = (*_copied(run), _sampled(run, run.student, run.itemsize))
         own += (_sampled(run, run.teacher, run.teacher_itemsize),) if run.mixes else ()
-        own += ask_new if recipe.schedule.kind == "interleaved" else ()
+        own += ask_new if schedule.is_interleaved else ()
         own += ask_new + learn_new
-    if schedule.may_use_teacher_samples:
+    if schedule.uses_teacher_samples:
         drawn = (_sampled(run, run.teacher, run.teacher_itemsize),) if run.samples_of_the_teacher else ()
         kept = learn_new + (tell_new if taught else ())
         fresh = drawn + learn_new + (ask_new if taught else ())
-        name = Source.PAIR.value if recipe.schedule.kind == "pairs" else Source.TEACHER.value
+        name = Source.PAIR.value if schedule.in_pairs else Source.TEACHER.value
         # Of a pair one optimizer step is enough.
         found[name] = fresh + own[:-1]
         if schedule.samples_come_back:
@@ -347,12 +347,12 @@ def shares(run: Run, steps: int, phi: float | None = None) -> dict[str, float]:
     recipe = run.recipe
     config = recipe.schedule if phi is None else recipe.schedule.model_copy(update={"phi": phi})
     few = min(steps, 2000)  # shares of a run do not depend on how many steps it has, but for the buffer's filling
-    scheduler = Scheduler(config, steps=few, seed=recipe.train.seed, batches=recipe.rollout.bulk)
+    scheduler = build_scheduler(config, steps=few, seed=recipe.train.seed, batches=recipe.rollout.bulk)
     buffered, batch, found = 0.0, run.sequences * steps / few, Counter()
     for step in range(few):
         source = scheduler.draw(step, int(buffered))
         found[source.value] += 1
-        buffered = min(config.capacity, buffered + batch) if source is Source.ROLLOUT else buffered
+        buffered = min(scheduler.capacity(run.sequences), buffered + batch) if source is Source.ROLLOUT else buffered
     return {source: n / few for source, n in found.items()}
 
 
@@ -363,7 +363,7 @@ def on_gpus(run: Run, need: int) -> dict[str, dict[str, Any]]:
     The two differ where φ of the adaptive schedule decides: held at its start, or at 1 from the first step on.
     """
     found, work, count = {}, steps(run), run.lengths.steps
-    open_phi = run.recipe.schedule.kind == "adaptive" and run.teacher is not None
+    open_phi = run.schedule.has_phi and run.teacher is not None
     for gpu in GPUS:
         each = {source: seconds(parts, gpu) for source, parts in work.items()}
         entry: dict[str, Any] = {"fits": fits(need, gpu), "step_s": each}

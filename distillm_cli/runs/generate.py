@@ -21,7 +21,7 @@ from distillm_cli.evaluation.evaluate import fitting
 from distillm_cli.evaluation.suites import Suite
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.model_paths import locate_model
-from distillm_cli.rollouts.rollout import Sampling, sample_all
+from distillm_cli.rollouts.sampler import Sampling, sample_all
 from distillm_cli.runs import inference
 from distillm_cli.runs.prompt_source import PromptSource, prompts_of, rereadable
 from distillm_cli.runs.responses import Line, Responses, text_of

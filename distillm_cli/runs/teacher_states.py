@@ -13,10 +13,12 @@ from distillm_cli.config.load import Resolved
 from distillm_cli.config.schema import Recipe
 from distillm_cli.data.early import Early
 from distillm_cli.errors import Interrupted, UsageError, signal_number
+from distillm_cli.runs.build import new_scheduler
 from distillm_cli.runs.cache_size import CacheSize, CacheWorkload, uses_rows
-from distillm_cli.runs.prepare import Prepared, new_order, new_scheduler, prepare
+from distillm_cli.runs.prepare import Prepared, new_order, prepare
 from distillm_cli.teachers import teacher_cache
-from distillm_cli.teachers.teacher import FirstEpoch, RowStates, Teacher
+from distillm_cli.teachers.cached import BatchComposition, CachedTeacher, HiddenStateTable
+from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.teachers.teacher_cache import Key
 from distillm_cli.training.events import Listener, Note, Warned
 from distillm_cli.types import Sequence, collate
@@ -48,18 +50,18 @@ class CachePlan:
 class TeacherHandle:
     """A teacher at work, and what it was decided to keep. hit: its states were on disk already."""
 
-    teacher: Teacher
+    teacher: LocalTeacher
     keeping: CachePlan
     hit: bool = False
 
     def facts(self) -> dict[str, Any]:
         """What the result object says of it."""
-        rows = self.teacher.rows
-        known = 0 if rows is None else len(rows.sequences) - rows.unknown
+        rows = getattr(self.teacher, "rows", None)
+        known = 0 if rows is None else len(rows.sequences) - rows.missing
         place = {} if self.keeping.place is None else {"place": str(self.keeping.place)}
         size = 0 if rows is None else rows.bytes
         told = {"mode": self.keeping.mode, "rows": known, "bytes": size, "hit": self.hit}
-        return told | {"model_left": self.teacher.has_left, **place}
+        return told | {"model_left": self.teacher.has_released_model, **place}
 
 
 def open_teacher(
@@ -77,33 +79,33 @@ def open_teacher(
     keeping = plan_cache(run, workload, before=before, rebuild=rebuild)
     listener(Note(f"teacher's states: {keeping.why}{'' if keeping.place is None else f', in {keeping.place}'}"))
     if keeping.mode == "off":
-        return TeacherHandle(Teacher(model), keeping)
-    rows, company, hit, computed = None, None, False, 0
+        return TeacherHandle(LocalTeacher(model), keeping)
+    rows, composition, hit, computed = None, None, False, 0
     if keeping.mode == "disk":
         rows, hit, computed = _on_disk(run, keeping, rebuild, listener)
     elif keeping.size.rows:
         _warn_if_short(keeping, listener)
         order = new_order(run.recipe, run.train)  # of its own: an order remembers one epoch, and the run's is another
-        rows = RowStates(run.train.sequences)
-        company = FirstEpoch(
+        rows = HiddenStateTable(run.train.sequences)
+        composition = BatchComposition(
             lambda step: [run.train.sequences[i] for i in order.batch(step)],
             steps=order.steps_per_epoch,
             rows=run.train.sequences,
-            most=run.recipe.train.batch_size,
+            max_rows=run.recipe.train.batch_size,
             pass_overhead=run.pass_overhead,
         )
     schedule = new_scheduler(run)
-    teacher = Teacher(
+    samples = schedule.uses_student_outputs or schedule.uses_teacher_samples
+    validation = _held_out(run)
+    teacher = CachedTeacher(
         model,
         mode=keeping.mode,
         rows=rows,
-        company=company,
-        remembers=workload.rollouts_repeat or workload.samples_repeat,
-        passing=run.train.sequences if rows is None else (),
-        # Weights in few bits are no plain tensors that could be let go of one by one.
-        leaves=rows is not None
-        and not (schedule.may_use_student_outputs or schedule.may_use_teacher_samples or model.is_quantized),
-        awaited=_held_out(run),
+        composition=composition,
+        caches_rollouts=workload.rollouts_repeat or workload.samples_repeat,
+        validation=HiddenStateTable(validation) if validation else None,
+        # Quantized weights are no plain tensors that could be released one by one.
+        releases_model=rows is not None and not (samples or model.is_quantized),
     )
     teacher.tokens = computed
     return TeacherHandle(teacher, keeping, hit)
@@ -212,9 +214,11 @@ def _planned_on_disk(run: Prepared, workload: CacheWorkload) -> CachePlan:
     return CachePlan("disk", why, size, place=place, key=key, is_made=place.exists())
 
 
-def _on_disk(run: Prepared, keeping: CachePlan, rebuild: bool, listener: Listener) -> tuple[RowStates, bool, int]:
+def _on_disk(
+    run: Prepared, keeping: CachePlan, rebuild: bool, listener: Listener
+) -> tuple[HiddenStateTable, bool, int]:
     """The states, whether they were there already, and how many tokens the teacher computed for them."""
-    sequences, asked, made = run.train.sequences, Teacher(run.pair.teacher), False
+    sequences, asked, made = run.train.sequences, LocalTeacher(run.pair.teacher), False
     if rebuild or not keeping.is_made:
         how = {"size": keeping.size.rows, "rebuild": rebuild}
         how["of"] = {"teacher": str(run.recipe.teacher.path), "data": run.train_rows.name}
@@ -245,7 +249,7 @@ def _bytes_per_token(run: Prepared) -> int:
     """Measure one token's state: a model may answer with its own logits, in its own type."""
     one = run.train.sequences[0].prompt[:1]  # a row may have no response
     few = Sequence(one, one)
-    hidden_ND = Teacher(run.pair.teacher).hidden(collate([few]).to(run.device), [few])
+    hidden_ND = LocalTeacher(run.pair.teacher).hidden(collate([few]).to(run.device), [few])
     return hidden_ND.shape[1] * hidden_ND.element_size()
 
 

@@ -23,7 +23,7 @@ ARROWS: dict[str, set[str]] = {
     "data": set(),
     "models": set(),
     **dict.fromkeys(TRAINING_ROOMS, TRAINING_ROOMS),
-    "evaluation": {"rollouts.rollout", "data"},
+    "evaluation": {"rollouts.sampler", "rollouts.next_token", "data"},
     "ui": set(),
     "runs": {"config", "data", "models", *TRAINING_ROOMS, "evaluation", "ui"},
 }
@@ -218,7 +218,7 @@ def test_the_rules_bite(source, module, complaint):
     [
         ("from distillm_cli.config.schema import Train\nfrom distillm_cli.types import Batch", "training.engine"),
         ("from distillm_cli.training.events import Progress", "data.sources"),
-        ("from distillm_cli.rollouts import rollout", "evaluation.evaluate"),
+        ("from distillm_cli.rollouts import sampler", "evaluation.evaluate"),
         ("def f():\n    import torch\n    from distillm_cli.training.engine import train", "cli.distill"),
         ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch", "cli.distill"),
         ("from distillm_cli.training.events import Event", "ui.console"),

@@ -15,7 +15,7 @@ from distillm_cli.losses.criterion import Objective, SourceBatch, TokenLogProbs
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.types import Sequence
 from tests.limits import Narrow
-from tests.unit import test_engine as runs
+from tests.unit import test_trainer as runs
 
 DISTILLM2 = {"divergence": "skl", "by_source": True, "curriculum": "on", "reduction": "sequence"}
 
@@ -37,7 +37,7 @@ def tables(engine, sequences):
     for s in sequences:
         batch = runs.tiny.collate([s])
         p = runs.own_logits(engine.teacher.model, batch).detach().softmax(-1)
-        yield p, runs.own_logits(engine.objective.student, batch).softmax(-1)
+        yield p, runs.own_logits(engine.student_loss.student, batch).softmax(-1)
 
 
 def pair_of_parts():
@@ -95,8 +95,8 @@ def engine_of(config, **settings):
     } | settings
     engine = runs.build(**settings)
     engine.teacher.model.double()
-    engine.objective.criterion = criteria.build(config)
-    engine.optimizer = torch.optim.SGD(engine.objective.parameters(), lr=1.0)
+    engine.student_loss.criterion = criteria.build(config)
+    engine.optimizer = torch.optim.SGD(engine.student_loss.parameters(), lr=1.0)
     return engine
 
 
@@ -106,14 +106,14 @@ def test_a_steps_loss_and_gradient_are_the_papers(name, batch_size):
     fields, forward, reverse = CASES[name]
     engine, parts = engine_of(schema.ObjectiveConfig(**fields), batch_size=batch_size), pair_of_parts()
     before = runs.weights(engine)
-    loss, _ = runs.step(engine, parts)
+    loss, _ = runs.step_on(engine, parts)
     ours = {name: before[name] - value for name, value in runs.weights(engine).items()}
 
     reference = engine_of(schema.ObjectiveConfig(**fields))
     expected = by_hand(reference, parts, forward, reverse, 0.5, fields.get("reduction") == "sequence")
     expected.backward()
     assert loss == pytest.approx(expected.item(), rel=1e-6)
-    for name, parameter in reference.objective.named_parameters():
+    for name, parameter in reference.student_loss.named_parameters():
         assert_close(ours[name], parameter.grad, rtol=1e-5, atol=1e-8)
 
 
@@ -125,8 +125,8 @@ def test_the_curriculum_is_distillm2s_over_three_epochs_by_hand(rows):
     """
     config = schema.ObjectiveConfig(**DISTILLM2)
     engine = engine_of(config, steps=6, lr=0.3)
-    engine.objective.criterion = criterion = criteria.build(config, epochs=3.0)
-    look_ahead, memory = criterion.look_ahead, Narrow(engine.objective, 100)
+    engine.student_loss.criterion = criterion = criteria.build(config, epochs=3.0)
+    look_ahead, memory = criterion.look_ahead, Narrow(engine.student_loss, 100)
 
     def look_ahead_and_shrink(*args):
         told = look_ahead(*args)
@@ -156,11 +156,11 @@ def test_the_curriculum_is_distillm2s_over_three_epochs_by_hand(rows):
         expected = by_hand(
             engine, parts, lambda p, q, a=alphas[0]: skl(p, q, a), lambda p, q, a=alphas[1]: srkl(p, q, a), w, True
         )
-        gradients = torch.autograd.grad(expected, list(engine.objective.parameters()))
+        gradients = torch.autograd.grad(expected, list(engine.student_loss.parameters()))
         before = runs.weights(engine)
-        engine.at.step = step
-        engine.most_rows, memory.rows = engine.train.batch_size, 100
-        loss, lr = runs.step(engine, parts)
+        engine.state.step = step
+        engine.recovery.max_rows, memory.rows = engine.config.batch_size, 100
+        loss, lr = runs.step_on(engine, parts)
         assert loss == pytest.approx(expected.item(), rel=1e-6)
         assert [criterion.alphas[FORWARD], criterion.alphas[REVERSE]] == pytest.approx(alphas, rel=1e-6)
         for (name, value), gradient in zip(runs.weights(engine).items(), gradients, strict=True):

@@ -9,7 +9,7 @@ from distillm_cli.losses.criterion import Objective
 from distillm_cli.losses.terms import LossWeights, TokenWeights
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.training.checkpoint import read
-from tests.unit import test_engine as runs
+from tests.unit import test_trainer as runs
 
 
 def test_cross_entropy_is_for_rows_and_the_divergence_for_everything():
@@ -54,27 +54,27 @@ class Watching(Objective):
 
 def watched(tmp_path=None, **train):
     engine = runs.build(tmp_path, method="off", steps=6, backbone=runs.student("llama"), **train)  # without dropout
-    engine.objective.criterion = Watching(schema.ObjectiveConfig())
+    engine.student_loss.criterion = Watching(schema.ObjectiveConfig())
     return engine
 
 
 def test_a_step_is_shown_as_a_whole_so_that_its_cut_changes_nothing():
     whole, cut = watched(batch_size=4, accumulate=1), watched(batch_size=2, accumulate=2)
     for engine in (whole, cut):
-        engine.run()
-    assert len(whole.objective.criterion.shown[0][0]) < len(cut.objective.criterion.shown[0][0])
-    for a, b in zip(whole.objective.parameters(), cut.objective.parameters(), strict=True):
+        engine.train()
+    assert len(whole.objective.shown[0][0]) < len(cut.objective.shown[0][0])
+    for a, b in zip(whole.student_loss.parameters(), cut.student_loss.parameters(), strict=True):
         assert_close(a, b, rtol=1e-4, atol=1e-6)
-    reading = whole.objective.criterion.shown[0][1][0]
+    reading = whole.objective.shown[0][1][0]
     assert reading.log_p_N.shape == reading.log_q_N.shape
     assert (reading.log_p_N <= 0).all()
 
 
 def test_what_a_criterion_remembers_is_in_the_checkpoint(tmp_path):
     straight = watched()
-    straight.run()
+    straight.train()
     first = watched(tmp_path, save_steps=4)
-    first.run()
+    first.train()
     again = watched(tmp_path / "again")
     again.load(read(first.checkpoints.path(4)))
-    assert again.objective.criterion.losses == straight.objective.criterion.losses[:4]
+    assert again.objective.losses == straight.objective.losses[:4]

@@ -22,8 +22,8 @@ from distillm_cli.models.loading import load_backbone, load_config
 from distillm_cli.models.lora import attach
 from distillm_cli.models.model_paths import base_model_of
 from distillm_cli.models.pair import create_student
-from distillm_cli.rollouts.rollout import sample
-from distillm_cli.rollouts.sampling import Sampling
+from distillm_cli.rollouts.next_token import Sampling
+from distillm_cli.rollouts.sampler import sample
 from tests import tiny
 
 CPU = torch.device("cpu")

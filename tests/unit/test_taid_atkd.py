@@ -17,7 +17,7 @@ from distillm_cli.losses.terms import NO_WEIGHTS
 from distillm_cli.models.backbone import Head
 from distillm_cli.rollouts.scheduler import Source
 from tests import plain
-from tests.unit import test_engine as runs
+from tests.unit import test_trainer as runs
 
 LOSSES = [3.0, 2.5, 2.6, 2.0, 1.0, 4.0, 0.9, 0.8, 0.7, 0.7]
 TAID, ATKD = schema.ObjectiveConfig(divergence="taid"), schema.ObjectiveConfig(divergence="atkd")
@@ -130,7 +130,7 @@ def test_the_cut_of_a_step_does_not_change_where_atkd_goes():
             method="off", steps=5, backbone=runs.student("llama"), objective=ATKD, batch_size=batch_size,
             accumulate=accumulate,
         )  # fmt: skip
-        done = engine.run()
+        done = engine.train()
         assert engine.teacher.tokens == done.tokens, "asked once for every token, though it is looked at twice"
         ended.append(runs.weights(engine))
     for name, value in ended[0].items():
@@ -144,17 +144,17 @@ def test_the_cut_of_a_step_does_not_change_where_atkd_goes():
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path, objective, method):
     torch.manual_seed(5)
     whole = runs.build(method=method, objective=objective)
-    done = whole.run()
+    done = whole.train()
     torch.manual_seed(5)
     stopped = runs.build(tmp_path, method=method, objective=objective, listener=runs._kill_at(5))
     with pytest.raises(Interrupted):
-        stopped.run()
+        stopped.train()
     resumed = runs.resume(tmp_path, method, objective=objective)
-    assert resumed.objective.criterion.state_dict() == stopped.objective.criterion.state_dict()
-    again = resumed.run()
+    assert resumed.objective.state_dict() == stopped.objective.state_dict()
+    again = resumed.train()
     for name, value in runs.weights(whole).items():
         assert torch.equal(runs.weights(resumed)[name], value), name
-    assert resumed.objective.criterion.state_dict() == whole.objective.criterion.state_dict()
+    assert resumed.objective.state_dict() == whole.objective.state_dict()
     assert again.sources == done.sources
     if objective is TAID:
-        assert whole.objective.criterion.t == 1.0
+        assert whole.objective.t == 1.0
