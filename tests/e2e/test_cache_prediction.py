@@ -50,7 +50,7 @@ def test_a_run_caches_as_many_bytes_as_planned(mode, typed, tmp_path):
     if mode == "disk":
         assert sum(file.stat().st_size for file in (tmp_path / "cache").rglob("states*")) >= held["bytes"]
     rollouts = [
-        sum(t.numel() * t.element_size() for name, t in load_file(file).items() if name.endswith(".states"))
+        sum(t.numel() * t.element_size() for name, t in load_file(file).items() if name.endswith(".teacher_hidden"))
         for file in (tmp_path / "run" / "checkpoints").glob("*/training.safetensors")
     ]
     assert 0 < max(rollouts) <= predicted["rollout_bytes"], "replayed rollouts: at most so many"
