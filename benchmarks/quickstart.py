@@ -40,7 +40,7 @@ def main() -> None:
         plain = ["--set", f"student.tokenizer={BUILTIN}", "--set", "schedule.kind=off", "--set", "train.select=last"]
         return place, run(place, ["sft", "--recipe", str(sft_recipe), *plain, *how], args.threads)
 
-    from distillm_cli.models.places import BUILTIN_TEACHER as BUILTIN
+    from distillm_cli.models.model_paths import BUILTIN_TEACHER as BUILTIN
 
     sft_recipe = args.work / "sft.yaml"
     sft_recipe.write_text(

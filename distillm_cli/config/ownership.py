@@ -12,8 +12,9 @@ from distillm_cli.config.explain import condition, leaves, shown
 from distillm_cli.config.fields import Condition, Values
 from distillm_cli.config.merging import Given
 from distillm_cli.config.methods import METHODS
-from distillm_cli.config.schema import EvalConfig, ObjectiveConfig, Recipe, Section, is_built
+from distillm_cli.config.schema import EvalConfig, ObjectiveConfig, Recipe, Section
 from distillm_cli.config.shortcuts import flag_of
+from distillm_cli.config.student_spec import is_built
 from distillm_cli.errors import RecipeError
 
 ValueOf = Callable[[str], Any]  # dotted key → its value in a recipe

@@ -31,10 +31,11 @@ from distillm_cli.config.load import Resolved, locate, settle, shipped
 from distillm_cli.config.merging import Given, Problems, Rank
 from distillm_cli.config.ownership import has, value_of
 from distillm_cli.config.schema import Recipe
+from distillm_cli.config.student_spec import STAGE_PREFIX
 from distillm_cli.errors import RecipeError, UsageError
 
 Verb = Literal["sft", "generate", "distill", "eval"]
-PREFIX = "stage:"
+PREFIX = STAGE_PREFIX
 MODEL, ROWS = "a model", "rows"
 MAKES: dict[str, str | None] = {"sft": MODEL, "generate": ROWS, "distill": MODEL, "eval": None}
 

@@ -7,12 +7,12 @@ A field's description is its help text, its unit and its source. Section and fie
 from __future__ import annotations
 
 from datetime import date
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from distillm_cli import plugins
+from distillm_cli.config import student_spec
 from distillm_cli.config.fields import (
     Beta,
     Condition,
@@ -50,28 +50,15 @@ _RANK = Condition("that is given", 16, lambda rank: rank is not None)
 plugins.metrics.close("the schema of recipes")
 MetricName = Literal[tuple(plugins.metrics)]
 
-BUILT = ("random:", "layers:", "width:")
-AUTO = "auto"  # of a number: it is chosen to fit the models before the run (cli/defaults.py)
+AUTO = "auto"  # of a number: it is chosen to fit the models before the run (runs/defaults.py)
 Auto = Literal["auto"]
 
 
-def is_of_hub(model: str) -> bool:
-    """Whether a model's name can only be of the hub: nothing here has it, and it is no path."""
-    is_path = model.startswith((".", "~")) or Path(model).is_absolute() or model.count("/") > 1
-    return not (is_path or model == "builtin" or Path(model).exists())
+def _may_have_revision(model: Any) -> bool:
+    return not isinstance(model, str) or student_spec.may_have_revision(model)
 
 
-def is_built(model: str | None) -> bool:
-    """Whether this stands for a model that is made here, and not loaded with trained weights of its own."""
-    return model is not None and (model.startswith(BUILT) or model.endswith(".json"))
-
-
-def _may_have_revisions(model: Any) -> bool:
-    """What an earlier stage makes has a colon in its name (``stage:NAME``), as nothing of the hub has."""
-    return not isinstance(model, str) or (is_of_hub(model) and not is_built(model) and ":" not in model)
-
-
-_ON_HUB = Condition("on the hub", "NAME", _may_have_revisions)
+_ON_HUB = Condition("on the hub", "NAME", _may_have_revision)
 
 
 class TeacherConfig(Section):
@@ -168,8 +155,8 @@ class StudentConfig(Section):
 
     @property
     def is_built(self) -> bool:
-        """Whether the model is made here, and not loaded with trained weights of its own."""
-        return is_built(self.path)
+        """Return whether the run builds the model instead of loading trained weights."""
+        return student_spec.is_built(self.path)
 
     @model_validator(mode="after")
     def _an_adapter_needs_a_rank_and_a_base(self) -> StudentConfig:
@@ -460,7 +447,7 @@ class Recipe(Section):
             raise ValueError(
                 "train.select valid_divergence is to a teacher, and sft has none; try --set train.select=valid_loss"
             )
-        if (self.student.path or "").startswith("layers:") and self.teacher.quantize != "none":
+        if student_spec.copies_layers(self.student.path) and self.teacher.quantize != "none":
             raise ValueError(
                 f"teacher.quantize {self.teacher.quantize}: student {self.student.path} copies the teacher's layers, and "
                 "they would be quantised ones; try --set teacher.quantize=none"

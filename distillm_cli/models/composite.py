@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from distillm_cli.errors import ModelError
-from distillm_cli.models.places import adapters_of, file_of
+from distillm_cli.models.model_paths import adapter_chain, model_file
 
 # Files of a processor beside the tokenizer's own, which `save_pretrained` of the tokenizer does not write. Its older
 # chat_template.json is not among them: transformers prefers it to the template that the tokenizer is saved with.
@@ -75,8 +75,8 @@ def copy_processor(path: str, revision: str | None, directory: Path) -> None:
 
     Files that ``directory`` has already, which the tokenizer wrote, are left as they are.
     """
-    _, base, base_revision = adapters_of(path, revision)
+    _, base, base_revision = adapter_chain(path, revision)
     for file in PROCESSOR_FILES:
-        found = file_of(base, file, base_revision)
+        found = model_file(base, file, base_revision)
         if found is not None and not (directory / file).exists():
             shutil.copyfile(found, directory / file)

@@ -1,20 +1,24 @@
-"""Where models run and in what precision."""
+"""Choose where models run and in what precision: device, dtype, and weights in 8 or 4 bits by bitsandbytes."""
 
 from __future__ import annotations
+
+import importlib.util
+import logging
+from typing import Any
 
 import torch
 
 from distillm_cli.config import schema
-from distillm_cli.errors import UsageError
+from distillm_cli.errors import ModelError, UsageError
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str) -> torch.device:
-    """auto, cpu, cuda, cuda:N or mps → a device that is there. Raises UsageError when it is not.
+    """Return the device that auto, cpu, cuda, cuda:N or mps stands for. Raises UsageError where it does not exist.
 
-    cuda:N becomes the current one, which torch means where it asks a GPU without saying which: what it can (bf16), how much
-    of its memory is in use; and on which kernels are started whose authors thought of one GPU (Triton's).
+    cuda:N becomes torch's current device: torch asks that one for its capabilities and its free memory, and kernels of
+    Triton are started on it.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -35,7 +39,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def bf16_is_fast(device: torch.device) -> bool:
-    """Whether bfloat16 products run in hardware: Ampere and later, CPUs with AVX512-BF16 or AMX."""
+    """Return whether bfloat16 products run in hardware: Ampere and later, CPUs with AVX512-BF16 or AMX."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
@@ -49,12 +53,44 @@ def bf16_is_fast(device: torch.device) -> bool:
 
 
 def resolve_dtype(name: schema.Dtype, device: torch.device) -> torch.dtype:
-    """fp32, bf16, fp16; auto is bf16 where the machine is fast at it, else fp32."""
+    """Return the dtype of fp32, bf16 or fp16; auto is bf16 where the machine is fast at it, else fp32."""
     if name == "auto":
         return torch.bfloat16 if bf16_is_fast(device) else torch.float32
     return _DTYPES[name]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """What a recipe calls it."""
+    """Return the name of a dtype in recipes."""
     return next(name for name, known in _DTYPES.items() if known == dtype)
+
+
+def check_quantize(quantize: str, device: torch.device) -> None:
+    """Raise ModelError where a model cannot be held in 8 or 4 bits: without CUDA, or without bitsandbytes."""
+    if quantize == "none":
+        return
+    if device.type != "cuda":
+        why = "there is none here" if not torch.cuda.is_available() else f"train.device is {device.type}"
+        raise ModelError(
+            f"teacher.quantize {quantize} needs CUDA, and {why}",
+            hint="drop it; --set teacher.dtype=bf16 halves the memory of fp32 anywhere",
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"teacher.quantize {quantize} needs bitsandbytes, which is not installed",
+            hint="pip install 'distillm[quant]'",
+        )
+
+
+def quantization_arguments(quantize: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Return the arguments of ``from_pretrained`` that quantize a model's linear layers.
+
+    transformers leaves the head as it is, so that the loss reads a plain weight.
+    """
+    from transformers import BitsAndBytesConfig
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else it warns of its rounding at every product
+    if quantize == "8bit":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return {"quantization_config": config, "device_map": {"": device}}

@@ -9,63 +9,52 @@ layers:all       every one: the teacher itself, in float32
 from __future__ import annotations
 
 import copy
-import re
 from itertools import pairwise
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from distillm_cli.config.student_spec import FORMS, parse_student
 from distillm_cli.errors import ModelError, UsageError, out_of_memory
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.composite import check_causal_class
+from distillm_cli.models.model_families import family_of
 from distillm_cli.models.students import heads_are_tied, set_dropout, with_layers
 from distillm_cli.utils.text import counted
 
-_BY_PLACE = ("diffllama",)  # families with a constant of each layer that is no weight
 
-_SPEC = re.compile(r"layers:(?:(?P<all>all)|(?P<list>\d+(?:,\d+)+)|(?P<count>\d+)(?::(?P<which>evenly|first|last))?)")
-_FORM = "layers:6 (evenly spaced), layers:6:first, layers:6:last, layers:0,3,7 or layers:all"
-
-
-def read_layers(spec: str) -> re.Match[str]:
-    """``layers:…`` in parts. Raises UsageError."""
-    match = _SPEC.fullmatch(spec)
-    if match is None:
-        raise UsageError(f"cannot read the student's layers {spec!r}", hint=f"write {_FORM}")
-    return match
-
-
-def chosen_layers(spec: str, depth: int) -> list[int]:
-    """The layers, of ``depth``, that ``layers:…`` names: ascending, counted from 0. Raises UsageError.
+def chosen_layers(text: str, depth: int) -> list[int]:
+    """Return the layers, of ``depth``, that ``layers:…`` names: ascending, counted from 0. Raises UsageError.
 
     Evenly spaced: i·(depth−1)/(n−1), rounded half up, i from 0 to n−1; of one layer, the first.
     """
-    match = read_layers(spec)
-    if match["all"]:
-        return list(range(depth))
-    if match["list"]:
-        wanted = [int(i) for i in match["list"].split(",")]
-        if (high := max(wanted)) >= depth:
-            raise UsageError(f"{spec}: the teacher has no layer {high}", hint=f"its layers are 0 to {depth - 1}")
-        if any(b <= a for a, b in pairwise(wanted)):
-            raise UsageError(f"{spec}: the layers must be in the teacher's order, each once", hint=f"write {_FORM}")
-        return wanted
-    count = int(match["count"])
+    spec = parse_student(text)
+    if spec.indices is not None:
+        highest = max(spec.indices)
+        if highest >= depth:
+            raise UsageError(f"{text}: the teacher has no layer {highest}", hint=f"its layers are 0 to {depth - 1}")
+        if any(b <= a for a, b in pairwise(spec.indices)):
+            hint = f"write {FORMS['layers:']}"
+            raise UsageError(f"{text}: the layers must be in the teacher's order, each once", hint=hint)
+        return list(spec.indices)
+    count = depth if spec.count is None else spec.count
     if not 1 <= count <= depth:
-        raise UsageError(f"{spec}: the teacher has {counted(depth, 'layer')}", hint=f"give 1 to {depth}")
-    if match["which"] in ("first", "last"):
-        return list(range(count) if match["which"] == "first" else range(depth - count, depth))
+        raise UsageError(f"{text}: the teacher has {counted(depth, 'layer')}", hint=f"give 1 to {depth}")
+    if spec.position == "first":
+        return list(range(count))
+    if spec.position == "last":
+        return list(range(depth - count, depth))
     gaps = max(count - 1, 1)
     return [(2 * i * (depth - 1) + gaps) // (2 * gaps) for i in range(count)]
 
 
 def build_from_layers(spec: str, teacher: Backbone, *, dropout: float | None = None) -> PreTrainedModel:
-    """A float32 model of the teacher's family with these of its layers. Every weight is a copy; no memory is shared.
+    """Build a float32 model of the teacher's family with these of its layers. Every weight is a copy; no memory is shared.
 
-    dropout: unset is as the teacher's config says. Raises UsageError for a spec that cannot be read or does not fit the
-    teacher, ModelError for a family whose layers are not all of one kind of place, and for an encoder-decoder, which has two
-    stacks of them.
+    dropout: None is as the teacher's config says. Raises UsageError for a spec that cannot be read or does not fit the
+    teacher, ModelError for a family whose layers cannot be exchanged, and for an encoder-decoder, which has two stacks of
+    them.
     """
     if teacher.is_encoder_decoder:
         kind = teacher.model.config.model_type
@@ -76,33 +65,33 @@ def build_from_layers(spec: str, teacher: Backbone, *, dropout: float | None = N
         )
     text = teacher.model.config.get_text_config()
     keep = chosen_layers(spec, text.num_hidden_layers)
-    if text.model_type in _BY_PLACE and keep != list(range(len(keep))):
-        raise _not_cut(text, spec, "what its layers compute depends on their place")
+    if family_of(text.model_type).layers_depend_on_index and keep != list(range(len(keep))):
+        raise _cannot_take_layers(text, spec, "what its layers compute depends on their index")
     config = with_layers(text, keep, spec)
     config.tie_word_embeddings = heads_are_tied(teacher.model)  # the file decides, not the teacher's config
     if dropout is not None:
         set_dropout(config, dropout, where=spec)
-    model = _unfilled(config, spec)
+    model = _build_unfilled(config, spec)
     _copy_weights(
         model, teacher.model, Backbone(model, teacher.tokenizer, teacher.vocab).trunk, teacher.trunk, keep, spec
     )
     if getattr(text, "scale_attn_by_inverse_layer_idx", False):
-        _keep_scales(model.get_decoder(), keep)
+        _move_attention_scales(model.get_decoder(), keep)
     if teacher.model.generation_config is not None:
         model.generation_config = copy.deepcopy(teacher.model.generation_config)
     return model.eval()
 
 
 @torch.no_grad()
-def _keep_scales(trunk: nn.Module, keep: list[int]) -> None:
-    """Such a GPT-2 divides a layer's scores by its place, counted from 1: a layer that moves has that in its queries."""
+def _move_attention_scales(trunk: nn.Module, keep: list[int]) -> None:
+    """Put the scale of a layer's old index into its queries: such a GPT-2 divides scores by the index, counted from 1."""
     for new, old in enumerate(keep):
         attention = trunk.h[new].attn
         for weight in (attention.c_attn.weight, attention.c_attn.bias):
             weight[..., : attention.embed_dim] *= (new + 1) / (old + 1)
 
 
-def _unfilled(config: PretrainedConfig, spec: str) -> PreTrainedModel:
+def _build_unfilled(config: PretrainedConfig, spec: str) -> PreTrainedModel:
     check_causal_class(config, spec)
     with torch.random.fork_rng(devices=[]):
         try:
@@ -110,8 +99,8 @@ def _unfilled(config: PretrainedConfig, spec: str) -> PreTrainedModel:
         except Exception as error:  # every family checks its config in its own way
             if out_of_memory(error):
                 raise
-            said = str(error).splitlines()[-1].strip()
-            raise _not_cut(config, spec, said) from error
+            reason = str(error).splitlines()[-1].strip()
+            raise _cannot_take_layers(config, spec, reason) from error
 
 
 def _copy_weights(
@@ -123,39 +112,40 @@ def _copy_weights(
     spec: str,
 ) -> None:
     if student_trunk is None or teacher_trunk is None:
-        raise _not_cut(teacher.config, spec, "it has no part of its own before the head")
+        raise _cannot_take_layers(teacher.config, spec, "it has no part of its own before the head")
     prefix = f"{_layers_of(teacher_trunk, teacher.config, spec)}."
-    place = {str(old): str(new) for new, old in enumerate(keep)}
+    new_index = {str(old): str(new) for new, old in enumerate(keep)}
     weights = {}
     for name, weight in teacher_trunk.state_dict().items():
         if name.startswith(prefix):
             old, _, rest = name.removeprefix(prefix).partition(".")
-            if old not in place:
+            if old not in new_index:
                 continue
-            name = f"{prefix}{place[old]}.{rest}"
+            name = f"{prefix}{new_index[old]}.{rest}"
         weights[name] = weight
     head, teacher_head = student.get_output_embeddings(), teacher.get_output_embeddings()
     try:
         student_trunk.load_state_dict(weights)
         head.load_state_dict(teacher_head.state_dict())
     except RuntimeError as error:  # layers of several shapes, or something kept for all layers in one tensor
-        raise _not_cut(teacher.config, spec, str(error).splitlines()[-1].strip().rstrip(".")) from error
+        raise _cannot_take_layers(teacher.config, spec, str(error).splitlines()[-1].strip().rstrip(".")) from error
     filled = {id(p) for module in (student_trunk, head) for p in module.parameters()}
-    if other := [name for name, p in student.named_parameters() if id(p) not in filled]:
-        raise _not_cut(teacher.config, spec, f"{other[0]} is neither in the layers nor in the head")
+    unfilled = [name for name, p in student.named_parameters() if id(p) not in filled]
+    if unfilled:
+        raise _cannot_take_layers(teacher.config, spec, f"{unfilled[0]} is neither in the layers nor in the head")
 
 
 def _layers_of(trunk: nn.Module, config: PretrainedConfig, spec: str) -> str:
-    """The name of the list that holds the layers."""
+    """Return the name of the list that holds the layers."""
     depth = config.get_text_config().num_hidden_layers
     lists = [n for n, m in trunk.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     if len(outer) != 1:
-        raise _not_cut(config, spec, "its layers are not in one list")
+        raise _cannot_take_layers(config, spec, "its layers are not in one list")
     return outer[0]
 
 
-def _not_cut(config: PretrainedConfig, spec: str, why: str) -> ModelError:
+def _cannot_take_layers(config: PretrainedConfig, spec: str, why: str) -> ModelError:
     return ModelError(
         f"cannot take layers of a {config.get_text_config().model_type} teacher: {why}",
         where=spec,

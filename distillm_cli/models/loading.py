@@ -1,4 +1,4 @@
-"""From a name or a directory to a config, a model; whatever is wrong there becomes one line.
+"""Load the config and the model of a name or a directory; whatever is wrong becomes one line.
 
 Local directories never touch the network, and code that comes with a checkpoint is never run.
 """
@@ -25,32 +25,39 @@ from distillm_cli.errors import ModelError, out_of_memory
 from distillm_cli.models import lora
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.composite import is_composite
-from distillm_cli.models.contexts import context_of
-from distillm_cli.models.modes import eval_mode
-from distillm_cli.models.places import Place, adapters_of, file_of, lasting, locate, no_base
-from distillm_cli.models.quantize import check_quantize, in_few_bits
+from distillm_cli.models.devices import check_quantize, quantization_arguments
+from distillm_cli.models.model_families import context_of
+from distillm_cli.models.model_paths import (
+    ModelLocation,
+    adapter_chain,
+    base_not_loaded,
+    locate_model,
+    model_file,
+    portable_name,
+)
 from distillm_cli.models.students import adopt_special_tokens, auto_class, heads_are_tied, set_dropout
-from distillm_cli.models.tokenizer_files import WEIGHTS, OwnTokenizers, not_loaded, quiet
+from distillm_cli.models.tokenizer_files import WEIGHT_FILES, TokenizerCache, load_error, quiet
 from distillm_cli.training.events import Listener, Progress, Warned, silent
 from distillm_cli.utils import manifest
+from distillm_cli.utils.modules import eval_mode
 from distillm_cli.utils.text import counted
 
-LEAST_CONTEXT = 24  # tokens; decoding is tried on prompts nearly as long
+MIN_CONTEXT = 24  # tokens; decoding is tried on prompts nearly as long
 
 
 def load_config(path: str, *, revision: str | None = None, file: bool = False) -> PretrainedConfig:
-    """The config of a causal or an encoder-decoder model: a directory's, a hub name's, or (``file``) that JSON file's.
+    """Load the config of a causal or an encoder-decoder model: a directory's, a hub name's, or (``file``) a JSON file's.
 
-    An adapter's is that of the model it belongs to.
+    For an adapter, that of its base model.
     """
     if not file:
-        adapters, base, base_revision = adapters_of(path, revision)
+        adapters, base, base_revision = adapter_chain(path, revision)
         if adapters:
             try:
                 return load_config(base, revision=base_revision)
             except ModelError as error:
-                raise no_base(adapters[-1], base, error) from error
-    name, local = (path, True) if file else locate(path)
+                raise base_not_loaded(adapters[-1], base, error) from error
+    name, local = (path, True) if file else locate_model(path)
     if local and not file:
         manifest.check(Path(name), weights=False)
         if not (Path(name) / "config.json").is_file():
@@ -62,7 +69,7 @@ def load_config(path: str, *, revision: str | None = None, file: bool = False) -
                 name, revision=revision, local_files_only=local, trust_remote_code=False
             )
         except Exception as error:  # a dozen types, by version; each of them means that the config is not usable
-            raise not_loaded("config", path, local, error) from error
+            raise load_error("config", path, local, error) from error
     try:
         depth = getattr(config.get_text_config(), "num_hidden_layers", None)
     except ValueError as error:  # several text models, none of which is the one that writes
@@ -70,13 +77,11 @@ def load_config(path: str, *, revision: str | None = None, file: bool = False) -
     if isinstance(depth, int) and depth < 1:
         raise ModelError(f"{path}: num_hidden_layers is {depth}", hint="its config.json must name at least one layer")
     context = context_of(config)
-    if context is not None and context < LEAST_CONTEXT:
+    if context is not None and context < MIN_CONTEXT:
         what = f"{path}: a context of {counted(context, 'token')} is too short for a prompt and a response"
-        raise ModelError(
-            what, hint=f"use a model with {LEAST_CONTEXT} or more (max_position_embeddings in config.json)"
-        )
-    known = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
-    if type(config) not in known and not is_composite(config):
+        raise ModelError(what, hint=f"use a model with {MIN_CONTEXT} or more (max_position_embeddings in config.json)")
+    architectures = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) not in architectures and not is_composite(config):
         raise _not_causal(path, config)
     return config
 
@@ -88,40 +93,41 @@ def load_backbone(
     device: torch.device,
     revision: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    tokenizers: OwnTokenizers | None = None,
+    tokenizers: TokenizerCache | None = None,
     dropout: float | None = None,
     quantize: str = "none",
     train: AdapterConfig | None = None,
     listener: Listener = silent,
 ) -> Backbone:
-    """A model with its trained weights, in eval mode. tokenizer: in place of its own. tokenizers: which have been read,
-    and read its own where that is not among them. dropout: sets every one it has.
+    """Load a model with its trained weights, in eval mode.
 
-    path: of a model, or of a LoRA adapter, which is merged into the model it belongs to. train: then it is left beside
-    that, to go on training it. quantize: 8bit or 4bit; an adapter is left beside such weights too. Raises ModelError,
-    naming the cause, for anything that is not the complete checkpoint of such a model.
+    path: of a model, or of a LoRA adapter, which is merged into its base model. train: the adapter is left beside that
+    instead, to continue its training. tokenizer: in place of the model's own. tokenizers: reads the model's own, unless it
+    was read before. dropout: sets every one it has. quantize: 8bit or 4bit; an adapter is left beside such weights.
+    Raises ModelError, naming the cause, for anything that is not the complete checkpoint of such a model.
     """
     check_quantize(quantize, device)
     task = f"loading {path}"
     listener(Progress(task, 0, 1))
     config = load_config(path, revision=revision)
-    adapters, base, base_revision = adapters_of(path, revision)
-    for place in adapters:
-        if place.local:
-            manifest.check(Path(place.name), weights=True)
-            _warn_of_edits(Path(place.name), listener)
+    adapters, base, base_revision = adapter_chain(path, revision)
+    for location in adapters:
+        if location.local:
+            manifest.check(Path(location.name), weights=True)
+            _warn_of_edits(Path(location.name), listener)
     own = tokenizer is None
-    tokenizer = (tokenizers or OwnTokenizers()).of(path, revision) if tokenizer is None else tokenizer
+    tokenizer = (tokenizers or TokenizerCache()).load(path, revision) if tokenizer is None else tokenizer
     if dropout is not None:
         set_dropout(config, dropout, where=path)
-    bits = {} if quantize == "none" else in_few_bits(quantize, dtype, device)
-    model = _load_weights(base, config, dtype, base_revision, **bits)
-    if (place := Path(locate(base)[0])).is_dir():
-        _warn_of_edits(place, listener)
-    model, adapter = _with_adapters(model if bits else model.to(device), adapters, base, base_revision, train)
-    _read_generation_config([*adapters, Place(base, False, base_revision)], model)
+    quantization = {} if quantize == "none" else quantization_arguments(quantize, dtype, device)
+    model = _load_weights(base, config, dtype, base_revision, **quantization)
+    directory = Path(locate_model(base)[0])
+    if directory.is_dir():
+        _warn_of_edits(directory, listener)
+    model, adapter = _with_adapters(model if quantization else model.to(device), adapters, base, base_revision, train)
+    _read_generation_config([*adapters, ModelLocation(base, False, base_revision)], model)
     model.eval()
-    if not bits:  # 8 bits round a token by what stands beside it, which would look like looking ahead
+    if not quantization:  # 8 bits round a token by what stands beside it, which would look like looking ahead
         check_causal(path, model)
     if own:
         if model.generation_config.pad_token_id is None:
@@ -140,48 +146,54 @@ def _warn_of_edits(directory: Path, listener: Listener) -> None:
 
 
 def _with_adapters(
-    model: PreTrainedModel, adapters: list[Place], base: str, base_revision: str | None, train: AdapterConfig | None
+    model: PreTrainedModel,
+    adapters: list[ModelLocation],
+    base: str,
+    base_revision: str | None,
+    train: AdapterConfig | None,
 ) -> tuple[PreTrainedModel, lora.Adapter | None]:
-    """The model with these in it, and the one of them that trains."""
-    for at, place in reversed(list(enumerate(adapters))):
-        there: dict[str, Any] = {"local": place.local, "revision": place.revision}
-        if train is not None and at == 0:
+    """Return the model with these adapters in it, and the one of them that trains."""
+    for i, location in reversed(list(enumerate(adapters))):
+        source: dict[str, Any] = {"local": location.local, "revision": location.revision}
+        if train is not None and i == 0:
             if len(adapters) > 1:
-                what = f"{place.name} is an adapter of an adapter, and cannot be trained on"
+                what = f"{location.name} is an adapter of an adapter, and cannot be trained on"
                 raise ModelError(what, hint="without --lora both are merged, and every weight trains")
-            adapter = lora.take_up(model, place.name, train, base=lasting(base), base_revision=base_revision, **there)
+            adapter = lora.continue_adapter(
+                model, location.name, train, base=portable_name(base), base_revision=base_revision, **source
+            )
             return model, adapter
         with quiet():
-            put = lora.put_on if getattr(model, "is_quantized", False) else lora.merge
-            model = put(model, place.name, **there)
+            apply = lora.attach_frozen if getattr(model, "is_quantized", False) else lora.merge
+            model = apply(model, location.name, **source)
     return model, None
 
 
-def _read_generation_config(places: list[Place], model: PreTrainedModel) -> None:
-    """Give the model the generation config of the outermost place that has one: the tokens that end its responses.
+def _read_generation_config(locations: list[ModelLocation], model: PreTrainedModel) -> None:
+    """Give the model the generation config of the outermost location that has one: the tokens that end its responses.
 
-    places: of adapters and, last, of their model, which has its own already. An adapter that was trained under a chat
+    locations: of adapters and, last, of their model, which has its own already. An adapter that was trained under a chat
     template ends responses with other tokens than its model. Raises ModelError for a damaged file, which transformers
-    passes over without a word.
+    ignores silently.
     """
-    for place in places:
-        file = file_of(place.name, "generation_config.json", place.revision)
+    for location in locations:
+        file = model_file(location.name, "generation_config.json", location.revision)
         if file is None:
             continue
         try:
-            found = GenerationConfig.from_pretrained(file.parent, local_files_only=True)
+            config = GenerationConfig.from_pretrained(file.parent, local_files_only=True)
         except Exception as error:  # of any type, by what is wrong with the file
-            raise not_loaded("generation config", place.name, True, error) from error
-        if place is not places[-1]:
-            model.generation_config = found
+            raise load_error("generation config", location.name, True, error) from error
+        if location is not locations[-1]:
+            model.generation_config = config
         return
 
 
 def _load_weights(
     path: str, config: PretrainedConfig, dtype: torch.dtype, revision: str | None, **more: Any
 ) -> PreTrainedModel:
-    name, local = locate(path)
-    if local and not any(next(Path(name).glob(pattern), None) for pattern in WEIGHTS):
+    name, local = locate_model(path)
+    if local and not any(next(Path(name).glob(pattern), None) for pattern in WEIGHT_FILES):
         raise ModelError(
             f"{path} holds a config.json but no weights (model.safetensors)",
             hint=f"to start from scratch, pass {Path(path) / 'config.json'}",
@@ -204,7 +216,7 @@ def _load_weights(
                 **more,
             )
         except Exception as error:
-            raise not_loaded("weights", path, local, error) from error
+            raise load_error("weights", path, local, error) from error
     for kind, what in (("mismatched_keys", "of another shape than its config says"), ("missing_keys", "absent")):
         if keys := sorted(str(key[0] if isinstance(key, tuple) else key) for key in report[kind]):
             more = f" and {len(keys) - 2} more" if len(keys) > 2 else ""
@@ -229,8 +241,8 @@ def _head_names(model: PreTrainedModel) -> list[str]:
 def check_causal(path: str, model: PreTrainedModel) -> None:
     """Check on a few tokens that a model predicts each token from those before it.
 
-    Raises ModelError for BERT and its kin, which load as causal models too, and for a composite model that does not run
-    without images. Of an encoder-decoder the decoder must be causal.
+    Raises ModelError for BERT and similar models, which load as causal models too, and for a composite model that does not
+    run without images. Of an encoder-decoder the decoder must be causal.
     """
     ids_BT = torch.arange(1, 9, device=model.device).repeat(2, 1) % model.get_input_embeddings().weight.shape[0]
     ids_BT[1, -1] = 0

@@ -1,8 +1,8 @@
-"""Teacher and student: where they run, in what precision, and whether they speak the same tokens."""
+"""Load teacher and student, and check that they fit together: architecture, vocabulary, tokenizer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,33 +11,38 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distillm_cli.config import schema
+from distillm_cli.config.student_spec import ConfigFile, RandomModel, TeacherLayers, TeacherWidth, parse_student
 from distillm_cli.errors import ModelError, UsageError
 from distillm_cli.models import lora
 from distillm_cli.models.backbone import Backbone
+from distillm_cli.models.chat_format import add_stop_tokens
 from distillm_cli.models.composite import freeze_rest
-from distillm_cli.models.conversation import add_stops
 from distillm_cli.models.devices import bf16_is_fast, resolve_device, resolve_dtype
-from distillm_cli.models.layers import build_from_layers, read_layers
+from distillm_cli.models.layers import build_from_layers
 from distillm_cli.models.loading import check_causal, load_backbone, load_config
-from distillm_cli.models.places import adapters_of, lasting, locate
-from distillm_cli.models.round_trip import check_reload, differs_from_file
+from distillm_cli.models.lora_targets import frozen_parts
+from distillm_cli.models.model_paths import adapter_chain, locate_model, portable_name
 from distillm_cli.models.students import (
     adopt_special_tokens,
     build_from_config,
     build_random,
-    parse_spec,
-    read_width,
-    spec_of_width,
+    check_has_teacher,
 )
-from distillm_cli.models.targets import frozen_parts
 from distillm_cli.models.tokenizer_files import (
-    OwnTokenizers,
+    TokenizerCache,
+    check_reload,
     has_tokenizer,
     load_tokenizer,
-    prepare_tokenizer,
     quiet,
+    sentencepiece_difference,
 )
-from distillm_cli.models.tokenizers import is_trained_spec, lost_with, put_end, train_tokenizer
+from distillm_cli.models.trained_tokenizers import (
+    TrainingTexts,
+    append_eos,
+    is_trained_spec,
+    load_or_train_tokenizer,
+    lost_features,
+)
 from distillm_cli.training.events import Listener, Note, Warned, silent
 from distillm_cli.utils.text import counted
 
@@ -48,18 +53,15 @@ __all__ = [
     "Pair",
     "bf16_is_fast",
     "check_vocabularies",
+    "create_student",
     "load_backbone",
     "load_pair",
-    "load_student",
     "load_tokenizer",
+    "rebuild_student",
+    "reload_teacher",
     "resolve_device",
     "resolve_dtype",
-    "student_again",
-    "teacher_again",
 ]
-
-# Prompts and responses in turn; prompts as this tokenizer's chat template writes them (None: it is yet to be trained).
-Texts = Callable[[PreTrainedTokenizerBase | None], Iterator[str]]
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Pair:
 
     @property
     def models(self) -> dict[str, Backbone]:
-        """By role, those that are there."""
+        """Return the models by role."""
         return {"student": self.student} if self.teacher is None else {"teacher": self.teacher, "student": self.student}
 
 
@@ -88,48 +90,48 @@ def load_pair(
     recipe: schema.Recipe,
     *,
     device: torch.device,
-    texts: Texts | None = None,
-    tokenizers: OwnTokenizers | None = None,
+    texts: TrainingTexts | None = None,
+    tokenizers: TokenizerCache | None = None,
     listener: Listener = silent,
 ) -> Pair:
-    """The recipe's teacher (frozen; none for `sft`) and student, both in eval mode, sharing tokenizer and vocabulary.
+    """Load the recipe's teacher (frozen; none for `sft`) and student, both in eval mode, sharing tokenizer and vocabulary.
 
-    A student that is built of the teacher is so for `sft` too. texts: the training texts, for a tokenizer that is trained
-    on them. tokenizers: those of the models, as far as they have been read. Raises ModelError or UsageError.
+    A student that is built from the teacher is so for `sft` too. texts: the training texts, for a tokenizer that is trained
+    on them. tokenizers: reads those of the models, unless they were read before. Raises ModelError or UsageError.
     """
-    tokenizers = tokenizers or OwnTokenizers()
-    for prefix, read in {"random:": parse_spec, "layers:": read_layers, "width:": read_width}.items():
-        if (recipe.student.path or "").startswith(prefix):
-            read(recipe.student.path)  # a slip of the pen is told before a large teacher is loaded
+    tokenizers = tokenizers or TokenizerCache()
+    if recipe.student.path is not None:
+        parse_student(recipe.student.path)  # a typing error is reported before a large teacher is loaded
     teacher, is_sft = None, recipe.method == "sft"
     if recipe.teacher.path is not None and not is_sft:
         teacher = _load_teacher(recipe.teacher, device, listener, tokenizers)
-    student = load_student(
+    student = create_student(
         recipe.student,
         seed=recipe.train.seed,
         device=device,
-        teacher=_model_for(recipe, listener) if is_sft else teacher,
+        teacher=_load_origin(recipe, listener) if is_sft else teacher,
         texts=texts,
         tokenizers=tokenizers,
         max_length=recipe.data.max_length,
         listener=listener,
     )
     if teacher is not None:
-        check_kinds(teacher, student)
-    for path, revision, tokenizer in _tokenizers_read(recipe, teacher, student):
-        if wrong := differs_from_file(path, revision, tokenizer):
-            listener(Warned(wrong))
-    borrowed = _is_borrowed(recipe.student)
-    text = next(texts(student.tokenizer), None) if texts and borrowed else None
-    check_reload(student, borrowed=borrowed, text=text)
+        check_architectures(teacher, student)
+    for path, revision, tokenizer in _loaded_tokenizers(recipe, teacher, student):
+        if difference := sentencepiece_difference(path, revision, tokenizer):
+            listener(Warned(difference))
+    is_borrowed = _is_borrowed(recipe.student)
+    text = next(texts(student.tokenizer), None) if texts and is_borrowed else None
+    check_reload(student, is_borrowed=is_borrowed, text=text)
     templates, stops = {"student": student.tokenizer.chat_template}, None
     if teacher is not None:
         templates["teacher"] = teacher.tokenizer.chat_template
         eos = teacher.tokenizer.eos_token_id
         stops = (eos, *sorted(teacher.stop_ids - {eos}))
-        check_vocabularies(teacher.tokenizer, own := student.tokenizer)
+        own = student.tokenizer
+        check_vocabularies(teacher.tokenizer, own)
         _share_tokens(teacher, student)
-        if lost := lost_with(own, student.tokenizer):
+        if lost := lost_features(own, student.tokenizer):
             listener(Warned(f"the student gets the teacher's tokenizer, whose tokens both know; its own {lost} lost"))
     return Pair(teacher, student, student.tokenizer, student.vocab, templates, stops)
 
@@ -138,7 +140,7 @@ def _load_teacher(
     teacher: schema.TeacherConfig,
     device: torch.device,
     listener: Listener = silent,
-    tokenizers: OwnTokenizers | None = None,
+    tokenizers: TokenizerCache | None = None,
 ) -> Backbone:
     dtype = resolve_dtype(teacher.dtype, device)
     model = load_backbone(
@@ -154,15 +156,15 @@ def _load_teacher(
     return model
 
 
-def _model_for(recipe: schema.Recipe, listener: Listener = silent) -> Backbone | None:
-    """What a student is built after where nobody teaches it, or its teacher has left; None for one that is loaded."""
+def _load_origin(recipe: schema.Recipe, listener: Listener = silent) -> Backbone | None:
+    """Load the model that a student is built from, where it is not in memory as its teacher; None for one that is loaded."""
     if recipe.teacher.path is None or not recipe.student.is_built:
         return None
     return _load_teacher(recipe.teacher.model_copy(update={"quantize": "none"}), torch.device("cpu"), listener)
 
 
 def _share_tokens(teacher: Backbone, student: Backbone) -> None:
-    """The one with fewer ids writes the batches, so that every target is a token both models know."""
+    """Use the tokenizer with fewer ids for both models, so that every target is a token both know."""
     if teacher.vocab < student.vocab:
         student.tokenizer = teacher.tokenizer
         adopt_special_tokens(student.model, student.tokenizer)
@@ -170,22 +172,22 @@ def _share_tokens(teacher: Backbone, student: Backbone) -> None:
     teacher.vocab = student.vocab = min(teacher.vocab, student.vocab)
 
 
-def teacher_again(recipe: schema.Recipe, pair: Pair, device: torch.device) -> Backbone:
-    """The pair's teacher, whose weights have left memory, as it was."""
+def reload_teacher(recipe: schema.Recipe, pair: Pair, device: torch.device) -> Backbone:
+    """Load the pair's teacher, whose weights were released, as it was."""
     teacher = _load_teacher(recipe.teacher, device)
     _share_tokens(teacher, pair.student)
-    add_stops(teacher, sorted(pair.teacher.stop_ids))
+    add_stop_tokens(teacher, sorted(pair.teacher.stop_ids))
     teacher.own_logits = pair.teacher.own_logits
     return teacher
 
 
-def student_again(recipe: schema.Recipe, pair: Pair, device: torch.device) -> Backbone:
-    """The pair's student as it was before its first step; no random state moves."""
+def rebuild_student(recipe: schema.Recipe, pair: Pair, device: torch.device) -> Backbone:
+    """Return the pair's student as it was before its first step, without a change of random state."""
     teacher = pair.teacher
     if teacher is None or (teacher.device.type == "meta" and recipe.student.is_built):
-        teacher = _model_for(recipe)
+        teacher = _load_origin(recipe)
     with torch.random.fork_rng(devices=[]):
-        student = load_student(
+        student = create_student(
             recipe.student,
             seed=recipe.train.seed,
             device=device,
@@ -198,40 +200,40 @@ def student_again(recipe: schema.Recipe, pair: Pair, device: torch.device) -> Ba
     return student
 
 
-def load_student(
+def create_student(
     student: schema.StudentConfig,
     *,
     seed: int,
     device: torch.device,
     teacher: Backbone | None = None,
-    texts: Texts | None = None,
+    texts: TrainingTexts | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    tokenizers: OwnTokenizers | None = None,
+    tokenizers: TokenizerCache | None = None,
     max_length: int,
     listener: Listener = silent,
 ) -> Backbone:
-    """The model to train, float32 parameters, in eval mode: loaded or built, under a LoRA adapter where one is asked for.
+    """Load or build the model to train: float32 parameters, in eval mode, under a LoRA adapter where one is configured.
 
-    Its tokenizer is the one given, else the one asked for, else its own, else the teacher's. tokenizers: as of `load_pair`.
+    Its tokenizer is the one given, else the configured one, else its own, else the teacher's. tokenizers: as in `load_pair`.
     max_length: tokens of the longest example, which sizes the context of a model built without a teacher. seed: of random
     weights.
     """
-    backbone = _whole_student(student, seed, device, teacher, texts, tokenizer, tokenizers, max_length, listener)
+    backbone = _student_model(student, seed, device, teacher, texts, tokenizer, tokenizers, max_length, listener)
     if frozen := freeze_rest(backbone.model):
         kind = backbone.model.config.model_type
         listener(Note(f"{kind}: the text model trains; {frozen:,} weights outside it stay as they are"))
     if student.lora.r is not None:
         if backbone.adapter is None:
-            base = student.path if student.is_built else lasting(student.path)
+            base = student.path if student.is_built else portable_name(student.path)
             backbone.adapter = lora.attach(
                 backbone.model, student.lora, seed=seed, base=base, revision=student.revision
             )
         backbone.model.eval()
-        _tell_of(backbone, listener)
+        _report_adapter(backbone, listener)
     return backbone
 
 
-def _tell_of(backbone: Backbone, listener: Listener) -> None:
+def _report_adapter(backbone: Backbone, listener: Listener) -> None:
     config, parameters = backbone.adapter.config, list(backbone.parameters())
     train = sum(p.numel() for p in parameters if p.requires_grad)
     every = sum(p.numel() for p in parameters)
@@ -252,60 +254,58 @@ def _tell_of(backbone: Backbone, listener: Listener) -> None:
         )
 
 
-def _whole_student(
+def _student_model(
     student: schema.StudentConfig,
     seed: int,
     device: torch.device,
     teacher: Backbone | None,
-    texts: Texts | None,
+    texts: TrainingTexts | None,
     tokenizer: PreTrainedTokenizerBase | None,
-    tokenizers: OwnTokenizers | None,
+    tokenizers: TokenizerCache | None,
     max_length: int,
     listener: Listener,
 ) -> Backbone:
-    """The model without the adapter, unless it comes as one and goes on training it."""
+    """Return the model without a new adapter. One that is loaded as an adapter keeps it, where that is to be trained."""
     path = student.path
     if path is None:
         raise UsageError(
             "no model to train", hint="pass --student PATH, or --student random:4x256 to start from scratch"
         )
-    tokenizer = tokenizer or _asked_tokenizer(student, texts)
-    if path.startswith("layers:"):
-        if teacher is None:
-            what = f"{path} takes layers from a teacher, and there is none"
-            raise UsageError(what, hint="name it: --set teacher.path=PATH")
+    tokenizer = tokenizer or _configured_tokenizer(student, texts)
+    spec = parse_student(path)
+    check_has_teacher(path, spec, teacher)
+    if isinstance(spec, TeacherLayers):
         with quiet():
             model = build_from_layers(path, teacher, dropout=student.dropout)
         return Backbone(model.to(device), tokenizer or teacher.tokenizer)
-    if path.startswith(("random:", "width:")):
+    if isinstance(spec, RandomModel | TeacherWidth):
         config = None if teacher is None else teacher.model.config
-        path = spec_of_width(path, config) if path.startswith("width:") else path
-        tokenizer = tokenizer or _teachers(teacher, path)
+        tokenizer = tokenizer or _teacher_tokenizer(teacher, path)
         with quiet():
             model = build_random(
                 path, tokenizer, teacher_config=config, max_length=max_length, seed=seed, dropout=student.dropout
             )
-        _end_prompts(student, model, tokenizer)
+        _append_eos_to_prompts(student, model, tokenizer)
         return Backbone(model.to(device), tokenizer)
-    if path.endswith(".json"):
+    if isinstance(spec, ConfigFile):
         file = Path(path).expanduser()
         if not file.is_file():
             raise ModelError(f"no model config at {file}: no such file", hint="check the path")
         config = load_config(str(file), file=True)
         if tokenizer is None and teacher is None and has_tokenizer(file.parent):
             tokenizer = load_tokenizer(str(file.parent))
-        tokenizer = tokenizer or _teachers(teacher, path)
+        tokenizer = tokenizer or _teacher_tokenizer(teacher, path)
         with quiet():
             model = build_from_config(config, tokenizer, seed=seed, dropout=student.dropout, where=path)
         check_causal(path, model)
-        _end_prompts(student, model, tokenizer)
+        _append_eos_to_prompts(student, model, tokenizer)
         return Backbone(model.to(device), tokenizer)
     if tokenizer is None and teacher is not None:
-        adapters, base, _ = adapters_of(path, student.revision)
-        places = [*((place.name, place.local) for place in adapters), locate(base)]
-        without = all(local and not has_tokenizer(Path(name)) for name, local in places)
-        tokenizer = teacher.tokenizer if without else None
-    if student.lora.r is None and adapters_of(path, student.revision)[0]:
+        adapters, base, _ = adapter_chain(path, student.revision)
+        locations = [*((adapter.name, adapter.local) for adapter in adapters), locate_model(base)]
+        has_none = all(local and not has_tokenizer(Path(name)) for name, local in locations)
+        tokenizer = teacher.tokenizer if has_none else None
+    if student.lora.r is None and adapter_chain(path, student.revision)[0]:
         listener(
             Note(f"the adapter {path} is merged into its model, and every weight trains (--lora R trains it alone)")
         )
@@ -322,23 +322,23 @@ def _whole_student(
     )
 
 
-def check_kinds(teacher: Backbone | Shape, student: Backbone | Shape) -> None:
-    """Raises ModelError where one is causal and the other an encoder-decoder: they do not predict from the same text."""
+def check_architectures(teacher: Backbone | Shape, student: Backbone | Shape) -> None:
+    """Raise ModelError where one is causal and the other an encoder-decoder: they do not predict from the same text."""
     if teacher.is_encoder_decoder == student.is_encoder_decoder:
         return
     kinds = {True: "an encoder-decoder model", False: "a causal model"}
-    told = [f"{kinds[m.is_encoder_decoder]} ({m.model.config.model_type})" for m in (teacher, student)]
+    described = [f"{kinds[m.is_encoder_decoder]} ({m.model.config.model_type})" for m in (teacher, student)]
     raise ModelError(
-        f"the teacher is {told[0]} and the student {told[1]}",
+        f"the teacher is {described[0]} and the student {described[1]}",
         where="their states at a response token say different things",
         hint="take a student of the teacher's kind, or --student random:4x256, which is of the teacher's family",
     )
 
 
 def check_vocabularies(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
-    """Both must give every shared id the same token; one may have further added (special) tokens.
+    """Check that both give every shared id the same token; one may have further added (special) tokens.
 
-    Raises ModelError naming the first difference.
+    Raises ModelError with the first difference.
     """
     if student is teacher:
         return
@@ -369,10 +369,10 @@ def check_vocabularies(teacher: PreTrainedTokenizerBase, student: PreTrainedToke
             )
 
 
-def _tokenizers_read(
+def _loaded_tokenizers(
     recipe: schema.Recipe, teacher: Backbone | None, student: Backbone
 ) -> Iterator[tuple[str, str | None, PreTrainedTokenizerBase]]:
-    """Yield where the models' own tokenizers were read, with its revision, and the tokenizers; each once."""
+    """Yield path, revision and tokenizer of the models that brought their own; each tokenizer once."""
     if not _is_borrowed(recipe.student):
         yield recipe.student.path, recipe.student.revision, student.tokenizer
     if teacher is not None and teacher.tokenizer is not student.tokenizer:
@@ -380,29 +380,28 @@ def _tokenizers_read(
 
 
 def _is_borrowed(student: schema.StudentConfig) -> bool:
-    """Whether the tokenizer is not the one that came with the student."""
+    """Return whether the tokenizer is not the one that came with the student."""
     return student.tokenizer is not None or student.is_built
 
 
-def _asked_tokenizer(student: schema.StudentConfig, texts: Texts | None) -> PreTrainedTokenizerBase | None:
-    spec = student.tokenizer
-    if spec is None:
-        return None
-    if not is_trained_spec(spec):
-        return load_tokenizer(spec)
-    if texts is None:
-        raise ModelError(f"a {spec} tokenizer is trained on data, and there is none", hint="pass a tokenizer directory")
-    return prepare_tokenizer(train_tokenizer(spec, texts(None)), spec)
+def _configured_tokenizer(student: schema.StudentConfig, texts: TrainingTexts | None) -> PreTrainedTokenizerBase | None:
+    tokenizer = load_or_train_tokenizer(student.tokenizer, texts)
+    if tokenizer is None and student.tokenizer is not None:
+        what = f"a {student.tokenizer} tokenizer is trained on data, and there is none"
+        raise ModelError(what, hint="pass a tokenizer directory")
+    return tokenizer
 
 
-def _end_prompts(student: schema.StudentConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A tokenizer trained for an encoder-decoder ends every text, as T5's does, so that whoever loads it feeds the model
-    what it was trained on."""
+def _append_eos_to_prompts(
+    student: schema.StudentConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Make a tokenizer that was trained for an encoder-decoder end every text, as T5's does: whoever loads the output then
+    feeds the model what it was trained on."""
     if model.config.is_encoder_decoder and student.tokenizer is not None and is_trained_spec(student.tokenizer):
-        put_end(tokenizer)
+        append_eos(tokenizer)
 
 
-def _teachers(teacher: Backbone | None, path: str) -> PreTrainedTokenizerBase:
+def _teacher_tokenizer(teacher: Backbone | None, path: str) -> PreTrainedTokenizerBase:
     if teacher is None:
         raise ModelError(
             f"{path} needs a tokenizer", hint="pass --tokenizer DIR, or one trained on the data: bpe:1000, chars, words"

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from distillm_cli.errors import ModelError, out_of_memory
-from distillm_cli.models.modes import eval_mode
 from distillm_cli.training.events import Listener, Note, Warned, silent
 from distillm_cli.types import Batch
+from distillm_cli.utils.modules import eval_mode
 
 if TYPE_CHECKING:
     from distillm_cli.models.backbone import Backbone
@@ -28,7 +28,7 @@ _FUNCTION = "load_balancing_loss_func"  # in the module of each family that has 
 _FIELD = "objective.router_aux"
 
 
-def asked_by(config: PretrainedConfig) -> float:
+def config_weight(config: PretrainedConfig) -> float:
     """Return the weight that a model's config gives to the auxiliary loss, 0 by default."""
     text = config.get_text_config()
     return (
@@ -36,16 +36,16 @@ def asked_by(config: PretrainedConfig) -> float:
     )
 
 
-def weight_of(setting: float | str, student: Backbone, listener: Listener = silent) -> float:
-    """Return the weight of the auxiliary loss for this student, and prepare the student to compute it.
+def set_router_loss(setting: float | str, student: Backbone, listener: Listener = silent) -> float:
+    """Let the student compute the auxiliary loss of its routers, and return the weight of that loss.
 
     setting: `objective.router_aux`; auto is the weight in the student's config, or 0, with a warning, where transformers
     computes no such loss for its family. Raises ModelError where a weight was given for such a student.
     """
-    weight = asked_by(student.model.config) if setting == "auto" else float(setting)
+    weight = config_weight(student.model.config) if setting == "auto" else float(setting)
     if not weight:
         return 0.0
-    student.router_loss = _loss_of(student)
+    student.router_loss = _find_loss(student)
     if student.router_loss is not None:
         listener(Note(f"router auxiliary loss: weight {weight:g} ({_FIELD} {setting})"))
         return weight
@@ -57,7 +57,7 @@ def weight_of(setting: float | str, student: Backbone, listener: Listener = sile
     return 0.0
 
 
-def mask_of(batch: Batch) -> Tensor:
+def attention_mask(batch: Batch) -> Tensor:
     """Return the attention mask [B, T] of a batch: 1 up to a row's last supervised position, 0 on the padding after it."""
     B, T = batch.ids_BT.shape
     last_B = torch.zeros(B, dtype=torch.int64, device=batch.ids_BT.device)
@@ -65,7 +65,7 @@ def mask_of(batch: Batch) -> Tensor:
     return (torch.arange(T, device=last_B.device) <= last_B[:, None]).long()
 
 
-def _loss_of(student: Backbone) -> RouterLoss | None:
+def _find_loss(student: Backbone) -> RouterLoss | None:
     """Return the loss of the student's family where it equals what the model itself returns; None where there is none."""
     function = getattr(sys.modules[type(student.model).__module__], _FUNCTION, None)
     top_k = getattr(student.model.config.get_text_config(), "num_experts_per_tok", None)

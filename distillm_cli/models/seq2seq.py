@@ -1,7 +1,7 @@
-"""Encoder-decoder models: the prompt goes to the encoder, the response to the decoder.
+"""Run encoder-decoder models: the prompt goes to the encoder, the response to the decoder.
 
-The decoder begins with its start token and is fed the response one token behind, so its state at place t predicts response
-token t. Batches are those of causal models: what they say of the supervised positions tells prompts and responses apart.
+The decoder begins with its start token and is fed the response one token behind, so its state at position t predicts
+response token t. Batches are those of causal models: their supervised positions tell prompts and responses apart.
 
 Shape letters: B sequences, S prompt length (padded), R response length (padded), N supervised positions, V vocabulary.
 """
@@ -19,21 +19,17 @@ from transformers import DynamicCache, EncoderDecoderCache, PretrainedConfig, Pr
 from transformers.modeling_outputs import BaseModelOutput
 
 from distillm_cli.errors import ModelError
-from distillm_cli.models.generation.decoding import alike, check_turn
-from distillm_cli.models.modes import evaluating
+from distillm_cli.models.generation.decoding import check_call_order, group_by_length
 from distillm_cli.types import Batch
+from distillm_cli.utils.modules import eval_mode_of
 
 if TYPE_CHECKING:
     from distillm_cli.models.backbone import Backbone
 
-# T5 and its kin, by the config field that says whether the head's input is multiplied by width^−0.5, as the first T5 with
-# its tied head had it; mT5 never does. A version of transformers that decides otherwise shows in `Backbone.check_head`.
-T5_KIN = {"t5": "scale_decoder_outputs", "longt5": "scale_decoder_outputs", "umt5": "tie_word_embeddings", "mt5": None}
-
 
 @dataclass(frozen=True)
-class Halves:
-    """A batch as its two inputs. mask_BS: None where no prompt is padded. positions_N: index into the flattened [B·R]."""
+class EncoderDecoderBatch:
+    """Hold a batch as its two inputs. mask_BS: None where no prompt is padded. positions_N: indices into [B·R]."""
 
     ids_BS: torch.Tensor
     mask_BS: torch.Tensor | None
@@ -41,8 +37,8 @@ class Halves:
     positions_N: torch.Tensor
 
 
-def halves(batch: Batch, start: int) -> Halves:
-    """Prompts and responses of a batch, both padded on the right. start: the token that the decoder begins with."""
+def split_batch(batch: Batch, start: int) -> EncoderDecoderBatch:
+    """Return prompts and responses of a batch, both padded on the right. start: the token that the decoder begins with."""
     B, T = batch.ids_BT.shape
     device = batch.ids_BT.device
     # Not by bincount, which waits for the device to learn how many there are.
@@ -56,20 +52,20 @@ def halves(batch: Batch, start: int) -> Halves:
     # One transfer for all three sizes; each of them alone would wait for the device.
     S, shortest, R = torch.stack([prompts_B.max(), prompts_B.min(), lengths_B.max()]).tolist()
     mask_BS = torch.arange(S, device=device) < prompts_B[:, None]
-    place_N = torch.arange(batch.tokens, device=device) - first_B[batch.rows_N]
+    index_N = torch.arange(batch.tokens, device=device) - first_B[batch.rows_N]
     decoder_ids = torch.full((B, R + 1), start, dtype=torch.int64, device=device)
-    decoder_ids[batch.rows_N, place_N + 1] = batch.targets_N
-    return Halves(
+    decoder_ids[batch.rows_N, index_N + 1] = batch.targets_N
+    return EncoderDecoderBatch(
         ids_BS=batch.ids_BT[:, :S].masked_fill(~mask_BS, 0),
         mask_BS=None if shortest == S else mask_BS.long(),
         decoder_ids_BR=decoder_ids[:, :R],
-        positions_N=batch.rows_N * R + place_N,
+        positions_N=batch.rows_N * R + index_N,
     )
 
 
 def states(model: PreTrainedModel, batch: Batch, start: int) -> torch.Tensor:
-    """The decoder's last hidden states [N, D] at the supervised positions."""
-    parts = halves(batch, start)
+    """Return the decoder's last hidden states [N, D] at the supervised positions."""
+    parts = split_batch(batch, start)
     encoded = model.get_encoder()(input_ids=parts.ids_BS, attention_mask=parts.mask_BS)[0]
     decoded = model.get_decoder()(
         input_ids=parts.decoder_ids_BR,
@@ -81,8 +77,8 @@ def states(model: PreTrainedModel, batch: Batch, start: int) -> torch.Tensor:
 
 
 def own_logits(model: PreTrainedModel, batch: Batch, start: int) -> torch.Tensor:
-    """The model's own logits [N, rows of its head], which its forward makes at every position."""
-    parts = halves(batch, start)
+    """Return the model's own logits [N, rows of its head], which its forward computes at every position."""
+    parts = split_batch(batch, start)
     logits_BRV = model(
         input_ids=parts.ids_BS, attention_mask=parts.mask_BS, decoder_input_ids=parts.decoder_ids_BR, use_cache=False
     ).logits
@@ -90,7 +86,7 @@ def own_logits(model: PreTrainedModel, batch: Batch, start: int) -> torch.Tensor
 
 
 def start_token(config: PretrainedConfig) -> int:
-    """What the decoder begins with: the config's decoder_start_token_id, else its pad token, as in T5.
+    """Return the token that the decoder begins with: the config's decoder_start_token_id, else its pad token, as in T5.
 
     Raises ModelError where there is neither.
     """
@@ -104,22 +100,20 @@ def start_token(config: PretrainedConfig) -> int:
     )
 
 
-def head_scale(config: PretrainedConfig) -> float:
-    """What a T5 multiplies its logits with, by way of the head's input; 1 for all others."""
-    field = T5_KIN.get(config.model_type)
-    return config.hidden_size**-0.5 if field is not None and getattr(config, field, False) else 1.0
-
-
 class Seq2SeqDecoding:
-    """Decoding as in ``decoding.py``: the prompts are encoded once, the decoder keeps the keys and values of both sides.
+    """Decode as in ``decoding.py``: the prompts are encoded once, the decoder caches the keys and values of both sides.
 
     All rows begin with the start token together, so nothing is ever padded on the decoder's side.
     """
 
     def __init__(self, backbone: Backbone, prompts: Sequence[np.ndarray]):
         model = backbone.model
-        self._start, self._vocab, self._own_logits = backbone.start, backbone.vocab, backbone.own_logits
-        self._model, self._encoder, self._decoder = model, model.get_encoder(), model.get_decoder()
+        self._start = backbone.start
+        self._vocab = backbone.vocab
+        self._own_logits = backbone.own_logits
+        self._model = model
+        self._encoder = model.get_encoder()
+        self._decoder = model.get_decoder()
         self._modules: list[nn.Module] = list(model.modules())
         self._device = backbone.device
         self._head = None if backbone.own_logits else backbone.head().prepared()
@@ -129,8 +123,8 @@ class Seq2SeqDecoding:
 
     @torch.no_grad()
     def logits(self, tokens_B: torch.Tensor | None) -> torch.Tensor:
-        check_turn(tokens_B, self._prompts is not None)
-        with evaluating(self._modules), torch.autocast(self._device.type, enabled=False):
+        check_call_order(tokens_B, self._prompts is not None)
+        with eval_mode_of(self._modules), torch.autocast(self._device.type, enabled=False):
             if tokens_B is None:
                 prompts, self._prompts = self._prompts, None
                 self._encode(prompts)
@@ -147,10 +141,10 @@ class Seq2SeqDecoding:
         self._cache.reorder_cache(rows_B)
 
     def _encode(self, prompts: Sequence[np.ndarray]) -> None:
-        """Prompts of like length in a pass of their own, side by side afterwards."""
+        """Encode prompts of similar length in one pass each."""
         lengths = [len(prompt) for prompt in prompts]
         S, encoded = max(lengths), None
-        for rows in alike(lengths):
+        for rows in group_by_length(lengths):
             ids_BS, mask_BS = _right_padded([prompts[b] for b in rows])
             ids_BS, mask_BS = ids_BS.to(self._device), mask_BS.to(self._device)
             part = self._encoder(input_ids=ids_BS, attention_mask=None if mask_BS.all() else mask_BS)[0]

@@ -1,77 +1,71 @@
-"""Models by their shape alone: built from a config on torch's meta device, where a tensor has a size and no memory.
+"""Build models by their shape alone, on torch's meta device, where a tensor has a size and no memory, and count them.
 
-What a run needs can so be told before any weights are there.
+What a run needs is then known before any weights are at hand.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distillm_cli.config import schema
-from distillm_cli.errors import ModelError, UsageError
+from distillm_cli.config.student_spec import ConfigFile, RandomModel, TeacherLayers, TeacherWidth, parse_student
+from distillm_cli.errors import ModelError
 from distillm_cli.models.backbone import Backbone, vocabulary_size
 from distillm_cli.models.composite import text_parameters
-from distillm_cli.models.contexts import context_of
 from distillm_cli.models.layers import build_from_layers
 from distillm_cli.models.loading import load_config
 from distillm_cli.models.lora import parameter_of
-from distillm_cli.models.places import locate
-from distillm_cli.models.students import auto_class, build_random, spec_of_width, tied_from_scratch
-from distillm_cli.models.tokenizer_files import WEIGHTS, has_tokenizer, load_tokenizer, prepare_tokenizer, quiet
-from distillm_cli.models.tokenizers import is_trained_spec, train_tokenizer
-
-Texts = Callable[[], Iterator[str]]
-
-
-_ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "dropout_rate")  # as families call it; the last is T5's
+from distillm_cli.models.model_families import ATTENTION_DROPOUT_FIELDS, context_of, decoder_depth, expert_counts
+from distillm_cli.models.model_paths import locate_model
+from distillm_cli.models.students import auto_class, build_random, check_has_teacher, tied_from_scratch
+from distillm_cli.models.tokenizer_files import WEIGHT_FILES, has_tokenizer, load_tokenizer, quiet
+from distillm_cli.models.trained_tokenizers import TrainingTexts, load_or_train_tokenizer
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model on the meta device. tokenizer: None where none is at hand."""
+    """Hold a model on the meta device. tokenizer: None where none is at hand."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
 
     @property
     def vocab(self) -> int:
-        """Token ids that meet the loss: the tokenizer's, else the rows of the model's own matrix."""
+        """Return the token ids that meet the loss: the tokenizer's, else the rows of the model's own matrix."""
         rows = self.model.get_input_embeddings().weight.shape[0]
         return rows if self.tokenizer is None else min(rows, vocabulary_size(self.tokenizer))
 
     @property
     def is_encoder_decoder(self) -> bool:
-        """Whether prompt and response are two texts, each with its own stack of layers."""
+        """Return whether prompt and response are two texts, each with its own stack of layers."""
         return bool(self.model.config.is_encoder_decoder)
 
 
 @dataclass(frozen=True)
-class Reading:
-    """The encoder of an encoder-decoder. layers, matmul: as of ``Sizes``. crossed: weights of the decoder that prompt
-    tokens meet, making the keys and values of its cross-attention."""
+class EncoderSizes:
+    """Hold the counts of an encoder. layers, matmul: as in ``Sizes``. cross_attention: weights of the decoder that make the
+    keys and values of its cross-attention from prompt tokens."""
 
     layers: int
     matmul: int
-    crossed: int
+    cross_attention: int
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Hold what of a model costs memory and time, counted on its modules (whatever device they are on).
+    """Hold what of a model costs memory and time, counted on its modules, whatever device they are on.
 
     parameters: by part: embeddings (of positions too), trunk, head (0 where it is the embedding matrix), outside (of a
     composite model, what is not its text model), total, trainable.
     matmul: weights of the trunk that every token meets in a matrix product; of a mixture of experts, those of the experts
     that a token is sent to. head_in × vocab: the head's product. attention, kv: widths of all query heads, and of all
-    key-value heads, in a layer. dropping: query heads of a layer, where attention has dropout. adapted: weights of the
+    key-value heads, in a layer. dropout_heads: query heads of a layer, where attention has dropout. adapted: weights of the
     layers that have a LoRA adapter, and rank: the adapter's. encoder: of an encoder-decoder, whose layers and matmul are
     then the decoder's alone.
     """
@@ -85,42 +79,46 @@ class Sizes:
     matmul: int
     attention: int
     kv: int
-    dropping: int = 0
+    dropout_heads: int = 0
     parameters: dict[str, int] = field(default_factory=dict)
     adapted: int = 0
     rank: int = 0
-    encoder: Reading | None = None
+    encoder: EncoderSizes | None = None
 
     @property
-    def every_layer(self) -> int:
-        """Layers of both stacks."""
+    def all_layers(self) -> int:
+        """Return the layers of both stacks."""
         return self.layers + (0 if self.encoder is None else self.encoder.layers)
 
     @property
     def matrices(self) -> int:
-        """Weights in matrix products, of both stacks."""
+        """Return the weights in matrix products, of both stacks."""
         return self.matmul + (0 if self.encoder is None else self.encoder.matmul)
 
     @property
-    def plain(self) -> int:
-        """Parameters of the model without its adapter, or with it merged in."""
+    def merged(self) -> int:
+        """Return the parameters of the model without its adapter, or with it merged in."""
         return self.parameters["total"] - (self.parameters["trainable"] if self.adapted else 0)
 
     @property
     def trainable_share(self) -> float:
+        """Return the share of the parameters that train."""
         return self.parameters["trainable"] / max(1, self.parameters["total"])
 
 
 def sizes(model: PreTrainedModel, vocab: int | None = None) -> Sizes:
-    """Counts a model. vocab: the token ids that meet the loss; unset, the rows of the head."""
+    """Count a model. vocab: the token ids that meet the loss; None is the rows of the head."""
     config = model.config.get_text_config()
     tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     head = model.get_output_embeddings()
     weight = None if head is None else head.weight
     parts = dict.fromkeys(("embeddings", "trunk", "head", "outside"), 0)
     text = {id(p) for _, p in text_parameters(model)}
-    read = set() if not model.config.is_encoder_decoder else {id(p) for p in model.get_encoder().parameters()}
-    matmul, encoding, chosen, experts = 0, 0, *_experts(config)
+    encoder_ids = set()
+    if model.config.is_encoder_decoder:
+        encoder_ids = {id(p) for p in model.get_encoder().parameters()}
+    matmul, encoder_matmul = 0, 0
+    chosen, experts = expert_counts(config)
     for parameter in model.parameters():
         n = parameter.numel()
         if id(parameter) not in text:
@@ -132,19 +130,22 @@ def sizes(model: PreTrainedModel, vocab: int | None = None) -> Sizes:
         else:
             parts["trunk"] += n
             met = n if parameter.dim() == 2 else n * chosen // experts if parameter.dim() == 3 and experts else 0
-            if id(parameter) in read:
-                encoding += met
+            if id(parameter) in encoder_ids:
+                encoder_matmul += met
             else:
                 matmul += met
     every = list(model.parameters())
-    layers, width = getattr(config, "num_hidden_layers", 1), getattr(config, "hidden_size", 1)
+    layers = decoder_depth(config)
+    width = getattr(config, "hidden_size", 1)
     heads = getattr(config, "num_attention_heads", None) or 1
     attention = heads * (getattr(config, "head_dim", None) or width // heads)
     encoder = None
-    if model.config.is_encoder_decoder:  # the plain name for the number of layers is then the encoder's
-        names = ("num_decoder_layers", "decoder_layers")
-        reads, layers = layers, next((n for name in names if (n := getattr(config, name, None))), layers)
-        encoder = Reading(reads, encoding, crossed=layers * 2 * width * attention)
+    if model.config.is_encoder_decoder:
+        encoder = EncoderSizes(
+            layers=getattr(config, "num_hidden_layers", 1),
+            matmul=encoder_matmul,
+            cross_attention=layers * 2 * width * attention,
+        )
     adapters = [module for module in model.modules() if hasattr(module, "lora_A")]
     return Sizes(
         kind=config.model_type,
@@ -156,7 +157,7 @@ def sizes(model: PreTrainedModel, vocab: int | None = None) -> Sizes:
         matmul=matmul,
         attention=attention,
         kv=(getattr(config, "num_key_value_heads", None) or heads) * (attention // heads),
-        dropping=heads if any(getattr(config, name, None) for name in _ATTENTION_DROPOUT) else 0,
+        dropout_heads=heads if any(getattr(config, name, None) for name in ATTENTION_DROPOUT_FIELDS) else 0,
         parameters={
             **parts,
             "total": sum(p.numel() for p in every),
@@ -169,16 +170,16 @@ def sizes(model: PreTrainedModel, vocab: int | None = None) -> Sizes:
 
 
 def has_weights(path: str) -> bool:
-    """Whether a model's weights are in a directory here. Raises ModelError for a path at which nothing is."""
-    if path.endswith(".json"):
+    """Return whether a model's weights are in a local directory. Raises ModelError for a path that does not exist."""
+    if isinstance(parse_student(path), ConfigFile):
         return False
-    name, local = locate(path)
-    return local and any(next(Path(name).glob(pattern), None) for pattern in WEIGHTS)
+    name, local = locate_model(path)
+    return local and any(next(Path(name).glob(pattern), None) for pattern in WEIGHT_FILES)
 
 
 def weight_bytes(path: str) -> int:
-    """Size of the weight files of a model directory."""
-    return sum(f.stat().st_size for pattern in WEIGHTS for f in Path(locate(path)[0]).glob(pattern))
+    """Return the size of the weight files of a model directory."""
+    return sum(f.stat().st_size for pattern in WEIGHT_FILES for f in Path(locate_model(path)[0]).glob(pattern))
 
 
 def load_shape(
@@ -186,36 +187,36 @@ def load_shape(
     *,
     revision: str | None = None,
     tokenizer: str | None = None,
-    texts: Texts | None = None,
+    texts: TrainingTexts | None = None,
     teacher: Shape | None = None,
     max_length: int,
     made: Mapping[str, Shape] | None = None,
 ) -> Shape:
-    """The shape that a model has: of a directory, a hub name (its config is fetched, no weights), a config.json, or one that
-    is built: ``random:…``, ``layers:…`` or ``width:…``. tokenizer: a directory, a name, or one to be trained on ``texts``.
-    teacher: what a student is built after. made: shapes by the names of models that are yet to be made (``stage:NAME``).
+    """Return the shape of a model: of a directory, a hub name (its config is fetched, no weights), a config.json, or a
+    model that is built: ``random:…``, ``layers:…`` or ``width:…``.
+
+    tokenizer: a directory, a name, or one to be trained on ``texts``.
+    teacher: what a student is built after. made: shapes by the names of models that do not exist yet (``stage:NAME``).
 
     Raises ModelError for what is no causal or encoder-decoder model, UsageError for a shape that cannot be.
     """
     known = made or {}
     if path in known:
         return known[path]
-    own = _asked_tokenizer(tokenizer, texts, known)
+    own = known[tokenizer].tokenizer if tokenizer in known else load_or_train_tokenizer(tokenizer, texts)
     config = None if teacher is None else teacher.model.config
-    if path.startswith("layers:"):
-        if teacher is None:
-            what = f"{path} takes layers from a teacher, and there is none"
-            raise UsageError(what, hint="name it: --set teacher.path=PATH")
+    spec = parse_student(path)
+    check_has_teacher(path, spec, teacher)
+    if isinstance(spec, TeacherLayers):
         with torch.device("meta"), quiet():
             whole = Backbone(teacher.model, teacher.tokenizer, teacher.vocab)
             return Shape(build_from_layers(path, whole), own or teacher.tokenizer)
-    if path.startswith(("random:", "width:")):
-        path = spec_of_width(path, config) if path.startswith("width:") else path
+    if isinstance(spec, RandomModel | TeacherWidth):
         own = own or (None if teacher is None else teacher.tokenizer)
-        stand_in = own or _Unread(path, teacher)
+        stand_in = own or _UnreadTokenizer(path, teacher)
         with torch.device("meta"), quiet():
             return Shape(build_random(path, stand_in, teacher_config=config, max_length=max_length, seed=0), own)
-    file = path.endswith(".json")
+    file = isinstance(spec, ConfigFile)
     if file and not Path(path).expanduser().is_file():
         raise ModelError(f"no model config at {path}: no such file", hint="check the path")
     config = load_config(str(Path(path).expanduser()) if file else path, revision=revision, file=file)
@@ -231,8 +232,8 @@ def load_shape(
     return Shape(model.eval(), own or (teacher.tokenizer if teacher is not None else None))
 
 
-class _Unread:
-    """Stands for a tokenizer that is not at hand: as many ids as the teacher's matrix has rows."""
+class _UnreadTokenizer:
+    """Stand for a tokenizer that is not at hand: as many ids as the teacher's matrix has rows."""
 
     bos_token_id = eos_token_id = pad_token_id = None
 
@@ -247,21 +248,9 @@ class _Unread:
         return {"": self._last}
 
 
-def _asked_tokenizer(
-    spec: str | None, texts: Texts | None, known: Mapping[str, Shape]
-) -> PreTrainedTokenizerBase | None:
-    if spec is None:
-        return None
-    if spec in known:
-        return known[spec].tokenizer
-    if not is_trained_spec(spec):
-        return load_tokenizer(spec)
-    return None if texts is None else prepare_tokenizer(train_tokenizer(spec, texts(None)), spec)
-
-
 def _tokenizer_of(path: str, revision: str | None) -> PreTrainedTokenizerBase | None:
-    """A model's own tokenizer, None where it is not at hand."""
-    name, local = locate(path)
+    """Return a model's own tokenizer, None where it is not at hand."""
+    name, local = locate_model(path)
     if local and not has_tokenizer(Path(name)):
         return None
     try:
@@ -270,15 +259,3 @@ def _tokenizer_of(path: str, revision: str | None) -> PreTrainedTokenizerBase | 
         if local:  # it is there, and broken
             raise
         return None
-
-
-def _experts(config: PretrainedConfig) -> tuple[int, int]:
-    """(experts a token is sent to, experts in all); (0, 0) where there are none."""
-    chosen = getattr(config, "num_experts_per_tok", None) or 0
-    every: Any = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0
-    return chosen, every
-
-
-def student_spec(student: schema.StudentConfig) -> dict[str, Any]:
-    """The student section as ``load_shape`` takes it."""
-    return {"path": student.path, "revision": student.revision, "tokenizer": student.tokenizer}

@@ -1,4 +1,4 @@
-"""Students built from scratch: from a shape such as `random:4x256` or `width:0.5`, or from a config.json."""
+"""Build students from scratch: from a shape such as `random:4x256` or `width:0.5`, or from a config.json."""
 
 from __future__ import annotations
 
@@ -20,31 +20,28 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
+from distillm_cli.config.student_spec import (
+    RandomModel,
+    StudentSpec,
+    TeacherLayers,
+    TeacherWidth,
+    parse_student,
+)
 from distillm_cli.errors import ModelError, UsageError, out_of_memory
 from distillm_cli.models.backbone import vocabulary_size
 from distillm_cli.models.composite import check_causal_class, is_composite
-from distillm_cli.models.contexts import context_of
-from distillm_cli.models.seq2seq import T5_KIN, head_scale
-
-_SPEC = re.compile(r"random:(?:(?P<family>[A-Za-z][\w-]*):)?(?P<layers>\d+)x(?P<width>\d+)")
-_WIDTH = re.compile(r"width:(?:(?P<size>\d+)|(?P<share>0?\.\d+))")
-_FORM = "random:[FAMILY:]LAYERSxWIDTH, for example random:4x256 or random:gpt2:4x256"
-_DROPOUT = re.compile(r"(?!classifier|summary|layer)\w*(dropout|pdrop)(_prob|_rate|_p)?")
-
-# What a copied config must not carry over, and what grows and shrinks with the width.
-_IDENTITY = ("_name_or_path", "architectures", "auto_map", "dtype", "quantization_config", "transformers_version")
-_FEED_FORWARD = (
-    "intermediate_size",
-    "ffn_dim",
-    "d_ff",
-    "encoder_ffn_dim",
-    "decoder_ffn_dim",
-    "n_inner",
-    "ffn_hidden_size",
-    "moe_intermediate_size",
-    "shared_expert_intermediate_size",
-    "shared_intermediate_size",
+from distillm_cli.models.model_families import (
+    DECODER_DEPTH_FIELDS,
+    FEED_FORWARD_FIELDS,
+    IDENTITY_FIELDS,
+    INITIAL_SPREAD_FIELDS,
+    KEY_VALUE_HEADS_FIELDS,
+    context_of,
+    family_of,
+    t5_head_scale,
 )
+
+_DROPOUT = re.compile(r"(?!classifier|summary|layer)\w*(dropout|pdrop)(_prob|_rate|_p)?")
 
 
 def build_random(
@@ -56,18 +53,19 @@ def build_random(
     seed: int,
     dropout: float | None = None,
 ) -> PreTrainedModel:
-    """A model with random float32 weights, a function of the seed and the shape alone.
+    """Build a model with random float32 weights, a function of the seed and the shape alone.
 
-    spec: ``random:[FAMILY:]LAYERSxWIDTH``. FAMILY llama, gpt2 or t5, or the teacher's own, which is also the default: its
-    config with layers, width, heads and feed-forward scaled. Without a teacher: llama. An encoder-decoder has so many
-    layers on either side. Context: the teacher's, else 2·max_length. dropout: unset is 0. Raises UsageError for a shape
-    that cannot be.
+    spec: ``random:[FAMILY:]LAYERSxWIDTH``, or ``width:…``, as deep as the teacher. FAMILY: llama, gpt2 or t5, or the
+    teacher's own, which is also the default: its config with layers, width, heads and feed-forward scaled. Without a
+    teacher: llama. An encoder-decoder has so many layers on either side. Context: the teacher's, else 2·max_length.
+    dropout: unset is 0. Raises UsageError for a shape that cannot be.
     """
-    family, layers, width = parse_spec(spec)
+    model = _random_model(spec, teacher_config)
+    layers, width = model.layers, model.width
     text = None if teacher_config is None else teacher_config.get_text_config()
     context = max(2 * max_length, 128) if text is None else context_of(text)
     shape = {"layers": layers, "width": width, "context": context or max(2 * max_length, 128)}
-    family = family or ("llama" if text is None else text.model_type)
+    family = model.family or ("llama" if text is None else text.model_type)
     if text is not None and family == text.model_type:
         if text is not teacher_config:
             check_causal_class(text, spec)
@@ -86,7 +84,7 @@ def build_random(
 def build_from_config(
     config: PretrainedConfig, tokenizer: Tokenizer, *, seed: int, dropout: float | None = None, where: str
 ) -> PreTrainedModel:
-    """A model with random float32 weights of the shape that a config.json gives. where: that file, for messages.
+    """Build a model with random float32 weights of the shape that a config.json gives. where: that file, for messages.
 
     Raises ModelError when the tokenizer has more token ids than the config's vocab_size.
     """
@@ -102,41 +100,35 @@ def build_from_config(
     return _build(config, tokenizer, seed, where)
 
 
-def parse_spec(spec: str) -> tuple[str | None, int, int]:
-    """`random:[FAMILY:]LAYERSxWIDTH` → family (or None), layers, width."""
-    match = _SPEC.fullmatch(spec)
-    if match is None or int(match["layers"]) < 1 or int(match["width"]) < 1:
-        raise UsageError(f"cannot read the student's shape {spec!r}", hint=f"write {_FORM}")
-    return match["family"], int(match["layers"]), int(match["width"])
+def check_has_teacher(text: str, spec: StudentSpec, teacher: object | None) -> None:
+    """Raise UsageError where a student is made of a teacher and there is none."""
+    if teacher is not None:
+        return
+    if isinstance(spec, TeacherLayers):
+        what = f"{text} takes layers from a teacher, and there is none"
+        raise UsageError(what, hint="name it: --set teacher.path=PATH")
+    if isinstance(spec, TeacherWidth):
+        raise UsageError(f"{text} is as deep as a teacher, and there is none", hint="write random:LAYERSxWIDTH")
 
 
-def read_width(spec: str) -> re.Match[str]:
-    """`width:SIZE` or `width:SHARE`, in parts. Raises UsageError."""
-    match = _WIDTH.fullmatch(spec)
-    if match is None or (match["share"] and float(match["share"]) == 0):
-        raise UsageError(
-            f"cannot read the student's width {spec!r}", hint="write width:256, or width:0.5 for half of the teacher's"
-        )
-    return match
+def _random_model(text: str, teacher_config: PretrainedConfig | None) -> RandomModel:
+    """Return family, layers and width of ``random:`` or ``width:``. Raises UsageError.
 
-
-def spec_of_width(spec: str, teacher_config: PretrainedConfig | None) -> str:
-    """`width:SIZE` or `width:SHARE` (a share of the teacher's, to the nearest 16) → `random:LxW` as deep as the teacher.
-
-    Nothing is copied: a narrower matrix has no right place in a wider one. Raises UsageError.
+    Nothing is copied for a width: a narrower matrix has no right place in a wider one.
     """
-    match = read_width(spec)
-    if teacher_config is None:
-        raise UsageError(f"{spec} is as deep as a teacher, and there is none", hint="write random:LAYERSxWIDTH")
-    text = teacher_config.get_text_config()
-    width = int(match["size"]) if match["size"] else _multiple(float(match["share"]) * text.hidden_size)
-    if not 1 <= width <= text.hidden_size:
-        raise UsageError(f"{spec}: the teacher is {text.hidden_size} wide", hint=f"give 1 to {text.hidden_size}")
-    return f"random:{text.num_hidden_layers}x{width}"
+    spec = parse_student(text)
+    check_has_teacher(text, spec, teacher_config)
+    if isinstance(spec, RandomModel):
+        return spec
+    teacher = teacher_config.get_text_config()
+    width = spec.size if spec.size is not None else _multiple(spec.share * teacher.hidden_size)
+    if not 1 <= width <= teacher.hidden_size:
+        raise UsageError(f"{text}: the teacher is {teacher.hidden_size} wide", hint=f"give 1 to {teacher.hidden_size}")
+    return RandomModel(teacher.num_hidden_layers, width)
 
 
 def set_dropout(config: PretrainedConfig, dropout: float, *, where: str) -> None:
-    """Every dropout of the config, on embeddings, attention, residuals and activations alike."""
+    """Set every dropout of a config: on embeddings, attention, residuals and activations alike."""
     text = config.get_text_config()
     names = [
         name
@@ -150,19 +142,19 @@ def set_dropout(config: PretrainedConfig, dropout: float, *, where: str) -> None
 
 
 def _set_initial_spread(config: PretrainedConfig, width: int) -> None:
-    """Standard deviation √(2/(5·width)) for the random weights (small init, Nguyen & Salazar, arXiv 1910.05895).
+    """Set the standard deviation √(2/(5·width)) for random weights (small init, Nguyen & Salazar, arXiv 1910.05895).
 
     The families' constant 0.02 is about right for a width of 1,000; in a model of width 64 a layer would pass on next to
     nothing at first, and the first hundreds of steps would be spent on growing the weights.
     """
     text = config.get_text_config()
-    for name in ("initializer_range", "init_std"):
+    for name in INITIAL_SPREAD_FIELDS:
         if hasattr(text, name):
             setattr(text, name, (2 / (5 * width)) ** 0.5)
 
 
 def adopt_special_tokens(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
-    """Point a model's config at the special tokens of a tokenizer that did not come with it, for `generate`."""
+    """Set the special tokens in a model's config to those of a tokenizer that did not come with it, for `generate`."""
     _set_special_tokens(model.config, tokenizer)
     if model.generation_config is not None:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -182,7 +174,7 @@ def _set_special_tokens(config: PretrainedConfig, tokenizer: Tokenizer) -> None:
 
 
 def _start_token(config: PretrainedConfig, tokenizer: Tokenizer) -> int:
-    """What the decoder begins with: the token in the same role as before, T5's pad or BART's end-of-sequence."""
+    """Return what the decoder begins with: the token in the same role as before, T5's pad or BART's end-of-sequence."""
     start = getattr(config, "decoder_start_token_id", None)
     for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
         if start is not None and start == getattr(config, name, None) and getattr(tokenizer, name) is not None:
@@ -214,14 +206,16 @@ def _build(config: PretrainedConfig, tokenizer: Tokenizer, seed: int, where: str
                 f"cannot build a {config.model_type} of this shape: {error}", where=where, hint="try random:llama:4x256"
             ) from error
     adopt_special_tokens(model, tokenizer)
-    _calm_embeddings(model)
+    _scale_embeddings(model)
     return model.eval()
 
 
 @torch.no_grad()
-def _calm_embeddings(model: PreTrainedModel) -> None:
-    """T5 and its kin draw embeddings of spread 1. Where they are the head too, and nothing scales its input, the first
-    logits would have a spread of √width: the scale goes into the matrix instead."""
+def _scale_embeddings(model: PreTrainedModel) -> None:
+    """Scale the embeddings of a T5-like model, which are drawn with spread 1, where they are the head too.
+
+    Where nothing scales the head's input, the first logits would have a spread of √width.
+    """
     if tied_from_scratch(model):
         model.get_input_embeddings().weight.mul_(model.config.hidden_size**-0.5)
 
@@ -232,8 +226,9 @@ def heads_are_tied(model: PreTrainedModel) -> bool:
 
 
 def tied_from_scratch(model: PreTrainedModel) -> bool:
-    """Whether transformers ties embeddings and head of a T5 v1.1 or mT5 that it builds, whose checkpoints have both."""
-    return heads_are_tied(model) and model.config.model_type in T5_KIN and head_scale(model.config) == 1.0
+    """Return whether transformers ties embeddings and head of a T5 v1.1 or mT5 that it builds; checkpoints have both."""
+    is_t5 = family_of(model.config.model_type).has_t5_head
+    return heads_are_tied(model) and is_t5 and t5_head_scale(model.config) == 1.0
 
 
 def _llama(*, layers: int, width: int, context: int, spec: str) -> PretrainedConfig:
@@ -277,8 +272,8 @@ _SHAPES = {"llama": _llama, "gpt2": _gpt2, "t5": _t5}
 
 
 def with_layers(old: PretrainedConfig, keep: list[int], spec: str) -> PretrainedConfig:
-    """The same config for these of the layers alone, whatever it says of each layer included."""
-    fields: dict[str, Any] = {k: v for k, v in old.to_dict().items() if k not in _IDENTITY}
+    """Return the same config for these of the layers alone, its lists with an entry per layer included."""
+    fields: dict[str, Any] = {k: v for k, v in old.to_dict().items() if k not in IDENTITY_FIELDS}
     depth = old.num_hidden_layers
     for name, value in fields.items():
         if isinstance(value, list) and len(value) == depth and "layer" in name:
@@ -289,15 +284,15 @@ def with_layers(old: PretrainedConfig, keep: list[int], spec: str) -> Pretrained
     try:
         return type(old).from_dict(fields)
     except Exception as error:  # every family validates its sizes in its own way
-        said = str(error).splitlines()[-1].strip()
+        reason = str(error).splitlines()[-1].strip()
         raise ModelError(
-            f"cannot take {len(keep)} layers of the teacher's {old.model_type}: {said}", where=spec
+            f"cannot take {len(keep)} layers of the teacher's {old.model_type}: {reason}", where=spec
         ) from error
 
 
 def _scaled(old: PretrainedConfig, layers: int, width: int, spec: str) -> PretrainedConfig:
-    """The same family and settings at another depth and width, every dependent size kept in proportion."""
-    fields: dict[str, Any] = {k: v for k, v in old.to_dict().items() if k not in _IDENTITY}
+    """Return the config at another depth and width, every dependent size in proportion."""
+    fields: dict[str, Any] = {k: v for k, v in old.to_dict().items() if k not in IDENTITY_FIELDS}
 
     def key(name: str) -> str:
         return old.attribute_map.get(name, name)
@@ -308,10 +303,10 @@ def _scaled(old: PretrainedConfig, layers: int, width: int, spec: str) -> Pretra
         if isinstance(value, list) and len(value) == old_layers and "layer" in name:
             fields[name] = _resampled(value, layers)
     fields[key("hidden_size")], fields[key("num_hidden_layers")] = width, layers
-    for name in ("num_decoder_layers", "decoder_layers"):  # of an encoder-decoder; the other name is the encoder's
+    for name in DECODER_DEPTH_FIELDS:
         if fields.get(name):
             fields[name] = max(1, round(layers * fields[name] / old_layers))
-    for name in _FEED_FORWARD:
+    for name in FEED_FORWARD_FIELDS:
         if isinstance(fields.get(name), int):
             fields[name] = _multiple(fields[name] * ratio)
     if heads := getattr(old, "num_attention_heads", None):
@@ -322,7 +317,7 @@ def _scaled(old: PretrainedConfig, layers: int, width: int, spec: str) -> Pretra
             fields["decoder_attention_heads"] = width // head
         if fields.get(key("head_dim")) is not None:
             fields[key("head_dim")] = head
-        for name in ("num_key_value_heads", "num_kv_heads"):
+        for name in KEY_VALUE_HEADS_FIELDS:
             if fields.get(key(name)):
                 fields[key(name)] = _shared_heads(width // head, fields[key(name)] / heads)
         if fields.get("query_pre_attn_scalar") is not None:
@@ -343,22 +338,22 @@ def _scaled(old: PretrainedConfig, layers: int, width: int, spec: str) -> Pretra
     try:
         return type(old).from_dict(fields)
     except Exception as error:  # every family validates its sizes in its own way
-        said = str(error).splitlines()[-1].strip()
+        reason = str(error).splitlines()[-1].strip()
         raise ModelError(
-            f"cannot scale the teacher's {old.model_type} to {layers} layers of {width}: {said}",
+            f"cannot scale the teacher's {old.model_type} to {layers} layers of {width}: {reason}",
             where=spec,
             hint=f"name a family: random:llama:{layers}x{width}",
         ) from error
 
 
 def _resampled(values: list[Any], layers: int) -> list[Any]:
-    """A list with an entry per layer, for another number of layers: evenly spaced, the last layer's kind at the end."""
+    """Return a list with an entry per layer for another number of layers: evenly spaced, ending with the last entry."""
     n = len(values)
     return [values[-(-(i + 1) * n // layers) - 1] for i in range(layers)]
 
 
 def _head_size(width: int, target: int, spec: str) -> int:
-    """An even divisor of the width, leaving two heads or more: the target if it is one, else a round number near it."""
+    """Return an even divisor of the width that leaves two heads or more: the target if it is one, else one near it."""
     sizes = [d for d in range(8, 257, 2) if width % d == 0 and (2 * d <= width or width < 32)]
     if not sizes:
         raise UsageError(
@@ -368,7 +363,7 @@ def _head_size(width: int, target: int, spec: str) -> int:
 
 
 def _shared_heads(heads: int, share: float) -> int:
-    """Key-value heads: the largest divisor of the heads that does not exceed the teacher's share of them."""
+    """Return the key-value heads: the largest divisor of the heads that does not exceed the teacher's share of them."""
     return max(k for k in range(1, heads + 1) if heads % k == 0 and k <= max(1.0, heads * share + 1e-9))
 
 

@@ -1,4 +1,4 @@
-"""The tokenizer that a model brings along: found, read, made fit for supervision.
+"""Load the tokenizer of a model, and check that it comes back the same after it was saved.
 
 Imports no model class of transformers: reading a tokenizer need not wait for what loading weights takes to import.
 """
@@ -13,7 +13,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
 import transformers
@@ -21,19 +22,33 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from distillm_cli.errors import DistillmError, ModelError, OutOfMemoryError, of_tokenizers, out_of_memory
-from distillm_cli.models.places import adapters_of, cached, file_of, hub_is_there, locate
+from distillm_cli.models.model_families import PLAIN_TOKENIZER_CLASSES
+from distillm_cli.models.model_paths import (
+    adapter_chain,
+    cached_hub_file,
+    hub_is_reachable,
+    locate_model,
+    model_file,
+)
 from distillm_cli.utils import manifest
 
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
-_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.model", "tekken.json")
+if TYPE_CHECKING:
+    from distillm_cli.models.backbone import Backbone
+
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.model", "tekken.json")
 
 
-_TRIED = "Hello, 1 é"  # some damages show only in use
+_TRIAL_TEXT = "Hello, 1 é"  # some damages show only in use
+
+_PROBE = "Which of these 12 words, in 3 lines,\n is a  Word?"
+_PROBES = (_PROBE, "  Grüße aus Köln: 世界, 42 %.", "def f(x):\n\treturn x ** 2")
+_SENTENCEPIECE_FILE = "tokenizer.model"  # as Llama and Mistral call it
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers and the hub say nothing below an error and draw no bars: stderr belongs to our own display."""
+    """Silence transformers and the hub below errors, progress bars included, inside the block: stderr is our display's."""
     loggings = (transformers.utils.logging, huggingface_hub.utils.logging)
     verbosities = [logging.get_verbosity() for logging in loggings]
     bars = transformers.utils.logging.is_progress_bar_enabled()
@@ -50,29 +65,30 @@ def quiet() -> Iterator[None]:
 
 
 def has_tokenizer(directory: Path) -> bool:
-    return any(next(directory.glob(pattern), None) for pattern in _TOKENIZERS)
+    """Return whether a directory has a file that a tokenizer is read from."""
+    return any(next(directory.glob(pattern), None) for pattern in _TOKENIZER_FILES)
 
 
 def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a directory or a hub name. It has an end-of-sequence token, and a pad token (that one if none)."""
-    name, local = locate(path)
+    """Load the tokenizer of a directory or a hub name. It has an end-of-sequence token, and a pad token (else that one)."""
+    name, local = locate_model(path)
     if local and not has_tokenizer(Path(name)):
         raise ModelError(f"{path} holds no tokenizer", hint="pass --tokenizer DIR, or bpe:SIZE, chars, words")
     if local:
         manifest.check(Path(name), weights=False)
     if local and _is_tekken(Path(name)) and importlib.util.find_spec("mistral_common") is None:
-        raise _needs_package("tokenizer", path, "mistral-common")
+        raise _missing_package("tokenizer", path, "mistral-common")
     with quiet():
         try:
             tokenizer = _tokenizer_class(Path(name) if local else None).from_pretrained(
                 name, revision=revision, local_files_only=local, trust_remote_code=False
             )
-            tokenizer(_TRIED)
+            tokenizer(_TRIAL_TEXT)
         except BaseException as error:
             if not (isinstance(error, Exception) or of_tokenizers(error)):
                 raise
-            raise not_loaded("tokenizer", path, local, error) from error
-    if not local and (config := cached(name, "config.json", revision)) and not has_tokenizer(config.parent):
+            raise load_error("tokenizer", path, local, error) from error
+    if not local and (config := cached_hub_file(name, "config.json", revision)) and not has_tokenizer(config.parent):
         # transformers makes an empty tokenizer of the family's kind where there are no files for one.
         raise ModelError(
             f"no files of a tokenizer for {path!r}", hint="pass --tokenizer DIR, or bpe:SIZE, chars, words"
@@ -89,7 +105,7 @@ def _template_of_processor(path: str, revision: str | None) -> str | None:
 
     Mistral 3 and SmolVLM2 have it there alone, where transformers reads it for a processor and not for a tokenizer.
     """
-    file = file_of(path, "chat_template.json", revision)
+    file = model_file(path, "chat_template.json", revision)
     if file is None:
         return None
     try:
@@ -99,7 +115,7 @@ def _template_of_processor(path: str, revision: str | None) -> str | None:
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrainedTokenizerBase:
-    """Checks for an end-of-sequence token and arranges a pad token: supervision goes by position, so it may be the same."""
+    """Check for an end-of-sequence token, and set it as the pad token where there is none: supervision is by position."""
     if tokenizer.eos_token_id is None:
         raise ModelError(
             "the tokenizer has no end-of-sequence token, so no response could end",
@@ -112,35 +128,35 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrai
 
 
 def own_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase:
-    """A model's; an adapter's where it brings one, else that of the model it belongs to."""
-    adapters, base, base_revision = adapters_of(path, revision)
-    for place in adapters:
-        if place.local and has_tokenizer(Path(place.name)):
-            return load_tokenizer(place.name)
-        if not place.local:
+    """Load a model's tokenizer; an adapter's where it has one, else that of its base model."""
+    adapters, base, base_revision = adapter_chain(path, revision)
+    for location in adapters:
+        if location.local and has_tokenizer(Path(location.name)):
+            return load_tokenizer(location.name)
+        if not location.local:
             try:
-                return load_tokenizer(place.name, revision=place.revision)
+                return load_tokenizer(location.name, revision=location.revision)
             except ModelError:  # it has none, or none is to be had from the hub
                 continue
     return load_tokenizer(base, revision=base_revision)
 
 
-class OwnTokenizers:
-    """The tokenizers that a run's models bring along, each read once.
+class TokenizerCache:
+    """Hold the tokenizers of a run's models, each read once.
 
-    Where two local directories hold the same one, as those of a teacher and its student mostly do, it is one object. What
-    could not be read is refused again whenever it is asked for.
+    Where two local directories hold the same one, as those of a teacher and its student mostly do, it is one object. A
+    tokenizer that could not be read raises its error each time.
     """
 
     def __init__(self):
         self._read: dict[tuple[str, str | None], PreTrainedTokenizerBase | ModelError] = {}
         self._by_files: dict[str, PreTrainedTokenizerBase] = {}
 
-    def of(self, path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-        """A model's, as ``own_tokenizer`` reads it. Raises ModelError."""
+    def load(self, path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+        """Return a model's tokenizer, as ``own_tokenizer`` reads it. Raises ModelError."""
         if (path, revision) not in self._read:
             try:
-                self._read[path, revision] = self._first(path, revision)
+                self._read[path, revision] = self._read_first(path, revision)
             except ModelError as error:
                 self._read[path, revision] = error
         found = self._read[path, revision]
@@ -148,9 +164,9 @@ class OwnTokenizers:
             raise found
         return found
 
-    def _first(self, path: str, revision: str | None) -> PreTrainedTokenizerBase:
-        name, local = locate(path)
-        files = _files_digest(Path(name)) if local and not adapters_of(path)[0] else None
+    def _read_first(self, path: str, revision: str | None) -> PreTrainedTokenizerBase:
+        name, local = locate_model(path)
+        files = _files_digest(Path(name)) if local and not adapter_chain(path)[0] else None
         if files is None:
             return own_tokenizer(path, revision)
         if files not in self._by_files:
@@ -158,66 +174,129 @@ class OwnTokenizers:
         return self._by_files[files]
 
 
-# Of a model directory: what no tokenizer is read from. Any other file may be, by the class.
-_NO_TOKENIZER = (*WEIGHTS, "config.json", "generation_config.json", "manifest.json", "*.md", "*.yaml", "*.jsonl")
-# What transformers looks at in a model's config to choose a tokenizer's class, or to mend what the class got wrong.
-_OF_CONFIG = ("model_type", "tokenizer_class", "transformers_version", "auto_map")
+# Files of a model directory that no tokenizer is read from. Any other may be, by its class.
+_NO_TOKENIZER = (*WEIGHT_FILES, "config.json", "generation_config.json", "manifest.json", "*.md", "*.yaml", "*.jsonl")
+# Fields of a model's config by which transformers chooses a tokenizer's class, or corrects what the class got wrong.
+_CONFIG_FIELDS = ("model_type", "tokenizer_class", "transformers_version", "auto_map")
 
 
 def _files_digest(directory: Path) -> str | None:
-    """SHA-256 of all that decides a local directory's tokenizer; None where that cannot be told."""
+    """Return the SHA-256 of all that decides a local directory's tokenizer; None where it cannot be read."""
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        digest = hashlib.sha256(json.dumps([config.get(key) for key in _OF_CONFIG]).encode())
+        digest = hashlib.sha256(json.dumps([config.get(key) for key in _CONFIG_FIELDS]).encode())
         for file in sorted([*directory.glob("*"), *directory.glob("additional_chat_templates/*")]):
             if file.is_file() and not any(file.match(pattern) for pattern in _NO_TOKENIZER):
-                found = file.read_bytes()
-                digest.update(f"\n{file.relative_to(directory)} {len(found)}\n".encode())
-                digest.update(found)
+                content = file.read_bytes()
+                digest.update(f"\n{file.relative_to(directory)} {len(content)}\n".encode())
+                digest.update(content)
     except (OSError, ValueError, AttributeError):
         return None
     return digest.hexdigest()
 
 
 def _tokenizer_class(directory: Path | None) -> Any:
-    """AutoTokenizer lets the model's family overrule the class that the files name; a plain tokenizer.json stays itself."""
+    """Return the class to load with. AutoTokenizer lets the family overrule the class in the files; a plain one stays."""
     if directory is None or not (directory / "tokenizer.json").is_file():
         return AutoTokenizer
     declared = transformers.models.auto.tokenization_auto.get_tokenizer_config(str(directory), local_files_only=True)
-    plain = declared.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    plain = declared.get("tokenizer_class") in PLAIN_TOKENIZER_CLASSES
     return PreTrainedTokenizerFast if plain else AutoTokenizer
 
 
 def _is_tekken(directory: Path) -> bool:
     """Return whether a directory's only tokenizer is Mistral's tekken.json."""
-    others = [pattern for pattern in _TOKENIZERS if pattern not in ("tekken.json", "tokenizer_config.json")]
+    others = [pattern for pattern in _TOKENIZER_FILES if pattern not in ("tekken.json", "tokenizer_config.json")]
     return (directory / "tekken.json").is_file() and not any(next(directory.glob(other), None) for other in others)
 
 
-def _needs_package(part: str, path: str, package: str) -> ModelError:
+def _missing_package(part: str, path: str, package: str) -> ModelError:
     return ModelError(f"the {part} of {path} needs the package {package}", hint=f"pip install {package}")
 
 
 _NEEDS = re.compile(r"requires the ([\w-]+) library but it was not found")  # as transformers words it
 
 
-def not_loaded(part: str, path: str, local: bool, error: BaseException) -> DistillmError:
-    """What to tell of a part of a model (config, tokenizer, weights) that transformers could not read."""
-    said = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(".")
+def load_error(part: str, path: str, local: bool, error: BaseException) -> DistillmError:
+    """Return the error for a part of a model (config, tokenizer, weights) that transformers could not read."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(".")
     if out_of_memory(error):
         hint = "close other programs, or choose a smaller model; `distillm plan` estimates the need"
-        return OutOfMemoryError(f"out of memory while reading the {part} of {path}", where=said, hint=hint)
+        return OutOfMemoryError(f"out of memory while reading the {part} of {path}", where=reason, hint=hint)
     if package := _NEEDS.search(str(error)):  # tekken.json, for example
-        return _needs_package(part, path, package[1])
+        return _missing_package(part, path, package[1])
     if local:
         if isinstance(error, SafetensorError):
-            said, hint = f"damaged or incomplete safetensors file ({said})", "copy or download the files again"
+            reason, hint = f"damaged or incomplete safetensors file ({reason})", "copy or download the files again"
         else:
             hint = "the directory must be a model that this version of transformers knows"
-        return ModelError(f"cannot read the {part} of {path}: {said}", hint=hint)
+        return ModelError(f"cannot read the {part} of {path}: {reason}", hint=hint)
     hint = "pass a local directory, or check the spelling"
     if os.environ.get("HF_HUB_OFFLINE") and huggingface_hub.constants.HF_HUB_OFFLINE:
-        said, hint = "HF_HUB_OFFLINE is set and it is not in the cache", f"{hint}, or unset HF_HUB_OFFLINE"
-    elif not hub_is_there():
-        said = f"{huggingface_hub.constants.ENDPOINT} cannot be reached, and it is not in the cache"
-    return ModelError(f"cannot find {path!r}: no such directory here, and not from the hub: {said}", hint=hint)
+        reason, hint = "HF_HUB_OFFLINE is set and it is not in the cache", f"{hint}, or unset HF_HUB_OFFLINE"
+    elif not hub_is_reachable():
+        reason = f"{huggingface_hub.constants.ENDPOINT} cannot be reached, and it is not in the cache"
+    return ModelError(f"cannot find {path!r}: no such directory here, and not from the hub: {reason}", hint=hint)
+
+
+def check_reload(student: Backbone, *, is_borrowed: bool, text: str | None = None) -> None:
+    """Check that the output directory will give this very tokenizer to `AutoTokenizer`.
+
+    transformers picks the tokenizer's class by the model's family for some of them (Qwen2's, say), whatever was saved: a
+    tokenizer that such a model was not trained with may come back cutting text in other places. is_borrowed: whether the
+    tokenizer is another model's, or trained here. text: one more probe. Raises ModelError.
+    """
+    ours = student.tokenizer
+    family = student.model.config.model_type
+    probes = [probe for probe in (*_PROBES, text) if probe]
+    with TemporaryDirectory() as directory, quiet():
+        student.model.config.save_pretrained(directory)
+        ours.save_pretrained(directory)
+        try:
+            reloaded = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+            same = all(ours(probe)["input_ids"] == reloaded(probe)["input_ids"] for probe in probes)
+            same = same and (not is_borrowed or ours.get_vocab() == reloaded.get_vocab())
+        except Exception:  # whatever a family's tokenizer stumbles over, it is not ours that came back
+            same = False
+    if same:
+        return
+    if is_borrowed:
+        raise ModelError(
+            f"a {family} model's directory is read with {family}'s own kind of tokenizer, which this one is not",
+            where="student.tokenizer",
+            hint="take another family, for example --student random:llama:4x256, or a tokenizer of the family",
+        )
+    raise ModelError(
+        f"this {family} model's tokenizer gives other token ids once transformers has saved it and read it back",
+        where="the output directory would have another tokenizer than the run",
+        hint="give the model's directory a tokenizer.json that transformers saves and reads back, or pass --tokenizer DIR",
+    )
+
+
+def sentencepiece_difference(path: str, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return what is wrong with a tokenizer that transformers converted from a SentencePiece file; None for nothing.
+
+    The conversion can lose the space that the file puts before a text, for example: a model that was trained on the file's
+    tokens is then given others. Checked in local directories that have such a file and no tokenizer.json. Text is
+    compared by tokens and not by ids, since families may number them otherwise.
+    """
+    _, base, _ = adapter_chain(path, revision)
+    name, local = locate_model(base)
+    file = Path(name) / _SENTENCEPIECE_FILE
+    if not local or not file.is_file() or (Path(name) / "tokenizer.json").is_file():
+        return None
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        pieces = SentencePieceProcessor(model_file=str(file))
+    except (OSError, RuntimeError):  # another format of this name, tiktoken's for example
+        return None
+    expected = pieces.encode(_PROBE, out_type=str)
+    found = tokenizer.tokenize(_PROBE)
+    if expected == found:
+        return None
+    at = next((i for i, pair in enumerate(zip(expected, found, strict=False)) if pair[0] != pair[1]), 0)
+    return (
+        f"transformers reads {file} differently from SentencePiece: of a probe text token {at} is {found[at]!r}, not "
+        f"{expected[at]!r}; a model trained on the file's own tokens needs a tokenizer.json beside it"
+    )

@@ -13,6 +13,7 @@ from typing import Any
 
 from distillm_cli.config.schema import Recipe
 from distillm_cli.losses import objectives
+from distillm_cli.models.model_families import family_of
 from distillm_cli.models.shapes import Sizes
 from distillm_cli.rollouts.scheduler import Scheduler, Source, build_scheduler
 from distillm_cli.runs.gpus import (
@@ -124,7 +125,7 @@ def memory(run: Run) -> dict[str, int]:
     there beside those reached: never more than the gradients, which are not there then (`Prepared.with_start_weights`).
     """
     from distillm_cli.losses.fused import work_bytes
-    from distillm_cli.models.cpu.whole import has_layouts
+    from distillm_cli.models.cpu.forward import has_layouts
 
     recipe, student = run.recipe, run.student
     total, trainable = student.parameters["total"], student.parameters["trainable"]
@@ -134,7 +135,7 @@ def memory(run: Run) -> dict[str, int]:
     positions = run.micro_batch * longest
     layers = student.layers if student.encoder is None else max(student.layers, student.encoder.layers)
     width, head = student.width, run.vocab * student.head_in
-    by_adapters = 4 * (24 if student.kind == "gpt2" else 9) * student.adapted / max(1, student.matrices)
+    by_adapters = 4 * family_of(student.kind).values_under_adapter * student.adapted / max(1, student.matrices)
     saved = layers * (34 * run.itemsize + by_adapters)
     if recipe.train.gradient_checkpointing:
         saved = saved / layers + layers * 2 * run.itemsize
@@ -168,7 +169,7 @@ def memory(run: Run) -> dict[str, int]:
             "teacher_rollout_cache": (run.teacher, run.teacher_itemsize),
         }
         sampling = [model for part, (model, itemsize) in caches.items() if part in parts and itemsize == 2]
-        laid_out = [2 * (m.matmul + run.vocab * m.head_in) for m in sampling if has_layouts(m.kind, m.plain)]
+        laid_out = [2 * (m.matmul + run.vocab * m.head_in) for m in sampling if has_layouts(m.kind, m.merged)]
         is_bf16 = run.itemsize == 2 or (run.teacher is not None and run.teacher_itemsize == 2)
         parts["rollout_layouts"] = sum(laid_out)
         parts["compiled_products"] = _COMPILED_PRODUCTS if is_bf16 else 0
@@ -179,10 +180,10 @@ def _scores(run: Run, longest: int) -> int:
     """Bytes of the attention scores that the student's backward pass needs: torch's attention on a CPU keeps them (12 bytes
     each, counted on T5) where it has dropout, but for the families whose pass is written out here. longest: tokens of a row.
     """
-    from distillm_cli.models.cpu.whole import KINDS
+    from distillm_cli.models.cpu.forward import has_forward
 
     student, again = run.student, run.recipe.train.gradient_checkpointing
-    is_written_out = student.kind in KINDS and not student.adapted and not again
+    is_written_out = has_forward(student.kind) and not student.adapted and not again
     if run.device != "cpu" or is_written_out:
         return 0
     response = longest * run.lengths.response / max(run.lengths.mean, 1)
@@ -191,7 +192,7 @@ def _scores(run: Run, longest: int) -> int:
     if student.encoder is not None:
         pairs = [prompt**2] * student.encoder.layers + [response * longest] * layers  # its own tokens, and the prompt's
     kept = max(pairs) if again else sum(pairs)
-    return round(12 * run.micro_batch * student.dropping * kept)
+    return round(12 * run.micro_batch * student.dropout_heads * kept)
 
 
 _IN_A_STEP = ("gradients", "cast_weights", "activations", "loss", "teacher_activations")
@@ -213,7 +214,7 @@ def at_once(parts: Mapping[str, int], device: str) -> int:
 def copied(student: Sizes, itemsize: int) -> int:
     """Bytes of the copy that decodes: every weight in a compute dtype that is not the weights' own (float32), with its
     adapter merged in; else the adapted layers alone, where there are any."""
-    return itemsize * student.plain if itemsize < 4 else 4 * student.adapted
+    return itemsize * student.merged if itemsize < 4 else 4 * student.adapted
 
 
 def cache_bytes(model: Sizes, positions: int, itemsize: int) -> int:
@@ -234,15 +235,15 @@ def forward(model: Sizes, sequences: float, prompt: float, response: float, pred
         length = prompt + response
         return sequences * length * (2 * model.matmul + 2 * model.layers * model.attention * length) + head
     encoder = model.encoder
-    read = prompt * (2 * encoder.matmul + 4 * encoder.layers * model.attention * prompt + 2 * encoder.crossed)
+    read = prompt * (2 * encoder.matmul + 4 * encoder.layers * model.attention * prompt + 2 * encoder.cross_attention)
     seen = 2 * model.layers * model.attention * (response + 2 * prompt)
-    return sequences * (read + response * (2 * (model.matmul - encoder.crossed) + seen)) + head
+    return sequences * (read + response * (2 * (model.matmul - encoder.cross_attention) + seen)) + head
 
 
 def decoded(model: Sizes, rows: float, prompt: float, new: int, vocab: int, itemsize: int) -> Part:
     """``new`` tokens for each of ``rows`` prompts, side by side until the last one has ended. Each step reads the decoder's
     weights once for all rows, and each row's keys and values: on average half of the new ones, and the prompt's."""
-    met = model.matmul - (0 if model.encoder is None else model.encoder.crossed)
+    met = model.matmul - (0 if model.encoder is None else model.encoder.cross_attention)
     seen = prompt + new / 2
     once = forward(model, rows, prompt, 0, 0, vocab)
     each = 2 * met + 4 * model.layers * model.attention * seen + 2 * model.head_in * vocab
@@ -305,7 +306,7 @@ def _learned(run: Run, response: float) -> Work:
     passes = 2 + student.trainable_share + (1 if again else 0)
     starts = FORWARD_LAYER + BACKWARD_LAYER + (FORWARD_LAYER if again else 0.0)
     # The head's forward runs once, and its gradients with it.
-    update = Part(once * passes + 3 * head, starts=_pieces(run) * student.every_layer * starts, itemsize=run.itemsize)
+    update = Part(once * passes + 3 * head, starts=_pieces(run) * student.all_layers * starts, itemsize=run.itemsize)
     return update, Part(read=28 * student.parameters["trainable"])
 
 
@@ -313,7 +314,7 @@ def _looked(run: Run, response: float) -> Work:
     """What an objective that looks at the step before it trains asks of the student: a forward pass."""
     if run.teacher is None or "student" not in objectives.build(run.recipe.objective, 1.0).needs_log_probs_of:
         return ()
-    starts = _pieces(run) * run.student.every_layer * FORWARD_LAYER
+    starts = _pieces(run) * run.student.all_layers * FORWARD_LAYER
     work = forward(run.student, run.sequences, run.lengths.prompt, response, response, run.vocab)
     return (Part(work, starts=starts, itemsize=run.itemsize),)
 
@@ -321,7 +322,7 @@ def _looked(run: Run, response: float) -> Work:
 def _asked(run: Run, response: float) -> Part:
     """The teacher's forward pass over a step's sequences, head included."""
     work = forward(run.teacher, run.sequences, run.lengths.prompt, response, response, run.vocab)
-    starts = _pieces(run) * run.teacher.every_layer * FORWARD_LAYER
+    starts = _pieces(run) * run.teacher.all_layers * FORWARD_LAYER
     return Part(work, starts=starts, itemsize=run.teacher_itemsize)
 
 

@@ -30,7 +30,6 @@ for T5 (1e-4).
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -42,19 +41,20 @@ from pydantic import ValidationError
 from distillm_cli.config.load import Resolved
 from distillm_cli.config.ownership import value_of
 from distillm_cli.config.pipeline_recipe import PREFIX, Pipeline, Stage
-from distillm_cli.config.schema import AUTO, Recipe, is_built
+from distillm_cli.config.schema import AUTO, Recipe
+from distillm_cli.config.student_spec import BUILTIN, ConfigFile, RandomModel, is_built, parse_student
 from distillm_cli.errors import RecipeError, UsageError
-from distillm_cli.models.facts import Facts, read_facts
-from distillm_cli.models.places import locate
+from distillm_cli.models.model_families import family_of
+from distillm_cli.models.model_info import ModelInfo, read_model_info
+from distillm_cli.models.model_paths import locate_model
 from distillm_cli.utils.text import format_parameters
 
 LENGTHS = ("data.max_length", "data.max_prompt_length")
 KEYS = ("train.lr", "train.epochs", "train.warmup", *LENGTHS)
 PAPER_LENGTH, LENGTH, LEAST_PROMPT = 512, 2048, 256
-_PAPER = {"gpt2": "GPT-2", "opt": "OPT", "llama": "Llama"}
 _SMALL = 0.3e9  # parameters
 
-KnownFacts = Mapping[str, Facts | None]  # facts of models that are yet to be made, by ``stage:NAME``
+KnownFacts = Mapping[str, ModelInfo | None]  # facts of models that are yet to be made, by ``stage:NAME``
 
 
 class Rates(NamedTuple):
@@ -89,40 +89,40 @@ def fitted(resolved: Resolved, known: KnownFacts | None = None, model: str | Non
     return replace(resolved, recipe=_with(recipe, changes), origin=resolved.origin | origin)
 
 
-def facts_of(recipe: Recipe, known: KnownFacts, model: str | None = None) -> Facts | None:
+def facts_of(recipe: Recipe, known: KnownFacts, model: str | None = None) -> ModelInfo | None:
     """Return the facts of the recipe's student (or of ``model``), None where its config cannot be read."""
     path = model or recipe.student.path
     if path is None or path in known:
         return known.get(path or "")
     if is_built(path):
         after = _teacher(recipe, known)
-        facts = Facts(_family_of(path)) if after is None else after
+        facts = ModelInfo(_family_of(path)) if after is None else after
         return replace(facts, is_built=True, count=lambda: None)
-    return read_facts(path, None if model else recipe.student.revision)
+    return read_model_info(path, None if model else recipe.student.revision)
 
 
 def _family_of(path: str) -> str:
     """Return the family of a student that is built without a teacher: random:[FAMILY:]SIZE, or a config.json."""
-    if path.endswith(".json"):
+    spec = parse_student(path)
+    if isinstance(spec, ConfigFile):
         with suppress(OSError, ValueError, AttributeError):
             return str(json.loads(Path(path).expanduser().read_text(encoding="utf-8")).get("model_type"))
-    named = re.fullmatch(r"random:([^:]+):.*", path)
-    return named[1] if named else "llama"
+    return (spec.family or "llama") if isinstance(spec, RandomModel) else "llama"
 
 
-def _teacher(recipe: Recipe, known: KnownFacts) -> Facts | None:
+def _teacher(recipe: Recipe, known: KnownFacts) -> ModelInfo | None:
     path = recipe.teacher.path
     if path is None or (recipe.method == "sft" and not recipe.student.is_built):
         return None
-    return known[path] if path in known else read_facts(path, recipe.teacher.revision)
+    return known[path] if path in known else read_model_info(path, recipe.teacher.revision)
 
 
-def is_papers(facts: Facts) -> bool:
+def is_papers(facts: ModelInfo) -> bool:
     """Return whether a model is of a family of the paper, without a chat template."""
-    return facts.family in _PAPER and not facts.has_template
+    return family_of(facts.family).paper_name is not None and not facts.has_template
 
 
-def rates(student: Facts, *, sft: bool, lora: bool) -> Rates | None:
+def rates(student: ModelInfo, *, sft: bool, lora: bool) -> Rates | None:
     """Return the line of the table for a student; None where it depends on a size that is not known."""
     if student.is_built or is_papers(student):
         found = _paper(student, lora)
@@ -144,15 +144,16 @@ def rates(student: Facts, *, sft: bool, lora: bool) -> Rates | None:
     return Rates(10 * lr if lora else lr, 3.0, 0.1, f"for {who}")
 
 
-def _paper(student: Facts, lora: bool) -> tuple[float, float, str] | None:
+def _paper(student: ModelInfo, lora: bool) -> tuple[float, float, str] | None:
     """Return the paper's rate and epochs of distillation, and for whom; None for what it does not have."""
     if student.is_built:
         return 5e-4, 20.0, "a student built from scratch"
-    size, who = student.parameters or 0, f"{_PAPER[student.family]} (the paper's)"
-    match student.family:
-        case "gpt2":
+    size, name = student.parameters or 0, family_of(student.family).paper_name
+    who = f"{name} (the paper's)"
+    match name:
+        case "GPT-2":
             return (5e-4, 20.0, who) if size < 0.5e9 else (1e-4, 10.0, who)
-        case "opt":
+        case "OPT":
             return 5e-5, 20.0 if size < 1e9 else 10.0, who
     if lora:
         return 5e-4, 10.0, who
@@ -160,7 +161,7 @@ def _paper(student: Facts, lora: bool) -> tuple[float, float, str] | None:
 
 
 def _values(
-    recipe: Recipe, student: Facts, teacher: Facts | None, wanted: list[str]
+    recipe: Recipe, student: ModelInfo, teacher: ModelInfo | None, wanted: list[str]
 ) -> Iterator[tuple[str, tuple[float, str]]]:
     if set(wanted) - set(LENGTHS):
         line = rates(student, sft=recipe.method == "sft", lora=recipe.student.lora.r is not None)
@@ -175,7 +176,7 @@ def _values(
         yield "data.max_prompt_length", (max(LEAST_PROMPT, length - LEAST_PROMPT), f"for a max_length of {length}")
 
 
-def _length(student: Facts, teacher: Facts | None) -> tuple[int, str]:
+def _length(student: ModelInfo, teacher: ModelInfo | None) -> tuple[int, str]:
     loaded = [facts for facts in (None if student.is_built else student, teacher) if facts is not None]
     if all(map(is_papers, loaded)):
         return PAPER_LENGTH, "(the paper's)"
@@ -238,9 +239,9 @@ def check_data(resolved: Resolved, known: KnownFacts | None = None) -> str | Non
     models = [_teacher(recipe, known), facts_of(recipe, known)]
     for path, facts in zip(paths, models, strict=True):
         if facts is None and path not in known and not is_built(path):
-            locate(path)  # no such directory: that is what is wrong
-    if "builtin" in paths or not all(facts is not None and is_papers(facts) for facts in models):
-        name = "builtin" if "builtin" in paths else "rows.jsonl or --data dolly"
+            locate_model(path)  # no such directory: that is what is wrong
+    if BUILTIN in paths or not all(facts is not None and is_papers(facts) for facts in models):
+        name = BUILTIN if BUILTIN in paths else "rows.jsonl or --data dolly"
         where = "--data is not given, and only GPT-2, OPT and Llama bases take Dolly by default"
         raise UsageError("no data to train on", where=where, hint=f"give --data PATH or NAME, such as --data {name}")
     return f"no --data: training on Dolly (data.source {recipe.data.source}), the paper's data set"
@@ -251,11 +252,11 @@ def fitted_pipeline(pipeline: Pipeline) -> Pipeline:
 
     Raises RecipeError for a training stage that names no data.
     """
-    known: dict[str, Facts | None] = {}
+    known: dict[str, ModelInfo | None] = {}
     return replace(pipeline, stages=tuple(_fitted_stage(stage, known) for stage in pipeline.stages))
 
 
-def _fitted_stage(stage: Stage, known: dict[str, Facts | None]) -> Stage:
+def _fitted_stage(stage: Stage, known: dict[str, ModelInfo | None]) -> Stage:
     if stage.verb in ("sft", "distill"):
         try:
             check_data(stage.resolved, known)

@@ -18,12 +18,12 @@ from distillm_cli.evaluation.evaluate import evaluate
 from distillm_cli.evaluation.results import check_results_writable, load_results, save_results
 from distillm_cli.evaluation.suites import Suite, load_suites
 from distillm_cli.models.devices import dtype_name
-from distillm_cli.models.fingerprint import fingerprint
 from distillm_cli.models.loading import load_config
 from distillm_cli.runs import inference
 from distillm_cli.runs.inference import Settings
 from distillm_cli.runs.run_results import CheckpointScores, EvalResult
 from distillm_cli.training.events import Listener, Note, Warned
+from distillm_cli.utils.modules import weights_fingerprint
 
 SuiteScores = dict[str, Any]  # a suite's object in `--json`
 
@@ -118,7 +118,7 @@ def _score(job: _Job, resume: bool, listener: Listener) -> None:
     inference.check_model(backbone, encoder, job.suites[0].rows[0], listener)
     inference.report_template(encoder, [row for suite in job.suites for row in suite.rows], listener)
     about = {"model": job.checkpoint, "dtype": str(backbone.model.dtype).removeprefix("torch.")}
-    about["weights"] = fingerprint(backbone.model.state_dict().items())
+    about["weights"] = weights_fingerprint(backbone.model.state_dict().items())
     for suite in job.suites:
         about["rows_sha256"] = suite.digest()
         saved = load_results(suite, job.output, job.recipe.eval, encoder.template, about) if resume else None

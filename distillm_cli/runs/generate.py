@@ -18,8 +18,7 @@ from distillm_cli.errors import Interrupted, UsageError, signal_number
 from distillm_cli.evaluation.evaluate import rows_in_context
 from distillm_cli.evaluation.suites import Suite
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.models.fingerprint import fingerprint
-from distillm_cli.models.places import locate
+from distillm_cli.models.model_paths import locate_model
 from distillm_cli.rollouts.sampler import Sampling, sample_all
 from distillm_cli.runs import inference
 from distillm_cli.runs.inference import Settings
@@ -27,6 +26,7 @@ from distillm_cli.runs.prompt_source import PromptSource, exact_texts, read_prom
 from distillm_cli.runs.responses import Line, ResponseFile
 from distillm_cli.runs.run_results import Generated, GenerateResult
 from distillm_cli.training.events import Event, Listener, Note, Progress
+from distillm_cli.utils.modules import weights_fingerprint
 from distillm_cli.utils.text import counted
 
 _MAX_COUNT = 2**31  # of rows, and of samples of each
@@ -52,7 +52,7 @@ def generate_responses(
     recipe = inference.resolve_settings("generate", model, settings, listener)[0].recipe
     if source.samples > 1 and recipe.rollout.temperature == 0:
         raise UsageError(f"--n {source.samples} with temperature 0", where="the responses would all be the same")
-    locate(model)
+    locate_model(model)
     rows = read_prompts(source, recipe.data, listener)
     backbone, encoder = inference.load_model(model, recipe, listener)
     inference.check_model(backbone, encoder, rows[0], listener)
@@ -154,7 +154,7 @@ class _Generation:
             "top_k": self.sampling.top_k,
             "max_new_tokens": self.sampling.max_new_tokens,
             "dtype": str(self.backbone.model.dtype).removeprefix("torch."),
-            "weights": fingerprint(self.backbone.model.state_dict().items()),
+            "weights": weights_fingerprint(self.backbone.model.state_dict().items()),
             "prompts": digest.hexdigest(),
         }
 

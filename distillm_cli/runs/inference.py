@@ -17,7 +17,7 @@ from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import Row
 from distillm_cli.errors import RecipeError
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.models.conversation import read_template, set_languages, usual_end
+from distillm_cli.models.chat_format import read_template, set_languages, usual_end_token
 from distillm_cli.models.pair import load_backbone, resolve_device, resolve_dtype
 from distillm_cli.runs.output_dir import RECIPE, is_resolved
 from distillm_cli.training.events import Listener, Note, Warned
@@ -124,7 +124,7 @@ def load_model(model: str, recipe: Recipe, listener: Listener) -> tuple[Backbone
         recipe.data,
         is_encoder_decoder=backbone.is_encoder_decoder,
         stops=backbone.stop_ids,
-        end=usual_end(backbone),
+        end=usual_end_token(backbone),
     )
     return backbone, encoder
 

@@ -12,7 +12,7 @@ from distillm_cli.config.schema import Recipe
 from distillm_cli.config.shortcuts import flag_of
 from distillm_cli.data.sources import local_place
 from distillm_cli.errors import UsageError
-from distillm_cli.models.places import CONFIG, base_in
+from distillm_cli.models.model_paths import ADAPTER_CONFIG, read_base_model
 from distillm_cli.runs import output_dir
 
 
@@ -69,9 +69,9 @@ def _with_bases(place: Path) -> Iterator[Path]:
     while place.exists() and place not in seen:
         yield place
         seen.add(place)
-        if not (place / CONFIG).is_file():
+        if not (place / ADAPTER_CONFIG).is_file():
             return
-        place = Path(base_in(place / CONFIG)[0]).expanduser()
+        place = Path(read_base_model(place / ADAPTER_CONFIG)[0]).expanduser()
 
 
 def _files(place: Path) -> list[Path]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 from distillm_cli.config.load import Resolved
 from distillm_cli.config.schema import DataConfig, Recipe
 from distillm_cli.config.sft_stage import sft_before
+from distillm_cli.config.student_spec import BuiltinModel, ConfigFile, SavedModel, parse_student
 from distillm_cli.data.batching import Examples, steps_per_epoch, tokenize
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import Rows, is_path, load_rows, local_place
@@ -23,23 +23,22 @@ from distillm_cli.data.templates import settled_template
 from distillm_cli.errors import DataError
 from distillm_cli.models import lora
 from distillm_cli.models.composite import freeze_rest, is_composite
-from distillm_cli.models.contexts import context_of
-from distillm_cli.models.pair import check_kinds, check_vocabularies, resolve_device, resolve_dtype
-from distillm_cli.models.shapes import Shape, Sizes, has_weights, load_shape, sizes, student_spec, weight_bytes
-from distillm_cli.rollouts.scheduler import build_scheduler
+from distillm_cli.models.model_families import context_of
+from distillm_cli.models.pair import check_architectures, check_vocabularies, resolve_device, resolve_dtype
+from distillm_cli.models.shapes import Shape, Sizes, has_weights, load_shape, sizes, weight_bytes
 from distillm_cli.runs import costs, gpus
+from distillm_cli.runs.cache_size import CacheWorkload, uses_rows
 from distillm_cli.runs.prepare import Prepared, new_order, prepare, texts_of
 from distillm_cli.runs.report import check_can_generate, check_selection_metric
 from distillm_cli.runs.run_results import DecodedSequence, PlanResult
-from distillm_cli.runs.teacher_states import CachePlan, check_rows, disk_free, plan_cache, uses_rows
+from distillm_cli.runs.teacher_states import CachePlan, check_rows, disk_free, plan_cache, workload_of
 from distillm_cli.training.events import Listener, Note, silent
 from distillm_cli.utils import garbage
 from distillm_cli.utils.host import available_memory
-from distillm_cli.utils.text import counted, format_bytes, redact
+from distillm_cli.utils.text import format_bytes, redact
 
 _T = TypeVar("_T")
 _SHOWN_SEQUENCES = 3  # of the decoded batch
-_BUILT = re.compile(r"[a-z]+:")  # random:…; no hub name and no path here begins so
 _IN_HOST = (
     "teacher_states",
     "rollout_states",
@@ -52,11 +51,15 @@ def weights_are_at_hand(recipe: Recipe) -> bool:
     models from scratch."""
     is_needed = recipe.method != "sft" or recipe.student.is_built
     paths = [recipe.student.path, recipe.teacher.path if is_needed else None]
-    loaded = [path for path in paths if path is not None and not _BUILT.match(path)]
+    loaded = [path for path in paths if path is not None and _is_on_disk_or_hub(path)]
     if not all(has_weights(path) for path in loaded):
         return False
     free = available_memory()
     return free is None or sum(weight_bytes(path) for path in loaded) <= free / 4  # read as float32, and some room
+
+
+def _is_on_disk_or_hub(path: str) -> bool:
+    return isinstance(parse_student(path), SavedModel | BuiltinModel | ConfigFile)
 
 
 def plan_run(resolved: Resolved, listener: Listener) -> PlanResult:
@@ -91,16 +94,10 @@ def _decoded_batch(run: Prepared) -> tuple[DecodedSequence, ...]:
 def plan_prepared(run: Prepared, resolved: Resolved) -> dict[str, Any]:
     """The plan of a run whose models and rows are loaded."""
     teacher = None if run.pair.teacher is None else run.pair.teacher.model
-    keeping = None if teacher is None else plan_cache(run)
+    keeping = None if teacher is None else plan_cache(run, workload_of(run))
     states, kept = {}, {}
-    if keeping is not None and keeping.mode != "off":
-        in_memory = keeping.rows_bytes if keeping.mode == "memory" else 0  # those on disk are mapped
-        states = {
-            "teacher_states": keeping.held_out_bytes + in_memory,
-            "rollout_states": keeping.rollout_bytes,
-            "teacher_sample_states": keeping.sample_bytes,
-        }
     if keeping is not None:
+        states = keeping.size.in_memory(keeping.mode)
         kept = {"teacher_cache": _kept(run, keeping)}
     sized = costs.Run(
         recipe=run.recipe,
@@ -112,7 +109,7 @@ def plan_prepared(run: Prepared, resolved: Resolved) -> dict[str, Any]:
         teacher_itemsize=2 if teacher is None else teacher.dtype.itemsize,
         device=run.device.type,
         states=states,
-        cached=keeping is not None and bool(keeping.rows_bytes),
+        cached=keeping is not None and bool(keeping.size.rows),
         keeps=keeping is not None and keeping.mode != "off",
     )
     sized = _with_fine_tuning(sized, resolved)
@@ -150,12 +147,13 @@ def plan_from_configs(
     origin = None  # of a student that is built after it, for `sft` too
     if recipe.teacher.path is not None and (recipe.method != "sft" or recipe.student.is_built):
         origin = load_shape(recipe.teacher.path, revision=recipe.teacher.revision, **common)
-    student = load_shape(**student_spec(recipe.student), texts=read, teacher=origin, **common)
+    own = {"revision": recipe.student.revision, "tokenizer": recipe.student.tokenizer}
+    student = load_shape(recipe.student.path, **own, texts=read, teacher=origin, **common)
     teacher = origin if recipe.method != "sft" else None
     vocab = student.vocab if teacher is None else min(student.vocab, teacher.vocab)
     notes = ["weights are not at hand: models by their configs"]
     if teacher is not None:
-        check_kinds(teacher, student)
+        check_architectures(teacher, student)
     if teacher is not None and teacher.tokenizer is not None and student.tokenizer is not None:
         check_vocabularies(teacher.tokenizer, student.tokenizer)
     elif teacher is not None:
@@ -291,10 +289,10 @@ def _kept(run: Prepared, keeping: CachePlan) -> dict[str, Any]:
     """What would be kept of the teacher's states: bytes of rows and, at most, of replayed rollouts."""
     told = {
         "mode": keeping.mode,
-        "rows": len(run.train) if keeping.rows_bytes else 0,
-        "bytes": keeping.rows_bytes,
-        "rollout_bytes": keeping.rollout_bytes,
-        "sample_bytes": keeping.sample_bytes,
+        "rows": len(run.train) if keeping.size.rows else 0,
+        "bytes": keeping.size.rows,
+        "rollout_bytes": keeping.size.rollouts,
+        "sample_bytes": keeping.size.samples,
         "why": keeping.why,
     }
     if keeping.place is None:
@@ -323,37 +321,39 @@ def _frozen(model_sizes: Sizes) -> Sizes:
 def _would_keep(
     recipe: Recipe, teacher: Sizes | None, lengths: costs.Lengths, itemsize: int
 ) -> tuple[dict[str, Any] | None, dict[str, int]]:
-    """As ``_kept``, by arithmetic: width × size of a value for each response token; and the parts of the memory."""
+    """Return the same for a run by its shapes, and the parts of the memory.
+
+    Free memory is not compared: weights that are not at hand run on another machine.
+    """
     if teacher is None:
         return None, {}
-    per_token, mode = teacher.head_in * itemsize, recipe.teacher.cache
-    schedule = build_scheduler(recipe.schedule, steps=1, seed=0, batches=recipe.rollout.bulk)
-    train, rows_kept = recipe.train, lengths.rows or 0
-    step_rows = min(train.batch_size * train.accumulate, lengths.rows or math.inf)
-    comes_back = None not in (lengths.steps, lengths.steps_per_epoch) and lengths.steps > lengths.steps_per_epoch
-    rows = round(rows_kept * lengths.response * per_token) if uses_rows(recipe) else 0
-    drawn = min(schedule.capacity(step_rows), (lengths.steps or math.inf) * step_rows)
-    rollouts = drawn * recipe.rollout.max_new_tokens * per_token if schedule.config.may_replay else 0
-    asked_again = schedule.samples_come_back and comes_back and recipe.objective.kd_weight > 0
-    samples = rows_kept * recipe.rollout.max_new_tokens * per_token if asked_again else 0
-    if mode == "off":
-        rollouts = samples = 0
-    keeps = rows if mode in ("memory", "disk") or (mode == "auto" and comes_back) else 0
-    listed = {f"for {counted(rows_kept, 'row')}": keeps, "for replayed rollouts, at most": rollouts}
-    listed = {what: n for what, n in (listed | {"for teacher samples, at most": samples}).items() if n}
+    mode, rows = recipe.teacher.cache, lengths.rows or 0
+    workload = CacheWorkload(
+        recipe=recipe,
+        bytes_per_token=teacher.head_in * itemsize,
+        rows=lengths.rows,
+        row_tokens=rows * lengths.response,
+        steps=lengths.steps,
+        steps_per_epoch=lengths.steps_per_epoch,
+    )
+    found = workload.size(mode)
     places = {"off": "", "disk": "on disk", "memory": "in memory", "auto": "in memory, where enough is free"}
-    why = f"{places[mode]}: {', '.join(f'{format_bytes(n)} {what}' for what, n in listed.items())}"
-    if not listed:
-        why = "not kept" if mode == "off" else "not kept: nothing is seen twice"
+    parts = found.described(rows)
+    why = f"{places[mode]}: {parts}"
+    if not parts:
+        why = "not cached" if mode == "off" else "not cached: nothing is seen twice"
     if lengths.rows is None and uses_rows(recipe) and mode != "off":
-        why = f"{format_bytes(per_token)} for each response token of a row{f'; {why}' if listed else ''}"
-    parts = {
-        "teacher_states": keeps if mode != "disk" else 0,
-        "rollout_states": rollouts,
-        "teacher_sample_states": samples,
+        why = f"{format_bytes(workload.bytes_per_token)} for each response token of a row{f'; {why}' if parts else ''}"
+    kept = {
+        "mode": mode,
+        "rows": lengths.rows if found.rows else 0,
+        "bytes": found.rows,
+        "rollout_bytes": found.rollouts,
+        "sample_bytes": found.samples,
+        "why": why,
+        "bytes_per_token": workload.bytes_per_token,
     }
-    kept = {"mode": mode, "rows": lengths.rows if keeps else 0, "bytes": keeps, "rollout_bytes": rollouts}
-    return kept | {"sample_bytes": samples, "why": why, "bytes_per_token": per_token}, parts
+    return kept, found.in_memory(mode)
 
 
 def at_hand(read: Callable[[], _T], source: str) -> tuple[_T | None, str]:

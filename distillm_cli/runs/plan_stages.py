@@ -15,7 +15,7 @@ from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import Row
 from distillm_cli.evaluation.evaluate import passes
 from distillm_cli.evaluation.suites import held_out, load_suite
-from distillm_cli.models.contexts import context_of
+from distillm_cli.models.model_families import context_of
 from distillm_cli.models.shapes import Shape, Sizes, load_shape, sizes
 from distillm_cli.runs import costs
 from distillm_cli.runs.gpus import ASSUMED, GPUS, Gpu, Part, fits_in_memory

@@ -26,18 +26,18 @@ from distillm_cli.data.templates import Renderer, settled_template
 from distillm_cli.data.token_ids import Affixes
 from distillm_cli.errors import DataError, ModelError
 from distillm_cli.models import router
+from distillm_cli.models.chat_format import add_stop_tokens, generation_config
 from distillm_cli.models.composite import copy_processor, is_composite
-from distillm_cli.models.contexts import longrope_bound
-from distillm_cli.models.conversation import add_stops, generation_config
 from distillm_cli.models.devices import resolve_device, resolve_dtype
-from distillm_cli.models.fingerprint import fingerprint
-from distillm_cli.models.tokenizer_files import OwnTokenizers, quiet
+from distillm_cli.models.model_families import longrope_bound
+from distillm_cli.models.tokenizer_files import TokenizerCache, quiet
 from distillm_cli.runs.start import prefetch_rows, tokenizer_candidates
 from distillm_cli.teachers.teacher_cache import date_of, root_of, rows_digest
 from distillm_cli.training.events import Listener, Note, Warned
 from distillm_cli.types import Rollout, Sequence, collate, pass_overhead
 from distillm_cli.utils import garbage
 from distillm_cli.utils.host import give_back_freed_memory, set_threads
+from distillm_cli.utils.modules import weights_fingerprint
 from distillm_cli.utils.text import counted
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def total_steps(train: TrainConfig, steps_per_epoch: int) -> int:
 
 def frozen_digest(student: Backbone) -> str:
     """Return a fingerprint of the frozen weights below an adapter."""
-    return fingerprint(student.adapter.frozen())
+    return weights_fingerprint(student.adapter.frozen())
 
 
 @dataclass(frozen=True)
@@ -145,11 +145,11 @@ class Prepared:
 
     def start_weights(self) -> Mapping[str, torch.Tensor]:
         """Return the student's trained weights as they were before its first step."""
-        from distillm_cli.models.pair import student_again
+        from distillm_cli.models.pair import rebuild_student
 
         if self.initial_weights is not None:
             return self.initial_weights()
-        return student_again(self.recipe, self.pair, torch.device("cpu")).state()
+        return rebuild_student(self.recipe, self.pair, torch.device("cpu")).state()
 
     def save_model(self, directory: Path) -> None:
         """Save the student for a checkpoint: model and tokenizer, as ``from_pretrained`` reads them.
@@ -200,7 +200,7 @@ def _prepare(recipe: Recipe, listener: Listener, prefetched: Early) -> Prepared:
     if recipe.data.teacher_samples is not None:
         sample_rows = read_beforehand(recipe.data, train_rows, listener)
 
-    tokenizers = OwnTokenizers()
+    tokenizers = TokenizerCache()
     expected = _expected_tokenizer(recipe, tokenizers)
     with Ahead((train_rows, valid_rows), recipe.data, expected, prefetched) as ahead:
         # Imported here, since it takes long: the rows are tokenized meanwhile.
@@ -214,12 +214,12 @@ def _prepare(recipe: Recipe, listener: Listener, prefetched: Early) -> Prepared:
         recipe = recipe.model_copy(update={"data": data})
         context = min((model.context for model in pair.models.values() if model.context is not None), default=None)
         _check_heads(pair, context, listener)
-        router_aux = router.weight_of(recipe.objective.router_aux, pair.student, listener)
+        router_aux = router.set_router_loss(recipe.objective.router_aux, pair.student, listener)
         _warn_of_longrope(pair, min(data.max_length, context or data.max_length), listener)
         train = tokenize(train_rows, encoder, data, listener, context, ahead)
         valid = tokenize(valid_rows, encoder, data, listener, context, ahead)
     for model in pair.models.values():
-        add_stops(model, sorted(train.ends - encoder.ends), after=True)
+        add_stop_tokens(model, sorted(train.ends - encoder.ends), after=True)
     if recipe.train.gradient_checkpointing:
         _checkpoint_activations(pair.student)
     return Prepared(
@@ -267,7 +267,8 @@ def _fingerprints(pair: Pair) -> dict[str, str]:
     Of weights rounded to bf16, since `auto` may load another dtype on another device.
     """
     return {
-        role: fingerprint(backbone.model.state_dict().items(), torch.bfloat16) for role, backbone in pair.models.items()
+        role: weights_fingerprint(backbone.model.state_dict().items(), torch.bfloat16)
+        for role, backbone in pair.models.items()
     }
 
 
@@ -288,9 +289,9 @@ def _encoder(
     rows: the training rows. Also returns the data section with these values, and the values that the recipe left open,
     by key, with their origin.
     """
-    from distillm_cli.models.conversation import own_end, set_languages, settle_ends, settle_template
+    from distillm_cli.models.chat_format import default_end_token, set_chat_template, set_languages, set_stop_tokens
 
-    settle_template(pair, recipe.data, listener)
+    set_chat_template(pair, recipe.data, listener)
     set_languages(pair.tokenizer, recipe.data, pair.models.values())
     chosen: dict[str, tuple[str, str]] = {}
     template = _chosen_template(recipe.data, pair, rows, listener)
@@ -306,14 +307,14 @@ def _encoder(
         is_encoder_decoder=pair.student.is_encoder_decoder,
         affixes=None if has_languages else affixes,
         stops=pair.student.stop_ids | {*(pair.teacher_stops or ())},
-        end=own_end(recipe.data, pair, listener),
+        end=default_end_token(recipe.data, pair, listener),
         needs_responses=recipe.needs_responses,
     )
     chat = encoder.renderer.chat
     if "data.date" in chosen and (chat is None or not chat.uses_date):
         del chosen["data.date"]
         data = data.model_copy(update={"date": None})
-    settle_ends(pair, encoder, any(encoder.renderer.form(row) == "chat" for row in rows), listener)
+    set_stop_tokens(pair, encoder, any(encoder.renderer.form(row) == "chat" for row in rows), listener)
     return data, encoder, chosen
 
 
@@ -352,11 +353,11 @@ def _check_held_out(recipe: Recipe, rows: Rows, listener: Listener) -> None:
     listener(Note(f"{rows.name}: no held-out row has a response: no validation"))
 
 
-def _expected_tokenizer(recipe: Recipe, tokenizers: OwnTokenizers) -> PreTrainedTokenizerBase | None:
+def _expected_tokenizer(recipe: Recipe, tokenizers: TokenizerCache) -> PreTrainedTokenizerBase | None:
     """Return the tokenizer that the run will most likely have, read before the models; None where that is open."""
     for model in tokenizer_candidates(recipe):
         try:
-            return tokenizers.of(model.path, model.revision)
+            return tokenizers.load(model.path, model.revision)
         except ModelError:  # reported when the model is loaded, after errors that are found before that
             continue
     return None

@@ -106,14 +106,14 @@ class Report:
 
     def all(self, trainer: Trainer) -> dict[str, ModelReport]:
         """Measure every model; returns their reports by name."""
-        from distillm_cli.models.pair import teacher_again
+        from distillm_cli.models.pair import reload_teacher
 
         run = self.run
         self.labels = labels(trainer.state, after_sft=bool(run.recipe.student.sft_epochs))
         trainer.optimizer.state.clear()  # no longer needed, and the teacher may be loaded once more
         teacher = run.pair.teacher
         if teacher is not None and trainer.teacher.has_released_model:
-            teacher = teacher_again(run.recipe, run.pair, run.device)
+            teacher = reload_teacher(run.recipe, run.pair, run.device)
         if not self._all_can_generate({"student": run.student, "teacher": teacher}):
             self.suite = replace(self.suite, rows=[])
         found = {AFTER: self._measure(run.student, AFTER, _valid_loss(run.student, trainer))}

@@ -91,14 +91,14 @@ def tokenizer_candidates(recipe: Recipe) -> list[StudentConfig | TeacherConfig]:
 
 
 def _tokenizer_file(recipe: Recipe) -> Path | None:
-    from distillm_cli.models.places import cached, locate
+    from distillm_cli.models.model_paths import cached_hub_file, locate_model
 
     for model in tokenizer_candidates(recipe):
         try:
-            name, local = locate(model.path)
+            name, local = locate_model(model.path)
         except ModelError:  # reported when the model is loaded, after errors that are found before that
             continue
-        file = Path(name) / "tokenizer.json" if local else cached(name, "tokenizer.json", model.revision)
+        file = Path(name) / "tokenizer.json" if local else cached_hub_file(name, "tokenizer.json", model.revision)
         if file is not None and file.is_file():
             return file
     return None

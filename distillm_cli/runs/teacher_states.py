@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,8 @@ from distillm_cli.config.load import Resolved
 from distillm_cli.config.schema import Recipe
 from distillm_cli.data.early import Early
 from distillm_cli.errors import Interrupted, UsageError, signal_number
-from distillm_cli.losses import objectives
 from distillm_cli.runs.build import new_scheduler
+from distillm_cli.runs.cache_size import CacheSize, CacheWorkload, uses_rows
 from distillm_cli.runs.prepare import Prepared, new_order, prepare
 from distillm_cli.runs.run_results import TeacherCacheResult
 from distillm_cli.teachers import teacher_cache
@@ -29,24 +29,17 @@ from distillm_cli.utils.text import counted, format_count
 if TYPE_CHECKING:
     from distillm_cli.models.backbone import Backbone
 
-SHARE = 0.25  # of the free memory, which `auto` may fill
-
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What is kept of the teacher's states. mode: memory, disk or off. why: a clause for people.
+    """Hold what is decided on the teacher's cache. mode: memory, disk or off. why: a clause for people.
 
-    rows_bytes, rollout_bytes, sample_bytes, held_out_bytes: of data set rows (exact), of student outputs (at most), of the
-    teacher's samples (at most), of held-out rows; all 0 when off. place, key, is_made: of a cache on disk, and whether it
-    is there.
+    size: what it will hold. place, key, is_made: of a cache on disk, and whether it exists.
     """
 
     mode: str
     why: str
-    rows_bytes: int = 0
-    rollout_bytes: int = 0
-    sample_bytes: int = 0
-    held_out_bytes: int = 0
+    size: CacheSize = field(default_factory=CacheSize)
     place: Path | None = None
     key: Key | None = None
     is_made: bool = False
@@ -81,14 +74,15 @@ def open_teacher(
     model = run.pair.teacher
     if model is None:
         return None
-    keeping = plan_cache(run, before=before, rebuild=rebuild)
+    workload = workload_of(run)
+    keeping = plan_cache(run, workload, before=before, rebuild=rebuild)
     listener(Note(f"teacher's states: {keeping.why}{'' if keeping.place is None else f', in {keeping.place}'}"))
     if keeping.mode == "off":
         return TeacherHandle(LocalTeacher(model), keeping)
     rows, composition, hit, computed = None, None, False, 0
     if keeping.mode == "disk":
         rows, hit, computed = _on_disk(run, keeping, rebuild, listener)
-    elif keeping.rows_bytes:
+    elif keeping.size.rows:
         _warn_if_short(keeping, listener)
         order = new_order(run.recipe, run.train)  # of its own: an order remembers one epoch, and the run's is another
         rows = HiddenStateTable(run.train.sequences)
@@ -107,7 +101,7 @@ def open_teacher(
         mode=keeping.mode,
         rows=rows,
         composition=composition,
-        caches_rollouts=schedule.config.may_replay or _samples_come_back(run),
+        caches_rollouts=workload.rollouts_repeat or workload.samples_repeat,
         validation=HiddenStateTable(validation) if validation else None,
         # Quantized weights are no plain tensors that could be released one by one.
         releases_model=rows is not None and not (samples or model.is_quantized),
@@ -126,13 +120,13 @@ def warm(
     place = None
     try:
         run = prepare(resolved.recipe, listener, prefetched)
-        keeping = _planned_on_disk(run, _token_bytes(run))
+        keeping = _planned_on_disk(run, workload_of(run))
         place = str(keeping.place)
         _, hit, computed = _on_disk(run, keeping, rebuild, listener)
     except KeyboardInterrupt as stop:
         what, hint = "interrupted while making the teacher cache", "it is there whole or not at all; start it again"
         raise Interrupted(what, signal_number=signal_number(stop), where=place, hint=hint) from None
-    rows, size, mode = len(run.train), keeping.rows_bytes, run.recipe.teacher.cache
+    rows, size, mode = len(run.train), keeping.size.rows, run.recipe.teacher.cache
     if mode in ("memory", "off"):
         listener(Warned(f"with teacher.cache {mode} this recipe will not read it; give --teacher-cache disk or auto"))
     listener(
@@ -148,11 +142,6 @@ def warm(
     )
 
 
-def uses_rows(recipe: Recipe) -> bool:
-    """Whether data set rows' own responses are trained on: where the schedule draws them, or beside student outputs."""
-    return recipe.schedule.uses_rows or objectives.build(recipe.objective).rows_beside
-
-
 def check_rows(recipe: Recipe) -> None:
     """Raises UsageError where states on disk would be of rows that the run does not train on."""
     if not uses_rows(recipe):
@@ -163,92 +152,69 @@ def check_rows(recipe: Recipe) -> None:
         )
 
 
-def plan_cache(run: Prepared, *, before: str | None = None, rebuild: bool = False) -> CachePlan:
-    """What would be kept, and its size; computes a few tokens to measure the width. Arguments as of ``open_teacher``."""
+def workload_of(run: Prepared) -> CacheWorkload:
+    """Return what decides the cache's size. Computes a token, to measure the width and type of the teacher's states."""
+    sample_tokens = None
+    if run.teacher_samples is not None:
+        sample_tokens = sum(s.supervised for samples in run.teacher_samples.values() for s in samples)
+    return CacheWorkload(
+        recipe=run.recipe,
+        bytes_per_token=0 if run.recipe.teacher.cache == "off" else _bytes_per_token(run),
+        rows=len(run.train),
+        row_tokens=run.train.tokens,
+        steps=run.steps,
+        steps_per_epoch=run.order.steps_per_epoch,
+        validation_tokens=sum(s.supervised for s in run.valid.sequences),
+        sample_tokens=sample_tokens,
+    )
+
+
+def plan_cache(
+    run: Prepared, workload: CacheWorkload, *, before: str | None = None, rebuild: bool = False
+) -> CachePlan:
+    """Return where the teacher's states will be cached, and how large that is. Arguments as of ``open_teacher``."""
     mode = run.recipe.teacher.cache
     if rebuild and mode in ("memory", "off"):
         raise UsageError(f"--rebuild-teacher-cache with --teacher-cache {mode}", hint="give --teacher-cache disk")
-    is_auto = mode == "auto"
-    if is_auto and before is not None:
-        mode = before
+    if mode == "disk" or (mode == "auto" and (rebuild or before == "disk")):
+        return _planned_on_disk(run, workload)
     if mode == "off":
-        return CachePlan("off", "not kept" if not is_auto else "not kept, as when the run was started")
-    per_token = _token_bytes(run)
-    if mode == "disk" or (is_auto and rebuild):
-        return _planned_on_disk(run, per_token)
-    if mode == "memory":
-        rows = uses_rows(run.recipe) if not is_auto else _rows_come_back(run)
-        return _planned_in_memory(run, per_token, rows=rows)
-    return _planned_by_itself(run, per_token)
-
-
-def _planned_by_itself(run: Prepared, per_token: int) -> CachePlan:
-    """``auto``: the disk where a cache is there already, else memory where it pays and fits, else off."""
-    root = _root(run)
-    if uses_rows(run.recipe) and _may_be_there(root, run):
-        found = _planned_on_disk(run, per_token)
-        if found.is_made:
+        return CachePlan("off", "not cached")
+    if mode == "auto" and before == "off":
+        return CachePlan("off", "not cached, as when the run was started")
+    if mode == "auto" and before is None:
+        if (found := _existing_on_disk(run, workload)) is not None:
             return found
-    if not (_rows_come_back(run) or new_scheduler(run).config.may_replay or _samples_come_back(run)):
-        schedule = new_scheduler(run)
-        asked = "sees every row once" if uses_rows(run.recipe) else "asks about every sample once"
-        if schedule.config.uses_teacher_samples and not run.recipe.objective.kd_weight:
-            asked = "asks the teacher for samples alone"
-        return CachePlan("off", f"not kept: this run {asked}")
-    found = _planned_in_memory(run, per_token, rows=_rows_come_back(run))
-    size, free = found.rows_bytes + found.rollout_bytes + found.sample_bytes + found.held_out_bytes, available_memory()
-    if free is None or size <= SHARE * free:
-        return found
-    why = f"not kept: {format_count(size)}B is more than a quarter of the {format_count(free)}B of free memory"
-    return CachePlan("off", f"{why} (--teacher-cache disk would keep them in {root})")
+        chosen, why = workload.choose(available_memory())
+        if chosen == "off":
+            hint = f" (--teacher-cache disk would keep them in {_root(run)})" if workload.anything_repeats else ""
+            return CachePlan("off", f"{why}{hint}")
+    size = workload.size(mode)
+    parts = size.described(len(run.train))
+    return CachePlan("memory", f"cached in memory: {parts or 'nothing is needed twice in this run'}", size)
 
 
-def _may_be_there(root: Path, run: Prepared) -> bool:
-    """Whether the name of some cache gives hope: only then are the weights read."""
-    if not root.is_dir():
-        return False
-    if (root / teacher_cache.FACTS).exists():
-        return True
-    return any(root.glob(f"*-{teacher_cache.rows_digest(run.train.sequences)[:16]}"))
+def _existing_on_disk(run: Prepared, workload: CacheWorkload) -> CachePlan | None:
+    """Return the plan for a cache that an earlier run made; None where there is none for these rows and this teacher."""
+    root = _root(run)
+    if not (uses_rows(run.recipe) and root.is_dir()):
+        return None
+    # Only where a name is promising are the weights read.
+    named = any(root.glob(f"*-{teacher_cache.rows_digest(run.train.sequences)[:16]}"))
+    if not named and not (root / teacher_cache.FACTS).exists():
+        return None
+    found = _planned_on_disk(run, workload)
+    return found if found.is_made else None
 
 
-def _planned_in_memory(run: Prepared, per_token: int, *, rows: bool) -> CachePlan:
-    sizes = {"rows_bytes": run.train.tokens * per_token if rows else 0, **_beside_rows(run, per_token)}
-    parts = [f"{format_count(sizes['rows_bytes'])}B for {counted(len(run.train), 'row')}"] if rows else []
-    if sizes["rollout_bytes"]:
-        parts.append(f"at most {format_count(sizes['rollout_bytes'])}B for replayed rollouts")
-    if sizes["sample_bytes"]:
-        parts.append(f"at most {format_count(sizes['sample_bytes'])}B for teacher samples")
-    what = f"as they come, {' and '.join(parts)}" if parts else "where it is asked twice, which it is not in this run"
-    return CachePlan("memory", f"kept in memory {what}", **sizes)
-
-
-def _planned_on_disk(run: Prepared, per_token: int) -> CachePlan:
+def _planned_on_disk(run: Prepared, workload: CacheWorkload) -> CachePlan:
     check_rows(run.recipe)
     model, sequences = run.pair.teacher, run.train.sequences
     key = Key(teacher_cache.teacher_digest(model, _config_of(model)), teacher_cache.rows_digest(sequences))
     place = teacher_cache.place_of(_root(run), key)
-    size = run.train.tokens * per_token
-    why = f"on disk, {format_count(size)}B for {counted(len(run.train), 'row')}"
-    return CachePlan(
-        "disk", why, rows_bytes=size, **_beside_rows(run, per_token), place=place, key=key, is_made=place.exists()
-    )
-
-
-def _beside_rows(run: Prepared, per_token: int) -> dict[str, int]:
-    scheduler = new_scheduler(run)
-    drawn = min(scheduler.capacity(run.step_rows), run.steps * run.step_rows)
-    rollouts = drawn * run.recipe.rollout.max_new_tokens * per_token if scheduler.config.may_replay else 0
-    held_out = sum(s.supervised for s in _held_out(run)) * per_token
-    samples = _sampled_tokens(run) * per_token if _samples_come_back(run) else 0
-    return {"rollout_bytes": rollouts, "sample_bytes": samples, "held_out_bytes": held_out}
-
-
-def _sampled_tokens(run: Prepared) -> int:
-    """Of the teacher's samples: as many as there are, or as there can be at most."""
-    if run.teacher_samples is not None:
-        return sum(s.supervised for samples in run.teacher_samples.values() for s in samples)
-    return len(run.train) * run.recipe.rollout.max_new_tokens
+    size = workload.size("disk")
+    why = f"on disk, {format_count(size.rows)}B for {counted(len(run.train), 'row')}"
+    return CachePlan("disk", why, size, place=place, key=key, is_made=place.exists())
 
 
 def _on_disk(
@@ -257,7 +223,7 @@ def _on_disk(
     """The states, whether they were there already, and how many tokens the teacher computed for them."""
     sequences, asked, made = run.train.sequences, LocalTeacher(run.pair.teacher), False
     if rebuild or not keeping.is_made:
-        how = {"size": keeping.rows_bytes, "rebuild": rebuild}
+        how = {"size": keeping.size.rows, "rebuild": rebuild}
         how["of"] = {"teacher": str(run.recipe.teacher.path), "data": run.train_rows.name}
         if run.recipe.data.date is not None:
             how["of"] |= {"date": run.recipe.data.date}
@@ -277,23 +243,13 @@ def _root(run: Prepared) -> Path:
     return teacher_cache.root_of(run.recipe.teacher.cache_dir)
 
 
-def _rows_come_back(run: Prepared) -> bool:
-    return uses_rows(run.recipe) and run.steps > run.order.steps_per_epoch
-
-
-def _samples_come_back(run: Prepared) -> bool:
-    """Whether the teacher is asked more than once about a sample of its own."""
-    comes_back = new_scheduler(run).samples_come_back and run.steps > run.order.steps_per_epoch
-    return comes_back and run.recipe.objective.kd_weight > 0
-
-
 def _held_out(run: Prepared) -> list[Sequence]:
     """Held-out rows that the teacher is asked about: at every validation, where a divergence selects checkpoints."""
     return run.valid.sequences if run.recipe.train.select == "valid_divergence" else []
 
 
-def _token_bytes(run: Prepared) -> int:
-    """Of one token's state; measured, since a model may answer with its own logits in its own type."""
+def _bytes_per_token(run: Prepared) -> int:
+    """Measure one token's state: a model may answer with its own logits, in its own type."""
     one = run.train.sequences[0].prompt[:1]  # a row may have no response
     few = Sequence(one, one)
     hidden_ND = LocalTeacher(run.pair.teacher).hidden(collate([few]).to(run.device), [few])
@@ -308,7 +264,7 @@ def _config_of(model: Backbone) -> str:
 
 
 def _warn_if_short(keeping: CachePlan, listener: Listener) -> None:
-    size, free = keeping.rows_bytes + keeping.rollout_bytes + keeping.sample_bytes, available_memory()
+    size, free = keeping.size.total, available_memory()
     if free is not None and size > free:
         listener(
             Warned(f"the teacher's states take {format_count(size)}B, and {format_count(free)}B of memory are free")

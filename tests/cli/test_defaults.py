@@ -14,7 +14,7 @@ from distillm_cli.config.load import resolve
 from distillm_cli.config.ownership import value_of
 from distillm_cli.config.pipeline_recipe import load_pipeline
 from distillm_cli.errors import RecipeError
-from distillm_cli.models.facts import Facts, read_facts
+from distillm_cli.models.model_info import ModelInfo, read_model_info
 from distillm_cli.runs.defaults import KEYS, fitted, fitted_line, fitted_pipeline, number, rates
 from tests import tiny
 from tests.typed import call
@@ -95,13 +95,13 @@ def test_the_prompt_goes_along_with_a_given_length(given, prompt):
 @pytest.mark.parametrize(
     ("facts", "lora", "lr"),
     [
-        (Facts("qwen3", count=lambda: int(0.1e9)), False, 1e-4),
-        (Facts("qwen3", has_template=True, count=lambda: int(0.1e9)), False, 5e-5),
-        (Facts("qwen3", count=lambda: int(8e9)), False, 2e-5),
-        (Facts("qwen3", count=lambda: int(8e9)), True, 2e-4),
-        (Facts("llama", has_template=True, count=lambda: int(8e9)), False, 1e-5),
-        (Facts("llama", count=lambda: int(0.1e9)), False, 5e-4),
-        (Facts("t5", is_encoder_decoder=True, count=lambda: int(0.06e9)), False, 1e-4),
+        (ModelInfo("qwen3", count=lambda: int(0.1e9)), False, 1e-4),
+        (ModelInfo("qwen3", has_template=True, count=lambda: int(0.1e9)), False, 5e-5),
+        (ModelInfo("qwen3", count=lambda: int(8e9)), False, 2e-5),
+        (ModelInfo("qwen3", count=lambda: int(8e9)), True, 2e-4),
+        (ModelInfo("llama", has_template=True, count=lambda: int(8e9)), False, 1e-5),
+        (ModelInfo("llama", count=lambda: int(0.1e9)), False, 5e-4),
+        (ModelInfo("t5", is_encoder_decoder=True, count=lambda: int(0.06e9)), False, 1e-4),
     ],
 )
 def test_the_rate_goes_by_family_size_template_and_adapter(facts, lora, lr):
@@ -126,10 +126,10 @@ def test_a_model_whose_config_is_not_at_hand_leaves_auto(capsys):
 def test_parameters_are_counted_with_and_without_weights(tmp_path, family):
     expected = tiny.model(family).num_parameters()
     tiny.save(tmp_path / "whole", family, rows=101)
-    assert read_facts(str(tmp_path / "whole")).parameters == expected
+    assert read_model_info(str(tmp_path / "whole")).parameters == expected
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare/config.json").write_text((tmp_path / "whole/config.json").read_text())
-    assert read_facts(str(tmp_path / "bare")).parameters == expected
+    assert read_model_info(str(tmp_path / "bare")).parameters == expected
 
 
 def test_an_adapter_may_bring_the_chat_template_that_its_model_lacks(tmp_path):
@@ -137,9 +137,9 @@ def test_an_adapter_may_bring_the_chat_template_that_its_model_lacks(tmp_path):
     (tmp_path / "adapter").mkdir()
     named = {"base_model_name_or_path": str(tmp_path / "model")}
     (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(named))
-    assert not read_facts(str(tmp_path / "adapter")).has_template
+    assert not read_model_info(str(tmp_path / "adapter")).has_template
     (tmp_path / "adapter/chat_template.jinja").write_text("{{ messages }}")
-    assert read_facts(str(tmp_path / "adapter")).has_template
+    assert read_model_info(str(tmp_path / "adapter")).has_template
 
 
 # ------------------------------------------------------------------------------------------------------------- runs

@@ -19,7 +19,7 @@ from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import load_rows
 from distillm_cli.evaluation.suites import load_suite
 from distillm_cli.models.tokenizer_files import load_tokenizer
-from distillm_cli.models.tokenizers import train_tokenizer
+from distillm_cli.models.trained_tokenizers import train_tokenizer
 from distillm_cli.runs import output_dir
 from distillm_cli.runs.responses import ResponseFile
 from tests import tiny

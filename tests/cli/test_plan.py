@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from distillm_cli.cli.app import main
 from distillm_cli.config.load import shipped
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.models.cpu.products import can_pack
+from distillm_cli.models.cpu.packed import can_pack
 from distillm_cli.models.shapes import sizes
 from distillm_cli.runs import costs
 from tests import tiny

@@ -14,7 +14,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distillm_cli.cli.app import main
-from distillm_cli.models.places import BUILTIN_TEACHER
+from distillm_cli.models.model_paths import BUILTIN_TEACHER
 from tests import tiny
 from tests.conftest import ROOT
 

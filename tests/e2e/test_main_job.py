@@ -485,8 +485,8 @@ def test_the_quickstart_runs_in_small_and_its_teacher_is_good(tmp_path, capsys, 
 
 def test_the_built_in_teacher_fits_in_the_wheel_and_the_student_is_five_times_smaller():
     from distillm_cli.config.load import resolve
+    from distillm_cli.models.model_paths import BUILTIN_TEACHER
     from distillm_cli.models.pair import load_pair
-    from distillm_cli.models.places import BUILTIN_TEACHER
 
     assert sum(p.stat().st_size for p in BUILTIN_TEACHER.iterdir()) <= 4_000_000
     pair = load_pair(resolve(command="distill", recipe="quickstart").recipe, device=torch.device("cpu"))

@@ -98,7 +98,7 @@ def test_of_outputs_that_come_back_beside_rows_that_do_not_only_the_outputs_are_
 
 def test_the_plan_counts_what_the_teacher_keeps_while_it_samples(typed):
     _, ours, err = typed("plan", *SHORT)
-    assert "kept in memory as they come" in err, "a round's outputs are trained on twice"
+    assert "cached in memory" in err, "a round's outputs are trained on twice"
     rounds = SHORT.index("schedule.inner_epochs=2")  # which gkd does not have
     _, alone, _ = typed("plan", *SHORT[: rounds - 1], *SHORT[rounds + 1 :], "--method", "gkd")
     assert ours["memory"]["rollout_cache"] == alone["memory"]["rollout_cache"]

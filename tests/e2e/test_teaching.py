@@ -104,7 +104,7 @@ def test_auto_keeps_rows_that_come_back_and_the_resumed_run_ends_with_the_same_w
 
     code, once, err = typed("--output", "once", "--steps", "2")
     assert (once["teacher_cache"]["mode"], once["teacher_cache"]["rows"]) == ("off", 0)
-    assert "this run sees every row once" in err
+    assert "this run trains on every row once" in err
 
 
 def test_auto_keeps_nothing_where_memory_is_short_and_a_resume_elsewhere_keeps_to_that(typed, tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ EVERYBODY = {
     "config.schema",
     "config.fields",
     "config.schedule",
+    "config.student_spec",
     "training.events",
 }
 TRAINING_ROOMS = {"losses", "rollouts", "teachers", "training"}

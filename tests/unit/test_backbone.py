@@ -15,7 +15,7 @@ from transformers.utils.logging import warning_once
 
 from distillm_cli.errors import ModelError, NonFiniteError
 from distillm_cli.models.backbone import Backbone, Head, eval_mode
-from distillm_cli.models.contexts import context_of
+from distillm_cli.models.model_families import context_of
 from distillm_cli.types import Sequence as Tokens
 from distillm_cli.types import collate
 from tests import tiny
@@ -68,7 +68,7 @@ def test_a_padding_token_that_is_read_without_a_mask_is_no_reason_to_warn(caplog
 
     assert warned(lambda: model(input_ids=torch.tensor([[1, 5]]))), "as transformers' own users see it"
     backbone = Backbone(model, tokenizer())
-    assert not warned(lambda: (backbone._states(batch), backbone.logits(batch), backbone.hidden(batch)))
+    assert not warned(lambda: (backbone.trunk_states(batch), backbone.logits(batch), backbone.hidden(batch)))
     assert not warned(lambda: greedy(backbone, [np.array([1, 4, 1]), np.array([1, 7, 1])]))
     assert not warned(lambda: greedy(backbone.plain(torch.bfloat16), [np.array([1])]))
 

@@ -10,7 +10,8 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.models.generation.decoding import ByLength, FastDecoding, PlainDecoding, cast
+from distillm_cli.models.generation.decoding import FastDecoding, LengthGroupedDecoding, PlainDecoding
+from distillm_cli.models.generation.working_copy import working_copy
 from distillm_cli.rollouts.next_token import Sampling
 from distillm_cli.rollouts.sampler import sample
 from tests import tiny
@@ -58,7 +59,7 @@ def test_decoding_is_the_same_as_recomputing_everything(family, dtype):
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         found = forced(model.decode(ps), tokens, leave)
     assert len(found) == 6 * 7 + 4 * 13 + 2 * 15 + 6
-    exact = model.model if dtype == torch.float32 else cast(model.model, dtype)
+    exact = model.model if dtype == torch.float32 else working_copy(model.model, dtype)
     expected = [recomputed(exact, p, tokens[row]) for row, p in enumerate(ps)]
     gap = torch.stack([found[row, step] - expected[row][step] for row, step in found])
     if dtype == torch.float32:
@@ -86,10 +87,10 @@ def test_each_family_decodes_the_fastest_way_that_suits_it(family):
     model = backbone(family)
     decoding = model.decode(prompts())
     if family == "bart-decoder":  # it counts padding among its learned positions, and cannot be told otherwise
-        assert isinstance(decoding, ByLength)
+        assert isinstance(decoding, LengthGroupedDecoding)
         return
     assert isinstance(decoding, FastDecoding if family in FAST else PlainDecoding)
-    assert model._ways == (family in FAST, family in STEP)
+    assert model._fast_paths == (family in FAST, family in STEP)
 
 
 @pytest.mark.parametrize("family", ["mpt", "gpt_neo", "opt", "llama", "bart-decoder"])
@@ -142,7 +143,7 @@ def test_a_step_that_does_not_give_the_models_logits_is_not_used(monkeypatch):
     whole = mlp.forward
     monkeypatch.setattr(mlp, "forward", lambda self, x: whole(self, x) * 1.5)
     model.decode(prompts())
-    assert model._ways == (True, False)
+    assert model._fast_paths == (True, False)
 
 
 def test_a_layer_with_a_forward_of_its_own_is_not_written_out():
@@ -154,10 +155,10 @@ def test_a_layer_with_a_forward_of_its_own_is_not_written_out():
     assert decoding._step is None
 
 
-def test_a_cast_copy_is_of_the_weights_as_they_are_now_and_leaves_the_model_alone():
+def test_a_working_copy_is_of_the_weights_as_they_are_now_and_leaves_the_model_alone():
     model = backbone("gpt2").train()
     model.model.gradient_checkpointing_enable()
-    copied = cast(model.model, torch.bfloat16)
+    copied = working_copy(model.model, torch.bfloat16)
     assert copied.lm_head.weight is copied.transformer.wte.weight  # tied stays tied
     assert {p.dtype for p in copied.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -172,13 +173,13 @@ def test_a_cast_copy_is_of_the_weights_as_they_are_now_and_leaves_the_model_alon
     assert after.dtype == torch.float32
 
 
-def test_rotary_frequencies_stay_float32_in_a_cast_copy():
+def test_rotary_frequencies_stay_float32_in_a_working_copy_copy():
     model = backbone("llama").model
-    assert cast(model, torch.bfloat16).model.rotary_emb.inv_freq is model.model.rotary_emb.inv_freq
+    assert working_copy(model, torch.bfloat16).model.rotary_emb.inv_freq is model.model.rotary_emb.inv_freq
 
 
 @pytest.mark.parametrize("family", ["m2m_100", "xglm", "gemma2", "llama"])
-def test_a_cast_copy_is_in_every_dtype_what_transformers_loads(family, tmp_path):
+def test_a_working_copy_copy_is_in_every_dtype_what_transformers_loads(family, tmp_path):
     """Tables of sinusoids among it, which are no weights, and rotary frequencies, which stay float32."""
     if family == "m2m_100":
         config = tiny.config("bart", VOCAB).to_dict() | {"model_type": family, "scale_embedding": True}
@@ -187,7 +188,7 @@ def test_a_cast_copy_is_in_every_dtype_what_transformers_loads(family, tmp_path)
         model = tiny.model(family, VOCAB)
     model.save_pretrained(tmp_path)
     own = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
-    copied = cast(model, torch.bfloat16)
+    copied = working_copy(model, torch.bfloat16)
     assert {n: b.dtype for n, b in copied.named_buffers()} == {n: b.dtype for n, b in own.named_buffers()}
     ids = torch.arange(3, 15).reshape(2, 6)
     more = {"decoder_input_ids": ids} if own.config.is_encoder_decoder else {}

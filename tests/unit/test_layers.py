@@ -13,7 +13,7 @@ from distillm_cli.errors import ModelError, UsageError
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.layers import build_from_layers, chosen_layers
 from distillm_cli.models.loading import load_backbone
-from distillm_cli.models.pair import load_student
+from distillm_cli.models.pair import create_student
 from tests import tiny
 
 TOKENIZER = tiny.tokenizer(size=41)
@@ -46,7 +46,7 @@ def test_layers_are_chosen(spec, depth, layers):
     ("spec", "said"),
     [
         ("layers:", "write layers:6"),
-        ("layers:six", "cannot read the student's layers 'layers:six'"),
+        ("layers:six", "cannot read the student specification 'layers:six'"),
         ("layers:6:middle", "layers:6:last"),
         ("layers:13", "layers:13: the teacher has 12 layers; give 1 to 12"),
         ("layers:0", "give 1 to 12"),
@@ -115,16 +115,16 @@ def test_dropout_and_generation_settings_are_the_teachers_unless_told():
 def test_a_student_of_layers_or_of_half_the_width_needs_a_teacher():
     options = {"seed": 0, "device": torch.device("cpu"), "max_length": 32}
     with pytest.raises(UsageError, match="layers:1 takes layers from a teacher, and there is none"):
-        load_student(StudentConfig(path="layers:1"), **options)
+        create_student(StudentConfig(path="layers:1"), **options)
     with pytest.raises(UsageError, match=r"width:0\.5 is as deep as a teacher, and there is none"):
-        load_student(StudentConfig(path="width:0.5"), **options)
+        create_student(StudentConfig(path="width:0.5"), **options)
 
 
 @pytest.mark.parametrize(("spec", "width"), [("width:16", 16), ("width:0.5", 16), ("width:.75", 32)])
 def test_a_narrower_student_is_as_deep_as_the_teacher_and_random(spec, width):
     whole = teacher("qwen3", num_hidden_layers=3)
     options = {"device": torch.device("cpu"), "max_length": 32, "teacher": whole}
-    one, same, other = (load_student(StudentConfig(path=spec), seed=seed, **options) for seed in (0, 0, 1))
+    one, same, other = (create_student(StudentConfig(path=spec), seed=seed, **options) for seed in (0, 0, 1))
     config = one.model.config
     assert (config.model_type, config.num_hidden_layers, config.hidden_size) == ("qwen3", 3, width)
     weights = [m.model.get_input_embeddings().weight for m in (one, same, other)]
@@ -136,7 +136,7 @@ def test_a_narrower_student_is_as_deep_as_the_teacher_and_random(spec, width):
     ("spec", "said"),
     [
         ("width:64", "the teacher is 32 wide; give 1 to 32"),
-        ("width:1.5", "cannot read the student's width 'width:1.5'; write width:256, or width:0.5"),
+        ("width:1.5", "cannot read the student specification 'width:1.5'; write width:256, or width:0.5"),
         ("width:0.0", "cannot read"),
         ("width:7", "a width of 7 does not divide into attention heads"),
     ],
@@ -144,7 +144,7 @@ def test_a_narrower_student_is_as_deep_as_the_teacher_and_random(spec, width):
 def test_a_width_that_cannot_be_is_refused(spec, said):
     options = {"seed": 0, "device": torch.device("cpu"), "max_length": 32, "teacher": teacher("llama")}
     with pytest.raises(UsageError) as caught:
-        load_student(StudentConfig(path=spec), **options)
+        create_student(StudentConfig(path=spec), **options)
     assert said in str(caught.value)
 
 
@@ -179,7 +179,7 @@ def test_layers_with_a_constant_of_their_place_may_not_move():
     config = AutoConfig.for_model("diffllama", vocab_size=45, num_hidden_layers=4, **sizes)
     whole = Backbone(AutoModelForCausalLM.from_config(config).eval(), TOKENIZER)
     with pytest.raises(
-        ModelError, match="diffllama teacher: what its layers compute depends on their place; layers:2;"
+        ModelError, match="diffllama teacher: what its layers compute depends on their index; layers:2;"
     ):
         build_from_layers("layers:2", whole)
     student, ids = build_from_layers("layers:2:first", whole), torch.arange(8)[None]

@@ -21,8 +21,8 @@ from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.generation.decoding import FastDecoding
 from distillm_cli.models.loading import load_backbone, load_config
 from distillm_cli.models.lora import attach
-from distillm_cli.models.pair import load_student
-from distillm_cli.models.places import base_of
+from distillm_cli.models.model_paths import base_model_of
+from distillm_cli.models.pair import create_student
 from distillm_cli.rollouts.next_token import Sampling
 from distillm_cli.rollouts.sampler import sample
 from tests import tiny
@@ -39,7 +39,7 @@ def load(path, **options) -> Backbone:
 def student(path, *, seed: int = 0, **fields) -> Backbone:
     """A student under an adapter of rank 4, without dropout unless told."""
     config = {"r": 4, "dropout": 0.0} | fields
-    return load_student(
+    return create_student(
         StudentConfig(path=str(path), lora=AdapterConfig(**config)), seed=seed, device=CPU, max_length=32
     )
 
@@ -216,7 +216,7 @@ def test_an_adapter_is_taken_up_again_where_it_is_the_one_asked_for(tmp_path):
     ):
         with pytest.raises(ModelError, match=said):
             student(place, **fields)
-    whole = load_student(StudentConfig(path=str(place)), seed=0, device=CPU, max_length=32)
+    whole = create_student(StudentConfig(path=str(place)), seed=0, device=CPU, max_length=32)
     assert whole.adapter is None
     assert all(p.requires_grad for p in whole.parameters())
     with torch.no_grad():
@@ -398,4 +398,4 @@ def test_gradient_checkpointing_reaches_the_adapter(tmp_path):
 
 
 def test_no_adapter_is_no_peft(tmp_path):
-    assert base_of(tiny.save(tmp_path / "m"), local=True, revision=None) is None
+    assert base_model_of(tiny.save(tmp_path / "m"), local=True, revision=None) is None

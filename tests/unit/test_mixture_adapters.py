@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from distillm_cli.models.loading import load_backbone
-from distillm_cli.models.targets import expert_weights, find_targets
+from distillm_cli.models.lora_targets import expert_weights, find_targets
 from tests import families, tiny, typed
 
 ADAPTER = ("--lora", 4, "--set", "student.lora_output=adapter")

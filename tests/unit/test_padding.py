@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.models.generation.decoding import ByLength, PlainDecoding
+from distillm_cli.models.generation.decoding import LengthGroupedDecoding, PlainDecoding
 from tests import families, tiny
 
 MODELS = [*tiny.FAMILIES, *families.MIXTURES, *families.COMPOSITE]
@@ -41,7 +41,7 @@ def test_a_model_that_padding_misleads_is_not_padded():
     backbone = _backbone("deepseek_v4")
     assert not backbone.check_decoding()
     prompts = [np.arange(2, 22), np.arange(5, 11)]
-    assert isinstance(backbone.decode(prompts), ByLength)
+    assert isinstance(backbone.decode(prompts), LengthGroupedDecoding)
     padded, alone = PlainDecoding(backbone, prompts), PlainDecoding(backbone, prompts[1:])
     assert (padded.logits(None)[1] - alone.logits(None)[0]).abs().max() > 0.01
 

@@ -12,17 +12,17 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, BertConfig
 from distillm_cli.config.schema import Recipe, StudentConfig
 from distillm_cli.errors import ModelError, UsageError
 from distillm_cli.models.backbone import vocabulary_size
-from distillm_cli.models.contexts import longrope_bound
+from distillm_cli.models.model_families import longrope_bound
 from distillm_cli.models.pair import (
     bf16_is_fast,
     check_vocabularies,
+    create_student,
     load_backbone,
     load_pair,
-    load_student,
+    rebuild_student,
+    reload_teacher,
     resolve_device,
     resolve_dtype,
-    student_again,
-    teacher_again,
 )
 from distillm_cli.training.events import Warned
 from tests import tiny
@@ -118,7 +118,7 @@ def test_a_larger_vocabulary_is_not_a_superset_by_special_tokens():
 def student(path: str | None, **options):
     fields = {name: options.pop(name) for name in ("tokenizer", "dropout") if name in options}
     options = {"seed": 0, "device": CPU, "max_length": 64} | options
-    return load_student(StudentConfig(path=path, **fields), **options)
+    return create_student(StudentConfig(path=path, **fields), **options)
 
 
 def test_a_student_is_loaded_in_float32_with_its_own_tokenizer(tmp_path):
@@ -226,7 +226,7 @@ def test_both_models_can_be_had_again_as_they_were(kind, tmp_path):
     for parameter in pair.student.parameters():
         parameter.data += 1
     pair.teacher.to("meta")
-    again, teacher = student_again(this, pair, CPU), teacher_again(this, pair, CPU)
+    again, teacher = rebuild_student(this, pair, CPU), reload_teacher(this, pair, CPU)
     for model, true in ((again, before), (teacher, theirs)):
         assert (model.vocab, model.tokenizer.get_vocab()) == (pair.vocab, pair.tokenizer.get_vocab())
         torch.testing.assert_close(dict(model.model.state_dict()), true, rtol=0, atol=0)
@@ -310,6 +310,6 @@ def test_a_teacher_that_comes_back_answers_by_its_own_logits_where_it_did_before
     recipe = Recipe(teacher={"path": str(tmp_path / "teacher")}, student={"path": tiny.save(tmp_path / "t5", "t5")})
     pair, batch = load_pair(recipe, device=torch.device("cpu")), tiny.batch([(3, 4), (5, 2)], tiny.VOCAB)
     assert not pair.teacher.check_head(batch)
-    again = teacher_again(recipe, pair, torch.device("cpu"))
+    again = reload_teacher(recipe, pair, torch.device("cpu"))
     with torch.no_grad():
         torch.testing.assert_close(again.head().logits(again(batch)), pair.teacher.logits(batch))

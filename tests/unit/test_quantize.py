@@ -11,8 +11,8 @@ import torch
 from distillm_cli.config.schema import AdapterConfig, StudentConfig
 from distillm_cli.errors import ModelError
 from distillm_cli.models import loading
-from distillm_cli.models.pair import load_student
-from distillm_cli.models.quantize import check_quantize
+from distillm_cli.models.devices import check_quantize
+from distillm_cli.models.pair import create_student
 from distillm_cli.rollouts.next_token import Sampling
 from distillm_cli.rollouts.sampler import sample
 from tests import tiny
@@ -46,7 +46,7 @@ def test_a_quantised_teacher_is_near_itself_and_its_head_is_exact(bits, adapted,
     monkeypatch.setattr(loading, "check_quantize", lambda *args: None)
     path = tiny.save(tmp_path / "m", hidden_size=128, intermediate_size=256, head_dim=32)
     if adapted:
-        student = load_student(StudentConfig(path=path, lora=AdapterConfig(r=4)), seed=0, device=CPU, max_length=32)
+        student = create_student(StudentConfig(path=path, lora=AdapterConfig(r=4)), seed=0, device=CPU, max_length=32)
         (tmp_path / "a").mkdir()
         student.adapter.save(tmp_path / "a")
         config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())

@@ -13,8 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from distillm_cli.errors import ModelError
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.models.round_trip import check_reload, differs_from_file
-from distillm_cli.models.tokenizer_files import load_tokenizer
+from distillm_cli.models.tokenizer_files import check_reload, load_tokenizer, sentencepiece_difference
 from tests import families, tiny, typed
 
 
@@ -39,18 +38,18 @@ def test_a_sentencepiece_file_that_is_read_otherwise_is_noticed(tmp_path, pieces
     path = _llama(tmp_path / "model", pieces)
     tokenizer = load_tokenizer(path)
     expected = sentencepiece.SentencePieceProcessor(model_proto=pieces).encode("which words", out_type=str)
-    wrong = differs_from_file(path, None, tokenizer)
+    wrong = sentencepiece_difference(path, None, tokenizer)
     assert (wrong is not None) == (tokenizer.tokenize("which words") != expected)
     argv = ("--model", path, "--data", families.rows(tmp_path / "rows.jsonl"), *families.QUICK)
     code, _, err = typed.call(capsys, "sft", *argv, "--output", tmp_path / "out", "--json")
     assert code == 0, err
-    assert ("tokenizer.model otherwise than SentencePiece" in err) == (wrong is not None)
+    assert ("tokenizer.model differently from SentencePiece" in err) == (wrong is not None)
 
 
 def test_a_tokenizer_json_settles_it(tmp_path, pieces):
     path = _llama(tmp_path / "model", pieces)
     load_tokenizer(path).save_pretrained(path)
-    assert differs_from_file(path, None, load_tokenizer(path)) is None
+    assert sentencepiece_difference(path, None, load_tokenizer(path)) is None
 
 
 def test_a_tokenizer_that_comes_back_changed_is_refused(tmp_path):
@@ -68,9 +67,9 @@ def test_a_tokenizer_that_comes_back_changed_is_refused(tmp_path):
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     student = Backbone(tiny.model("llama"), Forgetful(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>"))
     with pytest.raises(ModelError, match="other token ids"):
-        check_reload(student, borrowed=False)
+        check_reload(student, is_borrowed=False)
     student.tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
-    check_reload(student, borrowed=False)
+    check_reload(student, is_borrowed=False)
 
 
 def test_tekken_names_its_package(tmp_path, capsys):

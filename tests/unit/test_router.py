@@ -25,7 +25,7 @@ def _backbone(family: str, **fields) -> Backbone:
 def test_loss_and_gradient_equal_those_of_transformers(family):
     student = _backbone(family, router_aux_loss_coef=0.3, output_router_logits=True)
     batch = tiny.batch([(5, 3), (2, 4), (1, 2)], families.VOCAB)
-    mask_BT = router.mask_of(batch)
+    mask_BT = router.attention_mask(batch)
     labels_BT = torch.full_like(batch.ids_BT, -100)
     labels_BT.view(-1)[batch.positions_N] = batch.targets_N
     # transformers shifts labels by itself: it is given them one place later, behind one more column.
@@ -40,7 +40,7 @@ def test_loss_and_gradient_equal_those_of_transformers(family):
     }
     student.model.zero_grad()
 
-    weight = router.weight_of("auto", student)
+    weight = router.set_router_loss("auto", student)
     objective = StudentLoss(student, CrossEntropy(), router_aux=weight).train()
     student.model.eval()  # the objective trains; no dropout
     loss, _ = objective([batch], None, CROSS_ENTROPY, scale=1 / batch.tokens)
@@ -53,13 +53,13 @@ def test_loss_and_gradient_equal_those_of_transformers(family):
 
 def test_the_mask_ends_where_a_row_does():
     batch = tiny.batch([(3, 2), (1, 2), (2, 4)], families.VOCAB)
-    assert router.mask_of(batch).sum(1).tolist() == [4, 2, 5]
+    assert router.attention_mask(batch).sum(1).tolist() == [4, 2, 5]
 
 
 def test_held_out_loss_is_without_it():
     student = _backbone("mixtral")
     batch = tiny.batch([(5, 3)], families.VOCAB)
-    weight = router.weight_of(0.5, student)
+    weight = router.set_router_loss(0.5, student)
     plain, balanced = (StudentLoss(student, CrossEntropy(), router_aux=w) for w in (0.0, weight))
     losses = {w: o.eval()([batch], None, CROSS_ENTROPY)[0].item() for w, o in (("plain", plain), ("with", balanced))}
     assert losses["plain"] == losses["with"]
@@ -70,7 +70,7 @@ def test_held_out_loss_is_without_it():
 def test_auto_is_what_the_config_asks_for(asks, weight):
     said = []
     student = _backbone("mixtral", output_router_logits=asks, router_aux_loss_coef=0.2)
-    assert router.weight_of("auto", student, said.append) == weight
+    assert router.set_router_loss("auto", student, said.append) == weight
     assert [type(event) for event in said] == [Note] * asks
 
 
@@ -78,10 +78,10 @@ def test_models_without_such_a_loss():
     dense = Backbone(tiny.model("llama", families.VOCAB), tiny.tokenizer(size=families.VOCAB))
     for student in (dense, _backbone("deepseek_v2")):
         with pytest.raises(ModelError, match=r"no router"):
-            router.weight_of(0.1, student)
+            router.set_router_loss(0.1, student)
     said = []
     dense.model.config.output_router_logits, dense.model.config.router_aux_loss_coef = True, 0.1
-    assert router.weight_of("auto", dense, said.append) == 0.0
+    assert router.set_router_loss("auto", dense, said.append) == 0.0
     assert isinstance(said[0], Warned)
 
 

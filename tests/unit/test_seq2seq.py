@@ -25,10 +25,10 @@ from distillm_cli.losses import objectives
 from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.loading import load_backbone
-from distillm_cli.models.pair import check_kinds
-from distillm_cli.models.seq2seq import halves
+from distillm_cli.models.pair import check_architectures
+from distillm_cli.models.seq2seq import split_batch
 from distillm_cli.models.students import build_from_config, build_random
-from distillm_cli.models.tokenizers import put_end
+from distillm_cli.models.trained_tokenizers import append_eos
 from distillm_cli.rollouts.pool import SequencePool
 from distillm_cli.rollouts.sampler import ModelSampler, Sampling, sample
 from distillm_cli.rollouts.scheduler import build_scheduler
@@ -83,14 +83,14 @@ def plainly(model, sequence: Sequence) -> torch.Tensor:
 
 def test_a_batch_is_taken_apart_into_what_it_was_made_of():
     sequences = tiny.sequences(LENGTHS, VOCAB)
-    parts = halves(collate(sequences), START)
+    parts = split_batch(collate(sequences), START)
     assert parts.ids_BS.shape == parts.mask_BS.shape == (4, 7)
     for b, s in enumerate(sequences):
         assert parts.mask_BS[b].sum() == len(s.prompt)
         assert parts.ids_BS[b, : len(s.prompt)].tolist() == s.prompt.tolist()
         assert parts.decoder_ids_BR[b, : len(s.response)].tolist() == [START, *s.response[:-1].tolist()]
     assert parts.positions_N.tolist() == [b * 9 + t for b, s in enumerate(sequences) for t in range(len(s.response))]
-    assert halves(collate(tiny.sequences([(3, 4), (3, 2)], VOCAB)), START).mask_BS is None, "nothing is padded"
+    assert split_batch(collate(tiny.sequences([(3, 4), (3, 2)], VOCAB)), START).mask_BS is None, "nothing is padded"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -282,7 +282,7 @@ def test_the_prompt_ends_as_the_tokenizer_ends_a_text_and_the_response_with_end_
     assert Encoder(plain, DataConfig()).prompt_ids(row).tolist() == ids[0], "a causal model's prompt is not at its end"
 
     t5 = tiny.tokenizer()
-    put_end(t5)
+    append_eos(t5)
     assert t5("ab")["input_ids"] == [*ids[0], eos]
     assert Encoder(t5, DataConfig(), is_encoder_decoder=True).prompt_ids(row).tolist() == [*ids[0], eos]
     assert Encoder(t5, DataConfig()).prompt_ids(row).tolist() == ids[0]
@@ -319,11 +319,11 @@ def test_a_causal_and_an_encoder_decoder_model_are_no_pair():
     with pytest.raises(
         ModelError, match=r"teacher is an encoder-decoder model \(t5\) and the student a causal model"
     ) as e:
-        check_kinds(t5, llama)
+        check_architectures(t5, llama)
     assert e.value.exit_code == 4
     with pytest.raises(ModelError, match=r"teacher is a causal model \(llama\) and the student an encoder-decoder"):
-        check_kinds(llama, t5)
-    check_kinds(t5, shared("mt5"))
+        check_architectures(llama, t5)
+    check_architectures(t5, shared("mt5"))
 
 
 @pytest.mark.parametrize("family", ["t5", "t5-v1.1", "mt5", "bart"])

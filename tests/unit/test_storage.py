@@ -19,7 +19,7 @@ from distillm_cli.cli.app import main
 from distillm_cli.config.schema import Recipe
 from distillm_cli.data.sources import load_rows
 from distillm_cli.errors import DataError, ModelError, StorageError, UsageError
-from distillm_cli.models.places import locate
+from distillm_cli.models.model_paths import locate_model
 from distillm_cli.runs import output_dir, train
 from distillm_cli.runs.inputs import check_spared
 from distillm_cli.training.checkpoint import Checkpoints, latest, read, visible
@@ -273,7 +273,7 @@ def test_a_link_that_leads_nowhere_is_named_wherever_it_is_given(tmp_path, monke
     with pytest.raises(UsageError, match="--output loop is a symbolic link that leads nowhere"):
         output_dir.check(Path("loop"), resume=False, overwrite=False)
     with pytest.raises(ModelError, match="loop is a symbolic link that leads nowhere"):
-        locate("loop")
+        locate_model("loop")
     for named in ("loop", "./loop", "loop.jsonl"):
         data = Recipe.model_validate({"data": {"source": named}}).data
         with pytest.raises(DataError, match="is a symbolic link that leads nowhere"):

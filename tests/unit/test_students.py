@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from distillm_cli.config.student_spec import RandomModel, parse_student
 from distillm_cli.errors import ModelError, UsageError
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.models.contexts import context_of
-from distillm_cli.models.students import build_from_config, build_random, parse_spec, set_dropout
+from distillm_cli.models.model_families import context_of
+from distillm_cli.models.students import build_from_config, build_random, set_dropout
 from tests import tiny
 
 TOKENIZER = tiny.tokenizer(size=41)
@@ -30,16 +31,14 @@ def works(model) -> bool:
 
 
 def test_spec_is_read():
-    assert parse_spec("random:4x256") == (None, 4, 256)
-    assert parse_spec("random:gpt2:4x256") == ("gpt2", 4, 256)
+    assert parse_student("random:4x256") == RandomModel(4, 256)
+    assert parse_student("random:gpt2:4x256") == RandomModel(4, 256, "gpt2")
 
 
-@pytest.mark.parametrize(
-    "spec", ["random:4", "random:", "random:0x8", "random:4x0", "random:x8", "random:4x256x2", "4x256"]
-)
+@pytest.mark.parametrize("spec", ["random:4", "random:", "random:0x8", "random:4x0", "random:x8", "random:4x256x2"])
 def test_a_spec_of_another_form_is_refused_with_the_right_form(spec):
     with pytest.raises(UsageError, match=r"random:\[FAMILY:\]LAYERSxWIDTH") as caught:
-        parse_spec(spec)
+        parse_student(spec)
     assert spec in str(caught.value)
     assert caught.value.exit_code == 2
 

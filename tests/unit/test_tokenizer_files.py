@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from distillm_cli.errors import ModelError
-from distillm_cli.models.tokenizer_files import OwnTokenizers, load_tokenizer
+from distillm_cli.models.tokenizer_files import TokenizerCache, load_tokenizer
 from tests import tiny
 
 
@@ -23,10 +23,10 @@ def test_a_teacher_and_a_student_of_the_same_files_share_one_tokenizer(tmp_path)
     weights = next(Path(student).glob("*.safetensors"))
     weights.write_bytes(b"other weights")
     (Path(student) / "README.md").write_text("a card of its own")
-    read = OwnTokenizers()
-    assert read.of(teacher) is read.of(student) is read.of(teacher)
-    assert read.of(teacher) is not OwnTokenizers().of(teacher)
-    assert read.of(teacher).get_vocab() == load_tokenizer(student).get_vocab()
+    read = TokenizerCache()
+    assert read.load(teacher) is read.load(student) is read.load(teacher)
+    assert read.load(teacher) is not TokenizerCache().load(teacher)
+    assert read.load(teacher).get_vocab() == load_tokenizer(student).get_vocab()
 
 
 def other_token(place: Path) -> None:
@@ -49,10 +49,10 @@ def test_whatever_may_make_a_difference_makes_two(change, tmp_path):
     teacher, student = directory(tmp_path / "teacher"), str(tmp_path / "student")
     shutil.copytree(teacher, student)
     change(Path(student))
-    read = OwnTokenizers()
-    assert read.of(teacher) is not read.of(student)
-    assert read.of(student).chat_template == load_tokenizer(student).chat_template
-    assert read.of(student).get_vocab() == load_tokenizer(student).get_vocab()
+    read = TokenizerCache()
+    assert read.load(teacher) is not read.load(student)
+    assert read.load(student).chat_template == load_tokenizer(student).chat_template
+    assert read.load(student).get_vocab() == load_tokenizer(student).get_vocab()
 
 
 def test_what_cannot_be_read_is_refused_each_time(tmp_path):
@@ -60,8 +60,8 @@ def test_what_cannot_be_read_is_refused_each_time(tmp_path):
     (place / "tokenizer.json").write_text("{")
     with pytest.raises(ModelError) as plain:
         load_tokenizer(str(place))
-    read = OwnTokenizers()
+    read = TokenizerCache()
     for _ in range(2):
         with pytest.raises(ModelError) as caught:
-            read.of(str(place))
+            read.load(str(place))
         assert str(caught.value) == str(plain.value)

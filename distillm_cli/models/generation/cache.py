@@ -1,4 +1,4 @@
-"""The key-value cache of the fast way to decode, and the attention of one new token over it.
+"""Keep keys and values in one piece, and attend to them from one new token.
 
 A cache that grows by concatenation copies itself for every token, and a kernel made for long queries spends most of its
 time packing. Here a layer's keys and values lie in one piece [B, K, C, W] that reaches a few columns beyond what is
@@ -26,33 +26,35 @@ _UNKNOWN = ("softcap", "s_aux", "position_bias")
 
 
 class ContiguousLayer(DynamicLayer):
-    """One layer's keys and values, in one piece. ``length``: the columns that are filled."""
+    """Hold one layer's keys and values in one piece. length: the columns that are filled."""
 
-    def __init__(self, rows: int, columns: int, most: int | None):
+    def __init__(self, rows: int, columns: int, max_columns: int | None):
         super().__init__()
-        self.rows, self.length, self.most = rows, columns, most
+        self.rows = rows
+        self.length = columns
+        self.max_columns = max_columns
 
     @property
     def capacity(self) -> int:
         return self.keys.shape[2]
 
-    def take(self, rows: list[int], keys: torch.Tensor, values: torch.Tensor) -> None:
-        """The states of some rows' prompts, whose last token goes into column ``length − 1``."""
+    def store(self, rows: list[int], keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store the states of some rows' prompts, whose last token goes into column ``length − 1``."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-            columns = _grown(self.length, self.most)
-            self.keys, self.values = (_zeros(x, self.rows, columns) for x in (keys, values))
-        place = slice(self.length - keys.shape[2], self.length)
-        self.keys[rows, :, place], self.values[rows, :, place] = keys, values
+            capacity = _grown(self.length, self.max_columns)
+            self.keys, self.values = (_zeros(x, self.rows, capacity) for x in (keys, values))
+        columns = slice(self.length - keys.shape[2], self.length)
+        self.keys[rows, :, columns], self.values[rows, :, columns] = keys, values
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         self.append(key_states[:, :, 0], value_states[:, :, 0])
         return self.keys, self.values
 
     def append(self, key_BKW: torch.Tensor, value_BKW: torch.Tensor) -> None:
-        """One more token of every row."""
+        """Append one token of every row."""
         if self.length == self.capacity:
-            columns = _grown(self.length, self.most)
+            columns = _grown(self.length, self.max_columns)
             self.keys, self.values = _longer(self.keys, columns), _longer(self.values, columns)
         self.keys[:, :, self.length], self.values[:, :, self.length] = key_BKW, value_BKW
         self.length += 1
@@ -65,30 +67,32 @@ class ContiguousLayer(DynamicLayer):
 
 
 class ContiguousCache(Cache):
-    """A cache of such layers, and the mask of what is filled in them.
+    """Hold such layers, and the mask of what is filled in them.
 
-    rows: B. columns: of the longest prompt. most: columns that a family may have tables for, its context. The additive mask
+    rows: B. columns: of the longest prompt. max_columns: that a family may have tables for, its context. The additive mask
     [B or 1, 1, 1, C] is 0 or the least number.
     """
 
-    def __init__(self, rows: int, columns: int, most: int | None = None):
+    def __init__(self, rows: int, columns: int, max_columns: int | None = None):
         super().__init__(layers=[])
-        self.rows, self.columns, self.most = rows, columns, most
+        self.rows = rows
+        self.columns = columns
+        self.max_columns = max_columns
         self.mask_B11C: torch.Tensor | None = None
 
     @property
     def length(self) -> int:
         return self.layers[0].length
 
-    def take(self, rows: list[int], part: DynamicCache) -> None:
-        """What a pass over some rows' prompts, padded on the left, left in ``part``."""
+    def store(self, rows: list[int], part: DynamicCache) -> None:
+        """Store what a pass over some rows' prompts, padded on the left, put into ``part``."""
         if not self.layers:
-            self.layers = [ContiguousLayer(self.rows, self.columns, self.most) for _ in part.layers]
+            self.layers = [ContiguousLayer(self.rows, self.columns, self.max_columns) for _ in part.layers]
         for mine, theirs in zip(self.layers, part.layers, strict=True):
-            mine.take(rows, theirs.keys, theirs.values)
+            mine.store(rows, theirs.keys, theirs.values)
 
     def start(self, lengths: list[int], dtype: torch.dtype) -> None:
-        """The prompts are in: masks their padding, and the columns that are still empty. dtype: of the scores."""
+        """Mask the padding of the prompts, which are all stored, and the empty columns. dtype: of the scores."""
         lengths = lengths[:1] if min(lengths) == max(lengths) else lengths
         device = self.layers[0].keys.device
         column_C = torch.arange(self.layers[0].capacity, device=device)
@@ -98,10 +102,10 @@ class ContiguousCache(Cache):
         self.mask_B11C = mask_BC.masked_fill_(hidden_BC, torch.finfo(dtype).min)[:, None, None]
 
     def mask(self) -> torch.Tensor:
-        """The mask for the next token, which sees itself."""
+        """Return the mask for the next token, which attends to itself."""
         if self.length == self.mask_B11C.shape[-1]:
             least = torch.finfo(self.mask_B11C.dtype).min
-            more = _grown(self.length, self.most) - self.length
+            more = _grown(self.length, self.max_columns) - self.length
             self.mask_B11C = torch.nn.functional.pad(self.mask_B11C, (0, more), value=least)
         self.mask_B11C[..., self.length] = 0
         return self.mask_B11C
@@ -116,8 +120,8 @@ class ContiguousCache(Cache):
             layer.length -= empty
 
 
-def fits(config: PretrainedConfig) -> bool:
-    """Whether every layer attends to all that was before: no sliding window, no state space, nothing shared."""
+def has_plain_cache(config: PretrainedConfig) -> bool:
+    """Return whether every layer attends to all that was before: no sliding window, no state space, nothing shared."""
     layers = DynamicCache(config=config).layers
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
 
@@ -132,20 +136,20 @@ def one_token_attention(
     scaling: float | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """`attend` as transformers calls it: queries of one token [B, H, 1, W] → [B, 1, H, W], and no weights.
+    """Attend as transformers calls it: queries of one token [B, H, 1, W] → [B, 1, H, W], and no weights.
 
     The softmax is in float32; the mask comes in the model's dtype, for families that attend in a way of their own.
     """
     if named := [name for name in _UNKNOWN if kwargs.get(name) is not None]:
         raise NotImplementedError(f"attention with {' and '.join(named)}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(query[:, :, 0], key, value, attention_mask.float(), scaling)[:, None], None
+    return attend_one_token(query[:, :, 0], key, value, attention_mask.float(), scaling)[:, None], None
 
 
-def attend(
+def attend_one_token(
     query_BHW: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask_B11C: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """softmax(query · keyᵀ · scaling + mask) · value [B, H, W] for one query per head over keys and values [B, K, C, W].
+    """Return softmax(query · keyᵀ · scaling + mask) · value [B, H, W], one query per head over keys, values [B, K, C, W].
 
     Scores are rounded to the dtype of the keys; their softmax is in the mask's. Heads that share keys are one product.
     """
@@ -161,7 +165,7 @@ AttentionInterface.register(ATTENTION, one_token_attention)
 
 @contextmanager
 def one_token_attention_in(config: PretrainedConfig) -> Iterator[None]:
-    """Models that read this config attend with `one_token_attention` inside."""
+    """Let models that read this config attend with `one_token_attention` inside the block."""
     before = config._attn_implementation
     config._attn_implementation = ATTENTION
     try:
@@ -175,9 +179,9 @@ def _zeros(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     return torch.zeros((rows, like.shape[1], columns, like.shape[3]), dtype=like.dtype, device=like.device)
 
 
-def _grown(length: int, most: int | None) -> int:
-    """Columns to have, of which so many are full; one more at least, whatever the context."""
-    return length + _COLUMNS if most is None else max(length + 1, min(length + _COLUMNS, most))
+def _grown(length: int, max_columns: int | None) -> int:
+    """Return the columns to have, of which so many are full; one more at least, whatever the context."""
+    return length + _COLUMNS if max_columns is None else max(length + 1, min(length + _COLUMNS, max_columns))
 
 
 def _longer(states: torch.Tensor, columns: int) -> torch.Tensor:

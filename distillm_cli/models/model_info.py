@@ -16,23 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from distillm_cli.errors import ModelError
-from distillm_cli.models.places import CONFIG, base_in, file_of, locate
+from distillm_cli.models.model_families import CONTEXT_FIELDS_ON_DISK, HUB_PARAMETERS, family_of_hub_name
+from distillm_cli.models.model_paths import ADAPTER_CONFIG, locate_model, model_file, read_base_model
 
-_CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
 _LARGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors format
-
-# Hub names whose config is not at hand: the family by name, for bases without a chat template only.
-_FAMILIES = (
-    ("gpt2", re.compile(r"(openai-community/)?(distil)?gpt2(-medium|-large|-xl)?", re.IGNORECASE)),
-    ("opt", re.compile(r"facebook/opt-[\d.]+[mb]", re.IGNORECASE)),
-    ("llama", re.compile(r"(?!.*(instruct|chat))([^/]+/)?[^/]*llama[^/]*", re.IGNORECASE)),
-)
-_SIZES = {"distilgpt2": 82e6, "gpt2": 124e6, "gpt2-medium": 355e6, "gpt2-large": 774e6, "gpt2-xl": 1.56e9}
 
 
 @dataclass(frozen=True)
-class Facts:
-    """Hold what is known of a model. family: the config's model_type. is_built: the run builds it instead of loading it.
+class ModelInfo:
+    """Hold what a model's small files tell. family: the config's model_type. is_built: the run builds it.
 
     count: returns the number of parameters, None where it is not known.
     """
@@ -50,68 +42,68 @@ class Facts:
         return self.count()
 
 
-def read_facts(path: str, revision: str | None = None) -> Facts | None:
-    """Read the facts of a model directory or a hub name, of an adapter those of its base model and its own chat template.
+def read_model_info(path: str, revision: str | None = None) -> ModelInfo | None:
+    """Read about a model directory or a hub name; of an adapter, about its base model, with its own chat template.
 
     Returns None where there is no readable config; whoever loads the model reports why.
     """
     has_template = False
     try:
         for _ in range(4):  # adapters of adapters
-            adapter = file_of(path, CONFIG, revision)
+            adapter = model_file(path, ADAPTER_CONFIG, revision)
             if adapter is None:
                 break
             has_template = has_template or _has_template(path, revision)
-            path, revision = base_in(adapter)
-        file = file_of(path, "config.json", revision)
+            path, revision = read_base_model(adapter)
+        file = model_file(path, "config.json", revision)
         if file is None:
-            return _by_name(path)
-        facts = _from_config(_read(file), path, revision, file.parent)
-        return replace(facts, has_template=True) if has_template else facts
+            return _from_name(path)
+        info = _from_config(_read(file), path, revision, file.parent)
+        return replace(info, has_template=True) if has_template else info
     except (ModelError, OSError, ValueError):
         return None
 
 
-def _from_config(config: dict[str, Any], path: str, revision: str | None, directory: Path) -> Facts:
+def _from_config(config: dict[str, Any], path: str, revision: str | None, directory: Path) -> ModelInfo:
     text = config.get("text_config")
     text = text if isinstance(text, dict) else config
-    limits = [text.get(name) for name in _CONTEXT]
-    return Facts(
+    limits = [text.get(name) for name in CONTEXT_FIELDS_ON_DISK]
+    return ModelInfo(
         family=str(config.get("model_type")),
         has_template=_has_template(path, revision),
         context=min((n for n in limits if isinstance(n, int) and n > 0), default=None),
         is_encoder_decoder=bool(config.get("is_encoder_decoder")),
-        count=lambda: _in_headers(directory) or _by_shape(path, revision),
+        count=lambda: _count_in_headers(directory) or _count_by_shape(path, revision),
     )
 
 
 def _read(file: Path) -> dict[str, Any]:
-    found = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
         raise ValueError(f"{file} holds no JSON object")
-    return found
+    return content
 
 
 def _has_template(path: str, revision: str | None) -> bool:
-    file = file_of(path, "tokenizer_config.json", revision)
+    file = model_file(path, "tokenizer_config.json", revision)
     if file is not None and _read(file).get("chat_template"):
         return True
-    return any(file_of(path, name, revision) for name in ("chat_template.jinja", "chat_template.json"))
+    return any(model_file(path, name, revision) for name in ("chat_template.jinja", "chat_template.json"))
 
 
-def _in_headers(directory: Path) -> int | None:
+def _count_in_headers(directory: Path) -> int | None:
     """Count the parameters in the headers of the safetensors files; None where a file is absent or unreadable."""
     files = set(directory.glob("model*.safetensors"))
     index = directory / "model.safetensors.index.json"
     try:
         if index.is_file():
             files = {directory / name for name in _read(index)["weight_map"].values()}
-        return sum(map(_in_header, files)) or None
+        return sum(map(_count_in_header, files)) or None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
         return None
 
 
-def _in_header(path: Path) -> int:
+def _count_in_header(path: Path) -> int:
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         if length > _LARGEST_HEADER:
@@ -120,7 +112,7 @@ def _in_header(path: Path) -> int:
     return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
 
 
-def _by_shape(path: str, revision: str | None) -> int | None:
+def _count_by_shape(path: str, revision: str | None) -> int | None:
     """Count the parameters of a model that is built on torch's meta device, without weights."""
     import torch
 
@@ -137,15 +129,15 @@ def _by_shape(path: str, revision: str | None) -> int | None:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _by_name(path: str) -> Facts | None:
-    if locate(path)[1]:  # a directory without a config
+def _from_name(path: str) -> ModelInfo | None:
+    if locate_model(path)[1]:  # a directory without a config
         return None
-    family = next((family for family, pattern in _FAMILIES if pattern.fullmatch(path)), None)
+    family = family_of_hub_name(path)
     if family is None:
         return None
     name = path.rpartition("/")[2].lower()
     size = re.search(r"(?<![a-z\d.])(\d+(?:\.\d+)?)([bm])(?![a-z])", name)
-    parameters = _SIZES.get(name)
+    parameters = HUB_PARAMETERS.get(name)
     if parameters is None and size is not None:
         parameters = float(size[1]) * {"m": 1e6, "b": 1e9}[size[2]]
-    return Facts(family, count=lambda: None if parameters is None else round(parameters))
+    return ModelInfo(family.name, count=lambda: None if parameters is None else round(parameters))

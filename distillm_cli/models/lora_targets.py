@@ -17,19 +17,12 @@ from transformers.pytorch_utils import Conv1D
 
 from distillm_cli.errors import ModelError
 from distillm_cli.models.composite import text_parameters
-
-# State space layers whose weights are read without a call of the layer, which is where an adapter would be: peft refuses
-# the first two, on the others an adapter would do nothing, merged it would do something.
-_MAMBAS = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
-_UNCALLED = ("out_proj", "conv1d", "x_proj", "dt_proj")
-
-# What peft takes to mean experts where a model has them (peft.utils.transformers_weight_conversion).
-_TAKEN_FOR_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+from distillm_cli.models.model_families import PEFT_EXPERT_NAMES, family_of
 
 
 @dataclass(frozen=True)
-class Targets:
-    """Hold what peft is to look for: names of modules and of parameters. kinds: of the modules that it will find."""
+class LoraTargets:
+    """Hold the names of modules and of parameters that peft looks for. kinds: classes of the modules that it will find."""
 
     modules: list[str]
     parameters: list[str]
@@ -44,23 +37,23 @@ def expert_weights(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]
                 yield f"{name}.{own}", weight
 
 
-def find_targets(model: PreTrainedModel, wanted: tuple[str, ...] | None) -> Targets:
+def find_targets(model: PreTrainedModel, requested: tuple[str, ...] | None) -> LoraTargets:
     """Return the targets of these names, or, unset, every linear layer but the head and every expert.
 
     Raises ModelError for a name that finds nothing.
     """
     text = {id(weight) for _, weight in text_parameters(model)}
-    alike = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-    modules = {name: m for name, m in alike.items() if id(m.weight) in text and _is_plain(m)}
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    modules = {name: m for name, m in linear.items() if id(m.weight) in text and _is_plain(m)}
     head = next((name for name, module in modules.items() if module is model.get_output_embeddings()), "")
     modules.pop(head, None)
     experts = {name for name, weight in expert_weights(model) if id(weight) in text}
-    if wanted is None:
-        uncalled = _UNCALLED if model.config.model_type in _MAMBAS else ()
+    if requested is None:
+        uncalled = family_of(model.config.model_type).uncalled_layers
         modules = {name: module for name, module in modules.items() if _last(name) not in uncalled}
     else:
-        experts, modules = _named(model, wanted, modules, experts)
-    renamed = {name for name in modules if _last(name) in _TAKEN_FOR_EXPERTS} if _has_experts(model) else set()
+        experts, modules = _named(model, requested, modules, experts)
+    renamed = {name for name in modules if _last(name) in PEFT_EXPERT_NAMES} if _has_experts(model) else set()
     parameters = sorted(experts | {f"{name}.weight" for name in renamed})
     modules = {name: module for name, module in modules.items() if name not in renamed}
     kinds = {type(module) for module in modules.values()}
@@ -69,26 +62,26 @@ def find_targets(model: PreTrainedModel, wanted: tuple[str, ...] | None) -> Targ
     # linear layers stand in a list and are called by number, the decoder layers of these numbers.
     others = {name for name, _ in model.named_modules()} - modules.keys() - renamed
     whole_names = bool(short & {_last(name) for name in others})
-    if wanted is not None and not (whole_names or parameters):
-        return Targets(list(wanted), [], kinds)
-    return Targets(sorted(modules if whole_names or wanted is not None else short), parameters, kinds)
+    if requested is not None and not (whole_names or parameters):
+        return LoraTargets(list(requested), [], kinds)
+    return LoraTargets(sorted(modules if whole_names or requested is not None else short), parameters, kinds)
 
 
 def _named(
-    model: PreTrainedModel, wanted: tuple[str, ...], modules: dict[str, nn.Module], experts: set[str]
+    model: PreTrainedModel, requested: tuple[str, ...], modules: dict[str, nn.Module], experts: set[str]
 ) -> tuple[set[str], dict[str, nn.Module]]:
     """Narrow experts and modules down to those of these names."""
     found: set[str] = set()
-    for target in wanted:
-        mine = {name for name in (*modules, *experts) if name == target or name.endswith(f".{target}")}
-        if not mine:
+    for target in requested:
+        matches = {name for name in (*modules, *experts) if name == target or name.endswith(f".{target}")}
+        if not matches:
             names = sorted({_last(name) for name in (*modules, *experts)})
             raise ModelError(
                 f"no linear layer {target!r} before the head",
                 where="student.lora.targets",
                 hint=f"this {model.config.model_type} has {', '.join(names)}",
             )
-        found |= mine
+        found |= matches
     return experts & found, {name: module for name, module in modules.items() if name in found}
 
 

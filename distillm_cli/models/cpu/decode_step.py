@@ -1,9 +1,9 @@
-"""One token through a GPT-2 or a Llama-like model, written out: what transformers computes, without what it looks up.
+"""Run one token through a GPT-2 or a Llama-like model: what transformers computes, without what it looks up.
 
 For one token of a few rows most of a model's own forward is Python around the products: module calls, hooks, masks,
 configs. These steps read the weights where they are and do the products. They are used for the classes of transformers
-they were written after and nothing else (no subclass, adapter, quantised layer or hook), and only where they have given
-the model's own logits (`decoding.ways`).
+they were written after and nothing else (no subclass, adapter, quantized layer or hook), and only where they have given
+the model's own logits (`decoding_checks.find_fast_decoding`). ``DISTILLM_CPU_FAST=0`` turns them off.
 
 Shape letters: B sequences, D width, H heads, K key-value heads, W width of a head.
 """
@@ -17,21 +17,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distillm_cli.models.cpu.products import Linear
-from distillm_cli.models.generation.cache import ContiguousCache, ContiguousLayer, attend
+from distillm_cli.models import cpu
+from distillm_cli.models.cpu.packed import PackedLinear
+from distillm_cli.models.generation.cache import ContiguousCache, ContiguousLayer, attend_one_token
+from distillm_cli.models.generation.working_copy import fused_activation
+from distillm_cli.models.model_families import family_of, is_transformers_class
 
 # (ids [B], positions [B, 1], cache) → last hidden states [B, D]
-Step = Callable[[torch.Tensor, torch.Tensor, ContiguousCache], torch.Tensor]
+DecodeStep = Callable[[torch.Tensor, torch.Tensor, ContiguousCache], torch.Tensor]
 
-_LLAMAS = ("Llama", "Qwen2", "Qwen3", "Mistral")
-
-# In a larger model the products take all the time, and a second copy of some weights is dear.
+# In a larger model the products take all the time, and a second copy of some weights is too much memory.
 _MOST_WEIGHTS = 1_000_000_000
 
 
-def step_of(trunk: nn.Module | None) -> Step | None:
-    """The step of this model, its weights as they are now; None where none was written for it."""
-    if trunk is None or any(altered(module) for module in trunk.modules()) or not is_small(weights_of(trunk)):
+def decode_step_of(trunk: nn.Module | None) -> DecodeStep | None:
+    """Return the step of this model, its weights as they are now; None where none was written for it."""
+    if trunk is None or not cpu.is_enabled() or not is_small(weight_count(trunk)):
+        return None
+    if any(is_altered(module) for module in trunk.modules()):
         return None
     if is_gpt2(trunk):
         return Gpt2Step(trunk)
@@ -40,7 +43,9 @@ def step_of(trunk: nn.Module | None) -> Step | None:
 
 class Gpt2Step:
     def __init__(self, trunk: nn.Module):
-        self.tokens, self.positions, self.norm = trunk.wte.weight, trunk.wpe.weight, _layer_norm(trunk.ln_f)
+        self.tokens = trunk.wte.weight
+        self.positions = trunk.wpe.weight
+        self.norm = _layer_norm(trunk.ln_f)
         self.blocks = [_Gpt2Block(block) for block in trunk.h]
 
     def __call__(self, ids_B: torch.Tensor, positions_B1: torch.Tensor, cache: ContiguousCache) -> torch.Tensor:
@@ -54,23 +59,28 @@ class Gpt2Step:
 class _Gpt2Block:
     def __init__(self, block: nn.Module):
         attention, mlp = block.attn, block.mlp
-        self.heads, self.head_width, self.scaling = attention.num_heads, attention.head_dim, attention.scaling
-        self.norm_1, self.norm_2 = _layer_norm(block.ln_1), _layer_norm(block.ln_2)
+        self.heads = attention.num_heads
+        self.head_width = attention.head_dim
+        self.scaling = attention.scaling
+        self.norm_1 = _layer_norm(block.ln_1)
+        self.norm_2 = _layer_norm(block.ln_2)
         weights = (attention.c_attn, attention.c_proj, mlp.c_fc, mlp.c_proj)
-        self.qkv, self.out, self.up, self.down = (Linear(conv.weight.t(), conv.bias) for conv in weights)
-        self.act = fused_act(mlp.act)
+        self.qkv, self.out, self.up, self.down = (PackedLinear(conv.weight.t(), conv.bias) for conv in weights)
+        self.activation = fused_activation(mlp.act)
 
     def __call__(self, x_BD: torch.Tensor, layer: ContiguousLayer, mask: torch.Tensor) -> torch.Tensor:
         qkv = self.qkv(self.norm_1(x_BD)).view(len(x_BD), 3, self.heads, self.head_width)
         query_BHW, key_BKW, value_BKW = qkv.unbind(1)
         layer.append(key_BKW, value_BKW)
-        x_BD = x_BD + self.out(attend(query_BHW, layer.keys, layer.values, mask, self.scaling).flatten(1))
-        return x_BD + self.down(self.up(self.norm_2(x_BD), self.act))
+        x_BD = x_BD + self.out(attend_one_token(query_BHW, layer.keys, layer.values, mask, self.scaling).flatten(1))
+        return x_BD + self.down(self.up(self.norm_2(x_BD), self.activation))
 
 
 class LlamaStep:
     def __init__(self, trunk: nn.Module):
-        self.tokens, self.norm, self.rotary = trunk.embed_tokens.weight, _rms_norm(trunk.norm), trunk.rotary_emb
+        self.tokens = trunk.embed_tokens.weight
+        self.norm = _rms_norm(trunk.norm)
+        self.rotary = trunk.rotary_emb
         self.layers = [_LlamaLayer(layer) for layer in trunk.layers]
 
     def __call__(self, ids_B: torch.Tensor, positions_B1: torch.Tensor, cache: ContiguousCache) -> torch.Tensor:
@@ -88,13 +98,17 @@ class LlamaStep:
 class _LlamaLayer:
     def __init__(self, layer: nn.Module):
         attention, mlp = layer.self_attn, layer.mlp
-        self.head_width, self.scaling = attention.head_dim, attention.scaling
+        self.head_width = attention.head_dim
+        self.scaling = attention.scaling
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         self.heads = [projection.out_features // self.head_width for projection in projections]
-        self.qkv, self.out = _side_by_side(*projections), _side_by_side(attention.o_proj)
-        self.gate_up, self.down = _side_by_side(mlp.gate_proj, mlp.up_proj), _side_by_side(mlp.down_proj)
-        self.act = fused_act(mlp.act_fn)
-        self.norm_1, self.norm_2 = _rms_norm(layer.input_layernorm), _rms_norm(layer.post_attention_layernorm)
+        self.qkv = _joined(*projections)
+        self.out = _joined(attention.o_proj)
+        self.gate_up = _joined(mlp.gate_proj, mlp.up_proj)
+        self.down = _joined(mlp.down_proj)
+        self.activation = fused_activation(mlp.act_fn)
+        self.norm_1 = _rms_norm(layer.input_layernorm)
+        self.norm_2 = _rms_norm(layer.post_attention_layernorm)
         self.query_norm, self.key_norm = (
             _rms_norm(getattr(attention, name)) if hasattr(attention, name) else None for name in ("q_norm", "k_norm")
         )
@@ -102,75 +116,72 @@ class _LlamaLayer:
     def __call__(self, x_BD, layer: ContiguousLayer, mask, cos_B1W, sin_B1W) -> torch.Tensor:
         qkv = self.qkv(self.norm_1(x_BD)).view(len(x_BD), sum(self.heads), self.head_width)
         if self.query_norm is None:
-            turned, value_BKW = qkv.split([self.heads[0] + self.heads[1], self.heads[2]], 1)
+            rotated, value_BKW = qkv.split([self.heads[0] + self.heads[1], self.heads[2]], 1)
         else:
             query_BHW, key_BKW, value_BKW = qkv.split(self.heads, 1)
-            turned = torch.cat([self.query_norm(query_BHW), self.key_norm(key_BKW)], 1)
-        turned = turned * cos_B1W + turned.roll(self.head_width // 2, -1) * sin_B1W
-        query_BHW, key_BKW = turned.split(self.heads[:2], 1)
+            rotated = torch.cat([self.query_norm(query_BHW), self.key_norm(key_BKW)], 1)
+        rotated = rotated * cos_B1W + rotated.roll(self.head_width // 2, -1) * sin_B1W
+        query_BHW, key_BKW = rotated.split(self.heads[:2], 1)
         layer.append(key_BKW, value_BKW)
-        x_BD = x_BD + self.out(attend(query_BHW, layer.keys, layer.values, mask, self.scaling).flatten(1))
+        x_BD = x_BD + self.out(attend_one_token(query_BHW, layer.keys, layer.values, mask, self.scaling).flatten(1))
         gate, up = self.gate_up(self.norm_2(x_BD)).chunk(2, -1)
-        return x_BD + self.down(self.act(gate) * up)
-
-
-def fused_act(act: nn.Module) -> nn.Module:
-    """The same function; transformers' GPT-2 writes the tanh form of GELU as eight operations where torch has one."""
-    return nn.GELU(approximate="tanh") if _is(act, "NewGELUActivation") else act
+        return x_BD + self.down(self.activation(gate) * up)
 
 
 def is_small(weights: int) -> bool:
-    """Whether a second copy of so many weights is cheap enough."""
+    """Return whether a second copy of so many weights is cheap enough."""
     return weights <= _MOST_WEIGHTS
 
 
-def weights_of(trunk: nn.Module) -> int:
+def weight_count(trunk: nn.Module) -> int:
+    """Return the number of weights."""
     return sum(weight.numel() for weight in trunk.parameters())
 
 
 def is_gpt2(trunk: nn.Module) -> bool:
-    """Whether trunk and blocks are GPT-2's, of transformers' own classes throughout."""
-    return _is(trunk, "GPT2Model") and all(_plain_gpt2(block) for block in trunk.h)
+    """Return whether trunk and blocks are GPT-2's, of transformers' own classes throughout."""
+    return is_transformers_class(trunk, "GPT2Model") and all(_plain_gpt2(block) for block in trunk.h)
 
 
 def is_llama(trunk: nn.Module) -> bool:
-    """The same for Llama and the families that are written as it is."""
-    family = next((name for name in _LLAMAS if _is(trunk, f"{name}Model")), None)
-    return family is not None and all(_plain_llama(layer, family) for layer in trunk.layers)
+    """Return the same for Llama and the families that are written as it is."""
+    family = family_of(trunk.config.model_type)
+    if family.cpu_layout != "llama" or not is_transformers_class(trunk, f"{family.class_prefix}Model"):
+        return False
+    return all(_plain_llama(layer, family.class_prefix) for layer in trunk.layers)
 
 
 def _plain_gpt2(block: nn.Module) -> bool:
     attention, mlp = block.attn, block.mlp
     weights = (attention.c_attn, attention.c_proj, mlp.c_fc, mlp.c_proj)
-    own = _is(block, "GPT2Block") and _is(attention, "GPT2Attention") and _is(mlp, "GPT2MLP")
-    return own and all(_is(conv, "Conv1D") for conv in weights) and not hasattr(block, "crossattention")
+    parts = ((block, "GPT2Block"), (attention, "GPT2Attention"), (mlp, "GPT2MLP"))
+    own = all(is_transformers_class(module, name) for module, name in parts)
+    return (
+        own and all(is_transformers_class(conv, "Conv1D") for conv in weights) and not hasattr(block, "crossattention")
+    )
 
 
-def _plain_llama(layer: nn.Module, family: str) -> bool:
+def _plain_llama(layer: nn.Module, prefix: str) -> bool:
     attention, mlp = layer.self_attn, layer.mlp
     weights = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
     weights += (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    own = _is(layer, f"{family}DecoderLayer") and _is(attention, f"{family}Attention") and _is(mlp, f"{family}MLP")
+    parts = ((layer, "DecoderLayer"), (attention, "Attention"), (mlp, "MLP"))
+    own = all(is_transformers_class(module, f"{prefix}{name}") for module, name in parts)
     return own and all(type(linear) is nn.Linear for linear in weights)
 
 
-def altered(module: nn.Module) -> bool:
-    """Whether calling it does more than its class says: hooks, or a forward of its own as accelerate gives it."""
+def is_altered(module: nn.Module) -> bool:
+    """Return whether calling it does more than its class says: hooks, or a forward of its own as accelerate gives it."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
-def _is(module: nn.Module, name: str) -> bool:
-    """Whether a module is transformers' own class of that name, and no subclass of it."""
-    return type(module).__name__ == name and type(module).__module__.startswith("transformers.")
-
-
-def _side_by_side(*linears: nn.Linear) -> Linear:
-    """Several projections of one input as a single product."""
+def _joined(*linears: nn.Linear) -> PackedLinear:
+    """Return several projections of one input as a single product."""
     biases = [linear.bias for linear in linears]
     if len(linears) == 1:
-        return Linear(linears[0].weight, biases[0])
+        return PackedLinear(linears[0].weight, biases[0])
     bias = None if biases[0] is None else torch.cat(biases)
-    return Linear(torch.cat([linear.weight for linear in linears]), bias)
+    return PackedLinear(torch.cat([linear.weight for linear in linears]), bias)
 
 
 def _layer_norm(norm: nn.LayerNorm) -> Callable[[torch.Tensor], torch.Tensor]:

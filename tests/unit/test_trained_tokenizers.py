@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, GPT2Config, LlamaConfig, OPTConfig
 
 from distillm_cli.data.builtin import rows
 from distillm_cli.errors import DataError, UsageError
-from distillm_cli.models.tokenizers import SMALLEST_BPE, is_trained_spec, train_tokenizer
+from distillm_cli.models.trained_tokenizers import SMALLEST_BPE, is_trained_spec, train_tokenizer
 
 SPECS = ("chars", "words", "bpe:400")
 AWKWARD = [

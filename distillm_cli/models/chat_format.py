@@ -1,4 +1,4 @@
-"""Settle the chat template of a pair of models, and the tokens that end a response.
+"""Choose the chat template of a pair of models, and the tokens that end a response.
 
 Rows, rollouts, teacher samples, the loss and the output directory's generation config must agree on these.
 """
@@ -20,10 +20,8 @@ if TYPE_CHECKING:
     from distillm_cli.models.backbone import Backbone
     from distillm_cli.models.pair import Pair
 
-Template = str | dict[str, str] | None
 
-
-def settle_template(pair: Pair, data: DataConfig, listener: Listener) -> None:
+def set_chat_template(pair: Pair, data: DataConfig, listener: Listener) -> None:
     """Give the pair's tokenizer the chat template of ``data.chat_template``: the student's, the teacher's or a file's.
 
     Raises UsageError for a template that is not there.
@@ -76,8 +74,8 @@ def set_languages(tokenizer: Any, data: DataConfig, models: Iterable[Backbone]) 
         try:
             setattr(tokenizer, name, code)
             ids = tokenizer(**{given: "a"})["input_ids"]
-            bare = tokenizer(**{given: "a"}, add_special_tokens=False)["input_ids"]
-            is_known = ids.count(tokenizer.unk_token_id) == bare.count(tokenizer.unk_token_id)
+            plain_ids = tokenizer(**{given: "a"}, add_special_tokens=False)["input_ids"]
+            is_known = ids.count(tokenizer.unk_token_id) == plain_ids.count(tokenizer.unk_token_id)
         except Exception:  # KeyError, ValueError, …: by the family
             is_known = False
         if not is_known:
@@ -87,7 +85,7 @@ def set_languages(tokenizer: Any, data: DataConfig, models: Iterable[Backbone]) 
                 generation_config(model).forced_bos_token_id = int(ids[0])
 
 
-def own_end(data: DataConfig, pair: Pair, listener: Listener) -> int:
+def default_end_token(data: DataConfig, pair: Pair, listener: Listener) -> int:
     """Return the token that ends responses which no chat template ends, one that both models know as an end.
 
     That is the student's end-of-sequence token, or, where the teacher does not stop at that, the teacher's.
@@ -114,11 +112,11 @@ def own_end(data: DataConfig, pair: Pair, listener: Listener) -> int:
     return end
 
 
-def settle_ends(pair: Pair, encoder: Encoder, is_chat: bool, listener: Listener) -> None:
-    """Make both models stop at the tokens that rows end with, and write them into the student's generation config.
+def set_stop_tokens(pair: Pair, encoder: Encoder, is_chat: bool, listener: Listener) -> None:
+    """Make both models stop at the tokens that rows end with, and write these into the student's generation config.
 
-    is_chat: whether rows are written by the chat template. Warns where the teacher's own configuration does not know the
-    token, since the teacher may then give it little probability. Raises ModelError for a token that the models lack.
+    is_chat: whether rows are written by the chat template. Warns where the teacher's own configuration lacks the token,
+    since the teacher may then give it little probability. Raises ModelError for a token that the models lack.
     """
     name = pair.tokenizer.convert_ids_to_tokens
     ends = [encoder.end]
@@ -142,15 +140,15 @@ def settle_ends(pair: Pair, encoder: Encoder, is_chat: bool, listener: Listener)
                 )
             )
     for model in pair.models.values():
-        add_stops(model, ends)
+        add_stop_tokens(model, ends)
     if is_chat and pair.teacher_stops is not None:  # its tool calls may end in another way than its answers
-        add_stops(pair.student, [token for token in pair.teacher_stops if token < pair.vocab], after=True)
+        add_stop_tokens(pair.student, [token for token in pair.teacher_stops if token < pair.vocab], after=True)
 
 
-def add_stops(model: Backbone, ends: Iterable[int], *, after: bool = False) -> None:
+def add_stop_tokens(model: Backbone, ends: Iterable[int], *, after: bool = False) -> None:
     """Add tokens to those that end a response; a saved model keeps them in its generation config.
 
-    after: behind the known ones. The first is the usual one.
+    after: put them behind the known ones. The first is the usual one.
     """
     known = model.stop_ids
     ends = [end for end in ends if not (after and end in known)]
@@ -162,7 +160,7 @@ def add_stops(model: Backbone, ends: Iterable[int], *, after: bool = False) -> N
     generation_config(model).eos_token_id = [*others, *ends] if after else [*ends, *others]
 
 
-def usual_end(model: Backbone) -> int | None:
+def usual_end_token(model: Backbone) -> int | None:
     """Return the token that a model's responses usually end with: the first of its generation config."""
     declared = generation_config(model).eos_token_id
     first = next(iter(declared), None) if isinstance(declared, list | tuple) else declared
@@ -170,7 +168,7 @@ def usual_end(model: Backbone) -> int | None:
 
 
 def generation_config(model: Backbone) -> GenerationConfig:
-    """Return the model's generation config, made where it has none."""
+    """Return the model's generation config. Creates one where it has none."""
     if getattr(model.model, "generation_config", None) is None:
         model.model.generation_config = GenerationConfig()
     return model.model.generation_config

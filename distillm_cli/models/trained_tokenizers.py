@@ -1,4 +1,4 @@
-"""Tokenizers trained on the data: ``bpe:SIZE``, ``chars``, ``words``. For students that start from nothing.
+"""Train tokenizers on the data: ``bpe:SIZE``, ``chars``, ``words``. For students that are built from scratch.
 
 All three are lossless: tokens are pieces of the text itself, spaces and newlines included, and decoding writes them one
 after the other. All have ``<pad>``, ``<eos>`` and ``<unk>`` as tokens 0, 1 and 2.
@@ -26,29 +26,42 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from distillm_cli.errors import DataError, UsageError
+from distillm_cli.models.tokenizer_files import load_tokenizer, prepare_tokenizer
+
+# Prompts and responses in turn; prompts as the chat template of this tokenizer writes them (None: it is yet to be trained).
+TrainingTexts = Callable[[PreTrainedTokenizerBase | None], Iterator[str]]
 
 SPECIAL = ("<pad>", "<eos>", "<unk>")
-LEAST_TEXTS = 10
-LEAST_SHARE = 1000  # one text in so many
+MIN_TEXTS = 10
+MIN_SHARE = 1000  # one text in so many
 
 _BYTES = pre_tokenizers.ByteLevel.alphabet()
 SMALLEST_BPE = len(SPECIAL) + len(_BYTES)
 
 
 def is_trained_spec(spec: str) -> bool:
-    """Whether ``spec`` asks for a tokenizer trained on the data, rather than naming a directory or a hub repository."""
+    """Return whether ``spec`` asks for a tokenizer trained on the data, rather than naming a directory or a hub name."""
     return spec in ("chars", "words") or spec == "bpe" or spec.startswith("bpe:")
 
 
+def load_or_train_tokenizer(spec: str | None, texts: TrainingTexts | None) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer of ``student.tokenizer``; None where it is unset, or needs texts and there are none."""
+    if spec is None:
+        return None
+    if not is_trained_spec(spec):
+        return load_tokenizer(spec)
+    return None if texts is None else prepare_tokenizer(train_tokenizer(spec, texts(None)), spec)
+
+
 def train_tokenizer(spec: str, texts: Iterator[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer for ``texts`` by ``spec``: ``bpe:SIZE``, ``chars`` or ``words`` (see the module's text).
+    """Train a tokenizer on ``texts`` by ``spec``: ``bpe:SIZE``, ``chars`` or ``words`` (see the module's docstring).
 
     texts: prompts and responses, each a text of its own. The same texts give the same tokenizer. BPE may end with fewer
     than SIZE tokens when the texts hold no more pairs.
@@ -57,13 +70,13 @@ def train_tokenizer(spec: str, texts: Iterator[str]) -> PreTrainedTokenizerFast:
     there is no text to train on.
     """
     size = _bpe_size(spec)
-    texts = _some(texts)
+    texts = _not_empty(texts)
     if spec == "chars":
-        tokenizer = _spelling(texts, words=False)
+        tokenizer = _character_tokenizer(texts, words=False)
     elif spec == "words":
-        tokenizer = _spelling(texts, words=True)
+        tokenizer = _character_tokenizer(texts, words=True)
     else:
-        tokenizer = _bpe(texts, size)
+        tokenizer = _bpe_tokenizer(texts, size)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=SPECIAL[0],
@@ -76,16 +89,16 @@ def train_tokenizer(spec: str, texts: Iterator[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def put_end(tokenizer: PreTrainedTokenizerFast) -> None:
-    """From now on a text that is tokenized with special tokens ends with end-of-sequence, as an encoder's input does."""
-    end, number = tokenizer.eos_token, tokenizer.eos_token_id
+def append_eos(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Make texts that are tokenized with special tokens end with end-of-sequence, as an encoder's input does."""
+    end = tokenizer.eos_token
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"$A {end}", pair=f"$A {end} $B {end}", special_tokens=[(end, number)]
+        single=f"$A {end}", pair=f"$A {end} $B {end}", special_tokens=[(end, tokenizer.eos_token_id)]
     )
 
 
 def _bpe_size(spec: str) -> int | None:
-    """SIZE of ``bpe:SIZE``; None for the other schemes."""
+    """Return SIZE of ``bpe:SIZE``; None for the other schemes."""
     if spec in ("chars", "words"):
         return None
     match = re.fullmatch(r"bpe:([0-9]+)", spec)
@@ -104,8 +117,8 @@ def _bpe_size(spec: str) -> int | None:
     return int(match[1])
 
 
-def _some(texts: Iterable[str]) -> Iterator[str]:
-    """The texts that are not empty; DataError when there is none."""
+def _not_empty(texts: Iterable[str]) -> Iterator[str]:
+    """Return the texts that are not empty. Raises DataError where there is none."""
     full = (text for text in texts if text)
     first = next(full, None)
     if first is None:
@@ -113,7 +126,7 @@ def _some(texts: Iterable[str]) -> Iterator[str]:
     return chain([first], full)
 
 
-def _bpe(texts: Iterator[str], size: int) -> Tokenizer:
+def _bpe_tokenizer(texts: Iterator[str], size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -124,8 +137,8 @@ def _bpe(texts: Iterator[str], size: int) -> Tokenizer:
     return tokenizer
 
 
-def _spelling(texts: Iterator[str], *, words: bool) -> Tokenizer:
-    """Characters, and with ``words`` the frequent pieces too."""
+def _character_tokenizer(texts: Iterator[str], *, words: bool) -> Tokenizer:
+    """Return a tokenizer of characters, and with ``words`` of the frequent pieces too."""
     # The first branch keeps a special token's name, where a text happens to spell it, from being one piece: pieces are
     # looked up in a vocabulary that has the special tokens too.
     names = "|".join(name.strip("<>") for name in SPECIAL)
@@ -143,7 +156,7 @@ def _spelling(texts: Iterator[str], *, words: bool) -> Tokenizer:
             openings.add(pieces[0])
 
     def frequent(piece: str) -> bool:
-        return holding[piece] >= LEAST_TEXTS and holding[piece] * LEAST_SHARE >= total
+        return holding[piece] >= MIN_TEXTS and holding[piece] * MIN_SHARE >= total
 
     known = {piece for piece in holding if len(piece) > 1 and frequent(piece)}
     known |= {piece for piece in openings if len(piece) > 1 and frequent(" " + piece)}
@@ -159,8 +172,9 @@ def _spelling(texts: Iterator[str], *, words: bool) -> Tokenizer:
     return tokenizer
 
 
-def lost_with(own: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
-    """What a model had with its own tokenizer and has not with the other, as the start of a sentence; None for nothing."""
+def lost_features(own: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
+    """Return what a model had with its own tokenizer and lacks with the other, as the start of a sentence; None for
+    nothing."""
     if own is other:
         return None
     tokens = sorted(own.get_vocab().keys() - other.get_vocab().keys())

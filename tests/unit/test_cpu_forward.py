@@ -13,8 +13,8 @@ from distillm_cli.losses.objectives import KD
 from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.losses.weights import CROSS_ENTROPY
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.models.cpu import whole
-from distillm_cli.models.cpu.products import Packs, can_pack
+from distillm_cli.models.cpu import forward
+from distillm_cli.models.cpu.packed import PackedWeights, can_pack
 from distillm_cli.types import collate
 from tests import tiny
 
@@ -37,8 +37,8 @@ def test_states_and_gradients_are_the_trunks_own(family, lengths):
     model = backbone(family, **no_dropout(family)).train()
     batch = tiny.batch(lengths, VOCAB)
     states_ND = model.hidden(batch)
-    assert model._is_written_out
-    expected_ND = model._states(batch)
+    assert model._cpu_forward.agrees
+    expected_ND = model.trunk_states(batch)
     assert_close(states_ND, expected_ND, rtol=1e-12, atol=1e-12)
     weight_ND = torch.randn_like(states_ND)
     parameters = dict(model.trunk.named_parameters())
@@ -58,15 +58,17 @@ def test_gradients_through_the_loss_are_dense_and_the_trunks_own_tied_or_not(fam
     for own in (False, True):
         model = backbone(family, **no_dropout(family)).train()
         if own:
-            monkeypatch.setattr(Backbone, "hidden", lambda self, batch, for_backward: self._states(batch))
+            monkeypatch.setattr(Backbone, "hidden", lambda self, batch, for_backward: self.trunk_states(batch))
         objective = StudentLoss(model, KD(schema.ObjectiveConfig()))
         for seed in (0, 1):
             batches = [tiny.batch(LENGTHS, VOCAB, seed), tiny.batch(LENGTHS[:2], VOCAB, seed + 7)]
-            if not own and model._late is not None:
-                model._late._waiting.append((torch.tensor([3]), torch.ones(1, model.model.config.hidden_size)))
+            if not own and model._cpu_forward.embedding_grad is not None:
+                model._cpu_forward.embedding_grad._waiting.append(
+                    (torch.tensor([3]), torch.ones(1, model.model.config.hidden_size))
+                )
             total, tokens = objective(batches, None, CROSS_ENTROPY)
             (total / tokens).backward()
-        assert own or model._is_written_out
+        assert own or model._cpu_forward.agrees
         assert all(parameter.grad.layout == torch.strided for parameter in model.parameters())
         found.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, grad in found[0].items():
@@ -89,8 +91,8 @@ def test_it_is_used_for_the_families_it_was_written_after(family):
     model = backbone(family, torch.float32)
     if not model.own_logits:
         model.hidden(tiny.batch(LENGTHS, VOCAB))
-        assert bool(model._is_written_out) == (family in WRITTEN)
-        assert model.model.config.model_type in whole.KINDS or not model._is_written_out
+        assert bool(model._cpu_forward.agrees) == (family in WRITTEN)
+        assert forward.has_forward(model.model.config.model_type) or not model._cpu_forward.agrees
 
 
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bf16 weights"])
@@ -100,9 +102,9 @@ def test_in_bfloat16_it_is_as_near_to_the_truth_as_the_trunk_itself(family, auto
     batch = tiny.batch(LENGTHS, VOCAB)
     rounded = backbone(family, torch.float32 if autocast else torch.bfloat16)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        mine, own = rounded.hidden(batch).double(), rounded._states(batch).double()
-    assert rounded._is_written_out
-    truth = exact._states(batch)
+        mine, own = rounded.hidden(batch).double(), rounded.trunk_states(batch).double()
+    assert rounded._cpu_forward.agrees
+    truth = exact.trunk_states(batch)
     assert (mine - truth).square().mean() < 1.5 * (own - truth).square().mean()
 
 
@@ -114,19 +116,19 @@ def test_frozen_weights_are_laid_out_once_and_anew_when_they_change(family):
     batch = tiny.batch(LENGTHS, VOCAB)
     with torch.no_grad():
         before = model.hidden(batch)
-        made = {key: product for key, (_, _, product) in model._packs._made.items()}
+        made = {key: product for key, (_, _, product) in model._cpu_forward.packed._made.items()}
         assert made
         assert all(product.packed is not None for product in made.values())
-        assert_close(before, model._states(batch), rtol=0.05, atol=0.1)
+        assert_close(before, model.trunk_states(batch), rtol=0.05, atol=0.1)
         model.hidden(batch)
-        assert all(model._packs._made[key][2] is product for key, product in made.items())
+        assert all(model._cpu_forward.packed._made[key][2] is product for key, product in made.items())
         for parameter in model.parameters():
             parameter.mul_(1.2)
         after = model.hidden(batch)
-    assert_close(after, model._states(batch), rtol=0.05, atol=0.1)
+    assert_close(after, model.trunk_states(batch), rtol=0.05, atol=0.1)
     assert (after - before).abs().max() > 0.2
     model.to("meta")
-    assert not model._packs._made
+    assert not model._cpu_forward.packed._made
 
 
 def test_weights_that_train_are_never_laid_out():
@@ -134,14 +136,14 @@ def test_weights_that_train_are_never_laid_out():
     model.hidden(tiny.batch(LENGTHS, VOCAB)).sum().backward()
     with torch.no_grad():
         model.hidden(tiny.batch(LENGTHS, VOCAB))
-    assert not model._packs._made
+    assert not model._cpu_forward.packed._made
 
 
 def test_gelu_inside_a_product_is_gelu_behind_it():
     if not can_pack():
         pytest.skip("no bf16 products to lay weights out for")
     weight, bias, x = torch.randn(48, 32).bfloat16(), torch.randn(48).bfloat16(), torch.randn(9, 32).bfloat16()
-    product = Packs().of(weight, bias, 0, None, transposed=False)
+    product = PackedWeights().linear(weight, bias, 0, None, transposed=False)
     truth = F.gelu(F.linear(x.double(), weight.double(), bias.double()), approximate="tanh")
     assert_close(product(x, nn.GELU(approximate="tanh")).double(), truth, rtol=2**-8, atol=2**-7)
     assert_close(product(x, nn.SiLU()), F.silu(product(x)), rtol=0, atol=0)
@@ -156,7 +158,7 @@ def test_attention_in_blocks_of_queries_is_causal_attention(times, kinds):
     key, value = (
         torch.randn((2, 4 // kinds, times, 16), generator=generator).bfloat16().requires_grad_() for _ in range(2)
     )
-    found = whole.attend(query, key, value, 0.25, None)
+    found = forward.attend_blockwise(query, key, value, 0.25, None)
     exact = [states.detach().double().requires_grad_() for states in (query, key, value)]
     truth = F.scaled_dot_product_attention(*exact, is_causal=True, scale=0.25, enable_gqa=True).transpose(1, 2)
     assert_close(found.double(), truth, rtol=0, atol=0.06)
@@ -175,7 +177,7 @@ def test_a_query_sees_what_is_not_hidden_from_it(dtype):
     truth = (query.float() @ key.float().transpose(2, 3) * 0.3).masked_fill(hidden, -torch.inf).softmax(
         -1
     ) @ value.float()
-    found = whole.attend(query, key, value, 0.3, hidden)
+    found = forward.attend_blockwise(query, key, value, 0.3, hidden)
     assert_close(found.transpose(1, 2).float(), truth, rtol=0, atol=0.03 if dtype == torch.bfloat16 else 1e-5)
 
 
@@ -186,16 +188,16 @@ def test_dropout_in_training_has_the_same_law():
     alike = collate([row] * rows)
     torch.manual_seed(0)
     with torch.no_grad():
-        mine, own = (states(alike).view(rows, -1) for states in (model.hidden, model._states))
+        mine, own = (states(alike).view(rows, -1) for states in (model.hidden, model.trunk_states))
         with torch.autocast("cpu", torch.bfloat16):  # where attention is not torch's kernel
             rounded = model.hidden(alike).float().view(rows, -1)
-        assert model._is_written_out
+        assert model._cpu_forward.agrees
         spread = own.std(0)
         for found in (mine, rounded):
             assert ((found.mean(0) - own.mean(0)).abs() < 6 * spread * (2 / rows) ** 0.5 + 0.01).all()
             assert_close(found.std(0), spread, rtol=0.15, atol=0.01)
         model.eval()
-        assert_close(model.hidden(alike), model._states(alike), rtol=1e-4, atol=1e-4)
+        assert_close(model.hidden(alike), model.trunk_states(alike), rtol=1e-4, atol=1e-4)
         assert (spread > 0.1).any()
 
 
@@ -208,17 +210,17 @@ def test_what_is_not_transformers_own_goes_through_the_trunk():
     hook.remove()
     hooked.hidden(batch)
     assert len(calls) == 1
-    assert hooked._is_written_out
+    assert hooked._cpu_forward.agrees
 
     changed = backbone("llama")
     changed.hidden(batch)
     mlp = changed.trunk.layers[1].mlp
     mlp.forward = lambda x, own=mlp.forward: own(x) * 1.5
-    assert_close(changed.hidden(batch), changed._states(batch), rtol=0, atol=0)
+    assert_close(changed.hidden(batch), changed.trunk_states(batch), rtol=0, atol=0)
 
     saving = backbone("gpt2").train()
     saving.model.gradient_checkpointing_enable()
-    assert saving._whole() is None
+    assert saving._cpu_forward.find_pass(saving) is None
 
 
 def test_a_pass_that_does_not_give_the_trunks_states_is_not_used(monkeypatch):
@@ -233,5 +235,5 @@ def test_a_pass_that_does_not_give_the_trunks_states_is_not_used(monkeypatch):
 
     monkeypatch.setattr(attention, "forward", other)
     batch = tiny.batch(LENGTHS, VOCAB)
-    assert_close(model.hidden(batch), model._states(batch), rtol=0, atol=0)
-    assert model._is_written_out is False
+    assert_close(model.hidden(batch), model.trunk_states(batch), rtol=0, atol=0)
+    assert model._cpu_forward.agrees is False

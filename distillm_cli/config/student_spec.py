@@ -1,0 +1,175 @@
+"""Parse the specification of a model: ``student.path``, and every other place that names a model.
+
+random:4x256, random:llama:4x256   `RandomModel`    random weights, so many layers of this width
+width:0.5, width:256               `TeacherWidth`   random weights, as deep as the teacher
+layers:6, layers:6:first,          `TeacherLayers`  copies of the teacher's layers
+layers:6:last, layers:0,3,7,
+layers:all
+config.json, any *.json            `ConfigFile`     random weights, of the shape that the file gives
+stage:NAME                         `StageOutput`    the output of an earlier stage of a pipeline
+builtin                            `BuiltinModel`   the model shipped with the package
+anything else                      `SavedModel`     a directory or a hub name
+
+The first four are built by the run. This module is light: it imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from distillm_cli.errors import UsageError
+
+STAGE_PREFIX = "stage:"
+BUILTIN = "builtin"
+
+
+@dataclass(frozen=True)
+class RandomModel:
+    """Ask for random weights. family: None is the teacher's, or llama without a teacher."""
+
+    layers: int
+    width: int
+    family: str | None = None
+
+
+@dataclass(frozen=True)
+class TeacherWidth:
+    """Ask for random weights, as deep as the teacher. Exactly one of size and share (of the teacher's width) is set."""
+
+    size: int | None = None
+    share: float | None = None
+
+
+@dataclass(frozen=True)
+class TeacherLayers:
+    """Ask for copies of the teacher's layers. indices: counted from 0. count: so many at this position.
+
+    Neither: all of them.
+    """
+
+    count: int | None = None
+    position: Literal["evenly", "first", "last"] = "evenly"
+    indices: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """Ask for random weights, of the shape that a JSON file gives."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class StageOutput:
+    """Name the output of an earlier stage of the same pipeline."""
+
+    stage: str
+
+
+@dataclass(frozen=True)
+class BuiltinModel:
+    """Name the model shipped with the package."""
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """Name a directory or a hub repository."""
+
+    path: str
+
+
+StudentSpec = RandomModel | TeacherWidth | TeacherLayers | ConfigFile | StageOutput | BuiltinModel | SavedModel
+
+_RANDOM = re.compile(r"random:(?:(?P<family>[A-Za-z][\w-]*):)?(?P<layers>\d+)x(?P<width>\d+)")
+_WIDTH = re.compile(r"width:(?:(?P<size>\d+)|(?P<share>0?\.\d+))")
+_LAYERS = re.compile(r"layers:(?:all|(?P<list>\d+(?:,\d+)+)|(?P<count>\d+)(?::(?P<position>evenly|first|last))?)")
+
+# prefix → what to write
+FORMS = {
+    "random:": "random:[FAMILY:]LAYERSxWIDTH, for example random:4x256 or random:gpt2:4x256",
+    "width:": "width:256, or width:0.5 for half of the teacher's",
+    "layers:": "layers:6 (evenly spaced), layers:6:first, layers:6:last, layers:0,3,7 or layers:all",
+}
+
+
+def parse_student(text: str) -> StudentSpec:
+    """Return the specification that a text stands for. Raises UsageError where it begins as one that is built and has
+    another form."""
+    found: StudentSpec | None
+    if text.startswith("random:"):
+        found = _parse_random(text)
+    elif text.startswith("width:"):
+        found = _parse_width(text)
+    elif text.startswith("layers:"):
+        found = _parse_layers(text)
+    elif text.endswith(".json"):
+        found = ConfigFile(text)
+    elif text.startswith(STAGE_PREFIX):
+        found = StageOutput(text.removeprefix(STAGE_PREFIX))
+    else:
+        found = BuiltinModel() if text == BUILTIN else SavedModel(text)
+    if found is None:
+        form = next(form for prefix, form in FORMS.items() if text.startswith(prefix))
+        raise UsageError(f"cannot read the student specification {text!r}", hint=f"write {form}")
+    return found
+
+
+def is_built(text: str | None) -> bool:
+    """Return whether the run builds this model instead of loading trained weights. Malformed texts do not raise."""
+    return text is not None and (_has_prefix(text) or text.endswith(".json"))
+
+
+def is_built_without_file(text: str | None) -> bool:
+    """Return whether nothing on disk describes this model: ``random:``, ``width:`` and ``layers:``."""
+    return text is not None and _has_prefix(text)
+
+
+def copies_layers(text: str | None) -> bool:
+    """Return whether the model is made of the teacher's layers."""
+    return text is not None and text.startswith("layers:")
+
+
+def is_on_hub(text: str) -> bool:
+    """Return whether a name can only be one of the hub: nothing on this machine has it, and it is not a path."""
+    is_path = text.startswith((".", "~")) or Path(text).is_absolute() or text.count("/") > 1
+    return not (is_path or text == BUILTIN or Path(text).exists())
+
+
+def may_have_revision(text: str) -> bool:
+    """Return whether a model may have branches and tags: hub names, which have no colon."""
+    return is_on_hub(text) and not is_built(text) and ":" not in text
+
+
+def _has_prefix(text: str) -> bool:
+    return text.startswith(tuple(FORMS))
+
+
+def _parse_random(text: str) -> RandomModel | None:
+    match = _RANDOM.fullmatch(text)
+    if match is None or int(match["layers"]) < 1 or int(match["width"]) < 1:
+        return None
+    return RandomModel(int(match["layers"]), int(match["width"]), match["family"])
+
+
+def _parse_width(text: str) -> TeacherWidth | None:
+    match = _WIDTH.fullmatch(text)
+    if match is None:
+        return None
+    if match["size"]:
+        return TeacherWidth(size=int(match["size"]))
+    share = float(match["share"])
+    return TeacherWidth(share=share) if share else None
+
+
+def _parse_layers(text: str) -> TeacherLayers | None:
+    match = _LAYERS.fullmatch(text)
+    if match is None:
+        return None
+    if match["list"]:
+        return TeacherLayers(indices=tuple(int(i) for i in match["list"].split(",")))
+    if match["count"]:
+        return TeacherLayers(int(match["count"]), match["position"] or "evenly")
+    return TeacherLayers()

@@ -1,0 +1,148 @@
+"""Find out by trial how a model may decode: whether prompts may be padded, which fast ways give its own logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from distillm_cli.errors import DistillmError, out_of_memory
+from distillm_cli.models.cpu.decode_step import decode_step_of
+from distillm_cli.models.generation.cache import has_plain_cache
+from distillm_cli.models.generation.decoding import (
+    CLOSE_LENGTH,
+    BlockDecoding,
+    FastDecoding,
+    PlainDecoding,
+    cannot_generate,
+)
+from distillm_cli.models.model_families import token_compression
+
+if TYPE_CHECKING:
+    from distillm_cli.models.backbone import Backbone
+
+# Of the trial of padding: tokens of the short prompt, and of padding before it. No family compresses by a multiple of 7.
+_SHORT, _PADDING = 4, 7
+
+
+def check_decoding(backbone: Backbone, decode: Callable[[Backbone, Sequence[np.ndarray]], Any]) -> bool:
+    """Return whether prompts of different lengths may stand side by side, by trying it on a few tokens.
+
+    decode: the plain decoding for such a model. A short prompt is answered beside one of its own length and beside a longer
+    one, where it is padded. Families differ in how they treat padding, also those that take positions: some count it, or
+    compress tokens in blocks that padding shifts. Raises ModelError for a model that cannot decode at all.
+    """
+    room = backbone.context or math.inf
+    short = max(1, min(_SHORT + token_compression(backbone.model.config), room - 2))
+    padding = max(1, min(_PADDING, room - short - 1))
+    ids = np.arange(1, short + padding + 2) * 7 % backbone.vocab
+    prompt, token, other = ids[:short], int(ids[short]), (ids[:short] + 1) % backbone.vocab
+
+    def decoded(first: np.ndarray) -> torch.Tensor:
+        decoding = decode(backbone, [first, prompt])
+        logits_BV = decoding.logits(None)
+        tokens_B = torch.full((1,), token, device=logits_BV.device)
+        decoding.keep(torch.tensor([1], device=logits_BV.device))
+        return torch.cat([logits_BV[1:], decoding.logits(tokens_B)])
+
+    try:
+        unpadded = decoded(prompt)
+    except DistillmError:
+        raise
+    except Exception as error:  # of any type, for it is the family's own code that stumbles
+        if out_of_memory(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise cannot_generate(backbone, reason[:200]) from error
+    try:
+        padded = decoded(ids[: short + padding])
+        if logits_match(padded, unpadded, backbone.model.dtype):
+            return True
+        # In few bits a router may choose otherwise beside any other row: no fault of padding.
+        rounding = (decoded(other) - unpadded).abs().max()
+        return bool((padded - unpadded).abs().max() <= 2 * rounding)
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        return False
+
+
+class FastPaths(NamedTuple):
+    """Hold what gives a model's own logits. cache: the contiguous cache. step: the hand-written step over it."""
+
+    cache: bool
+    step: bool
+
+
+def find_fast_paths(backbone: Backbone) -> FastPaths:
+    """Return which fast paths suit a model, by trying them on short prompts and a few tokens, in the weights' dtype."""
+    has_cache = has_plain_cache(backbone.model.config) and _agrees(backbone, step=False)
+    has_step = has_cache and not backbone.own_logits and decode_step_of(backbone.trunk) is not None
+    return FastPaths(has_cache, has_step and _agrees(backbone, step=True))
+
+
+@torch.no_grad()
+def _agrees(backbone: Backbone, *, step: bool) -> bool:
+    ids = np.arange(4 * CLOSE_LENGTH) * 7 % backbone.vocab
+    prompts = [ids[: 2 * CLOSE_LENGTH], ids[:3], ids[3 : 3 + 2 * CLOSE_LENGTH]]
+    fast, plain = FastDecoding(backbone, prompts, step=step), PlainDecoding(backbone, prompts)
+    tokens_B = None
+    for at in range(4):
+        expected_BV = plain.logits(tokens_B)
+        try:
+            found_BV = fast.logits(tokens_B)
+        except Exception:  # a family that reads masks or caches in its own way; it decodes plainly
+            return False
+        if not logits_match(found_BV, expected_BV, backbone.model.dtype):
+            return False
+        tokens_B = expected_BV.argmax(-1)
+        if at == 1:
+            rows_B = torch.tensor([2, 1], device=tokens_B.device)
+            tokens_B = tokens_B[rows_B]
+            fast.keep(rows_B)
+            plain.keep(rows_B)
+    return True
+
+
+def logits_match(ours_NV: torch.Tensor, own_NV: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Return whether logits are the same up to 1e-3 of their spread and the rounding of the model's dtype.
+
+    What is −inf on one side must be −inf on the other.
+    """
+    suppressed_NV = torch.isneginf(own_NV)
+    if suppressed_NV.any():
+        if not torch.equal(suppressed_NV, torch.isneginf(ours_NV)):
+            return False
+        ours_NV, own_NV = ours_NV[~suppressed_NV], own_NV[~suppressed_NV]
+    tolerance = 1e-3 * own_NV.std() + 4 * torch.finfo(dtype).eps * own_NV.abs().max()
+    return bool((ours_NV - own_NV).abs().max() <= tolerance)
+
+
+def can_retract(backbone: Backbone) -> bool:
+    """Return whether the model gives its own logits over tokens that came in blocks, also after some were retracted.
+
+    Tried on short prompts, against decoding that retracts nothing.
+    """
+    if backbone.model.config.is_encoder_decoder or not has_plain_cache(backbone.model.config):
+        return False
+    ids = np.arange(16) * 7 % backbone.vocab
+    prompts = [ids[:9], ids[:3]]
+    block_BG = torch.tensor([[1, 2, 3], [3, 1, 2]]) % backbone.vocab
+    try:
+        blocks = BlockDecoding(backbone, prompts)
+        blocks.logits(None)
+        blocks.logits_after(block_BG)
+        blocks.retract(torch.tensor([2, 1]))
+        found_BV = blocks.logits(block_BG[:, 0])
+    except Exception:  # a family that reads masks or caches in its own way; it drafts one token at a time
+        return False
+    expected_BV = torch.cat(
+        [
+            PlainDecoding(backbone, [np.concatenate([prompts[b], block_BG[b, :n], block_BG[b, :1]])]).logits(None)
+            for b, n in enumerate((1, 2))
+        ]
+    )
+    return logits_match(found_BV, expected_BV, backbone.model.dtype)
