@@ -83,7 +83,7 @@ class CacheWorkload:
     @property
     def rollouts_repeat(self) -> bool:
         """Return whether a rollout may be trained on more than once."""
-        return self._schedule.may_replay
+        return self._schedule.config.may_replay
 
     @property
     def samples_repeat(self) -> bool:
@@ -123,7 +123,7 @@ class CacheWorkload:
         return "memory", ""
 
     def _reason_to_compute_once(self) -> str:
-        if self._schedule.uses_teacher_samples and not self.recipe.objective.kd_weight:
+        if self._schedule.config.uses_teacher_samples and not self.recipe.objective.kd_weight:
             return "needs the teacher for its samples alone"
         return "trains on every row once" if uses_rows(self.recipe) else "trains on every sample once"
 
