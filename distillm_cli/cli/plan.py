@@ -30,7 +30,7 @@ SHOWN = 3  # sequences of the decoded batch
 )
 def plan(
     fields: FieldFlags,
-    recipe: options.Recipe = None,
+    recipe: options.RecipeOption = None,
     sets: options.Set = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -111,55 +111,56 @@ def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
     from distillm_cli.data.sources import listed_shares
 
     data = found["data"]
-    told = [("pair", _pair(found)), ("rows", _rows(data))]
+    lines = [("pair", _pair(found)), ("rows", _rows(data))]
     if data.get("format"):
-        told.append(("format", data["format"]))
+        lines.append(("format", data["format"]))
     if data.get("columns_not_read"):
-        told.append(("columns not read", listed_shares(data["columns_not_read"])))
+        lines.append(("columns not read", listed_shares(data["columns_not_read"])))
     if data.get("bad_rows_skipped"):
-        told.append(("broken rows skipped", f"{data['bad_rows_skipped']:,}"))
+        lines.append(("broken rows skipped", f"{data['bad_rows_skipped']:,}"))
     if "kept" in data:
         prompts = f" ({data['dropped_prompts']:,} for the prompt alone)"
-        told.append(("dropped as too long", f"{data['dropped']:,}{prompts}" if data["dropped"] else "none"))
-        told.append(("cut", f"{data['truncated']:,}"))
+        lines.append(("dropped as too long", f"{data['dropped']:,}{prompts}" if data["dropped"] else "none"))
+        lines.append(("cut", f"{data['truncated']:,}"))
         lengths = f"mean {data['mean_length']}, longest {data['longest']:,} tokens of prompt and response"
     else:
         lengths = f"not known: taken to be {data['longest']:,} tokens of prompt and response, the most allowed"
-    told.append(("lengths", lengths))
+    lines.append(("lengths", lengths))
     if "response_tokens" in data:
-        told.append(("supervised", f"{counted(data['response_tokens'], 'response token')} an epoch"))
+        lines.append(("supervised", f"{counted(data['response_tokens'], 'response token')} an epoch"))
     sequences = counted(found["sequences_per_step"], "sequence")
     if found["steps"] is None:
-        told.append(("steps", f"number not known; {sequences} each"))
+        lines.append(("steps", f"number not known; {sequences} each"))
     else:
         epoch = f", {found['steps_per_epoch']:,} an epoch" if found["steps_per_epoch"] else ""
-        told.append(("steps", f"{found['steps']:,} of {sequences}{epoch}"))
-    if (before := found.get("sft")) is not None:
-        number = "" if before["steps"] is None else f", {counted(before['steps'], 'step')}"
-        told.append(
+        lines.append(("steps", f"{found['steps']:,} of {sequences}{epoch}"))
+    if (fine_tuning := found.get("sft")) is not None:
+        unit = "epoch" if fine_tuning["epochs"] == 1 else "epochs"
+        number = "" if fine_tuning["steps"] is None else f", {counted(fine_tuning['steps'], 'step')}"
+        lines.append(
             (
                 "fine-tuned before it",
-                f"{before['epochs']:g} {'epoch' if before['epochs'] == 1 else 'epochs'} of sft{number}, without the teacher",
+                f"{fine_tuning['epochs']:g} {unit} of sft{number}, without the teacher",
             )
         )
-    told.append(("computes on", f"{found['device']}, {found['dtype']}"))
+    lines.append(("computes on", f"{found['device']}, {found['dtype']}"))
     if "teacher_cache" in found:
-        told.append(("teacher's states", found["teacher_cache"]["why"]))
-    return told
+        lines.append(("teacher's states", found["teacher_cache"]["why"]))
+    return lines
 
 
-def _place(kept: dict[str, Any] | None) -> list[Any]:
-    """Where a cache on disk is or would be, and whether it fits."""
+def _place(cache: dict[str, Any] | None) -> list[Any]:
+    """Return the directory of a cache on disk, and whether the cache fits."""
     from rich.text import Text
 
     from distillm_cli.ui.display import size
 
-    if kept is None or "place" not in kept:
+    if cache is None or "place" not in cache:
         return []
-    free = kept["disk_free"] or 0
-    short = not kept["hit"] and kept["bytes"] > 0.95 * free
-    said = "there already" if kept["hit"] else f"{'does not fit: ' if short else ''}{size(free)} free"
-    return [Text(f"The teacher's states are kept in {kept['place']} ({said})", "yellow" if short else "")]
+    free = cache["disk_free"] or 0
+    short = not cache["hit"] and cache["bytes"] > 0.95 * free
+    state = "there already" if cache["hit"] else f"{'does not fit: ' if short else ''}{size(free)} free"
+    return [Text(f"The teacher's states are kept in {cache['place']} ({state})", "yellow" if short else "")]
 
 
 _PARTS = {
@@ -181,7 +182,7 @@ _SOURCES = {
 
 
 def _models(found: dict[str, Any]) -> Any:
-    """A column for each model."""
+    """Return a table with a column for each model."""
     from distillm_cli.ui.summary import table
 
     models = {name: found["models"][name] for name in ("teacher", "student") if name in found["models"]}
@@ -199,7 +200,7 @@ def _models(found: dict[str, Any]) -> Any:
     }
     if not any(m["parts"]["outside"] for m in models.values()):
         del lines["  not text"]
-    return table("Models", ["", *models], [[line, *map(told, models.values())] for line, told in lines.items()])
+    return table("Models", ["", *models], [[line, *map(text, models.values())] for line, text in lines.items()])
 
 
 def _layers(model: dict[str, Any]) -> str:
@@ -214,11 +215,11 @@ def _count(number: int) -> str:
 
 
 def _flop(number: float) -> str:
-    """14.6 TFLOP, 691 MFLOP."""
+    """Return an amount of work: 14.6 TFLOP, 691 MFLOP."""
     from distillm_cli.ui.display import amount
 
-    said = amount(number)
-    return f"{said}FLOP" if said[-1].isalpha() else f"{said} FLOP"
+    text = amount(number)
+    return f"{text}FLOP" if text[-1].isalpha() else f"{text} FLOP"
 
 
 def _pair(found: dict[str, Any]) -> str:
@@ -239,8 +240,8 @@ def _rows(data: dict[str, Any]) -> str:
 
 def _gpus(gpus: dict[str, Any]) -> list[list[str]]:
     return [
-        [name, "yes" if told["fits"] else "no", _span(told["step_s"].values()), _span(told.get("run_s"))]
-        for name, told in gpus.items()
+        [name, "yes" if entry["fits"] else "no", _span(entry["step_s"].values()), _span(entry.get("run_s"))]
+        for name, entry in gpus.items()
     ]
 
 
@@ -248,14 +249,13 @@ _UNITS = (("ms", 1e-3, 1), ("s", 1, 120), ("min", 60, 7200), ("h", 3600, 48 * 36
 
 
 def _span(times: Iterable[float] | None) -> str:
-    """12 ms, 0.2–3.4 s, 25–31 min, 2.6 h: the least and the most of some seconds, in the unit of the most; an estimate has
-    no more digits than that."""
+    """Return the shortest and the longest time in the unit of the longest, with the digits of an estimate: 0.2–3.4 s."""
     if times is None:
         return "–"
     ordered = sorted(times)
     unit, length, _ = next(known for known in _UNITS if ordered[-1] < known[2])
-    said = (f"{t:.0f}" if t >= 10 else f"{t:.2g}" for t in (ordered[0] / length, ordered[-1] / length))
-    return f"{'–'.join(dict.fromkeys(said))} {unit}"
+    texts = (f"{t:.0f}" if t >= 10 else f"{t:.2g}" for t in (ordered[0] / length, ordered[-1] / length))
+    return f"{'–'.join(dict.fromkeys(texts))} {unit}"
 
 
 def _stages_page(found: dict[str, dict[str, Any]]) -> list[Any]:
@@ -265,13 +265,13 @@ def _stages_page(found: dict[str, dict[str, Any]]) -> list[Any]:
     from distillm_cli.ui.summary import table
 
     parts = []
-    for name, told in found.items():
-        listed = [f"{_PARTS.get(p, p.replace('_', ' '))} {size(b)}" for p, b in told["memory"].items() if p != "total"]
+    for name, stage in found.items():
+        listed = [f"{_PARTS.get(p, p.replace('_', ' '))} {size(b)}" for p, b in stage["memory"].items() if p != "total"]
         parts.append(Text.assemble((f"  {name}  ", "cyan"), ", ".join(listed)))
     columns = ["", "models", "number", "FLOP of each", "memory"]
-    notes = dict.fromkeys(note for told in found.values() for note in told["notes"])
+    notes = dict.fromkeys(note for stage in found.values() for note in stage["notes"])
     return [
-        table("Stages", columns, [_stage(name, told) for name, told in found.items()]),
+        table("Stages", columns, [_stage(name, stage) for name, stage in found.items()]),
         Text("Memory by part, estimated", "bold"),
         *parts,
         *_times(found),
@@ -280,22 +280,22 @@ def _stages_page(found: dict[str, dict[str, Any]]) -> list[Any]:
     ]
 
 
-def _stage(name: str, told: dict[str, Any]) -> list[str]:
+def _stage(name: str, stage: dict[str, Any]) -> list[str]:
     from distillm_cli.ui.display import size
 
-    models, trains = told["models"], "step_flops" in told
+    models, trains = stage["models"], "step_flops" in stage
     if trains:
         which = " → ".join(_count(models[model]["parameters"]) for model in ("teacher", "student") if model in models)
-        count, what, work = told["steps"], "steps", told["step_flops"].values()
+        count, what, work = stage["steps"], "steps", stage["step_flops"].values()
     else:
         which = ", ".join(dict.fromkeys(_count(model["parameters"]) for model in models.values()))
-        count, what, work = told["responses"], "answers", told["response_flops"]
+        count, what, work = stage["responses"], "answers", stage["response_flops"]
     number = f"{'–' if count is None else f'{count:,}'} {what}"
-    return [name, which, number, _amounts(work), size(told["memory"]["total"])]
+    return [name, which, number, _amounts(work), size(stage["memory"]["total"])]
 
 
 def _amounts(numbers: Iterable[float]) -> str:
-    """3.01–16.3 T, 292 M: the least and the most, in the unit of the most."""
+    """Return the least and the most in the unit of the most: 3.01–16.3 T."""
     from distillm_cli.ui.display import amount
 
     least, most = min(numbers), max(numbers)
@@ -306,22 +306,22 @@ def _amounts(numbers: Iterable[float]) -> str:
 
 
 def _times(found: dict[str, dict[str, Any]]) -> list[Any]:
-    """Of whole stages where it is known how much there is to do, else of a step or an answer."""
+    """Return the times of whole stages where the amount of work is known, else of a step or an answer."""
     from distillm_cli.ui.summary import table
 
     gpus = list(next(iter(found.values()))["gpus"])
     whole, each = [], []
-    for name, told in found.items():
-        entries = [told["gpus"][gpu] for gpu in gpus]
+    for name, stage in found.items():
+        entries = [stage["gpus"][gpu] for gpu in gpus]
         is_known = "run_s" in entries[0]
-        what = "run_s" if is_known else "step_s" if "step_flops" in told else "response_s"
+        what = "run_s" if is_known else "step_s" if "step_flops" in stage else "response_s"
         times = [entry[what].values() if what == "step_s" else entry[what] for entry in entries]
         cells = [_span(t) if entry["fits"] else "too large" for t, entry in zip(times, entries, strict=True)]
         (whole if is_known else each).append([name, *cells])
     if len(whole) > 1:
         total = ["all together" if not each else "together"]
         for gpu in gpus:
-            known = [told["gpus"][gpu] for told in found.values() if "run_s" in told["gpus"][gpu]]
+            known = [stage["gpus"][gpu] for stage in found.values() if "run_s" in stage["gpus"][gpu]]
             spans = [sum(entry["run_s"][i] for entry in known) for i in (0, 1)]
             total.append(_span(spans) if all(entry["fits"] for entry in known) else "–")
         whole.append(total)
