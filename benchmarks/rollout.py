@@ -25,8 +25,8 @@ from tokenizers import Tokenizer, models
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.rollouts.rollout import sample
-from distillm_cli.rollouts.sampling import Sampling
+from distillm_cli.rollouts.next_token import Sampling
+from distillm_cli.rollouts.sampler import sample
 
 GOALS = {"equal batch": 3.0, "bulk 8": 5.0}
 

@@ -64,7 +64,8 @@ def rows_case(rows: int) -> dict:
 
     from distillm_cli.models.backbone import Backbone
     from distillm_cli.teachers import teacher_cache
-    from distillm_cli.teachers.teacher import Teacher
+    from distillm_cli.teachers.cached import CachedTeacher
+    from distillm_cli.teachers.local import LocalTeacher
     from distillm_cli.types import Sequence, collate
     from tests import tiny
 
@@ -74,7 +75,7 @@ def rows_case(rows: int) -> dict:
         for row in range(rows)
     ]  # fmt: skip
     fields = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
-    teacher = Teacher(Backbone(tiny.model("llama", len(tokenizer), **fields), tokenizer))
+    teacher = LocalTeacher(Backbone(tiny.model("llama", len(tokenizer), **fields), tokenizer))
     with tempfile.TemporaryDirectory() as directory:
         key = teacher_cache.Key("scale", str(rows))
         place = teacher_cache.place_of(Path(directory), key)
@@ -84,7 +85,7 @@ def rows_case(rows: int) -> dict:
         states = teacher_cache.read(place, key, sequences, lambda event: None)
         opened = time.perf_counter()
         before = resident("VmRSS")
-        reader = Teacher(teacher.model, mode="disk", rows=states)
+        reader = CachedTeacher(teacher.model, mode="disk", rows=states)
         batches = [[sequences[i] for i in random.integers(0, rows, 64)] for _ in range(200)]
         reading = time.perf_counter()
         for batch in batches:

@@ -67,8 +67,9 @@ class Ours:
         from distillm_cli.losses.student_loss import StudentLoss
         from distillm_cli.models.pair import load_pair
         from distillm_cli.rollouts.scheduler import Source
-        from distillm_cli.teachers.teacher import Teacher
-        from distillm_cli.types import Sequence
+        from distillm_cli.teachers.cached import CachedTeacher
+        from distillm_cli.teachers.local import LocalTeacher
+        from distillm_cli.types import Rollout
 
         save_models(shape, directory)
         recipe = schema.Recipe(
@@ -80,18 +81,19 @@ class Ours:
         self.device = torch.device("cpu")
         self.pair = load_pair(recipe, device=self.device)
         self.batch_size = shape.batch
-        self.student, self.teacher = self.pair.student, Teacher(self.pair.teacher)
+        self.student = self.pair.student
+        self.teacher = LocalTeacher(self.pair.teacher)
         self.objective = StudentLoss(
             self.student,
             objectives.build(recipe.objective),
             teacher_head=self.teacher.head,
             matmul_dtype=torch.bfloat16,
         ).train()
-        self.terms = self.objective.criterion.terms(Source.DATASET)
+        self.terms = self.objective.criterion.weights(Source.DATASET)
         random, sizes = np.random.default_rng(0), (shape.prompt, shape.response)
         rows = [[random.integers(0, shape.vocab, n, dtype=np.int32) for n in sizes] for _ in range(shape.batch)]
-        self.sequences = [Sequence(prompt, response, row) for row, (prompt, response) in enumerate(rows)]
-        self.cached = Teacher(self.pair.teacher, remembers=True)  # the first answer is kept
+        self.sequences = [Rollout(prompt, response, row) for row, (prompt, response) in enumerate(rows)]
+        self.cached = CachedTeacher(self.pair.teacher, mode="memory", caches_rollouts=True)  # the first answer is kept
 
     def update(self, teacher) -> float:
         """What the engine does in a step, up to the optimizer; the loss per token."""

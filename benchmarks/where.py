@@ -62,18 +62,18 @@ def main() -> int:
 
         from distillm_cli.cli.app import main as distillm
         from distillm_cli.losses import student_loss
-        from distillm_cli.rollouts import rollout
+        from distillm_cli.rollouts import sampler
         from distillm_cli.runs import report, train
-        from distillm_cli.teachers import teacher
-        from distillm_cli.training.engine import Engine
+        from distillm_cli.teachers.local import LocalTeacher
+        from distillm_cli.training.trainer import Trainer
     stages.watch(train, "prepare", "prepare: rows, models, tokens")
     stages.watch(train, "open_teacher", "open the teacher")
-    stages.watch(Engine, "_validate", "validation")
-    stages.watch(Engine, "_save", "checkpoint")
-    stages.watch(Engine, "_gradients", "step: backbones' backward, and the rest")
-    stages.watch(Engine, "_apply", "step: optimizer")
-    stages.watch(rollout, "sample", "rollouts")
-    stages.watch(teacher.Teacher, "_ask", "step: teacher forward")
+    stages.watch(Trainer, "validate", "validation")
+    stages.watch(Trainer, "save", "checkpoint")
+    stages.watch(Trainer, "_forward_backward", "step: backward")
+    stages.watch(Trainer, "train_step", "step: the rest")
+    stages.watch(sampler, "sample", "rollouts")
+    stages.watch(LocalTeacher, "compute", "step: teacher forward")
     stages.watch(student_loss, "fused_loss", "step: fused loss, gradients of the heads included")
     stages.watch(student_loss.StudentLoss, "forward", "step: student forward")
     stages.watch(torch.optim.AdamW, "step", "step: optimizer")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 
-@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Sequence:
     """Hold one prompt and one response as token ids (int32 arrays).
 
@@ -37,6 +37,23 @@ class Sequence:
     def supervised(self) -> int:
         """Return the number of supervised tokens: those of ``turns`` and of the response."""
         return len(self.response) + (0 if self.turns is None else len(self.turns))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rollout(Sequence):
+    """Hold a sampled response, with what was computed for it.
+
+    log_probs_N3: log-probabilities of its tokens under teacher, student and sampler when it was sampled (see
+    ``rollouts.mixture``), nats, float32 on the CPU; None where the sampler gives none. teacher_hidden_ND: the teacher's
+    hidden states, on the CPU, once ``cache_teacher_hidden`` was called.
+    """
+
+    log_probs_N3: torch.Tensor | None = None
+    teacher_hidden_ND: torch.Tensor | None = None
+
+    def cache_teacher_hidden(self, hidden_ND: torch.Tensor | None) -> None:
+        """Set the teacher's hidden states, or drop them. They leave memory with the rollout."""
+        object.__setattr__(self, "teacher_hidden_ND", hidden_ND)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -122,6 +122,9 @@ class ObjectiveConfig(DivergenceConfig):
 
 def _member(name: str, entry: Any) -> type[ObjectiveConfig]:
     """Create the objective section of one divergence: the common fields and the divergence's own."""
+    own = set() if entry.config is None else set(entry.config.model_fields) - set(DivergenceConfig.model_fields)
+    if taken := own & set(ObjectiveConfig.model_fields):
+        raise TypeError(f"its parameter {min(taken)} is a key of every objective; give it another name")
     bases = (ObjectiveConfig,) if entry.config is None else (ObjectiveConfig, entry.config)
     member = create_model(
         f"{entry.divergence.__name__}Objective",
@@ -134,10 +137,16 @@ def _member(name: str, entry: Any) -> type[ObjectiveConfig]:
     return member
 
 
-OBJECTIVE = TaggedUnion(
-    tag="divergence",
-    default=DEFAULT,
-    base=ObjectiveConfig,
-    members={name: _member(name, entry) for name, entry in plugins.divergences.items()},
-)
+def _members() -> dict[str, type[ObjectiveConfig]]:
+    """Create the sections of all divergences; one of another package that is not possible is rejected with a warning."""
+    found = {}
+    for name, entry in list(plugins.divergences.items()):
+        try:
+            found[name] = _member(name, entry)
+        except Exception as error:
+            plugins.divergences.reject(name, error)
+    return found
+
+
+OBJECTIVE = TaggedUnion(tag="divergence", default=DEFAULT, base=ObjectiveConfig, members=_members())
 plugins.divergences.close("the schema of recipes")

@@ -15,7 +15,7 @@ from distillm_cli.data.rows import Row
 from distillm_cli.data.sources import load_rows
 from distillm_cli.errors import DataError
 from distillm_cli.training.events import Listener, Note, silent
-from distillm_cli.types import Sequence
+from distillm_cli.types import Rollout
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +53,7 @@ def read_beforehand(data: DataConfig, rows: SequenceOf[Row], listener: Listener 
 
 def encoded(
     beforehand: Beforehand, examples: Examples, encoder: Encoder, context: int | None
-) -> dict[int, list[Sequence]]:
+) -> dict[int, list[Rollout]]:
     """The samples of each training row, in the order of the file; one that is too long is cut, as a rollout would be.
 
     Raises DataError for a conversation without a sample.
@@ -73,9 +73,9 @@ def encoded(
         replace(examples.rows[i], references=sample.references, answer=None, raw=sample.raw, cut=sample.cut)
         for i, sample in pairs
     ]
-    sequences: dict[int, list[Sequence]] = defaultdict(list)
+    sequences: dict[int, list[Rollout]] = defaultdict(list)
     for (i, _), sequence in zip(pairs, cutting.sequences(answered, context=context), strict=True):
-        sequences[i].append(replace(sequence, row=i))
+        sequences[i].append(Rollout(sequence.prompt, sequence.response, i, sequence.turns))
     return dict(sequences)
 
 

@@ -23,7 +23,7 @@ from distillm_cli.errors import DataError
 from distillm_cli.evaluation.metrics import Metric, RatioMetric, RatioParts, metric_of, ratio, undefined_on
 from distillm_cli.evaluation.reasoning import without_reasoning
 from distillm_cli.evaluation.suites import Suite
-from distillm_cli.rollouts.rollout import Decoder, Sampled, Sampling, sample_all
+from distillm_cli.rollouts.sampler import Decoder, SampledOutput, Sampling, sample_all
 from distillm_cli.training.events import Listener, Warned, silent
 
 GREEDY = "greedy"
@@ -207,7 +207,7 @@ def _compared(texts: SequenceOf[str], config: schema.EvalConfig) -> tuple[str, .
     return tuple(map(without_reasoning, texts)) if config.strip_reasoning else tuple(texts)
 
 
-def _answer(output: str, sample: Sampled, references: SequenceOf[str], config: schema.EvalConfig) -> Answer:
+def _answer(output: str, sample: SampledOutput, references: SequenceOf[str], config: schema.EvalConfig) -> Answer:
     (text,) = _compared([output], config)
     metrics = [metric_of(name, config.rouge_tokenizer) for name in config.metrics]
     ratios = [metric for metric in metrics if isinstance(metric, RatioMetric)]

@@ -144,6 +144,12 @@ class DivergenceEntry:
         """Build the divergence with its default parameters."""
         return self.build((self.config or DivergenceConfig)(divergence=self.name))
 
+    def check(self) -> None:
+        """Raise an error where the registration cannot work."""
+        if self.config is not None and not issubclass(self.config, DivergenceConfig):
+            raise TypeError(f"{self.config.__name__}, the parameters of {self.name}, is no DivergenceConfig")
+        self.default().halves()
+
     def is_own_half(self, half: int) -> bool:
         """Return whether the forward (0) or reverse (1) half is the divergence itself."""
         whole = self.default()
@@ -174,7 +180,6 @@ def register_divergence(
 
     def register(divergence: type[Divergence]) -> type[Divergence]:
         entry = DivergenceEntry(name, divergence, config, objective)
-        entry.default()  # fails here, and not in everybody's recipes, where it cannot be built
         plugins.divergences.register(name, entry, divergence.__module__)
         return divergence
 

@@ -20,10 +20,8 @@ Shape letters: N supervised tokens of a micro-batch; 3 what ``mixture`` says of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -34,7 +32,7 @@ from distillm_cli.losses.objectives import KD, STUDENT_OUTPUTS, SourceBatch, Tok
 from distillm_cli.losses.weights import LossWeights, TokenWeights
 from distillm_cli.rollouts.mixture import LOG_DRAWN, LOG_P, LOG_Q
 from distillm_cli.rollouts.scheduler import Source
-from distillm_cli.types import Sequence
+from distillm_cli.types import Rollout
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,73 +82,59 @@ class MiniLLM(KD):
     def __init__(self, config: ObjectiveConfig):
         super().__init__(config)
         self.rows_beside = config.row_weight > 0
-        self._told: WeakKeyDictionary[Sequence, Tensor] = WeakKeyDictionary()
         self._reward: float | None = None
 
     @property
     def name(self) -> str:
         return f"PG + {self.config.divergence}"
 
-    def note(self, sequence: Sequence, told_N3: Tensor) -> None:
-        """Takes what the sampler says of a fresh output."""
-        self._told[sequence] = told_N3
-
-    def terms(self, source: Source, progress: float = 1.0) -> LossWeights:
+    def weights(self, source: Source, progress: float = 1.0) -> LossWeights:
         if source in STUDENT_OUTPUTS:
             return LossWeights(kd=1.0, ce=0.0, divergence=self.divergence)
-        of_rows = super().terms(source, progress)
+        of_rows = super().weights(source, progress)
         return LossWeights(of_rows.kd, of_rows.ce, KL())
 
-    def look_ahead(
-        self, pieces: SequenceOf[SourceBatch], readings: SequenceOf[TokenLogProbs], progress: float
+    def begin_step(
+        self, parts: SequenceOf[SourceBatch], log_probs: SequenceOf[TokenLogProbs], progress: float
     ) -> list[TokenWeights | None]:
-        outputs = [s for piece in pieces if piece.source in STUDENT_OUTPUTS for s in piece.sequences]
-        rows = [s for piece in pieces if piece.source not in STUDENT_OUTPUTS for s in piece.sequences]
+        outputs = [s for part in parts if part.source in STUDENT_OUTPUTS for s in part.sequences]
+        rows = [s for part in parts if part.source not in STUDENT_OUTPUTS for s in part.sequences]
         self._reward = self._reward_of(outputs) if outputs else None
         if not outputs:
-            return [None] * len(pieces)
+            return [None] * len(parts)
         # The engine divides by all of them: a mean over a part is a sum that weighs all/part.
         everything = self.count(outputs) + self.count(rows)
         of_outputs = min(1.0, progress / self.config.kd_warmup) if self.config.kd_warmup else 1.0
         of_outputs *= everything / self.count(outputs)
         of_rows = self.config.row_weight * everything / max(self.count(rows), 1)
         own = []
-        for piece in pieces:
-            N = sum(s.supervised for s in piece.sequences)
-            if piece.source in STUDENT_OUTPUTS:
-                own.append(self._of_outputs(piece.sequences, torch.full((N,), of_outputs)))
+        for part in parts:
+            N = sum(s.supervised for s in part.sequences)
+            if part.source in STUDENT_OUTPUTS:
+                own.append(self._of_outputs(part.sequences, torch.full((N,), of_outputs)))
             else:
                 own.append(TokenWeights(weights_N=torch.full((N,), of_rows)))
         return own
 
-    def _of_outputs(self, sequences: SequenceOf[Sequence], weights_N: Tensor) -> TokenWeights:
-        told_N3 = torch.cat([self._told[s] for s in sequences])
-        rewards = [self._told[s][:, LOG_P] - self._told[s][:, LOG_Q] for s in sequences]
+    def _of_outputs(self, sequences: SequenceOf[Rollout], weights_N: Tensor) -> TokenWeights:
+        log_probs_N3 = torch.cat([s.log_probs_N3 for s in sequences])
+        rewards = [s.log_probs_N3[:, LOG_P] - s.log_probs_N3[:, LOG_Q] for s in sequences]
         surrogate = ClippedSurrogate(
-            torch.cat([advantages(r_N) for r_N in rewards]), told_N3[:, LOG_DRAWN], self.config.ratio_clip
+            torch.cat([advantages(r_N) for r_N in rewards]), log_probs_N3[:, LOG_DRAWN], self.config.ratio_clip
         )
-        return TokenWeights(weights_N=weights_N, kd_weights_N=_weights(told_N3), surrogate=surrogate)
+        return TokenWeights(weights_N=weights_N, kd_weights_N=_weights(log_probs_N3), surrogate=surrogate)
 
-    def _reward_of(self, outputs: SequenceOf[Sequence]) -> float:
-        told_N3 = torch.cat([self._told[s] for s in outputs])
-        w_N = _weights(told_N3)
-        return float((w_N * (told_N3[:, LOG_P] - told_N3[:, LOG_Q])).sum() / w_N.sum().clamp_min(1e-12))
+    def _reward_of(self, outputs: SequenceOf[Rollout]) -> float:
+        log_probs_N3 = torch.cat([s.log_probs_N3 for s in outputs])
+        w_N = _weights(log_probs_N3)
+        return float((w_N * (log_probs_N3[:, LOG_P] - log_probs_N3[:, LOG_Q])).sum() / w_N.sum().clamp_min(1e-12))
 
     def figures(self) -> dict[str, float]:
         """reward: mean of log p − log q per token of the step's outputs when they were sampled, nats, weighted back from
         the mixture to the student: an estimate of −KL(q ‖ p) per token."""
         return {} if self._reward is None else {"reward": self._reward}
 
-    def pack(self, sequences: Iterable[Sequence], prefix: str) -> dict[str, Tensor]:
-        told = [self._told[s] for s in sequences]
-        return {f"{prefix}.sampler": torch.cat(told)} if told else {}
 
-    def unpack(self, tensors: dict[str, Tensor], prefix: str, sequences: SequenceOf[Sequence]) -> None:
-        if sequences:
-            parts = tensors[f"{prefix}.sampler"].split([s.supervised for s in sequences])
-            self._told.update(zip(sequences, parts, strict=True))
-
-
-def _weights(told_N3: Tensor) -> Tensor:
+def _weights(log_probs_N3: Tensor) -> Tensor:
     """w = q/p̃ when the tokens were drawn."""
-    return (told_N3[:, LOG_Q] - told_N3[:, LOG_DRAWN]).exp()
+    return (log_probs_N3[:, LOG_Q] - log_probs_N3[:, LOG_DRAWN]).exp()

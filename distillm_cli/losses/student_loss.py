@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from distillm_cli.losses.fused import HeadLike, fused_loss, target_log_probs
 from distillm_cli.losses.objectives import Objective, TokenLogProbs
 from distillm_cli.losses.weights import NO_WEIGHTS, LossWeights, TokenWeights
-from distillm_cli.teachers.teacher import Model
+from distillm_cli.teachers.local import LanguageModel
 from distillm_cli.training.events import Listener, Note, silent
 from distillm_cli.types import Batch
 
@@ -23,13 +23,13 @@ from distillm_cli.types import Batch
 class StudentLoss(nn.Module):
     """Join the student and the objective of its training.
 
-    student: an ``nn.Module`` with the interface of ``Model``. teacher_head: needed for any divergence. matmul_dtype: of the
+    student: an ``nn.Module`` that is a ``LanguageModel``. teacher_head: needed for any divergence. matmul_dtype: of the
     student's head. router_aux: weight of the auxiliary loss of a mixture of experts' routers, in training.
     """
 
     def __init__(
         self,
-        student: Model,
+        student: LanguageModel,
         criterion: Objective,
         *,
         teacher_head: HeadLike | None = None,
@@ -100,13 +100,13 @@ class StudentLoss(nn.Module):
         return joined([hidden_ND for hidden_ND, _ in found]), balance
 
     @torch.no_grad()
-    def read(self, batches: SequenceOf[Batch], teacher_hidden_ND: Tensor | None) -> TokenLogProbs:
+    def log_probs(self, batches: SequenceOf[Batch], teacher_hidden_ND: Tensor | None) -> TokenLogProbs:
         """Return the log-probabilities of the batches' own tokens that the objective needs, without a graph."""
         log_p_N = log_q_N = None
         targets_N = torch.cat([batch.targets_N for batch in batches])
-        if "teacher" in self.criterion.looks_at:
+        if "teacher" in self.criterion.needs_log_probs_of:
             log_p_N = target_log_probs(teacher_hidden_ND, self._teacher_head(), targets_N, chunk=self.chunk)
-        if "student" in self.criterion.looks_at:
+        if "student" in self.criterion.needs_log_probs_of:
             log_q_N = target_log_probs(
                 joined([self.student.hidden(batch) for batch in batches]),
                 self.student.head(),

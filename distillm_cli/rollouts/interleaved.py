@@ -1,10 +1,10 @@
-"""Speculative knowledge distillation (arXiv 2410.11325, Algorithm 1): the student drafts, the teacher mends.
+"""Sample by speculative knowledge distillation (arXiv 2410.11325, Algorithm 1): the student drafts, the teacher corrects.
 
-The student drafts γ tokens; the teacher reads them at once. The first that is not among its K likeliest at that place is
-replaced by a draw of its own, what was drafted behind it is thrown away, and the student goes on from there. So the law of a
-token, given what stands before it, is the student's with the mass outside the teacher's K likeliest handed to the teacher's
-law; γ changes how often the teacher is asked and nothing else. Token t of a row is drafted and mended with the t-th uniforms
-of the row's two Philox streams, so the very outputs do not depend on γ either, nor on the company of a row.
+The student drafts γ tokens; the teacher scores them in one pass. The first that is not among its K most likely tokens there
+is replaced by a token sampled from the teacher, the drafts after it are discarded, and the student continues from there. So
+the distribution of a token given its prefix is the student's, with the mass outside the teacher's top K moved to the
+teacher's distribution; γ changes how often the teacher runs and nothing else. Token t of a row is drafted and corrected
+with the t-th uniforms of the row's two Philox streams, so the outputs depend neither on γ nor on the batch composition.
 
 Shape letters: B rows, G tokens drafted, T time, V vocabulary.
 """
@@ -19,33 +19,33 @@ import torch
 from torch import Tensor
 
 from distillm_cli.config.schema import RolloutConfig
-from distillm_cli.rollouts.rollout import Decoder, Decoding, Sampled, Width, in_groups, room, uniforms
-from distillm_cli.rollouts.sampling import Sampling, check_chosen, choose
+from distillm_cli.rollouts.next_token import Sampling, check_chosen, choose
+from distillm_cli.rollouts.sampler import Decoder, DecodeWidth, Decoding, SampledOutput, in_groups, room, uniforms
 from distillm_cli.training.events import Listener, silent
-from distillm_cli.types import Sequence
+from distillm_cli.types import Rollout, Sequence
 
 
 class Blocks(Decoding, Protocol):
-    """A batch being decoded whose latest tokens can be taken back."""
+    """A batch being decoded whose latest tokens can be removed again."""
 
     def logits_after(self, tokens_BG: Tensor) -> Tensor:
-        """Appends these tokens; next-token logits [B, G, V], float32, after each."""
+        """Append these tokens; return next-token logits [B, G, V], float32, after each."""
 
     def retract(self, counts_B: Tensor) -> None:
-        """Takes back so many of each row's latest tokens."""
+        """Remove this many of each row's latest tokens."""
 
 
 class Drafter(Decoder, Protocol):
     device: torch.device
 
     def decode_blocks(self, prompts: SequenceOf[np.ndarray]) -> Blocks | None:
-        """As ``decode``; None for a model that cannot take tokens back, which then drafts one at a time."""
+        """Decode as ``decode`` does; None for a model that cannot remove tokens, which then drafts one at a time."""
 
 
-class InterleavedRollouts:
-    """Rollouts of a student that a teacher mends.
+class InterleavedSampler:
+    """Sample student drafts that the teacher corrects.
 
-    drafting, mending: how the student and the teacher sample; of the first also K (``accept``), γ (``draft``) and the
+    drafting, correcting: how the student and the teacher sample; the first also has K (``accept``), γ (``draft``) and the
     longest output. max_length: prompt + response, tokens. seed: with the step it fixes the draw.
     """
 
@@ -54,36 +54,38 @@ class InterleavedRollouts:
         student: Drafter,
         teacher: Drafter,
         drafting: RolloutConfig,
-        mending: RolloutConfig,
+        correcting: RolloutConfig,
         *,
         max_length: int,
         seed: int,
         listener: Listener = silent,
     ):
-        self.student, self.teacher, self.max_length, self.seed = student, teacher, max_length, seed
-        self.drafting, self.mending = (
-            Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
-            for config in (drafting, mending)
-        )
-        self.accept, self.draft = drafting.accept, drafting.draft
-        self.width = Width(listener)
+        self.student = student
+        self.teacher = teacher
+        self.max_length = max_length
+        self.seed = seed
+        self.drafting = _sampling(drafting)
+        self.correcting = _sampling(correcting)
+        self.accept = drafting.accept
+        self.draft = drafting.draft
+        self.width = DecodeWidth(listener)
 
     @torch.no_grad()
-    def sample(self, prompts: SequenceOf[Sequence], step: int) -> list[Sequence]:
+    def sample(self, prompts: SequenceOf[Sequence], step: int) -> list[Rollout]:
         contexts = [model.context for model in (self.student, self.teacher) if model.context is not None]
         context = min(contexts, default=None)
         ids = [s.prompt for s in prompts]
         rooms = [room(len(p), self.drafting, context, self.max_length - len(p)) for p in ids]
         keys = [(step << 24) + i for i in range(len(prompts))]
-        outputs = in_groups(len(prompts), self.width, lambda now: self._side_by_side(ids[now], keys[now], rooms[now]))
-        return [Sequence(s.prompt, out.tokens, s.row) for s, out in zip(prompts, outputs, strict=True)]
+        outputs = in_groups(len(prompts), self.width, lambda now: self._sample_group(ids[now], keys[now], rooms[now]))
+        return [Rollout(s.prompt, out.tokens, s.row) for s, out in zip(prompts, outputs, strict=True)]
 
-    def _side_by_side(
+    def _sample_group(
         self, prompts: SequenceOf[np.ndarray], keys: SequenceOf[int], rooms: SequenceOf[int]
-    ) -> list[Sampled]:
+    ) -> list[SampledOutput]:
         B, horizon, rooms_B = len(prompts), max(rooms), np.array(rooms)
         drafting_BT = uniforms([(self.seed, key) for key in keys], horizon)
-        mending_BT = uniforms([(self.seed + MENDING, key) for key in keys], horizon)
+        correcting_BT = uniforms([(self.seed + _CORRECTING, key) for key in keys], horizon)
         stops = np.array(sorted(self.student.stop_ids), dtype=np.int64)
         tokens_BT, counts_B = np.zeros((B, horizon), dtype=np.int32), np.zeros(B, dtype=np.int64)
         complete_B = np.zeros(B, dtype=bool)
@@ -94,16 +96,18 @@ class InterleavedRollouts:
             G = min(most, int((rooms_B - counts_B)[live].min()))  # never past a context
             places_BG = counts_B[live, None] + np.arange(G)
             drafts_BG = self._drafts(student, last, drafting_BT[live[:, None], places_BG])
-            is_none_BG = drafts_BG < 0  # some token stands for it, until that is seen below
+            is_none_BG = drafts_BG < 0  # replaced by token 0 until it is checked below
             drafts_BG.clamp_min_(0)
-            told_BGV = _verdicts(teacher, last, drafts_BG)
-            kept_B = self._kept(told_BGV, drafts_BG)  # drafted tokens before the first that is not accepted
-            is_mended_B = kept_B < G
-            at_B = kept_B.clamp_max(G - 1)
+            teacher_logits_BGV = _teacher_logits(teacher, last, drafts_BG)
+            accepted_B = self._count_accepted(
+                teacher_logits_BGV, drafts_BG
+            )  # drafted tokens before the first rejected one
+            is_corrected_B = accepted_B < G
+            at_B = accepted_B.clamp_max(G - 1)
             rows_B = torch.arange(len(live), device=at_B.device)
-            uniforms_B = mending_BT[live, counts_B[live] + at_B.cpu().numpy()]
-            mended_B = choose(told_BGV[rows_B, at_B], self.mending, torch.from_numpy(uniforms_B))
-            drafts_BG[rows_B, at_B] = torch.where(is_mended_B, mended_B, drafts_BG[rows_B, at_B])
+            uniforms_B = correcting_BT[live, counts_B[live] + at_B.cpu().numpy()]
+            corrected_B = choose(teacher_logits_BGV[rows_B, at_B], self.correcting, torch.from_numpy(uniforms_B))
+            drafts_BG[rows_B, at_B] = torch.where(is_corrected_B, corrected_B, drafts_BG[rows_B, at_B])
             sizes_B, found_BG = (at_B + 1).cpu().numpy(), drafts_BG.masked_fill(is_none_BG, -1).cpu().numpy()
             check_chosen(found_BG)
             for b, (row, size) in enumerate(zip(live, sizes_B, strict=True)):
@@ -114,7 +118,7 @@ class InterleavedRollouts:
                 counts_B[row] += size
             last = drafts_BG[rows_B, at_B]
             if G > 1:
-                surplus_B = G - 1 - at_B  # behind a mended token; the last draft was read by neither
+                surplus_B = G - 1 - at_B  # after a corrected token; neither model has read the last draft
                 student.retract(surplus_B)
                 teacher.retract(surplus_B)
             left = ~complete_B[live] & (counts_B[live] < rooms_B[live])
@@ -124,10 +128,10 @@ class InterleavedRollouts:
                 teacher.keep(rows)
                 last = last[rows]
             live = live[left]
-        return [Sampled(tokens_BT[i, :n].copy(), bool(complete_B[i])) for i, n in enumerate(counts_B)]
+        return [SampledOutput(tokens_BT[i, :n].copy(), bool(complete_B[i])) for i, n in enumerate(counts_B)]
 
     def _start(self, prompts: SequenceOf[np.ndarray]) -> tuple[Decoding, Decoding, int]:
-        """Both models on the prompts, and how many tokens may be drafted at once."""
+        """Prefill both models; return them and how many tokens may be drafted at once."""
         if self.draft > 1:
             student = self.student.decode_blocks(prompts)
             with torch.autocast(self.teacher.device.type, enabled=False):  # the teacher in its own dtype
@@ -146,18 +150,22 @@ class InterleavedRollouts:
             last = drafts[-1].clamp_min(0)
         return torch.stack(drafts, dim=1)
 
-    def _kept(self, told_BGV: Tensor, drafts_BG: Tensor) -> Tensor:
-        """How many drafted tokens stand before the first that K or more others are likelier than, for the teacher."""
-        drafted_BG1 = told_BGV.gather(-1, drafts_BG.to(told_BGV.device)[..., None])
-        is_kept_BG = (told_BGV > drafted_BG1).sum(-1) < self.accept
-        return is_kept_BG.long().cumprod(-1).sum(-1)
+    def _count_accepted(self, teacher_logits_BGV: Tensor, drafts_BG: Tensor) -> Tensor:
+        """Return how many drafted tokens precede the first one outside the teacher's top K."""
+        drafted_BG1 = teacher_logits_BGV.gather(-1, drafts_BG.to(teacher_logits_BGV.device)[..., None])
+        is_accepted_BG = (teacher_logits_BGV > drafted_BG1).sum(-1) < self.accept
+        return is_accepted_BG.long().cumprod(-1).sum(-1)
 
 
-MENDING = 1 << 33  # added to the seed for the teacher's uniforms
+def _sampling(config: RolloutConfig) -> Sampling:
+    return Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
 
 
-def _verdicts(teacher: Decoding, last: Tensor | None, drafts_BG: Tensor) -> Tensor:
-    """The teacher's next-token logits [B, G, V] at the place of each drafted token."""
+_CORRECTING = 1 << 33  # added to the seed for the teacher's uniforms
+
+
+def _teacher_logits(teacher: Decoding, last: Tensor | None, drafts_BG: Tensor) -> Tensor:
+    """Return the teacher's next-token logits [B, G, V] at the position of each drafted token."""
     if drafts_BG.shape[1] == 1:
         return teacher.logits(last)[:, None]
     if last is None:

@@ -1,16 +1,15 @@
-"""Sampling from student and teacher together: each token from p̃ = α·p + (1 − α)·q, p the teacher, q the student.
+"""Sample from student and teacher together: each token from p̃ = α·p + (1 − α)·q, p the teacher, q the student.
 
-So says MiniLLM (Gu et al., arXiv 2306.08543, section 2.2): a student alone finds outputs that fool the reward, the teacher
-keeps the samples sensible, and because p̃ is known, a weight q/p̃ puts things right (``policy_gradient``). Both models
-decode the same prompts side by side, each with its own cache, and the one sampler draws from their mixture; nothing else
-is new, so rows keep their own random streams and finished ones leave the batch.
+MiniLLM (Gu et al., arXiv 2306.08543, section 2.2): a student alone finds outputs that exploit the reward, the teacher keeps
+the samples sensible, and because p̃ is known, a weight q/p̃ corrects for it (``MiniLLM`` in ``losses``). Both models decode
+the same prompts, each with its own cache, and ``sampler`` draws from their mixture; rows keep their own random streams and
+finished ones leave the batch.
 
 Shape letters: B rows, V vocabulary, N tokens of an output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from contextlib import ExitStack
 
@@ -20,21 +19,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distillm_cli.config.schema import RolloutConfig
-from distillm_cli.rollouts.rollout import Decoder, Decoding, SampledRollouts
-from distillm_cli.rollouts.sampling import Sampling, distribution
+from distillm_cli.rollouts.next_token import Sampling, distribution
+from distillm_cli.rollouts.sampler import Decoder, Decoding, ModelSampler
 from distillm_cli.training.events import Listener, silent
-from distillm_cli.types import Sequence
 
-# What is said of each token, in this order: log-probabilities under the teacher and the student as they are, and under
-# what it was drawn from.
+# Columns of ``Rollout.log_probs_N3``: under the teacher and the student as they are, and under the distribution that the
+# token was drawn from.
 LOG_P, LOG_Q, LOG_DRAWN = range(3)
 
 
-class MixtureRollouts(SampledRollouts):
-    """Rollouts drawn from the mixture.
+class MixtureSampler(ModelSampler):
+    """Sample from the mixture; rollouts carry their log-probabilities [N, 3].
 
     config: the recipe's ``rollout`` section; ``teacher_mix`` is α, and temperature, top-k and top-p shape each model's
-    distribution before they are mixed. note: told each output's log-probabilities [N, 3], nats, float32 on the CPU.
+    distribution before they are mixed.
     """
 
     def __init__(
@@ -45,31 +43,25 @@ class MixtureRollouts(SampledRollouts):
         *,
         max_length: int,
         seed: int,
-        note: Callable[[Sequence, Tensor], None],
         listener: Listener = silent,
     ):
         shape = Sampling(config.temperature, config.top_p, config.top_k)
         plain = config.model_copy(update={"temperature": 1.0, "top_p": 1.0, "top_k": 0})
         mixture = Mixture(student, teacher, config.teacher_mix, shape)
-        super().__init__(mixture, plain, max_length=max_length, seed=seed, listener=listener)
-        self.note = note
-
-    def sample(self, prompts: SequenceOf[Sequence], step: int) -> list[Sequence]:
-        made = []
-        for prompt, out in self.outputs(prompts, step, telling=True):
-            made.append(Sequence(prompt.prompt, out.tokens, prompt.row))
-            self.note(made[-1], torch.from_numpy(out.told))
-        return made
+        super().__init__(mixture, plain, max_length=max_length, seed=seed, with_log_probs=True, listener=listener)
 
 
 class Mixture:
-    """Two decoders as one, whose next-token distribution is α times the teacher's plus 1 − α times the student's.
+    """Join two decoders into one, whose next-token distribution is α times the teacher's plus 1 − α times the student's.
 
     Stop tokens are the student's, for the outputs are its own.
     """
 
     def __init__(self, student: Decoder, teacher: Decoder, alpha: float, shape: Sampling):
-        self.student, self.teacher, self.alpha, self.shape = student, teacher, alpha, shape
+        self.student = student
+        self.teacher = teacher
+        self.alpha = alpha
+        self.shape = shape
         self.context = min((d.context for d in (student, teacher) if d.context is not None), default=None)
         self.stop_ids = student.stop_ids
         self.forced_first = student.forced_first
@@ -80,7 +72,7 @@ class Mixture:
 
     def decode(self, prompts: SequenceOf[np.ndarray]) -> _MixtureDecoding:
         student = self.student.decode(prompts)
-        # The teacher speaks in its own dtype, whatever the student computes in.
+        # The teacher computes in its own dtype, whatever the student computes in.
         with ExitStack() as stack:
             for device in ("cpu", "cuda", "mps"):
                 stack.enter_context(torch.autocast(device, enabled=False))
@@ -90,18 +82,21 @@ class Mixture:
 
 class _MixtureDecoding:
     def __init__(self, student: Decoding, teacher: Decoding, alpha: float, shape: Sampling):
-        self.student, self.teacher, self.alpha, self.shape = student, teacher, alpha, shape
+        self.student = student
+        self.teacher = teacher
+        self.alpha = alpha
+        self.shape = shape
 
     def logits(self, tokens_B: Tensor | None) -> Tensor:
-        """log p̃ [B, V], −inf where neither model would go."""
+        """Return log p̃ [B, V], −inf where both models have probability 0."""
         p_BV, q_BV = self.teacher.logits(tokens_B), self.student.logits(tokens_B)
         shaped = [distribution(logits_BV, self.shape) for logits_BV in (q_BV, p_BV)]
         drawn_BV = torch.lerp(*shaped, self.alpha).log_()
         self._logs = {LOG_P: F.log_softmax(p_BV, -1), LOG_Q: F.log_softmax(q_BV, -1), LOG_DRAWN: drawn_BV}
         return drawn_BV
 
-    def told(self, tokens_B: Tensor) -> Tensor:
-        """The log-probabilities [B, 3] of the tokens just chosen."""
+    def log_probs(self, tokens_B: Tensor) -> Tensor:
+        """Return the log-probabilities [B, 3] of the tokens just chosen."""
         return torch.stack([self._logs[i].gather(-1, tokens_B[:, None])[:, 0] for i in range(3)], -1)
 
     def keep(self, rows_B: Tensor) -> None:

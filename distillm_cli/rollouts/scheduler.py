@@ -1,27 +1,39 @@
-"""When to train on which sequences: φ, the replay ratio ρ, and one draw a step. No torch.
+"""Decide which sequences each step trains on: a class per kind of schedule. No torch.
 
-Every schedule is one rule. At step t of T draw u ~ U(0, 1); P(t) is the probability of training on student outputs:
+A kind that draws takes u ~ U(0, 1) at step t of T; P(t) is the probability of training on student outputs:
 
     u < P(t)·ρ(t)  a fresh rollout
     u < P(t)       a batch from the replay buffer
     else           a batch of the data set
 
-P is 0 (``off``), 1 (``on``, ``interleaved``), λ (``mixed``, GKD), 1 − the data set's falling share (``annealed``, ImitKD)
-or φ (``adaptive``, DistiLLM's Algorithm 1). u is a pure function of (seed, step): every rank draws the same, and a resumed
-run draws what the uninterrupted one would have.
+u is a pure function of (seed, step): every process draws the same, and a resumed run draws what the uninterrupted one
+would have drawn. ρ(t) is the share of fresh rollouts (``schedule.replay``).
 
-Three kinds draw nothing: every step is on the teacher's samples (``teacher``), or on a sample of each of the two for each
-prompt (``pairs``), or on rollouts and replay by turns (``rounds``, MiniLLM, as in PPO): some batches of rollouts, the same
-ones again from the buffer until each was trained on ``inner_epochs`` times, and the next round.
+To add a kind: write its fields and properties in ``config.schedule``, and a class with ``@register`` here.
 """
 
 from __future__ import annotations
 
 import math
 import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from enum import StrEnum
+from typing import ClassVar, TypeVar
 
-from distillm_cli.config.schema import ScheduleConfig
+from distillm_cli.config.schedule import (
+    AdaptiveConfig,
+    AnnealedConfig,
+    BufferedConfig,
+    InterleavedConfig,
+    MixedConfig,
+    OffConfig,
+    OnConfig,
+    PairsConfig,
+    RoundsConfig,
+    ScheduleConfig,
+    TeacherSamplesConfig,
+)
 
 
 class Source(StrEnum):
@@ -29,82 +41,168 @@ class Source(StrEnum):
     TEACHER = "teacher"
     ROLLOUT = "rollout"
     REPLAY = "replay"
-    PAIR = "teacher+rollout"  # of a step, which then has a part of each
+    PAIR = "teacher+rollout"  # of a step, which then has a batch of each
 
 
-class Scheduler:
-    """Draws a source for each step, and moves φ when told a validation loss.
+class Scheduler(ABC):
+    """Draw the source of each step.
 
-    config: the recipe's ``schedule`` section. steps: T. seed: of the draws. batches: of a round.
+    config: the recipe's ``schedule`` section. steps: T. seed: of the draws. batches: rollout batches in a round.
     """
 
+    has_phi: ClassVar[bool] = False
+    in_rounds: ClassVar[bool] = False  # rollouts are replayed in whole rounds, each in an order of its own
+
     def __init__(self, config: ScheduleConfig, *, steps: int, seed: int, batches: int = 1):
-        self.config, self.steps, self.seed, self.batches = config, steps, seed, batches
-        self.rises = 0
-        self.reference: float | None = None
+        self.config = config
+        self.steps = steps
+        self.seed = seed
+        self.batches = batches
+
+    @abstractmethod
+    def draw(self, step: int, buffered: int) -> Source:
+        """Return the source of step ``step`` (from 0), with ``buffered`` sequences in the replay buffer."""
 
     @property
-    def has_phi(self) -> bool:
-        return self.config.kind == "adaptive"
+    def in_pairs(self) -> bool:
+        """Whether a step trains on samples of both models."""
+        return self.config.uses_student_outputs and self.config.uses_teacher_samples
 
     @property
     def phi(self) -> float:
-        """φ, the probability of a student-output batch under ``adaptive``; 0 and meaningless under the others."""
-        if not self.has_phi:
-            return 0.0
-        return min(self.config.phi + self.rises / self.config.levels, 1.0)
+        """The probability of a student-output batch under ``adaptive``; 0 under the others."""
+        return 0.0
 
     @property
     def trigger(self) -> float | None:
-        """Return the validation loss at which φ rises, nats; None before the first one and where φ cannot rise."""
-        return None if self.reference is None or self.phi == 1 else self.reference + self.config.epsilon
-
-    @property
-    def may_use_student_outputs(self) -> bool:
-        return self.config.kind not in ("off", "teacher")
-
-    @property
-    def may_use_teacher_samples(self) -> bool:
-        return self.config.kind in ("teacher", "pairs")
+        """The validation loss at which φ rises, nats; None before the first one and where φ cannot rise."""
+        return None
 
     @property
     def samples_come_back(self) -> bool:
-        """Whether the epochs train on the same samples of the teacher."""
-        return self.may_use_teacher_samples and self.config.redraw == "never"
+        """Whether the epochs train on the same teacher samples."""
+        return self.config.uses_teacher_samples and not self.config.redraws
 
     @property
-    def draws_student_ahead(self) -> bool:
+    def samples_student_by_epoch(self) -> bool:
         """Whether the student answers the whole epoch's prompts at its beginning."""
-        return self.config.kind == "pairs" and self.config.redraw == "epoch"
+        return self.in_pairs and self.config.redraws
 
-    @property
-    def may_use_rows(self) -> bool:
-        """Whether steps are on data set rows' own responses, drawn as such."""
-        return self.config.kind in ("off", "mixed", "annealed", "adaptive")
+    def capacity(self, step_rows: int) -> int:
+        """Return how many sequences the replay buffer holds. step_rows: sequences of a step."""
+        return self.config.buffer_capacity
 
-    @property
-    def may_replay(self) -> bool:
-        """Whether a student output may be trained on more than once."""
-        if self.config.kind == "rounds":
-            return self.config.inner_epochs > 1
-        may = self.may_use_student_outputs and self.config.kind != "pairs"
-        return may and (self.config.fresh == "buffer" or self._replay != "none")
+    def rollout_steps(self, step: int, buffered: int, *, adds: int, count: int) -> list[int]:
+        """Return this step and the next ones, ``count`` in all, that will ask for a rollout if φ does not change.
+
+        buffered: sequences in the replay buffer before this step. adds: how many a rollout puts there.
+        """
+        capacity = self.capacity(adds)
+        found = []
+        for later in range(step, self.steps):
+            if later == step or self.draw(later, buffered) in (Source.ROLLOUT, Source.PAIR):
+                found.append(later)
+                buffered = min(buffered + adds, capacity)
+                if len(found) == count:
+                    break
+        return found
+
+    def observe(self, valid_loss: float) -> bool:
+        """Take a validation loss (nats per token); return whether φ rose."""
+        return False
+
+    def state_dict(self) -> dict:
+        """Return what later draws depend on, as JSON."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:  # noqa: B027 - most kinds have no state
+        """Restore what ``state_dict`` returned."""
+
+
+_KINDS: dict[type[ScheduleConfig], type[Scheduler]] = {}
+_Kind = TypeVar("_Kind", bound=type[Scheduler])
+
+
+def register(kind: type[ScheduleConfig]) -> Callable[[_Kind], _Kind]:
+    """Register a class as the schedule of a kind of ``schedule`` section."""
+
+    def add(cls: _Kind) -> _Kind:
+        _KINDS[kind] = cls
+        return cls
+
+    return add
+
+
+def build_scheduler(config: ScheduleConfig, *, steps: int, seed: int, batches: int = 1) -> Scheduler:
+    """Return the schedule of a recipe's ``schedule`` section; arguments as of ``Scheduler``."""
+    return _KINDS[type(config)](config, steps=steps, seed=seed, batches=batches)
+
+
+@register(OffConfig)
+class OffScheduler(Scheduler):
+    """Train on data set rows alone."""
+
+    def draw(self, step: int, buffered: int) -> Source:
+        return Source.DATASET
+
+
+class DrawingScheduler(Scheduler):
+    """Draw between data set rows, fresh rollouts and replayed ones."""
+
+    config: BufferedConfig
+
+    @abstractmethod
+    def student_probability(self, step: int) -> float:
+        """Return P(t) for 0 ≤ t < T."""
+
+    def fresh_share(self, step: int) -> float:
+        """Return ρ(t), the share of fresh rollouts among student-output batches."""
+        progress = step / self.steps
+        return {"none": 1.0, "decreasing": 1.0 - progress, "constant": 0.5, "increasing": progress}[
+            self.config.replay_course
+        ]
+
+    def draw(self, step: int, buffered: int) -> Source:
+        """Replay from a buffer that is not yet full (``warm_up: fill``, the official code) or that is empty
+        (``warm_up: none``, the paper's text) becomes a rollout.
+        """
+        u = random.Random(f"schedule/{self.seed}/{step}").random()
+        p_student = self.student_probability(step)
+        if u >= p_student:
+            return Source.DATASET
+        needed = self.config.capacity if self.config.warm_up == "fill" else 1
+        if u < p_student * self.fresh_share(step) or buffered < needed:
+            return Source.ROLLOUT
+        return Source.REPLAY
+
+
+@register(OnConfig)
+class OnScheduler(DrawingScheduler):
+    """Train on student outputs at every step."""
 
     def student_probability(self, step: int) -> float:
-        """P(t) for 0 ≤ t < T."""
-        progress = step / self.steps
-        match self.config.kind:
-            case "off" | "teacher":
-                return 0.0
-            case "on" | "pairs" | "interleaved" | "rounds":
-                return 1.0
-            case "mixed":
-                return self.config.mix
-            case "adaptive":
-                return self.phi
-            case "annealed":
-                return 1.0 - self._dataset_share(progress)
-        raise AssertionError(self.config.kind)
+        return 1.0
+
+
+@register(InterleavedConfig)
+class InterleavedScheduler(OnScheduler):
+    """Train at every step on student drafts that the teacher corrects (speculative KD, arXiv 2410.11325)."""
+
+
+@register(MixedConfig)
+class MixedScheduler(DrawingScheduler):
+    """Train on student outputs with a constant probability λ (GKD, arXiv 2306.13649)."""
+
+    def student_probability(self, step: int) -> float:
+        return self.config.mix
+
+
+@register(AnnealedConfig)
+class AnnealedScheduler(DrawingScheduler):
+    """Train on data set rows with a share that falls over the run (ImitKD, arXiv 2009.07253)."""
+
+    def student_probability(self, step: int) -> float:
+        return 1.0 - self._dataset_share(step / self.steps)
 
     def _dataset_share(self, progress: float) -> float:
         rate = self.config.anneal_rate
@@ -117,71 +215,79 @@ class Scheduler:
                 return 1.0 / (1.0 + math.exp(2 * rate * (progress - 0.5)))
         raise AssertionError(self.config.anneal)
 
-    def fresh_share(self, step: int) -> float:
-        """ρ(t): of the student-output batches, the share that is sampled anew."""
-        progress = step / self.steps
-        return {"none": 1.0, "decreasing": 1.0 - progress, "constant": 0.5, "increasing": progress}[self._replay]
+
+@register(AdaptiveConfig)
+class AdaptiveScheduler(DrawingScheduler):
+    """Train on student outputs with probability φ, which rises with the validation loss (DistiLLM, Algorithm 1)."""
+
+    has_phi = True
+
+    def __init__(self, config: ScheduleConfig, **settings: int):
+        super().__init__(config, **settings)
+        self.rises = 0
+        self.reference: float | None = None
 
     @property
-    def _replay(self) -> str:
-        if self.config.replay != "auto":
-            return self.config.replay
-        return "decreasing" if self.config.kind == "adaptive" else "none"
+    def phi(self) -> float:
+        return min(self.config.phi + self.rises / self.config.levels, 1.0)
 
-    def draw(self, step: int, buffered: int) -> Source:
-        """The source of step ``step`` (from 0), with ``buffered`` sequences in the replay buffer.
+    @property
+    def trigger(self) -> float | None:
+        return None if self.reference is None or self.phi == 1 else self.reference + self.config.epsilon
 
-        Replay asked of a buffer that cannot serve it becomes a rollout: one that is not yet full (``warm_up: fill``, the
-        official code), or that is empty (``none``, the paper's text).
-        """
-        if self.may_use_teacher_samples:
-            return Source.PAIR if self.config.kind == "pairs" else Source.TEACHER
-        if self.config.kind == "rounds":
-            is_first_epoch = step % (self.batches * self.config.inner_epochs) < self.batches
-            return Source.ROLLOUT if is_first_epoch else Source.REPLAY
-        u = random.Random(f"schedule/{self.seed}/{step}").random()
-        p_student = self.student_probability(step)
-        if u >= p_student:
-            return Source.DATASET
-        needed = self.config.capacity if self.config.warm_up == "fill" else 1
-        if u < p_student * self.fresh_share(step) or buffered < needed:
-            return Source.ROLLOUT
-        return Source.REPLAY
-
-    def rollout_steps(self, step: int, buffered: int, *, adds: int, count: int) -> list[int]:
-        """This step and the next ones, ``count`` in all, that will ask for a rollout if φ stays where it is.
-
-        buffered: sequences in the replay buffer before this step. adds: how many a rollout puts there.
-        """
-        found = []
-        for later in range(step, self.steps):
-            if later == step or self.draw(later, buffered) in (Source.ROLLOUT, Source.PAIR):
-                found.append(later)
-                buffered = min(buffered + adds, self.config.buffer_capacity)
-                if len(found) == count:
-                    break
-        return found
+    def student_probability(self, step: int) -> float:
+        return self.phi
 
     def observe(self, valid_loss: float) -> bool:
-        """Takes a validation loss (nats per token); returns whether φ rose.
-
-        The first one, before training, sets the reference. After that φ rises by 1/levels when
+        """The first loss, before training, sets the reference. After that φ rises by 1/levels when
         loss ≥ reference + ε; the reference is the loss at the last rise, or simply the previous one.
         """
-        if not self.has_phi:
-            return False
         if self.reference is None:
             self.reference = valid_loss
             return False
-        due = valid_loss >= self.reference + self.config.epsilon
-        if due or self.config.reference == "previous":
+        is_due = valid_loss >= self.reference + self.config.epsilon
+        if is_due or self.config.reference == "previous":
             self.reference = valid_loss
-        before = self.phi
-        self.rises += due
-        return self.phi > before
+        previous_phi = self.phi
+        self.rises += is_due
+        return self.phi > previous_phi
 
     def state_dict(self) -> dict:
         return {"rises": self.rises, "reference": self.reference}
 
     def load_state_dict(self, state: dict) -> None:
-        self.rises, self.reference = state["rises"], state["reference"]
+        self.rises = state["rises"]
+        self.reference = state["reference"]
+
+
+@register(TeacherSamplesConfig)
+class TeacherScheduler(Scheduler):
+    """Train on teacher samples at every step (sequence-level KD, arXiv 1606.07947)."""
+
+    def draw(self, step: int, buffered: int) -> Source:
+        return Source.TEACHER
+
+
+@register(PairsConfig)
+class PairsScheduler(TeacherScheduler):
+    """Train at every step on a teacher sample and a student sample for each prompt (DistiLLM-2, arXiv 2503.07067)."""
+
+    def draw(self, step: int, buffered: int) -> Source:
+        return Source.PAIR
+
+
+@register(RoundsConfig)
+class RoundsScheduler(Scheduler):
+    """Alternate between rollouts and replay, as in PPO (MiniLLM, arXiv 2306.08543).
+
+    A round is ``batches`` batches of rollouts, trained on ``inner_epochs`` times before the next round.
+    """
+
+    in_rounds = True
+
+    def capacity(self, step_rows: int) -> int:
+        return self.batches * step_rows
+
+    def draw(self, step: int, buffered: int) -> Source:
+        is_first_epoch = step % (self.batches * self.config.inner_epochs) < self.batches
+        return Source.ROLLOUT if is_first_epoch else Source.REPLAY

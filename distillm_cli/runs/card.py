@@ -12,7 +12,7 @@ from distillm_cli.config.yaml_io import text_of
 from distillm_cli.utils.text import redact
 
 if TYPE_CHECKING:
-    from distillm_cli.training.progress import TrainerState
+    from distillm_cli.training.state import TrainerState
 
 
 def model_card(

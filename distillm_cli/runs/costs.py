@@ -14,7 +14,7 @@ from typing import Any
 from distillm_cli.config.schema import Recipe
 from distillm_cli.losses import objectives
 from distillm_cli.models.shapes import Sizes
-from distillm_cli.rollouts.scheduler import Scheduler, Source
+from distillm_cli.rollouts.scheduler import Scheduler, Source, build_scheduler
 from distillm_cli.runs.gpus import BACKWARD_LAYER, DECODING_LAYER, FORWARD_LAYER, GPUS, Part, Work, fits, seconds
 
 # On a CPU: what products in bf16, compiled for each of their shapes, come to hold, whatever the model (measured from one of
@@ -81,18 +81,18 @@ class Run:
     def schedule(self) -> Scheduler:
         """The schedule at its beginning."""
         recipe, steps = self.recipe, self.lengths.steps or 1
-        return Scheduler(recipe.schedule, steps=steps, seed=recipe.train.seed, batches=recipe.rollout.bulk)
+        return build_scheduler(recipe.schedule, steps=steps, seed=recipe.train.seed, batches=recipe.rollout.bulk)
 
     @property
     def samples_of_the_student(self) -> bool:
-        return self.teacher is not None and self.schedule.may_use_student_outputs
+        return self.teacher is not None and self.schedule.config.uses_student_outputs
 
     @property
     def samples_of_the_teacher(self) -> bool:
         """Whether the teacher samples during the run."""
         if self.teacher is None:
             return False
-        return self.schedule.may_use_teacher_samples and self.recipe.data.teacher_samples is None
+        return self.schedule.config.uses_teacher_samples and self.recipe.data.teacher_samples is None
 
     @property
     def mixes(self) -> bool:
@@ -259,7 +259,7 @@ def steps(run: Run) -> dict[str, Work]:
     ask, tell = ((_asked(run, response),), (_told(run, response),)) if taught else ((), ())
     ask_new, tell_new = (_asked(run, new),), (_told(run, new) if run.keeps else _asked(run, new),)
     found: dict[str, Work] = {}
-    if schedule.may_use_rows:
+    if schedule.config.uses_rows:
         found["dataset"] = learn + ask
         if run.cached:
             found["dataset_cached"] = learn + tell
@@ -267,13 +267,13 @@ def steps(run: Run) -> dict[str, Work]:
     if run.samples_of_the_student:
         own = (*_copied(run), _sampled(run, run.student, run.itemsize))
         own += (_sampled(run, run.teacher, run.teacher_itemsize),) if run.mixes else ()
-        own += ask_new if recipe.schedule.kind == "interleaved" else ()
+        own += ask_new if schedule.config.drafts else ()
         own += ask_new + learn_new
-    if schedule.may_use_teacher_samples:
+    if schedule.config.uses_teacher_samples:
         drawn = (_sampled(run, run.teacher, run.teacher_itemsize),) if run.samples_of_the_teacher else ()
         kept = learn_new + (tell_new if taught else ())
         fresh = drawn + learn_new + (ask_new if taught else ())
-        name = Source.PAIR.value if recipe.schedule.kind == "pairs" else Source.TEACHER.value
+        name = Source.PAIR.value if schedule.in_pairs else Source.TEACHER.value
         # Of a pair one optimizer step is enough.
         found[name] = fresh + own[:-1]
         if schedule.samples_come_back:
@@ -281,7 +281,7 @@ def steps(run: Run) -> dict[str, Work]:
     elif own:
         beside = learn[:-1] + (tell if run.cached else ask) if recipe.objective.row_weight else ()
         found["rollout"] = own + beside
-        if schedule.may_replay:
+        if schedule.config.may_replay:
             found["replay"] = learn_new + tell_new + beside
     return found
 
@@ -302,7 +302,7 @@ def _learned(run: Run, response: float) -> Work:
 
 def _looked(run: Run, response: float) -> Work:
     """What an objective that looks at the step before it trains asks of the student: a forward pass."""
-    if run.teacher is None or "student" not in objectives.build(run.recipe.objective, 1.0).looks_at:
+    if run.teacher is None or "student" not in objectives.build(run.recipe.objective, 1.0).needs_log_probs_of:
         return ()
     starts = _pieces(run) * run.student.every_layer * FORWARD_LAYER
     work = forward(run.student, run.sequences, run.lengths.prompt, response, response, run.vocab)
@@ -346,12 +346,12 @@ def shares(run: Run, steps: int, phi: float | None = None) -> dict[str, float]:
     recipe = run.recipe
     config = recipe.schedule if phi is None else recipe.schedule.model_copy(update={"phi": phi})
     few = min(steps, 2000)  # shares of a run do not depend on how many steps it has, but for the buffer's filling
-    scheduler = Scheduler(config, steps=few, seed=recipe.train.seed, batches=recipe.rollout.bulk)
+    scheduler = build_scheduler(config, steps=few, seed=recipe.train.seed, batches=recipe.rollout.bulk)
     buffered, batch, found = 0.0, run.sequences * steps / few, Counter()
     for step in range(few):
         source = scheduler.draw(step, int(buffered))
         found[source.value] += 1
-        buffered = min(config.buffer_capacity, buffered + batch) if source is Source.ROLLOUT else buffered
+        buffered = min(scheduler.capacity(run.sequences), buffered + batch) if source is Source.ROLLOUT else buffered
     return {source: n / few for source, n in found.items()}
 
 
@@ -362,7 +362,7 @@ def on_gpus(run: Run, need: int) -> dict[str, dict[str, Any]]:
     The two differ where φ of the adaptive schedule decides: held at its start, or at 1 from the first step on.
     """
     found, work, count = {}, steps(run), run.lengths.steps
-    open_phi = run.recipe.schedule.kind == "adaptive" and run.teacher is not None
+    open_phi = run.schedule.has_phi and run.teacher is not None
     for gpu in GPUS:
         each = {source: seconds(parts, gpu) for source, parts in work.items()}
         entry: dict[str, Any] = {"fits": fits(need, gpu), "step_s": each}

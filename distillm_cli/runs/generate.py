@@ -22,7 +22,7 @@ from distillm_cli.evaluation.suites import Suite
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.fingerprint import fingerprint
 from distillm_cli.models.places import locate
-from distillm_cli.rollouts.rollout import Sampling, sample_all
+from distillm_cli.rollouts.sampler import Sampling, sample_all
 from distillm_cli.runs import inference
 from distillm_cli.runs.prompt_source import PromptSource, prompts_of, rereadable
 from distillm_cli.runs.responses import Line, Responses, text_of

@@ -26,9 +26,9 @@ from distillm_cli.models.composite import freeze_rest, is_composite
 from distillm_cli.models.contexts import context_of
 from distillm_cli.models.pair import check_kinds, check_vocabularies, resolve_device, resolve_dtype
 from distillm_cli.models.shapes import Shape, Sizes, has_weights, load_shape, sizes, student_spec, weight_bytes
-from distillm_cli.rollouts.scheduler import Scheduler
+from distillm_cli.rollouts.scheduler import build_scheduler
 from distillm_cli.runs import costs, gpus
-from distillm_cli.runs.prepare import Prepared, new_order, new_replay, prepare, texts_of
+from distillm_cli.runs.prepare import Prepared, new_order, prepare, texts_of
 from distillm_cli.runs.report import check_answers, check_metric
 from distillm_cli.runs.teacher_states import CachePlan, check_rows, disk_free, plan_cache, uses_rows
 from distillm_cli.training.events import Listener, Note, silent
@@ -229,8 +229,7 @@ def _told(run: costs.Run, device: str, dtype: torch.dtype, dtypes: Mapping[str, 
         "vocabulary": run.vocab,
         "steps": lengths.steps,
         "steps_per_epoch": lengths.steps_per_epoch,
-        "sequences_per_step": run.sequences
-        * (2 if run.recipe.objective.row_weight or run.recipe.schedule.kind == "pairs" else 1),
+        "sequences_per_step": run.sequences * (2 if run.recipe.objective.row_weight or run.schedule.in_pairs else 1),
         "memory": need | {"total": costs.at_once(need, run.device)},
         "step_flops": _step_flops(run),
         **before,
@@ -309,13 +308,13 @@ def _would_keep(
     if teacher is None:
         return None, {}
     per_token, mode = teacher.head_in * itemsize, recipe.teacher.cache
-    schedule = Scheduler(recipe.schedule, steps=1, seed=0)
+    schedule = build_scheduler(recipe.schedule, steps=1, seed=0, batches=recipe.rollout.bulk)
     train, counted = recipe.train, lengths.rows or 0
     step_rows = min(train.batch_size * train.accumulate, lengths.rows or math.inf)
     comes_back = None not in (lengths.steps, lengths.steps_per_epoch) and lengths.steps > lengths.steps_per_epoch
     rows = round(counted * lengths.response * per_token) if uses_rows(recipe) else 0
-    drawn = min(new_replay(recipe, step_rows).capacity, (lengths.steps or math.inf) * step_rows)
-    rollouts = drawn * recipe.rollout.max_new_tokens * per_token if schedule.may_replay else 0
+    drawn = min(schedule.capacity(step_rows), (lengths.steps or math.inf) * step_rows)
+    rollouts = drawn * recipe.rollout.max_new_tokens * per_token if schedule.config.may_replay else 0
     asked_again = schedule.samples_come_back and comes_back and recipe.objective.kd_weight > 0
     samples = counted * recipe.rollout.max_new_tokens * per_token if asked_again else 0
     if mode == "off":

@@ -14,11 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from distillm_cli.config.schedule import RoundsConfig
 from distillm_cli.config.schema import DataConfig, Recipe, TrainConfig
-from distillm_cli.config.shaping import shaping
 from distillm_cli.data.ahead import Ahead
-from distillm_cli.data.batching import Examples, Order, by_length, tokenize
+from distillm_cli.data.batching import Examples, Order, tokenize
 from distillm_cli.data.early import Early
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.rows import Row
@@ -27,8 +25,6 @@ from distillm_cli.data.teacher_samples import encoded, read_beforehand
 from distillm_cli.data.templates import Renderer, settled_template
 from distillm_cli.data.token_ids import Affixes
 from distillm_cli.errors import DataError, ModelError
-from distillm_cli.losses import objectives
-from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.models import router
 from distillm_cli.models.composite import copy_processor, is_composite
 from distillm_cli.models.contexts import longrope_bound
@@ -36,16 +32,10 @@ from distillm_cli.models.conversation import add_stops, generation_config
 from distillm_cli.models.devices import resolve_device, resolve_dtype
 from distillm_cli.models.fingerprint import fingerprint
 from distillm_cli.models.tokenizer_files import OwnTokenizers, quiet
-from distillm_cli.rollouts.replay import ReplayBuffer, Round
-from distillm_cli.rollouts.scheduler import Scheduler
-from distillm_cli.runs import output_dir, samplers
 from distillm_cli.runs.reading import bringers, reading
-from distillm_cli.teachers.teacher import Teacher
 from distillm_cli.teachers.teacher_cache import date_of, root_of, rows_digest
-from distillm_cli.training.checkpoint import Checkpoints
-from distillm_cli.training.engine import Engine
 from distillm_cli.training.events import Listener, Note, Warned
-from distillm_cli.types import Sequence, collate, pass_overhead
+from distillm_cli.types import Rollout, Sequence, collate, pass_overhead
 from distillm_cli.utils import garbage
 from distillm_cli.utils.host import give_back_freed_memory, set_threads
 from distillm_cli.utils.text import counted
@@ -88,7 +78,7 @@ class Prepared:
     train: Examples
     valid: Examples
     begins: Callable[[], Mapping[str, torch.Tensor]] | None = None
-    teacher_samples: dict[int, list[Sequence]] | None = None  # by row, where they were made beforehand
+    teacher_samples: dict[int, list[Rollout]] | None = None  # by row, where they were made beforehand
     models: Mapping[str, str] = field(default_factory=dict)  # fingerprints of what was loaded, by role
     settled: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # values that were open, with their origin
     router_aux: float = 0.0  # weight of the auxiliary loss of the student's routers
@@ -343,61 +333,6 @@ def new_order(recipe: Recipe, examples: Examples) -> Order:
     """The order in which the recipe trains on these examples."""
     train = recipe.train
     return Order(examples.lengths, train.batch_size * train.accumulate, train.seed, bucket=recipe.data.bucket)
-
-
-def new_scheduler(run: Prepared) -> Scheduler:
-    """The run's schedule, at its beginning."""
-    recipe = run.recipe
-    return Scheduler(recipe.schedule, steps=run.steps, seed=recipe.train.seed, batches=recipe.rollout.bulk)
-
-
-def new_replay(recipe: Recipe, step_rows: int) -> ReplayBuffer:
-    """Where a run keeps student outputs, empty. step_rows: sequences of a step."""
-    schedule, seed = recipe.schedule, recipe.train.seed
-    if not isinstance(schedule, RoundsConfig):
-        return ReplayBuffer(schedule.buffer_capacity, seed=seed)
-    return Round(recipe.rollout.bulk, rows=step_rows, inner_epochs=schedule.inner_epochs, seed=seed)
-
-
-def build_engine(run: Prepared, output: Path, listener: Listener, *, teacher: Teacher | None, score=None) -> Engine:
-    """The engine of a prepared run, keeping its checkpoints under ``output``. teacher: None for SFT."""
-    recipe = run.recipe
-    rule = objectives.build(None if run.sft else recipe.objective, run.steps / run.order.steps_per_epoch)
-    objective = StudentLoss(
-        run.student,
-        rule,
-        teacher_head=None if teacher is None else teacher.head,
-        matmul_dtype=None if run.dtype == torch.float32 else run.dtype,
-        router_aux=run.router_aux,
-    )
-    scheduler = new_scheduler(run)
-    return Engine(
-        objective=objective,
-        pass_overhead=run.pass_overhead,
-        train=recipe.train,
-        steps=run.steps,
-        steps_per_epoch=run.order.steps_per_epoch,
-        batches=run.batch,
-        scheduler=scheduler,
-        replay=new_replay(recipe, run.step_rows),
-        rollouts=samplers.rollouts(run, rule, listener),
-        bulk=recipe.rollout.bulk,
-        fresh="buffer" if recipe.schedule.trains_from_buffer else "direct",
-        samples=samplers.samples(run, scheduler, listener),
-        teacher=teacher,
-        validation=by_length(run.answered, max(recipe.train.batch_size, 16)),
-        score=score,
-        as_at_start=run.as_at_start,
-        checkpoints=Checkpoints(
-            output / output_dir.CHECKPOINTS, run.save_model, keep=recipe.train.keep, listener=listener
-        ),
-        recipe=shaping(recipe),
-        inputs=lambda: run.inputs,
-        method=recipe.method,
-        device=run.device,
-        dtype=run.dtype,
-        listener=listener,
-    )
 
 
 def _checkpoint_activations(student: Backbone) -> None:

@@ -22,12 +22,14 @@ from distillm_cli.losses.objectives import CrossEntropy
 from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.losses.weights import CROSS_ENTROPY
 from distillm_cli.models.devices import dtype_name, resolve_dtype
-from distillm_cli.runs import output_dir, samplers
+from distillm_cli.runs import output_dir
+from distillm_cli.runs.build import sampling_models
 from distillm_cli.runs.prepare import Prepared
-from distillm_cli.training.engine import Engine, eval_mode
 from distillm_cli.training.events import Warned
-from distillm_cli.training.progress import TrainerState
+from distillm_cli.training.state import TrainerState
+from distillm_cli.training.trainer import Trainer
 from distillm_cli.ui.console import Console
+from distillm_cli.utils.modules import eval_mode
 from distillm_cli.utils.text import counted
 
 if TYPE_CHECKING:
@@ -71,7 +73,7 @@ def check_answers(run: Prepared) -> None:
     answers. The table at the end can do without.
 
     Raises UsageError where the metric that selects checkpoints is undefined on the held-out rows."""
-    for model in samplers.samplers(run) + ([run.student] if needs_metric(run.recipe) else []):
+    for model in sampling_models(run) + ([run.student] if needs_metric(run.recipe) else []):
         model.check_decoding()
     if needs_metric(run.recipe):
         from distillm_cli.evaluation.metrics import undefined_on
@@ -98,24 +100,24 @@ class Report:
         metrics = dict.fromkeys([*config.metrics, *([run.recipe.train.select] if needs_metric(run.recipe) else [])])
         self.config = config.model_copy(update={"seeds": config.seeds[:1], "metrics": tuple(metrics)})
 
-    def all(self, engine: Engine) -> dict[str, Measured]:
+    def all(self, trainer: Trainer) -> dict[str, Measured]:
         from distillm_cli.models.pair import teacher_again
 
         run = self.run
-        self.labels = labels(engine.at, after_sft=bool(run.recipe.student.sft_epochs))
-        engine.optimizer.state.clear()  # its work is done, and the teacher may be needed once more
+        self.labels = labels(trainer.state, after_sft=bool(run.recipe.student.sft_epochs))
+        trainer.optimizer.state.clear()  # its work is done, and the teacher may be needed once more
         teacher = run.pair.teacher
-        if teacher is not None and engine.teacher.has_left:
+        if teacher is not None and trainer.teacher.has_released_model:
             teacher = teacher_again(run.recipe, run.pair, run.device)
         if not self._all_answer({"student": run.student, "teacher": teacher}):
             self.suite = replace(self.suite, rows=[])
-        found = {AFTER: self._measure(run.student, AFTER, _valid_loss(run.student, engine))}
+        found = {AFTER: self._measure(run.student, AFTER, _valid_loss(run.student, trainer))}
         if teacher is not None:
-            found[TEACHER] = self._measure(teacher, TEACHER, _valid_loss(teacher, engine))
+            found[TEACHER] = self._measure(teacher, TEACHER, _valid_loss(teacher, trainer))
         if run.recipe.student.sft_epochs:
             return found | self._of_stage({BEFORE: BEFORE, AFTER: FINE_TUNED})
         with run.as_at_start() if self.suite.rows else nullcontext():
-            found[BEFORE] = self._measure(run.student, BEFORE, engine.at.first_valid_loss)
+            found[BEFORE] = self._measure(run.student, BEFORE, trainer.state.first_valid_loss)
         return found
 
     def _all_answer(self, models: Mapping[str, Backbone | None]) -> bool:
@@ -199,12 +201,13 @@ def _titled(ui: Console, name: str):
     return listener
 
 
-def _valid_loss(model: Backbone, engine: Engine) -> float | None:
+def _valid_loss(model: Backbone, trainer: Trainer) -> float | None:
     """Return the mean cross-entropy per token on the validation rows, nats, as measured for the student. The student is
     measured as it computed in training, the teacher in its own dtype, as it taught. None without validation rows."""
-    if not engine.held_out.batches:
+    if not trainer.validator.batches:
         return None
-    dtype = engine.objective.matmul_dtype if model is engine.objective.student else None
-    objective = StudentLoss(model, CrossEntropy(), matmul_dtype=dtype)
-    with eval_mode(objective), torch.no_grad():
-        return engine.held_out.mean(CROSS_ENTROPY, objective)
+    is_student = model is trainer.student_loss.student
+    dtype = trainer.student_loss.matmul_dtype if is_student else None
+    student_loss = StudentLoss(model, CrossEntropy(), matmul_dtype=dtype)
+    with eval_mode(student_loss), torch.no_grad():
+        return trainer.validator.mean(CROSS_ENTROPY, student_loss, autocast=is_student)

@@ -21,7 +21,7 @@ from distillm_cli.runs import output_dir
 from distillm_cli.runs.prepare import FROZEN, frozen_digest, total_steps
 from distillm_cli.training.checkpoint import Checkpoint, latest, read
 from distillm_cli.training.events import Listener, Warned
-from distillm_cli.training.progress import TrainerState
+from distillm_cli.training.state import TrainerState
 
 if TYPE_CHECKING:
     from distillm_cli.models.backbone import Backbone

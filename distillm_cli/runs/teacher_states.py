@@ -14,10 +14,11 @@ from distillm_cli.config.schema import Recipe
 from distillm_cli.data.early import Early
 from distillm_cli.errors import Interrupted, UsageError, signal_number
 from distillm_cli.losses import objectives
-from distillm_cli.rollouts.scheduler import Scheduler
-from distillm_cli.runs.prepare import Prepared, new_order, new_replay, new_scheduler, prepare
+from distillm_cli.runs.build import new_scheduler
+from distillm_cli.runs.prepare import Prepared, new_order, prepare
 from distillm_cli.teachers import teacher_cache
-from distillm_cli.teachers.teacher import FirstEpoch, RowStates, Teacher
+from distillm_cli.teachers.cached import BatchComposition, CachedTeacher, HiddenStateTable
+from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.teachers.teacher_cache import Key
 from distillm_cli.training.events import Listener, Note, Warned
 from distillm_cli.types import Sequence, collate
@@ -56,18 +57,18 @@ class CachePlan:
 class TeacherHandle:
     """A teacher at work, and what it was decided to keep. hit: its states were on disk already."""
 
-    teacher: Teacher
+    teacher: LocalTeacher
     keeping: CachePlan
     hit: bool = False
 
     def facts(self) -> dict[str, Any]:
         """What the result object says of it."""
-        rows = self.teacher.rows
-        known = 0 if rows is None else len(rows.sequences) - rows.unknown
+        rows = getattr(self.teacher, "rows", None)
+        known = 0 if rows is None else len(rows.sequences) - rows.missing
         place = {} if self.keeping.place is None else {"place": str(self.keeping.place)}
         size = 0 if rows is None else rows.bytes
         told = {"mode": self.keeping.mode, "rows": known, "bytes": size, "hit": self.hit}
-        return told | {"model_left": self.teacher.has_left, **place}
+        return told | {"model_left": self.teacher.has_released_model, **place}
 
 
 def open_teacher(
@@ -84,33 +85,33 @@ def open_teacher(
     keeping = plan_cache(run, before=before, rebuild=rebuild)
     listener(Note(f"teacher's states: {keeping.why}{'' if keeping.place is None else f', in {keeping.place}'}"))
     if keeping.mode == "off":
-        return TeacherHandle(Teacher(model), keeping)
-    rows, company, hit, computed = None, None, False, 0
+        return TeacherHandle(LocalTeacher(model), keeping)
+    rows, composition, hit, computed = None, None, False, 0
     if keeping.mode == "disk":
         rows, hit, computed = _on_disk(run, keeping, rebuild, listener)
     elif keeping.rows_bytes:
         _warn_if_short(keeping, listener)
         order = new_order(run.recipe, run.train)  # of its own: an order remembers one epoch, and the run's is another
-        rows = RowStates(run.train.sequences)
-        company = FirstEpoch(
+        rows = HiddenStateTable(run.train.sequences)
+        composition = BatchComposition(
             lambda step: [run.train.sequences[i] for i in order.batch(step)],
             steps=order.steps_per_epoch,
             rows=run.train.sequences,
-            most=run.recipe.train.batch_size,
+            max_rows=run.recipe.train.batch_size,
             pass_overhead=run.pass_overhead,
         )
     schedule = new_scheduler(run)
-    teacher = Teacher(
+    samples = schedule.config.uses_student_outputs or schedule.config.uses_teacher_samples
+    validation = _held_out(run)
+    teacher = CachedTeacher(
         model,
         mode=keeping.mode,
         rows=rows,
-        company=company,
-        remembers=schedule.may_replay or _samples_come_back(run),
-        passing=run.train.sequences if rows is None else (),
-        # Weights in few bits are no plain tensors that could be let go of one by one.
-        leaves=rows is not None
-        and not (schedule.may_use_student_outputs or schedule.may_use_teacher_samples or model.is_quantized),
-        awaited=_held_out(run),
+        composition=composition,
+        caches_rollouts=schedule.config.may_replay or _samples_come_back(run),
+        validation=HiddenStateTable(validation) if validation else None,
+        # Quantized weights are no plain tensors that could be released one by one.
+        releases_model=rows is not None and not (samples or model.is_quantized),
     )
     teacher.tokens = computed
     return TeacherHandle(teacher, keeping, hit)
@@ -146,8 +147,7 @@ def warm(resolved: Resolved, *, rebuild: bool, ui: Console, early: Early | None 
 
 def uses_rows(recipe: Recipe) -> bool:
     """Whether data set rows' own responses are trained on: where the schedule draws them, or beside student outputs."""
-    schedule = Scheduler(recipe.schedule, steps=1, seed=0)
-    return schedule.may_use_rows or objectives.build(recipe.objective).rows_beside
+    return recipe.schedule.uses_rows or objectives.build(recipe.objective).rows_beside
 
 
 def check_rows(recipe: Recipe) -> None:
@@ -186,10 +186,10 @@ def _planned_by_itself(run: Prepared, per_token: int) -> CachePlan:
         found = _planned_on_disk(run, per_token)
         if found.is_made:
             return found
-    if not (_rows_come_back(run) or new_scheduler(run).may_replay or _samples_come_back(run)):
+    if not (_rows_come_back(run) or new_scheduler(run).config.may_replay or _samples_come_back(run)):
         schedule = new_scheduler(run)
         asked = "sees every row once" if uses_rows(run.recipe) else "asks about every sample once"
-        if schedule.may_use_teacher_samples and not run.recipe.objective.kd_weight:
+        if schedule.config.uses_teacher_samples and not run.recipe.objective.kd_weight:
             asked = "asks the teacher for samples alone"
         return CachePlan("off", f"not kept: this run {asked}")
     found = _planned_in_memory(run, per_token, rows=_rows_come_back(run))
@@ -233,8 +233,9 @@ def _planned_on_disk(run: Prepared, per_token: int) -> CachePlan:
 
 
 def _beside_rows(run: Prepared, per_token: int) -> dict[str, int]:
-    drawn = min(new_replay(run.recipe, run.step_rows).capacity, run.steps * run.step_rows)
-    rollouts = drawn * run.recipe.rollout.max_new_tokens * per_token if new_scheduler(run).may_replay else 0
+    scheduler = new_scheduler(run)
+    drawn = min(scheduler.capacity(run.step_rows), run.steps * run.step_rows)
+    rollouts = drawn * run.recipe.rollout.max_new_tokens * per_token if scheduler.config.may_replay else 0
     held_out = sum(s.supervised for s in _held_out(run)) * per_token
     samples = _sampled_tokens(run) * per_token if _samples_come_back(run) else 0
     return {"rollout_bytes": rollouts, "sample_bytes": samples, "held_out_bytes": held_out}
@@ -247,9 +248,11 @@ def _sampled_tokens(run: Prepared) -> int:
     return len(run.train) * run.recipe.rollout.max_new_tokens
 
 
-def _on_disk(run: Prepared, keeping: CachePlan, rebuild: bool, listener: Listener) -> tuple[RowStates, bool, int]:
+def _on_disk(
+    run: Prepared, keeping: CachePlan, rebuild: bool, listener: Listener
+) -> tuple[HiddenStateTable, bool, int]:
     """The states, whether they were there already, and how many tokens the teacher computed for them."""
-    sequences, asked, made = run.train.sequences, Teacher(run.pair.teacher), False
+    sequences, asked, made = run.train.sequences, LocalTeacher(run.pair.teacher), False
     if rebuild or not keeping.is_made:
         how = {"size": keeping.rows_bytes, "rebuild": rebuild}
         how["of"] = {"teacher": str(run.recipe.teacher.path), "data": run.train_rows.name}
@@ -290,7 +293,7 @@ def _token_bytes(run: Prepared) -> int:
     """Of one token's state; measured, since a model may answer with its own logits in its own type."""
     one = run.train.sequences[0].prompt[:1]  # a row may have no response
     few = Sequence(one, one)
-    hidden_ND = Teacher(run.pair.teacher).hidden(collate([few]).to(run.device), [few])
+    hidden_ND = LocalTeacher(run.pair.teacher).hidden(collate([few]).to(run.device), [few])
     return hidden_ND.shape[1] * hidden_ND.element_size()
 
 

@@ -18,9 +18,10 @@ from distillm_cli.errors import Interrupted, StorageError, UsageError, signal_nu
 from distillm_cli.models.composite import is_composite
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.runs import output_dir
+from distillm_cli.runs.build import build_trainer
 from distillm_cli.runs.card import model_card
 from distillm_cli.runs.defaults import fitted
-from distillm_cli.runs.prepare import Prepared, build_engine, prepare
+from distillm_cli.runs.prepare import Prepared, prepare
 from distillm_cli.runs.report import (
     AFTER,
     BEFORE,
@@ -45,10 +46,10 @@ from distillm_cli.runs.resume import (
 )
 from distillm_cli.runs.teacher_states import TeacherHandle, open_teacher
 from distillm_cli.training.checkpoint import Checkpoint, read, visible
-from distillm_cli.training.engine import Engine
 from distillm_cli.training.events import Note, Warned
 from distillm_cli.training.metrics_log import MetricsLog
-from distillm_cli.training.progress import TrainerState
+from distillm_cli.training.state import TrainerState
+from distillm_cli.training.trainer import Trainer
 from distillm_cli.ui.console import Console
 from distillm_cli.ui.summary import (
     OUTPUT_FILES,
@@ -177,23 +178,23 @@ def _trained(
 
     report = Report(run, output / output_dir.EVAL / "report", ui)
     score = report.score if needs_metric(recipe) else None
-    engine = build_engine(run, output, listener, teacher=None if opened is None else opened.teacher, score=score)
+    trainer = build_trainer(run, output, listener, teacher=None if opened is None else opened.teacher, score=score)
     if run.device.type == "cpu":
         keep_freed_memory()
     if checkpoint is not None:
         with as_checkpoint_error(checkpoint):
-            engine.load(checkpoint)
+            trainer.load(checkpoint)
     if (stop := lost()) is not None:  # whoever took it for something else may have chosen another way for this run
         raise stop
-    reached = engine.run()
+    reached = trainer.train()
     if reached.best_step not in (None, reached.step):
-        load_student(run.student, read(engine.checkpoints.path(reached.best_step)))
+        load_student(run.student, read(trainer.checkpoints.path(reached.best_step)))
         best = f"the best {recipe.train.select} was {reached.best:.4g}, at step {reached.best_step}"
         ui(Note(f"{best}: those weights are kept"))
-    measured = report.all(engine)
+    measured = report.all(trainer)
     publish(run, output, resolved, reached, measured, report.measured_on)
-    _tell(run, output, reached, engine, measured, report.measured_on, ui, is_stage)
-    result = _result(command, output, reached, engine, measured, time.perf_counter() - began)
+    _tell(run, output, reached, trainer, measured, report.measured_on, ui, is_stage)
+    result = _result(command, output, reached, trainer, measured, time.perf_counter() - began)
     if opened is not None:
         result |= {"teacher_cache": opened.facts(), "teacher_tokens": opened.teacher.tokens}
     return result
@@ -249,7 +250,7 @@ def _tell(
     run: Prepared,
     output: Path,
     reached: TrainerState,
-    engine: Engine,
+    trainer: Trainer,
     measured: dict[str, Measured],
     measured_on: str,
     ui: Console,
@@ -297,7 +298,8 @@ def _asked(run: Prepared, row) -> str:
     return run.encoder.renderer.prompt(row)
 
 
-def _result(command: str, output: Path, reached: TrainerState, engine: Engine, measured, wall: float) -> dict:
+def _result(command: str, output: Path, reached: TrainerState, trainer: Trainer, measured, wall: float) -> dict:
+    counts = trainer.pool.counts
     return {
         "command": command,
         "status": "ok",
@@ -308,15 +310,15 @@ def _result(command: str, output: Path, reached: TrainerState, engine: Engine, m
         "tokens_per_s": round(reached.tokens / max(reached.seconds, 1e-9), 1),
         "train_loss": reached.train_loss,
         "valid_loss": measured[AFTER].valid_loss,
-        "phi": engine.scheduler.phi,
+        "phi": trainer.scheduler.phi,
         "rollout_steps": reached.steps_with(Source.ROLLOUT),
         "replay_steps": reached.steps_with(Source.REPLAY),
         "dataset_steps": reached.steps_with(Source.DATASET),
         "teacher_steps": reached.steps_with(Source.TEACHER),
-        "sampled_sequences": reached.sampled,
-        "sampled_tokens": reached.sampled_tokens,
-        "teacher_sampled_sequences": reached.teacher_sampled,
-        "teacher_sampled_tokens": reached.teacher_sampled_tokens,
+        "sampled_sequences": counts.student_sequences,
+        "sampled_tokens": counts.student_tokens,
+        "teacher_sampled_sequences": counts.teacher_sequences,
+        "teacher_sampled_tokens": counts.teacher_tokens,
         "train_s": round(reached.seconds, 3),
         "stopped": reached.reason,
         "best_step": reached.best_step,

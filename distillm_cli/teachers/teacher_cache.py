@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from distillm_cli.errors import CheckpointError, StorageError
-from distillm_cli.teachers.teacher import RowStates, Teacher
+from distillm_cli.teachers.cached import HiddenStateTable
+from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.training.events import Listener, Note, Progress, silent
 from distillm_cli.types import Sequence, collate
 
@@ -124,7 +125,7 @@ def check_space(place: Path, size: int) -> None:
 def write(
     place: Path,
     key: Key,
-    teacher: Teacher,
+    teacher: LocalTeacher,
     sequences: SequenceOf[Sequence],
     device: torch.device,
     listener: Listener = silent,
@@ -160,7 +161,7 @@ def write(
     return True
 
 
-def read(place: Path, key: Key, sequences: SequenceOf[Sequence], listener: Listener = silent) -> RowStates:
+def read(place: Path, key: Key, sequences: SequenceOf[Sequence], listener: Listener = silent) -> HiddenStateTable:
     """The states, memory-mapped: several processes share one copy. Every byte is compared with its sum first.
 
     Raises CheckpointError for a cache that is damaged, half there, or of another teacher or other rows.
@@ -184,7 +185,7 @@ def read(place: Path, key: Key, sequences: SequenceOf[Sequence], listener: Liste
     except (OSError, ValueError) as error:
         why = f"{Path(error.filename or place).name}: {error.strerror}" if isinstance(error, OSError) else error
         raise CheckpointError(f"the teacher cache {place} is damaged: {why}", hint=REBUILD) from error
-    return RowStates(sequences, table.view(tokens, width))
+    return HiddenStateTable(sequences, table.view(tokens, width))
 
 
 def _facts(place: Path) -> dict:
@@ -212,7 +213,7 @@ def _stranger(facts: dict, key: Key) -> str | None:
     return None
 
 
-def _fill(staged: Path, key: Key, teacher: Teacher, sequences, device, listener: Listener, of) -> None:
+def _fill(staged: Path, key: Key, teacher: LocalTeacher, sequences, device, listener: Listener, of) -> None:
     """states.bin and states.json. Written with calls that can say that the disk is full; a memory map would be killed."""
     with (staged / STATES).open("wb", buffering=0) as file:
         width, dtype = _compute(file, teacher, sequences, device, listener)
@@ -233,7 +234,7 @@ def _fill(staged: Path, key: Key, teacher: Teacher, sequences, device, listener:
         os.fsync(file.fileno())
 
 
-def _compute(file: RawIOBase, teacher: Teacher, sequences, device, listener: Listener) -> tuple[int, torch.dtype]:
+def _compute(file: RawIOBase, teacher: LocalTeacher, sequences, device, listener: Listener) -> tuple[int, torch.dtype]:
     """All rows' states into their places in ``file``; their width and dtype. The longest first, in large batches."""
     ends = torch.tensor([s.supervised for s in sequences]).cumsum(0).tolist()
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True)

@@ -9,51 +9,53 @@ from distillm_cli.training.events import RunStarted
 from distillm_cli.utils.text import counted
 
 if TYPE_CHECKING:
-    from distillm_cli.training.engine import Engine
+    from distillm_cli.training.trainer import Trainer
 
 _HOW = "--set schedule.phi=0.2, or --set schedule.reference=previous --set schedule.epsilon=-0.03"
 
 
-def opening(engine: Engine) -> RunStarted:
+def run_started(trainer: Trainer) -> RunStarted:
     """Return the event that starts a run."""
-    scheduler, criterion = engine.scheduler, engine.objective.criterion
+    scheduler = trainer.scheduler
+    objective = trainer.objective
     return RunStarted(
-        steps=engine.steps,
-        first_step=engine.at.step,
-        steps_per_epoch=engine.steps_per_epoch,
-        method=engine.method,
-        parameters=sum(p.numel() for p in engine.objective.parameters() if p.requires_grad),
-        device=str(engine.device),
-        dtype=str(engine.dtype).removeprefix("torch."),
+        steps=trainer.run.steps,
+        first_step=trainer.state.step,
+        steps_per_epoch=trainer.run.steps_per_epoch,
+        method=trainer.run.method,
+        parameters=sum(p.numel() for p in trainer.student_loss.parameters() if p.requires_grad),
+        device=str(trainer.run.device),
+        dtype=str(trainer.run.dtype).removeprefix("torch."),
         has_phi=scheduler.has_phi,
-        loss=criterion.name,
-        divergence=criterion.held_out_name,
+        loss=objective.name,
+        divergence=objective.held_out_name,
         phi=scheduler.phi,
-        epsilon=scheduler.config.epsilon if scheduler.has_phi and engine.held_out.batches else None,
+        epsilon=scheduler.config.epsilon if scheduler.has_phi and trainer.validator.batches else None,
         trigger=scheduler.trigger,
     )
 
 
-def half_time(engine: Engine) -> str | None:
+def phi_advice(trainer: Trainer) -> str | None:
     """Return what an adaptive schedule waits for, if half of the steps are just done and none used student outputs."""
-    at, scheduler = engine.at, engine.scheduler
-    is_half = at.step == (engine.steps + 1) // 2 < engine.steps
-    if not (is_half and scheduler.has_phi) or at.steps_with(Source.ROLLOUT) or at.steps_with(Source.REPLAY):
+    state = trainer.state
+    scheduler = trainer.scheduler
+    is_half = state.step == (trainer.run.steps + 1) // 2 < trainer.run.steps
+    if not (is_half and scheduler.has_phi) or state.steps_with(Source.ROLLOUT) or state.steps_with(Source.REPLAY):
         return None
     head = f"half of the steps are done, and none used the student's own outputs: φ is {scheduler.phi:g}"
     if scheduler.phi > 0:
         return f"{head}, and no draw fell on them yet; to use them more often, try --set schedule.phi=0.5"
-    if not engine.held_out.batches:
+    if not trainer.validator.batches:
         return f"{head}, and it cannot rise without held-out rows; name some with --set data.valid=PATH, or try {_HOW}"
-    every = engine.steps_per_epoch if engine.train.eval_steps == "epoch" else engine.train.eval_steps
-    to_come = max(0, -(-engine.steps // every) - at.step // every)
+    every = trainer.run.steps_per_epoch if trainer.config.eval_steps == "epoch" else trainer.config.eval_steps
+    to_come = max(0, -(-trainer.run.steps // every) - state.step // every)
     rise, epsilon = 1 / scheduler.config.levels, scheduler.config.epsilon
     if scheduler.reference is None:
         moved = f"risen by {epsilon:g} or more" if epsilon > 0 else f"fallen by {abs(epsilon):g} or less"
         wait = f"it rises by {rise:.2g} at a validation where valid CE has {moved} since before training"
         wait += f", and there was none yet ({counted(to_come, 'validation')} to come)"
-        return f"{head}; {wait}; to validate more often, try --set train.eval_steps={max(1, engine.steps // 10)}"
+        return f"{head}; {wait}; to validate more often, try --set train.eval_steps={max(1, trainer.run.steps // 10)}"
     since = "at the validation before" if scheduler.config.reference == "previous" else "at first"
-    wait = f"it rises by {rise:.2g} at a valid CE of {scheduler.trigger:.3f} or more (now {at.valid_loss:.3f}; "
+    wait = f"it rises by {rise:.2g} at a valid CE of {scheduler.trigger:.3f} or more (now {state.valid_loss:.3f}; "
     wait += f"{scheduler.reference:.3f} {since}, schedule.epsilon {epsilon:g})"
     return f"{head}; {wait}; {counted(to_come, 'validation')} to come; to use student outputs sooner, try {_HOW}"

@@ -174,15 +174,15 @@ def test_a_step_waits_for_the_device_once():
     script = """
 from distillm_cli.training.events import Stepped
 from tests import far
-from tests.unit import test_engine
+from tests.unit import test_trainer
 for method, family in (("sft", "gpt2"), ("off", "gemma2"), ("off", "mistral")):
     with far.using() as waits:
         def step(event):
             if isinstance(event, Stepped):
                 print(dict(waits))
                 waits.clear()
-        student = test_engine.student(family).to(far.NAME)
-        test_engine.build(method=method, backbone=student, listener=step, device=far.NAME, eval_steps=1000).run()
+        student = test_trainer.student(family).to(far.NAME)
+        test_trainer.build(method=method, backbone=student, listener=step, device=far.NAME, eval_steps=1000).train()
 """
     told = in_a_process(script).splitlines()
     assert len(told) == 36

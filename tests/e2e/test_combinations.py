@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from distillm_cli.cli.app import main
 from distillm_cli.config.explain import choices
 from distillm_cli.training import checkpoint
-from distillm_cli.training.engine import Engine
+from distillm_cli.training.trainer import Trainer
 from tests import tiny
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -79,15 +79,15 @@ def test_stopped_and_resumed_it_is_the_run_that_was_not(family, kind, lora, plac
     settings += ADAPTIVE if kind == "adaptive" else []
     code, told, err = typed(*distill(place, family, *settings, "--output", tmp_path / "whole"))
     assert (code, told["steps"]) == (0, 7), err
-    gradients = Engine._gradients
+    begin_step = Trainer._begin_step
 
     def interrupted(self, *args):
-        if self.at.step == 5:
+        if self.state.step == 5:
             raise KeyboardInterrupt
-        return gradients(self, *args)
+        return begin_step(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "_gradients", interrupted)
+        patch.setattr(Trainer, "_begin_step", interrupted)
         assert typed(*distill(place, family, *settings, "--output", tmp_path / "cut"))[0] == 130
     code, told, err = typed("distill", "--resume", "--output", tmp_path / "cut", "--json", "--quiet")
     assert (code, told["steps"]) == (0, 7), err

@@ -26,7 +26,7 @@ from distillm_cli.config.shaping import shaping
 from distillm_cli.errors import CheckpointError
 from distillm_cli.runs.resume import checkpoint_of
 from distillm_cli.training.checkpoint import Checkpoints
-from distillm_cli.training.progress import TrainerState
+from distillm_cli.training.state import TrainerState
 from tests.typed import call
 
 ROOT = Path(__file__).parents[2]

@@ -8,8 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from distillm_cli.teachers.teacher import Teacher
-from distillm_cli.training import engine
+from distillm_cli.training.trainer import Trainer
 from tests import tiny
 
 SHORT = [
@@ -65,15 +64,15 @@ def test_interrupted_with_half_a_round_to_serve_it_goes_on_as_if_nothing_had_hap
     kept = whole["teacher_cache"]
     assert (kept["mode"], kept["rows"], kept["model_left"]) == (cache, 16, False)
     assert kept["bytes"] > 0
-    gradients = engine.Engine._gradients
+    begin_step = Trainer._begin_step
 
     def killed(self, *args):
-        if self.at.step == 6:
+        if self.state.step == 6:
             signal.raise_signal(signal.SIGINT)
-        return gradients(self, *args)
+        return begin_step(self, *args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(engine.Engine, "_gradients", killed)
+        patched.setattr(Trainer, "_begin_step", killed)
         assert typed(*argv, "--output", "cut")[0] == 130
     code, result, err = typed(*argv, "--output", "cut", "--resume")
     assert (code, result["steps"]) == (0, 10), err
@@ -82,17 +81,19 @@ def test_interrupted_with_half_a_round_to_serve_it_goes_on_as_if_nothing_had_hap
 
 
 def test_of_outputs_that_come_back_beside_rows_that_do_not_only_the_outputs_are_kept(typed, monkeypatch):
-    kept = []
-    keep = Teacher._keep
+    pools, kept = [], []
+    begin_step = Trainer._begin_step
 
-    def seen(self, sequences, hidden_ND):
-        keep(self, sequences, hidden_ND)
-        kept.append(len(self._others))
+    def seen(self, *args):
+        pools.append(self.pool)
+        kept.append(sum(s.teacher_hidden_ND is not None for s in self.pool.replay.rollouts))
+        return begin_step(self, *args)
 
-    monkeypatch.setattr(Teacher, "_keep", seen)
+    monkeypatch.setattr(Trainer, "_begin_step", seen)
     code, result, err = typed("distill", *SHORT, "--output", "run")  # 6 steps of an epoch of 10
     assert (code, result["teacher_cache"]["mode"], result["teacher_cache"]["rows"]) == (0, "memory", 0), err
-    assert max(kept) <= 2 * 2 * 4, "no more than two rounds of outputs, while one takes the other's place"
+    assert 0 < max(kept) <= 2 * 4, "the outputs of a round, and no row beside them"
+    assert pools[0].waiting == {}
 
 
 def test_the_plan_counts_what_the_teacher_keeps_while_it_samples(typed):

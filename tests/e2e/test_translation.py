@@ -10,7 +10,7 @@ from distillm_cli.cli.app import main
 from distillm_cli.config.load import resolve
 from distillm_cli.runs.defaults import fitted
 from distillm_cli.runs.plan import of_shapes, survey
-from distillm_cli.training.engine import Engine
+from distillm_cli.training.trainer import Trainer
 from tests.typed import call
 
 GERMAN = ["null", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun"]
@@ -78,14 +78,14 @@ def test_distilled_interrupted_resumed_scored_and_sampled(place, tmp_path, capsy
     assert whole["teacher_cache"]["rows"] == 64
     assert {"bleu", "chrf"} <= whole["report"]["student_after"].keys()
 
-    gradients, stop = Engine._gradients, {"at": 12}
+    begin_step, stop = Trainer._begin_step, {"at": 12}
 
     def interrupted(self, *args):
-        if self.at.step == stop["at"]:
+        if self.state.step == stop["at"]:
             raise KeyboardInterrupt
-        return gradients(self, *args)
+        return begin_step(self, *args)
 
-    monkeypatch.setattr(Engine, "_gradients", interrupted)
+    monkeypatch.setattr(Trainer, "_begin_step", interrupted)
     assert call(capsys, *distill_argv(place, tmp_path / "cut"))[0] == 130
     monkeypatch.undo()
     monkeypatch.setenv("DISTILLM_DATA", str(place / "data"))

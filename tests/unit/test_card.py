@@ -5,7 +5,7 @@ import yaml
 
 from distillm_cli.config.load import resolve
 from distillm_cli.runs.card import model_card
-from distillm_cli.training.progress import TrainerState
+from distillm_cli.training.state import TrainerState
 
 NAMES = [
     "gpt2",

@@ -22,7 +22,7 @@ from distillm_cli.losses.objectives import (
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.types import Sequence
 from tests.limits import Narrow
-from tests.unit import test_engine as runs
+from tests.unit import test_trainer as runs
 
 DISTILLM2 = {"divergence": "skl", "by_source": True, "curriculum": "on", "reduction": "sequence"}
 
@@ -44,7 +44,7 @@ def tables(engine, sequences):
     for s in sequences:
         batch = runs.tiny.collate([s])
         p = runs.own_logits(engine.teacher.model, batch).detach().softmax(-1)
-        yield p, runs.own_logits(engine.objective.student, batch).softmax(-1)
+        yield p, runs.own_logits(engine.student_loss.student, batch).softmax(-1)
 
 
 def pair_of_parts():
@@ -102,8 +102,8 @@ def engine_of(config, **settings):
     } | settings
     engine = runs.build(**settings)
     engine.teacher.model.double()
-    engine.objective.criterion = objectives.build(config)
-    engine.optimizer = torch.optim.SGD(engine.objective.parameters(), lr=1.0)
+    engine.student_loss.criterion = objectives.build(config)
+    engine.optimizer = torch.optim.SGD(engine.student_loss.parameters(), lr=1.0)
     return engine
 
 
@@ -113,14 +113,14 @@ def test_a_steps_loss_and_gradient_are_the_papers(name, batch_size):
     fields, forward, reverse = CASES[name]
     engine, parts = engine_of(schema.ObjectiveConfig(**fields), batch_size=batch_size), pair_of_parts()
     before = runs.weights(engine)
-    loss, _ = runs.step(engine, parts)
+    loss, _ = runs.step_on(engine, parts)
     ours = {name: before[name] - value for name, value in runs.weights(engine).items()}
 
     reference = engine_of(schema.ObjectiveConfig(**fields))
     expected = by_hand(reference, parts, forward, reverse, 0.5, fields.get("reduction") == "sequence")
     expected.backward()
     assert loss == pytest.approx(expected.item(), rel=1e-6)
-    for name, parameter in reference.objective.named_parameters():
+    for name, parameter in reference.student_loss.named_parameters():
         assert_close(ours[name], parameter.grad, rtol=1e-5, atol=1e-8)
 
 
@@ -132,15 +132,15 @@ def test_the_curriculum_is_distillm2s_over_three_epochs_by_hand(rows):
     """
     config = schema.ObjectiveConfig(**DISTILLM2)
     engine = engine_of(config, steps=6, lr=0.3)
-    engine.objective.criterion = criterion = objectives.build(config, epochs=3.0)
-    look_ahead, memory = criterion.look_ahead, Narrow(engine.objective, 100)
+    engine.student_loss.criterion = criterion = objectives.build(config, epochs=3.0)
+    begin_step, memory = criterion.begin_step, Narrow(engine.student_loss, 100)
 
-    def look_ahead_and_shrink(*args):
-        told = look_ahead(*args)
+    def begin_step_and_shrink(*args):
+        told = begin_step(*args)
         memory.rows = rows
         return told
 
-    criterion.look_ahead = look_ahead_and_shrink
+    criterion.begin_step = begin_step_and_shrink
     gaps, seen = {FORWARD: [], REVERSE: []}, []
     for step in range(6):
         parts = pair_of_parts()
@@ -163,11 +163,11 @@ def test_the_curriculum_is_distillm2s_over_three_epochs_by_hand(rows):
         expected = by_hand(
             engine, parts, lambda p, q, a=alphas[0]: skl(p, q, a), lambda p, q, a=alphas[1]: srkl(p, q, a), w, True
         )
-        gradients = torch.autograd.grad(expected, list(engine.objective.parameters()))
+        gradients = torch.autograd.grad(expected, list(engine.student_loss.parameters()))
         before = runs.weights(engine)
-        engine.at.step = step
-        engine.most_rows, memory.rows = engine.train.batch_size, 100
-        loss, lr = runs.step(engine, parts)
+        engine.state.step = step
+        engine.recovery.max_rows, memory.rows = engine.config.batch_size, 100
+        loss, lr = runs.step_on(engine, parts)
         assert loss == pytest.approx(expected.item(), rel=1e-6)
         assert [criterion.alphas[FORWARD], criterion.alphas[REVERSE]] == pytest.approx(alphas, rel=1e-6)
         for (name, value), gradient in zip(runs.weights(engine).items(), gradients, strict=True):
@@ -196,12 +196,12 @@ def test_the_curriculum_survives_in_a_checkpoint_and_knows_its_epoch_from_the_pr
         TokenLogProbs(*(torch.rand(sum(len(s.response) for s in part.sequences)).log() for _ in "pq")) for part in parts
     ]
     for step in range(9):  # three steps an epoch
-        first.look_ahead(parts, readings, (step + 1) / 9)
+        first.begin_step(parts, readings, (step + 1) / 9)
         assert first.epoch == step // 3
         second = DistiLLM2(config, epochs=3.0)
         second.load_state_dict(first.state_dict())
         for criterion in (first, second):
-            criterion.look_ahead(parts, readings, (step + 1) / 9)
+            criterion.begin_step(parts, readings, (step + 1) / 9)
         assert first.state_dict() == second.state_dict()
     weights = [first.student_weight(progress) for progress in (0, 0.5, 1)]
     assert weights == [0.5, 0.75, 1.0]
@@ -209,17 +209,17 @@ def test_the_curriculum_survives_in_a_checkpoint_and_knows_its_epoch_from_the_pr
 
 def test_by_source_under_other_schedules_gives_each_source_its_half():
     criterion = FDistill(schema.ObjectiveConfig(divergence="jsd", beta=0.3, by_source=True, kd_weight=0.8))
-    criterion.look_ahead([SourceBatch(Source.REPLAY, pair_of_parts()[1].sequences)], [], 0.5)
-    row, replayed = criterion.terms(Source.DATASET), criterion.terms(Source.REPLAY)
+    criterion.begin_step([SourceBatch(Source.REPLAY, pair_of_parts()[1].sequences)], [], 0.5)
+    row, replayed = criterion.weights(Source.DATASET), criterion.weights(Source.REPLAY)
     assert (row.kd, row.ce) == pytest.approx((0.8 * 0.6, 0.2))
     assert (replayed.kd, replayed.ce) == pytest.approx((0.8 * 1.4, 0.0))
     assert type(objectives.build(schema.ObjectiveConfig())) is KD
 
 
 def test_cross_entropy_is_for_teacher_samples_as_for_rows():
-    terms = KD(schema.ObjectiveConfig(kd_weight=0.0)).terms(Source.TEACHER)
+    terms = KD(schema.ObjectiveConfig(kd_weight=0.0)).weights(Source.TEACHER)
     assert (terms.kd, terms.ce) == (0.0, 1.0)
-    assert math.isclose(KD(schema.ObjectiveConfig(kd_weight=0.3)).terms(Source.ROLLOUT).ce, 0.0)
+    assert math.isclose(KD(schema.ObjectiveConfig(kd_weight=0.3)).weights(Source.ROLLOUT).ce, 0.0)
 
 
 def test_a_curriculum_without_skewed_halves_is_refused():

@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.generation.decoding import ByLength, FastDecoding, PlainDecoding, cast
-from distillm_cli.rollouts.rollout import sample
-from distillm_cli.rollouts.sampling import Sampling
+from distillm_cli.rollouts.next_token import Sampling
+from distillm_cli.rollouts.sampler import sample
 from tests import tiny
 
 VOCAB = 97

@@ -12,8 +12,8 @@ from distillm_cli.config.schema import RolloutConfig
 from distillm_cli.errors import NonFiniteError
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.generation.decoding import PlainDecoding
-from distillm_cli.rollouts.interleaved import InterleavedRollouts
-from distillm_cli.rollouts.sampling import keep_nucleus
+from distillm_cli.rollouts.interleaved import InterleavedSampler
+from distillm_cli.rollouts.next_token import keep_nucleus
 from distillm_cli.types import Sequence, collate
 from tests import tiny
 
@@ -26,7 +26,7 @@ def backbone(family, seed, spread=2.0):
 
 def rollouts(student, teacher, **fields):
     drafting = {"temperature": 0.9, "top_p": 0.9, "accept": 2, "max_new_tokens": 3, "draft": 5} | fields
-    return InterleavedRollouts(
+    return InterleavedSampler(
         student, teacher, RolloutConfig(**drafting), RolloutConfig(temperature=0.7, top_p=0.8), max_length=40, seed=3
     )
 
@@ -111,11 +111,9 @@ def test_with_everything_accepted_it_is_the_students_own_and_never_outgrows_a_co
     source.max_length = 2 * tiny.CONTEXT
     found = source.sample(rows, 0)
     assert [len(s.prompt) + len(s.response) <= tiny.CONTEXT for s in found] == [True] * 6
-    from distillm_cli.rollouts.rollout import SampledRollouts
+    from distillm_cli.rollouts.sampler import ModelSampler
 
-    own = SampledRollouts(student, RolloutConfig(max_new_tokens=30), max_length=2 * tiny.CONTEXT, seed=3).sample(
-        rows, 0
-    )
+    own = ModelSampler(student, RolloutConfig(max_new_tokens=30), max_length=2 * tiny.CONTEXT, seed=3).sample(rows, 0)
     assert [s.response.tolist() for s in found] == [s.response.tolist() for s in own]
 
 

@@ -23,8 +23,8 @@ from distillm_cli.models.loading import load_backbone, load_config
 from distillm_cli.models.lora import attach
 from distillm_cli.models.pair import load_student
 from distillm_cli.models.places import base_of
-from distillm_cli.rollouts.rollout import sample
-from distillm_cli.rollouts.sampling import Sampling
+from distillm_cli.rollouts.next_token import Sampling
+from distillm_cli.rollouts.sampler import sample
 from tests import tiny
 
 CPU = torch.device("cpu")

@@ -8,9 +8,9 @@ from torch.testing import assert_close
 
 from distillm_cli.config.schema import RolloutConfig
 from distillm_cli.losses.fused import target_log_probs
-from distillm_cli.rollouts.mixture import LOG_DRAWN, LOG_P, LOG_Q, Mixture, MixtureRollouts
-from distillm_cli.rollouts.rollout import SampledRollouts, sample
-from distillm_cli.rollouts.sampling import Sampling, distribution
+from distillm_cli.rollouts.mixture import LOG_DRAWN, LOG_P, LOG_Q, Mixture, MixtureSampler
+from distillm_cli.rollouts.next_token import Sampling, distribution
+from distillm_cli.rollouts.sampler import ModelSampler, sample
 from distillm_cli.types import Sequence, collate
 from tests.unit.test_rollout import backbone, prompts
 
@@ -76,16 +76,14 @@ def test_greedy_models_are_mixed_too():
 
 
 def rolled(alpha, rows, seed=7, **more):
-    told = {}
-    rollouts = MixtureRollouts(
+    sampler = MixtureSampler(
         backbone("gpt2", seed=1),
         backbone("llama", seed=2),
         RolloutConfig(max_new_tokens=8, teacher_mix=alpha, **more),
         max_length=30,
         seed=seed,
-        note=lambda sequence, told_N3: told.__setitem__(sequence, told_N3),
     )
-    return rollouts.sample(rows, 3), told
+    return sampler.sample(rows, 3)
 
 
 def rows():
@@ -95,7 +93,7 @@ def rows():
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_what_is_said_of_each_token_is_what_the_models_say_of_the_whole_output(temperature):
     """Through caches and dropped rows, with outputs that end early: the same as one pass over the finished sequences."""
-    outputs, told = rolled(0.2, rows(), temperature=temperature)
+    outputs = rolled(0.2, rows(), temperature=temperature)
     assert len({len(s.response) for s in outputs}) > 2
     student, teacher = backbone("gpt2", seed=1), backbone("llama", seed=2)
     for s in outputs:
@@ -106,33 +104,33 @@ def test_what_is_said_of_each_token_is_what_the_models_say_of_the_whole_output(t
                 (m.head().logits(m.hidden(batch)) / temperature).softmax(-1).gather(-1, batch.targets_N[:, None])[:, 0]
                 for m in (student, teacher)
             ]
-        assert told[s].shape == (len(s.response), 3)
-        assert_close(told[s][:, LOG_P], log_p, rtol=1e-4, atol=1e-4)
-        assert_close(told[s][:, LOG_Q], log_q, rtol=1e-4, atol=1e-4)
-        assert_close(told[s][:, LOG_DRAWN], (0.8 * shaped[0] + 0.2 * shaped[1]).log(), rtol=1e-4, atol=1e-4)
+        assert s.log_probs_N3.shape == (len(s.response), 3)
+        assert_close(s.log_probs_N3[:, LOG_P], log_p, rtol=1e-4, atol=1e-4)
+        assert_close(s.log_probs_N3[:, LOG_Q], log_q, rtol=1e-4, atol=1e-4)
+        assert_close(s.log_probs_N3[:, LOG_DRAWN], (0.8 * shaped[0] + 0.2 * shaped[1]).log(), rtol=1e-4, atol=1e-4)
 
 
 def test_a_row_does_not_know_its_neighbours_nor_how_many_fit_into_memory():
-    together, told = rolled(0.2, rows())
-    half, told_of_half = rolled(0.2, rows()[:9])
+    together = rolled(0.2, rows())
+    half = rolled(0.2, rows()[:9])
     for a, b in zip(together, half, strict=False):
         assert a.response.tolist() == b.response.tolist()
-        assert_close(told[a], told_of_half[b], rtol=1e-4, atol=1e-5)
-    assert rolled(0.2, rows(), seed=8)[0][0].response.tolist() != together[0].response.tolist()
+        assert_close(a.log_probs_N3, b.log_probs_N3, rtol=1e-4, atol=1e-5)
+    assert rolled(0.2, rows(), seed=8)[0].response.tolist() != together[0].response.tolist()
 
 
 def test_without_a_teachers_share_it_is_the_students_own_sampler():
-    ours, told = rolled(0.0, rows())
-    plain = SampledRollouts(backbone("gpt2", seed=1), RolloutConfig(max_new_tokens=8), max_length=30, seed=7)
+    ours = rolled(0.0, rows())
+    plain = ModelSampler(backbone("gpt2", seed=1), RolloutConfig(max_new_tokens=8), max_length=30, seed=7)
     for a, b in zip(ours, plain.sample(rows(), 3), strict=True):
         assert a.response.tolist() == b.response.tolist()
         assert (a.prompt.tolist(), a.row) == (b.prompt.tolist(), b.row)
-        assert_close(told[a][:, LOG_DRAWN], told[a][:, LOG_Q], rtol=1e-5, atol=1e-5)
+        assert_close(a.log_probs_N3[:, LOG_DRAWN], a.log_probs_N3[:, LOG_Q], rtol=1e-5, atol=1e-5)
 
 
 def test_the_weight_back_to_the_student_is_bounded():
-    outputs, told = rolled(0.2, rows())
-    w = torch.cat([(told[s][:, LOG_Q] - told[s][:, LOG_DRAWN]).exp() for s in outputs])
+    outputs = rolled(0.2, rows())
+    w = torch.cat([(s.log_probs_N3[:, LOG_Q] - s.log_probs_N3[:, LOG_DRAWN]).exp() for s in outputs])
     assert w.max() <= 1 / 0.8 + 1e-4
     assert w.min() < 0.9
 

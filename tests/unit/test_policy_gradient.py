@@ -15,21 +15,21 @@ from distillm_cli.losses.fused import fused_loss
 from distillm_cli.losses.objectives import SourceBatch
 from distillm_cli.losses.policy_gradient import ClippedSurrogate, MiniLLM, advantages
 from distillm_cli.losses.weights import LossWeights, TokenWeights
-from distillm_cli.rollouts.mixture import MixtureRollouts
-from distillm_cli.rollouts.replay import Round
-from distillm_cli.rollouts.scheduler import Scheduler, Source
+from distillm_cli.rollouts.mixture import MixtureSampler
+from distillm_cli.rollouts.pool import RoundBuffer
+from distillm_cli.rollouts.scheduler import Source, build_scheduler
 from distillm_cli.training.checkpoint import Checkpoints
 from distillm_cli.training.events import Stepped
-from distillm_cli.types import Sequence
-from tests.unit import test_engine as runs
+from distillm_cli.types import Rollout
+from tests.unit import test_trainer as runs
 from tests.unit.test_fused import Head, rand
 
 V, D, ALPHA = 7, 5, 0.2
 MINILLM = {"divergence": "rkl", "policy_gradient": True, "kd_weight": 0.5, "row_weight": 1.0}
 
 
-def output(*tokens, row=0):
-    return Sequence(np.array([1], np.int32), np.array(tokens, np.int32), row)
+def output(*tokens, row=0, log_probs=None):
+    return Rollout(np.array([1], np.int32), np.array(tokens, np.int32), row, log_probs_N3=log_probs)
 
 
 def states(sequences, head, seed):
@@ -66,25 +66,25 @@ def step(clip=0.2, moved=0.3, seed=0, **objective):
     criterion = MiniLLM(schema.ObjectiveConfig(**MINILLM | {"ratio_clip": clip} | objective))
     student, teacher = states(outputs + rows, head, 10 + seed), states(outputs + rows, teacher_head, 20 + seed)
     told = []
-    for s, h, g in zip(outputs, student, teacher, strict=False):
+    for i, (s, h, g) in enumerate(zip(outputs, student, teacher, strict=False)):
         at = (torch.arange(len(s.response)), torch.from_numpy(s.response).long())
         then = h.detach() + moved * rand(*h.shape, seed=30 + seed)
         log_p, log_q = log_probs(g, teacher_head)[at].detach(), log_probs(then, head)[at].detach()
         told.append(torch.stack([log_p, log_q, (ALPHA * log_p.exp() + (1 - ALPHA) * log_q.exp()).log()], -1))
-        criterion.note(s, told[-1])
+        outputs[i] = replace(s, log_probs_N3=told[-1])
     return criterion, outputs, rows, head, teacher_head, student, teacher, told
 
 
 def ours(criterion, outputs, rows, head, teacher_head, student, teacher):
     """Through the criterion and the fused loss, each sequence a micro-batch, and the engine's one division."""
     pieces = [SourceBatch(Source.ROLLOUT, [s]) for s in outputs] + [SourceBatch(Source.DATASET, [s]) for s in rows]
-    own = criterion.look_ahead(pieces, [], 1.0)
+    own = criterion.begin_step(pieces, [], 1.0)
     total = sum(
         fused_loss(
             h,
             head,
             torch.from_numpy(piece.sequences[0].response).long(),
-            weights=criterion.terms(piece.source),
+            weights=criterion.weights(piece.source),
             teacher_hidden_ND=g,
             teacher_head=teacher_head,
             token_weights=per_token,
@@ -143,14 +143,13 @@ def test_over_all_outputs_the_two_parts_are_the_gradient_of_the_reverse_kl_betwe
     total = 0.0
     for a, b in pairs:
         drawn = log_q(a, b).detach()
-        s = output(a, b)
-        criterion.note(s, torch.stack([torch.stack([p_first[a], p_then[a, b]]), drawn, drawn], -1))
-        (own,) = criterion.look_ahead([SourceBatch(Source.ROLLOUT, [s])], [], 1.0)
+        s = output(a, b, log_probs=torch.stack([torch.stack([p_first[a], p_then[a, b]]), drawn, drawn], -1))
+        (own,) = criterion.begin_step([SourceBatch(Source.ROLLOUT, [s])], [], 1.0)
         total = total + drawn.sum().exp() * fused_loss(
             torch.stack([first, then[a]]),
             Head(None),
             torch.tensor([a, b]),
-            weights=criterion.terms(Source.ROLLOUT),
+            weights=criterion.weights(Source.ROLLOUT),
             teacher_hidden_ND=torch.stack([p_first, p_then[a]]),
             teacher_head=Head(None),
             token_weights=own,
@@ -194,10 +193,10 @@ def test_rewards_to_go_are_means_of_what_follows():
 
 
 def test_agreeing_models_cost_nothing_and_have_nothing_to_learn():
-    s, logits = output(3, 1, 2), rand(3, V, seed=1)
+    logits = rand(3, V, seed=1)
     criterion = MiniLLM(schema.ObjectiveConfig(**MINILLM | {"row_weight": 0.0}))
     said = logits.log_softmax(-1)[torch.arange(3), torch.tensor([3, 1, 2])]
-    criterion.note(s, torch.stack([said, said, said], -1))
+    s = output(3, 1, 2, log_probs=torch.stack([said, said, said], -1))
     z = logits.clone().requires_grad_()
     found = ours(criterion, [s], [], Head(None), Head(None), [z], [logits])
     assert_close(found, torch.zeros_like(found))
@@ -210,10 +209,9 @@ def test_the_reward_is_weighed_back_from_the_mixture_to_the_student():
     p, q = torch.tensor([0.9, 0.1]), torch.tensor([0.2, 0.8])
     drawn = 0.5 * p + 0.5 * q
     tokens = [0] * 55 + [1] * 45  # by p̃, exactly
-    s = output(*tokens)
+    s = output(*tokens, log_probs=torch.stack([p.log(), q.log(), drawn.log()], -1)[torch.tensor(tokens)])
     criterion = MiniLLM(schema.ObjectiveConfig(**MINILLM))
-    criterion.note(s, torch.stack([p.log(), q.log(), drawn.log()], -1)[torch.tensor(tokens)])
-    criterion.look_ahead([SourceBatch(Source.ROLLOUT, [s])], [], 1.0)
+    criterion.begin_step([SourceBatch(Source.ROLLOUT, [s])], [], 1.0)
     assert criterion.figures()["reward"] == pytest.approx(float((q * (p / q).log()).sum()), rel=1e-5)
 
 
@@ -221,14 +219,14 @@ def test_the_reward_is_weighed_back_from_the_mixture_to_the_student():
 
 
 def test_a_round_is_sampled_once_and_gone_through_four_times():
-    schedule = Scheduler(schema.ScheduleConfig(kind="rounds", inner_epochs=4), steps=40, seed=1, batches=3)
+    schedule = build_scheduler(schema.ScheduleConfig(kind="rounds", inner_epochs=4), steps=40, seed=1, batches=3)
     drawn = [schedule.draw(step, 0) for step in range(24)]
     assert drawn == ([Source.ROLLOUT] * 3 + [Source.REPLAY] * 9) * 2
-    assert schedule.may_replay
-    assert schedule.may_use_student_outputs
-    assert not Scheduler(schema.ScheduleConfig(kind="rounds", inner_epochs=1), steps=9, seed=1).may_replay
+    assert schedule.config.may_replay
+    assert schedule.config.uses_student_outputs
+    assert not build_scheduler(schema.ScheduleConfig(kind="rounds", inner_epochs=1), steps=9, seed=1).config.may_replay
 
-    buffer = Round(3, rows=2, inner_epochs=4, seed=5)
+    buffer = RoundBuffer(6, seed=5, batches=3)
     seen = Counter()
     for at, source in enumerate(drawn):
         if source is Source.ROLLOUT:
@@ -247,36 +245,40 @@ def built(
 ):
     """A small run in rounds of 2 batches, three times each, with dropout in the student's family."""
     more = {"batch_size": batch_size, "accumulate": accumulate, "listener": listener, "backbone": backbone}
-    engine = runs.build(tmp_path, method="mixed", steps=steps, kept=True, **more)
-    criterion = MiniLLM(schema.ObjectiveConfig(**MINILLM))
-    engine.objective.criterion = criterion
-    engine.scheduler = Scheduler(schema.ScheduleConfig(kind="rounds", inner_epochs=3), steps=steps, seed=5, batches=2)
-    engine.replay = Round(2, rows=4, inner_epochs=3, seed=5)
-    engine.ahead.rollouts = MixtureRollouts(
-        engine.objective.student,
-        engine.teacher.model,
-        schema.RolloutConfig(max_new_tokens=5, **{"teacher_mix": ALPHA} | rollout),
-        max_length=16,
-        seed=5,
-        note=criterion.note,
+
+    def sampler(student, teacher):
+        config = schema.RolloutConfig(max_new_tokens=5, **{"teacher_mix": ALPHA} | rollout)
+        return MixtureSampler(student, teacher, config, max_length=16, seed=5)
+
+    schedule = {"inner_epochs": 3}
+    config = schema.ObjectiveConfig(**MINILLM)
+    return runs.build(
+        tmp_path,
+        method="rounds",
+        steps=steps,
+        cached=True,
+        objective=config,
+        schedule=schedule,
+        sampler=sampler,
+        rounds_of=2,
+        **more,
     )
-    return engine
 
 
 @pytest.mark.parametrize("at", [1, 4, 7], ids=["half-a-round-waits", "replay", "a-second-round-waits"])
 def test_a_run_stopped_inside_a_round_goes_on_bit_for_bit(tmp_path, at):
     torch.manual_seed(5)
     whole, figures = built(listener=lambda e: figures.append(e.figures) if isinstance(e, Stepped) else None), []
-    done = whole.run()
+    done = whole.train()
     assert done.sources == {"rollout": 6, "replay": 8}
-    assert done.sampled == 24
+    assert whole.pool.counts.student_sequences == 24
 
     torch.manual_seed(5)
     stopped = built(tmp_path, listener=runs._kill_at(at))
     with pytest.raises(runs.Interrupted):
-        stopped.run()
+        stopped.train()
     found = Checkpoints(tmp_path, lambda path: None, keep=1).latest()
-    assert bool(found.state["waiting"]) == (at != 4)
+    assert bool(found.state["pool"]["waiting"]) == (at != 4)
     backbone = runs.student()
     saved = type(backbone.model).from_pretrained(found.path, dtype=torch.float32)
     backbone.model.load_state_dict(saved.state_dict())
@@ -286,7 +288,7 @@ def test_a_run_stopped_inside_a_round_goes_on_bit_for_bit(tmp_path, at):
     )
     torch.manual_seed(999)
     again.load(found)
-    again.run()
+    again.train()
     for name, value in runs.weights(whole).items():
         assert torch.equal(runs.weights(again)[name], value), name
     assert later == figures[at:]
@@ -296,38 +298,32 @@ def test_how_a_step_is_cut_changes_nothing():
     ends = []
     for batch_size, accumulate in ((4, 1), (2, 2)):
         engine = built(backbone=runs.student("llama"), batch_size=batch_size, accumulate=accumulate, steps=4)
-        engine.run()
+        engine.train()
         ends.append(runs.weights(engine))
     for name, value in ends[0].items():
         assert_close(ends[1][name], value, rtol=1e-3, atol=1e-5)
 
 
-def test_what_the_sampler_said_is_forgotten_with_the_outputs():
-    engine = built(steps=14)
-    engine.run()
-    assert len(engine.objective.criterion._told) == len(engine.replay) == 8
-
-
 def test_a_data_set_step_between_is_an_ordinary_one():
     criterion = MiniLLM(schema.ObjectiveConfig(**MINILLM))
-    assert criterion.look_ahead([SourceBatch(Source.DATASET, [output(1, 2)])], [], 1.0) == [None]
+    assert criterion.begin_step([SourceBatch(Source.DATASET, [output(1, 2)])], [], 1.0) == [None]
     assert criterion.figures() == {}
-    row = criterion.terms(Source.DATASET)
+    row = criterion.weights(Source.DATASET)
     assert (row.kd, row.ce, type(row.divergence).__name__) == (0.5, 0.5, "KL")
 
 
 def test_warming_up_takes_both_parts_with_it():
     criterion, outputs, rows, *_ = step(kd_warmup=0.5)
     pieces = [SourceBatch(Source.ROLLOUT, outputs), SourceBatch(Source.DATASET, rows)]
-    early, late = (criterion.look_ahead(pieces, [], progress) for progress in (0.25, 1.0))
+    early, late = (criterion.begin_step(pieces, [], progress) for progress in (0.25, 1.0))
     assert_close(early[0].weights_N, late[0].weights_N / 2)
     assert_close(early[1].weights_N, late[1].weights_N)
-    assert criterion.terms(Source.DATASET, 0.25).kd == 0.25
+    assert criterion.weights(Source.DATASET, 0.25).kd == 0.25
 
 
 def test_per_sequence_each_output_weighs_the_same():
     criterion, outputs, rows, *_ = step(reduction="sequence")
-    own = criterion.look_ahead([SourceBatch(Source.ROLLOUT, outputs), SourceBatch(Source.DATASET, rows)], [], 1.0)
+    own = criterion.begin_step([SourceBatch(Source.ROLLOUT, outputs), SourceBatch(Source.DATASET, rows)], [], 1.0)
     # The objective makes a token of n weigh 1/n, the engine divides by four sequences: a mean over two, and over two.
     assert own[0].weights_N.unique().tolist() == [2.0]
     assert own[1].weights_N.unique().tolist() == [2.0]

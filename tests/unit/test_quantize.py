@@ -13,8 +13,8 @@ from distillm_cli.errors import ModelError
 from distillm_cli.models import loading
 from distillm_cli.models.pair import load_student
 from distillm_cli.models.quantize import check_quantize
-from distillm_cli.rollouts.rollout import sample
-from distillm_cli.rollouts.sampling import Sampling
+from distillm_cli.rollouts.next_token import Sampling
+from distillm_cli.rollouts.sampler import sample
 from tests import tiny
 
 CPU = torch.device("cpu")

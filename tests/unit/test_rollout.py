@@ -8,8 +8,8 @@ from scipy import stats
 from distillm_cli.config.schema import RolloutConfig
 from distillm_cli.errors import DataError, NonFiniteError
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.rollouts.rollout import SampledRollouts, sample, sample_all, uniforms
-from distillm_cli.rollouts.sampling import Sampling, choose
+from distillm_cli.rollouts.next_token import Sampling, choose
+from distillm_cli.rollouts.sampler import ModelSampler, sample, sample_all, uniforms
 from distillm_cli.training.events import Warned
 from distillm_cli.types import Sequence, collate
 from tests import tiny
@@ -125,7 +125,7 @@ def test_rollouts_supervise_the_first_token_and_end_of_sequence_and_a_cut_output
     """The two classic mistakes (METHODS F): the first response token unsupervised, end-of-sequence stripped."""
     model = backbone()
     rows = [Sequence(p, np.array([9, 9], dtype=np.int32), row) for row, p in enumerate(prompts(*range(2, 14)))]
-    outs = SampledRollouts(model, RolloutConfig(max_new_tokens=6), max_length=32, seed=3).sample(rows, step=5)
+    outs = ModelSampler(model, RolloutConfig(max_new_tokens=6), max_length=32, seed=3).sample(rows, step=5)
     assert [o.row for o in outs] == [r.row for r in rows]
     stop, batch = model.tokenizer.eos_token_id, collate(outs)
     for b, out in enumerate(outs):
@@ -135,8 +135,8 @@ def test_rollouts_supervise_the_first_token_and_end_of_sequence_and_a_cut_output
         assert first == b * batch.ids_BT.shape[1] + len(out.prompt) - 1
         assert (out.response[-1] == stop) or len(out.response) == 6
     assert any(out.response[-1] == stop for out in outs)
-    again = SampledRollouts(model, RolloutConfig(max_new_tokens=6), max_length=32, seed=3).sample(rows, step=5)
-    other = SampledRollouts(model, RolloutConfig(max_new_tokens=6), max_length=32, seed=3).sample(rows, step=6)
+    again = ModelSampler(model, RolloutConfig(max_new_tokens=6), max_length=32, seed=3).sample(rows, step=5)
+    other = ModelSampler(model, RolloutConfig(max_new_tokens=6), max_length=32, seed=3).sample(rows, step=6)
     assert [o.response.tolist() for o in again] == [o.response.tolist() for o in outs]
     assert [o.response.tolist() for o in other] != [o.response.tolist() for o in outs]
 
@@ -146,7 +146,7 @@ def test_a_rollout_that_does_not_fit_into_memory_is_halved_until_it_does_and_say
     """The allocator of the cache refuses more than five rows; the draw is the one that plenty of memory gives."""
     rows = [Sequence(p, np.array([9], dtype=np.int32), row) for row, p in enumerate(prompts(*range(2, 14)))]
     model, said = backbone(), []
-    expected = SampledRollouts(model, RolloutConfig(max_new_tokens=6), max_length=32, seed=3).sample(rows, step=5)
+    expected = ModelSampler(model, RolloutConfig(max_new_tokens=6), max_length=32, seed=3).sample(rows, step=5)
     allocate, asked = torch.zeros, []
 
     def refusing(size, *args, **kwargs):
@@ -157,7 +157,7 @@ def test_a_rollout_that_does_not_fit_into_memory_is_halved_until_it_does_and_say
         return allocate(size, *args, **kwargs)
 
     monkeypatch.setattr(torch, "zeros", refusing)
-    rollouts = SampledRollouts(model, RolloutConfig(max_new_tokens=6), max_length=32, seed=3, listener=said.append)
+    rollouts = ModelSampler(model, RolloutConfig(max_new_tokens=6), max_length=32, seed=3, listener=said.append)
     found = rollouts.sample(rows, step=5)
     assert [o.response.tolist() for o in found] == [o.response.tolist() for o in expected]
     assert [o.row for o in found] == list(range(12))
@@ -191,7 +191,7 @@ def test_other_errors_and_a_single_row_that_does_not_fit_are_not_hidden(monkeypa
 
 
 def test_entropy_is_that_of_the_softmax_also_where_logits_are_extreme():
-    from distillm_cli.rollouts.rollout import _entropy
+    from distillm_cli.rollouts.sampler import _entropy
 
     logits = torch.randn(3, 5_000, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.0], [5.0], [40.0]])
     logits[0, 17] = -torch.inf

@@ -8,19 +8,17 @@ import torch
 
 from distillm_cli.config import schema
 from distillm_cli.errors import Interrupted, OutOfMemoryError
-from distillm_cli.losses import objectives
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.rollouts.interleaved import InterleavedRollouts
-from distillm_cli.rollouts.rollout import SampledRollouts
-from distillm_cli.rollouts.samples import Samples
-from distillm_cli.rollouts.scheduler import Scheduler, Source
-from distillm_cli.teachers.teacher import Teacher
+from distillm_cli.rollouts.interleaved import InterleavedSampler
+from distillm_cli.rollouts.pool import ResponseTable
+from distillm_cli.rollouts.sampler import ModelSampler
+from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.training.checkpoint import Checkpoints
 from distillm_cli.training.events import Progress, Stepped
-from distillm_cli.types import Sequence
+from distillm_cli.types import Rollout
 from tests import tiny
 from tests.limits import Narrow
-from tests.unit import test_engine as runs
+from tests.unit import test_trainer as runs
 
 ROLLOUT = schema.RolloutConfig(max_new_tokens=5)
 METHODS = {
@@ -37,27 +35,38 @@ STEPS = 16  # two epochs and two thirds
 
 
 def build(method, tmp_path=None, backbone=None, **settings):
-    """A small run of this method, dropout on. Its teacher's states are remembered where samples come back."""
+    """A small run of this method, dropout on. Its teacher's states are cached where samples come back."""
     objective, schedule = METHODS[method]
-    engine = runs.build(tmp_path, method="off", steps=STEPS, backbone=backbone, **settings)
-    student, teacher = engine.objective.student, Teacher(engine.teacher.model, mode="memory", remembers=True)
-    scheduler = Scheduler(schema.ScheduleConfig(**schedule), steps=STEPS, seed=5)
-    engine.scheduler, engine.teacher = scheduler, teacher
-    engine.objective.criterion = objectives.build(schema.ObjectiveConfig(**objective), STEPS / engine.steps_per_epoch)
-    common = {
-        "batches": engine.batches, "steps": STEPS, "steps_per_epoch": engine.steps_per_epoch, "bulk": 2,
-        "redraw": schedule.get("redraw") == "epoch",
-    }  # fmt: skip
-    if schedule["kind"] == "interleaved":
-        engine.ahead.rollouts = InterleavedRollouts(
-            student, teacher.model, ROLLOUT.model_copy(update={"accept": 5}), ROLLOUT, max_length=16, seed=5
-        )
-    if scheduler.may_use_teacher_samples:
-        sampler = SampledRollouts(teacher.model, ROLLOUT, max_length=16, seed=105, by_row=True)
-        engine.samples[Source.TEACHER] = Samples(sampler, **common)
-    if scheduler.draws_student_ahead:
-        sampler = SampledRollouts(student, ROLLOUT, max_length=16, seed=5, by_row=True)
-        engine.samples[Source.ROLLOUT] = Samples(sampler, whole_epochs=True, **common)
+    schedule = dict(schedule)
+
+    def sampler(student, teacher):
+        accept = ROLLOUT.model_copy(update={"accept": 5})
+        return InterleavedSampler(student, teacher, accept, ROLLOUT, max_length=16, seed=5)
+
+    def responses(student, teacher, rows, steps_per_epoch):
+        redraw = schedule.get("redraw") == "epoch"
+        common = {"rows": rows, "steps": STEPS, "steps_per_epoch": steps_per_epoch, "bulk": 2, "redraw": redraw}
+        of_teacher = ModelSampler(teacher, ROLLOUT, max_length=16, seed=105, by_row=True)
+        found = {Source.TEACHER: ResponseTable(of_teacher, **common)}
+        if redraw:
+            of_student = ModelSampler(student, ROLLOUT, max_length=16, seed=5, by_row=True)
+            found[Source.ROLLOUT] = ResponseTable(of_student, whole_epochs=True, **common)
+        return found
+
+    is_interleaved = schedule["kind"] == "interleaved"
+    engine = runs.build(
+        tmp_path,
+        method=schedule["kind"],
+        steps=STEPS,
+        backbone=backbone,
+        objective=schema.ObjectiveConfig(**objective),
+        schedule=schedule,
+        sampler=sampler if is_interleaved else None,
+        responses=None if is_interleaved else responses,
+        cached=True,
+        **settings,
+    )
+    engine.teacher.rows = None  # the cache holds samples alone
     return engine
 
 
@@ -70,12 +79,12 @@ def check_resumed(method, tmp_path, whole):
     resumed = build(method, backbone=backbone)
     torch.manual_seed(999)  # whatever the random state was, the checkpoint's is what counts
     resumed.load(found)
-    resumed.run()
+    resumed.train()
     for name, value in runs.weights(whole).items():
         assert torch.equal(runs.weights(resumed)[name], value), name
-    for count in ("sources", "sampled", "sampled_tokens", "teacher_sampled", "teacher_sampled_tokens"):
-        assert getattr(resumed.at, count) == getattr(whole.at, count), count
-    assert resumed.objective.criterion.state_dict() == whole.objective.criterion.state_dict()
+    assert resumed.state.sources == whole.state.sources
+    assert resumed.pool.counts == whole.pool.counts
+    assert resumed.objective.state_dict() == whole.objective.state_dict()
 
 
 @pytest.mark.parametrize("stop", [7, 12])
@@ -83,11 +92,11 @@ def check_resumed(method, tmp_path, whole):
 def test_a_run_stopped_anywhere_in_an_epoch_goes_on_to_the_same_bits(tmp_path, method, stop):
     torch.manual_seed(5)
     whole = build(method)
-    whole.run()
+    whole.train()
 
     torch.manual_seed(5)
     with pytest.raises(Interrupted):
-        build(method, tmp_path, listener=runs._kill_at(stop)).run()
+        build(method, tmp_path, listener=runs._kill_at(stop)).train()
     check_resumed(method, tmp_path, whole)
 
 
@@ -97,19 +106,19 @@ def test_what_a_step_drew_before_memory_ran_out_is_neither_drawn_nor_counted_aga
     """After six steps an epoch begins, and with it samples anew."""
     torch.manual_seed(5)
     whole = build(method)
-    whole.run()
+    whole.train()
 
     torch.manual_seed(5)
     engine = build(method, tmp_path, eval_steps=1000)
-    memory = Narrow(engine.objective, 4)
+    memory = Narrow(engine.student_loss, 4)
 
     def shrink(event):
         if isinstance(event, Stepped) and event.step == fits:
             memory.rows = 0
 
-    engine.say = shrink
+    engine.emit = shrink
     with pytest.raises(OutOfMemoryError, match=f"at step {fits + 1} "):
-        engine.run()
+        engine.train()
     check_resumed(method, tmp_path, whole)
 
 
@@ -122,9 +131,11 @@ def test_every_step_is_counted_for_what_it_trained_on():
     }
     for method, counts in expected.items():
         events = []
-        at = build(method, listener=events.append).run()
+        engine = build(method, listener=events.append)
+        at = engine.train()
+        sampled = engine.pool.counts
         steps = [at.steps_with(s) for s in (Source.ROLLOUT, Source.REPLAY, Source.DATASET, Source.TEACHER)]
-        assert (*steps, at.sampled, at.teacher_sampled) == counts, method
+        assert (*steps, sampled.student_sequences, sampled.teacher_sequences) == counts, method
         names = {e.source for e in events if isinstance(e, Stepped)}
         assert names == {"teacher+rollout" if counts[0] and counts[3] else "teacher" if counts[3] else "rollout"}, (
             method
@@ -133,10 +144,10 @@ def test_every_step_is_counted_for_what_it_trained_on():
 
 def test_the_teacher_is_asked_once_about_a_sample_that_comes_back():
     engine = build("seqkd, kl")
-    engine.run()
-    kept = engine.samples[Source.TEACHER].sequences
+    engine.train()
+    kept = engine.pool.responses[Source.TEACHER].sampled.values()
     assert len(kept) == 24
-    assert engine.teacher.tokens == engine.at.teacher_sampled_tokens == sum(len(s.response) for s in kept)
+    assert engine.teacher.tokens == engine.pool.counts.teacher_tokens == sum(len(s.response) for s in kept)
 
 
 class Counting:
@@ -147,7 +158,7 @@ class Counting:
 
     def sample(self, prompts, step):
         self.asked.append((step, [s.row for s in prompts]))
-        return [Sequence(s.prompt, np.array([step, s.row], dtype=np.int32), s.row) for s in prompts]
+        return [Rollout(s.prompt, np.array([step, s.row], dtype=np.int32), s.row) for s in prompts]
 
 
 def batches(step):
@@ -158,24 +169,24 @@ def batches(step):
 def answers(samples, steps):
     found = []
     for step in steps:
-        drawn = len(samples.draw(step))
+        drawn = len(samples.sample(step))
         found.append((drawn, [tuple(s.response.tolist()) for s in samples.batch(step)]))
     return found
 
 
 def test_samples_are_drawn_ahead_in_bulk_once_or_anew_in_each_epoch():
-    once = Samples(Counting(), batches=batches, steps=7, steps_per_epoch=3, bulk=2)
+    once = ResponseTable(Counting(), rows=batches, steps=7, steps_per_epoch=3, bulk=2)
     assert [drawn for drawn, _ in answers(once, range(7))] == [8, 0, 4, 0, 0, 0, 0]
-    assert [len(rows) for _, rows in once.rollouts.asked] == [8, 4]
+    assert [len(rows) for _, rows in once.sampler.asked] == [8, 4]
 
-    anew = Samples(Counting(), batches=batches, steps=7, steps_per_epoch=3, bulk=2, redraw=True)
+    anew = ResponseTable(Counting(), rows=batches, steps=7, steps_per_epoch=3, bulk=2, redraw=True)
     found = answers(anew, range(7))
     assert [drawn for drawn, _ in found] == [8, 0, 4, 8, 0, 4, 4]
     assert [{turn for turn, _ in tokens} for _, tokens in found] == [{0}] * 3 + [{1}] * 3 + [{2}]
 
     events = []
-    ahead = Samples(
-        Counting(), batches=batches, steps=7, steps_per_epoch=3, bulk=2, redraw=True, whole_epochs=True,
+    ahead = ResponseTable(
+        Counting(), rows=batches, steps=7, steps_per_epoch=3, bulk=2, redraw=True, whole_epochs=True,
         listener=events.append,
     )  # fmt: skip
     assert [drawn for drawn, _ in answers(ahead, range(7))] == [12, 0, 0, 12, 0, 0, 4]
@@ -187,8 +198,8 @@ def test_what_is_drawn_does_not_depend_on_how_much_is_drawn_at_once():
     model = Backbone(tiny.model("llama", len(tokenizer), seed=4), tokenizer)
     found = []
     for bulk in (1, 3):
-        sampler = SampledRollouts(model, ROLLOUT, max_length=16, seed=1, by_row=True)
-        samples = Samples(sampler, batches=batches, steps=6, steps_per_epoch=3, bulk=bulk, redraw=True)
+        sampler = ModelSampler(model, ROLLOUT, max_length=16, seed=1, by_row=True)
+        samples = ResponseTable(sampler, rows=batches, steps=6, steps_per_epoch=3, bulk=bulk, redraw=True)
         found.append([tokens for _, tokens in answers(samples, range(6))])
     assert found[0] == found[1]
     assert found[0][0] != found[0][3], "another epoch, other samples"
@@ -196,20 +207,20 @@ def test_what_is_drawn_does_not_depend_on_how_much_is_drawn_at_once():
 
 def test_samples_made_beforehand_are_served_in_turns_where_epochs_redraw():
     rows = tiny.sequences([(3, 1)] * 12, vocab=9, seed=0)
-    given = {s.row: [Sequence(s.prompt, np.array([k, s.row], dtype=np.int32), s.row) for k in range(2)] for s in rows}
+    given = {s.row: [Rollout(s.prompt, np.array([k, s.row], dtype=np.int32), s.row) for k in range(2)] for s in rows}
     for redraw, turns in ((False, [0, 0, 0]), (True, [0, 1, 0])):
-        samples = Samples(Counting(), batches=batches, steps=9, steps_per_epoch=3, redraw=redraw, given=given)
+        samples = ResponseTable(Counting(), rows=batches, steps=9, steps_per_epoch=3, redraw=redraw, given=given)
         found = answers(samples, range(9))
         assert [drawn for drawn, _ in found] == [0] * 9
         assert [tokens[0][0] for _, tokens in found[::3]] == turns
-        assert len(samples.sequences) == 24
-        assert not samples.rollouts.asked
+        assert len(samples.given_rollouts) == 24
+        assert not samples.sampler.asked
 
 
 def test_a_checkpoint_holds_samples_in_plain_tensors(tmp_path):
-    build("distillm2", tmp_path).run()
+    build("distillm2", tmp_path).train()
     found = Checkpoints(tmp_path, lambda path: None, keep=1).latest()
     names = {name.rsplit(".", 1)[0] for name in found.tensors}
-    assert {"samples.teacher", "samples.rollout"} <= names
-    assert set(found.state["criterion"]) == {"epoch", "alphas", "before", "sums"}
+    assert {"responses.teacher", "responses.rollout"} <= names
+    assert set(found.state["objective"]) == {"epoch", "alphas", "before", "sums"}
     json.dumps(found.state)

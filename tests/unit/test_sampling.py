@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from distillm_cli.errors import NonFiniteError
-from distillm_cli.rollouts.sampling import Sampling, check_chosen, choose, inverse_cdf, keep_nucleus
+from distillm_cli.rollouts.next_token import Sampling, check_chosen, choose, inverse_cdf, keep_nucleus
 
 LARGE = 50_257
 

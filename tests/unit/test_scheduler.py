@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from distillm_cli.config.schema import ScheduleConfig
-from distillm_cli.rollouts.scheduler import Scheduler, Source
+from distillm_cli.rollouts.scheduler import Source, build_scheduler
 
 FULL = 1000
 
@@ -17,7 +17,7 @@ def sources(scheduler, buffered=FULL):
 
 
 def make(steps=20_000, seed=3, **config):
-    return Scheduler(ScheduleConfig(**config), steps=steps, seed=seed)
+    return build_scheduler(ScheduleConfig(**config), steps=steps, seed=seed)
 
 
 def near(count, expected, n):

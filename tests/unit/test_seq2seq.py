@@ -29,14 +29,18 @@ from distillm_cli.models.pair import check_kinds
 from distillm_cli.models.seq2seq import halves
 from distillm_cli.models.students import build_from_config, build_random
 from distillm_cli.models.tokenizers import put_end
-from distillm_cli.rollouts.replay import ReplayBuffer
-from distillm_cli.rollouts.rollout import SampledRollouts, Sampling, sample
-from distillm_cli.rollouts.scheduler import Scheduler
-from distillm_cli.teachers.teacher import FirstEpoch, RowStates, Teacher
+from distillm_cli.rollouts.pool import SequencePool
+from distillm_cli.rollouts.sampler import ModelSampler, Sampling, sample
+from distillm_cli.rollouts.scheduler import build_scheduler
+from distillm_cli.teachers.cached import BatchComposition, CachedTeacher, HiddenStateTable
+from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.training.checkpoint import Checkpoints
-from distillm_cli.training.engine import Engine
 from distillm_cli.training.events import Stepped
+from distillm_cli.training.state import RunInfo
+from distillm_cli.training.trainer import Trainer
+from distillm_cli.training.validation import Validator
 from distillm_cli.types import Sequence, collate
+from distillm_cli.utils.modules import eval_mode
 from tests import tiny
 
 VOCAB, ROWS = 97, 101
@@ -365,34 +369,40 @@ def engine_of(tmp_path=None, *, steps=10, kept=False, student=None, teacher="t5-
     train = TrainConfig(batch_size=4, lr=1e-3, warmup=0, eval_steps=3, save_steps=1000, seed=5)
     rows = tiny.sequences([(3 + i % 5, 2 + i % 4) for i in range(24)], VOCAB, seed=2)
     student = student or backbone("t5", seed=1, spread=1.0)
-    scheduler = Scheduler(ScheduleConfig(epsilon=-10.0, capacity=8, levels=3), steps=steps, seed=5)
+    scheduler = build_scheduler(ScheduleConfig(epsilon=-10.0, capacity=8, levels=3), steps=steps, seed=5)
 
     def batches(step):
         return [rows[(step * 4 + i * 7) % len(rows)] for i in range(4)]
 
-    asked = Teacher(backbone(teacher, seed=4))
+    model = backbone(teacher, seed=4)
+    asked = LocalTeacher(model)
     if kept:
-        company = FirstEpoch(batches, steps=6, rows=rows, most=4)
-        asked = Teacher(asked.model, mode="memory", rows=RowStates(rows), company=company, remembers=True)
-    return Engine(
-        objective=StudentLoss(student, objectives.build(ObjectiveConfig()), teacher_head=asked.head),
-        train=train,
-        steps=steps,
-        steps_per_epoch=6,
-        batches=batches,
-        scheduler=scheduler,
-        replay=ReplayBuffer(8, seed=5),
-        rollouts=SampledRollouts(student, RolloutConfig(max_new_tokens=5), max_length=16, seed=5),
-        bulk=2,
-        teacher=asked,
-        validation=[tiny.sequences([(4, 3), (5, 4), (3, 2)], VOCAB, seed=9)],
+        composition = BatchComposition(batches, steps=6, rows=rows, max_rows=4)
+        table = HiddenStateTable(rows)
+        asked = CachedTeacher(model, mode="memory", rows=table, composition=composition, caches_rollouts=True)
+    student_loss = StudentLoss(student, objectives.build(ObjectiveConfig()), teacher_head=asked.head)
+    run = RunInfo(steps=steps, steps_per_epoch=6)
+    held_out = [tiny.sequences([(4, 3), (5, 4), (3, 2)], VOCAB, seed=9)]
+    return Trainer(
+        student_loss,
+        SequencePool(
+            batches,
+            scheduler,
+            student=ModelSampler(student, RolloutConfig(max_new_tokens=5), max_length=16, seed=5),
+            bulk=2,
+            sampling=lambda: eval_mode(student_loss),
+        ),
+        asked,
+        validator=Validator(held_out, run, teacher=asked, listener=listener),
         checkpoints=None if tmp_path is None else Checkpoints(tmp_path, student.model.save_pretrained, keep=2),
+        config=train,
+        run=run,
         listener=listener,
     )
 
 
 def weights(engine):
-    return {name: p.detach().clone() for name, p in engine.objective.named_parameters()}
+    return {name: p.detach().clone() for name, p in engine.student_loss.named_parameters()}
 
 
 @pytest.mark.parametrize(("family", "kept"), [("t5", False), ("mt5", True)], ids=["t5", "mt5, states kept"])
@@ -403,17 +413,17 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(family, kep
 
     torch.manual_seed(5)
     whole = engine_of(kept=kept, student=backbone(family, seed=1, spread=1.0))
-    done = whole.run()
+    done = whole.train()
     torch.manual_seed(5)
     with pytest.raises(Interrupted):
-        engine_of(tmp_path, kept=kept, student=backbone(family, seed=1, spread=1.0), listener=stop).run()
+        engine_of(tmp_path, kept=kept, student=backbone(family, seed=1, spread=1.0), listener=stop).train()
     found = Checkpoints(tmp_path, lambda path: None, keep=1).latest()
     student = backbone(family, seed=8)
     student.model.load_state_dict(type(student.model).from_pretrained(found.path).state_dict())
     resumed = engine_of(kept=kept, student=student)
     torch.manual_seed(999)
     resumed.load(found)
-    again = resumed.run()
+    again = resumed.train()
     assert again.sources == done.sources
     assert min(done.sources[source] for source in ("dataset", "rollout", "replay")) > 0
     for name, value in weights(whole).items():
@@ -422,7 +432,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(family, kep
 
 def test_keeping_the_teachers_states_changes_nothing_but_rounding_and_asks_once():
     live, keeping = (engine_of(steps=18, kept=kept, student=backbone("t5", dropout_rate=0.0)) for kept in (False, True))
-    live.run(), keeping.run()
+    live.train(), keeping.train()
     for name, value in weights(live).items():
         assert_close(weights(keeping)[name], value, rtol=1e-3, atol=1e-4)
     assert keeping.teacher.tokens < 0.8 * live.teacher.tokens
@@ -430,10 +440,10 @@ def test_keeping_the_teachers_states_changes_nothing_but_rounding_and_asks_once(
 
 def test_gradient_checkpointing_changes_memory_and_nothing_else():
     plain, saving = (engine_of(steps=4, student=backbone("t5", dropout_rate=0.0)) for _ in range(2))
-    model = saving.objective.student.model
+    model = saving.student_loss.student.model
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    plain.run(), saving.run()
-    assert plain.at.sources["rollout"] > 0
+    plain.train(), saving.train()
+    assert plain.state.sources["rollout"] > 0
     for name, value in weights(plain).items():
         assert_close(weights(saving)[name], value, rtol=1e-3, atol=1e-4)
 
@@ -442,7 +452,7 @@ def test_the_loss_of_a_step_is_the_definition_in_float64():
     """Skew KL of two T5s over ragged rows, response tokens only, against probabilities written out."""
     engine = engine_of(student=backbone("t5", seed=1).double())
     engine.teacher.model.double()
-    student, teacher = engine.objective.student.model, engine.teacher.model.model
+    student, teacher = engine.student_loss.student.model, engine.teacher.model.model
     sequences = tiny.sequences(LENGTHS, VOCAB)
     p = torch.cat([plainly(teacher, s) for s in sequences]).detach().softmax(-1)
     q = torch.cat([plainly(student, s) for s in sequences]).softmax(-1)
@@ -450,11 +460,9 @@ def test_the_loss_of_a_step_is_the_definition_in_float64():
     expected.backward()
     gradients = {name: parameter.grad.clone() for name, parameter in student.named_parameters()}
     student.zero_grad()
-    engine.objective.eval()
+    engine.student_loss.eval()
     batch = collate(sequences)
-    total, tokens = engine.objective(
-        [batch], engine.teacher.hidden(batch, sequences), engine.objective.criterion.held_out
-    )
+    total, tokens = engine.student_loss([batch], engine.teacher.hidden(batch, sequences), engine.objective.held_out)
     (total / tokens).backward()
     assert (total / tokens).item() == pytest.approx(expected.item(), rel=1e-6)
     for name, parameter in student.named_parameters():

@@ -15,7 +15,8 @@ from torch.testing import assert_close
 from distillm_cli.errors import CheckpointError, StorageError
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.teachers import teacher_cache
-from distillm_cli.teachers.teacher import Teacher
+from distillm_cli.teachers.cached import CachedTeacher
+from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.teachers.teacher_cache import Key, check_space, place_of, read, rows_digest, teacher_digest, write
 from distillm_cli.types import collate
 from tests import tiny
@@ -40,27 +41,27 @@ def make(root, backbone=None, rows=ROWS, **how):
     backbone = backbone or model()
     key = key_of(backbone, rows)
     place = place_of(root, key)
-    assert write(place, key, Teacher(backbone), rows, CPU, of=OF, **how)
+    assert write(place, key, LocalTeacher(backbone), rows, CPU, of=OF, **how)
     return place, key
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_states_from_the_disk_are_the_live_ones_up_to_batch_shape_rounding(tmp_path, dtype):
     place, key = make(tmp_path, model(dtype))
-    teacher = Teacher(model(dtype), mode="disk", rows=read(place, key, ROWS))
+    teacher = CachedTeacher(model(dtype), mode="disk", rows=read(place, key, ROWS))
     picks = [ROWS[i] for i in (7, 3, 49, 0, 12)]
     found = teacher.hidden(collate(picks), picks)
     tolerance = {"rtol": 2e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
     assert found.dtype == dtype
-    assert_close(found, Teacher(model(dtype)).hidden(collate(picks), picks), **tolerance)
+    assert_close(found, LocalTeacher(model(dtype)).hidden(collate(picks), picks), **tolerance)
     assert teacher.tokens == 0
 
 
 def test_a_row_computed_in_the_same_batch_is_the_same_to_the_last_bit(tmp_path):
     alike = tiny.sequences([(5, 4)] * 20, vocab=len(TOKENIZER), seed=6)
     place, key = make(tmp_path, rows=alike)
-    kept = Teacher(model(), mode="disk", rows=read(place, key, alike)).hidden(collate(alike), alike)
-    assert torch.equal(kept, Teacher(model()).hidden(collate(alike), alike))
+    kept = CachedTeacher(model(), mode="disk", rows=read(place, key, alike)).hidden(collate(alike), alike)
+    assert torch.equal(kept, LocalTeacher(model()).hidden(collate(alike), alike))
 
 
 def test_whatever_shapes_the_states_gives_a_cache_of_its_own():
@@ -102,8 +103,8 @@ def test_a_damaged_cache_is_refused_by_name_and_rebuilt_on_request(tmp_path, how
     with pytest.raises(CheckpointError, match=f"{place} is damaged: .*--rebuild-teacher-cache") as error:
         read(place, key, ROWS)
     assert error.value.exit_code == 5
-    assert not write(place, key, Teacher(model()), ROWS, CPU, of=OF), "left alone unless told to rebuild"
-    assert write(place, key, Teacher(model()), ROWS, CPU, of=OF, rebuild=True)
+    assert not write(place, key, LocalTeacher(model()), ROWS, CPU, of=OF), "left alone unless told to rebuild"
+    assert write(place, key, LocalTeacher(model()), ROWS, CPU, of=OF, rebuild=True)
     assert torch.equal(read(place, key, ROWS).table_ND, good)
     assert [p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")] == [place.name]
 
@@ -175,7 +176,7 @@ def test_only_a_cache_is_replaced_by_a_cache(tmp_path):
     damage(place, "no facts")
     (place / "thesis.txt").write_text("mine")
     with pytest.raises(StorageError, match=r"holds more than a teacher cache \(thesis.txt\), and is not replaced"):
-        write(place, key, Teacher(model()), ROWS, CPU, of=OF, rebuild=True)
+        write(place, key, LocalTeacher(model()), ROWS, CPU, of=OF, rebuild=True)
     assert (place / "thesis.txt").read_text() == "mine"
     assert not any(path.name.startswith((".staging", ".old")) for path in tmp_path.iterdir())
 
@@ -192,7 +193,7 @@ def test_what_a_killed_writer_left_is_never_read_and_goes(tmp_path):
     make(tmp_path)
     assert not half.exists()
     assert other.exists(), "another cache's writer may be alive"
-    assert read(place, key, ROWS).unknown == 0
+    assert read(place, key, ROWS).missing == 0
 
 
 def test_what_a_killed_writer_left_does_not_count_as_taken(tmp_path, monkeypatch):
@@ -211,11 +212,11 @@ def test_what_a_killed_writer_left_does_not_count_as_taken(tmp_path, monkeypatch
     with pytest.raises(StorageError, match="MB free"):
         check_space(place, size)
     with pytest.raises(StorageError, match="MB free"):
-        write(place, key, Teacher(model()), ROWS, CPU, of=OF, size=2 * size)
+        write(place, key, LocalTeacher(model()), ROWS, CPU, of=OF, size=2 * size)
     half.mkdir(exist_ok=True)
     (half / "states.bin").write_bytes(bytes(size // 2))
-    assert write(place, key, Teacher(model()), ROWS, CPU, of=OF, size=size)
-    assert read(place, key, ROWS).unknown == 0
+    assert write(place, key, LocalTeacher(model()), ROWS, CPU, of=OF, size=size)
+    assert read(place, key, ROWS).missing == 0
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
@@ -224,7 +225,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     place = place_of(tmp_path / "file", key)
     for attempt in (
         lambda: check_space(place, 1),
-        lambda: write(place, key, Teacher(model()), ROWS, CPU, of=OF),
+        lambda: write(place, key, LocalTeacher(model()), ROWS, CPU, of=OF),
     ):
         with pytest.raises(StorageError, match=f"cannot write the teacher cache {place}: .*teacher.cache_dir") as error:
             attempt()
@@ -242,14 +243,14 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing_and_loses_nothing(tmp
     before = (place / "states.bin").read_bytes()
     with file_size(len(before) // 2):
         with pytest.raises(StorageError, match=f"cannot write the teacher cache {place}"):
-            write(place, key, Teacher(model()), ROWS, CPU, of=OF, rebuild=True)
+            write(place, key, LocalTeacher(model()), ROWS, CPU, of=OF, rebuild=True)
         empty = place_of(tmp_path / "new", key)
         with pytest.raises(StorageError, match="File too large"):
-            write(empty, key, Teacher(model()), ROWS, CPU, of=OF)
+            write(empty, key, LocalTeacher(model()), ROWS, CPU, of=OF)
     assert (place / "states.bin").read_bytes() == before
     assert not any(p.name.startswith((".staging", ".old")) for p in tmp_path.rglob(".*"))
     assert not empty.exists()
-    assert read(place, key, ROWS).unknown == 0
+    assert read(place, key, ROWS).missing == 0
 
 
 def test_no_space_left_is_said_in_the_systems_words(tmp_path, monkeypatch):
@@ -266,7 +267,7 @@ import sys, time, torch, numpy as np
 from pathlib import Path
 from types import SimpleNamespace
 from distillm_cli.training.events import Note
-from distillm_cli.teachers.teacher import Teacher
+from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.teachers.teacher_cache import Key, read, write
 from distillm_cli.types import Sequence
 
@@ -277,7 +278,7 @@ class Slow:
         return torch.arange(batch.tokens * 4.0).view(-1, 4)
 
 rows = [Sequence(np.ones(2, np.int32), np.ones(3, np.int32), i) for i in range(9)]
-key, place, teacher = Key("a" * 64, "b" * 64), Path(sys.argv[1]) / "cache", Teacher(Slow())
+key, place, teacher = Key("a" * 64, "b" * 64), Path(sys.argv[1]) / "cache", LocalTeacher(Slow())
 print("ready", flush=True)
 sys.stdin.readline()
 wrote = write(place, key, teacher, rows, torch.device("cpu"), lambda e: None, of={"teacher": "t", "data": "d"})

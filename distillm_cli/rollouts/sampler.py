@@ -1,8 +1,8 @@
-"""Sampling: the one sampler behind student rollouts, ``generate`` and ``eval``.
+"""Sample responses from a model: student rollouts, ``generate`` and ``eval`` all go through ``sample``.
 
-A row's randomness is its own: token t of row (seed, row) is drawn with the t-th uniform of a Philox stream keyed by that
-pair, against the cumulative sum of the row's probabilities. So one uniform replaces a vocabulary of random numbers, and
-what else is in the batch cannot change a row's sample (beyond the rounding of a differently shaped matmul).
+Each row has its own randomness: token t of row (seed, row) is drawn with the t-th uniform of a Philox stream keyed by that
+pair, against the cumulative sum of the row's probabilities. One uniform replaces a vocabulary of random numbers, and the
+other rows of the batch cannot change a row's sample (beyond the rounding of a differently shaped matmul).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from distillm_cli.config.schema import RolloutConfig
 from distillm_cli.errors import DataError
-from distillm_cli.rollouts.sampling import Sampling, check_chosen, choose
+from distillm_cli.rollouts.next_token import Sampling, check_chosen, choose
 from distillm_cli.training.events import Listener, Progress, Warned, silent
-from distillm_cli.types import Sequence
+from distillm_cli.types import Rollout, Sequence
 from distillm_cli.utils.halving import retry_halved
 
 
@@ -29,10 +29,10 @@ class Decoding(Protocol):
     """One batch being decoded, with its key-value cache."""
 
     def logits(self, tokens_B: Tensor | None) -> Tensor:
-        """Next-token logits [B, V], float32. None prefills the prompts; afterwards the tokens just chosen."""
+        """Return next-token logits [B, V], float32. None prefills the prompts; afterwards the tokens just chosen."""
 
     def keep(self, rows_B: Tensor) -> None:
-        """Goes on with these rows only."""
+        """Continue with these rows only."""
 
 
 class Decoder(Protocol):
@@ -51,32 +51,33 @@ class Decoder(Protocol):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Sampled:
+class SampledOutput:
     """One output: token ids (int32), the stop token included when it is complete.
 
     complete: False where the length limit cut it. entropy: mean entropy in nats of the model's own next-token
-    distributions (temperature 1, nothing filtered) over the output's tokens; None unless asked for. told: [tokens, K],
-    float32, what the decoding said of each of them; None unless asked for.
+    distributions (temperature 1, nothing filtered) over the output's tokens; None unless asked for. log_probs_NK: [tokens,
+    K], float32, log-probabilities of each token as the decoding gives them; None unless asked for.
     """
 
     tokens: np.ndarray
     complete: bool
     entropy: float | None = None
-    told: np.ndarray | None = None
+    log_probs_NK: np.ndarray | None = None
 
 
-class Rollouts(Protocol):
-    """Where a model's outputs come from; the built-in sampler is one, another engine may be."""
+class Sampler(Protocol):
+    """Sample a model's outputs during training; the built-in sampler is one, another engine may be."""
 
-    def sample(self, prompts: SequenceOf[Sequence], step: int) -> list[Sequence]:
-        """A response for each prompt by the model as it is now; prompts' own responses are ignored."""
+    def sample(self, prompts: SequenceOf[Sequence], step: int) -> list[Rollout]:
+        """Return a response to each prompt by the model as it is now; the prompts' own responses are ignored."""
 
 
-class SampledRollouts:
-    """Rollouts by the built-in sampler.
+class ModelSampler:
+    """Sample with a model in this process.
 
     config: the recipe's ``rollout`` section. max_length: prompt + response, tokens. seed: with the step it fixes the draw.
-    by_row: a row's randomness is (seed, step, row), whatever is drawn with it; else its place in the draw counts.
+    by_row: a row's randomness is (seed, step, row), whatever is drawn with it; otherwise its index in the draw counts.
+    with_log_probs: rollouts carry the log-probabilities that the decoding gives of their tokens.
     """
 
     def __init__(
@@ -87,32 +88,43 @@ class SampledRollouts:
         max_length: int,
         seed: int,
         by_row: bool = False,
+        with_log_probs: bool = False,
         listener: Listener = silent,
     ):
-        self.decoder, self.max_length, self.seed, self.by_row = decoder, max_length, seed, by_row
+        self.decoder = decoder
+        self.max_length = max_length
+        self.seed = seed
+        self.by_row = by_row
+        self.with_log_probs = with_log_probs
         self.sampling = Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
-        self.width = Width(listener)
+        self.width = DecodeWidth(listener)
 
-    def sample(self, prompts: SequenceOf[Sequence], step: int) -> list[Sequence]:
-        return [Sequence(s.prompt, out.tokens, s.row) for s, out in self.outputs(prompts, step)]
-
-    def outputs(
-        self, prompts: SequenceOf[Sequence], step: int, telling: bool = False
-    ) -> Iterator[tuple[Sequence, Sampled]]:
-        """Each prompt with what was sampled for it. telling: as of ``sample``."""
-        limits = [self.max_length - len(s.prompt) for s in prompts]
+    def sample(self, prompts: SequenceOf[Sequence], step: int) -> list[Rollout]:
         if self.by_row:
             seeds = [(self.seed, (step << 32) + s.row) for s in prompts]
         else:
             seeds = [(self.seed, (step << 24) + i) for i in range(len(prompts))]
-        token_ids, more = [s.prompt for s in prompts], {"limits": limits, "telling": telling, "width": self.width}
-        return zip(prompts, sample(self.decoder, token_ids, self.sampling, seeds, **more), strict=True)
+        outputs = sample(
+            self.decoder,
+            [s.prompt for s in prompts],
+            self.sampling,
+            seeds,
+            limits=[self.max_length - len(s.prompt) for s in prompts],
+            with_log_probs=self.with_log_probs,
+            width=self.width,
+        )
+        return [_rollout(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
 
 
-class Width:
-    """How many rows are decoded side by side: all of them until memory runs out, then half as many, and so on.
+def _rollout(prompt: Sequence, output: SampledOutput) -> Rollout:
+    log_probs_N3 = None if output.log_probs_NK is None else torch.from_numpy(output.log_probs_NK)
+    return Rollout(prompt.prompt, output.tokens, prompt.row, log_probs_N3=log_probs_N3)
 
-    Kept from one draw to the next, so that the same wall is not run into twice.
+
+class DecodeWidth:
+    """How many rows are decoded together: all of them until memory runs out, then half as many, and so on.
+
+    Kept from one draw to the next, so that memory does not run out at every draw.
     """
 
     def __init__(self, listener: Listener = silent):
@@ -120,7 +132,7 @@ class Width:
         self.listener = listener
 
     def halve(self, rows: int) -> None:
-        """Memory ran out with so many rows side by side, at least two."""
+        """Decode half as many rows from now on: memory ran out with ``rows``, at least two."""
         self.rows = rows // 2
         self.listener(Warned(f"out of memory while decoding {rows} rows side by side: going on with {self.rows}"))
 
@@ -134,28 +146,28 @@ def sample(
     *,
     limits: SequenceOf[int] | None = None,
     entropy: bool = False,
-    telling: bool = False,
-    width: Width | None = None,
-) -> list[Sampled]:
+    with_log_probs: bool = False,
+    width: DecodeWidth | None = None,
+) -> list[SampledOutput]:
     """One output per prompt, decoded side by side; finished rows leave the batch.
 
     seeds: (seed, row) per prompt. limits: most new tokens per row, beside ``sampling.max_new_tokens`` and the context.
-    telling: keep what the decoding says of the chosen tokens; it then has ``told(tokens_B)``, a [B, K] tensor.
-    width: what is known of how many fit into memory; where they do not, the same outputs are made in smaller groups.
+    with_log_probs: return log-probabilities of the chosen tokens; the decoding then has ``log_probs(tokens_B)``, [B, K].
+    width: how many rows fit into memory, as far as is known; with less, the same outputs are made in smaller groups.
     Raises DataError where a prompt leaves no room for a single new token, NonFiniteError where the logits are not finite.
     """
     context = decoder.context
     rooms = [room(len(p), sampling, context, None if limits is None else limits[i]) for i, p in enumerate(prompts)]
     return in_groups(
         len(prompts),
-        width or Width(),
-        lambda now: _side_by_side(decoder, prompts[now], sampling, seeds[now], rooms[now], entropy, telling),
+        width or DecodeWidth(),
+        lambda now: _side_by_side(decoder, prompts[now], sampling, seeds[now], rooms[now], entropy, with_log_probs),
     )
 
 
-def in_groups(count: int, width: Width, make: Callable[[slice], list[Sampled]]) -> list[Sampled]:
-    """What ``make`` makes of ``count`` rows, all at once or, where memory does not suffice, in smaller groups."""
-    outputs: list[Sampled] = []
+def in_groups(count: int, width: DecodeWidth, make: Callable[[slice], list[SampledOutput]]) -> list[SampledOutput]:
+    """Return the outputs of ``count`` rows, made together or, where memory runs out, in smaller groups."""
+    outputs: list[SampledOutput] = []
 
     def rows() -> int:
         left = count - len(outputs)
@@ -167,7 +179,7 @@ def in_groups(count: int, width: Width, make: Callable[[slice], list[Sampled]]) 
         width.halve(rows())
         return True
 
-    def group() -> list[Sampled]:
+    def group() -> list[SampledOutput]:
         return make(slice(len(outputs), len(outputs) + rows()))
 
     while len(outputs) < count:
@@ -182,9 +194,9 @@ def _side_by_side(
     seeds: SequenceOf[tuple[int, int]],
     rooms: SequenceOf[int],
     entropy: bool,
-    telling: bool,
-) -> list[Sampled]:
-    """rooms: most new tokens of each row, at least one."""
+    with_log_probs: bool,
+) -> list[SampledOutput]:
+    """Decode rows together. rooms: most new tokens of each row, at least one."""
     B, horizon = len(prompts), max(rooms)
     lengths_B, rooms_B = np.array([len(p) for p in prompts]), np.array(rooms)
     uniforms_BT, context = uniforms(seeds, horizon), decoder.context  # asked once: a config is slow to answer
@@ -196,7 +208,7 @@ def _side_by_side(
     tokens_BT = np.zeros((B, horizon), dtype=np.int32)
     counts_B, entropies_B = np.zeros(B, dtype=np.int64), np.zeros(B)
     complete_B, done_B = np.zeros(B, dtype=bool), np.zeros(B, dtype=bool)
-    told: list[list[np.ndarray]] = [[] for _ in prompts]
+    log_probs: list[list[np.ndarray]] = [[] for _ in prompts]
 
     decoding, live, chosen, forced = decoder.decode(prompts), np.arange(B), None, decoder.forced_first
     for t in range(horizon):
@@ -213,9 +225,9 @@ def _side_by_side(
             chosen = torch.full_like(chosen, forced)
         tokens_BT[live, t] = chosen.cpu().numpy()
         check_chosen(tokens_BT[live, t])
-        if telling:
-            for i, told_K in zip(live, decoding.told(chosen).float().cpu().numpy(), strict=True):
-                told[i].append(told_K)
+        if with_log_probs:
+            for i, log_probs_K in zip(live, decoding.log_probs(chosen).float().cpu().numpy(), strict=True):
+                log_probs[i].append(log_probs_K)
         if ngrams is not None:
             for i in going:
                 ngrams[i].push(int(tokens_BT[i, t]))
@@ -233,11 +245,11 @@ def _side_by_side(
             decoding.keep(rows)
             live, chosen = live[left], chosen[rows]
     return [
-        Sampled(
+        SampledOutput(
             tokens_BT[i, :n].copy(),
             bool(complete_B[i]),
             entropies_B[i] / n if entropy else None,
-            np.stack(told[i][:n]) if telling else None,
+            np.stack(log_probs[i][:n]) if with_log_probs else None,
         )
         for i, n in enumerate(counts_B)
     ]
@@ -254,13 +266,13 @@ def sample_all(
     task: str = "generating",
     rows: SequenceOf[int] | None = None,
     entropy: bool = False,
-) -> Iterator[tuple[int, Sampled]]:
-    """(index, output) for every prompt, in batches of like length, so not in input order.
+) -> Iterator[tuple[int, SampledOutput]]:
+    """Yield (index, output) for every prompt, in batches of similar length, so not in input order.
 
     rows: the second half of each row's random key; the prompt's index when absent.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    width = Width(listener)
+    width = DecodeWidth(listener)
     for start in range(0, len(order), batch_size):
         listener(Progress(task, start, len(order), "responses"))
         picks = order[start : start + batch_size]
@@ -271,7 +283,7 @@ def sample_all(
 
 
 def _entropy(logits_BV: Tensor) -> Tensor:
-    """−Σ p log p with p as the softmax leaves it, and no second pass of exponentials: log p = x − log Z."""
+    """Return −Σ p log p with p as the softmax leaves it, and no second pass of exponentials: log p = x − log Z."""
     shifted_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
     p_BV = shifted_BV.softmax(-1)
     # exp(0) / Z is the likeliest token's. A logit of −inf is no token: 0 · −inf would be nan.
@@ -280,10 +292,10 @@ def _entropy(logits_BV: Tensor) -> Tensor:
 
 
 def uniforms(seeds: SequenceOf[tuple[int, int]], count: int) -> np.ndarray:
-    """Uniforms in [0, 1), [B, count]: of each row the beginning of the Philox stream of its key.
+    """Return uniforms in [0, 1), [B, count]: the beginning of the Philox stream of each row's key.
 
-    One generator is set to each key in turn: to make a new one asks the operating system for a seed, and costs five times
-    as much as the numbers.
+    One generator is set to each key in turn: making a new one asks the operating system for a seed and costs five times as
+    much as the numbers.
     """
     philox = np.random.Philox(key=0)
     random, start = np.random.Generator(philox), philox.state
@@ -296,7 +308,7 @@ def uniforms(seeds: SequenceOf[tuple[int, int]], count: int) -> np.ndarray:
 
 
 def room(prompt: int, sampling: Sampling, context: int | None, limit: int | None) -> int:
-    """Most new tokens behind a prompt of so many. Raises DataError where there is no place for one."""
+    """Return the most new tokens after a prompt of ``prompt`` tokens. Raises DataError where there is no room for one."""
     most = sampling.max_new_tokens
     if context is not None:
         most = min(most, context - prompt)

@@ -5,7 +5,7 @@ import json
 import os
 import signal
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import pairwise
 
 import pytest
@@ -19,18 +19,20 @@ from distillm_cli.losses.objectives import SourceBatch
 from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.losses.weights import CROSS_ENTROPY
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.rollouts.replay import ReplayBuffer
-from distillm_cli.rollouts.rollout import SampledRollouts
-from distillm_cli.rollouts.scheduler import Scheduler, Source
-from distillm_cli.teachers.teacher import FirstEpoch, RowStates, Teacher
-from distillm_cli.training.announce import half_time
-from distillm_cli.training.attempts import Before
+from distillm_cli.rollouts.pool import SequencePool
+from distillm_cli.rollouts.sampler import ModelSampler
+from distillm_cli.rollouts.scheduler import Source, build_scheduler
+from distillm_cli.teachers.cached import BatchComposition, CachedTeacher, HiddenStateTable
+from distillm_cli.teachers.local import LocalTeacher
+from distillm_cli.training.announce import phi_advice
 from distillm_cli.training.checkpoint import Checkpoints, read
-from distillm_cli.training.engine import Engine
 from distillm_cli.training.events import Note, Saved, Stepped, Validated, Warned
-from distillm_cli.training.held_out import HeldOut
 from distillm_cli.training.metrics_log import MetricsLog
+from distillm_cli.training.state import RunInfo
+from distillm_cli.training.trainer import Trainer
+from distillm_cli.training.validation import Validator
 from distillm_cli.utils.halving import retry_halved
+from distillm_cli.utils.modules import eval_mode
 from tests import tiny
 from tests.limits import Narrow, file_size
 
@@ -50,78 +52,98 @@ def build(
     listener=lambda event: None,
     steps=12,
     backbone=None,
-    kept=False,
+    cached=False,
     objective=None,
     device="cpu",
+    schedule=None,
+    sampler=None,
+    responses=None,
+    rounds_of=1,
     **train,
 ):
-    """A whole small run: dropout on (GPT-2's own 0.1), so that the random state matters. kept: the teacher's states.
+    """A whole small run: dropout on (GPT-2's own 0.1), so that the random state matters. cached: the teacher's states.
 
-    device: where ``backbone`` is already.
+    schedule: fields of its section. sampler: (student, teacher model) → sampler. responses: (student, teacher model,
+    rows, steps per epoch) → tables. rounds_of: batches in a round. device: where ``backbone`` is already.
     """
     train = schema.TrainConfig(
         **{"batch_size": 4, "lr": 1e-3, "warmup": 0, "eval_steps": 3, "save_steps": 1000, "seed": 5} | train
     )
     step_rows = train.batch_size * train.accumulate
     sft = method == "sft"
-    # epsilon −10: φ rises at every validation, so that a short run has rollouts and replay
-    settings = {"kind": "off" if method == "sft" else method}
-    if method not in ("sft", "off"):
-        settings["capacity"] = 8
-    if method == "adaptive":
-        settings |= {"epsilon": -10.0, "levels": 3}
+    fields = {"kind": "off" if sft else method}
+    if method in ("on", "mixed", "annealed", "adaptive"):
+        fields["capacity"] = 8
+    if method == "adaptive":  # epsilon −10: φ rises at every validation, so that a short run has rollouts and replay
+        fields |= {"epsilon": -10.0, "levels": 3}
+    section = schema.ScheduleConfig(**fields | (schedule or {}))
+    scheduler = build_scheduler(section, steps=steps, seed=train.seed, batches=rounds_of)
     backbone = backbone or student()
-    scheduler = Scheduler(schema.ScheduleConfig(**settings), steps=steps, seed=train.seed)
 
-    def batches(step):
+    def rows(step):
         return [ROWS[(step * step_rows + i * 7) % len(ROWS)] for i in range(step_rows)]
 
-    teacher = None if sft else Teacher(Backbone(tiny.model("llama", len(TOKENIZER), seed=4), TOKENIZER).to(device))
-    if kept:
-        teacher = Teacher(
-            teacher.model,
+    model = None if sft else Backbone(tiny.model("llama", len(TOKENIZER), seed=4), TOKENIZER).to(device)
+    teacher = None if sft else LocalTeacher(model)
+    if cached:
+        teacher = CachedTeacher(
+            model,
             mode="memory",
-            rows=RowStates(ROWS),
-            company=FirstEpoch(batches, steps=len(ROWS) // step_rows, rows=ROWS, most=train.batch_size),
-            remembers=True,
-            leaves=not scheduler.may_use_student_outputs,
-            awaited=HELD_OUT[0] if train.select == "valid_divergence" else (),
+            rows=HiddenStateTable(ROWS),
+            composition=BatchComposition(rows, steps=len(ROWS) // step_rows, rows=ROWS, max_rows=train.batch_size),
+            caches_rollouts=True,
+            releases_model=not (section.uses_student_outputs or section.uses_teacher_samples),
+            validation=HiddenStateTable(HELD_OUT[0]) if train.select == "valid_divergence" else None,
         )
-    objective = StudentLoss(
+    student_loss = StudentLoss(
         backbone,
-        objectives.build(None if sft else objective or schema.ObjectiveConfig()),
+        objectives.build(None if sft else objective or schema.ObjectiveConfig(), steps / (len(ROWS) // step_rows)),
         teacher_head=None if sft else teacher.head,
     )
     checkpoints = None
     if tmp_path is not None:
         checkpoints = Checkpoints(tmp_path, backbone.model.save_pretrained, keep=train.keep)
-    return Engine(
-        objective=objective,
-        train=train,
-        steps=steps,
-        steps_per_epoch=len(ROWS) // step_rows,
-        batches=batches,
-        scheduler=scheduler,
-        replay=ReplayBuffer(8, seed=train.seed),
-        rollouts=SampledRollouts(backbone, schema.RolloutConfig(max_new_tokens=5), max_length=16, seed=train.seed),
+    run = RunInfo(steps=steps, steps_per_epoch=len(ROWS) // step_rows, device=torch.device(device))
+    if sampler is None:
+        own = ModelSampler(backbone, schema.RolloutConfig(max_new_tokens=5), max_length=16, seed=train.seed)
+    else:
+        own = sampler(backbone, model)
+    pool = SequencePool(
+        rows,
+        scheduler,
+        student=own,
+        responses=responses(backbone, model, rows, run.steps_per_epoch) if responses else None,
         bulk=2,
-        teacher=teacher,
-        validation=HELD_OUT,
+        rows_beside=student_loss.criterion.rows_beside,
+        sampling=lambda: eval_mode(student_loss),
+    )
+    return Trainer(
+        student_loss,
+        pool,
+        teacher,
+        validator=Validator(HELD_OUT, run, select=train.select, teacher=teacher, listener=listener),
         checkpoints=checkpoints,
+        config=train,
+        run=run,
         listener=listener,
-        device=device,
     )
 
 
 def weights(engine):
-    return {name: p.detach().clone() for name, p in engine.objective.named_parameters()}
+    return {name: p.detach().clone() for name, p in engine.student_loss.named_parameters()}
 
 
-def step(engine, parts):
-    """One optimizer step on these parts; its loss and learning rate."""
-    before = Before(engine.objective.criterion, engine.replay, engine.ahead, engine.teacher, engine.device)
-    loss, _ = engine._gradients(parts, before)
-    return loss, engine._apply(loss)
+def step_on(trainer, batches):
+    """One optimizer step on these sequences; its loss and learning rate."""
+    trainer.pool.draw = lambda source, step: batches
+    trainer.train_step()
+    return trainer.state.train_loss, trainer.optimizer.param_groups[0]["lr"]
+
+
+def cached_rollouts(trainer):
+    """The rollouts in the pool that carry the teacher's states."""
+    held = [*trainer.pool.replay.rollouts, *(s for batch in trainer.pool.waiting.values() for s in batch)]
+    return {s for s in held if s.teacher_hidden_ND is not None}
 
 
 def resume(tmp_path, method, **settings):
@@ -142,18 +164,18 @@ def test_the_loss_before_training_may_be_taken_later_and_is_the_same(tmp_path):
         torch.manual_seed(5)
         events = []
         engine = build(method="adaptive", listener=events.append)
-        start = {name: tensor.clone() for name, tensor in engine.objective.state_dict().items()}
+        start = {name: tensor.clone() for name, tensor in engine.student_loss.state_dict().items()}
 
         @contextmanager
         def as_at_start():
-            now = {name: tensor.clone() for name, tensor in engine.objective.state_dict().items()}
-            engine.objective.load_state_dict(start)
+            now = {name: tensor.clone() for name, tensor in engine.student_loss.state_dict().items()}
+            engine.student_loss.load_state_dict(start)
             yield
-            engine.objective.load_state_dict(now)
+            engine.student_loss.load_state_dict(now)
 
         if late:
-            engine.as_at_start = as_at_start
-        return engine, engine.run(), [event for event in events if isinstance(event, Stepped | Validated)]
+            engine.validator.at_start = as_at_start
+        return engine, engine.train(), [event for event in events if isinstance(event, Stepped | Validated)]
 
     (first, reached, order), (late, later, late_order) = run(late=False), run(late=True)
     assert (reached.first_valid_loss, reached.valid_loss) == (later.first_valid_loss, later.valid_loss)
@@ -171,17 +193,17 @@ def test_resume_matches_an_uninterrupted_run_bit_for_bit(tmp_path, method, accum
     """Stopped by a signal in mid-epoch, gone on in a fresh engine: the same weights, to the last bit."""
     torch.manual_seed(5)
     whole = build(method=method, accumulate=accumulate)
-    done = whole.run()
+    done = whole.train()
 
     torch.manual_seed(5)
     stopped = build(tmp_path, method=method, accumulate=accumulate, listener=_kill_at(5))
     with pytest.raises(Interrupted) as stop:
-        stopped.run()
+        stopped.train()
     assert stop.value.exit_code == 128 + signal.SIGINT
-    assert stopped.at.step == 5
+    assert stopped.state.step == 5
 
     resumed = resume(tmp_path, method, accumulate=accumulate)
-    again = resumed.run()
+    again = resumed.train()
     for name, value in weights(whole).items():
         assert torch.equal(weights(resumed)[name], value), name
     assert again.sources == done.sources
@@ -202,46 +224,47 @@ def test_resume_matches_an_uninterrupted_run_bit_for_bit(tmp_path, method, accum
 )
 def test_a_resume_sees_the_teachers_kept_states_as_they_were_bit_for_bit(tmp_path, method, fresh, select):
     """Past the first epoch, with half of the buffer scored: rows are computed again, rollouts come from the checkpoint."""
-    settings = {"method": method, "kept": True, "steps": 24, "batch_size": 3, "accumulate": 2, "select": select}
+    settings = {"method": method, "cached": True, "steps": 24, "batch_size": 3, "accumulate": 2, "select": select}
+    if method == "adaptive":
+        settings["schedule"] = {"fresh": fresh}
     torch.manual_seed(5)
     whole = build(**settings)
     stopped = build(tmp_path, listener=_kill_at(11), **settings)
-    for engine in (whole, stopped):
-        engine.fresh = fresh
-    whole.run()
+    whole.train()
     torch.manual_seed(5)
     with pytest.raises(Interrupted):
-        stopped.run()
+        stopped.train()
 
     resumed = resume(tmp_path, **settings)
-    resumed.fresh = fresh
-    carried = len(resumed.teacher._others)
-    resumed.run()
+    carried = cached_rollouts(resumed)
+    resumed.train()
     for name, value in weights(whole).items():
         assert torch.equal(weights(resumed)[name], value), name
-    assert resumed.at.valid_loss == whole.at.valid_loss
-    assert resumed.at.scores == whole.at.scores
-    assert whole.teacher.has_left == resumed.teacher.has_left == (method == "off")
+    assert resumed.state.valid_loss == whole.state.valid_loss
+    assert resumed.state.scores == whole.state.scores
+    assert whole.teacher.has_released_model == resumed.teacher.has_released_model == (method == "off")
     if method == "adaptive":
-        assert 0 < carried <= 8
-        assert whole.at.sources["replay"] > 2
+        assert 0 < len(carried) <= 8
+        assert whole.state.sources["replay"] > 2
 
 
 def test_keeping_the_teachers_states_changes_nothing_but_rounding_and_asks_once():
-    live, keeping = (build(method="adaptive", steps=24, kept=kept, backbone=student("llama")) for kept in (False, True))
-    live.run(), keeping.run()
+    live, keeping = (
+        build(method="adaptive", steps=24, cached=cached, backbone=student("llama")) for cached in (False, True)
+    )
+    live.train(), keeping.train()
     for name, value in weights(live).items():
         assert_close(weights(keeping)[name], value, rtol=1e-3, atol=1e-5)
-    assert keeping.at.sources == live.at.sources
-    assert keeping.at.sources["replay"] > 0
+    assert keeping.state.sources == live.state.sources
+    assert keeping.state.sources["replay"] > 0
     assert keeping.teacher.tokens < 0.7 * live.teacher.tokens
 
 
 def test_with_kept_states_the_first_epoch_is_the_uncached_run_to_the_last_bit():
-    live, keeping = (build(method="off", steps=6, kept=kept) for kept in (False, True))
+    live, keeping = (build(method="off", steps=6, cached=cached) for cached in (False, True))
     for engine in (live, keeping):
         torch.manual_seed(5)
-        engine.run()
+        engine.train()
     assert all(torch.equal(weights(live)[name], value) for name, value in weights(keeping).items())
 
 
@@ -259,10 +282,10 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(batch_size, accumula
     rows = ROWS[:8]
     engine = build(method="off", steps=1, batch_size=batch_size, clip=0.0, lr=1.0, backbone=student("llama").double())
     engine.teacher.model.double()
-    engine.optimizer = torch.optim.SGD(engine.objective.parameters(), lr=1.0)
+    engine.optimizer = torch.optim.SGD(engine.student_loss.parameters(), lr=1.0)
     before = weights(engine)
-    engine.objective.train()
-    step(engine, [SourceBatch(Source.DATASET, rows)])
+    engine.student_loss.train()
+    step_on(engine, [SourceBatch(Source.DATASET, rows)])
     ours = {name: before[name] - value for name, value in weights(engine).items()}
 
     reference = build(method="off", steps=1, backbone=student("llama").double())
@@ -271,12 +294,12 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(batch_size, accumula
     for s in rows:
         batch = tiny.collate([s])
         log_p.append(own_logits(reference.teacher.model, batch).detach().log_softmax(-1))
-        log_q.append(own_logits(reference.objective.student, batch).log_softmax(-1))
+        log_q.append(own_logits(reference.student_loss.student, batch).log_softmax(-1))
         tokens += len(s.response)
     p, q = torch.cat(log_p).exp(), torch.cat(log_q).exp()
     loss = (p * (p / (0.1 * p + 0.9 * q)).log()).sum() / tokens
     loss.backward()
-    for name, parameter in reference.objective.named_parameters():
+    for name, parameter in reference.student_loss.named_parameters():
         assert_close(ours[name], parameter.grad, rtol=1e-6, atol=1e-9)
 
 
@@ -286,8 +309,8 @@ def own_logits(backbone, batch):
 
 def test_gradient_checkpointing_changes_memory_and_nothing_else():
     plain, saving = (build(method="adaptive", steps=6, backbone=student("llama")) for _ in range(2))
-    saving.objective.student.model.gradient_checkpointing_enable()
-    plain.run(), saving.run()
+    saving.student_loss.student.model.gradient_checkpointing_enable()
+    plain.train(), saving.train()
     for name, value in weights(plain).items():
         assert_close(weights(saving)[name], value, rtol=1e-4, atol=1e-6)
 
@@ -295,10 +318,11 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else():
 def test_bulk_rollouts_are_as_many_as_single_ones_and_each_is_used_once():
     events = []
     single, bulk = build(method="on", steps=10), build(method="on", steps=10, listener=events.append)
-    single.bulk, bulk.bulk = 1, 4
-    assert single.run().sampled == bulk.run().sampled == 40
+    single.pool.bulk = 1
+    bulk.pool.bulk = 4
+    assert [t.train() and t.pool.counts.student_sequences for t in (single, bulk)] == [40, 40]
     assert Counter(e.source for e in events if isinstance(e, Stepped)) == {"rollout": 10}
-    assert not bulk.ahead.waiting
+    assert not bulk.pool.waiting
 
 
 @pytest.mark.parametrize("kind", ["mixed", "annealed", "adaptive"])
@@ -308,75 +332,89 @@ def test_a_bulk_answers_the_rows_that_single_draws_would_have_answered_each_at_i
     fixed = {"phi": 0.5, "epsilon": 100.0, "capacity": 8} if kind == "adaptive" else {}
 
     def trained_on(bulk):
-        engine, seen = build(method=kind, steps=24), []
-        engine.bulk = bulk
-        engine.scheduler.config = schema.ScheduleConfig(kind=kind, **fixed)
-        draw = engine._draw_sequences
+        engine, seen = build(method=kind, steps=24, schedule=fixed), []
+        engine.pool.bulk = bulk
+        draw = engine.pool.draw
 
-        def watched(source):
-            rows = draw(source)
+        def watched(source, step):
+            batches = draw(source, step)
             if source is not Source.REPLAY:
-                seen.append((engine.at.step, source.value, [s.row for s in rows]))
-            return rows
+                seen.append((step, source.value, [s.row for s in batches[0].sequences]))
+            return batches
 
-        engine._draw_sequences = watched
-        return seen, engine.run()
+        engine.pool.draw = watched
+        engine.train()
+        return seen, engine.pool.counts.student_sequences
 
     (single, one), (bulk, eight) = trained_on(1), trained_on(8)
     assert bulk == single
     assert {source for _, source, _ in bulk} == {"dataset", "rollout"}
     assert [rows for step, _, rows in bulk] == [
-        [row.row for row in build(steps=24).batches(step)] for step, _, _ in bulk
+        [row.row for row in build(steps=24).pool.rows(step)] for step, _, _ in bulk
     ]
-    assert eight.sampled == one.sampled == sum(len(rows) for _, source, rows in bulk if source == "rollout")
+    assert eight == one == sum(len(rows) for _, source, rows in bulk if source == "rollout")
 
 
 def test_a_phi_that_rises_leaves_no_rollout_unserved(tmp_path):
     """More steps ask than were foreseen, and a buffer that fills sooner turns some that were into replay."""
     engine = build(method="adaptive", steps=30)
-    engine.bulk, served = 6, []
-    batch = engine.ahead.batch
+    engine.pool.bulk = 6
+    served, fresh = [], engine.pool._fresh
 
-    def watched():
-        served.append(min(engine.ahead.waiting))
-        return batch()
+    def watched(step):
+        batch = fresh(step)
+        served.append(engine.pool._served[0])
+        return batch
 
-    engine.ahead.batch = watched
-    done = engine.run()
+    engine.pool._fresh = watched
+    done = engine.train()
     assert len(done.phis) > 2
     assert done.sources["rollout"] == len(served) == len(set(served))
-    assert done.sampled == 4 * (len(served) + len(engine.ahead.waiting))
-    assert all(step >= done.step - 6 for step in engine.ahead.waiting)
+    assert engine.pool.counts.student_sequences == 4 * (len(served) + len(engine.pool.waiting))
+    assert all(step >= done.step - 6 for step in engine.pool.waiting)
 
 
-def test_a_bulk_of_an_earlier_version_is_served_in_turn():
-    """Its checkpoints do not say for which steps they were drawn."""
-    engine = build(method="on", steps=12)
-    engine.bulk = 4
-    engine.ahead.draw({step: engine.batches(step) for step in range(2, 5)}, 2)
-    state, tensors = engine.ahead.state(), engine.ahead.pack(engine.objective.criterion)
-    held = [[s.response.tolist() for s in batch] for batch in engine.ahead.waiting.values()]
-    del state["waiting_for"]
-    engine.ahead.unpack(state, tensors, engine.objective.criterion, 7)
-    assert list(engine.ahead.waiting) == [7, 8, 9]
-    assert [[s.response.tolist() for s in engine.ahead.batch()] for _ in range(3)] == held
+def test_what_waits_in_the_pool_goes_through_a_checkpoint():
+    """Rollouts sampled ahead, with their steps, log-probabilities and teacher states."""
+    pool = build(method="on", steps=12).pool
+    pool.bulk = 4
+    pool.draw(Source.ROLLOUT, 2)
+    for i, rollout in enumerate(s for batch in pool.waiting.values() for s in batch):
+        object.__setattr__(rollout, "log_probs_N3", torch.rand(len(rollout.response), 3))
+        if i % 2:
+            rollout.cache_teacher_hidden(torch.rand(len(rollout.response), 5))
+    state, tensors = pool.state_dict()
+    restored = build(method="on", steps=12).pool
+    restored.load_state_dict(json.loads(json.dumps(state)), {k: v.clone() for k, v in tensors.items()})
+    assert list(restored.waiting) == list(pool.waiting) == [3, 4, 5]
+    assert vars(restored.counts) == vars(pool.counts)
+    for before, after in zip(pool.waiting.values(), restored.waiting.values(), strict=True):
+        for ours, theirs in zip(before, after, strict=True):
+            assert (ours.row, ours.prompt.tolist(), ours.response.tolist()) == (
+                theirs.row,
+                theirs.prompt.tolist(),
+                theirs.response.tolist(),
+            )
+            assert_close(theirs.log_probs_N3, ours.log_probs_N3, rtol=0, atol=0)
+            assert (theirs.teacher_hidden_ND is None) == (ours.teacher_hidden_ND is None)
+            if ours.teacher_hidden_ND is not None:
+                assert_close(theirs.teacher_hidden_ND, ours.teacher_hidden_ND, rtol=0, atol=0)
 
 
 def test_the_papers_fresh_through_the_buffer_trains_on_what_the_buffer_holds():
-    engine = build(method="on", steps=4)
-    engine.fresh = "buffer"
-    engine.run()
-    assert len(engine.replay) == 8
-    assert engine.at.sources == {"rollout": 4}
+    engine = build(method="on", steps=4, schedule={"fresh": "buffer"})
+    engine.train()
+    assert len(engine.pool) == 8
+    assert engine.state.sources == {"rollout": 4}
 
 
 def test_training_lowers_the_loss_and_leaves_train_mode_as_it_was():
     events = []
     engine = build(method="off", steps=60, lr=5e-3, listener=events.append, backbone=student("llama"))
-    engine.run()
+    engine.train()
     losses = [e.loss for e in events if isinstance(e, Stepped)]
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
-    assert engine.objective.training
+    assert engine.student_loss.training
 
 
 def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
@@ -385,7 +423,7 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
     engine = build(
         tmp_path, method="sft", steps=12, lr=0.3, select="valid_loss", save_steps=1, keep=2, listener=events.append
     )
-    at = engine.run()
+    at = engine.train()
     validations = {e.step: e.valid_loss for e in events if isinstance(e, Validated) and e.step}
     assert at.best_step == min(validations, key=validations.get)
     assert engine.checkpoints.steps() == sorted({at.best_step, 11, 12})
@@ -395,18 +433,18 @@ def test_of_equal_figures_the_last_is_kept_and_patience_counts(tmp_path):
     how = {"method": "sft", "steps": 12, "select": "rouge_l", "eval_steps": 2}
     figures = iter([0.0, 3.0, 3.0, 1.0, 3.0, 2.0, 2.0])  # the first is of the student before training
     engine = build(tmp_path / "a", **how)
-    engine.score = lambda: {"rouge_l": next(figures)}
-    at = engine.run()
+    engine.validator.score = lambda: {"rouge_l": next(figures)}
+    at = engine.train()
     assert (at.best, at.best_step, at.stale) == (3.0, 8, 5)
     engine = build(tmp_path / "b", **how, patience=3)
-    engine.score = lambda: {"rouge_l": 0.0}
-    at = engine.run()
+    engine.validator.score = lambda: {"rouge_l": 0.0}
+    at = engine.train()
     assert (at.reason, at.step, at.best_step) == ("early stop", 8, 8)
 
 
 def test_early_stop_after_patience_runs_out(tmp_path):
     engine = build(tmp_path, method="sft", steps=60, lr=0.3, select="valid_loss", patience=2, eval_steps=2)
-    at = engine.run()
+    at = engine.train()
     assert at.reason == "early stop"
     assert at.step < 60
     assert at.step == at.best_step + 2 * 2
@@ -417,18 +455,18 @@ def test_a_run_that_has_stopped_early_stays_so_when_it_is_resumed(tmp_path, meth
     """Killed after its last step, while the report is made say: what is left to do is not training."""
     how = {"method": method, "steps": 60, "lr": 0.3, "select": "valid_loss", "patience": 2, "eval_steps": 2}
     whole = build(tmp_path, **how)
-    whole.run()
+    whole.train()
     events = []
     again = resume(tmp_path, **how, listener=events.append)
-    at = again.run()
-    assert (at.step, at.best_step, at.reason) == (whole.at.step, whole.at.best_step, "early stop")
+    at = again.train()
+    assert (at.step, at.best_step, at.reason) == (whole.state.step, whole.state.best_step, "early stop")
     assert not any(isinstance(event, Stepped) for event in events)
-    assert all(map(torch.equal, again.objective.state_dict().values(), whole.objective.state_dict().values()))
+    assert all(map(torch.equal, again.student_loss.state_dict().values(), whole.student_loss.state_dict().values()))
 
 
 def test_selection_by_divergence_measures_it_on_held_out_rows(tmp_path):
     events = []
-    build(tmp_path, method="off", select="valid_divergence", listener=events.append).run()
+    build(tmp_path, method="off", select="valid_divergence", listener=events.append).train()
     figures = [e.scores["valid_divergence"] for e in events if isinstance(e, Validated)]
     assert len(figures) == 5
     assert all(0 < f < 2.31 for f in figures)  # skew KL at α = .1 never exceeds log 10
@@ -439,19 +477,19 @@ def test_non_finite_numbers_stop_the_run_before_they_reach_the_weights(tmp_path)
 
     def poison(event):
         if isinstance(event, Stepped) and event.step == 2:
-            engine.objective.student.model.transformer.ln_f.weight.data[0] = float("inf")
+            engine.student_loss.student.model.transformer.ln_f.weight.data[0] = float("inf")
 
-    engine.say = poison
+    engine.emit = poison
     with pytest.raises(NonFiniteError, match="step 3"):
-        engine.run()
-    assert engine.at.step == 2
+        engine.train()
+    assert engine.state.step == 2
     assert all(torch.isfinite(s["exp_avg"]).all() for s in engine.optimizer.state.values())
     assert read(engine.checkpoints.path(2)).state["progress"]["step"] == 2
 
 
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path):
     engine = build(tmp_path, method="sft", steps=2)
-    engine.run()
+    engine.train()
     path = engine.checkpoints.path(2)
     target = path / "training.safetensors"
     target.write_bytes(target.read_bytes()[:-1] + b"\x7f")
@@ -467,7 +505,7 @@ def test_a_half_written_checkpoint_is_invisible_and_cleared_away(tmp_path):
     engine = build(tmp_path, method="sft", steps=2)
     (tmp_path / ".staging-step-000009").mkdir()
     assert engine.checkpoints.latest() is None
-    engine.run()
+    engine.train()
     assert [p.name for p in tmp_path.iterdir()] == ["step-000002"]
 
 
@@ -496,7 +534,7 @@ def test_a_disk_that_is_full_costs_no_checkpoint_and_names_what_is_left(tmp_path
 
 def test_no_pickle_in_a_checkpoint(tmp_path):
     engine = build(tmp_path, method="adaptive")
-    engine.run()
+    engine.train()
     suffixes = {p.suffix for p in engine.checkpoints.path(12).iterdir()}
     assert suffixes == {".json", ".safetensors"}
 
@@ -504,7 +542,7 @@ def test_no_pickle_in_a_checkpoint(tmp_path):
 def test_metrics_lines_are_whole_and_a_resume_drops_the_ones_after_it(tmp_path):
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path, log_steps=2)
-    build(method="adaptive", steps=6, listener=log).run()
+    build(method="adaptive", steps=6, listener=log).train()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6]
     assert set(lines[1]) == {"step", "epoch", "source", "loss", "lr", "grad_norm", "phi", "tokens", "seconds"}
@@ -546,15 +584,15 @@ def test_a_resume_from_before_the_first_validation_does_not_keep_what_that_said_
 def test_the_teacher_is_neither_trained_nor_saved_with_the_student():
     engine = build(method="off")
     before = copy.deepcopy(engine.teacher.model.model.state_dict())
-    engine.run()
+    engine.train()
     assert all(torch.equal(before[k], v) for k, v in engine.teacher.model.model.state_dict().items())
-    mine = {id(p) for p in engine.objective.parameters()}
-    assert mine == {id(p) for p in engine.objective.student.model.parameters()}
+    mine = {id(p) for p in engine.student_loss.parameters()}
+    assert mine == {id(p) for p in engine.student_loss.student.model.parameters()}
 
 
 def test_checkpoints_are_announced(tmp_path):
     events = []
-    build(tmp_path, method="sft", steps=4, save_steps=2, listener=events.append).run()
+    build(tmp_path, method="sft", steps=4, save_steps=2, listener=events.append).train()
     assert [e.step for e in events if isinstance(e, Saved)] == [2, 4]
 
 
@@ -564,16 +602,16 @@ def test_a_student_that_diverges_while_it_samples_stops_the_run_as_a_loss_that_d
 
     def explode(event):
         if isinstance(event, Stepped) and event.step == 2:
-            for block in engine.objective.student.model.transformer.h:
+            for block in engine.student_loss.student.model.transformer.h:
                 block.mlp.c_fc.weight.data.fill_(1e38)
 
-    engine.say = explode
+    engine.emit = explode
     with pytest.raises(NonFiniteError, match=r"at step 3 \(rollout batch\); nothing was applied; lower --lr") as error:
-        engine.run()
+        engine.train()
     assert error.value.exit_code == 6
-    assert engine.at.step == 2
+    assert engine.state.step == 2
     with pytest.raises(NonFiniteError, match="at step 3"):
-        resume(tmp_path, "on", steps=6).run()
+        resume(tmp_path, "on", steps=6).train()
 
 
 @pytest.mark.parametrize(
@@ -590,8 +628,8 @@ def test_where_memory_runs_out_micro_batches_are_halved_and_the_weights_are_the_
     def trained(rows):
         events = []
         engine = build(method=method, objective=objective, backbone=student("llama"), steps=6, listener=events.append)
-        memory = Narrow(engine.objective, rows)
-        engine.run()
+        memory = Narrow(engine.student_loss, rows)
+        engine.train()
         assert memory.refused == (rows < 4)
         return engine, [e.text for e in events if isinstance(e, Warned) and "decoding" not in e.text]
 
@@ -600,8 +638,8 @@ def test_where_memory_runs_out_micro_batches_are_halved_and_the_weights_are_the_
     assert said == ["out of memory with 4 rows at once: going on with 2, same batches"]
     for name, expected in weights(whole).items():
         assert_close(weights(halved)[name], expected, atol=2e-5, rtol=1e-4, msg=name)
-    assert halved.at.valid_loss == pytest.approx(whole.at.valid_loss, abs=1e-4)
-    assert halved.at.sources == whole.at.sources
+    assert halved.state.valid_loss == pytest.approx(whole.state.valid_loss, abs=1e-4)
+    assert halved.state.sources == whole.state.sources
 
 
 def test_another_attempt_begins_with_what_torch_kept_of_a_gpus_memory_given_back(monkeypatch):
@@ -620,8 +658,7 @@ def test_another_attempt_begins_with_what_torch_kept_of_a_gpus_memory_given_back
 def test_where_memory_runs_out_held_out_rows_are_taken_in_smaller_batches():
     said, backbone = [], student("llama")
     rows = tiny.sequences([(4, 3), (5, 4), (3, 2), (6, 1), (2, 5), (3, 3), (4, 4)], vocab=len(TOKENIZER), seed=9)
-    plain = {"device": torch.device("cpu"), "autocast": nullcontext, "listener": said.append}
-    held_out = HeldOut([rows[:5], rows[5:]], backbone, None, **plain)
+    held_out = Validator([rows[:5], rows[5:]], RunInfo(steps=1, steps_per_epoch=1), listener=said.append)
     objective = StudentLoss(backbone, objectives.build(None))
     with torch.no_grad():
         expected = held_out.mean(CROSS_ENTROPY, objective)
@@ -644,57 +681,55 @@ def test_a_step_that_memory_does_not_suffice_for_costs_no_step_before_it(tmp_pat
     dropout, replay, and the outputs that the failed step had already drawn."""
     torch.manual_seed(5)
     whole = build(method=method)
-    whole.run()
+    whole.train()
 
     torch.manual_seed(5)
     engine = build(tmp_path, method=method)
-    memory = Narrow(engine.objective, 4)
+    memory = Narrow(engine.student_loss, 4)
 
     def shrink(event):
         if isinstance(event, Stepped) and event.step == 5:
             memory.rows = 0
 
-    engine.say = shrink
+    engine.emit = shrink
     with pytest.raises(OutOfMemoryError, match=r"at step 6 .*nothing was applied; go on with --resume") as error:
-        engine.run()
+        engine.train()
     assert error.value.exit_code == 7
     assert [path.name for path in tmp_path.iterdir()] == ["step-000005"]
 
     resumed = resume(tmp_path, method)
-    resumed.run()
+    resumed.train()
     assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
-    assert (resumed.at.sources, resumed.at.sampled) == (whole.at.sources, whole.at.sampled)
-    assert resumed.at.valid_loss == whole.at.valid_loss
+    assert (resumed.state.sources, resumed.pool.counts) == (whole.state.sources, whole.pool.counts)
+    assert resumed.state.valid_loss == whole.state.valid_loss
 
 
 def test_what_the_teacher_said_in_a_step_that_failed_is_asked_again_in_the_same_company(tmp_path):
     """A batch from the buffer, in part of outputs that wait again after the failure: with the rest of it known already the
     teacher would see another batch shape, and its answer would round otherwise."""
-    settings = {"method": "adaptive", "kept": True, "steps": 24}
+    settings = {"method": "adaptive", "cached": True, "steps": 24, "schedule": {"fresh": "buffer"}}
 
     def failing(at):
         torch.manual_seed(5)
         engine = build(tmp_path / str(at), **settings)
-        engine.fresh, memory = "buffer", Narrow(engine.objective, 4)
+        memory = Narrow(engine.student_loss, 4)
 
         def shrink(event):
             if isinstance(event, Stepped) and event.step == at:
-                memory.rows, failing.remembered = 0, frozenset(engine.teacher._others)
+                memory.rows, failing.cached = 0, cached_rollouts(engine)
 
-        engine.say = shrink
+        engine.emit = shrink
         with pytest.raises(OutOfMemoryError):
-            engine.run()
+            engine.train()
         return engine
 
     torch.manual_seed(5)
     whole = build(**settings)
-    whole.fresh = "buffer"
-    whole.run()
+    whole.train()
     for at in (10, 11, 13, 14):
-        assert frozenset(failing(at).teacher._others) == failing.remembered
+        assert cached_rollouts(failing(at)) == failing.cached
         resumed = resume(tmp_path / str(at), **settings)
-        resumed.fresh = "buffer"
-        resumed.run()
+        resumed.train()
         assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
 
 
@@ -729,8 +764,8 @@ def told_of_phi(epsilon=100.0, steps=8, validation=True, **more):
     engine = build(steps=steps, listener=events.append, **{"eval_steps": 2} | more)
     engine.scheduler.config = engine.scheduler.config.model_copy(update={"epsilon": epsilon})
     if not validation:
-        engine.held_out.batches = []
-    engine.run()
+        engine.validator.batches = []
+    engine.train()
     waits = [(i, e.text) for i, e in enumerate(events) if isinstance(e, Note) and e.text.startswith("half of the")]
     return events, waits
 
@@ -752,8 +787,8 @@ def test_at_half_time_a_run_says_what_phi_waits_for():
 def test_half_time_before_the_first_validation_says_what_raises_phi(epsilon, moved):
     engine = build(steps=8, listener=lambda _: None, eval_steps=100)
     engine.scheduler.config = engine.scheduler.config.model_copy(update={"epsilon": epsilon})
-    engine.at.step = 4
-    text = half_time(engine)
+    engine.state.step = 4
+    text = phi_advice(engine)
     assert f"at a validation where valid CE has {moved} since before training, and there was none yet (1 " in text
 
 

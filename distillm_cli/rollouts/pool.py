@@ -1,0 +1,348 @@
+"""Where a step's sequences come from: data set rows, fresh rollouts, the replay buffer, and responses kept by row.
+
+``SequencePool.draw`` is the only way to them, whatever the schedule. Everything in the pool is part of a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as SequenceOf
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distillm_cli.losses.objectives import SourceBatch
+from distillm_cli.rollouts.sampler import Sampler
+from distillm_cli.rollouts.scheduler import Scheduler, Source
+from distillm_cli.training.events import Listener, Progress, silent
+from distillm_cli.types import Rollout, Sequence
+
+
+@dataclass
+class SampleCounts:
+    """Count what was sampled in the whole run."""
+
+    student_sequences: int = 0
+    student_tokens: int = 0
+    teacher_sequences: int = 0
+    teacher_tokens: int = 0
+
+
+class SequencePool:
+    """Draw each step's sequences.
+
+    rows: step (from 0) → that step's data set rows; a pure function, so that a resume needs one integer. student: samples
+    the student's outputs; None where the schedule asks for none. responses: by source, responses kept by row (the
+    teacher's, and the student's where it answers a whole epoch ahead). bulk: rollout batches sampled at once, those of the
+    next steps that will ask for one: one large batch costs little more to decode than a small one. rows_beside: adds the
+    step's rows to each step on student outputs. sampling: a context to sample the student in (evaluation mode, autocast).
+    """
+
+    def __init__(
+        self,
+        rows: Callable[[int], list[Sequence]],
+        scheduler: Scheduler,
+        *,
+        student: Sampler | None = None,
+        responses: Mapping[Source, ResponseTable] | None = None,
+        bulk: int = 1,
+        rows_beside: bool = False,
+        sampling: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        self.rows = rows
+        self.scheduler = scheduler
+        self.student = student
+        self.responses = responses or {}
+        self.bulk = bulk
+        self.rows_beside = rows_beside
+        self.sampling = sampling
+        self.replay = new_buffer(scheduler, step_rows=len(rows(0)))
+        self.counts = SampleCounts()
+        self.waiting: dict[int, list[Rollout]] = {}  # batches sampled ahead, by the step they were sampled for
+        self._served: tuple[int, list[Rollout]] | None = None  # since ``begin_step``
+        self._replay_before: list[Rollout] = []
+
+    def __len__(self) -> int:
+        """Return the number of sequences in the replay buffer."""
+        return len(self.replay)
+
+    def draw(self, source: Source, step: int) -> list[SourceBatch]:
+        """Return what step ``step`` trains on, source by source.
+
+        Step s uses the rows of data set batch s whatever its source is: as sequences, as prompts, or not at all.
+        """
+        if source is Source.PAIR:
+            own = self._kept(Source.ROLLOUT, step) if Source.ROLLOUT in self.responses else self._fresh(step)
+            return [SourceBatch(Source.TEACHER, self._kept(Source.TEACHER, step)), SourceBatch(Source.ROLLOUT, own)]
+        match source:
+            case Source.DATASET:
+                return [SourceBatch(source, self.rows(step))]
+            case Source.TEACHER:
+                drawn = self._kept(source, step)
+            case Source.ROLLOUT:
+                drawn = self._fresh(step)
+                self.replay.add(drawn)
+                if self.scheduler.config.trains_from_buffer:
+                    drawn = self.replay.draw(len(drawn), step)
+            case Source.REPLAY:
+                drawn = self.replay.draw(len(self.rows(step)), step)
+        beside = [SourceBatch(Source.DATASET, self.rows(step))] if self.rows_beside else []
+        return [SourceBatch(source, drawn), *beside]
+
+    def _kept(self, source: Source, step: int) -> list[Rollout]:
+        """Return the responses kept for the step's rows, sampled now if they are missing."""
+        table = self.responses[source]
+        is_teachers = source is Source.TEACHER
+        with nullcontext() if is_teachers else self.sampling():  # the teacher samples in its own dtype
+            self._count(table.sample(step), is_teachers=is_teachers)
+        return table.batch(step)
+
+    def _fresh(self, step: int) -> list[Rollout]:
+        """Return a batch of student outputs, sampled together with those of the next steps that will ask for one.
+
+        Each batch answers its own step's rows; what bulk changes is how many steps younger the student was. A batch whose
+        step trained on something else after all is served next.
+        """
+        if not any(sampled_for <= step for sampled_for in self.waiting):
+            adds = len(self.rows(step))
+            steps = self.scheduler.rollout_steps(step, len(self), adds=adds, count=self.bulk)
+            batches = {later: self.rows(later) for later in steps if later not in self.waiting}
+            with self.sampling():
+                sampled = self.student.sample([row for batch in batches.values() for row in batch], step)
+            self._count(sampled, is_teachers=False)
+            remaining = iter(sampled)
+            for later, batch in batches.items():
+                self.waiting[later] = [next(remaining) for _ in batch]
+        oldest = min(self.waiting)
+        self._served = (oldest, self.waiting.pop(oldest))
+        return self._served[1]
+
+    def _count(self, sampled: SequenceOf[Sequence], *, is_teachers: bool) -> None:
+        tokens = sum(s.supervised for s in sampled)
+        if is_teachers:
+            self.counts.teacher_sequences += len(sampled)
+            self.counts.teacher_tokens += tokens
+        else:
+            self.counts.student_sequences += len(sampled)
+            self.counts.student_tokens += tokens
+
+    def begin_step(self) -> None:
+        """Mark the state that ``roll_back`` returns to."""
+        self._served = None
+        self._replay_before = list(self.replay.rollouts)
+
+    def roll_back(self) -> None:
+        """Undo the draws since ``begin_step``. What was sampled waits for the step and need not be sampled again."""
+        self.replay.rollouts.clear()
+        self.replay.add(self._replay_before)
+        if self._served is not None:
+            step, batch = self._served
+            self.waiting[step] = batch
+            self._served = None
+
+    def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return the pool's state for a checkpoint, as JSON and as tensors."""
+        state = {"counts": vars(self.counts), "waiting": {step: len(batch) for step, batch in self.waiting.items()}}
+        tensors = pack(self.replay.rollouts, "replay") | pack(chain(*self.waiting.values()), "waiting")
+        epochs = {}
+        for source, table in self.responses.items():
+            epochs[source.value] = table.epoch
+            tensors |= pack(table.sampled.values(), f"responses.{source}")
+            tensors |= pack_teacher_hidden(table.given_rollouts, f"given.{source}")
+        return state | {"epochs": epochs}, tensors
+
+    def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self.counts = SampleCounts(**state["counts"])
+        self.replay.add(unpack(tensors, "replay"))
+        remaining = iter(unpack(tensors, "waiting"))
+        self.waiting = {int(step): [next(remaining) for _ in range(size)] for step, size in state["waiting"].items()}
+        for source, table in self.responses.items():
+            table.epoch = state["epochs"][source.value]
+            table.sampled = {s.row: s for s in unpack(tensors, f"responses.{source}")}
+            unpack_teacher_hidden(tensors, table.given_rollouts, f"given.{source}")
+
+
+class ReplayBuffer:
+    """Earlier rollouts, at most ``capacity``, drawn uniformly; the oldest leave first.
+
+    A draw is a pure function of (seed, step) and the content.
+    """
+
+    def __init__(self, capacity: int, *, seed: int):
+        self.seed = seed
+        self.rollouts: deque[Rollout] = deque(maxlen=capacity)
+
+    def __len__(self) -> int:
+        return len(self.rollouts)
+
+    def add(self, rollouts: Iterable[Rollout]) -> None:
+        self.rollouts.extend(rollouts)
+
+    def draw(self, count: int, step: int) -> list[Rollout]:
+        """Return ``count`` rollouts, without repetition while the buffer holds that many."""
+        random = np.random.default_rng([self.seed, step, 0x5265706C])
+        picks = random.choice(len(self), size=count, replace=len(self) < count)
+        return [self.rollouts[i] for i in picks]
+
+
+class RoundBuffer(ReplayBuffer):
+    """The rollouts of a round of ``batches`` batches, replayed batch by batch in a new order each time.
+
+    The next round's rollouts push them out.
+    """
+
+    def __init__(self, capacity: int, *, seed: int, batches: int):
+        super().__init__(capacity, seed=seed)
+        self.batches = batches
+
+    def draw(self, count: int, step: int) -> list[Rollout]:
+        """Return the batch of step ``step`` (from 0) of the run."""
+        epoch, index = divmod(step, self.batches)
+        order = np.random.default_rng([self.seed, epoch, 0x526F756E]).permutation(len(self))
+        return [self.rollouts[i] for i in order[index * count : (index + 1) * count]]
+
+
+def new_buffer(scheduler: Scheduler, step_rows: int) -> ReplayBuffer:
+    """Return the empty replay buffer of a schedule. step_rows: sequences of a step."""
+    capacity = scheduler.capacity(step_rows)
+    if scheduler.in_rounds:
+        return RoundBuffer(capacity, seed=scheduler.seed, batches=scheduler.batches)
+    return ReplayBuffer(capacity, seed=scheduler.seed)
+
+
+class ResponseTable:
+    """A model's responses to the rows of the data set, one a row: sampled when first needed, then kept.
+
+    The teacher's serve sequence-level distillation (``schedule.kind`` teacher, pairs); the student's, sampled for a whole
+    epoch at its beginning, are the other half of DistiLLM-2's pairs. A row's randomness is fixed by (seed, epoch, row), so
+    a sample depends neither on how many are drawn at once nor on where a run was stopped.
+
+    sampler: is given the epoch as the step. rows: step → that step's rows. steps: of the run. bulk: steps whose rows are
+    decoded together. redraw: every epoch samples again. whole_epochs: an epoch's responses are all sampled at its first
+    step. given: row → its responses, where they were made beforehand; under ``redraw`` the epochs alternate between them.
+    name: of the work, for the progress display.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        *,
+        rows: Callable[[int], list[Sequence]],
+        steps: int,
+        steps_per_epoch: int,
+        bulk: int = 1,
+        redraw: bool = False,
+        whole_epochs: bool = False,
+        given: Mapping[int, SequenceOf[Rollout]] | None = None,
+        name: str = "sampling",
+        listener: Listener = silent,
+    ):
+        self.sampler = sampler
+        self.rows = rows
+        self.steps = steps
+        self.steps_per_epoch = steps_per_epoch
+        self.bulk = bulk
+        self.redraw = redraw
+        self.whole_epochs = whole_epochs
+        self.given = given
+        self.name = name
+        self.emit = listener
+        self.sampled: dict[int, Rollout] = {}
+        self.epoch = 0
+
+    @property
+    def given_rollouts(self) -> list[Rollout]:
+        """The responses that were made beforehand, in an order that a resumed run finds again."""
+        return [] if self.given is None else list(chain(*self.given.values()))
+
+    def sample(self, step: int) -> list[Rollout]:
+        """Sample what this step needs and is missing, with what the next steps need; return what was sampled now."""
+        epoch = step // self.steps_per_epoch
+        if self.redraw and epoch != self.epoch:
+            self.sampled = {}
+        self.epoch = epoch
+        if self.given is not None or all(row.row in self.sampled for row in self.rows(step)):
+            return []
+        end = min(self.steps, (epoch + 1) * self.steps_per_epoch if self.redraw else self.steps)
+        last = end if self.whole_epochs else min(step + self.bulk, end)
+        missing = {s.row: s for t in range(step, last) for s in self.rows(t) if s.row not in self.sampled}
+        rows = list(missing.values())
+        at_once = self.bulk * len(self.rows(step))
+        fresh: list[Rollout] = []
+        for start in range(0, len(rows), at_once):
+            if len(rows) > at_once:
+                self.emit(Progress(self.name, start, len(rows), "responses"))
+            fresh += self.sampler.sample(rows[start : start + at_once], epoch)
+        self.sampled |= {s.row: s for s in fresh}
+        if len(rows) > at_once:
+            self.emit(Progress(self.name, len(rows), len(rows), "responses"))
+        return fresh
+
+    def batch(self, step: int) -> list[Rollout]:
+        """Return the responses to a step's rows, once ``sample`` was called for it."""
+        if self.given is None:
+            return [self.sampled[row.row] for row in self.rows(step)]
+        turn = self.epoch if self.redraw else 0
+        return [self.given[row.row][turn % len(self.given[row.row])] for row in self.rows(step)]
+
+
+def pack(rollouts: Iterable[Rollout], prefix: str) -> dict[str, Tensor]:
+    """Return rollouts with all that was computed for them as flat tensors, for a checkpoint."""
+    rollouts = list(rollouts)
+
+    def flat(name: str) -> Tensor:
+        if not rollouts:
+            return torch.zeros(0, dtype=torch.int32)
+        return torch.from_numpy(np.concatenate([getattr(s, name) for s in rollouts]).astype(np.int32))
+
+    lengths = [(len(s.prompt), len(s.response), s.row) for s in rollouts]
+    tensors = {
+        f"{prefix}.lengths": torch.tensor(lengths, dtype=torch.int64).reshape(-1, 3),
+        f"{prefix}.prompts": flat("prompt"),
+        f"{prefix}.responses": flat("response"),
+    }
+    if any(s.log_probs_N3 is not None for s in rollouts):
+        tensors[f"{prefix}.log_probs"] = torch.cat([s.log_probs_N3 for s in rollouts])
+    return tensors | pack_teacher_hidden(rollouts, prefix)
+
+
+def unpack(tensors: dict[str, Tensor], prefix: str) -> list[Rollout]:
+    """Return the rollouts that ``pack`` was given."""
+    prompts = tensors[f"{prefix}.prompts"].numpy()
+    responses = tensors[f"{prefix}.responses"].numpy()
+    log_probs_N3 = tensors.get(f"{prefix}.log_probs")
+    rollouts = []
+    p = r = 0
+    for P, R, row in tensors[f"{prefix}.lengths"].tolist():
+        own_N3 = None if log_probs_N3 is None else log_probs_N3[r : r + R]
+        rollouts.append(Rollout(prompts[p : p + P].copy(), responses[r : r + R].copy(), row, log_probs_N3=own_N3))
+        p += P
+        r += R
+    unpack_teacher_hidden(tensors, rollouts, prefix)
+    return rollouts
+
+
+def pack_teacher_hidden(rollouts: SequenceOf[Rollout], prefix: str) -> dict[str, Tensor]:
+    """Return the cached teacher states of rollouts: computed again in another batch, they would round otherwise."""
+    cached = [i for i, s in enumerate(rollouts) if s.teacher_hidden_ND is not None]
+    if not cached:
+        return {}
+    states = torch.cat([rollouts[i].teacher_hidden_ND for i in cached])
+    return {f"{prefix}.cached": torch.tensor(cached), f"{prefix}.teacher_hidden": states}
+
+
+def unpack_teacher_hidden(tensors: dict[str, Tensor], rollouts: SequenceOf[Rollout], prefix: str) -> None:
+    """Restore what ``pack_teacher_hidden`` returned, for the same rollouts in the same order."""
+    if f"{prefix}.cached" not in tensors:
+        return
+    cached = [rollouts[i] for i in tensors[f"{prefix}.cached"].tolist()]
+    parts = tensors[f"{prefix}.teacher_hidden"].split([s.supervised for s in cached])
+    for rollout, part in zip(cached, parts, strict=True):
+        rollout.cache_teacher_hidden(part.clone())

@@ -1,0 +1,176 @@
+"""Build the trainer of a prepared run: schedule, samplers, sequence pool, objective, validation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from distillm_cli.config.schema import RolloutConfig
+from distillm_cli.config.shaping import shaping
+from distillm_cli.data.batching import by_length
+from distillm_cli.losses import objectives
+from distillm_cli.losses.student_loss import StudentLoss
+from distillm_cli.rollouts.interleaved import InterleavedSampler
+from distillm_cli.rollouts.mixture import MixtureSampler
+from distillm_cli.rollouts.pool import ResponseTable, SequencePool
+from distillm_cli.rollouts.sampler import ModelSampler, Sampler
+from distillm_cli.rollouts.scheduler import Scheduler, Source, build_scheduler
+from distillm_cli.runs import output_dir
+from distillm_cli.runs.prepare import Prepared
+from distillm_cli.teachers.local import LocalTeacher
+from distillm_cli.training.checkpoint import Checkpoints
+from distillm_cli.training.events import Listener
+from distillm_cli.training.state import RunInfo
+from distillm_cli.training.trainer import Trainer
+from distillm_cli.training.validation import Validator
+from distillm_cli.utils.modules import eval_mode
+
+if TYPE_CHECKING:
+    from distillm_cli.models.backbone import Backbone
+
+_TEACHER_SEED = 1 << 32  # added to the seed: with the same uniforms a pair's two samples would be alike
+
+
+def new_scheduler(run: Prepared) -> Scheduler:
+    """Return the run's schedule, at its beginning."""
+    recipe = run.recipe
+    return build_scheduler(recipe.schedule, steps=run.steps, seed=recipe.train.seed, batches=recipe.rollout.bulk)
+
+
+def build_trainer(
+    run: Prepared,
+    output: Path,
+    listener: Listener,
+    *,
+    teacher: LocalTeacher | None,
+    score: Callable[[], dict[str, float]] | None = None,
+) -> Trainer:
+    """Return the trainer of a prepared run, with checkpoints under ``output``.
+
+    teacher: None for SFT. score: as of ``Validator``.
+    """
+    recipe = run.recipe
+    epochs = run.steps / run.order.steps_per_epoch
+    objective = objectives.build(None if run.sft else recipe.objective, epochs)
+    student_loss = StudentLoss(
+        run.student,
+        objective,
+        teacher_head=None if teacher is None else teacher.head,
+        matmul_dtype=None if run.dtype == torch.float32 else run.dtype,
+        router_aux=run.router_aux,
+    )
+    info = RunInfo(
+        steps=run.steps,
+        steps_per_epoch=run.order.steps_per_epoch,
+        method=recipe.method,
+        device=run.device,
+        dtype=run.dtype,
+        pass_overhead=run.pass_overhead,
+        identity=lambda: {"recipe": shaping(recipe), "inputs": run.inputs},
+    )
+
+    @contextmanager
+    def sampling() -> Iterator[None]:
+        with eval_mode(student_loss), info.autocast():
+            yield
+
+    scheduler = new_scheduler(run)
+    pool = SequencePool(
+        run.batch,
+        scheduler,
+        student=_student_sampler(run, listener) if recipe.schedule.uses_student_outputs else None,
+        responses=_response_tables(run, scheduler, listener),
+        bulk=recipe.rollout.bulk,
+        rows_beside=objective.rows_beside,
+        sampling=sampling,
+    )
+    validator = Validator(
+        by_length(run.answered, max(recipe.train.batch_size, 16)),
+        info,
+        select=recipe.train.select,
+        teacher=teacher,
+        score=score,
+        at_start=run.as_at_start,
+        listener=listener,
+    )
+    checkpoints = Checkpoints(
+        output / output_dir.CHECKPOINTS, run.save_model, keep=recipe.train.keep, listener=listener
+    )
+    return Trainer(
+        student_loss,
+        pool,
+        teacher,
+        validator=validator,
+        checkpoints=checkpoints,
+        config=recipe.train,
+        run=info,
+        listener=listener,
+    )
+
+
+def sampling_models(run: Prepared) -> list[Backbone]:
+    """Return the models that must be able to generate for the run to train."""
+    recipe = run.recipe
+    schedule = recipe.schedule
+    found = []
+    if not run.sft and schedule.uses_student_outputs:
+        found.append(run.student)
+    decodes_too = schedule.uses_student_outputs and recipe.decodes_beside_the_teacher
+    samples = schedule.uses_teacher_samples and run.teacher_samples is None
+    if run.pair.teacher is not None and (decodes_too or samples):
+        found.append(run.pair.teacher)
+    return found
+
+
+def _teacher_sampling(rollout: RolloutConfig) -> RolloutConfig:
+    """Return how the teacher samples, in a section that says how the student does."""
+    return rollout.model_copy(
+        update={"temperature": rollout.teacher_temperature, "top_p": rollout.teacher_top_p, "top_k": 0}
+    )
+
+
+def _student_sampler(run: Prepared, listener: Listener) -> Sampler:
+    """Return the source of student outputs."""
+    recipe = run.recipe
+    teacher = run.pair.teacher
+    common = {"max_length": _max_length(run), "seed": recipe.train.seed, "listener": listener}
+    if recipe.schedule.drafts:
+        return InterleavedSampler(run.student, teacher, recipe.rollout, _teacher_sampling(recipe.rollout), **common)
+    if teacher is not None and recipe.mixes_in_the_teacher:
+        return MixtureSampler(run.student, teacher, recipe.rollout, **common)
+    return ModelSampler(run.student, recipe.rollout, **common)
+
+
+def _response_tables(run: Prepared, scheduler: Scheduler, listener: Listener) -> dict[Source, ResponseTable]:
+    """Return the responses that are kept by row: the teacher's, and the student's where it answers an epoch ahead."""
+    rollout = run.recipe.rollout
+    seed = run.recipe.train.seed
+    table = {
+        "rows": run.batch,
+        "steps": run.steps,
+        "steps_per_epoch": run.order.steps_per_epoch,
+        "bulk": rollout.bulk,
+        "listener": listener,
+    }
+    common = {"max_length": _max_length(run), "by_row": True, "listener": listener}
+    found = {}
+    if scheduler.config.uses_teacher_samples:
+        sampler = ModelSampler(run.pair.teacher, _teacher_sampling(rollout), seed=seed + _TEACHER_SEED, **common)
+        redraw = not scheduler.samples_come_back
+        found[Source.TEACHER] = ResponseTable(
+            sampler, given=run.teacher_samples, redraw=redraw, name="teacher samples", **table
+        )
+    if scheduler.samples_student_by_epoch:
+        sampler = ModelSampler(run.student, rollout, seed=seed, **common)
+        found[Source.ROLLOUT] = ResponseTable(sampler, redraw=True, whole_epochs=True, name="student samples", **table)
+    return found
+
+
+def _max_length(run: Prepared) -> int:
+    context = run.student.context
+    longest = run.recipe.data.max_length
+    return longest if context is None else min(longest, context)

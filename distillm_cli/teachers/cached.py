@@ -1,0 +1,216 @@
+"""A teacher whose hidden states are computed once per sequence and then read from a cache.
+
+The states take 2·d bytes a token in bf16 where logits would take 2·V, and the loss stays exact, because the head is
+applied again. Data set rows and validation rows have a table for the whole run; a rollout carries its own states for as
+long as it is in the pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distillm_cli.losses.fused import HeadLike
+from distillm_cli.teachers.local import LanguageModel, LocalTeacher
+from distillm_cli.types import MIN_PASS_OVERHEAD, Batch, Rollout, Sequence, collate, length_groups, moved
+
+
+class CachedTeacher(LocalTeacher):
+    """Compute a model's hidden states once and cache them.
+
+    mode: memory or disk. rows: the table of data set rows; None caches none of them. composition: the batches in which
+    missing rows are computed; None when ``rows`` holds all. caches_rollouts: whether sampled sequences are cached.
+    validation: the table of validation rows, None for none. releases_model: no other sequence will be asked for, so the
+    model leaves memory once every row's states are known.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        mode: str,
+        rows: HiddenStateTable | None = None,
+        composition: BatchComposition | None = None,
+        caches_rollouts: bool = False,
+        validation: HiddenStateTable | None = None,
+        releases_model: bool = False,
+    ):
+        super().__init__(model)
+        self.mode = mode
+        self.rows = rows
+        self.composition = composition
+        self.caches_rollouts = caches_rollouts
+        self.validation = validation
+        self.releases_model = releases_model
+        self.has_released_model = False
+        self._head: HeadLike | None = None
+        self._new_rollouts: list[Rollout] = []  # cached since ``begin_step``
+
+    @property
+    def head(self) -> HeadLike:
+        return self._head or self.model.head()
+
+    @torch.no_grad()
+    def hidden(self, batch: Batch, sequences: SequenceOf[Sequence]) -> Tensor:
+        """Return the last hidden states [N, D_teacher] of the batch that ``sequences`` were collated to, without a graph.
+
+        A batch that is not cached at all is computed as it is, so its states equal those of ``LocalTeacher`` bit for bit;
+        cached states differ from them by the rounding of another batch shape at most.
+        """
+        if not all(self._is_cacheable(s) for s in sequences):
+            return self.compute(batch)
+        device = batch.ids_BT.device
+        missing = self._batches_of([s for s in dict.fromkeys(sequences) if self._cached(s) is None])
+        if missing == [list(sequences)]:
+            hidden_ND = self.compute(batch)
+            self._store(sequences, hidden_ND)
+        else:
+            self._compute_all(missing, device)
+            hidden_ND = moved(torch.cat([self._cached(s) for s in sequences]), device)
+        if self.releases_model and not self.has_released_model:
+            self._release_when_complete(device)
+        return hidden_ND
+
+    def begin_step(self) -> None:
+        self._new_rollouts.clear()
+
+    def roll_back(self) -> None:
+        """Drop the states of rollouts cached since ``begin_step``: with some of a batch cached, the others would be
+        computed in another batch composition. States of rows do not depend on when they were computed.
+        """
+        for rollout in self._new_rollouts:
+            rollout.cache_teacher_hidden(None)
+        self._new_rollouts.clear()
+
+    def _is_cacheable(self, sequence: Sequence) -> bool:
+        if isinstance(sequence, Rollout):
+            return self.caches_rollouts
+        return self._table_of(sequence) is not None
+
+    def _table_of(self, sequence: Sequence) -> HiddenStateTable | None:
+        tables = (table for table in (self.rows, self.validation) if table is not None)
+        return next((table for table in tables if table.contains(sequence)), None)
+
+    def _cached(self, sequence: Sequence) -> Tensor | None:
+        if isinstance(sequence, Rollout):
+            return sequence.teacher_hidden_ND
+        return self._table_of(sequence).read(sequence)
+
+    def _batches_of(self, missing: list[Sequence]) -> list[list[Sequence]]:
+        """Return the batches to compute for these sequences: rows as in the first epoch, the others together."""
+        rows = [s for s in missing if self.rows is not None and self.rows.contains(s)]
+        others = [s for s in missing if self.rows is None or not self.rows.contains(s)]
+        batches = self.composition.batches_with(rows) if rows else []
+        return [*batches, others] if others else batches
+
+    def _compute_all(self, batches: list[list[Sequence]], device: torch.device) -> None:
+        for sequences in batches:
+            self._store(sequences, self.compute(collate(sequences).to(device)))
+
+    def _store(self, sequences: SequenceOf[Sequence], hidden_ND: Tensor) -> None:
+        parts = hidden_ND.cpu().split([s.supervised for s in sequences])
+        for sequence, part in zip(sequences, parts, strict=True):
+            if isinstance(sequence, Rollout):
+                sequence.cache_teacher_hidden(part.clone())  # a view would hold the whole batch's states
+                self._new_rollouts.append(sequence)
+            else:
+                self._table_of(sequence).write(sequence, part)
+
+    def _release_when_complete(self, device: torch.device) -> None:
+        """Release everything but the head, once every row's states are cached."""
+        leftovers = [] if self.composition is None else self.composition.leftovers
+        if self.rows.missing > len(leftovers) or (self.validation is not None and self.validation.missing):
+            return
+        # Rows that are in no batch of the first epoch would keep the model for an epoch more: they are fewer than a batch.
+        self._compute_all(self._batches_of([s for s in leftovers if self.rows.read(s) is None]), device)
+        if self.rows.missing:
+            return
+        # On "meta" a model has shapes and no memory. The head keeps its own tensors alive, tied embeddings included.
+        self._head = self.model.head()
+        self.model.to("meta")
+        self.has_released_model = True
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+class HiddenStateTable:
+    """The teacher's hidden states of a list of rows, one row after the other: [tokens of all responses, D] on the CPU.
+
+    table_ND: the states, when all are there already; else the table is allocated at the first ``write``. missing: how many
+    rows have no states yet.
+    """
+
+    def __init__(self, sequences: SequenceOf[Sequence], table_ND: Tensor | None = None):
+        self.sequences = sequences
+        self.table_ND = table_ND
+        ends = np.cumsum([s.supervised for s in sequences])
+        self._spans = list(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True))
+        self._is_known = np.full(len(sequences), table_ND is not None)
+        self.missing = 0 if table_ND is not None else len(sequences)
+
+    @property
+    def bytes(self) -> int:
+        return 0 if self.table_ND is None else self.table_ND.numel() * self.table_ND.element_size()
+
+    def contains(self, sequence: Sequence) -> bool:
+        """Return whether it is a row of this table: a rollout for the row's prompt is another sequence."""
+        return 0 <= sequence.row < len(self.sequences) and self.sequences[sequence.row] is sequence
+
+    def read(self, sequence: Sequence) -> Tensor | None:
+        """Return the row's states [tokens, D]; None while they are missing."""
+        return self._slice(sequence) if self._is_known[sequence.row] else None
+
+    def write(self, sequence: Sequence, states_ND: Tensor) -> None:
+        """Set the row's states."""
+        if self.table_ND is None:
+            self.table_ND = torch.empty(self._spans[-1][1], states_ND.shape[1], dtype=states_ND.dtype)
+        self._slice(sequence).copy_(states_ND)
+        self.missing -= not self._is_known[sequence.row]
+        self._is_known[sequence.row] = True
+
+    def _slice(self, sequence: Sequence) -> Tensor:
+        start, end = self._spans[sequence.row]
+        return self.table_ND[start:end]
+
+
+class BatchComposition:
+    """Which rows are computed together: those in one group of the first epoch, whether or not that step trained on them.
+
+    So the first epoch computes nothing beside its own batches, and a row's cached states are a function of teacher, rows
+    and order alone: a resumed run computes them in the same batches and gets the same bits.
+
+    batches: step → rows, of the first epoch. steps: of that epoch. max_rows, pass_overhead: as of ``length_groups``.
+    leftovers: the rows in no batch of that epoch; they form one batch.
+    """
+
+    def __init__(
+        self,
+        batches: Callable[[int], list[Sequence]],
+        *,
+        steps: int,
+        rows: SequenceOf[Sequence],
+        max_rows: int,
+        pass_overhead: int = MIN_PASS_OVERHEAD,
+    ):
+        self._batches = batches
+        self._steps = steps
+        self._max_rows = max_rows
+        self._pass_overhead = pass_overhead
+        self._step_of_row = np.full(len(rows), steps)
+        for step in reversed(range(steps)):
+            self._step_of_row[[s.row for s in batches(step)]] = step
+        self.leftovers = [s for s in rows if self._step_of_row[s.row] == steps]
+
+    def batches_with(self, rows: SequenceOf[Sequence]) -> list[list[Sequence]]:
+        """Return the groups that contain these rows, with all their members."""
+        asked = set(rows)
+        found = []
+        for step in dict.fromkeys(self._step_of_row[s.row] for s in rows):
+            batch = self.leftovers if step == self._steps else self._batches(int(step))
+            groups = length_groups(batch, self._max_rows, self._pass_overhead)
+            found += [group for group in groups if not asked.isdisjoint(group)]
+        return found

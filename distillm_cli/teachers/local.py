@@ -1,0 +1,75 @@
+"""A frozen teacher in this process: its last hidden states at the response positions, never its logits as a whole.
+
+The head is applied to the states chunk by chunk in the fused loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from distillm_cli.losses.fused import HeadLike
+from distillm_cli.types import Batch, Sequence
+
+
+class LanguageModel(Protocol):
+    """What training needs of a model."""
+
+    vocab: int
+
+    def hidden(self, batch: Batch, *, for_backward: bool = False) -> Tensor:
+        """Return the last hidden states [N, D] at ``batch.positions_N``.
+
+        for_backward: ``backward()`` follows (not ``autograd.grad``). A model whose embedding is also its head may then
+        hold the embedding's gradient back until the head's is there.
+        """
+
+    def head(self) -> HeadLike:
+        """Return the map from hidden states to logits."""
+
+
+class LocalTeacher:
+    """Compute a model's hidden states at every call.
+
+    tokens: response positions computed so far, over the whole run; a resumed run that computes some again counts them
+    again.
+    """
+
+    mode: str = "off"  # of the cache, as checkpoints record it
+    has_released_model: ClassVar[bool] = False
+
+    def __init__(self, model: LanguageModel):
+        self.model = model
+        self.tokens = 0
+
+    @property
+    def head(self) -> HeadLike:
+        return self.model.head()
+
+    @torch.no_grad()
+    def hidden(self, batch: Batch, sequences: SequenceOf[Sequence]) -> Tensor:
+        """Return the last hidden states [N, D_teacher] of the batch that ``sequences`` were collated to, without a graph."""
+        return self.compute(batch)
+
+    def compute(self, batch: Batch) -> Tensor:
+        """Run the model on the batch, in the teacher's own dtype whatever the student computes in."""
+        self.tokens += batch.tokens
+        with torch.autocast(batch.ids_BT.device.type, enabled=False):
+            return self.model.hidden(batch)
+
+    def begin_step(self) -> None:
+        """Mark the state that ``roll_back`` returns to."""
+
+    def roll_back(self) -> None:
+        """Drop what was cached since ``begin_step``."""
+
+    def state_dict(self) -> dict[str, str | int]:
+        """Return what a checkpoint records."""
+        return {"teacher_cache": self.mode, "teacher_tokens": self.tokens}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Add the count of ``state`` to what this process has computed already, such as a cache on disk."""
+        self.tokens += state["teacher_tokens"]

@@ -1,0 +1,177 @@
+"""Recover from a step that fails: retry it with smaller micro-batches, or undo it.
+
+    for attempt in recovery.attempts(step, source, lr):
+        with attempt:
+            ...  # draw, forward, backward
+
+When memory runs out inside the block, everything that the step changed is rolled back and the loop runs it once more with
+micro-batches of half the size. When that cannot help, or a number is not finite, the state before the step is saved and
+the error says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distillm_cli.errors import DistillmError, NonFiniteError, OutOfMemoryError, out_of_memory
+from distillm_cli.losses.objectives import SourceBatch
+from distillm_cli.losses.student_loss import StudentLoss
+from distillm_cli.rollouts.pool import SequencePool
+from distillm_cli.rollouts.scheduler import Source
+from distillm_cli.teachers.local import LocalTeacher
+from distillm_cli.training.checkpoint import random_states, restore_random_states
+from distillm_cli.training.events import Listener, Warned
+from distillm_cli.training.state import RunInfo
+from distillm_cli.types import LengthGroups, micro_batches
+from distillm_cli.utils.halving import release
+
+
+class InfiniteLoss(NonFiniteError):
+    """Report a loss of +inf: a token without any probability, which no learning rate cures."""
+
+
+@dataclass(eq=False)
+class MicroBatch:
+    """Hold the sequences of one backward pass, all of one source, in groups of similar length.
+
+    teacher_hidden_ND: of all groups, where the objective needed them before the first forward pass.
+    """
+
+    source: Source
+    groups: LengthGroups
+    teacher_hidden_ND: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """What a step changes before the optimizer runs, beside the pool and the teacher, as it was before the step."""
+
+    random: dict[str, Tensor]
+    objective: dict[str, Any]
+
+
+class Recovery:
+    """Make attempts at a step.
+
+    max_rows: sequences of a micro-batch at first. optimizer: whose gradients a failed attempt clears. save: saves a
+    checkpoint of the state before the step; returns whether there is one.
+    """
+
+    def __init__(
+        self,
+        student_loss: StudentLoss,
+        pool: SequencePool,
+        teacher: LocalTeacher | None,
+        optimizer: torch.optim.Optimizer,
+        run: RunInfo,
+        *,
+        max_rows: int,
+        save: Callable[[], bool],
+        listener: Listener,
+    ):
+        self.student_loss = student_loss
+        self.pool = pool
+        self.teacher = teacher
+        self.optimizer = optimizer
+        self.run = run
+        self.max_rows = max_rows  # halved for the rest of the run when memory runs out
+        self.save = save
+        self.emit = listener
+
+    def attempts(self, step: int, source: Source, lr: float) -> Iterator[Attempt]:
+        """Yield attempts at step ``step`` (from 0) until one succeeds; each is a context manager.
+
+        Raises NonFiniteError or OutOfMemoryError after saving: the step has then changed nothing.
+        """
+        snapshot = _Snapshot(random_states(self.run.device), deepcopy(self.student_loss.criterion.state_dict()))
+        where = f"at step {step + 1} ({source} batch); nothing was applied"
+        succeeded = False
+        while not succeeded:
+            self.pool.begin_step()
+            if self.teacher is not None:
+                self.teacher.begin_step()
+            attempt = Attempt(self, snapshot, where, lr)
+            yield attempt
+            succeeded = attempt.succeeded
+
+    def roll_back(self, snapshot: _Snapshot) -> None:
+        """Return to the state before the step. What was sampled for it waits in the pool."""
+        self.optimizer.zero_grad(set_to_none=True)
+        restore_random_states(snapshot.random, self.run.device)
+        self.student_loss.criterion.load_state_dict(snapshot.objective)
+        self.pool.roll_back()
+        if self.teacher is not None:
+            self.teacher.roll_back()
+
+
+class Attempt:
+    """One attempt at a step: a context manager that rolls back and swallows an out-of-memory error worth a retry."""
+
+    def __init__(self, recovery: Recovery, snapshot: _Snapshot, where: str, lr: float):
+        self.recovery = recovery
+        self.snapshot = snapshot
+        self.where = where
+        self.lr = lr
+        self.succeeded = False
+        self._rows = 1  # of the largest micro-batch, once the step is split
+
+    def split(self, batches: list[SourceBatch]) -> list[MicroBatch]:
+        """Split a step's sequences into micro-batches that fit into memory, as far as is known."""
+        recovery = self.recovery
+        self._rows = min(recovery.max_rows, max(len(batch.sequences) for batch in batches))
+        return [
+            MicroBatch(batch.source, groups)
+            for batch in batches
+            for groups in micro_batches(batch.sequences, recovery.max_rows, recovery.run.pass_overhead)
+        ]
+
+    def __enter__(self) -> Attempt:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> bool:
+        if error is None:
+            self.succeeded = True
+            return False
+        is_out_of_memory = isinstance(error, RuntimeError | MemoryError) and out_of_memory(error)
+        if not (is_out_of_memory or isinstance(error, NonFiniteError)):
+            return False
+        if is_out_of_memory:
+            release(error)
+        self.recovery.roll_back(self.snapshot)
+        if is_out_of_memory and self._rows > 1:
+            self.recovery.max_rows = self._rows // 2
+            self.recovery.emit(
+                Warned(
+                    f"out of memory with {self._rows} rows at once: going on with {self.recovery.max_rows}, same batches"
+                )
+            )
+            return True
+        is_saved = self.recovery.save()
+        raise self._explained(error, is_saved) from error
+
+    def _explained(self, error: BaseException, is_saved: bool) -> DistillmError:
+        if isinstance(error, NonFiniteError):
+            hint = error.hint if isinstance(error, InfiniteLoss) else f"lower --lr (now {self.lr:g}), or --dtype fp32"
+            return NonFiniteError(f"{error.what} {self.where}", hint=hint)
+        hint = "go on with --resume where more is free" if is_saved else "lower --max-length"
+        return OutOfMemoryError(f"out of memory {self.where}", hint=hint)
+
+
+def check_finite(loss: float, grad_norm: float) -> None:
+    """Raise NonFiniteError unless both are finite, naming the cause where the numbers show it."""
+    if loss == math.inf:
+        raise InfiniteLoss(
+            "the loss is infinite: a token has probability 0 (a logit of −inf) in one model but not in the other, "
+            "or is in a row,",
+            hint="suppress the same tokens in both models, drop the rows that contain them, or choose a divergence "
+            "that is bounded (skl, srkl, jsd, tvd)",
+        )
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise NonFiniteError(f"loss {loss}, gradient norm {grad_norm}")

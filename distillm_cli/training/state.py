@@ -1,0 +1,71 @@
+"""Where a run is: its fixed facts, and the state that changes from step to step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from distillm_cli.rollouts.scheduler import Source
+from distillm_cli.types import MIN_PASS_OVERHEAD
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """Describe a run to its trainer.
+
+    steps: optimizer steps in all. pass_overhead: as of ``length_groups``. dtype: of autocast; float32 switches it off.
+    identity: returns what a resume must find unchanged, kept in checkpoints.
+    """
+
+    steps: int
+    steps_per_epoch: int
+    method: str = ""
+    device: torch.device = _CPU
+    dtype: torch.dtype = torch.float32
+    pass_overhead: int = MIN_PASS_OVERHEAD
+    identity: Callable[[], dict[str, Any]] = dict
+
+    def autocast(self) -> torch.autocast:
+        """Return the context that the student computes in."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+
+@dataclass
+class TrainerState:
+    """Hold what changes from step to step. All of it is in a checkpoint.
+
+    stale: validations since the last improvement. reason: "done" or "early stop".
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    train_loss: float | None = None
+    valid_loss: float | None = None
+    first_valid_loss: float | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+    sources: Counter = field(default_factory=Counter)
+    phis: list[tuple[int, float]] = field(default_factory=list)
+    best: float | None = None
+    best_step: int | None = None
+    stale: int = 0
+    reason: str = "done"
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> TrainerState:
+        """Return the state that a checkpoint records. A run that stopped early may go on."""
+        restored = cls(**fields)
+        restored.sources = Counter(restored.sources)
+        restored.phis = [(step, phi) for step, phi in restored.phis]
+        restored.reason = "done"
+        return restored
+
+    def steps_with(self, source: Source) -> int:
+        """Return the number of steps that trained on this source, alone or with another."""
+        return sum(count for name, count in self.sources.items() if source in name.split("+"))

@@ -1,0 +1,282 @@
+"""The training loop. ``Trainer.train`` and ``Trainer.train_step`` read top to bottom; no method has a branch here."""
+
+from __future__ import annotations
+
+import time
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from distillm_cli.config.schema import TrainConfig
+from distillm_cli.errors import Interrupted
+from distillm_cli.losses.objectives import Objective, SourceBatch
+from distillm_cli.losses.student_loss import StudentLoss, joined
+from distillm_cli.losses.weights import LossWeights, TokenWeights
+from distillm_cli.rollouts.pool import SequencePool
+from distillm_cli.teachers.local import LocalTeacher
+from distillm_cli.training.announce import phi_advice, run_started
+from distillm_cli.training.checkpoint import Checkpoint, Checkpoints, random_states, restore_random_states
+from distillm_cli.training.events import Listener, Note, RunEnded, Saved, Stepped, Validated, silent
+from distillm_cli.training.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
+from distillm_cli.training.recovery import MicroBatch, Recovery, check_finite
+from distillm_cli.training.state import RunInfo, TrainerState
+from distillm_cli.training.stopping import stop_on_signal
+from distillm_cli.training.validation import Validator
+from distillm_cli.types import Batch, collate
+from distillm_cli.utils.text import counted
+
+
+class Trainer:
+    """Train a student for ``run.steps`` optimizer steps.
+
+    student_loss: the student inside its objective. pool: where sequences come from. teacher: None for SFT. validator:
+    measures validation rows. checkpoints: None saves nothing. config: the recipe's ``train`` section.
+    """
+
+    def __init__(
+        self,
+        student_loss: StudentLoss,
+        pool: SequencePool,
+        teacher: LocalTeacher | None,
+        *,
+        validator: Validator,
+        checkpoints: Checkpoints | None,
+        config: TrainConfig,
+        run: RunInfo,
+        listener: Listener = silent,
+    ):
+        self.student_loss = student_loss
+        self.pool = pool
+        self.scheduler = pool.scheduler
+        self.teacher = teacher
+        self.validator = validator
+        self.checkpoints = checkpoints
+        self.config = config
+        self.run = run
+        self.emit = listener
+        self.state = TrainerState()
+        self.saved_step: int | None = None
+        self.optimizer = build_optimizer(student_loss, config)
+        self.recovery = Recovery(
+            student_loss,
+            pool,
+            teacher,
+            self.optimizer,
+            run,
+            max_rows=config.batch_size,
+            save=self._save_before_failing,
+            listener=listener,
+        )
+        student_loss.say = listener
+
+    @property
+    def objective(self) -> Objective:
+        """The rule for what each token costs."""
+        return self.student_loss.criterion
+
+    def train(self) -> TrainerState:
+        """Train to the end, to an early stop, or to a signal; the last raises Interrupted after saving."""
+        started = time.perf_counter()
+        seconds_before = self.state.seconds
+        self.student_loss.train()
+        self.emit(run_started(self))
+        if self.state.valid_loss is None and self.validator.at_start is None:
+            self.validate()
+        self._stop_when_stale()  # a resumed run that had stopped early has nothing left to train
+        with stop_on_signal() as stop:
+            while self.state.step < self.run.steps and self.state.reason == "done":
+                self.train_step()
+                if self._is_due(self.config.eval_steps):
+                    self.validate()
+                self.state.seconds = seconds_before + time.perf_counter() - started
+                if (advice := phi_advice(self)) is not None:
+                    self.emit(Note(advice))
+                self._stop_when_stale()
+                if self._is_due(self.config.save_steps) or stop.signal or self.state.reason != "done":
+                    self.save()
+                if stop.signal and self.state.step < self.run.steps:
+                    self._raise_interrupted(stop.signal)
+        self.emit(RunEnded(self.state.step, self.state.reason, self.state.seconds))
+        return self.state
+
+    def train_step(self) -> None:
+        """Run one optimizer step: draw sequences, teacher states, forward, backward, clip, update."""
+        started = time.perf_counter()
+        step = self.state.step
+        progress = (step + 1) / self.run.steps
+        lr = learning_rate(self.config, step, self.run.steps)
+        source = self.scheduler.draw(step, len(self.pool))
+        for attempt in self.recovery.attempts(step, source, lr):  # one, unless memory runs out
+            with attempt:
+                drawn = self.pool.draw(source, step)
+                sequences = [s for batch in drawn for s in batch.sequences]
+                micro_batches = attempt.split(drawn)
+                token_weights = self._begin_step(micro_batches, progress)
+                count = self.objective.count(sequences)
+                total = torch.zeros((), device=self.run.device)
+                for micro, per_token in zip(micro_batches, token_weights, strict=True):
+                    weights = self.objective.weights(micro.source, progress)
+                    batches = self._collate(micro)
+                    hidden_ND = micro.teacher_hidden_ND
+                    if weights.kd and hidden_ND is None:
+                        hidden_ND = self._teacher_hidden(micro, batches)
+                    total += self._forward_backward(batches, hidden_ND, weights, per_token, scale=1 / count)
+                norm = nn.utils.get_total_norm([p.grad for p in self.student_loss.parameters() if p.grad is not None])
+                loss, grad_norm = torch.stack((total, norm)).tolist()  # the only time a step waits for the device
+                check_finite(loss, grad_norm)
+                if self.config.clip and grad_norm > self.config.clip:
+                    nn.utils.clip_grads_with_norm_(self.student_loss.parameters(), self.config.clip, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.objective.observe(loss, progress)
+
+        tokens = sum(s.supervised for s in sequences)
+        self.state.step = step + 1
+        self.state.tokens += tokens
+        self.state.train_loss = loss
+        self.state.sources[source.value] += 1
+        self.emit(
+            Stepped(
+                step=step + 1,
+                epoch=(step + 1) / self.run.steps_per_epoch,
+                source=source.value,
+                loss=loss,
+                lr=lr,
+                grad_norm=grad_norm,
+                phi=self.scheduler.phi,
+                tokens=tokens,
+                seconds=time.perf_counter() - started,
+                figures=self.objective.figures(),
+            )
+        )
+
+    def _collate(self, micro: MicroBatch) -> list[Batch]:
+        return [collate(group).to(self.run.device) for group in micro.groups]
+
+    def _teacher_hidden(self, micro: MicroBatch, batches: list[Batch]) -> Tensor:
+        """Return the teacher's hidden states of a micro-batch. Outside autocast, which would promote float16 states."""
+        return joined([self.teacher.hidden(batch, group) for batch, group in zip(batches, micro.groups, strict=True)])
+
+    def _begin_step(self, micro_batches: list[MicroBatch], progress: float) -> list[TokenWeights | None]:
+        """Show the objective the whole step; return what its tokens weigh, micro-batch by micro-batch.
+
+        An objective that needs the models' log-probabilities first gets them; the teacher's states are kept for the step.
+        """
+        source_batches = [SourceBatch(micro.source, list(chain.from_iterable(micro.groups))) for micro in micro_batches]
+        log_probs = []
+        for micro in micro_batches if self.objective.needs_log_probs_of else ():
+            batches = self._collate(micro)
+            if "teacher" in self.objective.needs_log_probs_of:
+                micro.teacher_hidden_ND = self._teacher_hidden(micro, batches)
+            with self.run.autocast():
+                log_probs.append(self.student_loss.log_probs(batches, micro.teacher_hidden_ND))
+        per_token = self.objective.begin_step(source_batches, log_probs, progress)
+        return [None if weights is None else weights.to(self.run.device) for weights in per_token]
+
+    def _forward_backward(
+        self,
+        batches: list[Batch],
+        teacher_hidden_ND: Tensor | None,
+        weights: LossWeights,
+        per_token: TokenWeights | None,
+        scale: float,
+    ) -> Tensor:
+        """Add a micro-batch's gradients; return its share of the step's loss. The graph ends with this frame."""
+        with self.run.autocast():
+            loss, _ = self.student_loss(batches, teacher_hidden_ND, weights, per_token, scale=scale)
+        loss.backward()
+        return loss.detach()
+
+    def validate(self) -> None:
+        """Measure the student on the validation rows; the first time, also as it was before training."""
+        if not self.validator.batches:
+            return
+        if self.state.first_valid_loss is None and self.state.step > 0:
+            with self.validator.at_start():
+                self._measure(0)
+        self._measure(self.state.step)
+
+    def _measure(self, step: int) -> None:
+        """Record the figures of a validation: φ may rise, and the best weights so far are saved."""
+        state = self.state
+        state.valid_loss, state.scores = self.validator.measure(self.student_loss)
+        if state.first_valid_loss is None:
+            state.first_valid_loss = state.valid_loss
+        rose = self.scheduler.observe(state.valid_loss)
+        if rose or not state.phis:
+            state.phis.append((step, self.scheduler.phi))
+        value = None
+        if self.config.select != "last" and step > 0:
+            value = ({"valid_loss": state.valid_loss} | state.scores)[self.config.select]
+        is_tie = value is not None and value == state.best  # the later weights are kept, and patience counts on
+        is_better = value is not None and not is_tie and self.validator.is_better(value, state.best)
+        if is_better:
+            state.best = value
+        scores = dict(state.scores)
+        phi = self.scheduler.phi
+        self.emit(Validated(step, state.valid_loss, phi, rose, is_better or is_tie, scores, self.scheduler.trigger))
+        if is_better or is_tie:
+            state.best_step = step
+            state.stale = state.stale + 1 if is_tie else 0
+            self.save()
+        elif step > 0:
+            state.stale += 1
+
+    def _stop_when_stale(self) -> None:
+        state = self.state
+        if self.config.patience is not None and state.stale >= self.config.patience and state.step < self.run.steps:
+            state.reason = "early stop"
+            validations = counted(state.stale, "validation")
+            self.emit(Note(f"no better {self.config.select} in {validations}: stopping early"))
+
+    def _is_due(self, every: int | str) -> bool:
+        every = self.run.steps_per_epoch if every == "epoch" else every
+        return self.state.step % every == 0 or self.state.step == self.run.steps
+
+    def _raise_interrupted(self, signal_number: int) -> None:
+        self.emit(RunEnded(self.state.step, "interrupted", self.state.seconds))
+        raise Interrupted(
+            f"stopped at step {self.state.step} of {self.run.steps}",
+            signal_number=signal_number,
+            hint="the checkpoint is whole; go on with --resume" if self.checkpoints else None,
+        )
+
+    def _save_before_failing(self) -> bool:
+        """Save the state before a step that failed; return whether a checkpoint holds it."""
+        if self.state.step:
+            self.save()
+        return bool(self.state.step and self.checkpoints)
+
+    def save(self) -> None:
+        """Save everything that shapes the next step in one checkpoint."""
+        if self.checkpoints is None or self.saved_step == self.state.step:
+            return
+        pool, pool_tensors = self.pool.state_dict()
+        state = {
+            "progress": dict(vars(self.state)),
+            "scheduler": self.scheduler.state_dict(),
+            "objective": self.objective.state_dict(),
+            "pool": pool,
+            **({} if self.teacher is None else self.teacher.state_dict()),
+            **self.run.identity(),
+        }
+        tensors = optimizer_tensors(self.optimizer) | random_states(self.run.device) | pool_tensors
+        path = self.checkpoints.write(self.state.step, state, tensors, protect=self.state.best_step)
+        self.saved_step = self.state.step
+        self.emit(Saved(self.state.step, str(path)))
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Restore the state of a checkpoint. The caller loads the student's weights."""
+        state, tensors = checkpoint.state, checkpoint.tensors
+        self.state = TrainerState.from_json(state["progress"])
+        self.saved_step = self.state.step
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.objective.load_state_dict(state["objective"])
+        self.pool.load_state_dict(state["pool"], tensors)
+        if self.teacher is not None:
+            self.teacher.load_state_dict(state)
+        load_optimizer_tensors(self.optimizer, tensors)
+        restore_random_states(tensors, self.run.device)
