@@ -12,7 +12,7 @@ from distillm_cli.cli.usage import check_single_process
 from distillm_cli.config.shortcuts import Flag
 from distillm_cli.errors import UsageError
 
-Checkpoint = Annotated[
+CheckpointArgument = Annotated[
     list[str],
     typer.Argument(
         metavar="CKPT...",
@@ -44,9 +44,9 @@ ResultsDirectory = Annotated[
     ),
 )
 def evaluate_checkpoints(
-    checkpoints: Checkpoint,
+    checkpoints: CheckpointArgument,
     fields: FieldFlags,
-    recipe: options.Recipe = None,
+    recipe: options.RecipeOption = None,
     sets: options.Set = None,
     output: ResultsDirectory = None,
     json: options.Json = False,

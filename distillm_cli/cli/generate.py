@@ -114,7 +114,7 @@ def generate(
     n: ResponsesPerPrompt = 1,
     greedy: GreedyDecoding = False,
     fields: FieldFlags,
-    recipe: options.Recipe = None,
+    recipe: options.RecipeOption = None,
     sets: options.Set = None,
     output: RowsFile = None,
     resume: ResumeFile = False,

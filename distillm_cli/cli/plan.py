@@ -20,7 +20,7 @@ from distillm_cli.cli.usage import check_complete
 )
 def plan(
     fields: FieldFlags,
-    recipe: options.Recipe = None,
+    recipe: options.RecipeOption = None,
     sets: options.Set = None,
     json: options.Json = False,
     quiet: options.Quiet = False,

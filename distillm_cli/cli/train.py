@@ -38,7 +38,7 @@ RebuildTeacherCache = Annotated[
 class TrainingOptions:
     """Hold the options that both commands have, beside the flags of fields."""
 
-    recipe: options.Recipe = None
+    recipe: options.RecipeOption = None
     sets: options.Set = None
     dry_run: options.DryRun = False
     output: options.Output = None

@@ -15,8 +15,8 @@ from typing import Any
 
 from distillm_cli import plugins
 
-Record = dict[str, Any]
-Reshape = Callable[[Record], Record]
+Columns = dict[str, Any]  # one record, by the names of its columns
+Reshape = Callable[[Columns], Columns]
 
 # Where the hub keeps its own parquet copy of sets whose loading script is no longer run.
 _CONVERTED = "refs/convert/parquet"
@@ -43,7 +43,7 @@ class HubDataset:
 class GeneratedDataset:
     """Describe a set that a function returns. read: the name of a split → its records, with columns of a data file."""
 
-    read: Callable[[str], Iterable[Record]]
+    read: Callable[[str], Iterable[Columns]]
     splits: tuple[str, ...] = ("train",)
     reshape: Reshape | None = None
     columns: frozenset[str] = frozenset()
@@ -58,7 +58,7 @@ def register_dataset(name: str, dataset: KnownDataset, origin: str | None = None
     plugins.datasets.register(name, dataset, origin)
 
 
-def _summary(record: Record, column: str, task: str) -> Record:
+def _summary(record: Columns, column: str, task: str) -> Columns:
     if column not in record:
         return record
     rest = {name: value for name, value in record.items() if name not in (column, "summary")}
@@ -68,7 +68,7 @@ def _summary(record: Record, column: str, task: str) -> Record:
 _LANGUAGES = {"de": "German", "en": "English"}
 
 
-def _translation(record: Record, source: str, target: str) -> Record:
+def _translation(record: Columns, source: str, target: str) -> Columns:
     pair = record.get("translation", record)
     if not isinstance(pair, dict) or source not in pair:
         return record
