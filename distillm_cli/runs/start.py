@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from distillm_cli.data.early import Early
 from distillm_cli.errors import ModelError
 from distillm_cli.runs import output_dir
-from distillm_cli.runs.inputs import check_spared
 from distillm_cli.training.events import Listener, Note
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def start_training(
     resolved: Resolved,
     output: Path,
     listener: Listener,
-    options: TrainOptions = TrainOptions(),
+    options: TrainOptions,
     recipe_file: str | None = None,
     notes: Iterable[str] = (),
 ) -> TrainResult:
@@ -53,6 +52,8 @@ def start_training(
     # Before rows are read, which takes longer.
     is_new = output_dir.check(output, resume=options.resume, overwrite=options.overwrite)
     if options.overwrite:
+        from distillm_cli.runs.inputs import check_spared
+
         check_spared(command, resolved.recipe, output, file=recipe_file)
     with output_dir.claimed(output, is_new=is_new), prefetch_rows(resolved.recipe) as prefetched:
         for note in notes:

@@ -84,7 +84,7 @@ def train(
     resolved: Resolved,
     output: Path,
     listener: Listener,
-    options: TrainOptions = TrainOptions(),  # noqa: B008
+    options: TrainOptions,
     prefetched: Early | None = None,
     on_ready: Callable[[], None] | None = None,
 ) -> TrainResult:
