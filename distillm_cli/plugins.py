@@ -124,11 +124,18 @@ class Registry(Mapping[str, T], Generic[T]):
             entry_point.load()
         except Exception as error:
             for registry, entries in zip(registries, before, strict=True):
-                registry._entries = dict(entries)
+                registry._remove(registry._added_since(entries))
             self._report(entry_point.name, distribution, error)
         for registry, entries in zip(registries, before, strict=True):
-            for name in registry._entries.keys() - entries.keys():
-                registry._distributions[name] = distribution
+            registry._distributions |= dict.fromkeys(registry._added_since(entries), distribution)
+
+    def _added_since(self, entries: Mapping[str, T]) -> list[str]:
+        """Return the new entries of other packages. New built-in ones come from a plug-in that imports their module."""
+        return [name for name in self._entries if name not in entries and not self._is_builtin(name)]
+
+    def _remove(self, names: list[str]) -> None:
+        for name in names:
+            del self._entries[name]
 
     def _check_entries(self) -> None:
         """Reject the entries of other packages that do not pass the check."""

@@ -50,11 +50,17 @@ def test_a_package_that_cannot_be_imported_is_reported_and_left_out(package):
 
 
 def test_a_package_that_fails_leaves_nothing_in_other_groups(package):
-    code = "from distillm_cli import plugins\nplugins.datasets.register('letters', 1)\nimport no_such_module"
+    code = """
+        import distillm_cli.config.methods
+        from distillm_cli import plugins
+        plugins.methods.register("mine", 1)
+        import no_such_module
+    """
     package("bad", code)
     with pytest.warns(PluginWarning, match="bad-package"):
         assert not plugins.toys
-    assert "letters" not in plugins.datasets._entries
+    assert "mine" not in plugins.methods
+    assert "kd" in plugins.methods
 
 
 def test_a_name_that_is_taken_is_refused_and_names_both_modules(package):
