@@ -170,7 +170,7 @@ def length_groups(sequences: SequenceOf[Sequence], most: int, pass_overhead: int
 def micro_batches(
     sequences: SequenceOf[Sequence], most: int, pass_overhead: int = MIN_PASS_OVERHEAD
 ) -> list[LengthGroups]:
-    """The ``passes`` of one step, gathered into micro-batches of at most ``most`` sequences.
+    """Gather the ``length_groups`` of one step into micro-batches of at most ``most`` sequences.
 
     A micro-batch is what one backward pass goes through, so its activations are in memory together.
     """
