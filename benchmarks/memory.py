@@ -46,7 +46,7 @@ def case(name: str, vocab: int, tokens: int, width: int, teacher_width: int) -> 
 
     from distillm_cli.losses.divergences import SkewKL
     from distillm_cli.losses.fused import fused_loss
-    from distillm_cli.losses.terms import LossWeights
+    from distillm_cli.losses.weights import LossWeights
     from distillm_cli.models.backbone import Head
 
     torch.manual_seed(0)

@@ -63,7 +63,7 @@ class Ours:
 
     def __init__(self, shape: argparse.Namespace, directory: Path):
         from distillm_cli.config import schema
-        from distillm_cli.losses import criteria
+        from distillm_cli.losses import objectives
         from distillm_cli.losses.student_loss import StudentLoss
         from distillm_cli.models.pair import load_pair
         from distillm_cli.rollouts.scheduler import Source
@@ -84,7 +84,10 @@ class Ours:
         self.student = self.pair.student
         self.teacher = LocalTeacher(self.pair.teacher)
         self.objective = StudentLoss(
-            self.student, criteria.build(recipe.objective), teacher_head=self.teacher.head, matmul_dtype=torch.bfloat16
+            self.student,
+            objectives.build(recipe.objective),
+            teacher_head=self.teacher.head,
+            matmul_dtype=torch.bfloat16,
         ).train()
         self.terms = self.objective.criterion.terms(Source.DATASET)
         random, sizes = np.random.default_rng(0), (shape.prompt, shape.response)

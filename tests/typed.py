@@ -5,6 +5,12 @@ from __future__ import annotations
 import json
 
 from distillm_cli.cli.app import main
+from distillm_cli.cli.options import collect_field_flags
+
+
+def flags(verb="distill", **given):
+    """The flags of a command by parameter name, as ``resolve`` takes them."""
+    return collect_field_flags(verb, given)
 
 
 def call(capsys, *argv):

@@ -1,6 +1,6 @@
-"""The program ``distillm``: its commands, and how every failure ends.
+"""Assemble the commands of ``distillm`` and turn every failure into one line and an exit code.
 
-Answers go to stdout, talk to stderr. An error is one line on stderr, ``error: what; where; what to try``, and an exit
+Results go to stdout, logs to stderr. An error is one line on stderr, ``error: what; where; what to try``, and an exit
 code (see ``distillm_cli.errors``); with ``--json`` also one JSON object on stdout. Command modules import only typer at
 their top and the engine inside their functions, so that ``--help`` is quick and loads no torch.
 """
@@ -17,8 +17,16 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from distillm_cli.cli import distill, eval, generate, methods, options, plan, recipes, run, sft
-from distillm_cli.cli.streams import discard_stdout, open_streams, report
+from distillm_cli import plugins
+from distillm_cli.cli import options
+from distillm_cli.cli.eval import evaluate_checkpoints
+from distillm_cli.cli.generate import generate
+from distillm_cli.cli.methods import methods_app
+from distillm_cli.cli.plan import plan
+from distillm_cli.cli.recipes import recipes_app, schema
+from distillm_cli.cli.run import run_stages
+from distillm_cli.cli.streams import discard_stdout, open_streams, print_error, report
+from distillm_cli.cli.train import distill, sft
 from distillm_cli.cli.usage import UsageProblem, explained
 from distillm_cli.errors import (
     DistillmError,
@@ -46,15 +54,19 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog=options.examples(
+    epilog=options.epilog(
         "distillm distill --recipe quickstart",
         "distillm distill --teacher gpt2-xl --student gpt2 --alpha 0.1",
         "distillm eval ckpt/ --suite dolly",
         "for a in 0.0 0.1 0.3; do distillm distill --recipe quickstart --alpha $a --output runs/a$a --json; done",
     ),
 )
-for module in (sft, generate, distill, eval, run, plan, methods, recipes):
-    module.register(app)
+for _command in (sft, generate, distill, evaluate_checkpoints, run_stages, plan, schema):
+    app.command(_command.name, rich_help_panel=_command.panel, epilog=_command.epilog)(_command.run)
+app.add_typer(methods_app, name="methods", help="List methods, show one.", rich_help_panel=options.OTHER_COMMANDS)
+app.add_typer(
+    recipes_app, name="recipes", help="List, show, copy and check recipes.", rich_help_panel=options.OTHER_COMMANDS
+)
 
 
 def _print_version(wanted: bool) -> None:
@@ -70,7 +82,7 @@ def _root(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", metavar="", callback=_print_version, is_eager=True, help="Print the version and leave."
+            "--version", metavar="", callback=_print_version, is_eager=True, help="Show the version and exit."
         ),
     ] = False,
 ) -> None:
@@ -102,6 +114,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _invoked(command: Any, argv: list[str]) -> int:
     """Run the command and return its exit code."""
+    for failure in plugins.failures():
+        print_error(str(failure), kind="warning")
     for word in argv:
         if not word.isascii() and word != word.encode("utf-8", "ignore").decode():
             spelled = word.encode("utf-8", "backslashreplace").decode()

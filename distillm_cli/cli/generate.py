@@ -7,158 +7,126 @@ from typing import Annotated
 import typer
 
 from distillm_cli.cli import options
+from distillm_cli.cli.options import FieldFlags, command
+from distillm_cli.cli.usage import check_single_process
+from distillm_cli.config.shortcuts import MODELS_PANEL, SAMPLING_PANEL, Flag
+from distillm_cli.errors import UsageError
 
-SAMPLING = "Sampling"
-
-Model = Annotated[
+SampledModel = Annotated[
     str | None,
     typer.Option(
         "--model",
         metavar="PATH|NAME",
-        callback=options.named,
-        help="An output directory, a model directory, a hub name, or builtin.",
-        rich_help_panel=options.MODELS,
+        callback=options.check_named,
+        help="Output directory, model directory, hub name, or builtin.",
+        rich_help_panel=MODELS_PANEL,
     ),
 ]
-Data = Annotated[
+PromptData = Annotated[
     str | None,
     typer.Option(
         "--data",
         metavar="PATH|NAME",
-        callback=options.named,
-        help="Prompts of a data set, file, directory, or builtin.",
-        rich_help_panel=options.MODELS,
+        callback=options.check_named,
+        help="Prompts of a file, a directory, a hub name or a known data set.",
+        autocompletion=options.complete_data,
+        rich_help_panel=MODELS_PANEL,
     ),
 ]
-Split = Annotated[
+PromptSplit = Annotated[
     str | None,
     typer.Option(
         "--split",
         metavar="NAME",
-        help="train, valid or test of --data; else train, or the whole file.",
-        rich_help_panel=options.MODELS,
+        help=r"Split of --data: train, valid or test. [dim]\[default: train, or the whole file][/]",
+        rich_help_panel=MODELS_PANEL,
     ),
 ]
-Prompts = Annotated[
+Prompt = Annotated[
     list[str] | None,
-    typer.Option("--prompt", metavar="TEXT", help="An instruction; may be repeated.", rich_help_panel=options.MODELS),
+    typer.Option("--prompt", metavar="TEXT", help="An instruction. May be repeated.", rich_help_panel=MODELS_PANEL),
 ]
-Input = Annotated[
+PromptFile = Annotated[
     str | None,
     typer.Option(
         "--input",
         metavar="FILE|-",
-        callback=options.named,
+        callback=options.check_named,
         help="Prompts of a text file (one a line), a data file, or stdin (-).",
-        rich_help_panel=options.MODELS,
+        rich_help_panel=MODELS_PANEL,
     ),
 ]
-Limit = Annotated[
+PromptLimit = Annotated[
     int | None,
-    typer.Option("--limit", metavar="N", help="The first prompts only.", rich_help_panel=options.MODELS),
+    typer.Option("--limit", metavar="N", help="Use the first prompts only.", rich_help_panel=MODELS_PANEL),
 ]
-Template = Annotated[
-    str | None,
-    typer.Option("--template", metavar="NAME", help="auto, alpaca, chat or plain.", rich_help_panel=options.MODELS),
+ResponsesPerPrompt = Annotated[
+    int,
+    typer.Option(
+        "--n",
+        metavar="N",
+        help=r"Responses per prompt. [dim]\[default: 1][/]",
+        show_default=False,
+        rich_help_panel=SAMPLING_PANEL,
+    ),
 ]
-Samples = Annotated[int, typer.Option("--n", metavar="N", help="Responses per prompt.", rich_help_panel=SAMPLING)]
-Greedy = Annotated[
-    bool, typer.Option("--greedy", metavar="", help="The likeliest tokens: --temperature 0.", rich_help_panel=SAMPLING)
+GreedyDecoding = Annotated[
+    bool,
+    typer.Option("--greedy", metavar="", help="Greedy decoding, as --temperature 0.", rich_help_panel=SAMPLING_PANEL),
 ]
-Temperature = Annotated[
-    float | None, typer.Option("--temperature", metavar="T", help="0 is greedy.", rich_help_panel=SAMPLING)
-]
-TopP = Annotated[
-    float | None, typer.Option("--top-p", metavar="P", help="Mass of likeliest tokens kept.", rich_help_panel=SAMPLING)
-]
-TopK = Annotated[
-    int | None, typer.Option("--top-k", metavar="K", help="Likeliest tokens kept; 0 is all.", rich_help_panel=SAMPLING)
-]
-MaxNewTokens = Annotated[
-    int | None, typer.Option("--max-new-tokens", metavar="N", help="Longest response.", rich_help_panel=SAMPLING)
-]
-Seed = Annotated[
-    int | None,
-    typer.Option("--seed", metavar="N", help="Of every response's own randomness.", rich_help_panel=SAMPLING),
-]
-BatchSize = Annotated[
-    int | None,
-    typer.Option("--batch-size", metavar="N", help="Responses side by side.", rich_help_panel=SAMPLING),
-]
-Dtype = Annotated[
-    str | None, typer.Option("--dtype", metavar="TYPE", help="auto, fp32 or bf16.", rich_help_panel=SAMPLING)
-]
-Device = Annotated[
-    str | None,
-    typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps.", rich_help_panel=SAMPLING),
-]
-Output = Annotated[
+RowsFile = Annotated[
     str | None,
     typer.Option(
         "--output",
         metavar="FILE",
-        callback=options.named,
-        help="A .jsonl file; else stdout.",
-        rich_help_panel=options.OUTPUT,
+        callback=options.check_named,
+        help=r"Output file, .jsonl. [dim]\[default: stdout][/]",
+        rich_help_panel=options.OUTPUT_PANEL,
     ),
 ]
-Resume = Annotated[
-    bool, typer.Option("--resume", metavar="", help="Go on where FILE stops.", rich_help_panel=options.OUTPUT)
+ResumeFile = Annotated[
+    bool,
+    typer.Option("--resume", metavar="", help="Resume where FILE ends.", rich_help_panel=options.OUTPUT_PANEL),
 ]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", metavar="", help="Replace FILE.", rich_help_panel=options.OUTPUT)
+OverwriteFile = Annotated[
+    bool, typer.Option("--overwrite", metavar="", help="Replace FILE.", rich_help_panel=options.OUTPUT_PANEL)
 ]
 
 
-def register(app: typer.Typer) -> None:
-    """Adds the command."""
-    app.command(
-        "generate",
-        rich_help_panel=options.VERBS,
-        epilog=options.examples(
-            'distillm generate --model ckpt/ --prompt "Name three rivers."',
-            "distillm generate --model gpt2-xl --data dolly --output teacher.jsonl",
-            "distillm generate --model gpt2-xl --data dolly --output teacher.jsonl --resume",
-            "cat questions.txt | distillm generate --model ckpt/ --input - --n 4 --temperature 0.7",
-        ),
-    )(generate)
-
-
+@command(
+    "generate",
+    panel=options.VERBS,
+    examples=(
+        'distillm generate --model ckpt/ --prompt "Name three rivers."',
+        "distillm generate --model gpt2-xl --data dolly --output teacher.jsonl",
+        "distillm generate --model gpt2-xl --data dolly --output teacher.jsonl --resume",
+        "cat questions.txt | distillm generate --model ckpt/ --input - --n 4 --temperature 0.7",
+    ),
+)
 def generate(
-    model: Model = None,
-    data: Data = None,
-    split: Split = None,
-    prompts: Prompts = None,
-    input: Input = None,
-    limit: Limit = None,
-    template: Template = None,
-    skip_bad_rows: options.SkipBadRows = None,
-    n: Samples = 1,
-    greedy: Greedy = False,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    max_new_tokens: MaxNewTokens = None,
-    seed: Seed = None,
-    batch_size: BatchSize = None,
-    dtype: Dtype = None,
-    device: Device = None,
+    *,
+    model: SampledModel = None,
+    data: PromptData = None,
+    split: PromptSplit = None,
+    prompts: Prompt = None,
+    input: PromptFile = None,
+    limit: PromptLimit = None,
+    n: ResponsesPerPrompt = 1,
+    greedy: GreedyDecoding = False,
+    fields: FieldFlags,
     recipe: options.Recipe = None,
     sets: options.Set = None,
-    output: Output = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
+    output: RowsFile = None,
+    resume: ResumeFile = False,
+    overwrite: OverwriteFile = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Sample responses from a model: rows of JSON that --data reads back, in the order of the prompts.
+    """Sample responses from a model: JSON rows that --data reads back, in the order of the prompts.
 
-    Settings that no flag gives come from the model's own recipe, where there is one.
+    Settings that no flag gives come from the model's own recipe, and the defaults below hold without one.
     """
-    from distillm_cli.cli.launch import check_alone
-    from distillm_cli.config.shortcuts import Flag
-    from distillm_cli.errors import UsageError
     from distillm_cli.runs.generate import run
     from distillm_cli.runs.prompt_source import PromptSource
     from distillm_cli.ui.console import console
@@ -167,28 +135,21 @@ def generate(
         raise UsageError("no model to generate with", hint="give --model")
     if json and output is None:
         raise UsageError("--json without --output", where="the rows themselves go to stdout", hint="give --output FILE")
-    if greedy and temperature:
-        raise UsageError(f"--greedy and --temperature {temperature:g} exclude each other", hint="drop one of them")
-    check_alone()
-    given = {
-        "rollout.temperature": ("--greedy", 0.0) if greedy else ("--temperature", temperature),
-        "rollout.top_p": ("--top-p", top_p),
-        "rollout.top_k": ("--top-k", top_k),
-        "rollout.max_new_tokens": ("--max-new-tokens", max_new_tokens),
-        "eval.batch_size": ("--batch-size", batch_size),
-        "data.template": ("--template", template),
-        "train.seed": ("--seed", seed),
-    }
-    flags = {key: Flag(*pair) for key, pair in given.items()}
-    flags |= options.flags(dtype=dtype, device=device, skip_bad_rows=skip_bad_rows)
-    wanted = PromptSource(data=data, split=split, prompts=prompts, input=input, limit=limit, samples=n)
+    temperature = fields.get("rollout.temperature")
+    if greedy and temperature is not None and temperature.value:
+        what = f"--greedy and --temperature {temperature.value:g} exclude each other"
+        raise UsageError(what, hint="drop one of them")
+    check_single_process()
+    if greedy:
+        fields["rollout.temperature"] = Flag("--greedy", 0.0)
+    source = PromptSource(data=data, split=split, prompts=prompts, input=input, limit=limit, samples=n)
     with console(json_mode=json, quiet=quiet) as ui:
         ui.result(
             run(
                 model,
-                wanted,
+                source,
                 recipe=recipe,
-                flags=flags,
+                flags=fields,
                 sets=sets,
                 output=output,
                 resume=resume,

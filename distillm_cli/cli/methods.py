@@ -1,4 +1,4 @@
-"""``distillm methods``: what ``--method`` can be, and one of them in full. From the registry in ``config.methods``."""
+"""``distillm methods``: list the methods, show one of them."""
 
 from __future__ import annotations
 
@@ -16,34 +16,29 @@ if TYPE_CHECKING:
     from distillm_cli.config.load import Resolved
     from distillm_cli.config.methods import Method
 
-methods = typer.Typer(
-    epilog=options.examples(
+methods_app = typer.Typer(
+    epilog=options.epilog(
         "distillm methods",
         "distillm methods show ab",
         "distillm distill --recipe quickstart --method ab --schedule adaptive",
     ),
 )
 
-Name = Annotated[
+MethodName = Annotated[
     str,
     typer.Argument(
         metavar="NAME",
-        help="As `distillm methods` lists it.",
-        autocompletion=lambda incomplete: options.methods_like(incomplete),
+        help="Name of a method, as `distillm methods` lists it.",
+        autocompletion=options.complete_methods,
         show_default=False,
     ),
 ]
 COLUMNS = ("name", "paper", "objective", "sequences", "needs")
 
 
-def register(app: typer.Typer) -> None:
-    """Adds the group to the program."""
-    app.add_typer(methods, name="methods", help="Methods: list them, show one.", rich_help_panel=options.AROUND)
-
-
-@methods.callback(invoke_without_command=True)
-def ls(ctx: typer.Context, as_json: options.Json = False, debug: options.Debug = False) -> None:
-    """What --method can be: paper, objective, sequences, and what each needs."""
+@methods_app.callback(invoke_without_command=True)
+def list_methods(ctx: typer.Context, as_json: options.Json = False, debug: options.Debug = False) -> None:
+    """List the methods: paper, objective, sequences, and what each needs."""
     if ctx.invoked_subcommand is not None:
         return
     from distillm_cli.config.methods import METHODS
@@ -65,9 +60,9 @@ def ls(ctx: typer.Context, as_json: options.Json = False, debug: options.Debug =
             print(*_cells(row), sep="\t")
 
 
-@methods.command("show")
-def show(name: Name, as_json: options.Json = False, debug: options.Debug = False) -> None:
-    """One method in full: what it sets, what each parameter means, a command that runs it."""
+@methods_app.command("show")
+def show_method(name: MethodName, as_json: options.Json = False, debug: options.Debug = False) -> None:
+    """Show one method: what it sets, what each parameter means, a command that runs it."""
     from distillm_cli.config.methods import METHODS
 
     if name not in METHODS:
@@ -79,15 +74,15 @@ def show(name: Name, as_json: options.Json = False, debug: options.Debug = False
     method = METHODS[name]
     resolved = _resolved(method)
     parameters = {key: _parameter(key, resolved) for key in _keys(method, resolved)}
-    told = _facts(method) | {"summary": method.summary, "parameters": parameters, "example": _example(method)}
+    facts = _facts(method) | {"summary": method.summary, "parameters": parameters, "example": _example(method)}
     if as_json:
-        print(json.dumps({"command": "methods show", "status": "ok", "method": told}, ensure_ascii=False))
+        print(json.dumps({"command": "methods show", "status": "ok", "method": facts}, ensure_ascii=False))
     else:
-        sys.stdout.writelines(f"{line}\n" for line in _page(told))
+        sys.stdout.writelines(f"{line}\n" for line in _page(facts))
 
 
 def _facts(method: Method) -> dict[str, Any]:
-    """A method as a row of the table, and as ``--json`` gives it."""
+    """Return a method as a row of the table, and as ``--json`` prints it."""
     from distillm_cli.config.ownership import objective_words
 
     recipe = _resolved(method).recipe
@@ -109,7 +104,7 @@ def _resolved(method: Method) -> Resolved:
 
 
 def _keys(method: Method, resolved: Resolved) -> list[str]:
-    """What the method sets, and the fields that it reads and others do not; in the schema's order."""
+    """Return what the method sets, and the fields that it reads and others do not, in the schema's order."""
     from functools import partial
 
     from distillm_cli.config.explain import leaves
@@ -131,17 +126,17 @@ def _parameter(key: str, resolved: Resolved) -> dict[str, Any]:
     }
 
 
-def _page(told: dict[str, Any]) -> Iterator[str]:
+def _page(facts: dict[str, Any]) -> Iterator[str]:
     from textwrap import wrap
 
     from distillm_cli.config.explain import shown
 
-    yield f"{told['name']}: {told['summary']}"
+    yield f"{facts['name']}: {facts['summary']}"
     yield ""
     for name in COLUMNS[1:]:
-        yield f"{name + ':':<11}{_cell(told[name])}"
+        yield f"{name + ':':<11}{_cell(facts[name])}"
     for title, is_preset in (("What it sets", True), ("What it reads besides, at their defaults", False)):
-        picked = {k: p for k, p in told["parameters"].items() if (p["from"] != "default") == is_preset}
+        picked = {k: p for k, p in facts["parameters"].items() if (p["from"] != "default") == is_preset}
         if not picked:
             continue
         yield ""
@@ -151,7 +146,7 @@ def _page(told: dict[str, Any]) -> Iterator[str]:
             yield from (f"      {line}" for line in wrap(parameter["means"], 100))
     yield ""
     yield "Example"
-    yield f"  {told['example']}"
+    yield f"  {facts['example']}"
 
 
 def _example(method: Method) -> str:
@@ -161,8 +156,9 @@ def _example(method: Method) -> str:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    """A row of the table. Of the paper its name and number; ``show`` has the rest."""
-    short = row | {"paper": row["paper"][: row["paper"].index(")") + 1]}
+    """Return a row of the table. Of the paper it has the name and number; ``show`` has the rest."""
+    reference, bracket, _ = row["paper"].partition(")")
+    short = row | {"paper": reference + bracket}
     return [_cell(short[column]) for column in COLUMNS]
 
 

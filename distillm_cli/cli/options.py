@@ -1,185 +1,307 @@
-"""The flags that several commands share: name, help, panel. None means "not given": the recipe or the schema decides.
+"""Options of the commands: those of recipe fields are generated from the schema, the others are written here once.
 
-    def distill(alpha: options.Alpha = None, sets: options.Set = None, …):
-        resolved = resolve(command="distill", flags=options.flags(alpha=alpha), sets=sets)
+    @command("distill", panel=VERBS, examples=("distillm distill --recipe quickstart",))
+    def distill(fields: FieldFlags, recipe: Recipe = None, sets: Set = None, …) -> None:
+        resolved = resolve(command="distill", recipe=recipe, flags=fields, sets=sets)
 
-Nothing heavy may be imported here: ``--help`` reads this file.
+A command's parameter of type FieldFlags stands for all flags of ``config/shortcuts.py`` that the command has. Their type,
+choices, help and default are those of the field. A parameter whose type is a data class stands for the options in it.
+None means "not given": the recipe or the schema decides. Nothing heavy may be imported here: ``--help`` reads this file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Annotated, Any
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, fields, is_dataclass
+from functools import wraps
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
+import annotated_types
 import typer
 
+from distillm_cli.config.explain import choices, kinds, leaves, shown, takes_list
 from distillm_cli.config.methods import METHODS
-from distillm_cli.config.shortcuts import SHORTCUTS, Flag
+from distillm_cli.config.shortcuts import FieldFlag, Flag, field_flags
+from distillm_cli.data.known import names
 from distillm_cli.errors import UsageError
 
-# Panels of a command's help, in the order in which they are shown.
-MODELS = "Models and data"
-METHOD = "Method"
-TRAINING = "Training"
-RECIPE = "Recipe"
-OUTPUT = "Output"
+# Panels of the flags that set no field, beside those of config/shortcuts.py.
+RECIPE_PANEL = "Recipe"
+OUTPUT_PANEL = "Output"
 
 # Groups of commands in `distillm --help`.
 VERBS = "Verbs"
-AROUND = "Around them"
+OTHER_COMMANDS = "Other commands"
 
-Teacher = Annotated[
-    str | None,
-    typer.Option(
-        "--teacher", metavar="PATH|NAME", help="Local directory, hub name, or builtin.", rich_help_panel=MODELS
-    ),
-]
-Student = Annotated[
-    str | None,
-    typer.Option(
-        "--student",
-        metavar="PATH|NAME|SPEC",
-        help="What is trained; or built: layers:6, width:0.5, random:4x256.",
-        rich_help_panel=MODELS,
-    ),
-]
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        metavar="PATH|NAME|SPEC",
-        help="What is trained; random:4x256 starts from scratch.",
-        rich_help_panel=MODELS,
-    ),
-]
-Lora = Annotated[
-    int | None,
-    typer.Option(
-        "--lora", metavar="R", help="Train a LoRA adapter of this rank, the rest frozen.", rich_help_panel=MODELS
-    ),
-]
-Tokenizer = Annotated[
-    str | None,
-    typer.Option(
-        "--tokenizer",
-        metavar="PATH|NAME|SPEC",
-        help="Of a model from scratch; or bpe:1000, chars, words.",
-        rich_help_panel=MODELS,
-    ),
-]
-Data = Annotated[
-    str | None,
-    typer.Option("--data", metavar="PATH|NAME", help="File, directory, data set, or builtin.", rich_help_panel=MODELS),
-]
-MaxLength = Annotated[
-    int | None,
-    typer.Option("--max-length", metavar="N", help="Tokens of prompt and response together.", rich_help_panel=MODELS),
-]
-SkipBadRows = Annotated[
-    bool | None,
-    typer.Option(
-        "--skip-bad-rows", metavar="", help="Count and list broken rows instead of stopping.", rich_help_panel=MODELS
-    ),
-]
+# Words for fields that take other values too: names of data sets.
+_KNOWN_NAMES = {"data.source": names, "eval.suites": names}
 
-Method = Annotated[
-    str | None,
-    typer.Option(
-        "--method",
-        metavar="NAME",
-        help=f"A preset (see distillm methods): {', '.join(METHODS)}.",
-        autocompletion=lambda incomplete: methods_like(incomplete),
-        rich_help_panel=METHOD,
-    ),
-]
-Divergence = Annotated[
-    str | None,
-    typer.Option(
-        "--divergence",
-        metavar="NAME",
-        help="kl, rkl, skl, srkl, jsd, tvd, jeffreys, akl, ab, amid, taid or atkd.",
-        autocompletion=lambda incomplete: words_like(incomplete, "objective.divergence"),
-        rich_help_panel=METHOD,
-    ),
-]
-Schedule = Annotated[
-    str | None,
-    typer.Option(
-        "--schedule",
-        metavar="KIND",
-        help="off, on, mixed, annealed, adaptive, teacher, pairs, interleaved or rounds.",
-        autocompletion=lambda incomplete: words_like(incomplete, "schedule.kind"),
-        rich_help_panel=METHOD,
-    ),
-]
-Alpha = Annotated[
-    float | None,
-    typer.Option("--alpha", metavar="A", help="Skew of skl and srkl, 0 ≤ A < 1; 0 is kl, rkl.", rich_help_panel=METHOD),
-]
-TeacherCache = Annotated[
-    str | None,
-    typer.Option(
-        "--teacher-cache",
-        metavar="WHERE",
-        help="Keep what the teacher said: auto, memory, disk or off.",
-        rich_help_panel=METHOD,
-    ),
-]
-WarmTeacherCache = Annotated[
-    bool,
-    typer.Option(
-        "--warm-teacher-cache",
-        metavar="",
-        help="Only compute what the teacher says of the rows, on disk for later runs.",
-        rich_help_panel=METHOD,
-    ),
-]
-RebuildTeacherCache = Annotated[
-    bool,
-    typer.Option(
-        "--rebuild-teacher-cache",
-        metavar="",
-        help="Replace a cache on disk that is stale or damaged.",
-        rich_help_panel=METHOD,
-    ),
-]
 
-Lr = Annotated[float | None, typer.Option("--lr", metavar="X", help="Highest learning rate.", rich_help_panel=TRAINING)]
-BatchSize = Annotated[
-    int | None, typer.Option("--batch-size", metavar="N", help="Sequences side by side.", rich_help_panel=TRAINING)
-]
-Epochs = Annotated[
-    float | None, typer.Option("--epochs", metavar="X", help="LengthGroups over the rows.", rich_help_panel=TRAINING)
-]
-Steps = Annotated[
-    int | None,
-    typer.Option("--steps", metavar="N", help="Optimizer steps, in place of epochs.", rich_help_panel=TRAINING),
-]
-Seed = Annotated[
-    int | None, typer.Option("--seed", metavar="N", help="Of everything random in the run.", rich_help_panel=TRAINING)
-]
-Dtype = Annotated[
-    str | None, typer.Option("--dtype", metavar="TYPE", help="auto, fp32 or bf16.", rich_help_panel=TRAINING)
-]
-Device = Annotated[
-    str | None,
-    typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps.", rich_help_panel=TRAINING),
-]
+class FieldFlags(dict[str, Flag]):
+    """Map dotted keys to the flags that were given for them."""
+
+
+def collect_field_flags(verb: str, given: dict[str, Any]) -> FieldFlags:
+    """Return what ``config.load.resolve`` takes of a command's parameters; those that are None are left out.
+
+    Lists may be repeated or separated by commas: ``a,b c`` is ``a b c``. Raise KeyError for a name of no flag.
+    """
+    table = {entry.name: entry for entry in field_flags(verb)}
+    found = FieldFlags()
+    for name, value in given.items():
+        entry = table[name]
+        if value is None:
+            continue
+        if isinstance(value, list):
+            value = [part.strip() for item in value for part in item.split(",") if part.strip()]
+        for key in entry.keys:
+            found[key] = Flag(entry.flag, value)
+    return found
+
+
+# Options from the schema
+
+
+def option_words(entry: FieldFlag) -> list[str]:
+    """Return the words that a flag takes: the choices of its fields, or known names."""
+    key = entry.keys[0]
+    if key in _KNOWN_NAMES:
+        return _KNOWN_NAMES[key]()
+    words = [word for word in choices(key) if all(word in choices(other) for other in entry.keys)]
+    return words or list(leaves()[key].examples or ())
+
+
+def option_help(entry: FieldFlag) -> str:
+    """Return the help of a flag: the first sentence of its field's description, range, choices and default."""
+    key = entry.keys[0]
+    field = leaves()[key]
+    sentence = re.split(r"(?<=\.)\s", field.description or "")[0].rstrip(".")
+    sentence = sentence[:1].upper() + sentence[1:]
+    words = option_words(entry)
+    if words and not _is_number(key):
+        sentence += f": {', '.join(words)}"
+    sentence += _range(key, entry.metavar)
+    default = "sampled" if entry.off == "--sampled" else shown(field.default, by_flag=True)
+    is_shown = field.default not in (None, ()) and (field.default is not False or entry.off is not None)
+    return _escaped(f"{sentence}.") + (rf" [dim]\[default: {_escaped(default)}][/]" if is_shown else "")
+
+
+def _is_number(key: str) -> bool:
+    return bool(kinds(leaves()[key].annotation) & {int, float}) and not takes_list(key)
+
+
+def _range(key: str, metavar: str) -> str:
+    """Return ``, 0 ≤ A < 1`` of a number with two bounds that a person would want to know."""
+    signs = {annotated_types.Ge: "≤", annotated_types.Gt: "<", annotated_types.Le: "≤", annotated_types.Lt: "<"}
+    low = high = ""
+    for bound in leaves()[key].metadata:
+        if isinstance(bound, annotated_types.Ge | annotated_types.Gt):
+            low = f"{getattr(bound, 'ge', getattr(bound, 'gt', 0)):g} {signs[type(bound)]}"
+        if isinstance(bound, annotated_types.Le | annotated_types.Lt):
+            value = getattr(bound, "le", getattr(bound, "lt", 0))
+            high = f"{signs[type(bound)]} {value:g}" if value < 1000 else ""
+    return f", {low} {metavar} {high}" if low and high else ""
+
+
+def _option(entry: FieldFlag) -> Any:
+    """Return the annotation of a command's parameter for this flag."""
+    key = entry.keys[0]
+    words = option_words(entry)
+    numbers = kinds(leaves()[key].annotation) & {int, float}
+    keywords: dict[str, Any] = {}
+    kind: Any = str
+    if kinds(leaves()[key].annotation) == {bool}:
+        kind = bool
+    elif takes_list(key):
+        kind = list[str]
+        keywords["callback"] = check_named
+    elif numbers:
+        kind = float if float in numbers else int
+        if words:
+            keywords["parser"] = _number_or_word(kind, words)
+    if words and kind is not bool:
+        keywords["autocompletion"] = _completion(key, words)
+    declaration = entry.flag if entry.off is None else f"{entry.flag}/{entry.off}"
+    option = typer.Option(
+        declaration,
+        metavar=entry.metavar,
+        help=option_help(entry),
+        show_default=False,
+        rich_help_panel=entry.panel,
+        **keywords,
+    )
+    return Annotated[kind | None, option]
+
+
+def _number_or_word(kind: type, words: list[str]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        return text if text in words else kind(text)
+
+    return parse
+
+
+def _completion(key: str, words: list[str]) -> Callable[[str], list[Any]]:
+    def complete(incomplete: str) -> list[Any]:
+        return complete_methods(incomplete) if key == "method" else _completed(incomplete, words)
+
+    return complete
+
+
+def _escaped(text: str) -> str:
+    """Return text without markup."""
+    return text.replace("[", r"\[")
+
+
+# Commands
+
+
+class Command(NamedTuple):
+    """Hold a command of the program: its name, its function, its group in the help, and its examples."""
+
+    name: str
+    run: Callable[..., None]
+    panel: str
+    epilog: str
+
+
+def command(name: str, *, panel: str, examples: tuple[str, ...]) -> Callable[[Callable[..., None]], Command]:
+    """Make a command of a function, with one option for each that its parameters stand for."""
+
+    def decorate(function: Callable[..., None]) -> Command:
+        return Command(name, expand(name, function), panel, epilog(*examples))
+
+    return decorate
+
+
+def expand(verb: str, function: Callable[..., None]) -> Callable[..., None]:
+    """Return the function with one parameter for each option that its FieldFlags and data classes stand for."""
+    hints = get_type_hints(function, include_extras=True)
+    groups = {
+        parameter.name: list(_parameters(verb, parameter, hints[parameter.name]))
+        for parameter in inspect.signature(function).parameters.values()
+    }
+
+    @wraps(function)
+    def run(**values: Any) -> None:
+        arguments = {}
+        for name, group in groups.items():
+            given = {parameter.name: values[parameter.name] for parameter in group}
+            if hints[name] is FieldFlags:
+                arguments[name] = collect_field_flags(verb, given)
+            elif is_dataclass(hints[name]):
+                arguments[name] = hints[name](**given)
+            else:
+                arguments[name] = given[name]
+        function(**arguments)
+
+    paragraphs = inspect.getdoc(function).split("\n\n")
+    run.__doc__ = "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)  # typer keeps line breaks
+    parameters = [parameter for group in groups.values() for parameter in group]
+    run.__signature__ = inspect.Signature(parameters)
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _parameters(verb: str, parameter: inspect.Parameter, hint: Any) -> Iterator[inspect.Parameter]:
+    """Yield the parameters of the command line that one parameter of a command stands for."""
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    if hint is FieldFlags:
+        for entry in field_flags(verb):
+            yield inspect.Parameter(entry.name, keyword, default=None, annotation=_option(entry))
+    elif is_dataclass(hint):
+        annotations = get_type_hints(hint, include_extras=True)
+        for field in fields(hint):
+            default = inspect.Parameter.empty if field.default is MISSING else field.default
+            yield inspect.Parameter(field.name, keyword, default=default, annotation=annotations[field.name])
+    else:
+        yield parameter.replace(kind=keyword, annotation=hint)
+
+
+def epilog(*lines: str) -> str:
+    """Return worked examples as a command's epilog: one line each, as they are typed."""
+    return "\n".join(["[bold]Examples[/]", *map(_escaped, lines)])
+
+
+# Completion: names that begin as what was typed.
+
+
+def complete_methods(incomplete: str) -> list[tuple[str, str]]:
+    return [(method.name, method.summary) for method in METHODS.values() if method.name.startswith(incomplete)]
+
+
+def complete_recipes(incomplete: str) -> list[str]:
+    from distillm_cli.config.load import shipped
+
+    return [name for name in shipped() if name.startswith(incomplete)]
+
+
+def complete_pipelines(incomplete: str) -> list[str]:
+    """Return the recipes for `distillm run`."""
+    from distillm_cli.config.pipeline_recipe import is_pipeline
+
+    return [name for name in complete_recipes(incomplete) if is_pipeline(name)]
+
+
+def complete_data(incomplete: str) -> list[str]:
+    return _completed(incomplete, names())
+
+
+def complete_set(incomplete: str) -> list[str]:
+    """Return keys of recipes, and after ``=`` the choices of the key."""
+    key, equals, word = incomplete.partition("=")
+    if not equals:
+        return [f"{name}=" for name in leaves() if name.startswith(key)]
+    words = choices(key) if key in leaves() else []
+    return [f"{key}={choice}" for choice in words if choice.startswith(word)]
+
+
+def complete_pipeline_set(incomplete: str) -> list[str]:
+    """Return keys of the defaults of a pipeline; the names of its stages are not known here."""
+    inner = incomplete.removeprefix("defaults.")
+    return [f"defaults.{text}" for text in complete_set(inner)] if incomplete.startswith("defaults.") else ["defaults."]
+
+
+def _completed(incomplete: str, words: list[str]) -> list[str]:
+    """Return what may follow; of several words with commas between them, the last is completed."""
+    before, comma, last = incomplete.rpartition(",")
+    return [before + comma + word for word in words if word.startswith(last)]
+
+
+# Options that set no field
+
+
+def check_named(parameter: typer.CallbackParam, value: Any) -> Any:
+    """Raise UsageError for an empty name, which is the unset variable of a script.
+
+    In a list each item counts, and each part between commas: ``--suite ,`` names nothing either.
+    """
+    items = [value] if isinstance(value, str) else value or []
+    if any(not item.strip(" ,") for item in items):
+        flag = next((opt for opt in parameter.opts if opt.startswith("-")), parameter.metavar)
+        raise UsageError(f"{flag} = (empty)", where="expected a name", hint="drop it, or see what the variable holds")
+    return value
+
 
 Recipe = Annotated[
     str | None,
     typer.Option(
         "--recipe",
         metavar="NAME|FILE",
-        help="Shipped name or file: distillm recipes ls, show.",
-        autocompletion=lambda incomplete: recipes_like(incomplete),
-        rich_help_panel=RECIPE,
+        help="Shipped recipe or file. See distillm recipes ls, show.",
+        autocompletion=complete_recipes,
+        rich_help_panel=RECIPE_PANEL,
     ),
 ]
 Set = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="SECTION.KEY=VALUE", help="Any field of a recipe; may be repeated.", rich_help_panel=RECIPE
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="Set any field of a recipe. May be repeated.",
+        autocompletion=complete_set,
+        rich_help_panel=RECIPE_PANEL,
     ),
 ]
 DryRun = Annotated[
@@ -187,98 +309,40 @@ DryRun = Annotated[
     typer.Option(
         "--dry-run",
         metavar="",
-        help="Print the resolved recipe, with where each value comes from.",
-        rich_help_panel=RECIPE,
+        help="Print the resolved recipe with the origin of each value.",
+        rich_help_panel=RECIPE_PANEL,
     ),
 ]
-
-
-def named(parameter: typer.CallbackParam, value: Any) -> Any:
-    """Of --output and the like: an empty name is a script's unset variable, and no wish for another place.
-
-    Of a list each item, and what is left of it between commas: ``--suite ,`` names nothing either.
-    """
-    if any(not item.strip(" ,") for item in ([value] if isinstance(value, str) else value or [])):
-        flag = next((opt for opt in parameter.opts if opt.startswith("-")), parameter.metavar)
-        raise UsageError(f"{flag} = (empty)", where="expected a name", hint="drop it, or see what the variable holds")
-    return value
-
-
 Output = Annotated[
     str | None,
     typer.Option(
         "--output",
         metavar="DIR",
-        callback=named,
-        help="Where it goes; else a name under runs/.",
-        rich_help_panel=OUTPUT,
+        callback=check_named,
+        help=r"Output directory. [dim]\[default: runs/<name>][/]",
+        rich_help_panel=OUTPUT_PANEL,
     ),
 ]
 Resume = Annotated[
     bool,
-    typer.Option("--resume", metavar="", help="Go on from the newest checkpoint in --output.", rich_help_panel=OUTPUT),
+    typer.Option(
+        "--resume", metavar="", help="Resume from the newest checkpoint in --output.", rich_help_panel=OUTPUT_PANEL
+    ),
 ]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", metavar="", help="Replace what is in --output.", rich_help_panel=OUTPUT)
+    bool,
+    typer.Option("--overwrite", metavar="", help="Replace an earlier run in --output.", rich_help_panel=OUTPUT_PANEL),
 ]
 Json = Annotated[
     bool,
-    typer.Option("--json", metavar="", help="One JSON object on stdout, nothing else there.", rich_help_panel=OUTPUT),
+    typer.Option(
+        "--json", metavar="", help="Print one JSON object on stdout and nothing else.", rich_help_panel=OUTPUT_PANEL
+    ),
 ]
 Quiet = Annotated[
-    bool, typer.Option("--quiet", metavar="", help="Only warnings and errors on stderr.", rich_help_panel=OUTPUT)
+    bool,
+    typer.Option("--quiet", metavar="", help="Print only warnings and errors on stderr.", rich_help_panel=OUTPUT_PANEL),
 ]
-Debug = Annotated[bool, typer.Option("--debug", metavar="", help="Tracebacks with errors.", rich_help_panel=OUTPUT)]
-
-
-# What may follow in a shell: names that begin as what was typed.
-
-
-def methods_like(typed: str) -> list[tuple[str, str]]:
-    return [(method.name, method.summary) for method in METHODS.values() if method.name.startswith(typed)]
-
-
-def recipes_like(typed: str, *, of_stages: bool = False) -> list[str]:
-    """Shipped ones. of_stages: those for `distillm run` alone."""
-    from distillm_cli.config.load import shipped
-    from distillm_cli.config.pipeline_recipe import is_pipeline
-
-    return [name for name in shipped() if name.startswith(typed) and (not of_stages or is_pipeline(name))]
-
-
-def words_like(typed: str, key: str) -> list[str]:
-    """Values of this field of a recipe."""
-    from distillm_cli.config.explain import choices
-
-    return _last_like(typed, choices(key))
-
-
-def suites_like(typed: str) -> list[str]:
-    from distillm_cli.data.known import names
-
-    return _last_like(typed, names())
-
-
-def _last_like(typed: str, words: Iterable[str]) -> list[str]:
-    """Of several with commas between them, the last is the one that goes on."""
-    before, comma, last = typed.rpartition(",")
-    return [before + comma + word for word in words if word.startswith(last)]
-
-
-def flags(**given: Any) -> dict[str, Flag]:
-    """Shared flags by parameter name → what ``config.load.resolve`` takes; those that are None are left out.
-
-    Raises KeyError for a name that is no shortcut.
-    """
-    named = {name: Flag(SHORTCUTS[name].flag, value) for name, value in given.items()}
-    return {key: flag for name, flag in named.items() if flag.value is not None for key in SHORTCUTS[name].keys}
-
-
-def given(ctx: typer.Context) -> dict[str, Flag]:
-    """The shared flags of the command being run that were given. Its parameters declare them; this reads them all."""
-    return flags(**{name: value for name, value in ctx.params.items() if name in SHORTCUTS})
-
-
-def examples(*lines: str) -> str:
-    """Worked examples as a command's epilog: one line each, as they are typed."""
-    return "\n".join(["[bold]Examples[/]", *(line.replace("[", r"\[") for line in lines)])
+Debug = Annotated[
+    bool, typer.Option("--debug", metavar="", help="Print tracebacks with errors.", rich_help_panel=OUTPUT_PANEL)
+]

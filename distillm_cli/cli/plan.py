@@ -1,4 +1,4 @@
-"""``distillm plan``: what a run would need and do, before it is started."""
+"""``distillm plan``: estimate what a run needs before it is started."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from distillm_cli.cli import options
+from distillm_cli.cli.options import FieldFlags, command
+from distillm_cli.cli.usage import check_complete
 from distillm_cli.utils.text import counted
 
 if TYPE_CHECKING:
@@ -17,54 +17,31 @@ if TYPE_CHECKING:
 SHOWN = 3  # sequences of the decoded batch
 
 
-def register(app: typer.Typer) -> None:
-    """Adds the command."""
-    app.command(
-        rich_help_panel=options.AROUND,
-        epilog=options.examples(
-            "distillm plan --recipe quickstart",
-            "distillm plan --teacher gpt2-xl --student gpt2 --data rows.jsonl --batch-size 16",
-            "distillm plan --method sft --student gpt2 --data rows.jsonl",
-            "distillm plan --teacher configs/gpt2-xl --student configs/gpt2/config.json --data dolly",
-            "distillm plan --recipe dolly-gpt2-pipeline",
-        ),
-    )(plan)
-
-
+@command(
+    "plan",
+    panel=options.OTHER_COMMANDS,
+    examples=(
+        "distillm plan --recipe quickstart",
+        "distillm plan --teacher gpt2-xl --student gpt2 --data rows.jsonl --batch-size 16",
+        "distillm plan --method sft --student gpt2 --data rows.jsonl",
+        "distillm plan --teacher configs/gpt2-xl --student configs/gpt2/config.json --data dolly",
+        "distillm plan --recipe dolly-gpt2-pipeline",
+    ),
+)
 def plan(
-    ctx: typer.Context,
-    teacher: options.Teacher = None,
-    student: options.Student = None,
-    lora: options.Lora = None,
-    data: options.Data = None,
-    tokenizer: options.Tokenizer = None,
-    max_length: options.MaxLength = None,
-    skip_bad_rows: options.SkipBadRows = None,
-    method: options.Method = None,
-    divergence: options.Divergence = None,
-    alpha: options.Alpha = None,
-    schedule: options.Schedule = None,
-    teacher_cache: options.TeacherCache = None,
-    lr: options.Lr = None,
-    batch_size: options.BatchSize = None,
-    epochs: options.Epochs = None,
-    steps: options.Steps = None,
-    seed: options.Seed = None,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
+    fields: FieldFlags,
     recipe: options.Recipe = None,
     sets: options.Set = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """What a run would need: whether the pair fits, sizes, dropped rows, memory, FLOPs, time on known GPUs.
+    """Estimate what a run needs: whether the pair fits, sizes, dropped rows, memory, FLOPs, time on known GPUs.
 
-    Takes no step. Models whose weights are in a directory here are loaded as the run would; of others the config is enough
-    (a directory with a config.json, the file itself, or a hub name), and no weights are downloaded. A recipe of stages
-    is planned stage by stage.
+    No step is taken. Models whose weights are in a local directory are loaded. For others the config is enough (a
+    directory with a config.json, the file itself, or a hub name), and no weights are downloaded. A pipeline is planned
+    stage by stage.
     """
-    from distillm_cli.cli.launch import check_complete
     from distillm_cli.config.load import resolve
     from distillm_cli.config.pipeline_recipe import is_pipeline
     from distillm_cli.runs.defaults import fitted, fitted_line
@@ -72,9 +49,9 @@ def plan(
     from distillm_cli.ui.console import console
 
     if recipe is not None and is_pipeline(recipe):
-        _plan_stages(recipe, options.given(ctx), sets, json, quiet)
+        _plan_stages(recipe, fields, sets, json, quiet)
         return
-    resolved = fitted(resolve(command="plan", recipe=recipe, flags=options.given(ctx), sets=sets))
+    resolved = fitted(resolve(command="plan", recipe=recipe, flags=fields, sets=sets))
     check_complete(resolved.recipe)
     is_default = resolved.origin["data.source"] == "default"
     notes = ["no --data: planned for Dolly (data.source dolly)"] if is_default else []
@@ -89,7 +66,7 @@ def plan(
         ui.result({"command": "plan", "status": "ok", **found})
 
 
-def _plan_stages(recipe: str, flags: dict[str, Any], sets: list[str] | None, json: bool, quiet: bool) -> None:
+def _plan_stages(recipe: str, flags: FieldFlags, sets: list[str] | None, json: bool, quiet: bool) -> None:
     from distillm_cli.config.pipeline_recipe import load_pipeline
     from distillm_cli.errors import UsageError
     from distillm_cli.runs.defaults import fitted_pipeline

@@ -1,4 +1,4 @@
-"""``distillm recipes``: list, show, copy and check recipes. Answers on stdout."""
+"""``distillm recipes`` and ``distillm schema``: list, show, copy and check recipes, print their JSON Schema."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Annotated, Any
 import typer
 
 from distillm_cli.cli import options
+from distillm_cli.cli.options import command
 from distillm_cli.cli.streams import print_error, write_stdout
 from distillm_cli.errors import RecipeError, UsageError
 
-recipes = typer.Typer(
+recipes_app = typer.Typer(
     no_args_is_help=True,
-    epilog=options.examples(
+    epilog=options.epilog(
         "distillm recipes ls",
         "distillm recipes show dolly-gpt2",
         "distillm recipes cp quickstart my.yaml",
@@ -23,24 +24,19 @@ recipes = typer.Typer(
     ),
 )
 
-Name = Annotated[
+RecipeName = Annotated[
     str,
     typer.Argument(
         metavar="NAME|FILE",
-        help="A shipped recipe, or a file.",
-        autocompletion=lambda incomplete: options.recipes_like(incomplete),
+        help="Shipped recipe or file.",
+        autocompletion=options.complete_recipes,
         show_default=False,
     ),
 ]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the group to the program."""
-    app.add_typer(recipes, name="recipes", help="Recipes: list, show, copy, validate.", rich_help_panel=options.AROUND)
-
-
-@recipes.command("ls")
-def ls(as_json: options.Json = False, debug: options.Debug = False) -> None:
+@recipes_app.command("ls")
+def list_recipes(as_json: options.Json = False, debug: options.Debug = False) -> None:
     """List the shipped recipes."""
     from distillm_cli.config.load import shipped
 
@@ -60,8 +56,8 @@ def ls(as_json: options.Json = False, debug: options.Debug = False) -> None:
             print(row["name"], row["summary"], row["run"], sep="\t")
 
 
-@recipes.command("show")
-def show(name: Name, debug: options.Debug = False) -> None:
+@recipes_app.command("show")
+def show_recipe(name: RecipeName, debug: options.Debug = False) -> None:
     """Print a recipe as it is written."""
     from distillm_cli.config.load import locate
 
@@ -72,15 +68,16 @@ def show(name: Name, debug: options.Debug = False) -> None:
         sys.stdout.buffer.write(content)
 
 
-@recipes.command("cp")
-def cp(
-    name: Name,
+@recipes_app.command("cp")
+def copy_recipe(
+    name: RecipeName,
     dest: Annotated[
-        str | None, typer.Argument(metavar="DEST", help="File or directory; else NAME.yaml here.", show_default=False)
+        str | None,
+        typer.Argument(metavar="DEST", help=r"File or directory. [dim]\[default: NAME.yaml][/]", show_default=False),
     ] = None,
     debug: options.Debug = False,
 ) -> None:
-    """Copy a recipe, to change it. Never overwrites."""
+    """Copy a recipe to a file of your own. Never overwrites."""
     from distillm_cli.config.load import locate
 
     source = locate(name)
@@ -96,21 +93,21 @@ def cp(
     write_stdout(f"{target}\n")
 
 
-@recipes.command("validate")
-def validate(
+@recipes_app.command("validate")
+def validate_recipes(
     paths: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="NAME|FILE",
-            help="Recipes to check; else the shipped ones.",
-            autocompletion=lambda incomplete: options.recipes_like(incomplete),
+            help=r"Recipes to check. [dim]\[default: the shipped ones][/]",
+            autocompletion=options.complete_recipes,
             show_default=False,
         ),
     ] = None,
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Check recipes, all that are shipped unless some are named; exit code 2 if any is wrong."""
+    """Check recipes, by default all shipped ones. The exit code is 2 if any is wrong."""
     from distillm_cli.config.load import shipped
 
     rows = [_checked(path) for path in paths or shipped()]
@@ -129,6 +126,23 @@ def validate(
         raise typer.Exit(RecipeError.exit_code)
 
 
+@command(
+    "schema",
+    panel=options.OTHER_COMMANDS,
+    examples=("distillm schema > schema.json", "distillm schema | jq '.\"$defs\".train.properties | keys'"),
+)
+def schema(debug: options.Debug = False) -> None:
+    """Print the JSON Schema of a recipe, for editors and programs that check recipes.
+
+    An editor with a YAML language server completes and checks a recipe that names the file in a comment: [cyan]#
+    yaml-language-server: $schema=schema.json[/]. Divergences, methods, metrics and data sets of installed plug-ins are
+    included.
+    """
+    from distillm_cli.config.json_schema import recipe_schema
+
+    write_stdout(json.dumps(recipe_schema(), indent=1, ensure_ascii=False) + "\n")
+
+
 def _checked(recipe: str) -> dict[str, Any]:
     from distillm_cli.config.load import resolve
     from distillm_cli.config.pipeline_recipe import is_pipeline, load_pipeline
@@ -144,6 +158,6 @@ def _checked(recipe: str) -> dict[str, Any]:
 
 
 def _about(path: Path) -> dict[str, str]:
-    """What the comment that opens a recipe says: the command that runs it, then what it does."""
+    """Return the command that runs a recipe and what it does, from the comment that opens it."""
     lines = path.read_text(encoding="utf-8").splitlines()
     return {"run": lines[0].removeprefix("# "), "summary": lines[1].removeprefix("# ")}

@@ -1,4 +1,4 @@
-"""``distillm run``: a recipe of stages, each done once."""
+"""``distillm run``: run the stages of a pipeline, each once."""
 
 from __future__ import annotations
 
@@ -8,88 +8,87 @@ from typing import Annotated
 import typer
 
 from distillm_cli.cli import options
+from distillm_cli.cli.options import command
 from distillm_cli.cli.streams import write_stdout
+from distillm_cli.cli.usage import check_single_process
 
-PIPELINE = "Pipeline"
+PIPELINE_PANEL = "Pipeline"
 
-Recipe = Annotated[
+PipelineRecipe = Annotated[
     str,
     typer.Argument(
         metavar="NAME|FILE",
-        help="A recipe of stages, shipped or a file.",
-        autocompletion=lambda incomplete: options.recipes_like(incomplete, of_stages=True),
+        help="Recipe with stages, shipped or a file.",
+        autocompletion=options.complete_pipelines,
         show_default=False,
     ),
 ]
-Only = Annotated[
-    str | None, typer.Option("--only", metavar="STAGE,…", help="These stages alone.", rich_help_panel=PIPELINE)
-]
-From = Annotated[
+OnlyStages = Annotated[
     str | None,
-    typer.Option("--from", metavar="STAGE", help="This stage and those after it.", rich_help_panel=PIPELINE),
+    typer.Option("--only", metavar="STAGE,…", help="Run these stages only.", rich_help_panel=PIPELINE_PANEL),
 ]
-Set = Annotated[
+FirstStage = Annotated[
+    str | None,
+    typer.Option("--from", metavar="STAGE", help="Run this stage and those after it.", rich_help_panel=PIPELINE_PANEL),
+]
+PipelineSet = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="stages.NAME.section.key or defaults.section.key; may be repeated.",
-        rich_help_panel=PIPELINE,
+        help="Set stages.NAME.section.key or defaults.section.key. May be repeated.",
+        autocompletion=options.complete_pipeline_set,
+        rich_help_panel=PIPELINE_PANEL,
     ),
 ]
-DryRun = Annotated[
+PipelineDryRun = Annotated[
     bool,
     typer.Option(
         "--dry-run",
         metavar="",
-        help="Print every stage's recipe, where each value comes from, and what would run.",
-        rich_help_panel=PIPELINE,
+        help="Print the recipe of every stage with the origin of each value, and which stages would run.",
+        rich_help_panel=PIPELINE_PANEL,
     ),
 ]
-Output = Annotated[
+PipelineOutput = Annotated[
     str | None,
     typer.Option(
         "--output",
         metavar="DIR",
-        callback=options.named,
-        help="A directory for each stage goes there; else runs/NAME.",
-        rich_help_panel=options.OUTPUT,
+        callback=options.check_named,
+        help=r"Directory that holds one directory per stage. [dim]\[default: runs/<name>][/]",
+        rich_help_panel=options.OUTPUT_PANEL,
     ),
 ]
 
 
-def register(app: typer.Typer) -> None:
-    """Adds the command."""
-    app.command(
-        "run",
-        rich_help_panel=options.AROUND,
-        epilog=options.examples(
-            "distillm run quickstart-pipeline",
-            "distillm run quickstart-pipeline --dry-run",
-            "distillm run my.yaml --output runs/my --set stages.distill.objective.alpha=0.3",
-            "distillm run dolly-gpt2-pipeline --only teacher,student-120m,distill-120m,eval-120m",
-            "distillm run my.yaml --output runs/my --from distill",
-        ),
-    )(run)
-
-
-def run(
-    recipe: Recipe,
-    only: Only = None,
-    start: From = None,
-    sets: Set = None,
-    dry_run: DryRun = False,
-    output: Output = None,
+@command(
+    "run",
+    panel=options.OTHER_COMMANDS,
+    examples=(
+        "distillm run quickstart-pipeline",
+        "distillm run quickstart-pipeline --dry-run",
+        "distillm run my.yaml --output runs/my --set stages.distill.objective.alpha=0.3",
+        "distillm run dolly-gpt2-pipeline --only teacher,student-120m,distill-120m,eval-120m",
+        "distillm run my.yaml --output runs/my --from distill",
+    ),
+)
+def run_stages(
+    recipe: PipelineRecipe,
+    only: OnlyStages = None,
+    start: FirstStage = None,
+    sets: PipelineSet = None,
+    dry_run: PipelineDryRun = False,
+    output: PipelineOutput = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """A recipe of stages: teacher SFT, student SFT, teacher samples, distill, eval, in one go.
+    """Run a pipeline: teacher SFT, student SFT, teacher samples, distillation, evaluation.
 
-    What is done is skipped: a stage runs again when its recipe, its data or a stage that it reads has changed. A stopped
-    run goes on when the same command is typed again. To make a stage anew, remove its directory.
+    Finished stages are skipped. A stage runs again when its recipe, its data or a stage that it reads has changed. To
+    resume a stopped pipeline, type the same command again. To start a stage over, remove its directory.
     """
-    from distillm_cli.cli.launch import check_alone
     from distillm_cli.config.pipeline_recipe import load_pipeline
     from distillm_cli.runs.defaults import fitted_pipeline
     from distillm_cli.ui.console import console, print_json
@@ -103,15 +102,15 @@ def run(
         if not json:
             write_stdout(resolved_yaml(pipeline, states))
             return
-        told = {
+        stages = {
             stage.name: {"verb": stage.verb, "state": states[stage.name].kind, "why": states[stage.name].why}
             | {"recipe": stage.own.model_dump(mode="json") | stage.resolved.recipe.model_dump(mode="json")}
             for stage in pipeline.stages
         }
-        print_json({"command": "run", "status": "ok", "output": str(place), "stages": told})
+        print_json({"command": "run", "status": "ok", "output": str(place), "stages": stages})
         return
-    check_alone()
+    check_single_process()
     with console(json_mode=json, quiet=quiet) as ui:
-        from distillm_cli.runs import pipeline as work
+        from distillm_cli.runs import pipeline as pipeline_run
 
-        ui.result(work.run(pipeline, place, only=only, start=start, ui=ui))
+        ui.result(pipeline_run.run(pipeline, place, only=only, start=start, ui=ui))

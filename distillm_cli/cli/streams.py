@@ -76,10 +76,10 @@ def report(error: DistillmError, argv: list[str]) -> int:
     return error.exit_code
 
 
-def print_error(message: str) -> None:
-    """Print the line of an error on stderr."""
+def print_error(message: str, kind: str = "error") -> None:
+    """Print the line of an error, or of a warning, on stderr."""
     with suppress(OSError):
-        print(f"error: {printable(shortened(message, LONGEST_ERROR))}", file=sys.stderr)
+        print(f"{kind}: {printable(shortened(message, LONGEST_ERROR))}", file=sys.stderr)
 
 
 def write_stdout(text: str) -> None:

@@ -1,24 +1,43 @@
-"""What the command-line parser complains of, as our errors: one line, with what to try."""
+"""Check how a command is used, and turn the parser's complaints into errors of one line with a hint."""
 
 from __future__ import annotations
 
+import os
 import re
 from contextlib import suppress
 from difflib import get_close_matches
 from itertools import takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from distillm_cli.config.shortcuts import SHORTCUTS, flag_of
+from distillm_cli.config.shortcuts import FIELD_FLAGS, SAMPLING_VERBS, TRAINING_VERBS, field_flags, flag_of
 from distillm_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from distillm_cli.config.schema import Recipe
 
 # Newer typers carry their own copy of click, older ones import it: reach the base class from what both export.
 UsageProblem: type[Exception] = typer.BadParameter.__mro__[2]
 
 
+def check_single_process() -> None:
+    """Raise UsageError where a launcher (accelerate's, torchrun) started several processes: each would do all the work."""
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise UsageError("work in several processes is not supported yet", hint="start it without a launcher")
+
+
+def check_complete(recipe: Recipe) -> None:
+    """Raise UsageError where no model to train is named, or no teacher."""
+    if recipe.student.path is None:
+        what, flag = ("model", "--model") if recipe.method == "sft" else ("student", "--student")
+        raise UsageError(f"no {what} to train", hint=f"give {flag} PATH, or a --recipe that names one")
+    if recipe.method != "sft" and recipe.teacher.path is None:
+        raise UsageError("no teacher to learn from", hint="give --teacher PATH, or use `distillm sft`")
+
+
 def explained(problem: Any, argv: list[str]) -> UsageError:
-    """A parser's exception → UsageError. The command's own help is named when nothing better is known."""
+    """Return a parser's exception as a UsageError. Without a better hint, it names the command's own help."""
     context = getattr(problem, "ctx", None)
     words = takewhile(lambda word: not word.startswith("-"), argv)
     path = context.command_path if context is not None else " ".join(["distillm", *words][:2])
@@ -46,27 +65,28 @@ def explained(problem: Any, argv: list[str]) -> UsageError:
 
 
 def _with_field(plain: UsageError, flag: str, raw: str | None, path: str) -> UsageError:
-    """The same error with what the recipe's field expects and what to try, if the flag stands for a field."""
+    """Return the error with the values that the recipe's field takes and a hint, if the flag stands for a field."""
     from distillm_cli.config.explain import expected, what_to_try
 
-    keys = next((shortcut.keys for shortcut in SHORTCUTS.values() if shortcut.flag == flag), None)
+    verb = path.split()[-1]
+    keys = next((entry.keys for entry in field_flags(verb) if entry.flag == flag), None)
     if keys is None:
         return plain
     value: Any = raw
     with suppress(TypeError, ValueError):
         value = float(raw)
-    hint = what_to_try(keys[0], value, path.split()[-1], flag)
+    hint = what_to_try(keys[0], value, verb, flag)
     return UsageError(plain.what, where=f"expected {expected(keys[0])}", hint=hint)
 
 
 def _clause(message: str) -> str:
-    """A parser's sentence as a clause of ours: one line, no full stop, no capital at the start."""
+    """Return a parser's sentence as a clause: one line, no full stop, no capital at the start."""
     text = " ".join(message.split()).rstrip(".")
     return text[:1].lower() + text[1:]
 
 
 def _meant(flag: str, context: Any) -> str | None:
-    """The flag that sets the same field here, the nearest flag, or the --set that reaches a field of this name."""
+    """Return the flag of this command for the same field, the nearest flag, or a --set for a field of this name."""
     from distillm_cli.config.explain import leaves
 
     own = {opt.lstrip("-"): opt for param in context.command.params for opt in param.opts if opt.startswith("--")}
@@ -74,10 +94,12 @@ def _meant(flag: str, context: Any) -> str | None:
     name = bare.replace("-", "_")
     verb = context.command_path.split()[-1]
     fields = [key for key in leaves() if name in (key, key.rpartition(".")[2])]
-    if name in SHORTCUTS:
-        fields = [*SHORTCUTS[name].keys, *fields]
-        if (here := flag_of(fields[0], verb)) in own.values():
-            return f"did you mean {here}?"
+    kin = TRAINING_VERBS if verb in TRAINING_VERBS else SAMPLING_VERBS
+    elsewhere = [entry for entry in FIELD_FLAGS if entry.name == name]
+    keys = [key for entry in elsewhere if set(entry.verbs) & set(kin) for key in entry.keys]
+    fields = [*keys, *fields, *(key for entry in elsewhere for key in entry.keys)]
+    if fields and elsewhere and (here := flag_of(fields[0], verb)) in own.values():
+        return f"did you mean {here}?"
     close = get_close_matches(bare, own, n=1, cutoff=0.75 if fields else 0.6)
     if close:
         return f"did you mean {own[close[0]]}?"
@@ -85,7 +107,7 @@ def _meant(flag: str, context: Any) -> str | None:
 
 
 def _typed_value(names: list[str], argv: list[str]) -> str | None:
-    """The value that was typed behind a flag, as ``--flag value`` or ``--flag=value``; the last one counts."""
+    """Return the value that was typed after a flag, as ``--flag value`` or ``--flag=value``; the last one counts."""
     found = None
     for position, word in enumerate(argv):
         if word == "--":

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from copy import copy
 from difflib import get_close_matches
 from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -14,8 +15,9 @@ import annotated_types
 from pydantic.fields import FieldInfo
 
 from distillm_cli.config import yaml_io
+from distillm_cli.config.fields import Section, TaggedUnion, UsedWhen
 from distillm_cli.config.methods import METHODS
-from distillm_cli.config.schema import AUTO, Recipe, Section
+from distillm_cli.config.schema import AUTO, Recipe
 from distillm_cli.config.shortcuts import flag_of
 from distillm_cli.utils.text import redact
 
@@ -27,25 +29,88 @@ _BOUNDS = (
 )
 
 
-def section_of(field: FieldInfo) -> type[Section] | None:
-    """The section a field holds, None for a leaf."""
-    kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+def union_of(field: FieldInfo) -> TaggedUnion | None:
+    """Return the union of sections that a field holds, None for one section and for a value."""
+    return next((part for part in field.metadata if isinstance(part, TaggedUnion)), None)
 
 
 def _walk(model: type[Section], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
     for name, field in model.model_fields.items():
-        section = section_of(field)
-        if section is None:
-            yield prefix + name, field
-        else:
+        section = field.annotation
+        if union := union_of(field):
+            yield from _walk_union(union, f"{prefix}{name}.")
+        elif isinstance(section, type) and issubclass(section, Section):
             yield from _walk(section, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+def _walk_union(union: TaggedUnion, prefix: str) -> Iterator[tuple[str, FieldInfo]]:
+    for name in union.names():
+        field = next(iter(union.fields(name).values()))
+        if name == union.tag:
+            field = copy(field)
+            field.annotation = Literal[tuple(union.members)]
+            field.default = union.default
+        yield prefix + name, field
 
 
 @cache
 def leaves() -> dict[str, FieldInfo]:
-    """Every field of a recipe: dotted key → its pydantic field, in the schema's order."""
+    """Return every key that a recipe may have: dotted key → its pydantic field, in the schema's order.
+
+    Of a union these are the keys of all members. A key that several have is described as in the first.
+    """
     return dict(_walk(Recipe, ""))
+
+
+@cache
+def sections() -> dict[str, list[str]]:
+    """Return the names of the keys of every section, by the section's own dotted key; "" is the whole recipe."""
+    found: dict[str, dict[str, None]] = {}
+    for key in leaves():
+        parts = key.split(".")
+        for n, name in enumerate(parts):
+            found.setdefault(".".join(parts[:n]), {})[name] = None
+    return {section: list(names) for section, names in found.items()}
+
+
+@cache
+def condition(key: str) -> UsedWhen | None:
+    """Return what decides whether a run uses the field; None where every run does.
+
+    For a field of a union that is the value of the tag, together with the conditions of the members that have the field.
+    """
+    section, _, name = key.rpartition(".")
+    union = union_of(Recipe.model_fields[section]) if section in Recipe.model_fields else None
+    if union is None:
+        return _used_when(leaves()[key])
+    holders = union.fields(name)
+    conditions = {tag: _used_when(field) for tag, field in holders.items()}
+    ways_of = {tag: used_when.ways if used_when else ({},) for tag, used_when in conditions.items()}
+    tags_of: dict[tuple, list[str]] = {}
+    for tag in sorted(ways_of, key=lambda tag: -len(ways_of[tag])):  # the longest list sets the order
+        for way in ways_of[tag]:
+            tags_of.setdefault(tuple(way.items()), []).append(tag)
+    ways = []
+    for items, tags in tags_of.items():
+        way = dict(items)
+        if len(tags) == len(union.members) or _imply(way, tags, section, union):
+            ways.append(way)
+        else:
+            ways.append({f"{section}.{union.tag}": tuple(tags), **way})
+    of_method = all(used_when is None or used_when.of_method for used_when in conditions.values())
+    return UsedWhen(*ways, of_method=of_method) if all(ways) else None
+
+
+def _imply(way: Mapping[str, Any], tags: list[str], section: str, union: TaggedUnion) -> bool:
+    """Return whether a way names a field that only these members, several, have: then it need not name them itself."""
+    names = [key.removeprefix(f"{section}.") for key in way if key.startswith(f"{section}.")]
+    return len(tags) > 1 and any(set(union.fields(name)) <= set(tags) for name in names if name != union.tag)
+
+
+def _used_when(field: FieldInfo) -> UsedWhen | None:
+    return next((part for part in field.metadata if isinstance(part, UsedWhen)), None)
 
 
 def kinds(annotation: Any) -> set[Any]:
@@ -170,7 +235,7 @@ def nearest_key(key: str) -> str | None:
     anywhere: dict[str, str] = {}
     for k in sorted(leaves(), key=lambda k: k.count(".")):  # objective.alpha before student.lora.alpha
         anywhere.setdefault(k.rpartition(".")[2], k)
-    sections = {name: name for name, field in Recipe.model_fields.items() if section_of(field)} if not section else {}
+    tops = {name: name for name in sections()[""] if name in sections()} if not section else {}
     name = name.replace("-", "_")
     name = _ELSEWHERE.get(name, name)
     if name in leaves():
@@ -180,7 +245,7 @@ def nearest_key(key: str) -> str | None:
     if name in anywhere:
         return anywhere[name]
     dotted = {k: k for k in leaves()}
-    for names, wanted, cutoff in ((here | sections, name, 0.6), (dotted, key, 0.75), (anywhere, name, 0.7)):
+    for names, wanted, cutoff in ((here | tops, name, 0.6), (dotted, key, 0.75), (anywhere, name, 0.7)):
         if close := get_close_matches(wanted, names, n=1, cutoff=cutoff):
             return names[close[0]]
     return None
@@ -205,7 +270,7 @@ def what_to_try(key: str, value: Any, verb: str, flag: str | None = None, *, giv
     which has no flags for fields.
     """
     field, words = leaves()[key], choices(key)
-    if words == [AUTO]:  # of a number, whose flag takes numbers only
+    if words == [AUTO]:
         return f"try --set {given_at}{key}={AUTO}"
     better = field.default
     if isinstance(value, list | tuple) and not takes_list(key):
@@ -219,7 +284,8 @@ def what_to_try(key: str, value: Any, verb: str, flag: str | None = None, *, giv
     elif value is not None and words and (word := nearest_word(value, words)):
         better = word
     if better is None or better == ():
-        return f"it means: {field.description}" if field.description else None
+        meaning = field.description or ""
+        return f"it means: {meaning[:1].lower()}{meaning[1:]}" if meaning else None
     flag = flag or (None if given_at else flag_of(key, verb))
     if flag:
         return f"try {flag} {shlex.quote(shown(better, by_flag=True))}"

@@ -1,12 +1,15 @@
-"""What fields are made of: the types that sections share, and the word on when a field is read."""
+"""Define the types that sections share, the base classes of sections, and the conditions under which a field is used."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, ValidationInfo, field_validator
+
+from distillm_cli import plugins
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -17,18 +20,23 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Exponent = Annotated[float, Field(ge=-2, le=2)]
 Name = Annotated[str, Field(min_length=1)]
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
-DivergenceName = Literal["kl", "rkl", "skl", "srkl", "jsd", "tvd", "jeffreys", "akl", "ab", "amid", "taid", "atkd"]
-ScheduleKind = Literal["off", "on", "mixed", "annealed", "adaptive", "teacher", "pairs", "interleaved", "rounds"]
-MetricName = Literal[
-    "rouge_l", "rouge_1", "rouge_2", "bleu", "chrf", "exact_match", "error_rate", "final_number"
-]  # fmt: skip
+# Figures by which a checkpoint is selected: on held-out rows without generation, or a metric of generated answers.
+HeldOutFigure = Literal["valid_loss", "valid_divergence"]
+
+
+def is_lower_better(figure: str) -> bool:
+    """Return whether a figure of a model is better when it is lower."""
+    metric = plugins.metrics.get(figure)
+    return figure in get_args(HeldOutFigure) or (metric is not None and not metric.higher_is_better)
 
 
 class Condition:
-    """Values of which there are too many to list: what tells them, what they are called, and one of them to try."""
+    """A set of values that is too large to list: a test, a description for messages, and an example to try."""
 
-    def __init__(self, said: str, example: Any, test: Callable[[Any], bool]):
-        self.said, self.example, self.test = said, example, test
+    def __init__(self, description: str, example: Any, test: Callable[[Any], bool]):
+        self.description = description
+        self.example = example
+        self.test = test
 
     def __contains__(self, value: Any) -> bool:
         return self.test(value)
@@ -41,30 +49,25 @@ Values = tuple[Any, ...] | Condition
 
 
 class UsedWhen:
-    """Beside a field that not every run reads: the fields that decide it, by dotted key, and the values they must have.
+    """Metadata of a field that not every run uses: the fields that decide it, by dotted key, and the values they must have.
 
-    Several mappings are several ways: any of them will do. One that is not read itself decides nothing. A value given by
-    hand that no way leads to is an error. of_method: whether it is one of the parameters that a method is listed with.
+    Several mappings are alternatives. A deciding field that is not used itself decides nothing. A value given by hand for
+    a field that the run does not use is an error. of_method: whether the field is listed among a method's parameters.
     """
 
     def __init__(self, *ways: dict[str, Values], of_method: bool = True):
-        self.ways, self.of_method = ways, of_method
-
-
-def of(*divergences: DivergenceName) -> UsedWhen:
-    return UsedWhen({"objective.divergence": divergences})
-
-
-def under(*kinds: ScheduleKind) -> UsedWhen:
-    return UsedWhen({"schedule.kind": kinds})
+        self.ways = ways
+        self.of_method = of_method
 
 
 class Section(BaseModel):
+    """Base of all sections of a recipe: frozen, without unknown keys, infinities and numbers that do not fit 64 bits."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
-    def _a_truth_value_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _refuse_truth_values_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         """Pydantic takes True for 1 and True for 1.0; nobody who wrote ``epochs: true`` meant one epoch."""
         items = value if isinstance(value, list | tuple) else [value]
         if any(isinstance(item, bool) for item in items):
@@ -76,8 +79,70 @@ class Section(BaseModel):
 
     @field_validator("*", mode="after")
     @classmethod
-    def _whole_numbers_fit_64_bits(cls, value: Any) -> Any:
+    def _refuse_numbers_over_64_bits(cls, value: Any) -> Any:
         items = value if isinstance(value, list | tuple) else [value]
         if any(isinstance(item, int) and abs(item) >= LIMIT for item in items):
             raise ValueError("too large a whole number")
         return value
+
+
+class DivergenceConfig(Section):
+    """Base of a divergence's parameters, which are keys of a recipe's ``objective`` section.
+
+    A subclass declares them with default, bounds and description, and is registered together with its divergence.
+    """
+
+    divergence: str
+
+
+@dataclass(frozen=True)
+class TaggedUnion:
+    """Describe a section that has one of several sets of fields, chosen by the value of its tag.
+
+    tag: the name of the deciding field. default: its value where it is not given. base: the fields that all members have,
+    the tag with its description among them. members: by value of the tag.
+    """
+
+    tag: str
+    default: str
+    base: type[Section]
+    members: dict[str, type[Section]]
+
+    def annotation(self) -> Any:
+        """Return the type of a field that holds one of the members."""
+        members = [Annotated[member, Tag(tag)] for tag, member in self.members.items()]
+        return Annotated[Union[tuple(members)], Discriminator(self._tag_of), self]  # noqa: UP007
+
+    def _tag_of(self, value: Any) -> str:
+        """Return the tag of a mapping or of a section, the default where there is none."""
+        tag = value.get(self.tag, self.default) if isinstance(value, dict) else getattr(value, self.tag, self.default)
+        return str(tag)
+
+    def member(self, tag: Any) -> type[Section]:
+        """Return the section for a value of the tag, the default one's for a value that is none."""
+        is_known = isinstance(tag, str) and tag in self.members
+        return self.members[tag if is_known else self.default]
+
+    def takes(self, name: str, value: Any) -> bool:
+        """Return whether a field takes the value in any member that has it."""
+        return any(self._takes(self.members[tag], name, value) for tag in self.fields(name))
+
+    @staticmethod
+    def _takes(member: type[Section], name: str, value: Any) -> bool:
+        try:
+            member.model_validate({name: value})
+        except ValidationError as error:
+            return all(detail["loc"][:1] != (name,) for detail in error.errors())
+        return True
+
+    def names(self) -> list[str]:
+        """List the fields of all members: the tag, the fields of single members, those that all have."""
+        own = [name for member in self.members.values() for name in member.model_fields]
+        common = [name for name in self.base.model_fields if name != self.tag]
+        return [self.tag, *dict.fromkeys(name for name in own if name not in self.base.model_fields), *common]
+
+    def fields(self, name: str) -> dict[str, Any]:
+        """Return a field's pydantic description in each member that has it, by value of the tag."""
+        if name == self.tag:
+            return dict.fromkeys(self.members, self.base.model_fields[name])
+        return {tag: member.model_fields[name] for tag, member in self.members.items() if name in member.model_fields}

@@ -17,12 +17,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from distillm_cli.config import merging, ownership, yaml_io
-from distillm_cli.config.explain import leaves, shown
+from distillm_cli.config.explain import leaves, shown, union_of
+from distillm_cli.config.fields import Section, TaggedUnion
 from distillm_cli.config.merging import Given, Problems, Rank, bad
 from distillm_cli.config.methods import METHODS
-from distillm_cli.config.ownership import value_of
-from distillm_cli.config.schema import Recipe, Section
-from distillm_cli.config.shortcuts import SHORTCUTS
+from distillm_cli.config.ownership import has, value_of
+from distillm_cli.config.schema import Recipe
+from distillm_cli.config.shortcuts import FIELD_FLAGS
 from distillm_cli.errors import RecipeError, UsageError
 from distillm_cli.utils.text import HIDDEN, redact
 
@@ -154,7 +155,7 @@ def settle(
         if problems:
             return None
     else:
-        unread = _unread(value, given, held)
+        unread = _unread(made, given, held)
         unasked = {k for k, entry in unread.items() if entry.rank.layer in (merging.SHARED, merging.SHARED_SET)}
         left_out = _left_out(unread, command, from_recipe) | unasked
         for key in unread.keys() - left_out:
@@ -170,7 +171,7 @@ def settle(
             run = f"method {made.method}, objective {made.objective.divergence}, schedule {made.schedule.kind}"
             run += f", data {made.data.source}" if any(key.startswith("data.") for key in told) else ""
             notes = (f"{label or name}: left out, since nothing reads them here ({run}): {keys}",)
-    origin = {key: given[key].origin if key in given else "default" for key in leaves()}
+    origin = {key: given[key].origin if key in given else "default" for key in leaves() if has(made, key)}
     return Resolved(made, origin, former, notes, name)
 
 
@@ -282,28 +283,51 @@ def _stacked(*weakest_first: Mapping[str, Given]) -> tuple[dict[str, Given], dic
 
 
 def _validated(given: Mapping[str, Given], command: str, problems: Problems) -> Recipe | None:
-    nested: dict[str, Any] = {}
+    """Return the recipe, without the keys that its divergence or its schedule does not have."""
+    used: dict[str, Any] = {}
     for key, entry in given.items():
-        *sections, name = key.split(".")
-        place = nested
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[name] = entry.value
+        union, member = _union_at(key, given)
+        name = key.rpartition(".")[2]
+        if union is None or name in member.model_fields:
+            used[key] = entry.value
+        elif not union.takes(name, entry.value):
+            problems.add(entry.rank, bad(entry, key, command))
     try:
-        return Recipe.model_validate(nested)
+        made = Recipe.model_validate(nested(used))
     except ValidationError as error:
         for detail in error.errors():
             problems.add(*_translated(detail, given, command))
-    return None
+        return None
+    return None if problems else made
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn dotted keys into nested sections."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        *parents, name = key.split(".")
+        place = found
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[name] = value
+    return found
+
+
+def _union_at(key: str, given: Mapping[str, Given]) -> tuple[TaggedUnion | None, type[Section] | None]:
+    """Return the union that a key is of and the member that the given tag chooses; (None, None) outside unions."""
+    section = key.rpartition(".")[0]
+    union = union_of(Recipe.model_fields[section]) if section in Recipe.model_fields else None
+    if union is None:
+        return None, None
+    tag = given.get(f"{section}.{union.tag}")
+    return union, union.member(union.default if tag is None else tag.value)
 
 
 def _translated(detail: Mapping[str, Any], given: Mapping[str, Given], command: str) -> tuple[Rank, RecipeError]:
-    """A pydantic complaint in the words of the schema, and where it belongs."""
-    key = ""
-    for part in detail["loc"]:
-        key = f"{key}.{part}" if key else str(part)
-        if key in leaves():
-            return given[key].rank, bad(given[key], key, command)
+    """Put a pydantic complaint in the words of the schema, and say where it belongs."""
+    key = _key_of(detail)
+    if key is not None:
+        return given[key].rank, bad(given[key], key, command)
     # A rule over several fields: its message names them, and the first one that was given is the place to look.
     what, _, hint = str(detail["ctx"]["error"]).partition("; ")
     words = (word.strip(",;:") for word in what.split())
@@ -314,30 +338,49 @@ def _translated(detail: Mapping[str, Any], given: Mapping[str, Given], command: 
     return entry.rank, RecipeError(f"{entry.place} = {shown(entry.value)}", where=what, hint=hint or None)
 
 
+def _key_of(detail: Mapping[str, Any]) -> str | None:
+    """Return the dotted key that a pydantic complaint is about; None for a rule over several fields."""
+    section, *inner = [str(part) for part in detail["loc"]] or [""]
+    union = union_of(Recipe.model_fields[section]) if section in Recipe.model_fields else None
+    if union is not None and detail["type"].startswith("union_tag"):
+        return f"{section}.{union.tag}"
+    if union is not None:
+        inner = inner[1:]  # without the tag, which pydantic puts there
+    key = section
+    for part in [*inner, None]:
+        if key in leaves():
+            return key
+        key = f"{key}.{part}"
+    return None
+
+
 def _preset(method: str, layer: int) -> dict[str, Given]:
     """What a method stands for, as strong as the given layer."""
     return {key: Given(value, f"method {method}", key, Rank(layer)) for key, value in METHODS[method].preset.items()}
 
 
-def _unread(value: ownership.ValueOf, given: Mapping[str, Given], held: Mapping[str, Given]) -> dict[str, Given]:
-    """What was given by hand and this run never reads. A recipe that repeats what holds anyway has asked for nothing.
+def _unread(recipe: Recipe, given: Mapping[str, Given], held: Mapping[str, Given]) -> dict[str, Given]:
+    """Return what was given by hand and this run never uses. A recipe that repeats what holds anyway asks for nothing.
 
     held: of presets.
     """
+    value = partial(value_of, recipe)
     found = {}
     for key, entry in given.items():
         if entry is held.get(key) or _is_read(key, entry, partial(ownership.is_read, value=value)):
             continue
         holds_anyway = held[key].value if key in held else leaves()[key].default
         is_typed = entry.rank.layer > merging.STAGE
-        if is_typed or not (value(key) == holds_anyway or ownership.is_general(key, value)):
+        wanted = value(key) if has(recipe, key) else entry.value
+        if is_typed or not (wanted == holds_anyway or ownership.is_general(key, value)):
             found[key] = entry
     return found
 
 
 def _is_read(key: str, entry: Given, reads: Callable[[str], bool]) -> bool:
     """Of a flag that sets several fields (--dtype) it is enough where one of them is read."""
-    flags = [s.keys for s in SHORTCUTS.values() if entry.rank.layer == merging.FLAG and s.flag == entry.origin]
+    shared = [f.keys for f in FIELD_FLAGS if f.flag == entry.origin and key in f.keys]
+    flags = shared if entry.rank.layer == merging.FLAG else []
     return any(map(reads, (key, *chain(*flags))))
 
 

@@ -14,14 +14,13 @@ from distillm_cli.config.explain import (
     kinds,
     leaves,
     nearest_key,
-    section_of,
+    sections,
     shown,
     takes_list,
     takes_texts_only,
     what_to_try,
 )
 from distillm_cli.config.fields import LIMIT
-from distillm_cli.config.schema import Recipe, Section
 from distillm_cli.config.shortcuts import Flag
 from distillm_cli.errors import RecipeError, UsageError
 from distillm_cli.utils.text import counted
@@ -179,28 +178,17 @@ def from_sets(sets: Iterable[str], problems: Problems, at: str = "", layer: int 
             raise UsageError(f"--set {shown(text)}", where="expected section.key=value", hint="try --set train.lr=5e-4")
         label, rank = f"--set {at}{key}", Rank(layer, position)
         try:
-            parent, name = _parent(key)
-            if parent is None or name not in parent.model_fields:
+            if key not in leaves() and key not in sections():
                 problems.add(rank, _unknown(key, label))
                 continue
             node = yaml_io.compose(value, label)
-            section = section_of(parent.model_fields[name])
-            if section is None:
+            if key in leaves():
                 given[key] = Given(_leaf(key, node, label), "--set", label, rank, at)
             else:
-                problems.add(rank, _not_a_section(key, label, section))
+                problems.add(rank, _not_a_value(key, label))
         except RecipeError as error:
             problems.add(rank, error)
     return given
-
-
-def _parent(key: str) -> tuple[type[Section] | None, str]:
-    """The section that would hold a dotted key (None when there is no such section), and the key's last name."""
-    *sections, name = key.split(".")
-    model: type[Section] | None = Recipe
-    for section in sections:
-        model = section_of(model.model_fields[section]) if model and section in model.model_fields else None
-    return model, name
 
 
 def _collect(
@@ -210,23 +198,20 @@ def _collect(
     problems: Problems,
     layer: int,
     at: str,
-    model: type[Section] = Recipe,
     prefix: str = "",
 ) -> None:
-    """Walk a mapping of the document beside the schema; hand each leaf to ``keep``."""
+    """Walk a mapping of the document; pass each value to ``keep`` with its dotted key."""
     for name, key_node, value_node in yaml_io.pairs(node, label, at + prefix):
         key, line = prefix + name, yaml_io.line_of(key_node)
         place = f"{label}:{line}: {at}{key}"
-        if name not in model.model_fields:
-            problems.add(Rank(layer, line), _unknown(key, place))
-            continue
-        section = section_of(model.model_fields[name])
-        if section is None:
+        if key in leaves():
             keep(key, _leaf(key, value_node, label), line)
+        elif key not in sections():
+            problems.add(Rank(layer, line), _unknown(key, place))
         elif isinstance(value_node, yaml.MappingNode):
-            _collect(value_node, label, keep, problems, layer, at, section, f"{key}.")
+            _collect(value_node, label, keep, problems, layer, at, f"{key}.")
         else:
-            problems.add(Rank(layer, line), _not_a_section(key, place, section))
+            problems.add(Rank(layer, line), _not_a_value(key, place))
 
 
 def _leaf(key: str, node: yaml.Node | None, label: str) -> Any:
@@ -243,6 +228,6 @@ def _unknown(key: str, place: str) -> RecipeError:
     return RecipeError(f"{place}: no such key", hint=hint)
 
 
-def _not_a_section(key: str, place: str, section: type[Section]) -> RecipeError:
-    names = ", ".join(section.model_fields)
+def _not_a_value(key: str, place: str) -> RecipeError:
+    names = ", ".join(sections()[key])
     return RecipeError(f"{place}: a section, not a value", where=f"its keys are {names}")

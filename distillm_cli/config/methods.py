@@ -9,18 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-# What a schedule trains on, in words; a method with sequences of its own says so in ``Method.sequences``.
-_SEQUENCES = {
-    "off": "data set",
-    "on": "student samples",
-    "mixed": "data set or student samples",
-    "annealed": "data set, then student samples",
-    "adaptive": "data set, student samples, replay",
-    "teacher": "teacher samples",
-    "pairs": "teacher and student samples, in pairs",
-    "interleaved": "student drafts, mended by the teacher",
-    "rounds": "rounds of student samples, each trained on several times",
-}
+from distillm_cli import plugins
 
 
 @dataclass(frozen=True)
@@ -42,172 +31,207 @@ class Method:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What must be there before it can run."""
+        """Return what must exist before it can run."""
         return (("rows",) if self.verb == "sft" else ("rows", "teacher")) + self.also_needs
 
     def trains_on(self, schedule: str) -> str:
-        """Its sequences in words, under this kind of schedule."""
-        return self.sequences or _SEQUENCES[schedule]
+        """Return its sequences in words, with this kind of schedule."""
+        from distillm_cli.config.schedule import SCHEDULE  # not at the top: help needs the names of methods alone
+
+        return self.sequences or SCHEDULE.members[schedule].trains_on
 
 
-METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
-        Method(
-            name="sft",
-            verb="sft",
-            summary="cross-entropy on the data set's responses; the best weights by held-out loss",
-            paper="DistiLLM (2402.03898), appendix: how teachers and students are prepared",
-            preset={
-                "objective.kd_weight": 0.0,
-                "schedule.kind": "off",
-                "train.select": "valid_loss",
-            },
-        ),
-        Method(
-            name="kd",
-            verb="distill",
-            summary="KL(teacher ‖ student) on the data set's responses",
-            paper="Hinton et al. 2015 (1503.02531), word-level as in Kim and Rush 2016 (1606.07947)",
-            preset={"objective.divergence": "kl", "schedule.kind": "off"},
-        ),
-        Method(
-            name="seqkd",
-            verb="distill",
-            summary="cross-entropy on responses sampled from the teacher",
-            paper="SeqKD, Kim and Rush 2016 (1606.07947); sampled as in DistiLLM, where the paper searches with beams",
-            preset={"objective.divergence": "kl", "objective.kd_weight": 0.0, "schedule.kind": "teacher"},
-        ),
-        Method(
-            name="imitkd",
-            verb="distill",
-            summary="KL on responses that turn, step by step, from the data set's into the student's own",
-            paper="ImitKD, Lin et al. 2020 (2009.07253)",
-            preset={
-                "objective.divergence": "kl",
-                "schedule.kind": "annealed",
-                "schedule.fresh": "buffer",
-            },
-        ),
-        Method(
-            name="gkd",
-            verb="distill",
-            summary="generalised JSD; half of the steps on fresh samples of the student",
-            paper="GKD, Agarwal et al. 2024 (2306.13649); β as in DistiLLM's official script",
-            preset={
-                "objective.divergence": "jsd",
-                "objective.beta": 0.1,
-                "schedule.kind": "mixed",
-                "schedule.mix": 0.5,
-            },
-        ),
-        Method(
-            name="fdistill",
-            verb="distill",
-            summary="JSD by halves: KL(p ‖ m) on samples of the teacher, KL(q ‖ m) on the student's for the same prompts",
-            paper="f-distill, Wen et al. 2023 (2307.15190); --divergence tvd is its other symmetric variant",
-            objective="jsd by halves",
-            preset={
-                "objective.divergence": "jsd",
-                "objective.beta": 0.5,
-                "objective.by_source": True,
-                "schedule.kind": "pairs",
-            },
-        ),
-        Method(
-            name="skd",
-            verb="distill",
-            summary="KL on what the student drafts, each token outside the teacher's top 25 replaced by a teacher sample",
-            paper="speculative KD, Xu et al. 2024 (2410.11325)",
-            preset={
-                "objective.divergence": "kl",
-                "schedule.kind": "interleaved",
-                "rollout.temperature": 0.5,
-                "rollout.top_p": 0.5,
-                "rollout.teacher_temperature": 0.2,
-                "rollout.teacher_top_p": 0.5,
-                "rollout.draft": 5,
-                "rollout.accept": 25,
-            },
-        ),
-        Method(
-            name="minillm",
-            verb="distill",
-            summary="policy gradient of the reverse KL between outputs, on rounds of samples drawn with the teacher's help",
-            paper="MiniLLM, Gu et al. 2024 (2306.08543)",
-            objective="rkl and its policy gradient; CE and kl on rows",
-            preset={
-                "objective.divergence": "rkl",
-                "objective.policy_gradient": True,
-                "objective.kd_weight": 0.5,
-                "objective.row_weight": 1.0,
-                "schedule.kind": "rounds",
-                "rollout.teacher_mix": 0.2,
-                "rollout.bulk": 4,
-                "student.dropout": 0.0,
-            },
-        ),
-        Method(
-            name="distillm",
-            verb="distill",
-            summary="skew KL; student samples come in, and are replayed, as the held-out loss asks for them",
-            paper="DistiLLM, Ko et al. 2024 (2402.03898)",
-            preset={
-                "objective.divergence": "skl",
-                "objective.alpha": 0.1,
-                "schedule.kind": "adaptive",
-            },
-        ),
-        Method(
-            name="distillm2",
-            verb="distill",
-            summary="skew KL on samples of the teacher, skew reverse KL on the student's, both redrawn in each epoch",
-            paper="DistiLLM-2, Ko et al. 2025 (2503.07067)",
-            objective="skl on the teacher's samples, srkl on the student's",
-            preset={
-                "objective.divergence": "skl",
-                "objective.alpha": 0.1,
-                "objective.by_source": True,
-                "objective.curriculum": "on",
-                "objective.reduction": "sequence",
-                "schedule.kind": "pairs",
-                "schedule.redraw": "epoch",
-            },
-        ),
-        Method(
-            name="akl",
-            verb="distill",
-            summary="KL and reverse KL, mixed by whether student and teacher differ in the teacher's head or its tail",
-            paper="Wu et al. 2024 (2404.02657)",
-            preset={"objective.divergence": "akl", "schedule.kind": "off"},
-        ),
-        Method(
-            name="ab",
-            verb="distill",
-            summary="α-β divergence: how much large gaps and likely tokens count, each an exponent",
-            paper="ABKD, Wang et al. 2025 (2505.04560)",
-            preset={"objective.divergence": "ab", "schedule.kind": "off"},
-        ),
-        Method(
-            name="amid",
-            verb="distill",
-            summary="a divergence to an assistant between teacher and student, whose shape is a parameter",
-            paper="AMiD, Shin et al. 2026 (2510.15982)",
-            preset={"objective.divergence": "amid", "schedule.kind": "adaptive"},
-        ),
-        Method(
-            name="taid",
-            verb="distill",
-            summary="KL to a target that moves, as the student learns, from near the student to the teacher",
-            paper="TAID, Shing et al. 2025 (2501.16937)",
-            preset={"objective.divergence": "taid", "schedule.kind": "off"},
-        ),
-        Method(
-            name="atkd",
-            verb="distill",
-            summary="tokens the teacher is sure of teach their alternatives, the others everything",
-            paper="ATKD, Zhong et al. 2024 (2402.11890)",
-            preset={"objective.divergence": "atkd", "schedule.kind": "off"},
-        ),
+def register_method(method: Method, origin: str | None = None) -> Method:
+    """Register a method under its name. origin: the module that it comes from, for messages."""
+    plugins.methods.register(method.name, method, origin)
+    return method
+
+
+METHODS: Mapping[str, Method] = plugins.methods
+
+register_method(
+    Method(
+        name="sft",
+        verb="sft",
+        summary="cross-entropy on the data set's responses; the best weights by held-out loss",
+        paper="DistiLLM (2402.03898), appendix: how teachers and students are prepared",
+        preset={
+            "objective.kd_weight": 0.0,
+            "schedule.kind": "off",
+            "train.select": "valid_loss",
+        },
     )
-}
+)
+register_method(
+    Method(
+        name="kd",
+        verb="distill",
+        summary="KL(teacher ‖ student) on the data set's responses",
+        paper="Hinton et al. 2015 (1503.02531), word-level as in Kim and Rush 2016 (1606.07947)",
+        preset={"objective.divergence": "kl", "schedule.kind": "off"},
+    )
+)
+register_method(
+    Method(
+        name="seqkd",
+        verb="distill",
+        summary="cross-entropy on responses sampled from the teacher",
+        paper="SeqKD, Kim and Rush 2016 (1606.07947); sampled as in DistiLLM, where the paper searches with beams",
+        preset={"objective.divergence": "kl", "objective.kd_weight": 0.0, "schedule.kind": "teacher"},
+    )
+)
+register_method(
+    Method(
+        name="imitkd",
+        verb="distill",
+        summary="KL on responses that turn, step by step, from the data set's into the student's own",
+        paper="ImitKD, Lin et al. 2020 (2009.07253)",
+        preset={
+            "objective.divergence": "kl",
+            "schedule.kind": "annealed",
+            "schedule.fresh": "buffer",
+        },
+    )
+)
+register_method(
+    Method(
+        name="gkd",
+        verb="distill",
+        summary="generalised JSD; half of the steps on fresh samples of the student",
+        paper="GKD, Agarwal et al. 2024 (2306.13649); β as in DistiLLM's official script",
+        preset={
+            "objective.divergence": "jsd",
+            "objective.beta": 0.1,
+            "schedule.kind": "mixed",
+            "schedule.mix": 0.5,
+        },
+    )
+)
+register_method(
+    Method(
+        name="fdistill",
+        verb="distill",
+        summary="JSD by halves: KL(p ‖ m) on samples of the teacher, KL(q ‖ m) on the student's for the same prompts",
+        paper="f-distill, Wen et al. 2023 (2307.15190); --divergence tvd is its other symmetric variant",
+        objective="jsd by halves",
+        preset={
+            "objective.divergence": "jsd",
+            "objective.beta": 0.5,
+            "objective.by_source": True,
+            "schedule.kind": "pairs",
+        },
+    )
+)
+register_method(
+    Method(
+        name="skd",
+        verb="distill",
+        summary="KL on what the student drafts, each token outside the teacher's top 25 replaced by a teacher sample",
+        paper="speculative KD, Xu et al. 2024 (2410.11325)",
+        preset={
+            "objective.divergence": "kl",
+            "schedule.kind": "interleaved",
+            "rollout.temperature": 0.5,
+            "rollout.top_p": 0.5,
+            "rollout.teacher_temperature": 0.2,
+            "rollout.teacher_top_p": 0.5,
+            "rollout.draft": 5,
+            "rollout.accept": 25,
+        },
+    )
+)
+register_method(
+    Method(
+        name="minillm",
+        verb="distill",
+        summary="policy gradient of the reverse KL between outputs, on rounds of samples drawn with the teacher's help",
+        paper="MiniLLM, Gu et al. 2024 (2306.08543)",
+        objective="rkl and its policy gradient; CE and kl on rows",
+        preset={
+            "objective.divergence": "rkl",
+            "objective.policy_gradient": True,
+            "objective.kd_weight": 0.5,
+            "objective.row_weight": 1.0,
+            "schedule.kind": "rounds",
+            "rollout.teacher_mix": 0.2,
+            "rollout.bulk": 4,
+            "student.dropout": 0.0,
+        },
+    )
+)
+register_method(
+    Method(
+        name="distillm",
+        verb="distill",
+        summary="skew KL; student samples come in, and are replayed, as the held-out loss asks for them",
+        paper="DistiLLM, Ko et al. 2024 (2402.03898)",
+        preset={
+            "objective.divergence": "skl",
+            "objective.alpha": 0.1,
+            "schedule.kind": "adaptive",
+        },
+    )
+)
+register_method(
+    Method(
+        name="distillm2",
+        verb="distill",
+        summary="skew KL on samples of the teacher, skew reverse KL on the student's, both redrawn in each epoch",
+        paper="DistiLLM-2, Ko et al. 2025 (2503.07067)",
+        objective="skl on the teacher's samples, srkl on the student's",
+        preset={
+            "objective.divergence": "skl",
+            "objective.alpha": 0.1,
+            "objective.by_source": True,
+            "objective.curriculum": "on",
+            "objective.reduction": "sequence",
+            "schedule.kind": "pairs",
+            "schedule.redraw": "epoch",
+        },
+    )
+)
+register_method(
+    Method(
+        name="akl",
+        verb="distill",
+        summary="KL and reverse KL, mixed by whether student and teacher differ in the teacher's head or its tail",
+        paper="Wu et al. 2024 (2404.02657)",
+        preset={"objective.divergence": "akl", "schedule.kind": "off"},
+    )
+)
+register_method(
+    Method(
+        name="ab",
+        verb="distill",
+        summary="α-β divergence: how much large gaps and likely tokens count, each an exponent",
+        paper="ABKD, Wang et al. 2025 (2505.04560)",
+        preset={"objective.divergence": "ab", "schedule.kind": "off"},
+    )
+)
+register_method(
+    Method(
+        name="amid",
+        verb="distill",
+        summary="a divergence to an assistant between teacher and student, whose shape is a parameter",
+        paper="AMiD, Shin et al. 2026 (2510.15982)",
+        preset={"objective.divergence": "amid", "schedule.kind": "adaptive"},
+    )
+)
+register_method(
+    Method(
+        name="taid",
+        verb="distill",
+        summary="KL to a target that moves, as the student learns, from near the student to the teacher",
+        paper="TAID, Shing et al. 2025 (2501.16937)",
+        preset={"objective.divergence": "taid", "schedule.kind": "off"},
+    )
+)
+register_method(
+    Method(
+        name="atkd",
+        verb="distill",
+        summary="tokens the teacher is sure of teach their alternatives, the others everything",
+        paper="ATKD, Zhong et al. 2024 (2402.11890)",
+        preset={"objective.divergence": "atkd", "schedule.kind": "off"},
+    )
+)

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from distillm_cli.config.explain import leaves, shown
-from distillm_cli.config.fields import Condition, UsedWhen, Values
+from distillm_cli.config.explain import condition, leaves, shown
+from distillm_cli.config.fields import Condition, Values
 from distillm_cli.config.merging import Given
 from distillm_cli.config.methods import METHODS
 from distillm_cli.config.schema import EvalConfig, ObjectiveConfig, Recipe, Section
@@ -56,16 +56,21 @@ _NAMED_BY_WORD = ("objective.divergence", "schedule.kind")  # whose words are na
 _SYMBOLS = {"alpha": "α", "beta": "β", "lambda": "λ", "mu": "μ", "start": "t₀"}
 
 
+def has(section: Section, key: str) -> bool:
+    """Return whether a recipe has the dotted key: of a union, only those of its member."""
+    *parents, name = key.split(".")
+    for parent in parents:
+        section = getattr(section, parent)
+    return name in type(section).model_fields
+
+
 def value_of(section: Section, key: str) -> Any:
-    """The value at a dotted key."""
+    """Return the value at a dotted key, and the default of a key that this recipe's objective or schedule does not have."""
+    if not has(section, key):
+        return leaves()[key].default
     for name in key.split("."):
         section = getattr(section, name)
     return section
-
-
-def condition(key: str) -> UsedWhen | None:
-    """What decides whether a run reads the field; None where every run does."""
-    return next((part for part in leaves()[key].metadata if isinstance(part, UsedWhen)), None)
 
 
 def trains(command: str) -> bool:
@@ -203,7 +208,7 @@ def _is_fine_tuning(value: ValueOf) -> bool:
 
 def _listed(words: Values, joint: str = "and") -> str:
     if isinstance(words, Condition):
-        return words.said
+        return words.description
     *others, last = map(_said, words)
     return f"{', '.join(others)} {joint} {last}" if others else last
 

@@ -29,6 +29,7 @@ from distillm_cli.config.explain import choices, described, leaves, shown, takes
 from distillm_cli.config.fields import Name, Positive, Section
 from distillm_cli.config.load import Resolved, locate, settle, shipped
 from distillm_cli.config.merging import Given, Problems, Rank
+from distillm_cli.config.ownership import has, value_of
 from distillm_cli.config.schema import Recipe
 from distillm_cli.config.student_spec import STAGE_PREFIX
 from distillm_cli.errors import RecipeError, UsageError
@@ -74,7 +75,7 @@ class Scoring(Training):
     models: tuple[Name, ...] = Field(min_length=1, description="what is scored")
 
 
-_OWN: dict[str, type[Training]] = {"sft": Training, "generate": Generating, "distill": Training, "eval": Scoring}
+STAGE_KEYS: dict[str, type[Training]] = {"sft": Training, "generate": Generating, "distill": Training, "eval": Scoring}
 
 
 @dataclass(frozen=True)
@@ -225,16 +226,17 @@ class _Reader:
         place = f"{yaml_io.at(self.label, line)}: {at[:-1]}"
         if "verb" not in own:
             self.problems.add(
-                Rank(merging.STAGE, line), RecipeError(f"{place}: no verb", where=f"expected verb: {', '.join(_OWN)}")
+                Rank(merging.STAGE, line),
+                RecipeError(f"{place}: no verb", where=f"expected verb: {', '.join(STAGE_KEYS)}"),
             )
             return None
         verb = own["verb"]
-        kind = _OWN.get(verb.value) if isinstance(verb.value, str) else None
+        kind = STAGE_KEYS.get(verb.value) if isinstance(verb.value, str) else None
         if kind is None:
-            close = get_close_matches(str(verb.value), _OWN, n=1, cutoff=0.4)
+            close = get_close_matches(str(verb.value), STAGE_KEYS, n=1, cutoff=0.4)
             what = RecipeError(
                 f"{verb.place} = {shown(verb.value)}",
-                where=f"expected one of {', '.join(_OWN)}",
+                where=f"expected one of {', '.join(STAGE_KEYS)}",
                 hint=f"try verb: {close[0]}" if close else None,
             )
             self.problems.add(verb.rank, what)
@@ -292,7 +294,7 @@ class _Reader:
             yield Stage(stage.name, stage.own, stage.resolved, stage.origins, tuple(reads))
 
 
-_OWN_KEYS = {name for kind in _OWN.values() for name in kind.model_fields}
+_OWN_KEYS = {name for kind in STAGE_KEYS.values() for name in kind.model_fields}
 
 
 def _sorted_sets(sets: list[str], names: list[str]) -> tuple[list[str], dict[str, list[str]]]:
@@ -335,7 +337,7 @@ def _own_problem(
         return Rank(merging.STAGE, line), RecipeError(f"{place}: no {name}", hint=hint)
     given = own[name]
     if name not in kind.model_fields:
-        owners = " and ".join(verb for verb, other in _OWN.items() if name in other.model_fields)
+        owners = " and ".join(verb for verb, other in STAGE_KEYS.items() if name in other.model_fields)
         return given.rank, RecipeError(f"{given.place}: no such key of {own['verb'].value}", where=f"{owners} has it")
     field = kind.model_fields[name]
     expected = f"expected {described(field.annotation, field.metadata)}"
@@ -356,14 +358,9 @@ def _nearest(wanted: str, names: list[str], prefix: str = PREFIX) -> str | None:
 
 
 def values(recipe: Recipe) -> dict[str, Any]:
-    """Every value of a recipe by its dotted key, lists as lists."""
-    found = {}
-    for key in leaves():
-        value: Any = recipe
-        for part in key.split("."):
-            value = getattr(value, part)
-        found[key] = list(value) if isinstance(value, tuple) else value
-    return found
+    """Return every value of a recipe by its dotted key, lists as lists."""
+    found = {key: value_of(recipe, key) for key in leaves() if has(recipe, key)}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
 
 
 def inputs(own: Training, recipe: Recipe) -> Iterator[tuple[str, str]]:

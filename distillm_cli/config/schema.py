@@ -11,34 +11,44 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from distillm_cli import plugins
 from distillm_cli.config import student_spec
 from distillm_cli.config.fields import (
     Beta,
     Condition,
     Count,
     Dtype,
-    MetricName,
+    HeldOutFigure,
     Name,
     Positive,
     Probability,
     Section,
     Seed,
     UsedWhen,
-    under,
 )
-from distillm_cli.config.objective import DRAWING, ObjectiveConfig, ScheduleConfig
+from distillm_cli.config.objective import OBJECTIVE, ObjectiveConfig
+from distillm_cli.config.schedule import SCHEDULE, ScheduleConfig, kinds_with, trains_on_own_outputs
 
-_SAMPLED = under("teacher", "pairs", "interleaved")
-_MIXED = UsedWhen(  # what is drawn for a whole epoch of pairs is the student's own
-    {"schedule.kind": ("on", "mixed", "annealed", "adaptive", "rounds")},
-    {"schedule.kind": ("pairs",), "schedule.redraw": ("never",)},
+_DRAFTS = UsedWhen({"schedule.kind": kinds_with(lambda kind: kind.drafts)})
+_TEACHER_SAMPLES = UsedWhen({"schedule.kind": kinds_with(lambda kind: kind.uses_teacher_samples)})
+_TEACHER_DECODES = UsedWhen({"schedule.kind": kinds_with(lambda kind: kind.uses_teacher_samples or kind.drafts)})
+_MAY_MIX = UsedWhen(  # what is drawn for a whole epoch of pairs is the student's own
+    {"schedule.kind": kinds_with(trains_on_own_outputs)},
+    {
+        "schedule.kind": kinds_with(lambda kind: kind.uses_student_outputs and kind.uses_teacher_samples),
+        "schedule.redraw": ("never",),
+    },
 )
-_DRAWN = (*DRAWING, "pairs", "rounds")  # schedules with outputs of the student
-_OF_STUDENT = UsedWhen({"schedule.kind": _DRAWN}, of_method=False)
-_OF_EITHER = UsedWhen({"schedule.kind": (*_DRAWN, "teacher")}, of_method=False)
+_STUDENT_DECODES = UsedWhen({"schedule.kind": kinds_with(lambda kind: kind.uses_student_outputs)}, of_method=False)
+_GENERATES = UsedWhen(
+    {"schedule.kind": kinds_with(lambda kind: kind.uses_student_outputs or kind.uses_teacher_samples)}, of_method=False
+)
 _FALLING = UsedWhen({"train.lr_schedule": ("cosine", "linear")}, of_method=False)
 _BUILTIN = {"data.source": ("builtin",)}
 _RANK = Condition("that is given", 16, lambda rank: rank is not None)
+
+plugins.metrics.close("the schema of recipes")
+MetricName = Literal[tuple(plugins.metrics)]
 
 AUTO = "auto"  # of a number: it is chosen to fit the models before the run (runs/defaults.py)
 Auto = Literal["auto"]
@@ -55,14 +65,16 @@ class TeacherConfig(Section):
     """The model that is imitated. Never trained."""
 
     path: Name | None = Field(
-        None, description="hub name or local directory of the teacher; `builtin` is the one shipped"
+        None, description="Teacher: a hub name, a local directory, or builtin. `builtin` is shipped with the program."
     )
-    dtype: Dtype = Field("auto", description="of its weights; auto: bf16 where the machine is fast at it, else fp32")
+    dtype: Dtype = Field(
+        "auto", description="Number format of the weights. auto: bf16 where the machine is fast at it, else fp32."
+    )
     cache: Literal["auto", "memory", "disk", "off"] = Field(
         "auto",
-        description="keep its last hidden states: of rows in memory (filled in the first epoch) or on disk (computed "
-        "beforehand, shared by runs), of student outputs while they are replayed. auto: the disk's where they are there "
-        "already, else memory where something is seen twice and a quarter of the free memory holds them, else off",
+        description="Cache of the teacher's hidden states. memory: filled in the first epoch. disk: computed beforehand "
+        "and shared by runs. Student outputs are cached while they are replayed. auto: disk where that cache exists, else "
+        "memory where sequences are seen twice and a quarter of the free memory holds them, else off.",
     )
     cache_dir: Name | None = Field(
         None, description="of cache: disk; unset: teacher/ in $DISTILLM_CACHE, else in ~/.cache/distillm"
@@ -78,7 +90,7 @@ class TeacherConfig(Section):
 class AdapterConfig(Section):
     """A low-rank adapter on a frozen model (Hu et al. 2021, arXiv 2106.09685), by peft."""
 
-    r: Positive | None = Field(None, description="rank; unset: no adapter, every weight trains")
+    r: Positive | None = Field(None, description="Train a LoRA adapter of this rank. Unset: every weight is trained.")
     alpha: Annotated[float, Field(gt=0)] | None = Field(
         None, description="the adapter counts alpha / r times; unset: 4·r, the paper's 64 for 16"
     )
@@ -104,18 +116,19 @@ class StudentConfig(Section):
 
     path: Name | None = Field(
         None,
-        description="hub name, local directory (of a model or of a LoRA adapter), or one that is built: from a "
-        "config.json or random:[FAMILY:]LAYERSxWIDTH (random; family llama or gpt2, with a teacher: the teacher's), "
-        "layers:N[:first|last] or layers:I,J,… (copies of the teacher's layers, embeddings and head; evenly spaced "
-        "unless told, counted from 0), width:SIZE or width:0.5 (random, as deep as the teacher)",
+        description="Model to train: a hub name, a directory, or one to build (layers:6, width:0.5, random:4x256). A "
+        "directory holds a model or a LoRA adapter. Built models: random:[FAMILY:]LAYERSxWIDTH or a config.json (random "
+        "weights; FAMILY is llama or gpt2, by default the teacher's), layers:N[:first|last] or layers:I,J,… (copies of the "
+        "teacher's layers, embeddings and head; evenly spaced by default, counted from 0), width:SIZE or width:0.5 "
+        "(random weights, as deep as the teacher).",
     )
     tokenizer: Name | None = Field(
         None,
-        description="directory or hub name of a tokenizer, or one trained on the data: bpe:SIZE, chars, words; "
-        "unset: the student's own, else the teacher's",
+        description="Tokenizer: a directory, a hub name, or one trained on the data (bpe:1000, chars, words). Unset: the "
+        "student's own, else the teacher's.",
     )
     dtype: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="compute type (autocast); parameters stay fp32. auto: bf16 where fast"
+        "auto", description="Compute type. Parameters stay fp32 (autocast). auto: bf16 where the machine is fast at it."
     )
     dropout: Probability | None = Field(
         None, description="sets every dropout of the student; unset: as its config says"
@@ -169,16 +182,17 @@ class DataConfig(Section):
 
     source: Name = Field(
         "dolly",
-        description="a name under $DISTILLM_DATA or a known data set, a hub name, a file (jsonl json csv parquet; .gz, "
-        ".zst), a directory of them or of save_to_disk, or `builtin`",
+        description="Rows of a file, a directory, a hub name or a known data set. Files are jsonl, json, csv or parquet, "
+        "also as .gz and .zst. A directory holds such files or a data set of save_to_disk. A name is looked for under "
+        "$DISTILLM_DATA first.",
     )
     valid: Name | None = Field(
         None, description="held-out rows: a file or source; unset: the source's own, else a slice"
     )
     template: Literal["auto", "alpaca", "chat", "plain", "exact"] = Field(
         "auto",
-        description="how rows are written. auto: chat for conversations, and for instructions where teacher and student "
-        "have chat templates; else alpaca for instructions, plain for questions, exact for whole prompts",
+        description="Prompt format. auto: chat for conversations, and for instructions where teacher and student "
+        "have chat templates; else alpaca for instructions, plain for questions, exact for whole prompts.",
     )
     chat_template: Name = Field(
         "auto",
@@ -207,7 +221,8 @@ class DataConfig(Section):
     columns: ColumnsConfig = ColumnsConfig()  # sections are frozen, so that a shared default is safe
     max_length: Annotated[int, Field(ge=2)] | Auto = Field(
         AUTO,
-        description="prompt + response, tokens; auto: 512 for GPT-2, OPT and Llama bases, else 2048, within the context",
+        description="Longest row, in tokens of prompt and response. auto: 512 for GPT-2, OPT and Llama bases, else 2048, "
+        "within the model's context.",
     )
     max_prompt_length: Positive | Auto = Field(
         AUTO, description="tokens; auto: 256 less than max_length, and always 256"
@@ -216,7 +231,7 @@ class DataConfig(Section):
         "drop", description="a row over max_length; truncate cuts the response's end. A prompt is never cut"
     )
     limit: Positive | None = Field(None, description="use the first rows only")
-    teacher_samples: Annotated[Name | None, under("teacher", "pairs")] = Field(
+    teacher_samples: Annotated[Name | None, _TEACHER_SAMPLES] = Field(
         None,
         description="responses that the teacher gave before (a file that `generate` wrote), matched to the rows by their "
         "prompts; unset: drawn during the run",
@@ -227,7 +242,9 @@ class DataConfig(Section):
         None, description="kinds of task of the builtin set; unset: all"
     )
     seed: int = Field(1, description="of the builtin rows, and of the held-out slice")
-    skip_bad_rows: bool = Field(False, description="skip, count and list broken rows instead of stopping at the first")
+    skip_bad_rows: bool = Field(
+        False, description="Skip broken rows instead of stopping at the first. They are counted and listed."
+    )
     bucket: Positive = Field(
         1,
         description="1: random batches, each cut into passes of about one length, which saves padding and changes no "
@@ -248,31 +265,33 @@ class DataConfig(Section):
 class RolloutConfig(Section):
     """Sampling from the student during training; from any model in `generate`."""
 
-    temperature: Annotated[float, Field(ge=0), _OF_STUDENT] = Field(1.0, description="0 is greedy")
-    top_p: Annotated[float, Field(gt=0, le=1), _OF_STUDENT] = Field(
-        1.0, description="sample from the likeliest tokens of this mass"
+    temperature: Annotated[float, Field(ge=0), _STUDENT_DECODES] = Field(
+        1.0, description="Temperature of sampling. 0 is greedy."
     )
-    top_k: Annotated[Count, _OF_STUDENT] = Field(0, description="sample from so many likeliest tokens; 0 is off")
-    max_new_tokens: Positive = Field(256, description="end-of-sequence included")
-    teacher_temperature: Annotated[float, Field(ge=0), _SAMPLED] = Field(
+    top_p: Annotated[float, Field(gt=0, le=1), _STUDENT_DECODES] = Field(
+        1.0, description="Sample from the likeliest tokens of probability mass P."
+    )
+    top_k: Annotated[Count, _STUDENT_DECODES] = Field(0, description="Sample from the K likeliest tokens (0: all).")
+    max_new_tokens: Positive = Field(256, description="Longest response, in tokens. End-of-sequence is included.")
+    teacher_temperature: Annotated[float, Field(ge=0), _TEACHER_DECODES] = Field(
         1.0, description="of what the teacher samples in training"
     )
-    teacher_top_p: Annotated[float, Field(gt=0, le=1), _SAMPLED] = Field(
+    teacher_top_p: Annotated[float, Field(gt=0, le=1), _TEACHER_DECODES] = Field(
         1.0, description="of what the teacher samples in training"
     )
-    draft: Annotated[Positive, under("interleaved")] = Field(
+    draft: Annotated[Positive, _DRAFTS] = Field(
         5,
         description="γ of interleaved: tokens the student drafts before the teacher reads them; changes cost, not law",
     )
-    accept: Annotated[Positive, under("interleaved")] = Field(
+    accept: Annotated[Positive, _DRAFTS] = Field(
         25, description="K of interleaved: a drafted token stays where it is among so many likeliest of the teacher's"
     )
-    bulk: Annotated[Positive, _OF_EITHER] = Field(
+    bulk: Annotated[Positive, _GENERATES] = Field(
         8,
         description="rollout batches sampled at once, those of the next steps that will ask for one; how many are sampled, "
         "and for which rows, stays. Fast, and samples up to so many rollout steps old. Under rounds: the batches of a round",
     )
-    teacher_mix: Annotated[float, Field(ge=0, lt=1), _MIXED] = Field(
+    teacher_mix: Annotated[float, Field(ge=0, lt=1), _MAY_MIX] = Field(
         0.0,
         description="α: each token of a rollout from α·teacher + (1 − α)·student (MiniLLM: 0.2); 0: the student's own",
     )
@@ -283,15 +302,14 @@ class TrainConfig(Section):
 
     epochs: Annotated[float, Field(gt=0)] | Auto = Field(
         AUTO,
-        description="passes over the rows; ignored when steps is given; auto: 10 or 20 for the paper's models, else 3",
+        description="Passes over the rows. Ignored when steps is given. auto: 10 or 20 for the paper's models, else 3.",
     )
-    steps: Positive | None = Field(None, description="optimizer steps; overrides epochs")
-    batch_size: Positive = Field(8, description="sequences per micro-batch (and per process)")
+    steps: Positive | None = Field(None, description="Optimizer steps, in place of epochs.")
+    batch_size: Positive = Field(8, description="Sequences per micro-batch.")
     accumulate: Positive = Field(1, description="micro-batches per step; the mean is over the whole step's tokens")
     lr: Annotated[float, Field(gt=0)] | Auto = Field(
         AUTO,
-        description="the highest learning rate of the run; auto: by family and size, 5e-4 for the paper's GPT-2, 1e-5 for "
-        "a chat model",
+        description="Peak learning rate. auto: by family and size, 5e-4 for the paper's GPT-2, 1e-5 for a chat model.",
     )
     lr_schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how it falls after the warm-up")
     min_lr: Annotated[float, Field(ge=0), _FALLING] = Field(1e-7, description="where cosine and linear end")
@@ -301,15 +319,15 @@ class TrainConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = Field(1e-2, description="matrices only; not biases and norms")
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="of AdamW")
     clip: Annotated[float, Field(ge=0)] = Field(1.0, description="gradient norm; 0 is off")
-    seed: Seed = Field(10, description="of the order, the rollouts, dropout and new weights")
-    device: Name = Field("auto", description="auto, cpu, cuda, cuda:N, mps")
+    seed: Seed = Field(10, description="Random seed. It decides the order of rows, rollouts, dropout and new weights.")
+    device: Name = Field("auto", examples=["auto", "cpu", "cuda", "cuda:1", "mps"], description="Device to compute on.")
     threads: Positive | None = Field(None, description="CPU threads, at most one for each core; unset: torch's choice")
     gradient_checkpointing: bool = Field(False, description="less memory, one more forward pass")
     log_steps: Positive = Field(1, description="a metrics line every so many steps")
     eval_steps: Positive | Literal["epoch"] = Field("epoch", description="validate every so many steps")
     save_steps: Positive | Literal["epoch"] = Field("epoch", description="checkpoint every so many steps")
     keep: Positive = Field(2, description="checkpoints kept, beside the best")
-    select: Literal["last", "valid_loss", "valid_divergence", MetricName] = Field(
+    select: Literal["last", HeldOutFigure, MetricName] = Field(
         "last",
         description="whose weights the output directory ends with: the last, or the best by this held-out figure",
     )
@@ -327,46 +345,50 @@ class EvalConfig(Section):
 
     suites: tuple[Name, ...] = Field(
         (),
-        description="dolly self-inst vicuna sni unni, samsum xsum wmt14-de-en wmt14-en-de iwslt gsm8k, or data files; "
-        "unset: the held-out rows",
+        description="Test sets, each a data file or a known data set. Unset: the held-out rows.",
     )
     metrics: tuple[MetricName, ...] = Field(
         ("rouge_l", "exact_match"),
         min_length=1,
-        description="rouge_l rouge_1 rouge_2, bleu and chrf (of a whole set), exact_match, error_rate, final_number (GSM8K)",
+        description="Metrics of the responses. bleu and chrf are figures of a whole set; final_number is GSM8K's.",
     )
     rouge_tokenizer: Literal["words", "characters"] = Field(
         "words",
         description="tokens of rouge_*: words (runs of a-z and 0-9, stemmed; the paper's) or characters (for Chinese)",
     )
     seeds: tuple[Annotated[int, Field(lt=2**63)], ...] = Field(
-        (10, 20, 30, 40, 50), min_length=1, description="one sampled pass each"
+        (10, 20, 30, 40, 50), min_length=1, description="Seeds, with one sampled pass each."
     )
-    greedy: bool = Field(False, description="one deterministic pass instead")
-    temperature: Annotated[float, Field(ge=0)] = Field(1.0, description="0 is greedy")
-    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="sample from the likeliest tokens of this mass")
-    top_k: Count = Field(0, description="sample from so many likeliest tokens; 0 is off")
-    max_new_tokens: Positive = Field(256, description="end-of-sequence included")
+    greedy: bool = Field(False, description="Decode greedily, in one pass, or sample.")
+    temperature: Annotated[float, Field(ge=0)] = Field(1.0, description="Temperature of sampling. 0 is greedy.")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="Sample from the likeliest tokens of probability mass P."
+    )
+    top_k: Count = Field(0, description="Sample from the K likeliest tokens (0: all).")
+    max_new_tokens: Positive = Field(256, description="Longest response, in tokens. End-of-sequence is included.")
     no_repeat_ngram_size: Count = Field(6, description="0 is off")
     strip_reasoning: bool = Field(
         True, description="score responses and references without their reasoning (<think> blocks, analysis channels)"
     )
-    batch_size: Positive = Field(32, description="sequences decoded side by side")
-    limit: Positive | None = Field(None, description="the first rows of each suite only")
+    batch_size: Positive = Field(32, description="Responses decoded at once.")
+    limit: Positive | None = Field(None, description="Use the first rows of each suite only.")
     report_rows: Count = Field(
         100, description="held-out rows that student and teacher answer for the table at the end of a run; 0: no table"
     )
 
 
 class Recipe(Section):
-    """Everything that decides what a run computes."""
+    """Everything that decides what a run computes.
 
-    method: str = Field("distillm", description="a named preset over the fields below")
+    objective and schedule are unions: their keys depend on ``objective.divergence`` and ``schedule.kind``.
+    """
+
+    method: str = Field("distillm", description="Method, a named preset (see distillm methods).")
     teacher: TeacherConfig = TeacherConfig()
     student: StudentConfig = StudentConfig()
     data: DataConfig = DataConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
+    objective: OBJECTIVE.annotation() = ObjectiveConfig()
+    schedule: SCHEDULE.annotation() = ScheduleConfig()
     rollout: RolloutConfig = RolloutConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
@@ -375,18 +397,17 @@ class Recipe(Section):
     def needs_responses(self) -> bool:
         """Return whether training reads the responses of the data set, and not its prompts alone."""
         fine_tunes = self.method == "sft" or self.student.sft_epochs > 0
-        draws_rows = self.schedule.kind in ("off", "mixed", "annealed", "adaptive")
-        return fine_tunes or draws_rows or self.objective.row_weight > 0
+        return fine_tunes or self.schedule.uses_rows or self.objective.row_weight > 0
 
     @property
     def decodes_beside_the_teacher(self) -> bool:
-        """Whether the teacher decodes with the student: drafts that it accepts or mends, or a mixture of both."""
-        return self.schedule.kind == "interleaved" or self.mixes_in_the_teacher
+        """Return whether the teacher decodes with the student: it accepts or replaces drafts, or is part of a mixture."""
+        return self.schedule.drafts or self.mixes_in_the_teacher
 
     @property
     def mixes_in_the_teacher(self) -> bool:
-        """Whether student outputs are drawn from a mixture with the teacher; a policy gradient needs to be told of it even
-        where the teacher's share is 0."""
+        """Return whether student outputs are drawn from a mixture with the teacher. A policy gradient needs the sampler's
+        log-probabilities even where the teacher's share is 0."""
         return self.objective.policy_gradient or self.rollout.teacher_mix > 0
 
     @model_validator(mode="after")
@@ -418,10 +439,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _a_policy_needs_outputs(self) -> Recipe:
-        kind = self.schedule.kind
-        if self.objective.policy_gradient and kind in ("off", "teacher", "pairs", "interleaved"):
+        if self.objective.policy_gradient and not trains_on_own_outputs(type(self.schedule)):
             raise ValueError(
-                f"objective.policy_gradient needs outputs of the student's own, and schedule.kind is {kind}; "
+                f"objective.policy_gradient needs outputs of the student's own, and schedule.kind is {self.schedule.kind}; "
                 "try --set schedule.kind=rounds"
             )
         return self

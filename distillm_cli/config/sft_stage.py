@@ -1,18 +1,20 @@
-"""Recipes that follow from another: the fine-tuning that a student gets before it is distilled."""
+"""Derive the recipe of the fine-tuning that a student gets before it is distilled."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from distillm_cli.config.load import Resolved
+from distillm_cli.config.explain import leaves
+from distillm_cli.config.load import Resolved, nested
 from distillm_cli.config.methods import METHODS
+from distillm_cli.config.ownership import has, value_of
 from distillm_cli.config.schema import Recipe
 
 _WHY = "student.sft_epochs"
 
 
 def sft_before(resolved: Resolved) -> Resolved | None:
-    """The stage that ``student.sft_epochs`` asks for, as `distillm sft` would run it; None where it asks for none.
+    """Return the stage that ``student.sft_epochs`` asks for, as `distillm sft` would run it; None where it asks for none.
 
     The same student, rows and seed; method sft's preset, ``sft_epochs`` epochs at ``sft_lr``, validated and saved after
     each, the best by validation loss.
@@ -36,21 +38,14 @@ def sft_before(resolved: Resolved) -> Resolved | None:
         "student.sft_epochs": (type(student).model_fields["sft_epochs"].default, _WHY),
         "student.sft_lr": (None, _WHY),
     }
-    untouched = Recipe.model_fields
-    nested = recipe.model_dump()
-    for section in ("objective", "schedule"):  # fine-tuning reads nothing of them
-        nested[section] = untouched[section].default.model_dump()
-        changed |= {
-            f"{section}.{name}": (value, "default")
-            for name, value in nested[section].items()
-            if f"{section}.{name}" not in changed
-        }
-    for key, (value, _) in changed.items():
-        *sections, name = key.split(".")
-        place = nested
-        for section in sections:
-            place = place[section]
-        place[name] = value
-    origin = resolved.origin | {key: why for key, (_, why) in changed.items()}
-    former = {key: was for key, was in resolved.former.items() if key not in changed}
-    return Resolved(Recipe.model_validate(nested), origin, former, name=resolved.name)
+    kept = {
+        key: value_of(recipe, key)
+        for key in resolved.origin
+        if not key.startswith(("objective.", "schedule."))  # fine-tuning uses nothing of them
+    }
+    values = kept | {key: value for key, (value, _) in changed.items()}
+    made = Recipe.model_validate(nested(values))
+    reasons = {key: resolved.origin[key] for key in kept} | {key: why for key, (_, why) in changed.items()}
+    origin = {key: reasons.get(key, "default") for key in leaves() if has(made, key)}
+    former = {key: was for key, was in resolved.former.items() if key in kept and key not in changed}
+    return Resolved(made, origin, former, name=resolved.name)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import get_args
 
-from distillm_cli.config.schema import MetricName, Recipe
+from distillm_cli import plugins
+from distillm_cli.config.schema import Recipe
 from distillm_cli.utils.text import redact
 
 # What may differ between a run and its resume, because no later step depends on it.
@@ -20,7 +20,7 @@ def shaping(recipe: Recipe) -> dict:
 
     How answers are scored is part of it where a metric of them selects the checkpoint.
     """
-    free = _FREE if recipe.train.select in get_args(MetricName) else (*_FREE, "eval")
+    free = _FREE if recipe.train.select in plugins.metrics else (*_FREE, "eval")
 
     def flat(section: dict, prefix: str) -> Iterator[tuple[str, object]]:
         for key, value in section.items():

@@ -1,56 +1,101 @@
-"""The flags with a name of their own, and the recipe fields they set. Light on purpose: ``--help`` reads it."""
+"""List the flags that set fields of a recipe, in the order of the help.
+
+The command line makes its options of this table, messages name the flags by it. The rest of an option comes from the
+field itself: its type, choices and default, and the first sentence of its description as the help. Fields without a flag
+are set with ``--set section.key=value``. Imports nothing heavy: ``--help`` reads it.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+TRAINING_VERBS = ("sft", "distill", "plan")
+DISTILLATION_VERBS = ("distill", "plan")
+SAMPLING_VERBS = ("generate", "eval")
+ALL_VERBS = (*TRAINING_VERBS, *SAMPLING_VERBS)
+
+# Panels of a command's help.
+MODELS_PANEL = "Models and data"
+METHOD_PANEL = "Method"
+TRAINING_PANEL = "Training"
+SAMPLING_PANEL = "Sampling"
 
 
 class Flag(NamedTuple):
-    """A flag as it was typed: its name (``--alpha``) for messages, and its value."""
+    """Hold a flag of a command line: its name (``--alpha``) for messages, and its value."""
 
     name: str
     value: Any
 
 
-class Shortcut(NamedTuple):
-    """A flag, the dotted keys it sets, and the verbs that have it."""
+@dataclass(frozen=True)
+class FieldFlag:
+    """Describe a flag that sets fields of a recipe.
+
+    keys: the dotted keys. verbs: the commands that have it. metavar: the value in the help, none for a switch.
+    off: of a switch, the flag that sets false.
+    """
 
     flag: str
     keys: tuple[str, ...]
-    verbs: tuple[str, ...] = ("sft", "distill", "plan")
+    verbs: tuple[str, ...]
+    panel: str
+    metavar: str = ""
+    off: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Return the name of the command's parameter."""
+        return self.flag.lstrip("-").replace("-", "_")
 
 
-_DISTILL = ("distill", "plan")
-_EVERY = ("sft", "generate", "distill", "eval", "plan")
+FIELD_FLAGS = (
+    FieldFlag("--teacher", ("teacher.path",), DISTILLATION_VERBS, MODELS_PANEL, "PATH|NAME"),
+    FieldFlag("--student", ("student.path",), DISTILLATION_VERBS, MODELS_PANEL, "PATH|NAME|SPEC"),
+    FieldFlag("--model", ("student.path",), ("sft",), MODELS_PANEL, "PATH|NAME|SPEC"),
+    FieldFlag("--lora", ("student.lora.r",), TRAINING_VERBS, MODELS_PANEL, "R"),
+    FieldFlag("--data", ("data.source",), TRAINING_VERBS, MODELS_PANEL, "PATH|NAME"),
+    FieldFlag("--suite", ("eval.suites",), ("eval",), MODELS_PANEL, "NAME|FILE"),
+    FieldFlag("--metric", ("eval.metrics",), ("eval",), MODELS_PANEL, "NAME"),
+    FieldFlag("--limit", ("eval.limit",), ("eval",), MODELS_PANEL, "N"),
+    FieldFlag("--template", ("data.template",), SAMPLING_VERBS, MODELS_PANEL, "NAME"),
+    FieldFlag("--tokenizer", ("student.tokenizer",), TRAINING_VERBS, MODELS_PANEL, "PATH|NAME|SPEC"),
+    FieldFlag("--max-length", ("data.max_length",), TRAINING_VERBS, MODELS_PANEL, "N"),
+    FieldFlag("--skip-bad-rows", ("data.skip_bad_rows",), ALL_VERBS, MODELS_PANEL),
+    FieldFlag("--method", ("method",), DISTILLATION_VERBS, METHOD_PANEL, "NAME"),
+    FieldFlag("--divergence", ("objective.divergence",), DISTILLATION_VERBS, METHOD_PANEL, "NAME"),
+    FieldFlag("--alpha", ("objective.alpha",), DISTILLATION_VERBS, METHOD_PANEL, "A"),
+    FieldFlag("--schedule", ("schedule.kind",), DISTILLATION_VERBS, METHOD_PANEL, "KIND"),
+    FieldFlag("--teacher-cache", ("teacher.cache",), DISTILLATION_VERBS, METHOD_PANEL, "WHERE"),
+    FieldFlag("--lr", ("train.lr",), TRAINING_VERBS, TRAINING_PANEL, "X"),
+    FieldFlag("--batch-size", ("train.batch_size",), TRAINING_VERBS, TRAINING_PANEL, "N"),
+    FieldFlag("--epochs", ("train.epochs",), TRAINING_VERBS, TRAINING_PANEL, "X"),
+    FieldFlag("--steps", ("train.steps",), TRAINING_VERBS, TRAINING_PANEL, "N"),
+    FieldFlag("--seed", ("train.seed",), TRAINING_VERBS, TRAINING_PANEL, "N"),
+    FieldFlag("--dtype", ("student.dtype", "teacher.dtype"), TRAINING_VERBS, TRAINING_PANEL, "TYPE"),
+    FieldFlag("--device", ("train.device",), TRAINING_VERBS, TRAINING_PANEL, "NAME"),
+    FieldFlag("--seeds", ("eval.seeds",), ("eval",), SAMPLING_PANEL, "N,N,…"),
+    FieldFlag("--greedy", ("eval.greedy",), ("eval",), SAMPLING_PANEL, off="--sampled"),
+    FieldFlag("--temperature", ("eval.temperature",), ("eval",), SAMPLING_PANEL, "T"),
+    FieldFlag("--temperature", ("rollout.temperature",), ("generate",), SAMPLING_PANEL, "T"),
+    FieldFlag("--top-p", ("eval.top_p",), ("eval",), SAMPLING_PANEL, "P"),
+    FieldFlag("--top-p", ("rollout.top_p",), ("generate",), SAMPLING_PANEL, "P"),
+    FieldFlag("--top-k", ("rollout.top_k",), ("generate",), SAMPLING_PANEL, "K"),
+    FieldFlag("--max-new-tokens", ("eval.max_new_tokens",), ("eval",), SAMPLING_PANEL, "N"),
+    FieldFlag("--max-new-tokens", ("rollout.max_new_tokens",), ("generate",), SAMPLING_PANEL, "N"),
+    FieldFlag("--seed", ("train.seed",), ("generate",), SAMPLING_PANEL, "N"),
+    FieldFlag("--batch-size", ("eval.batch_size",), SAMPLING_VERBS, SAMPLING_PANEL, "N"),
+    FieldFlag("--dtype", ("student.dtype", "teacher.dtype"), SAMPLING_VERBS, SAMPLING_PANEL, "TYPE"),
+    FieldFlag("--device", ("train.device",), SAMPLING_VERBS, SAMPLING_PANEL, "NAME"),
+)
 
-# Python parameter name → flag and fields. Whatever is missing here is reached with --set section.key=value.
-SHORTCUTS: dict[str, Shortcut] = {
-    "teacher": Shortcut("--teacher", ("teacher.path",), _DISTILL),
-    "student": Shortcut("--student", ("student.path",), _DISTILL),
-    "model": Shortcut("--model", ("student.path",), ("sft",)),
-    "lora": Shortcut("--lora", ("student.lora.r",)),
-    "tokenizer": Shortcut("--tokenizer", ("student.tokenizer",)),
-    "data": Shortcut("--data", ("data.source",)),
-    "max_length": Shortcut("--max-length", ("data.max_length",)),
-    "skip_bad_rows": Shortcut("--skip-bad-rows", ("data.skip_bad_rows",), _EVERY),
-    "method": Shortcut("--method", ("method",), _DISTILL),
-    "divergence": Shortcut("--divergence", ("objective.divergence",), _DISTILL),
-    "alpha": Shortcut("--alpha", ("objective.alpha",), _DISTILL),
-    "schedule": Shortcut("--schedule", ("schedule.kind",), _DISTILL),
-    "teacher_cache": Shortcut("--teacher-cache", ("teacher.cache",), _DISTILL),
-    "lr": Shortcut("--lr", ("train.lr",)),
-    "batch_size": Shortcut("--batch-size", ("train.batch_size",)),
-    "epochs": Shortcut("--epochs", ("train.epochs",)),
-    "steps": Shortcut("--steps", ("train.steps",)),
-    "seed": Shortcut("--seed", ("train.seed",)),
-    "dtype": Shortcut("--dtype", ("student.dtype", "teacher.dtype"), _EVERY),
-    "device": Shortcut("--device", ("train.device",), _EVERY),
-}
+
+def field_flags(verb: str) -> list[FieldFlag]:
+    """Return the flags of a command that set fields, in the order of its help."""
+    return [entry for entry in FIELD_FLAGS if verb in entry.verbs]
 
 
 def flag_of(key: str, verb: str) -> str | None:
-    """The flag of ``verb`` that sets exactly this dotted key, if there is one."""
-    for shortcut in SHORTCUTS.values():
-        if key in shortcut.keys and verb in shortcut.verbs:
-            return shortcut.flag
-    return None
+    """Return the flag of a command that sets this dotted key, None where there is none."""
+    return next((entry.flag for entry in field_flags(verb) if key in entry.keys), None)

@@ -19,19 +19,19 @@ _AT_ONCE = 1000  # rows
 
 
 def hub_splits(
-    name: str, typed: str, looked: str, listener: Listener, meant: str | None = None
+    typed: str, looked: str, listener: Listener, meant: str | None = None
 ) -> dict[str, Callable[[Collection[str]], Records]]:
     """Return the splits of a data set by the hub's names for them, each a call that reads it and receives the
     columns to convert.
 
-    name: a known short name, or ``owner/name``, with ``:config`` where a set has several. typed: what the person wrote.
-    looked: where else was looked, for the message. meant: a name like it, which there is.
+    typed: a known short name, or ``owner/name``, with ``:config`` where a set has several. looked: where else was looked,
+    for the message. meant: a name like it, which there is.
     Raises DataError when the hub has no such set or cannot be reached.
     """
     import datasets
 
-    found = known(name)
-    repo, _, config = (name if found is None else found.repo).partition(":")
+    found = known(typed)
+    repo, _, config = (typed if found is None else found.repo).partition(":")
     ask = partial(_asked, typed, repo, looked, meant)
     _reach(ask, repo)
     listener(Note(f"{typed}: reading {repo} of the hub"))

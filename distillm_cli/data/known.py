@@ -1,27 +1,34 @@
 """Data sets with a short name: where the hub keeps them, and how their records become rows.
 
-Under $DISTILLM_DATA a set of such a name may have its own columns or those that every file may have (``rows.py``).
+A name stands for rows in ``--data``, for the test rows of a suite in ``--suite``. Under $DISTILLM_DATA a set of such a name
+may have its own columns or those that every file may have (``rows.py``). Others are added by a module like this one:
+
+    register_dataset("squares", GeneratedDataset(read, splits=("train", "test")), __name__)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-Reshape = Callable[[dict[str, Any]], dict[str, Any]]
+from distillm_cli import plugins
+
+Record = dict[str, Any]
+Reshape = Callable[[Record], Record]
 
 # Where the hub keeps its own parquet copy of sets whose loading script is no longer run.
 _CONVERTED = "refs/convert/parquet"
 
 
 @dataclass(frozen=True)
-class Known:
+class HubDataset:
     """Describe a set of the hub file by file: named one by one they are found offline, and errors name a line.
 
     files: by the hub's name of the split. revision: unset is main. reshape: a record with columns of this set alone → one
     with those that every file may have; records of another form are left as they are. columns: those that it reads.
+    alias: another name of the set.
     """
 
     repo: str
@@ -29,9 +36,29 @@ class Known:
     revision: str | None = None
     reshape: Reshape | None = None
     columns: frozenset[str] = frozenset()
+    alias: str | None = None
 
 
-def _summary(record: dict[str, Any], column: str, task: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class GeneratedDataset:
+    """Describe a set that a function returns. read: the name of a split → its records, with columns of a data file."""
+
+    read: Callable[[str], Iterable[Record]]
+    splits: tuple[str, ...] = ("train",)
+    reshape: Reshape | None = None
+    columns: frozenset[str] = frozenset()
+    alias: str | None = None
+
+
+KnownDataset = HubDataset | GeneratedDataset
+
+
+def register_dataset(name: str, dataset: KnownDataset, module: str) -> None:
+    """Register a data set under a short name. module: the caller's ``__name__``, for messages."""
+    plugins.datasets.register(name, dataset, module)
+
+
+def _summary(record: Record, column: str, task: str) -> Record:
     if column not in record:
         return record
     rest = {name: value for name, value in record.items() if name not in (column, "summary")}
@@ -41,7 +68,7 @@ def _summary(record: dict[str, Any], column: str, task: str) -> dict[str, Any]:
 _LANGUAGES = {"de": "German", "en": "English"}
 
 
-def _translation(record: dict[str, Any], source: str, target: str) -> dict[str, Any]:
+def _translation(record: Record, source: str, target: str) -> Record:
     pair = record.get("translation", record)
     if not isinstance(pair, dict) or source not in pair:
         return record
@@ -66,36 +93,44 @@ _DE_EN, _EN_DE = (partial(_translation, source=s, target=t) for s, t in (("de", 
 
 # The first five are MiniLLM's processed sets (METHODS D). Left to itself the loader would read the plain-text twins that lie
 # beside their rows, and in the last two every subset by length of the reference (`11_`: eleven words or more).
-KNOWN = {
-    "dolly": Known("MiniLLM/dolly", {"train": ("raw.jsonl",), "test": ("valid.jsonl",)}),
-    "self-inst": Known("MiniLLM/self-inst", {"test": ("valid.jsonl",)}),
-    "vicuna": Known("MiniLLM/Vicuna", {"test": ("valid.jsonl",)}),
-    "sinst": Known("MiniLLM/sinst", {"test": ("11_/valid.jsonl",)}),
-    "uinst": Known("MiniLLM/uinst", {"test": ("11_/valid.jsonl",)}),
-    "samsum": Known("knkarthick/samsum", _SAMSUM, reshape=_DIALOGUE, columns=_SUMMARIES),
-    "xsum": Known(
+for _name, _dataset in {
+    "dolly": HubDataset("MiniLLM/dolly", {"train": ("raw.jsonl",), "test": ("valid.jsonl",)}),
+    "self-inst": HubDataset("MiniLLM/self-inst", {"test": ("valid.jsonl",)}),
+    "vicuna": HubDataset("MiniLLM/Vicuna", {"test": ("valid.jsonl",)}),
+    "sni": HubDataset("MiniLLM/sinst", {"test": ("11_/valid.jsonl",)}, alias="sinst"),
+    "unni": HubDataset("MiniLLM/uinst", {"test": ("11_/valid.jsonl",)}, alias="uinst"),
+    "samsum": HubDataset("knkarthick/samsum", _SAMSUM, reshape=_DIALOGUE, columns=_SUMMARIES),
+    "xsum": HubDataset(
         "EdinburghNLP/xsum",
         _splits("default/{}/{:04d}.parquet", train=1, validation=1, test=1),
         revision=_CONVERTED,
         reshape=_DOCUMENT,
         columns=_SUMMARIES,
     ),
-    "wmt14-de-en": Known("wmt/wmt14", _WMT14, reshape=_DE_EN, columns=_TRANSLATIONS),
-    "wmt14-en-de": Known("wmt/wmt14", _WMT14, reshape=_EN_DE, columns=_TRANSLATIONS),
-    "iwslt": Known("IWSLT/iwslt2017", _IWSLT, revision=_CONVERTED, reshape=_EN_DE, columns=_TRANSLATIONS),
-    "gsm8k": Known("openai/gsm8k", _splits("main/{}-{:05d}-of-{:05d}.parquet", train=1, test=1)),
-}
-
-# Either is looked for under $DISTILLM_DATA; the table knows the second.
-ALIASES = {"sni": "sinst", "unni": "uinst"}
+    "wmt14-de-en": HubDataset("wmt/wmt14", _WMT14, reshape=_DE_EN, columns=_TRANSLATIONS),
+    "wmt14-en-de": HubDataset("wmt/wmt14", _WMT14, reshape=_EN_DE, columns=_TRANSLATIONS),
+    "iwslt": HubDataset("IWSLT/iwslt2017", _IWSLT, revision=_CONVERTED, reshape=_EN_DE, columns=_TRANSLATIONS),
+    "gsm8k": HubDataset("openai/gsm8k", _splits("main/{}-{:05d}-of-{:05d}.parquet", train=1, test=1)),
+}.items():
+    register_dataset(_name, _dataset, __name__)
 
 
 def names() -> list[str]:
-    """What a person may call the sets that are known, and the one that is made here."""
-    shorter = {long: short for short, long in ALIASES.items()}
-    return [*(shorter.get(name, name) for name in KNOWN), "builtin"]
+    """Return the short names of all data sets, the one that is generated here (``builtin``) last."""
+    return [*plugins.datasets, "builtin"]
 
 
-def known(name: str) -> Known | None:
-    """The set of this short name, in either spelling."""
-    return KNOWN.get(ALIASES.get(name, name))
+def aliases() -> dict[str, str]:
+    """Return the other name of each data set that has two, both ways."""
+    found = {}
+    for name, dataset in plugins.datasets.items():
+        if dataset.alias is not None:
+            found[name] = dataset.alias
+            found[dataset.alias] = name
+    return found
+
+
+def known(name: str) -> KnownDataset | None:
+    """Return the data set of a short name, in either spelling, None where there is none."""
+    dataset = plugins.datasets.get(name)
+    return plugins.datasets.get(aliases().get(name, name)) if dataset is None else dataset

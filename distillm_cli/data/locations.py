@@ -17,7 +17,7 @@ from typing import Literal, TypeVar
 
 from distillm_cli.data.files import COMPRESSIONS, FORMATS, Records, format_of, read, stem_of
 from distillm_cli.data.hub import hub_splits
-from distillm_cli.data.known import ALIASES, Reshape, known, names
+from distillm_cli.data.known import GeneratedDataset, Reshape, aliases, known, names
 from distillm_cli.data.tables import read_saved, saved_splits
 from distillm_cli.errors import DataError
 from distillm_cli.training.events import Listener
@@ -113,10 +113,12 @@ def _find(named: str, listener: Listener) -> Source:
             return Source(place.name, {"train": partial(read, place)}, path=place, whole=True)
     if leads_nowhere(path):
         raise DataError(f"{text} is a symbolic link that leads nowhere", hint="correct the link, or pass another path")
+    if isinstance(dataset := known(text), GeneratedDataset):
+        return Source(text, _arrange({split: partial(_generated, text, dataset, split) for split in dataset.splits}))
     if is_path(text):
         raise DataError(f"{text}: no such file or directory", hint="check the path")
     looked = f"not under $DISTILLM_DATA ({root})" if root else "$DISTILLM_DATA is not set"
-    found = hub_splits(ALIASES.get(text, text), text, looked, listener, _meant(text, root))
+    found = hub_splits(text, looked, listener, _meant(text, root))
     parts = _arrange(found)
     if not parts:
         raise DataError(f"{text}: no train, valid or test on the hub, but {', '.join(found)}", hint="pass a file")
@@ -126,15 +128,18 @@ def _find(named: str, listener: Listener) -> Source:
 def _meant(text: str, root: str | None) -> str | None:
     """Return the known set, or the one under $DISTILLM_DATA, whose name is nearly that; None where it is the name of one."""
     here = user_path(root) if root else None
-    there = (
-        [*names(), *ALIASES.values(), *(path.name for path in here.iterdir())] if here and here.is_dir() else names()
-    )
+    there = [*names(), *aliases(), *(path.name for path in here.iterdir())] if here and here.is_dir() else names()
     return None if text in there else next(iter(get_close_matches(text.lower(), there, n=1, cutoff=0.7)), None)
 
 
 def _spellings(name: str) -> list[str]:
-    twins = ALIASES | {long: short for short, long in ALIASES.items()}
-    return [name, twins[name]] if name in twins else [name]
+    twin = aliases().get(name)
+    return [name] if twin is None else [name, twin]
+
+
+def _generated(name: str, dataset: GeneratedDataset, split: str, wanted: Collection[str]) -> Records:
+    for number, record in enumerate(dataset.read(split), start=1):
+        yield f"{name} {split} row {number}", record
 
 
 def _directory(path: Path, name: str) -> Source:

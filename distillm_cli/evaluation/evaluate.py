@@ -1,7 +1,7 @@
-"""A model on a suite: one pass of generation per seed, each scored, and their mean ± standard deviation.
+"""Evaluate a model on a suite: one pass of generation per seed, each scored, and their mean ± standard deviation.
 
-The paper's way (METHODS D) is in the defaults of ``schema.Eval``: sampled at T = 1 with five seeds, ROUGE-L the best over a
-row's references, mean over rows, mean ± sd over seeds.
+The defaults of ``schema.EvalConfig`` are the paper's (METHODS D): sampled at T = 1 with five seeds, ROUGE-L the best over
+a row's references, mean over rows, mean ± sd over seeds.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from distillm_cli import plugins
 from distillm_cli.config import schema
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import Row
 from distillm_cli.errors import DataError
-from distillm_cli.evaluation.metrics import METRICS, Count, Metric, metric_of, ratio, undefined_on
+from distillm_cli.evaluation.metrics import Metric, RatioMetric, RatioParts, metric_of, ratio, undefined_on
 from distillm_cli.evaluation.reasoning import without_reasoning
 from distillm_cli.evaluation.suites import Suite
 from distillm_cli.rollouts.sampler import Decoder, SampledOutput, Sampling, sample_all
@@ -32,8 +33,8 @@ GREEDY = "greedy"
 class Score:
     """Hold one metric: mean and sample standard deviation over passes (0 for a single pass), and each pass's value.
 
-    signature: how it was computed, where a library has words for that (``metrics.Metric``). undefined: why the metric gives
-    nothing on these rows, and what to use instead; its figures are None then.
+    signature: how it was computed, where the metric has one. undefined: why the metric is undefined on these rows, and
+    what to use instead; its figures are None then.
     """
 
     mean: float | None
@@ -43,19 +44,21 @@ class Score:
     undefined: str | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Its object in the suite's."""
-        told = {"mean": self.mean, "sd": self.sd, "seeds": self.seeds}
+        """Return the metric's object in the suite's."""
+        found: dict[str, Any] = {"mean": self.mean, "sd": self.sd, "seeds": self.seeds}
         if self.undefined is not None:
-            told |= {"undefined": self.undefined}
-        return told if self.signature is None else told | {"signature": self.signature}
+            found["undefined"] = self.undefined
+        if self.signature is not None:
+            found["signature"] = self.signature
+        return found
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
     """Hold one row's response. tokens: how many, end-of-sequence included. entropy: their mean, nats.
 
-    text: what is scored. output: the whole response, reasoning and structural special tokens included. counts: by metric,
-    what the row adds to a figure (see ``metrics.ratio``); none for the figures of a whole set.
+    text: what is scored. output: the whole response, reasoning and structural special tokens included. counts: by
+    RatioMetric, what the row adds to the ratio.
     """
 
     text: str
@@ -63,7 +66,7 @@ class Answer:
     tokens: int
     complete: bool
     entropy: float
-    counts: dict[str, Count]
+    counts: dict[str, RatioParts]
 
 
 @dataclass(frozen=True)
@@ -92,11 +95,11 @@ class SuiteResult:
 
     @property
     def outputs(self) -> dict[str, list[str]]:
-        """The texts alone, by pass."""
-        return {name: [answer.text for answer in said] for name, said in self.answers.items()}
+        """Return the texts alone, by pass."""
+        return {name: [answer.text for answer in answers] for name, answers in self.answers.items()}
 
     def as_json(self) -> dict[str, Any]:
-        """The suite's object in ``distillm eval --json`` and in ``results.json``."""
+        """Return the suite's object in ``distillm eval --json`` and in ``results.json``."""
         found: dict[str, Any] = {"rows": len(self.suite.rows)}
         found |= {name: score.as_json() for name, score in self.scores.items()}
         rate = round(self.tokens / max(self.seconds, 1e-9), 1)
@@ -119,19 +122,19 @@ def evaluate(
     *,
     skip_long: bool = False,
 ) -> SuiteResult:
-    """Scores a model on a suite as ``config`` says. The encoder's tokenizer is the model's.
+    """Score a model on a suite with the settings of ``config``. The encoder's tokenizer is the model's.
 
     skip_long: rows whose prompt leaves no room for a response in the model's context are left out, with a warning;
     otherwise the first of them is a DataError that names the row. Other responses are cut at the context.
     """
-    suite, prompts = fitting(suite, encoder, decoder.context, listener, skip_long=skip_long)
-    references = [_scored(encoder.references(row), config) for row in suite.rows]
+    suite, prompts = rows_in_context(suite, encoder, decoder.context, listener, skip_long=skip_long)
+    references = [_compared(encoder.references(row), config) for row in suite.rows]
     answers: dict[str, list[Answer]] = {}
     seconds = 0.0
     for name, seed, sampling in passes(config):
         task = f"{suite.name}, {name if name == GREEDY else f'seed {name}'}"
         began = time.monotonic()
-        said = dict(
+        samples = dict(
             sample_all(
                 decoder,
                 prompts,
@@ -145,7 +148,7 @@ def evaluate(
         )
         seconds += time.monotonic() - began
         answers[name] = [
-            _answer(encoder.decode(prompts[i], said[i].tokens), said[i], references[i], config)
+            _answer(encoder.decode(prompts[i], samples[i].tokens), samples[i], references[i], config)
             for i in range(len(suite.rows))
         ]
     every = [answer for one_pass in answers.values() for answer in one_pass]
@@ -167,7 +170,7 @@ def evaluate(
 
 
 def passes(config: schema.EvalConfig) -> list[tuple[str, int, Sampling]]:
-    """(name, seed, sampling) of each pass: one per seed, or a single one named ``greedy`` that has no randomness."""
+    """Return name, seed and sampling of each pass: one per seed, or a single one named ``greedy`` that has no randomness."""
     shared = {"max_new_tokens": config.max_new_tokens, "no_repeat_ngram_size": config.no_repeat_ngram_size}
     if config.greedy or config.temperature == 0:
         return [(GREEDY, 0, Sampling(temperature=0.0, **shared))]
@@ -175,40 +178,41 @@ def passes(config: schema.EvalConfig) -> list[tuple[str, int, Sampling]]:
     return [(str(seed), seed, sampling) for seed in dict.fromkeys(config.seeds)]
 
 
-def fitting(
+def rows_in_context(
     suite: Suite, encoder: Encoder, context: int | None, listener: Listener = silent, *, skip_long: bool = False
 ) -> tuple[Suite, list[np.ndarray]]:
-    """The suite with its prompts as token ids, each with room for at least one token of a response in ``context``."""
+    """Return the suite and its prompts as token ids, each with room for at least one token of a response in ``context``."""
     prompts = encoder.prompts(suite.rows)
     kept = [i for i, prompt in enumerate(prompts) if context is None or len(prompt) < context]
     if len(kept) == len(prompts):
         return suite, prompts
     long = sorted(set(range(len(prompts))) - set(kept))
-    whats = [
+    problems = [
         f"{suite.rows[i].where}: a prompt of {len(prompts[i]):,} tokens leaves no room for a response in the model's "
         f"{context:,} positions"
         for i in long
     ]
     if not skip_long or not kept:
         hint = "use a model with a longer context" + ("" if skip_long else ", or leave such rows out: --skip-bad-rows")
-        raise DataError(whats[0], where=suite.source, hint=hint)
-    for what in whats[:3]:
-        listener(Warned(f"skipped {what}"))
+        raise DataError(problems[0], where=suite.source, hint=hint)
+    for problem in problems[:3]:
+        listener(Warned(f"skipped {problem}"))
     if len(long) > 3:
         listener(Warned(f"skipped {len(long):,} of the {len(prompts):,} rows of {suite.name} for that reason"))
     return suite.keep(kept), [prompts[i] for i in kept]
 
 
-def _scored(texts: SequenceOf[str], config: schema.EvalConfig) -> tuple[str, ...]:
+def _compared(texts: SequenceOf[str], config: schema.EvalConfig) -> tuple[str, ...]:
     """Return texts as they are compared."""
     return tuple(map(without_reasoning, texts)) if config.strip_reasoning else tuple(texts)
 
 
-def _answer(output: str, said: SampledOutput, references: SequenceOf[str], config: schema.EvalConfig) -> Answer:
-    (text,) = _scored([output], config)
+def _answer(output: str, sample: SampledOutput, references: SequenceOf[str], config: schema.EvalConfig) -> Answer:
+    (text,) = _compared([output], config)
     metrics = [metric_of(name, config.rouge_tokenizer) for name in config.metrics]
-    counts = {metric.name: metric.count(text, references) for metric in metrics if metric.count is not None}
-    return Answer(text, output, len(said.tokens), said.complete, float(said.entropy), counts)
+    ratios = [metric for metric in metrics if isinstance(metric, RatioMetric)]
+    counts = {metric.name: metric.count(text, references) for metric in ratios}
+    return Answer(text, output, len(sample.tokens), sample.complete, float(sample.entropy), counts)
 
 
 def _scores(
@@ -216,21 +220,22 @@ def _scores(
 ) -> dict[str, Score]:
     found = {}
     for name in config.metrics:
+        metric = plugins.metrics[name]
         if (why := undefined_on(name, references, config.rouge_tokenizer)) is not None:
-            found[name] = Score(None, None, dict.fromkeys(answers), METRICS[name].signature, why)
+            found[name] = Score(None, None, dict.fromkeys(answers), metric.signature, why)
             continue
-        seeds = {key: _figure(METRICS[name], said, references) for key, said in answers.items()}
+        seeds = {key: _figure(metric, of_pass, references) for key, of_pass in answers.items()}
         values = list(seeds.values())
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        found[name] = Score(statistics.fmean(values), spread, seeds, METRICS[name].signature)
+        sd = statistics.stdev(values) if len(values) > 1 else 0.0
+        found[name] = Score(statistics.fmean(values), sd, seeds, metric.signature)
     return found
 
 
-def _figure(metric: Metric, said: SequenceOf[Answer], references: SequenceOf[SequenceOf[str]]) -> float:
-    """Of one pass over a set."""
-    if metric.count is not None:  # counted already
-        return ratio(answer.counts[metric.name] for answer in said)
-    return metric.figure([answer.text for answer in said], references)
+def _figure(metric: Metric, answers: SequenceOf[Answer], references: SequenceOf[SequenceOf[str]]) -> float:
+    """Return the figure of one pass over a set."""
+    if isinstance(metric, RatioMetric):  # counted already
+        return ratio(answer.counts[metric.name] for answer in answers)
+    return metric.corpus_score([answer.text for answer in answers], references)
 
 
 def _by_task(
@@ -246,7 +251,7 @@ def _by_task(
     return {
         task: _scores(
             config,
-            {name: [said[i] for i in picked] for name, said in answers.items()},
+            {name: [of_pass[i] for i in picked] for name, of_pass in answers.items()},
             [references[i] for i in picked],
         )
         for task, picked in sorted(members.items())

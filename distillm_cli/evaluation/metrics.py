@@ -1,37 +1,118 @@
-"""How good an answer is, on well-kept libraries: ROUGE, BLEU, chrF, exact match, error rate, a final number (METHODS D).
+"""Score responses against references: ROUGE, BLEU, chrF, exact match, error rate, final number (METHODS D).
 
-Every metric compares one prediction with all accepted references. Most keep the best and add up: a set's figure is a ratio
-of sums over its rows. BLEU and chrF are figures of a whole set, no mean over rows. All are on a scale of 0 to 100 (an error
-rate may pass 100: insertions count).
+A metric is a class and its registration: a name in recipes, a label in tables, and which direction is better.
+
+    @register_metric("exact_match", label="exact match", higher_is_better=True)
+    class ExactMatch(RatioMetric):
+        def count(self, prediction, references):
+            return prediction in references, 1
+
+Every metric compares one prediction with all accepted references. A RatioMetric adds up over the rows: the figure of a
+set is a ratio of sums. A CorpusMetric is defined on a whole set and is no mean over rows. All are on a scale of 0 to 100
+(an error rate may pass 100, since insertions count). Libraries are imported when a metric is first computed, so that the
+names are known without them.
 """
 
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
 from decimal import Decimal
-from functools import cache, lru_cache, partial
+from functools import cache, cached_property, lru_cache
+from typing import Any, ClassVar, TypeVar
 
-from rapidfuzz.distance import Levenshtein
-from rouge_score.rouge_scorer import RougeScorer
-from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
-from sacrebleu.metrics import BLEU, CHRF
-from sacrebleu.metrics.base import Metric as SacreMetric
+from distillm_cli import plugins
+
+# What a row adds to a ratio: numerator and denominator. The figure of a set is 100 · Σ numerators / Σ denominators.
+RatioParts = tuple[float, float]
 
 
-class _StemmedWords(DefaultTokenizer):
-    """rouge_score's own words and stems, remembered: each seed meets the same references again."""
+class Metric(ABC):
+    """Compare predictions with references. Subclass RatioMetric or CorpusMetric instead.
+
+    signature: how the metric was computed, in the words of its library, None where the library has none.
+    alternative: what to use where the metric is undefined.
+    """
+
+    name: ClassVar[str]
+    label: ClassVar[str]
+    higher_is_better: ClassVar[bool]
+    signature: str | None = None
+    alternative: ClassVar[str] = "exact_match"
+
+    @abstractmethod
+    def score(self, prediction: str, references: Sequence[str]) -> float:
+        """Return the score of one prediction, 0 to 100."""
+
+    @abstractmethod
+    def corpus_score(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+        """Return the figure of a set of predictions, 0 to 100. Raise ValueError for an empty set."""
+
+    def undefined(self, references: Iterable[str]) -> str | None:
+        """Return why the metric is undefined on these references for any predictions, None where it is defined."""
+        return None
+
+
+class RatioMetric(Metric):
+    """Add up a numerator and a denominator over the rows."""
+
+    @abstractmethod
+    def count(self, prediction: str, references: Sequence[str]) -> RatioParts:
+        """Return what a row adds to the ratio."""
+
+    def score(self, prediction: str, references: Sequence[str]) -> float:
+        return ratio([self.count(prediction, references)])
+
+    def corpus_score(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+        rows = zip(predictions, references, strict=True)
+        return ratio(self.count(prediction, accepted) for prediction, accepted in rows)
+
+
+class CorpusMetric(Metric):
+    """Compute one figure of a whole set. The scores of single rows are for reading: their mean is another number."""
+
+    @abstractmethod
+    def compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+        """Return the figure of a set that is not empty."""
+
+    def corpus_score(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+        if len(predictions) != len(references):
+            raise ValueError(f"{len(predictions)} predictions for {len(references)} rows")
+        if not predictions:
+            raise ValueError("no rows to score")
+        return self.compute(predictions, references)
+
+
+M = TypeVar("M", bound=type[Metric])
+
+
+def register_metric(name: str, *, label: str, higher_is_better: bool) -> Callable[[M], M]:
+    """Register a metric class under the name that recipes and ``--metric`` use. label: its name in tables."""
+
+    def register(metric: M) -> M:
+        metric.name = name
+        metric.label = label
+        metric.higher_is_better = higher_is_better
+        plugins.metrics.register(name, metric(), metric.__module__)
+        return metric
+
+    return register
+
+
+# ROUGE
+
+
+class _StemmedWords:
+    """Cache the words and stems of rouge_score: each seed meets the same references again."""
 
     def __init__(self):
-        super().__init__(use_stemmer=True)
-        self._remembered = lru_cache(maxsize=8192)(super().tokenize)
+        from rouge_score.tokenizers import DefaultTokenizer
 
-    def tokenize(self, text: str) -> list[str]:
-        return self._remembered(text)
+        self.tokenize = lru_cache(maxsize=8192)(DefaultTokenizer(use_stemmer=True).tokenize)
 
 
-class _Characters(Tokenizer):
+class _Characters:
     """Make a lower-case token of every character but white space, for text that does not separate words by spaces."""
 
     def tokenize(self, text: str) -> list[str]:
@@ -39,41 +120,147 @@ class _Characters(Tokenizer):
 
 
 @cache
-def _tokenizer(name: str) -> Tokenizer:
+def _rouge_tokenizer(name: str) -> _StemmedWords | _Characters:
     return _Characters() if name == "characters" else _StemmedWords()
 
 
 @cache
-def _scorer(kind: str, tokenizer: str) -> RougeScorer:
-    return RougeScorer([kind], tokenizer=_tokenizer(tokenizer))
+def _rouge_scorer(kind: str, tokenizer: str) -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer([kind], tokenizer=_rouge_tokenizer(tokenizer))
 
 
-# A metric counts (points, of) for a row; a row's score is 100 · points / of, a set's 100 · Σ points / Σ of.
-Count = tuple[float, float]
+class Rouge(RatioMetric):
+    """Compute the F1 of lower-cased, Porter-stemmed words by `rouge_score`, the best over the references.
+
+    Its words are runs of a-z and 0-9. On text in other scripts it is undefined, and ``eval.rouge_tokenizer: characters``
+    compares characters instead. The figure of a set is the mean over rows.
+    """
+
+    kind: ClassVar[str]
+    alternative = "chrf, or --set eval.rouge_tokenizer=characters"
+
+    def __init__(self, tokenizer: str = "words"):
+        self.tokenizer = tokenizer
+
+    def count(self, prediction: str, references: Sequence[str]) -> RatioParts:
+        scores = _rouge_scorer(self.kind, self.tokenizer).score_multi(references, prediction)
+        return scores[self.kind].fmeasure, 1
+
+    def undefined(self, references: Iterable[str]) -> str | None:
+        if self.tokenizer == "characters":
+            return None
+        characters = [character for text in references for character in text if character.isalnum()]
+        if 2 * sum(character.isascii() for character in characters) > len(characters):
+            return None
+        return "its words are runs of a-z and 0-9, which these references hardly have"
 
 
-def _rouge(prediction: str, references: Sequence[str], *, kind: str, tokenizer: str = "words") -> Count:
-    return _scorer(kind, tokenizer).score_multi(references, prediction)[kind].fmeasure, 1
+@register_metric("rouge_l", label="ROUGE-L", higher_is_better=True)
+class RougeL(Rouge):
+    """Compare the longest common subsequence of words."""
+
+    kind = "rougeL"
 
 
-def _no_words(references: Iterable[str]) -> str | None:
-    """Return why ROUGE is undefined on these references: most of their letters are not a-z, the only ones in its words."""
-    letters = [character for text in references for character in text if character.isalnum()]
-    if 2 * sum(character.isascii() for character in letters) > len(letters):
-        return None
-    return "its words are runs of a-z and 0-9, which these references hardly have"
+@register_metric("rouge_1", label="ROUGE-1", higher_is_better=True)
+class Rouge1(Rouge):
+    """Compare single words."""
+
+    kind = "rouge1"
 
 
-def _exact_match(prediction: str, references: Sequence[str]) -> Count:
-    return prediction.strip() in {reference.strip() for reference in references}, 1
+@register_metric("rouge_2", label="ROUGE-2", higher_is_better=True)
+class Rouge2(Rouge):
+    """Compare pairs of words."""
+
+    kind = "rouge2"
 
 
-def _error_rate(prediction: str, references: Sequence[str]) -> Count:
-    said = prediction.split()
-    wanted = [reference.split() for reference in references]
-    # An empty reference counts as one token, so that its rate is defined.
-    counts = [(Levenshtein.distance(said, tokens), max(len(tokens), 1)) for tokens in wanted]
-    return min(counts, key=lambda count: count[0] / count[1])
+# sacrebleu
+
+
+class _Sacre(CorpusMetric):
+    """Compute a metric of `sacrebleu` with its defaults."""
+
+    @abstractmethod
+    def make_scorer(self, *, of_row: bool) -> Any:
+        """Return the scorer of sacrebleu, for a whole set or for single rows."""
+
+    @cached_property
+    def _corpus_scorer(self) -> Any:
+        return self.make_scorer(of_row=False)
+
+    @cached_property
+    def _row_scorer(self) -> Any:
+        return self.make_scorer(of_row=True)
+
+    @cached_property
+    def signature(self) -> str:
+        scorer = self.make_scorer(of_row=False)
+        scorer.num_refs = "var"  # the signature counts references, and rows may have different numbers of them
+        return str(scorer.get_signature())
+
+    def score(self, prediction: str, references: Sequence[str]) -> float:
+        return self._row_scorer.sentence_score(prediction, references).score
+
+    def compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+        most = max(len(accepted) for accepted in references)
+        streams = [[accepted[i] if i < len(accepted) else None for accepted in references] for i in range(most)]
+        return self._corpus_scorer.corpus_score(predictions, streams).score
+
+
+@register_metric("bleu", label="BLEU", higher_is_better=True)
+class Bleu(_Sacre):
+    """Count words by the 13a rules, n-grams to 4, case included.
+
+    A row is scored by the n-grams that it is long enough for.
+    """
+
+    def make_scorer(self, *, of_row: bool) -> Any:
+        from sacrebleu.metrics import BLEU
+
+        return BLEU(effective_order=of_row)
+
+
+@register_metric("chrf", label="chrF", higher_is_better=True)
+class ChrF(_Sacre):
+    """Count characters, n-grams to 6 (chrF2)."""
+
+    def make_scorer(self, *, of_row: bool) -> Any:
+        from sacrebleu.metrics import CHRF
+
+        return CHRF()
+
+
+# Exact match, error rate, final number
+
+
+@register_metric("exact_match", label="exact match", higher_is_better=True)
+class ExactMatch(RatioMetric):
+    """Compare character for character, white space at the ends aside. A set's figure is the share of rows that match."""
+
+    def count(self, prediction: str, references: Sequence[str]) -> RatioParts:
+        return prediction.strip() in {reference.strip() for reference in references}, 1
+
+
+@register_metric("error_rate", label="error rate", higher_is_better=False)
+class ErrorRate(RatioMetric):
+    """Count Levenshtein edits between space-separated tokens, per token of the reference.
+
+    A row takes the reference with the lowest rate, the first of equals. The figure of a set is all edits over all those
+    tokens, not a mean of rates. With phonemes as tokens it is the phoneme error rate.
+    """
+
+    def count(self, prediction: str, references: Sequence[str]) -> RatioParts:
+        from rapidfuzz.distance import Levenshtein
+
+        tokens = prediction.split()
+        accepted = [reference.split() for reference in references]
+        # An empty reference counts as one token, so that its rate is defined.
+        counts = [(Levenshtein.distance(tokens, wanted), max(len(wanted), 1)) for wanted in accepted]
+        return min(counts, key=lambda count: count[0] / count[1])
 
 
 # "$1,234.50", "-7" and "2.5e-3", but of "5-3" and of "1,2,3" the 3; not the full stop that ends a sentence.
@@ -95,125 +282,48 @@ def final_number(text: str) -> Decimal | None:
     return Decimal(re.sub(r"[$,]", "", found[0 if marked else -1]).replace("−", "-"))
 
 
-def _final_number(prediction: str, references: Sequence[str]) -> Count:
-    said = final_number(prediction)
-    return said is not None and said in {final_number(reference) for reference in references}, 1
+@register_metric("final_number", label="final number", higher_is_better=True)
+class FinalNumber(RatioMetric):
+    """Compare the last number with the reference's as numbers: 18 is 18.00. GSM8K's measure."""
+
+    def count(self, prediction: str, references: Sequence[str]) -> RatioParts:
+        number = final_number(prediction)
+        return number is not None and number in {final_number(reference) for reference in references}, 1
+
+    def undefined(self, references: Iterable[str]) -> str | None:
+        return None if any(final_number(text) is not None for text in references) else "no reference holds a number"
 
 
-def _no_numbers(references: Iterable[str]) -> str | None:
-    """Return why the final number is undefined on these references: none of them has a number."""
-    return None if any(final_number(text) is not None for text in references) else "no reference holds a number"
-
-
-def _corpus(scorer: SacreMetric, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """A figure of sacrebleu for a whole set; its rows may have different numbers of references."""
-    most = max(len(wanted) for wanted in references)
-    streams = [[wanted[i] if i < len(wanted) else None for wanted in references] for i in range(most)]
-    return scorer.corpus_score(predictions, streams).score
-
-
-def _sentence(scorer: SacreMetric, prediction: str, references: Sequence[str]) -> float:
-    return scorer.sentence_score(prediction, references).score
-
-
-@dataclass(frozen=True)
-class Metric:
-    """Describe a metric: its name in recipes and tables, how it is computed, and which way is better.
-
-    count: what one row adds to a ratio. Where there is none, ``whole`` is the figure of a set and ``single`` that of one
-    row, which is for reading: their mean is not the set's figure. signature: in sacrebleu's words how it was computed.
-    undefined: why the metric is undefined on a set's references, for any predictions; None where it is defined.
-    """
-
-    name: str
-    label: str
-    count: Callable[[str, Sequence[str]], Count] | None = None
-    higher_is_better: bool = True
-    whole: Callable[[Sequence[str], Sequence[Sequence[str]]], float] | None = None
-    single: Callable[[str, Sequence[str]], float] | None = None
-    signature: str | None = None
-    undefined: Callable[[Iterable[str]], str | None] = lambda references: None
-
-    def score(self, prediction: str, references: Sequence[str]) -> float:
-        """One prediction against its references, ×100."""
-        return ratio([self.count(prediction, references)]) if self.count else self.single(prediction, references)
-
-    def figure(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-        """A set of predictions against their references, ×100. Raises ValueError for an empty set."""
-        if self.count is not None:
-            return ratio(self.count(said, wanted) for said, wanted in zip(predictions, references, strict=True))
-        if len(predictions) != len(references):
-            raise ValueError(f"{len(predictions)} predictions for {len(references)} rows")
-        if not predictions:
-            raise ValueError("no rows to score")
-        return self.whole(predictions, references)
-
-
-def _of_sacrebleu(name: str, label: str, whole: SacreMetric, single: SacreMetric) -> Metric:
-    # The signature counts references, which are as many as each row has; the rest is known before anything is scored.
-    whole.num_refs = "var"
-    signature = str(whole.get_signature())
-    return Metric(name, label, whole=partial(_corpus, whole), single=partial(_sentence, single), signature=signature)
-
-
-METRICS: dict[str, Metric] = {
-    metric.name: metric
-    for metric in (
-        # F1 of lower-cased, Porter-stemmed words, by `rouge_score`: the longest common subsequence, single words, pairs.
-        # Its words are runs of a-z and 0-9: on text in other scripts it is undefined, and `eval.rouge_tokenizer: characters`
-        # takes characters instead. A set's figure is the mean over rows.
-        Metric("rouge_l", "ROUGE-L", partial(_rouge, kind="rougeL"), undefined=_no_words),
-        Metric("rouge_1", "ROUGE-1", partial(_rouge, kind="rouge1"), undefined=_no_words),
-        Metric("rouge_2", "ROUGE-2", partial(_rouge, kind="rouge2"), undefined=_no_words),
-        # By `sacrebleu` with its defaults. BLEU: words by the 13a rules, n-grams to 4, case counts; a row's own figure is
-        # over the n-grams it is long enough for. chrF2: characters, n-grams to 6.
-        _of_sacrebleu("bleu", "BLEU", BLEU(), BLEU(effective_order=True)),
-        _of_sacrebleu("chrf", "chrF", CHRF(), CHRF()),
-        # Character for character, white space at the ends aside. A set's figure is the share of rows that match.
-        Metric("exact_match", "exact match", _exact_match),
-        # Levenshtein edits between space-separated tokens per token of the reference, for the reference where that is
-        # lowest (the first of equals). A set's figure is all edits over all those tokens, not a mean of rates; with
-        # phonemes as tokens it is the phoneme error rate.
-        Metric("error_rate", "error rate", _error_rate, higher_is_better=False),
-        # The share of rows whose last number is the reference's (the one after ####, where there is that mark), as numbers:
-        # 18 is 18.00. GSM8K's measure.
-        Metric("final_number", "final number", _final_number, undefined=_no_numbers),
-    )
-}
+# Access by name
 
 
 def metric_of(name: str, rouge_tokenizer: str = "words") -> Metric:
     """Return a metric by name, ROUGE on words or on characters."""
-    metric = METRICS[name]
-    if metric.undefined is not _no_words or rouge_tokenizer == "words":
-        return metric
-    count = partial(metric.count, tokenizer=rouge_tokenizer)
-    return replace(metric, count=count, undefined=lambda references: None)
+    metric = plugins.metrics[name]
+    return type(metric)(rouge_tokenizer) if isinstance(metric, Rouge) else metric
 
 
 def undefined_on(name: str, references: Sequence[Sequence[str]], rouge_tokenizer: str = "words") -> str | None:
     """Return why a metric is undefined on these rows, and what to use instead; None where it is defined."""
-    why = metric_of(name, rouge_tokenizer).undefined(text for wanted in references for text in wanted)
-    if why is None:
-        return None
-    instead = (
-        "chrf, or --set eval.rouge_tokenizer=characters" if METRICS[name].undefined is _no_words else "exact_match"
-    )
-    return f"{name} is undefined on these rows: {why}; use {instead}"
+    metric = metric_of(name, rouge_tokenizer)
+    why = metric.undefined(text for accepted in references for text in accepted)
+    return None if why is None else f"{name} is undefined on these rows: {why}; use {metric.alternative}"
 
 
-def ratio(counts: Iterable[Count]) -> float:
-    """The figure for a set of rows, from each row's count: 100 · Σ points / Σ of. Raises ValueError for an empty set."""
-    points, of = 0.0, 0.0
-    for point, whole in counts:
-        points, of = points + point, of + whole
-    if not of:
+def ratio(counts: Iterable[RatioParts]) -> float:
+    """Return the figure of a set from the counts of its rows. Raise ValueError for an empty set."""
+    numerators = 0.0
+    denominators = 0.0
+    for numerator, denominator in counts:
+        numerators += numerator
+        denominators += denominator
+    if not denominators:
         raise ValueError("no rows to score")
-    return 100 * points / of
+    return 100 * numerators / denominators
 
 
 def corpus(name: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """The figure for a set of predictions. Raises ValueError when there is none, or a row has no reference."""
+    """Return the figure of a set of predictions. Raise ValueError for an empty set, or a row without a reference."""
     if not all(references):
-        raise ValueError(f"row {next(i for i, wanted in enumerate(references) if not wanted)} has no reference")
-    return METRICS[name].figure(predictions, references)
+        raise ValueError(f"row {next(i for i, accepted in enumerate(references) if not accepted)} has no reference")
+    return plugins.metrics[name].corpus_score(predictions, references)

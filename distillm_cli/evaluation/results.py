@@ -1,6 +1,6 @@
-"""What an evaluation leaves behind, to be read, plotted and checked later.
+"""Write and read the results of an evaluation.
 
-    eval/dolly/t1/results.json              the settings, and what ``distillm eval --json`` says of the suite
+    eval/dolly/t1/results.json              the settings, and the object of ``distillm eval --json`` for the suite
     eval/dolly/t1/predictions-seed10.jsonl  a line per row: prompt, output, references, the row's own scores
     eval/dolly/greedy/…                     the same suite with other settings
 
@@ -15,10 +15,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from distillm_cli import plugins
 from distillm_cli.config import schema
 from distillm_cli.errors import StorageError
 from distillm_cli.evaluation.evaluate import GREEDY, Answer, SuiteResult
-from distillm_cli.evaluation.metrics import METRICS, ratio
+from distillm_cli.evaluation.metrics import ratio
 from distillm_cli.evaluation.suites import Suite
 from distillm_cli.utils import storage
 
@@ -28,8 +29,8 @@ _LETTERS = {"top_p": "p", "top_k": "k", "max_new_tokens": "n", "no_repeat_ngram_
 _WITHOUT_EFFECT_ON_GREEDY = ("top_p", "top_k")
 
 
-def label(config: schema.EvalConfig, template: str) -> str:
-    """A directory's name for settings: ``t1``, ``t0.5-p0.9``, ``greedy-n64-plain``. Defaults are not spelled out."""
+def settings_label(config: schema.EvalConfig, template: str) -> str:
+    """Return a directory's name for settings: ``t1``, ``t0.5-p0.9``, ``greedy-n64-plain``. Defaults are left out."""
     greedy = config.greedy or config.temperature == 0
     parts = [GREEDY if greedy else f"t{config.temperature:g}"]
     for name, letter in _LETTERS.items():
@@ -43,10 +44,10 @@ def label(config: schema.EvalConfig, template: str) -> str:
     return "-".join(parts)
 
 
-def check_writable(root: Path) -> None:
-    """Raises StorageError when nothing can be written at ``root``, before hours go into what should end up there.
+def check_results_writable(root: Path) -> None:
+    """Raise StorageError when nothing can be written at ``root``, before hours are spent on the results.
 
-    Makes no directory: the nearest one that is there is tried.
+    No directory is made: the nearest existing one is tried.
     """
     home = root
     while not home.exists() and home != home.parent:
@@ -57,12 +58,12 @@ def check_writable(root: Path) -> None:
         raise _refused(root, error) from error
 
 
-def save(result: SuiteResult, root: Path, about: Mapping[str, Any] | None = None) -> Path:
-    """Writes predictions and results under ``root``; returns their directory.
+def save_results(result: SuiteResult, root: Path, about: Mapping[str, Any] | None = None) -> Path:
+    """Write predictions and results under ``root`` and return their directory.
 
-    about: what else ``results.json`` should open with (the model, its dtype). Raises StorageError.
+    about: what else ``results.json`` opens with (the model, its dtype). Raise StorageError.
     """
-    place = root / result.suite.name / label(result.config, result.template)
+    place = root / result.suite.name / settings_label(result.config, result.template)
     summary = {**_head(result.suite, result.config, result.template, about), **result.as_json()}
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -78,25 +79,25 @@ def save(result: SuiteResult, root: Path, about: Mapping[str, Any] | None = None
     return place
 
 
-def earlier(
+def load_results(
     suite: Suite, root: Path, config: schema.EvalConfig, template: str, about: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """What ``save`` left of the same suite, settings and ``about``: the suite's object of ``--json``; None where nothing."""
+    """Return the object of ``--json`` that was saved for the same suite, settings and ``about``, None where none was."""
     head = _head(suite, config, template, about)
-    place = root / suite.name / label(config, template)
+    place = root / suite.name / settings_label(config, template)
     try:
-        told = json.loads((place / RESULTS).read_text(encoding="utf-8"))
+        saved = json.loads((place / RESULTS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    if not isinstance(told, dict) or any(told.get(key) != value for key, value in head.items()):
+    if not isinstance(saved, dict) or any(saved.get(key) != value for key, value in head.items()):
         return None
-    if len([*place.glob("predictions-*.jsonl")]) < len(told[config.metrics[0]]["seeds"]):
+    if len([*place.glob("predictions-*.jsonl")]) < len(saved[config.metrics[0]]["seeds"]):
         return None
-    return {key: value for key, value in told.items() if key not in head}
+    return {key: value for key, value in saved.items() if key not in head}
 
 
 def _head(suite: Suite, config: schema.EvalConfig, template: str, about: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What ``results.json`` opens with: the suite, whatever else it is about, and all settings that shape the answers."""
+    """Return the first keys of ``results.json``: the suite, ``about``, and all settings that shape the answers."""
     settings = config.model_dump(mode="json", exclude={"suites", "report_rows", "batch_size"})
     head = {"suite": suite.name, "source": suite.source, **(about or {})}
     return {**head, "settings": {**settings, "template": template}}
@@ -112,22 +113,22 @@ def _predictions(result: SuiteResult, name: str) -> Iterator[dict[str, Any]]:
             "output": answer.output,
             **({} if answer.text == answer.output else {"scored": answer.text}),
             "references": list(references),
-            **{name: _of_row(name, answer, references, result) for name in result.config.metrics},
+            **{name: _row_score(name, answer, references, result) for name in result.config.metrics},
             "tokens": answer.tokens,
             "complete": answer.complete,
             "entropy": answer.entropy,
         }
 
 
-def _of_row(name: str, answer: Answer, references: tuple[str, ...], result: SuiteResult) -> float | None:
+def _row_score(name: str, answer: Answer, references: tuple[str, ...], result: SuiteResult) -> float | None:
     if result.scores[name].undefined is not None:
         return None
     count = answer.counts.get(name)
-    return METRICS[name].score(answer.text, references) if count is None else ratio([count])
+    return plugins.metrics[name].score(answer.text, references) if count is None else ratio([count])
 
 
 def _write(path: Path, text: str) -> None:
-    """The whole file or nothing."""
+    """Write the whole file or nothing."""
     staged = path.with_name(f".staging-{path.name}")
     staged.write_text(text, encoding="utf-8")
     staged.replace(path)

@@ -1,4 +1,4 @@
-"""What a model is scored on: prompts with accepted answers, found by a short name or read from a file."""
+"""Load suites: prompts with accepted answers, found by a short name or read from a file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ _GENERIC = {"train", "valid", "validation", "val", "dev", "test", "data"}
 
 @dataclass(frozen=True)
 class Suite:
-    """name: short, fit for a directory, unique in a call. source: where the rows are from. skipped: broken ones."""
+    """Hold the rows of a suite.
+
+    name: short, fit for a directory, unique in a call. source: where the rows are from. skipped: broken ones.
+    """
 
     name: str
     rows: list[Row]
@@ -29,28 +32,27 @@ class Suite:
     skipped: tuple[str, ...] = ()
 
     def keep(self, indices: SequenceOf[int]) -> Suite:
-        """The same suite with these rows only."""
+        """Return the suite with these rows only."""
         return replace(self, rows=[self.rows[i] for i in indices])
 
     def digest(self) -> str:
-        """SHA-256 of what is asked and which answers count, in order."""
+        """Return the SHA-256 of prompts and accepted answers, in order."""
         asked = [(row.key, list(row.references)) for row in self.rows]
         return hashlib.sha256(json.dumps(asked, ensure_ascii=True).encode()).hexdigest()
 
 
 def load_suites(recipe: Recipe, listener: Listener = silent) -> list[Suite]:
-    """Those that ``recipe.eval.suites`` names, else the run's held-out rows; names that clash get a number."""
+    """Load the suites of ``recipe.eval.suites``, else the run's held-out rows; names that clash get a number."""
     if not recipe.eval.suites:
         return [held_out(recipe, listener)]
     return distinct(load_suite(name, recipe, listener) for name in recipe.eval.suites)
 
 
 def load_suite(name: str, recipe: Recipe, listener: Listener = silent) -> Suite:
-    """The test rows of ``dolly self-inst vicuna sni unni``, the paper's five, ``samsum xsum wmt14-de-en wmt14-en-de iwslt
-    gsm8k``, ``builtin``, a data file or directory, or a hub name.
+    """Load the test rows of a known data set (``data/known.py``), ``builtin``, a data file or directory, or a hub name.
 
-    A short name is looked for under $DISTILLM_DATA first, on the hub after. ``recipe.data`` says how rows are read
-    (columns, skip_bad_rows), ``recipe.eval.limit`` how many. Raises DataError when they cannot be found or read.
+    A short name is looked for under $DISTILLM_DATA first, on the hub after. ``recipe.data`` sets how rows are read
+    (columns, skip_bad_rows), ``recipe.eval.limit`` how many. Raise DataError when they cannot be found or read.
     """
     # What belongs to the training source, such as its own held-out file, is not the suite's.
     own = {"source": name, "valid": None, "limit": None}
@@ -61,12 +63,12 @@ def load_suite(name: str, recipe: Recipe, listener: Listener = silent) -> Suite:
 
 
 def held_out(recipe: Recipe, listener: Listener = silent) -> Suite:
-    """The validation rows of the recipe's own data, at most ``data.valid_limit`` and ``eval.limit`` of them."""
+    """Load the validation rows of the recipe's own data, at most ``data.valid_limit`` and ``eval.limit`` of them."""
     return _suite(HELD_OUT, load_rows(recipe.data, "valid", listener=listener, limit=recipe.eval.limit))
 
 
 def distinct(suites: Iterable[Suite]) -> list[Suite]:
-    """The same suites, names that clash told apart: test, test-2, …"""
+    """Return the suites with distinct names: test, test-2, …"""
     found: dict[str, Suite] = {}
     for suite in suites:
         name, n = suite.name, 1
@@ -78,7 +80,7 @@ def distinct(suites: Iterable[Suite]) -> list[Suite]:
 
 
 def short_name(source: str) -> str:
-    """dolly → dolly; data/g2p/test.jsonl → g2p-test; answers.jsonl → answers; MiniLLM/dolly → MiniLLM-dolly."""
+    """Return a suite's name: dolly → dolly; data/g2p/test.jsonl → g2p-test; MiniLLM/dolly → MiniLLM-dolly."""
     path, name = user_path(source), source
     if kind_of(path) == "file":
         place = path.resolve()

@@ -1,31 +1,46 @@
-"""Compute divergences between next-token distributions, per token, with exact gradients. Pure tensors.
+"""Define divergences between next-token distributions, per token, with exact gradients. Pure tensors.
 
 p is the teacher, q the student. A divergence gives its value per token [N] and ``h_NV = ∂D/∂log q`` with the other entries
 held fixed; the gradient in the student's logits is then ``h − q Σ_u h_u`` (``logit_grad``).
 
+A divergence is one class, registered by ``register_divergence`` with its parameters beside it. To add one, write both in a
+file that is imported with the built-in ones (``plugins.divergences``) or by an entry point of another package, and a
+reference test: recipes, flags, help and ``distillm methods`` follow from the registration.
+
 Mixtures are formed of probabilities, which costs a pass over the table where ``logaddexp`` costs ten, and loses nothing: a
 ratio like p/m is bounded by 1/α, its logarithm is taken after the division, and an entry below the smallest normal number
-(1e-38 in float32) adds nothing to a sum of probabilities. Unmixed log-probabilities stay logits minus their normaliser, so
+(1e-38 in float32) adds nothing to a sum of probabilities. Unmixed log-probabilities stay logits minus their normalizer, so
 that the divergences that are unbounded (KL, reverse KL) stay right where a probability underflows.
 
 A logit of −inf (a suppressed token) is a probability of exactly 0, and 0 · log 0 = 0. A divergence that is infinite then
 (KL where p > 0 = q, reverse KL where q > 0 = p) has the value +inf; its gradient is undefined. All other values and
 gradients are finite.
 
-Sources: skew KL and skew reverse KL, DistiLLM (arXiv 2402.03898); generalised JSD, GKD (arXiv 2306.13649); total variation,
-f-distill (arXiv 2307.15190); the table in full is METHODS A of the project's design.
+Nothing here imports torch at its top, since ``--help`` reads the parameters. The formulas use methods of tensors.
+
+The table in full is METHODS A of the project's design.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
+from importlib import import_module
+from typing import TYPE_CHECKING, Annotated
 
-import torch
-from torch import Tensor
+from pydantic import Field
 
-from distillm_cli.config.schema import ObjectiveConfig
+from distillm_cli import plugins
+from distillm_cli.config.fields import DivergenceConfig, Probability
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from distillm_cli.losses.objectives import Objective
+
+Halves = tuple[tuple[float, "Divergence"], tuple[float, "Divergence"]]
 
 
 class Rows:
@@ -41,18 +56,19 @@ class Rows:
 
     @classmethod
     def of_log(cls, log_NV: Tensor) -> Rows:
-        """From log-probabilities, which are taken as they come: nothing is normalised again."""
+        """Create from log-probabilities, which are used as they are: nothing is normalized again."""
         rows = cls(log_NV)
-        rows.prob_NV, rows.log_norm_N1 = log_NV.exp(), torch.zeros_like(log_NV[:, :1])
+        rows.prob_NV = log_NV.exp()
+        rows.log_norm_N1 = log_NV.new_zeros((len(log_NV), 1))
         return rows
 
     @cached_property
     def prob_NV(self) -> Tensor:
-        return torch.softmax(self.z_NV, -1)
+        return self.z_NV.softmax(-1)
 
     @cached_property
     def log_norm_N1(self) -> Tensor:
-        """log Σ exp z. The largest probability is exp(max z) over that sum: two maxima instead of another exp and sum."""
+        """Return log Σ exp z. The largest probability is exp(max z) over it: two maxima instead of an exp and a sum."""
         return self.z_NV.amax(-1, keepdim=True) - self.prob_NV.amax(-1, keepdim=True).log()
 
     @cached_property
@@ -60,24 +76,48 @@ class Rows:
         return self.z_NV - self.log_norm_N1
 
     def log_at(self, ids_N: Tensor) -> Tensor:
-        """log-probability [N] of one entry per row."""
+        """Return the log-probability [N] of one entry per row."""
         return (self.z_NV.gather(-1, ids_N.unsqueeze(-1)) - self.log_norm_N1).squeeze(-1)
 
 
 class Divergence(ABC):
-    """D(p, q) ≥ 0, and 0 at p = q, for every row of two [N, V] tables."""
+    """Measure D(p, q) ≥ 0, which is 0 at p = q, for every row of two [N, V] tables."""
 
-    def at(self, targets_N: Tensor, divergence_args_N: Tensor | None) -> Divergence:
-        """The divergence for these rows. One that treats the supervised token, or tokens marked by its criterion, apart
-        returns a copy that knows them; the others are the same everywhere."""
-        return self
+    @classmethod
+    def from_config(cls, config: DivergenceConfig) -> Divergence:
+        """Build from a recipe's parameters: those named like the fields of the class. Override it for other names."""
+        names = [field.name for field in fields(cls)] if is_dataclass(cls) else []
+        return cls(**{name: getattr(config, name) for name in names})
 
     @abstractmethod
     def between(self, p: Rows, q: Rows, with_grad: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Value per token [N], nats, and h_NV = ∂D/∂log q (None unless asked for): new tables, the caller's to change."""
+        """Return the value per token [N], nats, and h_NV = ∂D/∂log q (None unless asked for): new tables, the caller's to
+        change."""
+
+    def at(self, targets_N: Tensor, divergence_args_N: Tensor | None) -> Divergence:
+        """Return the divergence for these rows. One that treats the supervised token, or tokens chosen by its objective,
+        differently returns a copy that holds them; the others are the same everywhere."""
+        return self
+
+    def halves(self) -> Halves:
+        """Return (weight, divergence) of the forward half and of the reverse half.
+
+        The forward half is measured on data set rows and teacher samples, the reverse half on student outputs. Half the sum
+        of both, each on its own samples, estimates the whole. A divergence without halves is the same on both.
+        """
+        return (1.0, self), (1.0, self)
+
+    def mirror(self) -> Divergence:
+        """Return D(q, p) of this D(p, q)."""
+        raise NotImplementedError(f"no mirror image of {self}")
+
+    @property
+    def has_curriculum(self) -> bool:
+        """Return whether DistiLLM-2's curriculum can vary the skew of its halves."""
+        return False
 
     def evaluate(self, log_p_NV: Tensor, log_q_NV: Tensor, with_grad: bool = True) -> tuple[Tensor, Tensor | None]:
-        """The same from log-probabilities."""
+        """Return value and h from log-probabilities."""
         return self.between(Rows.of_log(log_p_NV), Rows.of_log(log_q_NV), with_grad)
 
     def value(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
@@ -87,20 +127,86 @@ class Divergence(ABC):
         return self.evaluate(log_p_NV, log_q_NV)[1]
 
 
+@dataclass(frozen=True)
+class DivergenceEntry:
+    """Describe a registered divergence. objective: the class that trains with it, or its "module:Class"; None: KD."""
+
+    name: str
+    divergence: type[Divergence]
+    config: type[DivergenceConfig] | None
+    objective: type[Objective] | str | None
+
+    def build(self, config: DivergenceConfig) -> Divergence:
+        """Build the divergence from a recipe's parameters."""
+        return self.divergence.from_config(config)
+
+    def default(self) -> Divergence:
+        """Build the divergence with its default parameters."""
+        return self.build((self.config or DivergenceConfig)(divergence=self.name))
+
+    def is_own_half(self, half: int) -> bool:
+        """Return whether the forward (0) or reverse (1) half is the divergence itself."""
+        whole = self.default()
+        return whole.halves()[half] == (1.0, whole)
+
+    @property
+    def has_own_objective(self) -> bool:
+        return self.objective is not None
+
+    @property
+    def objective_class(self) -> type[Objective] | None:
+        """Return the objective that trains with this divergence, imported where it is named; None for KD."""
+        if not isinstance(self.objective, str):
+            return self.objective
+        module, _, name = self.objective.partition(":")
+        return getattr(import_module(module), name)
+
+
+def register_divergence(
+    name: str, *, config: type[DivergenceConfig] | None = None, objective: type[Objective] | str | None = None
+) -> Callable[[type[Divergence]], type[Divergence]]:
+    """Register a class under the name that recipes give it. Usable as a decorator.
+
+    config: its parameters, which become keys of the recipe's ``objective`` section; None where it has none. A key of two
+    divergences should mean the same in both; other keys should begin with the divergence's name. objective: what trains
+    with it where KD does not; a text "module:Class" is imported when a run needs it.
+    """
+
+    def register(divergence: type[Divergence]) -> type[Divergence]:
+        entry = DivergenceEntry(name, divergence, config, objective)
+        entry.default()  # fails here, and not in everybody's recipes, where it cannot be built
+        plugins.divergences.register(name, entry, divergence.__module__)
+        return divergence
+
+    return register
+
+
+def build_divergence(config: DivergenceConfig) -> Divergence:
+    """Build the divergence of a recipe's ``objective`` section."""
+    return plugins.divergences[config.divergence].build(config)
+
+
 def logit_grad(h_NV: Tensor, q_NV: Tensor) -> Tensor:
-    """∂D/∂z for z the student's logits, from h = ∂D/∂log q: h − q Σ_u h_u."""
-    return torch.addcmul(h_NV, q_NV, h_NV.sum(-1, keepdim=True), value=-1)
+    """Return ∂D/∂z for z the student's logits, from h = ∂D/∂log q: h − q Σ_u h_u."""
+    return h_NV.addcmul(q_NV, h_NV.sum(-1, keepdim=True), value=-1)
+
+
+def smallest(table_NV: Tensor) -> float:
+    """Return the smallest normal number of a tensor's type."""
+    import torch
+
+    return torch.finfo(table_NV.dtype).tiny
 
 
 def _ratio(x_NV: Tensor, y_NV: Tensor, a: float) -> Tensor:
-    """x/m with m = a·x + (1−a)·y and 0 < a < 1: between 0 and 1/a, and 0 where x and m underflow."""
-    m_NV = torch.lerp(y_NV, x_NV, a)
-    return x_NV / m_NV.clamp_min_(torch.finfo(m_NV.dtype).tiny)
+    """Return x/m with m = a·x + (1−a)·y and 0 < a < 1: between 0 and 1/a, and 0 where x and m underflow."""
+    m_NV = y_NV.lerp(x_NV, a)
+    return x_NV / m_NV.clamp_min_(smallest(m_NV))
 
 
 def _safe_log(x_NV: Tensor) -> Tensor:
-    """log x with a floor under x: where x is that small, so is the probability that the logarithm is multiplied by."""
-    return x_NV.clamp_min(torch.finfo(x_NV.dtype).tiny).log_()
+    """Return log x with a floor under x: where x is that small, so is the probability that multiplies the logarithm."""
+    return x_NV.clamp_min(smallest(x_NV)).log_()
 
 
 def have_zeros(*all_rows: Rows) -> bool:
@@ -113,9 +219,16 @@ def drop_zeros(part_NV: Tensor, prob_NV: Tensor, zeros: bool) -> Tensor:
     return part_NV.masked_fill_(prob_NV == 0, 0) if zeros else part_NV
 
 
+@register_divergence("kl")
 @dataclass(frozen=True)
 class KL(Divergence):
-    """Forward KL, Σ p (log p − log q)."""
+    """Compute the forward KL divergence, Σ p (log p − log q) (Hinton et al. 2015, arXiv 1503.02531)."""
+
+    def halves(self):
+        return (1.0, self), (1.0, self.mirror())
+
+    def mirror(self):
+        return ReverseKL()
 
     def between(self, p, q, with_grad=True):
         part_NV = (p.log_NV - q.log_NV).mul_(p.prob_NV)
@@ -123,9 +236,16 @@ class KL(Divergence):
         return value_N, -p.prob_NV if with_grad else None
 
 
+@register_divergence("rkl")
 @dataclass(frozen=True)
 class ReverseKL(Divergence):
-    """Reverse KL, Σ q (log q − log p)."""
+    """Compute the reverse KL divergence, Σ q (log q − log p) (per token as in GKD, arXiv 2306.13649)."""
+
+    def halves(self):
+        return (1.0, self.mirror()), (1.0, self)
+
+    def mirror(self):
+        return KL()
 
     def between(self, p, q, with_grad=True):
         part_NV = drop_zeros((q.log_NV - p.log_NV).mul_(q.prob_NV), q.prob_NV, have_zeros(p, q))
@@ -133,11 +253,33 @@ class ReverseKL(Divergence):
         return value_N, part_NV.add_(q.prob_NV) if with_grad else None
 
 
+class SkewConfig(DivergenceConfig):
+    """The parameter of ``skl`` and ``srkl``."""
+
+    alpha: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1, description="skew of skl and srkl: the share of the other distribution mixed in. 0 is kl, rkl"
+    )
+
+
+@register_divergence("skl", config=SkewConfig)
 @dataclass(frozen=True)
 class SkewKL(Divergence):
-    """KL(p ‖ αp + (1−α)q). Its gradient coefficient is bounded by (1−α)/α; α = 0 is KL."""
+    """Compute the skew KL divergence, KL(p ‖ αp + (1−α)q) (DistiLLM, arXiv 2402.03898).
+
+    Its gradient coefficient is bounded by (1−α)/α; α = 0 is KL.
+    """
 
     alpha: float
+
+    def halves(self):
+        return (1.0, self), (1.0, self.mirror())
+
+    def mirror(self):
+        return SkewReverseKL(self.alpha)
+
+    @property
+    def has_curriculum(self):
+        return self.alpha > 0
 
     def between(self, p, q, with_grad=True):
         if self.alpha == 0:
@@ -147,11 +289,22 @@ class SkewKL(Divergence):
         return value_N, ratio_NV.mul_(q.prob_NV).mul_(self.alpha - 1) if with_grad else None
 
 
+@register_divergence("srkl", config=SkewConfig)
 @dataclass(frozen=True)
 class SkewReverseKL(Divergence):
-    """KL(q ‖ (1−α)p + αq). α = 0 is reverse KL."""
+    """Compute the skew reverse KL divergence, KL(q ‖ (1−α)p + αq) (DistiLLM, arXiv 2402.03898). α = 0 is reverse KL."""
 
     alpha: float
+
+    def halves(self):
+        return (1.0, self.mirror()), (1.0, self)
+
+    def mirror(self):
+        return SkewKL(self.alpha)
+
+    @property
+    def has_curriculum(self):
+        return self.alpha > 0
 
     def between(self, p, q, with_grad=True):
         if self.alpha == 0:
@@ -164,24 +317,42 @@ class SkewReverseKL(Divergence):
         return value_N, part_NV.addcmul_(q.prob_NV, ratio_NV.mul_(-self.alpha).add_(1))
 
 
+class JSDConfig(DivergenceConfig):
+    """The parameter of ``jsd``."""
+
+    beta: Probability = Field(0.5, description="of jsd: m = βp + (1−β)q")
+
+
+@register_divergence("jsd", config=JSDConfig)
 @dataclass(frozen=True)
 class JSD(Divergence):
-    """Generalised Jensen-Shannon, β KL(p‖m) + (1−β) KL(q‖m) with m = βp + (1−β)q. Exactly 0 at β = 0 and β = 1."""
+    """Compute the generalized Jensen-Shannon divergence, β KL(p‖m) + (1−β) KL(q‖m) with m = βp + (1−β)q (GKD, arXiv
+    2306.13649).
+
+    It is exactly 0 at β = 0 and β = 1. Its halves are f-distill's (arXiv 2307.15190).
+    """
 
     beta: float
 
+    def halves(self):
+        forward = 2 * self.beta, SkewKL(self.beta)
+        reverse = 2 * (1 - self.beta), SkewReverseKL(1 - self.beta)
+        return forward, reverse
+
     def between(self, p, q, with_grad=True):
         if self.beta in (0, 1):
-            return torch.zeros_like(q.prob_NV[:, 0]), torch.zeros_like(q.prob_NV) if with_grad else None
+            value_N = q.prob_NV.new_zeros(len(q.prob_NV))
+            return value_N, q.prob_NV.new_zeros(q.prob_NV.shape) if with_grad else None
         p_part_NV = _safe_log(_ratio(p.prob_NV, q.prob_NV, self.beta)).mul_(p.prob_NV)
         q_part_NV = _safe_log(_ratio(q.prob_NV, p.prob_NV, 1 - self.beta)).mul_(q.prob_NV)
         value_N = self.beta * p_part_NV.sum(-1) + (1 - self.beta) * q_part_NV.sum(-1)
         return value_N, q_part_NV.mul_(1 - self.beta) if with_grad else None
 
 
+@register_divergence("tvd")
 @dataclass(frozen=True)
 class TotalVariation(Divergence):
-    """½ Σ |p − q|, between 0 and 1."""
+    """Compute the total variation distance, ½ Σ |p − q|, between 0 and 1 (f-distill, arXiv 2307.15190)."""
 
     def between(self, p, q, with_grad=True):
         gap_NV = q.prob_NV - p.prob_NV
@@ -189,14 +360,29 @@ class TotalVariation(Divergence):
         return value_N, gap_NV.sign_().mul_(q.prob_NV).mul_(0.5) if with_grad else None
 
 
+class JeffreysConfig(DivergenceConfig):
+    """The parameter of ``jeffreys``."""
+
+    jeffreys_weight: Probability = Field(0.5, description="λ of jeffreys: 2λ KL(p‖q) + 2(1−λ) KL(q‖p)")
+
+
+@register_divergence("jeffreys", config=JeffreysConfig)
 @dataclass(frozen=True)
 class Jeffreys(Divergence):
-    """2λ KL(p‖q) + 2(1−λ) KL(q‖p); λ = ½ is their plain sum."""
+    """Compute the Jeffreys divergence, 2λ KL(p‖q) + 2(1−λ) KL(q‖p) (Jeffreys 1946). λ = ½ is the plain sum of both."""
 
     weight: float = 0.5
 
+    @classmethod
+    def from_config(cls, config):
+        return cls(config.jeffreys_weight)
+
+    def halves(self):
+        return (4 * self.weight, KL()), (4 * (1 - self.weight), ReverseKL())
+
     def between(self, p, q, with_grad=True):
-        a, b = 2 * self.weight, 2 * (1 - self.weight)
+        a = 2 * self.weight
+        b = 2 * (1 - self.weight)
         if b == 0:  # a part without weight counts for nothing, even where it is infinite
             value_N, h_NV = KL().between(p, q, with_grad)
             return a * value_N, h_NV.mul_(a) if with_grad else None
@@ -206,30 +392,3 @@ class Jeffreys(Divergence):
         forward_N, forward_h_NV = KL().between(p, q, with_grad)
         reverse_N, reverse_h_NV = ReverseKL().between(p, q, with_grad)
         return a * forward_N + b * reverse_N, reverse_h_NV.mul_(b).add_(forward_h_NV, alpha=a) if with_grad else None
-
-
-def build(config: ObjectiveConfig) -> Divergence:
-    """The divergence of a recipe's ``objective`` section."""
-    from distillm_cli.losses import families  # which stand on this file
-
-    def alpha_beta() -> families.AlphaBeta:
-        return families.AlphaBeta(config.ab_alpha, config.ab_beta)
-
-    def alpha_mixture() -> families.AlphaMixture:
-        inner = {"kl": KL, "rkl": ReverseKL, "ab": alpha_beta}[config.amid_divergence]()
-        return families.AlphaMixture(config.amid_a, config.amid_lambda, inner, config.amid_from == "student")
-
-    return {
-        "kl": KL,
-        "rkl": ReverseKL,
-        "skl": lambda: SkewKL(config.alpha),
-        "srkl": lambda: SkewReverseKL(config.alpha),
-        "jsd": lambda: JSD(config.beta),
-        "tvd": TotalVariation,
-        "jeffreys": lambda: Jeffreys(config.jeffreys_weight),
-        "akl": lambda: families.AdaptiveKL(config.akl_mu),
-        "ab": alpha_beta,
-        "amid": alpha_mixture,
-        "taid": lambda: families.Interpolated(config.taid_start),
-        "atkd": families.Decoupled,
-    }[config.divergence]()

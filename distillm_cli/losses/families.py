@@ -1,30 +1,51 @@
-"""Divergences beyond the textbook's: mixed by where the gap lies (``akl``), between KL and its reverse and further (``ab``),
-through an assistant between teacher and student (``amid``), towards a target on its way to the teacher (``taid``), and with
-the supervised token apart (``atkd``). Value and h = ∂D/∂log q as in ``divergences``.
-
-Sources: adaptive KL, Wu et al. (arXiv 2404.02657); α-β divergence, Cichocki, Cruces and Amari 2011, brought to distillation
-by ABKD (arXiv 2505.04560); α-mixture assistant, AMiD (arXiv 2510.15982); TAID (arXiv 2501.16937); ATKD (arXiv 2402.11890),
-whose decomposition is decoupled distillation's (arXiv 2203.08679).
+"""Define the divergences of single papers: KL and reverse KL mixed by where the gap is (``akl``), the family between KL and
+its reverse (``ab``), a divergence to an assistant between teacher and student (``amid``), KL to a target that moves to the
+teacher (``taid``), and KL with the supervised token separated (``atkd``). Value and h = ∂D/∂log q as in ``divergences``.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
-from torch import Tensor
+from pydantic import Field
 
-from distillm_cli.losses.divergences import KL, Divergence, ReverseKL, Rows, drop_zeros, have_zeros, logit_grad
-from distillm_cli.utils.exact import where_exact
+from distillm_cli import plugins
+from distillm_cli.config.fields import Beta, DivergenceConfig, Exponent, Probability, UsedWhen
+from distillm_cli.losses.divergences import (
+    KL,
+    Divergence,
+    ReverseKL,
+    Rows,
+    drop_zeros,
+    have_zeros,
+    logit_grad,
+    register_divergence,
+    smallest,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _FEW = 32  # entries looked at first for a head; most of a language model's mass is in fewer
+_MEASURES_AB = UsedWhen({"objective.amid_divergence": ("ab",)})
 _NARROW = 0.05  # exponents closer together than this are told apart in float64
 
 
+class AdaptiveKLConfig(DivergenceConfig):
+    """The parameter of ``akl``."""
+
+    akl_mu: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5, description="μ of akl: the teacher's head is the fewest tokens whose mass reaches it"
+    )
+
+
+@register_divergence("akl", config=AdaptiveKLConfig)
 @dataclass(frozen=True)
 class AdaptiveKL(Divergence):
-    """w KL(p‖q) + (1−w) KL(q‖p), w = g_head/(g_head + g_tail), g = Σ |p−q| over the teacher's head and over the rest.
+    """Compute adaptive KL, w KL(p‖q) + (1−w) KL(q‖p), w = g_head/(g_head + g_tail), g = Σ |p−q| over the teacher's head and
+    over the rest (Wu et al., arXiv 2404.02657).
 
     The head is the fewest entries whose teacher mass reaches mu; the likeliest is always in it. w is taken as a number:
     no gradient goes through it.
@@ -32,8 +53,13 @@ class AdaptiveKL(Divergence):
 
     mu: float = 0.5
 
+    @classmethod
+    def from_config(cls, config):
+        return cls(config.akl_mu)
+
     def between(self, p, q, with_grad=True):
-        w_N1, zeros = self._head_share(p.prob_NV, q.prob_NV), have_zeros(p, q)
+        w_N1 = self._head_share(p.prob_NV, q.prob_NV)
+        zeros = have_zeros(p, q)
         log_ratio_NV = q.log_NV - p.log_NV
         part_NV = drop_zeros(log_ratio_NV * q.prob_NV, q.prob_NV, zeros)
         w_N = w_N1.squeeze(-1)
@@ -44,12 +70,13 @@ class AdaptiveKL(Divergence):
         return value_N, part_NV.add_(q.prob_NV).mul_(1 - w_N1).sub_(w_N1 * p.prob_NV)
 
     def _head_share(self, p_NV: Tensor, q_NV: Tensor) -> Tensor:
-        """w [N, 1]: the head's share of Σ |p−q|; 0 where there is no gap."""
+        """Return w [N, 1], the head's share of Σ |p−q|; 0 where there is no gap."""
         gap_NV = (p_NV - q_NV).abs_()
         total_N1 = gap_NV.sum(-1, keepdim=True)
         if self.mu >= 1:  # all entries; their masses added up may round to 1 before the last ones
             return (total_N1 > 0).to(p_NV.dtype)
-        V, k = p_NV.shape[-1], min(_FEW, p_NV.shape[-1])
+        V = p_NV.shape[-1]
+        k = min(_FEW, V)
         while True:
             top_NK, ids_NK = p_NV.topk(k, dim=-1)
             before_NK = top_NK.cumsum(-1) - top_NK  # the mass of the likelier entries: below mu, this one belongs too
@@ -57,12 +84,25 @@ class AdaptiveKL(Divergence):
                 break
             k = min(8 * k, V)
         head_N1 = (gap_NV.gather(-1, ids_NK) * (before_NK < self.mu)).sum(-1, keepdim=True)
-        return (head_N1 / total_N1.clamp_min_(torch.finfo(p_NV.dtype).tiny)).clamp_max_(1)
+        return (head_N1 / total_N1.clamp_min_(smallest(p_NV))).clamp_max_(1)
 
 
+_AB_ALPHA = Field(0.2, description="α of ab, the teacher's exponent; (α, β) = (1, 0) is kl, (0, 1) rkl")
+_AB_BETA = Field(0.7, description="β of ab, the student's exponent")
+
+
+class AlphaBetaConfig(DivergenceConfig):
+    """The parameters of ``ab``."""
+
+    ab_alpha: Exponent = _AB_ALPHA
+    ab_beta: Exponent = _AB_BETA
+
+
+@register_divergence("ab", config=AlphaBetaConfig)
 @dataclass(frozen=True)
 class AlphaBeta(Divergence):
-    """Compute −1/(αβ) Σ [p^α q^β − α/(α+β) p^{α+β} − β/(α+β) q^{α+β}], continued to where α, β or α+β is 0.
+    """Compute −1/(αβ) Σ [p^α q^β − α/(α+β) p^{α+β} − β/(α+β) q^{α+β}], continued to where α, β or α+β is 0 (Cichocki, Cruces
+    and Amari 2011; for distillation ABKD, arXiv 2505.04560).
 
     (1, 0) is KL and (0, 1) reverse KL; (0, 0) is ½ Σ (log p − log q)². One form serves them all: with s = α+β and
     G(t) = p^t q^{s−t}, an entry's value is the second divided difference of G at 0, α and s (never negative, since G is
@@ -76,15 +116,20 @@ class AlphaBeta(Divergence):
     alpha: float
     beta: float
 
-    @property
-    def mirrored(self) -> AlphaBeta:
-        """D(q, p) of this D(p, q)."""
+    @classmethod
+    def from_config(cls, config):
+        return cls(config.ab_alpha, config.ab_beta)
+
+    def mirror(self):
         return AlphaBeta(self.beta, self.alpha)
 
     def between(self, p, q, with_grad=True):
         if not have_zeros(p, q):
             return self._of_logs(p.log_NV, q.log_NV, with_grad)
-        no_p_NV, no_q_NV = torch.isneginf(p.log_NV), torch.isneginf(q.log_NV)
+        import torch
+
+        no_p_NV = p.log_NV.isneginf()
+        no_q_NV = q.log_NV.isneginf()
         filled = (rows.log_NV.masked_fill(no_p_NV | no_q_NV, 0) for rows in (p, q))  # equal there: adds 0
         value_N, h_NV = self._of_logs(*filled, with_grad)
         only_q_NV = no_p_NV & ~no_q_NV
@@ -96,6 +141,8 @@ class AlphaBeta(Divergence):
 
     def _alone(self, log_NV: Tensor, alone_NV: Tensor, power: float) -> Tensor:
         """Sum the entries where only this side is not 0. power: of the other side in p^α q^β."""
+        import torch
+
         s = self.alpha + self.beta
         if power <= 0 or s <= 0:
             return torch.where(alone_NV.any(-1), math.inf, 0.0).to(log_NV)
@@ -103,6 +150,8 @@ class AlphaBeta(Divergence):
 
     def _of_logs(self, u_NV: Tensor, w_NV: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None]:
         """Return value and h from finite log p and log q."""
+        from distillm_cli.utils.exact import where_exact
+
         first, middle, last = sorted((0.0, self.alpha, self.alpha + self.beta))
         given_NV = w_NV
         gap_NV = u_NV - w_NV
@@ -115,7 +164,7 @@ class AlphaBeta(Divergence):
         pairs = ((first, middle), (middle, last))
         rises = {pair: self._rise(u_NV, w_NV, gap_NV, *pair) for pair in pairs}
         (below_NV, below), (above_NV, above) = (rises[pair] for pair in pairs)
-        value_N = torch.add(above_NV, below_NV, alpha=-above / below).sum(-1).div_(above * spread).to(given_NV)
+        value_N = above_NV.add(below_NV, alpha=-above / below).sum(-1).div_(above * spread).to(given_NV)
         if not with_grad:
             return value_N, None
         wanted = min(0.0, self.alpha), max(0.0, self.alpha)
@@ -128,6 +177,8 @@ class AlphaBeta(Divergence):
 
         From the larger of the two and e^−distance − 1, so that neither cancellation nor overflow can come in.
         """
+        import torch
+
         s = self.alpha + self.beta
         power_NV = (w_NV * (s - high)).add_(u_NV, alpha=high)
         if high != low:
@@ -140,9 +191,29 @@ class AlphaBeta(Divergence):
         return gap_NV.abs().mul_(low - high).expm1_().mul_(power_NV).copysign_(gap_NV), high - low
 
 
+class AlphaMixtureConfig(DivergenceConfig):
+    """The parameters of ``amid``, with those of the divergence that it measures."""
+
+    amid_a: Annotated[float, Field(ge=-100, le=100)] = Field(
+        0.5, description="shape of amid's assistant r: −1 the arithmetic mixture, 1 the geometric; larger covers modes"
+    )
+    amid_lambda: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.1, description="λ of amid: the teacher's share in the assistant"
+    )
+    amid_divergence: Literal["kl", "rkl", "ab"] = Field(
+        "kl", description="D of amid, between one of the two and the assistant"
+    )
+    amid_from: Literal["teacher", "student"] = Field(
+        "teacher", description="amid measures D(p ‖ r) from the teacher, or D(q ‖ r) from the student"
+    )
+    ab_alpha: Annotated[Exponent, _MEASURES_AB] = _AB_ALPHA
+    ab_beta: Annotated[Exponent, _MEASURES_AB] = _AB_BETA
+
+
+@register_divergence("amid", config=AlphaMixtureConfig)
 @dataclass(frozen=True)
 class AlphaMixture(Divergence):
-    """D(p ‖ r), or D(q ‖ r) when it is measured from the student, with an assistant r between p and q.
+    """Compute D(p ‖ r), or D(q ‖ r) measured from the student, with an assistant r between p and q (AMiD, arXiv 2510.15982).
 
     r ∝ (λ p^κ + (1−λ) q^κ)^{1/κ}, κ = (1−a)/2: the arithmetic mixture at a = −1 (with KL that is skew KL), the geometric
     p^λ q^{1−λ} at a = 1. The larger a is, the nearer r is to the smaller of the two probabilities. 0 < lam < 1.
@@ -153,6 +224,11 @@ class AlphaMixture(Divergence):
     inner: KL | ReverseKL | AlphaBeta
     from_student: bool = False
 
+    @classmethod
+    def from_config(cls, config):
+        inner = plugins.divergences[config.amid_divergence].build(config)
+        return cls(config.amid_a, config.amid_lambda, inner, config.amid_from == "student")
+
     def between(self, p, q, with_grad=True):
         r, share = self._assistant(p.log_NV, q.log_NV, have_zeros(p, q))
         first = q if self.from_student else p
@@ -161,17 +237,21 @@ class AlphaMixture(Divergence):
             return value_N, None
         h_NV = logit_grad(h_NV, r.prob_NV).mul_(share)  # through r's own normaliser, then through its mixture
         if self.from_student:
-            h_NV += _mirrored(self.inner).between(r, q)[1]
+            h_NV += self.inner.mirror().between(r, q)[1]
         return value_N, h_NV
 
     def _assistant(self, u_NV: Tensor, w_NV: Tensor, zeros: bool = True) -> tuple[Rows, Tensor | float]:
-        """r, and ∂ log(unnormalised r)/∂ log q: the share of q's term in the sum."""
-        kappa, lam = (1 - self.a) / 2, self.lam
+        """Return r, and ∂ log(unnormalized r)/∂ log q: the share of q's term in the sum."""
+        import torch
+
+        kappa = (1 - self.a) / 2
+        lam = self.lam
         if kappa == 0:
             return Rows(_lerp(w_NV, u_NV, lam, zeros), has_zeros=zeros), 1 - lam
-        both_NV = torch.isneginf(u_NV) & torch.isneginf(w_NV) if zeros else None
+        both_NV = u_NV.isneginf() & w_NV.isneginf() if zeros else None
         if zeros:
-            u_NV, w_NV = u_NV.masked_fill(both_NV, 0), w_NV.masked_fill(both_NV, 0)
+            u_NV = u_NV.masked_fill(both_NV, 0)
+            w_NV = w_NV.masked_fill(both_NV, 0)
         gap_NV = (u_NV - w_NV).mul_(kappa)
         p_leads_NV = gap_NV > 0  # p^κ > q^κ: the larger term is taken out of the sum
         weight_NV = torch.where(p_leads_NV, gap_NV.new_tensor(1 - lam), gap_NV.new_tensor(lam))
@@ -179,29 +259,37 @@ class AlphaMixture(Divergence):
         log_NV += torch.where(p_leads_NV, u_NV, w_NV)
         if zeros:
             log_NV.masked_fill_(both_NV, -math.inf)
-        return Rows(log_NV, has_zeros=zeros), torch.sigmoid(-gap_NV - math.log(lam / (1 - lam)))
+        return Rows(log_NV, has_zeros=zeros), (-gap_NV - math.log(lam / (1 - lam))).sigmoid()
 
 
-def _mirrored(divergence: KL | ReverseKL | AlphaBeta) -> Divergence:
-    """D(q, p) of a D(p, q)."""
-    match divergence:
-        case KL():
-            return ReverseKL()
-        case ReverseKL():
-            return KL()
-        case AlphaBeta():
-            return divergence.mirrored
-    raise TypeError(f"no mirror image of {divergence}")
+class InterpolatedConfig(DivergenceConfig):
+    """The parameters of ``taid``."""
+
+    taid_start: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.4, description="t₀ of taid: the teacher's share in the target at the start; it ends at 1"
+    )
+    taid_rate: Probability = Field(
+        5e-4, description="of taid: how far a step may carry t towards 1 beyond the linear course"
+    )
+    taid_momentum: Beta = Field(
+        0.99, description="of taid: how much of the loss's mean relative fall is kept from step to step"
+    )
 
 
+@register_divergence("taid", config=InterpolatedConfig, objective="distillm_cli.losses.objectives:TAID")
 @dataclass(frozen=True)
 class Interpolated(Divergence):
-    """KL(p_t ‖ q) with p_t = softmax((1−t) z + t z_T), z the student's logits taken as numbers, z_T the teacher's.
+    """Compute KL(p_t ‖ q) with p_t = softmax((1−t) z + t z_T), z the student's logits as constants, z_T the teacher's (TAID,
+    arXiv 2501.16937).
 
-    t = 1 is KL. How t moves is the criterion's affair (``core.criterion``).
+    t = 1 is KL. The objective TAID moves t.
     """
 
     t: float
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(config.taid_start)
 
     def between(self, p, q, with_grad=True):
         zeros = have_zeros(p, q)
@@ -211,38 +299,54 @@ class Interpolated(Divergence):
 def _lerp(from_NV: Tensor, to_NV: Tensor, t: float, zeros: bool) -> Tensor:
     """Interpolate logits; an entry that is −inf at either end is −inf between them."""
     if not zeros:
-        return torch.lerp(from_NV, to_NV, t)
+        return from_NV.lerp(to_NV, t)
     if t in (0, 1):
         return to_NV if t else from_NV
-    return torch.lerp(from_NV, to_NV, t).masked_fill_(torch.isneginf(from_NV) | torch.isneginf(to_NV), -math.inf)
+    return from_NV.lerp(to_NV, t).masked_fill_(from_NV.isneginf() | to_NV.isneginf(), -math.inf)
 
 
 def _times(weight_N: Tensor | float, value_N: Tensor) -> Tensor:
     """Weigh values; a weight of 0 leaves nothing, even of an infinite one."""
-    if not isinstance(weight_N, Tensor):
+    import torch
+
+    if not isinstance(weight_N, torch.Tensor):
         return weight_N * value_N
     return torch.where(weight_N == 0, 0, weight_N * value_N)
 
 
+class DecoupledConfig(DivergenceConfig):
+    """The parameter of ``atkd``."""
+
+    atkd_easy: Probability = Field(
+        0.2, description="α of atkd: weight of the tokens the teacher is surest of; the others weigh 1−α"
+    )
+
+
+@register_divergence("atkd", config=DecoupledConfig, objective="distillm_cli.losses.objectives:ATKD")
 @dataclass(frozen=True, eq=False)
 class Decoupled(Divergence):
-    """c_T·TKD + c_D·DKD. TKD: KL between (target, all others) of teacher and student; DKD: KL over the others, renormalised.
+    """Compute c_T·TKD + c_D·DKD (ATKD, arXiv 2402.11890; the parts are those of decoupled distillation, arXiv 2203.08679).
 
-    weights_N2: (c_T, c_D) of every row; both 1 where the criterion has given none. With c_T = 1 and c_D = 1 − p(target) this
-    is KL.
+    TKD is KL between (target, all others) of teacher and student, DKD is KL over the others, renormalized. weights_N2:
+    (c_T, c_D) of every row; both 1 where the objective gives none. With c_T = 1 and c_D = 1 − p(target) this is KL.
     """
 
     targets_N: Tensor | None = None
     weights_N2: Tensor | None = None
+
+    @classmethod
+    def from_config(cls, config):
+        return cls()
 
     def at(self, targets_N, divergence_args_N):
         return Decoupled(targets_N, divergence_args_N)
 
     def between(self, p, q, with_grad=True):
         if self.targets_N is None:
-            raise ValueError("this divergence treats the supervised token apart: ask it ``at`` targets")
+            raise ValueError("this divergence separates the supervised token: call at(targets) first")
         targets_N1 = self.targets_N.unsqueeze(-1)
-        c_target_N, c_others_N = (1.0, 1.0)
+        c_target_N = 1.0
+        c_others_N = 1.0
         if self.weights_N2 is not None:
             c_target_N, c_others_N = self.weights_N2.to(q.z_NV.dtype).unbind(-1)
         p_others, q_others = (self._without_targets(rows, targets_N1) for rows in (p, q))
@@ -250,8 +354,10 @@ class Decoupled(Divergence):
         log_p_rest_N, log_q_rest_N = (
             (others.log_norm_N1 - rows.log_norm_N1).squeeze(-1) for others, rows in ((p_others, p), (q_others, q))
         )
-        log_p_N, log_q_N = p.log_at(self.targets_N), q.log_at(self.targets_N)
-        p_N, p_rest_N = log_p_N.exp(), log_p_rest_N.exp()
+        log_p_N = p.log_at(self.targets_N)
+        log_q_N = q.log_at(self.targets_N)
+        p_N = log_p_N.exp()
+        p_rest_N = log_p_rest_N.exp()
         target_N = _times(p_N, log_p_N - log_q_N) + _times(p_rest_N, log_p_rest_N - log_q_rest_N)
         others_NV = (p_others.log_NV - q_others.log_NV).mul_(p_others.prob_NV)
         others_N = drop_zeros(others_NV, p_others.prob_NV, have_zeros(p, q)).sum(-1)
@@ -260,11 +366,13 @@ class Decoupled(Divergence):
             return value_N, None
         share_N = c_others_N - c_target_N * p_rest_N
         h_NV = q_others.prob_NV * share_N.unsqueeze(-1)
-        h_NV -= p_others.prob_NV * (c_others_N.unsqueeze(-1) if isinstance(c_others_N, Tensor) else c_others_N)
+        h_NV -= p_others.prob_NV * (c_others_N if self.weights_N2 is None else c_others_N.unsqueeze(-1))
         return value_N, h_NV.scatter_(-1, targets_N1, (-c_target_N * p_N).unsqueeze(-1))
 
     @staticmethod
     def _without_targets(rows: Rows, targets_N1: Tensor) -> Rows:
-        """The distribution over all entries but the target, whose logit is put far below everything."""
+        """Return the distribution over all entries but the target, whose logit is put far below everything."""
+        import torch
+
         lowest = -0.25 * torch.finfo(rows.z_NV.dtype).max
         return Rows(rows.z_NV.scatter(-1, targets_N1, lowest), has_zeros=rows.has_zeros)

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distillm_cli.losses.divergences import Rows
-from distillm_cli.losses.terms import NO_WEIGHTS, LossWeights, TokenWeights
+from distillm_cli.losses.weights import NO_WEIGHTS, LossWeights, TokenWeights
 from distillm_cli.utils.halving import retry_halved
 
 CHUNK_BYTES = 320 * 2**20  # most bytes of a chunk's logits, both models'; with small vocabularies it is far less

@@ -27,14 +27,12 @@ import torch
 from torch import Tensor
 
 from distillm_cli.config.schema import ObjectiveConfig
-from distillm_cli.losses.criterion import Objective, SourceBatch, TokenLogProbs
 from distillm_cli.losses.divergences import KL
-from distillm_cli.losses.terms import LossWeights, TokenWeights
+from distillm_cli.losses.objectives import KD, STUDENT_OUTPUTS, SourceBatch, TokenLogProbs
+from distillm_cli.losses.weights import LossWeights, TokenWeights
 from distillm_cli.rollouts.mixture import LOG_DRAWN, LOG_P, LOG_Q
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.types import Rollout
-
-STUDENT_OUTPUTS = (Source.ROLLOUT, Source.REPLAY)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +70,7 @@ def advantages(rewards_N: Tensor) -> Tensor:
     return means_N.to(rewards_N.dtype)
 
 
-class MiniLLM(Objective):
+class MiniLLM(KD):
     """Student outputs: w·D + the clipped surrogate, per token; MiniLLM's D is ``rkl``. Data set rows stand beside them in
     the same step with ``row_weight``, (1 − kd_weight)·CE + kd_weight·KL(p ‖ q) per token: the authors' term on plain text,
     on the rows' own responses here.

@@ -12,9 +12,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from distillm_cli.losses.criterion import Objective, TokenLogProbs
 from distillm_cli.losses.fused import HeadLike, fused_loss, target_log_probs
-from distillm_cli.losses.terms import NO_WEIGHTS, LossWeights, TokenWeights
+from distillm_cli.losses.objectives import Objective, TokenLogProbs
+from distillm_cli.losses.weights import NO_WEIGHTS, LossWeights, TokenWeights
 from distillm_cli.teachers.local import LanguageModel
 from distillm_cli.training.events import Listener, Note, silent
 from distillm_cli.types import Batch

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distillm_cli.losses.criterion import SourceBatch
+from distillm_cli.losses.objectives import SourceBatch
 from distillm_cli.rollouts.sampler import Sampler
 from distillm_cli.rollouts.scheduler import Scheduler, Source
 from distillm_cli.training.events import Listener, Progress, silent
@@ -88,7 +88,7 @@ class SequencePool:
             case Source.ROLLOUT:
                 drawn = self._fresh(step)
                 self.replay.add(drawn)
-                if self.scheduler.trains_on_buffer:
+                if self.scheduler.config.trains_from_buffer:
                     drawn = self.replay.draw(len(drawn), step)
             case Source.REPLAY:
                 drawn = self.replay.draw(len(self.rows(step)), step)

@@ -9,7 +9,7 @@ A kind that draws takes u ~ U(0, 1) at step t of T; P(t) is the probability of t
 u is a pure function of (seed, step): every process draws the same, and a resumed run draws what the uninterrupted one
 would have drawn. ρ(t) is the share of fresh rollouts (``schedule.replay``).
 
-To add a kind: write a class with ``@register``, and its fields in ``config.objective``.
+To add a kind: write its fields and properties in ``config.schedule``, and a class with ``@register`` here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,19 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import ClassVar, TypeVar
 
-from distillm_cli.config.schema import ScheduleConfig
+from distillm_cli.config.schedule import (
+    AdaptiveConfig,
+    AnnealedConfig,
+    BufferedConfig,
+    InterleavedConfig,
+    MixedConfig,
+    OffConfig,
+    OnConfig,
+    PairsConfig,
+    RoundsConfig,
+    ScheduleConfig,
+    TeacherSamplesConfig,
+)
 
 
 class Source(StrEnum):
@@ -38,12 +50,8 @@ class Scheduler(ABC):
     config: the recipe's ``schedule`` section. steps: T. seed: of the draws. batches: rollout batches in a round.
     """
 
-    uses_rows: ClassVar[bool] = False  # trains on data set rows' own responses
-    uses_student_outputs: ClassVar[bool] = False
-    uses_teacher_samples: ClassVar[bool] = False
     has_phi: ClassVar[bool] = False
     in_rounds: ClassVar[bool] = False  # rollouts are replayed in whole rounds, each in an order of its own
-    is_interleaved: ClassVar[bool] = False  # the teacher corrects the student's drafts while they are sampled
 
     def __init__(self, config: ScheduleConfig, *, steps: int, seed: int, batches: int = 1):
         self.config = config
@@ -58,7 +66,7 @@ class Scheduler(ABC):
     @property
     def in_pairs(self) -> bool:
         """Whether a step trains on samples of both models."""
-        return self.uses_student_outputs and self.uses_teacher_samples
+        return self.config.uses_student_outputs and self.config.uses_teacher_samples
 
     @property
     def phi(self) -> float:
@@ -71,28 +79,18 @@ class Scheduler(ABC):
         return None
 
     @property
-    def may_replay(self) -> bool:
-        """Whether a student output may be trained on more than once."""
-        return False
-
-    @property
-    def trains_on_buffer(self) -> bool:
-        """Whether a step with a fresh rollout trains on a draw from the buffer that the rollout went into."""
-        return False
-
-    @property
     def samples_come_back(self) -> bool:
         """Whether the epochs train on the same teacher samples."""
-        return False
+        return self.config.uses_teacher_samples and not self.config.redraws
 
     @property
     def samples_student_by_epoch(self) -> bool:
         """Whether the student answers the whole epoch's prompts at its beginning."""
-        return False
+        return self.in_pairs and self.config.redraws
 
     def capacity(self, step_rows: int) -> int:
         """Return how many sequences the replay buffer holds. step_rows: sequences of a step."""
-        return 0
+        return self.config.buffer_capacity
 
     def rollout_steps(self, step: int, buffered: int, *, adds: int, count: int) -> list[int]:
         """Return this step and the next ones, ``count`` in all, that will ask for a rollout if φ does not change.
@@ -121,12 +119,12 @@ class Scheduler(ABC):
         """Restore what ``state_dict`` returned."""
 
 
-_KINDS: dict[str, type[Scheduler]] = {}
+_KINDS: dict[type[ScheduleConfig], type[Scheduler]] = {}
 _Kind = TypeVar("_Kind", bound=type[Scheduler])
 
 
-def register(kind: str) -> Callable[[_Kind], _Kind]:
-    """Register a class as the schedule of a ``schedule.kind``."""
+def register(kind: type[ScheduleConfig]) -> Callable[[_Kind], _Kind]:
+    """Register a class as the schedule of a kind of ``schedule`` section."""
 
     def add(cls: _Kind) -> _Kind:
         _KINDS[kind] = cls
@@ -137,14 +135,12 @@ def register(kind: str) -> Callable[[_Kind], _Kind]:
 
 def build_scheduler(config: ScheduleConfig, *, steps: int, seed: int, batches: int = 1) -> Scheduler:
     """Return the schedule of a recipe's ``schedule`` section; arguments as of ``Scheduler``."""
-    return _KINDS[config.kind](config, steps=steps, seed=seed, batches=batches)
+    return _KINDS[type(config)](config, steps=steps, seed=seed, batches=batches)
 
 
-@register("off")
+@register(OffConfig)
 class OffScheduler(Scheduler):
     """Train on data set rows alone."""
-
-    uses_rows = True
 
     def draw(self, step: int, buffered: int) -> Source:
         return Source.DATASET
@@ -153,32 +149,18 @@ class OffScheduler(Scheduler):
 class DrawingScheduler(Scheduler):
     """Draw between data set rows, fresh rollouts and replayed ones."""
 
-    uses_student_outputs = True
-    default_replay: ClassVar[str] = "none"  # what ``replay: auto`` means
+    config: BufferedConfig
 
     @abstractmethod
     def student_probability(self, step: int) -> float:
         """Return P(t) for 0 ≤ t < T."""
 
-    @property
-    def replay(self) -> str:
-        return self.default_replay if self.config.replay == "auto" else self.config.replay
-
     def fresh_share(self, step: int) -> float:
         """Return ρ(t), the share of fresh rollouts among student-output batches."""
         progress = step / self.steps
-        return {"none": 1.0, "decreasing": 1.0 - progress, "constant": 0.5, "increasing": progress}[self.replay]
-
-    @property
-    def may_replay(self) -> bool:
-        return self.trains_on_buffer or self.replay != "none"
-
-    @property
-    def trains_on_buffer(self) -> bool:
-        return self.config.fresh == "buffer"
-
-    def capacity(self, step_rows: int) -> int:
-        return self.config.capacity
+        return {"none": 1.0, "decreasing": 1.0 - progress, "constant": 0.5, "increasing": progress}[
+            self.config.replay_course
+        ]
 
     def draw(self, step: int, buffered: int) -> Source:
         """Replay from a buffer that is not yet full (``warm_up: fill``, the official code) or that is empty
@@ -194,7 +176,7 @@ class DrawingScheduler(Scheduler):
         return Source.REPLAY
 
 
-@register("on")
+@register(OnConfig)
 class OnScheduler(DrawingScheduler):
     """Train on student outputs at every step."""
 
@@ -202,28 +184,22 @@ class OnScheduler(DrawingScheduler):
         return 1.0
 
 
-@register("interleaved")
+@register(InterleavedConfig)
 class InterleavedScheduler(OnScheduler):
     """Train at every step on student drafts that the teacher corrects (speculative KD, arXiv 2410.11325)."""
 
-    is_interleaved = True
 
-
-@register("mixed")
+@register(MixedConfig)
 class MixedScheduler(DrawingScheduler):
     """Train on student outputs with a constant probability λ (GKD, arXiv 2306.13649)."""
-
-    uses_rows = True
 
     def student_probability(self, step: int) -> float:
         return self.config.mix
 
 
-@register("annealed")
+@register(AnnealedConfig)
 class AnnealedScheduler(DrawingScheduler):
     """Train on data set rows with a share that falls over the run (ImitKD, arXiv 2009.07253)."""
-
-    uses_rows = True
 
     def student_probability(self, step: int) -> float:
         return 1.0 - self._dataset_share(step / self.steps)
@@ -240,13 +216,11 @@ class AnnealedScheduler(DrawingScheduler):
         raise AssertionError(self.config.anneal)
 
 
-@register("adaptive")
+@register(AdaptiveConfig)
 class AdaptiveScheduler(DrawingScheduler):
     """Train on student outputs with probability φ, which rises with the validation loss (DistiLLM, Algorithm 1)."""
 
-    uses_rows = True
     has_phi = True
-    default_replay = "decreasing"
 
     def __init__(self, config: ScheduleConfig, **settings: int):
         super().__init__(config, **settings)
@@ -286,47 +260,30 @@ class AdaptiveScheduler(DrawingScheduler):
         self.reference = state["reference"]
 
 
-@register("teacher")
+@register(TeacherSamplesConfig)
 class TeacherScheduler(Scheduler):
     """Train on teacher samples at every step (sequence-level KD, arXiv 1606.07947)."""
-
-    uses_teacher_samples = True
-
-    @property
-    def samples_come_back(self) -> bool:
-        return self.config.redraw == "never"
 
     def draw(self, step: int, buffered: int) -> Source:
         return Source.TEACHER
 
 
-@register("pairs")
+@register(PairsConfig)
 class PairsScheduler(TeacherScheduler):
     """Train at every step on a teacher sample and a student sample for each prompt (DistiLLM-2, arXiv 2503.07067)."""
-
-    uses_student_outputs = True
-
-    @property
-    def samples_student_by_epoch(self) -> bool:
-        return self.config.redraw == "epoch"
 
     def draw(self, step: int, buffered: int) -> Source:
         return Source.PAIR
 
 
-@register("rounds")
+@register(RoundsConfig)
 class RoundsScheduler(Scheduler):
     """Alternate between rollouts and replay, as in PPO (MiniLLM, arXiv 2306.08543).
 
     A round is ``batches`` batches of rollouts, trained on ``inner_epochs`` times before the next round.
     """
 
-    uses_student_outputs = True
     in_rounds = True
-
-    @property
-    def may_replay(self) -> bool:
-        return self.config.inner_epochs > 1
 
     def capacity(self, step_rows: int) -> int:
         return self.batches * step_rows

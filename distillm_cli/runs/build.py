@@ -12,7 +12,7 @@ import torch
 from distillm_cli.config.schema import RolloutConfig
 from distillm_cli.config.shaping import shaping
 from distillm_cli.data.batching import by_length
-from distillm_cli.losses import criteria
+from distillm_cli.losses import objectives
 from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.rollouts.interleaved import InterleavedSampler
 from distillm_cli.rollouts.mixture import MixtureSampler
@@ -55,7 +55,7 @@ def build_trainer(
     """
     recipe = run.recipe
     epochs = run.steps / run.order.steps_per_epoch
-    objective = criteria.build(None if run.sft else recipe.objective, epochs)
+    objective = objectives.build(None if run.sft else recipe.objective, epochs)
     student_loss = StudentLoss(
         run.student,
         objective,
@@ -82,7 +82,7 @@ def build_trainer(
     pool = SequencePool(
         run.batch,
         scheduler,
-        student=_student_sampler(run, scheduler, listener) if scheduler.uses_student_outputs else None,
+        student=_student_sampler(run, listener) if recipe.schedule.uses_student_outputs else None,
         responses=_response_tables(run, scheduler, listener),
         bulk=recipe.rollout.bulk,
         rows_beside=objective.rows_beside,
@@ -115,7 +115,7 @@ def build_trainer(
 def sampling_models(run: Prepared) -> list[Backbone]:
     """Return the models that must be able to generate for the run to train."""
     recipe = run.recipe
-    schedule = new_scheduler(run)
+    schedule = recipe.schedule
     found = []
     if not run.sft and schedule.uses_student_outputs:
         found.append(run.student)
@@ -133,12 +133,12 @@ def _teacher_sampling(rollout: RolloutConfig) -> RolloutConfig:
     )
 
 
-def _student_sampler(run: Prepared, scheduler: Scheduler, listener: Listener) -> Sampler:
+def _student_sampler(run: Prepared, listener: Listener) -> Sampler:
     """Return the source of student outputs."""
     recipe = run.recipe
     teacher = run.pair.teacher
     common = {"max_length": _max_length(run), "seed": recipe.train.seed, "listener": listener}
-    if scheduler.is_interleaved:
+    if recipe.schedule.drafts:
         return InterleavedSampler(run.student, teacher, recipe.rollout, _teacher_sampling(recipe.rollout), **common)
     if teacher is not None and recipe.mixes_in_the_teacher:
         return MixtureSampler(run.student, teacher, recipe.rollout, **common)
@@ -158,7 +158,7 @@ def _response_tables(run: Prepared, scheduler: Scheduler, listener: Listener) ->
     }
     common = {"max_length": _max_length(run), "by_row": True, "listener": listener}
     found = {}
-    if scheduler.uses_teacher_samples:
+    if scheduler.config.uses_teacher_samples:
         sampler = ModelSampler(run.pair.teacher, _teacher_sampling(rollout), seed=seed + _TEACHER_SEED, **common)
         redraw = not scheduler.samples_come_back
         found[Source.TEACHER] = ResponseTable(

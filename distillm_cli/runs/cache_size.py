@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 
 from distillm_cli.config.schema import Recipe
-from distillm_cli.losses import criteria
+from distillm_cli.losses import objectives
 from distillm_cli.rollouts.scheduler import Scheduler, build_scheduler
 from distillm_cli.ui.display import amount
 from distillm_cli.utils.text import counted
@@ -84,7 +84,7 @@ class CacheWorkload:
     @property
     def rollouts_repeat(self) -> bool:
         """Return whether a rollout may be trained on more than once."""
-        return self._schedule.may_replay
+        return self.recipe.schedule.may_replay
 
     @property
     def samples_repeat(self) -> bool:
@@ -126,7 +126,7 @@ class CacheWorkload:
         return "memory", ""
 
     def _reason_to_compute_once(self) -> str:
-        if self._schedule.uses_teacher_samples and not self.recipe.objective.kd_weight:
+        if self.recipe.schedule.uses_teacher_samples and not self.recipe.objective.kd_weight:
             return "needs the teacher for its samples alone"
         return "trains on every row once" if uses_rows(self.recipe) else "trains on every sample once"
 
@@ -160,5 +160,4 @@ class CacheWorkload:
 
 def uses_rows(recipe: Recipe) -> bool:
     """Return whether rows' own responses are trained on: where the schedule draws them, or beside rollouts."""
-    schedule = build_scheduler(recipe.schedule, steps=1, seed=0)
-    return schedule.uses_rows or criteria.build(recipe.objective).rows_beside
+    return recipe.schedule.uses_rows or objectives.build(recipe.objective).rows_beside

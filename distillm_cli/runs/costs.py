@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distillm_cli.config.schema import Recipe
-from distillm_cli.losses import criteria
+from distillm_cli.losses import objectives
 from distillm_cli.models.model_families import family_of
 from distillm_cli.models.shapes import Sizes
 from distillm_cli.rollouts.scheduler import Scheduler, Source, build_scheduler
@@ -86,14 +86,14 @@ class Run:
 
     @property
     def samples_of_the_student(self) -> bool:
-        return self.teacher is not None and self.schedule.uses_student_outputs
+        return self.teacher is not None and self.schedule.config.uses_student_outputs
 
     @property
     def samples_of_the_teacher(self) -> bool:
         """Whether the teacher samples during the run."""
         if self.teacher is None:
             return False
-        return self.schedule.uses_teacher_samples and self.recipe.data.teacher_samples is None
+        return self.schedule.config.uses_teacher_samples and self.recipe.data.teacher_samples is None
 
     @property
     def mixes(self) -> bool:
@@ -260,7 +260,7 @@ def steps(run: Run) -> dict[str, Work]:
     ask, tell = ((_asked(run, response),), (_told(run, response),)) if taught else ((), ())
     ask_new, tell_new = (_asked(run, new),), (_told(run, new) if run.keeps else _asked(run, new),)
     found: dict[str, Work] = {}
-    if schedule.uses_rows:
+    if schedule.config.uses_rows:
         found["dataset"] = learn + ask
         if run.cached:
             found["dataset_cached"] = learn + tell
@@ -268,9 +268,9 @@ def steps(run: Run) -> dict[str, Work]:
     if run.samples_of_the_student:
         own = (*_copied(run), _sampled(run, run.student, run.itemsize))
         own += (_sampled(run, run.teacher, run.teacher_itemsize),) if run.mixes else ()
-        own += ask_new if schedule.is_interleaved else ()
+        own += ask_new if schedule.config.drafts else ()
         own += ask_new + learn_new
-    if schedule.uses_teacher_samples:
+    if schedule.config.uses_teacher_samples:
         drawn = (_sampled(run, run.teacher, run.teacher_itemsize),) if run.samples_of_the_teacher else ()
         kept = learn_new + (tell_new if taught else ())
         fresh = drawn + learn_new + (ask_new if taught else ())
@@ -282,7 +282,7 @@ def steps(run: Run) -> dict[str, Work]:
     elif own:
         beside = learn[:-1] + (tell if run.cached else ask) if recipe.objective.row_weight else ()
         found["rollout"] = own + beside
-        if schedule.may_replay:
+        if schedule.config.may_replay:
             found["replay"] = learn_new + tell_new + beside
     return found
 
@@ -303,7 +303,7 @@ def _learned(run: Run, response: float) -> Work:
 
 def _looked(run: Run, response: float) -> Work:
     """What an objective that looks at the step before it trains asks of the student: a forward pass."""
-    if run.teacher is None or "student" not in criteria.build(run.recipe.objective, 1.0).looks_at:
+    if run.teacher is None or "student" not in objectives.build(run.recipe.objective, 1.0).looks_at:
         return ()
     starts = _pieces(run) * run.student.all_layers * FORWARD_LAYER
     work = forward(run.student, run.sequences, run.lengths.prompt, response, response, run.vocab)

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
+from distillm_cli import plugins
 from distillm_cli.config.load import Resolved
 from distillm_cli.config.schema import Recipe
 from distillm_cli.errors import Interrupted, UsageError, signal_number
 from distillm_cli.evaluation.evaluate import evaluate
-from distillm_cli.evaluation.metrics import METRICS
-from distillm_cli.evaluation.results import check_writable, earlier, save
+from distillm_cli.evaluation.results import check_results_writable, load_results, save_results
 from distillm_cli.evaluation.suites import Suite, load_suites
 from distillm_cli.models.devices import dtype_name
 from distillm_cli.models.loading import load_config
@@ -107,7 +107,7 @@ def _plan(
             loaded[key] = load_suites(chosen, ui)
         jobs.append(_Job(checkpoint, chosen, loaded[key], place))
     for job in jobs:
-        check_writable(job.place)
+        check_results_writable(job.place)
     return jobs
 
 
@@ -137,7 +137,7 @@ def _score(job: _Job, done: dict[str, Told], resume: bool, ui: Console) -> None:
     about["weights"] = weights_fingerprint(backbone.model.state_dict().items())
     for suite in job.suites:
         about["rows_sha256"] = suite.digest()
-        before = earlier(suite, job.place, job.recipe.eval, encoder.template, about) if resume else None
+        before = load_results(suite, job.place, job.recipe.eval, encoder.template, about) if resume else None
         if before is not None:
             ui(Note(f"{suite.name} is scored already"))
             done[suite.name] = before
@@ -146,7 +146,7 @@ def _score(job: _Job, done: dict[str, Told], resume: bool, ui: Console) -> None:
         for told in result.scores.values():
             if told.undefined is not None:
                 ui(Warned(f"{suite.name}: {told.undefined}"))
-        save(result, job.place, about)
+        save_results(result, job.place, about)
         done[suite.name] = result.as_json()
     del backbone
     gc.collect()
@@ -175,7 +175,8 @@ def _show(jobs: list[_Job], done: Mapping[str, Mapping[str, Told]], ui: Console)
 
 
 def _title(metric: str) -> str:
-    return METRICS[metric].label + ("" if METRICS[metric].higher_is_better else " ↓")
+    entry = plugins.metrics[metric]
+    return entry.label if entry.higher_is_better else f"{entry.label} ↓"
 
 
 def _figure(score: Mapping[str, Any] | None, passes: int) -> str | None:

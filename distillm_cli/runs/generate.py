@@ -17,7 +17,7 @@ from distillm_cli.config.schema import Recipe
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import Row, local_place
 from distillm_cli.errors import Interrupted, UsageError, signal_number
-from distillm_cli.evaluation.evaluate import fitting
+from distillm_cli.evaluation.evaluate import rows_in_context
 from distillm_cli.evaluation.suites import Suite
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.model_paths import locate_model
@@ -135,7 +135,7 @@ class _Work:
     def of(
         cls, rows: list[Row], samples: int, backbone: Backbone, encoder: Encoder, r: Recipe, listener: Listener
     ) -> _Work:
-        suite, ids = fitting(
+        suite, ids = rows_in_context(
             Suite("prompts", rows, ""), encoder, backbone.context, listener, skip_long=r.data.skip_bad_rows
         )
         sampling = Sampling(r.rollout.temperature, r.rollout.top_p, r.rollout.top_k, r.rollout.max_new_tokens)

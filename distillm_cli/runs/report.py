@@ -10,16 +10,17 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import torch
 
-from distillm_cli.config.fields import MetricName
+from distillm_cli import plugins
 from distillm_cli.config.schema import Recipe
 from distillm_cli.errors import ModelError, UsageError
 from distillm_cli.evaluation.suites import HELD_OUT, Suite
-from distillm_cli.losses.criterion import CROSS_ENTROPY, Objective
+from distillm_cli.losses.objectives import CrossEntropy
 from distillm_cli.losses.student_loss import StudentLoss
+from distillm_cli.losses.weights import CROSS_ENTROPY
 from distillm_cli.models.devices import dtype_name, resolve_dtype
 from distillm_cli.runs import output_dir
 from distillm_cli.runs.build import sampling_models
@@ -57,7 +58,7 @@ def labels(reached: TrainerState, *, after_sft: bool) -> dict[str, str]:
 
 def needs_metric(recipe: Recipe) -> bool:
     """Whether checkpoints are selected by what a metric says of generated answers."""
-    return recipe.train.select in get_args(MetricName)
+    return recipe.train.select in plugins.metrics
 
 
 def check_metric(recipe: Recipe) -> None:
@@ -207,6 +208,6 @@ def _valid_loss(model: Backbone, trainer: Trainer) -> float | None:
         return None
     is_student = model is trainer.student_loss.student
     dtype = trainer.student_loss.matmul_dtype if is_student else None
-    student_loss = StudentLoss(model, Objective(None), matmul_dtype=dtype)
+    student_loss = StudentLoss(model, CrossEntropy(), matmul_dtype=dtype)
     with eval_mode(student_loss), torch.no_grad():
         return trainer.validator.mean(CROSS_ENTROPY, student_loss, autocast=is_student)

@@ -13,7 +13,7 @@ import torch
 from distillm_cli.config.explain import leaves
 from distillm_cli.config.load import Resolved, load_resolved, settled
 from distillm_cli.config.ownership import ValueOf, is_read, value_of
-from distillm_cli.config.schema import Recipe, TrainConfig
+from distillm_cli.config.schema import TrainConfig
 from distillm_cli.config.shaping import shaping
 from distillm_cli.errors import START_OVER, CheckpointError, RecipeError, out_of_memory
 from distillm_cli.models.tokenizer_files import quiet
@@ -65,10 +65,9 @@ def checkpoint_of(output: Path, recipe, *, started: bool = True, movable: Collec
     with as_checkpoint_error(checkpoint):
         TrainerState(**checkpoint.state["progress"])
         int(checkpoint.state["progress"]["step"])
-    # A field that came later had its default then.
-    then, now = (
-        json.loads(json.dumps(fields)) for fields in (shaping(Recipe()) | checkpoint.state["recipe"], shaping(recipe))
-    )
+    now = json.loads(json.dumps(shaping(recipe)))
+    defaults = json.loads(json.dumps({key: leaves()[key].default for key in now if not key.startswith("eval.")}))
+    then = defaults | checkpoint.state["recipe"]  # a field that came later had its default then
     changed = [
         key
         for key in sorted(then.keys() | now.keys())

@@ -95,7 +95,7 @@ def open_teacher(
             pass_overhead=run.pass_overhead,
         )
     schedule = new_scheduler(run)
-    samples = schedule.uses_student_outputs or schedule.uses_teacher_samples
+    samples = schedule.config.uses_student_outputs or schedule.config.uses_teacher_samples
     validation = _held_out(run)
     teacher = CachedTeacher(
         model,

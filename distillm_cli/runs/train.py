@@ -50,7 +50,6 @@ from distillm_cli.training.events import Note, Warned
 from distillm_cli.training.metrics_log import MetricsLog
 from distillm_cli.training.state import TrainerState
 from distillm_cli.training.trainer import Trainer
-from distillm_cli.training.validation import LOWER_IS_BETTER
 from distillm_cli.ui.console import Console
 from distillm_cli.ui.summary import (
     OUTPUT_FILES,
@@ -262,7 +261,7 @@ def _tell(
     table = [Outcome(label[name], measured[name].valid_loss, measured[name].scores) for name in order]
     title = "Fine-tuning" if is_stage else "Outcome"
     if any(outcome.valid_loss is not None or outcome.scores for outcome in table):
-        ui.show(outcome_table(table, lower_is_better=LOWER_IS_BETTER, title=title, caption=measured_on))
+        ui.show(outcome_table(table, title=title, caption=measured_on))
     if is_stage:
         return
     answered = min(len(measured[name].answers) for name in order)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from distillm_cli.errors import DistillmError, NonFiniteError, OutOfMemoryError, out_of_memory
-from distillm_cli.losses.criterion import SourceBatch
+from distillm_cli.losses.objectives import SourceBatch
 from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.rollouts.pool import SequencePool
 from distillm_cli.rollouts.scheduler import Source

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from distillm_cli.config.schema import TrainConfig
 from distillm_cli.errors import Interrupted
-from distillm_cli.losses.criterion import Objective, SourceBatch
+from distillm_cli.losses.objectives import Objective, SourceBatch
 from distillm_cli.losses.student_loss import StudentLoss, joined
-from distillm_cli.losses.terms import LossWeights, TokenWeights
+from distillm_cli.losses.weights import LossWeights, TokenWeights
 from distillm_cli.rollouts.pool import SequencePool
 from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.training.announce import phi_advice, run_started

@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from distillm_cli.losses.criterion import CROSS_ENTROPY
+from distillm_cli.config.fields import is_lower_better
 from distillm_cli.losses.student_loss import StudentLoss
-from distillm_cli.losses.terms import LossWeights
+from distillm_cli.losses.weights import CROSS_ENTROPY, LossWeights
 from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.training.events import Listener, Warned
 from distillm_cli.training.state import RunInfo
@@ -18,8 +18,6 @@ from distillm_cli.types import Sequence, collate
 from distillm_cli.utils.exact import where_exact
 from distillm_cli.utils.halving import retry_halved
 from distillm_cli.utils.modules import eval_mode
-
-LOWER_IS_BETTER = frozenset({"valid_loss", "valid_divergence", "error_rate"})
 
 
 class Validator:
@@ -63,7 +61,7 @@ class Validator:
         """Return whether ``value`` of the selecting quantity is better than the best one so far."""
         if best is None:
             return True
-        return value < best if self.select in LOWER_IS_BETTER else value > best
+        return value < best if is_lower_better(self.select) else value > best
 
     def mean(self, weights: LossWeights, student_loss: StudentLoss, *, autocast: bool = True) -> float:
         """Return the mean loss over all supervised tokens, nats. The caller sets evaluation mode and ``no_grad``.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import PurePath
@@ -22,6 +22,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from distillm_cli import plugins
+from distillm_cli.config.fields import is_lower_better
 from distillm_cli.ui.display import BAD, GOOD, VALID, WIDE, percent
 from distillm_cli.utils.text import printable, signed
 
@@ -29,8 +31,6 @@ NONE = "–"
 LINES, STACKED_LINES = 5, 3  # of a cell of the samples table, about; longer text is cropped
 LONGEST_PROMPT = 80
 FIGURE = re.compile(r"[−+-]?[\d.,]+%?( ± [\d.,]+)?")
-LABELS = {"valid_loss": VALID, "bleu": "BLEU", "chrf": "chrF"}
-LABELS |= {f"rouge_{kind}": f"ROUGE-{kind.upper()}" for kind in ("1", "2", "l")}
 SOURCE_WORDS = {
     "dataset": ("data set rows", "data set rows"),
     "teacher": ("teacher samples", "teacher samples"),
@@ -109,14 +109,13 @@ def facts(title: str, rows: Sequence[tuple[str, object]]) -> RenderableType:
 def outcome_table(
     rows: Sequence[Outcome],
     *,
-    lower_is_better: Collection[str] = ("error_rate",),
     title: str = "Outcome",
     caption: str | None = None,
 ) -> RenderableType:
     """A row per model, the validation loss and every score a column; models become columns where that does not fit.
 
     The first row is the starting point (the student before): each figure of the others is followed by its difference
-    to it, green where better and yellow where worse. ``lower_is_better`` names such scores; validation loss is one.
+    to it, green where better and yellow where worse.
     caption: what the figures are of, below them.
     """
     figures = [{"valid_loss": row.valid_loss, **row.scores} for row in rows]
@@ -125,8 +124,7 @@ def outcome_table(
     cells = []
     for i, figure in enumerate(figures):
         start = figures[0] if i else {}
-        lower = {"valid_loss", *lower_is_better}
-        cells.append([_figure(figure.get(name), start.get(name), name in lower, name) for name in names])
+        cells.append([_figure(figure.get(name), start.get(name), is_lower_better(name), name) for name in names])
 
     wide, narrow = _frame(title), _frame(title)
     wide.add_column("")
@@ -323,7 +321,9 @@ def _cell(value: object) -> Text:
 
 
 def _label(name: str) -> Text:
-    return Text(LABELS.get(name, name.replace("_", " ")))
+    metric = plugins.metrics.get(name)
+    label = name.replace("_", " ") if metric is None else metric.label
+    return Text(VALID if name == "valid_loss" else label)
 
 
 def _figure(value: float | None, start: float | None, lower_is_better: bool, name: str) -> Text:

@@ -21,11 +21,11 @@ from distillm_cli import __version__
 from distillm_cli.cli import app as program
 from distillm_cli.cli import options
 from distillm_cli.config.load import shipped
-from distillm_cli.config.shortcuts import SHORTCUTS
+from distillm_cli.config.shortcuts import METHOD_PANEL, MODELS_PANEL, TRAINING_PANEL, field_flags
 from distillm_cli.errors import CheckpointError, DataError
 
 ROOT = Path(__file__).resolve().parents[2]
-VERBS = ("sft", "generate", "distill", "eval", "run", "plan", "methods", "recipes")
+VERBS = ("sft", "generate", "distill", "eval", "run", "plan", "methods", "recipes", "schema")
 GROUPS = ("methods", "recipes")
 
 
@@ -60,8 +60,9 @@ def test_help_loads_no_torch():
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 assert main(argv) == 0, argv
             assert out.getvalue(), argv
-        heavy = {"torch", "transformers", "datasets", "accelerate", "tokenizers", "numpy"} & set(sys.modules)
-        assert not heavy, heavy
+        heavy = {"torch", "transformers", "datasets", "accelerate", "tokenizers", "numpy"}
+        heavy |= {"rouge_score", "sacrebleu", "rapidfuzz"}
+        assert not heavy & set(sys.modules), heavy & set(sys.modules)
         assert main(["recipes", "validate", "quickstart"]) == 0
         assert main(["methods"]) == main(["methods", "show", "ab"]) == 0
         assert main(["distill", "--alpha", "1.4"]) == 2
@@ -95,7 +96,7 @@ def test_the_help_of_a_verb_fits_two_screens_and_ends_with_examples(run, verb):
 
 def test_the_help_of_distill_shows_its_panels_and_the_way_to_everything_else(run):
     _, out, _ = run("distill", "--help")
-    for panel in (options.MODELS, options.METHOD, options.TRAINING, options.RECIPE, options.OUTPUT):
+    for panel in (MODELS_PANEL, METHOD_PANEL, TRAINING_PANEL, options.RECIPE_PANEL, options.OUTPUT_PANEL):
         assert f"─ {panel} ─" in out
     flags = (
         "--teacher --student --data --output --recipe --method --alpha --divergence --lr --batch-size --epochs --steps "
@@ -108,12 +109,12 @@ def test_the_help_of_distill_shows_its_panels_and_the_way_to_everything_else(run
     assert "distillm recipes ls, show" in out
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in (*GROUPS, "run")])
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in (*GROUPS, "run", "schema")])
 def test_the_flags_of_a_verb_are_those_the_messages_name(verb):
     context = typer.Context(get_command(program.app))
     command = context.command.get_command(context, verb)
     own = {opt for param in command.params for opt in param.opts}
-    named = {shortcut.flag for shortcut in SHORTCUTS.values() if verb in shortcut.verbs}
+    named = {entry.flag for entry in field_flags(verb)}
     assert named <= own
     defaults = {param.opts[0]: param.default for param in command.params if param.opts[0] in named}
     assert set(defaults.values()) == {None}, "a flag that is not given stays unset"

@@ -2,15 +2,14 @@
 
 import json
 import sys
-from typing import get_args
 
 import pytest
 
 from distillm_cli.cli import app as program
-from distillm_cli.cli import options
-from distillm_cli.config.fields import DivergenceName, ScheduleKind
+from distillm_cli.config.explain import choices
 from distillm_cli.config.load import resolve
 from distillm_cli.config.methods import METHODS
+from tests.typed import flags
 
 
 @pytest.fixture
@@ -88,8 +87,8 @@ def test_an_unknown_method_is_told_the_nearest(run):
 def test_the_help_of_distill_names_every_method_divergence_and_schedule(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     words = run("distill", "--help")[1].replace(",", " ").replace(".", " ").split()
-    assert set(METHODS) | set(get_args(DivergenceName)) | set(get_args(ScheduleKind)) <= set(words)
-    assert options.flags(schedule="mixed")["schedule.kind"].name == "--schedule"
+    assert set(METHODS) | set(choices("objective.divergence")) | set(choices("schedule.kind")) <= set(words)
+    assert flags(schedule="mixed")["schedule.kind"].name == "--schedule"
 
 
 @pytest.mark.parametrize(

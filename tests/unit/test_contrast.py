@@ -9,9 +9,16 @@ from pydantic import ValidationError
 from torch.testing import assert_close
 
 from distillm_cli.config import schema
-from distillm_cli.losses import criteria
-from distillm_cli.losses.contrast import FORWARD, REVERSE, DistiLLM2, FDistill
-from distillm_cli.losses.criterion import Objective, SourceBatch, TokenLogProbs
+from distillm_cli.losses import objectives
+from distillm_cli.losses.objectives import (
+    FORWARD,
+    KD,
+    REVERSE,
+    DistiLLM2,
+    FDistill,
+    SourceBatch,
+    TokenLogProbs,
+)
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.types import Sequence
 from tests.limits import Narrow
@@ -95,7 +102,7 @@ def engine_of(config, **settings):
     } | settings
     engine = runs.build(**settings)
     engine.teacher.model.double()
-    engine.student_loss.criterion = criteria.build(config)
+    engine.student_loss.criterion = objectives.build(config)
     engine.optimizer = torch.optim.SGD(engine.student_loss.parameters(), lr=1.0)
     return engine
 
@@ -125,7 +132,7 @@ def test_the_curriculum_is_distillm2s_over_three_epochs_by_hand(rows):
     """
     config = schema.ObjectiveConfig(**DISTILLM2)
     engine = engine_of(config, steps=6, lr=0.3)
-    engine.student_loss.criterion = criterion = criteria.build(config, epochs=3.0)
+    engine.student_loss.criterion = criterion = objectives.build(config, epochs=3.0)
     look_ahead, memory = criterion.look_ahead, Narrow(engine.student_loss, 100)
 
     def look_ahead_and_shrink(*args):
@@ -206,13 +213,13 @@ def test_by_source_under_other_schedules_gives_each_source_its_half():
     row, replayed = criterion.terms(Source.DATASET), criterion.terms(Source.REPLAY)
     assert (row.kd, row.ce) == pytest.approx((0.8 * 0.6, 0.2))
     assert (replayed.kd, replayed.ce) == pytest.approx((0.8 * 1.4, 0.0))
-    assert type(criteria.build(schema.ObjectiveConfig())) is Objective
+    assert type(objectives.build(schema.ObjectiveConfig())) is KD
 
 
 def test_cross_entropy_is_for_teacher_samples_as_for_rows():
-    terms = Objective(schema.ObjectiveConfig(kd_weight=0.0)).terms(Source.TEACHER)
+    terms = KD(schema.ObjectiveConfig(kd_weight=0.0)).terms(Source.TEACHER)
     assert (terms.kd, terms.ce) == (0.0, 1.0)
-    assert math.isclose(Objective(schema.ObjectiveConfig(kd_weight=0.3)).terms(Source.ROLLOUT).ce, 0.0)
+    assert math.isclose(KD(schema.ObjectiveConfig(kd_weight=0.3)).terms(Source.ROLLOUT).ce, 0.0)
 
 
 def test_a_curriculum_without_skewed_halves_is_refused():

@@ -9,8 +9,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from distillm_cli.config import schema
-from distillm_cli.losses.criterion import CROSS_ENTROPY, Objective
+from distillm_cli.losses.objectives import KD
 from distillm_cli.losses.student_loss import StudentLoss
+from distillm_cli.losses.weights import CROSS_ENTROPY
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.cpu import forward
 from distillm_cli.models.cpu.packed import PackedWeights, can_pack
@@ -58,7 +59,7 @@ def test_gradients_through_the_loss_are_dense_and_the_trunks_own_tied_or_not(fam
         model = backbone(family, **no_dropout(family)).train()
         if own:
             monkeypatch.setattr(Backbone, "hidden", lambda self, batch, for_backward: self.trunk_states(batch))
-        objective = StudentLoss(model, Objective(schema.ObjectiveConfig()))
+        objective = StudentLoss(model, KD(schema.ObjectiveConfig()))
         for seed in (0, 1):
             batches = [tiny.batch(LENGTHS, VOCAB, seed), tiny.batch(LENGTHS[:2], VOCAB, seed + 7)]
             if not own and model._cpu_forward.embedding_grad is not None:

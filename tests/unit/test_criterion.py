@@ -5,29 +5,29 @@ import torch
 from torch.testing import assert_close
 
 from distillm_cli.config import schema
-from distillm_cli.losses.criterion import Objective
-from distillm_cli.losses.terms import LossWeights, TokenWeights
+from distillm_cli.losses.objectives import KD, CrossEntropy
+from distillm_cli.losses.weights import LossWeights, TokenWeights
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.training.checkpoint import read
 from tests.unit import test_trainer as runs
 
 
 def test_cross_entropy_is_for_rows_and_the_divergence_for_everything():
-    criterion = Objective(schema.ObjectiveConfig(kd_weight=0.8))
+    criterion = KD(schema.ObjectiveConfig(kd_weight=0.8))
     row, rollout = criterion.terms(Source.DATASET), criterion.terms(Source.ROLLOUT)
     assert (row.kd, row.ce) == pytest.approx((0.8, 0.2))
     assert (rollout.kd, rollout.ce) == (0.8, 0.0)
-    assert Objective(None).terms(Source.DATASET) == LossWeights(kd=0.0, ce=1.0)
+    assert CrossEntropy().terms(Source.DATASET) == LossWeights(kd=0.0, ce=1.0)
 
 
 def test_warming_up_the_divergence_moves_weight_from_cross_entropy_to_it():
-    criterion = Objective(schema.ObjectiveConfig(kd_weight=0.8, kd_warmup=0.5))
+    criterion = KD(schema.ObjectiveConfig(kd_weight=0.8, kd_warmup=0.5))
     shares = [criterion.terms(Source.DATASET, progress) for progress in (0.001, 0.25, 0.5, 1.0)]
     assert [t.kd for t in shares] == pytest.approx([0.0016, 0.4, 0.8, 0.8])
     assert all(t.kd + t.ce == pytest.approx(1) for t in shares)
 
 
-class Watching(Objective):
+class Watching(KD):
     """Weighs a token by how its probabilities stand to the median of the whole step; remembers every loss."""
 
     looks_at = ("teacher", "student")

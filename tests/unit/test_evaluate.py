@@ -15,10 +15,11 @@ from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import Row, load_rows
 from distillm_cli.errors import DataError, StorageError
 from distillm_cli.evaluation.evaluate import evaluate, passes
-from distillm_cli.evaluation.metrics import METRICS, corpus
-from distillm_cli.evaluation.results import check_writable, label, save
+from distillm_cli.evaluation.metrics import corpus
+from distillm_cli.evaluation.results import check_results_writable, save_results, settings_label
 from distillm_cli.evaluation.suites import Suite, distinct, held_out, load_suite, load_suites, short_name
 from distillm_cli.models.backbone import Backbone
+from distillm_cli.plugins import metrics
 from distillm_cli.runs.report import Report
 from distillm_cli.training.events import Progress, Warned, silent
 from tests import tiny
@@ -100,10 +101,10 @@ def test_figures_of_a_whole_set_are_computed_pass_by_pass_and_task_by_task(model
     told = result.as_json()
     assert told["bleu"]["signature"].startswith("nrefs:var|")
     assert "signature" not in told["rouge_1"]
-    place = save(result, tmp_path)
+    place = save_results(result, tmp_path)
     lines = [json.loads(line) for line in (place / "predictions-seed20.jsonl").read_text().splitlines()]
     assert [line["chrf"] for line in lines] == pytest.approx(
-        [METRICS["chrf"].score(line["output"], line["references"]) for line in lines]
+        [metrics["chrf"].score(line["output"], line["references"]) for line in lines]
     )
     assert set(lines[0]) >= {"bleu", "rouge_1"}
 
@@ -115,7 +116,7 @@ def test_an_undefined_metric_is_shown_as_such(model, encoder, tmp_path):
     assert (told["rouge_l"]["mean"], told["rouge_l"]["seeds"]) == (None, {"10": None, "20": None})
     assert "rouge_tokenizer=characters" in told["rouge_l"]["undefined"]
     assert told["chrf"]["mean"] is not None
-    place = save(result, tmp_path)
+    place = save_results(result, tmp_path)
     (first, _) = (place / "predictions-seed10.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(first)["rouge_l"] is None
     characters = config(metrics=("rouge_l",), rouge_tokenizer="characters")
@@ -272,7 +273,7 @@ def test_the_real_suites_load(shared_data, monkeypatch):
 
 def test_predictions_and_results_can_be_checked_against_each_other(model, encoder, tmp_path):
     result = evaluate(model, encoder, suite_of(*[("a b", "c")] * 12), config(seeds=(10, 20)))
-    place = save(result, tmp_path / "eval", {"model": "tiny"})
+    place = save_results(result, tmp_path / "eval", {"model": "tiny"})
     assert place == tmp_path / "eval" / "words" / "t1-n12-plain"
     assert sorted(path.name for path in place.iterdir()) == [
         "predictions-seed10.jsonl",
@@ -291,29 +292,29 @@ def test_predictions_and_results_can_be_checked_against_each_other(model, encode
 
 
 def test_the_same_again_replaces_its_own_files_and_no_others(model, encoder, tmp_path):
-    place = save(evaluate(model, encoder, suite_of(), config(seeds=(10, 20))), tmp_path)
+    place = save_results(evaluate(model, encoder, suite_of(), config(seeds=(10, 20))), tmp_path)
     (place / "notes.txt").write_text("mine", encoding="utf-8")
-    other = save(evaluate(model, encoder, suite_of(), config(greedy=True)), tmp_path)
+    other = save_results(evaluate(model, encoder, suite_of(), config(greedy=True)), tmp_path)
     assert other != place, "other settings, another directory"
-    assert save(evaluate(model, encoder, suite_of(), config(seeds=(10,))), tmp_path) == place
+    assert save_results(evaluate(model, encoder, suite_of(), config(seeds=(10,))), tmp_path) == place
     assert sorted(path.name for path in place.iterdir()) == ["notes.txt", "predictions-seed10.jsonl", "results.json"]
 
 
 def test_settings_have_names_a_person_can_read():
-    assert label(EvalConfig(), "auto") == "t1"
-    assert label(EvalConfig(temperature=0.5, top_p=0.9, limit=10), "auto") == "t0.5-p0.9-limit10"
-    assert label(EvalConfig(greedy=True, top_p=0.9, max_new_tokens=64), "plain") == "greedy-n64-plain"
-    assert label(EvalConfig(temperature=0), "auto") == "greedy"
+    assert settings_label(EvalConfig(), "auto") == "t1"
+    assert settings_label(EvalConfig(temperature=0.5, top_p=0.9, limit=10), "auto") == "t0.5-p0.9-limit10"
+    assert settings_label(EvalConfig(greedy=True, top_p=0.9, max_new_tokens=64), "plain") == "greedy-n64-plain"
+    assert settings_label(EvalConfig(temperature=0), "auto") == "greedy"
 
 
 def test_a_place_that_cannot_be_written_is_found_before_the_work(model, encoder, tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(StorageError, match="cannot write to"):
-        check_writable(tmp_path / "file" / "eval")
-    check_writable(tmp_path / "new" / "eval")
+        check_results_writable(tmp_path / "file" / "eval")
+    check_results_writable(tmp_path / "new" / "eval")
     assert [path.name for path in tmp_path.iterdir()] == ["file"], "trying leaves nothing behind"
     with pytest.raises(StorageError, match="--output"):
-        save(evaluate(model, encoder, suite_of(), config(greedy=True)), tmp_path / "file")
+        save_results(evaluate(model, encoder, suite_of(), config(greedy=True)), tmp_path / "file")
 
 
 def test_a_run_tells_in_which_precision_each_model_answered(tmp_path):

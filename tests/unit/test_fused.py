@@ -4,7 +4,6 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import dataclass, replace
-from typing import get_args
 
 import pytest
 import torch
@@ -14,20 +13,21 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from distillm_cli.config import fields, schema
+from distillm_cli import plugins
+from distillm_cli.config import schema
 from distillm_cli.losses import fused
-from distillm_cli.losses.criterion import Objective
-from distillm_cli.losses.divergences import KL, SkewKL, build
+from distillm_cli.losses.divergences import KL, SkewKL, build_divergence
 from distillm_cli.losses.fused import fused_loss, target_log_probs
+from distillm_cli.losses.objectives import KD
 from distillm_cli.losses.student_loss import StudentLoss
-from distillm_cli.losses.terms import LossWeights, TokenWeights
+from distillm_cli.losses.weights import LossWeights, TokenWeights
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.training.events import Note
 from distillm_cli.types import collate
 from tests import plain, tiny
 
 N, D, D_TEACHER, V = 11, 6, 9, 17
-NAMES = list(get_args(fields.DivergenceName))
+NAMES = list(plugins.divergences)
 NUMBERS_WITHIN = {"akl", "taid"}  # parts of them are taken as numbers, which no difference quotient can know
 # What a head may do beside the product: (bias, scale, softcap).
 HEADS = {
@@ -78,7 +78,7 @@ def plain_loss(name, hidden, head, teacher_hidden, teacher_head, targets, terms,
 
 
 def make(name):
-    return build(schema.ObjectiveConfig(divergence=name, alpha=0.1, beta=0.5, jeffreys_weight=0.5))
+    return build_divergence(schema.ObjectiveConfig(divergence=name))
 
 
 def ours(name, hidden, head, teacher_hidden, teacher_head, targets, terms=TERMS["kd"], **more):
@@ -381,7 +381,7 @@ def test_a_run_says_it_once_and_stays_with_the_smaller_chunk():
     )
     batch = collate(tiny.sequences([(3, 8), (4, 8)], vocab=len(tokenizer), seed=2))
     said, teacher_hidden_ND = [], teacher.hidden(batch).detach()
-    objective = StudentLoss(student, Objective(schema.ObjectiveConfig()), teacher_head=teacher.head()).eval()
+    objective = StudentLoss(student, KD(schema.ObjectiveConfig()), teacher_head=teacher.head()).eval()
     objective.say = said.append
     expected, _ = objective([batch], teacher_hidden_ND, objective.criterion.held_out)
     refuse = iter([True])
@@ -403,7 +403,7 @@ def test_the_real_allocator_refusing_is_survived():
         import torch
         from distillm_cli.losses.divergences import SkewKL
         from distillm_cli.losses.fused import fused_loss
-        from distillm_cli.losses.terms import LossWeights
+        from distillm_cli.losses.weights import LossWeights
         from distillm_cli.models.backbone import Head
 
         torch.set_num_threads(1)

@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from distillm_cli.config.schema import AdapterConfig, StudentConfig
 from distillm_cli.errors import ModelError
-from distillm_cli.losses.criterion import CROSS_ENTROPY, Objective
+from distillm_cli.losses.objectives import CrossEntropy
 from distillm_cli.losses.student_loss import StudentLoss
+from distillm_cli.losses.weights import CROSS_ENTROPY
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.generation.decoding import FastDecoding
 from distillm_cli.models.loading import load_backbone, load_config
@@ -69,7 +70,7 @@ def test_only_the_adapter_trains_and_at_first_it_says_nothing(family, tmp_path):
     with torch.no_grad():
         assert torch.equal(backbone.logits(BATCH), bare.logits(BATCH))
         assert backbone.check_head(BATCH)
-    objective = StudentLoss(backbone, Objective(None))
+    objective = StudentLoss(backbone, CrossEntropy())
     objective.train()
     total, _ = objective([BATCH], None, CROSS_ENTROPY)
     total.backward()
@@ -110,7 +111,7 @@ def test_the_loss_has_the_gradients_of_the_merged_weights(family, tmp_path):
     wanted = {n: p.grad.clone() for n, p in exact.named_parameters() if p.requires_grad}
     exact.zero_grad()
     backbone.model.float()
-    total, _ = StudentLoss(backbone, Objective(None))([BATCH], None, CROSS_ENTROPY)
+    total, _ = StudentLoss(backbone, CrossEntropy())([BATCH], None, CROSS_ENTROPY)
     total.backward()
     assert total.item() == pytest.approx(truth.item(), rel=1e-5)
     for name, p in backbone.model.named_parameters():
@@ -385,7 +386,7 @@ def test_gradient_checkpointing_reaches_the_adapter(tmp_path):
         if checkpointing:
             enable = getattr(backbone.model, "activation_checkpointing_enable", None)
             (enable or backbone.model.gradient_checkpointing_enable)()
-        objective = StudentLoss(backbone, Objective(None))
+        objective = StudentLoss(backbone, CrossEntropy())
         backbone.model.train()
         for module in backbone.model.modules():  # dropout would differ
             if isinstance(module, torch.nn.Dropout):

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from distillm_cli.config import schema
-from distillm_cli.evaluation.metrics import METRICS, corpus, final_number, ratio
+from distillm_cli.evaluation.metrics import corpus, final_number, ratio
+from distillm_cli.plugins import metrics
 
-rouge_l, exact_match, error_rate = (METRICS[name].score for name in ("rouge_l", "exact_match", "error_rate"))
+rouge_l, exact_match, error_rate = (metrics[name].score for name in ("rouge_l", "exact_match", "error_rate"))
 
 
 def read(path, count):
@@ -35,7 +36,7 @@ def distance(a: list[str], b: list[str]) -> int:
 
 
 def test_every_metric_a_recipe_may_name_exists():
-    assert set(METRICS) == set(schema.MetricName.__args__)
+    assert set(metrics) == set(schema.MetricName.__args__)
 
 
 def test_rouge_l_by_hand():
@@ -70,8 +71,8 @@ def test_the_best_of_a_list_of_references_counts(shared_data):
 
 def test_rouge_1_and_2_by_hand_and_on_real_references(shared_data):
     # "the cat sat" against "the cat is sitting": 2 of 3 and 4 words; 1 of 2 and 3 pairs.
-    assert METRICS["rouge_1"].score("The cat sat.", ["the cat is sitting"]) == pytest.approx(100 * 4 / 7)
-    assert METRICS["rouge_2"].score("The cat sat.", ["the cat is sitting"]) == pytest.approx(100 * 2 / 5)
+    assert metrics["rouge_1"].score("The cat sat.", ["the cat is sitting"]) == pytest.approx(100 * 4 / 7)
+    assert metrics["rouge_2"].score("The cat sat.", ["the cat is sitting"]) == pytest.approx(100 * 2 / 5)
     plain = RougeScorer(["rouge1", "rouge2"], use_stemmer=True)
     rows = read(shared_data / "dolly" / "valid.jsonl", 20)
     guesses, wanted = [rows[(i * 7 + 1) % 20]["output"] for i in range(20)], [[row["output"]] for row in rows]
@@ -103,10 +104,10 @@ def test_bleu_is_the_corpus_figure_by_hand_and_no_mean_over_rows():
     references.append(["so it is said", "then so it is said", "it was said"])  # rows differ in how many they have
     by_hand = bleu_by_hand(predictions, references)
     assert corpus("bleu", predictions, references) == pytest.approx(by_hand)
-    rows = [METRICS["bleu"].score(p, r) for p, r in zip(predictions, references, strict=True)]
+    rows = [metrics["bleu"].score(p, r) for p, r in zip(predictions, references, strict=True)]
     assert abs(sum(rows) / 4 - by_hand) > 0.5
-    assert METRICS["bleu"].score("short", ["short"]) == pytest.approx(100), "a row's own: n-grams it is long enough for"
-    assert "tok:13a|smooth:exp" in METRICS["bleu"].signature
+    assert metrics["bleu"].score("short", ["short"]) == pytest.approx(100), "a row's own: n-grams it is long enough for"
+    assert "tok:13a|smooth:exp" in metrics["bleu"].signature
 
 
 def test_chrf_is_sacrebleus_with_the_best_reference_of_each_row():
@@ -115,7 +116,7 @@ def test_chrf_is_sacrebleus_with_the_best_reference_of_each_row():
     assert corpus("chrf", predictions, references) == pytest.approx(plain)
     assert corpus("chrf", predictions, [r[::-1] for r in references]) == pytest.approx(plain), "the closer one counts"
     assert corpus("chrf", ["日本語"], [["日本語"]]) == pytest.approx(100), "any script"
-    assert "nc:6|nw:0" in METRICS["chrf"].signature
+    assert "nc:6|nw:0" in metrics["chrf"].signature
 
 
 @pytest.mark.parametrize(
@@ -153,7 +154,7 @@ def test_gsm8k_answers_are_compared_as_numbers(shared_data):
     written = [row["answer"].rpartition("####")[2].strip() for row in rows]
     assert corpus("final_number", [f"So the answer is {text}." for text in written], wanted) == 100
     assert corpus("final_number", ["I do not know"] * len(rows), wanted) == 0
-    score = METRICS["final_number"].score
+    score = metrics["final_number"].score
     assert (score("It costs $18.00", ["... #### 18"]), score("18 or 19", ["#### 18"])) == (100, 0)
     assert score("nothing", ["nothing"]) == 0, "no number is no match"
 
@@ -177,12 +178,12 @@ def test_phoneme_error_rate_on_real_words(shared_data):
 
 def test_a_set_s_error_rate_is_edits_over_tokens_not_a_mean_of_rates():
     predictions, references = ["A B C", "X"], [["A B D E"], ["Y"]]
-    counts = [METRICS["error_rate"].count(p, r) for p, r in zip(predictions, references, strict=True)]
+    counts = [metrics["error_rate"].count(p, r) for p, r in zip(predictions, references, strict=True)]
     assert counts == [(2, 4), (1, 1)]
     assert corpus("error_rate", predictions, references) == pytest.approx(100 * 3 / 5)
     assert error_rate("A B C D", ["Z"]) == 400, "insertions count, so it may pass 100"
     assert error_rate("", [""]) == 0
-    assert METRICS["error_rate"].count("A B C", ["A B C D E F", "X B C"]) == (1, 3), "the lowest rate is chosen"
+    assert metrics["error_rate"].count("A B C", ["A B C D E F", "X B C"]) == (1, 3), "the lowest rate is chosen"
 
 
 words = st.lists(st.sampled_from("ABCD"), max_size=8)
@@ -211,8 +212,8 @@ def test_an_empty_set_and_a_row_without_reference_are_refused():
 
 
 def test_directions():
-    assert METRICS["rouge_l"].higher_is_better
-    assert not METRICS["error_rate"].higher_is_better
+    assert metrics["rouge_l"].higher_is_better
+    assert not metrics["error_rate"].higher_is_better
 
 
 @pytest.mark.parametrize(
@@ -232,4 +233,4 @@ def test_directions():
 )
 def test_scientific_notation_is_one_number(text, number):
     assert final_number(text) == Decimal(number)
-    assert METRICS["final_number"].score(text, [number]) == 100
+    assert metrics["final_number"].score(text, [number]) == 100

@@ -11,10 +11,10 @@ import torch
 from torch.testing import assert_close
 
 from distillm_cli.config import schema
-from distillm_cli.losses.criterion import SourceBatch
 from distillm_cli.losses.fused import fused_loss
+from distillm_cli.losses.objectives import SourceBatch
 from distillm_cli.losses.policy_gradient import ClippedSurrogate, MiniLLM, advantages
-from distillm_cli.losses.terms import LossWeights, TokenWeights
+from distillm_cli.losses.weights import LossWeights, TokenWeights
 from distillm_cli.rollouts.mixture import MixtureSampler
 from distillm_cli.rollouts.pool import RoundBuffer
 from distillm_cli.rollouts.scheduler import Source, build_scheduler
@@ -222,9 +222,9 @@ def test_a_round_is_sampled_once_and_gone_through_four_times():
     schedule = build_scheduler(schema.ScheduleConfig(kind="rounds", inner_epochs=4), steps=40, seed=1, batches=3)
     drawn = [schedule.draw(step, 0) for step in range(24)]
     assert drawn == ([Source.ROLLOUT] * 3 + [Source.REPLAY] * 9) * 2
-    assert schedule.may_replay
-    assert schedule.uses_student_outputs
-    assert not build_scheduler(schema.ScheduleConfig(kind="rounds", inner_epochs=1), steps=9, seed=1).may_replay
+    assert schedule.config.may_replay
+    assert schedule.config.uses_student_outputs
+    assert not build_scheduler(schema.ScheduleConfig(kind="rounds", inner_epochs=1), steps=9, seed=1).config.may_replay
 
     buffer = RoundBuffer(6, seed=5, batches=3)
     seen = Counter()

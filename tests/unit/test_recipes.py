@@ -16,6 +16,7 @@ import pytest
 from distillm_cli.config.load import resolve, shipped, to_yaml
 from distillm_cli.config.methods import METHODS
 from distillm_cli.config.pipeline_recipe import is_pipeline, load_pipeline
+from tests.typed import flags
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -111,8 +112,6 @@ def test_the_pipelines_of_the_paper_have_the_papers_settings():
 @pytest.mark.parametrize("name", shipped())
 def test_the_commands_in_a_recipes_comments_resolve(name):
     """`distillm sft --model … --lr …` lines in comments are documentation that must not rot."""
-    from distillm_cli.cli.options import flags
-
     for line in shipped()[name].read_text(encoding="utf-8").splitlines():
         _, found, rest = line.partition("distillm ")
         if not (line.startswith("#") and found and rest.startswith(("sft --", "distill --"))):
@@ -126,7 +125,7 @@ def test_the_commands_in_a_recipes_comments_resolve(name):
             command=verb,
             recipe=recipe,
             sets=sets,
-            flags=flags(**{k[2:].replace("-", "_"): v for k, v in given.items()}),
+            flags=flags(verb, **{k[2:].replace("-", "_"): v for k, v in given.items()}),
         )
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from distillm_cli.errors import ModelError
-from distillm_cli.losses.criterion import CROSS_ENTROPY, Objective
+from distillm_cli.losses.objectives import CrossEntropy
 from distillm_cli.losses.student_loss import StudentLoss
+from distillm_cli.losses.weights import CROSS_ENTROPY
 from distillm_cli.models import router
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.training.events import Note, Warned
@@ -40,7 +41,7 @@ def test_loss_and_gradient_equal_those_of_transformers(family):
     student.model.zero_grad()
 
     weight = router.set_router_loss("auto", student)
-    objective = StudentLoss(student, Objective(None), router_aux=weight).train()
+    objective = StudentLoss(student, CrossEntropy(), router_aux=weight).train()
     student.model.eval()  # the objective trains; no dropout
     loss, _ = objective([batch], None, CROSS_ENTROPY, scale=1 / batch.tokens)
     loss.backward()
@@ -59,7 +60,7 @@ def test_held_out_loss_is_without_it():
     student = _backbone("mixtral")
     batch = tiny.batch([(5, 3)], families.VOCAB)
     weight = router.set_router_loss(0.5, student)
-    plain, balanced = (StudentLoss(student, Objective(None), router_aux=w) for w in (0.0, weight))
+    plain, balanced = (StudentLoss(student, CrossEntropy(), router_aux=w) for w in (0.0, weight))
     losses = {w: o.eval()([batch], None, CROSS_ENTROPY)[0].item() for w, o in (("plain", plain), ("with", balanced))}
     assert losses["plain"] == losses["with"]
     assert balanced.train()([batch], None, CROSS_ENTROPY)[0].item() != losses["plain"]

@@ -21,7 +21,7 @@ from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.rows import Row
 from distillm_cli.data.teacher_samples import Beforehand, encoded
 from distillm_cli.errors import Interrupted, ModelError
-from distillm_cli.losses import criteria
+from distillm_cli.losses import objectives
 from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.loading import load_backbone
@@ -380,7 +380,7 @@ def engine_of(tmp_path=None, *, steps=10, kept=False, student=None, teacher="t5-
         composition = BatchComposition(batches, steps=6, rows=rows, max_rows=4)
         table = HiddenStateTable(rows)
         asked = CachedTeacher(model, mode="memory", rows=table, composition=composition, caches_rollouts=True)
-    student_loss = StudentLoss(student, criteria.build(ObjectiveConfig()), teacher_head=asked.head)
+    student_loss = StudentLoss(student, objectives.build(ObjectiveConfig()), teacher_head=asked.head)
     run = RunInfo(steps=steps, steps_per_epoch=6)
     held_out = [tiny.sequences([(4, 3), (5, 4), (3, 2)], VOCAB, seed=9)]
     return Trainer(

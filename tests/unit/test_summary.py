@@ -74,7 +74,7 @@ def test_a_difference_that_is_seen_as_nothing_has_no_sign_and_what_was_measured_
 
 
 def test_differences_are_coloured_by_whether_they_are_better():
-    text = page(outcome_table(OUTCOMES, lower_is_better={"error_rate"}), 100, colour=True)
+    text = page(outcome_table(OUTCOMES), 100, colour=True)
     green, yellow = "\x1b[32m", "\x1b[33m"
     for better in ("−2.541", "+59.06", "−60.10"):
         assert green + better in text

@@ -9,11 +9,11 @@ from torch.testing import assert_close
 
 from distillm_cli.config import schema
 from distillm_cli.errors import Interrupted
-from distillm_cli.losses import criteria
-from distillm_cli.losses.criterion import SourceBatch, TokenLogProbs
+from distillm_cli.losses import objectives
 from distillm_cli.losses.divergences import KL
 from distillm_cli.losses.fused import fused_loss
-from distillm_cli.losses.terms import NO_WEIGHTS
+from distillm_cli.losses.objectives import SourceBatch, TokenLogProbs
+from distillm_cli.losses.weights import NO_WEIGHTS
 from distillm_cli.models.backbone import Head
 from distillm_cli.rollouts.scheduler import Source
 from tests import plain
@@ -51,7 +51,7 @@ def course(losses, steps, start, rate, momentum):
 def test_t_takes_the_papers_course_and_ends_at_the_teacher(steps, start, rate, momentum):
     """Ten steps that are the whole run (where the straight line leads), and the first ten of many (where the loss does)."""
     config = schema.ObjectiveConfig(divergence="taid", taid_start=start, taid_rate=rate, taid_momentum=momentum)
-    moving, seen = criteria.build(config), []
+    moving, seen = objectives.build(config), []
     for step, loss in enumerate(LOSSES, start=1):
         seen.append(moving.terms(Source.DATASET, step / steps).divergence.t)
         moving.observe(loss, step / steps)
@@ -65,7 +65,7 @@ def test_t_takes_the_papers_course_and_ends_at_the_teacher(steps, start, rate, m
 
 
 def test_taids_step_is_kl_to_the_target_between_with_the_student_in_it_as_a_number():
-    moving = criteria.build(TAID)
+    moving = objectives.build(TAID)
     for step, loss in enumerate(LOSSES[:4], start=1):
         moving.observe(loss, step / 10)
     t = course(LOSSES[:4], 10, 0.4, 5e-4, 0.99)[-1]
@@ -104,7 +104,7 @@ def test_atkds_step_is_the_papers_however_it_is_cut(cuts, alpha):
     targets = torch.randint(0, 7, (13,), generator=torch.Generator().manual_seed(5))
     expected = whole_step(z, zt, targets, alpha)
 
-    looking = criteria.build(schema.ObjectiveConfig(divergence="atkd", atkd_easy=alpha))
+    looking = objectives.build(schema.ObjectiveConfig(divergence="atkd", atkd_easy=alpha))
     assert looking.looks_at == ("teacher",)
     readings = [TokenLogProbs(log_p_N=part) for part in log_at(zt, targets).split(cuts)]
     own = looking.look_ahead([SourceBatch(Source.DATASET, [])] * len(cuts), readings, 0.5)
@@ -116,7 +116,7 @@ def test_atkds_step_is_the_papers_however_it_is_cut(cuts, alpha):
 
 
 def test_atkd_where_all_tokens_are_alike_and_where_there_is_none():
-    looking = criteria.build(ATKD)
+    looking = objectives.build(ATKD)
     (alike,) = looking.look_ahead([SourceBatch(Source.DATASET, [])], [TokenLogProbs(torch.full((4,), -0.5))], 0.5)
     assert_close(alike.divergence_args_N, torch.full((4, 2), 0.8))
     assert looking.look_ahead([SourceBatch(Source.DATASET, [])], [TokenLogProbs(torch.zeros(0))], 0.5) == [None]

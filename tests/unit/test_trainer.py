@@ -14,9 +14,10 @@ from torch.testing import assert_close
 
 from distillm_cli.config import schema
 from distillm_cli.errors import CheckpointError, Interrupted, NonFiniteError, OutOfMemoryError, StorageError
-from distillm_cli.losses import criteria
-from distillm_cli.losses.criterion import CROSS_ENTROPY, SourceBatch
+from distillm_cli.losses import objectives
+from distillm_cli.losses.objectives import SourceBatch
 from distillm_cli.losses.student_loss import StudentLoss
+from distillm_cli.losses.weights import CROSS_ENTROPY
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.rollouts.pool import SequencePool
 from distillm_cli.rollouts.sampler import ModelSampler
@@ -91,12 +92,12 @@ def build(
             rows=HiddenStateTable(ROWS),
             composition=BatchComposition(rows, steps=len(ROWS) // step_rows, rows=ROWS, max_rows=train.batch_size),
             caches_rollouts=True,
-            releases_model=not (scheduler.uses_student_outputs or scheduler.uses_teacher_samples),
+            releases_model=not (section.uses_student_outputs or section.uses_teacher_samples),
             validation=HiddenStateTable(HELD_OUT[0]) if train.select == "valid_divergence" else None,
         )
     student_loss = StudentLoss(
         backbone,
-        criteria.build(None if sft else objective or schema.ObjectiveConfig(), steps / (len(ROWS) // step_rows)),
+        objectives.build(None if sft else objective or schema.ObjectiveConfig(), steps / (len(ROWS) // step_rows)),
         teacher_head=None if sft else teacher.head,
     )
     checkpoints = None
@@ -658,7 +659,7 @@ def test_where_memory_runs_out_held_out_rows_are_taken_in_smaller_batches():
     said, backbone = [], student("llama")
     rows = tiny.sequences([(4, 3), (5, 4), (3, 2), (6, 1), (2, 5), (3, 3), (4, 4)], vocab=len(TOKENIZER), seed=9)
     held_out = Validator([rows[:5], rows[5:]], RunInfo(steps=1, steps_per_epoch=1), listener=said.append)
-    objective = StudentLoss(backbone, criteria.build(None))
+    objective = StudentLoss(backbone, objectives.build(None))
     with torch.no_grad():
         expected = held_out.mean(CROSS_ENTROPY, objective)
         memory = Narrow(objective, 3)
@@ -753,7 +754,7 @@ def test_what_the_teacher_said_in_a_step_that_failed_is_asked_again_in_the_same_
     ],
 )
 def test_losses_are_named_after_what_they_are(objective, name, held_out):
-    criterion = criteria.build(None if objective is None else schema.ObjectiveConfig(**objective))
+    criterion = objectives.build(None if objective is None else schema.ObjectiveConfig(**objective))
     assert (criterion.name, criterion.held_out_name) == (name, held_out)
 
 

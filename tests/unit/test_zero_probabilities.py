@@ -2,17 +2,16 @@
 definition with probabilities so small that they stand for 0."""
 
 import math
-from typing import get_args
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from distillm_cli.config import fields
+from distillm_cli import plugins
 from distillm_cli.config.schema import ObjectiveConfig
-from distillm_cli.losses.divergences import Rows, build, logit_grad
+from distillm_cli.losses.divergences import Rows, build_divergence, logit_grad
 from distillm_cli.losses.fused import fused_loss
-from distillm_cli.losses.terms import LossWeights
+from distillm_cli.losses.weights import LossWeights
 from tests import plain
 from tests.unit.test_divergences import SETTINGS, STEEP
 from tests.unit.test_fused import Head, rand
@@ -61,7 +60,7 @@ def test_suppressed_tokens_have_the_value_of_the_limit(name, settings, where):
     expected, expected_grad = truth(name, settings, zt, z, columns)
 
     p, q = Rows(with_zeros(zt, columns[0])[0]), Rows(with_zeros(z.detach(), columns[1])[0])
-    divergence = build(ObjectiveConfig(divergence=name, **settings)).at(plain.some_targets(zt), None)
+    divergence = build_divergence(ObjectiveConfig(divergence=name, **settings)).at(plain.some_targets(zt), None)
     value, h = divergence.between(p, q)
     assert_close(value, expected, rtol=1e-9, atol=1e-11)
     finite = expected.isfinite()
@@ -73,7 +72,7 @@ def test_suppressed_tokens_have_the_value_of_the_limit(name, settings, where):
 def test_a_token_suppressed_on_both_sides_is_absent(name, settings):
     z, zt = rand(N, V, seed=3), rand(N, V, seed=4)
     gone = torch.full((N, 1), -math.inf, dtype=torch.float64)
-    divergence = build(ObjectiveConfig(divergence=name, **settings))
+    divergence = build_divergence(ObjectiveConfig(divergence=name, **settings))
     value, h = divergence.between(Rows(zt), Rows(z))
     longer, longer_h = divergence.between(Rows(torch.cat([zt, gone], -1)), Rows(torch.cat([z, gone], -1)))
     assert_close(longer, value)
@@ -84,14 +83,14 @@ def test_a_token_suppressed_on_both_sides_is_absent(name, settings):
 @pytest.mark.parametrize(("name", "settings"), SETTINGS + STEEP)
 def test_looking_for_zeros_changes_no_bit_of_finite_logits(name, settings):
     tables = [(4 * rand(50, 101, seed=seed)).float() for seed in (5, 6)]
-    divergence = build(ObjectiveConfig(divergence=name, **settings)).at(plain.some_targets(tables[0]), None)
+    divergence = build_divergence(ObjectiveConfig(divergence=name, **settings)).at(plain.some_targets(tables[0]), None)
     plainly, looking = (divergence.between(*(Rows(z, has_zeros=zeros) for z in tables)) for zeros in (False, True))
     assert all(torch.equal(a, b) for a, b in zip(plainly, looking, strict=True))
 
 
 @pytest.mark.parametrize("form", ["logits", "bias"])
 @pytest.mark.parametrize("where", WHERE)
-@pytest.mark.parametrize("name", get_args(fields.DivergenceName))
+@pytest.mark.parametrize("name", list(plugins.divergences))
 def test_the_fused_loss_knows_suppressed_tokens(name, where, form):
     """Where a model gives logits of its own, and where the bias of its head suppresses tokens."""
     hidden, weight, teacher_hidden, teacher_weight = (
@@ -99,7 +98,7 @@ def test_the_fused_loss_knows_suppressed_tokens(name, where, form):
     )
     z, zt = hidden @ weight.T, teacher_hidden @ teacher_weight.T
     expected, expected_grad = truth(
-        name, {"taid_start": ObjectiveConfig().taid_start}, zt, z.requires_grad_(), WHERE[where]
+        name, {"taid_start": ObjectiveConfig(divergence="taid").taid_start}, zt, z.requires_grad_(), WHERE[where]
     )
     teacher_columns, columns = WHERE[where]
     if form == "logits":
@@ -117,7 +116,7 @@ def test_the_fused_loss_knows_suppressed_tokens(name, where, form):
         given,
         student,
         plain.some_targets(z),
-        terms=LossWeights(1.0, 0.0, build(ObjectiveConfig(divergence=name))),
+        terms=LossWeights(1.0, 0.0, build_divergence(ObjectiveConfig(divergence=name))),
         teacher_hidden_ND=teacher_given,
         teacher_head=teacher,
         chunk=3,

@@ -1,4 +1,4 @@
-"""What a token costs, as the loss is told it: by the step, and by the token itself."""
+"""Describe what a token's loss is: per step (``LossWeights``) and per token (``TokenWeights``)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from distillm_cli.losses.divergences import Divergence
 
 @dataclass(frozen=True)
 class LossWeights:
-    """What a token costs: ``kd`` · divergence + ``ce`` · cross-entropy."""
+    """Hold the weights of a token's loss, ``kd`` · divergence + ``ce`` · cross-entropy."""
 
     kd: float
     ce: float
     divergence: Divergence | None = None
+
+
+CROSS_ENTROPY = LossWeights(kd=0.0, ce=1.0)
 
 
 class Surrogate(Protocol):
@@ -44,14 +47,14 @@ class TokenWeights:
     surrogate: Surrogate | None = None
 
     def __getitem__(self, tokens: slice) -> TokenWeights:
-        return self._each(lambda part: part[tokens])
+        return self._map(lambda part: part[tokens])
 
     def to(self, device: torch.device | str) -> TokenWeights:
-        return self._each(lambda part: part.to(device))
+        return self._map(lambda part: part.to(device))
 
-    def _each(self, do: Callable) -> TokenWeights:
-        parts = (getattr(self, f.name) for f in fields(self))
-        return TokenWeights(*(None if part is None else do(part) for part in parts))
+    def _map(self, change: Callable) -> TokenWeights:
+        parts = [getattr(self, field.name) for field in fields(self)]
+        return TokenWeights(*(None if part is None else change(part) for part in parts))
 
 
 NO_WEIGHTS = TokenWeights()

@@ -1,0 +1,168 @@
+"""``distillm sft`` and ``distillm distill``: fine-tune a model, or train a student against a teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from distillm_cli.cli import options
+from distillm_cli.cli.options import FieldFlags, command
+from distillm_cli.cli.usage import check_complete, check_single_process
+from distillm_cli.config.shortcuts import METHOD_PANEL
+from distillm_cli.errors import UsageError
+
+WarmTeacherCache = Annotated[
+    bool,
+    typer.Option(
+        "--warm-teacher-cache",
+        metavar="",
+        help="Only compute the teacher's hidden states of the rows and store them on disk for later runs.",
+        rich_help_panel=METHOD_PANEL,
+    ),
+]
+RebuildTeacherCache = Annotated[
+    bool,
+    typer.Option(
+        "--rebuild-teacher-cache",
+        metavar="",
+        help="Replace a cache on disk that is stale or damaged.",
+        rich_help_panel=METHOD_PANEL,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Hold the options that both commands have, beside the flags of fields."""
+
+    recipe: options.Recipe = None
+    sets: options.Set = None
+    dry_run: options.DryRun = False
+    output: options.Output = None
+    resume: options.Resume = False
+    overwrite: options.Overwrite = False
+    json: options.Json = False
+    quiet: options.Quiet = False
+    debug: options.Debug = False
+
+
+@command(
+    "sft",
+    panel=options.VERBS,
+    examples=(
+        "distillm sft --model gpt2-xl --data dolly --lr 5e-5 --epochs 10 --output runs/teacher",
+        "distillm sft --model random:4x256 --tokenizer words --data words.jsonl --output runs/small",
+        "distillm sft --recipe quickstart-teacher",
+    ),
+)
+def sft(fields: FieldFlags, chosen: TrainingOptions) -> None:
+    """Fine-tune one model on instruction data: the teacher, or the student's starting point.
+
+    Every other field: [cyan]--set section.key=value[/]. All fields with their values: [cyan]--dry-run[/].
+    """
+    launch("sft", fields, chosen)
+
+
+@command(
+    "distill",
+    panel=options.VERBS,
+    examples=(
+        "distillm distill --recipe quickstart",
+        "distillm distill --teacher gpt2-xl --student gpt2 --alpha 0.1",
+        "distillm distill --teacher runs/teacher --student random:2x128 --data rows.jsonl --divergence srkl",
+        "distillm distill --recipe quickstart --method ab --schedule adaptive",
+        "distillm distill --recipe quickstart --method gkd --set schedule.mix=0.3",
+        "distillm distill --recipe quickstart --warm-teacher-cache",
+        "distillm distill --resume --output runs/quickstart-distillm",
+    ),
+)
+def distill(
+    fields: FieldFlags,
+    chosen: TrainingOptions,
+    warm_teacher_cache: WarmTeacherCache = False,
+    rebuild_teacher_cache: RebuildTeacherCache = False,
+) -> None:
+    """Train a student against a teacher: skew KL and adaptive off-policy rollouts.
+
+    Every other field: [cyan]--set section.key=value[/]. All fields with their values: [cyan]--dry-run[/].
+    """
+    launch("distill", fields, chosen, only_warm=warm_teacher_cache, rebuild_teacher_cache=rebuild_teacher_cache)
+
+
+def launch(
+    verb: str,
+    fields: FieldFlags,
+    chosen: TrainingOptions,
+    *,
+    only_warm: bool = False,
+    rebuild_teacher_cache: bool = False,
+) -> None:
+    """Resolve the recipe, then print it (``--dry-run``), warm the teacher cache, or train."""
+    from distillm_cli.cli.streams import write_stdout
+    from distillm_cli.config.load import resolve, to_yaml
+    from distillm_cli.runs import output_dir
+    from distillm_cli.runs.defaults import check_data, fitted, fitted_line
+    from distillm_cli.training.events import Note
+
+    output = chosen.output
+    recipe_name = chosen.recipe
+    if chosen.resume and recipe_name is None and output is not None:
+        earlier = Path(output) / output_dir.RECIPE
+        recipe_name = str(earlier) if earlier.is_file() else None  # to resume, the directory is enough
+    resolved = fitted(resolve(command=verb, recipe=recipe_name, flags=fields, sets=chosen.sets))
+    if chosen.dry_run:
+        if chosen.json:
+            from distillm_cli.ui.console import print_json
+
+            print_json({"command": verb, "status": "ok", "recipe": resolved.recipe.model_dump(mode="json")})
+        else:
+            write_stdout(to_yaml(resolved))
+        return
+    check_complete(resolved.recipe)
+    notes = [note for note in (check_data(resolved), fitted_line(resolved)) if note is not None]
+    check_single_process()
+
+    from distillm_cli.runs.reading import reading
+    from distillm_cli.ui.console import console
+
+    if only_warm:
+        if chosen.resume or chosen.overwrite or output is not None:
+            what = "--warm-teacher-cache writes no output directory"
+            raise UsageError(what, hint="drop --output, --resume and --overwrite")
+        with console(json_mode=chosen.json, quiet=chosen.quiet) as ui, reading(resolved.recipe) as early:
+            for note in notes:
+                ui(Note(note))
+            from distillm_cli.runs.teacher_states import warm
+
+            ui.result(warm(resolved, rebuild=rebuild_teacher_cache, ui=ui, early=early))
+        return
+    recipe = resolved.recipe
+    place = Path(output) if output else None
+    if place is None:
+        student = recipe.student.path or "student"
+        place = output_dir.default_name(resolved.name, recipe.data.source, student, recipe.method, resume=chosen.resume)
+    is_new = output_dir.check(place, resume=chosen.resume, overwrite=chosen.overwrite)  # before rows are read
+    if chosen.overwrite:
+        from distillm_cli.runs.inputs import check_spared
+
+        check_spared(verb, recipe, place, file=recipe_name)
+    ui = console(json_mode=chosen.json, quiet=chosen.quiet)
+    with output_dir.claimed(place, is_new=is_new), ui, reading(recipe) as early:
+        for note in notes:
+            ui(Note(note))
+        from distillm_cli.runs.train import train  # which imports torch, while the rows are read and tokenized
+
+        result = train(
+            verb,
+            resolved,
+            place,
+            resume=chosen.resume,
+            overwrite=chosen.overwrite,
+            rebuild_teacher_cache=rebuild_teacher_cache,
+            early=early,
+            ui=ui,
+        )
+        ui.result(result)

@@ -1,0 +1,244 @@
+"""Define the recipe's ``schedule`` section: which sequences a step trains on (METHODS B). One class per kind.
+
+Class variables describe a kind to everything that depends on where sequences come from: fields of other sections, the
+model that decodes, what the teacher cache may hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from distillm_cli.config.fields import Positive, Probability, Section, TaggedUnion, UsedWhen
+
+_REPLAYED = {"schedule.replay": ("decreasing", "constant", "increasing")}
+_AUTO_REPLAY = {"schedule.replay": ("auto",)}
+_FROM_BUFFER = {"schedule.fresh": ("buffer",)}
+_CAPACITY = Field(1000, description="replay buffer, sequences; the oldest leave first")
+_WARM_UP = Field(
+    "fill", description="fill: until the buffer is full every student draw is fresh (official code); none: the paper"
+)
+_CURVED = UsedWhen({"schedule.anneal": ("exponential", "sigmoid")})
+
+
+class ScheduleConfig(Section):
+    """Which sequences a step trains on (METHODS B).
+
+    ``ScheduleConfig(kind="mixed", mix=0.3)`` returns the member of that kind. trains_on: in words. uses_rows: the data set
+    rows' own responses. uses_student_outputs, uses_teacher_samples: sequences that the models generate. drafts: the student
+    drafts and the teacher corrects.
+    """
+
+    trains_on: ClassVar[str]
+    uses_rows: ClassVar[bool] = False
+    uses_student_outputs: ClassVar[bool] = False
+    uses_teacher_samples: ClassVar[bool] = False
+    drafts: ClassVar[bool] = False
+
+    kind: str = Field(
+        "adaptive",
+        description="off: data set rows; on: rollouts; mixed: GKD; annealed: ImitKD; adaptive: DistiLLM; teacher: samples "
+        "of the teacher; pairs: of both for each prompt; interleaved: rollouts that the teacher mends (speculative KD); "
+        "rounds: rollout.bulk batches of rollouts, trained on inner_epochs times, then the next (MiniLLM)",
+    )
+
+    def __new__(cls, **values: Any) -> ScheduleConfig:
+        """Create the member of the kind that the values name."""
+        return super().__new__(SCHEDULE.member(values.get("kind")) if cls is ScheduleConfig else cls)
+
+    @property
+    def may_replay(self) -> bool:
+        """Return whether a student output may be trained on more than once."""
+        return False
+
+    @property
+    def buffer_capacity(self) -> int:
+        """Return how many student outputs are held for later steps at most."""
+        return 0
+
+    @property
+    def trains_from_buffer(self) -> bool:
+        """Return whether a step with a fresh rollout trains on a draw from the buffer instead."""
+        return False
+
+    @property
+    def redraws(self) -> bool:
+        """Return whether samples that belong to a row are drawn again in each epoch."""
+        return False
+
+
+class OffConfig(ScheduleConfig):
+    """Every step is on data set rows."""
+
+    trains_on = "data set"
+    uses_rows = True
+
+    kind: Literal["off"] = "off"
+
+
+class BufferedConfig(ScheduleConfig):
+    """Base of the schedules with student outputs that may be replayed from a buffer."""
+
+    uses_student_outputs = True
+    auto_replay: ClassVar[str] = "none"
+
+    replay: Literal["auto", "none", "decreasing", "constant", "increasing"] = Field(
+        "auto",
+        description="ρ(t), the share of student draws that are fresh: 1−t/T, ½, t/T; none: always fresh. "
+        "auto: decreasing for adaptive, else none",
+    )
+    capacity: Annotated[Positive, UsedWhen(_REPLAYED, _FROM_BUFFER)] = _CAPACITY
+    warm_up: Annotated[Literal["fill", "none"], UsedWhen(_REPLAYED)] = _WARM_UP
+    fresh: Literal["direct", "buffer"] = Field(
+        "direct",
+        description="after a rollout train on it (official code), or on a draw from the buffer it went into (paper)",
+    )
+
+    @property
+    def replay_course(self) -> str:
+        """Return how the share of fresh rollouts develops: ``replay``, with auto replaced by the kind's own."""
+        return self.auto_replay if self.replay == "auto" else self.replay
+
+    @property
+    def may_replay(self) -> bool:
+        return self.fresh == "buffer" or self.replay_course != "none"
+
+    @property
+    def buffer_capacity(self) -> int:
+        return self.capacity
+
+    @property
+    def trains_from_buffer(self) -> bool:
+        return self.fresh == "buffer"
+
+
+class OnConfig(BufferedConfig):
+    """Every step is on student outputs."""
+
+    trains_on = "student samples"
+
+    kind: Literal["on"] = "on"
+
+
+class MixedConfig(BufferedConfig):
+    """A step is on student outputs with a fixed probability (GKD)."""
+
+    trains_on = "data set or student samples"
+    uses_rows = True
+
+    kind: Literal["mixed"] = "mixed"
+    mix: Probability = Field(0.5, description="λ of mixed: the probability of a rollout")
+
+
+class AnnealedConfig(BufferedConfig):
+    """The share of steps on student outputs grows from 0 to 1 (ImitKD)."""
+
+    trains_on = "data set, then student samples"
+    uses_rows = True
+
+    kind: Literal["annealed"] = "annealed"
+    anneal: Literal["linear", "exponential", "sigmoid"] = Field("linear", description="how the data set's share falls")
+    anneal_rate: Annotated[float, Field(gt=0), _CURVED] = Field(
+        5.0, description="exponential: e^(−r·t/T); sigmoid: steepness around the middle"
+    )
+
+
+class AdaptiveConfig(BufferedConfig):
+    """The share of steps on student outputs, φ, rises with the validation loss (DistiLLM)."""
+
+    trains_on = "data set, student samples, replay"
+    uses_rows = True
+    auto_replay = "decreasing"
+
+    kind: Literal["adaptive"] = "adaptive"
+    capacity: Annotated[Positive, UsedWhen(_REPLAYED, _AUTO_REPLAY, _FROM_BUFFER)] = _CAPACITY
+    warm_up: Annotated[Literal["fill", "none"], UsedWhen(_REPLAYED, _AUTO_REPLAY)] = _WARM_UP
+    epsilon: float = Field(
+        0.1, description="φ rises when the validation loss reaches its reference + ε, nats per token"
+    )
+    levels: Positive = Field(10, description="N: φ rises by 1/N")
+    phi: Probability = Field(0.0, description="φ at the start")
+    reference: Literal["last_rise", "previous"] = Field(
+        "last_rise",
+        description="the loss ε is added to: at the last rise of φ (official code), or the previous one (paper)",
+    )
+
+
+class _RowSampleConfig(ScheduleConfig):
+    """Base of the schedules with samples that belong to a row."""
+
+    uses_teacher_samples = True
+
+    redraw: Literal["never", "epoch"] = Field(
+        "never",
+        description="epoch: the teacher's samples are drawn anew in each epoch, and the student's of a pair at its "
+        "beginning; never: the teacher's once, the student's of a pair at every step",
+    )
+
+    @property
+    def redraws(self) -> bool:
+        return self.redraw == "epoch"
+
+
+class TeacherSamplesConfig(_RowSampleConfig):
+    """Every step is on samples of the teacher (SeqKD)."""
+
+    trains_on = "teacher samples"
+
+    kind: Literal["teacher"] = "teacher"
+
+
+class PairsConfig(_RowSampleConfig):
+    """Every step is on a sample of the teacher and one of the student for each prompt (DistiLLM-2)."""
+
+    trains_on = "teacher and student samples, in pairs"
+    uses_student_outputs = True
+
+    kind: Literal["pairs"] = "pairs"
+
+
+class InterleavedConfig(BufferedConfig):
+    """Every step is on drafts of the student that the teacher corrects (speculative KD)."""
+
+    trains_on = "student drafts, mended by the teacher"
+    drafts = True
+
+    kind: Literal["interleaved"] = "interleaved"
+
+
+class RoundsConfig(ScheduleConfig):
+    """Rollouts are drawn in rounds, and each round is trained on several times (MiniLLM)."""
+
+    trains_on = "rounds of student samples, each trained on several times"
+    uses_student_outputs = True
+
+    kind: Literal["rounds"] = "rounds"
+    inner_epochs: Positive = Field(4, description="of rounds: how often a round's rollouts are trained on")
+
+    @property
+    def may_replay(self) -> bool:
+        return self.inner_epochs > 1
+
+
+_KINDS = (
+    OffConfig, OnConfig, MixedConfig, AnnealedConfig, AdaptiveConfig,
+    TeacherSamplesConfig, PairsConfig, InterleavedConfig, RoundsConfig,
+)  # fmt: skip
+SCHEDULE = TaggedUnion(
+    tag="kind",
+    default=ScheduleConfig.model_fields["kind"].default,
+    base=ScheduleConfig,
+    members={kind.model_fields["kind"].default: kind for kind in _KINDS},
+)
+
+
+def kinds_with(test: Callable[[type[ScheduleConfig]], bool]) -> tuple[str, ...]:
+    """Return the kinds of schedules whose class passes a test."""
+    return tuple(kind for kind, config in SCHEDULE.members.items() if test(config))
+
+
+def trains_on_own_outputs(config: type[ScheduleConfig]) -> bool:
+    """Return whether student outputs are the only generated sequences, and free of the teacher's corrections."""
+    return config.uses_student_outputs and not (config.uses_teacher_samples or config.drafts)

@@ -1,0 +1,135 @@
+"""Registries of divergences, methods, metrics and data sets: the built-in ones and those of other packages.
+
+A package adds its own through an entry point, which names a module (or an object of it) whose import registers them:
+
+    [project.entry-points."distillm.divergences"]
+    squared = "my_package.squared"
+
+The groups are ``distillm.divergences``, ``distillm.methods``, ``distillm.metrics`` and ``distillm.datasets``. A registry
+imports its built-in modules and its entry points when it is first read. An entry point that cannot be imported is
+reported by a PluginWarning and in ``failures``; everything else works without it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from typing import Generic, TypeVar
+
+from distillm_cli.errors import UsageError
+
+T = TypeVar("T")
+
+
+class PluginWarning(UserWarning):
+    """Warn about an entry point that cannot be imported."""
+
+
+@dataclass(frozen=True)
+class PluginFailure:
+    """Describe an entry point that could not be imported: its group, its name, its distribution and the cause."""
+
+    group: str
+    name: str
+    distribution: str
+    cause: str
+
+    def __str__(self) -> str:
+        return (
+            f"plug-in {self.name} of {self.distribution} ({self.group}) cannot be loaded; {self.cause}; "
+            f"fix or uninstall {self.distribution}"
+        )
+
+
+class Registry(Mapping[str, T], Generic[T]):
+    """Map names to the entries of one group, in the order of their registration.
+
+    group: what the entries are, such as "divergences". builtin: dotted modules whose import registers the built-in ones.
+    """
+
+    def __init__(self, group: str, *builtin: str):
+        self.group = group
+        self.builtin = builtin
+        self.failures: list[PluginFailure] = []
+        self._entries: dict[str, T] = {}
+        self._origins: dict[str, str] = {}
+        self._is_loaded = False
+        self._loading: str | None = None
+        self._closed_by: str | None = None
+
+    def register(self, name: str, entry: T, origin: str | None = None) -> None:
+        """Add an entry. Raise UsageError for a name in use.
+
+        origin: the module that it comes from, for messages; None: the module that is being loaded.
+        """
+        origin = origin or self._loading or "this program"
+        if name in self._entries:
+            raise UsageError(
+                f"{self.group}: {name} is registered twice",
+                where=f"by {self._origins[name]} and by {origin}",
+                hint="give one of them another name",
+            )
+        if self._closed_by is not None:
+            raise UsageError(
+                f"{self.group}: {name} is registered too late",
+                where=f"{self._closed_by} exists already",
+                hint=f"register it through an entry point of distillm.{self.group}, or import {origin} before",
+            )
+        self._entries[name] = entry
+        self._origins[name] = origin
+
+    def close(self, built: str) -> None:
+        """Load everything and refuse later entries. built: what has been made of the entries, for the message."""
+        self._load()
+        self._closed_by = built
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._entries:
+            self._load()
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        self._load()
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        self._load()
+        return len(self._entries)
+
+    def _load(self) -> None:
+        """Import the built-in modules and the entry points, once."""
+        if self._is_loaded:
+            return
+        self._is_loaded = True  # what is imported here may read the registry
+        for module in self.builtin:
+            self._loading = module
+            import_module(module)
+        for entry_point in metadata.entry_points(group=f"distillm.{self.group}"):
+            self._loading = entry_point.value
+            self._load_plugin(entry_point)
+        self._loading = None
+
+    def _load_plugin(self, entry_point: metadata.EntryPoint) -> None:
+        before = dict(self._entries)
+        try:
+            entry_point.load()
+        except Exception as error:
+            self._entries = before
+            distribution = entry_point.dist.name if entry_point.dist is not None else entry_point.value
+            cause = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
+            failure = PluginFailure(f"distillm.{self.group}", entry_point.name, distribution, cause)
+            self.failures.append(failure)
+            warnings.warn(str(failure), PluginWarning, stacklevel=2)
+
+
+divergences: Registry = Registry("divergences", "distillm_cli.losses.divergences", "distillm_cli.losses.families")
+methods: Registry = Registry("methods", "distillm_cli.config.methods")
+metrics: Registry = Registry("metrics", "distillm_cli.evaluation.metrics")
+datasets: Registry = Registry("datasets", "distillm_cli.data.known")
+
+
+def failures() -> list[PluginFailure]:
+    """Return the entry points that could not be imported so far."""
+    return [failure for registry in (divergences, methods, metrics, datasets) for failure in registry.failures]
