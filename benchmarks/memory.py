@@ -53,7 +53,7 @@ def case(name: str, vocab: int, tokens: int, width: int, teacher_width: int) -> 
 
     def fused(hidden, weight, teacher_hidden, teacher_weight):
         return fused_loss(
-            hidden, Head(weight), torch.zeros(len(hidden), dtype=torch.long), terms=LossWeights(1.0, 0.0, SkewKL(0.1)),
+            hidden, Head(weight), torch.zeros(len(hidden), dtype=torch.long), weights=LossWeights(1.0, 0.0, SkewKL(0.1)),
             teacher_hidden_ND=teacher_hidden, teacher_head=Head(teacher_weight),
             matmul_dtype=torch.bfloat16,
         )  # fmt: skip

@@ -35,6 +35,7 @@ import tasks
 from lab import mean_sd
 from tasks import Task
 
+from distillm_cli import plugins
 from distillm_cli.config.methods import METHODS
 
 HERE = Path(__file__).resolve().parent
@@ -246,9 +247,6 @@ class Bench:
         }
 
 
-SHORT = {"error_rate": "PER", "exact_match": "EM", "rouge_l": "ROUGE-L"}
-
-
 def _thousands(values: list[float]) -> str:
     return f"{statistics.mean(values) / 1000:,.0f}" if any(values) else "–"
 
@@ -264,7 +262,7 @@ def _cells(task: Task, figures: list[list[dict]]) -> list[str]:
 
 
 def _head(task: Task, *columns: str) -> list[str]:
-    names = [f"{SHORT[metric]} {name}" for name in task.passes for metric in task.metrics]
+    names = [f"{plugins.metrics[metric].label} {name}" for name in task.passes for metric in task.metrics]
     titles = [*columns, *names, "entropy T=1"]
     return ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
 

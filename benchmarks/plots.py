@@ -6,8 +6,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-TITLES = {"error_rate": "phoneme error rate, % (left is better)", "exact_match": "exact match, % (right is better)",
-          "rouge_l": "ROUGE-L (right is better)"}  # fmt: skip
+from distillm_cli import plugins
+
 COLOURS = {"T=1": "#d1495b", "T=0.5": "#edae49", "greedy": "#00798c"}
 INK, GRID = "#333333", "#dddddd"
 
@@ -79,7 +79,8 @@ def _dots(pyplot, task, scores: dict):
         axes.errorbar([m for m, _ in spread], range(len(names)), xerr=[s for _, s in spread], fmt="o", markersize=5,
                       color=COLOURS[way], ecolor=COLOURS[way], elinewidth=1.2, label=way)  # fmt: skip
     axes.set_yticks(range(len(names)), names)
-    axes.set_xlabel(TITLES[metric] + (f", less that of {task.beside}, same seed" if task.beside in scores else ""))
+    title = f"{plugins.metrics[metric].label}, % ({'left' if task.lower else 'right'} is better)"
+    axes.set_xlabel(title + (f", less that of {task.beside}, same seed" if task.beside in scores else ""))
     axes.legend(frameon=False, ncols=len(task.passes), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     _bare(axes)
     return figure
@@ -112,7 +113,7 @@ def _cost(pyplot, task, scores: dict, costs: dict[str, float]):
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("seconds of the training loop, the teacher's states of data set rows at hand")
-    axes.set_ylabel("phoneme error rate at T = 1, %")
+    axes.set_ylabel(f"{plugins.metrics[metric].label} at T = 1, %")
     axes.margins(x=0.15)
     _bare(axes)
     return figure

@@ -89,7 +89,7 @@ class Ours:
             teacher_head=self.teacher.head,
             matmul_dtype=torch.bfloat16,
         ).train()
-        self.terms = self.objective.criterion.terms(Source.DATASET)
+        self.terms = self.objective.criterion.weights(Source.DATASET)
         random, sizes = np.random.default_rng(0), (shape.prompt, shape.response)
         rows = [[random.integers(0, shape.vocab, n, dtype=np.int32) for n in sizes] for _ in range(shape.batch)]
         self.sequences = [Rollout(prompt, response, row) for row, (prompt, response) in enumerate(rows)]

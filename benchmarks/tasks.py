@@ -11,6 +11,8 @@ from pathlib import Path
 
 from lab import run, sets
 
+from distillm_cli.config.fields import is_lower_better
+
 SAMPLED = ["--seeds", "10", "--temperature"]
 PASSES = {"T=1": [*SAMPLED, "1"], "T=0.5": [*SAMPLED, "0.5"], "greedy": ["--greedy"]}
 
@@ -20,7 +22,7 @@ class Task:
     """One setting in which methods are compared.
 
     work: its directory. threads: of each run. steps, batch: of a run, optimizer steps and rows. metrics: of the test set,
-    the first chooses the learning rate on validation rows. lower: it is better when lower. passes: ways of decoding the
+    the first chooses the learning rate on validation rows. passes: ways of decoding the
     test set. common: arguments of every training. scoring: arguments of every evaluation. student: what a start is made
     from. start_steps, start_lr: of the SFT that every student starts from. suite: what is scored at the end. beside: a
     method that the others are set beside, seed by seed, where seeds differ more than methods do.
@@ -32,7 +34,6 @@ class Task:
     steps: int
     batch: int
     metrics: tuple[str, ...]
-    lower: bool
     grid: tuple[str, ...]
     passes: tuple[str, ...]
     common: list[str]
@@ -44,6 +45,11 @@ class Task:
     teacher_argv: list[str] = field(default_factory=list)
     teacher_path: str | None = None
     beside: str | None = None
+
+    @property
+    def lower(self) -> bool:
+        """Return whether the first metric is better when it is lower."""
+        return is_lower_better(self.metrics[0])
 
     def run(self, place: Path, argv: list[str]) -> dict:
         return run(place, argv, self.threads)
@@ -141,7 +147,7 @@ def g2p(data: Path, work: Path, threads: int, steps: int = 1000) -> Task:
     fields += ["eval.greedy=true", "eval.batch_size=250"]
     return Task(
         name="g2p", work=work.resolve(), threads=threads, steps=steps, batch=batch, metrics=("error_rate", "exact_match"),
-        lower=True, grid=("1e-3", "2e-3", "4e-3"), passes=("T=1", "T=0.5", "greedy"),
+        grid=("1e-3", "2e-3", "4e-3"), passes=("T=1", "T=0.5", "greedy"),
         common=["--data", rows, *_training(threads, batch, 64, "fp32", *fields)],
         scoring=["--batch-size", "250", "--max-new-tokens", "32", "--dtype", "fp32",
                  *sets("eval.no_repeat_ngram_size=0", "data.template=plain", f"train.threads={threads}")],
@@ -163,7 +169,7 @@ def builtin(work: Path, threads: int, steps: int = 1000) -> Task:
     fields += ["eval.report_rows=500", "eval.greedy=true", "eval.batch_size=250"]
     return Task(
         name="builtin", work=work.resolve(), threads=threads, steps=steps, batch=batch, metrics=("exact_match",),
-        lower=False, grid=("1e-3", "2e-3", "4e-3"), passes=("T=1", "greedy"),
+        grid=("1e-3", "2e-3", "4e-3"), passes=("T=1", "greedy"),
         common=["--data", "builtin", *_training(threads, batch, 64, "fp32", *fields)],
         scoring=["--limit", "1000", "--batch-size", "250", "--max-new-tokens", "24", "--dtype", "fp32",
                  *sets("eval.no_repeat_ngram_size=0", "data.template=plain", f"train.threads={threads}")],
@@ -182,7 +188,7 @@ def dolly(work: Path, threads: int, steps: int = 300) -> Task:
     common = ["--data", "dolly", *_training(threads, 16, 320, "bf16", *fields)]
     scratch = ["--model", "random:4x256", "--tokenizer", "bpe:2000", "--steps", "1500", "--lr", "2e-3"]
     return Task(
-        name="dolly", work=work.resolve(), threads=threads, steps=steps, batch=16, metrics=("rouge_l",), lower=False,
+        name="dolly", work=work.resolve(), threads=threads, steps=steps, batch=16, metrics=("rouge_l",),
         grid=("1e-3", "2e-3", "4e-3"), passes=("T=1", "greedy"), common=common,
         scoring=["--limit", "500", "--batch-size", "50", "--max-new-tokens", "64", "--dtype", "bf16",
                  *sets(f"train.threads={threads}")],

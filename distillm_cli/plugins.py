@@ -13,7 +13,7 @@ reported by a PluginWarning and in ``failures``; everything else works without i
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from typing import Generic, TypeVar
@@ -47,14 +47,17 @@ class Registry(Mapping[str, T], Generic[T]):
     """Map names to the entries of one group, in the order of their registration.
 
     group: what the entries are, such as "divergences". builtin: dotted modules whose import registers the built-in ones.
+    check: called with each entry of another package; one that it raises an error for is left out, with a PluginWarning.
     """
 
-    def __init__(self, group: str, *builtin: str):
+    def __init__(self, group: str, *builtin: str, check: Callable[[T], None] | None = None):
         self.group = group
         self.builtin = builtin
+        self.check = check
         self.failures: list[PluginFailure] = []
         self._entries: dict[str, T] = {}
         self._origins: dict[str, str] = {}
+        self._distributions: dict[str, str] = {}  # of entries of other packages
         self._is_loaded = False
         self._loading: str | None = None
         self._closed_by: str | None = None
@@ -113,18 +116,37 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def _load_plugin(self, entry_point: metadata.EntryPoint) -> None:
         before = dict(self._entries)
+        distribution = entry_point.dist.name if entry_point.dist is not None else entry_point.value
         try:
             entry_point.load()
+            for name in self._entries.keys() - before.keys():
+                self._distributions[name] = distribution
+                if self.check is not None:
+                    self.check(self._entries[name])
         except Exception as error:
             self._entries = before
-            distribution = entry_point.dist.name if entry_point.dist is not None else entry_point.value
-            cause = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
-            failure = PluginFailure(f"distillm.{self.group}", entry_point.name, distribution, cause)
-            self.failures.append(failure)
-            warnings.warn(str(failure), PluginWarning, stacklevel=2)
+            self._report(entry_point.name, distribution, error)
+
+    def reject(self, name: str, error: Exception) -> None:
+        """Remove an entry of another package that turns out to be unusable. Raise the error where it is a built-in one."""
+        if name not in self._distributions:
+            raise error
+        del self._entries[name]
+        self._report(name, self._distributions[name], error)
+
+    def _report(self, name: str, distribution: str, error: Exception) -> None:
+        cause = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
+        failure = PluginFailure(f"distillm.{self.group}", name, distribution, " ".join(cause.split()))
+        self.failures.append(failure)
+        warnings.warn(str(failure), PluginWarning, stacklevel=2)
 
 
-divergences: Registry = Registry("divergences", "distillm_cli.losses.divergences", "distillm_cli.losses.families")
+divergences: Registry = Registry(
+    "divergences",
+    "distillm_cli.losses.divergences",
+    "distillm_cli.losses.families",
+    check=lambda entry: entry.check(),
+)
 methods: Registry = Registry("methods", "distillm_cli.config.methods")
 metrics: Registry = Registry("metrics", "distillm_cli.evaluation.metrics")
 datasets: Registry = Registry("datasets", "distillm_cli.data.known")

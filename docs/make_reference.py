@@ -5,13 +5,16 @@ python docs/make_reference.py > docs/reference.md
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator
 
 from distillm_cli import plugins
-from distillm_cli.config.explain import choices, expected, leaves, shown
+from distillm_cli.config.explain import expected, leaves, shown
 from distillm_cli.config.methods import METHODS
+from distillm_cli.config.schedule import SCHEDULE
 from distillm_cli.config.shortcuts import FIELD_FLAGS
 from distillm_cli.data.known import GeneratedDataset
+from distillm_cli.losses.divergences import DivergenceEntry
 
 
 def cell(text: str) -> str:
@@ -28,9 +31,14 @@ def table(*head: str, rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
     yield ""
 
 
-def first_line(thing: object) -> str:
-    """Return the first line of a docstring."""
-    return (thing.__doc__ or "").strip().splitlines()[0]
+def summary(thing: object) -> str:
+    """Return the first paragraph of a docstring."""
+    return (inspect.getdoc(thing) or "").split("\n\n")[0]
+
+
+def parameters(entry: DivergenceEntry) -> list[str]:
+    """Return the names of a divergence's parameters."""
+    return [] if entry.config is None else [name for name in entry.config.model_fields if name != "divergence"]
 
 
 def page() -> Iterator[str]:
@@ -48,20 +56,23 @@ def page() -> Iterator[str]:
     yield ""
     yield "`--divergence`, and `objective.divergence` in a recipe."
     yield ""
-    yield from (f"- `{name}`" for name in choices("objective.divergence"))
-    yield ""
+    divergences = (
+        (f"`{name}`", summary(entry.divergence), ", ".join(f"`{parameter}`" for parameter in parameters(entry)))
+        for name, entry in plugins.divergences.items()
+    )
+    yield from table("name", "what it computes", "its parameters in `objective`", rows=divergences)
     yield "## Schedules"
     yield ""
     yield "`--schedule`, and `schedule.kind` in a recipe."
     yield ""
-    yield from (f"- `{name}`" for name in choices("schedule.kind"))
-    yield ""
+    schedules = ((f"`{name}`", summary(kind), kind.trains_on) for name, kind in SCHEDULE.members.items())
+    yield from table("kind", "what it does", "trains on", rows=schedules)
     yield "## Metrics"
     yield ""
     yield "`distillm eval --metric`, and `eval.metrics` and `train.select` in a recipe."
     yield ""
     metrics = (
-        (f"`{name}`", metric.label, "higher" if metric.higher_is_better else "lower", first_line(metric))
+        (f"`{name}`", metric.label, "higher" if metric.higher_is_better else "lower", summary(metric))
         for name, metric in plugins.metrics.items()
     )
     yield from table("name", "label", "better", "what it computes", rows=metrics)

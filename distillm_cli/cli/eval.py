@@ -12,7 +12,7 @@ from distillm_cli.cli.usage import check_single_process
 from distillm_cli.config.shortcuts import Flag
 from distillm_cli.errors import UsageError
 
-Checkpoint = Annotated[
+CheckpointArgument = Annotated[
     list[str],
     typer.Argument(
         metavar="CKPT...",
@@ -44,9 +44,9 @@ ResultsDirectory = Annotated[
     ),
 )
 def evaluate_checkpoints(
-    checkpoints: Checkpoint,
+    checkpoints: CheckpointArgument,
     fields: FieldFlags,
-    recipe: options.Recipe = None,
+    recipe: options.RecipeOption = None,
     sets: options.Set = None,
     output: ResultsDirectory = None,
     json: options.Json = False,
@@ -58,8 +58,10 @@ def evaluate_checkpoints(
     Without --suite: the suites of the checkpoint's own recipe, or the held-out rows of its run. Settings that no flag
     gives, the template among them, come from that recipe too, and the defaults below hold without one.
     """
-    from distillm_cli.runs.eval import score
+    from distillm_cli.runs.eval import evaluate_checkpoints
+    from distillm_cli.runs.inference import Settings
     from distillm_cli.ui.console import console
+    from distillm_cli.ui.summary import eval_summary
 
     sampling = ("eval.seeds", "eval.temperature", "eval.top_p")
     sampling_flag = next((fields[key].name for key in sampling if key in fields), None)
@@ -71,4 +73,6 @@ def evaluate_checkpoints(
     if "eval.greedy" not in fields and sampling_flag:
         fields["eval.greedy"] = Flag("--greedy", False)  # even where the checkpoint's own recipe is greedy
     with console(json_mode=json, quiet=quiet) as ui:
-        ui.result(score(checkpoints, recipe=recipe, flags=fields, sets=sets, output=output, ui=ui))
+        result = evaluate_checkpoints(checkpoints, Settings(recipe, fields, sets), ui, output=output)
+        ui.show(*eval_summary(result))
+        ui.result(result.as_json())

@@ -114,7 +114,7 @@ def generate(
     n: ResponsesPerPrompt = 1,
     greedy: GreedyDecoding = False,
     fields: FieldFlags,
-    recipe: options.Recipe = None,
+    recipe: options.RecipeOption = None,
     sets: options.Set = None,
     output: RowsFile = None,
     resume: ResumeFile = False,
@@ -127,9 +127,12 @@ def generate(
 
     Settings that no flag gives come from the model's own recipe, and the defaults below hold without one.
     """
-    from distillm_cli.runs.generate import run
+    from distillm_cli.runs.generate import generate_responses
+    from distillm_cli.runs.inference import Settings
     from distillm_cli.runs.prompt_source import PromptSource
-    from distillm_cli.ui.console import console
+    from distillm_cli.runs.run_results import Generated
+    from distillm_cli.training.events import Event
+    from distillm_cli.ui.console import console, write_rows
 
     if model is None:
         raise UsageError("no model to generate with", hint="give --model")
@@ -143,17 +146,14 @@ def generate(
     if greedy:
         fields["rollout.temperature"] = Flag("--greedy", 0.0)
     source = PromptSource(data=data, split=split, prompts=prompts, input=input, limit=limit, samples=n)
+    settings = Settings(recipe, fields, sets)
     with console(json_mode=json, quiet=quiet) as ui:
-        ui.result(
-            run(
-                model,
-                source,
-                recipe=recipe,
-                flags=fields,
-                sets=sets,
-                output=output,
-                resume=resume,
-                overwrite=overwrite,
-                ui=ui,
-            )
-        )
+
+        def listen(event: Event) -> None:
+            if isinstance(event, Generated):
+                write_rows(event.rows)
+            else:
+                ui(event)
+
+        result = generate_responses(model, source, settings, listen, output=output, resume=resume, overwrite=overwrite)
+        ui.result(result.as_json())

@@ -1,7 +1,7 @@
 """Options of the commands: those of recipe fields are generated from the schema, the others are written here once.
 
     @command("distill", panel=VERBS, examples=("distillm distill --recipe quickstart",))
-    def distill(fields: FieldFlags, recipe: Recipe = None, sets: Set = None, …) -> None:
+    def distill(fields: FieldFlags, recipe: RecipeOption = None, sets: Set = None, …) -> None:
         resolved = resolve(command="distill", recipe=recipe, flags=fields, sets=sets)
 
 A command's parameter of type FieldFlags stands for all flags of ``config/shortcuts.py`` that the command has. Their type,
@@ -284,7 +284,7 @@ def check_named(parameter: typer.CallbackParam, value: Any) -> Any:
     return value
 
 
-Recipe = Annotated[
+RecipeOption = Annotated[
     str | None,
     typer.Option(
         "--recipe",

@@ -77,7 +77,10 @@ def copy_recipe(
     ] = None,
     debug: options.Debug = False,
 ) -> None:
-    """Copy a recipe to a file of your own. Never overwrites."""
+    """Copy a recipe to a file of your own. Never overwrites.
+
+    For an editor that completes and checks it: distillm schema > schema.json, in the same directory.
+    """
     from distillm_cli.config.load import locate
 
     source = locate(name)

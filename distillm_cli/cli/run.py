@@ -96,9 +96,9 @@ def run_stages(
     pipeline = fitted_pipeline(load_pipeline(recipe, sets or ()))
     place = Path(output) if output else Path("runs") / pipeline.name
     if dry_run:
-        from distillm_cli.runs.pipeline import choose, resolved_yaml, survey
+        from distillm_cli.runs.pipeline import choose_stages, resolved_yaml, stage_states
 
-        states = survey(pipeline, place, choose(pipeline, only, start))
+        states = stage_states(pipeline, place, choose_stages(pipeline, only, start))
         if not json:
             write_stdout(resolved_yaml(pipeline, states))
             return
@@ -111,6 +111,9 @@ def run_stages(
         return
     check_single_process()
     with console(json_mode=json, quiet=quiet) as ui:
-        from distillm_cli.runs import pipeline as pipeline_run
+        from distillm_cli.runs.pipeline import run_pipeline
+        from distillm_cli.ui.summary import stage_table
 
-        ui.result(pipeline_run.run(pipeline, place, only=only, start=start, ui=ui))
+        result = run_pipeline(pipeline, place, ui, only=only, start=start)
+        ui.show(stage_table(result))
+        ui.result(result.as_json())

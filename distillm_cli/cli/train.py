@@ -38,7 +38,7 @@ RebuildTeacherCache = Annotated[
 class TrainingOptions:
     """Hold the options that both commands have, beside the flags of fields."""
 
-    recipe: options.Recipe = None
+    recipe: options.RecipeOption = None
     sets: options.Set = None
     dry_run: options.DryRun = False
     output: options.Output = None
@@ -105,7 +105,6 @@ def launch(
     from distillm_cli.config.load import resolve, to_yaml
     from distillm_cli.runs import output_dir
     from distillm_cli.runs.defaults import check_data, fitted, fitted_line
-    from distillm_cli.training.events import Note
 
     output = chosen.output
     recipe_name = chosen.recipe
@@ -125,44 +124,28 @@ def launch(
     notes = [note for note in (check_data(resolved), fitted_line(resolved)) if note is not None]
     check_single_process()
 
-    from distillm_cli.runs.reading import reading
+    from distillm_cli.runs.start import TrainOptions, start_training, warm_teacher_cache
     from distillm_cli.ui.console import console
 
     if only_warm:
         if chosen.resume or chosen.overwrite or output is not None:
             what = "--warm-teacher-cache writes no output directory"
             raise UsageError(what, hint="drop --output, --resume and --overwrite")
-        with console(json_mode=chosen.json, quiet=chosen.quiet) as ui, reading(resolved.recipe) as early:
-            for note in notes:
-                ui(Note(note))
-            from distillm_cli.runs.teacher_states import warm
-
-            ui.result(warm(resolved, rebuild=rebuild_teacher_cache, ui=ui, early=early))
+        with console(json_mode=chosen.json, quiet=chosen.quiet) as ui:
+            result = warm_teacher_cache(resolved, ui, rebuild=rebuild_teacher_cache, notes=notes)
+            ui.result(result.as_json())
         return
     recipe = resolved.recipe
     place = Path(output) if output else None
     if place is None:
         student = recipe.student.path or "student"
         place = output_dir.default_name(resolved.name, recipe.data.source, student, recipe.method, resume=chosen.resume)
-    is_new = output_dir.check(place, resume=chosen.resume, overwrite=chosen.overwrite)  # before rows are read
-    if chosen.overwrite:
-        from distillm_cli.runs.inputs import check_spared
+    run_options = TrainOptions(
+        resume=chosen.resume, overwrite=chosen.overwrite, rebuild_teacher_cache=rebuild_teacher_cache
+    )
+    with console(json_mode=chosen.json, quiet=chosen.quiet) as ui:
+        result = start_training(verb, resolved, place, ui, run_options, recipe_file=recipe_name, notes=notes)
+        from distillm_cli.ui.summary import train_next_steps, train_summary
 
-        check_spared(verb, recipe, place, file=recipe_name)
-    ui = console(json_mode=chosen.json, quiet=chosen.quiet)
-    with output_dir.claimed(place, is_new=is_new), ui, reading(recipe) as early:
-        for note in notes:
-            ui(Note(note))
-        from distillm_cli.runs.train import train  # which imports torch, while the rows are read and tokenized
-
-        result = train(
-            verb,
-            resolved,
-            place,
-            resume=chosen.resume,
-            overwrite=chosen.overwrite,
-            rebuild_teacher_cache=rebuild_teacher_cache,
-            early=early,
-            ui=ui,
-        )
-        ui.result(result)
+        ui.show(*train_summary(result), train_next_steps(result))
+        ui.result(result.as_json())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from distillm_cli.config.explain import choices, leaves, takes_list
+from distillm_cli.config.explain import choices, leaves, sections, takes_list, union_of
+from distillm_cli.config.fields import TaggedUnion
 from distillm_cli.config.pipeline_recipe import STAGE_KEYS
 from distillm_cli.config.schema import Recipe
 
@@ -23,9 +24,9 @@ def recipe_schema() -> Schema:
     generated = Recipe.model_json_schema()
     definitions = generated.pop("$defs")
     written = {name: _section(schema, definitions, name) for name, schema in generated["properties"].items()}
-    sections = {name: {"$ref": f"#/$defs/{name}"} for name in written}
-    recipe = {"type": "object", "properties": sections, "additionalProperties": False}
-    stages = {verb: _stage(verb, sections) for verb in STAGE_KEYS}
+    references = {name: {"$ref": f"#/$defs/{name}"} for name in written}
+    recipe = {"type": "object", "properties": references, "additionalProperties": False}
+    stages = {verb: _stage(verb, references) for verb in STAGE_KEYS}
     stage = {
         "type": "object",
         "required": ["verb"],
@@ -45,7 +46,7 @@ def recipe_schema() -> Schema:
             "defaults": {
                 "type": ["object", "null"],
                 "description": "Sections of a recipe that all stages share.",
-                "properties": {name: section for name, section in sections.items() if name != "method"},
+                "properties": {name: part for name, part in references.items() if name != "method"},
                 "additionalProperties": False,
             },
             "stages": {
@@ -75,7 +76,7 @@ def recipe_schema() -> Schema:
     }
 
 
-def _stage(verb: str, sections: dict[str, Schema]) -> Schema:
+def _stage(verb: str, references: dict[str, Schema]) -> Schema:
     """Return the schema of a stage: its own keys beside the sections of a recipe."""
     generated = STAGE_KEYS[verb].model_json_schema()
     own = {name: _value(schema, {}) for name, schema in generated["properties"].items()}
@@ -86,7 +87,7 @@ def _stage(verb: str, sections: dict[str, Schema]) -> Schema:
     return {
         "type": "object",
         "required": generated["required"],
-        "properties": {**own, **sections},
+        "properties": {**own, **references},
         "additionalProperties": False,
     }
 
@@ -100,13 +101,13 @@ def _section(schema: Schema, definitions: dict[str, Schema], key: str) -> Schema
         if found.get("type") == "string" and choices(key):
             found["enum"] = choices(key)
         return found
-    members = [_resolved(part, definitions) for part in schema.get("oneOf", schema.get("anyOf", [schema]))]
-    whole = _merged(members) if len(members) > 1 else members[0]
+    union = union_of(Recipe.model_fields[key]) if key in Recipe.model_fields else None
+    whole = _resolved(schema, definitions) if union is None else _merged(schema, definitions, union)
     return {
         "type": "object",
-        "description": " ".join(schema.get("description", whole.get("description", "")).split("\n\n")[0].split()),
+        "description": " ".join(whole["description"].split("\n\n")[0].split()),
         "properties": {
-            name: _section(part, definitions, f"{key}.{name}") for name, part in whole["properties"].items()
+            name: _section(whole["properties"][name], definitions, f"{key}.{name}") for name in sections()[key]
         },
         "additionalProperties": False,
     }
@@ -120,28 +121,26 @@ def _resolved(schema: Schema, definitions: dict[str, Schema]) -> Schema:
     return definitions[schema["$ref"].rpartition("/")[2]] | beside
 
 
-def _merged(members: list[Schema]) -> Schema:
-    """Return one section with the fields of all members of a union. The field that decides between them takes all tags."""
-    names = dict.fromkeys(name for member in members for name in member["properties"])
-    tag = next(name for name in names if all("const" in member["properties"].get(name, {}) for member in members))
-    tags = [member["properties"][tag]["const"] for member in members]
+def _merged(schema: Schema, definitions: dict[str, Schema], union: TaggedUnion) -> Schema:
+    """Return one section with the fields of all members of a union."""
+    members = dict(zip(union.members, (_resolved(part, definitions) for part in schema["oneOf"]), strict=True))
     properties = {}
-    for name in names:
-        holders = {
-            value: member["properties"][name]
-            for value, member in zip(tags, members, strict=True)
-            if name in member["properties"]
-        }
-        variants = []
-        for part in holders.values():
-            if part not in variants:
-                variants.append(part)
-        part = dict(variants[0]) if len(variants) == 1 else {"anyOf": variants, **_annotations(variants[0])}
+    for name in union.names():
+        holders = {tag: members[tag]["properties"][name] for tag in union.fields(name)}
+        variants = [part for i, part in enumerate(holders.values()) if part not in list(holders.values())[:i]]
+        part = variants[0] if len(variants) == 1 else {"anyOf": variants, **_annotations(variants[0])}
         if len(holders) < len(members):
-            part["description"] = f"{part.get('description', '')} Used with {tag} {', '.join(holders)}.".strip()
+            meaning = part.get("description", "").rstrip(".")
+            part = part | {"description": f"{meaning}. Used with {union.tag} {', '.join(holders)}."}
         properties[name] = part
-    properties[tag] = {"type": "string", **_annotations(members[0]["properties"][tag]), "enum": tags}
-    return {"properties": properties, **_annotations(members[0])}
+    tag = union.base.model_fields[union.tag]
+    properties[union.tag] = {
+        "type": "string",
+        "description": tag.description,
+        "default": union.default,
+        "enum": list(members),
+    }
+    return {"description": union.base.__doc__, "properties": properties}
 
 
 def _annotations(schema: Schema) -> Schema:

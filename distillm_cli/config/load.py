@@ -45,7 +45,7 @@ class Resolved:
 
 
 def shipped() -> dict[str, Path]:
-    """The recipes that come with the program: name → file. In a wheel inside the package, in a checkout beside it."""
+    """Return the shipped recipes: name → file. In a wheel they are inside the package, in a checkout beside it."""
     package = Path(__file__).resolve().parent.parent
     inside, beside = package / "_recipes", package.parent / "recipes"
     if inside.is_dir():
@@ -60,7 +60,7 @@ def _by_name(folder: Path) -> dict[str, Path]:
 
 
 def locate(recipe: str | Path) -> Path:
-    """A shipped name (as text) or a path → the file. Raises RecipeError when there is none, with the nearest name."""
+    """Return the file of a shipped name (as text) or a path. Raise RecipeError when there is none, with the nearest name."""
     text, known = str(recipe), shipped()
     if isinstance(recipe, str) and text in known:
         return known[text]
@@ -86,18 +86,18 @@ def resolve(
     flags: Mapping[str, Any] | None = None,
     sets: Iterable[str] | None = None,
 ) -> Resolved:
-    """Everything a person said → the recipe of the run.
+    """Resolve a recipe file, flags and ``--set`` into the recipe of a run.
 
     command: the verb; it decides the default method, and refuses methods of the other verb. recipe: a shipped name
     (str) or a path. flags: dotted key → Flag(name, value) or a bare value; None is "not given". sets:
     "section.key=value" texts, read by YAML's rules.
 
-    A value given by hand that the run would never read (``--alpha`` with ``--method kd``) is an error. `generate` and `eval`
-    train nothing and take any recipe: to them it is one that was typed and says how to train. What a recipe says for its
-    own method, and a flag has put another in its place, is left out, and a note says so.
+    A value given by hand that the run does not use (``--alpha`` with ``--method kd``) is an error. `generate` and `eval`
+    do not train and take any recipe. What a recipe sets for its own method, where a flag has chosen another one, is left
+    out, and a note reports it.
 
-    Raises RecipeError for the first thing wrong, in file order, and says how many more there are; UsageError for
-    contradicting flags and for a method of the other verb.
+    Raise RecipeError for the first problem, in file order, with the number of further ones; UsageError for contradicting
+    flags and for a method of the other verb.
     """
     problems = Problems()
     path = locate(recipe) if recipe is not None else None
@@ -119,7 +119,7 @@ def settle(
     name: str | None = None,
     label: str | None = None,
 ) -> Resolved | None:
-    """Layers of values → a recipe, over the preset of its method; None where it is none, which ``problems`` then say.
+    """Resolve layers of values over the preset of their method; None where there are problems, which are in ``problems``.
 
     label: what notes call the recipe. What is shared by several stages is offered: one that does not read it goes without.
     """
@@ -166,10 +166,10 @@ def settle(
             former |= {key: (given[key].value, given[key].origin) for key in left_out}
             given = {key: entry for key, entry in given.items() if key not in left_out}
             made = _validated(given, command, problems)
-        if told := left_out - unasked:
-            keys = ", ".join(key for key in leaves() if key in told)
+        if noted := left_out - unasked:
+            keys = ", ".join(key for key in leaves() if key in noted)
             run = f"method {made.method}, objective {made.objective.divergence}, schedule {made.schedule.kind}"
-            run += f", data {made.data.source}" if any(key.startswith("data.") for key in told) else ""
+            run += f", data {made.data.source}" if any(key.startswith("data.") for key in noted) else ""
             notes = (f"{label or name}: left out, since nothing reads them here ({run}): {keys}",)
     origin = {key: given[key].origin if key in given else "default" for key in leaves() if has(made, key)}
     return Resolved(made, origin, former, notes, name)
@@ -187,7 +187,7 @@ def settled(resolved: Resolved, values: Mapping[str, tuple[Any, str]]) -> Resolv
 
 
 def load_resolved(path: str | Path) -> Recipe:
-    """The recipe in a file, such as the ``recipe.yaml`` of an output directory. Raises RecipeError."""
+    """Return the recipe in a file, such as the ``recipe.yaml`` of an output directory. Raise RecipeError."""
     return resolve(command="eval", recipe=Path(path)).recipe
 
 
@@ -211,7 +211,7 @@ def to_yaml(resolved: Resolved, with_origin: bool = True) -> str:
 
 
 def _rows(section: Section, prefix: str, resolved: Resolved) -> Iterable[tuple[str, str]]:
-    """(line of YAML, comment) for each field, sections indented under their names."""
+    """Yield (line of YAML, comment) for each field, sections indented under their names."""
     indent = "  " * prefix.count(".")
     for name in type(section).model_fields:
         value, key = getattr(section, name), prefix + name
@@ -265,7 +265,7 @@ def _check_verb(method: Given, command: str) -> None:
 
 
 def _stacked(*weakest_first: Mapping[str, Given]) -> tuple[dict[str, Given], dict[str, tuple[Any, str]]]:
-    """The strongest value of each key, and what the next weaker layer had said of it."""
+    """Return the strongest value of each key, and the value of the next weaker layer."""
     given: dict[str, Given] = {}
     former: dict[str, tuple[Any, str]] = {}
     for layer in weakest_first:
@@ -355,7 +355,10 @@ def _key_of(detail: Mapping[str, Any]) -> str | None:
 
 
 def _preset(method: str, layer: int) -> dict[str, Given]:
-    """What a method stands for, as strong as the given layer."""
+    """Return the values that a method stands for, as strong as the given layer."""
+    unknown = [key for key in METHODS[method].preset if key not in leaves()]
+    if unknown:  # only a method of another package can have one
+        raise RecipeError(f"method {method} sets {unknown[0]}: no such key", hint="fix the package that registers it")
     return {key: Given(value, f"method {method}", key, Rank(layer)) for key, value in METHODS[method].preset.items()}
 
 
@@ -378,14 +381,14 @@ def _unread(recipe: Recipe, given: Mapping[str, Given], held: Mapping[str, Given
 
 
 def _is_read(key: str, entry: Given, reads: Callable[[str], bool]) -> bool:
-    """Of a flag that sets several fields (--dtype) it is enough where one of them is read."""
+    """Return whether the run uses the field, or another one that the same flag sets (--dtype)."""
     shared = [f.keys for f in FIELD_FLAGS if f.flag == entry.origin and key in f.keys]
     flags = shared if entry.rank.layer == merging.FLAG else []
     return any(map(reads, (key, *chain(*flags))))
 
 
 def _left_out(unread: Mapping[str, Given], command: str, from_recipe: Mapping[str, Given]) -> set[str]:
-    """Of what is not read: what the recipe, taken by itself, would read; a flag or --set has changed that."""
+    """Return what the recipe by itself would use and the run does not, since a flag or --set has changed that."""
     own = _method(command, from_recipe)
     preset = _preset(own.value, merging.METHOD) if _is_method(own.value) else {}
     alone, _ = _stacked({"method": own}, preset, from_recipe)

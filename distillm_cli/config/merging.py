@@ -31,14 +31,14 @@ _LARGEST = 1_000_000  # bytes; a resolved recipe has some thousands
 
 
 class Rank(NamedTuple):
-    """How strong a value is, and where in its layer it stands."""
+    """Order values: by layer, weakest first, and by position in the layer."""
 
     layer: int
     line: int = 0
 
 
 class Given(NamedTuple):
-    """A value somebody gave. origin: for the resolved recipe. place: for messages, the key or flag included.
+    """Hold a given value. origin: for the resolved recipe. place: for messages, the key or flag included.
 
     at: what ``--set`` puts before the key, in a pipeline ("stages.teacher.").
     """
@@ -51,7 +51,7 @@ class Given(NamedTuple):
 
 
 class Problems:
-    """Everything wrong with what a person said, so that the first can be told, and how many follow."""
+    """Collect everything that is wrong with the given values, to report the first and how many follow."""
 
     def __init__(self) -> None:
         self._found: list[tuple[Rank, RecipeError]] = []
@@ -63,7 +63,7 @@ class Problems:
         self._found.append((rank, error))
 
     def exclude(self, one: Given | None, other: Given | None) -> None:
-        """Two that were typed for one purpose: which of them is meant? (A stage's own is, over one for all stages.)"""
+        """Add a problem where two values for one purpose are given in one layer. (A stage's own goes over a shared one.)"""
         if one is None or other is None or None in (one.value, other.value):
             return
         layers = {one.rank.layer, other.rank.layer}
@@ -71,7 +71,7 @@ class Problems:
             self.add(one.rank, RecipeError(f"{one.place} and {other.place} both given", hint="keep one of them"))
 
     def first(self) -> RecipeError:
-        """The first in the order of layers and lines; its hint ends with how many more there are."""
+        """Return the first problem in the order of layers and lines; its hint ends with how many more there are."""
         ordered = sorted(self._found, key=lambda pair: pair[0])
         first, *rest = {error.what: error for _, error in ordered}.values()  # one flag may set, and miss, two fields
         if not rest:
@@ -90,7 +90,7 @@ def is_too_large(value: Any) -> bool:
 
 
 def bad(given: Given, key: str, command: str) -> RecipeError:
-    """The error for a value its field does not take: ``--alpha = 1.4; expected a number ≥ 0 and < 1; try …``."""
+    """Return the error for a value that its field does not take: ``--alpha = 1.4; expected a number ≥ 0 and < 1; try …``."""
     flag = given.origin if given.rank.layer == FLAG else None
     takes = expected(key)
     if int in kinds(leaves()[key].annotation) and is_too_large(given.value) and "2^63" not in takes:
@@ -103,7 +103,7 @@ def bad(given: Given, key: str, command: str) -> RecipeError:
 
 
 def document(path: Path, label: str) -> yaml.MappingNode:
-    """The mapping that a recipe file holds. Raises RecipeError for a file that is none."""
+    """Return the mapping in a recipe file. Raise RecipeError for a file that is none."""
     try:
         if path.stat().st_size > _LARGEST:
             raise RecipeError(f"{label}: too large for a recipe ({path.stat().st_size:,} bytes)")
@@ -124,12 +124,12 @@ def document(path: Path, label: str) -> yaml.MappingNode:
 
 
 def is_pipeline(node: yaml.MappingNode) -> bool:
-    """Whether a document is a recipe of stages, for ``distillm run``."""
+    """Return whether a document is a recipe of stages, for ``distillm run``."""
     return any(isinstance(key, yaml.ScalarNode) and key.value == "stages" for key, _ in node.value)
 
 
 def from_recipe(path: Path, label: str, problems: Problems, typed: str | None = None) -> dict[str, Given]:
-    """The values of a recipe file. Raises RecipeError for a file that is no mapping; the rest goes to ``problems``.
+    """Return the values of a recipe file. Raise RecipeError for a file that is no mapping; the rest goes to ``problems``.
 
     typed: what the person called it, where that is not ``label``.
     """
@@ -143,7 +143,7 @@ def from_recipe(path: Path, label: str, problems: Problems, typed: str | None = 
 def from_mapping(
     node: yaml.MappingNode, path: Path, label: str, problems: Problems, layer: int, at: str = ""
 ) -> dict[str, Given]:
-    """The values of a mapping of sections, at the top of a file or (``at``: "stages.teacher.") further down."""
+    """Return the values of a mapping of sections, at the top of a file or (``at``: "stages.teacher.") further down."""
     given: dict[str, Given] = {}
 
     def keep(key: str, value: Any, line: int) -> None:
@@ -154,7 +154,7 @@ def from_mapping(
 
 
 def from_flags(flags: Mapping[str, Any]) -> dict[str, Given]:
-    """The values of flags: dotted key → Flag or bare value; None is "not given"."""
+    """Return the values of flags: dotted key → Flag or bare value; None is "not given"."""
     named = {key: value if isinstance(value, Flag) else Flag(key, value) for key, value in flags.items()}
     if unknown := set(named) - set(leaves()):
         raise KeyError(f"flags for fields that do not exist: {sorted(unknown)}")
@@ -166,7 +166,7 @@ def from_flags(flags: Mapping[str, Any]) -> dict[str, Given]:
 
 
 def from_sets(sets: Iterable[str], problems: Problems, at: str = "", layer: int = SET) -> dict[str, Given]:
-    """The values of ``--set section.key=value``, the last one of a key counting. Raises UsageError without "=".
+    """Return the values of ``--set section.key=value``, of a key the last one. Raise UsageError without "=".
 
     at: what was typed before each key and is not part of it here, in a pipeline; layer: how strong they are there.
     """

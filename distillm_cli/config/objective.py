@@ -41,41 +41,45 @@ class ObjectiveConfig(DivergenceConfig):
     ``ObjectiveConfig(divergence="skl", alpha=0.3)`` returns the member with that divergence's parameters.
     """
 
-    divergence: Annotated[str, _DIVERGENCE] = Field(DEFAULT, description="p teacher, q student")
-    kd_weight: Probability = Field(1.0, description="(1 − kd_weight)·CE + kd_weight·D; CE never on student outputs")
+    divergence: Annotated[str, _DIVERGENCE] = Field(DEFAULT, description="Divergence between teacher p and student q.")
+    kd_weight: Probability = Field(
+        1.0, description="Weight of the divergence D: (1 − kd_weight)·CE + kd_weight·D. Student outputs have no CE."
+    )
     kd_warmup: Annotated[Probability, UsedWhen(*_WEIGHTED, of_method=False)] = Field(
-        0.0, description="share of the steps over which D's weight climbs from 0 to kd_weight: cross-entropy first"
+        0.0, description="Share of the steps over which the weight of D rises from 0 to kd_weight."
     )
     by_source: Annotated[bool, _BY_SOURCE] = Field(
         False,
-        description="the forward half of the divergence on data set rows and teacher samples, the reverse half on student "
-        "outputs: skl and srkl (DistiLLM-2), the halves of jsd (f-distill); the same on both where it has no halves",
+        description="Use the forward half of the divergence on data set rows and teacher samples, the reverse half on "
+        "student outputs: skl and srkl (DistiLLM-2), the halves of jsd (f-distill). A divergence without "
+        "halves is the same on both.",
     )
     curriculum: Literal["off", "on"] = Field(
         "off",
-        description="DistiLLM-2, with by_source: alpha is per batch, at most as given; the student's half weighs ½ at "
-        "first, 1 at the end. off: alpha as given, equal weights (the authors' release)",
+        description="Curriculum of DistiLLM-2, with by_source. on: alpha is chosen per batch, at most as given, and the "
+        "weight of the student's half rises from ½ to 1. off: alpha as given, equal weights (the authors' "
+        "release).",
     )
     reduction: Literal["token", "sequence"] = Field(
-        "token", description="mean over the step's response tokens, or per sequence first"
+        "token", description="Mean over the response tokens of the step, or per sequence first."
     )
     policy_gradient: bool = Field(
         False,
-        description="MiniLLM: on student outputs D, weighted back to the student's own sampling, and beside it the policy "
-        "gradient of what follows a token; kd_weight is then of the rows beside them (row_weight), D of the rows is kl",
+        description="MiniLLM: on student outputs D, with importance weights, and the policy gradient of the tokens that "
+        "follow. kd_weight then holds for the rows beside them (row_weight), whose D is kl.",
     )
     ratio_clip: Annotated[float, Field(gt=0, lt=1), UsedWhen({"objective.policy_gradient": (True,)})] = Field(
-        0.2, description="ε of policy_gradient: the ratio of student to sampler counts within 1 ± ε (PPO)"
+        0.2, description="ε of policy_gradient. The ratio of student to sampler is clipped to 1 ± ε (PPO)."
     )
     row_weight: Annotated[float, Field(ge=0)] = Field(
         0.0,
-        description="of policy_gradient: weight of the step's data set rows beside the student outputs, "
-        "(1 − kd_weight)·CE + kd_weight·KL(p‖q) per token (MiniLLM's term on plain text); 0: none",
+        description="Weight of data set rows beside the student outputs of policy_gradient, (1 − kd_weight)·CE + "
+        "kd_weight·KL(p‖q) per token (MiniLLM's term on plain text). 0: none.",
     )
     router_aux: Literal["auto"] | Annotated[float, Field(ge=0)] = Field(
         "auto",
-        description="weight of the auxiliary loss of the routers of a mixture of experts, for sft too. auto: the student's "
-        "router_aux_loss_coef where its config says output_router_logits, else 0",
+        description="Weight of the auxiliary loss of the routers of a mixture of experts, for sft too. auto: the "
+        "student's router_aux_loss_coef where its config sets output_router_logits, else 0.",
     )
 
     def __new__(cls, **values: Any) -> ObjectiveConfig:
@@ -118,6 +122,9 @@ class ObjectiveConfig(DivergenceConfig):
 
 def _member(name: str, entry: Any) -> type[ObjectiveConfig]:
     """Create the objective section of one divergence: the common fields and the divergence's own."""
+    own = set() if entry.config is None else set(entry.config.model_fields) - set(DivergenceConfig.model_fields)
+    if taken := own & set(ObjectiveConfig.model_fields):
+        raise TypeError(f"its parameter {min(taken)} is a key of every objective; give it another name")
     bases = (ObjectiveConfig,) if entry.config is None else (ObjectiveConfig, entry.config)
     member = create_model(
         f"{entry.divergence.__name__}Objective",
@@ -130,10 +137,16 @@ def _member(name: str, entry: Any) -> type[ObjectiveConfig]:
     return member
 
 
-OBJECTIVE = TaggedUnion(
-    tag="divergence",
-    default=DEFAULT,
-    base=ObjectiveConfig,
-    members={name: _member(name, entry) for name, entry in plugins.divergences.items()},
-)
+def _members() -> dict[str, type[ObjectiveConfig]]:
+    """Create the sections of all divergences; one of another package that is not possible is rejected with a warning."""
+    found = {}
+    for name, entry in list(plugins.divergences.items()):
+        try:
+            found[name] = _member(name, entry)
+        except Exception as error:
+            plugins.divergences.reject(name, error)
+    return found
+
+
+OBJECTIVE = TaggedUnion(tag="divergence", default=DEFAULT, base=ObjectiveConfig, members=_members())
 plugins.divergences.close("the schema of recipes")

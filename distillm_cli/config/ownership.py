@@ -1,6 +1,6 @@
-"""Whose a parameter is: which runs read a field, and what to say where one that is not read was given by hand.
+"""Decide which runs use a field, and describe the error for a value that was given and is not used.
 
-The schema says it beside each field (``fields.UsedWhen``); methods with those values are looked up in ``methods.METHODS``.
+The conditions are those of the schema (``explain.condition``); methods with their values are looked up in ``METHODS``.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from distillm_cli.config.shortcuts import flag_of
 from distillm_cli.config.student_spec import is_built
 from distillm_cli.errors import RecipeError
 
-ValueOf = Callable[[str], Any]  # dotted key → its value in some recipe
+ValueOf = Callable[[str], Any]  # dotted key → its value in a recipe
 
-_OF_DISTILLATION = ("objective.", "schedule.")  # sections of which fine-tuning (verb sft) reads nothing else
+_OF_DISTILLATION = ("objective.", "schedule.")  # sections of which fine-tuning uses nothing but _OF_TRAINING
 _OF_TRAINING = ("objective.router_aux",)
 SAMPLING = ("rollout.temperature", "rollout.top_p", "rollout.top_k", "rollout.max_new_tokens", "train.seed")
-_BUILDS_AFTER = ("teacher.path", "teacher.dtype", "teacher.revision")  # what fine-tuning reads of it, if anything
+_BUILDS_AFTER = ("teacher.path", "teacher.dtype", "teacher.revision")  # what fine-tuning uses of a teacher, if anything
 
-# What verbs that train nothing read: how rows are read and asked, and where. By flags and ``--set`` they take nothing else.
+# What commands that do not train use: how rows are read and written, and the device. Flags and ``--set`` of other fields are
+# refused there.
 _ASKING = (
     "train.device", "train.threads", "student.dtype", "data.template", "data.skip_bad_rows", "data.seed", "data.tasks",
     "data.columns.prompt", "data.columns.input", "data.columns.response",
@@ -74,50 +75,50 @@ def value_of(section: Section, key: str) -> Any:
 
 
 def trains(command: str) -> bool:
-    """Whether the verb trains, and so reads what training reads."""
+    """Return whether the command trains, and so uses what training uses."""
     return command not in _READ_WITHOUT_TRAINING
 
 
 def is_read_without_training(key: str, given: Given, value: ValueOf, command: str) -> bool:
-    """Whether a verb that trains nothing reads the field."""
+    """Return whether a command that does not train uses the field."""
     if key in _OF_HELD_OUT and command == "eval":
         return not value("eval.suites")
     return key in _READ_WITHOUT_TRAINING[command] or (bool(given.at) and key in _OF_A_STAGE.get(command, ()))
 
 
 def is_read(key: str, value: ValueOf) -> bool:
-    """Whether a run with these values reads the field."""
+    """Return whether a run with these values uses the field."""
     if _is_of_distillation(key) and _is_fine_tuning(value):
         return False
     if _is_of_no_teacher(key, value):
         return False
     when = condition(key)
-    return when is None or any(not _missing(way, value) for way in when.ways)
+    return when is None or any(not _changes_for(way, value) for way in when.ways)
 
 
 def is_general(key: str, value: ValueOf) -> bool:
-    """Whether a recipe may have the field for runs that read it and others: what `generate` will go by, and a teacher."""
+    """Return whether a recipe may have the field for other commands too: what `generate` samples with, and a teacher."""
     return key in (*SAMPLING, "rollout.bulk") or _is_of_no_teacher(key, value)
 
 
-def _missing(way: Mapping[str, Values], value: ValueOf) -> dict[str, Values]:
-    """What would have to change for this way to lead to the field: deciders, and the values they must have."""
+def _changes_for(way: Mapping[str, Values], value: ValueOf) -> dict[str, Values]:
+    """Return what would have to change for a field to be used in this way: keys, and the values they must have."""
     found = {}
     for decider, words in way.items():
         if value(decider) not in words:
             found[decider] = words
         if condition(decider) is not None:
-            found |= min((_missing(other, value) for other in condition(decider).ways), key=len) | found
+            found |= min((_changes_for(other, value) for other in condition(decider).ways), key=len) | found
     return found
 
 
 def parameters(value: ValueOf) -> list[str]:
-    """The fields that a run with these values reads and others do not, in the schema's order."""
+    """Return the fields that a run with these values uses and others do not, in the schema's order."""
     return [key for key in leaves() if (when := condition(key)) and when.of_method and is_read(key, value)]
 
 
 def misplaced(key: str, given: Given, value: ValueOf, command: str) -> RecipeError:
-    """The error for a value, given by hand, that the run never reads: whose it is, and what this run is instead."""
+    """Return the error for a given value that the run does not use: who uses it, and what this run is instead."""
     what, method = f"{given.place} = {shown(given.value)}", value("method")
     it = "it" if key in given.place else key
     distills = _is_of_distillation(key)
@@ -132,8 +133,8 @@ def misplaced(key: str, given: Given, value: ValueOf, command: str) -> RecipeErr
     if _is_fine_tuning(value) and (distills or _is_of_no_teacher(key, value)):
         where = f"{it} belongs to {_verbs(key)}; {method} trains on cross-entropy alone"
         return RecipeError(what, where=where, hint="leave it out")
-    ways = [_missing(way, value) for way in condition(key).ways]
-    here = " and ".join(f"{k} is {_said(value(k))}" for k in dict.fromkeys(next(iter(lacks)) for lacks in ways))
+    ways = [_changes_for(way, value) for way in condition(key).ways]
+    here = " and ".join(f"{k} is {_word(value(k))}" for k in dict.fromkeys(next(iter(lacks)) for lacks in ways))
     where = f"{it} belongs to {owners(key)}, and here {here}" + (f" (method {method})" if distills else "")
     nearest = min(ways, key=len)
     other = " ".join(_typed(decider, next(iter(words)), command) for decider, words in nearest.items())
@@ -143,7 +144,7 @@ def misplaced(key: str, given: Given, value: ValueOf, command: str) -> RecipeErr
 
 
 def _verbs(key: str) -> str:
-    """Of which verbs the field is, beside the one that does not read it."""
+    """Return the commands that use the field, for a message of one that does not."""
     if key in _READ_WITHOUT_TRAINING["eval"] and key.startswith("eval."):
         return "`distillm eval`"
     found = ["distill"] if _is_of_distillation(key) or key.startswith("teacher.") else ["sft", "distill"]
@@ -154,27 +155,27 @@ def _verbs(key: str) -> str:
 
 def _typed(key: str, value: Any, command: str) -> str:
     flag = flag_of(key, command)
-    return f"{flag} {_said(value)}" if flag else f"--set {key}={_said(value)}"
+    return f"{flag} {_word(value)}" if flag else f"--set {key}={_word(value)}"
 
 
 def owners(key: str) -> str:
-    """Whose the field is: "skl and srkl (method distillm)", "mixed (method gkd)", "akl", "data.source builtin"."""
-    told = []
+    """Return who uses the field: "skl and srkl (method distillm)", "mixed (method gkd)", "akl", "data.source builtin"."""
+    found = []
     for way in condition(key).ways:
         (decider, words), *more = way.items()
-        named = [] if isinstance(words, Condition) else words  # what is told by a test is most methods' anyway
+        named = [] if isinstance(words, Condition) else words  # a test, such as "above 0", holds for most methods
         methods = [name for name, m in METHODS.items() if m.preset.get(decider) in named and name not in named]
         whose = "" if decider in _NAMED_BY_WORD else f"{decider} "
-        told.append(
+        found.append(
             whose + _listed(words) + "".join(f" with {k.rpartition('.')[2]} {_listed(w, 'or')}" for k, w in more)
         )
         if methods and len(named) < 3:
-            told[-1] += f" ({'method' if len(methods) == 1 else 'methods'} {', '.join(methods)})"
-    return ", and to ".join(told)
+            found[-1] += f" ({'method' if len(methods) == 1 else 'methods'} {', '.join(methods)})"
+    return ", and to ".join(found)
 
 
 def objective_words(objective: ObjectiveConfig) -> str:
-    """The objective of a recipe in a few words: "skl α=0.1", "amid a=0.5 λ=0.1 divergence=kl from=teacher"."""
+    """Return the objective of a recipe in a few words: "skl α=0.1", "amid a=0.5 λ=0.1 divergence=kl from=teacher"."""
     if objective.kd_weight == 0:
         return "cross-entropy"
     recipe, name = Recipe(objective=objective), objective.divergence
@@ -188,14 +189,14 @@ def objective_words(objective: ObjectiveConfig) -> str:
 
 
 def _is_of_distillation(key: str) -> bool:
-    """Whether the field, or what decides on it, is of the sections that fine-tuning does without."""
+    """Return whether the field, or what decides on it, is in a section that fine-tuning does not use."""
     when = condition(key)
     deciders = [] if when is None else [decider for way in when.ways for decider in way]
     return key not in _OF_TRAINING and any(name.startswith(_OF_DISTILLATION) for name in (key, *deciders))
 
 
 def _is_of_no_teacher(key: str, value: ValueOf) -> bool:
-    """Whether the field is of a teacher, and here is fine-tuning that builds no model after one."""
+    """Return whether the field describes a teacher, in fine-tuning that builds no model from one."""
     if not key.startswith("teacher.") or not _is_fine_tuning(value):
         return False
     return key not in _BUILDS_AFTER or not is_built(value("student.path"))
@@ -209,9 +210,9 @@ def _is_fine_tuning(value: ValueOf) -> bool:
 def _listed(words: Values, joint: str = "and") -> str:
     if isinstance(words, Condition):
         return words.description
-    *others, last = map(_said, words)
+    *others, last = map(_word, words)
     return f"{', '.join(others)} {joint} {last}" if others else last
 
 
-def _said(word: Any) -> str:
+def _word(word: Any) -> str:
     return word if isinstance(word, str) else shown(word)

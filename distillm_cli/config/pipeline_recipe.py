@@ -57,7 +57,7 @@ class Training(Section):
     """Keys of an sft or distill stage beside the sections of a recipe."""
 
     verb: Verb
-    recipe: Name | None = Field(None, description="a single recipe, shipped or a file, that the stage starts from")
+    recipe: Name | None = Field(None, description="Recipe that the stage starts from, shipped or a file.")
 
 
 class Generating(Training):
@@ -65,14 +65,14 @@ class Generating(Training):
 
     model: Name
     split: Literal["train", "valid", "test"] = "train"
-    limit: Positive | None = Field(None, description="the first prompts only; unset: data.limit")
-    n: Positive = Field(1, description="responses per prompt")
+    limit: Positive | None = Field(None, description="Use the first prompts only. Unset: data.limit.")
+    n: Positive = Field(1, description="Responses per prompt.")
 
 
 class Scoring(Training):
     """Keys of an eval stage."""
 
-    models: tuple[Name, ...] = Field(min_length=1, description="what is scored")
+    models: tuple[Name, ...] = Field(min_length=1, description="Models to score.")
 
 
 STAGE_KEYS: dict[str, type[Training]] = {"sft": Training, "generate": Generating, "distill": Training, "eval": Scoring}
@@ -80,7 +80,7 @@ STAGE_KEYS: dict[str, type[Training]] = {"sft": Training, "generate": Generating
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage. own: its keys beside a recipe's. resolved: its recipe; ``stage:NAME`` still stands where it was said.
+    """One stage. own: its keys beside a recipe's. resolved: its recipe; ``stage:NAME`` still stands where it was written.
 
     origins: of ``own``, as ``Resolved.origin``. reads: the stages whose outputs it takes, in order.
     """
@@ -197,10 +197,10 @@ class _Reader:
         weakest_first = []
         if head.recipe is not None:
             weakest_first.append(self._base(head.recipe, own["recipe"]))
-        said = merging.from_mapping(sections, self.path, self.label, self.problems, merging.STAGE, at)
+        own_values = merging.from_mapping(sections, self.path, self.label, self.problems, merging.STAGE, at)
         if head.verb != "distill":  # a shared teacher is not one that those stages read, least of all the teacher's own
             shared = [{k: v for k, v in given.items() if not k.startswith("teacher.")} for given in shared]
-        weakest_first += [*shared, said, merging.from_sets(typed, self.problems, at)]
+        weakest_first += [*shared, own_values, merging.from_sets(typed, self.problems, at)]
         resolved = settle(head.verb, weakest_first, self.problems, name)
         if resolved is None:
             return None
@@ -366,8 +366,8 @@ def values(recipe: Recipe) -> dict[str, Any]:
 def inputs(own: Training, recipe: Recipe) -> Iterator[tuple[str, str]]:
     """(key, text) for every text of a stage that may name an input: a path, a name, or ``stage:NAME``."""
     for name in ("model", "models"):
-        said = getattr(own, name, None)
-        for text in (said,) if isinstance(said, str) else said or ():
+        named = getattr(own, name, None)
+        for text in (named,) if isinstance(named, str) else named or ():
             yield name, text
     for key, value in values(recipe).items():
         named = key not in _NO_INPUTS and not choices(key) and takes_texts_only(key)

@@ -16,9 +16,10 @@ from distillm_cli.config.fields import Positive, Probability, Section, TaggedUni
 _REPLAYED = {"schedule.replay": ("decreasing", "constant", "increasing")}
 _AUTO_REPLAY = {"schedule.replay": ("auto",)}
 _FROM_BUFFER = {"schedule.fresh": ("buffer",)}
-_CAPACITY = Field(1000, description="replay buffer, sequences; the oldest leave first")
+_CAPACITY = Field(1000, description="Size of the replay buffer, in sequences. The oldest are removed first.")
 _WARM_UP = Field(
-    "fill", description="fill: until the buffer is full every student draw is fresh (official code); none: the paper"
+    "fill",
+    description="Student draws until the buffer is full. fill: all are fresh (official code). none: no such phase (paper).",
 )
 _CURVED = UsedWhen({"schedule.anneal": ("exponential", "sigmoid")})
 
@@ -39,9 +40,10 @@ class ScheduleConfig(Section):
 
     kind: str = Field(
         "adaptive",
-        description="off: data set rows; on: rollouts; mixed: GKD; annealed: ImitKD; adaptive: DistiLLM; teacher: samples "
-        "of the teacher; pairs: of both for each prompt; interleaved: rollouts that the teacher mends (speculative KD); "
-        "rounds: rollout.bulk batches of rollouts, trained on inner_epochs times, then the next (MiniLLM)",
+        description="Sequences of each step. off: data set rows. on: rollouts. mixed: GKD. annealed: ImitKD. adaptive: "
+        "DistiLLM. teacher: samples of the teacher. pairs: a sample of both models for each prompt. interleaved: rollouts "
+        "that the teacher corrects (speculative KD). rounds: rollout.bulk batches of rollouts, trained on inner_epochs "
+        "times, then the next (MiniLLM).",
     )
 
     def __new__(cls, **values: Any) -> ScheduleConfig:
@@ -86,14 +88,15 @@ class BufferedConfig(ScheduleConfig):
 
     replay: Literal["auto", "none", "decreasing", "constant", "increasing"] = Field(
         "auto",
-        description="ρ(t), the share of student draws that are fresh: 1−t/T, ½, t/T; none: always fresh. "
-        "auto: decreasing for adaptive, else none",
+        description="ρ(t), the share of student draws that are fresh: 1−t/T, ½ or t/T. none: all are fresh. auto: "
+        "decreasing for adaptive, else none.",
     )
     capacity: Annotated[Positive, UsedWhen(_REPLAYED, _FROM_BUFFER)] = _CAPACITY
     warm_up: Annotated[Literal["fill", "none"], UsedWhen(_REPLAYED)] = _WARM_UP
     fresh: Literal["direct", "buffer"] = Field(
         "direct",
-        description="after a rollout train on it (official code), or on a draw from the buffer it went into (paper)",
+        description="Sequences after a rollout. direct: train on the rollout (official code). buffer: train on a draw "
+        "from the buffer that it was added to (paper).",
     )
 
     @property
@@ -129,7 +132,7 @@ class MixedConfig(BufferedConfig):
     uses_rows = True
 
     kind: Literal["mixed"] = "mixed"
-    mix: Probability = Field(0.5, description="λ of mixed: the probability of a rollout")
+    mix: Probability = Field(0.5, description="λ of mixed, the probability of a rollout.")
 
 
 class AnnealedConfig(BufferedConfig):
@@ -139,9 +142,11 @@ class AnnealedConfig(BufferedConfig):
     uses_rows = True
 
     kind: Literal["annealed"] = "annealed"
-    anneal: Literal["linear", "exponential", "sigmoid"] = Field("linear", description="how the data set's share falls")
+    anneal: Literal["linear", "exponential", "sigmoid"] = Field(
+        "linear", description="Course of the data set's share as it falls."
+    )
     anneal_rate: Annotated[float, Field(gt=0), _CURVED] = Field(
-        5.0, description="exponential: e^(−r·t/T); sigmoid: steepness around the middle"
+        5.0, description="Rate r of exponential, e^(−r·t/T), or steepness of sigmoid around the middle."
     )
 
 
@@ -156,13 +161,14 @@ class AdaptiveConfig(BufferedConfig):
     capacity: Annotated[Positive, UsedWhen(_REPLAYED, _AUTO_REPLAY, _FROM_BUFFER)] = _CAPACITY
     warm_up: Annotated[Literal["fill", "none"], UsedWhen(_REPLAYED, _AUTO_REPLAY)] = _WARM_UP
     epsilon: float = Field(
-        0.1, description="φ rises when the validation loss reaches its reference + ε, nats per token"
+        0.1, description="ε of adaptive, nats per token. φ rises when the validation loss reaches its reference + ε."
     )
-    levels: Positive = Field(10, description="N: φ rises by 1/N")
-    phi: Probability = Field(0.0, description="φ at the start")
+    levels: Positive = Field(10, description="N of adaptive. φ rises by 1/N.")
+    phi: Probability = Field(0.0, description="φ of adaptive at the start.")
     reference: Literal["last_rise", "previous"] = Field(
         "last_rise",
-        description="the loss ε is added to: at the last rise of φ (official code), or the previous one (paper)",
+        description="Loss that ε is added to: the loss at the last rise of φ (official code), or the previous one "
+        "(paper).",
     )
 
 
@@ -173,8 +179,8 @@ class _RowSampleConfig(ScheduleConfig):
 
     redraw: Literal["never", "epoch"] = Field(
         "never",
-        description="epoch: the teacher's samples are drawn anew in each epoch, and the student's of a pair at its "
-        "beginning; never: the teacher's once, the student's of a pair at every step",
+        description="When samples are drawn again. epoch: in each epoch, those of the teacher and those of the student "
+        "in pairs. never: the teacher's are drawn once, the student's at every step.",
     )
 
     @property
@@ -215,7 +221,7 @@ class RoundsConfig(ScheduleConfig):
     uses_student_outputs = True
 
     kind: Literal["rounds"] = "rounds"
-    inner_epochs: Positive = Field(4, description="of rounds: how often a round's rollouts are trained on")
+    inner_epochs: Positive = Field(4, description="Times that the rollouts of a round are trained on.")
 
     @property
     def may_replay(self) -> bool:

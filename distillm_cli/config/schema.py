@@ -77,13 +77,14 @@ class TeacherConfig(Section):
         "memory where sequences are seen twice and a quarter of the free memory holds them, else off.",
     )
     cache_dir: Name | None = Field(
-        None, description="of cache: disk; unset: teacher/ in $DISTILLM_CACHE, else in ~/.cache/distillm"
+        None,
+        description="Directory of the cache on disk. Unset: teacher/ in $DISTILLM_CACHE, else in ~/.cache/distillm.",
     )
     revision: Annotated[Name | None, UsedWhen({"teacher.path": _ON_HUB}, of_method=False)] = Field(
-        None, description="branch, tag or commit on the hub"
+        None, description="Branch, tag or commit on the hub."
     )
     quantize: Literal["none", "8bit", "4bit"] = Field(
-        "none", description="its linear layers in 8 bits (LLM.int8) or 4 (NF4), by bitsandbytes; needs CUDA"
+        "none", description="Quantization of the linear layers by bitsandbytes. 8bit: LLM.int8. 4bit: NF4. Needs CUDA."
     )
 
 
@@ -92,13 +93,13 @@ class AdapterConfig(Section):
 
     r: Positive | None = Field(None, description="Train a LoRA adapter of this rank. Unset: every weight is trained.")
     alpha: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="the adapter counts alpha / r times; unset: 4·r, the paper's 64 for 16"
+        None, description="Numerator of the adapter's scale, alpha / r. Unset: 4·r, the paper's 64 for 16."
     )
     dropout: Annotated[float, Field(ge=0, lt=1), UsedWhen({"student.lora.r": _RANK}, of_method=False)] = Field(
-        0.1, description="on the adapter's input"
+        0.1, description="Dropout on the adapter's input."
     )
     targets: tuple[Name, ...] | None = Field(
-        None, min_length=1, description="names of the layers that get one; unset: every linear layer but the head"
+        None, min_length=1, description="Names of the layers with an adapter. Unset: every linear layer but the head."
     )
 
     @model_validator(mode="after")
@@ -131,23 +132,25 @@ class StudentConfig(Section):
         "auto", description="Compute type. Parameters stay fp32 (autocast). auto: bf16 where the machine is fast at it."
     )
     dropout: Probability | None = Field(
-        None, description="sets every dropout of the student; unset: as its config says"
+        None, description="Probability of every dropout of the student. Unset: as its config sets them."
     )
     save_dtype: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="of the weights in the output directory; checkpoints stay fp32"
+        "fp32", description="Number format of the weights in the output directory. Checkpoints stay fp32."
     )
     revision: Annotated[Name | None, UsedWhen({"student.path": _ON_HUB}, of_method=False)] = Field(
-        None, description="branch, tag or commit on the hub"
+        None, description="Branch, tag or commit on the hub."
     )
     lora: AdapterConfig = AdapterConfig()
     lora_output: Literal["merged", "adapter"] = Field(
-        "merged", description="the output directory is a whole model, the adapter merged in, or the adapter alone"
+        "merged",
+        description="Content of the output directory: a whole model with the adapter merged in, or the adapter alone.",
     )
     sft_epochs: Annotated[float, Field(ge=0)] = Field(
-        0, description="of distill: epochs of fine-tuning before it, a stage of its own under sft/; the paper's is 3"
+        0,
+        description="Epochs of fine-tuning before distillation, a stage of its own under sft/. The paper's number is 3.",
     )
     sft_lr: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="the highest learning rate of that stage; unset: train.lr"
+        None, description="Peak learning rate of fine-tuning before distillation. Unset: train.lr."
     )
 
     @property
@@ -172,9 +175,9 @@ class StudentConfig(Section):
 class ColumnsConfig(Section):
     """Which columns of the source are the prompt and the response, when their names are not known ones."""
 
-    prompt: Name | None = Field(None, description="the whole prompt, or the instruction")
-    input: Name | None = Field(None, description="goes with the instruction")
-    response: Name | None = Field(None, description="a text, or a list of references")
+    prompt: Name | None = Field(None, description="Column of the whole prompt, or of the instruction.")
+    input: Name | None = Field(None, description="Column of the text that goes with the instruction.")
+    response: Name | None = Field(None, description="Column of the response: a text, or a list of references.")
 
 
 class DataConfig(Section):
@@ -187,7 +190,7 @@ class DataConfig(Section):
         "$DISTILLM_DATA first.",
     )
     valid: Name | None = Field(
-        None, description="held-out rows: a file or source; unset: the source's own, else a slice"
+        None, description="Held-out rows: a file or another source. Unset: those of the source, else a slice."
     )
     template: Literal["auto", "alpaca", "chat", "plain", "exact"] = Field(
         "auto",
@@ -196,28 +199,32 @@ class DataConfig(Section):
     )
     chat_template: Name = Field(
         "auto",
-        description="auto: the student's own chat template, else the teacher's; or student, teacher, or a Jinja file",
+        description="Chat template: student, teacher, or a Jinja file. auto: the student's own, else the teacher's.",
     )
     chat_template_kwargs: dict[str, Any] | None = Field(
-        None, description="arguments of the chat template for every row, such as {enable_thinking: false}"
+        None, description="Arguments of the chat template for every row, such as {enable_thinking: false}."
     )
-    tools: Name | None = Field(None, description="JSON file with the list of tools of rows that have no `tools` column")
+    tools: Name | None = Field(
+        None, description="JSON file with the list of tools of rows that have no `tools` column."
+    )
     documents: Name | None = Field(
-        None, description="JSON file with the list of documents of rows that have no `documents` column"
+        None, description="JSON file with the list of documents of rows that have no `documents` column."
     )
-    turns: Literal["all", "last"] = Field("all", description="answers of a conversation that are supervised")
+    turns: Literal["all", "last"] = Field("all", description="Answers of a conversation that are supervised.")
     date: Name | None = Field(
-        None, description="date that chat templates see, YYYY-MM-DD; unset: the day on which the run starts"
+        None, description="Date that chat templates see, YYYY-MM-DD. Unset: the day on which the run starts."
     )
     special_tokens_in_text: Literal["encode", "text", "refuse"] = Field(
         "encode",
-        description="special tokens written in a row's text: encode them as special tokens (as transformers does), as "
-        "text, or refuse the row",
+        description="Special tokens written in the text of a row: encode them as special tokens (as transformers does), "
+        "encode them as text, or refuse the row.",
     )
     source_language: Name | None = Field(
-        None, description="language code of prompts, for tokenizers with such codes (NLLB: eng_Latn)"
+        None, description="Language code of prompts, for tokenizers with such codes (NLLB: eng_Latn)."
     )
-    target_language: Name | None = Field(None, description="language code of responses, so too")
+    target_language: Name | None = Field(
+        None, description="Language code of responses, for tokenizers with such codes."
+    )
     columns: ColumnsConfig = ColumnsConfig()  # sections are frozen, so that a shared default is safe
     max_length: Annotated[int, Field(ge=2)] | Auto = Field(
         AUTO,
@@ -225,33 +232,36 @@ class DataConfig(Section):
         "within the model's context.",
     )
     max_prompt_length: Positive | Auto = Field(
-        AUTO, description="tokens; auto: 256 less than max_length, and always 256"
+        AUTO,
+        description="Longest prompt, in tokens. auto: 256 less than max_length, and at least 256.",
     )
     too_long: Literal["drop", "truncate", "error"] = Field(
-        "drop", description="a row over max_length; truncate cuts the response's end. A prompt is never cut"
+        "drop",
+        description="What happens to a row over max_length. truncate cuts the end of the response. A prompt is never "
+        "cut.",
     )
-    limit: Positive | None = Field(None, description="use the first rows only")
+    limit: Positive | None = Field(None, description="Use the first rows only.")
     teacher_samples: Annotated[Name | None, _TEACHER_SAMPLES] = Field(
         None,
-        description="responses that the teacher gave before (a file that `generate` wrote), matched to the rows by their "
-        "prompts; unset: drawn during the run",
+        description="File of teacher responses that `generate` wrote, matched to the rows by their prompts. Unset: they "
+        "are sampled during the run.",
     )
-    valid_limit: Positive = Field(1000, description="held-out rows for validation, at most (METHODS B: 1000)")
-    size: Annotated[Positive, UsedWhen(_BUILTIN)] = Field(20_000, description="rows of the builtin set")
+    valid_limit: Positive = Field(1000, description="Number of held-out rows used for validation, at most.")
+    size: Annotated[Positive, UsedWhen(_BUILTIN)] = Field(20_000, description="Rows of the builtin data set.")
     tasks: Annotated[tuple[str, ...] | None, UsedWhen(_BUILTIN, {"data.valid": ("builtin",)})] = Field(
-        None, description="kinds of task of the builtin set; unset: all"
+        None, description="Kinds of task of the builtin data set. Unset: all."
     )
-    seed: int = Field(1, description="of the builtin rows, and of the held-out slice")
+    seed: int = Field(1, description="Seed of the builtin rows and of the held-out slice.")
     skip_bad_rows: bool = Field(
         False, description="Skip broken rows instead of stopping at the first. They are counted and listed."
     )
     bucket: Positive = Field(
         1,
-        description="1: random batches, each cut into passes of about one length, which saves padding and changes no "
-        "gradient. k: batches of about one length, from k batches sorted together: fewer passes, but where length goes "
-        "with the kind of row each step sees one kind only, and learning suffers",
+        description="Grouping of rows by length. 1: random batches, each split into forward passes of similar length, "
+        "which saves padding and changes no gradient. k: batches of similar length from k batches sorted "
+        "together, which saves passes, but learning suffers where the length depends on the kind of row.",
     )
-    workers: Count = Field(0, description="processes that tokenize; cannot change a run")
+    workers: Count = Field(0, description="Processes that tokenize. They do not change a run.")
 
     @model_validator(mode="after")
     def _the_date_is_one(self) -> DataConfig:
@@ -274,26 +284,28 @@ class RolloutConfig(Section):
     top_k: Annotated[Count, _STUDENT_DECODES] = Field(0, description="Sample from the K likeliest tokens (0: all).")
     max_new_tokens: Positive = Field(256, description="Longest response, in tokens. End-of-sequence is included.")
     teacher_temperature: Annotated[float, Field(ge=0), _TEACHER_DECODES] = Field(
-        1.0, description="of what the teacher samples in training"
+        1.0, description="Probability mass of the likeliest tokens from which the teacher samples in training."
     )
     teacher_top_p: Annotated[float, Field(gt=0, le=1), _TEACHER_DECODES] = Field(
-        1.0, description="of what the teacher samples in training"
+        1.0, description="Probability mass of the likeliest tokens from which the teacher samples in training."
     )
     draft: Annotated[Positive, _DRAFTS] = Field(
         5,
-        description="γ of interleaved: tokens the student drafts before the teacher reads them; changes cost, not law",
+        description="γ of interleaved, the tokens that the student drafts before the teacher reads them. It changes the "
+        "cost, not the distribution.",
     )
     accept: Annotated[Positive, _DRAFTS] = Field(
-        25, description="K of interleaved: a drafted token stays where it is among so many likeliest of the teacher's"
+        25, description="K of interleaved. A drafted token is accepted if it is among the teacher's K likeliest."
     )
     bulk: Annotated[Positive, _GENERATES] = Field(
         8,
-        description="rollout batches sampled at once, those of the next steps that will ask for one; how many are sampled, "
-        "and for which rows, stays. Fast, and samples up to so many rollout steps old. Under rounds: the batches of a round",
+        description="Rollout batches sampled at once, for the next steps that need one. It makes sampling faster, with "
+        "samples up to this number of rollout steps old. For rounds: the batches of a round.",
     )
     teacher_mix: Annotated[float, Field(ge=0, lt=1), _MAY_MIX] = Field(
         0.0,
-        description="α: each token of a rollout from α·teacher + (1 − α)·student (MiniLLM: 0.2); 0: the student's own",
+        description="α of the mixture α·teacher + (1 − α)·student that rollouts are sampled from (MiniLLM: 0.2). 0: the "
+        "student alone.",
     )
 
 
@@ -306,32 +318,46 @@ class TrainConfig(Section):
     )
     steps: Positive | None = Field(None, description="Optimizer steps, in place of epochs.")
     batch_size: Positive = Field(8, description="Sequences per micro-batch.")
-    accumulate: Positive = Field(1, description="micro-batches per step; the mean is over the whole step's tokens")
+    accumulate: Positive = Field(
+        1, description="Micro-batches per step. The loss is the mean over the tokens of the whole step."
+    )
     lr: Annotated[float, Field(gt=0)] | Auto = Field(
         AUTO,
         description="Peak learning rate. auto: by family and size, 5e-4 for the paper's GPT-2, 1e-5 for a chat model.",
     )
-    lr_schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how it falls after the warm-up")
-    min_lr: Annotated[float, Field(ge=0), _FALLING] = Field(1e-7, description="where cosine and linear end")
-    warmup: Annotated[float, Field(ge=0)] | Auto = Field(
-        AUTO, description="steps; below 1: a fraction of all steps; auto: 0 for the paper's models, else 0.1"
+    lr_schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="Course of the learning rate after the warm-up."
     )
-    weight_decay: Annotated[float, Field(ge=0)] = Field(1e-2, description="matrices only; not biases and norms")
-    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="of AdamW")
-    clip: Annotated[float, Field(ge=0)] = Field(1.0, description="gradient norm; 0 is off")
+    min_lr: Annotated[float, Field(ge=0), _FALLING] = Field(
+        1e-7, description="Learning rate at the end of cosine and linear."
+    )
+    warmup: Annotated[float, Field(ge=0)] | Auto = Field(
+        AUTO, description="Steps of warm-up, below 1 a fraction of all steps. auto: 0 for the paper's models, else 0.1."
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        1e-2, description="Weight decay of matrices. Biases and norms have none."
+    )
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Betas of AdamW.")
+    clip: Annotated[float, Field(ge=0)] = Field(1.0, description="Largest norm of the gradient. 0: no clipping.")
     seed: Seed = Field(10, description="Random seed. It decides the order of rows, rollouts, dropout and new weights.")
     device: Name = Field("auto", examples=["auto", "cpu", "cuda", "cuda:1", "mps"], description="Device to compute on.")
-    threads: Positive | None = Field(None, description="CPU threads, at most one for each core; unset: torch's choice")
-    gradient_checkpointing: bool = Field(False, description="less memory, one more forward pass")
-    log_steps: Positive = Field(1, description="a metrics line every so many steps")
-    eval_steps: Positive | Literal["epoch"] = Field("epoch", description="validate every so many steps")
-    save_steps: Positive | Literal["epoch"] = Field("epoch", description="checkpoint every so many steps")
-    keep: Positive = Field(2, description="checkpoints kept, beside the best")
+    threads: Positive | None = Field(None, description="CPU threads, at most one for each core. Unset: torch's choice.")
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Compute activations again in the backward pass, which saves memory and costs one more forward "
+        "pass.",
+    )
+    log_steps: Positive = Field(1, description="Steps between two lines of metrics.jsonl.")
+    eval_steps: Positive | Literal["epoch"] = Field("epoch", description="Steps between two validations.")
+    save_steps: Positive | Literal["epoch"] = Field("epoch", description="Steps between two checkpoints.")
+    keep: Positive = Field(2, description="Number of checkpoints that are kept beside the best.")
     select: Literal["last", HeldOutFigure, MetricName] = Field(
         "last",
-        description="whose weights the output directory ends with: the last, or the best by this held-out figure",
+        description="Weights of the output directory: the last ones, or the best by a figure on held-out rows.",
     )
-    patience: Positive | None = Field(None, description="stop after so many validations without a better `select`")
+    patience: Positive | None = Field(
+        None, description="Stop after this number of validations without a better value of select."
+    )
 
     @model_validator(mode="after")
     def _patience_needs_a_figure(self) -> TrainConfig:
@@ -354,7 +380,8 @@ class EvalConfig(Section):
     )
     rouge_tokenizer: Literal["words", "characters"] = Field(
         "words",
-        description="tokens of rouge_*: words (runs of a-z and 0-9, stemmed; the paper's) or characters (for Chinese)",
+        description="Tokens of the ROUGE metrics: words (runs of a-z and 0-9, stemmed, as in the paper) or characters "
+        "(for Chinese).",
     )
     seeds: tuple[Annotated[int, Field(lt=2**63)], ...] = Field(
         (10, 20, 30, 40, 50), min_length=1, description="Seeds, with one sampled pass each."
@@ -366,14 +393,16 @@ class EvalConfig(Section):
     )
     top_k: Count = Field(0, description="Sample from the K likeliest tokens (0: all).")
     max_new_tokens: Positive = Field(256, description="Longest response, in tokens. End-of-sequence is included.")
-    no_repeat_ngram_size: Count = Field(6, description="0 is off")
+    no_repeat_ngram_size: Count = Field(
+        6, description="Length of n-grams that a response does not repeat. 0: no limit."
+    )
     strip_reasoning: bool = Field(
-        True, description="score responses and references without their reasoning (<think> blocks, analysis channels)"
+        True, description="Score responses and references without their reasoning (<think> blocks, analysis channels)."
     )
     batch_size: Positive = Field(32, description="Responses decoded at once.")
     limit: Positive | None = Field(None, description="Use the first rows of each suite only.")
     report_rows: Count = Field(
-        100, description="held-out rows that student and teacher answer for the table at the end of a run; 0: no table"
+        100, description="Held-out rows that student and teacher answer for the table at the end of a run. 0: no table."
     )
 
 

@@ -62,9 +62,9 @@ def compose(text: str, label: str) -> yaml.Node | None:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = at(label, mark.line + 1) if mark else label
-        said = " ".join(part for part in (error.context, error.problem) if part)
-        hint = "indent with spaces, not tabs" if r"'\t'" in said else None
-        raise RecipeError(f"{place}: not a YAML document ({said})", hint=hint) from None
+        problem = " ".join(part for part in (error.context, error.problem) if part)
+        hint = "indent with spaces, not tabs" if r"'\t'" in problem else None
+        raise RecipeError(f"{place}: not a YAML document ({problem})", hint=hint) from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise RecipeError(f"{at(label, line)}: not a YAML document ({error.reason})") from None

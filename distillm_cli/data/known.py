@@ -3,7 +3,7 @@
 A name stands for rows in ``--data``, for the test rows of a suite in ``--suite``. Under $DISTILLM_DATA a set of such a name
 may have its own columns or those that every file may have (``rows.py``). Others are added by a module like this one:
 
-    register_dataset("squares", GeneratedDataset(read, splits=("train", "test")), __name__)
+    register_dataset("squares", GeneratedDataset(read, splits=("train", "test")))
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 from distillm_cli import plugins
 
-Record = dict[str, Any]
-Reshape = Callable[[Record], Record]
+Columns = dict[str, Any]  # one record, by the names of its columns
+Reshape = Callable[[Columns], Columns]
 
 # Where the hub keeps its own parquet copy of sets whose loading script is no longer run.
 _CONVERTED = "refs/convert/parquet"
@@ -43,7 +43,7 @@ class HubDataset:
 class GeneratedDataset:
     """Describe a set that a function returns. read: the name of a split → its records, with columns of a data file."""
 
-    read: Callable[[str], Iterable[Record]]
+    read: Callable[[str], Iterable[Columns]]
     splits: tuple[str, ...] = ("train",)
     reshape: Reshape | None = None
     columns: frozenset[str] = frozenset()
@@ -53,12 +53,12 @@ class GeneratedDataset:
 KnownDataset = HubDataset | GeneratedDataset
 
 
-def register_dataset(name: str, dataset: KnownDataset, module: str) -> None:
-    """Register a data set under a short name. module: the caller's ``__name__``, for messages."""
-    plugins.datasets.register(name, dataset, module)
+def register_dataset(name: str, dataset: KnownDataset, origin: str | None = None) -> None:
+    """Register a data set under a short name. origin: the module that it comes from, for messages."""
+    plugins.datasets.register(name, dataset, origin)
 
 
-def _summary(record: Record, column: str, task: str) -> Record:
+def _summary(record: Columns, column: str, task: str) -> Columns:
     if column not in record:
         return record
     rest = {name: value for name, value in record.items() if name not in (column, "summary")}
@@ -68,7 +68,7 @@ def _summary(record: Record, column: str, task: str) -> Record:
 _LANGUAGES = {"de": "German", "en": "English"}
 
 
-def _translation(record: Record, source: str, target: str) -> Record:
+def _translation(record: Columns, source: str, target: str) -> Columns:
     pair = record.get("translation", record)
     if not isinstance(pair, dict) or source not in pair:
         return record
@@ -112,7 +112,7 @@ for _name, _dataset in {
     "iwslt": HubDataset("IWSLT/iwslt2017", _IWSLT, revision=_CONVERTED, reshape=_EN_DE, columns=_TRANSLATIONS),
     "gsm8k": HubDataset("openai/gsm8k", _splits("main/{}-{:05d}-of-{:05d}.parquet", train=1, test=1)),
 }.items():
-    register_dataset(_name, _dataset, __name__)
+    register_dataset(_name, _dataset)
 
 
 def names() -> list[str]:

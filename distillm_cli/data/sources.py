@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,14 +20,13 @@ from distillm_cli.data.locations import Source, find_source, is_path, kind_of, l
 from distillm_cli.data.rows import BadRow, Row, read_row
 from distillm_cli.errors import DataError
 from distillm_cli.training.events import Listener, Note, Warned, silent
-from distillm_cli.utils.text import all_are, counted
+from distillm_cli.utils.text import all_are, counted, listed_shares
 
 __all__ = ["Row", "Rows", "Split", "is_path", "kind_of", "load_rows", "local_place", "overlap", "user_path"]
 
 Split = Literal["train", "valid", "test"]
 
 _HELD_OUT_SHARE = 20  # one row in so many, when a source has no held-out rows of its own
-_COLUMNS_LISTED = 8
 LISTED = 20  # broken rows named one by one; all of them are in Rows.skipped
 
 
@@ -231,14 +230,6 @@ def _load(
     if found.not_read and (part != "valid" or "train" not in source.parts):
         listener(Note(f"{source.name}: columns not read: {listed_shares(found.not_read)}"))
     return found
-
-
-def listed_shares(shares: Mapping[str, float]) -> str:
-    """Return the names of columns with their shares of rows: "id (100 % of rows), source (40 %)"."""
-    listed = list(shares.items())[:_COLUMNS_LISTED]
-    texts = [f"{name} ({share * 100:.0f} %{'' if i else ' of rows'})" for i, (name, share) in enumerate(listed)]
-    more = len(shares) - len(listed)
-    return ", ".join(texts) + (f", and {more} more" if more else "")
 
 
 def _slice(whole: Rows, split: Split, data: DataConfig, listener: Listener, limit: int | None) -> Rows:

@@ -144,6 +144,12 @@ class DivergenceEntry:
         """Build the divergence with its default parameters."""
         return self.build((self.config or DivergenceConfig)(divergence=self.name))
 
+    def check(self) -> None:
+        """Raise an error where the registration cannot work."""
+        if self.config is not None and not issubclass(self.config, DivergenceConfig):
+            raise TypeError(f"{self.config.__name__}, the parameters of {self.name}, is no DivergenceConfig")
+        self.default().halves()
+
     def is_own_half(self, half: int) -> bool:
         """Return whether the forward (0) or reverse (1) half is the divergence itself."""
         whole = self.default()
@@ -174,7 +180,6 @@ def register_divergence(
 
     def register(divergence: type[Divergence]) -> type[Divergence]:
         entry = DivergenceEntry(name, divergence, config, objective)
-        entry.default()  # fails here, and not in everybody's recipes, where it cannot be built
         plugins.divergences.register(name, entry, divergence.__module__)
         return divergence
 
@@ -257,7 +262,7 @@ class SkewConfig(DivergenceConfig):
     """The parameter of ``skl`` and ``srkl``."""
 
     alpha: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.1, description="skew of skl and srkl: the share of the other distribution mixed in. 0 is kl, rkl"
+        0.1, description="Skew of skl and srkl. The share of the other distribution in the mixture; 0 is kl or rkl."
     )
 
 
@@ -320,7 +325,7 @@ class SkewReverseKL(Divergence):
 class JSDConfig(DivergenceConfig):
     """The parameter of ``jsd``."""
 
-    beta: Probability = Field(0.5, description="of jsd: m = βp + (1−β)q")
+    beta: Probability = Field(0.5, description="β of jsd: m = βp + (1−β)q.")
 
 
 @register_divergence("jsd", config=JSDConfig)
@@ -363,7 +368,7 @@ class TotalVariation(Divergence):
 class JeffreysConfig(DivergenceConfig):
     """The parameter of ``jeffreys``."""
 
-    jeffreys_weight: Probability = Field(0.5, description="λ of jeffreys: 2λ KL(p‖q) + 2(1−λ) KL(q‖p)")
+    jeffreys_weight: Probability = Field(0.5, description="λ of jeffreys: 2λ KL(p‖q) + 2(1−λ) KL(q‖p).")
 
 
 @register_divergence("jeffreys", config=JeffreysConfig)

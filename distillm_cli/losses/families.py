@@ -37,7 +37,7 @@ class AdaptiveKLConfig(DivergenceConfig):
     """The parameter of ``akl``."""
 
     akl_mu: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.5, description="μ of akl: the teacher's head is the fewest tokens whose mass reaches it"
+        0.5, description="μ of akl. The teacher's head is the fewest tokens whose mass reaches μ."
     )
 
 
@@ -87,8 +87,8 @@ class AdaptiveKL(Divergence):
         return (head_N1 / total_N1.clamp_min_(smallest(p_NV))).clamp_max_(1)
 
 
-_AB_ALPHA = Field(0.2, description="α of ab, the teacher's exponent; (α, β) = (1, 0) is kl, (0, 1) rkl")
-_AB_BETA = Field(0.7, description="β of ab, the student's exponent")
+_AB_ALPHA = Field(0.2, description="α of ab, the teacher's exponent. (α, β) = (1, 0) is kl, (0, 1) rkl.")
+_AB_BETA = Field(0.7, description="β of ab, the student's exponent.")
 
 
 class AlphaBetaConfig(DivergenceConfig):
@@ -195,16 +195,18 @@ class AlphaMixtureConfig(DivergenceConfig):
     """The parameters of ``amid``, with those of the divergence that it measures."""
 
     amid_a: Annotated[float, Field(ge=-100, le=100)] = Field(
-        0.5, description="shape of amid's assistant r: −1 the arithmetic mixture, 1 the geometric; larger covers modes"
+        0.5,
+        description="Shape of amid's assistant r. −1: the arithmetic mixture, 1: the geometric one. Larger values cover "
+        "modes.",
     )
     amid_lambda: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.1, description="λ of amid: the teacher's share in the assistant"
+        0.1, description="λ of amid, the teacher's share in the assistant."
     )
     amid_divergence: Literal["kl", "rkl", "ab"] = Field(
-        "kl", description="D of amid, between one of the two and the assistant"
+        "kl", description="D of amid, between one of the models and the assistant."
     )
     amid_from: Literal["teacher", "student"] = Field(
-        "teacher", description="amid measures D(p ‖ r) from the teacher, or D(q ‖ r) from the student"
+        "teacher", description="Model from which amid measures: D(p ‖ r) for the teacher, D(q ‖ r) for the student."
     )
     ab_alpha: Annotated[Exponent, _MEASURES_AB] = _AB_ALPHA
     ab_beta: Annotated[Exponent, _MEASURES_AB] = _AB_BETA
@@ -266,13 +268,12 @@ class InterpolatedConfig(DivergenceConfig):
     """The parameters of ``taid``."""
 
     taid_start: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.4, description="t₀ of taid: the teacher's share in the target at the start; it ends at 1"
+        0.4, description="t₀ of taid, the teacher's share in the target at the start. It ends at 1."
     )
-    taid_rate: Probability = Field(
-        5e-4, description="of taid: how far a step may carry t towards 1 beyond the linear course"
-    )
+    taid_rate: Probability = Field(5e-4, description="Largest step of taid's t towards 1 beyond the linear course.")
     taid_momentum: Beta = Field(
-        0.99, description="of taid: how much of the loss's mean relative fall is kept from step to step"
+        0.99,
+        description="Momentum of taid: share of the mean relative decrease of the loss that is kept from step to step.",
     )
 
 
@@ -318,7 +319,7 @@ class DecoupledConfig(DivergenceConfig):
     """The parameter of ``atkd``."""
 
     atkd_easy: Probability = Field(
-        0.2, description="α of atkd: weight of the tokens the teacher is surest of; the others weigh 1−α"
+        0.2, description="α of atkd, the weight of the tokens of which the teacher is surest. The others weigh 1−α."
     )
 
 

@@ -50,7 +50,7 @@ class SourceBatch:
 class TokenLogProbs:
     """Hold the log-probability [N] of each supervised token of a part of a step, before the step, nats.
 
-    They are in the order of the collated batch, and None where ``looks_at`` does not name the model.
+    They are in the order of the collated batch, and None where ``needs_log_probs_of`` does not name the model.
     """
 
     log_p_N: Tensor | None = None  # the teacher's
@@ -60,18 +60,19 @@ class TokenLogProbs:
 class Objective:
     """Define the loss of a step's tokens. This base class has a loss without a teacher, or leaves it to its subclasses.
 
-    ``terms`` gives the loss of a token by the source of its sequence. An objective that depends on more than the token
-    itself has two more methods. ``look_ahead`` gets the whole step before its first gradient, all micro-batches together,
+    ``weights`` gives the loss of a token by the source of its sequence. An objective that depends on more than the token
+    itself has two more methods. ``begin_step`` gets the whole step before its first gradient, all micro-batches together,
     so that a median or a ratio does not depend on how the step was cut. ``observe`` gets the loss after the step.
     """
 
-    looks_at: tuple[str, ...] = ()  # of "teacher", "student": whose log-probabilities ``look_ahead`` needs
-    rows_beside: bool = False  # whether a step on student outputs trains on its data set rows too
-    per_sequence: bool = (
-        False  # whether a token of a response of n tokens weighs 1/n, and sums are divided by sequences
-    )
+    # Of "teacher" and "student": whose log-probabilities ``begin_step`` needs.
+    needs_log_probs_of: tuple[str, ...] = ()
+    # Whether a step on student outputs trains on its data set rows too.
+    rows_beside: bool = False
+    # Whether a token of a response of n tokens weighs 1/n, and sums are divided by sequences.
+    per_sequence: bool = False
 
-    def terms(self, source: Source, progress: float = 1.0) -> LossWeights:
+    def weights(self, source: Source, progress: float = 1.0) -> LossWeights:
         """Return the loss of a token of this source once ``progress`` (0 to 1) of the run is done."""
         raise NotImplementedError
 
@@ -94,11 +95,11 @@ class Objective:
         """Return what the sum over a step's sequences is divided by: response tokens, or sequences."""
         return len(sequences) if self.per_sequence else sum(s.supervised for s in sequences)
 
-    def look_ahead(
-        self, pieces: SequenceOf[SourceBatch], readings: SequenceOf[TokenLogProbs], progress: float
+    def begin_step(
+        self, parts: SequenceOf[SourceBatch], log_probs: SequenceOf[TokenLogProbs], progress: float
     ) -> list[TokenWeights | None]:
-        """Prepare for a step, before ``terms`` is called, and return the weights of its tokens, part by part."""
-        return [None] * len(pieces)
+        """Prepare for a step, before ``weights`` is called, and return the weights of its tokens, part by part."""
+        return [None] * len(parts)
 
     def observe(self, loss: float, progress: float) -> None:
         """Take the step's loss, per unit of ``count``, after the optimizer's step."""
@@ -122,7 +123,7 @@ class CrossEntropy(Objective):
     held_out = CROSS_ENTROPY
     held_out_name = "CE"
 
-    def terms(self, source: Source, progress: float = 1.0) -> LossWeights:
+    def weights(self, source: Source, progress: float = 1.0) -> LossWeights:
         return CROSS_ENTROPY
 
 
@@ -138,7 +139,7 @@ class KD(Objective):
         self.divergence = build_divergence(config)
         self.per_sequence = config.reduction == "sequence"
 
-    def terms(self, source: Source, progress: float = 1.0) -> LossWeights:
+    def weights(self, source: Source, progress: float = 1.0) -> LossWeights:
         """Return the loss of a token of this source.
 
         During ``kd_warmup`` the divergence's weight climbs, and cross-entropy has the rest: a skewed divergence hardly
@@ -185,8 +186,8 @@ class TAID(KD):
         self.fall = 0.0
         self.before: float | None = None
 
-    def terms(self, source: Source, progress: float = 1.0) -> LossWeights:
-        return replace(super().terms(source, progress), divergence=Interpolated(self.t))
+    def weights(self, source: Source, progress: float = 1.0) -> LossWeights:
+        return replace(super().weights(source, progress), divergence=Interpolated(self.t))
 
     @property
     def held_out(self) -> LossWeights:
@@ -220,21 +221,21 @@ class ATKD(KD):
     α·mean over easy tokens of DKD + (1−α)·mean over hard tokens of (TKD + DKD), α = atkd_easy; see ``Decoupled``.
     """
 
-    looks_at = ("teacher",)
+    needs_log_probs_of = ("teacher",)
 
     @property
     def held_out(self) -> LossWeights:
         """Return KL: held-out rows belong to no step whose median could split them."""
         return LossWeights(kd=1.0, ce=0.0, divergence=KL())
 
-    def look_ahead(
-        self, pieces: SequenceOf[SourceBatch], readings: SequenceOf[TokenLogProbs], progress: float
+    def begin_step(
+        self, parts: SequenceOf[SourceBatch], log_probs: SequenceOf[TokenLogProbs], progress: float
     ) -> list[TokenWeights | None]:
-        log_probs = [reading.log_p_N for reading in readings]
-        log_p_N = torch.cat(log_probs)
+        sizes = [len(known.log_p_N) for known in log_probs]
+        log_p_N = torch.cat([known.log_p_N for known in log_probs])
         N = len(log_p_N)
         if not N:
-            return [None] * len(pieces)
+            return [None] * len(parts)
         # 1 − p(token) ≥ its median, in terms of log p: as many tokens are as unsure, and none is lost to rounding 1 − p.
         is_hard_N = log_p_N <= -(-log_p_N).median()
         hard = int(is_hard_N.sum())
@@ -243,8 +244,7 @@ class ATKD(KD):
         w_hard = (1 - easy) * N / hard
         w_easy = easy * N / max(N - hard, 1)
         weights_N2 = torch.stack([torch.where(is_hard_N, w_hard, 0.0), torch.where(is_hard_N, w_hard, w_easy)], dim=-1)
-        parts = weights_N2.split([len(part) for part in log_probs])
-        return [TokenWeights(divergence_args_N=part) for part in parts]
+        return [TokenWeights(divergence_args_N=args_N2) for args_N2 in weights_N2.split(sizes)]
 
 
 class FDistill(KD):
@@ -272,26 +272,26 @@ class FDistill(KD):
         """Return the weight of the student's half in a step that has both."""
         return 0.5
 
-    def terms(self, source: Source, progress: float = 1.0) -> LossWeights:
+    def weights(self, source: Source, progress: float = 1.0) -> LossWeights:
         half = half_of(source)
         weight, divergence = self.halves[half]
         share = self._shares.get(half, 1.0)
-        plain = super().terms(source, progress)
+        plain = super().weights(source, progress)
         return replace(plain, kd=plain.kd * weight * share, ce=plain.ce * share, divergence=divergence)
 
-    def look_ahead(
-        self, pieces: SequenceOf[SourceBatch], readings: SequenceOf[TokenLogProbs], progress: float
+    def begin_step(
+        self, parts: SequenceOf[SourceBatch], log_probs: SequenceOf[TokenLogProbs], progress: float
     ) -> list[TokenWeights | None]:
         counts: dict[str, int] = defaultdict(int)
-        for piece in pieces:
-            counts[half_of(piece.source)] += self.count(piece.sequences)
+        for part in parts:
+            counts[half_of(part.source)] += self.count(part.sequences)
         self._shares = {}
         if len(counts) == 2:
             w = self.student_weight(progress)
             total = sum(counts.values())
             # The sum is divided by the whole step's count: a mean over a part is a sum that weighs total/part.
             self._shares = {FORWARD: (1 - w) * total / counts[FORWARD], REVERSE: w * total / counts[REVERSE]}
-        return [None] * len(pieces)
+        return [None] * len(parts)
 
 
 class DistiLLM2(FDistill):
@@ -306,7 +306,7 @@ class DistiLLM2(FDistill):
     epochs: of the whole run; they tell from the progress when one ends.
     """
 
-    looks_at = ("teacher", "student")
+    needs_log_probs_of = ("teacher", "student")
 
     def __init__(self, config: ObjectiveConfig, epochs: float = 1.0):
         super().__init__(config)
@@ -319,20 +319,20 @@ class DistiLLM2(FDistill):
     def student_weight(self, progress: float) -> float:
         return 0.5 + 0.5 * progress
 
-    def look_ahead(
-        self, pieces: SequenceOf[SourceBatch], readings: SequenceOf[TokenLogProbs], progress: float
+    def begin_step(
+        self, parts: SequenceOf[SourceBatch], log_probs: SequenceOf[TokenLogProbs], progress: float
     ) -> list[TokenWeights | None]:
         self._begin_epoch(max(0, math.ceil(progress * self.epochs - 1e-6) - 1))
         gaps: dict[str, list[float]] = defaultdict(list)
-        for piece, reading in zip(pieces, readings, strict=True):
-            gaps[half_of(piece.source)] += _gaps(piece, reading)
+        for part, known in zip(parts, log_probs, strict=True):
+            gaps[half_of(part.source)] += _gaps(part, known)
         for half, found in gaps.items():
             self.alphas[half] = self._alpha(half, sum(found) / len(found))
             self.sums[half][0] += sum(found)
             self.sums[half][1] += len(found)
         skewed = {FORWARD: SkewKL(self.alphas[FORWARD]), REVERSE: SkewReverseKL(self.alphas[REVERSE])}
         self.halves = {half: (1.0, divergence) for half, divergence in skewed.items()}
-        return super().look_ahead(pieces, readings, progress)
+        return super().begin_step(parts, log_probs, progress)
 
     def _begin_epoch(self, epoch: int) -> None:
         if epoch == self.epoch:
@@ -390,12 +390,12 @@ def _name_of(divergence: Divergence) -> str | None:
     return next((entry.name for entry in entries if entry.divergence is type(divergence)), None)
 
 
-def _gaps(piece: SourceBatch, reading: TokenLogProbs) -> list[float]:
-    """Return the gap of each sequence of the piece."""
-    lengths = [s.supervised for s in piece.sequences]
-    p_B = _geometric_means(reading.log_p_N, lengths)
-    q_B = _geometric_means(reading.log_q_N, lengths)
-    return (q_B - p_B if half_of(piece.source) == REVERSE else p_B - q_B).tolist()
+def _gaps(part: SourceBatch, known: TokenLogProbs) -> list[float]:
+    """Return the gap of each sequence of the part."""
+    lengths = [s.supervised for s in part.sequences]
+    p_B = _geometric_means(known.log_p_N, lengths)
+    q_B = _geometric_means(known.log_q_N, lengths)
+    return (q_B - p_B if half_of(part.source) == REVERSE else p_B - q_B).tolist()
 
 
 def _geometric_means(log_N: Tensor, lengths: list[int]) -> Tensor:

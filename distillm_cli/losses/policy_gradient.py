@@ -88,30 +88,30 @@ class MiniLLM(KD):
     def name(self) -> str:
         return f"PG + {self.config.divergence}"
 
-    def terms(self, source: Source, progress: float = 1.0) -> LossWeights:
+    def weights(self, source: Source, progress: float = 1.0) -> LossWeights:
         if source in STUDENT_OUTPUTS:
             return LossWeights(kd=1.0, ce=0.0, divergence=self.divergence)
-        of_rows = super().terms(source, progress)
+        of_rows = super().weights(source, progress)
         return LossWeights(of_rows.kd, of_rows.ce, KL())
 
-    def look_ahead(
-        self, pieces: SequenceOf[SourceBatch], readings: SequenceOf[TokenLogProbs], progress: float
+    def begin_step(
+        self, parts: SequenceOf[SourceBatch], log_probs: SequenceOf[TokenLogProbs], progress: float
     ) -> list[TokenWeights | None]:
-        outputs = [s for piece in pieces if piece.source in STUDENT_OUTPUTS for s in piece.sequences]
-        rows = [s for piece in pieces if piece.source not in STUDENT_OUTPUTS for s in piece.sequences]
+        outputs = [s for part in parts if part.source in STUDENT_OUTPUTS for s in part.sequences]
+        rows = [s for part in parts if part.source not in STUDENT_OUTPUTS for s in part.sequences]
         self._reward = self._reward_of(outputs) if outputs else None
         if not outputs:
-            return [None] * len(pieces)
+            return [None] * len(parts)
         # The engine divides by all of them: a mean over a part is a sum that weighs all/part.
         everything = self.count(outputs) + self.count(rows)
         of_outputs = min(1.0, progress / self.config.kd_warmup) if self.config.kd_warmup else 1.0
         of_outputs *= everything / self.count(outputs)
         of_rows = self.config.row_weight * everything / max(self.count(rows), 1)
         own = []
-        for piece in pieces:
-            N = sum(s.supervised for s in piece.sequences)
-            if piece.source in STUDENT_OUTPUTS:
-                own.append(self._of_outputs(piece.sequences, torch.full((N,), of_outputs)))
+        for part in parts:
+            N = sum(s.supervised for s in part.sequences)
+            if part.source in STUDENT_OUTPUTS:
+                own.append(self._of_outputs(part.sequences, torch.full((N,), of_outputs)))
             else:
                 own.append(TokenWeights(weights_N=torch.full((N,), of_rows)))
         return own

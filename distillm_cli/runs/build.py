@@ -94,7 +94,7 @@ def build_trainer(
         select=recipe.train.select,
         teacher=teacher,
         score=score,
-        at_start=run.as_at_start,
+        at_start=run.with_start_weights,
         listener=listener,
     )
     checkpoints = Checkpoints(

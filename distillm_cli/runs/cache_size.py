@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from distillm_cli.config.schema import Recipe
 from distillm_cli.losses import objectives
 from distillm_cli.rollouts.scheduler import Scheduler, build_scheduler
-from distillm_cli.ui.display import amount
-from distillm_cli.utils.text import counted
+from distillm_cli.utils.text import counted, format_count
 
 MEMORY_SHARE = 0.25  # of the free memory: the most that teacher.cache auto fills
 
@@ -49,11 +48,11 @@ class CacheSize:
 
     def described(self, row_count: int) -> str:
         """Return the parts for people: "1.2 MB for 10 rows and at most 3 MB for replayed rollouts"."""
-        parts = [f"{amount(self.rows)}B for {counted(row_count, 'row')}"] if self.rows else []
+        parts = [f"{format_count(self.rows)}B for {counted(row_count, 'row')}"] if self.rows else []
         if self.rollouts:
-            parts.append(f"at most {amount(self.rollouts)}B for replayed rollouts")
+            parts.append(f"at most {format_count(self.rollouts)}B for replayed rollouts")
         if self.samples:
-            parts.append(f"at most {amount(self.samples)}B for teacher samples")
+            parts.append(f"at most {format_count(self.samples)}B for teacher samples")
         return " and ".join(parts)
 
 
@@ -119,10 +118,8 @@ class CacheWorkload:
             return "off", f"not cached: this run {self._reason_to_compute_once()}"
         need = self.size("auto").total
         if free_memory is not None and need > MEMORY_SHARE * free_memory:
-            return (
-                "off",
-                f"not cached: {amount(need)}B is more than a quarter of the {amount(free_memory)}B of free memory",
-            )
+            sizes = f"{format_count(need)}B is more than a quarter of the {format_count(free_memory)}B of free memory"
+            return "off", f"not cached: {sizes}"
         return "memory", ""
 
     def _reason_to_compute_once(self) -> str:

@@ -16,7 +16,16 @@ from distillm_cli.losses import objectives
 from distillm_cli.models.model_families import family_of
 from distillm_cli.models.shapes import Sizes
 from distillm_cli.rollouts.scheduler import Scheduler, Source, build_scheduler
-from distillm_cli.runs.gpus import BACKWARD_LAYER, DECODING_LAYER, FORWARD_LAYER, GPUS, Part, Work, fits, seconds
+from distillm_cli.runs.gpus import (
+    BACKWARD_LAYER,
+    DECODING_LAYER,
+    FORWARD_LAYER,
+    GPUS,
+    Part,
+    Work,
+    fits_in_memory,
+    seconds,
+)
 
 # On a CPU: what products in bf16, compiled for each of their shapes, come to hold, whatever the model (measured from one of
 # 60 tokens of vocabulary to one of 50,257; `app.set_environment` says how many are kept).
@@ -113,7 +122,7 @@ def memory(run: Run) -> dict[str, int]:
 
     On a CPU the matrices of a bf16 teacher of the families with a written-out pass are there twice, once laid out for the
     products, and so are those of a model that samples in bf16. At the first validation the weights from before training are
-    there beside those reached: never more than the gradients, which are not there then (`Prepared.as_at_start`).
+    there beside those reached: never more than the gradients, which are not there then (`Prepared.with_start_weights`).
     """
     from distillm_cli.losses.fused import work_bytes
     from distillm_cli.models.cpu.forward import has_layouts
@@ -303,7 +312,7 @@ def _learned(run: Run, response: float) -> Work:
 
 def _looked(run: Run, response: float) -> Work:
     """What an objective that looks at the step before it trains asks of the student: a forward pass."""
-    if run.teacher is None or "student" not in objectives.build(run.recipe.objective, 1.0).looks_at:
+    if run.teacher is None or "student" not in objectives.build(run.recipe.objective, 1.0).needs_log_probs_of:
         return ()
     starts = _pieces(run) * run.student.all_layers * FORWARD_LAYER
     work = forward(run.student, run.sequences, run.lengths.prompt, response, response, run.vocab)
@@ -366,7 +375,7 @@ def on_gpus(run: Run, need: int) -> dict[str, dict[str, Any]]:
     open_phi = run.schedule.has_phi and run.teacher is not None
     for gpu in GPUS:
         each = {source: seconds(parts, gpu) for source, parts in work.items()}
-        entry: dict[str, Any] = {"fits": fits(need, gpu), "step_s": each}
+        entry: dict[str, Any] = {"fits": fits_in_memory(need, gpu), "step_s": each}
         if count is not None:
             span = [_whole(run, each, count, phi) for phi in ((None, 1.0) if open_phi else (None,))]
             first = 0.0

@@ -47,14 +47,14 @@ from distillm_cli.errors import RecipeError, UsageError
 from distillm_cli.models.model_families import family_of
 from distillm_cli.models.model_info import ModelInfo, read_model_info
 from distillm_cli.models.model_paths import locate_model
-from distillm_cli.ui.display import parameters
+from distillm_cli.utils.text import format_parameters
 
 LENGTHS = ("data.max_length", "data.max_prompt_length")
 KEYS = ("train.lr", "train.epochs", "train.warmup", *LENGTHS)
 PAPER_LENGTH, LENGTH, LEAST_PROMPT = 512, 2048, 256
 _SMALL = 0.3e9  # parameters
 
-Known = Mapping[str, ModelInfo | None]  # facts of models that are yet to be made, by ``stage:NAME``
+KnownFacts = Mapping[str, ModelInfo | None]  # facts of models that are yet to be made, by ``stage:NAME``
 
 
 class Rates(NamedTuple):
@@ -66,7 +66,7 @@ class Rates(NamedTuple):
     who: str
 
 
-def fitted(resolved: Resolved, known: Known | None = None, model: str | None = None) -> Resolved:
+def fitted(resolved: Resolved, known: KnownFacts | None = None, model: str | None = None) -> Resolved:
     """Replace each `auto` of the recipe by the number that fits its models, with the reason as its origin.
 
     model: answers instead of the recipe's student, in a stage that trains nothing. A model whose config cannot be read
@@ -89,7 +89,7 @@ def fitted(resolved: Resolved, known: Known | None = None, model: str | None = N
     return replace(resolved, recipe=_with(recipe, changes), origin=resolved.origin | origin)
 
 
-def facts_of(recipe: Recipe, known: Known, model: str | None = None) -> ModelInfo | None:
+def facts_of(recipe: Recipe, known: KnownFacts, model: str | None = None) -> ModelInfo | None:
     """Return the facts of the recipe's student (or of ``model``), None where its config cannot be read."""
     path = model or recipe.student.path
     if path is None or path in known:
@@ -110,7 +110,7 @@ def _family_of(path: str) -> str:
     return (spec.family or "llama") if isinstance(spec, RandomModel) else "llama"
 
 
-def _teacher(recipe: Recipe, known: Known) -> ModelInfo | None:
+def _teacher(recipe: Recipe, known: KnownFacts) -> ModelInfo | None:
     path = recipe.teacher.path
     if path is None or (recipe.method == "sft" and not recipe.student.is_built):
         return None
@@ -140,7 +140,7 @@ def rates(student: ModelInfo, *, sft: bool, lora: bool) -> Rates | None:
         lr = 5e-5 if student.has_template else 1e-4
     else:
         lr = 1e-5 if student.has_template else 2e-5
-    who = f"{_article(parameters(size).removesuffix(' parameters'))} {kind} model{', LoRA' if lora else ''}"
+    who = f"{_article(format_parameters(size).removesuffix(' parameters'))} {kind} model{', LoRA' if lora else ''}"
     return Rates(10 * lr if lora else lr, 3.0, 0.1, f"for {who}")
 
 
@@ -224,7 +224,7 @@ def _article(noun: str) -> str:
     return f"{'an' if noun.startswith(('8', '11 ', '11.', '18 ', '18.')) else 'a'} {noun}"
 
 
-def check_data(resolved: Resolved, known: Known | None = None) -> str | None:
+def check_data(resolved: Resolved, known: KnownFacts | None = None) -> str | None:
     """Return a sentence where the run takes Dolly because no data is named, None where data is named.
 
     Raises UsageError where that is not allowed: only distillation between models of the paper's families may do so.

@@ -1,4 +1,4 @@
-"""The work of ``distillm eval``: checkpoints × suites → tables, files, one JSON object."""
+"""Evaluate checkpoints: every checkpoint on every suite, results and predictions in files."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import gc
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from distillm_cli import plugins
-from distillm_cli.config.load import Resolved
 from distillm_cli.config.schema import Recipe
 from distillm_cli.errors import Interrupted, UsageError, signal_number
 from distillm_cli.evaluation.evaluate import evaluate
@@ -22,97 +20,82 @@ from distillm_cli.evaluation.suites import Suite, load_suites
 from distillm_cli.models.devices import dtype_name
 from distillm_cli.models.loading import load_config
 from distillm_cli.runs import inference
-from distillm_cli.training.events import Note, Warned
-from distillm_cli.ui.console import Console
-from distillm_cli.ui.summary import table
+from distillm_cli.runs.inference import Settings
+from distillm_cli.runs.run_results import CheckpointScores, EvalResult
+from distillm_cli.training.events import Listener, Note, Warned
 from distillm_cli.utils.modules import weights_fingerprint
 
-Told = dict[str, Any]  # a suite's object in `--json`
+SuiteScores = dict[str, Any]  # a suite's object in `--json`
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One checkpoint: the recipe it is scored by, on what, and where the results go."""
+    """Hold one checkpoint: the recipe it is scored by, on what, where the results go, and those so far."""
 
     checkpoint: str
     recipe: Recipe
     suites: list[Suite]
-    place: Path
+    output: Path
+    scores: dict[str, SuiteScores] = field(default_factory=dict)
 
 
-def score(
+def evaluate_checkpoints(
     checkpoints: list[str],
+    settings: Settings,
+    listener: Listener,
     *,
-    recipe: str | Resolved | None,
-    flags: Mapping[str, Any],
-    sets: list[str] | None,
-    output: str | None,
+    output: str | None = None,
     resume: bool = False,
     names: Mapping[str, str] | None = None,
-    ui: Console,
-) -> dict[str, Any]:
-    """Scores every checkpoint on every suite and returns the result object of ``--json``.
+) -> EvalResult:
+    """Score every checkpoint on every suite.
 
-    Everything that can be wrong with names, rows and places is found before the first model is loaded. resume: a suite
-    that these weights have been scored on in the same way is not scored again. names: by checkpoint, what its directory is
-    called where there are several; else that goes by its path.
+    Errors in names, rows and paths are found before the first model is loaded. output: a directory; None for one in each
+    checkpoint. resume: a suite that these weights have been scored on in the same way is not scored again. names: by
+    checkpoint, the name of its directory where there are several; by default from its path.
     """
-    began = time.perf_counter()
-    jobs = _plan(checkpoints, recipe, flags, sets, output, names or {}, ui)
-    done: dict[str, dict[str, Told]] = {job.checkpoint: {} for job in jobs}
+    started = time.perf_counter()
+    jobs = _jobs(checkpoints, settings, output, names or {}, listener)
     try:
         for job in jobs:
-            _score(job, done[job.checkpoint], resume, ui)
+            _score(job, resume, listener)
     except KeyboardInterrupt as stop:
-        finished, total = sum(map(len, done.values())), sum(len(job.suites) for job in jobs)
+        finished = sum(len(job.scores) for job in jobs)
+        total = sum(len(job.suites) for job in jobs)
         where = f"results of {finished} of {total} are written" if finished else "no suite was finished"
         raise Interrupted("interrupted", signal_number=signal_number(stop), where=where) from None
-    _show(jobs, done, ui)
-    found = {
-        job.checkpoint: {
-            "output": str(job.place),
-            "suites": done[job.checkpoint],
-        }
-        for job in jobs
-    }
-    first = found[jobs[0].checkpoint]
-    result = {"command": "eval", "status": "ok", "output": output or first["output"]}
-    result |= {"wall_s": round(time.perf_counter() - began, 3), "suites": first["suites"]}
-    return result | ({"checkpoints": found} if len(jobs) > 1 else {})
+    return EvalResult(
+        checkpoints=tuple(_checkpoint_scores(job) for job in jobs),
+        output=output or str(jobs[0].output),
+        wall_s=round(time.perf_counter() - started, 3),
+    )
 
 
-def _plan(
-    checkpoints: list[str],
-    recipe: str | Resolved | None,
-    flags: Mapping[str, Any],
-    sets: list[str] | None,
-    output: str | None,
-    names: Mapping[str, str],
-    ui: Console,
+def _jobs(
+    checkpoints: list[str], settings: Settings, output: str | None, names: Mapping[str, str], listener: Listener
 ) -> list[_Job]:
     jobs: list[_Job] = []
     loaded: dict[Any, list[Suite]] = {}
-    once: dict[Path, str] = {}
+    distinct: dict[Path, str] = {}
     for checkpoint in checkpoints:
-        once.setdefault(Path(checkpoint), checkpoint)  # ``./a/`` is ``a``
-    places = _places(list(once.values()), output, names)
-    for checkpoint, place in places.items():
+        distinct.setdefault(Path(checkpoint), checkpoint)  # ``./a/`` is ``a``
+    for checkpoint, place in _output_directories(list(distinct.values()), output, names).items():
         load_config(checkpoint)
-        resolved, own = inference.settings("eval", checkpoint, recipe=recipe, flags=flags, sets=sets, listener=ui)
-        chosen = resolved.recipe
-        if not chosen.eval.suites and recipe is None and not own:
+        resolved, is_own = inference.resolve_settings("eval", checkpoint, settings, listener)
+        recipe = resolved.recipe
+        if not recipe.eval.suites and settings.recipe is None and not is_own:
             raise UsageError(f"nothing to score {checkpoint} on", hint="give --suite dolly, or --suite FILE")
-        key = (chosen.data, chosen.eval.suites, chosen.eval.limit)
+        key = (recipe.data, recipe.eval.suites, recipe.eval.limit)
         if key not in loaded:
-            loaded[key] = load_suites(chosen, ui)
-        jobs.append(_Job(checkpoint, chosen, loaded[key], place))
+            loaded[key] = load_suites(recipe, listener)
+        jobs.append(_Job(checkpoint, recipe, loaded[key], place))
     for job in jobs:
-        check_results_writable(job.place)
+        check_results_writable(job.output)
     return jobs
 
 
-def _places(checkpoints: list[str], output: str | None, names: Mapping[str, str]) -> dict[str, Path]:
-    """Where each checkpoint's results go: ``eval/`` inside it; for one of the hub or shipped here ``./eval-NAME/``."""
+def _output_directories(checkpoints: list[str], output: str | None, names: Mapping[str, str]) -> dict[str, Path]:
+    """Return where each checkpoint's results go: ``eval/`` inside it; ``./eval-NAME/`` for one of the hub or built in."""
     places: dict[str, Path] = {}
     for checkpoint in checkpoints:
         directory = Path(checkpoint).expanduser()
@@ -129,59 +112,37 @@ def _places(checkpoints: list[str], output: str | None, names: Mapping[str, str]
     return places
 
 
-def _score(job: _Job, done: dict[str, Told], resume: bool, ui: Console) -> None:
-    backbone, encoder = inference.load(job.checkpoint, job.recipe, ui)
-    inference.check_head(backbone, encoder, job.suites[0].rows[0], ui)
-    inference.name_template(encoder, [row for suite in job.suites for row in suite.rows], ui)
+def _score(job: _Job, resume: bool, listener: Listener) -> None:
+    """Score one checkpoint on its suites, and release it."""
+    backbone, encoder = inference.load_model(job.checkpoint, job.recipe, listener)
+    inference.check_model(backbone, encoder, job.suites[0].rows[0], listener)
+    inference.report_template(encoder, [row for suite in job.suites for row in suite.rows], listener)
     about = {"model": job.checkpoint, "dtype": str(backbone.model.dtype).removeprefix("torch.")}
     about["weights"] = weights_fingerprint(backbone.model.state_dict().items())
     for suite in job.suites:
         about["rows_sha256"] = suite.digest()
-        before = load_results(suite, job.place, job.recipe.eval, encoder.template, about) if resume else None
-        if before is not None:
-            ui(Note(f"{suite.name} is scored already"))
-            done[suite.name] = before
+        saved = load_results(suite, job.output, job.recipe.eval, encoder.template, about) if resume else None
+        if saved is not None:
+            listener(Note(f"{suite.name} is scored already"))
+            job.scores[suite.name] = saved
             continue
-        result = evaluate(backbone, encoder, suite, job.recipe.eval, ui, skip_long=job.recipe.data.skip_bad_rows)
-        for told in result.scores.values():
-            if told.undefined is not None:
-                ui(Warned(f"{suite.name}: {told.undefined}"))
-        save_results(result, job.place, about)
-        done[suite.name] = result.as_json()
+        result = evaluate(backbone, encoder, suite, job.recipe.eval, listener, skip_long=job.recipe.data.skip_bad_rows)
+        for score in result.scores.values():
+            if score.undefined is not None:
+                listener(Warned(f"{suite.name}: {score.undefined}"))
+        save_results(result, job.output, about)
+        job.scores[suite.name] = result.as_json()
     del backbone
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def _show(jobs: list[_Job], done: Mapping[str, Mapping[str, Told]], ui: Console) -> None:
-    several = len(jobs) > 1
-    metrics = list(dict.fromkeys(metric for job in jobs for metric in job.recipe.eval.metrics))
-    columns = [*(["checkpoint"] if several else []), "suite", "rows", *map(_title, metrics), "entropy"]
-    rows, tasks = [], []
-    for job in jobs:
-        for name, told in done[job.checkpoint].items():
-            lead = [job.checkpoint] if several else []
-            passes = max(len(told[metric]["seeds"]) for metric in job.recipe.eval.metrics)
-            figures = [_figure(told.get(metric), passes) for metric in metrics]
-            rows.append([*lead, name, f"{told['rows']:,}", *figures, f"{told['entropy']:.3f}"])
-            for task, scores in told.get("tasks", {}).items():
-                tasks.append([*lead, task, *(_figure(scores.get(metric), passes) for metric in metrics)])
-    if tasks:
-        ui.show(table("By kind of task", [*(["checkpoint"] if several else []), "task", *map(_title, metrics)], tasks))
-    ui.show(table("Scores", columns, rows))
-    for job in jobs:
-        ui(Note(f"decoded in {dtype_name(inference.precision(job.recipe))}; results and predictions: {job.place}"))
-
-
-def _title(metric: str) -> str:
-    entry = plugins.metrics[metric]
-    return entry.label if entry.higher_is_better else f"{entry.label} ↓"
-
-
-def _figure(score: Mapping[str, Any] | None, passes: int) -> str | None:
-    if score is None:
-        return None
-    if score["mean"] is None:
-        return "undefined"
-    return f"{score['mean']:.2f} ± {score['sd']:.2f}" if passes > 1 else f"{score['mean']:.2f}"
+def _checkpoint_scores(job: _Job) -> CheckpointScores:
+    return CheckpointScores(
+        checkpoint=job.checkpoint,
+        output=job.output,
+        suites=job.scores,
+        metrics=tuple(job.recipe.eval.metrics),
+        dtype=dtype_name(inference.precision(job.recipe)),
+    )

@@ -1,18 +1,16 @@
-"""The work of ``distillm generate``: prompts → responses, chunk by chunk, so that a stopped run keeps what it has."""
+"""Generate responses to prompts, a chunk at a time, so that a stopped run keeps what it has."""
 
 from __future__ import annotations
 
 import hashlib
-import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from distillm_cli.config.load import Resolved
 from distillm_cli.config.schema import Recipe
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import Row, local_place
@@ -23,103 +21,111 @@ from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.model_paths import locate_model
 from distillm_cli.rollouts.sampler import Sampling, sample_all
 from distillm_cli.runs import inference
-from distillm_cli.runs.prompt_source import PromptSource, prompts_of, rereadable
-from distillm_cli.runs.responses import Line, Responses, text_of
+from distillm_cli.runs.inference import Settings
+from distillm_cli.runs.prompt_source import PromptSource, exact_texts, read_prompts
+from distillm_cli.runs.responses import Line, ResponseFile
+from distillm_cli.runs.run_results import Generated, GenerateResult
 from distillm_cli.training.events import Event, Listener, Note, Progress
-from distillm_cli.ui.console import Console
 from distillm_cli.utils.modules import weights_fingerprint
-from distillm_cli.utils.text import counted, escaped
+from distillm_cli.utils.text import counted
 
-_MOST = 2**31  # of rows, and of samples of each
-_BATCHES = 8  # sorted by length together, and written together: what a stopped run loses at most
+_MAX_COUNT = 2**31  # of rows, and of samples of each
+_CHUNK_BATCHES = 8  # sorted by length together, and written together: what a stopped run loses at most
 
 
-def run(
+def generate_responses(
     model: str,
-    wanted: PromptSource,
+    source: PromptSource,
+    settings: Settings,
+    listener: Listener,
     *,
-    recipe: str | Resolved | None,
-    flags: Mapping[str, Any],
-    sets: list[str] | None,
-    output: str | None,
-    resume: bool,
-    overwrite: bool,
-    ui: Console,
-) -> dict[str, Any]:
-    """Generates into ``output`` (None: stdout) and returns the result object of ``--json``."""
-    began = time.perf_counter()
-    _check(wanted, output, resume, overwrite)
-    responses = None if output is None else Responses(Path(output), resume=resume, overwrite=overwrite)
+    output: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> GenerateResult:
+    """Generate responses into a file. output: ``.jsonl``; None: the result and ``Generated`` events carry the rows."""
+    started = time.perf_counter()
+    _check(source, output, resume, overwrite)
+    file = None if output is None else ResponseFile(Path(output), resume=resume, overwrite=overwrite)
     if overwrite:
-        _check_spared(wanted, Path(output))
-    resolved, _ = inference.settings("generate", model, recipe=recipe, flags=flags, sets=sets, listener=ui)
-    r = resolved.recipe
-    if wanted.samples > 1 and r.rollout.temperature == 0:
-        raise UsageError(f"--n {wanted.samples} with temperature 0", where="the responses would all be the same")
+        _check_not_read(source, Path(output))
+    recipe = inference.resolve_settings("generate", model, settings, listener)[0].recipe
+    if source.samples > 1 and recipe.rollout.temperature == 0:
+        raise UsageError(f"--n {source.samples} with temperature 0", where="the responses would all be the same")
     locate_model(model)
-    rows = prompts_of(wanted, r.data, ui)
-    backbone, encoder = inference.load(model, r, ui)
-    inference.check_head(backbone, encoder, rows[0], ui)
-    inference.name_template(encoder, rows, ui)
-    work = _Work.of(rows, wanted.samples, backbone, encoder, r, ui)
+    rows = read_prompts(source, recipe.data, listener)
+    backbone, encoder = inference.load_model(model, recipe, listener)
+    inference.check_model(backbone, encoder, rows[0], listener)
+    inference.report_template(encoder, rows, listener)
+    generation = _generation(rows, source.samples, backbone, encoder, recipe, listener)
     try:
-        if responses is not None:
-            responses.begin(work.settings(), work.heads())
-        tokens, cut, seconds = work.go(responses, ui)
+        if file is not None:
+            file.begin(generation.settings(), generation.heads())
+        done = generation.run(file, listener)
     finally:
-        if responses is not None:
-            responses.close()
-    total = len(work)
-    if responses is not None:
-        ui(Note(f"{counted(total, 'row')} in {output}"))
-    if cut:
-        were = f"{counted(cut, 'response')} {'was' if cut == 1 else 'were'}"
-        ui(Note(f"{were} cut at --max-new-tokens or the context: `complete: false`"))
-    return {
-        "command": "generate",
-        "status": "ok",
-        "output": output,
-        "wall_s": round(time.perf_counter() - began, 3),
-        "rows": total,
-        "tokens": tokens,
-        "tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
-        "cut": cut,
-    }
+        if file is not None:
+            file.close()
+    if file is not None:
+        listener(Note(f"{counted(len(generation), 'row')} in {output}"))
+    if done.cut:
+        were = f"{counted(done.cut, 'response')} {'was' if done.cut == 1 else 'were'}"
+        listener(Note(f"{were} cut at --max-new-tokens or the context: `complete: false`"))
+    return GenerateResult(
+        output=output,
+        wall_s=round(time.perf_counter() - started, 3),
+        rows=len(generation),
+        tokens=done.tokens,
+        tokens_per_s=round(done.tokens / max(done.seconds, 1e-9), 1),
+        cut=done.cut,
+        responses=tuple(done.responses),
+    )
 
 
-def _check(wanted: PromptSource, output: str | None, resume: bool, overwrite: bool) -> None:
-    sources = {"--data": wanted.data, "--prompt": wanted.prompts, "--input": wanted.input}
+def _check(source: PromptSource, output: str | None, resume: bool, overwrite: bool) -> None:
+    """Raise UsageError for options that contradict each other or are out of range."""
+    sources = {"--data": source.data, "--prompt": source.prompts, "--input": source.input}
     given = [flag for flag, value in sources.items() if value is not None]
     if len(given) != 1:
         what = f"{' and '.join(given)} exclude each other" if given else "no prompts"
         raise UsageError(what, hint="give one of --data SOURCE, --prompt TEXT, --input FILE")
-    for flag, count in (("--limit", wanted.limit), ("--n", wanted.samples)):
-        if count is not None and not 1 <= count < _MOST:
+    for flag, count in (("--limit", source.limit), ("--n", source.samples)):
+        if count is not None and not 1 <= count < _MAX_COUNT:
             raise UsageError(f"{flag} = {count}", where="expected a whole number ≥ 1 and < 2^31")
-    if any(not text.strip() for text in wanted.prompts or ()):
+    if any(not text.strip() for text in source.prompts or ()):
         raise UsageError("an empty --prompt", where="no row that is trained on may have one", hint="give it a text")
-    if wanted.split is not None and wanted.data is None:
-        raise UsageError(f"--split {wanted.split} without --data", hint="drop it, or give --data")
-    if wanted.split not in (None, "train", "valid", "test"):
-        raise UsageError(f"--split = {wanted.split}", where="expected train, valid or test")
+    if source.split is not None and source.data is None:
+        raise UsageError(f"--split {source.split} without --data", hint="drop it, or give --data")
+    if source.split not in (None, "train", "valid", "test"):
+        raise UsageError(f"--split = {source.split}", where="expected train, valid or test")
     if output is None and (resume or overwrite):
         raise UsageError(f"{'--resume' if resume else '--overwrite'} without --output", hint="give --output FILE")
 
 
-def _check_spared(wanted: PromptSource, output: Path) -> None:
-    """Raises UsageError where the file to be replaced is one that the prompts are read from."""
-    for flag, name in (("--data", wanted.data), ("--input", wanted.input)):
+def _check_not_read(source: PromptSource, output: Path) -> None:
+    """Raise UsageError where the file to be replaced is one that the prompts are read from."""
+    for flag, name in (("--data", source.data), ("--input", source.input)):
         place = None if name in (None, "-", "builtin") else local_place(name)
-        read = () if place is None else (place, place / "data") if place.is_dir() else (place,)
-        if output.exists() and any(
-            output.samefile(p) or output.resolve().parent == p.resolve() for p in read if p.exists()
-        ):
-            raise UsageError(f"--output {output} is among what {flag} {name} reads", hint="choose another --output")
+        if place is None or not output.exists():
+            continue
+        read = [place, place / "data"] if place.is_dir() else [place]
+        for path in read:
+            if path.exists() and (output.samefile(path) or output.resolve().parent == path.resolve()):
+                raise UsageError(f"--output {output} is among what {flag} {name} reads", hint="choose another --output")
+
+
+@dataclass
+class _Generated:
+    """Hold what this call has generated: counts, seconds, and the rows where no file takes them."""
+
+    tokens: int = 0
+    cut: int = 0
+    seconds: float = 0.0
+    responses: list[Line] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class _Work:
-    """Every response that is wanted, in order: sample j of row i is number ``i · samples + j``."""
+class _Generation:
+    """Hold the prompts and settings of all responses, in order: sample j of row i is number ``i · samples + j``."""
 
     rows: list[Row]
     ids: list[np.ndarray]
@@ -131,30 +137,23 @@ class _Work:
     backbone: Backbone
     encoder: Encoder
 
-    @classmethod
-    def of(
-        cls, rows: list[Row], samples: int, backbone: Backbone, encoder: Encoder, r: Recipe, listener: Listener
-    ) -> _Work:
-        suite, ids = rows_in_context(
-            Suite("prompts", rows, ""), encoder, backbone.context, listener, skip_long=r.data.skip_bad_rows
-        )
-        sampling = Sampling(r.rollout.temperature, r.rollout.top_p, r.rollout.top_k, r.rollout.max_new_tokens)
-        prompts = rereadable(suite.rows, ids, encoder, listener)
-        return cls(suite.rows, ids, prompts, samples, r.train.seed, sampling, r.eval.batch_size, backbone, encoder)
-
     def __len__(self) -> int:
         return len(self.rows) * self.samples
 
     def settings(self) -> dict[str, Any]:
-        """All that shapes the responses. Batch size and device are not among it."""
+        """Return everything that shapes the responses. Batch size and device do not."""
         digest = hashlib.sha256()
         for ids in self.ids:
             digest.update(len(ids).to_bytes(8, "little") + ids.astype("<i4").tobytes())
-        how = {name: getattr(self.sampling, name) for name in ("temperature", "top_p", "top_k", "max_new_tokens")}
-        dtype = str(self.backbone.model.dtype).removeprefix("torch.")
-        head = {"rows": len(self), "samples": self.samples, "seed": self.seed, **how, "dtype": dtype}
         return {
-            **head,
+            "rows": len(self),
+            "samples": self.samples,
+            "seed": self.seed,
+            "temperature": self.sampling.temperature,
+            "top_p": self.sampling.top_p,
+            "top_k": self.sampling.top_k,
+            "max_new_tokens": self.sampling.max_new_tokens,
+            "dtype": str(self.backbone.model.dtype).removeprefix("torch."),
             "weights": weights_fingerprint(self.backbone.model.state_dict().items()),
             "prompts": digest.hexdigest(),
         }
@@ -162,69 +161,94 @@ class _Work:
     def heads(self) -> list[Line]:
         """Return the fields of each row that are known before there is a response."""
         return [
-            {
-                **_asked(row),
-                "prompt": prompt,
-                "seed": self.seed,
-                "sample": j,
-            }
+            {**_columns(row), "prompt": prompt, "seed": self.seed, "sample": j}
             for row, prompt in zip(self.rows, self.prompts, strict=True)
             for j in range(self.samples)
         ]
 
-    def go(self, responses: Responses | None, listener: Listener) -> tuple[int, int, float]:
-        """Generates what is missing. Returns tokens, responses that were cut, and seconds, of this call."""
-        heads, tokens, cut, began = self.heads(), 0, 0, time.perf_counter()
-        start = 0 if responses is None else responses.count
+    def run(self, file: ResponseFile | None, listener: Listener) -> _Generated:
+        """Generate what is missing in the file, or everything where there is none."""
+        heads = self.heads()
+        done = _Generated()
+        started = time.perf_counter()
+        start = 0 if file is None else file.count
         if start:
             listener(Note(f"going on after {start:,} of {counted(len(self), 'row')}"))
-        step = _BATCHES * self.batch_size
+        step = _CHUNK_BATCHES * self.batch_size
         try:
-            for at in range(start, len(self), step):
-                chunk = range(at, min(at + step, len(self)))
-                said = dict(
-                    sample_all(
-                        self.backbone,
-                        [self.ids[k // self.samples] for k in chunk],
-                        self.sampling,
-                        seed=self.seed,
-                        batch_size=self.batch_size,
-                        listener=self._overall(at, listener),
-                        # A key of its own for each sample, whatever else is generated with it.
-                        rows=[k // self.samples + (k % self.samples << 32) for k in chunk],
-                    )
-                )
-                lines = []
-                for offset, k in enumerate(chunk):
-                    head, out = heads[k], said[offset]
-                    text = {"output": self.encoder.decode(self.ids[k // self.samples], out.tokens)}
-                    lines.append(_placed(head, text) | {"complete": out.complete})
-                    tokens += len(out.tokens)
-                    cut += not out.complete
-                if responses is None:
-                    _print(lines)
+            for first in range(start, len(self), step):
+                lines = self._chunk(range(first, min(first + step, len(self))), heads, done, listener)
+                if file is None:
+                    done.responses += lines
+                    listener(Generated(lines))
                 else:
-                    responses.add(lines)
+                    file.add(lines)
         except KeyboardInterrupt as stop:
             number = signal_number(stop)
-            if responses is None:
+            if file is None:
                 raise Interrupted("interrupted", signal_number=number) from None
-            where = f"{responses.count:,} of {len(self):,} rows are in {responses.path}"
+            where = f"{file.count:,} of {len(self):,} rows are in {file.path}"
             raise Interrupted("interrupted", signal_number=number, where=where, hint="go on with --resume") from None
-        return tokens, cut, time.perf_counter() - began
+        done.seconds = time.perf_counter() - started
+        return done
 
-    def _overall(self, before: int, listener: Listener) -> Listener:
-        """A chunk's progress as progress of the whole."""
+    def _chunk(
+        self, numbers: SequenceOf[int], heads: SequenceOf[Line], done: _Generated, listener: Listener
+    ) -> list[Line]:
+        """Generate the responses of these numbers, and return them as rows."""
+        sampled = dict(
+            sample_all(
+                self.backbone,
+                [self.ids[k // self.samples] for k in numbers],
+                self.sampling,
+                seed=self.seed,
+                batch_size=self.batch_size,
+                listener=self._overall_progress(numbers[0], listener),
+                # Each sample has its own random key, whatever else is generated with it.
+                rows=[k // self.samples + (k % self.samples << 32) for k in numbers],
+            )
+        )
+        lines = []
+        for offset, k in enumerate(numbers):
+            response = sampled[offset]
+            text = self.encoder.decode(self.ids[k // self.samples], response.tokens)
+            lines.append(_with_output(heads[k], text) | {"complete": response.complete})
+            done.tokens += len(response.tokens)
+            done.cut += not response.complete
+        return lines
 
-        def heard(event: Event) -> None:
+    def _overall_progress(self, before: int, listener: Listener) -> Listener:
+        """Return a listener that reports a chunk's progress as progress of the whole."""
+
+        def listen(event: Event) -> None:
             if isinstance(event, Progress):
-                event = Progress(event.task, before + event.done, len(self), event.unit)
+                event = replace(event, done=before + event.done, total=len(self))
             listener(event)
 
-        return heard
+        return listen
 
 
-def _asked(row: Row) -> Line:
+def _generation(
+    rows: list[Row], samples: int, backbone: Backbone, encoder: Encoder, recipe: Recipe, listener: Listener
+) -> _Generation:
+    suite, ids = rows_in_context(
+        Suite("prompts", rows, ""), encoder, backbone.context, listener, skip_long=recipe.data.skip_bad_rows
+    )
+    rollout = recipe.rollout
+    return _Generation(
+        rows=suite.rows,
+        ids=ids,
+        prompts=exact_texts(suite.rows, ids, encoder, listener),
+        samples=samples,
+        seed=recipe.train.seed,
+        sampling=Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens),
+        batch_size=recipe.eval.batch_size,
+        backbone=backbone,
+        encoder=encoder,
+    )
+
+
+def _columns(row: Row) -> Line:
     """Return the prompt of a row in the columns that it is read from."""
     columns = {"messages": row.messages, "tools": row.tools, "documents": row.documents}
     columns |= {"chat_template_kwargs": row.template_kwargs}
@@ -233,17 +257,11 @@ def _asked(row: Row) -> Line:
     return {name: value for name, value in columns.items() if value is not None}
 
 
-def _placed(head: Line, text: Line) -> Line:
-    """The row with the output beside its prompt, where a reader looks for it."""
+def _with_output(head: Line, text: str) -> Line:
+    """Return a row with its output next to its prompt, where a reader looks for it."""
     line = {}
     for key, value in head.items():
         line[key] = value
         if key == "prompt":
-            line |= text
+            line["output"] = text
     return line
-
-
-def _print(lines: list[Line]) -> None:
-    ascii_only = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
-    sys.stdout.write("".join(escaped(text_of(line, ascii_only=ascii_only)) for line in lines))
-    sys.stdout.flush()

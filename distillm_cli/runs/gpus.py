@@ -71,6 +71,6 @@ def seconds(work: Iterable[Part], gpu: Gpu) -> float:
     return sum(part.seconds(gpu) for part in work)
 
 
-def fits(need: int, gpu: Gpu) -> bool:
+def fits_in_memory(need: int, gpu: Gpu) -> bool:
     """Whether so many bytes fit."""
     return need <= USABLE * gpu.memory

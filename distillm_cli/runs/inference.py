@@ -1,8 +1,9 @@
-"""What ``generate`` and ``eval`` share: the settings a trained model brings along, and loading it."""
+"""Load a model to generate with, and the settings of the run that trained it: what ``generate`` and ``eval`` share."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +26,29 @@ from distillm_cli.utils import garbage, manifest
 from distillm_cli.utils.host import set_threads
 
 
-def settings(
-    command: str,
-    model: str,
-    *,
-    recipe: str | Resolved | None,
-    flags: Mapping[str, Any],
-    sets: list[str] | None,
-    listener: Listener,
-) -> tuple[Resolved, bool]:
-    """The recipe to go by, and whether it is the model's own: the one given, else the one beside the model, else none.
-    One that is resolved already (a stage's) is taken as it is.
+@dataclass(frozen=True)
+class Settings:
+    """Say where the settings of ``generate`` and ``eval`` come from.
 
-    So a model trained with a template of its own is asked in that template. Flags and ``--set`` are stronger. What the
-    run said of its machine is not taken over: this may be another one.
+    recipe: a file, a shipped name, or one that is resolved already (a pipeline's stage); None for the one beside the
+    model, where there is one. flags, sets: what is stronger than the recipe.
     """
-    if isinstance(recipe, Resolved):
-        return recipe, False
-    own = None if recipe is not None else own_recipe(model, listener)
-    resolved = resolve(command=command, recipe=own or recipe, flags=flags, sets=sets)
+
+    recipe: str | Resolved | None = None
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    sets: list[str] | None = None
+
+
+def resolve_settings(command: str, model: str, settings: Settings, listener: Listener) -> tuple[Resolved, bool]:
+    """Return the recipe to go by, and whether it is the model's own.
+
+    A model's own recipe has the template that it was trained with. What that recipe records of its machine is left out:
+    this may be another one.
+    """
+    if isinstance(settings.recipe, Resolved):
+        return settings.recipe, False
+    own = None if settings.recipe is not None else own_recipe(model, listener)
+    resolved = resolve(command=command, recipe=own or settings.recipe, flags=settings.flags, sets=settings.sets)
     return (resolved, False) if own is None else (_on_this_machine(resolved, own), True)
 
 
@@ -52,12 +57,12 @@ def _on_this_machine(resolved: Resolved, own: Path) -> Resolved:
 
     The chat template is saved with the model's tokenizer, wherever the run had it from.
     """
-    open_again = {
+    reset = {
         key: (leaves()[key].default, "default")
         for key in ("train.device", "train.threads", "data.chat_template")
         if resolved.origin[key].startswith(f"{own.name}:")
     }
-    return settled(resolved, open_again)
+    return settled(resolved, reset)
 
 
 def own_recipe(model: str, listener: Listener) -> Path | None:
@@ -105,8 +110,8 @@ def _damaged(own: Path, why: str) -> RecipeError:
     return RecipeError(f"{own} is damaged or changed: {why}", hint=hint)
 
 
-def load(model: str, recipe: Recipe, listener: Listener) -> tuple[Backbone, Encoder]:
-    """The model, where and in the precision the recipe asks for, and its encoder. Raises ModelError."""
+def load_model(model: str, recipe: Recipe, listener: Listener) -> tuple[Backbone, Encoder]:
+    """Load a model on the recipe's device in its precision, and return it with its encoder. Raises ModelError."""
     garbage.take_up()
     set_threads(recipe.train.threads, listener)
     device = resolve_device(recipe.train.device)
@@ -114,25 +119,30 @@ def load(model: str, recipe: Recipe, listener: Listener) -> tuple[Backbone, Enco
     if recipe.data.chat_template not in ("auto", "student", "teacher"):
         backbone.tokenizer.chat_template = read_template(recipe.data.chat_template)
     set_languages(backbone.tokenizer, recipe.data, [backbone])
-    stops, is_seq2seq = backbone.stop_ids, backbone.is_encoder_decoder
-    how = {"is_encoder_decoder": is_seq2seq, "stops": stops, "end": usual_end_token(backbone)}
-    return backbone, Encoder(backbone.tokenizer, recipe.data, **how)
+    encoder = Encoder(
+        backbone.tokenizer,
+        recipe.data,
+        is_encoder_decoder=backbone.is_encoder_decoder,
+        stops=backbone.stop_ids,
+        end=usual_end_token(backbone),
+    )
+    return backbone, encoder
 
 
-def name_template(encoder: Encoder, rows: Iterable[Row], listener: Listener) -> None:
-    """Report the template of the prompts."""
+def report_template(encoder: Encoder, rows: Iterable[Row], listener: Listener) -> None:
+    """Report which template the prompts use."""
     forms = sorted({encoder.renderer.form(row) for row in rows})
     names = {"chat": "chat (the tokenizer's chat template)", "exact": "exact (prompts as they are)"}
     listener(Note(f"template: {', '.join(names.get(form, form) for form in forms)}"))
 
 
 def precision(recipe: Recipe) -> torch.dtype:
-    """What a model is decoded in."""
+    """Return the dtype that a model generates in."""
     return resolve_dtype(recipe.student.dtype, resolve_device(recipe.train.device))
 
 
-def check_head(backbone: Backbone, encoder: Encoder, row: Row, listener: Listener) -> None:
-    """One prompt through both ways to logits; where they disagree the model's own is used, and said.
+def check_model(backbone: Backbone, encoder: Encoder, row: Row, listener: Listener) -> None:
+    """Compare the head's logits with the model's own on one prompt; warn where they differ and use the model's own.
 
     Raises ModelError for a model that cannot generate.
     """

@@ -1,4 +1,4 @@
-"""Where the models and rows that a recipe names lie, and that starting anew spares them."""
+"""Find the models and rows that a recipe names on this machine, and protect them from ``--overwrite``."""
 
 from __future__ import annotations
 
@@ -16,55 +16,55 @@ from distillm_cli.models.model_paths import ADAPTER_CONFIG, read_base_model
 from distillm_cli.runs import output_dir
 
 
-def is_data(key: str) -> bool:
-    """Whether a field names rows; else what it names is a model or a tokenizer."""
+def names_rows(key: str) -> bool:
+    """Return whether a field names rows; the other inputs are models and tokenizers."""
     return key.startswith(("data.", "eval."))
 
 
-def place_of(key: str, text: str) -> Path | None:
-    """The file or directory that a field's text stands for; None where there is none: a name of the hub, `builtin`."""
-    place = local_place(text) if is_data(key) else Path(text).expanduser()
+def local_input(key: str, text: str) -> Path | None:
+    """Return the file or directory that a field names; None for a name on the hub, and for `builtin`."""
+    place = local_place(text) if names_rows(key) else Path(text).expanduser()
     return None if place is None or text == "builtin" or not place.exists() else place
 
 
 def check_spared(verb: str, recipe: Recipe, output: Path, *, file: str | None = None) -> None:
-    """Raises UsageError where starting anew in ``output`` would remove or replace what the run reads.
+    """Raise UsageError where an overwrite of ``output`` would remove or replace what the run reads.
 
     file: the recipe's own, or its shipped name. Real places are compared, whatever leads to them.
     """
-    gone = {_real(path) for path in output_dir.written(output)}
-    for said, read in _reads(verb, recipe, file):
-        if any(path in gone or not gone.isdisjoint(path.parents) for path in map(_real, read)):
+    removed = {_real_path(path) for path in output_dir.written(output)}
+    for name, read in _reads(verb, recipe, file):
+        if any(path in removed or not removed.isdisjoint(path.parents) for path in map(_real_path, read)):
             raise UsageError(
                 f"starting anew in {output} would remove what the run reads",
-                where=said,
+                where=name,
                 hint="choose another --output, or copy it elsewhere first",
             )
 
 
-def _real(path: Path) -> Path:
-    """Return where links lead. Of one that leads to itself, its own place: ``Path.resolve`` would raise."""
+def _real_path(path: Path) -> Path:
+    """Return where links lead; of one that leads to itself, its own path, where ``Path.resolve`` would raise."""
     return Path(os.path.realpath(path))
 
 
 def _reads(verb: str, recipe: Recipe, file: str | None) -> Iterator[tuple[str, list[Path]]]:
-    """What a run reads: as it may be typed, and the paths that it needs for it."""
+    """Yield what a run reads: as it may be typed, and its paths."""
     if file is not None:
         yield f"--recipe {file}", [locate(file)]
     for key, text in inputs(Training(verb=verb), recipe):
-        place, flag = place_of(key, text), flag_of(key, verb)
-        said = f"{flag} {text}" if flag else f"{key} = {text}"
+        place, flag = local_input(key, text), flag_of(key, verb)
+        name = f"{flag} {text}" if flag else f"{key} = {text}"
         if place is None:
             continue
-        if is_data(key):  # of a directory, its rows alone are read, and those are in no file of ours
-            yield said, [place]
+        if names_rows(key):  # of a directory only rows are read, and a run writes none
+            yield name, [place]
             continue
         for model in _with_bases(place):
-            yield said if model == place else f"{said}, an adapter of {model}", [model, *_files(model)]
+            yield name if model == place else f"{name}, an adapter of {model}", [model, *_files(model)]
 
 
 def _with_bases(place: Path) -> Iterator[Path]:
-    """A model's place; of an adapter also that of the model it belongs to, which may be an adapter again."""
+    """Yield a model's path; of an adapter also that of its base model, which may be an adapter again."""
     seen: set[Path] = set()
     while place.exists() and place not in seen:
         yield place

@@ -1,44 +1,55 @@
-"""The work of ``distillm run``: each stage by the function of its verb, and only where it is not done already.
+"""Run a pipeline: each stage by the function of its verb, unless it is done already.
 
-The same command goes on where it was stopped: a finished stage is known by its fingerprint (``runs/stages.py``), an
-unfinished one goes on from its own checkpoint, rows or results.
+The same command resumes a pipeline that was stopped: a finished stage is recognized by its fingerprint
+(``runs/stage_record.py``), an unfinished one is resumed from its own checkpoint, rows or results.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from distillm_cli.config.load import Resolved, to_yaml
 from distillm_cli.config.pipeline_recipe import PREFIX, Pipeline, Stage, Training, inputs, placed
 from distillm_cli.errors import START_OVER, CheckpointError, DistillmError, Interrupted, UsageError, signal_number
-from distillm_cli.runs import output_dir, stages
+from distillm_cli.runs import output_dir, stage_record
 from distillm_cli.runs.inputs import check_spared
-from distillm_cli.runs.stages import Record
-from distillm_cli.training.events import Note, Staged, Warned
+from distillm_cli.runs.run_results import (
+    EvalResult,
+    GenerateResult,
+    PipelineResult,
+    Result,
+    StageFinished,
+    StageResult,
+    TrainResult,
+)
+from distillm_cli.runs.stage_record import StageRecord
+from distillm_cli.runs.start import TrainOptions
+from distillm_cli.training.events import Listener, Note, Staged, Warned
 from distillm_cli.utils.host import give_back_freed_memory
+from distillm_cli.utils.text import json_value
 
-if TYPE_CHECKING:
-    from distillm_cli.ui.console import Console
-
-RESOLVED = "pipeline.yaml"
+RESOLVED_PIPELINE = "pipeline.yaml"
 
 
 @dataclass(frozen=True)
-class State:
-    """Of a stage, before a run. kind: "done", "to run", "to go on", "changed" or "left out". why: a clause for people."""
+class StageState:
+    """Describe a stage before a run.
+
+    kind: "done", "to run", "to go on", "changed" or "left out". why: a clause for people.
+    """
 
     kind: str
     why: str = ""
 
 
-def choose(pipeline: Pipeline, only: str | None, start: str | None) -> list[str]:
-    """The names that ``--only`` (one, or several with commas) or ``--from`` leave, in the pipeline's order.
+def choose_stages(pipeline: Pipeline, only: str | None, start: str | None) -> list[str]:
+    """Return the names that ``--only`` (one, or several with commas) or ``--from`` leave, in the pipeline's order.
 
     Raises UsageError for a name that is no stage.
     """
@@ -54,25 +65,25 @@ def choose(pipeline: Pipeline, only: str | None, start: str | None) -> list[str]
     return [name for name in names if name in wanted] if start is None else names[names.index(start) :]
 
 
-def survey(pipeline: Pipeline, output: Path, chosen: list[str]) -> dict[str, State]:
-    """What a run would do with each stage. Touches nothing. Raises UsageError for a stage that cannot get its input."""
-    records = {name: stages.read(output / name) for name in pipeline.names}
+def stage_states(pipeline: Pipeline, output: Path, chosen: list[str]) -> dict[str, StageState]:
+    """Return what a run would do with each stage; writes nothing. Raises UsageError for a stage whose input is missing."""
+    records = {name: stage_record.read_record(output / name) for name in pipeline.names}
     _check_reads(pipeline, output, chosen, records)
-    found: dict[str, State] = {}
+    found: dict[str, StageState] = {}
     made: dict[str, str] = {}
     for stage in pipeline.stages:
         place, before = output / stage.name, records[stage.name]
         again = [name for name in stage.reads if found[name].kind not in ("done", "left out")]
         if stage.name not in chosen:
-            found[stage.name] = State("left out", "done" if _is_done(before, place) else "not done")
+            found[stage.name] = StageState("left out", "done" if _is_done(before, place) else "not done")
             made[stage.name] = before.made if before is not None else ""
             continue
-        stages.check_inputs(stage)
+        stage_record.check_data_files(stage)
         if before is None:
-            found[stage.name] = State("to run")
+            found[stage.name] = StageState("to run")
         elif again:
             verb = "is" if len(again) == 1 else "are"
-            found[stage.name] = State(
+            found[stage.name] = StageState(
                 "changed", f"{' and '.join(f'stage {name}' for name in again)} {verb} to be made first"
             )
         else:
@@ -81,26 +92,25 @@ def survey(pipeline: Pipeline, output: Path, chosen: list[str]) -> dict[str, Sta
     return found
 
 
-def run(
-    pipeline: Pipeline, output: Path, *, only: str | None = None, start: str | None = None, ui: Console
-) -> dict[str, Any]:
-    """Runs what is not done into ``output`` and returns the result object of ``--json``."""
-    began = time.perf_counter()
-    chosen = choose(pipeline, only, start)
-    _check_free(output / RESOLVED)
-    survey(pipeline, output, chosen)  # everything that can be wrong beforehand, before anything is written
-    with stages.locked(output):
-        output_dir.write_text(output / RESOLVED, resolved_yaml(pipeline))
-        told = _Run(pipeline, output, chosen, ui).go()
-    wall = round(time.perf_counter() - began, 3)
-    return {"command": "run", "status": "ok", "output": str(output), "wall_s": wall, "stages": told}
+def run_pipeline(
+    pipeline: Pipeline, output: Path, listener: Listener, *, only: str | None = None, start: str | None = None
+) -> PipelineResult:
+    """Run the stages that are not done into ``output``. only, start: as of ``choose_stages``."""
+    started = time.perf_counter()
+    chosen = choose_stages(pipeline, only, start)
+    _check_free(output / RESOLVED_PIPELINE)
+    stage_states(pipeline, output, chosen)  # all errors that can be found beforehand, before anything is written
+    with stage_record.lock_pipeline(output):
+        output_dir.write_text(output / RESOLVED_PIPELINE, resolved_yaml(pipeline))
+        results = _PipelineRun(pipeline, output, chosen, listener).run()
+    return PipelineResult(output, round(time.perf_counter() - started, 3), results)
 
 
-def resolved_yaml(pipeline: Pipeline, states: Mapping[str, State] | None = None) -> str:
-    """The whole pipeline as YAML that reads back the same, each line with where its value came from."""
+def resolved_yaml(pipeline: Pipeline, states: Mapping[str, StageState] | None = None) -> str:
+    """Return the whole pipeline as YAML that reads back the same, each value with its origin."""
     lines = ["stages:"]
     for stage in pipeline.stages:
-        state = "" if states is None else f"  # {said(states[stage.name])}"
+        state = "" if states is None else f"  # {describe(states[stage.name])}"
         lines.append(f"  {stage.name}:{state}")
         for name, value in stage.own.model_dump().items():
             if name != "recipe" and value is not None:
@@ -110,101 +120,106 @@ def resolved_yaml(pipeline: Pipeline, states: Mapping[str, State] | None = None)
     return "\n".join(lines) + "\n"
 
 
-def said(state: State) -> str:
+def describe(state: StageState) -> str:
+    """Return a stage's state as a clause."""
     return f"{state.kind}: {state.why}" if state.why else state.kind
 
 
 def _check_free(path: Path) -> None:
-    """Raises UsageError for a file that is somebody's own pipeline."""
+    """Raise UsageError for a ``pipeline.yaml`` that no run wrote."""
     if path.is_file() and not output_dir.is_resolved(path):
         what = f"{path} was not written by `distillm run`, which would replace it"
         raise UsageError(what, hint="choose another --output, or move it away")
 
 
-def _is_done(record: Record | None, place: Path) -> bool:
-    return record is not None and record.status == "done" and stages.is_whole(record, place)
+def _is_done(record: StageRecord | None, place: Path) -> bool:
+    return record is not None and record.status == "done" and stage_record.is_intact(record, place)
 
 
-def _state(stage: Stage, place: Path, before: Record, made: Mapping[str, str]) -> State:
-    of = stages.shaped_by(stage, made)
-    if stages.fingerprint(of) != before.fingerprint:
-        changes = stages.differences(before.of, of)
+def _state(stage: Stage, place: Path, before: StageRecord, made: Mapping[str, str]) -> StageState:
+    of = stage_record.shaping_of(stage, made)
+    if stage_record.stage_fingerprint(of) != before.fingerprint:
+        changes = stage_record.differences(before.of, of)
         more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
-        return State("changed", ", ".join(changes[:3]) + more)
+        return StageState("changed", ", ".join(changes[:3]) + more)
     if before.status != "done":
-        return State("to go on")
-    if not stages.is_whole(before, place):
-        return State("to go on", "what it made is gone or was changed")
-    return State("done")
+        return StageState("to go on")
+    if not stage_record.is_intact(before, place):
+        return StageState("to go on", "what it made is gone or was changed")
+    return StageState("done")
 
 
-def _check_reads(pipeline: Pipeline, output: Path, chosen: list[str], records: Mapping[str, Record | None]) -> None:
-    """Whether every stage that is left out and read has been done."""
+def _check_reads(
+    pipeline: Pipeline, output: Path, chosen: list[str], records: Mapping[str, StageRecord | None]
+) -> None:
+    """Raise UsageError where a stage that is left out is read and has not been done."""
     for stage in (pipeline[name] for name in chosen):
         for name in stage.reads:
             if name not in chosen and not _is_done(records[name], output / name):
                 what = "is not finished" if records[name] is not None else "is not there"
+                path = stage_record.stage_output(pipeline[name], output / name)
                 raise UsageError(
-                    f"stage {stage.name} reads what stage {name} makes, and {stages.makes(pipeline[name], output / name)} "
-                    f"{what}",
+                    f"stage {stage.name} reads what stage {name} makes, and {path} {what}",
                     hint=f"run stage {name} first, with --only {name} or --from {name}",
                 )
 
 
 @dataclass
-class _Run:
-    """One run of a pipeline's chosen stages."""
+class _PipelineRun:
+    """Run a pipeline's chosen stages."""
 
     pipeline: Pipeline
     output: Path
     chosen: list[str]
-    ui: Console
+    listener: Listener
 
-    def go(self) -> dict[str, Any]:
-        told: dict[str, Any] = {}
+    def run(self) -> dict[str, StageResult]:
+        """Run the stages that are not done, in order. Returns the result of each chosen stage, by name."""
+        results: dict[str, StageResult] = {}
         made: dict[str, str] = {}
-        number = len(self.pipeline.stages)
+        total = len(self.pipeline.stages)
         for position, stage in enumerate(self.pipeline.stages):
             place = self.output / stage.name
-            before = stages.read(place)
-            head = f"stage {position + 1} of {number} · {stage.name} ({stage.verb})"
+            before = stage_record.read_record(place)
             if stage.name not in self.chosen:
                 made[stage.name] = before.made if before is not None else ""
                 self._warn_if_stale(stage, place, before, made)
                 continue
-            self._show(position)
-            of = stages.shaped_by(stage, made)
-            state = State("to run") if before is None else _state(stage, place, before, made)
+            self._report_position(position)
+            title = f"stage {position + 1} of {total} · {stage.name} ({stage.verb})"
+            state = StageState("to run") if before is None else _state(stage, place, before, made)
             if state.kind == "done":
-                self.ui(Note(f"{head} · done already"))
+                self.listener(Note(f"{title} · done already"))
                 made[stage.name] = before.made
-                told[stage.name] = {"status": "skipped", **self._about(stage, place), "result": dict(before.result)}
+                results[stage.name] = self._stage_result("skipped", stage, place, dict(before.result))
                 continue
-            why = {"to run": "", "to go on": " · goes on where it was stopped"}.get(state.kind, f" · {said(state)}")
-            self.ui(Note(f"{head}{why}"))
-            record = stages.begin(stage, of, before)
-            result = self._made(stage, place, record)
-            record = stages.finished(record, stage, place, _plain(result))
-            stages.write(place, record)
+            why = {"to run": "", "to go on": " · goes on where it was stopped"}
+            self.listener(Note(f"{title}{why.get(state.kind, f' · {describe(state)}')}"))
+            record = stage_record.start_record(stage, stage_record.shaping_of(stage, made), before)
+            result = self._run_stage(stage, place, record).as_json()
+            record = stage_record.finished_record(record, stage, place, json_value(result))
+            stage_record.write_record(place, record)
             made[stage.name] = record.made
-            told[stage.name] = {"status": "done", **self._about(stage, place), "result": result}
-        self._show(number)
-        self.ui.show(_table(told))
-        return told
+            results[stage.name] = self._stage_result("done", stage, place, result)
+        self._report_position(total)
+        return results
 
-    def _made(self, stage: Stage, place: Path, record: Record) -> dict[str, Any]:
-        """Makes one stage; whatever stops it says which one it was."""
-        stages.write(place, record)
+    def _run_stage(self, stage: Stage, place: Path, record: StageRecord) -> Result:
+        """Run one stage; an error names the stage."""
+        stage_record.write_record(place, record)
         places = {
-            other.name: _from_here(stages.makes(other, self.output / other.name)) for other in self.pipeline.stages
+            other.name: _shortest_path(stage_record.stage_output(other, self.output / other.name))
+            for other in self.pipeline.stages
         }
         own, resolved = placed(stage, places)
-        again = "type the same command again to go on"
+        retry = "type the same command again to go on"
         try:
-            return _by_verb(stage, own, resolved, place, record, self.ui)
+            result = self._run_verb(stage, own, resolved, place, record)
+            self.listener(StageFinished(stage.name, result))
+            return result
         except Interrupted as stop:
             raise Interrupted(
-                f"stage {stage.name}: {stop.what}", where=stop.where, hint=again, signal_number=stop.exit_code - 128
+                f"stage {stage.name}: {stop.what}", where=stop.where, hint=retry, signal_number=stop.exit_code - 128
             ) from stop
         except DistillmError as error:
             advice = f"remove {place} to make the stage again"
@@ -212,102 +227,105 @@ class _Run:
             raise
         except KeyboardInterrupt as stop:
             what = f"stage {stage.name}: interrupted"
-            raise Interrupted(what, hint=again, signal_number=signal_number(stop)) from None
+            raise Interrupted(what, hint=retry, signal_number=signal_number(stop)) from None
         finally:
-            _let_go()
+            _release_memory()
 
-    def _about(self, stage: Stage, place: Path) -> dict[str, str]:
-        return {"verb": stage.verb, "output": str(stages.makes(stage, place))}
+    def _run_verb(self, stage: Stage, own: Training, resolved: Resolved, place: Path, record: StageRecord) -> Result:
+        """Run the function of a stage's verb. own, resolved: with paths in place of the names of other stages."""
+        if own.verb in ("sft", "distill"):
+            return self._train(stage, resolved, place, record)
+        if own.verb == "generate":
+            return self._generate(own, resolved, place)
+        return self._evaluate(stage, own, resolved, place)
 
-    def _show(self, position: int) -> None:
+    def _train(self, stage: Stage, resolved: Resolved, place: Path, record: StageRecord) -> TrainResult:
+        from distillm_cli.runs.defaults import fitted_line
+        from distillm_cli.runs.train import train
+        from distillm_cli.training.checkpoint import visible
+
+        # Checkpoints are of this version of the stage only once the directory has been cleared for it.
+        directories = (place, place / output_dir.SFT)
+        has_checkpoint = any(visible(directory / output_dir.CHECKPOINTS) for directory in directories)
+        resume = record.status == "started" and has_checkpoint
+        output_dir.check(place, resume=resume, overwrite=not resume)
+        if not resume:
+            check_spared(stage.verb, resolved.recipe, place)
+        if (fitted := fitted_line(resolved)) is not None:
+            self.listener(Note(fitted))
+        # The fingerprint says which version of a stage is read; the pipeline may have been moved since it was started.
+        options = TrainOptions(resume=resume, overwrite=not resume, moved_inputs=_inputs_from_stages(stage))
+
+        def on_ready() -> None:
+            stage_record.write_record(place, replace(record, status="started"))
+
+        with output_dir.claimed(place):
+            return train(stage.verb, resolved, place, self.listener, options, on_ready=on_ready)
+
+    def _generate(self, own: Any, resolved: Resolved, place: Path) -> GenerateResult:
+        from distillm_cli.runs.generate import generate_responses
+        from distillm_cli.runs.inference import Settings
+        from distillm_cli.runs.prompt_source import PromptSource
+
+        data, file = resolved.recipe.data, place / stage_record.SAMPLES
+        source = PromptSource(data=data.source, split=own.split, limit=own.limit or data.limit, samples=own.n)
+        settings = Settings(resolved)
+        try:  # the file records what its rows were made with, weights and prompts included
+            return generate_responses(own.model, source, settings, self.listener, output=str(file), resume=True)
+        except CheckpointError:
+            _put_aside(file, self.listener)
+            return generate_responses(own.model, source, settings, self.listener, output=str(file))
+
+    def _evaluate(self, stage: Stage, own: Any, resolved: Resolved, place: Path) -> EvalResult:
+        from distillm_cli.runs.eval import evaluate_checkpoints
+        from distillm_cli.runs.inference import Settings
+
+        # Directories are named by stage: paths may change, and scores must not stand beside those of an earlier path.
+        pairs = zip(stage.own.models, own.models, strict=True)
+        names = {model: name.removeprefix(PREFIX) for name, model in pairs if name.startswith(PREFIX)}
+        models, settings = list(own.models), Settings(resolved)
+        return evaluate_checkpoints(models, settings, self.listener, output=str(place), resume=True, names=names)
+
+    def _stage_result(self, status: str, stage: Stage, place: Path, result: Mapping[str, Any]) -> StageResult:
+        return StageResult(status, stage.verb, str(stage_record.stage_output(stage, place)), result)
+
+    def _report_position(self, position: int) -> None:
+        """Report which stage is running; position: its index, or the number of stages at the end."""
         names = self.pipeline.names
         states = tuple(
             "left out" if name not in self.chosen else "done" if i < position else "now" if i == position else "later"
             for i, name in enumerate(names)
         )
-        self.ui(Staged(names, states))
+        self.listener(Staged(names, states))
 
-    def _warn_if_stale(self, stage: Stage, place: Path, before: Record | None, made: Mapping[str, str]) -> None:
-        """A stage that is left out is taken as it is; whoever left it out may not know that its recipe has moved on."""
-        read = any(stage.name in self.pipeline[name].reads for name in self.chosen)
-        if read and before is not None and (state := _state(stage, place, before, made)).kind == "changed":
-            self.ui(Warned(f"stage {stage.name} is taken as it is, though it has changed since: {state.why}"))
-
-
-def _by_verb(
-    stage: Stage, own: Training, resolved: Resolved, place: Path, record: Record, ui: Console
-) -> dict[str, Any]:
-    """own, resolved: the stage's, with places for the names of others."""
-    if own.verb in ("sft", "distill"):
-        return _train(own.verb, resolved, place, record, _from_stages(stage), ui)
-    if own.verb == "generate":
-        return _generate(own, resolved, place, ui)
-    from distillm_cli.runs.eval import score
-
-    # By stage: where those are may change, and scores must not stand beside those of the same stage elsewhere.
-    pairs = zip(stage.own.models, own.models, strict=True)
-    names = {model: name.removeprefix(PREFIX) for name, model in pairs if name.startswith(PREFIX)}
-    how = {"flags": {}, "sets": None, "output": str(place), "resume": True}
-    return score(list(own.models), recipe=resolved, names=names, **how, ui=ui)
+    def _warn_if_stale(self, stage: Stage, place: Path, before: StageRecord | None, made: Mapping[str, str]) -> None:
+        """Warn where a stage that is left out is read by another one and has changed since it was made."""
+        is_read = any(stage.name in self.pipeline[name].reads for name in self.chosen)
+        if is_read and before is not None and (state := _state(stage, place, before, made)).kind == "changed":
+            self.listener(Warned(f"stage {stage.name} is taken as it is, though it has changed since: {state.why}"))
 
 
-def _train(
-    verb: str, resolved: Resolved, place: Path, record: Record, from_stages: Collection[str], ui: Console
-) -> dict[str, Any]:
-    from distillm_cli.runs.defaults import fitted_line
-    from distillm_cli.runs.train import train
-    from distillm_cli.training.checkpoint import visible
-
-    # Checkpoints are this making's own only once the directory has been cleared for it.
-    beginnings = (place, place / output_dir.SFT)
-    resume = record.status == "started" and any(visible(begun / output_dir.CHECKPOINTS) for begun in beginnings)
-    begun: Callable[[], None] = lambda: stages.write(place, replace(record, status="started"))  # noqa: E731
-    output_dir.check(place, resume=resume, overwrite=not resume)
-    if not resume:
-        check_spared(verb, resolved.recipe, place)
-    if (fitted := fitted_line(resolved)) is not None:
-        ui(Note(fitted))
-    with output_dir.claimed(place):
-        # The fingerprint knows which making of a stage is read; the pipeline may have been moved since it was started.
-        how = {"resume": resume, "overwrite": not resume, "movable": from_stages}
-        return train(verb, resolved, place, **how, begun=begun, ui=ui)
-
-
-def _generate(own: Any, resolved: Resolved, place: Path, ui: Console) -> dict[str, Any]:
-    from distillm_cli.runs.generate import run as generate
-    from distillm_cli.runs.prompt_source import PromptSource
-
-    data = resolved.recipe.data
-    wanted = PromptSource(data=data.source, split=own.split, limit=own.limit or data.limit, samples=own.n)
-    common = {"recipe": resolved, "flags": {}, "sets": None, "output": str(place / stages.SAMPLES), "ui": ui}
-    try:  # the rows know what they were made with, weights and prompts included
-        return generate(own.model, wanted, resume=True, overwrite=False, **common)
-    except CheckpointError:
-        _put_aside(place / stages.SAMPLES, ui)
-        return generate(own.model, wanted, resume=False, overwrite=False, **common)
-
-
-def _put_aside(samples: Path, ui: Console) -> None:
-    """Under a name of its own: somebody may have mended what is to be made anew."""
+def _put_aside(samples: Path, listener: Listener) -> None:
+    """Rename a file of rows that are to be generated again: somebody may have corrected them."""
     numbered = (samples.with_name(f"{samples.stem}-before-{n}{samples.suffix}") for n in itertools.count(1))
     aside = next(path for path in numbered if not path.exists())
     samples.rename(aside)
-    ui(Note(f"the answers of before are kept: {aside}"))
+    listener(Note(f"the answers of before are kept: {aside}"))
 
 
-def _from_stages(stage: Stage) -> set[str]:
-    """Dotted keys of what the stage reads of others."""
+def _inputs_from_stages(stage: Stage) -> set[str]:
+    """Return the dotted keys of a stage's inputs that other stages make."""
     return {key for key, text in inputs(stage.own, stage.resolved.recipe) if text.startswith(PREFIX)}
 
 
-def _from_here(place: Path) -> str:
-    """A place as seen from the working directory where it lies below it, so that every spelling of --output is the same."""
+def _shortest_path(place: Path) -> str:
+    """Return a path relative to the working directory where it is below it: the same for every spelling of --output."""
     whole, here = place.resolve(), Path.cwd().resolve()
     return str(whole.relative_to(here)) if whole.is_relative_to(here) else str(whole)
 
 
-def _let_go() -> None:
-    """Memory of the stage before, the accelerator's included, is given back."""
+def _release_memory() -> None:
+    """Release the memory of the last stage, the accelerator's included."""
     import gc
 
     import torch
@@ -316,26 +334,3 @@ def _let_go() -> None:
     give_back_freed_memory()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _plain(result: Mapping[str, Any]) -> dict[str, Any]:
-    from distillm_cli.ui.console import plain
-
-    return plain(result)
-
-
-def _table(told: Mapping[str, Any]) -> Any:
-    """Each stage with what became of it."""
-    from distillm_cli.ui.display import duration
-    from distillm_cli.ui.summary import table
-
-    rows = [
-        [
-            name,
-            stage["verb"],
-            "done already" if stage["status"] == "skipped" else f"done in {duration(stage['result']['wall_s'])}",
-            stage["output"],
-        ]
-        for name, stage in told.items()
-    ]
-    return table("Stages", ["", "verb", "", "output"], rows)

@@ -29,15 +29,16 @@ from distillm_cli.models.shapes import Shape, Sizes, has_weights, load_shape, si
 from distillm_cli.runs import costs, gpus
 from distillm_cli.runs.cache_size import CacheWorkload, uses_rows
 from distillm_cli.runs.prepare import Prepared, new_order, prepare, texts_of
-from distillm_cli.runs.report import check_answers, check_metric
+from distillm_cli.runs.report import check_can_generate, check_selection_metric
+from distillm_cli.runs.run_results import DecodedSequence, PlanResult
 from distillm_cli.runs.teacher_states import CachePlan, check_rows, disk_free, plan_cache, workload_of
 from distillm_cli.training.events import Listener, Note, silent
-from distillm_cli.ui.display import size
 from distillm_cli.utils import garbage
 from distillm_cli.utils.host import available_memory
-from distillm_cli.utils.text import redact
+from distillm_cli.utils.text import format_bytes, redact
 
-T = TypeVar("T")
+_T = TypeVar("_T")
+_SHOWN_SEQUENCES = 3  # of the decoded batch
 _IN_HOST = (
     "teacher_states",
     "rollout_states",
@@ -61,18 +62,36 @@ def _is_on_disk_or_hub(path: str) -> bool:
     return isinstance(parse_student(path), SavedModel | BuiltinModel | ConfigFile)
 
 
-def survey(resolved: Resolved, listener: Listener) -> tuple[dict[str, Any], Prepared | None]:
-    """The plan of one run; the prepared run too, where weights are at hand."""
+def plan_run(resolved: Resolved, listener: Listener) -> PlanResult:
+    """Plan one run, from its models where their weights are here, else from their configs."""
     garbage.take_up()
     if not weights_are_at_hand(resolved.recipe):
-        return of_shapes(resolved, listener)[0], None
-    check_metric(resolved.recipe)
+        return PlanResult(plan_from_configs(resolved, listener)[0])
+    check_selection_metric(resolved.recipe)
     run = prepare(resolved.recipe, listener)
-    check_answers(run)
-    return of_run(run, resolved), run
+    check_can_generate(run)
+    return PlanResult(plan_prepared(run, resolved), _decoded_batch(run))
 
 
-def of_run(run: Prepared, resolved: Resolved) -> dict[str, Any]:
+def _decoded_batch(run: Prepared) -> tuple[DecodedSequence, ...]:
+    """Return the first sequences of a batch as text; context in one piece, each supervised token in its own."""
+    decoded = []
+    for sequence in run.batch(0)[:_SHOWN_SEQUENCES]:
+        turns = set() if sequence.turns is None else set(sequence.turns.tolist())
+        pieces: list[tuple[str, bool]] = []
+        context: list[int] = []
+        for position, token in enumerate([*sequence.prompt.tolist(), *sequence.response.tolist()]):
+            if position < len(sequence.prompt) and position not in turns:
+                context.append(token)
+                continue
+            pieces.append((run.pair.tokenizer.decode(context), False))
+            pieces.append((run.pair.tokenizer.decode([token]), True))
+            context = []
+        decoded.append(DecodedSequence(tuple(pieces)))
+    return tuple(decoded)
+
+
+def plan_prepared(run: Prepared, resolved: Resolved) -> dict[str, Any]:
     """The plan of a run whose models and rows are loaded."""
     teacher = None if run.pair.teacher is None else run.pair.teacher.model
     keeping = None if teacher is None else plan_cache(run, workload_of(run))
@@ -108,7 +127,7 @@ def _data(run: Prepared) -> dict[str, Any]:
     }
 
 
-def of_shapes(
+def plan_from_configs(
     resolved: Resolved, listener: Listener = silent, made: Mapping[str, Shape] | None = None
 ) -> tuple[dict[str, Any], Shape]:
     """The plan of a run whose weights are not here, and the student's shape. Tokenizer and rows are used where they are
@@ -117,7 +136,7 @@ def of_shapes(
     made: shapes of models that are yet to be made, by ``stage:NAME``.
     """
     recipe = resolved.recipe
-    check_metric(recipe)
+    check_selection_metric(recipe)
     if recipe.method != "sft" and recipe.teacher.cache == "disk":
         check_rows(recipe)
     needed = recipe.needs_responses
@@ -154,12 +173,12 @@ def of_shapes(
     dtype, teacher_dtype = (_dtype(name, device, is_open) for name in (recipe.student.dtype, recipe.teacher.dtype))
     if is_open:
         notes.append("train.device is auto: planned for a GPU")
-    counted = None if teacher is None else _frozen(sizes(teacher.model, vocab))
-    kept, states = _would_keep(recipe, counted, lengths, teacher_dtype.itemsize)
+    teacher_sizes = None if teacher is None else _frozen(sizes(teacher.model, vocab))
+    kept, states = _would_keep(recipe, teacher_sizes, lengths, teacher_dtype.itemsize)
     sized = costs.Run(
         recipe=recipe,
         student=sizes(_trained(student, recipe), vocab),
-        teacher=counted,
+        teacher=teacher_sizes,
         vocab=vocab,
         lengths=lengths,
         itemsize=dtype.itemsize,
@@ -206,9 +225,9 @@ def _with_fine_tuning(run: costs.Run, resolved: Resolved) -> costs.Run:
 def _told(run: costs.Run, device: str, dtype: torch.dtype, dtypes: Mapping[str, torch.dtype | None]) -> dict[str, Any]:
     """What both ways of planning say, from the numbers."""
     models: dict[str, Any] = {}
-    for name, counted in (("student", run.student), ("teacher", run.teacher)):
-        if counted is not None:
-            models[name] = model_told(counted, str(dtypes[name]).removeprefix("torch."))
+    for name, model_sizes in (("student", run.student), ("teacher", run.teacher)):
+        if model_sizes is not None:
+            models[name] = model_told(model_sizes, str(dtypes[name]).removeprefix("torch."))
     if run.teacher is not None:
         ratio = run.teacher.parameters["total"] / run.student.parameters["total"]
         models["ratio"] = round(ratio, 2)
@@ -251,17 +270,17 @@ def _on_a_gpu(run: costs.Run) -> costs.Run:
     return replace(run, device="cuda", itemsize=itemsize, before=before)
 
 
-def model_told(counted: Sizes, dtype: str) -> dict[str, Any]:
+def model_told(model_sizes: Sizes, dtype: str) -> dict[str, Any]:
     """A model's sizes, for people and scripts. encoder_layers: of an encoder-decoder, whose ``layers`` are the decoder's."""
-    encoder = {} if counted.encoder is None else {"encoder_layers": counted.encoder.layers}
+    encoder = {} if model_sizes.encoder is None else {"encoder_layers": model_sizes.encoder.layers}
     return encoder | {
-        "kind": counted.kind,
-        "parameters": counted.parameters["total"],
-        "parts": {part: counted.parameters[part] for part in ("embeddings", "trunk", "head", "outside")},
-        "trainable": counted.parameters["trainable"],
-        "layers": counted.layers,
-        "width": counted.width,
-        "context": counted.context,
+        "kind": model_sizes.kind,
+        "parameters": model_sizes.parameters["total"],
+        "parts": {part: model_sizes.parameters[part] for part in ("embeddings", "trunk", "head", "outside")},
+        "trainable": model_sizes.parameters["trainable"],
+        "layers": model_sizes.layers,
+        "width": model_sizes.width,
+        "context": model_sizes.context,
         "dtype": dtype,
     }
 
@@ -294,9 +313,9 @@ def _trained(student: Shape, recipe: Recipe) -> PreTrainedModel:
     return model
 
 
-def _frozen(counted: Sizes) -> Sizes:
+def _frozen(model_sizes: Sizes) -> Sizes:
     """As a teacher: nothing of it is trained."""
-    return replace(counted, parameters=counted.parameters | {"trainable": 0})
+    return replace(model_sizes, parameters=model_sizes.parameters | {"trainable": 0})
 
 
 def _would_keep(
@@ -324,7 +343,7 @@ def _would_keep(
     if not parts:
         why = "not cached" if mode == "off" else "not cached: nothing is seen twice"
     if lengths.rows is None and uses_rows(recipe) and mode != "off":
-        why = f"{size(workload.bytes_per_token)} for each response token of a row{f'; {why}' if parts else ''}"
+        why = f"{format_bytes(workload.bytes_per_token)} for each response token of a row{f'; {why}' if parts else ''}"
     kept = {
         "mode": mode,
         "rows": lengths.rows if found.rows else 0,
@@ -337,7 +356,7 @@ def _would_keep(
     return kept, found.in_memory(mode)
 
 
-def at_hand(read: Callable[[], T], source: str) -> tuple[T | None, str]:
+def at_hand(read: Callable[[], _T], source: str) -> tuple[_T | None, str]:
     """What is read of a source of rows; None where it is not at hand, and why."""
     try:
         return read(), ""

@@ -1,4 +1,4 @@
-"""The plan of a pipeline as data: its training stages as runs, and those in which models only answer."""
+"""Plan a pipeline: training stages as runs, the others as models that answer prompts."""
 
 from __future__ import annotations
 
@@ -18,40 +18,41 @@ from distillm_cli.evaluation.suites import held_out, load_suite
 from distillm_cli.models.model_families import context_of
 from distillm_cli.models.shapes import Shape, Sizes, load_shape, sizes
 from distillm_cli.runs import costs
-from distillm_cli.runs.gpus import ASSUMED, GPUS, Part, fits
-from distillm_cli.runs.plan import at_hand, gpu_itemsize, model_told, of_shapes
-from distillm_cli.runs.prompt_source import PromptSource, prompts_of
+from distillm_cli.runs.gpus import ASSUMED, GPUS, Gpu, Part, fits_in_memory
+from distillm_cli.runs.plan import at_hand, gpu_itemsize, model_told, plan_from_configs
+from distillm_cli.runs.prompt_source import PromptSource, read_prompts
+from distillm_cli.runs.run_results import PipelinePlan
 from distillm_cli.training.events import Listener, Note, silent
 from distillm_cli.utils.text import counted
 
 
-def of_pipeline(pipeline: Pipeline, listener: Listener) -> dict[str, dict[str, Any]]:
-    """The plan of every stage, by name. What an earlier stage makes stands there with its shape, and the rows it samples
-    with those that it answers."""
+def plan_pipeline(pipeline: Pipeline, listener: Listener) -> PipelinePlan:
+    """Plan every stage. A model that an earlier stage makes is planned by its shape; rows that it samples by its prompts."""
     found: dict[str, dict[str, Any]] = {}
-    made: dict[str, Shape] = {}
-    sources: dict[str, Samples] = {}
+    shapes: dict[str, Shape] = {}
+    samples: dict[str, PlannedSamples] = {}
     for stage in pipeline.stages:
         listener(Note(f"stage {stage.name}"))
-        said = stage.resolved.recipe.data.source
-        resolved = stage.resolved if said not in sources else _on_prompts_of(sources[said], stage.resolved)
+        source = stage.resolved.recipe.data.source
+        resolved = stage.resolved if source not in samples else _on_sampled_prompts(samples[source], stage.resolved)
         if stage.verb in ("sft", "distill"):
-            told, made[PREFIX + stage.name] = of_shapes(resolved, silent, made)
+            figures, shapes[PREFIX + stage.name] = plan_from_configs(resolved, silent, shapes)
         elif stage.verb == "generate":
             data = resolved.recipe.data
-            sources[PREFIX + stage.name] = Samples(data.source, stage.own.limit or data.limit, stage.own.n)
-            told = _of_generate(stage, resolved.recipe, made)
+            limit = stage.own.limit or data.limit
+            samples[PREFIX + stage.name] = PlannedSamples(data.source, limit, stage.own.n)
+            figures = _plan_generate(stage, resolved.recipe, shapes)
         else:
-            told = _of_eval(stage, resolved.recipe, made, sources)
-        found[stage.name] = {"verb": stage.verb} | told
-        if said in sources:
-            told["notes"].append(f"{said} is not there yet: {sources[said]} stand for it")
-    return found
+            figures = _plan_eval(stage, resolved.recipe, shapes, samples)
+        found[stage.name] = {"verb": stage.verb} | figures
+        if source in samples:
+            figures["notes"].append(f"{source} is not there yet: {samples[source]} stand for it")
+    return PipelinePlan(pipeline.name, found)
 
 
 @dataclass(frozen=True)
-class Samples:
-    """What a generate stage will make: ``each`` answers to the first ``limit`` prompts of a source."""
+class PlannedSamples:
+    """Describe what a generate stage will make: ``each`` answers to the first ``limit`` prompts of a source."""
 
     source: str
     limit: int | None
@@ -62,48 +63,58 @@ class Samples:
         return f"{first} of {self.source}{'' if self.each == 1 else f', once instead of {self.each} times,'}"
 
 
-def _on_prompts_of(samples: Samples, resolved: Resolved) -> Resolved:
-    """The same stage on the rows whose prompts are answered."""
+def _on_sampled_prompts(samples: PlannedSamples, resolved: Resolved) -> Resolved:
+    """Return a stage's recipe with the rows whose prompts are answered as its data."""
     recipe = resolved.recipe
-    limit = min(filter(None, (samples.limit, recipe.data.limit)), default=None)
-    data = recipe.data.model_copy(update={"source": samples.source, "limit": limit})
+    limits = [limit for limit in (samples.limit, recipe.data.limit) if limit]
+    data = recipe.data.model_copy(update={"source": samples.source, "limit": min(limits, default=None)})
     return replace(resolved, recipe=recipe.model_copy(update={"data": data}))
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Prompts that a model is to answer. rows: how many, None where they are not at hand. tokens: their mean length, and
-    the longest. new: tokens of a response, at most. each: responses to a prompt."""
+class _Prompts:
+    """Describe prompts that a model is to answer.
+
+    rows: how many, None where unknown. tokens, longest: mean and largest length. new_tokens: of a response, at most.
+    each: responses to a prompt.
+    """
 
     rows: int | None
     tokens: float
     longest: int
-    new: int
+    new_tokens: int
     each: int
 
-
-def _of_generate(stage: Stage, recipe: Recipe, made: Mapping[str, Shape]) -> dict[str, Any]:
-    own, source = stage.own, recipe.data.source
-    wanted = PromptSource(data=source, split=own.split, limit=own.limit or recipe.data.limit, samples=own.n)
-    rows, why = at_hand(lambda: prompts_of(wanted, recipe.data, silent), source)
-    shape = load_shape(own.model, max_length=recipe.data.max_length, made=made)
-    asked = _asked(rows, shape, recipe, recipe.rollout.max_new_tokens, own.n)
-    return _told({own.model: (shape, [asked])}, recipe, _notes(why, shape))
+    @property
+    def responses(self) -> int | None:
+        return None if self.rows is None else self.rows * self.each
 
 
-def _of_eval(stage: Stage, recipe: Recipe, made: Mapping[str, Shape], sources: Mapping[str, Samples]) -> dict[str, Any]:
-    suites = [sources[name].source if name in sources else name for name in recipe.eval.suites]
+def _plan_generate(stage: Stage, recipe: Recipe, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    own, name = stage.own, recipe.data.source
+    source = PromptSource(data=name, split=own.split, limit=own.limit or recipe.data.limit, samples=own.n)
+    rows, why = at_hand(lambda: read_prompts(source, recipe.data, silent), name)
+    shape = load_shape(own.model, max_length=recipe.data.max_length, made=shapes)
+    prompts = _prompts(rows, shape, recipe, recipe.rollout.max_new_tokens, own.n)
+    return _figures({own.model: (shape, [prompts])}, recipe, _notes(why, shape))
+
+
+def _plan_eval(
+    stage: Stage, recipe: Recipe, shapes: Mapping[str, Shape], samples: Mapping[str, PlannedSamples]
+) -> dict[str, Any]:
+    suites = [samples[name].source if name in samples else name for name in recipe.eval.suites]
     found = [at_hand(lambda name=name: load_suite(name, recipe, silent).rows, name) for name in suites]
     if not found:
         found = [at_hand(lambda: held_out(recipe, silent).rows, recipe.data.valid or recipe.data.source)]
-    each, notes = len(passes(recipe.eval)), [why for _, why in found if why]
+    each = len(passes(recipe.eval))
+    notes = [why for _, why in found if why]
     models = {}
     for name in stage.own.models:
-        shape = load_shape(name, max_length=recipe.data.max_length, made=made)
-        asked = [_asked(rows, shape, recipe, recipe.eval.max_new_tokens, each) for rows, _ in found]
-        models[name] = (shape, asked)
+        shape = load_shape(name, max_length=recipe.data.max_length, made=shapes)
+        prompts = [_prompts(rows, shape, recipe, recipe.eval.max_new_tokens, each) for rows, _ in found]
+        models[name] = (shape, prompts)
         notes += _notes("", shape)
-    return _told(models, recipe, list(dict.fromkeys(notes)))
+    return _figures(models, recipe, list(dict.fromkeys(notes)))
 
 
 def _notes(why: str, shape: Shape) -> list[str]:
@@ -113,72 +124,70 @@ def _notes(why: str, shape: Shape) -> list[str]:
     return found
 
 
-def _asked(rows: Sequence[Row] | None, shape: Shape, recipe: Recipe, new: int, each: int) -> Asked:
-    """With the prompts measured, where rows and tokenizer are at hand; else as long as the recipe allows."""
-    tokens, longest, count = recipe.data.max_prompt_length, recipe.data.max_prompt_length, None
-    if rows is not None:
-        count = len(rows)
+def _prompts(rows: Sequence[Row] | None, shape: Shape, recipe: Recipe, max_new_tokens: int, each: int) -> _Prompts:
+    """Measure the prompts where rows and tokenizer are available; else they are as long as the recipe allows."""
+    tokens: float = recipe.data.max_prompt_length
+    longest = recipe.data.max_prompt_length
     if rows and shape.tokenizer is not None:
         encoder = Encoder(shape.tokenizer, recipe.data, is_encoder_decoder=shape.is_encoder_decoder)
         lengths = [len(ids) for ids in encoder.prompts(list(rows))]
-        tokens, longest = sum(lengths) / len(lengths), max(lengths)
+        tokens = sum(lengths) / len(lengths)
+        longest = max(lengths)
     context = context_of(shape.model.config)
-    room = new if context is None else min(new, int(context - tokens))
-    return Asked(count, tokens, longest, max(1, room), each)
+    new_tokens = max_new_tokens if context is None else min(max_new_tokens, int(context - tokens))
+    return _Prompts(None if rows is None else len(rows), tokens, longest, max(1, new_tokens), each)
 
 
-def _told(models: Mapping[str, tuple[Shape, list[Asked]]], recipe: Recipe, notes: list[str]) -> dict[str, Any]:
-    """The numbers of a stage in which models answer prompts. A response's share of its batch is what it costs."""
+def _figures(models: Mapping[str, tuple[Shape, list[_Prompts]]], recipe: Recipe, notes: list[str]) -> dict[str, Any]:
+    """Return the figures of a stage in which models answer prompts. A response costs its share of its batch."""
     itemsize, batch = gpu_itemsize(recipe.student.dtype), recipe.eval.batch_size
-    counted = {name: sizes(shape.model, shape.vocab) for name, (shape, _) in models.items()}
-    jobs = [
-        (asked, _response(counted[name], asked, batch, itemsize))
-        for name, (_, every) in models.items()
-        for asked in every
-    ]
-    responses = _total(asked.rows and asked.rows * asked.each for asked, _ in jobs)
-    need = [_memory(counted[name], asked, batch, itemsize) for name, (_, every) in models.items() for asked in every]
-    most = max(need, key=lambda parts: sum(parts.values()))
-    most |= {"total": sum(most.values())}
-    gpus = {}
-    for gpu in GPUS:
-        each = [part.seconds(gpu) for _, part in jobs]
-        entry: dict[str, Any] = {"fits": fits(most["total"], gpu), "response_s": [min(each), max(each)]}
-        if responses is not None:
-            whole = sum(asked.rows * asked.each * s for (asked, _), s in zip(jobs, each, strict=True))
-            entry["run_s"] = [whole, whole]
-        gpus[gpu.name] = entry
-    each_flops = [part.flops for _, part in jobs]
+    model_sizes = {name: sizes(shape.model, shape.vocab) for name, (shape, _) in models.items()}
+    jobs = [(model_sizes[name], prompts) for name, (_, suites) in models.items() for prompts in suites]
+    work = [_response_work(model, prompts, batch, itemsize) for model, prompts in jobs]
+    counts = [prompts.responses for _, prompts in jobs]
+    memory = max((_memory(model, prompts, batch, itemsize) for model, prompts in jobs), key=lambda m: sum(m.values()))
+    flops = [part.flops for part in work]
     dtype = str(torch.bfloat16 if itemsize == 2 else torch.float32).removeprefix("torch.")
+    total = sum(memory.values())
     return {
-        "models": {name: model_told(size, dtype) for name, size in counted.items()},
-        "responses": responses,
-        "prompt_tokens": [min(a.tokens for a, _ in jobs), max(a.tokens for a, _ in jobs)],
-        "new_tokens": max(a.new for a, _ in jobs),
-        "response_flops": [float(f"{f(each_flops):.4g}") for f in (min, max)],
-        "memory": most,
-        "gpus": gpus,
+        "models": {name: model_told(size, dtype) for name, size in model_sizes.items()},
+        "responses": None if None in counts else sum(counts),
+        "prompt_tokens": [min(prompts.tokens for _, prompts in jobs), max(prompts.tokens for _, prompts in jobs)],
+        "new_tokens": max(prompts.new_tokens for _, prompts in jobs),
+        "response_flops": [float(f"{f(flops):.4g}") for f in (min, max)],
+        "memory": memory | {"total": total},
+        "gpus": {gpu.name: _on_gpu(gpu, total, work, counts) for gpu in GPUS},
         "assumed": ASSUMED,
         "notes": notes,
     }
 
 
-def _response(model: Sizes, asked: Asked, batch: int, itemsize: int) -> Part:
-    """One response, of a batch that is decoded side by side."""
-    rows = batch if asked.rows is None else max(1, min(batch, asked.rows))
-    return costs.decoded(model, rows, asked.tokens, asked.new, model.vocab, itemsize).shared(rows)
+def _on_gpu(gpu: Gpu, memory: int, work: list[Part], counts: list[int | None]) -> dict[str, Any]:
+    """Return whether the memory fits a GPU, and seconds of a response and, where the counts are known, of all."""
+    seconds = [part.seconds(gpu) for part in work]
+    entry: dict[str, Any] = {"fits": fits_in_memory(memory, gpu), "response_s": [min(seconds), max(seconds)]}
+    if None not in counts:
+        whole = sum(count * s for count, s in zip(counts, seconds, strict=True))
+        entry["run_s"] = [whole, whole]
+    return entry
 
 
-def _memory(model: Sizes, asked: Asked, batch: int, itemsize: int) -> dict[str, int]:
-    """Bytes while answering: weights, keys and values, and the logits of a step with the tables made of them (float32)."""
-    rows = batch if asked.rows is None else max(1, min(batch, asked.rows))
+def _batch_rows(prompts: _Prompts, batch: int) -> int:
+    return batch if prompts.rows is None else max(1, min(batch, prompts.rows))
+
+
+def _response_work(model: Sizes, prompts: _Prompts, batch: int, itemsize: int) -> Part:
+    """Return the work of one response of a batch that is decoded together."""
+    rows = _batch_rows(prompts, batch)
+    whole = costs.decoded(model, rows, prompts.tokens, prompts.new_tokens, model.vocab, itemsize)
+    return whole.shared(rows)
+
+
+def _memory(model: Sizes, prompts: _Prompts, batch: int, itemsize: int) -> dict[str, int]:
+    """Return bytes while answering: weights, keys and values, and a step's logits with the tables made of them (float32)."""
+    rows = _batch_rows(prompts, batch)
     return {
         "weights": model.parameters["total"] * itemsize,
-        "cache": costs.cache_bytes(model, rows * (asked.longest + asked.new), itemsize),
+        "cache": costs.cache_bytes(model, rows * (prompts.longest + prompts.new_tokens), itemsize),
         "logits": 4 * rows * model.vocab * 4,
     }
-
-
-def _total(counts: Any) -> int | None:
-    every = list(counts)
-    return None if None in every else sum(every)

@@ -1,4 +1,4 @@
-"""A resolved recipe → everything a run needs: rows, models, examples, engine. ``plan`` stops half way."""
+"""Prepare a run from a resolved recipe: rows, models and tokenized examples."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from distillm_cli.models.composite import copy_processor, is_composite
 from distillm_cli.models.devices import resolve_device, resolve_dtype
 from distillm_cli.models.model_families import longrope_bound
 from distillm_cli.models.tokenizer_files import TokenizerCache, quiet
-from distillm_cli.runs.reading import bringers, reading
+from distillm_cli.runs.start import prefetch_rows, tokenizer_candidates
 from distillm_cli.teachers.teacher_cache import date_of, root_of, rows_digest
 from distillm_cli.training.events import Listener, Note, Warned
 from distillm_cli.types import Rollout, Sequence, collate, pass_overhead
@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from distillm_cli.models.backbone import Backbone
     from distillm_cli.models.pair import Pair
 
-FROZEN = "frozen.txt"  # in a checkpoint: of the weights below an adapter
-_PROBED = 8  # tokens that the heads are checked on
+FROZEN = "frozen.txt"  # in a checkpoint: fingerprint of the weights below an adapter
+_PROBE_TOKENS = 8  # that the heads are checked on
 
 
 def total_steps(train: TrainConfig, steps_per_epoch: int) -> int:
@@ -56,15 +56,18 @@ def total_steps(train: TrainConfig, steps_per_epoch: int) -> int:
 
 
 def frozen_digest(student: Backbone) -> str:
-    """Tells one frozen model from another."""
+    """Return a fingerprint of the frozen weights below an adapter."""
     return weights_fingerprint(student.adapter.frozen())
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Rows read, models loaded and checked against each other, examples tokenized: all that comes before the loop.
+    """Hold everything that a run needs before its loop: rows, models checked against each other, tokenized examples.
 
-    begins: the weights that the student starts with; unset, those that it was loaded or built with.
+    initial_weights: returns the weights that the student starts with; None: those that it was loaded or built with.
+    teacher_samples: by row, where the recipe names a file of them. model_fingerprints: of what was loaded, by role.
+    resolved_values: values that the recipe left open, with their origin. router_aux: weight of the auxiliary loss of the
+    student's routers.
     """
 
     recipe: Recipe
@@ -77,11 +80,11 @@ class Prepared:
     encoder: Encoder
     train: Examples
     valid: Examples
-    begins: Callable[[], Mapping[str, torch.Tensor]] | None = None
-    teacher_samples: dict[int, list[Rollout]] | None = None  # by row, where they were made beforehand
-    models: Mapping[str, str] = field(default_factory=dict)  # fingerprints of what was loaded, by role
-    settled: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # values that were open, with their origin
-    router_aux: float = 0.0  # weight of the auxiliary loss of the student's routers
+    initial_weights: Callable[[], Mapping[str, torch.Tensor]] | None = None
+    teacher_samples: dict[int, list[Rollout]] | None = None
+    model_fingerprints: Mapping[str, str] = field(default_factory=dict)
+    resolved_values: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    router_aux: float = 0.0
 
     @property
     def student(self) -> Backbone:
@@ -93,11 +96,11 @@ class Prepared:
 
     @cached_property
     def inputs(self) -> dict[str, str]:
-        """Tells what the run is made from, by what it holds and not by its name: for a resume."""
+        """Return fingerprints of the models and rows that the run is made from, by name: a resume compares them."""
         rows = {"training rows": self.train.sequences, "held-out rows": self.valid.sequences}
         if self.teacher_samples is not None:
             rows["teacher samples"] = [s for _, answers in sorted(self.teacher_samples.items()) for s in answers]
-        return {**self.models, **{name: rows_digest(sequences) for name, sequences in rows.items()}}
+        return {**self.model_fingerprints, **{name: rows_digest(sequences) for name, sequences in rows.items()}}
 
     @cached_property
     def order(self) -> Order:
@@ -105,18 +108,18 @@ class Prepared:
 
     @property
     def step_rows(self) -> int:
-        """Data set rows of a step, and as many student outputs."""
+        """Return the number of data set rows of a step, which is also that of student outputs."""
         train = self.recipe.train
         return min(train.batch_size * train.accumulate, len(self.train))
 
     @property
     def pass_overhead(self) -> int:
-        """By which a step's rows are cut into passes; the same for whoever computes their states."""
+        """Return the overhead by which a step's rows are cut into length groups, also where their states are computed."""
         return pass_overhead(self.device.type, self.student.model.config.get_text_config().hidden_size)
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Return the number of optimizer steps of the whole run."""
         return total_steps(self.recipe.train, self.order.steps_per_epoch)
 
     @property
@@ -126,30 +129,32 @@ class Prepared:
         return [sequence for sequence, row in pairs if row.is_answered]
 
     def batch(self, step: int) -> list[Sequence]:
-        """The data set rows of step ``step``."""
+        """Return the data set rows of step ``step``."""
         return [self.train.sequences[i] for i in self.order.batch(step)]
 
     @contextmanager
-    def as_at_start(self) -> Iterator[None]:
-        """The student has the weights it began with, inside the block; those it has reached again after it."""
+    def with_start_weights(self) -> Iterator[None]:
+        """Give the student the weights that it started with, inside the block; its current ones afterwards."""
         give_back_freed_memory()  # a step's gradients and activations: more than the copy that is made here
-        held = dict(self.first_weights())
-        self.student.swap_state(held)
+        weights = dict(self.start_weights())
+        self.student.swap_state(weights)
         try:
             yield
         finally:
-            self.student.swap_state(held)
+            self.student.swap_state(weights)
 
-    def first_weights(self) -> Mapping[str, torch.Tensor]:
-        """What changes of the student, as it was before its first step."""
+    def start_weights(self) -> Mapping[str, torch.Tensor]:
+        """Return the student's trained weights as they were before its first step."""
         from distillm_cli.models.pair import rebuild_student
 
-        return self.begins() if self.begins else rebuild_student(self.recipe, self.pair, torch.device("cpu")).state()
+        if self.initial_weights is not None:
+            return self.initial_weights()
+        return rebuild_student(self.recipe, self.pair, torch.device("cpu")).state()
 
     def save_model(self, directory: Path) -> None:
-        """What a checkpoint keeps of the student: model and tokenizer, as ``from_pretrained`` wants them.
+        """Save the student for a checkpoint: model and tokenizer, as ``from_pretrained`` reads them.
 
-        Of one that trains under an adapter, the adapter, and what tells whether the frozen model is still the same.
+        With an adapter, the adapter alone and a fingerprint of the frozen model.
         """
         with quiet():
             if self.student.adapter is None:
@@ -161,8 +166,9 @@ class Prepared:
             self.pair.tokenizer.save_pretrained(directory)
 
     def export_model(self, directory: Path) -> None:
-        """The student as the output directory has it: a whole model, or the adapter, in the dtype asked for."""
-        student, dtype = self.recipe.student, resolve_dtype(self.recipe.student.save_dtype, self.device)
+        """Save the student for the output directory: a whole model, or the adapter, in ``student.save_dtype``."""
+        student = self.recipe.student
+        dtype = resolve_dtype(student.save_dtype, self.device)
         with quiet():
             if student.lora_output == "adapter":
                 self.student.adapter.save(directory, dtype)
@@ -176,78 +182,94 @@ class Prepared:
             copy_processor(student.path, student.revision, directory)
 
 
-def prepare(recipe: Recipe, listener: Listener, early: Early | None = None) -> Prepared:
-    """Reads, loads and checks everything a run needs. early: where its rows are on their way already.
+def prepare(recipe: Recipe, listener: Listener, prefetched: Early | None = None) -> Prepared:
+    """Read, load and check everything a run needs. prefetched: where its rows are being read already.
 
     Raises DataError, ModelError.
     """
-    with early or reading(recipe) as rows:
-        return _prepared(recipe, listener, rows)
+    with prefetched or prefetch_rows(recipe) as rows:
+        return _prepare(recipe, listener, rows)
 
 
-def _prepared(recipe: Recipe, listener: Listener, early: Early) -> Prepared:
+def _prepare(recipe: Recipe, listener: Listener, prefetched: Early) -> Prepared:
     set_threads(recipe.train.threads, listener)
     torch.manual_seed(recipe.train.seed)
     device = resolve_device(recipe.train.device)
-    train_rows, valid_rows = early.rows("train", listener), early.rows("valid", listener)
-    if shared := overlap(valid_rows, train_rows):
-        ask = "asks" if shared == 1 else "ask"
-        rows = counted(len(valid_rows), "held-out row")
-        listener(Note(f"{shared:,} of the {rows} {ask} what a training row asks too"))
+    train_rows, valid_rows = _read_rows(recipe, prefetched, listener)
+    sample_rows = None
+    if recipe.data.teacher_samples is not None:
+        sample_rows = read_beforehand(recipe.data, train_rows, listener)
 
-    _check_held_out(recipe, valid_rows, listener)
-    beforehand = None if recipe.data.teacher_samples is None else read_beforehand(recipe.data, train_rows, listener)
-
-    texts = partial(texts_of, train_rows, recipe.data)
     tokenizers = TokenizerCache()
     expected = _expected_tokenizer(recipe, tokenizers)
-    with Ahead((train_rows, valid_rows), recipe.data, expected, early) as ahead:
-        # Only here: it takes long to import, and the rows are tokenized meanwhile.
+    with Ahead((train_rows, valid_rows), recipe.data, expected, prefetched) as ahead:
+        # Imported here, since it takes long: the rows are tokenized meanwhile.
         from distillm_cli.models.pair import load_pair
 
         garbage.take_up()
+        texts = partial(texts_of, train_rows, recipe.data)
         pair = load_pair(recipe, device=device, texts=texts, tokenizers=tokenizers, listener=listener)
         affixes = ahead.affixes(pair.tokenizer)
-        recipe, encoder, settled = _conversing(recipe, pair, (train_rows, valid_rows), affixes, listener)
-        contexts = [model.context for model in pair.models.values() if model.context is not None]
-        context = min(contexts, default=None)
+        data, encoder, resolved_values = _encoder(recipe, pair, train_rows, affixes, listener)
+        recipe = recipe.model_copy(update={"data": data})
+        context = min((model.context for model in pair.models.values() if model.context is not None), default=None)
         _check_heads(pair, context, listener)
         router_aux = router.set_router_loss(recipe.objective.router_aux, pair.student, listener)
-        _warn_of_longrope(pair, min(recipe.data.max_length, context or recipe.data.max_length), listener)
-        train = tokenize(train_rows, encoder, recipe.data, listener, context, ahead)
-        valid = tokenize(valid_rows, encoder, recipe.data, listener, context, ahead)
+        _warn_of_longrope(pair, min(data.max_length, context or data.max_length), listener)
+        train = tokenize(train_rows, encoder, data, listener, context, ahead)
+        valid = tokenize(valid_rows, encoder, data, listener, context, ahead)
     for model in pair.models.values():
         add_stop_tokens(model, sorted(train.ends - encoder.ends), after=True)
     if recipe.train.gradient_checkpointing:
         _checkpoint_activations(pair.student)
-    dtype = resolve_dtype(recipe.student.dtype, device)
-    begins = None
-    if pair.student.adapter is not None:  # few weights: not worth loading the model under them again
-        first = {name: weight.to("cpu", copy=True) for name, weight in pair.student.state().items()}
-        begins = first.copy
-    samples = None if beforehand is None else encoded(beforehand, train, encoder, context)
-    # Rounded: on another device `auto` may load them in another type.
-    models = {
-        role: weights_fingerprint(backbone.model.state_dict().items(), torch.bfloat16)
-        for role, backbone in pair.models.items()
-    }
     return Prepared(
         recipe=recipe,
         listener=listener,
         device=device,
-        dtype=dtype,
+        dtype=resolve_dtype(recipe.student.dtype, device),
         train_rows=train_rows,
         valid_rows=valid_rows,
         pair=pair,
         encoder=encoder,
         train=train,
         valid=valid,
-        begins=begins,
-        teacher_samples=samples,
-        models=models,
-        settled=settled,
+        initial_weights=_initial_weights(pair.student),
+        teacher_samples=None if sample_rows is None else encoded(sample_rows, train, encoder, context),
+        model_fingerprints=_fingerprints(pair),
+        resolved_values=resolved_values,
         router_aux=router_aux,
     )
+
+
+def _read_rows(recipe: Recipe, prefetched: Early, listener: Listener) -> tuple[Rows, Rows]:
+    """Return the training rows and the held-out rows. Raises DataError."""
+    train_rows = prefetched.rows("train", listener)
+    valid_rows = prefetched.rows("valid", listener)
+    if shared := overlap(valid_rows, train_rows):
+        ask = "asks" if shared == 1 else "ask"
+        rows = counted(len(valid_rows), "held-out row")
+        listener(Note(f"{shared:,} of the {rows} {ask} what a training row asks too"))
+    _check_held_out(recipe, valid_rows, listener)
+    return train_rows, valid_rows
+
+
+def _initial_weights(student: Backbone) -> Callable[[], Mapping[str, torch.Tensor]] | None:
+    """Return a copy of an adapter's first weights; None for a student in full, which is loaded or built again instead."""
+    if student.adapter is None:
+        return None
+    first = {name: weight.to("cpu", copy=True) for name, weight in student.state().items()}
+    return first.copy
+
+
+def _fingerprints(pair: Pair) -> dict[str, str]:
+    """Return the models' fingerprints by role.
+
+    Of weights rounded to bf16, since `auto` may load another dtype on another device.
+    """
+    return {
+        role: weights_fingerprint(backbone.model.state_dict().items(), torch.bfloat16)
+        for role, backbone in pair.models.items()
+    }
 
 
 def texts_of(rows: Iterable[Row], data: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
@@ -259,52 +281,63 @@ def texts_of(rows: Iterable[Row], data: DataConfig, tokenizer: PreTrainedTokeniz
             yield from (text.text[: text.cut], text.text[text.cut : text.end])
 
 
-def _conversing(
-    recipe: Recipe, pair: Pair, rows: tuple[Rows, ...], affixes: Affixes | None, listener: Listener
-) -> tuple[Recipe, Encoder, dict[str, tuple[str, str]]]:
-    """Settle how the models are asked and how they answer: template, date and end tokens.
+def _encoder(
+    recipe: Recipe, pair: Pair, rows: Rows, affixes: Affixes | None, listener: Listener
+) -> tuple[DataConfig, Encoder, dict[str, tuple[str, str]]]:
+    """Choose chat template, date and end tokens, and return the encoder that uses them.
 
-    Returns the recipe with these values, the encoder, and the values that were open, by key, with their origin.
+    rows: the training rows. Also returns the data section with these values, and the values that the recipe left open,
+    by key, with their origin.
     """
     from distillm_cli.models.chat_format import default_end_token, set_chat_template, set_languages, set_stop_tokens
 
     set_chat_template(pair, recipe.data, listener)
     set_languages(pair.tokenizer, recipe.data, pair.models.values())
-    settled: dict[str, tuple[str, str]] = {}
-    both_chat = all(template is not None for template in pair.templates.values())
-    if recipe.data.template == "auto" and (found := settled_template(rows[0], both_chat)) is not None:
-        template, why = found
-        settled["data.template"] = (template, f"auto: {why}")
-        other = {"chat": "alpaca", "alpaca": "chat"}.get(template)
-        has_choice = other is not None and both_chat and any(row.messages is None for row in rows[0])
-        choice = f"; --set data.template={other} chooses the other form" if has_choice else ""
-        listener(Note(f"template {template}: {why}{choice}"))
+    chosen: dict[str, tuple[str, str]] = {}
+    template = _chosen_template(recipe.data, pair, rows, listener)
+    if template is not None:
+        chosen["data.template"] = template
     if recipe.data.date is None:
-        settled["data.date"] = _open_date(recipe, rows[0].name)
-    data = recipe.data.model_copy(update={key.partition(".")[2]: value for key, (value, _) in settled.items()})
-    common = {
-        "is_encoder_decoder": pair.student.is_encoder_decoder,
-        "affixes": affixes if recipe.data.source_language is None and recipe.data.target_language is None else None,
-        "stops": pair.student.stop_ids | {*(pair.teacher_stops or ())},
-        "end": default_end_token(recipe.data, pair, listener),
-        "needs_responses": recipe.needs_responses,
-    }
-    encoder = Encoder(pair.tokenizer, data, **common)
+        chosen["data.date"] = _chosen_date(recipe, rows.name)
+    data = recipe.data.model_copy(update={key.partition(".")[2]: value for key, (value, _) in chosen.items()})
+    has_languages = data.source_language is not None or data.target_language is not None
+    encoder = Encoder(
+        pair.tokenizer,
+        data,
+        is_encoder_decoder=pair.student.is_encoder_decoder,
+        affixes=None if has_languages else affixes,
+        stops=pair.student.stop_ids | {*(pair.teacher_stops or ())},
+        end=default_end_token(recipe.data, pair, listener),
+        needs_responses=recipe.needs_responses,
+    )
     chat = encoder.renderer.chat
-    if chat is None or not chat.uses_date:
-        settled.pop("data.date", None)
-    is_chat = any(encoder.renderer.form(row) == "chat" for row in rows[0])
-    set_stop_tokens(pair, encoder, is_chat, listener)
-    data = recipe.data.model_copy(update={key.partition(".")[2]: value for key, (value, _) in settled.items()})
-    return recipe.model_copy(update={"data": data}), encoder, settled
+    if "data.date" in chosen and (chat is None or not chat.uses_date):
+        del chosen["data.date"]
+        data = data.model_copy(update={"date": None})
+    set_stop_tokens(pair, encoder, any(encoder.renderer.form(row) == "chat" for row in rows), listener)
+    return data, encoder, chosen
 
 
-def _open_date(recipe: Recipe, data: str) -> tuple[str, str]:
+def _chosen_template(data: DataConfig, pair: Pair, rows: Rows, listener: Listener) -> tuple[str, str] | None:
+    """Return the template for rows where the recipe leaves it open, and its origin; None where it does not."""
+    both_chat = all(template is not None for template in pair.templates.values())
+    found = settled_template(rows, both_chat) if data.template == "auto" else None
+    if found is None:
+        return None
+    template, why = found
+    other = {"chat": "alpaca", "alpaca": "chat"}.get(template)
+    has_choice = other is not None and both_chat and any(row.messages is None for row in rows)
+    choice = f"; --set data.template={other} chooses the other form" if has_choice else ""
+    listener(Note(f"template {template}: {why}{choice}"))
+    return template, f"auto: {why}"
+
+
+def _chosen_date(recipe: Recipe, data: str) -> tuple[str, str]:
     """Return the date that chat templates see where the recipe gives none, and where it is from."""
     if recipe.method != "sft" and recipe.teacher.cache in ("disk", "auto"):
-        of_cache = date_of(root_of(recipe.teacher.cache_dir), str(recipe.teacher.path), data)
-        if of_cache is not None:
-            return of_cache, "the teacher cache"
+        cache_date = date_of(root_of(recipe.teacher.cache_dir), str(recipe.teacher.path), data)
+        if cache_date is not None:
+            return cache_date, "the teacher cache"
     return date.today().isoformat(), "start of the run"
 
 
@@ -321,17 +354,17 @@ def _check_held_out(recipe: Recipe, rows: Rows, listener: Listener) -> None:
 
 
 def _expected_tokenizer(recipe: Recipe, tokenizers: TokenizerCache) -> PreTrainedTokenizerBase | None:
-    """The one that the run will most likely turn out to have, read before the models are; None where that is open."""
-    for model in bringers(recipe):
+    """Return the tokenizer that the run will most likely have, read before the models; None where that is open."""
+    for model in tokenizer_candidates(recipe):
         try:
             return tokenizers.load(model.path, model.revision)
-        except ModelError:  # which is told when the model is loaded, after whatever else is wrong before that
+        except ModelError:  # reported when the model is loaded, after errors that are found before that
             continue
     return None
 
 
 def new_order(recipe: Recipe, examples: Examples) -> Order:
-    """The order in which the recipe trains on these examples."""
+    """Return the order in which the recipe trains on these examples."""
     train = recipe.train
     return Order(examples.lengths, train.batch_size * train.accumulate, train.seed, bucket=recipe.data.bucket)
 
@@ -351,13 +384,13 @@ def _warn_of_longrope(pair: Pair, longest: int, listener: Listener) -> None:
 
 
 def _check_heads(pair: Pair, context: int | None, listener: Listener) -> None:
-    """A few tokens through both ways to logits; where they disagree, the model's own way is used, and said.
+    """Compare logits of each head with the model's own on a few tokens; warn where they differ and use the model's own.
 
-    Which tokens and how many tells nothing of a head: it does the same to every state.
+    A head does the same to every state, so that any few tokens will do.
     """
-    half = max(1, min(_PROBED, context or _PROBED) // 2)
+    half = max(1, min(_PROBE_TOKENS, context or _PROBE_TOKENS) // 2)
     ids = np.arange(1, half + 1, dtype=np.int32) % pair.vocab
-    # Of two lengths, so that padding is among what is checked.
+    # Two lengths, so that padding is checked too.
     batch = collate([Sequence(ids, ids), Sequence(ids[: max(1, half - 1)], ids)])
     for name, model in pair.models.items():
         if not model.check_head(batch.to(model.device)):

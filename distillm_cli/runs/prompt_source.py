@@ -1,4 +1,4 @@
-"""Where the prompts of ``distillm generate`` come from, and how they are written beside the responses."""
+"""Read the prompts of ``generate``, and format them as they are written beside the responses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from distillm_cli.utils.text import all_are
 
 @dataclass(frozen=True)
 class PromptSource:
-    """Where the prompts come from, exactly one of data, prompts and input; and how many, with how many samples each."""
+    """Say where prompts come from (exactly one of data, prompts and input), how many, and how many samples each gets."""
 
     data: str | None = None
     split: str | None = None
@@ -31,24 +31,26 @@ class PromptSource:
     samples: int = 1
 
 
-def prompts_of(wanted: PromptSource, data: DataConfig, listener: Listener) -> list[Row]:
-    """The rows to answer; they may lack a response. Raises DataError."""
-    if wanted.prompts is not None:
-        rows = [Row(instruction=text, where=f"--prompt {i}") for i, text in enumerate(wanted.prompts, start=1)]
-        return rows[: wanted.limit]
-    source = wanted.data if wanted.input is None else wanted.input
-    path = user_path(source)
-    if wanted.input == "-" or (wanted.input is not None and kind_of(path) != "directory" and format_of(path) is None):
-        return _lines(wanted.input, data, listener)[: wanted.limit]
-    # Whatever the model's own recipe says of its training rows, these are others.
-    data = data.model_copy(update={"source": source, "valid": None, "limit": None})
-    split = wanted.split or ("test" if kind_of(path) == "file" else "train")  # of a single file, test is all of it
-    stand_in = wanted.split is None  # a split that was asked for is that one, or an error
-    return list(load_rows(data, split, listener=listener, require_output=False, limit=wanted.limit, stand_in=stand_in))
+def read_prompts(source: PromptSource, data: DataConfig, listener: Listener) -> list[Row]:
+    """Return the rows to answer; they may lack a response. Raises DataError."""
+    if source.prompts is not None:
+        rows = [Row(instruction=text, where=f"--prompt {i}") for i, text in enumerate(source.prompts, start=1)]
+        return rows[: source.limit]
+    name = source.data if source.input is None else source.input
+    path = user_path(name)
+    is_text_file = source.input is not None and kind_of(path) != "directory" and format_of(path) is None
+    if source.input == "-" or is_text_file:
+        return _lines(source.input, data, listener)[: source.limit]
+    # Not the training rows of the model's own recipe.
+    data = data.model_copy(update={"source": name, "valid": None, "limit": None})
+    split = source.split or ("test" if kind_of(path) == "file" else "train")  # of a single file, test is all of it
+    stand_in = source.split is None  # a split that was asked for is that one, or an error
+    rows = load_rows(data, split, listener=listener, require_output=False, limit=source.limit, stand_in=stand_in)
+    return list(rows)
 
 
 def _lines(source: str, data: DataConfig, listener: Listener) -> list[Row]:
-    """A prompt a line: an instruction as text, or a row as a JSON object."""
+    """Read a prompt from each line: an instruction as text, or a row as a JSON object."""
     try:
         raw = sys.stdin.buffer.read() if source == "-" else user_path(source).read_bytes()
         lines = raw.decode("utf-8-sig").split("\n")
@@ -82,8 +84,8 @@ def _lines(source: str, data: DataConfig, listener: Listener) -> list[Row]:
     return rows
 
 
-def rereadable(rows: list[Row], ids: list[np.ndarray], encoder: Encoder, listener: Listener) -> list[str]:
-    """Return each prompt as the text that, read back as a row's exact prompt, gives the same tokens again.
+def exact_texts(rows: list[Row], ids: list[np.ndarray], encoder: Encoder, listener: Listener) -> list[str]:
+    """Return each prompt as the text that gives the same tokens when it is read back as a row's exact prompt.
 
     A chat template writes the beginning-of-sequence token itself, while the encoder puts it before an exact prompt. Rows
     of messages are read back as messages, whatever their prompt's text.

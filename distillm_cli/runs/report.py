@@ -1,6 +1,6 @@
-"""What a run's models do on its held-out rows: measured once they are trained, or to select checkpoints.
+"""Measure a run's models on its held-out rows: at the end of training, or to select checkpoints.
 
-Metrics are imported where something is scored: nobody waits for them before the first step.
+Metrics, which take long to import, are imported only where something is scored.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ from distillm_cli.models.devices import dtype_name, resolve_dtype
 from distillm_cli.runs import output_dir
 from distillm_cli.runs.build import sampling_models
 from distillm_cli.runs.prepare import Prepared
-from distillm_cli.training.events import Warned
+from distillm_cli.training.events import Event, Listener, Progress, Warned
 from distillm_cli.training.state import TrainerState
 from distillm_cli.training.trainer import Trainer
-from distillm_cli.ui.console import Console
 from distillm_cli.utils.modules import eval_mode
 from distillm_cli.utils.text import counted
 
@@ -36,46 +35,47 @@ if TYPE_CHECKING:
     from distillm_cli.evaluation.evaluate import SuiteResult
     from distillm_cli.models.backbone import Backbone
 
-# Before anything; after the fine-tuning stage, where there is one; at the end.
+# Models in the report: before training; after the fine-tuning stage, where there is one; at the end.
 BEFORE, FINE_TUNED, AFTER, TEACHER = "student before", "student after sft", "student after", "teacher"
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What one model did on the held-out rows: its figures, and what it answered to the first of them."""
+class ModelReport:
+    """Hold one model's figures on the held-out rows, and its answers to the first of them."""
 
     valid_loss: float | None
     scores: dict[str, float | None]
     answers: list[str]
 
 
-def labels(reached: TrainerState, *, after_sft: bool) -> dict[str, str]:
+def labels(state: TrainerState, *, after_sft: bool) -> dict[str, str]:
     """Return the models' names with the step that their weights are of, for people. after_sft: of a stage before."""
-    kept = reached.step if reached.best_step is None else reached.best_step
-    begun = FINE_TUNED if after_sft else BEFORE
-    return {BEFORE: BEFORE, TEACHER: TEACHER, begun: f"{begun}, step 0", AFTER: f"{AFTER}, step {kept:,}"}
+    kept = state.step if state.best_step is None else state.best_step
+    start = FINE_TUNED if after_sft else BEFORE
+    return {BEFORE: BEFORE, TEACHER: TEACHER, start: f"{start}, step 0", AFTER: f"{AFTER}, step {kept:,}"}
 
 
-def needs_metric(recipe: Recipe) -> bool:
-    """Whether checkpoints are selected by what a metric says of generated answers."""
+def selects_by_metric(recipe: Recipe) -> bool:
+    """Return whether checkpoints are selected by a metric of generated answers."""
     return recipe.train.select in plugins.metrics
 
 
-def check_metric(recipe: Recipe) -> None:
-    """Raises UsageError where checkpoints are selected by a metric of no answers."""
-    if needs_metric(recipe) and not recipe.eval.report_rows:
+def check_selection_metric(recipe: Recipe) -> None:
+    """Raise UsageError where checkpoints are selected by a metric and no answers are generated."""
+    if selects_by_metric(recipe) and not recipe.eval.report_rows:
         what = f"train.select = {recipe.train.select} is measured on eval.report_rows held-out rows, and that is 0"
         raise UsageError(what, hint="try --set eval.report_rows=100, or --set train.select=valid_loss")
 
 
-def check_answers(run: Prepared) -> None:
-    """Raises ModelError where the run trains on samples of a model that cannot generate, or selects checkpoints by what it
-    answers. The table at the end can do without.
+def check_can_generate(run: Prepared) -> None:
+    """Raise ModelError where a model that the run samples from, or selects checkpoints by, cannot generate.
 
-    Raises UsageError where the metric that selects checkpoints is undefined on the held-out rows."""
-    for model in sampling_models(run) + ([run.student] if needs_metric(run.recipe) else []):
+    The table at the end can do without answers. Raises UsageError where the metric that selects checkpoints is undefined
+    on the held-out rows.
+    """
+    for model in sampling_models(run) + ([run.student] if selects_by_metric(run.recipe) else []):
         model.check_decoding()
-    if needs_metric(run.recipe):
+    if selects_by_metric(run.recipe):
         from distillm_cli.evaluation.metrics import undefined_on
 
         select, config = run.recipe.train.select, run.recipe.eval
@@ -85,79 +85,90 @@ def check_answers(run: Prepared) -> None:
 
 
 class Report:
-    """Student before, student after and teacher on the same held-out rows, one pass of generation each.
+    """Measure student before, student after and teacher on the same held-out rows, one pass of generation each.
 
-    All of it after the last step, so that nobody waits for it before the first: the student's first weights are loaded or
-    built again, and so is the teacher where it has left memory. Figures and answers are kept under ``directory``. After a
-    fine-tuning stage the student before is the one before that, and the fine-tuned one has a name of its own: both were
-    measured then.
+    All of it happens after the last step: the student's first weights are loaded or built again, and so is the teacher
+    where it was released. Figures and answers are saved under ``directory``. After a fine-tuning stage, "student before"
+    and the fine-tuned student are read from that stage's report.
     """
 
-    def __init__(self, run: Prepared, directory: Path, ui: Console):
-        config, self.run, self.directory, self.ui = run.recipe.eval, run, directory, ui
+    def __init__(self, run: Prepared, directory: Path, listener: Listener):
+        self.run = run
+        self.directory = directory
+        self.listener = listener
+        config = run.recipe.eval
         rows = [row for row in run.valid.rows if row.references][: config.report_rows]
         self.suite = Suite(HELD_OUT, list(rows), run.valid_rows.name)
-        metrics = dict.fromkeys([*config.metrics, *([run.recipe.train.select] if needs_metric(run.recipe) else [])])
+        metrics = dict.fromkeys(config.metrics)
+        if selects_by_metric(run.recipe):
+            metrics[run.recipe.train.select] = None
         self.config = config.model_copy(update={"seeds": config.seeds[:1], "metrics": tuple(metrics)})
 
-    def all(self, trainer: Trainer) -> dict[str, Measured]:
+    def all(self, trainer: Trainer) -> dict[str, ModelReport]:
+        """Measure every model; returns their reports by name."""
         from distillm_cli.models.pair import reload_teacher
 
         run = self.run
         self.labels = labels(trainer.state, after_sft=bool(run.recipe.student.sft_epochs))
-        trainer.optimizer.state.clear()  # its work is done, and the teacher may be needed once more
+        trainer.optimizer.state.clear()  # no longer needed, and the teacher may be loaded once more
         teacher = run.pair.teacher
         if teacher is not None and trainer.teacher.has_released_model:
             teacher = reload_teacher(run.recipe, run.pair, run.device)
-        if not self._all_answer({"student": run.student, "teacher": teacher}):
+        if not self._all_can_generate({"student": run.student, "teacher": teacher}):
             self.suite = replace(self.suite, rows=[])
         found = {AFTER: self._measure(run.student, AFTER, _valid_loss(run.student, trainer))}
         if teacher is not None:
             found[TEACHER] = self._measure(teacher, TEACHER, _valid_loss(teacher, trainer))
         if run.recipe.student.sft_epochs:
-            return found | self._of_stage({BEFORE: BEFORE, AFTER: FINE_TUNED})
-        with run.as_at_start() if self.suite.rows else nullcontext():
+            return found | self._stage_reports({BEFORE: BEFORE, AFTER: FINE_TUNED})
+        with run.with_start_weights() if self.suite.rows else nullcontext():
             found[BEFORE] = self._measure(run.student, BEFORE, trainer.state.first_valid_loss)
         return found
 
-    def _all_answer(self, models: Mapping[str, Backbone | None]) -> bool:
-        """Whether there are rows to answer, and every model can; where one cannot, that is said."""
+    def _all_can_generate(self, models: Mapping[str, Backbone | None]) -> bool:
+        """Return whether there are rows to answer and every model can generate; warn where one cannot."""
         for name, model in models.items() if self.suite.rows else ():
             try:
                 if model is not None:
                     model.check_decoding()
             except ModelError as error:
-                self.ui(Warned(f"no answers in the table, losses only: the {name} has none ({error.what})"))
+                self.listener(Warned(f"no answers in the table, losses only: the {name} has none ({error.what})"))
                 return False
         return bool(self.suite.rows)
 
-    def _measure(self, model: Backbone, name: str, valid_loss: float | None) -> Measured:
-        result = self._generate(model, self.labels[name]) if self.suite.rows else None
-        scores = {} if result is None else {metric: score.mean for metric, score in result.scores.items()}
-        for told in {} if result is None or name != AFTER else result.scores.values():
-            if told.undefined is not None:
-                self.ui(Warned(told.undefined))
-        answers = [] if result is None else next(iter(result.outputs.values()))
-        return self._keep(name, Measured(valid_loss, scores, answers))
+    def _measure(self, model: Backbone, name: str, valid_loss: float | None) -> ModelReport:
+        if not self.suite.rows:
+            return self._save(name, ModelReport(valid_loss, {}, []))
+        result = self._generate(model, self.labels[name])
+        if name == AFTER:
+            for score in result.scores.values():
+                if score.undefined is not None:
+                    self.listener(Warned(score.undefined))
+        scores = {metric: score.mean for metric, score in result.scores.items()}
+        answers = next(iter(result.outputs.values()))
+        return self._save(name, ModelReport(valid_loss, scores, answers))
 
-    def _of_stage(self, names: dict[str, str]) -> dict[str, Measured]:
-        """What the stage before measured, as far as it is there still, kept here too. names: there → here."""
+    def _stage_reports(self, names: dict[str, str]) -> dict[str, ModelReport]:
+        """Return the reports of the fine-tuning stage that still exist, and save them here too.
+
+        names: a model's name there → its name here.
+        """
         place = self.directory.parents[1] / output_dir.SFT / output_dir.EVAL / self.directory.name
-        files = {here: place / _file(there) for there, here in names.items()}
+        files = {here: place / _file_name(there) for there, here in names.items()}
         return {
-            here: self._keep(here, Measured(**json.loads(file.read_text(encoding="utf-8"))))
+            here: self._save(here, ModelReport(**json.loads(file.read_text(encoding="utf-8"))))
             for here, file in files.items()
             if file.is_file()
         }
 
-    def _keep(self, name: str, measured: Measured) -> Measured:
+    def _save(self, name: str, report: ModelReport) -> ModelReport:
         self.directory.mkdir(parents=True, exist_ok=True)
-        output_dir.write_text(self.directory / _file(name), json.dumps(vars(measured), ensure_ascii=False, indent=1))
-        return measured
+        output_dir.write_text(self.directory / _file_name(name), json.dumps(vars(report), ensure_ascii=False, indent=1))
+        return report
 
     @property
     def measured_on(self) -> str:
-        """Which rows the figures are of, and how those were answered, in words."""
+        """Return which rows the figures are of, and how those were answered, in words."""
         rows, answered, config = counted(len(self.run.valid), "held-out row"), len(self.suite.rows), self.config
         if not answered:
             return f"on {rows}"
@@ -169,14 +180,14 @@ class Report:
         return f"valid CE on {rows}; scores{which} {how}, in {self._precision()}"
 
     def _precision(self) -> str:
-        """Each model decodes in the precision of its weights, the student in that of training, whatever `eval` takes."""
+        """Return what models decode in: the precision of their weights, the student in that of training."""
         run = self.run
         own = dtype_name(run.student.model.dtype)
         teachers = own if run.pair.teacher is None else dtype_name(resolve_dtype(run.recipe.teacher.dtype, run.device))
         return own if own == teachers else f"{own} (teacher: {teachers})"
 
     def score(self) -> dict[str, float]:
-        """The figure that selects checkpoints, for the student as it is now."""
+        """Return the figure that selects checkpoints, for the student as it is now."""
         result = self._generate(self.run.student, "validating")
         return {metric: score.mean for metric, score in result.scores.items()}
 
@@ -184,21 +195,20 @@ class Report:
         from distillm_cli.evaluation.evaluate import evaluate  # with its metrics, whose libraries take long to import
 
         with eval_mode(model):
-            return evaluate(model, self.run.encoder, self.suite, self.config, _titled(self.ui, name))
+            return evaluate(model, self.run.encoder, self.suite, self.config, _renamed_progress(self.listener, name))
 
 
-def _file(name: str) -> str:
+def _file_name(name: str) -> str:
     return f"{name.replace(' ', '-')}.json"
 
 
-def _titled(ui: Console, name: str):
-    """Scoring's progress, with the name of who is scored."""
+def _renamed_progress(listener: Listener, name: str) -> Listener:
+    """Return a listener that reports progress under another name: the model that is scored."""
 
-    def listener(event) -> None:
-        task = getattr(event, "task", None)
-        ui(event if task is None else type(event)(name, event.done, event.total, event.unit))
+    def listen(event: Event) -> None:
+        listener(replace(event, task=name) if isinstance(event, Progress) else event)
 
-    return listener
+    return listen
 
 
 def _valid_loss(model: Backbone, trainer: Trainer) -> float | None:

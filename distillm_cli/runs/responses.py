@@ -1,7 +1,7 @@
-"""The file that ``generate`` writes: whole lines in order, resumable, never overwritten unasked.
+"""Write the file of ``generate``: whole lines in order, resumable, overwritten only on request.
 
-What a file was made with stands in a hidden file beside it, ``.NAME.generate.json``, so that the rows stay plain data and
-a resume can tell whether it goes on with the same.
+The settings of a file are in a hidden file beside it, ``.NAME.generate.json``, so that the rows stay plain data and a
+resume can tell whether they are still the same.
 """
 
 from __future__ import annotations
@@ -20,21 +20,24 @@ from distillm_cli.runs import output_dir
 Line = dict[str, Any]
 
 
-class Responses:
-    """One output file. ``count`` whole rows are in it."""
+class ResponseFile:
+    """Write an output file. ``count``: whole rows in it."""
 
     def __init__(self, path: Path, *, resume: bool, overwrite: bool):
-        """Raises UsageError for a path that cannot be used so; nothing is touched yet."""
+        """Raise UsageError for a path that cannot be used; nothing is written yet."""
         if path.suffix != ".jsonl":
             raise UsageError(f"--output {path}", where="rows are JSON lines", hint=f"try --output {path}.jsonl")
         if resume and overwrite:
             raise UsageError("--resume and --overwrite exclude each other", hint="give one of them")
         if path.is_dir():
             raise UsageError(f"--output {path} is a directory", hint="give a file")
-        self.path, self.resume, self.overwrite, self.count = path, resume, overwrite, 0
+        self.path = path
+        self.resume = resume
+        self.overwrite = overwrite
+        self.count = 0
         self._check_free()
         self.record = path.with_name(f".{path.name}.generate.json")
-        self._held: BinaryIO | None = None  # nobody else writes the file while this is open
+        self._locked: BinaryIO | None = None  # no other process writes the file while this is open
 
     def _check_free(self) -> None:
         if self.path.exists() and not (self.resume or self.overwrite):
@@ -42,17 +45,17 @@ class Responses:
             raise UsageError(f"--output {self.path} exists", hint=hint)
 
     def begin(self, settings: Mapping[str, Any], expected: SequenceOf[Mapping[str, Any]]) -> None:
-        """Starts the file anew, or (resume, and it exists) checks it and counts its rows.
+        """Create or empty the file; on a resume of one that exists, check it and count its rows.
 
-        settings: all that shapes the rows. expected: what each row must hold, in order; every such key is compared.
-        Raises CheckpointError when the file was made otherwise or was changed, StorageError when it cannot be written,
-        UsageError where another process is writing it.
+        settings: everything that shapes the rows. expected: fields that each row must have, in order. Raises CheckpointError
+        where the file has other settings or was changed, StorageError where it cannot be written, UsageError where another
+        process is writing it.
         """
         is_new = not self.path.exists()
         with _writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._held = self.path.open("ab")
-        if output_dir.is_taken(self._held.fileno()):
+            self._locked = self.path.open("ab")
+        if output_dir.is_taken(self._locked.fileno()):
             raise UsageError(f"another run is writing {self.path}", hint="wait for it, or choose another --output")
         if not is_new:
             self._check_free()  # again: another run may have begun and ended while this one's model was loaded
@@ -62,7 +65,7 @@ class Responses:
             return
         with _writing(self.path):
             try:
-                self._held.truncate(0)
+                self._locked.truncate(0)
                 output_dir.write_text(self.record, json.dumps(settings, indent=1) + "\n")
             except OSError:
                 if is_new:
@@ -70,14 +73,14 @@ class Responses:
                 raise
 
     def close(self) -> None:
-        """Others may write the file."""
-        if self._held is not None:
-            self._held.close()
+        """Release the lock."""
+        if self._locked is not None:
+            self._locked.close()
 
     def add(self, lines: SequenceOf[Line]) -> None:
-        """Appends rows; they are on the disk when this returns."""
+        """Append rows; they are on the disk when this returns."""
         with _writing(self.path), self.path.open("ab") as file:
-            file.write("".join(text_of(line, ascii_only=False) for line in lines).encode("utf-8"))
+            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("utf-8"))
             file.flush()
             os.fsync(file.fileno())
         self.count += len(lines)
@@ -97,7 +100,7 @@ class Responses:
             raise CheckpointError(f"{self.path} was made otherwise: {key} {how}{more}", hint=hint)
 
     def _verify(self, expected: SequenceOf[Mapping[str, Any]]) -> int:
-        """How many whole rows there are; half a line at the end, of a write that was cut off, is removed."""
+        """Return the number of whole rows; half a line at the end, of a write that was cut off, is removed."""
         raw = self.path.read_bytes()
         whole = raw[: raw.rfind(b"\n") + 1]
         lines = whole.split(b"\n")[:-1]
@@ -116,11 +119,6 @@ class Responses:
             with _writing(self.path):
                 os.truncate(self.path, len(whole))
         return len(lines)
-
-
-def text_of(line: Line, *, ascii_only: bool) -> str:
-    """A row as a line of JSON."""
-    return json.dumps(line, ensure_ascii=ascii_only) + "\n"
 
 
 @contextmanager

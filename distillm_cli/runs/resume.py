@@ -1,4 +1,4 @@
-"""Going on with a run: its newest checkpoint, if it is this recipe's, and the student's weights in it."""
+"""Resume a run: find its newest checkpoint, check that it belongs to the recipe, restore the student's weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from distillm_cli.config.explain import leaves
 from distillm_cli.config.load import Resolved, load_resolved, settled
 from distillm_cli.config.ownership import ValueOf, is_read, value_of
-from distillm_cli.config.schema import TrainConfig
+from distillm_cli.config.schema import Recipe, TrainConfig
 from distillm_cli.config.shaping import shaping
 from distillm_cli.errors import START_OVER, CheckpointError, RecipeError, out_of_memory
 from distillm_cli.models.tokenizer_files import quiet
@@ -27,66 +27,82 @@ if TYPE_CHECKING:
     from distillm_cli.models.backbone import Backbone
 
 
-# Values that a run settles when it starts, and that its resume takes over where they are open again.
-SETTLED = {"data.template": "auto", "data.date": None}
+# Values that a run chooses when it starts, and that its resume takes over where the recipe leaves them open.
+_CHOSEN_AT_START = {"data.template": "auto", "data.date": None}
 
 
-def as_recorded(resolved: Resolved, output: Path) -> Resolved:
-    """Return the recipe with the values that the run in ``output`` settled when it started."""
+def with_recorded_values(resolved: Resolved, output: Path) -> Resolved:
+    """Return the recipe with the values that the run in ``output`` chose when it started."""
     try:
-        before = load_resolved(output / output_dir.RECIPE)
-    except RecipeError:  # a damaged or missing one: whatever differs shows in the checkpoint's own
+        recorded = load_resolved(output / output_dir.RECIPE)
+    except RecipeError:  # damaged or missing: whatever differs shows in the checkpoint's own copy
         return resolved
     found = {}
-    for key, is_open in SETTLED.items():
-        if value_of(resolved.recipe, key) == is_open and (value := value_of(before, key)) != is_open:
+    for key, is_open in _CHOSEN_AT_START.items():
+        if value_of(resolved.recipe, key) == is_open and (value := value_of(recorded, key)) != is_open:
             found[key] = (value, "the run that is resumed")
     return settled(resolved, found)
 
 
 # Settings that a resume may change, beside those that shape no step: how often it saves, what it exports, and how long it
-# runs, which ``check_length`` looks at.
-_FREE = ("train.save_steps", "student.save_dtype", "train.steps", "train.epochs")
+# runs, which ``check_total_steps`` looks at.
+_MAY_CHANGE = ("train.save_steps", "student.save_dtype", "train.steps", "train.epochs")
 
 
-def checkpoint_of(output: Path, recipe, *, started: bool = True, movable: Collection[str] = ()) -> Checkpoint | None:
-    """The newest checkpoint, if it is this recipe's. started: there must be one.
+def find_checkpoint(
+    output: Path, recipe: Recipe, *, is_required: bool = True, moved_inputs: Collection[str] = ()
+) -> Checkpoint | None:
+    """Return the newest checkpoint of a run, None where there is none and none is required.
 
-    movable: dotted keys of inputs that are known to be the same ones, wherever they are now.
+    moved_inputs: dotted keys of inputs that are known to be the same ones, wherever they are now. Raises CheckpointError
+    where it is of another recipe or unreadable.
     """
     checkpoint = latest(output / output_dir.CHECKPOINTS)
-    if checkpoint is None and not started:
+    if checkpoint is None and not is_required:
         return None
     if checkpoint is None:
         raise _no_checkpoint(output)
-    if absent := [part for part in ("progress", "recipe") if not isinstance(checkpoint.state.get(part), dict)]:
-        what = f"checkpoint unreadable: its state.json says no {absent[0]}"
-        raise CheckpointError(what, where=str(checkpoint.path), hint=START_OVER)
-    with as_checkpoint_error(checkpoint):
-        TrainerState(**checkpoint.state["progress"])
-        int(checkpoint.state["progress"]["step"])
-    now = json.loads(json.dumps(shaping(recipe)))
-    defaults = json.loads(json.dumps({key: leaves()[key].default for key in now if not key.startswith("eval.")}))
-    then = defaults | checkpoint.state["recipe"]  # a field that came later had its default then
-    changed = [
-        key
-        for key in sorted(then.keys() | now.keys())
-        if not _same(then.get(key), now.get(key)) and key not in (*_FREE, *movable) and _counts(key, then, now.get)
-    ]
+    _check_readable(checkpoint)
+    changed = _changed_settings(checkpoint, recipe, moved_inputs)
     if changed:
-        key, more = changed[0], f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        (key, then, now), more = changed[0], f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise CheckpointError(
-            f"the checkpoint is of another recipe: {key} was {then.get(key)!r}, now {now.get(key)!r}{more}",
+            f"the checkpoint is of another recipe: {key} was {then!r}, now {now!r}{more}",
             where=str(checkpoint.path),
             hint="resume with the settings it was started with, or choose another --output",
         )
     return checkpoint
 
 
-def check_inputs(checkpoint: Checkpoint, inputs: Mapping[str, str]) -> None:
-    """Raises CheckpointError where what lies under the recipe's names is not what the run was begun with.
+def _check_readable(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError where the checkpoint's state lacks a part, or another version wrote it."""
+    if absent := [part for part in ("progress", "recipe") if not isinstance(checkpoint.state.get(part), dict)]:
+        what = f"checkpoint unreadable: its state.json says no {absent[0]}"
+        raise CheckpointError(what, where=str(checkpoint.path), hint=START_OVER)
+    with as_checkpoint_error(checkpoint):
+        TrainerState(**checkpoint.state["progress"])
+        int(checkpoint.state["progress"]["step"])
 
-    inputs: by name, what tells it from others; the student's as it was loaded, before the checkpoint's weights.
+
+def _changed_settings(
+    checkpoint: Checkpoint, recipe: Recipe, moved_inputs: Collection[str]
+) -> list[tuple[str, object, object]]:
+    """Return the settings that shape steps and differ from the checkpoint's: key, value then, value now."""
+    now = json.loads(json.dumps(shaping(recipe)))  # as the checkpoint's values were written
+    then = checkpoint.state["recipe"]
+    return [
+        (key, then.get(key), now.get(key))
+        for key in sorted(then.keys() | now.keys())
+        if key not in (*_MAY_CHANGE, *moved_inputs)
+        and not _is_same_value(then.get(key), now.get(key))
+        and _shapes_steps(key, now.get)
+    ]
+
+
+def check_same_inputs(checkpoint: Checkpoint, inputs: Mapping[str, str]) -> None:
+    """Raise CheckpointError where models or rows are not those that the run was started with.
+
+    inputs: fingerprints by name; the student's as it was loaded, before the checkpoint's weights.
     """
     for name, known in checkpoint.state.get("inputs", {}).items():
         if name in inputs and inputs[name] != known:
@@ -105,15 +121,15 @@ def as_checkpoint_error(checkpoint: Checkpoint) -> Iterator[None]:
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, OSError) as error:
         if out_of_memory(error):
             raise
-        said = " ".join(str(error).split())[:200]
+        message = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"the checkpoint is whole, but not as this version writes them ({type(error).__name__}: {said})",
+            f"the checkpoint is whole, but not as this version writes them ({type(error).__name__}: {message})",
             where=str(checkpoint.path),
             hint=f"resume with the version that wrote it, or {START_OVER}",
         ) from error
 
 
-def check_length(checkpoint: Checkpoint, steps: int, steps_per_epoch: int, listener: Listener) -> None:
+def check_total_steps(checkpoint: Checkpoint, steps: int, steps_per_epoch: int, listener: Listener) -> None:
     """Warn of a resume that runs for more steps than before. steps: of the run now. Raises CheckpointError for fewer."""
     with as_checkpoint_error(checkpoint):
         then, reached = checkpoint.state["recipe"], checkpoint.state["progress"]["step"]
@@ -135,19 +151,16 @@ def check_length(checkpoint: Checkpoint, steps: int, steps_per_epoch: int, liste
         )
 
 
-def _same(then: object, now: object) -> bool:
-    """Equal, or two spellings of one place."""
+def _is_same_value(then: object, now: object) -> bool:
+    """Return whether two values are equal, or two spellings of one path."""
     if then == now or not (isinstance(then, str) and isinstance(now, str)):
         return then == now
     left, right = (Path(text).expanduser() for text in (then, now))
     return left.exists() and right.exists() and left.samefile(right)
 
 
-def _counts(key: str, then: Mapping[str, object], now: ValueOf) -> bool:
-    """Whether the steps depend on the field: one that this run never reads may have been written down all the same, and
-    earlier versions did not write down how answers were scored."""
-    if key.startswith("eval."):
-        return key in then
+def _shapes_steps(key: str, now: ValueOf) -> bool:
+    """Return whether the steps depend on a field: checkpoints also list fields that the run never reads."""
     return key not in leaves() or is_read(key, now)
 
 
@@ -155,8 +168,8 @@ def _no_checkpoint(output: Path) -> CheckpointError:
     return CheckpointError(f"no checkpoint in {output / output_dir.CHECKPOINTS}", hint=START_OVER)
 
 
-def best_of(output: Path) -> Checkpoint:
-    """The checkpoint whose weights a finished run kept."""
+def best_checkpoint(output: Path) -> Checkpoint:
+    """Return the checkpoint whose weights a finished run published."""
     last = latest(output / output_dir.CHECKPOINTS)
     if last is None:
         raise _no_checkpoint(output)
@@ -164,14 +177,14 @@ def best_of(output: Path) -> Checkpoint:
     return last if best is None else read(last.path.with_name(f"step-{best:06d}"))
 
 
-def load_student(student: Backbone, checkpoint: Checkpoint) -> None:
-    """The weights as they were. Raises CheckpointError where the model under an adapter has changed since."""
+def restore_student(student: Backbone, checkpoint: Checkpoint) -> None:
+    """Load a checkpoint's weights into the student. Raises CheckpointError where the model under an adapter has changed."""
     with as_checkpoint_error(checkpoint):
-        student.load_state(weights_in(student, checkpoint))
+        student.load_state(checkpoint_weights(student, checkpoint))
 
 
-def weights_in(student: Backbone, checkpoint: Checkpoint) -> Mapping[str, torch.Tensor]:
-    """What training changes of the student, as it was when the checkpoint was written. Raises CheckpointError."""
+def checkpoint_weights(student: Backbone, checkpoint: Checkpoint) -> Mapping[str, torch.Tensor]:
+    """Return the student's trained weights in a checkpoint. Raises CheckpointError."""
     if student.adapter is None:
         with quiet():
             saved = type(student.model).from_pretrained(checkpoint.path, dtype=torch.float32, local_files_only=True)

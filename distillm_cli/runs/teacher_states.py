@@ -16,16 +16,15 @@ from distillm_cli.errors import Interrupted, UsageError, signal_number
 from distillm_cli.runs.build import new_scheduler
 from distillm_cli.runs.cache_size import CacheSize, CacheWorkload, uses_rows
 from distillm_cli.runs.prepare import Prepared, new_order, prepare
+from distillm_cli.runs.run_results import TeacherCacheResult
 from distillm_cli.teachers import teacher_cache
 from distillm_cli.teachers.cached import BatchComposition, CachedTeacher, HiddenStateTable
 from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.teachers.teacher_cache import Key
 from distillm_cli.training.events import Listener, Note, Warned
 from distillm_cli.types import Sequence, collate
-from distillm_cli.ui.console import Console
-from distillm_cli.ui.display import amount
 from distillm_cli.utils.host import available_memory
-from distillm_cli.utils.text import counted
+from distillm_cli.utils.text import counted, format_count
 
 if TYPE_CHECKING:
     from distillm_cli.models.backbone import Backbone
@@ -111,32 +110,36 @@ def open_teacher(
     return TeacherHandle(teacher, keeping, hit)
 
 
-def warm(resolved: Resolved, *, rebuild: bool, ui: Console, early: Early | None = None) -> dict[str, Any]:
-    """Computes the cache on disk for this recipe, unless it is there, and returns the result object of ``--json``."""
-    began = time.perf_counter()
+def warm(
+    resolved: Resolved, listener: Listener, *, rebuild: bool = False, prefetched: Early | None = None
+) -> TeacherCacheResult:
+    """Compute the cache on disk for this recipe, unless it is there."""
+    started = time.perf_counter()
     for note in resolved.notes:
-        ui(Warned(note))
+        listener(Warned(note))
     place = None
     try:
-        run = prepare(resolved.recipe, ui, early)
+        run = prepare(resolved.recipe, listener, prefetched)
         keeping = _planned_on_disk(run, workload_of(run))
         place = str(keeping.place)
-        _, hit, computed = _on_disk(run, keeping, rebuild, ui)
+        _, hit, computed = _on_disk(run, keeping, rebuild, listener)
     except KeyboardInterrupt as stop:
         what, hint = "interrupted while making the teacher cache", "it is there whole or not at all; start it again"
         raise Interrupted(what, signal_number=signal_number(stop), where=place, hint=hint) from None
     rows, size, mode = len(run.train), keeping.size.rows, run.recipe.teacher.cache
     if mode in ("memory", "off"):
-        ui(Warned(f"with teacher.cache {mode} this recipe will not read it; give --teacher-cache disk or auto"))
-    ui(Note(f"{'was there already' if hit else 'made'}: {keeping.place} · {counted(rows, 'row')} · {amount(size)}B"))
-    return {
-        "command": "distill",
-        "status": "ok",
-        "output": str(keeping.place),
-        "wall_s": round(time.perf_counter() - began, 3),
-        "teacher_cache": {"mode": "disk", "rows": rows, "bytes": size, "hit": hit, "place": str(keeping.place)},
-        "teacher_tokens": computed,
-    }
+        listener(Warned(f"with teacher.cache {mode} this recipe will not read it; give --teacher-cache disk or auto"))
+    listener(
+        Note(
+            f"{'was there already' if hit else 'made'}: {keeping.place} · {counted(rows, 'row')} · {format_count(size)}B"
+        )
+    )
+    return TeacherCacheResult(
+        output=keeping.place,
+        wall_s=round(time.perf_counter() - started, 3),
+        teacher_cache={"mode": "disk", "rows": rows, "bytes": size, "hit": hit, "place": str(keeping.place)},
+        teacher_tokens=computed,
+    )
 
 
 def check_rows(recipe: Recipe) -> None:
@@ -210,7 +213,7 @@ def _planned_on_disk(run: Prepared, workload: CacheWorkload) -> CachePlan:
     key = Key(teacher_cache.teacher_digest(model, _config_of(model)), teacher_cache.rows_digest(sequences))
     place = teacher_cache.place_of(_root(run), key)
     size = workload.size("disk")
-    why = f"on disk, {amount(size.rows)}B for {counted(len(run.train), 'row')}"
+    why = f"on disk, {format_count(size.rows)}B for {counted(len(run.train), 'row')}"
     return CachePlan("disk", why, size, place=place, key=key, is_made=place.exists())
 
 
@@ -263,4 +266,6 @@ def _config_of(model: Backbone) -> str:
 def _warn_if_short(keeping: CachePlan, listener: Listener) -> None:
     size, free = keeping.size.total, available_memory()
     if free is not None and size > free:
-        listener(Warned(f"the teacher's states take {amount(size)}B, and {amount(free)}B of memory are free"))
+        listener(
+            Warned(f"the teacher's states take {format_count(size)}B, and {format_count(free)}B of memory are free")
+        )

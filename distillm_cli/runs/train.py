@@ -1,11 +1,10 @@
-"""What ``sft`` and ``distill`` share: claim the output, prepare, measure, train, publish, tell."""
+"""Train: what ``sft`` and ``distill`` share, from a resolved recipe to a published model."""
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Callable, Collection
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,282 +12,300 @@ import torch
 from distillm_cli.config.load import Resolved, settled, to_yaml
 from distillm_cli.config.sft_stage import sft_before
 from distillm_cli.data.early import Early
+from distillm_cli.data.rows import Row
 from distillm_cli.data.templates import text_of_content
-from distillm_cli.errors import Interrupted, StorageError, UsageError, signal_number
-from distillm_cli.models.composite import is_composite
+from distillm_cli.errors import Interrupted, UsageError, signal_number
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.runs import output_dir
 from distillm_cli.runs.build import build_trainer
-from distillm_cli.runs.card import model_card
 from distillm_cli.runs.defaults import fitted
 from distillm_cli.runs.prepare import Prepared, prepare
+from distillm_cli.runs.publish import publish_model
 from distillm_cli.runs.report import (
     AFTER,
     BEFORE,
     FINE_TUNED,
     TEACHER,
-    Measured,
+    ModelReport,
     Report,
-    check_answers,
-    check_metric,
+    check_can_generate,
+    check_selection_metric,
     labels,
-    needs_metric,
+    selects_by_metric,
 )
 from distillm_cli.runs.resume import (
     as_checkpoint_error,
-    as_recorded,
-    best_of,
-    check_inputs,
-    check_length,
-    checkpoint_of,
-    load_student,
-    weights_in,
+    best_checkpoint,
+    check_same_inputs,
+    check_total_steps,
+    checkpoint_weights,
+    find_checkpoint,
+    restore_student,
+    with_recorded_values,
 )
+from distillm_cli.runs.run_results import FineTuned, Outcome, Sample, TrainResult, TrainSummary
+from distillm_cli.runs.start import TrainOptions
 from distillm_cli.runs.teacher_states import TeacherHandle, open_teacher
 from distillm_cli.training.checkpoint import Checkpoint, read, visible
-from distillm_cli.training.events import Note, Warned
+from distillm_cli.training.events import Event, Listener, Note, Warned
 from distillm_cli.training.metrics_log import MetricsLog
 from distillm_cli.training.state import TrainerState
 from distillm_cli.training.trainer import Trainer
-from distillm_cli.ui.console import Console
-from distillm_cli.ui.summary import (
-    OUTPUT_FILES,
-    Outcome,
-    Sample,
-    next_steps,
-    outcome_table,
-    samples_table,
-    sources_sentence,
-)
 from distillm_cli.utils.host import keep_freed_memory
 from distillm_cli.utils.interrupts import lost
-from distillm_cli.utils.storage import failed_with, reason
+
+
+@dataclass(frozen=True)
+class _Training:
+    """Hold a training that is ready to begin: a run, or the fine-tuning stage before it.
+
+    checkpoint: to resume from. started: when the command began, by ``time.perf_counter``.
+    """
+
+    command: str
+    run: Prepared
+    resolved: Resolved
+    output: Path
+    checkpoint: Checkpoint | None
+    teacher: TeacherHandle | None
+    started: float
+
+
+@dataclass(frozen=True)
+class _Checkpoints:
+    """Hold the checkpoints that a resumed run and its fine-tuning stage continue from, None where there is none."""
+
+    run: Checkpoint | None = None
+    stage: Checkpoint | None = None
 
 
 def train(
     command: str,
     resolved: Resolved,
     output: Path,
-    *,
-    resume: bool,
-    overwrite: bool,
-    rebuild_teacher_cache: bool = False,
-    early: Early | None = None,
-    movable: Collection[str] = (),
-    begun: Callable[[], None] = lambda: None,
-    ui: Console,
-) -> dict:
-    """Runs the recipe into ``output``, which ``output_dir.check`` has passed, and returns the result object of ``--json``.
+    listener: Listener,
+    options: TrainOptions,
+    prefetched: Early | None = None,
+    on_ready: Callable[[], None] | None = None,
+) -> TrainResult:
+    """Run a recipe into ``output``, which ``output_dir.check`` has passed. command: "sft" or "distill".
 
-    early: where its rows are on their way already. movable: as of ``checkpoint_of``. begun: called once everything is
-    prepared and ``output`` holds nothing of an earlier run any more (or its resume).
+    prefetched: where its rows are being read already. on_ready: called once everything is prepared and ``output`` holds
+    nothing of an earlier run any more (or what the run resumes).
     """
-    began = time.perf_counter()
-    if resume:
-        resolved = as_recorded(resolved, output)
+    started = time.perf_counter()
+    if options.resume:
+        resolved = with_recorded_values(resolved, output)
     resolved = fitted(resolved)
-    recipe = resolved.recipe
-    check_metric(recipe)
+    check_selection_metric(resolved.recipe)
     for note in resolved.notes:
-        ui(Warned(note))
-    stage = sft_before(resolved)
-    if stage is not None and (output / output_dir.SFT).exists() and not output_dir.has_stage(output):
-        what = f"{output / output_dir.SFT} is no stage of a run in {output}, which would put its fine-tuning there"
-        raise UsageError(what, hint="choose another --output, or move it away")
+        listener(Warned(note))
+    _check_stage_directory(resolved, output)
     try:
-        checkpoint = checkpoint_of(output, recipe, started=stage is None, movable=movable) if resume else None
-        of_stage = None
-        if resume and stage and not checkpoint:
-            of_stage = checkpoint_of(output / output_dir.SFT, stage.recipe, movable=movable)
-        run = prepare(recipe, ui, early)
-        resolved = settled(resolved, run.settled)
-        stage = sft_before(resolved)
-        for earlier in filter(None, (checkpoint, of_stage)):
-            check_inputs(earlier, run.inputs)
-        if checkpoint is not None:
-            check_length(checkpoint, run.steps, run.order.steps_per_epoch, ui)
-        before = None if checkpoint is None else checkpoint.state.get("teacher_cache")
-        check_answers(run)
-        opened = open_teacher(run, ui, before=before, rebuild=rebuild_teacher_cache)
+        checkpoints = _checkpoints(resolved, output, options)
+        run = prepare(resolved.recipe, listener, prefetched)
+        resolved = settled(resolved, run.resolved_values)
+        _check_resumable(run, checkpoints, listener)
+        check_can_generate(run)
+        teacher = _open_teacher(run, checkpoints.run, options, listener)
     except KeyboardInterrupt as stop:
-        raise _stopped(None, stop) from None
-    if overwrite:  # only now: bad input must not cost what an earlier run left
+        raise _interrupted(None, stop) from None
+    if options.overwrite:  # only now: bad input must not cost what an earlier run left
         for stuck in output_dir.clear(output):
-            ui(Warned(f"cannot remove all of {stuck}, of an earlier run: it takes up space"))
-    begun()
+            listener(Warned(f"cannot remove all of {stuck}, of an earlier run: it takes up space"))
+    if on_ready is not None:
+        on_ready()
     output_dir.write_recipe(output, to_yaml(resolved))
     try:
+        stage = sft_before(resolved)
         if stage is not None:
-            if checkpoint is None:
-                _fine_tune(run, stage, of_stage, output / output_dir.SFT, ui)
-            run = replace(run, begins=lambda: weights_in(run.student, best_of(output / output_dir.SFT)))
-        return _trained(command, run, opened, checkpoint, resolved, output, began, ui)
+            run = _fine_tune(run, stage, output / output_dir.SFT, checkpoints, listener)
+        training = _Training(command, run, resolved, output, checkpoints.run, teacher, started)
+        return _train(training, listener)
     except KeyboardInterrupt as stop:
-        raise _stopped(output, stop) from None
+        raise _interrupted(output, stop) from None
 
 
-def _fine_tune(run: Prepared, stage: Resolved, checkpoint: Checkpoint | None, output: Path, ui: Console) -> None:
-    """The stage before distillation: afterwards the run's student has the fine-tuned weights, also in ``output``.
+def _check_stage_directory(resolved: Resolved, output: Path) -> None:
+    """Raise UsageError where the fine-tuning stage would be written over somebody's own ``sft/``."""
+    place = output / output_dir.SFT
+    if sft_before(resolved) is not None and place.exists() and not output_dir.has_stage(output):
+        what = f"{place} is no stage of a run in {output}, which would put its fine-tuning there"
+        raise UsageError(what, hint="choose another --output, or move it away")
 
-    checkpoint: of a stage that was begun; of a finished one the weights are read, and nothing is done again. Distillation
-    starts with the random state that it would have had without what came before, whichever way the stage went.
+
+def _checkpoints(resolved: Resolved, output: Path, options: TrainOptions) -> _Checkpoints:
+    """Return the checkpoints to resume from. Raises CheckpointError."""
+    if not options.resume:
+        return _Checkpoints()
+    stage, moved = sft_before(resolved), options.moved_inputs
+    checkpoint = find_checkpoint(output, resolved.recipe, is_required=stage is None, moved_inputs=moved)
+    if checkpoint is not None or stage is None:
+        return _Checkpoints(run=checkpoint)
+    return _Checkpoints(stage=find_checkpoint(output / output_dir.SFT, stage.recipe, moved_inputs=moved))
+
+
+def _check_resumable(run: Prepared, checkpoints: _Checkpoints, listener: Listener) -> None:
+    """Raise CheckpointError where the run's inputs have changed, or it has fewer steps than it was started with."""
+    for checkpoint in (checkpoints.run, checkpoints.stage):
+        if checkpoint is not None:
+            check_same_inputs(checkpoint, run.inputs)
+    if checkpoints.run is not None:
+        check_total_steps(checkpoints.run, run.steps, run.order.steps_per_epoch, listener)
+
+
+def _open_teacher(
+    run: Prepared, checkpoint: Checkpoint | None, options: TrainOptions, listener: Listener
+) -> TeacherHandle | None:
+    before = None if checkpoint is None else checkpoint.state.get("teacher_cache")
+    return open_teacher(run, listener, before=before, rebuild=options.rebuild_teacher_cache)
+
+
+def _fine_tune(run: Prepared, stage: Resolved, output: Path, checkpoints: _Checkpoints, listener: Listener) -> Prepared:
+    """Fine-tune the run's student, and return the run that begins with its weights, which are also in ``output``.
+
+    A stage that was stopped is resumed; of a finished one the weights are read. Distillation starts with the same random
+    state whichever way the stage went. Nothing is done where the run itself is resumed.
     """
-    seed = run.recipe.train.seed
-    begin = replace(run, recipe=stage.recipe, pair=replace(run.pair, teacher=None), begins=run.first_weights)
-    progress = None if checkpoint is None else checkpoint.state["progress"]
-    if progress is not None and progress["step"] == begin.steps and _is_published(output):
-        load_student(run.student, best_of(output))
-        ui(Note(f"fine-tuned already: {output}"))
-    else:
-        ui(Note(f"first the student is fine-tuned (student.sft_epochs = {stage.recipe.train.epochs:g}), in {output}"))
-        output.mkdir(parents=True, exist_ok=True)
-        output_dir.write_recipe(output, to_yaml(stage))
+    if checkpoints.run is None:
+        seed = run.recipe.train.seed
+        if _is_finished(run, stage, output, checkpoints.stage):
+            restore_student(run.student, best_checkpoint(output))
+            listener(Note(f"fine-tuned already: {output}"))
+        else:
+            epochs = stage.recipe.train.epochs
+            listener(Note(f"first the student is fine-tuned (student.sft_epochs = {epochs:g}), in {output}"))
+            output.mkdir(parents=True, exist_ok=True)
+            output_dir.write_recipe(output, to_yaml(stage))
+            torch.manual_seed(seed)
+            training = _stage_training(run, stage, output, checkpoints.stage)
+            listener(FineTuned(_train(training, listener)))
         torch.manual_seed(seed)
-        _trained("sft", begin, None, checkpoint, stage, output, time.perf_counter(), ui, is_stage=True)
-    torch.manual_seed(seed)
+    return replace(run, initial_weights=lambda: checkpoint_weights(run.student, best_checkpoint(output)))
 
 
-def _is_published(output: Path) -> bool:
-    return any(next(output.glob(pattern), None) for pattern in ("model*.safetensors", "adapter_model.safetensors"))
+def _stage_training(run: Prepared, stage: Resolved, output: Path, checkpoint: Checkpoint | None) -> _Training:
+    without_teacher = replace(
+        run, recipe=stage.recipe, pair=replace(run.pair, teacher=None), initial_weights=run.start_weights
+    )
+    return _Training("sft", without_teacher, stage, output, checkpoint, None, time.perf_counter())
 
 
-def _trained(
-    command: str,
-    run: Prepared,
-    opened: TeacherHandle | None,
-    checkpoint: Checkpoint | None,
-    resolved: Resolved,
-    output: Path,
-    began: float,
-    ui: Console,
-    is_stage: bool = False,
-) -> dict:
-    recipe = run.recipe
-    if checkpoint is not None:
-        load_student(run.student, checkpoint)
-    before = checkpoint.state["progress"] if checkpoint else {"step": 0, "valid_loss": None}
-    validated = before.get("valid_loss") is not None
+def _is_finished(run: Prepared, stage: Resolved, output: Path, checkpoint: Checkpoint | None) -> bool:
+    """Return whether a fine-tuning stage has taken its last step and published its model."""
+    if checkpoint is None:
+        return False
+    steps = replace(run, recipe=stage.recipe).steps
+    weights = ("model*.safetensors", "adapter_model.safetensors")
+    is_published = any(next(output.glob(pattern), None) for pattern in weights)
+    return checkpoint.state["progress"]["step"] == steps and is_published
+
+
+def _train(training: _Training, listener: Listener) -> TrainResult:
+    """Take the steps, keep the best weights, measure the models and publish the student."""
+    run, output = training.run, training.output
+    if training.checkpoint is not None:
+        restore_student(run.student, training.checkpoint)
+    report = Report(run, output / output_dir.EVAL / "report", listener)
+    trainer = _trainer(training, report, listener)
+    if (stop := lost()) is not None:  # an interrupt that a library swallowed while the run was prepared
+        raise stop
+    state = trainer.train()
+    if state.best_step not in (None, state.step):
+        restore_student(run.student, read(trainer.checkpoints.path(state.best_step)))
+        best = f"the best {run.recipe.train.select} was {state.best:.4g}, at step {state.best_step}"
+        listener(Note(f"{best}: those weights are kept"))
+    models = report.all(trainer)
+    publish_model(run, output, training.resolved, state, models, report.measured_on)
+    summary = _summary(run, state, models, report.measured_on)
+    return _result(training, trainer, state, models, summary)
+
+
+def _trainer(training: _Training, report: Report, listener: Listener) -> Trainer:
+    """Return the trainer of a training, at its checkpoint where it has one."""
+    run, output, checkpoint, teacher = training.run, training.output, training.checkpoint, training.teacher
+    progress = {"step": 0} if checkpoint is None else checkpoint.state["progress"]
     log = MetricsLog(
-        output / output_dir.METRICS, log_steps=recipe.train.log_steps, first_step=before["step"], validated=validated
+        output / output_dir.METRICS,
+        log_steps=run.recipe.train.log_steps,
+        first_step=progress["step"],
+        validated=progress.get("valid_loss") is not None,
     )
 
-    def listener(event) -> None:
+    def log_and_report(event: Event) -> None:
         log(event)
-        ui(event)
+        listener(event)
 
-    report = Report(run, output / output_dir.EVAL / "report", ui)
-    score = report.score if needs_metric(recipe) else None
-    trainer = build_trainer(run, output, listener, teacher=None if opened is None else opened.teacher, score=score)
+    trainer = build_trainer(
+        run,
+        output,
+        log_and_report,
+        teacher=None if teacher is None else teacher.teacher,
+        score=report.score if selects_by_metric(run.recipe) else None,
+    )
     if run.device.type == "cpu":
         keep_freed_memory()
     if checkpoint is not None:
         with as_checkpoint_error(checkpoint):
             trainer.load(checkpoint)
-    if (stop := lost()) is not None:  # whoever took it for something else may have chosen another way for this run
-        raise stop
-    reached = trainer.train()
-    if reached.best_step not in (None, reached.step):
-        load_student(run.student, read(trainer.checkpoints.path(reached.best_step)))
-        best = f"the best {recipe.train.select} was {reached.best:.4g}, at step {reached.best_step}"
-        ui(Note(f"{best}: those weights are kept"))
-    measured = report.all(trainer)
-    publish(run, output, resolved, reached, measured, report.measured_on)
-    _tell(run, output, reached, trainer, measured, report.measured_on, ui, is_stage)
-    result = _result(command, output, reached, trainer, measured, time.perf_counter() - began)
-    if opened is not None:
-        result |= {"teacher_cache": opened.facts(), "teacher_tokens": opened.teacher.tokens}
-    return result
+    return trainer
 
 
-def _stopped(output: Path | None, stop: KeyboardInterrupt) -> Interrupted:
-    """What is left of a run that was stopped outside its loop. output: None while nothing of the run was written."""
+def _interrupted(output: Path | None, stop: KeyboardInterrupt) -> Interrupted:
+    """Return the error of a run that was stopped outside its loop. output: None while nothing of it was written."""
     number = signal_number(stop)
-    places = [] if output is None else [output, output / output_dir.SFT]
-    kept = next(filter(None, (visible(place / output_dir.CHECKPOINTS) for place in places)), [])
     if output is None:
         return Interrupted(
             "interrupted before the first step: nothing was written", signal_number=number, hint="start it again"
         )
-    if not kept:
+    checkpoints = visible(output / output_dir.CHECKPOINTS) or visible(output / output_dir.SFT / output_dir.CHECKPOINTS)
+    if not checkpoints:
         what = "interrupted before the first step: nothing was saved"
         return Interrupted(what, signal_number=number, where=str(output), hint="start it again with --overwrite")
-    hint = f"{kept[-1]} is whole; go on with --resume"
+    hint = f"{checkpoints[-1]} is whole; go on with --resume"
     return Interrupted("interrupted between steps", signal_number=number, hint=hint)
 
 
-def publish(
-    run: Prepared,
-    output: Path,
-    resolved: Resolved,
-    reached: TrainerState,
-    measured: dict[str, Measured],
-    measured_on: str,
-) -> None:
-    """The student, its tokenizer and its card into ``output``: from now on ``from_pretrained(output)`` works.
-
-    measured_on: the rows, and how they were answered, in words.
-    """
-    staged = output / ".staging-model"
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir()
-    try:
-        run.export_model(staged)
-        task = "text2text-generation" if run.student.is_encoder_decoder else "text-generation"
-        task = "image-text-to-text" if is_composite(run.student.model.config) else task
-        card = model_card(resolved, reached, measured, task=task, measured_on=measured_on)
-        (staged / output_dir.CARD).write_text(card, encoding="utf-8")
-        output_dir.publish(staged, output)
-    except Exception as error:
-        shutil.rmtree(staged, ignore_errors=True)
-        if failed_with(error) is None:
-            raise
-        hint = "free some space, then type the command again with --resume: nothing is trained again"
-        raise StorageError(f"cannot write the model into {output}: {reason(error)}", hint=hint) from error
-
-
-def _tell(
-    run: Prepared,
-    output: Path,
-    reached: TrainerState,
-    trainer: Trainer,
-    measured: dict[str, Measured],
-    measured_on: str,
-    ui: Console,
-    is_stage: bool,
-) -> None:
-    order = [name for name in (BEFORE, FINE_TUNED, AFTER, TEACHER) if name in measured]
-    label = labels(reached, after_sft=bool(run.recipe.student.sft_epochs))
-    table = [Outcome(label[name], measured[name].valid_loss, measured[name].scores) for name in order]
-    title = "Fine-tuning" if is_stage else "Outcome"
-    if any(outcome.valid_loss is not None or outcome.scores for outcome in table):
-        ui.show(outcome_table(table, title=title, caption=measured_on))
-    if is_stage:
-        return
-    answered = min(len(measured[name].answers) for name in order)
-    samples = [
-        Sample(_asked(run, row), row.references, {name: measured[name].answers[i] for name in order})
-        for i in sorted({0, answered // 3, 2 * answered // 3} if answered else ())
-        for row in [run.valid.rows[i]]
-    ]
-    if samples:
-        ui.show(samples_table(samples))
-    if not run.sft:
-        phis = [phi for _, phi in reached.phis]
-        ui.show(sources_sentence(reached.sources, phis, run.recipe.schedule.kind))
-        if (weight := run.recipe.objective.row_weight) and reached.sources["rollout"]:
-            ui.show(f"Beside the student's outputs each step used as many data set rows, with weight {weight:g}.")
-    if ui.in_pipeline:
-        return
+def _summary(run: Prepared, state: TrainerState, models: Mapping[str, ModelReport], measured_on: str) -> TrainSummary:
+    recipe = run.recipe
+    order = [name for name in (BEFORE, FINE_TUNED, AFTER, TEACHER) if name in models]
+    label = labels(state, after_sft=bool(recipe.student.sft_epochs))
+    samples = _samples(run, {name: models[name].answers for name in order})
     # Of a source without test rows `--suite` takes all, rows trained on included; the command without it, those held out.
-    suites = run.recipe.eval.suites or ((run.recipe.data.source,) if "test" in run.train_rows.splits else ())
-    files = OUTPUT_FILES | ({"student after sft": f"{output_dir.SFT}/"} if run.recipe.student.sft_epochs else {})
-    asked = samples[0].prompt if samples else next((_asked(run, row) for row in run.valid.rows), None)
-    scored = bool(suites) or any(row.is_answered for row in run.valid.rows)
-    ui.show(next_steps(output, suites=suites, prompt=asked, files=files, scored=scored))
+    suites = recipe.eval.suites or ((recipe.data.source,) if "test" in run.train_rows.splits else ())
+    first_row = next(iter(run.valid.rows), None)
+    prompt = None if first_row is None else _question(run, first_row)
+    return TrainSummary(
+        outcomes=tuple(Outcome(label[name], models[name].valid_loss, models[name].scores) for name in order),
+        measured_on=measured_on,
+        samples=samples,
+        sources=dict(state.sources),
+        phi_history=tuple(phi for _, phi in state.phis),
+        schedule=None if run.sft else recipe.schedule.kind,
+        row_weight=recipe.objective.row_weight if not run.sft and state.sources["rollout"] else 0.0,
+        suites=tuple(suites),
+        prompt=samples[0].prompt if samples else prompt,
+        has_sft_stage=bool(recipe.student.sft_epochs),
+        has_answers=bool(suites) or any(row.is_answered for row in run.valid.rows),
+    )
 
 
-def _asked(run: Prepared, row) -> str:
-    """What a row asks, without the words of a template where it has an instruction of its own."""
+def _samples(run: Prepared, answers: Mapping[str, list[str]]) -> tuple[Sample, ...]:
+    """Return three of the held-out rows that every model answered, spread over them."""
+    answered = min(len(texts) for texts in answers.values())
+    picked = sorted({0, answered // 3, 2 * answered // 3}) if answered else []
+    return tuple(
+        Sample(
+            _question(run, run.valid.rows[i]),
+            run.valid.rows[i].references,
+            {name: texts[i] for name, texts in answers.items()},
+        )
+        for i in picked
+    )
+
+
+def _question(run: Prepared, row: Row) -> str:
+    """Return what a row asks, without the words of a template where it has an instruction of its own."""
     if row.instruction is not None:
         return "\n".join(filter(None, (row.instruction, row.input)))
     if row.messages is not None and row.messages[-1]["role"] == "user":
@@ -298,29 +315,38 @@ def _asked(run: Prepared, row) -> str:
     return run.encoder.renderer.prompt(row)
 
 
-def _result(command: str, output: Path, reached: TrainerState, trainer: Trainer, measured, wall: float) -> dict:
+def _result(
+    training: _Training,
+    trainer: Trainer,
+    state: TrainerState,
+    models: Mapping[str, ModelReport],
+    summary: TrainSummary,
+) -> TrainResult:
+    teacher = training.teacher
     counts = trainer.pool.counts
-    return {
-        "command": command,
-        "status": "ok",
-        "output": str(output),
-        "wall_s": round(wall, 3),
-        "steps": reached.step,
-        "tokens": reached.tokens,
-        "tokens_per_s": round(reached.tokens / max(reached.seconds, 1e-9), 1),
-        "train_loss": reached.train_loss,
-        "valid_loss": measured[AFTER].valid_loss,
-        "phi": trainer.scheduler.phi,
-        "rollout_steps": reached.steps_with(Source.ROLLOUT),
-        "replay_steps": reached.steps_with(Source.REPLAY),
-        "dataset_steps": reached.steps_with(Source.DATASET),
-        "teacher_steps": reached.steps_with(Source.TEACHER),
-        "sampled_sequences": counts.student_sequences,
-        "sampled_tokens": counts.student_tokens,
-        "teacher_sampled_sequences": counts.teacher_sequences,
-        "teacher_sampled_tokens": counts.teacher_tokens,
-        "train_s": round(reached.seconds, 3),
-        "stopped": reached.reason,
-        "best_step": reached.best_step,
-        "report": {name.replace(" ", "_"): {"valid_loss": m.valid_loss} | m.scores for name, m in measured.items()},
-    }
+    return TrainResult(
+        command=training.command,
+        output=training.output,
+        wall_s=round(time.perf_counter() - training.started, 3),
+        steps=state.step,
+        tokens=state.tokens,
+        tokens_per_s=round(state.tokens / max(state.seconds, 1e-9), 1),
+        train_loss=state.train_loss,
+        valid_loss=models[AFTER].valid_loss,
+        phi=trainer.scheduler.phi,
+        rollout_steps=state.steps_with(Source.ROLLOUT),
+        replay_steps=state.steps_with(Source.REPLAY),
+        dataset_steps=state.steps_with(Source.DATASET),
+        teacher_steps=state.steps_with(Source.TEACHER),
+        sampled_sequences=counts.student_sequences,
+        sampled_tokens=counts.student_tokens,
+        teacher_sampled_sequences=counts.teacher_sequences,
+        teacher_sampled_tokens=counts.teacher_tokens,
+        train_s=round(state.seconds, 3),
+        stopped=state.reason,
+        best_step=state.best_step,
+        report={name.replace(" ", "_"): {"valid_loss": m.valid_loss} | m.scores for name, m in models.items()},
+        summary=summary,
+        teacher_cache=None if teacher is None else teacher.facts(),
+        teacher_tokens=None if teacher is None else teacher.teacher.tokens,
+    )

@@ -116,7 +116,7 @@ class Trainer:
                 count = self.objective.count(sequences)
                 total = torch.zeros((), device=self.run.device)
                 for micro, per_token in zip(micro_batches, token_weights, strict=True):
-                    weights = self.objective.terms(micro.source, progress)
+                    weights = self.objective.weights(micro.source, progress)
                     batches = self._collate(micro)
                     hidden_ND = micro.teacher_hidden_ND
                     if weights.kd and hidden_ND is None:
@@ -167,13 +167,13 @@ class Trainer:
         """
         source_batches = [SourceBatch(micro.source, list(chain.from_iterable(micro.groups))) for micro in micro_batches]
         log_probs = []
-        for micro in micro_batches if self.objective.looks_at else ():
+        for micro in micro_batches if self.objective.needs_log_probs_of else ():
             batches = self._collate(micro)
-            if "teacher" in self.objective.looks_at:
+            if "teacher" in self.objective.needs_log_probs_of:
                 micro.teacher_hidden_ND = self._teacher_hidden(micro, batches)
             with self.run.autocast():
-                log_probs.append(self.student_loss.read(batches, micro.teacher_hidden_ND))
-        per_token = self.objective.look_ahead(source_batches, log_probs, progress)
+                log_probs.append(self.student_loss.log_probs(batches, micro.teacher_hidden_ND))
+        per_token = self.objective.begin_step(source_batches, log_probs, progress)
         return [None if weights is None else weights.to(self.run.device) for weights in per_token]
 
     def _forward_backward(

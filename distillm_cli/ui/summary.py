@@ -1,7 +1,7 @@
-"""The end of a run in words and tables: what came out, what it sounds like, where it is, what to type next.
+"""Render the results of runs as tables and sentences.
 
-Pure functions from plain data to Rich renderables. Each looks at the width it is given when it is printed: what does
-not fit side by side is stacked.
+Pure functions from plain data to Rich renderables. Tables adapt to the width that they are printed at: what does not fit
+side by side is stacked.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import PurePath
+from typing import Any
 
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -24,13 +24,23 @@ from rich.text import Text
 
 from distillm_cli import plugins
 from distillm_cli.config.fields import is_lower_better
-from distillm_cli.ui.display import BAD, GOOD, VALID, WIDE, percent
-from distillm_cli.utils.text import printable, signed
+from distillm_cli.runs.run_results import (
+    CheckpointScores,
+    EvalResult,
+    Outcome,
+    PipelineResult,
+    Sample,
+    TrainResult,
+    TrainSummary,
+)
+from distillm_cli.training.events import Note
+from distillm_cli.ui.display import BAD, GOOD, VALID_LOSS, WIDE
+from distillm_cli.utils.text import format_duration, format_percent, printable, signed
 
-NONE = "–"
-LINES, STACKED_LINES = 5, 3  # of a cell of the samples table, about; longer text is cropped
-LONGEST_PROMPT = 80
-FIGURE = re.compile(r"[−+-]?[\d.,]+%?( ± [\d.,]+)?")
+NOT_AVAILABLE = "–"
+CELL_LINES, STACKED_CELL_LINES = 5, 3  # of the samples table, about; longer text is cropped
+MAX_PROMPT_LENGTH = 80  # of a command to type
+_NUMBER = re.compile(r"[−+-]?[\d.,]+%?( ± [\d.,]+)?")
 SOURCE_WORDS = {
     "dataset": ("data set rows", "data set rows"),
     "teacher": ("teacher samples", "teacher samples"),
@@ -40,34 +50,100 @@ SOURCE_WORDS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """A model's figures on held-out rows. valid_loss: nats per token; None where it was not measured."""
-
-    name: str
-    valid_loss: float | None = None
-    scores: Mapping[str, float | None] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One prompt, its right answers (the first is shown), and what each model answered, by the model's name."""
-
-    prompt: str
-    references: Sequence[str]
-    answers: Mapping[str, str] = field(default_factory=dict)
+def train_summary(result: TrainResult) -> Iterator[RenderableType]:
+    """Yield what is shown at the end of a training, without what to type next."""
+    summary = result.summary
+    yield from outcome_tables(summary)
+    if summary.samples:
+        yield samples_table(summary.samples)
+    if summary.schedule is None:
+        return
+    yield sources_sentence(summary.sources, summary.phi_history, summary.schedule)
+    if summary.row_weight:
+        weight = f"{summary.row_weight:g}"
+        yield f"Beside the student's outputs each step used as many data set rows, with weight {weight}."
 
 
-def _shown(references: Sequence[str], length: int) -> str:
+def outcome_tables(summary: TrainSummary, title: str = "Outcome") -> Iterator[RenderableType]:
+    """Yield the outcome table of a training; nothing where nothing was measured."""
+    if any(outcome.valid_loss is not None or outcome.scores for outcome in summary.outcomes):
+        yield outcome_table(summary.outcomes, title=title, caption=summary.measured_on)
+
+
+def train_next_steps(result: TrainResult) -> RenderableType:
+    """Return where the files of a training are, and what to type next."""
+    summary = result.summary
+    files = OUTPUT_FILES | ({"student after sft": "sft/"} if summary.has_sft_stage else {})
+    return next_steps(
+        result.output, suites=summary.suites, prompt=summary.prompt, files=files, scored=summary.has_answers
+    )
+
+
+def eval_summary(result: EvalResult) -> Iterator[RenderableType | Note]:
+    """Yield the tables of scores, and where the results of each checkpoint are."""
+    several = len(result.checkpoints) > 1
+    metrics = list(dict.fromkeys(name for scores in result.checkpoints for name in scores.metrics))
+    titles = [_label(name) + (" ↓" if is_lower_better(name) else "") for name in metrics]
+    lead = ["checkpoint"] if several else []
+    rows: list[list[object]] = []
+    tasks: list[list[object]] = []
+    for checkpoint in result.checkpoints:
+        name = [checkpoint.checkpoint] if several else []
+        rows += [[*name, *row] for row in _suite_rows(checkpoint, metrics)]
+        tasks += [[*name, *row] for row in _task_rows(checkpoint, metrics)]
+    if tasks:
+        yield table("By kind of task", [*lead, "task", *titles], tasks)
+    yield table("Scores", [*lead, "suite", "rows", *titles, "entropy"], rows)
+    for checkpoint in result.checkpoints:
+        yield Note(f"decoded in {checkpoint.dtype}; results and predictions: {checkpoint.output}")
+
+
+def _suite_rows(checkpoint: CheckpointScores, metrics: Sequence[str]) -> Iterator[list[object]]:
+    for name, suite in checkpoint.suites.items():
+        figures = [_score(suite.get(metric), _passes(checkpoint, suite)) for metric in metrics]
+        yield [name, f"{suite['rows']:,}", *figures, f"{suite['entropy']:.3f}"]
+
+
+def _task_rows(checkpoint: CheckpointScores, metrics: Sequence[str]) -> Iterator[list[object]]:
+    for suite in checkpoint.suites.values():
+        for task, scores in suite.get("tasks", {}).items():
+            yield [task, *(_score(scores.get(metric), _passes(checkpoint, suite)) for metric in metrics)]
+
+
+def _passes(checkpoint: CheckpointScores, suite: Mapping[str, Any]) -> int:
+    """Return how often a suite was sampled."""
+    return max(len(suite[metric]["seeds"]) for metric in checkpoint.metrics)
+
+
+def _score(score: Mapping[str, Any] | None, passes: int) -> str | None:
+    """Format a mean, with its standard deviation where there are several passes."""
+    if score is None:
+        return None
+    if score["mean"] is None:
+        return "undefined"
+    return f"{score['mean']:.2f} ± {score['sd']:.2f}" if passes > 1 else f"{score['mean']:.2f}"
+
+
+def stage_table(result: PipelineResult) -> RenderableType:
+    """Return a table with each stage of a pipeline and what became of it."""
+    rows = []
+    for name, stage in result.stages.items():
+        done = "done already" if stage.status == "skipped" else f"done in {format_duration(stage.result['wall_s'])}"
+        rows.append([name, stage.verb, done, stage.output])
+    return table("Stages", ["", "verb", "", "output"], rows)
+
+
+def _reference_text(references: Sequence[str], length: int) -> str:
     more = f" (or {len(references) - 1:,} more)" if len(references) > 1 else ""
     return crop(references[0], length) + more
 
 
-class _Fitting:
-    """``wide`` where it fits, else ``narrow``."""
+class _WideOrNarrow:
+    """Render ``wide`` where it fits, else ``narrow``."""
 
     def __init__(self, wide: RenderableType, narrow: RenderableType):
-        self.wide, self.narrow = wide, narrow
+        self.wide = wide
+        self.narrow = narrow
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         unbounded = options.update(width=10_000)
@@ -76,7 +152,7 @@ class _Fitting:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> RenderableType:
-    """A table of text and figures; each row a block of its own where the columns do not fit.
+    """Return a table of text and figures; each row becomes a block of its own where the columns do not fit.
 
     Floats get three decimals, None is –. Cells may be Rich texts; strings are taken literally, not as markup. A column
     of figures only (``25.39 ± 0.31`` is one) is aligned to the right.
@@ -93,11 +169,11 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
         wide.add_row(*cells)
         for name, cell in zip(columns, cells, strict=True):
             narrow.add_row(Text(name), cell, end_section=name == columns[-1])
-    return _Fitting(wide, narrow)
+    return _WideOrNarrow(wide, narrow)
 
 
 def facts(title: str, rows: Sequence[tuple[str, object]]) -> RenderableType:
-    """What is known by name, a line each; long values go on below themselves. Values as the cells of ``table``."""
+    """Return a table of names and values, a line each; long values are wrapped. Values as the cells of ``table``."""
     grid = _frame(title, header=False)
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
@@ -112,11 +188,11 @@ def outcome_table(
     title: str = "Outcome",
     caption: str | None = None,
 ) -> RenderableType:
-    """A row per model, the validation loss and every score a column; models become columns where that does not fit.
+    """Return a table with a row per model and a column for the validation loss and each score.
 
-    The first row is the starting point (the student before): each figure of the others is followed by its difference
-    to it, green where better and yellow where worse.
-    caption: what the figures are of, below them.
+    Models become columns where that does not fit. The first row is the starting point (the student before): each figure
+    of the others is followed by its difference to it, green where better and yellow where worse. caption: what the
+    figures are of, below them.
     """
     figures = [{"valid_loss": row.valid_loss, **row.scores} for row in rows]
     names = list(dict.fromkeys(name for figure in figures for name in figure))
@@ -124,12 +200,12 @@ def outcome_table(
     cells = []
     for i, figure in enumerate(figures):
         start = figures[0] if i else {}
-        cells.append([_figure(figure.get(name), start.get(name), is_lower_better(name), name) for name in names])
+        cells.append([_figure(name, figure.get(name), start.get(name)) for name in names])
 
     wide, narrow = _frame(title), _frame(title)
     wide.add_column("")
     for name in names:
-        wide.add_column(_label(name), justify="right", no_wrap=True)
+        wide.add_column(Text(_label(name)), justify="right", no_wrap=True)
     for row, line in zip(rows, cells, strict=True):
         wide.add_row(Text(row.name), *line)
     for grid in (wide, narrow) if caption else ():
@@ -138,12 +214,12 @@ def outcome_table(
     for row in rows:
         narrow.add_column(Text(row.name), justify="right")
     for k, name in enumerate(names):
-        narrow.add_row(_label(name), *(line[k] for line in cells))
-    return _Fitting(wide, narrow)
+        narrow.add_row(Text(_label(name)), *(line[k] for line in cells))
+    return _WideOrNarrow(wide, narrow)
 
 
 def samples_table(samples: Sequence[Sample], *, title: str = "Samples") -> RenderableType:
-    """Prompt, reference and every model's answer side by side, one row per sample; stacked under 80 columns.
+    """Return a table with prompt, reference and every model's answer side by side; stacked under 80 columns.
 
     Long texts are cropped at word ends; an answer equal to any reference is marked ✓.
     """
@@ -152,7 +228,8 @@ def samples_table(samples: Sequence[Sample], *, title: str = "Samples") -> Rende
 
 class _Samples:
     def __init__(self, samples: Sequence[Sample], title: str):
-        self.samples, self.title = samples, title
+        self.samples = samples
+        self.title = title
         self.models = list(dict.fromkeys(name for sample in samples for name in sample.answers))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -163,23 +240,26 @@ class _Samples:
             for name in columns:
                 grid.add_column(Text(name), overflow="fold")
             for sample in self.samples:
-                grid.add_row(*(text for _, text in self._texts(sample, width * LINES)), end_section=True)
+                grid.add_row(*(text for _, text in self._texts(sample, width * CELL_LINES)), end_section=True)
         else:
             label = max(map(len, columns))
             grid.add_column(style="dim", no_wrap=True)
             grid.add_column(overflow="fold")
             for sample in self.samples:
-                texts = self._texts(sample, max(options.max_width - label - 7, 10) * STACKED_LINES)
+                texts = self._texts(sample, max(options.max_width - label - 7, 10) * STACKED_CELL_LINES)
                 for i, (name, text) in enumerate(texts):
                     grid.add_row(Text(name), text, end_section=i == len(texts) - 1)
         yield grid
 
     def _texts(self, sample: Sample, length: int) -> list[tuple[str, Text]]:
-        cells = [("prompt", Text(crop(sample.prompt, length))), ("reference", Text(_shown(sample.references, length)))]
+        cells = [
+            ("prompt", Text(crop(sample.prompt, length))),
+            ("reference", Text(_reference_text(sample.references, length))),
+        ]
         for name in self.models:
             answer = sample.answers.get(name)
             if answer is None:
-                cells.append((name, Text(NONE, "dim")))
+                cells.append((name, Text(NOT_AVAILABLE, "dim")))
             elif answer.strip() in {reference.strip() for reference in sample.references}:
                 cells.append((name, Text(f"✓ {crop(answer, length - 2)}", GOOD)))
             else:
@@ -196,7 +276,7 @@ def next_steps(
     commands: Sequence[str] = (),
     scored: bool = True,
 ) -> RenderableType:
-    """Where the files are and what to type next, whole, so that it can be copied.
+    """Return where the files are and what to type next, as whole commands.
 
     ``suites`` and ``prompt`` fill in the commands (a prompt that is blank or too long for a line is left to the reader);
     ``files``: what it is → its place within the directory; ``commands``: further lines; ``scored``: whether there are rows
@@ -211,7 +291,7 @@ def next_steps(
         grid.add_row(Text(what), Text(str(place / name) + ("/" if name.endswith("/") else "")))
     directory = shlex.quote(str(place))
     suite = f" --suite {' '.join(map(shlex.quote, suites))}" if suites else ""
-    if not prompt or len(prompt) > LONGEST_PROMPT or not prompt.isprintable() or prompt.isspace():
+    if not prompt or len(prompt) > MAX_PROMPT_LENGTH or not prompt.isprintable() or prompt.isspace():
         prompt = "YOUR PROMPT"
     evaluate = [f"distillm eval {directory}{suite}"] if scored else []
     lines = [*evaluate, f"distillm generate --model {directory} --prompt {shlex.quote(prompt)}", *commands]
@@ -230,7 +310,7 @@ OUTPUT_FILES = {
 
 
 def sources_sentence(counts: Mapping[str, int], phi_history: Sequence[float], schedule: str) -> str:
-    """How many steps each source had, how φ moved, and, for an adaptive schedule that never fired, that it did not.
+    """Return how many steps each source had and how φ moved, in words.
 
     counts: steps by source (``dataset``, ``rollout``, ``replay``, …). phi_history: φ at the start and after each
     validation. schedule: its kind (METHODS B).
@@ -243,8 +323,8 @@ def sources_sentence(counts: Mapping[str, int], phi_history: Sequence[float], sc
         return "No step was taken."
     only = next(iter(counts)) if len(counts) == 1 else None
     if schedule == "adaptive" and rises == 0:
-        told = f"The schedule never fired: φ stayed {_phi(start)}"
-        return f"{told}, every step used data set rows." if only == "dataset" else f"{told}. {_shares(counts, total)}"
+        head = f"The schedule never fired: φ stayed {_phi(start)}"
+        return f"{head}, every step used data set rows." if only == "dataset" else f"{head}. {_shares(counts, total)}"
     sentence = _shares(counts, total)
     if schedule == "adaptive":
         times = {1: "once", 2: "twice"}.get(rises, f"{rises} times")
@@ -262,7 +342,7 @@ def _shares(counts: Mapping[str, int], total: int) -> str:
         return f"The one step used {words}." if total == 1 else f"Every step used {words} ({total:,} steps)."
     order = [*SOURCE_WORDS, *sorted(set(counts) - set(SOURCE_WORDS))]
     parts = [
-        f"{counts[name]:,} ({percent(counts[name] / total)}) {'used ' if i == 0 else ''}{_words(name, counts[name])}"
+        f"{counts[name]:,} ({format_percent(counts[name] / total)}) {'used ' if i == 0 else ''}{_words(name, counts[name])}"
         for i, name in enumerate(name for name in order if name in counts)
     ]
     return f"Of {total:,} steps {', '.join(parts[:-1])} and {parts[-1]}."
@@ -278,7 +358,7 @@ def _phi(value: float) -> str:
 
 
 def crop(text: str, length: int) -> str:
-    """One line of at most ``length`` characters, cut at a word's end, with … where something is missing.
+    """Return one line of at most ``length`` characters, cut at a word's end, with … where something is missing.
 
     Control characters, which a model may well sample, become �: they must not reach the terminal.
     """
@@ -305,14 +385,14 @@ def _frame(title: str, *, header: bool = True) -> Table:
 
 
 def _is_figure(value: object) -> bool:
-    return isinstance(value, int | float | None) or FIGURE.fullmatch(str(value)) is not None
+    return isinstance(value, int | float | None) or _NUMBER.fullmatch(str(value)) is not None
 
 
 def _cell(value: object) -> Text:
     if isinstance(value, Text):
         return value
     if value is None:
-        return Text(NONE, "dim")
+        return Text(NOT_AVAILABLE, "dim")
     if isinstance(value, float):
         return Text(f"{value:.3f}")
     if isinstance(value, int) and not isinstance(value, bool):
@@ -320,19 +400,21 @@ def _cell(value: object) -> Text:
     return Text(printable(str(value)))  # here already, so that columns are as wide as what is printed
 
 
-def _label(name: str) -> Text:
+def _label(name: str) -> str:
+    """Return the heading of a figure."""
+    if name == "valid_loss":
+        return VALID_LOSS
     metric = plugins.metrics.get(name)
-    label = name.replace("_", " ") if metric is None else metric.label
-    return Text(VALID if name == "valid_loss" else label)
+    return name.replace("_", " ") if metric is None else metric.label
 
 
-def _figure(value: float | None, start: float | None, lower_is_better: bool, name: str) -> Text:
+def _figure(name: str, value: float | None, start: float | None) -> Text:
     if value is None:
-        return Text(NONE, "dim")
+        return Text(NOT_AVAILABLE, "dim")
     digits = 3 if name == "valid_loss" else 2
     text = Text(f"{value:.{digits}f}")
     if start is None or not (math.isfinite(value) and math.isfinite(start)):
         return text
     change = round(value - start, digits)
-    style = "dim" if change == 0 else GOOD if (change < 0) == lower_is_better else BAD
+    style = "dim" if change == 0 else GOOD if (change < 0) == is_lower_better(name) else BAD
     return text.append(" ").append_text(Text(signed(change, digits), style))

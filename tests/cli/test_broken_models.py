@@ -74,7 +74,7 @@ def test_a_panic_over_one_text_is_no_unexpected_error(capsys, tmp_path, monkeypa
     def panics(*args, **kwargs):
         return decoders.Strip("a", 3, 3).decode(["a"])
 
-    monkeypatch.setattr("distillm_cli.runs.generate.run", panics)
+    monkeypatch.setattr("distillm_cli.runs.generate.generate_responses", panics)
     code, line = run(capsys, tmp_path, "generate", "--model", "builtin", "--prompt", "hi")
     assert code == 4
     assert line.startswith("error: the tokenizer failed; index out of bounds")

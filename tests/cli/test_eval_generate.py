@@ -21,7 +21,7 @@ from distillm_cli.evaluation.suites import load_suite
 from distillm_cli.models.tokenizer_files import load_tokenizer
 from distillm_cli.models.trained_tokenizers import train_tokenizer
 from distillm_cli.runs import output_dir
-from distillm_cli.runs.responses import Responses
+from distillm_cli.runs.responses import ResponseFile
 from tests import tiny
 from tests.limits import file_size
 
@@ -338,13 +338,13 @@ def test_rows_that_are_read_are_not_replaced_by_what_is_made_of_them(place, type
 
 
 def test_what_another_run_wrote_while_this_one_was_loading_is_not_replaced(place, typed, monkeypatch):
-    begin = Responses.begin
+    begin = ResponseFile.begin
 
     def late(self, *told):
         (place / "rows.jsonl").write_text("another's\n", encoding="utf-8")
         begin(self, *told)
 
-    monkeypatch.setattr(Responses, "begin", late)
+    monkeypatch.setattr(ResponseFile, "begin", late)
     code, _, err = typed(*GENERATE, "--output", "rows.jsonl", "--limit", 4)
     assert (code, err.rpartition("error: ")[2].startswith("--output rows.jsonl exists; choose another")) == (2, True)
     assert (place / "rows.jsonl").read_text(encoding="utf-8") == "another's\n"

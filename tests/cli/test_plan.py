@@ -174,12 +174,12 @@ def test_weights_here_are_loaded_and_counted_the_same(planned, tmp_path):
     """The quickstart has its weights: what is told of it by loading agrees with its shapes."""
     from distillm_cli.config.load import resolve
     from distillm_cli.runs.defaults import fitted
-    from distillm_cli.runs.plan import of_shapes
+    from distillm_cli.runs.plan import plan_from_configs
 
     few = ["data.size=200", "train.device=cpu", "teacher.cache=memory"]
     sets = [word for field in few for word in ("--set", field)]
     loaded = planned("--recipe", "quickstart", *sets)
-    shapes, _ = of_shapes(fitted(resolve(command="plan", recipe="quickstart", sets=few)))
+    shapes, _ = plan_from_configs(fitted(resolve(command="plan", recipe="quickstart", sets=few)))
     for key in ("models", "vocabulary", "steps", "memory", "step_flops", "gpus"):
         assert loaded[key] == shapes[key], key
     assert loaded["teacher_cache"]["bytes"] == shapes["teacher_cache"]["bytes"]

@@ -16,9 +16,10 @@ import pytest
 from distillm_cli.cli import app
 from distillm_cli.cli.streams import LONGEST_ERROR, report, shortened
 from distillm_cli.errors import DataError
+from distillm_cli.runs.run_results import Outcome, Sample
 from distillm_cli.training.events import Note, Progress, RunStarted, Warned
 from distillm_cli.ui.console import Terminal, console
-from distillm_cli.ui.summary import Outcome, Sample, facts, next_steps, outcome_table, samples_table, table
+from distillm_cli.ui.summary import facts, next_steps, outcome_table, samples_table, table
 from distillm_cli.utils.text import escaped, printable
 from tests import tiny
 from tests.typed import call

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from distillm_cli.config.load import resolve
 from distillm_cli.runs.cache_size import CacheWorkload
 from distillm_cli.runs.defaults import fitted
-from distillm_cli.runs.plan import of_shapes
+from distillm_cli.runs.plan import plan_from_configs
 
 FIELDS = [
     "data.size=60",
@@ -61,7 +61,7 @@ def test_a_run_caches_as_many_bytes_as_planned(mode, typed, tmp_path):
 def test_the_plan_by_shapes_predicts_the_same_cache(mode, typed):
     more = (f"teacher.cache={mode}",)
     _, plan, _ = typed("plan", *arguments(*more))
-    shapes, _ = of_shapes(fitted(resolve(command="plan", flags=flags(), sets=[*FIELDS, *more])))
+    shapes, _ = plan_from_configs(fitted(resolve(command="plan", flags=flags(), sets=[*FIELDS, *more])))
     for key in ("bytes", "rollout_bytes", "sample_bytes", "rows"):
         assert shapes["teacher_cache"][key] == plan["teacher_cache"][key], key
 

@@ -24,7 +24,7 @@ from distillm_cli.cli.app import main
 from distillm_cli.config.schema import Recipe
 from distillm_cli.config.shaping import shaping
 from distillm_cli.errors import CheckpointError
-from distillm_cli.runs.resume import checkpoint_of
+from distillm_cli.runs.resume import find_checkpoint
 from distillm_cli.training.checkpoint import Checkpoints
 from distillm_cli.training.state import TrainerState
 from tests.typed import call
@@ -283,7 +283,7 @@ def test_another_spelling_of_the_same_place_is_the_same(stopped, tmp_path, capsy
 def test_a_checkpoint_that_says_nothing_of_its_run_is_damaged(tmp_path):
     Checkpoints(tmp_path / "checkpoints", lambda place: None, keep=1).write(3, {}, {})
     with pytest.raises(CheckpointError, match=r"unreadable: its state\.json says no progress"):
-        checkpoint_of(tmp_path, Recipe())
+        find_checkpoint(tmp_path, Recipe())
 
 
 def test_a_checkpoint_that_wrote_down_what_its_run_never_read_is_this_recipes_all_the_same(tmp_path):
@@ -294,10 +294,10 @@ def test_a_checkpoint_that_wrote_down_what_its_run_never_read_is_this_recipes_al
     progress = asdict(TrainerState())
     checkpoints.write(3, {"recipe": written | {"train.lr": 1.0}, "progress": progress}, {})
     with pytest.raises(CheckpointError, match=r"of.long.ago was 1, now None \(and 1 more\)"):
-        checkpoint_of(tmp_path, recipe)
+        find_checkpoint(tmp_path, recipe)
     del written["of.long.ago"]
     checkpoints.write(4, {"recipe": written, "progress": progress}, {})
-    assert checkpoint_of(tmp_path, recipe).path.name == "step-000004"
+    assert find_checkpoint(tmp_path, recipe).path.name == "step-000004"
 
 
 def test_a_non_empty_output_is_refused_and_overwrite_clears_only_what_a_run_wrote(place, tmp_path, capsys):

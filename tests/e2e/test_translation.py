@@ -9,7 +9,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from distillm_cli.cli.app import main
 from distillm_cli.config.load import resolve
 from distillm_cli.runs.defaults import fitted
-from distillm_cli.runs.plan import of_shapes, survey
+from distillm_cli.runs.plan import plan_from_configs, plan_run
 from distillm_cli.training.trainer import Trainer
 from tests.typed import call
 
@@ -157,9 +157,10 @@ def test_the_plan_by_shapes_is_that_of_the_loaded_pair(place, method):
     }
     sets = ["data.template=plain", "data.max_length=128", "teacher.cache=memory", "student.dtype=fp32"]
     resolved = fitted(resolve(command="plan", recipe=None, flags=flags, sets=sets))
-    loaded, run = survey(resolved, lambda event: None)
-    assert run is not None
-    shapes, _ = of_shapes(resolved)
+    result = plan_run(resolved, lambda event: None)
+    loaded = result.figures
+    assert result.batch
+    shapes, _ = plan_from_configs(resolved)
     for key in ("models", "vocabulary", "steps", "sequences_per_step", "memory", "step_flops", "gpus"):
         assert loaded[key] == shapes[key], key
     assert {"rollout_weights", "rollout_cache"} <= loaded["memory"].keys()

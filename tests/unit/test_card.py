@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from distillm_cli.config.load import resolve
-from distillm_cli.runs.card import model_card
+from distillm_cli.runs.publish import model_card
 from distillm_cli.training.state import TrainerState
 
 NAMES = [

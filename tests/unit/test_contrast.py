@@ -133,14 +133,14 @@ def test_the_curriculum_is_distillm2s_over_three_epochs_by_hand(rows):
     config = schema.ObjectiveConfig(**DISTILLM2)
     engine = engine_of(config, steps=6, lr=0.3)
     engine.student_loss.criterion = criterion = objectives.build(config, epochs=3.0)
-    look_ahead, memory = criterion.look_ahead, Narrow(engine.student_loss, 100)
+    begin_step, memory = criterion.begin_step, Narrow(engine.student_loss, 100)
 
-    def look_ahead_and_shrink(*args):
-        told = look_ahead(*args)
+    def begin_step_and_shrink(*args):
+        told = begin_step(*args)
         memory.rows = rows
         return told
 
-    criterion.look_ahead = look_ahead_and_shrink
+    criterion.begin_step = begin_step_and_shrink
     gaps, seen = {FORWARD: [], REVERSE: []}, []
     for step in range(6):
         parts = pair_of_parts()
@@ -196,12 +196,12 @@ def test_the_curriculum_survives_in_a_checkpoint_and_knows_its_epoch_from_the_pr
         TokenLogProbs(*(torch.rand(sum(len(s.response) for s in part.sequences)).log() for _ in "pq")) for part in parts
     ]
     for step in range(9):  # three steps an epoch
-        first.look_ahead(parts, readings, (step + 1) / 9)
+        first.begin_step(parts, readings, (step + 1) / 9)
         assert first.epoch == step // 3
         second = DistiLLM2(config, epochs=3.0)
         second.load_state_dict(first.state_dict())
         for criterion in (first, second):
-            criterion.look_ahead(parts, readings, (step + 1) / 9)
+            criterion.begin_step(parts, readings, (step + 1) / 9)
         assert first.state_dict() == second.state_dict()
     weights = [first.student_weight(progress) for progress in (0, 0.5, 1)]
     assert weights == [0.5, 0.75, 1.0]
@@ -209,17 +209,17 @@ def test_the_curriculum_survives_in_a_checkpoint_and_knows_its_epoch_from_the_pr
 
 def test_by_source_under_other_schedules_gives_each_source_its_half():
     criterion = FDistill(schema.ObjectiveConfig(divergence="jsd", beta=0.3, by_source=True, kd_weight=0.8))
-    criterion.look_ahead([SourceBatch(Source.REPLAY, pair_of_parts()[1].sequences)], [], 0.5)
-    row, replayed = criterion.terms(Source.DATASET), criterion.terms(Source.REPLAY)
+    criterion.begin_step([SourceBatch(Source.REPLAY, pair_of_parts()[1].sequences)], [], 0.5)
+    row, replayed = criterion.weights(Source.DATASET), criterion.weights(Source.REPLAY)
     assert (row.kd, row.ce) == pytest.approx((0.8 * 0.6, 0.2))
     assert (replayed.kd, replayed.ce) == pytest.approx((0.8 * 1.4, 0.0))
     assert type(objectives.build(schema.ObjectiveConfig())) is KD
 
 
 def test_cross_entropy_is_for_teacher_samples_as_for_rows():
-    terms = KD(schema.ObjectiveConfig(kd_weight=0.0)).terms(Source.TEACHER)
+    terms = KD(schema.ObjectiveConfig(kd_weight=0.0)).weights(Source.TEACHER)
     assert (terms.kd, terms.ce) == (0.0, 1.0)
-    assert math.isclose(KD(schema.ObjectiveConfig(kd_weight=0.3)).terms(Source.ROLLOUT).ce, 0.0)
+    assert math.isclose(KD(schema.ObjectiveConfig(kd_weight=0.3)).weights(Source.ROLLOUT).ce, 0.0)
 
 
 def test_a_curriculum_without_skewed_halves_is_refused():

@@ -14,15 +14,15 @@ from tests.unit import test_trainer as runs
 
 def test_cross_entropy_is_for_rows_and_the_divergence_for_everything():
     criterion = KD(schema.ObjectiveConfig(kd_weight=0.8))
-    row, rollout = criterion.terms(Source.DATASET), criterion.terms(Source.ROLLOUT)
+    row, rollout = criterion.weights(Source.DATASET), criterion.weights(Source.ROLLOUT)
     assert (row.kd, row.ce) == pytest.approx((0.8, 0.2))
     assert (rollout.kd, rollout.ce) == (0.8, 0.0)
-    assert CrossEntropy().terms(Source.DATASET) == LossWeights(kd=0.0, ce=1.0)
+    assert CrossEntropy().weights(Source.DATASET) == LossWeights(kd=0.0, ce=1.0)
 
 
 def test_warming_up_the_divergence_moves_weight_from_cross_entropy_to_it():
     criterion = KD(schema.ObjectiveConfig(kd_weight=0.8, kd_warmup=0.5))
-    shares = [criterion.terms(Source.DATASET, progress) for progress in (0.001, 0.25, 0.5, 1.0)]
+    shares = [criterion.weights(Source.DATASET, progress) for progress in (0.001, 0.25, 0.5, 1.0)]
     assert [t.kd for t in shares] == pytest.approx([0.0016, 0.4, 0.8, 0.8])
     assert all(t.kd + t.ce == pytest.approx(1) for t in shares)
 
@@ -30,13 +30,13 @@ def test_warming_up_the_divergence_moves_weight_from_cross_entropy_to_it():
 class Watching(KD):
     """Weighs a token by how its probabilities stand to the median of the whole step; remembers every loss."""
 
-    looks_at = ("teacher", "student")
+    needs_log_probs_of = ("teacher", "student")
 
     def __init__(self, config):
         super().__init__(config)
         self.losses, self.shown = [], []
 
-    def look_ahead(self, pieces, readings, progress):
+    def begin_step(self, pieces, readings, progress):
         self.shown.append((pieces, readings))
         gaps = [reading.log_p_N - reading.log_q_N for reading in readings]
         median = torch.cat(gaps).median()

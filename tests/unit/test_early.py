@@ -25,7 +25,7 @@ from distillm_cli.data.sources import load_rows
 from distillm_cli.data.templates import Renderer
 from distillm_cli.data.token_ids import CHUNK
 from distillm_cli.errors import DataError
-from distillm_cli.runs.reading import reading
+from distillm_cli.runs.start import prefetch_rows
 from distillm_cli.training.events import Note, Warned
 from tests import tiny
 
@@ -210,12 +210,12 @@ def test_it_needs_neither_torch_nor_transformers(tmp_path, tokenizer_file):
     source = lines(tmp_path / "rows.jsonl", pairs(CHUNK + 100))
     script = f"""
 import sys
-from distillm_cli.runs.reading import reading
+from distillm_cli.runs.start import prefetch_rows
 from distillm_cli.config.schema import Recipe
 recipe = Recipe.model_validate({{
     "data": {{"source": {str(source)!r}}}, "student": {{"path": {str(tokenizer_file.parent)!r}}},
 }})
-with reading(recipe) as early:
+with prefetch_rows(recipe) as early:
     rows = early.rows("train", print)
     rules, made = early._planned.result()
     print(len(rows), sum(len(chunk.result()) for chunk in made.values()))
@@ -237,7 +237,7 @@ def test_a_run_that_began_early_is_the_run_that_did_not(tmp_path):
     source = lines(tmp_path / "rows.jsonl", pairs(200))
     flags = {"teacher.path": str(teacher), "student.path": str(student), "data.source": str(source)}
     recipe = fitted(resolve(command="distill", recipe=None, flags=flags, sets=[])).recipe
-    with reading(recipe) as early:
+    with prefetch_rows(recipe) as early:
         begun = prepare(recipe, print, early)
     whole = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": 1})})  # nothing is made ahead
     plain = prepare(whole, print)
@@ -284,7 +284,7 @@ def test_a_process_makes_what_the_thread_makes(named, shared_data, before_torch)
     )
     tokenizer = AutoTokenizer.from_pretrained(place)
     said, plainly_said = [], []
-    with reading(recipe) as early:
+    with prefetch_rows(recipe) as early:
         train, valid = early.rows("train", said.append), early.rows("valid", said.append)
         made = early.made(tokenizer)
         ids = [ids_of(made, rows) for rows in (train, valid)]

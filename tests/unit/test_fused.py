@@ -84,7 +84,7 @@ def make(name):
 def ours(name, hidden, head, teacher_hidden, teacher_head, targets, terms=TERMS["kd"], **more):
     teacher = {"teacher_hidden_ND": teacher_hidden, "teacher_head": teacher_head} if terms.kd else {}
     terms = replace(terms, divergence=make(name) if terms.kd else None)
-    return fused_loss(hidden, head, targets, terms=terms, **teacher, **more)
+    return fused_loss(hidden, head, targets, weights=terms, **teacher, **more)
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -100,7 +100,7 @@ def test_values_and_all_gradients_are_those_of_the_definition(name, terms, kind,
         for chunk, table_rows, piece in ((1, 1, 5), (4, 3, 5), (100, 2, 100), (100, 100, 4)):
             monkeypatch.setitem(fused._TABLE_BYTES, "cpu", 8 * V * table_rows)
             monkeypatch.setattr(fused, "_PIECE", piece)
-            total = ours(name, *this, terms, per_token=TokenWeights(weights_N=weights), chunk=chunk)
+            total = ours(name, *this, terms, token_weights=TokenWeights(weights_N=weights), chunk=chunk)
             assert_close(total, expected)
             for grad, reference in zip(torch.autograd.grad(total, leaves), expected_grads, strict=True):
                 assert_close(grad, reference)
@@ -158,7 +158,7 @@ def test_cross_entropy_may_weigh_each_token_apart_and_below_zero(terms):
     kd = plain.divergence("skl", zt.softmax(-1), z.softmax(-1))
     ce = F.cross_entropy(z, targets, reduction="none")
     expected = ((terms.kd * kd + terms.ce * advantages * ce) * weights).sum()
-    total = ours("skl", *this, terms, per_token=TokenWeights(weights, advantages), chunk=4)
+    total = ours("skl", *this, terms, token_weights=TokenWeights(weights, advantages), chunk=4)
     wanted = (hidden, head.weight_VD, head.bias_V)
     assert_close(total, expected)
     for found, true in zip(torch.autograd.grad(total, wanted), torch.autograd.grad(expected, wanted), strict=True):
@@ -300,7 +300,9 @@ def test_the_gradient_comes_in_the_dtype_of_what_it_is_for():
 def test_the_chunk_is_sized_by_what_its_logits_weigh(monkeypatch):
     """Chunks of one size, one token at least however large the vocabulary, and one part at least however small."""
     chunks = []
-    monkeypatch.setattr(fused._Walk, "run", lambda walk, chunk, *_: chunks.append(chunk) or torch.zeros(()))
+    monkeypatch.setattr(
+        fused._Computation, "run", lambda computation, chunk, *_: chunks.append(chunk) or torch.zeros(())
+    )
     this = setting(n=1000)
     for budget, part_rows in ((2**30, 1), (90 * 2 * 8 * V, 1), (1, 1), (2**30, 600)):
         monkeypatch.setattr(fused, "CHUNK_BYTES", budget)
@@ -410,7 +412,7 @@ def test_the_real_allocator_refusing_is_survived():
         hidden, weight = torch.randn(512, 8, requires_grad=True), torch.randn(20_000, 8, requires_grad=True)
         def loss(**more):
             return fused_loss(hidden, Head(weight), torch.zeros(512, dtype=torch.long),
-                              terms=LossWeights(1.0, 0.0, SkewKL(0.1)), teacher_hidden_ND=hidden.detach() + 1,
+                              weights=LossWeights(1.0, 0.0, SkewKL(0.1)), teacher_hidden_ND=hidden.detach() + 1,
                               teacher_head=Head(weight.detach()), **more)
         expected = loss(chunk=16).item()
         pages = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -431,6 +433,6 @@ def test_the_real_allocator_refusing_is_survived():
 def test_half_a_call_is_refused():
     hidden, head, _, _, targets = setting()
     with pytest.raises(ValueError, match="teacher"):
-        fused_loss(hidden, head, targets, terms=LossWeights(1.0, 0.0, KL()))
+        fused_loss(hidden, head, targets, weights=LossWeights(1.0, 0.0, KL()))
     with pytest.raises(ValueError, match="teacher"):
-        fused_loss(hidden, head, targets, terms=LossWeights(0.5, 0.5, SkewKL(0.1)))
+        fused_loss(hidden, head, targets, weights=LossWeights(0.5, 0.5, SkewKL(0.1)))

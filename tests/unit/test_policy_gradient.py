@@ -78,16 +78,16 @@ def step(clip=0.2, moved=0.3, seed=0, **objective):
 def ours(criterion, outputs, rows, head, teacher_head, student, teacher):
     """Through the criterion and the fused loss, each sequence a micro-batch, and the engine's one division."""
     pieces = [SourceBatch(Source.ROLLOUT, [s]) for s in outputs] + [SourceBatch(Source.DATASET, [s]) for s in rows]
-    own = criterion.look_ahead(pieces, [], 1.0)
+    own = criterion.begin_step(pieces, [], 1.0)
     total = sum(
         fused_loss(
             h,
             head,
             torch.from_numpy(piece.sequences[0].response).long(),
-            terms=criterion.terms(piece.source),
+            weights=criterion.weights(piece.source),
             teacher_hidden_ND=g,
             teacher_head=teacher_head,
-            per_token=per_token,
+            token_weights=per_token,
             chunk=2,
         )
         for piece, per_token, h, g in zip(pieces, own, student, teacher, strict=True)
@@ -144,15 +144,15 @@ def test_over_all_outputs_the_two_parts_are_the_gradient_of_the_reverse_kl_betwe
     for a, b in pairs:
         drawn = log_q(a, b).detach()
         s = output(a, b, log_probs=torch.stack([torch.stack([p_first[a], p_then[a, b]]), drawn, drawn], -1))
-        (own,) = criterion.look_ahead([SourceBatch(Source.ROLLOUT, [s])], [], 1.0)
+        (own,) = criterion.begin_step([SourceBatch(Source.ROLLOUT, [s])], [], 1.0)
         total = total + drawn.sum().exp() * fused_loss(
             torch.stack([first, then[a]]),
             Head(None),
             torch.tensor([a, b]),
-            terms=criterion.terms(Source.ROLLOUT),
+            weights=criterion.weights(Source.ROLLOUT),
             teacher_hidden_ND=torch.stack([p_first, p_then[a]]),
             teacher_head=Head(None),
-            per_token=own,
+            token_weights=own,
         )
     for found, true in zip(
         torch.autograd.grad(total, (first, then)), torch.autograd.grad(kl, (first, then)), strict=True
@@ -172,7 +172,7 @@ def test_gradcheck_with_a_surrogate_and_weights_of_the_divergence():
     terms = LossWeights(0.7, 0.4, MiniLLM(schema.ObjectiveConfig(**MINILLM)).divergence)
 
     def loss(hidden, weight):
-        return fused_loss(hidden, Head(weight), targets, terms=terms, per_token=own, chunk=4, **teacher)
+        return fused_loss(hidden, Head(weight), targets, weights=terms, token_weights=own, chunk=4, **teacher)
 
     assert torch.autograd.gradcheck(loss, (hidden, head.weight_VD))
     assert torch.autograd.gradcheck(lambda h: loss(h, head.weight_VD.detach()), (hidden,))
@@ -211,7 +211,7 @@ def test_the_reward_is_weighed_back_from_the_mixture_to_the_student():
     tokens = [0] * 55 + [1] * 45  # by p̃, exactly
     s = output(*tokens, log_probs=torch.stack([p.log(), q.log(), drawn.log()], -1)[torch.tensor(tokens)])
     criterion = MiniLLM(schema.ObjectiveConfig(**MINILLM))
-    criterion.look_ahead([SourceBatch(Source.ROLLOUT, [s])], [], 1.0)
+    criterion.begin_step([SourceBatch(Source.ROLLOUT, [s])], [], 1.0)
     assert criterion.figures()["reward"] == pytest.approx(float((q * (p / q).log()).sum()), rel=1e-5)
 
 
@@ -306,24 +306,24 @@ def test_how_a_step_is_cut_changes_nothing():
 
 def test_a_data_set_step_between_is_an_ordinary_one():
     criterion = MiniLLM(schema.ObjectiveConfig(**MINILLM))
-    assert criterion.look_ahead([SourceBatch(Source.DATASET, [output(1, 2)])], [], 1.0) == [None]
+    assert criterion.begin_step([SourceBatch(Source.DATASET, [output(1, 2)])], [], 1.0) == [None]
     assert criterion.figures() == {}
-    row = criterion.terms(Source.DATASET)
+    row = criterion.weights(Source.DATASET)
     assert (row.kd, row.ce, type(row.divergence).__name__) == (0.5, 0.5, "KL")
 
 
 def test_warming_up_takes_both_parts_with_it():
     criterion, outputs, rows, *_ = step(kd_warmup=0.5)
     pieces = [SourceBatch(Source.ROLLOUT, outputs), SourceBatch(Source.DATASET, rows)]
-    early, late = (criterion.look_ahead(pieces, [], progress) for progress in (0.25, 1.0))
+    early, late = (criterion.begin_step(pieces, [], progress) for progress in (0.25, 1.0))
     assert_close(early[0].weights_N, late[0].weights_N / 2)
     assert_close(early[1].weights_N, late[1].weights_N)
-    assert criterion.terms(Source.DATASET, 0.25).kd == 0.25
+    assert criterion.weights(Source.DATASET, 0.25).kd == 0.25
 
 
 def test_per_sequence_each_output_weighs_the_same():
     criterion, outputs, rows, *_ = step(reduction="sequence")
-    own = criterion.look_ahead([SourceBatch(Source.ROLLOUT, outputs), SourceBatch(Source.DATASET, rows)], [], 1.0)
+    own = criterion.begin_step([SourceBatch(Source.ROLLOUT, outputs), SourceBatch(Source.DATASET, rows)], [], 1.0)
     # The objective makes a token of n weigh 1/n, the engine divides by four sequences: a mean over two, and over two.
     assert own[0].weights_N.unique().tolist() == [2.0]
     assert own[1].weights_N.unique().tolist() == [2.0]

@@ -211,14 +211,14 @@ def test_a_disk_that_is_full_as_the_model_is_published_publishes_nothing(tmp_pat
     for path in [*Path("run").glob("*.json"), *Path("run").glob("adapter*"), Path("run/README.md")]:
         path.unlink(missing_ok=True)
     before = {path.name for path in Path("run").iterdir()}
-    publish = train.publish
+    publish = train.publish_model
 
     def on_a_full_disk(*arguments):
         with file_size(20_000):
             publish(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(train, "publish", on_a_full_disk)
+        patched.setattr(train, "publish_model", on_a_full_disk)
         code, _, err = call(capsys, *argv, "--resume")
     assert code == 8
     assert err.startswith("error: cannot write the model into run: File too large; ")

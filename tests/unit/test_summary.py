@@ -10,9 +10,8 @@ from rich.cells import cell_len
 from rich.console import Console as Terminal
 from rich.text import Text
 
+from distillm_cli.runs.run_results import Outcome, Sample
 from distillm_cli.ui.summary import (
-    Outcome,
-    Sample,
     crop,
     next_steps,
     outcome_table,
@@ -80,7 +79,9 @@ def test_differences_are_coloured_by_whether_they_are_better():
         assert green + better in text
     assert yellow + "−0.50" in text
     worse = page(
-        outcome_table([Outcome("a", 1.0, {"error_rate": 1.0}), Outcome("b", 2.0, {"error_rate": 2.0})]), 100, True
+        outcome_table([Outcome("a", 1.0, {"error_rate": 1.0}), Outcome("b", 2.0, {"error_rate": 2.0})]),
+        100,
+        True,
     )
     assert worse.count(yellow) == 2
 

@@ -11,7 +11,7 @@ import pytest
 from distillm_cli.config.schema import DataConfig
 from distillm_cli.data.sources import load_rows
 from distillm_cli.errors import DataError
-from distillm_cli.runs.stages import _identity_of
+from distillm_cli.runs.stage_record import _identity_of
 from distillm_cli.training.events import Note
 
 datasets = pytest.importorskip("datasets")

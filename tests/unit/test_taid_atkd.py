@@ -53,7 +53,7 @@ def test_t_takes_the_papers_course_and_ends_at_the_teacher(steps, start, rate, m
     config = schema.ObjectiveConfig(divergence="taid", taid_start=start, taid_rate=rate, taid_momentum=momentum)
     moving, seen = objectives.build(config), []
     for step, loss in enumerate(LOSSES, start=1):
-        seen.append(moving.terms(Source.DATASET, step / steps).divergence.t)
+        seen.append(moving.weights(Source.DATASET, step / steps).divergence.t)
         moving.observe(loss, step / steps)
     assert [*seen, moving.t] == pytest.approx(course(LOSSES, steps, start, rate, momentum), abs=1e-15)
     assert all(a <= b for a, b in itertools.pairwise(seen))
@@ -72,7 +72,7 @@ def test_taids_step_is_kl_to_the_target_between_with_the_student_in_it_as_a_numb
     z, zt = logits(1).requires_grad_(), logits(2)
     target = ((1 - t) * z.detach() + t * zt).softmax(-1)
     expected = (target * (target.log() - z.log_softmax(-1))).sum()
-    terms = moving.terms(Source.ROLLOUT, 0.5)
+    terms = moving.weights(Source.ROLLOUT, 0.5)
     total = step_loss(z, zt, torch.zeros(13, dtype=torch.long), terms)
     assert_close(total, expected)
     assert_close(torch.autograd.grad(total, z), torch.autograd.grad(expected, z))
@@ -85,7 +85,7 @@ def test_taids_step_is_kl_to_the_target_between_with_the_student_in_it_as_a_numb
 def step_loss(z, zt, targets, terms, per_token=None):
     """The fused loss, summed, of logits that are given."""
     more = {"teacher_hidden_ND": zt, "teacher_head": Head(None)}
-    return fused_loss(z, Head(None), targets, terms=terms, per_token=per_token or NO_WEIGHTS, **more)
+    return fused_loss(z, Head(None), targets, weights=terms, token_weights=per_token or NO_WEIGHTS, **more)
 
 
 def whole_step(z, zt, targets, alpha):
@@ -105,10 +105,10 @@ def test_atkds_step_is_the_papers_however_it_is_cut(cuts, alpha):
     expected = whole_step(z, zt, targets, alpha)
 
     looking = objectives.build(schema.ObjectiveConfig(divergence="atkd", atkd_easy=alpha))
-    assert looking.looks_at == ("teacher",)
+    assert looking.needs_log_probs_of == ("teacher",)
     readings = [TokenLogProbs(log_p_N=part) for part in log_at(zt, targets).split(cuts)]
-    own = looking.look_ahead([SourceBatch(Source.DATASET, [])] * len(cuts), readings, 0.5)
-    terms = looking.terms(Source.DATASET, 0.5)
+    own = looking.begin_step([SourceBatch(Source.DATASET, [])] * len(cuts), readings, 0.5)
+    terms = looking.weights(Source.DATASET, 0.5)
     parts = zip(z.split(cuts), zt.split(cuts), targets.split(cuts), own, strict=True)
     total = sum(step_loss(*part[:3], terms, part[3]) for part in parts) / 13
     assert_close(total, expected)
@@ -117,9 +117,9 @@ def test_atkds_step_is_the_papers_however_it_is_cut(cuts, alpha):
 
 def test_atkd_where_all_tokens_are_alike_and_where_there_is_none():
     looking = objectives.build(ATKD)
-    (alike,) = looking.look_ahead([SourceBatch(Source.DATASET, [])], [TokenLogProbs(torch.full((4,), -0.5))], 0.5)
+    (alike,) = looking.begin_step([SourceBatch(Source.DATASET, [])], [TokenLogProbs(torch.full((4,), -0.5))], 0.5)
     assert_close(alike.divergence_args_N, torch.full((4, 2), 0.8))
-    assert looking.look_ahead([SourceBatch(Source.DATASET, [])], [TokenLogProbs(torch.zeros(0))], 0.5) == [None]
+    assert looking.begin_step([SourceBatch(Source.DATASET, [])], [TokenLogProbs(torch.zeros(0))], 0.5) == [None]
 
 
 def test_the_cut_of_a_step_does_not_change_where_atkd_goes():

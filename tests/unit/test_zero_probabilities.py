@@ -116,7 +116,7 @@ def test_the_fused_loss_knows_suppressed_tokens(name, where, form):
         given,
         student,
         plain.some_targets(z),
-        terms=LossWeights(1.0, 0.0, build_divergence(ObjectiveConfig(divergence=name))),
+        weights=LossWeights(1.0, 0.0, build_divergence(ObjectiveConfig(divergence=name))),
         teacher_hidden_ND=teacher_given,
         teacher_head=teacher,
         chunk=3,
@@ -129,7 +129,7 @@ def test_the_fused_loss_knows_suppressed_tokens(name, where, form):
 def test_cross_entropy_of_a_suppressed_target_is_infinite():
     z = with_zeros(rand(N, V, seed=7), (OTHER,))[0].requires_grad_()
     loss = {
-        target: fused_loss(z, Head(None), torch.full((N,), target), terms=LossWeights(0.0, 1.0))
+        target: fused_loss(z, Head(None), torch.full((N,), target), weights=LossWeights(0.0, 1.0))
         for target in (0, OTHER)
     }
     assert_close(loss[0], torch.nn.functional.cross_entropy(z, torch.zeros(N, dtype=torch.long), reduction="sum"))

@@ -1,12 +1,12 @@
-"""What is known of a pipeline's stages from their directories: ``OUTPUT/STAGE/stage.json``.
+"""Record what a pipeline's stages were made of and what they made, in ``OUTPUT/STAGE/stage.json``.
 
 A stage's fingerprint is the SHA-256 of everything that shapes its result: its verb and its settings (not those that no
-result depends on, such as where a cache is kept), the identity of each making of a stage that it reads, and the identity
-of its local inputs. Of data files, configs and tokenizers that is the SHA-256 of their bytes. Of weights it is the size
-and 64 blocks of 64 KiB spread over the file: training changes every tensor, a copy or a `touch` none, and a large model is
-not read through at every start. What has a name on the hub is known by that name and its revision.
+result depends on, such as the directory of a cache), the identity of each version of a stage that it reads, and the
+identity of its local inputs. Of data files, configs and tokenizers that is the SHA-256 of their bytes. Of weights it is
+the size and 64 blocks of 64 KiB spread over the file: training changes every tensor, a copy or a `touch` none, and a
+large model is not read through at every start. What has a name on the hub is known by that name and its revision.
 
-What a finished stage made is known in the same way: its rows and configs by their bytes, its weights by size and blocks.
+The files of a finished stage are identified in the same way: rows and configs by their bytes, weights by size and blocks.
 """
 
 from __future__ import annotations
@@ -28,25 +28,29 @@ from distillm_cli.data.sources import is_path, local_place
 from distillm_cli.data.tables import saved_splits
 from distillm_cli.errors import CheckpointError, DataError, StorageError, UsageError
 from distillm_cli.runs import output_dir
-from distillm_cli.runs.inputs import is_data, place_of
+from distillm_cli.runs.inputs import local_input, names_rows
 
-RECORD, SAMPLES, LOCK = "stage.json", "samples.jsonl", ".run.lock"
-FORMAT = 1
+RECORD = "stage.json"
+SAMPLES = "samples.jsonl"
+LOCK = ".run.lock"
+_FORMAT = 1
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 _BESIDE_WEIGHTS = (".json", ".jinja", ".txt", ".model", ".arrow", *FORMATS, *COMPRESSIONS)
 _NOT_OF_A_MODEL = {"stage.json", "metrics.jsonl", "manifest.json"}
-_BLOCKS, _BLOCK = 64, 1 << 16
+_BLOCKS = 64
+_BLOCK_BYTES = 1 << 16
 
 _SHAPING = {"generate": (*SAMPLING, "student.dtype"), "eval": ("student.dtype",)}
 _NOT_SHAPING = ("data.workers", "eval.report_rows", "eval.batch_size")
 
 
 @dataclass(frozen=True)
-class Record:
-    """What ``stage.json`` holds. status: "starting" (what an earlier making left may still be there), "started", "done".
+class StageRecord:
+    """Hold the content of ``stage.json``.
 
-    of: all that the fingerprint is made of. made: names this making of the stage. files: of a stage that was finished,
-    the identities of its main files, by path under its directory. result: the verb's own object.
+    status: "starting" (files of an earlier version may still be there), "started", "done". of: everything that the
+    fingerprint is made of. made: names this version of the stage. files: of a stage that was finished, the identities of
+    its main files, by path under its directory. result: the object of its verb.
     """
 
     stage: str
@@ -57,12 +61,14 @@ class Record:
     of: Mapping[str, Any]
     files: Mapping[str, str | int] = field(default_factory=dict)
     result: Mapping[str, Any] = field(default_factory=dict)
-    format: int = FORMAT
+    format: int = _FORMAT
 
 
-def read(place: Path) -> Record | None:
-    """The record in a stage's directory; None where there is none. Raises CheckpointError, and UsageError for a directory
-    that holds files and is no stage's: a pipeline never touches those."""
+def read_record(place: Path) -> StageRecord | None:
+    """Return the record in a stage's directory; None where there is none.
+
+    Raises CheckpointError, and UsageError for a directory of files that is no stage's: a pipeline never touches those.
+    """
     path = place / RECORD
     if not path.exists():
         if place.is_file() or (place.is_dir() and any(place.iterdir())):
@@ -73,10 +79,10 @@ def read(place: Path) -> Record | None:
         return None
     hint = f"remove {place} to make that stage anew"
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        if told["format"] != FORMAT:
-            raise CheckpointError(f"{path}: format {told['format']}, this version reads {FORMAT}", hint=hint)
-        record = Record(**told)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != _FORMAT:
+            raise CheckpointError(f"{path}: format {content['format']}, this version reads {_FORMAT}", hint=hint)
+        record = StageRecord(**content)
         if not all(isinstance(record.of.get(part), dict) for part in ("settings", "reads", "files")):
             raise ValueError("it does not say what the stage was made of")
         return record
@@ -84,8 +90,8 @@ def read(place: Path) -> Record | None:
         raise CheckpointError(f"{path} cannot be read ({error})", hint=hint) from error
 
 
-def write(place: Path, record: Record) -> None:
-    """Writes the record, whole or not at all. Raises StorageError."""
+def write_record(place: Path, record: StageRecord) -> None:
+    """Write the record, whole or not at all. Raises StorageError."""
     try:
         place.mkdir(parents=True, exist_ok=True)
         output_dir.write_text(place / RECORD, json.dumps(asdict(record), indent=1, ensure_ascii=False) + "\n")
@@ -93,20 +99,25 @@ def write(place: Path, record: Record) -> None:
         raise StorageError(f"cannot write to {place}: {error.strerror}", hint="choose another --output") from error
 
 
-def begin(stage: Stage, of: Mapping[str, Any], before: Record | None) -> Record:
-    """The record of a stage that is to be made (or gone on with, where ``before`` is of the same fingerprint: what that
-    had finished stays on record)."""
-    mark = fingerprint(of)
-    if before is not None and before.fingerprint == mark:
+def start_record(stage: Stage, of: Mapping[str, Any], before: StageRecord | None) -> StageRecord:
+    """Return the record of a stage that is about to run.
+
+    Where ``before`` has the same fingerprint, the stage is resumed and keeps its name and the files it had finished.
+    """
+    fingerprint = stage_fingerprint(of)
+    if before is not None and before.fingerprint == fingerprint:
         status = "starting" if before.status == "starting" else "started"
-        return Record(stage.name, stage.verb, status, mark, before.made, of, before.files)
-    return Record(stage.name, stage.verb, "starting", mark, _new_name(), of)
+        return StageRecord(stage.name, stage.verb, status, fingerprint, before.made, of, before.files)
+    return StageRecord(stage.name, stage.verb, "starting", fingerprint, _new_name(), of)
 
 
-def finished(record: Record, stage: Stage, place: Path, result: Mapping[str, Any]) -> Record:
-    """The record of a stage that is made. What had been finished and differs now (rows that somebody mended) is another
-    making, and whoever has read the earlier one runs again."""
-    made = _new_name() if record.files and not is_whole(record, place) else record.made
+def finished_record(record: StageRecord, stage: Stage, place: Path, result: Mapping[str, Any]) -> StageRecord:
+    """Return the record of a stage that is done.
+
+    Where its files had been finished before and differ now (rows that somebody corrected), it gets a new name, so that
+    stages that read the earlier version run again.
+    """
+    made = _new_name() if record.files and not is_intact(record, place) else record.made
     return replace(record, status="done", made=made, files=main_files(stage, place), result=result)
 
 
@@ -114,37 +125,38 @@ def _new_name() -> str:
     return secrets.token_hex(8)
 
 
-def fingerprint(of: Mapping[str, Any]) -> str:
+def stage_fingerprint(of: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of everything that shapes a stage."""
     return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
 
 
-def makes(stage: Stage, place: Path) -> Path:
-    """Where what a stage makes is to be found: a model directory, or a file of rows."""
+def stage_output(stage: Stage, place: Path) -> Path:
+    """Return the path of what a stage makes: a model directory, or a file of rows."""
     return place / SAMPLES if stage.verb == "generate" else place
 
 
 def main_files(stage: Stage, place: Path) -> dict[str, str]:
-    """The files without which a finished stage is not finished, and their identities."""
-    of_verb = {"generate": (SAMPLES,), "eval": ("**/results.json", "**/predictions-*.jsonl")}
-    patterns = of_verb.get(stage.verb, output_dir.MODEL_FILES)
+    """Return the files that a finished stage must have, with their identities."""
+    verb_patterns = {"generate": (SAMPLES,), "eval": ("**/results.json", "**/predictions-*.jsonl")}
+    patterns = verb_patterns.get(stage.verb, output_dir.MODEL_FILES)
     found = sorted(path for pattern in patterns for path in place.glob(pattern))
     return {path.relative_to(place).as_posix(): _identity(path) for path in found}
 
 
-def is_whole(record: Record, place: Path) -> bool:
-    """Whether a finished stage's main files are still there, as they were."""
-    return bool(record.files) and all(_is_still(known, place / name) for name, known in record.files.items())
+def is_intact(record: StageRecord, place: Path) -> bool:
+    """Return whether a finished stage's main files are still there, unchanged."""
+    return bool(record.files) and all(_is_unchanged(known, place / name) for name, known in record.files.items())
 
 
-def _is_still(known: str | int, path: Path) -> bool:
+def _is_unchanged(known: str | int, path: Path) -> bool:
     if not path.is_file():
         return False
     # A number is the size, which is all that was recorded before there were identities.
     return path.stat().st_size == known if isinstance(known, int) else _identity(path) == known
 
 
-def shaped_by(stage: Stage, made: Mapping[str, str]) -> dict[str, Any]:
-    """All that shapes a stage's result. made: by stage name, which making of it is there to be read."""
+def shaping_of(stage: Stage, made: Mapping[str, str]) -> dict[str, Any]:
+    """Return everything that shapes a stage's result. made: by stage name, which version of it is there to be read."""
     recipe = stage.resolved.recipe
     if stage.verb in ("sft", "distill"):
         settings = shaping(recipe)
@@ -158,7 +170,7 @@ def shaped_by(stage: Stage, made: Mapping[str, str]) -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What of a stage has changed, as clauses: "train.lr 0.001 → 0.002", "rows.jsonl", "stage teacher"."""
+    """Return what of a stage has changed, as clauses: "train.lr 0.001 → 0.002", "rows.jsonl", "stage teacher"."""
     found = []
     for key in sorted(before["settings"].keys() | now["settings"].keys()):
         old, new = before["settings"].get(key), now["settings"].get(key)
@@ -170,17 +182,17 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def check_inputs(stage: Stage) -> None:
-    """Raises DataError for a data file that is not there: better now than after the stages before it."""
+def check_data_files(stage: Stage) -> None:
+    """Raise DataError for a data file that is not there, before the stages before it run."""
     for key, text in inputs(stage.own, stage.resolved.recipe):
-        if is_data(key) and not text.startswith(PREFIX) and is_path(text) and local_place(text) is None:
+        if names_rows(key) and not text.startswith(PREFIX) and is_path(text) and local_place(text) is None:
             raise DataError(f"stage {stage.name}: {key} = {text}: no such file or directory", hint="check the path")
 
 
 def _identity_of(key: str, text: str) -> str | None:
     if text.startswith(PREFIX):
         return None
-    place = place_of(key, text)
+    place = local_input(key, text)
     if place is None:
         return None
     if place.is_file():
@@ -198,20 +210,20 @@ def _identity(path: Path) -> str:
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
-            if path.suffix not in _WEIGHTS or size <= _BLOCKS * _BLOCK:
+            if path.suffix not in _WEIGHTS or size <= _BLOCKS * _BLOCK_BYTES:
                 return hashlib.file_digest(file, "sha256").hexdigest()
             digest = hashlib.sha256(str(size).encode())
             for i in range(_BLOCKS):
-                file.seek(i * (size - _BLOCK) // (_BLOCKS - 1))
-                digest.update(file.read(_BLOCK))
+                file.seek(i * (size - _BLOCK_BYTES) // (_BLOCKS - 1))
+                digest.update(file.read(_BLOCK_BYTES))
             return digest.hexdigest()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}", hint="check the path") from error
 
 
 @contextmanager
-def locked(output: Path) -> Iterator[None]:
-    """No other pipeline works in this directory meanwhile. Raises UsageError where one does, StorageError."""
+def lock_pipeline(output: Path) -> Iterator[None]:
+    """Keep other pipelines out of this directory. Raises UsageError where one is running there, StorageError."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         file = (output / LOCK).open("a")

@@ -1,0 +1,265 @@
+"""Define what each verb returns: the object of ``--json``, and what the tables for people are drawn from.
+
+Plain data; ``ui`` renders it. ``as_json`` of a result is what scripts read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+from distillm_cli.training.events import Event
+
+
+class Result(Protocol):
+    """Describe the result of a verb."""
+
+    def as_json(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Hold a model's figures on held-out rows. valid_loss: nats per token; None where it was not measured."""
+
+    name: str
+    valid_loss: float | None = None
+    scores: Mapping[str, float | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Hold a prompt, its accepted answers (the first is shown), and the answer of each model by the model's name."""
+
+    prompt: str
+    references: Sequence[str]
+    answers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """Hold what is shown at the end of a training beside its figures.
+
+    outcomes: the models on held-out rows, the starting point first. measured_on: which rows, and how they were answered.
+    sources: steps by source. phi_history: φ at the start and after each validation. schedule: its kind, None for SFT.
+    row_weight: weight of the data set rows beside student outputs, 0 where there are none. suites, prompt: to fill in the
+    commands to type next. has_sft_stage: the fine-tuned student is in ``sft/``. has_answers: there are rows to score on.
+    """
+
+    outcomes: tuple[Outcome, ...]
+    measured_on: str
+    samples: tuple[Sample, ...] = ()
+    sources: Mapping[str, int] = field(default_factory=dict)
+    phi_history: tuple[float, ...] = ()
+    schedule: str | None = None
+    row_weight: float = 0.0
+    suites: tuple[str, ...] = ()
+    prompt: str | None = None
+    has_sft_stage: bool = False
+    has_answers: bool = True
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Hold the result of ``sft`` and ``distill``. seconds: ``wall_s`` of everything, ``train_s`` of the steps alone.
+
+    report: by model ("student_after", "teacher", …), its ``valid_loss`` and scores. teacher_cache, teacher_tokens: None
+    without a teacher.
+    """
+
+    command: str
+    output: Path
+    wall_s: float
+    steps: int
+    tokens: int
+    tokens_per_s: float
+    train_loss: float | None
+    valid_loss: float | None
+    phi: float
+    rollout_steps: int
+    replay_steps: int
+    dataset_steps: int
+    teacher_steps: int
+    sampled_sequences: int
+    sampled_tokens: int
+    teacher_sampled_sequences: int
+    teacher_sampled_tokens: int
+    train_s: float
+    stopped: str
+    best_step: int | None
+    report: Mapping[str, Mapping[str, float | None]]
+    summary: TrainSummary
+    teacher_cache: Mapping[str, Any] | None = None
+    teacher_tokens: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the object of ``--json``."""
+        found = {"command": self.command, "status": "ok", "output": str(self.output)}
+        left_out = {"summary"} if self.teacher_cache is not None else {"summary", "teacher_cache", "teacher_tokens"}
+        for item in fields(self):
+            if item.name not in found and item.name not in left_out:
+                found[item.name] = getattr(self, item.name)
+        return found
+
+
+@dataclass(frozen=True)
+class TeacherCacheResult:
+    """Hold the result of ``distill --warm-teacher-cache``."""
+
+    output: Path
+    wall_s: float
+    teacher_cache: Mapping[str, Any]
+    teacher_tokens: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the object of ``--json``."""
+        return {
+            "command": "distill",
+            "status": "ok",
+            "output": str(self.output),
+            "wall_s": self.wall_s,
+            "teacher_cache": self.teacher_cache,
+            "teacher_tokens": self.teacher_tokens,
+        }
+
+
+@dataclass(frozen=True)
+class CheckpointScores:
+    """Hold the scores of one checkpoint. suites: by name, the suite's object. dtype: the precision of decoding."""
+
+    checkpoint: str
+    output: Path
+    suites: Mapping[str, Mapping[str, Any]]
+    metrics: tuple[str, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Hold the result of ``eval``: the scores of each checkpoint, in the order given."""
+
+    checkpoints: tuple[CheckpointScores, ...]
+    output: str
+    wall_s: float
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the object of ``--json``."""
+        found = {
+            "command": "eval",
+            "status": "ok",
+            "output": self.output,
+            "wall_s": self.wall_s,
+            "suites": self.checkpoints[0].suites,
+        }
+        if len(self.checkpoints) > 1:
+            found["checkpoints"] = {
+                scores.checkpoint: {"output": str(scores.output), "suites": scores.suites}
+                for scores in self.checkpoints
+            }
+        return found
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """Hold the result of ``generate``. rows: responses asked for; tokens, cut: of those generated by this call.
+
+    output: the file, None where there is none; ``responses`` has the rows then.
+    """
+
+    output: str | None
+    wall_s: float
+    rows: int
+    tokens: int
+    tokens_per_s: float
+    cut: int
+    responses: tuple[Mapping[str, Any], ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the object of ``--json``."""
+        found = {"command": "generate", "status": "ok"}
+        return found | {item.name: getattr(self, item.name) for item in fields(self) if item.name != "responses"}
+
+
+@dataclass(frozen=True)
+class DecodedSequence:
+    """Hold a sequence of a batch as text, in pieces: (text, whether it is one supervised token)."""
+
+    pieces: tuple[tuple[str, bool], ...]
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """Hold the result of ``plan``. figures: the object of ``--json`` but its head. batch: the first sequences, decoded;
+    empty where the models' weights are not available."""
+
+    figures: Mapping[str, Any]
+    batch: tuple[DecodedSequence, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the object of ``--json``."""
+        return {"command": "plan", "status": "ok", **self.figures}
+
+
+@dataclass(frozen=True)
+class PipelinePlan:
+    """Hold the result of ``plan`` for a recipe of stages. stages: by name, its figures."""
+
+    pipeline: str
+    stages: Mapping[str, Mapping[str, Any]]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the object of ``--json``."""
+        return {"command": "plan", "status": "ok", "pipeline": self.pipeline, "stages": self.stages}
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """Hold what became of a pipeline's stage. status: "done" or "skipped". result: the object of its verb."""
+
+    status: str
+    verb: str
+    output: str
+    result: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class PipelineResult:
+    """Hold the result of ``run``: each stage that was chosen, by name."""
+
+    output: Path
+    wall_s: float
+    stages: Mapping[str, StageResult]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the object of ``--json``."""
+        stages = {name: vars(stage) for name, stage in self.stages.items()}
+        return {
+            "command": "run",
+            "status": "ok",
+            "output": str(self.output),
+            "wall_s": self.wall_s,
+            "stages": stages,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class FineTuned(Event):
+    """Report that the fine-tuning before distillation is over."""
+
+    result: TrainResult
+
+
+@dataclass(frozen=True, slots=True)
+class StageFinished(Event):
+    """Report that a stage of a pipeline is over."""
+
+    name: str
+    result: Result
+
+
+@dataclass(frozen=True, slots=True)
+class Generated(Event):
+    """Report the next responses of ``generate``, in the order of the prompts, as rows."""
+
+    rows: Sequence[Mapping[str, Any]]

@@ -1,0 +1,105 @@
+"""Start a training run: claim its output directory and read its rows while torch is being imported.
+
+Imports nothing slow itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distillm_cli.data.early import Early
+from distillm_cli.errors import ModelError
+from distillm_cli.runs import output_dir
+from distillm_cli.training.events import Listener, Note
+
+if TYPE_CHECKING:
+    from distillm_cli.config.load import Resolved
+    from distillm_cli.config.schema import Recipe, StudentConfig, TeacherConfig
+    from distillm_cli.runs.run_results import TeacherCacheResult, TrainResult
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Say what a run does with what is there already.
+
+    moved_inputs: dotted keys of inputs that are known to be the same ones, wherever they are now.
+    """
+
+    resume: bool = False
+    overwrite: bool = False
+    rebuild_teacher_cache: bool = False
+    moved_inputs: Collection[str] = ()
+
+
+def start_training(
+    command: str,
+    resolved: Resolved,
+    output: Path,
+    listener: Listener,
+    options: TrainOptions,
+    recipe_file: str | None = None,
+    notes: Iterable[str] = (),
+) -> TrainResult:
+    """Run a training recipe into ``output`` and return its result. command: "sft" or "distill".
+
+    recipe_file: the recipe's own file or shipped name, which an overwrite must not remove. notes: what to report first.
+    Raises DistillmError.
+    """
+    # Before rows are read, which takes longer.
+    is_new = output_dir.check(output, resume=options.resume, overwrite=options.overwrite)
+    if options.overwrite:
+        from distillm_cli.runs.inputs import check_spared
+
+        check_spared(command, resolved.recipe, output, file=recipe_file)
+    with output_dir.claimed(output, is_new=is_new), prefetch_rows(resolved.recipe) as prefetched:
+        for note in notes:
+            listener(Note(note))
+        from distillm_cli.runs.train import train  # which imports torch, while the rows are read and tokenized
+
+        return train(command, resolved, output, listener, options, prefetched)
+
+
+def warm_teacher_cache(
+    resolved: Resolved, listener: Listener, *, rebuild: bool = False, notes: Iterable[str] = ()
+) -> TeacherCacheResult:
+    """Compute the recipe's teacher cache on disk, unless it is there. notes: what to report first."""
+    with prefetch_rows(resolved.recipe) as prefetched:
+        for note in notes:
+            listener(Note(note))
+        from distillm_cli.runs.teacher_states import warm
+
+        return warm(resolved, listener, rebuild=rebuild, prefetched=prefetched)
+
+
+def prefetch_rows(recipe: Recipe) -> Early:
+    """Return a context in which the recipe's rows are being read."""
+    return Early(recipe.data, partial(_tokenizer_file, recipe), recipe.needs_responses)
+
+
+def tokenizer_candidates(recipe: Recipe) -> list[StudentConfig | TeacherConfig]:
+    """Return the models that may have the run's tokenizer, the likeliest first: the student, then the teacher.
+
+    Empty where the recipe names a tokenizer, where a student is built (its tokenizer depends on whether the teacher's can
+    be saved), and where other processes tokenize.
+    """
+    if recipe.student.tokenizer is not None or recipe.student.is_built or recipe.data.workers:
+        return []
+    return [model for model in (recipe.student, recipe.teacher) if model.path is not None]
+
+
+def _tokenizer_file(recipe: Recipe) -> Path | None:
+    from distillm_cli.models.model_paths import cached_hub_file, locate_model
+
+    for model in tokenizer_candidates(recipe):
+        try:
+            name, local = locate_model(model.path)
+        except ModelError:  # reported when the model is loaded, after errors that are found before that
+            continue
+        file = Path(name) / "tokenizer.json" if local else cached_hub_file(name, "tokenizer.json", model.revision)
+        if file is not None and file.is_file():
+            return file
+    return None

@@ -1,0 +1,252 @@
+"""Render the plan of a run or of a pipeline as tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from distillm_cli.runs.run_results import DecodedSequence, PipelinePlan, PlanResult
+from distillm_cli.ui.summary import facts, table
+from distillm_cli.utils.text import counted, format_bytes, format_count, format_parameters, listed_shares
+
+
+def plan_tables(result: PlanResult) -> Iterator[RenderableType]:
+    """Yield the tables of one run's plan, and a decoded batch where there is one."""
+    found = result.figures
+    yield _model_table(found)
+    yield facts("Run", _run_facts(found))
+    yield from _cache_place(found.get("teacher_cache"))
+    needs = [[_part_label(name), format_bytes(size)] for name, size in found["memory"].items()]
+    yield table("Memory, estimated", ["part", "size"], needs)
+    work = [[_SOURCES[source], _flop(flops)] for source, flops in found["step_flops"].items()]
+    if "sft" in found:
+        work.insert(0, ["fine-tuning before it, data set rows", _flop(found["sft"]["step_flops"]["dataset"])])
+    yield table("One step", ["trains on", "work"], work)
+    yield table("On GPUs, estimated", ["", "fits", "a step", "the run"], _gpu_rows(found["gpus"]))
+    yield Text(f"Assumed: {found['assumed']}.", "dim")
+    if result.batch:
+        yield from _batch_lines(result.batch)
+
+
+def pipeline_tables(result: PipelinePlan) -> Iterator[RenderableType]:
+    """Yield the tables of a pipeline's plan."""
+    stages = result.stages
+    columns = ["", "models", "number", "FLOP of each", "memory"]
+    yield table("Stages", columns, [_stage_row(name, stage) for name, stage in stages.items()])
+    yield Text("Memory by part, estimated", "bold")
+    for name, stage in stages.items():
+        parts = [f"{_part_label(p)} {format_bytes(size)}" for p, size in stage["memory"].items() if p != "total"]
+        yield Text.assemble((f"  {name}  ", "cyan"), ", ".join(parts))
+    yield from _time_tables(stages)
+    yield Text(f"Assumed: {next(iter(stages.values()))['assumed']}.", "dim")
+    for note in dict.fromkeys(note for stage in stages.values() for note in stage["notes"]):
+        yield Text(note, "dim")
+
+
+def _run_facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    data = found["data"]
+    rows = [("pair", _pair(found)), ("rows", _rows(data))]
+    if data.get("format"):
+        rows.append(("format", data["format"]))
+    if data.get("columns_not_read"):
+        rows.append(("columns not read", listed_shares(data["columns_not_read"])))
+    if data.get("bad_rows_skipped"):
+        rows.append(("broken rows skipped", f"{data['bad_rows_skipped']:,}"))
+    if "kept" in data:
+        prompts = f" ({data['dropped_prompts']:,} for the prompt alone)"
+        rows.append(("dropped as too long", f"{data['dropped']:,}{prompts}" if data["dropped"] else "none"))
+        rows.append(("cut", f"{data['truncated']:,}"))
+        lengths = f"mean {data['mean_length']}, longest {data['longest']:,} tokens of prompt and response"
+    else:
+        lengths = f"not known: taken to be {data['longest']:,} tokens of prompt and response, the most allowed"
+    rows.append(("lengths", lengths))
+    if "response_tokens" in data:
+        rows.append(("supervised", f"{counted(data['response_tokens'], 'response token')} an epoch"))
+    sequences = counted(found["sequences_per_step"], "sequence")
+    if found["steps"] is None:
+        rows.append(("steps", f"number not known; {sequences} each"))
+    else:
+        epoch = f", {found['steps_per_epoch']:,} an epoch" if found["steps_per_epoch"] else ""
+        rows.append(("steps", f"{found['steps']:,} of {sequences}{epoch}"))
+    if (before := found.get("sft")) is not None:
+        number = "" if before["steps"] is None else f", {counted(before['steps'], 'step')}"
+        rows.append(
+            (
+                "fine-tuned before it",
+                f"{before['epochs']:g} {'epoch' if before['epochs'] == 1 else 'epochs'} of sft{number}, without the teacher",
+            )
+        )
+    rows.append(("computes on", f"{found['device']}, {found['dtype']}"))
+    if "teacher_cache" in found:
+        rows.append(("teacher's states", found["teacher_cache"]["why"]))
+    return rows
+
+
+def _cache_place(cache: Mapping[str, Any] | None) -> Iterator[Text]:
+    """Yield where a cache on disk is or would be, and whether it fits."""
+    if cache is None or "place" not in cache:
+        return
+    free = cache["disk_free"] or 0
+    is_short = not cache["hit"] and cache["bytes"] > 0.95 * free
+    state = "there already" if cache["hit"] else f"{'does not fit: ' if is_short else ''}{format_bytes(free)} free"
+    yield Text(f"The teacher's states are kept in {cache['place']} ({state})", "yellow" if is_short else "")
+
+
+_PARTS = {
+    "total": "most at once",
+    "rollout_weights": "copy that samples",
+    "rollout_layouts": "that copy, laid out",
+}
+
+_SOURCES = {
+    "dataset": "data set rows",
+    "dataset_cached": "data set rows, teacher's states kept",
+    "teacher": "fresh samples of the teacher",
+    "teacher_cached": "the teacher's samples, its states kept",
+    "teacher+rollout": "a fresh sample of each, in pairs",
+    "teacher+rollout_cached": "a kept sample of the teacher, a fresh rollout",
+    "rollout": "a fresh rollout",
+    "replay": "a replayed rollout",
+}
+
+
+def _model_table(found: Mapping[str, Any]) -> RenderableType:
+    """Return a table with a column for each model."""
+    models = {name: found["models"][name] for name in ("teacher", "student") if name in found["models"]}
+    lines = {
+        "kind": lambda m: m["kind"],
+        "parameters": lambda m: _count(m["parameters"]),
+        "  embeddings": lambda m: _count(m["parts"]["embeddings"]),
+        "  trunk": lambda m: _count(m["parts"]["trunk"]),
+        "  head": lambda m: _count(m["parts"]["head"]) if m["parts"]["head"] else "the embeddings",
+        "  not text": lambda m: _count(m["parts"]["outside"]) if m["parts"]["outside"] else "none",
+        "that train": lambda m: "none" if not m["trainable"] else _count(m["trainable"]),
+        "layers × width": _layers,
+        "context": lambda m: "no limit" if m["context"] is None else f"{m['context']:,}",
+        "weights in": lambda m: m["dtype"],
+    }
+    if not any(m["parts"]["outside"] for m in models.values()):
+        del lines["  not text"]
+    rows = [[name, *map(value, models.values())] for name, value in lines.items()]
+    return table("Models", ["", *models], rows)
+
+
+def _layers(model: Mapping[str, Any]) -> str:
+    both = f"{model['encoder_layers']} + {model['layers']}" if "encoder_layers" in model else model["layers"]
+    return f"{both} × {model['width']}"
+
+
+def _count(number: int) -> str:
+    return format_parameters(number).removesuffix(" parameters")
+
+
+def _flop(number: float) -> str:
+    """Format floating-point operations: "14.6 TFLOP", "691 MFLOP"."""
+    text = format_count(number)
+    return f"{text}FLOP" if text[-1].isalpha() else f"{text} FLOP"
+
+
+def _part_label(part: str) -> str:
+    return _PARTS.get(part, part.replace("_", " "))
+
+
+def _pair(found: Mapping[str, Any]) -> str:
+    if "teacher" not in found["models"]:
+        return "one model, no teacher"
+    if any("vocabularies fit is not known" in note for note in found.get("notes", ())):
+        return f"not known: no tokenizer at hand; {found['vocabulary']:,} rows in common"
+    return f"fits: {found['vocabulary']:,} shared tokens"
+
+
+def _rows(data: Mapping[str, Any]) -> str:
+    if data["rows"] is None:
+        return f"{data['source']}, not at hand"
+    kept = f", {data['kept']:,} kept" if "kept" in data else ""
+    held = f"; {data['valid_rows']:,} held out" if "valid_rows" in data else ""
+    return f"{data['rows']:,} from {data['source']}{kept}{held}"
+
+
+def _gpu_rows(gpus: Mapping[str, Any]) -> list[list[str]]:
+    return [
+        [name, "yes" if gpu["fits"] else "no", _span(gpu["step_s"].values()), _span(gpu.get("run_s"))]
+        for name, gpu in gpus.items()
+    ]
+
+
+_UNITS = (("ms", 1e-3, 1), ("s", 1, 120), ("min", 60, 7200), ("h", 3600, 48 * 3600), ("days", 86400, math.inf))
+
+
+def _span(times: Iterable[float] | None) -> str:
+    """Format a range of seconds in the unit of the longest, with few digits: "12 ms", "0.2–3.4 s", "25–31 min", "2.6 h"."""
+    if times is None:
+        return "–"
+    ordered = sorted(times)
+    unit, length, _ = next(known for known in _UNITS if ordered[-1] < known[2])
+    digits = (f"{t:.0f}" if t >= 10 else f"{t:.2g}" for t in (ordered[0] / length, ordered[-1] / length))
+    return f"{'–'.join(dict.fromkeys(digits))} {unit}"
+
+
+def _stage_row(name: str, stage: Mapping[str, Any]) -> list[str]:
+    models, trains = stage["models"], "step_flops" in stage
+    if trains:
+        which = " → ".join(_count(models[model]["parameters"]) for model in ("teacher", "student") if model in models)
+        count, what, work = stage["steps"], "steps", stage["step_flops"].values()
+    else:
+        which = ", ".join(dict.fromkeys(_count(model["parameters"]) for model in models.values()))
+        count, what, work = stage["responses"], "answers", stage["response_flops"]
+    number = f"{'–' if count is None else f'{count:,}'} {what}"
+    return [name, which, number, _count_range(work), format_bytes(stage["memory"]["total"])]
+
+
+def _count_range(numbers: Iterable[float]) -> str:
+    """Format a range of counts in the unit of the largest: "3.01–16.3 T", "292 M"."""
+    least, most = min(numbers), max(numbers)
+    digits, _, unit = format_count(most).partition(" ")
+    if not unit or float(f"{least:.3g}") == float(f"{most:.3g}"):
+        return format_count(most)
+    return f"{least / 1000 ** (' kMGT'.index(unit)):.3g}–{digits} {unit}"
+
+
+def _time_tables(stages: Mapping[str, Mapping[str, Any]]) -> Iterator[RenderableType]:
+    """Yield the times of whole stages where it is known how much there is to do, else of a step or an answer."""
+    gpus = list(next(iter(stages.values()))["gpus"])
+    whole, each = [], []
+    for name, stage in stages.items():
+        entries = [stage["gpus"][gpu] for gpu in gpus]
+        is_known = "run_s" in entries[0]
+        what = "run_s" if is_known else "step_s" if "step_flops" in stage else "response_s"
+        times = [entry[what].values() if what == "step_s" else entry[what] for entry in entries]
+        cells = [_span(t) if entry["fits"] else "too large" for t, entry in zip(times, entries, strict=True)]
+        (whole if is_known else each).append([name, *cells])
+    if len(whole) > 1:
+        total = ["all together" if not each else "together"]
+        for gpu in gpus:
+            known = [stage["gpus"][gpu] for stage in stages.values() if "run_s" in stage["gpus"][gpu]]
+            spans = [sum(entry["run_s"][i] for entry in known) for i in (0, 1)]
+            total.append(_span(spans) if all(entry["fits"] for entry in known) else "–")
+        whole.append(total)
+    titles = {
+        "Time of each stage, estimated": whole,
+        "Time of a step, or of an answer within its batch, estimated": each,
+    }
+    for title, rows in titles.items():
+        if rows:
+            yield table(title, ["", *gpus], rows)
+
+
+def _batch_lines(batch: Sequence[DecodedSequence]) -> Iterator[Text]:
+    head = "One batch, decoded; supervised tokens are in ⟦ ⟧ (the last one ends the response, unless it was cut)"
+    yield Text(head, "bold")
+    for sequence in batch:
+        line = Text(style="dim")
+        for text, is_supervised in sequence.pieces:
+            if is_supervised:
+                line.append(f"⟦{text}⟧", style="not dim green")
+            else:
+                line.append(text)
+        yield line
+        yield Text("─" * 20, "dim")
