@@ -113,26 +113,48 @@ class Registry(Mapping[str, T], Generic[T]):
             self._loading = entry_point.value
             self._load_plugin(entry_point)
         self._loading = None
+        self._check_entries()
 
     def _load_plugin(self, entry_point: metadata.EntryPoint) -> None:
-        before = dict(self._entries)
+        """Import an entry point. One that fails leaves no entry in any registry."""
+        registries = (self, divergences, methods, metrics, datasets)
+        before = [dict(registry._entries) for registry in registries]
         distribution = entry_point.dist.name if entry_point.dist is not None else entry_point.value
         try:
             entry_point.load()
-            for name in self._entries.keys() - before.keys():
-                self._distributions[name] = distribution
-                if self.check is not None:
-                    self.check(self._entries[name])
         except Exception as error:
-            self._entries = before
+            for registry, entries in zip(registries, before, strict=True):
+                registry._remove(registry._added_since(entries))
             self._report(entry_point.name, distribution, error)
+        for registry, entries in zip(registries, before, strict=True):
+            registry._distributions |= dict.fromkeys(registry._added_since(entries), distribution)
+
+    def _added_since(self, entries: Mapping[str, T]) -> list[str]:
+        """Return the new entries of other packages. New built-in ones come from a plug-in that imports their module."""
+        return [name for name in self._entries if name not in entries and not self._is_builtin(name)]
+
+    def _remove(self, names: list[str]) -> None:
+        for name in names:
+            del self._entries[name]
+
+    def _check_entries(self) -> None:
+        """Reject the entries of other packages that do not pass the check."""
+        foreign = [name for name in self._entries if not self._is_builtin(name)]
+        for name in foreign if self.check is not None else ():
+            try:
+                self.check(self._entries[name])
+            except Exception as error:
+                self.reject(name, error)
+
+    def _is_builtin(self, name: str) -> bool:
+        return self._origins[name].startswith(f"{__package__}.")
 
     def reject(self, name: str, error: Exception) -> None:
         """Remove an entry of another package that turns out to be unusable. Raise the error where it is a built-in one."""
-        if name not in self._distributions:
+        if self._is_builtin(name):
             raise error
         del self._entries[name]
-        self._report(name, self._distributions[name], error)
+        self._report(name, self._distributions.get(name, self._origins[name]), error)
 
     def _report(self, name: str, distribution: str, error: Exception) -> None:
         cause = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"

@@ -1,7 +1,7 @@
-"""The vocabulary that the rooms share: a tokenized pair of prompt and response, and a batch of them.
+"""Define what the rooms share: tokenized pairs of prompt and response, and batches of them.
 
-``data`` makes sequences from rows, ``core`` makes them from rollouts; both collate them here, so that the place of the
-supervised positions is decided once.
+``data`` makes sequences from rows, ``rollouts`` samples them; both are collated here, so that the supervised positions are
+decided in one place.
 
 Shape letters, here and everywhere: B sequences, T time, N supervised (response) positions of the whole batch,
 V vocabulary, D width of the last hidden state.
@@ -82,15 +82,15 @@ class Batch:
         return self.ids_BT.shape[0]
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on ``device``; copies overlap with compute where the device allows."""
+        """Return the batch on ``device``; copies overlap with compute where the device allows."""
         return replace(self, **{name: moved(getattr(self, name), device) for name in self.__slots__})
 
 
 def moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """A tensor of the CPU that may be gone at once, on ``device``.
+    """Copy a CPU tensor to ``device``; the caller may release it at once.
 
-    For CUDA nobody waits: memory that is not pinned has been read when the call is back. Other devices may read it later,
-    when it holds something else (MPS did up to torch 2.13: pytorch/pytorch#189690).
+    For CUDA the copy does not block: memory that is not pinned has been read when the call returns. Other devices may read
+    it later, when it holds something else (MPS did up to torch 2.13: pytorch/pytorch#189690).
     """
     return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
 
@@ -129,17 +129,17 @@ def collate(sequences: SequenceOf[Sequence]) -> Batch:
 MIN_PASS_OVERHEAD = 64  # in token positions
 
 
-LengthGroups = list[
-    list[Sequence]
-]  # sequences that one loss is taken of, cut by length: each part goes through the trunk alone
+# Sequences of one micro-batch in groups of similar length: each group goes through the trunk alone.
+LengthGroups = list[list[Sequence]]
 
 
 def pass_overhead(device: str, width: int) -> int:
-    """What one more pass over a student costs beside its tokens, in token positions.
+    """Return the overhead of one more pass through a student, in token positions.
 
-    On a CPU that is Python and a call per operation, about as long for a narrow layer as for a wide one, while a position's
-    time goes with width²; from about 150 on the least is taken, with which a random batch of 8 of Dolly's rows is cut into
-    3.5 parts and 7 % padding. Elsewhere launching the kernels takes as long as many positions: 1.8 parts, 26 %.
+    On a CPU it is Python and a call per operation, about the same for a narrow layer as for a wide one, while a position's
+    time grows with width²; from a width of about 150 on it is the minimum, with which a random batch of 8 Dolly rows is cut
+    into 3.5 groups with 7 % padding. On an accelerator, launching the kernels takes as long as many positions: 1.8 groups,
+    26 %.
 
     device: its type. width: of the student's layers.
     """
@@ -147,10 +147,10 @@ def pass_overhead(device: str, width: int) -> int:
 
 
 def length_groups(sequences: SequenceOf[Sequence], most: int, pass_overhead: int = MIN_PASS_OVERHEAD) -> LengthGroups:
-    """The sequences of one step, cut into parts of at most ``most``, each of about one length.
+    """Cut the sequences of one step into groups of at most ``most``, each of similar length.
 
-    Sums of losses add up whatever the cut, so this saves padding and changes no gradient. The cut minimises padded
-    positions plus ``pass_overhead`` per part, by dynamic programming over the sequences sorted by length.
+    Sums of losses add up whatever the cut, so this saves padding and changes no gradient. The cut minimizes padded
+    positions plus ``pass_overhead`` per group, by dynamic programming over the sequences sorted by length.
     """
     ordered = sorted(sequences, key=len, reverse=True)
     cost, start = [0.0], [0]
@@ -170,7 +170,7 @@ def length_groups(sequences: SequenceOf[Sequence], most: int, pass_overhead: int
 def micro_batches(
     sequences: SequenceOf[Sequence], most: int, pass_overhead: int = MIN_PASS_OVERHEAD
 ) -> list[LengthGroups]:
-    """The ``passes`` of one step, gathered into micro-batches of at most ``most`` sequences.
+    """Gather the ``length_groups`` of one step into micro-batches of at most ``most`` sequences.
 
     A micro-batch is what one backward pass goes through, so its activations are in memory together.
     """

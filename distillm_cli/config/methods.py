@@ -5,6 +5,7 @@ A preset states what makes the method that method and nothing else; the recipe, 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -42,8 +43,8 @@ class Method:
 
 
 def register_method(method: Method, origin: str | None = None) -> Method:
-    """Register a method under its name. origin: the module that it comes from, for messages."""
-    plugins.methods.register(method.name, method, origin)
+    """Register a method under its name. origin: the module that it comes from, for messages; None: the caller."""
+    plugins.methods.register(method.name, method, origin or sys._getframe(1).f_globals["__name__"])
     return method
 
 

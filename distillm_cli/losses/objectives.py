@@ -7,7 +7,7 @@
     TAID          KL to a target that moves from the student to the teacher
     ATKD          easy and hard tokens weighted separately
 
-(MiniLLM has a file of its own, ``policy_gradient``.) An objective knows neither models nor vocabularies. Its state from step
+(MiniLLM has a file of its own, ``minillm``.) An objective knows neither models nor vocabularies. Its state from step
 to step is in ``state_dict``, and so in every checkpoint.
 """
 
@@ -362,7 +362,7 @@ class DistiLLM2(FDistill):
 
 def build(config: ObjectiveConfig | None, epochs: float = 1.0) -> Objective:
     """Build the objective of a recipe's ``objective`` section; None is fine-tuning. epochs: of the whole run."""
-    from distillm_cli.losses.policy_gradient import MiniLLM  # which stands on this file
+    from distillm_cli.losses.minillm import MiniLLM  # which stands on this file
 
     if config is None:
         return CrossEntropy()

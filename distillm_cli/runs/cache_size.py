@@ -83,7 +83,7 @@ class CacheWorkload:
     @property
     def rollouts_repeat(self) -> bool:
         """Return whether a rollout may be trained on more than once."""
-        return self._schedule.config.may_replay
+        return self.recipe.schedule.may_replay
 
     @property
     def samples_repeat(self) -> bool:
@@ -123,7 +123,7 @@ class CacheWorkload:
         return "memory", ""
 
     def _reason_to_compute_once(self) -> str:
-        if self._schedule.config.uses_teacher_samples and not self.recipe.objective.kd_weight:
+        if self.recipe.schedule.uses_teacher_samples and not self.recipe.objective.kd_weight:
             return "needs the teacher for its samples alone"
         return "trains on every row once" if uses_rows(self.recipe) else "trains on every sample once"
 
@@ -157,5 +157,4 @@ class CacheWorkload:
 
 def uses_rows(recipe: Recipe) -> bool:
     """Return whether rows' own responses are trained on: where the schedule draws them, or beside rollouts."""
-    schedule = build_scheduler(recipe.schedule, steps=1, seed=0)
-    return schedule.config.uses_rows or objectives.build(recipe.objective).rows_beside
+    return recipe.schedule.uses_rows or objectives.build(recipe.objective).rows_beside

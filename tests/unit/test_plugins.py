@@ -49,6 +49,20 @@ def test_a_package_that_cannot_be_imported_is_reported_and_left_out(package):
     assert (failure.group, failure.name, failure.distribution) == ("distillm.toys", "bad", "bad-package")
 
 
+def test_a_package_that_fails_leaves_nothing_in_other_groups(package):
+    code = """
+        import distillm_cli.config.methods
+        from distillm_cli import plugins
+        plugins.methods.register("mine", 1)
+        import no_such_module
+    """
+    package("bad", code)
+    with pytest.warns(PluginWarning, match="bad-package"):
+        assert not plugins.toys
+    assert "mine" not in plugins.methods
+    assert "kd" in plugins.methods
+
+
 def test_a_name_that_is_taken_is_refused_and_names_both_modules(package):
     plugins.toys.register("ball", 0, "this_program")
     package("good", GOOD)

@@ -12,8 +12,8 @@ from torch.testing import assert_close
 
 from distillm_cli.config import schema
 from distillm_cli.losses.fused import fused_loss
+from distillm_cli.losses.minillm import ClippedSurrogate, MiniLLM, advantages
 from distillm_cli.losses.objectives import SourceBatch
-from distillm_cli.losses.policy_gradient import ClippedSurrogate, MiniLLM, advantages
 from distillm_cli.losses.weights import LossWeights, TokenWeights
 from distillm_cli.rollouts.mixture import MixtureSampler
 from distillm_cli.rollouts.pool import RoundBuffer

@@ -1,11 +1,11 @@
-"""MiniLLM (Gu et al., arXiv 2306.08543): the gradient of the reverse KL between whole outputs, KL(q ‖ p).
+"""Compute MiniLLM's loss (Gu et al., arXiv 2306.08543): the gradient of the reverse KL between whole outputs, KL(q ‖ p).
 
 At token t of an output of T tokens, drawn from p̃ (``mixture``), with r = log p − log q at the time of sampling, p the
 teacher and q the student, the gradient has two parts (the paper's section 2.2):
 
-- what token t itself does, exact over the vocabulary: ∇ KL(q ‖ p) at its prefix, weighted with w = q/p̃ at the time of
+- the effect on token t itself, exact over the vocabulary: ∇ KL(q ‖ p) at its prefix, weighted with w = q/p̃ at the time of
   sampling, at most 1/(1 − α);
-- what it does to all that follows: the policy gradient −w·A·∇ log q(token) with A the mean of r over the tokens after t
+- the effect on all later tokens: the policy gradient −w·A·∇ log q(token) with A the mean of r over the tokens after t
   (length normalisation), 0 at the last one. There is no baseline. Over several steps on the same outputs it is PPO's
   clipped surrogate (arXiv 1707.06347), −min(ρA, clip(ρ, 1 ± ε)·A), ρ = q/p̃ with q as it is now.
 
@@ -15,7 +15,7 @@ Where sources differ: the paper prints 1/(T − t − 1) for a mean of T − t t
 (microsoft/LMOps, minillm/losses.py) clips ρ against the sampler, as here; but it counts r at t itself into A, standardises A
 over the batch and leaves the exact part without w. The formulas here are the paper's.
 
-Shape letters: N supervised tokens of a micro-batch; 3 what ``mixture`` says of each.
+Shape letters: N supervised tokens of a micro-batch; 3 log-probabilities of each (see ``rollouts.mixture``).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from distillm_cli.types import Rollout
 
 @dataclass(frozen=True, eq=False)
 class ClippedSurrogate:
-    """−min(ρA, clip(ρ, 1 − clip, 1 + clip)·A) with ρ = q(token)/p̃(token): nats where A is.
+    """Compute −min(ρA, clip(ρ, 1 − clip, 1 + clip)·A) with ρ = q(token)/p̃(token), in the unit of A.
 
     advantages_N: A, constants. log_drawn_N: log p̃ of each token when it was drawn.
     """
@@ -49,10 +49,10 @@ class ClippedSurrogate:
     def __call__(self, log_q_N: Tensor) -> tuple[Tensor, Tensor]:
         ratio_N = (log_q_N - self.log_drawn_N.to(log_q_N)).exp()
         advantages_N = self.advantages_N.to(log_q_N)
-        free_N = ratio_N * advantages_N
-        held_N = ratio_N.clamp(1 - self.clip, 1 + self.clip) * advantages_N
+        unclipped_N = ratio_N * advantages_N
+        clipped_N = ratio_N.clamp(1 - self.clip, 1 + self.clip) * advantages_N
         # d(ρA)/d log q = ρA, and nothing where the clipped value is the smaller one: it does not depend on q.
-        return -torch.minimum(free_N, held_N), torch.where(free_N <= held_N, free_N, 0.0)
+        return -torch.minimum(unclipped_N, clipped_N), torch.where(unclipped_N <= clipped_N, unclipped_N, 0.0)
 
     def __getitem__(self, tokens: slice) -> ClippedSurrogate:
         return ClippedSurrogate(self.advantages_N[tokens], self.log_drawn_N[tokens], self.clip)
@@ -62,7 +62,7 @@ class ClippedSurrogate:
 
 
 def advantages(rewards_N: Tensor) -> Tensor:
-    """The mean of one output's rewards after each token, [N]; 0 after the last."""
+    """Return the mean of one output's rewards after each token, [N]; 0 after the last."""
     N = len(rewards_N)
     to_go_N = rewards_N.double().flip(0).cumsum(0).flip(0)
     means_N = torch.zeros_like(to_go_N)
@@ -71,9 +71,10 @@ def advantages(rewards_N: Tensor) -> Tensor:
 
 
 class MiniLLM(KD):
-    """Student outputs: w·D + the clipped surrogate, per token; MiniLLM's D is ``rkl``. Data set rows stand beside them in
-    the same step with ``row_weight``, (1 − kd_weight)·CE + kd_weight·KL(p ‖ q) per token: the authors' term on plain text,
-    on the rows' own responses here.
+    """MiniLLM: w·D + the clipped surrogate per token of student outputs, where the paper's D is ``rkl``.
+
+    Each step also has data set rows, weighted with ``row_weight``: (1 − kd_weight)·CE + kd_weight·KL(p ‖ q) per token. It is
+    the authors' term on plain text, here on the rows' own responses.
 
     The loss is a mean over the outputs' tokens plus row_weight times a mean over the rows', nats per token: the exact part
     is the reverse KL at a token, the surrogate an estimate of the mean one after it, both 0 where the models agree.
@@ -91,8 +92,8 @@ class MiniLLM(KD):
     def weights(self, source: Source, progress: float = 1.0) -> LossWeights:
         if source in STUDENT_OUTPUTS:
             return LossWeights(kd=1.0, ce=0.0, divergence=self.divergence)
-        of_rows = super().weights(source, progress)
-        return LossWeights(of_rows.kd, of_rows.ce, KL())
+        plain = super().weights(source, progress)
+        return LossWeights(plain.kd, plain.ce, KL())
 
     def begin_step(
         self, parts: SequenceOf[SourceBatch], log_probs: SequenceOf[TokenLogProbs], progress: float
@@ -102,21 +103,21 @@ class MiniLLM(KD):
         self._reward = self._reward_of(outputs) if outputs else None
         if not outputs:
             return [None] * len(parts)
-        # The engine divides by all of them: a mean over a part is a sum that weighs all/part.
-        everything = self.count(outputs) + self.count(rows)
-        of_outputs = min(1.0, progress / self.config.kd_warmup) if self.config.kd_warmup else 1.0
-        of_outputs *= everything / self.count(outputs)
-        of_rows = self.config.row_weight * everything / max(self.count(rows), 1)
+        # The sum is divided by all of them: a mean over a part is a sum that weighs all/part.
+        total = self.count(outputs) + self.count(rows)
+        output_weight = min(1.0, progress / self.config.kd_warmup) if self.config.kd_warmup else 1.0
+        output_weight *= total / self.count(outputs)
+        row_weight = self.config.row_weight * total / max(self.count(rows), 1)
         own = []
         for part in parts:
             N = sum(s.supervised for s in part.sequences)
             if part.source in STUDENT_OUTPUTS:
-                own.append(self._of_outputs(part.sequences, torch.full((N,), of_outputs)))
+                own.append(self._output_weights(part.sequences, torch.full((N,), output_weight)))
             else:
-                own.append(TokenWeights(weights_N=torch.full((N,), of_rows)))
+                own.append(TokenWeights(weights_N=torch.full((N,), row_weight)))
         return own
 
-    def _of_outputs(self, sequences: SequenceOf[Rollout], weights_N: Tensor) -> TokenWeights:
+    def _output_weights(self, sequences: SequenceOf[Rollout], weights_N: Tensor) -> TokenWeights:
         log_probs_N3 = torch.cat([s.log_probs_N3 for s in sequences])
         rewards = [s.log_probs_N3[:, LOG_P] - s.log_probs_N3[:, LOG_Q] for s in sequences]
         surrogate = ClippedSurrogate(
@@ -130,11 +131,13 @@ class MiniLLM(KD):
         return float((w_N * (log_probs_N3[:, LOG_P] - log_probs_N3[:, LOG_Q])).sum() / w_N.sum().clamp_min(1e-12))
 
     def figures(self) -> dict[str, float]:
-        """reward: mean of log p − log q per token of the step's outputs when they were sampled, nats, weighted back from
-        the mixture to the student: an estimate of −KL(q ‖ p) per token."""
+        """Return the reward: the mean of log p − log q per token of the step's outputs when they were sampled, nats.
+
+        It is weighted from the mixture to the student, and so estimates −KL(q ‖ p) per token.
+        """
         return {} if self._reward is None else {"reward": self._reward}
 
 
 def _weights(log_probs_N3: Tensor) -> Tensor:
-    """w = q/p̃ when the tokens were drawn."""
+    """Return w = q/p̃ at the time of sampling."""
     return (log_probs_N3[:, LOG_Q] - log_probs_N3[:, LOG_DRAWN]).exp()
