@@ -41,19 +41,19 @@ def launch(ctx: typer.Context) -> None:
     notes = [note for note in (check_data(resolved), fitted_line(resolved)) if note is not None]
     check_alone()
 
-    from distillm_cli.runs.reading import reading
+    from distillm_cli.runs.reading import prefetcher_of
     from distillm_cli.ui.console import console
 
     if typed.get("warm_teacher_cache"):
         if resume or overwrite or output is not None:
             what = "--warm-teacher-cache writes no output directory"
             raise UsageError(what, hint="drop --output, --resume and --overwrite")
-        with console(json_mode=typed["json"], quiet=typed["quiet"]) as ui, reading(resolved.recipe) as early:
+        with console(json_mode=typed["json"], quiet=typed["quiet"]) as ui, prefetcher_of(resolved.recipe) as prefetcher:
             for note in notes:
                 ui(Note(note))
             from distillm_cli.runs.teacher_states import warm
 
-            ui.result(warm(resolved, rebuild=rebuild, ui=ui, early=early))
+            ui.result(warm(resolved, rebuild=rebuild, ui=ui, prefetcher=prefetcher))
         return
     r = resolved.recipe
     place = Path(output) if output else None
@@ -61,13 +61,15 @@ def launch(ctx: typer.Context) -> None:
         place = output_dir.default_name(
             resolved.name, r.data.source, r.student.path or "student", r.method, resume=resume
         )
-    is_new = output_dir.check(place, resume=resume, overwrite=overwrite)  # before rows are read that nobody will want
+    is_new = output_dir.check_output(
+        place, resume=resume, overwrite=overwrite
+    )  # before rows are read that nobody will want
     if overwrite:
         from distillm_cli.runs.inputs import check_spared
 
         check_spared(command, r, place, file=recipe)
     ui = console(json_mode=typed["json"], quiet=typed["quiet"])
-    with output_dir.claimed(place, is_new=is_new), ui, reading(r) as early:
+    with output_dir.claimed(place, is_new=is_new), ui, prefetcher_of(r) as prefetcher:
         for note in notes:
             ui(Note(note))
         from distillm_cli.runs.train import train  # which imports torch, while the rows are read and tokenized
@@ -79,7 +81,7 @@ def launch(ctx: typer.Context) -> None:
             resume=resume,
             overwrite=overwrite,
             rebuild_teacher_cache=rebuild,
-            early=early,
+            prefetcher=prefetcher,
             ui=ui,
         )
         ui.result(result)

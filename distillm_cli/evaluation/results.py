@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from distillm_cli.config import schema
-from distillm_cli.errors import StorageError
 from distillm_cli.evaluation.evaluate import GREEDY, Answer, SuiteResult
 from distillm_cli.evaluation.metrics import METRICS, ratio
 from distillm_cli.evaluation.suites import Suite
-from distillm_cli.utils import storage
+from distillm_cli.utils import manifest
+from distillm_cli.utils.storage import atomic_write, check_writable, locked, nearest_directory, storing
 
 RESULTS = "results.json"
 
@@ -43,39 +44,44 @@ def label(config: schema.EvalConfig, template: str) -> str:
     return "-".join(parts)
 
 
-def check_writable(root: Path) -> None:
-    """Raises StorageError when nothing can be written at ``root``, before hours go into what should end up there.
+def check_root(root: Path) -> None:
+    """Raise StorageError when nothing can be written at ``root``, before hours go into what should end up there.
 
-    Makes no directory: the nearest one that is there is tried.
+    Makes no directory: the nearest one that exists is tried.
     """
-    home = root
-    while not home.exists() and home != home.parent:
-        home = home.parent
-    try:
-        storage.check_writable(home)
-    except OSError as error:
-        raise _refused(root, error) from error
+    with _storing(root):
+        check_writable(nearest_directory(root))
 
 
 def save(result: SuiteResult, root: Path, about: Mapping[str, Any] | None = None) -> Path:
-    """Writes predictions and results under ``root``; returns their directory.
+    """Write predictions and results under ``root``, list them in its manifest, and return their directory.
 
     about: what else ``results.json`` should open with (the model, its dtype). Raises StorageError.
     """
     place = root / result.suite.name / label(result.config, result.template)
     summary = {**_head(result.suite, result.config, result.template, about), **result.as_json()}
-    try:
+    files = {name: f"predictions-{name if name == GREEDY else f'seed{name}'}.jsonl" for name in result.answers}
+    with _storing(place):
         place.mkdir(parents=True, exist_ok=True)
+        _record(root, [f"{place.relative_to(root).as_posix()}/{file}" for file in (RESULTS, *files.values())])
         # An absent results.json says that these predictions are not whole.
         for stale in [place / RESULTS, *place.glob("predictions-*.jsonl")]:
             stale.unlink(missing_ok=True)
-        for name in result.answers:
-            path = place / f"predictions-{name if name == GREEDY else f'seed{name}'}.jsonl"
-            _write(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in _predictions(result, name)))
-        _write(place / RESULTS, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise _refused(place, error) from error
+        for name, file in files.items():
+            lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in _predictions(result, name))
+            atomic_write(place / file, "".join(lines))
+        atomic_write(place / RESULTS, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     return place
+
+
+def _record(root: Path, names: list[str]) -> None:
+    """List files in the manifest of ``root``, which evaluations that run at once share."""
+
+    def wait() -> None:
+        pass
+
+    with locked(root, wait):
+        manifest.record(root, names)
 
 
 def earlier(
@@ -126,12 +132,5 @@ def _of_row(name: str, answer: Answer, references: tuple[str, ...], result: Suit
     return METRICS[name].score(answer.text, references) if count is None else ratio([count])
 
 
-def _write(path: Path, text: str) -> None:
-    """The whole file or nothing."""
-    staged = path.with_name(f".staging-{path.name}")
-    staged.write_text(text, encoding="utf-8")
-    staged.replace(path)
-
-
-def _refused(path: Path, error: OSError) -> StorageError:
-    return StorageError(f"cannot write to {path}: {error.strerror or error}", hint="choose another place with --output")
+def _storing(path: Path) -> AbstractContextManager[None]:
+    return storing(f"cannot write to {path}", "choose another place with --output")

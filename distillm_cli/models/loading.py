@@ -52,7 +52,7 @@ def load_config(path: str, *, revision: str | None = None, file: bool = False) -
                 raise no_base(adapters[-1], base, error) from error
     name, local = (path, True) if file else locate(path)
     if local and not file:
-        manifest.check(Path(name), weights=False)
+        manifest.check_files(Path(name), weights=False)
         if not (Path(name) / "config.json").is_file():
             hint = "pass a model directory: config.json, model.safetensors"
             raise ModelError(f"{path} holds no config.json", hint=hint)
@@ -108,7 +108,7 @@ def load_backbone(
     adapters, base, base_revision = adapters_of(path, revision)
     for place in adapters:
         if place.local:
-            manifest.check(Path(place.name), weights=True)
+            manifest.check_files(Path(place.name), weights=True)
             _warn_of_edits(Path(place.name), listener)
     own = tokenizer is None
     tokenizer = (tokenizers or OwnTokenizers()).of(path, revision) if tokenizer is None else tokenizer
@@ -187,7 +187,7 @@ def _load_weights(
             hint=f"to start from scratch, pass {Path(path) / 'config.json'}",
         )
     if local:
-        manifest.check(Path(name), weights=True)
+        manifest.check_files(Path(name), weights=True)
     # Else a thread asks the hub to convert repositories that have no safetensors.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     with quiet():

@@ -17,7 +17,7 @@ from distillm_cli.config.schema import Recipe
 from distillm_cli.errors import Interrupted, UsageError, signal_number
 from distillm_cli.evaluation.evaluate import evaluate
 from distillm_cli.evaluation.metrics import METRICS
-from distillm_cli.evaluation.results import check_writable, earlier, save
+from distillm_cli.evaluation.results import check_root, earlier, save
 from distillm_cli.evaluation.suites import Suite, load_suites
 from distillm_cli.models.devices import dtype_name
 from distillm_cli.models.fingerprint import fingerprint
@@ -107,7 +107,7 @@ def _plan(
             loaded[key] = load_suites(chosen, ui)
         jobs.append(_Job(checkpoint, chosen, loaded[key], place))
     for job in jobs:
-        check_writable(job.place)
+        check_root(job.place)
     return jobs
 
 

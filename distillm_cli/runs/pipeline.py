@@ -19,9 +19,10 @@ from distillm_cli.config.pipeline_recipe import PREFIX, Pipeline, Stage, Trainin
 from distillm_cli.errors import START_OVER, CheckpointError, DistillmError, Interrupted, UsageError, signal_number
 from distillm_cli.runs import output_dir, stages
 from distillm_cli.runs.inputs import check_spared
-from distillm_cli.runs.stages import Record
+from distillm_cli.runs.stages import StageRecord
 from distillm_cli.training.events import Note, Staged, Warned
-from distillm_cli.utils.host import give_back_freed_memory
+from distillm_cli.utils.manifest import recorded
+from distillm_cli.utils.memory import give_back_freed_memory
 
 if TYPE_CHECKING:
     from distillm_cli.ui.console import Console
@@ -56,7 +57,7 @@ def choose(pipeline: Pipeline, only: str | None, start: str | None) -> list[str]
 
 def survey(pipeline: Pipeline, output: Path, chosen: list[str]) -> dict[str, State]:
     """What a run would do with each stage. Touches nothing. Raises UsageError for a stage that cannot get its input."""
-    records = {name: stages.read(output / name) for name in pipeline.names}
+    records = {name: stages.read_record(output / name) for name in pipeline.names}
     _check_reads(pipeline, output, chosen, records)
     found: dict[str, State] = {}
     made: dict[str, str] = {}
@@ -89,8 +90,8 @@ def run(
     chosen = choose(pipeline, only, start)
     _check_free(output / RESOLVED)
     survey(pipeline, output, chosen)  # everything that can be wrong beforehand, before anything is written
-    with stages.locked(output):
-        output_dir.write_text(output / RESOLVED, resolved_yaml(pipeline))
+    with stages.claimed_pipeline(output):
+        output_dir.write_file(output, RESOLVED, resolved_yaml(pipeline))
         told = _Run(pipeline, output, chosen, ui).go()
     wall = round(time.perf_counter() - began, 3)
     return {"command": "run", "status": "ok", "output": str(output), "wall_s": wall, "stages": told}
@@ -116,18 +117,18 @@ def said(state: State) -> str:
 
 def _check_free(path: Path) -> None:
     """Raises UsageError for a file that is somebody's own pipeline."""
-    if path.is_file() and not output_dir.is_resolved(path):
+    if path.is_file() and path.name not in recorded(path.parent):
         what = f"{path} was not written by `distillm run`, which would replace it"
         raise UsageError(what, hint="choose another --output, or move it away")
 
 
-def _is_done(record: Record | None, place: Path) -> bool:
+def _is_done(record: StageRecord | None, place: Path) -> bool:
     return record is not None and record.status == "done" and stages.is_whole(record, place)
 
 
-def _state(stage: Stage, place: Path, before: Record, made: Mapping[str, str]) -> State:
+def _state(stage: Stage, place: Path, before: StageRecord, made: Mapping[str, str]) -> State:
     of = stages.shaped_by(stage, made)
-    if stages.fingerprint(of) != before.fingerprint:
+    if stages.stage_fingerprint(of) != before.fingerprint:
         changes = stages.differences(before.of, of)
         more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
         return State("changed", ", ".join(changes[:3]) + more)
@@ -138,7 +139,9 @@ def _state(stage: Stage, place: Path, before: Record, made: Mapping[str, str]) -
     return State("done")
 
 
-def _check_reads(pipeline: Pipeline, output: Path, chosen: list[str], records: Mapping[str, Record | None]) -> None:
+def _check_reads(
+    pipeline: Pipeline, output: Path, chosen: list[str], records: Mapping[str, StageRecord | None]
+) -> None:
     """Whether every stage that is left out and read has been done."""
     for stage in (pipeline[name] for name in chosen):
         for name in stage.reads:
@@ -166,7 +169,7 @@ class _Run:
         number = len(self.pipeline.stages)
         for position, stage in enumerate(self.pipeline.stages):
             place = self.output / stage.name
-            before = stages.read(place)
+            before = stages.read_record(place)
             head = f"stage {position + 1} of {number} · {stage.name} ({stage.verb})"
             if stage.name not in self.chosen:
                 made[stage.name] = before.made if before is not None else ""
@@ -185,16 +188,16 @@ class _Run:
             record = stages.begin(stage, of, before)
             result = self._made(stage, place, record)
             record = stages.finished(record, stage, place, _plain(result))
-            stages.write(place, record)
+            stages.write_record(place, record)
             made[stage.name] = record.made
             told[stage.name] = {"status": "done", **self._about(stage, place), "result": result}
         self._show(number)
         self.ui.show(_table(told))
         return told
 
-    def _made(self, stage: Stage, place: Path, record: Record) -> dict[str, Any]:
+    def _made(self, stage: Stage, place: Path, record: StageRecord) -> dict[str, Any]:
         """Makes one stage; whatever stops it says which one it was."""
-        stages.write(place, record)
+        stages.write_record(place, record)
         places = {
             other.name: _from_here(stages.makes(other, self.output / other.name)) for other in self.pipeline.stages
         }
@@ -227,7 +230,7 @@ class _Run:
         )
         self.ui(Staged(names, states))
 
-    def _warn_if_stale(self, stage: Stage, place: Path, before: Record | None, made: Mapping[str, str]) -> None:
+    def _warn_if_stale(self, stage: Stage, place: Path, before: StageRecord | None, made: Mapping[str, str]) -> None:
         """A stage that is left out is taken as it is; whoever left it out may not know that its recipe has moved on."""
         read = any(stage.name in self.pipeline[name].reads for name in self.chosen)
         if read and before is not None and (state := _state(stage, place, before, made)).kind == "changed":
@@ -235,7 +238,7 @@ class _Run:
 
 
 def _by_verb(
-    stage: Stage, own: Training, resolved: Resolved, place: Path, record: Record, ui: Console
+    stage: Stage, own: Training, resolved: Resolved, place: Path, record: StageRecord, ui: Console
 ) -> dict[str, Any]:
     """own, resolved: the stage's, with places for the names of others."""
     if own.verb in ("sft", "distill"):
@@ -252,7 +255,7 @@ def _by_verb(
 
 
 def _train(
-    verb: str, resolved: Resolved, place: Path, record: Record, from_stages: Collection[str], ui: Console
+    verb: str, resolved: Resolved, place: Path, record: StageRecord, from_stages: Collection[str], ui: Console
 ) -> dict[str, Any]:
     from distillm_cli.runs.defaults import fitted_line
     from distillm_cli.runs.train import train
@@ -261,8 +264,8 @@ def _train(
     # Checkpoints are this making's own only once the directory has been cleared for it.
     beginnings = (place, place / output_dir.SFT)
     resume = record.status == "started" and any(visible(begun / output_dir.CHECKPOINTS) for begun in beginnings)
-    begun: Callable[[], None] = lambda: stages.write(place, replace(record, status="started"))  # noqa: E731
-    output_dir.check(place, resume=resume, overwrite=not resume)
+    begun: Callable[[], None] = lambda: stages.write_record(place, replace(record, status="started"))  # noqa: E731
+    output_dir.check_output(place, resume=resume, overwrite=not resume)
     if not resume:
         check_spared(verb, resolved.recipe, place)
     if (fitted := fitted_line(resolved)) is not None:

@@ -33,8 +33,8 @@ from distillm_cli.runs.report import check_answers, check_metric
 from distillm_cli.runs.teacher_states import CachePlan, check_rows, disk_free, plan_cache, uses_rows
 from distillm_cli.training.events import Listener, Note, silent
 from distillm_cli.ui.display import size
-from distillm_cli.utils import garbage, text
-from distillm_cli.utils.host import available_memory
+from distillm_cli.utils import text
+from distillm_cli.utils.memory import available_memory, resume_garbage_collection
 from distillm_cli.utils.text import redact
 
 T = TypeVar("T")
@@ -60,7 +60,7 @@ def weights_are_at_hand(recipe: Recipe) -> bool:
 
 def survey(resolved: Resolved, listener: Listener) -> tuple[dict[str, Any], Prepared | None]:
     """The plan of one run; the prepared run too, where weights are at hand."""
-    garbage.take_up()
+    resume_garbage_collection()
     if not weights_are_at_hand(resolved.recipe):
         return of_shapes(resolved, listener)[0], None
     check_metric(resolved.recipe)

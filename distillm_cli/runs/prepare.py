@@ -16,10 +16,9 @@ import torch
 
 from distillm_cli.config.schema import DataConfig, Recipe, TrainConfig
 from distillm_cli.config.shaping import shaping
-from distillm_cli.data.ahead import Ahead
 from distillm_cli.data.batching import Examples, Order, by_length, tokenize
-from distillm_cli.data.early import Early
 from distillm_cli.data.encoder import Encoder
+from distillm_cli.data.prefetch import Prefetcher
 from distillm_cli.data.rows import Row
 from distillm_cli.data.sources import Rows, overlap
 from distillm_cli.data.teacher_samples import encoded, read_beforehand
@@ -38,16 +37,16 @@ from distillm_cli.models.tokenizer_files import OwnTokenizers, quiet
 from distillm_cli.rollouts.replay import ReplayBuffer, Round
 from distillm_cli.rollouts.scheduler import Scheduler
 from distillm_cli.runs import output_dir, samplers
-from distillm_cli.runs.reading import bringers, reading
+from distillm_cli.runs.reading import prefetcher_of, tokenizer_candidates
 from distillm_cli.teachers.teacher import Teacher
 from distillm_cli.teachers.teacher_cache import date_of, root_of, rows_digest
 from distillm_cli.training.checkpoint import Checkpoints
 from distillm_cli.training.engine import Engine
 from distillm_cli.training.events import Listener, Note, Warned
 from distillm_cli.types import Sequence, collate, pass_overhead
-from distillm_cli.utils import garbage
-from distillm_cli.utils.host import give_back_freed_memory, set_threads
+from distillm_cli.utils.memory import give_back_freed_memory, resume_garbage_collection
 from distillm_cli.utils.text import counted
+from distillm_cli.utils.threads import set_threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -185,20 +184,21 @@ class Prepared:
             copy_processor(student.path, student.revision, directory)
 
 
-def prepare(recipe: Recipe, listener: Listener, early: Early | None = None) -> Prepared:
-    """Reads, loads and checks everything a run needs. early: where its rows are on their way already.
+def prepare(recipe: Recipe, listener: Listener, prefetcher: Prefetcher | None = None) -> Prepared:
+    """Reads, loads and checks everything a run needs. prefetcher: of its rows, where it is running already.
 
     Raises DataError, ModelError.
     """
-    with early or reading(recipe) as rows:
-        return _prepared(recipe, listener, rows)
+    with prefetcher or prefetcher_of(recipe) as running:
+        return _prepared(recipe, listener, running)
 
 
-def _prepared(recipe: Recipe, listener: Listener, early: Early) -> Prepared:
+def _prepared(recipe: Recipe, listener: Listener, prefetcher: Prefetcher) -> Prepared:
     set_threads(recipe.train.threads, listener)
     torch.manual_seed(recipe.train.seed)
     device = resolve_device(recipe.train.device)
-    train_rows, valid_rows = early.rows("train", listener), early.rows("valid", listener)
+    train_rows = prefetcher.rows("train", listener)
+    valid_rows = prefetcher.rows("valid", listener)
     if shared := overlap(valid_rows, train_rows):
         ask = "asks" if shared == 1 else "ask"
         rows = counted(len(valid_rows), "held-out row")
@@ -210,21 +210,26 @@ def _prepared(recipe: Recipe, listener: Listener, early: Early) -> Prepared:
     texts = partial(texts_of, train_rows, recipe.data)
     tokenizers = OwnTokenizers()
     expected = _expected_tokenizer(recipe, tokenizers)
-    with Ahead((train_rows, valid_rows), recipe.data, expected, early) as ahead:
-        # Only here: it takes long to import, and the rows are tokenized meanwhile.
-        from distillm_cli.models.pair import load_pair
+    prefetcher.expect(expected, {"train": train_rows, "valid": valid_rows})
+    # Only here: it takes long to import, and the rows are tokenized meanwhile.
+    from distillm_cli.models.pair import load_pair
 
-        garbage.take_up()
-        pair = load_pair(recipe, device=device, texts=texts, tokenizers=tokenizers, listener=listener)
-        affixes = ahead.affixes(pair.tokenizer)
-        recipe, encoder, settled = _conversing(recipe, pair, (train_rows, valid_rows), affixes, listener)
-        contexts = [model.context for model in pair.models.values() if model.context is not None]
-        context = min(contexts, default=None)
-        _check_heads(pair, context, listener)
-        router_aux = router.weight_of(recipe.objective.router_aux, pair.student, listener)
-        _warn_of_longrope(pair, min(recipe.data.max_length, context or recipe.data.max_length), listener)
-        train = tokenize(train_rows, encoder, recipe.data, listener, context, ahead)
-        valid = tokenize(valid_rows, encoder, recipe.data, listener, context, ahead)
+    resume_garbage_collection()
+    pair = load_pair(recipe, device=device, texts=texts, tokenizers=tokenizers, listener=listener)
+    affixes = prefetcher.affixes(pair.tokenizer)
+    recipe, encoder, settled = _conversing(recipe, pair, (train_rows, valid_rows), affixes, listener)
+    contexts = [model.context for model in pair.models.values() if model.context is not None]
+    context = min(contexts, default=None)
+    _check_heads(pair, context, listener)
+    router_aux = router.weight_of(recipe.objective.router_aux, pair.student, listener)
+    _warn_of_longrope(pair, min(recipe.data.max_length, context or recipe.data.max_length), listener)
+    train = tokenize(
+        train_rows, encoder, recipe.data, listener, context, partial(prefetcher.take, "train", pair.tokenizer)
+    )
+    valid = tokenize(
+        valid_rows, encoder, recipe.data, listener, context, partial(prefetcher.take, "valid", pair.tokenizer)
+    )
+    prefetcher.close()
     for model in pair.models.values():
         add_stops(model, sorted(train.ends - encoder.ends), after=True)
     if recipe.train.gradient_checkpointing:
@@ -330,7 +335,7 @@ def _check_held_out(recipe: Recipe, rows: Rows, listener: Listener) -> None:
 
 def _expected_tokenizer(recipe: Recipe, tokenizers: OwnTokenizers) -> PreTrainedTokenizerBase | None:
     """The one that the run will most likely turn out to have, read before the models are; None where that is open."""
-    for model in bringers(recipe):
+    for model in tokenizer_candidates(recipe):
         try:
             return tokenizers.of(model.path, model.revision)
         except ModelError:  # which is told when the model is loaded, after whatever else is wrong before that

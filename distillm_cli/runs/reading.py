@@ -1,4 +1,4 @@
-"""What of a run can begin before torch is imported: its rows, and their token ids by a tokenizer's file."""
+"""Find what a run can read before torch is imported: its rows and the file of its tokenizer."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distillm_cli.data.early import Early
+from distillm_cli.data.prefetch import Prefetcher
 from distillm_cli.errors import ModelError
 
 if TYPE_CHECKING:
     from distillm_cli.config.schema import Recipe, StudentConfig, TeacherConfig
 
 
-def reading(recipe: Recipe) -> Early:
-    """The recipe's rows on their way, once the context is entered."""
-    return Early(recipe.data, partial(_tokenizer_file, recipe), recipe.needs_responses)
+def prefetcher_of(recipe: Recipe) -> Prefetcher:
+    """Return the prefetcher of the recipe's rows, which starts once it is entered."""
+    return Prefetcher(recipe.data, partial(_tokenizer_file, recipe), recipe.needs_responses)
 
 
-def bringers(recipe: Recipe) -> list[StudentConfig | TeacherConfig]:
-    """The models that most likely bring the run's tokenizer, the likeliest first: the student, the teacher for one without.
+def tokenizer_candidates(recipe: Recipe) -> list[StudentConfig | TeacherConfig]:
+    """Return the models that the run's tokenizer most likely comes from: the student, else the teacher.
 
-    No model where it is asked for by name or tried out on the way (a built student's is, whether it comes back as it was),
-    and where processes of their own tokenize.
+    None where the recipe names a tokenizer, where the student is built (its tokenizer may be trained), and where worker
+    processes tokenize.
     """
     if recipe.student.tokenizer is not None or recipe.student.is_built or recipe.data.workers:
         return []
@@ -32,10 +32,10 @@ def bringers(recipe: Recipe) -> list[StudentConfig | TeacherConfig]:
 def _tokenizer_file(recipe: Recipe) -> Path | None:
     from distillm_cli.models.places import cached, locate
 
-    for model in bringers(recipe):
+    for model in tokenizer_candidates(recipe):
         try:
             name, local = locate(model.path)
-        except ModelError:  # told when the model is loaded, after whatever else is wrong before that
+        except ModelError:  # reported when the model is loaded, after whatever else is wrong before that
             continue
         file = Path(name) / "tokenizer.json" if local else cached(name, "tokenizer.json", model.revision)
         if file is not None and file.is_file():

@@ -148,8 +148,8 @@ class Report:
         }
 
     def _keep(self, name: str, measured: Measured) -> Measured:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        output_dir.write_text(self.directory / _file(name), json.dumps(vars(measured), ensure_ascii=False, indent=1))
+        text = json.dumps(vars(measured), ensure_ascii=False, indent=1)
+        output_dir.write_file(self.directory.parents[1], f"{output_dir.EVAL}/report/{_file(name)}", text)
         return measured
 
     @property

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from distillm_cli.errors import START_OVER, CheckpointError, StorageError, UsageError
-from distillm_cli.runs import output_dir
+from distillm_cli.errors import START_OVER, CheckpointError, UsageError
+from distillm_cli.utils.storage import atomic_write, locked, storing
 
 Line = dict[str, Any]
 
@@ -34,7 +34,7 @@ class Responses:
         self.path, self.resume, self.overwrite, self.count = path, resume, overwrite, 0
         self._check_free()
         self.record = path.with_name(f".{path.name}.generate.json")
-        self._held: BinaryIO | None = None  # nobody else writes the file while this is open
+        self._lock = ExitStack()  # nobody else writes the file while this holds it
 
     def _check_free(self) -> None:
         if self.path.exists() and not (self.resume or self.overwrite):
@@ -51,9 +51,8 @@ class Responses:
         is_new = not self.path.exists()
         with _writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._held = self.path.open("ab")
-        if output_dir.is_taken(self._held.fileno()):
-            raise UsageError(f"another run is writing {self.path}", hint="wait for it, or choose another --output")
+            self.path.open("ab").close()  # where locks are missing, too, it must be writable
+            self._lock.enter_context(locked(self.path, self._refuse))
         if not is_new:
             self._check_free()  # again: another run may have begun and ended while this one's model was loaded
         if self.resume and not is_new:
@@ -62,17 +61,19 @@ class Responses:
             return
         with _writing(self.path):
             try:
-                self._held.truncate(0)
-                output_dir.write_text(self.record, json.dumps(settings, indent=1) + "\n")
+                os.truncate(self.path, 0)
+                atomic_write(self.record, json.dumps(settings, indent=1) + "\n")
             except OSError:
                 if is_new:
                     self.path.unlink()
                 raise
 
     def close(self) -> None:
-        """Others may write the file."""
-        if self._held is not None:
-            self._held.close()
+        """Let others write the file."""
+        self._lock.close()
+
+    def _refuse(self) -> None:
+        raise UsageError(f"another run is writing {self.path}", hint="wait for it, or choose another --output")
 
     def add(self, lines: SequenceOf[Line]) -> None:
         """Appends rows; they are on the disk when this returns."""
@@ -123,11 +124,5 @@ def text_of(line: Line, *, ascii_only: bool) -> str:
     return json.dumps(line, ensure_ascii=ascii_only) + "\n"
 
 
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"cannot write {path}: {error.strerror or error}", hint="free some space, or choose another --output"
-        ) from error
+def _writing(path: Path) -> AbstractContextManager[None]:
+    return storing(f"cannot write {path}", "free some space, or choose another --output")

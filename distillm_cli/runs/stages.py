@@ -26,12 +26,14 @@ from distillm_cli.config.shaping import shaping
 from distillm_cli.data.files import COMPRESSIONS, FORMATS
 from distillm_cli.data.sources import is_path, local_place
 from distillm_cli.data.tables import saved_splits
-from distillm_cli.errors import CheckpointError, DataError, StorageError, UsageError
+from distillm_cli.errors import CheckpointError, DataError, UsageError
 from distillm_cli.runs import output_dir
 from distillm_cli.runs.inputs import is_data, place_of
+from distillm_cli.utils.storage import atomic_write, locked, storing
 
-RECORD, SAMPLES, LOCK = "stage.json", "samples.jsonl", ".run.lock"
-FORMAT = 1
+RECORD = "stage.json"
+SAMPLES = "samples.jsonl"
+RECORD_FORMAT = 1
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 _BESIDE_WEIGHTS = (".json", ".jinja", ".txt", ".model", ".arrow", *FORMATS, *COMPRESSIONS)
 _NOT_OF_A_MODEL = {"stage.json", "metrics.jsonl", "manifest.json"}
@@ -42,7 +44,7 @@ _NOT_SHAPING = ("data.workers", "eval.report_rows", "eval.batch_size")
 
 
 @dataclass(frozen=True)
-class Record:
+class StageRecord:
     """What ``stage.json`` holds. status: "starting" (what an earlier making left may still be there), "started", "done".
 
     of: all that the fingerprint is made of. made: names this making of the stage. files: of a stage that was finished,
@@ -57,10 +59,10 @@ class Record:
     of: Mapping[str, Any]
     files: Mapping[str, str | int] = field(default_factory=dict)
     result: Mapping[str, Any] = field(default_factory=dict)
-    format: int = FORMAT
+    format: int = RECORD_FORMAT
 
 
-def read(place: Path) -> Record | None:
+def read_record(place: Path) -> StageRecord | None:
     """The record in a stage's directory; None where there is none. Raises CheckpointError, and UsageError for a directory
     that holds files and is no stage's: a pipeline never touches those."""
     path = place / RECORD
@@ -73,10 +75,10 @@ def read(place: Path) -> Record | None:
         return None
     hint = f"remove {place} to make that stage anew"
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        if told["format"] != FORMAT:
-            raise CheckpointError(f"{path}: format {told['format']}, this version reads {FORMAT}", hint=hint)
-        record = Record(**told)
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        if fields["format"] != RECORD_FORMAT:
+            raise CheckpointError(f"{path}: format {fields['format']}, this version reads {RECORD_FORMAT}", hint=hint)
+        record = StageRecord(**fields)
         if not all(isinstance(record.of.get(part), dict) for part in ("settings", "reads", "files")):
             raise ValueError("it does not say what the stage was made of")
         return record
@@ -84,26 +86,24 @@ def read(place: Path) -> Record | None:
         raise CheckpointError(f"{path} cannot be read ({error})", hint=hint) from error
 
 
-def write(place: Path, record: Record) -> None:
-    """Writes the record, whole or not at all. Raises StorageError."""
-    try:
+def write_record(place: Path, record: StageRecord) -> None:
+    """Write the record, whole or not at all. Raises StorageError."""
+    with storing(f"cannot write to {place}", "choose another --output"):
         place.mkdir(parents=True, exist_ok=True)
-        output_dir.write_text(place / RECORD, json.dumps(asdict(record), indent=1, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise StorageError(f"cannot write to {place}: {error.strerror}", hint="choose another --output") from error
+        atomic_write(place / RECORD, json.dumps(asdict(record), indent=1, ensure_ascii=False) + "\n")
 
 
-def begin(stage: Stage, of: Mapping[str, Any], before: Record | None) -> Record:
+def begin(stage: Stage, of: Mapping[str, Any], before: StageRecord | None) -> StageRecord:
     """The record of a stage that is to be made (or gone on with, where ``before`` is of the same fingerprint: what that
     had finished stays on record)."""
-    mark = fingerprint(of)
+    mark = stage_fingerprint(of)
     if before is not None and before.fingerprint == mark:
         status = "starting" if before.status == "starting" else "started"
-        return Record(stage.name, stage.verb, status, mark, before.made, of, before.files)
-    return Record(stage.name, stage.verb, "starting", mark, _new_name(), of)
+        return StageRecord(stage.name, stage.verb, status, mark, before.made, of, before.files)
+    return StageRecord(stage.name, stage.verb, "starting", mark, _new_name(), of)
 
 
-def finished(record: Record, stage: Stage, place: Path, result: Mapping[str, Any]) -> Record:
+def finished(record: StageRecord, stage: Stage, place: Path, result: Mapping[str, Any]) -> StageRecord:
     """The record of a stage that is made. What had been finished and differs now (rows that somebody mended) is another
     making, and whoever has read the earlier one runs again."""
     made = _new_name() if record.files and not is_whole(record, place) else record.made
@@ -114,7 +114,8 @@ def _new_name() -> str:
     return secrets.token_hex(8)
 
 
-def fingerprint(of: Mapping[str, Any]) -> str:
+def stage_fingerprint(of: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of all that shapes a stage."""
     return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
 
 
@@ -131,7 +132,7 @@ def main_files(stage: Stage, place: Path) -> dict[str, str]:
     return {path.relative_to(place).as_posix(): _identity(path) for path in found}
 
 
-def is_whole(record: Record, place: Path) -> bool:
+def is_whole(record: StageRecord, place: Path) -> bool:
     """Whether a finished stage's main files are still there, as they were."""
     return bool(record.files) and all(_is_still(known, place / name) for name, known in record.files.items())
 
@@ -210,18 +211,17 @@ def _identity(path: Path) -> str:
 
 
 @contextmanager
-def locked(output: Path) -> Iterator[None]:
-    """No other pipeline works in this directory meanwhile. Raises UsageError where one does, StorageError."""
-    try:
+def claimed_pipeline(output: Path) -> Iterator[None]:
+    """Keep other pipelines out of this directory. Raises UsageError where one is at work in it, and StorageError."""
+
+    def busy() -> None:
+        raise UsageError(
+            f"another `distillm run` is at work in {output}", hint="wait for it, or choose another --output"
+        )
+
+    if output.is_file():
+        raise UsageError(f"--output {output} is a file", hint="give a directory")
+    with storing(f"cannot write to {output}", "choose another --output"):
         output.mkdir(parents=True, exist_ok=True)
-        file = (output / LOCK).open("a")
-    except FileExistsError:
-        raise UsageError(f"--output {output} is a file", hint="give a directory") from None
-    except OSError as error:
-        raise StorageError(f"cannot write to {output}: {error.strerror}", hint="choose another --output") from error
-    with file:
-        if output_dir.is_taken(file.fileno()):
-            raise UsageError(
-                f"another `distillm run` is at work in {output}", hint="wait for it, or choose another --output"
-            )
+    with locked(output, busy):
         yield

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from distillm_cli.config.load import Resolved
 from distillm_cli.config.schema import Recipe
-from distillm_cli.data.early import Early
+from distillm_cli.data.prefetch import Prefetcher
 from distillm_cli.errors import Interrupted, UsageError, signal_number
 from distillm_cli.losses import criteria
 from distillm_cli.rollouts.scheduler import Scheduler
@@ -23,7 +23,7 @@ from distillm_cli.training.events import Listener, Note, Warned
 from distillm_cli.types import Sequence, collate
 from distillm_cli.ui.console import Console
 from distillm_cli.ui.display import amount
-from distillm_cli.utils.host import available_memory
+from distillm_cli.utils.memory import available_memory
 from distillm_cli.utils.text import counted
 
 if TYPE_CHECKING:
@@ -116,14 +116,14 @@ def open_teacher(
     return TeacherHandle(teacher, keeping, hit)
 
 
-def warm(resolved: Resolved, *, rebuild: bool, ui: Console, early: Early | None = None) -> dict[str, Any]:
+def warm(resolved: Resolved, *, rebuild: bool, ui: Console, prefetcher: Prefetcher | None = None) -> dict[str, Any]:
     """Computes the cache on disk for this recipe, unless it is there, and returns the result object of ``--json``."""
     began = time.perf_counter()
     for note in resolved.notes:
         ui(Warned(note))
     place = None
     try:
-        run = prepare(resolved.recipe, ui, early)
+        run = prepare(resolved.recipe, ui, prefetcher)
         keeping = _planned_on_disk(run, _token_bytes(run))
         place = str(keeping.place)
         _, hit, computed = _on_disk(run, keeping, rebuild, ui)
@@ -255,8 +255,8 @@ def _on_disk(run: Prepared, keeping: CachePlan, rebuild: bool, listener: Listene
         how["of"] = {"teacher": str(run.recipe.teacher.path), "data": run.train_rows.name}
         if run.recipe.data.date is not None:
             how["of"] |= {"date": run.recipe.data.date}
-        made = teacher_cache.write(keeping.place, keeping.key, asked, sequences, run.device, listener, **how)
-    return teacher_cache.read(keeping.place, keeping.key, sequences, listener), not made, asked.tokens
+        made = teacher_cache.write_cache(keeping.place, keeping.key, asked, sequences, run.device, listener, **how)
+    return teacher_cache.read_cache(keeping.place, keeping.key, sequences, listener), not made, asked.tokens
 
 
 def disk_free(place: Path) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -12,9 +11,9 @@ import torch
 
 from distillm_cli.config.load import Resolved, settled, to_yaml
 from distillm_cli.config.sft_stage import sft_before
-from distillm_cli.data.early import Early
+from distillm_cli.data.prefetch import Prefetcher
 from distillm_cli.data.templates import text_of_content
-from distillm_cli.errors import Interrupted, StorageError, UsageError, signal_number
+from distillm_cli.errors import Interrupted, UsageError, signal_number
 from distillm_cli.models.composite import is_composite
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.runs import output_dir
@@ -44,7 +43,7 @@ from distillm_cli.runs.resume import (
     weights_in,
 )
 from distillm_cli.runs.teacher_states import TeacherHandle, open_teacher
-from distillm_cli.training.checkpoint import Checkpoint, read, visible
+from distillm_cli.training.checkpoint import Checkpoint, read_checkpoint, visible
 from distillm_cli.training.engine import LOWER_IS_BETTER, Engine
 from distillm_cli.training.events import Note, Warned
 from distillm_cli.training.metrics_log import MetricsLog
@@ -59,9 +58,9 @@ from distillm_cli.ui.summary import (
     samples_table,
     sources_sentence,
 )
-from distillm_cli.utils.host import keep_freed_memory
-from distillm_cli.utils.interrupts import lost
-from distillm_cli.utils.storage import failed_with, reason
+from distillm_cli.utils.memory import keep_freed_memory
+from distillm_cli.utils.signals import received_signal
+from distillm_cli.utils.storage import storing
 
 
 def train(
@@ -72,14 +71,14 @@ def train(
     resume: bool,
     overwrite: bool,
     rebuild_teacher_cache: bool = False,
-    early: Early | None = None,
+    prefetcher: Prefetcher | None = None,
     movable: Collection[str] = (),
     begun: Callable[[], None] = lambda: None,
     ui: Console,
 ) -> dict:
-    """Runs the recipe into ``output``, which ``output_dir.check`` has passed, and returns the result object of ``--json``.
+    """Run the recipe into ``output``, which ``check_output`` has passed, and return the result object of ``--json``.
 
-    early: where its rows are on their way already. movable: as of ``checkpoint_of``. begun: called once everything is
+    prefetcher: of its rows, where it is running already. movable: as of ``checkpoint_of``. begun: called once everything is
     prepared and ``output`` holds nothing of an earlier run any more (or its resume).
     """
     began = time.perf_counter()
@@ -99,7 +98,7 @@ def train(
         of_stage = None
         if resume and stage and not checkpoint:
             of_stage = checkpoint_of(output / output_dir.SFT, stage.recipe, movable=movable)
-        run = prepare(recipe, ui, early)
+        run = prepare(recipe, ui, prefetcher)
         resolved = settled(resolved, run.settled)
         stage = sft_before(resolved)
         for earlier in filter(None, (checkpoint, of_stage)):
@@ -115,7 +114,7 @@ def train(
         for stuck in output_dir.clear(output):
             ui(Warned(f"cannot remove all of {stuck}, of an earlier run: it takes up space"))
     begun()
-    output_dir.write_recipe(output, to_yaml(resolved))
+    output_dir.write_recipe(output, to_yaml(resolved), has_stage=stage is not None)
     try:
         if stage is not None:
             if checkpoint is None:
@@ -183,11 +182,11 @@ def _trained(
     if checkpoint is not None:
         with as_checkpoint_error(checkpoint):
             engine.load(checkpoint)
-    if (stop := lost()) is not None:  # whoever took it for something else may have chosen another way for this run
-        raise stop
+    if (stop := received_signal()) is not None:
+        raise stop  # whoever took it for another error may have chosen another way for this run
     reached = engine.run()
     if reached.best_step not in (None, reached.step):
-        load_student(run.student, read(engine.checkpoints.path(reached.best_step)))
+        load_student(run.student, read_checkpoint(engine.checkpoints.path(reached.best_step)))
         best = f"the best {recipe.train.select} was {reached.best:.4g}, at step {reached.best_step}"
         ui(Note(f"{best}: those weights are kept"))
     measured = report.all(engine)
@@ -227,22 +226,13 @@ def publish(
 
     measured_on: the rows, and how they were answered, in words.
     """
-    staged = output / ".staging-model"
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir()
-    try:
+    hint = "free some space, then type the command again with --resume: nothing is trained again"
+    with storing(f"cannot write the model into {output}", hint), output_dir.publishing(output) as staged:
         run.export_model(staged)
         task = "text2text-generation" if run.student.is_encoder_decoder else "text-generation"
         task = "image-text-to-text" if is_composite(run.student.model.config) else task
         card = model_card(resolved, reached, measured, task=task, measured_on=measured_on)
         (staged / output_dir.CARD).write_text(card, encoding="utf-8")
-        output_dir.publish(staged, output)
-    except Exception as error:
-        shutil.rmtree(staged, ignore_errors=True)
-        if failed_with(error) is None:
-            raise
-        hint = "free some space, then type the command again with --resume: nothing is trained again"
-        raise StorageError(f"cannot write the model into {output}: {reason(error)}", hint=hint) from error
 
 
 def _tell(

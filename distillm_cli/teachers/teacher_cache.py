@@ -10,14 +10,13 @@ that depends on nothing else: runs with other seeds or batch sizes read the same
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path
@@ -29,16 +28,14 @@ from distillm_cli.errors import CheckpointError, StorageError
 from distillm_cli.teachers.teacher import RowStates, Teacher
 from distillm_cli.training.events import Listener, Note, Progress, silent
 from distillm_cli.types import Sequence, collate
+from distillm_cli.utils.storage import atomic_directory, locked, storing, sweep
 
-try:
-    import fcntl
-except ImportError:  # Windows: without locks two writers both compute, and the first one's is kept
-    fcntl = None
-
-FORMAT = 2
-STATES, FACTS = "states.bin", "states.json"
+CACHE_FORMAT = 2
+STATES = "states.bin"
+FACTS = "states.json"
 _KINDS = {"teacher": str, "rows": str, "tokens": int, "width": int, "dtype": str, "sha256": str, "of": dict}
 REBUILD = "make it anew with --rebuild-teacher-cache"
+_ELSEWHERE = "give another --set teacher.cache_dir=DIR, or --teacher-cache memory or off"
 _AT_ONCE = 4096  # token positions in one batch
 _BLOCK = 1 << 26  # bytes checked between two signs of progress
 
@@ -72,7 +69,7 @@ def teacher_digest(model: nn.Module, config: str) -> str:
 
     config: what the weights alone do not tell, such as a rotary base.
     """
-    digest = hashlib.sha256(f"teacher {FORMAT} {model.vocab} {model.head().weight_VD is None} {config}".encode())
+    digest = hashlib.sha256(f"teacher {CACHE_FORMAT} {model.vocab} {model.head().weight_VD is None} {config}".encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(_raw(tensor.detach().cpu().contiguous()))
@@ -109,19 +106,17 @@ def place_of(root: Path, key: Key) -> Path:
 
 def check_space(place: Path, size: int) -> None:
     """Raises StorageError where ``size`` more bytes would not fit beside ``place``, or nothing can be written there."""
-    try:
+    with _storing(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(place.parent).free
-    except OSError as error:
-        raise _refused(place, error) from error
     if size > 0.95 * free:
         raise StorageError(
             f"the teacher cache needs {size / 1e6:,.1f} MB and {place.parent} has {free / 1e6:,.1f} MB free",
-            hint="free some space, give another --set teacher.cache_dir=DIR, or --teacher-cache memory or off",
+            hint=f"free some space, {_ELSEWHERE}",
         )
 
 
-def write(
+def write_cache(
     place: Path,
     key: Key,
     teacher: Teacher,
@@ -139,28 +134,26 @@ def write(
     StorageError when the disk refuses, or has less room than that; nothing is visible then, and what was there before is
     untouched.
     """
-    try:
+
+    def busy() -> None:
+        listener(Note(f"another run is computing the teacher states in {place}: waiting for it"))
+
+    with _storing(place):
         place.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(place, listener) as alone:
+        # One writer at a time: the others of a sweep wait, and find the cache made.
+        with locked(place.with_name(f".{place.name}.lock"), busy) as is_alone:
             if place.exists() and not rebuild:
                 return False
             _check_nothing_else(place)
-            if alone:
-                _clear_leftovers(place)
+            if is_alone:
+                sweep(place.parent, place.name)
             check_space(place, size)  # only here: what a writer that was killed had filled is free again
-            staged = place.with_name(f".staging-{place.name}-{os.getpid()}")
-            try:
-                staged.mkdir()
+            with atomic_directory(place) as staged:
                 _fill(staged, key, teacher, sequences, device, listener, of)
-                _swap(staged, place)
-            finally:
-                shutil.rmtree(staged, ignore_errors=True)
-    except OSError as error:
-        raise _refused(place, error) from error
     return True
 
 
-def read(place: Path, key: Key, sequences: SequenceOf[Sequence], listener: Listener = silent) -> RowStates:
+def read_cache(place: Path, key: Key, sequences: SequenceOf[Sequence], listener: Listener = silent) -> RowStates:
     """The states, memory-mapped: several processes share one copy. Every byte is compared with its sum first.
 
     Raises CheckpointError for a cache that is damaged, half there, or of another teacher or other rows.
@@ -195,7 +188,7 @@ def _facts(place: Path) -> dict:
         raise ValueError(f"{FACTS} is not JSON ({error})") from error
     if not isinstance(facts, dict) or "format" not in facts:
         raise ValueError(f"{FACTS} does not say which format it has")
-    for name, kind in _KINDS.items() if facts["format"] == FORMAT else ():
+    for name, kind in _KINDS.items() if facts["format"] == CACHE_FORMAT else ():
         if not isinstance(facts.get(name), kind):
             raise ValueError(f"{FACTS}: {name} is {facts[name]!r}" if name in facts else f"{FACTS} says no {name}")
     return facts
@@ -203,8 +196,8 @@ def _facts(place: Path) -> dict:
 
 def _stranger(facts: dict, key: Key) -> str | None:
     """Whose cache it is, where it is not the one wanted."""
-    if facts["format"] != FORMAT:
-        return f"another version of distillm (format {facts['format']}, this one reads {FORMAT})"
+    if facts["format"] != CACHE_FORMAT:
+        return f"another version of distillm (format {facts['format']}, this one reads {CACHE_FORMAT})"
     if facts["teacher"] != key.teacher:
         return f"another teacher ({facts['of'].get('teacher')}) or another dtype of it"
     if facts["rows"] != key.rows:
@@ -218,7 +211,7 @@ def _fill(staged: Path, key: Key, teacher: Teacher, sequences, device, listener:
         width, dtype = _compute(file, teacher, sequences, device, listener)
         os.fsync(file.fileno())
     facts = {
-        "format": FORMAT,
+        "format": CACHE_FORMAT,
         "teacher": key.teacher,
         "rows": key.rows,
         "tokens": sum(s.supervised for s in sequences),
@@ -271,25 +264,6 @@ def _sum_of(path: Path, listener: Listener = silent) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def _alone(place: Path, listener: Listener) -> Iterator[bool]:
-    """One writer at a time: the others of a sweep wait, and find the cache made. The lock ends with its process.
-
-    False where this file system has no locks.
-    """
-    with place.with_name(f".{place.name}.lock").open("w") as file:
-        held = fcntl is not None
-        if held:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                listener(Note(f"another run is computing the teacher states in {place}: waiting for it"))
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError:
-                held = False
-        yield held
-
-
 def _check_nothing_else(place: Path) -> None:
     """Raises StorageError where what is to be replaced is more than a cache: somebody's own files are in it."""
     others = sorted(p.name for p in place.iterdir() if p.name not in (STATES, FACTS)) if place.is_dir() else []
@@ -298,39 +272,5 @@ def _check_nothing_else(place: Path) -> None:
         raise StorageError(what, hint="give another --set teacher.cache_dir=DIR, or move what is not the cache's")
 
 
-def _clear_leftovers(place: Path) -> None:
-    """What a writer that was killed left behind; nobody else can be writing now."""
-    for kind in ("staging", "old"):
-        for path in place.parent.glob(f".{kind}-{place.name}-*"):
-            _remove(path)
-
-
-def _remove(path: Path) -> None:
-    """A directory, or the plain file that lay in a cache's place; what cannot be removed is left."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink()
-
-
-def _swap(staged: Path, place: Path) -> None:
-    """``staged`` becomes ``place``. Runs that are reading an old one keep its file until they end."""
-    old = place.with_name(f".old-{place.name}-{os.getpid()}")
-    with suppress(FileNotFoundError):
-        place.rename(old)
-    try:
-        staged.rename(place)
-    except OSError as error:  # without locks: another run was as quick, and its states are as good
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-            raise
-    _remove(old)
-
-
-def _refused(place: Path, error: OSError) -> StorageError:
-    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    hint = "give another --set teacher.cache_dir=DIR, or --teacher-cache memory or off"
-    return StorageError(
-        f"cannot write the teacher cache {place}: {error.strerror or error}",
-        hint=f"free some space, {hint}" if is_full else hint,
-    )
+def _storing(place: Path) -> AbstractContextManager[None]:
+    return storing(f"cannot write the teacher cache {place}", _ELSEWHERE, hint_if_full=f"free some space, {_ELSEWHERE}")

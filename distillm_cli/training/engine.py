@@ -36,7 +36,7 @@ from distillm_cli.training.optimizer import build_optimizer, learning_rate, load
 from distillm_cli.training.progress import TrainerState
 from distillm_cli.training.stopping import stop_on_signal
 from distillm_cli.types import MIN_PASS_OVERHEAD, Batch, LengthGroups, Sequence, collate, micro_batches
-from distillm_cli.utils.halving import release, retry_halved
+from distillm_cli.utils.memory import release, retry_halved
 from distillm_cli.utils.text import counted
 
 LOWER_IS_BETTER = frozenset({"valid_loss", "valid_divergence", "error_rate"})

@@ -14,7 +14,7 @@ from distillm_cli.teachers.teacher import Model, Teacher
 from distillm_cli.training.events import Listener, Warned
 from distillm_cli.types import Sequence, collate
 from distillm_cli.utils.exact import where_exact
-from distillm_cli.utils.halving import retry_halved
+from distillm_cli.utils.memory import retry_halved
 
 
 class HeldOut:

@@ -7,8 +7,8 @@ import json
 import os
 from pathlib import Path
 
-from distillm_cli.errors import StorageError
 from distillm_cli.training.events import Event, Stepped, Validated
+from distillm_cli.utils.storage import atomic_write, storing
 
 _STEP_KEYS = ("step", "epoch", "source", "loss", "lr", "grad_norm", "phi", "tokens", "seconds")
 
@@ -21,11 +21,10 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, *, log_steps: int, first_step: int = 0, validated: bool = True):
-        self.path, self.log_steps = Path(path), log_steps
+        self.path = Path(path)
+        self.log_steps = log_steps
         kept = _lines_up_to(self.path, first_step, validated) if first_step and self.path.exists() else []
-        staged = self.path.with_name(f".staging-{self.path.name}")
-        staged.write_text("".join(kept), encoding="utf-8")
-        staged.replace(self.path)
+        atomic_write(self.path, "".join(kept))
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Stepped) and event.step % self.log_steps == 0:
@@ -38,7 +37,9 @@ class MetricsLog:
     def _write(self, line: dict) -> None:
         # One write call a line: a process that dies between lines leaves whole ones.
         text = (json.dumps(line) + "\n").encode()
-        try:
+        with storing(
+            f"cannot write {self.path}", "free some space, then go on from the newest checkpoint with --resume"
+        ):
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
                 if (written := os.write(descriptor, text)) < len(text):  # a disk that is full takes what it can
@@ -46,11 +47,6 @@ class MetricsLog:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             finally:
                 os.close(descriptor)
-        except OSError as error:
-            raise StorageError(
-                f"cannot write {self.path}: {error.strerror}",
-                hint="free some space, then go on from the newest checkpoint with --resume",
-            ) from error
 
 
 def _lines_up_to(path: Path, step: int, validated: bool) -> list[str]:

@@ -8,7 +8,7 @@ from distillm_cli.config import schema
 from distillm_cli.losses.criterion import Objective
 from distillm_cli.losses.terms import LossWeights, TokenWeights
 from distillm_cli.rollouts.scheduler import Source
-from distillm_cli.training.checkpoint import read
+from distillm_cli.training.checkpoint import read_checkpoint
 from tests.unit import test_engine as runs
 
 
@@ -76,5 +76,5 @@ def test_what_a_criterion_remembers_is_in_the_checkpoint(tmp_path):
     first = watched(tmp_path, save_steps=4)
     first.run()
     again = watched(tmp_path / "again")
-    again.load(read(first.checkpoints.path(4)))
+    again.load(read_checkpoint(first.checkpoints.path(4)))
     assert again.objective.criterion.losses == straight.objective.criterion.losses[:4]

@@ -24,12 +24,12 @@ from distillm_cli.rollouts.scheduler import Scheduler, Source
 from distillm_cli.teachers.teacher import FirstEpoch, RowStates, Teacher
 from distillm_cli.training.announce import half_time
 from distillm_cli.training.attempts import Before
-from distillm_cli.training.checkpoint import Checkpoints, read
+from distillm_cli.training.checkpoint import Checkpoints, read_checkpoint
 from distillm_cli.training.engine import Engine
 from distillm_cli.training.events import Note, Saved, Stepped, Validated, Warned
 from distillm_cli.training.held_out import HeldOut
 from distillm_cli.training.metrics_log import MetricsLog
-from distillm_cli.utils.halving import retry_halved
+from distillm_cli.utils.memory import retry_halved
 from tests import tiny
 from tests.limits import Narrow, file_size
 
@@ -443,7 +443,7 @@ def test_non_finite_numbers_stop_the_run_before_they_reach_the_weights(tmp_path)
         engine.run()
     assert engine.at.step == 2
     assert all(torch.isfinite(s["exp_avg"]).all() for s in engine.optimizer.state.values())
-    assert read(engine.checkpoints.path(2)).state["progress"]["step"] == 2
+    assert read_checkpoint(engine.checkpoints.path(2)).state["progress"]["step"] == 2
 
 
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path):
@@ -453,11 +453,11 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path):
     target = path / "training.safetensors"
     target.write_bytes(target.read_bytes()[:-1] + b"\x7f")
     with pytest.raises(CheckpointError, match=r"training\.safetensors differs from its manifest") as error:
-        read(path)
+        read_checkpoint(path)
     assert error.value.exit_code == 5
     target.unlink()
     with pytest.raises(CheckpointError, match="missing"):
-        read(path)
+        read_checkpoint(path)
 
 
 def test_a_half_written_checkpoint_is_invisible_and_cleared_away(tmp_path):

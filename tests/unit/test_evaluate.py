@@ -16,7 +16,7 @@ from distillm_cli.data.sources import Row, load_rows
 from distillm_cli.errors import DataError, StorageError
 from distillm_cli.evaluation.evaluate import evaluate, passes
 from distillm_cli.evaluation.metrics import METRICS, corpus
-from distillm_cli.evaluation.results import check_writable, label, save
+from distillm_cli.evaluation.results import check_root, label, save
 from distillm_cli.evaluation.suites import Suite, distinct, held_out, load_suite, load_suites, short_name
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.runs.report import Report
@@ -309,8 +309,8 @@ def test_settings_have_names_a_person_can_read():
 def test_a_place_that_cannot_be_written_is_found_before_the_work(model, encoder, tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(StorageError, match="cannot write to"):
-        check_writable(tmp_path / "file" / "eval")
-    check_writable(tmp_path / "new" / "eval")
+        check_root(tmp_path / "file" / "eval")
+    check_root(tmp_path / "new" / "eval")
     assert [path.name for path in tmp_path.iterdir()] == ["file"], "trying leaves nothing behind"
     with pytest.raises(StorageError, match="--output"):
         save(evaluate(model, encoder, suite_of(), config(greedy=True)), tmp_path / "file")
