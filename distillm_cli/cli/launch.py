@@ -41,7 +41,7 @@ def launch(ctx: typer.Context) -> None:
     notes = [note for note in (check_data(resolved), fitted_line(resolved)) if note is not None]
     check_alone()
 
-    from distillm_cli.runs.reading import prefetcher_of
+    from distillm_cli.runs.inputs import prefetcher_of
     from distillm_cli.ui.console import console
 
     if typed.get("warm_teacher_cache"):

@@ -1,18 +1,21 @@
-"""Where the models and rows that a recipe names lie, and that starting anew spares them."""
+"""Find the models and rows that a recipe names, prefetch the rows, and check that starting over spares them all."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from distillm_cli.config.load import locate
 from distillm_cli.config.pipeline_recipe import Training, inputs
-from distillm_cli.config.schema import Recipe
+from distillm_cli.config.schema import Recipe, StudentConfig, TeacherConfig
 from distillm_cli.config.shortcuts import flag_of
+from distillm_cli.data.prefetch import Prefetcher
 from distillm_cli.data.sources import local_place
-from distillm_cli.errors import UsageError
-from distillm_cli.models.places import CONFIG, base_in
+from distillm_cli.errors import ModelError, UsageError
+from distillm_cli.models.places import CONFIG, base_in, cached
+from distillm_cli.models.places import locate as locate_model
 from distillm_cli.runs import output_dir
 
 
@@ -76,3 +79,31 @@ def _with_bases(place: Path) -> Iterator[Path]:
 
 def _files(place: Path) -> list[Path]:
     return list(place.iterdir()) if place.is_dir() else []
+
+
+def prefetcher_of(recipe: Recipe) -> Prefetcher:
+    """Return the prefetcher of the recipe's rows, which starts once it is entered."""
+    return Prefetcher(recipe.data, partial(_tokenizer_file, recipe), recipe.needs_responses)
+
+
+def tokenizer_candidates(recipe: Recipe) -> list[StudentConfig | TeacherConfig]:
+    """Return the models that the run's tokenizer most likely comes from: the student, else the teacher.
+
+    None where the recipe names a tokenizer, where the student is built (its tokenizer may be trained), and where worker
+    processes tokenize.
+    """
+    if recipe.student.tokenizer is not None or recipe.student.is_built or recipe.data.workers:
+        return []
+    return [model for model in (recipe.student, recipe.teacher) if model.path is not None]
+
+
+def _tokenizer_file(recipe: Recipe) -> Path | None:
+    for model in tokenizer_candidates(recipe):
+        try:
+            name, local = locate_model(model.path)
+        except ModelError:  # reported when the model is loaded, after whatever else is wrong before that
+            continue
+        file = Path(name) / "tokenizer.json" if local else cached(name, "tokenizer.json", model.revision)
+        if file is not None and file.is_file():
+            return file
+    return None

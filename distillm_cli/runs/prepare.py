@@ -37,7 +37,7 @@ from distillm_cli.models.tokenizer_files import OwnTokenizers, quiet
 from distillm_cli.rollouts.replay import ReplayBuffer, Round
 from distillm_cli.rollouts.scheduler import Scheduler
 from distillm_cli.runs import output_dir, samplers
-from distillm_cli.runs.reading import prefetcher_of, tokenizer_candidates
+from distillm_cli.runs.inputs import prefetcher_of, tokenizer_candidates
 from distillm_cli.teachers.teacher import Teacher
 from distillm_cli.teachers.teacher_cache import date_of, root_of, rows_digest
 from distillm_cli.training.checkpoint import Checkpoints

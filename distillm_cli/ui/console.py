@@ -23,7 +23,6 @@ from rich.live import Live
 from rich.segment import Segment
 from rich.text import Text
 
-from distillm_cli.errors import StorageError
 from distillm_cli.training.events import (
     Event,
     Note,
@@ -37,6 +36,7 @@ from distillm_cli.training.events import (
     Warned,
 )
 from distillm_cli.ui.display import BAD, GOOD, VALID, Memory, Task, Watch, amount, draw, duration, parameters, percent
+from distillm_cli.utils.storage import storage_error
 from distillm_cli.utils.text import counted, printable, redact, signed
 
 REFRESHES = 4  # per second: numbers one can read
@@ -234,8 +234,8 @@ def print_json(obj: Mapping[str, object]) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        what = f"cannot write the result to standard output: {error.strerror}"
-        raise StorageError(what, hint="free some space there; the files that the command wrote are complete") from error
+        hint = "free some space there; the files that the command wrote are complete"
+        raise storage_error(error, "cannot write the result to standard output", hint) from error
 
 
 def plain(value: object) -> object:

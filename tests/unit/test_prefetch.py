@@ -27,7 +27,7 @@ from distillm_cli.data.sources import load_rows
 from distillm_cli.data.templates import Renderer
 from distillm_cli.data.token_ids import CHUNK, Affixes
 from distillm_cli.errors import DataError
-from distillm_cli.runs.reading import prefetcher_of
+from distillm_cli.runs.inputs import prefetcher_of
 from distillm_cli.training.events import Note, Warned
 from tests import tiny
 
@@ -218,7 +218,7 @@ def test_it_needs_neither_torch_nor_transformers(tmp_path, tokenizer_file):
     source = lines(tmp_path / "rows.jsonl", pairs(CHUNK + 100))
     script = f"""
 import sys
-from distillm_cli.runs.reading import prefetcher_of
+from distillm_cli.runs.inputs import prefetcher_of
 from distillm_cli.config.schema import Recipe
 recipe = Recipe.model_validate({{
     "data": {{"source": {str(source)!r}}}, "student": {{"path": {str(tokenizer_file.parent)!r}}},
