@@ -1,8 +1,9 @@
-"""What an evaluation leaves behind, to be read, plotted and checked later.
+"""Write the results of an evaluation, to be read, plotted and checked later, and read them again.
 
-    eval/dolly/t1/results.json              the settings, and what ``distillm eval --json`` says of the suite
+    eval/dolly/t1/results.json              the settings, and what ``distillm eval --json`` prints of the suite
     eval/dolly/t1/predictions-seed10.jsonl  a line per row: prompt, output, references, the row's own scores
     eval/dolly/greedy/…                     the same suite with other settings
+    eval/manifest.json                      the files that evaluations have written here
 
 A directory stands for a suite and the settings that shape the answers. Scoring the same again replaces these files of it,
 and no others.
@@ -30,7 +31,7 @@ _WITHOUT_EFFECT_ON_GREEDY = ("top_p", "top_k")
 
 
 def label(config: schema.EvalConfig, template: str) -> str:
-    """A directory's name for settings: ``t1``, ``t0.5-p0.9``, ``greedy-n64-plain``. Defaults are not spelled out."""
+    """Return a directory's name for settings: ``t1``, ``t0.5-p0.9``, ``greedy-n64-plain``. Defaults are not spelled out."""
     greedy = config.greedy or config.temperature == 0
     parts = [GREEDY if greedy else f"t{config.temperature:g}"]
     for name, letter in _LETTERS.items():
@@ -64,7 +65,7 @@ def save(result: SuiteResult, root: Path, about: Mapping[str, Any] | None = None
     with _storing(place):
         place.mkdir(parents=True, exist_ok=True)
         _record(root, [f"{place.relative_to(root).as_posix()}/{file}" for file in (RESULTS, *files.values())])
-        # An absent results.json says that these predictions are not whole.
+        # Without results.json these predictions count as incomplete.
         for stale in [place / RESULTS, *place.glob("predictions-*.jsonl")]:
             stale.unlink(missing_ok=True)
         for name, file in files.items():
@@ -87,22 +88,22 @@ def _record(root: Path, names: list[str]) -> None:
 def earlier(
     suite: Suite, root: Path, config: schema.EvalConfig, template: str, about: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """What ``save`` left of the same suite, settings and ``about``: the suite's object of ``--json``; None where nothing."""
+    """Return what ``save`` wrote for the same suite, settings and ``about``: its object of ``--json``; None without."""
     head = _head(suite, config, template, about)
     place = root / suite.name / label(config, template)
     try:
-        told = json.loads((place / RESULTS).read_text(encoding="utf-8"))
+        saved = json.loads((place / RESULTS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    if not isinstance(told, dict) or any(told.get(key) != value for key, value in head.items()):
+    if not isinstance(saved, dict) or any(saved.get(key) != value for key, value in head.items()):
         return None
-    if len([*place.glob("predictions-*.jsonl")]) < len(told[config.metrics[0]]["seeds"]):
+    if len([*place.glob("predictions-*.jsonl")]) < len(saved[config.metrics[0]]["seeds"]):
         return None
-    return {key: value for key, value in told.items() if key not in head}
+    return {key: value for key, value in saved.items() if key not in head}
 
 
 def _head(suite: Suite, config: schema.EvalConfig, template: str, about: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What ``results.json`` opens with: the suite, whatever else it is about, and all settings that shape the answers."""
+    """Return the first fields of ``results.json``: the suite, ``about``, and all settings that shape the answers."""
     settings = config.model_dump(mode="json", exclude={"suites", "report_rows", "batch_size"})
     head = {"suite": suite.name, "source": suite.source, **(about or {})}
     return {**head, "settings": {**settings, "template": template}}

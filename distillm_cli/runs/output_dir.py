@@ -53,7 +53,7 @@ _MODEL = "model"  # names the directory in which a model is staged
 
 
 def default_name(recipe: str | None, data: str, student: str, method: str, *, resume: bool) -> Path:
-    """``runs/dolly-gpt2-distillm``, with a number where that is taken; on a resume the newest of that name."""
+    """Return ``runs/dolly-gpt2-distillm``, with a number where that is taken; on a resume the newest of that name."""
 
     def short(text: str) -> str:
         stem = Path(redact(text).rstrip("/")).name.removesuffix(".jsonl").removesuffix(".json")

@@ -1,7 +1,7 @@
-"""The file that ``generate`` writes: whole lines in order, resumable, never overwritten unasked.
+"""Write the file of ``generate``: whole lines in order, resumable, never overwritten unasked.
 
-What a file was made with stands in a hidden file beside it, ``.NAME.generate.json``, so that the rows stay plain data and
-a resume can tell whether it goes on with the same.
+The settings that a file was made with are in a hidden file beside it, ``.NAME.generate.json``, so that the rows stay plain
+data and a resume can compare them.
 """
 
 from __future__ import annotations
@@ -21,17 +21,20 @@ Line = dict[str, Any]
 
 
 class Responses:
-    """One output file. ``count`` whole rows are in it."""
+    """Write one output file. ``count`` whole rows are in it."""
 
     def __init__(self, path: Path, *, resume: bool, overwrite: bool):
-        """Raises UsageError for a path that cannot be used so; nothing is touched yet."""
+        """Raise UsageError for a path that cannot be used so; nothing is touched yet."""
         if path.suffix != ".jsonl":
             raise UsageError(f"--output {path}", where="rows are JSON lines", hint=f"try --output {path}.jsonl")
         if resume and overwrite:
             raise UsageError("--resume and --overwrite exclude each other", hint="give one of them")
         if path.is_dir():
             raise UsageError(f"--output {path} is a directory", hint="give a file")
-        self.path, self.resume, self.overwrite, self.count = path, resume, overwrite, 0
+        self.path = path
+        self.resume = resume
+        self.overwrite = overwrite
+        self.count = 0
         self._check_free()
         self.record = path.with_name(f".{path.name}.generate.json")
         self._lock = ExitStack()  # nobody else writes the file while this holds it
@@ -42,7 +45,7 @@ class Responses:
             raise UsageError(f"--output {self.path} exists", hint=hint)
 
     def begin(self, settings: Mapping[str, Any], expected: SequenceOf[Mapping[str, Any]]) -> None:
-        """Starts the file anew, or (resume, and it exists) checks it and counts its rows.
+        """Start the file over, or (resume, and it exists) check it and count its rows.
 
         settings: all that shapes the rows. expected: what each row must hold, in order; every such key is compared.
         Raises CheckpointError when the file was made otherwise or was changed, StorageError when it cannot be written,
@@ -76,7 +79,7 @@ class Responses:
         raise UsageError(f"another run is writing {self.path}", hint="wait for it, or choose another --output")
 
     def add(self, lines: SequenceOf[Line]) -> None:
-        """Appends rows; they are on the disk when this returns."""
+        """Append rows; they are on the disk when this returns."""
         with _writing(self.path), self.path.open("ab") as file:
             file.write("".join(text_of(line, ascii_only=False) for line in lines).encode("utf-8"))
             file.flush()
@@ -98,7 +101,7 @@ class Responses:
             raise CheckpointError(f"{self.path} was made otherwise: {key} {how}{more}", hint=hint)
 
     def _verify(self, expected: SequenceOf[Mapping[str, Any]]) -> int:
-        """How many whole rows there are; half a line at the end, of a write that was cut off, is removed."""
+        """Return the number of whole rows; half a line at the end, of a write that was cut off, is removed."""
         raw = self.path.read_bytes()
         whole = raw[: raw.rfind(b"\n") + 1]
         lines = whole.split(b"\n")[:-1]
@@ -120,7 +123,7 @@ class Responses:
 
 
 def text_of(line: Line, *, ascii_only: bool) -> str:
-    """A row as a line of JSON."""
+    """Return a row as a line of JSON."""
     return json.dumps(line, ensure_ascii=ascii_only) + "\n"
 
 

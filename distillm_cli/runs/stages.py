@@ -1,4 +1,4 @@
-"""What is known of a pipeline's stages from their directories: ``OUTPUT/STAGE/stage.json``.
+"""Record a pipeline's stages in their directories, ``OUTPUT/STAGE/stage.json``, and compare them with the pipeline.
 
 A stage's fingerprint is the SHA-256 of everything that shapes its result: its verb and its settings (not those that no
 result depends on, such as where a cache is kept), the identity of each making of a stage that it reads, and the identity
@@ -45,9 +45,9 @@ _NOT_SHAPING = ("data.workers", "eval.report_rows", "eval.batch_size")
 
 @dataclass(frozen=True)
 class StageRecord:
-    """What ``stage.json`` holds. status: "starting" (what an earlier making left may still be there), "started", "done".
+    """Hold the content of ``stage.json``.
 
-    of: all that the fingerprint is made of. made: names this making of the stage. files: of a stage that was finished,
+    status: "starting" (files of an earlier start may still exist), "started", "done". of: all that the fingerprint is made of. made: names this making of the stage. files: of a stage that was finished,
     the identities of its main files, by path under its directory. result: the verb's own object.
     """
 
@@ -63,8 +63,10 @@ class StageRecord:
 
 
 def read_record(place: Path) -> StageRecord | None:
-    """The record in a stage's directory; None where there is none. Raises CheckpointError, and UsageError for a directory
-    that holds files and is no stage's: a pipeline never touches those."""
+    """Return the record in a stage's directory; None where there is none.
+
+    Raises CheckpointError, and UsageError for a directory that holds files and is no stage's, which a pipeline never touches.
+    """
     path = place / RECORD
     if not path.exists():
         if place.is_file() or (place.is_dir() and any(place.iterdir())):
@@ -94,8 +96,8 @@ def write_record(place: Path, record: StageRecord) -> None:
 
 
 def begin(stage: Stage, of: Mapping[str, Any], before: StageRecord | None) -> StageRecord:
-    """The record of a stage that is to be made (or gone on with, where ``before`` is of the same fingerprint: what that
-    had finished stays on record)."""
+    """Return the record of a stage that starts, or is resumed where ``before`` has the same fingerprint: what that had
+    finished stays on record."""
     mark = stage_fingerprint(of)
     if before is not None and before.fingerprint == mark:
         status = "starting" if before.status == "starting" else "started"
@@ -104,8 +106,8 @@ def begin(stage: Stage, of: Mapping[str, Any], before: StageRecord | None) -> St
 
 
 def finished(record: StageRecord, stage: Stage, place: Path, result: Mapping[str, Any]) -> StageRecord:
-    """The record of a stage that is made. What had been finished and differs now (rows that somebody mended) is another
-    making, and whoever has read the earlier one runs again."""
+    """Return the record of a finished stage. One that had been finished and differs now (rows that somebody corrected) has
+    another identity, and the stages that have read the earlier one run again."""
     made = _new_name() if record.files and not is_whole(record, place) else record.made
     return replace(record, status="done", made=made, files=main_files(stage, place), result=result)
 
@@ -120,12 +122,12 @@ def stage_fingerprint(of: Mapping[str, Any]) -> str:
 
 
 def makes(stage: Stage, place: Path) -> Path:
-    """Where what a stage makes is to be found: a model directory, or a file of rows."""
+    """Return the place of a stage's result: a model directory, or a file of rows."""
     return place / SAMPLES if stage.verb == "generate" else place
 
 
 def main_files(stage: Stage, place: Path) -> dict[str, str]:
-    """The files without which a finished stage is not finished, and their identities."""
+    """Return the files that a finished stage must have, and their identities."""
     of_verb = {"generate": (SAMPLES,), "eval": ("**/results.json", "**/predictions-*.jsonl")}
     patterns = of_verb.get(stage.verb, output_dir.MODEL_FILES)
     found = sorted(path for pattern in patterns for path in place.glob(pattern))
@@ -133,7 +135,7 @@ def main_files(stage: Stage, place: Path) -> dict[str, str]:
 
 
 def is_whole(record: StageRecord, place: Path) -> bool:
-    """Whether a finished stage's main files are still there, as they were."""
+    """Return whether a finished stage's main files still exist, unchanged."""
     return bool(record.files) and all(_is_still(known, place / name) for name, known in record.files.items())
 
 
@@ -145,7 +147,7 @@ def _is_still(known: str | int, path: Path) -> bool:
 
 
 def shaped_by(stage: Stage, made: Mapping[str, str]) -> dict[str, Any]:
-    """All that shapes a stage's result. made: by stage name, which making of it is there to be read."""
+    """Return all that shapes a stage's result. made: by stage name, the identity of what it has made."""
     recipe = stage.resolved.recipe
     if stage.verb in ("sft", "distill"):
         settings = shaping(recipe)
@@ -159,7 +161,7 @@ def shaped_by(stage: Stage, made: Mapping[str, str]) -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What of a stage has changed, as clauses: "train.lr 0.001 → 0.002", "rows.jsonl", "stage teacher"."""
+    """Return what has changed in a stage, as clauses: "train.lr 0.001 → 0.002", "rows.jsonl", "stage teacher"."""
     found = []
     for key in sorted(before["settings"].keys() | now["settings"].keys()):
         old, new = before["settings"].get(key), now["settings"].get(key)
@@ -172,7 +174,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def check_inputs(stage: Stage) -> None:
-    """Raises DataError for a data file that is not there: better now than after the stages before it."""
+    """Raise DataError for a missing data file: better now than after the stages before it."""
     for key, text in inputs(stage.own, stage.resolved.recipe):
         if is_data(key) and not text.startswith(PREFIX) and is_path(text) and local_place(text) is None:
             raise DataError(f"stage {stage.name}: {key} = {text}: no such file or directory", hint="check the path")

@@ -1,4 +1,4 @@
-"""The teacher's states of a data set on disk: computed once, read by every run that has the same teacher and rows.
+"""Cache the teacher's states of a data set on disk: computed once, read by every run with the same teacher and rows.
 
     TEACHER-ROWS/      the beginnings of two SHA-256: of the teacher, and of every token of every row
       states.bin       hidden states, rows in order, the teacher's own dtype
@@ -42,19 +42,19 @@ _BLOCK = 1 << 26  # bytes checked between two signs of progress
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """Whose states: SHA-256 of the teacher and of the rows, each in hex."""
+    """Name the states: SHA-256 of the teacher and of the rows, each in hex."""
 
     teacher: str
     rows: str
 
     @property
     def name(self) -> str:
-        """Of the cache's directory."""
+        """Return the name of the cache's directory."""
         return f"{self.teacher[:16]}-{self.rows[:16]}"
 
 
 def rows_digest(sequences: SequenceOf[Sequence]) -> str:
-    """SHA-256 of every token of every row: tokenizer, template, rows, their order and lengths are all in there."""
+    """Return the SHA-256 of every token of every row: tokenizer, template, rows, their order and lengths shape it."""
     digest = hashlib.sha256(b"rows")
     for s in sequences:
         digest.update(f"{len(s.prompt)} {len(s.response)} ".encode())
@@ -65,9 +65,9 @@ def rows_digest(sequences: SequenceOf[Sequence]) -> str:
 
 
 def teacher_digest(model: nn.Module, config: str) -> str:
-    """SHA-256 of all that shapes the states beside the rows: weights, their types, the vocabulary's cut.
+    """Return the SHA-256 of all that shapes the states beside the rows: weights, their types, the vocabulary's cut.
 
-    config: what the weights alone do not tell, such as a rotary base.
+    config: settings that the weights do not hold, such as a rotary base.
     """
     digest = hashlib.sha256(f"teacher {CACHE_FORMAT} {model.vocab} {model.head().weight_VD is None} {config}".encode())
     for name, tensor in model.state_dict().items():
@@ -100,12 +100,12 @@ def date_of(root: Path, teacher: str, data: str) -> str | None:
 
 
 def place_of(root: Path, key: Key) -> Path:
-    """Where the cache is or will be: a directory of ``root``, or ``root`` itself where it is a cache."""
+    """Return the cache's directory, which need not exist: one in ``root``, or ``root`` itself where it is a cache."""
     return root if (root / FACTS).exists() else root / key.name
 
 
 def check_space(place: Path, size: int) -> None:
-    """Raises StorageError where ``size`` more bytes would not fit beside ``place``, or nothing can be written there."""
+    """Raise StorageError where ``size`` more bytes would not fit beside ``place``, or nothing can be written there."""
     with _storing(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(place.parent).free
@@ -128,7 +128,7 @@ def write_cache(
     size: int = 0,
     rebuild: bool = False,
 ) -> bool:
-    """Computes the states of all rows into ``place``; False where another process did so while this one waited for it.
+    """Compute the states of all rows into ``place``; return False where another process did so while this one waited.
 
     of: names for people: the teacher's, the data's. size: bytes that they will take. rebuild: replaces what is there. Raises
     StorageError when the disk refuses, or has less room than that; nothing is visible then, and what was there before is
@@ -154,13 +154,13 @@ def write_cache(
 
 
 def read_cache(place: Path, key: Key, sequences: SequenceOf[Sequence], listener: Listener = silent) -> RowStates:
-    """The states, memory-mapped: several processes share one copy. Every byte is compared with its sum first.
+    """Return the states, memory-mapped: several processes share one copy. Every byte is compared with its sum first.
 
-    Raises CheckpointError for a cache that is damaged, half there, or of another teacher or other rows.
+    Raises CheckpointError for a cache that is damaged, incomplete, or of another teacher or other rows.
     """
     try:
         facts = _facts(place)
-        if (whose := _stranger(facts, key)) is not None:
+        if (whose := _other_owner(facts, key)) is not None:
             hint = f"give another --set teacher.cache_dir=DIR, or {REBUILD}"
             raise CheckpointError(f"the teacher cache {place} is of {whose}", hint=hint)
         tokens, width, dtype = facts["tokens"], facts["width"], getattr(torch, facts["dtype"], None)
@@ -181,7 +181,7 @@ def read_cache(place: Path, key: Key, sequences: SequenceOf[Sequence], listener:
 
 
 def _facts(place: Path) -> dict:
-    """What states.json says. ValueError, in words, where that is not what this version writes."""
+    """Return the content of states.json. Raises ValueError, in words, where this version does not write such a file."""
     try:
         facts = json.loads((place / FACTS).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -194,8 +194,8 @@ def _facts(place: Path) -> dict:
     return facts
 
 
-def _stranger(facts: dict, key: Key) -> str | None:
-    """Whose cache it is, where it is not the one wanted."""
+def _other_owner(facts: dict, key: Key) -> str | None:
+    """Return whose cache it is, where it is not the expected one; else None."""
     if facts["format"] != CACHE_FORMAT:
         return f"another version of distillm (format {facts['format']}, this one reads {CACHE_FORMAT})"
     if facts["teacher"] != key.teacher:
@@ -206,7 +206,7 @@ def _stranger(facts: dict, key: Key) -> str | None:
 
 
 def _fill(staged: Path, key: Key, teacher: Teacher, sequences, device, listener: Listener, of) -> None:
-    """states.bin and states.json. Written with calls that can say that the disk is full; a memory map would be killed."""
+    """Write states.bin and states.json, with calls that can report a full disk; a memory map would be killed."""
     with (staged / STATES).open("wb", buffering=0) as file:
         width, dtype = _compute(file, teacher, sequences, device, listener)
         os.fsync(file.fileno())
@@ -227,7 +227,7 @@ def _fill(staged: Path, key: Key, teacher: Teacher, sequences, device, listener:
 
 
 def _compute(file: RawIOBase, teacher: Teacher, sequences, device, listener: Listener) -> tuple[int, torch.dtype]:
-    """All rows' states into their places in ``file``; their width and dtype. The longest first, in large batches."""
+    """Write all rows' states to their places in ``file``, the longest first, in large batches; return width and dtype."""
     ends = torch.tensor([s.supervised for s in sequences]).cumsum(0).tolist()
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True)
     at, hidden_ND = 0, None
@@ -250,7 +250,7 @@ def _write_at(file: RawIOBase, offset: int, data: memoryview) -> None:
 
 
 def _raw(tensor: Tensor) -> memoryview:
-    """A contiguous tensor's bytes, not copied."""
+    """Return a contiguous tensor's bytes, not copied."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())
 
 
@@ -265,7 +265,7 @@ def _sum_of(path: Path, listener: Listener = silent) -> str:
 
 
 def _check_nothing_else(place: Path) -> None:
-    """Raises StorageError where what is to be replaced is more than a cache: somebody's own files are in it."""
+    """Raise StorageError where the directory to be replaced holds more than a cache: the user's own files are in it."""
     others = sorted(p.name for p in place.iterdir() if p.name not in (STATES, FACTS)) if place.is_dir() else []
     if others:
         what = f"{place} holds more than a teacher cache ({others[0]}), and is not replaced"

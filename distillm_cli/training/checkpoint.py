@@ -58,11 +58,11 @@ class Checkpoints:
         return self.root / f"step-{step:06d}"
 
     def steps(self) -> list[int]:
-        """Steps with a visible checkpoint, ascending."""
+        """Return the steps with a visible checkpoint, ascending."""
         return [int(path.name[5:]) for path in visible(self.root)]
 
     def write(self, step: int, state: dict, tensors: dict[str, Tensor], *, protect: int | None = None) -> Path:
-        """Writes the checkpoint of ``step``, then drops all but the newest ``keep`` and the protected one.
+        """Write the checkpoint of ``step``, then remove all but the newest ``keep`` and the protected one.
 
         Raises StorageError when the disk refuses; what was there before is untouched then.
         """
@@ -105,12 +105,12 @@ class Checkpoints:
         return error is None
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint, verified; None where there is none."""
+        """Return the newest checkpoint, verified; None where there is none."""
         return latest(self.root)
 
 
 def open_as_others(directory: Path) -> None:
-    """Lets whoever may read a file that is made here read the tensors too: safetensors writes them for their owner alone."""
+    """Give the tensor files in a directory the mode of any other new file: safetensors writes them for their owner alone."""
     probe = directory / ".mode"
     probe.touch()
     mode = probe.stat().st_mode
@@ -120,19 +120,22 @@ def open_as_others(directory: Path) -> None:
 
 
 def visible(root: Path) -> list[Path]:
-    """The checkpoints under ``root``, oldest first."""
+    """Return the checkpoints under ``root``, oldest first."""
     found = (p for p in Path(root).glob("step-*") if p.is_dir() and p.name[5:].isdigit())
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
 def latest(root: Path) -> Checkpoint | None:
-    """The newest checkpoint under ``root``, verified; None where there is none. Raises CheckpointError."""
+    """Return the newest checkpoint under ``root``, verified; None where there is none. Raises CheckpointError."""
     paths = visible(root)
     return read_checkpoint(paths[-1]) if paths else None
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint, after every file was compared with the manifest. Raises CheckpointError naming the damaged file."""
+    """Return a checkpoint, after every file was compared with the manifest.
+
+    Raises CheckpointError naming the damaged file.
+    """
     path = Path(path)
     hint = f"delete {path} to go on from the one before it, or {START_OVER}"
     try:
@@ -152,7 +155,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:
-    """Torch's on the CPU, and on ``device`` where that is a GPU, as tensors of a checkpoint."""
+    """Return torch's random states, on the CPU and on ``device`` where that is a GPU, as tensors of a checkpoint."""
     states = {"random.cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["random.cuda"] = torch.cuda.get_rng_state(device)
@@ -160,7 +163,7 @@ def random_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def restore_random_states(tensors: dict[str, Tensor], device: torch.device) -> None:
-    """Takes back what ``random_states`` gave."""
+    """Restore what ``random_states`` returned."""
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and device.type == "cuda":
         torch.cuda.set_rng_state(tensors["random.cuda"], device)

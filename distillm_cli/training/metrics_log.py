@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: a line per logged step, a line per validation; each whole or absent, never half."""
+"""Write ``metrics.jsonl``: a line per logged step, a line per validation; each whole or absent."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _STEP_KEYS = ("step", "epoch", "source", "loss", "lr", "grad_norm", "phi", "toke
 
 
 class MetricsLog:
-    """A listener that appends to ``path``.
+    """Append events to ``path``, as their listener.
 
     first_step: of a resume; lines of later steps are dropped. validated: whether the run had been validated by then; if not,
-    the validation that tells of step 0 came later too.
+    the validation of step 0 came later, too.
     """
 
     def __init__(self, path: Path, *, log_steps: int, first_step: int = 0, validated: bool = True):
@@ -53,8 +53,8 @@ def _lines_up_to(path: Path, step: int, validated: bool) -> list[str]:
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
-            told = json.loads(line)
-            if line.endswith("\n") and told["step"] <= step and (validated or "valid_loss" not in told):
+            entry = json.loads(line)
+            if line.endswith("\n") and entry["step"] <= step and (validated or "valid_loss" not in entry):
                 kept.append(line)
         except (ValueError, KeyError, TypeError):  # half a line, or none of ours
             continue
