@@ -47,8 +47,9 @@ _NOT_SHAPING = ("data.workers", "eval.report_rows", "eval.batch_size")
 class StageRecord:
     """Hold the content of ``stage.json``.
 
-    status: "starting" (files of an earlier start may still exist), "started", "done". of: all that the fingerprint is made of. made: names this making of the stage. files: of a stage that was finished,
-    the identities of its main files, by path under its directory. result: the verb's own object.
+    status: "starting" (files of an earlier start may still exist), "started", "done". of: all that the fingerprint is
+    made of. made: identifies this execution of the stage. files: of a stage that was finished, the identities of its main
+    files, by path under its directory. result: the verb's own object.
     """
 
     stage: str
@@ -65,7 +66,7 @@ class StageRecord:
 def read_record(place: Path) -> StageRecord | None:
     """Return the record in a stage's directory; None where there is none.
 
-    Raises CheckpointError, and UsageError for a directory that holds files and is no stage's, which a pipeline never touches.
+    Raises CheckpointError, and UsageError for a directory that holds files and is no stage's: it is never touched.
     """
     path = place / RECORD
     if not path.exists():
