@@ -2,8 +2,8 @@
 
     eval/dolly/t1/results.json              the settings, and what ``distillm eval --json`` prints of the suite
     eval/dolly/t1/predictions-seed10.jsonl  a line per row: prompt, output, references, the row's own scores
+    eval/dolly/t1/manifest.json             the names of these files
     eval/dolly/greedy/…                     the same suite with other settings
-    eval/manifest.json                      the files that evaluations have written here
 
 A directory stands for a suite and the settings that shape the answers. Scoring the same again replaces these files of it,
 and no others.
@@ -22,7 +22,7 @@ from distillm_cli.evaluation.evaluate import GREEDY, Answer, SuiteResult
 from distillm_cli.evaluation.metrics import METRICS, ratio
 from distillm_cli.evaluation.suites import Suite
 from distillm_cli.utils import manifest
-from distillm_cli.utils.storage import atomic_write, check_writable, locked, nearest_directory, storing
+from distillm_cli.utils.storage import atomic_write, check_writable, nearest_directory, storing
 
 RESULTS = "results.json"
 
@@ -55,7 +55,7 @@ def check_root(root: Path) -> None:
 
 
 def save(result: SuiteResult, root: Path, about: Mapping[str, Any] | None = None) -> Path:
-    """Write predictions and results under ``root``, list them in its manifest, and return their directory.
+    """Write predictions and results under ``root``, list them in a manifest, and return their directory.
 
     about: what else ``results.json`` should open with (the model, its dtype). Raises StorageError.
     """
@@ -64,25 +64,16 @@ def save(result: SuiteResult, root: Path, about: Mapping[str, Any] | None = None
     files = {name: f"predictions-{name if name == GREEDY else f'seed{name}'}.jsonl" for name in result.answers}
     with _storing(place):
         place.mkdir(parents=True, exist_ok=True)
-        _record(root, [f"{place.relative_to(root).as_posix()}/{file}" for file in (RESULTS, *files.values())])
         # Without results.json these predictions count as incomplete.
-        for stale in [place / RESULTS, *place.glob("predictions-*.jsonl")]:
-            stale.unlink(missing_ok=True)
+        earlier_files = list(manifest.recorded(place))
+        for name in earlier_files:
+            (place / name).unlink(missing_ok=True)
+        manifest.record(place, [RESULTS, *files.values()], removed=earlier_files)
         for name, file in files.items():
             lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in _predictions(result, name))
             atomic_write(place / file, "".join(lines))
         atomic_write(place / RESULTS, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     return place
-
-
-def _record(root: Path, names: list[str]) -> None:
-    """List files in the manifest of ``root``, which evaluations that run at once share."""
-
-    def wait() -> None:
-        pass
-
-    with locked(root, wait):
-        manifest.record(root, names)
 
 
 def earlier(

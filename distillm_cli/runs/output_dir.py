@@ -32,6 +32,7 @@ CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 RECIPE = "recipe.yaml"
 EVAL = "eval"
+_RESULTS = "results.json"  # of an evaluation
 TEMPLATES = "additional_chat_templates"  # of tokenizers that have several
 CARD = "README.md"
 SFT = "sft"  # the stage before distillation, an output directory in the output directory
@@ -133,8 +134,12 @@ def written(output: Path) -> Iterator[Path]:
             yield from written(path)
         elif os.path.lexists(path) and (sealed is None or manifest.is_as_sealed(path, sealed)):
             yield path
-    if (output / EVAL).is_dir() and not (output / EVAL).is_symlink():
-        yield from written(output / EVAL)
+    for found in sorted(output.glob(f"{EVAL}/*/*/{manifest.MANIFEST}")):
+        is_linked = _link_above(output, found.relative_to(output).as_posix()) is not None
+        if not is_linked and _RESULTS in manifest.recorded(
+            found.parent
+        ):  # of an evaluation, and not of a model put there
+            yield from written(found.parent)
     yield from leftovers(output, _MODEL)
     yield from leftovers(output, manifest.MANIFEST)
     yield output / manifest.MANIFEST

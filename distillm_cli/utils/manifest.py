@@ -6,8 +6,8 @@
 
 ``files`` are sealed once they are whole. ``written`` lists every file and directory of the run, each before it is written,
 so that the leftovers of a killed run are known: ``--overwrite`` removes these and nothing else. One with a seal is the
-run's only as long as it has this content. Output directories, their ``eval/`` and pipelines have a manifest with
-``written``; a checkpoint has one with ``files``, and is one entry of its run's.
+run's only as long as it has this content. Output directories, results of an evaluation and pipelines have a manifest
+with ``written``; a checkpoint has one with ``files``, and is one entry of its run's.
 """
 
 from __future__ import annotations

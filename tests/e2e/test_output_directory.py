@@ -42,7 +42,7 @@ def made(tmp_path_factory):
     for place in ("run/eval/mine/t1/predictions-seed1.jsonl", "run/rows/train.jsonl"):
         (home / place).parent.mkdir(exist_ok=True)
         (home / place).write_text(rows, encoding="utf-8")
-    manifest.record(home / "run/eval", ["mine/t1/predictions-seed1.jsonl"])  # as `distillm eval` does
+    manifest.record(home / "run/eval/mine/t1", ["results.json", "predictions-seed1.jsonl"])  # as `distillm eval` does
     (home / "run/eval/notes.txt").write_text("mine", encoding="utf-8")
     (home / "link").symlink_to("run")
     (home / "adapter").mkdir()

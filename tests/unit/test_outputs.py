@@ -27,11 +27,12 @@ def put(place: Path, *names: str) -> None:
 def put_run(place: Path, *names: str) -> None:
     """Files that hold their names, as a run with a stage before it, and an evaluation of it, have written them."""
     put(place, *names)
-    for folder in ("", "sft/", "eval/"):
+    for folder in ("", "sft/", "eval/dolly/t1/"):
         inside = [name.removeprefix(folder) for name in names if name.startswith(folder)]
-        stages = ("sft", "eval/dolly") if folder != "eval/" else ("report",)
-        entries = {_entry(name) for name in inside if not name.startswith(stages)}
-        manifest.record(place / folder, sorted(entries | ({"sft"} if not folder else set())))
+        entries = {_entry(name) for name in inside if not name.startswith(("sft/", "eval/dolly/"))}
+        if inside:
+            stage = {"sft"} if folder == "" and any(name.startswith("sft/") for name in names) else set()
+            manifest.record(place / folder, sorted(entries | stage))
 
 
 def _entry(name: str) -> str:
@@ -77,6 +78,25 @@ def test_of_what_runs_wrote_not_even_an_empty_folder_stays(tmp_path):
     put_run(tmp_path, *OF_RUNS)
     output_dir.clear(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_somebody_put_among_the_results_stays(tmp_path):
+    """It has a manifest of its own, as every run's model does, but the run here did not write it."""
+    put_run(tmp_path, *OF_RUNS)
+    put_run(tmp_path / "eval/other/model", "model.safetensors", "recipe.yaml")
+    output_dir.clear(tmp_path)
+    names = ("manifest.json", "model.safetensors", "recipe.yaml")
+    assert files(tmp_path) == {f"eval/other/model/{name}" for name in names}
+
+
+def test_a_killed_runs_leftovers_are_known(tmp_path):
+    """A file is listed before it is written, and what is half written lies beside its place."""
+    output_dir.write_recipe(tmp_path, resolved(), has_stage=True)
+    manifest.record(tmp_path, ["checkpoints/step-000001", "model.safetensors"])
+    put(tmp_path, "checkpoints/.staging-step-000001-123/model.safetensors", ".staging-model-123/config.json")
+    put(tmp_path, ".staging-metrics.jsonl", "checkpoints/.old-step-000000/mine", ".old-notes.txt")
+    output_dir.clear(tmp_path)
+    assert files(tmp_path) == {"checkpoints/.old-step-000000/mine", ".old-notes.txt"}, "on no list: the user's own"
 
 
 def test_of_a_folder_that_is_a_link_only_the_link_goes(tmp_path):
