@@ -146,6 +146,48 @@ def test_starting_over_stops_where_an_old_checkpoint_would_stay_and_be_resumed(t
         output_dir.clear(tmp_path)
 
 
+def test_a_directory_is_replaced_at_once_or_stays_as_it_was(tmp_path):
+    final = tmp_path / "final"
+    final.mkdir()
+    (final / "old").touch()
+
+    def fail() -> None:
+        with storage.atomic_directory(final) as staged:
+            (staged / "new").touch()
+            raise StorageError("a disk is full")
+
+    with pytest.raises(StorageError):
+        fail()
+    assert [path.name for path in final.iterdir()] == ["old"]
+    with storage.atomic_directory(final) as staged:
+        (staged / "new").touch()
+        assert [path.name for path in final.iterdir()] == ["old"]
+    assert [path.name for path in final.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [final], "nothing is left beside it"
+
+
+def test_a_directory_that_cannot_be_renamed_leaves_the_one_before(tmp_path, monkeypatch):
+    final = tmp_path / "final"
+    final.mkdir()
+    (final / "old").touch()
+    rename = Path.rename
+
+    def refuse(path, target):
+        if path.name.startswith(storage.STAGING):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return rename(path, target)
+
+    def replace_it() -> None:
+        with storage.atomic_directory(final) as staged:
+            (staged / "new").touch()
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(PermissionError):
+        replace_it()
+    assert [path.name for path in final.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [final]
+
+
 # --- refusals of the system -----------------------------------------------------------------------------------------
 
 
