@@ -12,12 +12,12 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import Any
 
 from distillm_cli.config.schema import DataConfig
 from distillm_cli.data.rows import Row
@@ -27,14 +27,13 @@ from distillm_cli.data.token_ids import CHUNK, Affixes, TokenIds, find_affixes, 
 from distillm_cli.training.events import Event, Listener
 from distillm_cli.utils.threads import cores
 
-_T = TypeVar("_T")
 _SPLITS: tuple[Split, ...] = ("train", "valid")
 _Chunks = dict[tuple[str, int], "Future[list[TokenIds]]"]  # (name of the rows, number of the first) → ids of a chunk
 
 
 @dataclass(frozen=True)
 class _Reading:
-    """Rows of a split being read: the events for its listener, then None, and the rows."""
+    """Hold a split that is being read: the events for its listener, then None, and the rows."""
 
     events: SimpleQueue[Event | None]
     rows: Future[Rows]
@@ -60,7 +59,7 @@ class Prefetcher:
         self._readings: dict[Split, _Reading] = {}
         self._started: Future[tuple[str, _Chunks] | None] | None = None
         self._tokenizer: Any | None = None
-        self._affixes: Future[Affixes] | None = None
+        self._affixes: Affixes | None = None
         self._chunks: _Chunks = {}
 
     def __enter__(self) -> Prefetcher:
@@ -93,15 +92,19 @@ class Prefetcher:
         """
         if tokenizer is None or not self._can_tokenize(tokenizer, sources):
             return
-        # First: it asks the tokenizer, which then belongs to the thread.
+        # First: these ask the tokenizer, which then belongs to the thread.
         chunks = self._chunks_by_file(tokenizer) if self._started is not None else {}
+        with suppress(Exception):  # whoever tokenizes the rows meets it again, and reports it
+            self._affixes = find_affixes(tokenizer)
         self._tokenizer = tokenizer
-        self._affixes = self._pool.submit(find_affixes, tokenizer)
         self._chunks = chunks or self._submit(sources, tokenizer)
 
     def affixes(self, tokenizer: Any) -> Affixes | None:
         """Return the special tokens that this tokenizer puts around a text; None as in ``take``."""
-        return self._result(self._affixes, tokenizer)
+        if tokenizer is self._tokenizer:
+            return self._affixes
+        self.close()
+        return None
 
     def take(self, name: str, tokenizer: Any, start: int) -> list[TokenIds] | None:
         """Return, once, the ids of the chunk of a source that begins at a row. Waits for them.
@@ -109,7 +112,12 @@ class Prefetcher:
         None where they are of another tokenizer, or could not be made: whoever tokenizes the rows then meets the same
         error, and reports it. From then on nothing is prefetched.
         """
-        return self._result(self._chunks.pop((name, start), None), tokenizer)
+        chunk = self._chunks.pop((name, start), None)
+        is_made = chunk is not None and tokenizer is self._tokenizer and not chunk.cancelled()
+        if is_made and chunk.exception() is None:
+            return chunk.result()
+        self.close()
+        return None
 
     def _start(self) -> None:
         if self._started is not None:
@@ -164,13 +172,6 @@ class Prefetcher:
         for chunk in chunks.values():
             chunk.cancel()
         return {}
-
-    def _result(self, future: Future[_T] | None, tokenizer: Any) -> _T | None:
-        is_made = future is not None and tokenizer is self._tokenizer and not future.cancelled()
-        if is_made and future.exception() is None:
-            return future.result()
-        self.close()
-        return None
 
 
 @contextmanager
