@@ -297,7 +297,7 @@ def main() -> None:
         return
     torch.set_num_threads(shape.threads)
     from distillm_cli.cli.app import set_environment
-    from distillm_cli.utils.host import keep_freed_memory
+    from distillm_cli.utils.memory import keep_freed_memory
 
     peers = Peers(shape.peers_python, shape.peers, shape) if shape.peers else None
     set_environment()  # as the program does; the peers' process has the environment as it was

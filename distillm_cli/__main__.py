@@ -1,31 +1,31 @@
-"""``python -m distillm_cli`` is ``distillm``: here the program begins."""
+"""Start the program: ``python -m distillm_cli`` is ``distillm``."""
 
 import atexit
 import sys
 
 from distillm_cli.cli.streams import open_streams, report
 from distillm_cli.errors import Interrupted, signal_number
-from distillm_cli.utils import garbage
-from distillm_cli.utils.interrupts import heard, hurry, stop_the_shell_too
+from distillm_cli.utils.memory import pause_garbage_collection
+from distillm_cli.utils.signals import exit_by_signal, handle_signals, restore_interrupt
 
 
 def main() -> int:
-    """Runs the process's own command line and returns its exit code.
+    """Run the process's own command line and return its exit code.
 
-    Ctrl-C has its one line and its code from here on, also while the commands are being imported.
+    Ctrl-C ends it with one line and an exit code also while the commands are being imported.
     """
     open_streams()
-    garbage.put_off()
+    pause_garbage_collection()
     code = 0
-    atexit.register(lambda: stop_the_shell_too(code))  # the first to be registered is the last to be called
+    atexit.register(lambda: exit_by_signal(code))  # the first to be registered is the last to be called
     try:
-        with heard():
+        with handle_signals():
             from distillm_cli.cli.app import main as run
 
             code = run()
     except KeyboardInterrupt as stop:
         code = report(Interrupted("interrupted", signal_number=signal_number(stop)), sys.argv[1:])
-    hurry(code)
+    restore_interrupt(code)
     return code
 
 

@@ -40,7 +40,7 @@ from distillm_cli.errors import (
     signal_number,
     typed_options,
 )
-from distillm_cli.utils.interrupts import heard, lost
+from distillm_cli.utils.signals import handle_signals, received_signal
 from distillm_cli.utils.storage import failed_with, is_full, reason
 from distillm_cli.utils.text import printable, redact
 
@@ -121,7 +121,7 @@ def _invoked(command: Any, argv: list[str]) -> int:
             spelled = word.encode("utf-8", "backslashreplace").decode()
             raise UsageError(f"{spelled} is not UTF-8", hint="rename the file, or see what the variable holds")
     try:
-        with heard(), command.make_context("distillm", list(argv)) as context:
+        with handle_signals(), command.make_context("distillm", list(argv)) as context:
             command.invoke(context)
     except typer.Exit as done:
         return done.exit_code
@@ -155,7 +155,7 @@ def _reported(error: BaseException, argv: list[str]) -> int:
 def _known(error: BaseException, argv: list[str]) -> DistillmError:
     """Any exception as one of the family."""
     if not isinstance(error, Interrupted | KeyboardInterrupt):
-        error = lost() or error
+        error = received_signal() or error
     if isinstance(error, DistillmError):
         return error
     if isinstance(error, UsageProblem):

@@ -10,13 +10,11 @@ from collections.abc import Sequence as SequenceOf
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
-from functools import partial
 from multiprocessing import get_all_start_methods, get_context
 
 import numpy as np
 
 from distillm_cli.config.schema import DataConfig
-from distillm_cli.data.ahead import Ahead
 from distillm_cli.data.encoder import Encoded, Encoder, LeftOut, TooLong
 from distillm_cli.data.rows import Row
 from distillm_cli.data.sources import LISTED, Rows
@@ -73,19 +71,19 @@ def tokenize(
     data: DataConfig,
     listener: Listener = silent,
     max_context: int | None = None,
-    ahead: Ahead | None = None,
+    prefetched: Callable[[int], list[TokenIds] | None] | None = None,
 ) -> Examples:
     """Rows → sequences, too long ones dropped, cut or refused as ``data.too_long`` says, counted and reported.
 
-    data.workers processes tokenize when it is above 0; the result is the same. max_context: positions of the model. ahead:
-    where these very rows may be on their way. Raises DataError when a row is refused or when no row is left.
+    data.workers processes tokenize when it is above 0; the result is the same. max_context: positions of the model.
+    prefetched: returns the token ids of the chunk that begins at a row, where they were prefetched. Raises DataError when a
+    row is refused or when no row is left.
     """
     chunks = [(rows[at : at + CHUNK], at, max_context) for at in range(0, len(rows), CHUNK)]
-    taken = None if ahead is None else partial(ahead.take, rows, tokenizer=encoder.tokenizer)
     examples, left_out = Examples([], []), []
     truncated = moved = 0
     name = str(rows) if isinstance(rows, Rows) else ""
-    for (chunk, at, _), outcomes in zip(chunks, _encoded(chunks, encoder, data.workers, taken), strict=True):
+    for (chunk, at, _), outcomes in zip(chunks, _encoded(chunks, encoder, data.workers, prefetched), strict=True):
         for row, outcome in zip(chunk, outcomes, strict=True):
             if not isinstance(outcome, Encoded):
                 left_out.append(outcome)
@@ -196,11 +194,14 @@ Chunk = tuple[SequenceOf[Row], int, int | None]  # rows, the number of the first
 
 
 def _encoded(
-    chunks: list[Chunk], encoder: Encoder, workers: int, taken: Callable[[int], list[TokenIds] | None] | None
+    chunks: list[Chunk],
+    encoder: Encoder,
+    workers: int,
+    prefetched: Callable[[int], list[TokenIds] | None] | None,
 ) -> Iterator[list[Encoded | TooLong | LeftOut]]:
     if workers == 0 or len(chunks) < 2:
         for rows, at, context in chunks:
-            yield encoder.encode(rows, at, context, None if taken is None else taken(at))
+            yield encoder.encode(rows, at, context, None if prefetched is None else prefetched(at))
         return
     # Not forked from this process: a child would inherit the locks of threads that do not exist in it. A fork server
     # imports the heavy libraries once for all workers; where there is none, each worker imports them.

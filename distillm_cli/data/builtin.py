@@ -27,7 +27,7 @@ from typing import Literal, TypeVar
 from distillm_cli.errors import RecipeError
 
 Split = Literal["train", "valid", "test"]
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 VOWELS = "aeiou"
@@ -115,7 +115,7 @@ def _between(rng: Random, low: int, high: int) -> int:
     return low + int(rng.random() * (high - low + 1))
 
 
-def _pick(rng: Random, choices: SequenceOf[T]) -> T:
+def _pick(rng: Random, choices: SequenceOf[_T]) -> _T:
     return choices[_between(rng, 0, len(choices) - 1)]
 
 

@@ -13,7 +13,7 @@ from distillm_cli.data.tables import records
 from distillm_cli.errors import DataError
 from distillm_cli.training.events import Listener, Note
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 _AT_ONCE = 1000  # rows
 
@@ -72,8 +72,8 @@ def _reach(ask: Callable[..., Any], repo: str) -> None:
 
 
 def _asked(
-    typed: str, repo: str, looked: str, meant: str | None, question: Callable[..., T], *args: Any, **kwargs: Any
-) -> T:
+    typed: str, repo: str, looked: str, meant: str | None, question: Callable[..., _T], *args: Any, **kwargs: Any
+) -> _T:
     """``question(…)`` to the hub. Whatever goes wrong there is a DataError that says where else was looked."""
     try:
         return question(*args, **kwargs)

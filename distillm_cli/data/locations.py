@@ -23,7 +23,7 @@ from distillm_cli.errors import DataError
 from distillm_cli.training.events import Listener
 from distillm_cli.utils.storage import leads_nowhere
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 Read = Callable[[Collection[str]], Records]
 
 _FILE_ENDINGS = (*FORMATS, *COMPRESSIONS, ".txt", ".tsv", ".zip", ".arrow")
@@ -185,7 +185,7 @@ def _chained(files: list[Path], wanted: Collection[str]) -> Records:
     return chain.from_iterable(read(file, wanted) for file in files)
 
 
-def _arrange(found: Mapping[str, T]) -> dict[str, T]:
+def _arrange(found: Mapping[str, _T]) -> dict[str, _T]:
     """Names of splits as people give them → train, valid, test as they are meant."""
     named_valid = found.get("valid", found.get("validation", found.get("val")))
     valid = found.get("dev", named_valid)

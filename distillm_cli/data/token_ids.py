@@ -65,11 +65,6 @@ def token_ids(texts: SequenceOf[Text], tokenizer: Any, *, apart: bool = False, l
     return [found[i] if i in found else _cut_marked(text, tokenizer) for i, text in enumerate(texts)]
 
 
-def chunks(sources: Iterable[SequenceOf[Row]]) -> Iterator[tuple[SequenceOf[Row], int]]:
-    """Yield all rows of some sources in the order in which they are tokenized: a source, and where its chunk begins."""
-    return ((rows, at) for rows in sources for at in range(0, len(rows), CHUNK))
-
-
 def ids_of(texts: list[str], tokenizer: Any, *, literal: bool = False, target: bool = False) -> list[np.ndarray]:
     """Tokenize texts without special tokens around them, nothing cut; int32. literal, target: as in ``token_ids``."""
     if not texts:

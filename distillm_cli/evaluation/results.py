@@ -2,6 +2,7 @@
 
     eval/dolly/t1/results.json              the settings, and the object of ``distillm eval --json`` for the suite
     eval/dolly/t1/predictions-seed10.jsonl  a line per row: prompt, output, references, the row's own scores
+    eval/dolly/t1/manifest.json             the names of these files
     eval/dolly/greedy/…                     the same suite with other settings
 
 A directory stands for a suite and the settings that shape the answers. Scoring the same again replaces these files of it,
@@ -12,16 +13,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from distillm_cli import plugins
 from distillm_cli.config import schema
-from distillm_cli.errors import StorageError
 from distillm_cli.evaluation.evaluate import GREEDY, Answer, SuiteResult
 from distillm_cli.evaluation.metrics import ratio
 from distillm_cli.evaluation.suites import Suite
-from distillm_cli.utils import storage
+from distillm_cli.utils import manifest
+from distillm_cli.utils.storage import atomic_write, check_writable, nearest_directory, storing
 
 RESULTS = "results.json"
 
@@ -49,33 +51,29 @@ def check_results_writable(root: Path) -> None:
 
     No directory is made: the nearest existing one is tried.
     """
-    home = root
-    while not home.exists() and home != home.parent:
-        home = home.parent
-    try:
-        storage.check_writable(home)
-    except OSError as error:
-        raise _refused(root, error) from error
+    with _storing(root):
+        check_writable(nearest_directory(root))
 
 
 def save_results(result: SuiteResult, root: Path, about: Mapping[str, Any] | None = None) -> Path:
-    """Write predictions and results under ``root`` and return their directory.
+    """Write predictions and results under ``root``, list them in a manifest, and return their directory.
 
     about: what else ``results.json`` opens with (the model, its dtype). Raise StorageError.
     """
     place = root / result.suite.name / settings_label(result.config, result.template)
     summary = {**_head(result.suite, result.config, result.template, about), **result.as_json()}
-    try:
+    files = {name: f"predictions-{name if name == GREEDY else f'seed{name}'}.jsonl" for name in result.answers}
+    with _storing(place):
         place.mkdir(parents=True, exist_ok=True)
-        # An absent results.json says that these predictions are not whole.
-        for stale in [place / RESULTS, *place.glob("predictions-*.jsonl")]:
-            stale.unlink(missing_ok=True)
-        for name in result.answers:
-            path = place / f"predictions-{name if name == GREEDY else f'seed{name}'}.jsonl"
-            _write(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in _predictions(result, name)))
-        _write(place / RESULTS, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise _refused(place, error) from error
+        # Without results.json these predictions count as incomplete.
+        earlier_files = list(manifest.recorded(place))
+        for name in earlier_files:
+            (place / name).unlink(missing_ok=True)
+        manifest.record(place, [RESULTS, *files.values()], removed=earlier_files)
+        for name, file in files.items():
+            lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in _predictions(result, name))
+            atomic_write(place / file, "".join(lines))
+        atomic_write(place / RESULTS, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     return place
 
 
@@ -127,12 +125,5 @@ def _row_score(name: str, answer: Answer, references: tuple[str, ...], result: S
     return plugins.metrics[name].score(answer.text, references) if count is None else ratio([count])
 
 
-def _write(path: Path, text: str) -> None:
-    """Write the whole file or nothing."""
-    staged = path.with_name(f".staging-{path.name}")
-    staged.write_text(text, encoding="utf-8")
-    staged.replace(path)
-
-
-def _refused(path: Path, error: OSError) -> StorageError:
-    return StorageError(f"cannot write to {path}: {error.strerror or error}", hint="choose another place with --output")
+def _storing(path: Path) -> AbstractContextManager[None]:
+    return storing(f"cannot write to {path}", "choose another place with --output")

@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from distillm_cli.losses.divergences import Rows
 from distillm_cli.losses.weights import NO_WEIGHTS, LossWeights, TokenWeights
-from distillm_cli.utils.halving import retry_halved
+from distillm_cli.utils.memory import retry_halved
 
 CHUNK_BYTES = 320 * 2**20  # most bytes of a chunk's logits, both models'; with small vocabularies it is far less
 _CHUNK_TOKENS = 256  # beyond it the products gain nothing: 128 tokens reach 90 % of their speed, 256 all of it

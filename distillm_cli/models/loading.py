@@ -59,7 +59,7 @@ def load_config(path: str, *, revision: str | None = None, file: bool = False) -
                 raise base_not_loaded(adapters[-1], base, error) from error
     name, local = (path, True) if file else locate_model(path)
     if local and not file:
-        manifest.check(Path(name), weights=False)
+        manifest.check_files(Path(name), weights=False)
         if not (Path(name) / "config.json").is_file():
             hint = "pass a model directory: config.json, model.safetensors"
             raise ModelError(f"{path} holds no config.json", hint=hint)
@@ -113,7 +113,7 @@ def load_backbone(
     adapters, base, base_revision = adapter_chain(path, revision)
     for location in adapters:
         if location.local:
-            manifest.check(Path(location.name), weights=True)
+            manifest.check_files(Path(location.name), weights=True)
             _warn_of_edits(Path(location.name), listener)
     own = tokenizer is None
     tokenizer = (tokenizers or TokenizerCache()).load(path, revision) if tokenizer is None else tokenizer
@@ -199,7 +199,7 @@ def _load_weights(
             hint=f"to start from scratch, pass {Path(path) / 'config.json'}",
         )
     if local:
-        manifest.check(Path(name), weights=True)
+        manifest.check_files(Path(name), weights=True)
     # Else a thread asks the hub to convert repositories that have no safetensors.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     with quiet():

@@ -75,7 +75,7 @@ def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedToken
     if local and not has_tokenizer(Path(name)):
         raise ModelError(f"{path} holds no tokenizer", hint="pass --tokenizer DIR, or bpe:SIZE, chars, words")
     if local:
-        manifest.check(Path(name), weights=False)
+        manifest.check_files(Path(name), weights=False)
     if local and _is_tekken(Path(name)) and importlib.util.find_spec("mistral_common") is None:
         raise _missing_package("tokenizer", path, "mistral-common")
     with quiet():

@@ -22,7 +22,7 @@ from distillm_cli.errors import DataError
 from distillm_cli.rollouts.next_token import Sampling, check_chosen, choose
 from distillm_cli.training.events import Listener, Progress, Warned, silent
 from distillm_cli.types import Rollout, Sequence
-from distillm_cli.utils.halving import retry_halved
+from distillm_cli.utils.memory import retry_halved
 
 
 class Decoding(Protocol):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from distillm_cli.config.explain import leaves
-from distillm_cli.config.load import Resolved, load_resolved, resolve, settled
+from distillm_cli.config.load import Resolved, resolve, settled
 from distillm_cli.config.merging import document
 from distillm_cli.config.schema import Recipe
 from distillm_cli.data.encoder import Encoder
@@ -19,11 +19,12 @@ from distillm_cli.errors import RecipeError
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.chat_format import read_template, set_languages, usual_end_token
 from distillm_cli.models.pair import load_backbone, resolve_device, resolve_dtype
-from distillm_cli.runs.output_dir import RECIPE, is_resolved
+from distillm_cli.runs.output_dir import RECIPE
 from distillm_cli.training.events import Listener, Note, Warned
 from distillm_cli.types import Sequence, collate
-from distillm_cli.utils import garbage, manifest
-from distillm_cli.utils.host import set_threads
+from distillm_cli.utils import manifest
+from distillm_cli.utils.memory import resume_garbage_collection
+from distillm_cli.utils.threads import set_threads
 
 
 @dataclass(frozen=True)
@@ -75,25 +76,25 @@ def own_recipe(model: str, listener: Listener) -> Path | None:
     homes = [place] if place.parent.name != "checkpoints" else [place, place.parent.parent]
     own = next((home / RECIPE for home in homes if (home / RECIPE).is_file()), None)
     if own is None:
-        if any(manifest.read(home) for home in homes):
+        if any(manifest.read_manifest(home) for home in homes):
             what = f"{homes[-1] / RECIPE} is missing: prompts of {model} get the default settings, not those of its training"
             listener(Warned(f"{what}; put it back, or give --recipe FILE"))
         return None
-    listed = manifest.read(own.parent)
+    listed = manifest.read_manifest(own.parent)
     if listed is not None and RECIPE in listed["files"] and manifest.difference(own.parent, listed, RECIPE):
         raise _damaged(own, "it differs from the manifest beside it")
     was_of_run = "  # default" in own.read_text(
         encoding="utf-8", errors="replace"
     )  # a run writes down where each value came from
-    if was_of_run and not is_resolved(own):
-        raise _damaged(own, "lines of it are missing")
     try:
-        load_resolved(own)
+        found = resolve(command="eval", recipe=own)
     except RecipeError as error:
         if was_of_run or not _is_mapping(own):
             raise _damaged(own, str(error)) from error
         listener(Warned(f"{own} is not used: {error}"))  # other programs leave a recipe.yaml in their output too
         return None
+    if was_of_run and any(not origin.startswith(f"{own.name}:") for origin in found.origin.values()):
+        raise _damaged(own, "lines of it are missing")
     return own
 
 
@@ -112,7 +113,7 @@ def _damaged(own: Path, why: str) -> RecipeError:
 
 def load_model(model: str, recipe: Recipe, listener: Listener) -> tuple[Backbone, Encoder]:
     """Load a model on the recipe's device in its precision, and return it with its encoder. Raises ModelError."""
-    garbage.take_up()
+    resume_garbage_collection()
     set_threads(recipe.train.threads, listener)
     device = resolve_device(recipe.train.device)
     backbone = load_backbone(model, dtype=precision(recipe), device=device, listener=listener)

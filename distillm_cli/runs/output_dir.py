@@ -1,31 +1,42 @@
-"""The output directory: named, checked, filled. It ends as an ordinary Hugging Face directory."""
+"""Name, check, claim, fill and clear an output directory, which ends as an ordinary Hugging Face directory.
+
+What a run writes there is listed in ``manifest.json`` before it is written; ``--overwrite`` goes by that list alone.
+"""
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from distillm_cli.errors import CheckpointError, StorageError, UsageError
+from distillm_cli.errors import CheckpointError, UsageError
 from distillm_cli.utils import manifest
-from distillm_cli.utils.storage import PROBE, REMOVED, check_writable, leads_nowhere, reason, remove
+from distillm_cli.utils.storage import (
+    PROBE,
+    atomic_write,
+    check_writable,
+    leads_nowhere,
+    leftovers,
+    locked,
+    move_into,
+    remove,
+    staging_directory,
+    storage_error,
+    storing,
+)
 from distillm_cli.utils.text import redact
 
-try:
-    import fcntl
-except ImportError:  # Windows: two runs into one directory are then not told apart
-    fcntl = None
-
-CHECKPOINTS, METRICS, RECIPE, EVAL = "checkpoints", "metrics.jsonl", "recipe.yaml", "eval"
+CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
+RECIPE = "recipe.yaml"
+EVAL = "eval"
+_RESULTS = "results.json"  # of an evaluation
 TEMPLATES = "additional_chat_templates"  # of tokenizers that have several
-CARD, MADE_WITH = "README.md", "**made with**: distillm"  # in a card of ours
-_MANY = 50  # settings: nobody writes so many by hand, each with a comment
+CARD = "README.md"
 SFT = "sft"  # the stage before distillation, an output directory in the output directory
 
-# What a run writes; `--overwrite` clears these and nothing else, so that a mistyped path loses nobody's files.
 MODEL_FILES = (
     "config.json", "generation_config.json", "model.safetensors",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -33,16 +44,17 @@ MODEL_FILES = (
     "model-*-of-*.safetensors", "preprocessor_config.json", "image_processor_config.json", "processor_config.json",
     "video_preprocessor_config.json",
 )  # fmt: skip
-_FILES = (METRICS, manifest.MANIFEST, *MODEL_FILES, ".staging-*")
-_FOLDERS = {
-    CHECKPOINTS: ("step-*", ".staging-*", f"{REMOVED}*"),
-    EVAL: ("report/*.json", "*/*/results.json", "*/*/predictions-*.jsonl", "**/.staging-*"),
-    TEMPLATES: ("*.jinja",),
-}
+# What a run would replace: where one of these exists and is on no manifest, the directory is not a run's to write into.
+_REPLACED = (
+    RECIPE, METRICS, CARD, manifest.MANIFEST, *MODEL_FILES, f"{CHECKPOINTS}/step-*", f"{EVAL}/report/*.json",
+    f"{TEMPLATES}/*.jinja",
+)  # fmt: skip
+_FOLDERS = (CHECKPOINTS, EVAL, TEMPLATES)
+_MODEL = "model"  # names the directory in which a model is staged
 
 
 def default_name(recipe: str | None, data: str, student: str, method: str, *, resume: bool) -> Path:
-    """``runs/dolly-gpt2-distillm``, with a number where that is taken; on a resume the newest of that name."""
+    """Return ``runs/dolly-gpt2-distillm``, with a number where that is taken; on a resume the newest of that name."""
 
     def short(text: str) -> str:
         stem = Path(redact(text).rstrip("/")).name.removesuffix(".jsonl").removesuffix(".json")
@@ -62,23 +74,21 @@ def _may_resume(output: Path) -> bool:
     return any((place / CHECKPOINTS).is_dir() for place in (output, output / SFT))
 
 
-def check(output: Path, *, resume: bool, overwrite: bool) -> bool:
-    """Makes sure the directory may be written, and returns whether it was made for that.
+def check_output(output: Path, *, resume: bool, overwrite: bool) -> bool:
+    """Check that the directory may be written, and return whether it was made for that.
 
     A non-empty one is refused without ``resume`` or ``overwrite``. Nothing in it is touched. Raises UsageError,
     CheckpointError, StorageError.
     """
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other", hint="give one of them")
-    try:
+    with storing(f"cannot write to {output}", "choose another --output"):
         _check_used(output, resume=resume, overwrite=overwrite)
         is_new = not output.exists()
         output.mkdir(parents=True, exist_ok=True)
         check_writable(output)
         for leftover in output.glob(f"{PROBE}*"):  # of earlier versions
             leftover.unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot write to {output}: {error.strerror}", hint="choose another --output") from error
     return is_new
 
 
@@ -104,99 +114,91 @@ def _check_used(output: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def written(output: Path) -> Iterator[Path]:
-    """What runs have left in an output directory: files, and whole checkpoints. Of a folder that is a link, the link.
+    """Yield what runs have left in an output directory, by its manifest: files, and whole checkpoints.
 
-    Nothing where no run has been: what has the same name there is somebody's own.
+    Nothing where there is no manifest: what has the same name there is the user's own, and so is a file with a seal that
+    was edited. Of a folder that is a link, the link. The manifest itself comes last, so that a removal that is stopped half
+    way can be continued.
     """
-    if not is_resolved(output / RECIPE):
+    listed = manifest.read_manifest(output)
+    if listed is None or "written" not in listed:
         return
-    for pattern in _FILES:
-        yield from output.glob(pattern)
-    if (card := output / CARD).is_file() and MADE_WITH in card.read_text(encoding="utf-8", errors="replace"):
-        yield card
-    for name, patterns in _FOLDERS.items():
-        folder = output / name
-        if folder.is_symlink():
-            yield folder
-        else:
-            for pattern in patterns:
-                yield from folder.glob(pattern)
-    if has_stage(output):
-        stage = output / SFT
-        yield from [stage] if stage.is_symlink() else written(stage)
-    yield output / RECIPE  # last, so that a clearing that is stopped half way can be gone on with
+    for name, sealed in listed["written"].items():
+        path = output / name
+        link = _link_above(output, name)
+        if link is not None:
+            yield link
+            continue
+        yield from leftovers(path.parent, path.name)
+        if name == SFT and path.is_dir() and not path.is_symlink():
+            yield from written(path)
+        elif os.path.lexists(path) and (sealed is None or manifest.is_as_sealed(path, sealed)):
+            yield path
+    for found in sorted(output.glob(f"{EVAL}/*/*/{manifest.MANIFEST}")):
+        is_linked = _link_above(output, found.relative_to(output).as_posix()) is not None
+        if not is_linked and _RESULTS in manifest.recorded(
+            found.parent
+        ):  # of an evaluation, and not of a model put there
+            yield from written(found.parent)
+    yield from leftovers(output, _MODEL)
+    yield from leftovers(output, manifest.MANIFEST)
+    yield output / manifest.MANIFEST
+
+
+def _link_above(output: Path, name: str) -> Path | None:
+    """Return the outermost symbolic link among the folders of a path in the directory; None without one."""
+    folders = [output / parent for parent in reversed(PurePosixPath(name).parents) if parent.name]
+    return next((folder for folder in folders if folder.is_symlink()), None)
 
 
 def foreign(output: Path) -> Path | None:
-    """A file in the directory that a run would replace and that no run wrote; None where there is none."""
+    """Return a file in the directory that a run would replace and that no run wrote; None where there is none."""
     ours = set(written(output))
-    in_folders = (f"{name}/{pattern}" for name, patterns in _FOLDERS.items() for pattern in patterns)
-    named = (path for name in (*_FILES, CARD, RECIPE, *in_folders) for path in sorted(output.glob(name)))
-    broken = (output / name for name in _FOLDERS if leads_nowhere(output / name))
-    found = (path for path in itertools.chain(named, broken) if path not in ours)
-    return next((path for path in found if not any(parent in ours for parent in path.parents)), None)
+    found = [path for pattern in _REPLACED for path in sorted(output.glob(pattern))]
+    found += [output / name for name in _FOLDERS if leads_nowhere(output / name)]
+    return next((path for path in found if ours.isdisjoint([path, *path.parents])), None)
 
 
 def has_stage(output: Path) -> bool:
-    """Whether ``OUTPUT/sft`` is a stage of the run in ``output``, and no run of its own beside it."""
-    if not (output / SFT).is_dir() or not is_resolved(output / RECIPE):
-        return False
-    epochs = re.search(r"^  sft_epochs: +([\d.]+)", _text(output / RECIPE), re.M)
-    return epochs is not None and float(epochs[1]) > 0
-
-
-def is_resolved(recipe: Path) -> bool:
-    """Whether a run wrote this recipe or pipeline: every setting is in it, and says where it came from."""
-    lines = _text(recipe).splitlines() if recipe.is_file() else []
-    values = [line for line in lines if not line.lstrip().startswith("#") and not line.endswith(":")]
-    return len(values) > _MANY and all("  # " in line for line in values)
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace")
+    """Return whether ``OUTPUT/sft`` is a stage of the run in ``output``, and no run of its own beside it."""
+    return (output / SFT).is_dir() and SFT in manifest.recorded(output)
 
 
 def clear(output: Path) -> list[Path]:
-    """Removes what an earlier run wrote into the directory, and only that; folders go where nothing else is in them.
+    """Remove what an earlier run wrote into the directory, and only that, and the folders that are empty then.
 
     Returns the directories of which something could not be removed: only parts are left, under names that no run reads.
     Raises StorageError where one keeps its name.
     """
     stuck = []
-    for path in [*written(output)]:
-        is_directory = path.is_dir() and not path.is_symlink()
-        error = remove(path) if is_directory else _unlink(path)
-        if error is not None and os.path.lexists(path):
-            what = f"cannot remove {path}, of an earlier run: {reason(error)}"
-            raise StorageError(what, hint="choose another --output, or remove it yourself")
-        stuck += [path] if error is not None else []
+    for path in list(written(output)):
+        error = remove(path)
+        if error is None:
+            continue
+        if os.path.lexists(path):
+            hint = "choose another --output, or remove it yourself"
+            raise storage_error(error, f"cannot remove {path}, of an earlier run", hint) from error
+        stuck.append(path)
     for name in (*_FOLDERS, SFT):
         for folder, _, _ in os.walk(output / name, topdown=False):
-            with suppress(OSError):  # somebody's own files are in it
+            with suppress(OSError):  # the user's own files are in it
                 Path(folder).rmdir()
     return stuck
 
 
-def _unlink(path: Path) -> OSError | None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        return error
-    return None
-
-
 @contextmanager
 def claimed(output: Path, *, is_new: bool = False) -> Iterator[None]:
-    """No other run works in this directory meanwhile. Raises UsageError where one does.
+    """Keep other runs out of this directory. Raises UsageError where one is at work in it.
 
-    The directory itself is locked: nothing is left in it, and the lock dies with the process. is_new: it was made for
-    this run, and goes again where the run fails before it wrote anything.
+    The directory itself is locked: no file is left in it, and the lock ends with the process. is_new: it was made for this
+    run, and is removed again where the run fails before it wrote anything.
     """
-    output.mkdir(parents=True, exist_ok=True)  # one that another run made, and took away when it failed
-    directory = None if fcntl is None else os.open(output, os.O_RDONLY)
-    try:
-        if directory is not None and is_taken(directory):
-            raise UsageError(f"another run is at work in {output}", hint="wait for it, or choose another --output")
+
+    def busy() -> None:
+        raise UsageError(f"another run is at work in {output}", hint="wait for it, or choose another --output")
+
+    output.mkdir(parents=True, exist_ok=True)  # one that another run made, and removed when it failed
+    with locked(output, busy):
         try:
             yield
         except BaseException:
@@ -204,63 +206,55 @@ def claimed(output: Path, *, is_new: bool = False) -> Iterator[None]:
                 with suppress(OSError):  # something is in it
                     output.rmdir()
             raise
-    finally:
-        if directory is not None:
-            os.close(directory)
 
 
-def is_taken(descriptor: int) -> bool:
-    """Whether somebody else holds this open file or directory; if not, it is held from here on, until it is closed."""
-    if fcntl is None:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks: then there is nobody to be told apart
-        return False
-    return False
+def write_file(output: Path, name: str, text: str) -> None:
+    """Write a file of a run, whole or not at all, and list it in the directory's manifest before. Raises OSError.
+
+    name: relative path, with slashes.
+    """
+    (output / name).parent.mkdir(parents=True, exist_ok=True)
+    manifest.record(output, [name])
+    atomic_write(output / name, text)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a whole file or none."""
-    staged = path.with_name(f".staging-{path.name}")
-    try:
-        staged.write_text(text, encoding="utf-8")
-        staged.replace(path)
-    except OSError as error:
-        _unlink(staged)
-        error.filename = error.filename or str(path)  # a write that fails does not name its file
-        raise
+def write_recipe(output: Path, text: str, *, has_stage: bool = False) -> None:
+    """Write the recipe of a run that begins; of an earlier one's manifest, the model alone stays sealed.
+
+    has_stage: the run fine-tunes first, in ``OUTPUT/sft``.
+    """
+    manifest.unseal(output, RECIPE)
+    manifest.record(output, [METRICS, *([SFT] if has_stage else [])])
+    write_file(output, RECIPE, text)
 
 
-def publish(staged: Path, output: Path) -> None:
-    """Move a finished model directory's files into ``output``, weights last, remove ``staged``, and write the manifest.
+@contextmanager
+def publishing(output: Path) -> Iterator[Path]:
+    """Yield a directory for a model's files, and move them into ``output`` when the block ends, weights last.
 
-    The manifest lists them and the recipe, but not the card, which people edit.
+    They are sealed, and the recipe with them. The card, which people edit, is listed with its content: an edited one is
+    theirs.
     """
     # Not at the top: it imports torch, and whoever only names an output can do without.
     from distillm_cli.training.checkpoint import open_as_others
 
-    open_as_others(staged)
-    (output / manifest.MANIFEST).unlink(missing_ok=True)  # an earlier one, of what is replaced now
-    published = [output / RECIPE]
-    if (staged / TEMPLATES).is_dir():
-        (output / TEMPLATES).mkdir(exist_ok=True)
-        for path in (staged / TEMPLATES).iterdir():
-            path.replace(output / TEMPLATES / path.name)
-        (staged / TEMPLATES).rmdir()
-    for path in sorted(staged.iterdir(), key=lambda p: p.suffix == ".safetensors"):
-        path.replace(output / path.name)
-        if path.name != CARD:
-            published.append(output / path.name)
-    staged.rmdir()
-    manifest.write(output, [path for path in published if path.is_file()])
+    with staging_directory(output / _MODEL) as staged:
+        yield staged
+        open_as_others(staged)
+        _move_model(staged, output)
 
 
-def write_recipe(output: Path, text: str) -> None:
-    """Write the recipe of a run that begins; the manifest of an earlier one then lists the model alone."""
-    listed = manifest.read(output)
-    if listed is not None and listed["files"].pop(RECIPE, None) is not None:
-        manifest.replace(output, listed)
-    write_text(output / RECIPE, text)
+def _move_model(staged: Path, output: Path) -> None:
+    templates = sorted((staged / TEMPLATES).iterdir()) if (staged / TEMPLATES).is_dir() else []
+    files = sorted(
+        (path for path in staged.iterdir() if path.is_file()), key=lambda path: path.suffix == ".safetensors"
+    )
+    seals = {CARD: manifest.seal(staged / CARD)} if (staged / CARD).is_file() else {}
+    names = [path.relative_to(staged).as_posix() for path in (*templates, *files)]
+    manifest.unseal(output)  # what an earlier run sealed is replaced now
+    manifest.record(output, [name for name in names if name not in seals], seals=seals)
+    if templates:
+        move_into(output / TEMPLATES, templates)
+    move_into(output, files)
+    sealed = [output / RECIPE, *(output / path.name for path in files if path.name != CARD)]
+    manifest.seal_directory(output, [path for path in sealed if path.is_file()])

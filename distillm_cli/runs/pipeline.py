@@ -31,7 +31,8 @@ from distillm_cli.runs.run_results import (
 from distillm_cli.runs.stage_record import StageRecord
 from distillm_cli.runs.start import TrainOptions
 from distillm_cli.training.events import Listener, Note, Staged, Warned
-from distillm_cli.utils.host import give_back_freed_memory
+from distillm_cli.utils.manifest import recorded
+from distillm_cli.utils.memory import give_back_freed_memory
 from distillm_cli.utils.text import json_value
 
 RESOLVED_PIPELINE = "pipeline.yaml"
@@ -101,7 +102,7 @@ def run_pipeline(
     _check_free(output / RESOLVED_PIPELINE)
     stage_states(pipeline, output, chosen)  # all errors that can be found beforehand, before anything is written
     with stage_record.lock_pipeline(output):
-        output_dir.write_text(output / RESOLVED_PIPELINE, resolved_yaml(pipeline))
+        output_dir.write_file(output, RESOLVED_PIPELINE, resolved_yaml(pipeline))
         results = _PipelineRun(pipeline, output, chosen, listener).run()
     return PipelineResult(output, round(time.perf_counter() - started, 3), results)
 
@@ -127,7 +128,7 @@ def describe(state: StageState) -> str:
 
 def _check_free(path: Path) -> None:
     """Raise UsageError for a ``pipeline.yaml`` that no run wrote."""
-    if path.is_file() and not output_dir.is_resolved(path):
+    if path.is_file() and path.name not in recorded(path.parent):
         what = f"{path} was not written by `distillm run`, which would replace it"
         raise UsageError(what, hint="choose another --output, or move it away")
 
@@ -248,7 +249,7 @@ class _PipelineRun:
         directories = (place, place / output_dir.SFT)
         has_checkpoint = any(visible(directory / output_dir.CHECKPOINTS) for directory in directories)
         resume = record.status == "started" and has_checkpoint
-        output_dir.check(place, resume=resume, overwrite=not resume)
+        output_dir.check_output(place, resume=resume, overwrite=not resume)
         if not resume:
             check_spared(stage.verb, resolved.recipe, place)
         if (fitted := fitted_line(resolved)) is not None:

@@ -33,8 +33,7 @@ from distillm_cli.runs.report import check_can_generate, check_selection_metric
 from distillm_cli.runs.run_results import DecodedSequence, PlanResult
 from distillm_cli.runs.teacher_states import CachePlan, check_rows, disk_free, plan_cache, workload_of
 from distillm_cli.training.events import Listener, Note, silent
-from distillm_cli.utils import garbage
-from distillm_cli.utils.host import available_memory
+from distillm_cli.utils.memory import available_memory, resume_garbage_collection
 from distillm_cli.utils.text import format_bytes, redact
 
 _T = TypeVar("_T")
@@ -64,7 +63,7 @@ def _is_on_disk_or_hub(path: str) -> bool:
 
 def plan_run(resolved: Resolved, listener: Listener) -> PlanResult:
     """Plan one run, from its models where their weights are here, else from their configs."""
-    garbage.take_up()
+    resume_garbage_collection()
     if not weights_are_available(resolved.recipe):
         return PlanResult(plan_from_configs(resolved, listener)[0])
     check_selection_metric(resolved.recipe)

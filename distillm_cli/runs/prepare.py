@@ -15,10 +15,9 @@ import numpy as np
 import torch
 
 from distillm_cli.config.schema import DataConfig, Recipe, TrainConfig
-from distillm_cli.data.ahead import Ahead
 from distillm_cli.data.batching import Examples, Order, tokenize
-from distillm_cli.data.early import Early
 from distillm_cli.data.encoder import Encoder
+from distillm_cli.data.prefetch import Prefetcher
 from distillm_cli.data.rows import Row
 from distillm_cli.data.sources import Rows, overlap
 from distillm_cli.data.teacher_samples import encoded, read_beforehand
@@ -35,10 +34,10 @@ from distillm_cli.runs.start import prefetch_rows, tokenizer_candidates
 from distillm_cli.teachers.teacher_cache import date_of, root_of, rows_digest
 from distillm_cli.training.events import Listener, Note, Warned
 from distillm_cli.types import Rollout, Sequence, collate, pass_overhead
-from distillm_cli.utils import garbage
-from distillm_cli.utils.host import give_back_freed_memory, set_threads
+from distillm_cli.utils.memory import give_back_freed_memory, resume_garbage_collection
 from distillm_cli.utils.modules import weights_fingerprint
 from distillm_cli.utils.text import counted
+from distillm_cli.utils.threads import set_threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -182,42 +181,45 @@ class Prepared:
             copy_processor(student.path, student.revision, directory)
 
 
-def prepare(recipe: Recipe, listener: Listener, prefetched: Early | None = None) -> Prepared:
-    """Read, load and check everything a run needs. prefetched: where its rows are being read already.
+def prepare(recipe: Recipe, listener: Listener, prefetcher: Prefetcher | None = None) -> Prepared:
+    """Read, load and check everything a run needs. prefetcher: of its rows, where it is running already.
 
     Raises DataError, ModelError.
     """
-    with prefetched or prefetch_rows(recipe) as rows:
-        return _prepare(recipe, listener, rows)
+    with prefetcher or prefetch_rows(recipe) as running:
+        return _prepare(recipe, listener, running)
 
 
-def _prepare(recipe: Recipe, listener: Listener, prefetched: Early) -> Prepared:
+def _prepare(recipe: Recipe, listener: Listener, prefetcher: Prefetcher) -> Prepared:
     set_threads(recipe.train.threads, listener)
     torch.manual_seed(recipe.train.seed)
     device = resolve_device(recipe.train.device)
-    train_rows, valid_rows = _read_rows(recipe, prefetched, listener)
+    train_rows, valid_rows = _read_rows(recipe, prefetcher, listener)
     sample_rows = None
     if recipe.data.teacher_samples is not None:
         sample_rows = read_beforehand(recipe.data, train_rows, listener)
 
     tokenizers = TokenizerCache()
     expected = _expected_tokenizer(recipe, tokenizers)
-    with Ahead((train_rows, valid_rows), recipe.data, expected, prefetched) as ahead:
-        # Imported here, since it takes long: the rows are tokenized meanwhile.
-        from distillm_cli.models.pair import load_pair
+    prefetcher.expect(expected, {"train": train_rows, "valid": valid_rows})
+    # Imported here, since it takes long: the rows are tokenized meanwhile.
+    from distillm_cli.models.pair import load_pair
 
-        garbage.take_up()
-        texts = partial(texts_of, train_rows, recipe.data)
-        pair = load_pair(recipe, device=device, texts=texts, tokenizers=tokenizers, listener=listener)
-        affixes = ahead.affixes(pair.tokenizer)
-        data, encoder, resolved_values = _encoder(recipe, pair, train_rows, affixes, listener)
-        recipe = recipe.model_copy(update={"data": data})
-        context = min((model.context for model in pair.models.values() if model.context is not None), default=None)
-        _check_heads(pair, context, listener)
-        router_aux = router.set_router_loss(recipe.objective.router_aux, pair.student, listener)
-        _warn_of_longrope(pair, min(data.max_length, context or data.max_length), listener)
-        train = tokenize(train_rows, encoder, data, listener, context, ahead)
-        valid = tokenize(valid_rows, encoder, data, listener, context, ahead)
+    resume_garbage_collection()
+    texts = partial(texts_of, train_rows, recipe.data)
+    pair = load_pair(recipe, device=device, texts=texts, tokenizers=tokenizers, listener=listener)
+    affixes = prefetcher.affixes(pair.tokenizer)
+    data, encoder, resolved_values = _encoder(recipe, pair, train_rows, affixes, listener)
+    recipe = recipe.model_copy(update={"data": data})
+    context = min((model.context for model in pair.models.values() if model.context is not None), default=None)
+    _check_heads(pair, context, listener)
+    router_aux = router.set_router_loss(recipe.objective.router_aux, pair.student, listener)
+    _warn_of_longrope(pair, min(data.max_length, context or data.max_length), listener)
+    train_ids = partial(prefetcher.take, "train", pair.tokenizer)
+    valid_ids = partial(prefetcher.take, "valid", pair.tokenizer)
+    train = tokenize(train_rows, encoder, data, listener, context, train_ids)
+    valid = tokenize(valid_rows, encoder, data, listener, context, valid_ids)
+    prefetcher.close()
     for model in pair.models.values():
         add_stop_tokens(model, sorted(train.ends - encoder.ends), after=True)
     if recipe.train.gradient_checkpointing:
@@ -241,10 +243,10 @@ def _prepare(recipe: Recipe, listener: Listener, prefetched: Early) -> Prepared:
     )
 
 
-def _read_rows(recipe: Recipe, prefetched: Early, listener: Listener) -> tuple[Rows, Rows]:
+def _read_rows(recipe: Recipe, prefetcher: Prefetcher, listener: Listener) -> tuple[Rows, Rows]:
     """Return the training rows and the held-out rows. Raises DataError."""
-    train_rows = prefetched.rows("train", listener)
-    valid_rows = prefetched.rows("valid", listener)
+    train_rows = prefetcher.rows("train", listener)
+    valid_rows = prefetcher.rows("valid", listener)
     if shared := overlap(valid_rows, train_rows):
         ask = "asks" if shared == 1 else "ask"
         rows = counted(len(valid_rows), "held-out row")

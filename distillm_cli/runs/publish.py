@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +11,9 @@ from distillm_cli.config.load import Resolved
 from distillm_cli.config.ownership import objective_words
 from distillm_cli.config.schema import StudentConfig
 from distillm_cli.config.yaml_io import text_of
-from distillm_cli.errors import StorageError
 from distillm_cli.models.composite import is_composite
 from distillm_cli.runs import output_dir
-from distillm_cli.utils.storage import failed_with, reason
+from distillm_cli.utils.storage import storing
 from distillm_cli.utils.text import redact
 
 if TYPE_CHECKING:
@@ -36,23 +34,14 @@ def publish_model(
 
     report: by model name. measured_on: the rows, and how they were answered, in words. Raises StorageError.
     """
-    staged = output / ".staging-model"
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir()
-    try:
+    hint = "free some space, then type the command again with --resume: nothing is trained again"
+    with storing(f"cannot write the model into {output}", hint), output_dir.publishing(output) as staged:
         run.export_model(staged)
         task = "text2text-generation" if run.student.is_encoder_decoder else "text-generation"
         if is_composite(run.student.model.config):
             task = "image-text-to-text"
         card = model_card(resolved, state, report, task=task, measured_on=measured_on)
         (staged / output_dir.CARD).write_text(card, encoding="utf-8")
-        output_dir.publish(staged, output)
-    except Exception as error:
-        shutil.rmtree(staged, ignore_errors=True)
-        if failed_with(error) is None:
-            raise
-        hint = "free some space, then type the command again with --resume: nothing is trained again"
-        raise StorageError(f"cannot write the model into {output}: {reason(error)}", hint=hint) from error
 
 
 def model_card(

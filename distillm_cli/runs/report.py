@@ -162,8 +162,8 @@ class Report:
         }
 
     def _save(self, name: str, report: ModelReport) -> ModelReport:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        output_dir.write_text(self.directory / _file_name(name), json.dumps(vars(report), ensure_ascii=False, indent=1))
+        text = json.dumps(vars(report), ensure_ascii=False, indent=1)
+        output_dir.write_file(self.directory.parents[1], f"{output_dir.EVAL}/report/{_file_name(name)}", text)
         return report
 
     @property

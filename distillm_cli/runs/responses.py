@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from distillm_cli.errors import START_OVER, CheckpointError, StorageError, UsageError
-from distillm_cli.runs import output_dir
+from distillm_cli.errors import START_OVER, CheckpointError, UsageError
+from distillm_cli.utils.storage import atomic_write, locked, storing
 
 Line = dict[str, Any]
 
@@ -37,7 +37,7 @@ class ResponseFile:
         self.count = 0
         self._check_free()
         self.record = path.with_name(f".{path.name}.generate.json")
-        self._locked: BinaryIO | None = None  # no other process writes the file while this is open
+        self._lock = ExitStack()  # no other process writes the file while this holds it
 
     def _check_free(self) -> None:
         if self.path.exists() and not (self.resume or self.overwrite):
@@ -54,9 +54,8 @@ class ResponseFile:
         is_new = not self.path.exists()
         with _writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._locked = self.path.open("ab")
-        if output_dir.is_taken(self._locked.fileno()):
-            raise UsageError(f"another run is writing {self.path}", hint="wait for it, or choose another --output")
+            self.path.open("ab").close()  # where locks are missing, too, it must be writable
+            self._lock.enter_context(locked(self.path, self._refuse))
         if not is_new:
             self._check_free()  # again: another run may have begun and ended while this one's model was loaded
         if self.resume and not is_new:
@@ -65,8 +64,8 @@ class ResponseFile:
             return
         with _writing(self.path):
             try:
-                self._locked.truncate(0)
-                output_dir.write_text(self.record, json.dumps(settings, indent=1) + "\n")
+                os.truncate(self.path, 0)
+                atomic_write(self.record, json.dumps(settings, indent=1) + "\n")
             except OSError:
                 if is_new:
                     self.path.unlink()
@@ -74,8 +73,10 @@ class ResponseFile:
 
     def close(self) -> None:
         """Release the lock."""
-        if self._locked is not None:
-            self._locked.close()
+        self._lock.close()
+
+    def _refuse(self) -> None:
+        raise UsageError(f"another run is writing {self.path}", hint="wait for it, or choose another --output")
 
     def add(self, lines: SequenceOf[Line]) -> None:
         """Append rows; they are on the disk when this returns."""
@@ -121,11 +122,5 @@ class ResponseFile:
         return len(lines)
 
 
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"cannot write {path}: {error.strerror or error}", hint="free some space, or choose another --output"
-        ) from error
+def _writing(path: Path) -> AbstractContextManager[None]:
+    return storing(f"cannot write {path}", "free some space, or choose another --output")

@@ -19,7 +19,7 @@ from distillm_cli.errors import START_OVER, CheckpointError, RecipeError, out_of
 from distillm_cli.models.tokenizer_files import quiet
 from distillm_cli.runs import output_dir
 from distillm_cli.runs.prepare import FROZEN, frozen_digest, total_steps
-from distillm_cli.training.checkpoint import Checkpoint, latest, read
+from distillm_cli.training.checkpoint import Checkpoint, latest, read_checkpoint
 from distillm_cli.training.events import Listener, Warned
 from distillm_cli.training.state import TrainerState
 
@@ -174,7 +174,7 @@ def best_checkpoint(output: Path) -> Checkpoint:
     if last is None:
         raise _no_checkpoint(output)
     best = last.state["progress"].get("best_step")
-    return last if best is None else read(last.path.with_name(f"step-{best:06d}"))
+    return last if best is None else read_checkpoint(last.path.with_name(f"step-{best:06d}"))
 
 
 def restore_student(student: Backbone, checkpoint: Checkpoint) -> None:

@@ -26,14 +26,14 @@ from distillm_cli.config.shaping import shaping
 from distillm_cli.data.files import COMPRESSIONS, FORMATS
 from distillm_cli.data.sources import is_path, local_place
 from distillm_cli.data.tables import saved_splits
-from distillm_cli.errors import CheckpointError, DataError, StorageError, UsageError
+from distillm_cli.errors import CheckpointError, DataError, UsageError
 from distillm_cli.runs import output_dir
 from distillm_cli.runs.inputs import local_input, names_rows
+from distillm_cli.utils.storage import atomic_write, locked, storing
 
 RECORD = "stage.json"
 SAMPLES = "samples.jsonl"
-LOCK = ".run.lock"
-_FORMAT = 1
+RECORD_FORMAT = 1
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 _BESIDE_WEIGHTS = (".json", ".jinja", ".txt", ".model", ".arrow", *FORMATS, *COMPRESSIONS)
 _NOT_OF_A_MODEL = {"stage.json", "metrics.jsonl", "manifest.json"}
@@ -61,7 +61,7 @@ class StageRecord:
     of: Mapping[str, Any]
     files: Mapping[str, str | int] = field(default_factory=dict)
     result: Mapping[str, Any] = field(default_factory=dict)
-    format: int = _FORMAT
+    format: int = RECORD_FORMAT
 
 
 def read_record(place: Path) -> StageRecord | None:
@@ -80,8 +80,8 @@ def read_record(place: Path) -> StageRecord | None:
     hint = f"remove {place} to make that stage anew"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] != _FORMAT:
-            raise CheckpointError(f"{path}: format {content['format']}, this version reads {_FORMAT}", hint=hint)
+        if content["format"] != RECORD_FORMAT:
+            raise CheckpointError(f"{path}: format {content['format']}, this version reads {RECORD_FORMAT}", hint=hint)
         record = StageRecord(**content)
         if not all(isinstance(record.of.get(part), dict) for part in ("settings", "reads", "files")):
             raise ValueError("it does not say what the stage was made of")
@@ -92,11 +92,9 @@ def read_record(place: Path) -> StageRecord | None:
 
 def write_record(place: Path, record: StageRecord) -> None:
     """Write the record, whole or not at all. Raises StorageError."""
-    try:
+    with storing(f"cannot write to {place}", "choose another --output"):
         place.mkdir(parents=True, exist_ok=True)
-        output_dir.write_text(place / RECORD, json.dumps(asdict(record), indent=1, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise StorageError(f"cannot write to {place}: {error.strerror}", hint="choose another --output") from error
+        atomic_write(place / RECORD, json.dumps(asdict(record), indent=1, ensure_ascii=False) + "\n")
 
 
 def start_record(stage: Stage, of: Mapping[str, Any], before: StageRecord | None) -> StageRecord:
@@ -224,16 +222,14 @@ def _identity(path: Path) -> str:
 @contextmanager
 def lock_pipeline(output: Path) -> Iterator[None]:
     """Keep other pipelines out of this directory. Raises UsageError where one is running there, StorageError."""
-    try:
+
+    def busy() -> None:
+        what = f"another `distillm run` is at work in {output}"
+        raise UsageError(what, hint="wait for it, or choose another --output")
+
+    if output.is_file():
+        raise UsageError(f"--output {output} is a file", hint="give a directory")
+    with storing(f"cannot write to {output}", "choose another --output"):
         output.mkdir(parents=True, exist_ok=True)
-        file = (output / LOCK).open("a")
-    except FileExistsError:
-        raise UsageError(f"--output {output} is a file", hint="give a directory") from None
-    except OSError as error:
-        raise StorageError(f"cannot write to {output}: {error.strerror}", hint="choose another --output") from error
-    with file:
-        if output_dir.is_taken(file.fileno()):
-            raise UsageError(
-                f"another `distillm run` is at work in {output}", hint="wait for it, or choose another --output"
-            )
+    with locked(output, busy):
         yield

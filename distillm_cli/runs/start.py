@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distillm_cli.data.early import Early
+from distillm_cli.data.prefetch import Prefetcher
 from distillm_cli.errors import ModelError
 from distillm_cli.runs import output_dir
 from distillm_cli.training.events import Listener, Note
@@ -50,34 +50,34 @@ def start_training(
     Raises DistillmError.
     """
     # Before rows are read, which takes longer.
-    is_new = output_dir.check(output, resume=options.resume, overwrite=options.overwrite)
+    is_new = output_dir.check_output(output, resume=options.resume, overwrite=options.overwrite)
     if options.overwrite:
         from distillm_cli.runs.inputs import check_spared
 
         check_spared(command, resolved.recipe, output, file=recipe_file)
-    with output_dir.claimed(output, is_new=is_new), prefetch_rows(resolved.recipe) as prefetched:
+    with output_dir.claimed(output, is_new=is_new), prefetch_rows(resolved.recipe) as prefetcher:
         for note in notes:
             listener(Note(note))
         from distillm_cli.runs.train import train  # which imports torch, while the rows are read and tokenized
 
-        return train(command, resolved, output, listener, options, prefetched)
+        return train(command, resolved, output, listener, options, prefetcher)
 
 
 def warm_teacher_cache(
     resolved: Resolved, listener: Listener, *, rebuild: bool = False, notes: Iterable[str] = ()
 ) -> TeacherCacheResult:
     """Compute the recipe's teacher cache on disk, unless it is there. notes: what to report first."""
-    with prefetch_rows(resolved.recipe) as prefetched:
+    with prefetch_rows(resolved.recipe) as prefetcher:
         for note in notes:
             listener(Note(note))
         from distillm_cli.runs.teacher_states import warm
 
-        return warm(resolved, listener, rebuild=rebuild, prefetched=prefetched)
+        return warm(resolved, listener, rebuild=rebuild, prefetcher=prefetcher)
 
 
-def prefetch_rows(recipe: Recipe) -> Early:
-    """Return a context in which the recipe's rows are being read."""
-    return Early(recipe.data, partial(_tokenizer_file, recipe), recipe.needs_responses)
+def prefetch_rows(recipe: Recipe) -> Prefetcher:
+    """Return the prefetcher of the recipe's rows, which starts once it is entered."""
+    return Prefetcher(recipe.data, partial(_tokenizer_file, recipe), recipe.needs_responses)
 
 
 def tokenizer_candidates(recipe: Recipe) -> list[StudentConfig | TeacherConfig]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from distillm_cli.config.load import Resolved
 from distillm_cli.config.schema import Recipe
-from distillm_cli.data.early import Early
+from distillm_cli.data.prefetch import Prefetcher
 from distillm_cli.errors import Interrupted, UsageError, signal_number
 from distillm_cli.runs.build import new_scheduler
 from distillm_cli.runs.cache_size import CacheSize, CacheWorkload, uses_rows
@@ -23,7 +23,7 @@ from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.teachers.teacher_cache import Key
 from distillm_cli.training.events import Listener, Note, Warned
 from distillm_cli.types import Sequence, collate
-from distillm_cli.utils.host import available_memory
+from distillm_cli.utils.memory import available_memory
 from distillm_cli.utils.text import counted, format_count
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def open_teacher(
 
 
 def warm(
-    resolved: Resolved, listener: Listener, *, rebuild: bool = False, prefetched: Early | None = None
+    resolved: Resolved, listener: Listener, *, rebuild: bool = False, prefetcher: Prefetcher | None = None
 ) -> TeacherCacheResult:
     """Compute the cache on disk for this recipe, unless it is there."""
     started = time.perf_counter()
@@ -119,7 +119,7 @@ def warm(
         listener(Warned(note))
     place = None
     try:
-        run = prepare(resolved.recipe, listener, prefetched)
+        run = prepare(resolved.recipe, listener, prefetcher)
         keeping = _planned_on_disk(run, workload_of(run))
         place = str(keeping.place)
         _, hit, computed = _on_disk(run, keeping, rebuild, listener)
@@ -227,8 +227,8 @@ def _on_disk(
         how["of"] = {"teacher": str(run.recipe.teacher.path), "data": run.train_rows.name}
         if run.recipe.data.date is not None:
             how["of"] |= {"date": run.recipe.data.date}
-        made = teacher_cache.write(keeping.place, keeping.key, asked, sequences, run.device, listener, **how)
-    return teacher_cache.read(keeping.place, keeping.key, sequences, listener), not made, asked.tokens
+        made = teacher_cache.write_cache(keeping.place, keeping.key, asked, sequences, run.device, listener, **how)
+    return teacher_cache.read_cache(keeping.place, keeping.key, sequences, listener), not made, asked.tokens
 
 
 def disk_free(place: Path) -> int | None:

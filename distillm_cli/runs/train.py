@@ -11,7 +11,7 @@ import torch
 
 from distillm_cli.config.load import Resolved, settled, to_yaml
 from distillm_cli.config.sft_stage import sft_before
-from distillm_cli.data.early import Early
+from distillm_cli.data.prefetch import Prefetcher
 from distillm_cli.data.rows import Row
 from distillm_cli.data.templates import text_of_content
 from distillm_cli.errors import Interrupted, UsageError, signal_number
@@ -46,13 +46,13 @@ from distillm_cli.runs.resume import (
 from distillm_cli.runs.run_results import FineTuned, Outcome, Sample, TrainResult, TrainSummary
 from distillm_cli.runs.start import TrainOptions
 from distillm_cli.runs.teacher_states import TeacherHandle, open_teacher
-from distillm_cli.training.checkpoint import Checkpoint, read, visible
+from distillm_cli.training.checkpoint import Checkpoint, read_checkpoint, visible
 from distillm_cli.training.events import Event, Listener, Note, Warned
 from distillm_cli.training.metrics_log import MetricsLog
 from distillm_cli.training.state import TrainerState
 from distillm_cli.training.trainer import Trainer
-from distillm_cli.utils.host import keep_freed_memory
-from distillm_cli.utils.interrupts import lost
+from distillm_cli.utils.memory import keep_freed_memory
+from distillm_cli.utils.signals import received_signal
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,12 @@ def train(
     output: Path,
     listener: Listener,
     options: TrainOptions,
-    prefetched: Early | None = None,
+    prefetcher: Prefetcher | None = None,
     on_ready: Callable[[], None] | None = None,
 ) -> TrainResult:
-    """Run a recipe into ``output``, which ``output_dir.check`` has passed. command: "sft" or "distill".
+    """Run a recipe into ``output``, which ``check_output`` has passed. command: "sft" or "distill".
 
-    prefetched: where its rows are being read already. on_ready: called once everything is prepared and ``output`` holds
+    prefetcher: of its rows, where it is running already. on_ready: called once everything is prepared and ``output`` holds
     nothing of an earlier run any more (or what the run resumes).
     """
     started = time.perf_counter()
@@ -103,7 +103,7 @@ def train(
     _check_stage_directory(resolved, output)
     try:
         checkpoints = _checkpoints(resolved, output, options)
-        run = prepare(resolved.recipe, listener, prefetched)
+        run = prepare(resolved.recipe, listener, prefetcher)
         resolved = settled(resolved, run.resolved_values)
         _check_resumable(run, checkpoints, listener)
         check_can_generate(run)
@@ -115,9 +115,9 @@ def train(
             listener(Warned(f"cannot remove all of {stuck}, of an earlier run: it takes up space"))
     if on_ready is not None:
         on_ready()
-    output_dir.write_recipe(output, to_yaml(resolved))
+    stage = sft_before(resolved)
+    output_dir.write_recipe(output, to_yaml(resolved), has_stage=stage is not None)
     try:
-        stage = sft_before(resolved)
         if stage is not None:
             run = _fine_tune(run, stage, output / output_dir.SFT, checkpoints, listener)
         training = _Training(command, run, resolved, output, checkpoints.run, teacher, started)
@@ -208,11 +208,11 @@ def _train(training: _Training, listener: Listener) -> TrainResult:
         restore_student(run.student, training.checkpoint)
     report = Report(run, output / output_dir.EVAL / "report", listener)
     trainer = _trainer(training, report, listener)
-    if (stop := lost()) is not None:  # an interrupt that a library swallowed while the run was prepared
+    if (stop := received_signal()) is not None:  # an interrupt that a library swallowed while the run was prepared
         raise stop
     state = trainer.train()
     if state.best_step not in (None, state.step):
-        restore_student(run.student, read(trainer.checkpoints.path(state.best_step)))
+        restore_student(run.student, read_checkpoint(trainer.checkpoints.path(state.best_step)))
         best = f"the best {run.recipe.train.select} was {state.best:.4g}, at step {state.best_step}"
         listener(Note(f"{best}: those weights are kept"))
     models = report.all(trainer)

@@ -1,4 +1,4 @@
-"""The teacher's states of a data set on disk: computed once, read by every run that has the same teacher and rows.
+"""Cache the teacher's states of a data set on disk: computed once, read by every run with the same teacher and rows.
 
     TEACHER-ROWS/      the beginnings of two SHA-256: of the teacher, and of every token of every row
       states.bin       hidden states, rows in order, the teacher's own dtype
@@ -10,14 +10,13 @@ that depends on nothing else: runs with other seeds or batch sizes read the same
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path
@@ -30,35 +29,33 @@ from distillm_cli.teachers.cached import HiddenStateTable
 from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.training.events import Listener, Note, Progress, silent
 from distillm_cli.types import Sequence, collate
+from distillm_cli.utils.storage import atomic_directory, locked, storing, sweep
 
-try:
-    import fcntl
-except ImportError:  # Windows: without locks two writers both compute, and the first one's is kept
-    fcntl = None
-
-FORMAT = 2
-STATES, FACTS = "states.bin", "states.json"
+CACHE_FORMAT = 2
+STATES = "states.bin"
+FACTS = "states.json"
 _KINDS = {"teacher": str, "rows": str, "tokens": int, "width": int, "dtype": str, "sha256": str, "of": dict}
 REBUILD = "make it anew with --rebuild-teacher-cache"
+_ELSEWHERE = "give another --set teacher.cache_dir=DIR, or --teacher-cache memory or off"
 _AT_ONCE = 4096  # token positions in one batch
 _BLOCK = 1 << 26  # bytes checked between two signs of progress
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """Whose states: SHA-256 of the teacher and of the rows, each in hex."""
+    """Name the states: SHA-256 of the teacher and of the rows, each in hex."""
 
     teacher: str
     rows: str
 
     @property
     def name(self) -> str:
-        """Of the cache's directory."""
+        """Return the name of the cache's directory."""
         return f"{self.teacher[:16]}-{self.rows[:16]}"
 
 
 def rows_digest(sequences: SequenceOf[Sequence]) -> str:
-    """SHA-256 of every token of every row: tokenizer, template, rows, their order and lengths are all in there."""
+    """Return the SHA-256 of every token of every row: tokenizer, template, rows, their order and lengths shape it."""
     digest = hashlib.sha256(b"rows")
     for s in sequences:
         digest.update(f"{len(s.prompt)} {len(s.response)} ".encode())
@@ -69,11 +66,11 @@ def rows_digest(sequences: SequenceOf[Sequence]) -> str:
 
 
 def teacher_digest(model: nn.Module, config: str) -> str:
-    """SHA-256 of all that shapes the states beside the rows: weights, their types, the vocabulary's cut.
+    """Return the SHA-256 of all that shapes the states beside the rows: weights, their types, the vocabulary's cut.
 
-    config: what the weights alone do not tell, such as a rotary base.
+    config: settings that the weights do not hold, such as a rotary base.
     """
-    digest = hashlib.sha256(f"teacher {FORMAT} {model.vocab} {model.head().weight_VD is None} {config}".encode())
+    digest = hashlib.sha256(f"teacher {CACHE_FORMAT} {model.vocab} {model.head().weight_VD is None} {config}".encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(_raw(tensor.detach().cpu().contiguous()))
@@ -104,25 +101,23 @@ def date_of(root: Path, teacher: str, data: str) -> str | None:
 
 
 def place_of(root: Path, key: Key) -> Path:
-    """Where the cache is or will be: a directory of ``root``, or ``root`` itself where it is a cache."""
+    """Return the cache's directory, which need not exist: one in ``root``, or ``root`` itself where it is a cache."""
     return root if (root / FACTS).exists() else root / key.name
 
 
 def check_space(place: Path, size: int) -> None:
-    """Raises StorageError where ``size`` more bytes would not fit beside ``place``, or nothing can be written there."""
-    try:
+    """Raise StorageError where ``size`` more bytes would not fit beside ``place``, or nothing can be written there."""
+    with _storing(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(place.parent).free
-    except OSError as error:
-        raise _refused(place, error) from error
     if size > 0.95 * free:
         raise StorageError(
             f"the teacher cache needs {size / 1e6:,.1f} MB and {place.parent} has {free / 1e6:,.1f} MB free",
-            hint="free some space, give another --set teacher.cache_dir=DIR, or --teacher-cache memory or off",
+            hint=f"free some space, {_ELSEWHERE}",
         )
 
 
-def write(
+def write_cache(
     place: Path,
     key: Key,
     teacher: LocalTeacher,
@@ -134,41 +129,39 @@ def write(
     size: int = 0,
     rebuild: bool = False,
 ) -> bool:
-    """Computes the states of all rows into ``place``; False where another process did so while this one waited for it.
+    """Compute the states of all rows into ``place``; return False where another process did so while this one waited.
 
     of: names for people: the teacher's, the data's. size: bytes that they will take. rebuild: replaces what is there. Raises
     StorageError when the disk refuses, or has less room than that; nothing is visible then, and what was there before is
     untouched.
     """
-    try:
+
+    def busy() -> None:
+        listener(Note(f"another run is computing the teacher states in {place}: waiting for it"))
+
+    with _storing(place):
         place.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(place, listener) as alone:
+        # One writer at a time: the others of a sweep wait, and find the cache made.
+        with locked(place.with_name(f".{place.name}.lock"), busy) as is_alone:
             if place.exists() and not rebuild:
                 return False
             _check_nothing_else(place)
-            if alone:
-                _clear_leftovers(place)
+            if is_alone:
+                sweep(place.parent, place.name)
             check_space(place, size)  # only here: what a writer that was killed had filled is free again
-            staged = place.with_name(f".staging-{place.name}-{os.getpid()}")
-            try:
-                staged.mkdir()
+            with atomic_directory(place) as staged:
                 _fill(staged, key, teacher, sequences, device, listener, of)
-                _swap(staged, place)
-            finally:
-                shutil.rmtree(staged, ignore_errors=True)
-    except OSError as error:
-        raise _refused(place, error) from error
     return True
 
 
-def read(place: Path, key: Key, sequences: SequenceOf[Sequence], listener: Listener = silent) -> HiddenStateTable:
-    """The states, memory-mapped: several processes share one copy. Every byte is compared with its sum first.
+def read_cache(place: Path, key: Key, sequences: SequenceOf[Sequence], listener: Listener = silent) -> HiddenStateTable:
+    """Return the states, memory-mapped: several processes share one copy. Every byte is compared with its sum first.
 
-    Raises CheckpointError for a cache that is damaged, half there, or of another teacher or other rows.
+    Raises CheckpointError for a cache that is damaged, incomplete, or of another teacher or other rows.
     """
     try:
         facts = _facts(place)
-        if (whose := _stranger(facts, key)) is not None:
+        if (whose := _other_owner(facts, key)) is not None:
             hint = f"give another --set teacher.cache_dir=DIR, or {REBUILD}"
             raise CheckpointError(f"the teacher cache {place} is of {whose}", hint=hint)
         tokens, width, dtype = facts["tokens"], facts["width"], getattr(torch, facts["dtype"], None)
@@ -189,23 +182,23 @@ def read(place: Path, key: Key, sequences: SequenceOf[Sequence], listener: Liste
 
 
 def _facts(place: Path) -> dict:
-    """What states.json says. ValueError, in words, where that is not what this version writes."""
+    """Return the content of states.json. Raises ValueError, in words, where this version does not write such a file."""
     try:
         facts = json.loads((place / FACTS).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{FACTS} is not JSON ({error})") from error
     if not isinstance(facts, dict) or "format" not in facts:
         raise ValueError(f"{FACTS} does not say which format it has")
-    for name, kind in _KINDS.items() if facts["format"] == FORMAT else ():
+    for name, kind in _KINDS.items() if facts["format"] == CACHE_FORMAT else ():
         if not isinstance(facts.get(name), kind):
             raise ValueError(f"{FACTS}: {name} is {facts[name]!r}" if name in facts else f"{FACTS} says no {name}")
     return facts
 
 
-def _stranger(facts: dict, key: Key) -> str | None:
-    """Whose cache it is, where it is not the one wanted."""
-    if facts["format"] != FORMAT:
-        return f"another version of distillm (format {facts['format']}, this one reads {FORMAT})"
+def _other_owner(facts: dict, key: Key) -> str | None:
+    """Return whose cache it is, where it is not the expected one; else None."""
+    if facts["format"] != CACHE_FORMAT:
+        return f"another version of distillm (format {facts['format']}, this one reads {CACHE_FORMAT})"
     if facts["teacher"] != key.teacher:
         return f"another teacher ({facts['of'].get('teacher')}) or another dtype of it"
     if facts["rows"] != key.rows:
@@ -214,12 +207,12 @@ def _stranger(facts: dict, key: Key) -> str | None:
 
 
 def _fill(staged: Path, key: Key, teacher: LocalTeacher, sequences, device, listener: Listener, of) -> None:
-    """states.bin and states.json. Written with calls that can say that the disk is full; a memory map would be killed."""
+    """Write states.bin and states.json, with calls that can report a full disk; a memory map would be killed."""
     with (staged / STATES).open("wb", buffering=0) as file:
         width, dtype = _compute(file, teacher, sequences, device, listener)
         os.fsync(file.fileno())
     facts = {
-        "format": FORMAT,
+        "format": CACHE_FORMAT,
         "teacher": key.teacher,
         "rows": key.rows,
         "tokens": sum(s.supervised for s in sequences),
@@ -235,7 +228,7 @@ def _fill(staged: Path, key: Key, teacher: LocalTeacher, sequences, device, list
 
 
 def _compute(file: RawIOBase, teacher: LocalTeacher, sequences, device, listener: Listener) -> tuple[int, torch.dtype]:
-    """All rows' states into their places in ``file``; their width and dtype. The longest first, in large batches."""
+    """Write all rows' states to their places in ``file``, the longest first, in large batches; return width and dtype."""
     ends = torch.tensor([s.supervised for s in sequences]).cumsum(0).tolist()
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True)
     at, hidden_ND = 0, None
@@ -258,7 +251,7 @@ def _write_at(file: RawIOBase, offset: int, data: memoryview) -> None:
 
 
 def _raw(tensor: Tensor) -> memoryview:
-    """A contiguous tensor's bytes, not copied."""
+    """Return a contiguous tensor's bytes, not copied."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())
 
 
@@ -272,66 +265,13 @@ def _sum_of(path: Path, listener: Listener = silent) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def _alone(place: Path, listener: Listener) -> Iterator[bool]:
-    """One writer at a time: the others of a sweep wait, and find the cache made. The lock ends with its process.
-
-    False where this file system has no locks.
-    """
-    with place.with_name(f".{place.name}.lock").open("w") as file:
-        held = fcntl is not None
-        if held:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                listener(Note(f"another run is computing the teacher states in {place}: waiting for it"))
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError:
-                held = False
-        yield held
-
-
 def _check_nothing_else(place: Path) -> None:
-    """Raises StorageError where what is to be replaced is more than a cache: somebody's own files are in it."""
+    """Raise StorageError where the directory to be replaced holds more than a cache: the user's own files are in it."""
     others = sorted(p.name for p in place.iterdir() if p.name not in (STATES, FACTS)) if place.is_dir() else []
     if others:
         what = f"{place} holds more than a teacher cache ({others[0]}), and is not replaced"
         raise StorageError(what, hint="give another --set teacher.cache_dir=DIR, or move what is not the cache's")
 
 
-def _clear_leftovers(place: Path) -> None:
-    """What a writer that was killed left behind; nobody else can be writing now."""
-    for kind in ("staging", "old"):
-        for path in place.parent.glob(f".{kind}-{place.name}-*"):
-            _remove(path)
-
-
-def _remove(path: Path) -> None:
-    """A directory, or the plain file that lay in a cache's place; what cannot be removed is left."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink()
-
-
-def _swap(staged: Path, place: Path) -> None:
-    """``staged`` becomes ``place``. Runs that are reading an old one keep its file until they end."""
-    old = place.with_name(f".old-{place.name}-{os.getpid()}")
-    with suppress(FileNotFoundError):
-        place.rename(old)
-    try:
-        staged.rename(place)
-    except OSError as error:  # without locks: another run was as quick, and its states are as good
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-            raise
-    _remove(old)
-
-
-def _refused(place: Path, error: OSError) -> StorageError:
-    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    hint = "give another --set teacher.cache_dir=DIR, or --teacher-cache memory or off"
-    return StorageError(
-        f"cannot write the teacher cache {place}: {error.strerror or error}",
-        hint=f"free some space, {hint}" if is_full else hint,
-    )
+def _storing(place: Path) -> AbstractContextManager[None]:
+    return storing(f"cannot write the teacher cache {place}", _ELSEWHERE, hint_if_full=f"free some space, {_ELSEWHERE}")

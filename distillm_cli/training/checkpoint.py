@@ -13,7 +13,6 @@ step's name is whole, whenever the process is killed. No pickle anywhere.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +22,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distillm_cli.errors import START_OVER, CheckpointError, StorageError
+from distillm_cli.errors import START_OVER, CheckpointError
 from distillm_cli.training.events import Listener, Warned, silent
 from distillm_cli.utils import manifest
-from distillm_cli.utils.manifest import flush as _flush
-from distillm_cli.utils.storage import failed_with, reason, remove, sweep
+from distillm_cli.utils.storage import atomic_directory, reason, remove, storing, sweep
 
-STATE, TENSORS = "state.json", "training.safetensors"
+STATE = "state.json"
+TENSORS = "training.safetensors"
+_NOTHING_SAVED = "nothing was saved yet, start it again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,58 +58,59 @@ class Checkpoints:
         return self.root / f"step-{step:06d}"
 
     def steps(self) -> list[int]:
-        """Steps with a visible checkpoint, ascending."""
+        """Return the steps with a visible checkpoint, ascending."""
         return [int(path.name[5:]) for path in visible(self.root)]
 
     def write(self, step: int, state: dict, tensors: dict[str, Tensor], *, protect: int | None = None) -> Path:
-        """Writes the checkpoint of ``step``, then drops all but the newest ``keep`` and the protected one.
+        """Write the checkpoint of ``step``, then remove all but the newest ``keep`` and the protected one.
 
         Raises StorageError when the disk refuses; what was there before is untouched then.
         """
-        final, staged = self.path(step), self.root / f".staging-step-{step:06d}"
-        try:
+        final = self.path(step)
+        visible_before = visible(self.root)
+        hint = "free some space or choose another --output; "
+        hint += f"{visible_before[-1]} is whole, go on with --resume" if visible_before else _NOTHING_SAVED
+        with storing(f"cannot write checkpoint {final}", hint):
             self.root.mkdir(parents=True, exist_ok=True)
-            sweep(self.root, ".staging-*")
-            if staged.exists():  # what a killed process left and could not be removed
-                remove(staged)
-            staged.mkdir()
-            self.save_model(staged)
-            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, staged / TENSORS)
-            (staged / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-            open_as_others(staged)
-            manifest.write(staged, [path for path in staged.rglob("*") if path.is_file()], step=step)
-            if final.exists():  # the same step once more, after a resume
-                remove(final)
-            staged.rename(final)
-            _flush(self.root)
-        except Exception as error:
-            shutil.rmtree(staged, ignore_errors=True)
-            if failed_with(error) is None:
-                raise
-            kept = visible(self.root)
-            then = f"{kept[-1]} is whole, go on with --resume" if kept else "nothing was saved yet, start it again"
-            raise StorageError(
-                f"cannot write checkpoint {final}: {reason(error)}",
-                hint=f"free some space or choose another --output; {then}",
-            ) from error
-        for old in self.steps()[: -self.keep]:
-            if old != protect:
-                self._drop(self.path(old))
+            sweep(self.root)
+            self._record([final])
+            with atomic_directory(final) as staged:
+                self.save_model(staged)
+                save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, staged / TENSORS)
+                (staged / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+                open_as_others(staged)
+                files = [path for path in staged.rglob("*") if path.is_file()]
+                manifest.seal_directory(staged, files, step=step)
+        old = [self.path(number) for number in self.steps()[: -self.keep] if number != protect]
+        dropped = [path for path in old if self._drop(path)]
+        if dropped:
+            with storing(f"cannot write to {self.root.parent}", hint):
+                self._record([], removed=dropped)
         return final
 
-    def _drop(self, old: Path) -> None:
+    def _record(self, added: list[Path], removed: list[Path] = ()) -> None:
+        """List checkpoints in the manifest of the run's directory, where that has one."""
+        output = self.root.parent
+        if manifest.read_manifest(output) is not None:
+            folder = self.root.name
+            names = [f"{folder}/{path.name}" for path in added]
+            manifest.record(output, names, removed=[f"{folder}/{path.name}" for path in removed])
+
+    def _drop(self, old: Path) -> bool:
+        """Remove an old checkpoint; return whether nothing is left of it."""
         error = remove(old)
         if error is not None and old not in self._stuck:
             self._stuck.add(old)
             self.listener(Warned(f"cannot remove the old checkpoint {old}: {reason(error)}; it takes up space"))
+        return error is None
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint, verified; None where there is none."""
+        """Return the newest checkpoint, verified; None where there is none."""
         return latest(self.root)
 
 
 def open_as_others(directory: Path) -> None:
-    """Lets whoever may read a file that is made here read the tensors too: safetensors writes them for their owner alone."""
+    """Give the tensor files in a directory the mode of any other new file: safetensors writes them for their owner alone."""
     probe = directory / ".mode"
     probe.touch()
     mode = probe.stat().st_mode
@@ -119,25 +120,28 @@ def open_as_others(directory: Path) -> None:
 
 
 def visible(root: Path) -> list[Path]:
-    """The checkpoints under ``root``, oldest first."""
+    """Return the checkpoints under ``root``, oldest first."""
     found = (p for p in Path(root).glob("step-*") if p.is_dir() and p.name[5:].isdigit())
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
 def latest(root: Path) -> Checkpoint | None:
-    """The newest checkpoint under ``root``, verified; None where there is none. Raises CheckpointError."""
+    """Return the newest checkpoint under ``root``, verified; None where there is none. Raises CheckpointError."""
     paths = visible(root)
-    return read(paths[-1]) if paths else None
+    return read_checkpoint(paths[-1]) if paths else None
 
 
-def read(path: Path) -> Checkpoint:
-    """A checkpoint, after every file was compared with the manifest. Raises CheckpointError naming the damaged file."""
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Return a checkpoint, after every file was compared with the manifest.
+
+    Raises CheckpointError naming the damaged file.
+    """
     path = Path(path)
     hint = f"delete {path} to go on from the one before it, or {START_OVER}"
     try:
         listed = json.loads((path / manifest.MANIFEST).read_text(encoding="utf-8"))
-        if listed["format"] != manifest.FORMAT:
-            what = f"checkpoint format {listed['format']}, this version reads {manifest.FORMAT}"
+        if listed["format"] != manifest.MANIFEST_FORMAT:
+            what = f"checkpoint format {listed['format']}, this version reads {manifest.MANIFEST_FORMAT}"
             raise CheckpointError(what, where=str(path), hint=hint)
         for name, sealed in listed["files"].items():
             if not (path / name).is_file():
@@ -151,7 +155,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:
-    """Torch's on the CPU, and on ``device`` where that is a GPU, as tensors of a checkpoint."""
+    """Return torch's random states, on the CPU and on ``device`` where that is a GPU, as tensors of a checkpoint."""
     states = {"random.cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["random.cuda"] = torch.cuda.get_rng_state(device)
@@ -159,7 +163,7 @@ def random_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def restore_random_states(tensors: dict[str, Tensor], device: torch.device) -> None:
-    """Takes back what ``random_states`` gave."""
+    """Restore what ``random_states`` returned."""
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and device.type == "cuda":
         torch.cuda.set_rng_state(tensors["random.cuda"], device)

@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: a line per logged step, a line per validation; each whole or absent, never half."""
+"""Write ``metrics.jsonl``: a line per logged step, a line per validation; each whole or absent."""
 
 from __future__ import annotations
 
@@ -7,25 +7,24 @@ import json
 import os
 from pathlib import Path
 
-from distillm_cli.errors import StorageError
 from distillm_cli.training.events import Event, Stepped, Validated
+from distillm_cli.utils.storage import atomic_write, storing
 
 _STEP_KEYS = ("step", "epoch", "source", "loss", "lr", "grad_norm", "phi", "tokens", "seconds")
 
 
 class MetricsLog:
-    """A listener that appends to ``path``.
+    """Append events to ``path``, as their listener.
 
     first_step: of a resume; lines of later steps are dropped. validated: whether the run had been validated by then; if not,
-    the validation that tells of step 0 came later too.
+    the validation of step 0 came later, too.
     """
 
     def __init__(self, path: Path, *, log_steps: int, first_step: int = 0, validated: bool = True):
-        self.path, self.log_steps = Path(path), log_steps
+        self.path = Path(path)
+        self.log_steps = log_steps
         kept = _lines_up_to(self.path, first_step, validated) if first_step and self.path.exists() else []
-        staged = self.path.with_name(f".staging-{self.path.name}")
-        staged.write_text("".join(kept), encoding="utf-8")
-        staged.replace(self.path)
+        atomic_write(self.path, "".join(kept))
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Stepped) and event.step % self.log_steps == 0:
@@ -38,7 +37,9 @@ class MetricsLog:
     def _write(self, line: dict) -> None:
         # One write call a line: a process that dies between lines leaves whole ones.
         text = (json.dumps(line) + "\n").encode()
-        try:
+        with storing(
+            f"cannot write {self.path}", "free some space, then go on from the newest checkpoint with --resume"
+        ):
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
                 if (written := os.write(descriptor, text)) < len(text):  # a disk that is full takes what it can
@@ -46,19 +47,14 @@ class MetricsLog:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             finally:
                 os.close(descriptor)
-        except OSError as error:
-            raise StorageError(
-                f"cannot write {self.path}: {error.strerror}",
-                hint="free some space, then go on from the newest checkpoint with --resume",
-            ) from error
 
 
 def _lines_up_to(path: Path, step: int, validated: bool) -> list[str]:
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
-            told = json.loads(line)
-            if line.endswith("\n") and told["step"] <= step and (validated or "valid_loss" not in told):
+            entry = json.loads(line)
+            if line.endswith("\n") and entry["step"] <= step and (validated or "valid_loss" not in entry):
                 kept.append(line)
         except (ValueError, KeyError, TypeError):  # half a line, or none of ours
             continue

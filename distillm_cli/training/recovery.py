@@ -30,7 +30,7 @@ from distillm_cli.training.checkpoint import random_states, restore_random_state
 from distillm_cli.training.events import Listener, Warned
 from distillm_cli.training.state import RunInfo
 from distillm_cli.types import LengthGroups, micro_batches
-from distillm_cli.utils.halving import release
+from distillm_cli.utils.memory import release
 
 
 class InfiniteLoss(NonFiniteError):

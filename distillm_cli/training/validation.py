@@ -16,7 +16,7 @@ from distillm_cli.training.events import Listener, Warned
 from distillm_cli.training.state import RunInfo
 from distillm_cli.types import Sequence, collate
 from distillm_cli.utils.exact import where_exact
-from distillm_cli.utils.halving import retry_halved
+from distillm_cli.utils.memory import retry_halved
 from distillm_cli.utils.modules import eval_mode
 
 

@@ -23,7 +23,6 @@ from rich.live import Live
 from rich.segment import Segment
 from rich.text import Text
 
-from distillm_cli.errors import StorageError
 from distillm_cli.runs.run_results import EvalResult, FineTuned, Result, StageFinished, TrainResult
 from distillm_cli.training.events import (
     Event,
@@ -38,6 +37,7 @@ from distillm_cli.training.events import (
     Warned,
 )
 from distillm_cli.ui.display import BAD, GOOD, VALID_LOSS, Memory, RunningTask, RunState, render_display
+from distillm_cli.utils.storage import storage_error
 from distillm_cli.utils.text import (
     counted,
     escaped,
@@ -251,8 +251,8 @@ def print_json(obj: Mapping[str, object]) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        what = f"cannot write the result to standard output: {error.strerror}"
-        raise StorageError(what, hint="free some space there; the files that the command wrote are complete") from error
+        hint = "free some space there; the files that the command wrote are complete"
+        raise storage_error(error, "cannot write the result to standard output", hint) from error
 
 
 def write_rows(rows: Iterable[Mapping[str, object]]) -> None:

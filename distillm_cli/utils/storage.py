@@ -1,15 +1,30 @@
-"""Classify errors of the disk, and remove files. Used everywhere; loads nothing slow."""
+"""Write files and directories at once, lock and remove them, and report what the file system refuses.
+
+Loads nothing slow. Names that begin with ``.staging-`` or ``.old-`` are reserved: a process that is killed leaves only
+such names behind, and nobody reads them.
+"""
 
 from __future__ import annotations
 
 import errno
+import glob
 import itertools
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from distillm_cli.errors import DistillmError, StorageError
+
+try:
+    import fcntl
+except ImportError:  # Windows: no locks
+    fcntl = None
+
 PROBE = ".writable-"  # begins the name of a probe, where it has a name
+STAGING = ".staging-"  # begins the name of what is being written
 REMOVED = ".old-"  # begins the name of what is being removed
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -27,6 +42,30 @@ _OF_NO_FILE = frozenset(
 _REPORTED = re.compile(r"\(os error (\d+)\)|\bOs \{ code: (\d+)|\[errno (\d+)\]", re.I)
 
 
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def storing(what: str, hint: str, *, hint_if_full: str | None = None) -> Iterator[None]:
+    """Turn the file system's errors, also those that libraries report in their own words, into StorageError.
+
+    what: "cannot write FILE". hint_if_full: where room is what lacks.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, DistillmError) or failed_with(error) is None:
+            raise
+        raise storage_error(error, what, hint, hint_if_full=hint_if_full) from error
+
+
+def storage_error(error: BaseException, what: str, hint: str, *, hint_if_full: str | None = None) -> StorageError:
+    """Return the StorageError for an error that the file system reported."""
+    if hint_if_full is not None and is_full(failed_with(error)):
+        hint = hint_if_full
+    return StorageError(f"{what}: {reason(error)}", hint=hint)
+
+
 def failed_with(error: BaseException) -> int | None:
     """Return the number of the file system's error that this exception reports; None where it reports none."""
     if isinstance(error, OSError) and error.errno is not None:
@@ -38,7 +77,7 @@ def failed_with(error: BaseException) -> int | None:
     return None if number in _OF_NO_FILE else number
 
 
-def is_full(number: int) -> bool:
+def is_full(number: int | None) -> bool:
     """Return whether room is what lacks: on the disk, in a quota, under a limit of the size of files."""
     return number in _FULL
 
@@ -49,30 +88,158 @@ def reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or (os.strerror(number) if number is not None else str(error))
 
 
-def remove(path: Path) -> OSError | None:
-    """Remove a directory and all in it, so that a process that is killed meanwhile leaves no half of it under its name.
+# --- writing --------------------------------------------------------------------------------------------------------
 
-    It is renamed first, to a name that ``sweep`` knows. Return the error where something could not be removed; whether the
-    name is free then, ``path.exists()`` shows.
+
+def atomic_write(path: Path, text: str) -> None:
+    """Write a file, flushed to the disk, that is whole or absent whenever the process is killed. Raises OSError."""
+    staged = path.with_name(f"{STAGING}{path.name}")
+    try:
+        staged.write_text(text, encoding="utf-8")
+        flush(staged)
+        staged.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            staged.unlink()
+        error.filename = str(path)  # a write that fails does not name its file, or names the staged one
+        raise
+
+
+@contextmanager
+def staging_directory(final: Path) -> Iterator[Path]:
+    """Yield an empty directory beside ``final``, which need not exist, and remove it when the block ends."""
+    staged = final.with_name(f"{STAGING}{final.name}-{os.getpid()}")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir()
+    try:
+        yield staged
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+@contextmanager
+def atomic_directory(final: Path) -> Iterator[Path]:
+    """Yield a directory to fill that becomes ``final``, in place of what has that name, when the block ends.
+
+    The files in it are the caller's to flush. Where the block or the renaming fails, ``final`` is as it was. Where another
+    process has made ``final`` in the meantime, its directory stays.
+    """
+    with staging_directory(final) as staged:
+        yield staged
+        replaced = _set_aside(final)
+        try:
+            staged.rename(final)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                if replaced is not None:
+                    replaced.rename(final)
+                raise
+        flush(final.parent)
+        if replaced is not None:
+            _delete(replaced)
+
+
+def flush(path: Path) -> None:
+    """Flush a file or directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def move_into(directory: Path, files: list[Path]) -> None:
+    """Move files into a directory, one by one, each in place of one of the same name."""
+    directory.mkdir(exist_ok=True)
+    for path in files:
+        path.replace(directory / path.name)
+
+
+# --- removing -------------------------------------------------------------------------------------------------------
+
+
+def remove(path: Path) -> OSError | None:
+    """Remove a file, or a directory and all in it, so that a kill leaves no half of it under its name.
+
+    A directory is renamed first, to a name that ``sweep`` knows. Return the error where something could not be removed;
+    whether the name is free then, ``os.path.lexists(path)`` shows.
     """
     try:
-        names = (path.with_name(f"{REMOVED}{path.name}{n}") for n in itertools.chain([""], itertools.count(1)))
-        aside = next(name for name in names if not os.path.lexists(name))
-        path.rename(aside)
-        shutil.rmtree(aside)
+        if path.is_dir() and not path.is_symlink():
+            aside = _set_aside(path)
+            if aside is not None:
+                shutil.rmtree(aside)
+        else:
+            path.unlink(missing_ok=True)
     except OSError as error:
         return error
     return None
 
 
-def sweep(directory: Path, *patterns: str) -> None:
-    """Remove what killed processes left in a directory: parts of removed directories, and ``patterns``.
+def _set_aside(path: Path) -> Path | None:
+    """Rename a file or directory to a name that nobody reads, and return that; None where there is nothing."""
+    names = (path.with_name(f"{REMOVED}{path.name}{n}") for n in itertools.chain([""], itertools.count(1)))
+    aside = next(name for name in names if not os.path.lexists(name))
+    try:
+        path.rename(aside)
+    except FileNotFoundError:
+        return None
+    return aside
 
-    What cannot be removed is left for the next time.
+
+def _delete(path: Path) -> None:
+    """Delete a file or directory; what cannot be deleted is left."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with suppress(OSError):
+        path.unlink()
+
+
+def leftovers(directory: Path, name: str = "") -> Iterator[Path]:
+    """Yield what killed processes left in a directory; with a name, what they left of that one."""
+    for prefix in (STAGING, REMOVED):
+        yield from directory.glob(f"{prefix}{glob.escape(name)}*")
+
+
+def sweep(directory: Path, name: str = "") -> None:
+    """Delete ``leftovers``. What cannot be deleted is left for the next time."""
+    for leftover in list(leftovers(directory, name)):
+        _delete(leftover)
+
+
+# --- locks and places -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def locked(path: Path, busy: Callable[[], None]) -> Iterator[bool]:
+    """Hold a directory or a file, which is created, against other processes that ask for it, until the block ends.
+
+    busy: called where another process holds it; where it returns, that process is waited for. The lock ends with its
+    process. Yields False where this file system has no locks: there nobody is kept out.
     """
-    for pattern in (f"{REMOVED}*", *patterns):
-        for leftover in directory.glob(pattern):
-            shutil.rmtree(leftover, ignore_errors=True)
+    if fcntl is None:
+        yield False
+        return
+    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        yield _lock(descriptor, busy)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, busy: Callable[[], None]) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        pass
+    except OSError:
+        return False
+    busy()
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return True
 
 
 def check_writable(directory: Path) -> None:
@@ -81,6 +248,13 @@ def check_writable(directory: Path) -> None:
 
     with tempfile.TemporaryFile(prefix=PROBE, dir=directory):
         pass
+
+
+def nearest_directory(path: Path) -> Path:
+    """Return the path or the nearest one above it that exists."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
 
 
 def leads_nowhere(path: Path) -> bool:

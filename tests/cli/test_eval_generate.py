@@ -20,8 +20,8 @@ from distillm_cli.data.sources import load_rows
 from distillm_cli.evaluation.suites import load_suite
 from distillm_cli.models.tokenizer_files import load_tokenizer
 from distillm_cli.models.trained_tokenizers import train_tokenizer
-from distillm_cli.runs import output_dir
 from distillm_cli.runs.responses import ResponseFile
+from distillm_cli.utils.storage import locked
 from tests import tiny
 from tests.limits import file_size
 
@@ -353,8 +353,7 @@ def test_what_another_run_wrote_while_this_one_was_loading_is_not_replaced(place
 def test_of_two_runs_into_one_file_the_second_is_refused(place, typed):
     assert typed(*GENERATE, "--output", "rows.jsonl", "--limit", 4)[0] == 0
     before = (place / "rows.jsonl").read_bytes()
-    with (place / "rows.jsonl").open("ab") as first:
-        assert not output_dir.is_taken(first.fileno())
+    with locked(place / "rows.jsonl", pytest.fail):
         for how in ("--resume", "--overwrite"):
             code, _, err = typed(*GENERATE, "--output", "rows.jsonl", how)
             assert code == 2

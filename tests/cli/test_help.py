@@ -418,11 +418,12 @@ def test_a_signal_waits_for_the_import_that_it_comes_in(does, asked, tmp_path):
     """
     (tmp_path / "slow.py").write_text(textwrap.dedent(module) + does + "\n", encoding="utf-8")
     script = """
-        import sys
+        import sys, time
         from distillm_cli.cli import app
         from distillm_cli.config import load
         def shipped():
             import slow
+            time.sleep(10)
             print("gone on")
         load.shipped = shipped
         sys.exit(app.main(["recipes", "ls"]))

@@ -14,6 +14,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from distillm_cli.cli.app import main
+from distillm_cli.utils import manifest
 from tests.typed import call
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,6 +42,7 @@ def made(tmp_path_factory):
     for place in ("run/eval/mine/t1/predictions-seed1.jsonl", "run/rows/train.jsonl"):
         (home / place).parent.mkdir(exist_ok=True)
         (home / place).write_text(rows, encoding="utf-8")
+    manifest.record(home / "run/eval/mine/t1", ["results.json", "predictions-seed1.jsonl"])  # as `distillm eval` does
     (home / "run/eval/notes.txt").write_text("mine", encoding="utf-8")
     (home / "link").symlink_to("run")
     (home / "adapter").mkdir()

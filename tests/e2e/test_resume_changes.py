@@ -78,7 +78,7 @@ def test_saving_may_change_on_a_resume(typed, home):
 
 
 def seal(path):
-    manifest.write(path, [file for file in path.iterdir() if file.name != manifest.MANIFEST], step=6)
+    manifest.seal_directory(path, [file for file in path.iterdir() if file.name != manifest.MANIFEST], step=6)
 
 
 def without(*keys):

@@ -8,7 +8,7 @@ from distillm_cli.config import schema
 from distillm_cli.losses.objectives import KD, CrossEntropy
 from distillm_cli.losses.weights import LossWeights, TokenWeights
 from distillm_cli.rollouts.scheduler import Source
-from distillm_cli.training.checkpoint import read
+from distillm_cli.training.checkpoint import read_checkpoint
 from tests.unit import test_trainer as runs
 
 
@@ -76,5 +76,5 @@ def test_what_a_criterion_remembers_is_in_the_checkpoint(tmp_path):
     first = watched(tmp_path, save_steps=4)
     first.train()
     again = watched(tmp_path / "again")
-    again.load(read(first.checkpoints.path(4)))
+    again.load(read_checkpoint(first.checkpoints.path(4)))
     assert again.objective.losses == straight.objective.losses[:4]

@@ -276,6 +276,7 @@ def test_predictions_and_results_can_be_checked_against_each_other(model, encode
     place = save_results(result, tmp_path / "eval", {"model": "tiny"})
     assert place == tmp_path / "eval" / "words" / "t1-n12-plain"
     assert sorted(path.name for path in place.iterdir()) == [
+        "manifest.json",
         "predictions-seed10.jsonl",
         "predictions-seed20.jsonl",
         "results.json",
@@ -297,7 +298,12 @@ def test_the_same_again_replaces_its_own_files_and_no_others(model, encoder, tmp
     other = save_results(evaluate(model, encoder, suite_of(), config(greedy=True)), tmp_path)
     assert other != place, "other settings, another directory"
     assert save_results(evaluate(model, encoder, suite_of(), config(seeds=(10,))), tmp_path) == place
-    assert sorted(path.name for path in place.iterdir()) == ["notes.txt", "predictions-seed10.jsonl", "results.json"]
+    assert sorted(path.name for path in place.iterdir()) == [
+        "manifest.json",
+        "notes.txt",
+        "predictions-seed10.jsonl",
+        "results.json",
+    ]
 
 
 def test_settings_have_names_a_person_can_read():

@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 
-from distillm_cli.utils import host
-from distillm_cli.utils.host import available_memory, cores
+from distillm_cli.utils import memory
+from distillm_cli.utils.memory import available_memory
+from distillm_cli.utils.threads import cores
 from tests import tiny
 from tests.typed import call
 
@@ -57,7 +58,7 @@ def test_freed_memory_is_kept_for_the_next_tensor_until_it_is_given_back(told):
     script = """
 import json, resource, torch
 from pathlib import Path
-from distillm_cli.utils import host
+from distillm_cli.utils import memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -70,13 +71,13 @@ def resident():
 
 torch.set_num_threads(1)
 found = {"as it is": faults()}
-host.keep_freed_memory()
+memory.keep_freed_memory()
 faults()
 found |= {"kept": faults(), "resident": resident()}
-host.give_back_freed_memory()
+memory.give_back_freed_memory()
 print(json.dumps(found | {"given back": resident()}))
 """
-    environment = {name: value for name, value in os.environ.items() if name not in host._SAYS_HOW} | told
+    environment = {name: value for name, value in os.environ.items() if name not in memory._MALLOC_SETTINGS} | told
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -92,7 +93,7 @@ def test_threads_are_at_most_the_cores(wanted):
     """In a process of its own: with a million torch ends it."""
     script = """
 import json, sys, torch
-from distillm_cli.utils.host import set_threads
+from distillm_cli.utils.threads import set_threads
 before, told = torch.get_num_threads(), []
 set_threads(json.loads(sys.argv[1]), told.append)
 print(json.dumps([before, torch.get_num_threads(), [event.text for event in told]]))

@@ -13,16 +13,32 @@ from distillm_cli.config.load import resolve, to_yaml
 from distillm_cli.errors import StorageError, UsageError
 from distillm_cli.models.composite import PROCESSOR_FILES
 from distillm_cli.runs import output_dir
+from distillm_cli.utils import manifest, storage
 from tests.limits import file_size
 
 
 def put(place: Path, *names: str) -> None:
-    """Files that hold their names; of runs, the recipes that they write, and the card."""
+    """Files that hold their names."""
     for name in names:
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).write_text(name, encoding="utf-8")
-        if Path(name).name == output_dir.RECIPE:
-            (place / name).write_text(resolved("student.sft_epochs=3"), encoding="utf-8")
+
+
+def put_run(place: Path, *names: str) -> None:
+    """Files that hold their names, as a run with a stage before it, and an evaluation of it, have written them."""
+    put(place, *names)
+    for folder in ("", "sft/", "eval/dolly/t1/"):
+        inside = [name.removeprefix(folder) for name in names if name.startswith(folder)]
+        entries = {_entry(name) for name in inside if not name.startswith(("sft/", "eval/dolly/"))}
+        if inside:
+            stage = {"sft"} if folder == "" and any(name.startswith("sft/") for name in names) else set()
+            manifest.record(place / folder, sorted(entries | stage))
+
+
+def _entry(name: str) -> str:
+    """What a run lists before it writes this: a checkpoint is one entry, with all its files."""
+    name = name.replace(".staging-", "")
+    return "/".join(name.split("/")[:2]) if name.startswith("checkpoints/") else name
 
 
 def resolved(*sets: str) -> str:
@@ -52,27 +68,50 @@ OF_SOMEBODY = (
 
 
 def test_starting_anew_clears_what_runs_wrote_and_nobody_elses_files(tmp_path):
-    put(tmp_path, *OF_RUNS, *OF_SOMEBODY)
+    put_run(tmp_path, *OF_RUNS)
+    put(tmp_path, *OF_SOMEBODY)
     output_dir.clear(tmp_path)
     assert files(tmp_path) == set(OF_SOMEBODY)
 
 
 def test_of_what_runs_wrote_not_even_an_empty_folder_stays(tmp_path):
-    put(tmp_path, *OF_RUNS)
+    put_run(tmp_path, *OF_RUNS)
     output_dir.clear(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_that_somebody_put_among_the_results_stays(tmp_path):
+    """It has a manifest of its own, as every run's model does, but the run here did not write it."""
+    put_run(tmp_path, *OF_RUNS)
+    put_run(tmp_path / "eval/other/model", "model.safetensors", "recipe.yaml")
+    output_dir.clear(tmp_path)
+    names = ("manifest.json", "model.safetensors", "recipe.yaml")
+    assert files(tmp_path) == {f"eval/other/model/{name}" for name in names}
+
+
+def test_a_killed_runs_leftovers_are_known(tmp_path):
+    """A file is listed before it is written, and what is half written lies beside its place."""
+    output_dir.write_recipe(tmp_path, resolved(), has_stage=True)
+    manifest.record(tmp_path, ["checkpoints/step-000001", "model.safetensors"])
+    put(tmp_path, "checkpoints/.staging-step-000001-123/model.safetensors", ".staging-model-123/config.json")
+    put(tmp_path, ".staging-metrics.jsonl", "checkpoints/.old-step-000000/mine", ".old-notes.txt")
+    output_dir.clear(tmp_path)
+    assert files(tmp_path) == {"checkpoints/.old-step-000000/mine", ".old-notes.txt"}, "on no list: the user's own"
+
+
 def test_of_a_folder_that_is_a_link_only_the_link_goes(tmp_path):
     """Checkpoints of another run, or on a larger disk."""
-    put(tmp_path / "other", *OF_RUNS)
+    put_run(tmp_path / "other", *OF_RUNS)
+    before = files(tmp_path / "other")
     (tmp_path / "run").mkdir()
     for name in ("checkpoints", "eval", "sft"):
         (tmp_path / "run" / name).symlink_to(tmp_path / "other" / name)
     put(tmp_path / "run", "recipe.yaml")
+    written = ["recipe.yaml", "checkpoints/step-000200", "eval/report/student-after.json", "sft"]
+    manifest.record(tmp_path / "run", written)
     output_dir.clear(tmp_path / "run")
     assert list((tmp_path / "run").iterdir()) == []
-    assert files(tmp_path / "other") == set(OF_RUNS)
+    assert files(tmp_path / "other") == before
 
 
 @pytest.mark.parametrize("recipe", [None, "method: distillm  # as in the paper\ntrain:\n  lr: 0.001\n"])
@@ -85,7 +124,7 @@ def test_where_no_run_has_been_what_bears_a_runs_names_is_somebodys_own(tmp_path
     before = files(tmp_path)
     assert list(output_dir.written(tmp_path)) == []
     with pytest.raises(UsageError, match="was not written by a run; choose another --output, or move it away"):
-        output_dir.check(tmp_path, resume=False, overwrite=True)
+        output_dir.check_output(tmp_path, resume=False, overwrite=True)
     output_dir.clear(tmp_path)
     assert files(tmp_path) == before
 
@@ -93,9 +132,10 @@ def test_where_no_run_has_been_what_bears_a_runs_names_is_somebodys_own(tmp_path
 def test_a_model_with_several_chat_templates_is_published_again(tmp_path):
     output = tmp_path / "run"
     for _ in range(2):  # the second time over the first, as after --resume
-        put(tmp_path / "staged", "config.json", "additional_chat_templates/tool_use.jinja")
-        put(output, "recipe.yaml")
-        output_dir.publish(tmp_path / "staged", output)
+        output.mkdir(exist_ok=True)
+        output_dir.write_recipe(output, resolved())
+        with output_dir.publishing(output) as staged:
+            put(staged, "config.json", "additional_chat_templates/tool_use.jinja")
         assert files(output) == {
             "config.json",
             "recipe.yaml",
@@ -107,11 +147,17 @@ def test_a_model_with_several_chat_templates_is_published_again(tmp_path):
 
 
 def test_a_card_of_ones_own_in_a_runs_directory_is_not_replaced(tmp_path):
-    put(tmp_path, *OF_RUNS, "README.md")
+    put_run(tmp_path, *OF_RUNS)
+    put(tmp_path, "README.md")
     with pytest.raises(UsageError, match=r"README\.md was not written by a run"):
-        output_dir.check(tmp_path, resume=False, overwrite=True)
-    (tmp_path / "README.md").write_text("- **made with**: distillm 0.1.0\n", encoding="utf-8")
-    output_dir.check(tmp_path, resume=False, overwrite=True)
+        output_dir.check_output(tmp_path, resume=False, overwrite=True)
+    card = tmp_path / "README.md"
+    manifest.record(tmp_path, [], seals={"README.md": manifest.seal(card)})  # as when a run has written it
+    card.write_text("what the run wrote, and more", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"README\.md was not written by a run"):
+        output_dir.check_output(tmp_path, resume=False, overwrite=True)
+    put(tmp_path, "README.md")
+    output_dir.check_output(tmp_path, resume=False, overwrite=True)
     output_dir.clear(tmp_path)
     assert files(tmp_path) == set()
 
@@ -120,26 +166,29 @@ def test_a_card_of_ones_own_in_a_runs_directory_is_not_replaced(tmp_path):
 def test_a_run_that_is_called_sft_is_a_stage_only_of_a_run_that_has_one(tmp_path, epochs):
     put(tmp_path, "sft/recipe.yaml", "sft/model.safetensors")
     if epochs is not None:
-        (tmp_path / "recipe.yaml").write_text(resolved(f"student.sft_epochs={epochs}"), encoding="utf-8")
+        recipe = resolved(f"student.sft_epochs={epochs}")
+        output_dir.write_recipe(tmp_path, recipe, has_stage=epochs != "0.0")
+    if epochs == "2.0":
+        manifest.record(tmp_path / "sft", ["recipe.yaml", "model.safetensors"])
     assert output_dir.has_stage(tmp_path) == (epochs == "2.0")
-    output_dir.check(tmp_path, resume=False, overwrite=True)
+    output_dir.check_output(tmp_path, resume=False, overwrite=True)
     output_dir.clear(tmp_path)
     assert files(tmp_path) == (set() if epochs == "2.0" else {"sft/recipe.yaml", "sft/model.safetensors"})
 
 
 def test_a_clearing_that_is_stopped_half_way_can_be_gone_on_with(tmp_path):
-    put(tmp_path, *OF_RUNS)
-    assert next(reversed(list(output_dir.written(tmp_path)))) == tmp_path / "recipe.yaml"
+    put_run(tmp_path, *OF_RUNS)
+    assert next(reversed(list(output_dir.written(tmp_path)))) == tmp_path / manifest.MANIFEST
 
 
 def test_a_probe_that_was_left_behind_does_not_fill_a_directory(tmp_path):
     put(tmp_path, ".writable-123")
-    output_dir.check(tmp_path, resume=False, overwrite=False)
+    output_dir.check_output(tmp_path, resume=False, overwrite=False)
 
 
 def test_a_text_that_does_not_fit_leaves_nothing(tmp_path):
     with file_size(100), pytest.raises(OSError, match="File too large"):
-        output_dir.write_text(tmp_path / "recipe.yaml", "x" * 5000)
+        storage.atomic_write(tmp_path / "recipe.yaml", "x" * 5000)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -162,7 +211,7 @@ def fails_in(place: Path, *written: str) -> None:
         put(place, *written)
         raise StorageError("a disk is full")
 
-    is_new = output_dir.check(place, resume=False, overwrite=False)
+    is_new = output_dir.check_output(place, resume=False, overwrite=False)
     with pytest.raises(StorageError), output_dir.claimed(place, is_new=is_new):
         run()
 
@@ -205,14 +254,14 @@ def test_where_the_file_system_has_no_locks_runs_go_on(tmp_path, monkeypatch):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(output_dir.fcntl, "flock", no_locks)
+    monkeypatch.setattr(storage.fcntl, "flock", no_locks)
     with output_dir.claimed(tmp_path), output_dir.claimed(tmp_path):
         pass
-    monkeypatch.setattr(output_dir, "fcntl", None)  # Windows
+    monkeypatch.setattr(storage, "fcntl", None)  # Windows
     with output_dir.claimed(tmp_path), output_dir.claimed(tmp_path):
         pass
 
 
 def test_a_name_that_no_file_system_takes_is_a_storage_error(tmp_path):
     with pytest.raises(StorageError, match="File name too long; choose another --output"):
-        output_dir.check(tmp_path / ("x" * 300), resume=False, overwrite=False)
+        output_dir.check_output(tmp_path / ("x" * 300), resume=False, overwrite=False)

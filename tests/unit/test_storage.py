@@ -22,13 +22,13 @@ from distillm_cli.errors import DataError, ModelError, StorageError, UsageError
 from distillm_cli.models.model_paths import locate_model
 from distillm_cli.runs import output_dir, train
 from distillm_cli.runs.inputs import check_spared
-from distillm_cli.training.checkpoint import Checkpoints, latest, read, visible
+from distillm_cli.training.checkpoint import Checkpoints, latest, read_checkpoint, visible
 from distillm_cli.training.events import Warned
-from distillm_cli.utils import storage
+from distillm_cli.utils import manifest, storage
 from tests import tiny
 from tests.limits import file_size
 from tests.typed import call
-from tests.unit.test_outputs import OF_RUNS, put, resolved
+from tests.unit.test_outputs import OF_RUNS, put_run, resolved
 
 ROOT = Path(__file__).resolve().parents[2]
 STATE = {"progress": {}, "recipe": {}}
@@ -79,14 +79,14 @@ KILLED = """
 @pytest.mark.parametrize("what", ["prune", "clear"])
 @pytest.mark.parametrize("last", [0, 1, 3, 5, 8])
 def test_a_kill_in_the_middle_of_a_removal_leaves_whole_checkpoints_only(tmp_path, what, last):
+    output_dir.write_recipe(tmp_path, resolved())
     made = checkpoints(tmp_path / "checkpoints", keep=9)
     write(made, 1, 2)
-    (tmp_path / output_dir.RECIPE).write_text(resolved(), encoding="utf-8")
     command = [sys.executable, "-c", textwrap.dedent(KILLED), what, str(tmp_path), str(last)]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60)
     assert done.returncode == -signal.SIGKILL
     for path in visible(made.root):
-        assert read(path).path == path, "every file is there, as the manifest has it"
+        assert read_checkpoint(path).path == path, "every file is there, as the manifest has it"
     assert what == "clear" or latest(made.root).path.name in ("step-000002", "step-000003")
     if what == "prune":  # the next one to be written sweeps what is left
         write(checkpoints(made.root), 4)
@@ -136,7 +136,7 @@ def test_an_old_checkpoint_that_keeps_its_name_is_a_warning_once(tmp_path, monke
 
 
 def test_starting_over_stops_where_an_old_checkpoint_would_stay_and_be_resumed(tmp_path, monkeypatch):
-    put(tmp_path, *OF_RUNS)
+    put_run(tmp_path, *OF_RUNS)
 
     def refuse(path, target):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
@@ -144,6 +144,48 @@ def test_starting_over_stops_where_an_old_checkpoint_would_stay_and_be_resumed(t
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(StorageError, match=r"cannot remove .*step-000200.*: Permission denied; choose another"):
         output_dir.clear(tmp_path)
+
+
+def test_a_directory_is_replaced_at_once_or_stays_as_it_was(tmp_path):
+    final = tmp_path / "final"
+    final.mkdir()
+    (final / "old").touch()
+
+    def fail() -> None:
+        with storage.atomic_directory(final) as staged:
+            (staged / "new").touch()
+            raise StorageError("a disk is full")
+
+    with pytest.raises(StorageError):
+        fail()
+    assert [path.name for path in final.iterdir()] == ["old"]
+    with storage.atomic_directory(final) as staged:
+        (staged / "new").touch()
+        assert [path.name for path in final.iterdir()] == ["old"]
+    assert [path.name for path in final.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [final], "nothing is left beside it"
+
+
+def test_a_directory_that_cannot_be_renamed_leaves_the_one_before(tmp_path, monkeypatch):
+    final = tmp_path / "final"
+    final.mkdir()
+    (final / "old").touch()
+    rename = Path.rename
+
+    def refuse(path, target):
+        if path.name.startswith(storage.STAGING):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return rename(path, target)
+
+    def replace_it() -> None:
+        with storage.atomic_directory(final) as staged:
+            (staged / "new").touch()
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(PermissionError):
+        replace_it()
+    assert [path.name for path in final.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [final]
 
 
 # --- refusals of the system -----------------------------------------------------------------------------------------
@@ -222,7 +264,7 @@ def test_a_disk_that_is_full_as_the_model_is_published_publishes_nothing(tmp_pat
         code, _, err = call(capsys, *argv, "--resume")
     assert code == 8
     assert err.startswith("error: cannot write the model into run: File too large; ")
-    assert {path.name for path in Path("run").iterdir()} == before
+    assert {path.name for path in Path("run").iterdir()} == before | {manifest.MANIFEST}
     assert call(capsys, *argv, "--resume")[0] == 0
     assert {path.name for path in Path("run").iterdir()} == published
 
@@ -234,7 +276,7 @@ def test_a_kill_while_a_place_is_tried_leaves_nothing(tmp_path):
     script = """
         import os, signal, sys
         from pathlib import Path
-        from distillm_cli.utils import storage
+        from distillm_cli.utils import manifest, storage
 
         def kill(event, args):  # as soon as a file was made
             if event in ("os.remove", "tempfile.mkstemp"):
@@ -258,7 +300,7 @@ def test_a_place_that_cannot_be_written_is_found(tmp_path):
 
 def test_probes_of_earlier_versions_are_swept(tmp_path):
     (tmp_path / ".writable-123").touch()
-    output_dir.check(tmp_path, resume=False, overwrite=False)
+    output_dir.check_output(tmp_path, resume=False, overwrite=False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -271,7 +313,7 @@ def test_a_link_that_leads_nowhere_is_named_wherever_it_is_given(tmp_path, monke
     Path("loop").symlink_to(target)
     Path("loop.jsonl").symlink_to("loop.jsonl")
     with pytest.raises(UsageError, match="--output loop is a symbolic link that leads nowhere"):
-        output_dir.check(Path("loop"), resume=False, overwrite=False)
+        output_dir.check_output(Path("loop"), resume=False, overwrite=False)
     with pytest.raises(ModelError, match="loop is a symbolic link that leads nowhere"):
         locate_model("loop")
     for named in ("loop", "./loop", "loop.jsonl"):
@@ -308,9 +350,10 @@ def test_a_symlink_loop_has_its_exit_code_in_every_flag(tmp_path, capsys, monkey
 def test_a_loop_in_a_runs_own_folder_is_cleared_and_in_somebodys_refused(tmp_path):
     (tmp_path / "checkpoints").symlink_to("checkpoints")
     with pytest.raises(UsageError, match=r"checkpoints was not written by a run"):
-        output_dir.check(tmp_path, resume=False, overwrite=True)
-    (tmp_path / output_dir.RECIPE).write_text(resolved(), encoding="utf-8")
-    output_dir.check(tmp_path, resume=False, overwrite=True)
+        output_dir.check_output(tmp_path, resume=False, overwrite=True)
+    output_dir.write_recipe(tmp_path, resolved())
+    manifest.record(tmp_path, ["checkpoints/step-000001"])
+    output_dir.check_output(tmp_path, resume=False, overwrite=True)
     check_spared("sft", Recipe(), tmp_path)
     assert output_dir.clear(tmp_path) == []
     assert list(tmp_path.iterdir()) == []

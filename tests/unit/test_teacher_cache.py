@@ -17,7 +17,15 @@ from distillm_cli.models.backbone import Backbone
 from distillm_cli.teachers import teacher_cache
 from distillm_cli.teachers.cached import CachedTeacher
 from distillm_cli.teachers.local import LocalTeacher
-from distillm_cli.teachers.teacher_cache import Key, check_space, place_of, read, rows_digest, teacher_digest, write
+from distillm_cli.teachers.teacher_cache import (
+    Key,
+    check_space,
+    place_of,
+    read_cache,
+    rows_digest,
+    teacher_digest,
+    write_cache,
+)
 from distillm_cli.types import collate
 from tests import tiny
 from tests.limits import file_size
@@ -41,14 +49,14 @@ def make(root, backbone=None, rows=ROWS, **how):
     backbone = backbone or model()
     key = key_of(backbone, rows)
     place = place_of(root, key)
-    assert write(place, key, LocalTeacher(backbone), rows, CPU, of=OF, **how)
+    assert write_cache(place, key, LocalTeacher(backbone), rows, CPU, of=OF, **how)
     return place, key
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_states_from_the_disk_are_the_live_ones_up_to_batch_shape_rounding(tmp_path, dtype):
     place, key = make(tmp_path, model(dtype))
-    teacher = CachedTeacher(model(dtype), mode="disk", rows=read(place, key, ROWS))
+    teacher = CachedTeacher(model(dtype), mode="disk", rows=read_cache(place, key, ROWS))
     picks = [ROWS[i] for i in (7, 3, 49, 0, 12)]
     found = teacher.hidden(collate(picks), picks)
     tolerance = {"rtol": 2e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
@@ -60,7 +68,7 @@ def test_states_from_the_disk_are_the_live_ones_up_to_batch_shape_rounding(tmp_p
 def test_a_row_computed_in_the_same_batch_is_the_same_to_the_last_bit(tmp_path):
     alike = tiny.sequences([(5, 4)] * 20, vocab=len(TOKENIZER), seed=6)
     place, key = make(tmp_path, rows=alike)
-    kept = CachedTeacher(model(), mode="disk", rows=read(place, key, alike)).hidden(collate(alike), alike)
+    kept = CachedTeacher(model(), mode="disk", rows=read_cache(place, key, alike)).hidden(collate(alike), alike)
     assert torch.equal(kept, LocalTeacher(model()).hidden(collate(alike), alike))
 
 
@@ -98,14 +106,14 @@ def damage(place, how):
 @pytest.mark.parametrize("how", ["flipped byte", "cut", "no facts", "half the facts", "no states"])
 def test_a_damaged_cache_is_refused_by_name_and_rebuilt_on_request(tmp_path, how):
     place, key = make(tmp_path)
-    good = read(place, key, ROWS).table_ND.clone()
+    good = read_cache(place, key, ROWS).table_ND.clone()
     damage(place, how)
     with pytest.raises(CheckpointError, match=f"{place} is damaged: .*--rebuild-teacher-cache") as error:
-        read(place, key, ROWS)
+        read_cache(place, key, ROWS)
     assert error.value.exit_code == 5
-    assert not write(place, key, LocalTeacher(model()), ROWS, CPU, of=OF), "left alone unless told to rebuild"
-    assert write(place, key, LocalTeacher(model()), ROWS, CPU, of=OF, rebuild=True)
-    assert torch.equal(read(place, key, ROWS).table_ND, good)
+    assert not write_cache(place, key, LocalTeacher(model()), ROWS, CPU, of=OF), "left alone unless told to rebuild"
+    assert write_cache(place, key, LocalTeacher(model()), ROWS, CPU, of=OF, rebuild=True)
+    assert torch.equal(read_cache(place, key, ROWS).table_ND, good)
     assert [p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")] == [place.name]
 
 
@@ -129,7 +137,7 @@ def test_what_is_wrong_with_the_facts_is_said_in_words(tmp_path, content, said):
         content = json.dumps({name: fact for name, fact in facts.items() if fact is not ...}).encode()
     file.write_bytes(content)
     with pytest.raises(CheckpointError) as error:
-        read(place, key, ROWS)
+        read_cache(place, key, ROWS)
     assert error.value.what.startswith(f"the teacher cache {place} is damaged: {said}")
 
 
@@ -139,7 +147,7 @@ def test_a_plain_file_in_the_place_of_a_cache_goes_when_it_is_rebuilt(tmp_path):
     place.write_text("not a directory")
     (tmp_path / f".old-{place.name}-1").write_text("what an earlier version left behind")
     with pytest.raises(CheckpointError, match=r"is damaged: states.json: Not a directory"):
-        read(place, key, ROWS)
+        read_cache(place, key, ROWS)
     make(tmp_path, rebuild=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f".{place.name}.lock", place.name]
 
@@ -151,19 +159,19 @@ def test_a_cache_that_is_named_itself_must_be_of_this_teacher_and_these_rows(tmp
     with pytest.raises(
         CheckpointError, match=rf"{place} is of another teacher \(models/big\).*--rebuild-teacher-cache"
     ):
-        read(place_of(place, other), other, ROWS)
+        read_cache(place_of(place, other), other, ROWS)
     fewer = Key(key.teacher, rows_digest(ROWS[:-1]))
     with pytest.raises(CheckpointError, match=r"is of other rows, or another template or tokenizer \(rows.jsonl\)"):
-        read(place_of(place, fewer), fewer, ROWS[:-1])
+        read_cache(place_of(place, fewer), fewer, ROWS[:-1])
     facts = json.loads((place / "states.json").read_text())
     (place / "states.json").write_text(json.dumps(facts | {"format": 1}))
     with pytest.raises(CheckpointError, match="another version of distillm"):
-        read(place, key, ROWS)
+        read_cache(place, key, ROWS)
 
 
 def test_a_running_reader_keeps_its_states_while_another_run_rebuilds(tmp_path):
     place, key = make(tmp_path)
-    reading = read(place, key, ROWS)
+    reading = read_cache(place, key, ROWS)
     before = reading.table_ND.clone()
     damage(place, "no facts")
     make(tmp_path, rebuild=True)
@@ -176,7 +184,7 @@ def test_only_a_cache_is_replaced_by_a_cache(tmp_path):
     damage(place, "no facts")
     (place / "thesis.txt").write_text("mine")
     with pytest.raises(StorageError, match=r"holds more than a teacher cache \(thesis.txt\), and is not replaced"):
-        write(place, key, LocalTeacher(model()), ROWS, CPU, of=OF, rebuild=True)
+        write_cache(place, key, LocalTeacher(model()), ROWS, CPU, of=OF, rebuild=True)
     assert (place / "thesis.txt").read_text() == "mine"
     assert not any(path.name.startswith((".staging", ".old")) for path in tmp_path.iterdir())
 
@@ -193,7 +201,7 @@ def test_what_a_killed_writer_left_is_never_read_and_goes(tmp_path):
     make(tmp_path)
     assert not half.exists()
     assert other.exists(), "another cache's writer may be alive"
-    assert read(place, key, ROWS).missing == 0
+    assert read_cache(place, key, ROWS).missing == 0
 
 
 def test_what_a_killed_writer_left_does_not_count_as_taken(tmp_path, monkeypatch):
@@ -212,11 +220,11 @@ def test_what_a_killed_writer_left_does_not_count_as_taken(tmp_path, monkeypatch
     with pytest.raises(StorageError, match="MB free"):
         check_space(place, size)
     with pytest.raises(StorageError, match="MB free"):
-        write(place, key, LocalTeacher(model()), ROWS, CPU, of=OF, size=2 * size)
+        write_cache(place, key, LocalTeacher(model()), ROWS, CPU, of=OF, size=2 * size)
     half.mkdir(exist_ok=True)
     (half / "states.bin").write_bytes(bytes(size // 2))
-    assert write(place, key, LocalTeacher(model()), ROWS, CPU, of=OF, size=size)
-    assert read(place, key, ROWS).missing == 0
+    assert write_cache(place, key, LocalTeacher(model()), ROWS, CPU, of=OF, size=size)
+    assert read_cache(place, key, ROWS).missing == 0
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
@@ -225,7 +233,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     place = place_of(tmp_path / "file", key)
     for attempt in (
         lambda: check_space(place, 1),
-        lambda: write(place, key, LocalTeacher(model()), ROWS, CPU, of=OF),
+        lambda: write_cache(place, key, LocalTeacher(model()), ROWS, CPU, of=OF),
     ):
         with pytest.raises(StorageError, match=f"cannot write the teacher cache {place}: .*teacher.cache_dir") as error:
             attempt()
@@ -243,14 +251,14 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing_and_loses_nothing(tmp
     before = (place / "states.bin").read_bytes()
     with file_size(len(before) // 2):
         with pytest.raises(StorageError, match=f"cannot write the teacher cache {place}"):
-            write(place, key, LocalTeacher(model()), ROWS, CPU, of=OF, rebuild=True)
+            write_cache(place, key, LocalTeacher(model()), ROWS, CPU, of=OF, rebuild=True)
         empty = place_of(tmp_path / "new", key)
         with pytest.raises(StorageError, match="File too large"):
-            write(empty, key, LocalTeacher(model()), ROWS, CPU, of=OF)
+            write_cache(empty, key, LocalTeacher(model()), ROWS, CPU, of=OF)
     assert (place / "states.bin").read_bytes() == before
     assert not any(p.name.startswith((".staging", ".old")) for p in tmp_path.rglob(".*"))
     assert not empty.exists()
-    assert read(place, key, ROWS).missing == 0
+    assert read_cache(place, key, ROWS).missing == 0
 
 
 def test_no_space_left_is_said_in_the_systems_words(tmp_path, monkeypatch):
@@ -268,7 +276,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from distillm_cli.training.events import Note
 from distillm_cli.teachers.local import LocalTeacher
-from distillm_cli.teachers.teacher_cache import Key, read, write
+from distillm_cli.teachers.teacher_cache import Key, read_cache, write_cache
 from distillm_cli.types import Sequence
 
 class Slow:
@@ -281,8 +289,8 @@ rows = [Sequence(np.ones(2, np.int32), np.ones(3, np.int32), i) for i in range(9
 key, place, teacher = Key("a" * 64, "b" * 64), Path(sys.argv[1]) / "cache", LocalTeacher(Slow())
 print("ready", flush=True)
 sys.stdin.readline()
-wrote = write(place, key, teacher, rows, torch.device("cpu"), lambda e: None, of={"teacher": "t", "data": "d"})
-states = read(place, key, rows)
+wrote = write_cache(place, key, teacher, rows, torch.device("cpu"), lambda e: None, of={"teacher": "t", "data": "d"})
+states = read_cache(place, key, rows)
 print("wrote" if wrote else "waited", teacher.tokens, states.table_ND.sum().item(), flush=True)
 """
 

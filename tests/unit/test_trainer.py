@@ -25,13 +25,13 @@ from distillm_cli.rollouts.scheduler import Source, build_scheduler
 from distillm_cli.teachers.cached import BatchComposition, CachedTeacher, HiddenStateTable
 from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.training.announce import phi_advice
-from distillm_cli.training.checkpoint import Checkpoints, read
+from distillm_cli.training.checkpoint import Checkpoints, read_checkpoint
 from distillm_cli.training.events import Note, Saved, Stepped, Validated, Warned
 from distillm_cli.training.metrics_log import MetricsLog
 from distillm_cli.training.state import RunInfo
 from distillm_cli.training.trainer import Trainer
 from distillm_cli.training.validation import Validator
-from distillm_cli.utils.halving import retry_halved
+from distillm_cli.utils.memory import retry_halved
 from distillm_cli.utils.modules import eval_mode
 from tests import tiny
 from tests.limits import Narrow, file_size
@@ -484,7 +484,7 @@ def test_non_finite_numbers_stop_the_run_before_they_reach_the_weights(tmp_path)
         engine.train()
     assert engine.state.step == 2
     assert all(torch.isfinite(s["exp_avg"]).all() for s in engine.optimizer.state.values())
-    assert read(engine.checkpoints.path(2)).state["progress"]["step"] == 2
+    assert read_checkpoint(engine.checkpoints.path(2)).state["progress"]["step"] == 2
 
 
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path):
@@ -494,11 +494,11 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path):
     target = path / "training.safetensors"
     target.write_bytes(target.read_bytes()[:-1] + b"\x7f")
     with pytest.raises(CheckpointError, match=r"training\.safetensors differs from its manifest") as error:
-        read(path)
+        read_checkpoint(path)
     assert error.value.exit_code == 5
     target.unlink()
     with pytest.raises(CheckpointError, match="missing"):
-        read(path)
+        read_checkpoint(path)
 
 
 def test_a_half_written_checkpoint_is_invisible_and_cleared_away(tmp_path):

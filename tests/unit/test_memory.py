@@ -9,19 +9,19 @@ import textwrap
 import pytest
 
 from distillm_cli.cli.app import main
-from distillm_cli.utils import garbage
+from distillm_cli.utils import memory
 from tests import tiny
 
 # What holds weights is told by the collector itself: a cycle that nothing else knows of is gone after the next search.
 SCRIPT = """
     import gc, sys, weakref
     from distillm_cli.__main__ import main
-    from distillm_cli.utils import garbage
+    from distillm_cli.utils import memory
 
     seen = []
-    inner = garbage.take_up
+    inner = memory.resume_garbage_collection
 
-    def take_up():
+    def resume():
         before = gc.isenabled()
         inner()
 
@@ -34,14 +34,14 @@ SCRIPT = """
         gc.collect()
         seen.append((before, gc.isenabled(), gc.get_freeze_count() > 100_000, gone() is None))
 
-    garbage.take_up = take_up
+    memory.resume_garbage_collection = resume
     sys.argv[1:] = {argv!r}
     print("exit", main(), seen)
 """
 
 
 def started(*argv):
-    """What ``distillm ARGV`` printed last: its exit code, and the collector before and after ``take_up``."""
+    """What ``distillm ARGV`` printed last: its exit code, and the collector before and after it is resumed."""
     script = textwrap.dedent(SCRIPT).replace("{argv!r}", repr([str(a) for a in argv]))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     return done.stdout.splitlines()[-1] if done.stdout else done.stderr
@@ -72,7 +72,7 @@ def test_nothing_is_searched_until_everything_is_imported_and_then_it_is(place, 
 def test_whoever_calls_the_program_from_python_keeps_his_collector():
     frozen = gc.get_freeze_count()
     assert main(["methods", "--json"]) == 0
-    garbage.take_up()
+    memory.resume_garbage_collection()
     assert gc.isenabled()
     assert gc.get_freeze_count() <= frozen  # some of what was set aside before may have gone
 
@@ -80,8 +80,8 @@ def test_whoever_calls_the_program_from_python_keeps_his_collector():
 def test_a_collector_that_is_switched_off_stays_so():
     gc.disable()
     try:
-        garbage.put_off()
-        garbage.take_up()
+        memory.pause_garbage_collection()
+        memory.resume_garbage_collection()
         assert not gc.isenabled()
     finally:
         gc.enable()

@@ -1,0 +1,121 @@
+"""Handle Ctrl-C, SIGTERM and SIGHUP alike from the first import on. Imports nothing that takes time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+from distillm_cli.errors import HungUp, Pressed, Terminated
+
+_IMPORTING = "<frozen importlib._bootstrap>"  # the file name of the frames of a running import
+_PACKAGE = __name__.partition(".")[0]
+_CHECK_SECONDS = 0.02  # between two looks whether an import is over
+_received: list[type[KeyboardInterrupt]] = []  # since the outermost ``handle_signals`` began
+
+
+@contextmanager
+def handle_signals() -> Iterator[None]:
+    """Raise Pressed, Terminated or HungUp in the block at SIGINT, SIGTERM or SIGHUP.
+
+    Handlers of a host program stay, and a signal that was ignored at start stays ignored (SIGHUP under nohup, SIGINT in a
+    shell's background job). A signal that arrives while we import a library is raised when the import is over: half of
+    torch's import is calls from C++, where an exception ends the process, or is caught and the rest imported twice. A
+    second signal is raised at once.
+    """
+    usual = {signal.SIGINT: (signal.default_int_handler, Pressed), signal.SIGTERM: (signal.SIG_DFL, Terminated)}
+    if hasattr(signal, "SIGHUP"):  # not on Windows
+        usual[signal.SIGHUP] = (signal.SIG_DFL, HungUp)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    own = {n: stop for n, (handler, stop) in usual.items() if in_main_thread and signal.getsignal(n) == handler}
+    can_wait = bool(own) and hasattr(signal, "setitimer") and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+    pending: type[KeyboardInterrupt] | None = None
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        nonlocal pending
+        stop = own[number]
+        if stop is HungUp and HungUp in _received:  # the kernel sends it, and the shell again
+            return
+        _received.append(stop)
+        if pending is not None or not can_wait or not _is_importing(frame):
+            raise stop
+        pending = stop
+        signal.setitimer(signal.ITIMER_REAL, _CHECK_SECONDS, _CHECK_SECONDS)
+
+    def on_timer(_: int, frame: FrameType | None) -> None:
+        nonlocal pending
+        if pending is None or _is_importing(frame):
+            return
+        stop = pending
+        pending = None
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        raise stop
+
+    if own:
+        _received.clear()
+    for number in own:
+        signal.signal(number, on_signal)
+    if can_wait:
+        signal.signal(signal.SIGALRM, on_timer)
+    try:
+        yield
+        if pending is not None:  # the block ended before the timer did
+            raise pending
+    finally:
+        if can_wait:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        for number in own:
+            signal.signal(number, usual[number][0])
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Return whether an import that our own code waits for is running in ``frame``."""
+    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] != _PACKAGE:
+        if frame.f_code.co_filename == _IMPORTING:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def received_signal() -> KeyboardInterrupt | None:
+    """Return the last signal that arrived, for whoever handles another error; None without one.
+
+    Code in C may take what a signal's handler raises for a failure of its own: a tensor whose reading is stopped has "no
+    shape", and its file looks damaged.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return None  # the signal arrived during an earlier command of the main thread
+    return _received[-1]() if _received else None
+
+
+def exit_by_signal(code: int) -> None:
+    """End this process by SIGINT where that is its exit code and stderr is a terminal.
+
+    Only then does a shell leave its loop, and not start the next run of a sweep. ``$?`` is 130 either way; other callers
+    get the code as it is.
+    """
+    if _ends_by_signal(code):
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        restore_interrupt(code)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def restore_interrupt(code: int) -> None:
+    """Let another Ctrl-C end at once a process that will end by the signal.
+
+    Python's own handler would raise into whichever library is cleaning up, and print its traceback after the error.
+    """
+    if _ends_by_signal(code):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _ends_by_signal(code: int) -> bool:
+    at_terminal = os.name == "posix" and sys.stderr is not None and sys.stderr.isatty()
+    return at_terminal and code == 128 + signal.SIGINT
