@@ -115,8 +115,10 @@ class Scheduler(ABC):
         """Return what later draws depend on, as JSON."""
         return {}
 
-    def load_state_dict(self, state: dict) -> None:  # noqa: B027 - most kinds have no state
-        """Restore what ``state_dict`` returned."""
+    def load_state_dict(self, state: dict) -> None:
+        """Restore what ``state_dict`` returned. Raises ValueError for the state of another kind."""
+        if state:
+            raise ValueError(f"the schedule has no state, and the checkpoint has {', '.join(state)}")
 
 
 _KINDS: dict[type[ScheduleConfig], type[Scheduler]] = {}

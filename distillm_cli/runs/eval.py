@@ -39,7 +39,7 @@ class _Job:
     scores: dict[str, SuiteScores] = field(default_factory=dict)
 
 
-def evaluate_checkpoints(
+def score_checkpoints(
     checkpoints: list[str],
     settings: Settings,
     listener: Listener,

@@ -1,4 +1,4 @@
-"""The plan of a run as data: from the rows and models themselves, or from their shapes where weights are not at hand."""
+"""Plan a run: from its rows and models, or from the models' configs where their weights are not available."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ _IN_HOST = (
 )  # whatever the accelerator, they lie in the machine's own memory
 
 
-def weights_are_at_hand(recipe: Recipe) -> bool:
-    """Whether the run's models can be loaded here as they are: directories with weights that fit the free memory, or
+def weights_are_available(recipe: Recipe) -> bool:
+    """Return whether the run's models can be loaded here as they are: directories with weights that fit the free memory, or
     models from scratch."""
     is_needed = recipe.method != "sft" or recipe.student.is_built
     paths = [recipe.student.path, recipe.teacher.path if is_needed else None]
@@ -64,7 +64,7 @@ def _is_on_disk_or_hub(path: str) -> bool:
 def plan_run(resolved: Resolved, listener: Listener) -> PlanResult:
     """Plan one run, from its models where their weights are here, else from their configs."""
     resume_garbage_collection()
-    if not weights_are_at_hand(resolved.recipe):
+    if not weights_are_available(resolved.recipe):
         return PlanResult(plan_from_configs(resolved, listener)[0])
     check_selection_metric(resolved.recipe)
     run = prepare(resolved.recipe, listener)
@@ -91,34 +91,34 @@ def _decoded_batch(run: Prepared) -> tuple[DecodedSequence, ...]:
 
 
 def plan_prepared(run: Prepared, resolved: Resolved) -> dict[str, Any]:
-    """The plan of a run whose models and rows are loaded."""
+    """Return the plan of a run whose models and rows are loaded."""
     teacher = None if run.pair.teacher is None else run.pair.teacher.model
-    keeping = None if teacher is None else plan_cache(run, workload_of(run))
-    states, kept = {}, {}
-    if keeping is not None:
-        states = keeping.size.in_memory(keeping.mode)
-        kept = {"teacher_cache": _kept(run, keeping)}
+    cache_plan = None if teacher is None else plan_cache(run, workload_of(run))
+    states, cache = {}, {}
+    if cache_plan is not None:
+        states = cache_plan.size.in_memory(cache_plan.mode)
+        cache = {"teacher_cache": _cache_figures(run, cache_plan)}
     sized = costs.Run(
         recipe=run.recipe,
         student=sizes(run.student.model, run.pair.vocab),
         teacher=None if teacher is None else sizes(teacher, run.pair.vocab),
         vocab=run.pair.vocab,
-        lengths=_measured(run.recipe, run.train),
+        lengths=_measured_lengths(run.recipe, run.train),
         itemsize=run.dtype.itemsize,
         teacher_itemsize=2 if teacher is None else teacher.dtype.itemsize,
         device=run.device.type,
         states=states,
-        cached=keeping is not None and bool(keeping.size.rows),
-        keeps=keeping is not None and keeping.mode != "off",
+        cached=cache_plan is not None and bool(cache_plan.size.rows),
+        keeps=cache_plan is not None and cache_plan.mode != "off",
     )
     sized = _with_fine_tuning(sized, resolved)
     dtypes = {"student": run.student.model.dtype, "teacher": None if teacher is None else teacher.dtype}
-    return _told(sized, str(run.device), run.dtype, dtypes) | {"data": _data(run)} | kept
+    return _run_figures(sized, str(run.device), run.dtype, dtypes) | {"data": _data_figures(run)} | cache
 
 
-def _data(run: Prepared) -> dict[str, Any]:
+def _data_figures(run: Prepared) -> dict[str, Any]:
     lengths = run.train.lengths
-    return _rows_told(run.train_rows, run.train) | {
+    return _row_figures(run.train_rows, run.train) | {
         "valid_rows": len(run.valid),
         "response_tokens": run.train.tokens,
         "longest": int(lengths.max()),
@@ -129,8 +129,8 @@ def _data(run: Prepared) -> dict[str, Any]:
 def plan_from_configs(
     resolved: Resolved, listener: Listener = silent, made: Mapping[str, Shape] | None = None
 ) -> tuple[dict[str, Any], Shape]:
-    """The plan of a run whose weights are not here, and the student's shape. Tokenizer and rows are used where they are
-    at hand, else the recipe's limits stand for them. A device that the recipe leaves open is taken to be a GPU.
+    """Return the plan of a run whose weights are not here, and the student's shape. Tokenizer and rows are used where they
+    are available, else the recipe's limits stand for them. A device that the recipe leaves open is taken to be a GPU.
 
     made: shapes of models that are yet to be made, by ``stage:NAME``.
     """
@@ -139,7 +139,7 @@ def plan_from_configs(
     if recipe.method != "sft" and recipe.teacher.cache == "disk":
         check_rows(recipe)
     needed = recipe.needs_responses
-    rows, why = at_hand(lambda: load_rows(recipe.data, "train", require_output=needed), recipe.data.source)
+    rows, why = read_if_available(lambda: load_rows(recipe.data, "train", require_output=needed), recipe.data.source)
 
     read = None if rows is None else partial(texts_of, rows, recipe.data)
     common = {"max_length": recipe.data.max_length, "made": made}
@@ -161,11 +161,11 @@ def plan_from_configs(
     tokenizer = student.tokenizer
     if rows is not None and tokenizer is not None:
         how = {"is_encoder_decoder": student.is_encoder_decoder, "needs_responses": recipe.needs_responses}
-        encoder = Encoder(tokenizer, _asked_in(recipe, rows, student, teacher), **how)
+        encoder = Encoder(tokenizer, _data_with_template(recipe, rows, student, teacher), **how)
         examples = tokenize(rows, encoder, recipe.data, silent, _context(student, teacher))
-        lengths = _measured(recipe, examples)
+        lengths = _measured_lengths(recipe, examples)
     else:
-        lengths = _limits(recipe, rows, student, teacher)
+        lengths = _longest_lengths(recipe, rows, student, teacher)
         notes.append(f"{why or 'no tokenizer at hand'}: every row is taken to be as long as data.max_length allows")
     is_open = recipe.train.device == "auto"
     device = torch.device("cuda") if is_open else resolve_device(recipe.train.device)
@@ -173,10 +173,10 @@ def plan_from_configs(
     if is_open:
         notes.append("train.device is auto: planned for a GPU")
     teacher_sizes = None if teacher is None else _frozen(sizes(teacher.model, vocab))
-    kept, states = _would_keep(recipe, teacher_sizes, lengths, teacher_dtype.itemsize)
+    cache, states = _predicted_cache(recipe, teacher_sizes, lengths, teacher_dtype.itemsize)
     sized = costs.Run(
         recipe=recipe,
-        student=sizes(_trained(student, recipe), vocab),
+        student=sizes(_with_adapter(student, recipe), vocab),
         teacher=teacher_sizes,
         vocab=vocab,
         lengths=lengths,
@@ -184,21 +184,23 @@ def plan_from_configs(
         teacher_itemsize=teacher_dtype.itemsize,
         device=device.type,
         states=states,
-        cached=kept is not None and bool(kept["bytes"]),
+        cached=cache is not None and bool(cache["bytes"]),
         keeps=recipe.teacher.cache != "off",
     )
     sized = _with_fine_tuning(sized, resolved)
     data: dict[str, Any] = {"source": redact(recipe.data.source), "rows": None if rows is None else len(rows)}
     if rows is not None and examples is not None:
-        data |= _rows_told(rows, examples) | {"response_tokens": examples.tokens}
+        data |= _row_figures(rows, examples) | {"response_tokens": examples.tokens}
     data |= {"longest": lengths.longest, "mean_length": round(lengths.mean, 1)}
     for note in notes:
         listener(Note(note))
-    found = _told(sized, "GPU" if is_open else str(device), dtype, {"student": torch.float32, "teacher": teacher_dtype})
-    return found | {"data": data, "notes": notes} | ({} if kept is None else {"teacher_cache": kept}), student
+    found = _run_figures(
+        sized, "GPU" if is_open else str(device), dtype, {"student": torch.float32, "teacher": teacher_dtype}
+    )
+    return found | {"data": data, "notes": notes} | ({} if cache is None else {"teacher_cache": cache}), student
 
 
-def _asked_in(recipe: Recipe, rows: Rows, student: Shape, teacher: Shape | None) -> DataConfig:
+def _data_with_template(recipe: Recipe, rows: Rows, student: Shape, teacher: Shape | None) -> DataConfig:
     """Return the recipe's data section with the template that a run would settle on."""
     own = student.tokenizer.chat_template
     other = own if teacher is None or teacher.tokenizer is None else teacher.tokenizer.chat_template
@@ -211,7 +213,7 @@ def _asked_in(recipe: Recipe, rows: Rows, student: Shape, teacher: Shape | None)
 
 
 def _with_fine_tuning(run: costs.Run, resolved: Resolved) -> costs.Run:
-    """The same with the stage that ``student.sft_epochs`` asks for, on the same rows and without the teacher."""
+    """Return the run with the stage that ``student.sft_epochs`` asks for, on the same rows and without the teacher."""
     stage = sft_before(resolved)
     if stage is None:
         return run
@@ -221,12 +223,14 @@ def _with_fine_tuning(run: costs.Run, resolved: Resolved) -> costs.Run:
     return replace(run, before=before)
 
 
-def _told(run: costs.Run, device: str, dtype: torch.dtype, dtypes: Mapping[str, torch.dtype | None]) -> dict[str, Any]:
-    """What both ways of planning say, from the numbers."""
+def _run_figures(
+    run: costs.Run, device: str, dtype: torch.dtype, dtypes: Mapping[str, torch.dtype | None]
+) -> dict[str, Any]:
+    """Return the figures that both ways of planning share."""
     models: dict[str, Any] = {}
     for name, model_sizes in (("student", run.student), ("teacher", run.teacher)):
         if model_sizes is not None:
-            models[name] = model_told(model_sizes, str(dtypes[name]).removeprefix("torch."))
+            models[name] = model_figures(model_sizes, str(dtypes[name]).removeprefix("torch."))
     if run.teacher is not None:
         ratio = run.teacher.parameters["total"] / run.student.parameters["total"]
         models["ratio"] = round(ratio, 2)
@@ -236,7 +240,7 @@ def _told(run: costs.Run, device: str, dtype: torch.dtype, dtypes: Mapping[str, 
         {part: n for part, n in costs.memory(on_gpu).items() if part not in _IN_HOST}, on_gpu.device
     )
     lengths = run.lengths
-    before = {} if run.before is None else {"sft": _fine_tuning_told(run.before)}
+    before = {} if run.before is None else {"sft": _fine_tuning_figures(run.before)}
     return {
         "method": run.recipe.method,
         "device": device,
@@ -258,19 +262,19 @@ def _step_flops(run: costs.Run) -> dict[str, float]:
     return {source: float(f"{gpus.flops(work):.4g}") for source, work in costs.steps(run).items()}
 
 
-def _fine_tuning_told(run: costs.Run) -> dict[str, Any]:
+def _fine_tuning_figures(run: costs.Run) -> dict[str, Any]:
     return {"epochs": run.recipe.train.epochs, "steps": run.lengths.steps, "step_flops": _step_flops(run)}
 
 
 def _on_a_gpu(run: costs.Run) -> costs.Run:
-    """The same run on a GPU of today, in the type that auto would choose there for the student."""
+    """Return the same run on a current GPU, in the type that auto would choose there for the student."""
     itemsize = gpu_itemsize(run.recipe.student.dtype)
     before = None if run.before is None else _on_a_gpu(run.before)
     return replace(run, device="cuda", itemsize=itemsize, before=before)
 
 
-def model_told(model_sizes: Sizes, dtype: str) -> dict[str, Any]:
-    """A model's sizes, for people and scripts. encoder_layers: of an encoder-decoder, whose ``layers`` are the decoder's."""
+def model_figures(model_sizes: Sizes, dtype: str) -> dict[str, Any]:
+    """Return a model's sizes. encoder_layers: of an encoder-decoder, whose ``layers`` are the decoder's."""
     encoder = {} if model_sizes.encoder is None else {"encoder_layers": model_sizes.encoder.layers}
     return encoder | {
         "kind": model_sizes.kind,
@@ -284,23 +288,27 @@ def model_told(model_sizes: Sizes, dtype: str) -> dict[str, Any]:
     }
 
 
-def _kept(run: Prepared, keeping: CachePlan) -> dict[str, Any]:
-    """What would be kept of the teacher's states: bytes of rows and, at most, of replayed rollouts."""
-    told = {
-        "mode": keeping.mode,
-        "rows": len(run.train) if keeping.size.rows else 0,
-        "bytes": keeping.size.rows,
-        "rollout_bytes": keeping.size.rollouts,
-        "sample_bytes": keeping.size.samples,
-        "why": keeping.why,
+def _cache_figures(run: Prepared, cache_plan: CachePlan) -> dict[str, Any]:
+    """Return the figures of the teacher cache: bytes of rows and, at most, of replayed rollouts."""
+    figures = {
+        "mode": cache_plan.mode,
+        "rows": len(run.train) if cache_plan.size.rows else 0,
+        "bytes": cache_plan.size.rows,
+        "rollout_bytes": cache_plan.size.rollouts,
+        "sample_bytes": cache_plan.size.samples,
+        "why": cache_plan.why,
     }
-    if keeping.place is None:
-        return told
-    return told | {"place": str(keeping.place), "hit": keeping.is_made, "disk_free": disk_free(keeping.place)}
+    if cache_plan.place is None:
+        return figures
+    return figures | {
+        "place": str(cache_plan.place),
+        "hit": cache_plan.is_made,
+        "disk_free": disk_free(cache_plan.place),
+    }
 
 
-def _trained(student: Shape, recipe: Recipe) -> PreTrainedModel:
-    """The student as it is trained: under its adapter, where it has one (a copy: what others read is the whole model)."""
+def _with_adapter(student: Shape, recipe: Recipe) -> PreTrainedModel:
+    """Return the student as it is trained: with its adapter on a copy, where it has one."""
     if recipe.student.lora.r is None and not is_composite(student.model.config):
         return student.model
     model = copy.deepcopy(student.model)
@@ -313,11 +321,11 @@ def _trained(student: Shape, recipe: Recipe) -> PreTrainedModel:
 
 
 def _frozen(model_sizes: Sizes) -> Sizes:
-    """As a teacher: nothing of it is trained."""
+    """Return the sizes of a teacher: nothing of it is trained."""
     return replace(model_sizes, parameters=model_sizes.parameters | {"trainable": 0})
 
 
-def _would_keep(
+def _predicted_cache(
     recipe: Recipe, teacher: Sizes | None, lengths: costs.Lengths, itemsize: int
 ) -> tuple[dict[str, Any] | None, dict[str, int]]:
     """Return the same for a run by its shapes, and the parts of the memory.
@@ -343,7 +351,7 @@ def _would_keep(
         why = "not cached" if mode == "off" else "not cached: nothing is seen twice"
     if lengths.rows is None and uses_rows(recipe) and mode != "off":
         why = f"{format_bytes(workload.bytes_per_token)} for each response token of a row{f'; {why}' if parts else ''}"
-    kept = {
+    cache = {
         "mode": mode,
         "rows": lengths.rows if found.rows else 0,
         "bytes": found.rows,
@@ -352,11 +360,11 @@ def _would_keep(
         "why": why,
         "bytes_per_token": workload.bytes_per_token,
     }
-    return kept, found.in_memory(mode)
+    return cache, found.in_memory(mode)
 
 
-def at_hand(read: Callable[[], _T], source: str) -> tuple[_T | None, str]:
-    """What is read of a source of rows; None where it is not at hand, and why."""
+def read_if_available(read: Callable[[], _T], source: str) -> tuple[_T | None, str]:
+    """Return what is read of a source of rows; None where it is not available, and why."""
     try:
         return read(), ""
     except DataError as error:
@@ -365,7 +373,7 @@ def at_hand(read: Callable[[], _T], source: str) -> tuple[_T | None, str]:
         return None, f"no rows of {redact(source)} at hand ({error.what.partition(' (')[0].split(': ', 1)[-1]})"
 
 
-def _rows_told(rows: Rows, examples: Examples) -> dict[str, Any]:
+def _row_figures(rows: Rows, examples: Examples) -> dict[str, Any]:
     return {
         "source": rows.name,
         "rows": len(rows),
@@ -379,7 +387,7 @@ def _rows_told(rows: Rows, examples: Examples) -> dict[str, Any]:
     }
 
 
-def _measured(recipe: Recipe, examples: Examples) -> costs.Lengths:
+def _measured_lengths(recipe: Recipe, examples: Examples) -> costs.Lengths:
     order, lengths = new_order(recipe, examples), examples.lengths
     return costs.Lengths(
         longest=int(lengths.max()),
@@ -391,8 +399,8 @@ def _measured(recipe: Recipe, examples: Examples) -> costs.Lengths:
     )
 
 
-def _limits(recipe: Recipe, rows: Rows | None, student: Shape, teacher: Shape | None) -> costs.Lengths:
-    """What the recipe allows: prompts of ``max_prompt_length``, and responses that fill the rest."""
+def _longest_lengths(recipe: Recipe, rows: Rows | None, student: Shape, teacher: Shape | None) -> costs.Lengths:
+    """Return the longest lengths allowed: prompts of ``max_prompt_length``, and responses that fill the rest."""
     context = _context(student, teacher)
     longest = recipe.data.max_length if context is None else min(recipe.data.max_length, context)
     prompt = recipe.data.max_prompt_length
@@ -425,5 +433,5 @@ def _dtype(name: str, device: torch.device, is_open: bool) -> torch.dtype:
 
 
 def gpu_itemsize(name: str) -> int:
-    """Bytes of a value of this compute type on a GPU of today, where auto is bf16."""
+    """Return the bytes of a value of this compute dtype on a current GPU, where auto is bf16."""
     return 4 if name == "fp32" else 2

@@ -19,7 +19,7 @@ from distillm_cli.models.model_families import context_of
 from distillm_cli.models.shapes import Shape, Sizes, load_shape, sizes
 from distillm_cli.runs import costs
 from distillm_cli.runs.gpus import ASSUMED, GPUS, Gpu, Part, fits_in_memory
-from distillm_cli.runs.plan import at_hand, gpu_itemsize, model_told, plan_from_configs
+from distillm_cli.runs.plan import gpu_itemsize, model_figures, plan_from_configs, read_if_available
 from distillm_cli.runs.prompt_source import PromptSource, read_prompts
 from distillm_cli.runs.run_results import PipelinePlan
 from distillm_cli.training.events import Listener, Note, silent
@@ -93,7 +93,7 @@ class _Prompts:
 def _plan_generate(stage: Stage, recipe: Recipe, shapes: Mapping[str, Shape]) -> dict[str, Any]:
     own, name = stage.own, recipe.data.source
     source = PromptSource(data=name, split=own.split, limit=own.limit or recipe.data.limit, samples=own.n)
-    rows, why = at_hand(lambda: read_prompts(source, recipe.data, silent), name)
+    rows, why = read_if_available(lambda: read_prompts(source, recipe.data, silent), name)
     shape = load_shape(own.model, max_length=recipe.data.max_length, made=shapes)
     prompts = _prompts(rows, shape, recipe, recipe.rollout.max_new_tokens, own.n)
     return _figures({own.model: (shape, [prompts])}, recipe, _notes(why, shape))
@@ -103,9 +103,9 @@ def _plan_eval(
     stage: Stage, recipe: Recipe, shapes: Mapping[str, Shape], samples: Mapping[str, PlannedSamples]
 ) -> dict[str, Any]:
     suites = [samples[name].source if name in samples else name for name in recipe.eval.suites]
-    found = [at_hand(lambda name=name: load_suite(name, recipe, silent).rows, name) for name in suites]
+    found = [read_if_available(lambda name=name: load_suite(name, recipe, silent).rows, name) for name in suites]
     if not found:
-        found = [at_hand(lambda: held_out(recipe, silent).rows, recipe.data.valid or recipe.data.source)]
+        found = [read_if_available(lambda: held_out(recipe, silent).rows, recipe.data.valid or recipe.data.source)]
     each = len(passes(recipe.eval))
     notes = [why for _, why in found if why]
     models = {}
@@ -150,7 +150,7 @@ def _figures(models: Mapping[str, tuple[Shape, list[_Prompts]]], recipe: Recipe,
     dtype = str(torch.bfloat16 if itemsize == 2 else torch.float32).removeprefix("torch.")
     total = sum(memory.values())
     return {
-        "models": {name: model_told(size, dtype) for name, size in model_sizes.items()},
+        "models": {name: model_figures(size, dtype) for name, size in model_sizes.items()},
         "responses": None if None in counts else sum(counts),
         "prompt_tokens": [min(prompts.tokens for _, prompts in jobs), max(prompts.tokens for _, prompts in jobs)],
         "new_tokens": max(prompts.new_tokens for _, prompts in jobs),
