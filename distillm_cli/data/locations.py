@@ -31,7 +31,7 @@ _SPLIT_FILE = re.compile(r"(train|dev|valid|validation|val|test)(-\d+-of-\d+)?",
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """Hold where rows can be read.
 
     parts: by split, a call that reads it; it receives the columns to convert. whole: a single file, which has no splits.
@@ -88,7 +88,7 @@ def _places(text: str) -> list[Path]:
     return places if path in places else [*places, path]
 
 
-def find_source(named: str, listener: Listener) -> Source:
+def find_source(named: str, listener: Listener) -> DataSource:
     """Return the source of a name. A bare name is looked for under $DISTILLM_DATA before the working directory.
 
     Raises DataError where there is none.
@@ -100,7 +100,7 @@ def find_source(named: str, listener: Listener) -> Source:
     return replace(source, reshape=set_of_that_name.reshape, columns=set_of_that_name.columns)
 
 
-def _find(named: str, listener: Listener) -> Source:
+def _find(named: str, listener: Listener) -> DataSource:
     text = named.strip()
     if not text:
         raise DataError("an empty name for a data source", hint="name a file, a directory, a data set, or builtin")
@@ -110,11 +110,13 @@ def _find(named: str, listener: Listener) -> Source:
         if kind == "directory":
             return _directory(place, text if place != path else place.resolve().name)
         if kind == "file":
-            return Source(place.name, {"train": partial(read, place)}, path=place, whole=True)
+            return DataSource(place.name, {"train": partial(read, place)}, path=place, whole=True)
     if leads_nowhere(path):
         raise DataError(f"{text} is a symbolic link that leads nowhere", hint="correct the link, or pass another path")
     if isinstance(dataset := known(text), GeneratedDataset):
-        return Source(text, _arrange({split: partial(_generated, text, dataset, split) for split in dataset.splits}))
+        return DataSource(
+            text, _arrange({split: partial(_generated, text, dataset, split) for split in dataset.splits})
+        )
     if is_path(text):
         raise DataError(f"{text}: no such file or directory", hint="check the path")
     looked = f"not under $DISTILLM_DATA ({root})" if root else "$DISTILLM_DATA is not set"
@@ -122,7 +124,7 @@ def _find(named: str, listener: Listener) -> Source:
     parts = _arrange(found)
     if not parts:
         raise DataError(f"{text}: no train, valid or test on the hub, but {', '.join(found)}", hint="pass a file")
-    return Source(text, parts)
+    return DataSource(text, parts)
 
 
 def _meant(text: str, root: str | None) -> str | None:
@@ -142,7 +144,7 @@ def _generated(name: str, dataset: GeneratedDataset, split: str, wanted: Collect
         yield f"{name} {split} row {number}", record
 
 
-def _directory(path: Path, name: str) -> Source:
+def _directory(path: Path, name: str) -> DataSource:
     saved = saved_splits(path)
     if saved is not None:
         return _saved(path, name, saved)
@@ -159,7 +161,7 @@ def _directory(path: Path, name: str) -> Source:
             raise DataError(f"{path}: several files for {split} ({names})", hint="keep one of them")
     if found:
         parts = {split: partial(_chained, files) for split, files in _arrange(found).items()}
-        return Source(name, parts, path=path)
+        return DataSource(name, parts, path=path)
     files = sorted(file for file in path.iterdir() if format_of(file) is not None and file.is_file())
     if not files:
         raise DataError(
@@ -168,17 +170,17 @@ def _directory(path: Path, name: str) -> Source:
     if len(files) != 1:
         there = ", ".join(file.name for file in files[:5])
         raise DataError(f"{path}: no train.*, valid.* or test.* in it, but {there}", hint="name a file of it instead")
-    return Source(name, {"train": partial(read, files[0])}, path=files[0], whole=True)
+    return DataSource(name, {"train": partial(read, files[0])}, path=files[0], whole=True)
 
 
-def _saved(path: Path, name: str, saved: dict[str, Path]) -> Source:
+def _saved(path: Path, name: str, saved: dict[str, Path]) -> DataSource:
     """Return the source of a directory that `datasets` saved."""
     if "" in saved:
-        return Source(name, {"train": partial(read_saved, path)}, path=path, whole=True)
+        return DataSource(name, {"train": partial(read_saved, path)}, path=path, whole=True)
     parts = {split: partial(read_saved, place) for split, place in _arrange(saved).items()}
     if not parts:
         raise DataError(f"{path}: no train, valid or test in it, but {', '.join(saved)}", hint="name one of these")
-    return Source(name, parts, path=path)
+    return DataSource(name, parts, path=path)
 
 
 def _chained(files: list[Path], wanted: Collection[str]) -> Records:

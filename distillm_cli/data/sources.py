@@ -9,22 +9,19 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from distillm_cli.config.schema import ColumnsConfig, DataConfig
 from distillm_cli.data.files import Fault
 from distillm_cli.data.formats import readable_columns
-from distillm_cli.data.locations import Source, find_source, is_path, kind_of, local_place, user_path
-from distillm_cli.data.rows import BadRow, Row, read_row
+from distillm_cli.data.locations import DataSource, find_source, is_path, kind_of, local_place, user_path
+from distillm_cli.data.rows import BadRow, Row, Split, read_row
 from distillm_cli.errors import DataError
 from distillm_cli.training.events import Listener, Note, Warned, silent
 from distillm_cli.utils.text import all_are, counted, listed_shares
 
 __all__ = ["Row", "Rows", "Split", "is_path", "kind_of", "load_rows", "local_place", "overlap", "user_path"]
-
-Split = Literal["train", "valid", "test"]
 
 _HELD_OUT_SHARE = 20  # one row in so many, when a source has no held-out rows of its own
 LISTED = 20  # broken rows named one by one; all of them are in Rows.skipped
@@ -120,7 +117,7 @@ def overlap(rows: SequenceOf[Row], others: SequenceOf[Row]) -> int:
 
 
 def _of_source(
-    source: Source,
+    source: DataSource,
     data: DataConfig,
     split: Split,
     own_valid: bool,
@@ -162,7 +159,7 @@ def _least(*limits: int | None) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def _where(source: Source) -> str | None:
+def _where(source: DataSource) -> str | None:
     return str(source.path) if source.path is not None else None
 
 
@@ -170,7 +167,7 @@ def _where(source: Source) -> str | None:
 
 
 def _load(
-    source: Source,
+    source: DataSource,
     part: str,
     limit: int | None,
     *,
