@@ -43,7 +43,7 @@ ResultsDirectory = Annotated[
         "distillm eval gpt2 --suite sni --limit 100 --seeds 10",
     ),
 )
-def score_checkpoints(
+def eval_checkpoints(
     checkpoints: CheckpointArgument,
     fields: FieldFlags,
     recipe: options.RecipeOption = None,
