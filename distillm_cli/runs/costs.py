@@ -107,7 +107,7 @@ class Run:
     @property
     def mixes(self) -> bool:
         """Whether the teacher decodes beside the student, for outputs drawn from a mixture of both."""
-        return self.teacher is not None and self.recipe.mixes_in_the_teacher
+        return self.teacher is not None and self.recipe.samples_from_mixture
 
 
 def memory(run: Run) -> dict[str, int]:
@@ -161,7 +161,7 @@ def memory(run: Run) -> dict[str, int]:
     if run.samples_of_the_student:
         parts["rollout_weights"] = copied(student, run.itemsize)
         parts["rollout_cache"] = cache_bytes(student, positions, run.itemsize)
-    if run.samples_of_the_teacher or (run.teacher is not None and recipe.decodes_beside_the_teacher):
+    if run.samples_of_the_teacher or (run.teacher is not None and recipe.decodes_with_teacher):
         parts["teacher_rollout_cache"] = cache_bytes(run.teacher, positions, run.teacher_itemsize)
     if run.device == "cpu":
         caches = {
