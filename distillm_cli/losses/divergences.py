@@ -94,7 +94,7 @@ class Divergence(ABC):
         """Return the value per token [N], nats, and h_NV = ∂D/∂log q (None unless asked for): new tables, the caller's to
         change."""
 
-    def at(self, targets_N: Tensor, divergence_args_N: Tensor | None) -> Divergence:
+    def for_tokens(self, targets_N: Tensor, divergence_args_N: Tensor | None) -> Divergence:
         """Return the divergence for these rows. One that treats the supervised token, or tokens chosen by its objective,
         differently returns a copy that holds them; the others are the same everywhere."""
         return self

@@ -28,9 +28,9 @@ from distillm_cli.losses.divergences import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-_FEW = 32  # entries looked at first for a head; most of a language model's mass is in fewer
-_MEASURES_AB = UsedWhen({"objective.amid_divergence": ("ab",)})
-_NARROW = 0.05  # exponents closer together than this are told apart in float64
+_FIRST_TOP_K = 32  # entries looked at first for a head; most of a language model's mass is in fewer
+_USES_AB = UsedWhen({"objective.amid_divergence": ("ab",)})
+_SMALL_SPREAD = 0.05  # exponents closer together than this are told apart in float64
 
 
 class AdaptiveKLConfig(DivergenceConfig):
@@ -76,14 +76,16 @@ class AdaptiveKL(Divergence):
         if self.mu >= 1:  # all entries; their masses added up may round to 1 before the last ones
             return (total_N1 > 0).to(p_NV.dtype)
         V = p_NV.shape[-1]
-        k = min(_FEW, V)
+        k = min(_FIRST_TOP_K, V)
         while True:
             top_NK, ids_NK = p_NV.topk(k, dim=-1)
-            before_NK = top_NK.cumsum(-1) - top_NK  # the mass of the likelier entries: below mu, this one belongs too
-            if k == V or bool((before_NK[:, -1] >= self.mu).all()):
+            mass_before_NK = (
+                top_NK.cumsum(-1) - top_NK
+            )  # the mass of the likelier entries: below mu, this one belongs too
+            if k == V or bool((mass_before_NK[:, -1] >= self.mu).all()):
                 break
             k = min(8 * k, V)
-        head_N1 = (gap_NV.gather(-1, ids_NK) * (before_NK < self.mu)).sum(-1, keepdim=True)
+        head_N1 = (gap_NV.gather(-1, ids_NK) * (mass_before_NK < self.mu)).sum(-1, keepdim=True)
         return (head_N1 / total_N1.clamp_min_(smallest(p_NV))).clamp_max_(1)
 
 
@@ -133,13 +135,13 @@ class AlphaBeta(Divergence):
         filled = (rows.log_NV.masked_fill(no_p_NV | no_q_NV, 0) for rows in (p, q))  # equal there: adds 0
         value_N, h_NV = self._of_logs(*filled, with_grad)
         only_q_NV = no_p_NV & ~no_q_NV
-        value_N += self._alone(q.log_NV, only_q_NV, self.alpha)
-        value_N += self._alone(p.log_NV, no_q_NV & ~no_p_NV, self.beta)
+        value_N += self._sum_one_sided(q.log_NV, only_q_NV, self.alpha)
+        value_N += self._sum_one_sided(p.log_NV, no_q_NV & ~no_p_NV, self.beta)
         if with_grad and self.alpha != 0:  # infinite at α = 0
             h_NV.add_(torch.where(only_q_NV, ((self.alpha + self.beta) * q.log_NV).exp_() / self.alpha, 0))
         return value_N, h_NV
 
-    def _alone(self, log_NV: Tensor, alone_NV: Tensor, power: float) -> Tensor:
+    def _sum_one_sided(self, log_NV: Tensor, alone_NV: Tensor, power: float) -> Tensor:
         """Sum the entries where only this side is not 0. power: of the other side in p^α q^β."""
         import torch
 
@@ -159,19 +161,19 @@ class AlphaBeta(Divergence):
         if spread == 0:
             value_N = gap_NV.square().sum(-1).mul_(0.5)
             return value_N, gap_NV.neg_() if with_grad else None
-        if spread < _NARROW:
+        if spread < _SMALL_SPREAD:
             u_NV, w_NV, gap_NV = (where_exact(x_NV).double() for x_NV in (u_NV, w_NV, gap_NV))
         pairs = ((first, middle), (middle, last))
-        rises = {pair: self._rise(u_NV, w_NV, gap_NV, *pair) for pair in pairs}
-        (below_NV, below), (above_NV, above) = (rises[pair] for pair in pairs)
+        differences = {pair: self._difference(u_NV, w_NV, gap_NV, *pair) for pair in pairs}
+        (below_NV, below), (above_NV, above) = (differences[pair] for pair in pairs)
         value_N = above_NV.add(below_NV, alpha=-above / below).sum(-1).div_(above * spread).to(given_NV)
         if not with_grad:
             return value_N, None
-        wanted = min(0.0, self.alpha), max(0.0, self.alpha)
-        h_NV, width = rises.get(wanted) or self._rise(u_NV, w_NV, gap_NV, *wanted)
+        interval = min(0.0, self.alpha), max(0.0, self.alpha)
+        h_NV, width = differences.get(interval) or self._difference(u_NV, w_NV, gap_NV, *interval)
         return value_N, h_NV.mul_(-1 / width).to(given_NV)
 
-    def _rise(self, u_NV: Tensor, w_NV: Tensor, gap_NV: Tensor, low: float, high: float) -> tuple[Tensor, float]:
+    def _difference(self, u_NV: Tensor, w_NV: Tensor, gap_NV: Tensor, low: float, high: float) -> tuple[Tensor, float]:
         """G(high) − G(low), entry by entry, and high − low; their quotient is the divided difference. (G'(low), 1) where
         they are equal.
 
@@ -208,8 +210,8 @@ class AlphaMixtureConfig(DivergenceConfig):
     amid_from: Literal["teacher", "student"] = Field(
         "teacher", description="Model from which amid measures: D(p ‖ r) for the teacher, D(q ‖ r) for the student."
     )
-    ab_alpha: Annotated[Exponent, _MEASURES_AB] = _AB_ALPHA
-    ab_beta: Annotated[Exponent, _MEASURES_AB] = _AB_BETA
+    ab_alpha: Annotated[Exponent, _USES_AB] = _AB_ALPHA
+    ab_beta: Annotated[Exponent, _USES_AB] = _AB_BETA
 
 
 @register_divergence("amid", config=AlphaMixtureConfig)
@@ -339,7 +341,7 @@ class Decoupled(Divergence):
     def from_config(cls, config):
         return cls()
 
-    def at(self, targets_N, divergence_args_N):
+    def for_tokens(self, targets_N, divergence_args_N):
         return Decoupled(targets_N, divergence_args_N)
 
     def between(self, p, q, with_grad=True):

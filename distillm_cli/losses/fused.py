@@ -32,8 +32,8 @@ from distillm_cli.utils.memory import retry_halved
 CHUNK_BYTES = 320 * 2**20  # most bytes of a chunk's logits, both models'; with small vocabularies it is far less
 _CHUNK_TOKENS = 256  # beyond it the products gain nothing: 128 tokens reach 90 % of their speed, 256 all of it
 _TABLE_BYTES = {"cpu": 2 * 2**20}  # of one table of a part: several of them fit the last-level cache
-_TABLE_BYTES_ELSEWHERE = 64 * 2**20  # on an accelerator launches cost more than cache misses
-_PIECE = 4096  # entries of the vocabulary in one piece of the head's gradient
+_ACCELERATOR_TABLE_BYTES = 64 * 2**20  # on an accelerator launches cost more than cache misses
+_VOCAB_SLICE = 4096  # entries of the vocabulary in one piece of the head's gradient
 
 
 Inputs = tuple[Tensor, Tensor | None, Tensor | None]  # hidden states, head weight, head bias; or their gradients
@@ -136,11 +136,11 @@ class _LossArgs:
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias_V, args: _LossArgs):
-        wanted = tuple(args.with_grad and need for need in ctx.needs_input_grad[:3])
-        value_N, ctx.grads = _values_and_grads((hidden_ND, weight_VD, bias_V), args, wanted)
-        if any(wanted):
+        needed_grads = tuple(args.with_grad and need for need in ctx.needs_input_grad[:3])
+        value_N, ctx.grads = _values_and_grads((hidden_ND, weight_VD, bias_V), args, needed_grads)
+        if any(needed_grads):
             ctx.save_for_backward(hidden_ND, weight_VD, bias_V)
-            ctx.args, ctx.wanted = args, wanted
+            ctx.args, ctx.needed_grads = args, needed_grads
         return value_N.sum() if args.scale == 1 else value_N.sum() * args.scale
 
     @staticmethod
@@ -151,7 +151,7 @@ class _FusedLoss(torch.autograd.Function):
         inputs = ctx.saved_tensors
         grads, ctx.grads = ctx.grads, None
         if grads is None:
-            _, grads = _values_and_grads(inputs, ctx.args, ctx.wanted)
+            _, grads = _values_and_grads(inputs, ctx.args, ctx.needed_grads)
         if (
             d_total.device.type != "cpu" or d_total.item() != 1
         ):  # reading it from another device would wait for that device
@@ -159,35 +159,39 @@ class _FusedLoss(torch.autograd.Function):
         return (*grads, None)
 
 
-def _values_and_grads(inputs: Inputs, args: _LossArgs, wanted: tuple[bool, ...]) -> tuple[Tensor, Inputs]:
+def _values_and_grads(inputs: Inputs, args: _LossArgs, needed_grads: tuple[bool, ...]) -> tuple[Tensor, Inputs]:
     """Return the weighted loss of each token [N] and, where wanted, the gradients of their sum in hidden states, weight and
     bias; in smaller chunks where memory runs out."""
     hidden_ND, weight_VD, bias_V = inputs
     exact = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
-    student = _HeadInputs.of(hidden_ND, weight_VD, bias_V, args.student_head, args.matmul_dtype or hidden_ND.dtype)
+    student = _HeadInputs.from_head(
+        hidden_ND, weight_VD, bias_V, args.student_head, args.matmul_dtype or hidden_ND.dtype
+    )
     teacher = None
     if (head := args.teacher_head) is not None:
         dtype = args.teacher_hidden_ND.dtype if head.weight_VD is None else head.weight_VD.dtype
-        teacher = _HeadInputs.of(args.teacher_hidden_ND, head.weight_VD, head.bias_V, head, dtype)
+        teacher = _HeadInputs.from_head(args.teacher_hidden_ND, head.weight_VD, head.bias_V, head, dtype)
 
     N = hidden_ND.shape[0]
-    most = args.chunk or _most_tokens(student, teacher, exact)
-    fitting = chunk = max(1, math.ceil(N / math.ceil(max(N, 1) / most)))  # chunks of one size: a small last one is slow
+    limit = args.chunk or _chunk_size(student, teacher, exact)
+    fitting_chunk = chunk = max(
+        1, math.ceil(N / math.ceil(max(N, 1) / limit))
+    )  # chunks of one size: a small last one is slow
 
     def attempt() -> tuple[_Computation, Tensor]:
         computation = _Computation(student, teacher, args, exact)
-        return computation, computation.run(fitting, inputs, wanted)
+        return computation, computation.run(fitting_chunk, inputs, needed_grads)
 
     def halve() -> bool:
-        nonlocal fitting
-        if fitting == 1:
+        nonlocal fitting_chunk
+        if fitting_chunk == 1:
             return False
-        fitting //= 2
+        fitting_chunk //= 2
         return True
 
     computation, value_N = retry_halved(attempt, halve)
-    if fitting < chunk and args.on_halved is not None:
-        args.on_halved(fitting)
+    if fitting_chunk < chunk and args.on_halved is not None:
+        args.on_halved(fitting_chunk)
     grads = (computation.d_hidden_ND, computation.d_weight_VD, computation.d_bias_V)
     return value_N, tuple(None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
 
@@ -195,12 +199,12 @@ def _values_and_grads(inputs: Inputs, args: _LossArgs, wanted: tuple[bool, ...])
 def work_bytes(tokens: int, vocab: int, itemsize: int, device: str) -> int:
     """Estimate the memory of the loss while it runs, beside the gradients: a chunk's logits of both models, and the tables
     of a part (some eight of them, float32). itemsize: of the products; device: its type."""
-    part = _TABLE_BYTES.get(device, _TABLE_BYTES_ELSEWHERE)
+    part = _TABLE_BYTES.get(device, _ACCELERATOR_TABLE_BYTES)
     chunk = min(tokens, max(_CHUNK_TOKENS, part // (4 * vocab)))
     return min(CHUNK_BYTES, 2 * chunk * vocab * itemsize) + 8 * max(min(part, 4 * tokens * vocab), 4 * vocab)
 
 
-def _most_tokens(student: _HeadInputs, teacher: _HeadInputs | None, exact: torch.dtype) -> int:
+def _chunk_size(student: _HeadInputs, teacher: _HeadInputs | None, exact: torch.dtype) -> int:
     """Return the size of a chunk: enough for fast products and for one part, but no more than CHUNK_BYTES allows."""
     bytes_per_token = sum(side.V * side.hidden_ND.dtype.itemsize for side in (student, teacher) if side is not None)
     enough = max(_CHUNK_TOKENS, _part_rows(student, exact))
@@ -209,7 +213,7 @@ def _most_tokens(student: _HeadInputs, teacher: _HeadInputs | None, exact: torch
 
 def _part_rows(student: _HeadInputs, exact: torch.dtype) -> int:
     """Return how many rows have their softmax and divergence computed at once."""
-    table_bytes = _TABLE_BYTES.get(student.hidden_ND.device.type, _TABLE_BYTES_ELSEWHERE)
+    table_bytes = _TABLE_BYTES.get(student.hidden_ND.device.type, _ACCELERATOR_TABLE_BYTES)
     return max(1, table_bytes // (exact.itemsize * student.V))
 
 
@@ -225,7 +229,9 @@ class _HeadInputs:
     has_zeros: bool  # whether logits may be −inf: where they are given, or the bias suppresses tokens
 
     @staticmethod
-    def of(hidden_ND: Tensor, weight_VD: Tensor | None, bias_V: Tensor | None, head: HeadLike, dtype) -> _HeadInputs:
+    def from_head(
+        hidden_ND: Tensor, weight_VD: Tensor | None, bias_V: Tensor | None, head: HeadLike, dtype
+    ) -> _HeadInputs:
         if weight_VD is not None:
             hidden_ND = hidden_ND.to(dtype)
             weight_VD = weight_VD.to(dtype)
@@ -285,18 +291,18 @@ class _Computation:
         self.d_weight_VD: Tensor | None = None
         self.d_bias_V: Tensor | None = None
 
-    def run(self, chunk: int, inputs: Inputs, wanted: tuple[bool, ...]) -> Tensor:
+    def run(self, chunk: int, inputs: Inputs, needed_grads: tuple[bool, ...]) -> Tensor:
         """Return the weighted token losses [N] and compute the gradients that are wanted."""
         hidden_ND, weight_VD, bias_V = inputs
         N = hidden_ND.shape[0]
-        self.d_hidden_ND = torch.empty_like(hidden_ND) if wanted[0] else None
-        self.d_bias_V = torch.zeros_like(bias_V, dtype=self.exact) if wanted[2] else None
-        if wanted[1]:  # the first chunk overwrites it
+        self.d_hidden_ND = torch.empty_like(hidden_ND) if needed_grads[0] else None
+        self.d_bias_V = torch.zeros_like(bias_V, dtype=self.exact) if needed_grads[2] else None
+        if needed_grads[1]:  # the first chunk overwrites it
             self.d_weight_VD = (torch.empty_like if N else torch.zeros_like)(weight_VD, dtype=self.exact)
         value_N = torch.empty(N, dtype=self.exact, device=hidden_ND.device)
         tables = [None if side is None else side.new_table(chunk) for side in (self.student, self.teacher)]
-        for tokens in _cuts(N, chunk):
-            dz_CV = self._chunk(tokens, value_N, *tables, needs_grad=any(wanted))
+        for tokens in _slices(N, chunk):
+            dz_CV = self._chunk(tokens, value_N, *tables, needs_grad=any(needed_grads))
             if weight_VD is not None:
                 self._backward_through_head(dz_CV, tokens)
         for gradient in (self.d_hidden_ND, self.d_bias_V):  # the weight's has been, where it was written
@@ -313,11 +319,11 @@ class _Computation:
         dz_CV = z_CV
         if given:
             dz_CV = None if self.d_hidden_ND is None else self.d_hidden_ND[tokens]
-        for rows in _cuts(z_CV.shape[0], self.part):
-            among_N = slice(tokens.start + rows.start, tokens.start + rows.stop)
+        for rows in _slices(z_CV.shape[0], self.part):
+            token_rows = slice(tokens.start + rows.start, tokens.start + rows.stop)
             p = None if teacher_z_CV is None else self.teacher.rows(teacher_z_CV[rows], self.exact)
             q = self.student.rows(z_CV[rows], self.exact)
-            value_N[among_N], dz_RV = self._losses(p, q, among_N, needs_grad)
+            value_N[token_rows], dz_RV = self._losses(p, q, token_rows, needs_grad)
             if dz_RV is None:
                 continue
             dz_RV = self.student.backward_through_cap(dz_RV, q.z_NV)
@@ -332,20 +338,22 @@ class _Computation:
         kd = self.args.weights.kd
         ce = self.args.weights.ce
         targets_R = self.args.targets_N[tokens]
-        own = self.args.token_weights[tokens]
+        token_weights = self.args.token_weights[tokens]
         value_R = torch.zeros_like(q.z_NV[:, 0])
         h_RV = None
-        kd_R = kd if own.kd_weights_N is None else kd * own.kd_weights_N.to(self.exact)
-        ce_R = ce if own.ce_weights_N is None else ce * own.ce_weights_N.to(self.exact)
+        kd_R = kd if token_weights.kd_weights_N is None else kd * token_weights.kd_weights_N.to(self.exact)
+        ce_R = ce if token_weights.ce_weights_N is None else ce * token_weights.ce_weights_N.to(self.exact)
         if p is not None:
-            value_R, h_RV = self.args.weights.divergence.at(targets_R, own.divergence_args_N).between(p, q, needs_grad)
+            value_R, h_RV = self.args.weights.divergence.for_tokens(targets_R, token_weights.divergence_args_N).between(
+                p, q, needs_grad
+            )
             value_R = value_R * kd_R
         if ce:
             value_R = value_R - ce_R * q.log_at(targets_R)
-        if own.surrogate is not None:
-            more_R, slope_R = own.surrogate(q.log_at(targets_R))
-            value_R, ce_R = value_R + more_R, ce_R + slope_R  # −slope · log q has the same gradient
-        weight_R = None if own.weights_N is None else own.weights_N.to(self.exact)
+        if token_weights.surrogate is not None:
+            surrogate_R, slope_R = token_weights.surrogate(q.log_at(targets_R))
+            value_R, ce_R = value_R + surrogate_R, ce_R + slope_R  # −slope · log q has the same gradient
+        weight_R = None if token_weights.weights_N is None else token_weights.weights_N.to(self.exact)
         if weight_R is not None:
             value_R = value_R * weight_R
         if not needs_grad:
@@ -361,7 +369,7 @@ class _Computation:
             return
         hidden_CD = self.student.hidden_ND[tokens]
         # By pieces: a product in bfloat16 is added to the float32 sum while it is still in the cache.
-        for piece in _cuts(dz_CV.shape[1], _PIECE):
+        for piece in _slices(dz_CV.shape[1], _VOCAB_SLICE):
             part_SD = (dz_CV[:, piece].T @ hidden_CD).to(self.exact)
             if tokens.start == 0:
                 torch.mul(part_SD, self.args.scale, out=self.d_weight_VD[piece])
@@ -385,6 +393,6 @@ def _logit_grad(h_RV: Tensor | None, q_RV: Tensor, targets_R: Tensor, kd: float 
     return dz_RV
 
 
-def _cuts(total: int, size: int) -> Iterator[slice]:
+def _slices(total: int, size: int) -> Iterator[slice]:
     for start in range(0, total, size):
         yield slice(start, min(start + size, total))

@@ -64,9 +64,9 @@ class ClippedSurrogate:
 def advantages(rewards_N: Tensor) -> Tensor:
     """Return the mean of one output's rewards after each token, [N]; 0 after the last."""
     N = len(rewards_N)
-    to_go_N = rewards_N.double().flip(0).cumsum(0).flip(0)
-    means_N = torch.zeros_like(to_go_N)
-    means_N[:-1] = to_go_N[1:] / torch.arange(N - 1, 0, -1, device=rewards_N.device)
+    reward_to_go_N = rewards_N.double().flip(0).cumsum(0).flip(0)
+    means_N = torch.zeros_like(reward_to_go_N)
+    means_N[:-1] = reward_to_go_N[1:] / torch.arange(N - 1, 0, -1, device=rewards_N.device)
     return means_N.to(rewards_N.dtype)
 
 
@@ -108,14 +108,14 @@ class MiniLLM(KD):
         output_weight = min(1.0, progress / self.config.kd_warmup) if self.config.kd_warmup else 1.0
         output_weight *= total / self.count(outputs)
         row_weight = self.config.row_weight * total / max(self.count(rows), 1)
-        own = []
+        token_weights = []
         for part in parts:
             N = sum(s.supervised for s in part.sequences)
             if part.source in STUDENT_OUTPUTS:
-                own.append(self._output_weights(part.sequences, torch.full((N,), output_weight)))
+                token_weights.append(self._output_weights(part.sequences, torch.full((N,), output_weight)))
             else:
-                own.append(TokenWeights(weights_N=torch.full((N,), row_weight)))
-        return own
+                token_weights.append(TokenWeights(weights_N=torch.full((N,), row_weight)))
+        return token_weights
 
     def _output_weights(self, sequences: SequenceOf[Rollout], weights_N: Tensor) -> TokenWeights:
         log_probs_N3 = torch.cat([s.log_probs_N3 for s in sequences])

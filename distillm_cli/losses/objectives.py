@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 STUDENT_OUTPUTS = (Source.ROLLOUT, Source.REPLAY)
 FORWARD, REVERSE = "forward", "reverse"
-LEAST_ALPHA = 0.01
+MIN_ALPHA = 0.01
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,15 +176,15 @@ class TAID(KD):
     """TAID (arXiv 2501.16937): KL to a target that moves from near the student (t = taid_start) to the teacher (t = 1).
 
     After each step of loss L, with m the running mean of the loss's relative fall:
-    m ← μ m + (1−μ) (L_before − L)/L_before and t ← min(1, max(linear, t + rate·σ(m)·(1−t))); the first loss only becomes
-    L_before. linear: straight from taid_start to 1 over the run.
+    m ← μ m + (1−μ) (L_prev − L)/L_prev and t ← min(1, max(linear, t + rate·σ(m)·(1−t))); the first loss only becomes
+    L_prev. linear: straight from taid_start to 1 over the run.
     """
 
     def __init__(self, config: ObjectiveConfig):
         super().__init__(config)
         self.t = config.taid_start
         self.fall = 0.0
-        self.before: float | None = None
+        self.previous_loss: float | None = None
 
     def weights(self, source: Source, progress: float = 1.0) -> LossWeights:
         return replace(super().weights(source, progress), divergence=Interpolated(self.t))
@@ -195,23 +195,23 @@ class TAID(KD):
         return LossWeights(kd=1.0, ce=0.0, divergence=KL())
 
     def observe(self, loss: float, progress: float) -> None:
-        before = self.before
-        self.before = loss
-        if before is None:
+        previous = self.previous_loss
+        self.previous_loss = loss
+        if previous is None:
             return
         start = self.config.taid_start
         momentum = self.config.taid_momentum
-        self.fall = momentum * self.fall + (1 - momentum) * (before - loss) / max(before, 1e-15)
-        ahead = self.t + self.config.taid_rate * _sigmoid(self.fall) * (1 - self.t)
-        self.t = min(1.0, max(start + (1 - start) * progress, ahead))
+        self.fall = momentum * self.fall + (1 - momentum) * (previous - loss) / max(previous, 1e-15)
+        proposed = self.t + self.config.taid_rate * _sigmoid(self.fall) * (1 - self.t)
+        self.t = min(1.0, max(start + (1 - start) * progress, proposed))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"t": self.t, "fall": self.fall, "before": self.before}
+        return {"t": self.t, "fall": self.fall, "before": self.previous_loss}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.t = state["t"]
         self.fall = state["fall"]
-        self.before = state["before"]
+        self.previous_loss = state["before"]
 
 
 class ATKD(KD):
@@ -231,8 +231,8 @@ class ATKD(KD):
     def begin_step(
         self, parts: SequenceOf[SourceBatch], log_probs: SequenceOf[TokenLogProbs], progress: float
     ) -> list[TokenWeights | None]:
-        sizes = [len(known.log_p_N) for known in log_probs]
-        log_p_N = torch.cat([known.log_p_N for known in log_probs])
+        sizes = [len(token_log_probs.log_p_N) for token_log_probs in log_probs]
+        log_p_N = torch.cat([token_log_probs.log_p_N for token_log_probs in log_probs])
         N = len(log_p_N)
         if not N:
             return [None] * len(parts)
@@ -313,8 +313,8 @@ class DistiLLM2(FDistill):
         self.epochs = epochs
         self.epoch = 0
         self.alphas = {FORWARD: config.alpha, REVERSE: config.alpha}
-        self.before: dict[str, float] = {}  # mean gaps of the epoch before, by half
-        self.sums: dict[str, list[float]] = {FORWARD: [0.0, 0.0], REVERSE: [0.0, 0.0]}  # of gaps, and how many
+        self.previous_gaps: dict[str, float] = {}  # mean gaps of the epoch before, by half
+        self.gap_sums: dict[str, list[float]] = {FORWARD: [0.0, 0.0], REVERSE: [0.0, 0.0]}  # of gaps, and how many
 
     def student_weight(self, progress: float) -> float:
         return 0.5 + 0.5 * progress
@@ -324,12 +324,12 @@ class DistiLLM2(FDistill):
     ) -> list[TokenWeights | None]:
         self._begin_epoch(max(0, math.ceil(progress * self.epochs - 1e-6) - 1))
         gaps: dict[str, list[float]] = defaultdict(list)
-        for part, known in zip(parts, log_probs, strict=True):
-            gaps[half_of(part.source)] += _gaps(part, known)
+        for part, token_log_probs in zip(parts, log_probs, strict=True):
+            gaps[half_of(part.source)] += _gaps(part, token_log_probs)
         for half, found in gaps.items():
             self.alphas[half] = self._alpha(half, sum(found) / len(found))
-            self.sums[half][0] += sum(found)
-            self.sums[half][1] += len(found)
+            self.gap_sums[half][0] += sum(found)
+            self.gap_sums[half][1] += len(found)
         skewed = {FORWARD: SkewKL(self.alphas[FORWARD]), REVERSE: SkewReverseKL(self.alphas[REVERSE])}
         self.halves = {half: (1.0, divergence) for half, divergence in skewed.items()}
         return super().begin_step(parts, log_probs, progress)
@@ -337,27 +337,27 @@ class DistiLLM2(FDistill):
     def _begin_epoch(self, epoch: int) -> None:
         if epoch == self.epoch:
             return
-        self.before = {half: total / n for half, (total, n) in self.sums.items() if n}
-        self.sums = {half: [0.0, 0.0] for half in self.sums}
+        self.previous_gaps = {half: total / n for half, (total, n) in self.gap_sums.items() if n}
+        self.gap_sums = {half: [0.0, 0.0] for half in self.gap_sums}
         self.epoch = epoch
 
     def _alpha(self, half: str, gap: float) -> float:
-        most = self.config.alpha
-        usual = self.before.get(half, 0.0)
-        if usual <= 0:  # the first epoch; or the student has caught up, and nothing tells easy from hard
-            return most
+        max_alpha = self.config.alpha
+        previous_gap = self.previous_gaps.get(half, 0.0)
+        if previous_gap <= 0:  # the first epoch; or the student has caught up, and nothing tells easy from hard
+            return max_alpha
         if gap <= 0:
-            return min(LEAST_ALPHA, most)
-        return min(max(1 - (1 - most) * usual / gap, LEAST_ALPHA), most)
+            return min(MIN_ALPHA, max_alpha)
+        return min(max(1 - (1 - max_alpha) * previous_gap / gap, MIN_ALPHA), max_alpha)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "alphas": self.alphas, "before": self.before, "sums": self.sums}
+        return {"epoch": self.epoch, "alphas": self.alphas, "before": self.previous_gaps, "sums": self.gap_sums}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch = state["epoch"]
         self.alphas = dict(state["alphas"])
-        self.before = dict(state["before"])
-        self.sums = {half: list(pair) for half, pair in state["sums"].items()}
+        self.previous_gaps = dict(state["before"])
+        self.gap_sums = {half: list(pair) for half, pair in state["sums"].items()}
 
 
 def build(config: ObjectiveConfig | None, epochs: float = 1.0) -> Objective:
@@ -390,11 +390,11 @@ def _name_of(divergence: Divergence) -> str | None:
     return next((entry.name for entry in entries if entry.divergence is type(divergence)), None)
 
 
-def _gaps(part: SourceBatch, known: TokenLogProbs) -> list[float]:
+def _gaps(part: SourceBatch, token_log_probs: TokenLogProbs) -> list[float]:
     """Return the gap of each sequence of the part."""
     lengths = [s.supervised for s in part.sequences]
-    p_B = _geometric_means(known.log_p_N, lengths)
-    q_B = _geometric_means(known.log_q_N, lengths)
+    p_B = _geometric_means(token_log_probs.log_p_N, lengths)
+    q_B = _geometric_means(token_log_probs.log_q_N, lengths)
     return (q_B - p_B if half_of(part.source) == REVERSE else p_B - q_B).tolist()
 
 

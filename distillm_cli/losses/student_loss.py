@@ -41,7 +41,7 @@ class StudentLoss(nn.Module):
         self.criterion = criterion
         self.matmul_dtype = matmul_dtype
         self.router_aux = router_aux
-        self.say: Listener = silent
+        self.emit: Listener = silent
         self.chunk: int | None = None  # most tokens that the loss takes at once; None until memory runs out
         # Behind a function: a teacher's head that is a Module must not become a submodule, to be trained and saved.
         self._teacher_head = lambda: teacher_head
@@ -65,8 +65,8 @@ class StudentLoss(nn.Module):
         token_weights = token_weights or NO_WEIGHTS
         if self.criterion.per_sequence and self.training:
             shares_N = torch.cat([_shares_N(batch) for batch in batches])
-            own_N = token_weights.weights_N
-            token_weights = replace(token_weights, weights_N=shares_N if own_N is None else shares_N * own_N)
+            weights_N = token_weights.weights_N
+            token_weights = replace(token_weights, weights_N=shares_N if weights_N is None else shares_N * weights_N)
         targets_N = torch.cat([batch.targets_N for batch in batches])
         hidden_ND, balance = self._hidden(batches)
         total = fused_loss(
@@ -93,11 +93,11 @@ class StudentLoss(nn.Module):
         a mean again.
         """
         if not (self.router_aux and self.training):
-            return joined([self.student.hidden(batch, for_backward=True) for batch in batches]), None
+            return concatenate([self.student.hidden(batch, for_backward=True) for batch in batches]), None
         found = [self.student.hidden_and_router_loss(batch) for batch in batches]
         counts = [batch.size if self.criterion.per_sequence else batch.tokens for batch in batches]
         balance = sum(loss * count for (_, loss), count in zip(found, counts, strict=True))
-        return joined([hidden_ND for hidden_ND, _ in found]), balance
+        return concatenate([hidden_ND for hidden_ND, _ in found]), balance
 
     @torch.no_grad()
     def log_probs(self, batches: SequenceOf[Batch], teacher_hidden_ND: Tensor | None) -> TokenLogProbs:
@@ -108,7 +108,7 @@ class StudentLoss(nn.Module):
             log_p_N = target_log_probs(teacher_hidden_ND, self._teacher_head(), targets_N, chunk=self.chunk)
         if "student" in self.criterion.needs_log_probs_of:
             log_q_N = target_log_probs(
-                joined([self.student.hidden(batch) for batch in batches]),
+                concatenate([self.student.hidden(batch) for batch in batches]),
                 self.student.head(),
                 targets_N,
                 matmul_dtype=self.matmul_dtype,
@@ -118,7 +118,7 @@ class StudentLoss(nn.Module):
 
     def _remember_chunk(self, tokens: int) -> None:
         self.chunk = tokens
-        self.say(
+        self.emit(
             Note(f"out of memory in the loss: going on with {tokens} tokens at once, slower and with the same result")
         )
 
@@ -129,6 +129,6 @@ def _shares_N(batch: Batch) -> Tensor:
     return 1.0 / lengths_B[batch.rows_N]
 
 
-def joined(parts: list[Tensor]) -> Tensor:
+def concatenate(parts: list[Tensor]) -> Tensor:
     """Concatenate; a single tensor is returned as it is, since a model's own logits are large."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -22,13 +22,13 @@ from distillm_cli.utils.exact import where_exact
 _BLOCK, _TWO_LEVELS = 256, 4096
 
 # Of the likeliest tokens so many are looked at first for the nucleus, and eight times as many as long as they are too few.
-_FEW = 64
+_FIRST_TOP_K = 64
 
 # Temperatures beyond these are taken for these: the same distribution, and neither T nor 1/T leaves float32. Below _COLD
 # logits are measured from their maximum, or divided by T they might.
-_COLDEST, _COLD, _HOTTEST = 1e-30, 1e-6, 1e30
+_MIN_TEMPERATURE, _LOW_TEMPERATURE, _MAX_TEMPERATURE = 1e-30, 1e-6, 1e30
 
-_NONE = -1  # in place of a token
+_NO_TOKEN = -1  # in place of a token
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +55,8 @@ def choose(logits_BV: Tensor, sampling: Sampling, uniforms_B: Tensor) -> Tensor:
     the tokens asks ``check_chosen``.
     """
     if sampling.temperature == 0:
-        most_B, likeliest_B = logits_BV.max(-1)  # NaN, where there is one
-        return likeliest_B.where(most_B.isfinite(), _NONE)
+        max_B, likeliest_B = logits_BV.max(-1)  # NaN, where there is one
+        return likeliest_B.where(max_B.isfinite(), _NO_TOKEN)
     device, logits_BV = logits_BV.device, where_exact(logits_BV)
     uniforms_B = uniforms_B.to(logits_BV.device, torch.float64)
     return inverse_cdf(distribution(logits_BV, sampling), uniforms_B).to(device)
@@ -76,12 +76,12 @@ def distribution(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     if sampling.temperature == 0:
         return torch.zeros_like(logits_BV).scatter_(-1, logits_BV.argmax(-1, keepdim=True), 1.0)
     if sampling.temperature != 1:
-        if sampling.temperature < _COLD:
+        if sampling.temperature < _LOW_TEMPERATURE:
             logits_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
-        logits_BV = logits_BV / min(max(sampling.temperature, _COLDEST), _HOTTEST)
+        logits_BV = logits_BV / min(max(sampling.temperature, _MIN_TEMPERATURE), _MAX_TEMPERATURE)
     if 0 < sampling.top_k < logits_BV.shape[-1]:
-        least_B1 = logits_BV.topk(sampling.top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-        logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)
+        threshold_B1 = logits_BV.topk(sampling.top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+        logits_BV = logits_BV.masked_fill(logits_BV < threshold_B1, -torch.inf)
     probabilities_BV = F.softmax(logits_BV, -1)
     if sampling.top_p < 1:
         keep_nucleus(probabilities_BV, sampling.top_p)
@@ -94,23 +94,23 @@ def keep_nucleus(probabilities_BV: Tensor, top_p: float) -> None:
     Of tokens equally likely, where not all are needed, those with the lowest ids stay.
     """
     V = probabilities_BV.shape[-1]
-    least_B = probabilities_BV.new_empty(len(probabilities_BV))
-    spare_B = torch.zeros(len(probabilities_BV), dtype=torch.int64, device=probabilities_BV.device)
-    rows, few = torch.arange(len(probabilities_BV), device=probabilities_BV.device), _FEW
-    while len(rows):
-        found = probabilities_BV if len(rows) == len(probabilities_BV) else probabilities_BV[rows]
-        top = found.topk(min(few, V), dim=-1).values
+    threshold_B = probabilities_BV.new_empty(len(probabilities_BV))
+    kept_ties_B = torch.zeros(len(probabilities_BV), dtype=torch.int64, device=probabilities_BV.device)
+    pending, k = torch.arange(len(probabilities_BV), device=probabilities_BV.device), _FIRST_TOP_K
+    while len(pending):
+        pending_probabilities = probabilities_BV if len(pending) == len(probabilities_BV) else probabilities_BV[pending]
+        top = pending_probabilities.topk(min(k, V), dim=-1).values
         mass = top.cumsum(-1, dtype=torch.float64)
         needed = (mass - top < top_p).sum(-1, keepdim=True).clamp_min_(1)  # none of a row that is NaN
-        enough = (mass[:, -1] >= top_p) | (few >= V)
-        least = top.gather(-1, needed - 1)
-        least_B[rows[enough]] = least[enough, 0]
-        spare_B[rows[enough]] = (needed - (top > least).sum(-1, keepdim=True))[enough, 0]
-        rows, few = rows[~enough], few * 8
-    tied_BV = probabilities_BV == least_B[:, None]
-    dropped_BV = probabilities_BV < least_B[:, None]
-    if (tied_BV.sum(-1) > spare_B).any():
-        dropped_BV |= tied_BV & (tied_BV.cumsum(-1) > spare_B[:, None])
+        enough = (mass[:, -1] >= top_p) | (k >= V)
+        threshold = top.gather(-1, needed - 1)
+        threshold_B[pending[enough]] = threshold[enough, 0]
+        kept_ties_B[pending[enough]] = (needed - (top > threshold).sum(-1, keepdim=True))[enough, 0]
+        pending, k = pending[~enough], k * 8
+    tied_BV = probabilities_BV == threshold_B[:, None]
+    dropped_BV = probabilities_BV < threshold_B[:, None]
+    if (tied_BV.sum(-1) > kept_ties_B).any():
+        dropped_BV |= tied_BV & (tied_BV.cumsum(-1) > kept_ties_B[:, None])
     probabilities_BV.masked_fill_(dropped_BV, 0.0)
 
 
@@ -125,19 +125,19 @@ def inverse_cdf(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     if V < _TWO_LEVELS:
         cumulative_BV = weights_BV.cumsum(-1, dtype=torch.float64)
         token_B, _ = _search(cumulative_BV, uniforms_B * cumulative_BV[:, -1])
-        return token_B.where(cumulative_BV[:, -1].isfinite(), _NONE)
-    whole = V // _BLOCK * _BLOCK
-    masses_BN = weights_BV[:, :whole].unflatten(-1, (-1, _BLOCK)).sum(-1)
-    if whole < V:
-        masses_BN = torch.cat([masses_BN, weights_BV[:, whole:].sum(-1, keepdim=True)], -1)
+        return token_B.where(cumulative_BV[:, -1].isfinite(), _NO_TOKEN)
+    aligned = V // _BLOCK * _BLOCK
+    masses_BN = weights_BV[:, :aligned].unflatten(-1, (-1, _BLOCK)).sum(-1)
+    if aligned < V:
+        masses_BN = torch.cat([masses_BN, weights_BV[:, aligned:].sum(-1, keepdim=True)], -1)
     cumulative_BN = masses_BN.cumsum(-1, dtype=torch.float64)
     block_B, points_B = _search(cumulative_BN, uniforms_B * cumulative_BN[:, -1])
     block_B1 = block_B[:, None].clamp_max(masses_BN.shape[1] - 1)  # beyond it where all is NaN
     before_B1 = cumulative_BN.gather(-1, block_B1) - masses_BN.gather(-1, block_B1)
     ids = block_B1 * _BLOCK + torch.arange(_BLOCK, device=weights_BV.device)
     inside = weights_BV.gather(-1, ids.clamp_max(V - 1)).masked_fill_(ids >= V, 0.0)
-    place_B, _ = _search(inside.cumsum(-1, dtype=torch.float64), points_B - before_B1[:, 0])
-    return (block_B * _BLOCK + place_B).where(cumulative_BN[:, -1].isfinite(), _NONE)
+    offset_B, _ = _search(inside.cumsum(-1, dtype=torch.float64), points_B - before_B1[:, 0])
+    return (block_B * _BLOCK + offset_B).where(cumulative_BN[:, -1].isfinite(), _NO_TOKEN)
 
 
 def _search(cumulative: Tensor, points_B: Tensor) -> tuple[Tensor, Tensor]:

@@ -78,13 +78,18 @@ class SequencePool:
         Step s uses the rows of data set batch s whatever its source is: as sequences, as prompts, or not at all.
         """
         if source is Source.PAIR:
-            own = self._kept(Source.ROLLOUT, step) if Source.ROLLOUT in self.responses else self._fresh(step)
-            return [SourceBatch(Source.TEACHER, self._kept(Source.TEACHER, step)), SourceBatch(Source.ROLLOUT, own)]
+            student_outputs = (
+                self._row_responses(Source.ROLLOUT, step) if Source.ROLLOUT in self.responses else self._fresh(step)
+            )
+            return [
+                SourceBatch(Source.TEACHER, self._row_responses(Source.TEACHER, step)),
+                SourceBatch(Source.ROLLOUT, student_outputs),
+            ]
         match source:
             case Source.DATASET:
                 return [SourceBatch(source, self.rows(step))]
             case Source.TEACHER:
-                drawn = self._kept(source, step)
+                drawn = self._row_responses(source, step)
             case Source.ROLLOUT:
                 drawn = self._fresh(step)
                 self.replay.add(drawn)
@@ -95,7 +100,7 @@ class SequencePool:
         beside = [SourceBatch(Source.DATASET, self.rows(step))] if self.rows_beside else []
         return [SourceBatch(source, drawn), *beside]
 
-    def _kept(self, source: Source, step: int) -> list[Rollout]:
+    def _row_responses(self, source: Source, step: int) -> list[Rollout]:
         """Return the responses kept for the step's rows, sampled now if they are missing."""
         table = self.responses[source]
         is_teachers = source is Source.TEACHER
@@ -112,13 +117,13 @@ class SequencePool:
         if not any(sampled_for <= step for sampled_for in self.waiting):
             adds = len(self.rows(step))
             steps = self.scheduler.rollout_steps(step, len(self), adds=adds, count=self.bulk)
-            batches = {later: self.rows(later) for later in steps if later not in self.waiting}
+            batches = {future_step: self.rows(future_step) for future_step in steps if future_step not in self.waiting}
             with self.sampling():
                 sampled = self.student.sample([row for batch in batches.values() for row in batch], step)
             self._count(sampled, is_teachers=False)
             remaining = iter(sampled)
-            for later, batch in batches.items():
-                self.waiting[later] = [next(remaining) for _ in batch]
+            for future_step, batch in batches.items():
+                self.waiting[future_step] = [next(remaining) for _ in batch]
         oldest = min(self.waiting)
         self._served = (oldest, self.waiting.pop(oldest))
         return self._served[1]
@@ -274,14 +279,14 @@ class ResponseTable:
         last = end if self.whole_epochs else min(step + self.bulk, end)
         missing = {s.row: s for t in range(step, last) for s in self.rows(t) if s.row not in self.sampled}
         rows = list(missing.values())
-        at_once = self.bulk * len(self.rows(step))
+        batch_size = self.bulk * len(self.rows(step))
         fresh: list[Rollout] = []
-        for start in range(0, len(rows), at_once):
-            if len(rows) > at_once:
+        for start in range(0, len(rows), batch_size):
+            if len(rows) > batch_size:
                 self.emit(Progress(self.name, start, len(rows), "responses"))
-            fresh += self.sampler.sample(rows[start : start + at_once], epoch)
+            fresh += self.sampler.sample(rows[start : start + batch_size], epoch)
         self.sampled |= {s.row: s for s in fresh}
-        if len(rows) > at_once:
+        if len(rows) > batch_size:
             self.emit(Progress(self.name, len(rows), len(rows), "responses"))
         return fresh
 
@@ -289,8 +294,8 @@ class ResponseTable:
         """Return the responses to a step's rows, once ``sample`` was called for it."""
         if self.given is None:
             return [self.sampled[row.row] for row in self.rows(step)]
-        turn = self.epoch if self.redraw else 0
-        return [self.given[row.row][turn % len(self.given[row.row])] for row in self.rows(step)]
+        index = self.epoch if self.redraw else 0
+        return [self.given[row.row][index % len(self.given[row.row])] for row in self.rows(step)]
 
 
 def pack(rollouts: Iterable[Rollout], prefix: str) -> dict[str, Tensor]:
@@ -321,8 +326,10 @@ def unpack(tensors: dict[str, Tensor], prefix: str) -> list[Rollout]:
     rollouts = []
     p = r = 0
     for P, R, row in tensors[f"{prefix}.lengths"].tolist():
-        own_N3 = None if log_probs_N3 is None else log_probs_N3[r : r + R]
-        rollouts.append(Rollout(prompts[p : p + P].copy(), responses[r : r + R].copy(), row, log_probs_N3=own_N3))
+        row_log_probs_N3 = None if log_probs_N3 is None else log_probs_N3[r : r + R]
+        rollouts.append(
+            Rollout(prompts[p : p + P].copy(), responses[r : r + R].copy(), row, log_probs_N3=row_log_probs_N3)
+        )
         p += P
         r += R
     unpack_teacher_hidden(tensors, rollouts, prefix)

@@ -157,21 +157,28 @@ def sample(
     Raises DataError where a prompt leaves no room for a single new token, NonFiniteError where the logits are not finite.
     """
     context = decoder.context
-    rooms = [room(len(p), sampling, context, None if limits is None else limits[i]) for i, p in enumerate(prompts)]
-    return in_groups(
+    token_limits = [
+        max_response_tokens(len(p), sampling, context, None if limits is None else limits[i])
+        for i, p in enumerate(prompts)
+    ]
+    return decode_in_groups(
         len(prompts),
         width or DecodeWidth(),
-        lambda now: _side_by_side(decoder, prompts[now], sampling, seeds[now], rooms[now], entropy, with_log_probs),
+        lambda rows: _decode_batch(
+            decoder, prompts[rows], sampling, seeds[rows], token_limits[rows], entropy, with_log_probs
+        ),
     )
 
 
-def in_groups(count: int, width: DecodeWidth, make: Callable[[slice], list[SampledOutput]]) -> list[SampledOutput]:
+def decode_in_groups(
+    count: int, width: DecodeWidth, decode: Callable[[slice], list[SampledOutput]]
+) -> list[SampledOutput]:
     """Return the outputs of ``count`` rows, made together or, where memory runs out, in smaller groups."""
     outputs: list[SampledOutput] = []
 
     def rows() -> int:
-        left = count - len(outputs)
-        return left if width.rows is None else min(width.rows, left)
+        is_unfinished = count - len(outputs)
+        return is_unfinished if width.rows is None else min(width.rows, is_unfinished)
 
     def halve() -> bool:
         if rows() == 1:
@@ -180,25 +187,25 @@ def in_groups(count: int, width: DecodeWidth, make: Callable[[slice], list[Sampl
         return True
 
     def group() -> list[SampledOutput]:
-        return make(slice(len(outputs), len(outputs) + rows()))
+        return decode(slice(len(outputs), len(outputs) + rows()))
 
     while len(outputs) < count:
         outputs += retry_halved(group, halve)
     return outputs
 
 
-def _side_by_side(
+def _decode_batch(
     decoder: Decoder,
     prompts: SequenceOf[np.ndarray],
     sampling: Sampling,
     seeds: SequenceOf[tuple[int, int]],
-    rooms: SequenceOf[int],
+    token_limits: SequenceOf[int],
     entropy: bool,
     with_log_probs: bool,
 ) -> list[SampledOutput]:
     """Decode rows together. rooms: most new tokens of each row, at least one."""
-    B, horizon = len(prompts), max(rooms)
-    lengths_B, rooms_B = np.array([len(p) for p in prompts]), np.array(rooms)
+    B, horizon = len(prompts), max(token_limits)
+    lengths_B, token_limits_B = np.array([len(p) for p in prompts]), np.array(token_limits)
     uniforms_BT, context = uniforms(seeds, horizon), decoder.context  # asked once: a config is slow to answer
     ngrams = None
     if sampling.no_repeat_ngram_size:
@@ -210,40 +217,40 @@ def _side_by_side(
     complete_B, done_B = np.zeros(B, dtype=bool), np.zeros(B, dtype=bool)
     log_probs: list[list[np.ndarray]] = [[] for _ in prompts]
 
-    decoding, live, chosen, forced = decoder.decode(prompts), np.arange(B), None, decoder.forced_first
+    decoding, batch_rows, chosen, forced = decoder.decode(prompts), np.arange(B), None, decoder.forced_first
     for t in range(horizon):
         logits_BV = decoding.logits(chosen)
-        going = live[~done_B[live]]
+        active = batch_rows[~done_B[batch_rows]]
         if entropy:
-            entropies_B[live] += np.where(done_B[live], 0, _entropy(logits_BV).cpu().numpy())
+            entropies_B[batch_rows] += np.where(done_B[batch_rows], 0, _entropy(logits_BV).cpu().numpy())
         if t < sampling.min_new_tokens:
             logits_BV[:, torch.from_numpy(stops).to(logits_BV.device)] = -torch.inf
         if ngrams is not None:
-            _ban(logits_BV, [ngrams[i].banned() for i in live])
-        chosen = choose(logits_BV, sampling, torch.from_numpy(uniforms_BT[live, t]))
+            _mask_banned(logits_BV, [ngrams[i].banned() for i in batch_rows])
+        chosen = choose(logits_BV, sampling, torch.from_numpy(uniforms_BT[batch_rows, t]))
         if t == 0 and forced is not None:
             chosen = torch.full_like(chosen, forced)
-        tokens_BT[live, t] = chosen.cpu().numpy()
-        check_chosen(tokens_BT[live, t])
+        tokens_BT[batch_rows, t] = chosen.cpu().numpy()
+        check_chosen(tokens_BT[batch_rows, t])
         if with_log_probs:
-            for i, log_probs_K in zip(live, decoding.log_probs(chosen).float().cpu().numpy(), strict=True):
+            for i, log_probs_K in zip(batch_rows, decoding.log_probs(chosen).float().cpu().numpy(), strict=True):
                 log_probs[i].append(log_probs_K)
         if ngrams is not None:
-            for i in going:
-                ngrams[i].push(int(tokens_BT[i, t]))
-        counts_B[going] += 1
-        complete_B[going] = (tokens_BT[going, t, None] == stops).any(-1)
-        done_B[going] = complete_B[going] | (counts_B[going] >= rooms_B[going])
-        left = ~done_B[live]
-        if not left.any():
+            for i in active:
+                ngrams[i].append_token(int(tokens_BT[i, t]))
+        counts_B[active] += 1
+        complete_B[active] = (tokens_BT[active, t, None] == stops).any(-1)
+        done_B[active] = complete_B[active] | (counts_B[active] >= token_limits_B[active])
+        is_unfinished = ~done_B[batch_rows]
+        if not is_unfinished.any():
             break
         # Dropping rows copies the cache: worth it once an eighth has finished, and due before a finished row's position
         # leaves the context.
-        outgrown = context is not None and lengths_B[live].max() + t + 2 > context
-        if not left.all() and (left.mean() <= 7 / 8 or outgrown):
-            rows = torch.from_numpy(np.flatnonzero(left)).to(chosen.device)
+        exceeds_context = context is not None and lengths_B[batch_rows].max() + t + 2 > context
+        if not is_unfinished.all() and (is_unfinished.mean() <= 7 / 8 or exceeds_context):
+            rows = torch.from_numpy(np.flatnonzero(is_unfinished)).to(chosen.device)
             decoding.keep(rows)
-            live, chosen = live[left], chosen[rows]
+            batch_rows, chosen = batch_rows[is_unfinished], chosen[rows]
     return [
         SampledOutput(
             tokens_BT[i, :n].copy(),
@@ -307,19 +314,19 @@ def uniforms(seeds: SequenceOf[tuple[int, int]], count: int) -> np.ndarray:
     return uniforms_BT
 
 
-def room(prompt: int, sampling: Sampling, context: int | None, limit: int | None) -> int:
+def max_response_tokens(prompt: int, sampling: Sampling, context: int | None, limit: int | None) -> int:
     """Return the most new tokens after a prompt of ``prompt`` tokens. Raises DataError where there is no room for one."""
-    most = sampling.max_new_tokens
+    limit = sampling.max_new_tokens
     if context is not None:
-        most = min(most, context - prompt)
+        limit = min(limit, context - prompt)
     if limit is not None:
-        most = min(most, limit)
-    if most < 1:
+        limit = min(limit, limit)
+    if limit < 1:
         raise DataError(
             f"a prompt of {prompt} tokens leaves no room for a response in {context if limit is None else limit + prompt}",
             hint="shorten the prompt, or lower data.max_prompt_length so that such rows are dropped",
         )
-    return most
+    return limit
 
 
 class _NGrams:
@@ -329,9 +336,9 @@ class _NGrams:
         self.n, self.tokens = n, []
         self.following: dict[tuple[int, ...], set[int]] = defaultdict(set)
         for token in prompt.tolist():
-            self.push(token)
+            self.append_token(token)
 
-    def push(self, token: int) -> None:
+    def append_token(self, token: int) -> None:
         prefix = self._prefix()
         if prefix is not None:
             self.following[prefix].add(token)
@@ -346,7 +353,7 @@ class _NGrams:
         return tuple(self.tokens[len(self.tokens) - width :]) if len(self.tokens) >= width else None
 
 
-def _ban(logits_BV: Tensor, banned: list[set[int]]) -> None:
+def _mask_banned(logits_BV: Tensor, banned: list[set[int]]) -> None:
     pairs = [(b, token) for b, tokens in enumerate(banned) for token in tokens]
     if pairs:
         rows, tokens = zip(*pairs, strict=True)

@@ -79,7 +79,7 @@ class Scheduler(ABC):
         return None
 
     @property
-    def samples_come_back(self) -> bool:
+    def reuses_teacher_samples(self) -> bool:
         """Whether the epochs train on the same teacher samples."""
         return self.config.uses_teacher_samples and not self.config.redraws
 
@@ -98,14 +98,14 @@ class Scheduler(ABC):
         buffered: sequences in the replay buffer before this step. adds: how many a rollout puts there.
         """
         capacity = self.capacity(adds)
-        found = []
-        for later in range(step, self.steps):
-            if later == step or self.draw(later, buffered) in (Source.ROLLOUT, Source.PAIR):
-                found.append(later)
+        steps = []
+        for future_step in range(step, self.steps):
+            if future_step == step or self.draw(future_step, buffered) in (Source.ROLLOUT, Source.PAIR):
+                steps.append(future_step)
                 buffered = min(buffered + adds, capacity)
-                if len(found) == count:
+                if len(steps) == count:
                     break
-        return found
+        return steps
 
     def observe(self, valid_loss: float) -> bool:
         """Take a validation loss (nats per token); return whether φ rose."""

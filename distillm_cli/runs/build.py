@@ -160,7 +160,7 @@ def _response_tables(run: Prepared, scheduler: Scheduler, listener: Listener) ->
     found = {}
     if scheduler.config.uses_teacher_samples:
         sampler = ModelSampler(run.pair.teacher, _teacher_sampling(rollout), seed=seed + _TEACHER_SEED, **common)
-        redraw = not scheduler.samples_come_back
+        redraw = not scheduler.reuses_teacher_samples
         found[Source.TEACHER] = ResponseTable(
             sampler, given=run.teacher_samples, redraw=redraw, name="teacher samples", **table
         )

@@ -286,7 +286,7 @@ def steps(run: Run) -> dict[str, Work]:
         name = Source.PAIR.value if schedule.in_pairs else Source.TEACHER.value
         # Of a pair one optimizer step is enough.
         found[name] = fresh + own[:-1]
-        if schedule.samples_come_back:
+        if schedule.reuses_teacher_samples:
             found[f"{name}_cached"] = kept + own[:-1]
     elif own:
         beside = learn[:-1] + (tell if run.cached else ask) if recipe.objective.row_weight else ()

@@ -207,10 +207,10 @@ class BatchComposition:
 
     def batches_with(self, rows: SequenceOf[Sequence]) -> list[list[Sequence]]:
         """Return the groups that contain these rows, with all their members."""
-        asked = set(rows)
+        requested = set(rows)
         found = []
         for step in dict.fromkeys(self._step_of_row[s.row] for s in rows):
             batch = self.leftovers if step == self._steps else self._batches(int(step))
             groups = length_groups(batch, self._max_rows, self._pass_overhead)
-            found += [group for group in groups if not asked.isdisjoint(group)]
+            found += [group for group in groups if not requested.isdisjoint(group)]
         return found
