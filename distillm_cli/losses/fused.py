@@ -1,16 +1,16 @@
-"""Compute the loss from last hidden states, through both vocabularies, without ever holding [tokens × vocabulary].
+"""Compute the loss from last hidden states, without storing the logits [tokens × vocabulary] of either model.
 
-One ``autograd.Function`` goes through the supervised tokens in chunks and parts. A chunk is as many tokens as the matrix
-products need to run at full speed: its logits, the student's and the teacher's, come from one product each, in the heads'
-own dtype. Inside it, a few rows at a time, so that the tables stay in the processor's cache: float32 softmax, the divergence
-and its closed-form gradient, which replaces the student's logits in place. Two more products carry a chunk's gradient back
-to the hidden states and the head, the latter by pieces of the vocabulary, summed in float32. Each head runs once, in the
-forward pass; backward only scales. What the loss adds to memory is bounded, whatever the batch and the length.
+One ``autograd.Function`` processes the supervised tokens in chunks and parts. A chunk has as many tokens as the matrix
+products need to run at full speed. Its logits, the student's and the teacher's, come from one product each, in the dtype of
+the head. A part is a few rows of a chunk, so that its tables fit the processor's cache: float32 softmax, the divergence and
+its closed-form gradient, which replaces the student's logits in place. Two more products compute a chunk's gradient in the
+hidden states and in the head, the latter by slices of the vocabulary, summed in float32. Each head runs once, in the
+forward pass; the backward pass only scales. The memory of the loss is bounded for every batch and length.
 
-Cross-entropy is computed in the same way (its gradient in the logits is q − onehot), so that SFT, validation and a mixed
+Cross-entropy is computed in the same way (its gradient in the logits is q − onehot), so SFT, validation and a mixed
 objective share this code.
 
-Shape letters: N supervised tokens, C tokens of a chunk, R rows of a part of it, V vocabulary, S a piece of the vocabulary,
+Shape letters: N supervised tokens, C tokens of a chunk, R rows of a part of it, V vocabulary, S a slice of the vocabulary,
 D width of the last hidden state.
 """
 
@@ -29,11 +29,13 @@ from distillm_cli.losses.divergences import Rows
 from distillm_cli.losses.weights import NO_WEIGHTS, LossWeights, TokenWeights
 from distillm_cli.utils.memory import retry_halved
 
-CHUNK_BYTES = 320 * 2**20  # most bytes of a chunk's logits, both models'; with small vocabularies it is far less
-_CHUNK_TOKENS = 256  # beyond it the products gain nothing: 128 tokens reach 90 % of their speed, 256 all of it
-_TABLE_BYTES = {"cpu": 2 * 2**20}  # of one table of a part: several of them fit the last-level cache
-_ACCELERATOR_TABLE_BYTES = 64 * 2**20  # on an accelerator launches cost more than cache misses
-_VOCAB_SLICE = 4096  # entries of the vocabulary in one piece of the head's gradient
+CHUNK_BYTES = (
+    320 * 2**20
+)  # upper bound for a chunk's logits of both models; with small vocabularies they are far smaller
+_CHUNK_TOKENS = 256  # the products are not faster with more: 128 tokens reach 90 % of full speed, 256 all of it
+_TABLE_BYTES = {"cpu": 2 * 2**20}  # size of one table of a part; several of them fit the last-level cache
+_ACCELERATOR_TABLE_BYTES = 64 * 2**20  # on an accelerator kernel launches cost more than cache misses
+_VOCAB_SLICE = 4096  # entries of the vocabulary in one slice of the head's gradient
 
 
 Inputs = tuple[Tensor, Tensor | None, Tensor | None]  # hidden states, head weight, head bias; or their gradients
@@ -62,19 +64,21 @@ def fused_loss(
     on_halved: Callable[[int], None] | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """Return scale · Σ over N tokens of weight · (kd · kd_weight · D(p, q) + ce · ce_weight · −log q(target) + surrogate(log
-    q(target))), nats; a scalar with a graph.
+    """Return the weighted loss summed over N tokens, nats, a scalar with a graph.
+
+    The loss is scale · Σ weight · (kd · kd_weight · D(p, q) + ce · ce_weight · −log q(target) + surrogate(log q(target))).
 
     hidden_ND: the student's last hidden states at the positions that predict ``targets_N``. teacher_hidden_ND: the
-    teacher's at the same positions, [N, D_teacher]; widths may differ, vocabularies must not. matmul_dtype: of the
-    student's head matmuls (autocast's, when it is on); softmax and divergence are float32, or float64 when the hidden
-    states are. Gradients reach hidden states, head weight and head bias; only those that require one are computed, and
-    under ``no_grad`` none.
+    teacher's at the same positions, [N, D_teacher]; widths may differ, vocabularies must not. matmul_dtype: dtype of the
+    student's head matmuls (autocast's, if it is on); softmax and divergence are float32, or float64 if the hidden states
+    are. Gradients are computed for those of hidden states, head weight and head bias that require one, and under
+    ``no_grad`` for none.
 
-    chunk: most tokens at once; None: as many as CHUNK_BYTES allows and make the products fast. Where memory runs out the
-    chunk is halved and the loss computed again, down to single tokens; ``on_halved`` then gets the chunk that fits.
+    chunk: largest number of tokens at once; None: as many as CHUNK_BYTES allows and as make the products fast. If memory
+    runs out, the chunk is halved and the loss computed again, down to single tokens. ``on_halved`` then gets the chunk that
+    fits.
 
-    scale: the caller could multiply the result, but here it costs nothing: the head's gradient is scaled when it is written.
+    scale: the head's gradient is scaled when it is written, which costs less than scaling the result.
     """
     if weights.kd and (teacher_hidden_ND is None or teacher_head is None or weights.divergence is None):
         raise ValueError("a divergence needs the teacher's hidden states and head")
@@ -106,7 +110,7 @@ def target_log_probs(
 ) -> Tensor:
     """Return the log-probability [N] of each target, nats, float32 (float64 when the hidden states are), without a graph.
 
-    Arguments as of ``fused_loss``; the same computation, so the same numbers.
+    The arguments are those of ``fused_loss``, and so is the computation.
     """
     args = _LossArgs(
         head, None, None, targets_N, NO_WEIGHTS, LossWeights(kd=0.0, ce=1.0), matmul_dtype, chunk, None, False
@@ -118,7 +122,7 @@ def target_log_probs(
 
 @dataclass(frozen=True)
 class _LossArgs:
-    """Hold the arguments of a call, apart from the three tensors that autograd must see."""
+    """Hold the arguments of a call, except the three tensors that autograd tracks."""
 
     student_head: HeadLike
     teacher_head: HeadLike | None
@@ -130,7 +134,7 @@ class _LossArgs:
     chunk: int | None
     on_halved: Callable[[int], None] | None
     with_grad: bool
-    scale: float = 1.0  # of the gradients; the values are left as they are
+    scale: float = 1.0  # factor of the gradients, not of the token losses
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -146,22 +150,23 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_total):
-        # Scaled in place, if at all, and released: a second [V, D] table would cost more than the scaling. A second backward
-        # pass (retain_graph) computes them again.
+        # Gradients are scaled in place and released, since a second [V, D] table is expensive. A second backward pass
+        # (retain_graph) computes them again.
         inputs = ctx.saved_tensors
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             _, grads = _values_and_grads(inputs, ctx.args, ctx.needed_grads)
-        if (
-            d_total.device.type != "cpu" or d_total.item() != 1
-        ):  # reading it from another device would wait for that device
+        # On another device .item() would synchronize.
+        if d_total.device.type != "cpu" or d_total.item() != 1:
             grads = tuple(None if g is None else g.mul_(d_total) for g in grads)
         return (*grads, None)
 
 
 def _values_and_grads(inputs: Inputs, args: _LossArgs, needed_grads: tuple[bool, ...]) -> tuple[Tensor, Inputs]:
-    """Return the weighted loss of each token [N] and, where wanted, the gradients of their sum in hidden states, weight and
-    bias; in smaller chunks where memory runs out."""
+    """Return the weighted loss of each token [N], and the needed gradients of the sum in hidden states, weight and bias.
+
+    If memory runs out, the computation is repeated in smaller chunks.
+    """
     hidden_ND, weight_VD, bias_V = inputs
     exact = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
     student = _HeadInputs.from_head(
@@ -174,9 +179,8 @@ def _values_and_grads(inputs: Inputs, args: _LossArgs, needed_grads: tuple[bool,
 
     N = hidden_ND.shape[0]
     limit = args.chunk or _chunk_size(student, teacher, exact)
-    fitting_chunk = chunk = max(
-        1, math.ceil(N / math.ceil(max(N, 1) / limit))
-    )  # chunks of one size: a small last one is slow
+    chunk = max(1, math.ceil(N / math.ceil(max(N, 1) / limit)))  # chunks of equal size: a small last one is slow
+    fitting_chunk = chunk
 
     def attempt() -> tuple[_Computation, Tensor]:
         computation = _Computation(student, teacher, args, exact)
@@ -197,36 +201,39 @@ def _values_and_grads(inputs: Inputs, args: _LossArgs, needed_grads: tuple[bool,
 
 
 def work_bytes(tokens: int, vocab: int, itemsize: int, device: str) -> int:
-    """Estimate the memory of the loss while it runs, beside the gradients: a chunk's logits of both models, and the tables
-    of a part (some eight of them, float32). itemsize: of the products; device: its type."""
+    """Estimate the memory of the loss while it runs, without the gradients.
+
+    It is a chunk's logits of both models and the tables of a part (about eight, float32). itemsize: of the products.
+    device: its type.
+    """
     part = _TABLE_BYTES.get(device, _ACCELERATOR_TABLE_BYTES)
     chunk = min(tokens, max(_CHUNK_TOKENS, part // (4 * vocab)))
     return min(CHUNK_BYTES, 2 * chunk * vocab * itemsize) + 8 * max(min(part, 4 * tokens * vocab), 4 * vocab)
 
 
 def _chunk_size(student: _HeadInputs, teacher: _HeadInputs | None, exact: torch.dtype) -> int:
-    """Return the size of a chunk: enough for fast products and for one part, but no more than CHUNK_BYTES allows."""
+    """Return the number of tokens of a chunk: enough for fast products and one part, at most what CHUNK_BYTES allows."""
     bytes_per_token = sum(side.V * side.hidden_ND.dtype.itemsize for side in (student, teacher) if side is not None)
     enough = max(_CHUNK_TOKENS, _part_rows(student, exact))
     return min(enough, max(1, CHUNK_BYTES // bytes_per_token))
 
 
 def _part_rows(student: _HeadInputs, exact: torch.dtype) -> int:
-    """Return how many rows have their softmax and divergence computed at once."""
+    """Return the number of rows whose softmax and divergence are computed at once."""
     table_bytes = _TABLE_BYTES.get(student.hidden_ND.device.type, _ACCELERATOR_TABLE_BYTES)
     return max(1, table_bytes // (exact.itemsize * student.V))
 
 
 @dataclass(frozen=True)
 class _HeadInputs:
-    """Compute one model's logits from its hidden states, in the dtype of the products: the head is cast once."""
+    """Compute one model's logits from its hidden states, in the dtype of the products. The head is cast once."""
 
     hidden_ND: Tensor
     weight_VD: Tensor | None
     bias_V: Tensor | None
     scale: float
     softcap: float | None
-    has_zeros: bool  # whether logits may be −inf: where they are given, or the bias suppresses tokens
+    has_zeros: bool  # whether logits may be −inf: if they are given, or if the bias suppresses tokens
 
     @staticmethod
     def from_head(
@@ -248,7 +255,7 @@ class _HeadInputs:
         return self.hidden_ND.shape[-1] if self.weight_VD is None else self.weight_VD.shape[0]
 
     def new_table(self, tokens: int) -> Tensor | None:
-        """Allocate a chunk's products; None where the logits are given."""
+        """Allocate a chunk's products; None if the logits are given."""
         return None if self.weight_VD is None else self.hidden_ND.new_empty(tokens, self.V)
 
     def product(self, tokens: slice, table_CV: Tensor | None) -> Tensor:
@@ -261,7 +268,7 @@ class _HeadInputs:
         return Rows(self.logits(product_RV, exact), has_zeros=self.has_zeros)
 
     def logits(self, product_RV: Tensor, exact: torch.dtype) -> Tensor:
-        """Return the logits of a product with the head's weight, in the exact dtype; the product itself stays unchanged."""
+        """Return the logits of a product with the head's weight, in the exact dtype, without changing the product."""
         z_RV = product_RV.to(exact)
         if self.bias_V is not None:
             z_RV = z_RV + self.bias_V.to(exact)
@@ -272,14 +279,14 @@ class _HeadInputs:
         return z_RV
 
     def backward_through_cap(self, dz_RV: Tensor, z_RV: Tensor) -> Tensor:
-        """Turn a gradient in the final logits into one in the product, in place."""
+        """Convert a gradient in the final logits to one in the product, in place."""
         if self.softcap is not None:
             dz_RV.mul_((z_RV / self.softcap).square_().neg_().add_(1))
         return dz_RV if self.scale == 1 else dz_RV.mul_(self.scale)
 
 
 class _Computation:
-    """Compute the whole loss once. It owns all memory that it adds, so that one that fails leaves nothing behind."""
+    """Compute the whole loss once. It owns all memory that it allocates, so that a failed attempt frees it."""
 
     def __init__(self, student: _HeadInputs, teacher: _HeadInputs | None, args: _LossArgs, exact: torch.dtype):
         self.student = student
@@ -292,7 +299,7 @@ class _Computation:
         self.d_bias_V: Tensor | None = None
 
     def run(self, chunk: int, inputs: Inputs, needed_grads: tuple[bool, ...]) -> Tensor:
-        """Return the weighted token losses [N] and compute the gradients that are wanted."""
+        """Return the weighted token losses [N] and compute the needed gradients."""
         hidden_ND, weight_VD, bias_V = inputs
         N = hidden_ND.shape[0]
         self.d_hidden_ND = torch.empty_like(hidden_ND) if needed_grads[0] else None
@@ -305,19 +312,21 @@ class _Computation:
             dz_CV = self._chunk(tokens, value_N, *tables, needs_grad=any(needed_grads))
             if weight_VD is not None:
                 self._backward_through_head(dz_CV, tokens)
-        for gradient in (self.d_hidden_ND, self.d_bias_V):  # the weight's has been, where it was written
+        for gradient in (self.d_hidden_ND, self.d_bias_V):  # the weight's was scaled when it was written
             if gradient is not None and self.args.scale != 1:
                 gradient.mul_(self.args.scale)
         return value_N
 
     def _chunk(self, tokens: slice, value_N: Tensor, table_CV, teacher_table_CV, needs_grad: bool) -> Tensor:
-        """Write the chunk's losses and return its gradient: in place of the student's product, or, where logits were given
-        instead, in the gradient of those."""
+        """Write the chunk's losses and return its gradient.
+
+        The gradient replaces the student's product, or is written to the gradient of the logits if these are given.
+        """
         z_CV = self.student.product(tokens, table_CV)
         teacher_z_CV = None if self.teacher is None else self.teacher.product(tokens, teacher_table_CV)
-        given = self.student.weight_VD is None
+        has_given_logits = self.student.weight_VD is None
         dz_CV = z_CV
-        if given:
+        if has_given_logits:
             dz_CV = None if self.d_hidden_ND is None else self.d_hidden_ND[tokens]
         for rows in _slices(z_CV.shape[0], self.part):
             token_rows = slice(tokens.start + rows.start, tokens.start + rows.stop)
@@ -334,7 +343,7 @@ class _Computation:
         return dz_CV
 
     def _losses(self, p: Rows | None, q: Rows, tokens: slice, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
-        """Return the weighted loss per token [R] and, when asked for, its gradient in the student's logits [R, V]."""
+        """Return the weighted loss per token [R] and, with ``needs_grad``, its gradient in the student's logits [R, V]."""
         kd = self.args.weights.kd
         ce = self.args.weights.ce
         targets_R = self.args.targets_N[tokens]
@@ -344,15 +353,15 @@ class _Computation:
         kd_R = kd if token_weights.kd_weights_N is None else kd * token_weights.kd_weights_N.to(self.exact)
         ce_R = ce if token_weights.ce_weights_N is None else ce * token_weights.ce_weights_N.to(self.exact)
         if p is not None:
-            value_R, h_RV = self.args.weights.divergence.for_tokens(targets_R, token_weights.divergence_args_N).between(
-                p, q, needs_grad
-            )
+            divergence = self.args.weights.divergence.for_tokens(targets_R, token_weights.divergence_args_N)
+            value_R, h_RV = divergence.between(p, q, needs_grad)
             value_R = value_R * kd_R
         if ce:
             value_R = value_R - ce_R * q.log_at(targets_R)
         if token_weights.surrogate is not None:
             surrogate_R, slope_R = token_weights.surrogate(q.log_at(targets_R))
-            value_R, ce_R = value_R + surrogate_R, ce_R + slope_R  # −slope · log q has the same gradient
+            value_R = value_R + surrogate_R
+            ce_R = ce_R + slope_R  # −slope · log q has the same gradient
         weight_R = None if token_weights.weights_N is None else token_weights.weights_N.to(self.exact)
         if weight_R is not None:
             value_R = value_R * weight_R
@@ -368,13 +377,13 @@ class _Computation:
         if self.d_weight_VD is None:
             return
         hidden_CD = self.student.hidden_ND[tokens]
-        # By pieces: a product in bfloat16 is added to the float32 sum while it is still in the cache.
-        for piece in _slices(dz_CV.shape[1], _VOCAB_SLICE):
-            part_SD = (dz_CV[:, piece].T @ hidden_CD).to(self.exact)
+        # By slices: a product in bfloat16 is added to the float32 sum while it is still in the cache.
+        for vocab in _slices(dz_CV.shape[1], _VOCAB_SLICE):
+            part_SD = (dz_CV[:, vocab].T @ hidden_CD).to(self.exact)
             if tokens.start == 0:
-                torch.mul(part_SD, self.args.scale, out=self.d_weight_VD[piece])
+                torch.mul(part_SD, self.args.scale, out=self.d_weight_VD[vocab])
             else:
-                self.d_weight_VD[piece].add_(part_SD, alpha=self.args.scale)
+                self.d_weight_VD[vocab].add_(part_SD, alpha=self.args.scale)
 
 
 def _logit_grad(h_RV: Tensor | None, q_RV: Tensor, targets_R: Tensor, kd: float | Tensor, ce: float | Tensor) -> Tensor:

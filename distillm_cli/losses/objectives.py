@@ -1,4 +1,4 @@
-"""Define the objectives: what the loss of each token is, under the names of their papers.
+"""Define the objectives, under the names of their papers. An objective defines the loss of each token.
 
     CrossEntropy  fine-tuning without a teacher
     KD            cross-entropy and a divergence, weighted
@@ -7,8 +7,8 @@
     TAID          KL to a target that moves from the student to the teacher
     ATKD          easy and hard tokens weighted separately
 
-(MiniLLM has a file of its own, ``minillm``.) An objective knows neither models nor vocabularies. Its state from step
-to step is in ``state_dict``, and so in every checkpoint.
+(``MiniLLM`` is in ``minillm``.) An objective does not depend on models or vocabularies. Its state is in ``state_dict``, and
+so in every checkpoint.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MIN_ALPHA = 0.01
 
 @dataclass(frozen=True, eq=False)
 class SourceBatch:
-    """Sequences of one source: a part of a step, or one micro-batch of it."""
+    """Hold sequences of one source: a part of a step, or one micro-batch of it."""
 
     source: Source
     sequences: list[Sequence]
@@ -50,7 +50,7 @@ class SourceBatch:
 class TokenLogProbs:
     """Hold the log-probability [N] of each supervised token of a part of a step, before the step, nats.
 
-    They are in the order of the collated batch, and None where ``needs_log_probs_of`` does not name the model.
+    They are in the order of the collated batch, and None for a model that is not in ``needs_log_probs_of``.
     """
 
     log_p_N: Tensor | None = None  # the teacher's
@@ -58,18 +58,18 @@ class TokenLogProbs:
 
 
 class Objective:
-    """Define the loss of a step's tokens. This base class has a loss without a teacher, or leaves it to its subclasses.
+    """Define the loss of a step's tokens.
 
-    ``weights`` gives the loss of a token by the source of its sequence. An objective that depends on more than the token
-    itself has two more methods. ``begin_step`` gets the whole step before its first gradient, all micro-batches together,
-    so that a median or a ratio does not depend on how the step was cut. ``observe`` gets the loss after the step.
+    ``weights`` returns the loss of a token by the source of its sequence. An objective that depends on more than the token
+    itself implements two more methods. ``begin_step`` gets the whole step before its first gradient, all micro-batches
+    together, so that a median or a ratio does not depend on the micro-batches. ``observe`` gets the loss after the step.
     """
 
-    # Of "teacher" and "student": whose log-probabilities ``begin_step`` needs.
+    # Models ("teacher", "student") whose log-probabilities ``begin_step`` needs.
     needs_log_probs_of: tuple[str, ...] = ()
-    # Whether a step on student outputs trains on its data set rows too.
+    # Whether a step on student outputs also trains on its data set rows.
     rows_beside: bool = False
-    # Whether a token of a response of n tokens weighs 1/n, and sums are divided by sequences.
+    # Whether a token of a response of n tokens has weight 1/n, and sums are divided by the number of sequences.
     per_sequence: bool = False
 
     def weights(self, source: Source, progress: float = 1.0) -> LossWeights:
@@ -83,7 +83,7 @@ class Objective:
 
     @property
     def held_out(self) -> LossWeights:
-        """Return the loss that is measured on held-out rows: the divergence alone."""
+        """Return the loss for held-out rows: the divergence alone."""
         raise NotImplementedError
 
     @property
@@ -92,24 +92,24 @@ class Objective:
         raise NotImplementedError
 
     def count(self, sequences: SequenceOf[Sequence]) -> int:
-        """Return what the sum over a step's sequences is divided by: response tokens, or sequences."""
+        """Return the divisor of the sum over a step's sequences: the number of response tokens, or of sequences."""
         return len(sequences) if self.per_sequence else sum(s.supervised for s in sequences)
 
     def begin_step(
         self, parts: SequenceOf[SourceBatch], log_probs: SequenceOf[TokenLogProbs], progress: float
     ) -> list[TokenWeights | None]:
-        """Prepare for a step, before ``weights`` is called, and return the weights of its tokens, part by part."""
+        """Prepare a step, before ``weights`` is called, and return the weights of its tokens for each part."""
         return [None] * len(parts)
 
     def observe(self, loss: float, progress: float) -> None:
-        """Take the step's loss, per unit of ``count``, after the optimizer's step."""
+        """Process the step's loss, per unit of ``count``, after the optimizer's step."""
 
     def figures(self) -> dict[str, float]:
-        """Return figures of the step beside its loss, by name, for the metrics."""
+        """Return additional figures of the step, by name, for the metrics."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what later steps depend on, as JSON values."""
+        """Return the state that later steps depend on, as JSON values."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -117,7 +117,7 @@ class Objective:
 
 
 class CrossEntropy(Objective):
-    """Cross-entropy alone: supervised fine-tuning."""
+    """Train with cross-entropy alone: supervised fine-tuning."""
 
     name = "CE"
     held_out = CROSS_ENTROPY
@@ -128,10 +128,9 @@ class CrossEntropy(Objective):
 
 
 class KD(Objective):
-    """(1 − kd_weight)·CE + kd_weight·D on data set rows and teacher samples, kd_weight·D on student outputs, whose tokens
-    are not labels.
+    """Train with (1 − kd_weight)·CE + kd_weight·D on data set rows and teacher samples, kd_weight·D on student outputs.
 
-    config: the recipe's ``objective`` section.
+    Student outputs have no cross-entropy because their tokens are not labels. config: the recipe's ``objective`` section.
     """
 
     def __init__(self, config: ObjectiveConfig):
@@ -142,8 +141,8 @@ class KD(Objective):
     def weights(self, source: Source, progress: float = 1.0) -> LossWeights:
         """Return the loss of a token of this source.
 
-        During ``kd_warmup`` the divergence's weight climbs, and cross-entropy has the rest: a skewed divergence hardly
-        pulls where the student gives the teacher's token no probability yet (its gradient there is bounded by q/α).
+        During ``kd_warmup`` the divergence's weight rises and cross-entropy has the rest. A skewed divergence has little
+        gradient while the student gives the teacher's token no probability (it is bounded by q/α).
         """
         kd = self.config.kd_weight
         if progress < self.config.kd_warmup:
@@ -173,11 +172,11 @@ class KD(Objective):
 
 
 class TAID(KD):
-    """TAID (arXiv 2501.16937): KL to a target that moves from near the student (t = taid_start) to the teacher (t = 1).
+    """Train with TAID (arXiv 2501.16937): KL to a target that moves from the student (t = taid_start) to the teacher (t = 1).
 
     After each step of loss L, with m the running mean of the loss's relative fall:
-    m ← μ m + (1−μ) (L_prev − L)/L_prev and t ← min(1, max(linear, t + rate·σ(m)·(1−t))); the first loss only becomes
-    L_prev. linear: straight from taid_start to 1 over the run.
+    m ← μ m + (1−μ) (L_prev − L)/L_prev and t ← min(1, max(linear, t + rate·σ(m)·(1−t))); the first loss only sets
+    L_prev. linear: a straight line from taid_start to 1 over the run.
     """
 
     def __init__(self, config: ObjectiveConfig):
@@ -191,7 +190,7 @@ class TAID(KD):
 
     @property
     def held_out(self) -> LossWeights:
-        """Return KL to the teacher, which means the same whatever t is."""
+        """Return KL to the teacher, which does not depend on t."""
         return LossWeights(kd=1.0, ce=0.0, divergence=KL())
 
     def observe(self, loss: float, progress: float) -> None:
@@ -215,7 +214,7 @@ class TAID(KD):
 
 
 class ATKD(KD):
-    """ATKD (arXiv 2402.11890): tokens the teacher is sure of teach their alternatives; the others teach everything.
+    """Train with ATKD (arXiv 2402.11890): easy tokens, of which the teacher is sure, have only the divergence of the others.
 
     A token is hard where the teacher's 1 − p(token) reaches the median of the whole step. The step's loss is
     α·mean over easy tokens of DKD + (1−α)·mean over hard tokens of (TKD + DKD), α = atkd_easy; see ``Decoupled``.
@@ -236,11 +235,11 @@ class ATKD(KD):
         N = len(log_p_N)
         if not N:
             return [None] * len(parts)
-        # 1 − p(token) ≥ its median, in terms of log p: as many tokens are as unsure, and none is lost to rounding 1 − p.
+        # 1 − p(token) ≥ its median, in terms of log p, which avoids rounding 1 − p.
         is_hard_N = log_p_N <= -(-log_p_N).median()
         hard = int(is_hard_N.sum())
         easy = self.config.atkd_easy
-        # The sum is divided by all N: a mean over a part of them is a sum that weighs N/part.
+        # The sum is divided by N, so a mean over a part of the tokens has weight N/part.
         w_hard = (1 - easy) * N / hard
         w_easy = easy * N / max(N - hard, 1)
         weights_N2 = torch.stack([torch.where(is_hard_N, w_hard, 0.0), torch.where(is_hard_N, w_hard, w_easy)], dim=-1)
@@ -248,12 +247,11 @@ class ATKD(KD):
 
 
 class FDistill(KD):
-    """f-distill (arXiv 2307.15190): the divergence by halves, each on the samples that its expectation is over.
+    """Train with f-distill (arXiv 2307.15190): each half of the divergence on the samples that its expectation is over.
 
     The expectation of a forward divergence is over the teacher's sequences, that of a reverse one over the student's. In a
-    step that has both, each half is a mean of its own before they are added up: with w the weight of the student's half
-    (½, in DistiLLM-2 rising to 1) the loss is (1−w)·mean over the teacher's part + w·mean over the student's, whichever of
-    them has more tokens.
+    step with both, each half is averaged separately: with w the weight of the student's half (½, in DistiLLM-2 rising to 1)
+    the loss is (1−w)·mean over the teacher's part + w·mean over the student's, independent of their numbers of tokens.
     """
 
     def __init__(self, config: ObjectiveConfig):
@@ -263,7 +261,7 @@ class FDistill(KD):
 
     @property
     def divergence_name(self) -> str:
-        """Return the names of both halves where the divergence is one of them: "skl + srkl"."""
+        """Return the names of both halves if the divergence is one of them: "skl + srkl"."""
         names = [_name_of(divergence) for _, divergence in self.divergence.halves()]
         is_half = self.config.divergence in names and names[0] != names[1]
         return " + ".join(names) if is_half else self.config.divergence
@@ -289,21 +287,20 @@ class FDistill(KD):
         if len(counts) == 2:
             w = self.student_weight(progress)
             total = sum(counts.values())
-            # The sum is divided by the whole step's count: a mean over a part is a sum that weighs total/part.
+            # The sum is divided by the whole step's count, so a mean over a part has weight total/part.
             self._shares = {FORWARD: (1 - w) * total / counts[FORWARD], REVERSE: w * total / counts[REVERSE]}
         return [None] * len(parts)
 
 
 class DistiLLM2(FDistill):
-    """DistiLLM-2 (arXiv 2503.07067): skew KL and skew reverse KL, whose skew follows how far student and teacher are apart
-    on a batch, and a growing student's half.
+    """Train with DistiLLM-2 (arXiv 2503.07067): skew KL and skew reverse KL with a skew that depends on the batch.
 
-    The gap of a sequence is p̄ − q̄ where the teacher wrote it and q̄ − p̄ where the student did, with p̄ and q̄ the geometric
+    The gap of a sequence is p̄ − q̄ for one from the teacher and q̄ − p̄ for one from the student, with p̄ and q̄ the geometric
     means of its tokens' probabilities, as in the authors' code. A half's α is 1 − (1−α₀)·m/gap, with the batch's mean gap
-    and m the mean over the epoch before, kept between LEAST_ALPHA and α₀; in the first epoch it is α₀. A batch without a
-    gap, or with one of the wrong sign, is as easy as can be. The student's half weighs w = ½ + progress/2.
+    and m the mean over the previous epoch, clamped between MIN_ALPHA and α₀; in the first epoch it is α₀. A batch whose gap
+    is not positive has the smallest α. The student's half has weight w = ½ + progress/2.
 
-    epochs: of the whole run; they tell from the progress when one ends.
+    epochs: number of epochs of the run, to find the end of an epoch from the progress.
     """
 
     needs_log_probs_of = ("teacher", "student")
@@ -313,8 +310,8 @@ class DistiLLM2(FDistill):
         self.epochs = epochs
         self.epoch = 0
         self.alphas = {FORWARD: config.alpha, REVERSE: config.alpha}
-        self.previous_gaps: dict[str, float] = {}  # mean gaps of the epoch before, by half
-        self.gap_sums: dict[str, list[float]] = {FORWARD: [0.0, 0.0], REVERSE: [0.0, 0.0]}  # of gaps, and how many
+        self.previous_gaps: dict[str, float] = {}  # mean gaps of the previous epoch, by half
+        self.gap_sums: dict[str, list[float]] = {FORWARD: [0.0, 0.0], REVERSE: [0.0, 0.0]}  # sum and number of gaps
 
     def student_weight(self, progress: float) -> float:
         return 0.5 + 0.5 * progress
@@ -344,7 +341,7 @@ class DistiLLM2(FDistill):
     def _alpha(self, half: str, gap: float) -> float:
         max_alpha = self.config.alpha
         previous_gap = self.previous_gaps.get(half, 0.0)
-        if previous_gap <= 0:  # the first epoch; or the student has caught up, and nothing tells easy from hard
+        if previous_gap <= 0:  # first epoch, or no gap on average
             return max_alpha
         if gap <= 0:
             return min(MIN_ALPHA, max_alpha)
@@ -362,7 +359,7 @@ class DistiLLM2(FDistill):
 
 def build(config: ObjectiveConfig | None, epochs: float = 1.0) -> Objective:
     """Build the objective of a recipe's ``objective`` section; None is fine-tuning. epochs: of the whole run."""
-    from distillm_cli.losses.minillm import MiniLLM  # which stands on this file
+    from distillm_cli.losses.minillm import MiniLLM  # imports this module
 
     if config is None:
         return CrossEntropy()
@@ -375,7 +372,7 @@ def build(config: ObjectiveConfig | None, epochs: float = 1.0) -> Objective:
 
 
 def half_of(source: Source) -> str:
-    """Return which half of a divergence a source's tokens measure: rows count as the teacher's, replay as rollouts."""
+    """Return the half of a divergence for the tokens of a source."""
     return REVERSE if source in STUDENT_OUTPUTS else FORWARD
 
 

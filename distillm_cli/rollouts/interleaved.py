@@ -1,10 +1,11 @@
 """Sample by speculative knowledge distillation (arXiv 2410.11325, Algorithm 1): the student drafts, the teacher corrects.
 
-The student drafts γ tokens; the teacher scores them in one pass. The first that is not among its K most likely tokens there
-is replaced by a token sampled from the teacher, the drafts after it are discarded, and the student continues from there. So
-the distribution of a token given its prefix is the student's, with the mass outside the teacher's top K moved to the
-teacher's distribution; γ changes how often the teacher runs and nothing else. Token t of a row is drafted and corrected
-with the t-th uniforms of the row's two Philox streams, so the outputs depend neither on γ nor on the batch composition.
+The student drafts γ tokens and the teacher scores them in one pass. The first one that is not among the teacher's K most
+likely tokens is replaced by a token sampled from the teacher, the drafts after it are discarded, and the student continues
+from there. The distribution of a token given its prefix is therefore the student's, with the mass outside the teacher's
+top K moved to the teacher's distribution. γ changes only how often the teacher runs. Token t of a row is drafted and
+corrected with the t-th uniforms of the row's two Philox streams, so the outputs depend neither on γ nor on the batch
+composition.
 
 Shape letters: B rows, G tokens drafted, T time, V vocabulary.
 """
@@ -34,7 +35,7 @@ from distillm_cli.types import Rollout, Sequence
 
 
 class RetractableDecoding(Decoding, Protocol):
-    """A batch being decoded whose latest tokens can be removed again."""
+    """Decode a batch and remove its latest tokens on request."""
 
     def logits_after(self, tokens_BG: Tensor) -> Tensor:
         """Append these tokens; return next-token logits [B, G, V], float32, after each."""
@@ -47,7 +48,7 @@ class Drafter(Decoder, Protocol):
     device: torch.device
 
     def decode_blocks(self, prompts: SequenceOf[np.ndarray]) -> RetractableDecoding | None:
-        """Decode as ``decode`` does; None for a model that cannot remove tokens, which then drafts one at a time."""
+        """Decode like ``decode``. Return None for a model that cannot remove tokens and has to draft one at a time."""
 
 
 class InterleavedSampler:
@@ -83,10 +84,10 @@ class InterleavedSampler:
         contexts = [model.context for model in (self.student, self.teacher) if model.context is not None]
         context = min(contexts, default=None)
         ids = [s.prompt for s in prompts]
-        token_limits = [max_response_tokens(len(p), self.drafting, context, self.max_length - len(p)) for p in ids]
+        limits = [max_response_tokens(len(p), self.drafting, context, self.max_length - len(p)) for p in ids]
         keys = [(step << 24) + i for i in range(len(prompts))]
         outputs = decode_in_groups(
-            len(prompts), self.width, lambda rows: self._sample_group(ids[rows], keys[rows], token_limits[rows])
+            len(prompts), self.width, lambda rows: self._sample_group(ids[rows], keys[rows], limits[rows])
         )
         return [Rollout(s.prompt, out.tokens, s.row) for s, out in zip(prompts, outputs, strict=True)]
 
@@ -103,15 +104,13 @@ class InterleavedSampler:
         student, teacher, max_draft = self._start(prompts)
         batch_rows, last_token_B = np.arange(B), None
         while len(batch_rows):
-            G = min(max_draft, int((token_limits_B - counts_B)[batch_rows].min()))  # never past a context
+            G = min(max_draft, int((token_limits_B - counts_B)[batch_rows].min()))  # stay within the context
             positions_BG = counts_B[batch_rows, None] + np.arange(G)
             drafts_BG = self._drafts(student, last_token_B, drafting_BT[batch_rows[:, None], positions_BG])
             is_invalid_BG = drafts_BG < 0  # replaced by token 0 until it is checked below
             drafts_BG.clamp_min_(0)
             teacher_logits_BGV = _teacher_logits(teacher, last_token_B, drafts_BG)
-            accepted_B = self._count_accepted(
-                teacher_logits_BGV, drafts_BG
-            )  # drafted tokens before the first rejected one
+            accepted_B = self._count_accepted(teacher_logits_BGV, drafts_BG)  # tokens before the first rejected one
             is_corrected_B = accepted_B < G
             last_B = accepted_B.clamp_max(G - 1)
             rows_B = torch.arange(len(batch_rows), device=last_B.device)
@@ -128,7 +127,7 @@ class InterleavedSampler:
                 counts_B[row] += size
             last_token_B = drafts_BG[rows_B, last_B]
             if G > 1:
-                surplus_B = G - 1 - last_B  # after a corrected token; neither model has read the last draft
+                surplus_B = G - 1 - last_B  # neither model has processed the last draft
                 student.retract(surplus_B)
                 teacher.retract(surplus_B)
             is_unfinished = ~complete_B[batch_rows] & (counts_B[batch_rows] < token_limits_B[batch_rows])

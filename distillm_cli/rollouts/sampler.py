@@ -1,8 +1,8 @@
 """Sample responses from a model: student rollouts, ``generate`` and ``eval`` all go through ``sample``.
 
 Each row has its own randomness: token t of row (seed, row) is drawn with the t-th uniform of a Philox stream keyed by that
-pair, against the cumulative sum of the row's probabilities. One uniform replaces a vocabulary of random numbers, and the
-other rows of the batch cannot change a row's sample (beyond the rounding of a differently shaped matmul).
+pair, against the cumulative sum of the row's probabilities. One uniform replaces one random number per vocabulary entry,
+and the other rows of the batch do not change a row's sample (except for the rounding of a differently shaped matmul).
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from distillm_cli.utils.memory import retry_halved
 
 
 class Decoding(Protocol):
-    """One batch being decoded, with its key-value cache."""
+    """Decode one batch, with its key-value cache."""
 
     def logits(self, tokens_B: Tensor | None) -> Tensor:
-        """Return next-token logits [B, V], float32. None prefills the prompts; afterwards the tokens just chosen."""
+        """Return next-token logits [B, V], float32. None prefills the prompts; later calls pass the chosen tokens."""
 
     def keep(self, rows_B: Tensor) -> None:
-        """Continue with these rows only."""
+        """Continue with only these rows."""
 
 
 class Decoder(Protocol):
-    """Decode with a model; ``context`` is its longest sequence, None when unbounded.
+    """Decode with a model. ``context`` is its longest sequence, None if unbounded.
 
-    is_encoder_decoder: prompt and response are two texts. ``no_repeat_ngram_size`` then counts in the response alone.
-    forced_first: the token that every response begins with, None for none.
+    is_encoder_decoder: prompt and response are separate, and ``no_repeat_ngram_size`` applies to the response alone.
+    forced_first: the first token of every response, None for none.
     """
 
     context: int | None
@@ -52,11 +52,11 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SampledOutput:
-    """One output: token ids (int32), the stop token included when it is complete.
+    """Hold one output: token ids (int32), with the stop token if it is complete.
 
-    complete: False where the length limit cut it. entropy: mean entropy in nats of the model's own next-token
-    distributions (temperature 1, nothing filtered) over the output's tokens; None unless asked for. log_probs_NK: [tokens,
-    K], float32, log-probabilities of each token as the decoding gives them; None unless asked for.
+    complete: False if the length limit cut it. entropy: mean entropy in nats of the model's unfiltered next-token
+    distributions (temperature 1) over the output's tokens; None unless requested. log_probs_NK: [tokens, K], float32,
+    log-probabilities of each token from the decoding; None unless requested.
     """
 
     tokens: np.ndarray
@@ -66,18 +66,18 @@ class SampledOutput:
 
 
 class Sampler(Protocol):
-    """Sample a model's outputs during training; the built-in sampler is one, another engine may be."""
+    """Sample a model's outputs during training, by the built-in sampler or another engine."""
 
     def sample(self, prompts: SequenceOf[Sequence], step: int) -> list[Rollout]:
-        """Return a response to each prompt by the model as it is now; the prompts' own responses are ignored."""
+        """Return a response of the current model to each prompt. The prompts' own responses are ignored."""
 
 
 class ModelSampler:
     """Sample with a model in this process.
 
     config: the recipe's ``rollout`` section. max_length: prompt + response, tokens. seed: with the step it fixes the draw.
-    by_row: a row's randomness is (seed, step, row), whatever is drawn with it; otherwise its index in the draw counts.
-    with_log_probs: rollouts carry the log-probabilities that the decoding gives of their tokens.
+    by_row: a row's randomness is (seed, step, row); otherwise (seed, step, index in the draw). with_log_probs: rollouts
+    carry the log-probabilities of their tokens from the decoding.
     """
 
     def __init__(
@@ -122,9 +122,9 @@ def _rollout(prompt: Sequence, output: SampledOutput) -> Rollout:
 
 
 class DecodeWidth:
-    """How many rows are decoded together: all of them until memory runs out, then half as many, and so on.
+    """Hold the number of rows that are decoded together: all until memory runs out, then half as many, and so on.
 
-    Kept from one draw to the next, so that memory does not run out at every draw.
+    It is shared by successive draws, so that memory does not run out in every draw.
     """
 
     def __init__(self, listener: Listener = silent):
@@ -132,7 +132,7 @@ class DecodeWidth:
         self.listener = listener
 
     def halve(self, rows: int) -> None:
-        """Decode half as many rows from now on: memory ran out with ``rows``, at least two."""
+        """Halve the number of rows after memory ran out with ``rows``, at least two."""
         self.rows = rows // 2
         self.listener(Warned(f"out of memory while decoding {rows} rows side by side: going on with {self.rows}"))
 
@@ -149,18 +149,18 @@ def sample(
     with_log_probs: bool = False,
     width: DecodeWidth | None = None,
 ) -> list[SampledOutput]:
-    """One output per prompt, decoded side by side; finished rows leave the batch.
+    """Sample one output per prompt, decoded in one batch. Finished rows are removed from the batch.
 
-    seeds: (seed, row) per prompt. limits: most new tokens per row, beside ``sampling.max_new_tokens`` and the context.
-    with_log_probs: return log-probabilities of the chosen tokens; the decoding then has ``log_probs(tokens_B)``, [B, K].
-    width: how many rows fit into memory, as far as is known; with less, the same outputs are made in smaller groups.
-    Raises DataError where a prompt leaves no room for a single new token, NonFiniteError where the logits are not finite.
+    seeds: (seed, row) per prompt. limits: largest number of new tokens per row, in addition to
+    ``sampling.max_new_tokens`` and the context. with_log_probs: return log-probabilities of the chosen tokens; the decoding
+    then has ``log_probs(tokens_B)``, [B, K]. width: number of rows that fit into memory; if it is smaller than the batch,
+    the same outputs are sampled in groups. Raise DataError if a prompt leaves no room for a new token, NonFiniteError if
+    the logits are not finite.
     """
-    context = decoder.context
-    token_limits = [
-        max_response_tokens(len(p), sampling, context, None if limits is None else limits[i])
-        for i, p in enumerate(prompts)
-    ]
+    token_limits = []
+    for i, prompt in enumerate(prompts):
+        limit = None if limits is None else limits[i]
+        token_limits.append(max_response_tokens(len(prompt), sampling, decoder.context, limit))
     return decode_in_groups(
         len(prompts),
         width or DecodeWidth(),
@@ -173,12 +173,12 @@ def sample(
 def decode_in_groups(
     count: int, width: DecodeWidth, decode: Callable[[slice], list[SampledOutput]]
 ) -> list[SampledOutput]:
-    """Return the outputs of ``count`` rows, made together or, where memory runs out, in smaller groups."""
+    """Return the outputs of ``count`` rows, decoded together or, if memory runs out, in smaller groups."""
     outputs: list[SampledOutput] = []
 
     def rows() -> int:
-        is_unfinished = count - len(outputs)
-        return is_unfinished if width.rows is None else min(width.rows, is_unfinished)
+        remaining = count - len(outputs)
+        return remaining if width.rows is None else min(width.rows, remaining)
 
     def halve() -> bool:
         if rows() == 1:
@@ -203,21 +203,29 @@ def _decode_batch(
     entropy: bool,
     with_log_probs: bool,
 ) -> list[SampledOutput]:
-    """Decode rows together. rooms: most new tokens of each row, at least one."""
-    B, horizon = len(prompts), max(token_limits)
-    lengths_B, token_limits_B = np.array([len(p) for p in prompts]), np.array(token_limits)
-    uniforms_BT, context = uniforms(seeds, horizon), decoder.context  # asked once: a config is slow to answer
+    """Decode rows together. token_limits: largest number of new tokens of each row, at least one."""
+    B = len(prompts)
+    horizon = max(token_limits)
+    lengths_B = np.array([len(p) for p in prompts])
+    token_limits_B = np.array(token_limits)
+    uniforms_BT = uniforms(seeds, horizon)
+    context = decoder.context  # read once: config attributes are slow
     ngrams = None
     if sampling.no_repeat_ngram_size:
-        # An encoder's text is another one than the response: a summary may quote it.
+        # The input of an encoder is not part of the response: a summary may quote it.
         ngrams = [_NGrams(sampling.no_repeat_ngram_size, p[:0] if decoder.is_encoder_decoder else p) for p in prompts]
     stops = np.array(sorted(decoder.stop_ids), dtype=np.int64)
     tokens_BT = np.zeros((B, horizon), dtype=np.int32)
-    counts_B, entropies_B = np.zeros(B, dtype=np.int64), np.zeros(B)
-    complete_B, done_B = np.zeros(B, dtype=bool), np.zeros(B, dtype=bool)
+    counts_B = np.zeros(B, dtype=np.int64)
+    entropies_B = np.zeros(B)
+    complete_B = np.zeros(B, dtype=bool)
+    done_B = np.zeros(B, dtype=bool)
     log_probs: list[list[np.ndarray]] = [[] for _ in prompts]
 
-    decoding, batch_rows, chosen, forced = decoder.decode(prompts), np.arange(B), None, decoder.forced_first
+    decoding = decoder.decode(prompts)
+    batch_rows = np.arange(B)  # rows that are still in the batch
+    chosen = None
+    forced = decoder.forced_first
     for t in range(horizon):
         logits_BV = decoding.logits(chosen)
         active = batch_rows[~done_B[batch_rows]]
@@ -244,8 +252,8 @@ def _decode_batch(
         is_unfinished = ~done_B[batch_rows]
         if not is_unfinished.any():
             break
-        # Dropping rows copies the cache: worth it once an eighth has finished, and due before a finished row's position
-        # leaves the context.
+        # Removing rows copies the cache. It pays off once an eighth has finished, and it is necessary before the position
+        # of a finished row exceeds the context.
         exceeds_context = context is not None and lengths_B[batch_rows].max() + t + 2 > context
         if not is_unfinished.all() and (is_unfinished.mean() <= 7 / 8 or exceeds_context):
             rows = torch.from_numpy(np.flatnonzero(is_unfinished)).to(chosen.device)
@@ -276,7 +284,7 @@ def sample_all(
 ) -> Iterator[tuple[int, SampledOutput]]:
     """Yield (index, output) for every prompt, in batches of similar length, so not in input order.
 
-    rows: the second half of each row's random key; the prompt's index when absent.
+    rows: the second half of each row's random key. [default: the prompt's index]
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     width = DecodeWidth(listener)
@@ -290,10 +298,10 @@ def sample_all(
 
 
 def _entropy(logits_BV: Tensor) -> Tensor:
-    """Return −Σ p log p with p as the softmax leaves it, and no second pass of exponentials: log p = x − log Z."""
+    """Return −Σ p log p, without a second pass of exponentials: log p = x − log Z."""
     shifted_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
     p_BV = shifted_BV.softmax(-1)
-    # exp(0) / Z is the likeliest token's. A logit of −inf is no token: 0 · −inf would be nan.
+    # The likeliest token has p = exp(0) / Z. Logits of −inf are clamped, since 0 · −inf is nan.
     log_z_B = -p_BV.amax(-1).log()
     return log_z_B - torch.linalg.vecdot(p_BV, shifted_BV.clamp_min_(torch.finfo(torch.float32).min))
 
@@ -301,8 +309,8 @@ def _entropy(logits_BV: Tensor) -> Tensor:
 def uniforms(seeds: SequenceOf[tuple[int, int]], count: int) -> np.ndarray:
     """Return uniforms in [0, 1), [B, count]: the beginning of the Philox stream of each row's key.
 
-    One generator is set to each key in turn: making a new one asks the operating system for a seed and costs five times as
-    much as the numbers.
+    One generator is set to each key in turn: creating a new one reads a seed from the operating system and costs five times
+    as much as the numbers.
     """
     philox = np.random.Philox(key=0)
     random, start = np.random.Generator(philox), philox.state
@@ -315,25 +323,26 @@ def uniforms(seeds: SequenceOf[tuple[int, int]], count: int) -> np.ndarray:
 
 
 def max_response_tokens(prompt: int, sampling: Sampling, context: int | None, limit: int | None) -> int:
-    """Return the most new tokens after a prompt of ``prompt`` tokens. Raises DataError where there is no room for one."""
-    limit = sampling.max_new_tokens
+    """Return the largest number of new tokens after a prompt of ``prompt`` tokens. Raise DataError if it is 0."""
+    tokens = sampling.max_new_tokens
     if context is not None:
-        limit = min(limit, context - prompt)
+        tokens = min(tokens, context - prompt)
     if limit is not None:
-        limit = min(limit, limit)
-    if limit < 1:
+        tokens = min(tokens, limit)
+    if tokens < 1:
         raise DataError(
             f"a prompt of {prompt} tokens leaves no room for a response in {context if limit is None else limit + prompt}",
             hint="shorten the prompt, or lower data.max_prompt_length so that such rows are dropped",
         )
-    return limit
+    return tokens
 
 
 class _NGrams:
-    """The n-grams of one row so far, for ``no_repeat_ngram_size``."""
+    """Collect the n-grams of one row, for ``no_repeat_ngram_size``."""
 
     def __init__(self, n: int, prompt: np.ndarray):
-        self.n, self.tokens = n, []
+        self.n = n
+        self.tokens: list[int] = []
         self.following: dict[tuple[int, ...], set[int]] = defaultdict(set)
         for token in prompt.tolist():
             self.append_token(token)

@@ -663,7 +663,7 @@ def test_aliases_cannot_blow_a_recipe_up(recipe):
         ("teacher: {quantize: 3bit}", "teacher.quantize = 3bit; expected one of none, 8bit, 4bit"),
         (
             '{teacher: {quantize: 4bit}, student: {path: "layers:2"}}',
-            "teacher.quantize = 4bit; teacher.quantize 4bit: student layers:2 copies the teacher's layers",
+            "teacher.quantize = 4bit; teacher.quantize 4bit: student layers:2 would copy quantized layers",
         ),
     ],
 )
