@@ -172,7 +172,7 @@ class KD(Objective):
 
 
 class TAID(KD):
-    """Train with TAID (arXiv 2501.16937): KL to a target that moves from the student (t = taid_start) to the teacher (t = 1).
+    """Train with TAID (arXiv 2501.16937): KL to a target that moves from the student (t₀) to the teacher (1).
 
     After each step of loss L, with m the running mean of the loss's relative fall:
     m ← μ m + (1−μ) (L_prev − L)/L_prev and t ← min(1, max(linear, t + rate·σ(m)·(1−t))); the first loss only sets

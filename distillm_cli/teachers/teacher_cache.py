@@ -1,11 +1,11 @@
 """Cache the teacher's states of a data set on disk: computed once, read by every run with the same teacher and rows.
 
-    TEACHER-ROWS/      the beginnings of two SHA-256: of the teacher, and of every token of every row
-      states.bin       hidden states, rows in order, the teacher's own dtype
-      states.json      both sums in full, shape, size and SHA-256 of states.bin, and whose states they are
+    TEACHER-ROWS/      prefixes of two SHA-256: of the teacher, and of every token of every row
+      states.bin       hidden states, rows in order, in the teacher's own dtype
+      states.json      both digests, shape, size and SHA-256 of states.bin, names of the teacher and the data
 
-It is written beside its place, flushed and renamed, so it is whole or absent. All rows are computed beforehand, in an order
-that depends on nothing else: runs with other seeds or batch sizes read the same bits.
+It is written to a temporary directory, flushed and renamed, so it is complete or absent. All rows are computed before
+training, in an order that depends on the rows alone: runs with other seeds or batch sizes read the same bits.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ CACHE_FORMAT = 2
 STATES = "states.bin"
 METADATA = "states.json"
 _FIELD_TYPES = {"teacher": str, "rows": str, "tokens": int, "width": int, "dtype": str, "sha256": str, "of": dict}
-REBUILD = "make it anew with --rebuild-teacher-cache"
+REBUILD = "rebuild it with --rebuild-teacher-cache"
 _ALTERNATIVES = "give another --set teacher.cache_dir=DIR, or --teacher-cache memory or off"
 _BATCH_TOKENS = 4096  # token positions in one batch
-_CHECKSUM_BYTES = 1 << 26  # bytes checked between two signs of progress
+_CHECKSUM_BYTES = 1 << 26  # bytes between two progress events
 
 
 @dataclass(frozen=True, slots=True)
 class CacheKey:
-    """Name the states: SHA-256 of the teacher and of the rows, each in hex."""
+    """Identify the states by the SHA-256 of the teacher and of the rows, each in hex."""
 
     teacher: str
     rows: str
@@ -55,7 +55,7 @@ class CacheKey:
 
 
 def rows_digest(sequences: SequenceOf[Sequence]) -> str:
-    """Return the SHA-256 of every token of every row: tokenizer, template, rows, their order and lengths shape it."""
+    """Return the SHA-256 of every token of every row. It depends on tokenizer, template, rows, order and lengths."""
     digest = hashlib.sha256(b"rows")
     for s in sequences:
         digest.update(f"{len(s.prompt)} {len(s.response)} ".encode())
@@ -66,9 +66,9 @@ def rows_digest(sequences: SequenceOf[Sequence]) -> str:
 
 
 def teacher_digest(model: nn.Module, config: str) -> str:
-    """Return the SHA-256 of all that shapes the states beside the rows: weights, their types, the vocabulary's cut.
+    """Return the SHA-256 of the teacher: weights, their dtypes, the size of the vocabulary and the config.
 
-    config: settings that the weights do not hold, such as a rotary base.
+    config: settings that are not in the weights, such as a rotary base.
     """
     digest = hashlib.sha256(f"teacher {CACHE_FORMAT} {model.vocab} {model.head().weight_VD is None} {config}".encode())
     for name, tensor in model.state_dict().items():
@@ -85,9 +85,9 @@ def cache_root(cache_dir: str | None) -> Path:
 
 
 def cached_date(root: Path, teacher: str, data: str) -> str | None:
-    """Return the date in the prompts of the newest cache of a teacher and a data set; None where there is none.
+    """Return the date in the prompts of the newest cache of a teacher and a data set; None if there is no cache.
 
-    A run whose chat template writes the current date takes this one, so that the cache is used on later days too.
+    A run whose chat template writes the current date uses this one instead, so that the cache is valid on later days.
     """
     found = []
     for metadata in [*root.glob(f"*/{METADATA}"), root / METADATA]:
@@ -101,12 +101,12 @@ def cached_date(root: Path, teacher: str, data: str) -> str | None:
 
 
 def cache_directory(root: Path, key: CacheKey) -> Path:
-    """Return the cache's directory, which need not exist: one in ``root``, or ``root`` itself where it is a cache."""
+    """Return the cache's directory, which may not exist: a subdirectory of ``root``, or ``root`` itself if it is a cache."""
     return root if (root / METADATA).exists() else root / key.name
 
 
 def check_space(directory: Path, size: int) -> None:
-    """Raise StorageError where ``size`` more bytes would not fit beside ``place``, or nothing can be written there."""
+    """Raise StorageError if ``size`` more bytes do not fit next to ``directory``, or if it cannot be written."""
     with _storing(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(directory.parent).free
@@ -129,11 +129,10 @@ def write_cache(
     size: int = 0,
     rebuild: bool = False,
 ) -> bool:
-    """Compute the states of all rows into ``place``; return False where another process did so while this one waited.
+    """Compute the states of all rows into ``directory``. Return False if another process did so while this one waited.
 
-    of: names for people: the teacher's, the data's. size: bytes that they will take. rebuild: replaces what is there. Raises
-    StorageError when the disk refuses, or has less room than that; nothing is visible then, and what was there before is
-    untouched.
+    of: readable names of the teacher and the data. size: number of bytes needed. rebuild: replace an existing cache. Raise
+    StorageError if the disk cannot be written or has less free space; an existing cache is then unchanged.
     """
 
     def busy() -> None:
@@ -141,14 +140,14 @@ def write_cache(
 
     with _storing(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
-        # One writer at a time: the others of a sweep wait, and find the cache made.
+        # One writer at a time: the other runs of a sweep wait and then find the finished cache.
         with locked(directory.with_name(f".{directory.name}.lock"), busy) as is_alone:
             if directory.exists() and not rebuild:
                 return False
             _check_nothing_else(directory)
             if is_alone:
                 sweep(directory.parent, directory.name)
-            check_space(directory, size)  # only here: what a writer that was killed had filled is free again
+            check_space(directory, size)  # after the sweep has freed the space of killed writers
             with atomic_directory(directory) as staged:
                 _write_files(staged, key, teacher, sequences, device, listener, of)
     return True
@@ -157,9 +156,9 @@ def write_cache(
 def read_cache(
     directory: Path, key: CacheKey, sequences: SequenceOf[Sequence], listener: Listener = silent
 ) -> HiddenStateTable:
-    """Return the states, memory-mapped: several processes share one copy. Every byte is compared with its sum first.
+    """Return the states, memory-mapped, so that several processes share one copy. The SHA-256 is checked first.
 
-    Raises CheckpointError for a cache that is damaged, incomplete, or of another teacher or other rows.
+    Raise CheckpointError for a cache that is damaged, incomplete, or of another teacher or other rows.
     """
     try:
         metadata = _read_metadata(directory)
@@ -184,7 +183,7 @@ def read_cache(
 
 
 def _read_metadata(directory: Path) -> dict:
-    """Return the content of states.json. Raises ValueError, in words, where this version does not write such a file."""
+    """Return the content of states.json. Raise ValueError with a description if it is not valid for this version."""
     try:
         metadata = json.loads((directory / METADATA).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -200,7 +199,7 @@ def _read_metadata(directory: Path) -> dict:
 
 
 def _mismatch(metadata: dict, key: CacheKey) -> str | None:
-    """Return whose cache it is, where it is not the expected one; else None."""
+    """Describe the cache if it is not the expected one; else return None."""
     if metadata["format"] != CACHE_FORMAT:
         return f"another version of distillm (format {metadata['format']}, this one reads {CACHE_FORMAT})"
     if metadata["teacher"] != key.teacher:
@@ -211,7 +210,7 @@ def _mismatch(metadata: dict, key: CacheKey) -> str | None:
 
 
 def _write_files(staged: Path, key: CacheKey, teacher: LocalTeacher, sequences, device, listener: Listener, of) -> None:
-    """Write states.bin and states.json, with calls that can report a full disk; a memory map would be killed."""
+    """Write states.bin and states.json with calls that report a full disk, which a memory map does not."""
     with (staged / STATES).open("wb", buffering=0) as file:
         width, dtype = _compute(file, teacher, sequences, device, listener)
         os.fsync(file.fileno())
@@ -232,7 +231,7 @@ def _write_files(staged: Path, key: CacheKey, teacher: LocalTeacher, sequences, 
 
 
 def _compute(file: RawIOBase, teacher: LocalTeacher, sequences, device, listener: Listener) -> tuple[int, torch.dtype]:
-    """Write all rows' states to their places in ``file``, the longest first, in large batches; return width and dtype."""
+    """Write the states of all rows to ``file``, computing the longest first in large batches; return width and dtype."""
     ends = torch.tensor([s.supervised for s in sequences]).cumsum(0).tolist()
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True)
     position, hidden_ND = 0, None
@@ -255,7 +254,7 @@ def _write_at(file: RawIOBase, offset: int, data: memoryview) -> None:
 
 
 def _raw(tensor: Tensor) -> memoryview:
-    """Return a contiguous tensor's bytes, not copied."""
+    """Return a contiguous tensor's bytes without a copy."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())
 
 
@@ -270,7 +269,7 @@ def _sha256_of(path: Path, listener: Listener = silent) -> str:
 
 
 def _check_nothing_else(directory: Path) -> None:
-    """Raise StorageError where the directory to be replaced holds more than a cache: the user's own files are in it."""
+    """Raise StorageError if the directory to be replaced has files that are not part of a cache."""
     others = (
         sorted(p.name for p in directory.iterdir() if p.name not in (STATES, METADATA)) if directory.is_dir() else []
     )
