@@ -180,7 +180,9 @@ class Console:
                 self._staged = event if "now" in event.states else None
                 return []
             case RunStarted():
-                self._run, self._running, self._logged_at = RunState(event, now), True, -math.inf
+                self._run = RunState(event, now)
+                self._running = True
+                self._logged_at = -math.inf
                 return [_started(event)]
             case RunEnded():
                 line = _ended(event, self._run)
