@@ -36,7 +36,7 @@ _BY_SOURCE = UsedWhen(
 
 
 class ObjectiveConfig(DivergenceConfig):
-    """The divergence between next-token distributions, per supervised token (METHODS A).
+    """Configure the divergence between next-token distributions, per supervised token (METHODS A).
 
     ``ObjectiveConfig(divergence="skl", alpha=0.3)`` returns the member with that divergence's parameters.
     """
