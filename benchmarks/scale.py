@@ -77,8 +77,8 @@ def rows_case(rows: int) -> dict:
     fields = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
     teacher = LocalTeacher(Backbone(tiny.model("llama", len(tokenizer), **fields), tokenizer))
     with tempfile.TemporaryDirectory() as directory:
-        key = teacher_cache.Key("scale", str(rows))
-        place = teacher_cache.place_of(Path(directory), key)
+        key = teacher_cache.CacheKey("scale", str(rows))
+        place = teacher_cache.cache_directory(Path(directory), key)
         began = time.perf_counter()
         teacher_cache.write_cache(place, key, teacher, sequences, torch.device("cpu"), lambda event: None, of={})
         filled = time.perf_counter()

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Iterable, Iterator
 
 from distillm_cli import plugins
-from distillm_cli.config.explain import expected, leaves, shown
+from distillm_cli.config.explain import expected_values, format_value, leaves
 from distillm_cli.config.methods import METHODS
 from distillm_cli.config.schedule import SCHEDULE
 from distillm_cli.config.shortcuts import FIELD_FLAGS
@@ -94,8 +94,8 @@ def page() -> Iterator[str]:
     rows = (
         (
             f"`{key}`" + (f" `{flags[key]}`" if key in flags else ""),
-            expected(key),
-            f"`{shown(field.default)}`",
+            expected_values(key),
+            f"`{format_value(field.default)}`",
             field.description or "",
         )
         for key, field in leaves().items()

@@ -66,9 +66,9 @@ def show_method(name: MethodName, as_json: options.Json = False, debug: options.
     from distillm_cli.config.methods import METHODS
 
     if name not in METHODS:
-        from distillm_cli.config.explain import nearest_word
+        from distillm_cli.config.explain import nearest_choice
 
-        close = nearest_word(name, list(METHODS))
+        close = nearest_choice(name, list(METHODS))
         hint = f"did you mean {close}?" if close else "`distillm methods` lists them"
         raise UsageError(f"no method named {name}", where=f"there are {', '.join(METHODS)}", hint=hint)
     method = METHODS[name]
@@ -83,7 +83,7 @@ def show_method(name: MethodName, as_json: options.Json = False, debug: options.
 
 def _facts(method: Method) -> dict[str, Any]:
     """Return a method as a row of the table, and as ``--json`` prints it."""
-    from distillm_cli.config.ownership import objective_words
+    from distillm_cli.config.field_usage import describe_objective
 
     recipe = _resolved(method).recipe
     return {
@@ -91,7 +91,7 @@ def _facts(method: Method) -> dict[str, Any]:
         "verb": method.verb,
         "summary": method.summary,
         "paper": method.paper,
-        "objective": method.objective or objective_words(recipe.objective),
+        "objective": method.objective or describe_objective(recipe.objective),
         "sequences": method.trains_on(recipe.schedule.kind),
         "needs": list(method.needs),
     }
@@ -108,20 +108,20 @@ def _keys(method: Method, resolved: Resolved) -> list[str]:
     from functools import partial
 
     from distillm_cli.config.explain import leaves
-    from distillm_cli.config.ownership import parameters, value_of
+    from distillm_cli.config.field_usage import parameters, value_of
 
     own = {*method.preset, *parameters(partial(value_of, resolved.recipe))}
     return [key for key in leaves() if key in own]
 
 
 def _parameter(key: str, resolved: Resolved) -> dict[str, Any]:
-    from distillm_cli.config.explain import expected, leaves
-    from distillm_cli.config.ownership import value_of
+    from distillm_cli.config.explain import expected_values, leaves
+    from distillm_cli.config.field_usage import value_of
 
     return {
         "value": value_of(resolved.recipe, key),
         "from": resolved.origin[key],
-        "expected": expected(key),
+        "expected": expected_values(key),
         "means": leaves()[key].description,
     }
 
@@ -129,7 +129,7 @@ def _parameter(key: str, resolved: Resolved) -> dict[str, Any]:
 def _page(facts: dict[str, Any]) -> Iterator[str]:
     from textwrap import wrap
 
-    from distillm_cli.config.explain import shown
+    from distillm_cli.config.explain import format_value
 
     yield f"{facts['name']}: {facts['summary']}"
     yield ""
@@ -142,7 +142,7 @@ def _page(facts: dict[str, Any]) -> Iterator[str]:
         yield ""
         yield title
         for key, parameter in picked.items():
-            yield f"  {key} = {shown(parameter['value'])}    ({parameter['expected']})"
+            yield f"  {key} = {format_value(parameter['value'])}    ({parameter['expected']})"
             yield from (f"      {line}" for line in wrap(parameter["means"], 100))
     yield ""
     yield "Example"

@@ -21,7 +21,7 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 import annotated_types
 import typer
 
-from distillm_cli.config.explain import choices, kinds, leaves, shown, takes_list
+from distillm_cli.config.explain import choices, format_value, leaves, plain_types, takes_list
 from distillm_cli.config.methods import METHODS
 from distillm_cli.config.shortcuts import FieldFlag, Flag, field_flags
 from distillm_cli.data.known import names
@@ -83,13 +83,13 @@ def option_help(entry: FieldFlag) -> str:
     if words and not _is_number(key):
         sentence += f": {', '.join(words)}"
     sentence += _range(key, entry.metavar)
-    default = "sampled" if entry.off == "--sampled" else shown(field.default, by_flag=True)
+    default = "sampled" if entry.off == "--sampled" else format_value(field.default, by_flag=True)
     is_shown = field.default not in (None, ()) and (field.default is not False or entry.off is not None)
     return _escaped(f"{sentence}.") + (rf" [dim]\[default: {_escaped(default)}][/]" if is_shown else "")
 
 
 def _is_number(key: str) -> bool:
-    return bool(kinds(leaves()[key].annotation) & {int, float}) and not takes_list(key)
+    return bool(plain_types(leaves()[key].annotation) & {int, float}) and not takes_list(key)
 
 
 def _range(key: str, metavar: str) -> str:
@@ -109,10 +109,10 @@ def _option(entry: FieldFlag) -> Any:
     """Return the annotation of a command's parameter for this flag."""
     key = entry.keys[0]
     words = option_words(entry)
-    numbers = kinds(leaves()[key].annotation) & {int, float}
+    numbers = plain_types(leaves()[key].annotation) & {int, float}
     keywords: dict[str, Any] = {}
     kind: Any = str
-    if kinds(leaves()[key].annotation) == {bool}:
+    if plain_types(leaves()[key].annotation) == {bool}:
         kind = bool
     elif takes_list(key):
         kind = list[str]

@@ -104,7 +104,7 @@ def run_stages(
             return
         stages = {
             stage.name: {"verb": stage.verb, "state": states[stage.name].kind, "why": states[stage.name].why}
-            | {"recipe": stage.own.model_dump(mode="json") | stage.resolved.recipe.model_dump(mode="json")}
+            | {"recipe": stage.config.model_dump(mode="json") | stage.resolved.recipe.model_dump(mode="json")}
             for stage in pipeline.stages
         }
         print_json({"command": "run", "status": "ok", "output": str(place), "stages": stages})

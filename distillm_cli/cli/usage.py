@@ -66,7 +66,7 @@ def explained(problem: Any, argv: list[str]) -> UsageError:
 
 def _with_field(plain: UsageError, flag: str, raw: str | None, path: str) -> UsageError:
     """Return the error with the values that the recipe's field takes and a hint, if the flag stands for a field."""
-    from distillm_cli.config.explain import expected, what_to_try
+    from distillm_cli.config.explain import expected_values, suggest_fix
 
     verb = path.split()[-1]
     keys = next((entry.keys for entry in field_flags(verb) if entry.flag == flag), None)
@@ -75,8 +75,8 @@ def _with_field(plain: UsageError, flag: str, raw: str | None, path: str) -> Usa
     value: Any = raw
     with suppress(TypeError, ValueError):
         value = float(raw)
-    hint = what_to_try(keys[0], value, verb, flag)
-    return UsageError(plain.what, where=f"expected {expected(keys[0])}", hint=hint)
+    hint = suggest_fix(keys[0], value, verb, flag)
+    return UsageError(plain.what, where=f"expected {expected_values(keys[0])}", hint=hint)
 
 
 def _clause(message: str) -> str:

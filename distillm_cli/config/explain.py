@@ -1,4 +1,4 @@
-"""The schema in plain words: what a field expects, which name was meant, what to try instead."""
+"""Describe the schema in plain words: the values of a field, the nearest valid name, a fix for a bad value."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ def _walk_union(union: TaggedUnion, prefix: str) -> Iterator[tuple[str, FieldInf
 def leaves() -> dict[str, FieldInfo]:
     """Return every key that a recipe may have: dotted key → its pydantic field, in the schema's order.
 
-    Of a union these are the keys of all members. A key that several have is described as in the first.
+    A union contributes the keys of all members. A key of several members has the description of the first.
     """
     return dict(_walk(Recipe, ""))
 
 
 @cache
-def sections() -> dict[str, list[str]]:
-    """Return the names of the keys of every section, by the section's own dotted key; "" is the whole recipe."""
+def section_keys() -> dict[str, list[str]]:
+    """Return the key names of every section, by the section's dotted key; "" is the whole recipe."""
     found: dict[str, dict[str, None]] = {}
     for key in leaves():
         parts = key.split(".")
@@ -77,9 +77,9 @@ def sections() -> dict[str, list[str]]:
 
 @cache
 def condition(key: str) -> UsedWhen | None:
-    """Return what decides whether a run uses the field; None where every run does.
+    """Return the condition under which a run uses the field; None if every run does.
 
-    For a field of a union that is the value of the tag, together with the conditions of the members that have the field.
+    For a field of a union it combines the value of the tag with the conditions of the members that have the field.
     """
     section, _, name = key.rpartition(".")
     union = union_of(Recipe.model_fields[section]) if section in Recipe.model_fields else None
@@ -87,25 +87,25 @@ def condition(key: str) -> UsedWhen | None:
         return _used_when(leaves()[key])
     holders = union.fields(name)
     conditions = {tag: _used_when(field) for tag, field in holders.items()}
-    ways_of = {tag: used_when.ways if used_when else ({},) for tag, used_when in conditions.items()}
+    ways_of = {tag: used_when.alternatives if used_when else ({},) for tag, used_when in conditions.items()}
     tags_of: dict[tuple, list[str]] = {}
     for tag in sorted(ways_of, key=lambda tag: -len(ways_of[tag])):  # the longest list sets the order
-        for way in ways_of[tag]:
-            tags_of.setdefault(tuple(way.items()), []).append(tag)
-    ways = []
+        for alternative in ways_of[tag]:
+            tags_of.setdefault(tuple(alternative.items()), []).append(tag)
+    alternatives = []
     for items, tags in tags_of.items():
-        way = dict(items)
-        if len(tags) == len(union.members) or _imply(way, tags, section, union):
-            ways.append(way)
+        alternative = dict(items)
+        if len(tags) == len(union.members) or _imply(alternative, tags, section, union):
+            alternatives.append(alternative)
         else:
-            ways.append({f"{section}.{union.tag}": tuple(tags), **way})
+            alternatives.append({f"{section}.{union.tag}": tuple(tags), **alternative})
     of_method = all(used_when is None or used_when.of_method for used_when in conditions.values())
-    return UsedWhen(*ways, of_method=of_method) if all(ways) else None
+    return UsedWhen(*alternatives, of_method=of_method) if all(alternatives) else None
 
 
-def _imply(way: Mapping[str, Any], tags: list[str], section: str, union: TaggedUnion) -> bool:
-    """Return whether a way names a field that only these members, several, have: then it need not name them itself."""
-    names = [key.removeprefix(f"{section}.") for key in way if key.startswith(f"{section}.")]
+def _imply(alternative: Mapping[str, Any], tags: list[str], section: str, union: TaggedUnion) -> bool:
+    """Return whether an alternative names a field that only these members have, so that it implies the tag."""
+    names = [key.removeprefix(f"{section}.") for key in alternative if key.startswith(f"{section}.")]
     return len(tags) > 1 and any(set(union.fields(name)) <= set(tags) for name in names if name != union.tag)
 
 
@@ -113,34 +113,34 @@ def _used_when(field: FieldInfo) -> UsedWhen | None:
     return next((part for part in field.metadata if isinstance(part, UsedWhen)), None)
 
 
-def kinds(annotation: Any) -> set[Any]:
-    """The plain types a field takes: {str}, {int, None}, …; the choices of a Literal count as their types."""
+def plain_types(annotation: Any) -> set[Any]:
+    """Return the plain types that a field takes: {str}, {int, None}, …. The choices of a Literal count as their types."""
     origin = get_origin(annotation)
     if origin is Annotated:
-        return kinds(get_args(annotation)[0])
+        return plain_types(get_args(annotation)[0])
     if origin is Literal:
         return {type(choice) for choice in get_args(annotation)}
     if origin is dict:
         return {dict}
     if origin in (Union, types.UnionType, tuple):
-        return set().union(*(kinds(part) for part in get_args(annotation) if part is not Ellipsis))
+        return set().union(*(plain_types(part) for part in get_args(annotation) if part is not Ellipsis))
     return {annotation if annotation is not types.NoneType else None}
 
 
 def takes_texts_only(key: str) -> bool:
-    """Whether the field holds text and nothing that could be a number or a truth value."""
-    return key in leaves() and kinds(leaves()[key].annotation) <= {str, None}
+    """Return whether the field holds only text, never a number or a truth value."""
+    return key in leaves() and plain_types(leaves()[key].annotation) <= {str, None}
 
 
 def takes_list(key: str) -> bool:
-    """Whether the field holds a list."""
+    """Return whether the field holds a list."""
     annotation = leaves()[key].annotation
     parts = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
     return any(get_origin(part) is tuple for part in parts)
 
 
 def choices(key: str) -> list[str]:
-    """The words a field may be, if it is a choice (or holds one, or lists of one); else nothing."""
+    """Return the words that a field, or an item of it, may be. Empty if it has no fixed choices."""
     if key == "method":
         return list(METHODS)
     return [word for word in _literals(leaves()[key].annotation) if isinstance(word, str)]
@@ -152,21 +152,21 @@ def _literals(annotation: Any) -> list[Any]:
     return [word for part in get_args(annotation) for word in _literals(part)]
 
 
-def expected(key: str) -> str:
-    """What the field takes: "a number ≥ 0 and < 1", "one of off, on, mixed", "a whole number ≥ 1, or null"."""
+def expected_values(key: str) -> str:
+    """Describe the values of a field: "a number ≥ 0 and < 1", "one of off, on, mixed", "a whole number ≥ 1, or null"."""
     if key == "method":
         return f"one of {', '.join(METHODS)}"
-    return described(leaves()[key].annotation, leaves()[key].metadata)
+    return describe_type(leaves()[key].annotation, leaves()[key].metadata)
 
 
-def described(annotation: Any, metadata: list[Any]) -> str:
-    """What a pydantic field of this annotation takes, in words."""
+def describe_type(annotation: Any, metadata: list[Any]) -> str:
+    """Describe the values that a pydantic field of this annotation takes."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         inner = [m for extra in parts[1:] for m in (extra.metadata if isinstance(extra, FieldInfo) else [extra])]
-        return described(parts[0], [*metadata, *inner])
+        return describe_type(parts[0], [*metadata, *inner])
     if origin in (Union, types.UnionType):
-        return ", or ".join(described(part, metadata) for part in parts)
+        return ", or ".join(describe_type(part, metadata) for part in parts)
     if origin is Literal:
         return str(parts[0]) if len(parts) == 1 else f"one of {', '.join(map(str, parts))}"
     if origin is dict:
@@ -174,35 +174,38 @@ def described(annotation: Any, metadata: list[Any]) -> str:
     if origin is tuple:
         count = " that is not empty" if any(isinstance(m, annotated_types.MinLen) for m in metadata) else ""
         count = count if parts[-1] is Ellipsis else f" of {len(parts)}"
-        return f"a list{count}, each {described(parts[0], [])}"
+        return f"a list{count}, each {describe_type(parts[0], [])}"
     noun = {bool: "true or false", int: "a whole number", float: "a number", types.NoneType: "null"}.get(annotation)
     if noun is None:
         return "a text that is not empty" if any(isinstance(m, annotated_types.MinLen) for m in metadata) else "a text"
     bounds = [
-        f"{sign} {_bound(getattr(m, name))}" for m in metadata for cls, sign, name in _BOUNDS if isinstance(m, cls)
+        f"{sign} {_format_bound(getattr(m, name))}"
+        for m in metadata
+        for cls, sign, name in _BOUNDS
+        if isinstance(m, cls)
     ]
     return " ".join([noun, " and ".join(bounds)]).rstrip() if annotation in (int, float) else noun
 
 
-def _bound(value: float) -> str:
-    """0.5, 1, 2^63."""
+def _format_bound(value: float) -> str:
+    """Format a bound: 0.5, 1, 2^63."""
     return f"2^{value.bit_length() - 1}" if isinstance(value, int) and value > 1 << 20 else f"{value:g}"
 
 
-def shown(value: Any, *, by_flag: bool = False) -> str:
-    """A value as a person would type it, on one line, not too long. Flags take lists without brackets: ``a,b``."""
+def format_value(value: Any, *, by_flag: bool = False) -> str:
+    """Format a value as a user would type it, on one line of at most 80 characters. by_flag: lists as ``a,b``."""
     if isinstance(value, dict):
         return "a mapping"
     if by_flag and isinstance(value, list | tuple):
         text = ",".join(map(str, value)) or "(empty)"
     else:
         text = "(empty)" if value == "" else yaml_io.text_of(list(value) if isinstance(value, tuple) else value)
-    text = redact(text)  # before it is cut: half an address may not be known as one
+    text = redact(text)  # before it is cut: half an address may not be recognized
     return text if len(text) <= 80 else text[:77] + "…"
 
 
-# What other tools call our keys.
-_ELSEWHERE = {
+# Names of other tools for keys of a recipe.
+_ALIASES = {
     "learning_rate": "lr",
     "lr_scheduler_type": "lr_schedule",
     "num_train_epochs": "epochs",
@@ -229,64 +232,64 @@ _ELSEWHERE = {
 
 
 def nearest_key(key: str) -> str | None:
-    """The valid dotted key that was probably meant: in the same section first, then anywhere by its last name."""
+    """Return the valid dotted key nearest to an unknown one: in the same section first, then anywhere by its last name."""
     section, _, name = key.rpartition(".")
-    here = {k.rpartition(".")[2]: k for k in leaves() if k.rpartition(".")[0] == section}
+    same_section = {k.rpartition(".")[2]: k for k in leaves() if k.rpartition(".")[0] == section}
     anywhere: dict[str, str] = {}
     for k in sorted(leaves(), key=lambda k: k.count(".")):  # objective.alpha before student.lora.alpha
         anywhere.setdefault(k.rpartition(".")[2], k)
-    tops = {name: name for name in sections()[""] if name in sections()} if not section else {}
+    top_level = {name: name for name in section_keys()[""] if name in section_keys()} if not section else {}
     name = name.replace("-", "_")
-    name = _ELSEWHERE.get(name, name)
+    name = _ALIASES.get(name, name)
     if name in leaves():
         return name
-    if name in here:
-        return here[name]
+    if name in same_section:
+        return same_section[name]
     if name in anywhere:
         return anywhere[name]
     dotted = {k: k for k in leaves()}
-    for names, wanted, cutoff in ((here | tops, name, 0.6), (dotted, key, 0.75), (anywhere, name, 0.7)):
-        if close := get_close_matches(wanted, names, n=1, cutoff=cutoff):
+    for names, target, cutoff in ((same_section | top_level, name, 0.6), (dotted, key, 0.75), (anywhere, name, 0.7)):
+        if close := get_close_matches(target, names, n=1, cutoff=cutoff):
             return names[close[0]]
     return None
 
 
-def nearest_word(value: Any, words: list[str]) -> str | None:
-    """The word that was probably meant, None when none is close."""
-    close = get_close_matches(str(value).lower().replace("-", "_"), words, n=1, cutoff=0.5)
+def nearest_choice(value: Any, options: list[str]) -> str | None:
+    """Return the choice nearest to a value, None if none is close."""
+    close = get_close_matches(str(value).lower().replace("-", "_"), options, n=1, cutoff=0.5)
     return close[0] if close else None
 
 
-def _parts(item: Any) -> list[Any]:
-    """``a,b`` for ``[a, b]``: of a list that was typed without its brackets, the items."""
+def _split_items(item: Any) -> list[Any]:
+    """Split the items of a list that was typed without its brackets, ``a,b`` for ``[a, b]``."""
     parts = [part.strip() for part in item.split(",")] if isinstance(item, str) else [item]
     return [int(part) if isinstance(part, str) and re.fullmatch(r"-?[0-9]+", part) else part for part in parts]
 
 
-def what_to_try(key: str, value: Any, verb: str, flag: str | None = None, *, given_at: str = "") -> str | None:
-    """A cure for a bad value: the nearest choice, else the default, as something to type; else the field's own help.
+def suggest_fix(key: str, value: Any, verb: str, flag: str | None = None, *, prefix: str = "") -> str | None:
+    """Suggest a fix for a bad value: the nearest choice, else the default, as something to type, else the field's help.
 
-    flag: the flag that the value came by, to be used again. given_at: what ``--set`` puts before the key, in a pipeline,
-    which has no flags for fields.
+    flag: the flag that gave the value. prefix: the prefix of the key in ``--set``, in a pipeline, which has no flags for
+    fields.
     """
-    field, words = leaves()[key], choices(key)
-    if words == [AUTO]:
-        return f"try --set {given_at}{key}={AUTO}"
-    better = field.default
+    field, options = leaves()[key], choices(key)
+    if options == [AUTO]:
+        return f"try --set {prefix}{key}={AUTO}"
+    suggestion = field.default
     if isinstance(value, list | tuple) and not takes_list(key):
         value = value[0] if len(value) == 1 else None  # a list where one value is expected
     if isinstance(value, list | tuple):
-        meant = [part for item in value for part in _parts(item)]
-        if words:
-            meant = [v if v in words else nearest_word(v, words) for v in meant]
-        if meant and None not in meant and (words or len(meant) > len(value)):
-            better = meant
-    elif value is not None and words and (word := nearest_word(value, words)):
-        better = word
-    if better is None or better == ():
+        corrected = [part for item in value for part in _split_items(item)]
+        if options:
+            corrected = [v if v in options else nearest_choice(v, options) for v in corrected]
+        if corrected and None not in corrected and (options or len(corrected) > len(value)):
+            suggestion = corrected
+    elif value is not None and options and (word := nearest_choice(value, options)):
+        suggestion = word
+    if suggestion is None or suggestion == ():
         meaning = field.description or ""
         return f"it means: {meaning[:1].lower()}{meaning[1:]}" if meaning else None
-    flag = flag or (None if given_at else flag_of(key, verb))
+    flag = flag or (None if prefix else flag_of(key, verb))
     if flag:
-        return f"try {flag} {shlex.quote(shown(better, by_flag=True))}"
-    return f"try --set {shlex.quote(f'{given_at}{key}={shown(better)}')}"
+        return f"try {flag} {shlex.quote(format_value(suggestion, by_flag=True))}"
+    return f"try --set {shlex.quote(f'{prefix}{key}={format_value(suggestion)}')}"

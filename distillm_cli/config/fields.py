@@ -21,17 +21,17 @@ Exponent = Annotated[float, Field(ge=-2, le=2)]
 Name = Annotated[str, Field(min_length=1)]
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 # Figures by which a checkpoint is selected: on held-out rows without generation, or a metric of generated answers.
-HeldOutFigure = Literal["valid_loss", "valid_divergence"]
+HeldOutMetric = Literal["valid_loss", "valid_divergence"]
 
 
 def is_lower_better(figure: str) -> bool:
     """Return whether a figure of a model is better when it is lower."""
     metric = plugins.metrics.get(figure)
-    return figure in get_args(HeldOutFigure) or (metric is not None and not metric.higher_is_better)
+    return figure in get_args(HeldOutMetric) or (metric is not None and not metric.higher_is_better)
 
 
 class Condition:
-    """A set of values that is too large to list: a test, a description for messages, and an example to try."""
+    """Describe a set of values too large to list: by a test, a description for messages, and an example to try."""
 
     def __init__(self, description: str, example: Any, test: Callable[[Any], bool]):
         self.description = description
@@ -49,14 +49,14 @@ Values = tuple[Any, ...] | Condition
 
 
 class UsedWhen:
-    """Metadata of a field that not every run uses: the fields that decide it, by dotted key, and the values they must have.
+    """State when a run uses a field: the values that other fields must have, by dotted key.
 
-    Several mappings are alternatives. A deciding field that is not used itself decides nothing. A value given by hand for
+    Several mappings are alternatives. A condition on a field that is itself unused is not met. A value given by hand for
     a field that the run does not use is an error. of_method: whether the field is listed among a method's parameters.
     """
 
-    def __init__(self, *ways: dict[str, Values], of_method: bool = True):
-        self.ways = ways
+    def __init__(self, *alternatives: dict[str, Values], of_method: bool = True):
+        self.alternatives = alternatives
         self.of_method = of_method
 
 
@@ -68,7 +68,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_truth_values_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        """Pydantic takes True for 1 and True for 1.0; nobody who wrote ``epochs: true`` meant one epoch."""
+        """Refuse ``epochs: true``, which pydantic would convert to 1."""
         items = value if isinstance(value, list | tuple) else [value]
         if any(isinstance(item, bool) for item in items):
             annotation = cls.model_fields[info.field_name].annotation
@@ -87,7 +87,7 @@ class Section(BaseModel):
 
 
 class DivergenceConfig(Section):
-    """Base of a divergence's parameters, which are keys of a recipe's ``objective`` section.
+    """Declare the parameters of a divergence, which are keys of a recipe's ``objective`` section.
 
     A subclass declares them with default, bounds and description, and is registered together with its divergence.
     """
@@ -97,10 +97,10 @@ class DivergenceConfig(Section):
 
 @dataclass(frozen=True)
 class TaggedUnion:
-    """Describe a section that has one of several sets of fields, chosen by the value of its tag.
+    """Describe a section with one of several sets of fields, selected by the value of its tag.
 
-    tag: the name of the deciding field. default: its value where it is not given. base: the fields that all members have,
-    the tag with its description among them. members: by value of the tag.
+    tag: name of the selecting field. default: its value if it is not given. base: the fields that all members have,
+    including the tag with its description. members: sections by value of the tag.
     """
 
     tag: str
@@ -114,12 +114,12 @@ class TaggedUnion:
         return Annotated[Union[tuple(members)], Discriminator(self._tag_of), self]  # noqa: UP007
 
     def _tag_of(self, value: Any) -> str:
-        """Return the tag of a mapping or of a section, the default where there is none."""
+        """Return the tag of a mapping or of a section, or the default if it has none."""
         tag = value.get(self.tag, self.default) if isinstance(value, dict) else getattr(value, self.tag, self.default)
         return str(tag)
 
     def member(self, tag: Any) -> type[Section]:
-        """Return the section for a value of the tag, the default one's for a value that is none."""
+        """Return the section for a value of the tag, or the default section for an unknown value."""
         is_known = isinstance(tag, str) and tag in self.members
         return self.members[tag if is_known else self.default]
 
@@ -136,7 +136,7 @@ class TaggedUnion:
         return True
 
     def names(self) -> list[str]:
-        """List the fields of all members: the tag, the fields of single members, those that all have."""
+        """List the fields of all members: the tag, the fields of single members, the common fields."""
         own = [name for member in self.members.values() for name in member.model_fields]
         common = [name for name in self.base.model_fields if name != self.tag]
         return [self.tag, *dict.fromkeys(name for name in own if name not in self.base.model_fields), *common]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from distillm_cli.config.explain import choices, leaves, sections, takes_list, union_of
+from distillm_cli.config.explain import choices, leaves, section_keys, takes_list, union_of
 from distillm_cli.config.fields import TaggedUnion
-from distillm_cli.config.pipeline_recipe import STAGE_KEYS
+from distillm_cli.config.pipeline_recipe import STAGE_CONFIGS
 from distillm_cli.config.schema import Recipe
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -18,15 +18,15 @@ Schema = dict[str, Any]
 def recipe_schema() -> Schema:
     """Return the JSON Schema of a recipe file: sections, or a pipeline with ``defaults`` and ``stages``.
 
-    It holds descriptions, defaults, bounds and choices, those of plug-ins included. Which fields a run uses, and rules over
-    several fields, are checked by ``distillm recipes validate`` alone.
+    It holds descriptions, defaults, bounds and choices, including those of plug-ins. ``distillm recipes validate`` also
+    checks which fields a run uses and rules over several fields.
     """
     generated = Recipe.model_json_schema()
     definitions = generated.pop("$defs")
     written = {name: _section(schema, definitions, name) for name, schema in generated["properties"].items()}
     references = {name: {"$ref": f"#/$defs/{name}"} for name in written}
     recipe = {"type": "object", "properties": references, "additionalProperties": False}
-    stages = {verb: _stage(verb, references) for verb in STAGE_KEYS}
+    stages = {verb: _stage(verb, references) for verb in STAGE_CONFIGS}
     stage = {
         "type": "object",
         "required": ["verb"],
@@ -77,8 +77,8 @@ def recipe_schema() -> Schema:
 
 
 def _stage(verb: str, references: dict[str, Schema]) -> Schema:
-    """Return the schema of a stage: its own keys beside the sections of a recipe."""
-    generated = STAGE_KEYS[verb].model_json_schema()
+    """Return the schema of a stage: its own keys and the sections of a recipe."""
+    generated = STAGE_CONFIGS[verb].model_json_schema()
     own = {name: _value(schema, {}) for name, schema in generated["properties"].items()}
     own["verb"] = {"const": verb}
     for name, schema in own.items():
@@ -93,7 +93,7 @@ def _stage(verb: str, references: dict[str, Schema]) -> Schema:
 
 
 def _section(schema: Schema, definitions: dict[str, Schema], key: str) -> Schema:
-    """Return a section, or a field, without references."""
+    """Return the schema of a section or field without references."""
     if key in leaves():
         found = _value(schema, definitions)
         if takes_list(key):
@@ -107,14 +107,14 @@ def _section(schema: Schema, definitions: dict[str, Schema], key: str) -> Schema
         "type": "object",
         "description": " ".join(whole["description"].split("\n\n")[0].split()),
         "properties": {
-            name: _section(whole["properties"][name], definitions, f"{key}.{name}") for name in sections()[key]
+            name: _section(whole["properties"][name], definitions, f"{key}.{name}") for name in section_keys()[key]
         },
         "additionalProperties": False,
     }
 
 
 def _resolved(schema: Schema, definitions: dict[str, Schema]) -> Schema:
-    """Return what a reference stands for, with what is written beside it."""
+    """Resolve a reference and add the keys that are written next to it."""
     if "$ref" not in schema:
         return schema
     beside = {name: part for name, part in schema.items() if name != "$ref"}
@@ -122,7 +122,7 @@ def _resolved(schema: Schema, definitions: dict[str, Schema]) -> Schema:
 
 
 def _merged(schema: Schema, definitions: dict[str, Schema], union: TaggedUnion) -> Schema:
-    """Return one section with the fields of all members of a union."""
+    """Merge the members of a union into one section with the fields of all."""
     members = dict(zip(union.members, (_resolved(part, definitions) for part in schema["oneOf"]), strict=True))
     properties = {}
     for name in union.names():
@@ -162,7 +162,7 @@ def _value(schema: Schema, definitions: dict[str, Schema]) -> Schema:
 
 
 def _list_or_item(schema: Schema) -> Schema:
-    """Return a list that may be given as its only item: ``suites: dolly`` is ``suites: [dolly]``."""
+    """Allow a list of one item to be given as that item: ``suites: dolly`` is ``suites: [dolly]``."""
     arrays = [part for part in schema.get("anyOf", [schema]) if part.get("type") == "array"]
     if "items" not in arrays[0]:
         return schema  # of a fixed length

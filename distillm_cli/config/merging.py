@@ -1,4 +1,4 @@
-"""Merge settings layer by layer: a recipe file, flags and ``--set`` → dotted keys with values and places."""
+"""Read the layers of settings, a recipe file, flags and ``--set``, as dotted keys with values and their locations."""
 
 from __future__ import annotations
 
@@ -10,102 +10,105 @@ import yaml
 
 from distillm_cli.config import yaml_io
 from distillm_cli.config.explain import (
-    expected,
-    kinds,
+    expected_values,
+    format_value,
     leaves,
     nearest_key,
-    sections,
-    shown,
+    plain_types,
+    section_keys,
+    suggest_fix,
     takes_list,
     takes_texts_only,
-    what_to_try,
 )
 from distillm_cli.config.fields import LIMIT
 from distillm_cli.config.shortcuts import Flag
 from distillm_cli.errors import RecipeError, UsageError
 from distillm_cli.utils.text import counted
 
-# Weakest first. SHARED (in the file), SHARED_SET (typed) and STAGE are a pipeline's: its defaults, a stage's own values.
+# Weakest first. In a pipeline, SHARED are the defaults in the file, SHARED_SET those by ``--set``, STAGE those of a stage.
 DEFAULT, METHOD, RECIPE, SHARED, SHARED_SET, STAGE, FLAG, SET = range(8)
-_LARGEST = 1_000_000  # bytes; a resolved recipe has some thousands
+_MAX_FILE_BYTES = 1_000_000  # a resolved recipe has a few thousand
 
 
-class Rank(NamedTuple):
+class Priority(NamedTuple):
     """Order values: by layer, weakest first, and by position in the layer."""
 
     layer: int
     line: int = 0
 
 
-class Given(NamedTuple):
-    """Hold a given value. origin: for the resolved recipe. place: for messages, the key or flag included.
+class GivenValue(NamedTuple):
+    """Hold a given value.
 
-    at: what ``--set`` puts before the key, in a pipeline ("stages.teacher.").
+    origin: its source in the resolved recipe. location: its source in messages, with the key or flag. prefix: in a
+    pipeline, the prefix that ``--set`` needs for the key ("stages.teacher.").
     """
 
     value: Any
     origin: str
-    place: str
-    rank: Rank
-    at: str = ""
+    location: str
+    priority: Priority
+    prefix: str = ""
 
 
-class Problems:
-    """Collect everything that is wrong with the given values, to report the first and how many follow."""
+class ErrorCollector:
+    """Collect the problems of the given values, to report the first one and the number of others."""
 
     def __init__(self) -> None:
-        self._found: list[tuple[Rank, RecipeError]] = []
+        self._found: list[tuple[Priority, RecipeError]] = []
 
     def __bool__(self) -> bool:
         return bool(self._found)
 
-    def add(self, rank: Rank, error: RecipeError) -> None:
-        self._found.append((rank, error))
+    def add(self, priority: Priority, error: RecipeError) -> None:
+        self._found.append((priority, error))
 
-    def exclude(self, one: Given | None, other: Given | None) -> None:
-        """Add a problem where two values for one purpose are given in one layer. (A stage's own goes over a shared one.)"""
+    def add_conflict(self, one: GivenValue | None, other: GivenValue | None) -> None:
+        """Add a problem if two values for one purpose are given in the same layer."""
         if one is None or other is None or None in (one.value, other.value):
             return
-        layers = {one.rank.layer, other.rank.layer}
+        layers = {one.priority.layer, other.priority.layer}
         if layers <= {FLAG, SET} or layers == {SHARED_SET}:
-            self.add(one.rank, RecipeError(f"{one.place} and {other.place} both given", hint="keep one of them"))
+            self.add(
+                one.priority, RecipeError(f"{one.location} and {other.location} both given", hint="keep one of them")
+            )
 
     def first(self) -> RecipeError:
         """Return the first problem in the order of layers and lines; its hint ends with how many more there are."""
         ordered = sorted(self._found, key=lambda pair: pair[0])
-        first, *rest = {error.what: error for _, error in ordered}.values()  # one flag may set, and miss, two fields
+        first, *rest = {error.what: error for _, error in ordered}.values()  # one flag may set two fields
         if not rest:
             return first
         more = f"and {counted(len(rest), 'more problem')}"
         return RecipeError(first.what, where=first.where, hint="; ".join(part for part in (first.hint, more) if part))
 
 
-Keep = Callable[[str, Any, int], None]
+StoreValue = Callable[[str, Any, int], None]
 
 
-def is_too_large(value: Any) -> bool:
-    """Return whether a value is, or holds, a number that no 64-bit integer can be."""
+def exceeds_64_bits(value: Any) -> bool:
+    """Return whether a value is or contains a number beyond the range of 64-bit integers."""
     items = value if isinstance(value, list | tuple) else [value]
     return any(isinstance(item, int | float) and abs(item) >= LIMIT for item in items)
 
 
-def bad(given: Given, key: str, command: str) -> RecipeError:
-    """Return the error for a value that its field does not take: ``--alpha = 1.4; expected a number ≥ 0 and < 1; try …``."""
-    flag = given.origin if given.rank.layer == FLAG else None
-    takes = expected(key)
-    if int in kinds(leaves()[key].annotation) and is_too_large(given.value) and "2^63" not in takes:
+def invalid_value_error(given: GivenValue, key: str, command: str) -> RecipeError:
+    """Return the error for an invalid value: ``--alpha = 1.4; expected a number ≥ 0 and < 1; try …``."""
+    flag = given.origin if given.priority.layer == FLAG else None
+    takes = expected_values(key)
+    if int in plain_types(leaves()[key].annotation) and exceeds_64_bits(given.value) and "2^63" not in takes:
         takes += " (and below 2^63)"
     return RecipeError(
-        f"{given.place} = {shown(given.value, by_flag=flag is not None)}",
+        f"{given.location} = {format_value(given.value, by_flag=flag is not None)}",
         where=f"expected {takes}",
-        hint=what_to_try(key, given.value, command, flag, given_at=given.at),
+        hint=suggest_fix(key, given.value, command, flag, prefix=given.prefix),
     )
 
 
-def document(path: Path, label: str) -> yaml.MappingNode:
-    """Return the mapping in a recipe file. Raise RecipeError for a file that is none."""
+def read_document(path: Path, label: str) -> yaml.MappingNode:
+    """Return the top-level mapping of a recipe file. Raise RecipeError if it cannot be read or has none."""
     try:
-        if path.stat().st_size > _LARGEST:
+        if path.stat().st_size > _MAX_FILE_BYTES:
             raise RecipeError(f"{label}: too large for a recipe ({path.stat().st_size:,} bytes)")
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -128,12 +131,13 @@ def has_stages(node: yaml.MappingNode) -> bool:
     return any(isinstance(key, yaml.ScalarNode) and key.value == "stages" for key, _ in node.value)
 
 
-def from_recipe(path: Path, label: str, problems: Problems, typed: str | None = None) -> dict[str, Given]:
-    """Return the values of a recipe file. Raise RecipeError for a file that is no mapping; the rest goes to ``problems``.
+def from_recipe(path: Path, label: str, problems: ErrorCollector, typed: str | None = None) -> dict[str, GivenValue]:
+    """Return the values of a recipe file.
 
-    typed: what the person called it, where that is not ``label``.
+    Raise RecipeError if the file is not a mapping; other problems are added to ``problems``. typed: the recipe as given
+    on the command line, if it differs from ``label``.
     """
-    node = document(path, label)
+    node = read_document(path, label)
     if has_stages(node):
         hint = f"try `distillm run {typed or label}`"
         raise RecipeError(f"{label}: a pipeline of stages, not one recipe", hint=hint)
@@ -141,86 +145,93 @@ def from_recipe(path: Path, label: str, problems: Problems, typed: str | None = 
 
 
 def from_mapping(
-    node: yaml.MappingNode, path: Path, label: str, problems: Problems, layer: int, at: str = ""
-) -> dict[str, Given]:
-    """Return the values of a mapping of sections, at the top of a file or (``at``: "stages.teacher.") further down."""
-    given: dict[str, Given] = {}
+    node: yaml.MappingNode, path: Path, label: str, problems: ErrorCollector, layer: int, prefix: str = ""
+) -> dict[str, GivenValue]:
+    """Return the values of a mapping of sections. prefix: its location in the file, such as "stages.teacher."."""
+    given: dict[str, GivenValue] = {}
 
-    def keep(key: str, value: Any, line: int) -> None:
-        given[key] = Given(value, f"{path.name}:{line}", f"{label}:{line}: {at}{key}", Rank(layer, line), at)
+    def store(key: str, value: Any, line: int) -> None:
+        given[key] = GivenValue(
+            value, f"{path.name}:{line}", f"{label}:{line}: {prefix}{key}", Priority(layer, line), prefix
+        )
 
-    _collect(node, label, keep, problems, layer, at)
+    _collect(node, label, store, problems, layer, prefix)
     return given
 
 
-def from_flags(flags: Mapping[str, Any]) -> dict[str, Given]:
+def from_flags(flags: Mapping[str, Any]) -> dict[str, GivenValue]:
     """Return the values of flags: dotted key → Flag or bare value; None is "not given"."""
-    named = {key: value if isinstance(value, Flag) else Flag(key, value) for key, value in flags.items()}
-    if unknown := set(named) - set(leaves()):
+    flags_by_key = {key: value if isinstance(value, Flag) else Flag(key, value) for key, value in flags.items()}
+    if unknown := set(flags_by_key) - set(leaves()):
         raise KeyError(f"flags for fields that do not exist: {sorted(unknown)}")
     return {
-        key: Given(flag.value, flag.name, flag.name, Rank(FLAG))
-        for key, flag in named.items()
+        key: GivenValue(flag.value, flag.name, flag.name, Priority(FLAG))
+        for key, flag in flags_by_key.items()
         if flag.value is not None
     }
 
 
-def from_sets(sets: Iterable[str], problems: Problems, at: str = "", layer: int = SET) -> dict[str, Given]:
-    """Return the values of ``--set section.key=value``, of a key the last one. Raise UsageError without "=".
+def from_sets(
+    sets: Iterable[str], problems: ErrorCollector, prefix: str = "", layer: int = SET
+) -> dict[str, GivenValue]:
+    """Return the values of ``--set section.key=value``; the last one counts. Raise UsageError without "=".
 
-    at: what was typed before each key and is not part of it here, in a pipeline; layer: how strong they are there.
+    prefix: in a pipeline, the part of the typed key that was removed. layer: the layer of the values.
     """
-    given: dict[str, Given] = {}
+    given: dict[str, GivenValue] = {}
     for position, text in enumerate(sets):
         key, equals, value = text.partition("=")
         key = key.strip()
         if not equals or not key:
-            raise UsageError(f"--set {shown(text)}", where="expected section.key=value", hint="try --set train.lr=5e-4")
-        label, rank = f"--set {at}{key}", Rank(layer, position)
+            raise UsageError(
+                f"--set {format_value(text)}", where="expected section.key=value", hint="try --set train.lr=5e-4"
+            )
+        label, priority = f"--set {prefix}{key}", Priority(layer, position)
         try:
-            if key not in leaves() and key not in sections():
-                problems.add(rank, _unknown(key, label))
+            if key not in leaves() and key not in section_keys():
+                problems.add(priority, _unknown_key_error(key, label))
                 continue
             node = yaml_io.compose(value, label)
             if key in leaves():
-                given[key] = Given(_leaf(key, node, label), "--set", label, rank, at)
+                given[key] = GivenValue(_read_value(key, node, label), "--set", label, priority, prefix)
             else:
-                problems.add(rank, _not_a_value(key, label))
+                problems.add(priority, _section_error(key, label))
         except RecipeError as error:
-            problems.add(rank, error)
+            problems.add(priority, error)
     return given
 
 
 def _collect(
     node: yaml.MappingNode,
     label: str,
-    keep: Keep,
-    problems: Problems,
+    store: StoreValue,
+    problems: ErrorCollector,
     layer: int,
-    at: str,
-    prefix: str = "",
+    prefix: str,
+    section: str = "",
 ) -> None:
-    """Walk a mapping of the document; pass each value to ``keep`` with its dotted key."""
-    for name, key_node, value_node in yaml_io.pairs(node, label, at + prefix):
-        key, line = prefix + name, yaml_io.line_of(key_node)
-        place = f"{label}:{line}: {at}{key}"
+    """Walk a mapping of the document and pass each value to ``store`` with its dotted key."""
+    for name, key_node, value_node in yaml_io.pairs(node, label, prefix + section):
+        key = section + name
+        line = yaml_io.line_of(key_node)
+        place = f"{label}:{line}: {prefix}{key}"
         if key in leaves():
-            keep(key, _leaf(key, value_node, label), line)
-        elif key not in sections():
-            problems.add(Rank(layer, line), _unknown(key, place))
+            store(key, _read_value(key, value_node, label), line)
+        elif key not in section_keys():
+            problems.add(Priority(layer, line), _unknown_key_error(key, place))
         elif isinstance(value_node, yaml.MappingNode):
-            _collect(value_node, label, keep, problems, layer, at, f"{key}.")
+            _collect(value_node, label, store, problems, layer, prefix, f"{key}.")
         else:
-            problems.add(Rank(layer, line), _not_a_value(key, place))
+            problems.add(Priority(layer, line), _section_error(key, place))
 
 
-def _leaf(key: str, node: yaml.Node | None, label: str) -> Any:
+def _read_value(key: str, node: yaml.Node | None, label: str) -> Any:
     value = yaml_io.node_value(node, label, texts=takes_texts_only(key))
     # ``eval.suites=dolly`` can only mean the list of one.
     return [value] if takes_list(key) and isinstance(value, str | int | float) else value
 
 
-def _unknown(key: str, place: str) -> RecipeError:
+def _unknown_key_error(key: str, place: str) -> RecipeError:
     close = nearest_key(key)
     hint = f"did you mean {close}?" if close else "`distillm distill --dry-run` prints every key"
     if key.rpartition(".")[2].isdecimal():  # what YAML makes of {alpha: 0,1}
@@ -228,6 +239,6 @@ def _unknown(key: str, place: str) -> RecipeError:
     return RecipeError(f"{place}: no such key", hint=hint)
 
 
-def _not_a_value(key: str, place: str) -> RecipeError:
-    names = ", ".join(sections()[key])
+def _section_error(key: str, place: str) -> RecipeError:
+    names = ", ".join(section_keys()[key])
     return RecipeError(f"{place}: a section, not a value", where=f"its keys are {names}")

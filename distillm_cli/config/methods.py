@@ -1,6 +1,6 @@
-"""Named methods: presets over the schema, each a choice of objective, sequences and schedule (METHODS C).
+"""Define the methods: presets of objective, sequences and schedule (METHODS C).
 
-A preset states what makes the method that method and nothing else; the recipe, the flags and ``--set`` override it.
+A preset holds only the values that characterize the method. The recipe, the flags and ``--set`` override it.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from distillm_cli import plugins
 
 @dataclass(frozen=True)
 class Method:
-    """A named preset. verb: the command that runs it. preset: dotted key → value. paper: where it comes from.
+    """Hold a named preset.
 
-    objective, sequences: in words, where the preset's divergence and schedule do not say it all. also_needs: beside what
-    its verb needs anyway, such as teacher samples.
+    verb: the command that runs it. preset: dotted key → value. paper: the source. objective, sequences: descriptions, if
+    those of the preset's divergence and schedule are not enough. also_needs: inputs other than those of every method of
+    the verb, such as teacher samples.
     """
 
     name: str
@@ -32,11 +33,11 @@ class Method:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Return what must exist before it can run."""
+        """Return the inputs that must exist before it can run."""
         return (("rows",) if self.verb == "sft" else ("rows", "teacher")) + self.also_needs
 
     def trains_on(self, schedule: str) -> str:
-        """Return its sequences in words, with this kind of schedule."""
+        """Describe its sequences with this kind of schedule."""
         from distillm_cli.config.schedule import SCHEDULE  # not at the top: help needs the names of methods alone
 
         return self.sequences or SCHEDULE.members[schedule].trains_on

@@ -1,7 +1,7 @@
-"""Define the recipe's ``objective`` section: what a token's loss is (METHODS A).
+"""Define the recipe's ``objective`` section: the loss of a token (METHODS A).
 
-It is a union: the fields of ``ObjectiveConfig``, which every objective has, together with the parameters of one
-divergence, which are declared beside the divergence and come here through its registration.
+It is a union: the fields of ``ObjectiveConfig``, which every objective has, and the parameters of one divergence, which
+are declared and registered together with the divergence.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ABOVE_ZERO = Condition("above 0", 1.0, lambda n: isinstance(n, int | float) and
 _WEIGHTED = ({"objective.kd_weight": _ABOVE_ZERO}, {"objective.policy_gradient": (True,)})
 _DIVERGENCE = UsedWhen(*_WEIGHTED, {"train.select": ("valid_divergence",)}, of_method=False)
 
-# Divergences by what by_source makes of them: it changes nothing where a source trains on the divergence as it stands.
+# Divergences by the effect of by_source: none on sources whose half is the divergence itself.
 _UNCHANGED_ON_ROWS = tuple(name for name, entry in plugins.divergences.items() if entry.is_own_half(0))
 _SPLIT = tuple(name for name in _UNCHANGED_ON_ROWS if not plugins.divergences[name].is_own_half(1))
 _BY_SOURCE = UsedWhen(
@@ -36,7 +36,7 @@ _BY_SOURCE = UsedWhen(
 
 
 class ObjectiveConfig(DivergenceConfig):
-    """The divergence between next-token distributions, per supervised token (METHODS A).
+    """Configure the divergence between next-token distributions, per supervised token (METHODS A).
 
     ``ObjectiveConfig(divergence="skl", alpha=0.3)`` returns the member with that divergence's parameters.
     """
@@ -121,7 +121,7 @@ class ObjectiveConfig(DivergenceConfig):
 
 
 def _member(name: str, entry: Any) -> type[ObjectiveConfig]:
-    """Create the objective section of one divergence: the common fields and the divergence's own."""
+    """Create the objective section of one divergence, from the common fields and the divergence's own."""
     own = set() if entry.config is None else set(entry.config.model_fields) - set(DivergenceConfig.model_fields)
     if taken := own & set(ObjectiveConfig.model_fields):
         raise TypeError(f"its parameter {min(taken)} is a key of every objective; give it another name")
@@ -138,7 +138,7 @@ def _member(name: str, entry: Any) -> type[ObjectiveConfig]:
 
 
 def _members() -> dict[str, type[ObjectiveConfig]]:
-    """Create the sections of all divergences; one of another package that is not possible is rejected with a warning."""
+    """Create the sections of all divergences. A plug-in's divergence that fails is rejected with a warning."""
     found = {}
     for name, entry in list(plugins.divergences.items()):
         try:

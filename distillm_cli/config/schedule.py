@@ -1,7 +1,7 @@
 """Define the recipe's ``schedule`` section: which sequences a step trains on (METHODS B). One class per kind.
 
-Class variables describe a kind to everything that depends on where sequences come from: fields of other sections, the
-model that decodes, what the teacher cache may hold.
+Class variables describe the sequences of a kind to the code that depends on them: fields of other sections, the model
+that decodes, the content of the teacher cache.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _CURVED = UsedWhen({"schedule.anneal": ("exponential", "sigmoid")})
 
 
 class ScheduleConfig(Section):
-    """Which sequences a step trains on (METHODS B).
+    """Select the sequences that a step trains on (METHODS B).
 
-    ``ScheduleConfig(kind="mixed", mix=0.3)`` returns the member of that kind. trains_on: in words. uses_rows: the data set
-    rows' own responses. uses_student_outputs, uses_teacher_samples: sequences that the models generate. drafts: the student
-    drafts and the teacher corrects.
+    ``ScheduleConfig(kind="mixed", mix=0.3)`` returns the member of that kind. trains_on: description of the sequences.
+    uses_rows: they include data set rows with their own responses. uses_student_outputs, uses_teacher_samples: they
+    include sequences that the models generate. drafts: the student drafts and the teacher corrects.
     """
 
     trains_on: ClassVar[str]
@@ -57,12 +57,12 @@ class ScheduleConfig(Section):
 
     @property
     def buffer_capacity(self) -> int:
-        """Return how many student outputs are held for later steps at most."""
+        """Return the largest number of student outputs that are stored for later steps."""
         return 0
 
     @property
     def trains_from_buffer(self) -> bool:
-        """Return whether a step with a fresh rollout trains on a draw from the buffer instead."""
+        """Return whether a step with a fresh rollout trains on a draw from the buffer in place of the rollout."""
         return False
 
     @property
@@ -72,7 +72,7 @@ class ScheduleConfig(Section):
 
 
 class OffConfig(ScheduleConfig):
-    """Every step is on data set rows."""
+    """Train every step on data set rows."""
 
     trains_on = "data set"
     uses_rows = True
@@ -81,7 +81,7 @@ class OffConfig(ScheduleConfig):
 
 
 class BufferedConfig(ScheduleConfig):
-    """Base of the schedules with student outputs that may be replayed from a buffer."""
+    """Configure a schedule with student outputs that may be replayed from a buffer."""
 
     uses_student_outputs = True
     auto_replay: ClassVar[str] = "none"
@@ -101,7 +101,7 @@ class BufferedConfig(ScheduleConfig):
 
     @property
     def replay_course(self) -> str:
-        """Return how the share of fresh rollouts develops: ``replay``, with auto replaced by the kind's own."""
+        """Return the course of the share of fresh rollouts: ``replay``, with auto replaced by the kind's default."""
         return self.auto_replay if self.replay == "auto" else self.replay
 
     @property
@@ -118,7 +118,7 @@ class BufferedConfig(ScheduleConfig):
 
 
 class OnConfig(BufferedConfig):
-    """Every step is on student outputs."""
+    """Train every step on student outputs."""
 
     trains_on = "student samples"
 
@@ -126,7 +126,7 @@ class OnConfig(BufferedConfig):
 
 
 class MixedConfig(BufferedConfig):
-    """A step is on student outputs with a fixed probability (GKD)."""
+    """Train a step on student outputs with a fixed probability (GKD)."""
 
     trains_on = "data set or student samples"
     uses_rows = True
@@ -136,7 +136,7 @@ class MixedConfig(BufferedConfig):
 
 
 class AnnealedConfig(BufferedConfig):
-    """The share of steps on student outputs grows from 0 to 1 (ImitKD)."""
+    """Increase the share of steps on student outputs from 0 to 1 (ImitKD)."""
 
     trains_on = "data set, then student samples"
     uses_rows = True
@@ -151,7 +151,7 @@ class AnnealedConfig(BufferedConfig):
 
 
 class AdaptiveConfig(BufferedConfig):
-    """The share of steps on student outputs, φ, rises with the validation loss (DistiLLM)."""
+    """Increase the share φ of steps on student outputs with the validation loss (DistiLLM)."""
 
     trains_on = "data set, student samples, replay"
     uses_rows = True
@@ -173,7 +173,7 @@ class AdaptiveConfig(BufferedConfig):
 
 
 class _RowSampleConfig(ScheduleConfig):
-    """Base of the schedules with samples that belong to a row."""
+    """Configure a schedule with one sample for each data set row."""
 
     uses_teacher_samples = True
 
@@ -189,7 +189,7 @@ class _RowSampleConfig(ScheduleConfig):
 
 
 class TeacherSamplesConfig(_RowSampleConfig):
-    """Every step is on samples of the teacher (SeqKD)."""
+    """Train every step on samples of the teacher (SeqKD)."""
 
     trains_on = "teacher samples"
 
@@ -197,7 +197,7 @@ class TeacherSamplesConfig(_RowSampleConfig):
 
 
 class PairsConfig(_RowSampleConfig):
-    """Every step is on a sample of the teacher and one of the student for each prompt (DistiLLM-2)."""
+    """Train every step on a sample of the teacher and one of the student for each prompt (DistiLLM-2)."""
 
     trains_on = "teacher and student samples, in pairs"
     uses_student_outputs = True
@@ -206,16 +206,16 @@ class PairsConfig(_RowSampleConfig):
 
 
 class InterleavedConfig(BufferedConfig):
-    """Every step is on drafts of the student that the teacher corrects (speculative KD)."""
+    """Train every step on drafts of the student that the teacher corrects (speculative KD)."""
 
-    trains_on = "student drafts, mended by the teacher"
+    trains_on = "student drafts, corrected by the teacher"
     drafts = True
 
     kind: Literal["interleaved"] = "interleaved"
 
 
 class RoundsConfig(ScheduleConfig):
-    """Rollouts are drawn in rounds, and each round is trained on several times (MiniLLM)."""
+    """Sample rollouts in rounds and train on each round several times (MiniLLM)."""
 
     trains_on = "rounds of student samples, each trained on several times"
     uses_student_outputs = True
@@ -246,5 +246,5 @@ def kinds_with(test: Callable[[type[ScheduleConfig]], bool]) -> tuple[str, ...]:
 
 
 def trains_on_own_outputs(config: type[ScheduleConfig]) -> bool:
-    """Return whether student outputs are the only generated sequences, and free of the teacher's corrections."""
+    """Return whether student outputs, without the teacher's corrections, are the only generated sequences."""
     return config.uses_student_outputs and not (config.uses_teacher_samples or config.drafts)

@@ -1,4 +1,4 @@
-"""What a run is, before anything runs: typed, frozen sections. Every default lives here or in ``objective``, once.
+"""Define the recipe: typed, frozen sections. Every default is here, in ``objective`` or in ``schedule``.
 
 A field's description is its help text, its unit and its source. Section and field names are the public ones of recipes,
 ``--set section.key=value`` and the resolved ``recipe.yaml``.
@@ -18,7 +18,7 @@ from distillm_cli.config.fields import (
     Condition,
     Count,
     Dtype,
-    HeldOutFigure,
+    HeldOutMetric,
     Name,
     Positive,
     Probability,
@@ -32,7 +32,7 @@ from distillm_cli.config.schedule import SCHEDULE, ScheduleConfig, kinds_with, t
 _DRAFTS = UsedWhen({"schedule.kind": kinds_with(lambda kind: kind.drafts)})
 _TEACHER_SAMPLES = UsedWhen({"schedule.kind": kinds_with(lambda kind: kind.uses_teacher_samples)})
 _TEACHER_DECODES = UsedWhen({"schedule.kind": kinds_with(lambda kind: kind.uses_teacher_samples or kind.drafts)})
-_MAY_MIX = UsedWhen(  # what is drawn for a whole epoch of pairs is the student's own
+_MAY_MIX = UsedWhen(  # samples for a whole epoch of pairs are drawn from the student alone
     {"schedule.kind": kinds_with(trains_on_own_outputs)},
     {
         "schedule.kind": kinds_with(lambda kind: kind.uses_student_outputs and kind.uses_teacher_samples),
@@ -50,7 +50,7 @@ _RANK = Condition("that is given", 16, lambda rank: rank is not None)
 plugins.metrics.close("the schema of recipes")
 MetricName = Literal[tuple(plugins.metrics)]
 
-AUTO = "auto"  # of a number: it is chosen to fit the models before the run (runs/defaults.py)
+AUTO = "auto"  # for a number: it is chosen to fit the models before the run (runs/defaults.py)
 Auto = Literal["auto"]
 
 
@@ -62,7 +62,7 @@ _ON_HUB = Condition("on the hub", "NAME", _may_have_revision)
 
 
 class TeacherConfig(Section):
-    """The model that is imitated. Never trained."""
+    """Configure the teacher, the model that is imitated. It is not trained."""
 
     path: Name | None = Field(
         None, description="Teacher: a hub name, a local directory, or builtin. `builtin` is shipped with the program."
@@ -89,7 +89,7 @@ class TeacherConfig(Section):
 
 
 class AdapterConfig(Section):
-    """A low-rank adapter on a frozen model (Hu et al. 2021, arXiv 2106.09685), by peft."""
+    """Configure a low-rank adapter on a frozen model (Hu et al. 2021, arXiv 2106.09685), by peft."""
 
     r: Positive | None = Field(None, description="Train a LoRA adapter of this rank. Unset: every weight is trained.")
     alpha: Annotated[float, Field(gt=0)] | None = Field(
@@ -103,7 +103,7 @@ class AdapterConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _belongs_to_a_rank(self) -> AdapterConfig:
+    def _check_rank(self) -> AdapterConfig:
         for name in ("alpha", "targets"):
             if self.r is None and getattr(self, name) is not None:
                 raise ValueError(
@@ -113,7 +113,7 @@ class AdapterConfig(Section):
 
 
 class StudentConfig(Section):
-    """The model that is trained (by `sft` too)."""
+    """Configure the student, the model that is trained (by `sft` too)."""
 
     path: Name | None = Field(
         None,
@@ -159,7 +159,7 @@ class StudentConfig(Section):
         return student_spec.is_built(self.path)
 
     @model_validator(mode="after")
-    def _an_adapter_needs_a_rank_and_a_base(self) -> StudentConfig:
+    def _check_adapter_and_sft(self) -> StudentConfig:
         if self.lora_output == "adapter" and self.lora.r is None:
             raise ValueError("student.lora_output adapter without an adapter, student.lora.r; try --lora 16")
         if self.lora_output == "adapter" and self.is_built:
@@ -173,7 +173,7 @@ class StudentConfig(Section):
 
 
 class ColumnsConfig(Section):
-    """Which columns of the source are the prompt and the response, when their names are not known ones."""
+    """Name the columns of the prompt and the response, for a source whose column names are not known ones."""
 
     prompt: Name | None = Field(None, description="Column of the whole prompt, or of the instruction.")
     input: Name | None = Field(None, description="Column of the text that goes with the instruction.")
@@ -181,7 +181,7 @@ class ColumnsConfig(Section):
 
 
 class DataConfig(Section):
-    """Rows in, examples out."""
+    """Configure the rows and how they become examples."""
 
     source: Name = Field(
         "dolly",
@@ -264,7 +264,7 @@ class DataConfig(Section):
     workers: Count = Field(0, description="Processes that tokenize. They do not change a run.")
 
     @model_validator(mode="after")
-    def _the_date_is_one(self) -> DataConfig:
+    def _check_date(self) -> DataConfig:
         try:
             date.fromisoformat(self.date or "2000-01-01")
         except ValueError:
@@ -273,7 +273,7 @@ class DataConfig(Section):
 
 
 class RolloutConfig(Section):
-    """Sampling from the student during training; from any model in `generate`."""
+    """Configure sampling from the student during training, and from any model in `generate`."""
 
     temperature: Annotated[float, Field(ge=0), _STUDENT_DECODES] = Field(
         1.0, description="Temperature of sampling. 0 is greedy."
@@ -284,7 +284,7 @@ class RolloutConfig(Section):
     top_k: Annotated[Count, _STUDENT_DECODES] = Field(0, description="Sample from the K likeliest tokens (0: all).")
     max_new_tokens: Positive = Field(256, description="Longest response, in tokens. End-of-sequence is included.")
     teacher_temperature: Annotated[float, Field(ge=0), _TEACHER_DECODES] = Field(
-        1.0, description="Probability mass of the likeliest tokens from which the teacher samples in training."
+        1.0, description="Temperature at which the teacher samples in training. 0 is greedy."
     )
     teacher_top_p: Annotated[float, Field(gt=0, le=1), _TEACHER_DECODES] = Field(
         1.0, description="Probability mass of the likeliest tokens from which the teacher samples in training."
@@ -300,7 +300,7 @@ class RolloutConfig(Section):
     bulk: Annotated[Positive, _GENERATES] = Field(
         8,
         description="Rollout batches sampled at once, for the next steps that need one. It makes sampling faster, with "
-        "samples up to this number of rollout steps old. For rounds: the batches of a round.",
+        "samples up to this number of rollout steps old. For rounds: the number of batches in a round.",
     )
     teacher_mix: Annotated[float, Field(ge=0, lt=1), _MAY_MIX] = Field(
         0.0,
@@ -351,7 +351,7 @@ class TrainConfig(Section):
     eval_steps: Positive | Literal["epoch"] = Field("epoch", description="Steps between two validations.")
     save_steps: Positive | Literal["epoch"] = Field("epoch", description="Steps between two checkpoints.")
     keep: Positive = Field(2, description="Number of checkpoints that are kept beside the best.")
-    select: Literal["last", HeldOutFigure, MetricName] = Field(
+    select: Literal["last", HeldOutMetric, MetricName] = Field(
         "last",
         description="Weights of the output directory: the last ones, or the best by a figure on held-out rows.",
     )
@@ -360,14 +360,14 @@ class TrainConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _patience_needs_a_figure(self) -> TrainConfig:
+    def _check_patience(self) -> TrainConfig:
         if self.patience is not None and self.select == "last":
             raise ValueError("train.patience needs a train.select to watch; try --set train.select=valid_loss")
         return self
 
 
 class EvalConfig(Section):
-    """Scoring by generation (METHODS D)."""
+    """Configure scoring by generation (METHODS D)."""
 
     suites: tuple[Name, ...] = Field(
         (),
@@ -407,7 +407,7 @@ class EvalConfig(Section):
 
 
 class Recipe(Section):
-    """Everything that decides what a run computes.
+    """Hold every setting that changes the result of a run.
 
     objective and schedule are unions: their keys depend on ``objective.divergence`` and ``schedule.kind``.
     """
@@ -424,23 +424,25 @@ class Recipe(Section):
 
     @property
     def needs_responses(self) -> bool:
-        """Return whether training reads the responses of the data set, and not its prompts alone."""
+        """Return whether training uses the responses of the data set in addition to its prompts."""
         fine_tunes = self.method == "sft" or self.student.sft_epochs > 0
         return fine_tunes or self.schedule.uses_rows or self.objective.row_weight > 0
 
     @property
-    def decodes_beside_the_teacher(self) -> bool:
+    def decodes_with_teacher(self) -> bool:
         """Return whether the teacher decodes with the student: it accepts or replaces drafts, or is part of a mixture."""
-        return self.schedule.drafts or self.mixes_in_the_teacher
+        return self.schedule.drafts or self.samples_from_mixture
 
     @property
-    def mixes_in_the_teacher(self) -> bool:
-        """Return whether student outputs are drawn from a mixture with the teacher. A policy gradient needs the sampler's
-        log-probabilities even where the teacher's share is 0."""
+    def samples_from_mixture(self) -> bool:
+        """Return whether student outputs are drawn from a mixture with the teacher.
+
+        A policy gradient needs the sampler's log-probabilities even if the teacher's share is 0.
+        """
         return self.objective.policy_gradient or self.rollout.teacher_mix > 0
 
     @model_validator(mode="after")
-    def _the_student_can_be_made(self) -> Recipe:
+    def _check_student_source(self) -> Recipe:
         if self.method == "sft" and self.student.sft_epochs:
             raise ValueError("student.sft_epochs is a stage before distill; try --epochs, which is sft's own")
         if self.method == "sft" and self.train.select == "valid_divergence":
@@ -449,25 +451,26 @@ class Recipe(Section):
             )
         if student_spec.copies_layers(self.student.path) and self.teacher.quantize != "none":
             raise ValueError(
-                f"teacher.quantize {self.teacher.quantize}: student {self.student.path} copies the teacher's layers, and "
-                "they would be quantised ones; try --set teacher.quantize=none"
+                f"teacher.quantize {self.teacher.quantize}: student {self.student.path} would copy quantized layers; "
+                "try --set teacher.quantize=none"
             )
         return self
 
     @model_validator(mode="after")
-    def _the_rate_falls(self) -> Recipe:
-        least, anyway = self.train.min_lr, TrainConfig.model_fields["min_lr"].default
-        if self.train.lr_schedule == "constant" or least == anyway:  # below which a rate just stays as it is
+    def _check_min_lr(self) -> Recipe:
+        min_lr = self.train.min_lr
+        # A learning rate below the default min_lr stays constant.
+        if self.train.lr_schedule == "constant" or min_lr == TrainConfig.model_fields["min_lr"].default:
             return self
-        for key, highest in (("train.lr", self.train.lr), ("student.sft_lr", self.student.sft_lr)):
-            if isinstance(highest, float | int) and least > highest:
+        for key, peak_lr in (("train.lr", self.train.lr), ("student.sft_lr", self.student.sft_lr)):
+            if isinstance(peak_lr, float | int) and min_lr > peak_lr:
                 raise ValueError(
-                    f"train.min_lr {least:g} is above {key} {highest:g}, and a rate falls; try --set train.min_lr=0"
+                    f"train.min_lr {min_lr:g} is above {key} {peak_lr:g}, and a rate falls; try --set train.min_lr=0"
                 )
         return self
 
     @model_validator(mode="after")
-    def _a_policy_needs_outputs(self) -> Recipe:
+    def _check_policy_gradient(self) -> Recipe:
         if self.objective.policy_gradient and not trains_on_own_outputs(type(self.schedule)):
             raise ValueError(
                 f"objective.policy_gradient needs outputs of the student's own, and schedule.kind is {self.schedule.kind}; "

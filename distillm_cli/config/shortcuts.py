@@ -1,8 +1,8 @@
 """List the flags that set fields of a recipe, in the order of the help.
 
-The command line makes its options of this table, messages name the flags by it. The rest of an option comes from the
-field itself: its type, choices and default, and the first sentence of its description as the help. Fields without a flag
-are set with ``--set section.key=value``. Imports nothing heavy: ``--help`` reads it.
+The command line builds its options from this table, and messages name flags by it. Type, choices and default of an option
+come from the field, and the help is the first sentence of the field's description. Fields without a flag are set with
+``--set section.key=value``. Imports nothing heavy, because ``--help`` needs it.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Flag(NamedTuple):
 class FieldFlag:
     """Describe a flag that sets fields of a recipe.
 
-    keys: the dotted keys. verbs: the commands that have it. metavar: the value in the help, none for a switch.
-    off: of a switch, the flag that sets false.
+    keys: the dotted keys. verbs: the commands that have it. metavar: placeholder of the value in the help, empty for a
+    switch. off: for a switch, the flag that sets false.
     """
 
     flag: str
@@ -97,5 +97,5 @@ def field_flags(verb: str) -> list[FieldFlag]:
 
 
 def flag_of(key: str, verb: str) -> str | None:
-    """Return the flag of a command that sets this dotted key, None where there is none."""
+    """Return the flag of a command that sets this dotted key, None if there is none."""
     return next((entry.flag for entry in field_flags(verb) if key in entry.keys), None)

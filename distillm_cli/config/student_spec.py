@@ -1,4 +1,4 @@
-"""Parse the specification of a model: ``student.path``, and every other place that names a model.
+"""Parse the specification of a model: ``student.path`` and every other field that names a model.
 
 random:4x256, random:llama:4x256   `RandomModel`    random weights, so many layers of this width
 width:0.5, width:256               `TeacherWidth`   random weights, as deep as the teacher
@@ -10,7 +10,7 @@ stage:NAME                         `StageOutput`    the output of an earlier sta
 builtin                            `BuiltinModel`   the model shipped with the package
 anything else                      `SavedModel`     a directory or a hub name
 
-The first four are built by the run. This module is light: it imports neither torch nor transformers.
+The first four are built by the run. This module imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BUILTIN = "builtin"
 
 @dataclass(frozen=True)
 class RandomModel:
-    """Ask for random weights. family: None is the teacher's, or llama without a teacher."""
+    """Request random weights. family: None selects the teacher's, or llama without a teacher."""
 
     layers: int
     width: int
@@ -37,7 +37,7 @@ class RandomModel:
 
 @dataclass(frozen=True)
 class TeacherWidth:
-    """Ask for random weights, as deep as the teacher. Exactly one of size and share (of the teacher's width) is set."""
+    """Request random weights, as deep as the teacher. Exactly one of size and share (of the teacher's width) is set."""
 
     size: int | None = None
     share: float | None = None
@@ -45,9 +45,9 @@ class TeacherWidth:
 
 @dataclass(frozen=True)
 class TeacherLayers:
-    """Ask for copies of the teacher's layers. indices: counted from 0. count: so many at this position.
+    """Request copies of the teacher's layers. indices: counted from 0. count: number of layers from ``position``.
 
-    Neither: all of them.
+    With neither, all layers are copied.
     """
 
     count: int | None = None
@@ -57,7 +57,7 @@ class TeacherLayers:
 
 @dataclass(frozen=True)
 class ConfigFile:
-    """Ask for random weights, of the shape that a JSON file gives."""
+    """Request random weights with the shape in a JSON file."""
 
     path: str
 
@@ -96,8 +96,7 @@ FORMS = {
 
 
 def parse_student(text: str) -> StudentSpec:
-    """Return the specification that a text stands for. Raises UsageError where it begins as one that is built and has
-    another form."""
+    """Parse a specification. Raise UsageError for a malformed ``random:``, ``width:`` or ``layers:``."""
     found: StudentSpec | None
     if text.startswith("random:"):
         found = _parse_random(text)
@@ -118,28 +117,28 @@ def parse_student(text: str) -> StudentSpec:
 
 
 def is_built(text: str | None) -> bool:
-    """Return whether the run builds this model instead of loading trained weights. Malformed texts do not raise."""
+    """Return whether the run builds this model instead of loading trained weights. Does not raise for malformed texts."""
     return text is not None and (_has_prefix(text) or text.endswith(".json"))
 
 
 def is_built_without_file(text: str | None) -> bool:
-    """Return whether nothing on disk describes this model: ``random:``, ``width:`` and ``layers:``."""
+    """Return whether the model is built without a file: ``random:``, ``width:`` and ``layers:``."""
     return text is not None and _has_prefix(text)
 
 
 def copies_layers(text: str | None) -> bool:
-    """Return whether the model is made of the teacher's layers."""
+    """Return whether the model copies the teacher's layers."""
     return text is not None and text.startswith("layers:")
 
 
 def is_on_hub(text: str) -> bool:
-    """Return whether a name can only be one of the hub: nothing on this machine has it, and it is not a path."""
+    """Return whether a name can only be a hub name: it is neither a path nor on this machine."""
     is_path = text.startswith((".", "~")) or Path(text).is_absolute() or text.count("/") > 1
     return not (is_path or text == BUILTIN or Path(text).exists())
 
 
 def may_have_revision(text: str) -> bool:
-    """Return whether a model may have branches and tags: hub names, which have no colon."""
+    """Return whether a model may have branches and tags. Only hub names have, and these have no colon."""
     return is_on_hub(text) and not is_built(text) and ":" not in text
 
 

@@ -1,7 +1,7 @@
-"""YAML as recipes use it: read strictly and safely, written so that it reads back the same.
+"""Read and write the YAML of recipes: strictly, safely, and so that it reads back the same.
 
-Reading follows YAML 1.2's scalars, where PyYAML follows 1.1: ``5e-4`` is a number, and ``off``, ``on``, ``yes`` and
-``no`` are words (a schedule may be ``off``). Writing quotes whatever either version would take for something else.
+Reading follows the scalars of YAML 1.2, while PyYAML follows 1.1: ``5e-4`` is a number, and ``off``, ``on``, ``yes`` and
+``no`` are words (a schedule may be ``off``). Writing quotes text that either version would read as another type.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SCALARS = (  # tag, pattern, first characters; the first match counts
 
 
 class _Loader(yaml.SafeLoader):
-    """Only its reader and composer are used: no tag of any kind constructs anything."""
+    """Compose nodes without aliases. Only the reader and composer are used, so no tag constructs an object."""
 
     yaml_implicit_resolvers: ClassVar[dict] = {}
 
@@ -51,9 +51,9 @@ for _name, _pattern, _first in _SCALARS:
 
 
 def compose(text: str, label: str) -> yaml.Node | None:
-    """Text → the document's root node, None when there is none. ``label`` names the text in errors.
+    """Parse text into the document's root node; None if it is empty. ``label`` names the text in errors.
 
-    Raises RecipeError with label:line for what is not YAML, for a second document, and for aliases.
+    Raise RecipeError with label:line for text that is not YAML, for a second document, and for aliases.
     """
     loader = None
     try:
@@ -61,13 +61,13 @@ def compose(text: str, label: str) -> yaml.Node | None:
         return loader.get_single_node()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = at(label, mark.line + 1) if mark else label
+        place = location(label, mark.line + 1) if mark else label
         problem = " ".join(part for part in (error.context, error.problem) if part)
         hint = "indent with spaces, not tabs" if r"'\t'" in problem else None
         raise RecipeError(f"{place}: not a YAML document ({problem})", hint=hint) from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise RecipeError(f"{at(label, line)}: not a YAML document ({error.reason})") from None
+        raise RecipeError(f"{location(label, line)}: not a YAML document ({error.reason})") from None
     except RecursionError:
         raise RecipeError(f"{label}: nested too deeply for a recipe") from None
     finally:
@@ -75,21 +75,21 @@ def compose(text: str, label: str) -> yaml.Node | None:
             loader.dispose()
 
 
-def at(label: str, line: int) -> str:
-    """Where in a text: file:line, or just the flag that the text was given by."""
+def location(label: str, line: int) -> str:
+    """Return the location for a message: file:line, or the flag that gave the text."""
     return label if label.startswith("--") else f"{label}:{line}"
 
 
 def line_of(node: yaml.Node) -> int:
-    """The node's line, counted from 1."""
+    """Return the node's line, counted from 1."""
     return node.start_mark.line + 1
 
 
 def pairs(node: yaml.MappingNode, label: str, prefix: str = "") -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
-    """(key, key node, value node) of a mapping. Raises RecipeError for a key that occurs twice or is no plain text."""
+    """Yield (key, key node, value node) of a mapping. Raise RecipeError for a repeated key or one that is not text."""
     seen: dict[str, int] = {}
     for key_node, value_node in node.value:
-        place = at(label, line_of(key_node))
+        place = location(label, line_of(key_node))
         if not isinstance(key_node, yaml.ScalarNode):
             raise RecipeError(f"{place}: a key must be a name, not a list or mapping")
         key = key_node.value
@@ -102,10 +102,10 @@ def pairs(node: yaml.MappingNode, label: str, prefix: str = "") -> Iterator[tupl
 
 
 def node_value(node: yaml.Node | None, label: str, *, texts: bool = False) -> Any:
-    """Node → None, bool, int, float, str, list or dict.
+    """Convert a node to None, bool, int, float, str, list or dict.
 
-    texts: the field takes texts only, so that a scalar which looks like a number (a revision ``1234567``) stays as it
-    was typed. Raises RecipeError for any other tag.
+    texts: the field takes text only, so a scalar that looks like a number (a revision ``1234567``) stays text. Raise
+    RecipeError for any other tag.
     """
     if node is None:
         return None
@@ -126,15 +126,17 @@ def node_value(node: yaml.Node | None, label: str, *, texts: bool = False) -> An
         if kind == "float":
             return float(re.sub(r"\.(?=inf|nan)", "", text.lower().replace("_", "")))
     except (ValueError, KeyError):
-        raise RecipeError(f"{at(label, line_of(node))}: {text[:40]} is no {_NOUNS[kind]} that can be read") from None
+        raise RecipeError(
+            f"{location(label, line_of(node))}: {text[:40]} is no {_NOUNS[kind]} that can be read"
+        ) from None
     raise RecipeError(
-        f"{at(label, line_of(node))}: tag {node.tag} is not read in recipes",
+        f"{location(label, line_of(node))}: tag {node.tag} is not read in recipes",
         hint="write the value itself, without a tag",
     )
 
 
 def text_of(value: Any) -> str:
-    """A scalar or a list of scalars as one line of YAML; floats keep a point (``1.0e-07``), as every reader wants."""
+    """Format a scalar or a list of scalars as one line of YAML. Floats have a point (``1.0e-07``), as YAML 1.1 needs."""
 
     def dumped(style: str | None) -> str:
         whole = yaml.dump(

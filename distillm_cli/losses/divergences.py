@@ -3,22 +3,22 @@
 p is the teacher, q the student. A divergence gives its value per token [N] and ``h_NV = ∂D/∂log q`` with the other entries
 held fixed; the gradient in the student's logits is then ``h − q Σ_u h_u`` (``logit_grad``).
 
-A divergence is one class, registered by ``register_divergence`` with its parameters beside it. To add one, write both in a
-file that is imported with the built-in ones (``plugins.divergences``) or by an entry point of another package, and a
-reference test: recipes, flags, help and ``distillm methods`` follow from the registration.
+A divergence is one class, registered with its parameters by ``register_divergence``. To add one, write both in a file that
+is imported with the built-in ones (``plugins.divergences``) or by an entry point of another package, and a reference test.
+Recipes, flags, help and ``distillm methods`` follow from the registration.
 
-Mixtures are formed of probabilities, which costs a pass over the table where ``logaddexp`` costs ten, and loses nothing: a
-ratio like p/m is bounded by 1/α, its logarithm is taken after the division, and an entry below the smallest normal number
-(1e-38 in float32) adds nothing to a sum of probabilities. Unmixed log-probabilities stay logits minus their normalizer, so
-that the divergences that are unbounded (KL, reverse KL) stay right where a probability underflows.
+Mixtures are computed from probabilities, which takes one pass over the table where ``logaddexp`` takes ten. No accuracy is
+lost: a ratio like p/m is bounded by 1/α, its logarithm is computed after the division, and an entry below the smallest
+normal number (1e-38 in float32) does not change a sum of probabilities. Unmixed log-probabilities are logits minus their
+normalizer, so that unbounded divergences (KL, reverse KL) are correct where a probability underflows.
 
-A logit of −inf (a suppressed token) is a probability of exactly 0, and 0 · log 0 = 0. A divergence that is infinite then
-(KL where p > 0 = q, reverse KL where q > 0 = p) has the value +inf; its gradient is undefined. All other values and
+A logit of −inf (a suppressed token) is a probability of exactly 0, and 0 · log 0 = 0. A divergence that is then infinite
+(KL where p > 0 = q, reverse KL where q > 0 = p) has the value +inf, and its gradient is undefined. All other values and
 gradients are finite.
 
-Nothing here imports torch at its top, since ``--help`` reads the parameters. The formulas use methods of tensors.
+This module does not import torch at its top, since ``--help`` needs the parameters. The formulas use tensor methods.
 
-The table in full is METHODS A of the project's design.
+The full table is METHODS A of the project's design.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ Halves = tuple[tuple[float, "Divergence"], tuple[float, "Divergence"]]
 
 
 class TokenDistributions:
-    """Hold N distributions over the vocabulary, from their logits z; each table is computed once, when first used.
+    """Hold N distributions over the vocabulary, from their logits z. Each table is computed once, when first used.
 
-    The tables belong to the owner of the object: a divergence reads them and changes none. has_zeros: whether logits may
-    be −inf; False promises that none is, and saves the passes that look for them.
+    A divergence must not change the tables. has_zeros: whether logits may be −inf. False states that none is, and saves
+    the passes that check for it.
     """
 
     def __init__(self, z_NV: Tensor, *, has_zeros: bool = True):
@@ -56,7 +56,7 @@ class TokenDistributions:
 
     @classmethod
     def of_log(cls, log_NV: Tensor) -> TokenDistributions:
-        """Create from log-probabilities, which are used as they are: nothing is normalized again."""
+        """Create from log-probabilities, which are not normalized again."""
         rows = cls(log_NV)
         rows.prob_NV = log_NV.exp()
         rows.log_norm_N1 = log_NV.new_zeros((len(log_NV), 1))
@@ -68,7 +68,7 @@ class TokenDistributions:
 
     @cached_property
     def log_norm_N1(self) -> Tensor:
-        """Return log Σ exp z. The largest probability is exp(max z) over it: two maxima instead of an exp and a sum."""
+        """Return log Σ exp z, as max z − log max p: two maxima instead of an exp and a sum."""
         return self.z_NV.amax(-1, keepdim=True) - self.prob_NV.amax(-1, keepdim=True).log()
 
     @cached_property
@@ -85,7 +85,7 @@ class Divergence(ABC):
 
     @classmethod
     def from_config(cls, config: DivergenceConfig) -> Divergence:
-        """Build from a recipe's parameters: those named like the fields of the class. Override it for other names."""
+        """Build from a recipe's parameters with the names of the class's fields. Override it for other names."""
         names = [field.name for field in fields(cls)] if is_dataclass(cls) else []
         return cls(**{name: getattr(config, name) for name in names})
 
@@ -93,19 +93,24 @@ class Divergence(ABC):
     def between(
         self, p: TokenDistributions, q: TokenDistributions, with_grad: bool = True
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the value per token [N], nats, and h_NV = ∂D/∂log q (None unless asked for): new tables, the caller's to
-        change."""
+        """Return the value per token [N], nats, and h_NV = ∂D/∂log q (None without ``with_grad``).
 
-    def at(self, targets_N: Tensor, divergence_args_N: Tensor | None) -> Divergence:
-        """Return the divergence for these rows. One that treats the supervised token, or tokens chosen by its objective,
-        differently returns a copy that holds them; the others are the same everywhere."""
+        Both are new tensors that the caller may change.
+        """
+
+    def for_tokens(self, targets_N: Tensor, divergence_args_N: Tensor | None) -> Divergence:
+        """Return the divergence for these tokens.
+
+        A divergence that treats the supervised token, or tokens selected by its objective, differently returns a copy that
+        holds them. Others return themselves.
+        """
         return self
 
     def halves(self) -> Halves:
         """Return (weight, divergence) of the forward half and of the reverse half.
 
-        The forward half is measured on data set rows and teacher samples, the reverse half on student outputs. Half the sum
-        of both, each on its own samples, estimates the whole. A divergence without halves is the same on both.
+        The forward half is computed on data set rows and teacher samples, the reverse half on student outputs. Half the sum
+        of both, each on its own samples, estimates the divergence. A divergence without halves returns itself twice.
         """
         return (1.0, self), (1.0, self)
 
@@ -147,7 +152,7 @@ class DivergenceEntry:
         return self.build((self.config or DivergenceConfig)(divergence=self.name))
 
     def check(self) -> None:
-        """Raise an error where the registration cannot work."""
+        """Raise an error if the registration is invalid."""
         if self.config is not None and not issubclass(self.config, DivergenceConfig):
             raise TypeError(f"{self.config.__name__}, the parameters of {self.name}, is no DivergenceConfig")
         self.default().halves()
@@ -163,7 +168,7 @@ class DivergenceEntry:
 
     @property
     def objective_class(self) -> type[Objective] | None:
-        """Return the objective that trains with this divergence, imported where it is named; None for KD."""
+        """Return the objective that trains with this divergence, imported if it is given by name; None for KD."""
         if not isinstance(self.objective, str):
             return self.objective
         module, _, name = self.objective.partition(":")
@@ -173,11 +178,11 @@ class DivergenceEntry:
 def register_divergence(
     name: str, *, config: type[DivergenceConfig] | None = None, objective: type[Objective] | str | None = None
 ) -> Callable[[type[Divergence]], type[Divergence]]:
-    """Register a class under the name that recipes give it. Usable as a decorator.
+    """Register a class under its name in recipes, as a decorator.
 
-    config: its parameters, which become keys of the recipe's ``objective`` section; None where it has none. A key of two
-    divergences should mean the same in both; other keys should begin with the divergence's name. objective: what trains
-    with it where KD does not; a text "module:Class" is imported when a run needs it.
+    config: its parameters, which become keys of the recipe's ``objective`` section; None if it has none. A key of two
+    divergences should mean the same in both; other keys should begin with the divergence's name. objective: the class that
+    trains with it, if not KD; a text "module:Class" is imported when a run needs it.
     """
 
     def register(divergence: type[Divergence]) -> type[Divergence]:
@@ -212,7 +217,7 @@ def _ratio(x_NV: Tensor, y_NV: Tensor, a: float) -> Tensor:
 
 
 def _safe_log(x_NV: Tensor) -> Tensor:
-    """Return log x with a floor under x: where x is that small, so is the probability that multiplies the logarithm."""
+    """Return log x with x clamped from below: where x is that small, so is the probability that multiplies the logarithm."""
     return x_NV.clamp_min(smallest(x_NV)).log_()
 
 
@@ -222,7 +227,7 @@ def have_zeros(*all_rows: TokenDistributions) -> bool:
 
 
 def drop_zeros(part_NV: Tensor, prob_NV: Tensor, zeros: bool) -> Tensor:
-    """Apply 0 · log 0 = 0 to a table of probability · logarithm, in place; without ``zeros`` it is left as it is."""
+    """Apply 0 · log 0 = 0 to a table of probability · logarithm, in place. Without ``zeros`` return it unchanged."""
     return part_NV.masked_fill_(prob_NV == 0, 0) if zeros else part_NV
 
 
@@ -261,7 +266,7 @@ class ReverseKL(Divergence):
 
 
 class SkewConfig(DivergenceConfig):
-    """The parameter of ``skl`` and ``srkl``."""
+    """Declare the parameter of ``skl`` and ``srkl``."""
 
     alpha: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1, description="Skew of skl and srkl. The share of the other distribution in the mixture; 0 is kl or rkl."
@@ -325,7 +330,7 @@ class SkewReverseKL(Divergence):
 
 
 class JSDConfig(DivergenceConfig):
-    """The parameter of ``jsd``."""
+    """Declare the parameter of ``jsd``."""
 
     beta: Probability = Field(0.5, description="β of jsd: m = βp + (1−β)q.")
 
@@ -368,7 +373,7 @@ class TotalVariation(Divergence):
 
 
 class JeffreysConfig(DivergenceConfig):
-    """The parameter of ``jeffreys``."""
+    """Declare the parameter of ``jeffreys``."""
 
     jeffreys_weight: Probability = Field(0.5, description="λ of jeffreys: 2λ KL(p‖q) + 2(1−λ) KL(q‖p).")
 
@@ -390,7 +395,7 @@ class Jeffreys(Divergence):
     def between(self, p, q, with_grad=True):
         a = 2 * self.weight
         b = 2 * (1 - self.weight)
-        if b == 0:  # a part without weight counts for nothing, even where it is infinite
+        if b == 0:  # a term with weight 0 is dropped, even if it is infinite
             value_N, h_NV = KL().between(p, q, with_grad)
             return a * value_N, h_NV.mul_(a) if with_grad else None
         if a == 0:

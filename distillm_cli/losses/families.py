@@ -1,6 +1,8 @@
-"""Define the divergences of single papers: KL and reverse KL mixed by where the gap is (``akl``), the family between KL and
-its reverse (``ab``), a divergence to an assistant between teacher and student (``amid``), KL to a target that moves to the
-teacher (``taid``), and KL with the supervised token separated (``atkd``). Value and h = ∂D/∂log q as in ``divergences``.
+"""Define the divergences of single papers.
+
+They are KL and reverse KL mixed by the location of the gap (``akl``), the family between KL and its reverse (``ab``), a
+divergence to an assistant between teacher and student (``amid``), KL to a target that moves to the teacher (``taid``), and
+KL with the supervised token separated (``atkd``). Value and h = ∂D/∂log q as in ``divergences``.
 """
 
 from __future__ import annotations
@@ -28,13 +30,13 @@ from distillm_cli.losses.divergences import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-_FEW = 32  # entries looked at first for a head; most of a language model's mass is in fewer
-_MEASURES_AB = UsedWhen({"objective.amid_divergence": ("ab",)})
-_NARROW = 0.05  # exponents closer together than this are told apart in float64
+_FIRST_TOP_K = 32  # entries searched first for a head; most of a language model's mass is in fewer
+_USES_AB = UsedWhen({"objective.amid_divergence": ("ab",)})
+_SMALL_SPREAD = 0.05  # exponents closer together than this need float64
 
 
 class AdaptiveKLConfig(DivergenceConfig):
-    """The parameter of ``akl``."""
+    """Declare the parameter of ``akl``."""
 
     akl_mu: Annotated[float, Field(gt=0, le=1)] = Field(
         0.5, description="μ of akl. The teacher's head is the fewest tokens whose mass reaches μ."
@@ -73,17 +75,17 @@ class AdaptiveKL(Divergence):
         """Return w [N, 1], the head's share of Σ |p−q|; 0 where there is no gap."""
         gap_NV = (p_NV - q_NV).abs_()
         total_N1 = gap_NV.sum(-1, keepdim=True)
-        if self.mu >= 1:  # all entries; their masses added up may round to 1 before the last ones
+        if self.mu >= 1:  # all entries; the sum of their masses may round to 1 before the last ones
             return (total_N1 > 0).to(p_NV.dtype)
         V = p_NV.shape[-1]
-        k = min(_FEW, V)
+        k = min(_FIRST_TOP_K, V)
         while True:
             top_NK, ids_NK = p_NV.topk(k, dim=-1)
-            before_NK = top_NK.cumsum(-1) - top_NK  # the mass of the likelier entries: below mu, this one belongs too
-            if k == V or bool((before_NK[:, -1] >= self.mu).all()):
+            mass_before_NK = top_NK.cumsum(-1) - top_NK  # mass of the likelier entries; below mu, this one is included
+            if k == V or bool((mass_before_NK[:, -1] >= self.mu).all()):
                 break
             k = min(8 * k, V)
-        head_N1 = (gap_NV.gather(-1, ids_NK) * (before_NK < self.mu)).sum(-1, keepdim=True)
+        head_N1 = (gap_NV.gather(-1, ids_NK) * (mass_before_NK < self.mu)).sum(-1, keepdim=True)
         return (head_N1 / total_N1.clamp_min_(smallest(p_NV))).clamp_max_(1)
 
 
@@ -92,7 +94,7 @@ _AB_BETA = Field(0.7, description="β of ab, the student's exponent.")
 
 
 class AlphaBetaConfig(DivergenceConfig):
-    """The parameters of ``ab``."""
+    """Declare the parameters of ``ab``."""
 
     ab_alpha: Exponent = _AB_ALPHA
     ab_beta: Exponent = _AB_BETA
@@ -104,13 +106,13 @@ class AlphaBeta(Divergence):
     """Compute −1/(αβ) Σ [p^α q^β − α/(α+β) p^{α+β} − β/(α+β) q^{α+β}], continued to where α, β or α+β is 0 (Cichocki, Cruces
     and Amari 2011; for distillation ABKD, arXiv 2505.04560).
 
-    (1, 0) is KL and (0, 1) reverse KL; (0, 0) is ½ Σ (log p − log q)². One form serves them all: with s = α+β and
+    (1, 0) is KL and (0, 1) reverse KL; (0, 0) is ½ Σ (log p − log q)². One formula covers all of them: with s = α+β and
     G(t) = p^t q^{s−t}, an entry's value is the second divided difference of G at 0, α and s (never negative, since G is
-    convex), and its h is minus the first one at 0 and α. Where two of these points meet, a difference is a derivative.
+    convex), and its h is minus the first one at 0 and α. Where two of these points coincide, a difference is a derivative.
 
-    α, β and α+β ≥ 0 keep every power below 1. Negative ones are for distributions that overlap: a power that would
-    overflow is held at the square root of the largest number. An entry that only one side has is infinite unless the other
-    side's power and α+β are positive.
+    With α, β and α+β ≥ 0 every power is at most 1. Negative ones are for distributions that overlap: a power that would
+    overflow is clamped to the square root of the largest number. An entry that only one side has is infinite unless the
+    other side's power and α+β are positive.
     """
 
     alpha: float
@@ -133,14 +135,14 @@ class AlphaBeta(Divergence):
         filled = (rows.log_NV.masked_fill(no_p_NV | no_q_NV, 0) for rows in (p, q))  # equal there: adds 0
         value_N, h_NV = self._of_logs(*filled, with_grad)
         only_q_NV = no_p_NV & ~no_q_NV
-        value_N += self._alone(q.log_NV, only_q_NV, self.alpha)
-        value_N += self._alone(p.log_NV, no_q_NV & ~no_p_NV, self.beta)
+        value_N += self._sum_one_sided(q.log_NV, only_q_NV, self.alpha)
+        value_N += self._sum_one_sided(p.log_NV, no_q_NV & ~no_p_NV, self.beta)
         if with_grad and self.alpha != 0:  # infinite at α = 0
             h_NV.add_(torch.where(only_q_NV, ((self.alpha + self.beta) * q.log_NV).exp_() / self.alpha, 0))
         return value_N, h_NV
 
-    def _alone(self, log_NV: Tensor, alone_NV: Tensor, power: float) -> Tensor:
-        """Sum the entries where only this side is not 0. power: of the other side in p^α q^β."""
+    def _sum_one_sided(self, log_NV: Tensor, alone_NV: Tensor, power: float) -> Tensor:
+        """Sum the entries where only this side is not 0. power: exponent of the other side in p^α q^β."""
         import torch
 
         s = self.alpha + self.beta
@@ -159,23 +161,23 @@ class AlphaBeta(Divergence):
         if spread == 0:
             value_N = gap_NV.square().sum(-1).mul_(0.5)
             return value_N, gap_NV.neg_() if with_grad else None
-        if spread < _NARROW:
+        if spread < _SMALL_SPREAD:
             u_NV, w_NV, gap_NV = (where_exact(x_NV).double() for x_NV in (u_NV, w_NV, gap_NV))
         pairs = ((first, middle), (middle, last))
-        rises = {pair: self._rise(u_NV, w_NV, gap_NV, *pair) for pair in pairs}
-        (below_NV, below), (above_NV, above) = (rises[pair] for pair in pairs)
+        differences = {pair: self._difference(u_NV, w_NV, gap_NV, *pair) for pair in pairs}
+        (below_NV, below), (above_NV, above) = (differences[pair] for pair in pairs)
         value_N = above_NV.add(below_NV, alpha=-above / below).sum(-1).div_(above * spread).to(given_NV)
         if not with_grad:
             return value_N, None
-        wanted = min(0.0, self.alpha), max(0.0, self.alpha)
-        h_NV, width = rises.get(wanted) or self._rise(u_NV, w_NV, gap_NV, *wanted)
+        interval = min(0.0, self.alpha), max(0.0, self.alpha)
+        h_NV, width = differences.get(interval) or self._difference(u_NV, w_NV, gap_NV, *interval)
         return value_N, h_NV.mul_(-1 / width).to(given_NV)
 
-    def _rise(self, u_NV: Tensor, w_NV: Tensor, gap_NV: Tensor, low: float, high: float) -> tuple[Tensor, float]:
-        """G(high) − G(low), entry by entry, and high − low; their quotient is the divided difference. (G'(low), 1) where
-        they are equal.
+    def _difference(self, u_NV: Tensor, w_NV: Tensor, gap_NV: Tensor, low: float, high: float) -> tuple[Tensor, float]:
+        """Return G(high) − G(low), entry by entry, and high − low; their quotient is the divided difference.
 
-        From the larger of the two and e^−distance − 1, so that neither cancellation nor overflow can come in.
+        Return (G'(low), 1) if low and high are equal. The difference is computed from the larger term and
+        e^−distance − 1, which avoids cancellation and overflow.
         """
         import torch
 
@@ -192,7 +194,7 @@ class AlphaBeta(Divergence):
 
 
 class AlphaMixtureConfig(DivergenceConfig):
-    """The parameters of ``amid``, with those of the divergence that it measures."""
+    """Declare the parameters of ``amid``, with those of the divergence that it uses."""
 
     amid_a: Annotated[float, Field(ge=-100, le=100)] = Field(
         0.5,
@@ -208,14 +210,14 @@ class AlphaMixtureConfig(DivergenceConfig):
     amid_from: Literal["teacher", "student"] = Field(
         "teacher", description="Model from which amid measures: D(p ‖ r) for the teacher, D(q ‖ r) for the student."
     )
-    ab_alpha: Annotated[Exponent, _MEASURES_AB] = _AB_ALPHA
-    ab_beta: Annotated[Exponent, _MEASURES_AB] = _AB_BETA
+    ab_alpha: Annotated[Exponent, _USES_AB] = _AB_ALPHA
+    ab_beta: Annotated[Exponent, _USES_AB] = _AB_BETA
 
 
 @register_divergence("amid", config=AlphaMixtureConfig)
 @dataclass(frozen=True)
 class AlphaMixture(Divergence):
-    """Compute D(p ‖ r), or D(q ‖ r) measured from the student, with an assistant r between p and q (AMiD, arXiv 2510.15982).
+    """Compute D(p ‖ r), or D(q ‖ r) with ``from_student``, with an assistant r between p and q (AMiD, arXiv 2510.15982).
 
     r ∝ (λ p^κ + (1−λ) q^κ)^{1/κ}, κ = (1−a)/2: the arithmetic mixture at a = −1 (with KL that is skew KL), the geometric
     p^λ q^{1−λ} at a = 1. The larger a is, the nearer r is to the smaller of the two probabilities. 0 < lam < 1.
@@ -237,7 +239,7 @@ class AlphaMixture(Divergence):
         value_N, h_NV = self.inner.between(first, r, with_grad)
         if not with_grad:
             return value_N, None
-        h_NV = logit_grad(h_NV, r.prob_NV).mul_(share)  # through r's own normaliser, then through its mixture
+        h_NV = logit_grad(h_NV, r.prob_NV).mul_(share)  # through r's normalizer, then through its mixture
         if self.from_student:
             h_NV += self.inner.mirror().between(r, q)[1]
         return value_N, h_NV
@@ -255,7 +257,7 @@ class AlphaMixture(Divergence):
             u_NV = u_NV.masked_fill(both_NV, 0)
             w_NV = w_NV.masked_fill(both_NV, 0)
         gap_NV = (u_NV - w_NV).mul_(kappa)
-        p_leads_NV = gap_NV > 0  # p^κ > q^κ: the larger term is taken out of the sum
+        p_leads_NV = gap_NV > 0  # p^κ > q^κ: the larger term is factored out of the sum
         weight_NV = torch.where(p_leads_NV, gap_NV.new_tensor(1 - lam), gap_NV.new_tensor(lam))
         log_NV = gap_NV.abs().neg_().expm1_().mul_(weight_NV).log1p_().div_(kappa)
         log_NV += torch.where(p_leads_NV, u_NV, w_NV)
@@ -265,7 +267,7 @@ class AlphaMixture(Divergence):
 
 
 class InterpolatedConfig(DivergenceConfig):
-    """The parameters of ``taid``."""
+    """Declare the parameters of ``taid``."""
 
     taid_start: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.4, description="t₀ of taid, the teacher's share in the target at the start. It ends at 1."
@@ -307,7 +309,7 @@ def _lerp(from_NV: Tensor, to_NV: Tensor, t: float, zeros: bool) -> Tensor:
 
 
 def _times(weight_N: Tensor | float, value_N: Tensor) -> Tensor:
-    """Weigh values; a weight of 0 leaves nothing, even of an infinite one."""
+    """Multiply values by weights, where 0 · ∞ is 0."""
     import torch
 
     if not isinstance(weight_N, torch.Tensor):
@@ -316,7 +318,7 @@ def _times(weight_N: Tensor | float, value_N: Tensor) -> Tensor:
 
 
 class DecoupledConfig(DivergenceConfig):
-    """The parameter of ``atkd``."""
+    """Declare the parameter of ``atkd``."""
 
     atkd_easy: Probability = Field(
         0.2, description="α of atkd, the weight of the tokens of which the teacher is surest. The others weigh 1−α."
@@ -329,7 +331,7 @@ class Decoupled(Divergence):
     """Compute c_T·TKD + c_D·DKD (ATKD, arXiv 2402.11890; the parts are those of decoupled distillation, arXiv 2203.08679).
 
     TKD is KL between (target, all others) of teacher and student, DKD is KL over the others, renormalized. weights_N2:
-    (c_T, c_D) of every row; both 1 where the objective gives none. With c_T = 1 and c_D = 1 − p(target) this is KL.
+    (c_T, c_D) of every row; both are 1 if the objective gives none. With c_T = 1 and c_D = 1 − p(target) this is KL.
     """
 
     targets_N: Tensor | None = None
@@ -339,19 +341,19 @@ class Decoupled(Divergence):
     def from_config(cls, config):
         return cls()
 
-    def at(self, targets_N, divergence_args_N):
+    def for_tokens(self, targets_N, divergence_args_N):
         return Decoupled(targets_N, divergence_args_N)
 
     def between(self, p, q, with_grad=True):
         if self.targets_N is None:
-            raise ValueError("this divergence separates the supervised token: call at(targets) first")
+            raise ValueError("this divergence separates the supervised token: call for_tokens(targets) first")
         targets_N1 = self.targets_N.unsqueeze(-1)
         c_target_N = 1.0
         c_others_N = 1.0
         if self.weights_N2 is not None:
             c_target_N, c_others_N = self.weights_N2.to(q.z_NV.dtype).unbind(-1)
         p_others, q_others = (self._without_targets(rows, targets_N1) for rows in (p, q))
-        # log of the others' mass, from two normalisers: 1 − p would lose it where the model is sure of the target
+        # log of the others' mass, from two normalizers: 1 − p would round to 0 where the model is sure of the target
         log_p_rest_N, log_q_rest_N = (
             (others.log_norm_N1 - rows.log_norm_N1).squeeze(-1) for others, rows in ((p_others, p), (q_others, q))
         )
@@ -372,7 +374,7 @@ class Decoupled(Divergence):
 
     @staticmethod
     def _without_targets(rows: TokenDistributions, targets_N1: Tensor) -> TokenDistributions:
-        """Return the distribution over all entries but the target, whose logit is put far below everything."""
+        """Return the distribution over all entries but the target, whose logit is set to a very low value."""
         import torch
 
         lowest = -0.25 * torch.finfo(rows.z_NV.dtype).max

@@ -1,16 +1,16 @@
-"""Compute the loss from last hidden states, through both vocabularies, without ever holding [tokens × vocabulary].
+"""Compute the loss from last hidden states, without storing the logits [tokens × vocabulary] of either model.
 
-One ``autograd.Function`` goes through the supervised tokens in chunks and parts. A chunk is as many tokens as the matrix
-products need to run at full speed: its logits, the student's and the teacher's, come from one product each, in the heads'
-own dtype. Inside it, a few rows at a time, so that the tables stay in the processor's cache: float32 softmax, the divergence
-and its closed-form gradient, which replaces the student's logits in place. Two more products carry a chunk's gradient back
-to the hidden states and the head, the latter by pieces of the vocabulary, summed in float32. Each head runs once, in the
-forward pass; backward only scales. What the loss adds to memory is bounded, whatever the batch and the length.
+One ``autograd.Function`` processes the supervised tokens in chunks and parts. A chunk has as many tokens as the matrix
+products need to run at full speed. Its logits, the student's and the teacher's, come from one product each, in the dtype of
+the head. A part is a few rows of a chunk, so that its tables fit the processor's cache: float32 softmax, the divergence and
+its closed-form gradient, which replaces the student's logits in place. Two more products compute a chunk's gradient in the
+hidden states and in the head, the latter by slices of the vocabulary, summed in float32. Each head runs once, in the
+forward pass; the backward pass only scales. The memory of the loss is bounded for every batch and length.
 
-Cross-entropy is computed in the same way (its gradient in the logits is q − onehot), so that SFT, validation and a mixed
+Cross-entropy is computed in the same way (its gradient in the logits is q − onehot), so SFT, validation and a mixed
 objective share this code.
 
-Shape letters: N supervised tokens, C tokens of a chunk, R rows of a part of it, V vocabulary, S a piece of the vocabulary,
+Shape letters: N supervised tokens, C tokens of a chunk, R rows of a part of it, V vocabulary, S a slice of the vocabulary,
 D width of the last hidden state.
 """
 
@@ -29,11 +29,13 @@ from distillm_cli.losses.divergences import TokenDistributions
 from distillm_cli.losses.weights import NO_WEIGHTS, LossWeights, TokenWeights
 from distillm_cli.utils.memory import retry_halved
 
-CHUNK_BYTES = 320 * 2**20  # most bytes of a chunk's logits, both models'; with small vocabularies it is far less
-_CHUNK_TOKENS = 256  # beyond it the products gain nothing: 128 tokens reach 90 % of their speed, 256 all of it
-_TABLE_BYTES = {"cpu": 2 * 2**20}  # of one table of a part: several of them fit the last-level cache
-_TABLE_BYTES_ELSEWHERE = 64 * 2**20  # on an accelerator launches cost more than cache misses
-_PIECE = 4096  # entries of the vocabulary in one piece of the head's gradient
+CHUNK_BYTES = (
+    320 * 2**20
+)  # upper bound for a chunk's logits of both models; with small vocabularies they are far smaller
+_CHUNK_TOKENS = 256  # the products are not faster with more: 128 tokens reach 90 % of full speed, 256 all of it
+_TABLE_BYTES = {"cpu": 2 * 2**20}  # size of one table of a part; several of them fit the last-level cache
+_ACCELERATOR_TABLE_BYTES = 64 * 2**20  # on an accelerator kernel launches cost more than cache misses
+_VOCAB_SLICE = 4096  # entries of the vocabulary in one slice of the head's gradient
 
 
 Inputs = tuple[Tensor, Tensor | None, Tensor | None]  # hidden states, head weight, head bias; or their gradients
@@ -62,19 +64,21 @@ def fused_loss(
     on_halved: Callable[[int], None] | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """Return scale · Σ over N tokens of weight · (kd · kd_weight · D(p, q) + ce · ce_weight · −log q(target) + surrogate(log
-    q(target))), nats; a scalar with a graph.
+    """Return the weighted loss summed over N tokens, nats, a scalar with a graph.
+
+    The loss is scale · Σ weight · (kd · kd_weight · D(p, q) + ce · ce_weight · −log q(target) + surrogate(log q(target))).
 
     hidden_ND: the student's last hidden states at the positions that predict ``targets_N``. teacher_hidden_ND: the
-    teacher's at the same positions, [N, D_teacher]; widths may differ, vocabularies must not. matmul_dtype: of the
-    student's head matmuls (autocast's, when it is on); softmax and divergence are float32, or float64 when the hidden
-    states are. Gradients reach hidden states, head weight and head bias; only those that require one are computed, and
-    under ``no_grad`` none.
+    teacher's at the same positions, [N, D_teacher]; widths may differ, vocabularies must not. matmul_dtype: dtype of the
+    student's head matmuls (autocast's, if it is on); softmax and divergence are float32, or float64 if the hidden states
+    are. Gradients are computed for those of hidden states, head weight and head bias that require one, and under
+    ``no_grad`` for none.
 
-    chunk: most tokens at once; None: as many as CHUNK_BYTES allows and make the products fast. Where memory runs out the
-    chunk is halved and the loss computed again, down to single tokens; ``on_halved`` then gets the chunk that fits.
+    chunk: largest number of tokens at once; None: as many as CHUNK_BYTES allows and as make the products fast. If memory
+    runs out, the chunk is halved and the loss computed again, down to single tokens. ``on_halved`` then gets the chunk that
+    fits.
 
-    scale: the caller could multiply the result, but here it costs nothing: the head's gradient is scaled when it is written.
+    scale: the head's gradient is scaled when it is written, which costs less than scaling the result.
     """
     if weights.kd and (teacher_hidden_ND is None or teacher_head is None or weights.divergence is None):
         raise ValueError("a divergence needs the teacher's hidden states and head")
@@ -106,7 +110,7 @@ def target_log_probs(
 ) -> Tensor:
     """Return the log-probability [N] of each target, nats, float32 (float64 when the hidden states are), without a graph.
 
-    Arguments as of ``fused_loss``; the same computation, so the same numbers.
+    The arguments are those of ``fused_loss``, and so is the computation.
     """
     args = _LossArgs(
         head, None, None, targets_N, NO_WEIGHTS, LossWeights(kd=0.0, ce=1.0), matmul_dtype, chunk, None, False
@@ -118,7 +122,7 @@ def target_log_probs(
 
 @dataclass(frozen=True)
 class _LossArgs:
-    """Hold the arguments of a call, apart from the three tensors that autograd must see."""
+    """Hold the arguments of a call, except the three tensors that autograd tracks."""
 
     student_head: HeadLike
     teacher_head: HeadLike | None
@@ -130,102 +134,111 @@ class _LossArgs:
     chunk: int | None
     on_halved: Callable[[int], None] | None
     with_grad: bool
-    scale: float = 1.0  # of the gradients; the values are left as they are
+    scale: float = 1.0  # factor of the gradients, not of the token losses
 
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias_V, args: _LossArgs):
-        wanted = tuple(args.with_grad and need for need in ctx.needs_input_grad[:3])
-        value_N, ctx.grads = _values_and_grads((hidden_ND, weight_VD, bias_V), args, wanted)
-        if any(wanted):
+        needed_grads = tuple(args.with_grad and need for need in ctx.needs_input_grad[:3])
+        value_N, ctx.grads = _values_and_grads((hidden_ND, weight_VD, bias_V), args, needed_grads)
+        if any(needed_grads):
             ctx.save_for_backward(hidden_ND, weight_VD, bias_V)
-            ctx.args, ctx.wanted = args, wanted
+            ctx.args, ctx.needed_grads = args, needed_grads
         return value_N.sum() if args.scale == 1 else value_N.sum() * args.scale
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_total):
-        # Scaled in place, if at all, and released: a second [V, D] table would cost more than the scaling. A second backward
-        # pass (retain_graph) computes them again.
+        # Gradients are scaled in place and released, since a second [V, D] table is expensive. A second backward pass
+        # (retain_graph) computes them again.
         inputs = ctx.saved_tensors
         grads, ctx.grads = ctx.grads, None
         if grads is None:
-            _, grads = _values_and_grads(inputs, ctx.args, ctx.wanted)
-        if (
-            d_total.device.type != "cpu" or d_total.item() != 1
-        ):  # reading it from another device would wait for that device
+            _, grads = _values_and_grads(inputs, ctx.args, ctx.needed_grads)
+        # On another device .item() would synchronize.
+        if d_total.device.type != "cpu" or d_total.item() != 1:
             grads = tuple(None if g is None else g.mul_(d_total) for g in grads)
         return (*grads, None)
 
 
-def _values_and_grads(inputs: Inputs, args: _LossArgs, wanted: tuple[bool, ...]) -> tuple[Tensor, Inputs]:
-    """Return the weighted loss of each token [N] and, where wanted, the gradients of their sum in hidden states, weight and
-    bias; in smaller chunks where memory runs out."""
+def _values_and_grads(inputs: Inputs, args: _LossArgs, needed_grads: tuple[bool, ...]) -> tuple[Tensor, Inputs]:
+    """Return the weighted loss of each token [N], and the needed gradients of the sum in hidden states, weight and bias.
+
+    If memory runs out, the computation is repeated in smaller chunks.
+    """
     hidden_ND, weight_VD, bias_V = inputs
     exact = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
-    student = _HeadInputs.of(hidden_ND, weight_VD, bias_V, args.student_head, args.matmul_dtype or hidden_ND.dtype)
+    student = _HeadInputs.from_head(
+        hidden_ND, weight_VD, bias_V, args.student_head, args.matmul_dtype or hidden_ND.dtype
+    )
     teacher = None
     if (head := args.teacher_head) is not None:
         dtype = args.teacher_hidden_ND.dtype if head.weight_VD is None else head.weight_VD.dtype
-        teacher = _HeadInputs.of(args.teacher_hidden_ND, head.weight_VD, head.bias_V, head, dtype)
+        teacher = _HeadInputs.from_head(args.teacher_hidden_ND, head.weight_VD, head.bias_V, head, dtype)
 
     N = hidden_ND.shape[0]
-    most = args.chunk or _most_tokens(student, teacher, exact)
-    fitting = chunk = max(1, math.ceil(N / math.ceil(max(N, 1) / most)))  # chunks of one size: a small last one is slow
+    limit = args.chunk or _chunk_size(student, teacher, exact)
+    chunk = max(1, math.ceil(N / math.ceil(max(N, 1) / limit)))  # chunks of equal size: a small last one is slow
+    fitting_chunk = chunk
 
     def attempt() -> tuple[_Computation, Tensor]:
         computation = _Computation(student, teacher, args, exact)
-        return computation, computation.run(fitting, inputs, wanted)
+        return computation, computation.run(fitting_chunk, inputs, needed_grads)
 
     def halve() -> bool:
-        nonlocal fitting
-        if fitting == 1:
+        nonlocal fitting_chunk
+        if fitting_chunk == 1:
             return False
-        fitting //= 2
+        fitting_chunk //= 2
         return True
 
     computation, value_N = retry_halved(attempt, halve)
-    if fitting < chunk and args.on_halved is not None:
-        args.on_halved(fitting)
+    if fitting_chunk < chunk and args.on_halved is not None:
+        args.on_halved(fitting_chunk)
     grads = (computation.d_hidden_ND, computation.d_weight_VD, computation.d_bias_V)
     return value_N, tuple(None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
 
 
 def work_bytes(tokens: int, vocab: int, itemsize: int, device: str) -> int:
-    """Estimate the memory of the loss while it runs, beside the gradients: a chunk's logits of both models, and the tables
-    of a part (some eight of them, float32). itemsize: of the products; device: its type."""
-    part = _TABLE_BYTES.get(device, _TABLE_BYTES_ELSEWHERE)
+    """Estimate the memory of the loss while it runs, without the gradients.
+
+    It is a chunk's logits of both models and the tables of a part (about eight, float32). itemsize: of the products.
+    device: its type.
+    """
+    part = _TABLE_BYTES.get(device, _ACCELERATOR_TABLE_BYTES)
     chunk = min(tokens, max(_CHUNK_TOKENS, part // (4 * vocab)))
     return min(CHUNK_BYTES, 2 * chunk * vocab * itemsize) + 8 * max(min(part, 4 * tokens * vocab), 4 * vocab)
 
 
-def _most_tokens(student: _HeadInputs, teacher: _HeadInputs | None, exact: torch.dtype) -> int:
-    """Return the size of a chunk: enough for fast products and for one part, but no more than CHUNK_BYTES allows."""
+def _chunk_size(student: _HeadInputs, teacher: _HeadInputs | None, exact: torch.dtype) -> int:
+    """Return the number of tokens of a chunk: enough for fast products and one part, at most what CHUNK_BYTES allows."""
     bytes_per_token = sum(side.V * side.hidden_ND.dtype.itemsize for side in (student, teacher) if side is not None)
     enough = max(_CHUNK_TOKENS, _part_rows(student, exact))
     return min(enough, max(1, CHUNK_BYTES // bytes_per_token))
 
 
 def _part_rows(student: _HeadInputs, exact: torch.dtype) -> int:
-    """Return how many rows have their softmax and divergence computed at once."""
-    table_bytes = _TABLE_BYTES.get(student.hidden_ND.device.type, _TABLE_BYTES_ELSEWHERE)
+    """Return the number of rows whose softmax and divergence are computed at once."""
+    table_bytes = _TABLE_BYTES.get(student.hidden_ND.device.type, _ACCELERATOR_TABLE_BYTES)
     return max(1, table_bytes // (exact.itemsize * student.V))
 
 
 @dataclass(frozen=True)
 class _HeadInputs:
-    """Compute one model's logits from its hidden states, in the dtype of the products: the head is cast once."""
+    """Compute one model's logits from its hidden states, in the dtype of the products. The head is cast once."""
 
     hidden_ND: Tensor
     weight_VD: Tensor | None
     bias_V: Tensor | None
     scale: float
     softcap: float | None
-    has_zeros: bool  # whether logits may be −inf: where they are given, or the bias suppresses tokens
+    has_zeros: bool  # whether logits may be −inf: if they are given, or if the bias suppresses tokens
 
     @staticmethod
-    def of(hidden_ND: Tensor, weight_VD: Tensor | None, bias_V: Tensor | None, head: HeadLike, dtype) -> _HeadInputs:
+    def from_head(
+        hidden_ND: Tensor, weight_VD: Tensor | None, bias_V: Tensor | None, head: HeadLike, dtype
+    ) -> _HeadInputs:
         if weight_VD is not None:
             hidden_ND = hidden_ND.to(dtype)
             weight_VD = weight_VD.to(dtype)
@@ -242,7 +255,7 @@ class _HeadInputs:
         return self.hidden_ND.shape[-1] if self.weight_VD is None else self.weight_VD.shape[0]
 
     def new_table(self, tokens: int) -> Tensor | None:
-        """Allocate a chunk's products; None where the logits are given."""
+        """Allocate a chunk's products; None if the logits are given."""
         return None if self.weight_VD is None else self.hidden_ND.new_empty(tokens, self.V)
 
     def product(self, tokens: slice, table_CV: Tensor | None) -> Tensor:
@@ -255,7 +268,7 @@ class _HeadInputs:
         return TokenDistributions(self.logits(product_RV, exact), has_zeros=self.has_zeros)
 
     def logits(self, product_RV: Tensor, exact: torch.dtype) -> Tensor:
-        """Return the logits of a product with the head's weight, in the exact dtype; the product itself stays unchanged."""
+        """Return the logits of a product with the head's weight, in the exact dtype, without changing the product."""
         z_RV = product_RV.to(exact)
         if self.bias_V is not None:
             z_RV = z_RV + self.bias_V.to(exact)
@@ -266,14 +279,14 @@ class _HeadInputs:
         return z_RV
 
     def backward_through_cap(self, dz_RV: Tensor, z_RV: Tensor) -> Tensor:
-        """Turn a gradient in the final logits into one in the product, in place."""
+        """Convert a gradient in the final logits to one in the product, in place."""
         if self.softcap is not None:
             dz_RV.mul_((z_RV / self.softcap).square_().neg_().add_(1))
         return dz_RV if self.scale == 1 else dz_RV.mul_(self.scale)
 
 
 class _Computation:
-    """Compute the whole loss once. It owns all memory that it adds, so that one that fails leaves nothing behind."""
+    """Compute the whole loss once. It owns all memory that it allocates, so that a failed attempt frees it."""
 
     def __init__(self, student: _HeadInputs, teacher: _HeadInputs | None, args: _LossArgs, exact: torch.dtype):
         self.student = student
@@ -285,39 +298,41 @@ class _Computation:
         self.d_weight_VD: Tensor | None = None
         self.d_bias_V: Tensor | None = None
 
-    def run(self, chunk: int, inputs: Inputs, wanted: tuple[bool, ...]) -> Tensor:
-        """Return the weighted token losses [N] and compute the gradients that are wanted."""
+    def run(self, chunk: int, inputs: Inputs, needed_grads: tuple[bool, ...]) -> Tensor:
+        """Return the weighted token losses [N] and compute the needed gradients."""
         hidden_ND, weight_VD, bias_V = inputs
         N = hidden_ND.shape[0]
-        self.d_hidden_ND = torch.empty_like(hidden_ND) if wanted[0] else None
-        self.d_bias_V = torch.zeros_like(bias_V, dtype=self.exact) if wanted[2] else None
-        if wanted[1]:  # the first chunk overwrites it
+        self.d_hidden_ND = torch.empty_like(hidden_ND) if needed_grads[0] else None
+        self.d_bias_V = torch.zeros_like(bias_V, dtype=self.exact) if needed_grads[2] else None
+        if needed_grads[1]:  # the first chunk overwrites it
             self.d_weight_VD = (torch.empty_like if N else torch.zeros_like)(weight_VD, dtype=self.exact)
         value_N = torch.empty(N, dtype=self.exact, device=hidden_ND.device)
         tables = [None if side is None else side.new_table(chunk) for side in (self.student, self.teacher)]
-        for tokens in _cuts(N, chunk):
-            dz_CV = self._chunk(tokens, value_N, *tables, needs_grad=any(wanted))
+        for tokens in _slices(N, chunk):
+            dz_CV = self._chunk(tokens, value_N, *tables, needs_grad=any(needed_grads))
             if weight_VD is not None:
                 self._backward_through_head(dz_CV, tokens)
-        for gradient in (self.d_hidden_ND, self.d_bias_V):  # the weight's has been, where it was written
+        for gradient in (self.d_hidden_ND, self.d_bias_V):  # the weight's was scaled when it was written
             if gradient is not None and self.args.scale != 1:
                 gradient.mul_(self.args.scale)
         return value_N
 
     def _chunk(self, tokens: slice, value_N: Tensor, table_CV, teacher_table_CV, needs_grad: bool) -> Tensor:
-        """Write the chunk's losses and return its gradient: in place of the student's product, or, where logits were given
-        instead, in the gradient of those."""
+        """Write the chunk's losses and return its gradient.
+
+        The gradient replaces the student's product, or is written to the gradient of the logits if these are given.
+        """
         z_CV = self.student.product(tokens, table_CV)
         teacher_z_CV = None if self.teacher is None else self.teacher.product(tokens, teacher_table_CV)
-        given = self.student.weight_VD is None
+        has_given_logits = self.student.weight_VD is None
         dz_CV = z_CV
-        if given:
+        if has_given_logits:
             dz_CV = None if self.d_hidden_ND is None else self.d_hidden_ND[tokens]
-        for rows in _cuts(z_CV.shape[0], self.part):
-            among_N = slice(tokens.start + rows.start, tokens.start + rows.stop)
+        for rows in _slices(z_CV.shape[0], self.part):
+            token_rows = slice(tokens.start + rows.start, tokens.start + rows.stop)
             p = None if teacher_z_CV is None else self.teacher.rows(teacher_z_CV[rows], self.exact)
             q = self.student.rows(z_CV[rows], self.exact)
-            value_N[among_N], dz_RV = self._losses(p, q, among_N, needs_grad)
+            value_N[token_rows], dz_RV = self._losses(p, q, token_rows, needs_grad)
             if dz_RV is None:
                 continue
             dz_RV = self.student.backward_through_cap(dz_RV, q.z_NV)
@@ -330,24 +345,26 @@ class _Computation:
     def _losses(
         self, p: TokenDistributions | None, q: TokenDistributions, tokens: slice, needs_grad: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the weighted loss per token [R] and, when asked for, its gradient in the student's logits [R, V]."""
+        """Return the weighted loss per token [R] and, with ``needs_grad``, its gradient in the student's logits [R, V]."""
         kd = self.args.weights.kd
         ce = self.args.weights.ce
         targets_R = self.args.targets_N[tokens]
-        own = self.args.token_weights[tokens]
+        token_weights = self.args.token_weights[tokens]
         value_R = torch.zeros_like(q.z_NV[:, 0])
         h_RV = None
-        kd_R = kd if own.kd_weights_N is None else kd * own.kd_weights_N.to(self.exact)
-        ce_R = ce if own.ce_weights_N is None else ce * own.ce_weights_N.to(self.exact)
+        kd_R = kd if token_weights.kd_weights_N is None else kd * token_weights.kd_weights_N.to(self.exact)
+        ce_R = ce if token_weights.ce_weights_N is None else ce * token_weights.ce_weights_N.to(self.exact)
         if p is not None:
-            value_R, h_RV = self.args.weights.divergence.at(targets_R, own.divergence_args_N).between(p, q, needs_grad)
+            divergence = self.args.weights.divergence.for_tokens(targets_R, token_weights.divergence_args_N)
+            value_R, h_RV = divergence.between(p, q, needs_grad)
             value_R = value_R * kd_R
         if ce:
             value_R = value_R - ce_R * q.log_at(targets_R)
-        if own.surrogate is not None:
-            more_R, slope_R = own.surrogate(q.log_at(targets_R))
-            value_R, ce_R = value_R + more_R, ce_R + slope_R  # −slope · log q has the same gradient
-        weight_R = None if own.weights_N is None else own.weights_N.to(self.exact)
+        if token_weights.surrogate is not None:
+            surrogate_R, slope_R = token_weights.surrogate(q.log_at(targets_R))
+            value_R = value_R + surrogate_R
+            ce_R = ce_R + slope_R  # −slope · log q has the same gradient
+        weight_R = None if token_weights.weights_N is None else token_weights.weights_N.to(self.exact)
         if weight_R is not None:
             value_R = value_R * weight_R
         if not needs_grad:
@@ -362,13 +379,13 @@ class _Computation:
         if self.d_weight_VD is None:
             return
         hidden_CD = self.student.hidden_ND[tokens]
-        # By pieces: a product in bfloat16 is added to the float32 sum while it is still in the cache.
-        for piece in _cuts(dz_CV.shape[1], _PIECE):
-            part_SD = (dz_CV[:, piece].T @ hidden_CD).to(self.exact)
+        # By slices: a product in bfloat16 is added to the float32 sum while it is still in the cache.
+        for vocab in _slices(dz_CV.shape[1], _VOCAB_SLICE):
+            part_SD = (dz_CV[:, vocab].T @ hidden_CD).to(self.exact)
             if tokens.start == 0:
-                torch.mul(part_SD, self.args.scale, out=self.d_weight_VD[piece])
+                torch.mul(part_SD, self.args.scale, out=self.d_weight_VD[vocab])
             else:
-                self.d_weight_VD[piece].add_(part_SD, alpha=self.args.scale)
+                self.d_weight_VD[vocab].add_(part_SD, alpha=self.args.scale)
 
 
 def _logit_grad(h_RV: Tensor | None, q_RV: Tensor, targets_R: Tensor, kd: float | Tensor, ce: float | Tensor) -> Tensor:
@@ -387,6 +404,6 @@ def _logit_grad(h_RV: Tensor | None, q_RV: Tensor, targets_R: Tensor, kd: float 
     return dz_RV
 
 
-def _cuts(total: int, size: int) -> Iterator[slice]:
+def _slices(total: int, size: int) -> Iterator[slice]:
     for start in range(0, total, size):
         yield slice(start, min(start + size, total))

@@ -6,14 +6,14 @@ teacher and q the student, the gradient has two parts (the paper's section 2.2):
 - the effect on token t itself, exact over the vocabulary: ∇ KL(q ‖ p) at its prefix, weighted with w = q/p̃ at the time of
   sampling, at most 1/(1 − α);
 - the effect on all later tokens: the policy gradient −w·A·∇ log q(token) with A the mean of r over the tokens after t
-  (length normalisation), 0 at the last one. There is no baseline. Over several steps on the same outputs it is PPO's
+  (length normalization), 0 at the last one. There is no baseline. Over several steps on the same outputs it is PPO's
   clipped surrogate (arXiv 1707.06347), −min(ρA, clip(ρ, 1 ± ε)·A), ρ = q/p̃ with q as it is now.
 
-An output that was cut is taken to end where it was cut; the end-of-sequence token of a complete one is a token like others.
+An output that was cut is treated as ending there. The end-of-sequence token of a complete output is an ordinary token.
 
-Where sources differ: the paper prints 1/(T − t − 1) for a mean of T − t terms, here it is their mean. The authors' code
-(microsoft/LMOps, minillm/losses.py) clips ρ against the sampler, as here; but it counts r at t itself into A, standardises A
-over the batch and leaves the exact part without w. The formulas here are the paper's.
+Differences to the sources: the paper prints 1/(T − t − 1) for a mean of T − t terms, this module uses their mean. The
+authors' code (microsoft/LMOps, minillm/losses.py) also clips ρ against the sampler, but it includes r at t itself in A,
+standardizes A over the batch and does not weight the exact part with w. This module follows the paper's formulas.
 
 Shape letters: N supervised tokens of a micro-batch; 3 log-probabilities of each (see ``rollouts.mixture``).
 """
@@ -64,20 +64,20 @@ class ClippedSurrogate:
 def advantages(rewards_N: Tensor) -> Tensor:
     """Return the mean of one output's rewards after each token, [N]; 0 after the last."""
     N = len(rewards_N)
-    to_go_N = rewards_N.double().flip(0).cumsum(0).flip(0)
-    means_N = torch.zeros_like(to_go_N)
-    means_N[:-1] = to_go_N[1:] / torch.arange(N - 1, 0, -1, device=rewards_N.device)
+    reward_to_go_N = rewards_N.double().flip(0).cumsum(0).flip(0)
+    means_N = torch.zeros_like(reward_to_go_N)
+    means_N[:-1] = reward_to_go_N[1:] / torch.arange(N - 1, 0, -1, device=rewards_N.device)
     return means_N.to(rewards_N.dtype)
 
 
 class MiniLLM(KD):
-    """MiniLLM: w·D + the clipped surrogate per token of student outputs, where the paper's D is ``rkl``.
+    """Train with MiniLLM: w·D + the clipped surrogate per token of student outputs, where the paper's D is ``rkl``.
 
-    Each step also has data set rows, weighted with ``row_weight``: (1 − kd_weight)·CE + kd_weight·KL(p ‖ q) per token. It is
-    the authors' term on plain text, here on the rows' own responses.
+    Each step also has data set rows, weighted with ``row_weight``: (1 − kd_weight)·CE + kd_weight·KL(p ‖ q) per token. This
+    is the authors' term on plain text, applied to the rows' responses.
 
-    The loss is a mean over the outputs' tokens plus row_weight times a mean over the rows', nats per token: the exact part
-    is the reverse KL at a token, the surrogate an estimate of the mean one after it, both 0 where the models agree.
+    The loss is a mean over the outputs' tokens plus row_weight times a mean over the rows', nats per token. The exact part
+    is the reverse KL at a token, the surrogate an estimate of its mean over later tokens. Both are 0 if the models agree.
     """
 
     def __init__(self, config: ObjectiveConfig):
@@ -103,19 +103,19 @@ class MiniLLM(KD):
         self._reward = self._reward_of(outputs) if outputs else None
         if not outputs:
             return [None] * len(parts)
-        # The sum is divided by all of them: a mean over a part is a sum that weighs all/part.
+        # The sum is divided by the number of all tokens, so a mean over a part has weight all/part.
         total = self.count(outputs) + self.count(rows)
         output_weight = min(1.0, progress / self.config.kd_warmup) if self.config.kd_warmup else 1.0
         output_weight *= total / self.count(outputs)
         row_weight = self.config.row_weight * total / max(self.count(rows), 1)
-        own = []
+        token_weights = []
         for part in parts:
             N = sum(s.supervised for s in part.sequences)
             if part.source in STUDENT_OUTPUTS:
-                own.append(self._output_weights(part.sequences, torch.full((N,), output_weight)))
+                token_weights.append(self._output_weights(part.sequences, torch.full((N,), output_weight)))
             else:
-                own.append(TokenWeights(weights_N=torch.full((N,), row_weight)))
-        return own
+                token_weights.append(TokenWeights(weights_N=torch.full((N,), row_weight)))
+        return token_weights
 
     def _output_weights(self, sequences: SequenceOf[Rollout], weights_N: Tensor) -> TokenWeights:
         log_probs_N3 = torch.cat([s.log_probs_N3 for s in sequences])

@@ -1,4 +1,4 @@
-"""Define the objectives: what the loss of each token is, under the names of their papers.
+"""Define the objectives, under the names of their papers. An objective defines the loss of each token.
 
     CrossEntropy  fine-tuning without a teacher
     KD            cross-entropy and a divergence, weighted
@@ -7,8 +7,8 @@
     TAID          KL to a target that moves from the student to the teacher
     ATKD          easy and hard tokens weighted separately
 
-(MiniLLM has a file of its own, ``minillm``.) An objective knows neither models nor vocabularies. Its state from step
-to step is in ``state_dict``, and so in every checkpoint.
+(``MiniLLM`` is in ``minillm``.) An objective does not depend on models or vocabularies. Its state is in ``state_dict``, and
+so in every checkpoint.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 
 STUDENT_OUTPUTS = (Source.ROLLOUT, Source.REPLAY)
 FORWARD, REVERSE = "forward", "reverse"
-LEAST_ALPHA = 0.01
+MIN_ALPHA = 0.01
 
 
 @dataclass(frozen=True, eq=False)
 class SourceBatch:
-    """Sequences of one source: a part of a step, or one micro-batch of it."""
+    """Hold sequences of one source: a part of a step, or one micro-batch of it."""
 
     source: Source
     sequences: list[Sequence]
@@ -50,7 +50,7 @@ class SourceBatch:
 class TokenLogProbs:
     """Hold the log-probability [N] of each supervised token of a part of a step, before the step, nats.
 
-    They are in the order of the collated batch, and None where ``needs_log_probs_of`` does not name the model.
+    They are in the order of the collated batch, and None for a model that is not in ``needs_log_probs_of``.
     """
 
     log_p_N: Tensor | None = None  # the teacher's
@@ -58,18 +58,18 @@ class TokenLogProbs:
 
 
 class Objective:
-    """Define the loss of a step's tokens. This base class has a loss without a teacher, or leaves it to its subclasses.
+    """Define the loss of a step's tokens.
 
-    ``weights`` gives the loss of a token by the source of its sequence. An objective that depends on more than the token
-    itself has two more methods. ``begin_step`` gets the whole step before its first gradient, all micro-batches together,
-    so that a median or a ratio does not depend on how the step was cut. ``observe`` gets the loss after the step.
+    ``weights`` returns the loss of a token by the source of its sequence. An objective that depends on more than the token
+    itself implements two more methods. ``begin_step`` gets the whole step before its first gradient, all micro-batches
+    together, so that a median or a ratio does not depend on the micro-batches. ``observe`` gets the loss after the step.
     """
 
-    # Of "teacher" and "student": whose log-probabilities ``begin_step`` needs.
+    # Models ("teacher", "student") whose log-probabilities ``begin_step`` needs.
     needs_log_probs_of: tuple[str, ...] = ()
-    # Whether a step on student outputs trains on its data set rows too.
+    # Whether a step on student outputs also trains on its data set rows.
     rows_beside: bool = False
-    # Whether a token of a response of n tokens weighs 1/n, and sums are divided by sequences.
+    # Whether a token of a response of n tokens has weight 1/n, and sums are divided by the number of sequences.
     per_sequence: bool = False
 
     def weights(self, source: Source, progress: float = 1.0) -> LossWeights:
@@ -83,7 +83,7 @@ class Objective:
 
     @property
     def held_out(self) -> LossWeights:
-        """Return the loss that is measured on held-out rows: the divergence alone."""
+        """Return the loss for held-out rows: the divergence alone."""
         raise NotImplementedError
 
     @property
@@ -92,24 +92,24 @@ class Objective:
         raise NotImplementedError
 
     def count(self, sequences: SequenceOf[Sequence]) -> int:
-        """Return what the sum over a step's sequences is divided by: response tokens, or sequences."""
+        """Return the divisor of the sum over a step's sequences: the number of response tokens, or of sequences."""
         return len(sequences) if self.per_sequence else sum(s.supervised for s in sequences)
 
     def begin_step(
         self, parts: SequenceOf[SourceBatch], log_probs: SequenceOf[TokenLogProbs], progress: float
     ) -> list[TokenWeights | None]:
-        """Prepare for a step, before ``weights`` is called, and return the weights of its tokens, part by part."""
+        """Prepare a step, before ``weights`` is called, and return the weights of its tokens for each part."""
         return [None] * len(parts)
 
     def observe(self, loss: float, progress: float) -> None:
-        """Take the step's loss, per unit of ``count``, after the optimizer's step."""
+        """Process the step's loss, per unit of ``count``, after the optimizer's step."""
 
     def figures(self) -> dict[str, float]:
-        """Return figures of the step beside its loss, by name, for the metrics."""
+        """Return additional figures of the step, by name, for the metrics."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what later steps depend on, as JSON values."""
+        """Return the state that later steps depend on, as JSON values."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -117,7 +117,7 @@ class Objective:
 
 
 class CrossEntropy(Objective):
-    """Cross-entropy alone: supervised fine-tuning."""
+    """Train with cross-entropy alone: supervised fine-tuning."""
 
     name = "CE"
     held_out = CROSS_ENTROPY
@@ -128,10 +128,9 @@ class CrossEntropy(Objective):
 
 
 class KD(Objective):
-    """(1 − kd_weight)·CE + kd_weight·D on data set rows and teacher samples, kd_weight·D on student outputs, whose tokens
-    are not labels.
+    """Train with (1 − kd_weight)·CE + kd_weight·D on data set rows and teacher samples, kd_weight·D on student outputs.
 
-    config: the recipe's ``objective`` section.
+    Student outputs have no cross-entropy because their tokens are not labels. config: the recipe's ``objective`` section.
     """
 
     def __init__(self, config: ObjectiveConfig):
@@ -142,8 +141,8 @@ class KD(Objective):
     def weights(self, source: Source, progress: float = 1.0) -> LossWeights:
         """Return the loss of a token of this source.
 
-        During ``kd_warmup`` the divergence's weight climbs, and cross-entropy has the rest: a skewed divergence hardly
-        pulls where the student gives the teacher's token no probability yet (its gradient there is bounded by q/α).
+        During ``kd_warmup`` the divergence's weight rises and cross-entropy has the rest. A skewed divergence has little
+        gradient while the student gives the teacher's token no probability (it is bounded by q/α).
         """
         kd = self.config.kd_weight
         if progress < self.config.kd_warmup:
@@ -173,49 +172,49 @@ class KD(Objective):
 
 
 class TAID(KD):
-    """TAID (arXiv 2501.16937): KL to a target that moves from near the student (t = taid_start) to the teacher (t = 1).
+    """Train with TAID (arXiv 2501.16937): KL to a target that moves from the student (t₀) to the teacher (1).
 
     After each step of loss L, with m the running mean of the loss's relative fall:
-    m ← μ m + (1−μ) (L_before − L)/L_before and t ← min(1, max(linear, t + rate·σ(m)·(1−t))); the first loss only becomes
-    L_before. linear: straight from taid_start to 1 over the run.
+    m ← μ m + (1−μ) (L_prev − L)/L_prev and t ← min(1, max(linear, t + rate·σ(m)·(1−t))); the first loss only sets
+    L_prev. linear: a straight line from taid_start to 1 over the run.
     """
 
     def __init__(self, config: ObjectiveConfig):
         super().__init__(config)
         self.t = config.taid_start
         self.fall = 0.0
-        self.before: float | None = None
+        self.previous_loss: float | None = None
 
     def weights(self, source: Source, progress: float = 1.0) -> LossWeights:
         return replace(super().weights(source, progress), divergence=Interpolated(self.t))
 
     @property
     def held_out(self) -> LossWeights:
-        """Return KL to the teacher, which means the same whatever t is."""
+        """Return KL to the teacher, which does not depend on t."""
         return LossWeights(kd=1.0, ce=0.0, divergence=KL())
 
     def observe(self, loss: float, progress: float) -> None:
-        before = self.before
-        self.before = loss
-        if before is None:
+        previous = self.previous_loss
+        self.previous_loss = loss
+        if previous is None:
             return
         start = self.config.taid_start
         momentum = self.config.taid_momentum
-        self.fall = momentum * self.fall + (1 - momentum) * (before - loss) / max(before, 1e-15)
-        ahead = self.t + self.config.taid_rate * _sigmoid(self.fall) * (1 - self.t)
-        self.t = min(1.0, max(start + (1 - start) * progress, ahead))
+        self.fall = momentum * self.fall + (1 - momentum) * (previous - loss) / max(previous, 1e-15)
+        proposed = self.t + self.config.taid_rate * _sigmoid(self.fall) * (1 - self.t)
+        self.t = min(1.0, max(start + (1 - start) * progress, proposed))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"t": self.t, "fall": self.fall, "before": self.before}
+        return {"t": self.t, "fall": self.fall, "before": self.previous_loss}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.t = state["t"]
         self.fall = state["fall"]
-        self.before = state["before"]
+        self.previous_loss = state["before"]
 
 
 class ATKD(KD):
-    """ATKD (arXiv 2402.11890): tokens the teacher is sure of teach their alternatives; the others teach everything.
+    """Train with ATKD (arXiv 2402.11890): easy tokens, of which the teacher is sure, have only the divergence of the others.
 
     A token is hard where the teacher's 1 − p(token) reaches the median of the whole step. The step's loss is
     α·mean over easy tokens of DKD + (1−α)·mean over hard tokens of (TKD + DKD), α = atkd_easy; see ``Decoupled``.
@@ -231,16 +230,16 @@ class ATKD(KD):
     def begin_step(
         self, parts: SequenceOf[SourceBatch], log_probs: SequenceOf[TokenLogProbs], progress: float
     ) -> list[TokenWeights | None]:
-        sizes = [len(known.log_p_N) for known in log_probs]
-        log_p_N = torch.cat([known.log_p_N for known in log_probs])
+        sizes = [len(token_log_probs.log_p_N) for token_log_probs in log_probs]
+        log_p_N = torch.cat([token_log_probs.log_p_N for token_log_probs in log_probs])
         N = len(log_p_N)
         if not N:
             return [None] * len(parts)
-        # 1 − p(token) ≥ its median, in terms of log p: as many tokens are as unsure, and none is lost to rounding 1 − p.
+        # 1 − p(token) ≥ its median, in terms of log p, which avoids rounding 1 − p.
         is_hard_N = log_p_N <= -(-log_p_N).median()
         hard = int(is_hard_N.sum())
         easy = self.config.atkd_easy
-        # The sum is divided by all N: a mean over a part of them is a sum that weighs N/part.
+        # The sum is divided by N, so a mean over a part of the tokens has weight N/part.
         w_hard = (1 - easy) * N / hard
         w_easy = easy * N / max(N - hard, 1)
         weights_N2 = torch.stack([torch.where(is_hard_N, w_hard, 0.0), torch.where(is_hard_N, w_hard, w_easy)], dim=-1)
@@ -248,12 +247,11 @@ class ATKD(KD):
 
 
 class FDistill(KD):
-    """f-distill (arXiv 2307.15190): the divergence by halves, each on the samples that its expectation is over.
+    """Train with f-distill (arXiv 2307.15190): each half of the divergence on the samples that its expectation is over.
 
     The expectation of a forward divergence is over the teacher's sequences, that of a reverse one over the student's. In a
-    step that has both, each half is a mean of its own before they are added up: with w the weight of the student's half
-    (½, in DistiLLM-2 rising to 1) the loss is (1−w)·mean over the teacher's part + w·mean over the student's, whichever of
-    them has more tokens.
+    step with both, each half is averaged separately: with w the weight of the student's half (½, in DistiLLM-2 rising to 1)
+    the loss is (1−w)·mean over the teacher's part + w·mean over the student's, independent of their numbers of tokens.
     """
 
     def __init__(self, config: ObjectiveConfig):
@@ -263,7 +261,7 @@ class FDistill(KD):
 
     @property
     def divergence_name(self) -> str:
-        """Return the names of both halves where the divergence is one of them: "skl + srkl"."""
+        """Return the names of both halves if the divergence is one of them: "skl + srkl"."""
         names = [_name_of(divergence) for _, divergence in self.divergence.halves()]
         is_half = self.config.divergence in names and names[0] != names[1]
         return " + ".join(names) if is_half else self.config.divergence
@@ -289,21 +287,20 @@ class FDistill(KD):
         if len(counts) == 2:
             w = self.student_weight(progress)
             total = sum(counts.values())
-            # The sum is divided by the whole step's count: a mean over a part is a sum that weighs total/part.
+            # The sum is divided by the whole step's count, so a mean over a part has weight total/part.
             self._shares = {FORWARD: (1 - w) * total / counts[FORWARD], REVERSE: w * total / counts[REVERSE]}
         return [None] * len(parts)
 
 
 class DistiLLM2(FDistill):
-    """DistiLLM-2 (arXiv 2503.07067): skew KL and skew reverse KL, whose skew follows how far student and teacher are apart
-    on a batch, and a growing student's half.
+    """Train with DistiLLM-2 (arXiv 2503.07067): skew KL and skew reverse KL with a skew that depends on the batch.
 
-    The gap of a sequence is p̄ − q̄ where the teacher wrote it and q̄ − p̄ where the student did, with p̄ and q̄ the geometric
+    The gap of a sequence is p̄ − q̄ for one from the teacher and q̄ − p̄ for one from the student, with p̄ and q̄ the geometric
     means of its tokens' probabilities, as in the authors' code. A half's α is 1 − (1−α₀)·m/gap, with the batch's mean gap
-    and m the mean over the epoch before, kept between LEAST_ALPHA and α₀; in the first epoch it is α₀. A batch without a
-    gap, or with one of the wrong sign, is as easy as can be. The student's half weighs w = ½ + progress/2.
+    and m the mean over the previous epoch, clamped between MIN_ALPHA and α₀; in the first epoch it is α₀. A batch whose gap
+    is not positive has the smallest α. The student's half has weight w = ½ + progress/2.
 
-    epochs: of the whole run; they tell from the progress when one ends.
+    epochs: number of epochs of the run, to find the end of an epoch from the progress.
     """
 
     needs_log_probs_of = ("teacher", "student")
@@ -313,8 +310,8 @@ class DistiLLM2(FDistill):
         self.epochs = epochs
         self.epoch = 0
         self.alphas = {FORWARD: config.alpha, REVERSE: config.alpha}
-        self.before: dict[str, float] = {}  # mean gaps of the epoch before, by half
-        self.sums: dict[str, list[float]] = {FORWARD: [0.0, 0.0], REVERSE: [0.0, 0.0]}  # of gaps, and how many
+        self.previous_gaps: dict[str, float] = {}  # mean gaps of the previous epoch, by half
+        self.gap_sums: dict[str, list[float]] = {FORWARD: [0.0, 0.0], REVERSE: [0.0, 0.0]}  # sum and number of gaps
 
     def student_weight(self, progress: float) -> float:
         return 0.5 + 0.5 * progress
@@ -324,12 +321,12 @@ class DistiLLM2(FDistill):
     ) -> list[TokenWeights | None]:
         self._begin_epoch(max(0, math.ceil(progress * self.epochs - 1e-6) - 1))
         gaps: dict[str, list[float]] = defaultdict(list)
-        for part, known in zip(parts, log_probs, strict=True):
-            gaps[half_of(part.source)] += _gaps(part, known)
+        for part, token_log_probs in zip(parts, log_probs, strict=True):
+            gaps[half_of(part.source)] += _gaps(part, token_log_probs)
         for half, found in gaps.items():
             self.alphas[half] = self._alpha(half, sum(found) / len(found))
-            self.sums[half][0] += sum(found)
-            self.sums[half][1] += len(found)
+            self.gap_sums[half][0] += sum(found)
+            self.gap_sums[half][1] += len(found)
         skewed = {FORWARD: SkewKL(self.alphas[FORWARD]), REVERSE: SkewReverseKL(self.alphas[REVERSE])}
         self.halves = {half: (1.0, divergence) for half, divergence in skewed.items()}
         return super().begin_step(parts, log_probs, progress)
@@ -337,32 +334,32 @@ class DistiLLM2(FDistill):
     def _begin_epoch(self, epoch: int) -> None:
         if epoch == self.epoch:
             return
-        self.before = {half: total / n for half, (total, n) in self.sums.items() if n}
-        self.sums = {half: [0.0, 0.0] for half in self.sums}
+        self.previous_gaps = {half: total / n for half, (total, n) in self.gap_sums.items() if n}
+        self.gap_sums = {half: [0.0, 0.0] for half in self.gap_sums}
         self.epoch = epoch
 
     def _alpha(self, half: str, gap: float) -> float:
-        most = self.config.alpha
-        usual = self.before.get(half, 0.0)
-        if usual <= 0:  # the first epoch; or the student has caught up, and nothing tells easy from hard
-            return most
+        max_alpha = self.config.alpha
+        previous_gap = self.previous_gaps.get(half, 0.0)
+        if previous_gap <= 0:  # first epoch, or no gap on average
+            return max_alpha
         if gap <= 0:
-            return min(LEAST_ALPHA, most)
-        return min(max(1 - (1 - most) * usual / gap, LEAST_ALPHA), most)
+            return min(MIN_ALPHA, max_alpha)
+        return min(max(1 - (1 - max_alpha) * previous_gap / gap, MIN_ALPHA), max_alpha)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "alphas": self.alphas, "before": self.before, "sums": self.sums}
+        return {"epoch": self.epoch, "alphas": self.alphas, "before": self.previous_gaps, "sums": self.gap_sums}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch = state["epoch"]
         self.alphas = dict(state["alphas"])
-        self.before = dict(state["before"])
-        self.sums = {half: list(pair) for half, pair in state["sums"].items()}
+        self.previous_gaps = dict(state["before"])
+        self.gap_sums = {half: list(pair) for half, pair in state["sums"].items()}
 
 
 def build(config: ObjectiveConfig | None, epochs: float = 1.0) -> Objective:
     """Build the objective of a recipe's ``objective`` section; None is fine-tuning. epochs: of the whole run."""
-    from distillm_cli.losses.minillm import MiniLLM  # which stands on this file
+    from distillm_cli.losses.minillm import MiniLLM  # imports this module
 
     if config is None:
         return CrossEntropy()
@@ -375,7 +372,7 @@ def build(config: ObjectiveConfig | None, epochs: float = 1.0) -> Objective:
 
 
 def half_of(source: Source) -> str:
-    """Return which half of a divergence a source's tokens measure: rows count as the teacher's, replay as rollouts."""
+    """Return the half of a divergence for the tokens of a source."""
     return REVERSE if source in STUDENT_OUTPUTS else FORWARD
 
 
@@ -390,11 +387,11 @@ def _name_of(divergence: Divergence) -> str | None:
     return next((entry.name for entry in entries if entry.divergence is type(divergence)), None)
 
 
-def _gaps(part: SourceBatch, known: TokenLogProbs) -> list[float]:
+def _gaps(part: SourceBatch, token_log_probs: TokenLogProbs) -> list[float]:
     """Return the gap of each sequence of the part."""
     lengths = [s.supervised for s in part.sequences]
-    p_B = _geometric_means(known.log_p_N, lengths)
-    q_B = _geometric_means(known.log_q_N, lengths)
+    p_B = _geometric_means(token_log_probs.log_p_N, lengths)
+    q_B = _geometric_means(token_log_probs.log_q_N, lengths)
     return (q_B - p_B if half_of(part.source) == REVERSE else p_B - q_B).tolist()
 
 

@@ -1,7 +1,7 @@
-"""Compute the loss of batches: student, teacher's states and the objective's weights → (sum of losses, number of tokens).
+"""Compute the loss of batches from the student, the teacher's states and the objective's weights.
 
 The student is part of the module and everything goes through ``forward``, so that a wrapper around this module (data
-parallel, sharded) sees every parameter that it must gather or reduce.
+parallel, sharded) sees every parameter that it has to gather or reduce.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from distillm_cli.types import Batch
 
 
 class StudentLoss(nn.Module):
-    """Join the student and the objective of its training.
+    """Combine the student and the objective of its training.
 
     student: an ``nn.Module`` that is a ``LanguageModel``. teacher_head: needed for any divergence. matmul_dtype: of the
     student's head. router_aux: weight of the auxiliary loss of a mixture of experts' routers, in training.
@@ -41,9 +41,9 @@ class StudentLoss(nn.Module):
         self.criterion = criterion
         self.matmul_dtype = matmul_dtype
         self.router_aux = router_aux
-        self.say: Listener = silent
-        self.chunk: int | None = None  # most tokens that the loss takes at once; None until memory runs out
-        # Behind a function: a teacher's head that is a Module must not become a submodule, to be trained and saved.
+        self.emit: Listener = silent
+        self.chunk: int | None = None  # tokens per chunk of the loss; None until memory runs out
+        # A function, so that a teacher head that is a Module does not become a submodule that is trained and saved.
         self._teacher_head = lambda: teacher_head
 
     def forward(
@@ -56,17 +56,17 @@ class StudentLoss(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return (scale · Σ of token losses with its graph, the number of tokens), scalars, over the tokens of all batches.
 
-        Each batch goes through the student's trunk by itself, as short as its own rows are, and all of them through the
-        head together: a matrix of the vocabulary's height is read, and its gradient written, once for all.
-        teacher_hidden_ND, token_weights: of the batches' tokens, one batch after the other.
+        Each batch goes through the student's trunk separately, padded to its own length, and all of them go through the
+        head together, so that the head's weight is read and its gradient written only once. teacher_hidden_ND,
+        token_weights: for the tokens of all batches in order.
 
-        With ``reduction: sequence`` a token of a response of n tokens weighs 1/n while training.
+        With ``reduction: sequence`` a token of a response of n tokens has weight 1/n in training.
         """
         token_weights = token_weights or NO_WEIGHTS
         if self.criterion.per_sequence and self.training:
             shares_N = torch.cat([_shares_N(batch) for batch in batches])
-            own_N = token_weights.weights_N
-            token_weights = replace(token_weights, weights_N=shares_N if own_N is None else shares_N * own_N)
+            weights_N = token_weights.weights_N
+            token_weights = replace(token_weights, weights_N=shares_N if weights_N is None else shares_N * weights_N)
         targets_N = torch.cat([batch.targets_N for batch in batches])
         hidden_ND, balance = self._hidden(batches)
         total = fused_loss(
@@ -87,28 +87,28 @@ class StudentLoss(nn.Module):
         return total, torch.tensor(targets_N.shape[0], device=total.device)
 
     def _hidden(self, batches: SequenceOf[Batch]) -> tuple[Tensor, Tensor | None]:
-        """Return the student's states, and in training the routers' auxiliary loss where it counts.
+        """Return the student's states, and in training the routers' auxiliary loss if its weight is not 0.
 
-        That is a mean over a batch; here it is weighed by what the batch adds to the step's count, so that over a step it is
-        a mean again.
+        The auxiliary loss is a mean over a batch. It is multiplied by the batch's share of the step's count, so that over a
+        step it is a mean again.
         """
         if not (self.router_aux and self.training):
-            return joined([self.student.hidden(batch, for_backward=True) for batch in batches]), None
+            return concatenate([self.student.hidden(batch, for_backward=True) for batch in batches]), None
         found = [self.student.hidden_and_router_loss(batch) for batch in batches]
         counts = [batch.size if self.criterion.per_sequence else batch.tokens for batch in batches]
         balance = sum(loss * count for (_, loss), count in zip(found, counts, strict=True))
-        return joined([hidden_ND for hidden_ND, _ in found]), balance
+        return concatenate([hidden_ND for hidden_ND, _ in found]), balance
 
     @torch.no_grad()
     def log_probs(self, batches: SequenceOf[Batch], teacher_hidden_ND: Tensor | None) -> TokenLogProbs:
-        """Return the log-probabilities of the batches' own tokens that the objective needs, without a graph."""
+        """Return the log-probabilities of the batches' tokens that the objective needs, without a graph."""
         log_p_N = log_q_N = None
         targets_N = torch.cat([batch.targets_N for batch in batches])
         if "teacher" in self.criterion.needs_log_probs_of:
             log_p_N = target_log_probs(teacher_hidden_ND, self._teacher_head(), targets_N, chunk=self.chunk)
         if "student" in self.criterion.needs_log_probs_of:
             log_q_N = target_log_probs(
-                joined([self.student.hidden(batch) for batch in batches]),
+                concatenate([self.student.hidden(batch) for batch in batches]),
                 self.student.head(),
                 targets_N,
                 matmul_dtype=self.matmul_dtype,
@@ -118,7 +118,7 @@ class StudentLoss(nn.Module):
 
     def _remember_chunk(self, tokens: int) -> None:
         self.chunk = tokens
-        self.say(
+        self.emit(
             Note(f"out of memory in the loss: going on with {tokens} tokens at once, slower and with the same result")
         )
 
@@ -129,6 +129,6 @@ def _shares_N(batch: Batch) -> Tensor:
     return 1.0 / lengths_B[batch.rows_N]
 
 
-def joined(parts: list[Tensor]) -> Tensor:
-    """Concatenate; a single tensor is returned as it is, since a model's own logits are large."""
+def concatenate(parts: list[Tensor]) -> Tensor:
+    """Concatenate tensors. A single one is not copied, since logits are large."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)

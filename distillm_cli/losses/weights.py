@@ -1,4 +1,4 @@
-"""Describe what a token's loss is: per step (``LossWeights``) and per token (``TokenWeights``)."""
+"""Define the weights of a token's loss: per step (``LossWeights``) and per token (``TokenWeights``)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CROSS_ENTROPY = LossWeights(kd=0.0, ce=1.0)
 
 
 class Surrogate(Protocol):
-    """A loss of N supervised tokens by their log-probabilities [N]: its values [N], and −d value / d log q [N]."""
+    """Compute a loss of N supervised tokens from their log-probabilities [N]: values [N] and −d value / d log q [N]."""
 
     def __call__(self, log_q_N: Tensor) -> tuple[Tensor, Tensor]: ...
     def __getitem__(self, tokens: slice) -> Surrogate: ...
@@ -34,10 +34,10 @@ class Surrogate(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class TokenWeights:
-    """Hold the loss weights of single tokens; each [N], and None where all tokens have the same.
+    """Hold the loss weights of single tokens, each [N] or None if all tokens have the same.
 
-    weights_N: factor of the whole loss. kd_weights_N: further factor of the divergence. divergence_args_N: passed to
-    ``Divergence.at``. surrogate: one more term of the loss. ce_weights_N: further factor of the cross-entropy.
+    weights_N: factor of the whole loss. kd_weights_N: additional factor of the divergence. divergence_args_N: passed to
+    ``Divergence.for_tokens``. surrogate: an additional term. ce_weights_N: additional factor of the cross-entropy.
     """
 
     weights_N: Tensor | None = None

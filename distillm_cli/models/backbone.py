@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 # Random models have logits so small that a soft cap would not show; the head is checked at this magnitude too.
 _PROBE = 50.0
 
-# Functions of transformers that are skipped: for each batch they would wait for an accelerator, and find nothing.
+# Functions of transformers that are skipped: they synchronize the accelerator for each batch and find nothing.
 _FIND_PACKED_SEQUENCES = "find_packed_sequence_indices"
 _WARN_OF_PADDING = "warn_if_padding_and_no_attention_mask"
 
@@ -95,7 +95,7 @@ class Backbone(nn.Module):
     The model is the only submodule: parameters and buffers are exactly its own.
 
     vocab: how many token ids meet the loss; matrices with more rows than that (padded vocabularies) are cut. Unset: the
-    tokenizer's. adapter: the one that trains in the model's layers, the rest being frozen. Raises ModelError where the
+    tokenizer's. adapter: the one that trains in the model's layers, the rest being frozen. Raise ModelError if the
     model has fewer rows than the tokenizer has ids.
     """
 
@@ -107,7 +107,7 @@ class Backbone(nn.Module):
         self.training = model.training
         self.tokenizer = tokenizer
         self.vocab = vocabulary_size(tokenizer) if vocab is None else vocab
-        # Found out by trial at their first use. The first: with these `own_logits`, whether prompts may be padded.
+        # Results of tests at their first use. The first: with these `own_logits`, whether prompts may be padded.
         self._may_be_padded: tuple[bool, bool] | None = None
         self._fast_paths: FastPaths | None = None
         self._can_retract: bool | None = None
@@ -118,7 +118,7 @@ class Backbone(nn.Module):
 
     @property
     def vocab(self) -> int:
-        """Return how many token ids meet the loss."""
+        """Return the number of token ids in the loss."""
         return self._vocab
 
     @vocab.setter
@@ -214,7 +214,7 @@ class Backbone(nn.Module):
         return states.flatten(0, 1).index_select(0, batch.positions_N)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Backbone:
-        self._cpu_forward.forget_weights()  # the weights are about to become others
+        self._cpu_forward.forget_weights()  # the weights are about to be replaced
         return super()._apply(fn, recurse)
 
     def head(self) -> Head:
@@ -240,7 +240,7 @@ class Backbone(nn.Module):
         now on.
 
         Compared on the batch as it is, and with the head's input scaled up until the logits are large, where a
-        soft cap shows. Tolerance: 1e-3 of the logits' spread, and the rounding of the model's dtype. Raises NonFiniteError
+        soft cap shows. Tolerance: 1e-3 of the logits' spread, and the rounding of the model's dtype. Raise NonFiniteError
         where the model's own logits have no finite maximum: not the head is at fault then.
         """
         if self.own_logits:
@@ -273,9 +273,9 @@ class Backbone(nn.Module):
         return agrees
 
     def check_decoding(self) -> bool:
-        """Return whether prompts may be padded. The first call tries it on a few tokens.
+        """Return whether prompts may be padded. The first call tests it on a few tokens.
 
-        Raises ModelError for a model that cannot decode.
+        Raise ModelError for a model that cannot decode.
         """
         if self._may_be_padded is None or self._may_be_padded[0] != self.own_logits:
             plain = seq2seq.Seq2SeqDecoding if self.is_encoder_decoder else PlainDecoding
@@ -285,11 +285,11 @@ class Backbone(nn.Module):
     def decode(
         self, prompts: Sequence[np.ndarray]
     ) -> FastDecoding | PlainDecoding | LengthGroupedDecoding | seq2seq.Seq2SeqDecoding:
-        """Start decoding these prompts (token ids, one array each, at least one token) side by side.
+        """Start decoding these prompts (token ids, one array each, at least one token) in one batch.
 
         Nothing bounds the length: prompt and new tokens together must stay within `context`. Under autocast the float32
         weights are cast once, here, into a copy that lives as long as the decoding: it is of the weights as they are now.
-        An adapter is merged into such a copy. Raises ModelError as `check_decoding` does.
+        An adapter is merged into such a copy. Raise ModelError as `check_decoding` does.
         """
         if not prompts or min(len(prompt) for prompt in prompts) == 0:
             raise ValueError("decoding needs prompts, and a token in each")
@@ -306,20 +306,20 @@ class Backbone(nn.Module):
         return FastDecoding(model, prompts, step=self._fast_paths.step)
 
     def decode_blocks(self, prompts: Sequence[np.ndarray]) -> BlockDecoding | None:
-        """Start decoding with tokens that come several at a time and can be retracted; None where the model cannot."""
+        """Start decoding with blocks of tokens that can be removed; None if the model does not support it."""
         if self._can_retract is None:
             self._can_retract = not self.is_encoder_decoder and can_retract(self)
         return BlockDecoding(self._as_decoded(), prompts) if self._can_retract else None
 
     def _as_decoded(self) -> Backbone:
-        """Return this model in the dtype to decode in, an adapter merged in."""
+        """Return this model in the dtype for decoding, with an adapter merged in."""
         device = self.device.type
         if torch.is_autocast_enabled(device) and self.model.dtype == torch.float32 and not self.is_quantized:
             return self.plain(torch.get_autocast_dtype(device))
         return self if self.adapter is None else self.plain(self.model.dtype)
 
     def plain(self, dtype: torch.dtype) -> Backbone:
-        """Return a copy to compute with in this dtype, of the weights as they are now, an adapter merged in."""
+        """Return a copy of the current weights in this dtype, with an adapter merged in."""
         twin = Backbone(working_copy(self.model, dtype, self.adapter), self.tokenizer, self.vocab)
         twin.own_logits = self.own_logits
         return twin
@@ -339,7 +339,7 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def swap_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Load what `state` returned, and put the present tensors in its place, on the CPU: a second call undoes the first.
+        """Swap the weights with what `state` returned, on the CPU. A second call undoes the first.
 
         One tensor after the other, so that no second copy of them all is needed. One that has two names, as a tied head,
         is put under the first.
@@ -355,7 +355,7 @@ class Backbone(nn.Module):
 
     @property
     def is_quantized(self) -> bool:
-        """Return whether weights are held in 8 or 4 bits, which cannot be cast, merged into or copied."""
+        """Return whether weights are quantized to 8 or 4 bits, so that they cannot be cast, merged or copied."""
         return bool(getattr(self.model, "is_quantized", False))
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def set_chat_template(pair: Pair, data: DataConfig, listener: Listener) -> None:
     """Give the pair's tokenizer the chat template of ``data.chat_template``: the student's, the teacher's or a file's.
 
-    Raises UsageError for a template that is not there.
+    Raise UsageError for a template that is not there.
     """
     tokenizer, own, other = pair.tokenizer, pair.templates["student"], pair.templates.get("teacher")
     choice = data.chat_template
@@ -48,7 +48,7 @@ def set_chat_template(pair: Pair, data: DataConfig, listener: Listener) -> None:
 
 
 def read_template(path: str) -> str:
-    """Read a chat template from a file. Raises UsageError."""
+    """Read a chat template from a file. Raise UsageError."""
     try:
         return Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -60,7 +60,7 @@ def read_template(path: str) -> str:
 def set_languages(tokenizer: Any, data: DataConfig, models: Iterable[Backbone]) -> None:
     """Set the language codes of a translation tokenizer (NLLB, M2M100, mBART), and the first token of responses.
 
-    Raises UsageError where the tokenizer has no such codes.
+    Raise UsageError if the tokenizer has no such codes.
     """
     for key, name, code in (
         ("data.source_language", "src_lang", data.source_language),
@@ -116,7 +116,7 @@ def set_stop_tokens(pair: Pair, encoder: Encoder, is_chat: bool, listener: Liste
     """Make both models stop at the tokens that rows end with, and write these into the student's generation config.
 
     is_chat: whether rows are written by the chat template. Warns where the teacher's own configuration lacks the token,
-    since the teacher may then give it little probability. Raises ModelError for a token that the models lack.
+    since the teacher may then give it little probability. Raise ModelError for a token that the models lack.
     """
     name = pair.tokenizer.convert_ids_to_tokens
     ends = [encoder.end]

@@ -1,4 +1,4 @@
-"""Handle models whose config holds a text model beside others (for images): Gemma 3, Mistral 3, Qwen-VL, SmolVLM.
+"""Handle models whose config has a text model and others (for images): Gemma 3, Mistral 3, Qwen-VL, SmolVLM.
 
 The text model is trained, and everything else stays as it was loaded. The whole model is saved, in the same
 architecture, with the processor's files. `AutoModelForImageTextToText` loads such a directory, and `AutoModelForCausalLM`
@@ -22,7 +22,7 @@ from transformers import (
 from distillm_cli.errors import ModelError
 from distillm_cli.models.model_paths import adapter_chain, model_file
 
-# Files of a processor beside the tokenizer's own, which `save_pretrained` of the tokenizer does not write. Its older
+# Files of a processor that `save_pretrained` of the tokenizer does not write. Its older
 # chat_template.json is not among them: transformers prefers it to the template that the tokenizer is saved with.
 PROCESSOR_FILES = (
     "preprocessor_config.json",
@@ -52,7 +52,7 @@ def text_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Para
 
 
 def check_causal_class(config: PretrainedConfig, where: str) -> None:
-    """Raise ModelError where transformers has no causal model for the text config of a composite one (Qwen-VL)."""
+    """Raise ModelError if transformers has no causal model for the text config of a composite one (Qwen-VL)."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(
             f"transformers has no causal language model for the text part of this teacher ({config.model_type})",
@@ -62,7 +62,7 @@ def check_causal_class(config: PretrainedConfig, where: str) -> None:
 
 
 def freeze_rest(model: PreTrainedModel) -> int:
-    """Freeze what is not text. Return the number of weights that this froze, 0 for a model that is not composite."""
+    """Freeze the parts that are not the text model. Return the number of frozen weights, 0 for other models."""
     text = {id(parameter) for _, parameter in text_parameters(model)}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in text]
     for parameter in rest:

@@ -15,7 +15,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device that auto, cpu, cuda, cuda:N or mps stands for. Raises UsageError where it does not exist.
+    """Return the device that auto, cpu, cuda, cuda:N or mps stands for. Raise UsageError if it does not exist.
 
     cuda:N becomes torch's current device: torch asks that one for its capabilities and its free memory, and kernels of
     Triton are started on it.
@@ -65,7 +65,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def check_quantize(quantize: str, device: torch.device) -> None:
-    """Raise ModelError where a model cannot be held in 8 or 4 bits: without CUDA, or without bitsandbytes."""
+    """Raise ModelError if a model cannot be held in 8 or 4 bits: without CUDA, or without bitsandbytes."""
     if quantize == "none":
         return
     if device.type != "cuda":

@@ -25,7 +25,7 @@ from distillm_cli.utils.text import counted
 
 
 def chosen_layers(text: str, depth: int) -> list[int]:
-    """Return the layers, of ``depth``, that ``layers:…`` names: ascending, counted from 0. Raises UsageError.
+    """Return the layers, of ``depth``, that ``layers:…`` names: ascending, counted from 0. Raise UsageError.
 
     Evenly spaced: i·(depth−1)/(n−1), rounded half up, i from 0 to n−1; of one layer, the first.
     """
@@ -52,7 +52,7 @@ def chosen_layers(text: str, depth: int) -> list[int]:
 def build_from_layers(spec: str, teacher: Backbone, *, dropout: float | None = None) -> PreTrainedModel:
     """Build a float32 model of the teacher's family with these of its layers. Every weight is a copy; no memory is shared.
 
-    dropout: None is as the teacher's config says. Raises UsageError for a spec that cannot be read or does not fit the
+    dropout: None is as the teacher's config says. Raise UsageError for a spec that cannot be read or does not fit the
     teacher, ModelError for a family whose layers cannot be exchanged, and for an encoder-decoder, which has two stacks of
     them.
     """

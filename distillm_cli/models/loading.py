@@ -1,4 +1,4 @@
-"""Load the config and the model of a name or a directory; whatever is wrong becomes one line.
+"""Load the config and the model of a name or a directory; errors are one line.
 
 Local directories never touch the network, and code that comes with a checkpoint is never run.
 """
@@ -72,7 +72,7 @@ def load_config(path: str, *, revision: str | None = None, file: bool = False) -
             raise load_error("config", path, local, error) from error
     try:
         depth = getattr(config.get_text_config(), "num_hidden_layers", None)
-    except ValueError as error:  # several text models, none of which is the one that writes
+    except ValueError as error:  # several text models
         raise _not_causal(path, config) from error
     if isinstance(depth, int) and depth < 1:
         raise ModelError(f"{path}: num_hidden_layers is {depth}", hint="its config.json must name at least one layer")
@@ -104,7 +104,7 @@ def load_backbone(
     path: of a model, or of a LoRA adapter, which is merged into its base model. train: the adapter is left beside that
     instead, to continue its training. tokenizer: in place of the model's own. tokenizers: reads the model's own, unless it
     was read before. dropout: sets every one it has. quantize: 8bit or 4bit; an adapter is left beside such weights.
-    Raises ModelError, naming the cause, for anything that is not the complete checkpoint of such a model.
+    Raise ModelError, naming the cause, for anything that is not the complete checkpoint of such a model.
     """
     check_quantize(quantize, device)
     task = f"loading {path}"
@@ -127,7 +127,7 @@ def load_backbone(
     model, adapter = _with_adapters(model if quantization else model.to(device), adapters, base, base_revision, train)
     _read_generation_config([*adapters, ModelLocation(base, False, base_revision)], model)
     model.eval()
-    if not quantization:  # 8 bits round a token by what stands beside it, which would look like looking ahead
+    if not quantization:  # 8-bit rounding depends on the other tokens, which would look like non-causal attention
         check_causal(path, model)
     if own:
         if model.generation_config.pad_token_id is None:
@@ -173,7 +173,7 @@ def _read_generation_config(locations: list[ModelLocation], model: PreTrainedMod
     """Give the model the generation config of the outermost location that has one: the tokens that end its responses.
 
     locations: of adapters and, last, of their model, which has its own already. An adapter that was trained under a chat
-    template ends responses with other tokens than its model. Raises ModelError for a damaged file, which transformers
+    template ends responses with other tokens than its model. Raise ModelError for a damaged file, which transformers
     ignores silently.
     """
     for location in locations:
@@ -200,7 +200,7 @@ def _load_weights(
         )
     if local:
         manifest.check_files(Path(name), weights=True)
-    # Else a thread asks the hub to convert repositories that have no safetensors.
+    # Otherwise a thread requests a conversion from the hub for repositories without safetensors.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     with quiet():
         try:
@@ -225,8 +225,8 @@ def _load_weights(
                 hint = "if its head is its embedding matrix, set tie_word_embeddings to true in its config.json"
             raise ModelError(f"{path}: weights {what}: {', '.join(keys[:2])}{more}", hint=hint)
     if not config.is_encoder_decoder and not heads_are_tied(model):
-        # transformers keeps a head that differs from the embeddings, and leaves the config as it was: whatever is built
-        # or saved from that config would lose the head.
+        # transformers loads a head that differs from the embeddings without changing the config. A model built or saved
+        # from that config would lose the head.
         for part in (model.config, model.config.get_text_config()):
             part.tie_word_embeddings = False
     return model
@@ -241,7 +241,7 @@ def _head_names(model: PreTrainedModel) -> list[str]:
 def check_causal(path: str, model: PreTrainedModel) -> None:
     """Check on a few tokens that a model predicts each token from those before it.
 
-    Raises ModelError for BERT and similar models, which load as causal models too, and for a composite model that does not
+    Raise ModelError for BERT and similar models, which load as causal models too, and for a composite model that does not
     run without images. Of an encoder-decoder the decoder must be causal.
     """
     ids_BT = torch.arange(1, 9, device=model.device).repeat(2, 1) % model.get_input_embeddings().weight.shape[0]

@@ -122,7 +122,7 @@ class Adapter:
 def attach(model: PreTrainedModel, config: AdapterConfig, *, seed: int, base: str, revision: str | None) -> Adapter:
     """Attach a new adapter to a model, which is frozen. A starts random (a function of the seed), B is zero.
 
-    base, revision: what the adapter's config will say it belongs to. Raises ModelError for targets that are not there.
+    base, revision: what the adapter's config will say it belongs to. Raise ModelError for targets that are not there.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -161,8 +161,7 @@ def continue_adapter(
     local: bool,
     revision: str | None,
 ) -> Adapter:
-    """Attach the adapter in ``path`` to its model, to continue its training. Raises ModelError where it differs from
-    ``config``."""
+    """Attach the adapter in ``path`` to its model, to continue training. Raise ModelError if it differs from ``config``."""
     from peft import LoraConfig, PeftConfig
 
     own = _checked_call(lambda: PeftConfig.from_pretrained(path, revision=revision, local_files_only=local), path)
@@ -192,7 +191,7 @@ def continue_adapter(
 def merge(model: PreTrainedModel, path: str, *, local: bool, revision: str | None) -> PreTrainedModel:
     """Return the model with the adapter in ``path`` merged into its weights: a plain model.
 
-    Raises ModelError too where the adapter unties weights that a family has tied.
+    Raise ModelError too where the adapter unties weights that a family has tied.
     """
     tied = _tied(model)
     wrapped = _load_adapter(model, path, local=local, revision=revision)
@@ -214,7 +213,7 @@ def merge(model: PreTrainedModel, path: str, *, local: bool, revision: str | Non
 
 
 def _tied(model: nn.Module) -> set[frozenset[str]]:
-    """Return the names of weights that are one tensor."""
+    """Return the names of weights that share one tensor."""
     names: dict[int, list[str]] = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(weight), []).append(name)
@@ -222,7 +221,7 @@ def _tied(model: nn.Module) -> set[frozenset[str]]:
 
 
 def _untie_adapted(model: nn.Module) -> None:
-    """Give adapted layers weights of their own: what is added to an embedding is not added to the head tied to it."""
+    """Untie the weights of adapted layers: an update of an embedding is not an update of the head tied to it."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     users = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
@@ -235,7 +234,7 @@ def _untie_adapted(model: nn.Module) -> None:
 
 
 def attach_frozen(model: PreTrainedModel, path: str, *, local: bool, revision: str | None) -> PreTrainedModel:
-    """Attach the adapter in ``path`` to quantized weights, which nothing can be added to: it is computed beside them."""
+    """Attach the adapter in ``path`` to quantized weights. It is computed separately, since it cannot be merged."""
     return _load_adapter(model, path, local=local, revision=revision).get_base_model()
 
 
@@ -247,7 +246,7 @@ def _load_adapter(
     arguments |= {"torch_device": str(model.device), "local_files_only": local}
 
     def load() -> PeftModel:
-        # peft only warns of weights that are absent, and leaves them as they were made.
+        # peft only warns of absent weights and leaves them at their initial values.
         warnings.filterwarnings("error", message=".*missing adapter keys.*")
         wrapped = PeftModel.from_pretrained(model, path, revision=revision, **arguments)
         if local and (file := Path(path) / ADAPTER_WEIGHTS).is_file():
@@ -278,7 +277,7 @@ def _checked_call(call: Callable[[], Any], name: str, hint: str = _INCOMPLETE) -
 
 
 def _checked(adapter: Adapter, where: str) -> Adapter:
-    """Return the adapter. Raises ModelError where it is on the embeddings or the head: the loss reads the head's weight."""
+    """Return the adapter. Raise ModelError if it is on the embeddings or the head: the loss reads the head's weight."""
     from peft.tuners.lora import Linear
     from peft.tuners.lora.layer import ParamWrapper
 

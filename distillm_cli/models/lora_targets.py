@@ -1,4 +1,4 @@
-"""Find the weights of a model that a LoRA adapter is put on.
+"""Find the weights of a model for a LoRA adapter.
 
 Linear layers get an adapter as modules. The experts of a mixture of experts are three-dimensional parameters, one matrix
 for each expert, and get one as parameters (peft's `target_parameters`). For some of these families peft takes the names of
@@ -40,7 +40,7 @@ def expert_weights(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]
 def find_targets(model: PreTrainedModel, requested: tuple[str, ...] | None) -> LoraTargets:
     """Return the targets of these names, or, unset, every linear layer but the head and every expert.
 
-    Raises ModelError for a name that finds nothing.
+    Raise ModelError for a name that finds nothing.
     """
     text = {id(weight) for _, weight in text_parameters(model)}
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
@@ -58,8 +58,8 @@ def find_targets(model: PreTrainedModel, requested: tuple[str, ...] | None) -> L
     modules = {name: module for name, module in modules.items() if name not in renamed}
     kinds = {type(module) for module in modules.values()}
     short = {_last(name) for name in modules}
-    # A short name must not reach the head, another model's layer, a router that only looks like a linear layer, or, where
-    # linear layers stand in a list and are called by number, the decoder layers of these numbers.
+    # A short name must not match the head, another model's layer, a router that is not a plain linear layer, or, if linear
+    # layers are in a list and named by number, the decoder layers of these numbers.
     others = {name for name, _ in model.named_modules()} - modules.keys() - renamed
     whole_names = bool(short & {_last(name) for name in others})
     if requested is not None and not (whole_names or parameters):

@@ -1,4 +1,4 @@
-"""List what is special about each model family, and the config fields that show it.
+"""List the exceptions of model families, and the config fields that show them.
 
 Every exception by family is an entry of `FAMILIES`, with the reason; no other module compares a ``model_type`` with a name.
 What all families share under several names is a tuple of config fields below the table. This module is light: it imports
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Family:
-    """Hold what is special about a family. The defaults are those of a family of which nothing is special.
+    """Hold the exceptions of a family. The defaults are those of a family without exceptions.
 
     name: the config's ``model_type``. why: the reason for the entry.
     paper_name: what the DistiLLM paper calls it, whose learning rates and lengths are then the defaults of base models.
@@ -98,11 +98,11 @@ _ENTRIES = (
 )
 FAMILIES: dict[str, Family] = {entry.name: entry for entry in _ENTRIES}
 
-# Parameters of hub models whose names do not tell.
+# Sizes of hub models whose names do not contain them.
 HUB_PARAMETERS = {"distilgpt2": 82e6, "gpt2": 124e6, "gpt2-medium": 355e6, "gpt2-large": 774e6, "gpt2-xl": 1.56e9}
 
-# The most positions: as transformers names the field, and as config.json may. MPT and LED have names of their own; a model
-# with a limit on either side has the lower one.
+# Fields for the largest number of positions, in transformers and in config.json. MPT and LED have their own names. A model
+# with two limits has the lower one.
 CONTEXT_FIELDS = (
     "max_position_embeddings",
     "max_seq_len",
@@ -117,7 +117,7 @@ CONTEXT_FIELDS_ON_DISK = (
     "seq_length",
 )
 
-# What stands between `hidden @ weight.T + bias` and the logits: the scale is multiplied by the field to this power.
+# Scales between `hidden @ weight.T + bias` and the logits: the scale is multiplied by the field to this power.
 HEAD_SCALE_FIELDS = {"logit_scale": 1, "logits_scaling": -1, "lm_head_multiplier": 1, "logits_mup_width_multiplier": -1}
 SOFT_CAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
@@ -126,7 +126,7 @@ DECODER_DEPTH_FIELDS = ("num_decoder_layers", "decoder_layers")  # num_hidden_la
 KEY_VALUE_HEADS_FIELDS = ("num_key_value_heads", "num_kv_heads")
 INITIAL_SPREAD_FIELDS = ("initializer_range", "init_std")
 
-# What a config that is copied for another shape must not carry over, and what grows with the width.
+# Fields that are not copied to a config of another shape, and fields that scale with the width.
 IDENTITY_FIELDS = (
     "_name_or_path",
     "architectures",
@@ -156,7 +156,7 @@ PLAIN_TOKENIZER_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
 def family_of(model_type: str) -> Family:
-    """Return the entry of a family, one of which nothing is special where it has none."""
+    """Return the entry of a family, or the default one if it has none."""
     return FAMILIES.get(model_type) or Family(model_type)
 
 

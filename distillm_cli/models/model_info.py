@@ -124,7 +124,7 @@ def _count_by_shape(path: str, revision: str | None) -> int | None:
         config = load_config(path, revision=revision)
         with torch.device("meta"), quiet():
             model = auto_class(config).from_config(config, trust_remote_code=False)
-    except Exception:  # whatever is wrong with the model, the loader reports it
+    except Exception:  # the loader reports what is wrong with the model
         return None
     return sum(parameter.numel() for parameter in model.parameters())
 

@@ -42,13 +42,13 @@ class ModelLocation:
 
 
 def cached_hub_file(name: str, file: str, revision: str | None) -> Path | None:
-    """Return a file of a hub repository that was downloaded before; None where it was not."""
+    """Return a file of a hub repository that was downloaded before; None if it was not."""
     found = huggingface_hub.try_to_load_from_cache(name, file, revision=revision)
     return Path(found) if isinstance(found, str) else None
 
 
 def model_file(path: str, file: str, revision: str | None = None) -> Path | None:
-    """Return one of a model's small files, fetched from the hub where that is needed and possible; None without it."""
+    """Return one of a model's small files, fetched from the hub if needed; None if it is not available."""
     name, local = locate_model(path)
     if local:
         local_file = Path(name) / file
@@ -62,7 +62,7 @@ def model_file(path: str, file: str, revision: str | None = None) -> Path | None
 
 @functools.cache
 def hub_is_reachable() -> bool:
-    """Return whether the hub answers. Tried once, and not where HF_HUB_OFFLINE is set.
+    """Return whether the hub can be reached. It is tried once, and not if HF_HUB_OFFLINE is set.
 
     Where it does not, this process continues as with HF_HUB_OFFLINE: what was downloaded before is read. The hub's client
     would try each file of a model six times, for half a minute each.
@@ -71,7 +71,7 @@ def hub_is_reachable() -> bool:
         return False
     try:
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10, follow_redirects=False)
-    except Exception:  # name resolution, refusal, a proxy, a certificate: whatever it is, nothing can be fetched
+    except Exception:  # name resolution, refusal, a proxy, a certificate: the hub cannot be reached
         huggingface_hub.constants.HF_HUB_OFFLINE = True
         return False
     return True
@@ -85,7 +85,7 @@ def base_model_of(name: str, *, local: bool, revision: str | None) -> tuple[str,
         hub_is_reachable()
     try:
         file = find_adapter_config_file(name, revision=revision, local_files_only=local)
-    except Exception:  # no such repository, no network: whoever loads the model reports it better
+    except Exception:  # no such repository, no network: the loader reports it with more detail
         return None
     if file is None:
         return None
@@ -93,7 +93,7 @@ def base_model_of(name: str, *, local: bool, revision: str | None) -> tuple[str,
 
 
 def read_base_model(file: Path) -> tuple[str, str | None]:
-    """Return the base model that an adapter's config names, and its revision. Raises ModelError."""
+    """Return the base model that an adapter's config names, and its revision. Raise ModelError."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         base = config.get("base_model_name_or_path")

@@ -97,7 +97,7 @@ def load_pair(
     """Load the recipe's teacher (frozen; none for `sft`) and student, both in eval mode, sharing tokenizer and vocabulary.
 
     A student that is built from the teacher is so for `sft` too. texts: the training texts, for a tokenizer that is trained
-    on them. tokenizers: reads those of the models, unless they were read before. Raises ModelError or UsageError.
+    on them. tokenizers: reads those of the models, unless they were read before. Raise ModelError or UsageError.
     """
     tokenizers = tokenizers or TokenizerCache()
     if recipe.student.path is not None:
@@ -157,7 +157,7 @@ def _load_teacher(
 
 
 def _load_origin(recipe: schema.Recipe, listener: Listener = silent) -> Backbone | None:
-    """Load the model that a student is built from, where it is not in memory as its teacher; None for one that is loaded."""
+    """Load the model that a student is built from, if it is not the teacher in memory; None for a student that is loaded."""
     if recipe.teacher.path is None or not recipe.student.is_built:
         return None
     return _load_teacher(recipe.teacher.model_copy(update={"quantize": "none"}), torch.device("cpu"), listener)
@@ -173,7 +173,7 @@ def _share_tokens(teacher: Backbone, student: Backbone) -> None:
 
 
 def reload_teacher(recipe: schema.Recipe, pair: Pair, device: torch.device) -> Backbone:
-    """Load the pair's teacher, whose weights were released, as it was."""
+    """Load the pair's teacher again after its weights were released."""
     teacher = _load_teacher(recipe.teacher, device)
     _share_tokens(teacher, pair.student)
     add_stop_tokens(teacher, sorted(pair.teacher.stop_ids))
@@ -323,7 +323,7 @@ def _student_model(
 
 
 def check_architectures(teacher: Backbone | Shape, student: Backbone | Shape) -> None:
-    """Raise ModelError where one is causal and the other an encoder-decoder: they do not predict from the same text."""
+    """Raise ModelError if one is causal and the other an encoder-decoder: they do not predict from the same text."""
     if teacher.is_encoder_decoder == student.is_encoder_decoder:
         return
     kinds = {True: "an encoder-decoder model", False: "a causal model"}
@@ -338,7 +338,7 @@ def check_architectures(teacher: Backbone | Shape, student: Backbone | Shape) ->
 def check_vocabularies(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
     """Check that both give every shared id the same token; one may have further added (special) tokens.
 
-    Raises ModelError with the first difference.
+    Raise ModelError with the first difference.
     """
     if student is teacher:
         return
@@ -395,8 +395,10 @@ def _configured_tokenizer(student: schema.StudentConfig, texts: TrainingTexts | 
 def _append_eos_to_prompts(
     student: schema.StudentConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Make a tokenizer that was trained for an encoder-decoder end every text, as T5's does: whoever loads the output then
-    feeds the model what it was trained on."""
+    """Make a tokenizer that was trained for an encoder-decoder end every text, like T5's.
+
+    The input after loading the output directory is then the same as in training.
+    """
     if model.config.is_encoder_decoder and student.tokenizer is not None and is_trained_spec(student.tokenizer):
         append_eos(tokenizer)
 

@@ -40,7 +40,7 @@ def set_router_loss(setting: float | str, student: Backbone, listener: Listener 
     """Let the student compute the auxiliary loss of its routers, and return the weight of that loss.
 
     setting: `objective.router_aux`; auto is the weight in the student's config, or 0, with a warning, where transformers
-    computes no such loss for its family. Raises ModelError where a weight was given for such a student.
+    computes no such loss for its family. Raise ModelError if a weight was given for such a student.
     """
     weight = config_weight(student.model.config) if setting == "auto" else float(setting)
     if not weight:
@@ -66,7 +66,7 @@ def attention_mask(batch: Batch) -> Tensor:
 
 
 def _find_loss(student: Backbone) -> RouterLoss | None:
-    """Return the loss of the student's family where it equals what the model itself returns; None where there is none."""
+    """Return the loss of the student's family where it equals what the model itself returns; None if there is none."""
     function = getattr(sys.modules[type(student.model).__module__], _FUNCTION, None)
     top_k = getattr(student.model.config.get_text_config(), "num_experts_per_tok", None)
     if function is None or top_k is None or student.own_logits or student.is_encoder_decoder:

@@ -41,7 +41,7 @@ def split_batch(batch: Batch, start: int) -> EncoderDecoderBatch:
     """Return prompts and responses of a batch, both padded on the right. start: the token that the decoder begins with."""
     B, T = batch.ids_BT.shape
     device = batch.ids_BT.device
-    # Not by bincount, which waits for the device to learn how many there are.
+    # Not by bincount, which synchronizes the device to find the largest value.
     lengths_B = torch.zeros(B, dtype=torch.int64, device=device).index_add_(
         0, batch.rows_N, torch.ones_like(batch.rows_N)
     )
@@ -49,7 +49,7 @@ def split_batch(batch: Batch, start: int) -> EncoderDecoderBatch:
     # The state that predicts the first response token is the prompt's last.
     last_B = batch.positions_N[first_B.clamp(max=batch.tokens - 1)] - torch.arange(B, device=device) * T
     prompts_B = torch.where(lengths_B > 0, last_B + 1, 1)
-    # One transfer for all three sizes; each of them alone would wait for the device.
+    # One transfer for all three sizes, since each transfer synchronizes the device.
     S, shortest, R = torch.stack([prompts_B.max(), prompts_B.min(), lengths_B.max()]).tolist()
     mask_BS = torch.arange(S, device=device) < prompts_B[:, None]
     index_N = torch.arange(batch.tokens, device=device) - first_B[batch.rows_N]
@@ -88,7 +88,7 @@ def own_logits(model: PreTrainedModel, batch: Batch, start: int) -> torch.Tensor
 def start_token(config: PretrainedConfig) -> int:
     """Return the token that the decoder begins with: the config's decoder_start_token_id, else its pad token, as in T5.
 
-    Raises ModelError where there is neither.
+    Raise ModelError if there is neither.
     """
     for name in ("decoder_start_token_id", "pad_token_id"):
         if (token := getattr(config, name, None)) is not None:

@@ -30,7 +30,7 @@ from distillm_cli.models.trained_tokenizers import TrainingTexts, load_or_train_
 
 @dataclass(frozen=True)
 class Shape:
-    """Hold a model on the meta device. tokenizer: None where none is at hand."""
+    """Hold a model on the meta device. tokenizer: None if it is not available."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
@@ -59,7 +59,7 @@ class EncoderSizes:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Hold what of a model costs memory and time, counted on its modules, whatever device they are on.
+    """Hold the sizes that determine a model's memory and time, counted on its modules on any device.
 
     parameters: by part: embeddings (of positions too), trunk, head (0 where it is the embedding matrix), outside (of a
     composite model, what is not its text model), total, trainable.
@@ -170,7 +170,7 @@ def sizes(model: PreTrainedModel, vocab: int | None = None) -> Sizes:
 
 
 def has_weights(path: str) -> bool:
-    """Return whether a model's weights are in a local directory. Raises ModelError for a path that does not exist."""
+    """Return whether a model's weights are in a local directory. Raise ModelError for a path that does not exist."""
     if isinstance(parse_student(path), ConfigFile):
         return False
     name, local = locate_model(path)
@@ -198,7 +198,7 @@ def load_shape(
     tokenizer: a directory, a name, or one to be trained on ``texts``.
     teacher: what a student is built after. made: shapes by the names of models that do not exist yet (``stage:NAME``).
 
-    Raises ModelError for what is no causal or encoder-decoder model, UsageError for a shape that cannot be.
+    Raise ModelError for what is no causal or encoder-decoder model, UsageError for a shape that cannot be.
     """
     known = made or {}
     if path in known:
@@ -233,7 +233,7 @@ def load_shape(
 
 
 class _UnreadTokenizer:
-    """Stand for a tokenizer that is not at hand: as many ids as the teacher's matrix has rows."""
+    """Replace a tokenizer that is not available, with as many ids as the teacher's matrix has rows."""
 
     bos_token_id = eos_token_id = pad_token_id = None
 
@@ -249,7 +249,7 @@ class _UnreadTokenizer:
 
 
 def _tokenizer_of(path: str, revision: str | None) -> PreTrainedTokenizerBase | None:
-    """Return a model's own tokenizer, None where it is not at hand."""
+    """Return a model's own tokenizer, None if it is not available."""
     name, local = locate_model(path)
     if local and not has_tokenizer(Path(name)):
         return None

@@ -58,7 +58,7 @@ def build_random(
     spec: ``random:[FAMILY:]LAYERSxWIDTH``, or ``width:…``, as deep as the teacher. FAMILY: llama, gpt2 or t5, or the
     teacher's own, which is also the default: its config with layers, width, heads and feed-forward scaled. Without a
     teacher: llama. An encoder-decoder has so many layers on either side. Context: the teacher's, else 2·max_length.
-    dropout: unset is 0. Raises UsageError for a shape that cannot be.
+    dropout: unset is 0. Raise UsageError for a shape that cannot be.
     """
     model = _random_model(spec, teacher_config)
     layers, width = model.layers, model.width
@@ -86,7 +86,7 @@ def build_from_config(
 ) -> PreTrainedModel:
     """Build a model with random float32 weights of the shape that a config.json gives. where: that file, for messages.
 
-    Raises ModelError when the tokenizer has more token ids than the config's vocab_size.
+    Raise ModelError when the tokenizer has more token ids than the config's vocab_size.
     """
     rows, needed = config.get_text_config().vocab_size, vocabulary_size(tokenizer)
     if rows < needed:
@@ -101,7 +101,7 @@ def build_from_config(
 
 
 def check_has_teacher(text: str, spec: StudentSpec, teacher: object | None) -> None:
-    """Raise UsageError where a student is made of a teacher and there is none."""
+    """Raise UsageError if a student is made of a teacher and there is none."""
     if teacher is not None:
         return
     if isinstance(spec, TeacherLayers):
@@ -112,7 +112,7 @@ def check_has_teacher(text: str, spec: StudentSpec, teacher: object | None) -> N
 
 
 def _random_model(text: str, teacher_config: PretrainedConfig | None) -> RandomModel:
-    """Return family, layers and width of ``random:`` or ``width:``. Raises UsageError.
+    """Return family, layers and width of ``random:`` or ``width:``. Raise UsageError.
 
     Nothing is copied for a width: a narrower matrix has no right place in a wider one.
     """
@@ -199,7 +199,7 @@ def _build(config: PretrainedConfig, tokenizer: Tokenizer, seed: int, where: str
         try:
             _set_special_tokens(config, tokenizer)  # before the embedding is made, which may look at the pad token
             model = auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=False)
-        except Exception as error:  # every family checks its sizes in its own way, or stumbles over them
+        except Exception as error:  # every family checks its sizes in its own way, or fails on them
             if out_of_memory(error):
                 raise
             raise ModelError(

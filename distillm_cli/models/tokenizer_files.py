@@ -1,4 +1,4 @@
-"""Load the tokenizer of a model, and check that it comes back the same after it was saved.
+"""Load the tokenizer of a model, and check that it is the same after saving and loading.
 
 Imports no model class of transformers: reading a tokenizer need not wait for what loading weights takes to import.
 """
@@ -39,7 +39,7 @@ WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.model", "tekken.json")
 
 
-_TRIAL_TEXT = "Hello, 1 é"  # some damages show only in use
+_TRIAL_TEXT = "Hello, 1 é"  # some errors show only in use
 
 _PROBE = "Which of these 12 words, in 3 lines,\n is a  Word?"
 _PROBES = (_PROBE, "  Grüße aus Köln: 世界, 42 %.", "def f(x):\n\treturn x ** 2")
@@ -48,7 +48,7 @@ _SENTENCEPIECE_FILE = "tokenizer.model"  # as Llama and Mistral call it
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers and the hub below errors, progress bars included, inside the block: stderr is our display's."""
+    """Silence warnings and progress bars of transformers and the hub inside the block, since stderr has our display."""
     loggings = (transformers.utils.logging, huggingface_hub.utils.logging)
     verbosities = [logging.get_verbosity() for logging in loggings]
     bars = transformers.utils.logging.is_progress_bar_enabled()
@@ -95,13 +95,13 @@ def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedToken
         )
     if tokenizer.chat_template is None:
         tokenizer.chat_template = _template_of_processor(path, revision)
-    for key in ("local_files_only", "is_local", "trust_remote_code"):  # how it was loaded is no part of what is saved
+    for key in ("local_files_only", "is_local", "trust_remote_code"):  # arguments of loading that are not saved
         tokenizer.init_kwargs.pop(key, None)
     return prepare_tokenizer(tokenizer, path)
 
 
 def _template_of_processor(path: str, revision: str | None) -> str | None:
-    """Return the chat template that a model with a processor has in a file of its own; None where it has none.
+    """Return the chat template that a model with a processor has in a file of its own; None if it has none.
 
     Mistral 3 and SmolVLM2 have it there alone, where transformers reads it for a processor and not for a tokenizer.
     """
@@ -153,7 +153,7 @@ class TokenizerCache:
         self._by_files: dict[str, PreTrainedTokenizerBase] = {}
 
     def load(self, path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-        """Return a model's tokenizer, as ``own_tokenizer`` reads it. Raises ModelError."""
+        """Return a model's tokenizer, as ``own_tokenizer`` reads it. Raise ModelError."""
         if (path, revision) not in self._read:
             try:
                 self._read[path, revision] = self._read_first(path, revision)
@@ -181,7 +181,7 @@ _CONFIG_FIELDS = ("model_type", "tokenizer_class", "transformers_version", "auto
 
 
 def _files_digest(directory: Path) -> str | None:
-    """Return the SHA-256 of all that decides a local directory's tokenizer; None where it cannot be read."""
+    """Return the SHA-256 of all that decides a local directory's tokenizer; None if it cannot be read."""
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         digest = hashlib.sha256(json.dumps([config.get(key) for key in _CONFIG_FIELDS]).encode())
@@ -240,11 +240,11 @@ def load_error(part: str, path: str, local: bool, error: BaseException) -> Disti
 
 
 def check_reload(student: Backbone, *, is_borrowed: bool, text: str | None = None) -> None:
-    """Check that the output directory will give this very tokenizer to `AutoTokenizer`.
+    """Check that `AutoTokenizer` loads the same tokenizer from the output directory.
 
     transformers picks the tokenizer's class by the model's family for some of them (Qwen2's, say), whatever was saved: a
     tokenizer that such a model was not trained with may come back cutting text in other places. is_borrowed: whether the
-    tokenizer is another model's, or trained here. text: one more probe. Raises ModelError.
+    tokenizer is another model's, or trained here. text: one more probe. Raise ModelError.
     """
     ours = student.tokenizer
     family = student.model.config.model_type
@@ -256,7 +256,7 @@ def check_reload(student: Backbone, *, is_borrowed: bool, text: str | None = Non
             reloaded = AutoTokenizer.from_pretrained(directory, local_files_only=True)
             same = all(ours(probe)["input_ids"] == reloaded(probe)["input_ids"] for probe in probes)
             same = same and (not is_borrowed or ours.get_vocab() == reloaded.get_vocab())
-        except Exception:  # whatever a family's tokenizer stumbles over, it is not ours that came back
+        except Exception:  # an error of any type: the saved tokenizer cannot be loaded
             same = False
     if same:
         return
@@ -274,7 +274,7 @@ def check_reload(student: Backbone, *, is_borrowed: bool, text: str | None = Non
 
 
 def sentencepiece_difference(path: str, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return what is wrong with a tokenizer that transformers converted from a SentencePiece file; None for nothing.
+    """Describe what is wrong with a tokenizer that transformers converted from a SentencePiece file; None if it is right.
 
     The conversion can lose the space that the file puts before a text, for example: a model that was trained on the file's
     tokens is then given others. Checked in local directories that have such a file and no tokenizer.json. Text is

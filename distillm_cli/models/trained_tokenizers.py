@@ -40,7 +40,7 @@ TrainingTexts = Callable[[PreTrainedTokenizerBase | None], Iterator[str]]
 
 SPECIAL = ("<pad>", "<eos>", "<unk>")
 MIN_TEXTS = 10
-MIN_SHARE = 1000  # one text in so many
+MIN_SHARE = 1000  # one text in this many
 
 _BYTES = pre_tokenizers.ByteLevel.alphabet()
 SMALLEST_BPE = len(SPECIAL) + len(_BYTES)
@@ -52,7 +52,7 @@ def is_trained_spec(spec: str) -> bool:
 
 
 def load_or_train_tokenizer(spec: str | None, texts: TrainingTexts | None) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer of ``student.tokenizer``; None where it is unset, or needs texts and there are none."""
+    """Return the tokenizer of ``student.tokenizer``; None if it is unset, or needs texts and there are none."""
     if spec is None:
         return None
     if not is_trained_spec(spec):
@@ -66,7 +66,7 @@ def train_tokenizer(spec: str, texts: Iterator[str]) -> PreTrainedTokenizerFast:
     texts: prompts and responses, each a text of its own. The same texts give the same tokenizer. BPE may end with fewer
     than SIZE tokens when the texts hold no more pairs.
 
-    Raises UsageError for a spec of another form or a SIZE below the 256 bytes and the special tokens, DataError when
+    Raise UsageError for a spec of another form or a SIZE below the 256 bytes and the special tokens, DataError when
     there is no text to train on.
     """
     size = _bpe_size(spec)
@@ -118,7 +118,7 @@ def _bpe_size(spec: str) -> int | None:
 
 
 def _not_empty(texts: Iterable[str]) -> Iterator[str]:
-    """Return the texts that are not empty. Raises DataError where there is none."""
+    """Return the texts that are not empty. Raise DataError if there is none."""
     full = (text for text in texts if text)
     first = next(full, None)
     if first is None:
@@ -139,8 +139,8 @@ def _bpe_tokenizer(texts: Iterator[str], size: int) -> Tokenizer:
 
 def _character_tokenizer(texts: Iterator[str], *, words: bool) -> Tokenizer:
     """Return a tokenizer of characters, and with ``words`` of the frequent pieces too."""
-    # The first branch keeps a special token's name, where a text happens to spell it, from being one piece: pieces are
-    # looked up in a vocabulary that has the special tokens too.
+    # The first branch splits a special token's name that occurs in a text: pieces are looked up in a vocabulary that also
+    # has the special tokens.
     names = "|".join(name.strip("<>") for name in SPECIAL)
     cut = pre_tokenizers.Split(Regex(rf"<(?=(?:{names})>)| ?\S+|\s"), behavior="isolated")
     characters: set[str] = set()
@@ -161,7 +161,7 @@ def _character_tokenizer(texts: Iterator[str], *, words: bool) -> Tokenizer:
     known = {piece for piece in holding if len(piece) > 1 and frequent(piece)}
     known |= {piece for piece in openings if len(piece) > 1 and frequent(" " + piece)}
     vocabulary = (*SPECIAL, *sorted(characters), *sorted(known))
-    # BPE without merges is spelling; ignore_merges takes a piece whole when the vocabulary has it.
+    # BPE without merges splits into characters; ignore_merges uses a piece as a whole if the vocabulary has it.
     model = models.BPE(
         vocab={piece: i for i, piece in enumerate(vocabulary)}, merges=[], unk_token=SPECIAL[2], ignore_merges=True
     )

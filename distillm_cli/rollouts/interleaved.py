@@ -1,10 +1,11 @@
 """Sample by speculative knowledge distillation (arXiv 2410.11325, Algorithm 1): the student drafts, the teacher corrects.
 
-The student drafts γ tokens; the teacher scores them in one pass. The first that is not among its K most likely tokens there
-is replaced by a token sampled from the teacher, the drafts after it are discarded, and the student continues from there. So
-the distribution of a token given its prefix is the student's, with the mass outside the teacher's top K moved to the
-teacher's distribution; γ changes how often the teacher runs and nothing else. Token t of a row is drafted and corrected
-with the t-th uniforms of the row's two Philox streams, so the outputs depend neither on γ nor on the batch composition.
+The student drafts γ tokens and the teacher scores them in one pass. The first one that is not among the teacher's K most
+likely tokens is replaced by a token sampled from the teacher, the drafts after it are discarded, and the student continues
+from there. The distribution of a token given its prefix is therefore the student's, with the mass outside the teacher's
+top K moved to the teacher's distribution. γ changes only how often the teacher runs. Token t of a row is drafted and
+corrected with the t-th uniforms of the row's two Philox streams, so the outputs depend neither on γ nor on the batch
+composition.
 
 Shape letters: B rows, G tokens drafted, T time, V vocabulary.
 """
@@ -20,13 +21,21 @@ from torch import Tensor
 
 from distillm_cli.config.schema import RolloutConfig
 from distillm_cli.rollouts.next_token import Sampling, check_chosen, choose
-from distillm_cli.rollouts.sampler import Decoder, DecodeWidth, Decoding, SampledOutput, in_groups, room, uniforms
+from distillm_cli.rollouts.sampler import (
+    Decoder,
+    DecodeWidth,
+    Decoding,
+    SampledOutput,
+    decode_in_groups,
+    max_response_tokens,
+    uniforms,
+)
 from distillm_cli.training.events import Listener, silent
 from distillm_cli.types import Rollout, Sequence
 
 
-class Blocks(Decoding, Protocol):
-    """A batch being decoded whose latest tokens can be removed again."""
+class RetractableDecoding(Decoding, Protocol):
+    """Decode a batch and remove its latest tokens on request."""
 
     def logits_after(self, tokens_BG: Tensor) -> Tensor:
         """Append these tokens; return next-token logits [B, G, V], float32, after each."""
@@ -38,8 +47,8 @@ class Blocks(Decoding, Protocol):
 class Drafter(Decoder, Protocol):
     device: torch.device
 
-    def decode_blocks(self, prompts: SequenceOf[np.ndarray]) -> Blocks | None:
-        """Decode as ``decode`` does; None for a model that cannot remove tokens, which then drafts one at a time."""
+    def decode_blocks(self, prompts: SequenceOf[np.ndarray]) -> RetractableDecoding | None:
+        """Decode like ``decode``. Return None for a model that cannot remove tokens and has to draft one at a time."""
 
 
 class InterleavedSampler:
@@ -75,59 +84,59 @@ class InterleavedSampler:
         contexts = [model.context for model in (self.student, self.teacher) if model.context is not None]
         context = min(contexts, default=None)
         ids = [s.prompt for s in prompts]
-        rooms = [room(len(p), self.drafting, context, self.max_length - len(p)) for p in ids]
+        limits = [max_response_tokens(len(p), self.drafting, context, self.max_length - len(p)) for p in ids]
         keys = [(step << 24) + i for i in range(len(prompts))]
-        outputs = in_groups(len(prompts), self.width, lambda now: self._sample_group(ids[now], keys[now], rooms[now]))
+        outputs = decode_in_groups(
+            len(prompts), self.width, lambda rows: self._sample_group(ids[rows], keys[rows], limits[rows])
+        )
         return [Rollout(s.prompt, out.tokens, s.row) for s, out in zip(prompts, outputs, strict=True)]
 
     def _sample_group(
-        self, prompts: SequenceOf[np.ndarray], keys: SequenceOf[int], rooms: SequenceOf[int]
+        self, prompts: SequenceOf[np.ndarray], keys: SequenceOf[int], token_limits: SequenceOf[int]
     ) -> list[SampledOutput]:
-        B, horizon, rooms_B = len(prompts), max(rooms), np.array(rooms)
+        B, horizon, token_limits_B = len(prompts), max(token_limits), np.array(token_limits)
         drafting_BT = uniforms([(self.seed, key) for key in keys], horizon)
-        correcting_BT = uniforms([(self.seed + _CORRECTING, key) for key in keys], horizon)
+        correcting_BT = uniforms([(self.seed + _CORRECTION_SEED_OFFSET, key) for key in keys], horizon)
         stops = np.array(sorted(self.student.stop_ids), dtype=np.int64)
         tokens_BT, counts_B = np.zeros((B, horizon), dtype=np.int32), np.zeros(B, dtype=np.int64)
         complete_B = np.zeros(B, dtype=bool)
 
-        student, teacher, most = self._start(prompts)
-        live, last = np.arange(B), None
-        while len(live):
-            G = min(most, int((rooms_B - counts_B)[live].min()))  # never past a context
-            places_BG = counts_B[live, None] + np.arange(G)
-            drafts_BG = self._drafts(student, last, drafting_BT[live[:, None], places_BG])
-            is_none_BG = drafts_BG < 0  # replaced by token 0 until it is checked below
+        student, teacher, max_draft = self._start(prompts)
+        batch_rows, last_token_B = np.arange(B), None
+        while len(batch_rows):
+            G = min(max_draft, int((token_limits_B - counts_B)[batch_rows].min()))  # stay within the context
+            positions_BG = counts_B[batch_rows, None] + np.arange(G)
+            drafts_BG = self._drafts(student, last_token_B, drafting_BT[batch_rows[:, None], positions_BG])
+            is_invalid_BG = drafts_BG < 0  # replaced by token 0 until it is checked below
             drafts_BG.clamp_min_(0)
-            teacher_logits_BGV = _teacher_logits(teacher, last, drafts_BG)
-            accepted_B = self._count_accepted(
-                teacher_logits_BGV, drafts_BG
-            )  # drafted tokens before the first rejected one
+            teacher_logits_BGV = _teacher_logits(teacher, last_token_B, drafts_BG)
+            accepted_B = self._count_accepted(teacher_logits_BGV, drafts_BG)  # tokens before the first rejected one
             is_corrected_B = accepted_B < G
-            at_B = accepted_B.clamp_max(G - 1)
-            rows_B = torch.arange(len(live), device=at_B.device)
-            uniforms_B = correcting_BT[live, counts_B[live] + at_B.cpu().numpy()]
-            corrected_B = choose(teacher_logits_BGV[rows_B, at_B], self.correcting, torch.from_numpy(uniforms_B))
-            drafts_BG[rows_B, at_B] = torch.where(is_corrected_B, corrected_B, drafts_BG[rows_B, at_B])
-            sizes_B, found_BG = (at_B + 1).cpu().numpy(), drafts_BG.masked_fill(is_none_BG, -1).cpu().numpy()
-            check_chosen(found_BG)
-            for b, (row, size) in enumerate(zip(live, sizes_B, strict=True)):
-                ends = np.flatnonzero(np.isin(found_BG[b, :size], stops))
+            last_B = accepted_B.clamp_max(G - 1)
+            rows_B = torch.arange(len(batch_rows), device=last_B.device)
+            uniforms_B = correcting_BT[batch_rows, counts_B[batch_rows] + last_B.cpu().numpy()]
+            corrected_B = choose(teacher_logits_BGV[rows_B, last_B], self.correcting, torch.from_numpy(uniforms_B))
+            drafts_BG[rows_B, last_B] = torch.where(is_corrected_B, corrected_B, drafts_BG[rows_B, last_B])
+            sizes_B, tokens_BG = (last_B + 1).cpu().numpy(), drafts_BG.masked_fill(is_invalid_BG, -1).cpu().numpy()
+            check_chosen(tokens_BG)
+            for b, (row, size) in enumerate(zip(batch_rows, sizes_B, strict=True)):
+                ends = np.flatnonzero(np.isin(tokens_BG[b, :size], stops))
                 complete_B[row] = len(ends) > 0
                 size = int(ends[0]) + 1 if complete_B[row] else int(size)
-                tokens_BT[row, counts_B[row] : counts_B[row] + size] = found_BG[b, :size]
+                tokens_BT[row, counts_B[row] : counts_B[row] + size] = tokens_BG[b, :size]
                 counts_B[row] += size
-            last = drafts_BG[rows_B, at_B]
+            last_token_B = drafts_BG[rows_B, last_B]
             if G > 1:
-                surplus_B = G - 1 - at_B  # after a corrected token; neither model has read the last draft
+                surplus_B = G - 1 - last_B  # neither model has processed the last draft
                 student.retract(surplus_B)
                 teacher.retract(surplus_B)
-            left = ~complete_B[live] & (counts_B[live] < rooms_B[live])
-            if not left.all() and left.any():
-                rows = torch.from_numpy(np.flatnonzero(left)).to(last.device)
+            is_unfinished = ~complete_B[batch_rows] & (counts_B[batch_rows] < token_limits_B[batch_rows])
+            if not is_unfinished.all() and is_unfinished.any():
+                rows = torch.from_numpy(np.flatnonzero(is_unfinished)).to(last_token_B.device)
                 student.keep(rows)
                 teacher.keep(rows)
-                last = last[rows]
-            live = live[left]
+                last_token_B = last_token_B[rows]
+            batch_rows = batch_rows[is_unfinished]
         return [SampledOutput(tokens_BT[i, :n].copy(), bool(complete_B[i])) for i, n in enumerate(counts_B)]
 
     def _start(self, prompts: SequenceOf[np.ndarray]) -> tuple[Decoding, Decoding, int]:
@@ -142,12 +151,12 @@ class InterleavedSampler:
         with torch.autocast(self.teacher.device.type, enabled=False):
             return student, self.teacher.decode(prompts), 1
 
-    def _drafts(self, student: Decoding, last: Tensor | None, uniforms_BG: np.ndarray) -> Tensor:
+    def _drafts(self, student: Decoding, last_token_B: Tensor | None, uniforms_BG: np.ndarray) -> Tensor:
         drafts = []
         for g in range(uniforms_BG.shape[1]):
-            logits_BV = student.logits(last)
+            logits_BV = student.logits(last_token_B)
             drafts.append(choose(logits_BV, self.drafting, torch.from_numpy(uniforms_BG[:, g])))
-            last = drafts[-1].clamp_min(0)
+            last_token_B = drafts[-1].clamp_min(0)
         return torch.stack(drafts, dim=1)
 
     def _count_accepted(self, teacher_logits_BGV: Tensor, drafts_BG: Tensor) -> Tensor:
@@ -161,13 +170,13 @@ def _sampling(config: RolloutConfig) -> Sampling:
     return Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
 
 
-_CORRECTING = 1 << 33  # added to the seed for the teacher's uniforms
+_CORRECTION_SEED_OFFSET = 1 << 33  # added to the seed for the teacher's uniforms
 
 
-def _teacher_logits(teacher: Decoding, last: Tensor | None, drafts_BG: Tensor) -> Tensor:
+def _teacher_logits(teacher: Decoding, last_token_B: Tensor | None, drafts_BG: Tensor) -> Tensor:
     """Return the teacher's next-token logits [B, G, V] at the position of each drafted token."""
     if drafts_BG.shape[1] == 1:
-        return teacher.logits(last)[:, None]
-    if last is None:
+        return teacher.logits(last_token_B)[:, None]
+    if last_token_B is None:
         return torch.cat([teacher.logits(None)[:, None], teacher.logits_after(drafts_BG[:, :-1])], dim=1)
-    return teacher.logits_after(torch.cat([last[:, None], drafts_BG[:, :-1]], dim=1))
+    return teacher.logits_after(torch.cat([last_token_B[:, None], drafts_BG[:, :-1]], dim=1))

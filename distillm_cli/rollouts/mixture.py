@@ -1,9 +1,9 @@
 """Sample from student and teacher together: each token from p̃ = α·p + (1 − α)·q, p the teacher, q the student.
 
-MiniLLM (Gu et al., arXiv 2306.08543, section 2.2): a student alone finds outputs that exploit the reward, the teacher keeps
-the samples sensible, and because p̃ is known, a weight q/p̃ corrects for it (``MiniLLM`` in ``losses``). Both models decode
-the same prompts, each with its own cache, and ``sampler`` draws from their mixture; rows keep their own random streams and
-finished ones leave the batch.
+MiniLLM (Gu et al., arXiv 2306.08543, section 2.2): a student alone finds outputs that exploit the reward. Mixing in the
+teacher prevents this, and since p̃ is known, the weight q/p̃ corrects for it (``MiniLLM`` in ``losses``). Both models decode
+the same prompts, each with its own cache, and ``sampler`` draws from their mixture. Each row has its own random stream, and
+finished rows are removed from the batch.
 
 Shape letters: B rows, V vocabulary, N tokens of an output.
 """
@@ -23,8 +23,8 @@ from distillm_cli.rollouts.next_token import Sampling, distribution
 from distillm_cli.rollouts.sampler import Decoder, Decoding, ModelSampler
 from distillm_cli.training.events import Listener, silent
 
-# Columns of ``Rollout.log_probs_N3``: under the teacher and the student as they are, and under the distribution that the
-# token was drawn from.
+# Columns of ``Rollout.log_probs_N3``: under the unfiltered teacher and student, and under the distribution that the token
+# was drawn from.
 LOG_P, LOG_Q, LOG_DRAWN = range(3)
 
 
@@ -52,9 +52,9 @@ class MixtureSampler(ModelSampler):
 
 
 class Mixture:
-    """Join two decoders into one, whose next-token distribution is α times the teacher's plus 1 − α times the student's.
+    """Combine two decoders: the next-token distribution is α times the teacher's plus 1 − α times the student's.
 
-    Stop tokens are the student's, for the outputs are its own.
+    Stop tokens are the student's.
     """
 
     def __init__(self, student: Decoder, teacher: Decoder, alpha: float, shape: Sampling):
@@ -72,7 +72,7 @@ class Mixture:
 
     def decode(self, prompts: SequenceOf[np.ndarray]) -> _MixtureDecoding:
         student = self.student.decode(prompts)
-        # The teacher computes in its own dtype, whatever the student computes in.
+        # The teacher computes in its own dtype, independent of the student's.
         with ExitStack() as stack:
             for device in ("cpu", "cuda", "mps"):
                 stack.enter_context(torch.autocast(device, enabled=False))

@@ -1,7 +1,7 @@
-"""Which token comes next: filters on a next-token distribution, and the inverse of its cumulative sum.
+"""Choose the next token: filter its distribution and invert the cumulative sum.
 
-Exact and without what exactness does not need: no random number per vocabulary entry, no sort of the vocabulary, no
-float64 sum over all of it.
+The computation is exact. It needs no random number per vocabulary entry, no sort of the vocabulary and no float64 sum over
+all of it.
 
 Shape letters: B rows, V vocabulary, N blocks of the vocabulary.
 """
@@ -18,25 +18,26 @@ from torch import Tensor
 from distillm_cli.errors import NonFiniteError
 from distillm_cli.utils.exact import where_exact
 
-# Tokens of a block in the two-level cumulative sum, and the vocabulary from which two levels are cheaper than one.
-_BLOCK, _TWO_LEVELS = 256, 4096
+_BLOCK = 256  # tokens of a block in the two-level cumulative sum
+_TWO_LEVELS = 4096  # size of the vocabulary from which two levels are cheaper than one
 
-# Of the likeliest tokens so many are looked at first for the nucleus, and eight times as many as long as they are too few.
-_FEW = 64
+# Number of the likeliest tokens that are searched for the nucleus first. If they are too few, it grows eightfold.
+_FIRST_TOP_K = 64
 
-# Temperatures beyond these are taken for these: the same distribution, and neither T nor 1/T leaves float32. Below _COLD
-# logits are measured from their maximum, or divided by T they might.
-_COLDEST, _COLD, _HOTTEST = 1e-30, 1e-6, 1e30
+# Temperatures are clamped to this range, so that neither T nor 1/T overflows float32. The distribution stays the same.
+_MIN_TEMPERATURE = 1e-30
+_MAX_TEMPERATURE = 1e30
+_LOW_TEMPERATURE = 1e-6  # below it the maximum is subtracted from the logits, which could overflow when divided by T
 
-_NONE = -1  # in place of a token
+_NO_TOKEN = -1  # returned if there is no valid token
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How a next token is chosen. temperature 0 is greedy; top_k 0, no_repeat_ngram_size 0 and top_p 1 are off.
+    """Configure the choice of a next token. temperature 0 is greedy; top_k 0, no_repeat_ngram_size 0 and top_p 1 are off.
 
-    no_repeat_ngram_size: an n-gram of prompt and output together never occurs twice (of the output, for encoder-decoders).
-    min_new_tokens: no stop before.
+    no_repeat_ngram_size: no n-gram of prompt and output occurs twice (for encoder-decoders, of the output alone).
+    min_new_tokens: smallest number of tokens before a stop token.
     """
 
     temperature: float = 1.0
@@ -48,22 +49,21 @@ class Sampling:
 
 
 def choose(logits_BV: Tensor, sampling: Sampling, uniforms_B: Tensor) -> Tensor:
-    """The next token of each row [B]: argmax at temperature 0, else the inverse of the filtered distribution's
-    cumulative sum at ``uniforms_B`` (each in [0, 1), float64 of any device).
+    """Choose the next token of each row [B]: argmax at temperature 0, else by inverse transform sampling.
 
-    −1 where the logits have no finite maximum: to raise here would be to wait for a device at every token. Whoever reads
-    the tokens asks ``check_chosen``.
+    uniforms_B: uniforms in [0, 1), float64, on any device. A row whose logits have no finite maximum gets −1. An error
+    here would need a device synchronization at every token, so the caller calls ``check_chosen`` on the result.
     """
     if sampling.temperature == 0:
-        most_B, likeliest_B = logits_BV.max(-1)  # NaN, where there is one
-        return likeliest_B.where(most_B.isfinite(), _NONE)
+        max_B, likeliest_B = logits_BV.max(-1)  # the maximum is NaN if any logit is
+        return likeliest_B.where(max_B.isfinite(), _NO_TOKEN)
     device, logits_BV = logits_BV.device, where_exact(logits_BV)
     uniforms_B = uniforms_B.to(logits_BV.device, torch.float64)
     return inverse_cdf(distribution(logits_BV, sampling), uniforms_B).to(device)
 
 
 def check_chosen(tokens: np.ndarray) -> None:
-    """Raises NonFiniteError where ``choose`` found nothing to choose among these."""
+    """Raise NonFiniteError if ``choose`` returned −1 for any row."""
     if (tokens < 0).any():
         raise NonFiniteError(
             "logits that are not finite while sampling",
@@ -72,16 +72,16 @@ def check_chosen(tokens: np.ndarray) -> None:
 
 
 def distribution(logits_BV: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities [B, V] after temperature, top-k and top-p; at temperature 0 all of it on the likeliest token."""
+    """Return probabilities [B, V] after temperature, top-k and top-p; one-hot at temperature 0."""
     if sampling.temperature == 0:
         return torch.zeros_like(logits_BV).scatter_(-1, logits_BV.argmax(-1, keepdim=True), 1.0)
     if sampling.temperature != 1:
-        if sampling.temperature < _COLD:
+        if sampling.temperature < _LOW_TEMPERATURE:
             logits_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
-        logits_BV = logits_BV / min(max(sampling.temperature, _COLDEST), _HOTTEST)
+        logits_BV = logits_BV / min(max(sampling.temperature, _MIN_TEMPERATURE), _MAX_TEMPERATURE)
     if 0 < sampling.top_k < logits_BV.shape[-1]:
-        least_B1 = logits_BV.topk(sampling.top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-        logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)
+        threshold_B1 = logits_BV.topk(sampling.top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+        logits_BV = logits_BV.masked_fill(logits_BV < threshold_B1, -torch.inf)
     probabilities_BV = F.softmax(logits_BV, -1)
     if sampling.top_p < 1:
         keep_nucleus(probabilities_BV, sampling.top_p)
@@ -89,60 +89,61 @@ def distribution(logits_BV: Tensor, sampling: Sampling) -> Tensor:
 
 
 def keep_nucleus(probabilities_BV: Tensor, top_p: float) -> None:
-    """Keeps, in place, the fewest most likely tokens whose mass reaches top_p; the others become 0.
+    """Set to 0, in place, all but the fewest most likely tokens whose mass reaches top_p.
 
-    Of tokens equally likely, where not all are needed, those with the lowest ids stay.
+    If not all of equally likely tokens are needed, those with the lowest ids stay.
     """
     V = probabilities_BV.shape[-1]
-    least_B = probabilities_BV.new_empty(len(probabilities_BV))
-    spare_B = torch.zeros(len(probabilities_BV), dtype=torch.int64, device=probabilities_BV.device)
-    rows, few = torch.arange(len(probabilities_BV), device=probabilities_BV.device), _FEW
-    while len(rows):
-        found = probabilities_BV if len(rows) == len(probabilities_BV) else probabilities_BV[rows]
-        top = found.topk(min(few, V), dim=-1).values
+    threshold_B = probabilities_BV.new_empty(len(probabilities_BV))
+    kept_ties_B = torch.zeros(len(probabilities_BV), dtype=torch.int64, device=probabilities_BV.device)
+    pending, k = torch.arange(len(probabilities_BV), device=probabilities_BV.device), _FIRST_TOP_K
+    while len(pending):
+        pending_probabilities = probabilities_BV if len(pending) == len(probabilities_BV) else probabilities_BV[pending]
+        top = pending_probabilities.topk(min(k, V), dim=-1).values
         mass = top.cumsum(-1, dtype=torch.float64)
-        needed = (mass - top < top_p).sum(-1, keepdim=True).clamp_min_(1)  # none of a row that is NaN
-        enough = (mass[:, -1] >= top_p) | (few >= V)
-        least = top.gather(-1, needed - 1)
-        least_B[rows[enough]] = least[enough, 0]
-        spare_B[rows[enough]] = (needed - (top > least).sum(-1, keepdim=True))[enough, 0]
-        rows, few = rows[~enough], few * 8
-    tied_BV = probabilities_BV == least_B[:, None]
-    dropped_BV = probabilities_BV < least_B[:, None]
-    if (tied_BV.sum(-1) > spare_B).any():
-        dropped_BV |= tied_BV & (tied_BV.cumsum(-1) > spare_B[:, None])
+        needed = (mass - top < top_p).sum(-1, keepdim=True).clamp_min_(1)  # 0 for a NaN row
+        enough = (mass[:, -1] >= top_p) | (k >= V)
+        threshold = top.gather(-1, needed - 1)
+        threshold_B[pending[enough]] = threshold[enough, 0]
+        kept_ties_B[pending[enough]] = (needed - (top > threshold).sum(-1, keepdim=True))[enough, 0]
+        pending, k = pending[~enough], k * 8
+    tied_BV = probabilities_BV == threshold_B[:, None]
+    dropped_BV = probabilities_BV < threshold_B[:, None]
+    if (tied_BV.sum(-1) > kept_ties_B).any():
+        dropped_BV |= tied_BV & (tied_BV.cumsum(-1) > kept_ties_B[:, None])
     probabilities_BV.masked_fill_(dropped_BV, 0.0)
 
 
 def inverse_cdf(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
-    """The token in whose share of the row's mass the uniform (float64, in [0, 1)) falls; never one of weight 0, and −1 in
-    a row whose weights are NaN.
+    """Return the token of each row at a uniform (float64, in [0, 1)) of the row's mass; −1 in a row with NaN weights.
 
-    In float64, as fifty thousand float32 additions would bend the tail; over a large vocabulary first by blocks, whose
-    own masses are short float32 sums, and then inside one block.
+    It never returns a token of weight 0. The sum is float64, since fifty thousand float32 additions distort the tail. A
+    large vocabulary is searched by blocks, whose masses are short float32 sums, and then within one block.
     """
     V = weights_BV.shape[-1]
     if V < _TWO_LEVELS:
         cumulative_BV = weights_BV.cumsum(-1, dtype=torch.float64)
         token_B, _ = _search(cumulative_BV, uniforms_B * cumulative_BV[:, -1])
-        return token_B.where(cumulative_BV[:, -1].isfinite(), _NONE)
-    whole = V // _BLOCK * _BLOCK
-    masses_BN = weights_BV[:, :whole].unflatten(-1, (-1, _BLOCK)).sum(-1)
-    if whole < V:
-        masses_BN = torch.cat([masses_BN, weights_BV[:, whole:].sum(-1, keepdim=True)], -1)
+        return token_B.where(cumulative_BV[:, -1].isfinite(), _NO_TOKEN)
+    aligned = V // _BLOCK * _BLOCK
+    masses_BN = weights_BV[:, :aligned].unflatten(-1, (-1, _BLOCK)).sum(-1)
+    if aligned < V:
+        masses_BN = torch.cat([masses_BN, weights_BV[:, aligned:].sum(-1, keepdim=True)], -1)
     cumulative_BN = masses_BN.cumsum(-1, dtype=torch.float64)
     block_B, points_B = _search(cumulative_BN, uniforms_B * cumulative_BN[:, -1])
-    block_B1 = block_B[:, None].clamp_max(masses_BN.shape[1] - 1)  # beyond it where all is NaN
+    block_B1 = block_B[:, None].clamp_max(masses_BN.shape[1] - 1)  # out of range if all weights are NaN
     before_B1 = cumulative_BN.gather(-1, block_B1) - masses_BN.gather(-1, block_B1)
     ids = block_B1 * _BLOCK + torch.arange(_BLOCK, device=weights_BV.device)
     inside = weights_BV.gather(-1, ids.clamp_max(V - 1)).masked_fill_(ids >= V, 0.0)
-    place_B, _ = _search(inside.cumsum(-1, dtype=torch.float64), points_B - before_B1[:, 0])
-    return (block_B * _BLOCK + place_B).where(cumulative_BN[:, -1].isfinite(), _NONE)
+    offset_B, _ = _search(inside.cumsum(-1, dtype=torch.float64), points_B - before_B1[:, 0])
+    return (block_B * _BLOCK + offset_B).where(cumulative_BN[:, -1].isfinite(), _NO_TOKEN)
 
 
 def _search(cumulative: Tensor, points_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each row's sum goes beyond its point, and that point, which is never the very end: rounding may carry it there,
-    where right=True would leave the last token that has any weight."""
+    """Return the index at which each row's sum exceeds its point, and the point.
+
+    Points are moved below the total: rounding may make them equal, and right=True would then skip the last token.
+    """
     total_B = cumulative[:, -1]
     points_B = torch.minimum(points_B, torch.nextafter(total_B, torch.zeros_like(total_B))).clamp_min_(0.0)
     return torch.searchsorted(cumulative, points_B[:, None], right=True)[:, 0], points_B

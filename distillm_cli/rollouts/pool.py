@@ -1,6 +1,6 @@
-"""Where a step's sequences come from: data set rows, fresh rollouts, the replay buffer, and responses kept by row.
+"""Provide a step's sequences: data set rows, fresh rollouts, the replay buffer, and responses stored by row.
 
-``SequencePool.draw`` is the only way to them, whatever the schedule. Everything in the pool is part of a checkpoint.
+``SequencePool.draw`` is the only access to them, for every schedule. Everything in the pool is part of a checkpoint.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from distillm_cli.types import Rollout, Sequence
 
 @dataclass
 class SampleCounts:
-    """Count what was sampled in the whole run."""
+    """Count the sequences and tokens sampled in the whole run."""
 
     student_sequences: int = 0
     student_tokens: int = 0
@@ -38,10 +38,10 @@ class SequencePool:
     """Draw each step's sequences.
 
     rows: step (from 0) → that step's data set rows; a pure function, so that a resume needs one integer. student: samples
-    the student's outputs; None where the schedule asks for none. responses: by source, responses kept by row (the
-    teacher's, and the student's where it answers a whole epoch ahead). bulk: rollout batches sampled at once, those of the
-    next steps that will ask for one: one large batch costs little more to decode than a small one. rows_beside: adds the
-    step's rows to each step on student outputs. sampling: a context to sample the student in (evaluation mode, autocast).
+    the student's outputs; None if the schedule needs none. responses: responses stored by row, by source (the teacher's,
+    and the student's if they are sampled for a whole epoch). bulk: number of rollout batches sampled at once, for the next
+    steps that need one; a large batch costs little more to decode than a small one. rows_beside: add the step's rows to
+    each step on student outputs. sampling: a context for sampling from the student (evaluation mode, autocast).
     """
 
     def __init__(
@@ -73,18 +73,23 @@ class SequencePool:
         return len(self.replay)
 
     def draw(self, source: Source, step: int) -> list[SourceBatch]:
-        """Return what step ``step`` trains on, source by source.
+        """Return the sequences that a step trains on, by source.
 
-        Step s uses the rows of data set batch s whatever its source is: as sequences, as prompts, or not at all.
+        Step s uses the rows of data set batch s as sequences or as prompts. A replay step does not use them.
         """
         if source is Source.PAIR:
-            own = self._kept(Source.ROLLOUT, step) if Source.ROLLOUT in self.responses else self._fresh(step)
-            return [SourceBatch(Source.TEACHER, self._kept(Source.TEACHER, step)), SourceBatch(Source.ROLLOUT, own)]
+            student_outputs = (
+                self._row_responses(Source.ROLLOUT, step) if Source.ROLLOUT in self.responses else self._fresh(step)
+            )
+            return [
+                SourceBatch(Source.TEACHER, self._row_responses(Source.TEACHER, step)),
+                SourceBatch(Source.ROLLOUT, student_outputs),
+            ]
         match source:
             case Source.DATASET:
                 return [SourceBatch(source, self.rows(step))]
             case Source.TEACHER:
-                drawn = self._kept(source, step)
+                drawn = self._row_responses(source, step)
             case Source.ROLLOUT:
                 drawn = self._fresh(step)
                 self.replay.add(drawn)
@@ -95,8 +100,8 @@ class SequencePool:
         beside = [SourceBatch(Source.DATASET, self.rows(step))] if self.rows_beside else []
         return [SourceBatch(source, drawn), *beside]
 
-    def _kept(self, source: Source, step: int) -> list[Rollout]:
-        """Return the responses kept for the step's rows, sampled now if they are missing."""
+    def _row_responses(self, source: Source, step: int) -> list[Rollout]:
+        """Return the stored responses to the step's rows. Sample those that are missing."""
         table = self.responses[source]
         is_teachers = source is Source.TEACHER
         with nullcontext() if is_teachers else self.sampling():  # the teacher samples in its own dtype
@@ -104,21 +109,21 @@ class SequencePool:
         return table.batch(step)
 
     def _fresh(self, step: int) -> list[Rollout]:
-        """Return a batch of student outputs, sampled together with those of the next steps that will ask for one.
+        """Return a batch of student outputs, sampled together with those of the next steps that will need one.
 
-        Each batch answers its own step's rows; what bulk changes is how many steps younger the student was. A batch whose
-        step trained on something else after all is served next.
+        Each batch has the rows of its own step as prompts; bulk only changes the age of the student that sampled it. A
+        batch whose step trained on another source is used for the next step that needs one.
         """
         if not any(sampled_for <= step for sampled_for in self.waiting):
             adds = len(self.rows(step))
             steps = self.scheduler.rollout_steps(step, len(self), adds=adds, count=self.bulk)
-            batches = {later: self.rows(later) for later in steps if later not in self.waiting}
+            batches = {future_step: self.rows(future_step) for future_step in steps if future_step not in self.waiting}
             with self.sampling():
                 sampled = self.student.sample([row for batch in batches.values() for row in batch], step)
             self._count(sampled, is_teachers=False)
             remaining = iter(sampled)
-            for later, batch in batches.items():
-                self.waiting[later] = [next(remaining) for _ in batch]
+            for future_step, batch in batches.items():
+                self.waiting[future_step] = [next(remaining) for _ in batch]
         oldest = min(self.waiting)
         self._served = (oldest, self.waiting.pop(oldest))
         return self._served[1]
@@ -138,7 +143,7 @@ class SequencePool:
         self._replay_before = list(self.replay.rollouts)
 
     def roll_back(self) -> None:
-        """Undo the draws since ``begin_step``. What was sampled waits for the step and need not be sampled again."""
+        """Undo the draws since ``begin_step``. Sampled batches are stored for the retry."""
         self.replay.rollouts.clear()
         self.replay.add(self._replay_before)
         if self._served is not None:
@@ -170,7 +175,7 @@ class SequencePool:
 
 
 class ReplayBuffer:
-    """Earlier rollouts, at most ``capacity``, drawn uniformly; the oldest leave first.
+    """Hold earlier rollouts, at most ``capacity``, and draw them uniformly. The oldest are removed first.
 
     A draw is a pure function of (seed, step) and the content.
     """
@@ -186,16 +191,16 @@ class ReplayBuffer:
         self.rollouts.extend(rollouts)
 
     def draw(self, count: int, step: int) -> list[Rollout]:
-        """Return ``count`` rollouts, without repetition while the buffer holds that many."""
+        """Return ``count`` rollouts, without repetition if the buffer has that many."""
         random = np.random.default_rng([self.seed, step, 0x5265706C])
         picks = random.choice(len(self), size=count, replace=len(self) < count)
         return [self.rollouts[i] for i in picks]
 
 
 class RoundBuffer(ReplayBuffer):
-    """The rollouts of a round of ``batches`` batches, replayed batch by batch in a new order each time.
+    """Hold the rollouts of a round of ``batches`` batches, replayed batch by batch in a new order each time.
 
-    The next round's rollouts push them out.
+    The rollouts of the next round replace them.
     """
 
     def __init__(self, capacity: int, *, seed: int, batches: int):
@@ -203,7 +208,7 @@ class RoundBuffer(ReplayBuffer):
         self.batches = batches
 
     def draw(self, count: int, step: int) -> list[Rollout]:
-        """Return the batch of step ``step`` (from 0) of the run."""
+        """Return the batch of a step (from 0) of the run."""
         epoch, index = divmod(step, self.batches)
         order = np.random.default_rng([self.seed, epoch, 0x526F756E]).permutation(len(self))
         return [self.rollouts[i] for i in order[index * count : (index + 1) * count]]
@@ -218,16 +223,16 @@ def new_buffer(scheduler: Scheduler, step_rows: int) -> ReplayBuffer:
 
 
 class ResponseTable:
-    """A model's responses to the rows of the data set, one a row: sampled when first needed, then kept.
+    """Hold a model's responses to the rows of the data set, one for each row. They are sampled when first needed.
 
-    The teacher's serve sequence-level distillation (``schedule.kind`` teacher, pairs); the student's, sampled for a whole
+    The teacher's are for sequence-level distillation (``schedule.kind`` teacher, pairs). The student's, sampled for a whole
     epoch at its beginning, are the other half of DistiLLM-2's pairs. A row's randomness is fixed by (seed, epoch, row), so
-    a sample depends neither on how many are drawn at once nor on where a run was stopped.
+    a sample depends neither on the number drawn at once nor on where a run was stopped.
 
-    sampler: is given the epoch as the step. rows: step → that step's rows. steps: of the run. bulk: steps whose rows are
-    decoded together. redraw: every epoch samples again. whole_epochs: an epoch's responses are all sampled at its first
-    step. given: row → its responses, where they were made beforehand; under ``redraw`` the epochs alternate between them.
-    name: of the work, for the progress display.
+    sampler: gets the epoch as its step. rows: step → that step's rows. steps: number of steps of the run. bulk: number of
+    steps whose rows are decoded together. redraw: sample again in every epoch. whole_epochs: sample all responses of an
+    epoch at its first step. given: row → its existing responses; with ``redraw`` the epochs alternate between them. name:
+    of the task, for the progress display.
     """
 
     def __init__(
@@ -259,11 +264,11 @@ class ResponseTable:
 
     @property
     def given_rollouts(self) -> list[Rollout]:
-        """The responses that were made beforehand, in an order that a resumed run finds again."""
+        """Return the responses that existed before the run, in an order that a resumed run reproduces."""
         return [] if self.given is None else list(chain(*self.given.values()))
 
     def sample(self, step: int) -> list[Rollout]:
-        """Sample what this step needs and is missing, with what the next steps need; return what was sampled now."""
+        """Sample the missing responses of this step and of the next ones; return the new responses."""
         epoch = step // self.steps_per_epoch
         if self.redraw and epoch != self.epoch:
             self.sampled = {}
@@ -274,14 +279,14 @@ class ResponseTable:
         last = end if self.whole_epochs else min(step + self.bulk, end)
         missing = {s.row: s for t in range(step, last) for s in self.rows(t) if s.row not in self.sampled}
         rows = list(missing.values())
-        at_once = self.bulk * len(self.rows(step))
+        batch_size = self.bulk * len(self.rows(step))
         fresh: list[Rollout] = []
-        for start in range(0, len(rows), at_once):
-            if len(rows) > at_once:
+        for start in range(0, len(rows), batch_size):
+            if len(rows) > batch_size:
                 self.emit(Progress(self.name, start, len(rows), "responses"))
-            fresh += self.sampler.sample(rows[start : start + at_once], epoch)
+            fresh += self.sampler.sample(rows[start : start + batch_size], epoch)
         self.sampled |= {s.row: s for s in fresh}
-        if len(rows) > at_once:
+        if len(rows) > batch_size:
             self.emit(Progress(self.name, len(rows), len(rows), "responses"))
         return fresh
 
@@ -289,12 +294,12 @@ class ResponseTable:
         """Return the responses to a step's rows, once ``sample`` was called for it."""
         if self.given is None:
             return [self.sampled[row.row] for row in self.rows(step)]
-        turn = self.epoch if self.redraw else 0
-        return [self.given[row.row][turn % len(self.given[row.row])] for row in self.rows(step)]
+        index = self.epoch if self.redraw else 0
+        return [self.given[row.row][index % len(self.given[row.row])] for row in self.rows(step)]
 
 
 def pack(rollouts: Iterable[Rollout], prefix: str) -> dict[str, Tensor]:
-    """Return rollouts with all that was computed for them as flat tensors, for a checkpoint."""
+    """Return rollouts with their log-probabilities and teacher states as flat tensors, for a checkpoint."""
     rollouts = list(rollouts)
 
     def flat(name: str) -> Tensor:
@@ -314,15 +319,17 @@ def pack(rollouts: Iterable[Rollout], prefix: str) -> dict[str, Tensor]:
 
 
 def unpack(tensors: dict[str, Tensor], prefix: str) -> list[Rollout]:
-    """Return the rollouts that ``pack`` was given."""
+    """Return the rollouts that were passed to ``pack``."""
     prompts = tensors[f"{prefix}.prompts"].numpy()
     responses = tensors[f"{prefix}.responses"].numpy()
     log_probs_N3 = tensors.get(f"{prefix}.log_probs")
     rollouts = []
     p = r = 0
     for P, R, row in tensors[f"{prefix}.lengths"].tolist():
-        own_N3 = None if log_probs_N3 is None else log_probs_N3[r : r + R]
-        rollouts.append(Rollout(prompts[p : p + P].copy(), responses[r : r + R].copy(), row, log_probs_N3=own_N3))
+        row_log_probs_N3 = None if log_probs_N3 is None else log_probs_N3[r : r + R]
+        rollouts.append(
+            Rollout(prompts[p : p + P].copy(), responses[r : r + R].copy(), row, log_probs_N3=row_log_probs_N3)
+        )
         p += P
         r += R
     unpack_teacher_hidden(tensors, rollouts, prefix)
@@ -330,7 +337,7 @@ def unpack(tensors: dict[str, Tensor], prefix: str) -> list[Rollout]:
 
 
 def pack_teacher_hidden(rollouts: SequenceOf[Rollout], prefix: str) -> dict[str, Tensor]:
-    """Return the cached teacher states of rollouts: computed again in another batch, they would round otherwise."""
+    """Return the cached teacher states of rollouts. Computed again in another batch, they would round differently."""
     cached = [i for i, s in enumerate(rollouts) if s.teacher_hidden_ND is not None]
     if not cached:
         return {}

@@ -1,8 +1,8 @@
 """Sample responses from a model: student rollouts, ``generate`` and ``eval`` all go through ``sample``.
 
 Each row has its own randomness: token t of row (seed, row) is drawn with the t-th uniform of a Philox stream keyed by that
-pair, against the cumulative sum of the row's probabilities. One uniform replaces a vocabulary of random numbers, and the
-other rows of the batch cannot change a row's sample (beyond the rounding of a differently shaped matmul).
+pair, against the cumulative sum of the row's probabilities. One uniform replaces one random number per vocabulary entry,
+and the other rows of the batch do not change a row's sample (except for the rounding of a differently shaped matmul).
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from distillm_cli.utils.memory import retry_halved
 
 
 class Decoding(Protocol):
-    """One batch being decoded, with its key-value cache."""
+    """Decode one batch, with its key-value cache."""
 
     def logits(self, tokens_B: Tensor | None) -> Tensor:
-        """Return next-token logits [B, V], float32. None prefills the prompts; afterwards the tokens just chosen."""
+        """Return next-token logits [B, V], float32. None prefills the prompts; later calls pass the chosen tokens."""
 
     def keep(self, rows_B: Tensor) -> None:
-        """Continue with these rows only."""
+        """Continue with only these rows."""
 
 
 class Decoder(Protocol):
-    """Decode with a model; ``context`` is its longest sequence, None when unbounded.
+    """Decode with a model. ``context`` is its longest sequence, None if unbounded.
 
-    is_encoder_decoder: prompt and response are two texts. ``no_repeat_ngram_size`` then counts in the response alone.
-    forced_first: the token that every response begins with, None for none.
+    is_encoder_decoder: prompt and response are separate, and ``no_repeat_ngram_size`` applies to the response alone.
+    forced_first: the first token of every response, None for none.
     """
 
     context: int | None
@@ -52,11 +52,11 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SampledOutput:
-    """One output: token ids (int32), the stop token included when it is complete.
+    """Hold one output: token ids (int32), with the stop token if it is complete.
 
-    complete: False where the length limit cut it. entropy: mean entropy in nats of the model's own next-token
-    distributions (temperature 1, nothing filtered) over the output's tokens; None unless asked for. log_probs_NK: [tokens,
-    K], float32, log-probabilities of each token as the decoding gives them; None unless asked for.
+    complete: False if the length limit cut it. entropy: mean entropy in nats of the model's unfiltered next-token
+    distributions (temperature 1) over the output's tokens; None unless requested. log_probs_NK: [tokens, K], float32,
+    log-probabilities of each token from the decoding; None unless requested.
     """
 
     tokens: np.ndarray
@@ -66,18 +66,18 @@ class SampledOutput:
 
 
 class Sampler(Protocol):
-    """Sample a model's outputs during training; the built-in sampler is one, another engine may be."""
+    """Sample a model's outputs during training, by the built-in sampler or another engine."""
 
     def sample(self, prompts: SequenceOf[Sequence], step: int) -> list[Rollout]:
-        """Return a response to each prompt by the model as it is now; the prompts' own responses are ignored."""
+        """Return a response of the current model to each prompt. The prompts' own responses are ignored."""
 
 
 class ModelSampler:
     """Sample with a model in this process.
 
     config: the recipe's ``rollout`` section. max_length: prompt + response, tokens. seed: with the step it fixes the draw.
-    by_row: a row's randomness is (seed, step, row), whatever is drawn with it; otherwise its index in the draw counts.
-    with_log_probs: rollouts carry the log-probabilities that the decoding gives of their tokens.
+    by_row: a row's randomness is (seed, step, row); otherwise (seed, step, index in the draw). with_log_probs: rollouts
+    carry the log-probabilities of their tokens from the decoding.
     """
 
     def __init__(
@@ -122,9 +122,9 @@ def _rollout(prompt: Sequence, output: SampledOutput) -> Rollout:
 
 
 class DecodeWidth:
-    """How many rows are decoded together: all of them until memory runs out, then half as many, and so on.
+    """Hold the number of rows that are decoded together: all until memory runs out, then half as many, and so on.
 
-    Kept from one draw to the next, so that memory does not run out at every draw.
+    It is shared by successive draws, so that memory does not run out in every draw.
     """
 
     def __init__(self, listener: Listener = silent):
@@ -132,7 +132,7 @@ class DecodeWidth:
         self.listener = listener
 
     def halve(self, rows: int) -> None:
-        """Decode half as many rows from now on: memory ran out with ``rows``, at least two."""
+        """Halve the number of rows after memory ran out with ``rows``, at least two."""
         self.rows = rows // 2
         self.listener(Warned(f"out of memory while decoding {rows} rows side by side: going on with {self.rows}"))
 
@@ -149,29 +149,36 @@ def sample(
     with_log_probs: bool = False,
     width: DecodeWidth | None = None,
 ) -> list[SampledOutput]:
-    """One output per prompt, decoded side by side; finished rows leave the batch.
+    """Sample one output per prompt, decoded in one batch. Finished rows are removed from the batch.
 
-    seeds: (seed, row) per prompt. limits: most new tokens per row, beside ``sampling.max_new_tokens`` and the context.
-    with_log_probs: return log-probabilities of the chosen tokens; the decoding then has ``log_probs(tokens_B)``, [B, K].
-    width: how many rows fit into memory, as far as is known; with less, the same outputs are made in smaller groups.
-    Raises DataError where a prompt leaves no room for a single new token, NonFiniteError where the logits are not finite.
+    seeds: (seed, row) per prompt. limits: largest number of new tokens per row, in addition to
+    ``sampling.max_new_tokens`` and the context. with_log_probs: return log-probabilities of the chosen tokens; the decoding
+    then has ``log_probs(tokens_B)``, [B, K]. width: number of rows that fit into memory; if it is smaller than the batch,
+    the same outputs are sampled in groups. Raise DataError if a prompt leaves no room for a new token, NonFiniteError if
+    the logits are not finite.
     """
-    context = decoder.context
-    rooms = [room(len(p), sampling, context, None if limits is None else limits[i]) for i, p in enumerate(prompts)]
-    return in_groups(
+    token_limits = []
+    for i, prompt in enumerate(prompts):
+        limit = None if limits is None else limits[i]
+        token_limits.append(max_response_tokens(len(prompt), sampling, decoder.context, limit))
+    return decode_in_groups(
         len(prompts),
         width or DecodeWidth(),
-        lambda now: _side_by_side(decoder, prompts[now], sampling, seeds[now], rooms[now], entropy, with_log_probs),
+        lambda rows: _decode_batch(
+            decoder, prompts[rows], sampling, seeds[rows], token_limits[rows], entropy, with_log_probs
+        ),
     )
 
 
-def in_groups(count: int, width: DecodeWidth, make: Callable[[slice], list[SampledOutput]]) -> list[SampledOutput]:
-    """Return the outputs of ``count`` rows, made together or, where memory runs out, in smaller groups."""
+def decode_in_groups(
+    count: int, width: DecodeWidth, decode: Callable[[slice], list[SampledOutput]]
+) -> list[SampledOutput]:
+    """Return the outputs of ``count`` rows, decoded together or, if memory runs out, in smaller groups."""
     outputs: list[SampledOutput] = []
 
     def rows() -> int:
-        left = count - len(outputs)
-        return left if width.rows is None else min(width.rows, left)
+        remaining = count - len(outputs)
+        return remaining if width.rows is None else min(width.rows, remaining)
 
     def halve() -> bool:
         if rows() == 1:
@@ -180,70 +187,78 @@ def in_groups(count: int, width: DecodeWidth, make: Callable[[slice], list[Sampl
         return True
 
     def group() -> list[SampledOutput]:
-        return make(slice(len(outputs), len(outputs) + rows()))
+        return decode(slice(len(outputs), len(outputs) + rows()))
 
     while len(outputs) < count:
         outputs += retry_halved(group, halve)
     return outputs
 
 
-def _side_by_side(
+def _decode_batch(
     decoder: Decoder,
     prompts: SequenceOf[np.ndarray],
     sampling: Sampling,
     seeds: SequenceOf[tuple[int, int]],
-    rooms: SequenceOf[int],
+    token_limits: SequenceOf[int],
     entropy: bool,
     with_log_probs: bool,
 ) -> list[SampledOutput]:
-    """Decode rows together. rooms: most new tokens of each row, at least one."""
-    B, horizon = len(prompts), max(rooms)
-    lengths_B, rooms_B = np.array([len(p) for p in prompts]), np.array(rooms)
-    uniforms_BT, context = uniforms(seeds, horizon), decoder.context  # asked once: a config is slow to answer
+    """Decode rows together. token_limits: largest number of new tokens of each row, at least one."""
+    B = len(prompts)
+    horizon = max(token_limits)
+    lengths_B = np.array([len(p) for p in prompts])
+    token_limits_B = np.array(token_limits)
+    uniforms_BT = uniforms(seeds, horizon)
+    context = decoder.context  # read once: config attributes are slow
     ngrams = None
     if sampling.no_repeat_ngram_size:
-        # An encoder's text is another one than the response: a summary may quote it.
+        # The input of an encoder is not part of the response: a summary may quote it.
         ngrams = [_NGrams(sampling.no_repeat_ngram_size, p[:0] if decoder.is_encoder_decoder else p) for p in prompts]
     stops = np.array(sorted(decoder.stop_ids), dtype=np.int64)
     tokens_BT = np.zeros((B, horizon), dtype=np.int32)
-    counts_B, entropies_B = np.zeros(B, dtype=np.int64), np.zeros(B)
-    complete_B, done_B = np.zeros(B, dtype=bool), np.zeros(B, dtype=bool)
+    counts_B = np.zeros(B, dtype=np.int64)
+    entropies_B = np.zeros(B)
+    complete_B = np.zeros(B, dtype=bool)
+    done_B = np.zeros(B, dtype=bool)
     log_probs: list[list[np.ndarray]] = [[] for _ in prompts]
 
-    decoding, live, chosen, forced = decoder.decode(prompts), np.arange(B), None, decoder.forced_first
+    decoding = decoder.decode(prompts)
+    batch_rows = np.arange(B)  # rows that are still in the batch
+    chosen = None
+    forced = decoder.forced_first
     for t in range(horizon):
         logits_BV = decoding.logits(chosen)
-        going = live[~done_B[live]]
+        active = batch_rows[~done_B[batch_rows]]
         if entropy:
-            entropies_B[live] += np.where(done_B[live], 0, _entropy(logits_BV).cpu().numpy())
+            entropies_B[batch_rows] += np.where(done_B[batch_rows], 0, _entropy(logits_BV).cpu().numpy())
         if t < sampling.min_new_tokens:
             logits_BV[:, torch.from_numpy(stops).to(logits_BV.device)] = -torch.inf
         if ngrams is not None:
-            _ban(logits_BV, [ngrams[i].banned() for i in live])
-        chosen = choose(logits_BV, sampling, torch.from_numpy(uniforms_BT[live, t]))
+            _mask_banned(logits_BV, [ngrams[i].banned() for i in batch_rows])
+        chosen = choose(logits_BV, sampling, torch.from_numpy(uniforms_BT[batch_rows, t]))
         if t == 0 and forced is not None:
             chosen = torch.full_like(chosen, forced)
-        tokens_BT[live, t] = chosen.cpu().numpy()
-        check_chosen(tokens_BT[live, t])
+        tokens_BT[batch_rows, t] = chosen.cpu().numpy()
+        check_chosen(tokens_BT[batch_rows, t])
         if with_log_probs:
-            for i, log_probs_K in zip(live, decoding.log_probs(chosen).float().cpu().numpy(), strict=True):
+            for i, log_probs_K in zip(batch_rows, decoding.log_probs(chosen).float().cpu().numpy(), strict=True):
                 log_probs[i].append(log_probs_K)
         if ngrams is not None:
-            for i in going:
-                ngrams[i].push(int(tokens_BT[i, t]))
-        counts_B[going] += 1
-        complete_B[going] = (tokens_BT[going, t, None] == stops).any(-1)
-        done_B[going] = complete_B[going] | (counts_B[going] >= rooms_B[going])
-        left = ~done_B[live]
-        if not left.any():
+            for i in active:
+                ngrams[i].append_token(int(tokens_BT[i, t]))
+        counts_B[active] += 1
+        complete_B[active] = (tokens_BT[active, t, None] == stops).any(-1)
+        done_B[active] = complete_B[active] | (counts_B[active] >= token_limits_B[active])
+        is_unfinished = ~done_B[batch_rows]
+        if not is_unfinished.any():
             break
-        # Dropping rows copies the cache: worth it once an eighth has finished, and due before a finished row's position
-        # leaves the context.
-        outgrown = context is not None and lengths_B[live].max() + t + 2 > context
-        if not left.all() and (left.mean() <= 7 / 8 or outgrown):
-            rows = torch.from_numpy(np.flatnonzero(left)).to(chosen.device)
+        # Removing rows copies the cache. It pays off once an eighth has finished, and it is necessary before the position
+        # of a finished row exceeds the context.
+        exceeds_context = context is not None and lengths_B[batch_rows].max() + t + 2 > context
+        if not is_unfinished.all() and (is_unfinished.mean() <= 7 / 8 or exceeds_context):
+            rows = torch.from_numpy(np.flatnonzero(is_unfinished)).to(chosen.device)
             decoding.keep(rows)
-            live, chosen = live[left], chosen[rows]
+            batch_rows, chosen = batch_rows[is_unfinished], chosen[rows]
     return [
         SampledOutput(
             tokens_BT[i, :n].copy(),
@@ -269,7 +284,7 @@ def sample_all(
 ) -> Iterator[tuple[int, SampledOutput]]:
     """Yield (index, output) for every prompt, in batches of similar length, so not in input order.
 
-    rows: the second half of each row's random key; the prompt's index when absent.
+    rows: the second half of each row's random key. [default: the prompt's index]
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     width = DecodeWidth(listener)
@@ -283,10 +298,10 @@ def sample_all(
 
 
 def _entropy(logits_BV: Tensor) -> Tensor:
-    """Return −Σ p log p with p as the softmax leaves it, and no second pass of exponentials: log p = x − log Z."""
+    """Return −Σ p log p, without a second pass of exponentials: log p = x − log Z."""
     shifted_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
     p_BV = shifted_BV.softmax(-1)
-    # exp(0) / Z is the likeliest token's. A logit of −inf is no token: 0 · −inf would be nan.
+    # The likeliest token has p = exp(0) / Z. Logits of −inf are clamped, since 0 · −inf is nan.
     log_z_B = -p_BV.amax(-1).log()
     return log_z_B - torch.linalg.vecdot(p_BV, shifted_BV.clamp_min_(torch.finfo(torch.float32).min))
 
@@ -294,8 +309,8 @@ def _entropy(logits_BV: Tensor) -> Tensor:
 def uniforms(seeds: SequenceOf[tuple[int, int]], count: int) -> np.ndarray:
     """Return uniforms in [0, 1), [B, count]: the beginning of the Philox stream of each row's key.
 
-    One generator is set to each key in turn: making a new one asks the operating system for a seed and costs five times as
-    much as the numbers.
+    One generator is set to each key in turn: creating a new one reads a seed from the operating system and costs five times
+    as much as the numbers.
     """
     philox = np.random.Philox(key=0)
     random, start = np.random.Generator(philox), philox.state
@@ -307,31 +322,32 @@ def uniforms(seeds: SequenceOf[tuple[int, int]], count: int) -> np.ndarray:
     return uniforms_BT
 
 
-def room(prompt: int, sampling: Sampling, context: int | None, limit: int | None) -> int:
-    """Return the most new tokens after a prompt of ``prompt`` tokens. Raises DataError where there is no room for one."""
-    most = sampling.max_new_tokens
+def max_response_tokens(prompt: int, sampling: Sampling, context: int | None, limit: int | None) -> int:
+    """Return the largest number of new tokens after a prompt of ``prompt`` tokens. Raise DataError if it is 0."""
+    tokens = sampling.max_new_tokens
     if context is not None:
-        most = min(most, context - prompt)
+        tokens = min(tokens, context - prompt)
     if limit is not None:
-        most = min(most, limit)
-    if most < 1:
+        tokens = min(tokens, limit)
+    if tokens < 1:
         raise DataError(
             f"a prompt of {prompt} tokens leaves no room for a response in {context if limit is None else limit + prompt}",
             hint="shorten the prompt, or lower data.max_prompt_length so that such rows are dropped",
         )
-    return most
+    return tokens
 
 
 class _NGrams:
-    """The n-grams of one row so far, for ``no_repeat_ngram_size``."""
+    """Collect the n-grams of one row, for ``no_repeat_ngram_size``."""
 
     def __init__(self, n: int, prompt: np.ndarray):
-        self.n, self.tokens = n, []
+        self.n = n
+        self.tokens: list[int] = []
         self.following: dict[tuple[int, ...], set[int]] = defaultdict(set)
         for token in prompt.tolist():
-            self.push(token)
+            self.append_token(token)
 
-    def push(self, token: int) -> None:
+    def append_token(self, token: int) -> None:
         prefix = self._prefix()
         if prefix is not None:
             self.following[prefix].add(token)
@@ -346,7 +362,7 @@ class _NGrams:
         return tuple(self.tokens[len(self.tokens) - width :]) if len(self.tokens) >= width else None
 
 
-def _ban(logits_BV: Tensor, banned: list[set[int]]) -> None:
+def _mask_banned(logits_BV: Tensor, banned: list[set[int]]) -> None:
     pairs = [(b, token) for b, tokens in enumerate(banned) for token in tokens]
     if pairs:
         rows, tokens = zip(*pairs, strict=True)

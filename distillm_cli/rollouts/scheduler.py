@@ -6,8 +6,8 @@ A kind that draws takes u ~ U(0, 1) at step t of T; P(t) is the probability of t
     u < P(t)       a batch from the replay buffer
     else           a batch of the data set
 
-u is a pure function of (seed, step): every process draws the same, and a resumed run draws what the uninterrupted one
-would have drawn. ρ(t) is the share of fresh rollouts (``schedule.replay``).
+u is a pure function of (seed, step): every process draws the same, and a resumed run draws the same as an uninterrupted
+one. ρ(t) is the share of fresh rollouts (``schedule.replay``).
 
 To add a kind: write its fields and properties in ``config.schedule``, and a class with ``@register`` here.
 """
@@ -41,7 +41,7 @@ class Source(StrEnum):
     TEACHER = "teacher"
     ROLLOUT = "rollout"
     REPLAY = "replay"
-    PAIR = "teacher+rollout"  # of a step, which then has a batch of each
+    PAIR = "teacher+rollout"  # a step with a batch of each
 
 
 class Scheduler(ABC):
@@ -51,7 +51,7 @@ class Scheduler(ABC):
     """
 
     has_phi: ClassVar[bool] = False
-    in_rounds: ClassVar[bool] = False  # rollouts are replayed in whole rounds, each in an order of its own
+    in_rounds: ClassVar[bool] = False  # rollouts are replayed in whole rounds, each in a new order
 
     def __init__(self, config: ScheduleConfig, *, steps: int, seed: int, batches: int = 1):
         self.config = config
@@ -65,27 +65,27 @@ class Scheduler(ABC):
 
     @property
     def in_pairs(self) -> bool:
-        """Whether a step trains on samples of both models."""
+        """Return whether a step trains on samples of both models."""
         return self.config.uses_student_outputs and self.config.uses_teacher_samples
 
     @property
     def phi(self) -> float:
-        """The probability of a student-output batch under ``adaptive``; 0 under the others."""
+        """Return the probability of a student-output batch for ``adaptive``; 0 for the others."""
         return 0.0
 
     @property
     def trigger(self) -> float | None:
-        """The validation loss at which φ rises, nats; None before the first one and where φ cannot rise."""
+        """Return the validation loss at which φ rises, nats; None before the first validation and if φ cannot rise."""
         return None
 
     @property
-    def samples_come_back(self) -> bool:
-        """Whether the epochs train on the same teacher samples."""
+    def reuses_teacher_samples(self) -> bool:
+        """Return whether all epochs train on the same teacher samples."""
         return self.config.uses_teacher_samples and not self.config.redraws
 
     @property
     def samples_student_by_epoch(self) -> bool:
-        """Whether the student answers the whole epoch's prompts at its beginning."""
+        """Return whether the student's outputs for a whole epoch are sampled at its beginning."""
         return self.in_pairs and self.config.redraws
 
     def capacity(self, step_rows: int) -> int:
@@ -93,30 +93,30 @@ class Scheduler(ABC):
         return self.config.buffer_capacity
 
     def rollout_steps(self, step: int, buffered: int, *, adds: int, count: int) -> list[int]:
-        """Return this step and the next ones, ``count`` in all, that will ask for a rollout if φ does not change.
+        """Return this step and the next ones, ``count`` in all, that will need a rollout if φ does not change.
 
-        buffered: sequences in the replay buffer before this step. adds: how many a rollout puts there.
+        buffered: number of sequences in the replay buffer before this step. adds: number that a rollout adds.
         """
         capacity = self.capacity(adds)
-        found = []
-        for later in range(step, self.steps):
-            if later == step or self.draw(later, buffered) in (Source.ROLLOUT, Source.PAIR):
-                found.append(later)
+        steps = []
+        for future_step in range(step, self.steps):
+            if future_step == step or self.draw(future_step, buffered) in (Source.ROLLOUT, Source.PAIR):
+                steps.append(future_step)
                 buffered = min(buffered + adds, capacity)
-                if len(found) == count:
+                if len(steps) == count:
                     break
-        return found
+        return steps
 
     def observe(self, valid_loss: float) -> bool:
-        """Take a validation loss (nats per token); return whether φ rose."""
+        """Process a validation loss (nats per token) and return whether φ rose."""
         return False
 
     def state_dict(self) -> dict:
-        """Return what later draws depend on, as JSON."""
+        """Return the state that later draws depend on, as JSON."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore what ``state_dict`` returned. Raises ValueError for the state of another kind."""
+        """Restore what ``state_dict`` returned. Raise ValueError for the state of another kind."""
         if state:
             raise ValueError(f"the schedule has no state, and the checkpoint has {', '.join(state)}")
 
@@ -136,7 +136,7 @@ def register(kind: type[ScheduleConfig]) -> Callable[[_Kind], _Kind]:
 
 
 def build_scheduler(config: ScheduleConfig, *, steps: int, seed: int, batches: int = 1) -> Scheduler:
-    """Return the schedule of a recipe's ``schedule`` section; arguments as of ``Scheduler``."""
+    """Return the schedule of a recipe's ``schedule`` section. The arguments are those of ``Scheduler``."""
     return _KINDS[type(config)](config, steps=steps, seed=seed, batches=batches)
 
 
@@ -165,8 +165,10 @@ class DrawingScheduler(Scheduler):
         ]
 
     def draw(self, step: int, buffered: int) -> Source:
-        """Replay from a buffer that is not yet full (``warm_up: fill``, the official code) or that is empty
-        (``warm_up: none``, the paper's text) becomes a rollout.
+        """Draw the source of a step.
+
+        A replay becomes a rollout while the buffer is not full (``warm_up: fill``, the official code) or empty
+        (``warm_up: none``, the paper's text).
         """
         u = random.Random(f"schedule/{self.seed}/{step}").random()
         p_student = self.student_probability(step)
@@ -213,7 +215,9 @@ class AnnealedScheduler(DrawingScheduler):
                 return 1.0 - progress
             case "exponential":
                 return math.exp(-rate * progress)
-            case "sigmoid":  # twice the rate: e^−rate away from 1 and 0 at the ends, as the exponential is at its end
+            case (
+                "sigmoid"
+            ):  # twice the rate: at the ends it differs from 1 and 0 by e^−rate, like the exponential at its end
                 return 1.0 / (1.0 + math.exp(2 * rate * (progress - 0.5)))
         raise AssertionError(self.config.anneal)
 
@@ -241,8 +245,9 @@ class AdaptiveScheduler(DrawingScheduler):
         return self.phi
 
     def observe(self, valid_loss: float) -> bool:
-        """The first loss, before training, sets the reference. After that φ rises by 1/levels when
-        loss ≥ reference + ε; the reference is the loss at the last rise, or simply the previous one.
+        """Set the reference to the first loss, before training. After that raise φ by 1/levels if loss ≥ reference + ε.
+
+        The reference is the loss at the last rise, or with ``reference: previous`` the previous loss.
         """
         if self.reference is None:
             self.reference = valid_loss

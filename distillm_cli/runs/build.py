@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from distillm_cli.config.derived import fixed_values
 from distillm_cli.config.schema import RolloutConfig
-from distillm_cli.config.shaping import shaping
 from distillm_cli.data.batching import by_length
 from distillm_cli.losses import objectives
 from distillm_cli.losses.student_loss import StudentLoss
@@ -70,7 +70,7 @@ def build_trainer(
         device=run.device,
         dtype=run.dtype,
         pass_overhead=run.pass_overhead,
-        identity=lambda: {"recipe": shaping(recipe), "inputs": run.inputs},
+        identity=lambda: {"recipe": fixed_values(recipe), "inputs": run.inputs},
     )
 
     @contextmanager
@@ -119,7 +119,7 @@ def sampling_models(run: Prepared) -> list[Backbone]:
     found = []
     if not run.sft and schedule.uses_student_outputs:
         found.append(run.student)
-    decodes_too = schedule.uses_student_outputs and recipe.decodes_beside_the_teacher
+    decodes_too = schedule.uses_student_outputs and recipe.decodes_with_teacher
     samples = schedule.uses_teacher_samples and run.teacher_samples is None
     if run.pair.teacher is not None and (decodes_too or samples):
         found.append(run.pair.teacher)
@@ -140,7 +140,7 @@ def _student_sampler(run: Prepared, listener: Listener) -> Sampler:
     common = {"max_length": _max_length(run), "seed": recipe.train.seed, "listener": listener}
     if recipe.schedule.drafts:
         return InterleavedSampler(run.student, teacher, recipe.rollout, _teacher_sampling(recipe.rollout), **common)
-    if teacher is not None and recipe.mixes_in_the_teacher:
+    if teacher is not None and recipe.samples_from_mixture:
         return MixtureSampler(run.student, teacher, recipe.rollout, **common)
     return ModelSampler(run.student, recipe.rollout, **common)
 
@@ -160,7 +160,7 @@ def _response_tables(run: Prepared, scheduler: Scheduler, listener: Listener) ->
     found = {}
     if scheduler.config.uses_teacher_samples:
         sampler = ModelSampler(run.pair.teacher, _teacher_sampling(rollout), seed=seed + _TEACHER_SEED, **common)
-        redraw = not scheduler.samples_come_back
+        redraw = not scheduler.reuses_teacher_samples
         found[Source.TEACHER] = ResponseTable(
             sampler, given=run.teacher_samples, redraw=redraw, name="teacher samples", **table
         )

@@ -88,7 +88,7 @@ class CacheWorkload:
     @property
     def samples_repeat(self) -> bool:
         """Return whether the teacher's states of its own samples are needed more than once."""
-        repeats = self._schedule.samples_come_back and self._has_second_epoch
+        repeats = self._schedule.reuses_teacher_samples and self._has_second_epoch
         return repeats and self.recipe.objective.kd_weight > 0
 
     @property

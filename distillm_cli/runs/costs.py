@@ -107,7 +107,7 @@ class Run:
     @property
     def mixes(self) -> bool:
         """Whether the teacher decodes beside the student, for outputs drawn from a mixture of both."""
-        return self.teacher is not None and self.recipe.mixes_in_the_teacher
+        return self.teacher is not None and self.recipe.samples_from_mixture
 
 
 def memory(run: Run) -> dict[str, int]:
@@ -161,7 +161,7 @@ def memory(run: Run) -> dict[str, int]:
     if run.samples_of_the_student:
         parts["rollout_weights"] = copied(student, run.itemsize)
         parts["rollout_cache"] = cache_bytes(student, positions, run.itemsize)
-    if run.samples_of_the_teacher or (run.teacher is not None and recipe.decodes_beside_the_teacher):
+    if run.samples_of_the_teacher or (run.teacher is not None and recipe.decodes_with_teacher):
         parts["teacher_rollout_cache"] = cache_bytes(run.teacher, positions, run.teacher_itemsize)
     if run.device == "cpu":
         caches = {
@@ -286,7 +286,7 @@ def steps(run: Run) -> dict[str, Work]:
         name = Source.PAIR.value if schedule.in_pairs else Source.TEACHER.value
         # Of a pair one optimizer step is enough.
         found[name] = fresh + own[:-1]
-        if schedule.samples_come_back:
+        if schedule.reuses_teacher_samples:
             found[f"{name}_cached"] = kept + own[:-1]
     elif own:
         beside = learn[:-1] + (tell if run.cached else ask) if recipe.objective.row_weight else ()

@@ -38,8 +38,8 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from distillm_cli.config.field_usage import value_of
 from distillm_cli.config.load import Resolved
-from distillm_cli.config.ownership import value_of
 from distillm_cli.config.pipeline_recipe import PREFIX, Pipeline, Stage
 from distillm_cli.config.schema import AUTO, Recipe
 from distillm_cli.config.student_spec import BUILTIN, ConfigFile, RandomModel, is_built, parse_student
@@ -265,5 +265,5 @@ def _fitted_stage(stage: Stage, known: dict[str, ModelInfo | None]) -> Stage:
             raise RecipeError(error.what, where=where, hint=f"set stages.{stage.name}.data.source") from None
         known[PREFIX + stage.name] = facts_of(stage.resolved.recipe, known)
         return replace(stage, resolved=fitted(stage.resolved, known))
-    models: Any = getattr(stage.own, "models", None) or (stage.own.model,)
+    models: Any = getattr(stage.config, "models", None) or (stage.config.model,)
     return replace(stage, resolved=fitted(stage.resolved, known, models[0]))

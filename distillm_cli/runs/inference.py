@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from distillm_cli.config.explain import leaves
-from distillm_cli.config.load import Resolved, resolve, settled
-from distillm_cli.config.merging import document
+from distillm_cli.config.load import Resolved, resolve, with_resolved_values
+from distillm_cli.config.merging import read_document
 from distillm_cli.config.schema import Recipe
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import Row
@@ -63,7 +63,7 @@ def _on_this_machine(resolved: Resolved, own: Path) -> Resolved:
         for key in ("train.device", "train.threads", "data.chat_template")
         if resolved.origin[key].startswith(f"{own.name}:")
     }
-    return settled(resolved, reset)
+    return with_resolved_values(resolved, reset)
 
 
 def own_recipe(model: str, listener: Listener) -> Path | None:
@@ -100,7 +100,7 @@ def own_recipe(model: str, listener: Listener) -> Path | None:
 
 def _is_mapping(path: Path) -> bool:
     try:
-        document(path, str(path))
+        read_document(path, str(path))
     except RecipeError:
         return False
     return True

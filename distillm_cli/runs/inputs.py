@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distillm_cli.config.load import locate
-from distillm_cli.config.pipeline_recipe import Training, inputs
+from distillm_cli.config.pipeline_recipe import StageConfig, inputs
 from distillm_cli.config.schema import Recipe
 from distillm_cli.config.shortcuts import flag_of
 from distillm_cli.data.sources import local_place
@@ -51,7 +51,7 @@ def _reads(verb: str, recipe: Recipe, file: str | None) -> Iterator[tuple[str, l
     """Yield what a run reads: as it may be typed, and its paths."""
     if file is not None:
         yield f"--recipe {file}", [locate(file)]
-    for key, text in inputs(Training(verb=verb), recipe):
+    for key, text in inputs(StageConfig(verb=verb), recipe):
         place, flag = local_input(key, text), flag_of(key, verb)
         name = f"{flag} {text}" if flag else f"{key} = {text}"
         if place is None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distillm_cli.config.load import Resolved, to_yaml
-from distillm_cli.config.pipeline_recipe import PREFIX, Pipeline, Stage, Training, inputs, placed
+from distillm_cli.config.pipeline_recipe import PREFIX, Pipeline, Stage, StageConfig, inputs, with_stage_paths
 from distillm_cli.errors import START_OVER, CheckpointError, DistillmError, Interrupted, UsageError, signal_number
 from distillm_cli.runs import output_dir, stage_record
 from distillm_cli.runs.inputs import check_spared
@@ -74,7 +74,7 @@ def stage_states(pipeline: Pipeline, output: Path, chosen: list[str]) -> dict[st
     made: dict[str, str] = {}
     for stage in pipeline.stages:
         place, before = output / stage.name, records[stage.name]
-        again = [name for name in stage.reads if found[name].kind not in ("done", "left out")]
+        again = [name for name in stage.depends_on if found[name].kind not in ("done", "left out")]
         if stage.name not in chosen:
             found[stage.name] = StageState("left out", "done" if _is_done(before, place) else "not done")
             made[stage.name] = before.made if before is not None else ""
@@ -113,7 +113,7 @@ def resolved_yaml(pipeline: Pipeline, states: Mapping[str, StageState] | None = 
     for stage in pipeline.stages:
         state = "" if states is None else f"  # {describe(states[stage.name])}"
         lines.append(f"  {stage.name}:{state}")
-        for name, value in stage.own.model_dump().items():
+        for name, value in stage.config.model_dump().items():
             if name != "recipe" and value is not None:
                 text = f"[{', '.join(value)}]" if isinstance(value, tuple) else value
                 lines.append(f"    {f'{name}: {text}':<33}  # {stage.origins[name]}")
@@ -155,7 +155,7 @@ def _check_reads(
 ) -> None:
     """Raise UsageError where a stage that is left out is read and has not been done."""
     for stage in (pipeline[name] for name in chosen):
-        for name in stage.reads:
+        for name in stage.depends_on:
             if name not in chosen and not _is_done(records[name], output / name):
                 what = "is not finished" if records[name] is not None else "is not there"
                 path = stage_record.stage_output(pipeline[name], output / name)
@@ -212,7 +212,7 @@ class _PipelineRun:
             other.name: _shortest_path(stage_record.stage_output(other, self.output / other.name))
             for other in self.pipeline.stages
         }
-        own, resolved = placed(stage, places)
+        own, resolved = with_stage_paths(stage, places)
         retry = "type the same command again to go on"
         try:
             result = self._run_verb(stage, own, resolved, place, record)
@@ -232,7 +232,7 @@ class _PipelineRun:
         finally:
             _release_memory()
 
-    def _run_verb(self, stage: Stage, own: Training, resolved: Resolved, place: Path, record: StageRecord) -> Result:
+    def _run_verb(self, stage: Stage, own: StageConfig, resolved: Resolved, place: Path, record: StageRecord) -> Result:
         """Run the function of a stage's verb. own, resolved: with paths in place of the names of other stages."""
         if own.verb in ("sft", "distill"):
             return self._train(stage, resolved, place, record)
@@ -282,7 +282,7 @@ class _PipelineRun:
         from distillm_cli.runs.inference import Settings
 
         # Directories are named by stage: paths may change, and scores must not stand beside those of an earlier path.
-        pairs = zip(stage.own.models, own.models, strict=True)
+        pairs = zip(stage.config.models, own.models, strict=True)
         names = {model: name.removeprefix(PREFIX) for name, model in pairs if name.startswith(PREFIX)}
         models, settings = list(own.models), Settings(resolved)
         return evaluate_checkpoints(models, settings, self.listener, output=str(place), resume=True, names=names)
@@ -301,7 +301,7 @@ class _PipelineRun:
 
     def _warn_if_stale(self, stage: Stage, place: Path, before: StageRecord | None, made: Mapping[str, str]) -> None:
         """Warn where a stage that is left out is read by another one and has changed since it was made."""
-        is_read = any(stage.name in self.pipeline[name].reads for name in self.chosen)
+        is_read = any(stage.name in self.pipeline[name].depends_on for name in self.chosen)
         if is_read and before is not None and (state := _state(stage, place, before, made)).kind == "changed":
             self.listener(Warned(f"stage {stage.name} is taken as it is, though it has changed since: {state.why}"))
 
@@ -316,7 +316,7 @@ def _put_aside(samples: Path, listener: Listener) -> None:
 
 def _inputs_from_stages(stage: Stage) -> set[str]:
     """Return the dotted keys of a stage's inputs that other stages make."""
-    return {key for key, text in inputs(stage.own, stage.resolved.recipe) if text.startswith(PREFIX)}
+    return {key for key, text in inputs(stage.config, stage.resolved.recipe) if text.startswith(PREFIX)}
 
 
 def _shortest_path(place: Path) -> str:

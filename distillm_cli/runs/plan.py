@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
+from distillm_cli.config.derived import sft_stage_recipe
 from distillm_cli.config.load import Resolved
 from distillm_cli.config.schema import DataConfig, Recipe
-from distillm_cli.config.sft_stage import sft_before
 from distillm_cli.config.student_spec import BuiltinModel, ConfigFile, SavedModel, parse_student
 from distillm_cli.data.batching import Examples, steps_per_epoch, tokenize
 from distillm_cli.data.encoder import Encoder
@@ -214,7 +214,7 @@ def _data_with_template(recipe: Recipe, rows: Rows, student: Shape, teacher: Sha
 
 def _with_fine_tuning(run: costs.Run, resolved: Resolved) -> costs.Run:
     """Return the run with the stage that ``student.sft_epochs`` asks for, on the same rows and without the teacher."""
-    stage = sft_before(resolved)
+    stage = sft_stage_recipe(resolved)
     if stage is None:
         return run
     per_epoch = run.lengths.steps_per_epoch

@@ -39,8 +39,8 @@ def plan_pipeline(pipeline: Pipeline, listener: Listener) -> PipelinePlan:
             figures, shapes[PREFIX + stage.name] = plan_from_configs(resolved, silent, shapes)
         elif stage.verb == "generate":
             data = resolved.recipe.data
-            limit = stage.own.limit or data.limit
-            samples[PREFIX + stage.name] = PlannedSamples(data.source, limit, stage.own.n)
+            limit = stage.config.limit or data.limit
+            samples[PREFIX + stage.name] = PlannedSamples(data.source, limit, stage.config.n)
             figures = _plan_generate(stage, resolved.recipe, shapes)
         else:
             figures = _plan_eval(stage, resolved.recipe, shapes, samples)
@@ -91,7 +91,7 @@ class _Prompts:
 
 
 def _plan_generate(stage: Stage, recipe: Recipe, shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    own, name = stage.own, recipe.data.source
+    own, name = stage.config, recipe.data.source
     source = PromptSource(data=name, split=own.split, limit=own.limit or recipe.data.limit, samples=own.n)
     rows, why = read_if_available(lambda: read_prompts(source, recipe.data, silent), name)
     shape = load_shape(own.model, max_length=recipe.data.max_length, made=shapes)
@@ -109,7 +109,7 @@ def _plan_eval(
     each = len(passes(recipe.eval))
     notes = [why for _, why in found if why]
     models = {}
-    for name in stage.own.models:
+    for name in stage.config.models:
         shape = load_shape(name, max_length=recipe.data.max_length, made=shapes)
         prompts = [_prompts(rows, shape, recipe, recipe.eval.max_new_tokens, each) for rows, _ in found]
         models[name] = (shape, prompts)

@@ -31,7 +31,7 @@ from distillm_cli.models.devices import resolve_device, resolve_dtype
 from distillm_cli.models.model_families import longrope_bound
 from distillm_cli.models.tokenizer_files import TokenizerCache, quiet
 from distillm_cli.runs.start import prefetch_rows, tokenizer_candidates
-from distillm_cli.teachers.teacher_cache import date_of, root_of, rows_digest
+from distillm_cli.teachers.teacher_cache import cache_root, cached_date, rows_digest
 from distillm_cli.training.events import Listener, Note, Warned
 from distillm_cli.types import Rollout, Sequence, collate, pass_overhead
 from distillm_cli.utils.memory import give_back_freed_memory, resume_garbage_collection
@@ -337,7 +337,7 @@ def _chosen_template(data: DataConfig, pair: Pair, rows: Rows, listener: Listene
 def _chosen_date(recipe: Recipe, data: str) -> tuple[str, str]:
     """Return the date that chat templates see where the recipe gives none, and where it is from."""
     if recipe.method != "sft" and recipe.teacher.cache in ("disk", "auto"):
-        cache_date = date_of(root_of(recipe.teacher.cache_dir), str(recipe.teacher.path), data)
+        cache_date = cached_date(cache_root(recipe.teacher.cache_dir), str(recipe.teacher.path), data)
         if cache_date is not None:
             return cache_date, "the teacher cache"
     return date.today().isoformat(), "start of the run"

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import distillm_cli
+from distillm_cli.config.field_usage import describe_objective
 from distillm_cli.config.load import Resolved
-from distillm_cli.config.ownership import objective_words
 from distillm_cli.config.schema import StudentConfig
 from distillm_cli.config.yaml_io import text_of
 from distillm_cli.models.composite import is_composite
@@ -65,7 +65,7 @@ def model_card(
         "fine-tuned before": f"{student.sft_epochs:g} × the rows" if student.sft_epochs else None,
         "teacher": recipe.teacher.path if recipe.method != "sft" else None,
         "data": recipe.data.source,
-        "objective": "cross-entropy" if recipe.method == "sft" else objective_words(recipe.objective),
+        "objective": "cross-entropy" if recipe.method == "sft" else describe_objective(recipe.objective),
         "schedule": recipe.schedule.kind if recipe.method != "sft" else None,
         "steps": f"{state.step:,} ({', '.join(f'{n:,} {source}' for source, n in sorted(state.sources.items()))})",
         "supervised tokens": f"{state.tokens:,}",

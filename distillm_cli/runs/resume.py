@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from distillm_cli.config.derived import fixed_values
 from distillm_cli.config.explain import leaves
-from distillm_cli.config.load import Resolved, load_resolved, settled
-from distillm_cli.config.ownership import ValueOf, is_read, value_of
+from distillm_cli.config.field_usage import ValueOf, is_used, value_of
+from distillm_cli.config.load import Resolved, load_resolved, with_resolved_values
 from distillm_cli.config.schema import Recipe, TrainConfig
-from distillm_cli.config.shaping import shaping
 from distillm_cli.errors import START_OVER, CheckpointError, RecipeError, out_of_memory
 from distillm_cli.models.tokenizer_files import quiet
 from distillm_cli.runs import output_dir
@@ -41,7 +41,7 @@ def with_recorded_values(resolved: Resolved, output: Path) -> Resolved:
     for key, is_open in _CHOSEN_AT_START.items():
         if value_of(resolved.recipe, key) == is_open and (value := value_of(recorded, key)) != is_open:
             found[key] = (value, "the run that is resumed")
-    return settled(resolved, found)
+    return with_resolved_values(resolved, found)
 
 
 # Settings that a resume may change, beside those that shape no step: how often it saves, what it exports, and how long it
@@ -88,7 +88,7 @@ def _changed_settings(
     checkpoint: Checkpoint, recipe: Recipe, moved_inputs: Collection[str]
 ) -> list[tuple[str, object, object]]:
     """Return the settings that shape steps and differ from the checkpoint's: key, value then, value now."""
-    now = json.loads(json.dumps(shaping(recipe)))  # as the checkpoint's values were written
+    now = json.loads(json.dumps(fixed_values(recipe)))  # as the checkpoint's values were written
     then = checkpoint.state["recipe"]
     return [
         (key, then.get(key), now.get(key))
@@ -161,7 +161,7 @@ def _is_same_value(then: object, now: object) -> bool:
 
 def _shapes_steps(key: str, now: ValueOf) -> bool:
     """Return whether the steps depend on a field: checkpoints also list fields that the run never reads."""
-    return key not in leaves() or is_read(key, now)
+    return key not in leaves() or is_used(key, now)
 
 
 def _no_checkpoint(output: Path) -> CheckpointError:

@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from distillm_cli.config.ownership import SAMPLING
+from distillm_cli.config.derived import fixed_values
+from distillm_cli.config.field_usage import SAMPLING
 from distillm_cli.config.pipeline_recipe import PREFIX, Stage, inputs, values
-from distillm_cli.config.shaping import shaping
 from distillm_cli.data.files import COMPRESSIONS, FORMATS
 from distillm_cli.data.sources import is_path, local_place
 from distillm_cli.data.tables import saved_splits
@@ -157,14 +157,16 @@ def shaping_of(stage: Stage, made: Mapping[str, str]) -> dict[str, Any]:
     """Return everything that shapes a stage's result. made: by stage name, which version of it is there to be read."""
     recipe = stage.resolved.recipe
     if stage.verb in ("sft", "distill"):
-        settings = shaping(recipe)
+        settings = fixed_values(recipe)
     else:
         sections = ("data.", "eval.") if stage.verb == "eval" else ("data.",)
         every = {key: value for key, value in values(recipe).items() if key not in _NOT_SHAPING}
         settings = {k: v for k, v in every.items() if k.startswith(sections) or k in _SHAPING[stage.verb]}
-    own = stage.own.model_dump(mode="json", exclude={"recipe"})
-    files = {text: known for key, text in inputs(stage.own, recipe) if (known := _identity_of(key, text)) is not None}
-    return {"settings": {**own, **settings}, "reads": {name: made[name] for name in stage.reads}, "files": files}
+    own = stage.config.model_dump(mode="json", exclude={"recipe"})
+    files = {
+        text: known for key, text in inputs(stage.config, recipe) if (known := _identity_of(key, text)) is not None
+    }
+    return {"settings": {**own, **settings}, "reads": {name: made[name] for name in stage.depends_on}, "files": files}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -182,7 +184,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def check_data_files(stage: Stage) -> None:
     """Raise DataError for a data file that is not there, before the stages before it run."""
-    for key, text in inputs(stage.own, stage.resolved.recipe):
+    for key, text in inputs(stage.config, stage.resolved.recipe):
         if names_rows(key) and not text.startswith(PREFIX) and is_path(text) and local_place(text) is None:
             raise DataError(f"stage {stage.name}: {key} = {text}: no such file or directory", hint="check the path")
 

@@ -20,7 +20,7 @@ from distillm_cli.runs.run_results import TeacherCacheResult
 from distillm_cli.teachers import teacher_cache
 from distillm_cli.teachers.cached import BatchComposition, CachedTeacher, HiddenStateTable
 from distillm_cli.teachers.local import LocalTeacher
-from distillm_cli.teachers.teacher_cache import Key
+from distillm_cli.teachers.teacher_cache import CacheKey
 from distillm_cli.training.events import Listener, Note, Warned
 from distillm_cli.types import Sequence, collate
 from distillm_cli.utils.memory import available_memory
@@ -41,7 +41,7 @@ class CachePlan:
     why: str
     size: CacheSize = field(default_factory=CacheSize)
     place: Path | None = None
-    key: Key | None = None
+    key: CacheKey | None = None
     is_made: bool = False
 
 
@@ -201,7 +201,7 @@ def _existing_on_disk(run: Prepared, workload: CacheWorkload) -> CachePlan | Non
         return None
     # Only where a name is promising are the weights read.
     named = any(root.glob(f"*-{teacher_cache.rows_digest(run.train.sequences)[:16]}"))
-    if not named and not (root / teacher_cache.FACTS).exists():
+    if not named and not (root / teacher_cache.METADATA).exists():
         return None
     found = _planned_on_disk(run, workload)
     return found if found.is_made else None
@@ -210,8 +210,8 @@ def _existing_on_disk(run: Prepared, workload: CacheWorkload) -> CachePlan | Non
 def _planned_on_disk(run: Prepared, workload: CacheWorkload) -> CachePlan:
     check_rows(run.recipe)
     model, sequences = run.pair.teacher, run.train.sequences
-    key = Key(teacher_cache.teacher_digest(model, _config_of(model)), teacher_cache.rows_digest(sequences))
-    place = teacher_cache.place_of(_root(run), key)
+    key = CacheKey(teacher_cache.teacher_digest(model, _config_of(model)), teacher_cache.rows_digest(sequences))
+    place = teacher_cache.cache_directory(_root(run), key)
     size = workload.size("disk")
     why = f"on disk, {format_count(size.rows)}B for {counted(len(run.train), 'row')}"
     return CachePlan("disk", why, size, place=place, key=key, is_made=place.exists())
@@ -240,7 +240,7 @@ def disk_free(place: Path) -> int | None:
 
 
 def _root(run: Prepared) -> Path:
-    return teacher_cache.root_of(run.recipe.teacher.cache_dir)
+    return teacher_cache.cache_root(run.recipe.teacher.cache_dir)
 
 
 def _held_out(run: Prepared) -> list[Sequence]:

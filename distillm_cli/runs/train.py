@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from distillm_cli.config.load import Resolved, settled, to_yaml
-from distillm_cli.config.sft_stage import sft_before
+from distillm_cli.config.derived import sft_stage_recipe
+from distillm_cli.config.load import Resolved, to_yaml, with_resolved_values
 from distillm_cli.data.prefetch import Prefetcher
 from distillm_cli.data.rows import Row
 from distillm_cli.data.templates import text_of_content
@@ -104,7 +104,7 @@ def train(
     try:
         checkpoints = _checkpoints(resolved, output, options)
         run = prepare(resolved.recipe, listener, prefetcher)
-        resolved = settled(resolved, run.resolved_values)
+        resolved = with_resolved_values(resolved, run.resolved_values)
         _check_resumable(run, checkpoints, listener)
         check_can_generate(run)
         teacher = _open_teacher(run, checkpoints.run, options, listener)
@@ -115,7 +115,7 @@ def train(
             listener(Warned(f"cannot remove all of {stuck}, of an earlier run: it takes up space"))
     if on_ready is not None:
         on_ready()
-    stage = sft_before(resolved)
+    stage = sft_stage_recipe(resolved)
     output_dir.write_recipe(output, to_yaml(resolved), has_stage=stage is not None)
     try:
         if stage is not None:
@@ -129,7 +129,7 @@ def train(
 def _check_stage_directory(resolved: Resolved, output: Path) -> None:
     """Raise UsageError where the fine-tuning stage would be written over somebody's own ``sft/``."""
     place = output / output_dir.SFT
-    if sft_before(resolved) is not None and place.exists() and not output_dir.has_stage(output):
+    if sft_stage_recipe(resolved) is not None and place.exists() and not output_dir.has_stage(output):
         what = f"{place} is no stage of a run in {output}, which would put its fine-tuning there"
         raise UsageError(what, hint="choose another --output, or move it away")
 
@@ -138,7 +138,7 @@ def _checkpoints(resolved: Resolved, output: Path, options: TrainOptions) -> _Ch
     """Return the checkpoints to resume from. Raises CheckpointError."""
     if not options.resume:
         return _Checkpoints()
-    stage, moved = sft_before(resolved), options.moved_inputs
+    stage, moved = sft_stage_recipe(resolved), options.moved_inputs
     checkpoint = find_checkpoint(output, resolved.recipe, is_required=stage is None, moved_inputs=moved)
     if checkpoint is not None or stage is None:
         return _Checkpoints(run=checkpoint)

@@ -1,8 +1,7 @@
-"""A teacher whose hidden states are computed once per sequence and then read from a cache.
+"""Cache a teacher's hidden states, so that they are computed once for each sequence.
 
-The states take 2·d bytes a token in bf16 where logits would take 2·V, and the loss stays exact, because the head is
-applied again. Data set rows and validation rows have a table for the whole run; a rollout carries its own states for as
-long as it is in the pool.
+In bf16 the states take 2·d bytes per token where logits take 2·V, and the loss is exact because the head is applied again.
+Data set rows and validation rows have a table for the whole run. A rollout carries its own states while it is in the pool.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from distillm_cli.types import MIN_PASS_OVERHEAD, Batch, Rollout, Sequence, coll
 class CachedTeacher(LocalTeacher):
     """Compute a model's hidden states once and cache them.
 
-    mode: memory or disk. rows: the table of data set rows; None caches none of them. composition: the batches in which
-    missing rows are computed; None when ``rows`` holds all. caches_rollouts: whether sampled sequences are cached.
-    validation: the table of validation rows, None for none. releases_model: no other sequence will be asked for, so the
-    model leaves memory once every row's states are known.
+    mode: memory or disk. rows: table of data set rows; None caches none of them. composition: batches in which missing rows
+    are computed; None if ``rows`` has all. caches_rollouts: whether sampled sequences are cached. validation: table of
+    validation rows, None for none. releases_model: no other sequences will be requested, so the model is released from
+    memory once the states of every row are cached.
     """
 
     def __init__(
@@ -58,8 +57,8 @@ class CachedTeacher(LocalTeacher):
     def hidden(self, batch: Batch, sequences: SequenceOf[Sequence]) -> Tensor:
         """Return the last hidden states [N, D_teacher] of the batch that ``sequences`` were collated to, without a graph.
 
-        A batch that is not cached at all is computed as it is, so its states equal those of ``LocalTeacher`` bit for bit;
-        cached states differ from them by the rounding of another batch shape at most.
+        A batch without cached rows is computed unchanged, so its states equal those of ``LocalTeacher`` bit for bit. Cached
+        states differ from them at most by the rounding of another batch shape.
         """
         if not all(self._is_cacheable(s) for s in sequences):
             return self.compute(batch)
@@ -79,8 +78,10 @@ class CachedTeacher(LocalTeacher):
         self._new_rollouts.clear()
 
     def roll_back(self) -> None:
-        """Drop the states of rollouts cached since ``begin_step``: with some of a batch cached, the others would be
-        computed in another batch composition. States of rows do not depend on when they were computed.
+        """Drop the states of rollouts cached since ``begin_step``.
+
+        If some of a batch stayed cached, the others would be computed in another batch composition. States of rows do not
+        depend on when they were computed.
         """
         for rollout in self._new_rollouts:
             rollout.cache_teacher_hidden(None)
@@ -101,7 +102,7 @@ class CachedTeacher(LocalTeacher):
         return self._table_of(sequence).read(sequence)
 
     def _batches_of(self, missing: list[Sequence]) -> list[list[Sequence]]:
-        """Return the batches to compute for these sequences: rows as in the first epoch, the others together."""
+        """Return the batches to compute for these sequences: rows as in the first epoch, the others in one batch."""
         rows = [s for s in missing if self.rows is not None and self.rows.contains(s)]
         others = [s for s in missing if self.rows is None or not self.rows.contains(s)]
         batches = self.composition.batches_with(rows) if rows else []
@@ -115,7 +116,7 @@ class CachedTeacher(LocalTeacher):
         parts = hidden_ND.cpu().split([s.supervised for s in sequences])
         for sequence, part in zip(sequences, parts, strict=True):
             if isinstance(sequence, Rollout):
-                sequence.cache_teacher_hidden(part.clone())  # a view would hold the whole batch's states
+                sequence.cache_teacher_hidden(part.clone())  # a view would keep the whole batch's states in memory
                 self._new_rollouts.append(sequence)
             else:
                 self._table_of(sequence).write(sequence, part)
@@ -125,11 +126,11 @@ class CachedTeacher(LocalTeacher):
         leftovers = [] if self.composition is None else self.composition.leftovers
         if self.rows.missing > len(leftovers) or (self.validation is not None and self.validation.missing):
             return
-        # Rows that are in no batch of the first epoch would keep the model for an epoch more: they are fewer than a batch.
+        # Rows in no batch of the first epoch, fewer than a batch, would keep the model in memory for another epoch.
         self._compute_all(self._batches_of([s for s in leftovers if self.rows.read(s) is None]), device)
         if self.rows.missing:
             return
-        # On "meta" a model has shapes and no memory. The head keeps its own tensors alive, tied embeddings included.
+        # On "meta" a model has no memory. The head references its own tensors, tied embeddings included.
         self._head = self.model.head()
         self.model.to("meta")
         self.has_released_model = True
@@ -138,10 +139,10 @@ class CachedTeacher(LocalTeacher):
 
 
 class HiddenStateTable:
-    """The teacher's hidden states of a list of rows, one row after the other: [tokens of all responses, D] on the CPU.
+    """Hold the teacher's hidden states of a list of rows, concatenated: [tokens of all responses, D] on the CPU.
 
-    table_ND: the states, when all are there already; else the table is allocated at the first ``write``. missing: how many
-    rows have no states yet.
+    table_ND: the states, if all exist; otherwise the table is allocated at the first ``write``. missing: number of rows
+    without states.
     """
 
     def __init__(self, sequences: SequenceOf[Sequence], table_ND: Tensor | None = None):
@@ -157,11 +158,11 @@ class HiddenStateTable:
         return 0 if self.table_ND is None else self.table_ND.numel() * self.table_ND.element_size()
 
     def contains(self, sequence: Sequence) -> bool:
-        """Return whether it is a row of this table: a rollout for the row's prompt is another sequence."""
+        """Return whether the sequence is a row of this table. A rollout for a row's prompt is not."""
         return 0 <= sequence.row < len(self.sequences) and self.sequences[sequence.row] is sequence
 
     def read(self, sequence: Sequence) -> Tensor | None:
-        """Return the row's states [tokens, D]; None while they are missing."""
+        """Return the row's states [tokens, D]; None if they are missing."""
         return self._slice(sequence) if self._is_known[sequence.row] else None
 
     def write(self, sequence: Sequence, states_ND: Tensor) -> None:
@@ -178,13 +179,14 @@ class HiddenStateTable:
 
 
 class BatchComposition:
-    """Which rows are computed together: those in one group of the first epoch, whether or not that step trained on them.
+    """Define the rows that are computed together: those in one group of the first epoch, even if that step did not train
+    on them.
 
-    So the first epoch computes nothing beside its own batches, and a row's cached states are a function of teacher, rows
-    and order alone: a resumed run computes them in the same batches and gets the same bits.
+    The first epoch then computes no other batches than its own, and a row's cached states depend only on teacher, rows and
+    order: a resumed run computes them in the same batches and gets the same bits.
 
-    batches: step → rows, of the first epoch. steps: of that epoch. max_rows, pass_overhead: as of ``length_groups``.
-    leftovers: the rows in no batch of that epoch; they form one batch.
+    batches: step → rows, of the first epoch. steps: number of steps of that epoch. max_rows, pass_overhead: those of
+    ``length_groups``. leftovers: the rows in no batch of that epoch; they form one batch.
     """
 
     def __init__(
@@ -207,10 +209,10 @@ class BatchComposition:
 
     def batches_with(self, rows: SequenceOf[Sequence]) -> list[list[Sequence]]:
         """Return the groups that contain these rows, with all their members."""
-        asked = set(rows)
+        requested = set(rows)
         found = []
         for step in dict.fromkeys(self._step_of_row[s.row] for s in rows):
             batch = self.leftovers if step == self._steps else self._batches(int(step))
             groups = length_groups(batch, self._max_rows, self._pass_overhead)
-            found += [group for group in groups if not asked.isdisjoint(group)]
+            found += [group for group in groups if not requested.isdisjoint(group)]
         return found

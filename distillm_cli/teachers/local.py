@@ -1,6 +1,6 @@
-"""A frozen teacher in this process: its last hidden states at the response positions, never its logits as a whole.
+"""Run a frozen teacher in this process: compute its last hidden states at the response positions.
 
-The head is applied to the states chunk by chunk in the fused loss.
+The head is applied to the states chunk by chunk in the fused loss, so the logits are never stored.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from distillm_cli.types import Batch, Sequence
 
 
 class LanguageModel(Protocol):
-    """What training needs of a model."""
+    """Define the interface of a model in training."""
 
     vocab: int
 
     def hidden(self, batch: Batch, *, for_backward: bool = False) -> Tensor:
         """Return the last hidden states [N, D] at ``batch.positions_N``.
 
-        for_backward: ``backward()`` follows (not ``autograd.grad``). A model whose embedding is also its head may then
-        hold the embedding's gradient back until the head's is there.
+        for_backward: ``backward()`` follows (not ``autograd.grad``). A model with tied embeddings may then defer the
+        embedding's gradient until the head's has been computed.
         """
 
     def head(self) -> HeadLike:
@@ -34,8 +34,7 @@ class LanguageModel(Protocol):
 class LocalTeacher:
     """Compute a model's hidden states at every call.
 
-    tokens: response positions computed so far, over the whole run; a resumed run that computes some again counts them
-    again.
+    tokens: number of response positions computed over the whole run. Those that a resumed run computes again count twice.
     """
 
     mode: str = "off"  # of the cache, as checkpoints record it
@@ -55,7 +54,7 @@ class LocalTeacher:
         return self.compute(batch)
 
     def compute(self, batch: Batch) -> Tensor:
-        """Run the model on the batch, in the teacher's own dtype whatever the student computes in."""
+        """Run the model on the batch in the teacher's own dtype, independent of autocast."""
         self.tokens += batch.tokens
         with torch.autocast(batch.ids_BT.device.type, enabled=False):
             return self.model.hidden(batch)
@@ -67,9 +66,9 @@ class LocalTeacher:
         """Drop what was cached since ``begin_step``."""
 
     def state_dict(self) -> dict[str, str | int]:
-        """Return what a checkpoint records."""
+        """Return the state for a checkpoint."""
         return {"teacher_cache": self.mode, "teacher_tokens": self.tokens}
 
     def load_state_dict(self, state: dict) -> None:
-        """Add the count of ``state`` to what this process has computed already, such as a cache on disk."""
+        """Add the count of ``state`` to the tokens that this process has computed, such as for a cache on disk."""
         self.tokens += state["teacher_tokens"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distillm_cli.config.schema import TrainConfig
 from distillm_cli.errors import Interrupted
 from distillm_cli.losses.objectives import Objective, SourceBatch
-from distillm_cli.losses.student_loss import StudentLoss, joined
+from distillm_cli.losses.student_loss import StudentLoss, concatenate
 from distillm_cli.losses.weights import LossWeights, TokenWeights
 from distillm_cli.rollouts.pool import SequencePool
 from distillm_cli.teachers.local import LocalTeacher
@@ -68,7 +68,7 @@ class Trainer:
             save=self._save_before_failing,
             listener=listener,
         )
-        student_loss.say = listener
+        student_loss.emit = listener
 
     @property
     def objective(self) -> Objective:
@@ -158,7 +158,9 @@ class Trainer:
 
     def _teacher_hidden(self, micro: MicroBatch, batches: list[Batch]) -> Tensor:
         """Return the teacher's hidden states of a micro-batch. Outside autocast, which would promote float16 states."""
-        return joined([self.teacher.hidden(batch, group) for batch, group in zip(batches, micro.groups, strict=True)])
+        return concatenate(
+            [self.teacher.hidden(batch, group) for batch, group in zip(batches, micro.groups, strict=True)]
+        )
 
     def _begin_step(self, micro_batches: list[MicroBatch], progress: float) -> list[TokenWeights | None]:
         """Show the objective the whole step; return what its tokens weigh, micro-batch by micro-batch.

@@ -52,13 +52,13 @@ from distillm_cli.utils.text import (
 )
 
 REFRESHES_PER_SECOND = 4  # slow enough to read the numbers
-MIN_SHOWN_SECONDS = 0.2  # before a task is shown in the live display
-MIN_LOGGED_SECONDS = 1.0  # that a task took, for a line of its own
+MIN_SHOWN_SECONDS = 0.2  # duration after which a task is shown in the live display
+MIN_LOGGED_SECONDS = 1.0  # duration of a task from which its end is logged
 LOG_PERIOD = 10.0  # seconds between plain lines
 
 
 class Terminal(RichConsole):
-    """Print like a Rich console, without control characters in the texts it is given."""
+    """Print like a Rich console, and remove control characters from the text."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
@@ -73,18 +73,18 @@ def console(
     clock: Callable[[], float] = time.monotonic,
     memory: Callable[[], Memory] | None = None,
 ) -> Console:
-    """Return the listener of a command. stderr: a Rich console in place of the process's own stderr."""
+    """Return the listener of a command. stderr: a Rich console to use in place of the process's stderr."""
     if stderr is None:
-        # FORCE_COLOR and its like must not put a live display into a log file.
+        # FORCE_COLOR and similar variables must not write a live display to a log file.
         is_terminal = sys.stderr is not None and sys.stderr.isatty()
         stderr = Terminal(stderr=True, force_terminal=None if is_terminal else False)
     return Console(stderr, json_mode=json_mode, quiet=quiet, clock=clock, memory=memory or memory_in_use)
 
 
 class Console:
-    """Show events as they come. A context manager: leaving it restores the terminal.
+    """Show events when they occur. As a context manager it restores the terminal at exit.
 
-    json_mode: ``result`` prints its object on stdout; what goes to stderr is the same. quiet: warnings only.
+    json_mode: ``result`` prints its object on stdout; stderr does not change. quiet: show warnings only.
     """
 
     def __init__(
@@ -103,7 +103,8 @@ class Console:
         self._memory = memory
         self._is_live = terminal.is_interactive and not quiet
         self._live: Live | None = None
-        # Rich's refresh thread draws what the training thread changes. Never held while printing: Rich has a lock too.
+        # Rich's refresh thread reads the state that the training thread changes. Rich has its own lock, so this one is not
+        # held while printing.
         self._lock = threading.RLock()
         self._run = RunState(RunStarted(0, 0, 0, "", 0, "", ""), clock())  # replaced when a run starts
         self._running = False
@@ -141,7 +142,7 @@ class Console:
         return None
 
     def show(self, *renderables: RenderableType | Note) -> None:
-        """Print tables, panels, sentences (strings, taken literally) and notes on stderr; nothing when quiet."""
+        """Print tables, panels, sentences (strings without markup) and notes on stderr; nothing if quiet."""
         if self.quiet:
             return
         for renderable in renderables:
@@ -151,7 +152,7 @@ class Console:
                 self._terminal.print(Text(renderable) if isinstance(renderable, str) else renderable, highlight=False)
 
     def result(self, obj: Mapping[str, object]) -> None:
-        """Print the result of the command, one JSON object, on stdout; in ``json_mode`` only."""
+        """Print the result of the command as one JSON object on stdout, if ``json_mode`` is set."""
         if self.json_mode:
             print_json(obj)
 
@@ -179,7 +180,9 @@ class Console:
                 self._staged = event if "now" in event.states else None
                 return []
             case RunStarted():
-                self._run, self._running, self._logged_at = RunState(event, now), True, -math.inf
+                self._run = RunState(event, now)
+                self._running = True
+                self._logged_at = -math.inf
                 return [_started(event)]
             case RunEnded():
                 line = _ended(event, self._run)
@@ -188,7 +191,7 @@ class Console:
                 return [line]
             case Stepped():
                 self._run.stepped(event, now)
-                if now - self._memory_at >= 1:  # here, not when drawing: the current GPU is the training thread's
+                if now - self._memory_at >= 1:  # not when drawing: the current GPU is set in the training thread
                     self._run.memory, self._memory_at = self._memory(), now
                 due = now - self._logged_at >= LOG_PERIOD or event.step == self._run.started.steps
                 if self._is_live or not due:
@@ -198,7 +201,7 @@ class Console:
             case Validated():
                 phi, unreported = self._run.phi, self._run.unreported
                 self._run.validated(event)
-                if self._run.unreported:  # the loss before training, measured now: the next line compares with it
+                if self._run.unreported:  # the loss before training: the next line compares with it
                     return []
                 return [_validated(event, self._run, phi, unreported)]
             case Saved():
@@ -212,7 +215,7 @@ class Console:
         took = now - task.started
         if event.done >= event.total:
             del self._tasks[event.task]
-            # Within a run the same work comes back again and again; there its bar is enough.
+            # Within a run the same task repeats many times, so its end is not logged.
             return [_finished(event, took)] if took > MIN_LOGGED_SECONDS and not self._running else []
         if self._is_live or now - max(self._logged_at, task.started) < LOG_PERIOD:
             return []
@@ -220,10 +223,10 @@ class Console:
         return [Text(f"{event.task} · {event.done:,}/{event.total:,} {event.unit}".rstrip())]
 
     def _print_line(self, line: Text) -> None:
-        # One event is one line, also where a path or the name of a column holds a newline.
+        # One event is one line, even if a path or a column name contains a newline.
         if (text := redact(" ".join(line.plain.split("\n")))) != line.plain:
             line = Text(text)
-        # Lines of a log are never wrapped, only those of a terminal.
+        # Only lines on a terminal are wrapped, not those of a log.
         self._terminal.print(line, soft_wrap=not self._is_live, highlight=False)
 
     def _start(self) -> None:
@@ -233,7 +236,7 @@ class Console:
                 console=self._terminal,
                 refresh_per_second=REFRESHES_PER_SECOND,
                 transient=True,
-                redirect_stdout=False,  # stdout is data
+                redirect_stdout=False,  # stdout carries results only
             )
             self._live.start()
 
@@ -244,7 +247,7 @@ class Console:
 
 
 def print_json(obj: Mapping[str, object]) -> None:
-    """Print an object as one line on stdout, and flush. ASCII, so that no locale can break it; NaN becomes null."""
+    """Print an object as one line of ASCII on stdout, for any locale, and flush. NaN becomes null."""
     try:
         sys.stdout.write(json.dumps(json_value(obj), allow_nan=False) + "\n")
         sys.stdout.flush()
@@ -256,14 +259,14 @@ def print_json(obj: Mapping[str, object]) -> None:
 
 
 def write_rows(rows: Iterable[Mapping[str, object]]) -> None:
-    """Write rows on stdout, one JSON object a line, and flush. ASCII where stdout is not UTF-8."""
+    """Write rows on stdout, one JSON object per line, and flush. ASCII if stdout is not UTF-8."""
     ascii_only = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
     sys.stdout.write("".join(escaped(json.dumps(row, ensure_ascii=ascii_only) + "\n") for row in rows))
     sys.stdout.flush()
 
 
 def _stage_summary(event: FineTuned | StageFinished) -> Iterable[RenderableType | Note]:
-    """Return the tables of a part of a larger run that is over."""
+    """Return the tables of a finished part of a larger run."""
     from distillm_cli.ui.summary import eval_summary, outcome_tables, train_summary
 
     result: Result = event.result
@@ -275,7 +278,7 @@ def _stage_summary(event: FineTuned | StageFinished) -> Iterable[RenderableType 
 
 
 def memory_in_use() -> Memory:
-    """Return the memory that this process uses. The GPU is asked only where torch has initialized it already."""
+    """Return the memory that this process uses, on the GPU only if torch has initialized it."""
     gpu = None
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
@@ -327,7 +330,7 @@ def _stepped(run: RunState, now: float) -> Text:
 
 
 def _validated(event: Validated, run: RunState, phi: float, unreported: tuple[float, int] | None) -> Text:
-    """Return the line of a validation. unreported: the previous loss and its step, where that had no line of its own."""
+    """Return the line of a validation. unreported: the previous loss and its step, if it was not logged."""
     value = Text.assemble(f"{VALID_LOSS} ", (f"{event.valid_loss:.3f}", "bold"))
     if run.previous_valid is not None:
         change = event.valid_loss - run.previous_valid
@@ -343,7 +346,7 @@ def _validated(event: Validated, run: RunState, phi: float, unreported: tuple[fl
     elif run.shows_phi:
         parts.append(Text(f"φ {event.phi:.2f}"))
     if event.best and run.previous_valid is not None:
-        parts.append(Text("selected", GOOD))  # of the weights trained so far; before training they may have been better
+        parts.append(Text("selected", GOOD))  # the best of the trained weights, not always better than before training
     return Text(" · ").join(parts)
 
 

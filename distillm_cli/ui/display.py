@@ -22,14 +22,14 @@ from rich.text import Text
 from distillm_cli.training.events import Progress, RunStarted, Staged, Stepped, Validated
 from distillm_cli.utils.text import format_count, format_duration, format_parameters, format_percent
 
-CURVE_POINTS = 40  # of the small chart of the loss
-WIDE = 80  # columns from which figures are side by side
-MAX_WIDTH = 100  # of the panel
-SMOOTHING = 0.9  # of the loss, per step
+CURVE_POINTS = 40  # points of the loss chart
+WIDE = 80  # smallest width in columns for figures side by side
+MAX_WIDTH = 100  # largest width of the panel in columns
+SMOOTHING = 0.9  # decay of the smoothed loss per step
 LABEL_WIDTH = 10
 VALID_LOSS = "valid CE"  # held-out cross-entropy, nats per token
 
-# A shade of its own beside the colour: the bar stays readable without colours.
+# Each source has its own shade, so that the bar is readable without colors.
 SOURCES = {
     "dataset": ("█", "blue"),
     "teacher": ("█", "green"),
@@ -54,16 +54,16 @@ class RunState:
     def __init__(self, started: RunStarted, now: float):
         self.started = started
         self.started_at = now
-        self.first_step = started.first_step  # steps taken already: 0, more after a resume
+        self.first_step = started.first_step  # steps before this process: 0, more after a resume
         self.step = started.first_step
         self.epoch = self.step / max(started.steps_per_epoch, 1)
         self.loss: float | None = None
         self.curve: deque[float] = deque(maxlen=CURVE_POINTS)
         self.valid_loss: float | None = None
         self.valid_step = 0
-        self.previous_valid: float | None = None  # loss of the validation before
-        self.first_valid: tuple[float, int] | None = None  # and its step
-        # The last validation, where it was of a step before the current one: it has no line of its own.
+        self.previous_valid: float | None = None  # loss of the previous validation
+        self.first_valid: tuple[float, int] | None = None  # loss and step
+        # Loss and step of the last validation, if it was of a step before the current one and was not logged.
         self.unreported: tuple[float, int] | None = None
         self.best: tuple[float, int] | None = None
         self.phi = started.phi
@@ -76,7 +76,7 @@ class RunState:
         self._moment = 0.0
         self._weight = 0.0
         self._bucket: list[float] = []
-        # Over the whole run the chart holds about CURVE_POINTS values, each the mean over as many steps as that takes.
+        # Each point of the chart is the mean over this number of steps, so that the whole run has about CURVE_POINTS.
         self._bucket_size = max(1, math.ceil((started.steps - self.first_step) / CURVE_POINTS))
         self._recent: deque[tuple[int, float]] = deque(maxlen=20)
         self._first_step_at = now
@@ -84,7 +84,7 @@ class RunState:
 
     def stepped(self, event: Stepped, now: float) -> None:
         if not self.sources:
-            self._first_step_at = now - event.seconds  # a validation before training is no part of a step's time
+            self._first_step_at = now - event.seconds  # without the validation before training
         self.step = event.step
         self.epoch = event.epoch
         self._last_step_at = now
@@ -117,7 +117,7 @@ class RunState:
 
     @property
     def shows_sources(self) -> bool:
-        """Return whether the shares of the sources are shown: not in SFT, nor while all steps used data set rows."""
+        """Return whether the shares of the sources are shown: not in SFT, and not while all steps used data set rows."""
         return self.started.method != "sft" and (self.phi > 0 or set(self.sources) - {"dataset"} != set())
 
     @property
@@ -147,7 +147,7 @@ class RunState:
 
 @dataclass
 class RunningTask:
-    """Hold the progress of work outside the training loop, and when it started."""
+    """Hold the progress and the start of a task outside the training loop."""
 
     event: Progress
     started: float
@@ -163,11 +163,11 @@ def render_display(
     min_seconds: float = 0.0,
     staged: Staged | None = None,
 ) -> RenderableType:
-    """Return the live display. Tasks that have run for less than ``min_seconds`` are left out.
+    """Return the live display, without tasks that have run for less than ``min_seconds``.
 
-    During a run, its panel, with the current task in its lower border, so that the height does not change; where the
-    height does not hold the panel and a few lines above it, its progress line alone. Outside a run, a bar for each task.
-    In a pipeline, a line with its stages above that.
+    During a run it is a panel with the current task in its lower border, so that the height does not change. If the height
+    is too small for the panel and a few lines above it, only the progress line is shown. Outside a run it is a bar for each
+    task. In a pipeline, a line with its stages is above that.
     """
     width = min(width, MAX_WIDTH)
     if staged is not None:
@@ -239,7 +239,7 @@ def _progress(run: RunState, now: float, width: int) -> RenderableType:
 
 
 def _main_figures(run: RunState, width: int) -> list[tuple[str, Text]]:
-    """Label and value, the values at most ``width`` columns wide."""
+    """Return labels and values, the values at most ``width`` columns wide."""
     rows = [(run.started.loss, _loss(run, width)), (VALID_LOSS, _valid(run))]
     rows += [(name, Text(f"{figure:.3f}")) for name, figure in run.figures.items()]
     if run.started.has_phi and run.started.method != "sft":
@@ -252,7 +252,7 @@ def _main_figures(run: RunState, width: int) -> list[tuple[str, Text]]:
 
 
 def _trigger(run: RunState) -> str:
-    """Return the validation loss at which φ rises; before the first validation, how far above that one."""
+    """Return the validation loss at which φ rises, before the first validation relative to that one."""
     if run.trigger is not None:
         return f" rises at {VALID_LOSS} ≥ {run.trigger:.3f}"
     epsilon = run.started.epsilon
@@ -305,7 +305,7 @@ def _tasks(tasks: Sequence[RunningTask], now: float) -> Table:
 
 
 def _task_progress(task: RunningTask, now: float) -> str:
-    """Return how far a task is; of one whose total is not known, the time it has taken."""
+    """Return the progress of a task, or its elapsed time if the total is unknown."""
     e = task.event
     return f"{e.done:,}/{e.total:,} {e.unit}".rstrip() if e.total > 1 else format_duration(now - task.started)
 
@@ -314,7 +314,7 @@ _STATES = {"done": ("✓", GOOD), "now": ("▶", "bold cyan"), "later": ("·", "
 
 
 def render_stages(staged: Staged, width: int) -> Text:
-    """Return a pipeline's stages side by side; where they do not fit, the current one and how many there are."""
+    """Return a pipeline's stages side by side. If they do not fit, return the current one and the number of stages."""
     whole = Text("   ").join(
         Text.assemble(
             (f"{_STATES[state][0]} ", _STATES[state][1]), (name, _STATES[state][1] if state != "done" else "")
@@ -323,8 +323,10 @@ def render_stages(staged: Staged, width: int) -> Text:
     )
     if whole.cell_len <= width:
         return whole
-    at = staged.states.index("now") if "now" in staged.states else len(staged.names) - 1
-    short = Text.assemble(("▶ ", "bold cyan"), (staged.names[at], "bold cyan"), f"  {at + 1} of {len(staged.names)}")
+    current = staged.states.index("now") if "now" in staged.states else len(staged.names) - 1
+    short = Text.assemble(
+        ("▶ ", "bold cyan"), (staged.names[current], "bold cyan"), f"  {current + 1} of {len(staged.names)}"
+    )
     short.truncate(width, overflow="ellipsis")
     return short
 
@@ -335,7 +337,7 @@ def stacked_bar(shares: Sequence[tuple[str, float]], width: int) -> Text:
     for i, (name, share) in enumerate(shares):
         glyph, style = SOURCES.get(name, OTHER)
         reached += share
-        latest = width - (len(shares) - 1 - i)  # leave a cell to each of those that follow
+        latest = width - (len(shares) - 1 - i)  # leave a cell for each of the next ones
         end = min(max(round(reached * width), start + 1), latest)
         bar.append(glyph * (end - start), style)
         start = end
@@ -352,9 +354,9 @@ def legend(shares: Sequence[tuple[str, float]]) -> Text:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """Return values as a row of blocks from the lowest to the highest; by their logarithm where all are above zero.
+    """Return values as a row of blocks from the lowest to the highest, on a logarithmic scale if all are positive.
 
-    Losses fall fast and then slowly: the logarithm keeps the slow part from looking flat.
+    Losses fall fast and then slowly; on a linear scale the slow part looks flat.
     """
     values = [v for v in values if math.isfinite(v)]
     if not values:

@@ -15,7 +15,7 @@ from distillm_cli.utils.text import counted, format_bytes, format_count, format_
 
 
 def plan_tables(result: PlanResult) -> Iterator[RenderableType]:
-    """Yield the tables of one run's plan, and a decoded batch where there is one."""
+    """Yield the tables of one run's plan, and the decoded batch if there is one."""
     found = result.figures
     yield _model_table(found)
     yield facts("Run", _run_facts(found))
@@ -72,14 +72,10 @@ def _run_facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     else:
         epoch = f", {found['steps_per_epoch']:,} an epoch" if found["steps_per_epoch"] else ""
         rows.append(("steps", f"{found['steps']:,} of {sequences}{epoch}"))
-    if (before := found.get("sft")) is not None:
-        number = "" if before["steps"] is None else f", {counted(before['steps'], 'step')}"
-        rows.append(
-            (
-                "fine-tuned before it",
-                f"{before['epochs']:g} {'epoch' if before['epochs'] == 1 else 'epochs'} of sft{number}, without the teacher",
-            )
-        )
+    if (sft_stage := found.get("sft")) is not None:
+        epochs = f"{sft_stage['epochs']:g} {'epoch' if sft_stage['epochs'] == 1 else 'epochs'}"
+        number = "" if sft_stage["steps"] is None else f", {counted(sft_stage['steps'], 'step')}"
+        rows.append(("fine-tuned before it", f"{epochs} of sft{number}, without the teacher"))
     rows.append(("computes on", f"{found['device']}, {found['dtype']}"))
     if "teacher_cache" in found:
         rows.append(("teacher's states", found["teacher_cache"]["why"]))
@@ -87,7 +83,7 @@ def _run_facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _cache_place(cache: Mapping[str, Any] | None) -> Iterator[Text]:
-    """Yield where a cache on disk is or would be, and whether it fits."""
+    """Yield the location of a cache on disk and whether it fits."""
     if cache is None or "place" not in cache:
         return
     free = cache["disk_free"] or 0
@@ -193,45 +189,45 @@ def _span(times: Iterable[float] | None) -> str:
 def _stage_row(name: str, stage: Mapping[str, Any]) -> list[str]:
     models, trains = stage["models"], "step_flops" in stage
     if trains:
-        which = " → ".join(_count(models[model]["parameters"]) for model in ("teacher", "student") if model in models)
-        count, what, work = stage["steps"], "steps", stage["step_flops"].values()
+        sizes = " → ".join(_count(models[model]["parameters"]) for model in ("teacher", "student") if model in models)
+        count, unit, work = stage["steps"], "steps", stage["step_flops"].values()
     else:
-        which = ", ".join(dict.fromkeys(_count(model["parameters"]) for model in models.values()))
-        count, what, work = stage["responses"], "answers", stage["response_flops"]
-    number = f"{'–' if count is None else f'{count:,}'} {what}"
-    return [name, which, number, _count_range(work), format_bytes(stage["memory"]["total"])]
+        sizes = ", ".join(dict.fromkeys(_count(model["parameters"]) for model in models.values()))
+        count, unit, work = stage["responses"], "answers", stage["response_flops"]
+    number = f"{'–' if count is None else f'{count:,}'} {unit}"
+    return [name, sizes, number, _count_range(work), format_bytes(stage["memory"]["total"])]
 
 
 def _count_range(numbers: Iterable[float]) -> str:
     """Format a range of counts in the unit of the largest: "3.01–16.3 T", "292 M"."""
-    least, most = min(numbers), max(numbers)
-    digits, _, unit = format_count(most).partition(" ")
-    if not unit or float(f"{least:.3g}") == float(f"{most:.3g}"):
-        return format_count(most)
-    return f"{least / 1000 ** (' kMGT'.index(unit)):.3g}–{digits} {unit}"
+    low, high = min(numbers), max(numbers)
+    digits, _, unit = format_count(high).partition(" ")
+    if not unit or float(f"{low:.3g}") == float(f"{high:.3g}"):
+        return format_count(high)
+    return f"{low / 1000 ** (' kMGT'.index(unit)):.3g}–{digits} {unit}"
 
 
 def _time_tables(stages: Mapping[str, Mapping[str, Any]]) -> Iterator[RenderableType]:
-    """Yield the times of whole stages where it is known how much there is to do, else of a step or an answer."""
+    """Yield the times of whole stages if their length is known, else of a step or an answer."""
     gpus = list(next(iter(stages.values()))["gpus"])
-    whole, each = [], []
+    stage_times, step_times = [], []
     for name, stage in stages.items():
         entries = [stage["gpus"][gpu] for gpu in gpus]
         is_known = "run_s" in entries[0]
-        what = "run_s" if is_known else "step_s" if "step_flops" in stage else "response_s"
-        times = [entry[what].values() if what == "step_s" else entry[what] for entry in entries]
+        unit = "run_s" if is_known else "step_s" if "step_flops" in stage else "response_s"
+        times = [entry[unit].values() if unit == "step_s" else entry[unit] for entry in entries]
         cells = [_span(t) if entry["fits"] else "too large" for t, entry in zip(times, entries, strict=True)]
-        (whole if is_known else each).append([name, *cells])
-    if len(whole) > 1:
-        total = ["all together" if not each else "together"]
+        (stage_times if is_known else step_times).append([name, *cells])
+    if len(stage_times) > 1:
+        total = ["all together" if not step_times else "together"]
         for gpu in gpus:
             known = [stage["gpus"][gpu] for stage in stages.values() if "run_s" in stage["gpus"][gpu]]
             spans = [sum(entry["run_s"][i] for entry in known) for i in (0, 1)]
             total.append(_span(spans) if all(entry["fits"] for entry in known) else "–")
-        whole.append(total)
+        stage_times.append(total)
     titles = {
-        "Time of each stage, estimated": whole,
-        "Time of a step, or of an answer within its batch, estimated": each,
+        "Time of each stage, estimated": stage_times,
+        "Time of a step, or of an answer within its batch, estimated": step_times,
     }
     for title, rows in titles.items():
         if rows:

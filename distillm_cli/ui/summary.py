@@ -1,7 +1,7 @@
 """Render the results of runs as tables and sentences.
 
-Pure functions from plain data to Rich renderables. Tables adapt to the width that they are printed at: what does not fit
-side by side is stacked.
+The functions are pure: plain data to Rich renderables. Tables adapt to the width of the terminal: columns that do not fit
+side by side are stacked.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ SOURCE_WORDS = {
 
 
 def train_summary(result: TrainResult) -> Iterator[RenderableType]:
-    """Yield what is shown at the end of a training, without what to type next."""
+    """Yield the summary of a training, without the next commands."""
     summary = result.summary
     yield from outcome_tables(summary)
     if summary.samples:
@@ -65,13 +65,13 @@ def train_summary(result: TrainResult) -> Iterator[RenderableType]:
 
 
 def outcome_tables(summary: TrainSummary, title: str = "Outcome") -> Iterator[RenderableType]:
-    """Yield the outcome table of a training; nothing where nothing was measured."""
+    """Yield the outcome table of a training; nothing if nothing was measured."""
     if any(outcome.valid_loss is not None or outcome.scores for outcome in summary.outcomes):
         yield outcome_table(summary.outcomes, title=title, caption=summary.measured_on)
 
 
 def train_next_steps(result: TrainResult) -> RenderableType:
-    """Return where the files of a training are, and what to type next."""
+    """Return the output files of a training and the next commands."""
     summary = result.summary
     files = OUTPUT_FILES | ({"student after sft": "sft/"} if summary.has_sft_stage else {})
     return next_steps(
@@ -80,7 +80,7 @@ def train_next_steps(result: TrainResult) -> RenderableType:
 
 
 def eval_summary(result: EvalResult) -> Iterator[RenderableType | Note]:
-    """Yield the tables of scores, and where the results of each checkpoint are."""
+    """Yield the tables of scores and the location of each checkpoint's results."""
     several = len(result.checkpoints) > 1
     metrics = list(dict.fromkeys(name for scores in result.checkpoints for name in scores.metrics))
     titles = [_label(name) + (" ↓" if is_lower_better(name) else "") for name in metrics]
@@ -111,12 +111,12 @@ def _task_rows(checkpoint: CheckpointScores, metrics: Sequence[str]) -> Iterator
 
 
 def _passes(checkpoint: CheckpointScores, suite: Mapping[str, Any]) -> int:
-    """Return how often a suite was sampled."""
+    """Return the number of sampled passes over a suite."""
     return max(len(suite[metric]["seeds"]) for metric in checkpoint.metrics)
 
 
 def _score(score: Mapping[str, Any] | None, passes: int) -> str | None:
-    """Format a mean, with its standard deviation where there are several passes."""
+    """Format a mean, with its standard deviation if there are several passes."""
     if score is None:
         return None
     if score["mean"] is None:
@@ -125,7 +125,7 @@ def _score(score: Mapping[str, Any] | None, passes: int) -> str | None:
 
 
 def stage_table(result: PipelineResult) -> RenderableType:
-    """Return a table with each stage of a pipeline and what became of it."""
+    """Return a table with each stage of a pipeline and its status."""
     rows = []
     for name, stage in result.stages.items():
         done = "done already" if stage.status == "skipped" else f"done in {format_duration(stage.result['wall_s'])}"
@@ -139,7 +139,7 @@ def _reference_text(references: Sequence[str], length: int) -> str:
 
 
 class _WideOrNarrow:
-    """Render ``wide`` where it fits, else ``narrow``."""
+    """Render ``wide`` if it fits, else ``narrow``."""
 
     def __init__(self, wide: RenderableType, narrow: RenderableType):
         self.wide = wide
@@ -152,10 +152,10 @@ class _WideOrNarrow:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> RenderableType:
-    """Return a table of text and figures; each row becomes a block of its own where the columns do not fit.
+    """Return a table of text and figures. If the columns do not fit, each row becomes a block.
 
-    Floats get three decimals, None is –. Cells may be Rich texts; strings are taken literally, not as markup. A column
-    of figures only (``25.39 ± 0.31`` is one) is aligned to the right.
+    Floats have three decimals, None is –. Cells may be Rich texts; strings are not parsed as markup. A column that has only
+    figures (such as ``25.39 ± 0.31``) is aligned to the right.
     """
     numeric = [all(_is_figure(row[i]) for row in rows) for i in range(len(columns))]
     wide = _frame(title)
@@ -173,7 +173,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
 
 
 def facts(title: str, rows: Sequence[tuple[str, object]]) -> RenderableType:
-    """Return a table of names and values, a line each; long values are wrapped. Values as the cells of ``table``."""
+    """Return a table of names and values, one per line. Values are formatted like the cells of ``table`` and wrapped."""
     grid = _frame(title, header=False)
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
@@ -190,9 +190,8 @@ def outcome_table(
 ) -> RenderableType:
     """Return a table with a row per model and a column for the validation loss and each score.
 
-    Models become columns where that does not fit. The first row is the starting point (the student before): each figure
-    of the others is followed by its difference to it, green where better and yellow where worse. caption: what the
-    figures are of, below them.
+    If that does not fit, models become columns. The first row is the student before training. Each figure of the others is
+    followed by its difference from the first, green if better and yellow if worse. caption: text below the figures.
     """
     figures = [{"valid_loss": row.valid_loss, **row.scores} for row in rows]
     names = list(dict.fromkeys(name for figure in figures for name in figure))
@@ -276,11 +275,10 @@ def next_steps(
     commands: Sequence[str] = (),
     scored: bool = True,
 ) -> RenderableType:
-    """Return where the files are and what to type next, as whole commands.
+    """Return the location of the files and the next commands.
 
-    ``suites`` and ``prompt`` fill in the commands (a prompt that is blank or too long for a line is left to the reader);
-    ``files``: what it is → its place within the directory; ``commands``: further lines; ``scored``: whether there are rows
-    with responses to evaluate on.
+    suites, prompt: values for the commands; a placeholder replaces a prompt that is blank or too long. files: description
+    → path within the directory. commands: additional lines. scored: whether there are rows with responses to evaluate on.
     """
     files = files if files is not None else OUTPUT_FILES
     place = PurePath(output_dir)
@@ -297,7 +295,7 @@ def next_steps(
     lines = [*evaluate, f"distillm generate --model {directory} --prompt {shlex.quote(prompt)}", *commands]
     typed = Group(*(Text(line, style="cyan", overflow="fold") for line in lines))
     body = Group(grid, "", Text("What next", style="bold"), Padding(typed, (0, 0, 0, 2)))
-    # Lines above and below only: a border at the sides would be copied along with a command.
+    # Borders above and below only: borders at the sides would be copied together with a command.
     return Panel(body, title="[bold]Written[/bold]", title_align="left", box=box.HORIZONTALS, border_style="dim")
 
 
@@ -310,7 +308,7 @@ OUTPUT_FILES = {
 
 
 def sources_sentence(counts: Mapping[str, int], phi_history: Sequence[float], schedule: str) -> str:
-    """Return how many steps each source had and how φ moved, in words.
+    """Describe the number of steps of each source and the course of φ.
 
     counts: steps by source (``dataset``, ``rollout``, ``replay``, …). phi_history: φ at the start and after each
     validation. schedule: its kind (METHODS B).
@@ -358,9 +356,9 @@ def _phi(value: float) -> str:
 
 
 def crop(text: str, length: int) -> str:
-    """Return one line of at most ``length`` characters, cut at a word's end, with … where something is missing.
+    """Return one line of at most ``length`` characters, cut at the end of a word and marked with ….
 
-    Control characters, which a model may well sample, become �: they must not reach the terminal.
+    Control characters, which a model may sample, become �, since they must not reach the terminal.
     """
     text = " ".join(text.split())
     text = "".join(c if c.isprintable() else "�" for c in text)
@@ -397,7 +395,7 @@ def _cell(value: object) -> Text:
         return Text(f"{value:.3f}")
     if isinstance(value, int) and not isinstance(value, bool):
         return Text(f"{value:,}")
-    return Text(printable(str(value)))  # here already, so that columns are as wide as what is printed
+    return Text(printable(str(value)))  # before printing, so that columns have the right width
 
 
 def _label(name: str) -> str:

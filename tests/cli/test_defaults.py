@@ -10,8 +10,8 @@ import yaml
 from transformers import AutoConfig
 
 from distillm_cli.cli.app import main
+from distillm_cli.config.field_usage import value_of
 from distillm_cli.config.load import resolve
-from distillm_cli.config.ownership import value_of
 from distillm_cli.config.pipeline_recipe import load_pipeline
 from distillm_cli.errors import RecipeError
 from distillm_cli.models.model_info import ModelInfo, read_model_info

@@ -11,7 +11,7 @@ import pytest
 
 from distillm_cli import plugins
 from distillm_cli.cli.app import main
-from distillm_cli.config.explain import choices, leaves, shown
+from distillm_cli.config.explain import choices, format_value, leaves
 from distillm_cli.config.shortcuts import ALL_VERBS, field_flags
 from distillm_cli.data.known import names
 
@@ -62,7 +62,7 @@ def test_help_shows_the_default_of_every_field(verb, help_of):
         elif field.default is False or field.default in (None, ()):
             assert "[default:" not in own, entry.flag
         else:
-            assert f"[default: {shown(field.default, by_flag=True)}]" in own, entry.flag
+            assert f"[default: {format_value(field.default, by_flag=True)}]" in own, entry.flag
 
 
 @pytest.mark.parametrize("registry", REGISTRIES)

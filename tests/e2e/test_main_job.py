@@ -21,8 +21,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distillm_cli.cli.app import main
+from distillm_cli.config.derived import fixed_values
 from distillm_cli.config.schema import Recipe
-from distillm_cli.config.shaping import shaping
 from distillm_cli.errors import CheckpointError
 from distillm_cli.runs.resume import find_checkpoint
 from distillm_cli.training.checkpoint import Checkpoints
@@ -289,7 +289,7 @@ def test_a_checkpoint_that_says_nothing_of_its_run_is_damaged(tmp_path):
 def test_a_checkpoint_that_wrote_down_what_its_run_never_read_is_this_recipes_all_the_same(tmp_path):
     """Earlier versions took such values; what the steps depend on is as it was."""
     recipe = Recipe.model_validate({"method": "kd", "data": {"source": "rows.jsonl"}, "schedule": {"kind": "off"}})
-    written = shaping(recipe) | {"data.size": 8000, "rollout.teacher_mix": 0.5, "of.long.ago": 1}
+    written = fixed_values(recipe) | {"data.size": 8000, "rollout.teacher_mix": 0.5, "of.long.ago": 1}
     checkpoints = Checkpoints(tmp_path / "checkpoints", lambda place: None, keep=1)
     progress = asdict(TrainerState())
     checkpoints.write(3, {"recipe": written | {"train.lr": 1.0}, "progress": progress}, {})

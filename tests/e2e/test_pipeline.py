@@ -408,7 +408,9 @@ def test_the_dry_run_reads_back_and_says_where_values_come_from(typed, home, cap
 
     again = load_pipeline(Path("written.yaml"))
     first = fitted_pipeline(load_pipeline(Path("all.yaml"), ["defaults.train.seed=4"]))
-    assert [(s.own, s.resolved.recipe) for s in again.stages] == [(s.own, s.resolved.recipe) for s in first.stages]
+    assert [(s.config, s.resolved.recipe) for s in again.stages] == [
+        (s.config, s.resolved.recipe) for s in first.stages
+    ]
     assert list(yaml.safe_load(text)["stages"]) == list(STAGES)
 
 

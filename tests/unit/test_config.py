@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from distillm_cli.config.explain import choices, condition, kinds, leaves, takes_list
+from distillm_cli.config.explain import choices, condition, leaves, plain_types, takes_list
+from distillm_cli.config.field_usage import has_field, is_used
 from distillm_cli.config.load import load_resolved, locate, resolve, shipped, to_yaml
 from distillm_cli.config.methods import METHODS
-from distillm_cli.config.ownership import has, is_read
 from distillm_cli.config.schema import ObjectiveConfig, Recipe, TrainConfig
 from distillm_cli.config.shortcuts import FIELD_FLAGS, Flag, flag_of
 from distillm_cli.errors import RecipeError, UsageError
@@ -61,9 +61,9 @@ def test_each_layer_overrides_the_one_before_and_says_so(recipe):
     assert (r.train.seed, origin["train.seed"]) == (7, "distill.yaml:5")
     assert (r.train.clip, origin["train.clip"]) == (0.4, "--clip")
     assert (r.train.lr, origin["train.lr"]) == (1e-4, "--set")
-    assert set(origin) == {key for key in leaves() if has(r, key)}
-    assert resolved.former["train.lr"] == (2e-4, "--lr")
-    assert resolved.former["objective.beta"] == (0.1, "method gkd")
+    assert set(origin) == {key for key in leaves() if has_field(r, key)}
+    assert resolved.overridden["train.lr"] == (2e-4, "--lr")
+    assert resolved.overridden["objective.beta"] == (0.1, "method gkd")
     assert resolved.name == "distill"
 
 
@@ -96,7 +96,7 @@ def test_a_method_asked_for_in_place_of_the_recipes_own_brings_its_preset(recipe
     r = resolved.recipe
     assert (r.objective.divergence, r.schedule.kind, r.train.lr, r.train.steps) == ("jsd", "mixed", 3e-3, 40)
     assert resolved.origin["schedule.kind"] == "method gkd"
-    assert resolved.former["schedule.kind"] == ("adaptive", "distill.yaml:3")
+    assert resolved.overridden["schedule.kind"] == ("adaptive", "distill.yaml:3")
     by_hand = resolve(command="distill", recipe=path, flags=flag, sets=["schedule.kind=on"]).recipe
     assert by_hand.schedule.kind == "on"
     same = resolve(command="distill", recipe=path, flags={"method": Flag("--method", "distillm")}).recipe
@@ -133,7 +133,7 @@ def test_epochs_on_the_command_line_replace_the_steps_of_the_recipe(recipe):
     resolved = resolve(command="distill", recipe=path, flags={"train.epochs": Flag("--epochs", 2.0)})
     assert (resolved.recipe.train.epochs, resolved.recipe.train.steps) == (2, None)
     assert resolved.origin["train.steps"] == "--epochs"
-    assert resolved.former["train.steps"] == (100, "distill.yaml:1")
+    assert resolved.overridden["train.steps"] == (100, "distill.yaml:1")
     assert resolve(command="distill", recipe=path, sets=["train.epochs=2"]).recipe.train.steps is None
     assert resolve(command="distill", recipe=path, flags=typed.flags(steps=9)).recipe.train.steps == 9
 
@@ -169,7 +169,7 @@ def test_a_method_named_by_hand_brings_its_preset_along(recipe):
     assert (r.objective.divergence, r.objective.beta, r.schedule.kind) == ("jsd", 0.1, "mixed")
     assert (r.objective.kd_weight, r.schedule.capacity, r.train.lr, r.train.epochs) == (0.5, 99, 3e-3, 2)
     assert resolved.origin["objective.divergence"] == "method gkd"
-    assert resolved.former["objective.divergence"] == ("srkl", "distill.yaml:2")
+    assert resolved.overridden["objective.divergence"] == ("srkl", "distill.yaml:2")
 
     by_hand = {"method": Flag("--method", "gkd"), "schedule.kind": Flag("--schedule", "on")}
     assert resolve(command="distill", recipe=path, flags=by_hand).recipe.schedule.kind == "on"
@@ -485,9 +485,9 @@ def test_what_a_recipe_says_for_its_own_method_is_left_out_under_another(recipe,
         "objective.alpha, schedule.capacity, schedule.epsilon",
     )
     assert to_yaml(resolved).startswith("# note: distill.yaml: left out")
-    assert not has(resolved.recipe, "objective.alpha")
+    assert not has_field(resolved.recipe, "objective.alpha")
     assert "objective.alpha" not in resolved.origin
-    assert resolved.former["objective.alpha"] == (0.3, "distill.yaml:2")
+    assert resolved.overridden["objective.alpha"] == (0.3, "distill.yaml:2")
     (tmp_path / "recipe.yaml").write_text(to_yaml(resolved), encoding="utf-8")
     assert resolve(command="distill", recipe=tmp_path / "recipe.yaml").recipe == resolved.recipe
 
@@ -523,10 +523,10 @@ def test_commands_that_train_nothing_take_any_recipe(recipe):
 
 def test_a_condition_speaks_of_fields_and_values_that_exist():
     for key in leaves():
-        for way in condition(key).ways if condition(key) else ():
-            for decider, words in way.items():
-                taken = TypeAdapter(leaves()[decider].annotation)
-                assert all(taken.validate_python(word, strict=True) == word for word in words), (key, decider)
+        for alternative in condition(key).alternatives if condition(key) else ():
+            for deciding_key, words in alternative.items():
+                taken = TypeAdapter(leaves()[deciding_key].annotation)
+                assert all(taken.validate_python(word, strict=True) == word for word in words), (key, deciding_key)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -663,7 +663,7 @@ def test_aliases_cannot_blow_a_recipe_up(recipe):
         ("teacher: {quantize: 3bit}", "teacher.quantize = 3bit; expected one of none, 8bit, 4bit"),
         (
             '{teacher: {quantize: 4bit}, student: {path: "layers:2"}}',
-            "teacher.quantize = 4bit; teacher.quantize 4bit: student layers:2 copies the teacher's layers",
+            "teacher.quantize = 4bit; teacher.quantize 4bit: student layers:2 would copy quantized layers",
         ),
     ],
 )
@@ -811,7 +811,7 @@ def test_the_resolved_recipe_shows_every_field_its_origin_and_what_it_replaced(r
 
 
 def _values(key: str) -> st.SearchStrategy:
-    types = kinds(leaves()[key].annotation)
+    types = plain_types(leaves()[key].annotation)
     words = choices(key)
     if words:
         item = st.sampled_from(words)
@@ -852,7 +852,7 @@ def test_what_is_written_reads_back_identical(values, with_origin, tmp_path):
     if method.name in ("minillm", "fdistill", "distillm2"):
         values.pop("objective.divergence", None)  # what these make of a divergence not every one of them allows
     said = {"method": method.name, **method.preset, **values}
-    values = {key: v for key, v in values.items() if is_read(key, lambda k: said.get(k, leaves()[k].default))}
+    values = {key: v for key, v in values.items() if is_used(key, lambda k: said.get(k, leaves()[k].default))}
     values = {key: value for key, value in values.items() if key != "train.epochs" or values.get("train.steps") is None}
     resolved = resolve(command=command, flags={k: Flag(k, v) for k, v in values.items()})
     path = tmp_path / "recipe.yaml"
@@ -924,7 +924,7 @@ def test_a_method_that_is_no_name_is_refused(method, recipe):
         assert "expected one of sft, kd" in complaint(sets=[f"method={method}"], command=command)
 
 
-@pytest.mark.parametrize("key", [key for key, field in leaves().items() if int in kinds(field.annotation)])
+@pytest.mark.parametrize("key", [key for key, field in leaves().items() if int in plain_types(field.annotation)])
 def test_whole_numbers_beyond_64_bits_are_refused(key):
     for value in (LARGE, 10**30, -LARGE):
         with pytest.raises(RecipeError) as error:

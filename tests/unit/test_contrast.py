@@ -180,7 +180,7 @@ def test_the_curriculum_is_distillm2s_over_three_epochs_by_hand(rows):
 
 def test_easy_batches_get_less_skew_within_the_bounds():
     criterion = DistiLLM2(schema.ObjectiveConfig(**DISTILLM2), epochs=2.0)
-    criterion.before = {FORWARD: 0.2, REVERSE: -0.1}
+    criterion.previous_gaps = {FORWARD: 0.2, REVERSE: -0.1}
     assert criterion._alpha(FORWARD, 0.2) == pytest.approx(0.1)  # as hard as usual
     assert criterion._alpha(FORWARD, 0.19) == pytest.approx(1 - 0.9 * 0.2 / 0.19)
     assert criterion._alpha(FORWARD, 0.5) == 0.1

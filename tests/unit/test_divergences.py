@@ -68,16 +68,16 @@ class Anywhere:
         self.built = build_divergence(ObjectiveConfig(divergence=name, **settings))
 
     def value(self, log_p, log_q):
-        return self.built.at(plain.some_targets(log_p), None).value(log_p, log_q)
+        return self.built.for_tokens(plain.some_targets(log_p), None).value(log_p, log_q)
 
     def grad(self, log_p, log_q):
-        return self.built.at(plain.some_targets(log_p), None).grad(log_p, log_q)
+        return self.built.for_tokens(plain.some_targets(log_p), None).grad(log_p, log_q)
 
     def evaluate(self, log_p, log_q):
-        return self.built.at(plain.some_targets(log_p), None).evaluate(log_p, log_q)
+        return self.built.for_tokens(plain.some_targets(log_p), None).evaluate(log_p, log_q)
 
     def between(self, p, q):
-        return self.built.at(plain.some_targets(p.z_NV), None).between(p, q)
+        return self.built.for_tokens(plain.some_targets(p.z_NV), None).between(p, q)
 
 
 def make(name, settings):
@@ -323,7 +323,7 @@ def test_decoupled_terms_weighed_as_kl_weighs_them_are_kl(scale):
     log_p, log_q = logits(50, scale=scale).log_softmax(-1), logits(51, scale=scale).log_softmax(-1)
     targets = plain.some_targets(log_p)
     rest = 1 - log_p.exp()[torch.arange(7), targets]
-    divergence = Decoupled().at(targets, torch.stack([torch.ones(7, dtype=torch.float64), rest], -1))
+    divergence = Decoupled().for_tokens(targets, torch.stack([torch.ones(7, dtype=torch.float64), rest], -1))
     assert_close(divergence.value(log_p, log_q), KL().value(log_p, log_q))
     assert_close(gradient(divergence, log_p, log_q), gradient(KL(), log_p, log_q))
 
@@ -335,7 +335,7 @@ def test_decoupled_terms_and_their_gradient_with_weights_of_their_own():
     expected = weights[:, 0] * tkd + weights[:, 1] * dkd
     (expected_grad,) = torch.autograd.grad(expected.sum(), z)
     log_p, log_q = zt.log_softmax(-1), z.detach().log_softmax(-1)
-    divergence = Decoupled().at(targets, weights)
+    divergence = Decoupled().for_tokens(targets, weights)
     assert_close(divergence.value(log_p, log_q), expected.detach())
     assert_close(gradient(divergence, log_p, log_q), expected_grad)
     with pytest.raises(ValueError, match="targets"):

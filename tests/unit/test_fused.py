@@ -99,7 +99,7 @@ def test_values_and_all_gradients_are_those_of_the_definition(name, terms, kind,
         expected_grads = torch.autograd.grad(expected, leaves)
         for chunk, table_rows, piece in ((1, 1, 5), (4, 3, 5), (100, 2, 100), (100, 100, 4)):
             monkeypatch.setitem(fused._TABLE_BYTES, "cpu", 8 * V * table_rows)
-            monkeypatch.setattr(fused, "_PIECE", piece)
+            monkeypatch.setattr(fused, "_VOCAB_SLICE", piece)
             total = ours(name, *this, terms, token_weights=TokenWeights(weights_N=weights), chunk=chunk)
             assert_close(total, expected)
             for grad, reference in zip(torch.autograd.grad(total, leaves), expected_grads, strict=True):
@@ -384,7 +384,7 @@ def test_a_run_says_it_once_and_stays_with_the_smaller_chunk():
     batch = collate(tiny.sequences([(3, 8), (4, 8)], vocab=len(tokenizer), seed=2))
     said, teacher_hidden_ND = [], teacher.hidden(batch).detach()
     objective = StudentLoss(student, KD(schema.ObjectiveConfig()), teacher_head=teacher.head()).eval()
-    objective.say = said.append
+    objective.emit = said.append
     expected, _ = objective([batch], teacher_hidden_ND, objective.criterion.held_out)
     refuse = iter([True])
     with Watched(full=lambda _, size: size == 16 * len(tokenizer) * 4 and next(refuse, False), error=OUT_OF_MEMORY[2]):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from distillm_cli.config.load import resolve
-from distillm_cli.config.pipeline_recipe import is_pipeline, load_pipeline, placed
+from distillm_cli.config.pipeline_recipe import is_pipeline, load_pipeline, with_stage_paths
 from distillm_cli.errors import DistillmError, RecipeError
 
 TEXT = """\
@@ -44,7 +44,7 @@ def test_layers_lie_over_each_other(written):
     teacher, distill = p["teacher"].resolved, p["distill"].resolved
     assert (teacher.recipe.method, distill.recipe.method) == ("sft", "distillm")
     assert (teacher.recipe.train.lr, teacher.origin["train.lr"]) == (2e-3, "--set")
-    assert (distill.recipe.train.lr, distill.former["train.lr"]) == (5e-4, (2e-3, "--set"))
+    assert (distill.recipe.train.lr, distill.overridden["train.lr"]) == (5e-4, (2e-3, "--set"))
     assert distill.origin["train.betas"].startswith("quickstart.yaml:"), "from the single recipe it starts from"
     assert distill.recipe.data.template == "plain"
     assert teacher.recipe.data.template == "auto"
@@ -72,12 +72,12 @@ def test_a_stage_that_generates_reads_its_own_rows_and_how_many(written):
 
 def test_stages_stand_for_what_they_make(written):
     p = load_pipeline(written())
-    assert [s.reads for s in p.stages] == [(), ("teacher",), ("teacher", "samples"), ("distill",)]
+    assert [s.depends_on for s in p.stages] == [(), ("teacher",), ("teacher", "samples"), ("distill",)]
     assert p["teacher"].resolved.recipe.teacher.path is None, "a shared teacher is not its own"
-    own, resolved = placed(p["distill"], {"teacher": "out/teacher", "samples": "out/samples/samples.jsonl"})
+    own, resolved = with_stage_paths(p["distill"], {"teacher": "out/teacher", "samples": "out/samples/samples.jsonl"})
     assert (resolved.recipe.teacher.path, resolved.recipe.data.source) == ("out/teacher", "out/samples/samples.jsonl")
     assert own.verb == "distill"
-    assert p["eval"].own.models == ("stage:distill",)
+    assert p["eval"].config.models == ("stage:distill",)
 
 
 def test_single_recipes_and_pipelines_know_each_other(written):

@@ -64,7 +64,7 @@ def test_the_commands_in_a_pipelines_comments_name_its_stages(name):
         if line.startswith("#") and found:
             chosen = rest.split()[0].split(",")
             assert set(chosen) <= set(pipeline.names)
-            read = {read for stage in chosen for read in pipeline[stage].reads}
+            read = {read for stage in chosen for read in pipeline[stage].depends_on}
             assert read <= set(chosen), "a line to type runs as it stands"
         for word in re.findall(r"--set (\S+=\d\S*)", line) if line.startswith("#") else ():
             load_pipeline(name, [word])
@@ -104,7 +104,7 @@ def test_the_pipelines_of_the_paper_have_the_papers_settings():
                 "rouge_l",
                 10,
             )
-            assert pipeline[f"distill-{size}"].reads == ("teacher", f"student-{size}")
+            assert pipeline[f"distill-{size}"].depends_on == ("teacher", f"student-{size}")
             scored = pipeline[f"eval-{size}"].resolved.recipe.eval
             assert (len(scored.suites), scored.seeds, scored.no_repeat_ngram_size) == (5, (10, 20, 30, 40, 50), 6)
 

@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from distillm_cli.cli.app import main
+from distillm_cli.config.derived import fixed_values
 from distillm_cli.config.load import resolve, to_yaml
-from distillm_cli.config.shaping import shaping
 from distillm_cli.errors import DataError
 from distillm_cli.runs import output_dir
 from distillm_cli.training.events import Note, Warned
@@ -79,7 +79,7 @@ def test_events_are_shown_without_credentials(capsys):
 def test_a_recipe_is_written_without_credentials_and_says_so():
     resolved = resolve(command="distill", recipe="quickstart", sets=[f"data.source='{URL}'"])
     text = to_yaml(resolved)
-    assert not [secret for secret in SECRETS if secret in text + str(shaping(resolved.recipe))]
+    assert not [secret for secret in SECRETS if secret in text + str(fixed_values(resolved.recipe))]
     assert yaml.safe_load(text)["data"]["source"] == redact(URL)
     assert "credentials" in text.splitlines()[0] + text.splitlines()[1]
     assert resolved.recipe.data.source == URL, "the run itself knows them"

@@ -18,9 +18,9 @@ from distillm_cli.teachers import teacher_cache
 from distillm_cli.teachers.cached import CachedTeacher
 from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.teachers.teacher_cache import (
-    Key,
+    CacheKey,
+    cache_directory,
     check_space,
-    place_of,
     read_cache,
     rows_digest,
     teacher_digest,
@@ -41,14 +41,14 @@ def model(dtype=torch.float32, **fields):
 
 
 def key_of(backbone, rows=ROWS, config="{}"):
-    return Key(teacher_digest(backbone, config), rows_digest(rows))
+    return CacheKey(teacher_digest(backbone, config), rows_digest(rows))
 
 
 def make(root, backbone=None, rows=ROWS, **how):
     """A cache, and its place."""
     backbone = backbone or model()
     key = key_of(backbone, rows)
-    place = place_of(root, key)
+    place = cache_directory(root, key)
     assert write_cache(place, key, LocalTeacher(backbone), rows, CPU, of=OF, **how)
     return place, key
 
@@ -96,9 +96,9 @@ def damage(place, how):
     elif how == "cut":
         states.write_bytes(states.read_bytes()[:-4])
     elif how == "no facts":
-        (place / teacher_cache.FACTS).unlink()
+        (place / teacher_cache.METADATA).unlink()
     elif how == "half the facts":
-        (place / teacher_cache.FACTS).write_text('{"format": 2, "teach')
+        (place / teacher_cache.METADATA).write_text('{"format": 2, "teach')
     elif how == "no states":
         states.unlink()
 
@@ -131,7 +131,7 @@ def test_a_damaged_cache_is_refused_by_name_and_rebuilt_on_request(tmp_path, how
 )
 def test_what_is_wrong_with_the_facts_is_said_in_words(tmp_path, content, said):
     place, key = make(tmp_path)
-    file = place / teacher_cache.FACTS
+    file = place / teacher_cache.METADATA
     if isinstance(content, dict):
         facts = json.loads(file.read_text()) | content
         content = json.dumps({name: fact for name, fact in facts.items() if fact is not ...}).encode()
@@ -143,7 +143,7 @@ def test_what_is_wrong_with_the_facts_is_said_in_words(tmp_path, content, said):
 
 def test_a_plain_file_in_the_place_of_a_cache_goes_when_it_is_rebuilt(tmp_path):
     key = key_of(model())
-    place = place_of(tmp_path, key)
+    place = cache_directory(tmp_path, key)
     place.write_text("not a directory")
     (tmp_path / f".old-{place.name}-1").write_text("what an earlier version left behind")
     with pytest.raises(CheckpointError, match=r"is damaged: states.json: Not a directory"):
@@ -154,15 +154,15 @@ def test_a_plain_file_in_the_place_of_a_cache_goes_when_it_is_rebuilt(tmp_path):
 
 def test_a_cache_that_is_named_itself_must_be_of_this_teacher_and_these_rows(tmp_path):
     place, key = make(tmp_path)
-    assert place_of(place, key) == place
+    assert cache_directory(place, key) == place
     other = key_of(model(torch.bfloat16))
     with pytest.raises(
         CheckpointError, match=rf"{place} is of another teacher \(models/big\).*--rebuild-teacher-cache"
     ):
-        read_cache(place_of(place, other), other, ROWS)
-    fewer = Key(key.teacher, rows_digest(ROWS[:-1]))
+        read_cache(cache_directory(place, other), other, ROWS)
+    fewer = CacheKey(key.teacher, rows_digest(ROWS[:-1]))
     with pytest.raises(CheckpointError, match=r"is of other rows, or another template or tokenizer \(rows.jsonl\)"):
-        read_cache(place_of(place, fewer), fewer, ROWS[:-1])
+        read_cache(cache_directory(place, fewer), fewer, ROWS[:-1])
     facts = json.loads((place / "states.json").read_text())
     (place / "states.json").write_text(json.dumps(facts | {"format": 1}))
     with pytest.raises(CheckpointError, match="another version of distillm"):
@@ -191,7 +191,7 @@ def test_only_a_cache_is_replaced_by_a_cache(tmp_path):
 
 def test_what_a_killed_writer_left_is_never_read_and_goes(tmp_path):
     key = key_of(model())
-    place = place_of(tmp_path, key)
+    place = cache_directory(tmp_path, key)
     half = tmp_path / f".staging-{key.name}-1234"
     half.mkdir()
     (half / "states.bin").write_bytes(b"half")
@@ -207,7 +207,7 @@ def test_what_a_killed_writer_left_is_never_read_and_goes(tmp_path):
 def test_what_a_killed_writer_left_does_not_count_as_taken(tmp_path, monkeypatch):
     place, key = make(tmp_path / "whole")
     size = (place / "states.bin").stat().st_size
-    place = place_of(tmp_path / "small", key)
+    place = cache_directory(tmp_path / "small", key)
     half = place.with_name(f".staging-{key.name}-1234")
     half.mkdir(parents=True)
     (half / "states.bin").write_bytes(bytes(size // 2))
@@ -230,7 +230,7 @@ def test_what_a_killed_writer_left_does_not_count_as_taken(tmp_path, monkeypatch
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("not a directory")
     key = key_of(model())
-    place = place_of(tmp_path / "file", key)
+    place = cache_directory(tmp_path / "file", key)
     for attempt in (
         lambda: check_space(place, 1),
         lambda: write_cache(place, key, LocalTeacher(model()), ROWS, CPU, of=OF),
@@ -242,7 +242,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 
 def test_a_disk_that_would_overflow_is_noticed_before_anything_is_computed(tmp_path):
     with pytest.raises(StorageError, match=r"needs 1,000,000,000,000.0 MB and .* MB free; .*--teacher-cache"):
-        check_space(place_of(tmp_path, key_of(model())), 10**18)
+        check_space(cache_directory(tmp_path, key_of(model())), 10**18)
 
 
 def test_a_disk_that_fills_up_while_writing_leaves_nothing_and_loses_nothing(tmp_path):
@@ -252,7 +252,7 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing_and_loses_nothing(tmp
     with file_size(len(before) // 2):
         with pytest.raises(StorageError, match=f"cannot write the teacher cache {place}"):
             write_cache(place, key, LocalTeacher(model()), ROWS, CPU, of=OF, rebuild=True)
-        empty = place_of(tmp_path / "new", key)
+        empty = cache_directory(tmp_path / "new", key)
         with pytest.raises(StorageError, match="File too large"):
             write_cache(empty, key, LocalTeacher(model()), ROWS, CPU, of=OF)
     assert (place / "states.bin").read_bytes() == before
@@ -276,7 +276,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from distillm_cli.training.events import Note
 from distillm_cli.teachers.local import LocalTeacher
-from distillm_cli.teachers.teacher_cache import Key, read_cache, write_cache
+from distillm_cli.teachers.teacher_cache import CacheKey, read_cache, write_cache
 from distillm_cli.types import Sequence
 
 class Slow:
@@ -286,7 +286,7 @@ class Slow:
         return torch.arange(batch.tokens * 4.0).view(-1, 4)
 
 rows = [Sequence(np.ones(2, np.int32), np.ones(3, np.int32), i) for i in range(9)]
-key, place, teacher = Key("a" * 64, "b" * 64), Path(sys.argv[1]) / "cache", LocalTeacher(Slow())
+key, place, teacher = CacheKey("a" * 64, "b" * 64), Path(sys.argv[1]) / "cache", LocalTeacher(Slow())
 print("ready", flush=True)
 sys.stdin.readline()
 wrote = write_cache(place, key, teacher, rows, torch.device("cpu"), lambda e: None, of={"teacher": "t", "data": "d"})

@@ -60,7 +60,7 @@ def test_suppressed_tokens_have_the_value_of_the_limit(name, settings, where):
     expected, expected_grad = truth(name, settings, zt, z, columns)
 
     p, q = TokenDistributions(with_zeros(zt, columns[0])[0]), TokenDistributions(with_zeros(z.detach(), columns[1])[0])
-    divergence = build_divergence(ObjectiveConfig(divergence=name, **settings)).at(plain.some_targets(zt), None)
+    divergence = build_divergence(ObjectiveConfig(divergence=name, **settings)).for_tokens(plain.some_targets(zt), None)
     value, h = divergence.between(p, q)
     assert_close(value, expected, rtol=1e-9, atol=1e-11)
     finite = expected.isfinite()
@@ -85,7 +85,9 @@ def test_a_token_suppressed_on_both_sides_is_absent(name, settings):
 @pytest.mark.parametrize(("name", "settings"), SETTINGS + STEEP)
 def test_looking_for_zeros_changes_no_bit_of_finite_logits(name, settings):
     tables = [(4 * rand(50, 101, seed=seed)).float() for seed in (5, 6)]
-    divergence = build_divergence(ObjectiveConfig(divergence=name, **settings)).at(plain.some_targets(tables[0]), None)
+    divergence = build_divergence(ObjectiveConfig(divergence=name, **settings)).for_tokens(
+        plain.some_targets(tables[0]), None
+    )
     plainly, looking = (
         divergence.between(*(TokenDistributions(z, has_zeros=zeros) for z in tables)) for zeros in (False, True)
     )

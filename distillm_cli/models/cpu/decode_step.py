@@ -26,7 +26,7 @@ from distillm_cli.models.model_families import family_of, is_transformers_class
 # (ids [B], positions [B, 1], cache) → last hidden states [B, D]
 DecodeStep = Callable[[torch.Tensor, torch.Tensor, ContiguousCache], torch.Tensor]
 
-# In a larger model the products take all the time, and a second copy of some weights is too much memory.
+# In a larger model the products dominate the time, and a second copy of some weights needs too much memory.
 _MOST_WEIGHTS = 1_000_000_000
 
 
@@ -87,7 +87,7 @@ class LlamaStep:
         mask = cache.mask()
         x_BD = F.embedding(ids_B, self.tokens)
         cos_B1W, sin_B1W = self.rotary(x_BD[:, None], positions_B1)
-        # transformers turns (a, b) into (−b, a) before it multiplies; the sign fits as well on the sine.
+        # transformers turns (a, b) into (−b, a) before the product; here the sign is applied to the sine.
         half = sin_B1W.shape[-1] // 2
         sin_B1W = torch.cat([-sin_B1W[..., :half], sin_B1W[..., half:]], -1)
         for block, layer in zip(self.layers, cache.layers, strict=True):

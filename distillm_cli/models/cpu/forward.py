@@ -35,11 +35,11 @@ from distillm_cli.utils.modules import eval_mode
 if TYPE_CHECKING:
     from distillm_cli.models.backbone import Backbone
 
-# Queries of a block: its keys end where it ends, which is where a causal mask saves half of the work.
+# Queries of a block. Its keys end where the block ends, so that a causal mask saves half of the work.
 _QUERIES = 128
 
-# In training the blocks keep their weights, T² of them for a head, which the kernel for long sequences does not: up to
-# here that is a fraction of what else a block keeps.
+# In training the blocks store their attention weights, T² for each head, which the kernel for long sequences does not. Up to
+# this length they are a fraction of the other activations of a block.
 _LONGEST = 512
 
 _TRIAL_TOKENS = 12  # of the longest prompt that a pass is tried on
@@ -64,7 +64,7 @@ class CpuForward:
         return None if run is None else run(batch)
 
     def find_pass(self, backbone: Backbone, *, for_backward: bool = False) -> TrunkPass | None:
-        """Return the pass for this model, its weights as they are now; None where the trunk's own forward must run.
+        """Return the pass for this model with its current weights; None if the trunk's own forward has to run.
 
         for_backward: ``backward()`` follows, so that a tied embedding's own gradient may be added to ``grad`` at its end.
         """
@@ -79,7 +79,7 @@ class CpuForward:
         return run if self.agrees else None
 
     def forget_weights(self) -> None:
-        """Drop all layouts, because the weights are about to become others."""
+        """Drop all layouts, because the weights are about to be replaced."""
         self.packed = PackedWeights()
 
     def _deferred_grad(self, backbone: Backbone) -> DeferredEmbeddingGrad | None:
@@ -105,7 +105,7 @@ def _agrees(backbone: Backbone, run: TrunkPass) -> bool:
 
 
 class DeferredEmbeddingGrad:
-    """Hold back the gradient of a tied matrix by its use as an embedding, until that by its use as a head is there.
+    """Defer the gradient of a tied matrix from its use as an embedding until that from its use as a head exists.
 
     A batch looks up few of the matrix's rows. Autograd would make a table of its height for each batch, or copy the head's
     for each sparse one; here the rows are added to ``weight.grad`` where their tokens are, at the end of each backward pass.
@@ -120,13 +120,13 @@ class DeferredEmbeddingGrad:
         return _DeferredEmbedding.apply(self.weight_VD, ids_BT, padding, self)
 
     def hold(self, ids_M: Tensor, grad_MD: Tensor) -> None:
-        """Keep a gradient, in a backward pass, until its end, when all other gradients are there."""
+        """Store a gradient until the end of the backward pass, when all other gradients exist."""
         if not self._waiting:
             torch.autograd.Variable._execution_engine.queue_callback(self._add)
         self._waiting.append((ids_M, grad_MD))
 
     def drop(self) -> None:
-        """Forget what a backward pass left that did not come to its end."""
+        """Discard the stored gradients of a backward pass that did not finish."""
         self._waiting.clear()
 
     def _add(self) -> None:
@@ -160,7 +160,7 @@ class _DeferredEmbedding(torch.autograd.Function):
 def trunk_pass(
     trunk: nn.Module | None, packed: PackedWeights, embedding_grad: DeferredEmbeddingGrad | None = None
 ) -> TrunkPass | None:
-    """Return the pass over this trunk, its weights as they are now; None where none was written for it.
+    """Return the pass over this trunk with its current weights; None if there is none for the family.
 
     packed: the layouts of frozen weights, reused from one pass to the next. embedding_grad: of the embedding matrix, where
     that is the head's too. On a CPU only: elsewhere transformers' own kernels are good, and this was not measured.
@@ -180,17 +180,17 @@ def trunk_pass(
 
 
 def has_forward(model_type: str) -> bool:
-    """Return whether a pass was written for models of this family."""
+    """Return whether there is a pass for models of this family."""
     return cpu.is_enabled() and family_of(model_type).cpu_layout is not None
 
 
 def has_layouts(model_type: str, weights: int) -> bool:
-    """Return whether the frozen bf16 weights of such a model, of this size, are in memory in a second layout too."""
+    """Return whether the frozen bf16 weights of a model of this family and size also have a second layout in memory."""
     return has_forward(model_type) and is_small(weights) and can_pack()
 
 
 class _Supervised:
-    """Hold where a batch's supervised positions are, as rows of queries [B, Q]; shorter rows are filled up."""
+    """Hold the supervised positions of a batch as rows of queries [B, Q], with shorter rows padded."""
 
     def __init__(self, batch: Batch):
         self.positions_N = batch.positions_N

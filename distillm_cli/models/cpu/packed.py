@@ -10,10 +10,10 @@ from torch import nn
 
 from distillm_cli.models import cpu
 
-# A layout is chosen for so many rows and serves other numbers as well.
+# The number of rows for which a layout is chosen. It works for other numbers as well.
 _ROWS = 32
 
-# A layout is a second copy of the weight; above so many numbers (half a gigabyte of bf16) that is too much memory.
+# A layout is a second copy of the weight. Above this size (half a gigabyte of bf16) it needs too much memory.
 _MOST_WEIGHTS = 1 << 28
 
 

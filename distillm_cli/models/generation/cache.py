@@ -1,4 +1,4 @@
-"""Keep keys and values in one piece, and attend to them from one new token.
+"""Store keys and values in contiguous tensors, and attend to them from one new token.
 
 A cache that grows by concatenation copies itself for every token, and a kernel made for long queries spends most of its
 time packing. Here a layer's keys and values lie in one piece [B, K, C, W] that reaches a few columns beyond what is
@@ -18,15 +18,15 @@ from transformers.cache_utils import DynamicLayer
 
 ATTENTION = "distillm_one_token"
 
-# Columns added at a time: copied once per so many tokens, and at most so many columns of zeros to multiply with.
+# Columns added at a time. The cache is copied once per this many tokens and has at most this many empty columns.
 _COLUMNS = 32
 
-# What an attention function may be given that this one does not know; a model that needs it decodes the plain way.
+# Arguments of attention functions that this one does not support; a model that needs them uses the plain decoding.
 _UNKNOWN = ("softcap", "s_aux", "position_bias")
 
 
 class ContiguousLayer(DynamicLayer):
-    """Hold one layer's keys and values in one piece. length: the columns that are filled."""
+    """Hold one layer's keys and values in contiguous tensors. length: number of filled columns."""
 
     def __init__(self, rows: int, columns: int, max_columns: int | None):
         super().__init__()
@@ -67,7 +67,7 @@ class ContiguousLayer(DynamicLayer):
 
 
 class ContiguousCache(Cache):
-    """Hold such layers, and the mask of what is filled in them.
+    """Hold contiguous layers and the mask of their filled columns.
 
     rows: B. columns: of the longest prompt. max_columns: that a family may have tables for, its context. The additive mask
     [B or 1, 1, 1, C] is 0 or the least number.
@@ -85,7 +85,7 @@ class ContiguousCache(Cache):
         return self.layers[0].length
 
     def store(self, rows: list[int], part: DynamicCache) -> None:
-        """Store what a pass over some rows' prompts, padded on the left, put into ``part``."""
+        """Store the cache ``part`` of a pass over some rows' prompts, padded on the left."""
         if not self.layers:
             self.layers = [ContiguousLayer(self.rows, self.columns, self.max_columns) for _ in part.layers]
         for mine, theirs in zip(self.layers, part.layers, strict=True):
@@ -121,7 +121,7 @@ class ContiguousCache(Cache):
 
 
 def has_plain_cache(config: PretrainedConfig) -> bool:
-    """Return whether every layer attends to all that was before: no sliding window, no state space, nothing shared."""
+    """Return whether every layer attends to all earlier tokens: no sliding window, state space or shared cache."""
     layers = DynamicCache(config=config).layers
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
 
@@ -175,12 +175,12 @@ def one_token_attention_in(config: PretrainedConfig) -> Iterator[None]:
 
 
 def _zeros(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    # Not empty: a masked column still meets a weight of 0, and 0 · nan is nan.
+    # Zeros, not empty: a masked column is multiplied by a weight of 0, and 0 · nan is nan.
     return torch.zeros((rows, like.shape[1], columns, like.shape[3]), dtype=like.dtype, device=like.device)
 
 
 def _grown(length: int, max_columns: int | None) -> int:
-    """Return the columns to have, of which so many are full; one more at least, whatever the context."""
+    """Return the new number of columns, given the number of full ones; at least one more, even beyond the context."""
     return length + _COLUMNS if max_columns is None else max(length + 1, min(length + _COLUMNS, max_columns))
 
 

@@ -1,9 +1,9 @@
-"""Decode token by token from prompts: fast for models that attend to everything, plainly for all others.
+"""Decode token by token from prompts, with a fast path for models with full attention and a plain one for all others.
 
-All decodings have the same methods, and the plain one is what the fast ones are checked against. `logits(None)` reads the
-prompts; `logits(tokens_B)` appends one token to every row. Both return float32 logits [B, vocab] for the next token.
-`keep(rows_B)` drops all other rows, and orders these. Gradients off, dropout off, modes restored, autocast off: the
-weights are in the dtype to decode in already (`Backbone.decode`).
+All decodings have the same methods, and the fast ones are checked against the plain one. `logits(None)` processes the
+prompts, `logits(tokens_B)` appends one token to every row. Both return float32 logits [B, vocab] for the next token.
+`keep(rows_B)` removes all other rows and reorders these. Gradients, dropout and autocast are off, and modes are restored
+afterwards: the weights are already in the dtype for decoding (`Backbone.decode`).
 
 Shape letters: B sequences, T time, P prompt length (padded), V vocabulary.
 """
@@ -31,13 +31,15 @@ from distillm_cli.utils.modules import eval_mode_of
 if TYPE_CHECKING:
     from distillm_cli.models.backbone import Backbone
 
-# Prompts are read together when the shortest is at least this share of the longest, or this near it: below that, padding
-# costs more than another pass. More tokens than that at once leave the processor's caches.
-CLOSE_RATIO, CLOSE_LENGTH, PASS_TOKENS = 7 / 8, 8, 4096
+# Prompts are processed together if the shortest has at least this share of the longest's length, or is at most this many
+# tokens shorter. Otherwise padding costs more than another pass.
+CLOSE_RATIO = 7 / 8
+CLOSE_LENGTH = 8
+PASS_TOKENS = 4096  # more tokens in one pass do not fit the processor's caches
 
 
 class PlainDecoding:
-    """Read all prompts in one pass, padded on the left, with transformers' own cache, of whatever kind the model has."""
+    """Process all prompts in one pass, padded on the left, with the transformers cache of the model."""
 
     def __init__(self, backbone: Backbone, prompts: Sequence[np.ndarray], run: _Pass | None = None):
         self._pass = run or _Pass(backbone)
@@ -55,7 +57,7 @@ class PlainDecoding:
             ids_BT = tokens_B.to(self._positions_BP.device)[:, None]
             self._positions_BP = self._positions_BP[:, -1:] + 1
             if self._mask_BT is not None:
-                # A pure state space model has the padding behind it once the prompt is read.
+                # A pure state space model needs no mask once the prompt is processed.
                 self._mask_BT = None if self._pass.recurrent else F.pad(self._mask_BT, (0, 1), value=1)
         return self._pass(ids_BT, self._cache, self._mask_BT, self._positions_BP)
 
@@ -73,7 +75,7 @@ class PlainDecoding:
             self._drop_columns(int(self._mask_BT.argmax(1).min()))
 
     def _drop_columns(self, count: int) -> None:
-        """Drop the first columns, where no row has a token: some families have tables no longer than their context."""
+        """Drop the first columns, in which no row has a token. Some families have tables limited to their context."""
         if count:
             self._mask_BT = self._mask_BT[:, count:]
             for layer in self._cache.layers:
@@ -81,8 +83,9 @@ class PlainDecoding:
 
 
 class LengthGroupedDecoding:
-    """Decode prompts of one length at a time, each group plainly by itself, for models that padding misleads: those with
-    learned positions that a caller cannot name, for example.
+    """Decode prompts in groups of equal length, for models that do not support padding.
+
+    These are, for example, models with learned positions that the caller cannot pass.
     """
 
     def __init__(self, backbone: Backbone, prompts: Sequence[np.ndarray]):
@@ -102,13 +105,13 @@ class LengthGroupedDecoding:
         return logits_BV[order.to(logits_BV.device)]
 
     def keep(self, rows_B: torch.Tensor) -> None:
-        rows_B, kept = rows_B.cpu(), []
+        rows_B, groups = rows_B.cpu(), []
         for rows, decoding in self._groups:
-            there_B = torch.isin(rows_B, rows)  # positions in the batch to be
-            if there_B.any():
-                decoding.keep(torch.searchsorted(rows, rows_B[there_B]))
-                kept.append((there_B.nonzero()[:, 0], decoding))
-        self._groups = kept
+            in_group_B = torch.isin(rows_B, rows)  # positions in the new batch
+            if in_group_B.any():
+                decoding.keep(torch.searchsorted(rows, rows_B[in_group_B]))
+                groups.append((in_group_B.nonzero()[:, 0], decoding))
+        self._groups = groups
 
 
 class FastDecoding:
@@ -130,10 +133,12 @@ class FastDecoding:
         if self._step is not None:
             with torch.autocast(ids_B1.device.type, enabled=False):
                 return self._pass.head.logits(self._step(ids_B1[:, 0], self._positions_B1, self._cache))
-        # transformers' own kernels are made for long queries; on other devices they are good at short ones too.
+        # On CPUs transformers' kernels are slow for short queries.
         is_ours = ids_B1.device.type == "cpu" and cpu.is_enabled()
         with one_token_attention_in(self._pass.config) if is_ours else nullcontext():
-            mask_B11C = self._cache.mask().expand(len(ids_B1), -1, -1, -1)  # XGLM takes no mask that all rows share
+            mask_B11C = self._cache.mask().expand(
+                len(ids_B1), -1, -1, -1
+            )  # XGLM does not accept a mask shared by all rows
             return self._pass(ids_B1, self._cache, mask_B11C, self._positions_B1)
 
     def _read_prompts(self) -> torch.Tensor:
@@ -150,7 +155,7 @@ class FastDecoding:
             if logits_BV is None:
                 logits_BV = part_BV.new_empty((len(prompts), part_BV.shape[1]))
             logits_BV[rows] = part_BV
-        # The scores' softmax is in float32 where it is ours, and others want the mask in the dtype of the keys.
+        # Our own step computes the softmax in float32; other kernels need the mask in the dtype of the keys.
         self._cache.start(lengths, self._backbone.model.dtype if self._step is None else torch.float32)
         return logits_BV
 
@@ -164,11 +169,10 @@ class FastDecoding:
 
 
 class BlockDecoding(PlainDecoding):
-    """Read several tokens at once, and retract the latest, for models that attend to everything: there a token that was
-    read leaves one column behind. G: tokens of a block, C: columns of the cache.
+    """Process several tokens at once and remove the latest ones, for models with full attention.
 
-    Retracting tokens moves a row's remaining columns to the right, so that all rows end in the same column and each is
-    padded on the left, as prompts are.
+    In these each token has one column in the cache. Removing tokens moves a row's remaining columns to the right, so that
+    all rows end in the same column and are padded on the left like prompts. G: tokens of a block, C: columns of the cache.
     """
 
     def __init__(self, backbone: Backbone, prompts: Sequence[np.ndarray]):
@@ -187,7 +191,7 @@ class BlockDecoding(PlainDecoding):
         return self._pass(tokens_BG.to(device), self._cache, self._mask_BT, self._positions_BP, every=True)
 
     def retract(self, counts_B: torch.Tensor) -> None:
-        """Retract so many of each row's latest tokens, which were read after its prompt."""
+        """Remove this many of each row's latest tokens after its prompt."""
         counts_B = counts_B.to(self._positions_BP.device)
         if not counts_B.any():
             return
@@ -207,17 +211,19 @@ class BlockDecoding(PlainDecoding):
 
 
 def _accepted(module: nn.Module) -> set[str]:
-    """Return which of the inputs that decoding may pass the module's forward takes."""
+    """Return the optional inputs of decoding that the module's forward accepts."""
     names = ("past_key_values", "cache_params", "position_ids", "logits_to_keep")
     accepts = inspect.signature(module.forward).parameters
-    # A wrapper's forward(*args, **kwargs) names nothing; what is behind it is taken to be of the usual kind.
+    # A wrapper's forward(*args, **kwargs) names no inputs; the wrapped module is assumed to have the usual ones.
     usual = "input_ids" not in accepts
     return {n for n in names if n in accepts or (usual and n != "cache_params")}
 
 
 class _Pass:
-    """Run the model on ids [B, T] behind a cache: float32 logits [B, vocab] after the last of them, or, with ``every``,
-    after each: [B, T, vocab]."""
+    """Run the model on ids [B, T] with a cache.
+
+    Return float32 logits after the last token [B, vocab], or with ``every`` after each token [B, T, vocab].
+    """
 
     def __init__(self, backbone: Backbone):
         self._own_logits = backbone.own_logits
@@ -255,7 +261,7 @@ class _Pass:
 
 
 def cannot_generate(backbone: Backbone, why: str) -> ModelError:
-    """Return the error for a model that can be trained and not decoded."""
+    """Return the error for a model that can be trained but not decoded."""
     return ModelError(
         f"cannot generate with a {backbone.model.config.model_type} model: {why}",
         hint="it can be trained, on data set rows: --set schedule.kind=off --set train.select=valid_loss",
@@ -263,7 +269,7 @@ def cannot_generate(backbone: Backbone, why: str) -> ModelError:
 
 
 def check_call_order(tokens_B: torch.Tensor | None, unread: bool) -> None:
-    """Raise ValueError where the prompts are read twice, or tokens come before them."""
+    """Raise ValueError if the prompts are passed twice or tokens come before them."""
     if (tokens_B is None) != unread:
         raise ValueError("the first call reads the prompts (None), every later one takes a token per row")
 

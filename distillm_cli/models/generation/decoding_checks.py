@@ -1,4 +1,4 @@
-"""Find out by trial how a model may decode: whether prompts may be padded, which fast ways give its own logits."""
+"""Test how a model can decode: whether prompts may be padded, and which fast paths give its own logits."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from distillm_cli.models.model_families import token_compression
 if TYPE_CHECKING:
     from distillm_cli.models.backbone import Backbone
 
-# Of the trial of padding: tokens of the short prompt, and of padding before it. No family compresses by a multiple of 7.
+# For the padding test: tokens of the short prompt and of the padding before it. No family compresses by a multiple of 7.
 _SHORT, _PADDING = 4, 7
 
 
 def check_decoding(backbone: Backbone, decode: Callable[[Backbone, Sequence[np.ndarray]], Any]) -> bool:
-    """Return whether prompts of different lengths may stand side by side, by trying it on a few tokens.
+    """Test on a few tokens whether prompts of different lengths can be decoded in one batch.
 
     decode: the plain decoding for such a model. A short prompt is answered beside one of its own length and beside a longer
     one, where it is padded. Families differ in how they treat padding, also those that take positions: some count it, or
-    compress tokens in blocks that padding shifts. Raises ModelError for a model that cannot decode at all.
+    compress tokens in blocks that padding shifts. Raise ModelError for a model that cannot decode at all.
     """
     room = backbone.context or math.inf
     short = max(1, min(_SHORT + token_compression(backbone.model.config), room - 2))
@@ -52,7 +52,7 @@ def check_decoding(backbone: Backbone, decode: Callable[[Backbone, Sequence[np.n
         unpadded = decoded(prompt)
     except DistillmError:
         raise
-    except Exception as error:  # of any type, for it is the family's own code that stumbles
+    except Exception as error:  # the code of the family may raise any type
         if out_of_memory(error):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -61,7 +61,7 @@ def check_decoding(backbone: Backbone, decode: Callable[[Backbone, Sequence[np.n
         padded = decoded(ids[: short + padding])
         if logits_match(padded, unpadded, backbone.model.dtype):
             return True
-        # In few bits a router may choose otherwise beside any other row: no fault of padding.
+        # In quantized models a router may choose other experts in any other batch, which is not an effect of padding.
         rounding = (decoded(other) - unpadded).abs().max()
         return bool((padded - unpadded).abs().max() <= 2 * rounding)
     except Exception as error:
@@ -71,14 +71,14 @@ def check_decoding(backbone: Backbone, decode: Callable[[Backbone, Sequence[np.n
 
 
 class FastPaths(NamedTuple):
-    """Hold what gives a model's own logits. cache: the contiguous cache. step: the hand-written step over it."""
+    """Hold the fast paths that give a model's own logits. cache: the contiguous cache. step: the hand-written step."""
 
     cache: bool
     step: bool
 
 
 def find_fast_paths(backbone: Backbone) -> FastPaths:
-    """Return which fast paths suit a model, by trying them on short prompts and a few tokens, in the weights' dtype."""
+    """Test the fast paths of a model on short prompts and a few tokens, in the dtype of the weights."""
     has_cache = has_plain_cache(backbone.model.config) and _agrees(backbone, step=False)
     has_step = has_cache and not backbone.own_logits and decode_step_of(backbone.trunk) is not None
     return FastPaths(has_cache, has_step and _agrees(backbone, step=True))
@@ -94,7 +94,7 @@ def _agrees(backbone: Backbone, *, step: bool) -> bool:
         expected_BV = plain.logits(tokens_B)
         try:
             found_BV = fast.logits(tokens_B)
-        except Exception:  # a family that reads masks or caches in its own way; it decodes plainly
+        except Exception:  # a family with its own masks or caches; it uses the plain decoding
             return False
         if not logits_match(found_BV, expected_BV, backbone.model.dtype):
             return False
@@ -122,7 +122,7 @@ def logits_match(ours_NV: torch.Tensor, own_NV: torch.Tensor, dtype: torch.dtype
 
 
 def can_retract(backbone: Backbone) -> bool:
-    """Return whether the model gives its own logits over tokens that came in blocks, also after some were retracted.
+    """Return whether the model gives its own logits for blocks of tokens, also after some were removed.
 
     Tried on short prompts, against decoding that retracts nothing.
     """
@@ -137,7 +137,7 @@ def can_retract(backbone: Backbone) -> bool:
         blocks.logits_after(block_BG)
         blocks.retract(torch.tensor([2, 1]))
         found_BV = blocks.logits(block_BG[:, 0])
-    except Exception:  # a family that reads masks or caches in its own way; it drafts one token at a time
+    except Exception:  # a family with its own masks or caches; it drafts one token at a time
         return False
     expected_BV = torch.cat(
         [

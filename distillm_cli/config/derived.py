@@ -1,0 +1,80 @@
+"""Derive from a recipe: the recipe of its fine-tuning stage, and the values that a resume must not change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from distillm_cli import plugins
+from distillm_cli.config.explain import leaves
+from distillm_cli.config.field_usage import has_field, value_of
+from distillm_cli.config.load import Resolved, nested
+from distillm_cli.config.methods import METHODS
+from distillm_cli.config.schema import Recipe
+from distillm_cli.utils.text import redact
+
+_ORIGIN = "student.sft_epochs"
+
+# Fields that may differ between a run and its resume, because no later step depends on them.
+_CHANGEABLE = ("teacher.cache_dir", "train.keep", "train.log_steps", "train.device", "train.threads", "data.workers")
+_CHANGEABLE += ("eval.suites", "eval.batch_size")
+
+
+def sft_stage_recipe(resolved: Resolved) -> Resolved | None:
+    """Return the recipe of the fine-tuning that ``student.sft_epochs`` asks for, as `distillm sft` would run it, or None.
+
+    It has the same student, rows and seed. It uses the preset of method sft, ``sft_epochs`` epochs at ``sft_lr``, a
+    validation and a checkpoint after each, and selects the best by validation loss.
+    """
+    recipe = resolved.recipe
+    student = recipe.student
+    if not student.sft_epochs:
+        return None
+    lr = (student.sft_lr, "student.sft_lr")
+    if student.sft_lr is None:
+        lr = (recipe.train.lr, resolved.origin["train.lr"])
+    changed: dict[str, tuple[Any, str]] = {key: (value, "method sft") for key, value in METHODS["sft"].preset.items()}
+    changed |= {
+        "method": ("sft", _ORIGIN),
+        "train.epochs": (student.sft_epochs, _ORIGIN),
+        "train.steps": (None, _ORIGIN),
+        "train.eval_steps": ("epoch", _ORIGIN),
+        "train.save_steps": ("epoch", _ORIGIN),
+        "train.patience": (None, _ORIGIN),
+        "train.lr": lr,
+        "student.save_dtype": ("fp32", _ORIGIN),  # distillation starts from exactly these weights
+        "student.sft_epochs": (type(student).model_fields["sft_epochs"].default, _ORIGIN),
+        "student.sft_lr": (None, _ORIGIN),
+    }
+    unchanged = {
+        key: value_of(recipe, key)
+        for key in resolved.origin
+        if not key.startswith(("objective.", "schedule."))  # fine-tuning does not use them
+    }
+    values = unchanged | {key: value for key, (value, _) in changed.items()}
+    stage = Recipe.model_validate(nested(values))
+    origins = {key: resolved.origin[key] for key in unchanged} | {key: origin for key, (_, origin) in changed.items()}
+    origin = {key: origins.get(key, "default") for key in leaves() if has_field(stage, key)}
+    overridden = {key: value for key, value in resolved.overridden.items() if key in unchanged and key not in changed}
+    return Resolved(stage, origin, overridden, name=resolved.name)
+
+
+def fixed_values(recipe: Recipe) -> dict[str, object]:
+    """Return the values of a recipe that a resume must find unchanged, by dotted key.
+
+    Credentials in addresses are removed, since the values are written to disk. The ``eval`` section is included if a
+    metric of generated answers selects the checkpoint.
+    """
+    changeable = _CHANGEABLE if recipe.train.select in plugins.metrics else (*_CHANGEABLE, "eval")
+
+    def flatten(section: dict, prefix: str) -> Iterator[tuple[str, object]]:
+        for key, value in section.items():
+            dotted = f"{prefix}{key}"
+            if dotted in changeable:
+                continue
+            if isinstance(value, dict):
+                yield from flatten(value, f"{dotted}.")
+            else:
+                yield dotted, redact(value) if isinstance(value, str) else value
+
+    return dict(flatten(recipe.model_dump(mode="json"), ""))
