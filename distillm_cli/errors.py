@@ -101,7 +101,7 @@ class Interrupted(DistillmError):
         self.exit_code = 128 + signal_number
 
 
-class Pressed(KeyboardInterrupt):
+class CtrlC(KeyboardInterrupt):
     """Ctrl-C. A kind of its own: of a plain KeyboardInterrupt that comes through ``exec`` of a text, with which imports make
     their data classes, ``python -m`` remembers that it came, and ends by the signal, whatever the exit code."""
 
@@ -110,13 +110,13 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, as Ctrl-C comes: at once, through every ``finally``, past every ``except Exception``."""
 
 
-class HungUp(KeyboardInterrupt):
+class Hangup(KeyboardInterrupt):
     """Report SIGHUP, as SIGTERM: the terminal was closed."""
 
 
 def signal_number(stop: KeyboardInterrupt) -> int:
     """Return the number of the signal that raised this."""
-    return 15 if isinstance(stop, Terminated) else 1 if isinstance(stop, HungUp) else 2
+    return 15 if isinstance(stop, Terminated) else 1 if isinstance(stop, Hangup) else 2
 
 
 def typed_options(argv: list[str]) -> list[str]:
@@ -124,7 +124,7 @@ def typed_options(argv: list[str]) -> list[str]:
     return argv[: argv.index("--")] if "--" in argv else argv
 
 
-def of_tokenizers(error: BaseException) -> bool:
+def is_tokenizer_failure(error: BaseException) -> bool:
     """Return whether a tokenizer failed inside its library, written in Rust: by a panic, which is no Exception, or by a bare
     Exception, which nothing else raises."""
     return type(error) is Exception or type(error).__name__ == "PanicException"

@@ -20,7 +20,7 @@ from distillm_cli.config import schema
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import Row
 from distillm_cli.errors import DataError
-from distillm_cli.evaluation.metrics import Metric, RatioMetric, RatioParts, metric_of, ratio, undefined_on
+from distillm_cli.evaluation.metrics import Metric, RatioMetric, RatioParts, get_metric, ratio, undefined_reason
 from distillm_cli.evaluation.reasoning import without_reasoning
 from distillm_cli.evaluation.suites import Suite
 from distillm_cli.rollouts.sampler import Decoder, SampledOutput, Sampling, sample_all
@@ -209,7 +209,7 @@ def _compared(texts: SequenceOf[str], config: schema.EvalConfig) -> tuple[str, .
 
 def _answer(output: str, sample: SampledOutput, references: SequenceOf[str], config: schema.EvalConfig) -> Answer:
     (text,) = _compared([output], config)
-    metrics = [metric_of(name, config.rouge_tokenizer) for name in config.metrics]
+    metrics = [get_metric(name, config.rouge_tokenizer) for name in config.metrics]
     ratios = [metric for metric in metrics if isinstance(metric, RatioMetric)]
     counts = {metric.name: metric.count(text, references) for metric in ratios}
     return Answer(text, output, len(sample.tokens), sample.complete, float(sample.entropy), counts)
@@ -221,7 +221,7 @@ def _scores(
     found = {}
     for name in config.metrics:
         metric = plugins.metrics[name]
-        if (why := undefined_on(name, references, config.rouge_tokenizer)) is not None:
+        if (why := undefined_reason(name, references, config.rouge_tokenizer)) is not None:
             found[name] = Score(None, None, dict.fromkeys(answers), metric.signature, why)
             continue
         seeds = {key: _figure(metric, of_pass, references) for key, of_pass in answers.items()}

@@ -297,15 +297,15 @@ class FinalNumber(RatioMetric):
 # Access by name
 
 
-def metric_of(name: str, rouge_tokenizer: str = "words") -> Metric:
+def get_metric(name: str, rouge_tokenizer: str = "words") -> Metric:
     """Return a metric by name, ROUGE on words or on characters."""
     metric = plugins.metrics[name]
     return type(metric)(rouge_tokenizer) if isinstance(metric, Rouge) else metric
 
 
-def undefined_on(name: str, references: Sequence[Sequence[str]], rouge_tokenizer: str = "words") -> str | None:
+def undefined_reason(name: str, references: Sequence[Sequence[str]], rouge_tokenizer: str = "words") -> str | None:
     """Return why a metric is undefined on these rows, and what to use instead; None where it is defined."""
-    metric = metric_of(name, rouge_tokenizer)
+    metric = get_metric(name, rouge_tokenizer)
     why = metric.undefined(text for accepted in references for text in accepted)
     return None if why is None else f"{name} is undefined on these rows: {why}; use {metric.alternative}"
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 from distillm_cli.config.schema import ColumnsConfig, Recipe
 from distillm_cli.data.files import stem_of
-from distillm_cli.data.known import known
-from distillm_cli.data.sources import Row, Rows, kind_of, load_rows, user_path
+from distillm_cli.data.known import find_dataset
+from distillm_cli.data.sources import Row, Rows, load_rows, path_kind, user_path
 from distillm_cli.training.events import Listener, silent
 
 HELD_OUT = "held-out"
@@ -56,7 +56,7 @@ def load_suite(name: str, recipe: Recipe, listener: Listener = silent) -> Suite:
     """
     # What belongs to the training source, such as its own held-out file, is not the suite's.
     own = {"source": name, "valid": None, "limit": None}
-    if known(name) is not None:  # its columns are known, whatever a recipe names for its own data
+    if find_dataset(name) is not None:  # its columns are known, whatever a recipe names for its own data
         own["columns"] = ColumnsConfig()
     data = recipe.data.model_copy(update=own)
     return _suite(short_name(name), load_rows(data, "test", listener=listener, limit=recipe.eval.limit))
@@ -82,11 +82,11 @@ def distinct(suites: Iterable[Suite]) -> list[Suite]:
 def short_name(source: str) -> str:
     """Return a suite's name: dolly → dolly; data/g2p/test.jsonl → g2p-test; MiniLLM/dolly → MiniLLM-dolly."""
     path, name = user_path(source), source
-    if kind_of(path) == "file":
+    if path_kind(path) == "file":
         place = path.resolve()
         stem = stem_of(place)
         name = f"{place.parent.name}-{stem}" if stem in _GENERIC else stem
-    elif kind_of(path) == "directory":
+    elif path_kind(path) == "directory":
         name = path.resolve().name
     return re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "suite"
 

@@ -150,7 +150,7 @@ class AlphaBeta(Divergence):
 
     def _of_logs(self, u_NV: Tensor, w_NV: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None]:
         """Return value and h from finite log p and log q."""
-        from distillm_cli.utils.exact import where_exact
+        from distillm_cli.utils.exact import on_float64_device
 
         first, middle, last = sorted((0.0, self.alpha, self.alpha + self.beta))
         given_NV = w_NV
@@ -160,7 +160,7 @@ class AlphaBeta(Divergence):
             value_N = gap_NV.square().sum(-1).mul_(0.5)
             return value_N, gap_NV.neg_() if with_grad else None
         if spread < _NARROW:
-            u_NV, w_NV, gap_NV = (where_exact(x_NV).double() for x_NV in (u_NV, w_NV, gap_NV))
+            u_NV, w_NV, gap_NV = (on_float64_device(x_NV).double() for x_NV in (u_NV, w_NV, gap_NV))
         pairs = ((first, middle), (middle, last))
         rises = {pair: self._rise(u_NV, w_NV, gap_NV, *pair) for pair in pairs}
         (below_NV, below), (above_NV, above) = (rises[pair] for pair in pairs)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distillm_cli.errors import NonFiniteError
-from distillm_cli.utils.exact import where_exact
+from distillm_cli.utils.exact import on_float64_device
 
 # Tokens of a block in the two-level cumulative sum, and the vocabulary from which two levels are cheaper than one.
 _BLOCK, _TWO_LEVELS = 256, 4096
@@ -57,7 +57,7 @@ def choose(logits_BV: Tensor, sampling: Sampling, uniforms_B: Tensor) -> Tensor:
     if sampling.temperature == 0:
         most_B, likeliest_B = logits_BV.max(-1)  # NaN, where there is one
         return likeliest_B.where(most_B.isfinite(), _NONE)
-    device, logits_BV = logits_BV.device, where_exact(logits_BV)
+    device, logits_BV = logits_BV.device, on_float64_device(logits_BV)
     uniforms_B = uniforms_B.to(logits_BV.device, torch.float64)
     return inverse_cdf(distribution(logits_BV, sampling), uniforms_B).to(device)
 

@@ -131,12 +131,12 @@ def difference(directory: Path, manifest: dict, name: str) -> str | None:
     path = directory / name
     if not path.is_file():
         return f"{path} is missing"
-    if not is_as_sealed(path, manifest["files"][name]):
+    if not matches_seal(path, manifest["files"][name]):
         return f"{path} is damaged or changed: it differs from {directory / MANIFEST}"
     return None
 
 
-def is_as_sealed(path: Path, sealed: dict) -> bool:
+def matches_seal(path: Path, sealed: dict) -> bool:
     """Return whether a file has the size and SHA-256 of its seal."""
     return path.stat().st_size == sealed.get("bytes") and _digest(path) == sealed.get("sha256")
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from distillm_cli.errors import HungUp, Pressed, Terminated
+from distillm_cli.errors import CtrlC, Hangup, Terminated
 
 _IMPORTING = "<frozen importlib._bootstrap>"  # the file name of the frames of a running import
 _PACKAGE = __name__.partition(".")[0]
@@ -27,9 +27,9 @@ def handle_signals() -> Iterator[None]:
     torch's import is calls from C++, where an exception ends the process, or is caught and the rest imported twice. A
     second signal is raised at once.
     """
-    usual = {signal.SIGINT: (signal.default_int_handler, Pressed), signal.SIGTERM: (signal.SIG_DFL, Terminated)}
+    usual = {signal.SIGINT: (signal.default_int_handler, CtrlC), signal.SIGTERM: (signal.SIG_DFL, Terminated)}
     if hasattr(signal, "SIGHUP"):  # not on Windows
-        usual[signal.SIGHUP] = (signal.SIG_DFL, HungUp)
+        usual[signal.SIGHUP] = (signal.SIG_DFL, Hangup)
     in_main_thread = threading.current_thread() is threading.main_thread()
     own = {n: stop for n, (handler, stop) in usual.items() if in_main_thread and signal.getsignal(n) == handler}
     can_wait = bool(own) and hasattr(signal, "setitimer") and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
@@ -38,7 +38,7 @@ def handle_signals() -> Iterator[None]:
     def on_signal(number: int, frame: FrameType | None) -> None:
         nonlocal pending
         stop = own[number]
-        if stop is HungUp and HungUp in _received:  # the kernel sends it, and the shell again
+        if stop is Hangup and Hangup in _received:  # the kernel sends it, and the shell again
             return
         _received.append(stop)
         if pending is not None or not can_wait or not _is_importing(frame):

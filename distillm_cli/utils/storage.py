@@ -54,19 +54,19 @@ def storing(what: str, hint: str, *, hint_if_full: str | None = None) -> Iterato
     try:
         yield
     except Exception as error:
-        if isinstance(error, DistillmError) or failed_with(error) is None:
+        if isinstance(error, DistillmError) or os_error_number(error) is None:
             raise
         raise storage_error(error, what, hint, hint_if_full=hint_if_full) from error
 
 
 def storage_error(error: BaseException, what: str, hint: str, *, hint_if_full: str | None = None) -> StorageError:
     """Return the StorageError for an error that the file system reported."""
-    if hint_if_full is not None and is_full(failed_with(error)):
+    if hint_if_full is not None and is_full(os_error_number(error)):
         hint = hint_if_full
     return StorageError(f"{what}: {reason(error)}", hint=hint)
 
 
-def failed_with(error: BaseException) -> int | None:
+def os_error_number(error: BaseException) -> int | None:
     """Return the number of the file system's error that this exception reports; None where it reports none."""
     if isinstance(error, OSError) and error.errno is not None:
         number = error.errno
@@ -84,7 +84,7 @@ def is_full(number: int | None) -> bool:
 
 def reason(error: BaseException) -> str:
     """Return what the file system reported, in its words: "No space left on device"."""
-    number = failed_with(error)
+    number = os_error_number(error)
     return getattr(error, "strerror", None) or (os.strerror(number) if number is not None else str(error))
 
 
@@ -257,7 +257,7 @@ def nearest_directory(path: Path) -> Path:
     return path
 
 
-def leads_nowhere(path: Path) -> bool:
+def is_broken_link(path: Path) -> bool:
     """Return whether the path is a symbolic link to nothing, or to itself."""
     try:
         return path.is_symlink() and not path.exists()
