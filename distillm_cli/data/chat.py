@@ -1,4 +1,4 @@
-"""Render conversations as text: find which part of the chat template's output the assistant must produce.
+"""Render conversations with the chat template, and find the parts that the assistant must produce.
 
 Only the template's output is used. A conversation is rendered as a whole, and each answer is found in it by rendering the
 messages before it with a generation prompt: what the template adds after that prompt, up to the token that ends the turn,

@@ -112,12 +112,14 @@ def _read_named_prompt(record: Record, columns: ColumnsConfig, required: bool) -
 
 def _read_conversation(record: Record, name: str, columns: ColumnsConfig, required: bool) -> Fields:
     value = record.take(name)
-    messages, answer = _with_system(record, read_messages(value, name)), None
+    messages = _with_system(record, read_messages(value, name))
+    answer = None
     if columns.response is None:
         messages, answer = split_answer(messages)
     _check_prompt(messages, name)
     if answer is not None:
-        references, form = references_of(answer), "conversational language modeling"
+        references = references_of(answer)
+        form = "conversational language modeling"
     else:
         unanswered = f"no reply to the last message ({messages[-1]['role']}), and "
         references = _read_references(record, _response_column(record, columns, required, unanswered), required)
@@ -156,13 +158,15 @@ def _read_prompt(record: Record, name: str, columns: ColumnsConfig, required: bo
 def _read_completion(record: Record, messages: list[Fields], columns: ColumnsConfig, required: bool) -> Fields:
     """Read the response column, as messages or as text, for a prompt of messages."""
     response = _response_column(record, columns, required)
-    messages, answer = without_training(_with_system(record, messages)), None
+    messages = without_training(_with_system(record, messages))
+    answer = None
     if response is not None and is_messages(record.values[response]):
         completion = read_messages(record.take(response), response)
         earlier, answer = split_answer(completion)
         if answer is None:
             raise BadRow(f"column `{response}` must end with a message of the assistant")
-        messages, references = messages + earlier, references_of(answer)
+        messages = messages + earlier
+        references = references_of(answer)
     else:
         references = _read_references(record, response, required)
     form = "prompt-completion" if response is not None else "prompt-only"
@@ -243,7 +247,8 @@ def _list_kind(value: Any) -> str:
 
 
 def _read_instruction(record: Record, columns: ColumnsConfig, required: bool) -> Fields:
-    instruction, input_text = record.text("instruction"), _read_input(record, columns)
+    instruction = record.text("instruction")
+    input_text = _read_input(record, columns)
     # A column named in the recipe takes precedence over the row's own `prompt`.
     exact = record.text("prompt") if columns.prompt is None and record.has("prompt") else ""
     if not (instruction.strip() or input_text.strip() or exact.strip()):
@@ -269,7 +274,8 @@ def _read_instruction(record: Record, columns: ColumnsConfig, required: bool) ->
 
 
 def _read_question(record: Record, name: str, columns: ColumnsConfig, required: bool) -> Fields:
-    question, input_text = record.text(name), _read_input(record, columns)
+    question = record.text(name)
+    input_text = _read_input(record, columns)
     if not (question.strip() or input_text.strip()):
         raise BadRow(f"an empty prompt (column `{name}`)")
     response = _response_column(record, columns, required)
@@ -336,7 +342,8 @@ def _read_history(record: Record) -> list[Fields]:
 
 def _read_implicit_prompt(record: Record) -> Fields:
     """Read two whole texts. The prompt is their common start, as in TRL's ``extract_prompt``."""
-    chosen, rejected = record.text("chosen"), record.text("rejected")
+    chosen = record.text("chosen")
+    rejected = record.text("rejected")
     shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
     shared = min(len(chosen), len(rejected)) if shared is None else shared
     if shared and chosen[shared - 1] == " ":
