@@ -20,7 +20,7 @@ from typing import Generic, TypeVar
 
 from distillm_cli.errors import UsageError
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class PluginWarning(UserWarning):
@@ -43,26 +43,26 @@ class PluginFailure:
         )
 
 
-class Registry(Mapping[str, T], Generic[T]):
+class Registry(Mapping[str, _T], Generic[_T]):
     """Map names to the entries of one group, in the order of their registration.
 
     group: what the entries are, such as "divergences". builtin: dotted modules whose import registers the built-in ones.
     check: called with each entry of another package; one that it raises an error for is left out, with a PluginWarning.
     """
 
-    def __init__(self, group: str, *builtin: str, check: Callable[[T], None] | None = None):
+    def __init__(self, group: str, *builtin: str, check: Callable[[_T], None] | None = None):
         self.group = group
         self.builtin = builtin
         self.check = check
         self.failures: list[PluginFailure] = []
-        self._entries: dict[str, T] = {}
+        self._entries: dict[str, _T] = {}
         self._origins: dict[str, str] = {}
         self._distributions: dict[str, str] = {}  # of entries of other packages
         self._is_loaded = False
         self._loading: str | None = None
         self._closed_by: str | None = None
 
-    def register(self, name: str, entry: T, origin: str | None = None) -> None:
+    def register(self, name: str, entry: _T, origin: str | None = None) -> None:
         """Add an entry. Raise UsageError for a name in use.
 
         origin: the module that it comes from, for messages; None: the module that is being loaded.
@@ -88,7 +88,7 @@ class Registry(Mapping[str, T], Generic[T]):
         self._load()
         self._closed_by = built
 
-    def __getitem__(self, name: str) -> T:
+    def __getitem__(self, name: str) -> _T:
         if name not in self._entries:
             self._load()
         return self._entries[name]
@@ -129,7 +129,7 @@ class Registry(Mapping[str, T], Generic[T]):
         for registry, entries in zip(registries, before, strict=True):
             registry._distributions |= dict.fromkeys(registry._added_since(entries), distribution)
 
-    def _added_since(self, entries: Mapping[str, T]) -> list[str]:
+    def _added_since(self, entries: Mapping[str, _T]) -> list[str]:
         """Return the new entries of other packages. New built-in ones come from a plug-in that imports their module."""
         return [name for name in self._entries if name not in entries and not self._is_builtin(name)]
 

@@ -43,7 +43,7 @@ ResultsDirectory = Annotated[
         "distillm eval gpt2 --suite sni --limit 100 --seeds 10",
     ),
 )
-def score_checkpoints(
+def eval_checkpoints(
     checkpoints: CheckpointArgument,
     fields: FieldFlags,
     recipe: options.RecipeOption = None,
@@ -58,7 +58,7 @@ def score_checkpoints(
     Without --suite: the suites of the checkpoint's own recipe, or the held-out rows of its run. Settings that no flag
     gives, the template among them, come from that recipe too, and the defaults below hold without one.
     """
-    from distillm_cli.runs.eval import score_checkpoints
+    from distillm_cli.runs.eval import evaluate_checkpoints
     from distillm_cli.runs.inference import Settings
     from distillm_cli.ui.console import console
     from distillm_cli.ui.summary import eval_summary
@@ -73,6 +73,6 @@ def score_checkpoints(
     if "eval.greedy" not in fields and sampling_flag:
         fields["eval.greedy"] = Flag("--greedy", False)  # even where the checkpoint's own recipe is greedy
     with console(json_mode=json, quiet=quiet) as ui:
-        result = score_checkpoints(checkpoints, Settings(recipe, fields, sets), ui, output=output)
+        result = evaluate_checkpoints(checkpoints, Settings(recipe, fields, sets), ui, output=output)
         ui.show(*eval_summary(result))
         ui.result(result.as_json())

@@ -123,7 +123,7 @@ def document(path: Path, label: str) -> yaml.MappingNode:
     return node
 
 
-def is_pipeline(node: yaml.MappingNode) -> bool:
+def has_stages(node: yaml.MappingNode) -> bool:
     """Return whether a document is a recipe of stages, for ``distillm run``."""
     return any(isinstance(key, yaml.ScalarNode) and key.value == "stages" for key, _ in node.value)
 
@@ -134,7 +134,7 @@ def from_recipe(path: Path, label: str, problems: Problems, typed: str | None = 
     typed: what the person called it, where that is not ``label``.
     """
     node = document(path, label)
-    if is_pipeline(node):
+    if has_stages(node):
         hint = f"try `distillm run {typed or label}`"
         raise RecipeError(f"{label}: a pipeline of stages, not one recipe", hint=hint)
     return from_mapping(node, path, label, problems, RECIPE)
@@ -215,7 +215,7 @@ def _collect(
 
 
 def _leaf(key: str, node: yaml.Node | None, label: str) -> Any:
-    value = yaml_io.value_of(node, label, texts=takes_texts_only(key))
+    value = yaml_io.node_value(node, label, texts=takes_texts_only(key))
     # ``eval.suites=dolly`` can only mean the list of one.
     return [value] if takes_list(key) and isinstance(value, str | int | float) else value
 

@@ -114,7 +114,7 @@ class Pipeline:
 def is_pipeline(recipe: str | Path) -> bool:
     """Whether a shipped name or a path is a recipe of stages. Raises RecipeError where there is no such file."""
     path = locate(recipe)
-    return merging.is_pipeline(merging.document(path, str(recipe)))
+    return merging.has_stages(merging.document(path, str(recipe)))
 
 
 def load_pipeline(recipe: str | Path, sets: Iterable[str] = ()) -> Pipeline:
@@ -189,7 +189,7 @@ class _Reader:
             field, equals, value = text.partition("=")
             if equals and field.strip() in _OWN_KEYS:
                 label = f"--set {at}{field.strip()}"
-                read = yaml_io.value_of(yaml_io.compose(value, label), label)
+                read = yaml_io.node_value(yaml_io.compose(value, label), label)
                 own[field.strip()] = Given(read, "--set", label, Rank(merging.SET), at)
         head = self._own(own, at, line)
         if head is None:
@@ -215,7 +215,7 @@ class _Reader:
             line = yaml_io.line_of(key_node)
             if name in _OWN_KEYS:
                 place = f"{yaml_io.at(self.label, line)}: {at}{name}"
-                read = yaml_io.value_of(value, self.label)
+                read = yaml_io.node_value(value, self.label)
                 own[name] = Given(read, f"{self.path.name}:{line}", place, Rank(merging.STAGE, line), at)
             else:
                 rest.append((key_node, value))

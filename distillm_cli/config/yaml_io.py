@@ -101,7 +101,7 @@ def pairs(node: yaml.MappingNode, label: str, prefix: str = "") -> Iterator[tupl
         yield key, key_node, value_node
 
 
-def value_of(node: yaml.Node | None, label: str, *, texts: bool = False) -> Any:
+def node_value(node: yaml.Node | None, label: str, *, texts: bool = False) -> Any:
     """Node → None, bool, int, float, str, list or dict.
 
     texts: the field takes texts only, so that a scalar which looks like a number (a revision ``1234567``) stays as it
@@ -110,9 +110,9 @@ def value_of(node: yaml.Node | None, label: str, *, texts: bool = False) -> Any:
     if node is None:
         return None
     if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
-        return [value_of(item, label, texts=texts) for item in node.value]
+        return [node_value(item, label, texts=texts) for item in node.value]
     if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
-        return {key: value_of(value, label) for key, _, value in pairs(node, label)}
+        return {key: node_value(value, label) for key, _, value in pairs(node, label)}
     kind, text = node.tag.removeprefix(_TAG), node.value
     try:
         if kind == "null":

@@ -22,11 +22,11 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from itertools import islice, permutations
 from random import Random
-from typing import Literal, TypeVar
+from typing import TypeVar
 
+from distillm_cli.data.rows import Split
 from distillm_cli.errors import RecipeError
 
-Split = Literal["train", "valid", "test"]
 _T = TypeVar("_T")
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

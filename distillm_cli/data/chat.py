@@ -15,9 +15,8 @@ from datetime import date
 from inspect import signature
 from typing import Any
 
+from distillm_cli.data.conversations import Message
 from distillm_cli.errors import DataError, ModelError
-
-Message = dict[str, Any]
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _FLAGS = ("weight", "train")  # fields about training on a message; not passed to the template

@@ -31,7 +31,7 @@ _SPLIT_FILE = re.compile(r"(train|dev|valid|validation|val|test)(-\d+-of-\d+)?",
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """Describe a data source by functions that read its splits.
 
     parts: by split, a function that takes the columns to convert and returns records. single_file: a file without splits.
@@ -89,7 +89,7 @@ def _candidate_paths(text: str) -> list[Path]:
     return paths if path in paths else [*paths, path]
 
 
-def find_source(name: str, listener: Listener) -> Source:
+def find_source(name: str, listener: Listener) -> DataSource:
     """Return the source of a name. A bare name is searched under $DISTILLM_DATA before the working directory.
 
     Raises DataError where there is none.
@@ -101,7 +101,7 @@ def find_source(name: str, listener: Listener) -> Source:
     return replace(source, reshape=dataset.reshape, columns=dataset.columns)
 
 
-def _find_by_name(name: str, listener: Listener) -> Source:
+def _find_by_name(name: str, listener: Listener) -> DataSource:
     text = name.strip()
     if not text:
         raise DataError("an empty name for a data source", hint="name a file, a directory, a data set, or builtin")
@@ -111,11 +111,11 @@ def _find_by_name(name: str, listener: Listener) -> Source:
         if kind == "directory":
             return _directory(path, path.resolve().name if path == user_path(text) else text)
         if kind == "file":
-            return Source(path.name, {"train": partial(read, path)}, path=path, single_file=True)
+            return DataSource(path.name, {"train": partial(read, path)}, path=path, single_file=True)
     if is_broken_link(user_path(text)):
         raise DataError(f"{text} is a symbolic link that leads nowhere", hint="correct the link, or pass another path")
     if isinstance(dataset := find_dataset(text), GeneratedDataset):
-        return Source(
+        return DataSource(
             text, _canonical_splits({split: partial(_read_generated, text, dataset, split) for split in dataset.splits})
         )
     if is_path(text):
@@ -125,7 +125,7 @@ def _find_by_name(name: str, listener: Listener) -> Source:
     parts = _canonical_splits(found)
     if not parts:
         raise DataError(f"{text}: no train, valid or test on the hub, but {', '.join(found)}", hint="pass a file")
-    return Source(text, parts)
+    return DataSource(text, parts)
 
 
 def _similar_name(text: str, root: str | None) -> str | None:
@@ -149,7 +149,7 @@ def _read_generated(name: str, dataset: GeneratedDataset, split: str, columns: C
         yield f"{name} {split} row {number}", record
 
 
-def _directory(path: Path, name: str) -> Source:
+def _directory(path: Path, name: str) -> DataSource:
     saved = saved_splits(path)
     if saved is not None:
         return _saved_dataset(path, name, saved)
@@ -166,7 +166,7 @@ def _directory(path: Path, name: str) -> Source:
             raise DataError(f"{path}: several files for {split} ({file_names})", hint="keep one of them")
     if found:
         parts = {split: partial(_read_files, files) for split, files in _canonical_splits(found).items()}
-        return Source(name, parts, path=path)
+        return DataSource(name, parts, path=path)
     files = sorted(file for file in path.iterdir() if format_of(file) is not None and file.is_file())
     if not files:
         raise DataError(
@@ -177,17 +177,17 @@ def _directory(path: Path, name: str) -> Source:
         raise DataError(
             f"{path}: no train.*, valid.* or test.* in it, but {file_names}", hint="name a file of it instead"
         )
-    return Source(name, {"train": partial(read, files[0])}, path=files[0], single_file=True)
+    return DataSource(name, {"train": partial(read, files[0])}, path=files[0], single_file=True)
 
 
-def _saved_dataset(path: Path, name: str, saved: dict[str, Path]) -> Source:
+def _saved_dataset(path: Path, name: str, saved: dict[str, Path]) -> DataSource:
     """Return the source for a directory that `datasets` saved."""
     if "" in saved:
-        return Source(name, {"train": partial(read_saved, path)}, path=path, single_file=True)
+        return DataSource(name, {"train": partial(read_saved, path)}, path=path, single_file=True)
     parts = {split: partial(read_saved, directory) for split, directory in _canonical_splits(saved).items()}
     if not parts:
         raise DataError(f"{path}: no train, valid or test in it, but {', '.join(saved)}", hint="name one of these")
-    return Source(name, parts, path=path)
+    return DataSource(name, parts, path=path)
 
 
 def _read_files(files: list[Path], columns: Collection[str]) -> Records:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from distillm_cli.config.schema import ColumnsConfig
 from distillm_cli.data.formats import LANGUAGE_MODELING, read_fields
 from distillm_cli.data.records import BadRow, Record, kind
 
-__all__ = ["BadRow", "Row", "parse", "read_row"]
+__all__ = ["BadRow", "Row", "Split", "parse", "read_row"]
+
+Split = Literal["train", "valid", "test"]
 
 _TRAINING_FIELDS = ("weight", "train")  # fields about training on a message
 

@@ -9,22 +9,19 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from distillm_cli.config.schema import ColumnsConfig, DataConfig
 from distillm_cli.data.files import UnreadableRecord
 from distillm_cli.data.formats import readable_columns
-from distillm_cli.data.locations import Source, find_source, is_path, local_path, path_kind, user_path
-from distillm_cli.data.rows import BadRow, Row, read_row
+from distillm_cli.data.locations import DataSource, find_source, is_path, local_path, path_kind, user_path
+from distillm_cli.data.rows import BadRow, Row, Split, read_row
 from distillm_cli.errors import DataError
 from distillm_cli.training.events import Listener, Note, Warned, silent
 from distillm_cli.utils.text import all_are, counted, listed_shares
 
 __all__ = ["Row", "Rows", "Split", "is_path", "load_rows", "local_path", "overlap", "path_kind", "user_path"]
-
-Split = Literal["train", "valid", "test"]
 
 _HELD_OUT_SHARE = 20  # one row in this many is held out where a source has no held-out rows of its own
 LISTED = 20  # maximum number of broken rows reported one by one; Rows.skipped has all of them
@@ -121,7 +118,7 @@ def overlap(rows: SequenceOf[Row], others: SequenceOf[Row]) -> int:
 
 
 def _load_split(
-    source: Source,
+    source: DataSource,
     data: DataConfig,
     split: Split,
     uses_valid_source: bool,
@@ -163,7 +160,7 @@ def _smallest(*limits: int | None) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def _location(source: Source) -> str | None:
+def _location(source: DataSource) -> str | None:
     return str(source.path) if source.path is not None else None
 
 
@@ -171,7 +168,7 @@ def _location(source: Source) -> str | None:
 
 
 def _load_part(
-    source: Source,
+    source: DataSource,
     part: str,
     limit: int | None,
     *,

@@ -84,13 +84,13 @@ class CorpusMetric(Metric):
         return self.compute(predictions, references)
 
 
-M = TypeVar("M", bound=type[Metric])
+_M = TypeVar("_M", bound=type[Metric])
 
 
-def register_metric(name: str, *, label: str, higher_is_better: bool) -> Callable[[M], M]:
+def register_metric(name: str, *, label: str, higher_is_better: bool) -> Callable[[_M], _M]:
     """Register a metric class under the name that recipes and ``--metric`` use. label: its name in tables."""
 
-    def register(metric: M) -> M:
+    def register(metric: _M) -> _M:
         metric.name = name
         metric.label = label
         metric.higher_is_better = higher_is_better

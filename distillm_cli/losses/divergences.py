@@ -43,11 +43,11 @@ if TYPE_CHECKING:
 Halves = tuple[tuple[float, "Divergence"], tuple[float, "Divergence"]]
 
 
-class Rows:
+class TokenDistributions:
     """Hold N distributions over the vocabulary, from their logits z; each table is computed once, when first used.
 
-    The tables belong to the owner of the Rows: a divergence reads them and changes none. has_zeros: whether logits may be
-    −inf; False promises that none is, and saves the passes that look for them.
+    The tables belong to the owner of the object: a divergence reads them and changes none. has_zeros: whether logits may
+    be −inf; False promises that none is, and saves the passes that look for them.
     """
 
     def __init__(self, z_NV: Tensor, *, has_zeros: bool = True):
@@ -55,7 +55,7 @@ class Rows:
         self.has_zeros = has_zeros
 
     @classmethod
-    def of_log(cls, log_NV: Tensor) -> Rows:
+    def of_log(cls, log_NV: Tensor) -> TokenDistributions:
         """Create from log-probabilities, which are used as they are: nothing is normalized again."""
         rows = cls(log_NV)
         rows.prob_NV = log_NV.exp()
@@ -90,7 +90,9 @@ class Divergence(ABC):
         return cls(**{name: getattr(config, name) for name in names})
 
     @abstractmethod
-    def between(self, p: Rows, q: Rows, with_grad: bool = True) -> tuple[Tensor, Tensor | None]:
+    def between(
+        self, p: TokenDistributions, q: TokenDistributions, with_grad: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the value per token [N], nats, and h_NV = ∂D/∂log q (None unless asked for): new tables, the caller's to
         change."""
 
@@ -118,7 +120,7 @@ class Divergence(ABC):
 
     def evaluate(self, log_p_NV: Tensor, log_q_NV: Tensor, with_grad: bool = True) -> tuple[Tensor, Tensor | None]:
         """Return value and h from log-probabilities."""
-        return self.between(Rows.of_log(log_p_NV), Rows.of_log(log_q_NV), with_grad)
+        return self.between(TokenDistributions.of_log(log_p_NV), TokenDistributions.of_log(log_q_NV), with_grad)
 
     def value(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
         return self.evaluate(log_p_NV, log_q_NV, with_grad=False)[0]
@@ -214,7 +216,7 @@ def _safe_log(x_NV: Tensor) -> Tensor:
     return x_NV.clamp_min(smallest(x_NV)).log_()
 
 
-def have_zeros(*all_rows: Rows) -> bool:
+def have_zeros(*all_rows: TokenDistributions) -> bool:
     """Return whether a logit of any of these may be −inf."""
     return any(rows.has_zeros for rows in all_rows)
 

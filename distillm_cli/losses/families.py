@@ -17,7 +17,7 @@ from distillm_cli.losses.divergences import (
     KL,
     Divergence,
     ReverseKL,
-    Rows,
+    TokenDistributions,
     drop_zeros,
     have_zeros,
     logit_grad,
@@ -242,14 +242,14 @@ class AlphaMixture(Divergence):
             h_NV += self.inner.mirror().between(r, q)[1]
         return value_N, h_NV
 
-    def _assistant(self, u_NV: Tensor, w_NV: Tensor, zeros: bool = True) -> tuple[Rows, Tensor | float]:
+    def _assistant(self, u_NV: Tensor, w_NV: Tensor, zeros: bool = True) -> tuple[TokenDistributions, Tensor | float]:
         """Return r, and ∂ log(unnormalized r)/∂ log q: the share of q's term in the sum."""
         import torch
 
         kappa = (1 - self.a) / 2
         lam = self.lam
         if kappa == 0:
-            return Rows(_lerp(w_NV, u_NV, lam, zeros), has_zeros=zeros), 1 - lam
+            return TokenDistributions(_lerp(w_NV, u_NV, lam, zeros), has_zeros=zeros), 1 - lam
         both_NV = u_NV.isneginf() & w_NV.isneginf() if zeros else None
         if zeros:
             u_NV = u_NV.masked_fill(both_NV, 0)
@@ -261,7 +261,7 @@ class AlphaMixture(Divergence):
         log_NV += torch.where(p_leads_NV, u_NV, w_NV)
         if zeros:
             log_NV.masked_fill_(both_NV, -math.inf)
-        return Rows(log_NV, has_zeros=zeros), (-gap_NV - math.log(lam / (1 - lam))).sigmoid()
+        return TokenDistributions(log_NV, has_zeros=zeros), (-gap_NV - math.log(lam / (1 - lam))).sigmoid()
 
 
 class InterpolatedConfig(DivergenceConfig):
@@ -294,7 +294,7 @@ class Interpolated(Divergence):
 
     def between(self, p, q, with_grad=True):
         zeros = have_zeros(p, q)
-        return KL().between(Rows(_lerp(q.z_NV, p.z_NV, self.t, zeros), has_zeros=zeros), q, with_grad)
+        return KL().between(TokenDistributions(_lerp(q.z_NV, p.z_NV, self.t, zeros), has_zeros=zeros), q, with_grad)
 
 
 def _lerp(from_NV: Tensor, to_NV: Tensor, t: float, zeros: bool) -> Tensor:
@@ -371,9 +371,9 @@ class Decoupled(Divergence):
         return value_N, h_NV.scatter_(-1, targets_N1, (-c_target_N * p_N).unsqueeze(-1))
 
     @staticmethod
-    def _without_targets(rows: Rows, targets_N1: Tensor) -> Rows:
+    def _without_targets(rows: TokenDistributions, targets_N1: Tensor) -> TokenDistributions:
         """Return the distribution over all entries but the target, whose logit is put far below everything."""
         import torch
 
         lowest = -0.25 * torch.finfo(rows.z_NV.dtype).max
-        return Rows(rows.z_NV.scatter(-1, targets_N1, lowest), has_zeros=rows.has_zeros)
+        return TokenDistributions(rows.z_NV.scatter(-1, targets_N1, lowest), has_zeros=rows.has_zeros)

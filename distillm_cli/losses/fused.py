@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distillm_cli.losses.divergences import Rows
+from distillm_cli.losses.divergences import TokenDistributions
 from distillm_cli.losses.weights import NO_WEIGHTS, LossWeights, TokenWeights
 from distillm_cli.utils.memory import retry_halved
 
@@ -251,8 +251,8 @@ class _HeadInputs:
             return hidden_CD
         return torch.mm(hidden_CD, self.weight_VD.T, out=table_CV[: hidden_CD.shape[0]])
 
-    def rows(self, product_RV: Tensor, exact: torch.dtype) -> Rows:
-        return Rows(self.logits(product_RV, exact), has_zeros=self.has_zeros)
+    def rows(self, product_RV: Tensor, exact: torch.dtype) -> TokenDistributions:
+        return TokenDistributions(self.logits(product_RV, exact), has_zeros=self.has_zeros)
 
     def logits(self, product_RV: Tensor, exact: torch.dtype) -> Tensor:
         """Return the logits of a product with the head's weight, in the exact dtype; the product itself stays unchanged."""
@@ -327,7 +327,9 @@ class _Computation:
                 dz_CV[rows] = dz_RV
         return dz_CV
 
-    def _losses(self, p: Rows | None, q: Rows, tokens: slice, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
+    def _losses(
+        self, p: TokenDistributions | None, q: TokenDistributions, tokens: slice, needs_grad: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the weighted loss per token [R] and, when asked for, its gradient in the student's logits [R, V]."""
         kd = self.args.weights.kd
         ce = self.args.weights.ce

@@ -39,7 +39,7 @@ class _Job:
     scores: dict[str, SuiteScores] = field(default_factory=dict)
 
 
-def score_checkpoints(
+def evaluate_checkpoints(
     checkpoints: list[str],
     settings: Settings,
     listener: Listener,

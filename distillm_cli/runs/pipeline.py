@@ -278,14 +278,14 @@ class _PipelineRun:
             return generate_responses(own.model, source, settings, self.listener, output=str(file))
 
     def _evaluate(self, stage: Stage, own: Any, resolved: Resolved, place: Path) -> EvalResult:
-        from distillm_cli.runs.eval import score_checkpoints
+        from distillm_cli.runs.eval import evaluate_checkpoints
         from distillm_cli.runs.inference import Settings
 
         # Directories are named by stage: paths may change, and scores must not stand beside those of an earlier path.
         pairs = zip(stage.own.models, own.models, strict=True)
         names = {model: name.removeprefix(PREFIX) for name, model in pairs if name.startswith(PREFIX)}
         models, settings = list(own.models), Settings(resolved)
-        return score_checkpoints(models, settings, self.listener, output=str(place), resume=True, names=names)
+        return evaluate_checkpoints(models, settings, self.listener, output=str(place), resume=True, names=names)
 
     def _stage_result(self, status: str, stage: Stage, place: Path, result: Mapping[str, Any]) -> StageResult:
         return StageResult(status, stage.verb, str(stage_record.stage_output(stage, place)), result)

@@ -14,7 +14,7 @@ from distillm_cli.errors import CtrlC, Hangup, Terminated
 
 _IMPORTING = "<frozen importlib._bootstrap>"  # the file name of the frames of a running import
 _PACKAGE = __name__.partition(".")[0]
-_CHECK_SECONDS = 0.02  # interval at which the end of an import is checked
+_CHECK_SECONDS = 0.001  # interval at which the end of an import is checked; a command must not end in between
 _received: list[type[KeyboardInterrupt]] = []  # since the outermost ``handle_signals`` began
 
 

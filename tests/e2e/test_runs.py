@@ -9,7 +9,7 @@ import pytest
 
 from distillm_cli.config.load import resolve
 from distillm_cli.errors import UsageError
-from distillm_cli.runs.eval import score_checkpoints
+from distillm_cli.runs.eval import evaluate_checkpoints
 from distillm_cli.runs.generate import generate_responses
 from distillm_cli.runs.inference import Settings
 from distillm_cli.runs.prompt_source import PromptSource
@@ -99,7 +99,7 @@ def test_a_fine_tuning_stage_reports_its_result_as_an_event(tmp_path, monkeypatc
 
 def test_scores_are_what_the_command_line_prints(trained, capfd):
     settings = Settings(sets=EVAL_SETS)
-    result = score_checkpoints(["a"], settings, lambda event: None, output="scores")
+    result = evaluate_checkpoints(["a"], settings, lambda event: None, output="scores")
     assert capfd.readouterr() == ("", "")
     code, printed, _ = call(capfd, "eval", "a", *flags(EVAL_SETS), "--output", "scores", "--json", "--quiet")
     assert code == 0

@@ -160,6 +160,34 @@ def test_runs_print_nothing(path):
     assert {"sys.stdout", "sys.stderr"} & set(names) == set()
 
 
+def public_names(source: str) -> Iterator[str]:
+    """The functions, classes and constants that a file defines at its top and that are no private ones."""
+    for node in ast.parse(source).body:
+        names = []
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names = [node.name]
+        elif isinstance(node, ast.Assign):
+            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names = [node.target.id]
+        yield from (name for name in names if not name.startswith("_"))
+
+
+def test_no_public_name_is_defined_in_two_modules():
+    modules: dict[str, list[str]] = {}
+    for path in SOURCES:
+        for name in set(public_names(path.read_text(encoding="utf-8"))):
+            modules.setdefault(name, []).append(module_of(path))
+    del modules["main"]  # of the process (``__main__``) and of the program that it starts: one meaning
+    assert {name: found for name, found in modules.items() if len(found) > 1} == {}
+
+
+def test_a_training_step_is_one_page():
+    source = (PACKAGE / "training/trainer.py").read_text(encoding="utf-8")
+    (step,) = [node for node in ast.walk(ast.parse(source)) if getattr(node, "name", None) == "train_step"]
+    assert step.end_lineno - step.lineno + 1 <= 60
+
+
 @pytest.mark.parametrize("path", sorted((PACKAGE.parent / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
 def test_every_benchmark_can_be_imported(path):
     done = subprocess.run(

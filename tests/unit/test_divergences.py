@@ -12,9 +12,9 @@ from distillm_cli.losses.divergences import (
     JSD,
     KL,
     ReverseKL,
-    Rows,
     SkewKL,
     SkewReverseKL,
+    TokenDistributions,
     build_divergence,
     logit_grad,
 )
@@ -186,18 +186,18 @@ def test_float32_from_logits_is_float64_up_to_rounding(name, settings, scale):
     z, zt = (logits(seed, n=64, v=501, scale=scale, dtype=torch.float32) for seed in (21, 22))
     zt[:16], zt[16:32] = z[:16], -z[16:32]
     divergence = make(name, settings)
-    value, h = divergence.between(Rows(zt), Rows(z))
-    exact_q = Rows(z.double())
-    expected, expected_h = divergence.between(Rows(zt.double()), exact_q)
+    value, h = divergence.between(TokenDistributions(zt), TokenDistributions(z))
+    exact_q = TokenDistributions(z.double())
+    expected, expected_h = divergence.between(TokenDistributions(zt.double()), exact_q)
     relative = 1e-7 * scale if name == "ab" and scale == 30 else 1e-6
     assert_close(value.double(), expected, rtol=relative, atol=2e-6 * max(scale, 1.0))
-    grad, expected_grad = logit_grad(h, Rows(z).prob_NV).double(), logit_grad(expected_h, exact_q.prob_NV)
+    grad, expected_grad = logit_grad(h, TokenDistributions(z).prob_NV).double(), logit_grad(expected_h, exact_q.prob_NV)
     assert_close(grad, expected_grad, rtol=1e-6, atol=2e-6 * scale)
 
 
 def test_the_tables_handed_in_are_left_as_they_were():
     for name, settings in SETTINGS + STEEP:
-        p, q = Rows(logits(23)), Rows(logits(24))
+        p, q = TokenDistributions(logits(23)), TokenDistributions(logits(24))
         before = [table.clone() for rows in (p, q) for table in (rows.z_NV, rows.prob_NV, rows.log_NV)]
         _, h = make(name, settings).between(p, q)
         h.fill_(7.0)
@@ -207,7 +207,7 @@ def test_the_tables_handed_in_are_left_as_they_were():
 
 def test_the_normaliser_is_logsumexp():
     z = torch.cat([logits(25, n=20), logits(26, n=20, scale=1e3)])
-    rows = Rows(z)
+    rows = TokenDistributions(z)
     assert_close(rows.log_NV, z.log_softmax(-1))
     ids = torch.arange(40) % 13
     assert_close(rows.log_at(ids), z.log_softmax(-1)[torch.arange(40), ids])
@@ -247,7 +247,7 @@ def test_alpha_beta_begins_at_kl_and_ends_at_its_reverse(point, same):
 )
 def test_alpha_beta_is_continuous_where_a_denominator_vanishes(point, dtype):
     """From all sides, down to where the printed formula has lost every digit in float32."""
-    p, q = Rows(logits(36, dtype=dtype)), Rows(logits(37, dtype=dtype))
+    p, q = TokenDistributions(logits(36, dtype=dtype)), TokenDistributions(logits(37, dtype=dtype))
     limit, limit_h = AlphaBeta(*point).between(p, q)
     for near in (1e-2, 1e-4, 1e-6):
         for a, b in ((near, 0), (-near, 0), (0, near), (0, -near), (near, -near), (near, near)):
@@ -293,7 +293,7 @@ def test_the_geometric_assistant_is_a_limit():
 
 
 def test_a_larger_a_draws_the_assistant_to_the_smaller_probability():
-    p, q = Rows(logits(44)), Rows(logits(45))
+    p, q = TokenDistributions(logits(44)), TokenDistributions(logits(45))
     apart = [AlphaMixture(a, 0.5, KL())._assistant(p.log_NV, q.log_NV)[0] for a in (-50.0, -1.0, 1.0, 3.0, 50.0)]
     largest, smallest = torch.maximum(p.prob_NV, q.prob_NV), torch.minimum(p.prob_NV, q.prob_NV)
     assert_close(apart[0].prob_NV, largest / largest.sum(-1, keepdim=True), rtol=0, atol=0.05)

@@ -22,7 +22,7 @@ VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
 def value_of(text: str):
     """A YAML text as recipes are read: ``5e-4`` is a number, ``off`` a word."""
-    return yaml_io.value_of(yaml_io.compose(text, "recipe"), "recipe")
+    return yaml_io.node_value(yaml_io.compose(text, "recipe"), "recipe")
 
 
 def problems(text: str) -> list[str]:

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from distillm_cli import plugins
 from distillm_cli.config.schema import ObjectiveConfig
-from distillm_cli.losses.divergences import Rows, build_divergence, logit_grad
+from distillm_cli.losses.divergences import TokenDistributions, build_divergence, logit_grad
 from distillm_cli.losses.fused import fused_loss
 from distillm_cli.losses.weights import LossWeights
 from tests import plain
@@ -59,7 +59,7 @@ def test_suppressed_tokens_have_the_value_of_the_limit(name, settings, where):
     z, zt, columns = rand(N, V, seed=1).mul(2).requires_grad_(), 2 * rand(N, V, seed=2), WHERE[where]
     expected, expected_grad = truth(name, settings, zt, z, columns)
 
-    p, q = Rows(with_zeros(zt, columns[0])[0]), Rows(with_zeros(z.detach(), columns[1])[0])
+    p, q = TokenDistributions(with_zeros(zt, columns[0])[0]), TokenDistributions(with_zeros(z.detach(), columns[1])[0])
     divergence = build_divergence(ObjectiveConfig(divergence=name, **settings)).at(plain.some_targets(zt), None)
     value, h = divergence.between(p, q)
     assert_close(value, expected, rtol=1e-9, atol=1e-11)
@@ -73,8 +73,10 @@ def test_a_token_suppressed_on_both_sides_is_absent(name, settings):
     z, zt = rand(N, V, seed=3), rand(N, V, seed=4)
     gone = torch.full((N, 1), -math.inf, dtype=torch.float64)
     divergence = build_divergence(ObjectiveConfig(divergence=name, **settings))
-    value, h = divergence.between(Rows(zt), Rows(z))
-    longer, longer_h = divergence.between(Rows(torch.cat([zt, gone], -1)), Rows(torch.cat([z, gone], -1)))
+    value, h = divergence.between(TokenDistributions(zt), TokenDistributions(z))
+    longer, longer_h = divergence.between(
+        TokenDistributions(torch.cat([zt, gone], -1)), TokenDistributions(torch.cat([z, gone], -1))
+    )
     assert_close(longer, value)
     assert_close(logit_grad(longer_h, torch.cat([z, gone], -1).softmax(-1))[:, :V], logit_grad(h, z.softmax(-1)))
     assert not longer_h[:, V:].any()
@@ -84,7 +86,9 @@ def test_a_token_suppressed_on_both_sides_is_absent(name, settings):
 def test_looking_for_zeros_changes_no_bit_of_finite_logits(name, settings):
     tables = [(4 * rand(50, 101, seed=seed)).float() for seed in (5, 6)]
     divergence = build_divergence(ObjectiveConfig(divergence=name, **settings)).at(plain.some_targets(tables[0]), None)
-    plainly, looking = (divergence.between(*(Rows(z, has_zeros=zeros) for z in tables)) for zeros in (False, True))
+    plainly, looking = (
+        divergence.between(*(TokenDistributions(z, has_zeros=zeros) for z in tables)) for zeros in (False, True)
+    )
     assert all(torch.equal(a, b) for a, b in zip(plainly, looking, strict=True))
 
 
