@@ -1,4 +1,4 @@
-"""Start the program: ``python -m distillm_cli`` is ``distillm``."""
+"""Start the program: ``python -m distillm_cli`` is the same as ``distillm``."""
 
 import atexit
 import sys
@@ -10,14 +10,14 @@ from distillm_cli.utils.signals import exit_by_signal, handle_signals, restore_i
 
 
 def main() -> int:
-    """Run the process's own command line and return its exit code.
+    """Run the command line of this process and return its exit code.
 
-    Ctrl-C ends it with one line and an exit code also while the commands are being imported.
+    Ctrl-C ends it with one line and an exit code, also during the import of the commands.
     """
     open_streams()
     pause_garbage_collection()
     code = 0
-    atexit.register(lambda: exit_by_signal(code))  # the first to be registered is the last to be called
+    atexit.register(lambda: exit_by_signal(code))  # registered first, so called last
     try:
         with handle_signals():
             from distillm_cli.cli.app import main as run

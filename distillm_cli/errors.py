@@ -1,6 +1,6 @@
-"""Define the errors. Each has its exit code; each message names what, where, and what to try.
+"""Define the errors. Each class has an exit code; each message names the problem, the place, and a solution to try.
 
-Exit codes are part of what scripts rely on:
+Exit codes are part of the interface for scripts:
 0 done · 1 unexpected · 2 usage or recipe · 3 data · 4 model or tokenizer · 5 checkpoint · 6 non-finite numbers ·
 7 out of memory · 8 storage · 9 a peer process died · 129/130/143 interrupted (SIGHUP, Ctrl-C, SIGTERM).
 """
@@ -13,130 +13,138 @@ import sys
 
 from distillm_cli.utils.text import redact
 
-# What to type where a run cannot be resumed. A pipeline, which has no --overwrite, puts its own advice in its place.
+# The advice where a run cannot be resumed. A pipeline, which has no --overwrite, replaces it with its own.
 START_OVER = "start over with --overwrite"
 
-# How a plain RuntimeError says that memory ran out: torch's allocators and its mmap; Python, without room for a stack;
-# oneDNN, without room for compiled code (of a product that it cannot do at all it says "a primitive descriptor"); cuBLAS
-# and cuDNN, which take memory for themselves on a GPU that torch has filled.
-_MEMORY = re.compile(
+# Messages of a plain RuntimeError that report a lack of memory: from torch's allocators and mmap; from Python, for a
+# thread's stack; from oneDNN, for compiled code (for an unsupported operation its message has "a primitive descriptor");
+# from cuBLAS and cuDNN, which allocate memory of their own on a GPU that torch has filled.
+_OUT_OF_MEMORY = re.compile(
     "allocate memory|not enough memory|out of memory|can't start new thread|failed to map segment"
     "|could not create a primitive(?! desc)|_status_alloc_failed"
 )
 
 
 class DistillmError(Exception):
-    """Base of every error a person may cause or meet.
+    """Report an error to the user. The base of all other errors.
 
-    what: the fact, with the offending value. where: file and line, or the recipe key. hint: what to try.
-    ``str(error)`` is one line, ``what; where; hint``, with the absent parts left out.
+    what: the problem, with the offending value. where: file and line, or the recipe key. hint: a solution to try.
+    ``str(error)`` is one line, ``what; where; hint``, without the parts that are None.
     """
 
     exit_code = 1
 
     def __init__(self, what: str, *, where: str | None = None, hint: str | None = None):
-        what, where, hint = (None if part is None else redact(part) for part in (what, where, hint))
-        self.what, self.where, self.hint = what, where, hint
-        parts = (" ".join(part.split()) for part in (what, where, hint) if part)
+        self.what = redact(what)
+        self.where = None if where is None else redact(where)
+        self.hint = None if hint is None else redact(hint)
+        parts = (" ".join(part.split()) for part in (self.what, self.where, self.hint) if part)
         super().__init__("; ".join(parts))
 
 
 class UsageError(DistillmError):
-    """A flag, a combination of flags, or an output directory that cannot be used."""
+    """Report a flag, a combination of flags, or an output directory that cannot be used."""
 
     exit_code = 2
 
 
 class RecipeError(UsageError):
-    """A recipe that does not parse or validate; names the file, the key, the value."""
+    """Report a recipe that does not parse or validate, with the file, the key and the value."""
 
 
 class DataError(DistillmError):
-    """A source, a row, a column, an empty set."""
+    """Report a problem with a data source, a row or a column, or an empty set."""
 
     exit_code = 3
 
 
 class ModelError(DistillmError):
-    """A model or tokenizer: not found, not a model, or a pair that does not fit."""
+    """Report a model or tokenizer that is missing, invalid, or incompatible with the other model."""
 
     exit_code = 4
 
 
 class CheckpointError(DistillmError):
-    """A checkpoint: damaged, missing, or of another recipe."""
+    """Report a checkpoint that is damaged, missing, or from another recipe."""
 
     exit_code = 5
 
 
 class NonFiniteError(DistillmError):
-    """A loss or gradient that is not a number any more."""
+    """Report a loss or gradient that is not finite."""
 
     exit_code = 6
 
 
 class OutOfMemoryError(DistillmError):
-    """Host or device memory ran out."""
+    """Report that host or device memory ran out."""
 
     exit_code = 7
 
 
 class StorageError(DistillmError):
-    """A disk that is full, read-only, or failing."""
+    """Report a disk that is full, read-only, or failing."""
 
     exit_code = 8
 
 
 class PeerProcessError(DistillmError):
-    """Another rank of a distributed run died."""
+    """Report that another process of the run died."""
 
     exit_code = 9
 
 
 class Interrupted(DistillmError):
-    """A signal asked the run to stop; it did, after the step in hand. 128 + the signal's number."""
+    """Report that a signal stopped the run after the current step. The exit code is 128 + the signal's number."""
 
     def __init__(self, what: str, *, signal_number: int, where: str | None = None, hint: str | None = None):
         super().__init__(what, where=where, hint=hint)
         self.exit_code = 128 + signal_number
 
 
-class Pressed(KeyboardInterrupt):
-    """Ctrl-C. A kind of its own: of a plain KeyboardInterrupt that comes through ``exec`` of a text, with which imports make
-    their data classes, ``python -m`` remembers that it came, and ends by the signal, whatever the exit code."""
+class CtrlC(KeyboardInterrupt):
+    """Report Ctrl-C.
+
+    When a plain KeyboardInterrupt passes through ``exec``, which imports use to define data classes, ``python -m`` ends by
+    the signal, whatever the exit code.
+    """
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, as Ctrl-C comes: at once, through every ``finally``, past every ``except Exception``."""
+    """Report SIGTERM, as a KeyboardInterrupt so that ``except Exception`` does not catch it."""
 
 
-class HungUp(KeyboardInterrupt):
-    """Report SIGHUP, as SIGTERM: the terminal was closed."""
+class Hangup(KeyboardInterrupt):
+    """Report SIGHUP, in the same way as SIGTERM: the terminal was closed."""
 
 
 def signal_number(stop: KeyboardInterrupt) -> int:
     """Return the number of the signal that raised this."""
-    return 15 if isinstance(stop, Terminated) else 1 if isinstance(stop, HungUp) else 2
+    if isinstance(stop, Terminated):
+        return 15
+    return 1 if isinstance(stop, Hangup) else 2
 
 
 def typed_options(argv: list[str]) -> list[str]:
-    """The words of a command line that may be options: those before ``--``."""
+    """Return the arguments of a command line that may be options: those before ``--``."""
     return argv[: argv.index("--")] if "--" in argv else argv
 
 
-def of_tokenizers(error: BaseException) -> bool:
-    """Return whether a tokenizer failed inside its library, written in Rust: by a panic, which is no Exception, or by a bare
-    Exception, which nothing else raises."""
+def is_tokenizer_failure(error: BaseException) -> bool:
+    """Return whether a tokenizer failed inside its library, which is written in Rust.
+
+    It raises a panic, which is not an Exception, or a bare Exception, which nothing else raises.
+    """
     return type(error) is Exception or type(error).__name__ == "PanicException"
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory, the machine's or a device's, is what ran out."""
+    """Return whether the error reports that host or device memory ran out."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
-    torch = sys.modules.get("torch")  # never imported just to ask
+    torch = sys.modules.get("torch")  # not imported for this check
     if torch is not None and isinstance(error, getattr(torch, "OutOfMemoryError", ())):
         return True
-    # ImportError: a library that there is no room for.
-    said = str(error).lower() if isinstance(error, RuntimeError | ImportError) else ""
-    return _MEMORY.search(said) is not None
+    # ImportError: a library for which there is not enough memory.
+    message = str(error).lower() if isinstance(error, RuntimeError | ImportError) else ""
+    return _OUT_OF_MEMORY.search(message) is not None

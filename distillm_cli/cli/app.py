@@ -35,13 +35,13 @@ from distillm_cli.errors import (
     OutOfMemoryError,
     StorageError,
     UsageError,
-    of_tokenizers,
+    is_tokenizer_failure,
     out_of_memory,
     signal_number,
     typed_options,
 )
 from distillm_cli.utils.signals import handle_signals, received_signal
-from distillm_cli.utils.storage import failed_with, is_full, reason
+from distillm_cli.utils.storage import is_full, os_error_number, reason
 from distillm_cli.utils.text import printable, redact
 
 _COMPLETE = "_DISTILLM_COMPLETE"  # set by what --install-completion puts into a shell's start file
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         code = _invoked(command, argv)
         sys.stdout.flush()
     except BaseException as error:
-        if not (isinstance(error, Exception | KeyboardInterrupt) or of_tokenizers(error)):
+        if not (isinstance(error, Exception | KeyboardInterrupt) or is_tokenizer_failure(error)):
             raise
         if _reader_left(error):
             return _BROKEN_PIPE
@@ -167,14 +167,14 @@ def _known(error: BaseException, argv: list[str]) -> DistillmError:
     if out_of_memory(error):
         hint = "lower --batch-size (and raise train.accumulate), or --max-length; `distillm plan` estimates the need"
         return OutOfMemoryError("out of memory", where=_first_line(error), hint=hint)
-    if (number := failed_with(error)) is not None:
+    if (number := os_error_number(error)) is not None:
         other = "give another place, or check the disk and who may write there"
         hint = "free some space there, or give another place" if is_full(number) else other
         pathless = isinstance(error, OSError) and error.filename is None
         return StorageError(f"cannot read or write: {reason(error)}" if pathless else _first_line(error), hint=hint)
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # Path.resolve, before Python 3.13
         return StorageError(_first_line(error), hint="remove the link, or give another place")
-    if of_tokenizers(error):
+    if is_tokenizer_failure(error):
         hint = "its files are damaged or incomplete: copy or download them again (--debug shows where it failed)"
         return ModelError("the tokenizer failed", where=_first_line(error), hint=hint)
     return DistillmError(

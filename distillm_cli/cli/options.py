@@ -24,7 +24,7 @@ import typer
 from distillm_cli.config.explain import choices, format_value, leaves, plain_types, takes_list
 from distillm_cli.config.methods import METHODS
 from distillm_cli.config.shortcuts import FieldFlag, Flag, field_flags
-from distillm_cli.data.known import names
+from distillm_cli.data.known import dataset_names
 from distillm_cli.errors import UsageError
 
 # Panels of the flags that set no field, beside those of config/shortcuts.py.
@@ -36,7 +36,7 @@ VERBS = "Verbs"
 OTHER_COMMANDS = "Other commands"
 
 # Words for fields that take other values too: names of data sets.
-_KNOWN_NAMES = {"data.source": names, "eval.suites": names}
+_KNOWN_NAMES = {"data.source": dataset_names, "eval.suites": dataset_names}
 
 
 class FieldFlags(dict[str, Flag]):
@@ -245,7 +245,7 @@ def complete_pipelines(incomplete: str) -> list[str]:
 
 
 def complete_data(incomplete: str) -> list[str]:
-    return _completed(incomplete, names())
+    return _completed(incomplete, dataset_names())
 
 
 def complete_set(incomplete: str) -> list[str]:

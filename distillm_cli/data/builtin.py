@@ -1,15 +1,15 @@
-"""A procedural instruction set: twelve kinds of task, endless rows, no network.
+"""Generate a procedural instruction set: twelve kinds of task, any number of rows, no network.
 
-A small character-level model can learn every kind, and a person can judge an answer at a glance. Seven kinds have one right
-answer (sort, add, …). Five are open (shuffle, rhyme, …), as instructions are: a row shows one of up to 119 right answers,
-drawn at random, and there a teacher's distribution says more than a row can. Prompts are at most 32 characters and
+A small character-level model can learn every kind, and answers are easy to check by eye. Seven kinds have one right
+answer (sort, add, …). Five are open (shuffle, rhyme, …): a row has one of up to 119 right answers, drawn at random, so
+that a teacher's distribution carries more information than the row. Prompts are at most 32 characters and
 answers at most 17, both in letters, digits, the space and ``,:?+-``.
 
 The three splits are disjoint by construction. A question has a key: its content without the phrasing, written so that
 questions whose answers follow from one another share it (the larger and the smaller of 48 and 73, a word reversed and
 reversed back, one set of letters in any order). A hash of the key gives the split, so a held-out question occurs in
-train under no phrasing and in no other order. Rows are drawn with replacement: the 405 sums come again soon, the dates,
-words and strings seldom.
+train under no phrasing and in no other order. Rows are drawn with replacement: the 405 sums repeat soon, the dates, words
+and strings rarely.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _T = TypeVar("_T")
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 VOWELS = "aeiou"
-TEST_ROWS = 1000  # of the suite, unless told; there is no end of them
-CONSONANTS = "bcdfghjklmnpqrstvwxz"  # y is sometimes a vowel: in no word
+TEST_ROWS = 1000  # default size of the test split, which has no limit
+CONSONANTS = "bcdfghjklmnpqrstvwxz"  # without y, which is sometimes a vowel
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question before it is put into words. fields fill a phrasing; answers: all right ones; key decides the split."""
+    """Hold the content of a question. fields: arguments of a phrasing. answers: all right ones. key: decides the split."""
 
     fields: tuple[str | int, ...]
     answers: tuple[str, ...]
@@ -46,7 +46,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A kind of task: what it asks, how it may be put, and where its questions come from."""
+    """Describe a kind of task: its phrasings, and the function that draws its questions."""
 
     name: str
     summary: str
@@ -54,28 +54,30 @@ class Task:
     draw: Callable[[Random], Question]
 
     def make(self, rng: Random, split: Split) -> tuple[str, tuple[str, ...]]:
-        """(instruction, right answers) of a random question that belongs to ``split``, in a random phrasing. The first
-        answer is a random one: the one that the row shows."""
+        """Return the instruction and right answers of a random question of ``split``, in a random phrasing.
+
+        The first answer is the row's output, drawn at random.
+        """
         question = self.draw(rng)
         while split_of(self.name, question.key) != split:
             question = self.draw(rng)
-        shown = _pick(rng, question.answers)
-        others = (answer for answer in question.answers if answer != shown)
-        return _pick(rng, self.phrasings).format(*question.fields), (shown, *others)
+        first_answer = _choice(rng, question.answers)
+        others = (answer for answer in question.answers if answer != first_answer)
+        return _choice(rng, self.phrasings).format(*question.fields), (first_answer, *others)
 
 
 def split_of(task: str, key: str) -> Split:
-    """The split a question belongs to: one key in ten is test, one in ten valid, the rest train."""
+    """Return the split of a question: one key in ten is test, one in ten valid, the rest train."""
     digest = hashlib.blake2b(f"{task} {key}".encode(), digest_size=8).digest()
     return {0: "test", 1: "valid"}.get(int.from_bytes(digest, "big") % 10, "train")
 
 
 def rows(
-    split: Split, n: int | None, seed: int, tasks: SequenceOf[str] | None = None
+    split: Split, count: int | None, seed: int, tasks: SequenceOf[str] | None = None
 ) -> Iterator[tuple[str, tuple[str, ...], str]]:
-    """(instruction, right answers, task) rows; n None is endless. The first answer is the row's own output.
+    """Yield rows as (instruction, right answers, task). count: None for no end. The first answer is the row's output.
 
-    (split, seed, tasks) fixes the rows on every machine, and a smaller n is a prefix of a larger one. Every task comes
+    (split, seed, tasks) determines the rows on every machine, and a smaller count yields a prefix. Every task occurs
     once in each round of as many rows as there are tasks, in a random order. The order and number of names in ``tasks``
     do not matter; None is all of them.
 
@@ -83,66 +85,66 @@ def rows(
     """
     if split not in ("train", "valid", "test"):
         raise ValueError(f"split is {split!r}; expected train, valid or test")
-    return islice(_stream(split, seed, _choose(tasks)), n)
+    return islice(_stream(split, seed, _select_tasks(tasks)), count)
 
 
-def _stream(split: Split, seed: int, chosen: list[Task]) -> Iterator[tuple[str, tuple[str, ...], str]]:
+def _stream(split: Split, seed: int, selected: list[Task]) -> Iterator[tuple[str, tuple[str, ...], str]]:
     rng = Random(f"builtin {split} {seed}")
     while True:
-        for task in sorted(chosen, key=lambda _: rng.random()):
+        for task in sorted(selected, key=lambda _: rng.random()):
             yield *task.make(rng, split), task.name
 
 
-def _choose(names: SequenceOf[str] | None) -> list[Task]:
+def _select_tasks(names: SequenceOf[str] | None) -> list[Task]:
     if names is None:
         return list(TASKS.values())
     known = ", ".join(TASKS)
     for name in names:
         if name not in TASKS:
-            near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}? Known: {known}" if near else f"known: {known}"
+            similar = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.5)
+            hint = f"did you mean {similar[0]}? Known: {known}" if similar else f"known: {known}"
             raise RecipeError(f"no builtin task is called {name!r}", where="data.tasks", hint=hint)
     if not names:
         raise RecipeError("no builtin task is selected", where="data.tasks", hint=f"known: {known}")
     return [task for name, task in TASKS.items() if name in names]
 
 
-# Of the random module only `random()` is promised to stay the same across Python versions, so all draws go through it.
+# Only `random()` of the random module is guaranteed to stay the same across Python versions, so all draws use it.
 
 
-def _between(rng: Random, low: int, high: int) -> int:
-    """A whole number from low to high, both included."""
+def _randint(rng: Random, low: int, high: int) -> int:
+    """Return a random integer from low to high, both included."""
     return low + int(rng.random() * (high - low + 1))
 
 
-def _pick(rng: Random, choices: SequenceOf[_T]) -> _T:
-    return choices[_between(rng, 0, len(choices) - 1)]
+def _choice(rng: Random, choices: SequenceOf[_T]) -> _T:
+    return choices[_randint(rng, 0, len(choices) - 1)]
 
 
 def _word(rng: Random, longest: int = 6) -> str:
-    """3 letters or more, consonants and vowels in turn, so that it can be said aloud."""
+    """Return a pronounceable word of three letters or more, with consonants and vowels alternating."""
     kinds = (CONSONANTS, VOWELS) if rng.random() < 0.75 else (VOWELS, CONSONANTS)
-    return "".join(_pick(rng, kinds[i % 2]) for i in range(_between(rng, 3, longest)))
+    return "".join(_choice(rng, kinds[i % 2]) for i in range(_randint(rng, 3, longest)))
 
 
-def _tens(rng: Random) -> int:
-    """Two digits, always: numbers that line up are what lets a small model learn to reckon in minutes."""
-    return _between(rng, 10, 99)
+def _two_digits(rng: Random) -> int:
+    """Return a number of exactly two digits: with aligned digits a small model learns arithmetic in minutes."""
+    return _randint(rng, 10, 99)
 
 
 def _digit(rng: Random) -> int:
-    return _between(rng, 1, 9)
+    return _randint(rng, 1, 9)
 
 
-def _bag(rng: Random, longest: int) -> list[str]:
-    """Three different letters or more, in a random order."""
-    return sorted(LETTERS, key=lambda _: rng.random())[: _between(rng, 3, longest)]
+def _distinct_letters(rng: Random, longest: int) -> list[str]:
+    """Return three different letters or more, in a random order."""
+    return sorted(LETTERS, key=lambda _: rng.random())[: _randint(rng, 3, longest)]
 
 
 def _sort(rng: Random) -> Question:
-    bag = _bag(rng, longest=6)
-    answer = "".join(sorted(bag))
-    return Question(("".join(bag),), (answer,), key=answer)
+    letters = _distinct_letters(rng, longest=6)
+    answer = "".join(sorted(letters))
+    return Question(("".join(letters),), (answer,), key=answer)
 
 
 def _reverse(rng: Random) -> Question:
@@ -150,10 +152,11 @@ def _reverse(rng: Random) -> Question:
     return Question((word,), (word[::-1],), key=min(word, word[::-1]))
 
 
-def _add(rng: Random) -> Question:
-    """No carry: the one rule that a model this small would spend most of its steps on."""
-    units = _between(rng, 0, 8)
-    a, b = 10 * _digit(rng) + units, _between(rng, 1, 9 - units)
+def _addition(rng: Random) -> Question:
+    """Draw a sum without a carry, which a small model would spend most of its steps on."""
+    units = _randint(rng, 0, 8)
+    a = 10 * _digit(rng) + units
+    b = _randint(rng, 1, 9 - units)
     return Question((a, b), (str(a + b),), key=f"{a} {b}")
 
 
@@ -163,20 +166,20 @@ def _count(rng: Random) -> Question:
 
 
 def _compare(rng: Random) -> Question:
-    a = b = _tens(rng)
+    a = b = _two_digits(rng)
     while a == b:
-        b = _tens(rng)
-    word, answer = _pick(rng, (("larger", max(a, b)), ("smaller", min(a, b))))
+        b = _two_digits(rng)
+    word, answer = _choice(rng, (("larger", max(a, b)), ("smaller", min(a, b))))
     return Question((word, a, b), (str(answer),), key=f"{min(a, b)} {max(a, b)}")
 
 
 def _month(rng: Random) -> tuple[int, int]:
-    return _between(rng, 1900, 2099), _between(rng, 1, 12)
+    return _randint(rng, 1900, 2099), _randint(rng, 1, 12)
 
 
 def _date(rng: Random) -> Question:
     year, month = _month(rng)
-    day = _between(rng, 1, calendar.monthrange(year, month)[1])
+    day = _randint(rng, 1, calendar.monthrange(year, month)[1])
     iso = f"{year}-{month:02}-{day:02}"
     return Question((iso,), (f"{day} {MONTHS[month - 1]} {year}",), key=iso)
 
@@ -192,15 +195,15 @@ def _letter(rng: Random) -> Question:
 
 
 def _shuffle(rng: Random) -> Question:
-    bag = _bag(rng, longest=5)
-    orders = tuple("".join(order) for order in permutations(bag) if order != tuple(bag))
-    return Question(("".join(bag),), orders, key="".join(sorted(bag)))
+    letters = _distinct_letters(rng, longest=5)
+    orders = tuple("".join(order) for order in permutations(letters) if order != tuple(letters))
+    return Question(("".join(letters),), orders, key="".join(sorted(letters)))
 
 
 def _within(rng: Random) -> Question:
     low = high = 0
     while high - low < 5:
-        low, high = sorted((_tens(rng), _tens(rng)))
+        low, high = sorted((_two_digits(rng), _two_digits(rng)))
     return Question((low, high), tuple(map(str, range(low + 1, high))), key=f"{low} {high}")
 
 
@@ -213,21 +216,21 @@ def _rhyme(rng: Random) -> Question:
 
 def _day(rng: Random) -> Question:
     year, month = _month(rng)
-    when = f"{MONTHS[month - 1]} {year}"
+    month_name = f"{MONTHS[month - 1]} {year}"
     days = range(1, calendar.monthrange(year, month)[1] + 1)
-    return Question((when,), tuple(f"{day} {when}" for day in days), key=when)
+    return Question((month_name,), tuple(f"{day} {month_name}" for day in days), key=month_name)
 
 
-# Written out: calendar.month_name speaks the language of the machine.
+# Not calendar.month_name, which depends on the locale.
 MONTHS = (
     *("January", "February", "March", "April", "May", "June"),
     *("July", "August", "September", "October", "November", "December"),
 )
 
-_ALL = (
+_TASK_LIST = (
     Task("sort", "letters in alphabetical order", ("Sort the letters: {0}", "Put in order: {0}"), _sort),
     Task("reverse", "a word backwards", ("Reverse the word: {0}", "Write {0} backwards"), _reverse),
-    Task("add", "a two-digit number plus a digit, no carry", ("What is {0} + {1}?", "Add {0} and {1}"), _add),
+    Task("add", "a two-digit number plus a digit, no carry", ("What is {0} + {1}?", "Add {0} and {1}"), _addition),
     Task("count", "how many letters a word has", ("How many letters has {0}?", "Count the letters: {0}"), _count),
     Task(
         "compare",
@@ -249,4 +252,4 @@ _ALL = (
     Task("day", "any day of a month", ("A day in {0}", "Pick a day: {0}"), _day),
 )
 
-TASKS: dict[str, Task] = {task.name: task for task in _ALL}
+TASKS: dict[str, Task] = {task.name: task for task in _TASK_LIST}

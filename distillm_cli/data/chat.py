@@ -1,8 +1,8 @@
-"""Render conversations as text: what the tokenizer's chat template writes, and which of it the assistant must produce.
+"""Render conversations with the chat template, and find the parts that the assistant must produce.
 
-The template's own output decides. A conversation is rendered as a whole, and each answer is found in it by rendering the
+Only the template's output is used. A conversation is rendered as a whole, and each answer is found in it by rendering the
 messages before it with a generation prompt: what the template adds after that prompt, up to the token that ends the turn,
-is the answer. A template that marks answers with ``{% generation %}`` is taken at its word where that does not work.
+is the answer. Where that does not work, the spans that the template marks with ``{% generation %}`` are used.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from distillm_cli.data.conversations import Message
 from distillm_cli.errors import DataError, ModelError
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-_FLAGS = ("weight", "train")  # fields about training on a message; no template sees them
-# Stand for the content of an answer. They share no first and no last character with one another, so that the text around
+_FLAGS = ("weight", "train")  # fields about training on a message; not passed to the template
+# Placeholders for the content of an answer. Their first characters differ and so do their last, so that the text around
 # them is what two renderings have in common.
 _PROBES = ("\u2042distillm\u2043", "\u203bmodel\u203c")
-# Characters for private use, around control tokens that people wrote and that are to be encoded as text.
-MARK_START, MARK_END = "\ue0d0", "\ue0d1"
+# Private-use characters around control tokens in the text of rows, which are to be encoded as text.
+MARK_START = "\ue0d0"
+MARK_END = "\ue0d1"
 _NO_MARKS = {ord(MARK_START): None, ord(MARK_END): None}
 _STRFTIME = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(?P<quote>["'])(?P<format>[^"']*)(?P=quote)\s*\)""")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -36,30 +37,30 @@ _TEMPLATE_HINT = "check the row, skip such rows with --skip-bad-rows, or choose 
 class Text:
     """Hold one example as text.
 
-    text: prompt and response together. cut: where the response begins, in characters. end: where it ends; what the
-    template writes after it is not used. turns: (start, end) of the earlier answers to supervise. is_closed: the response
-    holds the token that ends it. is_chat: the chat template wrote it, beginning-of-sequence token included.
-    end_id: the token to append where it is not closed, None for the usual one. ends: ids of the tokens that end the answers
-    to supervise, the usual one aside. ignored: fields of the answer that the template does not write.
+    text: prompt and response together. response_start, response_end: positions in characters; what the template writes
+    after the response is not used. turns: (start, end) of the earlier answers to supervise. is_closed: the response
+    includes the token that ends it. is_chat: the chat template wrote it, beginning-of-sequence token included.
+    appended_id: the token to append where it is not closed, None for the usual one. end_ids: ids of the tokens that end
+    the answers to supervise, the usual one aside. ignored_fields: fields of the answer that the template does not write.
     """
 
     text: str
-    cut: int
-    end: int
+    response_start: int
+    response_end: int
     turns: tuple[tuple[int, int], ...] = ()
     is_closed: bool = False
     is_chat: bool = False
-    end_id: int | None = None
-    ends: frozenset[int] = frozenset()
-    ignored: frozenset[str] = frozenset()
+    appended_id: int | None = None
+    end_ids: frozenset[int] = frozenset()
+    ignored_fields: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class TurnEnd:
     """Describe how a chat template ends an assistant turn.
 
-    token: the id of the token that ends the turn: one behind the content, or the header of the next turn; None where there
-    is neither. text: what the template writes behind the content.
+    token: the id of the token that ends the turn: one after the content, or the header of the next turn; None where there
+    is neither. text: what the template writes after the content.
     """
 
     token: int | None
@@ -67,11 +68,11 @@ class TurnEnd:
 
 
 class ChatTemplate:
-    """Render with the chat template of a tokenizer, with everything that its output depends on besides the row.
+    """Render rows with the chat template of a tokenizer.
 
-    day: the date that templates see through ``strftime_now``. arguments: of every row, below its own. tools, documents:
-    for rows without their own. stops: ids of the tokens that the models stop at. turns: "all" or "last". written:
-    whether control tokens in the row's own texts are marked, to be encoded as text (see ``marked``).
+    day: the date that ``strftime_now`` returns. arguments: template arguments of every row; a row's own take precedence.
+    tools, documents: for rows without their own. stops: ids of the tokens that the models stop at. turns: "all" or "last".
+    mark_control_tokens: whether control tokens in the row's own texts are marked, to be encoded as text (see ``marked``).
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class ChatTemplate:
         documents: SequenceOf[Any] | None = None,
         stops: Collection[int] = (),
         turns: str = "all",
-        written: bool = False,
+        mark_control_tokens: bool = False,
     ):
         self.tokenizer = tokenizer
         self.day = day
@@ -93,11 +94,13 @@ class ChatTemplate:
         self.documents = documents
         self.turns = turns
         self.stops = {*stops, tokenizer.eos_token_id}
-        self.written = written
+        self.mark_control_tokens = mark_control_tokens
         self._sources: dict[bool, str] = {}
-        self._end: TurnEnd | None = None
+        self._turn_end: TurnEnd | None = None
         self._content_form: str | None = None
-        self._ids, self._control = control_tokens(tokenizer)
+        ids, pattern = control_tokens(tokenizer)
+        self._ids = ids
+        self._control = pattern
         self._special = special_tokens(tokenizer)
 
     @property
@@ -108,33 +111,34 @@ class ChatTemplate:
         return any("strftime_now" in source for source in sources)
 
     @property
-    def content(self) -> str:
+    def content_form(self) -> str:
         """Return the form in which the template writes the content of messages: text, parts (SmolVLM), or either."""
         if self._content_form is None:
             self._content_form = "either"
-            text, parts = (self._shows(content) for content in (_PROBES[0], _parts(_PROBES[0])))
-            if text != parts:
-                self._content_form = "text" if text else "parts"
+            writes_text = self._writes_content(_PROBES[0])
+            writes_parts = self._writes_content(_parts(_PROBES[0]))
+            if writes_text != writes_parts:
+                self._content_form = "text" if writes_text else "parts"
         return self._content_form
 
-    def _shows(self, content: str | list[Any]) -> bool:
+    def _writes_content(self, content: str | list[Any]) -> bool:
         """Return whether the template writes this content of a user's message."""
         try:
             return _PROBES[0] in self._write(None, [{"role": "user", "content": content}])
-        except DataError:  # a template that takes other conversations
+        except DataError:  # a template that requires another form of conversation
             return False
 
     @property
-    def end(self) -> TurnEnd:
+    def turn_end(self) -> TurnEnd:
         """Return how the template ends an answer, found by rendering short conversations."""
-        if self._end is None:
-            self._end = self._find_end()
-        return self._end
+        if self._turn_end is None:
+            self._turn_end = self._find_turn_end()
+        return self._turn_end
 
     @property
     def end_tokens(self) -> list[str]:
         """Return the text of the end-of-turn token, where there is one."""
-        return [text for text, i in self._ids.items() if i == self.end.token]
+        return [text for text, i in self._ids.items() if i == self.turn_end.token]
 
     def prompt(self, row: Any) -> str:
         """Return the prompt: the row's messages and the generation prompt.
@@ -150,7 +154,7 @@ class ChatTemplate:
         cannot be found in what it writes.
         """
         if row.raw is not None:
-            return self._as_written(row)
+            return self._raw_text(row)
         if not row.is_answered:
             prompt = self.prompt(row)
             return Text(prompt, len(prompt), len(prompt), is_chat=True)
@@ -159,20 +163,29 @@ class ChatTemplate:
         if answer is None:
             answer = {"role": "assistant", "content": row.references[0]}
         conversation = [*messages, answer]
-        wanted = [k for k, m in enumerate(conversation) if m["role"] == "assistant" and _is_trained(m)]
+        supervised = [k for k, m in enumerate(conversation) if m["role"] == "assistant" and _is_trained(m)]
         if self.turns == "last":
-            wanted = wanted[-1:] if wanted and wanted[-1] == len(messages) else []
-        if not wanted:
+            supervised = supervised[-1:] if supervised and supervised[-1] == len(messages) else []
+        if not supervised:
             return None
-        conversation = conversation[: wanted[-1] + 1]
+        conversation = conversation[: supervised[-1] + 1]
         whole = self._write(row, conversation)
-        cut, end, closed, end_id = self._last(row, conversation, whole)
-        ignored = self._check_written(row, conversation[-1], whole[cut:end])
-        turns = tuple(self._earlier(row, conversation, k, whole) for k in wanted[:-1])
-        closings = [self._stop(whole[start:stop]) for start, stop in turns]
-        closings.append(end_id if not closed else self._closing_id(whole[cut:end]))
-        ends = frozenset(token for token in closings if token is not None)
-        return Text(whole, cut, end, turns, closed, is_chat=True, end_id=end_id, ends=ends, ignored=ignored)
+        start, end, is_closed, appended_id = self._last_answer(row, conversation, whole)
+        ignored_fields = self._check_written(row, conversation[-1], whole[start:end])
+        turns = tuple(self._earlier_answer(row, conversation, k, whole) for k in supervised[:-1])
+        closings = [self._stop_token(whole[first:last]) for first, last in turns]
+        closings.append(self._closing_id(whole[start:end]) if is_closed else appended_id)
+        return Text(
+            whole,
+            start,
+            end,
+            turns,
+            is_closed,
+            is_chat=True,
+            appended_id=appended_id,
+            end_ids=frozenset(token for token in closings if token is not None),
+            ignored_fields=ignored_fields,
+        )
 
     def _check_written(self, row: Any, answer: Message, target: str) -> frozenset[str]:
         """Return the fields of an answer that the template leaves out: reasoning, which some templates never write.
@@ -184,94 +197,100 @@ class ChatTemplate:
         content = answer.get("content")
         texts = [content] if isinstance(content, str) else [part.get("text") for part in content or ()]
         missing = [name for name in names if name not in target]
-        if missing or not all(_holds(target, text) for text in texts if isinstance(text, str)):
-            what = f"the tool call {missing[0]}" if missing else "the content of the answer"
-            raise DataError(f"{row.where}: the chat template does not write {what}", hint=_TEMPLATE_HINT)
+        if missing or not all(_contains(target, text) for text in texts if isinstance(text, str)):
+            part = f"the tool call {missing[0]}" if missing else "the content of the answer"
+            raise DataError(f"{row.where}: the chat template does not write {part}", hint=_TEMPLATE_HINT)
         reasoning = [name for name in _REASONING if isinstance(answer.get(name), str) and answer[name].strip()]
-        return frozenset(name for name in reasoning if not _holds(target, answer[name]))
+        return frozenset(name for name in reasoning if not _contains(target, answer[name]))
 
-    def _as_written(self, row: Any) -> Text:
-        """Return a response that a model wrote after the prompt: the text as it is, not as the template would write it."""
+    def _raw_text(self, row: Any) -> Text:
+        """Return the prompt with a response that a model generated after it, as generated rather than by the template."""
         prompt = self.prompt(row)
         text = prompt + row.raw
-        # Where the response ended as answers do, the file leaves that token out: any other is one that models stop at.
-        is_closed = self._stop(row.raw) is not None and not row.cut
-        return Text(text, len(prompt), len(text), is_closed=is_closed, is_chat=True, end_id=self.end.token)
+        # The file leaves out the usual end token. Another token at the end is one that models stop at.
+        is_closed = self._stop_token(row.raw) is not None and not row.truncated
+        return Text(text, len(prompt), len(text), is_closed=is_closed, is_chat=True, appended_id=self.turn_end.token)
 
     def _messages(self, row: Any) -> list[Message]:
-        """Return the row's messages up to the answer; a row without any is one question of the user."""
+        """Return the row's messages up to the answer; a row without messages becomes one message of the user."""
         if row.messages is not None:
             return list(row.messages)
         text = row.prompt if row.instruction is None else "\n".join(filter(None, (row.instruction, row.input)))
         return [{"role": "user", "content": text}]
 
     def _marked_message(self, message: Message) -> Message:
-        """Mark control tokens in what people wrote; an answer's own structure (``<think>``) stays."""
+        """Mark control tokens in the text of a row; the structure of an answer (``<think>``) is not marked."""
         if message["role"] != "assistant":
             return marked(message, self._control)
         return marked(message, "|".join(map(re.escape, self._special)) or "(?!)")
 
-    def _given(self, row: Any, messages: SequenceOf[Message]) -> tuple[list[Message], dict[str, Any], dict[str, Any]]:
+    def _template_inputs(
+        self, row: Any, messages: SequenceOf[Message]
+    ) -> tuple[list[Message], dict[str, Any], dict[str, Any]]:
         """Return what the template receives: messages, the template with tools and documents, and other arguments."""
         tools = self.tools if row is None or row.tools is None else row.tools
         documents = self.documents if row is None or row.documents is None else row.documents
         arguments = self.arguments if row is None else self.arguments | (row.template_kwargs or {})
-        given: dict[str, Any] = {"chat_template": self._source(bool(tools))}
+        inputs: dict[str, Any] = {"chat_template": self._source(bool(tools))}
         messages = [_without(message, _FLAGS) for message in messages]
-        messages = [_in_form(message, self.content) for message in messages]
-        if self.written:
+        messages = [_in_form(message, self.content_form) for message in messages]
+        if self.mark_control_tokens:
             messages = [self._marked_message(message) for message in messages]
             tools, documents = marked(tools, self._control), marked(documents, self._control)
-        given |= {"tools": list(tools) if tools else None, "documents": list(documents) if documents else None}
-        return messages, given, arguments
+        inputs["tools"] = list(tools) if tools else None
+        inputs["documents"] = list(documents) if documents else None
+        return messages, inputs, arguments
 
     def _write(self, row: Any, messages: SequenceOf[Message], *, prompting: bool = False) -> str:
-        """Return the template's output. Raises ModelError, DataError. row: None for a conversation of the project's own."""
-        messages, given, arguments = self._given(row, messages)
+        """Return the template's output. Raises ModelError, DataError. row: None for a probe."""
+        messages, inputs, arguments = self._template_inputs(row, messages)
         try:
-            if taken := sorted(arguments.keys() & signature(self.tokenizer.apply_chat_template).parameters.keys()):
-                raise ValueError(f"chat_template_kwargs cannot set `{taken[0]}`")
+            reserved = sorted(arguments.keys() & signature(self.tokenizer.apply_chat_template).parameters.keys())
+            if reserved:
+                raise ValueError(f"chat_template_kwargs cannot set `{reserved[0]}`")
             return self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=prompting, tokenize=False, **given, **arguments
+                messages, add_generation_prompt=prompting, tokenize=False, **inputs, **arguments
             )
-        except Exception as error:  # templates are programs: they fail in as many ways as programs do
-            raise self._refusal(row, error) from error
+        except Exception as error:  # templates are programs and may raise anything
+            raise self._template_error(row, error) from error
 
-    def _refusal(self, row: Any, error: Exception) -> DataError | ModelError:
+    def _template_error(self, row: Any, error: Exception) -> DataError | ModelError:
         from jinja2 import TemplateSyntaxError
 
-        what = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, TemplateSyntaxError):
             where = getattr(self.tokenizer, "name_or_path", None) or None
-            return ModelError(f"the chat template is not valid: {what}", where=where, hint="use another tokenizer")
+            return ModelError(f"the chat template is not valid: {reason}", where=where, hint="use another tokenizer")
         place = "" if row is None else f"{row.where}: "
-        return DataError(f"{place}the chat template cannot write this row: {what}", hint=_TEMPLATE_HINT)
+        return DataError(f"{place}the chat template cannot write this row: {reason}", hint=_TEMPLATE_HINT)
 
     def _source(self, with_tools: bool) -> str:
         """Return the template's text, with the run's date in place of the current one."""
         if with_tools not in self._sources:
             try:
-                found = self.tokenizer.get_chat_template(tools=[{}] if with_tools else None)
+                source = self.tokenizer.get_chat_template(tools=[{}] if with_tools else None)
             except ValueError as error:
                 names = self.tokenizer.chat_template
-                what = "the tokenizer has no chat template"
+                message = "the tokenizer has no chat template"
                 hint = "choose another --set data.template=plain, or a tokenizer with a chat template"
                 if isinstance(names, Mapping):
-                    what = f"the tokenizer has chat templates named {', '.join(names)}, and none named default"
+                    message = f"the tokenizer has chat templates named {', '.join(names)}, and none named default"
                     hint = "name one with --set data.chat_template=FILE"
                 raise ModelError(
-                    what, where=getattr(self.tokenizer, "name_or_path", None) or None, hint=hint
+                    message, where=getattr(self.tokenizer, "name_or_path", None) or None, hint=hint
                 ) from error
-            self._sources[with_tools] = _STRFTIME.sub(self._dated, found)
+            self._sources[with_tools] = _STRFTIME.sub(self._format_date, source)
         return self._sources[with_tools]
 
-    def _dated(self, call: re.Match[str]) -> str:
+    def _format_date(self, call: re.Match[str]) -> str:
         return repr(self.day.strftime(call["format"]))
 
-    # ------------------------------------------------------------------------------------------- the answers' places
+    # ------------------------------------------------------------------------------------------- positions of answers
 
-    def _last(self, row: Any, conversation: SequenceOf[Message], whole: str) -> tuple[int, int, bool, int | None]:
-        """Return where the last answer begins and ends, whether its end token is written, and the token to append if not."""
+    def _last_answer(
+        self, row: Any, conversation: SequenceOf[Message], whole: str
+    ) -> tuple[int, int, bool, int | None]:
+        """Return start and end of the last answer, whether its end token is written, and the token to append if not."""
         prompt = self._write(row, conversation[:-1], prompting=True)
         start = len(prompt)
         if not whole.startswith(prompt):
@@ -284,9 +303,11 @@ class ChatTemplate:
                     "use a template with {% generation %}: --set data.chat_template=FILE",
                 )
             start, end = spans[-1]
-            start = max(start, self._shared(prompt, whole))
+            start = max(start, self._shared_length(prompt, whole))
             closing = self._closing(whole[start:end])
-            return (start, end, False, self.end.token) if closing is None else (start, start + closing[1], True, None)
+            if closing is None:
+                return start, end, False, self.turn_end.token
+            return start, start + closing[1], True, None
         return (start, *self._end_of(row, conversation, whole, start))
 
     def _end_of(
@@ -296,30 +317,30 @@ class ChatTemplate:
         closing = self._closing(whole[start:])
         if closing is not None:
             return start + closing[1], True, None
-        behind = self.end.text
-        end = len(whole) - len(behind) if behind and whole.endswith(behind) else len(whole)
-        if behind.strip():  # text that is no token ends the turn: it belongs to the answer
+        suffix = self.turn_end.text
+        end = len(whole) - len(suffix) if suffix and whole.endswith(suffix) else len(whole)
+        if suffix.strip():  # text that is no token ends the turn: it belongs to the answer
             end = len(whole.rstrip())
-        token = self.end.token
+        token = self.turn_end.token
         if conversation[-1].get("tool_calls"):
             token = self._token_before(row, conversation, {"role": "tool", "content": _PROBES[1]}) or token
         return max(end, start), False, token
 
-    def _earlier(self, row: Any, conversation: SequenceOf[Message], k: int, whole: str) -> tuple[int, int]:
-        """Return where message ``k``, an answer that others follow, stands in the whole conversation."""
+    def _earlier_answer(self, row: Any, conversation: SequenceOf[Message], k: int, whole: str) -> tuple[int, int]:
+        """Return start and end of message ``k``, an answer before the last one, in the whole conversation."""
         prompt = self._write(row, conversation[:k], prompting=True)
-        start = _common(prompt, whole)
-        if start < len(prompt) or (end := self._as_prefix(row, conversation, k, whole, start)) is None:
+        start = _common_length(prompt, whole)
+        if start < len(prompt) or (end := self._end_by_prefix(row, conversation, k, whole, start)) is None:
             spans = self._generation_spans(row, conversation)
             if len(spans) == sum(message["role"] == "assistant" for message in conversation):
                 begin, end = spans[sum(message["role"] == "assistant" for message in conversation[:k])]
-                start = max(begin, self._shared(prompt, whole))
+                start = max(begin, self._shared_length(prompt, whole))
                 closing = re.search(rf"(?:\s*(?:{self._control}))+\s*\Z", whole[start:end])
-                return start, end if closing is None else start + self._ending(row, conversation, k, closing)
-            first, content_end = self._content(row, conversation, k, whole)
-            start = min(start, first)
+                return start, end if closing is None else start + self._end_by_tokens(row, conversation, k, closing)
+            content_start, content_end = self._content_span(row, conversation, k, whole)
+            start = min(start, content_start)
             found = re.compile(f"(?:{self._control})+").search(whole, content_end)
-            end = content_end if found is None else self._ending(row, conversation, k, found)
+            end = content_end if found is None else self._end_by_tokens(row, conversation, k, found)
         if end <= start:
             raise DataError(
                 f"{row.where}: the chat template writes message {k + 1}, an answer, in another way once others follow it",
@@ -328,42 +349,43 @@ class ChatTemplate:
         self._check_written(row, conversation[k], whole[start:end])
         return start, end
 
-    def _as_prefix(self, row: Any, conversation: SequenceOf[Message], k: int, whole: str, start: int) -> int | None:
-        """Return the answer's end where the conversation up to it is written as it is in the whole; None where it is not."""
+    def _end_by_prefix(self, row: Any, conversation: SequenceOf[Message], k: int, whole: str, start: int) -> int | None:
+        """Return the answer's end if the conversation up to it is a prefix of the whole one; None otherwise."""
         try:
             part = self._write(row, conversation[: k + 1])
         except DataError:
             return None
         end, is_closed, _ = self._end_of(row, conversation[: k + 1], part, start)
-        same = _common(part, whole)
-        if same >= end:
-            # Where the header of the next turn ends this one (GLM), that token is the answer's last.
+        shared = _common_length(part, whole)
+        if shared >= end:
+            # Where the header of the next turn ends this one (GLM), that token is the last of the answer.
             header = None if is_closed else re.match(rf"\s*({self._control})", whole[end:])
             return end + header.end() if header and self._ids[header[1]] in self.stops else end
         # The last answer of a conversation may end with another token than an earlier one (gpt-oss).
         closing = self._closing(part[start:]) if is_closed else None
-        return start + closing[0] if closing is not None and same >= start + closing[0] else None
+        return start + closing[0] if closing is not None and shared >= start + closing[0] else None
 
-    def _content(self, row: Any, conversation: SequenceOf[Message], k: int, whole: str) -> tuple[int, int]:
-        """Return where the content of message ``k`` begins and ends in the whole, found by writing something else there."""
-        starts, ends = [], []
+    def _content_span(self, row: Any, conversation: SequenceOf[Message], k: int, whole: str) -> tuple[int, int]:
+        """Return start and end of the content of message ``k``, found by rendering placeholders in its place."""
+        starts = []
+        ends = []
         for probe in _PROBES:
             other = {"role": conversation[k]["role"], "content": probe}
             changed = self._write(row, [*conversation[:k], other, *conversation[k + 1 :]])
-            starts.append(_common(whole, changed))
-            ends.append(len(whole) - _common(whole[::-1], changed[::-1]))
+            starts.append(_common_length(whole, changed))
+            ends.append(len(whole) - _common_length(whole[::-1], changed[::-1]))
         return max(starts), min(ends)
 
     def _closing(self, answer: str) -> tuple[int, int] | None:
-        """Return start and end of the token that ends the answer, among the control tokens that close its text.
+        """Return start and end of the token that ends the answer, among the control tokens at the end of its text.
 
-        None where the text closes with none.
+        None where the text does not end with a control token.
         """
         closing = re.search(rf"(?:\s*(?:{self._control}))+\s*\Z", answer)
         if closing is None:
             return None
         found = list(re.finditer(self._control, closing[0]))
-        known = {*self.stops, self.end.token}
+        known = {*self.stops, self.turn_end.token}
         token = next((m for m in found if self._ids[m[0]] in known), None)
         token = token or next((m for m in reversed(found) if m[0] in self._special), None)
         return None if token is None else (closing.start() + token.start(), closing.start() + token.end())
@@ -372,87 +394,88 @@ class ChatTemplate:
         closing = self._closing(answer)
         return None if closing is None else self._ids[answer[slice(*closing)]]
 
-    def _stop(self, answer: str) -> int | None:
-        """Return the token at the end of an answer, where models stop at it."""
+    def _stop_token(self, answer: str) -> int | None:
+        """Return the token at the end of an answer if models stop at it."""
         closing = self._closing(answer)
         token = None if closing is None or closing[1] < len(answer) else self._ids[answer[slice(*closing)]]
-        return token if token in self.stops or token == self.end.token else None
+        return token if token in self.stops or token == self.turn_end.token else None
 
-    def _ending(self, row: Any, conversation: SequenceOf[Message], k: int, run: re.Match[str]) -> int:
-        """Return the end of message ``k`` in the control tokens behind its content.
+    def _end_by_tokens(self, row: Any, conversation: SequenceOf[Message], k: int, run: re.Match[str]) -> int:
+        """Return the end of message ``k`` in ``run``, the control tokens after its content.
 
-        A token that ends it only because others follow (gpt-oss's ``<|end|>``) does not belong to it: nothing stops there.
+        A token that ends it only because other messages follow (gpt-oss's ``<|end|>``) does not belong to it: models do
+        not stop there.
         """
         try:
             closing = self._closing(part := self._write(row, conversation[: k + 1]))
         except DataError:
             closing = None
-        own = None if closing is None else part[slice(*closing)]
-        known = {*self.stops, self.end.token}
+        end_token = None if closing is None else part[slice(*closing)]
+        known = {*self.stops, self.turn_end.token}
         found = list(re.finditer(self._control, run[0]))
-        token = next((m for m in found if self._ids[m[0]] in known or m[0] == own), None)
-        if token is None and own is None:
+        token = next((m for m in found if self._ids[m[0]] in known or m[0] == end_token), None)
+        if token is None and end_token is None:
             token = found[0]
         return run.start() + (0 if token is None else token.end())
 
-    def _shared(self, prompt: str, whole: str) -> int:
-        """Return the length of what a prompt and the whole conversation have in common, no control token cut in two."""
-        shared = _common(prompt, whole)
-        cut = (m.start() for m in re.finditer(self._control, whole) if m.start() < shared < m.end())
-        return next(cut, shared)
+    def _shared_length(self, prompt: str, whole: str) -> int:
+        """Return the length of the common prefix of a prompt and the whole conversation, with no control token split."""
+        shared = _common_length(prompt, whole)
+        split = (m.start() for m in re.finditer(self._control, whole) if m.start() < shared < m.end())
+        return next(split, shared)
 
     def _generation_spans(self, row: Any, conversation: SequenceOf[Message]) -> list[tuple[int, int]]:
         """Return the spans that the template marks with ``{% generation %}``, empty where it marks none."""
-        messages, given, arguments = self._given(row, conversation)
-        if not _GENERATION.search(given["chat_template"]):
+        messages, inputs, arguments = self._template_inputs(row, conversation)
+        if not _GENERATION.search(inputs["chat_template"]):
             return []
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        # As apply_chat_template calls it, which gives the spans in tokens alone.
+        # The same call as in apply_chat_template, which returns the spans in tokens only.
         messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
         try:
             _, spans = render_jinja_template(
                 conversations=[messages],
                 return_assistant_tokens_mask=True,
-                **given,
+                **inputs,
                 **{**self.tokenizer.special_tokens_map, **arguments},
             )
         except Exception as error:
-            raise self._refusal(row, error) from error
+            raise self._template_error(row, error) from error
         return [(int(start), int(end)) for start, end in spans[0]]
 
-    # --------------------------------------------------------------------------------------------- the format's ends
+    # --------------------------------------------------------------------------------------------- ends of turns
 
-    def _find_end(self) -> TurnEnd:
+    def _find_turn_end(self) -> TurnEnd:
         question = {"role": "user", "content": _PROBES[1]}
         probe = [question, {"role": "assistant", "content": _PROBES[0]}]
         try:
             whole = self._write(None, probe)
-        except DataError:  # a template that takes other roles: rows show what it can do
+        except DataError:  # a template that requires other roles
             return TurnEnd(None, "")
         if _PROBES[0] not in whole:
             return TurnEnd(None, "")
-        behind = whole.rpartition(_PROBES[0])[2]
-        if run := re.search(f"(?:{self._control})+", behind):
+        suffix = whole.rpartition(_PROBES[0])[2]
+        if run := re.search(f"(?:{self._control})+", suffix):
             ids = [self._ids[m[0]] for m in re.finditer(self._control, run[0])]
             token = next((i for i in ids if i in self.stops), ids[-1])
-            return TurnEnd(token, behind)
-        return TurnEnd(self._token_before(None, probe, question), behind)
+            return TurnEnd(token, suffix)
+        return TurnEnd(self._token_before(None, probe, question), suffix)
 
     def _token_before(self, row: Any, conversation: SequenceOf[Message], following: Message) -> int | None:
-        """Return the control token that the template writes between an answer and the next message if models stop at it."""
+        """Return the control token between an answer and the message that follows, if models stop at it."""
         try:
             whole = self._write(row, conversation)
             longer = self._write(row, [*conversation, following])
         except DataError:
             return None
-        between = longer[_common(whole.rstrip(), longer) :].lstrip()
+        between = longer[_common_length(whole.rstrip(), longer) :].lstrip()
         found = re.match(self._control, between)
         return self._ids[found[0]] if found and self._ids[found[0]] in self.stops else None
 
 
 def control_tokens(tokenizer: Any) -> tuple[dict[str, int], str]:
-    """Return the added tokens of a tokenizer, blank ones aside, by text, and a regular expression that finds them."""
+    """Return the ids of a tokenizer's added tokens by text, blank ones left out, and a pattern that matches them."""
     ids = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if not token.content.isspace()}
     return ids, "|".join(map(re.escape, sorted(ids, key=len, reverse=True))) or "(?!)"
 
@@ -480,14 +503,14 @@ def _is_trained(message: Message) -> bool:
     return message.get("weight") != 0 and message.get("train") is not False
 
 
-def _holds(target: str, text: str) -> bool:
-    """Return whether a target has the end of this text. Templates may trim it and reformat the reasoning before it."""
+def _contains(target: str, text: str) -> bool:
+    """Return whether a target contains the end of this text. Templates may trim it and reformat the reasoning before it."""
     plain = _THOUGHT.sub("", text.translate(_NO_MARKS)).strip()[-20:]
     return plain in target.translate(_NO_MARKS)
 
 
 def _in_form(message: Message, form: str) -> Message:
-    """Return the message with its content as text or in parts, as the template writes it."""
+    """Return the message with its content in the form that the template writes: text or parts."""
     content = message.get("content")
     if form == "parts" and isinstance(content, str):
         return {**message, "content": _parts(content)}
@@ -504,14 +527,18 @@ def _without(message: Message, names: Collection[str]) -> Message:
     return {key: value for key, value in message.items() if key not in names}
 
 
-def _common(one: str, other: str) -> int:
-    """Return the length of the common beginning of two texts."""
-    low, high = 0, min(len(one), len(other))
+def _common_length(one: str, other: str) -> int:
+    """Return the length of the common prefix of two texts."""
+    low = 0
+    high = min(len(one), len(other))
     if one[:high] == other[:high]:
         return high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if one[:middle] == other[:middle] else (low, middle)
+        if one[:middle] == other[:middle]:
+            low = middle
+        else:
+            high = middle
     return low
 
 

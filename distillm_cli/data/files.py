@@ -1,9 +1,9 @@
-"""Read local data files into records, each with its place: ``train.jsonl:318``.
+"""Read local data files into records, each with its file and line: ``train.jsonl:318``.
 
-A record that cannot be read is yielded as a ``Fault``, so that the caller decides between stopping and skipping; a file
-that cannot be read at all is a ``DataError``. JSON lines, JSON and CSV are read here:
-``datasets`` guesses the types of CSV cells (an answer of ``42`` becomes a number, ``NA`` a null), fills short rows, and
-none of its complaints can name a line.
+A record that cannot be read is yielded as an ``UnreadableRecord``, so that the caller decides between stopping and
+skipping; a file that cannot be read at all raises DataError. JSON lines, JSON and CSV are not read through ``datasets``,
+which guesses the types of CSV cells (an answer of ``42`` becomes a number, ``NA`` a null), fills short rows, and reports
+errors without a line number.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from distillm_cli.data.records import UnreadableValue
 from distillm_cli.data.tables import read_parquet
-from distillm_cli.data.values import Unreadable
 from distillm_cli.errors import DataError
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
@@ -31,17 +31,17 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
-    """Hold why a record could not be read."""
+class UnreadableRecord:
+    """Hold the reason why a record could not be read."""
 
-    what: str
+    reason: str
 
 
-Records = Iterator[tuple[str, Any]]  # (where, record or Fault)
+Records = Iterator[tuple[str, Any]]  # (where, record or UnreadableRecord)
 
 
 def format_of(path: Path) -> str | None:
-    """Return the kind of a data file by its name: ".jsonl" for ``rows.jsonl.gz``, None for an unknown one."""
+    """Return the format of a data file by its name: ".jsonl" for ``rows.jsonl.gz``, None for an unknown one."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         return suffixes[0] if suffixes[0] in _READERS else None
@@ -53,18 +53,18 @@ def stem_of(path: Path) -> str:
     return Path(path.stem).stem if path.suffix.lower() in COMPRESSIONS else path.stem
 
 
-def read(path: Path, wanted: Collection[str]) -> Records:
-    """Yield the records of one file, in order. Blank lines are no records.
+def read(path: Path, columns: Collection[str]) -> Records:
+    """Yield the records of one file, in order. Blank lines are skipped.
 
-    wanted: columns to convert, where the file has types. Raises DataError when the file is absent, unreadable, of an
+    columns: those to convert, where the file has types. Raises DataError when the file is absent, unreadable, of an
     unknown kind, or broken as a whole.
     """
-    form = format_of(path)
-    if form is None:
+    file_format = format_of(path)
+    if file_format is None:
         known = f"{', '.join(FORMATS)}; all but the last also with {' or '.join(COMPRESSIONS)}"
         raise DataError(f"{path}: not a kind of data file that is known", hint=f"known are {known}")
     try:
-        yield from read_parquet(path, wanted) if form == ".parquet" else _READERS[form](path)
+        yield from read_parquet(path, columns) if file_format == ".parquet" else _READERS[file_format](path)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file", hint="check the path") from None
     except (EOFError, zlib.error) as error:
@@ -75,22 +75,22 @@ def read(path: Path, wanted: Collection[str]) -> Records:
 
 def _open(path: Path) -> BinaryIO:
     """Open the file for its decompressed bytes."""
-    ending = path.suffix.lower()
-    if ending == ".gz":
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
         return gzip.open(path, "rb")
-    if ending == ".zst":
+    if suffix == ".zst":
         import pyarrow
 
         return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))
     return path.open("rb")
 
 
-def _complaint(error: ValueError) -> str:
+def _json_error(error: ValueError) -> str:
     """Describe a JSON error in plain words: ``not JSON (expected ',' at column 41)``."""
     if not isinstance(error, json.JSONDecodeError):  # an integer of thousands of digits
         return f"not JSON ({error})"
-    said = error.msg.replace("Expecting", "expected").removesuffix(" delimiter").removesuffix(" at")
-    return f"not JSON ({said[0].lower()}{said[1:]} at column {error.colno})"
+    message = error.msg.replace("Expecting", "expected").removesuffix(" delimiter").removesuffix(" at")
+    return f"not JSON ({message[0].lower()}{message[1:]} at column {error.colno})"
 
 
 def _jsonl(path: Path) -> Records:
@@ -99,7 +99,7 @@ def _jsonl(path: Path) -> Records:
         for number, raw in enumerate(lines, start=1):
             if number == 1:
                 raw = raw.removeprefix(codecs.BOM_UTF8)
-            raw = raw.rstrip()  # of its line end, or the column of an unfinished line would be one of the next
+            raw = raw.rstrip()  # without its line end, so that the column of an error is in this line
             if raw:
                 yield f"{path.name}:{number}", _json_line(raw)
 
@@ -108,11 +108,11 @@ def _json_line(raw: bytes) -> Any:
     try:
         return json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return Fault(_not_utf8(error))
+        return UnreadableRecord(_not_utf8(error))
     except RecursionError:
-        return Fault("not JSON (nested too deeply)")
+        return UnreadableRecord("not JSON (nested too deeply)")
     except ValueError as error:
-        return Fault(_complaint(error))
+        return UnreadableRecord(_json_error(error))
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:
@@ -127,8 +127,8 @@ def _json(path: Path) -> Records:
         start = _SPACE.match(text).end()
         if start == len(text):
             return
-        if text[start] == "{" and _follows(text, start):
-            yield from _jsonl(path)  # many a .json file holds JSON lines
+        if text[start] == "{" and _has_more(text, start):
+            yield from _jsonl(path)  # .json files may hold JSON lines
             return
         whole = json.loads(text)
     except UnicodeDecodeError as error:
@@ -139,19 +139,22 @@ def _json(path: Path) -> Records:
     except ValueError as error:
         line = getattr(error, "lineno", 1)
         raise DataError(
-            f"{path.name}:{line}: {_complaint(error)}", where=str(path), hint="mend the file; rows are a JSON list"
+            f"{path.name}:{line}: {_json_error(error)}", where=str(path), hint="correct the file; rows are a JSON list"
         ) from None
     if isinstance(whole, dict) and isinstance(whole.get("data"), list):
-        rows, lines = whole["data"], _element_lines(text, _value_start(text, start, "data"))
+        rows = whole["data"]
+        lines = _element_lines(text, _value_start(text, start, "data"))
     elif isinstance(whole, list):
-        rows, lines = whole, _element_lines(text, start)
+        rows = whole
+        lines = _element_lines(text, start)
     else:
-        rows, lines = [whole], iter([text.count("\n", 0, start) + 1])
+        rows = [whole]
+        lines = iter([text.count("\n", 0, start) + 1])
     for line, row in zip(lines, rows, strict=True):
         yield f"{path.name}:{line}", row
 
 
-def _follows(text: str, start: int) -> bool:
+def _has_more(text: str, start: int) -> bool:
     """Return whether something follows the JSON value at ``start``."""
     _, end = _decode_at(text, start)
     return _SPACE.match(text, end).end() < len(text)
@@ -160,34 +163,35 @@ def _follows(text: str, start: int) -> bool:
 _decode_at = json.JSONDecoder().raw_decode
 
 
-def _value_start(text: str, at: int, key: str) -> int:
-    """Return where the value of the last top-level ``key`` starts, in the JSON object at ``at`` (known to be valid)."""
-    found = at
-    at = _SPACE.match(text, at + 1).end()
-    while text[at] != "}":
-        name, at = _decode_at(text, at)
-        at = _SPACE.match(text, _SPACE.match(text, at).end() + 1).end()  # past the colon
+def _value_start(text: str, position: int, key: str) -> int:
+    """Return the start of the value of the last top-level ``key`` in the valid JSON object at ``position``."""
+    found = position
+    position = _SPACE.match(text, position + 1).end()
+    while text[position] != "}":
+        name, position = _decode_at(text, position)
+        position = _SPACE.match(text, _SPACE.match(text, position).end() + 1).end()  # past the colon
         if name == key:
-            found = at
-        _, at = _decode_at(text, at)
-        at = _SPACE.match(text, at).end()
-        if text[at] == ",":
-            at = _SPACE.match(text, at + 1).end()
+            found = position
+        _, position = _decode_at(text, position)
+        position = _SPACE.match(text, position).end()
+        if text[position] == ",":
+            position = _SPACE.match(text, position + 1).end()
     return found
 
 
-def _element_lines(text: str, at: int) -> Iterator[int]:
-    """Yield the line on which each element of the JSON list at ``at`` (known to be valid) starts."""
-    line, counted = 1, 0
-    at = _SPACE.match(text, at + 1).end()
-    while text[at] != "]":
-        line += text.count("\n", counted, at)
-        counted = at
+def _element_lines(text: str, position: int) -> Iterator[int]:
+    """Yield the line on which each element of the valid JSON list at ``position`` starts."""
+    line = 1
+    counted = 0
+    position = _SPACE.match(text, position + 1).end()
+    while text[position] != "]":
+        line += text.count("\n", counted, position)
+        counted = position
         yield line
-        _, at = _decode_at(text, at)
-        at = _SPACE.match(text, at).end()
-        if text[at] == ",":
-            at = _SPACE.match(text, at + 1).end()
+        _, position = _decode_at(text, position)
+        position = _SPACE.match(text, position).end()
+        if text[position] == ",":
+            position = _SPACE.match(text, position + 1).end()
 
 
 def _csv(path: Path) -> Records:
@@ -201,14 +205,14 @@ def _csv(path: Path) -> Records:
         if header is None:
             return
         names = [name.strip() for name in header]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise DataError(f"{path.name}:1: column `{twice[0]}` occurs twice", where=str(path), hint="rename one")
+        if duplicates := sorted({name for name in names if names.count(name) > 1}):
+            raise DataError(f"{path.name}:1: column `{duplicates[0]}` occurs twice", where=str(path), hint="rename one")
         while True:
             where = f"{path.name}:{cells.line_num + 1}"  # a quoted cell may span lines; this is the row's first
             try:
                 row = next(cells, None)
             except csv.Error as error:
-                yield where, Fault(f"not CSV ({error})")
+                yield where, UnreadableRecord(f"not CSV ({error})")
                 continue
             if row is None:
                 return
@@ -218,13 +222,13 @@ def _csv(path: Path) -> Records:
 
 def _csv_record(names: list[str], row: list[str]) -> Any:
     if len(row) != len(names):
-        return Fault(f"{len(row)} cells where the header has {len(names)}")
+        return UnreadableRecord(f"{len(row)} cells where the header has {len(names)}")
     return {name: _cell(cell) for name, cell in zip(names, row, strict=True)}
 
 
 def _cell(cell: str) -> Any:
     if not cell.isascii() and any("\udc80" <= char <= "\udcff" for char in cell):
-        return Unreadable("is not UTF-8")
+        return UnreadableValue("is not UTF-8")
     return cell
 
 

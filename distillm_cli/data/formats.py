@@ -12,46 +12,55 @@ from distillm_cli.data.conversations import (
     is_blank,
     is_messages,
     is_sharegpt,
-    not_trained,
     read_messages,
     references_of,
     split_answer,
+    without_training,
 )
-from distillm_cli.data.values import BadRow, Record, kind, valid_text
+from distillm_cli.data.records import BadRow, Record, kind, valid_text
 
 Fields = dict[str, Any]
 
 LANGUAGE_MODELING = "language modeling"
 
-_CONVERSATIONS = ("messages", "conversations", "conversation")
-_PROMPTS = (*_CONVERSATIONS, "instruction", "prompt", "question")
-_INPUTS = ("input", "context")
-_RESPONSES = ("output", "response", "completion", "answer")
-_SYSTEMS = ("system", "system_prompt")
-_ARGUMENTS = ("tools", "documents", "chat_template_kwargs")
-_OTHERS = ("text", "chosen", "rejected", "history", "task", "complete")
-_OF_GENERATE = ("seed", "sample")  # what `generate` writes beside `complete`, for people
-# Columns whose content no text model can read, and the word for it.
-_MEDIA = {
+_CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
+_PROMPT_COLUMNS = (*_CONVERSATION_COLUMNS, "instruction", "prompt", "question")
+_INPUT_COLUMNS = ("input", "context")
+_RESPONSE_COLUMNS = ("output", "response", "completion", "answer")
+_SYSTEM_COLUMNS = ("system", "system_prompt")
+_ARGUMENT_COLUMNS = ("tools", "documents", "chat_template_kwargs")
+_OTHER_COLUMNS = ("text", "chosen", "rejected", "history", "task", "complete")
+_GENERATE_COLUMNS = ("seed", "sample")  # further columns that `generate` writes, which are not read
+# Columns whose content no text model can read, and its name in errors.
+_MEDIA_COLUMNS = {
     **dict.fromkeys(("image", "images"), "images"),
     **dict.fromkeys(("audio", "audios"), "audio"),
     **dict.fromkeys(("video", "videos"), "videos"),
 }
-_KNOWN = frozenset((*_PROMPTS, *_INPUTS, *_RESPONSES, *_SYSTEMS, *_ARGUMENTS, *_OTHERS))
+_KNOWN_COLUMNS = frozenset(
+    (
+        *_PROMPT_COLUMNS,
+        *_INPUT_COLUMNS,
+        *_RESPONSE_COLUMNS,
+        *_SYSTEM_COLUMNS,
+        *_ARGUMENT_COLUMNS,
+        *_OTHER_COLUMNS,
+    )
+)
 
 
 def readable_columns(columns: ColumnsConfig) -> frozenset[str]:
-    """Return the names of all columns that any format may read. The others need not be converted."""
-    named = (columns.prompt, columns.input, columns.response)
-    return _KNOWN.union(name for name in named if name is not None)
+    """Return the names of all columns that a format may read. The others need not be converted."""
+    recipe_columns = (columns.prompt, columns.input, columns.response)
+    return _KNOWN_COLUMNS.union(name for name in recipe_columns if name is not None)
 
 
 def read_fields(record: Record, columns: ColumnsConfig, *, require_output: bool) -> Fields:
-    """Return the fields of a ``Row`` but for its place. Raises BadRow with the column, what was found and expected."""
+    """Return the fields of a ``Row`` except ``where``. Raises BadRow with the column, what was found and expected."""
     found = _read(record, columns, require_output)
     if isinstance(record.values.get("complete"), bool):
-        found["cut"] = not record.take("complete")
-        record.read.update(_OF_GENERATE)
+        found["truncated"] = not record.take("complete")
+        record.read.update(_GENERATE_COLUMNS)
         if columns.response is None and isinstance(record.values.get("output"), str):
             found["raw"] = record.take("output")
     if isinstance(record.values.get("task"), str):
@@ -61,125 +70,137 @@ def read_fields(record: Record, columns: ColumnsConfig, *, require_output: bool)
 
 def _read(record: Record, columns: ColumnsConfig, required: bool) -> Fields:
     if columns.prompt is not None:
-        return _named(record, columns, required)
-    for name, what in _MEDIA.items():
+        return _read_named_prompt(record, columns, required)
+    for name, media in _MEDIA_COLUMNS.items():
         if record.values.get(name) not in (None, "", []):
-            raise BadRow(f"{what} are not supported (column `{name}`)")
-    for name in _CONVERSATIONS:
+            raise BadRow(f"{media} are not supported (column `{name}`)")
+    for name in _CONVERSATION_COLUMNS:
         if record.has(name):
-            return _conversation(record, name, columns, required)
+            return _read_conversation(record, name, columns, required)
     if record.has("chosen") and columns.response is None and is_messages(record.values["chosen"]):
-        return _preferred_conversation(record)
+        return _read_preferred_conversation(record)
     if record.has("instruction"):
-        return _instruction(record, columns, required)
+        return _read_instruction(record, columns, required)
     if record.has("prompt"):
-        return _prompt(record, "prompt", columns, required)
+        return _read_prompt(record, "prompt", columns, required)
     if record.has("question"):
-        return _question(record, "question", columns, required)
+        return _read_question(record, "question", columns, required)
     if columns.response is None and record.has("chosen") and record.has("rejected"):
-        return _implicit_prompt(record)
+        return _read_implicit_prompt(record)
     if columns.response is None and record.has("text"):
-        return _text(record, required)
-    expected = ", ".join((*_PROMPTS, "text", "or data.columns.prompt"))
+        return _read_text(record, required)
+    expected = ", ".join((*_PROMPT_COLUMNS, "text", "or data.columns.prompt"))
     raise BadRow(f"no prompt column ({expected}); found {record.names()}")
 
 
-def _named(record: Record, columns: ColumnsConfig, required: bool) -> Fields:
+def _read_named_prompt(record: Record, columns: ColumnsConfig, required: bool) -> Fields:
     """Read a record whose prompt column is named in the recipe."""
     name = columns.prompt
     if name not in record:
         raise BadRow(f"no column `{name}` (data.columns.prompt); found {record.names()}")
-    if name in _CONVERSATIONS or (name != "prompt" and is_messages(record.values[name])):
-        return _conversation(record, name, columns, required)
+    if name in _CONVERSATION_COLUMNS or (name != "prompt" and is_messages(record.values[name])):
+        return _read_conversation(record, name, columns, required)
     if name == "instruction":
-        return _instruction(record, columns, required)
+        return _read_instruction(record, columns, required)
     if name == "prompt" and columns.input is None:
-        return _prompt(record, name, columns, required)
-    return _question(record, name, columns, required)
+        return _read_prompt(record, name, columns, required)
+    return _read_question(record, name, columns, required)
 
 
 # ------------------------------------------------------------------------------------------------------ conversations
 
 
-def _conversation(record: Record, name: str, columns: ColumnsConfig, required: bool) -> Fields:
+def _read_conversation(record: Record, name: str, columns: ColumnsConfig, required: bool) -> Fields:
     value = record.take(name)
-    messages, answer = _with_system(record, read_messages(value, name)), None
+    messages = _with_system(record, read_messages(value, name))
+    answer = None
     if columns.response is None:
         messages, answer = split_answer(messages)
-    _check_asked(messages, name)
+    _check_prompt(messages, name)
     if answer is not None:
-        references, form = references_of(answer), "conversational language modeling"
+        references = references_of(answer)
+        form = "conversational language modeling"
     else:
         unanswered = f"no reply to the last message ({messages[-1]['role']}), and "
-        references = _references(record, _response_column(record, columns, required, unanswered), required)
+        references = _read_references(record, _response_column(record, columns, required, unanswered), required)
         form = "conversational prompt-completion" if references else "conversational prompt-only"
     form = "ShareGPT" if is_sharegpt(value) else form
-    return _asked(record, messages) | {"answer": answer, "references": references, "format": form}
+    return _conversation_fields(record, messages) | {"answer": answer, "references": references, "format": form}
 
 
-def _prompt(record: Record, name: str, columns: ColumnsConfig, required: bool) -> Fields:
+def _read_prompt(record: Record, name: str, columns: ColumnsConfig, required: bool) -> Fields:
     """Read a prompt and its completion, each as text or as messages."""
     if is_messages(record.values[name]):
         messages = read_messages(record.take(name), name)
         if columns.response is None and _response_column(record, columns, False) is None:
             messages, answer = split_answer(messages)  # a whole conversation
             if answer is not None:
-                _check_asked(messages, name)
-                closed = {"answer": answer, "references": references_of(answer)}
-                return _asked(record, messages) | closed | {"format": "conversational language modeling"}
-        _check_asked(messages, name)
-        return _completed(record, messages, columns, required)
+                _check_prompt(messages, name)
+                answer_fields = {"answer": answer, "references": references_of(answer)}
+                return (
+                    _conversation_fields(record, messages)
+                    | answer_fields
+                    | {"format": "conversational language modeling"}
+                )
+        _check_prompt(messages, name)
+        return _read_completion(record, messages, columns, required)
     response = _response_column(record, columns, required)
     prompt = record.text(name)
     if not prompt.strip():
         raise BadRow(f"an empty prompt (column `{name}`)")
     if response is not None and isinstance(record.values[response], list) and is_messages(record.values[response]):
-        return _completed(record, [{"role": "user", "content": prompt}], columns, required)
-    references = _references(record, response, required)
+        return _read_completion(record, [{"role": "user", "content": prompt}], columns, required)
+    references = _read_references(record, response, required)
     form = "prompt-completion" if references else "prompt-only"
     return {"prompt": prompt, "references": references, "format": "preference" if response == "chosen" else form}
 
 
-def _completed(record: Record, messages: list[Fields], columns: ColumnsConfig, required: bool) -> Fields:
-    """Read the response column, as messages or as text, to the messages of a prompt."""
+def _read_completion(record: Record, messages: list[Fields], columns: ColumnsConfig, required: bool) -> Fields:
+    """Read the response column, as messages or as text, for a prompt of messages."""
     response = _response_column(record, columns, required)
-    messages, answer = not_trained(_with_system(record, messages)), None
+    messages = without_training(_with_system(record, messages))
+    answer = None
     if response is not None and is_messages(record.values[response]):
         completion = read_messages(record.take(response), response)
-        before, answer = split_answer(completion)
+        earlier, answer = split_answer(completion)
         if answer is None:
             raise BadRow(f"column `{response}` must end with a message of the assistant")
-        messages, references = messages + before, references_of(answer)
+        messages = messages + earlier
+        references = references_of(answer)
     else:
-        references = _references(record, response, required)
+        references = _read_references(record, response, required)
     form = "prompt-completion" if response is not None else "prompt-only"
     form = "preference" if response == "chosen" else form
-    return _asked(record, messages) | {"answer": answer, "references": references, "format": f"conversational {form}"}
+    return _conversation_fields(record, messages) | {
+        "answer": answer,
+        "references": references,
+        "format": f"conversational {form}",
+    }
 
 
-def _preferred_conversation(record: Record) -> Fields:
+def _read_preferred_conversation(record: Record) -> Fields:
     """Read the preferred one of two conversations, or of two replies to a prompt."""
     chosen = read_messages(record.take("chosen"), "chosen")
     if not chosen:
         raise BadRow("column `chosen` is an empty list")
     prompt: list[Fields] = []
     if record.has("prompt"):
-        value = record.take("prompt")  # also where `chosen` repeats it
+        value = record.take("prompt")  # counts as read, also where `chosen` repeats it
         is_text = not is_messages(value)
         prompt = [{"role": "user", "content": record.text("prompt")}] if is_text else read_messages(value, "prompt")
     elif record.has("question") and chosen[0]["role"] == "assistant":
         prompt = [{"role": "user", "content": record.text("question")}]
     if chosen[0]["role"] == "assistant":
-        chosen = not_trained(prompt) + chosen
+        chosen = without_training(prompt) + chosen
     messages, answer = split_answer(_with_system(record, chosen))
     if answer is None:
         raise BadRow("column `chosen` must end with a message of the assistant")
-    _check_asked(messages, "chosen")
-    closed = {"answer": answer, "references": references_of(answer), "format": "conversational preference"}
-    return _asked(record, messages) | closed
+    _check_prompt(messages, "chosen")
+    answer_fields = {"answer": answer, "references": references_of(answer), "format": "conversational preference"}
+    return _conversation_fields(record, messages) | answer_fields
 
 
-def _check_asked(messages: list[Fields], name: str) -> None:
+def _check_prompt(messages: list[Fields], name: str) -> None:
     if all(is_blank(message) for message in messages):
         raise BadRow(f"an empty prompt (column `{name}` has no message before the response)")
 
@@ -188,25 +209,25 @@ def _with_system(record: Record, messages: list[Fields]) -> list[Fields]:
     """Return the conversation, with the row's system column at its start where it has no system message."""
     if messages and messages[0]["role"] in ("system", "developer"):
         return messages
-    system = _system(record)
+    system = _system_prompt(record)
     return [{"role": "system", "content": system}, *messages] if system else messages
 
 
-def _system(record: Record) -> str:
-    name = next((name for name in _SYSTEMS if record.has(name)), None)
+def _system_prompt(record: Record) -> str:
+    name = next((name for name in _SYSTEM_COLUMNS if record.has(name)), None)
     text = "" if name is None else record.text(name)
     return text if text.strip() else ""
 
 
-def _asked(record: Record, messages: list[Fields]) -> Fields:
-    """Return the fields of a conversation and what else its template receives. Raises BadRow."""
+def _conversation_fields(record: Record, messages: list[Fields]) -> Fields:
+    """Return the fields of a conversation and further arguments of the chat template. Raises BadRow."""
     found: Fields = {"messages": messages}
     for name in ("tools", "documents"):
         value = record.decoded(name) if record.has(name) else None
         if value is None:
             continue
         if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
-            raise BadRow(f"column `{name}` must be a list of objects, found {_listed_kind(value)}")
+            raise BadRow(f"column `{name}` must be a list of objects, found {_list_kind(value)}")
         found[name] = value
     kwargs = record.decoded("chat_template_kwargs") if record.has("chat_template_kwargs") else None
     if kwargs is None:
@@ -216,7 +237,7 @@ def _asked(record: Record, messages: list[Fields]) -> Fields:
     return found | {"template_kwargs": kwargs}
 
 
-def _listed_kind(value: Any) -> str:
+def _list_kind(value: Any) -> str:
     if not isinstance(value, list):
         return kind(value)
     return f"a list with {kind(next(one for one in value if not isinstance(one, dict)))} in it"
@@ -225,53 +246,71 @@ def _listed_kind(value: Any) -> str:
 # --------------------------------------------------------------------------------------------------------------- text
 
 
-def _instruction(record: Record, columns: ColumnsConfig, required: bool) -> Fields:
-    instruction, material = record.text("instruction"), _input(record, columns)
-    # A column named in the recipe is what the person wants, so then the row's own `prompt` does not overrule it.
+def _read_instruction(record: Record, columns: ColumnsConfig, required: bool) -> Fields:
+    instruction = record.text("instruction")
+    input_text = _read_input(record, columns)
+    # A column named in the recipe takes precedence over the row's own `prompt`.
     exact = record.text("prompt") if columns.prompt is None and record.has("prompt") else ""
-    if not (instruction.strip() or material.strip() or exact.strip()):
+    if not (instruction.strip() or input_text.strip() or exact.strip()):
         raise BadRow("an empty prompt (column `instruction`)")
     response = _response_column(record, columns, required)
-    references = _references(record, response, required)
+    references = _read_references(record, response, required)
     form = "preference" if response == "chosen" else "instruction"
     if not exact.strip():
-        before = [*_history(record)]
-        before = _with_system(record, before)
-        if before:
-            asked = "\n".join(filter(None, (instruction, material)))
-            return _turn(record, before, asked, references) | {"format": form}
+        earlier = [*_read_history(record)]
+        earlier = _with_system(record, earlier)
+        if earlier:
+            question_text = "\n".join(filter(None, (instruction, input_text)))
+            return _single_turn_fields(record, earlier, question_text, references) | {"format": form}
     prompt = exact if exact.strip() else None
-    found = {"instruction": instruction, "input": material, "prompt": prompt, "references": references, "format": form}
-    return found | _arguments(record)
+    found = {
+        "instruction": instruction,
+        "input": input_text,
+        "prompt": prompt,
+        "references": references,
+        "format": form,
+    }
+    return found | _template_fields(record)
 
 
-def _question(record: Record, name: str, columns: ColumnsConfig, required: bool) -> Fields:
-    question, material = record.text(name), _input(record, columns)
-    if not (question.strip() or material.strip()):
+def _read_question(record: Record, name: str, columns: ColumnsConfig, required: bool) -> Fields:
+    question = record.text(name)
+    input_text = _read_input(record, columns)
+    if not (question.strip() or input_text.strip()):
         raise BadRow(f"an empty prompt (column `{name}`)")
     response = _response_column(record, columns, required)
-    references = _references(record, response, required)
+    references = _read_references(record, response, required)
     form = "prompt-completion" if references else "prompt-only"
     if columns.prompt is None:
         form = "OpenOrca" if "system_prompt" in record else "question-answer"
         form = "preference" if response == "chosen" else form
-        before = _with_system(record, [])
-        if before or "system_prompt" in record:  # a set with system prompts has one form, also where they are empty
-            asked = "\n".join(filter(None, (question, material)))
-            return _turn(record, before, asked, references) | {"format": form}
-    found = {"instruction": question, "input": material, "question": True, "references": references, "format": form}
-    return found | _arguments(record)
+        earlier = _with_system(record, [])
+        if (
+            earlier or "system_prompt" in record
+        ):  # a data set with system prompts has one form, also where they are empty
+            question_text = "\n".join(filter(None, (question, input_text)))
+            return _single_turn_fields(record, earlier, question_text, references) | {"format": form}
+    found = {
+        "instruction": question,
+        "input": input_text,
+        "is_question": True,
+        "references": references,
+        "format": form,
+    }
+    return found | _template_fields(record)
 
 
-def _turn(record: Record, before: list[Fields], asked: str, references: tuple[str, ...]) -> Fields:
+def _single_turn_fields(
+    record: Record, earlier: list[Fields], question_text: str, references: tuple[str, ...]
+) -> Fields:
     """Return the fields of a conversation that ends with a question and its answer as text."""
     answer = {"role": "assistant", "content": references[0]} if references else None
-    messages = [*before, {"role": "user", "content": asked}]
-    return _asked(record, messages) | {"answer": answer, "references": references}
+    messages = [*earlier, {"role": "user", "content": question_text}]
+    return _conversation_fields(record, messages) | {"answer": answer, "references": references}
 
 
-def _arguments(record: Record) -> Fields:
-    """Return what the chat template receives beside a text. Values of another type are not for a template."""
+def _template_fields(record: Record) -> Fields:
+    """Return further arguments of the chat template for a row of text. Values of another type are ignored."""
     found: Fields = {}
     for name, field, type_ in (
         ("tools", "tools", list),
@@ -284,7 +323,7 @@ def _arguments(record: Record) -> Fields:
     return found
 
 
-def _history(record: Record) -> list[Fields]:
+def _read_history(record: Record) -> list[Fields]:
     """Read earlier turns: pairs of a question and its answer, or messages."""
     value = record.decoded("history") if record.has("history") else None
     if not value:
@@ -301,9 +340,10 @@ def _history(record: Record) -> list[Fields]:
     ]
 
 
-def _implicit_prompt(record: Record) -> Fields:
+def _read_implicit_prompt(record: Record) -> Fields:
     """Read two whole texts. The prompt is their common start, as in TRL's ``extract_prompt``."""
-    chosen, rejected = record.text("chosen"), record.text("rejected")
+    chosen = record.text("chosen")
+    rejected = record.text("rejected")
     shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
     shared = min(len(chosen), len(rejected)) if shared is None else shared
     if shared and chosen[shared - 1] == " ":
@@ -313,12 +353,14 @@ def _implicit_prompt(record: Record) -> Fields:
     return {"prompt": chosen[:shared], "references": (chosen[shared:],), "format": "preference"}
 
 
-def _text(record: Record, required: bool) -> Fields:
-    """Read a text that has no prompt and response."""
+def _read_text(record: Record, required: bool) -> Fields:
+    """Read a text that is not divided into prompt and response."""
     text = record.text("text")
-    beside = next((name for name in _RESPONSES if record.has(name)), None)
-    if beside is not None:
-        raise BadRow(f"no prompt column beside `{beside}`; name it with data.columns.prompt (found {record.names()})")
+    response_column = next((name for name in _RESPONSE_COLUMNS if record.has(name)), None)
+    if response_column is not None:
+        raise BadRow(
+            f"no prompt column beside `{response_column}`; name it with data.columns.prompt (found {record.names()})"
+        )
     if not text.strip():
         raise BadRow("an empty text (column `text`)")
     if not required:
@@ -326,10 +368,10 @@ def _text(record: Record, required: bool) -> Fields:
     return {"prompt": "", "references": (text,), "format": LANGUAGE_MODELING}
 
 
-def _input(record: Record, columns: ColumnsConfig) -> str:
+def _read_input(record: Record, columns: ColumnsConfig) -> str:
     if columns.input is not None and columns.input not in record:
         raise BadRow(f"no column `{columns.input}` (data.columns.input); found {record.names()}")
-    for name in _INPUTS if columns.input is None else (columns.input,):
+    for name in _INPUT_COLUMNS if columns.input is None else (columns.input,):
         if record.has(name):
             return record.text(name)
     return ""
@@ -338,22 +380,22 @@ def _input(record: Record, columns: ColumnsConfig) -> str:
 # --------------------------------------------------------------------------------------------------------- responses
 
 
-def _response_column(record: Record, columns: ColumnsConfig, required: bool, also: str = "") -> str | None:
-    """Return the column of the response; None where there is none. also: the start of the error."""
+def _response_column(record: Record, columns: ColumnsConfig, required: bool, prefix: str = "") -> str | None:
+    """Return the column of the response; None where there is none. prefix: the beginning of the error."""
     if columns.response is not None:
         name = columns.response if columns.response in record else None
         known = f"no column `{columns.response}` (data.columns.response)"
     else:
-        name = next((name for name in (*_RESPONSES, "chosen") if record.has(name)), None)
-        known = f"no response column ({', '.join(_RESPONSES)}, or data.columns.response)"
+        name = next((name for name in (*_RESPONSE_COLUMNS, "chosen") if record.has(name)), None)
+        known = f"no response column ({', '.join(_RESPONSE_COLUMNS)}, or data.columns.response)"
     if name is not None and record.has(name):
         return name
     if required:
-        raise BadRow(f"column `{name}` is null" if name else f"{also}{known}; found {record.names()}")
+        raise BadRow(f"column `{name}` is null" if name else f"{prefix}{known}; found {record.names()}")
     return None
 
 
-def _references(record: Record, name: str | None, required: bool) -> tuple[str, ...]:
+def _read_references(record: Record, name: str | None, required: bool) -> tuple[str, ...]:
     """Return the accepted responses as texts."""
     if name is None:
         return ()

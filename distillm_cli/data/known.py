@@ -1,6 +1,6 @@
-"""Data sets with a short name: where the hub keeps them, and how their records become rows.
+"""Define data sets with a short name: their files on the hub, and how their records become rows.
 
-A name stands for rows in ``--data``, for the test rows of a suite in ``--suite``. Under $DISTILLM_DATA a set of such a name
+A name selects rows in ``--data``, and the test rows of a suite in ``--suite``. Under $DISTILLM_DATA a set of such a name
 may have its own columns or those that every file may have (``rows.py``). Others are added by a module like this one:
 
     register_dataset("squares", GeneratedDataset(read, splits=("train", "test")))
@@ -18,16 +18,17 @@ from distillm_cli import plugins
 Columns = dict[str, Any]  # one record, by the names of its columns
 Reshape = Callable[[Columns], Columns]
 
-# Where the hub keeps its own parquet copy of sets whose loading script is no longer run.
+# The branch with the hub's parquet copy of a data set whose loading script is no longer supported.
 _CONVERTED = "refs/convert/parquet"
 
 
 @dataclass(frozen=True)
 class HubDataset:
-    """Describe a set of the hub file by file: named one by one they are found offline, and errors name a line.
+    """Describe a data set of the hub by its files, so that they are found offline and errors name a line.
 
-    files: by the hub's name of the split. revision: unset is main. reshape: a record with columns of this set alone → one
-    with those that every file may have; records of another form are left as they are. columns: those that it reads.
+    files: by the hub's name of the split. revision: unset is main. reshape: converts a record
+    with columns of this set alone to one with common columns; it returns other records unchanged. columns: those that
+    ``reshape`` reads.
     alias: another name of the set.
     """
 
@@ -41,7 +42,7 @@ class HubDataset:
 
 @dataclass(frozen=True)
 class GeneratedDataset:
-    """Describe a set that a function returns. read: the name of a split → its records, with columns of a data file."""
+    """Describe a data set that a function returns. read: takes the name of a split and returns its records."""
 
     read: Callable[[str], Iterable[Columns]]
     splits: tuple[str, ...] = ("train",)
@@ -58,7 +59,7 @@ def register_dataset(name: str, dataset: KnownDataset, origin: str | None = None
     plugins.datasets.register(name, dataset, origin)
 
 
-def _summary(record: Columns, column: str, task: str) -> Columns:
+def _to_summary_row(record: Columns, column: str, task: str) -> Columns:
     if column not in record:
         return record
     rest = {name: value for name, value in record.items() if name not in (column, "summary")}
@@ -68,7 +69,7 @@ def _summary(record: Columns, column: str, task: str) -> Columns:
 _LANGUAGES = {"de": "German", "en": "English"}
 
 
-def _translation(record: Columns, source: str, target: str) -> Columns:
+def _to_translation_row(record: Columns, source: str, target: str) -> Columns:
     pair = record.get("translation", record)
     if not isinstance(pair, dict) or source not in pair:
         return record
@@ -77,22 +78,23 @@ def _translation(record: Columns, source: str, target: str) -> Columns:
     return {**rest, "instruction": task, "input": pair[source], "output": pair.get(target)}
 
 
-def _splits(form: str, **counts: int) -> dict[str, tuple[str, ...]]:
-    """Names of parquet files as the hub writes them, so many for each split."""
-    return {split: tuple(form.format(split, at, n) for at in range(n)) for split, n in counts.items()}
+def _numbered_files(form: str, **counts: int) -> dict[str, tuple[str, ...]]:
+    """Return the hub's names of parquet files by split. counts: number of files per split."""
+    return {split: tuple(form.format(split, index, n) for index in range(n)) for split, n in counts.items()}
 
 
-_WMT14 = _splits("de-en/{}-{:05d}-of-{:05d}.parquet", train=3, validation=1, test=1)
-_IWSLT = _splits("iwslt2017-en-de/{}/{:04d}.parquet", train=1, validation=1, test=1)
+_WMT14 = _numbered_files("de-en/{}-{:05d}-of-{:05d}.parquet", train=3, validation=1, test=1)
+_IWSLT = _numbered_files("iwslt2017-en-de/{}/{:04d}.parquet", train=1, validation=1, test=1)
 _SAMSUM = {split: (f"{split}.csv",) for split in ("train", "validation", "test")}
-_DIALOGUE = partial(_summary, column="dialogue", task="Summarize the conversation.")
-_DOCUMENT = partial(_summary, column="document", task="Summarize the article in one sentence.")
+_DIALOGUE = partial(_to_summary_row, column="dialogue", task="Summarize the conversation.")
+_DOCUMENT = partial(_to_summary_row, column="document", task="Summarize the article in one sentence.")
 _SUMMARIES = frozenset(("dialogue", "document", "summary"))
 _TRANSLATIONS = frozenset(("translation", *_LANGUAGES))
-_DE_EN, _EN_DE = (partial(_translation, source=s, target=t) for s, t in (("de", "en"), ("en", "de")))
+_DE_EN = partial(_to_translation_row, source="de", target="en")
+_EN_DE = partial(_to_translation_row, source="en", target="de")
 
-# The first five are MiniLLM's processed sets (METHODS D). Left to itself the loader would read the plain-text twins that lie
-# beside their rows, and in the last two every subset by length of the reference (`11_`: eleven words or more).
+# The first five are MiniLLM's processed sets (METHODS D). Without file names the loader would also read their plain-text
+# copies and, in the last two, every subset by length of the reference (`11_`: eleven words or more).
 for _name, _dataset in {
     "dolly": HubDataset("MiniLLM/dolly", {"train": ("raw.jsonl",), "test": ("valid.jsonl",)}),
     "self-inst": HubDataset("MiniLLM/self-inst", {"test": ("valid.jsonl",)}),
@@ -102,7 +104,7 @@ for _name, _dataset in {
     "samsum": HubDataset("knkarthick/samsum", _SAMSUM, reshape=_DIALOGUE, columns=_SUMMARIES),
     "xsum": HubDataset(
         "EdinburghNLP/xsum",
-        _splits("default/{}/{:04d}.parquet", train=1, validation=1, test=1),
+        _numbered_files("default/{}/{:04d}.parquet", train=1, validation=1, test=1),
         revision=_CONVERTED,
         reshape=_DOCUMENT,
         columns=_SUMMARIES,
@@ -110,18 +112,18 @@ for _name, _dataset in {
     "wmt14-de-en": HubDataset("wmt/wmt14", _WMT14, reshape=_DE_EN, columns=_TRANSLATIONS),
     "wmt14-en-de": HubDataset("wmt/wmt14", _WMT14, reshape=_EN_DE, columns=_TRANSLATIONS),
     "iwslt": HubDataset("IWSLT/iwslt2017", _IWSLT, revision=_CONVERTED, reshape=_EN_DE, columns=_TRANSLATIONS),
-    "gsm8k": HubDataset("openai/gsm8k", _splits("main/{}-{:05d}-of-{:05d}.parquet", train=1, test=1)),
+    "gsm8k": HubDataset("openai/gsm8k", _numbered_files("main/{}-{:05d}-of-{:05d}.parquet", train=1, test=1)),
 }.items():
     register_dataset(_name, _dataset)
 
 
-def names() -> list[str]:
+def dataset_names() -> list[str]:
     """Return the short names of all data sets, the one that is generated here (``builtin``) last."""
     return [*plugins.datasets, "builtin"]
 
 
-def aliases() -> dict[str, str]:
-    """Return the other name of each data set that has two, both ways."""
+def dataset_aliases() -> dict[str, str]:
+    """Return the other name of each data set that has two names, in both directions."""
     found = {}
     for name, dataset in plugins.datasets.items():
         if dataset.alias is not None:
@@ -130,7 +132,7 @@ def aliases() -> dict[str, str]:
     return found
 
 
-def known(name: str) -> KnownDataset | None:
-    """Return the data set of a short name, in either spelling, None where there is none."""
+def find_dataset(name: str) -> KnownDataset | None:
+    """Return the data set with a short name or its alias; None where there is none."""
     dataset = plugins.datasets.get(name)
-    return plugins.datasets.get(aliases().get(name, name)) if dataset is None else dataset
+    return plugins.datasets.get(dataset_aliases().get(name, name)) if dataset is None else dataset

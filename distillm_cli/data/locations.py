@@ -1,6 +1,6 @@
-"""Find the source of a name: a file, a directory, a name under ``$DISTILLM_DATA``, a data set of the hub.
+"""Find the data source of a name: a file, a directory, a name under ``$DISTILLM_DATA``, a data set of the hub.
 
-Local paths never touch the network.
+Local paths need no network.
 """
 
 from __future__ import annotations
@@ -17,50 +17,51 @@ from typing import Literal, TypeVar
 
 from distillm_cli.data.files import COMPRESSIONS, FORMATS, Records, format_of, read, stem_of
 from distillm_cli.data.hub import hub_splits
-from distillm_cli.data.known import GeneratedDataset, Reshape, aliases, known, names
+from distillm_cli.data.known import GeneratedDataset, Reshape, dataset_aliases, dataset_names, find_dataset
 from distillm_cli.data.tables import read_saved, saved_splits
 from distillm_cli.errors import DataError
 from distillm_cli.training.events import Listener
-from distillm_cli.utils.storage import leads_nowhere
+from distillm_cli.utils.storage import is_broken_link
 
 _T = TypeVar("_T")
 Read = Callable[[Collection[str]], Records]
 
-_FILE_ENDINGS = (*FORMATS, *COMPRESSIONS, ".txt", ".tsv", ".zip", ".arrow")
+_FILE_SUFFIXES = (*FORMATS, *COMPRESSIONS, ".txt", ".tsv", ".zip", ".arrow")
 _SPLIT_FILE = re.compile(r"(train|dev|valid|validation|val|test)(-\d+-of-\d+)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """Hold where rows can be read.
+    """Describe a data source by functions that read its splits.
 
-    parts: by split, a call that reads it; it receives the columns to convert. whole: a single file, which has no splits.
-    reshape: of the records of a set with a short name, where no column is named. columns: those that ``reshape`` reads.
+    parts: by split, a function that takes the columns to convert and returns records. single_file: a file without splits.
+    reshape: converts the records of a set with a short name, where the recipe names no column. columns: those that
+    ``reshape`` reads.
     """
 
     name: str
     parts: Mapping[str, Read]
     path: Path | None = None
-    whole: bool = False
+    single_file: bool = False
     reshape: Reshape | None = None
     columns: frozenset[str] = frozenset()
 
 
-def local_place(named: str) -> Path | None:
-    """Return the file or directory of a source's name; None for `builtin` and for a name of the hub."""
-    return None if named == "builtin" else next(filter(kind_of, _places(named.strip())), None)
+def local_path(name: str) -> Path | None:
+    """Return the file or directory that a source's name refers to; None for `builtin` and for a name of the hub."""
+    return None if name == "builtin" else next(filter(path_kind, _candidate_paths(name.strip())), None)
 
 
 def user_path(text: str) -> Path:
-    """Return the path of a name, ``~`` replaced where there is such a home directory."""
+    """Return the path of a name, with ``~`` replaced where that home directory exists."""
     try:
         return Path(text).expanduser()
     except RuntimeError:
         return Path(text)
 
 
-def kind_of(path: Path) -> Literal["file", "directory"] | None:
-    """Return what there is at a path; None where nothing can be, for example because the name is too long."""
+def path_kind(path: Path) -> Literal["file", "directory"] | None:
+    """Return the kind of a path; None where it does not exist, or cannot because the name is too long."""
     try:
         if path.is_dir():
             return "directory"
@@ -70,76 +71,80 @@ def kind_of(path: Path) -> Literal["file", "directory"] | None:
 
 
 def is_path(text: str) -> bool:
-    """Return whether a source's name can only be a path: it never is looked for on the hub."""
-    return _is_explicit(text) or Path(text).suffix.lower() in _FILE_ENDINGS
+    """Return whether a source's name can only be a path, so that it is not searched on the hub."""
+    return _is_explicit(text) or Path(text).suffix.lower() in _FILE_SUFFIXES
 
 
 def _is_explicit(text: str) -> bool:
     return text.startswith(("./", "../", "/", "~")) or text in (".", "..")
 
 
-def _places(text: str) -> list[Path]:
-    """Return where to look for a source, in order."""
+def _candidate_paths(text: str) -> list[Path]:
+    """Return the paths at which a source is searched, in order."""
     path = user_path(text)
-    places = [path] if "/" in text or is_path(text) else []
+    paths = [path] if "/" in text or is_path(text) else []
     root = os.environ.get("DISTILLM_DATA")
     if root and not _is_explicit(text):
-        places += [user_path(root) / spelling for spelling in _spellings(text)]
-    return places if path in places else [*places, path]
+        paths += [user_path(root) / spelling for spelling in _name_and_alias(text)]
+    return paths if path in paths else [*paths, path]
 
 
-def find_source(named: str, listener: Listener) -> DataSource:
-    """Return the source of a name. A bare name is looked for under $DISTILLM_DATA before the working directory.
+def find_source(name: str, listener: Listener) -> DataSource:
+    """Return the source of a name. A bare name is searched under $DISTILLM_DATA before the working directory.
 
     Raises DataError where there is none.
     """
-    set_of_that_name = known(named.strip())
-    source = _find(named, listener)
-    if set_of_that_name is None:
+    dataset = find_dataset(name.strip())
+    source = _find_by_name(name, listener)
+    if dataset is None:
         return source
-    return replace(source, reshape=set_of_that_name.reshape, columns=set_of_that_name.columns)
+    return replace(source, reshape=dataset.reshape, columns=dataset.columns)
 
 
-def _find(named: str, listener: Listener) -> DataSource:
-    text = named.strip()
+def _find_by_name(name: str, listener: Listener) -> DataSource:
+    text = name.strip()
     if not text:
         raise DataError("an empty name for a data source", hint="name a file, a directory, a data set, or builtin")
-    path, root = user_path(text), os.environ.get("DISTILLM_DATA")
-    for place in _places(text):
-        kind = kind_of(place)
+    root = os.environ.get("DISTILLM_DATA")
+    for path in _candidate_paths(text):
+        kind = path_kind(path)
         if kind == "directory":
-            return _directory(place, text if place != path else place.resolve().name)
+            return _directory(path, path.resolve().name if path == user_path(text) else text)
         if kind == "file":
-            return DataSource(place.name, {"train": partial(read, place)}, path=place, whole=True)
-    if leads_nowhere(path):
+            return DataSource(path.name, {"train": partial(read, path)}, path=path, single_file=True)
+    if is_broken_link(user_path(text)):
         raise DataError(f"{text} is a symbolic link that leads nowhere", hint="correct the link, or pass another path")
-    if isinstance(dataset := known(text), GeneratedDataset):
+    if isinstance(dataset := find_dataset(text), GeneratedDataset):
         return DataSource(
-            text, _arrange({split: partial(_generated, text, dataset, split) for split in dataset.splits})
+            text, _canonical_splits({split: partial(_read_generated, text, dataset, split) for split in dataset.splits})
         )
     if is_path(text):
         raise DataError(f"{text}: no such file or directory", hint="check the path")
-    looked = f"not under $DISTILLM_DATA ({root})" if root else "$DISTILLM_DATA is not set"
-    found = hub_splits(text, looked, listener, _meant(text, root))
-    parts = _arrange(found)
+    local_search = f"not under $DISTILLM_DATA ({root})" if root else "$DISTILLM_DATA is not set"
+    found = hub_splits(text, local_search, listener, _similar_name(text, root))
+    parts = _canonical_splits(found)
     if not parts:
         raise DataError(f"{text}: no train, valid or test on the hub, but {', '.join(found)}", hint="pass a file")
     return DataSource(text, parts)
 
 
-def _meant(text: str, root: str | None) -> str | None:
-    """Return the known set, or the one under $DISTILLM_DATA, whose name is nearly that; None where it is the name of one."""
-    here = user_path(root) if root else None
-    there = [*names(), *aliases(), *(path.name for path in here.iterdir())] if here and here.is_dir() else names()
-    return None if text in there else next(iter(get_close_matches(text.lower(), there, n=1, cutoff=0.7)), None)
+def _similar_name(text: str, root: str | None) -> str | None:
+    """Return a similar name of a known set or of one under $DISTILLM_DATA; None where ``text`` is such a name itself."""
+    candidates = dataset_names()
+    directory = user_path(root) if root else None
+    if directory is not None and directory.is_dir():
+        candidates = [*candidates, *dataset_aliases(), *(path.name for path in directory.iterdir())]
+    if text in candidates:
+        return None
+    return next(iter(get_close_matches(text.lower(), candidates, n=1, cutoff=0.7)), None)
 
 
-def _spellings(name: str) -> list[str]:
-    twin = aliases().get(name)
-    return [name] if twin is None else [name, twin]
+def _name_and_alias(name: str) -> list[str]:
+    alias = dataset_aliases().get(name)
+    return [name] if alias is None else [name, alias]
 
 
-def _generated(name: str, dataset: GeneratedDataset, split: str, wanted: Collection[str]) -> Records:
+def _read_generated(name: str, dataset: GeneratedDataset, split: str, columns: Collection[str]) -> Records:
     for number, record in enumerate(dataset.read(split), start=1):
         yield f"{name} {split} row {number}", record
 
@@ -147,9 +152,9 @@ def _generated(name: str, dataset: GeneratedDataset, split: str, wanted: Collect
 def _directory(path: Path, name: str) -> DataSource:
     saved = saved_splits(path)
     if saved is not None:
-        return _saved(path, name, saved)
+        return _saved_dataset(path, name, saved)
     found: dict[str, list[Path]] = {}
-    folders = [path, path / "data"]  # the second is where a cloned data set of the hub has its files
+    folders = [path, path / "data"]  # a cloned data set of the hub has its files in data/
     for folder in (folder for folder in folders if folder.is_dir() and not found):
         for file in sorted(folder.iterdir()):
             match = _SPLIT_FILE.fullmatch(stem_of(file))
@@ -157,10 +162,10 @@ def _directory(path: Path, name: str) -> DataSource:
                 found.setdefault(match[1].lower(), []).append(file)
     for split, files in found.items():
         if len(files) > 1 and not all(_SPLIT_FILE.fullmatch(stem_of(file))[2] for file in files):
-            names = ", ".join(file.name for file in files)
-            raise DataError(f"{path}: several files for {split} ({names})", hint="keep one of them")
+            file_names = ", ".join(file.name for file in files)
+            raise DataError(f"{path}: several files for {split} ({file_names})", hint="keep one of them")
     if found:
-        parts = {split: partial(_chained, files) for split, files in _arrange(found).items()}
+        parts = {split: partial(_read_files, files) for split, files in _canonical_splits(found).items()}
         return DataSource(name, parts, path=path)
     files = sorted(file for file in path.iterdir() if format_of(file) is not None and file.is_file())
     if not files:
@@ -168,27 +173,29 @@ def _directory(path: Path, name: str) -> DataSource:
             f"{path}: no data file in it", hint=f"put train.jsonl there, or name a {', '.join(FORMATS)} file"
         )
     if len(files) != 1:
-        there = ", ".join(file.name for file in files[:5])
-        raise DataError(f"{path}: no train.*, valid.* or test.* in it, but {there}", hint="name a file of it instead")
-    return DataSource(name, {"train": partial(read, files[0])}, path=files[0], whole=True)
+        file_names = ", ".join(file.name for file in files[:5])
+        raise DataError(
+            f"{path}: no train.*, valid.* or test.* in it, but {file_names}", hint="name a file of it instead"
+        )
+    return DataSource(name, {"train": partial(read, files[0])}, path=files[0], single_file=True)
 
 
-def _saved(path: Path, name: str, saved: dict[str, Path]) -> DataSource:
-    """Return the source of a directory that `datasets` saved."""
+def _saved_dataset(path: Path, name: str, saved: dict[str, Path]) -> DataSource:
+    """Return the source for a directory that `datasets` saved."""
     if "" in saved:
-        return DataSource(name, {"train": partial(read_saved, path)}, path=path, whole=True)
-    parts = {split: partial(read_saved, place) for split, place in _arrange(saved).items()}
+        return DataSource(name, {"train": partial(read_saved, path)}, path=path, single_file=True)
+    parts = {split: partial(read_saved, directory) for split, directory in _canonical_splits(saved).items()}
     if not parts:
         raise DataError(f"{path}: no train, valid or test in it, but {', '.join(saved)}", hint="name one of these")
     return DataSource(name, parts, path=path)
 
 
-def _chained(files: list[Path], wanted: Collection[str]) -> Records:
-    return chain.from_iterable(read(file, wanted) for file in files)
+def _read_files(files: list[Path], columns: Collection[str]) -> Records:
+    return chain.from_iterable(read(file, columns) for file in files)
 
 
-def _arrange(found: Mapping[str, _T]) -> dict[str, _T]:
-    """Names of splits as people give them → train, valid, test as they are meant."""
+def _canonical_splits(found: Mapping[str, _T]) -> dict[str, _T]:
+    """Map the common names of splits (dev, validation, val) to train, valid and test."""
     named_valid = found.get("valid", found.get("validation", found.get("val")))
     valid = found.get("dev", named_valid)
     test = found.get("test", named_valid if named_valid is not None else valid)

@@ -21,9 +21,17 @@ from typing import Any
 
 from distillm_cli.config.schema import DataConfig
 from distillm_cli.data.rows import Row
-from distillm_cli.data.sources import Rows, Split, load_rows, local_place
+from distillm_cli.data.sources import Rows, Split, load_rows, local_path
 from distillm_cli.data.templates import Renderer
-from distillm_cli.data.token_ids import CHUNK, Affixes, TokenIds, find_affixes, rules_for, same_rules, token_ids
+from distillm_cli.data.token_ids import (
+    CHUNK,
+    Affixes,
+    TokenIds,
+    find_affixes,
+    has_same_rules,
+    load_tokenizer_rules,
+    token_ids,
+)
 from distillm_cli.training.events import Event, Listener
 from distillm_cli.utils.threads import cores
 
@@ -64,7 +72,7 @@ class Prefetcher:
 
     def __enter__(self) -> Prefetcher:
         named = [name for name in (self._data.source, self._data.valid) if name not in (None, "builtin")]
-        if all(local_place(name) is not None for name in named):
+        if all(local_path(name) is not None for name in named):
             self._start()
         return self
 
@@ -136,7 +144,7 @@ class Prefetcher:
     def _tokenize_by_file(self) -> tuple[str, _Chunks] | None:
         """Submit all rows; return the rules they are tokenized by as text, and their chunks. None without such a file."""
         sources = {split: self._readings[split].rows.result() for split in _SPLITS}
-        rules = rules_for(sources.values(), self._renderer, self._find_tokenizer)
+        rules = load_tokenizer_rules(sources.values(), self._renderer, self._find_tokenizer)
         return None if rules is None else (rules.to_str(), self._submit(sources, rules))
 
     def _submit(self, sources: Mapping[str, SequenceOf[Row]], tokenizer: Any) -> _Chunks:
@@ -167,7 +175,7 @@ class Prefetcher:
         if started is None:
             return {}
         rules, chunks = started
-        if same_rules(rules, tokenizer):
+        if has_same_rules(rules, tokenizer):
             return chunks
         for chunk in chunks.values():
             chunk.cancel()

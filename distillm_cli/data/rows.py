@@ -8,28 +8,28 @@ from typing import Any, Literal
 
 from distillm_cli.config.schema import ColumnsConfig
 from distillm_cli.data.formats import LANGUAGE_MODELING, read_fields
-from distillm_cli.data.values import BadRow, Record, kind
+from distillm_cli.data.records import BadRow, Record, kind
 
 __all__ = ["BadRow", "Row", "Split", "parse", "read_row"]
 
 Split = Literal["train", "valid", "test"]
 
-_OF_TRAINING = ("weight", "train")  # fields about training on a message
+_TRAINING_FIELDS = ("weight", "train")  # fields about training on a message
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """Hold one example, before any template.
 
-    instruction, input: the task as text, and the material it is about. prompt: the exact prompt of the file, complete.
+    instruction, input: the task as text, and its input text. prompt: the exact prompt of the file, complete.
     messages: the conversation up to the answer, each message with every field of the file. answer: the assistant message
-    that closes a conversation, with every field of the file (``tool_calls``, ``reasoning_content``, …). tools, documents:
+    that ends a conversation, with every field of the file (``tool_calls``, ``reasoning_content``, …). tools, documents:
     what the chat template receives under these names. template_kwargs: further arguments of the chat template
     (``enable_thinking``). references: accepted responses as text; the first is trained on where there is no ``answer``,
-    and there may be none where only prompts are needed. where: "train.jsonl:318". task: its kind, where known. question:
-    the instruction comes from a column other than `instruction`, which template `auto` renders plain. cut: the response
-    was cut at a length limit (`complete: false`, as `generate` writes it), so there is no end to learn. raw: the response
-    as a model wrote it behind the prompt, structural special tokens included, where `generate` made the row. format: the
+    and there may be none where only prompts are needed. where: "train.jsonl:318". task: its kind, where known. is_question:
+    the instruction comes from a column other than `instruction`, which template `auto` renders plain. truncated: the
+    response was cut at a length limit (`complete: false`, as `generate` writes it) and has no end token. raw: the response
+    as a model generated it after the prompt, structural special tokens included, where `generate` made the row. format: the
     name of the row's format, for display.
     """
 
@@ -44,8 +44,8 @@ class Row:
     references: tuple[str, ...] = ()
     where: str = ""
     task: str | None = None
-    question: bool = False
-    cut: bool = False
+    is_question: bool = False
+    truncated: bool = False
     raw: str | None = None
     format: str = ""
 
@@ -58,16 +58,16 @@ class Row:
     def key(self) -> str:
         """Return a key that rows with the same prompt share."""
         if self.instruction is not None:
-            asked: Any = [self.instruction, self.input]
+            content: Any = [self.instruction, self.input]
         elif self.format == LANGUAGE_MODELING:
-            asked = {"text": self.references[0]}  # nothing is asked; only equal texts belong together
+            content = {"text": self.references[0]}  # no prompt; only equal texts share a key
         elif self.prompt is not None:
-            asked = self.prompt
+            content = self.prompt
         else:
-            asked = [{k: v for k, v in message.items() if k not in _OF_TRAINING} for message in self.messages]
+            content = [{k: v for k, v in message.items() if k not in _TRAINING_FIELDS} for message in self.messages]
         extras = [self.tools, self.documents, self.template_kwargs]
-        # Without extras the same as before there were any: digests of evaluations contain it.
-        return json.dumps(asked if extras == [None] * 3 else [asked, *extras], default=str)
+        # Without extras the key stays as in earlier versions: digests of evaluations contain it.
+        return json.dumps(content if extras == [None] * 3 else [content, *extras], default=str)
 
 
 def parse(record: Any, where: str, columns: ColumnsConfig, *, require_output: bool = True) -> Row:

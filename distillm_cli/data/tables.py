@@ -1,7 +1,7 @@
 """Read records from Arrow tables: parquet files, and data sets that `datasets` saved with ``save_to_disk``.
 
-Only columns that some format reads are converted to Python values. Not through `datasets`, which looks into a
-transformers that another thread may be in the middle of importing.
+Only columns that some format reads are converted to Python values. `datasets` is not used: it accesses
+transformers, which another thread may be importing at the time.
 """
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distillm_cli.data.values import NotConverted, Unreadable
+from distillm_cli.data.records import NotConverted, UnreadableValue
 from distillm_cli.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
-_AT_ONCE = 1000  # rows
+_BATCH_ROWS = 1000  # rows
 _PRESENT = NotConverted()
 Convert = Callable[[Any], Any]
 
-# What `save_to_disk` writes beside its Arrow files.
-_DICT = "dataset_dict.json"
-_DATASET = "state.json"
-_INFO = "dataset_info.json"
+# Files that `save_to_disk` writes next to its Arrow files.
+_DATASET_DICT_FILE = "dataset_dict.json"
+_DATASET_FILE = "state.json"
+_INFO_FILE = "dataset_info.json"
 
 
-def read_parquet(path: Path, wanted: Collection[str]) -> Iterator[tuple[str, Any]]:
-    """Yield the records of a parquet file. wanted: columns to convert."""
+def read_parquet(path: Path, columns: Collection[str]) -> Iterator[tuple[str, Any]]:
+    """Yield the records of a parquet file. columns: those to convert."""
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
@@ -37,11 +37,11 @@ def read_parquet(path: Path, wanted: Collection[str]) -> Iterator[tuple[str, Any
         try:
             table = ParquetFile(file)
             names = table.schema_arrow.names
-            full = {name for name in names if name not in wanted and _is_full(table, name)}
+            full = {name for name in names if name not in columns and _is_full(table, name)}
             needed = [name for name in names if name not in full]
             number = 0
-            for batch in table.iter_batches(_AT_ONCE, columns=needed):
-                for record in records(batch, wanted, names):
+            for batch in table.iter_batches(_BATCH_ROWS, columns=needed):
+                for record in batch_records(batch, columns, names):
                     number += 1
                     yield f"{path.name} row {number}", record
         except (pyarrow.ArrowException, OSError) as error:  # OSError: pages that cannot be unpacked
@@ -51,58 +51,61 @@ def read_parquet(path: Path, wanted: Collection[str]) -> Iterator[tuple[str, Any
 
 
 def saved_splits(path: Path) -> dict[str, Path] | None:
-    """Return the directories of a saved ``DatasetDict`` by split; under "" that of a saved ``Dataset``; None for others.
+    """Return the directories of a saved ``DatasetDict`` by split, {"": path} for a ``Dataset``, None for others.
 
     Raises DataError where the files that describe it are damaged.
     """
-    if (path / _DATASET).is_file() and (path / _INFO).is_file():
+    if (path / _DATASET_FILE).is_file() and (path / _INFO_FILE).is_file():
         return {"": path}
-    if not (path / _DICT).is_file():
+    if not (path / _DATASET_DICT_FILE).is_file():
         return None
-    splits = _described(path / _DICT, "splits")
+    splits = _read_description(path / _DATASET_DICT_FILE, "splits")
     if not isinstance(splits, list) or not all(isinstance(split, str) for split in splits):
-        raise DataError(f"{path / _DICT}: no list of `splits`", hint="save the data set again")
+        raise DataError(f"{path / _DATASET_DICT_FILE}: no list of `splits`", hint="save the data set again")
     return {split: path / split for split in splits}
 
 
-def read_saved(path: Path, wanted: Collection[str]) -> Iterator[tuple[str, Any]]:
-    """Yield the records of a ``Dataset`` that was saved at ``path``. wanted: columns to convert."""
-    files = _described(path / _DATASET, "_data_files")
+def read_saved(path: Path, columns: Collection[str]) -> Iterator[tuple[str, Any]]:
+    """Yield the records of a ``Dataset`` that was saved at ``path``. columns: those to convert."""
+    files = _read_description(path / _DATASET_FILE, "_data_files")
     try:
         names = [file["filename"] for file in files]
     except (TypeError, KeyError):
-        raise DataError(f"{path / _DATASET}: no list of `_data_files`", hint="save the data set again") from None
+        raise DataError(f"{path / _DATASET_FILE}: no list of `_data_files`", hint="save the data set again") from None
     number = 0
     for name in names:
         for batch in _arrow_batches(path / name):
-            for record in records(batch, wanted, batch.schema.names):
+            for record in batch_records(batch, columns, batch.schema.names):
                 number += 1
                 yield f"{path.name} row {number}", record
 
 
-def records(batch: pyarrow.RecordBatch, wanted: Collection[str], names: Iterable[str]) -> Iterator[Any]:
+def batch_records(batch: pyarrow.RecordBatch, columns: Collection[str], names: Iterable[str]) -> Iterator[Any]:
     """Yield the records of a batch, with every column of ``names``.
 
-    Columns that are not wanted hold NotConverted, or None where they are null (or an empty list). Columns that the batch
-    lacks have a value in every row. A field that is null inside a struct is left out, since a struct has all fields of all
-    rows; only a message keeps its null ``content``.
+    Values of other columns than ``columns`` are NotConverted, or None where they are null (or an empty list). Columns that
+    the batch lacks have a value in every row. A field that is null inside a struct is left out, since a struct has all
+    fields of all rows; only a message keeps its null ``content``.
     """
-    columns = {name: _values(batch, name, name in wanted) for name in names}
+    values_by_name = {name: _values(batch, name, name in columns) for name in names}
     for index in range(batch.num_rows):
-        yield {name: _PRESENT if values is None else values[index] for name, values in columns.items()}
+        yield {name: _PRESENT if values is None else values[index] for name, values in values_by_name.items()}
 
 
-def _values(batch: pyarrow.RecordBatch, name: str, is_wanted: bool) -> list[Any] | None:
+def _values(batch: pyarrow.RecordBatch, name: str, is_read: bool) -> list[Any] | None:
     if name not in batch.schema.names:
         return None
     column = batch.column(name)
-    if not is_wanted:
+    if not is_read:
         return [_PRESENT if present else None for present in _presence(column)]
     convert = _converter(column.type)
     try:
         values = column.to_pylist()
         return values if convert is None else [convert(value) for value in values]
-    except (ValueError, OverflowError):  # not UTF-8, a date after the year 9999, …: one by one, to know which
+    except (
+        ValueError,
+        OverflowError,
+    ):  # not UTF-8, a date after the year 9999, …: one by one, to find the bad ones
         return [_value(scalar, convert) for scalar in column]
 
 
@@ -111,9 +114,9 @@ def _value(scalar: pyarrow.Scalar, convert: Convert | None) -> Any:
         value = scalar.as_py()
         return value if convert is None else convert(value)
     except UnicodeDecodeError:
-        return Unreadable("is not UTF-8")
+        return UnreadableValue("is not UTF-8")
     except (ValueError, OverflowError) as error:
-        return Unreadable(f"cannot be converted ({error})")
+        return UnreadableValue(f"cannot be converted ({error})")
 
 
 def _presence(column: pyarrow.Array) -> list[bool]:
@@ -140,13 +143,13 @@ def _no_nulls(chunk: Any) -> bool:
 
 
 def _converter(kind: pyarrow.DataType) -> Convert | None:
-    """Return the function that restores a value of this type as it was before it was stored; None for no change."""
+    """Return the function that restores the original form of a stored value of this type; None for no change."""
     from pyarrow import types
 
-    if getattr(kind, "extension_name", None) == "arrow.json":  # `datasets` stores fields of mixed types so
+    if getattr(kind, "extension_name", None) == "arrow.json":  # the type that `datasets` uses for fields of mixed types
         return lambda text: None if text is None else json.loads(text)
     if types.is_struct(kind):
-        return _of_struct({kind.field(i).name: _converter(kind.field(i).type) for i in range(kind.num_fields)})
+        return _struct_converter({kind.field(i).name: _converter(kind.field(i).type) for i in range(kind.num_fields)})
     if types.is_map(kind):
         item = _converter(kind.item_type)
         return lambda pairs: None if pairs is None else {k: v if item is None else item(v) for k, v in pairs}
@@ -156,15 +159,15 @@ def _converter(kind: pyarrow.DataType) -> Convert | None:
     return None
 
 
-def _of_struct(inner: dict[str, Convert | None]) -> Convert:
-    kept = ("content",) if "role" in inner else ()
+def _struct_converter(inner: dict[str, Convert | None]) -> Convert:
+    always_kept = ("content",) if "role" in inner else ()
 
     def convert(struct: dict[str, Any] | None) -> dict[str, Any] | None:
         if struct is None:
             return None
         found = {}
         for name, value in struct.items():
-            if value is not None or name in kept:
+            if value is not None or name in always_kept:
                 found[name] = value if inner[name] is None else inner[name](value)
         return found
 
@@ -177,15 +180,15 @@ def _arrow_batches(path: Path) -> Iterator[pyarrow.RecordBatch]:
     try:
         with pyarrow.memory_map(str(path)) as file:
             for batch in pyarrow.ipc.open_stream(file):
-                for at in range(0, batch.num_rows, _AT_ONCE):
-                    yield batch.slice(at, _AT_ONCE)
+                for start in range(0, batch.num_rows, _BATCH_ROWS):
+                    yield batch.slice(start, _BATCH_ROWS)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file", hint="save the data set again") from None
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path.name}: not an Arrow stream ({error})", where=str(path), hint="save it again") from None
 
 
-def _described(path: Path, key: str) -> Any:
+def _read_description(path: Path, key: str) -> Any:
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:

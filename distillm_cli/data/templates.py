@@ -1,4 +1,4 @@
-"""Write rows as text: the prompt, and the response that the model must give."""
+"""Render rows as text: the prompt, and the response that the model must produce."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from distillm_cli.config.schema import DataConfig
 from distillm_cli.data.chat import ChatTemplate, Text
+from distillm_cli.data.conversations import content_text
 from distillm_cli.data.rows import Row
 from distillm_cli.errors import DataError, ModelError
 
@@ -22,16 +23,16 @@ _ALPACA_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
-_CHAT_MODEL = "a chat model or, for one from scratch, such a model's tokenizer (--tokenizer PATH)"
+_CHAT_MODEL_ADVICE = "a chat model or, for one from scratch, such a model's tokenizer (--tokenizer PATH)"
 
 
 class Renderer:
-    """Write rows as text under ``data.template``, the same way for training, generation and scoring.
+    """Render rows as text by ``data.template``, the same way for training, generation and scoring.
 
-    auto: chat for messages; the row's own prompt where that is all it has; for instructions and questions chat where the
+    auto: chat for messages; the row's own prompt where it has nothing else; for instructions and questions chat where the
     tokenizer has a chat template, else Alpaca for instructions (the row's own prompt, where it has one) and plain for
     questions. alpaca: the row's own prompt, else the Alpaca prompt. plain: instruction, input, each with a newline after
-    it. exact: instruction and input as they are. In these three a prompt that stands alone is complete as it is. chat:
+    it. exact: instruction and input unchanged. In these three, a prompt without an instruction is used unchanged. chat:
     the chat template around the instruction, prompt or messages.
 
     tokenizer: transformers', or None where no row needs one. stops: ids of the tokens that the models stop at.
@@ -46,15 +47,15 @@ class Renderer:
                 tokenizer,
                 day=date.fromisoformat(data.date) if data.date else date.today(),
                 arguments=data.chat_template_kwargs,
-                tools=_json_list(data.tools, "data.tools"),
-                documents=_json_list(data.documents, "data.documents"),
+                tools=_load_json_list(data.tools, "data.tools"),
+                documents=_load_json_list(data.documents, "data.documents"),
                 stops=stops,
                 turns=data.turns,
-                written=data.special_tokens_in_text == "text",
+                mark_control_tokens=data.special_tokens_in_text == "text",
             )
 
     def form(self, row: Row) -> str:
-        """Return how the row is written: exact (its own prompt), chat, plain or alpaca."""
+        """Return how the row is rendered: exact (its own prompt), chat, plain or alpaca."""
         return form_of(row, self.template, self.has_chat)
 
     def prompt(self, row: Row) -> str:
@@ -67,7 +68,7 @@ class Renderer:
             return self._chat(row).prompt(row)
         if row.prompt is not None and form == "exact":
             return row.prompt
-        return _written(*_instruction(row, form), form)
+        return _render(*_instruction_and_input(row, form), form)
 
     def text(self, row: Row) -> Text | None:
         """Return prompt and response (the first reference, or the whole answer of a conversation) as one text.
@@ -80,7 +81,7 @@ class Renderer:
         if row.answer is not None and not row.references:
             raise DataError(
                 f"{row.where}: an answer without text (a tool call) cannot be written without a chat template",
-                hint=f"use {_CHAT_MODEL}",
+                hint=f"use {_CHAT_MODEL_ADVICE}",
             )
         prompt = self.prompt(row)
         text = prompt + (row.references[0] if row.references else "")
@@ -89,13 +90,15 @@ class Renderer:
     def _chat(self, row: Row) -> ChatTemplate:
         if self.chat is not None:
             return self.chat
-        one_question = row.messages is None or _question(row.messages) is not None
-        hint = "try --set data.template=alpaca" if one_question else f"a conversation needs one: use {_CHAT_MODEL}"
+        one_question = row.messages is None or _single_question(row.messages) is not None
+        hint = (
+            "try --set data.template=alpaca" if one_question else f"a conversation needs one: use {_CHAT_MODEL_ADVICE}"
+        )
         raise ModelError("the tokenizer has no chat template", where=row.where, hint=hint)
 
 
 def form_of(row: Row, template: str, has_chat: bool) -> str:
-    """Return how a row is written under a template: exact (its own prompt), chat, plain or alpaca.
+    """Return how a row is rendered by a template: exact (its own prompt), chat, plain or alpaca.
 
     has_chat: whether there is a chat template.
     """
@@ -106,13 +109,13 @@ def form_of(row: Row, template: str, has_chat: bool) -> str:
             return "exact"
         if has_chat:
             return "chat"
-        return "exact" if row.prompt is not None else "plain" if row.question else "alpaca"
+        return "exact" if row.prompt is not None else "plain" if row.is_question else "alpaca"
     own_prompt = row.prompt is not None and (template == "alpaca" or row.instruction is None)
     return "exact" if own_prompt and template != "chat" else template
 
 
-def settled_template(rows: Iterable[Row], has_chat: bool) -> tuple[str, str] | None:
-    """Return the template that ``auto`` comes to for these rows, and why; None where no single one serves them.
+def resolve_auto_template(rows: Iterable[Row], has_chat: bool) -> tuple[str, str] | None:
+    """Return the template that ``auto`` selects for these rows, and the reason; None where it selects several.
 
     has_chat: whether teacher and student have chat templates.
     """
@@ -120,10 +123,9 @@ def settled_template(rows: Iterable[Row], has_chat: bool) -> tuple[str, str] | N
     forms = {form for form, _, _ in kinds}
     if forms == {"chat"}:
         of_messages = all(is_conversation for _, is_conversation, _ in kinds)
-        return (
-            "chat",
-            "rows are conversations" if of_messages else "rows are instructions and the models have chat templates",
-        )
+        if of_messages:
+            return "chat", "rows are conversations"
+        return "chat", "rows are instructions and the models have chat templates"
     if forms == {"exact"} and not any(has_instruction for *_, has_instruction in kinds):
         return "exact", "rows are whole prompts"
     if forms <= {"exact", "alpaca"}:
@@ -131,35 +133,35 @@ def settled_template(rows: Iterable[Row], has_chat: bool) -> tuple[str, str] | N
     return ("plain", "rows are questions") if forms == {"plain"} else None
 
 
-def _written(instruction: str, material: str, form: str) -> str:
+def _render(instruction: str, input_text: str, form: str) -> str:
     if form == "exact":
-        return f"{instruction}\n{material}" if material else instruction
+        return f"{instruction}\n{input_text}" if input_text else instruction
     if form == "plain":
-        return f"{instruction}\n{material}\n" if material else f"{instruction}\n"
-    # Not str.format on the row's text: braces in it are text.
-    if material:
+        return f"{instruction}\n{input_text}\n" if input_text else f"{instruction}\n"
+    # Not str.format: the row's text may contain braces.
+    if input_text:
         head, middle, tail = _ALPACA_INPUT.replace("{input}", "{instruction}").split("{instruction}")
-        return f"{head}{instruction}{middle}{material}{tail}"
+        return f"{head}{instruction}{middle}{input_text}{tail}"
     return _ALPACA.replace("{instruction}", instruction)
 
 
-def _instruction(row: Row, template: str) -> tuple[str, str]:
-    """The row as instruction and input. One question with at most a system message before it is no conversation."""
+def _instruction_and_input(row: Row, template: str) -> tuple[str, str]:
+    """Return the row as instruction and input. A single question, with or without a system message, counts as both."""
     if row.instruction is not None:
         return row.instruction, row.input
-    question = _question(row.messages)
+    question = _single_question(row.messages)
     if question is not None:
         return question
     roles = [message["role"] for message in row.messages]
     raise DataError(
         f"{row.where}: a conversation ({', '.join(roles)}) does not fit the template {template}",
-        hint=f"try --set data.template=chat and {_CHAT_MODEL}",
+        hint=f"try --set data.template=chat and {_CHAT_MODEL_ADVICE}",
     )
 
 
-def _question(messages: list[dict[str, Any]]) -> tuple[str, str] | None:
-    """Return the text of one question and its system message; None for a conversation, and for parts that are no text."""
-    texts = [text_of_content(message.get("content")) for message in messages]
+def _single_question(messages: list[dict[str, Any]]) -> tuple[str, str] | None:
+    """Return the texts of a single question and its system message; None for longer conversations and other content."""
+    texts = [content_text(message.get("content")) for message in messages]
     if None in texts:
         return None
     match [message["role"] for message in messages]:
@@ -170,16 +172,7 @@ def _question(messages: list[dict[str, Any]]) -> tuple[str, str] | None:
     return None
 
 
-def text_of_content(content: Any) -> str | None:
-    """Return a message's content as text, its text parts one after the other; None where it has none."""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
-        return "".join(part["text"] for part in content)
-    return None
-
-
-def _json_list(path: str | None, key: str) -> list[Any] | None:
+def _load_json_list(path: str | None, key: str) -> list[Any] | None:
     if path is None:
         return None
     try:

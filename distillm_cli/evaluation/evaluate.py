@@ -1,4 +1,4 @@
-"""Evaluate a model on a suite: one pass of generation per seed, each scored, and their mean ± standard deviation.
+"""Evaluate a model on a suite: generate once per seed, score each pass, and report mean ± standard deviation.
 
 The defaults of ``schema.EvalConfig`` are the paper's (METHODS D): sampled at T = 1 with five seeds, ROUGE-L the best over
 a row's references, mean over rows, mean ± sd over seeds.
@@ -20,7 +20,7 @@ from distillm_cli.config import schema
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import Row
 from distillm_cli.errors import DataError
-from distillm_cli.evaluation.metrics import Metric, RatioMetric, RatioParts, metric_of, ratio, undefined_on
+from distillm_cli.evaluation.metrics import Metric, RatioMetric, RatioParts, get_metric, ratio, undefined_reason
 from distillm_cli.evaluation.reasoning import without_reasoning
 from distillm_cli.evaluation.suites import Suite
 from distillm_cli.rollouts.sampler import Decoder, SampledOutput, Sampling, sample_all
@@ -33,8 +33,8 @@ GREEDY = "greedy"
 class Score:
     """Hold one metric: mean and sample standard deviation over passes (0 for a single pass), and each pass's value.
 
-    signature: how it was computed, where the metric has one. undefined: why the metric is undefined on these rows, and
-    what to use instead; its figures are None then.
+    signature: how it was computed, where the metric has one. undefined: the reason why the metric is undefined on these
+    rows, and an alternative; its figures are None then.
     """
 
     mean: float | None
@@ -44,7 +44,7 @@ class Score:
     undefined: str | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Return the metric's object in the suite's."""
+        """Return the metric's object in the JSON of its suite."""
         found: dict[str, Any] = {"mean": self.mean, "sd": self.sd, "seeds": self.seeds}
         if self.undefined is not None:
             found["undefined"] = self.undefined
@@ -55,10 +55,10 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Hold one row's response. tokens: how many, end-of-sequence included. entropy: their mean, nats.
+    """Hold one row's response. tokens: their number, end-of-sequence included. entropy: their mean, in nats.
 
-    text: what is scored. output: the whole response, reasoning and structural special tokens included. counts: by
-    RatioMetric, what the row adds to the ratio.
+    text: the scored part. output: the whole response, reasoning and structural special tokens included. counts: by
+    RatioMetric, the row's contribution to the ratio.
     """
 
     text: str
@@ -73,11 +73,10 @@ class Answer:
 class SuiteResult:
     """Hold the scores of a model on one suite.
 
-    prompts: each row's, as text. references: each row's accepted responses, as they are compared. answers: by pass ("10",
-    "20", … or "greedy"), in the order of ``suite.rows``. tasks: the scores by kind of task, where rows carry one. tokens:
-    generated over all passes. seconds: spent generating.
-    entropy: mean over those tokens of the entropy of the model's next-token distribution (temperature 1), nats.
-    complete: the share of answers that ended by themselves, 0 to 1.
+    prompts: each row's, as text. references: each row's accepted responses, as compared. answers: by pass ("10", "20", …
+    or "greedy"), in the order of ``suite.rows``. tasks: the scores by kind of task, where rows have one. tokens: generated
+    over all passes. seconds: spent generating. entropy: mean over those tokens of the entropy of the model's next-token
+    distribution (temperature 1), in nats. complete: the share of answers that ended before the length limit, 0 to 1.
     """
 
     suite: Suite
@@ -128,12 +127,12 @@ def evaluate(
     otherwise the first of them is a DataError that names the row. Other responses are cut at the context.
     """
     suite, prompts = rows_in_context(suite, encoder, decoder.context, listener, skip_long=skip_long)
-    references = [_compared(encoder.references(row), config) for row in suite.rows]
+    references = [_scored_texts(encoder.references(row), config) for row in suite.rows]
     answers: dict[str, list[Answer]] = {}
     seconds = 0.0
     for name, seed, sampling in passes(config):
         task = f"{suite.name}, {name if name == GREEDY else f'seed {name}'}"
-        began = time.monotonic()
+        start = time.monotonic()
         samples = dict(
             sample_all(
                 decoder,
@@ -146,13 +145,13 @@ def evaluate(
                 entropy=True,
             )
         )
-        seconds += time.monotonic() - began
+        seconds += time.monotonic() - start
         answers[name] = [
             _answer(encoder.decode(prompts[i], samples[i].tokens), samples[i], references[i], config)
             for i in range(len(suite.rows))
         ]
-    every = [answer for one_pass in answers.values() for answer in one_pass]
-    tokens = sum(answer.tokens for answer in every)
+    all_answers = [answer for one_pass in answers.values() for answer in one_pass]
+    tokens = sum(answer.tokens for answer in all_answers)
     return SuiteResult(
         suite=suite,
         config=config,
@@ -164,8 +163,8 @@ def evaluate(
         answers=answers,
         tokens=tokens,
         seconds=seconds,
-        entropy=sum(answer.entropy * answer.tokens for answer in every) / tokens,
-        complete=sum(answer.complete for answer in every) / len(every),
+        entropy=sum(answer.entropy * answer.tokens for answer in all_answers) / tokens,
+        complete=sum(answer.complete for answer in all_answers) / len(all_answers),
     )
 
 
@@ -183,33 +182,33 @@ def rows_in_context(
 ) -> tuple[Suite, list[np.ndarray]]:
     """Return the suite and its prompts as token ids, each with room for at least one token of a response in ``context``."""
     prompts = encoder.prompts(suite.rows)
-    kept = [i for i, prompt in enumerate(prompts) if context is None or len(prompt) < context]
-    if len(kept) == len(prompts):
+    fitting = [i for i, prompt in enumerate(prompts) if context is None or len(prompt) < context]
+    if len(fitting) == len(prompts):
         return suite, prompts
-    long = sorted(set(range(len(prompts))) - set(kept))
+    long = sorted(set(range(len(prompts))) - set(fitting))
     problems = [
         f"{suite.rows[i].where}: a prompt of {len(prompts[i]):,} tokens leaves no room for a response in the model's "
         f"{context:,} positions"
         for i in long
     ]
-    if not skip_long or not kept:
+    if not skip_long or not fitting:
         hint = "use a model with a longer context" + ("" if skip_long else ", or leave such rows out: --skip-bad-rows")
         raise DataError(problems[0], where=suite.source, hint=hint)
     for problem in problems[:3]:
         listener(Warned(f"skipped {problem}"))
     if len(long) > 3:
         listener(Warned(f"skipped {len(long):,} of the {len(prompts):,} rows of {suite.name} for that reason"))
-    return suite.keep(kept), [prompts[i] for i in kept]
+    return suite.select(fitting), [prompts[i] for i in fitting]
 
 
-def _compared(texts: SequenceOf[str], config: schema.EvalConfig) -> tuple[str, ...]:
-    """Return texts as they are compared."""
+def _scored_texts(texts: SequenceOf[str], config: schema.EvalConfig) -> tuple[str, ...]:
+    """Return the parts of responses that are scored: without reasoning where ``strip_reasoning`` is set."""
     return tuple(map(without_reasoning, texts)) if config.strip_reasoning else tuple(texts)
 
 
 def _answer(output: str, sample: SampledOutput, references: SequenceOf[str], config: schema.EvalConfig) -> Answer:
-    (text,) = _compared([output], config)
-    metrics = [metric_of(name, config.rouge_tokenizer) for name in config.metrics]
+    (text,) = _scored_texts([output], config)
+    metrics = [get_metric(name, config.rouge_tokenizer) for name in config.metrics]
     ratios = [metric for metric in metrics if isinstance(metric, RatioMetric)]
     counts = {metric.name: metric.count(text, references) for metric in ratios}
     return Answer(text, output, len(sample.tokens), sample.complete, float(sample.entropy), counts)
@@ -221,8 +220,9 @@ def _scores(
     found = {}
     for name in config.metrics:
         metric = plugins.metrics[name]
-        if (why := undefined_on(name, references, config.rouge_tokenizer)) is not None:
-            found[name] = Score(None, None, dict.fromkeys(answers), metric.signature, why)
+        reason = undefined_reason(name, references, config.rouge_tokenizer)
+        if reason is not None:
+            found[name] = Score(None, None, dict.fromkeys(answers), metric.signature, reason)
             continue
         seeds = {key: _figure(metric, of_pass, references) for key, of_pass in answers.items()}
         values = list(seeds.values())
@@ -233,7 +233,7 @@ def _scores(
 
 def _figure(metric: Metric, answers: SequenceOf[Answer], references: SequenceOf[SequenceOf[str]]) -> float:
     """Return the figure of one pass over a set."""
-    if isinstance(metric, RatioMetric):  # counted already
+    if isinstance(metric, RatioMetric):  # the rows' counts are known
         return ratio(answer.counts[metric.name] for answer in answers)
     return metric.corpus_score([answer.text for answer in answers], references)
 

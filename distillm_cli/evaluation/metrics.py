@@ -1,6 +1,6 @@
 """Score responses against references: ROUGE, BLEU, chrF, exact match, error rate, final number (METHODS D).
 
-A metric is a class and its registration: a name in recipes, a label in tables, and which direction is better.
+A metric is a class, registered with its name in recipes, its label in tables, and the direction that is better.
 
     @register_metric("exact_match", label="exact match", higher_is_better=True)
     class ExactMatch(RatioMetric):
@@ -9,8 +9,8 @@ A metric is a class and its registration: a name in recipes, a label in tables, 
 
 Every metric compares one prediction with all accepted references. A RatioMetric adds up over the rows: the figure of a
 set is a ratio of sums. A CorpusMetric is defined on a whole set and is no mean over rows. All are on a scale of 0 to 100
-(an error rate may pass 100, since insertions count). Libraries are imported when a metric is first computed, so that the
-names are known without them.
+(an error rate may exceed 100, since insertions count). Libraries are imported when a metric is first computed, so that
+the names are available without them.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from typing import Any, ClassVar, TypeVar
 
 from distillm_cli import plugins
 
-# What a row adds to a ratio: numerator and denominator. The figure of a set is 100 · Σ numerators / Σ denominators.
+# The numerator and denominator that a row adds to a ratio. The figure of a set is 100 · Σ numerators / Σ denominators.
 RatioParts = tuple[float, float]
 
 
 class Metric(ABC):
     """Compare predictions with references. Subclass RatioMetric or CorpusMetric instead.
 
-    signature: how the metric was computed, in the words of its library, None where the library has none.
-    alternative: what to use where the metric is undefined.
+    signature: the library's description of how the metric was computed, None where there is none. alternative: the metric
+    to use where this one is undefined.
     """
 
     name: ClassVar[str]
@@ -50,7 +50,7 @@ class Metric(ABC):
         """Return the figure of a set of predictions, 0 to 100. Raise ValueError for an empty set."""
 
     def undefined(self, references: Iterable[str]) -> str | None:
-        """Return why the metric is undefined on these references for any predictions, None where it is defined."""
+        """Return the reason why the metric is undefined on these references, None where it is defined."""
         return None
 
 
@@ -59,7 +59,7 @@ class RatioMetric(Metric):
 
     @abstractmethod
     def count(self, prediction: str, references: Sequence[str]) -> RatioParts:
-        """Return what a row adds to the ratio."""
+        """Return the numerator and denominator that a row adds to the ratio."""
 
     def score(self, prediction: str, references: Sequence[str]) -> float:
         return ratio([self.count(prediction, references)])
@@ -70,7 +70,7 @@ class RatioMetric(Metric):
 
 
 class CorpusMetric(Metric):
-    """Compute one figure of a whole set. The scores of single rows are for reading: their mean is another number."""
+    """Compute one figure of a whole set. The mean of the rows' scores is another number."""
 
     @abstractmethod
     def compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
@@ -104,7 +104,7 @@ def register_metric(name: str, *, label: str, higher_is_better: bool) -> Callabl
 
 
 class _StemmedWords:
-    """Cache the words and stems of rouge_score: each seed meets the same references again."""
+    """Cache the stemmed words of rouge_score, since every seed is compared with the same references."""
 
     def __init__(self):
         from rouge_score.tokenizers import DefaultTokenizer
@@ -113,7 +113,7 @@ class _StemmedWords:
 
 
 class _Characters:
-    """Make a lower-case token of every character but white space, for text that does not separate words by spaces."""
+    """Split text into lower-case characters without white space, for languages that do not separate words by spaces."""
 
     def tokenize(self, text: str) -> list[str]:
         return [character for character in text.lower() if not character.isspace()]
@@ -181,7 +181,7 @@ class Rouge2(Rouge):
 # sacrebleu
 
 
-class _Sacre(CorpusMetric):
+class _SacrebleuMetric(CorpusMetric):
     """Compute a metric of `sacrebleu` with its defaults."""
 
     @abstractmethod
@@ -206,13 +206,15 @@ class _Sacre(CorpusMetric):
         return self._row_scorer.sentence_score(prediction, references).score
 
     def compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-        most = max(len(accepted) for accepted in references)
-        streams = [[accepted[i] if i < len(accepted) else None for accepted in references] for i in range(most)]
-        return self._corpus_scorer.corpus_score(predictions, streams).score
+        count = max(len(accepted) for accepted in references)
+        reference_streams = [
+            [accepted[i] if i < len(accepted) else None for accepted in references] for i in range(count)
+        ]
+        return self._corpus_scorer.corpus_score(predictions, reference_streams).score
 
 
 @register_metric("bleu", label="BLEU", higher_is_better=True)
-class Bleu(_Sacre):
+class Bleu(_SacrebleuMetric):
     """Count words by the 13a rules, n-grams to 4, case included.
 
     A row is scored by the n-grams that it is long enough for.
@@ -225,7 +227,7 @@ class Bleu(_Sacre):
 
 
 @register_metric("chrf", label="chrF", higher_is_better=True)
-class ChrF(_Sacre):
+class ChrF(_SacrebleuMetric):
     """Count characters, n-grams to 6 (chrF2)."""
 
     def make_scorer(self, *, of_row: bool) -> Any:
@@ -259,7 +261,10 @@ class ErrorRate(RatioMetric):
         tokens = prediction.split()
         accepted = [reference.split() for reference in references]
         # An empty reference counts as one token, so that its rate is defined.
-        counts = [(Levenshtein.distance(tokens, wanted), max(len(wanted), 1)) for wanted in accepted]
+        counts = [
+            (Levenshtein.distance(tokens, reference_tokens), max(len(reference_tokens), 1))
+            for reference_tokens in accepted
+        ]
         return min(counts, key=lambda count: count[0] / count[1])
 
 
@@ -275,11 +280,11 @@ def final_number(text: str) -> Decimal | None:
     ``1e5`` is 100000. Dollar signs and commas before three digits are no part of a number; other commas stand between
     numbers. None where there is no number.
     """
-    _, marked, answer = text.rpartition("####")
-    found = _NUMBER.findall(answer if marked else text)
+    _, has_marker, answer = text.rpartition("####")
+    found = _NUMBER.findall(answer if has_marker else text)
     if not found:
         return None
-    return Decimal(re.sub(r"[$,]", "", found[0 if marked else -1]).replace("−", "-"))
+    return Decimal(re.sub(r"[$,]", "", found[0 if has_marker else -1]).replace("−", "-"))
 
 
 @register_metric("final_number", label="final number", higher_is_better=True)
@@ -297,17 +302,17 @@ class FinalNumber(RatioMetric):
 # Access by name
 
 
-def metric_of(name: str, rouge_tokenizer: str = "words") -> Metric:
+def get_metric(name: str, rouge_tokenizer: str = "words") -> Metric:
     """Return a metric by name, ROUGE on words or on characters."""
     metric = plugins.metrics[name]
     return type(metric)(rouge_tokenizer) if isinstance(metric, Rouge) else metric
 
 
-def undefined_on(name: str, references: Sequence[Sequence[str]], rouge_tokenizer: str = "words") -> str | None:
-    """Return why a metric is undefined on these rows, and what to use instead; None where it is defined."""
-    metric = metric_of(name, rouge_tokenizer)
-    why = metric.undefined(text for accepted in references for text in accepted)
-    return None if why is None else f"{name} is undefined on these rows: {why}; use {metric.alternative}"
+def undefined_reason(name: str, references: Sequence[Sequence[str]], rouge_tokenizer: str = "words") -> str | None:
+    """Return the reason why a metric is undefined on these rows, with an alternative; None where it is defined."""
+    metric = get_metric(name, rouge_tokenizer)
+    reason = metric.undefined(text for accepted in references for text in accepted)
+    return None if reason is None else f"{name} is undefined on these rows: {reason}; use {metric.alternative}"
 
 
 def ratio(counts: Iterable[RatioParts]) -> float:

@@ -1,10 +1,10 @@
-"""Strip from responses the reasoning that models write before their answer."""
+"""Remove the reasoning that models write before their answer."""
 
 from __future__ import annotations
 
 import re
 
-# How reasoning is opened and closed. A generation prompt may have opened it, so that a response holds the closing alone.
+# Tags around reasoning. A generation prompt may contain the opening tag, so that a response has only the closing one.
 _TAGS = (
     ("<think>", "</think>"),
     ("<thinking>", "</thinking>"),
@@ -14,7 +14,7 @@ _TAGS = (
     ("<|START_THINKING|>", "<|END_THINKING|>"),
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
 )
-# Headers of channels (gpt-oss). What is addressed to a tool is an answer, and its header names the tool.
+# Headers of channels (gpt-oss). A message to a tool is an answer, and its header names the tool.
 _FINAL = re.compile(r"<\|channel\|>final[^<]*<\|message\|>")
 _CALL = re.compile(r"(?:<\|start\|>assistant)?[^<]*<\|channel\|>commentary[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>")
 
@@ -22,7 +22,7 @@ _CALL = re.compile(r"(?:<\|start\|>assistant)?[^<]*<\|channel\|>commentary[^<]*(
 def without_reasoning(text: str) -> str:
     """Return the response without its reasoning: think blocks, and channels other than the final one.
 
-    Of a response that is cut inside its reasoning nothing remains. Text without reasoning is returned as it is.
+    A response that is cut inside its reasoning becomes empty. Text without reasoning is returned unchanged.
     """
     if "<|channel|>" in text:
         if final := list(_FINAL.finditer(text)):

@@ -5,8 +5,8 @@
     eval/dolly/t1/manifest.json             the names of these files
     eval/dolly/greedy/…                     the same suite with other settings
 
-A directory stands for a suite and the settings that shape the answers. Scoring the same again replaces these files of it,
-and no others.
+A directory holds the results for one suite and the settings that shape the answers. A repeated evaluation replaces these
+files and no others.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def settings_label(config: schema.EvalConfig, template: str) -> str:
 
 
 def check_results_writable(root: Path) -> None:
-    """Raise StorageError when nothing can be written at ``root``, before hours are spent on the results.
+    """Raise StorageError where ``root`` is not writable, before hours are spent on the results.
 
-    No directory is made: the nearest existing one is tried.
+    No directory is created: the nearest existing one is checked.
     """
     with _storing(root):
         check_writable(nearest_directory(root))
@@ -58,23 +58,23 @@ def check_results_writable(root: Path) -> None:
 def save_results(result: SuiteResult, root: Path, about: Mapping[str, Any] | None = None) -> Path:
     """Write predictions and results under ``root``, list them in a manifest, and return their directory.
 
-    about: what else ``results.json`` opens with (the model, its dtype). Raise StorageError.
+    about: further first keys of ``results.json`` (the model, its dtype). Raises StorageError.
     """
-    place = root / result.suite.name / settings_label(result.config, result.template)
+    directory = root / result.suite.name / settings_label(result.config, result.template)
     summary = {**_head(result.suite, result.config, result.template, about), **result.as_json()}
     files = {name: f"predictions-{name if name == GREEDY else f'seed{name}'}.jsonl" for name in result.answers}
-    with _storing(place):
-        place.mkdir(parents=True, exist_ok=True)
+    with _storing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
         # Without results.json these predictions count as incomplete.
-        earlier_files = list(manifest.recorded(place))
+        earlier_files = list(manifest.recorded(directory))
         for name in earlier_files:
-            (place / name).unlink(missing_ok=True)
-        manifest.record(place, [RESULTS, *files.values()], removed=earlier_files)
+            (directory / name).unlink(missing_ok=True)
+        manifest.record(directory, [RESULTS, *files.values()], removed=earlier_files)
         for name, file in files.items():
             lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in _predictions(result, name))
-            atomic_write(place / file, "".join(lines))
-        atomic_write(place / RESULTS, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-    return place
+            atomic_write(directory / file, "".join(lines))
+        atomic_write(directory / RESULTS, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    return directory
 
 
 def load_results(
@@ -82,14 +82,14 @@ def load_results(
 ) -> dict[str, Any] | None:
     """Return the object of ``--json`` that was saved for the same suite, settings and ``about``, None where none was."""
     head = _head(suite, config, template, about)
-    place = root / suite.name / settings_label(config, template)
+    directory = root / suite.name / settings_label(config, template)
     try:
-        saved = json.loads((place / RESULTS).read_text(encoding="utf-8"))
+        saved = json.loads((directory / RESULTS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     if not isinstance(saved, dict) or any(saved.get(key) != value for key, value in head.items()):
         return None
-    if len([*place.glob("predictions-*.jsonl")]) < len(saved[config.metrics[0]]["seeds"]):
+    if len([*directory.glob("predictions-*.jsonl")]) < len(saved[config.metrics[0]]["seeds"]):
         return None
     return {key: value for key, value in saved.items() if key not in head}
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 from distillm_cli.config.schema import ColumnsConfig, Recipe
 from distillm_cli.data.files import stem_of
-from distillm_cli.data.known import known
-from distillm_cli.data.sources import Row, Rows, kind_of, load_rows, user_path
+from distillm_cli.data.known import find_dataset
+from distillm_cli.data.sources import Row, Rows, load_rows, path_kind, user_path
 from distillm_cli.training.events import Listener, silent
 
 HELD_OUT = "held-out"
@@ -23,7 +23,7 @@ _GENERIC = {"train", "valid", "validation", "val", "dev", "test", "data"}
 class Suite:
     """Hold the rows of a suite.
 
-    name: short, fit for a directory, unique in a call. source: where the rows are from. skipped: broken ones.
+    name: short, valid as a directory name, unique in a call. source: name or path of the rows. skipped: broken ones.
     """
 
     name: str
@@ -31,14 +31,14 @@ class Suite:
     source: str
     skipped: tuple[str, ...] = ()
 
-    def keep(self, indices: SequenceOf[int]) -> Suite:
+    def select(self, indices: SequenceOf[int]) -> Suite:
         """Return the suite with these rows only."""
         return replace(self, rows=[self.rows[i] for i in indices])
 
     def digest(self) -> str:
         """Return the SHA-256 of prompts and accepted answers, in order."""
-        asked = [(row.key, list(row.references)) for row in self.rows]
-        return hashlib.sha256(json.dumps(asked, ensure_ascii=True).encode()).hexdigest()
+        content = [(row.key, list(row.references)) for row in self.rows]
+        return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()
 
 
 def load_suites(recipe: Recipe, listener: Listener = silent) -> list[Suite]:
@@ -51,14 +51,14 @@ def load_suites(recipe: Recipe, listener: Listener = silent) -> list[Suite]:
 def load_suite(name: str, recipe: Recipe, listener: Listener = silent) -> Suite:
     """Load the test rows of a known data set (``data/known.py``), ``builtin``, a data file or directory, or a hub name.
 
-    A short name is looked for under $DISTILLM_DATA first, on the hub after. ``recipe.data`` sets how rows are read
+    A short name is searched under $DISTILLM_DATA first, then on the hub. ``recipe.data`` sets how rows are read
     (columns, skip_bad_rows), ``recipe.eval.limit`` how many. Raise DataError when they cannot be found or read.
     """
-    # What belongs to the training source, such as its own held-out file, is not the suite's.
-    own = {"source": name, "valid": None, "limit": None}
-    if known(name) is not None:  # its columns are known, whatever a recipe names for its own data
-        own["columns"] = ColumnsConfig()
-    data = recipe.data.model_copy(update=own)
+    # Settings of the training source, such as its held-out file, do not apply to the suite.
+    changes = {"source": name, "valid": None, "limit": None}
+    if find_dataset(name) is not None:  # the recipe's columns are those of its own data
+        changes["columns"] = ColumnsConfig()
+    data = recipe.data.model_copy(update=changes)
     return _suite(short_name(name), load_rows(data, "test", listener=listener, limit=recipe.eval.limit))
 
 
@@ -81,12 +81,13 @@ def distinct(suites: Iterable[Suite]) -> list[Suite]:
 
 def short_name(source: str) -> str:
     """Return a suite's name: dolly → dolly; data/g2p/test.jsonl → g2p-test; MiniLLM/dolly → MiniLLM-dolly."""
-    path, name = user_path(source), source
-    if kind_of(path) == "file":
-        place = path.resolve()
-        stem = stem_of(place)
-        name = f"{place.parent.name}-{stem}" if stem in _GENERIC else stem
-    elif kind_of(path) == "directory":
+    path = user_path(source)
+    name = source
+    if path_kind(path) == "file":
+        resolved = path.resolve()
+        stem = stem_of(resolved)
+        name = f"{resolved.parent.name}-{stem}" if stem in _GENERIC else stem
+    elif path_kind(path) == "directory":
         name = path.resolve().name
     return re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "suite"
 

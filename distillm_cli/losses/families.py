@@ -152,7 +152,7 @@ class AlphaBeta(Divergence):
 
     def _of_logs(self, u_NV: Tensor, w_NV: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None]:
         """Return value and h from finite log p and log q."""
-        from distillm_cli.utils.exact import where_exact
+        from distillm_cli.utils.exact import on_float64_device
 
         first, middle, last = sorted((0.0, self.alpha, self.alpha + self.beta))
         given_NV = w_NV
@@ -162,7 +162,7 @@ class AlphaBeta(Divergence):
             value_N = gap_NV.square().sum(-1).mul_(0.5)
             return value_N, gap_NV.neg_() if with_grad else None
         if spread < _SMALL_SPREAD:
-            u_NV, w_NV, gap_NV = (where_exact(x_NV).double() for x_NV in (u_NV, w_NV, gap_NV))
+            u_NV, w_NV, gap_NV = (on_float64_device(x_NV).double() for x_NV in (u_NV, w_NV, gap_NV))
         pairs = ((first, middle), (middle, last))
         differences = {pair: self._difference(u_NV, w_NV, gap_NV, *pair) for pair in pairs}
         (below_NV, below), (above_NV, above) = (differences[pair] for pair in pairs)

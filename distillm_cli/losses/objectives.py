@@ -28,7 +28,7 @@ from distillm_cli.losses.families import Interpolated
 from distillm_cli.losses.weights import CROSS_ENTROPY, LossWeights, TokenWeights
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.types import Sequence
-from distillm_cli.utils.exact import where_exact
+from distillm_cli.utils.exact import on_float64_device
 
 if TYPE_CHECKING:
     from distillm_cli.config.schema import ObjectiveConfig
@@ -397,7 +397,7 @@ def _gaps(part: SourceBatch, token_log_probs: TokenLogProbs) -> list[float]:
 
 def _geometric_means(log_N: Tensor, lengths: list[int]) -> Tensor:
     """Return each sequence's geometric mean of its tokens' probabilities, [B]."""
-    return torch.stack([part.double().mean().exp() for part in where_exact(log_N).split(lengths)])
+    return torch.stack([part.double().mean().exp() for part in on_float64_device(log_N).split(lengths)])
 
 
 def _sigmoid(x: float) -> float:

@@ -119,13 +119,15 @@ def set_stop_tokens(pair: Pair, encoder: Encoder, is_chat: bool, listener: Liste
     since the teacher may then give it little probability. Raise ModelError for a token that the models lack.
     """
     name = pair.tokenizer.convert_ids_to_tokens
-    ends = [encoder.end]
+    ends = [encoder.end_id]
     if is_chat and encoder.renderer.chat is not None:
-        turn = encoder.renderer.chat.end
+        turn = encoder.renderer.chat.turn_end
         if turn.token is not None:
             ends = [turn.token]
         elif turn.text.strip():
-            listener(Note(f"the chat template ends a turn with text that is no token; {name(encoder.end)} is appended"))
+            listener(
+                Note(f"the chat template ends a turn with text that is no token; {name(encoder.end_id)} is appended")
+            )
     for end in ends:
         if end >= pair.vocab:
             raise ModelError(

@@ -141,7 +141,7 @@ def load_backbone(
 
 
 def _warn_of_edits(directory: Path, listener: Listener) -> None:
-    for path in manifest.edited(directory):
+    for path in manifest.edited_files(directory):
         listener(Warned(f"{path} has changed since the run wrote it: it is used as it is now"))
 
 

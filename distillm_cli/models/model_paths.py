@@ -12,7 +12,7 @@ import huggingface_hub
 
 from distillm_cli.config.student_spec import BUILTIN, is_built_without_file, is_on_hub
 from distillm_cli.errors import ModelError
-from distillm_cli.utils.storage import leads_nowhere
+from distillm_cli.utils.storage import is_broken_link
 
 ADAPTER_CONFIG = "adapter_config.json"  # a directory with this file is an adapter's
 BUILTIN_TEACHER = Path(__file__).resolve().parent.parent / "assets" / "quickstart-teacher"
@@ -25,7 +25,7 @@ def locate_model(path: str) -> tuple[str, bool]:
         return str(directory), True
     if directory.is_file():
         raise ModelError(f"{path} is a file, not a model directory", hint=f"pass {directory.parent}")
-    if leads_nowhere(directory):
+    if is_broken_link(directory):
         raise ModelError(f"{path} is a symbolic link that leads nowhere", hint="correct the link, or pass another path")
     if not is_on_hub(path):
         raise ModelError(f"no model at {directory}: no such directory", hint="check the path")

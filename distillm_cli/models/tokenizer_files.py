@@ -21,7 +21,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from distillm_cli.errors import DistillmError, ModelError, OutOfMemoryError, of_tokenizers, out_of_memory
+from distillm_cli.errors import DistillmError, ModelError, OutOfMemoryError, is_tokenizer_failure, out_of_memory
 from distillm_cli.models.model_families import PLAIN_TOKENIZER_CLASSES
 from distillm_cli.models.model_paths import (
     adapter_chain,
@@ -85,7 +85,7 @@ def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedToken
             )
             tokenizer(_TRIAL_TEXT)
         except BaseException as error:
-            if not (isinstance(error, Exception) or of_tokenizers(error)):
+            if not (isinstance(error, Exception) or is_tokenizer_failure(error)):
                 raise
             raise load_error("tokenizer", path, local, error) from error
     if not local and (config := cached_hub_file(name, "config.json", revision)) and not has_tokenizer(config.parent):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distillm_cli.errors import NonFiniteError
-from distillm_cli.utils.exact import where_exact
+from distillm_cli.utils.exact import on_float64_device
 
 _BLOCK = 256  # tokens of a block in the two-level cumulative sum
 _TWO_LEVELS = 4096  # size of the vocabulary from which two levels are cheaper than one
@@ -57,7 +57,7 @@ def choose(logits_BV: Tensor, sampling: Sampling, uniforms_B: Tensor) -> Tensor:
     if sampling.temperature == 0:
         max_B, likeliest_B = logits_BV.max(-1)  # the maximum is NaN if any logit is
         return likeliest_B.where(max_B.isfinite(), _NO_TOKEN)
-    device, logits_BV = logits_BV.device, where_exact(logits_BV)
+    device, logits_BV = logits_BV.device, on_float64_device(logits_BV)
     uniforms_B = uniforms_B.to(logits_BV.device, torch.float64)
     return inverse_cdf(distribution(logits_BV, sampling), uniforms_B).to(device)
 

@@ -11,7 +11,7 @@ import torch
 
 from distillm_cli.config.derived import fixed_values
 from distillm_cli.config.schema import RolloutConfig
-from distillm_cli.data.batching import by_length
+from distillm_cli.data.batching import batches_by_length
 from distillm_cli.losses import objectives
 from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.rollouts.interleaved import InterleavedSampler
@@ -89,7 +89,7 @@ def build_trainer(
         sampling=sampling,
     )
     validator = Validator(
-        by_length(run.answered, max(recipe.train.batch_size, 16)),
+        batches_by_length(run.answered, max(recipe.train.batch_size, 16)),
         info,
         select=recipe.train.select,
         teacher=teacher,

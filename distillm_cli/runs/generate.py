@@ -13,7 +13,7 @@ import numpy as np
 
 from distillm_cli.config.schema import Recipe
 from distillm_cli.data.encoder import Encoder
-from distillm_cli.data.sources import Row, local_place
+from distillm_cli.data.sources import Row, local_path
 from distillm_cli.errors import Interrupted, UsageError, signal_number
 from distillm_cli.evaluation.evaluate import rows_in_context
 from distillm_cli.evaluation.suites import Suite
@@ -104,7 +104,7 @@ def _check(source: PromptSource, output: str | None, resume: bool, overwrite: bo
 def _check_not_read(source: PromptSource, output: Path) -> None:
     """Raise UsageError where the file to be replaced is one that the prompts are read from."""
     for flag, name in (("--data", source.data), ("--input", source.input)):
-        place = None if name in (None, "-", "builtin") else local_place(name)
+        place = None if name in (None, "-", "builtin") else local_path(name)
         if place is None or not output.exists():
             continue
         read = [place, place / "data"] if place.is_dir() else [place]

@@ -125,7 +125,7 @@ def load_model(model: str, recipe: Recipe, listener: Listener) -> tuple[Backbone
         recipe.data,
         is_encoder_decoder=backbone.is_encoder_decoder,
         stops=backbone.stop_ids,
-        end=usual_end_token(backbone),
+        end_id=usual_end_token(backbone),
     )
     return backbone, encoder
 

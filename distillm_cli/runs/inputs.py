@@ -10,7 +10,7 @@ from distillm_cli.config.load import locate
 from distillm_cli.config.pipeline_recipe import StageConfig, inputs
 from distillm_cli.config.schema import Recipe
 from distillm_cli.config.shortcuts import flag_of
-from distillm_cli.data.sources import local_place
+from distillm_cli.data.sources import local_path
 from distillm_cli.errors import UsageError
 from distillm_cli.models.model_paths import ADAPTER_CONFIG, read_base_model
 from distillm_cli.runs import output_dir
@@ -23,7 +23,7 @@ def names_rows(key: str) -> bool:
 
 def local_input(key: str, text: str) -> Path | None:
     """Return the file or directory that a field names; None for a name on the hub, and for `builtin`."""
-    place = local_place(text) if names_rows(key) else Path(text).expanduser()
+    place = local_path(text) if names_rows(key) else Path(text).expanduser()
     return None if place is None or text == "builtin" or not place.exists() else place
 
 

@@ -17,7 +17,7 @@ from distillm_cli.utils.storage import (
     PROBE,
     atomic_write,
     check_writable,
-    leads_nowhere,
+    is_broken_link,
     leftovers,
     locked,
     move_into,
@@ -95,7 +95,7 @@ def check_output(output: Path, *, resume: bool, overwrite: bool) -> bool:
 def _check_used(output: Path, *, resume: bool, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output {output} is a file", hint="give a directory")
-    if leads_nowhere(output):
+    if is_broken_link(output):
         raise UsageError(
             f"--output {output} is a symbolic link that leads nowhere", hint="remove it, or give a directory"
         )
@@ -132,7 +132,7 @@ def written(output: Path) -> Iterator[Path]:
         yield from leftovers(path.parent, path.name)
         if name == SFT and path.is_dir() and not path.is_symlink():
             yield from written(path)
-        elif os.path.lexists(path) and (sealed is None or manifest.is_as_sealed(path, sealed)):
+        elif os.path.lexists(path) and (sealed is None or manifest.matches_seal(path, sealed)):
             yield path
     for found in sorted(output.glob(f"{EVAL}/*/*/{manifest.MANIFEST}")):
         is_linked = _link_above(output, found.relative_to(output).as_posix()) is not None
@@ -155,7 +155,7 @@ def foreign(output: Path) -> Path | None:
     """Return a file in the directory that a run would replace and that no run wrote; None where there is none."""
     ours = set(written(output))
     found = [path for pattern in _REPLACED for path in sorted(output.glob(pattern))]
-    found += [output / name for name in _FOLDERS if leads_nowhere(output / name)]
+    found += [output / name for name in _FOLDERS if is_broken_link(output / name)]
     return next((path for path in found if ours.isdisjoint([path, *path.parents])), None)
 
 

@@ -18,8 +18,8 @@ from distillm_cli.config.schema import DataConfig, Recipe
 from distillm_cli.config.student_spec import BuiltinModel, ConfigFile, SavedModel, parse_student
 from distillm_cli.data.batching import Examples, steps_per_epoch, tokenize
 from distillm_cli.data.encoder import Encoder
-from distillm_cli.data.sources import Rows, is_path, load_rows, local_place
-from distillm_cli.data.templates import settled_template
+from distillm_cli.data.sources import Rows, is_path, load_rows, local_path
+from distillm_cli.data.templates import resolve_auto_template
 from distillm_cli.errors import DataError
 from distillm_cli.models import lora
 from distillm_cli.models.composite import freeze_rest, is_composite
@@ -208,7 +208,7 @@ def _data_with_template(recipe: Recipe, rows: Rows, student: Shape, teacher: Sha
         student.tokenizer.chat_template = other
     if recipe.data.template != "auto":
         return recipe.data
-    template = settled_template(rows, own is not None and other is not None)
+    template = resolve_auto_template(rows, own is not None and other is not None)
     return recipe.data if template is None else recipe.data.model_copy(update={"template": template[0]})
 
 
@@ -368,7 +368,7 @@ def read_if_available(read: Callable[[], _T], source: str) -> tuple[_T | None, s
     try:
         return read(), ""
     except DataError as error:
-        if is_path(source) or local_place(source) is not None:
+        if is_path(source) or local_path(source) is not None:
             raise  # it is here, or should be: a fault in it is worth more than an estimate
         return None, f"no rows of {redact(source)} at hand ({error.what.partition(' (')[0].split(': ', 1)[-1]})"
 
@@ -377,8 +377,8 @@ def _row_figures(rows: Rows, examples: Examples) -> dict[str, Any]:
     return {
         "source": rows.name,
         "rows": len(rows),
-        "format": rows.described,
-        "columns_not_read": {name: round(share, 4) for name, share in rows.not_read.items()},
+        "format": rows.format_summary,
+        "columns_not_read": {name: round(share, 4) for name, share in rows.unread_columns.items()},
         "kept": len(examples),
         "dropped": examples.dropped,
         "dropped_prompts": examples.dropped_prompts,

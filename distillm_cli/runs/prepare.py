@@ -20,8 +20,8 @@ from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.prefetch import Prefetcher
 from distillm_cli.data.rows import Row
 from distillm_cli.data.sources import Rows, overlap
-from distillm_cli.data.teacher_samples import encoded, read_beforehand
-from distillm_cli.data.templates import Renderer, settled_template
+from distillm_cli.data.teacher_samples import encode_teacher_samples, read_teacher_samples
+from distillm_cli.data.templates import Renderer, resolve_auto_template
 from distillm_cli.data.token_ids import Affixes
 from distillm_cli.errors import DataError, ModelError
 from distillm_cli.models import router
@@ -197,7 +197,7 @@ def _prepare(recipe: Recipe, listener: Listener, prefetcher: Prefetcher) -> Prep
     train_rows, valid_rows = _read_rows(recipe, prefetcher, listener)
     sample_rows = None
     if recipe.data.teacher_samples is not None:
-        sample_rows = read_beforehand(recipe.data, train_rows, listener)
+        sample_rows = read_teacher_samples(recipe.data, train_rows, listener)
 
     tokenizers = TokenizerCache()
     expected = _expected_tokenizer(recipe, tokenizers)
@@ -221,7 +221,7 @@ def _prepare(recipe: Recipe, listener: Listener, prefetcher: Prefetcher) -> Prep
     valid = tokenize(valid_rows, encoder, data, listener, context, valid_ids)
     prefetcher.close()
     for model in pair.models.values():
-        add_stop_tokens(model, sorted(train.ends - encoder.ends), after=True)
+        add_stop_tokens(model, sorted(train.end_ids - encoder.end_ids), after=True)
     if recipe.train.gradient_checkpointing:
         _checkpoint_activations(pair.student)
     return Prepared(
@@ -236,7 +236,7 @@ def _prepare(recipe: Recipe, listener: Listener, prefetcher: Prefetcher) -> Prep
         train=train,
         valid=valid,
         initial_weights=_initial_weights(pair.student),
-        teacher_samples=None if sample_rows is None else encoded(sample_rows, train, encoder, context),
+        teacher_samples=None if sample_rows is None else encode_teacher_samples(sample_rows, train, encoder, context),
         model_fingerprints=_fingerprints(pair),
         resolved_values=resolved_values,
         router_aux=router_aux,
@@ -280,7 +280,7 @@ def texts_of(rows: Iterable[Row], data: DataConfig, tokenizer: PreTrainedTokeniz
     for row in rows:
         text = renderer.text(row)
         if text is not None:
-            yield from (text.text[: text.cut], text.text[text.cut : text.end])
+            yield from (text.text[: text.response_start], text.text[text.response_start : text.response_end])
 
 
 def _encoder(
@@ -309,7 +309,7 @@ def _encoder(
         is_encoder_decoder=pair.student.is_encoder_decoder,
         affixes=None if has_languages else affixes,
         stops=pair.student.stop_ids | {*(pair.teacher_stops or ())},
-        end=default_end_token(recipe.data, pair, listener),
+        end_id=default_end_token(recipe.data, pair, listener),
         needs_responses=recipe.needs_responses,
     )
     chat = encoder.renderer.chat
@@ -323,7 +323,7 @@ def _encoder(
 def _chosen_template(data: DataConfig, pair: Pair, rows: Rows, listener: Listener) -> tuple[str, str] | None:
     """Return the template for rows where the recipe leaves it open, and its origin; None where it does not."""
     both_chat = all(template is not None for template in pair.templates.values())
-    found = settled_template(rows, both_chat) if data.template == "auto" else None
+    found = resolve_auto_template(rows, both_chat) if data.template == "auto" else None
     if found is None:
         return None
     template, why = found

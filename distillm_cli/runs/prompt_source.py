@@ -13,7 +13,7 @@ from distillm_cli.config.schema import DataConfig
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.files import format_of
 from distillm_cli.data.rows import BadRow, parse
-from distillm_cli.data.sources import Row, kind_of, load_rows, user_path
+from distillm_cli.data.sources import Row, load_rows, path_kind, user_path
 from distillm_cli.errors import DataError
 from distillm_cli.training.events import Listener, Warned
 from distillm_cli.utils.text import all_are
@@ -38,12 +38,12 @@ def read_prompts(source: PromptSource, data: DataConfig, listener: Listener) -> 
         return rows[: source.limit]
     name = source.data if source.input is None else source.input
     path = user_path(name)
-    is_text_file = source.input is not None and kind_of(path) != "directory" and format_of(path) is None
+    is_text_file = source.input is not None and path_kind(path) != "directory" and format_of(path) is None
     if source.input == "-" or is_text_file:
         return _lines(source.input, data, listener)[: source.limit]
     # Not the training rows of the model's own recipe.
     data = data.model_copy(update={"source": name, "valid": None, "limit": None})
-    split = source.split or ("test" if kind_of(path) == "file" else "train")  # of a single file, test is all of it
+    split = source.split or ("test" if path_kind(path) == "file" else "train")  # of a single file, test is all of it
     stand_in = source.split is None  # a split that was asked for is that one, or an error
     rows = load_rows(data, split, listener=listener, require_output=False, limit=source.limit, stand_in=stand_in)
     return list(rows)
@@ -94,7 +94,7 @@ def exact_texts(rows: list[Row], ids: list[np.ndarray], encoder: Encoder, listen
     suspects = [i for i, row in enumerate(rows) if encoder.renderer.form(row) == "chat"]
     if not suspects:
         return texts
-    reader = encoder.under(template="exact")
+    reader = encoder.with_settings(template="exact")
     start = encoder.tokenizer.bos_token
     lost = 0
     for i in suspects:

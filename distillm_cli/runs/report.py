@@ -76,11 +76,11 @@ def check_can_generate(run: Prepared) -> None:
     for model in sampling_models(run) + ([run.student] if selects_by_metric(run.recipe) else []):
         model.check_decoding()
     if selects_by_metric(run.recipe):
-        from distillm_cli.evaluation.metrics import undefined_on
+        from distillm_cli.evaluation.metrics import undefined_reason
 
         select, config = run.recipe.train.select, run.recipe.eval
         references = [row.references for row in run.valid.rows[: config.report_rows]]
-        if references and (why := undefined_on(select, references, config.rouge_tokenizer)) is not None:
+        if references and (why := undefined_reason(select, references, config.rouge_tokenizer)) is not None:
             raise UsageError(f"train.select: {why}", where=run.valid_rows.name)
 
 

@@ -24,7 +24,7 @@ from distillm_cli.config.derived import fixed_values
 from distillm_cli.config.field_usage import SAMPLING
 from distillm_cli.config.pipeline_recipe import PREFIX, Stage, inputs, values
 from distillm_cli.data.files import COMPRESSIONS, FORMATS
-from distillm_cli.data.sources import is_path, local_place
+from distillm_cli.data.sources import is_path, local_path
 from distillm_cli.data.tables import saved_splits
 from distillm_cli.errors import CheckpointError, DataError, UsageError
 from distillm_cli.runs import output_dir
@@ -185,7 +185,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def check_data_files(stage: Stage) -> None:
     """Raise DataError for a data file that is not there, before the stages before it run."""
     for key, text in inputs(stage.config, stage.resolved.recipe):
-        if names_rows(key) and not text.startswith(PREFIX) and is_path(text) and local_place(text) is None:
+        if names_rows(key) and not text.startswith(PREFIX) and is_path(text) and local_path(text) is None:
             raise DataError(f"stage {stage.name}: {key} = {text}: no such file or directory", hint="check the path")
 
 

@@ -11,9 +11,9 @@ import torch
 
 from distillm_cli.config.derived import sft_stage_recipe
 from distillm_cli.config.load import Resolved, to_yaml, with_resolved_values
+from distillm_cli.data.conversations import content_text
 from distillm_cli.data.prefetch import Prefetcher
 from distillm_cli.data.rows import Row
-from distillm_cli.data.templates import text_of_content
 from distillm_cli.errors import Interrupted, UsageError, signal_number
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.runs import output_dir
@@ -309,7 +309,7 @@ def _question(run: Prepared, row: Row) -> str:
     if row.instruction is not None:
         return "\n".join(filter(None, (row.instruction, row.input)))
     if row.messages is not None and row.messages[-1]["role"] == "user":
-        question = text_of_content(row.messages[-1].get("content"))
+        question = content_text(row.messages[-1].get("content"))
         if question is not None:
             return question
     return run.encoder.renderer.prompt(row)

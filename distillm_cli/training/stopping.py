@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from distillm_cli.errors import Pressed
+from distillm_cli.errors import CtrlC
 
 
 @dataclass
@@ -29,7 +29,7 @@ def stop_on_signal() -> Iterator[Stop]:
 
     def ask(number, frame):
         if stop.signal is not None and number == signal.SIGINT:
-            raise Pressed
+            raise CtrlC
         stop.signal = number
 
     known = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]

@@ -15,7 +15,7 @@ from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.training.events import Listener, Warned
 from distillm_cli.training.state import RunInfo
 from distillm_cli.types import Sequence, collate
-from distillm_cli.utils.exact import where_exact
+from distillm_cli.utils.exact import on_float64_device
 from distillm_cli.utils.memory import retry_halved
 from distillm_cli.utils.modules import eval_mode
 
@@ -77,8 +77,8 @@ class Validator:
             teacher_hidden_ND = self.teacher.hidden(batch, sequences) if weights.kd else None
             with self.run.autocast() if autocast else nullcontext():
                 part, count = student_loss([batch], teacher_hidden_ND, weights)
-            total = total + where_exact(part).double()
-            tokens = tokens + where_exact(count)
+            total = total + on_float64_device(part).double()
+            tokens = tokens + on_float64_device(count)
         return (total / tokens).item()
 
     def _halve(self) -> bool:

@@ -1,12 +1,12 @@
-"""float64 for sums that need it, on devices that have no such type."""
+"""Compute in float64 also where a device does not support it."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-WITHOUT_FLOAT64 = {"mps"}  # kinds of devices: Metal has no double
+WITHOUT_FLOAT64 = {"mps"}  # device types without float64
 
 
-def where_exact(tensor: Tensor) -> Tensor:
-    """The tensor where it can be made float64: as it is, or on the CPU where its device has no float64."""
+def on_float64_device(tensor: Tensor) -> Tensor:
+    """Return the tensor on a device that supports float64: its own, or else the CPU."""
     return tensor.cpu() if tensor.device.type in WITHOUT_FLOAT64 else tensor

@@ -1,13 +1,13 @@
-"""Write and read manifests: what a run wrote into a directory, and whether it is still as it was written.
+"""Write and read manifests: the files that a run wrote into a directory, and checksums that show changes.
 
     {"format": 1,
      "files": {"model.safetensors": {"bytes": …, "sha256": …}, …},      sealed: another content is damage
      "written": {"metrics.jsonl": null, "README.md": {"bytes": …, "sha256": …}, …}}
 
-``files`` are sealed once they are whole. ``written`` lists every file and directory of the run, each before it is written,
-so that the leftovers of a killed run are known: ``--overwrite`` removes these and nothing else. One with a seal is the
-run's only as long as it has this content. Output directories, results of an evaluation and pipelines have a manifest
-with ``written``; a checkpoint has one with ``files``, and is one entry of its run's.
+``files`` are sealed once they are complete. ``written`` lists every file and directory of the run, each before it is
+written, so that the leftovers of a killed run are known: ``--overwrite`` removes these and nothing else. An entry with a
+seal belongs to the run only while the file has this content. Output directories, results of an evaluation and pipelines
+have a manifest with ``written``; a checkpoint has one with ``files``, and is one entry in the manifest of its run.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from distillm_cli.utils.storage import atomic_write, flush
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
-# Files of a model directory that people edit after a run, and that are used as they are then, with a warning.
+# Files of a model directory that users edit after a run. Edited ones are used, with a warning.
 EDITABLE = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja")
-# Files that no model is read from.
-_ASIDE = ("training.safetensors", "state.json", "recipe.yaml", "frozen.txt")
+# Files that are not read to load a model.
+_NON_MODEL_FILES = ("training.safetensors", "state.json", "recipe.yaml", "frozen.txt")
 
-_digests: dict[tuple, str] = {}  # of files that were hashed by this process, as they were then
+_digests: dict[tuple, str] = {}  # by path, inode, size and time of files that this process hashed
 
 
 def seal_directory(directory: Path, files: Iterable[Path], **facts: Any) -> None:
     """Write the manifest that seals these files of a directory, which are flushed to the disk first.
 
-    facts: more keys of it. An earlier manifest is replaced, except for its ``written``.
+    facts: further keys of the manifest. An earlier manifest is replaced, except for its ``written``.
     """
     sealed = {}
     for path in sorted(files):
         flush(path)
         sealed[path.relative_to(directory).as_posix()] = seal(path)
-    earlier = read_manifest(directory) or {}
-    written = {"written": earlier["written"]} if "written" in earlier else {}
+    previous = read_manifest(directory) or {}
+    written = {"written": previous["written"]} if "written" in previous else {}
     _write(directory, {"format": MANIFEST_FORMAT, **facts, "files": sealed, **written})
 
 
 def unseal(directory: Path, name: str | None = None) -> None:
-    """Remove one file, or all, from the sealed ones of a directory; nothing where there is no manifest."""
+    """Remove one file, or all, from the sealed ones of a directory. Does nothing without a manifest."""
     manifest = read_manifest(directory)
     if manifest is None or (name is not None and name not in manifest["files"]):
         return
@@ -58,19 +58,19 @@ def unseal(directory: Path, name: str | None = None) -> None:
 def record(
     directory: Path, names: Iterable[str], *, removed: Iterable[str] = (), seals: dict[str, dict] | None = None
 ) -> None:
-    """List files and directories as written by a run, before they are; a manifest is made where there is none.
+    """List files and directories as written by a run, before they are written. Creates a manifest where there is none.
 
-    names: relative paths, with slashes. removed: those to take off the list. seals: of files that people edit.
+    names: relative paths, with slashes. removed: names to remove from the list. seals: of files that users edit.
     """
     manifest = read_manifest(directory) or {"format": MANIFEST_FORMAT, "files": {}}
-    before = manifest.get("written", {})
-    gone = set(removed)
-    now = {name: entry for name, entry in before.items() if name not in gone}
+    recorded_before = manifest.get("written", {})
+    removed_names = set(removed)
+    entries = {name: entry for name, entry in recorded_before.items() if name not in removed_names}
     for name in names:
-        now.setdefault(name, None)
-    now |= seals or {}
-    if now != before or "written" not in manifest:
-        _write(directory, manifest | {"written": now})
+        entries.setdefault(name, None)
+    entries |= seals or {}
+    if entries != recorded_before or "written" not in manifest:
+        _write(directory, manifest | {"written": entries})
 
 
 def recorded(directory: Path) -> dict[str, dict | None]:
@@ -79,7 +79,7 @@ def recorded(directory: Path) -> dict[str, dict | None]:
 
 
 def read_manifest(directory: Path) -> dict | None:
-    """Return the manifest of a directory; None where it has none of ours.
+    """Return the manifest of a directory; None where it has none that this program wrote.
 
     Raises CheckpointError for one that cannot be read or that another version wrote.
     """
@@ -92,11 +92,11 @@ def read_manifest(directory: Path) -> dict | None:
         hint = f"copy or download it again, or delete it to use {directory} unchecked"
         raise CheckpointError(f"cannot read {path}: {error}", hint=hint) from error
     if not (isinstance(manifest, dict) and {"format", "files"} <= manifest.keys()):
-        return None  # another program's
+        return None  # from another program
     is_whole = isinstance(manifest["files"], dict) and isinstance(manifest.get("written", {}), dict)
     if manifest["format"] != MANIFEST_FORMAT or not is_whole:
-        what = f"{path} has format {manifest['format']}, this version reads {MANIFEST_FORMAT}"
-        raise CheckpointError(what, hint=f"update distillm, or delete it to use {directory} unchecked")
+        message = f"{path} has format {manifest['format']}, this version reads {MANIFEST_FORMAT}"
+        raise CheckpointError(message, hint=f"update distillm, or delete it to use {directory} unchecked")
     return manifest
 
 
@@ -106,19 +106,19 @@ def _write(directory: Path, manifest: dict) -> None:
 
 
 def check_files(directory: Path, *, weights: bool) -> None:
-    """Compare a model's files with the manifest beside them, if there is one: its weights, or all the others.
+    """Compare a model's files with the manifest beside them, if there is one: its weights, or all others.
 
-    A file is hashed once per process while it stays the same. Raises ModelError, or CheckpointError for a checkpoint.
+    A file is hashed once per process while it does not change. Raises ModelError, or CheckpointError for a checkpoint.
     """
     manifest = read_manifest(directory)
     for name in () if manifest is None else manifest["files"]:
-        if name in (*_ASIDE, *EDITABLE) or fnmatch(name, "*.safetensors") != weights:
+        if name in (*_NON_MODEL_FILES, *EDITABLE) or fnmatch(name, "*.safetensors") != weights:
             continue
-        if (what := difference(directory, manifest, name)) is not None:
-            raise _damaged(directory, manifest, what)
+        if (message := difference(directory, manifest, name)) is not None:
+            raise _damage_error(directory, manifest, message)
 
 
-def edited(directory: Path) -> Iterator[str]:
+def edited_files(directory: Path) -> Iterator[str]:
     """Yield the paths of settings that differ from the manifest beside them."""
     manifest = read_manifest(directory)
     for name in () if manifest is None else EDITABLE:
@@ -127,25 +127,25 @@ def edited(directory: Path) -> Iterator[str]:
 
 
 def difference(directory: Path, manifest: dict, name: str) -> str | None:
-    """Return what is wrong with a sealed file; None where it is as it was written."""
+    """Return the problem with a sealed file; None where it is unchanged."""
     path = directory / name
     if not path.is_file():
         return f"{path} is missing"
-    if not is_as_sealed(path, manifest["files"][name]):
+    if not matches_seal(path, manifest["files"][name]):
         return f"{path} is damaged or changed: it differs from {directory / MANIFEST}"
     return None
 
 
-def is_as_sealed(path: Path, sealed: dict) -> bool:
+def matches_seal(path: Path, sealed: dict) -> bool:
     """Return whether a file has the size and SHA-256 of its seal."""
     return path.stat().st_size == sealed.get("bytes") and _digest(path) == sealed.get("sha256")
 
 
-def _damaged(directory: Path, manifest: dict, what: str) -> DistillmError:
+def _damage_error(directory: Path, manifest: dict, message: str) -> DistillmError:
     if "step" in manifest:
-        return CheckpointError(what, hint="copy it again, or take another checkpoint")
+        return CheckpointError(message, hint="copy it again, or take another checkpoint")
     hint = f"copy or download it again; if the change is yours, delete {directory / MANIFEST}"
-    return ModelError(what, hint=hint)
+    return ModelError(message, hint=hint)
 
 
 def seal(path: Path) -> dict:
@@ -155,7 +155,7 @@ def seal(path: Path) -> dict:
 
 
 def _digest(path: Path) -> str:
-    """Return a file's SHA-256, without reading it again while it stays the same."""
+    """Return a file's SHA-256, without reading it again while it does not change."""
     stat = path.stat()
     key = (str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns)
     if key not in _digests:

@@ -1,4 +1,4 @@
-"""Manage this process's memory: the garbage collector, freed memory, free memory, and retries where it runs out."""
+"""Manage this process's memory: garbage collection, freed and available memory, and retries when it runs out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TypeVar
 from distillm_cli.errors import out_of_memory
 
 _T = TypeVar("_T")
-_TRIM_THRESHOLD = -1  # of mallopt, by glibc's malloc.h
+_TRIM_THRESHOLD = -1  # parameters of mallopt in glibc's malloc.h
 _MMAP_MAX = -4
 _NEVER = -1
 _MALLOC_SETTINGS = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
@@ -22,10 +22,10 @@ _is_paused = False
 
 
 def pause_garbage_collection() -> None:
-    """Stop the search for cyclic garbage until ``resume_garbage_collection``, in a process of our own.
+    """Stop the search for cyclic garbage until ``resume_garbage_collection``, in a process of this program.
 
-    Importing torch and transformers makes a million objects that stay, and the collector walks through them again and
-    again: a sixth of a start. What is not part of a cycle is freed at once as ever.
+    Importing torch and transformers creates a million permanent objects, which the collector traverses repeatedly: a sixth
+    of the start time. Objects that are not part of a cycle are still freed at once.
     """
     global _is_paused
     if gc.isenabled():
@@ -34,9 +34,9 @@ def pause_garbage_collection() -> None:
 
 
 def resume_garbage_collection() -> None:
-    """Start the collector again, and exempt the objects that exist by now; nothing where it was not paused.
+    """Resume garbage collection, with existing objects exempt. Does nothing where it was not paused.
 
-    Call it before weights are loaded: those must not stay for being part of a cycle.
+    Call it before weights are loaded, so that weights in a cycle are still collected.
     """
     global _is_paused
     if _is_paused:
@@ -48,7 +48,7 @@ def resume_garbage_collection() -> None:
 def retry_halved(attempt: Callable[[], _T], halve: Callable[[], bool]) -> _T:
     """Return the result of ``attempt``, repeated after a call of ``halve`` for as long as memory runs out.
 
-    halve: makes the next attempt's pieces smaller; False where they cannot be, and the error is raised.
+    halve: makes the batches of the next attempt smaller; returns False where it cannot, and the error is raised.
     """
     while True:
         try:
@@ -69,30 +69,30 @@ def release(error: BaseException) -> None:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
     gc.collect()
-    torch.cuda.empty_cache()  # cuBLAS and cuDNN cannot use what torch caches; does nothing without CUDA
+    torch.cuda.empty_cache()  # cuBLAS and cuDNN cannot use memory cached by torch; does nothing without CUDA
 
 
 def keep_freed_memory() -> None:
     """Keep freed tensors' memory in this process for the next ones of their size. Does nothing without glibc.
 
-    By itself glibc maps a block of over 32 MB each time and unmaps it when it is freed. A step on a CPU makes the large
-    tensors of the step before again, and the system clears their pages again: a tenth of its time. Memory that is
-    allocated already is freed as before. Settings of malloc in the environment take precedence.
+    By default glibc maps every block of over 32 MB and unmaps it when it is freed. A step on a CPU allocates large tensors
+    of the same sizes as the step before, and the system clears their pages each time: a tenth of the step's time. Memory
+    that is already allocated is freed as before. Settings of malloc in the environment take precedence.
     """
-    mallopt = _of_glibc("mallopt")
+    mallopt = _glibc_function("mallopt")
     if mallopt is not None and not any(name in os.environ for name in _MALLOC_SETTINGS):
         mallopt(_MMAP_MAX, 0)
         mallopt(_TRIM_THRESHOLD, _NEVER)
 
 
 def give_back_freed_memory() -> None:
-    """Return memory that is kept and not in use to the system."""
-    malloc_trim = _of_glibc("malloc_trim")
+    """Return freed memory of this process to the system."""
+    malloc_trim = _glibc_function("malloc_trim")
     if malloc_trim is not None:
         malloc_trim(0)
 
 
-def _of_glibc(name: str) -> Callable[..., int] | None:
+def _glibc_function(name: str) -> Callable[..., int] | None:
     try:
         return getattr(ctypes.CDLL(None), name, None)
     except (OSError, TypeError):  # Windows cannot open the process's own symbols
@@ -102,13 +102,13 @@ def _of_glibc(name: str) -> Callable[..., int] | None:
 def available_memory(root: Path = Path("/")) -> int | None:
     """Return the bytes that this process may still take without swapping, limits of its control groups included.
 
-    None where the system does not tell. root: of the file systems /proc and /sys.
+    None where the system does not report it. root: directory of the file systems /proc and /sys.
     """
-    found = [size for size in (_of_machine(root / "proc"), *_of_groups(root)) if size is not None]
+    found = [size for size in (_machine_memory(root / "proc"), *_control_group_memory(root)) if size is not None]
     return min(found, default=None)
 
 
-def _of_machine(proc: Path) -> int | None:
+def _machine_memory(proc: Path) -> int | None:
     try:
         lines = (proc / "meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
@@ -120,25 +120,25 @@ def _of_machine(proc: Path) -> int | None:
         return None
 
 
-def _of_groups(root: Path) -> list[int]:
-    """Return what each control group (version 2) from this process's own upwards has left, freeable page cache included."""
+def _control_group_memory(root: Path) -> list[int]:
+    """Return the available bytes of this process's control group (version 2) and its parents, with freeable page cache."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
-        own = next(line[3:] for line in lines if line.startswith("0::"))
+        path = next(line[3:] for line in lines if line.startswith("0::"))
     except (OSError, StopIteration):
         return []
     top = root / "sys/fs/cgroup"
-    left = []
-    group = top / own.lstrip("/")
-    for place in (group, *group.parents):
-        if not place.is_relative_to(top):
+    available = []
+    group = top / path.lstrip("/")
+    for directory in (group, *group.parents):
+        if not directory.is_relative_to(top):
             break
         try:
-            limit = (place / "memory.max").read_text().strip()
-            used = int((place / "memory.current").read_text())
-            stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+            limit = (directory / "memory.max").read_text().strip()
+            used = int((directory / "memory.current").read_text())
+            stat = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
             if limit != "max":
-                left.append(max(0, int(limit) - used + int(stat.get("inactive_file", 0))))
+                available.append(max(0, int(limit) - used + int(stat.get("inactive_file", 0))))
         except (OSError, ValueError):
             continue
-    return left
+    return available

@@ -1,4 +1,4 @@
-"""Put torch modules into evaluation mode for a while, and tell their weights apart."""
+"""Put torch modules into evaluation mode temporarily, and compute fingerprints of weights."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import nn
 
 
 def eval_mode(module: nn.Module) -> AbstractContextManager[None]:
-    """Turn dropout off inside the block. Each submodule's own mode is restored after it, also after an exception."""
+    """Put a module into evaluation mode inside the block. Each submodule's mode is restored after it."""
     return eval_mode_of(module.modules())
 
 
 @contextmanager
 def eval_mode_of(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Do the same for modules that were listed beforehand: to walk a model's tree for every token takes too long."""
+    """Put listed modules into evaluation mode inside the block, without traversing a model for every token."""
     training = [module for module in modules if module.training]
     for module in training:
         module.training = False
@@ -29,12 +29,12 @@ def eval_mode_of(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def weights_fingerprint(tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype = torch.float32) -> str:
-    """Return a digest of a few numbers of each named tensor; to read all of them would take a while.
+    """Return a digest of up to 64 numbers of each named tensor, which is faster than reading all of them.
 
-    dtype: numbers are rounded to it first, so that the same model loaded in another type may count as the same.
+    dtype: numbers are rounded to it first, so that a model loaded in another type can have the same fingerprint.
     """
     digest = hashlib.sha256()
     for name, tensor in tensors:
-        few = tensor.detach().flatten()[:: max(1, tensor.numel() // 64)][:64]
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + few.to(dtype).float().cpu().numpy().tobytes())
+        sample = tensor.detach().flatten()[:: max(1, tensor.numel() // 64)][:64]
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.to(dtype).float().cpu().numpy().tobytes())
     return digest.hexdigest()

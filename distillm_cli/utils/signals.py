@@ -1,4 +1,4 @@
-"""Handle Ctrl-C, SIGTERM and SIGHUP alike from the first import on. Imports nothing that takes time."""
+"""Handle Ctrl-C, SIGTERM and SIGHUP alike from the first import on. Imports no slow modules."""
 
 from __future__ import annotations
 
@@ -10,35 +10,40 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from distillm_cli.errors import HungUp, Pressed, Terminated
+from distillm_cli.errors import CtrlC, Hangup, Terminated
 
 _IMPORTING = "<frozen importlib._bootstrap>"  # the file name of the frames of a running import
 _PACKAGE = __name__.partition(".")[0]
-_CHECK_SECONDS = 0.001  # between two looks whether an import is over: a command must not end in between
+_CHECK_SECONDS = 0.001  # interval at which the end of an import is checked; a command must not end in between
 _received: list[type[KeyboardInterrupt]] = []  # since the outermost ``handle_signals`` began
 
 
 @contextmanager
 def handle_signals() -> Iterator[None]:
-    """Raise Pressed, Terminated or HungUp in the block at SIGINT, SIGTERM or SIGHUP.
+    """Raise CtrlC, Terminated or Hangup in the block at SIGINT, SIGTERM or SIGHUP.
 
     Handlers of a host program stay, and a signal that was ignored at start stays ignored (SIGHUP under nohup, SIGINT in a
-    shell's background job). A signal that arrives while we import a library is raised when the import is over: half of
-    torch's import is calls from C++, where an exception ends the process, or is caught and the rest imported twice. A
-    second signal is raised at once.
+    shell's background job). A signal that arrives while a library is imported is raised after the import: half of
+    torch's import runs in calls from C++, where an exception ends the process, or is caught and modules are imported twice.
+    A second signal is raised at once.
     """
-    usual = {signal.SIGINT: (signal.default_int_handler, Pressed), signal.SIGTERM: (signal.SIG_DFL, Terminated)}
+    default_handlers = {
+        signal.SIGINT: (signal.default_int_handler, CtrlC),
+        signal.SIGTERM: (signal.SIG_DFL, Terminated),
+    }
     if hasattr(signal, "SIGHUP"):  # not on Windows
-        usual[signal.SIGHUP] = (signal.SIG_DFL, HungUp)
+        default_handlers[signal.SIGHUP] = (signal.SIG_DFL, Hangup)
     in_main_thread = threading.current_thread() is threading.main_thread()
-    own = {n: stop for n, (handler, stop) in usual.items() if in_main_thread and signal.getsignal(n) == handler}
-    can_wait = bool(own) and hasattr(signal, "setitimer") and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+    handled = {
+        n: stop for n, (handler, stop) in default_handlers.items() if in_main_thread and signal.getsignal(n) == handler
+    }
+    can_wait = bool(handled) and hasattr(signal, "setitimer") and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
     pending: type[KeyboardInterrupt] | None = None
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         nonlocal pending
-        stop = own[number]
-        if stop is HungUp and HungUp in _received:  # the kernel sends it, and the shell again
+        stop = handled[number]
+        if stop is Hangup and Hangup in _received:  # the kernel sends it, and the shell again
             return
         _received.append(stop)
         if pending is not None or not can_wait or not _is_importing(frame):
@@ -55,9 +60,9 @@ def handle_signals() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         raise stop
 
-    if own:
+    if handled:
         _received.clear()
-    for number in own:
+    for number in handled:
         signal.signal(number, on_signal)
     if can_wait:
         signal.signal(signal.SIGALRM, on_timer)
@@ -69,12 +74,12 @@ def handle_signals() -> Iterator[None]:
         if can_wait:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        for number in own:
-            signal.signal(number, usual[number][0])
+        for number in handled:
+            signal.signal(number, default_handlers[number][0])
 
 
 def _is_importing(frame: FrameType | None) -> bool:
-    """Return whether an import that our own code waits for is running in ``frame``."""
+    """Return whether an import by this package is running in ``frame``."""
     while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] != _PACKAGE:
         if frame.f_code.co_filename == _IMPORTING:
             return True
@@ -83,9 +88,9 @@ def _is_importing(frame: FrameType | None) -> bool:
 
 
 def received_signal() -> KeyboardInterrupt | None:
-    """Return the last signal that arrived, for whoever handles another error; None without one.
+    """Return the exception of the last signal that arrived, None without one, for handlers of other errors.
 
-    Code in C may take what a signal's handler raises for a failure of its own: a tensor whose reading is stopped has "no
+    C code may turn the exception of a signal handler into another error: a tensor whose reading is interrupted has "no
     shape", and its file looks damaged.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -96,8 +101,8 @@ def received_signal() -> KeyboardInterrupt | None:
 def exit_by_signal(code: int) -> None:
     """End this process by SIGINT where that is its exit code and stderr is a terminal.
 
-    Only then does a shell leave its loop, and not start the next run of a sweep. ``$?`` is 130 either way; other callers
-    get the code as it is.
+    Only then does a shell leave its loop and not start the next run of a sweep. ``$?`` is 130 in both cases; other callers
+    get the exit code.
     """
     if _ends_by_signal(code):
         for stream in (sys.stdout, sys.stderr):
@@ -108,9 +113,9 @@ def exit_by_signal(code: int) -> None:
 
 
 def restore_interrupt(code: int) -> None:
-    """Let another Ctrl-C end at once a process that will end by the signal.
+    """Make another Ctrl-C end the process at once, where it is about to end by the signal.
 
-    Python's own handler would raise into whichever library is cleaning up, and print its traceback after the error.
+    Python's handler would raise in a library that is cleaning up, and print its traceback after the error.
     """
     if _ends_by_signal(code):
         signal.signal(signal.SIGINT, signal.SIG_DFL)

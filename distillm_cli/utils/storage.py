@@ -1,7 +1,7 @@
-"""Write files and directories at once, lock and remove them, and report what the file system refuses.
+"""Write files and directories atomically, lock and remove them, and report errors of the file system.
 
-Loads nothing slow. Names that begin with ``.staging-`` or ``.old-`` are reserved: a process that is killed leaves only
-such names behind, and nobody reads them.
+Imports no slow modules. Names that begin with ``.staging-`` or ``.old-`` are reserved: a process that is killed leaves
+only such names behind, and they are not read.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ try:
 except ImportError:  # Windows: no locks
     fcntl = None
 
-PROBE = ".writable-"  # begins the name of a probe, where it has a name
-STAGING = ".staging-"  # begins the name of what is being written
-REMOVED = ".old-"  # begins the name of what is being removed
+PROBE = ".writable-"  # prefix of the name of a probe, where it has a name
+STAGING = ".staging-"  # prefix of names of files that are being written
+REMOVED = ".old-"  # prefix of names of files that are being removed
 
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-# Errors of sockets, pipes and processes; every other one of an OSError is the file system's.
-_OF_NO_FILE = frozenset(
+_FULL_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+# Errors of sockets, pipes and processes. All other errors of an OSError are the file system's.
+_NOT_FILE_ERRORS = frozenset(
     getattr(errno, name)
     for name in (
         "EPIPE", "EINTR", "EAGAIN", "ECHILD", "ESRCH", "ENOMEM", "ENOEXEC", "ENOTTY",
@@ -38,8 +38,8 @@ _OF_NO_FILE = frozenset(
     )
     if hasattr(errno, name)
 )  # fmt: skip
-# How libraries report one without an OSError: tokenizers and safetensors (Rust, two forms), pyarrow.
-_REPORTED = re.compile(r"\(os error (\d+)\)|\bOs \{ code: (\d+)|\[errno (\d+)\]", re.I)
+# Error numbers in messages of libraries that raise no OSError: tokenizers and safetensors (Rust, two forms), pyarrow.
+_ERROR_NUMBER = re.compile(r"\(os error (\d+)\)|\bOs \{ code: (\d+)|\[errno (\d+)\]", re.I)
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------
@@ -47,44 +47,44 @@ _REPORTED = re.compile(r"\(os error (\d+)\)|\bOs \{ code: (\d+)|\[errno (\d+)\]"
 
 @contextmanager
 def storing(what: str, hint: str, *, hint_if_full: str | None = None) -> Iterator[None]:
-    """Turn the file system's errors, also those that libraries report in their own words, into StorageError.
+    """Turn the file system's errors, also those in messages of libraries, into StorageError.
 
-    what: "cannot write FILE". hint_if_full: where room is what lacks.
+    what: "cannot write FILE". hint_if_full: the hint where the disk is full.
     """
     try:
         yield
     except Exception as error:
-        if isinstance(error, DistillmError) or failed_with(error) is None:
+        if isinstance(error, DistillmError) or os_error_number(error) is None:
             raise
         raise storage_error(error, what, hint, hint_if_full=hint_if_full) from error
 
 
 def storage_error(error: BaseException, what: str, hint: str, *, hint_if_full: str | None = None) -> StorageError:
     """Return the StorageError for an error that the file system reported."""
-    if hint_if_full is not None and is_full(failed_with(error)):
+    if hint_if_full is not None and is_full(os_error_number(error)):
         hint = hint_if_full
     return StorageError(f"{what}: {reason(error)}", hint=hint)
 
 
-def failed_with(error: BaseException) -> int | None:
+def os_error_number(error: BaseException) -> int | None:
     """Return the number of the file system's error that this exception reports; None where it reports none."""
     if isinstance(error, OSError) and error.errno is not None:
         number = error.errno
-    elif found := _REPORTED.search(str(error)):
+    elif found := _ERROR_NUMBER.search(str(error)):
         number = int(next(filter(None, found.groups())))
     else:
         return None
-    return None if number in _OF_NO_FILE else number
+    return None if number in _NOT_FILE_ERRORS else number
 
 
 def is_full(number: int | None) -> bool:
-    """Return whether room is what lacks: on the disk, in a quota, under a limit of the size of files."""
-    return number in _FULL
+    """Return whether an error number means a full disk, an exceeded quota, or a limit on file sizes."""
+    return number in _FULL_DISK_ERRORS
 
 
 def reason(error: BaseException) -> str:
-    """Return what the file system reported, in its words: "No space left on device"."""
-    number = failed_with(error)
+    """Return the file system's description of an error: "No space left on device"."""
+    number = os_error_number(error)
     return getattr(error, "strerror", None) or (os.strerror(number) if number is not None else str(error))
 
 
@@ -92,7 +92,7 @@ def reason(error: BaseException) -> str:
 
 
 def atomic_write(path: Path, text: str) -> None:
-    """Write a file, flushed to the disk, that is whole or absent whenever the process is killed. Raises OSError."""
+    """Write a file atomically and flush it: it is complete or absent if the process is killed. Raises OSError."""
     staged = path.with_name(f"{STAGING}{path.name}")
     try:
         staged.write_text(text, encoding="utf-8")
@@ -101,7 +101,7 @@ def atomic_write(path: Path, text: str) -> None:
     except OSError as error:
         with suppress(OSError):
             staged.unlink()
-        error.filename = str(path)  # a write that fails does not name its file, or names the staged one
+        error.filename = str(path)  # a failed write names no file, or the staged one
         raise
 
 
@@ -119,14 +119,14 @@ def staging_directory(final: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(final: Path) -> Iterator[Path]:
-    """Yield a directory to fill that becomes ``final``, in place of what has that name, when the block ends.
+    """Yield a directory to fill that replaces ``final`` when the block ends.
 
-    The files in it are the caller's to flush. Where the block or the renaming fails, ``final`` is as it was. Where another
-    process has made ``final`` in the meantime, its directory stays.
+    The caller flushes the files in it. Where the block or the renaming fails, ``final`` is unchanged. Where another
+    process has created ``final`` in the meantime, its directory stays.
     """
     with staging_directory(final) as staged:
         yield staged
-        replaced = _set_aside(final)
+        replaced = _rename_aside(final)
         try:
             staged.rename(final)
         except OSError as error:
@@ -149,7 +149,7 @@ def flush(path: Path) -> None:
 
 
 def move_into(directory: Path, files: list[Path]) -> None:
-    """Move files into a directory, one by one, each in place of one of the same name."""
+    """Move files into a directory, one by one. A file of the same name is replaced."""
     directory.mkdir(exist_ok=True)
     for path in files:
         path.replace(directory / path.name)
@@ -159,14 +159,14 @@ def move_into(directory: Path, files: list[Path]) -> None:
 
 
 def remove(path: Path) -> OSError | None:
-    """Remove a file, or a directory and all in it, so that a kill leaves no half of it under its name.
+    """Remove a file, or a directory with its contents, so that a kill leaves no incomplete directory under its name.
 
-    A directory is renamed first, to a name that ``sweep`` knows. Return the error where something could not be removed;
-    whether the name is free then, ``os.path.lexists(path)`` shows.
+    A directory is renamed first, to a name that ``sweep`` deletes. Returns the error where something could not be removed;
+    the name may be free even then (``os.path.lexists(path)``).
     """
     try:
         if path.is_dir() and not path.is_symlink():
-            aside = _set_aside(path)
+            aside = _rename_aside(path)
             if aside is not None:
                 shutil.rmtree(aside)
         else:
@@ -176,8 +176,8 @@ def remove(path: Path) -> OSError | None:
     return None
 
 
-def _set_aside(path: Path) -> Path | None:
-    """Rename a file or directory to a name that nobody reads, and return that; None where there is nothing."""
+def _rename_aside(path: Path) -> Path | None:
+    """Rename a file or directory to a reserved name, and return that; None where it does not exist."""
     names = (path.with_name(f"{REMOVED}{path.name}{n}") for n in itertools.chain([""], itertools.count(1)))
     aside = next(name for name in names if not os.path.lexists(name))
     try:
@@ -188,7 +188,7 @@ def _set_aside(path: Path) -> Path | None:
 
 
 def _delete(path: Path) -> None:
-    """Delete a file or directory; what cannot be deleted is left."""
+    """Delete a file or directory. Files that cannot be deleted are left."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
         return
@@ -197,26 +197,26 @@ def _delete(path: Path) -> None:
 
 
 def leftovers(directory: Path, name: str = "") -> Iterator[Path]:
-    """Yield what killed processes left in a directory; with a name, what they left of that one."""
+    """Yield files and directories that killed processes left in a directory, of all names or of one."""
     for prefix in (STAGING, REMOVED):
         yield from directory.glob(f"{prefix}{glob.escape(name)}*")
 
 
 def sweep(directory: Path, name: str = "") -> None:
-    """Delete ``leftovers``. What cannot be deleted is left for the next time."""
+    """Delete ``leftovers``. Those that cannot be deleted are left for the next call."""
     for leftover in list(leftovers(directory, name)):
         _delete(leftover)
 
 
-# --- locks and places -----------------------------------------------------------------------------------------------
+# --- locks and paths ------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def locked(path: Path, busy: Callable[[], None]) -> Iterator[bool]:
-    """Hold a directory or a file, which is created, against other processes that ask for it, until the block ends.
+    """Lock a directory, or a file, which is created, against other processes until the block ends.
 
-    busy: called where another process holds it; where it returns, that process is waited for. The lock ends with its
-    process. Yields False where this file system has no locks: there nobody is kept out.
+    busy: called where another process holds the lock. If it returns, the lock is waited for. The lock is released when its
+    process ends. Yields False where this file system does not support locks.
     """
     if fcntl is None:
         yield False
@@ -243,7 +243,7 @@ def _lock(descriptor: int, busy: Callable[[], None]) -> bool:
 
 
 def check_writable(directory: Path) -> None:
-    """Create a file without a name in the directory; raise OSError where that fails. Nothing is left, even by a kill."""
+    """Create a temporary file without a name in the directory. Raises OSError where that fails."""
     import tempfile
 
     with tempfile.TemporaryFile(prefix=PROBE, dir=directory):
@@ -251,14 +251,14 @@ def check_writable(directory: Path) -> None:
 
 
 def nearest_directory(path: Path) -> Path:
-    """Return the path or the nearest one above it that exists."""
+    """Return the path, or its nearest parent that exists."""
     while not path.exists() and path != path.parent:
         path = path.parent
     return path
 
 
-def leads_nowhere(path: Path) -> bool:
-    """Return whether the path is a symbolic link to nothing, or to itself."""
+def is_broken_link(path: Path) -> bool:
+    """Return whether the path is a symbolic link to a path that does not exist, or to itself."""
     try:
         return path.is_symlink() and not path.exists()
     except OSError:  # a name that is too long is no link

@@ -1,4 +1,4 @@
-"""Format text for people: numbers, printable characters, addresses without credentials. Loads nothing slow."""
+"""Format text for people: numbers, printable characters, addresses without credentials. Imports no slow modules."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 # C0 and C1 controls but tab and newline, line and paragraph separators, bidirectional overrides and isolates.
-_COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+_CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 HIDDEN = "***"
 _COLUMNS_LISTED = 8
-# One slash too: a path takes the other one away. Not beyond quotes, which end an address in JSON and YAML.
+# One slash is enough: a path removes the second. Quotes end an address in JSON and YAML.
 _USER = re.compile(r"""\b([a-z][a-z0-9+.-]+:/{1,2})[^\s/?#"'<>]*@""", re.IGNORECASE)
 _SECRET = re.compile(
     r"""([?&;][\w.%-]*(?:token|key|secret|passw|pwd|sig|auth|cred|session|user|login)[\w.%-]*=)[^\s&;#"'<>]+""",
@@ -20,24 +20,24 @@ _SECRET = re.compile(
 
 
 def redact(text: str) -> str:
-    """Replace what gives access in the addresses of a text: user and password, and parameters such as ``token=…``."""
+    """Replace credentials in the addresses of a text: user and password, and parameters such as ``token=…``."""
     if ":/" not in text and "=" not in text:
         return text
     return _SECRET.sub(rf"\1{HIDDEN}", _USER.sub(rf"\1{HIDDEN}@", text))
 
 
 def counted(n: int, noun: str) -> str:
-    """A count with its noun, given in the singular: "1 row", "1,000 rows"."""
+    """Return a count with its noun, given in the singular: "1 row", "1,000 rows"."""
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
 def all_are(n: int, noun: str) -> str:
-    """The beginning of what is wrong with all of them: "its one row is", "all 1,000 rows are"."""
+    """Return the beginning of a sentence about all items: "its one row is", "all 1,000 rows are"."""
     return f"its one {noun} is" if n == 1 else f"all {n:,} {noun}s are"
 
 
 def signed(change: float, digits: int) -> str:
-    """A difference with its sign, which one that is seen as nothing does not have: "+0.006", "−1.500", "±0.000"."""
+    """Format a difference with its sign, or ± where it is rounded to zero: "+0.006", "−1.500", "±0.000"."""
     size = f"{abs(change):.{digits}f}"
     sign = "±" if float(size) == 0 else "−" if change < 0 else "+"
     return sign + size
@@ -79,7 +79,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_percent(share: float) -> str:
-    """Format a share as whole percents; what is neither nothing nor all never reads 0% or 100%."""
+    """Format a share as whole percents. Only shares of exactly 0 and 1 become 0% and 100%."""
     whole = round(share * 100)
     if 0 < share < 1:
         whole = min(max(whole, 1), 99)
@@ -95,7 +95,7 @@ def listed_shares(shares: Mapping[str, float]) -> str:
 
 
 def json_value(value: object) -> object:
-    """Return a value as JSON has it: keys and paths as text, numbers that are not finite as null."""
+    """Convert a value for JSON: keys and paths to text, numbers that are not finite to null."""
     if isinstance(value, Mapping):
         return {str(key): json_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -108,11 +108,10 @@ def json_value(value: object) -> object:
 
 
 def printable(text: str) -> str:
-    """Replace what would command a terminal (control characters, escape sequences, overrides of the writing direction)
-    by �. Newlines and tabs stay."""
-    return _COMMANDS.sub("�", text)
+    """Replace control characters, escape sequences and overrides of the writing direction by �. Newlines and tabs stay."""
+    return _CONTROL_CHARACTERS.sub("�", text)
 
 
 def escaped(line: str) -> str:
-    """Escape what would command a terminal in a line of JSON; it stays JSON of the same value."""
-    return _COMMANDS.sub(lambda found: f"\\u{ord(found[0]):04x}", line)
+    """Escape control characters in a line of JSON, which keeps its value."""
+    return _CONTROL_CHARACTERS.sub(lambda found: f"\\u{ord(found[0]):04x}", line)

@@ -13,15 +13,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def set_threads(wanted: int | None, listener: Listener) -> None:
-    """Set torch's CPU threads, at most the cores that this process may use: more are slower, and thousands crash.
+def set_threads(threads: int | None, listener: Listener) -> None:
+    """Set torch's CPU threads, at most as many as the cores that this process may use. More are slower, and thousands crash.
 
-    wanted: the recipe's number, which may be meant for a larger machine. None leaves torch's choice.
+    threads: the number in the recipe, which may be meant for a larger machine. None: torch's default.
     """
-    if wanted is None:
+    if threads is None:
         return
     import torch
 
-    if wanted > cores():
-        listener(Warned(f"train.threads = {wanted} is more than {counted(cores(), 'CPU core')}: using {cores()}"))
-    torch.set_num_threads(min(wanted, cores()))
+    if threads > cores():
+        listener(Warned(f"train.threads = {threads} is more than {counted(cores(), 'CPU core')}: using {cores()}"))
+    torch.set_num_threads(min(threads, cores()))

@@ -13,7 +13,7 @@ from distillm_cli import plugins
 from distillm_cli.cli.app import main
 from distillm_cli.config.explain import choices, format_value, leaves
 from distillm_cli.config.shortcuts import ALL_VERBS, field_flags
-from distillm_cli.data.known import names
+from distillm_cli.data.known import dataset_names
 
 ROOT = Path(__file__).resolve().parents[2]
 REGISTRIES = {
@@ -21,7 +21,7 @@ REGISTRIES = {
     "divergences": (lambda: list(plugins.divergences), ("distill", "plan")),
     "schedules": (lambda: choices("schedule.kind"), ("distill", "plan")),
     "metrics": (lambda: list(plugins.metrics), ("eval",)),
-    "data sets": (names, ("sft", "distill", "plan", "eval")),
+    "data sets": (dataset_names, ("sft", "distill", "plan", "eval")),
 }
 
 

@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from distillm_cli.config.schema import DataConfig, TrainConfig
-from distillm_cli.data.batching import Order, by_length, tokenize
+from distillm_cli.data.batching import Order, batches_by_length, tokenize
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.rows import Row
 from distillm_cli.data.sources import load_rows
@@ -245,9 +245,9 @@ def test_by_length_covers_all_once_longest_first():
     sequences = [
         Sequence(np.ones(p, np.int32), np.ones(3, np.int32), row) for row, p in enumerate(rng.integers(1, 60, 101))
     ]
-    batches = by_length(sequences, 8)
+    batches = batches_by_length(sequences, 8)
     assert [len(batch) for batch in batches] == [8] * 12 + [5]
     assert sorted(sequence.row for batch in batches for sequence in batch) == list(range(101))
     sizes = [collate(batch).ids_BT.shape[1] for batch in batches]
     assert sizes == sorted(sizes, reverse=True)
-    assert by_length([], 8) == []
+    assert batches_by_length([], 8) == []

@@ -187,7 +187,7 @@ def test_an_answer_that_does_not_follow_its_prompt_is_refused_or_skipped():
         encoder(template).sequence(row, 0)
     skipped = encoder(template, skip_bad_rows=True).sequence(row, 0)
     assert isinstance(skipped, LeftOut)
-    assert "a.jsonl:1" in skipped.why
+    assert "a.jsonl:1" in skipped.reason
 
 
 def test_weight_and_train_choose_the_answers():
@@ -275,7 +275,7 @@ def test_special_tokens_in_text_are_encoded_as_the_library_does():
     sequence = made.sequence(talk(*conversation), 0)
     ids = [*sequence.prompt.tolist(), *sequence.response.tolist()]
     assert ids == whole[: len(ids)]
-    assert made.encode([talk(*conversation)])[0].written == {"<end>", "<bot>"}
+    assert made.encode([talk(*conversation)])[0].special_tokens == {"<end>", "<bot>"}
 
 
 TALKS_WITH_TOKENS = [
@@ -320,7 +320,7 @@ def test_plain_text_with_special_tokens():
     as_tokens = encoder(None, template="exact").encode([row])[0]
     made = encoder(None, template="exact", special_tokens_in_text="text")
     as_text = made.encode([row])[0]
-    assert as_tokens.written == {"<end>", "<stop>"}
+    assert as_tokens.special_tokens == {"<end>", "<stop>"}
     assert len(as_tokens.sequence.prompt) == 3
     assert made.tokenizer.decode(as_text.sequence.prompt.tolist()) == "a<end>b"
     assert len(as_text.sequence.prompt) == len("a<end>b")
@@ -340,7 +340,7 @@ def test_a_response_as_a_model_wrote_it_is_read_back_token_by_token():
         again = made.sequence(replace(row, answer=None, raw=text, references=(text,)), 0)
         np.testing.assert_array_equal(again.prompt, sequence.prompt)
         np.testing.assert_array_equal(again.response, sequence.response)
-        cut = made.sequence(replace(row, answer=None, raw=text, references=(text,), cut=True), 0)
+        cut = made.sequence(replace(row, answer=None, raw=text, references=(text,), truncated=True), 0)
         np.testing.assert_array_equal(cut.response, sequence.response[:-1])
 
 

@@ -93,7 +93,7 @@ def test_rows_that_end_with_another_token_are_not_cut():
     row = talk(user("one?"), bot(None, tool_calls=CALL))
     found = tokenize([row], made, made.data)
     assert found.truncated == 0
-    assert made.tokenizer.convert_ids_to_tokens(sorted(found.ends)) == ["<stop>"]
+    assert made.tokenizer.convert_ids_to_tokens(sorted(found.end_ids)) == ["<stop>"]
     whole = found.lengths[0]
     short = encoder(loop(TOOL_END, "<bot>"), ("<eos>",), max_length=int(whole) - 2, too_long="truncate")
     assert tokenize([row], short, short.data).truncated == 1
@@ -117,7 +117,9 @@ def test_a_sample_that_closes_with_structure_still_ends(answer):
     """As Cohere and LFM2 write answers and calls: another token closes the content, and then the turn ends."""
     made = encoder(loop(USER + "<bot>{{ m.content }}<end>{%- endif -%}", "<bot>"), ("<eos>", "<stop>"))
     asked = talk(user("one?"), bot("x"))
-    response = np.append(made.tokenizer(answer, add_special_tokens=False)["input_ids"], made.renderer.chat.end.token)
+    response = np.append(
+        made.tokenizer(answer, add_special_tokens=False)["input_ids"], made.renderer.chat.turn_end.token
+    )
     written = made.decode(made.prompt_ids(asked), response)
     read = made.sequence(replace(asked, answer=None, references=(written,), raw=written), 0)
     assert read.response.tolist() == response.tolist()

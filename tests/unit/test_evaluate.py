@@ -127,7 +127,7 @@ def test_a_pass_is_a_function_of_seed_and_row_alone(model, encoder):
     one = evaluate(model, encoder, suite_of(), config(seeds=(10,)))
     other = evaluate(model, encoder, suite_of(), config(seeds=(20, 10), batch_size=12))
     assert one.outputs["10"] == other.outputs["10"], "neither the batch size nor the other seeds change it"
-    first = suite_of().keep(range(3))
+    first = suite_of().select(range(3))
     assert evaluate(model, encoder, first, config(seeds=(10,))).outputs["10"] == one.outputs["10"][:3]
 
 

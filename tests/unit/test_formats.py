@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from distillm_cli.config.schema import ColumnsConfig, DataConfig
+from distillm_cli.data.records import UnreadableValue
 from distillm_cli.data.rows import BadRow, Row, parse, read_row
 from distillm_cli.data.sources import load_rows
-from distillm_cli.data.values import Unreadable
 from distillm_cli.training.events import Note
 
 SYSTEM = {"role": "system", "content": "be brief"}
@@ -178,7 +178,7 @@ READ: dict[str, list[tuple[dict, dict]]] = {
         ({"instruction": "Add.", "output": "2", "documents": ["a"]}, {"instruction": "Add.", "references": ("2",)}),
     ],
     "question-answer": [
-        ({"question": "hi", "answer": "hello"}, {"instruction": "hi", "question": True, "references": ("hello",)})
+        ({"question": "hi", "answer": "hello"}, {"instruction": "hi", "is_question": True, "references": ("hello",)})
     ],
     "OpenOrca": [
         (
@@ -306,7 +306,7 @@ def test_a_prompt_alone_is_enough_where_no_response_is_needed(record, name):
         ({"text": " "}, r"an empty text \(column `text`\)"),
         ({"images": ["a.jpg"], "messages": [USER, HELLO]}, r"images are not supported \(column `images`\)"),
         ({"image": "a.jpg", "conversations": [HUMAN, GPT]}, r"images are not supported \(column `image`\)"),
-        ({"prompt": Unreadable("is not UTF-8"), "completion": "b"}, "column `prompt` is not UTF-8"),
+        ({"prompt": UnreadableValue("is not UTF-8"), "completion": "b"}, "column `prompt` is not UTF-8"),
     ],
 )
 def test_what_is_wrong_is_named(record, what):
@@ -332,7 +332,13 @@ def test_columns_that_are_read_are_known():
         "seed",
         "sample",
     }
-    record = {"messages": [USER, HELLO], "tools": [], "prompt": "hi", "images": [], "bad": Unreadable("is not UTF-8")}
+    record = {
+        "messages": [USER, HELLO],
+        "tools": [],
+        "prompt": "hi",
+        "images": [],
+        "bad": UnreadableValue("is not UTF-8"),
+    }
     assert read_row(record, "a:1", ColumnsConfig())[1] == {"messages", "tools"}
 
 
@@ -394,7 +400,7 @@ def cases_of_the_field(shared_data) -> Path:
 
 def test_the_cases_of_the_field_load(cases_of_the_field):
     formats = {
-        path.name: load_rows(DataConfig(source=str(path)), "test").described
+        path.name: load_rows(DataConfig(source=str(path)), "test").format_summary
         for path in sorted(cases_of_the_field.iterdir())
     }
     conversation = "conversational language modeling"

@@ -330,7 +330,7 @@ def letters(refuses: str | None = None) -> PreTrainedTokenizerFast:
 
 def rows(n: int) -> list[Row]:
     return [
-        Row(prompt="p" * (1 + i % 9), references=("r" * (i % 5),), where=f"a.jsonl:{i + 1}", cut=i % 7 == 0)
+        Row(prompt="p" * (1 + i % 9), references=("r" * (i % 5),), where=f"a.jsonl:{i + 1}", truncated=i % 7 == 0)
         for i in range(n)
     ]
 

@@ -90,7 +90,7 @@ MESSAGES = [{"role": "system", "content": "Add."}, {"role": "user", "content": "
             },
         ),
         (Row(prompt="1 + 1 ="), {"auto": "1 + 1 =", "alpaca": "1 + 1 =", "plain": "1 + 1 =", "chat": "[user]1 + 1 ="}),
-        (Row("1 + 1?", question=True), {"auto": "[user]1 + 1?", "plain": "1 + 1?\n", "chat": "[user]1 + 1?"}),
+        (Row("1 + 1?", is_question=True), {"auto": "[user]1 + 1?", "plain": "1 + 1?\n", "chat": "[user]1 + 1?"}),
         (
             Row(messages=MESSAGES),
             {
@@ -112,7 +112,7 @@ def test_templates(row, rendered):
 def test_auto_without_a_chat_template_is_the_rows_own_prompt_alpaca_or_plain():
     exact = Row("Add.", "1 + 1", "Sum of 1 and 1:")
     expected = [ALPACA, "Sum of 1 and 1:", "1 + 1 =", "1 + 1?\n"]
-    rows = [ASKED, exact, Row(prompt="1 + 1 ="), Row("1 + 1?", question=True)]
+    rows = [ASKED, exact, Row(prompt="1 + 1 ="), Row("1 + 1?", is_question=True)]
     assert [render(row, "auto", letters()) for row in rows] == expected
 
 

@@ -19,7 +19,7 @@ from distillm_cli.config.schema import DataConfig, ObjectiveConfig, RolloutConfi
 from distillm_cli.data.batching import tokenize
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.rows import Row
-from distillm_cli.data.teacher_samples import Beforehand, encoded
+from distillm_cli.data.teacher_samples import TeacherSamples, encode_teacher_samples
 from distillm_cli.errors import Interrupted, ModelError
 from distillm_cli.losses import objectives
 from distillm_cli.losses.student_loss import StudentLoss
@@ -309,7 +309,9 @@ def test_the_teachers_samples_from_a_file_have_the_prompt_and_the_ends_that_thei
     encoder = Encoder(bart, data, is_encoder_decoder=True)
     examples = tokenize([row], encoder, data)
     said = replace(row, references=("dc",))
-    by_row = encoded(Beforehand(Path("said.jsonl"), [said], {said.key: [said]}), examples, encoder, None)
+    by_row = encode_teacher_samples(
+        TeacherSamples(Path("said.jsonl"), [said], {said.key: [said]}), examples, encoder, None
+    )
     assert by_row[0][0].prompt.tolist() == examples.sequences[0].prompt.tolist() == [28, 3, 4, 0]
     assert by_row[0][0].response.tolist() == [28, 6, 5, 0]
 

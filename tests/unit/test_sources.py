@@ -79,7 +79,7 @@ def test_question_rows_and_a_slice_where_nothing_is_held_out(shared_data):
     train, valid = (load_rows(data, split, listener=said.append) for split in ("train", "valid"))
     assert (len(train), len(valid), len(load_rows(data, "test"))) == (7_473 - 373, 373, 1_319)
     assert not {row.where for row in train} & {row.where for row in valid}
-    assert train[0].question
+    assert train[0].is_question
     assert train[0].references[0].endswith("#### 72")
     assert said == [
         Note("gsm8k train: 7,473 rows, question-answer (question, answer)"),
@@ -104,16 +104,16 @@ def test_upstreams_overlap_is_reported_rather_than_hidden(shared_data):
         ({"prompt": "a", "completion": "b"}, {}, Row(prompt="a", references=("b",))),
         ({"prompt": "a", "response": "b"}, {}, Row(prompt="a", references=("b",))),
         ({"prompt": "a", "output": ""}, {}, Row(prompt="a", references=("",))),
-        ({"question": "a", "answer": "b"}, {}, Row("a", references=("b",), question=True)),
+        ({"question": "a", "answer": "b"}, {}, Row("a", references=("b",), is_question=True)),
         (
             {"q": "a", "x": "b", "gold": "c"},
             {"prompt": "q", "response": "gold"},
-            Row("a", references=("c",), question=True),
+            Row("a", references=("c",), is_question=True),
         ),
         (
             {"q": "a", "x": "b", "gold": "c"},
             {"prompt": "q", "input": "x", "response": "gold"},
-            Row("a", "b", references=("c",), question=True),
+            Row("a", "b", references=("c",), is_question=True),
         ),
         ({"prompt": "a", "chosen": "c"}, {"response": "chosen"}, Row(prompt="a", references=("c",))),
         (PAIR | {"prompt": "exact"}, {"prompt": "instruction"}, Row("Add.", "1 + 1", references=("2",))),

@@ -212,9 +212,9 @@ def test_every_error_of_a_file_system_is_a_storage_error(number, monkeypatch, ca
 
 @pytest.mark.parametrize("number", [errno.EPIPE, errno.ECONNREFUSED, errno.ECHILD])
 def test_an_error_of_something_else_is_none(number):
-    assert storage.failed_with(OSError(number, "x")) is None
-    assert storage.failed_with(ValueError("os error of mine")) is None
-    assert storage.failed_with(OSError("no number")) is None
+    assert storage.os_error_number(OSError(number, "x")) is None
+    assert storage.os_error_number(ValueError("os error of mine")) is None
+    assert storage.os_error_number(OSError("no number")) is None
 
 
 def test_the_libraries_report_a_full_disk_in_their_own_words(tmp_path):
@@ -224,7 +224,7 @@ def test_the_libraries_report_a_full_disk_in_their_own_words(tmp_path):
         with pytest.raises(Exception) as of_safetensors:  # noqa: PT011
             save_file({"t": torch.ones(5000)}, tmp_path / "t.safetensors")
     for found in (of_tokenizers.value, of_safetensors.value):
-        assert storage.failed_with(found) == errno.EFBIG, repr(found)
+        assert storage.os_error_number(found) == errno.EFBIG, repr(found)
         assert storage.reason(found)
 
 

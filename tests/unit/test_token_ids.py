@@ -104,13 +104,13 @@ def test_ids_are_those_of_the_whole_text(kind):
         for text, ids in zip(texts, token_ids(texts, taken), strict=True):
             whole = tokenizer(text.text, add_special_tokens=False, return_offsets_mapping=True)
             assert [*ids.prompt.tolist(), *ids.response.tolist()] == whole["input_ids"]
-            prompt = tokenizer(text.text[: text.cut], add_special_tokens=False)["input_ids"]
+            prompt = tokenizer(text.text[: text.response_start], add_special_tokens=False)["input_ids"]
             if whole["input_ids"][: len(prompt)] == prompt:
                 assert ids.prompt.tolist() == prompt
             else:  # a token holds characters of both: all of the response is supervised
-                assert ids.moved
-                assert all(end <= text.cut for _, end in whole["offset_mapping"][: len(ids.prompt)])
-                assert whole["offset_mapping"][len(ids.prompt)][1] > text.cut
+                assert ids.spans_prompt_end
+                assert all(end <= text.response_start for _, end in whole["offset_mapping"][: len(ids.prompt)])
+                assert whole["offset_mapping"][len(ids.prompt)][1] > text.response_start
 
 
 @pytest.mark.parametrize("kind", ["metaspace, always", "metaspace, first"])
@@ -129,8 +129,8 @@ def test_a_token_across_the_prompts_end_is_counted_and_supervised(kind):
     tokenizer = wrapped(KINDS[kind]())
     texts = [Text(prompt + response, len(prompt), len(prompt + response)) for prompt, response in PAIRS]
     for text, ids in zip(texts, token_ids(texts, tokenizer), strict=True):
-        alone = tokenizer(text.text[: text.cut], add_special_tokens=False)["input_ids"]
-        assert ids.moved == (ids.prompt.tolist() != alone), text.text
+        alone = tokenizer(text.text[: text.response_start], add_special_tokens=False)["input_ids"]
+        assert ids.spans_prompt_end == (ids.prompt.tolist() != alone), text.text
 
 
 def split_inside_a_token(tokenizer) -> tuple[str, str]:
@@ -146,7 +146,7 @@ def test_moved_boundaries_are_reported():
     prompt, response = split_inside_a_token(tokenizer)
     rows = [Row(prompt=prompt, references=(response,)), Row(prompt="Name.\n", references=("The",))]
     examples = tokenize(rows, Encoder(tokenizer, DATA), DATA, said.append)
-    assert examples.moved == 1
+    assert examples.spanning == 1
     assert any("in 1 of 2 rows a token spans the end of the prompt" in getattr(event, "text", "") for event in said)
 
 
@@ -179,7 +179,9 @@ def test_decoding_gives_the_text_behind_the_prompt():
             row = Row(prompt=prompt, references=(response,))
             sequence = encoder.sequence(row, 0)
             text = encoder.decode(sequence.prompt, sequence.response)
-            if not token_ids([Text(prompt + response, len(prompt), len(prompt + response))], tokenizer)[0].moved:
+            if not token_ids([Text(prompt + response, len(prompt), len(prompt + response))], tokenizer)[
+                0
+            ].spans_prompt_end:
                 assert text == response
 
 

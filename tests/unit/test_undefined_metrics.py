@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import pytest
 
-from distillm_cli.evaluation.metrics import metric_of, undefined_on
+from distillm_cli.evaluation.metrics import get_metric, undefined_reason
 
 CHINESE = [["红色"], ["iPhone 手机 很好"], ["今天天气不错。"]]
 
 
 def test_rouge_is_undefined_where_its_words_are_not():
     for name in ("rouge_l", "rouge_1", "rouge_2"):
-        assert "chrf" in undefined_on(name, CHINESE)
-        assert undefined_on(name, [["…"], ["?!"]]) is not None
-        assert undefined_on(name, CHINESE, "characters") is None
-        assert undefined_on(name, [["Grüße aus Köln"], ["红"]]) is None
-    assert undefined_on("chrf", CHINESE) is None
-    assert undefined_on("final_number", CHINESE) is not None
-    assert undefined_on("final_number", [["no"], ["#### 4"]]) is None
+        assert "chrf" in undefined_reason(name, CHINESE)
+        assert undefined_reason(name, [["…"], ["?!"]]) is not None
+        assert undefined_reason(name, CHINESE, "characters") is None
+        assert undefined_reason(name, [["Grüße aus Köln"], ["红"]]) is None
+    assert undefined_reason("chrf", CHINESE) is None
+    assert undefined_reason("final_number", CHINESE) is not None
+    assert undefined_reason("final_number", [["no"], ["#### 4"]]) is None
 
 
 def test_rouge_on_characters_by_hand():
-    count = metric_of("rouge_l", "characters").count
+    count = get_metric("rouge_l", "characters").count
     # Longest common subsequence 天气好 of 4 and 5 characters: precision 3/4, recall 3/5.
     points, _ = count("天气 真好", ["今天天气好"])
     assert points == pytest.approx(2 * (3 / 4) * (3 / 5) / (3 / 4 + 3 / 5))
     assert count("Same text", ["same TEXT"])[0] == 1
-    assert metric_of("rouge_l").count("天气真好", ["天气真好"])[0] == 0
+    assert get_metric("rouge_l").count("天气真好", ["天气真好"])[0] == 0

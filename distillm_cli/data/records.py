@@ -1,4 +1,4 @@
-"""Check the values of a row's columns."""
+"""Hold the columns of a record, and check their values."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 
 
 class BadRow(ValueError):
-    """Report what is wrong with a record, without the place: the caller knows it."""
+    """Report what is wrong with a record. The caller adds the file and line."""
 
 
 @dataclass(frozen=True, slots=True)
-class Unreadable:
-    """Stand for a value that could not be converted. what: "is not UTF-8"; matters only where the column is read."""
+class UnreadableValue:
+    """Replace a value that could not be converted, an error only where the column is read. reason: "is not UTF-8"."""
 
-    what: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class NotConverted:
-    """Stand for the value of a column that no format reads: there is one, and it was not looked at."""
+    """Replace the value of a column that no format reads. The value exists and was not converted."""
 
 
 class Record:
@@ -36,19 +36,19 @@ class Record:
         return name in self.values
 
     def has(self, name: str) -> bool:
-        """Return whether the column is there and not null."""
+        """Return whether the column exists and is not null."""
         return self.values.get(name) is not None
 
     def take(self, name: str) -> Any:
-        """Return a column's value, None where it is absent, and count it as read. Raises BadRow."""
+        """Return a column's value, None where it is absent, and record that it was read. Raises BadRow."""
         self.read.add(name)
         value = self.values.get(name)
-        if isinstance(value, Unreadable):
-            raise BadRow(f"column `{name}` {value.what}")
+        if isinstance(value, UnreadableValue):
+            raise BadRow(f"column `{name}` {value.reason}")
         return value
 
     def text(self, name: str) -> str:
-        """Return the text of a column. Raises BadRow where it is anything else."""
+        """Return the text of a column. Raises BadRow where it is not text."""
         value = self.take(name)
         if not isinstance(value, str):
             raise BadRow(f"column `{name}` must be text, found {kind(value)}")
