@@ -79,7 +79,7 @@ def fitted(resolved: Resolved, known: KnownFacts | None = None, model: str | Non
         return resolved
     student = facts_of(recipe, known, model)
     if student is None:
-        why = f"auto: no config of {path} at hand" if path else "auto: by the models, once they are named"
+        why = f"auto: no config of {path} available" if path else "auto: by the models, once they are given"
         return replace(resolved, origin=resolved.origin | dict.fromkeys(wanted, why))
     found = dict(_values(recipe, student, _teacher(recipe, known), wanted))
     if not found:  # no parameters known

@@ -70,9 +70,9 @@ def warm_teacher_cache(
     with prefetch_rows(resolved.recipe) as prefetcher:
         for note in notes:
             listener(Note(note))
-        from distillm_cli.runs.teacher_states import warm
+        from distillm_cli.runs.cache_planning import warm_cache
 
-        return warm(resolved, listener, rebuild=rebuild, prefetcher=prefetcher)
+        return warm_cache(resolved, listener, rebuild=rebuild, prefetcher=prefetcher)
 
 
 def prefetch_rows(recipe: Recipe) -> Prefetcher:

@@ -18,6 +18,7 @@ from distillm_cli.errors import Interrupted, UsageError, signal_number
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.runs import output_dir
 from distillm_cli.runs.build import build_trainer
+from distillm_cli.runs.cache_planning import TeacherHandle, open_teacher
 from distillm_cli.runs.defaults import fitted
 from distillm_cli.runs.prepare import Prepared, prepare
 from distillm_cli.runs.publish import publish_model
@@ -45,7 +46,6 @@ from distillm_cli.runs.resume import (
 )
 from distillm_cli.runs.run_results import FineTuned, Outcome, Sample, TrainResult, TrainSummary
 from distillm_cli.runs.start import TrainOptions
-from distillm_cli.runs.teacher_states import TeacherHandle, open_teacher
 from distillm_cli.training.checkpoint import Checkpoint, read_checkpoint, visible
 from distillm_cli.training.events import Event, Listener, Note, Warned
 from distillm_cli.training.metrics_log import MetricsLog
@@ -158,7 +158,7 @@ def _open_teacher(
     run: Prepared, checkpoint: Checkpoint | None, options: TrainOptions, listener: Listener
 ) -> TeacherHandle | None:
     before = None if checkpoint is None else checkpoint.state.get("teacher_cache")
-    return open_teacher(run, listener, before=before, rebuild=options.rebuild_teacher_cache)
+    return open_teacher(run, listener, started_mode=before, rebuild=options.rebuild_teacher_cache)
 
 
 def _fine_tune(run: Prepared, stage: Resolved, output: Path, checkpoints: _Checkpoints, listener: Listener) -> Prepared:
