@@ -188,7 +188,7 @@ class _Generation:
             if file is None:
                 raise Interrupted("interrupted", signal_number=number) from None
             where = f"{file.count:,} of {len(self):,} rows are in {file.path}"
-            raise Interrupted("interrupted", signal_number=number, where=where, hint="go on with --resume") from None
+            raise Interrupted("interrupted", signal_number=number, where=where, hint="continue with --resume") from None
         done.seconds = time.perf_counter() - started
         return done
 

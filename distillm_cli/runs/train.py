@@ -262,7 +262,7 @@ def _interrupted(output: Path | None, stop: KeyboardInterrupt) -> Interrupted:
     if not checkpoints:
         what = "interrupted before the first step: nothing was saved"
         return Interrupted(what, signal_number=number, where=str(output), hint="start it again with --overwrite")
-    hint = f"{checkpoints[-1]} is whole; go on with --resume"
+    hint = f"{checkpoints[-1]} is whole; continue with --resume"
     return Interrupted("interrupted between steps", signal_number=number, hint=hint)
 
 

@@ -203,5 +203,5 @@ def test_sigterm_ends_generate_with_one_json_object(tmp_path):
     ]
     code, answer, err = stopped(argv, signal.SIGTERM, lambda: output.exists() and output.stat().st_size)
     assert (code, answer["status"], answer["code"]) == (143, "error", 143)
-    assert answer["message"].endswith("go on with --resume")
+    assert answer["message"].endswith("continue with --resume")
     assert "Traceback" not in err
