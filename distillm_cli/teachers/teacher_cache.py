@@ -35,7 +35,7 @@ CACHE_FORMAT = 2
 STATES = "states.bin"
 FACTS = "states.json"
 _KINDS = {"teacher": str, "rows": str, "tokens": int, "width": int, "dtype": str, "sha256": str, "of": dict}
-REBUILD = "make it anew with --rebuild-teacher-cache"
+REBUILD = "rebuild it with --rebuild-teacher-cache"
 _ELSEWHERE = "give another --set teacher.cache_dir=DIR, or --teacher-cache memory or off"
 _AT_ONCE = 4096  # token positions in one batch
 _BLOCK = 1 << 26  # bytes checked between two signs of progress

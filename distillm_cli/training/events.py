@@ -118,7 +118,10 @@ class RunEnded(Event):
 
 @dataclass(frozen=True, slots=True)
 class Staged(Event):
-    """Report the progress of a pipeline. states: "done", "now", "later" or "left out", one per name; none is "now" at the end."""
+    """Report the progress of a pipeline. states: "done", "now", "later" or "left out", one per name.
+
+    At the end none is "now".
+    """
 
     names: tuple[str, ...]
     states: tuple[str, ...]

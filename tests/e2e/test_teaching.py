@@ -74,7 +74,7 @@ def test_a_cache_warmed_beforehand_is_read_by_auto_and_refused_when_damaged(type
     code, answer, err = typed("--output", "damaged")
     assert (code, answer["code"]) == (5, 5)
     assert made["place"] in answer["message"]
-    assert answer["message"].endswith("make it anew with --rebuild-teacher-cache")
+    assert answer["message"].endswith("rebuild it with --rebuild-teacher-cache")
     assert not (tmp_path / "damaged").exists(), "refused before anything was written"
     code, result, err = typed("--output", "damaged", "--rebuild-teacher-cache")
     assert (code, result["teacher_cache"]["mode"], result["teacher_cache"]["hit"]) == (0, "disk", False), err
