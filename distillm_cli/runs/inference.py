@@ -152,5 +152,7 @@ def check_model(backbone: Backbone, encoder: Encoder, row: Row, listener: Listen
     ids = ids if backbone.context is None else ids[: backbone.context - 1]
     if not backbone.check_head(collate([Sequence(ids, ids[-1:])]).to(backbone.device)):
         kind = backbone.model.config.model_type
-        listener(Warned(f"the head of this {kind} model is not a plain one: using the model's own logits, slower"))
+        listener(
+            Warned(f"the head of this {kind} model is not a plain matrix product: using the model's own logits, slower")
+        )
     backbone.check_decoding()

@@ -43,9 +43,8 @@ def read_prompts(source: PromptSource, data: DataConfig, listener: Listener) -> 
         return _lines(source.input, data, listener)[: source.limit]
     # A model's own recipe may limit its training rows and name validation rows: neither concerns the prompts.
     data = data.model_copy(update={"source": name, "valid": None, "limit": None})
-    split = source.split or (
-        "test" if kind_of(path) == "file" else "train"
-    )  # the test split of a single file is the whole file
+    # The test split of a single file is the whole file.
+    split = source.split or ("test" if kind_of(path) == "file" else "train")
     stand_in = source.split is None  # a split that the user names is required
     rows = load_rows(data, split, listener=listener, require_output=False, limit=source.limit, stand_in=stand_in)
     return list(rows)
