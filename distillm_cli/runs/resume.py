@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from distillm_cli.models.backbone import Backbone
 
 
-# Values that a run chooses when it starts and its resume reuses, where the recipe leaves them open (with these values).
+# Fields with a value that the run chooses at its start and a resume reuses; here the values that leave them open.
 _CHOSEN_AT_START = {"data.template": "auto", "data.date": None}
 
 
