@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import wraps
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
@@ -347,3 +347,12 @@ Quiet = Annotated[
 Debug = Annotated[
     bool, typer.Option("--debug", metavar="", help="Print tracebacks with errors.", rich_help_panel=OUTPUT_PANEL)
 ]
+
+
+@dataclass(frozen=True)
+class ReportingOptions:
+    """Hold the options for what a command prints."""
+
+    json: Json = False
+    quiet: Quiet = False
+    debug: Debug = False

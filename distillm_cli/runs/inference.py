@@ -84,7 +84,7 @@ def own_recipe(model: str, listener: Listener) -> Path | None:
         return None
     listed = manifest.read_manifest(path.parent)
     if listed is not None and RECIPE in listed["files"] and manifest.difference(path.parent, listed, RECIPE):
-        raise _damaged(path, "it differs from the manifest beside it")
+        raise _damaged(path, "it differs from its manifest")
     # A run writes the origin of each value.
     is_of_run = "  # default" in path.read_text(encoding="utf-8", errors="replace")
     try:

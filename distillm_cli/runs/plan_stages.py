@@ -1,4 +1,4 @@
-"""Plan a pipeline: training stages as runs, the others as models that answer prompts."""
+"""Plan a pipeline: training stages as runs, the others as models that respond to prompts."""
 
 from __future__ import annotations
 
