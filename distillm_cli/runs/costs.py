@@ -305,7 +305,7 @@ def step_work(run: Workload) -> dict[str, Work]:
         work["dataset"] = train_rows + teacher_rows
         if run.caches_rows:
             work["dataset_cached"] = train_rows + teacher_rows_cached
-    rollout: Work = ()  # before training on it
+    rollout: Work = ()  # sampling from the student and training on it
     if run.student_samples:
         rollout = (*_decoding_copy_work(run), _sampling_work(run, run.student, run.itemsize))
         if run.samples_from_mixture:
