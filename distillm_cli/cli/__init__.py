@@ -1,4 +1,4 @@
-"""The command line. It reports plug-ins that cannot be loaded itself, so that Python's own warnings of them are silent."""
+"""Provide the command line. It reports plug-ins that cannot be loaded itself, so Python's warnings are filtered out."""
 
 import warnings
 

@@ -45,7 +45,7 @@ from distillm_cli.utils.storage import is_full, os_error_number, reason
 from distillm_cli.utils.text import printable, redact
 
 _COMPLETE = "_DISTILLM_COMPLETE"  # set by what --install-completion puts into a shell's start file
-_BROKEN_PIPE = 141  # 128 + SIGPIPE, as of any program whose reader has left
+_BROKEN_PIPE = 141  # 128 + SIGPIPE, as for other programs
 
 app = typer.Typer(
     name="distillm",
@@ -69,8 +69,8 @@ app.add_typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(is_given: bool) -> None:
+    if is_given:
         from distillm_cli import __version__
 
         print(f"distillm {__version__}")
@@ -95,24 +95,24 @@ def main(argv: list[str] | None = None) -> int:
     open_streams()
     set_environment()
     command = get_command(app)
-    if _COMPLETE in os.environ:  # a shell asks what could be typed next: typer answers and leaves
+    if _COMPLETE in os.environ:  # the shell requests completions: typer prints them and exits
         try:
             command.main(argv, prog_name="distillm")
         except SystemExit as done:
             return done.code or 0
     try:
-        code = _invoked(command, argv)
+        code = _invoke(command, argv)
         sys.stdout.flush()
     except BaseException as error:
         if not (isinstance(error, Exception | KeyboardInterrupt) or is_tokenizer_failure(error)):
             raise
-        if _reader_left(error):
+        if _is_broken_stdout(error):
             return _BROKEN_PIPE
-        return _reported(error, argv)
+        return _report_error(error, argv)
     return code
 
 
-def _invoked(command: Any, argv: list[str]) -> int:
+def _invoke(command: Any, argv: list[str]) -> int:
     """Run the command and return its exit code."""
     for failure in plugins.failures():
         print_error(str(failure), kind="warning")
@@ -129,31 +129,31 @@ def _invoked(command: Any, argv: list[str]) -> int:
 
 
 def set_environment() -> None:
-    """What the libraries read from the environment, where it does not say otherwise itself."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # nothing phones home
-    # Huge pages for torch's large tensors on a CPU, where the kernel leaves that to programs: a tenth of a step. Torch
-    # reads it at its first allocation; 0 in the environment leaves it off.
+    """Set environment variables that libraries read, unless the user has set them."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # send no usage data
+    # Use huge pages for torch's large tensors on a CPU, where the kernel lets programs choose: a step takes a tenth less.
+    # Torch reads the variable at its first allocation; 0 in the environment turns it off.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # OpenMP's threads wait for each other after every operation, spinning for milliseconds. Where another program has one of
-    # the cores, the thread that shares it then finds no other core free, and small models train a hundred times slower.
+    # OpenMP's threads spin for milliseconds while they wait for each other after every operation. Where another program uses
+    # a core, spinning threads occupy the others, and small models train a hundred times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    # Products in bf16 are compiled for their shapes, and a thousand of each of two kinds kept: over a gigabyte, where
-    # lengths differ from step to step. Those of the last steps are all that is asked for again.
+    # bf16 matrix products are compiled for each shape, and two caches hold a thousand each: over a gigabyte, where lengths
+    # differ from step to step. Only those of the last steps are used again.
     for capacity in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(capacity, "200")
 
 
-def _reported(error: BaseException, argv: list[str]) -> int:
+def _report_error(error: BaseException, argv: list[str]) -> int:
     if isinstance(error, UsageProblem) and type(error).__name__ == "NoArgsIsHelpError":
         return 2  # the help is already printed
     if "--debug" in typed_options(argv):
         with suppress(OSError):
             print(printable(redact("".join(traceback.format_exception(error)))), end="", file=sys.stderr)
-    return report(_known(error, argv), argv)
+    return report(_as_distillm_error(error, argv), argv)
 
 
-def _known(error: BaseException, argv: list[str]) -> DistillmError:
-    """Any exception as one of the family."""
+def _as_distillm_error(error: BaseException, argv: list[str]) -> DistillmError:
+    """Return any exception as a DistillmError."""
     if not isinstance(error, Interrupted | KeyboardInterrupt):
         error = received_signal() or error
     if isinstance(error, DistillmError):
@@ -191,11 +191,11 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else ""
 
 
-def _reader_left(error: BaseException) -> bool:
-    """Whether stdout's reader has gone. If so, stdout is pointed at nothing, so that the exit stays quiet too."""
+def _is_broken_stdout(error: BaseException) -> bool:
+    """Return whether stdout's reader has closed the pipe. If so, redirect stdout to /dev/null, so that the exit is quiet."""
     if not isinstance(error, BrokenPipeError):
         return False
-    if hasattr(select, "poll"):  # other pipes break too: ask whether it was this one
+    if hasattr(select, "poll"):  # check that the broken pipe is stdout
         watch = select.poll()
         watch.register(sys.stdout.fileno(), select.POLLOUT)
         if not any(event & select.POLLERR for _, event in watch.poll(0)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
@@ -52,7 +53,7 @@ PromptFile = Annotated[
         "--input",
         metavar="FILE|-",
         callback=options.check_named,
-        help="Prompts of a text file (one a line), a data file, or stdin (-).",
+        help="Prompts of a text file (one per line), a data file, or stdin (-).",
         rich_help_panel=MODELS_PANEL,
     ),
 ]
@@ -93,6 +94,29 @@ OverwriteFile = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class PromptOptions:
+    """Hold the options for the model, its prompts and the number of responses."""
+
+    model: SampledModel = None
+    data: PromptData = None
+    split: PromptSplit = None
+    prompts: Prompt = None
+    input: PromptFile = None
+    limit: PromptLimit = None
+    n: ResponsesPerPrompt = 1
+    greedy: GreedyDecoding = False
+
+
+@dataclass(frozen=True)
+class RowsOptions:
+    """Hold the options for the output file."""
+
+    output: RowsFile = None
+    resume: ResumeFile = False
+    overwrite: OverwriteFile = False
+
+
 @command(
     "generate",
     panel=options.VERBS,
@@ -105,23 +129,12 @@ OverwriteFile = Annotated[
 )
 def generate(
     *,
-    model: SampledModel = None,
-    data: PromptData = None,
-    split: PromptSplit = None,
-    prompts: Prompt = None,
-    input: PromptFile = None,
-    limit: PromptLimit = None,
-    n: ResponsesPerPrompt = 1,
-    greedy: GreedyDecoding = False,
+    chosen: PromptOptions,
     fields: FieldFlags,
     recipe: options.RecipeOption = None,
     sets: options.Set = None,
-    output: RowsFile = None,
-    resume: ResumeFile = False,
-    overwrite: OverwriteFile = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-    debug: options.Debug = False,
+    file: RowsOptions,
+    reporting: options.ReportingOptions,
 ) -> None:
     """Sample responses from a model: JSON rows that --data reads back, in the order of the prompts.
 
@@ -134,20 +147,27 @@ def generate(
     from distillm_cli.training.events import Event
     from distillm_cli.ui.console import console, write_rows
 
-    if model is None:
+    if chosen.model is None:
         raise UsageError("no model to generate with", hint="give --model")
-    if json and output is None:
+    if reporting.json and file.output is None:
         raise UsageError("--json without --output", where="the rows themselves go to stdout", hint="give --output FILE")
     temperature = fields.get("rollout.temperature")
-    if greedy and temperature is not None and temperature.value:
+    if chosen.greedy and temperature is not None and temperature.value:
         what = f"--greedy and --temperature {temperature.value:g} exclude each other"
         raise UsageError(what, hint="drop one of them")
     check_single_process()
-    if greedy:
+    if chosen.greedy:
         fields["rollout.temperature"] = Flag("--greedy", 0.0)
-    source = PromptSource(data=data, split=split, prompts=prompts, input=input, limit=limit, samples=n)
+    source = PromptSource(
+        data=chosen.data,
+        split=chosen.split,
+        prompts=chosen.prompts,
+        input=chosen.input,
+        limit=chosen.limit,
+        samples=chosen.n,
+    )
     settings = Settings(recipe, fields, sets)
-    with console(json_mode=json, quiet=quiet) as ui:
+    with console(json_mode=reporting.json, quiet=reporting.quiet) as ui:
 
         def listen(event: Event) -> None:
             if isinstance(event, Generated):
@@ -155,5 +175,5 @@ def generate(
             else:
                 ui(event)
 
-        result = generate_responses(model, source, settings, listen, output=output, resume=resume, overwrite=overwrite)
+        result = generate_responses(chosen.model, source, settings, listen, **vars(file))
         ui.result(result.as_json())

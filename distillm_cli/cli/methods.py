@@ -104,14 +104,14 @@ def _resolved(method: Method) -> Resolved:
 
 
 def _keys(method: Method, resolved: Resolved) -> list[str]:
-    """Return what the method sets, and the fields that it reads and others do not, in the schema's order."""
+    """Return the fields that the method sets, and those that it alone reads, in the schema's order."""
     from functools import partial
 
     from distillm_cli.config.explain import leaves
     from distillm_cli.config.field_usage import parameters, value_of
 
-    own = {*method.preset, *parameters(partial(value_of, resolved.recipe))}
-    return [key for key in leaves() if key in own]
+    keys = {*method.preset, *parameters(partial(value_of, resolved.recipe))}
+    return [key for key in leaves() if key in keys]
 
 
 def _parameter(key: str, resolved: Resolved) -> dict[str, Any]:
@@ -136,12 +136,12 @@ def _page(facts: dict[str, Any]) -> Iterator[str]:
     for name in COLUMNS[1:]:
         yield f"{name + ':':<11}{_cell(facts[name])}"
     for title, is_preset in (("What it sets", True), ("What it reads besides, at their defaults", False)):
-        picked = {k: p for k, p in facts["parameters"].items() if (p["from"] != "default") == is_preset}
-        if not picked:
+        parameters = {k: p for k, p in facts["parameters"].items() if (p["from"] != "default") == is_preset}
+        if not parameters:
             continue
         yield ""
         yield title
-        for key, parameter in picked.items():
+        for key, parameter in parameters.items():
             yield f"  {key} = {format_value(parameter['value'])}    ({parameter['expected']})"
             yield from (f"      {line}" for line in wrap(parameter["means"], 100))
     yield ""
@@ -156,7 +156,7 @@ def _example(method: Method) -> str:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    """Return a row of the table. Of the paper it has the name and number; ``show`` has the rest."""
+    """Return a row of the table. It has the short name and number of the paper; ``show`` has its full title."""
     reference, bracket, _ = row["paper"].partition(")")
     short = row | {"paper": reference + bracket}
     return [_cell(short[column]) for column in COLUMNS]

@@ -1,12 +1,13 @@
-"""Options of the commands: those of recipe fields are generated from the schema, the others are written here once.
+"""Define the options of the commands: flags of recipe fields are generated from the schema, the others are written here.
 
     @command("distill", panel=VERBS, examples=("distillm distill --recipe quickstart",))
     def distill(fields: FieldFlags, recipe: RecipeOption = None, sets: Set = None, …) -> None:
         resolved = resolve(command="distill", recipe=recipe, flags=fields, sets=sets)
 
-A command's parameter of type FieldFlags stands for all flags of ``config/shortcuts.py`` that the command has. Their type,
-choices, help and default are those of the field. A parameter whose type is a data class stands for the options in it.
-None means "not given": the recipe or the schema decides. Nothing heavy may be imported here: ``--help`` reads this file.
+A parameter of type FieldFlags is replaced by all flags that the command has in ``config/shortcuts.py``. Their type, choices,
+help and default are those of the field. A parameter whose type is a data class is replaced by one option for each of its
+fields. None means "not given": the value of the recipe or the schema holds. Nothing slow may be imported here, because
+``--help`` imports this file.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import wraps
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
@@ -27,7 +28,7 @@ from distillm_cli.config.shortcuts import FieldFlag, Flag, field_flags
 from distillm_cli.data.known import dataset_names
 from distillm_cli.errors import UsageError
 
-# Panels of the flags that set no field, beside those of config/shortcuts.py.
+# Panels of the flags that set no field. Those of the others are in config/shortcuts.py.
 RECIPE_PANEL = "Recipe"
 OUTPUT_PANEL = "Output"
 
@@ -35,7 +36,7 @@ OUTPUT_PANEL = "Output"
 VERBS = "Verbs"
 OTHER_COMMANDS = "Other commands"
 
-# Words for fields that take other values too: names of data sets.
+# Suggestions for fields that also take other values: names of data sets.
 _KNOWN_NAMES = {"data.source": dataset_names, "eval.suites": dataset_names}
 
 
@@ -44,12 +45,12 @@ class FieldFlags(dict[str, Flag]):
 
 
 def collect_field_flags(verb: str, given: dict[str, Any]) -> FieldFlags:
-    """Return what ``config.load.resolve`` takes of a command's parameters; those that are None are left out.
+    """Return the flags that were given, for ``config.load.resolve``. Parameters that are None are left out.
 
-    Lists may be repeated or separated by commas: ``a,b c`` is ``a b c``. Raise KeyError for a name of no flag.
+    A list may be given in several flags, or with commas. Raises KeyError for a name that is no flag.
     """
     table = {entry.name: entry for entry in field_flags(verb)}
-    found = FieldFlags()
+    flags = FieldFlags()
     for name, value in given.items():
         entry = table[name]
         if value is None:
@@ -57,8 +58,8 @@ def collect_field_flags(verb: str, given: dict[str, Any]) -> FieldFlags:
         if isinstance(value, list):
             value = [part.strip() for item in value for part in item.split(",") if part.strip()]
         for key in entry.keys:
-            found[key] = Flag(entry.flag, value)
-    return found
+            flags[key] = Flag(entry.flag, value)
+    return flags
 
 
 # Options from the schema
@@ -93,7 +94,7 @@ def _is_number(key: str) -> bool:
 
 
 def _range(key: str, metavar: str) -> str:
-    """Return ``, 0 ≤ A < 1`` of a number with two bounds that a person would want to know."""
+    """Return ``, 0 ≤ A < 1`` for a number with two bounds that are worth showing."""
     signs = {annotated_types.Ge: "≤", annotated_types.Gt: "<", annotated_types.Le: "≤", annotated_types.Lt: "<"}
     low = high = ""
     for bound in leaves()[key].metadata:
@@ -150,7 +151,7 @@ def _completion(key: str, words: list[str]) -> Callable[[str], list[Any]]:
 
 
 def _escaped(text: str) -> str:
-    """Return text without markup."""
+    """Return text with its brackets escaped, so that it is not read as markup."""
     return text.replace("[", r"\[")
 
 
@@ -167,7 +168,7 @@ class Command(NamedTuple):
 
 
 def command(name: str, *, panel: str, examples: tuple[str, ...]) -> Callable[[Callable[..., None]], Command]:
-    """Make a command of a function, with one option for each that its parameters stand for."""
+    """Turn a function into a command, with the options that its parameters are replaced by."""
 
     def decorate(function: Callable[..., None]) -> Command:
         return Command(name, expand(name, function), panel, epilog(*examples))
@@ -176,7 +177,7 @@ def command(name: str, *, panel: str, examples: tuple[str, ...]) -> Callable[[Ca
 
 
 def expand(verb: str, function: Callable[..., None]) -> Callable[..., None]:
-    """Return the function with one parameter for each option that its FieldFlags and data classes stand for."""
+    """Return the function with its FieldFlags and data classes replaced by one parameter per option."""
     hints = get_type_hints(function, include_extras=True)
     groups = {
         parameter.name: list(_parameters(verb, parameter, hints[parameter.name]))
@@ -197,7 +198,7 @@ def expand(verb: str, function: Callable[..., None]) -> Callable[..., None]:
         function(**arguments)
 
     paragraphs = inspect.getdoc(function).split("\n\n")
-    run.__doc__ = "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)  # typer keeps line breaks
+    run.__doc__ = "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)  # typer prints line breaks
     parameters = [parameter for group in groups.values() for parameter in group]
     run.__signature__ = inspect.Signature(parameters)
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -205,7 +206,7 @@ def expand(verb: str, function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _parameters(verb: str, parameter: inspect.Parameter, hint: Any) -> Iterator[inspect.Parameter]:
-    """Yield the parameters of the command line that one parameter of a command stands for."""
+    """Yield the command-line parameters that replace one parameter of a command."""
     keyword = inspect.Parameter.KEYWORD_ONLY
     if hint is FieldFlags:
         for entry in field_flags(verb):
@@ -224,7 +225,7 @@ def epilog(*lines: str) -> str:
     return "\n".join(["[bold]Examples[/]", *map(_escaped, lines)])
 
 
-# Completion: names that begin as what was typed.
+# Completion: names that begin with the typed text.
 
 
 def complete_methods(incomplete: str) -> list[tuple[str, str]]:
@@ -258,24 +259,24 @@ def complete_set(incomplete: str) -> list[str]:
 
 
 def complete_pipeline_set(incomplete: str) -> list[str]:
-    """Return keys of the defaults of a pipeline; the names of its stages are not known here."""
+    """Return keys of a pipeline's defaults. Its stages' names are not known here."""
     inner = incomplete.removeprefix("defaults.")
     return [f"defaults.{text}" for text in complete_set(inner)] if incomplete.startswith("defaults.") else ["defaults."]
 
 
 def _completed(incomplete: str, words: list[str]) -> list[str]:
-    """Return what may follow; of several words with commas between them, the last is completed."""
-    before, comma, last = incomplete.rpartition(",")
-    return [before + comma + word for word in words if word.startswith(last)]
+    """Return completions of the last word of a list with commas."""
+    rest, comma, last = incomplete.rpartition(",")
+    return [rest + comma + word for word in words if word.startswith(last)]
 
 
 # Options that set no field
 
 
 def check_named(parameter: typer.CallbackParam, value: Any) -> Any:
-    """Raise UsageError for an empty name, which is the unset variable of a script.
+    """Raise UsageError for an empty name, such as an unset variable of a script gives.
 
-    In a list each item counts, and each part between commas: ``--suite ,`` names nothing either.
+    Checks every item of a list; a comma alone is empty too.
     """
     items = [value] if isinstance(value, str) else value or []
     if any(not item.strip(" ,") for item in items):
@@ -346,3 +347,12 @@ Quiet = Annotated[
 Debug = Annotated[
     bool, typer.Option("--debug", metavar="", help="Print tracebacks with errors.", rich_help_panel=OUTPUT_PANEL)
 ]
+
+
+@dataclass(frozen=True)
+class ReportingOptions:
+    """Hold the options for what a command prints."""
+
+    json: Json = False
+    quiet: Quiet = False
+    debug: Debug = False

@@ -80,9 +80,8 @@ def run_stages(
     sets: PipelineSet = None,
     dry_run: PipelineDryRun = False,
     output: PipelineOutput = None,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-    debug: options.Debug = False,
+    *,
+    reporting: options.ReportingOptions,
 ) -> None:
     """Run a pipeline: teacher SFT, student SFT, teacher samples, distillation, evaluation.
 
@@ -99,7 +98,7 @@ def run_stages(
         from distillm_cli.runs.pipeline import choose_stages, resolved_yaml, stage_states
 
         states = stage_states(pipeline, place, choose_stages(pipeline, only, start))
-        if not json:
+        if not reporting.json:
             write_stdout(resolved_yaml(pipeline, states))
             return
         stages = {
@@ -110,7 +109,7 @@ def run_stages(
         print_json({"command": "run", "status": "ok", "output": str(place), "stages": stages})
         return
     check_single_process()
-    with console(json_mode=json, quiet=quiet) as ui:
+    with console(json_mode=reporting.json, quiet=reporting.quiet) as ui:
         from distillm_cli.runs.pipeline import run_pipeline
         from distillm_cli.ui.summary import stage_table
 

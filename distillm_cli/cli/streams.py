@@ -1,4 +1,4 @@
-"""Provide standard streams that cannot end a run, and the line that reports an error. Imports nothing slow."""
+"""Make the standard streams safe to write to, and print errors on them. Imports nothing slow."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PATIENCE = 1.0  # seconds to wait for a non-blocking stderr that is full
 
 
 class _Unfailing(io.RawIOBase):
-    """Wrap a file so that writes always succeed: what the system refuses is dropped."""
+    """Wrap a file so that writes never fail: output that cannot be written is dropped."""
 
     def __init__(self, file: io.RawIOBase):
         self._file = file
@@ -33,18 +33,18 @@ class _Unfailing(io.RawIOBase):
         return self._file.isatty()
 
     def write(self, data) -> int:
-        with suppress(OSError, ValueError):  # a full disk, a reader that has gone, a terminal that was closed
+        with suppress(OSError, ValueError):  # a full disk, a closed pipe, a closed terminal
             written = self._file.write(data)
             if written is None:  # non-blocking, and full
                 select.select([], [self._file], [], self._patience)
                 written = self._file.write(data)
-            self._patience = 0 if written is None else _PATIENCE  # one wait for a reader that has stopped, not many
+            self._patience = 0 if written is None else _PATIENCE  # wait once, not at every write
             return len(data) if written is None else written
         return len(data)
 
 
 def open_streams() -> None:
-    """Make the standard streams usable in whatever state they were inherited.
+    """Make the standard streams usable, in any state in which they were inherited.
 
     Closed streams are replaced by /dev/null. Writes to the process's own stderr never fail. Characters that an output's
     encoding lacks are escaped (``\\u03c6``).
@@ -55,15 +55,19 @@ def open_streams() -> None:
         elif mode == "w" and isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
     if sys.stderr is sys.__stderr__ and isinstance(sys.stderr, io.TextIOWrapper):
-        raw = getattr(sys.stderr.buffer, "raw", sys.stderr.buffer)  # under PYTHONUNBUFFERED there is one layer less
-        how = {"encoding": sys.stderr.encoding, "errors": sys.stderr.errors}
-        sys.stderr = io.TextIOWrapper(io.BufferedWriter(_Unfailing(raw)), line_buffering=True, **how)
+        raw = getattr(sys.stderr.buffer, "raw", sys.stderr.buffer)  # under PYTHONUNBUFFERED there is no buffer
+        sys.stderr = io.TextIOWrapper(
+            io.BufferedWriter(_Unfailing(raw)),
+            encoding=sys.stderr.encoding,
+            errors=sys.stderr.errors,
+            line_buffering=True,
+        )
 
 
 def report(error: DistillmError, argv: list[str]) -> int:
     """Print one line on stderr, and with ``--json`` one object on stdout. Return the exit code.
 
-    Neither stream can change the exit code: an error that cannot be printed is still that error.
+    The exit code does not change where a stream cannot be written.
     """
     message = str(error)
     print_error(message)
@@ -83,12 +87,12 @@ def print_error(message: str, kind: str = "error") -> None:
 
 
 def write_stdout(text: str) -> None:
-    """Write text on stdout: as it is into files and pipes, without control characters on a terminal."""
+    """Write text to stdout: unchanged to files and pipes, without control characters to a terminal."""
     sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
 
 
 def shortened(text: str, length: int) -> str:
-    """Return at most ``length`` characters: the start and the end, where the cause and the remedy are."""
+    """Return at most ``length`` characters: the start and the end of the text, which have the cause and the remedy."""
     if len(text) <= length:
         return text
     tail = (length - 3) // 2
@@ -96,9 +100,9 @@ def shortened(text: str, length: int) -> str:
 
 
 def discard_stdout() -> None:
-    """Point stdout at nothing, so that what is left in its buffer does not change the exit code."""
+    """Redirect stdout to /dev/null, so that flushing its buffer at exit does not fail and change the exit code."""
     with suppress(OSError, ValueError):
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, sys.stdout.fileno())
-        os.close(nothing)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
         sys.stdout.flush()

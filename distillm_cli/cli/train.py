@@ -36,7 +36,7 @@ RebuildTeacherCache = Annotated[
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """Hold the options that both commands have, beside the flags of fields."""
+    """Hold the options that both commands have, apart from the flags of fields."""
 
     recipe: options.RecipeOption = None
     sets: options.Set = None
@@ -109,8 +109,8 @@ def launch(
     output = chosen.output
     recipe_name = chosen.recipe
     if chosen.resume and recipe_name is None and output is not None:
-        earlier = Path(output) / output_dir.RECIPE
-        recipe_name = str(earlier) if earlier.is_file() else None  # to resume, the directory is enough
+        saved_recipe = Path(output) / output_dir.RECIPE
+        recipe_name = str(saved_recipe) if saved_recipe.is_file() else None
     resolved = fitted(resolve(command=verb, recipe=recipe_name, flags=fields, sets=chosen.sets))
     if chosen.dry_run:
         if chosen.json:

@@ -1,4 +1,4 @@
-"""Check how a command is used, and turn the parser's complaints into errors of one line with a hint."""
+"""Check how a command is used, and turn the parser's errors into errors of one line with a hint."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from distillm_cli.errors import UsageError
 if TYPE_CHECKING:
     from distillm_cli.config.schema import Recipe
 
-# Newer typers carry their own copy of click, older ones import it: reach the base class from what both export.
+# Newer versions of typer have their own copy of click, older ones import it. Get the base class from what both export.
 UsageProblem: type[Exception] = typer.BadParameter.__mro__[2]
 
 
 def check_single_process() -> None:
-    """Raise UsageError where a launcher (accelerate's, torchrun) started several processes: each would do all the work."""
+    """Raise UsageError where a launcher (accelerate, torchrun) started several processes: each would do all the work."""
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise UsageError("work in several processes is not supported yet", hint="start it without a launcher")
 
 
 def check_complete(recipe: Recipe) -> None:
-    """Raise UsageError where no model to train is named, or no teacher."""
+    """Raise UsageError where the recipe names no model to train, or no teacher for distillation."""
     if recipe.student.path is None:
         what, flag = ("model", "--model") if recipe.method == "sft" else ("student", "--student")
         raise UsageError(f"no {what} to train", hint=f"give {flag} PATH, or a --recipe that names one")
@@ -37,7 +37,7 @@ def check_complete(recipe: Recipe) -> None:
 
 
 def explained(problem: Any, argv: list[str]) -> UsageError:
-    """Return a parser's exception as a UsageError. Without a better hint, it names the command's own help."""
+    """Return a parser's exception as a UsageError. The default hint names the command's help."""
     context = getattr(problem, "ctx", None)
     words = takewhile(lambda word: not word.startswith("-"), argv)
     path = context.command_path if context is not None else " ".join(["distillm", *words][:2])
@@ -45,7 +45,7 @@ def explained(problem: Any, argv: list[str]) -> UsageError:
     see = f"see `{path} --help`"
 
     if flag is not None and hasattr(problem, "possibilities"):
-        return UsageError(f"{path} has no flag {flag}", hint=_meant(flag, context) or see)
+        return UsageError(f"{path} has no flag {flag}", hint=_suggestion(flag, context) or see)
     if flag is not None and "requires an argument" in message:
         return _with_field(UsageError(f"{flag} without a value", hint=see), flag, None, path)
     if found := re.match(r"No such command '(.*?)'", message):
@@ -65,7 +65,7 @@ def explained(problem: Any, argv: list[str]) -> UsageError:
 
 
 def _with_field(plain: UsageError, flag: str, raw: str | None, path: str) -> UsageError:
-    """Return the error with the values that the recipe's field takes and a hint, if the flag stands for a field."""
+    """Return the error with the expected values of the recipe's field and a hint, if the flag sets a field."""
     from distillm_cli.config.explain import expected_values, suggest_fix
 
     verb = path.split()[-1]
@@ -85,35 +85,35 @@ def _clause(message: str) -> str:
     return text[:1].lower() + text[1:]
 
 
-def _meant(flag: str, context: Any) -> str | None:
+def _suggestion(flag: str, context: Any) -> str | None:
     """Return the flag of this command for the same field, the nearest flag, or a --set for a field of this name."""
     from distillm_cli.config.explain import leaves
 
-    own = {opt.lstrip("-"): opt for param in context.command.params for opt in param.opts if opt.startswith("--")}
+    flags = {opt.lstrip("-"): opt for param in context.command.params for opt in param.opts if opt.startswith("--")}
     bare = flag.lstrip("-")
     name = bare.replace("-", "_")
     verb = context.command_path.split()[-1]
     fields = [key for key in leaves() if name in (key, key.rpartition(".")[2])]
-    kin = TRAINING_VERBS if verb in TRAINING_VERBS else SAMPLING_VERBS
-    elsewhere = [entry for entry in FIELD_FLAGS if entry.name == name]
-    keys = [key for entry in elsewhere if set(entry.verbs) & set(kin) for key in entry.keys]
-    fields = [*keys, *fields, *(key for entry in elsewhere for key in entry.keys)]
-    if fields and elsewhere and (here := flag_of(fields[0], verb)) in own.values():
-        return f"did you mean {here}?"
-    close = get_close_matches(bare, own, n=1, cutoff=0.75 if fields else 0.6)
+    similar_verbs = TRAINING_VERBS if verb in TRAINING_VERBS else SAMPLING_VERBS
+    entries = [entry for entry in FIELD_FLAGS if entry.name == name]  # of other commands too
+    keys = [key for entry in entries if set(entry.verbs) & set(similar_verbs) for key in entry.keys]
+    fields = [*keys, *fields, *(key for entry in entries for key in entry.keys)]
+    if fields and entries and flag_of(fields[0], verb) in flags.values():
+        return f"did you mean {flag_of(fields[0], verb)}?"
+    close = get_close_matches(bare, flags, n=1, cutoff=0.75 if fields else 0.6)
     if close:
-        return f"did you mean {own[close[0]]}?"
-    return f"try --set {fields[0]}=VALUE" if fields and "set" in own else None
+        return f"did you mean {flags[close[0]]}?"
+    return f"try --set {fields[0]}=VALUE" if fields and "set" in flags else None
 
 
 def _typed_value(names: list[str], argv: list[str]) -> str | None:
-    """Return the value that was typed after a flag, as ``--flag value`` or ``--flag=value``; the last one counts."""
-    found = None
+    """Return the last value that was typed for a flag, as ``--flag value`` or ``--flag=value``; None without one."""
+    value = None
     for position, word in enumerate(argv):
         if word == "--":
             break
         if word in names and position + 1 < len(argv):
-            found = argv[position + 1]
+            value = argv[position + 1]
         elif (match := re.match(r"(--[\w-]+)=(.*)", word, re.DOTALL)) and match[1] in names:
-            found = match[2]
-    return found
+            value = match[2]
+    return value

@@ -119,7 +119,7 @@ class StudentLoss(nn.Module):
     def _remember_chunk(self, tokens: int) -> None:
         self.chunk = tokens
         self.emit(
-            Note(f"out of memory in the loss: going on with {tokens} tokens at once, slower and with the same result")
+            Note(f"out of memory in the loss: continuing with {tokens} tokens at once, slower and with the same result")
         )
 
 

@@ -190,17 +190,17 @@ def load_shape(
     texts: TrainingTexts | None = None,
     teacher: Shape | None = None,
     max_length: int,
-    made: Mapping[str, Shape] | None = None,
+    stage_shapes: Mapping[str, Shape] | None = None,
 ) -> Shape:
     """Return the shape of a model: of a directory, a hub name (its config is fetched, no weights), a config.json, or a
     model that is built: ``random:…``, ``layers:…`` or ``width:…``.
 
     tokenizer: a directory, a name, or one to be trained on ``texts``.
-    teacher: what a student is built after. made: shapes by the names of models that do not exist yet (``stage:NAME``).
+    teacher: what a student is built after. stage_shapes: shapes of models that do not exist yet, by name (``stage:NAME``).
 
     Raise ModelError for what is no causal or encoder-decoder model, UsageError for a shape that cannot be.
     """
-    known = made or {}
+    known = stage_shapes or {}
     if path in known:
         return known[path]
     own = known[tokenizer].tokenizer if tokenizer in known else load_or_train_tokenizer(tokenizer, texts)

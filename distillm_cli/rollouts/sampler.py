@@ -134,7 +134,7 @@ class DecodeWidth:
     def halve(self, rows: int) -> None:
         """Halve the number of rows after memory ran out with ``rows``, at least two."""
         self.rows = rows // 2
-        self.listener(Warned(f"out of memory while decoding {rows} rows side by side: going on with {self.rows}"))
+        self.listener(Warned(f"out of memory while decoding {rows} rows side by side: continuing with {self.rows}"))
 
 
 @torch.no_grad()

@@ -32,11 +32,11 @@ from distillm_cli.utils.modules import eval_mode
 if TYPE_CHECKING:
     from distillm_cli.models.backbone import Backbone
 
-_TEACHER_SEED = 1 << 32  # added to the seed: with the same uniforms a pair's two samples would be alike
+_TEACHER_SEED = 1 << 32  # added to the seed, since equal random numbers would make the two samples of a pair similar
 
 
 def new_scheduler(run: Prepared) -> Scheduler:
-    """Return the run's schedule, at its beginning."""
+    """Return the run's schedule in its initial state."""
     recipe = run.recipe
     return build_scheduler(recipe.schedule, steps=run.steps, seed=recipe.train.seed, batches=recipe.rollout.bulk)
 
@@ -51,7 +51,7 @@ def build_trainer(
 ) -> Trainer:
     """Return the trainer of a prepared run, with checkpoints under ``output``.
 
-    teacher: None for SFT. score: as of ``Validator``.
+    teacher: None for SFT. score: see ``Validator``.
     """
     recipe = run.recipe
     epochs = run.steps / run.order.steps_per_epoch
@@ -116,18 +116,18 @@ def sampling_models(run: Prepared) -> list[Backbone]:
     """Return the models that must be able to generate for the run to train."""
     recipe = run.recipe
     schedule = recipe.schedule
-    found = []
+    models = []
     if not run.sft and schedule.uses_student_outputs:
-        found.append(run.student)
+        models.append(run.student)
     decodes_too = schedule.uses_student_outputs and recipe.decodes_with_teacher
     samples = schedule.uses_teacher_samples and run.teacher_samples is None
     if run.pair.teacher is not None and (decodes_too or samples):
-        found.append(run.pair.teacher)
-    return found
+        models.append(run.pair.teacher)
+    return models
 
 
 def _teacher_sampling(rollout: RolloutConfig) -> RolloutConfig:
-    """Return how the teacher samples, in a section that says how the student does."""
+    """Return the ``rollout`` section with the teacher's sampling settings in place of the student's."""
     return rollout.model_copy(
         update={"temperature": rollout.teacher_temperature, "top_p": rollout.teacher_top_p, "top_k": 0}
     )
@@ -146,7 +146,7 @@ def _student_sampler(run: Prepared, listener: Listener) -> Sampler:
 
 
 def _response_tables(run: Prepared, scheduler: Scheduler, listener: Listener) -> dict[Source, ResponseTable]:
-    """Return the responses that are kept by row: the teacher's, and the student's where it answers an epoch ahead."""
+    """Return the tables of responses by row: the teacher's, and the student's where it samples an epoch in advance."""
     rollout = run.recipe.rollout
     seed = run.recipe.train.seed
     table = {
@@ -157,17 +157,17 @@ def _response_tables(run: Prepared, scheduler: Scheduler, listener: Listener) ->
         "listener": listener,
     }
     common = {"max_length": _max_length(run), "by_row": True, "listener": listener}
-    found = {}
+    tables = {}
     if scheduler.config.uses_teacher_samples:
         sampler = ModelSampler(run.pair.teacher, _teacher_sampling(rollout), seed=seed + _TEACHER_SEED, **common)
         redraw = not scheduler.reuses_teacher_samples
-        found[Source.TEACHER] = ResponseTable(
+        tables[Source.TEACHER] = ResponseTable(
             sampler, given=run.teacher_samples, redraw=redraw, name="teacher samples", **table
         )
     if scheduler.samples_student_by_epoch:
         sampler = ModelSampler(run.student, rollout, seed=seed, **common)
-        found[Source.ROLLOUT] = ResponseTable(sampler, redraw=True, whole_epochs=True, name="student samples", **table)
-    return found
+        tables[Source.ROLLOUT] = ResponseTable(sampler, redraw=True, whole_epochs=True, name="student samples", **table)
+    return tables
 
 
 def _max_length(run: Prepared) -> int:

@@ -110,7 +110,7 @@ class CacheWorkload:
         )
 
     def choose(self, free_memory: int | None) -> tuple[str, str]:
-        """Return the mode that ``teacher.cache: auto`` stands for without a cache on disk, and for off the reason.
+        """Return the mode that ``teacher.cache: auto`` chooses without a cache on disk, and the reason for off.
 
         free_memory: bytes, None where they are not known.
         """
@@ -156,5 +156,5 @@ class CacheWorkload:
 
 
 def uses_rows(recipe: Recipe) -> bool:
-    """Return whether rows' own responses are trained on: where the schedule draws them, or beside rollouts."""
+    """Return whether rows' own responses are trained on, in steps of their own or together with rollouts."""
     return recipe.schedule.uses_rows or objectives.build(recipe.objective).rows_beside

@@ -51,14 +51,16 @@ from distillm_cli.utils.text import format_parameters
 
 LENGTHS = ("data.max_length", "data.max_prompt_length")
 KEYS = ("train.lr", "train.epochs", "train.warmup", *LENGTHS)
-PAPER_LENGTH, LENGTH, LEAST_PROMPT = 512, 2048, 256
+PAPER_LENGTH = 512
+LENGTH = 2048
+MIN_PROMPT = 256
 _SMALL = 0.3e9  # parameters
 
-KnownFacts = Mapping[str, ModelInfo | None]  # facts of models that are yet to be made, by ``stage:NAME``
+StageModels = Mapping[str, ModelInfo | None]  # models that earlier stages make, by ``stage:NAME``
 
 
 class Rates(NamedTuple):
-    """Hold a line of the table, and which models it is for."""
+    """Hold a row of the table, and which models it is for."""
 
     lr: float
     epochs: float
@@ -66,38 +68,39 @@ class Rates(NamedTuple):
     who: str
 
 
-def fitted(resolved: Resolved, known: KnownFacts | None = None, model: str | None = None) -> Resolved:
+def fitted(resolved: Resolved, known: StageModels | None = None, model: str | None = None) -> Resolved:
     """Replace each `auto` of the recipe by the number that fits its models, with the reason as its origin.
 
-    model: answers instead of the recipe's student, in a stage that trains nothing. A model whose config cannot be read
-    leaves `auto`; loading it reports why. Raises RecipeError where a number contradicts what the recipe gives.
+    model: used instead of the recipe's student, in a stage that does not train. `auto` stays where a model's config cannot
+    be read; loading the model reports why. Raises RecipeError where a number contradicts the recipe.
     """
-    recipe, known = resolved.recipe, known or {}
+    recipe = resolved.recipe
+    known = known or {}
     path = model or recipe.student.path
-    wanted = [key for key in KEYS if value_of(recipe, key) == AUTO]
-    if not wanted:
+    auto_keys = [key for key in KEYS if value_of(recipe, key) == AUTO]
+    if not auto_keys:
         return resolved
-    student = facts_of(recipe, known, model)
+    student = student_info(recipe, known, model)
     if student is None:
-        why = f"auto: no config of {path} at hand" if path else "auto: by the models, once they are named"
-        return replace(resolved, origin=resolved.origin | dict.fromkeys(wanted, why))
-    found = dict(_values(recipe, student, _teacher(recipe, known), wanted))
-    if not found:  # no parameters known
+        why = f"auto: no config of {path} available" if path else "auto: by the models, once they are given"
+        return replace(resolved, origin=resolved.origin | dict.fromkeys(auto_keys, why))
+    values = dict(_values(recipe, student, _teacher(recipe, known), auto_keys))
+    if not values:  # the number of parameters is not known
         return resolved
-    changes = {key: value for key, (value, _) in found.items()}
-    origin = {key: f"auto: {number(value)} {why}" for key, (value, why) in found.items()}
+    changes = {key: value for key, (value, _) in values.items()}
+    origin = {key: f"auto: {number(value)} {why}" for key, (value, why) in values.items()}
     return replace(resolved, recipe=_with(recipe, changes), origin=resolved.origin | origin)
 
 
-def facts_of(recipe: Recipe, known: KnownFacts, model: str | None = None) -> ModelInfo | None:
-    """Return the facts of the recipe's student (or of ``model``), None where its config cannot be read."""
+def student_info(recipe: Recipe, known: StageModels, model: str | None = None) -> ModelInfo | None:
+    """Return what is known of the recipe's student (or of ``model``); None where its config cannot be read."""
     path = model or recipe.student.path
     if path is None or path in known:
         return known.get(path or "")
     if is_built(path):
-        after = _teacher(recipe, known)
-        facts = ModelInfo(_family_of(path)) if after is None else after
-        return replace(facts, is_built=True, count=lambda: None)
+        teacher = _teacher(recipe, known)
+        info = ModelInfo(_family_of(path)) if teacher is None else teacher
+        return replace(info, is_built=True, count=lambda: None)
     return read_model_info(path, None if model else recipe.student.revision)
 
 
@@ -110,32 +113,35 @@ def _family_of(path: str) -> str:
     return (spec.family or "llama") if isinstance(spec, RandomModel) else "llama"
 
 
-def _teacher(recipe: Recipe, known: KnownFacts) -> ModelInfo | None:
+def _teacher(recipe: Recipe, known: StageModels) -> ModelInfo | None:
     path = recipe.teacher.path
     if path is None or (recipe.method == "sft" and not recipe.student.is_built):
         return None
     return known[path] if path in known else read_model_info(path, recipe.teacher.revision)
 
 
-def is_papers(facts: ModelInfo) -> bool:
-    """Return whether a model is of a family of the paper, without a chat template."""
-    return family_of(facts.family).paper_name is not None and not facts.has_template
+def is_in_paper(info: ModelInfo) -> bool:
+    """Return whether a model is of one of the paper's families, without a chat template."""
+    return family_of(info.family).paper_name is not None and not info.has_template
 
 
 def rates(student: ModelInfo, *, sft: bool, lora: bool) -> Rates | None:
-    """Return the line of the table for a student; None where it depends on a size that is not known."""
-    if student.is_built or is_papers(student):
-        found = _paper(student, lora)
-        if found is not None:
-            lr, epochs, who = found
-            lr, epochs = (5e-5, 3.0) if sft else (lr, epochs)
+    """Return the row of the table for a student; None where it depends on a size that is not known."""
+    if student.is_built or is_in_paper(student):
+        paper_rates = _paper_rates(student, lora)
+        if paper_rates is not None:
+            lr, epochs, who = paper_rates
+            if sft:
+                lr = 5e-5
+                epochs = 3.0
             return Rates(5e-4 if lora else lr, epochs, 0.0, f"for {who}{', LoRA' if lora else ''}")
     size = student.parameters
     if size is None:
         return None
     kind = "chat" if student.has_template else "base"
     if student.is_encoder_decoder:
-        kind, lr = "encoder-decoder", 1e-4
+        kind = "encoder-decoder"
+        lr = 1e-4
     elif size < _SMALL:
         lr = 5e-5 if student.has_template else 1e-4
     else:
@@ -144,11 +150,12 @@ def rates(student: ModelInfo, *, sft: bool, lora: bool) -> Rates | None:
     return Rates(10 * lr if lora else lr, 3.0, 0.1, f"for {who}")
 
 
-def _paper(student: ModelInfo, lora: bool) -> tuple[float, float, str] | None:
-    """Return the paper's rate and epochs of distillation, and for whom; None for what it does not have."""
+def _paper_rates(student: ModelInfo, lora: bool) -> tuple[float, float, str] | None:
+    """Return the paper's learning rate and epochs of distillation, and for which models; None where it has none."""
     if student.is_built:
         return 5e-4, 20.0, "a student built from scratch"
-    size, name = student.parameters or 0, family_of(student.family).paper_name
+    size = student.parameters or 0
+    name = family_of(student.family).paper_name
     who = f"{name} (the paper's)"
     match name:
         case "GPT-2":
@@ -161,29 +168,30 @@ def _paper(student: ModelInfo, lora: bool) -> tuple[float, float, str] | None:
 
 
 def _values(
-    recipe: Recipe, student: ModelInfo, teacher: ModelInfo | None, wanted: list[str]
+    recipe: Recipe, student: ModelInfo, teacher: ModelInfo | None, auto_keys: list[str]
 ) -> Iterator[tuple[str, tuple[float, str]]]:
-    if set(wanted) - set(LENGTHS):
-        line = rates(student, sft=recipe.method == "sft", lora=recipe.student.lora.r is not None)
-        if line is not None:
-            found = {"train.lr": line.lr, "train.epochs": line.epochs, "train.warmup": line.warmup}
-            yield from ((key, (value, line.who)) for key, value in found.items() if key in wanted)
+    """Yield the number for each key that is `auto`, and the reason for it."""
+    if set(auto_keys) - set(LENGTHS):
+        row = rates(student, sft=recipe.method == "sft", lora=recipe.student.lora.r is not None)
+        if row is not None:
+            values = {"train.lr": row.lr, "train.epochs": row.epochs, "train.warmup": row.warmup}
+            yield from ((key, (value, row.who)) for key, value in values.items() if key in auto_keys)
     length = recipe.data.max_length
     if length == AUTO:
         length, why = _length(student, teacher)
         yield "data.max_length", (length, why)
     if recipe.data.max_prompt_length == AUTO:
-        yield "data.max_prompt_length", (max(LEAST_PROMPT, length - LEAST_PROMPT), f"for a max_length of {length}")
+        yield "data.max_prompt_length", (max(MIN_PROMPT, length - MIN_PROMPT), f"for a max_length of {length}")
 
 
 def _length(student: ModelInfo, teacher: ModelInfo | None) -> tuple[int, str]:
-    loaded = [facts for facts in (None if student.is_built else student, teacher) if facts is not None]
-    if all(map(is_papers, loaded)):
+    loaded = [info for info in (None if student.is_built else student, teacher) if info is not None]
+    if all(map(is_in_paper, loaded)):
         return PAPER_LENGTH, "(the paper's)"
-    contexts = [facts.context for facts in loaded if facts.context is not None]
+    contexts = [info.context for info in loaded if info.context is not None]
     if min(contexts, default=LENGTH) < LENGTH:
         return max(2, min(contexts)), "(the models' context)"
-    return LENGTH, "for a chat model" if any(facts.has_template for facts in loaded) else "for a model of this family"
+    return LENGTH, "for a chat model" if any(info.has_template for info in loaded) else "for a model of this family"
 
 
 def _with(recipe: Recipe, changes: Mapping[str, float]) -> Recipe:
@@ -200,19 +208,19 @@ def _with(recipe: Recipe, changes: Mapping[str, float]) -> Recipe:
 
 
 def fitted_line(resolved: Resolved) -> str | None:
-    """Return a sentence with what was fitted to the models, None where nothing was that the run depends on."""
+    """Return a sentence with the values that were fitted to the models; None without one that the run depends on."""
     names = {"train.lr": "lr", "train.epochs": "epochs", "train.warmup": "warmup", "data.max_length": "max_length"}
     if resolved.recipe.train.steps:
         del names["train.epochs"]
-    found: dict[str, list[str]] = {}
+    fitted_values: dict[str, list[str]] = {}
     for key, name in names.items():
         is_fitted = resolved.origin[key].startswith("auto: ") and value_of(resolved.recipe, key) != AUTO
         if is_fitted:
             value, _, why = resolved.origin[key].removeprefix("auto: ").partition(" ")
-            found.setdefault(why, []).append(f"{name} {value}")
-    if not found:
+            fitted_values.setdefault(why, []).append(f"{name} {value}")
+    if not fitted_values:
         return None
-    return "auto: " + "; ".join(f"{', '.join(values)} {why}" for why, values in found.items())
+    return "auto: " + "; ".join(f"{', '.join(values)} {why}" for why, values in fitted_values.items())
 
 
 def number(value: float) -> str:
@@ -224,23 +232,24 @@ def _article(noun: str) -> str:
     return f"{'an' if noun.startswith(('8', '11 ', '11.', '18 ', '18.')) else 'a'} {noun}"
 
 
-def check_data(resolved: Resolved, known: KnownFacts | None = None) -> str | None:
-    """Return a sentence where the run takes Dolly because no data is named, None where data is named.
+def check_data(resolved: Resolved, known: StageModels | None = None) -> str | None:
+    """Return a sentence where the run uses Dolly because the recipe names no data; None where it names data.
 
-    Raises UsageError where that is not allowed: only distillation between models of the paper's families may do so.
+    Raises UsageError where data is required: everywhere but in distillation between models of the paper's families.
     """
-    recipe, known = resolved.recipe, known or {}
+    recipe = resolved.recipe
+    known = known or {}
     if resolved.origin["data.source"] != "default":
         return None
     if recipe.method == "sft":
         hint = "give --data PATH or NAME, such as --data rows.jsonl or --data dolly"
         raise UsageError("no data to train on", where="--data is not given", hint=hint)
     paths = (recipe.teacher.path, recipe.student.path)
-    models = [_teacher(recipe, known), facts_of(recipe, known)]
-    for path, facts in zip(paths, models, strict=True):
-        if facts is None and path not in known and not is_built(path):
-            locate_model(path)  # no such directory: that is what is wrong
-    if BUILTIN in paths or not all(facts is not None and is_papers(facts) for facts in models):
+    models = [_teacher(recipe, known), student_info(recipe, known)]
+    for path, info in zip(paths, models, strict=True):
+        if info is None and path not in known and not is_built(path):
+            locate_model(path)  # raises for a directory that does not exist
+    if BUILTIN in paths or not all(info is not None and is_in_paper(info) for info in models):
         name = BUILTIN if BUILTIN in paths else "rows.jsonl or --data dolly"
         where = "--data is not given, and only GPT-2, OPT and Llama bases take Dolly by default"
         raise UsageError("no data to train on", where=where, hint=f"give --data PATH or NAME, such as --data {name}")
@@ -263,7 +272,7 @@ def _fitted_stage(stage: Stage, known: dict[str, ModelInfo | None]) -> Stage:
         except UsageError as error:
             where = f"stage {stage.name} has no data.source"
             raise RecipeError(error.what, where=where, hint=f"set stages.{stage.name}.data.source") from None
-        known[PREFIX + stage.name] = facts_of(stage.resolved.recipe, known)
+        known[PREFIX + stage.name] = student_info(stage.resolved.recipe, known)
         return replace(stage, resolved=fitted(stage.resolved, known))
     models: Any = getattr(stage.config, "models", None) or (stage.config.model,)
     return replace(stage, resolved=fitted(stage.resolved, known, models[0]))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from distillm_cli.config.schema import Recipe
+from distillm_cli.config.student_spec import BUILTIN
 from distillm_cli.errors import Interrupted, UsageError, signal_number
 from distillm_cli.evaluation.evaluate import evaluate
 from distillm_cli.evaluation.results import check_results_writable, load_results, save_results
@@ -30,7 +31,7 @@ SuiteScores = dict[str, Any]  # a suite's object in `--json`
 
 @dataclass(frozen=True)
 class _Job:
-    """Hold one checkpoint: the recipe it is scored by, on what, where the results go, and those so far."""
+    """Hold one checkpoint to score: its recipe, suites and output directory, and the scores so far."""
 
     checkpoint: str
     recipe: Recipe
@@ -51,8 +52,8 @@ def evaluate_checkpoints(
     """Score every checkpoint on every suite.
 
     Errors in names, rows and paths are found before the first model is loaded. output: a directory; None for one in each
-    checkpoint. resume: a suite that these weights have been scored on in the same way is not scored again. names: by
-    checkpoint, the name of its directory where there are several; by default from its path.
+    checkpoint. resume: skip suites that the same weights were scored on with the same settings. names: directory names of
+    the checkpoints, where there are several; by default from their paths.
     """
     started = time.perf_counter()
     jobs = _jobs(checkpoints, settings, output, names or {}, listener)
@@ -78,7 +79,7 @@ def _jobs(
     loaded: dict[Any, list[Suite]] = {}
     distinct: dict[Path, str] = {}
     for checkpoint in checkpoints:
-        distinct.setdefault(Path(checkpoint), checkpoint)  # ``./a/`` is ``a``
+        distinct.setdefault(Path(checkpoint), checkpoint)  # ``./a/`` and ``a`` are one
     for checkpoint, place in _output_directories(list(distinct.values()), output, names).items():
         load_config(checkpoint)
         resolved, is_own = inference.resolve_settings("eval", checkpoint, settings, listener)
@@ -95,14 +96,14 @@ def _jobs(
 
 
 def _output_directories(checkpoints: list[str], output: str | None, names: Mapping[str, str]) -> dict[str, Path]:
-    """Return where each checkpoint's results go: ``eval/`` inside it; ``./eval-NAME/`` for one of the hub or built in."""
+    """Return where each checkpoint's results go: ``eval/`` inside it; ``./eval-NAME/`` for hub models and builtin."""
     places: dict[str, Path] = {}
     for checkpoint in checkpoints:
         directory = Path(checkpoint).expanduser()
         name = names.get(checkpoint) or re.sub(r"[^\w.+-]+", "-", checkpoint.strip("./~")) or "model"
         if output is not None:
             place = Path(output) if len(checkpoints) == 1 else Path(output) / name
-        elif directory.is_dir() and checkpoint != "builtin":
+        elif directory.is_dir() and checkpoint != BUILTIN:
             place = directory / "eval"
         else:
             place = Path(f"eval-{name}")

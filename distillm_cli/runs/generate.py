@@ -1,4 +1,4 @@
-"""Generate responses to prompts, a chunk at a time, so that a stopped run keeps what it has."""
+"""Generate responses to prompts in chunks, which are written one by one, so that a stopped run can be resumed."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from distillm_cli.training.events import Event, Listener, Note, Progress
 from distillm_cli.utils.modules import weights_fingerprint
 from distillm_cli.utils.text import counted
 
-_MAX_COUNT = 2**31  # of rows, and of samples of each
-_CHUNK_BATCHES = 8  # sorted by length together, and written together: what a stopped run loses at most
+_MAX_COUNT = 2**31  # rows, and samples of a row
+_CHUNK_BATCHES = 8  # batches that are sorted by length and written together; a stopped run loses at most these
 
 
 def generate_responses(
@@ -60,7 +60,7 @@ def generate_responses(
     generation = _generation(rows, source.samples, backbone, encoder, recipe, listener)
     try:
         if file is not None:
-            file.begin(generation.settings(), generation.heads())
+            file.begin(generation.settings(), generation.prompt_fields())
         done = generation.run(file, listener)
     finally:
         if file is not None:
@@ -92,7 +92,7 @@ def _check(source: PromptSource, output: str | None, resume: bool, overwrite: bo
         if count is not None and not 1 <= count < _MAX_COUNT:
             raise UsageError(f"{flag} = {count}", where="expected a whole number ≥ 1 and < 2^31")
     if any(not text.strip() for text in source.prompts or ()):
-        raise UsageError("an empty --prompt", where="no row that is trained on may have one", hint="give it a text")
+        raise UsageError("an empty --prompt", where="training rows may not have one either", hint="give it a text")
     if source.split is not None and source.data is None:
         raise UsageError(f"--split {source.split} without --data", hint="drop it, or give --data")
     if source.split not in (None, "train", "valid", "test"):
@@ -104,7 +104,7 @@ def _check(source: PromptSource, output: str | None, resume: bool, overwrite: bo
 def _check_not_read(source: PromptSource, output: Path) -> None:
     """Raise UsageError where the file to be replaced is one that the prompts are read from."""
     for flag, name in (("--data", source.data), ("--input", source.input)):
-        place = None if name in (None, "-", "builtin") else local_path(name)
+        place = None if name in (None, "-") else local_path(name)
         if place is None or not output.exists():
             continue
         read = [place, place / "data"] if place.is_dir() else [place]
@@ -115,7 +115,7 @@ def _check_not_read(source: PromptSource, output: Path) -> None:
 
 @dataclass
 class _Generated:
-    """Hold what this call has generated: counts, seconds, and the rows where no file takes them."""
+    """Hold the results of this call: counts, seconds, and the rows where there is no output file."""
 
     tokens: int = 0
     cut: int = 0
@@ -141,7 +141,7 @@ class _Generation:
         return len(self.rows) * self.samples
 
     def settings(self) -> dict[str, Any]:
-        """Return everything that shapes the responses. Batch size and device do not."""
+        """Return everything that the responses depend on. Batch size and device are not part of it."""
         digest = hashlib.sha256()
         for ids in self.ids:
             digest.update(len(ids).to_bytes(8, "little") + ids.astype("<i4").tobytes())
@@ -158,26 +158,26 @@ class _Generation:
             "prompts": digest.hexdigest(),
         }
 
-    def heads(self) -> list[Line]:
-        """Return the fields of each row that are known before there is a response."""
+    def prompt_fields(self) -> list[Line]:
+        """Return the fields of each row that do not depend on the response."""
         return [
-            {**_columns(row), "prompt": prompt, "seed": self.seed, "sample": j}
+            {**_prompt_columns(row), "prompt": prompt, "seed": self.seed, "sample": j}
             for row, prompt in zip(self.rows, self.prompts, strict=True)
             for j in range(self.samples)
         ]
 
     def run(self, file: ResponseFile | None, listener: Listener) -> _Generated:
-        """Generate what is missing in the file, or everything where there is none."""
-        heads = self.heads()
+        """Generate the responses that the file does not have yet; without a file, all of them."""
+        fields = self.prompt_fields()
         done = _Generated()
         started = time.perf_counter()
         start = 0 if file is None else file.count
         if start:
-            listener(Note(f"going on after {start:,} of {counted(len(self), 'row')}"))
+            listener(Note(f"continuing after {start:,} of {counted(len(self), 'row')}"))
         step = _CHUNK_BATCHES * self.batch_size
         try:
             for first in range(start, len(self), step):
-                lines = self._chunk(range(first, min(first + step, len(self))), heads, done, listener)
+                lines = self._chunk(range(first, min(first + step, len(self))), fields, done, listener)
                 if file is None:
                     done.responses += lines
                     listener(Generated(lines))
@@ -188,12 +188,12 @@ class _Generation:
             if file is None:
                 raise Interrupted("interrupted", signal_number=number) from None
             where = f"{file.count:,} of {len(self):,} rows are in {file.path}"
-            raise Interrupted("interrupted", signal_number=number, where=where, hint="go on with --resume") from None
+            raise Interrupted("interrupted", signal_number=number, where=where, hint="continue with --resume") from None
         done.seconds = time.perf_counter() - started
         return done
 
     def _chunk(
-        self, numbers: SequenceOf[int], heads: SequenceOf[Line], done: _Generated, listener: Listener
+        self, numbers: SequenceOf[int], fields: SequenceOf[Line], done: _Generated, listener: Listener
     ) -> list[Line]:
         """Generate the responses of these numbers, and return them as rows."""
         sampled = dict(
@@ -204,7 +204,7 @@ class _Generation:
                 seed=self.seed,
                 batch_size=self.batch_size,
                 listener=self._overall_progress(numbers[0], listener),
-                # Each sample has its own random key, whatever else is generated with it.
+                # Each sample has its own random key, so it does not depend on the rest of its batch.
                 rows=[k // self.samples + (k % self.samples << 32) for k in numbers],
             )
         )
@@ -212,17 +212,17 @@ class _Generation:
         for offset, k in enumerate(numbers):
             response = sampled[offset]
             text = self.encoder.decode(self.ids[k // self.samples], response.tokens)
-            lines.append(_with_output(heads[k], text) | {"complete": response.complete})
+            lines.append(_with_output(fields[k], text) | {"complete": response.complete})
             done.tokens += len(response.tokens)
             done.cut += not response.complete
         return lines
 
-    def _overall_progress(self, before: int, listener: Listener) -> Listener:
-        """Return a listener that reports a chunk's progress as progress of the whole."""
+    def _overall_progress(self, start: int, listener: Listener) -> Listener:
+        """Return a listener that reports the progress of a chunk, which begins at ``start``, as progress of the whole."""
 
         def listen(event: Event) -> None:
             if isinstance(event, Progress):
-                event = replace(event, done=before + event.done, total=len(self))
+                event = replace(event, done=start + event.done, total=len(self))
             listener(event)
 
         return listen
@@ -248,8 +248,8 @@ def _generation(
     )
 
 
-def _columns(row: Row) -> Line:
-    """Return the prompt of a row in the columns that it is read from."""
+def _prompt_columns(row: Row) -> Line:
+    """Return the prompt of a row in the columns that it was read from."""
     columns = {"messages": row.messages, "tools": row.tools, "documents": row.documents}
     columns |= {"chat_template_kwargs": row.template_kwargs}
     if row.instruction is not None:
@@ -257,10 +257,10 @@ def _columns(row: Row) -> Line:
     return {name: value for name, value in columns.items() if value is not None}
 
 
-def _with_output(head: Line, text: str) -> Line:
-    """Return a row with its output next to its prompt, where a reader looks for it."""
+def _with_output(fields: Line, text: str) -> Line:
+    """Return a row with its output right after its prompt."""
     line = {}
-    for key, value in head.items():
+    for key, value in fields.items():
         line[key] = value
         if key == "prompt":
             line["output"] = text

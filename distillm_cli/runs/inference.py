@@ -1,4 +1,4 @@
-"""Load a model to generate with, and the settings of the run that trained it: what ``generate`` and ``eval`` share."""
+"""Load a model to generate with, and the settings of the run that trained it, for ``generate`` and ``eval``."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from distillm_cli.utils.threads import set_threads
 
 @dataclass(frozen=True)
 class Settings:
-    """Say where the settings of ``generate`` and ``eval`` come from.
+    """Describe where the settings of ``generate`` and ``eval`` come from.
 
-    recipe: a file, a shipped name, or one that is resolved already (a pipeline's stage); None for the one beside the
-    model, where there is one. flags, sets: what is stronger than the recipe.
+    recipe: a file, a shipped name, or a resolved recipe (of a pipeline's stage); None: the model's own, if it has one.
+    flags, sets: override the recipe.
     """
 
     recipe: str | Resolved | None = None
@@ -41,27 +41,28 @@ class Settings:
 
 
 def resolve_settings(command: str, model: str, settings: Settings, listener: Listener) -> tuple[Resolved, bool]:
-    """Return the recipe to go by, and whether it is the model's own.
+    """Return the recipe to use, and whether it is the model's own.
 
-    A model's own recipe has the template that it was trained with. What that recipe records of its machine is left out:
-    this may be another one.
+    A model's own recipe has the template that it was trained with. Its settings for the machine of that run are reset.
     """
     if isinstance(settings.recipe, Resolved):
         return settings.recipe, False
-    own = None if settings.recipe is not None else own_recipe(model, listener)
-    resolved = resolve(command=command, recipe=own or settings.recipe, flags=settings.flags, sets=settings.sets)
-    return (resolved, False) if own is None else (_on_this_machine(resolved, own), True)
+    path = None if settings.recipe is not None else own_recipe(model, listener)
+    resolved = resolve(command=command, recipe=path or settings.recipe, flags=settings.flags, sets=settings.sets)
+    if path is None:
+        return resolved, False
+    return _on_this_machine(resolved, path), True
 
 
-def _on_this_machine(resolved: Resolved, own: Path) -> Resolved:
-    """Return the recipe of the run that made the model, without what holds for that machine alone.
+def _on_this_machine(resolved: Resolved, path: Path) -> Resolved:
+    """Return the recipe of the run that made the model, with the settings for that run's machine reset.
 
-    The chat template is saved with the model's tokenizer, wherever the run had it from.
+    path: of the recipe. The chat template is reset too: it was saved with the model's tokenizer.
     """
     reset = {
         key: (leaves()[key].default, "default")
         for key in ("train.device", "train.threads", "data.chat_template")
-        if resolved.origin[key].startswith(f"{own.name}:")
+        if resolved.origin[key].startswith(f"{path.name}:")
     }
     return with_resolved_values(resolved, reset)
 
@@ -69,33 +70,33 @@ def _on_this_machine(resolved: Resolved, own: Path) -> Resolved:
 def own_recipe(model: str, listener: Listener) -> Path | None:
     """Return the recipe of the run that made this model: in its directory, or above its ``checkpoints/``.
 
-    None for a directory that no run wrote, and with a warning where a run's recipe is missing or where another program
-    has left a ``recipe.yaml``. Raises RecipeError for one that is damaged: the prompts would be formatted differently.
+    None for a directory that no run wrote; with a warning, also where a run's recipe is missing or where another program
+    wrote a ``recipe.yaml``. Raises RecipeError for one that is damaged: the prompts would be formatted differently.
     """
     place = Path(model).expanduser()
-    homes = [place] if place.parent.name != "checkpoints" else [place, place.parent.parent]
-    own = next((home / RECIPE for home in homes if (home / RECIPE).is_file()), None)
-    if own is None:
-        if any(manifest.read_manifest(home) for home in homes):
-            what = f"{homes[-1] / RECIPE} is missing: prompts of {model} get the default settings, not those of its training"
+    directories = [place] if place.parent.name != "checkpoints" else [place, place.parent.parent]
+    path = next((directory / RECIPE for directory in directories if (directory / RECIPE).is_file()), None)
+    if path is None:
+        if any(manifest.read_manifest(directory) for directory in directories):
+            missing = directories[-1] / RECIPE
+            what = f"{missing} is missing: prompts of {model} get the default settings, not those of its training"
             listener(Warned(f"{what}; put it back, or give --recipe FILE"))
         return None
-    listed = manifest.read_manifest(own.parent)
-    if listed is not None and RECIPE in listed["files"] and manifest.difference(own.parent, listed, RECIPE):
-        raise _damaged(own, "it differs from the manifest beside it")
-    was_of_run = "  # default" in own.read_text(
-        encoding="utf-8", errors="replace"
-    )  # a run writes down where each value came from
+    listed = manifest.read_manifest(path.parent)
+    if listed is not None and RECIPE in listed["files"] and manifest.difference(path.parent, listed, RECIPE):
+        raise _damaged(path, "it differs from its manifest")
+    # A run writes the origin of each value.
+    is_of_run = "  # default" in path.read_text(encoding="utf-8", errors="replace")
     try:
-        found = resolve(command="eval", recipe=own)
+        resolved = resolve(command="eval", recipe=path)
     except RecipeError as error:
-        if was_of_run or not _is_mapping(own):
-            raise _damaged(own, str(error)) from error
-        listener(Warned(f"{own} is not used: {error}"))  # other programs leave a recipe.yaml in their output too
+        if is_of_run or not _is_mapping(path):
+            raise _damaged(path, str(error)) from error
+        listener(Warned(f"{path} is not used: {error}"))  # other programs write a recipe.yaml too
         return None
-    if was_of_run and any(not origin.startswith(f"{own.name}:") for origin in found.origin.values()):
-        raise _damaged(own, "lines of it are missing")
-    return own
+    if is_of_run and any(not origin.startswith(f"{path.name}:") for origin in resolved.origin.values()):
+        raise _damaged(path, "lines of it are missing")
+    return path
 
 
 def _is_mapping(path: Path) -> bool:
@@ -106,9 +107,9 @@ def _is_mapping(path: Path) -> bool:
     return True
 
 
-def _damaged(own: Path, why: str) -> RecipeError:
-    hint = f"put it back as the run wrote it, or give --recipe {own} to use it as it is (--recipe FILE for another)"
-    return RecipeError(f"{own} is damaged or changed: {why}", hint=hint)
+def _damaged(path: Path, why: str) -> RecipeError:
+    hint = f"put it back as the run wrote it, or give --recipe {path} to use it as it is (--recipe FILE for another)"
+    return RecipeError(f"{path} is damaged or changed: {why}", hint=hint)
 
 
 def load_model(model: str, recipe: Recipe, listener: Listener) -> tuple[Backbone, Encoder]:
@@ -151,5 +152,7 @@ def check_model(backbone: Backbone, encoder: Encoder, row: Row, listener: Listen
     ids = ids if backbone.context is None else ids[: backbone.context - 1]
     if not backbone.check_head(collate([Sequence(ids, ids[-1:])]).to(backbone.device)):
         kind = backbone.model.config.model_type
-        listener(Warned(f"the head of this {kind} model is not a plain one: using the model's own logits, slower"))
+        listener(
+            Warned(f"the head of this {kind} model is not a plain matrix product: using the model's own logits, slower")
+        )
     backbone.check_decoding()

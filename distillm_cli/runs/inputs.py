@@ -10,6 +10,7 @@ from distillm_cli.config.load import locate
 from distillm_cli.config.pipeline_recipe import StageConfig, inputs
 from distillm_cli.config.schema import Recipe
 from distillm_cli.config.shortcuts import flag_of
+from distillm_cli.config.student_spec import BUILTIN
 from distillm_cli.data.sources import local_path
 from distillm_cli.errors import UsageError
 from distillm_cli.models.model_paths import ADAPTER_CONFIG, read_base_model
@@ -23,32 +24,34 @@ def names_rows(key: str) -> bool:
 
 def local_input(key: str, text: str) -> Path | None:
     """Return the file or directory that a field names; None for a name on the hub, and for `builtin`."""
+    if text == BUILTIN:
+        return None
     place = local_path(text) if names_rows(key) else Path(text).expanduser()
-    return None if place is None or text == "builtin" or not place.exists() else place
+    return place if place is not None and place.exists() else None
 
 
 def check_spared(verb: str, recipe: Recipe, output: Path, *, file: str | None = None) -> None:
     """Raise UsageError where an overwrite of ``output`` would remove or replace what the run reads.
 
-    file: the recipe's own, or its shipped name. Real places are compared, whatever leads to them.
+    file: the recipe's own, or its shipped name. Paths are compared after links are resolved.
     """
     removed = {_real_path(path) for path in output_dir.written(output)}
     for name, read in _reads(verb, recipe, file):
         if any(path in removed or not removed.isdisjoint(path.parents) for path in map(_real_path, read)):
             raise UsageError(
-                f"starting anew in {output} would remove what the run reads",
+                f"starting over in {output} would remove what the run reads",
                 where=name,
                 hint="choose another --output, or copy it elsewhere first",
             )
 
 
 def _real_path(path: Path) -> Path:
-    """Return where links lead; of one that leads to itself, its own path, where ``Path.resolve`` would raise."""
+    """Return the path with links resolved. ``Path.resolve`` would raise for a link to itself."""
     return Path(os.path.realpath(path))
 
 
 def _reads(verb: str, recipe: Recipe, file: str | None) -> Iterator[tuple[str, list[Path]]]:
-    """Yield what a run reads: as it may be typed, and its paths."""
+    """Yield what a run reads: a name for messages, and its paths."""
     if file is not None:
         yield f"--recipe {file}", [locate(file)]
     for key, text in inputs(StageConfig(verb=verb), recipe):
@@ -56,7 +59,7 @@ def _reads(verb: str, recipe: Recipe, file: str | None) -> Iterator[tuple[str, l
         name = f"{flag} {text}" if flag else f"{key} = {text}"
         if place is None:
             continue
-        if names_rows(key):  # of a directory only rows are read, and a run writes none
+        if names_rows(key):  # the files inside need no check: a run writes no rows
             yield name, [place]
             continue
         for model in _with_bases(place):
@@ -64,7 +67,7 @@ def _reads(verb: str, recipe: Recipe, file: str | None) -> Iterator[tuple[str, l
 
 
 def _with_bases(place: Path) -> Iterator[Path]:
-    """Yield a model's path; of an adapter also that of its base model, which may be an adapter again."""
+    """Yield a model's path, and for an adapter that of its base model, which may be an adapter too."""
     seen: set[Path] = set()
     while place.exists() and place not in seen:
         yield place

@@ -44,7 +44,7 @@ MODEL_FILES = (
     "model-*-of-*.safetensors", "preprocessor_config.json", "image_processor_config.json", "processor_config.json",
     "video_preprocessor_config.json",
 )  # fmt: skip
-# What a run would replace: where one of these exists and is on no manifest, the directory is not a run's to write into.
+# Files that a run would replace. Where one of them exists and no manifest lists it, a run does not write into the directory.
 _REPLACED = (
     RECIPE, METRICS, CARD, manifest.MANIFEST, *MODEL_FILES, f"{CHECKPOINTS}/step-*", f"{EVAL}/report/*.json",
     f"{TEMPLATES}/*.jinja",
@@ -65,7 +65,7 @@ def default_name(recipe: str | None, data: str, student: str, method: str, *, re
     taken = [base] if base.exists() else []
     while (candidate := base.with_name(f"{base.name}-{len(taken) + 1}")).exists() and taken:
         taken.append(candidate)
-    if resume:  # of those that saved something, if any did: a run that was stopped at once hides none before it
+    if resume:  # the newest that can be resumed: a later run may have been stopped before it saved anything
         return next(filter(_may_resume, reversed(taken)), taken[-1] if taken else base)
     return candidate if taken else base
 
@@ -75,7 +75,7 @@ def _may_resume(output: Path) -> bool:
 
 
 def check_output(output: Path, *, resume: bool, overwrite: bool) -> bool:
-    """Check that the directory may be written, and return whether it was made for that.
+    """Check that the directory may be written, and return whether it was created.
 
     A non-empty one is refused without ``resume`` or ``overwrite``. Nothing in it is touched. Raises UsageError,
     CheckpointError, StorageError.
@@ -107,7 +107,7 @@ def _check_used(output: Path, *, resume: bool, overwrite: bool) -> None:
     if is_used and not (resume or overwrite):
         raise UsageError(
             f"output directory {output} is not empty",
-            hint="choose another --output, or give --resume to go on or --overwrite to start anew",
+            hint="choose another --output, or give --resume to continue or --overwrite to start over",
         )
     if overwrite and (path := foreign(output)) is not None:
         raise UsageError(f"{path} was not written by a run", hint="choose another --output, or move it away")
@@ -160,7 +160,7 @@ def foreign(output: Path) -> Path | None:
 
 
 def has_stage(output: Path) -> bool:
-    """Return whether ``OUTPUT/sft`` is a stage of the run in ``output``, and no run of its own beside it."""
+    """Return whether ``OUTPUT/sft`` is a stage of the run in ``output``, not an unrelated directory."""
     return (output / SFT).is_dir() and SFT in manifest.recorded(output)
 
 
@@ -188,10 +188,10 @@ def clear(output: Path) -> list[Path]:
 
 @contextmanager
 def claimed(output: Path, *, is_new: bool = False) -> Iterator[None]:
-    """Keep other runs out of this directory. Raises UsageError where one is at work in it.
+    """Lock the directory against other runs. Raises UsageError where another run has locked it.
 
-    The directory itself is locked: no file is left in it, and the lock ends with the process. is_new: it was made for this
-    run, and is removed again where the run fails before it wrote anything.
+    The directory itself is locked, without a lock file, and the lock ends with the process. is_new: it was created for this
+    run, and is removed where the run fails before it writes anything.
     """
 
     def busy() -> None:
@@ -219,7 +219,7 @@ def write_file(output: Path, name: str, text: str) -> None:
 
 
 def write_recipe(output: Path, text: str, *, has_stage: bool = False) -> None:
-    """Write the recipe of a run that begins; of an earlier one's manifest, the model alone stays sealed.
+    """Write the recipe of a run that starts; of what an earlier one sealed, only the model stays sealed.
 
     has_stage: the run fine-tunes first, in ``OUTPUT/sft``.
     """
@@ -235,7 +235,7 @@ def publishing(output: Path) -> Iterator[Path]:
     They are sealed, and the recipe with them. The card, which people edit, is listed with its content: an edited one is
     theirs.
     """
-    # Not at the top: it imports torch, and whoever only names an output can do without.
+    # Not at the top: it imports torch, which callers that only name an output do not need.
     from distillm_cli.training.checkpoint import open_as_others
 
     with staging_directory(output / _MODEL) as staged:

@@ -96,11 +96,11 @@ def stage_states(pipeline: Pipeline, output: Path, chosen: list[str]) -> dict[st
 def run_pipeline(
     pipeline: Pipeline, output: Path, listener: Listener, *, only: str | None = None, start: str | None = None
 ) -> PipelineResult:
-    """Run the stages that are not done into ``output``. only, start: as of ``choose_stages``."""
+    """Run the stages that are not done into ``output``. only, start: see ``choose_stages``."""
     started = time.perf_counter()
     chosen = choose_stages(pipeline, only, start)
     _check_free(output / RESOLVED_PIPELINE)
-    stage_states(pipeline, output, chosen)  # all errors that can be found beforehand, before anything is written
+    stage_states(pipeline, output, chosen)  # finds errors before anything is written
     with stage_record.lock_pipeline(output):
         output_dir.write_file(output, RESOLVED_PIPELINE, resolved_yaml(pipeline))
         results = _PipelineRun(pipeline, output, chosen, listener).run()
@@ -108,7 +108,7 @@ def run_pipeline(
 
 
 def resolved_yaml(pipeline: Pipeline, states: Mapping[str, StageState] | None = None) -> str:
-    """Return the whole pipeline as YAML that reads back the same, each value with its origin."""
+    """Return the pipeline as YAML that can be read back, each value with its origin."""
     lines = ["stages:"]
     for stage in pipeline.stages:
         state = "" if states is None else f"  # {describe(states[stage.name])}"
@@ -153,7 +153,7 @@ def _state(stage: Stage, place: Path, before: StageRecord, made: Mapping[str, st
 def _check_reads(
     pipeline: Pipeline, output: Path, chosen: list[str], records: Mapping[str, StageRecord | None]
 ) -> None:
-    """Raise UsageError where a stage that is left out is read and has not been done."""
+    """Raise UsageError where a chosen stage reads one that is left out and is not finished."""
     for stage in (pipeline[name] for name in chosen):
         for name in stage.depends_on:
             if name not in chosen and not _is_done(records[name], output / name):
@@ -245,7 +245,7 @@ class _PipelineRun:
         from distillm_cli.runs.train import train
         from distillm_cli.training.checkpoint import visible
 
-        # Checkpoints are of this version of the stage only once the directory has been cleared for it.
+        # Before the directory has been cleared, its checkpoints may be of an earlier version of the stage.
         directories = (place, place / output_dir.SFT)
         has_checkpoint = any(visible(directory / output_dir.CHECKPOINTS) for directory in directories)
         resume = record.status == "started" and has_checkpoint
@@ -254,7 +254,7 @@ class _PipelineRun:
             check_spared(stage.verb, resolved.recipe, place)
         if (fitted := fitted_line(resolved)) is not None:
             self.listener(Note(fitted))
-        # The fingerprint says which version of a stage is read; the pipeline may have been moved since it was started.
+        # The pipeline may have been moved since it was started; fingerprints show which version of a stage is read.
         options = TrainOptions(resume=resume, overwrite=not resume, moved_inputs=_inputs_from_stages(stage))
 
         def on_ready() -> None:
@@ -271,7 +271,7 @@ class _PipelineRun:
         data, file = resolved.recipe.data, place / stage_record.SAMPLES
         source = PromptSource(data=data.source, split=own.split, limit=own.limit or data.limit, samples=own.n)
         settings = Settings(resolved)
-        try:  # the file records what its rows were made with, weights and prompts included
+        try:  # raises where the file's rows are of other weights, prompts or settings
             return generate_responses(own.model, source, settings, self.listener, output=str(file), resume=True)
         except CheckpointError:
             _put_aside(file, self.listener)
@@ -281,7 +281,7 @@ class _PipelineRun:
         from distillm_cli.runs.eval import evaluate_checkpoints
         from distillm_cli.runs.inference import Settings
 
-        # Directories are named by stage: paths may change, and scores must not stand beside those of an earlier path.
+        # Directories are named by stage, since paths may change: scores of an earlier path must be replaced.
         pairs = zip(stage.config.models, own.models, strict=True)
         names = {model: name.removeprefix(PREFIX) for name, model in pairs if name.startswith(PREFIX)}
         models, settings = list(own.models), Settings(resolved)
@@ -307,7 +307,7 @@ class _PipelineRun:
 
 
 def _put_aside(samples: Path, listener: Listener) -> None:
-    """Rename a file of rows that are to be generated again: somebody may have corrected them."""
+    """Rename a file of rows that will be generated again, since somebody may have corrected them."""
     numbered = (samples.with_name(f"{samples.stem}-before-{n}{samples.suffix}") for n in itertools.count(1))
     aside = next(path for path in numbered if not path.exists())
     samples.rename(aside)

@@ -27,27 +27,22 @@ from distillm_cli.models.model_families import context_of
 from distillm_cli.models.pair import check_architectures, check_vocabularies, resolve_device, resolve_dtype
 from distillm_cli.models.shapes import Shape, Sizes, has_weights, load_shape, sizes, weight_bytes
 from distillm_cli.runs import costs, gpus
+from distillm_cli.runs.cache_planning import CachePlan, check_rows, disk_free, plan_cache, workload_of
 from distillm_cli.runs.cache_size import CacheWorkload, uses_rows
 from distillm_cli.runs.prepare import Prepared, new_order, prepare, texts_of
 from distillm_cli.runs.report import check_can_generate, check_selection_metric
 from distillm_cli.runs.run_results import DecodedSequence, PlanResult
-from distillm_cli.runs.teacher_states import CachePlan, check_rows, disk_free, plan_cache, workload_of
 from distillm_cli.training.events import Listener, Note, silent
 from distillm_cli.utils.memory import available_memory, resume_garbage_collection
 from distillm_cli.utils.text import format_bytes, redact
 
 _T = TypeVar("_T")
 _SHOWN_SEQUENCES = 3  # of the decoded batch
-_IN_HOST = (
-    "teacher_states",
-    "rollout_states",
-    "teacher_sample_states",
-)  # whatever the accelerator, they lie in the machine's own memory
+_HOST_PARTS = ("teacher_states", "rollout_states", "teacher_sample_states")  # in the machine's own memory
 
 
 def weights_are_available(recipe: Recipe) -> bool:
-    """Return whether the run's models can be loaded here as they are: directories with weights that fit the free memory, or
-    models from scratch."""
+    """Return whether the run's models can be loaded here: built from scratch, or with weights that fit the free memory."""
     is_needed = recipe.method != "sft" or recipe.student.is_built
     paths = [recipe.student.path, recipe.teacher.path if is_needed else None]
     loaded = [path for path in paths if path is not None and _is_on_disk_or_hub(path)]
@@ -62,7 +57,7 @@ def _is_on_disk_or_hub(path: str) -> bool:
 
 
 def plan_run(resolved: Resolved, listener: Listener) -> PlanResult:
-    """Plan one run, from its models where their weights are here, else from their configs."""
+    """Plan one run, from its models where their weights are available, else from their configs."""
     resume_garbage_collection()
     if not weights_are_available(resolved.recipe):
         return PlanResult(plan_from_configs(resolved, listener)[0])
@@ -73,7 +68,7 @@ def plan_run(resolved: Resolved, listener: Listener) -> PlanResult:
 
 
 def _decoded_batch(run: Prepared) -> tuple[DecodedSequence, ...]:
-    """Return the first sequences of a batch as text; context in one piece, each supervised token in its own."""
+    """Return the first sequences of a batch as text. Each supervised token is one piece, and so is the context before it."""
     decoded = []
     for sequence in run.batch(0)[:_SHOWN_SEQUENCES]:
         turns = set() if sequence.turns is None else set(sequence.turns.tolist())
@@ -94,11 +89,12 @@ def plan_prepared(run: Prepared, resolved: Resolved) -> dict[str, Any]:
     """Return the plan of a run whose models and rows are loaded."""
     teacher = None if run.pair.teacher is None else run.pair.teacher.model
     cache_plan = None if teacher is None else plan_cache(run, workload_of(run))
-    states, cache = {}, {}
+    cached_bytes: dict[str, int] = {}
+    cache: dict[str, Any] = {}
     if cache_plan is not None:
-        states = cache_plan.size.in_memory(cache_plan.mode)
+        cached_bytes = cache_plan.size.in_memory(cache_plan.mode)
         cache = {"teacher_cache": _cache_figures(run, cache_plan)}
-    sized = costs.Run(
+    workload = costs.Workload(
         recipe=run.recipe,
         student=sizes(run.student.model, run.pair.vocab),
         teacher=None if teacher is None else sizes(teacher, run.pair.vocab),
@@ -107,13 +103,13 @@ def plan_prepared(run: Prepared, resolved: Resolved) -> dict[str, Any]:
         itemsize=run.dtype.itemsize,
         teacher_itemsize=2 if teacher is None else teacher.dtype.itemsize,
         device=run.device.type,
-        states=states,
-        cached=cache_plan is not None and bool(cache_plan.size.rows),
-        keeps=cache_plan is not None and cache_plan.mode != "off",
+        cached_bytes=cached_bytes,
+        caches_rows=cache_plan is not None and bool(cache_plan.size.rows),
+        caches_samples=cache_plan is not None and cache_plan.mode != "off",
     )
-    sized = _with_fine_tuning(sized, resolved)
+    workload = _with_sft_stage(workload, resolved)
     dtypes = {"student": run.student.model.dtype, "teacher": None if teacher is None else teacher.dtype}
-    return _run_figures(sized, str(run.device), run.dtype, dtypes) | {"data": _data_figures(run)} | cache
+    return _run_figures(workload, str(run.device), run.dtype, dtypes) | {"data": _data_figures(run)} | cache
 
 
 def _data_figures(run: Prepared) -> dict[str, Any]:
@@ -127,12 +123,12 @@ def _data_figures(run: Prepared) -> dict[str, Any]:
 
 
 def plan_from_configs(
-    resolved: Resolved, listener: Listener = silent, made: Mapping[str, Shape] | None = None
+    resolved: Resolved, listener: Listener = silent, stage_shapes: Mapping[str, Shape] | None = None
 ) -> tuple[dict[str, Any], Shape]:
-    """Return the plan of a run whose weights are not here, and the student's shape. Tokenizer and rows are used where they
-    are available, else the recipe's limits stand for them. A device that the recipe leaves open is taken to be a GPU.
+    """Return the plan of a run from its models' configs, and the student's shape.
 
-    made: shapes of models that are yet to be made, by ``stage:NAME``.
+    Tokenizer and rows are used where they are available, else the recipe's limits. A GPU is assumed where the recipe leaves
+    the device open. stage_shapes: shapes of models that earlier stages of a pipeline make, by ``stage:NAME``.
     """
     recipe = resolved.recipe
     check_selection_metric(recipe)
@@ -141,40 +137,51 @@ def plan_from_configs(
     needed = recipe.needs_responses
     rows, why = read_if_available(lambda: load_rows(recipe.data, "train", require_output=needed), recipe.data.source)
 
-    read = None if rows is None else partial(texts_of, rows, recipe.data)
-    common = {"max_length": recipe.data.max_length, "made": made}
-    origin = None  # of a student that is built after it, for `sft` too
+    texts = None if rows is None else partial(texts_of, rows, recipe.data)
+    common = {"max_length": recipe.data.max_length, "stage_shapes": stage_shapes}
+    origin = None  # the teacher; in `sft`, the model that a built student takes its layers from
     if recipe.teacher.path is not None and (recipe.method != "sft" or recipe.student.is_built):
         origin = load_shape(recipe.teacher.path, revision=recipe.teacher.revision, **common)
-    own = {"revision": recipe.student.revision, "tokenizer": recipe.student.tokenizer}
-    student = load_shape(recipe.student.path, **own, texts=read, teacher=origin, **common)
+    student = load_shape(
+        recipe.student.path,
+        revision=recipe.student.revision,
+        tokenizer=recipe.student.tokenizer,
+        texts=texts,
+        teacher=origin,
+        **common,
+    )
     teacher = origin if recipe.method != "sft" else None
     vocab = student.vocab if teacher is None else min(student.vocab, teacher.vocab)
-    notes = ["weights are not at hand: models by their configs"]
+    notes = ["weights are not available: models by their configs"]
     if teacher is not None:
         check_architectures(teacher, student)
     if teacher is not None and teacher.tokenizer is not None and student.tokenizer is not None:
         check_vocabularies(teacher.tokenizer, student.tokenizer)
     elif teacher is not None:
-        notes.append("a tokenizer is not at hand: whether the vocabularies fit is not known")
+        notes.append("a tokenizer is not available: whether the vocabularies fit is not known")
     examples = None
     tokenizer = student.tokenizer
     if rows is not None and tokenizer is not None:
-        how = {"is_encoder_decoder": student.is_encoder_decoder, "needs_responses": recipe.needs_responses}
-        encoder = Encoder(tokenizer, _data_with_template(recipe, rows, student, teacher), **how)
+        encoder = Encoder(
+            tokenizer,
+            _data_with_template(recipe, rows, student, teacher),
+            is_encoder_decoder=student.is_encoder_decoder,
+            needs_responses=recipe.needs_responses,
+        )
         examples = tokenize(rows, encoder, recipe.data, silent, _context(student, teacher))
         lengths = _measured_lengths(recipe, examples)
     else:
         lengths = _longest_lengths(recipe, rows, student, teacher)
-        notes.append(f"{why or 'no tokenizer at hand'}: every row is taken to be as long as data.max_length allows")
+        notes.append(f"{why or 'no tokenizer available'}: every row is taken to be as long as data.max_length allows")
     is_open = recipe.train.device == "auto"
     device = torch.device("cuda") if is_open else resolve_device(recipe.train.device)
-    dtype, teacher_dtype = (_dtype(name, device, is_open) for name in (recipe.student.dtype, recipe.teacher.dtype))
+    dtype = _dtype(recipe.student.dtype, device, is_open)
+    teacher_dtype = _dtype(recipe.teacher.dtype, device, is_open)
     if is_open:
         notes.append("train.device is auto: planned for a GPU")
     teacher_sizes = None if teacher is None else _frozen(sizes(teacher.model, vocab))
-    cache, states = _predicted_cache(recipe, teacher_sizes, lengths, teacher_dtype.itemsize)
-    sized = costs.Run(
+    cache, cached_bytes = _predicted_cache(recipe, teacher_sizes, lengths, teacher_dtype.itemsize)
+    workload = costs.Workload(
         recipe=recipe,
         student=sizes(_with_adapter(student, recipe), vocab),
         teacher=teacher_sizes,
@@ -183,50 +190,54 @@ def plan_from_configs(
         itemsize=dtype.itemsize,
         teacher_itemsize=teacher_dtype.itemsize,
         device=device.type,
-        states=states,
-        cached=cache is not None and bool(cache["bytes"]),
-        keeps=recipe.teacher.cache != "off",
+        cached_bytes=cached_bytes,
+        caches_rows=cache is not None and bool(cache["bytes"]),
+        caches_samples=recipe.teacher.cache != "off",
     )
-    sized = _with_fine_tuning(sized, resolved)
+    workload = _with_sft_stage(workload, resolved)
     data: dict[str, Any] = {"source": redact(recipe.data.source), "rows": None if rows is None else len(rows)}
     if rows is not None and examples is not None:
         data |= _row_figures(rows, examples) | {"response_tokens": examples.tokens}
     data |= {"longest": lengths.longest, "mean_length": round(lengths.mean, 1)}
     for note in notes:
         listener(Note(note))
-    found = _run_figures(
-        sized, "GPU" if is_open else str(device), dtype, {"student": torch.float32, "teacher": teacher_dtype}
-    )
-    return found | {"data": data, "notes": notes} | ({} if cache is None else {"teacher_cache": cache}), student
+    dtypes = {"student": torch.float32, "teacher": teacher_dtype}
+    figures = _run_figures(workload, "GPU" if is_open else str(device), dtype, dtypes)
+    figures |= {"data": data, "notes": notes}
+    if cache is not None:
+        figures["teacher_cache"] = cache
+    return figures, student
 
 
 def _data_with_template(recipe: Recipe, rows: Rows, student: Shape, teacher: Shape | None) -> DataConfig:
-    """Return the recipe's data section with the template that a run would settle on."""
-    own = student.tokenizer.chat_template
-    other = own if teacher is None or teacher.tokenizer is None else teacher.tokenizer.chat_template
-    if own is None:
-        student.tokenizer.chat_template = other
+    """Return the recipe's data section with the template that a run would choose."""
+    student_template = student.tokenizer.chat_template
+    teacher_template = student_template
+    if teacher is not None and teacher.tokenizer is not None:
+        teacher_template = teacher.tokenizer.chat_template
+    if student_template is None:
+        student.tokenizer.chat_template = teacher_template
     if recipe.data.template != "auto":
         return recipe.data
-    template = resolve_auto_template(rows, own is not None and other is not None)
+    template = resolve_auto_template(rows, student_template is not None and teacher_template is not None)
     return recipe.data if template is None else recipe.data.model_copy(update={"template": template[0]})
 
 
-def _with_fine_tuning(run: costs.Run, resolved: Resolved) -> costs.Run:
-    """Return the run with the stage that ``student.sft_epochs`` asks for, on the same rows and without the teacher."""
+def _with_sft_stage(run: costs.Workload, resolved: Resolved) -> costs.Workload:
+    """Return the run with the fine-tuning stage of ``student.sft_epochs``: the same rows, and no teacher."""
     stage = sft_stage_recipe(resolved)
     if stage is None:
         return run
     per_epoch = run.lengths.steps_per_epoch
     lengths = replace(run.lengths, steps=None if per_epoch is None else _steps(stage.recipe, per_epoch))
-    before = replace(run, recipe=stage.recipe, teacher=None, lengths=lengths, states=None, cached=False)
-    return replace(run, before=before)
+    sft_stage = replace(run, recipe=stage.recipe, teacher=None, lengths=lengths, cached_bytes=None, caches_rows=False)
+    return replace(run, sft_stage=sft_stage)
 
 
 def _run_figures(
-    run: costs.Run, device: str, dtype: torch.dtype, dtypes: Mapping[str, torch.dtype | None]
+    run: costs.Workload, device: str, dtype: torch.dtype, dtypes: Mapping[str, torch.dtype | None]
 ) -> dict[str, Any]:
-    """Return the figures that both ways of planning share."""
+    """Return the figures that do not depend on whether the models were loaded."""
     models: dict[str, Any] = {}
     for name, model_sizes in (("student", run.student), ("teacher", run.teacher)):
         if model_sizes is not None:
@@ -234,13 +245,11 @@ def _run_figures(
     if run.teacher is not None:
         ratio = run.teacher.parameters["total"] / run.student.parameters["total"]
         models["ratio"] = round(ratio, 2)
-    need = costs.memory(run)
-    on_gpu = _on_a_gpu(run)
-    gpu_need = costs.at_once(
-        {part: n for part, n in costs.memory(on_gpu).items() if part not in _IN_HOST}, on_gpu.device
-    )
+    memory = costs.memory(run)
+    gpu_run = _on_gpu(run)
+    gpu_parts = {part: size for part, size in costs.memory(gpu_run).items() if part not in _HOST_PARTS}
     lengths = run.lengths
-    before = {} if run.before is None else {"sft": _fine_tuning_figures(run.before)}
+    sft = {} if run.sft_stage is None else {"sft": _sft_figures(run.sft_stage)}
     return {
         "method": run.recipe.method,
         "device": device,
@@ -250,31 +259,31 @@ def _run_figures(
         "steps": lengths.steps,
         "steps_per_epoch": lengths.steps_per_epoch,
         "sequences_per_step": run.sequences * (2 if run.recipe.objective.row_weight or run.schedule.in_pairs else 1),
-        "memory": need | {"total": costs.at_once(need, run.device)},
+        "memory": memory | {"total": costs.peak_memory(memory, run.device)},
         "step_flops": _step_flops(run),
-        **before,
-        "gpus": costs.on_gpus(on_gpu, gpu_need),
+        **sft,
+        "gpus": costs.gpu_figures(gpu_run, costs.peak_memory(gpu_parts, gpu_run.device)),
         "assumed": gpus.ASSUMED,
     }
 
 
-def _step_flops(run: costs.Run) -> dict[str, float]:
-    return {source: float(f"{gpus.flops(work):.4g}") for source, work in costs.steps(run).items()}
+def _step_flops(run: costs.Workload) -> dict[str, float]:
+    return {source: float(f"{gpus.flops(work):.4g}") for source, work in costs.step_work(run).items()}
 
 
-def _fine_tuning_figures(run: costs.Run) -> dict[str, Any]:
+def _sft_figures(run: costs.Workload) -> dict[str, Any]:
     return {"epochs": run.recipe.train.epochs, "steps": run.lengths.steps, "step_flops": _step_flops(run)}
 
 
-def _on_a_gpu(run: costs.Run) -> costs.Run:
-    """Return the same run on a current GPU, in the type that auto would choose there for the student."""
+def _on_gpu(run: costs.Workload) -> costs.Workload:
+    """Return the same run on a current GPU, with the dtype that auto chooses there for the student."""
     itemsize = gpu_itemsize(run.recipe.student.dtype)
-    before = None if run.before is None else _on_a_gpu(run.before)
-    return replace(run, device="cuda", itemsize=itemsize, before=before)
+    sft_stage = None if run.sft_stage is None else _on_gpu(run.sft_stage)
+    return replace(run, device="cuda", itemsize=itemsize, sft_stage=sft_stage)
 
 
 def model_figures(model_sizes: Sizes, dtype: str) -> dict[str, Any]:
-    """Return a model's sizes. encoder_layers: of an encoder-decoder, whose ``layers`` are the decoder's."""
+    """Return a model's sizes. In an encoder-decoder, ``layers`` are the decoder's, and there are ``encoder_layers``."""
     encoder = {} if model_sizes.encoder is None else {"encoder_layers": model_sizes.encoder.layers}
     return encoder | {
         "kind": model_sizes.kind,
@@ -302,7 +311,7 @@ def _cache_figures(run: Prepared, cache_plan: CachePlan) -> dict[str, Any]:
         return figures
     return figures | {
         "place": str(cache_plan.place),
-        "hit": cache_plan.is_made,
+        "hit": cache_plan.exists,
         "disk_free": disk_free(cache_plan.place),
     }
 
@@ -321,20 +330,21 @@ def _with_adapter(student: Shape, recipe: Recipe) -> PreTrainedModel:
 
 
 def _frozen(model_sizes: Sizes) -> Sizes:
-    """Return the sizes of a teacher: nothing of it is trained."""
+    """Return a model's sizes without trainable parameters, for a teacher."""
     return replace(model_sizes, parameters=model_sizes.parameters | {"trainable": 0})
 
 
 def _predicted_cache(
     recipe: Recipe, teacher: Sizes | None, lengths: costs.Lengths, itemsize: int
 ) -> tuple[dict[str, Any] | None, dict[str, int]]:
-    """Return the same for a run by its shapes, and the parts of the memory.
+    """Return the figures of the teacher cache, predicted from the models' shapes, and its bytes by part of the memory.
 
-    Free memory is not compared: weights that are not at hand run on another machine.
+    Free memory is not checked: where weights are not available, the run takes place on another machine.
     """
     if teacher is None:
         return None, {}
-    mode, rows = recipe.teacher.cache, lengths.rows or 0
+    mode = recipe.teacher.cache
+    rows = lengths.rows or 0
     workload = CacheWorkload(
         recipe=recipe,
         bytes_per_token=teacher.head_in * itemsize,
@@ -343,34 +353,34 @@ def _predicted_cache(
         steps=lengths.steps,
         steps_per_epoch=lengths.steps_per_epoch,
     )
-    found = workload.size(mode)
+    size = workload.size(mode)
     places = {"off": "", "disk": "on disk", "memory": "in memory", "auto": "in memory, where enough is free"}
-    parts = found.described(rows)
+    parts = size.described(rows)
     why = f"{places[mode]}: {parts}"
     if not parts:
-        why = "not cached" if mode == "off" else "not cached: nothing is seen twice"
+        why = "not cached" if mode == "off" else "not cached: no sequence repeats"
     if lengths.rows is None and uses_rows(recipe) and mode != "off":
         why = f"{format_bytes(workload.bytes_per_token)} for each response token of a row{f'; {why}' if parts else ''}"
     cache = {
         "mode": mode,
-        "rows": lengths.rows if found.rows else 0,
-        "bytes": found.rows,
-        "rollout_bytes": found.rollouts,
-        "sample_bytes": found.samples,
+        "rows": lengths.rows if size.rows else 0,
+        "bytes": size.rows,
+        "rollout_bytes": size.rollouts,
+        "sample_bytes": size.samples,
         "why": why,
         "bytes_per_token": workload.bytes_per_token,
     }
-    return cache, found.in_memory(mode)
+    return cache, size.in_memory(mode)
 
 
 def read_if_available(read: Callable[[], _T], source: str) -> tuple[_T | None, str]:
-    """Return what is read of a source of rows; None where it is not available, and why."""
+    """Return the result of ``read``; None where the rows are not available, with the reason."""
     try:
         return read(), ""
     except DataError as error:
         if is_path(source) or local_path(source) is not None:
-            raise  # it is here, or should be: a fault in it is worth more than an estimate
-        return None, f"no rows of {redact(source)} at hand ({error.what.partition(' (')[0].split(': ', 1)[-1]})"
+            raise  # a file on this machine: report what is wrong with it instead of estimating
+        return None, f"no rows of {redact(source)} available ({error.what.partition(' (')[0].split(': ', 1)[-1]})"
 
 
 def _row_figures(rows: Rows, examples: Examples) -> dict[str, Any]:
@@ -388,7 +398,8 @@ def _row_figures(rows: Rows, examples: Examples) -> dict[str, Any]:
 
 
 def _measured_lengths(recipe: Recipe, examples: Examples) -> costs.Lengths:
-    order, lengths = new_order(recipe, examples), examples.lengths
+    order = new_order(recipe, examples)
+    lengths = examples.lengths
     return costs.Lengths(
         longest=int(lengths.max()),
         mean=float(lengths.mean()),
@@ -400,7 +411,7 @@ def _measured_lengths(recipe: Recipe, examples: Examples) -> costs.Lengths:
 
 
 def _longest_lengths(recipe: Recipe, rows: Rows | None, student: Shape, teacher: Shape | None) -> costs.Lengths:
-    """Return the longest lengths allowed: prompts of ``max_prompt_length``, and responses that fill the rest."""
+    """Return the longest allowed lengths: prompts of ``max_prompt_length``, and responses that fill the rest."""
     context = _context(student, teacher)
     longest = recipe.data.max_length if context is None else min(recipe.data.max_length, context)
     prompt = recipe.data.max_prompt_length
@@ -424,8 +435,8 @@ def _steps(recipe: Recipe, per_epoch: int) -> int:
 
 
 def _context(student: Shape, teacher: Shape | None) -> int | None:
-    found = (context_of(s.model.config) for s in (student, teacher) if s)
-    return min((n for n in found if n is not None), default=None)
+    contexts = (context_of(shape.model.config) for shape in (student, teacher) if shape)
+    return min((context for context in contexts if context is not None), default=None)
 
 
 def _dtype(name: str, device: torch.device, is_open: bool) -> torch.dtype:
@@ -433,5 +444,5 @@ def _dtype(name: str, device: torch.device, is_open: bool) -> torch.dtype:
 
 
 def gpu_itemsize(name: str) -> int:
-    """Return the bytes of a value of this compute dtype on a current GPU, where auto is bf16."""
+    """Return the bytes of a value in this compute dtype on a current GPU, where auto is bf16."""
     return 4 if name == "fp32" else 2

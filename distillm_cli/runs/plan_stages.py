@@ -1,4 +1,4 @@
-"""Plan a pipeline: training stages as runs, the others as models that answer prompts."""
+"""Plan a pipeline: training stages as runs, the others as models that respond to prompts."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from distillm_cli.utils.text import counted
 
 
 def plan_pipeline(pipeline: Pipeline, listener: Listener) -> PipelinePlan:
-    """Plan every stage. A model that an earlier stage makes is planned by its shape; rows that it samples by its prompts."""
-    found: dict[str, dict[str, Any]] = {}
+    """Plan every stage. For a model from an earlier stage its shape is used, for rows that a stage samples their prompts."""
+    plans: dict[str, dict[str, Any]] = {}
     shapes: dict[str, Shape] = {}
     samples: dict[str, PlannedSamples] = {}
     for stage in pipeline.stages:
@@ -44,15 +44,15 @@ def plan_pipeline(pipeline: Pipeline, listener: Listener) -> PipelinePlan:
             figures = _plan_generate(stage, resolved.recipe, shapes)
         else:
             figures = _plan_eval(stage, resolved.recipe, shapes, samples)
-        found[stage.name] = {"verb": stage.verb} | figures
+        plans[stage.name] = {"verb": stage.verb} | figures
         if source in samples:
-            figures["notes"].append(f"{source} is not there yet: {samples[source]} stand for it")
-    return PipelinePlan(pipeline.name, found)
+            figures["notes"].append(f"{source} does not exist yet: planned with {samples[source]}")
+    return PipelinePlan(pipeline.name, plans)
 
 
 @dataclass(frozen=True)
 class PlannedSamples:
-    """Describe what a generate stage will make: ``each`` answers to the first ``limit`` prompts of a source."""
+    """Describe the output of a generate stage: ``each`` responses to the first ``limit`` prompts of a source."""
 
     source: str
     limit: int | None
@@ -60,11 +60,11 @@ class PlannedSamples:
 
     def __str__(self) -> str:
         first = "the rows" if self.limit is None else f"the first {counted(self.limit, 'row')}"
-        return f"{first} of {self.source}{'' if self.each == 1 else f', once instead of {self.each} times,'}"
+        return f"{first} of {self.source}{'' if self.each == 1 else f', once instead of {self.each} times'}"
 
 
 def _on_sampled_prompts(samples: PlannedSamples, resolved: Resolved) -> Resolved:
-    """Return a stage's recipe with the rows whose prompts are answered as its data."""
+    """Return a stage's recipe with the rows that the prompts come from as its data."""
     recipe = resolved.recipe
     limits = [limit for limit in (samples.limit, recipe.data.limit) if limit]
     data = recipe.data.model_copy(update={"source": samples.source, "limit": min(limits, default=None)})
@@ -73,10 +73,10 @@ def _on_sampled_prompts(samples: PlannedSamples, resolved: Resolved) -> Resolved
 
 @dataclass(frozen=True)
 class _Prompts:
-    """Describe prompts that a model is to answer.
+    """Describe the prompts that a model responds to.
 
-    rows: how many, None where unknown. tokens, longest: mean and largest length. new_tokens: of a response, at most.
-    each: responses to a prompt.
+    rows: number of prompts, None where unknown. tokens, longest: mean and largest length. new_tokens: most tokens of a
+    response. each: responses per prompt.
     """
 
     rows: int | None
@@ -87,14 +87,16 @@ class _Prompts:
 
     @property
     def responses(self) -> int | None:
+        """Return the number of responses to all prompts, None where unknown."""
         return None if self.rows is None else self.rows * self.each
 
 
 def _plan_generate(stage: Stage, recipe: Recipe, shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    own, name = stage.config, recipe.data.source
+    own = stage.config
+    name = recipe.data.source
     source = PromptSource(data=name, split=own.split, limit=own.limit or recipe.data.limit, samples=own.n)
     rows, why = read_if_available(lambda: read_prompts(source, recipe.data, silent), name)
-    shape = load_shape(own.model, max_length=recipe.data.max_length, made=shapes)
+    shape = load_shape(own.model, max_length=recipe.data.max_length, stage_shapes=shapes)
     prompts = _prompts(rows, shape, recipe, recipe.rollout.max_new_tokens, own.n)
     return _figures({own.model: (shape, [prompts])}, recipe, _notes(why, shape))
 
@@ -103,25 +105,27 @@ def _plan_eval(
     stage: Stage, recipe: Recipe, shapes: Mapping[str, Shape], samples: Mapping[str, PlannedSamples]
 ) -> dict[str, Any]:
     suites = [samples[name].source if name in samples else name for name in recipe.eval.suites]
-    found = [read_if_available(lambda name=name: load_suite(name, recipe, silent).rows, name) for name in suites]
-    if not found:
-        found = [read_if_available(lambda: held_out(recipe, silent).rows, recipe.data.valid or recipe.data.source)]
+    read = [read_if_available(lambda name=name: load_suite(name, recipe, silent).rows, name) for name in suites]
+    if not read:
+        read = [read_if_available(lambda: held_out(recipe, silent).rows, recipe.data.valid or recipe.data.source)]
     each = len(passes(recipe.eval))
-    notes = [why for _, why in found if why]
+    notes = [why for _, why in read if why]
     models = {}
     for name in stage.config.models:
-        shape = load_shape(name, max_length=recipe.data.max_length, made=shapes)
-        prompts = [_prompts(rows, shape, recipe, recipe.eval.max_new_tokens, each) for rows, _ in found]
+        shape = load_shape(name, max_length=recipe.data.max_length, stage_shapes=shapes)
+        prompts = [_prompts(rows, shape, recipe, recipe.eval.max_new_tokens, each) for rows, _ in read]
         models[name] = (shape, prompts)
         notes += _notes("", shape)
     return _figures(models, recipe, list(dict.fromkeys(notes)))
 
 
 def _notes(why: str, shape: Shape) -> list[str]:
-    found = [why] if why else []
+    notes = [why] if why else []
     if shape.tokenizer is None:
-        found.append("a tokenizer is not at hand: every prompt is taken to be as long as data.max_prompt_length allows")
-    return found
+        notes.append(
+            "a tokenizer is not available: every prompt is taken to be as long as data.max_prompt_length allows"
+        )
+    return notes
 
 
 def _prompts(rows: Sequence[Row] | None, shape: Shape, recipe: Recipe, max_new_tokens: int, each: int) -> _Prompts:
@@ -139,8 +143,9 @@ def _prompts(rows: Sequence[Row] | None, shape: Shape, recipe: Recipe, max_new_t
 
 
 def _figures(models: Mapping[str, tuple[Shape, list[_Prompts]]], recipe: Recipe, notes: list[str]) -> dict[str, Any]:
-    """Return the figures of a stage in which models answer prompts. A response costs its share of its batch."""
-    itemsize, batch = gpu_itemsize(recipe.student.dtype), recipe.eval.batch_size
+    """Return the figures of a stage in which models respond to prompts. A response costs its share of its batch."""
+    itemsize = gpu_itemsize(recipe.student.dtype)
+    batch = recipe.eval.batch_size
     model_sizes = {name: sizes(shape.model, shape.vocab) for name, (shape, _) in models.items()}
     jobs = [(model_sizes[name], prompts) for name, (_, suites) in models.items() for prompts in suites]
     work = [_response_work(model, prompts, batch, itemsize) for model, prompts in jobs]
@@ -167,8 +172,8 @@ def _on_gpu(gpu: Gpu, memory: int, work: list[Part], counts: list[int | None]) -
     seconds = [part.seconds(gpu) for part in work]
     entry: dict[str, Any] = {"fits": fits_in_memory(memory, gpu), "response_s": [min(seconds), max(seconds)]}
     if None not in counts:
-        whole = sum(count * s for count, s in zip(counts, seconds, strict=True))
-        entry["run_s"] = [whole, whole]
+        total = sum(count * s for count, s in zip(counts, seconds, strict=True))
+        entry["run_s"] = [total, total]
     return entry
 
 
@@ -179,15 +184,15 @@ def _batch_rows(prompts: _Prompts, batch: int) -> int:
 def _response_work(model: Sizes, prompts: _Prompts, batch: int, itemsize: int) -> Part:
     """Return the work of one response of a batch that is decoded together."""
     rows = _batch_rows(prompts, batch)
-    whole = costs.decoded(model, rows, prompts.tokens, prompts.new_tokens, model.vocab, itemsize)
-    return whole.shared(rows)
+    batch_work = costs.decoding_work(model, rows, prompts.tokens, prompts.new_tokens, model.vocab, itemsize)
+    return batch_work.divided(rows)
 
 
 def _memory(model: Sizes, prompts: _Prompts, batch: int, itemsize: int) -> dict[str, int]:
-    """Return bytes while answering: weights, keys and values, and a step's logits with the tables made of them (float32)."""
+    """Return the bytes while decoding: weights, keys and values, and a step's logits with their tables (float32)."""
     rows = _batch_rows(prompts, batch)
     return {
         "weights": model.parameters["total"] * itemsize,
-        "cache": costs.cache_bytes(model, rows * (prompts.longest + prompts.new_tokens), itemsize),
+        "cache": costs.kv_cache_bytes(model, rows * (prompts.longest + prompts.new_tokens), itemsize),
         "logits": 4 * rows * model.vocab * 4,
     }

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from distillm_cli.models.pair import Pair
 
 FROZEN = "frozen.txt"  # in a checkpoint: fingerprint of the weights below an adapter
-_PROBE_TOKENS = 8  # that the heads are checked on
+_PROBE_TOKENS = 8  # for the check of the heads
 
 
 def total_steps(train: TrainConfig, steps_per_epoch: int) -> int:
@@ -63,10 +63,10 @@ def frozen_digest(student: Backbone) -> str:
 class Prepared:
     """Hold everything that a run needs before its loop: rows, models checked against each other, tokenized examples.
 
-    initial_weights: returns the weights that the student starts with; None: those that it was loaded or built with.
-    teacher_samples: by row, where the recipe names a file of them. model_fingerprints: of what was loaded, by role.
-    resolved_values: values that the recipe left open, with their origin. router_aux: weight of the auxiliary loss of the
-    student's routers.
+    initial_weights: returns the student's initial weights; None: those that it was loaded or built with. teacher_samples: by
+    row, where the recipe names a file of them. model_fingerprints: of the loaded models, by role. resolved_values: values
+    for fields that the recipe leaves open, with their origin. router_aux: weight of the auxiliary loss of the student's
+    routers.
     """
 
     recipe: Recipe
@@ -95,7 +95,7 @@ class Prepared:
 
     @cached_property
     def inputs(self) -> dict[str, str]:
-        """Return fingerprints of the models and rows that the run is made from, by name: a resume compares them."""
+        """Return fingerprints of the run's models and rows, by name. A resume compares them."""
         rows = {"training rows": self.train.sequences, "held-out rows": self.valid.sequences}
         if self.teacher_samples is not None:
             rows["teacher samples"] = [s for _, answers in sorted(self.teacher_samples.items()) for s in answers]
@@ -107,13 +107,13 @@ class Prepared:
 
     @property
     def step_rows(self) -> int:
-        """Return the number of data set rows of a step, which is also that of student outputs."""
+        """Return the number of data set rows of a step, which is also the number of student outputs."""
         train = self.recipe.train
         return min(train.batch_size * train.accumulate, len(self.train))
 
     @property
     def pass_overhead(self) -> int:
-        """Return the overhead by which a step's rows are cut into length groups, also where their states are computed."""
+        """Return the overhead of a pass. Rows are split into length groups by it, for the teacher cache too."""
         return pass_overhead(self.device.type, self.student.model.config.get_text_config().hidden_size)
 
     @property
@@ -133,8 +133,8 @@ class Prepared:
 
     @contextmanager
     def with_start_weights(self) -> Iterator[None]:
-        """Give the student the weights that it started with, inside the block; its current ones afterwards."""
-        give_back_freed_memory()  # a step's gradients and activations: more than the copy that is made here
+        """Give the student its initial weights inside the block, and its current ones afterwards."""
+        give_back_freed_memory()  # of gradients and activations, which is more than the copy needs
         weights = dict(self.start_weights())
         self.student.swap_state(weights)
         try:
@@ -182,7 +182,7 @@ class Prepared:
 
 
 def prepare(recipe: Recipe, listener: Listener, prefetcher: Prefetcher | None = None) -> Prepared:
-    """Read, load and check everything a run needs. prefetcher: of its rows, where it is running already.
+    """Read, load and check everything that a run needs. prefetcher: of its rows, where one is running already.
 
     Raises DataError, ModelError.
     """
@@ -202,7 +202,7 @@ def _prepare(recipe: Recipe, listener: Listener, prefetcher: Prefetcher) -> Prep
     tokenizers = TokenizerCache()
     expected = _expected_tokenizer(recipe, tokenizers)
     prefetcher.expect(expected, {"train": train_rows, "valid": valid_rows})
-    # Imported here, since it takes long: the rows are tokenized meanwhile.
+    # Imported here because it is slow: the rows are tokenized meanwhile.
     from distillm_cli.models.pair import load_pair
 
     resume_garbage_collection()
@@ -248,25 +248,25 @@ def _read_rows(recipe: Recipe, prefetcher: Prefetcher, listener: Listener) -> tu
     train_rows = prefetcher.rows("train", listener)
     valid_rows = prefetcher.rows("valid", listener)
     if shared := overlap(valid_rows, train_rows):
-        ask = "asks" if shared == 1 else "ask"
+        have = "has" if shared == 1 else "have"
         rows = counted(len(valid_rows), "held-out row")
-        listener(Note(f"{shared:,} of the {rows} {ask} what a training row asks too"))
+        listener(Note(f"{shared:,} of the {rows} {have} the prompt of a training row"))
     _check_held_out(recipe, valid_rows, listener)
     return train_rows, valid_rows
 
 
 def _initial_weights(student: Backbone) -> Callable[[], Mapping[str, torch.Tensor]] | None:
-    """Return a copy of an adapter's first weights; None for a student in full, which is loaded or built again instead."""
+    """Return a copy of an adapter's initial weights; None for a full student, which can be loaded or built again."""
     if student.adapter is None:
         return None
-    first = {name: weight.to("cpu", copy=True) for name, weight in student.state().items()}
-    return first.copy
+    initial = {name: weight.to("cpu", copy=True) for name, weight in student.state().items()}
+    return initial.copy
 
 
 def _fingerprints(pair: Pair) -> dict[str, str]:
     """Return the models' fingerprints by role.
 
-    Of weights rounded to bf16, since `auto` may load another dtype on another device.
+    Weights are rounded to bf16 first, since `auto` may load another dtype on another device.
     """
     return {
         role: weights_fingerprint(backbone.model.state_dict().items(), torch.bfloat16)
@@ -323,10 +323,10 @@ def _encoder(
 def _chosen_template(data: DataConfig, pair: Pair, rows: Rows, listener: Listener) -> tuple[str, str] | None:
     """Return the template for rows where the recipe leaves it open, and its origin; None where it does not."""
     both_chat = all(template is not None for template in pair.templates.values())
-    found = resolve_auto_template(rows, both_chat) if data.template == "auto" else None
-    if found is None:
+    settled = resolve_auto_template(rows, both_chat) if data.template == "auto" else None
+    if settled is None:
         return None
-    template, why = found
+    template, why = settled
     other = {"chat": "alpaca", "alpaca": "chat"}.get(template)
     has_choice = other is not None and both_chat and any(row.messages is None for row in rows)
     choice = f"; --set data.template={other} chooses the other form" if has_choice else ""
@@ -356,11 +356,11 @@ def _check_held_out(recipe: Recipe, rows: Rows, listener: Listener) -> None:
 
 
 def _expected_tokenizer(recipe: Recipe, tokenizers: TokenizerCache) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer that the run will most likely have, read before the models; None where that is open."""
+    """Return the tokenizer that the run will most likely use, read before the models; None where it is not known yet."""
     for model in tokenizer_candidates(recipe):
         try:
             return tokenizers.load(model.path, model.revision)
-        except ModelError:  # reported when the model is loaded, after errors that are found before that
+        except ModelError:  # reported when the model is loaded, after earlier errors
             continue
     return None
 
@@ -381,20 +381,24 @@ def _warn_of_longrope(pair: Pair, longest: int, listener: Listener) -> None:
         bound = longrope_bound(model.model.config)
         if bound is not None and longest > bound:
             what = f"rows may be longer than {bound:,} tokens, where the {name}'s rotary factors change (longrope)"
-            how = "what it says of a row depends on the longest one beside it"
-            listener(Warned(f"{what}: {how}; --max-length {bound} keeps them alike"))
+            effect = "its output for a row depends on the longest row of the batch"
+            listener(Warned(f"{what}: {effect}; --max-length {bound} avoids that"))
 
 
 def _check_heads(pair: Pair, context: int | None, listener: Listener) -> None:
     """Compare logits of each head with the model's own on a few tokens; warn where they differ and use the model's own.
 
-    A head does the same to every state, so that any few tokens will do.
+    A head treats every state alike, so a few arbitrary tokens are enough.
     """
     half = max(1, min(_PROBE_TOKENS, context or _PROBE_TOKENS) // 2)
     ids = np.arange(1, half + 1, dtype=np.int32) % pair.vocab
-    # Two lengths, so that padding is checked too.
+    # Two lengths, to check padding too.
     batch = collate([Sequence(ids, ids), Sequence(ids[: max(1, half - 1)], ids)])
     for name, model in pair.models.items():
         if not model.check_head(batch.to(model.device)):
             kind = model.model.config.model_type
-            listener(Warned(f"the {name}'s head ({kind}) is not a plain one: using the model's own logits, slower"))
+            listener(
+                Warned(
+                    f"the {name}'s head ({kind}) is not a plain matrix product: using the model's own logits, slower"
+                )
+            )

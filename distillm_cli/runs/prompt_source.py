@@ -1,4 +1,4 @@
-"""Read the prompts of ``generate``, and format them as they are written beside the responses."""
+"""Read the prompts of ``generate``, and format them for its output."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from distillm_cli.utils.text import all_are
 
 @dataclass(frozen=True)
 class PromptSource:
-    """Say where prompts come from (exactly one of data, prompts and input), how many, and how many samples each gets."""
+    """Describe where prompts come from (exactly one of data, prompts and input), how many, and the samples of each."""
 
     data: str | None = None
     split: str | None = None
@@ -32,7 +32,7 @@ class PromptSource:
 
 
 def read_prompts(source: PromptSource, data: DataConfig, listener: Listener) -> list[Row]:
-    """Return the rows to answer; they may lack a response. Raises DataError."""
+    """Return the rows with the prompts; they need no response. Raises DataError."""
     if source.prompts is not None:
         rows = [Row(instruction=text, where=f"--prompt {i}") for i, text in enumerate(source.prompts, start=1)]
         return rows[: source.limit]
@@ -41,10 +41,11 @@ def read_prompts(source: PromptSource, data: DataConfig, listener: Listener) -> 
     is_text_file = source.input is not None and path_kind(path) != "directory" and format_of(path) is None
     if source.input == "-" or is_text_file:
         return _lines(source.input, data, listener)[: source.limit]
-    # Not the training rows of the model's own recipe.
+    # A model's own recipe may limit its training rows and name validation rows: neither concerns the prompts.
     data = data.model_copy(update={"source": name, "valid": None, "limit": None})
-    split = source.split or ("test" if path_kind(path) == "file" else "train")  # of a single file, test is all of it
-    stand_in = source.split is None  # a split that was asked for is that one, or an error
+    # The test split of a single file is the whole file.
+    split = source.split or ("test" if path_kind(path) == "file" else "train")
+    stand_in = source.split is None  # a split that the user names is required
     rows = load_rows(data, split, listener=listener, require_output=False, limit=source.limit, stand_in=stand_in)
     return list(rows)
 
@@ -59,15 +60,15 @@ def _lines(source: str, data: DataConfig, listener: Listener) -> list[Row]:
     except UnicodeDecodeError as error:
         raise DataError(f"{source}: not UTF-8 (byte {error.start})") from None
     name = "stdin" if source == "-" else Path(source).name
-    found = [(f"{name}:{number}", line.rstrip("\r")) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not found:
-        raise DataError(f"{name}: no prompts in it", hint="one a line")
+    numbered = [(f"{name}:{number}", line.rstrip("\r")) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not numbered:
+        raise DataError(f"{name}: no prompts in it", hint="one per line")
     rows = []
-    for where, line in found:
+    for where, line in numbered:
         try:
             record = json.loads(line) if line.lstrip().startswith("{") else None
         except ValueError:
-            record = None  # a prompt may well begin with a brace
+            record = None  # a prompt that begins with a brace
         if not isinstance(record, dict):
             rows.append(Row(instruction=line, where=where))
             continue
@@ -80,28 +81,28 @@ def _lines(source: str, data: DataConfig, listener: Listener) -> list[Row]:
                 ) from None
             listener(Warned(f"skipped {where}: {error}"))
     if not rows:
-        raise DataError(f"{name}: {all_are(len(found), 'row')} broken")
+        raise DataError(f"{name}: {all_are(len(numbered), 'row')} broken")
     return rows
 
 
 def exact_texts(rows: list[Row], ids: list[np.ndarray], encoder: Encoder, listener: Listener) -> list[str]:
-    """Return each prompt as the text that gives the same tokens when it is read back as a row's exact prompt.
+    """Return each prompt as text that gives the same tokens when it is read as the exact prompt of a row.
 
-    A chat template writes the beginning-of-sequence token itself, while the encoder puts it before an exact prompt. Rows
-    of messages are read back as messages, whatever their prompt's text.
+    A chat template writes the beginning-of-sequence token itself, while the encoder adds it to an exact prompt. Rows of
+    messages are read as messages, so the text of their prompt does not matter.
     """
     texts = [encoder.renderer.prompt(row) for row in rows]
-    suspects = [i for i, row in enumerate(rows) if encoder.renderer.form(row) == "chat"]
-    if not suspects:
+    chat_rows = [i for i, row in enumerate(rows) if encoder.renderer.form(row) == "chat"]
+    if not chat_rows:
         return texts
     reader = encoder.with_settings(template="exact")
     start = encoder.tokenizer.bos_token
-    lost = 0
-    for i in suspects:
+    inexact = 0
+    for i in chat_rows:
         candidates = [texts[i], *([texts[i].removeprefix(start)] if start else [])]
         exact = [text for text in candidates if np.array_equal(reader.prompt_ids(Row(prompt=text)), ids[i])]
         texts[i] = exact[0] if exact else texts[i]
-        lost += not exact and rows[i].messages is None
-    if lost:
-        listener(Warned(f"{lost:,} chat prompts cannot be written so that they read back as the same tokens"))
+        inexact += not exact and rows[i].messages is None
+    if inexact:
+        listener(Warned(f"{inexact:,} chat prompts cannot be written so that they read back as the same tokens"))
     return texts

@@ -30,9 +30,9 @@ def publish_model(
     report: Mapping[str, ModelReport],
     measured_on: str,
 ) -> None:
-    """Write the student, its tokenizer and its card into ``output``: then ``from_pretrained(output)`` works.
+    """Write the student, its tokenizer and its card into ``output``, where ``from_pretrained(output)`` finds them.
 
-    report: by model name. measured_on: the rows, and how they were answered, in words. Raises StorageError.
+    report: by model name. measured_on: the rows and how responses were decoded, in words. Raises StorageError.
     """
     hint = "free some space, then type the command again with --resume: nothing is trained again"
     with storing(f"cannot write the model into {output}", hint), output_dir.publishing(output) as staged:
@@ -49,8 +49,8 @@ def model_card(
 ) -> str:
     """Return the model card: Markdown with the front matter that the hub reads.
 
-    report: by model name, with ``valid_loss`` and ``scores``. task: the hub's name for what such a model does.
-    measured_on: the rows, and how they were answered, in words.
+    report: by model name, with ``valid_loss`` and ``scores``. task: the hub's name for the model's task.
+    measured_on: the rows and how responses were decoded, in words.
     """
     recipe = resolved.recipe
     student = recipe.student

@@ -1,6 +1,6 @@
 """Measure a run's models on its held-out rows: at the end of training, or to select checkpoints.
 
-Metrics, which take long to import, are imported only where something is scored.
+Metrics are slow to import, so they are imported only where responses are scored.
 """
 
 from __future__ import annotations
@@ -35,13 +35,16 @@ if TYPE_CHECKING:
     from distillm_cli.evaluation.evaluate import SuiteResult
     from distillm_cli.models.backbone import Backbone
 
-# Models in the report: before training; after the fine-tuning stage, where there is one; at the end.
-BEFORE, FINE_TUNED, AFTER, TEACHER = "student before", "student after sft", "student after", "teacher"
+# The models of a report. FINE_TUNED: after the fine-tuning stage, where there is one.
+BEFORE = "student before"
+FINE_TUNED = "student after sft"
+AFTER = "student after"
+TEACHER = "teacher"
 
 
 @dataclass(frozen=True)
 class ModelReport:
-    """Hold one model's figures on the held-out rows, and its answers to the first of them."""
+    """Hold one model's figures on the held-out rows, and its responses to the first of them."""
 
     valid_loss: float | None
     scores: dict[str, float | None]
@@ -49,19 +52,19 @@ class ModelReport:
 
 
 def labels(state: TrainerState, *, after_sft: bool) -> dict[str, str]:
-    """Return the models' names with the step that their weights are of, for people. after_sft: of a stage before."""
-    kept = state.step if state.best_step is None else state.best_step
+    """Return the models' names with the step of their weights, for people. after_sft: of a fine-tuning stage."""
+    final_step = state.step if state.best_step is None else state.best_step
     start = FINE_TUNED if after_sft else BEFORE
-    return {BEFORE: BEFORE, TEACHER: TEACHER, start: f"{start}, step 0", AFTER: f"{AFTER}, step {kept:,}"}
+    return {BEFORE: BEFORE, TEACHER: TEACHER, start: f"{start}, step 0", AFTER: f"{AFTER}, step {final_step:,}"}
 
 
 def selects_by_metric(recipe: Recipe) -> bool:
-    """Return whether checkpoints are selected by a metric of generated answers."""
+    """Return whether checkpoints are selected by a metric of generated responses."""
     return recipe.train.select in plugins.metrics
 
 
 def check_selection_metric(recipe: Recipe) -> None:
-    """Raise UsageError where checkpoints are selected by a metric and no answers are generated."""
+    """Raise UsageError where checkpoints are selected by a metric and no responses are generated."""
     if selects_by_metric(recipe) and not recipe.eval.report_rows:
         what = f"train.select = {recipe.train.select} is measured on eval.report_rows held-out rows, and that is 0"
         raise UsageError(what, hint="try --set eval.report_rows=100, or --set train.select=valid_loss")
@@ -70,15 +73,16 @@ def check_selection_metric(recipe: Recipe) -> None:
 def check_can_generate(run: Prepared) -> None:
     """Raise ModelError where a model that the run samples from, or selects checkpoints by, cannot generate.
 
-    The table at the end can do without answers. Raises UsageError where the metric that selects checkpoints is undefined
-    on the held-out rows.
+    The report at the end does not require responses. Raises UsageError where the metric that selects checkpoints is
+    undefined on the held-out rows.
     """
     for model in sampling_models(run) + ([run.student] if selects_by_metric(run.recipe) else []):
         model.check_decoding()
     if selects_by_metric(run.recipe):
         from distillm_cli.evaluation.metrics import undefined_reason
 
-        select, config = run.recipe.train.select, run.recipe.eval
+        select = run.recipe.train.select
+        config = run.recipe.eval
         references = [row.references for row in run.valid.rows[: config.report_rows]]
         if references and (why := undefined_reason(select, references, config.rouge_tokenizer)) is not None:
             raise UsageError(f"train.select: {why}", where=run.valid_rows.name)
@@ -87,9 +91,9 @@ def check_can_generate(run: Prepared) -> None:
 class Report:
     """Measure student before, student after and teacher on the same held-out rows, one pass of generation each.
 
-    All of it happens after the last step: the student's first weights are loaded or built again, and so is the teacher
-    where it was released. Figures and answers are saved under ``directory``. After a fine-tuning stage, "student before"
-    and the fine-tuned student are read from that stage's report.
+    Everything is measured after the last step: the student's initial weights are loaded or built again, and the teacher
+    is loaded again where it was released. Figures and responses are saved under ``directory``. After a fine-tuning stage,
+    "student before" and the fine-tuned student are read from that stage's report.
     """
 
     def __init__(self, run: Prepared, directory: Path, listener: Listener):
@@ -105,28 +109,28 @@ class Report:
         self.config = config.model_copy(update={"seeds": config.seeds[:1], "metrics": tuple(metrics)})
 
     def all(self, trainer: Trainer) -> dict[str, ModelReport]:
-        """Measure every model; returns their reports by name."""
+        """Measure every model; return their reports by name."""
         from distillm_cli.models.pair import reload_teacher
 
         run = self.run
         self.labels = labels(trainer.state, after_sft=bool(run.recipe.student.sft_epochs))
-        trainer.optimizer.state.clear()  # no longer needed, and the teacher may be loaded once more
+        trainer.optimizer.state.clear()  # no longer needed; makes room for the teacher, which may be loaded again
         teacher = run.pair.teacher
         if teacher is not None and trainer.teacher.has_released_model:
             teacher = reload_teacher(run.recipe, run.pair, run.device)
         if not self._all_can_generate({"student": run.student, "teacher": teacher}):
             self.suite = replace(self.suite, rows=[])
-        found = {AFTER: self._measure(run.student, AFTER, _valid_loss(run.student, trainer))}
+        reports = {AFTER: self._measure(run.student, AFTER, _valid_loss(run.student, trainer))}
         if teacher is not None:
-            found[TEACHER] = self._measure(teacher, TEACHER, _valid_loss(teacher, trainer))
+            reports[TEACHER] = self._measure(teacher, TEACHER, _valid_loss(teacher, trainer))
         if run.recipe.student.sft_epochs:
-            return found | self._stage_reports({BEFORE: BEFORE, AFTER: FINE_TUNED})
+            return reports | self._stage_reports({BEFORE: BEFORE, AFTER: FINE_TUNED})
         with run.with_start_weights() if self.suite.rows else nullcontext():
-            found[BEFORE] = self._measure(run.student, BEFORE, trainer.state.first_valid_loss)
-        return found
+            reports[BEFORE] = self._measure(run.student, BEFORE, trainer.state.first_valid_loss)
+        return reports
 
     def _all_can_generate(self, models: Mapping[str, Backbone | None]) -> bool:
-        """Return whether there are rows to answer and every model can generate; warn where one cannot."""
+        """Return whether there are rows to respond to and every model can generate; warn where one cannot."""
         for name, model in models.items() if self.suite.rows else ():
             try:
                 if model is not None:
@@ -149,17 +153,17 @@ class Report:
         return self._save(name, ModelReport(valid_loss, scores, answers))
 
     def _stage_reports(self, names: dict[str, str]) -> dict[str, ModelReport]:
-        """Return the reports of the fine-tuning stage that still exist, and save them here too.
+        """Return the reports of the fine-tuning stage that still exist, and save them in this directory too.
 
-        names: a model's name there → its name here.
+        names: from a model's name in the stage to its name in this report.
         """
         place = self.directory.parents[1] / output_dir.SFT / output_dir.EVAL / self.directory.name
-        files = {here: place / _file_name(there) for there, here in names.items()}
-        return {
-            here: self._save(here, ModelReport(**json.loads(file.read_text(encoding="utf-8"))))
-            for here, file in files.items()
-            if file.is_file()
-        }
+        reports = {}
+        for stage_name, name in names.items():
+            file = place / _file_name(stage_name)
+            if file.is_file():
+                reports[name] = self._save(name, ModelReport(**json.loads(file.read_text(encoding="utf-8"))))
+        return reports
 
     def _save(self, name: str, report: ModelReport) -> ModelReport:
         text = json.dumps(vars(report), ensure_ascii=False, indent=1)
@@ -168,31 +172,37 @@ class Report:
 
     @property
     def measured_on(self) -> str:
-        """Return which rows the figures are of, and how those were answered, in words."""
-        rows, answered, config = counted(len(self.run.valid), "held-out row"), len(self.suite.rows), self.config
+        """Return in words which rows were measured, and how responses were decoded."""
+        rows = counted(len(self.run.valid), "held-out row")
+        answered = len(self.suite.rows)
+        config = self.config
         if not answered:
             return f"on {rows}"
-        narrowed = [f"top-p {config.top_p:g}"] if config.top_p < 1 else []
-        narrowed += [f"top-k {config.top_k}"] if config.top_k else []
-        sampled = ", ".join([f"sampled at T = {config.temperature:g}", *narrowed])
-        how = "decoded greedily" if config.greedy or config.temperature == 0 else sampled
-        which = "" if answered == len(self.run.valid) else f" on the first {answered:,} of them,"
-        return f"valid CE on {rows}; scores{which} {how}, in {self._precision()}"
+        if config.greedy or config.temperature == 0:
+            decoding = "decoded greedily"
+        else:
+            decoding = f"sampled at T = {config.temperature:g}"
+            decoding += f", top-p {config.top_p:g}" if config.top_p < 1 else ""
+            decoding += f", top-k {config.top_k}" if config.top_k else ""
+        subset = "" if answered == len(self.run.valid) else f" on the first {answered:,} of them,"
+        return f"valid CE on {rows}; scores{subset} {decoding}, in {self._precision()}"
 
     def _precision(self) -> str:
-        """Return what models decode in: the precision of their weights, the student in that of training."""
+        """Return the dtype that the models decode in, in words: that of their weights."""
         run = self.run
-        own = dtype_name(run.student.model.dtype)
-        teachers = own if run.pair.teacher is None else dtype_name(resolve_dtype(run.recipe.teacher.dtype, run.device))
-        return own if own == teachers else f"{own} (teacher: {teachers})"
+        student = dtype_name(run.student.model.dtype)
+        if run.pair.teacher is None:
+            return student
+        teacher = dtype_name(resolve_dtype(run.recipe.teacher.dtype, run.device))
+        return student if student == teacher else f"{student} (teacher: {teacher})"
 
     def score(self) -> dict[str, float]:
-        """Return the figure that selects checkpoints, for the student as it is now."""
+        """Return the metric that selects checkpoints, for the student's current weights."""
         result = self._generate(self.run.student, "validating")
         return {metric: score.mean for metric, score in result.scores.items()}
 
     def _generate(self, model: Backbone, name: str) -> SuiteResult:
-        from distillm_cli.evaluation.evaluate import evaluate  # with its metrics, whose libraries take long to import
+        from distillm_cli.evaluation.evaluate import evaluate  # slow: imports the libraries of the metrics
 
         with eval_mode(model):
             return evaluate(model, self.run.encoder, self.suite, self.config, _renamed_progress(self.listener, name))
@@ -212,8 +222,10 @@ def _renamed_progress(listener: Listener, name: str) -> Listener:
 
 
 def _valid_loss(model: Backbone, trainer: Trainer) -> float | None:
-    """Return the mean cross-entropy per token on the validation rows, nats, as measured for the student. The student is
-    measured as it computed in training, the teacher in its own dtype, as it taught. None without validation rows."""
+    """Return the mean cross-entropy per token on the validation rows, nats; None without validation rows.
+
+    The student computes in its training precision, the teacher in its own dtype, as in training.
+    """
     if not trainer.validator.batches:
         return None
     is_student = model is trainer.student_loss.student

@@ -1,4 +1,4 @@
-"""Write the file of ``generate``: whole lines in order, resumable, overwritten only on request.
+"""Write the file of ``generate``: complete lines in order. It can be resumed, and is overwritten only on request.
 
 The settings of a file are in a hidden file beside it, ``.NAME.generate.json``, so that the rows stay plain data and a
 resume can tell whether they are still the same.
@@ -21,7 +21,7 @@ Line = dict[str, Any]
 
 
 class ResponseFile:
-    """Write an output file. ``count``: whole rows in it."""
+    """Write an output file. count: number of complete rows in it."""
 
     def __init__(self, path: Path, *, resume: bool, overwrite: bool):
         """Raise UsageError for a path that cannot be used; nothing is written yet."""
@@ -37,11 +37,11 @@ class ResponseFile:
         self.count = 0
         self._check_free()
         self.record = path.with_name(f".{path.name}.generate.json")
-        self._lock = ExitStack()  # no other process writes the file while this holds it
+        self._lock = ExitStack()  # holds the file's lock
 
     def _check_free(self) -> None:
         if self.path.exists() and not (self.resume or self.overwrite):
-            hint = "choose another, or give --resume to go on or --overwrite to start anew"
+            hint = "choose another, or give --resume to continue or --overwrite to start over"
             raise UsageError(f"--output {self.path} exists", hint=hint)
 
     def begin(self, settings: Mapping[str, Any], expected: SequenceOf[Mapping[str, Any]]) -> None:
@@ -54,10 +54,10 @@ class ResponseFile:
         is_new = not self.path.exists()
         with _writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.open("ab").close()  # where locks are missing, too, it must be writable
+            self.path.open("ab").close()  # it must be writable also where the system has no locks
             self._lock.enter_context(locked(self.path, self._refuse))
         if not is_new:
-            self._check_free()  # again: another run may have begun and ended while this one's model was loaded
+            self._check_free()  # again: another run may have written it while the model was loaded
         if self.resume and not is_new:
             self._compare(settings)
             self.count = self._verify(expected)
@@ -89,36 +89,36 @@ class ResponseFile:
     def _compare(self, settings: Mapping[str, Any]) -> None:
         hint = f"resume with the settings it was started with, or {START_OVER}"
         try:
-            before = json.loads(self.record.read_text(encoding="utf-8"))
+            recorded = json.loads(self.record.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise CheckpointError(f"how {self.path} was made is not known: no {self.record.name}", hint=hint) from None
-        changed = [key for key, value in settings.items() if before.get(key) != value]
+        changed = [key for key, value in settings.items() if recorded.get(key) != value]
         if changed:
             key = changed[0]
-            values = (before.get(key), settings[key])
-            how = f"was {values[0]}, now {values[1]}" if all(len(str(v)) < 30 for v in values) else "differ"
+            values = (recorded.get(key), settings[key])
+            are_short = all(len(str(value)) < 30 for value in values)
+            difference = f"was {values[0]}, now {values[1]}" if are_short else "differ"
             more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-            raise CheckpointError(f"{self.path} was made otherwise: {key} {how}{more}", hint=hint)
+            raise CheckpointError(f"{self.path} was made otherwise: {key} {difference}{more}", hint=hint)
 
     def _verify(self, expected: SequenceOf[Mapping[str, Any]]) -> int:
-        """Return the number of whole rows; half a line at the end, of a write that was cut off, is removed."""
+        """Return the number of complete rows; a part of a line at the end, from an interrupted write, is removed."""
         raw = self.path.read_bytes()
-        whole = raw[: raw.rfind(b"\n") + 1]
-        lines = whole.split(b"\n")[:-1]
-        hint = START_OVER
+        complete = raw[: raw.rfind(b"\n") + 1]
+        lines = complete.split(b"\n")[:-1]
         if len(lines) > len(expected):
-            raise CheckpointError(f"{self.path} has {len(lines)} rows, {len(expected)} are wanted", hint=hint)
-        for number, (line, wanted) in enumerate(zip(lines, expected, strict=False), start=1):
+            raise CheckpointError(f"{self.path} has {len(lines)} rows, {len(expected)} are expected", hint=START_OVER)
+        for number, (line, fields) in enumerate(zip(lines, expected, strict=False), start=1):
             try:
                 row = json.loads(line)
-                same = all(row[key] == value for key, value in wanted.items())
+                is_same = all(row[key] == value for key, value in fields.items())
             except (ValueError, KeyError, TypeError):
-                same = False
-            if not same:
-                raise CheckpointError(f"{self.path}:{number} is not the row that belongs there", hint=hint)
-        if len(whole) < len(raw):
+                is_same = False
+            if not is_same:
+                raise CheckpointError(f"{self.path}:{number} is not the row that belongs there", hint=START_OVER)
+        if len(complete) < len(raw):
             with _writing(self.path):
-                os.truncate(self.path, len(whole))
+                os.truncate(self.path, len(complete))
         return len(lines)
 
 

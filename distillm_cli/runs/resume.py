@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from distillm_cli.models.backbone import Backbone
 
 
-# Values that a run chooses when it starts, and that its resume takes over where the recipe leaves them open.
+# Fields with a value that the run chooses at its start and a resume reuses; here the values that leave them open.
 _CHOSEN_AT_START = {"data.template": "auto", "data.date": None}
 
 
@@ -35,27 +35,28 @@ def with_recorded_values(resolved: Resolved, output: Path) -> Resolved:
     """Return the recipe with the values that the run in ``output`` chose when it started."""
     try:
         recorded = load_resolved(output / output_dir.RECIPE)
-    except RecipeError:  # damaged or missing: whatever differs shows in the checkpoint's own copy
+    except RecipeError:  # damaged or missing: differences are found in the checkpoint's own copy
         return resolved
-    found = {}
-    for key, is_open in _CHOSEN_AT_START.items():
-        if value_of(resolved.recipe, key) == is_open and (value := value_of(recorded, key)) != is_open:
-            found[key] = (value, "the run that is resumed")
-    return with_resolved_values(resolved, found)
+    chosen = {}
+    for key, open_value in _CHOSEN_AT_START.items():
+        value = value_of(recorded, key)
+        if value_of(resolved.recipe, key) == open_value and value != open_value:
+            chosen[key] = (value, "the run that is resumed")
+    return with_resolved_values(resolved, chosen)
 
 
-# Settings that a resume may change, beside those that shape no step: how often it saves, what it exports, and how long it
-# runs, which ``check_total_steps`` looks at.
+# Settings that a resume may change, apart from those that no step depends on: how often it saves, what it exports, and how
+# long it runs, which ``check_total_steps`` checks.
 _MAY_CHANGE = ("train.save_steps", "student.save_dtype", "train.steps", "train.epochs")
 
 
 def find_checkpoint(
     output: Path, recipe: Recipe, *, is_required: bool = True, moved_inputs: Collection[str] = ()
 ) -> Checkpoint | None:
-    """Return the newest checkpoint of a run, None where there is none and none is required.
+    """Return the newest checkpoint of a run; None without one, if none is required.
 
-    moved_inputs: dotted keys of inputs that are known to be the same ones, wherever they are now. Raises CheckpointError
-    where it is of another recipe or unreadable.
+    moved_inputs: dotted keys of inputs whose paths may have changed; they are known to be the same. Raises CheckpointError
+    for a checkpoint of another recipe or an unreadable one.
     """
     checkpoint = latest(output / output_dir.CHECKPOINTS)
     if checkpoint is None and not is_required:
@@ -65,7 +66,8 @@ def find_checkpoint(
     _check_readable(checkpoint)
     changed = _changed_settings(checkpoint, recipe, moved_inputs)
     if changed:
-        (key, then, now), more = changed[0], f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        key, then, now = changed[0]
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise CheckpointError(
             f"the checkpoint is of another recipe: {key} was {then!r}, now {now!r}{more}",
             where=str(checkpoint.path),
@@ -75,9 +77,9 @@ def find_checkpoint(
 
 
 def _check_readable(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError where the checkpoint's state lacks a part, or another version wrote it."""
+    """Raise CheckpointError where a part of the checkpoint's state is missing, or another version wrote it."""
     if absent := [part for part in ("progress", "recipe") if not isinstance(checkpoint.state.get(part), dict)]:
-        what = f"checkpoint unreadable: its state.json says no {absent[0]}"
+        what = f"checkpoint unreadable: its state.json has no {absent[0]}"
         raise CheckpointError(what, where=str(checkpoint.path), hint=START_OVER)
     with as_checkpoint_error(checkpoint):
         TrainerState(**checkpoint.state["progress"])
@@ -102,7 +104,7 @@ def _changed_settings(
 def check_same_inputs(checkpoint: Checkpoint, inputs: Mapping[str, str]) -> None:
     """Raise CheckpointError where models or rows are not those that the run was started with.
 
-    inputs: fingerprints by name; the student's as it was loaded, before the checkpoint's weights.
+    inputs: fingerprints by name; the student's is of its initial weights, before the checkpoint's are loaded.
     """
     for name, known in checkpoint.state.get("inputs", {}).items():
         if name in inputs and inputs[name] != known:
@@ -115,7 +117,7 @@ def check_same_inputs(checkpoint: Checkpoint, inputs: Mapping[str, str]) -> None
 
 @contextmanager
 def as_checkpoint_error(checkpoint: Checkpoint) -> Iterator[None]:
-    """Turn every failure to read a whole checkpoint into CheckpointError: another version wrote it."""
+    """Turn every failure to read a complete checkpoint into CheckpointError: another version wrote it."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, OSError) as error:
@@ -132,21 +134,22 @@ def as_checkpoint_error(checkpoint: Checkpoint) -> Iterator[None]:
 def check_total_steps(checkpoint: Checkpoint, steps: int, steps_per_epoch: int, listener: Listener) -> None:
     """Warn of a resume that runs for more steps than before. steps: of the run now. Raises CheckpointError for fewer."""
     with as_checkpoint_error(checkpoint):
-        then, reached = checkpoint.state["recipe"], checkpoint.state["progress"]["step"]
-        known = {key: then[f"train.{key}"] for key in ("steps", "epochs") if f"train.{key}" in then}
-        before = total_steps(TrainConfig.model_validate(known), steps_per_epoch)
-    if steps < before:
+        recorded = checkpoint.state["recipe"]
+        step = checkpoint.state["progress"]["step"]
+        length = {key: recorded[f"train.{key}"] for key in ("steps", "epochs") if f"train.{key}" in recorded}
+        earlier_steps = total_steps(TrainConfig.model_validate(length), steps_per_epoch)
+    if steps < earlier_steps:
         raise CheckpointError(
-            f"the run was started with {before:,} steps, now it has {steps:,}",
+            f"the run was started with {earlier_steps:,} steps, now it has {steps:,}",
             where=str(checkpoint.path),
             hint="resume with as many or more, or choose another --output",
         )
-    if steps > before:
+    if steps > earlier_steps:
         listener(
             Warned(
-                f"the run is longer than it was: {steps:,} steps instead of {before:,}. The learning rate, and "
-                "what else depends on the share of the run that is done, follows the longer run from step "
-                f"{reached + 1:,} on, so the result differs from that of an uninterrupted run"
+                f"the run is longer than it was: {steps:,} steps instead of {earlier_steps:,}. The learning rate, and "
+                "what else depends on the progress of the run, follows the longer run from step "
+                f"{step + 1:,} on, so the result differs from that of an uninterrupted run"
             )
         )
 
@@ -160,7 +163,7 @@ def _is_same_value(then: object, now: object) -> bool:
 
 
 def _shapes_steps(key: str, now: ValueOf) -> bool:
-    """Return whether the steps depend on a field: checkpoints also list fields that the run never reads."""
+    """Return whether the steps depend on a field: checkpoints also contain fields that the run does not read."""
     return key not in leaves() or is_used(key, now)
 
 
@@ -178,7 +181,7 @@ def best_checkpoint(output: Path) -> Checkpoint:
 
 
 def restore_student(student: Backbone, checkpoint: Checkpoint) -> None:
-    """Load a checkpoint's weights into the student. Raises CheckpointError where the model under an adapter has changed."""
+    """Load a checkpoint's weights into the student. Raises CheckpointError where an adapter's base model has changed."""
     with as_checkpoint_error(checkpoint):
         student.load_state(checkpoint_weights(student, checkpoint))
 
@@ -194,6 +197,6 @@ def checkpoint_weights(student: Backbone, checkpoint: Checkpoint) -> Mapping[str
         raise CheckpointError(
             "the model under the adapter is not the one that this run started with",
             where=str(checkpoint.path),
-            hint=f"put back the weights of {student.adapter.config.base_model_name_or_path}, or start anew",
+            hint=f"put back the weights of {student.adapter.config.base_model_name_or_path}, or start over",
         )
     return student.adapter.read(checkpoint.path)

@@ -1,4 +1,4 @@
-"""Define what each verb returns: the object of ``--json``, and what the tables for people are drawn from.
+"""Define the result of each verb: the object of ``--json``, and the data of the tables for people.
 
 Plain data; ``ui`` renders it. ``as_json`` of a result is what scripts read.
 """
@@ -30,7 +30,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Hold a prompt, its accepted answers (the first is shown), and the answer of each model by the model's name."""
+    """Hold a prompt, its references (the first is shown), and the response of each model by the model's name."""
 
     prompt: str
     references: Sequence[str]
@@ -39,12 +39,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class TrainSummary:
-    """Hold what is shown at the end of a training beside its figures.
+    """Hold what is shown at the end of training, apart from its figures.
 
-    outcomes: the models on held-out rows, the starting point first. measured_on: which rows, and how they were answered.
+    outcomes: the models on held-out rows, the initial student first. measured_on: which rows, and how they were decoded.
     sources: steps by source. phi_history: φ at the start and after each validation. schedule: its kind, None for SFT.
-    row_weight: weight of the data set rows beside student outputs, 0 where there are none. suites, prompt: to fill in the
-    commands to type next. has_sft_stage: the fine-tuned student is in ``sft/``. has_answers: there are rows to score on.
+    row_weight: weight of the data set rows in steps on student outputs, 0 without them. suites, prompt: for the suggested
+    next commands. has_sft_stage: the fine-tuned student is in ``sft/``. has_answers: there are rows to score on.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -62,9 +62,9 @@ class TrainSummary:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Hold the result of ``sft`` and ``distill``. seconds: ``wall_s`` of everything, ``train_s`` of the steps alone.
+    """Hold the result of ``sft`` and ``distill``. seconds: ``wall_s`` of the command, ``train_s`` of the steps alone.
 
-    report: by model ("student_after", "teacher", …), its ``valid_loss`` and scores. teacher_cache, teacher_tokens: None
+    report: ``valid_loss`` and scores by model ("student_after", "teacher", …). teacher_cache, teacher_tokens: None
     without a teacher.
     """
 
@@ -190,8 +190,8 @@ class DecodedSequence:
 
 @dataclass(frozen=True)
 class PlanResult:
-    """Hold the result of ``plan``. figures: the object of ``--json`` but its head. batch: the first sequences, decoded;
-    empty where the models' weights are not available."""
+    """Hold the result of ``plan``. figures: the ``--json`` object without command and status. batch: the first sequences,
+    decoded; empty where the models' weights are not available."""
 
     figures: Mapping[str, Any]
     batch: tuple[DecodedSequence, ...] = ()
@@ -215,7 +215,7 @@ class PipelinePlan:
 
 @dataclass(frozen=True)
 class StageResult:
-    """Hold what became of a pipeline's stage. status: "done" or "skipped". result: the object of its verb."""
+    """Hold the outcome of a pipeline's stage. status: "done" or "skipped". result: the object of its verb."""
 
     status: str
     verb: str
@@ -245,14 +245,14 @@ class PipelineResult:
 
 @dataclass(frozen=True, slots=True)
 class FineTuned(Event):
-    """Report that the fine-tuning before distillation is over."""
+    """Report that the fine-tuning before distillation has ended."""
 
     result: TrainResult
 
 
 @dataclass(frozen=True, slots=True)
 class StageFinished(Event):
-    """Report that a stage of a pipeline is over."""
+    """Report that a stage of a pipeline has ended."""
 
     name: str
     result: Result

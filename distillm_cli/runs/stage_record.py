@@ -1,10 +1,10 @@
-"""Record what a pipeline's stages were made of and what they made, in ``OUTPUT/STAGE/stage.json``.
+"""Record the inputs and outputs of a pipeline's stages, in ``OUTPUT/STAGE/stage.json``.
 
-A stage's fingerprint is the SHA-256 of everything that shapes its result: its verb and its settings (not those that no
-result depends on, such as the directory of a cache), the identity of each version of a stage that it reads, and the
-identity of its local inputs. Of data files, configs and tokenizers that is the SHA-256 of their bytes. Of weights it is
-the size and 64 blocks of 64 KiB spread over the file: training changes every tensor, a copy or a `touch` none, and a
-large model is not read through at every start. What has a name on the hub is known by that name and its revision.
+A stage's fingerprint is the SHA-256 of everything that its result depends on: its verb and settings (not the directory of a
+cache, for instance), the version of each stage that it reads, and the identity of its local inputs. The identity of data
+files, configs and tokenizers is the SHA-256 of their bytes. That of weights is their size and 64 blocks of 64 KiB spread
+over the file: training changes every tensor, a copy or a `touch` none, and a large model need not be read in full at every
+start. Hub models and data sets are identified by name and revision.
 
 The files of a finished stage are identified in the same way: rows and configs by their bytes, weights by size and blocks.
 """
@@ -35,8 +35,8 @@ RECORD = "stage.json"
 SAMPLES = "samples.jsonl"
 RECORD_FORMAT = 1
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
-_BESIDE_WEIGHTS = (".json", ".jinja", ".txt", ".model", ".arrow", *FORMATS, *COMPRESSIONS)
-_NOT_OF_A_MODEL = {"stage.json", "metrics.jsonl", "manifest.json"}
+_OTHER_MODEL_FILES = (".json", ".jinja", ".txt", ".model", ".arrow", *FORMATS, *COMPRESSIONS)
+_RUN_FILES = {"stage.json", "metrics.jsonl", "manifest.json"}
 _BLOCKS = 64
 _BLOCK_BYTES = 1 << 16
 
@@ -48,9 +48,9 @@ _NOT_SHAPING = ("data.workers", "eval.report_rows", "eval.batch_size")
 class StageRecord:
     """Hold the content of ``stage.json``.
 
-    status: "starting" (files of an earlier version may still be there), "started", "done". of: everything that the
-    fingerprint is made of. made: names this version of the stage. files: of a stage that was finished, the identities of
-    its main files, by path under its directory. result: the object of its verb.
+    status: "starting" (files of an earlier version may still exist), "started" or "done". of: what the fingerprint is made
+    of. made: the name of this version of the stage. files: for a finished stage, the identities of its main files by
+    relative path. result: the object of its verb.
     """
 
     stage: str
@@ -65,26 +65,26 @@ class StageRecord:
 
 
 def read_record(place: Path) -> StageRecord | None:
-    """Return the record in a stage's directory; None where there is none.
+    """Return the record in a stage's directory; None without one.
 
-    Raises CheckpointError, and UsageError for a directory of files that is no stage's: a pipeline never touches those.
+    Raises CheckpointError, and UsageError where the directory has files but no record: a pipeline does not touch it.
     """
     path = place / RECORD
     if not path.exists():
         if place.is_file() or (place.is_dir() and any(place.iterdir())):
             raise UsageError(
-                f"{place} is there and was not made by `distillm run`",
+                f"{place} exists and was not created by `distillm run`",
                 hint="choose another --output, or move it away",
             )
         return None
-    hint = f"remove {place} to make that stage anew"
+    hint = f"remove {place} to start that stage over"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != RECORD_FORMAT:
             raise CheckpointError(f"{path}: format {content['format']}, this version reads {RECORD_FORMAT}", hint=hint)
         record = StageRecord(**content)
         if not all(isinstance(record.of.get(part), dict) for part in ("settings", "reads", "files")):
-            raise ValueError("it does not say what the stage was made of")
+            raise ValueError("it does not record what the stage was made of")
         return record
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error})", hint=hint) from error
@@ -100,31 +100,31 @@ def write_record(place: Path, record: StageRecord) -> None:
 def start_record(stage: Stage, of: Mapping[str, Any], before: StageRecord | None) -> StageRecord:
     """Return the record of a stage that is about to run.
 
-    Where ``before`` has the same fingerprint, the stage is resumed and keeps its name and the files it had finished.
+    Where ``before`` has the same fingerprint, the stage is resumed and keeps its version name and files.
     """
     fingerprint = stage_fingerprint(of)
     if before is not None and before.fingerprint == fingerprint:
         status = "starting" if before.status == "starting" else "started"
         return StageRecord(stage.name, stage.verb, status, fingerprint, before.made, of, before.files)
-    return StageRecord(stage.name, stage.verb, "starting", fingerprint, _new_name(), of)
+    return StageRecord(stage.name, stage.verb, "starting", fingerprint, _new_version(), of)
 
 
 def finished_record(record: StageRecord, stage: Stage, place: Path, result: Mapping[str, Any]) -> StageRecord:
     """Return the record of a stage that is done.
 
-    Where its files had been finished before and differ now (rows that somebody corrected), it gets a new name, so that
-    stages that read the earlier version run again.
+    Where its files were finished before and have changed (rows that somebody corrected), it gets a new version name, so that
+    the stages that read it run again.
     """
-    made = _new_name() if record.files and not is_intact(record, place) else record.made
+    made = _new_version() if record.files and not is_intact(record, place) else record.made
     return replace(record, status="done", made=made, files=main_files(stage, place), result=result)
 
 
-def _new_name() -> str:
+def _new_version() -> str:
     return secrets.token_hex(8)
 
 
 def stage_fingerprint(of: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of everything that shapes a stage."""
+    """Return the SHA-256 of everything that a stage's result depends on."""
     return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
 
 
@@ -137,59 +137,70 @@ def main_files(stage: Stage, place: Path) -> dict[str, str]:
     """Return the files that a finished stage must have, with their identities."""
     verb_patterns = {"generate": (SAMPLES,), "eval": ("**/results.json", "**/predictions-*.jsonl")}
     patterns = verb_patterns.get(stage.verb, output_dir.MODEL_FILES)
-    found = sorted(path for pattern in patterns for path in place.glob(pattern))
-    return {path.relative_to(place).as_posix(): _identity(path) for path in found}
+    paths = sorted(path for pattern in patterns for path in place.glob(pattern))
+    return {path.relative_to(place).as_posix(): _identity(path) for path in paths}
 
 
 def is_intact(record: StageRecord, place: Path) -> bool:
-    """Return whether a finished stage's main files are still there, unchanged."""
+    """Return whether a finished stage's main files exist unchanged."""
     return bool(record.files) and all(_is_unchanged(known, place / name) for name, known in record.files.items())
 
 
 def _is_unchanged(known: str | int, path: Path) -> bool:
     if not path.is_file():
         return False
-    # A number is the size, which is all that was recorded before there were identities.
+    # Earlier versions recorded the size alone.
     return path.stat().st_size == known if isinstance(known, int) else _identity(path) == known
 
 
 def shaping_of(stage: Stage, made: Mapping[str, str]) -> dict[str, Any]:
-    """Return everything that shapes a stage's result. made: by stage name, which version of it is there to be read."""
+    """Return everything that a stage's result depends on. made: version names of the other stages, by stage name."""
     recipe = stage.resolved.recipe
     if stage.verb in ("sft", "distill"):
         settings = fixed_values(recipe)
     else:
         sections = ("data.", "eval.") if stage.verb == "eval" else ("data.",)
-        every = {key: value for key, value in values(recipe).items() if key not in _NOT_SHAPING}
-        settings = {k: v for k, v in every.items() if k.startswith(sections) or k in _SHAPING[stage.verb]}
-    own = stage.config.model_dump(mode="json", exclude={"recipe"})
-    files = {
-        text: known for key, text in inputs(stage.config, recipe) if (known := _identity_of(key, text)) is not None
+        settings = {
+            key: value
+            for key, value in values(recipe).items()
+            if key not in _NOT_SHAPING and (key.startswith(sections) or key in _SHAPING[stage.verb])
+        }
+    stage_settings = stage.config.model_dump(mode="json", exclude={"recipe"})
+    files = {}
+    for key, text in inputs(stage.config, recipe):
+        identity = _input_identity(key, text)
+        if identity is not None:
+            files[text] = identity
+    return {
+        "settings": {**stage_settings, **settings},
+        "reads": {name: made[name] for name in stage.depends_on},
+        "files": files,
     }
-    return {"settings": {**own, **settings}, "reads": {name: made[name] for name in stage.depends_on}, "files": files}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return what of a stage has changed, as clauses: "train.lr 0.001 → 0.002", "rows.jsonl", "stage teacher"."""
-    found = []
+    """Return the changes of a stage as clauses: "train.lr 0.001 → 0.002", "rows.jsonl", "stage teacher"."""
+    changes = []
     for key in sorted(before["settings"].keys() | now["settings"].keys()):
-        old, new = before["settings"].get(key), now["settings"].get(key)
+        old = before["settings"].get(key)
+        new = now["settings"].get(key)
         if old != new:
-            found.append(f"{key} {old} → {new}")
+            changes.append(f"{key} {old} → {new}")
     for part, words in (("files", "{}"), ("reads", "stage {}")):
-        old, new = before[part], now[part]
-        found += [words.format(name) for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
-    return found
+        old = before[part]
+        new = now[part]
+        changes += [words.format(name) for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    return changes
 
 
 def check_data_files(stage: Stage) -> None:
-    """Raise DataError for a data file that is not there, before the stages before it run."""
+    """Raise DataError for a missing data file, before any earlier stage runs."""
     for key, text in inputs(stage.config, stage.resolved.recipe):
         if names_rows(key) and not text.startswith(PREFIX) and is_path(text) and local_path(text) is None:
             raise DataError(f"stage {stage.name}: {key} = {text}: no such file or directory", hint="check the path")
 
 
-def _identity_of(key: str, text: str) -> str | None:
+def _input_identity(key: str, text: str) -> str | None:
     if text.startswith(PREFIX):
         return None
     place = local_input(key, text)
@@ -200,8 +211,8 @@ def _identity_of(key: str, text: str) -> str | None:
     digest = hashlib.sha256()
     for folder in (place, place / "data", *(saved_splits(place) or {}).values()):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            relevant = path.suffix in (*_WEIGHTS, *_BESIDE_WEIGHTS) and path.name not in _NOT_OF_A_MODEL
-            if relevant and path.is_file() and not path.name.startswith("."):
+            is_of_model = path.suffix in (*_WEIGHTS, *_OTHER_MODEL_FILES) and path.name not in _RUN_FILES
+            if is_of_model and path.is_file() and not path.name.startswith("."):
                 digest.update(f"{path.name} {_identity(path)}\n".encode())
     return digest.hexdigest()
 
@@ -223,7 +234,7 @@ def _identity(path: Path) -> str:
 
 @contextmanager
 def lock_pipeline(output: Path) -> Iterator[None]:
-    """Keep other pipelines out of this directory. Raises UsageError where one is running there, StorageError."""
+    """Lock the directory against other pipelines. Raises UsageError where one is running in it, StorageError."""
 
     def busy() -> None:
         what = f"another `distillm run` is at work in {output}"

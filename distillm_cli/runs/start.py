@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Say what a run does with what is there already.
+    """Describe what a run does with existing output and cache.
 
-    moved_inputs: dotted keys of inputs that are known to be the same ones, wherever they are now.
+    moved_inputs: dotted keys of inputs whose paths may have changed; they are known to be the same.
     """
 
     resume: bool = False
@@ -49,7 +49,7 @@ def start_training(
     recipe_file: the recipe's own file or shipped name, which an overwrite must not remove. notes: what to report first.
     Raises DistillmError.
     """
-    # Before rows are read, which takes longer.
+    # Checked before rows are read, which takes longer.
     is_new = output_dir.check_output(output, resume=options.resume, overwrite=options.overwrite)
     if options.overwrite:
         from distillm_cli.runs.inputs import check_spared
@@ -58,7 +58,7 @@ def start_training(
     with output_dir.claimed(output, is_new=is_new), prefetch_rows(resolved.recipe) as prefetcher:
         for note in notes:
             listener(Note(note))
-        from distillm_cli.runs.train import train  # which imports torch, while the rows are read and tokenized
+        from distillm_cli.runs.train import train  # imports torch, while the rows are read and tokenized
 
         return train(command, resolved, output, listener, options, prefetcher)
 
@@ -66,13 +66,13 @@ def start_training(
 def warm_teacher_cache(
     resolved: Resolved, listener: Listener, *, rebuild: bool = False, notes: Iterable[str] = ()
 ) -> TeacherCacheResult:
-    """Compute the recipe's teacher cache on disk, unless it is there. notes: what to report first."""
+    """Compute the recipe's teacher cache on disk, unless it exists. notes: what to report first."""
     with prefetch_rows(resolved.recipe) as prefetcher:
         for note in notes:
             listener(Note(note))
-        from distillm_cli.runs.teacher_states import warm
+        from distillm_cli.runs.cache_planning import warm_cache
 
-        return warm(resolved, listener, rebuild=rebuild, prefetcher=prefetcher)
+        return warm_cache(resolved, listener, rebuild=rebuild, prefetcher=prefetcher)
 
 
 def prefetch_rows(recipe: Recipe) -> Prefetcher:
@@ -81,9 +81,9 @@ def prefetch_rows(recipe: Recipe) -> Prefetcher:
 
 
 def tokenizer_candidates(recipe: Recipe) -> list[StudentConfig | TeacherConfig]:
-    """Return the models that may have the run's tokenizer, the likeliest first: the student, then the teacher.
+    """Return the models that may have the run's tokenizer, the most likely first: the student, then the teacher.
 
-    Empty where the recipe names a tokenizer, where a student is built (its tokenizer depends on whether the teacher's can
+    Empty where the recipe names a tokenizer, where the student is built (its tokenizer depends on whether the teacher's can
     be saved), and where other processes tokenize.
     """
     if recipe.student.tokenizer is not None or recipe.student.is_built or recipe.data.workers:
@@ -97,7 +97,7 @@ def _tokenizer_file(recipe: Recipe) -> Path | None:
     for model in tokenizer_candidates(recipe):
         try:
             name, local = locate_model(model.path)
-        except ModelError:  # reported when the model is loaded, after errors that are found before that
+        except ModelError:  # reported when the model is loaded, after earlier errors
             continue
         file = Path(name) / "tokenizer.json" if local else cached_hub_file(name, "tokenizer.json", model.revision)
         if file is not None and file.is_file():

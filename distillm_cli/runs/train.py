@@ -1,4 +1,4 @@
-"""Train: what ``sft`` and ``distill`` share, from a resolved recipe to a published model."""
+"""Train a model with ``sft`` or ``distill``, from a resolved recipe to a published model."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from distillm_cli.errors import Interrupted, UsageError, signal_number
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.runs import output_dir
 from distillm_cli.runs.build import build_trainer
+from distillm_cli.runs.cache_planning import TeacherHandle, open_teacher
 from distillm_cli.runs.defaults import fitted
 from distillm_cli.runs.prepare import Prepared, prepare
 from distillm_cli.runs.publish import publish_model
@@ -45,7 +46,6 @@ from distillm_cli.runs.resume import (
 )
 from distillm_cli.runs.run_results import FineTuned, Outcome, Sample, TrainResult, TrainSummary
 from distillm_cli.runs.start import TrainOptions
-from distillm_cli.runs.teacher_states import TeacherHandle, open_teacher
 from distillm_cli.training.checkpoint import Checkpoint, read_checkpoint, visible
 from distillm_cli.training.events import Event, Listener, Note, Warned
 from distillm_cli.training.metrics_log import MetricsLog
@@ -57,7 +57,7 @@ from distillm_cli.utils.signals import received_signal
 
 @dataclass(frozen=True)
 class _Training:
-    """Hold a training that is ready to begin: a run, or the fine-tuning stage before it.
+    """Hold training that is ready to start: of a run, or of the fine-tuning stage before it.
 
     checkpoint: to resume from. started: when the command began, by ``time.perf_counter``.
     """
@@ -90,8 +90,8 @@ def train(
 ) -> TrainResult:
     """Run a recipe into ``output``, which ``check_output`` has passed. command: "sft" or "distill".
 
-    prefetcher: of its rows, where it is running already. on_ready: called once everything is prepared and ``output`` holds
-    nothing of an earlier run any more (or what the run resumes).
+    prefetcher: of its rows, where one is running already. on_ready: called once everything is prepared and ``output`` is
+    cleared of an earlier run (or has the run to resume).
     """
     started = time.perf_counter()
     if options.resume:
@@ -110,7 +110,7 @@ def train(
         teacher = _open_teacher(run, checkpoints.run, options, listener)
     except KeyboardInterrupt as stop:
         raise _interrupted(None, stop) from None
-    if options.overwrite:  # only now: bad input must not cost what an earlier run left
+    if options.overwrite:  # only now: an error in the input must not delete an earlier run
         for stuck in output_dir.clear(output):
             listener(Warned(f"cannot remove all of {stuck}, of an earlier run: it takes up space"))
     if on_ready is not None:
@@ -158,14 +158,14 @@ def _open_teacher(
     run: Prepared, checkpoint: Checkpoint | None, options: TrainOptions, listener: Listener
 ) -> TeacherHandle | None:
     before = None if checkpoint is None else checkpoint.state.get("teacher_cache")
-    return open_teacher(run, listener, before=before, rebuild=options.rebuild_teacher_cache)
+    return open_teacher(run, listener, started_mode=before, rebuild=options.rebuild_teacher_cache)
 
 
 def _fine_tune(run: Prepared, stage: Resolved, output: Path, checkpoints: _Checkpoints, listener: Listener) -> Prepared:
-    """Fine-tune the run's student, and return the run that begins with its weights, which are also in ``output``.
+    """Fine-tune the run's student; return the run that starts with the resulting weights, which are also in ``output``.
 
-    A stage that was stopped is resumed; of a finished one the weights are read. Distillation starts with the same random
-    state whichever way the stage went. Nothing is done where the run itself is resumed.
+    A stopped stage is resumed, and the weights of a finished one are read. Distillation starts with the same random state in
+    any case. Where the run itself is resumed, nothing is trained.
     """
     if checkpoints.run is None:
         seed = run.recipe.train.seed
@@ -202,8 +202,9 @@ def _is_finished(run: Prepared, stage: Resolved, output: Path, checkpoint: Check
 
 
 def _train(training: _Training, listener: Listener) -> TrainResult:
-    """Take the steps, keep the best weights, measure the models and publish the student."""
-    run, output = training.run, training.output
+    """Train, restore the best weights, measure the models and publish the student."""
+    run = training.run
+    output = training.output
     if training.checkpoint is not None:
         restore_student(run.student, training.checkpoint)
     report = Report(run, output / output_dir.EVAL / "report", listener)
@@ -222,11 +223,13 @@ def _train(training: _Training, listener: Listener) -> TrainResult:
 
 
 def _trainer(training: _Training, report: Report, listener: Listener) -> Trainer:
-    """Return the trainer of a training, at its checkpoint where it has one."""
-    run, output, checkpoint, teacher = training.run, training.output, training.checkpoint, training.teacher
+    """Return the trainer, with the state of the checkpoint where there is one."""
+    run = training.run
+    checkpoint = training.checkpoint
+    teacher = training.teacher
     progress = {"step": 0} if checkpoint is None else checkpoint.state["progress"]
     log = MetricsLog(
-        output / output_dir.METRICS,
+        training.output / output_dir.METRICS,
         log_steps=run.recipe.train.log_steps,
         first_step=progress["step"],
         validated=progress.get("valid_loss") is not None,
@@ -238,7 +241,7 @@ def _trainer(training: _Training, report: Report, listener: Listener) -> Trainer
 
     trainer = build_trainer(
         run,
-        output,
+        training.output,
         log_and_report,
         teacher=None if teacher is None else teacher.teacher,
         score=report.score if selects_by_metric(run.recipe) else None,
@@ -262,7 +265,7 @@ def _interrupted(output: Path | None, stop: KeyboardInterrupt) -> Interrupted:
     if not checkpoints:
         what = "interrupted before the first step: nothing was saved"
         return Interrupted(what, signal_number=number, where=str(output), hint="start it again with --overwrite")
-    hint = f"{checkpoints[-1]} is whole; go on with --resume"
+    hint = f"{checkpoints[-1]} is whole; continue with --resume"
     return Interrupted("interrupted between steps", signal_number=number, hint=hint)
 
 
@@ -271,7 +274,7 @@ def _summary(run: Prepared, state: TrainerState, models: Mapping[str, ModelRepor
     order = [name for name in (BEFORE, FINE_TUNED, AFTER, TEACHER) if name in models]
     label = labels(state, after_sft=bool(recipe.student.sft_epochs))
     samples = _samples(run, {name: models[name].answers for name in order})
-    # Of a source without test rows `--suite` takes all, rows trained on included; the command without it, those held out.
+    # Without test rows, `--suite SOURCE` would score training rows too; without `--suite`, held-out rows are scored.
     suites = recipe.eval.suites or ((recipe.data.source,) if "test" in run.train_rows.splits else ())
     first_row = next(iter(run.valid.rows), None)
     prompt = None if first_row is None else _question(run, first_row)
@@ -291,21 +294,21 @@ def _summary(run: Prepared, state: TrainerState, models: Mapping[str, ModelRepor
 
 
 def _samples(run: Prepared, answers: Mapping[str, list[str]]) -> tuple[Sample, ...]:
-    """Return three of the held-out rows that every model answered, spread over them."""
+    """Return three evenly spaced held-out rows with the response of every model."""
     answered = min(len(texts) for texts in answers.values())
-    picked = sorted({0, answered // 3, 2 * answered // 3}) if answered else []
+    indices = sorted({0, answered // 3, 2 * answered // 3}) if answered else []
     return tuple(
         Sample(
             _question(run, run.valid.rows[i]),
             run.valid.rows[i].references,
             {name: texts[i] for name, texts in answers.items()},
         )
-        for i in picked
+        for i in indices
     )
 
 
 def _question(run: Prepared, row: Row) -> str:
-    """Return what a row asks, without the words of a template where it has an instruction of its own."""
+    """Return the prompt of a row, without the text of a template where the row has an instruction or messages."""
     if row.instruction is not None:
         return "\n".join(filter(None, (row.instruction, row.input)))
     if row.messages is not None and row.messages[-1]["role"] == "user":

@@ -1,4 +1,4 @@
-"""Describe a run to the person who watches it: what it starts with, and what its schedule waits for at half time."""
+"""Describe a run for people: its settings at the start, and halfway through when φ of an adaptive schedule will rise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from distillm_cli.utils.text import counted
 if TYPE_CHECKING:
     from distillm_cli.training.trainer import Trainer
 
-_HOW = "--set schedule.phi=0.2, or --set schedule.reference=previous --set schedule.epsilon=-0.03"
+_RAISE_PHI = "--set schedule.phi=0.2, or --set schedule.reference=previous --set schedule.epsilon=-0.03"
 
 
 def run_started(trainer: Trainer) -> RunStarted:
@@ -36,26 +36,31 @@ def run_started(trainer: Trainer) -> RunStarted:
 
 
 def phi_advice(trainer: Trainer) -> str | None:
-    """Return what an adaptive schedule waits for, if half of the steps are just done and none used student outputs."""
+    """Return when φ of an adaptive schedule rises, for a run that is halfway through without student outputs."""
     state = trainer.state
     scheduler = trainer.scheduler
     is_half = state.step == (trainer.run.steps + 1) // 2 < trainer.run.steps
     if not (is_half and scheduler.has_phi) or state.steps_with(Source.ROLLOUT) or state.steps_with(Source.REPLAY):
         return None
-    head = f"half of the steps are done, and none used the student's own outputs: φ is {scheduler.phi:g}"
+    half_done = f"half of the steps are done, and none used the student's own outputs: φ is {scheduler.phi:g}"
     if scheduler.phi > 0:
-        return f"{head}, and no draw fell on them yet; to use them more often, try --set schedule.phi=0.5"
+        return f"{half_done}, and no draw fell on them yet; to use them more often, try --set schedule.phi=0.5"
     if not trainer.validator.batches:
-        return f"{head}, and it cannot rise without held-out rows; name some with --set data.valid=PATH, or try {_HOW}"
+        hint = f"name some with --set data.valid=PATH, or try {_RAISE_PHI}"
+        return f"{half_done}, and it cannot rise without held-out rows; {hint}"
     every = trainer.run.steps_per_epoch if trainer.config.eval_steps == "epoch" else trainer.config.eval_steps
-    to_come = max(0, -(-trainer.run.steps // every) - state.step // every)
-    rise, epsilon = 1 / scheduler.config.levels, scheduler.config.epsilon
+    remaining = max(0, -(-trainer.run.steps // every) - state.step // every)
+    rise = 1 / scheduler.config.levels
+    epsilon = scheduler.config.epsilon
     if scheduler.reference is None:
-        moved = f"risen by {epsilon:g} or more" if epsilon > 0 else f"fallen by {abs(epsilon):g} or less"
-        wait = f"it rises by {rise:.2g} at a validation where valid CE has {moved} since before training"
-        wait += f", and there was none yet ({counted(to_come, 'validation')} to come)"
-        return f"{head}; {wait}; to validate more often, try --set train.eval_steps={max(1, trainer.run.steps // 10)}"
+        change = f"risen by {epsilon:g} or more" if epsilon > 0 else f"fallen by {abs(epsilon):g} or less"
+        wait = f"it rises by {rise:.2g} at a validation where valid CE has {change} since before training"
+        wait += f", and there was none yet ({counted(remaining, 'validation')} to come)"
+        return (
+            f"{half_done}; {wait}; to validate more often, try --set train.eval_steps={max(1, trainer.run.steps // 10)}"
+        )
     since = "at the validation before" if scheduler.config.reference == "previous" else "at first"
     wait = f"it rises by {rise:.2g} at a valid CE of {scheduler.trigger:.3f} or more (now {state.valid_loss:.3f}; "
     wait += f"{scheduler.reference:.3f} {since}, schedule.epsilon {epsilon:g})"
-    return f"{head}; {wait}; {counted(to_come, 'validation')} to come; to use student outputs sooner, try {_HOW}"
+    wait += f"; {counted(remaining, 'validation')} to come"
+    return f"{half_done}; {wait}; to use student outputs sooner, try {_RAISE_PHI}"

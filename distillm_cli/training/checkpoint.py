@@ -6,8 +6,8 @@
       state.json                                       every scalar: position, schedule, best value, recipe
       manifest.json                                    size and SHA-256 of each of the above, written last
 
-It is staged beside its place, flushed to the disk, and renamed; one that is removed is renamed first. So whatever has a
-step's name is whole, whenever the process is killed. No pickle anywhere.
+A checkpoint is written to a staging directory, flushed to disk and renamed. A checkpoint to be removed is renamed first. So
+a directory with a step's name is always complete, even after the process is killed. Pickle is not used.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _NOTHING_SAVED = "nothing was saved yet, start it again"
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A verified checkpoint, read into memory except for the student's weights, which stay at ``path``."""
+    """Hold a verified checkpoint. The student's weights are not read into memory; they are at ``path``."""
 
     path: Path
     state: dict
@@ -42,9 +42,10 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """Manage the checkpoints of one run, under ``root``. save_model: writes the student and its tokenizer into a directory.
+    """Manage the checkpoints of one run, under ``root``.
 
-    listener: is warned, once for each, of old checkpoints that cannot be removed.
+    save_model: writes the student and its tokenizer into a directory. keep: number of newest checkpoints to keep.
+    listener: gets one warning for each old checkpoint that cannot be removed.
     """
 
     def __init__(self, root: Path, save_model: Callable[[Path], None], *, keep: int, listener: Listener = silent):
@@ -64,12 +65,12 @@ class Checkpoints:
     def write(self, step: int, state: dict, tensors: dict[str, Tensor], *, protect: int | None = None) -> Path:
         """Write the checkpoint of ``step``, then remove all but the newest ``keep`` and the protected one.
 
-        Raises StorageError when the disk refuses; what was there before is untouched then.
+        Raises StorageError where writing fails; earlier checkpoints are not touched then.
         """
         final = self.path(step)
         visible_before = visible(self.root)
         hint = "free some space or choose another --output; "
-        hint += f"{visible_before[-1]} is whole, go on with --resume" if visible_before else _NOTHING_SAVED
+        hint += f"{visible_before[-1]} is whole, continue with --resume" if visible_before else _NOTHING_SAVED
         with storing(f"cannot write checkpoint {final}", hint):
             self.root.mkdir(parents=True, exist_ok=True)
             sweep(self.root)

@@ -1,6 +1,6 @@
-"""What the engine, the loaders and the samplers say while they work: plain data, no formatting.
+"""Define the events that trainers, loaders and samplers emit: plain data, no formatting.
 
-A listener is any callable that takes an event. Rich output, plain lines and JSON live in ``ui``.
+A listener is any callable that takes an event. ``ui`` turns events into rich output, plain lines and JSON.
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Base of all events."""
+    """Serve as the base of all events."""
 
 
 @dataclass(frozen=True, slots=True)
 class Note(Event):
-    """A sentence for the person watching."""
+    """Report a sentence for people."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Warned(Event):
-    """Something to look at that did not stop the run."""
+    """Report a problem that did not stop the run."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Progress(Event):
-    """Work outside the training loop: loading, tokenizing, generating, scoring. done == total ends it."""
+    """Report progress outside the training loop: loading, tokenizing, generating, scoring. It ends at done == total."""
 
     task: str
     done: int
@@ -40,11 +40,11 @@ class Progress(Event):
 
 @dataclass(frozen=True, slots=True)
 class RunStarted(Event):
-    """Report that the loop begins its first step (``first_step`` after a resume).
+    """Report that the training loop starts, at ``first_step`` after a resume.
 
-    has_phi: whether the schedule goes by φ, which later events bear all the same. loss, divergence: names of the training
-    figure ("skl", "CE") and of the held-out divergence. epsilon, trigger: φ rises when the validation loss has risen by
-    epsilon, which is at trigger nats; None where that is not known yet or φ cannot rise.
+    has_phi: whether the schedule uses φ, which later events have in any case. loss, divergence: names of the training loss
+    ("skl", "CE") and of the held-out divergence. epsilon, trigger: φ rises when the validation loss has risen by epsilon, to
+    trigger nats; None where that is not known yet or φ cannot rise.
     """
 
     steps: int
@@ -64,9 +64,9 @@ class RunStarted(Event):
 
 @dataclass(frozen=True, slots=True)
 class Stepped(Event):
-    """One optimizer step, counted from 1. loss: mean per supervised token, nats. seconds: wall time of this step.
+    """Report an optimizer step, counted from 1. loss: mean per supervised token, nats. seconds: wall time of this step.
 
-    figures: what else the method has to show of the step, by name.
+    figures: further figures of the method, by name.
     """
 
     step: int
@@ -85,8 +85,8 @@ class Stepped(Event):
 class Validated(Event):
     """Report a validation. valid_loss: mean cross-entropy per token of the student on held-out rows, nats.
 
-    scores: further held-out figures (a divergence, ROUGE-L, …) by name. rose: φ rose because of it. best: this is the
-    best value so far of the quantity checkpoints are selected by. trigger: the loss at which φ rises, nats; None where it
+    scores: further held-out figures (a divergence, ROUGE-L, …) by name. rose: whether φ rose. best: whether the
+    quantity that selects checkpoints has its best value so far. trigger: the loss at which φ rises, nats; None where it
     cannot.
     """
 
@@ -101,7 +101,7 @@ class Validated(Event):
 
 @dataclass(frozen=True, slots=True)
 class Saved(Event):
-    """A checkpoint became visible."""
+    """Report that a checkpoint was saved."""
 
     step: int
     path: str
@@ -109,7 +109,7 @@ class Saved(Event):
 
 @dataclass(frozen=True, slots=True)
 class RunEnded(Event):
-    """The loop is over. reason: "done", "early stop" or "interrupted"."""
+    """Report that the training loop ended. reason: "done", "early stop" or "interrupted"."""
 
     step: int
     reason: str
@@ -118,7 +118,10 @@ class RunEnded(Event):
 
 @dataclass(frozen=True, slots=True)
 class Staged(Event):
-    """Where a pipeline is. states, one for each of names: "done", "now", "later" or "left out"; none now: it is over."""
+    """Report the progress of a pipeline. states: "done", "now", "later" or "left out", one per name.
+
+    At the end none is "now".
+    """
 
     names: tuple[str, ...]
     states: tuple[str, ...]
@@ -128,4 +131,4 @@ Listener = Callable[[Event], None]
 
 
 def silent(event: Event) -> None:
-    """The listener that listens to nothing."""
+    """Ignore the event: the listener for callers that want none."""

@@ -1,4 +1,4 @@
-"""Write ``metrics.jsonl``: a line per logged step, a line per validation; each whole or absent."""
+"""Write ``metrics.jsonl``: one line per logged step and per validation, never a part of a line."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _STEP_KEYS = ("step", "epoch", "source", "loss", "lr", "grad_norm", "phi", "toke
 
 
 class MetricsLog:
-    """Append events to ``path``, as their listener.
+    """Listen to events and append them to ``path``.
 
-    first_step: of a resume; lines of later steps are dropped. validated: whether the run had been validated by then; if not,
-    the validation of step 0 came later, too.
+    first_step: of a resume; lines of later steps are dropped. validated: whether the checkpoint had a validation; if not,
+    the line of the validation of step 0 is dropped, too.
     """
 
     def __init__(self, path: Path, *, log_steps: int, first_step: int = 0, validated: bool = True):
         self.path = Path(path)
         self.log_steps = log_steps
-        kept = _lines_up_to(self.path, first_step, validated) if first_step and self.path.exists() else []
-        atomic_write(self.path, "".join(kept))
+        lines = _lines_up_to(self.path, first_step, validated) if first_step and self.path.exists() else []
+        atomic_write(self.path, "".join(lines))
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Stepped) and event.step % self.log_steps == 0:
@@ -35,14 +35,14 @@ class MetricsLog:
             self._write(line | {key: _short(value) for key, value in event.scores.items()})
 
     def _write(self, line: dict) -> None:
-        # One write call a line: a process that dies between lines leaves whole ones.
+        # One write call per line: a process that is killed leaves no part of a line.
         text = (json.dumps(line) + "\n").encode()
         with storing(
             f"cannot write {self.path}", "free some space, then go on from the newest checkpoint with --resume"
         ):
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
-                if (written := os.write(descriptor, text)) < len(text):  # a disk that is full takes what it can
+                if (written := os.write(descriptor, text)) < len(text):  # a full disk takes a part of the line
                     os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             finally:
@@ -50,15 +50,15 @@ class MetricsLog:
 
 
 def _lines_up_to(path: Path, step: int, validated: bool) -> list[str]:
-    kept = []
+    lines = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             entry = json.loads(line)
             if line.endswith("\n") and entry["step"] <= step and (validated or "valid_loss" not in entry):
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):  # half a line, or none of ours
+                lines.append(line)
+        except (ValueError, KeyError, TypeError):  # a part of a line, or not a line of this log
             continue
-    return kept
+    return lines
 
 
 def _short(value):

@@ -1,4 +1,4 @@
-"""AdamW with its decay groups, and the learning rate as a pure function of the step."""
+"""Build AdamW with its weight decay groups, and compute the learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from distillm_cli.config.schema import TrainConfig
 
 
 def build_optimizer(module: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; weight decay on matrices only, never on biases and norm scales.
+    """Return AdamW over the trainable parameters, with weight decay on matrices only, not on biases and norm scales.
 
-    The fused kernel is used wherever every parameter sits on a device and in a dtype that has one.
+    The fused kernel is used where every parameter has a device and a dtype that support it.
     """
     trainable = [p for p in module.parameters() if p.requires_grad]
     groups = [
@@ -25,7 +25,7 @@ def build_optimizer(module: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(train: TrainConfig, step: int, steps: int) -> float:
-    """The rate of step ``step`` (from 0) of ``steps``: linear warm-up, then the chosen schedule down to ``min_lr``."""
+    """Return the learning rate of step ``step`` (from 0) of ``steps``: linear warm-up, then decay to ``min_lr``."""
     warmup = train.warmup * steps if train.warmup < 1 else train.warmup
     if step < warmup:
         return train.lr * (step + 1) / (math.ceil(warmup) + 1)
@@ -36,13 +36,13 @@ def learning_rate(train: TrainConfig, step: int, steps: int) -> float:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's state as named tensors: ``optimizer.PARAMETER_INDEX.KEY``."""
+    """Return the optimizer's state as named tensors: ``optimizer.PARAMETER_INDEX.KEY``."""
     state = optimizer.state_dict()["state"]
     return {f"optimizer.{i}.{key}": value for i, values in state.items() for key, value in values.items()}
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Takes back what ``optimizer_tensors`` gave."""
+    """Restore the state that ``optimizer_tensors`` returned. Raises ValueError for a tensor of another shape."""
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("optimizer."):
@@ -52,6 +52,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
     for index, values in state.items():
         for key, value in values.items():
             if value.ndim and value.shape != parameters[index].shape:
-                there, here = (list(t.shape) for t in (value, parameters[index]))
-                raise ValueError(f"optimizer.{index}.{key} has shape {there}, and its parameter {here}")
+                shape = list(value.shape)
+                expected = list(parameters[index].shape)
+                raise ValueError(f"optimizer.{index}.{key} has shape {shape}, and its parameter {expected}")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,4 +1,4 @@
-"""Recover from a step that fails: retry it with smaller micro-batches, or undo it.
+"""Recover from a step that fails: retry it with smaller micro-batches, or roll it back.
 
     for attempt in recovery.attempts(step, source, lr):
         with attempt:
@@ -34,7 +34,7 @@ from distillm_cli.utils.memory import release
 
 
 class InfiniteLoss(NonFiniteError):
-    """Report a loss of +inf: a token without any probability, which no learning rate cures."""
+    """Report a loss of +inf: a token without any probability, which no learning rate fixes."""
 
 
 @dataclass(eq=False)
@@ -51,17 +51,17 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """What a step changes before the optimizer runs, beside the pool and the teacher, as it was before the step."""
+    """Hold the state before a step: what it changes before the optimizer runs, apart from the pool and the teacher."""
 
     random: dict[str, Tensor]
     objective: dict[str, Any]
 
 
 class Recovery:
-    """Make attempts at a step.
+    """Run the attempts at a step.
 
-    max_rows: sequences of a micro-batch at first. optimizer: whose gradients a failed attempt clears. save: saves a
-    checkpoint of the state before the step; returns whether there is one.
+    max_rows: initial number of sequences of a micro-batch. optimizer: its gradients are cleared after a failed attempt.
+    save: saves a checkpoint of the state before the step, and returns whether one exists.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Recovery:
     def attempts(self, step: int, source: Source, lr: float) -> Iterator[Attempt]:
         """Yield attempts at step ``step`` (from 0) until one succeeds; each is a context manager.
 
-        Raises NonFiniteError or OutOfMemoryError after saving: the step has then changed nothing.
+        Raises NonFiniteError or OutOfMemoryError, after the state before the step was saved.
         """
         snapshot = _Snapshot(random_states(self.run.device), deepcopy(self.student_loss.criterion.state_dict()))
         where = f"at step {step + 1} ({source} batch); nothing was applied"
@@ -102,7 +102,7 @@ class Recovery:
             succeeded = attempt.succeeded
 
     def roll_back(self, snapshot: _Snapshot) -> None:
-        """Return to the state before the step. What was sampled for it waits in the pool."""
+        """Restore the state before the step. The pool keeps what was sampled for it."""
         self.optimizer.zero_grad(set_to_none=True)
         restore_random_states(snapshot.random, self.run.device)
         self.student_loss.criterion.load_state_dict(snapshot.objective)
@@ -112,7 +112,7 @@ class Recovery:
 
 
 class Attempt:
-    """One attempt at a step: a context manager that rolls back and swallows an out-of-memory error worth a retry."""
+    """Enclose one attempt at a step. On an error it rolls back, and suppresses an out-of-memory error worth a retry."""
 
     def __init__(self, recovery: Recovery, snapshot: _Snapshot, where: str, lr: float):
         self.recovery = recovery
@@ -123,7 +123,7 @@ class Attempt:
         self._rows = 1  # of the largest micro-batch, once the step is split
 
     def split(self, batches: list[SourceBatch]) -> list[MicroBatch]:
-        """Split a step's sequences into micro-batches that fit into memory, as far as is known."""
+        """Split a step's sequences into micro-batches of at most ``max_rows``."""
         recovery = self.recovery
         self._rows = min(recovery.max_rows, max(len(batch.sequences) for batch in batches))
         return [
@@ -149,7 +149,7 @@ class Attempt:
             self.recovery.max_rows = self._rows // 2
             self.recovery.emit(
                 Warned(
-                    f"out of memory with {self._rows} rows at once: going on with {self.recovery.max_rows}, same batches"
+                    f"out of memory with {self._rows} rows at once: continuing with {self.recovery.max_rows}, same batches"
                 )
             )
             return True
@@ -160,7 +160,7 @@ class Attempt:
         if isinstance(error, NonFiniteError):
             hint = error.hint if isinstance(error, InfiniteLoss) else f"lower --lr (now {self.lr:g}), or --dtype fp32"
             return NonFiniteError(f"{error.what} {self.where}", hint=hint)
-        hint = "go on with --resume where more is free" if is_saved else "lower --max-length"
+        hint = "continue with --resume where more is free" if is_saved else "lower --max-length"
         return OutOfMemoryError(f"out of memory {self.where}", hint=hint)
 
 

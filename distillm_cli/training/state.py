@@ -1,4 +1,4 @@
-"""Where a run is: its fixed facts, and the state that changes from step to step."""
+"""Hold the fixed facts of a run, and the state that changes from step to step."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _CPU = torch.device("cpu")
 class RunInfo:
     """Describe a run to its trainer.
 
-    steps: optimizer steps in all. pass_overhead: as of ``length_groups``. dtype: of autocast; float32 switches it off.
-    identity: returns what a resume must find unchanged, kept in checkpoints.
+    steps: optimizer steps of the run. pass_overhead: see ``length_groups``. dtype: of autocast; float32 turns it off.
+    identity: returns what must be unchanged at a resume, saved in checkpoints.
     """
 
     steps: int
@@ -59,7 +59,7 @@ class TrainerState:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> TrainerState:
-        """Return the state that a checkpoint records. A run that stopped early may go on."""
+        """Return the state that a checkpoint records. A run that stopped early may be resumed."""
         restored = cls(**fields)
         restored.sources = Counter(restored.sources)
         restored.phis = [(step, phi) for step, phi in restored.phis]

@@ -1,4 +1,4 @@
-"""The training loop. ``Trainer.train`` and ``Trainer.train_step`` read top to bottom; no method has a branch here."""
+"""Run the training loop. ``Trainer.train`` and ``Trainer.train_step`` read top to bottom, with no branch by method."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from distillm_cli.training.events import Listener, Note, RunEnded, Saved, Steppe
 from distillm_cli.training.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from distillm_cli.training.recovery import MicroBatch, Recovery, check_finite
 from distillm_cli.training.state import RunInfo, TrainerState
-from distillm_cli.training.stopping import stop_on_signal
 from distillm_cli.training.validation import Validator
 from distillm_cli.types import Batch, collate
+from distillm_cli.utils.signals import stop_on_signal
 from distillm_cli.utils.text import counted
 
 
@@ -72,7 +72,7 @@ class Trainer:
 
     @property
     def objective(self) -> Objective:
-        """The rule for what each token costs."""
+        """Return the objective."""
         return self.student_loss.criterion
 
     def train(self) -> TrainerState:
@@ -83,7 +83,7 @@ class Trainer:
         self.emit(run_started(self))
         if self.state.valid_loss is None and self.validator.at_start is None:
             self.validate()
-        self._stop_when_stale()  # a resumed run that had stopped early has nothing left to train
+        self._stop_when_stale()  # for the resume of a run that had stopped early
         with stop_on_signal() as stop:
             while self.state.step < self.run.steps and self.state.reason == "done":
                 self.train_step()
@@ -123,7 +123,9 @@ class Trainer:
                         hidden_ND = self._teacher_hidden(micro, batches)
                     total += self._forward_backward(batches, hidden_ND, weights, per_token, scale=1 / count)
                 norm = nn.utils.get_total_norm([p.grad for p in self.student_loss.parameters() if p.grad is not None])
-                loss, grad_norm = torch.stack((total, norm)).tolist()  # the only time a step waits for the device
+                loss, grad_norm = torch.stack(
+                    (total, norm)
+                ).tolist()  # the only synchronization with the device in a step
                 check_finite(loss, grad_norm)
                 if self.config.clip and grad_norm > self.config.clip:
                     nn.utils.clip_grads_with_norm_(self.student_loss.parameters(), self.config.clip, norm)
@@ -163,9 +165,9 @@ class Trainer:
         )
 
     def _begin_step(self, micro_batches: list[MicroBatch], progress: float) -> list[TokenWeights | None]:
-        """Show the objective the whole step; return what its tokens weigh, micro-batch by micro-batch.
+        """Pass the whole step to the objective; return the weights of its tokens, by micro-batch.
 
-        An objective that needs the models' log-probabilities first gets them; the teacher's states are kept for the step.
+        Log-probabilities are computed first where the objective needs them; the teacher's states are reused in the step.
         """
         source_batches = [SourceBatch(micro.source, list(chain.from_iterable(micro.groups))) for micro in micro_batches]
         log_probs = []
@@ -186,14 +188,14 @@ class Trainer:
         per_token: TokenWeights | None,
         scale: float,
     ) -> Tensor:
-        """Add a micro-batch's gradients; return its share of the step's loss. The graph ends with this frame."""
+        """Add a micro-batch's gradients; return its share of the step's loss. The graph is freed on return."""
         with self.run.autocast():
             loss, _ = self.student_loss(batches, teacher_hidden_ND, weights, per_token, scale=scale)
         loss.backward()
         return loss.detach()
 
     def validate(self) -> None:
-        """Measure the student on the validation rows; the first time, also as it was before training."""
+        """Measure the student on the validation rows; the first time, also with its weights from before training."""
         if not self.validator.batches:
             return
         if self.state.first_valid_loss is None and self.state.step > 0:
@@ -213,7 +215,9 @@ class Trainer:
         value = None
         if self.config.select != "last" and step > 0:
             value = ({"valid_loss": state.valid_loss} | state.scores)[self.config.select]
-        is_tie = value is not None and value == state.best  # the later weights are kept, and patience counts on
+        is_tie = (
+            value is not None and value == state.best
+        )  # the later weights become the best ones, and stale still rises
         is_better = value is not None and not is_tie and self.validator.is_better(value, state.best)
         if is_better:
             state.best = value
@@ -243,7 +247,7 @@ class Trainer:
         raise Interrupted(
             f"stopped at step {self.state.step} of {self.run.steps}",
             signal_number=signal_number,
-            hint="the checkpoint is whole; go on with --resume" if self.checkpoints else None,
+            hint="the checkpoint is whole; continue with --resume" if self.checkpoints else None,
         )
 
     def _save_before_failing(self) -> bool:
@@ -253,7 +257,7 @@ class Trainer:
         return bool(self.state.step and self.checkpoints)
 
     def save(self) -> None:
-        """Save everything that shapes the next step in one checkpoint."""
+        """Save everything that the next step depends on in one checkpoint."""
         if self.checkpoints is None or self.saved_step == self.state.step:
             return
         pool, pool_tensors = self.pool.state_dict()

@@ -23,10 +23,9 @@ from distillm_cli.utils.modules import eval_mode
 class Validator:
     """Compute means per token over the validation rows, batch by batch, in smaller batches where memory runs out.
 
-    batches: of the rows; none where there are none. select: the quantity that selects checkpoints. teacher: for a
-    divergence. score: returns further figures by name, computed at each validation. at_start: a context in which the
-    student has the weights it began with; the loss before training is then measured at the first validation, so that the
-    first step does not wait for it.
+    batches: validation rows, may be empty. select: the quantity that selects checkpoints. teacher: for a divergence.
+    score: returns further figures by name, computed at each validation. at_start: a context in which the student has its
+    initial weights; the loss before training is then measured at the first validation, not before the first step.
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class Validator:
         return valid_loss, scores
 
     def is_better(self, value: float, best: float | None) -> bool:
-        """Return whether ``value`` of the selecting quantity is better than the best one so far."""
+        """Return whether ``value`` of the quantity that selects checkpoints is better than ``best``."""
         if best is None:
             return True
         return value < best if is_lower_better(self.select) else value > best
@@ -66,7 +65,7 @@ class Validator:
     def mean(self, weights: LossWeights, student_loss: StudentLoss, *, autocast: bool = True) -> float:
         """Return the mean loss over all supervised tokens, nats. The caller sets evaluation mode and ``no_grad``.
 
-        autocast: compute as the student does in training; False computes in the model's own dtype.
+        autocast: compute in the student's training precision; False computes in the model's own dtype.
         """
         return retry_halved(lambda: self._mean(weights, student_loss, autocast), self._halve)
 
@@ -82,10 +81,11 @@ class Validator:
         return (total / tokens).item()
 
     def _halve(self) -> bool:
-        most = max(len(batch) for batch in self.batches)
-        if most == 1:
+        """Split the batches into halves of the largest; return whether that was possible."""
+        largest = max(len(batch) for batch in self.batches)
+        if largest == 1:
             return False
-        rows = most // 2
-        self.batches = [batch[at : at + rows] for batch in self.batches for at in range(0, len(batch), rows)]
-        self.emit(Warned(f"out of memory with {most} held-out rows at once: going on with {rows}, to the same loss"))
+        rows = largest // 2
+        self.batches = [batch[i : i + rows] for batch in self.batches for i in range(0, len(batch), rows)]
+        self.emit(Warned(f"out of memory with {largest} held-out rows at once: continuing with {rows}, same loss"))
         return True

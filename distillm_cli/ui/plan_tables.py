@@ -154,13 +154,13 @@ def _pair(found: Mapping[str, Any]) -> str:
     if "teacher" not in found["models"]:
         return "one model, no teacher"
     if any("vocabularies fit is not known" in note for note in found.get("notes", ())):
-        return f"not known: no tokenizer at hand; {found['vocabulary']:,} rows in common"
+        return f"not known: no tokenizer available; {found['vocabulary']:,} rows in common"
     return f"fits: {found['vocabulary']:,} shared tokens"
 
 
 def _rows(data: Mapping[str, Any]) -> str:
     if data["rows"] is None:
-        return f"{data['source']}, not at hand"
+        return f"{data['source']}, not available"
     kept = f", {data['kept']:,} kept" if "kept" in data else ""
     held = f"; {data['valid_rows']:,} held out" if "valid_rows" in data else ""
     return f"{data['rows']:,} from {data['source']}{kept}{held}"

@@ -1,4 +1,4 @@
-"""Handle Ctrl-C, SIGTERM and SIGHUP alike from the first import on. Imports no slow modules."""
+"""Handle Ctrl-C, SIGTERM and SIGHUP alike from the first import on, and stop a loop at them. Imports nothing slow."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from types import FrameType
 
 from distillm_cli.errors import CtrlC, Hangup, Terminated
@@ -85,6 +86,41 @@ def _is_importing(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+@dataclass
+class StopRequest:
+    """Hold the number of the signal that asked a loop to stop; None while there was none."""
+
+    signal: int | None = None
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Let the loop in the block finish its step at the first SIGINT, SIGTERM or SIGHUP; a second SIGINT raises at once.
+
+    The yielded request has the signal's number. Signals that are ignored stay ignored: SIGHUP under nohup, SIGINT in a
+    shell's background job.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if request.signal is not None and number == signal.SIGINT:
+            raise CtrlC
+        request.signal = number
+
+    names = ("SIGINT", "SIGTERM", "SIGHUP")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    handled = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, on_signal) for number in handled}
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def received_signal() -> KeyboardInterrupt | None:

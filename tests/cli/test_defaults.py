@@ -119,7 +119,7 @@ def test_what_is_given_stays_and_what_contradicts_it_is_refused(tmp_path):
 def test_a_model_whose_config_is_not_at_hand_leaves_auto(capsys):
     assert main(["sft", "--model", "Qwen/not-cached", "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"^  lr: auto +# auto: no config of Qwen/not-cached at hand$", out, re.MULTILINE)
+    assert re.search(r"^  lr: auto +# auto: no config of Qwen/not-cached available$", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "gemma3", "t5"])

@@ -417,7 +417,7 @@ def test_control_c_keeps_what_is_written_and_resume_completes_it(place, typed):
     finger.join()
     assert code == 130
     assert json.loads(out) == {"status": "error", "code": 130, "message": err.split("error: ", 1)[1].strip()}
-    assert "go on with --resume" in err
+    assert "continue with --resume" in err
     kept = lines(written)
     assert 0 < len(kept) < 160
     assert typed(*command, "--output", written, "--resume")[0] == 0

@@ -282,7 +282,7 @@ def test_another_spelling_of_the_same_place_is_the_same(stopped, tmp_path, capsy
 
 def test_a_checkpoint_that_says_nothing_of_its_run_is_damaged(tmp_path):
     Checkpoints(tmp_path / "checkpoints", lambda place: None, keep=1).write(3, {}, {})
-    with pytest.raises(CheckpointError, match=r"unreadable: its state\.json says no progress"):
+    with pytest.raises(CheckpointError, match=r"unreadable: its state\.json has no progress"):
         find_checkpoint(tmp_path, Recipe())
 
 

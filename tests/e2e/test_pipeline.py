@@ -284,7 +284,7 @@ def test_a_stage_whose_output_was_lost_is_made_again(typed, copied):
     (copied / "student" / "stage.json").write_text("{")
     code, told, err = typed("run", "all.yaml", "--output", copied)
     assert (code, told["code"]) == (5, 5)
-    assert f"remove {copied / 'student'} to make that stage anew" in err
+    assert f"remove {copied / 'student'} to start that stage over" in err
 
 
 def test_a_row_that_is_mended_is_noticed_though_its_file_is_as_long_and_whoever_read_it_runs_again(typed, copied):
@@ -429,7 +429,7 @@ def test_a_directory_that_is_not_the_pipelines_is_never_touched(typed, home):
     (place / "thesis.txt").write_text("mine")
     code, _, err = typed("run", "all.yaml", "--output", "mine")
     assert code == 2
-    assert "mine/distill is there and was not made by `distillm run`" in err
+    assert "mine/distill exists and was not created by `distillm run`" in err
     assert [p.name for p in (home / "mine").iterdir()] == ["distill"], "found out before the first stage"
 
 
@@ -441,7 +441,7 @@ def test_a_stage_that_would_train_from_its_own_output_is_refused(typed, copied):
         *(word for field in sets for word in ("--set", f"stages.student.student.{field}")),
     )  # fmt: skip
     assert (code, told["code"]) == (2, 2)
-    assert "starting anew in" in err
+    assert "starting over in" in err
     assert f"{copied.name}/student would remove what the run reads; --model" in err
     after = weights(copied / "student")
     assert all(torch.equal(before[key], after[key]) for key in before)

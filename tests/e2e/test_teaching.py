@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from distillm_cli.cli.app import main
-from distillm_cli.runs import teacher_states
+from distillm_cli.runs import cache_planning
 
 SMALL = [
     "distill", "--teacher", "builtin", "--student", "random:1x32", "--data", "builtin", "--max-length", "64",
@@ -74,7 +74,7 @@ def test_a_cache_warmed_beforehand_is_read_by_auto_and_refused_when_damaged(type
     code, answer, err = typed("--output", "damaged")
     assert (code, answer["code"]) == (5, 5)
     assert made["place"] in answer["message"]
-    assert answer["message"].endswith("make it anew with --rebuild-teacher-cache")
+    assert answer["message"].endswith("rebuild it with --rebuild-teacher-cache")
     assert not (tmp_path / "damaged").exists(), "refused before anything was written"
     code, result, err = typed("--output", "damaged", "--rebuild-teacher-cache")
     assert (code, result["teacher_cache"]["mode"], result["teacher_cache"]["hit"]) == (0, "disk", False), err
@@ -108,10 +108,10 @@ def test_auto_keeps_rows_that_come_back_and_the_resumed_run_ends_with_the_same_w
 
 
 def test_auto_keeps_nothing_where_memory_is_short_and_a_resume_elsewhere_keeps_to_that(typed, tmp_path, monkeypatch):
-    monkeypatch.setattr(teacher_states, "available_memory", lambda: 10_000)
+    monkeypatch.setattr(cache_planning, "available_memory", lambda: 10_000)
     code, result, err = typed("--output", "out", "--set", "train.save_steps=7", "--set", "train.keep=9")
     assert (code, result["teacher_cache"]["mode"]) == (0, "off"), err
-    assert "is more than a quarter of the 10.0 kB of free memory (--teacher-cache disk would keep them in " in err
+    assert "is more than a quarter of the 10.0 kB of free memory (--teacher-cache disk would store them in " in err
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out" / "checkpoints" / "step-000012").rename(tmp_path / "gone")
@@ -203,5 +203,5 @@ def test_sigterm_ends_generate_with_one_json_object(tmp_path):
     ]
     code, answer, err = stopped(argv, signal.SIGTERM, lambda: output.exists() and output.stat().st_size)
     assert (code, answer["status"], answer["code"]) == (143, "error", 143)
-    assert answer["message"].endswith("go on with --resume")
+    assert answer["message"].endswith("continue with --resume")
     assert "Traceback" not in err

@@ -162,8 +162,8 @@ def test_a_rollout_that_does_not_fit_into_memory_is_halved_until_it_does_and_say
     assert [o.response.tolist() for o in found] == [o.response.tolist() for o in expected]
     assert [o.row for o in found] == list(range(12))
     assert said == [
-        Warned("out of memory while decoding 12 rows side by side: going on with 6"),
-        Warned("out of memory while decoding 6 rows side by side: going on with 3"),
+        Warned("out of memory while decoding 12 rows side by side: continuing with 6"),
+        Warned("out of memory while decoding 6 rows side by side: continuing with 3"),
     ]
     asked.clear()
     rollouts.sample(rows, step=6)  # the same wall is not run into again

@@ -234,7 +234,7 @@ def test_a_disk_that_is_full_as_the_tokenizer_is_written_costs_no_checkpoint(tmp
     tokenizer = tiny.tokenizer(size=500)
     with file_size(4000), pytest.raises(StorageError, match="File too large") as stopped:
         write(checkpoints(tmp_path, save_model=tokenizer.save_pretrained), 2)
-    assert "step-000001 is whole, go on with --resume" in str(stopped.value)
+    assert "step-000001 is whole, continue with --resume" in str(stopped.value)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
 
 

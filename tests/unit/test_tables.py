@@ -11,7 +11,7 @@ import pytest
 from distillm_cli.config.schema import DataConfig
 from distillm_cli.data.sources import load_rows
 from distillm_cli.errors import DataError
-from distillm_cli.runs.stage_record import _identity_of
+from distillm_cli.runs.stage_record import _input_identity
 from distillm_cli.training.events import Note
 
 datasets = pytest.importorskip("datasets")
@@ -222,6 +222,6 @@ def test_a_pipeline_notices_other_rows(tmp_path, name):
             datasets.DatasetDict(train=datasets.Dataset.from_list(rows)).save_to_disk(place)
         else:
             compressed(place, "".join(json.dumps(row) + "\n" for row in rows).encode())
-        found.append([_identity_of("data.source", str(at)) for at in (place, tmp_path)])
+        found.append([_input_identity("data.source", str(at)) for at in (place, tmp_path)])
     assert found[0][0] != found[1][0]
     assert name == "set" or found[0][1] != found[1][1]

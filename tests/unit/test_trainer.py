@@ -525,7 +525,7 @@ def test_a_disk_that_is_full_costs_no_checkpoint_and_names_what_is_left(tmp_path
     checkpoints.write(6, {"step": 6}, tensors)
     with (
         file_size(1000),
-        pytest.raises(StorageError, match=r"step-000009: .*step-000006 is whole, go on with --resume"),
+        pytest.raises(StorageError, match=r"step-000009: .*step-000006 is whole, continue with --resume"),
     ):
         checkpoints.write(9, {"step": 9}, tensors)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000006"]
@@ -635,7 +635,7 @@ def test_where_memory_runs_out_micro_batches_are_halved_and_the_weights_are_the_
 
     (whole, silence), (halved, said) = trained(rows=4), trained(rows=3)
     assert silence == []
-    assert said == ["out of memory with 4 rows at once: going on with 2, same batches"]
+    assert said == ["out of memory with 4 rows at once: continuing with 2, same batches"]
     for name, expected in weights(whole).items():
         assert_close(weights(halved)[name], expected, atol=2e-5, rtol=1e-4, msg=name)
     assert halved.state.valid_loss == pytest.approx(whole.state.valid_loss, abs=1e-4)
@@ -670,7 +670,7 @@ def test_where_memory_runs_out_held_out_rows_are_taken_in_smaller_batches():
             held_out.mean(CROSS_ENTROPY, objective)
     counts = [5, 2, 1]
     assert said == [
-        Warned(f"out of memory with {rows} held-out rows at once: going on with {fewer}, to the same loss")
+        Warned(f"out of memory with {rows} held-out rows at once: continuing with {fewer}, same loss")
         for rows, fewer in pairwise(counts)
     ]
 
@@ -692,7 +692,7 @@ def test_a_step_that_memory_does_not_suffice_for_costs_no_step_before_it(tmp_pat
             memory.rows = 0
 
     engine.emit = shrink
-    with pytest.raises(OutOfMemoryError, match=r"at step 6 .*nothing was applied; go on with --resume") as error:
+    with pytest.raises(OutOfMemoryError, match=r"at step 6 .*nothing was applied; continue with --resume") as error:
         engine.train()
     assert error.value.exit_code == 7
     assert [path.name for path in tmp_path.iterdir()] == ["step-000005"]

@@ -1,0 +1,300 @@
+"""Decide where a run caches the teacher's hidden states, open the teacher with that cache, and warm it on disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distillm_cli.config.load import Resolved
+from distillm_cli.config.schema import Recipe
+from distillm_cli.data.prefetch import Prefetcher
+from distillm_cli.errors import Interrupted, UsageError, signal_number
+from distillm_cli.runs.build import new_scheduler
+from distillm_cli.runs.cache_size import CacheSize, CacheWorkload, uses_rows
+from distillm_cli.runs.prepare import Prepared, new_order, prepare
+from distillm_cli.runs.run_results import TeacherCacheResult
+from distillm_cli.teachers import teacher_cache
+from distillm_cli.teachers.cached import BatchComposition, CachedTeacher, HiddenStateTable
+from distillm_cli.teachers.local import LocalTeacher
+from distillm_cli.teachers.teacher_cache import CacheKey
+from distillm_cli.training.events import Listener, Note, Warned
+from distillm_cli.types import Sequence, collate
+from distillm_cli.utils.memory import available_memory
+from distillm_cli.utils.text import counted, format_count
+
+if TYPE_CHECKING:
+    from distillm_cli.models.backbone import Backbone
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """Describe the teacher cache of a run.
+
+    mode: memory, disk or off. why: a clause for people. size: bytes that will be cached. place, key: of a cache on disk.
+    exists: whether that cache has been computed before.
+    """
+
+    mode: str
+    why: str
+    size: CacheSize = field(default_factory=CacheSize)
+    place: Path | None = None
+    key: CacheKey | None = None
+    exists: bool = False
+
+
+@dataclass(frozen=True)
+class TeacherHandle:
+    """Hold an opened teacher and the plan of its cache. hit: the cache on disk existed before the run."""
+
+    teacher: LocalTeacher
+    cache_plan: CachePlan
+    hit: bool = False
+
+    def facts(self) -> dict[str, Any]:
+        """Return the ``teacher_cache`` object of the run's result."""
+        rows = getattr(self.teacher, "rows", None)
+        facts = {
+            "mode": self.cache_plan.mode,
+            "rows": 0 if rows is None else len(rows.sequences) - rows.missing,
+            "bytes": 0 if rows is None else rows.bytes,
+            "hit": self.hit,
+            "model_left": self.teacher.has_released_model,
+        }
+        if self.cache_plan.place is not None:
+            facts["place"] = str(self.cache_plan.place)
+        return facts
+
+
+def open_teacher(
+    run: Prepared, listener: Listener, *, started_mode: str | None = None, rebuild: bool = False
+) -> TeacherHandle | None:
+    """Open the run's teacher; None for SFT. A cache on disk is read, and computed first where it does not exist.
+
+    started_mode: on a resume, the mode that the run was started with. ``auto`` keeps it, since states of another mode are
+    rounded differently. Raises StorageError, CheckpointError, UsageError.
+    """
+    model = run.pair.teacher
+    if model is None:
+        return None
+    workload = workload_of(run)
+    cache_plan = plan_cache(run, workload, started_mode=started_mode, rebuild=rebuild)
+    listener(
+        Note(f"teacher's states: {cache_plan.why}{'' if cache_plan.place is None else f', in {cache_plan.place}'}")
+    )
+    if cache_plan.mode == "off":
+        return TeacherHandle(LocalTeacher(model), cache_plan)
+    rows = None
+    composition = None
+    hit = False
+    computed_tokens = 0
+    if cache_plan.mode == "disk":
+        rows, hit, computed_tokens = _read_or_compute(run, cache_plan, rebuild, listener)
+    elif cache_plan.size.rows:
+        _warn_if_short_of_memory(cache_plan, listener)
+        order = new_order(run.recipe, run.train)  # not the run's: an order holds the state of one epoch
+        rows = HiddenStateTable(run.train.sequences)
+        composition = BatchComposition(
+            lambda step: [run.train.sequences[i] for i in order.batch(step)],
+            steps=order.steps_per_epoch,
+            rows=run.train.sequences,
+            max_rows=run.recipe.train.batch_size,
+            pass_overhead=run.pass_overhead,
+        )
+    schedule = new_scheduler(run)
+    samples = schedule.config.uses_student_outputs or schedule.config.uses_teacher_samples
+    validation = _validation_rows(run)
+    teacher = CachedTeacher(
+        model,
+        mode=cache_plan.mode,
+        rows=rows,
+        composition=composition,
+        caches_rollouts=workload.rollouts_repeat or workload.samples_repeat,
+        validation=HiddenStateTable(validation) if validation else None,
+        # Quantized weights are not plain tensors that could be released one by one.
+        releases_model=rows is not None and not (samples or model.is_quantized),
+    )
+    teacher.tokens = computed_tokens
+    return TeacherHandle(teacher, cache_plan, hit)
+
+
+def warm_cache(
+    resolved: Resolved, listener: Listener, *, rebuild: bool = False, prefetcher: Prefetcher | None = None
+) -> TeacherCacheResult:
+    """Compute the cache on disk for this recipe, unless it exists."""
+    started = time.perf_counter()
+    for note in resolved.notes:
+        listener(Warned(note))
+    place = None
+    try:
+        run = prepare(resolved.recipe, listener, prefetcher)
+        cache_plan = _planned_on_disk(run, workload_of(run))
+        place = str(cache_plan.place)
+        _, hit, computed_tokens = _read_or_compute(run, cache_plan, rebuild, listener)
+    except KeyboardInterrupt as stop:
+        raise Interrupted(
+            "interrupted while making the teacher cache",
+            signal_number=signal_number(stop),
+            where=place,
+            hint="it is there whole or not at all; start it again",
+        ) from None
+    rows = len(run.train)
+    size = cache_plan.size.rows
+    mode = run.recipe.teacher.cache
+    if mode in ("memory", "off"):
+        listener(Warned(f"with teacher.cache {mode} this recipe will not read it; give --teacher-cache disk or auto"))
+    result = "was there already" if hit else "made"
+    listener(Note(f"{result}: {cache_plan.place} · {counted(rows, 'row')} · {format_count(size)}B"))
+    return TeacherCacheResult(
+        output=cache_plan.place,
+        wall_s=round(time.perf_counter() - started, 3),
+        teacher_cache={"mode": "disk", "rows": rows, "bytes": size, "hit": hit, "place": str(cache_plan.place)},
+        teacher_tokens=computed_tokens,
+    )
+
+
+def check_rows(recipe: Recipe) -> None:
+    """Raise UsageError for a cache on disk where the run does not train on rows, which it would hold."""
+    if not uses_rows(recipe):
+        raise UsageError(
+            f"teacher.cache disk holds the teacher's states of data set rows, and schedule.kind "
+            f"{recipe.schedule.kind} trains on none",
+            hint="give --teacher-cache memory or off",
+        )
+
+
+def workload_of(run: Prepared) -> CacheWorkload:
+    """Return what decides the cache's size. The teacher computes one token, to measure its states' width and dtype."""
+    sample_tokens = None
+    if run.teacher_samples is not None:
+        sample_tokens = sum(s.supervised for samples in run.teacher_samples.values() for s in samples)
+    return CacheWorkload(
+        recipe=run.recipe,
+        bytes_per_token=0 if run.recipe.teacher.cache == "off" else _bytes_per_token(run),
+        rows=len(run.train),
+        row_tokens=run.train.tokens,
+        steps=run.steps,
+        steps_per_epoch=run.order.steps_per_epoch,
+        validation_tokens=sum(s.supervised for s in run.valid.sequences),
+        sample_tokens=sample_tokens,
+    )
+
+
+def plan_cache(
+    run: Prepared, workload: CacheWorkload, *, started_mode: str | None = None, rebuild: bool = False
+) -> CachePlan:
+    """Return where the teacher's states will be cached, and their size. Arguments: see ``open_teacher``."""
+    mode = run.recipe.teacher.cache
+    if rebuild and mode in ("memory", "off"):
+        raise UsageError(f"--rebuild-teacher-cache with --teacher-cache {mode}", hint="give --teacher-cache disk")
+    if mode == "disk" or (mode == "auto" and (rebuild or started_mode == "disk")):
+        return _planned_on_disk(run, workload)
+    if mode == "off":
+        return CachePlan("off", "not cached")
+    if mode == "auto" and started_mode == "off":
+        return CachePlan("off", "not cached, as when the run was started")
+    if mode == "auto" and started_mode is None:
+        existing = _existing_on_disk(run, workload)
+        if existing is not None:
+            return existing
+        chosen, why = workload.choose(available_memory())
+        if chosen == "off":
+            hint = f" (--teacher-cache disk would store them in {_root(run)})" if workload.anything_repeats else ""
+            return CachePlan("off", f"{why}{hint}")
+    size = workload.size(mode)
+    parts = size.described(len(run.train))
+    return CachePlan("memory", f"cached in memory: {parts or 'no sequence repeats in this run'}", size)
+
+
+def _existing_on_disk(run: Prepared, workload: CacheWorkload) -> CachePlan | None:
+    """Return the plan of a cache that an earlier run made for these rows and this teacher; None without one."""
+    root = _root(run)
+    if not (uses_rows(run.recipe) and root.is_dir()):
+        return None
+    # The teacher's digest takes reading its weights: compare the rows' digest first, which is in the name.
+    is_named = any(root.glob(f"*-{teacher_cache.rows_digest(run.train.sequences)[:16]}"))
+    if not is_named and not (root / teacher_cache.METADATA).exists():
+        return None
+    plan = _planned_on_disk(run, workload)
+    return plan if plan.exists else None
+
+
+def _planned_on_disk(run: Prepared, workload: CacheWorkload) -> CachePlan:
+    check_rows(run.recipe)
+    model = run.pair.teacher
+    teacher_digest = teacher_cache.teacher_digest(model, _config_json(model))
+    key = CacheKey(teacher_digest, teacher_cache.rows_digest(run.train.sequences))
+    place = teacher_cache.cache_directory(_root(run), key)
+    size = workload.size("disk")
+    why = f"on disk, {format_count(size.rows)}B for {counted(len(run.train), 'row')}"
+    return CachePlan("disk", why, size, place=place, key=key, exists=place.exists())
+
+
+def _read_or_compute(
+    run: Prepared, cache_plan: CachePlan, rebuild: bool, listener: Listener
+) -> tuple[HiddenStateTable, bool, int]:
+    """Return the states of a cache on disk, whether they existed before, and how many tokens the teacher computed."""
+    sequences = run.train.sequences
+    teacher = LocalTeacher(run.pair.teacher)
+    is_new = False
+    if rebuild or not cache_plan.exists:
+        names = {"teacher": str(run.recipe.teacher.path), "data": run.train_rows.name}
+        if run.recipe.data.date is not None:
+            names["date"] = run.recipe.data.date
+        is_new = teacher_cache.write_cache(
+            cache_plan.place,
+            cache_plan.key,
+            teacher,
+            sequences,
+            run.device,
+            listener,
+            of=names,
+            size=cache_plan.size.rows,
+            rebuild=rebuild,
+        )
+    table = teacher_cache.read_cache(cache_plan.place, cache_plan.key, sequences, listener)
+    return table, not is_new, teacher.tokens
+
+
+def disk_free(place: Path) -> int | None:
+    """Return the free bytes of the file system that ``place`` is on or would be on; None where no parent exists."""
+    for parent in (place, *place.parents):
+        if parent.is_dir():
+            return shutil.disk_usage(parent).free
+    return None
+
+
+def _root(run: Prepared) -> Path:
+    return teacher_cache.cache_root(run.recipe.teacher.cache_dir)
+
+
+def _validation_rows(run: Prepared) -> list[Sequence]:
+    """Return the validation rows that the teacher computes: all where a divergence selects checkpoints, else none."""
+    return run.valid.sequences if run.recipe.train.select == "valid_divergence" else []
+
+
+def _bytes_per_token(run: Prepared) -> int:
+    """Return the bytes of one token's state, measured: for some models it is the logits, in a dtype of their own."""
+    token = run.train.sequences[0].prompt[:1]  # a row may have no response
+    sequence = Sequence(token, token)
+    hidden_ND = LocalTeacher(run.pair.teacher).hidden(collate([sequence]).to(run.device), [sequence])
+    return hidden_ND.shape[1] * hidden_ND.element_size()
+
+
+def _config_json(model: Backbone) -> str:
+    """Return the model's config as JSON, without its path and the version that wrote it."""
+    config = model.model.config.to_dict()
+    for key in ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"):
+        config.pop(key, None)
+    return json.dumps(config, sort_keys=True, default=str)
+
+
+def _warn_if_short_of_memory(cache_plan: CachePlan, listener: Listener) -> None:
+    size = cache_plan.size.total
+    free = available_memory()
+    if free is not None and size > free:
+        what = f"the teacher's states take {format_count(size)}B, and {format_count(free)}B of memory are free"
+        listener(Warned(what))
