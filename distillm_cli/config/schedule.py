@@ -29,7 +29,8 @@ class ScheduleConfig(Section):
 
     ``ScheduleConfig(kind="mixed", mix=0.3)`` returns the member of that kind. trains_on: description of the sequences.
     uses_rows: they include data set rows with their own responses. uses_student_outputs, uses_teacher_samples: they
-    include sequences that the models generate. drafts: the student drafts and the teacher corrects.
+    include sequences that the models generate. drafts: the student drafts and the teacher corrects. has_phi: student outputs
+    are used with probability φ, which rises with the validation loss.
     """
 
     trains_on: ClassVar[str]
@@ -37,6 +38,7 @@ class ScheduleConfig(Section):
     uses_student_outputs: ClassVar[bool] = False
     uses_teacher_samples: ClassVar[bool] = False
     drafts: ClassVar[bool] = False
+    has_phi: ClassVar[bool] = False
 
     kind: str = Field(
         "adaptive",
@@ -156,6 +158,7 @@ class AdaptiveConfig(BufferedConfig):
     trains_on = "data set, student samples, replay"
     uses_rows = True
     auto_replay = "decreasing"
+    has_phi = True
 
     kind: Literal["adaptive"] = "adaptive"
     capacity: Annotated[Positive, UsedWhen(_REPLAYED, _AUTO_REPLAY, _FROM_BUFFER)] = _CAPACITY

@@ -50,7 +50,6 @@ class Scheduler(ABC):
     config: the recipe's ``schedule`` section. steps: T. seed: of the draws. batches: rollout batches in a round.
     """
 
-    has_phi: ClassVar[bool] = False
     in_rounds: ClassVar[bool] = False  # rollouts are replayed in whole rounds, each in a new order
 
     def __init__(self, config: ScheduleConfig, *, steps: int, seed: int, batches: int = 1):
@@ -62,6 +61,11 @@ class Scheduler(ABC):
     @abstractmethod
     def draw(self, step: int, buffered: int) -> Source:
         """Return the source of step ``step`` (from 0), with ``buffered`` sequences in the replay buffer."""
+
+    @property
+    def has_phi(self) -> bool:
+        """Whether the probability of student outputs is φ, which rises with the validation loss."""
+        return self.config.has_phi
 
     @property
     def in_pairs(self) -> bool:
@@ -225,8 +229,6 @@ class AnnealedScheduler(DrawingScheduler):
 @register(AdaptiveConfig)
 class AdaptiveScheduler(DrawingScheduler):
     """Train on student outputs with probability φ, which rises with the validation loss (DistiLLM, Algorithm 1)."""
-
-    has_phi = True
 
     def __init__(self, config: ScheduleConfig, **settings: int):
         super().__init__(config, **settings)

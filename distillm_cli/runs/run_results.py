@@ -42,16 +42,16 @@ class TrainSummary:
     """Hold what is shown at the end of training, apart from its figures.
 
     outcomes: the models on held-out rows, the initial student first. measured_on: which rows, and how they were decoded.
-    sources: steps by source. phi_history: φ at the start and after each validation. schedule: its kind, None for SFT.
-    row_weight: weight of the data set rows in steps on student outputs, 0 without them. suites, prompt: for the suggested
-    next commands. has_sft_stage: the fine-tuned student is in ``sft/``. has_answers: there are rows to score on.
+    sources: steps by source. phi_history: φ at the start and after each rise; None without φ. schedule: its
+    kind, None for SFT. row_weight: weight of the data set rows in steps on student outputs, 0 without them. suites, prompt:
+    for the suggested next commands. has_sft_stage: the fine-tuned student is in ``sft/``. has_answers: there are rows to score on.
     """
 
     outcomes: tuple[Outcome, ...]
     measured_on: str
     samples: tuple[Sample, ...] = ()
     sources: Mapping[str, int] = field(default_factory=dict)
-    phi_history: tuple[float, ...] = ()
+    phi_history: tuple[float, ...] | None = None
     schedule: str | None = None
     row_weight: float = 0.0
     suites: tuple[str, ...] = ()

@@ -58,7 +58,7 @@ def train_summary(result: TrainResult) -> Iterator[RenderableType]:
         yield samples_table(summary.samples)
     if summary.schedule is None:
         return
-    yield sources_sentence(summary.sources, summary.phi_history, summary.schedule)
+    yield sources_sentence(summary.sources, summary.phi_history)
     if summary.row_weight:
         weight = f"{summary.row_weight:g}"
         yield f"Beside the student's outputs each step used as many data set rows, with weight {weight}."
@@ -307,31 +307,27 @@ OUTPUT_FILES = {
 }
 
 
-def sources_sentence(counts: Mapping[str, int], phi_history: Sequence[float], schedule: str) -> str:
+def sources_sentence(counts: Mapping[str, int], phi_history: Sequence[float] | None) -> str:
     """Describe the number of steps of each source and the course of φ.
 
-    counts: steps by source (``dataset``, ``rollout``, ``replay``, …). phi_history: φ at the start and after each
-    validation. schedule: its kind (METHODS B).
+    counts: steps by source (``dataset``, ``rollout``, ``replay``, …). phi_history: φ at the start and after each rise; None
+    for a schedule without φ.
     """
     counts = {name: n for name, n in counts.items() if n}
     total = sum(counts.values())
-    start, end = (phi_history[0], phi_history[-1]) if phi_history else (0.0, 0.0)
-    rises = sum(b > a for a, b in pairwise(phi_history))
     if total == 0:
         return "No step was taken."
+    if phi_history is None:
+        return _shares(counts, total)
+    start, end = (phi_history[0], phi_history[-1]) if phi_history else (0.0, 0.0)
+    rises = sum(b > a for a, b in pairwise(phi_history))
     only = next(iter(counts)) if len(counts) == 1 else None
-    if schedule == "adaptive" and rises == 0:
+    if rises == 0:
         head = f"The schedule never fired: φ stayed {_phi(start)}"
         return f"{head}, every step used data set rows." if only == "dataset" else f"{head}. {_shares(counts, total)}"
-    sentence = _shares(counts, total)
-    if schedule == "adaptive":
-        times = {1: "once", 2: "twice"}.get(rises, f"{rises} times")
-        sentence += f" φ rose {times}, from {_phi(start)} to {_phi(end)}."
-        if only == "dataset":
-            sentence += " No draw fell on the student's own output."
-    elif end != start:
-        sentence += f" φ went from {_phi(start)} to {_phi(end)}."
-    return sentence
+    times = {1: "once", 2: "twice"}.get(rises, f"{rises} times")
+    sentence = f"{_shares(counts, total)} φ rose {times}, from {_phi(start)} to {_phi(end)}."
+    return f"{sentence} No draw fell on the student's own output." if only == "dataset" else sentence
 
 
 def _shares(counts: Mapping[str, int], total: int) -> str:

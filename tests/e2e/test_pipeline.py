@@ -346,7 +346,9 @@ def test_a_damaged_record_is_named(typed, copied):
     record.write_text(json.dumps(told | {"of": {}, "fingerprint": "0"}))
     code, _, err = typed("run", "all.yaml", "--output", copied)
     assert code == 5
-    assert f"{record} cannot be read (it does not record what the stage was made of); remove {copied / 'student'}" in err
+    assert (
+        f"{record} cannot be read (it does not record what the stage was made of); remove {copied / 'student'}" in err
+    )
 
 
 def test_a_pipeline_of_ones_own_is_not_replaced_by_what_it_resolves_to(typed, home, tmp_path):

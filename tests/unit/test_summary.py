@@ -201,50 +201,40 @@ def test_an_empty_table_is_a_table():
 
 
 @pytest.mark.parametrize(
-    ("counts", "phi", "schedule", "sentence"),
+    ("counts", "phi", "sentence"),
     [
         (
             {"dataset": 600},
             [0.0, 0.0, 0.0],
-            "adaptive",
             "The schedule never fired: φ stayed 0, every step used data set rows.",
         ),
         (
             {"dataset": 480, "rollout": 70, "replay": 50},
             [0.2, 0.2],
-            "adaptive",
             "The schedule never fired: φ stayed 0.20. Of 600 steps 480 (80%) used data set rows, 70 (12%) fresh rollouts "
             "and 50 (8%) replayed rollouts.",
         ),
         (
             {"dataset": 480, "rollout": 1, "replay": 119},
             [0.0, 0.1, 0.1, 0.2, 0.3],
-            "adaptive",
             "Of 600 steps 480 (80%) used data set rows, 1 (1%) a fresh rollout and 119 (20%) replayed rollouts. "
             "φ rose 3 times, from 0 to 0.30.",
         ),
         (
             {"dataset": 600},
             [0.0, 0.0, 0.1],
-            "adaptive",
             "Every step used data set rows (600 steps). φ rose once, from 0 to 0.10. "
             "No draw fell on the student's own output.",
         ),
-        ({"dataset": 1200, "rollout": 0}, [0.0], "off", "Every step used data set rows (1,200 steps)."),
-        ({"rollout": 600}, [], "on", "Every step used fresh rollouts (600 steps)."),
-        ({"dataset": 1}, [], "off", "The one step used data set rows."),
-        ({"dataset": 2, "mine": 2}, [0.5], "mixed", "Of 4 steps 2 (50%) used data set rows and 2 (50%) mine."),
-        (
-            {"dataset": 2, "rollout": 2},
-            [0.0, 1.0],
-            "annealed",
-            "Of 4 steps 2 (50%) used data set rows and 2 (50%) fresh rollouts. φ went from 0 to 1.00.",
-        ),
-        ({}, [], "adaptive", "No step was taken."),
+        ({"dataset": 1200, "rollout": 0}, None, "Every step used data set rows (1,200 steps)."),
+        ({"rollout": 600}, None, "Every step used fresh rollouts (600 steps)."),
+        ({"dataset": 1}, None, "The one step used data set rows."),
+        ({"dataset": 2, "mine": 2}, None, "Of 4 steps 2 (50%) used data set rows and 2 (50%) mine."),
+        ({}, [], "No step was taken."),
     ],
 )
-def test_the_sources_in_words(counts, phi, schedule, sentence):
-    assert sources_sentence(counts, phi, schedule) == sentence
+def test_the_sources_in_words(counts, phi, sentence):
+    assert sources_sentence(counts, phi) == sentence
 
 
 def test_any_right_answer_is_marked_and_how_many_there_are_is_said():
