@@ -44,7 +44,8 @@ class TrainSummary:
     outcomes: the models on held-out rows, the initial student first. measured_on: which rows, and how they were decoded.
     sources: steps by source. phi_history: φ at the start and after each rise; None without φ. schedule: its
     kind, None for SFT. row_weight: weight of the data set rows in steps on student outputs, 0 without them. suites, prompt:
-    for the suggested next commands. has_sft_stage: the fine-tuned student is in ``sft/``. has_answers: there are rows to score on.
+    for the suggested next commands. has_sft_stage: the fine-tuned student is in ``sft/``. has_answers: there are rows to
+    score on.
     """
 
     outcomes: tuple[Outcome, ...]
