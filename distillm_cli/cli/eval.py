@@ -8,9 +8,6 @@ import typer
 
 from distillm_cli.cli import options
 from distillm_cli.cli.options import FieldFlags, command
-from distillm_cli.cli.usage import check_single_process
-from distillm_cli.config.shortcuts import Flag
-from distillm_cli.errors import UsageError
 
 CheckpointArgument = Annotated[
     list[str],
@@ -58,21 +55,15 @@ def eval_checkpoints(
     Without --suite: the suites of the checkpoint's own recipe, or the held-out rows of its run. Settings that no flag
     gives, the template among them, come from that recipe too, and the defaults below hold without one.
     """
+    from distillm_cli.api import check_single_process, evaluation_flags
     from distillm_cli.runs.eval import evaluate_checkpoints
     from distillm_cli.runs.inference import Settings
     from distillm_cli.ui.console import console
     from distillm_cli.ui.summary import eval_summary
 
-    sampling = ("eval.seeds", "eval.temperature", "eval.top_p")
-    sampling_flag = next((fields[key].name for key in sampling if key in fields), None)
-    if "eval.greedy" in fields and fields["eval.greedy"].value and sampling_flag:
-        raise UsageError(f"--greedy and {sampling_flag} exclude each other", hint="drop one of them")
-    if "eval.temperature" in fields and fields["eval.temperature"].value == 0 and "eval.seeds" in fields:
-        raise UsageError("--temperature 0 and --seeds exclude each other", where="there is nothing random")
+    flags = evaluation_flags(fields)
     check_single_process()
-    if "eval.greedy" not in fields and sampling_flag:
-        fields["eval.greedy"] = Flag("--greedy", False)  # even where the checkpoint's own recipe is greedy
     with console(json_mode=json, quiet=quiet) as ui:
-        result = evaluate_checkpoints(checkpoints, Settings(recipe, fields, sets), ui, output=output)
+        result = evaluate_checkpoints(checkpoints, Settings(recipe, flags, sets), ui, output=output)
         ui.show(*eval_summary(result))
         ui.result(result.as_json())

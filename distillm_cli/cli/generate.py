@@ -9,8 +9,7 @@ import typer
 
 from distillm_cli.cli import options
 from distillm_cli.cli.options import FieldFlags, command
-from distillm_cli.cli.usage import check_single_process
-from distillm_cli.config.shortcuts import MODELS_PANEL, SAMPLING_PANEL, Flag
+from distillm_cli.config.shortcuts import MODELS_PANEL, SAMPLING_PANEL
 from distillm_cli.errors import UsageError
 
 SampledModel = Annotated[
@@ -140,6 +139,7 @@ def generate(
 
     Settings that no flag gives come from the model's own recipe, and the defaults below hold without one.
     """
+    from distillm_cli.api import check_single_process, generation_flags
     from distillm_cli.runs.generate import generate_responses
     from distillm_cli.runs.inference import Settings
     from distillm_cli.runs.prompt_source import PromptSource
@@ -151,13 +151,8 @@ def generate(
         raise UsageError("no model to generate with", hint="give --model")
     if reporting.json and file.output is None:
         raise UsageError("--json without --output", where="the rows themselves go to stdout", hint="give --output FILE")
-    temperature = fields.get("rollout.temperature")
-    if chosen.greedy and temperature is not None and temperature.value:
-        what = f"--greedy and --temperature {temperature.value:g} exclude each other"
-        raise UsageError(what, hint="drop one of them")
+    flags = generation_flags(fields, greedy=chosen.greedy)
     check_single_process()
-    if chosen.greedy:
-        fields["rollout.temperature"] = Flag("--greedy", 0.0)
     source = PromptSource(
         data=chosen.data,
         split=chosen.split,
@@ -166,7 +161,7 @@ def generate(
         limit=chosen.limit,
         samples=chosen.n,
     )
-    settings = Settings(recipe, fields, sets)
+    settings = Settings(recipe, flags, sets)
     with console(json_mode=reporting.json, quiet=reporting.quiet) as ui:
 
         def listen(event: Event) -> None:

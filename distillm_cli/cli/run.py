@@ -10,7 +10,6 @@ import typer
 from distillm_cli.cli import options
 from distillm_cli.cli.options import command
 from distillm_cli.cli.streams import write_stdout
-from distillm_cli.cli.usage import check_single_process
 
 PIPELINE_PANEL = "Pipeline"
 
@@ -88,6 +87,7 @@ def run_stages(
     Finished stages are skipped. A stage runs again when its recipe, its data or a stage that it reads has changed. To
     resume a stopped pipeline, type the same command again. To start a stage over, remove its directory.
     """
+    from distillm_cli.api import check_single_process
     from distillm_cli.config.pipeline_recipe import load_pipeline
     from distillm_cli.runs.defaults import fitted_pipeline
     from distillm_cli.ui.console import console, print_json

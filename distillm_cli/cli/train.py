@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from distillm_cli.cli import options
 from distillm_cli.cli.options import FieldFlags, command
-from distillm_cli.cli.usage import check_complete, check_single_process
 from distillm_cli.config.shortcuts import METHOD_PANEL
 from distillm_cli.errors import UsageError
 
@@ -101,17 +99,12 @@ def launch(
     rebuild_teacher_cache: bool = False,
 ) -> None:
     """Resolve the recipe, then print it (``--dry-run``), warm the teacher cache, or train."""
+    from distillm_cli.api import check_training, resolve_training, train_recipe
     from distillm_cli.cli.streams import write_stdout
-    from distillm_cli.config.load import resolve, to_yaml
-    from distillm_cli.runs import output_dir
-    from distillm_cli.runs.defaults import check_data, fitted, fitted_line
+    from distillm_cli.config.load import to_yaml
 
     output = chosen.output
-    recipe_name = chosen.recipe
-    if chosen.resume and recipe_name is None and output is not None:
-        saved_recipe = Path(output) / output_dir.RECIPE
-        recipe_name = str(saved_recipe) if saved_recipe.is_file() else None
-    resolved = fitted(resolve(command=verb, recipe=recipe_name, flags=fields, sets=chosen.sets))
+    resolved = resolve_training(verb, chosen.recipe, fields, chosen.sets, output=output, resume=chosen.resume)
     if chosen.dry_run:
         if chosen.json:
             from distillm_cli.ui.console import print_json
@@ -120,11 +113,9 @@ def launch(
         else:
             write_stdout(to_yaml(resolved))
         return
-    check_complete(resolved.recipe)
-    notes = [note for note in (check_data(resolved), fitted_line(resolved)) if note is not None]
-    check_single_process()
+    notes = check_training(resolved)
 
-    from distillm_cli.runs.start import TrainOptions, start_training, warm_teacher_cache
+    from distillm_cli.runs.start import TrainOptions, warm_teacher_cache
     from distillm_cli.ui.console import console
 
     if only_warm:
@@ -135,16 +126,11 @@ def launch(
             result = warm_teacher_cache(resolved, ui, rebuild=rebuild_teacher_cache, notes=notes)
             ui.result(result.as_json())
         return
-    recipe = resolved.recipe
-    place = Path(output) if output else None
-    if place is None:
-        student = recipe.student.path or "student"
-        place = output_dir.default_name(resolved.name, recipe.data.source, student, recipe.method, resume=chosen.resume)
     run_options = TrainOptions(
         resume=chosen.resume, overwrite=chosen.overwrite, rebuild_teacher_cache=rebuild_teacher_cache
     )
     with console(json_mode=chosen.json, quiet=chosen.quiet) as ui:
-        result = start_training(verb, resolved, place, ui, run_options, recipe_file=recipe_name, notes=notes)
+        result = train_recipe(verb, resolved, output, ui, run_options, chosen.recipe)
         from distillm_cli.ui.summary import train_next_steps, train_summary
 
         ui.show(*train_summary(result), train_next_steps(result))

@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
 from contextlib import suppress
 from difflib import get_close_matches
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
 from distillm_cli.config.shortcuts import FIELD_FLAGS, SAMPLING_VERBS, TRAINING_VERBS, field_flags, flag_of
 from distillm_cli.errors import UsageError
 
-if TYPE_CHECKING:
-    from distillm_cli.config.schema import Recipe
-
 # Newer versions of typer have their own copy of click, older ones import it. Get the base class from what both export.
 UsageProblem: type[Exception] = typer.BadParameter.__mro__[2]
-
-
-def check_single_process() -> None:
-    """Raise UsageError where a launcher (accelerate, torchrun) started several processes: each would do all the work."""
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        raise UsageError("work in several processes is not supported yet", hint="start it without a launcher")
-
-
-def check_complete(recipe: Recipe) -> None:
-    """Raise UsageError where the recipe names no model to train, or no teacher for distillation."""
-    if recipe.student.path is None:
-        what, flag = ("model", "--model") if recipe.method == "sft" else ("student", "--student")
-        raise UsageError(f"no {what} to train", hint=f"give {flag} PATH, or a --recipe that names one")
-    if recipe.method != "sft" and recipe.teacher.path is None:
-        raise UsageError("no teacher to learn from", hint="give --teacher PATH, or use `distillm sft`")
 
 
 def explained(problem: Any, argv: list[str]) -> UsageError:

@@ -82,15 +82,15 @@ def locate(recipe: str | Path) -> Path:
 def resolve(
     *,
     command: str,
-    recipe: str | Path | None = None,
+    recipe: str | Path | Resolved | None = None,
     flags: Mapping[str, Any] | None = None,
     sets: Iterable[str] | None = None,
 ) -> Resolved:
     """Resolve a recipe file, flags and ``--set`` into the recipe of a run.
 
     command: the verb; it decides the default method, and refuses methods of the other verb. recipe: a shipped name
-    (str) or a path. flags: dotted key → Flag(name, value) or a bare value; None is "not given". sets:
-    "section.key=value" texts, read by YAML's rules.
+    (str), a path, or a recipe that was resolved before. flags: dotted key → Flag(name, value) or a bare value; None is
+    "not given". sets: "section.key=value" texts, read by YAML's rules.
 
     A value given by hand that the run does not use (``--alpha`` with ``--method kd``) is an error. `generate` and `eval`
     do not train and take any recipe. If a flag selects another method, the recipe's values for its own method are dropped
@@ -100,6 +100,9 @@ def resolve(
     flags and for a method of the other verb.
     """
     problems = ErrorCollector()
+    if isinstance(recipe, Resolved):
+        typed = (merging.from_flags(flags or {}), merging.from_sets(sets or (), problems))
+        return _resolve_again(command, recipe, typed, problems)
     path = locate(recipe) if recipe is not None else None
     label = path.name if path and recipe == path.stem else str(recipe)
     from_recipe = merging.from_recipe(path, label, problems, str(recipe)) if path else {}
@@ -112,6 +115,25 @@ def resolve(
     if resolved is None or problems:
         raise problems.first()
     return resolved
+
+
+def _resolve_again(
+    command: str, earlier: Resolved, typed: Sequence[Mapping[str, GivenValue]], problems: ErrorCollector
+) -> Resolved:
+    """Resolve layers over the values that were given for a resolved recipe, which keep their origins."""
+    label = earlier.name or "recipe"
+    chosen = ("default", "method ", "verb ", "auto: ")  # origins of values that nobody gave
+    given = {
+        key: GivenValue(value_of(earlier.recipe, key), origin, f"{label}: {key}", Priority(merging.RECIPE, position))
+        for position, (key, origin) in enumerate(earlier.origin.items())
+        if not origin.startswith(chosen)
+    }
+    resolved = resolve_layers(command, (given, *typed), problems, earlier.name, label)
+    if resolved is None or problems:
+        raise problems.first()
+    same = {key for key, origin in resolved.origin.items() if earlier.origin.get(key) == origin}
+    overridden = {key: value for key, value in earlier.overridden.items() if key in same}
+    return replace(resolved, overridden=overridden | resolved.overridden, notes=earlier.notes + resolved.notes)
 
 
 def resolve_layers(

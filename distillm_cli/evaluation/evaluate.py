@@ -112,7 +112,7 @@ class SuiteResult:
         return found
 
 
-def evaluate(
+def evaluate_suite(
     decoder: Decoder,
     encoder: Encoder,
     suite: Suite,

@@ -15,7 +15,7 @@ import torch
 from distillm_cli.config.schema import Recipe
 from distillm_cli.config.student_spec import BUILTIN
 from distillm_cli.errors import Interrupted, UsageError, signal_number
-from distillm_cli.evaluation.evaluate import evaluate
+from distillm_cli.evaluation.evaluate import evaluate_suite
 from distillm_cli.evaluation.results import check_results_writable, load_results, save_results
 from distillm_cli.evaluation.suites import Suite, load_suites
 from distillm_cli.models.devices import dtype_name
@@ -127,7 +127,8 @@ def _score(job: _Job, resume: bool, listener: Listener) -> None:
             listener(Note(f"{suite.name} is scored already"))
             job.scores[suite.name] = saved
             continue
-        result = evaluate(backbone, encoder, suite, job.recipe.eval, listener, skip_long=job.recipe.data.skip_bad_rows)
+        skip_long = job.recipe.data.skip_bad_rows
+        result = evaluate_suite(backbone, encoder, suite, job.recipe.eval, listener, skip_long=skip_long)
         for score in result.scores.values():
             if score.undefined is not None:
                 listener(Warned(f"{suite.name}: {score.undefined}"))

@@ -202,10 +202,11 @@ class Report:
         return {metric: score.mean for metric, score in result.scores.items()}
 
     def _generate(self, model: Backbone, name: str) -> SuiteResult:
-        from distillm_cli.evaluation.evaluate import evaluate  # slow: imports the libraries of the metrics
+        from distillm_cli.evaluation.evaluate import evaluate_suite  # slow: imports the libraries of the metrics
 
         with eval_mode(model):
-            return evaluate(model, self.run.encoder, self.suite, self.config, _renamed_progress(self.listener, name))
+            listener = _renamed_progress(self.listener, name)
+            return evaluate_suite(model, self.run.encoder, self.suite, self.config, listener)
 
 
 def _file_name(name: str) -> str:

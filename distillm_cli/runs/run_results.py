@@ -8,9 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from distillm_cli.training.events import Event
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Result(Protocol):
@@ -93,6 +96,22 @@ class TrainResult:
     summary: TrainSummary
     teacher_cache: Mapping[str, Any] | None = None
     teacher_tokens: int | None = None
+
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        """Return held-out prompts with the response of every model."""
+        return self.summary.samples
+
+    def model(self, device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Load the trained model in its saved precision, and its tokenizer. An adapter is merged. Raises ModelError."""
+        import torch
+
+        from distillm_cli.models.loading import load_backbone, load_config
+
+        path = str(self.output)
+        dtype = load_config(path).dtype or torch.float32
+        backbone = load_backbone(path, dtype=dtype, device=torch.device(device))
+        return backbone.model, backbone.tokenizer
 
     def as_json(self) -> dict[str, Any]:
         """Return the object of ``--json``."""

@@ -14,6 +14,11 @@ from distillm_cli.ui.summary import facts, table
 from distillm_cli.utils.text import counted, format_bytes, format_count, format_parameters, listed_shares
 
 
+def tables_of(result: PlanResult | PipelinePlan) -> Iterator[RenderableType]:
+    """Yield the tables of a plan, of one run or of a pipeline."""
+    return pipeline_tables(result) if isinstance(result, PipelinePlan) else plan_tables(result)
+
+
 def plan_tables(result: PlanResult) -> Iterator[RenderableType]:
     """Yield the tables of one run's plan, and the decoded batch if there is one."""
     found = result.figures

@@ -14,7 +14,7 @@ from distillm_cli.config.schema import ColumnsConfig, DataConfig, EvalConfig, Re
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import Row, load_rows
 from distillm_cli.errors import DataError, StorageError
-from distillm_cli.evaluation.evaluate import evaluate, passes
+from distillm_cli.evaluation.evaluate import evaluate_suite, passes
 from distillm_cli.evaluation.metrics import corpus
 from distillm_cli.evaluation.results import check_results_writable, save_results, settings_label
 from distillm_cli.evaluation.suites import Suite, distinct, held_out, load_suite, load_suites, short_name
@@ -59,9 +59,9 @@ def write(path, *rows):
 
 
 def test_a_model_that_says_what_is_wanted_gets_all_points(model, encoder):
-    said = evaluate(model, encoder, suite_of(), config(greedy=True)).outputs["greedy"]
+    said = evaluate_suite(model, encoder, suite_of(), config(greedy=True)).outputs["greedy"]
     assert not any("<eos>" in text or "<pad>" in text for text in said), "special tokens are no text"
-    told = evaluate(model, encoder, suite_of(*[("never this", text) for text in said]), config(greedy=True))
+    told = evaluate_suite(model, encoder, suite_of(*[("never this", text) for text in said]), config(greedy=True))
     assert told.scores["exact_match"].mean == 100
     assert told.scores["error_rate"].mean == 0
     assert told.scores["rouge_l"].seeds == {"greedy": pytest.approx(100)}
@@ -70,7 +70,7 @@ def test_a_model_that_says_what_is_wanted_gets_all_points(model, encoder):
 
 def test_seeds_differ_and_their_mean_and_spread_are_reported(model, encoder):
     suite = suite_of(*[(f"{word} a b c", "e d") for word in WORDS])
-    result = evaluate(model, encoder, suite, config(seeds=(10, 20, 30)))
+    result = evaluate_suite(model, encoder, suite, config(seeds=(10, 20, 30)))
     assert list(result.outputs) == ["10", "20", "30"]
     assert len({tuple(texts) for texts in result.outputs.values()}) == 3
     references = [row.references for row in suite.rows]
@@ -86,7 +86,7 @@ def test_seeds_differ_and_their_mean_and_spread_are_reported(model, encoder):
 
 def test_figures_of_a_whole_set_are_computed_pass_by_pass_and_task_by_task(model, encoder, tmp_path):
     suite = suite_of(*[(f"{word} a b c", "e d a") for word in WORDS])
-    result = evaluate(model, encoder, suite, config(seeds=(10, 20, 30), metrics=("chrf", "bleu", "rouge_1")))
+    result = evaluate_suite(model, encoder, suite, config(seeds=(10, 20, 30), metrics=("chrf", "bleu", "rouge_1")))
     references = [row.references for row in suite.rows]
     by_hand = [corpus("chrf", texts, references) for texts in result.outputs.values()]
     score = result.scores["chrf"]
@@ -111,7 +111,7 @@ def test_figures_of_a_whole_set_are_computed_pass_by_pass_and_task_by_task(model
 
 def test_an_undefined_metric_is_shown_as_such(model, encoder, tmp_path):
     suite = suite_of(("红色",), ("今天天气不错。",))
-    result = evaluate(model, encoder, suite, config(metrics=("rouge_l", "chrf"), seeds=(10, 20)))
+    result = evaluate_suite(model, encoder, suite, config(metrics=("rouge_l", "chrf"), seeds=(10, 20)))
     told = result.as_json()
     assert (told["rouge_l"]["mean"], told["rouge_l"]["seeds"]) == (None, {"10": None, "20": None})
     assert "rouge_tokenizer=characters" in told["rouge_l"]["undefined"]
@@ -120,15 +120,15 @@ def test_an_undefined_metric_is_shown_as_such(model, encoder, tmp_path):
     (first, _) = (place / "predictions-seed10.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(first)["rouge_l"] is None
     characters = config(metrics=("rouge_l",), rouge_tokenizer="characters")
-    assert evaluate(model, encoder, suite, characters).scores["rouge_l"].mean is not None
+    assert evaluate_suite(model, encoder, suite, characters).scores["rouge_l"].mean is not None
 
 
 def test_a_pass_is_a_function_of_seed_and_row_alone(model, encoder):
-    one = evaluate(model, encoder, suite_of(), config(seeds=(10,)))
-    other = evaluate(model, encoder, suite_of(), config(seeds=(20, 10), batch_size=12))
+    one = evaluate_suite(model, encoder, suite_of(), config(seeds=(10,)))
+    other = evaluate_suite(model, encoder, suite_of(), config(seeds=(20, 10), batch_size=12))
     assert one.outputs["10"] == other.outputs["10"], "neither the batch size nor the other seeds change it"
     first = suite_of().select(range(3))
-    assert evaluate(model, encoder, first, config(seeds=(10,))).outputs["10"] == one.outputs["10"][:3]
+    assert evaluate_suite(model, encoder, first, config(seeds=(10,))).outputs["10"] == one.outputs["10"][:3]
 
 
 def test_passes():
@@ -142,7 +142,7 @@ def test_passes():
 
 
 def test_kinds_of_task_are_scored_on_their_own(model, encoder):
-    result = evaluate(model, encoder, suite_of(*[("a b",)] * len(WORDS)), config(seeds=(10, 20)))
+    result = evaluate_suite(model, encoder, suite_of(*[("a b",)] * len(WORDS)), config(seeds=(10, 20)))
     assert set(result.tasks) == {"short", "long"}
     picked = [i for i, row in enumerate(result.suite.rows) if row.task == "long"]
     by_hand = corpus("rouge_l", [result.outputs["20"][i] for i in picked], [("a b",)] * len(picked))
@@ -153,22 +153,22 @@ def test_a_prompt_as_long_as_the_context_names_its_row(model, encoder):
     suite = suite_of()
     suite = replace(suite, rows=[*suite.rows, Row(prompt="x" * tiny.CONTEXT, references=("a",), where="test.jsonl:99")])
     with pytest.raises(DataError, match=r"test\.jsonl:99: a prompt of 64 tokens leaves no room .* 64 positions"):
-        evaluate(model, encoder, suite, config(greedy=True))
+        evaluate_suite(model, encoder, suite, config(greedy=True))
     heard = []
-    result = evaluate(model, encoder, suite, config(greedy=True), heard.append, skip_long=True)
+    result = evaluate_suite(model, encoder, suite, config(greedy=True), heard.append, skip_long=True)
     assert len(result.suite.rows) == len(WORDS) == result.as_json()["rows"]
     assert any(isinstance(event, Warned) and "test.jsonl:99" in event.text for event in heard)
 
 
 def test_a_response_ends_at_the_context(model, encoder):
     rows = [Row(prompt="x" * (tiny.CONTEXT - 2), references=("a",), where="t:1")]
-    result = evaluate(model, encoder, Suite("long", rows, "t"), config(greedy=True))
+    result = evaluate_suite(model, encoder, Suite("long", rows, "t"), config(greedy=True))
     assert result.answers["greedy"][0].tokens <= 2
 
 
 def test_progress_is_told_pass_by_pass(model, encoder):
     heard = []
-    evaluate(model, encoder, suite_of(), config(seeds=(10, 20)), heard.append)
+    evaluate_suite(model, encoder, suite_of(), config(seeds=(10, 20)), heard.append)
     ended = [event.task for event in heard if isinstance(event, Progress) and event.done == event.total]
     assert ended == ["words, seed 10", "words, seed 20"]
 
@@ -272,7 +272,7 @@ def test_the_real_suites_load(shared_data, monkeypatch):
 
 
 def test_predictions_and_results_can_be_checked_against_each_other(model, encoder, tmp_path):
-    result = evaluate(model, encoder, suite_of(*[("a b", "c")] * 12), config(seeds=(10, 20)))
+    result = evaluate_suite(model, encoder, suite_of(*[("a b", "c")] * 12), config(seeds=(10, 20)))
     place = save_results(result, tmp_path / "eval", {"model": "tiny"})
     assert place == tmp_path / "eval" / "words" / "t1-n12-plain"
     assert sorted(path.name for path in place.iterdir()) == [
@@ -293,11 +293,11 @@ def test_predictions_and_results_can_be_checked_against_each_other(model, encode
 
 
 def test_the_same_again_replaces_its_own_files_and_no_others(model, encoder, tmp_path):
-    place = save_results(evaluate(model, encoder, suite_of(), config(seeds=(10, 20))), tmp_path)
+    place = save_results(evaluate_suite(model, encoder, suite_of(), config(seeds=(10, 20))), tmp_path)
     (place / "notes.txt").write_text("mine", encoding="utf-8")
-    other = save_results(evaluate(model, encoder, suite_of(), config(greedy=True)), tmp_path)
+    other = save_results(evaluate_suite(model, encoder, suite_of(), config(greedy=True)), tmp_path)
     assert other != place, "other settings, another directory"
-    assert save_results(evaluate(model, encoder, suite_of(), config(seeds=(10,))), tmp_path) == place
+    assert save_results(evaluate_suite(model, encoder, suite_of(), config(seeds=(10,))), tmp_path) == place
     assert sorted(path.name for path in place.iterdir()) == [
         "manifest.json",
         "notes.txt",
@@ -320,7 +320,7 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(model, encoder,
     check_results_writable(tmp_path / "new" / "eval")
     assert [path.name for path in tmp_path.iterdir()] == ["file"], "trying leaves nothing behind"
     with pytest.raises(StorageError, match="--output"):
-        save_results(evaluate(model, encoder, suite_of(), config(greedy=True)), tmp_path / "file")
+        save_results(evaluate_suite(model, encoder, suite_of(), config(greedy=True)), tmp_path / "file")
 
 
 def test_a_run_tells_in_which_precision_each_model_answered(tmp_path):

@@ -1,0 +1,725 @@
+"""Run the commands from Python: ``import distillm_cli as distillm``. The command line calls the same functions.
+
+    result = distillm.distill(recipe="quickstart", alpha=0.2, train={"steps": 50})
+    print(result.report["student_after"], result.output)
+    model, tokenizer = result.model()
+
+Keywords are the flags of the command (``alpha``, ``batch_size``) and the sections of a recipe as mappings
+(``train={"clip": 1.0}``). An error is a ``DistillmError`` with the text of the command line, keywords in place of flags.
+Nothing is printed: what a run reports goes to the logger "distillm_cli", to ``listener``, or with ``display=True`` to the
+display of the command line. Importing this module imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, Unpack
+
+from distillm_cli.config.shortcuts import Flag, field_flags, flag_of
+from distillm_cli.errors import DistillmError, UsageError
+from distillm_cli.runs.object_inputs import is_model, is_rows, is_tokenizer, save_model, save_rows, save_tokenizer
+from distillm_cli.training.events import Event, Listener, Note, Warned
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from distillm_cli.config.load import Resolved
+    from distillm_cli.config.schema import Recipe
+    from distillm_cli.runs.run_results import (
+        EvalResult,
+        GenerateResult,
+        PipelinePlan,
+        PipelineResult,
+        PlanResult,
+        TrainResult,
+    )
+    from distillm_cli.runs.start import TrainOptions
+    from distillm_cli.ui.console import Console
+
+    # What the keywords take. A path or a name; an object; the result of an earlier run.
+    Model: TypeAlias = (
+        str | os.PathLike[str] | PreTrainedModel | tuple[PreTrainedModel, PreTrainedTokenizerBase] | TrainResult
+    )
+    RowSource: TypeAlias = str | os.PathLike[str] | Sequence[Mapping[str, Any]] | Dataset | DatasetDict
+    Fields: TypeAlias = Mapping[str, Any]
+
+_LOGGER = logging.getLogger("distillm_cli")
+_INPUTS = "inputs"  # directory, beside the output, of what is passed as an object
+# Fields that may be given as objects.
+_MODEL_KEYS = ("teacher.path", "student.path")
+_ROW_KEYS = ("data.source", "data.valid", "eval.suites")
+
+
+# Keywords
+
+
+class SftFields(TypedDict, total=False):
+    """List the keywords of ``sft`` that set fields of the recipe. A mapping sets several fields of its section."""
+
+    model: Model
+    student: Fields
+    teacher: Fields
+    data: RowSource | Fields
+    tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase
+    method: str
+    lora: int
+    max_length: int
+    skip_bad_rows: bool
+    lr: float
+    batch_size: int
+    epochs: float
+    steps: int
+    seed: int
+    dtype: str
+    device: str
+    objective: Fields
+    schedule: Fields
+    rollout: Fields
+    train: Fields
+    eval: Fields
+
+
+class DistillFields(TypedDict, total=False):
+    """List the keywords of ``distill``, ``plan`` and ``load_recipe`` that set fields of the recipe."""
+
+    teacher: Model | Fields
+    student: Model | Fields
+    data: RowSource | Fields
+    tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase
+    method: str
+    divergence: str
+    alpha: float
+    schedule: str | Fields
+    teacher_cache: str
+    lora: int
+    max_length: int
+    skip_bad_rows: bool
+    lr: float
+    batch_size: int
+    epochs: float
+    steps: int
+    seed: int
+    dtype: str
+    device: str
+    objective: Fields
+    rollout: Fields
+    train: Fields
+    eval: Fields
+
+
+class GenerateFields(TypedDict, total=False):
+    """List further keywords of ``generate``: the first seven are options, the others set fields of the recipe.
+
+    data: rows with prompts, in place of ``prompts``; or a mapping of the section. split: of the data. limit: use the first
+    prompts only. n: responses per prompt. resume: continue where ``output`` ends. overwrite: replace it.
+    """
+
+    data: RowSource | Fields
+    split: str
+    limit: int
+    n: int
+    greedy: bool
+    resume: bool
+    overwrite: bool
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    skip_bad_rows: bool
+    temperature: float
+    top_p: float
+    top_k: int
+    max_new_tokens: int
+    seed: int
+    batch_size: int
+    dtype: str
+    device: str
+    method: str
+    student: Fields
+    teacher: Fields
+    objective: Fields
+    schedule: Fields
+    rollout: Fields
+    train: Fields
+    eval: Fields
+
+
+class EvalFields(TypedDict, total=False):
+    """List the keywords of ``evaluate`` that set fields of the recipe."""
+
+    tokenizer: PreTrainedTokenizerBase
+    data: Fields
+    suite: str | Sequence[str] | RowSource
+    metric: str | Sequence[str]
+    limit: int
+    template: str
+    skip_bad_rows: bool
+    seeds: int | Sequence[int]
+    greedy: bool
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    batch_size: int
+    dtype: str
+    device: str
+    method: str
+    student: Fields
+    teacher: Fields
+    objective: Fields
+    schedule: Fields
+    rollout: Fields
+    train: Fields
+    eval: Fields
+
+
+@dataclass
+class _Given:
+    """Hold the keywords of a call as the flags and ``--set`` texts of a command line.
+
+    directory: for models and rows that are objects; None: the call takes none.
+    """
+
+    verb: str
+    directory: Path | None
+    tokenizer: Any = None
+    flags: dict[str, Flag] = field(default_factory=dict)
+    sets: list[str] = field(default_factory=list)
+
+    def add_all(self, keywords: Mapping[str, Any]) -> None:
+        """Add every keyword. Raises UsageError for one that names no field, with the nearest."""
+        from distillm_cli.config.explain import leaves, section_keys
+
+        rest = dict(keywords)
+        if is_tokenizer(rest.get("tokenizer")):
+            self.tokenizer = rest.pop("tokenizer")
+            models = [rest.get("teacher"), rest.get("student"), rest.get("model")]
+            if self.verb not in ("generate", "eval") and not any(_has_model(value) for value in models):
+                path = save_tokenizer(self._inputs("tokenizer"), self.tokenizer)
+                self.flags["student.tokenizer"] = Flag("--tokenizer", str(path))
+        entries = {entry.name: entry for entry in field_flags(self.verb)}
+        for name, value in rest.items():
+            if isinstance(value, Mapping) and name in section_keys() and not is_rows(value):
+                self._add_section(name, value)
+            elif name in entries:
+                for key in entries[name].keys if value is not None else ():
+                    self.flags[key] = Flag(entries[name].flag, self._plain(key, value))
+            elif name in leaves():
+                self.flags[name] = Flag(name, value)
+            elif name in section_keys():
+                what = f"{name} is a section, not a value"
+                raise UsageError(what, where=f"its keys are {', '.join(section_keys()[name])}", hint="pass a mapping")
+            else:
+                raise UsageError(f"no keyword named {name}", hint=_nearest(name, self.verb, [*entries]))
+
+    def _add_section(self, section: str, values: Mapping[str, Any]) -> None:
+        from distillm_cli.config.explain import leaves, nearest_key, section_keys
+
+        for name, value in values.items():
+            key = f"{section}.{name}"
+            if key in section_keys() and isinstance(value, Mapping):
+                self._add_section(key, value)
+            elif key not in leaves():
+                close = nearest_key(key)
+                raise UsageError(f"{key}: no such field", hint=f"did you mean {close}?" if close else None)
+            elif value is None:
+                self.sets.append(f"{key}=null")
+            else:
+                self.flags[key] = Flag(key, self._plain(key, value))
+
+    def _plain(self, key: str, value: Any) -> Any:
+        """Return a value as a recipe has it: objects are saved, paths become texts, and a list may be one value."""
+        from distillm_cli.config.explain import takes_list
+
+        if key in _MODEL_KEYS:
+            return self.model(value)
+        if key in _ROW_KEYS and is_rows(value):
+            value = str(save_rows(self._inputs(key), value))
+        if isinstance(value, str | int | float | os.PathLike) and takes_list(key):
+            value = [value]
+        if isinstance(value, list | tuple):
+            return [os.fspath(item) if isinstance(item, os.PathLike) else item for item in value]
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+    def model(self, value: Any) -> str:
+        """Return the path of a model, which is saved if it is an object."""
+        if is_model(value):
+            return str(save_model(self._inputs("a model"), value, self.tokenizer))
+        return os.fspath(getattr(value, "output", value))
+
+    def _inputs(self, what: str) -> Path:
+        if self.directory is None:
+            raise UsageError(f"{what}: objects cannot be part of a recipe", hint="pass it to distill, sft or evaluate")
+        return self.directory
+
+
+def _has_model(value: Any) -> bool:
+    return is_model(value.get("path") if isinstance(value, Mapping) else value)
+
+
+def _nearest(name: str, verb: str, flags: list[str]) -> str:
+    """Return a hint for an unknown keyword."""
+    from distillm_cli.config.explain import nearest_key, section_keys
+
+    names = [*flags, *section_keys()[""], "recipe", "output", "resume", "overwrite", "display", "listener"]
+    close = get_close_matches(name, names, n=1, cutoff=0.7)
+    if close:
+        return f"did you mean {close[0]}?"
+    key = nearest_key(name)
+    flag = flag_of(key, verb) if key else None
+    if flag is not None:
+        return f"did you mean {flag}?"
+    section, _, last = (key or "").rpartition(".")
+    if "." in section:
+        return f"did you mean {key}?"
+    return f'did you mean {section}={{"{last}": …}}?' if section else f"keywords are {', '.join(flags)}, and sections"
+
+
+# What the command line calls too
+
+
+def check_complete(recipe: Recipe) -> None:
+    """Raise UsageError where the recipe names no model to train, or no teacher for distillation."""
+    if recipe.student.path is None:
+        what, flag = ("model", "--model") if recipe.method == "sft" else ("student", "--student")
+        raise UsageError(f"no {what} to train", hint=f"give {flag} PATH, or a --recipe that names one")
+    if recipe.method != "sft" and recipe.teacher.path is None:
+        raise UsageError("no teacher to learn from", hint="give --teacher PATH, or use `distillm sft`")
+
+
+def check_single_process() -> None:
+    """Raise UsageError where a launcher (accelerate, torchrun) started several processes: each would do all the work."""
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise UsageError("work in several processes is not supported yet", hint="start it without a launcher")
+
+
+def resolve_training(
+    verb: str,
+    recipe: str | Path | Resolved | None,
+    flags: Mapping[str, Any],
+    sets: Iterable[str] | None,
+    *,
+    output: str | Path | None = None,
+    resume: bool = False,
+) -> Resolved:
+    """Return the recipe of a training run, with `auto` values chosen. A resume without a recipe uses the one in ``output``."""
+    from distillm_cli.config.load import resolve
+    from distillm_cli.runs import output_dir
+    from distillm_cli.runs.defaults import fitted
+
+    if resume and recipe is None and output is not None:
+        saved_recipe = Path(output) / output_dir.RECIPE
+        recipe = str(saved_recipe) if saved_recipe.is_file() else None
+    return fitted(resolve(command=verb, recipe=recipe, flags=flags, sets=sets))
+
+
+def check_training(resolved: Resolved) -> list[str]:
+    """Check that a recipe can be trained, and return what to report first. Raises UsageError."""
+    from distillm_cli.runs.defaults import check_data, fitted_line
+
+    check_complete(resolved.recipe)
+    notes = [note for note in (check_data(resolved), fitted_line(resolved)) if note is not None]
+    check_single_process()
+    return notes
+
+
+def train_recipe(
+    verb: str,
+    resolved: Resolved,
+    output: str | Path | None,
+    listener: Listener,
+    options: TrainOptions,
+    recipe: str | Path | Resolved | None = None,
+) -> TrainResult:
+    """Check and train a recipe into ``output`` (None: a new directory under ``runs/``).
+
+    recipe: the one it was resolved from, which an overwrite must not remove.
+    """
+    from distillm_cli.runs import output_dir
+    from distillm_cli.runs.start import start_training
+
+    notes = check_training(resolved)
+    place = Path(output) if output else None
+    if place is None:
+        config = resolved.recipe
+        student = config.student.path or "student"
+        place = output_dir.default_name(
+            resolved.name, config.data.source, student, config.method, resume=options.resume
+        )
+    recipe_file = str(recipe) if isinstance(recipe, str | Path) else None
+    return start_training(verb, resolved, place, listener, options, recipe_file=recipe_file, notes=notes)
+
+
+def plan_recipe(
+    recipe: str | Path | Resolved | None, flags: Mapping[str, Flag], sets: Sequence[str], listener: Listener
+) -> PlanResult | PipelinePlan:
+    """Plan a recipe, or every stage of a pipeline."""
+    from distillm_cli.config.load import resolve
+    from distillm_cli.config.pipeline_recipe import is_pipeline, load_pipeline
+    from distillm_cli.runs.defaults import fitted, fitted_line, fitted_pipeline
+
+    if isinstance(recipe, str | Path) and is_pipeline(recipe):
+        if flags:
+            flag = next(iter(flags.values())).name
+            what = f"{flag} with {recipe}, a recipe of stages"
+            raise UsageError(what, hint="try --set stages.NAME.section.key=VALUE, or defaults.…")
+        pipeline = fitted_pipeline(load_pipeline(recipe, sets))
+        from distillm_cli.runs.plan_stages import plan_pipeline
+
+        return plan_pipeline(pipeline, listener)
+    resolved = fitted(resolve(command="plan", recipe=recipe, flags=flags, sets=sets))
+    check_complete(resolved.recipe)
+    if resolved.origin["data.source"] == "default":
+        listener(Note("no --data: planned for Dolly (data.source dolly)"))
+    line = fitted_line(resolved)
+    if line is not None:
+        listener(Note(line))
+    from distillm_cli.runs.plan import plan_run
+
+    return plan_run(resolved, listener)
+
+
+def generation_flags(flags: Mapping[str, Flag], *, greedy: bool) -> dict[str, Flag]:
+    """Return the flags of ``generate`` with ``--greedy`` as a temperature. Raises UsageError for a contradiction."""
+    temperature = flags.get("rollout.temperature")
+    if not greedy:
+        return dict(flags)
+    if temperature is not None and temperature.value:
+        what = f"--greedy and --temperature {temperature.value:g} exclude each other"
+        raise UsageError(what, hint="drop one of them")
+    return {**flags, "rollout.temperature": Flag("--greedy", 0.0)}
+
+
+def evaluation_flags(flags: Mapping[str, Flag]) -> dict[str, Flag]:
+    """Return the flags of ``eval``, sampled where a sampling flag is given. Raises UsageError for a contradiction."""
+    sampling = ("eval.seeds", "eval.temperature", "eval.top_p")
+    sampling_flag = next((flags[key].name for key in sampling if key in flags), None)
+    if "eval.greedy" in flags and flags["eval.greedy"].value and sampling_flag:
+        raise UsageError(f"--greedy and {sampling_flag} exclude each other", hint="drop one of them")
+    if "eval.temperature" in flags and flags["eval.temperature"].value == 0 and "eval.seeds" in flags:
+        raise UsageError("--temperature 0 and --seeds exclude each other", where="there is nothing random")
+    if "eval.greedy" in flags or not sampling_flag:
+        return dict(flags)
+    return {**flags, "eval.greedy": Flag("--greedy", False)}  # even where the checkpoint's own recipe is greedy
+
+
+# Functions of the library
+
+
+def load_recipe(recipe: str | Path | Resolved, **fields: Unpack[DistillFields]) -> Resolved:
+    """Return a recipe with every value filled in, for the keyword ``recipe`` of the other functions.
+
+    recipe: a shipped name, a file, or a recipe that was loaded before. fields: override it; models and data are names or
+    paths here. ``.recipe`` has the values and ``.origin`` the source of each. Raises RecipeError, UsageError.
+    """
+    from distillm_cli.config.load import resolve
+
+    with _keywords_in_errors():
+        given = _Given("plan", None)
+        given.add_all(fields)
+        return resolve(command="plan", recipe=recipe, flags=given.flags, sets=given.sets)
+
+
+def distill(
+    *,
+    recipe: str | Path | Resolved | None = None,
+    output: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    rebuild_teacher_cache: bool = False,
+    display: bool = False,
+    listener: Listener | None = None,
+    **fields: Unpack[DistillFields],
+) -> TrainResult:
+    """Train a student against a teacher, as ``distillm distill`` does.
+
+    recipe: a shipped name, a file, or the result of ``load_recipe``. output: directory of the result; None: a new one under
+    ``runs/``, named as on the command line. resume: continue from the newest checkpoint in ``output``. overwrite: replace
+    an earlier run there. rebuild_teacher_cache: replace a cache on disk that is stale. display: show what the command line
+    shows. listener: called with every event. fields: see ``DistillFields``; they override the recipe.
+
+    teacher and student are names, paths, results of earlier runs, or model objects: ``(model, tokenizer)``, or a model with
+    the keyword ``tokenizer``. data is a name, a path, a data set or a list of mappings. Objects are saved in ``inputs/``
+    beside the output and loaded from there, so a model takes disk space once and memory twice; it is not changed.
+
+    Sets torch's global random state. Raises DistillmError.
+    """
+    from distillm_cli.runs.start import TrainOptions
+
+    options = TrainOptions(resume=resume, overwrite=overwrite, rebuild_teacher_cache=rebuild_teacher_cache)
+    return _train("distill", recipe, output, options, fields, _Reporting(display, listener))
+
+
+def sft(
+    *,
+    recipe: str | Path | Resolved | None = None,
+    output: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    display: bool = False,
+    listener: Listener | None = None,
+    **fields: Unpack[SftFields],
+) -> TrainResult:
+    """Fine-tune a model on instruction data, as ``distillm sft`` does. The arguments are those of ``distill``.
+
+    fields: see ``SftFields``; ``model`` is the model to train.
+    """
+    from distillm_cli.runs.start import TrainOptions
+
+    options = TrainOptions(resume=resume, overwrite=overwrite)
+    return _train("sft", recipe, output, options, fields, _Reporting(display, listener))
+
+
+def plan(
+    *,
+    recipe: str | Path | Resolved | None = None,
+    display: bool = False,
+    listener: Listener | None = None,
+    stages: Mapping[str, Fields] | None = None,
+    defaults: Fields | None = None,
+    **fields: Unpack[DistillFields],
+) -> PlanResult | PipelinePlan:
+    """Estimate what a run needs, as ``distillm plan`` does; nothing is trained. ``method="sft"`` plans a fine-tuning.
+
+    stages, defaults: override those of a recipe of stages. Objects are saved in a temporary directory.
+    """
+    with _keywords_in_errors(), TemporaryDirectory() as directory, _Reporting(display, listener) as (listen, ui):
+        given = _Given("plan", Path(directory))
+        given.add_all(fields)
+        result = plan_recipe(recipe, given.flags, [*given.sets, *_pipeline_sets(stages, defaults)], listen)
+        if ui is not None:
+            from distillm_cli.ui.plan_tables import tables_of
+
+            ui.show(*tables_of(result))
+        return result
+
+
+def run(
+    recipe: str | Path,
+    *,
+    output: str | Path | None = None,
+    only: str | Sequence[str] | None = None,
+    start: str | None = None,
+    stages: Mapping[str, Fields] | None = None,
+    defaults: Fields | None = None,
+    display: bool = False,
+    listener: Listener | None = None,
+) -> PipelineResult:
+    """Run the stages of a pipeline that are not done, as ``distillm run`` does.
+
+    recipe: a recipe of stages, shipped or a file. output: directory with one directory per stage; None: ``runs/NAME``.
+    only: these stages. start: this stage and those after it. stages: fields of a stage by its name,
+    ``{"distill": {"objective": {"alpha": 0.3}}}``. defaults: fields of all stages. Models and rows are names or paths.
+    """
+    from distillm_cli.config.pipeline_recipe import load_pipeline
+    from distillm_cli.runs.defaults import fitted_pipeline
+
+    with _keywords_in_errors(), _Reporting(display, listener) as (listen, ui):
+        pipeline = fitted_pipeline(load_pipeline(recipe, _pipeline_sets(stages, defaults)))
+        check_single_process()
+        from distillm_cli.runs.pipeline import run_pipeline
+
+        chosen = only if only is None or isinstance(only, str) else ",".join(only)
+        place = Path(output) if output else Path("runs") / pipeline.name
+        result = run_pipeline(pipeline, place, listen, only=chosen, start=start)
+        if ui is not None:
+            from distillm_cli.ui.summary import stage_table
+
+            ui.show(stage_table(result))
+        return result
+
+
+def generate(
+    model: Model,
+    prompts: str | Sequence[str] | None = None,
+    *,
+    recipe: str | Path | Resolved | None = None,
+    output: str | Path | None = None,
+    display: bool = False,
+    listener: Listener | None = None,
+    **fields: Unpack[GenerateFields],
+) -> GenerateResult:
+    """Sample responses from a model, as ``distillm generate`` does.
+
+    model: a name, a path, the result of a run, or an object, which is saved in a temporary directory. prompts: one or more
+    instructions. output: a ``.jsonl`` file; None: ``responses`` of the result has the rows. fields: see ``GenerateFields``.
+    """
+    keywords: dict[str, Any] = dict(fields)
+    data = None
+    if not isinstance(keywords.get("data"), Mapping) or is_rows(keywords["data"]):
+        data = keywords.pop("data", None)
+    with _keywords_in_errors(), TemporaryDirectory() as directory, _Reporting(display, listener) as (listen, _):
+        given = _Given("generate", Path(directory))
+        split, limit = keywords.pop("split", None), keywords.pop("limit", None)
+        samples, greedy = keywords.pop("n", 1), keywords.pop("greedy", False)
+        file = {name: keywords.pop(name, False) for name in ("resume", "overwrite")}
+        given.add_all(keywords)
+        flags = generation_flags(given.flags, greedy=greedy)
+        path = given.model(model)
+        if data is not None:
+            data = str(save_rows(Path(directory), data)) if is_rows(data) else os.fspath(data)
+        check_single_process()
+        from distillm_cli.runs.generate import generate_responses
+        from distillm_cli.runs.inference import Settings
+        from distillm_cli.runs.prompt_source import PromptSource
+
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        source = PromptSource(
+            data=data, split=split, prompts=None if texts is None else list(texts), limit=limit, samples=samples
+        )
+        settings = Settings(_settings_recipe("generate", recipe, flags, given.sets), flags, given.sets)
+        place = None if output is None else str(output)
+        return generate_responses(path, source, settings, listen, output=place, **file)
+
+
+def evaluate(
+    models: Model | list[Model],
+    *,
+    recipe: str | Path | Resolved | None = None,
+    output: str | Path | None = None,
+    display: bool = False,
+    listener: Listener | None = None,
+    **fields: Unpack[EvalFields],
+) -> EvalResult:
+    """Score one model, or a list of models, as ``distillm eval`` does.
+
+    models: names, paths, results of runs, or objects, which are saved in a temporary directory. output: directory of the
+    results; None: ``eval/`` in each model's directory, or ``eval-NAME/`` for names of the hub and objects. fields: see
+    ``EvalFields``. ``suite`` is a name, a file, a list of these, or rows.
+    """
+    chosen = models if isinstance(models, list) else [models]
+    with _keywords_in_errors(), TemporaryDirectory() as directory, _Reporting(display, listener) as (listen, ui):
+        given = _Given("eval", Path(directory))
+        given.add_all(fields)
+        flags = evaluation_flags(given.flags)
+        checkpoints = [given.model(model) for model in chosen]
+        place = None if output is None else str(output)
+        if place is None and any(map(is_model, chosen)):
+            place = "eval" if len(chosen) > 1 else f"eval-{Path(checkpoints[0]).name}"
+        check_single_process()
+        from distillm_cli.runs.eval import evaluate_checkpoints
+        from distillm_cli.runs.inference import Settings
+
+        settings = Settings(_settings_recipe("eval", recipe, flags, given.sets), flags, given.sets)
+        result = evaluate_checkpoints(checkpoints, settings, listen, output=place)
+        if ui is not None:
+            from distillm_cli.ui.summary import eval_summary
+
+            ui.show(*eval_summary(result))
+        return result
+
+
+def _train(
+    verb: str,
+    recipe: str | Path | Resolved | None,
+    output: str | Path | None,
+    options: TrainOptions,
+    fields: Mapping[str, Any],
+    reporting: _Reporting,
+) -> TrainResult:
+    directory = (Path("runs") if output is None else Path(output).parent) / _INPUTS
+    with _keywords_in_errors(), reporting as (listen, ui):
+        given = _Given(verb, directory)
+        given.add_all(fields)
+        resolved = resolve_training(verb, recipe, given.flags, given.sets, output=output, resume=options.resume)
+        result = train_recipe(verb, resolved, output, listen, options, recipe)
+        if ui is not None:
+            from distillm_cli.ui.summary import train_summary
+
+            ui.show(*train_summary(result))
+        return result
+
+
+def _settings_recipe(
+    verb: str, recipe: str | Path | Resolved | None, flags: Mapping[str, Flag], sets: Sequence[str]
+) -> str | Resolved | None:
+    """Return the recipe of ``generate`` or ``eval``: flags are resolved into one that is resolved already."""
+    from distillm_cli.config.load import Resolved, resolve
+
+    if isinstance(recipe, Resolved):
+        return resolve(command=verb, recipe=recipe, flags=flags, sets=sets)
+    return None if recipe is None else str(recipe)
+
+
+def _pipeline_sets(stages: Mapping[str, Fields] | None, defaults: Fields | None) -> list[str]:
+    """Return the ``--set`` texts of a pipeline for nested mappings of fields."""
+
+    def texts(prefix: str, value: Any) -> Iterator[str]:
+        if isinstance(value, Mapping):
+            for name, item in value.items():
+                yield from texts(f"{prefix}.{name}", item)
+            return
+        try:
+            yield f"{prefix}={json.dumps(value, default=os.fspath)}"
+        except TypeError as error:
+            raise UsageError(f"{prefix}: {error}", hint="models and rows of stages are names or paths") from error
+
+    return [*texts("stages", stages or {}), *texts("defaults", defaults or {})]
+
+
+# Reports and errors
+
+
+class _Reporting:
+    """Give a call its listener and, with ``display``, the console of the command line; as a context manager."""
+
+    def __init__(self, display: bool, listener: Listener | None):
+        self._display = display
+        self._listener = listener
+        self._contexts = ExitStack()
+
+    def __enter__(self) -> tuple[Listener, Console | None]:
+        if not self._display:
+            return self._listener or log_event, None
+        from distillm_cli.ui.console import console
+
+        ui = self._contexts.enter_context(console())
+        own = self._listener
+
+        def listen(event: Event) -> None:
+            ui(event)
+            if own is not None:
+                own(event)
+
+        return listen, ui
+
+    def __exit__(self, *error: Any) -> None:
+        self._contexts.__exit__(*error)
+
+
+def log_event(event: Event) -> None:
+    """Log notes and warnings: the listener of a call that has none."""
+    if isinstance(event, Warned):
+        _LOGGER.warning("%s", event.text)
+    elif isinstance(event, Note):
+        _LOGGER.info("%s", event.text)
+
+
+@contextmanager
+def _keywords_in_errors() -> Iterator[None]:
+    """Write keywords in place of flags in errors: ``batch_size`` for ``--batch-size``, ``a.b`` for ``--set a.b``."""
+    try:
+        yield
+    except DistillmError as error:
+        what, where, hint = (_with_keywords(text) for text in (error.what, error.where, error.hint))
+        error.what, error.where, error.hint = what or "", where, hint
+        error.args = (_with_keywords(str(error)),)
+        raise
+
+
+def _with_keywords(text: str | None) -> str | None:
+    if text is None:
+        return None
+    return re.sub(r"(?<![\w-])--(set |[a-z][a-z-]*)", _keyword, text)
+
+
+def _keyword(flag: re.Match[str]) -> str:
+    names = {"prompt": "prompts", "from": "start"}
+    return "" if flag[1] == "set " else names.get(flag[1], flag[1].replace("-", "_"))
