@@ -309,7 +309,10 @@ def resolve_training(
     output: str | Path | None = None,
     resume: bool = False,
 ) -> Resolved:
-    """Return the recipe of a training run, with `auto` values chosen. A resume without a recipe uses the one in ``output``."""
+    """Return the recipe of a training run, with `auto` values chosen.
+
+    A resume without a recipe uses the one in ``output``.
+    """
     from distillm_cli.config.load import resolve
     from distillm_cli.runs import output_dir
     from distillm_cli.runs.defaults import fitted

@@ -120,8 +120,10 @@ def _tokenizer_digest(directory: Path, tokenizer: Any) -> str:
 
 def _saved(final: Path, parts: list[Any]) -> Path:
     """Return the directory, after ``save_pretrained`` of the parts into it unless it exists."""
+    from distillm_cli.models.tokenizer_files import quiet
+
     if not final.is_dir():
-        with _writing(final.parent), atomic_directory(final) as staged:
+        with quiet(), _writing(final.parent), atomic_directory(final) as staged:
             for part in parts:
                 part.save_pretrained(staged)
             for path in staged.rglob("*"):

@@ -1,0 +1,296 @@
+"""The library: the functions of ``distillm_cli``, with objects and keywords, against the command line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import distillm_cli as distillm
+from distillm_cli import api
+from distillm_cli.cli.app import main
+from distillm_cli.config.explain import section_keys
+from distillm_cli.config.shortcuts import field_flags
+from distillm_cli.errors import RecipeError, UsageError
+from distillm_cli.training.events import RunEnded, Stepped
+from tests import tiny
+from tests.typed import call
+
+ROWS = [
+    {"instruction": word, "output": word[::-1]} for word in "abc bcd cde def efg fgh ghi hij ijk jkl klm lmn".split()
+]
+SETTINGS = {
+    "method": "gkd",
+    "steps": 4,
+    "batch_size": 2,
+    "lr": 3e-3,
+    "dtype": "fp32",
+    "device": "cpu",
+    "max_length": 40,
+    "train": {"eval_steps": 2, "save_steps": 2, "threads": 1, "warmup": 0},
+    "rollout": {"max_new_tokens": 4},
+    "eval": {"report_rows": 4, "max_new_tokens": 4},
+}
+FLAGS = """--method gkd --steps 4 --batch-size 2 --lr 3e-3 --dtype fp32 --device cpu --max-length 40
+    --set train.eval_steps=2 --set train.save_steps=2 --set train.threads=1 --set train.warmup=0
+    --set rollout.max_new_tokens=4 --set eval.report_rows=4 --set eval.max_new_tokens=4
+    --set data.template=plain --set data.max_prompt_length=20""".split()
+
+
+def data(source):
+    return {"source": source, "template": "plain", "max_prompt_length": 20}
+
+
+@pytest.fixture
+def tokenizer():
+    return tiny.tokenizer(size=tiny.VOCAB)
+
+
+@pytest.fixture
+def teacher(tokenizer):
+    return tiny.model("llama", tiny.VOCAB, seed=1), tokenizer
+
+
+@pytest.fixture
+def student(tokenizer):
+    return tiny.model("gpt2", tiny.VOCAB, seed=2), tokenizer
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def weights(place):
+    return (Path(place) / "model.safetensors").read_bytes()
+
+
+def test_objects_are_distilled_as_the_command_line_distills_files(teacher, student, capfd, caplog):
+    before = {name: tensor.clone() for name, tensor in student[0].state_dict().items()}
+    caplog.set_level(logging.INFO, logger="distillm_cli")
+    result = distillm.distill(teacher=teacher, student=student, data=data(ROWS), output="lib", **SETTINGS)
+    assert capfd.readouterr() == ("", "")
+    assert any("rows" in record.getMessage() for record in caplog.records)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student[0].state_dict().items())
+
+    for name, (model, tokenizer) in {"teacher": teacher, "student": student}.items():
+        model.save_pretrained(name)
+        tokenizer.save_pretrained(name)
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    words = ["--teacher", "teacher", "--student", "student", "--data", "rows.jsonl", "--output", "cli", "--quiet"]
+    code, printed, _ = call(capfd, "distill", *words, *FLAGS, "--json")
+    assert code == 0
+    assert weights("lib") == weights("cli")
+    assert result.report == printed["report"]
+    assert result.as_json()["train_loss"] == printed["train_loss"]
+    assert (result.output, result.steps, result.command) == (Path("lib"), 4, "distill")
+    assert result.rollout_steps > 0
+
+    trained, own_tokenizer = result.model()
+    ids = own_tokenizer("abc", return_tensors="pt").input_ids
+    saved = type(student[0]).from_pretrained("cli").eval()
+    assert torch.equal(trained(ids).logits, saved(ids).logits)
+    assert not torch.equal(trained(ids).logits, student[0](ids).logits)
+    assert {"student before", "student after", "teacher"} <= {name for s in result.samples for name in s.answers}
+
+
+def test_a_run_with_objects_is_resumed_and_an_object_is_saved_once(teacher, student):
+    given = {"teacher": teacher, "student": student, "data": data(ROWS)} | SETTINGS
+    whole = distillm.distill(**given, output="runs/whole")
+    short = distillm.distill(**given | {"steps": 2}, output="runs/a")
+    assert short.steps == 2
+    resumed = distillm.distill(**given, output="runs/a", resume=True)
+    assert resumed.steps == 4
+    assert resumed.output == Path("runs/a")
+    assert whole.steps == 4
+    names = sorted(path.name.rpartition("-")[0] for path in Path("runs/inputs").iterdir())
+    assert names == ["gpt2", "llama", "rows"]
+    with pytest.raises(UsageError, match="not empty.*give resume to continue or overwrite to start over"):
+        distillm.distill(**given, output="runs/a")
+    assert distillm.distill(**given, output="runs/a", overwrite=True).steps == 4
+    assert weights("runs/a") == weights("runs/whole")
+    with torch.no_grad():
+        student[0].get_input_embeddings().weight[7, 3] += 1  # one number: another model
+    distillm.distill(**given, output="runs/b")
+    assert len(list(Path("runs/inputs").glob("gpt2-*"))) == 2
+
+
+def test_a_result_is_evaluated_and_generated_with(teacher, student, tokenizer, capfd):
+    sizes = {key: value for key, value in SETTINGS.items() if key != "method"}
+    tuned = distillm.sft(model=student[0], tokenizer=tokenizer, data=data(ROWS), output="sft", **sizes)
+    scores = distillm.evaluate(tuned, suite=ROWS[:5], limit=3, greedy=True, device="cpu")
+    ((name, suite),) = scores.checkpoints[0].suites.items()
+    assert name.startswith("rows-")
+    assert (suite["rows"], set(suite["metrics"])) == (3, {"rouge_l"})
+    assert scores.checkpoints[0].output == Path("sft/eval")
+    assert capfd.readouterr() == ("", "")
+    assert (
+        main(["eval", "sft", "--suite", "words.jsonl", "--limit", "3", "--greedy", "--device", "cpu", "--quiet"]) == 3
+    )
+    Path("words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:5]))
+    words = ["eval", "sft", "--suite", "words.jsonl", "--limit", 3, "--greedy", "--device", "cpu", "--json", "--quiet"]
+    _, printed, _ = call(capfd, *words)
+    (expected,) = printed["suites"].values()
+    assert suite["metrics"] == expected["metrics"]
+
+    sampled = distillm.generate(tuned, ["abc", "bcd"], n=2, max_new_tokens=4, seed=3, device="cpu")
+    assert [row["sample"] for row in sampled.responses] == [0, 1, 0, 1]
+    words = "generate --model sft --prompt abc --prompt bcd --n 2 --max-new-tokens 4 --seed 3 --device cpu --quiet"
+    capfd.readouterr()
+    assert main(words.split()) == 0
+    printed = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [row["output"] for row in sampled.responses] == [row["output"] for row in printed]
+    by_rows = distillm.generate(teacher, data=ROWS, limit=2, greedy=True, max_new_tokens=4, output="t.jsonl")
+    assert (by_rows.rows, by_rows.output, by_rows.responses) == (2, "t.jsonl", ())
+    assert len(Path("t.jsonl").read_text().splitlines()) == 2
+
+    both = distillm.evaluate([teacher, tuned], suite=ROWS[:2], max_new_tokens=4, greedy=True, output="scores")
+    assert len(both.checkpoints) == 2
+    assert distillm.distill(teacher=tuned, student="random:1x16", data=data(ROWS), **SETTINGS, output="d").steps == 4
+
+
+def test_rows_are_read_from_data_sets(student, teacher):
+    from datasets import Dataset, DatasetDict
+
+    listed = distillm.distill(teacher=teacher, student=student, data=data(ROWS), output="a", **SETTINGS)
+    held = distillm.distill(
+        teacher=teacher, student=student, data=data(Dataset.from_list(ROWS)), output="b", **SETTINGS
+    )
+    assert weights("a") == weights("b")
+    assert listed.report == held.report
+    assert len(list(Path("inputs").glob("rows-*"))) == 1
+    splits = DatasetDict(train=Dataset.from_list(ROWS[:8]), validation=Dataset.from_list(ROWS[8:]))
+    planned = distillm.plan(
+        teacher=teacher, student=student, data=splits, max_length=40, train={"batch_size": 2}, device="cpu"
+    )
+    assert planned.figures["data"]["rows"] == 8
+    assert planned.figures["data"]["valid_rows"] == 4
+
+
+def test_a_recipe_is_loaded_and_overridden():
+    recipe = distillm.load_recipe("quickstart", alpha=0.3, train={"steps": 12})
+    assert recipe.recipe.objective.alpha == 0.3
+    assert recipe.recipe.train.steps == 12
+    assert recipe.origin["objective.alpha"] == "--alpha"
+    assert recipe.origin["teacher.path"].startswith("quickstart.yaml:")
+    again = distillm.load_recipe(recipe, steps=7)
+    assert again.recipe.train.steps == 7
+    assert again.origin["train.steps"] == "--steps"
+    assert again.recipe.objective == recipe.recipe.objective
+    assert {k: v for k, v in again.origin.items() if k != "train.steps"} == {
+        k: v for k, v in recipe.origin.items() if k != "train.steps"
+    }
+    by_epochs = distillm.load_recipe(recipe, epochs=2)
+    assert (by_epochs.recipe.train.epochs, by_epochs.recipe.train.steps) == (2, None)
+    assert distillm.load_recipe(recipe, train={"steps": None}).recipe.train.steps is None
+    assert distillm.load_recipe("quickstart").recipe == distillm.load_recipe(distillm.load_recipe("quickstart")).recipe
+    other = distillm.load_recipe(recipe, method="kd")
+    assert other.recipe == distillm.load_recipe("quickstart", method="kd", train={"steps": 12}).recipe
+
+
+def test_a_loaded_recipe_trains_as_its_name_does(capfd):
+    settings = {"steps": 3, "device": "cpu", "data": {"size": 120}, "eval": {"report_rows": 0}, "train": {"threads": 1}}
+    events = []
+    named = distillm.distill(recipe="quickstart", output="a", listener=events.append, **settings)
+    recipe = distillm.load_recipe("quickstart", **settings)
+    loaded = distillm.distill(recipe=recipe)
+    assert loaded.output == Path("runs/quickstart-distillm")
+    assert weights("a") == weights(loaded.output)
+    assert named.report == loaded.report
+    assert [event.step for event in events if isinstance(event, Stepped)] == [1, 2, 3]
+    assert any(isinstance(event, RunEnded) for event in events)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_display_of_the_command_line_is_shown_when_asked_for(teacher, student, capfd):
+    given = {"teacher": teacher, "student": student, "data": data(ROWS)} | SETTINGS
+    distillm.distill(**given, output="a", display=True)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "student after" in err
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"alhpa": 0.1}, "no keyword named alhpa; did you mean alpha?"),
+        ({"learning_rate": 0.1}, "no keyword named learning_rate; did you mean lr?"),
+        ({"clip": 0.1}, 'no keyword named clip; did you mean train={"clip": …}?'),
+        ({"train": {"lrr": 0.1}}, "train.lrr: no such field; did you mean train.lr?"),
+        ({"train": 3}, "train is a section, not a value"),
+        ({"train": {"batch_size": 0}}, "train.batch_size = 0; expected a whole number ≥ 1"),
+        ({"batch_size": 0}, "batch_size = 0; expected a whole number ≥ 1"),
+        ({"alpha": 1.5}, "alpha = 1.5; expected a number ≥ 0 and < 1"),
+        ({"method": "kd", "alpha": 0.1}, "alpha"),
+        ({"steps": 3, "epochs": 2}, "epochs and steps both given"),
+    ],
+)
+def test_a_bad_keyword_is_named(keywords, message):
+    with pytest.raises(UsageError) as raised:
+        distillm.distill(recipe="quickstart", **keywords)
+    assert message in str(raised.value)
+    assert "--" not in str(raised.value)
+    assert not Path("runs").exists()
+
+
+def test_errors_are_those_of_the_command_line(teacher, capfd):
+    for give, message in (
+        (lambda: distillm.distill(), "no student to train; give student PATH"),
+        (lambda: distillm.distill(recipe="quikstart"), "try recipe quickstart"),
+        (lambda: distillm.distill(teacher=teacher[0], student="random:1x8", data=ROWS), "without a tokenizer"),
+        (lambda: distillm.distill(resume=True, output="nothing"), "nothing"),
+        (lambda: distillm.load_recipe("quickstart", data=ROWS), "objects cannot be part of a recipe"),
+        (lambda: distillm.evaluate("gpt2", greedy=True, seeds=[1]), "greedy and seeds exclude each other"),
+        (lambda: distillm.generate("builtin", ["x"], greedy=True, temperature=0.5), "greedy and temperature 0.5"),
+        (lambda: distillm.generate("builtin"), "no prompts; give one of data SOURCE, prompts TEXT"),
+        (lambda: distillm.run("quickstart"), "quickstart"),
+        (lambda: distillm.run("quickstart-pipeline", only="nothing"), "only nothing: no such stage"),
+        (lambda: distillm.sft(model="builtin", method="kd"), "expected a method of `distillm sft`"),
+    ):
+        with pytest.raises(UsageError) as raised:
+            give()
+        assert message in str(raised.value), str(raised.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_recipe_error_is_one(tmp_path):
+    with pytest.raises(RecipeError):
+        distillm.load_recipe(tmp_path / "absent.yaml")
+
+
+def test_a_pipeline_is_planned_and_its_keywords_reach_its_stages(capfd):
+    stages = {"distill": {"objective": {"alpha": 0.35}}}
+    planned = distillm.plan(recipe="quickstart-pipeline", stages=stages, defaults={"train": {"batch_size": 5}})
+    assert set(planned.as_json()["stages"]) == set(planned.stages)
+    with pytest.raises(UsageError, match="nothing"):
+        distillm.plan(recipe="quickstart-pipeline", stages={"nothing": {"train": {"lr": 1}}})
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("verb", "fields", "options"),
+    [
+        ("sft", api.SftFields, set()),
+        ("distill", api.DistillFields, set()),
+        ("plan", api.DistillFields, set()),
+        ("generate", api.GenerateFields, {"split", "limit", "n", "greedy", "resume", "overwrite", "tokenizer"}),
+        ("eval", api.EvalFields, {"tokenizer"}),
+    ],
+)
+def test_the_typed_keywords_are_the_flags_and_sections(verb, fields, options):
+    flags = {entry.name for entry in field_flags(verb)}
+    assert set(fields.__annotations__) == flags | set(section_keys()[""]) | options
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = "import sys, distillm_cli as d; d.distill, d.__version__; print('torch' in sys.modules, 'distill' in dir(d))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False True\n"
+    assert (Path(distillm.__file__).parent / "py.typed").is_file()
+    with pytest.raises(AttributeError, match="no attribute 'distil'"):
+        getattr(distillm, "distil")  # noqa: B009
