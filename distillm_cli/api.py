@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, Unpack
 
 from distillm_cli.config.shortcuts import Flag, field_flags, flag_of
-from distillm_cli.errors import DistillmError, UsageError
+from distillm_cli.errors import CheckpointError, DistillmError, UsageError
 from distillm_cli.runs.object_inputs import is_model, is_rows, is_tokenizer, save_model, save_rows, save_tokenizer
 from distillm_cli.training.events import Event, Listener, Note, Warned
 
@@ -311,15 +311,21 @@ def resolve_training(
 ) -> Resolved:
     """Return the recipe of a training run, with `auto` values chosen.
 
-    A resume without a recipe uses the one in ``output``.
+    A resume without a recipe uses the one in ``output``. Raises RecipeError, UsageError, and CheckpointError where there is
+    none.
     """
     from distillm_cli.config.load import resolve
     from distillm_cli.runs import output_dir
     from distillm_cli.runs.defaults import fitted
 
-    if resume and recipe is None and output is not None:
-        saved_recipe = Path(output) / output_dir.RECIPE
-        recipe = str(saved_recipe) if saved_recipe.is_file() else None
+    if resume and recipe is None:
+        saved_recipe = None if output is None else Path(output) / output_dir.RECIPE
+        if saved_recipe is not None and saved_recipe.is_file():
+            recipe = str(saved_recipe)
+        elif "student.path" not in flags and saved_recipe is None:
+            raise UsageError("--resume without --output", hint="give the --output of the run to resume")
+        elif "student.path" not in flags:
+            raise CheckpointError(f"nothing to resume: no {saved_recipe}", hint="check --output, or drop --resume")
     return fitted(resolve(command=verb, recipe=recipe, flags=flags, sets=sets))
 
 
