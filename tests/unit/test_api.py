@@ -147,11 +147,14 @@ def test_a_result_is_evaluated_and_generated_with(teacher, student, tokenizer, c
     assert main(words.split()) == 0
     printed = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     assert [row["output"] for row in sampled.responses] == [row["output"] for row in printed]
-    by_rows = distillm.generate(teacher, data=ROWS, limit=2, greedy=True, max_new_tokens=4, output="t.jsonl")
+    by_rows = distillm.generate(
+        teacher, data=ROWS, limit=2, greedy=True, template="plain", max_new_tokens=4, output="t.jsonl"
+    )
     assert (by_rows.rows, by_rows.output, by_rows.responses) == (2, "t.jsonl", ())
     assert len(Path("t.jsonl").read_text().splitlines()) == 2
 
-    both = distillm.evaluate([teacher, tuned], suite=ROWS[:2], max_new_tokens=4, greedy=True, output="scores")
+    sampling = {"max_new_tokens": 4, "greedy": True, "template": "plain"}
+    both = distillm.evaluate([teacher, tuned], suite=ROWS[:2], output="scores", **sampling)
     assert len(both.checkpoints) == 2
     assert distillm.distill(teacher=tuned, student="random:1x16", data=data(ROWS), **SETTINGS, output="d").steps == 4
 
@@ -298,3 +301,34 @@ def test_importing_the_package_loads_nothing_heavy():
     assert (Path(distillm.__file__).parent / "py.typed").is_file()
     with pytest.raises(AttributeError, match="no attribute 'distil'"):
         getattr(distillm, "distil")  # noqa: B009
+
+
+NOTEBOOK = """
+import distillm_cli as distillm
+from tests import tiny
+
+tokenizer = tiny.tokenizer(size=tiny.VOCAB)
+result = distillm.distill(
+    teacher=(tiny.model("llama", tiny.VOCAB, seed=1), tokenizer),
+    student=(tiny.model("gpt2", tiny.VOCAB, seed=2), tokenizer),
+    data={"source": [{"instruction": "ab", "output": "ba"}] * 8, "template": "plain", "max_prompt_length": 20},
+    max_length=40, steps=2, batch_size=2, lr=1e-3, device="cpu", eval={"report_rows": 0}, output=OUTPUT, display=True,
+)
+result.as_json()
+"""
+
+
+def test_it_runs_in_a_notebook(tmp_path):
+    """The display is drawn in the cell's output, without a terminal's control characters."""
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    source = NOTEBOOK.replace("OUTPUT", repr(str(tmp_path / "out")))
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
+    outputs = notebook.cells[0].outputs
+    shown = "".join(output.get("data", {}).get("text/plain", output.get("text", "")) for output in outputs)
+    assert "student after" in shown
+    assert "\x1b" not in shown
+    assert outputs[-1]["output_type"] == "execute_result"
+    assert "'status': 'ok'" in outputs[-1]["data"]["text/plain"]
