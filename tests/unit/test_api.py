@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -304,6 +305,7 @@ def test_importing_the_package_loads_nothing_heavy():
 
 
 NOTEBOOK = """
+ROWS = [{"instruction": word, "output": word[::-1]} for word in ("ab", "bc", "cd", "de", "ef", "fg", "gh", "hi")]
 import distillm_cli as distillm
 from tests import tiny
 
@@ -311,7 +313,7 @@ tokenizer = tiny.tokenizer(size=tiny.VOCAB)
 result = distillm.distill(
     teacher=(tiny.model("llama", tiny.VOCAB, seed=1), tokenizer),
     student=(tiny.model("gpt2", tiny.VOCAB, seed=2), tokenizer),
-    data={"source": [{"instruction": "ab", "output": "ba"}] * 8, "template": "plain", "max_prompt_length": 20},
+    data={"source": ROWS, "template": "plain", "max_prompt_length": 20},
     max_length=40, steps=2, batch_size=2, lr=1e-3, device="cpu", eval={"report_rows": 0}, output=OUTPUT, display=True,
 )
 result.as_json()
@@ -319,7 +321,7 @@ result.as_json()
 
 
 def test_it_runs_in_a_notebook(tmp_path):
-    """The display is drawn in the cell's output, without a terminal's control characters."""
+    """The display is HTML in the cell's output, without the control sequences of a live display."""
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
@@ -327,8 +329,8 @@ def test_it_runs_in_a_notebook(tmp_path):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
     outputs = notebook.cells[0].outputs
-    shown = "".join(output.get("data", {}).get("text/plain", output.get("text", "")) for output in outputs)
-    assert "student after" in shown
-    assert "\x1b" not in shown
+    drawn = [output["data"] for output in outputs if output["output_type"] == "display_data"]
+    assert any("student after" in data["text/html"] for data in drawn)
+    assert not any(re.search(r"\x1b\[[0-9;?]*[^0-9;?m]", data["text/plain"]) for data in drawn)
     assert outputs[-1]["output_type"] == "execute_result"
     assert "'status': 'ok'" in outputs[-1]["data"]["text/plain"]
