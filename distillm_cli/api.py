@@ -633,7 +633,8 @@ def _train(
     fields: Mapping[str, Any],
     reporting: _Reporting,
 ) -> TrainResult:
-    directory = (Path("runs") if output is None else Path(output).parent) / _INPUTS
+    place = Path(output or "runs/name")
+    directory = (place if place.name else place.resolve()).parent / _INPUTS  # Path(".") has no name
     with _keywords_in_errors(), reporting as (listen, ui):
         given = _Given(verb, directory)
         given.add_all(fields)
