@@ -203,16 +203,16 @@ class _Given:
             models = [rest.get("teacher"), rest.get("student"), rest.get("model")]
             if self.verb not in ("generate", "eval") and not any(_has_model(value) for value in models):
                 path = save_tokenizer(self._inputs("tokenizer"), self.tokenizer)
-                self.flags["student.tokenizer"] = Flag("--tokenizer", str(path))
+                self._set("student.tokenizer", "--tokenizer", str(path))
         entries = {entry.name: entry for entry in field_flags(self.verb)}
         for name, value in rest.items():
             if isinstance(value, Mapping) and name in section_keys() and not is_rows(value):
                 self._add_section(name, value)
             elif name in entries:
                 for key in entries[name].keys if value is not None else ():
-                    self.flags[key] = Flag(entries[name].flag, self._plain(key, value))
+                    self._set(key, entries[name].flag, self._plain(key, value))
             elif name in leaves():
-                self.flags[name] = Flag(name, value)
+                self._set(name, name, value)
             elif name in section_keys():
                 what = f"{name} is a section, not a value"
                 raise UsageError(what, where=f"its keys are {', '.join(section_keys()[name])}", hint="pass a mapping")
@@ -232,7 +232,12 @@ class _Given:
             elif value is None:
                 self.sets.append(f"{key}=null")
             else:
-                self.flags[key] = Flag(key, self._plain(key, value))
+                self._set(key, key, self._plain(key, value))
+
+    def _set(self, key: str, name: str, value: Any) -> None:
+        if key in self.flags:
+            raise UsageError(f"{self.flags[key].name} and {name} both given", hint="keep one of them")
+        self.flags[key] = Flag(name, value)
 
     def _plain(self, key: str, value: Any) -> Any:
         """Return a value as a recipe has it: objects are saved, paths become texts, and a list may be one value."""
@@ -252,7 +257,11 @@ class _Given:
         """Return the path of a model, which is saved if it is an object."""
         if is_model(value):
             return str(save_model(self._inputs("a model"), value, self.tokenizer))
-        return os.fspath(getattr(value, "output", value))
+        path = getattr(value, "output", value)
+        if isinstance(path, str | os.PathLike):
+            return os.fspath(path)
+        what = f"an object of {type(value).__name__} is not a model"
+        raise UsageError(what, hint="pass a name, a path, the result of a run, or (model, tokenizer)")
 
     def _inputs(self, what: str) -> Path:
         if self.directory is None:

@@ -234,6 +234,8 @@ def test_the_display_of_the_command_line_is_shown_when_asked_for(teacher, studen
         ({"alpha": 1.5}, "alpha = 1.5; expected a number ≥ 0 and < 1"),
         ({"method": "kd", "alpha": 0.1}, "alpha"),
         ({"steps": 3, "epochs": 2}, "epochs and steps both given"),
+        ({"lr": 0.1, "train": {"lr": 0.1}}, "lr and train.lr both given"),
+        ({"teacher": 3}, "an object of int is not a model; pass a name, a path"),
     ],
 )
 def test_a_bad_keyword_is_named(keywords, message):
