@@ -1,4 +1,4 @@
-"""Define the methods: presets of objective, sequences and schedule (METHODS C).
+"""Define the methods: presets of objective, sequences and schedule (docs/methods.md#presets).
 
 A preset holds only the values that characterize the method. The recipe, the flags and ``--set`` override it.
 """

@@ -1,4 +1,4 @@
-"""Define the recipe's ``objective`` section: the loss of a token (METHODS A).
+"""Define the recipe's ``objective`` section: the loss of a token (docs/methods.md#divergences).
 
 It is a union: the fields of ``ObjectiveConfig``, which every objective has, and the parameters of one divergence, which
 are declared and registered together with the divergence.
@@ -36,7 +36,7 @@ _BY_SOURCE = UsedWhen(
 
 
 class ObjectiveConfig(DivergenceConfig):
-    """Configure the divergence between next-token distributions, per supervised token (METHODS A).
+    """Configure the divergence between next-token distributions, per supervised token (docs/methods.md#divergences).
 
     ``ObjectiveConfig(divergence="skl", alpha=0.3)`` returns the member with that divergence's parameters.
     """

@@ -1,4 +1,6 @@
-"""Define the recipe's ``schedule`` section: which sequences a step trains on (METHODS B). One class per kind.
+"""Define the recipe's ``schedule`` section: which sequences a step trains on (docs/methods.md#sequences).
+
+One class per kind.
 
 Class variables describe the sequences of a kind to the code that depends on them: fields of other sections, the model
 that decodes, the content of the teacher cache.
@@ -25,7 +27,7 @@ _CURVED = UsedWhen({"schedule.anneal": ("exponential", "sigmoid")})
 
 
 class ScheduleConfig(Section):
-    """Select the sequences that a step trains on (METHODS B).
+    """Select the sequences that a step trains on (docs/methods.md#sequences).
 
     ``ScheduleConfig(kind="mixed", mix=0.3)`` returns the member of that kind. trains_on: description of the sequences.
     uses_rows: they include data set rows with their own responses. uses_student_outputs, uses_teacher_samples: they

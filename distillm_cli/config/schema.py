@@ -310,7 +310,7 @@ class RolloutConfig(Section):
 
 
 class TrainConfig(Section):
-    """Configure the loop. The defaults are the paper's (METHODS D), or fit the models where they are `auto`."""
+    """Configure the loop. Defaults are the paper's (docs/methods.md#settings), or fit the models where they are `auto`."""
 
     epochs: Annotated[float, Field(gt=0)] | Auto = Field(
         AUTO,
@@ -367,7 +367,7 @@ class TrainConfig(Section):
 
 
 class EvalConfig(Section):
-    """Configure scoring by generation (METHODS D)."""
+    """Configure scoring by generation (docs/methods.md#settings)."""
 
     suites: tuple[Name, ...] = Field(
         (),

@@ -93,8 +93,8 @@ _TRANSLATIONS = frozenset(("translation", *_LANGUAGES))
 _DE_EN = partial(_to_translation_row, source="de", target="en")
 _EN_DE = partial(_to_translation_row, source="en", target="de")
 
-# The first five are MiniLLM's processed sets (METHODS D). Without file names the loader would also read their plain-text
-# copies and, in the last two, every subset by length of the reference (`11_`: eleven words or more).
+# The first five are MiniLLM's processed sets (docs/methods.md#settings). Without file names the loader would also read
+# their plain-text copies and, in the last two, every subset by length of the reference (`11_`: eleven words or more).
 for _name, _dataset in {
     "dolly": HubDataset("MiniLLM/dolly", {"train": ("raw.jsonl",), "test": ("valid.jsonl",)}),
     "self-inst": HubDataset("MiniLLM/self-inst", {"test": ("valid.jsonl",)}),

@@ -1,7 +1,7 @@
 """Evaluate a model on a suite: generate once per seed, score each pass, and report mean ± standard deviation.
 
-The defaults of ``schema.EvalConfig`` are the paper's (METHODS D): sampled at T = 1 with five seeds, ROUGE-L the best over
-a row's references, mean over rows, mean ± sd over seeds.
+The defaults of ``schema.EvalConfig`` are the paper's (docs/methods.md#settings): sampled at T = 1 with five seeds,
+ROUGE-L the best over a row's references, mean over rows, mean ± sd over seeds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Score responses against references: ROUGE, BLEU, chrF, exact match, error rate, final number (METHODS D).
+"""Score responses against references: ROUGE, BLEU, chrF, exact match, error rate, final number.
 
 A metric is a class, registered with its name in recipes, its label in tables, and the direction that is better.
 

@@ -18,7 +18,7 @@ gradients are finite.
 
 This module does not import torch at its top, since ``--help`` needs the parameters. The formulas use tensor methods.
 
-The full table is METHODS A of the project's design.
+The full table is in docs/methods.md#divergences.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def test_value_and_logit_gradient_match_the_plain_definition(name, settings):
 
 @pytest.mark.parametrize(("name", "settings"), SETTINGS + STEEP)
 def test_h_is_the_derivative_in_log_q_with_the_others_fixed(name, settings):
-    """h itself, not only its projection on the simplex: METHODS A defines it entry by entry."""
+    """h itself, not only its projection on the simplex: docs/methods.md#divergences defines it entry by entry."""
     log_p, log_q = logits(3).log_softmax(-1), logits(4).log_softmax(-1).requires_grad_()
     value = plain.divergence(name, log_p.exp(), log_q.exp(), **settings)
     (h,) = torch.autograd.grad(value.sum(), log_q)
@@ -144,7 +144,7 @@ def test_jsd_is_symmetric_at_one_half_and_zero_at_the_ends():
 
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
 def test_jsd_is_the_mixture_of_the_two_skewed_divergences(beta):
-    """METHODS A: β·SKL_β + (1−β)·SRKL_{1−β}, an identity that ties three implementations together."""
+    """docs/methods.md#divergences: β·SKL_β + (1−β)·SRKL_{1−β}, an identity that ties three implementations together."""
     log_p, log_q = logits(11).log_softmax(-1), logits(12).log_softmax(-1)
     mixture = beta * SkewKL(beta).value(log_p, log_q) + (1 - beta) * SkewReverseKL(1 - beta).value(log_p, log_q)
     assert_close(JSD(beta).value(log_p, log_q), mixture)
@@ -159,7 +159,7 @@ def test_skew_goes_to_kl_as_alpha_vanishes():
 
 
 def test_the_skewed_gradient_coefficient_is_bounded_where_kl_explodes():
-    """|g| ≤ (1−α)/α, with g = h/q: 9 at α = .1. The bound is the reason for skew (METHODS A)."""
+    """|g| ≤ (1−α)/α, with g = h/q: 9 at α = .1. The bound is the reason for skew (docs/methods.md#divergences)."""
     log_p = torch.tensor([[0.0, -50.0]], dtype=torch.float64).log_softmax(-1)
     log_q = torch.tensor([[-50.0, 0.0]], dtype=torch.float64).log_softmax(-1)
     g_skl = SkewKL(0.1).grad(log_p, log_q) / log_q.exp()

@@ -71,7 +71,7 @@ def test_the_commands_in_a_pipelines_comments_name_its_stages(name):
 
 
 def test_the_pipelines_of_the_paper_have_the_papers_settings():
-    """METHODS D, size by size: divergence, learning rate, batch, epochs."""
+    """docs/methods.md#settings, size by size: divergence, learning rate, batch, epochs."""
     settings = {
         "dolly-gpt2-pipeline": {
             "120m": ("gpt2", "skl", 5e-4, 8, 20),

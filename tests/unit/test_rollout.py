@@ -122,7 +122,7 @@ def test_sample_all_covers_every_prompt_and_does_not_depend_on_the_batch_size():
 
 
 def test_rollouts_supervise_the_first_token_and_end_of_sequence_and_a_cut_output_has_none():
-    """The two classic mistakes (METHODS F): the first response token unsupervised, end-of-sequence stripped."""
+    """Two mistakes (docs/methods.md#mistakes): the first response token unsupervised, end-of-sequence stripped."""
     model = backbone()
     rows = [Sequence(p, np.array([9, 9], dtype=np.int32), row) for row, p in enumerate(prompts(*range(2, 14)))]
     outs = ModelSampler(model, RolloutConfig(max_new_tokens=6), max_length=32, seed=3).sample(rows, step=5)

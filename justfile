@@ -1,0 +1,25 @@
+# List the targets.
+default:
+    @just --list
+
+# Run all tests in parallel.
+test *args:
+    python -m pytest -n auto --dist loadfile {{args}}
+
+# Check style and format.
+lint:
+    ruff check .
+    ruff format --check .
+
+# Build the documentation with strict links.
+docs:
+    zensical build --clean --strict
+
+# Generate the reference and the JSON Schema again.
+generate:
+    python docs/make_reference.py > docs/reference.md.new && mv docs/reference.md.new docs/reference.md
+    python -m distillm_cli schema > recipes/schema.json.new && mv recipes/schema.json.new recipes/schema.json
+
+# Run everything that CI runs, on a fresh copy.
+ci:
+    .ci/run

@@ -1,0 +1,70 @@
+"""The tutorial in docs/extending.md works: its files are written to a temporary package, and its commands run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "extending.md"
+BLOCK = re.compile(r'^```(?P<language>\w+)(?: title="(?P<file>[^"]+)")?\n(?P<text>.*?)^```$', re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory) -> Path:
+    """Write the files of the page, and the metadata that an installer writes."""
+    place = tmp_path_factory.mktemp("tutorial")
+    for block in BLOCK.finditer(PAGE.read_text(encoding="utf-8")):
+        if block["file"] is not None:
+            file = place / block["file"]
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(block["text"], encoding="utf-8")
+    (place / "squares" / "__init__.py").touch()
+    project = tomllib.loads((place / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    info = place / "distillm_squares-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    groups = project["entry-points"].items()
+    entry_points = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in names.items()) for group, names in groups]
+    (info / "entry_points.txt").write_text("\n".join(entry_points))
+    return place
+
+
+def run(package: Path, *argv: str) -> str:
+    """Run Python where the package is installed; return stdout."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(package), str(ROOT)]), "COLUMNS": "160"}
+    done = subprocess.run(
+        [sys.executable, *argv], env=env, cwd=package, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "cannot be loaded" not in done.stderr
+    return done.stdout
+
+
+def test_gradient_of_the_divergence_matches_autograd(package):
+    run(package, "check_gradient.py")
+
+
+def test_commands_of_the_page_run(package):
+    commands = [
+        line.removeprefix("distillm ")
+        for block in BLOCK.finditer(PAGE.read_text(encoding="utf-8"))
+        if block["language"] == "sh"
+        for line in block["text"].splitlines()
+    ]
+    assert [command.split()[0] for command in commands] == ["methods", "distill", "eval"]
+    shown, trained, scored = (
+        run(package, "-m", "distillm_cli", *shlex.split(command), "--json") for command in commands
+    )
+    assert json.loads(shown)["method"]["name"] == "squares"
+    assert "first_word" in json.loads(trained)["report"]["student_after"]
+    assert json.loads(scored)["suites"]["letters"]["first_word"]["mean"] >= 0
+    assert "squared_scale: 3.0" in (package / "runs" / "squares" / "recipe.yaml").read_text(encoding="utf-8")
