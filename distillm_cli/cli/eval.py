@@ -74,5 +74,5 @@ def eval_checkpoints(
         fields["eval.greedy"] = Flag("--greedy", False)  # even where the checkpoint's own recipe is greedy
     with console(json_mode=json, quiet=quiet) as ui:
         result = evaluate_checkpoints(checkpoints, Settings(recipe, fields, sets), ui, output=output)
-        ui.show(*eval_summary(result))
+        ui.answer(*eval_summary(result))
         ui.result(result.as_json())

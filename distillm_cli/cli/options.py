@@ -342,7 +342,12 @@ Json = Annotated[
 ]
 Quiet = Annotated[
     bool,
-    typer.Option("--quiet", metavar="", help="Print only warnings and errors on stderr.", rich_help_panel=OUTPUT_PANEL),
+    typer.Option(
+        "--quiet",
+        metavar="",
+        help="Print no progress, only the answer, warnings and errors.",
+        rich_help_panel=OUTPUT_PANEL,
+    ),
 ]
 Debug = Annotated[
     bool, typer.Option("--debug", metavar="", help="Print tracebacks with errors.", rich_help_panel=OUTPUT_PANEL)

@@ -53,7 +53,7 @@ def plan(
         from distillm_cli.ui.plan_tables import plan_tables
 
         result = plan_run(resolved, ui)
-        ui.show(*plan_tables(result))
+        ui.answer(*plan_tables(result))
         ui.result(result.as_json())
 
 
@@ -74,5 +74,5 @@ def _plan_stages(recipe: str, flags: FieldFlags, sets: list[str] | None, json: b
         from distillm_cli.ui.plan_tables import pipeline_tables
 
         result = plan_pipeline(pipeline, ui)
-        ui.show(*pipeline_tables(result))
+        ui.answer(*pipeline_tables(result))
         ui.result(result.as_json())

@@ -114,5 +114,5 @@ def run_stages(
         from distillm_cli.ui.summary import stage_table
 
         result = run_pipeline(pipeline, place, ui, only=only, start=start)
-        ui.show(stage_table(result))
+        ui.answer(stage_table(result))
         ui.result(result.as_json())

@@ -147,5 +147,6 @@ def launch(
         result = start_training(verb, resolved, place, ui, run_options, recipe_file=recipe_name, notes=notes)
         from distillm_cli.ui.summary import train_next_steps, train_summary
 
-        ui.show(*train_summary(result), train_next_steps(result))
+        ui.answer(*train_summary(result))
+        ui.show(train_next_steps(result))
         ui.result(result.as_json())

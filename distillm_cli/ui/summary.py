@@ -39,6 +39,7 @@ from distillm_cli.utils.text import format_duration, format_percent, printable, 
 
 NOT_AVAILABLE = "–"
 CELL_LINES, STACKED_CELL_LINES = 5, 3  # of the samples table, about; longer text is cropped
+MAX_CELL_WIDTH = 40  # columns that the length of a sample's text is computed from
 MAX_PROMPT_LENGTH = 80  # of a command to type
 _NUMBER = re.compile(r"[−+-]?[\d.,]+%?( ± [\d.,]+)?")
 SOURCE_WORDS = {
@@ -239,7 +240,10 @@ class _Samples:
             for name in columns:
                 grid.add_column(Text(name), overflow="fold")
             for sample in self.samples:
-                grid.add_row(*(text for _, text in self._texts(sample, width * CELL_LINES)), end_section=True)
+                grid.add_row(
+                    *(text for _, text in self._texts(sample, min(width, MAX_CELL_WIDTH) * CELL_LINES)),
+                    end_section=True,
+                )
         else:
             label = max(map(len, columns))
             grid.add_column(style="dim", no_wrap=True)
