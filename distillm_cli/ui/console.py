@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console as RichConsole
-from rich.console import ConsoleOptions, RenderableType
+from rich.console import ConsoleOptions, Group, RenderableType
 from rich.live import Live
 from rich.segment import Segment
 from rich.table import Table
@@ -163,7 +163,9 @@ class Console:
             if isinstance(renderable, Note):
                 self._print_line(Text(renderable.text))
             else:
-                self._terminal.print(Text(renderable) if isinstance(renderable, str) else renderable, highlight=False)
+                if isinstance(renderable, str):
+                    renderable = Text(renderable)
+                self._terminal.print(renderable, highlight=False, crop=False)  # a long command is not cut
 
     def answer(self, *renderables: RenderableType | Note) -> None:
         """Print the answer of a command on stdout, also if quiet; notes, and everything in ``json_mode``, on stderr."""
@@ -227,6 +229,11 @@ class Console:
                     return []
                 return [_validated(event, self._run, phi, unreported)]
             case Saved():
+                # The first names the directory; a later one after a validation would be a second line for the same step.
+                is_repeated = self._run.has_named_checkpoint and self._run.valid_step == event.step
+                self._run.has_named_checkpoint = True
+                if is_repeated:
+                    return []
                 step = _step(event.step, self._run)
                 return [Text.assemble(f"{step} · ", (f"saved {event.path}", "dim"))]
         return []
@@ -254,7 +261,7 @@ class Console:
     def _start(self) -> None:
         if self._live is None:
             self._live = Live(
-                get_renderable=self.frame,
+                get_renderable=lambda: Group(self.frame(), ""),  # the terminal prints ^C on the empty line
                 console=self._terminal,
                 refresh_per_second=REFRESHES_PER_SECOND,
                 transient=True,
