@@ -51,11 +51,17 @@ class ModelReport:
     answers: list[str]
 
 
-def labels(state: TrainerState, *, after_sft: bool) -> dict[str, str]:
-    """Return the models' names with the step of their weights, for people. after_sft: of a fine-tuning stage."""
+def labels(state: TrainerState, recipe: Recipe) -> dict[str, str]:
+    """Return the models' names with the step of their weights, for people. Fine-tuning has no student: "model before"."""
     final_step = state.step if state.best_step is None else state.best_step
-    start = FINE_TUNED if after_sft else BEFORE
-    return {BEFORE: BEFORE, TEACHER: TEACHER, start: f"{start}, step 0", AFTER: f"{AFTER}, step {final_step:,}"}
+    start = FINE_TUNED if recipe.student.sft_epochs else BEFORE
+    names = {BEFORE: BEFORE, TEACHER: TEACHER, start: f"{start}, step 0", AFTER: f"{AFTER}, step {final_step:,}"}
+    return {name: model_title(label, recipe) for name, label in names.items()}
+
+
+def model_title(name: str, recipe: Recipe) -> str:
+    """Return a model's name without its step, for people."""
+    return name.replace("student", "model", 1) if recipe.method == "sft" else name
 
 
 def selects_by_metric(recipe: Recipe) -> bool:
@@ -113,7 +119,7 @@ class Report:
         from distillm_cli.models.pair import reload_teacher
 
         run = self.run
-        self.labels = labels(trainer.state, after_sft=bool(run.recipe.student.sft_epochs))
+        self.labels = labels(trainer.state, run.recipe)
         trainer.optimizer.state.clear()  # no longer needed; makes room for the teacher, which may be loaded again
         teacher = run.pair.teacher
         if teacher is not None and trainer.teacher.has_released_model:

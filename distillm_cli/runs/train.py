@@ -32,6 +32,7 @@ from distillm_cli.runs.report import (
     check_can_generate,
     check_selection_metric,
     labels,
+    model_title,
     selects_by_metric,
 )
 from distillm_cli.runs.resume import (
@@ -272,8 +273,8 @@ def _interrupted(output: Path | None, stop: KeyboardInterrupt) -> Interrupted:
 def _summary(run: Prepared, state: TrainerState, models: Mapping[str, ModelReport], measured_on: str) -> TrainSummary:
     recipe = run.recipe
     order = [name for name in (BEFORE, FINE_TUNED, AFTER, TEACHER) if name in models]
-    label = labels(state, after_sft=bool(recipe.student.sft_epochs))
-    samples = _samples(run, {name: models[name].answers for name in order})
+    label = labels(state, recipe)
+    samples = _samples(run, {model_title(name, recipe): models[name].answers for name in order})
     # Without test rows, `--suite SOURCE` would score training rows too; without `--suite`, held-out rows are scored.
     suites = recipe.eval.suites or ((recipe.data.source,) if "test" in run.train_rows.splits else ())
     first_row = next(iter(run.valid.rows), None)
