@@ -249,6 +249,11 @@ def complete_data(incomplete: str) -> list[str]:
     return _completed(incomplete, dataset_names())
 
 
+def complete_field(incomplete: str) -> list[str]:
+    """Return keys of recipes."""
+    return [key for key in leaves() if key.startswith(incomplete)]
+
+
 def complete_set(incomplete: str) -> list[str]:
     """Return keys of recipes, and after ``=`` the choices of the key."""
     key, equals, word = incomplete.partition("=")

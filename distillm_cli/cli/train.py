@@ -12,7 +12,7 @@ from distillm_cli.cli import options
 from distillm_cli.cli.options import FieldFlags, command
 from distillm_cli.cli.usage import check_complete, check_single_process
 from distillm_cli.config.shortcuts import METHOD_PANEL
-from distillm_cli.errors import UsageError
+from distillm_cli.errors import CheckpointError, UsageError
 
 WarmTeacherCache = Annotated[
     bool,
@@ -92,6 +92,20 @@ def distill(
     launch("distill", fields, chosen, only_warm=warm_teacher_cache, rebuild_teacher_cache=rebuild_teacher_cache)
 
 
+def _refuse_resume(output: str | None, sets: list[str]) -> None:
+    """Raise an error for ``--resume`` without a run: no directory is given, or it has no recipe."""
+    from distillm_cli.runs.output_dir import RECIPE
+
+    if any(text.startswith("student.path=") for text in sets):
+        return
+    if output is None:
+        raise UsageError("--resume without a run", hint="give --output DIR, the directory of the run to resume")
+    what = f"no {RECIPE} in it" if Path(output).is_dir() else "no such directory"
+    raise CheckpointError(
+        f"nothing to resume in {output}", where=what, hint="check the path, or start without --resume"
+    )
+
+
 def launch(
     verb: str,
     fields: FieldFlags,
@@ -111,6 +125,8 @@ def launch(
     if chosen.resume and recipe_name is None and output is not None:
         saved_recipe = Path(output) / output_dir.RECIPE
         recipe_name = str(saved_recipe) if saved_recipe.is_file() else None
+    if chosen.resume and recipe_name is None and "student.path" not in fields:
+        _refuse_resume(output, chosen.sets or [])
     resolved = fitted(resolve(command=verb, recipe=recipe_name, flags=fields, sets=chosen.sets))
     if chosen.dry_run:
         if chosen.json:
