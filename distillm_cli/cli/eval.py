@@ -8,7 +8,7 @@ import typer
 
 from distillm_cli.cli import options
 from distillm_cli.cli.options import FieldFlags, command
-from distillm_cli.cli.usage import check_single_process
+from distillm_cli.cli.usage import check_sampling_inputs, check_single_process
 from distillm_cli.config.shortcuts import Flag
 from distillm_cli.errors import UsageError
 
@@ -58,11 +58,6 @@ def eval_checkpoints(
     Without --suite: the suites of the checkpoint's own recipe, or the held-out rows of its run. Settings that no flag
     gives, the template among them, come from that recipe too, and the defaults below hold without one.
     """
-    from distillm_cli.runs.eval import evaluate_checkpoints
-    from distillm_cli.runs.inference import Settings
-    from distillm_cli.ui.console import console
-    from distillm_cli.ui.summary import eval_summary
-
     sampling = ("eval.seeds", "eval.temperature", "eval.top_p")
     sampling_flag = next((fields[key].name for key in sampling if key in fields), None)
     if "eval.greedy" in fields and fields["eval.greedy"].value and sampling_flag:
@@ -72,6 +67,14 @@ def eval_checkpoints(
     check_single_process()
     if "eval.greedy" not in fields and sampling_flag:
         fields["eval.greedy"] = Flag("--greedy", False)  # even where the checkpoint's own recipe is greedy
+    suites = fields["eval.suites"].value if "eval.suites" in fields else []
+    check_sampling_inputs("eval", checkpoints, suites, recipe, fields, sets)
+
+    from distillm_cli.runs.eval import evaluate_checkpoints  # imports torch
+    from distillm_cli.runs.inference import Settings
+    from distillm_cli.ui.console import console
+    from distillm_cli.ui.summary import eval_summary
+
     with console(json_mode=json, quiet=quiet) as ui:
         result = evaluate_checkpoints(checkpoints, Settings(recipe, fields, sets), ui, output=output)
         ui.answer(*eval_summary(result))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from distillm_cli.config.shortcuts import FIELD_FLAGS, SAMPLING_VERBS, TRAINING_VERBS, field_flags, flag_of
+from distillm_cli.config.shortcuts import FIELD_FLAGS, SAMPLING_VERBS, TRAINING_VERBS, Flag, field_flags, flag_of
 from distillm_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -63,6 +63,25 @@ def check_complete(recipe: Recipe) -> None:
         raise UsageError(f"no {what} to train", hint=f"give {flag} PATH, or a --recipe that names one")
     if recipe.method != "sft" and recipe.teacher.path is None:
         raise UsageError("no teacher to learn from", hint="give --teacher PATH, or use `distillm sft`")
+
+
+def check_sampling_inputs(
+    verb: str, models: list[str], sources: list[str], recipe: str | None, flags: dict[str, Flag], sets: list[str] | None
+) -> None:
+    """Raise the error for a model, a data source or a setting that cannot be used, before torch is imported.
+
+    What needs the model's own recipe, or the rows, is checked later.
+    """
+    from distillm_cli.config.load import resolve
+    from distillm_cli.data.locations import find_source, is_path
+    from distillm_cli.models.model_paths import locate_model
+    from distillm_cli.training.events import silent
+
+    resolve(command=verb, recipe=recipe, flags=flags, sets=sets)
+    for model in models:
+        locate_model(model)
+    for source in filter(is_path, sources):
+        find_source(source, silent)
 
 
 def explained(problem: Any, argv: list[str]) -> UsageError:

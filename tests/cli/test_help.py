@@ -28,7 +28,7 @@ from distillm_cli.config.shortcuts import METHOD_PANEL, MODELS_PANEL, TRAINING_P
 from distillm_cli.errors import CheckpointError, DataError
 
 ROOT = Path(__file__).resolve().parents[2]
-VERBS = ("sft", "generate", "distill", "eval", "run", "plan", "methods", "recipes", "schema", "explain", "env")
+VERBS = ("sft", "generate", "distill", "eval", "run", "plan", "methods", "recipes", "schema")
 GROUPS = ("methods", "recipes")
 
 
@@ -71,7 +71,7 @@ def test_help_loads_no_torch():
         assert main(["distill", "--alpha", "1.4"]) == 2
         assert "torch" not in sys.modules
     """
-    done = python(script, *VERBS)
+    done = python(script, *VERBS, "explain", "env")
     assert done.returncode == 0, done.stderr
 
 
@@ -265,6 +265,30 @@ def test_every_field_can_be_explained(run):
     for key in leaves():
         code, out, _ = run("explain", key, "--json")
         assert (code, json.loads(out)["key"]) == (0, key)
+
+
+def test_usage_errors_of_generate_and_eval_load_no_torch(tmp_path):
+    script = """
+        import sys
+        from distillm_cli.cli.app import main
+        for argv in (
+            ["generate", "--prompt", "x"],
+            ["generate", "--model", "builtin"],
+            ["generate", "--model", "builtin", "--prompt", "x", "--output", "out.txt"],
+            ["generate", "--model", "./gone", "--prompt", "x"],
+            ["generate", "--model", "builtin", "--data", "gone.jsonl"],
+            ["generate", "--model", "builtin", "--prompt", "x", "--recipe", "gone"],
+            ["generate", "--model", "builtin", "--prompt", "x", "--top-p", "7"],
+            ["eval", "./gone", "--suite", "dolly"],
+            ["eval", "builtin", "--suite", "gone.jsonl"],
+            ["eval", "builtin", "--metric", "gone"],
+            ["eval", "builtin", "--greedy", "--seeds", "3"],
+        ):
+            assert main(argv) in (2, 3, 4), argv
+            assert "torch" not in sys.modules, argv
+    """
+    done = python(script, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_verb_shows_the_help_and_is_a_usage_error(run):
