@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -98,8 +98,8 @@ class Report:
     """Measure student before, student after and teacher on the same held-out rows, one pass of generation each.
 
     Everything is measured after the last step: the student's initial weights are loaded or built again, and the teacher
-    is loaded again where it was released. Figures and responses are saved under ``directory``. After a fine-tuning stage,
-    "student before" and the fine-tuned student are read from that stage's report.
+    is loaded again where it was released. Figures, prompts, references and responses are saved under ``directory``. After
+    a fine-tuning stage, "student before" and the fine-tuned student are read from that stage's report.
     """
 
     def __init__(self, run: Prepared, directory: Path, listener: Listener):
@@ -168,11 +168,19 @@ class Report:
         for stage_name, name in names.items():
             file = place / _file_name(stage_name)
             if file.is_file():
-                reports[name] = self._save(name, ModelReport(**json.loads(file.read_text(encoding="utf-8"))))
+                saved = json.loads(file.read_text(encoding="utf-8"))
+                figures = {item.name: saved[item.name] for item in fields(ModelReport)}
+                reports[name] = self._save(name, ModelReport(**figures))
         return reports
 
     def _save(self, name: str, report: ModelReport) -> ModelReport:
-        text = json.dumps(vars(report), ensure_ascii=False, indent=1)
+        rows = self.suite.rows[: len(report.answers)]
+        content = {
+            **vars(report),
+            "prompts": [self.run.encoder.renderer.prompt(row) for row in rows],
+            "references": [list(row.references) for row in rows],
+        }
+        text = json.dumps(content, ensure_ascii=False, indent=1)
         output_dir.write_file(self.directory.parents[1], f"{output_dir.EVAL}/report/{_file_name(name)}", text)
         return report
 

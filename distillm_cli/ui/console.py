@@ -69,14 +69,19 @@ class Terminal(RichConsole):
 
 
 class PlainText(Terminal):
-    """Render for files and pipes: no colors, and tables without borders."""
+    """Render for files and pipes: no colors, tables without borders, and their captions on one line."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        caption = None
         if isinstance(renderable, Table):
             renderable = copy(renderable)
             renderable.box = None
             renderable.pad_edge = False
+            caption = renderable.caption
+            renderable.caption = None
         yield from super().render(renderable, options)
+        if caption is not None:
+            yield from super().render(caption, options)
 
 
 def console(

@@ -76,6 +76,7 @@ def train_next_steps(result: TrainResult) -> RenderableType:
     """Return the output files of a training and the next commands."""
     summary = result.summary
     files = OUTPUT_FILES | ({"student after sft": "sft/"} if summary.has_sft_stage else {})
+    files = {what: name for what, name in files.items() if (result.output / name).exists()}  # --keep 0: no checkpoints
     return next_steps(
         result.output, suites=summary.suites, prompt=summary.prompt, files=files, scored=summary.has_answers
     )
@@ -366,6 +367,7 @@ OUTPUT_FILES = {
     "model": ".",
     "recipe": "recipe.yaml",
     "figures": "metrics.jsonl",
+    "result": "result.json",
     "checkpoints": "checkpoints/",
 }
 
