@@ -51,7 +51,7 @@ def explain_field(name: FieldName, as_json: options.Json = False, debug: options
         print(json.dumps({"command": "explain", "status": "ok", **found}))
         return
     lines = [found["key"], f"  {found['description']}", ""]
-    for title in ("expected", "default", "flags", "used by", "set it with"):
+    for title in ("expected", "default", "flags", "used by", "only with", "set it with"):
         if found[title]:
             lines.append(f"  {title:<12} {found[title]}")
     write_stdout("\n".join(lines) + "\n")
@@ -101,6 +101,7 @@ def _field(name: str) -> dict[str, Any]:
         "expected": expected_values(key),
         "default": format_value(field.default),
         "flags": ", ".join(flags),
-        "used by": commands_using(key) + ("" if condition(key) is None else f": {describe_users(key)}"),
+        "used by": commands_using(key),
+        "only with": "" if condition(key) is None else describe_users(key).replace(", and to ", "; "),
         "set it with": f"--set {key}=VALUE",
     }
