@@ -331,11 +331,21 @@ def resolve_training(
         saved_recipe = None if output is None else Path(output) / output_dir.RECIPE
         if saved_recipe is not None and saved_recipe.is_file():
             recipe = str(saved_recipe)
-        elif "student.path" not in flags and saved_recipe is None:
-            raise UsageError("--resume without --output", hint="give the --output of the run to resume")
-        elif "student.path" not in flags:
-            raise CheckpointError(f"nothing to resume: no {saved_recipe}", hint="check --output, or drop --resume")
+        elif "student.path" not in flags and not any(text.startswith("student.path=") for text in sets or ()):
+            _refuse_resume(output)
     return fitted(resolve(command=verb, recipe=recipe, flags=flags, sets=sets))
+
+
+def _refuse_resume(output: str | Path | None) -> None:
+    """Raise an error for ``--resume`` without a run: no directory is given, or it has no recipe."""
+    from distillm_cli.runs.output_dir import RECIPE
+
+    if output is None:
+        raise UsageError("--resume without a run", hint="give --output DIR, the directory of the run to resume")
+    what = f"no {RECIPE} in it" if Path(output).is_dir() else "no such directory"
+    raise CheckpointError(
+        f"nothing to resume in {output}", where=what, hint="check the path, or start without --resume"
+    )
 
 
 def check_training(resolved: Resolved) -> list[str]:

@@ -49,7 +49,21 @@ class UsageError(DistillmError):
 
 
 class RecipeError(UsageError):
-    """Report a recipe that does not parse or validate, with the file, the key and the value."""
+    """Report a recipe that does not parse or validate, with the file, the key and the value.
+
+    problems: all errors of a recipe that has several, the first included.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        hint: str | None = None,
+        problems: tuple[RecipeError, ...] = (),
+    ):
+        super().__init__(what, where=where, hint=hint)
+        self.problems = problems or (self,)
 
 
 class DataError(DistillmError):

@@ -21,6 +21,7 @@ from distillm_cli import plugins
 from distillm_cli.cli import options
 from distillm_cli.cli.eval import eval_checkpoints
 from distillm_cli.cli.generate import generate
+from distillm_cli.cli.info import env, explain_field
 from distillm_cli.cli.methods import methods_app
 from distillm_cli.cli.plan import plan
 from distillm_cli.cli.recipes import recipes_app, schema
@@ -61,7 +62,7 @@ app = typer.Typer(
         "for a in 0.0 0.1 0.3; do distillm distill --recipe quickstart --alpha $a --output runs/a$a --json; done",
     ),
 )
-for _command in (sft, generate, distill, eval_checkpoints, run_stages, plan, schema):
+for _command in (sft, generate, distill, eval_checkpoints, run_stages, plan, schema, explain_field, env):
     app.command(_command.name, rich_help_panel=_command.panel, epilog=_command.epilog)(_command.run)
 app.add_typer(methods_app, name="methods", help="List methods, show one.", rich_help_panel=options.OTHER_COMMANDS)
 app.add_typer(

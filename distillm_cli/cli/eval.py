@@ -8,6 +8,7 @@ import typer
 
 from distillm_cli.cli import options
 from distillm_cli.cli.options import FieldFlags, command
+from distillm_cli.cli.usage import check_sampling_inputs
 
 CheckpointArgument = Annotated[
     list[str],
@@ -56,14 +57,18 @@ def eval_checkpoints(
     gives, the template among them, come from that recipe too, and the defaults below hold without one.
     """
     from distillm_cli.api import check_single_process, evaluation_flags
-    from distillm_cli.runs.eval import evaluate_checkpoints
+
+    flags = evaluation_flags(fields)
+    check_single_process()
+    suites = flags["eval.suites"].value if "eval.suites" in flags else []
+    check_sampling_inputs("eval", checkpoints, suites, recipe, flags, sets)
+
+    from distillm_cli.runs.eval import evaluate_checkpoints  # imports torch
     from distillm_cli.runs.inference import Settings
     from distillm_cli.ui.console import console
     from distillm_cli.ui.summary import eval_summary
 
-    flags = evaluation_flags(fields)
-    check_single_process()
     with console(json_mode=json, quiet=quiet) as ui:
         result = evaluate_checkpoints(checkpoints, Settings(recipe, flags, sets), ui, output=output)
-        ui.show(*eval_summary(result))
+        ui.answer(*eval_summary(result))
         ui.result(result.as_json())

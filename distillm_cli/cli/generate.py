@@ -9,6 +9,7 @@ import typer
 
 from distillm_cli.cli import options
 from distillm_cli.cli.options import FieldFlags, command
+from distillm_cli.cli.usage import check_sampling_inputs
 from distillm_cli.config.shortcuts import MODELS_PANEL, SAMPLING_PANEL
 from distillm_cli.errors import UsageError
 
@@ -140,12 +141,7 @@ def generate(
     Settings that no flag gives come from the model's own recipe, and the defaults below hold without one.
     """
     from distillm_cli.api import check_single_process, generation_flags
-    from distillm_cli.runs.generate import generate_responses
-    from distillm_cli.runs.inference import Settings
-    from distillm_cli.runs.prompt_source import PromptSource
-    from distillm_cli.runs.run_results import Generated
-    from distillm_cli.training.events import Event
-    from distillm_cli.ui.console import console, write_rows
+    from distillm_cli.runs.prompt_source import PromptSource, check_request
 
     if chosen.model is None:
         raise UsageError("no model to generate with", hint="give --model")
@@ -161,6 +157,16 @@ def generate(
         limit=chosen.limit,
         samples=chosen.n,
     )
+    check_request(source, file.output, resume=file.resume, overwrite=file.overwrite)
+    sources = [] if chosen.data is None else [chosen.data]
+    check_sampling_inputs("generate", [chosen.model], sources, recipe, flags, sets)
+
+    from distillm_cli.runs.generate import generate_responses  # imports torch
+    from distillm_cli.runs.inference import Settings
+    from distillm_cli.runs.run_results import Generated
+    from distillm_cli.training.events import Event
+    from distillm_cli.ui.console import console, write_rows
+
     settings = Settings(recipe, flags, sets)
     with console(json_mode=reporting.json, quiet=reporting.quiet) as ui:
 

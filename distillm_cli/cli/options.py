@@ -65,22 +65,24 @@ def collect_field_flags(verb: str, given: dict[str, Any]) -> FieldFlags:
 # Options from the schema
 
 
-def option_words(entry: FieldFlag) -> list[str]:
-    """Return the words that a flag takes: the choices of its fields, or known names."""
+def option_words(entry: FieldFlag, verb: str) -> list[str]:
+    """Return the words that a flag of a command takes: the choices of its fields, or known names."""
     key = entry.keys[0]
+    if key == "method":
+        return [name for name, method in METHODS.items() if verb in (method.verb, "plan")]
     if key in _KNOWN_NAMES:
         return _KNOWN_NAMES[key]()
     words = [word for word in choices(key) if all(word in choices(other) for other in entry.keys)]
     return words or list(leaves()[key].examples or ())
 
 
-def option_help(entry: FieldFlag) -> str:
+def option_help(entry: FieldFlag, verb: str) -> str:
     """Return the help of a flag: the first sentence of its field's description, range, choices and default."""
     key = entry.keys[0]
     field = leaves()[key]
     sentence = re.split(r"(?<=\.)\s", field.description or "")[0].rstrip(".")
     sentence = sentence[:1].upper() + sentence[1:]
-    words = option_words(entry)
+    words = option_words(entry, verb)
     if words and not _is_number(key):
         sentence += f": {', '.join(words)}"
     sentence += _range(key, entry.metavar)
@@ -106,10 +108,10 @@ def _range(key: str, metavar: str) -> str:
     return f", {low} {metavar} {high}" if low and high else ""
 
 
-def _option(entry: FieldFlag) -> Any:
+def _option(entry: FieldFlag, verb: str) -> Any:
     """Return the annotation of a command's parameter for this flag."""
     key = entry.keys[0]
-    words = option_words(entry)
+    words = option_words(entry, verb)
     numbers = plain_types(leaves()[key].annotation) & {int, float}
     keywords: dict[str, Any] = {}
     kind: Any = str
@@ -128,7 +130,7 @@ def _option(entry: FieldFlag) -> Any:
     option = typer.Option(
         declaration,
         metavar=entry.metavar,
-        help=option_help(entry),
+        help=option_help(entry, verb),
         show_default=False,
         rich_help_panel=entry.panel,
         **keywords,
@@ -145,7 +147,9 @@ def _number_or_word(kind: type, words: list[str]) -> Callable[[str], Any]:
 
 def _completion(key: str, words: list[str]) -> Callable[[str], list[Any]]:
     def complete(incomplete: str) -> list[Any]:
-        return complete_methods(incomplete) if key == "method" else _completed(incomplete, words)
+        if key == "method":
+            return [(name, summary) for name, summary in complete_methods(incomplete) if name in words]
+        return _completed(incomplete, words)
 
     return complete
 
@@ -210,7 +214,7 @@ def _parameters(verb: str, parameter: inspect.Parameter, hint: Any) -> Iterator[
     keyword = inspect.Parameter.KEYWORD_ONLY
     if hint is FieldFlags:
         for entry in field_flags(verb):
-            yield inspect.Parameter(entry.name, keyword, default=None, annotation=_option(entry))
+            yield inspect.Parameter(entry.name, keyword, default=None, annotation=_option(entry, verb))
     elif is_dataclass(hint):
         annotations = get_type_hints(hint, include_extras=True)
         for field in fields(hint):
@@ -247,6 +251,11 @@ def complete_pipelines(incomplete: str) -> list[str]:
 
 def complete_data(incomplete: str) -> list[str]:
     return _completed(incomplete, dataset_names())
+
+
+def complete_field(incomplete: str) -> list[str]:
+    """Return keys of recipes."""
+    return [key for key in leaves() if key.startswith(incomplete)]
 
 
 def complete_set(incomplete: str) -> list[str]:
@@ -342,7 +351,12 @@ Json = Annotated[
 ]
 Quiet = Annotated[
     bool,
-    typer.Option("--quiet", metavar="", help="Print only warnings and errors on stderr.", rich_help_panel=OUTPUT_PANEL),
+    typer.Option(
+        "--quiet",
+        metavar="",
+        help="Print no progress, only the answer, warnings and errors.",
+        rich_help_panel=OUTPUT_PANEL,
+    ),
 ]
 Debug = Annotated[
     bool, typer.Option("--debug", metavar="", help="Print tracebacks with errors.", rich_help_panel=OUTPUT_PANEL)

@@ -38,5 +38,5 @@ def plan(
         result = plan_recipe(recipe, fields, sets or (), ui)
         from distillm_cli.ui.plan_tables import tables_of
 
-        ui.show(*tables_of(result))
+        ui.answer(*tables_of(result))
         ui.result(result.as_json())

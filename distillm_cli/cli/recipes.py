@@ -124,7 +124,8 @@ def validate_recipes(
             if row["status"] == "ok":
                 write_stdout(f"{row['recipe']}\tok\n")
     for row in wrong:
-        print_error(row["message"])
+        for problem in row["problems"]:
+            print_error(problem)
     if wrong:
         raise typer.Exit(RecipeError.exit_code)
 
@@ -156,7 +157,8 @@ def _checked(recipe: str) -> dict[str, Any]:
         else:
             resolve(command="", recipe=recipe)
     except RecipeError as error:
-        return {"recipe": recipe, "status": "error", "message": str(error)}
+        problems = [str(problem) for problem in error.problems]
+        return {"recipe": recipe, "status": "error", "message": str(error), "problems": problems}
     return {"recipe": recipe, "status": "ok"}
 
 

@@ -111,8 +111,10 @@ def run_stages(
     check_single_process()
     with console(json_mode=reporting.json, quiet=reporting.quiet) as ui:
         from distillm_cli.runs.pipeline import run_pipeline
-        from distillm_cli.ui.summary import stage_table
+        from distillm_cli.ui.summary import pipeline_next_steps, pipeline_summary
 
         result = run_pipeline(pipeline, place, ui, only=only, start=start)
-        ui.show(stage_table(result))
+        ui.answer(*pipeline_summary(result))
+        if (commands := pipeline_next_steps(result)) is not None:
+            ui.show(commands)
         ui.result(result.as_json())

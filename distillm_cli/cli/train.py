@@ -133,5 +133,6 @@ def launch(
         result = train_recipe(verb, resolved, output, ui, run_options, chosen.recipe)
         from distillm_cli.ui.summary import train_next_steps, train_summary
 
-        ui.show(*train_summary(result), train_next_steps(result))
+        ui.answer(*train_summary(result))
+        ui.show(train_next_steps(result))
         ui.result(result.as_json())

@@ -152,11 +152,15 @@ def _literals(annotation: Any) -> list[Any]:
     return [word for part in get_args(annotation) for word in _literals(part)]
 
 
-def expected_values(key: str) -> str:
-    """Describe the values of a field: "a number ≥ 0 and < 1", "one of off, on, mixed", "a whole number ≥ 1, or null"."""
+def expected_values(key: str, *, by_flag: bool = False) -> str:
+    """Describe the values of a field: "a number ≥ 0 and < 1", "one of off, on, mixed", "a whole number ≥ 1, or null".
+
+    by_flag: without null, which no flag takes.
+    """
     if key == "method":
         return f"one of {', '.join(METHODS)}"
-    return describe_type(leaves()[key].annotation, leaves()[key].metadata)
+    text = describe_type(leaves()[key].annotation, leaves()[key].metadata)
+    return text.removesuffix(", or null") if by_flag else text
 
 
 def describe_type(annotation: Any, metadata: list[Any]) -> str:
@@ -205,11 +209,13 @@ def format_value(value: Any, *, by_flag: bool = False) -> str:
 
 
 # Names of other tools for keys of a recipe.
-_ALIASES = {
+ALIASES = {
     "learning_rate": "lr",
     "lr_scheduler_type": "lr_schedule",
     "num_train_epochs": "epochs",
     "max_steps": "steps",
+    "gradient_accumulation": "accumulate",
+    "train_batch_size": "batch_size",
     "per_device_train_batch_size": "batch_size",
     "gradient_accumulation_steps": "accumulate",
     "max_grad_norm": "clip",
@@ -240,7 +246,7 @@ def nearest_key(key: str) -> str | None:
         anywhere.setdefault(k.rpartition(".")[2], k)
     top_level = {name: name for name in section_keys()[""] if name in section_keys()} if not section else {}
     name = name.replace("-", "_")
-    name = _ALIASES.get(name, name)
+    name = ALIASES.get(name, name)
     if name in leaves():
         return name
     if name in same_section:

@@ -135,10 +135,10 @@ def unused_field_error(key: str, given: GivenValue, value: ValueOf, command: str
         if key in _HELD_OUT_FIELDS and command == "eval":
             where = f"{it} is of held-out rows, and here eval.suites is {format_value(value('eval.suites'))}"
         else:
-            where = f"{it} belongs to {_commands_using(key)}; {command} trains nothing"
+            where = f"{it} belongs to {commands_using(key)}; {command} trains nothing"
         return RecipeError(problem, where=where, hint=hint)
     if _is_fine_tuning(value) and (distills or _is_unused_teacher_field(key, value)):
-        where = f"{it} belongs to {_commands_using(key)}; {method} trains on cross-entropy alone"
+        where = f"{it} belongs to {commands_using(key)}; {method} trains on cross-entropy alone"
         return RecipeError(problem, where=where, hint="leave it out")
     alternatives = [_required_changes(alternative, value) for alternative in condition(key).alternatives]
     unmet = dict.fromkeys(next(iter(changes)) for changes in alternatives)
@@ -157,7 +157,7 @@ def unused_field_error(key: str, given: GivenValue, value: ValueOf, command: str
     return RecipeError(problem, where=where, hint=f"{own_hint if own_parameters else ''}leave it out, or try {other}")
 
 
-def _commands_using(key: str) -> str:
+def commands_using(key: str) -> str:
     """Describe the commands that use the field."""
     if key in _USED_WITHOUT_TRAINING["eval"] and key.startswith("eval."):
         return "`distillm eval`"

@@ -74,13 +74,17 @@ class ErrorCollector:
             )
 
     def first(self) -> RecipeError:
-        """Return the first problem in the order of layers and lines; its hint ends with how many more there are."""
+        """Return the first problem in the order of layers and lines; its hint ends with how many more there are.
+
+        ``problems`` of the error holds all of them, for callers that show every one.
+        """
         ordered = sorted(self._found, key=lambda pair: pair[0])
         first, *rest = {error.what: error for _, error in ordered}.values()  # one flag may set two fields
         if not rest:
             return first
         more = f"and {counted(len(rest), 'more problem')}"
-        return RecipeError(first.what, where=first.where, hint="; ".join(part for part in (first.hint, more) if part))
+        hint = "; ".join(part for part in (first.hint, more) if part)
+        return RecipeError(first.what, where=first.where, hint=hint, problems=(first, *rest))
 
 
 StoreValue = Callable[[str, Any, int], None]
@@ -95,7 +99,7 @@ def exceeds_64_bits(value: Any) -> bool:
 def invalid_value_error(given: GivenValue, key: str, command: str) -> RecipeError:
     """Return the error for an invalid value: ``--alpha = 1.4; expected a number ≥ 0 and < 1; try …``."""
     flag = given.origin if given.priority.layer == FLAG else None
-    takes = expected_values(key)
+    takes = expected_values(key, by_flag=flag is not None)
     if int in plain_types(leaves()[key].annotation) and exceeds_64_bits(given.value) and "2^63" not in takes:
         takes += " (and below 2^63)"
     return RecipeError(

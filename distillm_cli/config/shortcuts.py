@@ -73,6 +73,7 @@ FIELD_FLAGS = (
     FieldFlag("--epochs", ("train.epochs",), TRAINING_VERBS, TRAINING_PANEL, "X"),
     FieldFlag("--steps", ("train.steps",), TRAINING_VERBS, TRAINING_PANEL, "N"),
     FieldFlag("--seed", ("train.seed",), TRAINING_VERBS, TRAINING_PANEL, "N"),
+    FieldFlag("--keep", ("train.keep",), ("sft", "distill"), TRAINING_PANEL, "N"),
     FieldFlag("--dtype", ("student.dtype", "teacher.dtype"), TRAINING_VERBS, TRAINING_PANEL, "TYPE"),
     FieldFlag("--device", ("train.device",), TRAINING_VERBS, TRAINING_PANEL, "NAME"),
     FieldFlag("--seeds", ("eval.seeds",), ("eval",), SAMPLING_PANEL, "N,N,…"),

@@ -153,7 +153,7 @@ def rates(student: ModelInfo, *, sft: bool, lora: bool) -> Rates | None:
 def _paper_rates(student: ModelInfo, lora: bool) -> tuple[float, float, str] | None:
     """Return the paper's learning rate and epochs of distillation, and for which models; None where it has none."""
     if student.is_built:
-        return 5e-4, 20.0, "a student built from scratch"
+        return 5e-4, 20.0, "a model built from scratch"
     size = student.parameters or 0
     name = family_of(student.family).paper_name
     who = f"{name} (the paper's)"

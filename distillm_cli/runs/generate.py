@@ -13,7 +13,7 @@ import numpy as np
 
 from distillm_cli.config.schema import Recipe
 from distillm_cli.data.encoder import Encoder
-from distillm_cli.data.sources import Row, local_path
+from distillm_cli.data.sources import Row
 from distillm_cli.errors import Interrupted, UsageError, signal_number
 from distillm_cli.evaluation.evaluate import rows_in_context
 from distillm_cli.evaluation.suites import Suite
@@ -22,14 +22,13 @@ from distillm_cli.models.model_paths import locate_model
 from distillm_cli.rollouts.sampler import Sampling, sample_all
 from distillm_cli.runs import inference
 from distillm_cli.runs.inference import Settings
-from distillm_cli.runs.prompt_source import PromptSource, exact_texts, read_prompts
+from distillm_cli.runs.prompt_source import PromptSource, check_request, exact_texts, read_prompts
 from distillm_cli.runs.responses import Line, ResponseFile
 from distillm_cli.runs.run_results import Generated, GenerateResult
 from distillm_cli.training.events import Event, Listener, Note, Progress
 from distillm_cli.utils.modules import weights_fingerprint
 from distillm_cli.utils.text import counted
 
-_MAX_COUNT = 2**31  # rows, and samples of a row
 _CHUNK_BATCHES = 8  # batches that are sorted by length and written together; a stopped run loses at most these
 
 
@@ -45,10 +44,8 @@ def generate_responses(
 ) -> GenerateResult:
     """Generate responses into a file. output: ``.jsonl``; None: the result and ``Generated`` events carry the rows."""
     started = time.perf_counter()
-    _check(source, output, resume, overwrite)
+    check_request(source, output, resume=resume, overwrite=overwrite)
     file = None if output is None else ResponseFile(Path(output), resume=resume, overwrite=overwrite)
-    if overwrite:
-        _check_not_read(source, Path(output))
     recipe = inference.resolve_settings("generate", model, settings, listener)[0].recipe
     if source.samples > 1 and recipe.rollout.temperature == 0:
         raise UsageError(f"--n {source.samples} with temperature 0", where="the responses would all be the same")
@@ -79,38 +76,6 @@ def generate_responses(
         cut=done.cut,
         responses=tuple(done.responses),
     )
-
-
-def _check(source: PromptSource, output: str | None, resume: bool, overwrite: bool) -> None:
-    """Raise UsageError for options that contradict each other or are out of range."""
-    sources = {"--data": source.data, "--prompt": source.prompts, "--input": source.input}
-    given = [flag for flag, value in sources.items() if value is not None]
-    if len(given) != 1:
-        what = f"{' and '.join(given)} exclude each other" if given else "no prompts"
-        raise UsageError(what, hint="give one of --data SOURCE, --prompt TEXT, --input FILE")
-    for flag, count in (("--limit", source.limit), ("--n", source.samples)):
-        if count is not None and not 1 <= count < _MAX_COUNT:
-            raise UsageError(f"{flag} = {count}", where="expected a whole number ≥ 1 and < 2^31")
-    if any(not text.strip() for text in source.prompts or ()):
-        raise UsageError("an empty --prompt", where="training rows may not have one either", hint="give it a text")
-    if source.split is not None and source.data is None:
-        raise UsageError(f"--split {source.split} without --data", hint="drop it, or give --data")
-    if source.split not in (None, "train", "valid", "test"):
-        raise UsageError(f"--split = {source.split}", where="expected train, valid or test")
-    if output is None and (resume or overwrite):
-        raise UsageError(f"{'--resume' if resume else '--overwrite'} without --output", hint="give --output FILE")
-
-
-def _check_not_read(source: PromptSource, output: Path) -> None:
-    """Raise UsageError where the file to be replaced is one that the prompts are read from."""
-    for flag, name in (("--data", source.data), ("--input", source.input)):
-        place = None if name in (None, "-") else local_path(name)
-        if place is None or not output.exists():
-            continue
-        read = [place, place / "data"] if place.is_dir() else [place]
-        for path in read:
-            if path.exists() and (output.samefile(path) or output.resolve().parent == path.resolve()):
-                raise UsageError(f"--output {output} is among what {flag} {name} reads", hint="choose another --output")
 
 
 @dataclass

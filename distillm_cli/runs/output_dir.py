@@ -5,12 +5,18 @@ What a run writes there is listed in ``manifest.json`` before it is written; ``-
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 import re
-from collections.abc import Iterator
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 
+import distillm_cli
 from distillm_cli.errors import CheckpointError, UsageError
 from distillm_cli.utils import manifest
 from distillm_cli.utils.storage import (
@@ -26,7 +32,7 @@ from distillm_cli.utils.storage import (
     storage_error,
     storing,
 )
-from distillm_cli.utils.text import redact
+from distillm_cli.utils.text import json_value, printable, redact
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
@@ -35,6 +41,7 @@ EVAL = "eval"
 _RESULTS = "results.json"  # of an evaluation
 TEMPLATES = "additional_chat_templates"  # of tokenizers that have several
 CARD = "README.md"
+RESULT = "result.json"  # of a training: the object of ``--json``
 SFT = "sft"  # the stage before distillation, an output directory in the output directory
 
 MODEL_FILES = (
@@ -46,7 +53,7 @@ MODEL_FILES = (
 )  # fmt: skip
 # Files that a run would replace. Where one of them exists and no manifest lists it, a run does not write into the directory.
 _REPLACED = (
-    RECIPE, METRICS, CARD, manifest.MANIFEST, *MODEL_FILES, f"{CHECKPOINTS}/step-*", f"{EVAL}/report/*.json",
+    RECIPE, METRICS, CARD, RESULT, manifest.MANIFEST, *MODEL_FILES, f"{CHECKPOINTS}/step-*", f"{EVAL}/report/*.json",
     f"{TEMPLATES}/*.jinja",
 )  # fmt: skip
 _FOLDERS = (CHECKPOINTS, EVAL, TEMPLATES)
@@ -218,6 +225,47 @@ def write_file(output: Path, name: str, text: str) -> None:
     atomic_write(output / name, text)
 
 
+def write_result(output: Path, result: Mapping[str, object]) -> None:
+    """Write the result of a training. Raises StorageError."""
+    text = json.dumps(json_value(result), allow_nan=False, indent=1) + "\n"
+    with storing(f"cannot write {output / RESULT}", "free some space; the model is complete"):
+        write_file(output, RESULT, text)
+
+
+def checkpoint_sizes(output: Path) -> list[int]:
+    """Return the size of each checkpoint in the directory and in its fine-tuning stage, in bytes."""
+    return [sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in _checkpoints(output)]
+
+
+def remove_checkpoints(output: Path) -> list[Path]:
+    """Remove the checkpoints in the directory and in its fine-tuning stage. Returns those that could not be removed."""
+    stuck = []
+    for path in _checkpoints(output):
+        if remove(path) is None:
+            manifest.record(path.parents[1], [], removed=[f"{CHECKPOINTS}/{path.name}"])
+        else:
+            stuck.append(path)
+    for place in (output, output / SFT):
+        with suppress(OSError):  # something is in it
+            (place / CHECKPOINTS).rmdir()
+    return stuck
+
+
+def _checkpoints(output: Path) -> list[Path]:
+    stages = [output, output / SFT] if has_stage(output) else [output]
+    return [path for stage in stages for path in sorted((stage / CHECKPOINTS).glob("step-*")) if path.is_dir()]
+
+
+def recipe_header() -> str:
+    """Return comments for a recipe: the version, the host, the time, and the command where there is one."""
+    when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    lines = [f"# Written by distillm {distillm_cli.__version__} on {platform.node() or 'an unnamed host'}, {when}"]
+    if Path(sys.argv[0]).name in ("distillm", "distillm.exe", "__main__.py"):
+        command = " ".join(shlex.join(["distillm", *sys.argv[1:]]).split())
+        lines.append(f"# Command: {redact(printable(command))}")
+    return "".join(f"{line}\n" for line in lines)
+
+
 def write_recipe(output: Path, text: str, *, has_stage: bool = False) -> None:
     """Write the recipe of a run that starts; of what an earlier one sealed, only the model stays sealed.
 
@@ -225,7 +273,7 @@ def write_recipe(output: Path, text: str, *, has_stage: bool = False) -> None:
     """
     manifest.unseal(output, RECIPE)
     manifest.record(output, [METRICS, *([SFT] if has_stage else [])])
-    write_file(output, RECIPE, text)
+    write_file(output, RECIPE, recipe_header() + text)
 
 
 @contextmanager

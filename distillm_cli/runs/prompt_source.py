@@ -1,4 +1,4 @@
-"""Read the prompts of ``generate``, and format them for its output."""
+"""Check and read the prompts of ``generate``, and format them for its output. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,17 +6,24 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from distillm_cli.config.schema import DataConfig
-from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.files import format_of
 from distillm_cli.data.rows import BadRow, parse
-from distillm_cli.data.sources import Row, load_rows, path_kind, user_path
-from distillm_cli.errors import DataError
+from distillm_cli.data.sources import Row, load_rows, local_path, path_kind, user_path
+from distillm_cli.errors import DataError, UsageError
+from distillm_cli.runs.responses import ResponseFile
 from distillm_cli.training.events import Listener, Warned
 from distillm_cli.utils.text import all_are
+
+if TYPE_CHECKING:
+    from distillm_cli.data.encoder import Encoder
+
+
+_MAX_COUNT = 2**31  # rows, and samples of a row
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,42 @@ class PromptSource:
     input: str | None = None
     limit: int | None = None
     samples: int = 1
+
+
+def check_request(source: PromptSource, output: str | None, *, resume: bool, overwrite: bool) -> None:
+    """Raise UsageError for options that contradict each other or are out of range, and for a path that cannot be used."""
+    sources = {"--data": source.data, "--prompt": source.prompts, "--input": source.input}
+    given = [flag for flag, value in sources.items() if value is not None]
+    if len(given) != 1:
+        what = f"{' and '.join(given)} exclude each other" if given else "no prompts"
+        raise UsageError(what, hint="give one of --data SOURCE, --prompt TEXT, --input FILE")
+    for flag, count in (("--limit", source.limit), ("--n", source.samples)):
+        if count is not None and not 1 <= count < _MAX_COUNT:
+            raise UsageError(f"{flag} = {count}", where="expected a whole number ≥ 1 and < 2^31")
+    if any(not text.strip() for text in source.prompts or ()):
+        raise UsageError("an empty --prompt", where="training rows may not have one either", hint="give it a text")
+    if source.split is not None and source.data is None:
+        raise UsageError(f"--split {source.split} without --data", hint="drop it, or give --data")
+    if source.split not in (None, "train", "valid", "test"):
+        raise UsageError(f"--split = {source.split}", where="expected train, valid or test")
+    if output is None and (resume or overwrite):
+        raise UsageError(f"{'--resume' if resume else '--overwrite'} without --output", hint="give --output FILE")
+    if output is not None:
+        ResponseFile(Path(output), resume=resume, overwrite=overwrite)
+    if overwrite:
+        _check_not_read(source, Path(output))
+
+
+def _check_not_read(source: PromptSource, output: Path) -> None:
+    """Raise UsageError where the file to be replaced is one that the prompts are read from."""
+    for flag, name in (("--data", source.data), ("--input", source.input)):
+        place = None if name in (None, "-") else local_path(name)
+        if place is None or not output.exists():
+            continue
+        read = [place, place / "data"] if place.is_dir() else [place]
+        for path in read:
+            if path.exists() and (output.samefile(path) or output.resolve().parent == path.resolve()):
+                raise UsageError(f"--output {output} is among what {flag} {name} reads", hint="choose another --output")
 
 
 def read_prompts(source: PromptSource, data: DataConfig, listener: Listener) -> list[Row]:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 import distillm_cli
 from distillm_cli.config.field_usage import describe_objective
 from distillm_cli.config.load import Resolved
 from distillm_cli.config.schema import StudentConfig
+from distillm_cli.config.student_spec import may_have_revision
 from distillm_cli.config.yaml_io import text_of
+from distillm_cli.data.known import HubDataset, find_dataset
+from distillm_cli.data.locations import is_path, local_path
 from distillm_cli.models.composite import is_composite
+from distillm_cli.models.model_paths import cached_hub_file
 from distillm_cli.runs import output_dir
+from distillm_cli.runs.report import model_title
 from distillm_cli.utils.storage import storing
 from distillm_cli.utils.text import redact
 
@@ -57,10 +65,10 @@ def model_card(
     verb = "fine-tuned" if recipe.method == "sft" else "distilled"
     lines = ["---"]
     lines += [f"{key}: {text_of(value)}" for key, value in _front_matter(resolved, task).items()]
-    lines += ["---", "", f"# {student.path}, {verb}", ""]
+    lines += ["---", "", f"# {Path(student.path).name if Path(student.path).is_dir() else student.path}, {verb}", ""]
     facts = {
         "method": recipe.method,
-        "student": student.path,
+        "model" if recipe.method == "sft" else "student": student.path,
         "trained": _trained_part(student),
         "fine-tuned before": f"{student.sft_epochs:g} × the rows" if student.sft_epochs else None,
         "teacher": recipe.teacher.path if recipe.method != "sft" else None,
@@ -73,7 +81,9 @@ def model_card(
         "made with": f"distillm {distillm_cli.__version__}",
     }
     lines += [f"- **{name}**: {value}" for name, value in facts.items() if value is not None]
-    lines += ["", "## Held-out figures", "", *_figures_table(report)]
+    lines += ["", *_usage(task, student)]
+    titles = {model_title(name, recipe): model for name, model in report.items()}
+    lines += ["", "## Held-out figures", "", *_figures_table(titles)]
     lines += ["", f"{measured_on[0].upper()}{measured_on[1:]}.", ""]
     lines += ["Valid CE: mean cross-entropy per response token, nats. `recipe.yaml` holds every setting.", ""]
     return redact("\n".join(lines))
@@ -83,14 +93,84 @@ def _front_matter(resolved: Resolved, task: str) -> dict[str, Any]:
     recipe = resolved.recipe
     is_adapter = recipe.student.lora_output == "adapter"
     front: dict[str, Any] = {"library_name": "peft" if is_adapter else "transformers", "pipeline_tag": task}
-    if is_adapter:
-        front["base_model"] = redact(recipe.student.path)
+    base = recipe.student.path
+    known = _card_of(base)
+    if (name := base if _is_hub_name(base) else known.get("base_model")) is not None:
+        front["base_model"] = name
+        front["base_model_relation"] = "adapter" if is_adapter else "finetune"
+    if (license_name := known.get("license")) is not None:
+        front["license"] = license_name
+    if (dataset := _hub_dataset(recipe.data.source)) is not None:
+        front["datasets"] = [dataset]
     front["tags"] = [recipe.method]
     if recipe.student.lora.r is not None:
         front["tags"].append("lora")
     if recipe.method != "sft":
         front["tags"].append("knowledge-distillation")
     return front
+
+
+def _is_hub_name(path: str) -> bool:
+    """Return whether a model's name is one on the hub. A local path, a built model and `builtin` are not."""
+    return may_have_revision(path) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path, re.ASCII) is not None
+
+
+def _card_of(path: str) -> dict[str, Any]:
+    """Return the hub name of the base model and the license in the card of a model, where it is on this machine."""
+    directory = Path(path).expanduser()
+    card = directory / output_dir.CARD if directory.is_dir() else None
+    if card is None and _is_hub_name(path):
+        card = cached_hub_file(path, output_dir.CARD, None)
+    try:
+        front = yaml.safe_load(card.read_text(encoding="utf-8").split("---\n", 2)[1])
+        found = {key: front[key] for key in ("base_model", "license") if isinstance(front.get(key), str)}
+    except (AttributeError, IndexError, OSError, ValueError, yaml.YAMLError):  # no card, or one without front matter
+        return {}
+    if "base_model" in found and not _is_hub_name(found["base_model"]):
+        del found["base_model"]
+    return found
+
+
+def _hub_dataset(source: str) -> str | None:
+    """Return the hub name of a data source; None for a file, a directory and generated rows."""
+    known = find_dataset(source)
+    if known is not None:
+        return known.repo if isinstance(known, HubDataset) else None
+    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", source, re.ASCII) is not None
+    return source if is_hub_name and not is_path(source) and local_path(source) is None else None
+
+
+_CLASSES = {
+    "text-generation": "AutoModelForCausalLM",
+    "text2text-generation": "AutoModelForSeq2SeqLM",
+    "image-text-to-text": "AutoModelForImageTextToText",
+}
+
+
+def _usage(task: str, student: StudentConfig) -> list[str]:
+    """Return the lines of the card that show how to load the model."""
+    library = "transformers"
+    name = _CLASSES[task]
+    lines = ["## Usage", "", "```python"]
+    if student.lora_output == "adapter":
+        library = "peft"
+        name = name.replace("Auto", "AutoPeft", 1) if task != "image-text-to-text" else "AutoPeftModel"
+        lines += [f"from {library} import {name}", "from transformers import AutoTokenizer"]
+    else:
+        lines.append(f"from {library} import {name}, AutoTokenizer")
+    return [
+        *lines,
+        "",
+        'path = "."  # this directory, or its name on the hub',
+        f"model = {name}.from_pretrained(path)",
+        "tokenizer = AutoTokenizer.from_pretrained(path)",
+        'inputs = tokenizer("Name three rivers.", return_tensors="pt")',
+        "outputs = model.generate(**inputs, max_new_tokens=64)",
+        "print(tokenizer.decode(outputs[0], skip_special_tokens=True))",
+        "```",
+        "",
+        "With the template that it was trained with: `distillm generate --model . --prompt 'Name three rivers.'`",
+    ]
 
 
 def _trained_part(student: StudentConfig) -> str | None:

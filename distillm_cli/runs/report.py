@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,11 +51,17 @@ class ModelReport:
     answers: list[str]
 
 
-def labels(state: TrainerState, *, after_sft: bool) -> dict[str, str]:
-    """Return the models' names with the step of their weights, for people. after_sft: of a fine-tuning stage."""
+def labels(state: TrainerState, recipe: Recipe) -> dict[str, str]:
+    """Return the models' names with the step of their weights, for people. Fine-tuning has no student: "model before"."""
     final_step = state.step if state.best_step is None else state.best_step
-    start = FINE_TUNED if after_sft else BEFORE
-    return {BEFORE: BEFORE, TEACHER: TEACHER, start: f"{start}, step 0", AFTER: f"{AFTER}, step {final_step:,}"}
+    start = FINE_TUNED if recipe.student.sft_epochs else BEFORE
+    names = {BEFORE: BEFORE, TEACHER: TEACHER, start: f"{start}, step 0", AFTER: f"{AFTER}, step {final_step:,}"}
+    return {name: model_title(label, recipe) for name, label in names.items()}
+
+
+def model_title(name: str, recipe: Recipe) -> str:
+    """Return a model's name without its step, for people."""
+    return name.replace("student", "model", 1) if recipe.method == "sft" else name
 
 
 def selects_by_metric(recipe: Recipe) -> bool:
@@ -92,8 +98,8 @@ class Report:
     """Measure student before, student after and teacher on the same held-out rows, one pass of generation each.
 
     Everything is measured after the last step: the student's initial weights are loaded or built again, and the teacher
-    is loaded again where it was released. Figures and responses are saved under ``directory``. After a fine-tuning stage,
-    "student before" and the fine-tuned student are read from that stage's report.
+    is loaded again where it was released. Figures, prompts, references and responses are saved under ``directory``. After
+    a fine-tuning stage, "student before" and the fine-tuned student are read from that stage's report.
     """
 
     def __init__(self, run: Prepared, directory: Path, listener: Listener):
@@ -113,7 +119,7 @@ class Report:
         from distillm_cli.models.pair import reload_teacher
 
         run = self.run
-        self.labels = labels(trainer.state, after_sft=bool(run.recipe.student.sft_epochs))
+        self.labels = labels(trainer.state, run.recipe)
         trainer.optimizer.state.clear()  # no longer needed; makes room for the teacher, which may be loaded again
         teacher = run.pair.teacher
         if teacher is not None and trainer.teacher.has_released_model:
@@ -162,11 +168,19 @@ class Report:
         for stage_name, name in names.items():
             file = place / _file_name(stage_name)
             if file.is_file():
-                reports[name] = self._save(name, ModelReport(**json.loads(file.read_text(encoding="utf-8"))))
+                saved = json.loads(file.read_text(encoding="utf-8"))
+                figures = {item.name: saved[item.name] for item in fields(ModelReport)}
+                reports[name] = self._save(name, ModelReport(**figures))
         return reports
 
     def _save(self, name: str, report: ModelReport) -> ModelReport:
-        text = json.dumps(vars(report), ensure_ascii=False, indent=1)
+        rows = self.suite.rows[: len(report.answers)]
+        content = {
+            **vars(report),
+            "prompts": [self.run.encoder.renderer.prompt(row) for row in rows],
+            "references": [list(row.references) for row in rows],
+        }
+        text = json.dumps(content, ensure_ascii=False, indent=1)
         output_dir.write_file(self.directory.parents[1], f"{output_dir.EVAL}/report/{_file_name(name)}", text)
         return report
 

@@ -32,6 +32,7 @@ from distillm_cli.runs.report import (
     check_can_generate,
     check_selection_metric,
     labels,
+    model_title,
     selects_by_metric,
 )
 from distillm_cli.runs.resume import (
@@ -53,6 +54,7 @@ from distillm_cli.training.state import TrainerState
 from distillm_cli.training.trainer import Trainer
 from distillm_cli.utils.memory import keep_freed_memory
 from distillm_cli.utils.signals import received_signal
+from distillm_cli.utils.text import counted, format_bytes
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,9 @@ def train(
         if stage is not None:
             run = _fine_tune(run, stage, output / output_dir.SFT, checkpoints, listener)
         training = _Training(command, run, resolved, output, checkpoints.run, teacher, started)
-        return _train(training, listener)
+        result = _train(training, listener)
+        _report_checkpoints(output, resolved.recipe.train.keep, listener)
+        return result
     except KeyboardInterrupt as stop:
         raise _interrupted(output, stop) from None
 
@@ -219,7 +223,25 @@ def _train(training: _Training, listener: Listener) -> TrainResult:
     models = report.all(trainer)
     publish_model(run, output, training.resolved, state, models, report.measured_on)
     summary = _summary(run, state, models, report.measured_on)
-    return _result(training, trainer, state, models, summary)
+    result = _result(training, trainer, state, models, summary)
+    output_dir.write_result(output, result.as_json())
+    return result
+
+
+def _report_checkpoints(output: Path, keep: int, listener: Listener) -> None:
+    """Remove the checkpoints of a finished run where none is to be kept; report their size."""
+    sizes = output_dir.checkpoint_sizes(output)
+    if not sizes:
+        return
+    what = f"{counted(len(sizes), 'checkpoint')} ({format_bytes(sum(sizes))})"
+    if keep:
+        listener(
+            Note(f"kept {what} in {output / output_dir.CHECKPOINTS}, to resume from; --keep 0 removes them at the end")
+        )
+        return
+    for stuck in output_dir.remove_checkpoints(output):
+        listener(Warned(f"cannot remove {stuck}: it takes up space"))
+    listener(Note(f"removed {what}: --keep 0"))
 
 
 def _trainer(training: _Training, report: Report, listener: Listener) -> Trainer:
@@ -272,8 +294,8 @@ def _interrupted(output: Path | None, stop: KeyboardInterrupt) -> Interrupted:
 def _summary(run: Prepared, state: TrainerState, models: Mapping[str, ModelReport], measured_on: str) -> TrainSummary:
     recipe = run.recipe
     order = [name for name in (BEFORE, FINE_TUNED, AFTER, TEACHER) if name in models]
-    label = labels(state, after_sft=bool(recipe.student.sft_epochs))
-    samples = _samples(run, {name: models[name].answers for name in order})
+    label = labels(state, recipe)
+    samples = _samples(run, {model_title(name, recipe): models[name].answers for name in order})
     # Without test rows, `--suite SOURCE` would score training rows too; without `--suite`, held-out rows are scored.
     suites = recipe.eval.suites or ((recipe.data.source,) if "test" in run.train_rows.splits else ())
     first_row = next(iter(run.valid.rows), None)

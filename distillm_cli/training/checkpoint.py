@@ -44,7 +44,8 @@ class Checkpoint:
 class Checkpoints:
     """Manage the checkpoints of one run, under ``root``.
 
-    save_model: writes the student and its tokenizer into a directory. keep: number of newest checkpoints to keep.
+    save_model: writes the student and its tokenizer into a directory. keep: number of newest checkpoints to keep, at
+    least one while the run is going on.
     listener: gets one warning for each old checkpoint that cannot be removed.
     """
 
@@ -82,7 +83,7 @@ class Checkpoints:
                 open_as_others(staged)
                 files = [path for path in staged.rglob("*") if path.is_file()]
                 manifest.seal_directory(staged, files, step=step)
-        old = [self.path(number) for number in self.steps()[: -self.keep] if number != protect]
+        old = [self.path(number) for number in self.steps()[: -max(self.keep, 1)] if number != protect]
         dropped = [path for path in old if self._drop(path)]
         if dropped:
             with storing(f"cannot write to {self.root.parent}", hint):

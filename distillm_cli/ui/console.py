@@ -1,8 +1,8 @@
-"""Show events on stderr: a live display on a terminal, plain lines elsewhere. Stdout carries results only.
+"""Show events on stderr: a live display on a terminal, plain lines elsewhere. Print the answer of a command on stdout.
 
 with console(json_mode=json, quiet=quiet) as ui:
     result = start_training(..., listener=ui)
-    ui.show(*train_summary(result))
+    ui.answer(*train_summary(result))
     ui.result(result.as_json())
 """
 
@@ -14,13 +14,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from copy import copy
 from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console as RichConsole
-from rich.console import ConsoleOptions, RenderableType
+from rich.console import ConsoleOptions, Group, RenderableType
 from rich.live import Live
 from rich.segment import Segment
+from rich.table import Table
 from rich.text import Text
 
 from distillm_cli.runs.run_results import EvalResult, FineTuned, Result, StageFinished, TrainResult
@@ -55,6 +57,7 @@ REFRESHES_PER_SECOND = 4  # slow enough to read the numbers
 MIN_SHOWN_SECONDS = 0.2  # duration after which a task is shown in the live display
 MIN_LOGGED_SECONDS = 1.0  # duration of a task from which its end is logged
 LOG_PERIOD = 10.0  # seconds between plain lines
+UNLIMITED_WIDTH = 10_000  # columns of a file or a pipe: lines are not wrapped
 
 
 class Terminal(RichConsole):
@@ -63,6 +66,22 @@ class Terminal(RichConsole):
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+
+class PlainText(Terminal):
+    """Render for files and pipes: no colors, tables without borders, and their captions on one line."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        caption = None
+        if isinstance(renderable, Table):
+            renderable = copy(renderable)
+            renderable.box = None
+            renderable.pad_edge = False
+            caption = renderable.caption
+            renderable.caption = None
+        yield from super().render(renderable, options)
+        if caption is not None:
+            yield from super().render(caption, options)
 
 
 def console(
@@ -84,7 +103,7 @@ def console(
 class Console:
     """Show events when they occur. As a context manager it restores the terminal at exit.
 
-    json_mode: ``result`` prints its object on stdout; stderr does not change. quiet: show warnings only.
+    json_mode: ``result`` prints its object on stdout, and ``answer`` prints on stderr. quiet: stderr shows warnings only.
     """
 
     def __init__(
@@ -149,7 +168,17 @@ class Console:
             if isinstance(renderable, Note):
                 self._print_line(Text(renderable.text))
             else:
-                self._terminal.print(Text(renderable) if isinstance(renderable, str) else renderable, highlight=False)
+                if isinstance(renderable, str):
+                    renderable = Text(renderable)
+                self._terminal.print(renderable, highlight=False, crop=False)  # a long command is not cut
+
+    def answer(self, *renderables: RenderableType | Note) -> None:
+        """Print the answer of a command on stdout, also if quiet; notes, and everything in ``json_mode``, on stderr."""
+        if self.json_mode:
+            return self.show(*renderables)
+        self._stop()
+        _write_stdout(_rendered([item for item in renderables if not isinstance(item, Note)]))
+        return self.show(*(item for item in renderables if isinstance(item, Note)))
 
     def result(self, obj: Mapping[str, object]) -> None:
         """Print the result of the command as one JSON object on stdout, if ``json_mode`` is set."""
@@ -205,6 +234,11 @@ class Console:
                     return []
                 return [_validated(event, self._run, phi, unreported)]
             case Saved():
+                # The first names the directory; a later one after a validation would be a second line for the same step.
+                is_repeated = self._run.has_named_checkpoint and self._run.valid_step == event.step
+                self._run.has_named_checkpoint = True
+                if is_repeated:
+                    return []
                 step = _step(event.step, self._run)
                 return [Text.assemble(f"{step} · ", (f"saved {event.path}", "dim"))]
         return []
@@ -232,7 +266,7 @@ class Console:
     def _start(self) -> None:
         if self._live is None:
             self._live = Live(
-                get_renderable=self.frame,
+                get_renderable=lambda: Group(self.frame(), ""),  # the terminal prints ^C on the empty line
                 console=self._terminal,
                 refresh_per_second=REFRESHES_PER_SECOND,
                 transient=True,
@@ -248,8 +282,31 @@ class Console:
 
 def print_json(obj: Mapping[str, object]) -> None:
     """Print an object as one line of ASCII on stdout, for any locale, and flush. NaN becomes null."""
+    _write_stdout(json.dumps(json_value(obj), allow_nan=False) + "\n")
+
+
+def _rendered(renderables: Iterable[RenderableType]) -> str:
+    """Return renderables as text for stdout: as on a terminal if it is one, else without colors and borders."""
+    if sys.stdout.isatty():
+        target = Terminal(file=sys.stdout)
+    else:
+        target = PlainText(file=sys.stdout, force_terminal=False, color_system=None, width=UNLIMITED_WIDTH)
+    parts: list[str] = []
+    is_previous_text = True
+    for item in renderables:
+        is_text = isinstance(item, str | Text)
+        if isinstance(target, PlainText) and parts and not (is_text and is_previous_text):
+            parts.append("\n")
+        is_previous_text = is_text
+        with target.capture() as captured:
+            target.print(Text(item) if isinstance(item, str) else item, highlight=False)
+        parts += [f"{line.rstrip()}\n" for line in redact(captured.get()).splitlines()]
+    return "".join(parts)
+
+
+def _write_stdout(text: str) -> None:
     try:
-        sys.stdout.write(json.dumps(json_value(obj), allow_nan=False) + "\n")
+        sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
         raise

@@ -66,6 +66,7 @@ class RunState:
         # Loss and step of the last validation, if it was of a step before the current one and was not logged.
         self.unreported: tuple[float, int] | None = None
         self.best: tuple[float, int] | None = None
+        self.has_named_checkpoint = False  # in a printed line
         self.phi = started.phi
         self.trigger = started.trigger
         self.sources: Counter[str] = Counter()

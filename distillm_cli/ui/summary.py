@@ -17,7 +17,6 @@ from typing import Any
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.measure import Measurement
-from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -30,6 +29,7 @@ from distillm_cli.runs.run_results import (
     Outcome,
     PipelineResult,
     Sample,
+    StageResult,
     TrainResult,
     TrainSummary,
 )
@@ -38,7 +38,9 @@ from distillm_cli.ui.display import BAD, GOOD, VALID_LOSS, WIDE
 from distillm_cli.utils.text import format_duration, format_percent, printable, signed
 
 NOT_AVAILABLE = "–"
+_TRAINING = ("sft", "distill")
 CELL_LINES, STACKED_CELL_LINES = 5, 3  # of the samples table, about; longer text is cropped
+MAX_CELL_WIDTH = 40  # columns that the length of a sample's text is computed from
 MAX_PROMPT_LENGTH = 80  # of a command to type
 _NUMBER = re.compile(r"[−+-]?[\d.,]+%?( ± [\d.,]+)?")
 SOURCE_WORDS = {
@@ -74,6 +76,7 @@ def train_next_steps(result: TrainResult) -> RenderableType:
     """Return the output files of a training and the next commands."""
     summary = result.summary
     files = OUTPUT_FILES | ({"student after sft": "sft/"} if summary.has_sft_stage else {})
+    files = {what: name for what, name in files.items() if (result.output / name).exists()}  # --keep 0: no checkpoints
     return next_steps(
         result.output, suites=summary.suites, prompt=summary.prompt, files=files, scored=summary.has_answers
     )
@@ -122,6 +125,59 @@ def _score(score: Mapping[str, Any] | None, passes: int) -> str | None:
     if score["mean"] is None:
         return "undefined"
     return f"{score['mean']:.2f} ± {score['sd']:.2f}" if passes > 1 else f"{score['mean']:.2f}"
+
+
+def pipeline_summary(result: PipelineResult) -> Iterator[RenderableType]:
+    """Yield the tables of a pipeline: its stages, and the figures of what they trained and scored, also earlier."""
+    yield stage_table(result)
+    trained = {
+        name: stage.result["report"]["student_after"]
+        for name, stage in result.stages.items()
+        if stage.verb in _TRAINING and "student_after" in stage.result.get("report", {})
+    }
+    names = list(dict.fromkeys(figure for figures in trained.values() for figure in figures))
+    rows = [[stage, *(_rounded(name, figures.get(name)) for name in names)] for stage, figures in trained.items()]
+    if rows and names:
+        yield table("Trained models", ["", *map(_label, names)], rows)
+    for stage in result.stages.values():
+        if stage.verb == "eval":
+            yield from (item for item in eval_summary(_eval_result(stage)) if not isinstance(item, Note))
+
+
+def pipeline_next_steps(result: PipelineResult) -> RenderableType | None:
+    """Return the next commands after a pipeline, for the model that it trained last; None if it trained none."""
+    trained = [stage.output for stage in result.stages.values() if stage.verb in _TRAINING]
+    if not trained:
+        return None
+    is_scored = any(stage.verb == "eval" for stage in result.stages.values())
+    directory = shlex.quote(trained[-1])
+    evaluate = [] if is_scored else [f"distillm eval {directory}"]
+    return commands_to_type([*evaluate, f"distillm generate --model {directory} --prompt 'YOUR PROMPT'"])
+
+
+def _eval_result(stage: StageResult) -> EvalResult:
+    """Return the result of an evaluation from its object in ``--json``."""
+    found = stage.result
+    output = str(found["output"])
+    checkpoints = found.get("checkpoints", {output: found})
+    return EvalResult(
+        checkpoints=tuple(
+            CheckpointScores(name, PurePath(scores["output"]), scores["suites"], _metrics(scores["suites"]), dtype="")
+            for name, scores in checkpoints.items()
+        ),
+        output=output,
+        wall_s=found["wall_s"],
+    )
+
+
+def _metrics(suites: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+    """Return the names of the metrics in the objects of suites."""
+    found = [name for suite in suites.values() for name, value in suite.items() if "seeds" in _as_mapping(value)]
+    return tuple(dict.fromkeys(found))
+
+
+def _as_mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def stage_table(result: PipelineResult) -> RenderableType:
@@ -239,7 +295,10 @@ class _Samples:
             for name in columns:
                 grid.add_column(Text(name), overflow="fold")
             for sample in self.samples:
-                grid.add_row(*(text for _, text in self._texts(sample, width * CELL_LINES)), end_section=True)
+                grid.add_row(
+                    *(text for _, text in self._texts(sample, min(width, MAX_CELL_WIDTH) * CELL_LINES)),
+                    end_section=True,
+                )
         else:
             label = max(map(len, columns))
             grid.add_column(style="dim", no_wrap=True)
@@ -293,16 +352,22 @@ def next_steps(
         prompt = "YOUR PROMPT"
     evaluate = [f"distillm eval {directory}{suite}"] if scored else []
     lines = [*evaluate, f"distillm generate --model {directory} --prompt {shlex.quote(prompt)}", *commands]
-    typed = Group(*(Text(line, style="cyan", overflow="fold") for line in lines))
-    body = Group(grid, "", Text("What next", style="bold"), Padding(typed, (0, 0, 0, 2)))
-    # Borders above and below only: borders at the sides would be copied together with a command.
-    return Panel(body, title="[bold]Written[/bold]", title_align="left", box=box.HORIZONTALS, border_style="dim")
+    # Borders above and below only: borders at the sides would be copied together with a path.
+    written = Panel(grid, title="[bold]Written[/bold]", title_align="left", box=box.HORIZONTALS, border_style="dim")
+    return Group(written, commands_to_type(lines))
+
+
+def commands_to_type(lines: Sequence[str]) -> RenderableType:
+    """Return commands under the heading "What next". They are not wrapped, so that they can be copied."""
+    typed = [Text(f"  {line}", style="cyan", no_wrap=True, overflow="ignore") for line in lines]
+    return Group(Text("What next", style="bold"), *typed)
 
 
 OUTPUT_FILES = {
     "model": ".",
     "recipe": "recipe.yaml",
     "figures": "metrics.jsonl",
+    "result": "result.json",
     "checkpoints": "checkpoints/",
 }
 
@@ -402,10 +467,18 @@ def _label(name: str) -> str:
     return name.replace("_", " ") if metric is None else metric.label
 
 
+def _digits(name: str) -> int:
+    return 3 if name == "valid_loss" else 2
+
+
+def _rounded(name: str, value: float | None) -> str | None:
+    return None if value is None else f"{value:.{_digits(name)}f}"
+
+
 def _figure(name: str, value: float | None, start: float | None) -> Text:
     if value is None:
         return Text(NOT_AVAILABLE, "dim")
-    digits = 3 if name == "valid_loss" else 2
+    digits = _digits(name)
     text = Text(f"{value:.{digits}f}")
     if start is None or not (math.isfinite(value) and math.isfinite(start)):
         return text

@@ -223,7 +223,7 @@ def test_each_stage_of_a_pipeline_shows_its_numbers(place, capsys):
     shown = [line for line in err.splitlines() if line.startswith("auto: ")]
     assert [line.partition(";")[0] for line in shown] == [
         "auto: lr 1e-4, warmup 0.1 for an 18.2 k base model",
-        "auto: lr 5e-5, warmup 0 for a student built from scratch",
+        "auto: lr 5e-5, warmup 0 for a model built from scratch",
     ]
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from typer.main import get_command
 from distillm_cli import __version__
 from distillm_cli.cli import app as program
 from distillm_cli.cli import options
+from distillm_cli.config.explain import leaves
 from distillm_cli.config.load import shipped
 from distillm_cli.config.shortcuts import METHOD_PANEL, MODELS_PANEL, TRAINING_PANEL, field_flags
 from distillm_cli.errors import CheckpointError, DataError
@@ -68,7 +71,7 @@ def test_help_loads_no_torch():
         assert main(["distill", "--alpha", "1.4"]) == 2
         assert "torch" not in sys.modules
     """
-    done = python(script, *VERBS)
+    done = python(script, *VERBS, "explain", "env")
     assert done.returncode == 0, done.stderr
 
 
@@ -200,6 +203,27 @@ def test_large_tensors_lie_in_huge_pages_unless_the_environment_says_no(asked):
         ),
         ("eval model --suite ,", "--suite = (empty); expected a name"),
         ("eval model --metric ,", "--metric = (empty); expected a name"),
+        ("help", "distillm has no command help; try `distillm --help`"),
+        ("quickstart", "distillm has no command quickstart; quickstart is a recipe: try `distillm distill --recipe"),
+        ("distill quickstart", "distillm distill takes no argument quickstart; quickstart is a recipe: try `distillm "),
+        ("sft my.yaml", "distillm sft takes no argument my.yaml; try --recipe my.yaml"),
+        ("generate gpt2", "distillm generate takes no argument gpt2; try --model gpt2"),
+        ("distill --learning-rate 3", "distillm distill has no flag --learning-rate; did you mean --lr?"),
+        (
+            "sft --gradient-accumulation-steps 2",
+            "distillm sft has no flag --gradient-accumulation-steps; try --set",
+        ),
+        (
+            "sft --report-to wandb",
+            "distillm sft has no flag --report-to; every run writes its figures to metrics.jsonl",
+        ),
+        ("distill -o runs/a", "distillm distill has no flag -o; did you mean --output?"),
+        ("-V", "distillm has no flag -V; did you mean --version?"),
+        ("distill --config my.yaml", "distillm distill has no flag --config; did you mean --recipe?"),
+        ("distill --steps -4", "--steps = -4; expected a whole number ≥ 1; it means: optimizer steps"),
+        ("distill --resume", "--resume without a run; give --output DIR"),
+        ("explain trian.lr", "no field trian.lr; did you mean train.lr?"),
+        ("explain train", "train is a section, not a field; its fields: epochs"),
         ("recipes show", "missing argument 'NAME|FILE'; see `distillm recipes show --help`"),
     ],
 )
@@ -208,6 +232,63 @@ def test_a_usage_error_is_one_line_and_exit_code_2(run, argv, line):
     assert (code, out) == (2, "")
     assert err.startswith(f"error: {line}")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("output", "where"), [("gone", "no such directory"), ("empty", "no recipe.yaml in it")])
+def test_a_resume_without_a_run_is_a_checkpoint_error(run, tmp_path, monkeypatch, output, where):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    assert run("distill", "--resume", "--output", output)[::2] == (
+        5,
+        f"error: nothing to resume in {output}; {where}; check the path, or start without --resume\n",
+    )
+
+
+def test_env_prints_versions(run):
+    code, out, _ = run("env", "--json")
+    found = json.loads(out)
+    assert (code, found["distillm"], found["torch"]) == (0, __version__, version("torch"))
+    assert f"torch         {version('torch')}\n" in run("env")[1]
+
+
+def test_explain_describes_a_field(run):
+    code, out, _ = run("explain", "train.lr")
+    assert code == 0
+    assert "Peak learning rate" in out
+    assert re.search("default +auto", out)
+    assert re.search(r"flags +--lr \(sft, distill, plan\)", out)
+    assert run("explain", "lr")[1] == out
+    assert re.search("only with +ab; amid with amid_divergence ab", run("explain", "objective.ab_beta")[1])
+
+
+def test_every_field_can_be_explained(run):
+    for key in leaves():
+        code, out, _ = run("explain", key, "--json")
+        assert (code, json.loads(out)["key"]) == (0, key)
+
+
+def test_usage_errors_of_generate_and_eval_load_no_torch(tmp_path):
+    script = """
+        import sys
+        from distillm_cli.cli.app import main
+        for argv in (
+            ["generate", "--prompt", "x"],
+            ["generate", "--model", "builtin"],
+            ["generate", "--model", "builtin", "--prompt", "x", "--output", "out.txt"],
+            ["generate", "--model", "./gone", "--prompt", "x"],
+            ["generate", "--model", "builtin", "--data", "gone.jsonl"],
+            ["generate", "--model", "builtin", "--prompt", "x", "--recipe", "gone"],
+            ["generate", "--model", "builtin", "--prompt", "x", "--top-p", "7"],
+            ["eval", "./gone", "--suite", "dolly"],
+            ["eval", "builtin", "--suite", "gone.jsonl"],
+            ["eval", "builtin", "--metric", "gone"],
+            ["eval", "builtin", "--greedy", "--seeds", "3"],
+        ):
+            assert main(argv) in (2, 3, 4), argv
+            assert "torch" not in sys.modules, argv
+    """
+    done = python(script, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_verb_shows_the_help_and_is_a_usage_error(run):
@@ -522,6 +603,7 @@ def test_recipes_validate_tells_of_every_recipe_that_is_wrong(run, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.yaml").write_text("train: {lr: fast}\n")
     (tmp_path / "b.yaml").write_text("trian: {}\n")
+    (tmp_path / "c.yaml").write_text("train:\n  lr: fast\n  warmup: -1\ndata:\n  sources: x\n")
     code, out, _ = run("recipes", "validate")
     assert (code, out.splitlines()) == (0, [f"{name}\tok" for name in shipped()]), "all of them, unless some are named"
 
@@ -535,3 +617,9 @@ def test_recipes_validate_tells_of_every_recipe_that_is_wrong(run, tmp_path, mon
     told = json.loads(out)
     assert (code, told["status"], told["code"]) == (2, "error", 2)
     assert [row["status"] for row in told["recipes"]] == ["error", "ok"]
+    err = run("recipes", "validate", "c.yaml")[2]
+    assert [" ".join(line.split()[1:3]) for line in err.splitlines()] == [
+        "c.yaml:2: train.lr",
+        "c.yaml:3: train.warmup",
+        "c.yaml:5: data.sources:",
+    ]

@@ -87,14 +87,15 @@ def test_an_unknown_method_is_told_the_nearest(run):
 def test_the_help_of_distill_names_every_method_divergence_and_schedule(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     words = run("distill", "--help")[1].replace(",", " ").replace(".", " ").split()
-    assert set(METHODS) | set(choices("objective.divergence")) | set(choices("schedule.kind")) <= set(words)
+    assert "sft," not in run("distill", "--help")[1], "a method of another command"
+    assert (set(METHODS) - {"sft"}) | set(choices("objective.divergence")) | set(choices("schedule.kind")) <= set(words)
     assert flags(schedule="mixed")["schedule.kind"].name == "--schedule"
 
 
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("distill --method ", list(METHODS)),
+        ("distill --method ", [name for name in METHODS if name != "sft"]),
         ("plan --method dis", ["distillm", "distillm2"]),
         ("distill --divergence j", ["jsd", "jeffreys"]),
         ("distill --schedule a", ["annealed", "adaptive"]),

@@ -47,7 +47,8 @@ def test_every_entry_is_in_the_help_of_the_commands_that_take_it(registry, help_
     entries, verbs = REGISTRIES[registry]
     assert entries()
     for verb in verbs:
-        assert set(entries()) <= words_of(help_of(verb)), verb
+        others = {"sft"} if (registry, verb) == ("methods", "distill") else set()  # a method of another command
+        assert set(entries()) - others <= words_of(help_of(verb)), verb
 
 
 @pytest.mark.parametrize("verb", ALL_VERBS)

@@ -402,7 +402,7 @@ def test_the_dry_run_reads_back_and_says_where_values_come_from(typed, home, cap
     assert "  eval:  # changed: stage distill and stage student are to be made first\n" in text
     said = [" ".join(line.split()) for line in text.splitlines()]
     assert "lr: 0.005 # all.yaml:10" in said
-    assert "warmup: 0.0 # auto: 0 for a student built from scratch" in said
+    assert "warmup: 0.0 # auto: 0 for a model built from scratch" in said
     assert "seed: 4 # --set (all.yaml:7: 3)" in said
     (home / "written.yaml").write_text(text)
     from distillm_cli.config.pipeline_recipe import load_pipeline

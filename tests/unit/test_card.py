@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from distillm_cli.config.load import resolve
+from distillm_cli.data.known import find_dataset
 from distillm_cli.runs.publish import model_card
 from distillm_cli.training.state import TrainerState
 
@@ -22,6 +23,8 @@ NAMES = [
     "C:\\new\\model",
     "ü {y}",
 ]
+HUB_NAMES = ("gpt2", "1e5", "null")
+RELATIONS = {"adapter": "adapter", "merged": "finetune"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -37,7 +40,45 @@ def test_the_front_matter_is_yaml(name, output, command):
     read = yaml.safe_load(front)
     assert opening == ""
     assert read["library_name"] == ("peft" if output == "adapter" else "transformers")
-    assert read.get("base_model") == (name if output == "adapter" else None)
+    assert read.get("base_model") == (name if name in HUB_NAMES else None)
+    assert read.get("base_model_relation") == ((RELATIONS[output]) if name in HUB_NAMES else None)
     assert read["pipeline_tag"] == "text-generation"
     assert "lora" in read["tags"]
     assert ("knowledge-distillation" in read["tags"]) == (command == "distill")
+
+
+def front_matter(command, **flags):
+    """The front matter of the card of such a run."""
+    keys = {"student": "student.path", "teacher": "teacher.path", "data": "data.source"}
+    resolved = resolve(command=command, flags={keys[name]: value for name, value in flags.items()})
+    card = model_card(resolved, TrainerState(), {}, task="text-generation", measured_on="x")
+    return yaml.safe_load(card.split("---\n", 2)[1]), card
+
+
+def test_a_local_model_is_no_base_on_the_hub_but_its_card_may_name_one(tmp_path):
+    (tmp_path / "plain").mkdir()
+    assert "base_model" not in front_matter("sft", student=str(tmp_path / "plain"))[0]
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned/README.md").write_text("---\nlicense: mit\nbase_model: openai-community/gpt2\n---\n# x\n")
+    front, _ = front_matter("sft", student=str(tmp_path / "tuned"))
+    assert (front["base_model"], front["license"]) == ("openai-community/gpt2", "mit")
+
+
+def test_the_data_sets_of_a_card_are_those_of_the_hub(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("")
+    for source, name in (
+        ("org/rows", "org/rows"),
+        ("dolly", find_dataset("dolly").repo),
+        (f"{tmp_path}/rows.jsonl", None),
+    ):
+        front, _ = front_matter("distill", student="gpt2", teacher="gpt2-xl", data=source)
+        assert front.get("datasets") == (None if name is None else [name])
+
+
+@pytest.mark.parametrize(("task", "name"), [("text-generation", "CausalLM"), ("text2text-generation", "Seq2SeqLM")])
+def test_the_usage_in_a_card_is_python(task, name):
+    resolved = resolve(command="sft", flags={"student.path": "gpt2"})
+    card = model_card(resolved, TrainerState(), {}, task=task, measured_on="x")
+    code = card.split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
+    assert f"AutoModelFor{name}.from_pretrained(path)" in code

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from distillm_cli.training.events import Note, Progress, RunEnded, RunStarted, S
 from distillm_cli.ui import console as console_module
 from distillm_cli.ui.console import console, memory_in_use, print_json
 from distillm_cli.ui.display import Memory, legend, render_stages, sparkline, stacked_bar
+from distillm_cli.ui.summary import next_steps
 from distillm_cli.utils.text import format_count, format_duration, format_percent
 
 CURSOR_OFF, CURSOR_ON = "\x1b[?25l", "\x1b[?25h"
@@ -94,6 +96,36 @@ def test_a_log_file_never_sees_an_escape_code_even_under_force_color(monkeypatch
     assert "\x1b" not in captured.err
     assert captured.err.splitlines()[-1] == "warning: look"
     assert captured.out == ""
+
+
+def test_each_epoch_after_the_first_is_one_line():
+    stage = Stage()
+    stage.start(steps=2000)
+    for n in range(100, 600, 100):
+        stage.step(n)
+        stage.ui(Validated(n, 3.0 - n / 1000, 0.0, best=True))
+        stage.ui(Saved(n, f"runs/a/checkpoints/step-{n}"))
+    told = [line.split()[1] for line in stage.lines if line.startswith("step")][1:]  # without the first step
+    assert told == ["100", "100", "200", "300", "400", "500"]
+
+
+def test_the_live_display_ends_with_an_empty_line_for_the_terminals_own_text():
+    """A terminal prints ^C at the cursor: behind a full line it would wrap, and a border would stay."""
+    stage = Stage(terminal=True, width=40)
+    stage.start()
+    stage.step(1)
+    stage.ui._live.refresh()
+    written = stage.out.getvalue()
+    stage.ui.__exit__(None, None, None)
+    assert written.endswith("\n")
+    assert "╯" in written.splitlines()[-1]
+
+
+def test_a_command_to_type_is_one_line_on_a_narrow_terminal():
+    stage = Stage(terminal=True, width=40)
+    stage.ui.show(next_steps("runs/a", prompt="say 2 or please repeat the number that I named"))
+    typed = next(line for line in stage.lines if "generate" in line)
+    assert shlex.split(typed)[-1] == "say 2 or please repeat the number that I named"
 
 
 def test_long_lines_are_not_wrapped_in_a_log_file():

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import io
 import shlex
+from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
 from rich.console import Console as Terminal
 from rich.text import Text
 
-from distillm_cli.runs.run_results import Outcome, Sample
+from distillm_cli.runs.run_results import Outcome, PipelineResult, Sample, StageResult
 from distillm_cli.ui.summary import (
     crop,
     next_steps,
     outcome_table,
+    pipeline_next_steps,
+    pipeline_summary,
     samples_table,
     sources_sentence,
     table,
@@ -243,3 +246,23 @@ def test_any_right_answer_is_marked_and_how_many_there_are_is_said():
     assert "✓ rowe" in text
     assert "✓ howe" not in text
     assert "jowe (or 2 more)" in " ".join(text.split())
+
+
+def test_a_pipeline_ends_with_the_figures_of_its_stages_also_of_earlier_calls():
+    report = {
+        "student_before": {"valid_loss": 3.0, "rouge_l": 1.0},
+        "student_after": {"valid_loss": 1.25, "rouge_l": 40.5},
+    }
+    score = {"mean": 41.25, "sd": 0.5, "seeds": [40.75, 41.75]}
+    scores = {"output": "p/score", "wall_s": 2.0, "suites": {"held-out": {"rows": 7, "rouge_l": score, "entropy": 0.5}}}
+    stages = {
+        "distill": StageResult("skipped", "distill", "p/distill", {"report": report, "wall_s": 1.0}),
+        "score": StageResult("skipped", "eval", "p/score", scores),
+    }
+    result = PipelineResult(Path("p"), 0.1, stages)
+    text = "".join(page(item, 100) for item in pipeline_summary(result))
+    assert ["distill", "1.250", "40.50"] in rows(text)
+    assert ["held-out", "7", "41.25 ± 0.50", "0.500"] in rows(text)
+    typed = page(pipeline_next_steps(result), 100)
+    assert "distillm generate --model p/distill --prompt 'YOUR PROMPT'" in typed
+    assert "distillm eval" not in typed, "a stage has scored it"

@@ -1,0 +1,107 @@
+"""``distillm env`` and ``distillm explain``: versions for a bug report, the description of a recipe's field."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any
+
+import typer
+
+import distillm_cli
+from distillm_cli.cli import options
+from distillm_cli.cli.options import command
+from distillm_cli.cli.streams import write_stdout
+from distillm_cli.errors import UsageError
+
+_PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "peft", "safetensors", "typer", "rich")
+
+FieldName = Annotated[
+    str,
+    typer.Argument(
+        metavar="SECTION.KEY",
+        help="Field of a recipe.",
+        autocompletion=options.complete_field,
+        show_default=False,
+    ),
+]
+
+
+@command("env", panel=options.OTHER_COMMANDS, examples=("distillm env", "distillm env --json"))
+def env(as_json: options.Json = False, debug: options.Debug = False) -> None:
+    """Print the versions and devices that a bug report needs."""
+    found = {"distillm": distillm_cli.__version__, **_environment()}
+    if as_json:
+        print(json.dumps({"command": "env", "status": "ok", **found}))
+        return
+    width = max(map(len, found))
+    write_stdout("".join(f"{name:<{width}}  {value}\n" for name, value in found.items()))
+
+
+@command(
+    "explain",
+    panel=options.OTHER_COMMANDS,
+    examples=("distillm explain train.lr", "distillm explain objective.alpha", "distillm explain batch_size"),
+)
+def explain_field(name: FieldName, as_json: options.Json = False, debug: options.Debug = False) -> None:
+    """Describe a field of a recipe: its meaning, values, default, flags, and which runs use it."""
+    found = _field(name)
+    if as_json:
+        print(json.dumps({"command": "explain", "status": "ok", **found}))
+        return
+    lines = [found["key"], f"  {found['description']}", ""]
+    for title in ("expected", "default", "flags", "used by", "only with", "set it with"):
+        if found[title]:
+            lines.append(f"  {title:<12} {found[title]}")
+    write_stdout("\n".join(lines) + "\n")
+
+
+def _environment() -> dict[str, str]:
+    """Return the versions of Python, the system and the libraries, and the devices that torch finds."""
+    found = {"python": platform.python_version(), "system": platform.platform(), "machine": platform.machine()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: a library that cannot be loaded
+        return found | {"devices": f"torch cannot be imported: {error}"}
+    names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        names.append("mps")
+    return found | {"cuda": torch.version.cuda or "none", "devices": ", ".join(["cpu", *names])}
+
+
+def _field(name: str) -> dict[str, Any]:
+    """Return the description of a field. name: its dotted key, or the last part of it. Raises UsageError."""
+    from distillm_cli.config.explain import condition, expected_values, format_value, leaves, nearest_key, section_keys
+    from distillm_cli.config.field_usage import commands_using, describe_users
+    from distillm_cli.config.shortcuts import FIELD_FLAGS
+
+    key = name
+    if key not in leaves():
+        close = nearest_key(name)
+        if close is None:
+            raise UsageError(f"no field {name}", hint="`distillm distill --dry-run` prints every field")
+        if close not in leaves():
+            raise UsageError(
+                f"{close} is a section, not a field", hint=f"its fields: {', '.join(section_keys()[close])}"
+            )
+        if close.rpartition(".")[2] != name:
+            raise UsageError(f"no field {name}", hint=f"did you mean {close}?")
+        key = close
+    field = leaves()[key]
+    flags = [f"{entry.flag} ({', '.join(entry.verbs)})" for entry in FIELD_FLAGS if key in entry.keys]
+    return {
+        "key": key,
+        "description": field.description or "",
+        "expected": expected_values(key),
+        "default": format_value(field.default),
+        "flags": ", ".join(flags),
+        "used by": commands_using(key),
+        "only with": "" if condition(key) is None else describe_users(key).replace(", and to ", "; "),
+        "set it with": f"--set {key}=VALUE",
+    }

@@ -1,0 +1,71 @@
+"""What a training leaves in its output directory: the result, the recipe's header, the report's rows, the card."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import yaml
+
+from distillm_cli import __version__
+from distillm_cli.cli.app import main
+from distillm_cli.utils import manifest
+from tests.typed import call
+
+ARGV = (
+    *("sft", "--model", "random:1x32", "--tokenizer", "words", "--data", "rows.jsonl", "--steps", "2"),
+    *("--batch-size", "4", "--max-length", "64", "--device", "cpu", "--dtype", "fp32"),
+    *("--set", "eval.max_new_tokens=4", "--set", "eval.report_rows=2"),
+)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working directory with rows."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"instruction": f"say {i}", "output": f"{i} is said"} for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_a_run_leaves_its_result_its_origin_and_the_rows_of_its_report(place, capsys):
+    code, printed, err = call(capsys, *ARGV, "--output", "out", "--json", "--keep", "0")
+    assert code == 0, err
+    assert json.loads((place / "out/result.json").read_text()) == printed
+    assert "result.json" in manifest.recorded(place / "out")
+
+    first = (place / "out/recipe.yaml").read_text().splitlines()[0]
+    assert re.fullmatch(
+        rf"# Written by distillm {re.escape(__version__)} on \S.*, \d{{4}}-\d\d-\d\d \d\d:\d\d UTC", first
+    )
+
+    report = json.loads((place / "out/eval/report/student-after.json").read_text())
+    assert len(report["answers"]) == len(report["prompts"]) == len(report["references"]) == 2
+    for prompt, (reference,) in zip(report["prompts"], report["references"], strict=True):
+        number = re.search(r"say (\d+)", prompt)[1]
+        assert reference == f"{number} is said"
+
+    assert "removed 1 checkpoint (" in err
+    assert not (place / "out/checkpoints").exists()
+    assert "model before, step 0" in err
+    assert "student" not in err
+
+
+def test_the_recipes_header_names_the_command(place, capsys, monkeypatch):
+    argv = [*ARGV, "--output", "out", "--json", "--set", "data.template=plain"]
+    monkeypatch.setattr("sys.argv", ["/usr/bin/distillm", *argv])
+    assert main(argv) == 0
+    lines = (place / "out/recipe.yaml").read_text().splitlines()
+    assert lines[1] == f"# Command: distillm {' '.join(argv)}"
+    assert yaml.safe_load((place / "out/recipe.yaml").read_text())["train"]["steps"] == 2
+    assert "kept 1 checkpoint (" in capsys.readouterr().err
+
+
+def test_a_result_of_somebody_else_is_not_replaced(place, capsys):
+    (place / "out").mkdir()
+    (place / "out/result.json").write_text("mine")
+    code, _, err = call(capsys, *ARGV, "--output", "out", "--json", "--overwrite")
+    assert code == 2
+    assert "out/result.json was not written by a run" in err
+    assert (place / "out/result.json").read_text() == "mine"
