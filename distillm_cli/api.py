@@ -82,6 +82,7 @@ class SftFields(TypedDict, total=False):
     seed: int
     dtype: str
     device: str
+    keep: int
     objective: Fields
     schedule: Fields
     rollout: Fields
@@ -111,6 +112,7 @@ class DistillFields(TypedDict, total=False):
     seed: int
     dtype: str
     device: str
+    keep: int
     objective: Fields
     rollout: Fields
     train: Fields
