@@ -90,8 +90,8 @@ class SftFields(TypedDict, total=False):
     eval: Fields
 
 
-class DistillFields(TypedDict, total=False):
-    """List the keywords of ``distill``, ``plan`` and ``load_recipe`` that set fields of the recipe."""
+class PlanFields(TypedDict, total=False):
+    """List the keywords of ``plan`` that set fields of the recipe."""
 
     teacher: Model | Fields
     student: Model | Fields
@@ -112,11 +112,16 @@ class DistillFields(TypedDict, total=False):
     seed: int
     dtype: str
     device: str
-    keep: int
     objective: Fields
     rollout: Fields
     train: Fields
     eval: Fields
+
+
+class DistillFields(PlanFields, total=False):
+    """List the keywords of ``distill`` and ``load_recipe`` that set fields of the recipe."""
+
+    keep: int
 
 
 class GenerateFields(TypedDict, total=False):
@@ -514,7 +519,7 @@ def plan(
     listener: Listener | None = None,
     stages: Mapping[str, Fields] | None = None,
     defaults: Fields | None = None,
-    **fields: Unpack[DistillFields],
+    **fields: Unpack[PlanFields],
 ) -> PlanResult | PipelinePlan:
     """Estimate what a run needs, as ``distillm plan`` does; nothing is trained. ``method="sft"`` plans a fine-tuning.
 

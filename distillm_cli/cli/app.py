@@ -26,7 +26,7 @@ from distillm_cli.cli.methods import methods_app
 from distillm_cli.cli.plan import plan
 from distillm_cli.cli.recipes import recipes_app, schema
 from distillm_cli.cli.run import run_stages
-from distillm_cli.cli.streams import discard_stdout, open_streams, print_error, report
+from distillm_cli.cli.streams import open_streams, print_error, report
 from distillm_cli.cli.train import distill, sft
 from distillm_cli.cli.usage import UsageProblem, explained
 from distillm_cli.errors import (
@@ -42,7 +42,7 @@ from distillm_cli.errors import (
     typed_options,
 )
 from distillm_cli.utils.signals import handle_signals, received_signal
-from distillm_cli.utils.storage import is_full, os_error_number, reason
+from distillm_cli.utils.storage import discard_stdout, is_full, os_error_number, reason
 from distillm_cli.utils.text import printable, redact
 
 _COMPLETE = "_DISTILLM_COMPLETE"  # set by what --install-completion puts into a shell's start file

@@ -10,6 +10,7 @@ import sys
 from contextlib import suppress
 
 from distillm_cli.errors import DistillmError, typed_options
+from distillm_cli.utils.storage import discard_stdout
 from distillm_cli.utils.text import printable
 
 LONGEST_ERROR = 1000  # characters of an error line
@@ -97,12 +98,3 @@ def shortened(text: str, length: int) -> str:
         return text
     tail = (length - 3) // 2
     return f"{text[: length - 3 - tail]} … {text[-tail:]}"
-
-
-def discard_stdout() -> None:
-    """Redirect stdout to /dev/null, so that flushing its buffer at exit does not fail and change the exit code."""
-    with suppress(OSError, ValueError):
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
-        os.close(null)
-        sys.stdout.flush()

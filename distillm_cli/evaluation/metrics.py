@@ -325,10 +325,3 @@ def ratio(counts: Iterable[RatioParts]) -> float:
     if not denominators:
         raise ValueError("no rows to score")
     return 100 * numerators / denominators
-
-
-def corpus(name: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Return the figure of a set of predictions. Raise ValueError for an empty set, or a row without a reference."""
-    if not all(references):
-        raise ValueError(f"row {next(i for i, accepted in enumerate(references) if not accepted)} has no reference")
-    return plugins.metrics[name].corpus_score(predictions, references)

@@ -353,7 +353,7 @@ class _Computation:
         value_R = torch.zeros_like(q.z_NV[:, 0])
         h_RV = None
         kd_R = kd if token_weights.kd_weights_N is None else kd * token_weights.kd_weights_N.to(self.exact)
-        ce_R = ce if token_weights.ce_weights_N is None else ce * token_weights.ce_weights_N.to(self.exact)
+        ce_R = ce  # one for all rows, unless there is a surrogate
         if p is not None:
             divergence = self.args.weights.divergence.for_tokens(targets_R, token_weights.divergence_args_N)
             value_R, h_RV = divergence.between(p, q, needs_grad)

@@ -37,11 +37,10 @@ class TokenWeights:
     """Hold the loss weights of single tokens, each [N] or None if all tokens have the same.
 
     weights_N: factor of the whole loss. kd_weights_N: additional factor of the divergence. divergence_args_N: passed to
-    ``Divergence.for_tokens``. surrogate: an additional term. ce_weights_N: additional factor of the cross-entropy.
+    ``Divergence.for_tokens``. surrogate: an additional term.
     """
 
     weights_N: Tensor | None = None
-    ce_weights_N: Tensor | None = None
     divergence_args_N: Tensor | None = None
     kd_weights_N: Tensor | None = None
     surrogate: Surrogate | None = None

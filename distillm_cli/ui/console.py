@@ -39,7 +39,7 @@ from distillm_cli.training.events import (
     Warned,
 )
 from distillm_cli.ui.display import BAD, GOOD, VALID_LOSS, Memory, RunningTask, RunState, render_display
-from distillm_cli.utils.storage import storage_error
+from distillm_cli.utils.storage import discard_stdout, is_closed_terminal, storage_error
 from distillm_cli.utils.text import (
     counted,
     escaped,
@@ -311,6 +311,9 @@ def _write_stdout(text: str) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
+        if is_closed_terminal(error):
+            discard_stdout()
+            return
         hint = "free some space there; the files that the command wrote are complete"
         raise storage_error(error, "cannot write the result to standard output", hint) from error
 

@@ -12,6 +12,8 @@ import itertools
 import os
 import re
 import shutil
+import stat
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -262,4 +264,21 @@ def is_broken_link(path: Path) -> bool:
     try:
         return path.is_symlink() and not path.exists()
     except OSError:  # a name that is too long is no link
+        return False
+
+
+def discard_stdout() -> None:
+    """Redirect stdout to /dev/null, so that flushing its buffer at exit does not fail and change the exit code."""
+    with suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+        sys.stdout.flush()
+
+
+def is_closed_terminal(error: OSError) -> bool:
+    """Return whether writing to stdout failed because its terminal was closed: nobody reads it, and no disk fails."""
+    try:
+        return error.errno == errno.EIO and stat.S_ISCHR(os.fstat(sys.stdout.fileno()).st_mode)
+    except (OSError, ValueError):
         return False

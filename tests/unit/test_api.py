@@ -287,7 +287,7 @@ def test_a_pipeline_is_planned_and_its_keywords_reach_its_stages(capfd):
     [
         ("sft", api.SftFields, set()),
         ("distill", api.DistillFields, set()),
-        ("plan", api.DistillFields, set()),
+        ("plan", api.PlanFields, set()),
         ("generate", api.GenerateFields, {"split", "limit", "n", "greedy", "resume", "overwrite", "tokenizer"}),
         ("eval", api.EvalFields, {"tokenizer"}),
     ],

@@ -148,23 +148,6 @@ def test_a_scaled_loss_is_the_loss_scaled(kind, factor):
     )
 
 
-@pytest.mark.parametrize("terms", ["ce", "both"])
-def test_cross_entropy_may_weigh_each_token_apart_and_below_zero(terms):
-    """As a policy gradient does: its gradient is that of −advantage · log q."""
-    hidden, head, teacher_hidden, teacher_head, targets = this = setting("all")
-    terms, weights, advantages = TERMS[terms], rand(N, seed=8).abs(), rand(N, seed=9)
-    assert (advantages < 0).any()
-    z, zt = head.logits(hidden), teacher_head.logits(teacher_hidden)
-    kd = plain.divergence("skl", zt.softmax(-1), z.softmax(-1))
-    ce = F.cross_entropy(z, targets, reduction="none")
-    expected = ((terms.kd * kd + terms.ce * advantages * ce) * weights).sum()
-    total = ours("skl", *this, terms, token_weights=TokenWeights(weights, advantages), chunk=4)
-    wanted = (hidden, head.weight_VD, head.bias_V)
-    assert_close(total, expected)
-    for found, true in zip(torch.autograd.grad(total, wanted), torch.autograd.grad(expected, wanted), strict=True):
-        assert_close(found, true)
-
-
 @pytest.mark.parametrize("kind", HEADS)
 def test_log_probabilities_of_the_targets(kind):
     hidden, head, _, _, targets = setting(kind)

@@ -166,9 +166,7 @@ def test_gradcheck_with_a_surrogate_and_weights_of_the_divergence():
     teacher = {"teacher_hidden_ND": rand(n, D, seed=3), "teacher_head": Head(rand(V, D, seed=4))}
     targets = torch.arange(n) % V
     drawn = log_probs(hidden, head)[torch.arange(n), targets].detach() + 0.4 * rand(n, seed=5)
-    own = TokenWeights(
-        rand(n, seed=6).abs(), None, None, rand(n, seed=7), ClippedSurrogate(rand(n, seed=8), drawn, 0.2)
-    )
+    own = TokenWeights(rand(n, seed=6).abs(), None, rand(n, seed=7), ClippedSurrogate(rand(n, seed=8), drawn, 0.2))
     terms = LossWeights(0.7, 0.4, MiniLLM(schema.ObjectiveConfig(**MINILLM)).divergence)
 
     def loss(hidden, weight):
