@@ -251,7 +251,10 @@ def test_errors_are_those_of_the_command_line(teacher, capfd):
         (lambda: distillm.distill(), "no student to train; give student PATH"),
         (lambda: distillm.distill(recipe="quikstart"), "try recipe quickstart"),
         (lambda: distillm.distill(teacher=teacher[0], student="random:1x8", data=ROWS), "without a tokenizer"),
-        (lambda: distillm.distill(resume=True), "resume without a run; give output DIR, the directory of the run to resume"),
+        (
+            lambda: distillm.distill(resume=True),
+            "resume without a run; give output DIR, the directory of the run to resume",
+        ),
         (lambda: distillm.load_recipe("quickstart", data=ROWS), "objects cannot be part of a recipe"),
         (lambda: distillm.evaluate("gpt2", greedy=True, seeds=[1]), "greedy and seeds exclude each other"),
         (lambda: distillm.generate("builtin", ["x"], greedy=True, temperature=0.5), "greedy and temperature 0.5"),

@@ -14,12 +14,7 @@ from distillm_cli.config.schema import ColumnsConfig, DataConfig, EvalConfig, Re
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import Row, load_rows
 from distillm_cli.errors import DataError, StorageError
-<<<<<<< HEAD
 from distillm_cli.evaluation.evaluate import evaluate_suite, passes
-from distillm_cli.evaluation.metrics import corpus
-=======
-from distillm_cli.evaluation.evaluate import evaluate, passes
->>>>>>> h18-cli18
 from distillm_cli.evaluation.results import check_results_writable, save_results, settings_label
 from distillm_cli.evaluation.suites import Suite, distinct, held_out, load_suite, load_suites, short_name
 from distillm_cli.models.backbone import Backbone
