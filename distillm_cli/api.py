@@ -91,7 +91,7 @@ class SftFields(TypedDict, total=False):
 
 
 class PlanFields(TypedDict, total=False):
-    """List the keywords of ``plan`` that set fields of the recipe."""
+    """List the keywords of ``plan`` and ``load_recipe`` that set fields of the recipe."""
 
     teacher: Model | Fields
     student: Model | Fields
@@ -119,7 +119,7 @@ class PlanFields(TypedDict, total=False):
 
 
 class DistillFields(PlanFields, total=False):
-    """List the keywords of ``distill`` and ``load_recipe`` that set fields of the recipe."""
+    """List the keywords of ``distill`` that set fields of the recipe."""
 
     keep: int
 
@@ -448,7 +448,7 @@ def evaluation_flags(flags: Mapping[str, Flag]) -> dict[str, Flag]:
 # Functions of the library
 
 
-def load_recipe(recipe: str | Path | Resolved, **fields: Unpack[DistillFields]) -> Resolved:
+def load_recipe(recipe: str | Path | Resolved, **fields: Unpack[PlanFields]) -> Resolved:
     """Return a recipe with every value filled in, for the keyword ``recipe`` of the other functions.
 
     recipe: a shipped name, a file, or a recipe that was loaded before. fields: override it; models and data are names or
