@@ -222,9 +222,16 @@ class _Given:
                 self._set(name, name, value)
             elif name in section_keys():
                 what = f"{name} is a section, not a value"
-                raise UsageError(what, where=f"its keys are {', '.join(section_keys()[name])}", hint="pass a mapping")
+                raise UsageError(
+                    "usage.section_not_value",
+                    what,
+                    where=f"its keys are {', '.join(section_keys()[name])}",
+                    hint="pass a mapping",
+                )
             else:
-                raise UsageError(f"no keyword named {name}", hint=_nearest(name, self.verb, [*entries]))
+                raise UsageError(
+                    "usage.unknown_field", f"no keyword named {name}", hint=_nearest(name, self.verb, [*entries])
+                )
 
     def _add_section(self, section: str, values: Mapping[str, Any]) -> None:
         from distillm_cli.config.explain import leaves, nearest_key, section_keys
@@ -235,7 +242,9 @@ class _Given:
                 self._add_section(key, value)
             elif key not in leaves():
                 close = nearest_key(key)
-                raise UsageError(f"{key}: no such field", hint=f"did you mean {close}?" if close else None)
+                raise UsageError(
+                    "usage.unknown_field", f"{key}: no such field", hint=f"did you mean {close}?" if close else None
+                )
             elif value is None:
                 self.sets.append(f"{key}=null")
             else:
@@ -243,7 +252,9 @@ class _Given:
 
     def _set(self, key: str, name: str, value: Any) -> None:
         if key in self.flags:
-            raise UsageError(f"{self.flags[key].name} and {name} both given", hint="keep one of them")
+            raise UsageError(
+                "usage.given_twice", f"{self.flags[key].name} and {name} both given", hint="keep one of them"
+            )
         self.flags[key] = Flag(name, value)
 
     def _plain(self, key: str, value: Any) -> Any:
@@ -268,11 +279,17 @@ class _Given:
         if isinstance(path, str | os.PathLike):
             return os.fspath(path)
         what = f"an object of {type(value).__name__} is not a model"
-        raise UsageError(what, hint="pass a name, a path, the result of a run, or (model, tokenizer)")
+        raise UsageError(
+            "usage.not_a_model", what, hint="pass a name, a path, the result of a run, or (model, tokenizer)"
+        )
 
     def _inputs(self, what: str) -> Path:
         if self.directory is None:
-            raise UsageError(f"{what}: objects cannot be part of a recipe", hint="pass it to distill, sft or evaluate")
+            raise UsageError(
+                "usage.object_in_recipe",
+                f"{what}: objects cannot be part of a recipe",
+                hint="pass it to distill, sft or evaluate",
+            )
         return self.directory
 
 
@@ -305,15 +322,23 @@ def check_complete(recipe: Recipe) -> None:
     """Raise UsageError where the recipe names no model to train, or no teacher for distillation."""
     if recipe.student.path is None:
         what, flag = ("model", "--model") if recipe.method == "sft" else ("student", "--student")
-        raise UsageError(f"no {what} to train", hint=f"give {flag} PATH, or a --recipe that names one")
+        raise UsageError(
+            "usage.no_model", f"no {what} to train", hint=f"give {flag} PATH, or a --recipe that names one"
+        )
     if recipe.method != "sft" and recipe.teacher.path is None:
-        raise UsageError("no teacher to learn from", hint="give --teacher PATH, or use `distillm sft`")
+        raise UsageError(
+            "usage.no_teacher", "no teacher to learn from", hint="give --teacher PATH, or use `distillm sft`"
+        )
 
 
 def check_single_process() -> None:
     """Raise UsageError where a launcher (accelerate, torchrun) started several processes: each would do all the work."""
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        raise UsageError("work in several processes is not supported yet", hint="start it without a launcher")
+        raise UsageError(
+            "usage.several_processes",
+            "work in several processes is not supported yet",
+            hint="start it without a launcher",
+        )
 
 
 def resolve_training(
@@ -348,10 +373,15 @@ def _refuse_resume(output: str | Path | None) -> None:
     from distillm_cli.runs.output_dir import RECIPE
 
     if output is None:
-        raise UsageError("--resume without a run", hint="give --output DIR, the directory of the run to resume")
+        raise UsageError(
+            "usage.no_output", "--resume without a run", hint="give --output DIR, the directory of the run to resume"
+        )
     what = f"no {RECIPE} in it" if Path(output).is_dir() else "no such directory"
     raise CheckpointError(
-        f"nothing to resume in {output}", where=what, hint="check the path, or start without --resume"
+        "checkpoint.nothing_to_resume",
+        f"nothing to resume in {output}",
+        where=what,
+        hint="check the path, or start without --resume",
     )
 
 
@@ -404,7 +434,9 @@ def plan_recipe(
         if flags:
             flag = next(iter(flags.values())).name
             what = f"{flag} with {recipe}, a recipe of stages"
-            raise UsageError(what, hint="try --set stages.NAME.section.key=VALUE, or defaults.…")
+            raise UsageError(
+                "usage.recipe_of_stages", what, hint="try --set stages.NAME.section.key=VALUE, or defaults.…"
+            )
         pipeline = fitted_pipeline(load_pipeline(recipe, sets))
         from distillm_cli.runs.plan_stages import plan_pipeline
 
@@ -428,7 +460,7 @@ def generation_flags(flags: Mapping[str, Flag], *, greedy: bool) -> dict[str, Fl
         return dict(flags)
     if temperature is not None and temperature.value:
         what = f"--greedy and --temperature {temperature.value:g} exclude each other"
-        raise UsageError(what, hint="drop one of them")
+        raise UsageError("usage.exclusive_options", what, hint="drop one of them")
     return {**flags, "rollout.temperature": Flag("--greedy", 0.0)}
 
 
@@ -437,9 +469,13 @@ def evaluation_flags(flags: Mapping[str, Flag]) -> dict[str, Flag]:
     sampling = ("eval.seeds", "eval.temperature", "eval.top_p")
     sampling_flag = next((flags[key].name for key in sampling if key in flags), None)
     if "eval.greedy" in flags and flags["eval.greedy"].value and sampling_flag:
-        raise UsageError(f"--greedy and {sampling_flag} exclude each other", hint="drop one of them")
+        raise UsageError(
+            "usage.exclusive_options", f"--greedy and {sampling_flag} exclude each other", hint="drop one of them"
+        )
     if "eval.temperature" in flags and flags["eval.temperature"].value == 0 and "eval.seeds" in flags:
-        raise UsageError("--temperature 0 and --seeds exclude each other", where="there is nothing random")
+        raise UsageError(
+            "usage.exclusive_options", "--temperature 0 and --seeds exclude each other", where="there is nothing random"
+        )
     if "eval.greedy" in flags or not sampling_flag:
         return dict(flags)
     return {**flags, "eval.greedy": Flag("--greedy", False)}  # even where the checkpoint's own recipe is greedy
@@ -695,7 +731,9 @@ def _pipeline_sets(stages: Mapping[str, Fields] | None, defaults: Fields | None)
         try:
             yield f"{prefix}={json.dumps(value, default=os.fspath)}"
         except TypeError as error:
-            raise UsageError(f"{prefix}: {error}", hint="models and rows of stages are names or paths") from error
+            raise UsageError(
+                "usage.object_in_recipe", f"{prefix}: {error}", hint="models and rows of stages are names or paths"
+            ) from error
 
     return [*texts("stages", stages or {}), *texts("defaults", defaults or {})]
 

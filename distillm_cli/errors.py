@@ -7,6 +7,7 @@ Exit codes are part of the interface for scripts:
 
 from __future__ import annotations
 
+import copyreg
 import errno
 import re
 import sys
@@ -28,18 +29,24 @@ _OUT_OF_MEMORY = re.compile(
 class DistillmError(Exception):
     """Report an error to the user. The base of all other errors.
 
-    what: the problem, with the offending value. where: file and line, or the recipe key. hint: a solution to try.
-    ``str(error)`` is one line, ``what; where; hint``, without the parts that are None.
+    code: the area and the problem (``data.row_too_long``), which stay the same when a message is reworded; the codes are
+    listed in ``docs/troubleshooting.md``. what: the problem, with the offending value. where: file and line, or the recipe
+    key. hint: a solution to try. ``str(error)`` is one line, ``what; where; hint``, without the parts that are None.
     """
 
     exit_code = 1
 
-    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None):
+    def __init__(self, code: str, what: str, *, where: str | None = None, hint: str | None = None):
+        self.code = code
         self.what = redact(what)
         self.where = None if where is None else redact(where)
         self.hint = None if hint is None else redact(hint)
         parts = (" ".join(part.split()) for part in (self.what, self.where, self.hint) if part)
         super().__init__("; ".join(parts))
+
+    def __reduce__(self) -> tuple:
+        # Exception would call the class with the message alone when the error comes from another process.
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__
 
 
 class UsageError(DistillmError):
@@ -56,13 +63,14 @@ class RecipeError(UsageError):
 
     def __init__(
         self,
+        code: str,
         what: str,
         *,
         where: str | None = None,
         hint: str | None = None,
         problems: tuple[RecipeError, ...] = (),
     ):
-        super().__init__(what, where=where, hint=hint)
+        super().__init__(code, what, where=where, hint=hint)
         self.problems = problems or (self,)
 
 
@@ -112,7 +120,7 @@ class Interrupted(DistillmError):
     """Report that a signal stopped the run after the current step. The exit code is 128 + the signal's number."""
 
     def __init__(self, what: str, *, signal_number: int, where: str | None = None, hint: str | None = None):
-        super().__init__(what, where=where, hint=hint)
+        super().__init__("interrupted", what, where=where, hint=hint)
         self.exit_code = 128 + signal_number
 
 

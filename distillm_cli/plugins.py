@@ -70,12 +70,14 @@ class Registry(Mapping[str, _T], Generic[_T]):
         origin = origin or self._loading or "this program"
         if name in self._entries:
             raise UsageError(
+                "usage.invalid_plugin",
                 f"{self.group}: {name} is registered twice",
                 where=f"by {self._origins[name]} and by {origin}",
                 hint="give one of them another name",
             )
         if self._closed_by is not None:
             raise UsageError(
+                "usage.invalid_plugin",
                 f"{self.group}: {name} is registered too late",
                 where=f"{self._closed_by} exists already",
                 hint=f"register it through an entry point of distillm.{self.group}, or import {origin} before",

@@ -120,7 +120,9 @@ def _invoke(command: Any, argv: list[str]) -> int:
     for word in argv:
         if not word.isascii() and word != word.encode("utf-8", "ignore").decode():
             spelled = word.encode("utf-8", "backslashreplace").decode()
-            raise UsageError(f"{spelled} is not UTF-8", hint="rename the file, or see what the variable holds")
+            raise UsageError(
+                "usage.not_utf8", f"{spelled} is not UTF-8", hint="rename the file, or see what the variable holds"
+            )
     try:
         with handle_signals(), command.make_context("distillm", list(argv)) as context:
             command.invoke(context)
@@ -167,18 +169,21 @@ def _as_distillm_error(error: BaseException, argv: list[str]) -> DistillmError:
         return Interrupted("stopped at a question", signal_number=2)
     if out_of_memory(error):
         hint = "lower --batch-size (and raise train.accumulate), or --max-length; `distillm plan` estimates the need"
-        return OutOfMemoryError("out of memory", where=_first_line(error), hint=hint)
+        return OutOfMemoryError("memory.exhausted", "out of memory", where=_first_line(error), hint=hint)
     if (number := os_error_number(error)) is not None:
         other = "give another place, or check the disk and who may write there"
         hint = "free some space there, or give another place" if is_full(number) else other
         pathless = isinstance(error, OSError) and error.filename is None
-        return StorageError(f"cannot read or write: {reason(error)}" if pathless else _first_line(error), hint=hint)
+        return StorageError(
+            "storage.failed", f"cannot read or write: {reason(error)}" if pathless else _first_line(error), hint=hint
+        )
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # Path.resolve, before Python 3.13
-        return StorageError(_first_line(error), hint="remove the link, or give another place")
+        return StorageError("storage.failed", _first_line(error), hint="remove the link, or give another place")
     if is_tokenizer_failure(error):
         hint = "its files are damaged or incomplete: copy or download them again (--debug shows where it failed)"
-        return ModelError("the tokenizer failed", where=_first_line(error), hint=hint)
+        return ModelError("model.tokenizer_failed", "the tokenizer failed", where=_first_line(error), hint=hint)
     return DistillmError(
+        "unexpected",
         f"unexpected {type(error).__name__}",
         where=_first_line(error),
         hint="run it again with --debug for the traceback",

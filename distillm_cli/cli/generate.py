@@ -144,9 +144,14 @@ def generate(
     from distillm_cli.runs.prompt_source import PromptSource, check_request
 
     if chosen.model is None:
-        raise UsageError("no model to generate with", hint="give --model")
+        raise UsageError("usage.no_model", "no model to generate with", hint="give --model")
     if reporting.json and file.output is None:
-        raise UsageError("--json without --output", where="the rows themselves go to stdout", hint="give --output FILE")
+        raise UsageError(
+            "usage.no_output",
+            "--json without --output",
+            where="the rows themselves go to stdout",
+            hint="give --output FILE",
+        )
     flags = generation_flags(fields, greedy=chosen.greedy)
     check_single_process()
     source = PromptSource(

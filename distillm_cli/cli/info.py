@@ -85,13 +85,17 @@ def _field(name: str) -> dict[str, Any]:
     if key not in leaves():
         close = nearest_key(name)
         if close is None:
-            raise UsageError(f"no field {name}", hint="`distillm distill --dry-run` prints every field")
+            raise UsageError(
+                "usage.unknown_field", f"no field {name}", hint="`distillm distill --dry-run` prints every field"
+            )
         if close not in leaves():
             raise UsageError(
-                f"{close} is a section, not a field", hint=f"its fields: {', '.join(section_keys()[close])}"
+                "usage.section_not_value",
+                f"{close} is a section, not a field",
+                hint=f"its fields: {', '.join(section_keys()[close])}",
             )
         if close.rpartition(".")[2] != name:
-            raise UsageError(f"no field {name}", hint=f"did you mean {close}?")
+            raise UsageError("usage.unknown_field", f"no field {name}", hint=f"did you mean {close}?")
         key = close
     field = leaves()[key]
     flags = [f"{entry.flag} ({', '.join(entry.verbs)})" for entry in FIELD_FLAGS if key in entry.keys]

@@ -70,7 +70,9 @@ def show_method(name: MethodName, as_json: options.Json = False, debug: options.
 
         close = nearest_choice(name, list(METHODS))
         hint = f"did you mean {close}?" if close else "`distillm methods` lists them"
-        raise UsageError(f"no method named {name}", where=f"there are {', '.join(METHODS)}", hint=hint)
+        raise UsageError(
+            "usage.unknown_method", f"no method named {name}", where=f"there are {', '.join(METHODS)}", hint=hint
+        )
     method = METHODS[name]
     resolved = _resolved(method)
     parameters = {key: _parameter(key, resolved) for key in _keys(method, resolved)}

@@ -290,7 +290,12 @@ def check_named(parameter: typer.CallbackParam, value: Any) -> Any:
     items = [value] if isinstance(value, str) else value or []
     if any(not item.strip(" ,") for item in items):
         flag = next((opt for opt in parameter.opts if opt.startswith("-")), parameter.metavar)
-        raise UsageError(f"{flag} = (empty)", where="expected a name", hint="drop it, or see what the variable holds")
+        raise UsageError(
+            "usage.invalid_value",
+            f"{flag} = (empty)",
+            where="expected a name",
+            hint="drop it, or see what the variable holds",
+        )
     return value
 
 

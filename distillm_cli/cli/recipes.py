@@ -90,9 +90,11 @@ def copy_recipe(
         with target.open("xb") as file:
             file.write(source.read_bytes())
     except FileExistsError:
-        raise UsageError(f"{target} exists", hint="give another DEST, or remove it first") from None
+        raise UsageError(
+            "usage.output_exists", f"{target} exists", hint="give another DEST, or remove it first"
+        ) from None
     except FileNotFoundError:
-        raise UsageError(f"no directory {target.parent}", hint="create it first") from None
+        raise UsageError("usage.no_directory", f"no directory {target.parent}", hint="create it first") from None
     write_stdout(f"{target}\n")
 
 
@@ -116,7 +118,8 @@ def validate_recipes(
     rows = [_checked(path) for path in paths or shipped()]
     wrong = [row for row in rows if row["status"] == "error"]
     if as_json:
-        code = {"code": RecipeError.exit_code, "message": wrong[0]["message"]} if wrong else {}
+        first = {key: wrong[0][key] for key in ("error", "message")} if wrong else {}
+        code = {"code": RecipeError.exit_code, **first} if wrong else {}
         status = "error" if wrong else "ok"
         print(json.dumps({"command": "recipes validate", "status": status, **code, "recipes": rows}))
     else:
@@ -158,7 +161,7 @@ def _checked(recipe: str) -> dict[str, Any]:
             resolve(command="", recipe=recipe)
     except RecipeError as error:
         problems = [str(problem) for problem in error.problems]
-        return {"recipe": recipe, "status": "error", "message": str(error), "problems": problems}
+        return {"recipe": recipe, "status": "error", "error": error.code, "message": str(error), "problems": problems}
     return {"recipe": recipe, "status": "ok"}
 
 

@@ -68,13 +68,14 @@ def open_streams() -> None:
 def report(error: DistillmError, argv: list[str]) -> int:
     """Print one line on stderr, and with ``--json`` one object on stdout. Return the exit code.
 
-    The exit code does not change where a stream cannot be written.
+    ``--debug`` adds the error's own code to the line. The exit code does not change where a stream cannot be written.
     """
     message = str(error)
-    print_error(message)
+    options = typed_options(argv)
+    print_error(message, f"error [{error.code}]" if "--debug" in options else "error")
     try:
-        if "--json" in typed_options(argv):
-            print(json.dumps({"status": "error", "code": error.exit_code, "message": message}))
+        if "--json" in options:
+            print(json.dumps({"status": "error", "code": error.exit_code, "error": error.code, "message": message}))
         sys.stdout.flush()
     except OSError:
         discard_stdout()

@@ -121,7 +121,7 @@ def launch(
     if only_warm:
         if chosen.resume or chosen.overwrite or output is not None:
             what = "--warm-teacher-cache writes no output directory"
-            raise UsageError(what, hint="drop --output, --resume and --overwrite")
+            raise UsageError("usage.exclusive_options", what, hint="drop --output, --resume and --overwrite")
         with console(json_mode=chosen.json, quiet=chosen.quiet) as ui:
             result = warm_teacher_cache(resolved, ui, rebuild=rebuild_teacher_cache, notes=notes)
             ui.result(result.as_json())

@@ -75,27 +75,31 @@ def explained(problem: Any, argv: list[str]) -> UsageError:
 
     if flag is not None and hasattr(problem, "possibilities"):
         hint = _FAMILIAR_FLAGS.get(flag) or _suggestion(flag, context) or see
-        return UsageError(f"{path} has no flag {flag}", hint=hint)
+        return UsageError("usage.unknown_option", f"{path} has no flag {flag}", hint=hint)
     if found := re.match(r"Got unexpected extra argument\(?s?\)? \(([^\s)]+)", message):
-        return UsageError(f"{path} takes no argument {found[1]}", hint=_argument_hint(path, found[1]) or see)
+        return UsageError(
+            "usage.unexpected_argument",
+            f"{path} takes no argument {found[1]}",
+            hint=_argument_hint(path, found[1]) or see,
+        )
     if flag is not None and "requires an argument" in message:
-        return _with_field(UsageError(f"{flag} without a value", hint=see), flag, None, path)
+        return _with_field(UsageError("usage.missing_value", f"{flag} without a value", hint=see), flag, None, path)
     if found := re.match(r"No such command '(.*?)'", message):
         names = list(context.command.commands)
         close = get_close_matches(found[1], names, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(names)}"
         if context.parent is None:
             hint = _FAMILIAR_COMMANDS.get(found[1]) or _recipe_hint(found[1]) or hint
-        return UsageError(f"{path} has no command {found[1]}", hint=hint)
+        return UsageError("usage.unknown_command", f"{path} has no command {found[1]}", hint=hint)
 
     parameter = getattr(problem, "param", None)
     if parameter is not None and parameter.param_type_name == "option":
         raw = _typed_value(parameter.opts, argv)
         if raw is not None:
             flag = max(parameter.opts, key=len)
-            plain = UsageError(f"{flag} = {raw}", where=_clause(problem.message), hint=see)
+            plain = UsageError("usage.invalid_value", f"{flag} = {raw}", where=_clause(problem.message), hint=see)
             return _with_field(plain, flag, raw, path)
-    return UsageError(_clause(message), hint=see)
+    return UsageError("usage.invalid_option", _clause(message), hint=see)
 
 
 def _with_field(plain: UsageError, flag: str, raw: str | None, path: str) -> UsageError:
@@ -110,7 +114,7 @@ def _with_field(plain: UsageError, flag: str, raw: str | None, path: str) -> Usa
     with suppress(TypeError, ValueError):
         value = float(raw)
     hint = suggest_fix(keys[0], value, verb, flag)
-    return UsageError(plain.what, where=f"expected {expected_values(keys[0], by_flag=True)}", hint=hint)
+    return UsageError(plain.code, plain.what, where=f"expected {expected_values(keys[0], by_flag=True)}", hint=hint)
 
 
 def _clause(message: str) -> str:

@@ -136,10 +136,10 @@ def unused_field_error(key: str, given: GivenValue, value: ValueOf, command: str
             where = f"{it} is of held-out rows, and here eval.suites is {format_value(value('eval.suites'))}"
         else:
             where = f"{it} belongs to {commands_using(key)}; {command} trains nothing"
-        return RecipeError(problem, where=where, hint=hint)
+        return RecipeError("recipe.unused_field", problem, where=where, hint=hint)
     if _is_fine_tuning(value) and (distills or _is_unused_teacher_field(key, value)):
         where = f"{it} belongs to {commands_using(key)}; {method} trains on cross-entropy alone"
-        return RecipeError(problem, where=where, hint="leave it out")
+        return RecipeError("recipe.unused_field", problem, where=where, hint="leave it out")
     alternatives = [_required_changes(alternative, value) for alternative in condition(key).alternatives]
     unmet = dict.fromkeys(next(iter(changes)) for changes in alternatives)
     current = " and ".join(f"{k} is {_format_word(value(k))}" for k in unmet)
@@ -154,7 +154,12 @@ def unused_field_error(key: str, given: GivenValue, value: ValueOf, command: str
         if "objective.divergence" in nearest
         else ""
     )
-    return RecipeError(problem, where=where, hint=f"{own_hint if own_parameters else ''}leave it out, or try {other}")
+    return RecipeError(
+        "recipe.unused_field",
+        problem,
+        where=where,
+        hint=f"{own_hint if own_parameters else ''}leave it out, or try {other}",
+    )
 
 
 def commands_using(key: str) -> str:

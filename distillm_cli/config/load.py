@@ -68,11 +68,14 @@ def locate(recipe: str | Path) -> Path:
     if path.is_file():
         return path
     if path.is_dir() and (path / "recipe.yaml").is_file():
-        raise RecipeError(f"{text} is a directory", hint=f"try --recipe {path / 'recipe.yaml'}")
+        raise RecipeError("recipe.not_found", f"{text} is a directory", hint=f"try --recipe {path / 'recipe.yaml'}")
     if isinstance(recipe, Path) or path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        raise RecipeError(f"no recipe file {text}", hint="`distillm recipes ls` lists the shipped ones")
+        raise RecipeError(
+            "recipe.not_found", f"no recipe file {text}", hint="`distillm recipes ls` lists the shipped ones"
+        )
     close = get_close_matches(text, known, n=1, cutoff=0.5)
     raise RecipeError(
+        "recipe.not_found",
         f"no recipe named {format_value(text)}",
         where=f"shipped: {', '.join(known)}",
         hint=f"try --recipe {close[0]}" if close else "or give the path of a file",
@@ -286,6 +289,7 @@ def _check_verb(method: GivenValue, command: str) -> None:
     if command in ("sft", "distill") and verb != command:
         of_command = ", ".join(name for name, m in METHODS.items() if m.verb == command)
         raise UsageError(
+            "usage.unknown_method",
             f"{method.location} = {method.value}",
             where=f"expected a method of `distillm {command}` ({of_command})",
             hint=f"try verb: {verb}" if method.prefix else f"try `distillm {verb}`",
@@ -367,9 +371,11 @@ def _validation_problem(
     words = (word.strip(",;:") for word in what.split())
     entry = next((given[word] for word in words if word in given), None)
     if entry is None:
-        return Priority(merging.SET), RecipeError(what, hint=hint or None)
+        return Priority(merging.SET), RecipeError("recipe.fields_conflict", what, hint=hint or None)
     hint = hint.replace("--set ", f"--set {entry.prefix}")
-    return entry.priority, RecipeError(f"{entry.location} = {format_value(entry.value)}", where=what, hint=hint or None)
+    return entry.priority, RecipeError(
+        "recipe.fields_conflict", f"{entry.location} = {format_value(entry.value)}", where=what, hint=hint or None
+    )
 
 
 def _field_of_error(detail: Mapping[str, Any]) -> str | None:
@@ -392,7 +398,11 @@ def _preset_values(method: str, layer: int) -> dict[str, GivenValue]:
     """Return the values of a method's preset with the priority of the given layer."""
     unknown = [key for key in METHODS[method].preset if key not in leaves()]
     if unknown:  # only a method of another package can have one
-        raise RecipeError(f"method {method} sets {unknown[0]}: no such key", hint="fix the package that registers it")
+        raise RecipeError(
+            "recipe.unknown_field",
+            f"method {method} sets {unknown[0]}: no such key",
+            hint="fix the package that registers it",
+        )
     return {
         key: GivenValue(value, f"method {method}", key, Priority(layer))
         for key, value in METHODS[method].preset.items()

@@ -70,7 +70,10 @@ class ErrorCollector:
         layers = {one.priority.layer, other.priority.layer}
         if layers <= {FLAG, SET} or layers == {SHARED_SET}:
             self.add(
-                one.priority, RecipeError(f"{one.location} and {other.location} both given", hint="keep one of them")
+                one.priority,
+                RecipeError(
+                    "recipe.given_twice", f"{one.location} and {other.location} both given", hint="keep one of them"
+                ),
             )
 
     def first(self) -> RecipeError:
@@ -84,7 +87,7 @@ class ErrorCollector:
             return first
         more = f"and {counted(len(rest), 'more problem')}"
         hint = "; ".join(part for part in (first.hint, more) if part)
-        return RecipeError(first.what, where=first.where, hint=hint, problems=(first, *rest))
+        return RecipeError(first.code, first.what, where=first.where, hint=hint, problems=(first, *rest))
 
 
 StoreValue = Callable[[str, Any, int], None]
@@ -103,6 +106,7 @@ def invalid_value_error(given: GivenValue, key: str, command: str) -> RecipeErro
     if int in plain_types(leaves()[key].annotation) and exceeds_64_bits(given.value) and "2^63" not in takes:
         takes += " (and below 2^63)"
     return RecipeError(
+        "recipe.invalid_value",
         f"{given.location} = {format_value(given.value, by_flag=flag is not None)}",
         where=f"expected {takes}",
         hint=suggest_fix(key, given.value, command, flag, prefix=given.prefix),
@@ -113,16 +117,17 @@ def read_document(path: Path, label: str) -> yaml.MappingNode:
     """Return the top-level mapping of a recipe file. Raise RecipeError if it cannot be read or has none."""
     try:
         if path.stat().st_size > _MAX_FILE_BYTES:
-            raise RecipeError(f"{label}: too large for a recipe ({path.stat().st_size:,} bytes)")
+            raise RecipeError("recipe.unreadable", f"{label}: too large for a recipe ({path.stat().st_size:,} bytes)")
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{label}: not UTF-8 text (byte {error.start})") from None
+        raise RecipeError("recipe.unreadable", f"{label}: not UTF-8 text (byte {error.start})") from None
     except OSError as error:
-        raise RecipeError(f"{label}: {error.strerror or error}") from None
+        raise RecipeError("recipe.unreadable", f"{label}: {error.strerror or error}") from None
     node = yaml_io.compose(text, label)
     if not isinstance(node, yaml.MappingNode):
         found = "nothing" if node is None else f"a {node.id}"
         raise RecipeError(
+            "recipe.not_a_mapping",
             f"{label}: holds {found}",
             where="expected a mapping of sections",
             hint="see `distillm recipes show quickstart`",
@@ -144,7 +149,7 @@ def from_recipe(path: Path, label: str, problems: ErrorCollector, typed: str | N
     node = read_document(path, label)
     if has_stages(node):
         hint = f"try `distillm run {typed or label}`"
-        raise RecipeError(f"{label}: a pipeline of stages, not one recipe", hint=hint)
+        raise RecipeError("recipe.is_pipeline", f"{label}: a pipeline of stages, not one recipe", hint=hint)
     return from_mapping(node, path, label, problems, RECIPE)
 
 
@@ -188,7 +193,10 @@ def from_sets(
         key = key.strip()
         if not equals or not key:
             raise UsageError(
-                f"--set {format_value(text)}", where="expected section.key=value", hint="try --set train.lr=5e-4"
+                "usage.invalid_set",
+                f"--set {format_value(text)}",
+                where="expected section.key=value",
+                hint="try --set train.lr=5e-4",
             )
         label, priority = f"--set {prefix}{key}", Priority(layer, position)
         try:
@@ -240,9 +248,9 @@ def _unknown_key_error(key: str, place: str) -> RecipeError:
     hint = f"did you mean {close}?" if close else "`distillm distill --dry-run` prints every key"
     if key.rpartition(".")[2].isdecimal():  # what YAML makes of {alpha: 0,1}
         hint = "inside braces a comma ends a value: write 0.1 for 0,1 and 8000 for 8,000"
-    return RecipeError(f"{place}: no such key", hint=hint)
+    return RecipeError("recipe.unknown_field", f"{place}: no such key", hint=hint)
 
 
 def _section_error(key: str, place: str) -> RecipeError:
     names = ", ".join(section_keys()[key])
-    return RecipeError(f"{place}: a section, not a value", where=f"its keys are {names}")
+    return RecipeError("recipe.section_not_value", f"{place}: a section, not a value", where=f"its keys are {names}")

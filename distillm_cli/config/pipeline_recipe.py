@@ -147,12 +147,21 @@ class _PipelineParser:
         parts = {name: (key, value) for name, key, value in yaml_io.pairs(node, self.label)}
         if "stages" not in parts:
             verb = "sft" if "sft" in parts.get("method", (None, yaml.ScalarNode("", "")))[1].value else "distill"
-            raise RecipeError(f"{self.label}: has no stages", hint=f"try `distillm {verb} --recipe {self.argument}`")
+            raise RecipeError(
+                "recipe.no_stages",
+                f"{self.label}: has no stages",
+                hint=f"try `distillm {verb} --recipe {self.argument}`",
+            )
         for name, (key, _) in parts.items():
             if name not in ("defaults", "stages"):
                 where = f"{yaml_io.location(self.label, yaml_io.line_of(key))}: {name}"
                 hint = f"did you mean defaults.{name}?" if name in Recipe.model_fields else None
-                raise RecipeError(f"{where}: no such key", where="a pipeline has defaults and stages", hint=hint)
+                raise RecipeError(
+                    "recipe.unknown_field",
+                    f"{where}: no such key",
+                    where="a pipeline has defaults and stages",
+                    hint=hint,
+                )
         stages = self._mapping(*parts["stages"], "stages", "one mapping for each stage")
         shared_sets, typed_sets = _split_sets(sets, list(stages))
         shared: dict[str, GivenValue] = {}
@@ -165,7 +174,7 @@ class _PipelineParser:
         for given in (shared, typed_values):
             if "method" in given:
                 what = f"{given['method'].location}: a method is of one stage"
-                raise RecipeError(what, hint="set it in the stages that it is for")
+                raise RecipeError("recipe.invalid_stage", what, hint="set it in the stages that it is for")
         parsed = [self._stage(name, *stages[name], [shared, typed_values], typed_sets[name]) for name in stages]
         if self.problems:
             raise self.problems.first()
@@ -177,7 +186,7 @@ class _PipelineParser:
         if not isinstance(value, yaml.MappingNode) or not value.value:
             if raw and getattr(value, "value", None) in ("", []):
                 return yaml.MappingNode("", [])
-            raise RecipeError(f"{place}: no mapping", where=f"expected {expected}")
+            raise RecipeError("recipe.not_a_mapping", f"{place}: no mapping", where=f"expected {expected}")
         if raw:
             return value
         parsed = {}
@@ -185,11 +194,16 @@ class _PipelineParser:
             line = yaml_io.location(self.label, yaml_io.line_of(key_node))
             if not re.fullmatch(r"[A-Za-z][\w-]*", name):
                 raise RecipeError(
+                    "recipe.invalid_stage",
                     f"{line}: stages.{name}: not a stage's name",
                     where="expected a letter, then letters, digits, - and _",
                 )
             if not isinstance(node, yaml.MappingNode):
-                raise RecipeError(f"{line}: stages.{name}: no mapping", where="expected verb: sft and its sections")
+                raise RecipeError(
+                    "recipe.not_a_mapping",
+                    f"{line}: stages.{name}: no mapping",
+                    where="expected verb: sft and its sections",
+                )
             parsed[name] = (key_node, node)
         return parsed
 
@@ -246,7 +260,9 @@ class _PipelineParser:
         if "verb" not in stage_keys:
             self.problems.add(
                 Priority(merging.STAGE, line),
-                RecipeError(f"{place}: no verb", where=f"expected verb: {', '.join(STAGE_CONFIGS)}"),
+                RecipeError(
+                    "recipe.missing_field", f"{place}: no verb", where=f"expected verb: {', '.join(STAGE_CONFIGS)}"
+                ),
             )
             return None
         verb = stage_keys["verb"]
@@ -254,6 +270,7 @@ class _PipelineParser:
         if kind is None:
             close = get_close_matches(str(verb.value), STAGE_CONFIGS, n=1, cutoff=0.4)
             what = RecipeError(
+                "recipe.invalid_value",
                 f"{verb.location} = {format_value(verb.value)}",
                 where=f"expected one of {', '.join(STAGE_CONFIGS)}",
                 hint=f"try verb: {close[0]}" if close else None,
@@ -279,7 +296,9 @@ class _PipelineParser:
             path = locate(source)
             return merging.from_recipe(path, path.name, self.problems)
         except RecipeError as error:
-            self.problems.add(given.priority, RecipeError(f"{given.location} = {recipe}", where=str(error)))
+            self.problems.add(
+                given.priority, RecipeError("recipe.invalid_stage", f"{given.location} = {recipe}", where=str(error))
+            )
         return {}
 
     def _check_models(self, recipe: Recipe, config: StageConfig, prefix: str, line: int) -> None:
@@ -293,7 +312,9 @@ class _PipelineParser:
         if missing:
             what, field = missing
             hint = f"set {field} there, to a path, a hub name or stage:NAME"
-            self.problems.add(Priority(merging.STAGE, line), RecipeError(f"{place}: {what}", hint=hint))
+            self.problems.add(
+                Priority(merging.STAGE, line), RecipeError("recipe.invalid_stage", f"{place}: {what}", hint=hint)
+            )
 
     def _with_dependencies(self, stages: list[Stage]) -> Iterator[Stage]:
         """Yield the stages with their dependencies.
@@ -309,14 +330,19 @@ class _PipelineParser:
                 names = [other.name for other in stages[:position]]
                 if stage_name not in names:
                     raise RecipeError(
-                        place, where=_why_unavailable(stage_name, stages, stage), hint=_nearest(stage_name, names)
+                        "recipe.invalid_stage_input",
+                        place,
+                        where=_why_unavailable(stage_name, stages, stage),
+                        hint=_nearest(stage_name, names),
                     )
                 producer = next(other for other in stages if other.name == stage_name)
                 needed = ROWS if key.startswith(("data.", "eval.")) else MODEL
                 if OUTPUT_OF[producer.verb] != needed:
                     produced = OUTPUT_OF[producer.verb] or "nothing that can be read"
                     raise RecipeError(
-                        place, where=f"stage {stage_name} ({producer.verb}) makes {produced}, this takes {needed}"
+                        "recipe.invalid_stage_input",
+                        place,
+                        where=f"stage {stage_name} ({producer.verb}) makes {produced}, this takes {needed}",
                     )
                 depends_on[stage_name] = None
             yield Stage(stage.name, stage.config, stage.resolved, stage.origins, tuple(depends_on))
@@ -334,7 +360,7 @@ def _split_sets(sets: list[str], names: list[str]) -> tuple[list[str], dict[str,
         key = key.strip()
         if not equals:
             expected = "expected stages.NAME.section.key=value or defaults.section.key=value"
-            raise UsageError(f"--set {format_value(text)}", where=expected)
+            raise UsageError("usage.invalid_set", f"--set {format_value(text)}", where=expected)
         first, _, rest = key.partition(".")
         if first == "defaults" and rest:
             shared.append(text.strip().removeprefix("defaults."))
@@ -342,13 +368,16 @@ def _split_sets(sets: list[str], names: list[str]) -> tuple[list[str], dict[str,
         name, _, field = rest.partition(".")
         if first == "stages" and field:
             if name not in typed_sets:
-                raise UsageError(f"--set {key}: no stage {name}", hint=_nearest(name, names, "stages."))
+                raise UsageError(
+                    "usage.unknown_stage", f"--set {key}: no stage {name}", hint=_nearest(name, names, "stages.")
+                )
             typed_sets[name].append(text.strip().removeprefix(f"stages.{name}."))
             continue
         inner = key.partition(".")[2] if first in names else key
         stage = first if first in names else names[0]
         meant = f"stages.{stage}.{inner}" if first in names else f"defaults.{key}"
         raise UsageError(
+            "usage.invalid_set",
             f"--set {format_value(text)}",
             where="expected defaults.section.key=value or stages.NAME.section.key=value",
             hint=f"did you mean {meant}?" if inner in leaves() or inner in _STAGE_KEY_NAMES else None,
@@ -367,16 +396,20 @@ def _stage_key_problem(
     name = str(detail["loc"][0])
     if detail["type"] == "missing":
         hint = f"set {name}: stage:NAME, a path or a hub name"
-        return Priority(merging.STAGE, line), RecipeError(f"{place}: no {name}", hint=hint)
+        return Priority(merging.STAGE, line), RecipeError("recipe.missing_field", f"{place}: no {name}", hint=hint)
     given = stage_keys[name]
     if name not in kind.model_fields:
         owners = " and ".join(verb for verb, other in STAGE_CONFIGS.items() if name in other.model_fields)
         return given.priority, RecipeError(
-            f"{given.location}: no such key of {stage_keys['verb'].value}", where=f"{owners} has it"
+            "recipe.unknown_field",
+            f"{given.location}: no such key of {stage_keys['verb'].value}",
+            where=f"{owners} has it",
         )
     field = kind.model_fields[name]
     expected = f"expected {describe_type(field.annotation, field.metadata)}"
-    return given.priority, RecipeError(f"{given.location} = {format_value(given.value)}", where=expected)
+    return given.priority, RecipeError(
+        "recipe.invalid_value", f"{given.location} = {format_value(given.value)}", where=expected
+    )
 
 
 def _why_unavailable(stage_name: str, stages: list[Stage], stage: Stage) -> str:

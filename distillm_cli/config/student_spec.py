@@ -112,7 +112,9 @@ def parse_student(text: str) -> StudentSpec:
         found = BuiltinModel() if text == BUILTIN else SavedModel(text)
     if found is None:
         form = next(form for prefix, form in FORMS.items() if text.startswith(prefix))
-        raise UsageError(f"cannot read the student specification {text!r}", hint=f"write {form}")
+        raise UsageError(
+            "usage.invalid_student", f"cannot read the student specification {text!r}", hint=f"write {form}"
+        )
     return found
 
 

@@ -64,12 +64,14 @@ def compose(text: str, label: str) -> yaml.Node | None:
         place = location(label, mark.line + 1) if mark else label
         problem = " ".join(part for part in (error.context, error.problem) if part)
         hint = "indent with spaces, not tabs" if r"'\t'" in problem else None
-        raise RecipeError(f"{place}: not a YAML document ({problem})", hint=hint) from None
+        raise RecipeError("recipe.invalid_yaml", f"{place}: not a YAML document ({problem})", hint=hint) from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise RecipeError(f"{location(label, line)}: not a YAML document ({error.reason})") from None
+        raise RecipeError(
+            "recipe.invalid_yaml", f"{location(label, line)}: not a YAML document ({error.reason})"
+        ) from None
     except RecursionError:
-        raise RecipeError(f"{label}: nested too deeply for a recipe") from None
+        raise RecipeError("recipe.invalid_yaml", f"{label}: nested too deeply for a recipe") from None
     finally:
         if loader is not None:
             loader.dispose()
@@ -91,11 +93,13 @@ def pairs(node: yaml.MappingNode, label: str, prefix: str = "") -> Iterator[tupl
     for key_node, value_node in node.value:
         place = location(label, line_of(key_node))
         if not isinstance(key_node, yaml.ScalarNode):
-            raise RecipeError(f"{place}: a key must be a name, not a list or mapping")
+            raise RecipeError("recipe.invalid_yaml", f"{place}: a key must be a name, not a list or mapping")
         key = key_node.value
         if key in seen:
             raise RecipeError(
-                f"{place}: {prefix}{key} occurs twice, first in line {seen[key]}", hint="keep one of them"
+                "recipe.given_twice",
+                f"{place}: {prefix}{key} occurs twice, first in line {seen[key]}",
+                hint="keep one of them",
             )
         seen[key] = line_of(key_node)
         yield key, key_node, value_node
@@ -127,9 +131,11 @@ def node_value(node: yaml.Node | None, label: str, *, texts: bool = False) -> An
             return float(re.sub(r"\.(?=inf|nan)", "", text.lower().replace("_", "")))
     except (ValueError, KeyError):
         raise RecipeError(
-            f"{location(label, line_of(node))}: {text[:40]} is no {_NOUNS[kind]} that can be read"
+            "recipe.invalid_yaml",
+            f"{location(label, line_of(node))}: {text[:40]} is no {_NOUNS[kind]} that can be read",
         ) from None
     raise RecipeError(
+        "recipe.invalid_yaml",
         f"{location(label, line_of(node))}: tag {node.tag} is not read in recipes",
         hint="write the value itself, without a tag",
     )

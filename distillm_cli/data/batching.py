@@ -189,18 +189,21 @@ def _no_rows_error(too_long: list[TooLong], others: list[LeftOut], limit: int) -
     """Return the error for a source none of whose rows can be trained on."""
     if not too_long:
         if not others:
-            return DataError("no rows to tokenize", hint="check the source")
+            return DataError("data.no_rows", "no rows to tokenize", hint="check the source")
         reasons = [row.reason for row in others if row.reason]
         if not reasons:
             message = f"{all_are(len(others), 'row')} without an answer to train on"
-            return DataError(message, where=others[0].where, hint="check the messages' weight and train fields")
-        return DataError(f"no row is left: {reasons[0]}", hint="check the rows")
+            return DataError(
+                "data.no_answer", message, where=others[0].where, hint="check the messages' weight and train fields"
+            )
+        return DataError("data.no_rows", f"no row is left: {reasons[0]}", hint="check the rows")
     shortest = min(too_long, key=lambda row: row.prompt + row.response)
     prompt_limit = min(row.limit for row in too_long if row.part == shortest.part)
     limits = f"{limit:,} tokens in all"
     if shortest.part != "row":
         limits = f"{prompt_limit:,} for the prompt, {limit:,} in all"
     return DataError(
+        "data.row_too_long",
         f"{all_are(len(too_long), 'row')} too long: the shortest has {shortest.prompt:,} + {shortest.response:,} tokens "
         f"(prompt + response), the limit is {limits}",
         where=shortest.where,
@@ -233,7 +236,7 @@ def _encode_chunks(
     try:
         yield from pool.map(_encode_in_worker, chunks)
     except BrokenProcessPool:
-        raise PeerProcessError("a tokenizing process died", hint="try --set data.workers=0") from None
+        raise PeerProcessError("process.died", "a tokenizing process died", hint="try --set data.workers=0") from None
     finally:
         pool.shutdown(cancel_futures=True)
 

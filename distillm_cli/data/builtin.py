@@ -103,9 +103,13 @@ def _select_tasks(names: SequenceOf[str] | None) -> list[Task]:
         if name not in TASKS:
             similar = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.5)
             hint = f"did you mean {similar[0]}? Known: {known}" if similar else f"known: {known}"
-            raise RecipeError(f"no builtin task is called {name!r}", where="data.tasks", hint=hint)
+            raise RecipeError(
+                "recipe.unknown_task", f"no builtin task is called {name!r}", where="data.tasks", hint=hint
+            )
     if not names:
-        raise RecipeError("no builtin task is selected", where="data.tasks", hint=f"known: {known}")
+        raise RecipeError(
+            "recipe.unknown_task", "no builtin task is selected", where="data.tasks", hint=f"known: {known}"
+        )
     return [task for name, task in TASKS.items() if name in names]
 
 

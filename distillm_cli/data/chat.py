@@ -199,7 +199,9 @@ class ChatTemplate:
         missing = [name for name in names if name not in target]
         if missing or not all(_contains(target, text) for text in texts if isinstance(text, str)):
             part = f"the tool call {missing[0]}" if missing else "the content of the answer"
-            raise DataError(f"{row.where}: the chat template does not write {part}", hint=_TEMPLATE_HINT)
+            raise DataError(
+                "data.chat_template_omits", f"{row.where}: the chat template does not write {part}", hint=_TEMPLATE_HINT
+            )
         reasoning = [name for name in _REASONING if isinstance(answer.get(name), str) and answer[name].strip()]
         return frozenset(name for name in reasoning if not _contains(target, answer[name]))
 
@@ -260,9 +262,18 @@ class ChatTemplate:
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, TemplateSyntaxError):
             where = getattr(self.tokenizer, "name_or_path", None) or None
-            return ModelError(f"the chat template is not valid: {reason}", where=where, hint="use another tokenizer")
+            return ModelError(
+                "model.invalid_chat_template",
+                f"the chat template is not valid: {reason}",
+                where=where,
+                hint="use another tokenizer",
+            )
         place = "" if row is None else f"{row.where}: "
-        return DataError(f"{place}the chat template cannot write this row: {reason}", hint=_TEMPLATE_HINT)
+        return DataError(
+            "data.chat_template_refuses",
+            f"{place}the chat template cannot write this row: {reason}",
+            hint=_TEMPLATE_HINT,
+        )
 
     def _source(self, with_tools: bool) -> str:
         """Return the template's text, with the run's date in place of the current one."""
@@ -277,7 +288,10 @@ class ChatTemplate:
                     message = f"the tokenizer has chat templates named {', '.join(names)}, and none named default"
                     hint = "name one with --set data.chat_template=FILE"
                 raise ModelError(
-                    message, where=getattr(self.tokenizer, "name_or_path", None) or None, hint=hint
+                    "model.no_chat_template",
+                    message,
+                    where=getattr(self.tokenizer, "name_or_path", None) or None,
+                    hint=hint,
                 ) from error
             self._sources[with_tools] = _STRFTIME.sub(self._format_date, source)
         return self._sources[with_tools]
@@ -297,6 +311,7 @@ class ChatTemplate:
             spans = self._generation_spans(row, conversation)
             if not spans:
                 raise DataError(
+                    "data.chat_template_rewrites",
                     f"{row.where}: the chat template does not write this answer after its own generation prompt, which "
                     f"ends with {_tail(prompt)}",
                     hint="try --set 'data.chat_template_kwargs={enable_thinking: false}', give the answer's reasoning, or "
@@ -343,6 +358,7 @@ class ChatTemplate:
             end = content_end if found is None else self._end_by_tokens(row, conversation, k, found)
         if end <= start:
             raise DataError(
+                "data.chat_template_rewrites",
                 f"{row.where}: the chat template writes message {k + 1}, an answer, in another way once others follow it",
                 hint="train on the last answer alone with --set data.turns=last, or give weight 0 to the others",
             )

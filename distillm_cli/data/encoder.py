@@ -82,6 +82,7 @@ class Encoder:
     ):
         if tokenizer.eos_token_id is None:
             raise ModelError(
+                "model.no_end_token",
                 "the tokenizer has no end-of-sequence token",
                 where=getattr(tokenizer, "name_or_path", None) or None,
                 hint="name one as eos_token in its tokenizer_config.json",
@@ -150,7 +151,11 @@ class Encoder:
             prompt = self._with_affixes(ids.prompt, text.is_chat)
             if limit is not None and len(prompt) > limit:
                 message = f"a prompt of {len(prompt):,} tokens is longer than the context of {limit:,}"
-                raise DataError(f"{row.where}: {message}", hint="shorten it, or use a model with a longer context")
+                raise DataError(
+                    "data.row_too_long",
+                    f"{row.where}: {message}",
+                    hint="shorten it, or use a model with a longer context",
+                )
             prompts.append(prompt)
         return prompts
 
@@ -212,7 +217,9 @@ class Encoder:
     def _text(self, row: Row) -> Text | LeftOut:
         try:
             if self.needs_responses and not row.is_answered:
-                raise DataError(f"{row.where}: no response to train on", hint="generate responses first")
+                raise DataError(
+                    "data.no_answer", f"{row.where}: no response to train on", hint="generate responses first"
+                )
             text = self.renderer.text(row)
             if text is None:
                 return LeftOut(row.where)
@@ -344,7 +351,11 @@ class Encoder:
         else:
             limit = f"data.max_length is {self.max_length:,}"
             advice = "raise it with --max-length"
-        return DataError(f"{excess.where}: {found}, but {limit}", hint=f"{advice}, or try --set data.too_long=drop")
+        return DataError(
+            "data.row_too_long",
+            f"{excess.where}: {found}, but {limit}",
+            hint=f"{advice}, or try --set data.too_long=drop",
+        )
 
 
 def _texts_of(row: Row) -> Iterator[str]:

@@ -62,15 +62,21 @@ def read(path: Path, columns: Collection[str]) -> Records:
     file_format = format_of(path)
     if file_format is None:
         known = f"{', '.join(FORMATS)}; all but the last also with {' or '.join(COMPRESSIONS)}"
-        raise DataError(f"{path}: not a kind of data file that is known", hint=f"known are {known}")
+        raise DataError(
+            "data.unknown_format", f"{path}: not a kind of data file that is known", hint=f"known are {known}"
+        )
     try:
         yield from read_parquet(path, columns) if file_format == ".parquet" else _READERS[file_format](path)
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file", hint="check the path") from None
+        raise DataError("data.not_found", f"{path}: no such file", hint="check the path") from None
     except (EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be decompressed ({error})", hint="write the file again") from None
+        raise DataError(
+            "data.unreadable", f"{path}: cannot be decompressed ({error})", hint="write the file again"
+        ) from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})", hint="check the file") from error
+        raise DataError(
+            "data.unreadable", f"{path}: cannot be read ({error.strerror or error})", hint="check the file"
+        ) from error
 
 
 def _open(path: Path) -> BinaryIO:
@@ -133,13 +139,18 @@ def _json(path: Path) -> Records:
         whole = json.loads(text)
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path.name}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x})", where=str(path)) from None
+        raise DataError(
+            "data.not_utf8", f"{path.name}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x})", where=str(path)
+        ) from None
     except RecursionError:
-        raise DataError(f"{path.name}: not JSON (nested too deeply)", where=str(path)) from None
+        raise DataError("data.invalid_json", f"{path.name}: not JSON (nested too deeply)", where=str(path)) from None
     except ValueError as error:
         line = getattr(error, "lineno", 1)
         raise DataError(
-            f"{path.name}:{line}: {_json_error(error)}", where=str(path), hint="correct the file; rows are a JSON list"
+            "data.invalid_json",
+            f"{path.name}:{line}: {_json_error(error)}",
+            where=str(path),
+            hint="correct the file; rows are a JSON list",
         ) from None
     if isinstance(whole, dict) and isinstance(whole.get("data"), list):
         rows = whole["data"]
@@ -201,12 +212,17 @@ def _csv(path: Path) -> Records:
         try:
             header = next(cells, None)
         except csv.Error as error:
-            raise DataError(f"{path.name}:1: not CSV ({error})", where=str(path)) from None
+            raise DataError("data.invalid_csv", f"{path.name}:1: not CSV ({error})", where=str(path)) from None
         if header is None:
             return
         names = [name.strip() for name in header]
         if duplicates := sorted({name for name in names if names.count(name) > 1}):
-            raise DataError(f"{path.name}:1: column `{duplicates[0]}` occurs twice", where=str(path), hint="rename one")
+            raise DataError(
+                "data.invalid_csv",
+                f"{path.name}:1: column `{duplicates[0]}` occurs twice",
+                where=str(path),
+                hint="rename one",
+            )
         while True:
             where = f"{path.name}:{cells.line_num + 1}"  # a quoted cell may span lines; this is the row's first
             try:

@@ -93,4 +93,6 @@ def _call_hub(
         found = "is not on the hub" if is_absent else "cannot be read from the hub"
         hint = "set DISTILLM_DATA to a directory that holds it, or pass a file"
         hint = f"did you mean {suggestion}?" if suggestion else hint
-        raise DataError(f"no data set `{name}`: {local_search}, and {repo} {found} ({reason})", hint=hint) from error
+        raise DataError(
+            "data.not_found", f"no data set `{name}`: {local_search}, and {repo} {found} ({reason})", hint=hint
+        ) from error

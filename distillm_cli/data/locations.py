@@ -104,7 +104,9 @@ def find_source(name: str, listener: Listener) -> DataSource:
 def _find_by_name(name: str, listener: Listener) -> DataSource:
     text = name.strip()
     if not text:
-        raise DataError("an empty name for a data source", hint="name a file, a directory, a data set, or builtin")
+        raise DataError(
+            "data.not_found", "an empty name for a data source", hint="name a file, a directory, a data set, or builtin"
+        )
     root = os.environ.get("DISTILLM_DATA")
     for path in _candidate_paths(text):
         kind = path_kind(path)
@@ -113,18 +115,24 @@ def _find_by_name(name: str, listener: Listener) -> DataSource:
         if kind == "file":
             return DataSource(path.name, {"train": partial(read, path)}, path=path, single_file=True)
     if is_broken_link(user_path(text)):
-        raise DataError(f"{text} is a symbolic link that leads nowhere", hint="correct the link, or pass another path")
+        raise DataError(
+            "data.not_found",
+            f"{text} is a symbolic link that leads nowhere",
+            hint="correct the link, or pass another path",
+        )
     if isinstance(dataset := find_dataset(text), GeneratedDataset):
         return DataSource(
             text, _canonical_splits({split: partial(_read_generated, text, dataset, split) for split in dataset.splits})
         )
     if is_path(text):
-        raise DataError(f"{text}: no such file or directory", hint="check the path")
+        raise DataError("data.not_found", f"{text}: no such file or directory", hint="check the path")
     local_search = f"not under $DISTILLM_DATA ({root})" if root else "$DISTILLM_DATA is not set"
     found = hub_splits(text, local_search, listener, _similar_name(text, root))
     parts = _canonical_splits(found)
     if not parts:
-        raise DataError(f"{text}: no train, valid or test on the hub, but {', '.join(found)}", hint="pass a file")
+        raise DataError(
+            "data.no_split", f"{text}: no train, valid or test on the hub, but {', '.join(found)}", hint="pass a file"
+        )
     return DataSource(text, parts)
 
 
@@ -163,19 +171,25 @@ def _directory(path: Path, name: str) -> DataSource:
     for split, files in found.items():
         if len(files) > 1 and not all(_SPLIT_FILE.fullmatch(stem_of(file))[2] for file in files):
             file_names = ", ".join(file.name for file in files)
-            raise DataError(f"{path}: several files for {split} ({file_names})", hint="keep one of them")
+            raise DataError(
+                "data.ambiguous_split", f"{path}: several files for {split} ({file_names})", hint="keep one of them"
+            )
     if found:
         parts = {split: partial(_read_files, files) for split, files in _canonical_splits(found).items()}
         return DataSource(name, parts, path=path)
     files = sorted(file for file in path.iterdir() if format_of(file) is not None and file.is_file())
     if not files:
         raise DataError(
-            f"{path}: no data file in it", hint=f"put train.jsonl there, or name a {', '.join(FORMATS)} file"
+            "data.not_found",
+            f"{path}: no data file in it",
+            hint=f"put train.jsonl there, or name a {', '.join(FORMATS)} file",
         )
     if len(files) != 1:
         file_names = ", ".join(file.name for file in files[:5])
         raise DataError(
-            f"{path}: no train.*, valid.* or test.* in it, but {file_names}", hint="name a file of it instead"
+            "data.no_split",
+            f"{path}: no train.*, valid.* or test.* in it, but {file_names}",
+            hint="name a file of it instead",
         )
     return DataSource(name, {"train": partial(read, files[0])}, path=files[0], single_file=True)
 
@@ -186,7 +200,9 @@ def _saved_dataset(path: Path, name: str, saved: dict[str, Path]) -> DataSource:
         return DataSource(name, {"train": partial(read_saved, path)}, path=path, single_file=True)
     parts = {split: partial(read_saved, directory) for split, directory in _canonical_splits(saved).items()}
     if not parts:
-        raise DataError(f"{path}: no train, valid or test in it, but {', '.join(saved)}", hint="name one of these")
+        raise DataError(
+            "data.no_split", f"{path}: no train, valid or test in it, but {', '.join(saved)}", hint="name one of these"
+        )
     return DataSource(name, parts, path=path)
 
 

@@ -104,6 +104,7 @@ def load_rows(
         if split == "test" and "test" not in splits and not stand_in:
             found = splits if "valid" in splits else (*splits, "valid (held out of train)")
             raise DataError(
+                "data.no_split",
                 f"{source.name}: no test rows; there are {' and '.join(found)}",
                 where=_location(source),
                 hint="ask for one of those, or leave --split out",
@@ -140,13 +141,19 @@ def _load_split(
     if source.single_file and split == "test":
         return load("train", limit)
     if split == "test" and "test" not in source.parts and data.valid is not None:
-        raise DataError(f"{source.name}: no test rows", where=_location(source), hint="add a test file, or name a file")
+        raise DataError(
+            "data.no_split",
+            f"{source.name}: no test rows",
+            where=_location(source),
+            hint="add a test file, or name a file",
+        )
     holds_out = "train" in source.parts and "valid" not in source.parts and data.valid is None
     if split in source.parts and not (split == "train" and holds_out):
         recipe_limit = {"train": data.limit, "valid": data.valid_limit, "test": None}[split]
         return load(split, _smallest(recipe_limit, limit))
     if "train" not in source.parts:
         raise DataError(
+            "data.no_split",
             f"{source.name}: no {split} rows, only {', '.join(source.parts)}",
             where=_location(source),
             hint="add a train file, or name another source with --data",
@@ -182,7 +189,12 @@ def _load_part(
         if not skip_bad_rows:
             path = _location(source)
             hint = "fix the row, or skip such rows with --skip-bad-rows"
-            raise DataError(f"{where}: {message}", where=None if path and where.startswith(path) else path, hint=hint)
+            raise DataError(
+                "data.invalid_row",
+                f"{where}: {message}",
+                where=None if path and where.startswith(path) else path,
+                hint=hint,
+            )
         return f"{where}: {message}"
 
     reshape = source.reshape if columns == ColumnsConfig() else None
@@ -208,7 +220,12 @@ def _load_part(
     if not rows:
         first = "" if len(skipped) == 1 else ", the first"
         message = f"{all_are(len(skipped), 'row')} broken{first}: {skipped[0]}" if skipped else "no rows in it"
-        raise DataError(f"{source.name}: {message}", where=_location(source), hint="check that it is the right source")
+        raise DataError(
+            "data.no_rows",
+            f"{source.name}: {message}",
+            where=_location(source),
+            hint="check that it is the right source",
+        )
     for message in skipped[:LISTED]:
         listener(Warned(f"skipped {message}"))
     if len(skipped) > LISTED:
@@ -255,6 +272,7 @@ def _hold_out(rows: Rows, split: Split, data: DataConfig, listener: Listener, li
         remaining = [rows[index] for index in sorted(held_out)]
     else:
         raise DataError(
+            "data.no_held_out_rows",
             f"{rows.name}: {_no_held_out_reason(len(rows), len(members), target)}",
             where=str(rows.path) if rows.path else None,
             hint="name held-out rows with --set data.valid=FILE",

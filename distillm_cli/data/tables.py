@@ -46,7 +46,7 @@ def read_parquet(path: Path, columns: Collection[str]) -> Iterator[tuple[str, An
                     yield f"{path.name} row {number}", record
         except (pyarrow.ArrowException, OSError) as error:  # OSError: pages that cannot be unpacked
             raise DataError(
-                f"{path.name}: not parquet ({error})", where=str(path), hint="write the file again"
+                "data.unreadable", f"{path.name}: not parquet ({error})", where=str(path), hint="write the file again"
             ) from None
 
 
@@ -61,7 +61,9 @@ def saved_splits(path: Path) -> dict[str, Path] | None:
         return None
     splits = _read_description(path / _DATASET_DICT_FILE, "splits")
     if not isinstance(splits, list) or not all(isinstance(split, str) for split in splits):
-        raise DataError(f"{path / _DATASET_DICT_FILE}: no list of `splits`", hint="save the data set again")
+        raise DataError(
+            "data.unreadable", f"{path / _DATASET_DICT_FILE}: no list of `splits`", hint="save the data set again"
+        )
     return {split: path / split for split in splits}
 
 
@@ -71,7 +73,9 @@ def read_saved(path: Path, columns: Collection[str]) -> Iterator[tuple[str, Any]
     try:
         names = [file["filename"] for file in files]
     except (TypeError, KeyError):
-        raise DataError(f"{path / _DATASET_FILE}: no list of `_data_files`", hint="save the data set again") from None
+        raise DataError(
+            "data.unreadable", f"{path / _DATASET_FILE}: no list of `_data_files`", hint="save the data set again"
+        ) from None
     number = 0
     for name in names:
         for batch in _arrow_batches(path / name):
@@ -183,14 +187,18 @@ def _arrow_batches(path: Path) -> Iterator[pyarrow.RecordBatch]:
                 for start in range(0, batch.num_rows, _BATCH_ROWS):
                     yield batch.slice(start, _BATCH_ROWS)
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file", hint="save the data set again") from None
+        raise DataError("data.not_found", f"{path}: no such file", hint="save the data set again") from None
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path.name}: not an Arrow stream ({error})", where=str(path), hint="save it again") from None
+        raise DataError(
+            "data.unreadable", f"{path.name}: not an Arrow stream ({error})", where=str(path), hint="save it again"
+        ) from None
 
 
 def _read_description(path: Path, key: str) -> Any:
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error})", hint="save the data set again") from None
+        raise DataError(
+            "data.unreadable", f"{path}: cannot be read ({error})", hint="save the data set again"
+        ) from None
     return found.get(key) if isinstance(found, dict) else None

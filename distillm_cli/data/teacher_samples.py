@@ -36,7 +36,7 @@ def read_teacher_samples(data: DataConfig, rows: SequenceOf[Row], listener: List
     path = Path(data.teacher_samples).expanduser()
     hint = "make it with `distillm generate --model TEACHER --data SOURCE --split train --output FILE`"
     if not path.is_file():
-        raise DataError(f"{path}: no such file (data.teacher_samples)", hint=hint)
+        raise DataError("data.not_found", f"{path}: no such file (data.teacher_samples)", hint=hint)
     sample_data = data.model_copy(
         update={"source": str(path.absolute()), "valid": None, "limit": None, "columns": ColumnsConfig()}
     )
@@ -83,6 +83,7 @@ def _missing_sample_error(unmatched_rows: Iterable[Row], rows: int, path: Path) 
     unmatched_rows = list(unmatched_rows)
     more = f" ({len(unmatched_rows):,} of {rows:,} rows have none)" if len(unmatched_rows) > 1 else ""
     return DataError(
+        "data.no_teacher_sample",
         f"{unmatched_rows[0].where}: no teacher sample asks the same{more}",
         where=f"data.teacher_samples = {path}",
         hint="generate with this --data and --split train, or train on fewer rows with --set data.limit=N",

@@ -80,6 +80,7 @@ class Renderer:
             return self._chat(row).text(row)
         if row.answer is not None and not row.references:
             raise DataError(
+                "data.template_mismatch",
                 f"{row.where}: an answer without text (a tool call) cannot be written without a chat template",
                 hint=f"use {_CHAT_MODEL_ADVICE}",
             )
@@ -94,7 +95,7 @@ class Renderer:
         hint = (
             "try --set data.template=alpaca" if one_question else f"a conversation needs one: use {_CHAT_MODEL_ADVICE}"
         )
-        raise ModelError("the tokenizer has no chat template", where=row.where, hint=hint)
+        raise ModelError("model.no_chat_template", "the tokenizer has no chat template", where=row.where, hint=hint)
 
 
 def form_of(row: Row, template: str, has_chat: bool) -> str:
@@ -154,6 +155,7 @@ def _instruction_and_input(row: Row, template: str) -> tuple[str, str]:
         return question
     roles = [message["role"] for message in row.messages]
     raise DataError(
+        "data.template_mismatch",
         f"{row.where}: a conversation ({', '.join(roles)}) does not fit the template {template}",
         hint=f"try --set data.template=chat and {_CHAT_MODEL_ADVICE}",
     )
@@ -178,7 +180,11 @@ def _load_json_list(path: str | None, key: str) -> list[Any] | None:
     try:
         found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{key} = {path}: {error}", hint="give a file that holds a JSON list") from None
+        raise DataError(
+            "data.unreadable", f"{key} = {path}: {error}", hint="give a file that holds a JSON list"
+        ) from None
     if not isinstance(found, list):
-        raise DataError(f"{key} = {path}: not a JSON list", hint="give a file that holds a JSON list")
+        raise DataError(
+            "data.invalid_json", f"{key} = {path}: not a JSON list", hint="give a file that holds a JSON list"
+        )
     return found

@@ -290,6 +290,7 @@ def special_tokens_error(row: Row, tokens: Iterable[str]) -> DataError:
     """Return the error for a row with special tokens in its text where ``data.special_tokens_in_text`` is refuse."""
     names = ", ".join(sorted(tokens))
     return DataError(
+        "data.special_tokens",
         f"{row.where}: special tokens in the text: {names}",
         hint="remove them, or choose --set data.special_tokens_in_text=text",
     )

@@ -193,7 +193,7 @@ def rows_in_context(
     ]
     if not skip_long or not fitting:
         hint = "use a model with a longer context" + ("" if skip_long else ", or leave such rows out: --skip-bad-rows")
-        raise DataError(problems[0], where=suite.source, hint=hint)
+        raise DataError("data.row_too_long", problems[0], where=suite.source, hint=hint)
     for problem in problems[:3]:
         listener(Warned(f"skipped {problem}"))
     if len(long) > 3:

@@ -128,6 +128,7 @@ class Backbone(nn.Module):
         rows = rows if head is None else min(rows, head.shape[0])
         if value > rows:
             raise ModelError(
+                "model.tokenizer_mismatch",
                 f"the tokenizer has {value:,} token ids and the model only {rows:,}",
                 where=self.model.config.name_or_path or self.model.config.model_type,
                 hint="use the tokenizer that belongs to this model",
@@ -249,6 +250,7 @@ class Backbone(nn.Module):
             hidden_ND, own_NV = self.hidden(batch), self.logits(batch)
             if not own_NV.amax(-1).isfinite().all():
                 raise NonFiniteError(
+                    "numbers.not_finite",
                     "the model's logits are not finite",
                     where=self.model.config.name_or_path or self.model.config.model_type,
                     hint="its weights have diverged or are damaged: take an earlier checkpoint; in fp16 try fp32",

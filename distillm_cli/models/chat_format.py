@@ -41,7 +41,9 @@ def set_chat_template(pair: Pair, data: DataConfig, listener: Listener) -> None:
             listener(Note("the student's tokenizer has no chat template: the teacher's is used and saved with it"))
     elif choice in ("student", "teacher"):
         if pair.templates.get(choice) is None:
-            raise UsageError(f"data.chat_template = {choice}, but the {choice}'s tokenizer has none")
+            raise UsageError(
+                "usage.no_chat_template", f"data.chat_template = {choice}, but the {choice}'s tokenizer has none"
+            )
         tokenizer.chat_template = pair.templates[choice]
     else:
         tokenizer.chat_template = read_template(choice)
@@ -53,7 +55,9 @@ def read_template(path: str) -> str:
         return Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
-            f"data.chat_template = {path}: {error}", hint="give auto, student, teacher, or a Jinja file"
+            "usage.unreadable_template",
+            f"data.chat_template = {path}: {error}",
+            hint="give auto, student, teacher, or a Jinja file",
         ) from None
 
 
@@ -69,7 +73,11 @@ def set_languages(tokenizer: Any, data: DataConfig, models: Iterable[Backbone]) 
         if code is None:
             continue
         if not hasattr(tokenizer, name):
-            raise UsageError(f"{key} = {code}, but the tokenizer has no language codes", hint="leave it out")
+            raise UsageError(
+                "usage.invalid_language",
+                f"{key} = {code}, but the tokenizer has no language codes",
+                hint="leave it out",
+            )
         given = "text" if name == "src_lang" else "text_target"
         try:
             setattr(tokenizer, name, code)
@@ -79,7 +87,11 @@ def set_languages(tokenizer: Any, data: DataConfig, models: Iterable[Backbone]) 
         except Exception:  # KeyError, ValueError, …: by the family
             is_known = False
         if not is_known:
-            raise UsageError(f"{key} = {code}: the tokenizer does not know this language", hint="see its documentation")
+            raise UsageError(
+                "usage.invalid_language",
+                f"{key} = {code}: the tokenizer does not know this language",
+                hint="see its documentation",
+            )
         if name == "tgt_lang":
             for model in models:
                 generation_config(model).forced_bos_token_id = int(ids[0])
@@ -98,6 +110,7 @@ def default_end_token(data: DataConfig, pair: Pair, listener: Listener) -> int:
     name = pair.tokenizer.convert_ids_to_tokens
     if not shared:
         raise ModelError(
+            "model.different_ends",
             f"teacher and student end responses differently: the student with {name(student)}, the teacher with tokens "
             "that the student does not have",
             hint="take a student of the teacher's family, or name eos_token in the student's tokenizer_config.json",
@@ -131,6 +144,7 @@ def set_stop_tokens(pair: Pair, encoder: Encoder, is_chat: bool, listener: Liste
     for end in ends:
         if end >= pair.vocab:
             raise ModelError(
+                "model.different_ends",
                 f"the chat template ends a turn with {name(end)}, which teacher and student do not share",
                 hint="use another template with --set data.chat_template=FILE",
             )

@@ -55,6 +55,7 @@ def check_causal_class(config: PretrainedConfig, where: str) -> None:
     """Raise ModelError if transformers has no causal model for the text config of a composite one (Qwen-VL)."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(
+            "model.not_causal",
             f"transformers has no causal language model for the text part of this teacher ({config.model_type})",
             where=where,
             hint="build a student of another family, for example --student random:llama:4x256, or name a smaller model",

@@ -27,12 +27,16 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UsageError(f"unknown device {name!r}", hint="use auto, cpu, cuda, cuda:N or mps") from error
+        raise UsageError(
+            "usage.no_device", f"unknown device {name!r}", hint="use auto, cpu, cuda, cuda:N or mps"
+        ) from error
     counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if device.type not in counts:
-        raise UsageError(f"unknown device {name!r}", hint="use auto, cpu, cuda, cuda:N or mps")
+        raise UsageError("usage.no_device", f"unknown device {name!r}", hint="use auto, cpu, cuda, cuda:N or mps")
     if (device.index or 0) >= counts[device.type]:
-        raise UsageError(f"no device {name} on this machine", hint="try --device auto or --device cpu")
+        raise UsageError(
+            "usage.no_device", f"no device {name} on this machine", hint="try --device auto or --device cpu"
+        )
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     return device
@@ -71,11 +75,13 @@ def check_quantize(quantize: str, device: torch.device) -> None:
     if device.type != "cuda":
         why = "there is none here" if not torch.cuda.is_available() else f"train.device is {device.type}"
         raise ModelError(
+            "model.cannot_quantize",
             f"teacher.quantize {quantize} needs CUDA, and {why}",
             hint="drop it; --set teacher.dtype=bf16 halves the memory of fp32 anywhere",
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(
+            "model.cannot_quantize",
             f"teacher.quantize {quantize} needs bitsandbytes, which is not installed",
             hint="pip install 'distillm[quant]'",
         )

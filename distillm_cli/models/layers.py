@@ -33,14 +33,22 @@ def chosen_layers(text: str, depth: int) -> list[int]:
     if spec.indices is not None:
         highest = max(spec.indices)
         if highest >= depth:
-            raise UsageError(f"{text}: the teacher has no layer {highest}", hint=f"its layers are 0 to {depth - 1}")
+            raise UsageError(
+                "usage.invalid_layers",
+                f"{text}: the teacher has no layer {highest}",
+                hint=f"its layers are 0 to {depth - 1}",
+            )
         if any(b <= a for a, b in pairwise(spec.indices)):
             hint = f"write {FORMS['layers:']}"
-            raise UsageError(f"{text}: the layers must be in the teacher's order, each once", hint=hint)
+            raise UsageError(
+                "usage.invalid_layers", f"{text}: the layers must be in the teacher's order, each once", hint=hint
+            )
         return list(spec.indices)
     count = depth if spec.count is None else spec.count
     if not 1 <= count <= depth:
-        raise UsageError(f"{text}: the teacher has {counted(depth, 'layer')}", hint=f"give 1 to {depth}")
+        raise UsageError(
+            "usage.invalid_layers", f"{text}: the teacher has {counted(depth, 'layer')}", hint=f"give 1 to {depth}"
+        )
     if spec.position == "first":
         return list(range(count))
     if spec.position == "last":
@@ -59,6 +67,7 @@ def build_from_layers(spec: str, teacher: Backbone, *, dropout: float | None = N
     if teacher.is_encoder_decoder:
         kind = teacher.model.config.model_type
         raise ModelError(
+            "model.cannot_take_layers",
             f"cannot take layers of a {kind} teacher: an encoder-decoder has two stacks of them",
             where=spec,
             hint=f"take a smaller model of the family, or --student random:{kind}:2x64",
@@ -147,6 +156,7 @@ def _layers_of(trunk: nn.Module, config: PretrainedConfig, spec: str) -> str:
 
 def _cannot_take_layers(config: PretrainedConfig, spec: str, why: str) -> ModelError:
     return ModelError(
+        "model.cannot_take_layers",
         f"cannot take layers of a {config.get_text_config().model_type} teacher: {why}",
         where=spec,
         hint="build the student from scratch, --student width:0.5 say, or name a smaller model",

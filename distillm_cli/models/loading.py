@@ -62,7 +62,7 @@ def load_config(path: str, *, revision: str | None = None, file: bool = False) -
         manifest.check_files(Path(name), weights=False)
         if not (Path(name) / "config.json").is_file():
             hint = "pass a model directory: config.json, model.safetensors"
-            raise ModelError(f"{path} holds no config.json", hint=hint)
+            raise ModelError("model.no_config", f"{path} holds no config.json", hint=hint)
     with quiet():
         try:
             config = AutoConfig.from_pretrained(
@@ -75,11 +75,19 @@ def load_config(path: str, *, revision: str | None = None, file: bool = False) -
     except ValueError as error:  # several text models
         raise _not_causal(path, config) from error
     if isinstance(depth, int) and depth < 1:
-        raise ModelError(f"{path}: num_hidden_layers is {depth}", hint="its config.json must name at least one layer")
+        raise ModelError(
+            "model.invalid_config",
+            f"{path}: num_hidden_layers is {depth}",
+            hint="its config.json must name at least one layer",
+        )
     context = context_of(config)
     if context is not None and context < MIN_CONTEXT:
         what = f"{path}: a context of {counted(context, 'token')} is too short for a prompt and a response"
-        raise ModelError(what, hint=f"use a model with {MIN_CONTEXT} or more (max_position_embeddings in config.json)")
+        raise ModelError(
+            "model.context_too_short",
+            what,
+            hint=f"use a model with {MIN_CONTEXT} or more (max_position_embeddings in config.json)",
+        )
     architectures = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
     if type(config) not in architectures and not is_composite(config):
         raise _not_causal(path, config)
@@ -158,7 +166,9 @@ def _with_adapters(
         if train is not None and i == 0:
             if len(adapters) > 1:
                 what = f"{location.name} is an adapter of an adapter, and cannot be trained on"
-                raise ModelError(what, hint="without --lora both are merged, and every weight trains")
+                raise ModelError(
+                    "model.invalid_adapter", what, hint="without --lora both are merged, and every weight trains"
+                )
             adapter = lora.continue_adapter(
                 model, location.name, train, base=portable_name(base), base_revision=base_revision, **source
             )
@@ -195,6 +205,7 @@ def _load_weights(
     name, local = locate_model(path)
     if local and not any(next(Path(name).glob(pattern), None) for pattern in WEIGHT_FILES):
         raise ModelError(
+            "model.no_weights",
             f"{path} holds a config.json but no weights (model.safetensors)",
             hint=f"to start from scratch, pass {Path(path) / 'config.json'}",
         )
@@ -223,7 +234,9 @@ def _load_weights(
             hint = f"the files are not the checkpoint of a {type(model).__name__}"
             if kind == "missing_keys" and keys == _head_names(model):
                 hint = "if its head is its embedding matrix, set tie_word_embeddings to true in its config.json"
-            raise ModelError(f"{path}: weights {what}: {', '.join(keys[:2])}{more}", hint=hint)
+            raise ModelError(
+                "model.weights_mismatch", f"{path}: weights {what}: {', '.join(keys[:2])}{more}", hint=hint
+            )
     if not config.is_encoder_decoder and not heads_are_tied(model):
         # transformers loads a head that differs from the embeddings without changing the config. A model built or saved
         # from that config would lose the head.
@@ -257,6 +270,7 @@ def check_causal(path: str, model: PreTrainedModel) -> None:
                 raise
             why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise ModelError(
+                "model.not_causal",
                 f"cannot run {path} on text alone: {why}",
                 where=f"a {model.config.model_type} model",
                 hint="only the text part of a model is trained: choose one that reads text without images",
@@ -272,6 +286,7 @@ def check_causal(path: str, model: PreTrainedModel) -> None:
 def _not_causal(path: str, config: PretrainedConfig) -> ModelError:
     architecture = (config.architectures or [config.model_type])[0]
     return ModelError(
+        "model.not_causal",
         f"{path} is not a causal language model ({architecture})",
         hint="pass one that predicts the next token: GPT-2, OPT, Llama, Qwen, Gemma, … or T5, mT5",
     )

@@ -168,6 +168,7 @@ def continue_adapter(
     plain = isinstance(own, LoraConfig) and not (own.use_dora or own.modules_to_save or own.lora_bias)
     if not plain or own.rank_pattern or own.alpha_pattern or own.bias != "none":
         raise ModelError(
+            "model.invalid_adapter",
             f"the adapter {path} is not a plain LoRA, and cannot be trained on",
             hint="without --lora it is merged into its model, and every weight trains",
         )
@@ -177,6 +178,7 @@ def continue_adapter(
     for name, (requested, stored) in settings.items():
         if requested != stored:
             raise ModelError(
+                "model.invalid_adapter",
                 f"student.lora.{name} is {requested}, and the adapter {path} has {stored}",
                 hint="give its own; without --lora it is merged into its model, and every weight trains",
             )
@@ -206,6 +208,7 @@ def merge(model: PreTrainedModel, path: str, *, local: bool, revision: str | Non
         # Encoder-decoders embed twice, and some scale what a tied head reads.
         if config.is_encoder_decoder or _tied(merged) != still_tied:
             raise ModelError(
+                "model.invalid_adapter",
                 f"the adapter {path} changes one of the weights that are tied in this {config.model_type} model",
                 hint="put an adapter on the layers between embeddings and head only",
             )
@@ -271,6 +274,7 @@ def _checked_call(call: Callable[[], Any], name: str, hint: str = _INCOMPLETE) -
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()
         raise ModelError(
+            "model.invalid_adapter",
             f"cannot put the adapter {name} on its model: {' '.join(reason[:2])[:200]}",
             hint=hint,
         ) from error
@@ -285,6 +289,7 @@ def _checked(adapter: Adapter, where: str) -> Adapter:
     for name, layer in adapter.layers():
         if not isinstance(layer, Linear | ParamWrapper) or layer in ends:
             raise ModelError(
+                "model.invalid_adapter",
                 f"a LoRA adapter on {name}, and only linear layers and experts before the head can have one",
                 where=where,
                 hint="leave student.lora.targets unset: every linear layer but the head",

@@ -77,6 +77,7 @@ def _named(
         if not matches:
             names = sorted({_last(name) for name in (*modules, *experts)})
             raise ModelError(
+                "model.no_lora_target",
                 f"no linear layer {target!r} before the head",
                 where="student.lora.targets",
                 hint=f"this {model.config.model_type} has {', '.join(names)}",

@@ -24,11 +24,15 @@ def locate_model(path: str) -> tuple[str, bool]:
     if directory.is_dir():
         return str(directory), True
     if directory.is_file():
-        raise ModelError(f"{path} is a file, not a model directory", hint=f"pass {directory.parent}")
+        raise ModelError("model.not_found", f"{path} is a file, not a model directory", hint=f"pass {directory.parent}")
     if is_broken_link(directory):
-        raise ModelError(f"{path} is a symbolic link that leads nowhere", hint="correct the link, or pass another path")
+        raise ModelError(
+            "model.not_found",
+            f"{path} is a symbolic link that leads nowhere",
+            hint="correct the link, or pass another path",
+        )
     if not is_on_hub(path):
-        raise ModelError(f"no model at {directory}: no such directory", hint="check the path")
+        raise ModelError("model.not_found", f"no model at {directory}: no such directory", hint="check the path")
     return path, False
 
 
@@ -98,9 +102,15 @@ def read_base_model(file: Path) -> tuple[str, str | None]:
         config = json.loads(file.read_text(encoding="utf-8"))
         base = config.get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"cannot read {file}: {error}", hint="copy or download the adapter again") from error
+        raise ModelError(
+            "model.invalid_adapter", f"cannot read {file}: {error}", hint="copy or download the adapter again"
+        ) from error
     if not base:
-        raise ModelError(f"{file} does not name the model it adapts", hint="add base_model_name_or_path to it")
+        raise ModelError(
+            "model.invalid_adapter",
+            f"{file} does not name the model it adapts",
+            hint="add base_model_name_or_path to it",
+        )
     return base, config.get("revision")
 
 
@@ -110,6 +120,7 @@ def adapter_chain(path: str, revision: str | None = None) -> tuple[list[ModelLoc
     while True:
         if adapters and is_built_without_file(path):
             raise ModelError(
+                "model.no_adapter_base",
                 f"{adapters[-1].name} is an adapter of a model that its run built ({path}) and that is not kept",
                 hint="give the run's output directory",
             )
@@ -122,7 +133,9 @@ def adapter_chain(path: str, revision: str | None = None) -> tuple[list[ModelLoc
             return adapters, path, revision
         if any(adapter.name == name for adapter in adapters):
             raise ModelError(
-                f"{name} is an adapter of itself", hint=f"see base_model_name_or_path in its {ADAPTER_CONFIG}"
+                "model.no_adapter_base",
+                f"{name} is an adapter of itself",
+                hint=f"see base_model_name_or_path in its {ADAPTER_CONFIG}",
             )
         adapters.append(ModelLocation(name, local, revision))
         path, revision = base
@@ -137,6 +150,7 @@ def portable_name(path: str) -> str:
 def base_not_loaded(adapter: ModelLocation, base: str, error: ModelError) -> ModelError:
     """Return the error for an adapter whose model does not load."""
     return ModelError(
+        "model.no_adapter_base",
         f"{adapter.name} is an adapter of {base}, which does not load: {error.what}",
         hint=f"put that model there, or name its new place in {adapter.name}/{ADAPTER_CONFIG} (base_model_name_or_path)",
     )

@@ -269,7 +269,9 @@ def _student_model(
     path = student.path
     if path is None:
         raise UsageError(
-            "no model to train", hint="pass --student PATH, or --student random:4x256 to start from scratch"
+            "usage.no_model",
+            "no model to train",
+            hint="pass --student PATH, or --student random:4x256 to start from scratch",
         )
     tokenizer = tokenizer or _configured_tokenizer(student, texts)
     spec = parse_student(path)
@@ -290,7 +292,7 @@ def _student_model(
     if isinstance(spec, ConfigFile):
         file = Path(path).expanduser()
         if not file.is_file():
-            raise ModelError(f"no model config at {file}: no such file", hint="check the path")
+            raise ModelError("model.no_config", f"no model config at {file}: no such file", hint="check the path")
         config = load_config(str(file), file=True)
         if tokenizer is None and teacher is None and has_tokenizer(file.parent):
             tokenizer = load_tokenizer(str(file.parent))
@@ -329,6 +331,7 @@ def check_architectures(teacher: Backbone | Shape, student: Backbone | Shape) ->
     kinds = {True: "an encoder-decoder model", False: "a causal model"}
     described = [f"{kinds[m.is_encoder_decoder]} ({m.model.config.model_type})" for m in (teacher, student)]
     raise ModelError(
+        "model.different_kinds",
         f"the teacher is {described[0]} and the student {described[1]}",
         where="their states at a response token say different things",
         hint="take a student of the teacher's kind, or --student random:4x256, which is of the teacher's family",
@@ -351,6 +354,7 @@ def check_vocabularies(teacher: PreTrainedTokenizerBase, student: PreTrainedToke
     if differing := [i for i, token in theirs_by_id.items() if ours_by_id.get(i, token) != token]:
         i = min(differing)
         raise ModelError(
+            "model.different_vocabularies",
             f"teacher and student have different vocabularies: token {i} is {theirs_by_id[i]!r} for the teacher, "
             f"{ours_by_id[i]!r} for the student",
             where=sizes,
@@ -363,6 +367,7 @@ def check_vocabularies(teacher: PreTrainedTokenizerBase, student: PreTrainedToke
         if extra := [i for i in tokens if i not in others and i not in added]:
             i = min(extra)
             raise ModelError(
+                "model.different_vocabularies",
                 f"teacher and student have different vocabularies: token {i}, {tokens[i]!r}, is the {whose}'s alone",
                 where=sizes,
                 hint=hint,
@@ -388,7 +393,7 @@ def _configured_tokenizer(student: schema.StudentConfig, texts: TrainingTexts | 
     tokenizer = load_or_train_tokenizer(student.tokenizer, texts)
     if tokenizer is None and student.tokenizer is not None:
         what = f"a {student.tokenizer} tokenizer is trained on data, and there is none"
-        raise ModelError(what, hint="pass a tokenizer directory")
+        raise ModelError("model.no_tokenizer", what, hint="pass a tokenizer directory")
     return tokenizer
 
 
@@ -406,6 +411,8 @@ def _append_eos_to_prompts(
 def _teacher_tokenizer(teacher: Backbone | None, path: str) -> PreTrainedTokenizerBase:
     if teacher is None:
         raise ModelError(
-            f"{path} needs a tokenizer", hint="pass --tokenizer DIR, or one trained on the data: bpe:1000, chars, words"
+            "model.no_tokenizer",
+            f"{path} needs a tokenizer",
+            hint="pass --tokenizer DIR, or one trained on the data: bpe:1000, chars, words",
         )
     return teacher.tokenizer

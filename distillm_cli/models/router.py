@@ -52,7 +52,7 @@ def set_router_loss(setting: float | str, student: Backbone, listener: Listener 
     kind = student.model.config.model_type
     what = f"the student ({kind}) has no router whose auxiliary loss transformers computes"
     if setting != "auto":
-        raise ModelError(what, where=f"{_FIELD} = {setting}", hint=f"--set {_FIELD}=0")
+        raise ModelError("model.no_router", what, where=f"{_FIELD} = {setting}", hint=f"--set {_FIELD}=0")
     listener(Warned(f"{what}, and its config has router_aux_loss_coef {weight:g}: training without it"))
     return 0.0
 

@@ -94,6 +94,7 @@ def start_token(config: PretrainedConfig) -> int:
         if (token := getattr(config, name, None)) is not None:
             return token
     raise ModelError(
+        "model.no_start_token",
         "no token for the decoder to begin with",
         where=config.name_or_path or config.model_type,
         hint="name one in config.json: decoder_start_token_id",

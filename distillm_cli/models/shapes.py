@@ -218,13 +218,15 @@ def load_shape(
             return Shape(build_random(path, stand_in, teacher_config=config, max_length=max_length, seed=0), own)
     file = isinstance(spec, ConfigFile)
     if file and not Path(path).expanduser().is_file():
-        raise ModelError(f"no model config at {path}: no such file", hint="check the path")
+        raise ModelError("model.no_config", f"no model config at {path}: no such file", hint="check the path")
     config = load_config(str(Path(path).expanduser()) if file else path, revision=revision, file=file)
     with torch.device("meta"), quiet():
         try:
             model = auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=False)
         except Exception as error:  # every family checks its sizes in its own way
-            raise ModelError(f"cannot build a {config.model_type} of this shape: {error}", where=path) from error
+            raise ModelError(
+                "model.invalid_shape", f"cannot build a {config.model_type} of this shape: {error}", where=path
+            ) from error
     if not file and tied_from_scratch(model):  # a config.json is what a student is built from
         model.set_output_embeddings(copy.deepcopy(model.get_output_embeddings()))
     if own is None:
@@ -240,7 +242,9 @@ class _UnreadTokenizer:
     def __init__(self, path: str, teacher: Shape | None):
         if teacher is None:
             raise ModelError(
-                f"{path} needs a tokenizer", hint="pass --tokenizer DIR; bpe:1000, chars or words need the data at hand"
+                "model.no_tokenizer",
+                f"{path} needs a tokenizer",
+                hint="pass --tokenizer DIR; bpe:1000, chars or words need the data at hand",
             )
         self._last = teacher.vocab - 1
 

@@ -74,7 +74,11 @@ def build_random(
         config = _SHAPES[family](**shape, spec=spec)
     else:
         teacher = "" if text is None or text.model_type in _SHAPES else f", {text.model_type}"
-        raise UsageError(f"unknown family {family!r} in {spec!r}", hint=f"families: {', '.join(_SHAPES)}{teacher}")
+        raise UsageError(
+            "usage.invalid_student",
+            f"unknown family {family!r} in {spec!r}",
+            hint=f"families: {', '.join(_SHAPES)}{teacher}",
+        )
     config.vocab_size = vocabulary_size(tokenizer)
     set_dropout(config, dropout or 0.0, where=spec)
     _set_initial_spread(config, width)
@@ -91,6 +95,7 @@ def build_from_config(
     rows, needed = config.get_text_config().vocab_size, vocabulary_size(tokenizer)
     if rows < needed:
         raise ModelError(
+            "model.tokenizer_mismatch",
             f"the tokenizer has {needed:,} token ids, vocab_size is {rows:,}",
             where=where,
             hint=f"set vocab_size to {needed} or more, or pass another --tokenizer",
@@ -106,9 +111,11 @@ def check_has_teacher(text: str, spec: StudentSpec, teacher: object | None) -> N
         return
     if isinstance(spec, TeacherLayers):
         what = f"{text} takes layers from a teacher, and there is none"
-        raise UsageError(what, hint="name it: --set teacher.path=PATH")
+        raise UsageError("usage.no_teacher", what, hint="name it: --set teacher.path=PATH")
     if isinstance(spec, TeacherWidth):
-        raise UsageError(f"{text} is as deep as a teacher, and there is none", hint="write random:LAYERSxWIDTH")
+        raise UsageError(
+            "usage.no_teacher", f"{text} is as deep as a teacher, and there is none", hint="write random:LAYERSxWIDTH"
+        )
 
 
 def _random_model(text: str, teacher_config: PretrainedConfig | None) -> RandomModel:
@@ -123,7 +130,11 @@ def _random_model(text: str, teacher_config: PretrainedConfig | None) -> RandomM
     teacher = teacher_config.get_text_config()
     width = spec.size if spec.size is not None else _multiple(spec.share * teacher.hidden_size)
     if not 1 <= width <= teacher.hidden_size:
-        raise UsageError(f"{text}: the teacher is {teacher.hidden_size} wide", hint=f"give 1 to {teacher.hidden_size}")
+        raise UsageError(
+            "usage.invalid_student",
+            f"{text}: the teacher is {teacher.hidden_size} wide",
+            hint=f"give 1 to {teacher.hidden_size}",
+        )
     return RandomModel(teacher.num_hidden_layers, width)
 
 
@@ -136,7 +147,12 @@ def set_dropout(config: PretrainedConfig, dropout: float, *, where: str) -> None
         if _DROPOUT.fullmatch(name) and isinstance(value, Real) and not isinstance(value, bool)
     ]
     if not names and dropout:
-        raise ModelError(f"{text.model_type} has no dropout to set", where=where, hint="leave student.dropout unset")
+        raise ModelError(
+            "model.no_dropout",
+            f"{text.model_type} has no dropout to set",
+            where=where,
+            hint="leave student.dropout unset",
+        )
     for name in names:
         setattr(text, name, dropout)
 
@@ -203,7 +219,10 @@ def _build(config: PretrainedConfig, tokenizer: Tokenizer, seed: int, where: str
             if out_of_memory(error):
                 raise
             raise ModelError(
-                f"cannot build a {config.model_type} of this shape: {error}", where=where, hint="try random:llama:4x256"
+                "model.invalid_shape",
+                f"cannot build a {config.model_type} of this shape: {error}",
+                where=where,
+                hint="try random:llama:4x256",
             ) from error
     adopt_special_tokens(model, tokenizer)
     _scale_embeddings(model)
@@ -286,7 +305,9 @@ def with_layers(old: PretrainedConfig, keep: list[int], spec: str) -> Pretrained
     except Exception as error:  # every family validates its sizes in its own way
         reason = str(error).splitlines()[-1].strip()
         raise ModelError(
-            f"cannot take {len(keep)} layers of the teacher's {old.model_type}: {reason}", where=spec
+            "model.cannot_take_layers",
+            f"cannot take {len(keep)} layers of the teacher's {old.model_type}: {reason}",
+            where=spec,
         ) from error
 
 
@@ -340,6 +361,7 @@ def _scaled(old: PretrainedConfig, layers: int, width: int, spec: str) -> Pretra
     except Exception as error:  # every family validates its sizes in its own way
         reason = str(error).splitlines()[-1].strip()
         raise ModelError(
+            "model.cannot_scale",
             f"cannot scale the teacher's {old.model_type} to {layers} layers of {width}: {reason}",
             where=spec,
             hint=f"name a family: random:llama:{layers}x{width}",
@@ -357,7 +379,10 @@ def _head_size(width: int, target: int, spec: str) -> int:
     sizes = [d for d in range(8, 257, 2) if width % d == 0 and (2 * d <= width or width < 32)]
     if not sizes:
         raise UsageError(
-            f"a width of {width} does not divide into attention heads", where=spec, hint="use a multiple of 16"
+            "usage.invalid_student",
+            f"a width of {width} does not divide into attention heads",
+            where=spec,
+            hint="use a multiple of 16",
         )
     return min(sizes, key=lambda d: (d != target, width == d, d % 16 != 0, d % 8 != 0, abs(d - target), -d))
 

@@ -73,7 +73,9 @@ def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedToken
     """Load the tokenizer of a directory or a hub name. It has an end-of-sequence token, and a pad token (else that one)."""
     name, local = locate_model(path)
     if local and not has_tokenizer(Path(name)):
-        raise ModelError(f"{path} holds no tokenizer", hint="pass --tokenizer DIR, or bpe:SIZE, chars, words")
+        raise ModelError(
+            "model.no_tokenizer", f"{path} holds no tokenizer", hint="pass --tokenizer DIR, or bpe:SIZE, chars, words"
+        )
     if local:
         manifest.check_files(Path(name), weights=False)
     if local and _is_tekken(Path(name)) and importlib.util.find_spec("mistral_common") is None:
@@ -91,7 +93,9 @@ def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedToken
     if not local and (config := cached_hub_file(name, "config.json", revision)) and not has_tokenizer(config.parent):
         # transformers makes an empty tokenizer of the family's kind where there are no files for one.
         raise ModelError(
-            f"no files of a tokenizer for {path!r}", hint="pass --tokenizer DIR, or bpe:SIZE, chars, words"
+            "model.no_tokenizer",
+            f"no files of a tokenizer for {path!r}",
+            hint="pass --tokenizer DIR, or bpe:SIZE, chars, words",
         )
     if tokenizer.chat_template is None:
         tokenizer.chat_template = _template_of_processor(path, revision)
@@ -111,13 +115,16 @@ def _template_of_processor(path: str, revision: str | None) -> str | None:
     try:
         return json.loads(file.read_text(encoding="utf-8"))["chat_template"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"cannot read {file}: {error}", hint="copy or download the file again") from error
+        raise ModelError(
+            "model.unreadable", f"cannot read {file}: {error}", hint="copy or download the file again"
+        ) from error
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrainedTokenizerBase:
     """Check for an end-of-sequence token, and set it as the pad token where there is none: supervision is by position."""
     if tokenizer.eos_token_id is None:
         raise ModelError(
+            "model.no_end_token",
             "the tokenizer has no end-of-sequence token, so no response could end",
             where=where,
             hint="name one in its tokenizer_config.json: eos_token",
@@ -211,7 +218,9 @@ def _is_tekken(directory: Path) -> bool:
 
 
 def _missing_package(part: str, path: str, package: str) -> ModelError:
-    return ModelError(f"the {part} of {path} needs the package {package}", hint=f"pip install {package}")
+    return ModelError(
+        "model.missing_package", f"the {part} of {path} needs the package {package}", hint=f"pip install {package}"
+    )
 
 
 _NEEDS = re.compile(r"requires the ([\w-]+) library but it was not found")  # as transformers words it
@@ -222,7 +231,9 @@ def load_error(part: str, path: str, local: bool, error: BaseException) -> Disti
     reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(".")
     if out_of_memory(error):
         hint = "close other programs, or choose a smaller model; `distillm plan` estimates the need"
-        return OutOfMemoryError(f"out of memory while reading the {part} of {path}", where=reason, hint=hint)
+        return OutOfMemoryError(
+            "memory.exhausted", f"out of memory while reading the {part} of {path}", where=reason, hint=hint
+        )
     if package := _NEEDS.search(str(error)):  # tekken.json, for example
         return _missing_package(part, path, package[1])
     if local:
@@ -230,13 +241,15 @@ def load_error(part: str, path: str, local: bool, error: BaseException) -> Disti
             reason, hint = f"damaged or incomplete safetensors file ({reason})", "copy or download the files again"
         else:
             hint = "the directory must be a model that this version of transformers knows"
-        return ModelError(f"cannot read the {part} of {path}: {reason}", hint=hint)
+        return ModelError("model.unreadable", f"cannot read the {part} of {path}: {reason}", hint=hint)
     hint = "pass a local directory, or check the spelling"
     if os.environ.get("HF_HUB_OFFLINE") and huggingface_hub.constants.HF_HUB_OFFLINE:
         reason, hint = "HF_HUB_OFFLINE is set and it is not in the cache", f"{hint}, or unset HF_HUB_OFFLINE"
     elif not hub_is_reachable():
         reason = f"{huggingface_hub.constants.ENDPOINT} cannot be reached, and it is not in the cache"
-    return ModelError(f"cannot find {path!r}: no such directory here, and not from the hub: {reason}", hint=hint)
+    return ModelError(
+        "model.not_found", f"cannot find {path!r}: no such directory here, and not from the hub: {reason}", hint=hint
+    )
 
 
 def check_reload(student: Backbone, *, is_borrowed: bool, text: str | None = None) -> None:
@@ -262,11 +275,13 @@ def check_reload(student: Backbone, *, is_borrowed: bool, text: str | None = Non
         return
     if is_borrowed:
         raise ModelError(
+            "model.tokenizer_not_kept",
             f"a {family} model's directory is read with {family}'s own kind of tokenizer, which this one is not",
             where="student.tokenizer",
             hint="take another family, for example --student random:llama:4x256, or a tokenizer of the family",
         )
     raise ModelError(
+        "model.tokenizer_not_kept",
         f"this {family} model's tokenizer gives other token ids once transformers has saved it and read it back",
         where="the output directory would have another tokenizer than the run",
         hint="give the model's directory a tokenizer.json that transformers saves and reads back, or pass --tokenizer DIR",

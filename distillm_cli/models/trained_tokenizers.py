@@ -104,12 +104,14 @@ def _bpe_size(spec: str) -> int | None:
     match = re.fullmatch(r"bpe:([0-9]+)", spec)
     if match is None:
         raise UsageError(
+            "usage.invalid_tokenizer",
             f"no tokenizer can be trained as {spec!r}",
             where="student.tokenizer",
             hint="expected bpe:SIZE (bpe:1000, say), chars or words",
         )
     if int(match[1]) < SMALLEST_BPE:
         raise UsageError(
+            "usage.invalid_tokenizer",
             f"a vocabulary of {match[1]} is too small for byte-level BPE",
             where=f"student.tokenizer = {spec}",
             hint=f"the least is bpe:{SMALLEST_BPE}: {len(_BYTES)} bytes and {len(SPECIAL)} special tokens",
@@ -122,7 +124,9 @@ def _not_empty(texts: Iterable[str]) -> Iterator[str]:
     full = (text for text in texts if text)
     first = next(full, None)
     if first is None:
-        raise DataError("no text to train a tokenizer on", where="student.tokenizer", hint="are all rows empty?")
+        raise DataError(
+            "data.no_rows", "no text to train a tokenizer on", where="student.tokenizer", hint="are all rows empty?"
+        )
     return chain([first], full)
 
 

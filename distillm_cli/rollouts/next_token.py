@@ -66,6 +66,7 @@ def check_chosen(tokens: np.ndarray) -> None:
     """Raise NonFiniteError if ``choose`` returned −1 for any row."""
     if (tokens < 0).any():
         raise NonFiniteError(
+            "numbers.not_finite",
             "logits that are not finite while sampling",
             hint="its weights have diverged or are damaged: take an earlier checkpoint; in fp16 try fp32",
         )

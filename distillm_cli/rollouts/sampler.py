@@ -331,6 +331,7 @@ def max_response_tokens(prompt: int, sampling: Sampling, context: int | None, li
         tokens = min(tokens, limit)
     if tokens < 1:
         raise DataError(
+            "data.row_too_long",
             f"a prompt of {prompt} tokens leaves no room for a response in {context if limit is None else limit + prompt}",
             hint="shorten the prompt, or lower data.max_prompt_length so that such rows are dropped",
         )

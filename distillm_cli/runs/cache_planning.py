@@ -160,6 +160,7 @@ def check_rows(recipe: Recipe) -> None:
     """Raise UsageError for a cache on disk where the run does not train on rows, which it would hold."""
     if not uses_rows(recipe):
         raise UsageError(
+            "usage.no_teacher_cache",
             f"teacher.cache disk holds the teacher's states of data set rows, and schedule.kind "
             f"{recipe.schedule.kind} trains on none",
             hint="give --teacher-cache memory or off",
@@ -189,7 +190,11 @@ def plan_cache(
     """Return where the teacher's states will be cached, and their size. Arguments: see ``open_teacher``."""
     mode = run.recipe.teacher.cache
     if rebuild and mode in ("memory", "off"):
-        raise UsageError(f"--rebuild-teacher-cache with --teacher-cache {mode}", hint="give --teacher-cache disk")
+        raise UsageError(
+            "usage.exclusive_options",
+            f"--rebuild-teacher-cache with --teacher-cache {mode}",
+            hint="give --teacher-cache disk",
+        )
     if mode == "disk" or (mode == "auto" and (rebuild or started_mode == "disk")):
         return _planned_on_disk(run, workload)
     if mode == "off":

@@ -203,7 +203,7 @@ def _with(recipe: Recipe, changes: Mapping[str, float]) -> Recipe:
         Recipe.model_validate(recipe.model_dump())  # rules over several fields
     except ValidationError as error:
         what, _, hint = str(error.errors()[0]["ctx"]["error"]).partition("; ")
-        raise RecipeError(what, hint=hint or None) from None
+        raise RecipeError("recipe.fields_conflict", what, hint=hint or None) from None
     return recipe
 
 
@@ -243,7 +243,7 @@ def check_data(resolved: Resolved, known: StageModels | None = None) -> str | No
         return None
     if recipe.method == "sft":
         hint = "give --data PATH or NAME, such as --data rows.jsonl or --data dolly"
-        raise UsageError("no data to train on", where="--data is not given", hint=hint)
+        raise UsageError("usage.no_data", "no data to train on", where="--data is not given", hint=hint)
     paths = (recipe.teacher.path, recipe.student.path)
     models = [_teacher(recipe, known), student_info(recipe, known)]
     for path, info in zip(paths, models, strict=True):
@@ -252,7 +252,9 @@ def check_data(resolved: Resolved, known: StageModels | None = None) -> str | No
     if BUILTIN in paths or not all(info is not None and is_in_paper(info) for info in models):
         name = BUILTIN if BUILTIN in paths else "rows.jsonl or --data dolly"
         where = "--data is not given, and only GPT-2, OPT and Llama bases take Dolly by default"
-        raise UsageError("no data to train on", where=where, hint=f"give --data PATH or NAME, such as --data {name}")
+        raise UsageError(
+            "usage.no_data", "no data to train on", where=where, hint=f"give --data PATH or NAME, such as --data {name}"
+        )
     return f"no --data: training on Dolly (data.source {recipe.data.source}), the paper's data set"
 
 
@@ -271,7 +273,9 @@ def _fitted_stage(stage: Stage, known: dict[str, ModelInfo | None]) -> Stage:
             check_data(stage.resolved, known)
         except UsageError as error:
             where = f"stage {stage.name} has no data.source"
-            raise RecipeError(error.what, where=where, hint=f"set stages.{stage.name}.data.source") from None
+            raise RecipeError(
+                "recipe.no_data", error.what, where=where, hint=f"set stages.{stage.name}.data.source"
+            ) from None
         known[PREFIX + stage.name] = student_info(stage.resolved.recipe, known)
         return replace(stage, resolved=fitted(stage.resolved, known))
     models: Any = getattr(stage.config, "models", None) or (stage.config.model,)

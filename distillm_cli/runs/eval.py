@@ -85,7 +85,9 @@ def _jobs(
         resolved, is_own = inference.resolve_settings("eval", checkpoint, settings, listener)
         recipe = resolved.recipe
         if not recipe.eval.suites and settings.recipe is None and not is_own:
-            raise UsageError(f"nothing to score {checkpoint} on", hint="give --suite dolly, or --suite FILE")
+            raise UsageError(
+                "usage.no_data", f"nothing to score {checkpoint} on", hint="give --suite dolly, or --suite FILE"
+            )
         key = (recipe.data, recipe.eval.suites, recipe.eval.limit)
         if key not in loaded:
             loaded[key] = load_suites(recipe, listener)

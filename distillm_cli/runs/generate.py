@@ -48,7 +48,11 @@ def generate_responses(
     file = None if output is None else ResponseFile(Path(output), resume=resume, overwrite=overwrite)
     recipe = inference.resolve_settings("generate", model, settings, listener)[0].recipe
     if source.samples > 1 and recipe.rollout.temperature == 0:
-        raise UsageError(f"--n {source.samples} with temperature 0", where="the responses would all be the same")
+        raise UsageError(
+            "usage.exclusive_options",
+            f"--n {source.samples} with temperature 0",
+            where="the responses would all be the same",
+        )
     locate_model(model)
     rows = read_prompts(source, recipe.data, listener)
     backbone, encoder = inference.load_model(model, recipe, listener)

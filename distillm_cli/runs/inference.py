@@ -109,7 +109,7 @@ def _is_mapping(path: Path) -> bool:
 
 def _damaged(path: Path, why: str) -> RecipeError:
     hint = f"put it back as the run wrote it, or give --recipe {path} to use it as it is (--recipe FILE for another)"
-    return RecipeError(f"{path} is damaged or changed: {why}", hint=hint)
+    return RecipeError("recipe.damaged", f"{path} is damaged or changed: {why}", hint=hint)
 
 
 def load_model(model: str, recipe: Recipe, listener: Listener) -> tuple[Backbone, Encoder]:

@@ -39,6 +39,7 @@ def check_spared(verb: str, recipe: Recipe, output: Path, *, file: str | None = 
     for name, read in _reads(verb, recipe, file):
         if any(path in removed or not removed.isdisjoint(path.parents) for path in map(_real_path, read)):
             raise UsageError(
+                "usage.output_is_input",
                 f"starting over in {output} would remove what the run reads",
                 where=name,
                 hint="choose another --output, or copy it elsewhere first",

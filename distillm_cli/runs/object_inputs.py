@@ -48,7 +48,7 @@ def save_model(directory: Path, value: Any, tokenizer: Any = None) -> Path:
     model, tokenizer = value if isinstance(value, tuple) else (value, tokenizer)
     if tokenizer is None:
         what = f"a {type(model).__name__} object without a tokenizer"
-        raise UsageError(what, hint="pass (model, tokenizer), or the keyword tokenizer")
+        raise UsageError("usage.no_tokenizer", what, hint="pass (model, tokenizer), or the keyword tokenizer")
     digest = hashlib.sha256(type(model).__name__.encode())
     for config in (model.config, getattr(model, "generation_config", None)):
         settings = {} if config is None else config.to_dict()
@@ -99,7 +99,9 @@ def _json_lines(rows: Iterable[Any], name: str) -> Iterable[bytes]:
             yield json.dumps(row, ensure_ascii=False).encode() + b"\n"
         except (TypeError, ValueError) as error:
             hint = "use texts, numbers, lists and mappings"
-            raise DataError(f"row {number} of {name} cannot be written as JSON ({error})", hint=hint) from error
+            raise DataError(
+                "data.invalid_row", f"row {number} of {name} cannot be written as JSON ({error})", hint=hint
+            ) from error
 
 
 def _bytes_of(tensor: Any) -> Any:

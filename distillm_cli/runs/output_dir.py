@@ -88,7 +88,9 @@ def check_output(output: Path, *, resume: bool, overwrite: bool) -> bool:
     CheckpointError, StorageError.
     """
     if resume and overwrite:
-        raise UsageError("--resume and --overwrite exclude each other", hint="give one of them")
+        raise UsageError(
+            "usage.exclusive_options", "--resume and --overwrite exclude each other", hint="give one of them"
+        )
     with storing(f"cannot write to {output}", "choose another --output"):
         _check_used(output, resume=resume, overwrite=overwrite)
         is_new = not output.exists()
@@ -101,23 +103,30 @@ def check_output(output: Path, *, resume: bool, overwrite: bool) -> bool:
 
 def _check_used(output: Path, *, resume: bool, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
-        raise UsageError(f"--output {output} is a file", hint="give a directory")
+        raise UsageError("usage.output_exists", f"--output {output} is a file", hint="give a directory")
     if is_broken_link(output):
         raise UsageError(
-            f"--output {output} is a symbolic link that leads nowhere", hint="remove it, or give a directory"
+            "usage.output_exists",
+            f"--output {output} is a symbolic link that leads nowhere",
+            hint="remove it, or give a directory",
         )
     if resume and not _may_resume(output):
         raise CheckpointError(
-            f"nothing to resume: {output / CHECKPOINTS} does not exist", hint="start without --resume"
+            "checkpoint.nothing_to_resume",
+            f"nothing to resume: {output / CHECKPOINTS} does not exist",
+            hint="start without --resume",
         )
     is_used = output.is_dir() and any(not path.name.startswith(PROBE) for path in output.iterdir())
     if is_used and not (resume or overwrite):
         raise UsageError(
+            "usage.output_exists",
             f"output directory {output} is not empty",
             hint="choose another --output, or give --resume to continue or --overwrite to start over",
         )
     if overwrite and (path := foreign(output)) is not None:
-        raise UsageError(f"{path} was not written by a run", hint="choose another --output, or move it away")
+        raise UsageError(
+            "usage.output_exists", f"{path} was not written by a run", hint="choose another --output, or move it away"
+        )
 
 
 def written(output: Path) -> Iterator[Path]:
@@ -202,7 +211,9 @@ def claimed(output: Path, *, is_new: bool = False) -> Iterator[None]:
     """
 
     def busy() -> None:
-        raise UsageError(f"another run is at work in {output}", hint="wait for it, or choose another --output")
+        raise UsageError(
+            "usage.output_in_use", f"another run is at work in {output}", hint="wait for it, or choose another --output"
+        )
 
     output.mkdir(parents=True, exist_ok=True)  # one that another run made, and removed when it failed
     with locked(output, busy):

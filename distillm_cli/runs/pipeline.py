@@ -55,14 +55,16 @@ def choose_stages(pipeline: Pipeline, only: str | None, start: str | None) -> li
     Raises UsageError for a name that is no stage.
     """
     if only is not None and start is not None:
-        raise UsageError("--only and --from exclude each other", hint="give one of them")
+        raise UsageError("usage.exclusive_options", "--only and --from exclude each other", hint="give one of them")
     names = list(pipeline.names)
     wanted = names if only is None else [name.strip() for name in only.split(",")]
     for flag, name in (*(("--only", name) for name in wanted), ("--from", start)):
         if name is not None and name not in names:
             close = get_close_matches(name, names, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]}?" if close else None
-            raise UsageError(f"{flag} {name}: no such stage", where=f"stages: {', '.join(names)}", hint=hint)
+            raise UsageError(
+                "usage.unknown_stage", f"{flag} {name}: no such stage", where=f"stages: {', '.join(names)}", hint=hint
+            )
     return [name for name in names if name in wanted] if start is None else names[names.index(start) :]
 
 
@@ -130,7 +132,7 @@ def _check_free(path: Path) -> None:
     """Raise UsageError for a ``pipeline.yaml`` that no run wrote."""
     if path.is_file() and path.name not in recorded(path.parent):
         what = f"{path} was not written by `distillm run`, which would replace it"
-        raise UsageError(what, hint="choose another --output, or move it away")
+        raise UsageError("usage.output_exists", what, hint="choose another --output, or move it away")
 
 
 def _is_done(record: StageRecord | None, place: Path) -> bool:
@@ -160,6 +162,7 @@ def _check_reads(
                 what = "is not finished" if records[name] is not None else "is not there"
                 path = stage_record.stage_output(pipeline[name], output / name)
                 raise UsageError(
+                    "usage.stage_not_made",
                     f"stage {stage.name} reads what stage {name} makes, and {path} {what}",
                     hint=f"run stage {name} first, with --only {name} or --from {name}",
                 )

@@ -349,6 +349,7 @@ def _check_held_out(recipe: Recipe, rows: Rows, listener: Listener) -> None:
         return
     if recipe.train.select != "last":
         raise DataError(
+            "data.no_held_out_rows",
             f"{rows.name}: no held-out row has a response, and train.select = {recipe.train.select} needs them",
             hint="name rows with responses with --set data.valid=FILE, or try --set train.select=last",
         )

@@ -44,18 +44,27 @@ def check_request(source: PromptSource, output: str | None, *, resume: bool, ove
     given = [flag for flag, value in sources.items() if value is not None]
     if len(given) != 1:
         what = f"{' and '.join(given)} exclude each other" if given else "no prompts"
-        raise UsageError(what, hint="give one of --data SOURCE, --prompt TEXT, --input FILE")
+        raise UsageError("usage.no_prompts", what, hint="give one of --data SOURCE, --prompt TEXT, --input FILE")
     for flag, count in (("--limit", source.limit), ("--n", source.samples)):
         if count is not None and not 1 <= count < _MAX_COUNT:
-            raise UsageError(f"{flag} = {count}", where="expected a whole number ≥ 1 and < 2^31")
+            raise UsageError("usage.invalid_value", f"{flag} = {count}", where="expected a whole number ≥ 1 and < 2^31")
     if any(not text.strip() for text in source.prompts or ()):
-        raise UsageError("an empty --prompt", where="training rows may not have one either", hint="give it a text")
+        raise UsageError(
+            "usage.invalid_value",
+            "an empty --prompt",
+            where="training rows may not have one either",
+            hint="give it a text",
+        )
     if source.split is not None and source.data is None:
-        raise UsageError(f"--split {source.split} without --data", hint="drop it, or give --data")
+        raise UsageError(
+            "usage.unused_option", f"--split {source.split} without --data", hint="drop it, or give --data"
+        )
     if source.split not in (None, "train", "valid", "test"):
-        raise UsageError(f"--split = {source.split}", where="expected train, valid or test")
+        raise UsageError("usage.invalid_value", f"--split = {source.split}", where="expected train, valid or test")
     if output is None and (resume or overwrite):
-        raise UsageError(f"{'--resume' if resume else '--overwrite'} without --output", hint="give --output FILE")
+        raise UsageError(
+            "usage.no_output", f"{'--resume' if resume else '--overwrite'} without --output", hint="give --output FILE"
+        )
     if output is not None:
         ResponseFile(Path(output), resume=resume, overwrite=overwrite)
     if overwrite:
@@ -71,7 +80,11 @@ def _check_not_read(source: PromptSource, output: Path) -> None:
         read = [place, place / "data"] if place.is_dir() else [place]
         for path in read:
             if path.exists() and (output.samefile(path) or output.resolve().parent == path.resolve()):
-                raise UsageError(f"--output {output} is among what {flag} {name} reads", hint="choose another --output")
+                raise UsageError(
+                    "usage.output_is_input",
+                    f"--output {output} is among what {flag} {name} reads",
+                    hint="choose another --output",
+                )
 
 
 def read_prompts(source: PromptSource, data: DataConfig, listener: Listener) -> list[Row]:
@@ -99,13 +112,13 @@ def _lines(source: str, data: DataConfig, listener: Listener) -> list[Row]:
         raw = sys.stdin.buffer.read() if source == "-" else user_path(source).read_bytes()
         lines = raw.decode("utf-8-sig").split("\n")
     except OSError as error:
-        raise DataError(f"{source}: {error.strerror or error}", hint="check the path") from error
+        raise DataError("data.unreadable", f"{source}: {error.strerror or error}", hint="check the path") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{source}: not UTF-8 (byte {error.start})") from None
+        raise DataError("data.not_utf8", f"{source}: not UTF-8 (byte {error.start})") from None
     name = "stdin" if source == "-" else Path(source).name
     numbered = [(f"{name}:{number}", line.rstrip("\r")) for number, line in enumerate(lines, start=1) if line.strip()]
     if not numbered:
-        raise DataError(f"{name}: no prompts in it", hint="one per line")
+        raise DataError("data.no_rows", f"{name}: no prompts in it", hint="one per line")
     rows = []
     for where, line in numbered:
         try:
@@ -120,11 +133,11 @@ def _lines(source: str, data: DataConfig, listener: Listener) -> list[Row]:
         except BadRow as error:
             if not data.skip_bad_rows:
                 raise DataError(
-                    f"{where}: {error}", hint="fix the row, or skip such rows with --skip-bad-rows"
+                    "data.invalid_row", f"{where}: {error}", hint="fix the row, or skip such rows with --skip-bad-rows"
                 ) from None
             listener(Warned(f"skipped {where}: {error}"))
     if not rows:
-        raise DataError(f"{name}: {all_are(len(numbered), 'row')} broken")
+        raise DataError("data.no_rows", f"{name}: {all_are(len(numbered), 'row')} broken")
     return rows
 
 

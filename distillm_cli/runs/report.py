@@ -73,7 +73,9 @@ def check_selection_metric(recipe: Recipe) -> None:
     """Raise UsageError where checkpoints are selected by a metric and no responses are generated."""
     if selects_by_metric(recipe) and not recipe.eval.report_rows:
         what = f"train.select = {recipe.train.select} is measured on eval.report_rows held-out rows, and that is 0"
-        raise UsageError(what, hint="try --set eval.report_rows=100, or --set train.select=valid_loss")
+        raise UsageError(
+            "usage.invalid_selection", what, hint="try --set eval.report_rows=100, or --set train.select=valid_loss"
+        )
 
 
 def check_can_generate(run: Prepared) -> None:
@@ -91,7 +93,7 @@ def check_can_generate(run: Prepared) -> None:
         config = run.recipe.eval
         references = [row.references for row in run.valid.rows[: config.report_rows]]
         if references and (why := undefined_reason(select, references, config.rouge_tokenizer)) is not None:
-            raise UsageError(f"train.select: {why}", where=run.valid_rows.name)
+            raise UsageError("usage.invalid_selection", f"train.select: {why}", where=run.valid_rows.name)
 
 
 class Report:

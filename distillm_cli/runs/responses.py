@@ -26,11 +26,15 @@ class ResponseFile:
     def __init__(self, path: Path, *, resume: bool, overwrite: bool):
         """Raise UsageError for a path that cannot be used; nothing is written yet."""
         if path.suffix != ".jsonl":
-            raise UsageError(f"--output {path}", where="rows are JSON lines", hint=f"try --output {path}.jsonl")
+            raise UsageError(
+                "usage.no_directory", f"--output {path}", where="rows are JSON lines", hint=f"try --output {path}.jsonl"
+            )
         if resume and overwrite:
-            raise UsageError("--resume and --overwrite exclude each other", hint="give one of them")
+            raise UsageError(
+                "usage.exclusive_options", "--resume and --overwrite exclude each other", hint="give one of them"
+            )
         if path.is_dir():
-            raise UsageError(f"--output {path} is a directory", hint="give a file")
+            raise UsageError("usage.output_exists", f"--output {path} is a directory", hint="give a file")
         self.path = path
         self.resume = resume
         self.overwrite = overwrite
@@ -42,7 +46,7 @@ class ResponseFile:
     def _check_free(self) -> None:
         if self.path.exists() and not (self.resume or self.overwrite):
             hint = "choose another, or give --resume to continue or --overwrite to start over"
-            raise UsageError(f"--output {self.path} exists", hint=hint)
+            raise UsageError("usage.output_exists", f"--output {self.path} exists", hint=hint)
 
     def begin(self, settings: Mapping[str, Any], expected: SequenceOf[Mapping[str, Any]]) -> None:
         """Create or empty the file; on a resume of one that exists, check it and count its rows.
@@ -76,7 +80,9 @@ class ResponseFile:
         self._lock.close()
 
     def _refuse(self) -> None:
-        raise UsageError(f"another run is writing {self.path}", hint="wait for it, or choose another --output")
+        raise UsageError(
+            "usage.output_in_use", f"another run is writing {self.path}", hint="wait for it, or choose another --output"
+        )
 
     def add(self, lines: SequenceOf[Line]) -> None:
         """Append rows; they are on the disk when this returns."""
@@ -91,7 +97,9 @@ class ResponseFile:
         try:
             recorded = json.loads(self.record.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            raise CheckpointError(f"how {self.path} was made is not known: no {self.record.name}", hint=hint) from None
+            raise CheckpointError(
+                "checkpoint.damaged", f"how {self.path} was made is not known: no {self.record.name}", hint=hint
+            ) from None
         changed = [key for key, value in settings.items() if recorded.get(key) != value]
         if changed:
             key = changed[0]
@@ -99,7 +107,9 @@ class ResponseFile:
             are_short = all(len(str(value)) < 30 for value in values)
             difference = f"was {values[0]}, now {values[1]}" if are_short else "differ"
             more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-            raise CheckpointError(f"{self.path} was made otherwise: {key} {difference}{more}", hint=hint)
+            raise CheckpointError(
+                "checkpoint.changed", f"{self.path} was made otherwise: {key} {difference}{more}", hint=hint
+            )
 
     def _verify(self, expected: SequenceOf[Mapping[str, Any]]) -> int:
         """Return the number of complete rows; a part of a line at the end, from an interrupted write, is removed."""
@@ -107,7 +117,11 @@ class ResponseFile:
         complete = raw[: raw.rfind(b"\n") + 1]
         lines = complete.split(b"\n")[:-1]
         if len(lines) > len(expected):
-            raise CheckpointError(f"{self.path} has {len(lines)} rows, {len(expected)} are expected", hint=START_OVER)
+            raise CheckpointError(
+                "checkpoint.damaged",
+                f"{self.path} has {len(lines)} rows, {len(expected)} are expected",
+                hint=START_OVER,
+            )
         for number, (line, fields) in enumerate(zip(lines, expected, strict=False), start=1):
             try:
                 row = json.loads(line)
@@ -115,7 +129,9 @@ class ResponseFile:
             except (ValueError, KeyError, TypeError):
                 is_same = False
             if not is_same:
-                raise CheckpointError(f"{self.path}:{number} is not the row that belongs there", hint=START_OVER)
+                raise CheckpointError(
+                    "checkpoint.changed", f"{self.path}:{number} is not the row that belongs there", hint=START_OVER
+                )
         if len(complete) < len(raw):
             with _writing(self.path):
                 os.truncate(self.path, len(complete))

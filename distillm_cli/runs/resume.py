@@ -69,6 +69,7 @@ def find_checkpoint(
         key, then, now = changed[0]
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise CheckpointError(
+            "checkpoint.changed",
             f"the checkpoint is of another recipe: {key} was {then!r}, now {now!r}{more}",
             where=str(checkpoint.path),
             hint="resume with the settings it was started with, or choose another --output",
@@ -80,7 +81,7 @@ def _check_readable(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError where a part of the checkpoint's state is missing, or another version wrote it."""
     if absent := [part for part in ("progress", "recipe") if not isinstance(checkpoint.state.get(part), dict)]:
         what = f"checkpoint unreadable: its state.json has no {absent[0]}"
-        raise CheckpointError(what, where=str(checkpoint.path), hint=START_OVER)
+        raise CheckpointError("checkpoint.damaged", what, where=str(checkpoint.path), hint=START_OVER)
     with as_checkpoint_error(checkpoint):
         TrainerState(**checkpoint.state["progress"])
         int(checkpoint.state["progress"]["step"])
@@ -109,6 +110,7 @@ def check_same_inputs(checkpoint: Checkpoint, inputs: Mapping[str, str]) -> None
     for name, known in checkpoint.state.get("inputs", {}).items():
         if name in inputs and inputs[name] != known:
             raise CheckpointError(
+                "checkpoint.changed",
                 f"the {name} {'have' if name.endswith('s') else 'has'} changed since the run was started",
                 where=str(checkpoint.path),
                 hint="put back what it was started with, or choose another --output",
@@ -125,6 +127,7 @@ def as_checkpoint_error(checkpoint: Checkpoint) -> Iterator[None]:
             raise
         message = " ".join(str(error).split())[:200]
         raise CheckpointError(
+            "checkpoint.other_version",
             f"the checkpoint is whole, but not as this version writes them ({type(error).__name__}: {message})",
             where=str(checkpoint.path),
             hint=f"resume with the version that wrote it, or {START_OVER}",
@@ -140,6 +143,7 @@ def check_total_steps(checkpoint: Checkpoint, steps: int, steps_per_epoch: int, 
         earlier_steps = total_steps(TrainConfig.model_validate(length), steps_per_epoch)
     if steps < earlier_steps:
         raise CheckpointError(
+            "checkpoint.changed",
             f"the run was started with {earlier_steps:,} steps, now it has {steps:,}",
             where=str(checkpoint.path),
             hint="resume with as many or more, or choose another --output",
@@ -168,7 +172,9 @@ def _shapes_steps(key: str, now: ValueOf) -> bool:
 
 
 def _no_checkpoint(output: Path) -> CheckpointError:
-    return CheckpointError(f"no checkpoint in {output / output_dir.CHECKPOINTS}", hint=START_OVER)
+    return CheckpointError(
+        "checkpoint.nothing_to_resume", f"no checkpoint in {output / output_dir.CHECKPOINTS}", hint=START_OVER
+    )
 
 
 def best_checkpoint(output: Path) -> Checkpoint:
@@ -195,6 +201,7 @@ def checkpoint_weights(student: Backbone, checkpoint: Checkpoint) -> Mapping[str
     frozen = checkpoint.path / FROZEN
     if not frozen.is_file() or frozen.read_text(encoding="utf-8") != frozen_digest(student):
         raise CheckpointError(
+            "checkpoint.changed",
             "the model under the adapter is not the one that this run started with",
             where=str(checkpoint.path),
             hint=f"put back the weights of {student.adapter.config.base_model_name_or_path}, or start over",

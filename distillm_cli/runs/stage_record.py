@@ -73,6 +73,7 @@ def read_record(place: Path) -> StageRecord | None:
     if not path.exists():
         if place.is_file() or (place.is_dir() and any(place.iterdir())):
             raise UsageError(
+                "usage.output_exists",
                 f"{place} exists and was not created by `distillm run`",
                 hint="choose another --output, or move it away",
             )
@@ -81,13 +82,17 @@ def read_record(place: Path) -> StageRecord | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != RECORD_FORMAT:
-            raise CheckpointError(f"{path}: format {content['format']}, this version reads {RECORD_FORMAT}", hint=hint)
+            raise CheckpointError(
+                "checkpoint.other_version",
+                f"{path}: format {content['format']}, this version reads {RECORD_FORMAT}",
+                hint=hint,
+            )
         record = StageRecord(**content)
         if not all(isinstance(record.of.get(part), dict) for part in ("settings", "reads", "files")):
             raise ValueError("it does not record what the stage was made of")
         return record
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error})", hint=hint) from error
+        raise CheckpointError("checkpoint.damaged", f"{path} cannot be read ({error})", hint=hint) from error
 
 
 def write_record(place: Path, record: StageRecord) -> None:
@@ -197,7 +202,11 @@ def check_data_files(stage: Stage) -> None:
     """Raise DataError for a missing data file, before any earlier stage runs."""
     for key, text in inputs(stage.config, stage.resolved.recipe):
         if names_rows(key) and not text.startswith(PREFIX) and is_path(text) and local_path(text) is None:
-            raise DataError(f"stage {stage.name}: {key} = {text}: no such file or directory", hint="check the path")
+            raise DataError(
+                "data.not_found",
+                f"stage {stage.name}: {key} = {text}: no such file or directory",
+                hint="check the path",
+            )
 
 
 def _input_identity(key: str, text: str) -> str | None:
@@ -229,7 +238,7 @@ def _identity(path: Path) -> str:
                 digest.update(file.read(_BLOCK_BYTES))
             return digest.hexdigest()
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}", hint="check the path") from error
+        raise DataError("data.unreadable", f"{path}: {error.strerror or error}", hint="check the path") from error
 
 
 @contextmanager
@@ -238,10 +247,10 @@ def lock_pipeline(output: Path) -> Iterator[None]:
 
     def busy() -> None:
         what = f"another `distillm run` is at work in {output}"
-        raise UsageError(what, hint="wait for it, or choose another --output")
+        raise UsageError("usage.output_in_use", what, hint="wait for it, or choose another --output")
 
     if output.is_file():
-        raise UsageError(f"--output {output} is a file", hint="give a directory")
+        raise UsageError("usage.output_exists", f"--output {output} is a file", hint="give a directory")
     with storing(f"cannot write to {output}", "choose another --output"):
         output.mkdir(parents=True, exist_ok=True)
     with locked(output, busy):

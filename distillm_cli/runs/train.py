@@ -135,7 +135,7 @@ def _check_stage_directory(resolved: Resolved, output: Path) -> None:
     place = output / output_dir.SFT
     if sft_stage_recipe(resolved) is not None and place.exists() and not output_dir.has_stage(output):
         what = f"{place} is no stage of a run in {output}, which would put its fine-tuning there"
-        raise UsageError(what, hint="choose another --output, or move it away")
+        raise UsageError("usage.output_exists", what, hint="choose another --output, or move it away")
 
 
 def _checkpoints(resolved: Resolved, output: Path, options: TrainOptions) -> _Checkpoints:

@@ -112,6 +112,7 @@ def check_space(directory: Path, size: int) -> None:
         free = shutil.disk_usage(directory.parent).free
     if size > 0.95 * free:
         raise StorageError(
+            "storage.no_space",
             f"the teacher cache needs {size / 1e6:,.1f} MB and {directory.parent} has {free / 1e6:,.1f} MB free",
             hint=f"free some space, {_ALTERNATIVES}",
         )
@@ -164,7 +165,7 @@ def read_cache(
         metadata = _read_metadata(directory)
         if (owner := _mismatch(metadata, key)) is not None:
             hint = f"give another --set teacher.cache_dir=DIR, or {REBUILD}"
-            raise CheckpointError(f"the teacher cache {directory} is of {owner}", hint=hint)
+            raise CheckpointError("checkpoint.changed", f"the teacher cache {directory} is of {owner}", hint=hint)
         tokens, width, dtype = metadata["tokens"], metadata["width"], getattr(torch, metadata["dtype"], None)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"{METADATA}: dtype is {metadata['dtype']!r}")
@@ -178,7 +179,9 @@ def read_cache(
         table = torch.from_file(str(directory / STATES), shared=False, size=tokens * width, dtype=dtype)
     except (OSError, ValueError) as error:
         reason = f"{Path(error.filename or directory).name}: {error.strerror}" if isinstance(error, OSError) else error
-        raise CheckpointError(f"the teacher cache {directory} is damaged: {reason}", hint=REBUILD) from error
+        raise CheckpointError(
+            "checkpoint.damaged", f"the teacher cache {directory} is damaged: {reason}", hint=REBUILD
+        ) from error
     return HiddenStateTable(sequences, table.view(tokens, width))
 
 
@@ -275,7 +278,11 @@ def _check_nothing_else(directory: Path) -> None:
     )
     if others:
         problem = f"{directory} holds more than a teacher cache ({others[0]}), and is not replaced"
-        raise StorageError(problem, hint="give another --set teacher.cache_dir=DIR, or move what is not the cache's")
+        raise StorageError(
+            "storage.not_a_cache",
+            problem,
+            hint="give another --set teacher.cache_dir=DIR, or move what is not the cache's",
+        )
 
 
 def _storing(directory: Path) -> AbstractContextManager[None]:

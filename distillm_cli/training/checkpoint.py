@@ -144,16 +144,18 @@ def read_checkpoint(path: Path) -> Checkpoint:
         listed = json.loads((path / manifest.MANIFEST).read_text(encoding="utf-8"))
         if listed["format"] != manifest.MANIFEST_FORMAT:
             what = f"checkpoint format {listed['format']}, this version reads {manifest.MANIFEST_FORMAT}"
-            raise CheckpointError(what, where=str(path), hint=hint)
+            raise CheckpointError("checkpoint.other_version", what, where=str(path), hint=hint)
         for name, sealed in listed["files"].items():
             if not (path / name).is_file():
-                raise CheckpointError(f"checkpoint file missing: {path / name}", hint=hint)
+                raise CheckpointError("checkpoint.damaged", f"checkpoint file missing: {path / name}", hint=hint)
             if manifest.seal(path / name) != sealed:
-                raise CheckpointError(f"checkpoint file damaged: {path / name} differs from its manifest", hint=hint)
+                raise CheckpointError(
+                    "checkpoint.damaged", f"checkpoint file damaged: {path / name} differs from its manifest", hint=hint
+                )
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         return Checkpoint(path, state, load_file(path / TENSORS))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise CheckpointError(f"checkpoint unreadable: {path} ({error})", hint=hint) from error
+        raise CheckpointError("checkpoint.damaged", f"checkpoint unreadable: {path} ({error})", hint=hint) from error
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:

@@ -159,19 +159,20 @@ class Attempt:
     def _explained(self, error: BaseException, is_saved: bool) -> DistillmError:
         if isinstance(error, NonFiniteError):
             hint = error.hint if isinstance(error, InfiniteLoss) else f"lower --lr (now {self.lr:g}), or --dtype fp32"
-            return NonFiniteError(f"{error.what} {self.where}", hint=hint)
+            return NonFiniteError(error.code, f"{error.what} {self.where}", hint=hint)
         hint = "continue with --resume where more is free" if is_saved else "lower --max-length"
-        return OutOfMemoryError(f"out of memory {self.where}", hint=hint)
+        return OutOfMemoryError("memory.exhausted", f"out of memory {self.where}", hint=hint)
 
 
 def check_finite(loss: float, grad_norm: float) -> None:
     """Raise NonFiniteError unless both are finite, naming the cause where the numbers show it."""
     if loss == math.inf:
         raise InfiniteLoss(
+            "numbers.infinite_loss",
             "the loss is infinite: a token has probability 0 (a logit of −inf) in one model but not in the other, "
             "or is in a row,",
             hint="suppress the same tokens in both models, drop the rows that contain them, or choose a divergence "
             "that is bounded (skl, srkl, jsd, tvd)",
         )
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise NonFiniteError(f"loss {loss}, gradient norm {grad_norm}")
+        raise NonFiniteError("numbers.not_finite", f"loss {loss}, gradient norm {grad_norm}")

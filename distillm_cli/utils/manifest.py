@@ -90,13 +90,15 @@ def read_manifest(directory: Path) -> dict | None:
         if not path.parent.is_dir() or isinstance(error, FileNotFoundError):
             return None
         hint = f"copy or download it again, or delete it to use {directory} unchecked"
-        raise CheckpointError(f"cannot read {path}: {error}", hint=hint) from error
+        raise CheckpointError("checkpoint.damaged", f"cannot read {path}: {error}", hint=hint) from error
     if not (isinstance(manifest, dict) and {"format", "files"} <= manifest.keys()):
         return None  # from another program
     is_whole = isinstance(manifest["files"], dict) and isinstance(manifest.get("written", {}), dict)
     if manifest["format"] != MANIFEST_FORMAT or not is_whole:
         message = f"{path} has format {manifest['format']}, this version reads {MANIFEST_FORMAT}"
-        raise CheckpointError(message, hint=f"update distillm, or delete it to use {directory} unchecked")
+        raise CheckpointError(
+            "checkpoint.other_version", message, hint=f"update distillm, or delete it to use {directory} unchecked"
+        )
     return manifest
 
 
@@ -143,9 +145,9 @@ def matches_seal(path: Path, sealed: dict) -> bool:
 
 def _damage_error(directory: Path, manifest: dict, message: str) -> DistillmError:
     if "step" in manifest:
-        return CheckpointError(message, hint="copy it again, or take another checkpoint")
+        return CheckpointError("checkpoint.damaged", message, hint="copy it again, or take another checkpoint")
     hint = f"copy or download it again; if the change is yours, delete {directory / MANIFEST}"
-    return ModelError(message, hint=hint)
+    return ModelError("model.damaged", message, hint=hint)
 
 
 def seal(path: Path) -> dict:

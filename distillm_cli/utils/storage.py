@@ -65,7 +65,7 @@ def storage_error(error: BaseException, what: str, hint: str, *, hint_if_full: s
     """Return the StorageError for an error that the file system reported."""
     if hint_if_full is not None and is_full(os_error_number(error)):
         hint = hint_if_full
-    return StorageError(f"{what}: {reason(error)}", hint=hint)
+    return StorageError("storage.failed", f"{what}: {reason(error)}", hint=hint)
 
 
 def os_error_number(error: BaseException) -> int | None:

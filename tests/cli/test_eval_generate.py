@@ -416,7 +416,8 @@ def test_control_c_keeps_what_is_written_and_resume_completes_it(place, typed):
     code, out, err = typed(*command, "--output", written, "--json")
     finger.join()
     assert code == 130
-    assert json.loads(out) == {"status": "error", "code": 130, "message": err.split("error: ", 1)[1].strip()}
+    message = err.split("error: ", 1)[1].strip()
+    assert json.loads(out) == {"status": "error", "code": 130, "error": "interrupted", "message": message}
     assert "continue with --resume" in err
     kept = lines(written)
     assert 0 < len(kept) < 160

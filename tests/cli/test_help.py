@@ -30,6 +30,7 @@ from distillm_cli.errors import CheckpointError, DataError
 ROOT = Path(__file__).resolve().parents[2]
 VERBS = ("sft", "generate", "distill", "eval", "run", "plan", "methods", "recipes", "schema")
 GROUPS = ("methods", "recipes")
+AREAS = {1: "unexpected", 3: "data", 5: "checkpoint", 7: "memory", 8: "storage", 130: "interrupted"}  # by exit code
 
 
 @pytest.fixture
@@ -298,10 +299,12 @@ def test_no_verb_shows_the_help_and_is_a_usage_error(run):
 
 
 def test_with_json_an_error_is_one_object_on_stdout_too(run):
-    for argv in (["distill", "--alhpa", "1", "--json"], ["distill", "--json", "--alpha", "7"]):
+    unknown, invalid = ["distill", "--alhpa", "1", "--json"], ["distill", "--json", "--alpha", "7"]
+    for argv, error in ((unknown, "usage.unknown_option"), (invalid, "recipe.invalid_value")):
         code, out, err = run(*argv)
         told = json.loads(out)
-        assert told == {"status": "error", "code": code, "message": err.removeprefix("error: ").rstrip("\n")}
+        message = err.removeprefix("error: ").rstrip("\n")
+        assert told == {"status": "error", "code": code, "error": error, "message": message}
         assert code == 2
 
 
@@ -325,8 +328,12 @@ def failing(run, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
-        (DataError("train.jsonl:318: not JSON", hint="mend it"), 3, "train.jsonl:318: not JSON; mend it"),
-        (CheckpointError("damaged"), 5, "damaged"),
+        (
+            DataError("data.invalid_json", "train.jsonl:318: not JSON", hint="mend it"),
+            3,
+            "train.jsonl:318: not JSON; mend it",
+        ),
+        (CheckpointError("checkpoint.damaged", "damaged"), 5, "damaged"),
         (MemoryError(), 7, "out of memory; lower --batch-size"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 7, "out of memory; "),
         (
@@ -358,7 +365,9 @@ def test_every_failure_has_its_exit_code_and_one_line(failing, error, code, said
     assert got == code
     assert err.startswith(f"error: {said}")
     assert err.count("\n") == 1, "no traceback"
-    assert json.loads(out) == {"status": "error", "code": code, "message": err.removeprefix("error: ").rstrip("\n")}
+    told = json.loads(out)
+    assert told.pop("error").split(".")[0] == AREAS[code]
+    assert told == {"status": "error", "code": code, "message": err.removeprefix("error: ").rstrip("\n")}
 
 
 def test_torchs_own_out_of_memory_error_is_out_of_memory(failing):
@@ -399,7 +408,7 @@ def test_debug_adds_the_traceback(failing):
     code, out, err = failing(KeyError("lost"), "--debug")
     assert (code, out) == (1, "")
     assert "Traceback" in err
-    assert err.splitlines()[-1].startswith("error: unexpected KeyError; 'lost'")
+    assert err.splitlines()[-1].startswith("error [unexpected]: unexpected KeyError; 'lost'")
 
 
 def test_a_reader_that_leaves_ends_the_program_quietly():
@@ -437,7 +446,8 @@ def test_a_signal_during_the_imports_is_one_line_and_an_exit_code_too(module, as
     command = [sys.executable, "-m", "distillm_cli", "recipes", "ls", "--json"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (128 + asked, "error: interrupted\n")
-    assert json.loads(done.stdout) == {"status": "error", "code": 128 + asked, "message": "interrupted"}
+    expected = {"status": "error", "code": 128 + asked, "error": "interrupted", "message": "interrupted"}
+    assert json.loads(done.stdout) == expected
 
 
 def test_a_second_ctrl_c_while_libraries_clean_up_ends_the_process_at_once():

@@ -77,13 +77,13 @@ def test_a_shortened_text_keeps_its_start_and_its_end(length):
 
 
 def test_an_error_line_has_an_end_and_the_object_has_all_of_it(capsys):
-    error = DataError("x" * 100_000 + EVIL, hint="correct it")
+    error = DataError("data.invalid_row", "x" * 100_000 + EVIL, hint="correct it")
     assert report(error, ["--json"]) == 3
     out, err = capsys.readouterr()
     assert len(err) <= LONGEST_ERROR + len("error: \n")
     assert err.endswith("; correct it\n")
     assert not COMMANDS.search(err)
-    assert json.loads(out) == {"status": "error", "code": 3, "message": str(error)}
+    assert json.loads(out) == {"status": "error", "code": 3, "error": error.code, "message": str(error)}
     assert "\x1b]0;owned\x07" in json.loads(out)["message"]
 
 

@@ -143,7 +143,7 @@ def test_workers_change_nothing(shared_data):
 
 
 def test_an_error_crosses_the_process_boundary_whole():
-    error = DataError("a.jsonl:3: too long", where="a.jsonl", hint="cut it")
+    error = DataError("data.row_too_long", "a.jsonl:3: too long", where="a.jsonl", hint="cut it")
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), again.what, again.where, again.hint) == (DataError, error.what, error.where, error.hint)
     assert str(again) == str(error)

@@ -209,7 +209,7 @@ def fails_in(place: Path, *written: str) -> None:
 
     def run() -> None:
         put(place, *written)
-        raise StorageError("a disk is full")
+        raise StorageError("storage.failed", "a disk is full")
 
     is_new = output_dir.check_output(place, resume=False, overwrite=False)
     with pytest.raises(StorageError), output_dir.claimed(place, is_new=is_new):

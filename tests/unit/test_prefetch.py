@@ -434,7 +434,7 @@ def test_a_tokenizer_that_fails_fails_where_it_always_did():
     assert not working()
 
 
-@pytest.mark.parametrize("stop", [DataError("no such thing"), KeyboardInterrupt()])
+@pytest.mark.parametrize("stop", [DataError("data.not_found", "no such thing"), KeyboardInterrupt()])
 def test_whatever_ends_the_context_ends_the_work(stop):
     part, tokenizer = rows(40 * CHUNK), letters()
     running = []

@@ -73,7 +73,7 @@ def test_events_are_shown_without_credentials(capsys):
     err = capsys.readouterr().err
     assert err.count("***@host.example") == 2
     assert not [secret for secret in SECRETS if secret in err]
-    assert "hunter2" not in str(DataError(f"no {URL}", where=URL, hint=f"see {URL}"))
+    assert "hunter2" not in str(DataError("data.not_found", f"no {URL}", where=URL, hint=f"see {URL}"))
 
 
 def test_a_recipe_is_written_without_credentials_and_says_so():

@@ -154,7 +154,7 @@ def test_a_directory_is_replaced_at_once_or_stays_as_it_was(tmp_path):
     def fail() -> None:
         with storage.atomic_directory(final) as staged:
             (staged / "new").touch()
-            raise StorageError("a disk is full")
+            raise StorageError("storage.failed", "a disk is full")
 
     with pytest.raises(StorageError):
         fail()

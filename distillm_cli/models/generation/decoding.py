@@ -263,6 +263,7 @@ class _Pass:
 def cannot_generate(backbone: Backbone, why: str) -> ModelError:
     """Return the error for a model that can be trained but not decoded."""
     return ModelError(
+        "model.cannot_generate",
         f"cannot generate with a {backbone.model.config.model_type} model: {why}",
         hint="it can be trained, on data set rows: --set schedule.kind=off --set train.select=valid_loss",
     )
