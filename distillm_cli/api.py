@@ -17,7 +17,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -63,59 +63,67 @@ _ROW_KEYS = ("data.source", "data.valid", "eval.suites")
 # Keywords
 
 
-class SftFields(TypedDict, total=False):
-    """List the keywords of ``sft`` that set fields of the recipe. A mapping sets several fields of its section."""
+class _CommonFields(TypedDict, total=False):
+    """List the keywords of all commands that set fields of the recipe. A mapping sets several fields of its section."""
+
+    method: str
+    batch_size: int
+    skip_bad_rows: bool
+    dtype: str
+    device: str
+    objective: Fields
+    rollout: Fields
+    train: Fields
+    eval: Fields
+
+
+class _TrainingFields(_CommonFields, total=False):
+    """List the keywords of the commands that train, and of ``plan``."""
+
+    data: RowSource | Fields
+    tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase
+    lora: int
+    max_length: int
+    lr: float
+    epochs: float
+    steps: int
+    seed: int
+
+
+class _SamplingFields(_CommonFields, total=False):
+    """List the keywords of the commands that sample from a finished model."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    limit: int
+    greedy: bool
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    student: Fields
+    teacher: Fields
+    schedule: Fields
+
+
+class SftFields(_TrainingFields, total=False):
+    """List the keywords of ``sft`` that set fields of the recipe."""
 
     model: Model
     student: Fields
     teacher: Fields
-    data: RowSource | Fields
-    tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase
-    method: str
-    lora: int
-    max_length: int
-    skip_bad_rows: bool
-    lr: float
-    batch_size: int
-    epochs: float
-    steps: int
-    seed: int
-    dtype: str
-    device: str
-    keep: int
-    objective: Fields
     schedule: Fields
-    rollout: Fields
-    train: Fields
-    eval: Fields
+    keep: int
 
 
-class PlanFields(TypedDict, total=False):
+class PlanFields(_TrainingFields, total=False):
     """List the keywords of ``plan`` and ``load_recipe`` that set fields of the recipe."""
 
     teacher: Model | Fields
     student: Model | Fields
-    data: RowSource | Fields
-    tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase
-    method: str
     divergence: str
     alpha: float
     schedule: str | Fields
     teacher_cache: str
-    lora: int
-    max_length: int
-    skip_bad_rows: bool
-    lr: float
-    batch_size: int
-    epochs: float
-    steps: int
-    seed: int
-    dtype: str
-    device: str
-    objective: Fields
-    rollout: Fields
-    train: Fields
-    eval: Fields
 
 
 class DistillFields(PlanFields, total=False):
@@ -124,67 +132,30 @@ class DistillFields(PlanFields, total=False):
     keep: int
 
 
-class GenerateFields(TypedDict, total=False):
-    """List further keywords of ``generate``: the first seven are options, the others set fields of the recipe.
+class GenerateFields(_SamplingFields, total=False):
+    """List further keywords of ``generate``.
 
     data: rows with prompts, in place of ``prompts``; or a mapping of the section. split: of the data. limit: use the first
-    prompts only. n: responses per prompt. resume: continue where ``output`` ends. overwrite: replace it.
+    prompts only. n: responses per prompt. resume: continue where ``output`` ends. overwrite: replace it. The others set
+    fields of the recipe.
     """
 
     data: RowSource | Fields
     split: str
-    limit: int
     n: int
-    greedy: bool
     resume: bool
     overwrite: bool
-    tokenizer: PreTrainedTokenizerBase
-    template: str
-    skip_bad_rows: bool
-    temperature: float
-    top_p: float
     top_k: int
-    max_new_tokens: int
     seed: int
-    batch_size: int
-    dtype: str
-    device: str
-    method: str
-    student: Fields
-    teacher: Fields
-    objective: Fields
-    schedule: Fields
-    rollout: Fields
-    train: Fields
-    eval: Fields
 
 
-class EvalFields(TypedDict, total=False):
+class EvalFields(_SamplingFields, total=False):
     """List the keywords of ``evaluate`` that set fields of the recipe."""
 
-    tokenizer: PreTrainedTokenizerBase
     data: Fields
     suite: str | Sequence[str] | RowSource
     metric: str | Sequence[str]
-    limit: int
-    template: str
-    skip_bad_rows: bool
     seeds: int | Sequence[int]
-    greedy: bool
-    temperature: float
-    top_p: float
-    max_new_tokens: int
-    batch_size: int
-    dtype: str
-    device: str
-    method: str
-    student: Fields
-    teacher: Fields
-    objective: Fields
-    schedule: Fields
-    rollout: Fields
-    train: Fields
-    eval: Fields
 
 
 @dataclass
@@ -525,7 +496,7 @@ def distill(
     from distillm_cli.runs.start import TrainOptions
 
     options = TrainOptions(resume=resume, overwrite=overwrite, rebuild_teacher_cache=rebuild_teacher_cache)
-    return _train("distill", recipe, output, options, fields, _Reporting(display, listener))
+    return _train("distill", recipe, output, options, fields, _reporting(display, listener))
 
 
 def sft(
@@ -545,7 +516,7 @@ def sft(
     from distillm_cli.runs.start import TrainOptions
 
     options = TrainOptions(resume=resume, overwrite=overwrite)
-    return _train("sft", recipe, output, options, fields, _Reporting(display, listener))
+    return _train("sft", recipe, output, options, fields, _reporting(display, listener))
 
 
 def plan(
@@ -561,7 +532,7 @@ def plan(
 
     stages, defaults: override those of a recipe of stages. Objects are saved in a temporary directory.
     """
-    with _keywords_in_errors(), TemporaryDirectory() as directory, _Reporting(display, listener) as (listen, ui):
+    with _keywords_in_errors(), TemporaryDirectory() as directory, _reporting(display, listener) as (listen, ui):
         given = _Given("plan", Path(directory))
         given.add_all(fields)
         result = plan_recipe(recipe, given.flags, [*given.sets, *_pipeline_sets(stages, defaults)], listen)
@@ -592,7 +563,7 @@ def run(
     from distillm_cli.config.pipeline_recipe import load_pipeline
     from distillm_cli.runs.defaults import fitted_pipeline
 
-    with _keywords_in_errors(), _Reporting(display, listener) as (listen, ui):
+    with _keywords_in_errors(), _reporting(display, listener) as (listen, ui):
         pipeline = fitted_pipeline(load_pipeline(recipe, _pipeline_sets(stages, defaults)))
         check_single_process()
         from distillm_cli.runs.pipeline import run_pipeline
@@ -626,7 +597,7 @@ def generate(
     data = None
     if not isinstance(keywords.get("data"), Mapping) or is_rows(keywords["data"]):
         data = keywords.pop("data", None)
-    with _keywords_in_errors(), TemporaryDirectory() as directory, _Reporting(display, listener) as (listen, _):
+    with _keywords_in_errors(), TemporaryDirectory() as directory, _reporting(display, listener) as (listen, _):
         given = _Given("generate", Path(directory))
         split, limit = keywords.pop("split", None), keywords.pop("limit", None)
         samples, greedy = keywords.pop("n", 1), keywords.pop("greedy", False)
@@ -666,7 +637,7 @@ def evaluate(
     ``EvalFields``. ``suite`` is a name, a file, a list of these, or rows.
     """
     chosen = models if isinstance(models, list) else [models]
-    with _keywords_in_errors(), TemporaryDirectory() as directory, _Reporting(display, listener) as (listen, ui):
+    with _keywords_in_errors(), TemporaryDirectory() as directory, _reporting(display, listener) as (listen, ui):
         given = _Given("eval", Path(directory))
         given.add_all(fields)
         flags = evaluation_flags(given.flags)
@@ -693,7 +664,7 @@ def _train(
     output: str | Path | None,
     options: TrainOptions,
     fields: Mapping[str, Any],
-    reporting: _Reporting,
+    reporting: AbstractContextManager[tuple[Listener, Console | None]],
 ) -> TrainResult:
     place = Path(output or "runs/name")
     directory = (place if place.name else place.resolve()).parent / _INPUTS  # Path(".") has no name
@@ -741,31 +712,22 @@ def _pipeline_sets(stages: Mapping[str, Fields] | None, defaults: Fields | None)
 # Reports and errors
 
 
-class _Reporting:
-    """Give a call its listener and, with ``display``, the console of the command line; as a context manager."""
+@contextmanager
+def _reporting(display: bool, listener: Listener | None) -> Iterator[tuple[Listener, Console | None]]:
+    """Yield the listener of a call and, with ``display``, the console of the command line."""
+    if not display:
+        yield listener or log_event, None
+        return
+    from distillm_cli.ui.console import console
 
-    def __init__(self, display: bool, listener: Listener | None):
-        self._display = display
-        self._listener = listener
-        self._contexts = ExitStack()
-
-    def __enter__(self) -> tuple[Listener, Console | None]:
-        if not self._display:
-            return self._listener or log_event, None
-        from distillm_cli.ui.console import console
-
-        ui = self._contexts.enter_context(console())
-        own = self._listener
+    with console() as ui:
 
         def listen(event: Event) -> None:
             ui(event)
-            if own is not None:
-                own(event)
+            if listener is not None:
+                listener(event)
 
-        return listen, ui
-
-    def __exit__(self, *error: Any) -> None:
-        self._contexts.__exit__(*error)
+        yield listen, ui
 
 
 def log_event(event: Event) -> None:

@@ -64,7 +64,7 @@ class Scheduler(ABC):
 
     @property
     def has_phi(self) -> bool:
-        """Whether the probability of student outputs is φ, which rises with the validation loss."""
+        """Return whether the probability of student outputs is φ, which rises with the validation loss."""
         return self.config.has_phi
 
     @property

@@ -1,4 +1,4 @@
-"""Where the answer of a command goes: results on stdout, also with ``--quiet``, and logs on stderr."""
+"""Test where the answer of a command goes: results on stdout, also with ``--quiet``, and logs on stderr."""
 
 from __future__ import annotations
 

@@ -329,9 +329,9 @@ def failing(run, monkeypatch):
     ("error", "code", "said"),
     [
         (
-            DataError("data.invalid_json", "train.jsonl:318: not JSON", hint="mend it"),
+            DataError("data.invalid_json", "train.jsonl:318: not JSON", hint="correct it"),
             3,
-            "train.jsonl:318: not JSON; mend it",
+            "train.jsonl:318: not JSON; correct it",
         ),
         (CheckpointError("checkpoint.damaged", "damaged"), 5, "damaged"),
         (MemoryError(), 7, "out of memory; lower --batch-size"),

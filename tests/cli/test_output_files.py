@@ -1,4 +1,4 @@
-"""What a training leaves in its output directory: the result, the recipe's header, the report's rows, the card."""
+"""Test what a training writes into its output directory: the result, the recipe's header, the report's rows, the card."""
 
 from __future__ import annotations
 

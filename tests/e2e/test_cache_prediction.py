@@ -1,4 +1,4 @@
-"""What `distillm plan` says the teacher cache will hold, against what the cache of a tiny run then holds."""
+"""Compare the teacher cache that `distillm plan` predicts with the cache that a tiny run makes."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ SCRIPT = """
 
 
 def started(*argv):
-    """What ``distillm ARGV`` printed last: its exit code, and the collector before and after it is resumed."""
+    """Return what ``distillm ARGV`` printed last: its exit code, and the collector before and after it is resumed."""
     script = textwrap.dedent(SCRIPT).replace("{argv!r}", repr([str(a) for a in argv]))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     return done.stdout.splitlines()[-1] if done.stdout else done.stderr

@@ -36,7 +36,7 @@ def put_run(place: Path, *names: str) -> None:
 
 
 def _entry(name: str) -> str:
-    """What a run lists before it writes this: a checkpoint is one entry, with all its files."""
+    """Return what a run lists before it writes this: a checkpoint is one entry, with all its files."""
     name = name.replace(".staging-", "")
     return "/".join(name.split("/")[:2]) if name.startswith("checkpoints/") else name
 

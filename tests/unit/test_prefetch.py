@@ -339,7 +339,7 @@ DATA = DataConfig(max_length=12, max_prompt_length=8)
 
 
 def told(rows, encoder, data=DATA, prefetched=None, context=None):
-    """What tokenizing comes to, everything in it, and what it says on the way."""
+    """Return the result of tokenizing, with everything in it, and the events on the way."""
     said = []
     examples = tokenize(rows, encoder, data, said.append, context, prefetched)
     pairs = [

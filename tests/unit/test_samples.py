@@ -179,8 +179,8 @@ def test_samples_are_drawn_ahead_in_bulk_once_or_anew_in_each_epoch():
     assert [drawn for drawn, _ in answers(once, range(7))] == [8, 0, 4, 0, 0, 0, 0]
     assert [len(rows) for _, rows in once.sampler.asked] == [8, 4]
 
-    anew = ResponseTable(Counting(), rows=batches, steps=7, steps_per_epoch=3, bulk=2, redraw=True)
-    found = answers(anew, range(7))
+    redrawn = ResponseTable(Counting(), rows=batches, steps=7, steps_per_epoch=3, bulk=2, redraw=True)
+    found = answers(redrawn, range(7))
     assert [drawn for drawn, _ in found] == [8, 0, 4, 8, 0, 4, 4]
     assert [{turn for turn, _ in tokens} for _, tokens in found] == [{0}] * 3 + [{1}] * 3 + [{2}]
 
