@@ -7,7 +7,6 @@ Exit codes are part of the interface for scripts:
 
 from __future__ import annotations
 
-import copyreg
 import errno
 import re
 import sys
@@ -46,7 +45,11 @@ class DistillmError(Exception):
 
     def __reduce__(self) -> tuple:
         # Exception would call the class with the message alone when the error comes from another process.
-        return copyreg.__newobj__, (type(self), *self.args), self.__dict__
+        return _new_error, (type(self), *self.args), self.__dict__
+
+
+def _new_error(cls: type[DistillmError], *args: object) -> DistillmError:
+    return cls.__new__(cls, *args)
 
 
 class UsageError(DistillmError):

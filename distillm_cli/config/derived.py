@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from distillm_cli import plugins
@@ -16,8 +16,10 @@ from distillm_cli.utils.text import redact
 _ORIGIN = "student.sft_epochs"
 
 # Fields that may differ between a run and its resume, because no later step depends on them.
-_CHANGEABLE = ("teacher.cache_dir", "train.keep", "train.log_steps", "train.device", "train.threads", "data.workers")
-_CHANGEABLE += ("eval.suites", "eval.batch_size")
+_CHANGEABLE = (
+    "teacher.cache_dir", "train.keep", "train.log_steps", "train.device", "train.threads", "data.workers", "eval.suites",
+    "eval.batch_size",
+)  # fmt: skip
 
 
 def sft_stage_recipe(resolved: Resolved) -> Resolved | None:
@@ -30,9 +32,10 @@ def sft_stage_recipe(resolved: Resolved) -> Resolved | None:
     student = recipe.student
     if not student.sft_epochs:
         return None
-    lr = (student.sft_lr, "student.sft_lr")
     if student.sft_lr is None:
-        lr = (recipe.train.lr, resolved.origin["train.lr"])
+        lr: tuple[Any, str] = (recipe.train.lr, resolved.origin["train.lr"])
+    else:
+        lr = (student.sft_lr, "student.sft_lr")
     changed: dict[str, tuple[Any, str]] = {key: (value, "method sft") for key, value in METHODS["sft"].preset.items()}
     changed |= {
         "method": ("sft", _ORIGIN),
@@ -67,7 +70,7 @@ def fixed_values(recipe: Recipe) -> dict[str, object]:
     """
     changeable = _CHANGEABLE if recipe.train.select in plugins.metrics else (*_CHANGEABLE, "eval")
 
-    def flatten(section: dict, prefix: str) -> Iterator[tuple[str, object]]:
+    def flatten(section: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, object]]:
         for key, value in section.items():
             dotted = f"{prefix}{key}"
             if dotted in changeable:

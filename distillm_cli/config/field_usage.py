@@ -101,6 +101,12 @@ def is_used(key: str, value: ValueOf) -> bool:
     return when is None or any(not _required_changes(alternative, value) for alternative in when.alternatives)
 
 
+def _alternatives(key: str) -> tuple[Mapping[str, Values], ...]:
+    """Return the alternatives of the field's condition, none if every run uses it."""
+    when = condition(key)
+    return () if when is None else when.alternatives
+
+
 def is_general(key: str, value: ValueOf) -> bool:
     """Return whether a recipe may set the field for other commands: sampling for `generate`, or a teacher."""
     return key in (*SAMPLING, "rollout.bulk") or _is_unused_teacher_field(key, value)
@@ -108,12 +114,12 @@ def is_general(key: str, value: ValueOf) -> bool:
 
 def _required_changes(alternative: Mapping[str, Values], value: ValueOf) -> dict[str, Values]:
     """Return the changes that would meet one alternative of a condition: keys and the values that they need."""
-    found = {}
+    found: dict[str, Values] = {}
     for deciding_key, values in alternative.items():
         if value(deciding_key) not in values:
             found[deciding_key] = values
-        if condition(deciding_key) is not None:
-            others = (_required_changes(other, value) for other in condition(deciding_key).alternatives)
+        if further := _alternatives(deciding_key):
+            others = (_required_changes(other, value) for other in further)
             found |= min(others, key=len) | found
     return found
 
@@ -140,7 +146,7 @@ def unused_field_error(key: str, given: GivenValue, value: ValueOf, command: str
     if _is_fine_tuning(value) and (distills or _is_unused_teacher_field(key, value)):
         where = f"{it} belongs to {commands_using(key)}; {method} trains on cross-entropy alone"
         return RecipeError("recipe.unused_field", problem, where=where, hint="leave it out")
-    alternatives = [_required_changes(alternative, value) for alternative in condition(key).alternatives]
+    alternatives = [_required_changes(alternative, value) for alternative in _alternatives(key)]
     unmet = dict.fromkeys(next(iter(changes)) for changes in alternatives)
     current = " and ".join(f"{k} is {_format_word(value(k))}" for k in unmet)
     where = f"{it} belongs to {describe_users(key)}, and here {current}" + (f" (method {method})" if distills else "")
@@ -148,7 +154,7 @@ def unused_field_error(key: str, given: GivenValue, value: ValueOf, command: str
     other = " ".join(
         _command_line_form(deciding_key, next(iter(values)), command) for deciding_key, values in nearest.items()
     )
-    own_parameters = [k for k in parameters(value) if set(condition(k).alternatives[0]) == {"objective.divergence"}]
+    own_parameters = [k for k in parameters(value) if set(_alternatives(k)[0]) == {"objective.divergence"}]
     own_hint = (
         f"{value('objective.divergence')} reads {', '.join(own_parameters)}; "
         if "objective.divergence" in nearest
@@ -180,7 +186,7 @@ def _command_line_form(key: str, value: Any, command: str) -> str:
 def describe_users(key: str) -> str:
     """Describe the runs that use the field: "skl and srkl (method distillm)", "akl", "data.source builtin"."""
     found = []
-    for alternative in condition(key).alternatives:
+    for alternative in _alternatives(key):
         (deciding_key, values), *more = alternative.items()
         listed = [] if isinstance(values, Condition) else values  # a test, such as "above 0", holds for most methods
         methods = [name for name, m in METHODS.items() if m.preset.get(deciding_key) in listed and name not in listed]
@@ -210,8 +216,7 @@ def describe_objective(objective: ObjectiveConfig) -> str:
 
 def _is_distillation_field(key: str) -> bool:
     """Return whether the field, or a field of its condition, is in a section that fine-tuning does not use."""
-    when = condition(key)
-    deciding_keys = [] if when is None else chain.from_iterable(when.alternatives)
+    deciding_keys = chain.from_iterable(_alternatives(key))
     return key not in _FINE_TUNING_FIELDS and any(
         name.startswith(_DISTILLATION_SECTIONS) for name in (key, *deciding_keys)
     )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Generic, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, ValidationInfo, field_validator
 
@@ -55,7 +55,7 @@ class UsedWhen:
     a field that the run does not use is an error. of_method: whether the field is listed among a method's parameters.
     """
 
-    def __init__(self, *alternatives: dict[str, Values], of_method: bool = True):
+    def __init__(self, *alternatives: Mapping[str, Values], of_method: bool = True):
         self.alternatives = alternatives
         self.of_method = of_method
 
@@ -71,6 +71,7 @@ class Section(BaseModel):
         """Refuse ``epochs: true``, which pydantic would convert to 1."""
         items = value if isinstance(value, list | tuple) else [value]
         if any(isinstance(item, bool) for item in items):
+            assert info.field_name is not None
             annotation = cls.model_fields[info.field_name].annotation
             union = get_origin(annotation) in (Union, UnionType)
             if bool not in (get_args(annotation) if union else (annotation,)):
@@ -95,8 +96,11 @@ class DivergenceConfig(Section):
     divergence: str
 
 
+_Member = TypeVar("_Member", bound=Section)
+
+
 @dataclass(frozen=True)
-class TaggedUnion:
+class TaggedUnion(Generic[_Member]):
     """Describe a section with one of several sets of fields, selected by the value of its tag.
 
     tag: name of the selecting field. default: its value if it is not given. base: the fields that all members have,
@@ -105,8 +109,8 @@ class TaggedUnion:
 
     tag: str
     default: str
-    base: type[Section]
-    members: dict[str, type[Section]]
+    base: type[_Member]
+    members: Mapping[str, type[_Member]]
 
     def annotation(self) -> Any:
         """Return the type of a field that holds one of the members."""
@@ -118,7 +122,7 @@ class TaggedUnion:
         tag = value.get(self.tag, self.default) if isinstance(value, dict) else getattr(value, self.tag, self.default)
         return str(tag)
 
-    def member(self, tag: Any) -> type[Section]:
+    def member(self, tag: Any) -> type[_Member]:
         """Return the section for a value of the tag, or the default section for an unknown value."""
         is_known = isinstance(tag, str) and tag in self.members
         return self.members[tag if is_known else self.default]

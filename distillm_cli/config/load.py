@@ -197,6 +197,8 @@ def resolve_layers(
             overridden |= {key: (given[key].value, given[key].origin) for key in dropped}
             given = {key: entry for key, entry in given.items() if key not in dropped}
             validated = _validate(given, command, problems)
+            if validated is None:
+                return None
         if noted_keys := dropped - unused_shared:
             keys = ", ".join(key for key in leaves() if key in noted_keys)
             run = f"method {validated.method}, objective {validated.objective.divergence}"
@@ -322,11 +324,11 @@ def _validate(given: Mapping[str, GivenValue], command: str, problems: ErrorColl
     """Validate the values as a recipe, without the keys that its divergence or schedule does not have."""
     used: dict[str, Any] = {}
     for key, entry in given.items():
-        union, member = _union_at(key, given)
+        selected = _selected_member(key, given)
         name = key.rpartition(".")[2]
-        if union is None or name in member.model_fields:
+        if selected is None or name in selected[1].model_fields:
             used[key] = entry.value
-        elif not union.takes(name, entry.value):
+        elif not selected[0].takes(name, entry.value):
             problems.add(entry.priority, invalid_value_error(entry, key, command))
     try:
         validated = Recipe.model_validate(nested(used))
@@ -349,12 +351,12 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _union_at(key: str, given: Mapping[str, GivenValue]) -> tuple[TaggedUnion | None, type[Section] | None]:
-    """Return the union of a key and the member that the given tag selects; (None, None) outside unions."""
+def _selected_member(key: str, given: Mapping[str, GivenValue]) -> tuple[TaggedUnion, type[Section]] | None:
+    """Return the union of a key and the member that the given tag selects; None outside unions."""
     section = key.rpartition(".")[0]
     union = union_of(Recipe.model_fields[section]) if section in Recipe.model_fields else None
     if union is None:
-        return None, None
+        return None
     tag = given.get(f"{section}.{union.tag}")
     return union, union.member(union.default if tag is None else tag.value)
 

@@ -125,7 +125,7 @@ def read_document(path: Path, label: str) -> yaml.MappingNode:
         raise RecipeError("recipe.unreadable", f"{label}: {error.strerror or error}") from None
     node = yaml_io.compose(text, label)
     if not isinstance(node, yaml.MappingNode):
-        found = "nothing" if node is None else f"a {node.id}"
+        found = "nothing" if node is None else "a scalar" if isinstance(node, yaml.ScalarNode) else "a sequence"
         raise RecipeError(
             "recipe.not_a_mapping",
             f"{label}: holds {found}",

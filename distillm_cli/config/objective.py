@@ -6,13 +6,16 @@ are declared and registered together with the divergence.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from pydantic import Field, create_model, model_validator
 
 from distillm_cli import plugins
 from distillm_cli.config.fields import Condition, DivergenceConfig, Probability, TaggedUnion, UsedWhen
 from distillm_cli.config.schedule import kinds_with
+
+if TYPE_CHECKING:
+    from distillm_cli.losses.divergences import DivergenceEntry
 
 DEFAULT = "skl"
 
@@ -120,21 +123,22 @@ class ObjectiveConfig(DivergenceConfig):
         return self
 
 
-def _member(name: str, entry: Any) -> type[ObjectiveConfig]:
+def _member(name: str, entry: DivergenceEntry) -> type[ObjectiveConfig]:
     """Create the objective section of one divergence, from the common fields and the divergence's own."""
     own = set() if entry.config is None else set(entry.config.model_fields) - set(DivergenceConfig.model_fields)
     if taken := own & set(ObjectiveConfig.model_fields):
         raise TypeError(f"its parameter {min(taken)} is a key of every objective; give it another name")
     bases = (ObjectiveConfig,) if entry.config is None else (ObjectiveConfig, entry.config)
+    tag: Any = Literal[name]
     member = create_model(
         f"{entry.divergence.__name__}Objective",
         __base__=bases,
         __module__=__name__,
         __doc__=entry.divergence.__doc__,
-        divergence=(Literal[name], name),
+        divergence=(tag, name),
     )
     globals()[member.__name__] = member  # where pickle looks for it
-    return member
+    return cast("type[ObjectiveConfig]", member)
 
 
 def _members() -> dict[str, type[ObjectiveConfig]]:

@@ -162,11 +162,11 @@ class _PipelineParser:
                     where="a pipeline has defaults and stages",
                     hint=hint,
                 )
-        stages = self._mapping(*parts["stages"], "stages", "one mapping for each stage")
+        stages = self._stage_nodes(*parts["stages"])
         shared_sets, typed_sets = _split_sets(sets, list(stages))
         shared: dict[str, GivenValue] = {}
         if "defaults" in parts:
-            whole = self._mapping(*parts["defaults"], "defaults", "sections of a recipe", raw=True)
+            whole = self._shared_sections(*parts["defaults"])
             shared = merging.from_mapping(
                 whole, self.path, self.label, self.problems, merging.SHARED, prefix="defaults."
             )
@@ -178,19 +178,26 @@ class _PipelineParser:
         parsed = [self._stage(name, *stages[name], [shared, typed_values], typed_sets[name]) for name in stages]
         if self.problems:
             raise self.problems.first()
-        parsed = [stage for stage in parsed if stage is not None]
-        return Pipeline(self.path.stem, tuple(self._with_dependencies(parsed)))
+        found = [stage for stage in parsed if stage is not None]
+        return Pipeline(self.path.stem, tuple(self._with_dependencies(found)))
 
-    def _mapping(self, key: yaml.Node, value: yaml.Node, what: str, expected: str, *, raw: bool = False) -> Any:
-        place = f"{yaml_io.location(self.label, yaml_io.line_of(key))}: {what}"
+    def _mapping(self, key: yaml.Node, value: yaml.Node, what: str, expected: str) -> yaml.MappingNode:
         if not isinstance(value, yaml.MappingNode) or not value.value:
-            if raw and getattr(value, "value", None) in ("", []):
-                return yaml.MappingNode("", [])
+            place = f"{yaml_io.location(self.label, yaml_io.line_of(key))}: {what}"
             raise RecipeError("recipe.not_a_mapping", f"{place}: no mapping", where=f"expected {expected}")
-        if raw:
-            return value
+        return value
+
+    def _shared_sections(self, key: yaml.Node, value: yaml.Node) -> yaml.MappingNode:
+        """Return the sections under ``defaults``, which may be empty."""
+        if getattr(value, "value", None) in ("", []):
+            return yaml.MappingNode("", [])
+        return self._mapping(key, value, "defaults", "sections of a recipe")
+
+    def _stage_nodes(self, key: yaml.Node, value: yaml.Node) -> dict[str, tuple[yaml.Node, yaml.MappingNode]]:
+        """Return the key and the mapping of each stage, by name."""
+        whole = self._mapping(key, value, "stages", "one mapping for each stage")
         parsed = {}
-        for name, key_node, node in yaml_io.pairs(value, self.label, "stages."):
+        for name, key_node, node in yaml_io.pairs(whole, self.label, "stages."):
             line = yaml_io.location(self.label, yaml_io.line_of(key_node))
             if not re.fullmatch(r"[A-Za-z][\w-]*", name):
                 raise RecipeError(

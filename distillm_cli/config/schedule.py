@@ -18,8 +18,8 @@ from distillm_cli.config.fields import Positive, Probability, Section, TaggedUni
 _REPLAYED = {"schedule.replay": ("decreasing", "constant", "increasing")}
 _AUTO_REPLAY = {"schedule.replay": ("auto",)}
 _FROM_BUFFER = {"schedule.fresh": ("buffer",)}
-_CAPACITY = Field(1000, description="Size of the replay buffer, in sequences. The oldest are removed first.")
-_WARM_UP = Field(
+_CAPACITY: int = Field(1000, description="Size of the replay buffer, in sequences. The oldest are removed first.")
+_WARM_UP: Literal["fill", "none"] = Field(
     "fill",
     description="Student draws until the buffer is full. fill: all are fresh (official code). none: no such phase (paper).",
 )

@@ -7,7 +7,7 @@ A field's description is its help text, its unit and its source. Section and fie
 from __future__ import annotations
 
 from datetime import date
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -48,10 +48,27 @@ _BUILTIN = {"data.source": ("builtin",)}
 _RANK = Condition("that is given", 16, lambda rank: rank is not None)
 
 plugins.metrics.close("the schema of recipes")
-MetricName = Literal[tuple(plugins.metrics)]
+if TYPE_CHECKING:  # the real types depend on what is registered
+    MetricName = str
+    Selection = str
+    AnyObjective = ObjectiveConfig
+    AnySchedule = ScheduleConfig
+else:
+    MetricName = Literal[tuple(plugins.metrics)]
+    Selection = Literal["last", HeldOutMetric, MetricName]
+    AnyObjective = OBJECTIVE.annotation()
+    AnySchedule = SCHEDULE.annotation()
 
-AUTO = "auto"  # for a number: it is chosen to fit the models before the run (runs/defaults.py)
+AUTO: Final = "auto"  # for a number: it is chosen to fit the models before the run (runs/defaults.py)
 Auto = Literal["auto"]
+_Number = TypeVar("_Number", int, float)
+
+
+def chosen(value: _Number | Auto) -> _Number:
+    """Return a number that may be ``auto`` in a recipe, once ``runs.defaults`` has chosen it."""
+    if isinstance(value, str):
+        raise ValueError("this recipe has numbers that are auto; fit it to its models first")
+    return value
 
 
 def _may_have_revision(model: Any) -> bool:
@@ -351,7 +368,7 @@ class TrainConfig(Section):
     eval_steps: Positive | Literal["epoch"] = Field("epoch", description="Steps between two validations.")
     save_steps: Positive | Literal["epoch"] = Field("epoch", description="Steps between two checkpoints.")
     keep: Count = Field(2, description="Number of checkpoints to keep beside the best. 0: none once the run is done.")
-    select: Literal["last", HeldOutMetric, MetricName] = Field(
+    select: Selection = Field(
         "last",
         description="Weights of the output directory: the last ones, or the best by a figure on held-out rows.",
     )
@@ -416,8 +433,8 @@ class Recipe(Section):
     teacher: TeacherConfig = TeacherConfig()
     student: StudentConfig = StudentConfig()
     data: DataConfig = DataConfig()
-    objective: OBJECTIVE.annotation() = ObjectiveConfig()
-    schedule: SCHEDULE.annotation() = ScheduleConfig()
+    objective: AnyObjective = ObjectiveConfig()
+    schedule: AnySchedule = ScheduleConfig()
     rollout: RolloutConfig = RolloutConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()

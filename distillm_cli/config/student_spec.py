@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from distillm_cli.errors import UsageError
 
@@ -43,6 +43,9 @@ class TeacherWidth:
     share: float | None = None
 
 
+Position = Literal["evenly", "first", "last"]
+
+
 @dataclass(frozen=True)
 class TeacherLayers:
     """Request copies of the teacher's layers. indices: counted from 0. count: number of layers from ``position``.
@@ -51,7 +54,7 @@ class TeacherLayers:
     """
 
     count: int | None = None
-    position: Literal["evenly", "first", "last"] = "evenly"
+    position: Position = "evenly"
     indices: tuple[int, ...] | None = None
 
 
@@ -172,5 +175,5 @@ def _parse_layers(text: str) -> TeacherLayers | None:
     if match["list"]:
         return TeacherLayers(indices=tuple(int(i) for i in match["list"].split(",")))
     if match["count"]:
-        return TeacherLayers(int(match["count"]), match["position"] or "evenly")
+        return TeacherLayers(int(match["count"]), cast(Position, match["position"] or "evenly"))
     return TeacherLayers()

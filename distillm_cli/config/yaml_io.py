@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -31,9 +31,7 @@ _SCALARS = (  # tag, pattern, first characters; the first match counts
 class _Loader(yaml.SafeLoader):
     """Compose nodes without aliases. Only the reader and composer are used, so no tag constructs an object."""
 
-    yaml_implicit_resolvers: ClassVar[dict] = {}
-
-    def compose_node(self, parent, index):
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
             raise yaml.composer.ComposerError(None, None, "aliases (*name) are not read in recipes", mark)
@@ -45,6 +43,7 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+_Loader.yaml_implicit_resolvers = {}  # without the base class's
 for _name, _pattern, _first in _SCALARS:
     _Loader.add_implicit_resolver(_TAG + _name, _pattern, _first)
     _Dumper.add_implicit_resolver(_TAG + _name, _pattern, _first)

@@ -28,7 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from importlib import import_module
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field
 
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from distillm_cli.losses.objectives import Objective
 
 Halves = tuple[tuple[float, "Divergence"], tuple[float, "Divergence"]]
+ValueAndGrad = tuple["Tensor", "Tensor | None"]  # value per token [N], and h_NV where it is needed
 
 
 class TokenDistributions:
@@ -84,15 +85,13 @@ class Divergence(ABC):
     """Measure D(p, q) ≥ 0, which is 0 at p = q, for every row of two [N, V] tables."""
 
     @classmethod
-    def from_config(cls, config: DivergenceConfig) -> Divergence:
+    def from_config(cls, config: Any) -> Self:
         """Build from a recipe's parameters with the names of the class's fields. Override it for other names."""
-        names = [field.name for field in fields(cls)] if is_dataclass(cls) else []
+        names: list[str] = [field.name for field in fields(cls)] if is_dataclass(cls) else []
         return cls(**{name: getattr(config, name) for name in names})
 
     @abstractmethod
-    def between(
-        self, p: TokenDistributions, q: TokenDistributions, with_grad: bool = True
-    ) -> tuple[Tensor, Tensor | None]:
+    def between(self, p: TokenDistributions, q: TokenDistributions, with_grad: bool = True) -> ValueAndGrad:
         """Return the value per token [N], nats, and h_NV = ∂D/∂log q (None without ``with_grad``).
 
         Both are new tensors that the caller may change.
@@ -123,7 +122,7 @@ class Divergence(ABC):
         """Return whether DistiLLM-2's curriculum can vary the skew of its halves."""
         return False
 
-    def evaluate(self, log_p_NV: Tensor, log_q_NV: Tensor, with_grad: bool = True) -> tuple[Tensor, Tensor | None]:
+    def evaluate(self, log_p_NV: Tensor, log_q_NV: Tensor, with_grad: bool = True) -> ValueAndGrad:
         """Return value and h from log-probabilities."""
         return self.between(TokenDistributions.of_log(log_p_NV), TokenDistributions.of_log(log_q_NV), with_grad)
 
@@ -131,7 +130,9 @@ class Divergence(ABC):
         return self.evaluate(log_p_NV, log_q_NV, with_grad=False)[0]
 
     def grad(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
-        return self.evaluate(log_p_NV, log_q_NV)[1]
+        _, h_NV = self.evaluate(log_p_NV, log_q_NV)
+        assert h_NV is not None
+        return h_NV
 
 
 @dataclass(frozen=True)
@@ -236,13 +237,13 @@ def drop_zeros(part_NV: Tensor, prob_NV: Tensor, zeros: bool) -> Tensor:
 class KL(Divergence):
     """Compute the forward KL divergence, Σ p (log p − log q) (Hinton et al. 2015, arXiv 1503.02531)."""
 
-    def halves(self):
+    def halves(self) -> Halves:
         return (1.0, self), (1.0, self.mirror())
 
-    def mirror(self):
+    def mirror(self) -> Divergence:
         return ReverseKL()
 
-    def between(self, p, q, with_grad=True):
+    def between(self, p: TokenDistributions, q: TokenDistributions, with_grad: bool = True) -> ValueAndGrad:
         part_NV = (p.log_NV - q.log_NV).mul_(p.prob_NV)
         value_N = drop_zeros(part_NV, p.prob_NV, have_zeros(p, q)).sum(-1)
         return value_N, -p.prob_NV if with_grad else None
@@ -253,13 +254,13 @@ class KL(Divergence):
 class ReverseKL(Divergence):
     """Compute the reverse KL divergence, Σ q (log q − log p) (per token as in GKD, arXiv 2306.13649)."""
 
-    def halves(self):
+    def halves(self) -> Halves:
         return (1.0, self.mirror()), (1.0, self)
 
-    def mirror(self):
+    def mirror(self) -> Divergence:
         return KL()
 
-    def between(self, p, q, with_grad=True):
+    def between(self, p: TokenDistributions, q: TokenDistributions, with_grad: bool = True) -> ValueAndGrad:
         part_NV = drop_zeros((q.log_NV - p.log_NV).mul_(q.prob_NV), q.prob_NV, have_zeros(p, q))
         value_N = part_NV.sum(-1)
         return value_N, part_NV.add_(q.prob_NV) if with_grad else None
@@ -283,17 +284,17 @@ class SkewKL(Divergence):
 
     alpha: float
 
-    def halves(self):
+    def halves(self) -> Halves:
         return (1.0, self), (1.0, self.mirror())
 
-    def mirror(self):
+    def mirror(self) -> Divergence:
         return SkewReverseKL(self.alpha)
 
     @property
-    def has_curriculum(self):
+    def has_curriculum(self) -> bool:
         return self.alpha > 0
 
-    def between(self, p, q, with_grad=True):
+    def between(self, p: TokenDistributions, q: TokenDistributions, with_grad: bool = True) -> ValueAndGrad:
         if self.alpha == 0:
             return KL().between(p, q, with_grad)
         ratio_NV = _ratio(p.prob_NV, q.prob_NV, self.alpha)
@@ -308,17 +309,17 @@ class SkewReverseKL(Divergence):
 
     alpha: float
 
-    def halves(self):
+    def halves(self) -> Halves:
         return (1.0, self.mirror()), (1.0, self)
 
-    def mirror(self):
+    def mirror(self) -> Divergence:
         return SkewKL(self.alpha)
 
     @property
-    def has_curriculum(self):
+    def has_curriculum(self) -> bool:
         return self.alpha > 0
 
-    def between(self, p, q, with_grad=True):
+    def between(self, p: TokenDistributions, q: TokenDistributions, with_grad: bool = True) -> ValueAndGrad:
         if self.alpha == 0:
             return ReverseKL().between(p, q, with_grad)
         ratio_NV = _ratio(q.prob_NV, p.prob_NV, self.alpha)
@@ -346,12 +347,12 @@ class JSD(Divergence):
 
     beta: float
 
-    def halves(self):
+    def halves(self) -> Halves:
         forward = 2 * self.beta, SkewKL(self.beta)
         reverse = 2 * (1 - self.beta), SkewReverseKL(1 - self.beta)
         return forward, reverse
 
-    def between(self, p, q, with_grad=True):
+    def between(self, p: TokenDistributions, q: TokenDistributions, with_grad: bool = True) -> ValueAndGrad:
         if self.beta in (0, 1):
             value_N = q.prob_NV.new_zeros(len(q.prob_NV))
             return value_N, q.prob_NV.new_zeros(q.prob_NV.shape) if with_grad else None
@@ -366,7 +367,7 @@ class JSD(Divergence):
 class TotalVariation(Divergence):
     """Compute the total variation distance, ½ Σ |p − q|, between 0 and 1 (f-distill, arXiv 2307.15190)."""
 
-    def between(self, p, q, with_grad=True):
+    def between(self, p: TokenDistributions, q: TokenDistributions, with_grad: bool = True) -> ValueAndGrad:
         gap_NV = q.prob_NV - p.prob_NV
         value_N = 0.5 * gap_NV.abs().sum(-1)
         return value_N, gap_NV.sign_().mul_(q.prob_NV).mul_(0.5) if with_grad else None
@@ -386,21 +387,24 @@ class Jeffreys(Divergence):
     weight: float = 0.5
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: JeffreysConfig) -> Self:
         return cls(config.jeffreys_weight)
 
-    def halves(self):
+    def halves(self) -> Halves:
         return (4 * self.weight, KL()), (4 * (1 - self.weight), ReverseKL())
 
-    def between(self, p, q, with_grad=True):
+    def between(self, p: TokenDistributions, q: TokenDistributions, with_grad: bool = True) -> ValueAndGrad:
         a = 2 * self.weight
         b = 2 * (1 - self.weight)
         if b == 0:  # a term with weight 0 is dropped, even if it is infinite
             value_N, h_NV = KL().between(p, q, with_grad)
-            return a * value_N, h_NV.mul_(a) if with_grad else None
+            return a * value_N, None if h_NV is None else h_NV.mul_(a)
         if a == 0:
             value_N, h_NV = ReverseKL().between(p, q, with_grad)
-            return b * value_N, h_NV.mul_(b) if with_grad else None
+            return b * value_N, None if h_NV is None else h_NV.mul_(b)
         forward_N, forward_h_NV = KL().between(p, q, with_grad)
         reverse_N, reverse_h_NV = ReverseKL().between(p, q, with_grad)
-        return a * forward_N + b * reverse_N, reverse_h_NV.mul_(b).add_(forward_h_NV, alpha=a) if with_grad else None
+        value_N = a * forward_N + b * reverse_N
+        if forward_h_NV is None or reverse_h_NV is None:
+            return value_N, None
+        return value_N, reverse_h_NV.mul_(b).add_(forward_h_NV, alpha=a)

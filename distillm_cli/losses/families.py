@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field
 
@@ -20,6 +20,7 @@ from distillm_cli.losses.divergences import (
     Divergence,
     ReverseKL,
     TokenDistributions,
+    ValueAndGrad,
     drop_zeros,
     have_zeros,
     logit_grad,
@@ -56,10 +57,10 @@ class AdaptiveKL(Divergence):
     mu: float = 0.5
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: AdaptiveKLConfig) -> Self:
         return cls(config.akl_mu)
 
-    def between(self, p, q, with_grad=True):
+    def between(self, p: TokenDistributions, q: TokenDistributions, with_grad: bool = True) -> ValueAndGrad:
         w_N1 = self._head_share(p.prob_NV, q.prob_NV)
         zeros = have_zeros(p, q)
         log_ratio_NV = q.log_NV - p.log_NV
@@ -119,25 +120,25 @@ class AlphaBeta(Divergence):
     beta: float
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: AlphaBetaConfig) -> Self:
         return cls(config.ab_alpha, config.ab_beta)
 
-    def mirror(self):
+    def mirror(self) -> Divergence:
         return AlphaBeta(self.beta, self.alpha)
 
-    def between(self, p, q, with_grad=True):
+    def between(self, p: TokenDistributions, q: TokenDistributions, with_grad: bool = True) -> ValueAndGrad:
         if not have_zeros(p, q):
             return self._of_logs(p.log_NV, q.log_NV, with_grad)
         import torch
 
         no_p_NV = p.log_NV.isneginf()
         no_q_NV = q.log_NV.isneginf()
-        filled = (rows.log_NV.masked_fill(no_p_NV | no_q_NV, 0) for rows in (p, q))  # equal there: adds 0
-        value_N, h_NV = self._of_logs(*filled, with_grad)
+        either_NV = no_p_NV | no_q_NV  # set to 0 on both sides, which adds 0
+        value_N, h_NV = self._of_logs(p.log_NV.masked_fill(either_NV, 0), q.log_NV.masked_fill(either_NV, 0), with_grad)
         only_q_NV = no_p_NV & ~no_q_NV
         value_N += self._sum_one_sided(q.log_NV, only_q_NV, self.alpha)
         value_N += self._sum_one_sided(p.log_NV, no_q_NV & ~no_p_NV, self.beta)
-        if with_grad and self.alpha != 0:  # infinite at α = 0
+        if h_NV is not None and self.alpha != 0:  # infinite at α = 0
             h_NV.add_(torch.where(only_q_NV, ((self.alpha + self.beta) * q.log_NV).exp_() / self.alpha, 0))
         return value_N, h_NV
 
@@ -150,7 +151,7 @@ class AlphaBeta(Divergence):
             return torch.where(alone_NV.any(-1), math.inf, 0.0).to(log_NV)
         return torch.where(alone_NV, (s * log_NV).exp_(), 0).sum(-1).div_(power * s)
 
-    def _of_logs(self, u_NV: Tensor, w_NV: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None]:
+    def _of_logs(self, u_NV: Tensor, w_NV: Tensor, with_grad: bool) -> ValueAndGrad:
         """Return value and h from finite log p and log q."""
         from distillm_cli.utils.exact import on_float64_device
 
@@ -229,19 +230,21 @@ class AlphaMixture(Divergence):
     from_student: bool = False
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: AlphaMixtureConfig) -> Self:
         inner = plugins.divergences[config.amid_divergence].build(config)
         return cls(config.amid_a, config.amid_lambda, inner, config.amid_from == "student")
 
-    def between(self, p, q, with_grad=True):
+    def between(self, p: TokenDistributions, q: TokenDistributions, with_grad: bool = True) -> ValueAndGrad:
         r, share = self._assistant(p.log_NV, q.log_NV, have_zeros(p, q))
         first = q if self.from_student else p
         value_N, h_NV = self.inner.between(first, r, with_grad)
-        if not with_grad:
+        if h_NV is None:
             return value_N, None
         h_NV = logit_grad(h_NV, r.prob_NV).mul_(share)  # through r's normalizer, then through its mixture
         if self.from_student:
-            h_NV += self.inner.mirror().between(r, q)[1]
+            _, mirror_h_NV = self.inner.mirror().between(r, q)
+            assert mirror_h_NV is not None
+            h_NV += mirror_h_NV
         return value_N, h_NV
 
     def _assistant(self, u_NV: Tensor, w_NV: Tensor, zeros: bool = True) -> tuple[TokenDistributions, Tensor | float]:
@@ -253,7 +256,7 @@ class AlphaMixture(Divergence):
         if kappa == 0:
             return TokenDistributions(_lerp(w_NV, u_NV, lam, zeros), has_zeros=zeros), 1 - lam
         both_NV = u_NV.isneginf() & w_NV.isneginf() if zeros else None
-        if zeros:
+        if both_NV is not None:
             u_NV = u_NV.masked_fill(both_NV, 0)
             w_NV = w_NV.masked_fill(both_NV, 0)
         gap_NV = (u_NV - w_NV).mul_(kappa)
@@ -261,7 +264,7 @@ class AlphaMixture(Divergence):
         weight_NV = torch.where(p_leads_NV, gap_NV.new_tensor(1 - lam), gap_NV.new_tensor(lam))
         log_NV = gap_NV.abs().neg_().expm1_().mul_(weight_NV).log1p_().div_(kappa)
         log_NV += torch.where(p_leads_NV, u_NV, w_NV)
-        if zeros:
+        if both_NV is not None:
             log_NV.masked_fill_(both_NV, -math.inf)
         return TokenDistributions(log_NV, has_zeros=zeros), (-gap_NV - math.log(lam / (1 - lam))).sigmoid()
 
@@ -291,10 +294,10 @@ class Interpolated(Divergence):
     t: float
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: InterpolatedConfig) -> Self:
         return cls(config.taid_start)
 
-    def between(self, p, q, with_grad=True):
+    def between(self, p: TokenDistributions, q: TokenDistributions, with_grad: bool = True) -> ValueAndGrad:
         zeros = have_zeros(p, q)
         return KL().between(TokenDistributions(_lerp(q.z_NV, p.z_NV, self.t, zeros), has_zeros=zeros), q, with_grad)
 
@@ -338,18 +341,18 @@ class Decoupled(Divergence):
     weights_N2: Tensor | None = None
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: DecoupledConfig) -> Self:
         return cls()
 
-    def for_tokens(self, targets_N, divergence_args_N):
+    def for_tokens(self, targets_N: Tensor, divergence_args_N: Tensor | None) -> Decoupled:
         return Decoupled(targets_N, divergence_args_N)
 
-    def between(self, p, q, with_grad=True):
+    def between(self, p: TokenDistributions, q: TokenDistributions, with_grad: bool = True) -> ValueAndGrad:
         if self.targets_N is None:
             raise ValueError("this divergence separates the supervised token: call for_tokens(targets) first")
         targets_N1 = self.targets_N.unsqueeze(-1)
-        c_target_N = 1.0
-        c_others_N = 1.0
+        c_target_N: Tensor | float = 1.0
+        c_others_N: Tensor | float = 1.0
         if self.weights_N2 is not None:
             c_target_N, c_others_N = self.weights_N2.to(q.z_NV.dtype).unbind(-1)
         p_others, q_others = (self._without_targets(rows, targets_N1) for rows in (p, q))
@@ -369,7 +372,7 @@ class Decoupled(Divergence):
             return value_N, None
         share_N = c_others_N - c_target_N * p_rest_N
         h_NV = q_others.prob_NV * share_N.unsqueeze(-1)
-        h_NV -= p_others.prob_NV * (c_others_N if self.weights_N2 is None else c_others_N.unsqueeze(-1))
+        h_NV -= p_others.prob_NV * (c_others_N if isinstance(c_others_N, float) else c_others_N.unsqueeze(-1))
         return value_N, h_NV.scatter_(-1, targets_N1, (-c_target_N * p_N).unsqueeze(-1))
 
     @staticmethod

@@ -19,13 +19,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distillm_cli.losses.divergences import TokenDistributions
+from distillm_cli.losses.divergences import Divergence, TokenDistributions
 from distillm_cli.losses.weights import NO_WEIGHTS, LossWeights, TokenWeights
 from distillm_cli.utils.memory import retry_halved
 
@@ -44,10 +44,14 @@ Inputs = tuple[Tensor, Tensor | None, Tensor | None]  # hidden states, head weig
 class HeadLike(Protocol):
     """logits = softcap(scale · (hidden @ weightᵀ + bias)); without a weight the hidden states are the logits."""
 
-    weight_VD: Tensor | None
-    bias_V: Tensor | None
-    scale: float
-    softcap: float | None
+    @property
+    def weight_VD(self) -> Tensor | None: ...
+    @property
+    def bias_V(self) -> Tensor | None: ...
+    @property
+    def scale(self) -> float: ...
+    @property
+    def softcap(self) -> float | None: ...
 
 
 def fused_loss(
@@ -80,12 +84,14 @@ def fused_loss(
 
     scale: the head's gradient is scaled when it is written, which costs less than scaling the result.
     """
-    if weights.kd and (teacher_hidden_ND is None or teacher_head is None or weights.divergence is None):
-        raise ValueError("a divergence needs the teacher's hidden states and head")
+    teacher = None
+    if weights.kd:
+        if teacher_hidden_ND is None or teacher_head is None or weights.divergence is None:
+            raise ValueError("a divergence needs the teacher's hidden states and head")
+        teacher = _TeacherArgs(teacher_head, teacher_hidden_ND, weights.divergence)
     args = _LossArgs(
         student_head=head,
-        teacher_head=teacher_head if weights.kd else None,
-        teacher_hidden_ND=teacher_hidden_ND if weights.kd else None,
+        teacher=teacher,
         targets_N=targets_N,
         token_weights=token_weights,
         weights=weights,
@@ -112,12 +118,19 @@ def target_log_probs(
 
     The arguments are those of ``fused_loss``, and so is the computation.
     """
-    args = _LossArgs(
-        head, None, None, targets_N, NO_WEIGHTS, LossWeights(kd=0.0, ce=1.0), matmul_dtype, chunk, None, False
-    )
+    args = _LossArgs(head, None, targets_N, NO_WEIGHTS, LossWeights(kd=0.0, ce=1.0), matmul_dtype, chunk, None, False)
     with torch.autocast(hidden_ND.device.type, enabled=False):
         value_N, _ = _values_and_grads((hidden_ND, head.weight_VD, head.bias_V), args, (False, False, False))
     return value_N.neg_()
+
+
+@dataclass(frozen=True)
+class _TeacherArgs:
+    """Hold what a divergence needs of the teacher, and the divergence."""
+
+    head: HeadLike
+    hidden_ND: Tensor
+    divergence: Divergence
 
 
 @dataclass(frozen=True)
@@ -125,8 +138,7 @@ class _LossArgs:
     """Hold the arguments of a call, except the three tensors that autograd tracks."""
 
     student_head: HeadLike
-    teacher_head: HeadLike | None
-    teacher_hidden_ND: Tensor | None
+    teacher: _TeacherArgs | None
     targets_N: Tensor
     token_weights: TokenWeights
     weights: LossWeights
@@ -139,7 +151,9 @@ class _LossArgs:
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, bias_V, args: _LossArgs):
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor | None, bias_V: Tensor | None, args: _LossArgs
+    ) -> Tensor:
         needed_grads = tuple(args.with_grad and need for need in ctx.needs_input_grad[:3])
         value_N, ctx.grads = _values_and_grads((hidden_ND, weight_VD, bias_V), args, needed_grads)
         if any(needed_grads):
@@ -149,7 +163,7 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_total):
+    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
         # Gradients are scaled in place and released, since a second [V, D] table is expensive. A second backward pass
         # (retain_graph) computes them again.
         inputs = ctx.saved_tensors
@@ -162,7 +176,9 @@ class _FusedLoss(torch.autograd.Function):
         return (*grads, None)
 
 
-def _values_and_grads(inputs: Inputs, args: _LossArgs, needed_grads: tuple[bool, ...]) -> tuple[Tensor, Inputs]:
+def _values_and_grads(
+    inputs: Inputs, args: _LossArgs, needed_grads: tuple[bool, ...]
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Return the weighted loss of each token [N], and the needed gradients of the sum in hidden states, weight and bias.
 
     If memory runs out, the computation is repeated in smaller chunks.
@@ -173,9 +189,10 @@ def _values_and_grads(inputs: Inputs, args: _LossArgs, needed_grads: tuple[bool,
         hidden_ND, weight_VD, bias_V, args.student_head, args.matmul_dtype or hidden_ND.dtype
     )
     teacher = None
-    if (head := args.teacher_head) is not None:
-        dtype = args.teacher_hidden_ND.dtype if head.weight_VD is None else head.weight_VD.dtype
-        teacher = _HeadInputs.from_head(args.teacher_hidden_ND, head.weight_VD, head.bias_V, head, dtype)
+    if args.teacher is not None:
+        head = args.teacher.head
+        dtype = args.teacher.hidden_ND.dtype if head.weight_VD is None else head.weight_VD.dtype
+        teacher = _HeadInputs.from_head(args.teacher.hidden_ND, head.weight_VD, head.bias_V, head, dtype)
 
     N = hidden_ND.shape[0]
     limit = args.chunk or _chunk_size(student, teacher, exact)
@@ -197,7 +214,8 @@ def _values_and_grads(inputs: Inputs, args: _LossArgs, needed_grads: tuple[bool,
     if fitting_chunk < chunk and args.on_halved is not None:
         args.on_halved(fitting_chunk)
     grads = (computation.d_hidden_ND, computation.d_weight_VD, computation.d_bias_V)
-    return value_N, tuple(None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
+    pairs = zip(grads, inputs, strict=True)
+    return value_N, tuple(None if g is None or x is None else g.to(x.dtype) for g, x in pairs)
 
 
 def work_bytes(tokens: int, vocab: int, itemsize: int, device: str) -> int:
@@ -237,7 +255,7 @@ class _HeadInputs:
 
     @staticmethod
     def from_head(
-        hidden_ND: Tensor, weight_VD: Tensor | None, bias_V: Tensor | None, head: HeadLike, dtype
+        hidden_ND: Tensor, weight_VD: Tensor | None, bias_V: Tensor | None, head: HeadLike, dtype: torch.dtype
     ) -> _HeadInputs:
         if weight_VD is not None:
             hidden_ND = hidden_ND.to(dtype)
@@ -260,7 +278,7 @@ class _HeadInputs:
 
     def product(self, tokens: slice, table_CV: Tensor | None) -> Tensor:
         hidden_CD = self.hidden_ND[tokens]
-        if self.weight_VD is None:
+        if self.weight_VD is None or table_CV is None:
             return hidden_CD
         return torch.mm(hidden_CD, self.weight_VD.T, out=table_CV[: hidden_CD.shape[0]])
 
@@ -303,21 +321,30 @@ class _Computation:
         hidden_ND, weight_VD, bias_V = inputs
         N = hidden_ND.shape[0]
         self.d_hidden_ND = torch.empty_like(hidden_ND) if needed_grads[0] else None
-        self.d_bias_V = torch.zeros_like(bias_V, dtype=self.exact) if needed_grads[2] else None
-        if needed_grads[1]:  # the first chunk overwrites it
+        self.d_bias_V = torch.zeros_like(bias_V, dtype=self.exact) if bias_V is not None and needed_grads[2] else None
+        if weight_VD is not None and needed_grads[1]:  # the first chunk overwrites it
             self.d_weight_VD = (torch.empty_like if N else torch.zeros_like)(weight_VD, dtype=self.exact)
         value_N = torch.empty(N, dtype=self.exact, device=hidden_ND.device)
-        tables = [None if side is None else side.new_table(chunk) for side in (self.student, self.teacher)]
+        table_CV = self.student.new_table(chunk)
+        teacher_table_CV = None if self.teacher is None else self.teacher.new_table(chunk)
         for tokens in _slices(N, chunk):
-            dz_CV = self._chunk(tokens, value_N, *tables, needs_grad=any(needed_grads))
-            if weight_VD is not None:
-                self._backward_through_head(dz_CV, tokens)
+            dz_CV = self._chunk(tokens, value_N, table_CV, teacher_table_CV, needs_grad=any(needed_grads))
+            if dz_CV is not None and self.student.weight_VD is not None:
+                self._backward_through_head(dz_CV, self.student.weight_VD, tokens)
         for gradient in (self.d_hidden_ND, self.d_bias_V):  # the weight's was scaled when it was written
             if gradient is not None and self.args.scale != 1:
                 gradient.mul_(self.args.scale)
         return value_N
 
-    def _chunk(self, tokens: slice, value_N: Tensor, table_CV, teacher_table_CV, needs_grad: bool) -> Tensor:
+    def _chunk(
+        self,
+        tokens: slice,
+        value_N: Tensor,
+        table_CV: Tensor | None,
+        teacher_table_CV: Tensor | None,
+        *,
+        needs_grad: bool,
+    ) -> Tensor | None:
         """Write the chunk's losses and return its gradient.
 
         The gradient replaces the student's product, or is written to the gradient of the logits if these are given.
@@ -325,12 +352,14 @@ class _Computation:
         z_CV = self.student.product(tokens, table_CV)
         teacher_z_CV = None if self.teacher is None else self.teacher.product(tokens, teacher_table_CV)
         has_given_logits = self.student.weight_VD is None
-        dz_CV = z_CV
+        dz_CV: Tensor | None = z_CV
         if has_given_logits:
             dz_CV = None if self.d_hidden_ND is None else self.d_hidden_ND[tokens]
         for rows in _slices(z_CV.shape[0], self.part):
             token_rows = slice(tokens.start + rows.start, tokens.start + rows.stop)
-            p = None if teacher_z_CV is None else self.teacher.rows(teacher_z_CV[rows], self.exact)
+            p = None
+            if self.teacher is not None and teacher_z_CV is not None:
+                p = self.teacher.rows(teacher_z_CV[rows], self.exact)
             q = self.student.rows(z_CV[rows], self.exact)
             value_N[token_rows], dz_RV = self._losses(p, q, token_rows, needs_grad)
             if dz_RV is None:
@@ -353,9 +382,9 @@ class _Computation:
         value_R = torch.zeros_like(q.z_NV[:, 0])
         h_RV = None
         kd_R = kd if token_weights.kd_weights_N is None else kd * token_weights.kd_weights_N.to(self.exact)
-        ce_R = ce  # one for all rows, unless there is a surrogate
-        if p is not None:
-            divergence = self.args.weights.divergence.for_tokens(targets_R, token_weights.divergence_args_N)
+        ce_R: float | Tensor = ce  # one for all rows, unless there is a surrogate
+        if p is not None and self.args.teacher is not None:
+            divergence = self.args.teacher.divergence.for_tokens(targets_R, token_weights.divergence_args_N)
             value_R, h_RV = divergence.between(p, q, needs_grad)
             value_R = value_R * kd_R
         if ce:
@@ -372,10 +401,10 @@ class _Computation:
         dz_RV = _logit_grad(h_RV, q.prob_NV, targets_R, kd_R, ce_R)
         return value_R, dz_RV if weight_R is None else dz_RV.mul_(weight_R.unsqueeze(-1))
 
-    def _backward_through_head(self, dz_CV: Tensor, tokens: slice) -> None:
+    def _backward_through_head(self, dz_CV: Tensor, weight_VD: Tensor, tokens: slice) -> None:
         """Add the gradients in hidden states and head weight, from the gradient in the product."""
         if self.d_hidden_ND is not None:
-            self.d_hidden_ND[tokens] = dz_CV[: tokens.stop - tokens.start] @ self.student.weight_VD
+            self.d_hidden_ND[tokens] = dz_CV[: tokens.stop - tokens.start] @ weight_VD
         if self.d_weight_VD is None:
             return
         hidden_CD = self.student.hidden_ND[tokens]

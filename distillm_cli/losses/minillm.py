@@ -32,7 +32,7 @@ from distillm_cli.losses.objectives import KD, STUDENT_OUTPUTS, SourceBatch, Tok
 from distillm_cli.losses.weights import LossWeights, TokenWeights
 from distillm_cli.rollouts.mixture import LOG_DRAWN, LOG_P, LOG_Q
 from distillm_cli.rollouts.scheduler import Source
-from distillm_cli.types import Rollout
+from distillm_cli.types import Rollout, Sequence
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +108,7 @@ class MiniLLM(KD):
         output_weight = min(1.0, progress / self.config.kd_warmup) if self.config.kd_warmup else 1.0
         output_weight *= total / self.count(outputs)
         row_weight = self.config.row_weight * total / max(self.count(rows), 1)
-        token_weights = []
+        token_weights: list[TokenWeights | None] = []
         for part in parts:
             N = sum(s.supervised for s in part.sequences)
             if part.source in STUDENT_OUTPUTS:
@@ -117,16 +117,17 @@ class MiniLLM(KD):
                 token_weights.append(TokenWeights(weights_N=torch.full((N,), row_weight)))
         return token_weights
 
-    def _output_weights(self, sequences: SequenceOf[Rollout], weights_N: Tensor) -> TokenWeights:
-        log_probs_N3 = torch.cat([s.log_probs_N3 for s in sequences])
-        rewards = [s.log_probs_N3[:, LOG_P] - s.log_probs_N3[:, LOG_Q] for s in sequences]
+    def _output_weights(self, sequences: SequenceOf[Sequence], weights_N: Tensor) -> TokenWeights:
+        by_output = [_log_probs(s) for s in sequences]
+        log_probs_N3 = torch.cat(by_output)
+        rewards = [output_N3[:, LOG_P] - output_N3[:, LOG_Q] for output_N3 in by_output]
         surrogate = ClippedSurrogate(
             torch.cat([advantages(r_N) for r_N in rewards]), log_probs_N3[:, LOG_DRAWN], self.config.ratio_clip
         )
         return TokenWeights(weights_N=weights_N, kd_weights_N=_weights(log_probs_N3), surrogate=surrogate)
 
-    def _reward_of(self, outputs: SequenceOf[Rollout]) -> float:
-        log_probs_N3 = torch.cat([s.log_probs_N3 for s in outputs])
+    def _reward_of(self, outputs: SequenceOf[Sequence]) -> float:
+        log_probs_N3 = torch.cat([_log_probs(s) for s in outputs])
         w_N = _weights(log_probs_N3)
         return float((w_N * (log_probs_N3[:, LOG_P] - log_probs_N3[:, LOG_Q])).sum() / w_N.sum().clamp_min(1e-12))
 
@@ -136,6 +137,13 @@ class MiniLLM(KD):
         It is weighted from the mixture to the student, and so estimates −KL(q ‖ p) per token.
         """
         return {} if self._reward is None else {"reward": self._reward}
+
+
+def _log_probs(output: Sequence) -> Tensor:
+    """Return the log-probabilities [N, 3] of an output, which ``MixtureSampler`` has stored with it."""
+    assert isinstance(output, Rollout)
+    assert output.log_probs_N3 is not None
+    return output.log_probs_N3
 
 
 def _weights(log_probs_N3: Tensor) -> Tensor:

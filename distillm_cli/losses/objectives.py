@@ -17,7 +17,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -32,6 +32,16 @@ from distillm_cli.utils.exact import on_float64_device
 
 if TYPE_CHECKING:
     from distillm_cli.config.schema import ObjectiveConfig
+    from distillm_cli.losses.divergences import SkewConfig
+    from distillm_cli.losses.families import DecoupledConfig, InterpolatedConfig
+
+    # The sections of single divergences. ``config.objective`` creates them when it is imported.
+    class SkewSection(ObjectiveConfig, SkewConfig): ...
+
+    class TAIDSection(ObjectiveConfig, InterpolatedConfig): ...
+
+    class ATKDSection(ObjectiveConfig, DecoupledConfig): ...
+
 
 STUDENT_OUTPUTS = (Source.ROLLOUT, Source.REPLAY)
 FORWARD, REVERSE = "forward", "reverse"
@@ -43,7 +53,7 @@ class SourceBatch:
     """Hold sequences of one source: a part of a step, or one micro-batch of it."""
 
     source: Source
-    sequences: list[Sequence]
+    sequences: SequenceOf[Sequence]
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +189,9 @@ class TAID(KD):
     L_prev. linear: a straight line from taid_start to 1 over the run.
     """
 
-    def __init__(self, config: ObjectiveConfig):
+    config: TAIDSection
+
+    def __init__(self, config: TAIDSection):
         super().__init__(config)
         self.t = config.taid_start
         self.fall = 0.0
@@ -220,6 +232,7 @@ class ATKD(KD):
     α·mean over easy tokens of DKD + (1−α)·mean over hard tokens of (TKD + DKD), α = atkd_easy; see ``Decoupled``.
     """
 
+    config: ATKDSection
     needs_log_probs_of = ("teacher",)
 
     @property
@@ -230,8 +243,9 @@ class ATKD(KD):
     def begin_step(
         self, parts: SequenceOf[SourceBatch], log_probs: SequenceOf[TokenLogProbs], progress: float
     ) -> list[TokenWeights | None]:
-        sizes = [len(token_log_probs.log_p_N) for token_log_probs in log_probs]
-        log_p_N = torch.cat([token_log_probs.log_p_N for token_log_probs in log_probs])
+        parts_log_p = [_needed(token_log_probs.log_p_N) for token_log_probs in log_probs]
+        sizes = [len(part_log_p_N) for part_log_p_N in parts_log_p]
+        log_p_N = torch.cat(parts_log_p)
         N = len(log_p_N)
         if not N:
             return [None] * len(parts)
@@ -262,9 +276,9 @@ class FDistill(KD):
     @property
     def divergence_name(self) -> str:
         """Return the names of both halves if the divergence is one of them: "skl + srkl"."""
-        names = [_name_of(divergence) for _, divergence in self.divergence.halves()]
-        is_half = self.config.divergence in names and names[0] != names[1]
-        return " + ".join(names) if is_half else self.config.divergence
+        forward, reverse = (_name_of(divergence) for _, divergence in self.divergence.halves())
+        is_half = self.config.divergence in (forward, reverse) and forward != reverse
+        return f"{forward} + {reverse}" if is_half else self.config.divergence
 
     def student_weight(self, progress: float) -> float:
         """Return the weight of the student's half in a step that has both."""
@@ -303,9 +317,10 @@ class DistiLLM2(FDistill):
     epochs: number of epochs of the run, to find the end of an epoch from the progress.
     """
 
+    config: SkewSection
     needs_log_probs_of = ("teacher", "student")
 
-    def __init__(self, config: ObjectiveConfig, epochs: float = 1.0):
+    def __init__(self, config: SkewSection, epochs: float = 1.0):
         super().__init__(config)
         self.epochs = epochs
         self.epoch = 0
@@ -364,7 +379,8 @@ def build(config: ObjectiveConfig | None, epochs: float = 1.0) -> Objective:
     if config is None:
         return CrossEntropy()
     if config.by_source:
-        return DistiLLM2(config, epochs) if config.curriculum == "on" else FDistill(config)
+        # Only a divergence with a skew passes the schema's check of ``curriculum``.
+        return DistiLLM2(cast("SkewSection", config), epochs) if config.curriculum == "on" else FDistill(config)
     if config.policy_gradient:
         return MiniLLM(config)
     own = plugins.divergences[config.divergence].objective_class or KD
@@ -390,9 +406,15 @@ def _name_of(divergence: Divergence) -> str | None:
 def _gaps(part: SourceBatch, token_log_probs: TokenLogProbs) -> list[float]:
     """Return the gap of each sequence of the part."""
     lengths = [s.supervised for s in part.sequences]
-    p_B = _geometric_means(token_log_probs.log_p_N, lengths)
-    q_B = _geometric_means(token_log_probs.log_q_N, lengths)
+    p_B = _geometric_means(_needed(token_log_probs.log_p_N), lengths)
+    q_B = _geometric_means(_needed(token_log_probs.log_q_N), lengths)
     return (q_B - p_B if half_of(part.source) == REVERSE else p_B - q_B).tolist()
+
+
+def _needed(log_N: Tensor | None) -> Tensor:
+    """Return log-probabilities that a step has because ``needs_log_probs_of`` names their model."""
+    assert log_N is not None
+    return log_N
 
 
 def _geometric_means(log_N: Tensor, lengths: list[int]) -> Tensor:

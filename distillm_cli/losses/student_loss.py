@@ -96,16 +96,21 @@ class StudentLoss(nn.Module):
             return concatenate([self.student.hidden(batch, for_backward=True) for batch in batches]), None
         found = [self.student.hidden_and_router_loss(batch) for batch in batches]
         counts = [batch.size if self.criterion.per_sequence else batch.tokens for batch in batches]
-        balance = sum(loss * count for (_, loss), count in zip(found, counts, strict=True))
+        losses = [loss * count for (_, loss), count in zip(found, counts, strict=True)]
+        balance = sum(losses[1:], start=losses[0])
         return concatenate([hidden_ND for hidden_ND, _ in found]), balance
 
     @torch.no_grad()
     def log_probs(self, batches: SequenceOf[Batch], teacher_hidden_ND: Tensor | None) -> TokenLogProbs:
         """Return the log-probabilities of the batches' tokens that the objective needs, without a graph."""
-        log_p_N = log_q_N = None
+        log_p_N = None
+        log_q_N = None
         targets_N = torch.cat([batch.targets_N for batch in batches])
         if "teacher" in self.criterion.needs_log_probs_of:
-            log_p_N = target_log_probs(teacher_hidden_ND, self._teacher_head(), targets_N, chunk=self.chunk)
+            teacher_head = self._teacher_head()
+            if teacher_hidden_ND is None or teacher_head is None:
+                raise ValueError("the objective needs the teacher's hidden states and head")
+            log_p_N = target_log_probs(teacher_hidden_ND, teacher_head, targets_N, chunk=self.chunk)
         if "student" in self.criterion.needs_log_probs_of:
             log_q_N = target_log_probs(
                 concatenate([self.student.hidden(batch) for batch in batches]),

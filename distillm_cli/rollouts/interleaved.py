@@ -13,7 +13,7 @@ Shape letters: B rows, G tokens drafted, T time, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -45,7 +45,8 @@ class RetractableDecoding(Decoding, Protocol):
 
 
 class Drafter(Decoder, Protocol):
-    device: torch.device
+    @property
+    def device(self) -> torch.device: ...
 
     def decode_blocks(self, prompts: SequenceOf[np.ndarray]) -> RetractableDecoding | None:
         """Decode like ``decode``. Return None for a model that cannot remove tokens and has to draft one at a time."""
@@ -128,8 +129,8 @@ class InterleavedSampler:
             last_token_B = drafts_BG[rows_B, last_B]
             if G > 1:
                 surplus_B = G - 1 - last_B  # neither model has processed the last draft
-                student.retract(surplus_B)
-                teacher.retract(surplus_B)
+                cast(RetractableDecoding, student).retract(surplus_B)
+                cast(RetractableDecoding, teacher).retract(surplus_B)
             is_unfinished = ~complete_B[batch_rows] & (counts_B[batch_rows] < token_limits_B[batch_rows])
             if not is_unfinished.all() and is_unfinished.any():
                 rows = torch.from_numpy(np.flatnonzero(is_unfinished)).to(last_token_B.device)
@@ -140,13 +141,16 @@ class InterleavedSampler:
         return [SampledOutput(tokens_BT[i, :n].copy(), bool(complete_B[i])) for i, n in enumerate(counts_B)]
 
     def _start(self, prompts: SequenceOf[np.ndarray]) -> tuple[Decoding, Decoding, int]:
-        """Prefill both models; return them and how many tokens may be drafted at once."""
+        """Prefill both models; return them and how many tokens may be drafted at once.
+
+        If these are several, both are a RetractableDecoding.
+        """
         if self.draft > 1:
-            student = self.student.decode_blocks(prompts)
+            student_blocks = self.student.decode_blocks(prompts)
             with torch.autocast(self.teacher.device.type, enabled=False):  # the teacher in its own dtype
-                teacher = self.teacher.decode_blocks(prompts)
-            if student is not None and teacher is not None:
-                return student, teacher, self.draft
+                teacher_blocks = self.teacher.decode_blocks(prompts)
+            if student_blocks is not None and teacher_blocks is not None:
+                return student_blocks, teacher_blocks, self.draft
         student = self.student.decode(prompts)
         with torch.autocast(self.teacher.device.type, enabled=False):
             return student, self.teacher.decode(prompts), 1
@@ -177,6 +181,7 @@ def _teacher_logits(teacher: Decoding, last_token_B: Tensor | None, drafts_BG: T
     """Return the teacher's next-token logits [B, G, V] at the position of each drafted token."""
     if drafts_BG.shape[1] == 1:
         return teacher.logits(last_token_B)[:, None]
+    blocks = cast(RetractableDecoding, teacher)
     if last_token_B is None:
-        return torch.cat([teacher.logits(None)[:, None], teacher.logits_after(drafts_BG[:, :-1])], dim=1)
-    return teacher.logits_after(torch.cat([last_token_B[:, None], drafts_BG[:, :-1]], dim=1))
+        return torch.cat([blocks.logits(None)[:, None], blocks.logits_after(drafts_BG[:, :-1])], dim=1)
+    return blocks.logits_after(torch.cat([last_token_B[:, None], drafts_BG[:, :-1]], dim=1))

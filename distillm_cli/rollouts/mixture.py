@@ -90,8 +90,8 @@ class _MixtureDecoding:
     def logits(self, tokens_B: Tensor | None) -> Tensor:
         """Return log p̃ [B, V], −inf where both models have probability 0."""
         p_BV, q_BV = self.teacher.logits(tokens_B), self.student.logits(tokens_B)
-        shaped = [distribution(logits_BV, self.shape) for logits_BV in (q_BV, p_BV)]
-        drawn_BV = torch.lerp(*shaped, self.alpha).log_()
+        shaped_q_BV, shaped_p_BV = distribution(q_BV, self.shape), distribution(p_BV, self.shape)
+        drawn_BV = torch.lerp(shaped_q_BV, shaped_p_BV, self.alpha).log_()
         self._logs = {LOG_P: F.log_softmax(p_BV, -1), LOG_Q: F.log_softmax(q_BV, -1), LOG_DRAWN: drawn_BV}
         return drawn_BV
 

@@ -118,6 +118,7 @@ class SequencePool:
             adds = len(self.rows(step))
             steps = self.scheduler.rollout_steps(step, len(self), adds=adds, count=self.bulk)
             batches = {future_step: self.rows(future_step) for future_step in steps if future_step not in self.waiting}
+            assert self.student is not None
             with self.sampling():
                 sampled = self.student.sample([row for batch in batches.values() for row in batch], step)
             self._count(sampled, is_teachers=False)
@@ -313,8 +314,9 @@ def pack(rollouts: Iterable[Rollout], prefix: str) -> dict[str, Tensor]:
         f"{prefix}.prompts": flat("prompt"),
         f"{prefix}.responses": flat("response"),
     }
-    if any(s.log_probs_N3 is not None for s in rollouts):
-        tensors[f"{prefix}.log_probs"] = torch.cat([s.log_probs_N3 for s in rollouts])
+    log_probs = [s.log_probs_N3 for s in rollouts if s.log_probs_N3 is not None]
+    if log_probs:
+        tensors[f"{prefix}.log_probs"] = torch.cat(log_probs)
     return tensors | pack_teacher_hidden(rollouts, prefix)
 
 
@@ -338,11 +340,11 @@ def unpack(tensors: dict[str, Tensor], prefix: str) -> list[Rollout]:
 
 def pack_teacher_hidden(rollouts: SequenceOf[Rollout], prefix: str) -> dict[str, Tensor]:
     """Return the cached teacher states of rollouts. Computed again in another batch, they would round differently."""
-    cached = [i for i, s in enumerate(rollouts) if s.teacher_hidden_ND is not None]
+    cached = {i: s.teacher_hidden_ND for i, s in enumerate(rollouts) if s.teacher_hidden_ND is not None}
     if not cached:
         return {}
-    states = torch.cat([rollouts[i].teacher_hidden_ND for i in cached])
-    return {f"{prefix}.cached": torch.tensor(cached), f"{prefix}.teacher_hidden": states}
+    states = torch.cat(list(cached.values()))
+    return {f"{prefix}.cached": torch.tensor(list(cached)), f"{prefix}.teacher_hidden": states}
 
 
 def unpack_teacher_hidden(tensors: dict[str, Tensor], rollouts: SequenceOf[Rollout], prefix: str) -> None:

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -35,6 +35,13 @@ class Decoding(Protocol):
         """Continue with only these rows."""
 
 
+class ScoringDecoding(Decoding, Protocol):
+    """Decode a batch and give the log-probabilities of the tokens just chosen."""
+
+    def log_probs(self, tokens_B: Tensor) -> Tensor:
+        """Return the log-probabilities [B, K] of these tokens."""
+
+
 class Decoder(Protocol):
     """Decode with a model. ``context`` is its longest sequence, None if unbounded.
 
@@ -42,10 +49,14 @@ class Decoder(Protocol):
     forced_first: the first token of every response, None for none.
     """
 
-    context: int | None
-    is_encoder_decoder: bool
-    stop_ids: frozenset[int]
-    forced_first: int | None
+    @property
+    def context(self) -> int | None: ...
+    @property
+    def is_encoder_decoder(self) -> bool: ...
+    @property
+    def stop_ids(self) -> frozenset[int]: ...
+    @property
+    def forced_first(self) -> int | None: ...
 
     def decode(self, prompts: SequenceOf[np.ndarray]) -> Decoding: ...
 
@@ -223,6 +234,7 @@ def _decode_batch(
     log_probs: list[list[np.ndarray]] = [[] for _ in prompts]
 
     decoding = decoder.decode(prompts)
+    scoring = cast(ScoringDecoding, decoding) if with_log_probs else None
     batch_rows = np.arange(B)  # rows that are still in the batch
     chosen = None
     forced = decoder.forced_first
@@ -240,8 +252,8 @@ def _decode_batch(
             chosen = torch.full_like(chosen, forced)
         tokens_BT[batch_rows, t] = chosen.cpu().numpy()
         check_chosen(tokens_BT[batch_rows, t])
-        if with_log_probs:
-            for i, log_probs_K in zip(batch_rows, decoding.log_probs(chosen).float().cpu().numpy(), strict=True):
+        if scoring is not None:
+            for i, log_probs_K in zip(batch_rows, scoring.log_probs(chosen).float().cpu().numpy(), strict=True):
                 log_probs[i].append(log_probs_K)
         if ngrams is not None:
             for i in active:

@@ -201,6 +201,8 @@ class InterleavedScheduler(OnScheduler):
 class MixedScheduler(DrawingScheduler):
     """Train on student outputs with a constant probability λ (GKD, arXiv 2306.13649)."""
 
+    config: MixedConfig
+
     def student_probability(self, step: int) -> float:
         return self.config.mix
 
@@ -208,6 +210,8 @@ class MixedScheduler(DrawingScheduler):
 @register(AnnealedConfig)
 class AnnealedScheduler(DrawingScheduler):
     """Train on data set rows with a share that falls over the run (ImitKD, arXiv 2009.07253)."""
+
+    config: AnnealedConfig
 
     def student_probability(self, step: int) -> float:
         return 1.0 - self._dataset_share(step / self.steps)
@@ -229,6 +233,8 @@ class AnnealedScheduler(DrawingScheduler):
 @register(AdaptiveConfig)
 class AdaptiveScheduler(DrawingScheduler):
     """Train on student outputs with probability φ, which rises with the validation loss (DistiLLM, Algorithm 1)."""
+
+    config: AdaptiveConfig
 
     def __init__(self, config: ScheduleConfig, **settings: int):
         super().__init__(config, **settings)
@@ -292,6 +298,7 @@ class RoundsScheduler(Scheduler):
     A round is ``batches`` batches of rollouts, trained on ``inner_epochs`` times before the next round.
     """
 
+    config: RoundsConfig
     in_rounds = True
 
     def capacity(self, step_rows: int) -> int:

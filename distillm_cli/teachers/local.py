@@ -18,7 +18,8 @@ from distillm_cli.types import Batch, Sequence
 class LanguageModel(Protocol):
     """Define the interface of a model in training."""
 
-    vocab: int
+    @property
+    def vocab(self) -> int: ...
 
     def hidden(self, batch: Batch, *, for_backward: bool = False) -> Tensor:
         """Return the last hidden states [N, D] at ``batch.positions_N``.
@@ -26,6 +27,9 @@ class LanguageModel(Protocol):
         for_backward: ``backward()`` follows (not ``autograd.grad``). A model with tied embeddings may then defer the
         embedding's gradient until the head's has been computed.
         """
+
+    def hidden_and_router_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return ``hidden`` and the auxiliary loss of a mixture of experts' routers, a scalar, of one pass."""
 
     def head(self) -> HeadLike:
         """Return the map from hidden states to logits."""

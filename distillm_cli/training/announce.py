@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from distillm_cli.rollouts.scheduler import Source
+from distillm_cli.rollouts.scheduler import AdaptiveScheduler, Source
 from distillm_cli.training.events import RunStarted
 from distillm_cli.utils.text import counted
 
@@ -18,6 +18,9 @@ def run_started(trainer: Trainer) -> RunStarted:
     """Return the event that starts a run."""
     scheduler = trainer.scheduler
     objective = trainer.objective
+    epsilon = None
+    if isinstance(scheduler, AdaptiveScheduler) and trainer.validator.batches:
+        epsilon = scheduler.config.epsilon
     return RunStarted(
         steps=trainer.run.steps,
         first_step=trainer.state.step,
@@ -30,7 +33,7 @@ def run_started(trainer: Trainer) -> RunStarted:
         loss=objective.name,
         divergence=objective.held_out_name,
         phi=scheduler.phi,
-        epsilon=scheduler.config.epsilon if scheduler.has_phi and trainer.validator.batches else None,
+        epsilon=epsilon,
         trigger=scheduler.trigger,
     )
 
@@ -40,7 +43,9 @@ def phi_advice(trainer: Trainer) -> str | None:
     state = trainer.state
     scheduler = trainer.scheduler
     is_half = state.step == (trainer.run.steps + 1) // 2 < trainer.run.steps
-    if not (is_half and scheduler.has_phi) or state.steps_with(Source.ROLLOUT) or state.steps_with(Source.REPLAY):
+    if not is_half or not isinstance(scheduler, AdaptiveScheduler):
+        return None
+    if state.steps_with(Source.ROLLOUT) or state.steps_with(Source.REPLAY):
         return None
     half_done = f"half of the steps are done, and none used the student's own outputs: φ is {scheduler.phi:g}"
     if scheduler.phi > 0:

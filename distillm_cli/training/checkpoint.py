@@ -13,7 +13,7 @@ a directory with a step's name is always complete, even after the process is kil
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,7 +90,7 @@ class Checkpoints:
                 self._record([], removed=dropped)
         return final
 
-    def _record(self, added: list[Path], removed: list[Path] = ()) -> None:
+    def _record(self, added: list[Path], removed: Sequence[Path] = ()) -> None:
         """List checkpoints in the manifest of the run's directory, where that has one."""
         output = self.root.parent
         if manifest.read_manifest(output) is not None:

@@ -61,5 +61,5 @@ def _lines_up_to(path: Path, step: int, validated: bool) -> list[str]:
     return lines
 
 
-def _short(value):
+def _short(value: object) -> object:
     return float(f"{value:.7g}") if isinstance(value, float) else value

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
-from distillm_cli.config.schema import TrainConfig
+from distillm_cli.config.schema import TrainConfig, chosen
 
 
 def build_optimizer(module: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
@@ -16,23 +17,26 @@ def build_optimizer(module: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
     The fused kernel is used where every parameter has a device and a dtype that support it.
     """
     trainable = [p for p in module.parameters() if p.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": train.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
     fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda", "mps", "xpu") for p in trainable)
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=train.lr, betas=train.betas, fused=fused)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=chosen(train.lr), betas=train.betas, fused=fused)
 
 
 def learning_rate(train: TrainConfig, step: int, steps: int) -> float:
     """Return the learning rate of step ``step`` (from 0) of ``steps``: linear warm-up, then decay to ``min_lr``."""
-    warmup = train.warmup * steps if train.warmup < 1 else train.warmup
+    peak = chosen(train.lr)
+    warmup = chosen(train.warmup)
+    if warmup < 1:
+        warmup *= steps
     if step < warmup:
-        return train.lr * (step + 1) / (math.ceil(warmup) + 1)
+        return peak * (step + 1) / (math.ceil(warmup) + 1)
     progress = (step - warmup) / max(steps - warmup, 1)
     share = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
-    floor = min(train.min_lr, train.lr)
-    return floor + (train.lr - floor) * share[train.lr_schedule]
+    floor = min(train.min_lr, peak)
+    return floor + (peak - floor) * share[train.lr_schedule]
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -46,8 +50,8 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("optimizer."):
-            _, index, key = name.split(".")
-            state.setdefault(int(index), {})[key] = value
+            _, parameter, key = name.split(".")
+            state.setdefault(int(parameter), {})[key] = value
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, values in state.items():
         for key, value in values.items():

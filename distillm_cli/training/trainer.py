@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from itertools import chain
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -160,6 +161,7 @@ class Trainer:
 
     def _teacher_hidden(self, micro: MicroBatch, batches: list[Batch]) -> Tensor:
         """Return the teacher's hidden states of a micro-batch. Outside autocast, which would promote float16 states."""
+        assert self.teacher is not None
         return concatenate(
             [self.teacher.hidden(batch, group) for batch, group in zip(batches, micro.groups, strict=True)]
         )
@@ -198,8 +200,9 @@ class Trainer:
         """Measure the student on the validation rows; the first time, also with its weights from before training."""
         if not self.validator.batches:
             return
-        if self.state.first_valid_loss is None and self.state.step > 0:
-            with self.validator.at_start():
+        at_start = self.validator.at_start
+        if at_start is not None and self.state.first_valid_loss is None and self.state.step > 0:
+            with at_start():
                 self._measure(0)
         self._measure(self.state.step)
 
@@ -238,9 +241,9 @@ class Trainer:
             validations = counted(state.stale, "validation")
             self.emit(Note(f"no better {self.config.select} in {validations}: stopping early"))
 
-    def _is_due(self, every: int | str) -> bool:
-        every = self.run.steps_per_epoch if every == "epoch" else every
-        return self.state.step % every == 0 or self.state.step == self.run.steps
+    def _is_due(self, every: int | Literal["epoch"]) -> bool:
+        steps = every if isinstance(every, int) else self.run.steps_per_epoch
+        return self.state.step % steps == 0 or self.state.step == self.run.steps
 
     def _raise_interrupted(self, signal_number: int) -> None:
         self.emit(RunEnded(self.state.step, "interrupted", self.state.seconds))

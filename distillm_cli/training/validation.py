@@ -70,10 +70,13 @@ class Validator:
         return retry_halved(lambda: self._mean(weights, student_loss, autocast), self._halve)
 
     def _mean(self, weights: LossWeights, student_loss: StudentLoss, autocast: bool) -> float:
-        total = tokens = 0
+        total = torch.zeros((), dtype=torch.float64)
+        tokens = torch.zeros((), dtype=torch.int64)
         for sequences in self.batches:
             batch = collate(sequences).to(self.run.device)
-            teacher_hidden_ND = self.teacher.hidden(batch, sequences) if weights.kd else None
+            teacher_hidden_ND = None
+            if self.teacher is not None and weights.kd:
+                teacher_hidden_ND = self.teacher.hidden(batch, sequences)
             with self.run.autocast() if autocast else nullcontext():
                 part, count = student_loss([batch], teacher_hidden_ND, weights)
             total = total + on_float64_device(part).double()
