@@ -59,6 +59,11 @@ class StageConfig(Section):
     verb: Verb
     recipe: Name | None = Field(None, description="Recipe that the stage starts from, shipped or a file.")
 
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Return the models that respond to prompts, none in training."""
+        return ()
+
 
 class GenerateStageConfig(StageConfig):
     """Hold the keys of a generate stage. Its prompts are those of its ``data`` section."""
@@ -68,11 +73,19 @@ class GenerateStageConfig(StageConfig):
     limit: Positive | None = Field(None, description="Use the first prompts only. Unset: data.limit.")
     n: Positive = Field(1, description="Responses per prompt.")
 
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        return (self.model,)
+
 
 class EvalStageConfig(StageConfig):
     """Hold the keys of an eval stage."""
 
     models: tuple[Name, ...] = Field(min_length=1, description="Models to score.")
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        return self.models
 
 
 STAGE_CONFIGS: dict[str, type[StageConfig]] = {

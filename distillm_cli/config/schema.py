@@ -171,6 +171,13 @@ class StudentConfig(Section):
     )
 
     @property
+    def required_path(self) -> str:
+        """Return ``path``, which the recipe of a run has."""
+        if self.path is None:
+            raise ValueError("student.path is unset")
+        return self.path
+
+    @property
     def is_built(self) -> bool:
         """Return whether the run builds the model instead of loading trained weights."""
         return student_spec.is_built(self.path)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from distillm_cli.config.derived import fixed_values
-from distillm_cli.config.schema import RolloutConfig
+from distillm_cli.config.schema import RolloutConfig, chosen
 from distillm_cli.data.batching import batches_by_length
 from distillm_cli.losses import objectives
 from distillm_cli.losses.student_loss import StudentLoss
@@ -47,7 +48,7 @@ def build_trainer(
     listener: Listener,
     *,
     teacher: LocalTeacher | None,
-    score: Callable[[], dict[str, float]] | None = None,
+    score: Callable[[], dict[str, float | None]] | None = None,
 ) -> Trainer:
     """Return the trainer of a prepared run, with checkpoints under ``output``.
 
@@ -137,40 +138,44 @@ def _student_sampler(run: Prepared, listener: Listener) -> Sampler:
     """Return the source of student outputs."""
     recipe = run.recipe
     teacher = run.pair.teacher
-    common = {"max_length": _max_length(run), "seed": recipe.train.seed, "listener": listener}
-    if recipe.schedule.drafts:
-        return InterleavedSampler(run.student, teacher, recipe.rollout, _teacher_sampling(recipe.rollout), **common)
+    rollout = recipe.rollout
+    max_length = _max_length(run)
+    seed = recipe.train.seed
+    if teacher is not None and recipe.schedule.drafts:
+        correcting = _teacher_sampling(rollout)
+        return InterleavedSampler(
+            run.student, teacher, rollout, correcting, max_length=max_length, seed=seed, listener=listener
+        )
     if teacher is not None and recipe.samples_from_mixture:
-        return MixtureSampler(run.student, teacher, recipe.rollout, **common)
-    return ModelSampler(run.student, recipe.rollout, **common)
+        return MixtureSampler(run.student, teacher, rollout, max_length=max_length, seed=seed, listener=listener)
+    return ModelSampler(run.student, rollout, max_length=max_length, seed=seed, listener=listener)
 
 
 def _response_tables(run: Prepared, scheduler: Scheduler, listener: Listener) -> dict[Source, ResponseTable]:
     """Return the tables of responses by row: the teacher's, and the student's where it samples an epoch in advance."""
     rollout = run.recipe.rollout
     seed = run.recipe.train.seed
-    table = {
-        "rows": run.batch,
-        "steps": run.steps,
-        "steps_per_epoch": run.order.steps_per_epoch,
-        "bulk": rollout.bulk,
-        "listener": listener,
-    }
-    common = {"max_length": _max_length(run), "by_row": True, "listener": listener}
+    new_sampler = partial(ModelSampler, max_length=_max_length(run), by_row=True, listener=listener)
+    new_table = partial(
+        ResponseTable,
+        rows=run.batch,
+        steps=run.steps,
+        steps_per_epoch=run.order.steps_per_epoch,
+        bulk=rollout.bulk,
+        listener=listener,
+    )
     tables = {}
     if scheduler.config.uses_teacher_samples:
-        sampler = ModelSampler(run.pair.teacher, _teacher_sampling(rollout), seed=seed + _TEACHER_SEED, **common)
+        sampler = new_sampler(run.teacher, _teacher_sampling(rollout), seed=seed + _TEACHER_SEED)
         redraw = not scheduler.reuses_teacher_samples
-        tables[Source.TEACHER] = ResponseTable(
-            sampler, given=run.teacher_samples, redraw=redraw, name="teacher samples", **table
-        )
+        tables[Source.TEACHER] = new_table(sampler, given=run.teacher_samples, redraw=redraw, name="teacher samples")
     if scheduler.samples_student_by_epoch:
-        sampler = ModelSampler(run.student, rollout, seed=seed, **common)
-        tables[Source.ROLLOUT] = ResponseTable(sampler, redraw=True, whole_epochs=True, name="student samples", **table)
+        sampler = new_sampler(run.student, rollout, seed=seed)
+        tables[Source.ROLLOUT] = new_table(sampler, redraw=True, whole_epochs=True, name="student samples")
     return tables
 
 
 def _max_length(run: Prepared) -> int:
     context = run.student.context
-    longest = run.recipe.data.max_length
+    longest = chosen(run.recipe.data.max_length)
     return longest if context is None else min(longest, context)

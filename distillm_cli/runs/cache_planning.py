@@ -34,16 +34,33 @@ if TYPE_CHECKING:
 class CachePlan:
     """Describe the teacher cache of a run.
 
-    mode: memory, disk or off. why: a clause for people. size: bytes that will be cached. place, key: of a cache on disk.
-    exists: whether that cache has been computed before.
+    mode: memory, disk or off. why: a clause for people. size: bytes that will be cached. disk: the cache on disk.
     """
 
     mode: str
     why: str
     size: CacheSize = field(default_factory=CacheSize)
-    place: Path | None = None
-    key: CacheKey | None = None
-    exists: bool = False
+    disk: DiskCache | None = None
+
+    @property
+    def place(self) -> Path | None:
+        """Return the directory of the cache on disk."""
+        return None if self.disk is None else self.disk.place
+
+    @property
+    def exists(self) -> bool:
+        """Return whether a cache on disk has been computed before."""
+        return self.disk is not None and self.disk.exists
+
+
+@dataclass(frozen=True)
+class DiskCache:
+    """Describe a cache on disk. exists: whether it has been computed before. size: bytes of the rows' states."""
+
+    place: Path
+    key: CacheKey
+    exists: bool
+    size: int
 
 
 @dataclass(frozen=True)
@@ -91,8 +108,8 @@ def open_teacher(
     composition = None
     hit = False
     computed_tokens = 0
-    if cache_plan.mode == "disk":
-        rows, hit, computed_tokens = _read_or_compute(run, cache_plan, rebuild, listener)
+    if cache_plan.disk is not None:
+        rows, hit, computed_tokens = _read_or_compute(run, cache_plan.disk, rebuild, listener)
     elif cache_plan.size.rows:
         _warn_if_short_of_memory(cache_plan, listener)
         order = new_order(run.recipe, run.train)  # not the run's: an order holds the state of one epoch
@@ -131,9 +148,9 @@ def warm_cache(
     place = None
     try:
         run = prepare(resolved.recipe, listener, prefetcher)
-        cache_plan = _planned_on_disk(run, workload_of(run))
-        place = str(cache_plan.place)
-        _, hit, computed_tokens = _read_or_compute(run, cache_plan, rebuild, listener)
+        disk = _disk_cache(run, workload_of(run))
+        place = str(disk.place)
+        _, hit, computed_tokens = _read_or_compute(run, disk, rebuild, listener)
     except KeyboardInterrupt as stop:
         raise Interrupted(
             "interrupted while making the teacher cache",
@@ -142,16 +159,15 @@ def warm_cache(
             hint="it is there whole or not at all; start it again",
         ) from None
     rows = len(run.train)
-    size = cache_plan.size.rows
     mode = run.recipe.teacher.cache
     if mode in ("memory", "off"):
         listener(Warned(f"with teacher.cache {mode} this recipe will not read it; give --teacher-cache disk or auto"))
     result = "was there already" if hit else "made"
-    listener(Note(f"{result}: {cache_plan.place} · {counted(rows, 'row')} · {format_count(size)}B"))
+    listener(Note(f"{result}: {disk.place} · {counted(rows, 'row')} · {format_count(disk.size)}B"))
     return TeacherCacheResult(
-        output=cache_plan.place,
+        output=disk.place,
         wall_s=round(time.perf_counter() - started, 3),
-        teacher_cache={"mode": "disk", "rows": rows, "bytes": size, "hit": hit, "place": str(cache_plan.place)},
+        teacher_cache={"mode": "disk", "rows": rows, "bytes": disk.size, "hit": hit, "place": place},
         teacher_tokens=computed_tokens,
     )
 
@@ -196,7 +212,7 @@ def plan_cache(
             hint="give --teacher-cache disk",
         )
     if mode == "disk" or (mode == "auto" and (rebuild or started_mode == "disk")):
-        return _planned_on_disk(run, workload)
+        return _planned_on_disk(run, _disk_cache(run, workload), workload)
     if mode == "off":
         return CachePlan("off", "not cached")
     if mode == "auto" and started_mode == "off":
@@ -223,44 +239,47 @@ def _existing_on_disk(run: Prepared, workload: CacheWorkload) -> CachePlan | Non
     is_named = any(root.glob(f"*-{teacher_cache.rows_digest(run.train.sequences)[:16]}"))
     if not is_named and not (root / teacher_cache.METADATA).exists():
         return None
-    plan = _planned_on_disk(run, workload)
-    return plan if plan.exists else None
+    disk = _disk_cache(run, workload)
+    return _planned_on_disk(run, disk, workload) if disk.exists else None
 
 
-def _planned_on_disk(run: Prepared, workload: CacheWorkload) -> CachePlan:
+def _disk_cache(run: Prepared, workload: CacheWorkload) -> DiskCache:
+    """Return the cache on disk of this teacher and these rows. Raises UsageError where the run trains on no rows."""
     check_rows(run.recipe)
-    model = run.pair.teacher
-    teacher_digest = teacher_cache.teacher_digest(model, _config_json(model))
+    teacher_digest = teacher_cache.teacher_digest(run.teacher, _config_json(run.teacher))
     key = CacheKey(teacher_digest, teacher_cache.rows_digest(run.train.sequences))
     place = teacher_cache.cache_directory(_root(run), key)
-    size = workload.size("disk")
-    why = f"on disk, {format_count(size.rows)}B for {counted(len(run.train), 'row')}"
-    return CachePlan("disk", why, size, place=place, key=key, exists=place.exists())
+    return DiskCache(place, key, exists=place.exists(), size=workload.size("disk").rows)
+
+
+def _planned_on_disk(run: Prepared, disk: DiskCache, workload: CacheWorkload) -> CachePlan:
+    why = f"on disk, {format_count(disk.size)}B for {counted(len(run.train), 'row')}"
+    return CachePlan("disk", why, workload.size("disk"), disk)
 
 
 def _read_or_compute(
-    run: Prepared, cache_plan: CachePlan, rebuild: bool, listener: Listener
+    run: Prepared, disk: DiskCache, rebuild: bool, listener: Listener
 ) -> tuple[HiddenStateTable, bool, int]:
     """Return the states of a cache on disk, whether they existed before, and how many tokens the teacher computed."""
     sequences = run.train.sequences
-    teacher = LocalTeacher(run.pair.teacher)
+    teacher = LocalTeacher(run.teacher)
     is_new = False
-    if rebuild or not cache_plan.exists:
+    if rebuild or not disk.exists:
         names = {"teacher": str(run.recipe.teacher.path), "data": run.train_rows.name}
         if run.recipe.data.date is not None:
             names["date"] = run.recipe.data.date
         is_new = teacher_cache.write_cache(
-            cache_plan.place,
-            cache_plan.key,
+            disk.place,
+            disk.key,
             teacher,
             sequences,
             run.device,
             listener,
             of=names,
-            size=cache_plan.size.rows,
+            size=disk.size,
             rebuild=rebuild,
         )
-    table = teacher_cache.read_cache(cache_plan.place, cache_plan.key, sequences, listener)
+    table = teacher_cache.read_cache(disk.place, disk.key, sequences, listener)
     return table, not is_new, teacher.tokens
 
 
@@ -285,7 +304,7 @@ def _bytes_per_token(run: Prepared) -> int:
     """Return the bytes of one token's state, measured: for some models it is the logits, in a dtype of their own."""
     token = run.train.sequences[0].prompt[:1]  # a row may have no response
     sequence = Sequence(token, token)
-    hidden_ND = LocalTeacher(run.pair.teacher).hidden(collate([sequence]).to(run.device), [sequence])
+    hidden_ND = LocalTeacher(run.teacher).hidden(collate([sequence]).to(run.device), [sequence])
     return hidden_ND.shape[1] * hidden_ND.element_size()
 
 

@@ -141,7 +141,9 @@ class CacheWorkload:
     def _rollout_tokens(self) -> float:
         """Return the response tokens of a full replay buffer, or of all rollouts of the run where they are fewer."""
         train = self.recipe.train
-        step_rows = min(train.batch_size * train.accumulate, self.rows or math.inf)
+        step_rows = train.batch_size * train.accumulate
+        if self.rows:
+            step_rows = min(step_rows, self.rows)
         capacity = self._schedule.capacity(step_rows)
         return min(capacity, (self.steps or math.inf) * step_rows) * self.recipe.rollout.max_new_tokens
 

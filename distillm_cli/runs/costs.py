@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from distillm_cli.config.schema import Recipe
+from distillm_cli.config.schema import Recipe, chosen
 from distillm_cli.losses import objectives
 from distillm_cli.models.model_families import family_of
 from distillm_cli.models.shapes import Sizes
@@ -89,7 +89,8 @@ class Workload:
     @property
     def new_tokens(self) -> int:
         """Return the tokens of a sampled response: as many as the recipe allows."""
-        return max(1, min(self.recipe.rollout.max_new_tokens, int(self.recipe.data.max_length - self.lengths.prompt)))
+        longest = int(chosen(self.recipe.data.max_length) - self.lengths.prompt)
+        return max(1, min(self.recipe.rollout.max_new_tokens, longest))
 
     @property
     def schedule(self) -> Scheduler:
@@ -171,14 +172,14 @@ def memory(run: Workload) -> dict[str, int]:
     if run.student_samples:
         parts["rollout_weights"] = decoding_copy_bytes(student, run.itemsize)
         parts["rollout_cache"] = kv_cache_bytes(student, positions, run.itemsize)
-    if run.teacher_samples or (run.teacher is not None and recipe.decodes_with_teacher):
+    if run.teacher is not None and (run.teacher_samples or recipe.decodes_with_teacher):
         parts["teacher_rollout_cache"] = kv_cache_bytes(run.teacher, positions, run.teacher_itemsize)
     if run.device == "cpu":
-        caches = {
-            "rollout_cache": (student, run.itemsize),
-            "teacher_rollout_cache": (run.teacher, run.teacher_itemsize),
-        }
-        sampling = [model for part, (model, itemsize) in caches.items() if part in parts and itemsize == 2]
+        sampling = []
+        if "rollout_cache" in parts and run.itemsize == 2:
+            sampling.append(student)
+        if run.teacher is not None and "teacher_rollout_cache" in parts and run.teacher_itemsize == 2:
+            sampling.append(run.teacher)
         layouts = [2 * (m.matmul + run.vocab * m.head_in) for m in sampling if has_layouts(m.kind, m.merged)]
         is_bf16 = run.itemsize == 2 or (run.teacher is not None and run.teacher_itemsize == 2)
         parts["rollout_layouts"] = sum(layouts)
@@ -202,7 +203,7 @@ def _attention_score_bytes(run: Workload, longest: int) -> int:
     response = longest * run.lengths.response / max(run.lengths.mean, 1)
     prompt = longest - response
     layers = student.layers
-    pairs = [longest**2] * layers
+    pairs: list[float] = [longest**2] * layers
     if student.encoder is not None:
         # The decoder attends to its own tokens and to the prompt.
         pairs = [prompt**2] * student.encoder.layers + [response * longest] * layers
@@ -296,10 +297,10 @@ def step_work(run: Workload) -> dict[str, Work]:
     schedule = run.schedule
     # With cross-entropy alone the teacher computes nothing on rows. Student outputs always need it.
     has_kd = recipe.objective.kd_weight > 0
-    teacher_rows = (_teacher_forward(run, response),) if has_kd else ()
-    teacher_rows_cached = (_teacher_head(run, response),) if has_kd else ()
-    teacher_samples = (_teacher_forward(run, new),)
-    teacher_samples_cached = (_teacher_head(run, new),) if run.caches_samples else teacher_samples
+    teacher_rows = (_teacher_forward(run, run.teacher, response),) if has_kd else ()
+    teacher_rows_cached = (_teacher_head(run, run.teacher, response),) if has_kd else ()
+    teacher_samples = (_teacher_forward(run, run.teacher, new),)
+    teacher_samples_cached = (_teacher_head(run, run.teacher, new),) if run.caches_samples else teacher_samples
     work: dict[str, Work] = {}
     if schedule.config.uses_rows:
         work["dataset"] = train_rows + teacher_rows
@@ -362,16 +363,16 @@ def _log_prob_work(run: Workload, response: float) -> Work:
     return (Part(flops, launch_s=launch_s, itemsize=run.itemsize),)
 
 
-def _teacher_forward(run: Workload, response: float) -> Part:
+def _teacher_forward(run: Workload, teacher: Sizes, response: float) -> Part:
     """Return the teacher's forward pass over a step's sequences, head included."""
-    flops = forward_flops(run.teacher, run.sequences, run.lengths.prompt, response, response, run.vocab)
-    launch_s = _micro_batches(run) * run.teacher.all_layers * FORWARD_LAUNCH_S
+    flops = forward_flops(teacher, run.sequences, run.lengths.prompt, response, response, run.vocab)
+    launch_s = _micro_batches(run) * teacher.all_layers * FORWARD_LAUNCH_S
     return Part(flops, launch_s=launch_s, itemsize=run.teacher_itemsize)
 
 
-def _teacher_head(run: Workload, response: float) -> Part:
+def _teacher_head(run: Workload, teacher: Sizes, response: float) -> Part:
     """Return the work of the teacher's head alone, on cached states."""
-    return Part(2 * run.sequences * response * run.teacher.head_in * run.vocab, itemsize=run.itemsize)
+    return Part(2 * run.sequences * response * teacher.head_in * run.vocab, itemsize=run.itemsize)
 
 
 def _sampling_work(run: Workload, model: Sizes, itemsize: int) -> Part:
@@ -407,7 +408,7 @@ def source_shares(run: Workload, steps: int, phi: float | None = None) -> dict[s
     scheduler = build_scheduler(config, steps=drawn_steps, seed=recipe.train.seed, batches=recipe.rollout.bulk)
     buffered = 0.0
     batch = run.sequences * steps / drawn_steps
-    counts = Counter()
+    counts: Counter[str] = Counter()
     for step in range(drawn_steps):
         source = scheduler.draw(step, int(buffered))
         counts[source.value] += 1
@@ -426,15 +427,16 @@ def gpu_figures(run: Workload, need: int) -> dict[str, dict[str, Any]]:
     figures = {}
     work = step_work(run)
     steps = run.lengths.steps
+    sft_steps = 0 if run.sft_stage is None else run.sft_stage.lengths.steps
     is_phi_open = run.schedule.has_phi and run.teacher is not None
     for gpu in GPUS:
         step_s = {source: seconds(parts, gpu) for source, parts in work.items()}
         entry: dict[str, Any] = {"fits": fits_in_memory(need, gpu), "step_s": step_s}
-        if steps is not None:
+        if steps is not None and sft_steps is not None:
             run_s = [_run_seconds(run, step_s, steps, phi) for phi in ((None, 1.0) if is_phi_open else (None,))]
             sft_s = 0.0
             if run.sft_stage is not None:
-                sft_s = run.sft_stage.lengths.steps * seconds(step_work(run.sft_stage)["dataset"], gpu)
+                sft_s = sft_steps * seconds(step_work(run.sft_stage)["dataset"], gpu)
                 entry["sft_s"] = sft_s
             entry["run_s"] = [sft_s + min(run_s), sft_s + max(run_s)]
         figures[gpu.name] = entry

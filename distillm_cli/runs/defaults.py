@@ -34,7 +34,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pydantic import ValidationError
 
@@ -247,7 +247,7 @@ def check_data(resolved: Resolved, known: StageModels | None = None) -> str | No
     paths = (recipe.teacher.path, recipe.student.path)
     models = [_teacher(recipe, known), student_info(recipe, known)]
     for path, info in zip(paths, models, strict=True):
-        if info is None and path not in known and not is_built(path):
+        if path is not None and info is None and path not in known and not is_built(path):
             locate_model(path)  # raises for a directory that does not exist
     if BUILTIN in paths or not all(info is not None and is_in_paper(info) for info in models):
         name = BUILTIN if BUILTIN in paths else "rows.jsonl or --data dolly"
@@ -278,5 +278,4 @@ def _fitted_stage(stage: Stage, known: dict[str, ModelInfo | None]) -> Stage:
             ) from None
         known[PREFIX + stage.name] = student_info(stage.resolved.recipe, known)
         return replace(stage, resolved=fitted(stage.resolved, known))
-    models: Any = getattr(stage.config, "models", None) or (stage.config.model,)
-    return replace(stage, resolved=fitted(stage.resolved, known, models[0]))
+    return replace(stage, resolved=fitted(stage.resolved, known, stage.config.model_names[0]))

@@ -219,7 +219,7 @@ def _generation(
 
 def _prompt_columns(row: Row) -> Line:
     """Return the prompt of a row in the columns that it was read from."""
-    columns = {"messages": row.messages, "tools": row.tools, "documents": row.documents}
+    columns: Line = {"messages": row.messages, "tools": row.tools, "documents": row.documents}
     columns |= {"chat_template_kwargs": row.template_kwargs}
     if row.instruction is not None:
         columns |= {"instruction": row.instruction, "input": row.input}

@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from distillm_cli.config.load import Resolved, to_yaml
-from distillm_cli.config.pipeline_recipe import PREFIX, Pipeline, Stage, StageConfig, inputs, with_stage_paths
+from distillm_cli.config.pipeline_recipe import (
+    PREFIX,
+    EvalStageConfig,
+    GenerateStageConfig,
+    Pipeline,
+    Stage,
+    StageConfig,
+    inputs,
+    with_stage_paths,
+)
 from distillm_cli.errors import START_OVER, CheckpointError, DistillmError, Interrupted, UsageError, signal_number
 from distillm_cli.runs import output_dir, stage_record
 from distillm_cli.runs.inputs import check_spared
@@ -192,7 +201,7 @@ class _PipelineRun:
             self._report_position(position)
             title = f"stage {position + 1} of {total} · {stage.name} ({stage.verb})"
             state = StageState("to run") if before is None else _state(stage, place, before, made)
-            if state.kind == "done":
+            if before is not None and state.kind == "done":
                 self.listener(Note(f"{title} · done already"))
                 made[stage.name] = before.made
                 results[stage.name] = self._stage_result("skipped", stage, place, dict(before.result))
@@ -237,11 +246,11 @@ class _PipelineRun:
 
     def _run_verb(self, stage: Stage, own: StageConfig, resolved: Resolved, place: Path, record: StageRecord) -> Result:
         """Run the function of a stage's verb. own, resolved: with paths in place of the names of other stages."""
-        if own.verb in ("sft", "distill"):
-            return self._train(stage, resolved, place, record)
-        if own.verb == "generate":
+        if isinstance(own, GenerateStageConfig):
             return self._generate(own, resolved, place)
-        return self._evaluate(stage, own, resolved, place)
+        if isinstance(own, EvalStageConfig):
+            return self._evaluate(stage, own, resolved, place)
+        return self._train(stage, resolved, place, record)
 
     def _train(self, stage: Stage, resolved: Resolved, place: Path, record: StageRecord) -> TrainResult:
         from distillm_cli.runs.defaults import fitted_line
@@ -266,7 +275,7 @@ class _PipelineRun:
         with output_dir.claimed(place):
             return train(stage.verb, resolved, place, self.listener, options, on_ready=on_ready)
 
-    def _generate(self, own: Any, resolved: Resolved, place: Path) -> GenerateResult:
+    def _generate(self, own: GenerateStageConfig, resolved: Resolved, place: Path) -> GenerateResult:
         from distillm_cli.runs.generate import generate_responses
         from distillm_cli.runs.inference import Settings
         from distillm_cli.runs.prompt_source import PromptSource
@@ -280,12 +289,12 @@ class _PipelineRun:
             _put_aside(file, self.listener)
             return generate_responses(own.model, source, settings, self.listener, output=str(file))
 
-    def _evaluate(self, stage: Stage, own: Any, resolved: Resolved, place: Path) -> EvalResult:
+    def _evaluate(self, stage: Stage, own: EvalStageConfig, resolved: Resolved, place: Path) -> EvalResult:
         from distillm_cli.runs.eval import evaluate_checkpoints
         from distillm_cli.runs.inference import Settings
 
         # Directories are named by stage, since paths may change: scores of an earlier path must be replaced.
-        pairs = zip(stage.config.models, own.models, strict=True)
+        pairs = zip(stage.config.model_names, own.models, strict=True)
         names = {model: name.removeprefix(PREFIX) for name, model in pairs if name.startswith(PREFIX)}
         models, settings = list(own.models), Settings(resolved)
         return evaluate_checkpoints(models, settings, self.listener, output=str(place), resume=True, names=names)

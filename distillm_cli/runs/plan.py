@@ -7,14 +7,14 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from transformers import PreTrainedModel
 
 from distillm_cli.config.derived import sft_stage_recipe
 from distillm_cli.config.load import Resolved
-from distillm_cli.config.schema import DataConfig, Recipe
+from distillm_cli.config.schema import DataConfig, Dtype, Recipe, chosen
 from distillm_cli.config.student_spec import BuiltinModel, ConfigFile, SavedModel, parse_student
 from distillm_cli.data.batching import Examples, steps_per_epoch, tokenize
 from distillm_cli.data.encoder import Encoder
@@ -35,6 +35,9 @@ from distillm_cli.runs.run_results import DecodedSequence, PlanResult
 from distillm_cli.training.events import Listener, Note, silent
 from distillm_cli.utils.memory import available_memory, resume_garbage_collection
 from distillm_cli.utils.text import format_bytes, redact
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _T = TypeVar("_T")
 _SHOWN_SEQUENCES = 3  # of the decoded batch
@@ -78,11 +81,15 @@ def _decoded_batch(run: Prepared) -> tuple[DecodedSequence, ...]:
             if position < len(sequence.prompt) and position not in turns:
                 context.append(token)
                 continue
-            pieces.append((run.pair.tokenizer.decode(context), False))
-            pieces.append((run.pair.tokenizer.decode([token]), True))
+            pieces.append((_text(run, context), False))
+            pieces.append((_text(run, [token]), True))
             context = []
         decoded.append(DecodedSequence(tuple(pieces)))
     return tuple(decoded)
+
+
+def _text(run: Prepared, ids: list[int]) -> str:
+    return cast(str, run.pair.tokenizer.decode(ids))  # a list only for several sequences
 
 
 def plan_prepared(run: Prepared, resolved: Resolved) -> dict[str, Any]:
@@ -138,17 +145,20 @@ def plan_from_configs(
     rows, why = read_if_available(lambda: load_rows(recipe.data, "train", require_output=needed), recipe.data.source)
 
     texts = None if rows is None else partial(texts_of, rows, recipe.data)
-    common = {"max_length": recipe.data.max_length, "stage_shapes": stage_shapes}
+    max_length = chosen(recipe.data.max_length)
     origin = None  # the teacher; in `sft`, the model that a built student takes its layers from
     if recipe.teacher.path is not None and (recipe.method != "sft" or recipe.student.is_built):
-        origin = load_shape(recipe.teacher.path, revision=recipe.teacher.revision, **common)
+        origin = load_shape(
+            recipe.teacher.path, revision=recipe.teacher.revision, max_length=max_length, stage_shapes=stage_shapes
+        )
     student = load_shape(
-        recipe.student.path,
+        recipe.student.required_path,
         revision=recipe.student.revision,
         tokenizer=recipe.student.tokenizer,
         texts=texts,
         teacher=origin,
-        **common,
+        max_length=max_length,
+        stage_shapes=stage_shapes,
     )
     teacher = origin if recipe.method != "sft" else None
     vocab = student.vocab if teacher is None else min(student.vocab, teacher.vocab)
@@ -164,7 +174,7 @@ def plan_from_configs(
     if rows is not None and tokenizer is not None:
         encoder = Encoder(
             tokenizer,
-            _data_with_template(recipe, rows, student, teacher),
+            _data_with_template(recipe, rows, tokenizer, None if teacher is None else teacher.tokenizer),
             is_encoder_decoder=student.is_encoder_decoder,
             needs_responses=recipe.needs_responses,
         )
@@ -209,14 +219,14 @@ def plan_from_configs(
     return figures, student
 
 
-def _data_with_template(recipe: Recipe, rows: Rows, student: Shape, teacher: Shape | None) -> DataConfig:
-    """Return the recipe's data section with the template that a run would choose."""
-    student_template = student.tokenizer.chat_template
-    teacher_template = student_template
-    if teacher is not None and teacher.tokenizer is not None:
-        teacher_template = teacher.tokenizer.chat_template
+def _data_with_template(
+    recipe: Recipe, rows: Rows, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None
+) -> DataConfig:
+    """Return the recipe's data section with the template that a run would choose, from the models' tokenizers."""
+    student_template = student.chat_template
+    teacher_template = student_template if teacher is None else teacher.chat_template
     if student_template is None:
-        student.tokenizer.chat_template = teacher_template
+        student.chat_template = teacher_template
     if recipe.data.template != "auto":
         return recipe.data
     template = resolve_auto_template(rows, student_template is not None and teacher_template is not None)
@@ -413,8 +423,9 @@ def _measured_lengths(recipe: Recipe, examples: Examples) -> costs.Lengths:
 def _longest_lengths(recipe: Recipe, rows: Rows | None, student: Shape, teacher: Shape | None) -> costs.Lengths:
     """Return the longest allowed lengths: prompts of ``max_prompt_length``, and responses that fill the rest."""
     context = _context(student, teacher)
-    longest = recipe.data.max_length if context is None else min(recipe.data.max_length, context)
-    prompt = recipe.data.max_prompt_length
+    max_length = chosen(recipe.data.max_length)
+    longest = max_length if context is None else min(max_length, context)
+    prompt = chosen(recipe.data.max_prompt_length)
     response = max(1, longest - (prompt if prompt < longest else longest // 2))
     per_epoch = None
     if rows is not None:
@@ -431,7 +442,7 @@ def _longest_lengths(recipe: Recipe, rows: Rows | None, student: Shape, teacher:
 
 
 def _steps(recipe: Recipe, per_epoch: int) -> int:
-    return recipe.train.steps or max(1, math.ceil(recipe.train.epochs * per_epoch))
+    return recipe.train.steps or max(1, math.ceil(chosen(recipe.train.epochs) * per_epoch))
 
 
 def _context(student: Shape, teacher: Shape | None) -> int | None:
@@ -439,7 +450,7 @@ def _context(student: Shape, teacher: Shape | None) -> int | None:
     return min((context for context in contexts if context is not None), default=None)
 
 
-def _dtype(name: str, device: torch.device, is_open: bool) -> torch.dtype:
+def _dtype(name: Dtype, device: torch.device, is_open: bool) -> torch.dtype:
     return torch.bfloat16 if is_open and name == "auto" else resolve_dtype(name, device)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from distillm_cli.config.load import Resolved
-from distillm_cli.config.pipeline_recipe import PREFIX, Pipeline, Stage
-from distillm_cli.config.schema import Recipe
+from distillm_cli.config.pipeline_recipe import PREFIX, GenerateStageConfig, Pipeline
+from distillm_cli.config.schema import Recipe, chosen
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import Row
 from distillm_cli.evaluation.evaluate import passes
@@ -37,13 +38,13 @@ def plan_pipeline(pipeline: Pipeline, listener: Listener) -> PipelinePlan:
         resolved = stage.resolved if source not in samples else _on_sampled_prompts(samples[source], stage.resolved)
         if stage.verb in ("sft", "distill"):
             figures, shapes[PREFIX + stage.name] = plan_from_configs(resolved, silent, shapes)
-        elif stage.verb == "generate":
+        elif isinstance(stage.config, GenerateStageConfig):
             data = resolved.recipe.data
             limit = stage.config.limit or data.limit
             samples[PREFIX + stage.name] = PlannedSamples(data.source, limit, stage.config.n)
-            figures = _plan_generate(stage, resolved.recipe, shapes)
+            figures = _plan_generate(stage.config, resolved.recipe, shapes)
         else:
-            figures = _plan_eval(stage, resolved.recipe, shapes, samples)
+            figures = _plan_eval(stage.config.model_names, resolved.recipe, shapes, samples)
         plans[stage.name] = {"verb": stage.verb} | figures
         if source in samples:
             figures["notes"].append(f"{source} does not exist yet: planned with {samples[source]}")
@@ -91,29 +92,29 @@ class _Prompts:
         return None if self.rows is None else self.rows * self.each
 
 
-def _plan_generate(stage: Stage, recipe: Recipe, shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    own = stage.config
+def _plan_generate(own: GenerateStageConfig, recipe: Recipe, shapes: Mapping[str, Shape]) -> dict[str, Any]:
     name = recipe.data.source
     source = PromptSource(data=name, split=own.split, limit=own.limit or recipe.data.limit, samples=own.n)
     rows, why = read_if_available(lambda: read_prompts(source, recipe.data, silent), name)
-    shape = load_shape(own.model, max_length=recipe.data.max_length, stage_shapes=shapes)
+    shape = load_shape(own.model, max_length=chosen(recipe.data.max_length), stage_shapes=shapes)
     prompts = _prompts(rows, shape, recipe, recipe.rollout.max_new_tokens, own.n)
     return _figures({own.model: (shape, [prompts])}, recipe, _notes(why, shape))
 
 
 def _plan_eval(
-    stage: Stage, recipe: Recipe, shapes: Mapping[str, Shape], samples: Mapping[str, PlannedSamples]
+    names: Sequence[str], recipe: Recipe, shapes: Mapping[str, Shape], samples: Mapping[str, PlannedSamples]
 ) -> dict[str, Any]:
     suites = [samples[name].source if name in samples else name for name in recipe.eval.suites]
-    read = [read_if_available(lambda name=name: load_suite(name, recipe, silent).rows, name) for name in suites]
+    read = [read_if_available(partial(load_suite, name, recipe, silent), name) for name in suites]
     if not read:
-        read = [read_if_available(lambda: held_out(recipe, silent).rows, recipe.data.valid or recipe.data.source)]
+        read = [read_if_available(partial(held_out, recipe, silent), recipe.data.valid or recipe.data.source)]
+    all_rows = [None if suite is None else suite.rows for suite, _ in read]
     each = len(passes(recipe.eval))
     notes = [why for _, why in read if why]
     models = {}
-    for name in stage.config.models:
-        shape = load_shape(name, max_length=recipe.data.max_length, stage_shapes=shapes)
-        prompts = [_prompts(rows, shape, recipe, recipe.eval.max_new_tokens, each) for rows, _ in read]
+    for name in names:
+        shape = load_shape(name, max_length=chosen(recipe.data.max_length), stage_shapes=shapes)
+        prompts = [_prompts(rows, shape, recipe, recipe.eval.max_new_tokens, each) for rows in all_rows]
         models[name] = (shape, prompts)
         notes += _notes("", shape)
     return _figures(models, recipe, list(dict.fromkeys(notes)))
@@ -130,8 +131,8 @@ def _notes(why: str, shape: Shape) -> list[str]:
 
 def _prompts(rows: Sequence[Row] | None, shape: Shape, recipe: Recipe, max_new_tokens: int, each: int) -> _Prompts:
     """Measure the prompts where rows and tokenizer are available; else they are as long as the recipe allows."""
-    tokens: float = recipe.data.max_prompt_length
-    longest = recipe.data.max_prompt_length
+    longest = chosen(recipe.data.max_prompt_length)
+    tokens: float = longest
     if rows and shape.tokenizer is not None:
         encoder = Encoder(shape.tokenizer, recipe.data, is_encoder_decoder=shape.is_encoder_decoder)
         lengths = [len(ids) for ids in encoder.prompts(list(rows))]
@@ -150,13 +151,14 @@ def _figures(models: Mapping[str, tuple[Shape, list[_Prompts]]], recipe: Recipe,
     jobs = [(model_sizes[name], prompts) for name, (_, suites) in models.items() for prompts in suites]
     work = [_response_work(model, prompts, batch, itemsize) for model, prompts in jobs]
     counts = [prompts.responses for _, prompts in jobs]
+    known = [count for count in counts if count is not None]
     memory = max((_memory(model, prompts, batch, itemsize) for model, prompts in jobs), key=lambda m: sum(m.values()))
     flops = [part.flops for part in work]
     dtype = str(torch.bfloat16 if itemsize == 2 else torch.float32).removeprefix("torch.")
     total = sum(memory.values())
     return {
         "models": {name: model_figures(size, dtype) for name, size in model_sizes.items()},
-        "responses": None if None in counts else sum(counts),
+        "responses": sum(known) if len(known) == len(counts) else None,
         "prompt_tokens": [min(prompts.tokens for _, prompts in jobs), max(prompts.tokens for _, prompts in jobs)],
         "new_tokens": max(prompts.new_tokens for _, prompts in jobs),
         "response_flops": [float(f"{f(flops):.4g}") for f in (min, max)],
@@ -171,8 +173,9 @@ def _on_gpu(gpu: Gpu, memory: int, work: list[Part], counts: list[int | None]) -
     """Return whether the memory fits a GPU, and seconds of a response and, where the counts are known, of all."""
     seconds = [part.seconds(gpu) for part in work]
     entry: dict[str, Any] = {"fits": fits_in_memory(memory, gpu), "response_s": [min(seconds), max(seconds)]}
-    if None not in counts:
-        total = sum(count * s for count, s in zip(counts, seconds, strict=True))
+    known = [count for count in counts if count is not None]
+    if len(known) == len(counts):
+        total = sum(count * s for count, s in zip(known, seconds, strict=True))
         entry["run_s"] = [total, total]
     return entry
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from distillm_cli.config.schema import DataConfig, Recipe, TrainConfig
+from distillm_cli.config.schema import DataConfig, Recipe, TrainConfig, chosen
 from distillm_cli.data.batching import Examples, Order, tokenize
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.prefetch import Prefetcher
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from distillm_cli.models.backbone import Backbone
+    from distillm_cli.models.lora import Adapter
     from distillm_cli.models.pair import Pair
 
 FROZEN = "frozen.txt"  # in a checkpoint: fingerprint of the weights below an adapter
@@ -51,12 +52,12 @@ _PROBE_TOKENS = 8  # for the check of the heads
 
 def total_steps(train: TrainConfig, steps_per_epoch: int) -> int:
     """Return the optimizer steps of a whole run."""
-    return train.steps or max(1, math.ceil(train.epochs * steps_per_epoch))
+    return train.steps or max(1, math.ceil(chosen(train.epochs) * steps_per_epoch))
 
 
-def frozen_digest(student: Backbone) -> str:
+def frozen_digest(adapter: Adapter) -> str:
     """Return a fingerprint of the frozen weights below an adapter."""
-    return weights_fingerprint(student.adapter.frozen())
+    return weights_fingerprint(adapter.frozen())
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,12 @@ class Prepared:
     @property
     def student(self) -> Backbone:
         return self.pair.student
+
+    @property
+    def teacher(self) -> Backbone:
+        """Return the teacher, which every run but fine-tuning has."""
+        assert self.pair.teacher is not None
+        return self.pair.teacher
 
     @property
     def sft(self) -> bool:
@@ -161,7 +168,7 @@ class Prepared:
             else:
                 self.student.adapter.save(directory)
                 generation_config(self.student).save_pretrained(directory)
-                (directory / FROZEN).write_text(frozen_digest(self.student), encoding="utf-8")
+                (directory / FROZEN).write_text(frozen_digest(self.student.adapter), encoding="utf-8")
             self.pair.tokenizer.save_pretrained(directory)
 
     def export_model(self, directory: Path) -> None:
@@ -169,16 +176,17 @@ class Prepared:
         student = self.recipe.student
         dtype = resolve_dtype(student.save_dtype, self.device)
         with quiet():
-            if student.lora_output == "adapter":
-                self.student.adapter.save(directory, dtype)
+            adapter = self.student.adapter
+            if adapter is not None and student.lora_output == "adapter":
+                adapter.save(directory, dtype)
                 generation_config(self.student).save_pretrained(directory)
-            elif self.student.adapter is None and dtype == torch.float32:
+            elif adapter is None and dtype == torch.float32:
                 self.student.model.save_pretrained(directory)
             else:
-                self.student.plain(torch.float32).model.to(dtype).save_pretrained(directory)
+                self.student.plain(torch.float32).to(dtype).model.save_pretrained(directory)
             self.pair.tokenizer.save_pretrained(directory)
         if is_composite(self.student.model.config) and not student.is_built:
-            copy_processor(student.path, student.revision, directory)
+            copy_processor(student.required_path, student.revision, directory)
 
 
 def prepare(recipe: Recipe, listener: Listener, prefetcher: Prefetcher | None = None) -> Prepared:
@@ -214,7 +222,8 @@ def _prepare(recipe: Recipe, listener: Listener, prefetcher: Prefetcher) -> Prep
     context = min((model.context for model in pair.models.values() if model.context is not None), default=None)
     _check_heads(pair, context, listener)
     router_aux = router.set_router_loss(recipe.objective.router_aux, pair.student, listener)
-    _warn_of_longrope(pair, min(data.max_length, context or data.max_length), listener)
+    longest = chosen(data.max_length)
+    _warn_of_longrope(pair, min(longest, context or longest), listener)
     train_ids = partial(prefetcher.take, "train", pair.tokenizer)
     valid_ids = partial(prefetcher.take, "valid", pair.tokenizer)
     train = tokenize(train_rows, encoder, data, listener, context, train_ids)
@@ -358,9 +367,9 @@ def _check_held_out(recipe: Recipe, rows: Rows, listener: Listener) -> None:
 
 def _expected_tokenizer(recipe: Recipe, tokenizers: TokenizerCache) -> PreTrainedTokenizerBase | None:
     """Return the tokenizer that the run will most likely use, read before the models; None where it is not known yet."""
-    for model in tokenizer_candidates(recipe):
+    for path, revision in tokenizer_candidates(recipe):
         try:
-            return tokenizers.load(model.path, model.revision)
+            return tokenizers.load(path, revision)
         except ModelError:  # reported when the model is loaded, after earlier errors
             continue
     return None

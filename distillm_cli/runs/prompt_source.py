@@ -12,7 +12,7 @@ import numpy as np
 
 from distillm_cli.config.schema import DataConfig
 from distillm_cli.data.files import format_of
-from distillm_cli.data.rows import BadRow, parse
+from distillm_cli.data.rows import BadRow, Split, parse
 from distillm_cli.data.sources import Row, load_rows, local_path, path_kind, user_path
 from distillm_cli.errors import DataError, UsageError
 from distillm_cli.runs.responses import ResponseFile
@@ -31,7 +31,7 @@ class PromptSource:
     """Describe where prompts come from (exactly one of data, prompts and input), how many, and the samples of each."""
 
     data: str | None = None
-    split: str | None = None
+    split: Split | None = None
     prompts: list[str] | None = None
     input: str | None = None
     limit: int | None = None
@@ -67,14 +67,14 @@ def check_request(source: PromptSource, output: str | None, *, resume: bool, ove
         )
     if output is not None:
         ResponseFile(Path(output), resume=resume, overwrite=overwrite)
-    if overwrite:
-        _check_not_read(source, Path(output))
+        if overwrite:
+            _check_not_read(source, Path(output))
 
 
 def _check_not_read(source: PromptSource, output: Path) -> None:
     """Raise UsageError where the file to be replaced is one that the prompts are read from."""
     for flag, name in (("--data", source.data), ("--input", source.input)):
-        place = None if name in (None, "-") else local_path(name)
+        place = None if name is None or name == "-" else local_path(name)
         if place is None or not output.exists():
             continue
         read = [place, place / "data"] if place.is_dir() else [place]
@@ -93,17 +93,17 @@ def read_prompts(source: PromptSource, data: DataConfig, listener: Listener) -> 
         rows = [Row(instruction=text, where=f"--prompt {i}") for i, text in enumerate(source.prompts, start=1)]
         return rows[: source.limit]
     name = source.data if source.input is None else source.input
+    assert name is not None
     path = user_path(name)
     is_text_file = source.input is not None and path_kind(path) != "directory" and format_of(path) is None
     if source.input == "-" or is_text_file:
-        return _lines(source.input, data, listener)[: source.limit]
+        return _lines(name, data, listener)[: source.limit]
     # A model's own recipe may limit its training rows and name validation rows: neither concerns the prompts.
     data = data.model_copy(update={"source": name, "valid": None, "limit": None})
     # The test split of a single file is the whole file.
-    split = source.split or ("test" if path_kind(path) == "file" else "train")
+    split: Split = source.split or ("test" if path_kind(path) == "file" else "train")
     stand_in = source.split is None  # a split that the user names is required
-    rows = load_rows(data, split, listener=listener, require_output=False, limit=source.limit, stand_in=stand_in)
-    return list(rows)
+    return list(load_rows(data, split, listener=listener, require_output=False, limit=source.limit, stand_in=stand_in))
 
 
 def _lines(source: str, data: DataConfig, listener: Listener) -> list[Row]:

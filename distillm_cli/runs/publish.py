@@ -65,7 +65,8 @@ def model_card(
     verb = "fine-tuned" if recipe.method == "sft" else "distilled"
     lines = ["---"]
     lines += [f"{key}: {text_of(value)}" for key, value in _front_matter(resolved, task).items()]
-    lines += ["---", "", f"# {Path(student.path).name if Path(student.path).is_dir() else student.path}, {verb}", ""]
+    path = student.required_path
+    lines += ["---", "", f"# {Path(path).name if Path(path).is_dir() else path}, {verb}", ""]
     facts = {
         "method": recipe.method,
         "model" if recipe.method == "sft" else "student": student.path,
@@ -93,7 +94,7 @@ def _front_matter(resolved: Resolved, task: str) -> dict[str, Any]:
     recipe = resolved.recipe
     is_adapter = recipe.student.lora_output == "adapter"
     front: dict[str, Any] = {"library_name": "peft" if is_adapter else "transformers", "pipeline_tag": task}
-    base = recipe.student.path
+    base = recipe.student.required_path
     known = _card_of(base)
     if (name := base if _is_hub_name(base) else known.get("base_model")) is not None:
         front["base_model"] = name
@@ -121,10 +122,12 @@ def _card_of(path: str) -> dict[str, Any]:
     card = directory / output_dir.CARD if directory.is_dir() else None
     if card is None and _is_hub_name(path):
         card = cached_hub_file(path, output_dir.CARD, None)
+    if card is None:
+        return {}
     try:
         front = yaml.safe_load(card.read_text(encoding="utf-8").split("---\n", 2)[1])
         found = {key: front[key] for key in ("base_model", "license") if isinstance(front.get(key), str)}
-    except (AttributeError, IndexError, OSError, ValueError, yaml.YAMLError):  # no card, or one without front matter
+    except (AttributeError, IndexError, OSError, ValueError, yaml.YAMLError):  # a card without front matter
         return {}
     if "base_model" in found and not _is_hub_name(found["base_model"]):
         del found["base_model"]

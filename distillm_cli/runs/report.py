@@ -124,7 +124,7 @@ class Report:
         self.labels = labels(trainer.state, run.recipe)
         trainer.optimizer.state.clear()  # no longer needed; makes room for the teacher, which may be loaded again
         teacher = run.pair.teacher
-        if teacher is not None and trainer.teacher.has_released_model:
+        if teacher is not None and trainer.teacher is not None and trainer.teacher.has_released_model:
             teacher = reload_teacher(run.recipe, run.pair, run.device)
         if not self._all_can_generate({"student": run.student, "teacher": teacher}):
             self.suite = replace(self.suite, rows=[])
@@ -212,7 +212,7 @@ class Report:
         teacher = dtype_name(resolve_dtype(run.recipe.teacher.dtype, run.device))
         return student if student == teacher else f"{student} (teacher: {teacher})"
 
-    def score(self) -> dict[str, float]:
+    def score(self) -> dict[str, float | None]:
         """Return the metric that selects checkpoints, for the student's current weights."""
         result = self._generate(self.run.student, "validating")
         return {metric: score.mean for metric, score in result.scores.items()}

@@ -199,7 +199,7 @@ def checkpoint_weights(student: Backbone, checkpoint: Checkpoint) -> Mapping[str
             saved = type(student.model).from_pretrained(checkpoint.path, dtype=torch.float32, local_files_only=True)
         return saved.state_dict()
     frozen = checkpoint.path / FROZEN
-    if not frozen.is_file() or frozen.read_text(encoding="utf-8") != frozen_digest(student):
+    if not frozen.is_file() or frozen.read_text(encoding="utf-8") != frozen_digest(student.adapter):
         raise CheckpointError(
             "checkpoint.changed",
             "the model under the adapter is not the one that this run started with",

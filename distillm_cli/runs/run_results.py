@@ -109,7 +109,9 @@ class TrainResult:
         from distillm_cli.models.loading import load_backbone, load_config
 
         path = str(self.output)
-        dtype = load_config(path).dtype or torch.float32
+        dtype = load_config(path).dtype
+        if not isinstance(dtype, torch.dtype):
+            dtype = torch.float32
         backbone = load_backbone(path, dtype=dtype, device=torch.device(device))
         return backbone.model, backbone.tokenizer
 

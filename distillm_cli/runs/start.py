@@ -18,7 +18,7 @@ from distillm_cli.training.events import Listener, Note
 
 if TYPE_CHECKING:
     from distillm_cli.config.load import Resolved
-    from distillm_cli.config.schema import Recipe, StudentConfig, TeacherConfig
+    from distillm_cli.config.schema import Recipe
     from distillm_cli.runs.run_results import TeacherCacheResult, TrainResult
 
 
@@ -80,26 +80,26 @@ def prefetch_rows(recipe: Recipe) -> Prefetcher:
     return Prefetcher(recipe.data, partial(_tokenizer_file, recipe), recipe.needs_responses)
 
 
-def tokenizer_candidates(recipe: Recipe) -> list[StudentConfig | TeacherConfig]:
-    """Return the models that may have the run's tokenizer, the most likely first: the student, then the teacher.
+def tokenizer_candidates(recipe: Recipe) -> list[tuple[str, str | None]]:
+    """Return (path, revision) of models that may have the run's tokenizer, the most likely first: student, then teacher.
 
     Empty where the recipe names a tokenizer, where the student is built (its tokenizer depends on whether the teacher's can
     be saved), and where other processes tokenize.
     """
     if recipe.student.tokenizer is not None or recipe.student.is_built or recipe.data.workers:
         return []
-    return [model for model in (recipe.student, recipe.teacher) if model.path is not None]
+    return [(model.path, model.revision) for model in (recipe.student, recipe.teacher) if model.path is not None]
 
 
 def _tokenizer_file(recipe: Recipe) -> Path | None:
     from distillm_cli.models.model_paths import cached_hub_file, locate_model
 
-    for model in tokenizer_candidates(recipe):
+    for path, revision in tokenizer_candidates(recipe):
         try:
-            name, local = locate_model(model.path)
+            name, local = locate_model(path)
         except ModelError:  # reported when the model is loaded, after earlier errors
             continue
-        file = Path(name) / "tokenizer.json" if local else cached_hub_file(name, "tokenizer.json", model.revision)
+        file = Path(name) / "tokenizer.json" if local else cached_hub_file(name, "tokenizer.json", revision)
         if file is not None and file.is_file():
             return file
     return None

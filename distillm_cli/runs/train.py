@@ -216,7 +216,7 @@ def _train(training: _Training, listener: Listener) -> TrainResult:
     if (stop := received_signal()) is not None:  # an interrupt that a library swallowed while the run was prepared
         raise stop
     state = trainer.train()
-    if state.best_step not in (None, state.step):
+    if trainer.checkpoints is not None and state.best_step not in (None, state.step):
         restore_student(run.student, read_checkpoint(trainer.checkpoints.path(state.best_step)))
         best = f"the best {run.recipe.train.select} was {state.best:.4g}, at step {state.best_step}"
         listener(Note(f"{best}: those weights are kept"))

@@ -85,9 +85,9 @@ class Stepped(Event):
 class Validated(Event):
     """Report a validation. valid_loss: mean cross-entropy per token of the student on held-out rows, nats.
 
-    scores: further held-out figures (a divergence, ROUGE-L, …) by name. rose: whether φ rose. best: whether the
-    quantity that selects checkpoints has its best value so far. trigger: the loss at which φ rises, nats; None where it
-    cannot.
+    scores: further held-out figures (a divergence, ROUGE-L, …) by name; None for an undefined one. rose: whether φ rose.
+    best: whether the quantity that selects checkpoints has its best value so far. trigger: the loss at which φ rises, nats;
+    None where it cannot.
     """
 
     step: int
@@ -95,7 +95,7 @@ class Validated(Event):
     phi: float
     rose: bool = False
     best: bool = False
-    scores: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, float | None] = field(default_factory=dict)
     trigger: float | None = None
 
 

@@ -49,7 +49,7 @@ class TrainerState:
     train_loss: float | None = None
     valid_loss: float | None = None
     first_valid_loss: float | None = None
-    scores: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, float | None] = field(default_factory=dict)
     sources: Counter = field(default_factory=Counter)
     phis: list[tuple[int, float]] = field(default_factory=list)
     best: float | None = None

@@ -217,7 +217,7 @@ class Trainer:
             state.phis.append((step, self.scheduler.phi))
         value = None
         if self.config.select != "last" and step > 0:
-            value = ({"valid_loss": state.valid_loss} | state.scores)[self.config.select]
+            value = {**state.scores, "valid_loss": state.valid_loss}[self.config.select]
         is_tie = (
             value is not None and value == state.best
         )  # the later weights become the best ones, and stale still rises

@@ -35,7 +35,7 @@ class Validator:
         *,
         select: str = "last",
         teacher: LocalTeacher | None = None,
-        score: Callable[[], dict[str, float]] | None = None,
+        score: Callable[[], dict[str, float | None]] | None = None,
         at_start: Callable[[], AbstractContextManager[None]] | None = None,
         listener: Listener,
     ):
@@ -47,7 +47,7 @@ class Validator:
         self.at_start = at_start
         self.emit = listener
 
-    def measure(self, student_loss: StudentLoss) -> tuple[float, dict[str, float]]:
+    def measure(self, student_loss: StudentLoss) -> tuple[float, dict[str, float | None]]:
         """Return the mean cross-entropy per token, nats, and the further figures by name."""
         with eval_mode(student_loss), torch.no_grad():
             valid_loss = self.mean(CROSS_ENTROPY, student_loss)

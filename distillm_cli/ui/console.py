@@ -400,7 +400,9 @@ def _validated(event: Validated, run: RunState, phi: float, unreported: tuple[fl
     if run.started.steps_per_epoch:
         parts.insert(1, Text(f"epoch {event.step / run.started.steps_per_epoch:.1f}"))
     names = {"valid_divergence": f"valid {run.started.divergence}"}
-    parts += [Text(f"{names.get(name, name.replace('_', ' '))} {figure:.3f}") for name, figure in event.scores.items()]
+    for name, figure in event.scores.items():
+        title = names.get(name, name.replace("_", " "))
+        parts.append(Text(f"{title} –" if figure is None else f"{title} {figure:.3f}"))
     if event.rose:
         parts.append(Text(f"φ {phi:.2f} → {event.phi:.2f}", "magenta"))
     elif run.shows_phi:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, overload
 
 # C0 and C1 controls but tab and newline, line and paragraph separators, bidirectional overrides and isolates.
 _CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -94,6 +95,10 @@ def listed_shares(shares: Mapping[str, float]) -> str:
     return ", ".join(texts) + (f", and {more} more" if more else "")
 
 
+@overload
+def json_value(value: Mapping[str, object]) -> dict[str, Any]: ...
+@overload
+def json_value(value: object) -> object: ...
 def json_value(value: object) -> object:
     """Convert a value for JSON: keys and paths to text, numbers that are not finite to null."""
     if isinstance(value, Mapping):
