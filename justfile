@@ -11,6 +11,10 @@ lint:
     ruff check .
     ruff format --check .
 
+# Check types.
+types:
+    mypy
+
 # Build the documentation with strict links.
 docs:
     zensical build --clean --strict
