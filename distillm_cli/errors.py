@@ -43,7 +43,7 @@ class DistillmError(Exception):
         parts = (" ".join(part.split()) for part in (self.what, self.where, self.hint) if part)
         super().__init__("; ".join(parts))
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[object, ...]:
         # Exception would call the class with the message alone when the error comes from another process.
         return _new_error, (type(self), *self.args), self.__dict__
 

@@ -16,9 +16,15 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module, metadata
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from distillm_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from distillm_cli.config.methods import Method
+    from distillm_cli.data.known import KnownDataset
+    from distillm_cli.evaluation.metrics import Metric
+    from distillm_cli.losses.divergences import DivergenceEntry
 
 _T = TypeVar("_T")
 
@@ -119,7 +125,7 @@ class Registry(Mapping[str, _T], Generic[_T]):
 
     def _load_plugin(self, entry_point: metadata.EntryPoint) -> None:
         """Import an entry point. One that fails leaves no entry in any registry."""
-        registries = (self, divergences, methods, metrics, datasets)
+        registries: tuple[Registry[Any], ...] = (self, divergences, methods, metrics, datasets)
         before = [dict(registry._entries) for registry in registries]
         distribution = entry_point.dist.name if entry_point.dist is not None else entry_point.value
         try:
@@ -142,7 +148,9 @@ class Registry(Mapping[str, _T], Generic[_T]):
     def _check_entries(self) -> None:
         """Reject the entries of other packages that do not pass the check."""
         foreign = [name for name in self._entries if not self._is_builtin(name)]
-        for name in foreign if self.check is not None else ():
+        if self.check is None:
+            return
+        for name in foreign:
             try:
                 self.check(self._entries[name])
             except Exception as error:
@@ -165,15 +173,15 @@ class Registry(Mapping[str, _T], Generic[_T]):
         warnings.warn(str(failure), PluginWarning, stacklevel=2)
 
 
-divergences: Registry = Registry(
+divergences: Registry[DivergenceEntry] = Registry(
     "divergences",
     "distillm_cli.losses.divergences",
     "distillm_cli.losses.families",
     check=lambda entry: entry.check(),
 )
-methods: Registry = Registry("methods", "distillm_cli.config.methods")
-metrics: Registry = Registry("metrics", "distillm_cli.evaluation.metrics")
-datasets: Registry = Registry("datasets", "distillm_cli.data.known")
+methods: Registry[Method] = Registry("methods", "distillm_cli.config.methods")
+metrics: Registry[Metric] = Registry("metrics", "distillm_cli.evaluation.metrics")
+datasets: Registry[KnownDataset] = Registry("datasets", "distillm_cli.data.known")
 
 
 def failures() -> list[PluginFailure]:

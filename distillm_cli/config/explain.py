@@ -15,7 +15,7 @@ import annotated_types
 from pydantic.fields import FieldInfo
 
 from distillm_cli.config import yaml_io
-from distillm_cli.config.fields import Section, TaggedUnion, UsedWhen
+from distillm_cli.config.fields import Section, TaggedUnion, UsedWhen, Values
 from distillm_cli.config.methods import METHODS
 from distillm_cli.config.schema import AUTO, Recipe
 from distillm_cli.config.shortcuts import flag_of
@@ -29,7 +29,7 @@ _BOUNDS = (
 )
 
 
-def union_of(field: FieldInfo) -> TaggedUnion | None:
+def union_of(field: FieldInfo) -> TaggedUnion[Section] | None:
     """Return the union of sections that a field holds, None for one section and for a value."""
     return next((part for part in field.metadata if isinstance(part, TaggedUnion)), None)
 
@@ -45,7 +45,7 @@ def _walk(model: type[Section], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
             yield prefix + name, field
 
 
-def _walk_union(union: TaggedUnion, prefix: str) -> Iterator[tuple[str, FieldInfo]]:
+def _walk_union(union: TaggedUnion[Section], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
     for name in union.names():
         field = next(iter(union.fields(name).values()))
         if name == union.tag:
@@ -88,7 +88,7 @@ def condition(key: str) -> UsedWhen | None:
     holders = union.fields(name)
     conditions = {tag: _used_when(field) for tag, field in holders.items()}
     ways_of = {tag: used_when.alternatives if used_when else ({},) for tag, used_when in conditions.items()}
-    tags_of: dict[tuple, list[str]] = {}
+    tags_of: dict[tuple[tuple[str, Values], ...], list[str]] = {}
     for tag in sorted(ways_of, key=lambda tag: -len(ways_of[tag])):  # the longest list sets the order
         for alternative in ways_of[tag]:
             tags_of.setdefault(tuple(alternative.items()), []).append(tag)
@@ -103,7 +103,7 @@ def condition(key: str) -> UsedWhen | None:
     return UsedWhen(*alternatives, of_method=of_method) if all(alternatives) else None
 
 
-def _imply(alternative: Mapping[str, Any], tags: list[str], section: str, union: TaggedUnion) -> bool:
+def _imply(alternative: Mapping[str, Any], tags: list[str], section: str, union: TaggedUnion[Section]) -> bool:
     """Return whether an alternative names a field that only these members have, so that it implies the tag."""
     names = [key.removeprefix(f"{section}.") for key in alternative if key.startswith(f"{section}.")]
     return len(tags) > 1 and any(set(union.fields(name)) <= set(tags) for name in names if name != union.tag)

@@ -96,7 +96,7 @@ class DivergenceConfig(Section):
     divergence: str
 
 
-_Member = TypeVar("_Member", bound=Section)
+_Member = TypeVar("_Member", bound=Section, covariant=True)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from distillm_cli.config.explain import choices, leaves, section_keys, takes_list, union_of
-from distillm_cli.config.fields import TaggedUnion
+from distillm_cli.config.fields import Section, TaggedUnion
 from distillm_cli.config.pipeline_recipe import STAGE_CONFIGS
 from distillm_cli.config.schema import Recipe
 
@@ -121,7 +121,7 @@ def _resolved(schema: Schema, definitions: dict[str, Schema]) -> Schema:
     return definitions[schema["$ref"].rpartition("/")[2]] | beside
 
 
-def _merged(schema: Schema, definitions: dict[str, Schema], union: TaggedUnion) -> Schema:
+def _merged(schema: Schema, definitions: dict[str, Schema], union: TaggedUnion[Section]) -> Schema:
     """Merge the members of a union into one section with the fields of all."""
     members = dict(zip(union.members, (_resolved(part, definitions) for part in schema["oneOf"]), strict=True))
     properties = {}

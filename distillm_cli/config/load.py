@@ -351,7 +351,7 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _selected_member(key: str, given: Mapping[str, GivenValue]) -> tuple[TaggedUnion, type[Section]] | None:
+def _selected_member(key: str, given: Mapping[str, GivenValue]) -> tuple[TaggedUnion[Section], type[Section]] | None:
     """Return the union of a key and the member that the given tag selects; None outside unions."""
     section = key.rpartition(".")[0]
     union = union_of(Recipe.model_fields[section]) if section in Recipe.model_fields else None

@@ -39,7 +39,7 @@ class Score:
 
     mean: float | None
     sd: float | None
-    seeds: dict[str, float | None]
+    seeds: Mapping[str, float | None]
     signature: str | None = None
     undefined: str | None = None
 
@@ -208,6 +208,7 @@ def _scored_texts(texts: SequenceOf[str], config: schema.EvalConfig) -> tuple[st
 
 def _answer(output: str, sample: SampledOutput, references: SequenceOf[str], config: schema.EvalConfig) -> Answer:
     (text,) = _scored_texts([output], config)
+    assert sample.entropy is not None
     metrics = [get_metric(name, config.rouge_tokenizer) for name in config.metrics]
     ratios = [metric for metric in metrics if isinstance(metric, RatioMetric)]
     counts = {metric.name: metric.count(text, references) for metric in ratios}

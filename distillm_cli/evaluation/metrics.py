@@ -106,7 +106,7 @@ def register_metric(name: str, *, label: str, higher_is_better: bool) -> Callabl
 class _StemmedWords:
     """Cache the stemmed words of rouge_score, since every seed is compared with the same references."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         from rouge_score.tokenizers import DefaultTokenizer
 
         self.tokenize = lru_cache(maxsize=8192)(DefaultTokenizer(use_stemmer=True).tokenize)
@@ -197,7 +197,7 @@ class _SacrebleuMetric(CorpusMetric):
         return self.make_scorer(of_row=True)
 
     @cached_property
-    def signature(self) -> str:
+    def signature(self) -> str:  # type: ignore[override]  # computed when it is first read; others assign it
         scorer = self.make_scorer(of_row=False)
         scorer.num_refs = "var"  # the signature counts references, and rows may have different numbers of them
         return str(scorer.get_signature())

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
+from typing import Any
 
 from distillm_cli.config.schema import ColumnsConfig, Recipe
 from distillm_cli.data.files import stem_of
@@ -55,7 +56,7 @@ def load_suite(name: str, recipe: Recipe, listener: Listener = silent) -> Suite:
     (columns, skip_bad_rows), ``recipe.eval.limit`` how many. Raise DataError when they cannot be found or read.
     """
     # Settings of the training source, such as its held-out file, do not apply to the suite.
-    changes = {"source": name, "valid": None, "limit": None}
+    changes: dict[str, Any] = {"source": name, "valid": None, "limit": None}
     if find_dataset(name) is not None:  # the recipe's columns are those of its own data
         changes["columns"] = ColumnsConfig()
     data = recipe.data.model_copy(update=changes)

@@ -38,7 +38,7 @@ from distillm_cli.config.fields import DivergenceConfig, Probability
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from distillm_cli.losses.objectives import Objective
+    from distillm_cli.losses.objectives import KD
 
 Halves = tuple[tuple[float, "Divergence"], tuple[float, "Divergence"]]
 ValueAndGrad = tuple["Tensor", "Tensor | None"]  # value per token [N], and h_NV where it is needed
@@ -142,7 +142,7 @@ class DivergenceEntry:
     name: str
     divergence: type[Divergence]
     config: type[DivergenceConfig] | None
-    objective: type[Objective] | str | None
+    objective: type[KD] | str | None
 
     def build(self, config: DivergenceConfig) -> Divergence:
         """Build the divergence from a recipe's parameters."""
@@ -168,7 +168,7 @@ class DivergenceEntry:
         return self.objective is not None
 
     @property
-    def objective_class(self) -> type[Objective] | None:
+    def objective_class(self) -> type[KD] | None:
         """Return the objective that trains with this divergence, imported if it is given by name; None for KD."""
         if not isinstance(self.objective, str):
             return self.objective
@@ -177,7 +177,7 @@ class DivergenceEntry:
 
 
 def register_divergence(
-    name: str, *, config: type[DivergenceConfig] | None = None, objective: type[Objective] | str | None = None
+    name: str, *, config: type[DivergenceConfig] | None = None, objective: type[KD] | str | None = None
 ) -> Callable[[type[Divergence]], type[Divergence]]:
     """Register a class under its name in recipes, as a decorator.
 

@@ -18,7 +18,6 @@ from distillm_cli.config.fields import Beta, DivergenceConfig, Exponent, Probabi
 from distillm_cli.losses.divergences import (
     KL,
     Divergence,
-    ReverseKL,
     TokenDistributions,
     ValueAndGrad,
     drop_zeros,
@@ -226,7 +225,7 @@ class AlphaMixture(Divergence):
 
     a: float
     lam: float
-    inner: KL | ReverseKL | AlphaBeta
+    inner: Divergence
     from_student: bool = False
 
     @classmethod

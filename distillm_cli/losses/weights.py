@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class TokenWeights:
     def to(self, device: torch.device | str) -> TokenWeights:
         return self._map(lambda part: part.to(device))
 
-    def _map(self, change: Callable) -> TokenWeights:
+    def _map(self, change: Callable[[Any], Any]) -> TokenWeights:
         parts = [getattr(self, field.name) for field in fields(self)]
         return TokenWeights(*(None if part is None else change(part) for part in parts))
 

@@ -53,7 +53,7 @@ class SequencePool:
         responses: Mapping[Source, ResponseTable] | None = None,
         bulk: int = 1,
         rows_beside: bool = False,
-        sampling: Callable[[], AbstractContextManager] = nullcontext,
+        sampling: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
         self.rows = rows
         self.scheduler = scheduler

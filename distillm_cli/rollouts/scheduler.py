@@ -17,9 +17,9 @@ from __future__ import annotations
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import StrEnum
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from distillm_cli.config.schedule import (
     AdaptiveConfig,
@@ -115,11 +115,11 @@ class Scheduler(ABC):
         """Process a validation loss (nats per token) and return whether φ rose."""
         return False
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Return the state that later draws depend on, as JSON."""
         return {}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned. Raise ValueError for the state of another kind."""
         if state:
             raise ValueError(f"the schedule has no state, and the checkpoint has {', '.join(state)}")
@@ -267,10 +267,10 @@ class AdaptiveScheduler(DrawingScheduler):
         self.rises += is_due
         return self.phi > previous_phi
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         return {"rises": self.rises, "reference": self.reference}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.rises = state["rises"]
         self.reference = state["reference"]
 

@@ -69,7 +69,7 @@ class CachedTeacher(LocalTeacher):
             self._store(sequences, hidden_ND)
         else:
             self._compute_all(missing, device)
-            hidden_ND = moved(torch.cat([self._cached(s) for s in sequences]), device)
+            hidden_ND = moved(torch.cat([self._computed(s) for s in sequences]), device)
         if self.releases_model and not self.has_released_model:
             self._release_when_complete(device)
         return hidden_ND
@@ -99,13 +99,23 @@ class CachedTeacher(LocalTeacher):
     def _cached(self, sequence: Sequence) -> Tensor | None:
         if isinstance(sequence, Rollout):
             return sequence.teacher_hidden_ND
-        return self._table_of(sequence).read(sequence)
+        table = self._table_of(sequence)
+        return None if table is None else table.read(sequence)
+
+    def _computed(self, sequence: Sequence) -> Tensor:
+        """Return the states of a sequence that were just computed or were cached before."""
+        states_ND = self._cached(sequence)
+        assert states_ND is not None
+        return states_ND
 
     def _batches_of(self, missing: list[Sequence]) -> list[list[Sequence]]:
         """Return the batches to compute for these sequences: rows as in the first epoch, the others in one batch."""
         rows = [s for s in missing if self.rows is not None and self.rows.contains(s)]
         others = [s for s in missing if self.rows is None or not self.rows.contains(s)]
-        batches = self.composition.batches_with(rows) if rows else []
+        batches: list[list[Sequence]] = []
+        if rows:
+            assert self.composition is not None
+            batches = self.composition.batches_with(rows)
         return [*batches, others] if others else batches
 
     def _compute_all(self, batches: list[list[Sequence]], device: torch.device) -> None:
@@ -118,17 +128,20 @@ class CachedTeacher(LocalTeacher):
             if isinstance(sequence, Rollout):
                 sequence.cache_teacher_hidden(part.clone())  # a view would keep the whole batch's states in memory
                 self._new_rollouts.append(sequence)
-            else:
-                self._table_of(sequence).write(sequence, part)
+            elif (table := self._table_of(sequence)) is not None:
+                table.write(sequence, part)
 
     def _release_when_complete(self, device: torch.device) -> None:
         """Release everything but the head, once every row's states are cached."""
         leftovers = [] if self.composition is None else self.composition.leftovers
-        if self.rows.missing > len(leftovers) or (self.validation is not None and self.validation.missing):
+        rows = self.rows
+        if rows is None or rows.missing > len(leftovers):
+            return
+        if self.validation is not None and self.validation.missing:
             return
         # Rows in no batch of the first epoch, fewer than a batch, would keep the model in memory for another epoch.
-        self._compute_all(self._batches_of([s for s in leftovers if self.rows.read(s) is None]), device)
-        if self.rows.missing:
+        self._compute_all(self._batches_of([s for s in leftovers if rows.read(s) is None]), device)
+        if rows.missing:
             return
         # On "meta" a model has no memory. The head references its own tensors, tied embeddings included.
         self._head = self.model.head()
@@ -174,6 +187,7 @@ class HiddenStateTable:
         self._is_known[sequence.row] = True
 
     def _slice(self, sequence: Sequence) -> Tensor:
+        assert self.table_ND is not None
         start, end = self._spans[sequence.row]
         return self.table_ND[start:end]
 

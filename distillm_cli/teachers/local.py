@@ -5,8 +5,9 @@ The head is applied to the states chunk by chunk in the fused loss, so the logit
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from typing import ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +35,9 @@ class LanguageModel(Protocol):
     def head(self) -> HeadLike:
         """Return the map from hidden states to logits."""
 
+    def to(self, device: str) -> LanguageModel:
+        """Move the model to a device, as ``nn.Module.to``."""
+
 
 class LocalTeacher:
     """Compute a model's hidden states at every call.
@@ -42,7 +46,7 @@ class LocalTeacher:
     """
 
     mode: str = "off"  # of the cache, as checkpoints record it
-    has_released_model: ClassVar[bool] = False
+    has_released_model: bool = False
 
     def __init__(self, model: LanguageModel):
         self.model = model
@@ -73,6 +77,6 @@ class LocalTeacher:
         """Return the state for a checkpoint."""
         return {"teacher_cache": self.mode, "teacher_tokens": self.tokens}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Add the count of ``state`` to the tokens that this process has computed, such as for a cache on disk."""
         self.tokens += state["teacher_tokens"]

@@ -20,13 +20,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distillm_cli.errors import CheckpointError, StorageError
 from distillm_cli.teachers.cached import HiddenStateTable
-from distillm_cli.teachers.local import LocalTeacher
+from distillm_cli.teachers.local import LanguageModel, LocalTeacher
 from distillm_cli.training.events import Listener, Note, Progress, silent
 from distillm_cli.types import Sequence, collate
 from distillm_cli.utils.storage import atomic_directory, locked, storing, sweep
@@ -65,7 +66,13 @@ def rows_digest(sequences: SequenceOf[Sequence]) -> str:
     return digest.hexdigest()
 
 
-def teacher_digest(model: nn.Module, config: str) -> str:
+class StatefulModel(LanguageModel, Protocol):
+    """Define a model whose tensors can be listed."""
+
+    def state_dict(self) -> Mapping[str, Tensor]: ...
+
+
+def teacher_digest(model: StatefulModel, config: str) -> str:
     """Return the SHA-256 of the teacher: weights, their dtypes, the size of the vocabulary and the config.
 
     config: settings that are not in the weights, such as a rotary base.
@@ -185,7 +192,7 @@ def read_cache(
     return HiddenStateTable(sequences, table.view(tokens, width))
 
 
-def _read_metadata(directory: Path) -> dict:
+def _read_metadata(directory: Path) -> dict[str, Any]:
     """Return the content of states.json. Raise ValueError with a description if it is not valid for this version."""
     try:
         metadata = json.loads((directory / METADATA).read_text(encoding="utf-8"))
@@ -201,7 +208,7 @@ def _read_metadata(directory: Path) -> dict:
     return metadata
 
 
-def _mismatch(metadata: dict, key: CacheKey) -> str | None:
+def _mismatch(metadata: Mapping[str, Any], key: CacheKey) -> str | None:
     """Describe the cache if it is not the expected one; else return None."""
     if metadata["format"] != CACHE_FORMAT:
         return f"another version of distillm (format {metadata['format']}, this one reads {CACHE_FORMAT})"
@@ -212,7 +219,15 @@ def _mismatch(metadata: dict, key: CacheKey) -> str | None:
     return None
 
 
-def _write_files(staged: Path, key: CacheKey, teacher: LocalTeacher, sequences, device, listener: Listener, of) -> None:
+def _write_files(
+    staged: Path,
+    key: CacheKey,
+    teacher: LocalTeacher,
+    sequences: SequenceOf[Sequence],
+    device: torch.device,
+    listener: Listener,
+    of: Mapping[str, str],
+) -> None:
     """Write states.bin and states.json with calls that report a full disk, which a memory map does not."""
     with (staged / STATES).open("wb", buffering=0) as file:
         width, dtype = _compute(file, teacher, sequences, device, listener)
@@ -233,11 +248,18 @@ def _write_files(staged: Path, key: CacheKey, teacher: LocalTeacher, sequences, 
         os.fsync(file.fileno())
 
 
-def _compute(file: RawIOBase, teacher: LocalTeacher, sequences, device, listener: Listener) -> tuple[int, torch.dtype]:
+def _compute(
+    file: RawIOBase,
+    teacher: LocalTeacher,
+    sequences: SequenceOf[Sequence],
+    device: torch.device,
+    listener: Listener,
+) -> tuple[int, torch.dtype]:
     """Write the states of all rows to ``file``, computing the longest first in large batches; return width and dtype."""
     ends = torch.tensor([s.supervised for s in sequences]).cumsum(0).tolist()
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True)
-    position, hidden_ND = 0, None
+    position = 0
+    hidden_ND: Tensor | None = None
     while position < len(order):
         picks = order[position : position + max(1, _BATCH_TOKENS // len(sequences[order[position]]))]
         group = [sequences[i] for i in picks]
@@ -247,6 +269,7 @@ def _compute(file: RawIOBase, teacher: LocalTeacher, sequences, device, listener
             _write_at(file, offset, _raw(part.contiguous()))
         position += len(picks)
         listener(Progress("teacher states", position, len(order), "rows"))
+    assert hidden_ND is not None
     return hidden_ND.shape[1], hidden_ND.dtype
 
 
@@ -258,7 +281,7 @@ def _write_at(file: RawIOBase, offset: int, data: memoryview) -> None:
 
 def _raw(tensor: Tensor) -> memoryview:
     """Return a contiguous tensor's bytes without a copy."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def _sha256_of(path: Path, listener: Listener = silent) -> str:

@@ -13,9 +13,10 @@ a directory with a step's name is always complete, even after the process is kil
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -37,7 +38,7 @@ class Checkpoint:
     """Hold a verified checkpoint. The student's weights are not read into memory; they are at ``path``."""
 
     path: Path
-    state: dict
+    state: dict[str, Any]
     tensors: dict[str, Tensor]
 
 
@@ -63,7 +64,9 @@ class Checkpoints:
         """Return the steps with a visible checkpoint, ascending."""
         return [int(path.name[5:]) for path in visible(self.root)]
 
-    def write(self, step: int, state: dict, tensors: dict[str, Tensor], *, protect: int | None = None) -> Path:
+    def write(
+        self, step: int, state: Mapping[str, Any], tensors: dict[str, Tensor], *, protect: int | None = None
+    ) -> Path:
         """Write the checkpoint of ``step``, then remove all but the newest ``keep`` and the protected one.
 
         Raises StorageError where writing fails; earlier checkpoints are not touched then.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from distillm_cli.training.events import Event, Stepped, Validated
@@ -34,7 +35,7 @@ class MetricsLog:
             line = {"step": event.step, "valid_loss": _short(event.valid_loss), "phi": _short(event.phi)}
             self._write(line | {key: _short(value) for key, value in event.scores.items()})
 
-    def _write(self, line: dict) -> None:
+    def _write(self, line: Mapping[str, object]) -> None:
         # One write call per line: a process that is killed leaves no part of a line.
         text = (json.dumps(line) + "\n").encode()
         with storing(

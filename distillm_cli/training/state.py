@@ -50,7 +50,7 @@ class TrainerState:
     valid_loss: float | None = None
     first_valid_loss: float | None = None
     scores: dict[str, float | None] = field(default_factory=dict)
-    sources: Counter = field(default_factory=Counter)
+    sources: Counter[str] = field(default_factory=Counter)
     phis: list[tuple[int, float]] = field(default_factory=list)
     best: float | None = None
     best_step: int | None = None

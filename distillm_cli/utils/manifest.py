@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ EDITABLE = ("generation_config.json", "tokenizer_config.json", "chat_template.ji
 # Files that are not read to load a model.
 _NON_MODEL_FILES = ("training.safetensors", "state.json", "recipe.yaml", "frozen.txt")
 
-_digests: dict[tuple, str] = {}  # by path, inode, size and time of files that this process hashed
+Seal = dict[str, Any]  # size and SHA-256 of a file
+_digests: dict[tuple[object, ...], str] = {}  # by path, inode, size and time of files that this process hashed
 
 
 def seal_directory(directory: Path, files: Iterable[Path], **facts: Any) -> None:
@@ -56,7 +57,7 @@ def unseal(directory: Path, name: str | None = None) -> None:
 
 
 def record(
-    directory: Path, names: Iterable[str], *, removed: Iterable[str] = (), seals: dict[str, dict] | None = None
+    directory: Path, names: Iterable[str], *, removed: Iterable[str] = (), seals: Mapping[str, Seal] | None = None
 ) -> None:
     """List files and directories as written by a run, before they are written. Creates a manifest where there is none.
 
@@ -73,12 +74,12 @@ def record(
         _write(directory, manifest | {"written": entries})
 
 
-def recorded(directory: Path) -> dict[str, dict | None]:
+def recorded(directory: Path) -> dict[str, Seal | None]:
     """Return what runs have written into a directory: relative path → its seal, if it has one. Empty without a manifest."""
     return (read_manifest(directory) or {}).get("written", {})
 
 
-def read_manifest(directory: Path) -> dict | None:
+def read_manifest(directory: Path) -> dict[str, Any] | None:
     """Return the manifest of a directory; None where it has none that this program wrote.
 
     Raises CheckpointError for one that cannot be read or that another version wrote.
@@ -102,7 +103,7 @@ def read_manifest(directory: Path) -> dict | None:
     return manifest
 
 
-def _write(directory: Path, manifest: dict) -> None:
+def _write(directory: Path, manifest: Mapping[str, Any]) -> None:
     atomic_write(directory / MANIFEST, json.dumps(manifest, indent=1))
     flush(directory)
 
@@ -113,7 +114,9 @@ def check_files(directory: Path, *, weights: bool) -> None:
     A file is hashed once per process while it does not change. Raises ModelError, or CheckpointError for a checkpoint.
     """
     manifest = read_manifest(directory)
-    for name in () if manifest is None else manifest["files"]:
+    if manifest is None:
+        return
+    for name in manifest["files"]:
         if name in (*_NON_MODEL_FILES, *EDITABLE) or fnmatch(name, "*.safetensors") != weights:
             continue
         if (message := difference(directory, manifest, name)) is not None:
@@ -123,12 +126,14 @@ def check_files(directory: Path, *, weights: bool) -> None:
 def edited_files(directory: Path) -> Iterator[str]:
     """Yield the paths of settings that differ from the manifest beside them."""
     manifest = read_manifest(directory)
-    for name in () if manifest is None else EDITABLE:
+    if manifest is None:
+        return
+    for name in EDITABLE:
         if name in manifest["files"] and difference(directory, manifest, name) is not None:
             yield str(directory / name)
 
 
-def difference(directory: Path, manifest: dict, name: str) -> str | None:
+def difference(directory: Path, manifest: Mapping[str, Any], name: str) -> str | None:
     """Return the problem with a sealed file; None where it is unchanged."""
     path = directory / name
     if not path.is_file():
@@ -138,19 +143,19 @@ def difference(directory: Path, manifest: dict, name: str) -> str | None:
     return None
 
 
-def matches_seal(path: Path, sealed: dict) -> bool:
+def matches_seal(path: Path, sealed: Seal) -> bool:
     """Return whether a file has the size and SHA-256 of its seal."""
     return path.stat().st_size == sealed.get("bytes") and _digest(path) == sealed.get("sha256")
 
 
-def _damage_error(directory: Path, manifest: dict, message: str) -> DistillmError:
+def _damage_error(directory: Path, manifest: Mapping[str, Any], message: str) -> DistillmError:
     if "step" in manifest:
         return CheckpointError("checkpoint.damaged", message, hint="copy it again, or take another checkpoint")
     hint = f"copy or download it again; if the change is yours, delete {directory / MANIFEST}"
     return ModelError("model.damaged", message, hint=hint)
 
 
-def seal(path: Path) -> dict:
+def seal(path: Path) -> Seal:
     """Return the entry of a file: ``bytes`` and ``sha256``, read from the disk."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

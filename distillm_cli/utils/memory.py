@@ -65,9 +65,10 @@ def release(error: BaseException) -> None:
     """Release the tensors that the frames of an error hold."""
     import torch
 
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__context__
+    current: BaseException | None = error
+    while current is not None:
+        traceback.clear_frames(current.__traceback__)
+        current = current.__context__
     gc.collect()
     torch.cuda.empty_cache()  # cuBLAS and cuDNN cannot use memory cached by torch; does nothing without CUDA
 

@@ -6,13 +6,15 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 from distillm_cli.errors import CtrlC, Hangup, Terminated
 
+_Handler = Callable[[int, FrameType | None], Any] | signal.Handlers
 _IMPORTING = "<frozen importlib._bootstrap>"  # the file name of the frames of a running import
 _PACKAGE = __name__.partition(".")[0]
 _CHECK_SECONDS = 0.001  # interval at which the end of an import is checked; a command must not end in between
@@ -28,14 +30,14 @@ def handle_signals() -> Iterator[None]:
     torch's import runs in calls from C++, where an exception ends the process, or is caught and modules are imported twice.
     A second signal is raised at once.
     """
-    default_handlers = {
+    default_handlers: dict[signal.Signals, tuple[_Handler, type[KeyboardInterrupt]]] = {
         signal.SIGINT: (signal.default_int_handler, CtrlC),
         signal.SIGTERM: (signal.SIG_DFL, Terminated),
     }
     if hasattr(signal, "SIGHUP"):  # not on Windows
         default_handlers[signal.SIGHUP] = (signal.SIG_DFL, Hangup)
     in_main_thread = threading.current_thread() is threading.main_thread()
-    handled = {
+    handled: dict[int, type[KeyboardInterrupt]] = {
         n: stop for n, (handler, stop) in default_handlers.items() if in_main_thread and signal.getsignal(n) == handler
     }
     can_wait = bool(handled) and hasattr(signal, "setitimer") and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
@@ -76,7 +78,7 @@ def handle_signals() -> Iterator[None]:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
         for number in handled:
-            signal.signal(number, default_handlers[number][0])
+            signal.signal(number, default_handlers[signal.Signals(number)][0])
 
 
 def _is_importing(frame: FrameType | None) -> bool:

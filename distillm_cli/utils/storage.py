@@ -23,7 +23,7 @@ from distillm_cli.errors import DistillmError, StorageError
 try:
     import fcntl
 except ImportError:  # Windows: no locks
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # a module cannot be declared optional
 
 PROBE = ".writable-"  # prefix of the name of a probe, where it has a name
 STAGING = ".staging-"  # prefix of names of files that are being written
