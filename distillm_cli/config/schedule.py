@@ -23,6 +23,9 @@ _WARM_UP: Literal["fill", "none"] = Field(
     "fill",
     description="Student draws until the buffer is full. fill: all are fresh (official code). none: no such phase (paper).",
 )
+_BY_LOSS = UsedWhen({"schedule.trigger": ("loss",)})
+_BY_GAIN = UsedWhen({"schedule.trigger": ("gain",)})
+_IN_LEVELS = UsedWhen({"schedule.trigger": ("loss", "gain")})
 _CURVED = UsedWhen({"schedule.anneal": ("exponential", "sigmoid")})
 
 
@@ -45,7 +48,7 @@ class ScheduleConfig(Section):
     kind: str = Field(
         "adaptive",
         description="Sequences of each step. off: data set rows. on: rollouts. mixed: GKD. annealed: ImitKD. adaptive: "
-        "DistiLLM. teacher: samples of the teacher. pairs: a sample of both models for each prompt. interleaved: rollouts "
+        "DistiLLM. auto: as far as the student overfits the rows. teacher: samples of the teacher. pairs: a sample of both models for each prompt. interleaved: rollouts "
         "that the teacher corrects (speculative KD). rounds: rollout.bulk batches of rollouts, trained on inner_epochs "
         "times, then the next (MiniLLM).",
     )
@@ -72,6 +75,11 @@ class ScheduleConfig(Section):
     @property
     def redraws(self) -> bool:
         """Return whether samples that belong to a row are drawn again in each epoch."""
+        return False
+
+    @property
+    def measures_held_out(self) -> bool:
+        """Return whether φ depends on the training loss on held-out rows."""
         return False
 
 
@@ -154,27 +162,60 @@ class AnnealedConfig(BufferedConfig):
     )
 
 
-class AdaptiveConfig(BufferedConfig):
-    """Increase the share φ of steps on student outputs with the validation loss (DistiLLM)."""
+class PhiConfig(BufferedConfig):
+    """Configure a schedule that trains on student outputs with a probability φ, which changes at validations."""
 
     trains_on = "data set, student samples, replay"
     uses_rows = True
-    auto_replay = "decreasing"
     has_phi = True
 
-    kind: Literal["adaptive"] = "adaptive"
     capacity: Annotated[Positive, UsedWhen(_REPLAYED, _AUTO_REPLAY, _FROM_BUFFER)] = _CAPACITY
     warm_up: Annotated[Literal["fill", "none"], UsedWhen(_REPLAYED, _AUTO_REPLAY)] = _WARM_UP
-    epsilon: float = Field(
+    phi: Probability = Field(0.0, description="φ at the start.")
+
+
+class AdaptiveConfig(PhiConfig):
+    """Adapt the share φ of steps on student outputs at each validation (DistiLLM)."""
+
+    auto_replay = "decreasing"
+
+    kind: Literal["adaptive"] = "adaptive"
+    trigger: Literal["loss", "gap", "gain", "overfit"] = Field(
+        "loss",
+        description="What φ of adaptive follows. loss: it rises when the validation loss has risen (DistiLLM). gap: the "
+        "loss on student outputs against that on held-out rows. gain: the fall of the held-out loss per cost of a step, "
+        "with more and with fewer student outputs in turn. overfit: the loss on training rows against that on held-out "
+        "rows.",
+    )
+    epsilon: Annotated[float, _BY_LOSS] = Field(
         0.1, description="ε of adaptive, nats per token. φ rises when the validation loss reaches its reference + ε."
     )
-    levels: Positive = Field(10, description="N of adaptive. φ rises by 1/N.")
-    phi: Probability = Field(0.0, description="φ of adaptive at the start.")
-    reference: Literal["last_rise", "previous"] = Field(
+    levels: Annotated[Positive, _IN_LEVELS] = Field(10, description="N of adaptive. φ rises, or falls, by 1/N.")
+    reference: Annotated[Literal["last_rise", "previous"], _BY_LOSS] = Field(
         "last_rise",
         description="Loss that ε is added to: the loss at the last rise of φ (official code), or the previous one "
         "(paper).",
     )
+    rollout_cost: Annotated[float, Field(gt=0), _BY_GAIN] = Field(
+        2.0, description="Cost of a step with fresh student outputs, in steps on data set rows."
+    )
+
+    @property
+    def measures_held_out(self) -> bool:
+        return self.trigger != "loss"
+
+
+class AutoConfig(PhiConfig):
+    """Use student outputs as far as the student overfits the rows."""
+
+    auto_replay = "constant"
+
+    kind: Literal["auto"] = "auto"
+    trigger: ClassVar[str] = "overfit"
+
+    @property
+    def measures_held_out(self) -> bool:
+        return True
 
 
 class _RowSampleConfig(ScheduleConfig):
@@ -234,7 +275,7 @@ class RoundsConfig(ScheduleConfig):
 
 
 _KINDS = (
-    OffConfig, OnConfig, MixedConfig, AnnealedConfig, AdaptiveConfig,
+    OffConfig, OnConfig, MixedConfig, AnnealedConfig, AdaptiveConfig, AutoConfig,
     TeacherSamplesConfig, PairsConfig, InterleavedConfig, RoundsConfig,
 )  # fmt: skip
 SCHEDULE = TaggedUnion(

@@ -24,6 +24,7 @@ from typing import Any, ClassVar, TypeVar
 from distillm_cli.config.schedule import (
     AdaptiveConfig,
     AnnealedConfig,
+    AutoConfig,
     BufferedConfig,
     InterleavedConfig,
     MixedConfig,
@@ -34,6 +35,13 @@ from distillm_cli.config.schedule import (
     ScheduleConfig,
     TeacherSamplesConfig,
 )
+
+# Figures of a validation that a schedule may need, nats per token: the training loss on held-out rows, and the divergence on
+# fresh student outputs for their prompts.
+HELD_OUT_LOSS = "held_out_loss"
+OUTPUT_LOSS = "output_loss"
+
+_MAX_PHI = 0.95  # some steps on rows remain, by which φ is measured
 
 
 class Source(StrEnum):
@@ -51,6 +59,7 @@ class Scheduler(ABC):
     """
 
     in_rounds: ClassVar[bool] = False  # rollouts are replayed in whole rounds, each in a new order
+    needs: ClassVar[frozenset[str]] = frozenset()  # figures of a validation: HELD_OUT_LOSS, OUTPUT_LOSS
 
     def __init__(self, config: ScheduleConfig, *, steps: int, seed: int, batches: int = 1):
         self.config = config
@@ -64,7 +73,7 @@ class Scheduler(ABC):
 
     @property
     def has_phi(self) -> bool:
-        """Return whether the probability of student outputs is φ, which rises with the validation loss."""
+        """Return whether the probability of student outputs is φ, which changes at validations."""
         return self.config.has_phi
 
     @property
@@ -74,7 +83,7 @@ class Scheduler(ABC):
 
     @property
     def phi(self) -> float:
-        """Return the probability of a student-output batch for ``adaptive``; 0 for the others."""
+        """Return the probability of a student-output batch for a schedule with φ; 0 for the others."""
         return 0.0
 
     @property
@@ -111,9 +120,14 @@ class Scheduler(ABC):
                     break
         return steps
 
-    def observe(self, valid_loss: float) -> bool:
-        """Process a validation loss (nats per token) and return whether φ rose."""
-        return False
+    def record(self, source: Source, loss: float) -> None:
+        """Process the loss of a step, per token, and its source."""
+
+    def observe(self, valid_loss: float, figures: Mapping[str, float | None]) -> None:
+        """Process a validation: the cross-entropy, nats per token, and further figures by name. φ may change.
+
+        The figures include those in ``needs``.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that later draws depend on, as JSON."""
@@ -125,15 +139,15 @@ class Scheduler(ABC):
             raise ValueError(f"the schedule has no state, and the checkpoint has {', '.join(state)}")
 
 
-_KINDS: dict[type[ScheduleConfig], type[Scheduler]] = {}
+_KINDS: dict[tuple[type[ScheduleConfig], str | None], type[Scheduler]] = {}
 _Kind = TypeVar("_Kind", bound=type[Scheduler])
 
 
-def register(kind: type[ScheduleConfig]) -> Callable[[_Kind], _Kind]:
-    """Register a class as the schedule of a kind of ``schedule`` section."""
+def register(kind: type[ScheduleConfig], trigger: str | None = None) -> Callable[[_Kind], _Kind]:
+    """Register a class as the schedule of a kind of ``schedule`` section, and of one trigger where it has several."""
 
     def add(cls: _Kind) -> _Kind:
-        _KINDS[kind] = cls
+        _KINDS[kind, trigger] = cls
         return cls
 
     return add
@@ -141,7 +155,8 @@ def register(kind: type[ScheduleConfig]) -> Callable[[_Kind], _Kind]:
 
 def build_scheduler(config: ScheduleConfig, *, steps: int, seed: int, batches: int = 1) -> Scheduler:
     """Return the schedule of a recipe's ``schedule`` section. The arguments are those of ``Scheduler``."""
-    return _KINDS[type(config)](config, steps=steps, seed=seed, batches=batches)
+    trigger = config.trigger if isinstance(config, AdaptiveConfig | AutoConfig) else None
+    return _KINDS[type(config), trigger](config, steps=steps, seed=seed, batches=batches)
 
 
 @register(OffConfig)
@@ -230,9 +245,32 @@ class AnnealedScheduler(DrawingScheduler):
         raise AssertionError(self.config.anneal)
 
 
-@register(AdaptiveConfig)
-class AdaptiveScheduler(DrawingScheduler):
-    """Train on student outputs with probability φ, which rises with the validation loss (DistiLLM, Algorithm 1)."""
+class PhiScheduler(DrawingScheduler):
+    """Train on student outputs with probability φ, which changes at validations."""
+
+    config: AdaptiveConfig | AutoConfig
+
+    def __init__(self, config: ScheduleConfig, **settings: int):
+        super().__init__(config, **settings)
+        self._phi = self.config.phi
+
+    @property
+    def phi(self) -> float:
+        return self._phi
+
+    def student_probability(self, step: int) -> float:
+        return self.phi
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"phi": self._phi}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._phi = state["phi"]
+
+
+@register(AdaptiveConfig, "loss")
+class AdaptiveScheduler(PhiScheduler):
+    """Raise φ with the validation loss (DistiLLM, arXiv 2402.03898, Algorithm 1)."""
 
     config: AdaptiveConfig
 
@@ -249,23 +287,18 @@ class AdaptiveScheduler(DrawingScheduler):
     def trigger(self) -> float | None:
         return None if self.reference is None or self.phi == 1 else self.reference + self.config.epsilon
 
-    def student_probability(self, step: int) -> float:
-        return self.phi
-
-    def observe(self, valid_loss: float) -> bool:
+    def observe(self, valid_loss: float, figures: Mapping[str, float | None]) -> None:
         """Set the reference to the first loss, before training. After that raise φ by 1/levels if loss ≥ reference + ε.
 
         The reference is the loss at the last rise, or with ``reference: previous`` the previous loss.
         """
         if self.reference is None:
             self.reference = valid_loss
-            return False
+            return
         is_due = valid_loss >= self.reference + self.config.epsilon
         if is_due or self.config.reference == "previous":
             self.reference = valid_loss
-        previous_phi = self.phi
         self.rises += is_due
-        return self.phi > previous_phi
 
     def state_dict(self) -> dict[str, Any]:
         return {"rises": self.rises, "reference": self.reference}
@@ -273,6 +306,114 @@ class AdaptiveScheduler(DrawingScheduler):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.rises = state["rises"]
         self.reference = state["reference"]
+
+
+@register(AdaptiveConfig, "gap")
+class GapScheduler(PhiScheduler):
+    """Set φ to the exposure gap: the share of the loss on student outputs that the held-out rows do not have."""
+
+    needs = frozenset({HELD_OUT_LOSS, OUTPUT_LOSS})
+
+    def observe(self, valid_loss: float, figures: Mapping[str, float | None]) -> None:
+        held_out, outputs = figures.get(HELD_OUT_LOSS), figures.get(OUTPUT_LOSS)
+        if held_out is not None and outputs:
+            self._phi = min(max(1.0 - held_out / outputs, 0.0), _MAX_PHI)
+
+
+@register(AdaptiveConfig, "overfit")
+@register(AutoConfig, "overfit")
+class OverfitScheduler(PhiScheduler):
+    """Set φ to the share of the held-out loss that is missing on training rows.
+
+    The loss on rows is the mean over the steps on data set rows since the last validation, each before its update. While
+    rows are new to the student, it equals the held-out loss, and φ is 0. The more the student has fitted them, the less
+    another step on them teaches; student outputs are new sequences for the same prompts.
+    """
+
+    needs = frozenset({HELD_OUT_LOSS})
+
+    def __init__(self, config: ScheduleConfig, **settings: int):
+        super().__init__(config, **settings)
+        self.row_loss = 0.0
+        self.row_steps = 0
+
+    def record(self, source: Source, loss: float) -> None:
+        if source is Source.DATASET:
+            self.row_loss += loss
+            self.row_steps += 1
+
+    def observe(self, valid_loss: float, figures: Mapping[str, float | None]) -> None:
+        held_out = figures.get(HELD_OUT_LOSS)
+        if held_out is None or not self.row_steps:
+            return
+        # The losses on rows are of the whole time since the last validation. While the loss falls fast, their mean is above
+        # the held-out loss of this moment, and φ is 0.
+        rows = self.row_loss / self.row_steps
+        self._phi = min(max(1.0 - rows / held_out, 0.0), _MAX_PHI) if held_out > 0 else 0.0
+        self.row_loss = 0.0
+        self.row_steps = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"phi": self._phi, "row_loss": self.row_loss, "row_steps": self.row_steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._phi = state["phi"]
+        self.row_loss = state["row_loss"]
+        self.row_steps = state["row_steps"]
+
+
+@register(AdaptiveConfig, "gain")
+class GainScheduler(PhiScheduler):
+    """Move φ by 1/levels towards the share of student outputs with which the held-out loss falls faster per cost.
+
+    Between validations φ is one level above and one below its center in turn, so that each source has a share of at least
+    1/levels. Of two such periods, the one with the larger relative fall of the held-out loss per cost wins. A step on fresh
+    student outputs costs ``rollout_cost``, any other 1: measured seconds would make runs irreproducible.
+    """
+
+    config: AdaptiveConfig
+    needs = frozenset({HELD_OUT_LOSS})
+
+    def __init__(self, config: ScheduleConfig, **settings: int):
+        super().__init__(config, **settings)
+        self.cost = 0.0
+        self.previous: float | None = None  # held-out loss
+        self.rate: float | None = None  # fall per cost of the period with fewer student outputs
+        self.has_more = False  # student outputs, in this period
+
+    @property
+    def phi(self) -> float:
+        level = 1 / self.config.levels
+        return min(max(self._phi + (level if self.has_more else -level), 0.0), 1.0)
+
+    def record(self, source: Source, loss: float) -> None:
+        self.cost += self.config.rollout_cost if source is Source.ROLLOUT else 1.0
+
+    def observe(self, valid_loss: float, figures: Mapping[str, float | None]) -> None:
+        held_out = figures.get(HELD_OUT_LOSS)
+        if held_out is None:
+            return
+        level = 1 / self.config.levels
+        if self.previous and self.cost:
+            rate = (1 - held_out / self.previous) / self.cost
+            if self.has_more and self.rate is not None:
+                step = level if rate > self.rate else -level
+                self._phi = min(max(self._phi + step, level), 1.0 - level)
+            self.rate = None if self.has_more else rate
+            self.has_more = not self.has_more
+        self.previous = held_out
+        self.cost = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        names = ("_phi", "cost", "previous", "rate", "has_more")
+        return {name.lstrip("_"): getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._phi = state["phi"]
+        self.cost = state["cost"]
+        self.previous = state["previous"]
+        self.rate = state["rate"]
+        self.has_more = state["has_more"]
 
 
 @register(TeacherSamplesConfig)

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from distillm_cli.config.derived import fixed_values
@@ -27,12 +28,14 @@ from distillm_cli.training.checkpoint import Checkpoints
 from distillm_cli.training.events import Listener
 from distillm_cli.training.state import RunInfo
 from distillm_cli.training.trainer import Trainer
-from distillm_cli.training.validation import Validator
+from distillm_cli.training.validation import ScheduleProbe, Validator
 from distillm_cli.utils.modules import eval_mode
 
 if TYPE_CHECKING:
     from distillm_cli.models.backbone import Backbone
 
+_PROBE_ROWS = 128  # held-out rows by which a schedule sets φ: their forward pass costs less than a step
+_PROBE_SEED = 1 << 33  # added to the seed for the outputs that are measured and not trained on
 _TEACHER_SEED = 1 << 32  # added to the seed, since equal random numbers would make the two samples of a pair similar
 
 
@@ -89,6 +92,24 @@ def build_trainer(
         rows_beside=objective.rows_beside,
         sampling=sampling,
     )
+    probe = None
+    if scheduler.needs and teacher is not None and run.answered:
+        spread = np.linspace(0, len(run.answered) - 1, min(_PROBE_ROWS, len(run.answered)))
+        probe = ScheduleProbe(
+            [run.answered[int(i)] for i in spread],
+            info,
+            teacher,
+            needs=scheduler.needs,
+            sampler=ModelSampler(
+                run.student,
+                recipe.rollout,
+                max_length=_max_length(run),
+                seed=recipe.train.seed + _PROBE_SEED,
+                by_row=True,
+                listener=listener,
+            ),
+            sampling=sampling,
+        )
     validator = Validator(
         batches_by_length(run.answered, max(recipe.train.batch_size, 16)),
         info,
@@ -96,6 +117,7 @@ def build_trainer(
         teacher=teacher,
         score=score,
         at_start=run.with_start_weights,
+        probe=probe,
         listener=listener,
     )
     checkpoints = Checkpoints(

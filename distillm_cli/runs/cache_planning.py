@@ -296,8 +296,10 @@ def _root(run: Prepared) -> Path:
 
 
 def _validation_rows(run: Prepared) -> list[Sequence]:
-    """Return the validation rows that the teacher computes: all where a divergence selects checkpoints, else none."""
-    return run.valid.sequences if run.recipe.train.select == "valid_divergence" else []
+    """Return the validation rows whose states are cached: all where a divergence is measured on them, else none."""
+    recipe = run.recipe
+    is_measured = recipe.train.select == "valid_divergence" or recipe.schedule.measures_held_out
+    return run.valid.sequences if is_measured else []
 
 
 def _bytes_per_token(run: Prepared) -> int:

@@ -5,7 +5,7 @@ The cache holds the teacher's hidden states: `CacheWorkload.bytes_per_token` for
 - training rows, where they are trained on more than once, or wherever a cache is asked for by name (exact);
 - rollouts, while they may be replayed (an upper bound: every response as long as the recipe allows);
 - samples of the teacher, where every epoch trains on the same ones (exact for samples from a file, else an upper bound);
-- validation rows, where a divergence on them selects checkpoints (exact).
+- validation rows, where a divergence on them selects checkpoints or sets φ (exact).
 """
 
 from __future__ import annotations
@@ -101,12 +101,12 @@ class CacheWorkload:
         if mode == "off" or (mode == "auto" and not self.anything_repeats):
             return CacheSize()
         has_rows = self.rows_repeat if mode == "auto" else uses_rows(self.recipe)
-        selects = self.recipe.train.select == "valid_divergence"
+        is_measured = self.recipe.train.select == "valid_divergence" or self.recipe.schedule.measures_held_out
         return CacheSize(
             rows=self._bytes(self.row_tokens) if has_rows else 0,
             rollouts=self._bytes(self._rollout_tokens) if self.rollouts_repeat else 0,
             samples=self._bytes(self._sample_tokens) if self.samples_repeat else 0,
-            validation=self._bytes(self.validation_tokens) if selects else 0,
+            validation=self._bytes(self.validation_tokens) if is_measured else 0,
         )
 
     def choose(self, free_memory: int | None) -> tuple[str, str]:

@@ -135,6 +135,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.objective.observe(loss, progress)
+        self.scheduler.record(source, loss)
 
         tokens = sum(s.supervised for s in sequences)
         self.state.step = step + 1
@@ -209,12 +210,14 @@ class Trainer:
     def _measure(self, step: int) -> None:
         """Record the figures of a validation: φ may rise, and the best weights so far are saved."""
         state = self.state
-        state.valid_loss, state.scores = self.validator.measure(self.student_loss)
+        state.valid_loss, state.scores = self.validator.measure(self.student_loss, step)
         if state.first_valid_loss is None:
             state.first_valid_loss = state.valid_loss
-        rose = self.scheduler.observe(state.valid_loss)
-        if rose or not state.phis:
-            state.phis.append((step, self.scheduler.phi))
+        previous_phi = self.scheduler.phi
+        self.scheduler.observe(state.valid_loss, state.scores)
+        phi = self.scheduler.phi
+        if phi != previous_phi or not state.phis:
+            state.phis.append((step, phi))
         value = None
         if self.config.select != "last" and step > 0:
             value = {**state.scores, "valid_loss": state.valid_loss}[self.config.select]
@@ -225,7 +228,7 @@ class Trainer:
         if is_better:
             state.best = value
         scores = dict(state.scores)
-        phi = self.scheduler.phi
+        rose = phi > previous_phi
         self.emit(Validated(step, state.valid_loss, phi, rose, is_better or is_tie, scores, self.scheduler.trigger))
         if is_better or is_tie:
             state.best_step = step

@@ -11,13 +11,65 @@ import torch
 from distillm_cli.config.fields import is_lower_better
 from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.losses.weights import CROSS_ENTROPY, LossWeights
+from distillm_cli.rollouts.sampler import Sampler
+from distillm_cli.rollouts.scheduler import HELD_OUT_LOSS, OUTPUT_LOSS, Source
 from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.training.events import Listener, Warned
 from distillm_cli.training.state import RunInfo
-from distillm_cli.types import Sequence, collate
+from distillm_cli.types import Sequence, collate, length_groups
 from distillm_cli.utils.exact import on_float64_device
 from distillm_cli.utils.memory import retry_halved
 from distillm_cli.utils.modules import eval_mode
+
+
+class ScheduleProbe:
+    """Measure, on a sample of the validation rows, the figures that the schedule needs.
+
+    rows: the sample. needs: see ``Scheduler.needs``. sampler: of student outputs. sampling: the context for sampling.
+    """
+
+    def __init__(
+        self,
+        rows: SequenceOf[Sequence],
+        run: RunInfo,
+        teacher: LocalTeacher,
+        *,
+        needs: frozenset[str],
+        sampler: Sampler | None,
+        sampling: Callable[[], AbstractContextManager[None]],
+    ):
+        self.rows = rows
+        self.run = run
+        self.teacher = teacher
+        self.needs = needs
+        self.sampler = sampler
+        self.sampling = sampling
+
+    def measure(self, student_loss: StudentLoss, step: int) -> dict[str, float | None]:
+        """Return the figures by name, means per token in nats. The caller sets evaluation mode and ``no_grad``."""
+        figures: dict[str, float | None] = {}
+        progress = step / self.run.steps
+        if HELD_OUT_LOSS in self.needs:
+            weights = student_loss.criterion.weights(Source.DATASET, progress)
+            figures[HELD_OUT_LOSS] = self._mean(student_loss, self.rows, weights)
+        if OUTPUT_LOSS in self.needs and self.sampler is not None:
+            with self.sampling():
+                outputs = self.sampler.sample(self.rows, step)
+            weights = student_loss.criterion.weights(Source.ROLLOUT, progress)
+            figures[OUTPUT_LOSS] = self._mean(student_loss, outputs, weights)
+        return figures
+
+    def _mean(self, student_loss: StudentLoss, sequences: SequenceOf[Sequence], weights: LossWeights) -> float:
+        total = torch.zeros((), dtype=torch.float64)
+        tokens = 0
+        for group in length_groups(sequences, len(sequences), self.run.pass_overhead):
+            batch = collate(group).to(self.run.device)
+            hidden_ND = self.teacher.hidden(batch, group) if weights.kd else None
+            with self.run.autocast():
+                part, _ = student_loss([batch], hidden_ND, weights)
+            total = total + on_float64_device(part).double()
+            tokens += batch.tokens
+        return (total / tokens).item()
 
 
 class Validator:
@@ -25,7 +77,8 @@ class Validator:
 
     batches: validation rows, may be empty. select: the quantity that selects checkpoints. teacher: for a divergence.
     score: returns further figures by name, computed at each validation. at_start: a context in which the student has its
-    initial weights; the loss before training is then measured at the first validation, not before the first step.
+    initial weights; the loss before training is then measured at the first validation, not before the first step. probe:
+    measures what the schedule needs.
     """
 
     def __init__(
@@ -37,6 +90,7 @@ class Validator:
         teacher: LocalTeacher | None = None,
         score: Callable[[], dict[str, float | None]] | None = None,
         at_start: Callable[[], AbstractContextManager[None]] | None = None,
+        probe: ScheduleProbe | None = None,
         listener: Listener,
     ):
         self.batches = list(batches)
@@ -45,15 +99,18 @@ class Validator:
         self.teacher = teacher
         self.score = score
         self.at_start = at_start
+        self.probe = probe
         self.emit = listener
 
-    def measure(self, student_loss: StudentLoss) -> tuple[float, dict[str, float | None]]:
-        """Return the mean cross-entropy per token, nats, and the further figures by name."""
+    def measure(self, student_loss: StudentLoss, step: int) -> tuple[float, dict[str, float | None]]:
+        """Return the mean cross-entropy per token, nats, and the further figures by name, after ``step`` steps."""
         with eval_mode(student_loss), torch.no_grad():
             valid_loss = self.mean(CROSS_ENTROPY, student_loss)
             scores = self.score() if self.score else {}
             if self.select == "valid_divergence":
                 scores["valid_divergence"] = self.mean(student_loss.criterion.held_out, student_loss)
+            if self.probe is not None:
+                scores |= self.probe.measure(student_loss, step)
         return valid_loss, scores
 
     def is_better(self, value: float, best: float | None) -> bool:
