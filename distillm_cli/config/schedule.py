@@ -48,9 +48,9 @@ class ScheduleConfig(Section):
     kind: str = Field(
         "adaptive",
         description="Sequences of each step. off: data set rows. on: rollouts. mixed: GKD. annealed: ImitKD. adaptive: "
-        "DistiLLM. auto: as far as the student overfits the rows. teacher: samples of the teacher. pairs: a sample of both models for each prompt. interleaved: rollouts "
-        "that the teacher corrects (speculative KD). rounds: rollout.bulk batches of rollouts, trained on inner_epochs "
-        "times, then the next (MiniLLM).",
+        "DistiLLM. auto: as far as the student overfits the rows. teacher: samples of the teacher. pairs: a sample of both "
+        "models for each prompt. interleaved: rollouts that the teacher corrects (speculative KD). rounds: rollout.bulk "
+        "batches of rollouts, trained on inner_epochs times, then the next (MiniLLM).",
     )
 
     def __new__(cls, **values: Any) -> ScheduleConfig:

@@ -120,10 +120,10 @@ class Scheduler(ABC):
                     break
         return steps
 
-    def record(self, source: Source, loss: float) -> None:
+    def record(self, source: Source, loss: float) -> None:  # noqa: B027  most schedules ignore it
         """Process the loss of a step, per token, and its source."""
 
-    def observe(self, valid_loss: float, figures: Mapping[str, float | None]) -> None:
+    def observe(self, valid_loss: float, figures: Mapping[str, float | None]) -> None:  # noqa: B027
         """Process a validation: the cross-entropy, nats per token, and further figures by name. φ may change.
 
         The figures include those in ``needs``.

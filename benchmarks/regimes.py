@@ -1,0 +1,200 @@
+"""Measure where student outputs pay: number of rows × schedule × objective, every model through the command line.
+
+    python benchmarks/regimes.py g2p sums --work DIR --data DIR [--rows 500 2000] [--seeds 10 11 12] [--report]
+
+Per task and number of rows: one teacher, trained on all rows; per seed a student from scratch, fine-tuned for ten epochs on
+the chosen rows; then SFT and every objective with every schedule from that start, for the same number of optimizer steps.
+The learning rate of each objective is the best of one grid on validation rows, first seed, without student outputs.
+
+Results are cached per run, and the report prints what exists. Seeds come first, so that an interrupted map is complete for
+fewer seeds. Times are those of the training loop, teacher states cached; compare them within one run of this script alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import running_sums
+import tasks
+from lab import mean_sd
+from tasks import Task
+
+DIVERGENCES = {"kl": [], "skl": ["--alpha", "0.1"], "srkl": ["--alpha", "0.1"], "ab": []}
+SCHEDULES = {
+    "off": ["--schedule", "off"],
+    "on": ["--schedule", "on"],
+    "mixed": ["--schedule", "mixed"],
+    "adaptive": ["--schedule", "adaptive"],
+    "gap": ["--schedule", "adaptive", *tasks.sets("schedule.trigger=gap")],
+    "gain": ["--schedule", "adaptive", *tasks.sets("schedule.trigger=gain", "schedule.phi=0.5")],
+    "auto": ["--schedule", "auto"],
+}
+SFT = "sft"
+ROWS = (500, 1000, 2000, 4000, 8000, 30000)
+
+
+def subset(source: Path, place: Path, rows: int) -> Path:
+    """Return a directory with the first ``rows`` of the training rows, shuffled once, and the other splits."""
+    if not (place / "train.jsonl").exists():
+        place.mkdir(parents=True, exist_ok=True)
+        lines = (source / "train.jsonl").read_text(encoding="utf-8").splitlines()
+        chosen = random.Random(7).sample(lines, len(lines))[:rows]
+        for name in ("valid", "test"):
+            (place / f"{name}.jsonl").write_bytes((source / f"{name}.jsonl").read_bytes())
+        (place / "train.jsonl").write_text("\n".join(chosen) + "\n", encoding="utf-8")
+    return place
+
+
+def g2p(data: Path, work: Path, threads: int) -> Task:
+    """Return letters → phonemes with all rows."""
+    return replace(tasks.g2p(data / "g2p", work / "g2p", threads), steps=1240, passes=("T=1", "greedy"))
+
+
+def sums(data: Path, work: Path, threads: int) -> Task:
+    """Return running sums with all rows: teacher of 3.2 M parameters, student of 0.23 M, answers of about 200 tokens."""
+    source = work / "sums-rows"
+    if not (source / "train.jsonl").exists():
+        running_sums.write(source, 30000)
+    base = tasks.g2p(source, work / "sums", threads)
+    lengths = {"--max-length": "320"}
+    common = [lengths.get(before, word) for before, word in zip(["", *base.common], base.common, strict=False)]
+    common += tasks.sets("rollout.max_new_tokens=240", "eval.max_new_tokens=240", "eval.report_rows=200")
+    teacher = ["sft", "--model", "random:4x256", "--tokenizer", "chars", "--steps", "1500", "--lr", "1e-3", *common]
+    scoring = ["--batch-size", "250", "--max-new-tokens", "240", "--dtype", "fp32"]
+    scoring += tasks.sets("eval.no_repeat_ngram_size=0", "data.template=plain", f"train.threads={threads}")
+    return replace(
+        base, name="sums", steps=1240, common=common, scoring=scoring, teacher_argv=teacher, passes=("T=1", "greedy")
+    )
+
+
+TASKS = {"g2p": g2p, "sums": sums}
+
+
+class Regime:
+    """Hold the runs of one task with one number of rows. The teacher is that of all rows."""
+
+    def __init__(self, whole: Task, source: Path, rows: int):
+        self.rows = rows
+        self.whole = whole
+        place = subset(source, whole.work.parent / f"{whole.name}-{rows}-rows", rows)
+        common = [str(place) if before == "--data" else word for before, word in _pairs(whole.common)]
+        self.task = replace(
+            whole,
+            work=whole.work.parent / f"{whole.name}-{rows}",
+            common=common,
+            teacher_path=whole.teacher(),
+            start_steps=max(10 * rows // whole.batch, 100) if rows < 8000 else 10 * 8000 // whole.batch,
+            suite=str(place / "test.jsonl"),
+        )
+        self.task.work.mkdir(parents=True, exist_ok=True)
+
+    def argv(self, arm: str) -> tuple[str, ...]:
+        """Return the arguments of an arm: ``sft``, or ``DIVERGENCE SCHEDULE``."""
+        if arm == SFT:
+            return ("sft",)
+        divergence, schedule = arm.split()
+        method = ["--method", "kd", "--divergence", divergence, *DIVERGENCES[divergence]]
+        return ("distill", *method, *SCHEDULES[schedule])
+
+    def rate(self, arm: str, seed: int) -> str:
+        """Return the learning rate of the arm's objective: the best of the grid without student outputs."""
+        reference = SFT if arm == SFT else f"{arm.split()[0]} off"
+        scores = {}
+        for lr in self.task.grid:
+            _, result = self.task.train(self.argv(reference), seed, lr, self.task.steps)
+            scores[lr] = self.task.valid_score(result)
+        return min(scores, key=lambda lr: (scores[lr], float(lr)))
+
+    def train(self, arm: str, seed: int, first_seed: int, steps: int | None = None) -> tuple[Path, dict]:
+        """Run an arm; return its directory and its ``--json`` object."""
+        return self.task.train(self.argv(arm), seed, self.rate(arm, first_seed), steps or self.task.steps)
+
+    def score(self, place: Path, name: str) -> dict:
+        return self.task.score(place, place.name, name)
+
+
+def _pairs(words: list[str]) -> Iterator[tuple[str, str]]:
+    return zip(["", *words], words, strict=False)
+
+
+def measure(regime: Regime, arms: list[str], seed: int, first_seed: int) -> None:
+    """Train and score the arms with one seed."""
+    for arm in arms:
+        place, _ = regime.train(arm, seed, first_seed)
+        for name in regime.task.passes:
+            regime.score(place, name)
+
+
+def report(regime: Regime, arms: list[str], seeds: list[int]) -> None:
+    """Print the table of one regime, from existing results."""
+    task = regime.task
+    columns = " | ".join(f"{metric} {name}" for name in task.passes for metric in task.metrics)
+    print(f"\n{task.name}, {regime.rows:,} rows, {task.steps * task.batch / regime.rows:.1f} epochs\n")
+    print(f"| arm | seconds | steps: rows / rollouts / replay | {columns} |")
+    print("|---" * (3 + len(task.passes) * len(task.metrics)) + "|")
+    for arm in arms:
+        done = []
+        for seed in seeds:
+            try:
+                place, result = regime.train(arm, seed, seeds[0])
+                done.append((result, {name: regime.score(place, name) for name in task.passes}))
+            except LookupError:
+                continue
+        if not done:
+            continue
+        cells = [
+            mean_sd([scores[name][metric]["mean"] for _, scores in done])
+            for name in task.passes
+            for metric in task.metrics
+        ]
+        sources = [statistics.mean(r[f"{kind}_steps"] for r, _ in done) for kind in ("dataset", "rollout", "replay")]
+        seconds = mean_sd([r["train_s"] for r, _ in done])
+        print(f"| {arm} | {seconds} | {' / '.join(f'{n:,.0f}' for n in sources)} | {' | '.join(cells)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", nargs="+", choices=TASKS)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12])
+    parser.add_argument("--arms", nargs="+", default=[SFT, *(f"{d} {s}" for d in DIVERGENCES for s in SCHEDULES)])
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--report", action="store_true", help="print tables of existing results, without new runs")
+    args = parser.parse_args()
+    sources = {"g2p": args.data / "g2p", "sums": args.work.resolve() / "sums-rows"}
+    for name in args.tasks:
+        whole = TASKS[name](args.data.resolve(), args.work.resolve(), args.threads)
+        whole.work.mkdir(parents=True, exist_ok=True)
+        regimes = [Regime(whole, sources[name], rows) for rows in args.rows]
+        if args.report:
+            for regime in regimes:
+                regime.task.run = _existing
+                report(regime, args.arms, args.seeds)
+            continue
+        jobs = [(regime, seed) for seed in args.seeds for regime in regimes]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            for future in [pool.submit(measure, regime, args.arms, seed, args.seeds[0]) for regime, seed in jobs]:
+                future.result()
+
+
+def _existing(place: Path, argv: list[str]) -> dict:
+    """Return an existing result. Raises LookupError."""
+    import json
+
+    found = place.with_name(place.name + ".json")
+    if not found.exists():
+        raise LookupError(place.name)
+    return json.loads(found.read_text())
+
+
+if __name__ == "__main__":
+    main()
