@@ -14,7 +14,7 @@ from distillm_cli.config.load import Resolved, to_yaml, with_resolved_values
 from distillm_cli.data.conversations import content_text
 from distillm_cli.data.prefetch import Prefetcher
 from distillm_cli.data.rows import Row
-from distillm_cli.errors import Interrupted, UsageError, signal_number
+from distillm_cli.errors import START_OVER, CheckpointError, Interrupted, UsageError, signal_number
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.runs import output_dir
 from distillm_cli.runs.build import build_trainer
@@ -124,7 +124,7 @@ def train(
             run = _fine_tune(run, stage, output / output_dir.SFT, checkpoints, listener)
         training = _Training(command, run, resolved, output, checkpoints.run, teacher, started)
         result = _train(training, listener)
-        _report_checkpoints(output, resolved.recipe.train.keep, listener)
+        _clean_up_checkpoints(output, resolved.recipe.train.keep, listener)
         return result
     except KeyboardInterrupt as stop:
         raise _interrupted(output, stop) from None
@@ -228,26 +228,35 @@ def _train(training: _Training, listener: Listener) -> TrainResult:
     return result
 
 
-def _report_checkpoints(output: Path, keep: int, listener: Listener) -> None:
-    """Remove the checkpoints of a finished run where none is to be kept; report their size."""
+def _clean_up_checkpoints(output: Path, keep: int, listener: Listener) -> None:
+    """Reduce the checkpoints of a finished run to one optimizer state, or to nothing; report their size.
+
+    keep: the recipe's ``train.keep``; 0 removes every checkpoint.
+    """
+    before = output_dir.checkpoint_sizes(output)
+    if not before:
+        return
+    stuck = output_dir.drop_older_training_states(output) if keep else output_dir.remove_checkpoints(output)
+    for path in stuck:
+        listener(Warned(f"cannot remove {path}: it takes up space"))
+    if not keep:
+        listener(Note(f"Removed {counted(len(before), 'checkpoint')} ({format_bytes(sum(before))}): --keep 0"))
+        return
     sizes = output_dir.checkpoint_sizes(output)
-    if not sizes:
-        return
-    what = f"{counted(len(sizes), 'checkpoint')} ({format_bytes(sum(sizes))})"
-    if keep:
-        listener(
-            Note(f"kept {what} in {output / output_dir.CHECKPOINTS}, to resume from; --keep 0 removes them at the end")
-        )
-        return
-    for stuck in output_dir.remove_checkpoints(output):
-        listener(Warned(f"cannot remove {stuck}: it takes up space"))
-    listener(Note(f"removed {what}: --keep 0"))
+    what = f"{counted(len(sizes), 'checkpoint')} in {output / output_dir.CHECKPOINTS}: {format_bytes(sum(sizes))}"
+    if len(sizes) > 1:
+        what += f" (was {format_bytes(sum(before))}; only the newest has its optimizer state)"
+    listener(Note(f"{what}. --resume continues from the newest; --keep 0 removes them at the end"))
 
 
 def _trainer(training: _Training, report: Report, listener: Listener) -> Trainer:
     """Return the trainer, with the state of the checkpoint where there is one."""
     run = training.run
     checkpoint = training.checkpoint
+    if checkpoint is not None and not checkpoint.tensors:
+        what = "this checkpoint of a finished run has weights only"
+        hint = f"use it as a model, or {START_OVER}"
+        raise CheckpointError("checkpoint.weights_only", what, where=str(checkpoint.path), hint=hint)
     teacher = training.teacher
     progress = {"step": 0} if checkpoint is None else checkpoint.state["progress"]
     log = MetricsLog(

@@ -2,7 +2,7 @@
 
     checkpoints/step-000200/
       config.json model.safetensors tokenizer.json …   the student, loadable with from_pretrained
-      training.safetensors                             optimizer, random states, replay buffer
+      training.safetensors                             optimizer, random states, replay buffer; absent where only weights remain
       state.json                                       every scalar: position, schedule, best value, recipe
       manifest.json                                    size and SHA-256 of each of the above, written last
 
@@ -34,7 +34,10 @@ _NOTHING_SAVED = "nothing was saved yet, start it again"
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Hold a verified checkpoint. The student's weights are not read into memory; they are at ``path``."""
+    """Hold a verified checkpoint. The student's weights are not read into memory; they are at ``path``.
+
+    tensors: of the optimizer, the random states and the replay buffer. Empty after ``drop_training_state``.
+    """
 
     path: Path
     state: dict
@@ -153,9 +156,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
                     "checkpoint.damaged", f"checkpoint file damaged: {path / name} differs from its manifest", hint=hint
                 )
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        return Checkpoint(path, state, load_file(path / TENSORS))
+        return Checkpoint(path, state, load_file(path / TENSORS) if TENSORS in listed["files"] else {})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError("checkpoint.damaged", f"checkpoint unreadable: {path} ({error})", hint=hint) from error
+
+
+def drop_training_state(path: Path) -> None:
+    """Remove the optimizer, random states and replay buffer of a checkpoint. Its weights remain. Raises OSError."""
+    manifest.unseal(path, TENSORS)  # first, so that the checkpoint is whole at any time
+    (path / TENSORS).unlink(missing_ok=True)
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:
