@@ -25,9 +25,7 @@ FIELDS = (
 def run(capsys, method, device, output, *more):
     fields = [word for field in FIELDS for word in ("--set", field)]
     argv = ("--teacher", "builtin", "--student", "random:1x32", "--data", "builtin", "--steps", "4", "--device", device)
-    code, result, err = call(
-        capsys, "distill", "--method", method, *argv, *fields, "--output", output, "--json", *more
-    )
+    code, result, err = call(capsys, "distill", "--method", method, *argv, *fields, "--output", output, "--json", *more)
     assert code == 0, err
     return result
 
