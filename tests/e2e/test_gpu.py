@@ -17,8 +17,9 @@ pytestmark = [
 ]
 
 FIELDS = (
-    "data.size=60", "data.template=plain", "data.valid_limit=4", "eval.report_rows=0", "train.eval_steps=2", "train.save_steps=2",
-    "train.batch_size=4", "rollout.max_new_tokens=4", "eval.max_new_tokens=4", "student.dtype=fp32", "teacher.dtype=fp32",
+    "data.size=60", "data.template=plain", "data.valid_limit=4", "eval.report_rows=0", "train.eval_steps=2",
+    "train.save_steps=2", "train.batch_size=4", "rollout.max_new_tokens=4", "eval.max_new_tokens=4", "student.dtype=fp32",
+    "teacher.dtype=fp32",
 )  # fmt: skip
 
 
