@@ -2,7 +2,7 @@
 
     checkpoints/step-000200/
       config.json model.safetensors tokenizer.json …   the student, loadable with from_pretrained
-      training.safetensors                             optimizer, random states, replay buffer (newest only, once the run is done)
+      training.safetensors                             optimizer, random states, replay buffer (newest only, after a run)
       state.json                                       every scalar: position, schedule, best value, recipe
       manifest.json                                    size and SHA-256 of each of the above, written last
 
