@@ -351,9 +351,8 @@ class TrainConfig(Section):
     eval_steps: Positive | Literal["epoch"] = Field("epoch", description="Steps between two validations.")
     save_steps: Positive | Literal["epoch"] = Field("epoch", description="Steps between two checkpoints.")
     keep: Count = Field(
-        2,
-        description="Number of newest checkpoints to keep, besides the best. Once the run is done, only the newest has its "
-        "optimizer state. 0: no checkpoint once the run is done.",
+        1,
+        description="Number of newest checkpoints to keep, besides the weights of the best. 0: none once the run is done.",
     )
     select: Literal["last", HeldOutMetric, MetricName] = Field(
         "last",

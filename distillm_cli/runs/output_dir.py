@@ -248,25 +248,6 @@ def checkpoint_sizes(output: Path) -> list[int]:
     return [sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in _checkpoints(output)]
 
 
-def drop_older_training_states(output: Path) -> list[Path]:
-    """Remove the optimizer states of a finished run, except for the newest checkpoint's, from which a resume continues.
-
-    Returns the checkpoints whose state could not be removed.
-    """
-    # Not at the top: it imports torch, which callers that only name an output do not need.
-    from distillm_cli.training.checkpoint import drop_training_state, visible
-
-    newest = visible(output / CHECKPOINTS)[-1:]
-    stuck = []
-    for path in _checkpoints(output):
-        if path not in newest:
-            try:
-                drop_training_state(path)
-            except OSError:
-                stuck.append(path)
-    return stuck
-
-
 def remove_checkpoints(output: Path) -> list[Path]:
     """Remove the checkpoints in the directory and in its fine-tuning stage. Returns those that could not be removed."""
     stuck = []

@@ -124,7 +124,7 @@ def train(
             run = _fine_tune(run, stage, output / output_dir.SFT, checkpoints, listener)
         training = _Training(command, run, resolved, output, checkpoints.run, teacher, started)
         result = _train(training, listener)
-        _clean_up_checkpoints(output, resolved.recipe.train.keep, listener)
+        _report_checkpoints(output, resolved.recipe.train.keep, listener)
         return result
     except KeyboardInterrupt as stop:
         raise _interrupted(output, stop) from None
@@ -228,25 +228,19 @@ def _train(training: _Training, listener: Listener) -> TrainResult:
     return result
 
 
-def _clean_up_checkpoints(output: Path, keep: int, listener: Listener) -> None:
-    """Reduce the checkpoints of a finished run to one optimizer state, or to nothing; report their size.
-
-    keep: the recipe's ``train.keep``; 0 removes every checkpoint.
-    """
-    before = output_dir.checkpoint_sizes(output)
-    if not before:
-        return
-    stuck = output_dir.drop_older_training_states(output) if keep else output_dir.remove_checkpoints(output)
-    for path in stuck:
-        listener(Warned(f"cannot remove {path}: it takes up space"))
-    if not keep:
-        listener(Note(f"Removed {counted(len(before), 'checkpoint')} ({format_bytes(sum(before))}): --keep 0"))
-        return
+def _report_checkpoints(output: Path, keep: int, listener: Listener) -> None:
+    """Remove the checkpoints of a finished run where none is to be kept; report their size."""
     sizes = output_dir.checkpoint_sizes(output)
-    what = f"{counted(len(sizes), 'checkpoint')} in {output / output_dir.CHECKPOINTS}: {format_bytes(sum(sizes))}"
-    if len(sizes) > 1:
-        what += f" (was {format_bytes(sum(before))}; only the newest has its optimizer state)"
-    listener(Note(f"{what}. --resume continues from the newest; --keep 0 removes them at the end"))
+    if not sizes:
+        return
+    what = f"{counted(len(sizes), 'checkpoint')} ({format_bytes(sum(sizes))})"
+    if keep:
+        place = output / output_dir.CHECKPOINTS
+        listener(Note(f"Kept {what} in {place} for --resume; --keep 0 removes them at the end"))
+        return
+    for stuck in output_dir.remove_checkpoints(output):
+        listener(Warned(f"cannot remove {stuck}: it takes up space"))
+    listener(Note(f"Removed {what}: --keep 0"))
 
 
 def _trainer(training: _Training, report: Report, listener: Listener) -> Trainer:
@@ -254,7 +248,7 @@ def _trainer(training: _Training, report: Report, listener: Listener) -> Trainer
     run = training.run
     checkpoint = training.checkpoint
     if checkpoint is not None and not checkpoint.tensors:
-        what = "this checkpoint of a finished run has weights only"
+        what = "the best checkpoint, older than the last ones, has weights only"
         hint = f"use it as a model, or {START_OVER}"
         raise CheckpointError("checkpoint.weights_only", what, where=str(checkpoint.path), hint=hint)
     teacher = training.teacher

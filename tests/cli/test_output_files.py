@@ -61,7 +61,7 @@ def test_the_recipes_header_names_the_command(place, capsys, monkeypatch):
     lines = (place / "out/recipe.yaml").read_text().splitlines()
     assert lines[1] == f"# Command: distillm {' '.join(argv)}"
     assert yaml.safe_load((place / "out/recipe.yaml").read_text())["train"]["steps"] == 2
-    assert "1 checkpoint in out/checkpoints: " in capsys.readouterr().err
+    assert "Kept 1 checkpoint (" in capsys.readouterr().err
 
 
 def test_a_result_of_somebody_else_is_not_replaced(place, capsys):
@@ -73,19 +73,18 @@ def test_a_result_of_somebody_else_is_not_replaced(place, capsys):
     assert (place / "out/result.json").read_text() == "mine"
 
 
-def test_finished_run_keeps_one_optimizer_state(place, capsys):
-    argv = [*ARGV, "--output", "out", "--json", "--set", "train.save_steps=1"]
-    code, _, err = call(capsys, *argv)
-    assert code == 0, err
-    older, newest = sorted((place / "out/checkpoints").iterdir())
+def test_older_best_checkpoint_keeps_weights_only(place, capsys):
+    argv = [*ARGV, "--output", "out", "--json", "--set", "train.save_steps=1", "--set", "train.eval_steps=1"]
+    # The first step is the best one: the learning rate is far too high.
+    argv += ["--steps", "3", "--lr", "5", "--set", "train.warmup=0", "--set", "train.select=valid_loss"]
+    code, result, err = call(capsys, *argv)
+    assert (code, result["best_step"]) == (0, 1), err
+    best, newest = sorted((place / "out/checkpoints").iterdir())
+    assert (best.name, newest.name) == ("step-000001", "step-000003")
     assert (newest / "training.safetensors").exists()
-    assert not (older / "training.safetensors").exists()
-    assert read_checkpoint(older).path == older, "the weights are whole"
-    assert "only the newest has its optimizer state" in err
-    code, result, err = call(capsys, *argv, "--resume", "--set", "train.steps=3")
-    assert (code, result["steps"]) == (0, 3), err
+    assert not (best / "training.safetensors").exists()
+    assert read_checkpoint(best).tensors == {}
 
-    for path in sorted((place / "out/checkpoints").iterdir())[1:]:
-        shutil.rmtree(path)
-    code, result, err = call(capsys, *argv, "--resume", "--set", "train.steps=3")
+    shutil.rmtree(newest)
+    code, result, err = call(capsys, *argv, "--resume")
     assert (code, result["error"]) == (5, "checkpoint.weights_only"), err
