@@ -186,7 +186,7 @@ def _as_distillm_error(error: BaseException, argv: list[str]) -> DistillmError:
         "unexpected",
         f"unexpected {type(error).__name__}",
         where=_first_line(error),
-        hint="run it again with --debug for the traceback",
+        hint=None if "--debug" in typed_options(argv) else "run it again with --debug for the traceback",
     )
 
 

@@ -51,9 +51,9 @@ def explain_field(name: FieldName, as_json: options.Json = False, debug: options
         print(json.dumps({"command": "explain", "status": "ok", **found}))
         return
     lines = [found["key"], f"  {found['description']}", ""]
-    for title in ("expected", "default", "flags", "used by", "only with", "set it with"):
-        if found[title]:
-            lines.append(f"  {title:<12} {found[title]}")
+    for key in ("expected", "default", "flags", "used_by", "only_with", "set_it_with"):
+        if found[key]:
+            lines.append(f"  {key.replace('_', ' '):<12} {found[key]}")
     write_stdout("\n".join(lines) + "\n")
 
 
@@ -105,7 +105,7 @@ def _field(name: str) -> dict[str, Any]:
         "expected": expected_values(key),
         "default": format_value(field.default),
         "flags": ", ".join(flags),
-        "used by": commands_using(key),
-        "only with": "" if condition(key) is None else describe_users(key).replace(", and to ", "; "),
-        "set it with": f"--set {key}=VALUE",
+        "used_by": commands_using(key),
+        "only_with": "" if condition(key) is None else describe_users(key).replace(", and to ", "; "),
+        "set_it_with": f"--set {key}=VALUE",
     }

@@ -374,7 +374,10 @@ class TrainConfig(Section):
     log_steps: Positive = Field(1, description="Steps between two lines of metrics.jsonl.")
     eval_steps: Positive | Literal["epoch"] = Field("epoch", description="Steps between two validations.")
     save_steps: Positive | Literal["epoch"] = Field("epoch", description="Steps between two checkpoints.")
-    keep: Count = Field(2, description="Number of checkpoints to keep beside the best. 0: none once the run is done.")
+    keep: Count = Field(
+        1,
+        description="Number of newest checkpoints to keep, besides the weights of the best. 0: none once the run is done.",
+    )
     select: Selection = Field(
         "last",
         description="Weights of the output directory: the last ones, or the best by a figure on held-out rows.",

@@ -14,7 +14,7 @@ from distillm_cli.config.load import Resolved, to_yaml, with_resolved_values
 from distillm_cli.data.conversations import content_text
 from distillm_cli.data.prefetch import Prefetcher
 from distillm_cli.data.rows import Row
-from distillm_cli.errors import Interrupted, UsageError, signal_number
+from distillm_cli.errors import START_OVER, CheckpointError, Interrupted, UsageError, signal_number
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.runs import output_dir
 from distillm_cli.runs.build import build_trainer
@@ -235,19 +235,22 @@ def _report_checkpoints(output: Path, keep: int, listener: Listener) -> None:
         return
     what = f"{counted(len(sizes), 'checkpoint')} ({format_bytes(sum(sizes))})"
     if keep:
-        listener(
-            Note(f"kept {what} in {output / output_dir.CHECKPOINTS}, to resume from; --keep 0 removes them at the end")
-        )
+        place = output / output_dir.CHECKPOINTS
+        listener(Note(f"Kept {what} in {place} for --resume; --keep 0 removes them at the end"))
         return
     for stuck in output_dir.remove_checkpoints(output):
         listener(Warned(f"cannot remove {stuck}: it takes up space"))
-    listener(Note(f"removed {what}: --keep 0"))
+    listener(Note(f"Removed {what}: --keep 0"))
 
 
 def _trainer(training: _Training, report: Report, listener: Listener) -> Trainer:
     """Return the trainer, with the state of the checkpoint where there is one."""
     run = training.run
     checkpoint = training.checkpoint
+    if checkpoint is not None and not checkpoint.tensors:
+        what = "the best checkpoint, older than the last ones, has weights only"
+        hint = f"use it as a model, or {START_OVER}"
+        raise CheckpointError("checkpoint.weights_only", what, where=str(checkpoint.path), hint=hint)
     teacher = training.teacher
     progress = {"step": 0} if checkpoint is None else checkpoint.state["progress"]
     log = MetricsLog(

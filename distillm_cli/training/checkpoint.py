@@ -35,7 +35,10 @@ _NOTHING_SAVED = "nothing was saved yet, start it again"
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Hold a verified checkpoint. The student's weights are not read into memory; they are at ``path``."""
+    """Hold a verified checkpoint. The student's weights are not read into memory; they are at ``path``.
+
+    tensors: of the optimizer, the random states and the replay buffer. Empty after ``drop_training_state``.
+    """
 
     path: Path
     state: dict[str, Any]
@@ -46,7 +49,7 @@ class Checkpoints:
     """Manage the checkpoints of one run, under ``root``.
 
     save_model: writes the student and its tokenizer into a directory. keep: number of newest checkpoints to keep, at
-    least one while the run is going on.
+    least one while the run is going on. An older one that is protected (the best) keeps its weights only.
     listener: gets one warning for each old checkpoint that cannot be removed.
     """
 
@@ -67,7 +70,7 @@ class Checkpoints:
     def write(
         self, step: int, state: Mapping[str, Any], tensors: dict[str, Tensor], *, protect: int | None = None
     ) -> Path:
-        """Write the checkpoint of ``step``, then remove all but the newest ``keep`` and the protected one.
+        """Write the checkpoint of ``step``, then remove all but the newest ``keep`` and the weights of the protected one.
 
         Raises StorageError where writing fails; earlier checkpoints are not touched then.
         """
@@ -86,8 +89,11 @@ class Checkpoints:
                 open_as_others(staged)
                 files = [path for path in staged.rglob("*") if path.is_file()]
                 manifest.seal_directory(staged, files, step=step)
-        old = [self.path(number) for number in self.steps()[: -max(self.keep, 1)] if number != protect]
-        dropped = [path for path in old if self._drop(path)]
+        old = self.steps()[: -max(self.keep, 1)]
+        if protect in old:
+            with storing(f"cannot write to {self.path(protect)}", hint):
+                drop_training_state(self.path(protect))
+        dropped = [self.path(number) for number in old if number != protect and self._drop(self.path(number))]
         if dropped:
             with storing(f"cannot write to {self.root.parent}", hint):
                 self._record([], removed=dropped)
@@ -142,7 +148,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises CheckpointError naming the damaged file.
     """
     path = Path(path)
-    hint = f"delete {path} to go on from the one before it, or {START_OVER}"
+    hint = START_OVER
+    if any((other / TENSORS).exists() for other in visible(path.parent) if other.name < path.name):
+        hint = f"delete {path} to resume from the checkpoint before it, or {START_OVER}"
     try:
         listed = json.loads((path / manifest.MANIFEST).read_text(encoding="utf-8"))
         if listed["format"] != manifest.MANIFEST_FORMAT:
@@ -156,9 +164,16 @@ def read_checkpoint(path: Path) -> Checkpoint:
                     "checkpoint.damaged", f"checkpoint file damaged: {path / name} differs from its manifest", hint=hint
                 )
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        return Checkpoint(path, state, load_file(path / TENSORS))
+        return Checkpoint(path, state, load_file(path / TENSORS) if TENSORS in listed["files"] else {})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError("checkpoint.damaged", f"checkpoint unreadable: {path} ({error})", hint=hint) from error
+
+
+def drop_training_state(path: Path) -> None:
+    """Remove the optimizer, random states and replay buffer of a checkpoint. Its weights remain. Raises OSError."""
+    if (path / TENSORS).exists():
+        manifest.unseal(path, TENSORS)  # first, so that the checkpoint is whole at any time
+        (path / TENSORS).unlink()
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:

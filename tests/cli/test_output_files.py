@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 import yaml
 
 from distillm_cli import __version__
 from distillm_cli.cli.app import main
+from distillm_cli.training.checkpoint import read_checkpoint
 from distillm_cli.utils import manifest
 from tests.typed import call
 
@@ -46,7 +48,7 @@ def test_a_run_leaves_its_result_its_origin_and_the_rows_of_its_report(place, ca
         number = re.search(r"say (\d+)", prompt)[1]
         assert reference == f"{number} is said"
 
-    assert "removed 1 checkpoint (" in err
+    assert "Removed 1 checkpoint (" in err
     assert not (place / "out/checkpoints").exists()
     assert "model before, step 0" in err
     assert "student" not in err
@@ -59,7 +61,7 @@ def test_the_recipes_header_names_the_command(place, capsys, monkeypatch):
     lines = (place / "out/recipe.yaml").read_text().splitlines()
     assert lines[1] == f"# Command: distillm {' '.join(argv)}"
     assert yaml.safe_load((place / "out/recipe.yaml").read_text())["train"]["steps"] == 2
-    assert "kept 1 checkpoint (" in capsys.readouterr().err
+    assert "Kept 1 checkpoint (" in capsys.readouterr().err
 
 
 def test_a_result_of_somebody_else_is_not_replaced(place, capsys):
@@ -69,3 +71,20 @@ def test_a_result_of_somebody_else_is_not_replaced(place, capsys):
     assert code == 2
     assert "out/result.json was not written by a run" in err
     assert (place / "out/result.json").read_text() == "mine"
+
+
+def test_older_best_checkpoint_keeps_weights_only(place, capsys):
+    argv = [*ARGV, "--output", "out", "--json", "--set", "train.save_steps=1", "--set", "train.eval_steps=1"]
+    # The first step is the best one: the learning rate is far too high.
+    argv += ["--steps", "3", "--lr", "5", "--set", "train.warmup=0", "--set", "train.select=valid_loss"]
+    code, result, err = call(capsys, *argv)
+    assert (code, result["best_step"]) == (0, 1), err
+    best, newest = sorted((place / "out/checkpoints").iterdir())
+    assert (best.name, newest.name) == ("step-000001", "step-000003")
+    assert (newest / "training.safetensors").exists()
+    assert not (best / "training.safetensors").exists()
+    assert read_checkpoint(best).tensors == {}
+
+    shutil.rmtree(newest)
+    code, result, err = call(capsys, *argv, "--resume")
+    assert (code, result["error"]) == (5, "checkpoint.weights_only"), err

@@ -327,9 +327,9 @@ result.as_json()
 
 def test_it_runs_in_a_notebook(tmp_path):
     """The display is HTML in the cell's output, without the control sequences of a live display."""
-    nbformat = pytest.importorskip("nbformat")
-    nbclient = pytest.importorskip("nbclient")
-    pytest.importorskip("ipykernel")
+    import nbclient
+    import nbformat
+
     source = NOTEBOOK.replace("OUTPUT", repr(str(tmp_path / "out")))
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
