@@ -28,7 +28,7 @@ from distillm_cli.utils import manifest, storage
 from tests import tiny
 from tests.limits import file_size
 from tests.typed import call
-from tests.unit.test_outputs import OF_RUNS, put_run, resolved
+from tests.unit.test_outputs import RUN_FILES, put_run, resolved
 
 ROOT = Path(__file__).resolve().parents[2]
 STATE = {"progress": {}, "recipe": {}}
@@ -136,7 +136,7 @@ def test_an_old_checkpoint_that_keeps_its_name_is_a_warning_once(tmp_path, monke
 
 
 def test_starting_over_stops_where_an_old_checkpoint_would_stay_and_be_resumed(tmp_path, monkeypatch):
-    put_run(tmp_path, *OF_RUNS)
+    put_run(tmp_path, *RUN_FILES)
 
     def refuse(path, target):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))

@@ -13,7 +13,7 @@ from distillm_cli.losses.divergences import TokenDistributions, build_divergence
 from distillm_cli.losses.fused import fused_loss
 from distillm_cli.losses.weights import LossWeights
 from tests import plain
-from tests.unit.test_divergences import SETTINGS, STEEP
+from tests.unit.test_divergences import SETTINGS, UNBOUNDED
 from tests.unit.test_fused import Head, rand
 
 N, V = 7, 13
@@ -51,7 +51,7 @@ def has_limit(settings, where):
     return where != "both" or settings.get("ab_alpha", 1) + settings.get("ab_beta", 1) >= 0
 
 
-CASES = [(*pair, where) for pair in SETTINGS + STEEP for where in WHERE if has_limit(pair[1], where)]
+CASES = [(*pair, where) for pair in SETTINGS + UNBOUNDED for where in WHERE if has_limit(pair[1], where)]
 
 
 @pytest.mark.parametrize(("name", "settings", "where"), CASES)
@@ -68,7 +68,7 @@ def test_suppressed_tokens_have_the_value_of_the_limit(name, settings, where):
     assert torch.equal(divergence.between(p, q, with_grad=False)[0], value)
 
 
-@pytest.mark.parametrize(("name", "settings"), [pair for pair in SETTINGS + STEEP if pair[0] != "atkd"])
+@pytest.mark.parametrize(("name", "settings"), [pair for pair in SETTINGS + UNBOUNDED if pair[0] != "atkd"])
 def test_a_token_suppressed_on_both_sides_is_absent(name, settings):
     z, zt = rand(N, V, seed=3), rand(N, V, seed=4)
     gone = torch.full((N, 1), -math.inf, dtype=torch.float64)
@@ -82,7 +82,7 @@ def test_a_token_suppressed_on_both_sides_is_absent(name, settings):
     assert not longer_h[:, V:].any()
 
 
-@pytest.mark.parametrize(("name", "settings"), SETTINGS + STEEP)
+@pytest.mark.parametrize(("name", "settings"), SETTINGS + UNBOUNDED)
 def test_looking_for_zeros_changes_no_bit_of_finite_logits(name, settings):
     tables = [(4 * rand(50, 101, seed=seed)).float() for seed in (5, 6)]
     divergence = build_divergence(ObjectiveConfig(divergence=name, **settings)).for_tokens(
