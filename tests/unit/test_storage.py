@@ -44,9 +44,9 @@ def checkpoints(root: Path, **more) -> Checkpoints:
     return Checkpoints(root, more.pop("save_model", weights), **{"keep": 1, **more})
 
 
-def write(checkpoints_: Checkpoints, *steps: int) -> None:
+def write(store: Checkpoints, *steps: int) -> None:
     for step in steps:
-        checkpoints_.write(step, STATE, {"t": torch.ones(2)})
+        store.write(step, STATE, {"t": torch.ones(2)})
 
 
 # --- removal ------------------------------------------------------------------------------------------------------
@@ -81,17 +81,17 @@ KILLED = """
 @pytest.mark.parametrize("last", [0, 1, 3, 5, 8])
 def test_killed_removal_leaves_only_complete_checkpoints(tmp_path, what, last):
     output_dir.write_recipe(tmp_path, resolved())
-    checkpoints_ = checkpoints(tmp_path / "checkpoints", keep=9)
-    write(checkpoints_, 1, 2)
+    store = checkpoints(tmp_path / "checkpoints", keep=9)
+    write(store, 1, 2)
     command = [sys.executable, "-c", textwrap.dedent(KILLED), what, str(tmp_path), str(last)]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60)
     assert done.returncode == -signal.SIGKILL
-    for path in visible(checkpoints_.root):
+    for path in visible(store.root):
         assert read_checkpoint(path).path == path, "every file of the manifest exists"
-    assert what == "clear" or latest(checkpoints_.root).path.name in ("step-000002", "step-000003")
+    assert what == "clear" or latest(store.root).path.name in ("step-000002", "step-000003")
     if what == "prune":  # the next write removes the rest
-        write(checkpoints(checkpoints_.root), 4)
-        assert [path.name for path in checkpoints_.root.iterdir()] == ["step-000004"]
+        write(checkpoints(store.root), 4)
+        assert [path.name for path in store.root.iterdir()] == ["step-000004"]
     else:  # clearing can be repeated
         assert output_dir.clear(tmp_path) == []
         assert list(tmp_path.iterdir()) == []
@@ -99,28 +99,28 @@ def test_killed_removal_leaves_only_complete_checkpoints(tmp_path, what, last):
 
 def test_each_unremovable_checkpoint_is_one_warning(tmp_path, monkeypatch):
     events = []
-    checkpoints_ = checkpoints(tmp_path, listener=events.append)
-    write(checkpoints_, 1)
+    store = checkpoints(tmp_path, listener=events.append)
+    write(store, 1)
 
     def fail(path, *_, **options):
         if not options.get("ignore_errors"):
             raise OSError(errno.EIO, "Input/output error", str(path))
 
     monkeypatch.setattr(shutil, "rmtree", fail)
-    write(checkpoints_, 2, 3)
+    write(store, 2, 3)
     assert [path.name for path in visible(tmp_path)] == ["step-000003"]
     assert [event.text.split(";")[0] for event in events] == [
         f"cannot remove the old checkpoint {tmp_path / f'step-00000{n}'}: Input/output error" for n in (1, 2)
     ]
     monkeypatch.undo()
-    write(checkpoints_, 4)
+    write(store, 4)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000004"]
 
 
 def test_checkpoint_that_cannot_be_renamed_is_one_warning(tmp_path, monkeypatch):
     events = []
-    checkpoints_ = checkpoints(tmp_path, listener=events.append)
-    write(checkpoints_, 1)
+    store = checkpoints(tmp_path, listener=events.append)
+    write(store, 1)
     rename = Path.rename
 
     def fail(path, target):
@@ -129,7 +129,7 @@ def test_checkpoint_that_cannot_be_renamed_is_one_warning(tmp_path, monkeypatch)
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", fail)
-    write(checkpoints_, 2, 3)
+    write(store, 2, 3)
     assert [path.name for path in visible(tmp_path)] == ["step-000001", "step-000003"]
     (warning,) = events
     assert isinstance(warning, Warned)
@@ -230,8 +230,8 @@ def test_full_disk_is_recognized_in_library_errors(tmp_path):
 
 
 def test_full_disk_while_saving_loses_no_checkpoint(tmp_path):
-    checkpoints_ = checkpoints(tmp_path)
-    write(checkpoints_, 1)
+    store = checkpoints(tmp_path)
+    write(store, 1)
     tokenizer = tiny.tokenizer(size=500)
     with file_size(4000), raises_code("storage.failed", "File too large", "step-000001", "--resume"):
         write(checkpoints(tmp_path, save_model=tokenizer.save_pretrained), 2)
