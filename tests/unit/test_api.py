@@ -326,7 +326,7 @@ result.as_json()
 """
 
 
-def test_display_in_a_notebook(tmp_path):
+def test_display_in_a_notebook_is_html(tmp_path):
     """Check that the display is HTML in the cell's output, without the control sequences of a live display."""
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")

@@ -86,11 +86,11 @@ def imports(source: str, module: str) -> Iterator[Import]:
         if base.split(".")[0] != "distillm_cli":
             yield Import(base, False, top, line)
             return
-        name_ = base.removeprefix("distillm_cli").lstrip(".")
-        place = PACKAGE.joinpath(*name_.split(".")) if name_ else PACKAGE
-        if name and (not name_ or (place / f"{name}.py").is_file() or (place / name).is_dir()):
-            name_ = f"{name_}.{name}".lstrip(".")
-        yield Import(name_, True, top, line)
+        dotted_name = base.removeprefix("distillm_cli").lstrip(".")
+        place = PACKAGE.joinpath(*dotted_name.split(".")) if dotted_name else PACKAGE
+        if name and (not dotted_name or (place / f"{name}.py").is_file() or (place / name).is_dir()):
+            dotted_name = f"{dotted_name}.{name}".lstrip(".")
+        yield Import(dotted_name, True, top, line)
 
     yield from visit(ast.parse(source), True)
 
@@ -100,19 +100,19 @@ def violations(source: str, module: str) -> list[str]:
 
     module: dotted, as ``distillm_cli.training.engine``.
     """
-    name_ = module.removeprefix("distillm_cli").lstrip(".")
-    package = name_.split(".")[0]
+    dotted_name = module.removeprefix("distillm_cli").lstrip(".")
+    package = dotted_name.split(".")[0]
     found = []
     for module_, own, _, line in imports(source, module):
         first = module_.split(".")[0]
         if own and package in ALLOWED:
             allowed = {package, *SHARED, *ALLOWED[package]}
             if module_ and not any(module_ == a or module_.startswith(f"{a}.") for a in allowed):
-                found.append(f"{name_}:{line}: {package} may not import {module_}")
+                found.append(f"{dotted_name}:{line}: {package} may not import {module_}")
         if own and package in ("errors", "types") and module_ != "utils.text":
-            found.append(f"{name_}:{line}: {package} must not import {module_}")
+            found.append(f"{dotted_name}:{line}: {package} must not import {module_}")
         if not own and first in FORBIDDEN.get(package, ()):
-            found.append(f"{name_}:{line}: {package} may not import {first}")
+            found.append(f"{dotted_name}:{line}: {package} may not import {first}")
     return found
 
 
@@ -120,22 +120,22 @@ def loaded_with(root: str, read: Callable[[str], str | None]) -> Iterator[tuple[
     """Yield (importing module, third-party import) for everything that is loaded when ``root`` is imported."""
     queue, seen = [root], set()
     while queue:
-        name_ = queue.pop()
-        if name_ in seen or (source := read(name_)) is None:
+        dotted_name = queue.pop()
+        if dotted_name in seen or (source := read(dotted_name)) is None:
             continue
-        seen.add(name_)
+        seen.add(dotted_name)
         # parent packages are imported as well
-        queue.extend(name_.rsplit(".", n)[0] for n in range(1, name_.count(".") + 1))
-        for found in imports(source, f"distillm_cli.{name_}".rstrip(".")):
+        queue.extend(dotted_name.rsplit(".", n)[0] for n in range(1, dotted_name.count(".") + 1))
+        for found in imports(source, f"distillm_cli.{dotted_name}".rstrip(".")):
             if found.top and found.own:
                 queue.append(found.module)
             elif found.top:
-                yield name_, found
+                yield dotted_name, found
 
 
-def source_of(name_: str) -> str | None:
+def source_of(dotted_name: str) -> str | None:
     """Return the source of a module or package of distillm_cli by its dotted name, or None."""
-    place = PACKAGE.joinpath(*name_.split(".")) if name_ else PACKAGE
+    place = PACKAGE.joinpath(*dotted_name.split(".")) if dotted_name else PACKAGE
     for path in (place.with_suffix(".py"), place / "__init__.py"):
         if path.is_file():
             return path.read_text(encoding="utf-8")
@@ -211,8 +211,8 @@ def test_benchmark_can_be_imported(path):
 @pytest.mark.parametrize("root", LIGHT_MODULES)
 def test_module_loads_no_heavy_package(root):
     heavy = [
-        f"{name_}:{found.line} imports {found.module}"
-        for name_, found in loaded_with(root, source_of)
+        f"{dotted_name}:{found.line} imports {found.module}"
+        for dotted_name, found in loaded_with(root, source_of)
         if found.module.split(".")[0] in HEAVY
     ]
     assert heavy == [], "import it inside the function that needs it"
@@ -223,9 +223,9 @@ LATER = {"models.loading", "models.backbone", "models.pair", "evaluation.metrics
 
 
 def test_tokenizing_imports_no_model_or_metric():
-    loaded = {name_ for name_, _ in loaded_with("runs.train", source_of)}
+    loaded = {dotted_name for dotted_name, _ in loaded_with("runs.train", source_of)}
     assert "models.tokenizer_files" in loaded
-    assert loaded & LATER == set(), "import it where it is used: the first step waits for it"
+    assert loaded & LATER == set(), "import it where it is used: it delays the first step"
     found = imports(source_of("models.tokenizer_files"), "distillm_cli.models.tokenizer_files")
     assert {f.module for f in found if f.module.startswith("transformers")} == {"transformers"}
 
@@ -238,7 +238,7 @@ def test_heavy_import_is_found_through_other_modules():
         "cli.eval": "try:\n    from distillm_cli.ui.console import console\nexcept ImportError:\n    pass",
         "ui.console": "import numpy as np\nif TYPE_CHECKING:\n    import torch",
     }
-    found = [(name_, found.module) for name_, found in loaded_with("cli.app", files.get)]
+    found = [(dotted_name, found.module) for dotted_name, found in loaded_with("cli.app", files.get)]
     assert found == [("ui.console", "numpy")]
 
 

@@ -193,7 +193,7 @@ def test_backbone_registers_only_the_model():
 
 
 class LlamaWithLogitChange(LlamaForCausalLM):
-    """A Llama that changes its logits in a way that no config field describes."""
+    """Change the logits of a Llama in a way that no config field describes."""
 
     change = staticmethod(lambda logits: logits)
 

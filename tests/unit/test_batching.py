@@ -218,11 +218,11 @@ def test_bucketing_reduces_padding_and_stays_random(n, batch):
     unbucketed = 2 * sum(batch * lengths[chosen].max() for chosen in shuffled)
     assert padded < 0.75 * unbucketed
     # Batch composition is random: few pairs of one batch are together again in the next epoch.
-    copy = np.zeros(n, dtype=int)
+    next_batch_of = np.zeros(n, dtype=int)
     for index, chosen in enumerate(batches[steps:]):
-        copy[chosen] = index
-    parallel = np.mean([np.mean(copy[chosen] == copy[chosen[0]]) for chosen in batches[:steps]])
-    assert parallel < 0.4
+        next_batch_of[chosen] = index
+    together_share = np.mean([np.mean(next_batch_of[chosen] == next_batch_of[chosen[0]]) for chosen in batches[:steps]])
+    assert together_share < 0.4
     # The order of batches is random: the length of a batch is not correlated with that of the next one.
     means = np.array([lengths[chosen].mean() for chosen in batches])
     assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.25

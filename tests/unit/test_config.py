@@ -549,7 +549,7 @@ def test_yaml_numbers_in_every_notation(write_recipe):
     assert (t.lr, t.min_lr, t.steps, t.weight_decay, t.clip, t.betas) == (5e-4, 1e-8, 1000, 0.5, 2.0, (0.9, 0.999))
 
 
-def test_on_off_and_digits_stay_strings_where_needed(write_recipe):
+def test_on_off_and_digit_strings_stay_strings(write_recipe):
     path = write_recipe("schedule: {kind: off}\nteacher: {revision: 0012345}\ndata: {source: 2024-01-01}")
     r = resolve(command="distill", recipe=path).recipe
     assert (r.schedule.kind, r.teacher.revision, r.data.source) == ("off", "0012345", "2024-01-01")

@@ -26,7 +26,7 @@ CURSOR_OFF, CURSOR_ON = "\x1b[?25l", "\x1b[?25h"
 
 
 class RecordedConsole:
-    """A console with its output and the clock it reads."""
+    """Record the output of a console whose clock the test controls."""
 
     def __init__(self, terminal=False, width=100, height=40, **options):
         self.now = 1000.0

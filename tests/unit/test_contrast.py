@@ -211,7 +211,7 @@ def test_curriculum_state_is_restored_from_checkpoint():
     assert weights == [0.5, 0.75, 1.0]
 
 
-def test_by_source_weights_of_each_source():
+def test_by_source_scales_the_weights_of_each_source():
     criterion = FDistill(schema.ObjectiveConfig(divergence="jsd", beta=0.3, by_source=True, kd_weight=0.8))
     criterion.begin_step([SourceBatch(Source.REPLAY, teacher_and_student_batches()[1].sequences)], [], 0.5)
     row, replayed = criterion.weights(Source.DATASET), criterion.weights(Source.REPLAY)

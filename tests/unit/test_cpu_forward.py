@@ -58,20 +58,20 @@ def test_loss_gradients_are_dense_and_match_the_trunk(family, monkeypatch):
     by an aborted backward pass must be discarded.
     """
     found = []
-    for expected_grad in (False, True):
+    for uses_trunk in (False, True):
         model = backbone(family, **no_dropout(family)).train()
-        if expected_grad:
+        if uses_trunk:
             monkeypatch.setattr(Backbone, "hidden", lambda self, batch, for_backward: self.trunk_states(batch))
         objective = StudentLoss(model, KD(schema.ObjectiveConfig()))
         for seed in (0, 1):
             batches = [tiny.batch(LENGTHS, VOCAB, seed), tiny.batch(LENGTHS[:2], VOCAB, seed + 7)]
-            if not expected_grad and model._cpu_forward.embedding_grad is not None:
+            if not uses_trunk and model._cpu_forward.embedding_grad is not None:
                 model._cpu_forward.embedding_grad._waiting.append(
                     (torch.tensor([3]), torch.ones(1, model.model.config.hidden_size))
                 )
             total, tokens = objective(batches, None, CROSS_ENTROPY)
             (total / tokens).backward()
-        assert expected_grad or model._cpu_forward.agrees
+        assert uses_trunk or model._cpu_forward.agrees
         assert all(parameter.grad.layout == torch.strided for parameter in model.parameters())
         found.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, grad in found[0].items():
@@ -105,10 +105,10 @@ def test_bf16_error_is_close_to_that_of_the_trunk(family, autocast):
     batch = tiny.batch(LENGTHS, VOCAB)
     rounded = backbone(family, torch.float32 if autocast else torch.bfloat16)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        found_grad, expected_grad = rounded.hidden(batch).double(), rounded.trunk_states(batch).double()
+        found, trunk_states = rounded.hidden(batch).double(), rounded.trunk_states(batch).double()
     assert rounded._cpu_forward.agrees
     reference = exact.trunk_states(batch)
-    assert (found_grad - reference).square().mean() < 1.5 * (expected_grad - reference).square().mean()
+    assert (found - reference).square().mean() < 1.5 * (trunk_states - reference).square().mean()
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -168,10 +168,10 @@ def test_blockwise_attention_matches_causal_attention(times, kinds):
     weight = torch.randn(reference.shape, generator=generator).bfloat16()
     (found * weight).sum().backward()
     (reference * weight).sum().backward()
-    for found_grad, expected_grad in zip((query, key, value), exact, strict=True):
+    for states, exact_states in zip((query, key, value), exact, strict=True):
         assert (
-            found_grad.grad - expected_grad.grad
-        ).square().mean().sqrt() < 0.01 * expected_grad.grad.square().mean().sqrt() + 1e-3
+            states.grad - exact_states.grad
+        ).square().mean().sqrt() < 0.01 * exact_states.grad.square().mean().sqrt() + 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -193,13 +193,13 @@ def test_dropout_has_the_same_distribution():
     equal_rows = collate([row] * rows)
     torch.manual_seed(0)
     with torch.no_grad():
-        found_grad, expected_grad = (states(equal_rows).view(rows, -1) for states in (model.hidden, model.trunk_states))
+        fast_states, trunk_states = (states(equal_rows).view(rows, -1) for states in (model.hidden, model.trunk_states))
         with torch.autocast("cpu", torch.bfloat16):  # attention then does not use torch's kernel
             rounded = model.hidden(equal_rows).float().view(rows, -1)
         assert model._cpu_forward.agrees
-        spread = expected_grad.std(0)
-        for found in (found_grad, rounded):
-            assert ((found.mean(0) - expected_grad.mean(0)).abs() < 6 * spread * (2 / rows) ** 0.5 + 0.01).all()
+        spread = trunk_states.std(0)
+        for found in (fast_states, rounded):
+            assert ((found.mean(0) - trunk_states.mean(0)).abs() < 6 * spread * (2 / rows) ** 0.5 + 0.01).all()
             assert_close(found.std(0), spread, rtol=0.15, atol=0.01)
         model.eval()
         assert_close(model.hidden(equal_rows), model.trunk_states(equal_rows), rtol=1e-4, atol=1e-4)
@@ -220,7 +220,7 @@ def test_modified_model_runs_through_the_trunk():
     changed = backbone("llama")
     changed.hidden(batch)
     mlp = changed.trunk.layers[1].mlp
-    mlp.forward = lambda x, expected_grad=mlp.forward: expected_grad(x) * 1.5
+    mlp.forward = lambda x, original=mlp.forward: original(x) * 1.5
     assert_close(changed.hidden(batch), changed.trunk_states(batch), rtol=0, atol=0)
 
     checkpointing = backbone("gpt2").train()
@@ -232,10 +232,10 @@ def test_pass_with_different_states_is_not_used(monkeypatch):
     """Check a transformers version that computes something else under the same names."""
     model = backbone("llama")
     attention = type(model.trunk.layers[0].self_attn)
-    expected_grad = attention.forward
+    original = attention.forward
 
     def changed_forward(self, *args, **kwargs):
-        states, weights = expected_grad(self, *args, **kwargs)
+        states, weights = original(self, *args, **kwargs)
         return states * 1.5, weights
 
     monkeypatch.setattr(attention, "forward", changed_forward)

@@ -28,7 +28,7 @@ def test_kd_warmup_shifts_weight_from_cross_entropy():
 
 
 class MedianWeighted(KD):
-    """A criterion that weighs tokens by the median log-probability gap of the step and records every loss."""
+    """Weigh tokens by the median log-probability gap of the step, and record every loss."""
 
     needs_log_probs_of = ("teacher", "student")
 

@@ -120,7 +120,7 @@ def test_short_prompt_continues_after_a_row_fills_the_context(family):
 
 
 class DoubledLinear(nn.Linear):
-    """A Linear with another forward, like that of an adapter or a quantized layer."""
+    """Double the output of a Linear, in place of an adapter or a quantized layer."""
 
     def forward(self, x):
         return 2 * super().forward(x)
@@ -129,9 +129,9 @@ class DoubledLinear(nn.Linear):
 def test_model_with_other_layers_has_no_hand_written_step():
     model = backbone("llama")
     assert model.decode(prompts())._step is not None
-    loaded = model.model.model.layers[1].self_attn.q_proj
-    other = DoubledLinear(loaded.in_features, loaded.out_features, bias=False)
-    other.load_state_dict(loaded.state_dict())
+    original_layer = model.model.model.layers[1].self_attn.q_proj
+    other = DoubledLinear(original_layer.in_features, original_layer.out_features, bias=False)
+    other.load_state_dict(original_layer.state_dict())
     model.model.model.layers[1].self_attn.q_proj = other
     decoding, tokens = model.decode(prompts()), torch.randint(VOCAB, (6, 4))
     assert decoding._step is None

@@ -62,7 +62,7 @@ UNBOUNDED = [
 
 
 class WithTargets:
-    """A divergence of a recipe that supplies targets where the divergence needs them."""
+    """Supply targets to a divergence that needs them."""
 
     def __init__(self, name, settings):
         self.built = build_divergence(ObjectiveConfig(divergence=name, **settings))
@@ -350,5 +350,5 @@ def test_akl_with_mu_one_equals_kl_in_float32():
     )
     akl, kl = (each.value(p.log_softmax(-1), q.log_softmax(-1)) for each in (AdaptiveKL(1.0), KL()))
     assert_close(akl, kl)
-    limit_case = AdaptiveKL(1.0).value(p.log_softmax(-1), p.log_softmax(-1))
-    assert_close(limit_case, torch.zeros_like(limit_case))
+    value_at_equality = AdaptiveKL(1.0).value(p.log_softmax(-1), p.log_softmax(-1))
+    assert_close(value_at_equality, torch.zeros_like(value_at_equality))

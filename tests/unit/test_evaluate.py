@@ -132,7 +132,7 @@ def test_outputs_depend_only_on_seed_and_row(model, encoder):
     assert evaluate_suite(model, encoder, first, config(seeds=(10,))).outputs["10"] == one.outputs["10"][:3]
 
 
-def test_passes():
+def test_passes_are_seeds_or_greedy():
     assert [(name, seed) for name, seed, _ in passes(EvalConfig())] == [(str(s), s) for s in (10, 20, 30, 40, 50)]
     assert [name for name, _, _ in passes(EvalConfig(seeds=(1, 1, 2)))] == ["1", "2"]
     for greedy in (EvalConfig(greedy=True), EvalConfig(temperature=0)):

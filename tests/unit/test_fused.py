@@ -278,9 +278,9 @@ def test_bf16_error_is_that_of_whole_logits(name):
         total.backward()
         return [t.detach().double() for t in (total, hidden.grad, weight.grad)]
 
-    truth, fast, whole_logits = run(None), run("fused"), run("whole logits")
+    exact, fast, whole_logits = run(None), run("fused"), run("whole logits")
     errors, whole_logits_errors = (
-        [((a - b).norm() / b.norm()).item() for a, b in zip(x, truth, strict=True)] for x in (fast, whole_logits)
+        [((a - b).norm() / b.norm()).item() for a, b in zip(x, exact, strict=True)] for x in (fast, whole_logits)
     )
     assert errors[0] < 0.001
     assert max(errors[1:]) < bound

@@ -66,7 +66,7 @@ for name, split in (question.split(".") for question in sys.argv[1:]):
 
 
 class FakeHub(BaseHTTPRequestHandler):
-    """The endpoints of the hub that loading data sets needs."""
+    """Serve the endpoints of the hub that loading data sets needs."""
 
     def respond(self, body: bytes, code: int = 200, **headers: str) -> None:
         self.send_response(code)

@@ -131,7 +131,7 @@ def test_saved_adapter_loads_with_peft_and_transformers(family, tmp_path):
     }
     assert (directory / "adapter_model.safetensors").stat().st_size < (Path(path) / "model.safetensors").stat().st_size
     with torch.no_grad():
-        expected_loss = backbone.logits(BATCH)
+        adapter_logits = backbone.logits(BATCH)
         base = AutoModelForCausalLM.from_pretrained(path)
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # peft warns about keys that do not match
@@ -142,9 +142,9 @@ def test_saved_adapter_loads_with_peft_and_transformers(family, tmp_path):
             ]
         for model in models:
             expected = model.eval()(input_ids=BATCH.ids_BT).logits.flatten(0, 1)[BATCH.positions_N][:, : backbone.vocab]
-            torch.testing.assert_close(expected, expected_loss, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(expected, adapter_logits, rtol=1e-4, atol=1e-4)
         merged = load(directory)
-        torch.testing.assert_close(merged.logits(BATCH), expected_loss, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(merged.logits(BATCH), adapter_logits, rtol=1e-4, atol=1e-4)
     assert not any("lora" in name for name, _ in merged.model.named_parameters())
     assert len(AutoTokenizer.from_pretrained(directory)) == len(backbone.tokenizer)
     assert load_config(str(directory)).model_type == base.config.model_type
@@ -194,8 +194,8 @@ def test_merged_copy_does_not_change_the_student(tmp_path):
     plain = backbone.plain(torch.float32)
     assert all(torch.equal(p, before[name]) for name, p in backbone.model.named_parameters())
     assert plain.model.get_input_embeddings().weight is plain.model.get_output_embeddings().weight
-    copied, output = (m.model.get_input_embeddings().weight for m in (plain, backbone))
-    assert copied.data_ptr() == output.data_ptr()
+    copied, original = (m.model.get_input_embeddings().weight for m in (plain, backbone))
+    assert copied.data_ptr() == original.data_ptr()
     plain.model.to(torch.bfloat16).save_pretrained(tmp_path / "merged")
     assert backbone.model.dtype == torch.float32
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

@@ -44,7 +44,8 @@ def log_probs(hidden, head):
 def expected_loss(log_q, log_p, y, sampled_log_probs, clip):
     """Return the loss of one output, token by token: MiniLLM's section 2.2 with PPO's clipping.
 
-    log_q: [T, V] with gradients. told: log p, log q and the log-probability of the sampler for each token when drawn.
+    log_q: [T, V] with gradients. sampled_log_probs: log p, log q and the sampler's log-probability of each token when it
+    was drawn.
     """
     T, total = len(y), 0.0
     for t in range(T):
@@ -140,14 +141,14 @@ def test_expected_gradient_is_that_of_reverse_kl():
 
     The outputs come from the student, so there is no importance weight and no clipping.
     """
-    first, student_hidden_before = (
+    first, second = (
         rand(V, seed=1).requires_grad_(),
         rand(V, V, seed=2).requires_grad_(),
     )  # logits of the first token, and of the second after each first token
     p_first, p_then = rand(V, seed=3).log_softmax(-1), rand(V, V, seed=4).log_softmax(-1)
 
     def log_q(a, b):
-        return torch.stack([first.log_softmax(-1)[a], student_hidden_before.log_softmax(-1)[a, b]])
+        return torch.stack([first.log_softmax(-1)[a], second.log_softmax(-1)[a, b]])
 
     pairs = list(itertools.product(range(V), repeat=2))
     kl = sum(
@@ -160,7 +161,7 @@ def test_expected_gradient_is_that_of_reverse_kl():
         s = output(a, b, log_probs=torch.stack([torch.stack([p_first[a], p_then[a, b]]), drawn, drawn], -1))
         (token_weights,) = criterion.begin_step([SourceBatch(Source.ROLLOUT, [s])], [], 1.0)
         total = total + drawn.sum().exp() * fused_loss(
-            torch.stack([first, student_hidden_before[a]]),
+            torch.stack([first, second[a]]),
             Head(None),
             torch.tensor([a, b]),
             weights=criterion.weights(Source.ROLLOUT),
@@ -169,8 +170,8 @@ def test_expected_gradient_is_that_of_reverse_kl():
             token_weights=token_weights,
         )
     for found, expected_grad in zip(
-        torch.autograd.grad(total, (first, student_hidden_before)),
-        torch.autograd.grad(kl, (first, student_hidden_before)),
+        torch.autograd.grad(total, (first, second)),
+        torch.autograd.grad(kl, (first, second)),
         strict=True,
     ):
         assert_close(found, expected_grad, rtol=1e-6, atol=1e-9)
@@ -246,14 +247,14 @@ def test_round_is_sampled_once_and_used_four_times():
 
     buffer = RoundBuffer(6, seed=5, batches=3)
     seen = Counter()
-    for indices, source in enumerate(drawn):
+    for step, source in enumerate(drawn):
         if source is Source.ROLLOUT:
-            batch = [output(indices, 0), output(indices, 1)]
+            batch = [output(step, 0), output(step, 1)]
             buffer.add(batch)
         else:
-            batch = buffer.draw(2, indices)
+            batch = buffer.draw(2, step)
         seen.update(tuple(s.response.tolist()) for s in batch)
-        assert all(indices // 12 == s.response[0] // 12 for s in batch), "outputs of the current round"
+        assert all(step // 12 == s.response[0] // 12 for s in batch), "outputs of the current round"
     assert len(seen) == 12
     assert set(seen.values()) == {4}
 
@@ -283,8 +284,8 @@ def build_run(
     )
 
 
-@pytest.mark.parametrize("indices", [1, 4, 7], ids=["half-of-first-round", "replay", "half-of-second-round"])
-def test_resume_within_a_round_is_bit_exact(tmp_path, indices):
+@pytest.mark.parametrize("stop", [1, 4, 7], ids=["half-of-first-round", "replay", "half-of-second-round"])
+def test_resume_within_a_round_is_bit_exact(tmp_path, stop):
     torch.manual_seed(5)
     uninterrupted, figures = (
         build_run(listener=lambda e: figures.append(e.figures) if isinstance(e, Stepped) else None),
@@ -295,26 +296,26 @@ def test_resume_within_a_round_is_bit_exact(tmp_path, indices):
     assert uninterrupted.pool.counts.student_sequences == 24
 
     torch.manual_seed(5)
-    stopped = build_run(tmp_path, listener=runs._kill_at(indices))
+    stopped = build_run(tmp_path, listener=runs._kill_at(stop))
     with pytest.raises(runs.Interrupted):
         stopped.train()
     found = Checkpoints(tmp_path, lambda path: None, keep=1).latest()
-    assert bool(found.state["pool"]["waiting"]) == (indices != 4)
+    assert bool(found.state["pool"]["waiting"]) == (stop != 4)
     backbone = runs.student()
     saved = type(backbone.model).from_pretrained(found.path, dtype=torch.float32)
     backbone.model.load_state_dict(saved.state_dict())
-    later_rewards = []
+    resumed_figures = []
     resumed = build_run(
         tmp_path,
         backbone=backbone,
-        listener=lambda e: later_rewards.append(e.figures) if isinstance(e, Stepped) else None,
+        listener=lambda e: resumed_figures.append(e.figures) if isinstance(e, Stepped) else None,
     )
     torch.manual_seed(999)
     resumed.load(found)
     resumed.train()
     for name, value in runs.weights(uninterrupted).items():
         assert torch.equal(runs.weights(resumed)[name], value), name
-    assert later_rewards == figures[indices:]
+    assert resumed_figures == figures[stop:]
 
 
 def test_accumulation_does_not_change_the_result():

@@ -18,7 +18,7 @@ V = 6
 
 
 class BigramModel:
-    """A model whose next token depends only on the last one, by a table of logits [V, V]."""
+    """Predict the next token from the last one only, by a table of logits [V, V]."""
 
     context, stop_ids, forced_first = None, frozenset({0}), None
 

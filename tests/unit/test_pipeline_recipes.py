@@ -86,7 +86,7 @@ def test_stage_references_are_replaced_by_their_outputs(write_recipe):
     assert p["eval"].config.models == ("stage:distill",)
 
 
-def test_recipes_and_pipelines_are_told_apart(write_recipe):
+def test_recipes_and_pipelines_are_distinguished(write_recipe):
     assert is_pipeline(Path(write_recipe()))
     assert not is_pipeline("quickstart")
     with raises_code("recipe.is_pipeline", "p.yaml", "`distillm run p.yaml`"):

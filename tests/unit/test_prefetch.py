@@ -92,7 +92,7 @@ def test_prefetched_ids_match_the_tokenizer(part, shared_data, tmp_path, tokeniz
 
 
 class UppercaseTokenizer(PreTrainedTokenizerFast):
-    """A tokenizer class that changes the text before it applies the rules of its file."""
+    """Convert the text to upper case before the rules of the file apply."""
 
     def __call__(self, text, **kwargs):
         return super().__call__([item.upper() for item in text] if isinstance(text, list) else text.upper(), **kwargs)
@@ -140,18 +140,18 @@ def test_differing_tokenizer_rules_are_not_used(change, tmp_path, tokenizer_file
 
 def test_truncation_and_special_tokens_of_the_file_are_ignored(tmp_path, tokenizer_file):
     """Check a file with its own start token and length limit, which do not affect ids without special tokens."""
-    told = json.loads(tokenizer_file.read_text(encoding="utf-8"))
-    told["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    content = json.loads(tokenizer_file.read_text(encoding="utf-8"))
+    content["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
     template = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "t3", "type_id": 0}}]
     special = {"t3": {"id": "t3", "ids": [3], "tokens": ["t3"]}}
-    told["post_processor"] = {
+    content["post_processor"] = {
         "type": "TemplateProcessing",
         "single": template,
         "pair": template,
         "special_tokens": special,
     }
     other = tmp_path / "other.json"
-    other.write_text(json.dumps(told), encoding="utf-8")
+    other.write_text(json.dumps(content), encoding="utf-8")
     data = DataConfig(
         source=str(write_rows(tmp_path / "rows.jsonl", [{"prompt": "t5 t6 t7 t8 t9", "output": "t4"}] * 30 + pairs(30)))
     )
@@ -165,8 +165,10 @@ def test_truncation_and_special_tokens_of_the_file_are_ignored(tmp_path, tokeniz
 
 
 def test_conversations_are_not_tokenized_without_template(tmp_path, tokenizer_file):
-    said = [({"role": "user", "content": "t5"}, {"role": "assistant", "content": f"t{6 + i}"}) for i in range(30)]
-    conversations = [{"messages": list(messages)} for messages in said]
+    message_pairs = [
+        ({"role": "user", "content": "t5"}, {"role": "assistant", "content": f"t{6 + i}"}) for i in range(30)
+    ]
+    conversations = [{"messages": list(messages)} for messages in message_pairs]
     data = DataConfig(source=str(write_rows(tmp_path / "rows.jsonl", pairs(CHUNK) + conversations)))
     with make_prefetcher(data, tokenizer_file) as prefetcher:
         assert prefetcher.rows("train", print)
@@ -178,23 +180,23 @@ def test_prefetched_rows_have_the_same_errors_and_events(tmp_path, tokenizer_fil
     rows[41] = {"prompt": "t5"}
     file = write_rows(tmp_path / "rows.jsonl", rows)
 
-    def told(read, data: DataConfig) -> tuple:
-        said = []
+    def load_splits(read, data: DataConfig) -> tuple:
+        events = []
         try:
-            found = [list(read(split, said.append)) for split in ("train", "valid")]
+            found = [list(read(split, events.append)) for split in ("train", "valid")]
         except DataError as error:
             found = (str(error), error.exit_code)
-        return found, said
+        return found, events
 
     skipping = DataConfig(source=str(file), skip_bad_rows=True)
     for data in (DataConfig(source=str(file)), skipping, DataConfig(source=str(tmp_path / "no.jsonl"))):
         with make_prefetcher(data, tokenizer_file) as prefetcher:
-            found = told(prefetcher.rows, data)
-        assert found == told(lambda split, listener, data=data: load_rows(data, split, listener=listener), data)
+            found = load_splits(prefetcher.rows, data)
+        assert found == load_splits(lambda split, listener, data=data: load_rows(data, split, listener=listener), data)
     with make_prefetcher(skipping, tokenizer_file) as prefetcher:
-        said = told(prefetcher.rows, skipping)[1]
-    assert [type(event) for event in said] == [Warned, Note, Note]
-    assert "rows.jsonl:42" in said[0].text
+        events = load_splits(prefetcher.rows, skipping)[1]
+    assert [type(event) for event in events] == [Warned, Note, Note]
+    assert "rows.jsonl:42" in events[0].text
 
 
 def test_prefetcher_stops_on_keyboard_interrupt(tmp_path, tokenizer_file):
@@ -253,16 +255,16 @@ def test_run_with_prefetching_has_the_same_examples(tmp_path):
     plain_recipe = recipe.model_copy(
         update={"data": recipe.data.model_copy(update={"workers": 1})}
     )  # without prefetching
-    plain_sequence = prepare(plain_recipe, print)
-    assert len(prefetched_run.train) == len(plain_sequence.train) == 190
-    told = [
+    plain_run = prepare(plain_recipe, print)
+    assert len(prefetched_run.train) == len(plain_run.train) == 190
+    ids = [
         [(s.prompt.tolist(), s.response.tolist()) for examples in (run.train, run.valid) for s in examples.sequences]
-        for run in (prefetched_run, plain_sequence)
+        for run in (prefetched_run, plain_run)
     ]
-    assert told[0] == told[1]
+    assert ids[0] == ids[1]
 
 
-def test_prefetched_dolly_rows_events_and_ids(shared_data):
+def test_prefetched_dolly_matches_sequential_loading(shared_data):
     """Check that rows, events and GPT-2 token ids are the same as without prefetching."""
     path = shared_data / "tokenizers" / "gpt2"
     source = {"source": str(shared_data / "dolly" / "train.jsonl"), "limit": 1_200}
@@ -273,18 +275,18 @@ def test_prefetched_dolly_rows_events_and_ids(shared_data):
         found = [prefetcher.rows(split, events.append) for split in ("train", "valid")]
         chunks = chunks_by_file(prefetcher, tokenizer)
         ids = [ids_of(chunks, name, rows) for name, rows in zip(("train", "valid"), found, strict=True)]
-    plain_sequence = [load_rows(recipe.data, split, listener=plain_events.append) for split in ("train", "valid")]
-    assert [list(rows) for rows in found] == [list(rows) for rows in plain_sequence]
+    plain_rows = [load_rows(recipe.data, split, listener=plain_events.append) for split in ("train", "valid")]
+    assert [list(rows) for rows in found] == [list(rows) for rows in plain_rows]
     assert (found[0].name, found[0].path, str(found[1])) == (
-        plain_sequence[0].name,
-        plain_sequence[0].path,
-        str(plain_sequence[1]),
+        plain_rows[0].name,
+        plain_rows[0].path,
+        str(plain_rows[1]),
     )
     assert events == plain_events
-    for ready_sequence, rows in zip(ids, plain_sequence, strict=True):
+    for prefetched_ids, rows in zip(ids, plain_rows, strict=True):
         texts = [Renderer(recipe.data).text(row).text for row in rows]
-        plain_recipe = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        assert [prompt + response for prompt, response in zip(*ready_sequence, strict=True)] == plain_recipe
+        expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        assert [prompt + response for prompt, response in zip(*prefetched_ids, strict=True)] == expected
 
 
 def ids_of(chunks: dict, name: str, rows) -> list[list[list[int]]]:
@@ -350,14 +352,14 @@ def rows(n: int) -> list[Row]:
 DATA = DataConfig(max_length=12, max_prompt_length=8)
 
 
-def told(rows, encoder, data=DATA, prefetched=None, context=None):
+def tokenize_with_events(rows, encoder, data=DATA, prefetched=None, context=None):
     """Return the result of tokenizing, with everything in it, and the events on the way."""
-    said = []
-    examples = tokenize(rows, encoder, data, said.append, context, prefetched)
+    events = []
+    examples = tokenize(rows, encoder, data, events.append, context, prefetched)
     pairs = [
         (s.row, s.prompt.tolist(), s.response.tolist(), s.prompt.dtype, s.response.dtype) for s in examples.sequences
     ]
-    return pairs, examples.rows, examples.dropped, examples.dropped_prompts, examples.truncated, said
+    return pairs, examples.rows, examples.dropped, examples.dropped_prompts, examples.truncated, events
 
 
 @pytest.mark.parametrize("is_encoder_decoder", [False, True])
@@ -365,18 +367,18 @@ def told(rows, encoder, data=DATA, prefetched=None, context=None):
 def test_prefetched_examples_match_sequential_ones(too_long, is_encoder_decoder):
     train, valid, tokenizer = rows(2 * CHUNK + 7), rows(11), letters()
     data = DATA.model_copy(update={"too_long": too_long})
-    expected = Encoder(tokenizer, data, is_encoder_decoder=is_encoder_decoder)
-    plain_sequence = [told(part, expected, data, context=10) for part in (train, valid)]
+    plain_encoder = Encoder(tokenizer, data, is_encoder_decoder=is_encoder_decoder)
+    expected = [tokenize_with_events(part, plain_encoder, data, context=10) for part in (train, valid)]
     with prefetcher_for(data, tokenizer, train=train, valid=valid) as prefetcher:
         assert prefetcher.affixes(tokenizer) == Affixes((0,), (1,), (0,), (1,))
         encoder = Encoder(tokenizer, data, is_encoder_decoder=is_encoder_decoder, affixes=prefetcher.affixes(tokenizer))
-        chunks = [
-            told(part, encoder, data, partial(prefetcher.take, name, tokenizer), context=10)
+        prefetched = [
+            tokenize_with_events(part, encoder, data, partial(prefetcher.take, name, tokenizer), context=10)
             for name, part in (("train", train), ("valid", valid))
         ]
-        assert chunks == plain_sequence
-    assert plain_sequence[0][0]
-    assert plain_sequence[0][4 if too_long == "truncate" else 2]
+        assert prefetched == expected
+    assert expected[0][0]
+    assert expected[0][4 if too_long == "truncate" else 2]
 
 
 def test_prefetched_dolly_examples_match_sequential_ones(shared_data):
@@ -384,10 +386,10 @@ def test_prefetched_dolly_examples_match_sequential_ones(shared_data):
     found, tokenizer = load_rows(data, "train"), AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "gpt2")
     encoder = Encoder(tokenizer, data)
     with prefetcher_for(data, tokenizer, train=found) as prefetcher:
-        chunks = told(found, encoder, data, partial(prefetcher.take, "train", tokenizer))
-    assert chunks == told(found, encoder, data)
+        prefetched = tokenize_with_events(found, encoder, data, partial(prefetcher.take, "train", tokenizer))
+    assert prefetched == tokenize_with_events(found, encoder, data)
     first = tokenizer(found[0].prompt, add_special_tokens=False)["input_ids"]
-    np.testing.assert_array_equal(chunks[0][0][1], first)
+    np.testing.assert_array_equal(prefetched[0][0][1], first)
 
 
 def test_chunks_are_prefetched_and_taken_once():
@@ -404,7 +406,9 @@ def test_other_tokenizer_gets_no_prefetched_chunks():
     encoder = Encoder(taken, DATA)
     with prefetcher_for(DATA, expected, train=part) as prefetcher:
         assert prefetcher.affixes(taken) is None
-        assert told(part, encoder, prefetched=partial(prefetcher.take, "train", taken)) == told(part, encoder)
+        assert tokenize_with_events(
+            part, encoder, prefetched=partial(prefetcher.take, "train", taken)
+        ) == tokenize_with_events(part, encoder)
         assert not tokenizing_threads()
 
 
@@ -414,22 +418,27 @@ def test_nothing_is_prefetched_without_a_tokenizer():
         assert not tokenizing_threads()
         assert (prefetcher.affixes(tokenizer), prefetcher.take("train", tokenizer, 0)) == (None, None)
         assert (
-            len(told(part, Encoder(tokenizer, DATA), prefetched=partial(prefetcher.take, "train", tokenizer))[0]) == 3
+            len(
+                tokenize_with_events(
+                    part, Encoder(tokenizer, DATA), prefetched=partial(prefetcher.take, "train", tokenizer)
+                )[0]
+            )
+            == 3
         )
 
 
 def test_invalid_row_has_the_same_error_with_prefetching():
     part = rows(CHUNK + 3)
-    conversations = [
+    messages = [
         {"role": "user", "content": "p"},
         {"role": "assistant", "content": "r"},
         {"role": "user", "content": "p"},
     ]
-    part[CHUNK + 1] = Row(messages=conversations, references=("r",), where="a.jsonl:502")
+    part[CHUNK + 1] = Row(messages=messages, references=("r",), where="a.jsonl:502")
     tokenizer, data = letters(), DATA.model_copy(update={"template": "alpaca", "max_length": 500})
     errors = []
-    for prefetched_run in (None, tokenizer):
-        with prefetcher_for(data, prefetched_run, train=part) as prefetcher:
+    for expected_tokenizer in (None, tokenizer):
+        with prefetcher_for(data, expected_tokenizer, train=part) as prefetcher:
             prefetched = partial(prefetcher.take, "train", tokenizer)
             with pytest.raises(DataError) as caught:
                 tokenize(part, Encoder(tokenizer, data), data, max_context=400, prefetched=prefetched)
@@ -442,12 +451,12 @@ def test_invalid_row_has_the_same_error_with_prefetching():
 def test_tokenizer_error_is_raised_at_its_chunk():
     part = rows(4 * CHUNK)
     part[CHUNK + 2] = Row(prompt="ppp", references=("never",), where="a.jsonl:503")
-    tokenizer, said = letters(rejects="never"), []
+    tokenizer, events = letters(rejects="never"), []
     with prefetcher_for(DATA, tokenizer, train=part) as prefetcher:
         prefetched = partial(prefetcher.take, "train", tokenizer)
         with pytest.raises(ValueError, match="not never"):
-            tokenize(part, Encoder(tokenizer, DATA), DATA, said.append, prefetched=prefetched)
-    assert [event.done for event in said] == [CHUNK]
+            tokenize(part, Encoder(tokenizer, DATA), DATA, events.append, prefetched=prefetched)
+    assert [event.done for event in events] == [CHUNK]
     assert not tokenizing_threads()
 
 

@@ -215,12 +215,12 @@ def test_row_of_exactly_the_limit_is_not_cut(policy):
     assert (len(sequence.prompt), len(sequence.response), sequence.response[-1]) == (6, 4, 1)
 
 
-def test_row_one_token_too_long():
+def test_row_one_token_too_long_is_dropped_cut_or_rejected():
     over = TooLong("a.jsonl:3", 6, 5, 10, "row")
     assert encode(letters(), lengths(6, 5), too_long="drop", **LIMITS) == over
-    incomplete = encode(letters(), lengths(6, 5), too_long="truncate", **LIMITS)
-    assert (len(incomplete.prompt), len(incomplete.response)) == (6, 4)
-    assert 1 not in incomplete.response  # a cut response has no end token
+    cut = encode(letters(), lengths(6, 5), too_long="truncate", **LIMITS)
+    assert (len(cut.prompt), len(cut.response)) == (6, 4)
+    assert 1 not in cut.response  # a cut response has no end token
     with raises_code("data.row_too_long", "a.jsonl:3", "11 tokens", "data.max_length", "10", "--max-length"):
         encode(letters(), lengths(6, 5), too_long="error", **LIMITS)
 

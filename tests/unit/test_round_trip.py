@@ -54,7 +54,7 @@ def test_tokenizer_json_takes_precedence(tmp_path, pieces):
 
 def test_tokenizer_changed_by_saving_is_rejected(tmp_path):
     class LossyTokenizer(PreTrainedTokenizerFast):
-        """A tokenizer that is saved without its pre-tokenizer."""
+        """Save the tokenizer without its pre-tokenizer."""
 
         def save_pretrained(self, directory, **options):
             content = json.loads(self.backend_tokenizer.to_str())

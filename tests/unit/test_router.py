@@ -85,7 +85,7 @@ def test_router_loss_without_a_router_is_rejected():
     assert isinstance(events[0], Warned)
 
 
-def test_router_aux_on_the_command_line(tmp_path, capsys):
+def test_router_aux_option_changes_the_loss(tmp_path, capsys):
     data = families.rows(tmp_path / "rows.jsonl")
     argv = ("--data", data, *families.QUICK, "--output", tmp_path / "out", "--overwrite", "--json")
     mixture = families.save(tmp_path / "mixtral", "mixtral", output_router_logits=True, router_aux_loss_coef=0.5)

@@ -155,7 +155,7 @@ def test_teacher_states_of_a_repeated_sample_are_cached():
 
 
 class RecordingSampler:
-    """A sampler that returns responses (step, row) and records its calls."""
+    """Return responses (step, row) and record the calls."""
 
     def __init__(self):
         self.calls = []

@@ -19,15 +19,15 @@ def rows(count: int, vocab: int, seed: int, spread: float = 2.0) -> torch.Tensor
 
 def slow_nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
     """Return the nucleus by a stable sort, one row at a time, in float64."""
-    kept = torch.zeros_like(probabilities)
+    nucleus = torch.zeros_like(probabilities)
     for row, p_V in enumerate(probabilities):
         mass = 0.0
         for token in p_V.sort(descending=True, stable=True).indices.tolist():
             if mass >= top_p:
                 break
-            kept[row, token] = p_V[token]
+            nucleus[row, token] = p_V[token]
             mass += float(p_V[token])
-    return kept
+    return nucleus
 
 
 @settings(max_examples=60, deadline=None)

@@ -26,7 +26,7 @@ def is_close(count, expected, n):
     return abs(count - expected) <= 4 * math.sqrt(n * share * (1 - share)) + 1
 
 
-def test_schedules_off_and_on():
+def test_off_and_on_use_a_single_source():
     assert sources(make(kind="off", steps=500)) == {Source.DATASET: 500}
     assert sources(make(kind="on", steps=500)) == {Source.ROLLOUT: 500}
 

@@ -212,7 +212,7 @@ def test_sample_of_a_row_does_not_depend_on_its_batch():
 
 
 class AlternatingModel:
-    """A model that prefers the same two tokens alternately."""
+    """Prefer the same two tokens alternately."""
 
     context, stop_ids, forced_first = None, frozenset({EOS}), None
 
@@ -230,10 +230,10 @@ class AlternatingModel:
 def test_no_repeat_ngram_ignores_the_encoder_prompt():
     """Check that n-grams of the prompt count for causal models only, like in transformers."""
     sampling, prompt = Sampling(temperature=0, max_new_tokens=2, no_repeat_ngram_size=2), np.array([5, 6])
-    said = {
+    outputs = {
         kind: sample(AlternatingModel(kind), [prompt], sampling, [(0, 0)])[0].tokens.tolist() for kind in (True, False)
     }
-    assert said == {True: [5, 6], False: [5, 0]}
+    assert outputs == {True: [5, 6], False: [5, 0]}
 
     model = shared("t5")
     for prompt in prompts((6, 9)):
@@ -247,7 +247,7 @@ def test_no_repeat_ngram_ignores_the_encoder_prompt():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_random_student_of_an_encoder_decoder(family):
+def test_random_student_has_the_family_of_its_teacher(family):
     teacher = tiny.config(family, ROWS)
     made = build_random("random:3x64", tokenizer(), teacher_config=teacher, max_length=32, seed=1)
     config = made.config
@@ -317,9 +317,9 @@ def test_teacher_samples_have_the_special_tokens_of_rows():
     row, data = Row(prompt="ab", references=("cd",), where="t:1"), DataConfig(template="plain")
     encoder = Encoder(bart, data, is_encoder_decoder=True)
     examples = tokenize([row], encoder, data)
-    said = replace(row, references=("dc",))
+    sample_row = replace(row, references=("dc",))
     by_row = encode_teacher_samples(
-        TeacherSamples(Path("said.jsonl"), [said], {said.key: [said]}), examples, encoder, None
+        TeacherSamples(Path("samples.jsonl"), [sample_row], {sample_row.key: [sample_row]}), examples, encoder, None
     )
     assert by_row[0][0].prompt.tolist() == examples.sequences[0].prompt.tolist() == [28, 3, 4, 0]
     assert by_row[0][0].response.tolist() == [28, 6, 5, 0]
@@ -339,13 +339,11 @@ def test_causal_and_encoder_decoder_pair_is_rejected():
 def test_saved_model_reloads_with_the_same_logits(family, tmp_path):
     """Check that logits are bit-identical for tied and untied, scaled and unscaled heads."""
     tiny.save(tmp_path, family, rows=ROWS, own_tokenizer=tokenizer())
-    resumed_result = load_backbone(str(tmp_path), dtype=torch.float32, device=torch.device("cpu"))
+    reloaded = load_backbone(str(tmp_path), dtype=torch.float32, device=torch.device("cpu"))
     batch = tiny.batch(LENGTHS, VOCAB)
-    assert resumed_result.check_head(batch)
-    assert torch.equal(resumed_result.logits(batch), shared(family).logits(batch))
-    assert (resumed_result.model.lm_head.weight is resumed_result.model.get_input_embeddings().weight) == (
-        family in ("t5", "bart")
-    )
+    assert reloaded.check_head(batch)
+    assert torch.equal(reloaded.logits(batch), shared(family).logits(batch))
+    assert (reloaded.model.lm_head.weight is reloaded.model.get_input_embeddings().weight) == (family in ("t5", "bart"))
 
 
 def test_sentencepiece_file_without_tokenizer_json_loads(tmp_path):

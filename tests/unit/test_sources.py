@@ -41,7 +41,7 @@ def no_network(monkeypatch):
     """Fail the test on any network access."""
 
     def fail(*args, **kwargs):
-        raise AssertionError(f"the network was asked for {args}")
+        raise AssertionError(f"unexpected network access: {args}")
 
     monkeypatch.setattr(socket, "getaddrinfo", fail)
     monkeypatch.setattr(socket.socket, "connect", fail)
@@ -87,7 +87,7 @@ def test_gsm8k_rows_with_held_out_slice(shared_data):
     ]
 
 
-def test_overlap_of_dolly_splits(shared_data):
+def test_overlap_of_dolly_splits_is_counted(shared_data):
     data = DataConfig(source=str(shared_data / "dolly"))
     train = load_rows(data, "train")
     assert [overlap(load_rows(data, split), train) for split in ("valid", "test")] == [25, 8]

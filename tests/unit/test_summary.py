@@ -65,7 +65,7 @@ def test_outcome_table_is_transposed_on_narrow_terminal():
     assert ["valid CE", "3.412", "0.871 −2.541", "–"] in lines
 
 
-def test_zero_difference_and_caption():
+def test_outcome_table_shows_zero_difference_and_caption():
     outcomes = [Outcome("before", 2.3746, {"x": 1.0}), Outcome("after", 2.3744, {"x": 1.0}), Outcome("teacher", 2.3757)]
     for width in (100, 56):
         text = page(outcome_table(outcomes, caption="on 7 held-out rows"), width)

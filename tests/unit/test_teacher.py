@@ -124,10 +124,8 @@ def test_cached_states_of_rollouts_are_saved_and_restored():
     teacher.hidden(collate(fresh[1:4]), fresh[1:4])
     copies = unpack(pack(fresh, "replay"), "replay")
     picks = [1, 2, 3]
-    cached_hidden, live_hidden = ([some[i] for i in picks] for some in (fresh, copies))
-    assert torch.equal(
-        teacher.hidden(collate(cached_hidden), cached_hidden), other.hidden(collate(live_hidden), live_hidden)
-    )
+    originals, restored = ([some[i] for i in picks] for some in (fresh, copies))
+    assert torch.equal(teacher.hidden(collate(originals), originals), other.hidden(collate(restored), restored))
     assert other.tokens == 0
     assert [s.teacher_hidden_ND is None for s in copies] == [True, False, False, False, True]
 
@@ -140,8 +138,8 @@ def test_model_is_released_once_every_row_is_cached(family):
     references = [weakref.ref(p) for p in backbone.parameters() if id(p) not in head_ids]
     teacher = cached(backbone, releases_model=True)
     hidden = first_epoch(cached(model(family)))[1]
-    for cached_hidden, live_hidden in zip(first_epoch(teacher)[1], hidden, strict=True):
-        assert torch.equal(cached_hidden, live_hidden)
+    for found, expected in zip(first_epoch(teacher)[1], hidden, strict=True):
+        assert torch.equal(found, expected)
     assert teacher.has_released_model
     assert teacher.rows.missing == 0, "rows outside the first epoch are cached too"
     gc.collect()

@@ -89,27 +89,27 @@ def test_cache_key_depends_on_teacher_and_rows():
     assert key_of(model()) == keys[0]
 
 
-def damage(directory, options):
+def damage(directory, kind):
     states = directory / teacher_cache.STATES
-    if options == "flipped byte":
+    if kind == "flipped byte":
         content = bytearray(states.read_bytes())
         content[1000] ^= 1
         states.write_bytes(content)
-    elif options == "cut":
+    elif kind == "cut":
         states.write_bytes(states.read_bytes()[:-4])
-    elif options == "no metadata":
+    elif kind == "no metadata":
         (directory / teacher_cache.METADATA).unlink()
-    elif options == "truncated metadata":
+    elif kind == "truncated metadata":
         (directory / teacher_cache.METADATA).write_text('{"format": 2, "teach')
-    elif options == "no states":
+    elif kind == "no states":
         states.unlink()
 
 
-@pytest.mark.parametrize("options", ["flipped byte", "cut", "no metadata", "truncated metadata", "no states"])
-def test_damaged_cache_is_rejected_and_can_be_rebuilt(tmp_path, options):
+@pytest.mark.parametrize("kind", ["flipped byte", "cut", "no metadata", "truncated metadata", "no states"])
+def test_damaged_cache_is_rejected_and_can_be_rebuilt(tmp_path, kind):
     directory, key = make(tmp_path)
     good = read_cache(directory, key, ROWS).table_ND.clone()
-    damage(directory, options)
+    damage(directory, kind)
     with raises_code("checkpoint.damaged", str(directory), "--rebuild-teacher-cache") as error:
         read_cache(directory, key, ROWS)
     assert error.value.exit_code == 5

@@ -96,9 +96,9 @@ def wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
 
-@pytest.mark.parametrize("trainer_class", KINDS)
-def test_ids_match_the_whole_text(trainer_class):
-    tokenizer = wrap(KINDS[trainer_class]())
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_match_the_whole_text(kind):
+    tokenizer = wrap(KINDS[kind]())
     texts = [Text(prompt + response, len(prompt), len(prompt + response)) for prompt, response in PAIRS]
     for each_tokenizer in (tokenizer, tokenizer.backend_tokenizer):
         for text, ids in zip(texts, token_ids(texts, each_tokenizer), strict=True):
@@ -113,10 +113,10 @@ def test_ids_match_the_whole_text(trainer_class):
                 assert expected["offset_mapping"][len(ids.prompt)][1] > text.response_start
 
 
-@pytest.mark.parametrize("trainer_class", ["metaspace, always", "metaspace, first"])
-def test_no_space_is_added_before_a_response(trainer_class):
+@pytest.mark.parametrize("kind", ["metaspace, always", "metaspace, first"])
+def test_no_space_is_added_before_a_response(kind):
     """Check tokenizers that put a space before a response tokenized alone."""
-    tokenizer = wrap(KINDS[trainer_class]())
+    tokenizer = wrap(KINDS[kind]())
     sequence = Encoder(tokenizer, DATA).sequence(Row(prompt="Name.\n", references=("The sea",)), 0)
     expected = tokenizer("Name.\nThe sea")["input_ids"]
     assert [*sequence.prompt.tolist(), *sequence.response.tolist()] == [*expected, tokenizer.eos_token_id]
@@ -124,9 +124,9 @@ def test_no_space_is_added_before_a_response(trainer_class):
     assert sequence.response.tolist() != [*tokenizer("The sea", add_special_tokens=False)["input_ids"], 2]
 
 
-@pytest.mark.parametrize("trainer_class", KINDS)
-def test_tokens_across_the_prompt_end_are_detected(trainer_class):
-    tokenizer = wrap(KINDS[trainer_class]())
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_across_the_prompt_end_are_detected(kind):
+    tokenizer = wrap(KINDS[kind]())
     texts = [Text(prompt + response, len(prompt), len(prompt + response)) for prompt, response in PAIRS]
     for text, ids in zip(texts, token_ids(texts, tokenizer), strict=True):
         prompt_ids = tokenizer(text.text[: text.response_start], add_special_tokens=False)["input_ids"]
@@ -172,8 +172,8 @@ def test_dolly_ids_match_the_whole_text(shared_data):
 
 
 def test_decode_returns_the_response_text():
-    for trainer_class in KINDS.values():
-        tokenizer = wrap(trainer_class())
+    for kind in KINDS.values():
+        tokenizer = wrap(kind())
         encoder = Encoder(tokenizer, DATA)
         for prompt, response in (("Name three rivers.", " The sea"), ("Name.\n", "The sea"), ("the n", "ame")):
             row = Row(prompt=prompt, references=(response,))

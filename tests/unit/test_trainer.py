@@ -344,13 +344,13 @@ def test_bulk_rollouts_use_the_rows_of_their_steps(kind):
         engine.pool.bulk = bulk
         draw = engine.pool.draw
 
-        def watched(source, step):
+        def recording_draw(source, step):
             batches = draw(source, step)
             if source is not Source.REPLAY:
                 seen.append((step, source.value, [s.row for s in batches[0].sequences]))
             return batches
 
-        engine.pool.draw = watched
+        engine.pool.draw = recording_draw
         engine.train()
         return seen, engine.pool.counts.student_sequences
 
@@ -369,12 +369,12 @@ def test_rising_phi_leaves_no_rollout_unused(tmp_path):
     engine.pool.bulk = 6
     used_steps, fresh = [], engine.pool._fresh
 
-    def watched(step):
+    def recording_fresh(step):
         batch = fresh(step)
         used_steps.append(engine.pool._served[0])
         return batch
 
-    engine.pool._fresh = watched
+    engine.pool._fresh = recording_fresh
     result = engine.train()
     assert len(result.phis) > 2
     assert result.sources["rollout"] == len(used_steps) == len(set(used_steps))
@@ -397,16 +397,16 @@ def test_waiting_rollouts_are_saved_and_restored():
     assert list(restored.waiting) == list(pool.waiting) == [3, 4, 5]
     assert vars(restored.counts) == vars(pool.counts)
     for before, after in zip(pool.waiting.values(), restored.waiting.values(), strict=True):
-        for updates, theirs in zip(before, after, strict=True):
-            assert (updates.row, updates.prompt.tolist(), updates.response.tolist()) == (
-                theirs.row,
-                theirs.prompt.tolist(),
-                theirs.response.tolist(),
+        for original, restored_rollout in zip(before, after, strict=True):
+            assert (original.row, original.prompt.tolist(), original.response.tolist()) == (
+                restored_rollout.row,
+                restored_rollout.prompt.tolist(),
+                restored_rollout.response.tolist(),
             )
-            assert_close(theirs.log_probs_N3, updates.log_probs_N3, rtol=0, atol=0)
-            assert (theirs.teacher_hidden_ND is None) == (updates.teacher_hidden_ND is None)
-            if updates.teacher_hidden_ND is not None:
-                assert_close(theirs.teacher_hidden_ND, updates.teacher_hidden_ND, rtol=0, atol=0)
+            assert_close(restored_rollout.log_probs_N3, original.log_probs_N3, rtol=0, atol=0)
+            assert (restored_rollout.teacher_hidden_ND is None) == (original.teacher_hidden_ND is None)
+            if original.teacher_hidden_ND is not None:
+                assert_close(restored_rollout.teacher_hidden_ND, original.teacher_hidden_ND, rtol=0, atol=0)
 
 
 def test_fresh_buffer_trains_on_buffered_rollouts():
@@ -462,22 +462,22 @@ def test_early_stop_after_patience_runs_out(tmp_path):
 def test_resumed_run_stays_stopped_early(tmp_path, method):
     """Check a run that is killed after its last step, such as during the report."""
     settings = {"method": method, "steps": 60, "lr": 0.3, "select": "valid_loss", "patience": 2, "eval_steps": 2}
-    uninterrupted = build(tmp_path, **settings)
-    uninterrupted.train()
+    stopped = build(tmp_path, **settings)
+    stopped.train()
     events = []
-    resumed_result = resume(tmp_path, **settings, listener=events.append)
-    state = resumed_result.train()
+    resumed = resume(tmp_path, **settings, listener=events.append)
+    state = resumed.train()
     assert (state.step, state.best_step, state.reason) == (
-        uninterrupted.state.step,
-        uninterrupted.state.best_step,
+        stopped.state.step,
+        stopped.state.best_step,
         "early stop",
     )
     assert not any(isinstance(event, Stepped) for event in events)
     assert all(
         map(
             torch.equal,
-            resumed_result.student_loss.state_dict().values(),
-            uninterrupted.student_loss.state_dict().values(),
+            resumed.student_loss.state_dict().values(),
+            stopped.student_loss.state_dict().values(),
         )
     )
 
@@ -645,13 +645,13 @@ def test_out_of_memory_halves_the_micro_batch(method, objective):
         assert memory.refused == (rows < 4)
         return engine, [e.text for e in events if isinstance(e, Warned) and "decoding" not in e.text]
 
-    (uninterrupted, no_warnings), (halved, warnings) = trained(rows=4), trained(rows=3)
+    (unlimited, no_warnings), (halved, warnings) = trained(rows=4), trained(rows=3)
     assert no_warnings == []
     assert warnings == ["out of memory with 4 rows at once: continuing with 2, same batches"]
-    for name, expected in weights(uninterrupted).items():
+    for name, expected in weights(unlimited).items():
         assert_close(weights(halved)[name], expected, atol=2e-5, rtol=1e-4, msg=name)
-    assert halved.state.valid_loss == pytest.approx(uninterrupted.state.valid_loss, abs=1e-4)
-    assert halved.state.sources == uninterrupted.state.sources
+    assert halved.state.valid_loss == pytest.approx(unlimited.state.valid_loss, abs=1e-4)
+    assert halved.state.sources == unlimited.state.sources
 
 
 def test_retry_empties_the_gpu_memory_cache(monkeypatch):
@@ -718,7 +718,7 @@ def test_out_of_memory_step_loses_no_earlier_step(tmp_path, method):
     assert resumed.state.valid_loss == uninterrupted.state.valid_loss
 
 
-def test_failed_step_recomputes_teacher_states_alike(tmp_path):
+def test_retried_step_has_identical_teacher_states(tmp_path):
     """Check that a retried batch has the same composition for the teacher.
 
     The batch has rollouts from the buffer. If some of its states stayed cached after the failure, the batch shape would
@@ -726,13 +726,13 @@ def test_failed_step_recomputes_teacher_states_alike(tmp_path):
     """
     settings = {"method": "adaptive", "cached": True, "steps": 24, "schedule": {"fresh": "buffer"}}
 
-    def failing(state):
+    def failing(step):
         torch.manual_seed(5)
-        engine = build(tmp_path / str(state), **settings)
+        engine = build(tmp_path / str(step), **settings)
         memory = Narrow(engine.student_loss, 4)
 
         def shrink(event):
-            if isinstance(event, Stepped) and event.step == state:
+            if isinstance(event, Stepped) and event.step == step:
                 memory.rows, failing.cached = 0, cached_rollouts(engine)
 
         engine.emit = shrink
@@ -743,9 +743,9 @@ def test_failed_step_recomputes_teacher_states_alike(tmp_path):
     torch.manual_seed(5)
     uninterrupted = build(**settings)
     uninterrupted.train()
-    for state in (10, 11, 13, 14):
-        assert cached_rollouts(failing(state)) == failing.cached
-        resumed = resume(tmp_path / str(state), **settings)
+    for step in (10, 11, 13, 14):
+        assert cached_rollouts(failing(step)) == failing.cached
+        resumed = resume(tmp_path / str(step), **settings)
         resumed.train()
         assert_close(weights(resumed), weights(uninterrupted), rtol=0, atol=0)
 
@@ -770,7 +770,7 @@ def test_failed_step_recomputes_teacher_states_alike(tmp_path):
         ({"divergence": "rkl", "policy_gradient": True}, "PG + rkl", "rkl"),
     ],
 )
-def test_names_of_losses(objective, name, held_out):
+def test_losses_are_named_by_their_terms(objective, name, held_out):
     criterion = objectives.build(None if objective is None else schema.ObjectiveConfig(**objective))
     assert (criterion.name, criterion.held_out_name) == (name, held_out)
 
@@ -788,9 +788,9 @@ def run_with_constant_phi(epsilon=100.0, steps=8, validation=True, **more):
 
 
 def test_note_at_half_the_steps_explains_phi():
-    events, [(state, text)] = run_with_constant_phi()
-    assert sum(isinstance(e, Stepped) for e in events[:state]) == 4
-    first, *_, current = [e for e in events[:state] if isinstance(e, Validated)]
+    events, [(index, text)] = run_with_constant_phi()
+    assert sum(isinstance(e, Stepped) for e in events[:index]) == 4
+    first, *_, current = [e for e in events[:index] if isinstance(e, Validated)]
     assert first.trigger == first.valid_loss + 100
     assert (
         f"φ is 0; it rises by 0.33 at a valid CE of {first.trigger:.3f} or more (now {current.valid_loss:.3f}; " in text
