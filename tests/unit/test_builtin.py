@@ -195,7 +195,7 @@ def test_unknown_task_is_rejected():
 
 
 def test_unknown_split_is_rejected():
-    with pytest.raises(ValueError, match="expected train, valid or test"):
+    with pytest.raises(ValueError, match="train, valid or test"):
         rows("dev", 5, 1)
 
 

@@ -299,9 +299,8 @@ def test_special_tokens_in_text_can_be_plain_text(conversation):
     assert enc.tokenizer.decode(ids) == expected[: len(enc.tokenizer.decode(ids))]
 
 
-@pytest.mark.parametrize(
-    "conversation", CONVERSATIONS_WITH_TOKENS[:2]
-)  # without added tokens that the template does not write
+# Only the conversations without added tokens that the template does not write.
+@pytest.mark.parametrize("conversation", CONVERSATIONS_WITH_TOKENS[:2])
 def test_special_tokens_as_text_match_transformers(conversation):
     enc = encoder(FAMILIES["end of turn is not EOS"][0], special_tokens_in_text="text")
     if "sanitize_control_tokens" not in inspect.signature(enc.tokenizer.apply_chat_template).parameters:

@@ -899,7 +899,7 @@ def test_every_field_has_a_description():
 
 
 def test_schema_rejects_booleans_as_numbers():
-    with pytest.raises(ValueError, match="true and false are no numbers"):
+    with pytest.raises(ValueError, match="epochs"):
         TrainConfig(epochs=True)
     assert TrainConfig(gradient_checkpointing=True).gradient_checkpointing
     with pytest.raises(ValueError, match="frozen"):

@@ -210,8 +210,9 @@ def test_gpt2_tokenizer_files_load(shared_data):
 
 
 def test_cached_hub_model_loads_without_network(tmp_path):
-    """Check this and that other models fail at once, in a subprocess, as an unreachable hub is remembered by the
-    process.
+    """Check this in a subprocess, because an unreachable hub is remembered.
+
+    Models that are not cached must be rejected at once.
     """
     snapshot = tmp_path / "hub" / "models--someone--tiny" / "snapshots" / "0"
     tiny.save(snapshot)

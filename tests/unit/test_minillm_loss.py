@@ -141,10 +141,8 @@ def test_expected_gradient_is_that_of_reverse_kl():
 
     The outputs come from the student, so there is no importance weight and no clipping.
     """
-    first, second = (
-        rand(V, seed=1).requires_grad_(),
-        rand(V, V, seed=2).requires_grad_(),
-    )  # logits of the first token, and of the second after each first token
+    # Logits of the first token, and of the second token after each first one.
+    first, second = rand(V, seed=1).requires_grad_(), rand(V, V, seed=2).requires_grad_()
     p_first, p_then = rand(V, seed=3).log_softmax(-1), rand(V, V, seed=4).log_softmax(-1)
 
     def log_q(a, b):

@@ -118,9 +118,7 @@ def test_clear_removes_links_but_not_their_targets(tmp_path):
 @pytest.mark.parametrize("recipe", [None, "method: distillm  # as in the paper\ntrain:\n  lr: 0.001\n"])
 @pytest.mark.parametrize("name", ["README.md", "config.json", *PROCESSOR_FILES, "checkpoints/step-000001/weights"])
 def test_overwrite_rejects_files_not_written_by_a_run(tmp_path, name, recipe):
-    """Check a downloaded model or a checkout, with or without a recipe.yaml: --overwrite neither clears nor replaces
-    it.
-    """
+    """Check that --overwrite neither clears nor replaces a downloaded model or a checkout."""
     put(tmp_path, name, "notes.txt")
     if recipe is not None:
         (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")

@@ -261,9 +261,7 @@ def test_pair_uses_the_shared_part_of_the_vocabularies(larger, tmp_path):
 
 
 def test_tokenizer_that_cannot_be_reloaded_is_rejected(tmp_path):
-    """Check Qwen2, whose directories transformers reads with the Qwen2 tokenizer class, and Llama, which has no such
-    class.
-    """
+    """Check Qwen2, whose directories are read with the Qwen2 tokenizer class, and Llama, which has none."""
     texts = ["Pronounce the word.\nchump\n", "CH AH M P"]
     for family, fits in (("qwen2", False), ("llama", True)):
         file = tmp_path / f"{family}.json"

@@ -158,10 +158,9 @@ def test_truncation_and_special_tokens_of_the_file_are_ignored(tmp_path, tokeniz
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_file.parent)
     with make_prefetcher(data, other) as prefetcher:
         train = prefetcher.rows("train", print)
-        (chunks,) = (
-            chunks.result() for (name, _), chunks in chunks_by_file(prefetcher, tokenizer).items() if name == "train"
-        )
-    assert [ids.prompt.tolist() for ids in chunks] == [tokenizer(row.prompt)["input_ids"] for row in train]
+        (future,) = (chunk for (name, _), chunk in chunks_by_file(prefetcher, tokenizer).items() if name == "train")
+        chunk = future.result()
+    assert [ids.prompt.tolist() for ids in chunk] == [tokenizer(row.prompt)["input_ids"] for row in train]
 
 
 def test_conversations_are_not_tokenized_without_template(tmp_path, tokenizer_file):
@@ -252,9 +251,7 @@ def test_run_with_prefetching_has_the_same_examples(tmp_path):
     recipe = fitted(resolve(command="distill", recipe=None, flags=flags, sets=[])).recipe
     with prefetch_rows(recipe) as prefetcher:
         prefetched_run = prepare(recipe, print, prefetcher)
-    plain_recipe = recipe.model_copy(
-        update={"data": recipe.data.model_copy(update={"workers": 1})}
-    )  # without prefetching
+    plain_recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": 1})})
     plain_run = prepare(plain_recipe, print)
     assert len(prefetched_run.train) == len(plain_run.train) == 190
     ids = [
@@ -289,9 +286,9 @@ def test_prefetched_dolly_matches_sequential_loading(shared_data):
         assert [prompt + response for prompt, response in zip(*prefetched_ids, strict=True)] == expected
 
 
-def ids_of(chunks: dict, name: str, rows) -> list[list[list[int]]]:
+def ids_of(chunks_by_start: dict, name: str, rows) -> list[list[list[int]]]:
     """Return prompts and responses of all chunks of some rows, in order."""
-    chunks = [chunks[name, start].result() for start in range(0, len(rows), CHUNK)]
+    chunks = [chunks_by_start[name, start].result() for start in range(0, len(rows), CHUNK)]
     return [[getattr(ids, part).tolist() for chunk in chunks for ids in chunk] for part in ("prompt", "response")]
 
 

@@ -49,9 +49,7 @@ def expected_t(losses, steps, start, rate, momentum):
 
 @pytest.mark.parametrize(("steps", "start", "rate", "momentum"), [(10, 0.4, 5e-4, 0.99), (1000, 0.2, 0.3, 0.5)])
 def test_taid_t_follows_the_papers_formula(steps, start, rate, momentum):
-    """Check ten steps that are a whole run, where t follows the linear schedule, and the first ten of many, where it
-    follows the loss.
-    """
+    """Check a run of ten steps, where t follows the schedule, and the start of a long one, where it follows the loss."""
     config = schema.ObjectiveConfig(divergence="taid", taid_start=start, taid_rate=rate, taid_momentum=momentum)
     taid, values = objectives.build(config), []
     for step, loss in enumerate(LOSSES, start=1):

@@ -229,8 +229,9 @@ def test_resume_matches_uninterrupted_run(tmp_path, method, accumulate):
     ],
 )
 def test_resume_with_cached_teacher_states_is_bit_exact(tmp_path, method, fresh, select):
-    """Check a stop after the first epoch: states of rows are computed again, those of rollouts come from the
-    checkpoint.
+    """Check a stop after the first epoch, with half of the buffer scored.
+
+    The states of rows are computed again, those of rollouts come from the checkpoint.
     """
     settings = {"method": method, "cached": True, "steps": 24, "batch_size": 3, "accumulate": 2, "select": select}
     if method == "adaptive":
