@@ -371,7 +371,7 @@ def test_rwkv_can_be_trained_but_not_decoded():
         backbone.decode(prompts())
 
 
-_HEADS = {f"num_{side}_{call}": 2 for side in ("encoder", "decoder") for call in ("layers", "attention_heads")}
+_HEADS = {f"num_{side}_{name}": 2 for side in ("encoder", "decoder") for name in ("layers", "attention_heads")}
 UNSUPPORTED = {
     "prophetnet": {"hidden_size": 32, "pad_token_id": 1, **_HEADS},
     "switch_transformers": {"d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 64, "num_layers": 2, "num_experts": 2},
