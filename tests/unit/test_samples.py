@@ -75,7 +75,7 @@ def build(method, tmp_path=None, backbone=None, **settings):
 
 
 def check_resumed(method, tmp_path, uninterrupted):
-    """Check that the run resumed from its newest checkpoint ends exactly like ``whole``, an uninterrupted run."""
+    """Check that the run resumed from its newest checkpoint ends exactly like the uninterrupted one."""
     found = Checkpoints(tmp_path, lambda path: None, keep=1).latest()
     backbone = runs.student()
     loaded = type(backbone.model).from_pretrained(found.path, dtype=torch.float32)
