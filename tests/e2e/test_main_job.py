@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tests.typed import call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distillm_cli.cli.app import main
@@ -27,7 +28,6 @@ from distillm_cli.errors import CheckpointError
 from distillm_cli.runs.resume import find_checkpoint
 from distillm_cli.training.checkpoint import Checkpoints
 from distillm_cli.training.state import TrainerState
-from tests.typed import call
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["alpha", "beta", "gamma", "delta", "kappa", "sigma", "omega", "theta", "iota", "zeta"]

@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.typed import call
 from transformers import AutoModelForCausalLM
 
 from distillm_cli.cli.app import main
 from distillm_cli.utils import manifest
-from tests.typed import call
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (

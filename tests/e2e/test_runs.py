@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tests.typed import call
 
 from distillm_cli.config.load import resolve
 from distillm_cli.errors import UsageError
@@ -16,7 +17,6 @@ from distillm_cli.runs.prompt_source import PromptSource
 from distillm_cli.runs.run_results import FineTuned, Generated
 from distillm_cli.runs.start import TrainOptions, start_training
 from distillm_cli.training.events import Note, Progress, RunEnded, RunStarted, Saved, Stepped, Validated
-from tests.typed import call
 
 SETS = [
     "teacher.path=builtin", "student.path=random:1x32", "data.source=builtin", "data.size=120", "data.valid_limit=12",

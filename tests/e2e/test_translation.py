@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tests.typed import call
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from distillm_cli.cli.app import main
@@ -11,7 +12,6 @@ from distillm_cli.config.load import resolve
 from distillm_cli.runs.defaults import fitted
 from distillm_cli.runs.plan import plan_from_configs, plan_run
 from distillm_cli.training.trainer import Trainer
-from tests.typed import call
 
 GERMAN = ["null", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun"]
 ENGLISH = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]

@@ -19,7 +19,7 @@ from distillm_cli.config.schema import ObjectiveConfig, Recipe, TrainConfig
 from distillm_cli.config.shortcuts import FIELD_FLAGS, Flag, flag_of
 from distillm_cli.errors import RecipeError, UsageError
 from distillm_cli.runs.cache_size import uses_rows
-from tests import typed
+from tests import command_line as typed
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from distillm_cli.losses.objectives import (
 )
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.types import Sequence
-from tests.limits import Narrow
+from tests.resource_limits import LimitedBatch as Narrow
 from tests.unit import test_trainer as runs
 
 DISTILLM2 = {"divergence": "skl", "by_source": True, "curriculum": "on", "reduction": "sequence"}

@@ -19,7 +19,7 @@ from distillm_cli.losses.divergences import (
     logit_grad,
 )
 from distillm_cli.losses.families import AdaptiveKL, AlphaBeta, AlphaMixture, Decoupled, Interpolated
-from tests import plain
+from tests import reference_divergences as plain
 
 SETTINGS = [
     ("kl", {}),

@@ -24,7 +24,8 @@ from distillm_cli.losses.weights import LossWeights, TokenWeights
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.training.events import Note
 from distillm_cli.types import collate
-from tests import plain, tiny
+from tests import reference_divergences as plain
+from tests import tiny
 
 N, D, D_TEACHER, V = 11, 6, 9, 17
 NAMES = list(plugins.divergences)

@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from distillm_cli.models.loading import load_backbone
 from distillm_cli.models.lora_targets import expert_weights, find_targets
-from tests import families, tiny, typed
+from tests import command_line as typed
+from tests import families, tiny
 
 ADAPTER = ("--lora", 4, "--set", "student.lora_output=adapter")
 

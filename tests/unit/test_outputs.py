@@ -14,7 +14,7 @@ from distillm_cli.errors import StorageError, UsageError
 from distillm_cli.models.composite import PROCESSOR_FILES
 from distillm_cli.runs import output_dir
 from distillm_cli.utils import manifest, storage
-from tests.limits import file_size
+from tests.resource_limits import file_size
 
 
 def put(place: Path, *names: str) -> None:

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from distillm_cli.errors import ModelError
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.tokenizer_files import check_reload, load_tokenizer, sentencepiece_difference
-from tests import families, tiny, typed
+from tests import command_line as typed
+from tests import families, tiny
 
 
 @pytest.fixture(scope="module")

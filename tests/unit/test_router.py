@@ -12,7 +12,8 @@ from distillm_cli.losses.weights import CROSS_ENTROPY
 from distillm_cli.models import router
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.training.events import Note, Warned
-from tests import families, tiny, typed
+from tests import command_line as typed
+from tests import families, tiny
 
 WITH_LOSS = ("mixtral", "qwen2_moe", "gpt_oss", "phimoe", "ernie4_5_moe")
 

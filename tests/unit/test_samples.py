@@ -17,7 +17,7 @@ from distillm_cli.training.checkpoint import Checkpoints
 from distillm_cli.training.events import Progress, Stepped
 from distillm_cli.types import Rollout
 from tests import tiny
-from tests.limits import Narrow
+from tests.resource_limits import LimitedBatch as Narrow
 from tests.unit import test_trainer as runs
 
 ROLLOUT = schema.RolloutConfig(max_new_tokens=5)

@@ -26,8 +26,8 @@ from distillm_cli.training.checkpoint import Checkpoints, latest, read_checkpoin
 from distillm_cli.training.events import Warned
 from distillm_cli.utils import manifest, storage
 from tests import tiny
-from tests.limits import file_size
-from tests.typed import call
+from tests.command_line import call
+from tests.resource_limits import file_size
 from tests.unit.test_outputs import OF_RUNS, put_run, resolved
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,7 +16,7 @@ from distillm_cli.losses.objectives import SourceBatch, TokenLogProbs
 from distillm_cli.losses.weights import NO_WEIGHTS
 from distillm_cli.models.backbone import Head
 from distillm_cli.rollouts.scheduler import Source
-from tests import plain
+from tests import reference_divergences as plain
 from tests.unit import test_trainer as runs
 
 LOSSES = [3.0, 2.5, 2.6, 2.0, 1.0, 4.0, 0.9, 0.8, 0.7, 0.7]

@@ -34,7 +34,8 @@ from distillm_cli.training.validation import Validator
 from distillm_cli.utils.memory import retry_halved
 from distillm_cli.utils.modules import eval_mode
 from tests import tiny
-from tests.limits import Narrow, file_size
+from tests.resource_limits import LimitedBatch as Narrow
+from tests.resource_limits import file_size
 
 TOKENIZER = tiny.tokenizer()
 ROWS = tiny.sequences([(3 + i % 5, 2 + i % 4) for i in range(24)], vocab=len(TOKENIZER), seed=2)

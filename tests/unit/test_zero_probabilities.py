@@ -12,7 +12,7 @@ from distillm_cli.config.schema import ObjectiveConfig
 from distillm_cli.losses.divergences import TokenDistributions, build_divergence, logit_grad
 from distillm_cli.losses.fused import fused_loss
 from distillm_cli.losses.weights import LossWeights
-from tests import plain
+from tests import reference_divergences as plain
 from tests.unit.test_divergences import SETTINGS, STEEP
 from tests.unit.test_fused import Head, rand
 
