@@ -108,8 +108,8 @@ def _run(func, args, kwargs):
         raise RuntimeError(f"tensors on two devices: {func} of {[(tuple(t.shape), t.device) for t in tensors]}")
     if simulated and (name in _WAITING or (name in _CROSSING and not on_device)):
         _waits[name] += 1
-    non_blocking = kwargs.get("non_blocking") or args[2:3] == (True,)
-    if _is_strict and on_device and name in _CROSSING and non_blocking and not simulated:
+    to_device = on_device and name in _CROSSING and not simulated
+    if _is_strict and to_device and (kwargs.get("non_blocking") or args[2:3] == (True,)):
         raise RuntimeError(f"the device may read this memory later: {func} on {[tuple(t.shape) for t in tensors]}")
     if device is not None and on_device:
         kwargs["device"] = torch.device("cpu")

@@ -207,7 +207,7 @@ def test_resume_in_either_stage_matches_uninterrupted_run(cli, tmp_path, student
     outcome = cli(*argv, "--set", "student.sft_epochs=3", "--output", "in-distill", "--resume")
     assert_error(outcome, "checkpoint.changed", "student.sft_epochs", "2.0", "3.0")
     outcome = cli(*argv, "--steps", "2", "--set", "student.sft_epochs=0", "--output", "in-distill", "--overwrite")
-    assert_error(outcome, "recipe.unused_field", "student.sft_lr")
+    assert_error(outcome, "recipe.fields_conflict", "student.sft_lr")
     code, _, err = cli(
         *distill("--student", *student, "--steps", "2", "--output", "in-distill", "--overwrite"),
     )
