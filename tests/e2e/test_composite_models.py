@@ -79,19 +79,8 @@ def test_chat_template_of_the_processor_is_used(tmp_path, capsys):
     assert AutoTokenizer.from_pretrained(out).chat_template == parts
     # transformers would prefer this older file to the template of the training.
     assert not (out / "chat_template.json").exists()
-    code, _, err = call(
-        *(
-            capsys,
-            "generate",
-            "--model",
-            out,
-            "--data",
-            conversations,
-            "--output",
-            tmp_path / "responses.jsonl",
-            "--json",
-        )
-    )
+    argv = ("generate", "--model", out, "--data", conversations, "--output", tmp_path / "responses.jsonl", "--json")
+    code, _, err = call(capsys, *argv)
     assert code == 0, err
     assert "template: chat" in err
     assert json.loads((tmp_path / "responses.jsonl").read_text())["prompt"] == "abc"
@@ -114,17 +103,10 @@ def test_teacher_or_student_may_be_composite(teacher, student, tmp_path, data, c
         path = tmp_path / name
         return families.save(path, "mixtral" if name == "text" else name) if not path.exists() else str(path)
 
-    argv = (
-        "distill",
-        "--teacher",
-        model_path(teacher),
-        "--student",
-        model_path(student),
-        "--data",
-        data,
-        *families.QUICK,
+    argv = ("distill", "--teacher", model_path(teacher), "--student", model_path(student), "--data", data)
+    code, _, err = call(
+        capsys, *argv, *families.QUICK, "--set", "schedule.kind=mixed", "--output", tmp_path / "out", "--json"
     )
-    code, _, err = call(capsys, *argv, "--set", "schedule.kind=mixed", "--output", tmp_path / "out", "--json")
     assert code == 0, err
     if ":" in student:
         assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.model_type in ("gemma3_text", "mistral")
