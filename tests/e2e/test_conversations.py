@@ -275,12 +275,8 @@ def test_instruction_rows_of_chat_models_use_chat(cli, tmp_path):
 
 def test_different_chat_templates_are_reported(cli, tmp_path):
     other = CHAT.replace("<sys>", "").replace("<bos>", "<bos><sys>")
-    pair = [
-        "--teacher",
-        chat_models.save(tmp_path / "t", other),
-        "--student",
-        chat_models.save(tmp_path / "s", width=32),
-    ]
+    teacher, student = chat_models.save(tmp_path / "t", other), chat_models.save(tmp_path / "s", width=32)
+    pair = ["--teacher", teacher, "--student", student]
     data = lines(tmp_path / "rows.jsonl", reversed_words())
     run = ["distill", *pair, *train_on(data), "--steps", 1]
     code, _, err = cli(*run, "--output", "a")

@@ -50,18 +50,8 @@ def test_language_codes_are_trained_and_forced(cli, tmp_path, model):
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     languages = ["--set", "data.source_language=eng_Latn", "--set", "data.target_language=deu_Latn"]
     run = ["sft", "--model", model, "--data", data, "--set", f"data.valid={data}", *languages, "--steps", 400]
-    run += [
-        "--batch-size",
-        4,
-        "--lr",
-        "3e-3",
-        "--max-length",
-        32,
-        "--set",
-        "data.max_prompt_length=16",
-        "--dtype",
-        "fp32",
-    ]
+    run += ["--batch-size", 4, "--lr", "3e-3", "--max-length", 32, "--dtype", "fp32"]
+    run += ["--set", "data.max_prompt_length=16"]
     run += [f"--set={field}" for field in ("eval.report_rows=0", "train.save_steps=1000", "train.eval_steps=1000")]
     code, _, err = cli(*run, "--json", "--output", "a")
     assert code == 0, err

@@ -11,8 +11,6 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from tests.command_line import assert_error_line
-
 ROOT = Path(__file__).resolve().parents[2]
 
 DIVERGENCE = '''
@@ -146,8 +144,8 @@ def test_recipes_are_checked_against_plugin_schema(cli, tmp_path):
     (tmp_path / "good.yaml").write_text(good)
     (tmp_path / "bad.yaml").write_text(good.replace("2.5", "25"))
     assert cli("recipes", "validate", "good.yaml") == (0, "good.yaml\tok\n", "")
-    outcome = cli("recipes", "validate", "bad.yaml", "--debug")
-    assert_error_line(outcome, "recipe.invalid_value", "bad.yaml:2", "objective.squared_scale = 25")
+    code, _, err = cli("recipes", "validate", "bad.yaml")
+    assert (code, err.count("error: bad.yaml:2: objective.squared_scale = 25")) == (2, 1)
     schema = jsonschema.Draft202012Validator(json.loads(cli("schema")[1]))
     recipe = {"method": "squares", "objective": {"squared_scale": 2.5}, "train": {"select": "characters"}}
     assert schema.is_valid(recipe)
@@ -160,14 +158,8 @@ def test_plugins_are_used_in_training_and_eval(cli, tmp_path):
     short = ["--teacher", "builtin", "--student", "random:1x32", "--steps", "4", "--data", "letters", "--json"]
     short += ["--set", "data.template=plain"]
     short += ["--set", "eval.report_rows=3", "--set", "rollout.max_new_tokens=4", "--set", "eval.max_new_tokens=4"]
-    selection = [
-        "--set",
-        "train.select=characters",
-        "--set",
-        "eval.metrics=[characters]",
-        "--set",
-        "train.eval_steps=2",
-    ]
+    selection = [f"--set={field}" for field in ("train.select=characters", "eval.metrics=[characters]")]
+    selection += ["--set", "train.eval_steps=2"]
     code, out, err = cli("distill", *short, *selection, "--method", "squares", "--output", "a")
     assert code == 0, err
     result = json.loads(out)

@@ -38,7 +38,7 @@ def equal_weights(a, b):
 @pytest.mark.parametrize("length", ["steps", "epochs"])
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 def test_resume_with_more_steps(cli, workdir, length, schedule):
-    """Check that more steps match one long run if the learning rate is constant, and a note if it decays."""
+    """Check that a run resumed with more steps matches a long run if the learning rate is constant."""
     argv = [*KD, *SAVING, "--set", f"train.lr_schedule={schedule}", "--lr", "1e-3"]
     short, long = (["--steps", n] if length == "steps" else ["--epochs", e] for n, e in (("6", "2"), ("9", "3")))
     for output, more in (("full", long), ("parts", short)):
@@ -111,19 +111,8 @@ def finished_run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("finished")
     for split in ("train", "valid", "test"):
         write(workdir / f"{split}.jsonl", rows(24))
-    argv = [
-        "sft",
-        "--model",
-        "random:1x24",
-        "--tokenizer",
-        "chars",
-        "--data",
-        workdir,
-        "--output",
-        workdir / "run",
-        *SMALL,
-    ]
-    assert main([str(a) for a in [*argv, *SAVING, "--steps", "6"]]) == 0
+    argv = ["sft", "--model", "random:1x24", "--tokenizer", "chars", "--data", workdir, *SMALL, *SAVING, "--steps", "6"]
+    assert main([str(a) for a in [*argv, "--output", workdir / "run"]]) == 0
     return workdir
 
 

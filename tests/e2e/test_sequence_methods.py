@@ -16,8 +16,8 @@ SMALL = [
 ]  # fmt: skip
 
 
-def distill(method, *options_):
-    return ["distill", "--method", method, *PAIR, *(w for field in SMALL for w in ("--set", field)), *options_]
+def distill(method, *more):
+    return ["distill", "--method", method, *PAIR, *(w for field in SMALL for w in ("--set", field)), *more]
 
 
 COUNTS = {  # steps on teacher samples, on rollouts; sequences sampled by the teacher, by the student; summary line
@@ -52,8 +52,8 @@ def test_prompts_train_like_rows_with_responses(cli, tmp_path, options):
         rows = [{"instruction": f"Say {i}."} | ({"output": f"{i}"} if name == "pairs" else {}) for i in range(40)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         method = "kd" if options[0] == "--set" else options[1]
-        options_ = options if options[0] == "--set" else ()
-        command = distill(method, *options_, "--data", tmp_path / f"{name}.jsonl", "--steps", 4, "--output", name)
+        more = options if options[0] == "--set" else ()
+        command = distill(method, *more, "--data", tmp_path / f"{name}.jsonl", "--steps", 4, "--output", name)
         code, result, err = cli(*command, "--set", "eval.report_rows=2")
         assert code == 0, err
         assert (result["valid_loss"] is None) == (name == "prompts")
@@ -93,19 +93,14 @@ def test_teacher_samples_from_a_file(cli, tmp_path):
         assert (result["teacher_steps"], result["teacher_sampled_sequences"]) == (4, 0)
         assert "teacher samples: 12 from responses.jsonl" in err
 
-    (tmp_path / "few.jsonl").write_text(
-        "".join((tmp_path / "responses.jsonl").read_text().splitlines(keepends=True)[:8])
-    )
+    responses = (tmp_path / "responses.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "few.jsonl").write_text("".join(responses[:8]))
     (tmp_path / "wrong.jsonl").write_text('{"ask": "Say one.", "tell": "one"}\n')
     invalid = [
         (["data.teacher_samples=gone.jsonl"], "data.not_found", "gone.jsonl"),
         (["data.teacher_samples=few.jsonl"], "data.no_teacher_sample", "train.jsonl:5"),
         (["data.teacher_samples=wrong.jsonl"], "data.invalid_row", "wrong.jsonl:1"),
-        (
-            ["data.teacher_samples=responses.jsonl", "schedule.kind=off"],
-            "recipe.unused_field",
-            "data.teacher_samples",
-        ),
+        (["data.teacher_samples=responses.jsonl", "schedule.kind=off"], "recipe.unused_field", "data.teacher_samples"),
     ]
     for fields, code, mention in invalid:
         sets = [word for field in fields for word in ("--set", field)]

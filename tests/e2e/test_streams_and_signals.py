@@ -82,8 +82,8 @@ def test_full_stderr_pipe_does_not_stop_a_run(tmp_path, expected_weights):
     assert_weights(tmp_path / "run", expected_weights)
 
 
-def run_until_terminal_closes(command: list[str], output: Path, *, ignoring: tuple[int, ...] = ()) -> int:
-    """Run a command, close its terminal when it trains, and return its exit code."""
+def run_and_close_terminal(command: list[str], output: Path, *, ignoring: tuple[int, ...] = ()) -> int:
+    """Run a command, close its terminal once it trains, and return its exit code."""
     child, terminal = pty.fork()
     if child == 0:
         for number in ignoring:
@@ -100,7 +100,7 @@ def run_until_terminal_closes(command: list[str], output: Path, *, ignoring: tup
 @needs_sighup
 def test_closed_terminal_stops_a_run_with_a_checkpoint(tmp_path):
     output = tmp_path / "run"
-    assert run_until_terminal_closes(argv(output, steps=100_000), output) == 128 + signal.SIGHUP
+    assert run_and_close_terminal(argv(output, steps=100_000), output) == 128 + signal.SIGHUP
     (checkpoint,) = (output / "checkpoints").iterdir()
     assert checkpoint.name.startswith("step-")
 
@@ -108,13 +108,13 @@ def test_closed_terminal_stops_a_run_with_a_checkpoint(tmp_path):
 @needs_sighup
 def test_closed_terminal_does_not_stop_a_run_under_nohup(tmp_path):
     output = tmp_path / "run"
-    assert run_until_terminal_closes(argv(output, steps=200), output, ignoring=(signal.SIGHUP,)) == 0
+    assert run_and_close_terminal(argv(output, steps=200), output, ignoring=(signal.SIGHUP,)) == 0
     assert (output / "model.safetensors").is_file()
     assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-000200"]
 
 
 def start_training(command: list[str], output: Path, *, ignoring: tuple[int, ...] = ()) -> subprocess.Popen:
-    """Start a run and return it when it trains."""
+    """Start a run. Return its process once it trains."""
 
     def ignore() -> None:
         for number in ignoring:

@@ -79,14 +79,7 @@ def test_warmed_cache_is_used_and_checked(cli, tmp_path):
     assert (code, result["teacher_cache"]["mode"], result["teacher_cache"]["hit"]) == (0, "disk", False), err
 
     # the directory of this cache, with other rows
-    other_rows = [
-        "--set",
-        f"teacher.cache_dir={cache['directory_options']}",
-        "--set",
-        "data.size=40",
-        "--teacher-cache",
-        "disk",
-    ]
+    other_rows = ["--teacher-cache", "disk", "--set", f"teacher.cache_dir={cache['place']}", "--set", "data.size=40"]
     assert_error(cli("--output", "stale", *other_rows), "checkpoint.changed", cache["place"], "rows")
 
 
@@ -150,7 +143,7 @@ def test_plan_predicts_the_cache_size(cli, capsys):
     assert cache["place"] == disk["teacher_cache"]["place"]
 
 
-def run_until(argv, number, condition):
+def signal_when(argv, number, condition):
     """Run a command in a process and send it a signal when ``condition()`` is true.
 
     Return (exit code, the JSON object, stderr).
@@ -168,7 +161,7 @@ def test_sigint_before_the_first_step_writes_nothing(tmp_path):
     """Check SIGINT while the teacher fills a cache on disk."""
     output, cache = tmp_path / "out", tmp_path / "cache"
     options = ["--set", "data.size=20000", "--teacher-cache", "disk", "--set", f"teacher.cache_dir={cache}"]
-    code, answer, err = run_until(
+    code, answer, err = signal_when(
         [*SMALL, *options, "--output", output], signal.SIGINT, lambda: cache.exists() and any(cache.iterdir())
     )
     assert (code, answer["code"], answer["error"]) == (130, 130, "interrupted")
@@ -179,7 +172,7 @@ def test_sigint_before_the_first_step_writes_nothing(tmp_path):
 def test_sigterm_while_warming_leaves_no_partial_cache(tmp_path):
     cache = tmp_path / "cache"
     options = ["--set", "data.size=20000", "--warm-teacher-cache", "--set", f"teacher.cache_dir={cache}"]
-    code, answer, _ = run_until(
+    code, answer, _ = signal_when(
         [*SMALL, *options], signal.SIGTERM, lambda: cache.exists() and any(cache.glob(".staging*"))
     )
     assert (code, answer["code"], answer["error"]) == (143, 143, "interrupted")
@@ -191,7 +184,7 @@ def test_sigterm_during_generate_prints_one_json_object(tmp_path):
     output = tmp_path / "responses.jsonl"
     argv = ["generate", "--model", "builtin", "--data", "builtin", "--template", "plain", "--batch-size", "2"]
     argv += ["--output", output, "--json"]
-    code, answer, err = run_until(argv, signal.SIGTERM, lambda: output.exists() and output.stat().st_size)
+    code, answer, err = signal_when(argv, signal.SIGTERM, lambda: output.exists() and output.stat().st_size)
     assert (code, answer["status"], answer["code"], answer["error"]) == (143, "error", 143, "interrupted")
     assert "--resume" in answer["message"]
     assert "Traceback" not in err

@@ -80,10 +80,10 @@ def test_t5_is_distilled_resumed_scored_and_sampled(workdir, tmp_path, capsys, m
     assert full["teacher_cache"]["rows"] == 64
     assert {"bleu", "chrf"} <= full["report"]["student_after"].keys()
 
-    begin_step, interruption = Trainer._begin_step, {"at": 12}
+    begin_step = Trainer._begin_step
 
     def interrupted(self, *args):
-        if self.state.step == interruption["at"]:
+        if self.state.step == 12:
             raise KeyboardInterrupt
         return begin_step(self, *args)
 
@@ -112,9 +112,8 @@ def test_t5_is_distilled_resumed_scored_and_sampled(workdir, tmp_path, capsys, m
         "--max-new-tokens", "8", "--output", responses, "--json", "--quiet",
     )  # fmt: skip
     assert (code, generated["rows"]) == (0, 7)
-    assert (
-        json.loads(responses.read_text().splitlines()[0])["prompt"] == "Translate German to English.\nnull null null\n"
-    )
+    first_row = json.loads(responses.read_text().splitlines()[0])
+    assert first_row["prompt"] == "Translate German to English.\nnull null null\n"
     student = ["--student", tmp_path / "full", "--data", responses, "--output", tmp_path / "on-samples", "--steps", "2"]
     code, again, _ = call(capsys, "distill", "--teacher", workdir / "teacher", *student, *SMALL)
     assert (code, again["steps"]) == (0, 2)
