@@ -1,6 +1,6 @@
-"""Golden messages: a mistake of each kind as it is typed, and the whole line that answers it, with its code.
+"""Check the complete error line of one mistake of each kind.
 
-Other tests check codes. Here the wording is fixed, so that a change of it is seen and read.
+Other tests check codes only. Here the wording is fixed, so that a change of it is reviewed.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from distillm_cli.cli import app as program
+from tests.command_line import exit_code
 
 FILES = {
     "bad.jsonl": '{"instruction": "a", "output": "b"}\n{"instruction":\n',
@@ -99,17 +100,17 @@ GOLDEN = [
 ]
 
 
-@pytest.mark.parametrize(("typed", "code", "message"), GOLDEN, ids=[typed for typed, _, _ in GOLDEN])
-def test_message(typed, code, message, capfd, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("command", "code", "message"), GOLDEN, ids=[command for command, _, _ in GOLDEN])
+def test_message(command, code, message, capfd, tmp_path, monkeypatch):
     for name, text in FILES.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    status = program.main([*typed.split(), "--debug"])
+    status = program.main([*command.split(), "--debug"])
     sys.stdout.flush()
     out, err = capfd.readouterr()
     assert out == ""
     assert err.splitlines()[-1] == f"error [{code}]: {message}"
-    assert status == {"usage": 2, "recipe": 2, "data": 3, "model": 4, "checkpoint": 5}[code.split(".")[0]]
+    assert status == exit_code(code)
     assert (tmp_path / "full" / "mine.txt").read_text() == "mine\n"
-    assert not (tmp_path / "o").exists(), "nothing is written"
+    assert not (tmp_path / "o").exists(), "nothing was written"

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from distillm_cli.config.methods import METHODS
-from tests.typed import call
+from tests.command_line import call
 
 # DISTILLM_TEST_DEVICE=cpu runs this file without a GPU.
 DEVICE = os.environ.get("DISTILLM_TEST_DEVICE", "cuda")

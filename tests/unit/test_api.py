@@ -20,8 +20,8 @@ from distillm_cli.config.shortcuts import field_flags
 from distillm_cli.training.events import RunEnded, Stepped
 from tests import tiny
 from tests.codes import raises_code
+from tests.command_line import call
 from tests.conftest import ROOT
-from tests.typed import call
 
 WORDS = ("abc", "bcd", "cde", "def", "efg", "fgh", "ghi", "hij", "ijk", "jkl", "klm", "lmn")
 ROWS = [{"instruction": word, "output": word[::-1]} for word in WORDS]

@@ -18,7 +18,7 @@ from distillm_cli.config.methods import METHODS
 from distillm_cli.config.schema import ObjectiveConfig, Recipe, TrainConfig
 from distillm_cli.config.shortcuts import FIELD_FLAGS, Flag, flag_of
 from distillm_cli.runs.cache_size import uses_rows
-from tests import typed
+from tests import command_line
 from tests.codes import raises_code
 
 
@@ -130,7 +130,7 @@ def test_epochs_flag_replaces_steps_of_recipe(write_recipe):
     assert resolved.origin["train.steps"] == "--epochs"
     assert resolved.overridden["train.steps"] == (100, "distill.yaml:1")
     assert resolve(command="distill", recipe=path, sets=["train.epochs=2"]).recipe.train.steps is None
-    assert resolve(command="distill", recipe=path, flags=typed.flags(steps=9)).recipe.train.steps == 9
+    assert resolve(command="distill", recipe=path, flags=command_line.flags(steps=9)).recipe.train.steps == 9
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_epochs_flag_replaces_steps_of_recipe(write_recipe):
 )
 def test_epochs_and_steps_exclude_each_other(write_recipe, flags, sets, mentions):
     path = write_recipe("train: {steps: 100}")
-    check_rejected("recipe.given_twice", *mentions, recipe=path, flags=typed.flags(**flags), sets=sets)
+    check_rejected("recipe.given_twice", *mentions, recipe=path, flags=command_line.flags(**flags), sets=sets)
     by_epochs = resolve(command="distill", sets=["train.steps=null", "train.epochs=2"]).recipe.train
     assert (by_epochs.steps, by_epochs.epochs) == (None, 2), "null steps do not count as given"
 
@@ -336,7 +336,7 @@ def test_method_flag_applies_its_preset(write_recipe):
     ],
 )
 def test_unused_field_is_rejected_with_its_condition(flags, sets, mentions):
-    check_rejected("recipe.unused_field", *mentions, flags=typed.flags(**flags), sets=sets)
+    check_rejected("recipe.unused_field", *mentions, flags=command_line.flags(**flags), sets=sets)
 
 
 def test_unused_field_in_recipe_is_rejected_with_its_line(write_recipe):
@@ -454,14 +454,14 @@ def test_eval_reads_held_out_rows_only_without_suites(write_recipe):
 
 def test_dtype_flag_sets_the_student_without_a_teacher():
     for command in ("sft", "generate", "eval"):
-        r = resolve(command=command, flags=typed.flags(dtype="bf16")).recipe
+        r = resolve(command=command, flags=command_line.flags(dtype="bf16")).recipe
         assert r.student.dtype == "bf16"
 
 
 def test_revision_is_dropped_with_a_local_model(write_recipe, tmp_path):
     """Check that a local directory has no revision in the resolved recipe."""
     path = write_recipe("teacher: {path: gpt2-xl, revision: abc}")
-    resolved = resolve(command="distill", recipe=path, flags=typed.flags(teacher=str(tmp_path)))
+    resolved = resolve(command="distill", recipe=path, flags=command_line.flags(teacher=str(tmp_path)))
     assert resolved.recipe.teacher.revision is None
     assert resolved.notes[0].endswith(": teacher.revision")
     path = write_recipe(f"teacher: {{path: {tmp_path}, revision: abc}}")
@@ -470,12 +470,12 @@ def test_revision_is_dropped_with_a_local_model(write_recipe, tmp_path):
 
 
 def test_builtin_fields_are_dropped_with_other_data():
-    resolved = resolve(command="distill", recipe="quickstart", flags=typed.flags(data="mine.jsonl"))
+    resolved = resolve(command="distill", recipe="quickstart", flags=command_line.flags(data="mine.jsonl"))
     assert resolved.notes == (
         "quickstart.yaml: left out, since nothing reads them here (method distillm, objective srkl, schedule adaptive, "
         "data mine.jsonl): data.size",
     )
-    arguments = {"flags": typed.flags(data="mine.jsonl"), "sets": ["data.size=5"]}
+    arguments = {"flags": command_line.flags(data="mine.jsonl"), "sets": ["data.size=5"]}
     check_rejected("recipe.unused_field", "data.source builtin", recipe="quickstart", **arguments)
 
 
@@ -501,7 +501,7 @@ def test_settings_of_recipe_method_are_dropped_for_another(write_recipe, tmp_pat
 
 def test_quickstart_resolves_with_every_method_and_schedule():
     for alpha in (0.0, 0.1, 0.3):
-        resolved = resolve(command="distill", recipe="quickstart", flags=typed.flags(alpha=alpha))
+        resolved = resolve(command="distill", recipe="quickstart", flags=command_line.flags(alpha=alpha))
         assert (resolved.recipe.objective.alpha, resolved.notes) == (alpha, ())
     for name, method in METHODS.items():
         if method.verb != "distill":
@@ -509,7 +509,7 @@ def test_quickstart_resolves_with_every_method_and_schedule():
         for kind in (None, *choices("schedule.kind")):
             if name == "minillm" and kind in ("off", "teacher", "pairs", "interleaved"):
                 continue  # a policy gradient needs outputs of the student
-            flags = typed.flags(method=name, schedule=kind)
+            flags = command_line.flags(method=name, schedule=kind)
             r = resolve(command="distill", recipe="quickstart", flags=flags).recipe
             assert r.schedule.kind == (kind or method.preset.get("schedule.kind", r.schedule.kind))
             if name != "distillm":  # quickstart has its own variant of its method
@@ -884,13 +884,13 @@ def test_field_flags_name_existing_fields():
 
 def test_only_given_flags_become_fields():
     given = {"alpha": 0.3, "lr": None, "dtype": "bf16", "skip_bad_rows": None}
-    assert typed.flags(**given) == {
+    assert command_line.flags(**given) == {
         "objective.alpha": Flag("--alpha", 0.3),
         "student.dtype": Flag("--dtype", "bf16"),
         "teacher.dtype": Flag("--dtype", "bf16"),
     }
     with pytest.raises(KeyError):
-        typed.flags(colour="red")
+        command_line.flags(colour="red")
 
 
 def test_every_field_has_a_description():

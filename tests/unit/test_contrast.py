@@ -21,7 +21,7 @@ from distillm_cli.losses.objectives import (
 )
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.types import Sequence
-from tests.limits import Narrow
+from tests.resource_limits import LimitedBatch
 from tests.unit import test_trainer as runs
 
 DISTILLM2 = {"divergence": "skl", "by_source": True, "curriculum": "on", "reduction": "sequence"}
@@ -137,7 +137,7 @@ def test_curriculum_matches_distillm2_formula(rows):
     config = schema.ObjectiveConfig(**DISTILLM2)
     engine = trainer_with(config, steps=6, lr=0.3)
     engine.student_loss.criterion = criterion = objectives.build(config, epochs=3.0)
-    begin_step, memory = criterion.begin_step, Narrow(engine.student_loss, 100)
+    begin_step, memory = criterion.begin_step, LimitedBatch(engine.student_loss, 100)
 
     def begin_step_and_shrink(*args):
         token_weights = begin_step(*args)

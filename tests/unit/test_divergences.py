@@ -19,7 +19,7 @@ from distillm_cli.losses.divergences import (
     logit_grad,
 )
 from distillm_cli.losses.families import AdaptiveKL, AlphaBeta, AlphaMixture, Decoupled, Interpolated
-from tests import plain
+from tests import reference_divergences
 
 SETTINGS = [
     ("kl", {}),
@@ -68,16 +68,16 @@ class WithTargets:
         self.built = build_divergence(ObjectiveConfig(divergence=name, **settings))
 
     def value(self, log_p, log_q):
-        return self.built.for_tokens(plain.some_targets(log_p), None).value(log_p, log_q)
+        return self.built.for_tokens(reference_divergences.some_targets(log_p), None).value(log_p, log_q)
 
     def grad(self, log_p, log_q):
-        return self.built.for_tokens(plain.some_targets(log_p), None).grad(log_p, log_q)
+        return self.built.for_tokens(reference_divergences.some_targets(log_p), None).grad(log_p, log_q)
 
     def evaluate(self, log_p, log_q):
-        return self.built.for_tokens(plain.some_targets(log_p), None).evaluate(log_p, log_q)
+        return self.built.for_tokens(reference_divergences.some_targets(log_p), None).evaluate(log_p, log_q)
 
     def between(self, p, q):
-        return self.built.for_tokens(plain.some_targets(p.z_NV), None).between(p, q)
+        return self.built.for_tokens(reference_divergences.some_targets(p.z_NV), None).between(p, q)
 
 
 def make(name, settings):
@@ -91,7 +91,7 @@ def logits(seed, n=7, v=13, scale=3.0, dtype=torch.float64):
 @pytest.mark.parametrize(("name", "settings"), SETTINGS + UNBOUNDED)
 def test_value_and_logit_gradient_match_the_definition(name, settings):
     z, zt = logits(0).requires_grad_(), logits(1)
-    expected = plain.divergence(name, zt.softmax(-1), z.softmax(-1), **settings)
+    expected = reference_divergences.divergence(name, zt.softmax(-1), z.softmax(-1), **settings)
     (expected_grad,) = torch.autograd.grad(expected.sum(), z)
 
     log_q, log_p = z.detach().log_softmax(-1), zt.log_softmax(-1)
@@ -104,7 +104,7 @@ def test_value_and_logit_gradient_match_the_definition(name, settings):
 def test_h_is_the_derivative_by_log_q(name, settings):
     """Check each entry of h, as docs/methods.md#divergences defines it, not only its projection on the simplex."""
     log_p, log_q = logits(3).log_softmax(-1), logits(4).log_softmax(-1).requires_grad_()
-    value = plain.divergence(name, log_p.exp(), log_q.exp(), **settings)
+    value = reference_divergences.divergence(name, log_p.exp(), log_q.exp(), **settings)
     (h,) = torch.autograd.grad(value.sum(), log_q)
     assert_close(make(name, settings).grad(log_p, log_q.detach()), h, rtol=1e-9, atol=1e-12)
 
@@ -305,7 +305,7 @@ def test_larger_a_moves_assistant_to_smaller_probability():
 def test_akl_finds_the_head_of_any_size(scale, mu):
     """Check heads of one token, of more tokens than the first search covers, and of all 401 entries."""
     p, q = (logits(seed, n=5, v=401, scale=scale).softmax(-1) for seed in (46, 47))
-    assert_close(AdaptiveKL(mu).value(p.log(), q.log()), plain.adaptive_kl(p, q, mu))
+    assert_close(AdaptiveKL(mu).value(p.log(), q.log()), reference_divergences.adaptive_kl(p, q, mu))
 
 
 def test_taid_target_moves_from_student_to_teacher():
@@ -321,7 +321,7 @@ def test_taid_target_moves_from_student_to_teacher():
 def test_decoupled_terms_with_kl_weights_equal_kl(scale):
     """Check KL = TKD + (1 − p(target))·DKD. ATKD changes these weights."""
     log_p, log_q = logits(50, scale=scale).log_softmax(-1), logits(51, scale=scale).log_softmax(-1)
-    targets = plain.some_targets(log_p)
+    targets = reference_divergences.some_targets(log_p)
     rest = 1 - log_p.exp()[torch.arange(7), targets]
     divergence = Decoupled().for_tokens(targets, torch.stack([torch.ones(7, dtype=torch.float64), rest], -1))
     assert_close(divergence.value(log_p, log_q), KL().value(log_p, log_q))
@@ -331,7 +331,7 @@ def test_decoupled_terms_with_kl_weights_equal_kl(scale):
 def test_decoupled_terms_with_token_weights():
     z, zt = logits(52).requires_grad_(), logits(53)
     targets, weights = torch.tensor([0, 4, 12, 3, 3, 0, 7]), torch.rand(7, 2, dtype=torch.float64)
-    tkd, dkd = plain.decoupled(zt.softmax(-1), z.softmax(-1), targets)
+    tkd, dkd = reference_divergences.decoupled(zt.softmax(-1), z.softmax(-1), targets)
     expected = weights[:, 0] * tkd + weights[:, 1] * dkd
     (expected_grad,) = torch.autograd.grad(expected.sum(), z)
     log_p, log_q = zt.log_softmax(-1), z.detach().log_softmax(-1)

@@ -24,7 +24,7 @@ from distillm_cli.losses.weights import LossWeights, TokenWeights
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.training.events import Note
 from distillm_cli.types import collate
-from tests import plain, tiny
+from tests import reference_divergences, tiny
 
 N, D, D_TEACHER, V = 11, 6, 9, 17
 NAMES = list(plugins.divergences)
@@ -73,7 +73,7 @@ def plain_loss(
 ):
     """Return the loss by its definition: whole logits, softmax, divergence, autograd."""
     z, zt = head.logits(hidden).to(dtype), teacher_head.logits(teacher_hidden).to(dtype)
-    value = loss_weights.kd * plain.divergence(name, zt.softmax(-1), z.softmax(-1), targets=targets)
+    value = loss_weights.kd * reference_divergences.divergence(name, zt.softmax(-1), z.softmax(-1), targets=targets)
     if loss_weights.ce:
         value = value + loss_weights.ce * F.cross_entropy(z, targets, reduction="none")
     return (value if weights is None else value * weights).sum()

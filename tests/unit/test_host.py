@@ -13,7 +13,7 @@ from distillm_cli.utils import memory
 from distillm_cli.utils.memory import available_memory
 from distillm_cli.utils.threads import cores
 from tests import tiny
-from tests.typed import call
+from tests.command_line import call
 
 GB = 10**9
 

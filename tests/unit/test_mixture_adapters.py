@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from distillm_cli.models.loading import load_backbone
 from distillm_cli.models.lora_targets import expert_weights, find_targets
-from tests import families, tiny, typed
+from tests import command_line, families, tiny
 
 ADAPTER = ("--lora", 4, "--set", "student.lora_output=adapter")
 
@@ -29,7 +29,7 @@ def test_experts_are_trained_and_peft_loads_the_adapter(family, tmp_path, data, 
 
     base, out = families.save(tmp_path / "model", family), tmp_path / "adapter"
     run = ("sft", "--model", base, "--data", data, *families.QUICK)
-    code, _, err = typed.call(capsys, *run, *ADAPTER, "--output", out, "--json")
+    code, _, err = command_line.call(capsys, *run, *ADAPTER, "--output", out, "--json")
     assert code == 0, err
     lines = [line for line in err.splitlines() if line.startswith("mixture of experts")]
     assert len(lines) == 1
@@ -44,7 +44,7 @@ def test_experts_are_trained_and_peft_loads_the_adapter(family, tmp_path, data, 
     assert all(not weight.equal(experts[name]) for name, weight in expert_weights(loaded))
 
     merged = tmp_path / "merged"
-    assert typed.call(capsys, *run, "--lora", 4, "--output", merged, "--json")[0] == 0
+    assert command_line.call(capsys, *run, "--lora", 4, "--output", merged, "--json")[0] == 0
     torch.testing.assert_close(
         _logits(AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()),
         peft_logits,
@@ -56,8 +56,8 @@ def test_experts_are_trained_and_peft_loads_the_adapter(family, tmp_path, data, 
 def test_training_continues_on_an_expert_adapter(tmp_path, data, capsys):
     base, first, second = families.save(tmp_path / "model", "deepseek_v2"), tmp_path / "first", tmp_path / "second"
     run = ("--data", data, *families.QUICK, *ADAPTER, "--json")
-    assert typed.call(capsys, "sft", "--model", base, *run, "--output", first)[0] == 0
-    code, report, err = typed.call(capsys, "sft", "--model", first, *run, "--output", second)
+    assert command_line.call(capsys, "sft", "--model", base, *run, "--output", first)[0] == 0
+    code, report, err = command_line.call(capsys, "sft", "--model", first, *run, "--output", second)
     assert code == 0, err
     initial_loss = report["report"]["student_before"]["valid_loss"]
     assert initial_loss == pytest.approx(initial_loss_of(capsys, first, data), abs=1e-4)
@@ -65,7 +65,7 @@ def test_training_continues_on_an_expert_adapter(tmp_path, data, capsys):
 
 def initial_loss_of(capsys, model, data) -> float:
     """Return the held-out loss that a run on the model starts from, with the adapter merged."""
-    code, report, err = typed.call(
+    code, report, err = command_line.call(
         capsys, "sft", "--model", model, "--data", data, *families.QUICK, "--output", f"{model}-merged", "--json"
     )
     assert code == 0, err
@@ -89,7 +89,7 @@ def test_find_targets_by_name():
 
 def test_plan_counts_adapter_parameters(tmp_path, data, capsys):
     base = families.save(tmp_path / "model", "qwen2_moe")
-    code, report, err = typed.call(
+    code, report, err = command_line.call(
         capsys, "plan", "--teacher", base, "--student", base, "--data", data, "--lora", 4, "--json"
     )
     assert code == 0, err

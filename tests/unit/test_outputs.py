@@ -15,7 +15,7 @@ from distillm_cli.models.composite import PROCESSOR_FILES
 from distillm_cli.runs import output_dir
 from distillm_cli.utils import manifest, storage
 from tests.codes import raises_code
-from tests.limits import file_size
+from tests.resource_limits import file_size
 
 
 def put(directory: Path, *names: str) -> None:

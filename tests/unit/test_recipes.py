@@ -16,7 +16,7 @@ import pytest
 from distillm_cli.config.load import resolve, shipped, to_yaml
 from distillm_cli.config.methods import METHODS
 from distillm_cli.config.pipeline_recipe import is_pipeline, load_pipeline
-from tests.typed import flags
+from tests.command_line import flags
 
 ROOT = Path(__file__).resolve().parents[2]
 

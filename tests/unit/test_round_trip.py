@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.tokenizer_files import check_reload, load_tokenizer, sentencepiece_difference
-from tests import families, tiny, typed
+from tests import command_line, families, tiny
 from tests.codes import raises_code
 
 
@@ -41,7 +41,7 @@ def test_differently_read_sentencepiece_file_is_reported(tmp_path, pieces, capsy
     difference = sentencepiece_difference(path, None, tokenizer)
     assert (difference is not None) == (tokenizer.tokenize("which words") != expected)
     argv = ("--model", path, "--data", families.rows(tmp_path / "rows.jsonl"), *families.QUICK)
-    code, _, err = typed.call(capsys, "sft", *argv, "--output", tmp_path / "out", "--json")
+    code, _, err = command_line.call(capsys, "sft", *argv, "--output", tmp_path / "out", "--json")
     assert code == 0, err
     assert ("tokenizer.model differently from SentencePiece" in err) == (difference is not None)
 
@@ -91,6 +91,6 @@ def test_tekken_error_names_the_missing_package(tmp_path, capsys):
         tmp_path / "out",
         "--json",
     )
-    code, report, _ = typed.call(capsys, "sft", *argv)
+    code, report, _ = command_line.call(capsys, "sft", *argv)
     assert code == 4
     assert "mistral-common" in report["message"]

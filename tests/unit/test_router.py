@@ -11,7 +11,7 @@ from distillm_cli.losses.weights import CROSS_ENTROPY
 from distillm_cli.models import router
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.training.events import Note, Warned
-from tests import families, tiny, typed
+from tests import command_line, families, tiny
 from tests.codes import raises_code
 
 WITH_LOSS = ("mixtral", "qwen2_moe", "gpt_oss", "phimoe", "ernie4_5_moe")
@@ -91,13 +91,13 @@ def test_router_aux_option_changes_the_loss(tmp_path, capsys):
     mixture = families.save(tmp_path / "mixtral", "mixtral", output_router_logits=True, router_aux_loss_coef=0.5)
     losses = {}
     for setting in ("auto", "0", "0.5"):
-        code, report, err = typed.call(
+        code, report, err = command_line.call(
             capsys, "sft", "--model", mixture, "--set", f"objective.router_aux={setting}", *argv
         )
         assert code == 0, err
         losses[setting] = report["train_loss"]
     assert losses["auto"] == losses["0.5"] != losses["0"]
     dense = tiny.save(tmp_path / "dense", "llama")
-    code, report, _ = typed.call(capsys, "sft", "--model", dense, "--set", "objective.router_aux=0.5", *argv)
+    code, report, _ = command_line.call(capsys, "sft", "--model", dense, "--set", "objective.router_aux=0.5", *argv)
     assert code == 4
     assert "objective.router_aux" in report["message"]

@@ -18,7 +18,7 @@ from distillm_cli.training.events import Progress, Stepped
 from distillm_cli.types import Rollout
 from tests import tiny
 from tests.codes import raises_code
-from tests.limits import Narrow
+from tests.resource_limits import LimitedBatch
 from tests.unit import test_trainer as runs
 
 ROLLOUT = schema.RolloutConfig(max_new_tokens=5)
@@ -114,7 +114,7 @@ def test_out_of_memory_step_is_not_drawn_or_counted_twice(tmp_path, method, comp
 
     torch.manual_seed(5)
     engine = build(method, tmp_path, eval_steps=1000)
-    memory = Narrow(engine.student_loss, 4)
+    memory = LimitedBatch(engine.student_loss, 4)
 
     def shrink(event):
         if isinstance(event, Stepped) and event.step == completed:

@@ -27,8 +27,8 @@ from distillm_cli.training.events import Warned
 from distillm_cli.utils import manifest, storage
 from tests import tiny
 from tests.codes import raises_code
-from tests.limits import file_size
-from tests.typed import call
+from tests.command_line import call
+from tests.resource_limits import file_size
 from tests.unit.test_outputs import RUN_FILES, put_run, resolved
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,7 +16,7 @@ from distillm_cli.losses.objectives import SourceBatch, TokenLogProbs
 from distillm_cli.losses.weights import NO_WEIGHTS
 from distillm_cli.models.backbone import Head
 from distillm_cli.rollouts.scheduler import Source
-from tests import plain
+from tests import reference_divergences
 from tests.unit import test_trainer as runs
 
 LOSSES = [3.0, 2.5, 2.6, 2.0, 1.0, 4.0, 0.9, 0.8, 0.7, 0.7]
@@ -91,7 +91,7 @@ def step_loss(z, zt, targets, loss_weights, per_token=None):
 
 def expected_step_loss(z, zt, targets, alpha):
     """Return ATKD's loss of a step by the formula of the paper, with one mean per half."""
-    tkd, dkd = plain.decoupled(zt.softmax(-1), z.softmax(-1), targets)
+    tkd, dkd = reference_divergences.decoupled(zt.softmax(-1), z.softmax(-1), targets)
     unc = 1 - zt.softmax(-1)[torch.arange(len(zt)), targets]
     hard = unc >= unc.sort().values[(len(unc) - 1) // 2]
     return alpha * dkd[~hard].mean() + (1 - alpha) * (tkd + dkd)[hard].mean()

@@ -28,7 +28,7 @@ from distillm_cli.teachers.teacher_cache import (
 from distillm_cli.types import collate
 from tests import tiny
 from tests.codes import raises_code
-from tests.limits import file_size
+from tests.resource_limits import file_size
 
 TOKENIZER = tiny.tokenizer()
 ROWS = tiny.sequences([(3 + i % 9, 1 + i % 5) for i in range(50)], vocab=len(TOKENIZER), seed=3)

@@ -35,7 +35,7 @@ from distillm_cli.utils.memory import retry_halved
 from distillm_cli.utils.modules import eval_mode
 from tests import tiny
 from tests.codes import raises_code
-from tests.limits import Narrow, file_size
+from tests.resource_limits import LimitedBatch, file_size
 
 TOKENIZER = tiny.tokenizer()
 ROWS = tiny.sequences([(3 + i % 5, 2 + i % 4) for i in range(24)], vocab=len(TOKENIZER), seed=2)
@@ -641,7 +641,7 @@ def test_out_of_memory_halves_the_micro_batch(method, objective):
     def trained(rows):
         events = []
         engine = build(method=method, objective=objective, backbone=student("llama"), steps=6, listener=events.append)
-        memory = Narrow(engine.student_loss, rows)
+        memory = LimitedBatch(engine.student_loss, rows)
         engine.train()
         assert memory.refused == (rows < 4)
         return engine, [e.text for e in events if isinstance(e, Warned) and "decoding" not in e.text]
@@ -675,7 +675,7 @@ def test_out_of_memory_halves_the_validation_batch():
     objective = StudentLoss(backbone, objectives.build(None))
     with torch.no_grad():
         expected = held_out.mean(CROSS_ENTROPY, objective)
-        memory = Narrow(objective, 3)
+        memory = LimitedBatch(objective, 3)
         assert held_out.mean(CROSS_ENTROPY, objective) == pytest.approx(expected, rel=1e-5)
         assert held_out.mean(CROSS_ENTROPY, objective) == pytest.approx(expected, rel=1e-5)
         memory.rows = 0
@@ -700,7 +700,7 @@ def test_out_of_memory_step_loses_no_earlier_step(tmp_path, method):
 
     torch.manual_seed(5)
     engine = build(tmp_path, method=method)
-    memory = Narrow(engine.student_loss, 4)
+    memory = LimitedBatch(engine.student_loss, 4)
 
     def shrink(event):
         if isinstance(event, Stepped) and event.step == 5:
@@ -730,7 +730,7 @@ def test_retried_step_has_identical_teacher_states(tmp_path):
     def failing(step):
         torch.manual_seed(5)
         engine = build(tmp_path / str(step), **settings)
-        memory = Narrow(engine.student_loss, 4)
+        memory = LimitedBatch(engine.student_loss, 4)
 
         def shrink(event):
             if isinstance(event, Stepped) and event.step == step:

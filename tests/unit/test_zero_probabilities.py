@@ -14,7 +14,7 @@ from distillm_cli.config.schema import ObjectiveConfig
 from distillm_cli.losses.divergences import TokenDistributions, build_divergence, logit_grad
 from distillm_cli.losses.fused import fused_loss
 from distillm_cli.losses.weights import LossWeights
-from tests import plain
+from tests import reference_divergences
 from tests.unit.test_divergences import SETTINGS, UNBOUNDED
 from tests.unit.test_fused import Head, rand
 
@@ -42,7 +42,7 @@ def limit_of(name, settings, zt, z, columns):
     found = []
     for eps in (1e-100, 1e-102):
         p, q = (with_zeros(logits, c, eps)[1] for logits, c in zip((zt, z), columns, strict=True))
-        found.append(plain.divergence(name, p, q, **settings))
+        found.append(reference_divergences.divergence(name, p, q, **settings))
     (grad,) = torch.autograd.grad(found[0].sum(), z)
     grows = (found[0] - found[1]).abs().nan_to_num(math.inf) > 1e-8 * (1 + found[0].abs())
     return found[0].detach().masked_fill(grows, math.inf), grad
@@ -62,7 +62,9 @@ def test_suppressed_tokens_have_the_value_of_the_limit(name, settings, sides):
     expected, expected_grad = limit_of(name, settings, zt, z, columns)
 
     p, q = TokenDistributions(with_zeros(zt, columns[0])[0]), TokenDistributions(with_zeros(z.detach(), columns[1])[0])
-    divergence = build_divergence(ObjectiveConfig(divergence=name, **settings)).for_tokens(plain.some_targets(zt), None)
+    divergence = build_divergence(ObjectiveConfig(divergence=name, **settings)).for_tokens(
+        reference_divergences.some_targets(zt), None
+    )
     value, h = divergence.between(p, q)
     assert_close(value, expected, rtol=1e-9, atol=1e-11)
     finite = expected.isfinite()
@@ -91,7 +93,7 @@ def test_token_suppressed_on_both_sides_has_no_effect(name, settings):
 def test_has_zeros_does_not_change_finite_results(name, settings):
     tables = [(4 * rand(50, 101, seed=seed)).float() for seed in (5, 6)]
     divergence = build_divergence(ObjectiveConfig(divergence=name, **settings)).for_tokens(
-        plain.some_targets(tables[0]), None
+        reference_divergences.some_targets(tables[0]), None
     )
     without_check, with_check = (
         divergence.between(*(TokenDistributions(z, has_zeros=zeros) for z in tables)) for zeros in (False, True)
@@ -126,7 +128,7 @@ def test_fused_loss_handles_suppressed_tokens(name, sides, form):
     total = fused_loss(
         student_input,
         student,
-        plain.some_targets(z),
+        reference_divergences.some_targets(z),
         weights=LossWeights(1.0, 0.0, build_divergence(ObjectiveConfig(divergence=name))),
         teacher_hidden_ND=teacher_given,
         teacher_head=teacher,
