@@ -236,11 +236,11 @@ def _report_checkpoints(output: Path, keep: int, listener: Listener) -> None:
     what = f"{counted(len(sizes), 'checkpoint')} ({format_bytes(sum(sizes))})"
     if keep:
         place = output / output_dir.CHECKPOINTS
-        listener(Note(f"Kept {what} in {place} for --resume; --keep 0 removes them at the end"))
+        listener(Note(f"Kept {what} in {place}; train.keep 0 removes checkpoints at the end of a run"))
         return
     for stuck in output_dir.remove_checkpoints(output):
         listener(Warned(f"cannot remove {stuck}: it takes up space"))
-    listener(Note(f"Removed {what}: --keep 0"))
+    listener(Note(f"Removed {what}: train.keep is 0"))
 
 
 def _trainer(training: _Training, report: Report, listener: Listener) -> Trainer:

@@ -161,7 +161,9 @@ def test_resume_matches_uninterrupted_run(workdir, tmp_path, capsys):
 
 
 def test_resume_counts_teacher_tokens_of_the_full_run(workdir, tmp_path, capsys):
-    argv = distill_argv(workdir, tmp_path / "run", "--teacher-cache", "off", "--set", "train.save_steps=10")
+    argv = distill_argv(
+        workdir, tmp_path / "run", "--teacher-cache", "off", "--keep", "2", "--set", "train.save_steps=10"
+    )
     code, full, err = call(capsys, *argv)
     assert code == 0, err
     shutil.rmtree(tmp_path / "run/checkpoints/step-000020")  # as if interrupted before that step
@@ -172,7 +174,7 @@ def test_resume_counts_teacher_tokens_of_the_full_run(workdir, tmp_path, capsys)
 
 def test_resume_logs_each_validation_once(workdir, tmp_path, capsys):
     output = tmp_path / "out"
-    argv = distill_argv(workdir, output, "--set", "train.save_steps=4", "--steps", "6")
+    argv = distill_argv(workdir, output, "--keep", "2", "--set", "train.save_steps=4", "--steps", "6")
     full = call(capsys, *argv)[1]
     shutil.rmtree(output / "checkpoints" / "step-000006")  # as if killed at the end
     again = call(capsys, *argv, "--resume")[1]
@@ -212,7 +214,7 @@ def interrupted_run(workdir, tmp_path_factory):
     try:
         argv = ["sft", "--model", "random:1x32", "--tokenizer", "data/teacher", "--data", "data", "--output", "student"]
         assert main([*argv, "--steps", "1", *SMALL]) == 0
-        assert main(["distill", *INTERRUPTED, "--set", "train.save_steps=10", *SMALL]) == 0
+        assert main(["distill", *INTERRUPTED, "--keep", "2", "--set", "train.save_steps=10", *SMALL]) == 0
     finally:
         os.chdir(previous)
     shutil.rmtree(directory / "run/checkpoints/step-000020")

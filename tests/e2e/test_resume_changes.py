@@ -13,7 +13,7 @@ from tests.command_line import assert_error
 from tests.e2e.test_main_job import SMALL, rows, write
 
 KD = ["distill", "--method", "kd", "--teacher", "teacher", "--student", "random:1x24", "--data", "data", *SMALL]
-SAVING = ["--set", "train.save_steps=2", "--set", "train.eval_steps=2"]
+SAVING = ["--keep", "2", "--set", "train.save_steps=2", "--set", "train.eval_steps=2"]
 
 
 @pytest.fixture

@@ -77,7 +77,7 @@ def test_criterion_sees_the_whole_step():
 def test_criterion_state_is_in_the_checkpoint(tmp_path):
     uninterrupted = trainer_with_median_weights()
     uninterrupted.train()
-    first = trainer_with_median_weights(tmp_path, save_steps=4)
+    first = trainer_with_median_weights(tmp_path, save_steps=4, keep=2)
     first.train()
     resumed = trainer_with_median_weights(tmp_path / "again")
     resumed.load(read_checkpoint(first.checkpoints.path(4)))
