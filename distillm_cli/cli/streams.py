@@ -68,7 +68,7 @@ def open_streams() -> None:
 def report(error: DistillmError, argv: list[str]) -> int:
     """Print one line on stderr, and with ``--json`` one object on stdout. Return the exit code.
 
-    ``--debug`` adds the error's own code to the line. The exit code does not change where a stream cannot be written.
+    ``--debug`` adds the error's own code to the line. The exit code does not change if a stream cannot be written.
     """
     message = str(error)
     options = typed_options(argv)

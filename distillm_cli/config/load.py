@@ -125,7 +125,7 @@ def _resolve_again(
 ) -> Resolved:
     """Resolve layers over the values that were given for a resolved recipe, which keep their origins."""
     label = earlier.name or "recipe"
-    chosen = ("default", "method ", "verb ", "auto: ")  # origins of values that nobody gave
+    chosen = ("default", "method ", "verb ", "auto: ")  # origins of values that were not given
     given = {
         key: GivenValue(value_of(earlier.recipe, key), origin, f"{label}: {key}", Priority(merging.RECIPE, position))
         for position, (key, origin) in enumerate(earlier.origin.items())
@@ -157,7 +157,7 @@ def resolve_layers(
     if _is_method(method.value):
         _check_verb(method, command)
         preset |= _preset_values(method.value, merging.METHOD)
-        recipe_method = from_recipe.get("method", method)  # a recipe without a method is valid for any
+        recipe_method = from_recipe.get("method", method)  # a recipe without a method is valid for any method
         if method.priority.layer > merging.RECIPE and method.value != recipe_method.value:
             # Number of epochs and learning rate depend on the models of the recipe, not on the method.
             method_override = {
@@ -202,7 +202,7 @@ def resolve_layers(
             run = f"method {validated.method}, objective {validated.objective.divergence}"
             run += f", schedule {validated.schedule.kind}"
             run += f", data {validated.data.source}" if any(key.startswith("data.") for key in noted_keys) else ""
-            notes = (f"{label or name}: left out, since nothing reads them here ({run}): {keys}",)
+            notes = (f"{label or name}: ignored, since this run ({run}) does not use them: {keys}",)
     origin = {key: given[key].origin if key in given else "default" for key in leaves() if has_field(validated, key)}
     return Resolved(validated, origin, overridden, notes, name)
 
@@ -235,7 +235,7 @@ def to_yaml(resolved: Resolved, with_origin: bool = True) -> str:
     column = min(max(len(line) for line, comment in rows if comment), 56)
     notes = "".join(f"# note: {redact(note)}\n" for note in resolved.notes)
     notes += (
-        f"# note: {HIDDEN} stands for credentials, which are not written down: give those values again\n"
+        f"# note: {HIDDEN} replaces credentials, which are not saved: set these values again\n"
         * _holds_credentials(resolved.recipe)
     )
     return notes + "".join(f"{line:<{column}}  # {comment}\n" if comment else f"{line}\n" for line, comment in rows)

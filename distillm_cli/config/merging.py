@@ -246,8 +246,8 @@ def _read_value(key: str, node: yaml.Node | None, label: str) -> Any:
 def _unknown_key_error(key: str, place: str) -> RecipeError:
     close = nearest_key(key)
     hint = f"did you mean {close}?" if close else "`distillm distill --dry-run` prints every key"
-    if key.rpartition(".")[2].isdecimal():  # what YAML makes of {alpha: 0,1}
-        hint = "inside braces a comma ends a value: write 0.1 for 0,1 and 8000 for 8,000"
+    if key.rpartition(".")[2].isdecimal():  # YAML's reading of {alpha: 0,1}
+        hint = "inside braces a comma ends a value: write 0.1, not 0,1, and 8000, not 8,000"
     return RecipeError("recipe.unknown_field", f"{place}: no such key", hint=hint)
 
 

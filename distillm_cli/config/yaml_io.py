@@ -15,7 +15,7 @@ import yaml
 from distillm_cli.errors import RecipeError
 
 _TAG = "tag:yaml.org,2002:"
-_NOUNS = {"bool": "truth value", "int": "whole number", "float": "number"}
+_NOUNS = {"bool": "boolean", "int": "integer", "float": "number"}
 _INT = re.compile(r"[-+]?[0-9][0-9_]*$")
 _FLOAT = re.compile(
     r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
@@ -132,7 +132,7 @@ def node_value(node: yaml.Node | None, label: str, *, texts: bool = False) -> An
     except (ValueError, KeyError):
         raise RecipeError(
             "recipe.invalid_yaml",
-            f"{location(label, line_of(node))}: {text[:40]} is no {_NOUNS[kind]} that can be read",
+            f"{location(label, line_of(node))}: {text[:40]} is not a valid {_NOUNS[kind]}",
         ) from None
     raise RecipeError(
         "recipe.invalid_yaml",
