@@ -1,7 +1,8 @@
-"""Define data sets with a short name: their files on the hub, and how their records become rows.
+"""Define data sets with a short name: their files on the hub, and the conversion of their records.
 
-A name selects rows in ``--data``, and the test rows of a suite in ``--suite``. Under $DISTILLM_DATA a set of such a name
-may have its own columns or those that every file may have (``rows.py``). Others are added by a module like this one:
+A name selects rows in ``--data``, and the test rows of a suite in ``--suite``. Under $DISTILLM_DATA a set of such a
+name may have its own columns or those that every file may have (``rows.py``). A plug-in adds others in a module like
+this one:
 
     register_dataset("squares", GeneratedDataset(read, splits=("train", "test")))
 """

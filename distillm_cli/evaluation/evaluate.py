@@ -55,9 +55,9 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Hold one row's response. tokens: their number, end-of-sequence included. entropy: their mean, in nats.
+    """Hold one row's response. tokens: their number, including end-of-sequence. entropy: their mean, in nats.
 
-    text: the scored part. output: the whole response, reasoning and structural special tokens included. counts: by
+    text: the scored part. output: the whole response, including reasoning and structural special tokens. counts: by
     RatioMetric, the row's contribution to the ratio.
     """
 
@@ -188,7 +188,7 @@ def rows_in_context(
     long = sorted(set(range(len(prompts))) - set(fitting))
     problems = [
         f"{suite.rows[i].where}: a prompt of {len(prompts[i]):,} tokens leaves no room for a response in the model's "
-        f"{context:,} positions"
+        f"context of {context:,} positions"
         for i in long
     ]
     if not skip_long or not fitting:
@@ -233,7 +233,7 @@ def _scores(
 
 def _figure(metric: Metric, answers: SequenceOf[Answer], references: SequenceOf[SequenceOf[str]]) -> float:
     """Return the figure of one pass over a set."""
-    if isinstance(metric, RatioMetric):  # the rows' counts are known
+    if isinstance(metric, RatioMetric):  # from the rows' counts
         return ratio(answer.counts[metric.name] for answer in answers)
     return metric.corpus_score([answer.text for answer in answers], references)
 

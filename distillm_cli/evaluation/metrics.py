@@ -8,9 +8,9 @@ A metric is a class, registered with its name in recipes, its label in tables, a
             return prediction in references, 1
 
 Every metric compares one prediction with all accepted references. A RatioMetric adds up over the rows: the figure of a
-set is a ratio of sums. A CorpusMetric is defined on a whole set and is no mean over rows. All are on a scale of 0 to 100
-(an error rate may exceed 100, since insertions count). Libraries are imported when a metric is first computed, so that
-the names are available without them.
+set is a ratio of sums. A CorpusMetric is defined on a whole set and is not a mean over rows. All are on a scale of 0 to
+100 (an error rate may exceed 100, since insertions count). Libraries are imported when a metric is first computed, so
+that the names are available without them.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class Rouge(RatioMetric):
         characters = [character for text in references for character in text if character.isalnum()]
         if 2 * sum(character.isascii() for character in characters) > len(characters):
             return None
-        return "its words are runs of a-z and 0-9, which these references hardly have"
+        return "its words are runs of a-z and 0-9, which are rare in these references"
 
 
 @register_metric("rouge_l", label="ROUGE-L", higher_is_better=True)
@@ -241,7 +241,10 @@ class ChrF(_SacrebleuMetric):
 
 @register_metric("exact_match", label="exact match", higher_is_better=True)
 class ExactMatch(RatioMetric):
-    """Compare character for character, white space at the ends aside. A set's figure is the share of rows that match."""
+    """Compare character for character, ignoring white space at the ends.
+
+    A set's figure is the share of rows that match.
+    """
 
     def count(self, prediction: str, references: Sequence[str]) -> RatioParts:
         return prediction.strip() in {reference.strip() for reference in references}, 1
@@ -251,8 +254,9 @@ class ExactMatch(RatioMetric):
 class ErrorRate(RatioMetric):
     """Count Levenshtein edits between space-separated tokens, per token of the reference.
 
-    A row takes the reference with the lowest rate, the first of equals. The figure of a set is all edits over all those
-    tokens, not a mean of rates. With phonemes as tokens it is the phoneme error rate.
+    A row uses the reference with the lowest rate, the first if several are equal. The figure of a set is the number of
+    edits divided by the number of these tokens, not a mean of rates. With phonemes as tokens it is the phoneme error
+    rate.
     """
 
     def count(self, prediction: str, references: Sequence[str]) -> RatioParts:
@@ -268,7 +272,7 @@ class ErrorRate(RatioMetric):
         return min(counts, key=lambda count: count[0] / count[1])
 
 
-# "$1,234.50", "-7" and "2.5e-3", but of "5-3" and of "1,2,3" the 3; not the full stop that ends a sentence.
+# "$1,234.50", "-7" and "2.5e-3"; in "5-3" and "1,2,3" the last 3; not the full stop at the end of a sentence.
 _NUMBER = re.compile(
     r"(?<!\w)(?<!\d\.)[-−]?\$?[-−]?(?:\d+(?:,\d{3}(?!\d))*(?:\.\d+)?|\.\d+)(?:[eE][-−+]?\d{1,4}(?!\w))?"
 )
@@ -277,8 +281,8 @@ _NUMBER = re.compile(
 def final_number(text: str) -> Decimal | None:
     """Return the first number after the last ``####``, where GSM8K writes its answers, else the last number in the text.
 
-    ``1e5`` is 100000. Dollar signs and commas before three digits are no part of a number; other commas stand between
-    numbers. None where there is no number.
+    ``1e5`` is 100000. Dollar signs and commas before three digits are ignored. Other commas separate numbers. None
+    without a number.
     """
     _, has_marker, answer = text.rpartition("####")
     found = _NUMBER.findall(answer if has_marker else text)
@@ -296,7 +300,7 @@ class FinalNumber(RatioMetric):
         return number is not None and number in {final_number(reference) for reference in references}, 1
 
     def undefined(self, references: Iterable[str]) -> str | None:
-        return None if any(final_number(text) is not None for text in references) else "no reference holds a number"
+        return None if any(final_number(text) is not None for text in references) else "no reference contains a number"
 
 
 # Access by name

@@ -42,7 +42,7 @@ class Suite:
 
 
 def load_suites(recipe: Recipe, listener: Listener = silent) -> list[Suite]:
-    """Load the suites of ``recipe.eval.suites``, else the run's held-out rows; names that clash get a number."""
+    """Load the suites of ``recipe.eval.suites``, else the run's held-out rows; duplicate names get a number."""
     if not recipe.eval.suites:
         return [held_out(recipe, listener)]
     return distinct(load_suite(name, recipe, listener) for name in recipe.eval.suites)

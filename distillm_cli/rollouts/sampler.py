@@ -134,7 +134,7 @@ class DecodeWidth:
     def halve(self, rows: int) -> None:
         """Halve the number of rows after memory ran out with ``rows``, at least two."""
         self.rows = rows // 2
-        self.listener(Warned(f"out of memory while decoding {rows} rows side by side: continuing with {self.rows}"))
+        self.listener(Warned(f"out of memory while decoding {rows} rows in one batch: continuing with {self.rows}"))
 
 
 @torch.no_grad()
@@ -301,7 +301,7 @@ def _entropy(logits_BV: Tensor) -> Tensor:
     """Return −Σ p log p, without a second pass of exponentials: log p = x − log Z."""
     shifted_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
     p_BV = shifted_BV.softmax(-1)
-    # The likeliest token has p = exp(0) / Z. Logits of −inf are clamped, since 0 · −inf is nan.
+    # The most likely token has p = exp(0) / Z. Logits of −inf are clamped, since 0 · −inf is nan.
     log_z_B = -p_BV.amax(-1).log()
     return log_z_B - torch.linalg.vecdot(p_BV, shifted_BV.clamp_min_(torch.finfo(torch.float32).min))
 

@@ -1,6 +1,6 @@
-"""Estimate what a run costs: memory by part, the work of a step, and time on known GPUs.
+"""Estimate the cost of a run: memory by part, the work of a step, and time on known GPUs.
 
-All of it is arithmetic, nothing is measured. ``gpus.ASSUMED`` lists the assumptions.
+All figures are computed, none are measured. ``gpus.ASSUMED`` lists the assumptions.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from distillm_cli.runs.gpus import (
     seconds,
 )
 
-# Bytes of compiled bf16 matrix products on a CPU, one for each shape. Measured for vocabularies of 60 to 50,257 tokens: the
-# model makes no difference. `app.set_environment` limits how many are cached.
+# Bytes of compiled bf16 matrix products on a CPU, one for each shape. Measured for vocabularies of 60 to 50,257 tokens;
+# it does not depend on the model. `app.set_environment` limits how many are cached.
 _COMPILED_PRODUCTS = 250_000_000
 
 
@@ -55,7 +55,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Workload:
-    """Hold everything that the arithmetic needs of a run.
+    """Hold the properties of a run that its cost depends on.
 
     itemsize: bytes of the compute dtype. teacher_itemsize: of the teacher's weights. cached_bytes: the teacher's hidden
     states in memory, by part. caches_rows: the teacher computes each row once. caches_samples: its states of sampled
@@ -88,12 +88,12 @@ class Workload:
 
     @property
     def new_tokens(self) -> int:
-        """Return the tokens of a sampled response: as many as the recipe allows."""
+        """Return the number of tokens of a sampled response: the maximum of the recipe."""
         return max(1, min(self.recipe.rollout.max_new_tokens, int(self.recipe.data.max_length - self.lengths.prompt)))
 
     @property
     def schedule(self) -> Scheduler:
-        """Return the schedule as it is at the start of the run."""
+        """Return the schedule in its initial state."""
         recipe = self.recipe
         steps = self.lengths.steps or 1
         return build_scheduler(recipe.schedule, steps=steps, seed=recipe.train.seed, batches=recipe.rollout.bulk)
@@ -165,7 +165,9 @@ def memory(run: Workload) -> dict[str, int]:
         parts["teacher_weights"] = others * run.teacher_itemsize + teacher.matrices * bits // 8
         if run.device == "cpu" and run.teacher_itemsize == 2 and has_layouts(teacher.kind, teacher.parameters["total"]):
             parts["teacher_layouts"] = teacher.matmul * run.teacher_itemsize
-        parts["teacher_activations"] = positions * teacher.width * run.teacher_itemsize * 8  # one layer, no graph
+        parts["teacher_activations"] = (
+            positions * teacher.width * run.teacher_itemsize * 8
+        )  # of one layer, without a graph
     parts |= run.cached_bytes or {}
     positions = run.sequences * recipe.rollout.bulk * longest
     if run.student_samples:
@@ -403,7 +405,9 @@ def source_shares(run: Workload, steps: int, phi: float | None = None) -> dict[s
     """
     recipe = run.recipe
     config = recipe.schedule if phi is None else recipe.schedule.model_copy(update={"phi": phi})
-    drawn_steps = min(steps, 2000)  # the shares hardly depend on the number of steps, but for filling the replay buffer
+    drawn_steps = min(
+        steps, 2000
+    )  # the shares hardly depend on the number of steps, except for filling the replay buffer
     scheduler = build_scheduler(config, steps=drawn_steps, seed=recipe.train.seed, batches=recipe.rollout.bulk)
     buffered = 0.0
     batch = run.sequences * steps / drawn_steps
@@ -419,9 +423,9 @@ def source_shares(run: Workload, steps: int, phi: float | None = None) -> dict[s
 def gpu_figures(run: Workload, need: int) -> dict[str, dict[str, Any]]:
     """Return figures for each known GPU.
 
-    fits: whether ``need`` bytes fit its memory. step_s: seconds of a step, by source. run_s: least and most seconds of the
-    run, with the fine-tuning before it (``sft_s`` alone). The two differ for the adaptive schedule alone, where φ may stay
-    at its start or be 1 from the first step.
+    fits: whether ``need`` bytes fit its memory. step_s: seconds of a step, by source. run_s: minimum and maximum
+    seconds of the run, including the fine-tuning before it (``sft_s`` alone). The two differ only for the adaptive
+    schedule, where φ may stay at its initial value or be 1 from the first step.
     """
     figures = {}
     work = step_work(run)

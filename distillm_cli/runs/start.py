@@ -1,6 +1,6 @@
-"""Start a training run: claim its output directory and read its rows while torch is being imported.
+"""Start a training run: lock its output directory and read its rows while torch is being imported.
 
-Imports nothing slow itself.
+This module imports nothing slow.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Describe what a run does with existing output and cache.
+    """Describe the handling of existing output and cache.
 
-    moved_inputs: dotted keys of inputs whose paths may have changed; they are known to be the same.
+    moved_inputs: dotted keys of inputs that are unchanged but whose paths may differ.
     """
 
     resume: bool = False
@@ -46,7 +46,7 @@ def start_training(
 ) -> TrainResult:
     """Run a training recipe into ``output`` and return its result. command: "sft" or "distill".
 
-    recipe_file: the recipe's own file or shipped name, which an overwrite must not remove. notes: what to report first.
+    recipe_file: the recipe's file or shipped name, which an overwrite must not remove. notes: reported first.
     Raises DistillmError.
     """
     # Checked before rows are read, which takes longer.
@@ -66,7 +66,7 @@ def start_training(
 def warm_teacher_cache(
     resolved: Resolved, listener: Listener, *, rebuild: bool = False, notes: Iterable[str] = ()
 ) -> TeacherCacheResult:
-    """Compute the recipe's teacher cache on disk, unless it exists. notes: what to report first."""
+    """Compute the recipe's teacher cache on disk, unless it exists. notes: reported first."""
     with prefetch_rows(resolved.recipe) as prefetcher:
         for note in notes:
             listener(Note(note))
@@ -81,10 +81,10 @@ def prefetch_rows(recipe: Recipe) -> Prefetcher:
 
 
 def tokenizer_candidates(recipe: Recipe) -> list[StudentConfig | TeacherConfig]:
-    """Return the models that may have the run's tokenizer, the most likely first: the student, then the teacher.
+    """Return the models that may have the run's tokenizer, with the most likely first: the student, then the teacher.
 
-    Empty where the recipe names a tokenizer, where the student is built (its tokenizer depends on whether the teacher's can
-    be saved), and where other processes tokenize.
+    Empty if the recipe names a tokenizer, if the student is built (its tokenizer depends on whether the teacher's can
+    be saved), or if other processes tokenize.
     """
     if recipe.student.tokenizer is not None or recipe.student.is_built or recipe.data.workers:
         return []

@@ -1,13 +1,13 @@
 """Write and read manifests: the files that a run wrote into a directory, and checksums that show changes.
 
     {"format": 1,
-     "files": {"model.safetensors": {"bytes": …, "sha256": …}, …},      sealed: another content is damage
+     "files": {"model.safetensors": {"bytes": …, "sha256": …}, …},      sealed: changes count as damage
      "written": {"metrics.jsonl": null, "README.md": {"bytes": …, "sha256": …}, …}}
 
-``files`` are sealed once they are complete. ``written`` lists every file and directory of the run, each before it is
-written, so that the leftovers of a killed run are known: ``--overwrite`` removes these and nothing else. An entry with a
-seal belongs to the run only while the file has this content. Output directories, results of an evaluation and pipelines
-have a manifest with ``written``; a checkpoint has one with ``files``, and is one entry in the manifest of its run.
+``files`` are sealed when they are complete. ``written`` lists every file and directory of the run before it is written,
+so that ``--overwrite`` removes exactly these, also after a killed run. An entry with a seal belongs to the run only
+while the file has this content. Output directories, results of an evaluation and pipelines have a manifest with
+``written``; a checkpoint has one with ``files``, and is one entry in the manifest of its run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from distillm_cli.utils.storage import atomic_write, flush
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
-# Files of a model directory that users edit after a run. Edited ones are used, with a warning.
+# Files of a model directory that users may edit after a run. Edited files are used with a warning.
 EDITABLE = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja")
 # Files that are not read to load a model.
 _NON_MODEL_FILES = ("training.safetensors", "state.json", "recipe.yaml", "frozen.txt")
@@ -47,7 +47,7 @@ def seal_directory(directory: Path, files: Iterable[Path], **facts: Any) -> None
 
 
 def unseal(directory: Path, name: str | None = None) -> None:
-    """Remove one file, or all, from the sealed ones of a directory. Does nothing without a manifest."""
+    """Remove one file, or all, from the sealed files of a directory. Does nothing without a manifest."""
     manifest = read_manifest(directory)
     if manifest is None or (name is not None and name not in manifest["files"]):
         return
@@ -60,7 +60,7 @@ def record(
 ) -> None:
     """List files and directories as written by a run, before they are written. Creates a manifest where there is none.
 
-    names: relative paths, with slashes. removed: names to remove from the list. seals: of files that users edit.
+    names: relative paths, with slashes. removed: names to remove from the list. seals: of files that users may edit.
     """
     manifest = read_manifest(directory) or {"format": MANIFEST_FORMAT, "files": {}}
     recorded_before = manifest.get("written", {})
@@ -74,7 +74,7 @@ def record(
 
 
 def recorded(directory: Path) -> dict[str, dict | None]:
-    """Return what runs have written into a directory: relative path → its seal, if it has one. Empty without a manifest."""
+    """Return the files that runs wrote into a directory: relative path → seal or None. Empty without a manifest."""
     return (read_manifest(directory) or {}).get("written", {})
 
 
@@ -145,8 +145,8 @@ def matches_seal(path: Path, sealed: dict) -> bool:
 
 def _damage_error(directory: Path, manifest: dict, message: str) -> DistillmError:
     if "step" in manifest:
-        return CheckpointError("checkpoint.damaged", message, hint="copy it again, or take another checkpoint")
-    hint = f"copy or download it again; if the change is yours, delete {directory / MANIFEST}"
+        return CheckpointError("checkpoint.damaged", message, hint="copy it again, or use another checkpoint")
+    hint = f"copy or download it again, or, if you changed it, delete {directory / MANIFEST}"
     return ModelError("model.damaged", message, hint=hint)
 
 
@@ -157,7 +157,7 @@ def seal(path: Path) -> dict:
 
 
 def _digest(path: Path) -> str:
-    """Return a file's SHA-256, without reading it again while it does not change."""
+    """Return a file's SHA-256, which is cached while the file does not change."""
     stat = path.stat()
     key = (str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns)
     if key not in _digests:

@@ -100,7 +100,7 @@ def _glibc_function(name: str) -> Callable[..., int] | None:
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
-    """Return the bytes that this process may still take without swapping, limits of its control groups included.
+    """Return the bytes available to this process without swapping, within the limits of its control groups.
 
     None where the system does not report it. root: directory of the file systems /proc and /sys.
     """
