@@ -135,9 +135,9 @@ class DistillFields(PlanFields, total=False):
 class GenerateFields(_SamplingFields, total=False):
     """List further keywords of ``generate``.
 
-    data: rows with prompts, in place of ``prompts``; or a mapping of the section. split: of the data. limit: use the first
-    prompts only. n: responses per prompt. resume: continue where ``output`` ends. overwrite: replace it. The others set
-    fields of the recipe.
+    data: rows with prompts, in place of ``prompts``; or a mapping of the section. split: of the data. limit: use the
+    first prompts only. n: responses per prompt. resume: continue an incomplete ``output``. overwrite: replace it. The
+    others set fields of the recipe.
     """
 
     data: RowSource | Fields
@@ -434,7 +434,7 @@ def generation_flags(flags: Mapping[str, Flag], *, greedy: bool) -> dict[str, Fl
 
 
 def evaluation_flags(flags: Mapping[str, Flag]) -> dict[str, Flag]:
-    """Return the flags of ``eval``, sampled where a sampling flag is given. Raises UsageError for a contradiction."""
+    """Return the flags of ``eval``, sampled if a sampling flag is given. Raises UsageError for a contradiction."""
     sampling = ("eval.seeds", "eval.temperature", "eval.top_p")
     sampling_flag = next((flags[key].name for key in sampling if key in flags), None)
     if "eval.greedy" in flags and flags["eval.greedy"].value and sampling_flag:

@@ -63,7 +63,7 @@ class Registry(Mapping[str, _T], Generic[_T]):
         self._closed_by: str | None = None
 
     def register(self, name: str, entry: _T, origin: str | None = None) -> None:
-        """Add an entry. Raise UsageError for a name in use.
+        """Add an entry. Raises UsageError for a name in use.
 
         origin: the module that it comes from, for messages; None: the module that is being loaded.
         """
@@ -152,7 +152,7 @@ class Registry(Mapping[str, _T], Generic[_T]):
         return self._origins[name].startswith(f"{__package__}.")
 
     def reject(self, name: str, error: Exception) -> None:
-        """Remove an entry of another package that turns out to be unusable. Raise the error where it is a built-in one."""
+        """Remove an unusable entry of another package. Raises the error if the entry is built-in."""
         if self._is_builtin(name):
             raise error
         del self._entries[name]

@@ -22,7 +22,7 @@ class Sequence:
 
     Every token of the response is supervised: the token that ends it is part of it when the response is complete, and
     absent when the response was cut. ``row`` is the index of the dataset row it belongs to. ``turns``: ascending indices
-    of prompt tokens that are supervised too, the earlier answers of a conversation; None where there are none.
+    of prompt tokens that are supervised too, the earlier answers of a conversation; None if there are none.
     """
 
     prompt: np.ndarray
@@ -44,7 +44,7 @@ class Rollout(Sequence):
     """Hold a sampled response, with what was computed for it.
 
     log_probs_N3: log-probabilities of its tokens under teacher, student and sampler when it was sampled (see
-    ``rollouts.mixture``), nats, float32 on the CPU; None where the sampler gives none. teacher_hidden_ND: the teacher's
+    ``rollouts.mixture``), nats, float32 on the CPU; None if the sampler gives none. teacher_hidden_ND: the teacher's
     hidden states, on the CPU, once ``cache_teacher_hidden`` was called.
     """
 
@@ -82,7 +82,7 @@ class Batch:
         return self.ids_BT.shape[0]
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return the batch on ``device``; copies overlap with compute where the device allows."""
+        """Return the batch on ``device``; copies overlap with compute if the device allows it."""
         return replace(self, **{name: moved(getattr(self, name), device) for name in self.__slots__})
 
 

@@ -143,7 +143,7 @@ def set_environment() -> None:
     # OpenMP's threads spin for milliseconds while they wait for each other after every operation. If another program
     # uses a core, spinning threads occupy the others, and small models train a hundred times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    # bf16 matrix products are compiled for each shape, and two caches hold a thousand each: over a gigabyte, where lengths
+    # bf16 matrix products are compiled for each shape, and two caches hold a thousand each: over a gigabyte if lengths
     # differ from step to step. Only those of the last steps are used again.
     for capacity in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(capacity, "200")

@@ -60,7 +60,7 @@ def _by_name(folder: Path) -> dict[str, Path]:
 
 
 def locate(recipe: str | Path) -> Path:
-    """Return the file of a shipped name (a str) or a path. Raise RecipeError with the nearest name if there is none."""
+    """Return the file of a shipped name (a str) or a path. Raises RecipeError with the nearest name if there is none."""
     text, known = str(recipe), shipped()
     if isinstance(recipe, str) and text in known:
         return known[text]
@@ -99,7 +99,7 @@ def resolve(
     do not train and take any recipe. If a flag selects another method, the recipe's values for its own method are dropped
     and a note lists them.
 
-    Raise RecipeError for the first problem, in file order, with the number of further ones; UsageError for contradicting
+    Raises RecipeError for the first problem, in file order, with the number of further ones; UsageError for contradicting
     flags and for a method of the other verb.
     """
     problems = ErrorCollector()
@@ -219,7 +219,7 @@ def with_resolved_values(resolved: Resolved, values: Mapping[str, tuple[Any, str
 
 
 def load_resolved(path: str | Path) -> Recipe:
-    """Return the recipe in a file, such as the ``recipe.yaml`` of an output directory. Raise RecipeError."""
+    """Return the recipe in a file, such as the ``recipe.yaml`` of an output directory. Raises RecipeError."""
     return resolve(command="eval", recipe=Path(path)).recipe
 
 

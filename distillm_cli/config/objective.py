@@ -80,7 +80,7 @@ class ObjectiveConfig(DivergenceConfig):
     router_aux: Literal["auto"] | Annotated[float, Field(ge=0)] = Field(
         "auto",
         description="Weight of the auxiliary loss of the routers of a mixture of experts, for sft too. auto: the "
-        "student's router_aux_loss_coef where its config sets output_router_logits, else 0.",
+        "student's router_aux_loss_coef if its config sets output_router_logits, else 0.",
     )
 
     def __new__(cls, **values: Any) -> ObjectiveConfig:

@@ -118,13 +118,13 @@ class Pipeline:
 
 
 def is_pipeline(recipe: str | Path) -> bool:
-    """Return whether a shipped name or a path is a recipe of stages. Raise RecipeError if there is no such file."""
+    """Return whether a shipped name or a path is a recipe of stages. Raises RecipeError if there is no such file."""
     path = locate(recipe)
     return merging.has_stages(merging.read_document(path, str(recipe)))
 
 
 def load_pipeline(recipe: str | Path, sets: Iterable[str] = ()) -> Pipeline:
-    """Load a pipeline from a shipped name or a path, with ``--set`` texts. Raise RecipeError or UsageError."""
+    """Load a pipeline from a shipped name or a path, with ``--set`` texts. Raises RecipeError or UsageError."""
     path = locate(recipe)
     label = path.name if recipe == path.stem else str(recipe)
     return _PipelineParser(path, label, str(recipe)).read(list(sets))
@@ -319,7 +319,7 @@ class _PipelineParser:
     def _with_dependencies(self, stages: list[Stage]) -> Iterator[Stage]:
         """Yield the stages with their dependencies.
 
-        Raise RecipeError if one does not exist, does not come earlier or has the wrong kind of output.
+        Raises RecipeError if one does not exist, does not come earlier or has the wrong kind of output.
         """
         for position, stage in enumerate(stages):
             depends_on: dict[str, None] = {}
@@ -342,7 +342,7 @@ class _PipelineParser:
                     raise RecipeError(
                         "recipe.invalid_stage_input",
                         place,
-                        where=f"stage {stage_name} ({producer.verb}) produces {produced}, but {needed} is required",
+                        where=f"stage {stage_name} ({producer.verb}) produces {produced}, not {needed}",
                     )
                 depends_on[stage_name] = None
             yield Stage(stage.name, stage.config, stage.resolved, stage.origins, tuple(depends_on))

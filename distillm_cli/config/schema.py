@@ -197,8 +197,8 @@ class DataConfig(Section):
     )
     template: Literal["auto", "alpaca", "chat", "plain", "exact"] = Field(
         "auto",
-        description="Prompt format. auto: chat for conversations, and for instructions where teacher and student "
-        "have chat templates; else alpaca for instructions, plain for questions, exact for whole prompts.",
+        description="Prompt format. auto: chat for conversations, and for instructions if teacher and student have "
+        "chat templates; else alpaca for instructions, plain for questions, exact for whole prompts.",
     )
     chat_template: Name = Field(
         "auto",
@@ -320,7 +320,7 @@ class RolloutConfig(Section):
 class TrainConfig(Section):
     """Configure the training loop.
 
-    Defaults are the paper's (docs/methods.md#settings), or depend on the models where they are `auto`.
+    Defaults are the paper's (docs/methods.md#settings), or depend on the models if they are `auto`.
     """
 
     epochs: Annotated[float, Field(gt=0)] | Auto = Field(

@@ -96,7 +96,7 @@ FORMS = {
 
 
 def parse_student(text: str) -> StudentSpec:
-    """Parse a specification. Raise UsageError for a malformed ``random:``, ``width:`` or ``layers:``."""
+    """Parse a specification. Raises UsageError for a malformed ``random:``, ``width:`` or ``layers:``."""
     found: StudentSpec | None
     if text.startswith("random:"):
         found = _parse_random(text)

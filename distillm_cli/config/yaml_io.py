@@ -53,7 +53,7 @@ for _name, _pattern, _first in _SCALARS:
 def compose(text: str, label: str) -> yaml.Node | None:
     """Parse text into the document's root node; None if it is empty. ``label`` names the text in errors.
 
-    Raise RecipeError with label:line for text that is not YAML, for a second document, and for aliases.
+    Raises RecipeError with label:line for text that is not YAML, for a second document, and for aliases.
     """
     loader = None
     try:
@@ -88,7 +88,7 @@ def line_of(node: yaml.Node) -> int:
 
 
 def pairs(node: yaml.MappingNode, label: str, prefix: str = "") -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
-    """Yield (key, key node, value node) of a mapping. Raise RecipeError for a repeated key or one that is not text."""
+    """Yield (key, key node, value node) of a mapping. Raises RecipeError for a repeated key or one that is not text."""
     seen: dict[str, int] = {}
     for key_node, value_node in node.value:
         place = location(label, line_of(key_node))

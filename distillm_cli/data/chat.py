@@ -137,7 +137,7 @@ class ChatTemplate:
 
     @property
     def end_tokens(self) -> list[str]:
-        """Return the text of the end-of-turn token, where there is one."""
+        """Return the text of the end-of-turn token, if there is one."""
         return [text for text, i in self._ids.items() if i == self.turn_end.token]
 
     def prompt(self, row: Any) -> str:
@@ -396,7 +396,7 @@ class ChatTemplate:
     def _closing(self, answer: str) -> tuple[int, int] | None:
         """Return start and end of the token that ends the answer, among the control tokens at the end of its text.
 
-        None where the text does not end with a control token.
+        None if the text does not end with a control token.
         """
         closing = re.search(rf"(?:\s*(?:{self._control}))+\s*\Z", answer)
         if closing is None:
@@ -442,7 +442,7 @@ class ChatTemplate:
         return next(split, shared)
 
     def _generation_spans(self, row: Any, conversation: SequenceOf[Message]) -> list[tuple[int, int]]:
-        """Return the spans that the template marks with ``{% generation %}``, empty where it marks none."""
+        """Return the spans that the template marks with ``{% generation %}``, empty if it marks none."""
         messages, inputs, arguments = self._template_inputs(row, conversation)
         if not _GENERATION.search(inputs["chat_template"]):
             return []

@@ -82,7 +82,7 @@ def references_of(answer: Message) -> tuple[str, ...]:
 
 
 def content_text(content: Any) -> str | None:
-    """Return the text of a message's content, with its text parts joined; None where it has none."""
+    """Return the text of a message's content, with its text parts joined; None if it has none."""
     if isinstance(content, str):
         return content
     if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):

@@ -48,7 +48,7 @@ class TooLong:
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """Describe a row that was left out. reason: empty where it has no answer to train on (``weight: 0``)."""
+    """Describe a row that was left out. reason: empty if it has no answer to train on (``weight: 0``)."""
 
     where: str
     reason: str = ""

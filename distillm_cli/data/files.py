@@ -56,7 +56,7 @@ def stem_of(path: Path) -> str:
 def read(path: Path, columns: Collection[str]) -> Records:
     """Yield the records of one file, in order. Blank lines are skipped.
 
-    columns: those to convert, where the file has types. Raises DataError when the file is absent, unreadable, of an
+    columns: those to convert, if the file has types. Raises DataError when the file is absent, unreadable, of an
     unknown kind, or broken as a whole.
     """
     file_format = format_of(path)

@@ -206,7 +206,7 @@ def _check_prompt(messages: list[Fields], name: str) -> None:
 
 
 def _with_system(record: Record, messages: list[Fields]) -> list[Fields]:
-    """Return the conversation, with the row's system column at its start where it has no system message."""
+    """Return the conversation, with the row's system column at its start if it has no system message."""
     if messages and messages[0]["role"] in ("system", "developer"):
         return messages
     system = _system_prompt(record)
@@ -379,7 +379,7 @@ def _read_input(record: Record, columns: ColumnsConfig) -> str:
 
 
 def _response_column(record: Record, columns: ColumnsConfig, required: bool, prefix: str = "") -> str | None:
-    """Return the column of the response; None where there is none. prefix: the beginning of the error."""
+    """Return the column of the response; None if there is none. prefix: the beginning of the error."""
     if columns.response is not None:
         name = columns.response if columns.response in record else None
         known = f"no column `{columns.response}` (data.columns.response)"

@@ -24,7 +24,7 @@ def hub_splits(
     """Return the splits of a data set by the hub's names for them, each a call that reads it and receives the
     columns to convert.
 
-    name: a known short name, or ``owner/name``, with ``:config`` where a set has several. local_search: earlier
+    name: a known short name, or ``owner/name``, with ``:config`` if a set has several. local_search: earlier
     searched locations, for the message. suggestion: an existing name that is similar. Raises DataError when the hub has
     no such set or cannot be reached.
     """

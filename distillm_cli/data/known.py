@@ -134,6 +134,6 @@ def dataset_aliases() -> dict[str, str]:
 
 
 def find_dataset(name: str) -> KnownDataset | None:
-    """Return the data set with a short name or its alias; None where there is none."""
+    """Return the data set with a short name or its alias; None if there is none."""
     dataset = plugins.datasets.get(name)
     return plugins.datasets.get(dataset_aliases().get(name, name)) if dataset is None else dataset

@@ -92,7 +92,7 @@ def _candidate_paths(text: str) -> list[Path]:
 def find_source(name: str, listener: Listener) -> DataSource:
     """Return the source of a name. A bare name is searched under $DISTILLM_DATA before the working directory.
 
-    Raises DataError where there is none.
+    Raises DataError if there is none.
     """
     dataset = find_dataset(name.strip())
     source = _find_by_name(name, listener)
@@ -139,7 +139,7 @@ def _find_by_name(name: str, listener: Listener) -> DataSource:
 
 
 def _similar_name(text: str, root: str | None) -> str | None:
-    """Return a similar name of a known set or of one under $DISTILLM_DATA; None where ``text`` is such a name itself."""
+    """Return a similar name of a known set or of one under $DISTILLM_DATA; None if ``text`` is such a name itself."""
     candidates = dataset_names()
     directory = user_path(root) if root else None
     if directory is not None and directory.is_dir():

@@ -51,14 +51,14 @@ class Record:
         return value
 
     def text(self, name: str) -> str:
-        """Return the text of a column. Raises BadRow where it is not text."""
+        """Return the text of a column. Raises BadRow if it is not text."""
         value = self.take(name)
         if not isinstance(value, str):
             raise BadRow(f"column `{name}` must be text, found {kind(value)}")
         return valid_text(value, f"column `{name}`")
 
     def decoded(self, name: str) -> Any:
-        """Return the value of a column that may hold JSON as text; None where it is blank. Raises BadRow."""
+        """Return the value of a column that may hold JSON as text; None if it is blank. Raises BadRow."""
         value = self.take(name)
         if not isinstance(value, str):
             return value
@@ -81,7 +81,7 @@ def kind(value: Any) -> str:
 
 
 def valid_text(text: str, name: str) -> str:
-    """Return the text. Raises BadRow where it cannot be encoded as UTF-8."""
+    """Return the text. Raises BadRow if it cannot be encoded as UTF-8."""
     if not text.isascii():
         try:
             text.encode("utf-8")

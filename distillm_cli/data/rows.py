@@ -26,7 +26,7 @@ class Row:
     ends a conversation, with every field of the file (``tool_calls``, ``reasoning_content``, …). tools, documents:
     arguments of the chat template. template_kwargs: further arguments of the chat template (``enable_thinking``).
     references: accepted responses as text; the first is trained on if there is no ``answer``. They may be empty if only
-    prompts are needed. where: "train.jsonl:318". task: its kind, where known. is_question: the instruction comes from a
+    prompts are needed. where: "train.jsonl:318". task: its kind, if known. is_question: the instruction comes from a
     column other than `instruction`, which template `auto` renders plain. truncated: the response was cut at a length
     limit (`complete: false`, as `generate` writes it) and has no end token. raw: for rows of `generate`, the response
     as generated, including structural special tokens. format: the name of the row's format, for display.

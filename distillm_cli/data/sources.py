@@ -91,7 +91,7 @@ def load_rows(
     any split. Each selects the first rows. require_output=False: rows may lack a response. stand_in=False: "test"
     returns test rows only, neither a whole file nor a slice.
 
-    Raises DataError where the source does not exist, is empty, or has a broken row (unless ``data.skip_bad_rows``).
+    Raises DataError if the source does not exist, is empty, or has a broken row (unless ``data.skip_bad_rows``).
     """
     uses_valid_source = split == "valid" and data.valid is not None
     name = data.valid if uses_valid_source else data.source
@@ -185,7 +185,7 @@ def _load_part(
     listener: Listener,
 ) -> Rows:
     def skipped_message(where: str, message: str) -> str:
-        """Return the message for a row that is skipped. Raises DataError where rows must not be skipped."""
+        """Return the message for a row that is skipped. Raises DataError if rows must not be skipped."""
         if not skip_bad_rows:
             path = _location(source)
             hint = "fix the row, or skip such rows with --skip-bad-rows"

@@ -53,7 +53,7 @@ def read_parquet(path: Path, columns: Collection[str]) -> Iterator[tuple[str, An
 def saved_splits(path: Path) -> dict[str, Path] | None:
     """Return the directories of a saved ``DatasetDict`` by split, {"": path} for a ``Dataset``, None for others.
 
-    Raises DataError where the files that describe it are damaged.
+    Raises DataError if the files that describe it are damaged.
     """
     if (path / _DATASET_FILE).is_file() and (path / _INFO_FILE).is_file():
         return {"": path}
@@ -87,7 +87,7 @@ def read_saved(path: Path, columns: Collection[str]) -> Iterator[tuple[str, Any]
 def batch_records(batch: pyarrow.RecordBatch, columns: Collection[str], names: Iterable[str]) -> Iterator[Any]:
     """Yield the records of a batch, with every column of ``names``.
 
-    Values of other columns than ``columns`` are NotConverted, or None where they are null (or an empty list). Columns
+    Values of other columns than ``columns`` are NotConverted, or None if they are null (or an empty list). Columns
     that the batch lacks have a value in every row. A null field of a struct is left out, since a struct has all fields
     of all rows. Only a null ``content`` of a message is retained.
     """

@@ -61,7 +61,7 @@ class Renderer:
     def prompt(self, row: Row) -> str:
         """Return the prompt's text.
 
-        Raises ModelError where the tokenizer has no chat template, DataError where the row does not fit the template.
+        Raises ModelError if the tokenizer has no chat template, DataError if the row does not fit the template.
         """
         form = self.form(row)
         if form == "chat":
@@ -114,7 +114,7 @@ def form_of(row: Row, template: str, has_chat: bool) -> str:
 
 
 def resolve_auto_template(rows: Iterable[Row], has_chat: bool) -> tuple[str, str] | None:
-    """Return the template that ``auto`` selects for these rows, and the reason; None where it selects several.
+    """Return the template that ``auto`` selects for these rows, and the reason; None if it selects several.
 
     has_chat: whether teacher and student have chat templates.
     """

@@ -207,7 +207,7 @@ def load_tokenizer_rules(
 ) -> Tokenizer | None:
     """Load the tokenizer from the ``tokenizer.json`` that ``find_file`` returns, without transformers.
 
-    Return None where there is no file, and for rows in a chat template, which needs transformers.
+    Return None if there is no file, and for rows in a chat template, which needs transformers.
     """
     file = find_file()
     if file is None or any(renderer.form(row) == "chat" for rows in sources for row in rows):
@@ -287,7 +287,7 @@ def written_tokens(texts: Iterable[str], tokens: SequenceOf[str]) -> set[str]:
 
 
 def special_tokens_error(row: Row, tokens: Iterable[str]) -> DataError:
-    """Return the error for a row with special tokens in its text where ``data.special_tokens_in_text`` is refuse."""
+    """Return the error for a row with special tokens in its text if ``data.special_tokens_in_text`` is refuse."""
     names = ", ".join(sorted(tokens))
     return DataError(
         "data.special_tokens",

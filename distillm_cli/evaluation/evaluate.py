@@ -33,7 +33,7 @@ GREEDY = "greedy"
 class Score:
     """Hold one metric: mean and sample standard deviation over passes (0 for a single pass), and each pass's value.
 
-    signature: how it was computed, where the metric has one. undefined: the reason why the metric is undefined on these
+    signature: how it was computed, if the metric has one. undefined: the reason why the metric is undefined on these
     rows, and an alternative; its figures are None then.
     """
 
@@ -74,7 +74,7 @@ class SuiteResult:
     """Hold the scores of a model on one suite.
 
     prompts: each row's, as text. references: each row's accepted responses, as compared. answers: by pass ("10", "20", …
-    or "greedy"), in the order of ``suite.rows``. tasks: the scores by kind of task, where rows have one. tokens: generated
+    or "greedy"), in the order of ``suite.rows``. tasks: the scores by kind of task, if rows have one. tokens: generated
     over all passes. seconds: spent generating. entropy: mean over those tokens of the entropy of the model's next-token
     distribution (temperature 1), in nats. complete: the share of answers that ended before the length limit, 0 to 1.
     """
@@ -202,7 +202,7 @@ def rows_in_context(
 
 
 def _scored_texts(texts: SequenceOf[str], config: schema.EvalConfig) -> tuple[str, ...]:
-    """Return the parts of responses that are scored: without reasoning where ``strip_reasoning`` is set."""
+    """Return the parts of responses that are scored: without reasoning if ``strip_reasoning`` is set."""
     return tuple(map(without_reasoning, texts)) if config.strip_reasoning else tuple(texts)
 
 

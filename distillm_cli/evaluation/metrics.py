@@ -31,8 +31,8 @@ RatioParts = tuple[float, float]
 class Metric(ABC):
     """Compare predictions with references. Subclass RatioMetric or CorpusMetric instead.
 
-    signature: the library's description of how the metric was computed, None where there is none. alternative: the metric
-    to use where this one is undefined.
+    signature: the library's description of how the metric was computed, None if there is none. alternative: the metric
+    to use if this one is undefined.
     """
 
     name: ClassVar[str]
@@ -47,10 +47,10 @@ class Metric(ABC):
 
     @abstractmethod
     def corpus_score(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-        """Return the figure of a set of predictions, 0 to 100. Raise ValueError for an empty set."""
+        """Return the figure of a set of predictions, 0 to 100. Raises ValueError for an empty set."""
 
     def undefined(self, references: Iterable[str]) -> str | None:
-        """Return the reason why the metric is undefined on these references, None where it is defined."""
+        """Return the reason why the metric is undefined on these references, None if it is defined."""
         return None
 
 
@@ -313,14 +313,14 @@ def get_metric(name: str, rouge_tokenizer: str = "words") -> Metric:
 
 
 def undefined_reason(name: str, references: Sequence[Sequence[str]], rouge_tokenizer: str = "words") -> str | None:
-    """Return the reason why a metric is undefined on these rows, with an alternative; None where it is defined."""
+    """Return the reason why a metric is undefined on these rows, with an alternative; None if it is defined."""
     metric = get_metric(name, rouge_tokenizer)
     reason = metric.undefined(text for accepted in references for text in accepted)
     return None if reason is None else f"{name} is undefined on these rows: {reason}; use {metric.alternative}"
 
 
 def ratio(counts: Iterable[RatioParts]) -> float:
-    """Return the figure of a set from the counts of its rows. Raise ValueError for an empty set."""
+    """Return the figure of a set from the counts of its rows. Raises ValueError for an empty set."""
     numerators = 0.0
     denominators = 0.0
     for numerator, denominator in counts:

@@ -80,7 +80,7 @@ def save_results(result: SuiteResult, root: Path, about: Mapping[str, Any] | Non
 def load_results(
     suite: Suite, root: Path, config: schema.EvalConfig, template: str, about: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """Return the object of ``--json`` that was saved for the same suite, settings and ``about``, None where none was."""
+    """Return the object of ``--json`` that was saved for the same suite, settings and ``about``, None if none was."""
     head = _head(suite, config, template, about)
     directory = root / suite.name / settings_label(config, template)
     try:

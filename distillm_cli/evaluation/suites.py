@@ -52,7 +52,7 @@ def load_suite(name: str, recipe: Recipe, listener: Listener = silent) -> Suite:
     """Load the test rows of a known data set (``data/known.py``), ``builtin``, a data file or directory, or a hub name.
 
     A short name is searched under $DISTILLM_DATA first, then on the hub. ``recipe.data`` sets how rows are read
-    (columns, skip_bad_rows), ``recipe.eval.limit`` how many. Raise DataError when they cannot be found or read.
+    (columns, skip_bad_rows), ``recipe.eval.limit`` how many. Raises DataError when they cannot be found or read.
     """
     # Settings of the training source, such as its held-out file, do not apply to the suite.
     changes = {"source": name, "valid": None, "limit": None}

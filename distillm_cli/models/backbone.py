@@ -277,7 +277,7 @@ class Backbone(nn.Module):
     def check_decoding(self) -> bool:
         """Return whether prompts may be padded, tested on a few tokens by the first call.
 
-        Raise ModelError for a model that cannot decode.
+        Raises ModelError for a model that cannot decode.
         """
         if self._may_be_padded is None or self._may_be_padded[0] != self.own_logits:
             plain = seq2seq.Seq2SeqDecoding if self.is_encoder_decoder else PlainDecoding

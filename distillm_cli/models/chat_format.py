@@ -51,7 +51,7 @@ def set_chat_template(pair: Pair, data: DataConfig, listener: Listener) -> None:
 
 
 def read_template(path: str) -> str:
-    """Read a chat template from a file. Raise UsageError."""
+    """Read a chat template from a file. Raises UsageError."""
     try:
         return Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -65,7 +65,7 @@ def read_template(path: str) -> str:
 def set_languages(tokenizer: Any, data: DataConfig, models: Iterable[Backbone]) -> None:
     """Set the language codes of a translation tokenizer (NLLB, M2M100, mBART), and the first token of responses.
 
-    Raise UsageError if the tokenizer has no such codes.
+    Raises UsageError if the tokenizer has no such codes.
     """
     for key, name, code in (
         ("data.source_language", "src_lang", data.source_language),

@@ -161,7 +161,7 @@ def continue_adapter(
     local: bool,
     revision: str | None,
 ) -> Adapter:
-    """Attach the adapter in ``path`` to its model, to continue training. Raise ModelError if it differs from ``config``."""
+    """Attach the adapter in ``path`` to its model, to continue training. Raises ModelError if it differs from ``config``."""
     from peft import LoraConfig, PeftConfig
 
     own = _checked_call(lambda: PeftConfig.from_pretrained(path, revision=revision, local_files_only=local), path)

@@ -93,7 +93,7 @@ def _has_template(path: str, revision: str | None) -> bool:
 
 
 def _count_in_headers(directory: Path) -> int | None:
-    """Count the parameters in the headers of the safetensors files; None where a file is absent or unreadable."""
+    """Count the parameters in the headers of the safetensors files; None if a file is absent or unreadable."""
     files = set(directory.glob("model*.safetensors"))
     index = directory / "model.safetensors.index.json"
     try:

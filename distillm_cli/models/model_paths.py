@@ -97,7 +97,7 @@ def base_model_of(name: str, *, local: bool, revision: str | None) -> tuple[str,
 
 
 def read_base_model(file: Path) -> tuple[str, str | None]:
-    """Return the base model that an adapter's config names, and its revision. Raise ModelError."""
+    """Return the base model that an adapter's config names, and its revision. Raises ModelError."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         base = config.get("base_model_name_or_path")

@@ -217,7 +217,7 @@ def create_student(
     max_length: int,
     listener: Listener = silent,
 ) -> Backbone:
-    """Load or build the model to train: float32 parameters, in eval mode, under a LoRA adapter where one is configured.
+    """Load or build the model to train: float32 parameters, in eval mode, with a LoRA adapter if one is configured.
 
     Its tokenizer is the argument, else the configured one, else its own, else the teacher's. tokenizers: as in
     `load_pair`. max_length: tokens of the longest example, which sizes the context of a model built without a teacher.
@@ -349,7 +349,7 @@ def check_architectures(teacher: Backbone | Shape, student: Backbone | Shape) ->
 def check_vocabularies(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
     """Check that both map every shared id to the same token. One may have additional (special) tokens.
 
-    Raise ModelError with the first difference.
+    Raises ModelError with the first difference.
     """
     if student is teacher:
         return

@@ -91,7 +91,7 @@ def own_logits(model: PreTrainedModel, batch: Batch, start: int) -> torch.Tensor
 def start_token(config: PretrainedConfig) -> int:
     """Return the start token of the decoder: the config's decoder_start_token_id, else its pad token, as in T5.
 
-    Raise ModelError if there is neither.
+    Raises ModelError if there is neither.
     """
     for name in ("decoder_start_token_id", "pad_token_id"):
         if (token := getattr(config, name, None)) is not None:

@@ -64,12 +64,12 @@ class EncoderSizes:
 class Sizes:
     """Hold the sizes that determine a model's memory and time, counted from its modules on any device.
 
-    parameters: by part: embeddings (of positions too), trunk, head (0 where it is the embedding matrix), outside (of a
+    parameters: by part: embeddings (of positions too), trunk, head (0 if tied to the embeddings), outside (of a
     composite model, what is not its text model), total, trainable. matmul: weights of the trunk in the matrix products
     of one token; of a mixture of experts, those of the experts per token. head_in × vocab: the head's product.
     attention, kv: widths of all query heads, and of all key-value heads, in a layer. dropout_heads: query heads of a
-    layer, where attention has dropout. adapted: weights of the layers that have a LoRA adapter, and rank: the
-    adapter's. encoder: of an encoder-decoder, whose layers and matmul are then the decoder's alone.
+    layer, if attention has dropout. adapted: weights of the layers that have a LoRA adapter, and rank: the adapter's.
+    encoder: of an encoder-decoder, whose layers and matmul are then the decoder's alone.
     """
 
     kind: str
@@ -172,7 +172,7 @@ def sizes(model: PreTrainedModel, vocab: int | None = None) -> Sizes:
 
 
 def has_weights(path: str) -> bool:
-    """Return whether a model's weights are in a local directory. Raise ModelError for a path that does not exist."""
+    """Return whether a model's weights are in a local directory. Raises ModelError for a path that does not exist."""
     if isinstance(parse_student(path), ConfigFile):
         return False
     name, local = locate_model(path)

@@ -121,7 +121,7 @@ def check_has_teacher(text: str, spec: StudentSpec, teacher: object | None) -> N
 
 
 def _random_model(text: str, teacher_config: PretrainedConfig | None) -> RandomModel:
-    """Return family, layers and width of ``random:`` or ``width:``. Raise UsageError.
+    """Return family, layers and width of ``random:`` or ``width:``. Raises UsageError.
 
     No weights are copied for a width, since narrower matrices do not correspond to wider ones.
     """

@@ -163,7 +163,7 @@ class TokenizerCache:
         self._by_files: dict[str, PreTrainedTokenizerBase] = {}
 
     def load(self, path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-        """Return a model's tokenizer, as ``own_tokenizer`` reads it. Raise ModelError."""
+        """Return a model's tokenizer, as ``own_tokenizer`` reads it. Raises ModelError."""
         if (path, revision) not in self._read:
             try:
                 self._read[path, revision] = self._read_first(path, revision)

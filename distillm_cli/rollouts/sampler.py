@@ -154,7 +154,7 @@ def sample(
     seeds: (seed, row) per prompt. limits: largest number of new tokens per row, in addition to
     ``sampling.max_new_tokens`` and the context. with_log_probs: return log-probabilities of the chosen tokens; the decoding
     then has ``log_probs(tokens_B)``, [B, K]. width: number of rows that fit into memory; if it is smaller than the batch,
-    the same outputs are sampled in groups. Raise DataError if a prompt leaves no room for a new token, NonFiniteError if
+    the same outputs are sampled in groups. Raises DataError if a prompt leaves no room for a new token, NonFiniteError if
     the logits are not finite.
     """
     token_limits = []
@@ -323,7 +323,7 @@ def uniforms(seeds: SequenceOf[tuple[int, int]], count: int) -> np.ndarray:
 
 
 def max_response_tokens(prompt: int, sampling: Sampling, context: int | None, limit: int | None) -> int:
-    """Return the largest number of new tokens after a prompt of ``prompt`` tokens. Raise DataError if it is 0."""
+    """Return the largest number of new tokens after a prompt of ``prompt`` tokens. Raises DataError if it is 0."""
     tokens = sampling.max_new_tokens
     if context is not None:
         tokens = min(tokens, context - prompt)

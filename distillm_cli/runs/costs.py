@@ -37,7 +37,7 @@ class Lengths:
     """Hold the lengths of the rows, in tokens.
 
     longest: prompt and response of the longest row. mean: of prompt and response. response: mean of the response.
-    rows, steps, steps_per_epoch: None where they are not known.
+    rows, steps, steps_per_epoch: None if they are not known.
     """
 
     longest: int
@@ -121,11 +121,11 @@ def memory(run: Workload) -> dict[str, int]:
 
     Activations: of one micro-batch of the longest rows, 34 values per position, layer and unit of width (saved tensors of
     GPT-2, OPT, Llama and Qwen 3, without attention scores, are 19 to 36). With gradient checkpointing 2, and 34 for the one
-    layer that is recomputed. Attention scores are added where attention on a CPU saves them (``_attention_score_bytes``).
+    layer that is recomputed. Attention scores are added if attention on a CPU saves them (``_attention_score_bytes``).
     Adapters of every linear layer add 9, their inputs in float32, and 15 more in GPT-2, whose GELU is many operations.
 
     Copies: under autocast every matrix in the compute dtype; while the student samples, every weight, with an adapter merged
-    in. The loss holds its chunks and, where the head is trained, one gradient of the head.
+    in. The loss holds its chunks and, if the head is trained, one gradient of the head.
 
     On a CPU the matrices of a bf16 teacher are in memory twice, once in the layout of the products, for the families of
     ``models/cpu/``. So are those of a model that samples in bf16. The weights from before training, which the first
@@ -191,7 +191,7 @@ def memory(run: Workload) -> dict[str, int]:
 def _attention_score_bytes(run: Workload, longest: int) -> int:
     """Return the bytes of attention scores that are saved for the student's backward pass.
 
-    torch's attention on a CPU saves them where it has dropout: 12 bytes each, counted on T5. The forward passes of
+    torch's attention on a CPU saves them if it has dropout: 12 bytes each, counted on T5. The forward passes of
     ``models/cpu/`` do not. longest: tokens of the longest row.
     """
     from distillm_cli.models.cpu.forward import has_forward
@@ -231,7 +231,8 @@ def peak_memory(parts: Mapping[str, int], device: str) -> int:
 def decoding_copy_bytes(student: Sizes, itemsize: int) -> int:
     """Return the bytes of the copy of the student that decodes.
 
-    It holds every weight, with the adapter merged in, where the compute dtype is not float32; else the adapted layers alone.
+    It holds every weight, with the adapter merged in, if the compute dtype is not float32; else only the adapted
+    layers.
     """
     return itemsize * student.merged if itemsize < 4 else 4 * student.adapted
 
@@ -283,8 +284,8 @@ def decoding_work(model: Sizes, rows: float, prompt: float, new: int, vocab: int
 def step_work(run: Workload) -> dict[str, Work]:
     """Return the work of an optimizer step, by the source that it trains on. FLOPs and seconds are computed from it.
 
-    Sources: data set rows and the teacher's samples (each also as ``_cached``, where the teacher's states are cached), a new
-    rollout, a replayed one, a pair of samples of both models. Sources that the schedule never draws are left out.
+    Sources: data set rows and the teacher's samples (each also as ``_cached``, if the teacher's states are cached), a
+    new rollout, a replayed one, a pair of samples of both models. Sources that the schedule never draws are left out.
 
     For interleaved sampling, the teacher's check of the drafted tokens counts as one more forward pass.
     """

@@ -29,7 +29,7 @@ from distillm_cli.utils.threads import set_threads
 
 @dataclass(frozen=True)
 class Settings:
-    """Describe where the settings of ``generate`` and ``eval`` come from.
+    """Describe the sources of the settings of ``generate`` and ``eval``.
 
     recipe: a file, a shipped name, or a resolved recipe (of a pipeline's stage); None: the model's own, if it has one.
     flags, sets: override the recipe.

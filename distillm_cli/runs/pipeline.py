@@ -42,7 +42,7 @@ RESOLVED_PIPELINE = "pipeline.yaml"
 class StageState:
     """Describe the state of a stage before a run.
 
-    kind: "done", "to run", "to go on", "changed" or "left out". why: a clause for messages.
+    kind: "done", "to run", "to resume", "changed" or "left out". why: a clause for messages.
     """
 
     kind: str
@@ -151,9 +151,9 @@ def _state(stage: Stage, place: Path, before: StageRecord, made: Mapping[str, st
         more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
         return StageState("changed", ", ".join(changes[:3]) + more)
     if before.status != "done":
-        return StageState("to go on")
+        return StageState("to resume")
     if not stage_record.is_intact(before, place):
-        return StageState("to go on", "its output is missing or has changed")
+        return StageState("to resume", "its output is missing or has changed")
     return StageState("done")
 
 
@@ -202,7 +202,7 @@ class _PipelineRun:
                 made[stage.name] = before.made
                 results[stage.name] = self._stage_result("skipped", stage, place, dict(before.result))
                 continue
-            why = {"to run": "", "to go on": " · resumes"}
+            why = {"to run": "", "to resume": " · resumes"}
             self.listener(Note(f"{title}{why.get(state.kind, f' · {describe(state)}')}"))
             record = stage_record.start_record(stage, stage_record.shaping_of(stage, made), before)
             result = self._run_stage(stage, place, record).as_json()
@@ -328,7 +328,7 @@ def _inputs_from_stages(stage: Stage) -> set[str]:
 
 
 def _shortest_path(place: Path) -> str:
-    """Return a path relative to the working directory where it is below it: the same for every spelling of --output."""
+    """Return a path relative to the working directory if it is below it: the same for every spelling of --output."""
     whole, here = place.resolve(), Path.cwd().resolve()
     return str(whole.relative_to(here)) if whole.is_relative_to(here) else str(whole)
 

@@ -339,7 +339,7 @@ def _predicted_cache(
 ) -> tuple[dict[str, Any] | None, dict[str, int]]:
     """Return the figures of the teacher cache, predicted from the models' shapes, and its bytes by part of the memory.
 
-    Free memory is not checked: where weights are not available, the run takes place on another machine.
+    Free memory is not checked: if weights are not available, the run takes place on another machine.
     """
     if teacher is None:
         return None, {}

@@ -75,7 +75,7 @@ def _on_sampled_prompts(samples: PlannedSamples, resolved: Resolved) -> Resolved
 class _Prompts:
     """Describe the prompts that a model responds to.
 
-    rows: number of prompts, None where unknown. tokens, longest: mean and largest length. new_tokens: maximum number of
+    rows: number of prompts, None if unknown. tokens, longest: mean and largest length. new_tokens: maximum number of
     tokens of a response. each: responses per prompt.
     """
 
@@ -87,7 +87,7 @@ class _Prompts:
 
     @property
     def responses(self) -> int | None:
-        """Return the number of responses to all prompts, None where unknown."""
+        """Return the number of responses to all prompts, None if unknown."""
         return None if self.rows is None else self.rows * self.each
 
 

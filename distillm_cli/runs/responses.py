@@ -53,8 +53,8 @@ class ResponseFile:
         """Create or empty the file; on a resume of one that exists, check it and count its rows.
 
         settings: everything that affects the rows. expected: fields that each row must have, in order. Raises
-        CheckpointError where the file has other settings or was changed, StorageError where it cannot be written,
-        UsageError where another process is writing it.
+        CheckpointError if the file has other settings or was changed, StorageError if it cannot be written,
+        UsageError if another process is writing it.
         """
         is_new = not self.path.exists()
         with _writing(self.path):

@@ -24,7 +24,7 @@ class Result(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Hold a model's figures on held-out rows. valid_loss: nats per token; None where it was not measured."""
+    """Hold a model's figures on held-out rows. valid_loss: nats per token; None if it was not measured."""
 
     name: str
     valid_loss: float | None = None
@@ -210,7 +210,7 @@ class DecodedSequence:
 @dataclass(frozen=True)
 class PlanResult:
     """Hold the result of ``plan``. figures: the ``--json`` object without command and status. batch: the first sequences,
-    decoded; empty where the models' weights are not available."""
+    decoded; empty if the models' weights are not available."""
 
     figures: Mapping[str, Any]
     batch: tuple[DecodedSequence, ...] = ()

@@ -243,7 +243,7 @@ def _identity(path: Path) -> str:
 
 @contextmanager
 def lock_pipeline(output: Path) -> Iterator[None]:
-    """Lock the directory against other pipelines. Raises UsageError where one is running in it, StorageError."""
+    """Lock the directory against other pipelines. Raises UsageError if one is running in it, StorageError."""
 
     def busy() -> None:
         what = f"another `distillm run` is active in {output}"

@@ -330,7 +330,7 @@ def _samples(run: Prepared, answers: Mapping[str, list[str]]) -> tuple[Sample, .
 
 
 def _question(run: Prepared, row: Row) -> str:
-    """Return the prompt of a row, without the text of a template where the row has an instruction or messages."""
+    """Return the prompt of a row, without the text of a template if the row has an instruction or messages."""
     if row.instruction is not None:
         return "\n".join(filter(None, (row.instruction, row.input)))
     if row.messages is not None and row.messages[-1]["role"] == "user":

@@ -159,7 +159,7 @@ def read_cache(
 ) -> HiddenStateTable:
     """Return the states, memory-mapped, so that several processes share one copy. The SHA-256 is checked first.
 
-    Raise CheckpointError for a cache that is damaged, incomplete, or of another teacher or other rows.
+    Raises CheckpointError for a cache that is damaged, incomplete, or of another teacher or other rows.
     """
     try:
         metadata = _read_metadata(directory)
@@ -186,7 +186,7 @@ def read_cache(
 
 
 def _read_metadata(directory: Path) -> dict:
-    """Return the content of states.json. Raise ValueError with a description if it is not valid for this version."""
+    """Return the content of states.json. Raises ValueError with a description if it is not valid for this version."""
     try:
         metadata = json.loads((directory / METADATA).read_text(encoding="utf-8"))
     except ValueError as error:

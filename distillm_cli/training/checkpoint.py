@@ -107,7 +107,7 @@ class Checkpoints:
         return error is None
 
     def latest(self) -> Checkpoint | None:
-        """Return the newest checkpoint, verified; None where there is none."""
+        """Return the newest checkpoint, verified; None if there is none."""
         return latest(self.root)
 
 
@@ -128,7 +128,7 @@ def visible(root: Path) -> list[Path]:
 
 
 def latest(root: Path) -> Checkpoint | None:
-    """Return the newest checkpoint under ``root``, verified; None where there is none. Raises CheckpointError."""
+    """Return the newest checkpoint under ``root``, verified; None if there is none. Raises CheckpointError."""
     paths = visible(root)
     return read_checkpoint(paths[-1]) if paths else None
 

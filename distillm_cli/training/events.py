@@ -86,7 +86,7 @@ class Validated(Event):
     """Report a validation. valid_loss: mean cross-entropy per token of the student on held-out rows, nats.
 
     scores: further held-out figures (a divergence, ROUGE-L, …) by name. rose: whether φ rose. best: whether the
-    quantity that selects checkpoints has its best value so far. trigger: the loss at which φ rises, nats; None where it
+    quantity that selects checkpoints has its best value so far. trigger: the loss at which φ rises, nats; None if it
     cannot.
     """
 

@@ -167,7 +167,7 @@ class Trainer:
     def _begin_step(self, micro_batches: list[MicroBatch], progress: float) -> list[TokenWeights | None]:
         """Pass the whole step to the objective; return the weights of its tokens, by micro-batch.
 
-        Log-probabilities are computed first where the objective needs them; the teacher's states are reused in the step.
+        Log-probabilities are computed first if the objective needs them; the teacher's states are reused in the step.
         """
         source_batches = [SourceBatch(micro.source, list(chain.from_iterable(micro.groups))) for micro in micro_batches]
         log_probs = []

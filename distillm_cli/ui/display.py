@@ -42,7 +42,7 @@ GOOD, BAD = "green", "yellow"
 
 
 class Memory(NamedTuple):
-    """Hold bytes in use: resident in the process, and allocated on the GPU. None where unknown."""
+    """Hold bytes in use: resident in the process, and allocated on the GPU. None if unknown."""
 
     process: float | None = None
     gpu: float | None = None

@@ -58,7 +58,7 @@ def unseal(directory: Path, name: str | None = None) -> None:
 def record(
     directory: Path, names: Iterable[str], *, removed: Iterable[str] = (), seals: dict[str, dict] | None = None
 ) -> None:
-    """List files and directories as written by a run, before they are written. Creates a manifest where there is none.
+    """List files and directories as written by a run, before they are written. Creates a manifest if there is none.
 
     names: relative paths, with slashes. removed: names to remove from the list. seals: of files that users may edit.
     """
@@ -79,7 +79,7 @@ def recorded(directory: Path) -> dict[str, dict | None]:
 
 
 def read_manifest(directory: Path) -> dict | None:
-    """Return the manifest of a directory; None where it has none that this program wrote.
+    """Return the manifest of a directory; None if it has none that this program wrote.
 
     Raises CheckpointError for one that cannot be read or that another version wrote.
     """
@@ -129,7 +129,7 @@ def edited_files(directory: Path) -> Iterator[str]:
 
 
 def difference(directory: Path, manifest: dict, name: str) -> str | None:
-    """Return the problem with a sealed file; None where it is unchanged."""
+    """Return the problem with a sealed file; None if it is unchanged."""
     path = directory / name
     if not path.is_file():
         return f"{path} is missing"

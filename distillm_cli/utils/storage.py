@@ -69,7 +69,7 @@ def storage_error(error: BaseException, what: str, hint: str, *, hint_if_full: s
 
 
 def os_error_number(error: BaseException) -> int | None:
-    """Return the number of the file system's error that this exception reports; None where it reports none."""
+    """Return the number of the file system's error that this exception reports; None if it reports none."""
     if isinstance(error, OSError) and error.errno is not None:
         number = error.errno
     elif found := _ERROR_NUMBER.search(str(error)):
@@ -163,7 +163,7 @@ def move_into(directory: Path, files: list[Path]) -> None:
 def remove(path: Path) -> OSError | None:
     """Remove a file, or a directory with its contents, so that a kill leaves no incomplete directory under its name.
 
-    A directory is renamed first, to a name that ``sweep`` deletes. Returns the error where something could not be removed;
+    A directory is renamed first, to a name that ``sweep`` deletes. Returns the error if something could not be removed;
     the name may be free even then (``os.path.lexists(path)``).
     """
     try:
@@ -179,7 +179,7 @@ def remove(path: Path) -> OSError | None:
 
 
 def _rename_aside(path: Path) -> Path | None:
-    """Rename a file or directory to a reserved name, and return that; None where it does not exist."""
+    """Rename a file or directory to a reserved name, and return that; None if it does not exist."""
     names = (path.with_name(f"{REMOVED}{path.name}{n}") for n in itertools.chain([""], itertools.count(1)))
     aside = next(name for name in names if not os.path.lexists(name))
     try:
@@ -217,8 +217,8 @@ def sweep(directory: Path, name: str = "") -> None:
 def locked(path: Path, busy: Callable[[], None]) -> Iterator[bool]:
     """Lock a directory, or a file, which is created, against other processes until the block ends.
 
-    busy: called where another process holds the lock. If it returns, the lock is waited for. The lock is released when its
-    process ends. Yields False where this file system does not support locks.
+    busy: called if another process holds the lock. If it returns, this call waits for the lock. The lock is released
+    when its process ends. Yields False if this file system does not support locks.
     """
     if fcntl is None:
         yield False
@@ -245,7 +245,7 @@ def _lock(descriptor: int, busy: Callable[[], None]) -> bool:
 
 
 def check_writable(directory: Path) -> None:
-    """Create a temporary file without a name in the directory. Raises OSError where that fails."""
+    """Create a temporary file without a name in the directory. Raises OSError if that fails."""
     import tempfile
 
     with tempfile.TemporaryFile(prefix=PROBE, dir=directory):

@@ -32,8 +32,8 @@ def typed(tmp_path, capfd, monkeypatch):
 def test_plan_prints_its_tables_on_stdout_as_plain_text(typed):
     code, out, err = typed("plan", "--recipe", "quickstart", *SMALL)
     assert code == 0
-    assert "most at once" in out
-    assert "most at once" not in err
+    assert "peak" in out
+    assert "peak" not in err
     assert not set(BORDERS) & set(out.partition("One batch")[0])
     assert all(line == line.rstrip() for line in out.splitlines())
 
@@ -42,7 +42,7 @@ def test_with_json_the_tables_stay_on_stderr(typed):
     code, out, err = typed("plan", "--recipe", "quickstart", *SMALL, "--json")
     assert code == 0
     assert json.loads(out)["command"] == "plan"
-    assert "most at once" in err
+    assert "peak" in err
 
 
 def test_quiet_prints_the_scores_and_nothing_else(typed):

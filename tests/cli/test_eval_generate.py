@@ -172,32 +172,40 @@ def test_a_recipe_of_another_program_beside_the_model_is_told_and_left_alone(pla
 @pytest.mark.parametrize(
     ("code", "words", "said"),
     [
-        (2, ["eval", "model"], "nothing to score model on; give --suite"),
+        (2, ["eval", "model"], "no suite to score model on; use --suite"),
         (2, ["eval", "model", "--suite", "data", "--metric", "meteor"], "--metric"),
         (2, ["eval", "model", "--suite", "data", "--seeds", "ten"], "--seeds"),
-        (2, ["eval", "model", "--suite", "data", "--greedy", "--seeds", "10"], "--greedy and --seeds exclude"),
+        (
+            2,
+            ["eval", "model", "--suite", "data", "--greedy", "--seeds", "10"],
+            "--greedy and --seeds are mutually exclusive",
+        ),
         (3, ["eval", "model", "--suite", "missing.jsonl"], "missing.jsonl: no such file"),
         (3, ["eval", "model", "--suite", "long.jsonl"], "long.jsonl:2: a prompt of"),
         (3, ["eval", "model", "--suite", "empty.jsonl"], "empty.jsonl"),
-        (4, ["eval", "data", "--suite", "data"], "data holds no config.json"),
+        (4, ["eval", "data", "--suite", "data"], "data has no config.json"),
         (4, ["eval", "./nowhere", "--suite", "data"], "no such directory"),
         (4, ["eval", "nowhere"], "cannot find 'nowhere'"),
-        (4, ["eval", "data"], "data holds no config.json"),
+        (4, ["eval", "data"], "data has no config.json"),
         (4, ["eval", "model", "nowhere", "--suite", "data"], "cannot find 'nowhere'"),
-        (2, ["eval", "model", "--suite", "data", "--seeds", f"1,{2**63}"], "each a whole number < 2^63"),
-        (2, ["generate", "--model", "model", "--prompt", "x", "--seed", f"{2**63}"], "a whole number ≥ 0 and < 2^63"),
-        (2, ["generate", "--model", "model", "--prompt", "x", "--prompt", " "], "an empty --prompt"),
+        (2, ["eval", "model", "--suite", "data", "--seeds", f"1,{2**63}"], "each an integer < 2^63"),
+        (2, ["generate", "--model", "model", "--prompt", "x", "--seed", f"{2**63}"], "an integer ≥ 0 and < 2^63"),
+        (2, ["generate", "--model", "model", "--prompt", "x", "--prompt", " "], "empty --prompt"),
         (8, ["eval", "model", "--suite", "data", "--output", "empty.jsonl/out"], "cannot write to"),
         (2, ["generate", "--prompt", "x"], "give --model"),
-        (2, ["generate", "--model", "model"], "no prompts; give one of"),
-        (2, ["generate", "--model", "model", "--prompt", "x", "--data", "data"], "--data and --prompt exclude"),
+        (2, ["generate", "--model", "model"], "no prompts; use one of"),
+        (
+            2,
+            ["generate", "--model", "model", "--prompt", "x", "--data", "data"],
+            "--data and --prompt are mutually exclusive",
+        ),
         (2, ["generate", "--model", "model", "--prompt", "x", "--json"], "give --output FILE"),
         (2, ["generate", "--model", "model", "--prompt", "x", "--n", "2", "--temperature", "0"], "temperature 0"),
         (2, ["generate", "--model", "model", "--prompt", "x", "--n", "2", "--greedy"], "temperature 0"),
         (
             2,
             ["generate", "--model", "model", "--prompt", "x", "--greedy", "--temperature", "0.7"],
-            "exclude each other",
+            "are mutually exclusive",
         ),
         (2, ["generate", "--model", "model", "--prompt", "x", "--n", "0"], "--n = 0"),
         (2, ["generate", "--model", "model", "--data", "data", "--split", "dev"], "train, valid or test"),
@@ -332,7 +340,7 @@ def test_rows_that_are_read_are_not_replaced_by_what_is_made_of_them(place, type
     code, _, err = typed("generate", "--data", data, *argv)
     assert code == 2
     assert err.endswith(
-        f"--output {output.removeprefix('./')} is among what --data {data} reads; choose another --output\n"
+        f"--output {output.removeprefix('./')} is an input of --data {data}; choose another --output\n"
     )
     assert (place / output).read_bytes() == before
 
@@ -396,7 +404,7 @@ def test_going_on_with_something_else_is_refused(place, typed):
     (place / "rows.jsonl").write_text(changed, encoding="utf-8")
     code, _, err = typed(*command)
     assert code == 5
-    assert "rows.jsonl:2 is not the row that belongs there" in err
+    assert "rows.jsonl:2 is not the expected row" in err
 
 
 def test_control_c_keeps_what_is_written_and_resume_completes_it(place, typed):

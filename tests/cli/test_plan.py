@@ -238,7 +238,7 @@ def test_a_plan_fits_80_columns_and_names_every_unit(plans):
     one, stages = plans["samsum-t5"][2], plans["dolly-gpt2-pipeline"][2]
     for told in ("24 + 24 × 2048", "8 + 8 × 512", "TFLOP", "GB", "ms"):
         assert told in one
-    assert "not known: no tokenizer available; 32,128 rows in common" in one
+    assert "unknown: no tokenizer available; 32,128 rows in common" in one
     for told in ("1.56 B → 124 M", "FLOP of each", "– steps", "– answers", "ms", "too large"):
         assert told in stages
 
@@ -253,7 +253,10 @@ def test_a_plan_fits_80_columns_and_names_every_unit(plans):
             "--lr with dolly-gpt2-pipeline, a recipe of stages; try --set",
         ),
         (["--data", "rows.jsonl", "--student", "random:2x32"], "rows.jsonl: no such file or directory"),
-        (["--data", "builtin", "--student", "layers:6"], "layers:6 takes layers from a teacher, and there is none"),
+        (
+            ["--data", "builtin", "--student", "layers:6"],
+            "layers:6 copies layers of a teacher, but there is no teacher",
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_said_in_one_line(argv, line, capsys, monkeypatch, tmp_path):
@@ -268,10 +271,10 @@ def test_what_cannot_be_planned_is_said_in_one_line(argv, line, capsys, monkeypa
 @pytest.mark.parametrize(
     ("sets", "line"),
     [
-        (("teacher.cache=disk", "schedule.kind=on"), "schedule.kind on trains on none"),
+        (("teacher.cache=disk", "schedule.kind=on"), "schedule.kind on does not train on them"),
         (
             ("train.select=rouge_l", "eval.report_rows=0"),
-            "is measured on eval.report_rows held-out rows, and that is 0",
+            "needs eval.report_rows held-out rows, but that is 0",
         ),
     ],
 )

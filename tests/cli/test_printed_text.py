@@ -130,6 +130,6 @@ def test_an_argument_that_is_not_utf8_is_refused_before_anything_is_done(words, 
     monkeypatch.chdir(tmp_path)
     code, _, err = call(capsys, *words.split(), "runs/\udcff", "--json")
     assert code == 2
-    assert err == "error: runs/\\udcff is not UTF-8; rename the file, or see what the variable holds\n"
+    assert err == "error: runs/\\udcff is not UTF-8; rename the file, or check the variable\n"
     assert not list(tmp_path.iterdir())
     assert app.main(["methods", "show", "φ"]) == 2, "letters beyond ASCII are text"

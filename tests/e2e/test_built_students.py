@@ -276,5 +276,5 @@ def test_a_quantised_teacher_is_refused_where_it_cannot_be(typed, monkeypatch):
     argv = distill("--student", "random:1x32", "--set", "teacher.quantize=8bit", "--output", "out")
     code, answer, _ = typed(*argv)
     assert (code, answer["code"]) == (4, 4)
-    assert answer["message"].startswith("teacher.quantize 8bit needs CUDA, and ")
+    assert answer["message"].startswith("teacher.quantize 8bit needs CUDA, but ")
     assert "\n" not in answer["message"]

@@ -162,9 +162,9 @@ def test_a_t5_adapter_is_published_as_a_whole_model_or_alone_and_both_say_the_sa
             "llama",
             ["--student", "layers:1", "--lora", RANK, "--set", "student.lora_output=adapter"],
             2,
-            "student.lora_output adapter: the adapter of layers:1 would have no model to be loaded on",
+            "student.lora_output adapter: the base model layers:1 would not be saved",
         ),
-        ("t5", ["--student", "layers:1", "--lora", RANK], 4, "cannot take layers of a t5 teacher"),
+        ("t5", ["--student", "layers:1", "--lora", RANK], 4, "cannot copy layers of a t5 teacher"),
         (
             "t5",
             ["--student", "random:1x32", "--lora", RANK, "--set", "student.lora.targets=[nowhere]"],

@@ -262,7 +262,7 @@ def test_instructions_are_chat_where_both_have_templates_and_the_other_choice_is
     code, _, err = typed(*run, "--output", "a")
     assert code == 0, err
     assert "template chat: rows are instructions and the models have chat templates" in err
-    assert "--set data.template=alpaca chooses the other form" in err
+    assert "--set data.template=alpaca selects the other one" in err
     code, _, err = typed(*run, "--set", "data.template=alpaca", "--output", "b")
     assert code == 0, err
     assert "template: alpaca" in (tmp_path / "b" / "recipe.yaml").read_text()
@@ -302,10 +302,10 @@ def test_rows_that_a_template_refuses_can_be_skipped(typed, tmp_path):
     run = ["sft", "--model", model, *on(data), "--steps", 1]
     code, result, _ = typed(*run, "--output", "a")
     assert code == 3
-    assert "rows.jsonl:5: the chat template cannot write this row: roles must alternate" in result["message"]
+    assert "rows.jsonl:5: the chat template cannot render this row: roles must alternate" in result["message"]
     code, _, err = typed(*run, "--skip-bad-rows", "--output", "a")
     assert code == 0, err
-    assert "skipped rows.jsonl:5: the chat template cannot write this row" in " ".join(err.split())
+    assert "skipped rows.jsonl:5: the chat template cannot render this row" in " ".join(err.split())
 
 
 def test_rows_without_answers_to_train_on_are_named(typed, tmp_path):
@@ -313,7 +313,7 @@ def test_rows_without_answers_to_train_on_are_named(typed, tmp_path):
     data, model = lines(tmp_path / "rows.jsonl", rows), chat_models.save(tmp_path / "model")
     code, result, _ = typed("sft", "--model", model, "--data", data, *LEARN, *QUIET, "--steps", 1, "--output", "a")
     assert code == 3
-    assert "without an answer to train on" in result["message"]
+    assert "without a response to train on" in result["message"]
 
 
 CASES = {  # file → exit code of fine-tuning a chat model on it

@@ -34,7 +34,7 @@ def test_the_quickstart_pair_in_rounds(typed, tmp_path):
     assert all(line["reward"] < 0 for line in steps)
     assert "reward -" in err
     assert "Of 6 steps 4 (67%) used fresh rollouts and 2 (33%) replayed rollouts." in err
-    assert "Beside the student's outputs" in err
+    assert "Each step also used" in err
     assert not result["teacher_cache"]["model_left"], "it samples"
     AutoModelForCausalLM.from_pretrained("run")
 
@@ -116,12 +116,12 @@ def test_the_plan_counts_what_the_teacher_keeps_while_it_samples(typed):
 @pytest.mark.parametrize(
     ("method", "setting", "said"),
     [
-        ("minillm", "schedule.kind=off", "objective.policy_gradient needs outputs of the student"),
-        ("minillm", "schedule.fresh=buffer", "--set schedule.fresh = buffer; it belongs to on, mixed"),
-        ("gkd", "objective.row_weight=0.5", "objective.row_weight belongs to objective.policy_gradient"),
+        ("minillm", "schedule.kind=off", "objective.policy_gradient needs student outputs"),
+        ("minillm", "schedule.fresh=buffer", "--set schedule.fresh = buffer; it applies to on, mixed"),
+        ("gkd", "objective.row_weight=0.5", "objective.row_weight needs objective.policy_gradient"),
         ("minillm", "objective.ratio_clip=0", "expected a number > 0 and < 1"),
         ("minillm", "rollout.teacher_mix=1", "expected a number ≥ 0 and < 1"),
-        ("minillm", "schedule.inner_epochs=0", "expected a whole number ≥ 1"),
+        ("minillm", "schedule.inner_epochs=0", "expected an integer ≥ 1"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_loaded(typed, method, setting, said):

@@ -99,7 +99,7 @@ def test_what_a_run_reads_is_never_cleared_for_it(home, capsys, argv, named, out
     code, _, err = call(capsys, verb, *TINY, *more, "--output", output, "--overwrite")
     assert code == 2
     assert err == (
-        f"error: starting over in {output} would remove what the run reads; {named}; choose another --output, "
+        f"error: starting over in {output} would remove an input of the run; {named}; choose another --output, "
         "or copy it elsewhere first\n"
     )
     assert contents(home) == before
@@ -126,8 +126,8 @@ def test_of_two_runs_at_once_one_has_the_directory(home):
     assert sorted(codes) == [0, 2], told
     (_, refused), (answer, _) = told[codes.index(2)], told[codes.index(0)]
     assert refused in (
-        "error: another run is at work in same; wait for it, or choose another --output\n",
-        "error: output directory same is not empty; choose another --output, or give --resume to continue or --overwrite to "
+        "error: another run is active in same; wait for it, or choose another --output\n",
+        "error: output directory same is not empty; choose another --output, or use --resume to continue or --overwrite to "
         "start over\n",  # where the first was done before the second began
     )
     assert json.loads(answer)["status"] == "ok"

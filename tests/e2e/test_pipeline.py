@@ -139,13 +139,13 @@ def test_killed_in_each_stage_and_continued_it_ends_where_the_whole_run_does(hom
         thread.join()
         assert code == 130, (name, err)
         assert told["message"].startswith(f"stage {name}: "), told
-        assert told["message"].endswith("type the same command again to go on")
+        assert told["message"].endswith("run the same command again to resume")
         assert "--resume" not in err
-        assert dry(typed, "--output", "cut")[name] == "to go on"
+        assert dry(typed, "--output", "cut")[name] == "to resume"
     code, told, err = typed("run", "all.yaml", "--output", "cut")
     assert code == 0, err
     assert states(told) == dict.fromkeys(STAGES[:4], "skipped") | {"eval": "done"}
-    assert "is scored already" in err
+    assert "is already scored" in err
     for name in ("teacher", "student", "distill"):
         whole, cut = weights(home / "whole" / name), weights(out / name)
         assert all(torch.equal(whole[key], cut[key]) for key in whole), name
@@ -168,7 +168,7 @@ def test_stopped_and_moved_it_goes_on_from_another_directory(home, typed, monkey
     code, told, err = typed("run", "all.yaml", "--output", "moved")
     assert code == 0, err
     assert states(told) == dict.fromkeys(STAGES[:3], "skipped") | {"distill": "done", "eval": "done"}
-    assert "distill (distill) · goes on where it was stopped" in err
+    assert "distill (distill) · resumes" in err
     whole, moved = weights(home / "whole/distill"), weights(tmp_path / "moved/distill")
     assert all(torch.equal(whole[key], moved[key]) for key in whole)
 
@@ -226,7 +226,7 @@ def test_the_power_goes_in_a_stage(home, typed):
     code, told, err = typed("run", "all.yaml", "--output", "cold")
     assert code == 0, err
     assert states(told) == dict.fromkeys(STAGES, "done") | {"teacher": "skipped"}
-    assert "student (sft) · goes on where it was stopped" in err
+    assert "student (sft) · resumes" in err
     whole, cold = weights(home / "whole/distill"), weights(home / "cold/distill")
     assert all(torch.equal(whole[key], cold[key]) for key in whole)
 
@@ -235,7 +235,7 @@ def test_a_run_that_is_done_does_nothing_again(typed, copied):
     code, told, err = typed("run", "all.yaml", "--output", copied)
     assert code == 0
     assert states(told) == dict.fromkeys(STAGES, "skipped")
-    assert err.count("done already") == 10, "a line for each stage, and the table"
+    assert err.count("already done") == 10, "a line for each stage, and the table"
     assert told["stages"]["distill"]["result"]["steps"] == 30
     assert set(told) == {"command", "status", "output", "wall_s", "stages"}
 
@@ -280,7 +280,7 @@ def test_changed_rows_are_noticed(typed, copied, home):
 def test_a_stage_whose_output_was_lost_is_made_again(typed, copied):
     (copied / "samples" / "samples.jsonl").unlink()
     found = dry(typed, "--output", copied)
-    assert (found["teacher"], found["samples"], found["distill"]) == ("done", "to go on", "changed")
+    assert (found["teacher"], found["samples"], found["distill"]) == ("done", "to resume", "changed")
     (copied / "student" / "stage.json").write_text("{")
     code, told, err = typed("run", "all.yaml", "--output", copied)
     assert (code, told["code"]) == (5, 5)
@@ -295,7 +295,7 @@ def test_a_row_that_is_mended_is_noticed_though_its_file_is_as_long_and_whoever_
     assert mended != before
     assert len(mended) == len(before)
     rows_file.write_text(mended, encoding="utf-8")
-    assert dry(typed, "--output", copied)["samples"] == "to go on"
+    assert dry(typed, "--output", copied)["samples"] == "to resume"
     code, told, err = typed("run", "all.yaml", "--output", copied)
     assert code == 0, err
     assert states(told) == dict.fromkeys(STAGES[:2], "skipped") | dict.fromkeys(STAGES[2:], "done")
@@ -310,7 +310,7 @@ def test_what_a_changed_stage_had_answered_is_kept(typed, copied):
     rows_file.write_text("".join(mended), encoding="utf-8")
     code, _, err = typed("run", "all.yaml", "--output", copied, "--only", "samples")
     assert code == 0, err
-    assert f"the answers of before are kept: {rows_file.with_name('samples-before-1.jsonl')}" in err
+    assert f"moved the earlier responses to {rows_file.with_name('samples-before-1.jsonl')}" in err
     assert rows_file.with_name("samples-before-1.jsonl").read_text(encoding="utf-8") == "".join(mended)
     assert len(rows_file.read_text(encoding="utf-8").splitlines()) == 48
     assert typed("run", "all.yaml", "--output", copied, "--only", "samples", "--set", "stages.samples.limit=40")[0] == 0
@@ -325,7 +325,7 @@ def test_every_file_of_a_stage_is_missed(typed, copied, home, stage, lost):
     path = next((copied / stage).rglob(lost))
     before = path.read_bytes()
     path.unlink()
-    assert dry(typed, "--output", copied)[stage] == "to go on"
+    assert dry(typed, "--output", copied)[stage] == "to resume"
     code, told, err = typed("run", "all.yaml", "--output", copied)
     assert code == 0, err
     assert {name for name, status in states(told).items() if status == "done"} == {stage}, "as it was, for its readers"
@@ -346,9 +346,7 @@ def test_a_damaged_record_is_named(typed, copied):
     record.write_text(json.dumps(told | {"of": {}, "fingerprint": "0"}))
     code, _, err = typed("run", "all.yaml", "--output", copied)
     assert code == 5
-    assert (
-        f"{record} cannot be read (it does not record what the stage was made of); remove {copied / 'student'}" in err
-    )
+    assert f"{record} cannot be read (it has no inputs of the stage); remove {copied / 'student'}" in err
 
 
 def test_a_pipeline_of_ones_own_is_not_replaced_by_what_it_resolves_to(typed, home, tmp_path):
@@ -371,14 +369,14 @@ def test_a_record_of_sizes_alone_is_still_read(typed, copied):
     assert set(dry(typed, "--output", copied).values()) == {"done"}
     rows_file = copied / "samples" / "samples.jsonl"
     rows_file.write_text(rows_file.read_text() + "\n")
-    assert dry(typed, "--output", copied)["samples"] == "to go on"
+    assert dry(typed, "--output", copied)["samples"] == "to resume"
 
 
 def test_only_and_from_leave_stages_out_and_name_the_one_that_is_missing(typed, home, copied):
     code, told, err = typed("run", "all.yaml", "--output", "new", "--only", "distill")
     assert (code, told["code"]) == (2, 2)
     assert err == (
-        "error: stage distill reads what stage teacher makes, and new/teacher is not there; "
+        "error: stage distill needs the output of stage teacher, but new/teacher does not exist; "
         "run stage teacher first, with --only teacher or --from teacher\n"
     )
     assert not (home / "new").exists(), "nothing was written"
@@ -390,7 +388,7 @@ def test_only_and_from_leave_stages_out_and_name_the_one_that_is_missing(typed, 
         "run", "all.yaml", "--output", copied, "--only", "eval", "--set", "stages.distill.train.lr=1e-3"
     )
     assert (code, states(told)) == (0, {"eval": "skipped"})
-    assert "warning: stage distill is taken as it is, though it has changed since: train.lr 0.005 → 0.001" in err
+    assert "warning: stage distill is not run again, although it has changed: train.lr 0.005 → 0.001" in err
 
 
 def test_the_dry_run_reads_back_and_says_where_values_come_from(typed, home, capsys, monkeypatch):
@@ -399,7 +397,7 @@ def test_the_dry_run_reads_back_and_says_where_values_come_from(typed, home, cap
     assert main(argv) == 0
     text = capsys.readouterr().out
     assert "  teacher:  # changed: train.seed 3 → 4\n" in text
-    assert "  eval:  # changed: stage distill and stage student are to be made first\n" in text
+    assert "  eval:  # changed: stage distill and stage student are to run first\n" in text
     said = [" ".join(line.split()) for line in text.splitlines()]
     assert "lr: 0.005 # all.yaml:10" in said
     assert "warmup: 0.0 # auto: 0 for a model built from scratch" in said
@@ -444,7 +442,7 @@ def test_a_stage_that_would_train_from_its_own_output_is_refused(typed, copied):
     )  # fmt: skip
     assert (code, told["code"]) == (2, 2)
     assert "starting over in" in err
-    assert f"{copied.name}/student would remove what the run reads; --model" in err
+    assert f"{copied.name}/student would remove an input of the run; --model" in err
     after = weights(copied / "student")
     assert all(torch.equal(before[key], after[key]) for key in before)
 

@@ -45,7 +45,7 @@ def test_a_run_goes_on_for_longer(typed, home, length, schedule):
         assert code == 0, told
     code, told, err = typed("distill", *many, "--output", "parts", "--resume", "--json", "--quiet")
     assert (code, told["steps"]) == (0, 9), told
-    assert "the run is longer than it was: 9 steps instead of 6" in err
+    assert "the run is longer than before: 9 steps instead of 6" in err
     assert "learning rate" in err
     assert same(weights(home / "whole"), weights(home / "parts")) == (schedule == "constant")
     code, told, _ = typed("distill", *few, "--output", "parts", "--resume", "--json", "--quiet")

@@ -98,10 +98,10 @@ def test_samples_made_with_generate_are_trained_on_and_bad_files_are_named_befor
         (
             ["data.teacher_samples=few.jsonl"],
             3,
-            "train.jsonl:5: no teacher sample asks the same (2 of 6 rows have none)",
+            "train.jsonl:5: no teacher sample has this prompt (2 of 6 rows have none)",
         ),
         (["data.teacher_samples=wrong.jsonl"], 3, "wrong.jsonl:1: no prompt column"),
-        (["data.teacher_samples=said.jsonl", "schedule.kind=off"], 2, "it belongs to teacher and pairs (methods seqkd"),
+        (["data.teacher_samples=said.jsonl", "schedule.kind=off"], 2, "it applies to teacher and pairs (methods seqkd"),
     ]
     for fields, expected, says in bad:
         sets = [word for field in fields for word in ("--set", field)]
@@ -123,4 +123,4 @@ def test_plan_counts_both_models_caches_and_a_cache_of_rows_is_refused_where_no_
     assert "for teacher samples" in plan["teacher_cache"]["why"]
     code, answer, _ = typed(*distill("seqkd", "--teacher-cache", "disk", "--steps", 4, "--output", "x"))
     assert code == 2
-    assert "schedule.kind teacher trains on none" in answer["message"]
+    assert "schedule.kind teacher does not train on them" in answer["message"]

@@ -131,7 +131,7 @@ def test_a_place_that_cannot_hold_the_cache_ends_the_run_before_it_begins(typed,
     code, answer, _ = typed("--teacher-cache", "memory", "--rebuild-teacher-cache", "--output", "out")
     assert (code, answer["message"]) == (
         2,
-        "--rebuild-teacher-cache with --teacher-cache memory; give --teacher-cache disk",
+        "--rebuild-teacher-cache with --teacher-cache memory; use --teacher-cache disk",
     )
 
 
@@ -170,7 +170,7 @@ def test_a_signal_before_the_first_step_says_that_nothing_is_written(tmp_path):
         [*SMALL, *many, "--output", output], signal.SIGINT, lambda: cache.exists() and any(cache.iterdir())
     )
     assert (code, answer["code"]) == (130, 130)
-    assert answer["message"] == "interrupted before the first step: nothing was written; start it again"
+    assert answer["message"] == "interrupted before the first step: nothing was written; start again"
     assert not list(output.glob("*"))
     assert "Traceback" not in err
 
@@ -180,8 +180,8 @@ def test_a_signal_while_a_cache_is_made_says_where_and_what_to_try(tmp_path):
     many = ["--set", "data.size=20000", "--warm-teacher-cache", "--set", f"teacher.cache_dir={cache}"]
     code, answer, _ = stopped([*SMALL, *many], signal.SIGTERM, lambda: cache.exists() and any(cache.glob(".staging*")))
     assert (code, answer["code"]) == (143, 143)
-    assert answer["message"].startswith(f"interrupted while making the teacher cache; {cache}/")
-    assert answer["message"].endswith("it is there whole or not at all; start it again")
+    assert answer["message"].startswith(f"interrupted while computing the teacher cache; {cache}/")
+    assert answer["message"].endswith("no incomplete cache was written; start again")
     assert not [path for path in cache.iterdir() if path.suffix != ".lock"]
 
 

@@ -111,7 +111,7 @@ def test_a_run_with_objects_is_resumed_and_an_object_is_saved_once(teacher, stud
     assert whole.steps == 4
     names = sorted(path.name.rpartition("-")[0] for path in Path("runs/inputs").iterdir())
     assert names == ["gpt2", "llama", "rows"]
-    with pytest.raises(UsageError, match=r"not empty.*give resume to continue or overwrite to start over"):
+    with pytest.raises(UsageError, match=r"not empty.*use resume to continue or overwrite to start over"):
         distillm.distill(**given, output="runs/a")
     assert distillm.distill(**given, output="runs/a", overwrite=True).steps == 4
     assert weights("runs/a") == weights("runs/whole")
@@ -229,8 +229,8 @@ def test_the_display_of_the_command_line_is_shown_when_asked_for(teacher, studen
         ({"clip": 0.1}, 'no keyword named clip; did you mean train={"clip": …}?'),
         ({"train": {"lrr": 0.1}}, "train.lrr: no such field; did you mean train.lr?"),
         ({"train": 3}, "train is a section, not a value"),
-        ({"train": {"batch_size": 0}}, "train.batch_size = 0; expected a whole number ≥ 1"),
-        ({"batch_size": 0}, "batch_size = 0; expected a whole number ≥ 1"),
+        ({"train": {"batch_size": 0}}, "train.batch_size = 0; expected an integer ≥ 1"),
+        ({"batch_size": 0}, "batch_size = 0; expected an integer ≥ 1"),
         ({"alpha": 1.5}, "alpha = 1.5; expected a number ≥ 0 and < 1"),
         ({"method": "kd", "alpha": 0.1}, "alpha"),
         ({"steps": 3, "epochs": 2}, "epochs and steps both given"),
@@ -256,9 +256,9 @@ def test_errors_are_those_of_the_command_line(teacher, capfd):
             "resume without a run; give output DIR, the directory of the run to resume",
         ),
         (lambda: distillm.load_recipe("quickstart", data=ROWS), "objects cannot be part of a recipe"),
-        (lambda: distillm.evaluate("gpt2", greedy=True, seeds=[1]), "greedy and seeds exclude each other"),
+        (lambda: distillm.evaluate("gpt2", greedy=True, seeds=[1]), "greedy and seeds are mutually exclusive"),
         (lambda: distillm.generate("builtin", ["x"], greedy=True, temperature=0.5), "greedy and temperature 0.5"),
-        (lambda: distillm.generate("builtin"), "no prompts; give one of data SOURCE, prompts TEXT"),
+        (lambda: distillm.generate("builtin"), "no prompts; use one of data SOURCE, prompts TEXT"),
         (lambda: distillm.run("quickstart"), "quickstart"),
         (lambda: distillm.run("quickstart-pipeline", only="nothing"), "only nothing: no such stage"),
         (lambda: distillm.sft(model="builtin", method="kd"), "expected a method of `distillm sft`"),

@@ -55,7 +55,7 @@ def test_rows_too_long_are_dropped_counted_and_reported():
     assert [sequence.row for sequence in examples.sequences] == [0, 1]  # of examples.rows, not of what was given
     assert examples.lengths.tolist() == [7, 10]
     assert examples.tokens == 8
-    dropped = "3 of 5 rows dropped as too long: 1 with a prompt over 6 tokens, 2 over 10 tokens in all"
+    dropped = "3 of 5 rows dropped as too long: 1 with a prompt over 6 tokens, 2 over 10 tokens in total"
     typed = "--max-length 11 --set data.max_prompt_length=7 would keep 95%"
     assert said == [Progress("tokenizing", 5, 5, "rows"), Warned(f"{dropped}; {typed}")]
     assert examples_of(ROWS, max_length=11, max_prompt_length=7).dropped == 0
@@ -77,7 +77,7 @@ def test_more_than_a_fifth_dropped_is_a_warning(long, kind):
 def test_a_warning_of_dropped_rows_names_the_context_where_that_is_the_limit():
     said = []
     examples_of(rows_of(*[(3, 4)] * 3, (3, 9), (3, 9)), said.append, context=10, max_length=100)
-    assert said[-1].text.endswith("; to keep 95% takes 12 tokens, and the model's context is 10")
+    assert said[-1].text.endswith("; keeping 95% needs 12 tokens, but the model's context is 10")
 
 
 def test_truncating_cuts_responses_and_still_drops_long_prompts():
@@ -89,7 +89,7 @@ def test_truncating_cuts_responses_and_still_drops_long_prompts():
     assert [int(sequence.response[-1]) for sequence in examples.sequences] == [0, 2, 0, 2]
     assert said[1:] == [
         Note("1 of 5 rows dropped as too long: 1 with a prompt over 6 tokens"),
-        Note("2 of 5 responses cut at 10 tokens, prompt included"),
+        Note("2 of 5 responses cut at 10 tokens, including the prompt"),
     ]
 
 
@@ -105,7 +105,7 @@ def test_nothing_left_names_the_shortest_row_and_the_limit():
         "all 3 rows are too long: the shortest has 8 + 3 tokens (prompt + response), the limit is 6 for the prompt, "
         "10 in all; a.jsonl:2; raise --max-length (and data.max_prompt_length), or use a model with a longer context"
     )
-    with pytest.raises(DataError, match=r"shortest has 3 \+ 4 tokens .* the limit is 5 tokens in all; a.jsonl:1;"):
+    with pytest.raises(DataError, match=r"shortest has 3 \+ 4 tokens .* the limit is 5 tokens in total; a.jsonl:1;"):
         examples_of(rows_of((3, 4), (3, 5)), context=5)
     with pytest.raises(DataError, match="no rows to tokenize"):
         examples_of([])

@@ -250,7 +250,7 @@ def test_the_date_is_the_runs_and_not_the_clocks(call):
     ["{{ 1 + 'a' }}", "{{ messages[9].content }}", "{{ raise_exception('roles must alternate') }}", "{{ none() }}"],
 )
 def test_whatever_fails_in_a_template_names_the_row(template):
-    with pytest.raises(DataError, match=r"a.jsonl:1: the chat template cannot write this row: ") as caught:
+    with pytest.raises(DataError, match=r"a.jsonl:1: the chat template cannot render this row: ") as caught:
         encoder(template).sequence(talk(user("q"), bot("a")), 0)
     assert caught.value.exit_code == 3
 

@@ -186,129 +186,132 @@ def test_a_method_named_by_hand_brings_its_preset_along(recipe):
         (
             {"method": "kd", "alpha": 0.1},
             [],
-            "--alpha = 0.1; objective.alpha belongs to skl and srkl (methods distillm, distillm2), and here "
-            "objective.divergence is kl (method kd); leave it out, or try --divergence skl",
+            "--alpha = 0.1; objective.alpha applies to skl and srkl (methods distillm, distillm2), but "
+            "objective.divergence is kl (method kd); remove it, or try --divergence skl",
         ),
         (
             {"method": "ab", "alpha": 0.1},
             [],
-            "objective.divergence is ab (method ab); ab reads objective.ab_alpha, objective.ab_beta; leave it out, or",
+            "objective.divergence is ab (method ab); ab uses objective.ab_alpha, objective.ab_beta; remove it, or",
         ),
         (
             {},
             ["objective.ab_beta=0.3"],
-            "--set objective.ab_beta = 0.3; it belongs to ab, and to amid with amid_divergence ab, and here "
-            "objective.divergence is skl (method distillm); skl reads objective.alpha; leave it out, or try --divergence ab",
+            "--set objective.ab_beta = 0.3; it applies to ab, and to amid with amid_divergence ab, but "
+            "objective.divergence is skl (method distillm); skl uses objective.alpha; remove it, or try "
+            "--divergence ab",
         ),
         (
             {"method": "amid"},
             ["objective.ab_beta=0.3"],
-            "here objective.divergence is amid and objective.amid_divergence is kl (method amid)",
+            "but objective.divergence is amid and objective.amid_divergence is kl (method amid)",
         ),
         (
             {"method": "kd"},
             ["schedule.mix=0.3"],
-            "--set schedule.mix = 0.3; it belongs to mixed (method gkd), and here schedule.kind is off (method kd); "
-            "leave it out, or try --schedule mixed",
+            "--set schedule.mix = 0.3; it applies to mixed (method gkd), but schedule.kind is off (method kd); "
+            "remove it, or try --schedule mixed",
         ),
         (
             {"schedule": "annealed"},
             ["schedule.anneal_rate=3"],
-            "it belongs to annealed with anneal exponential or sigmoid (method imitkd), and here schedule.anneal is linear",
+            "it applies to annealed with anneal exponential or sigmoid (method imitkd), but schedule.anneal is linear",
         ),
         (
             {"schedule": "off"},
             ["schedule.capacity=5"],
-            "it belongs to schedule.replay decreasing, constant and increasing, and to adaptive with replay auto (methods "
-            "distillm, amid), and to schedule.fresh buffer (method imitkd), and here schedule.replay is auto and schedule."
-            "kind is off and schedule.fresh is direct (method distillm); leave it out, or try --schedule adaptive",
+            "it applies to schedule.replay decreasing, constant and increasing, and to adaptive with replay auto "
+            "(methods "
+            "distillm, amid), and to schedule.fresh buffer (method imitkd), but schedule.replay is auto and schedule."
+            "kind is off and schedule.fresh is direct (method distillm); remove it, or try --schedule adaptive",
         ),
         (
             {"method": "kd"},
             ["rollout.teacher_mix=0.5"],
-            "it belongs to on, mixed, annealed, adaptive and rounds, and to pairs with redraw never (methods fdistill, "
-            "distillm2), and here schedule.kind is off (method kd); leave it out, or try --schedule on",
+            "it applies to on, mixed, annealed, adaptive and rounds, and to pairs with redraw never (methods fdistill, "
+            "distillm2), but schedule.kind is off (method kd); remove it, or try --schedule on",
         ),
         (
             {"method": "distillm2"},
             ["rollout.teacher_mix=0.5"],
-            "and here schedule.kind is pairs and schedule.redraw is epoch (method distillm2)",
+            "but schedule.kind is pairs and schedule.redraw is epoch (method distillm2)",
         ),
         (
             {"method": "kd"},
             ["objective.ratio_clip=0.1"],
-            "it belongs to objective.policy_gradient true (method minillm), and here objective.policy_gradient is false "
-            "(method kd); leave it out, or try --set objective.policy_gradient=true",
+            "it applies to objective.policy_gradient true (method minillm), but objective.policy_gradient is false "
+            "(method kd); remove it, or try --set objective.policy_gradient=true",
         ),
         (
             {"data": "mine.jsonl"},
             ["data.size=99"],
-            "it belongs to data.source builtin, and here data.source is mine.jsonl; leave it out, or try --data builtin",
+            "it applies to data.source builtin, but data.source is mine.jsonl; remove it, or try --data builtin",
         ),
-        ({}, ["data.tasks=[sum]"], "here data.source is dolly and data.valid is null; leave it out"),
+        ({}, ["data.tasks=[sum]"], "but data.source is dolly and data.valid is null; remove it"),
         (
             {"method": "seqkd", "divergence": "rkl"},
             [],
-            "--divergence = rkl; objective.divergence belongs to objective.kd_weight above 0, and to objective.policy_"
-            "gradient true (method minillm), and to train.select valid_divergence, and here objective.kd_weight is 0.0 and",
+            "--divergence = rkl; objective.divergence applies to objective.kd_weight above 0, and to objective.policy_"
+            "gradient true (method minillm), and to train.select valid_divergence, but objective.kd_weight is "
+            "0.0 and",
         ),
-        ({"method": "seqkd"}, ["objective.kd_warmup=0.1"], "leave it out, or try --set objective.kd_weight=1.0"),
+        ({"method": "seqkd"}, ["objective.kd_warmup=0.1"], "remove it, or try --set objective.kd_weight=1.0"),
         ({"method": "seqkd", "alpha": 0.3}, [], "or try --divergence skl --set objective.kd_weight=1.0"),
         (
             {"alpha": 0.3},
             ["objective.kd_weight=0"],
-            "--alpha = 0.3; objective.alpha belongs to skl and srkl (methods distillm, distillm2), and here objective.kd_"
-            "weight is 0.0 (method distillm); leave it out, or try --set objective.kd_weight=1.0",
+            "--alpha = 0.3; objective.alpha applies to skl and srkl (methods distillm, distillm2), but objective.kd_"
+            "weight is 0.0 (method distillm); remove it, or try --set objective.kd_weight=1.0",
         ),
         (
             {"method": "kd"},
             ["objective.by_source=true"],
-            "and here schedule.kind is off and objective.divergence is kl and objective.curriculum is off (method kd)",
+            "but schedule.kind is off and objective.divergence is kl and objective.curriculum is off (method kd)",
         ),
         (
             {"method": "akl", "schedule": "on"},
             ["objective.by_source=true"],
-            "here schedule.kind is on and objective.div",
+            "but schedule.kind is on and objective.div",
         ),
         (
             {"method": "gkd"},
             ["schedule.capacity=9"],
-            "and here schedule.replay is auto and schedule.kind is mixed and schedule.fresh is direct (method gkd); "
-            "leave it out, or try --set schedule.replay=decreasing",
+            "but schedule.replay is auto and schedule.kind is mixed and schedule.fresh is direct (method gkd); "
+            "remove it, or try --set schedule.replay=decreasing",
         ),
         ({"method": "skd"}, ["schedule.capacity=9"], "and schedule.kind is interleaved and"),
-        ({"method": "imitkd"}, ["schedule.warm_up=none"], "leave it out, or try --set schedule.replay=decreasing"),
+        ({"method": "imitkd"}, ["schedule.warm_up=none"], "remove it, or try --set schedule.replay=decreasing"),
         (
             {},
             ["student.lora.dropout=0.3"],
-            "--set student.lora.dropout = 0.3; it belongs to student.lora.r that is given, and here student.lora.r is null; "
-            "leave it out, or try --lora 16",
+            "--set student.lora.dropout = 0.3; it applies to student.lora.r that is given, but student.lora.r is null; "
+            "remove it, or try --lora 16",
         ),
         (
             {},
             ["train.lr_schedule=constant", "train.min_lr=1e-5"],
-            "it belongs to train.lr_schedule cosine and linear, and here train.lr_schedule is constant; leave it",
+            "it applies to train.lr_schedule cosine and linear, but train.lr_schedule is constant; leave it",
         ),
         (
             {"teacher": "builtin"},
             ["teacher.revision=main"],
-            "it belongs to teacher.path on the hub, and here teacher.path is builtin; leave it out, or try --teacher NAME",
+            "it applies to teacher.path on the hub, but teacher.path is builtin; remove it, or try --teacher NAME",
         ),
-        ({"teacher": "."}, ["teacher.revision=main"], "here teacher.path is .; leave it out"),
-        ({"teacher": "gone/for/good"}, ["teacher.revision=main"], "here teacher.path is gone/for/good; leave it out"),
+        ({"teacher": "."}, ["teacher.revision=main"], "but teacher.path is .; remove it"),
+        ({"teacher": "gone/for/good"}, ["teacher.revision=main"], "but teacher.path is gone/for/good; remove it"),
         (
             {"method": "kd"},
             ["rollout.temperature=0.5"],
-            "here schedule.kind is off (method kd); leave it out, or try --sch",
+            "but schedule.kind is off (method kd); remove it, or try --sch",
         ),
         (
             {"method": "kd"},
             ["rollout.bulk=4"],
-            "pairs, interleaved and rounds, and here schedule.kind is off (method kd)",
+            "pairs, interleaved and rounds, but schedule.kind is off (method kd)",
         ),
-        ({"method": "seqkd"}, ["rollout.top_k=4"], "here schedule.kind is teacher (method seqkd); leave it out"),
-        ({"student": "layers:2"}, ["student.revision=main"], "here student.path is layers:2; leave it out"),
-        ({"student": "config.json"}, ["student.revision=main"], "here student.path is config.json; leave it out"),
+        ({"method": "seqkd"}, ["rollout.top_k=4"], "but schedule.kind is teacher (method seqkd); remove it"),
+        ({"student": "layers:2"}, ["student.revision=main"], "but student.path is layers:2; remove it"),
+        ({"student": "config.json"}, ["student.revision=main"], "but student.path is config.json; remove it"),
     ],
 )
 def test_a_parameter_of_another_method_is_refused_by_naming_whose_it_is(flags, sets, said):
@@ -318,11 +321,11 @@ def test_a_parameter_of_another_method_is_refused_by_naming_whose_it_is(flags, s
 def test_a_parameter_of_another_method_in_a_recipe_is_an_error_with_its_line(recipe):
     line = complaint("method: kd\nobjective:\n  beta: 0.3\nschedule: {mix: 0.2}\n", recipe)
     assert line.startswith(
-        "distill.yaml:3: objective.beta = 0.3; it belongs to jsd (methods gkd, fdistill), and here objective.div"
+        "distill.yaml:3: objective.beta = 0.3; it applies to jsd (methods gkd, fdistill), but objective.div"
     )
     assert line.endswith("; and 1 more problem")
     line = complaint("method: sft\nobjective: {alpha: 0.3}\n", recipe, command="sft")
-    assert "it belongs to `distillm distill`; sft trains on cross-entropy alone; leave it out" in line
+    assert "it applies to `distillm distill`; sft uses only cross-entropy; remove it" in line
     repeated = recipe(
         "method: kd\nobjective: {beta: 0.5, alpha: 0.1}"
     )  # what holds anyway: every resolved recipe says it
@@ -332,25 +335,26 @@ def test_a_parameter_of_another_method_in_a_recipe_is_an_error_with_its_line(rec
 @pytest.mark.parametrize(
     ("command", "said", "whose"),
     [
-        ("generate", "train.lr=0.1", "it belongs to `distillm sft` and `distillm distill`; generate trains nothing"),
-        ("generate", "schedule.kind=on", "it belongs to `distillm distill`; generate trains nothing; leave it out"),
-        ("generate", "rollout.teacher_mix=0.2", "`distillm distill`; generate trains nothing"),
-        ("eval", "objective.alpha=0.3", "it belongs to `distillm distill`; eval trains nothing"),
-        ("eval", "rollout.temperature=0", "eval trains nothing"),
-        ("sft", "rollout.teacher_mix=0.2", "it belongs to `distillm distill`; sft trains on cross-entropy alone"),
+        ("generate", "train.lr=0.1", "it applies to `distillm sft` and `distillm distill`; generate does not train"),
+        ("generate", "schedule.kind=on", "it applies to `distillm distill`; generate does not train; remove it"),
+        ("generate", "rollout.teacher_mix=0.2", "`distillm distill`; generate does not train"),
+        ("eval", "objective.alpha=0.3", "it applies to `distillm distill`; eval does not train"),
+        ("eval", "rollout.temperature=0", "eval does not train"),
+        ("sft", "rollout.teacher_mix=0.2", "it applies to `distillm distill`; sft uses only cross-entropy"),
         (
             "sft",
             "rollout.temperature=0.5",
-            "it belongs to `distillm distill` and `distillm generate`; sft trains on cross",
+            "it applies to `distillm distill` and `distillm generate`; sft uses only cross",
         ),
-        ("sft", "rollout.bulk=2", "it belongs to `distillm distill`; sft trains on cross-entropy alone; leave it out"),
-        ("sft", "teacher.cache=memory", "it belongs to `distillm distill`; sft trains on cross-entropy alone"),
+        ("sft", "rollout.bulk=2", "it applies to `distillm distill`; sft uses only cross-entropy; remove it"),
+        ("sft", "teacher.cache=memory", "it applies to `distillm distill`; sft uses only cross-entropy"),
         (
             "sft",
             "teacher.path=gpt2-xl",
-            "it belongs to `distillm distill`, and to models built of a teacher (layers:4, width:0.5); sft trains on cross",
+            "it applies to `distillm distill`, and to models built from a teacher (layers:4, width:0.5); sft trains "
+            "on cross",
         ),
-        ("sft", "rollout.draft=3", "it belongs to `distillm distill`; sft trains on cross-entropy alone; leave it out"),
+        ("sft", "rollout.draft=3", "it applies to `distillm distill`; sft uses only cross-entropy; remove it"),
     ],
 )
 def test_what_a_verb_never_reads_is_refused_where_it_is_typed(command, said, whose, recipe):
@@ -401,34 +405,34 @@ def test_what_is_read_may_be_typed(command, typed):
         (
             "generate",
             "eval.max_new_tokens=4",
-            "it belongs to `distillm eval`; generate trains nothing; leave it out, or try --m",
+            "it applies to `distillm eval`; generate does not train; remove it, or try --m",
         ),
         ("generate", "eval.seeds=3", "or try --seed"),
         (
             "generate",
             "eval.report_rows=3",
-            "it belongs to `distillm sft` and `distillm distill`; generate trains nothing",
+            "it applies to `distillm sft` and `distillm distill`; generate does not train",
         ),
         ("generate", "student.path=x", "or try --model"),
         (
             "generate",
             "method=kd",
-            "--set method = kd; it belongs to `distillm sft` and `distillm distill`; generate trains",
+            "--set method = kd; it applies to `distillm sft` and `distillm distill`; generate does not train",
         ),
         ("eval", "data.limit=5", "or try --limit"),
         ("eval", "data.max_length=9", "or try --max-new-tokens"),
-        ("eval", "data.max_prompt_length=9", "eval trains nothing; leave it out"),
+        ("eval", "data.max_prompt_length=9", "eval does not train; remove it"),
         ("eval", "eval.report_rows=3", "or try --limit"),
         ("eval", "student.path=x", "or try `distillm eval CKPT`"),
-        ("eval", "student.tokenizer=x", "eval trains nothing"),
-        ("eval", "student.lora.r=4", "eval trains nothing"),
-        ("eval", "teacher.path=x", "eval trains nothing"),
-        ("eval", "teacher.dtype=bf16", "eval trains nothing"),
+        ("eval", "student.tokenizer=x", "eval does not train"),
+        ("eval", "student.lora.r=4", "eval does not train"),
+        ("eval", "teacher.path=x", "eval does not train"),
+        ("eval", "teacher.dtype=bf16", "eval does not train"),
         ("eval", "rollout.max_new_tokens=4", "or try --max-new-tokens"),
         (
             "eval",
             "train.seed=4",
-            "`distillm sft`, `distillm distill` and `distillm generate`; eval trains nothing; leave it",
+            "`distillm sft`, `distillm distill` and `distillm generate`; eval does not train; leave it",
         ),
     ],
 )
@@ -444,7 +448,7 @@ def test_a_verb_that_trains_nothing_names_the_flag_that_it_reads_instead(command
 def test_held_out_rows_are_scored_on_where_no_suite_is_named(recipe):
     path = recipe("eval: {suites: [dolly]}")
     for said in ("data.source=mine.jsonl", "data.valid=mine.jsonl", "data.valid_limit=9"):
-        assert "it is of held-out rows, and here eval.suites is [dolly]; leave it out, or try --" in complaint(
+        assert "it applies to held-out rows, but eval.suites is [dolly]; remove it, or try --" in complaint(
             command="eval", recipe=path, sets=[said]
         )
         assert resolve(command="eval", recipe=path, sets=[said, "eval.suites=[]"]).recipe.eval.suites == ()
@@ -463,14 +467,14 @@ def test_a_revision_goes_with_the_model_of_the_hub_that_it_is_of(recipe, tmp_pat
     assert resolved.recipe.teacher.revision is None
     assert resolved.notes[0].endswith(": teacher.revision")
     line = complaint(f"teacher: {{path: {tmp_path}, revision: abc}}", recipe)
-    assert line.startswith("distill.yaml:1: teacher.revision = abc; it belongs to teacher.path on the hub, and here")
+    assert line.startswith("distill.yaml:1: teacher.revision = abc; it applies to teacher.path on the hub, but")
 
 
 def test_a_recipe_of_the_built_in_rows_takes_other_rows_and_says_what_it_leaves_out():
     resolved = resolve(command="distill", recipe="quickstart", flags=typed.flags(data="mine.jsonl"))
     assert resolved.notes == (
-        "quickstart.yaml: left out, since nothing reads them here (method distillm, objective srkl, schedule adaptive, "
-        "data mine.jsonl): data.size",
+        "quickstart.yaml: ignored, since this run (method distillm, objective srkl, schedule adaptive, "
+        "data mine.jsonl) does not use them: data.size",
     )
     assert "belongs to data.source builtin" in complaint(
         recipe="quickstart", flags=typed.flags(data="mine.jsonl"), sets=["data.size=5"]
@@ -481,7 +485,7 @@ def test_what_a_recipe_says_for_its_own_method_is_left_out_under_another(recipe,
     path = recipe("method: distillm\nobjective: {alpha: 0.3}\nschedule: {epsilon: 0.2, capacity: 64}\n")
     resolved = resolve(command="distill", recipe=path, flags={"method": Flag("--method", "kd")})
     assert resolved.notes == (
-        "distill.yaml: left out, since nothing reads them here (method kd, objective kl, schedule off): "
+        "distill.yaml: ignored, since this run (method kd, objective kl, schedule off) does not use them: "
         "objective.alpha, schedule.capacity, schedule.epsilon",
     )
     assert to_yaml(resolved).startswith("# note: distill.yaml: left out")
@@ -582,8 +586,8 @@ def test_set_reads_lists_and_a_single_word_is_a_list_of_one():
         ("? [a]\n: 1\n", "distill.yaml:1: a key must be a name"),
         ("teacher: {path: !!python/object/apply:os.system [ls]}", "is not read in recipes; write the value itself"),
         ("teacher: {path: !env HOME}", "distill.yaml:1: tag !env is not read in recipes"),
-        ("train: {steps: !!int three}", "distill.yaml:1: three is no whole number"),
-        ("train: {steps: " + "9" * 5000 + "}", "is no whole number that can be read"),
+        ("train: {steps: !!int three}", "distill.yaml:1: three is not a valid integer"),
+        ("train: {steps: " + "9" * 5000 + "}", "is not a valid integer"),
         ("[" * 600, "distill.yaml: nested too deeply"),
         ("#" * 1_000_001, "distill.yaml: too large for a recipe"),
     ],
@@ -611,55 +615,57 @@ def test_aliases_cannot_blow_a_recipe_up(recipe):
         ),
         (
             "schedule: {kind: adaptve}",
-            "distill.yaml:1: schedule.kind = adaptve; expected one of off, on, mixed, annealed, adaptive, teacher, pairs, "
+            "distill.yaml:1: schedule.kind = adaptve; expected one of off, on, mixed, annealed, adaptive, teacher, "
+            "pairs, "
             "interleaved, rounds; try --schedule adaptive",
         ),
         (
             "eval: {metrics: [rouge, exact_match]}",
-            "distill.yaml:1: eval.metrics = [rouge, exact_match]; expected a list that is not empty, each one of rouge_l, "
+            "distill.yaml:1: eval.metrics = [rouge, exact_match]; expected a non-empty list, each one of "
+            "rouge_l, "
             "rouge_1, rouge_2, bleu, chrf, exact_match, error_rate, final_number; "
             "try --set 'eval.metrics=[rouge_l, exact_match]'",
         ),
         ("train: {epochs: abc}", "train.epochs = abc; expected a number > 0, or auto; try --set train.epochs=auto"),
-        ("train: {batch_size: 3.5}", "train.batch_size = 3.5; expected a whole number ≥ 1; try --batch-size 8"),
-        ("train: {batch_size: true}", "train.batch_size = true; expected a whole number ≥ 1"),
+        ("train: {batch_size: 3.5}", "train.batch_size = 3.5; expected an integer ≥ 1; try --batch-size 8"),
+        ("train: {batch_size: true}", "train.batch_size = true; expected an integer ≥ 1"),
         ("train: {lr: true}", "train.lr = true; expected a number > 0"),
         ("train: {lr: .nan}", "train.lr = .nan; expected a number > 0"),
         ("train: {lr: }", "train.lr = null; expected a number > 0"),
-        ("train: {steps: 0}", "train.steps = 0; expected a whole number ≥ 1, or null; it means: optimizer steps"),
-        ("train: {eval_steps: epoh}", "expected a whole number ≥ 1, or epoch; try --set train.eval_steps=epoch"),
+        ("train: {steps: 0}", "train.steps = 0; expected an integer ≥ 1, or null; it means: number of optimizer steps"),
+        ("train: {eval_steps: epoh}", "expected an integer ≥ 1, or epoch; try --set train.eval_steps=epoch"),
         ("train: {betas: [0.9]}", "train.betas = [0.9]; expected a list of 2, each a number ≥ 0 and < 1"),
         ("train: {gradient_checkpointing: maybe}", "expected true or false"),
-        ("eval: {seeds: []}", "eval.seeds = []; expected a list that is not empty, each a whole number"),
+        ("eval: {seeds: []}", "eval.seeds = []; expected a non-empty list, each an integer"),
         ("eval: {metrics: []}", "try --set 'eval.metrics=[rouge_l, exact_match]'"),
-        ("eval: {seeds: [true]}", "eval.seeds = [true]; expected a list"),
-        ("teacher: {path: ''}", "teacher.path = (empty); expected a text that is not empty"),
+        ("eval: {seeds: [true]}", "eval.seeds = [true]; expected a non-empty list"),
+        ("teacher: {path: ''}", "teacher.path = (empty); expected a non-empty string"),
         ("method: distilm", f"method = distilm; expected one of {', '.join(METHODS)}; try --method distillm"),
         ("method:", "method = null; expected one of"),
         (
             "train: {patience: 3}",
-            "train.patience = 3; train.patience needs a train.select to watch; try --set train.sel",
+            "train.patience = 3; train.patience needs train.select; try --set train.sel",
         ),
-        ("student: {lora: {alpha: 64}}", "student.lora.alpha = 64; student.lora.alpha belongs to an adapter"),
+        ("student: {lora: {alpha: 64}}", "student.lora.alpha = 64; student.lora.alpha needs an adapter"),
         ("student: {lora: 16}", "student.lora: a section, not a value; its keys are r, alpha, dropout, targets"),
         (
             "train: {lr: 5e-4, min_lr: 1e-2}",
-            "train.min_lr = 0.01; train.min_lr 0.01 is above train.lr 0.0005, and a rate falls; try",
+            "train.min_lr = 0.01; train.min_lr 0.01 is above train.lr 0.0005; try",
         ),
         (
             "train: {lr: 1e-9, min_lr: 1e-8}",
-            "train.min_lr 1e-08 is above train.lr 1e-09, and a rate falls; try --set",
+            "train.min_lr 1e-08 is above train.lr 1e-09; try --set",
         ),
         (
             "{train: {min_lr: 1e-6}, student: {sft_epochs: 1, sft_lr: 1e-9}}",
-            "train.min_lr 1e-06 is above student.sft_lr 1e-09, and a rate falls",
+            "train.min_lr 1e-06 is above student.sft_lr 1e-09",
         ),
-        ("student: {lora_output: adapter}", "without an adapter, student.lora.r; try --lora 16"),
+        ("student: {lora_output: adapter}", "needs student.lora.r; try --lora 16"),
         (
             'student: {path: "layers:2", lora: {r: 4}, lora_output: adapter}',
-            "the adapter of layers:2 would have no model to be loaded on; try --set student.lora_output=merged",
+            "the base model layers:2 would not be saved; try --set student.lora_output=merged",
         ),
-        ("student: {sft_lr: 1e-4}", "student.sft_lr without student.sft_epochs; try --set student.sft_epochs=3"),
+        ("student: {sft_lr: 1e-4}", "student.sft_lr needs student.sft_epochs; try --set student.sft_epochs=3"),
         ("teacher: {quantize: 3bit}", "teacher.quantize = 3bit; expected one of none, 8bit, 4bit"),
         (
             '{teacher: {quantize: 4bit}, student: {path: "layers:2"}}',
@@ -677,15 +683,13 @@ def test_a_rate_below_the_least_that_nobody_asked_for_stays_as_it_is():
 
 
 def test_a_stage_before_distillation_is_not_for_sft():
-    said = (
-        "--set student.sft_epochs = 3; student.sft_epochs is a stage before distill; try --epochs, which is sft's own"
-    )
+    said = "--set student.sft_epochs = 3; student.sft_epochs adds a stage before distillation; for sft, try --epochs"
     assert complaint(command="sft", sets=["student.sft_epochs=3"]) == said
 
 
 def test_nothing_tells_how_far_a_fine_tuned_model_is_from_no_teacher():
     said = (
-        "--set train.select = valid_divergence; train.select valid_divergence is to a teacher, and sft has none; "
+        "--set train.select = valid_divergence; train.select valid_divergence needs a teacher, and sft has none; "
         "try --set train.select=valid_loss"
     )
     assert complaint(command="sft", sets=["train.select=valid_divergence"]) == said
@@ -694,7 +698,7 @@ def test_nothing_tells_how_far_a_fine_tuned_model_is_from_no_teacher():
 @pytest.mark.parametrize(
     ("text", "meant"),
     [
-        ("objective: {alpha: 0,1}", "objective.1: no such key; inside braces a comma ends a value: write 0.1 for 0,1"),
+        ("objective: {alpha: 0,1}", "objective.1: no such key; inside braces a comma ends a value: write 0.1, not 0,1"),
         ("objective: {alhpa: 0.1}", "objective.alhpa: no such key; did you mean objective.alpha?"),
         ("train: {alpha: 0.1}", "train.alpha: no such key; did you mean objective.alpha?"),
         ("student: {lora_alpha: 64}", "student.lora_alpha: no such key; did you mean student.lora.alpha?"),
@@ -733,7 +737,7 @@ def test_the_first_problem_in_the_file_is_told_and_the_others_are_counted(recipe
         ("eval.metrics=exact,rouge", "try --set 'eval.metrics=[exact_match, rouge_l]'"),
         (
             "eval.seeds=1,2",
-            "expected a list that is not empty, each a whole number < 2^63; try --set 'eval.seeds=[1, 2]'",
+            "expected a non-empty list, each an integer < 2^63; try --set 'eval.seeds=[1, 2]'",
         ),
         ("train.lr=[", "--set train.lr: not a YAML document"),
         ("train.lr=*x", "aliases (*name) are not read"),
@@ -899,7 +903,7 @@ def test_every_field_explains_itself():
 
 
 def test_the_schema_itself_takes_no_truth_value_for_a_number():
-    with pytest.raises(ValueError, match="true and false are no numbers"):
+    with pytest.raises(ValueError, match="true and false are not numbers"):
         TrainConfig(epochs=True)
     assert TrainConfig(gradient_checkpointing=True).gradient_checkpointing
     with pytest.raises(ValueError, match="frozen"):

@@ -192,7 +192,7 @@ def test_a_resumed_run_goes_on_where_it_was():
     stage = Stage(terminal=True)
     with stage.ui:
         stage.start(first_step=300)
-        assert "going on after step 300" in "".join(stage.lines)
+        assert "resumed after step 300" in "".join(stage.lines)
         assert "300/600  epoch 3.0  0:00 elapsed  – left" in stage.frame()
         stage.step(301, seconds=2.0)
         assert "301/600  epoch 3.0  0:02 elapsed  9:58 left" in stage.frame()

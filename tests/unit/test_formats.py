@@ -277,7 +277,7 @@ def test_a_prompt_alone_is_enough_where_no_response_is_needed(record, name):
             {"messages": [{"role": "user", "content": ["a"]}, HELLO]},
             "message 1: part 1 must be an object with a `type`",
         ),
-        ({"messages": [USER, {"role": "user", "content": "\ud800"}, HELLO]}, "message 2 holds half of a character"),
+        ({"messages": [USER, {"role": "user", "content": "\ud800"}, HELLO]}, "message 2 has half of a character"),
         ({"messages": "[{]"}, "column `messages` is not JSON"),
         ({"messages": [USER, HELLO], "tools": {"a": 1}}, "column `tools` must be a list of objects, found an object"),
         ({"messages": [USER, HELLO], "tools": '"a"'}, "column `tools` must be a list of objects, found text"),
@@ -302,7 +302,7 @@ def test_a_prompt_alone_is_enough_where_no_response_is_needed(record, name):
         ({"chosen": "a", "rejected": "b"}, "an empty prompt"),
         ({"instruction": "a", "output": "b", "history": [["a"]]}, "column `history` must be a list of pairs of texts"),
         ({"instruction": "a", "output": "b", "system": 3}, r"column `system` must be text, found a number \(3\)"),
-        ({"text": "a", "output": "b"}, "no prompt column beside `output`"),
+        ({"text": "a", "output": "b"}, "no prompt column in addition to `output`"),
         ({"text": " "}, r"an empty text \(column `text`\)"),
         ({"images": ["a.jpg"], "messages": [USER, HELLO]}, r"images are not supported \(column `images`\)"),
         ({"image": "a.jpg", "conversations": [HUMAN, GPT]}, r"images are not supported \(column `image`\)"),
@@ -370,7 +370,7 @@ def test_the_format_and_the_columns_that_are_not_read_are_named_once(tmp_path):
             "train.jsonl: 25 rows, 20 conversational language modeling, 5 prompt-completion (messages, prompt, completion)"
         ),
         Note("train.jsonl: columns not read: id (80 % of rows), source (20 %)"),
-        Note("train.jsonl has no held-out rows of its own: 1 of its 25 is kept for validation"),
+        Note("train.jsonl has no held-out rows: 1 of its 25 is held out for validation"),
     ]
     assert sum(rows.formats.values()) == 24
 

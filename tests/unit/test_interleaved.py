@@ -159,5 +159,5 @@ def whole(model, texts, last=1):
 def test_a_student_that_has_diverged_drafts_nothing(draft):
     student, teacher = backbone("llama", 0), backbone("gpt2", 1)
     student.model.model.norm.weight.data.fill_(torch.nan)
-    with pytest.raises(NonFiniteError, match="not finite while sampling"):
+    with pytest.raises(NonFiniteError, match="not finite during sampling"):
         rollouts(student, teacher, draft=draft).sample(prompts(3), step=0)

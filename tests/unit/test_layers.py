@@ -114,9 +114,9 @@ def test_dropout_and_generation_settings_are_the_teachers_unless_told():
 
 def test_a_student_of_layers_or_of_half_the_width_needs_a_teacher():
     options = {"seed": 0, "device": torch.device("cpu"), "max_length": 32}
-    with pytest.raises(UsageError, match="layers:1 takes layers from a teacher, and there is none"):
+    with pytest.raises(UsageError, match="layers:1 copies layers of a teacher, but there is no teacher"):
         create_student(StudentConfig(path="layers:1"), **options)
-    with pytest.raises(UsageError, match=r"width:0\.5 is as deep as a teacher, and there is none"):
+    with pytest.raises(UsageError, match=r"width:0\.5 has the depth of a teacher, but there is no teacher"):
         create_student(StudentConfig(path="width:0.5"), **options)
 
 
@@ -157,7 +157,7 @@ def test_an_encoder_decoder_has_two_stacks_of_layers():
 def test_layers_that_are_not_in_one_list_are_refused():
     whole = teacher("llama")
     whole.model.model.layers = torch.nn.ModuleDict({str(i): layer for i, layer in enumerate(whole.model.model.layers)})
-    with pytest.raises(ModelError, match=r"cannot take layers of a llama teacher: its layers are not in one list"):
+    with pytest.raises(ModelError, match=r"cannot copy layers of a llama teacher: its layers are not in one list"):
         build_from_layers("layers:1", whole)
 
 
@@ -179,7 +179,7 @@ def test_layers_with_a_constant_of_their_place_may_not_move():
     config = AutoConfig.for_model("diffllama", vocab_size=45, num_hidden_layers=4, **sizes)
     whole = Backbone(AutoModelForCausalLM.from_config(config).eval(), TOKENIZER)
     with pytest.raises(
-        ModelError, match="diffllama teacher: what its layers compute depends on their index; layers:2;"
+        ModelError, match="diffllama teacher: the computation of its layers depends on their index; layers:2;"
     ):
         build_from_layers("layers:2", whole)
     student, ids = build_from_layers("layers:2:first", whole), torch.arange(8)[None]

@@ -197,7 +197,7 @@ def test_one_run_at_a_time_has_the_directory_by_whatever_name(tmp_path):
     place.mkdir()
     link.symlink_to(place)
     with output_dir.claimed(place):
-        with pytest.raises(UsageError, match=r"another run is at work in .*link"), output_dir.claimed(link):
+        with pytest.raises(UsageError, match=r"another run is active in .*link"), output_dir.claimed(link):
             pass
         assert list(place.iterdir()) == [], "nothing is left in it"
     with output_dir.claimed(link):
@@ -242,7 +242,7 @@ def test_a_directory_whose_run_was_killed_is_free_again(tmp_path):
     command = [sys.executable, "-c", script, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as run:
         assert run.stdout.readline() == b"claimed\n"
-        with pytest.raises(UsageError, match="another run is at work"), output_dir.claimed(tmp_path):
+        with pytest.raises(UsageError, match="another run is active"), output_dir.claimed(tmp_path):
             pass
         run.kill()
         run.wait()

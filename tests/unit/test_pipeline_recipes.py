@@ -66,7 +66,7 @@ def test_a_stage_that_generates_reads_its_own_rows_and_how_many(written):
     sets = ["stages.samples.data.limit=4", "stages.samples.data.source=builtin"]
     data = load_pipeline(written(), sets)["samples"].resolved.recipe.data
     assert (data.limit, data.source) == (4, "builtin")
-    with pytest.raises(RecipeError, match=r"stages\.eval\.data\.limit = 4; .*; eval trains nothing; leave it out$"):
+    with pytest.raises(RecipeError, match=r"stages\.eval\.data\.limit = 4; .*; eval does not train; remove it$"):
         load_pipeline(written(), ["stages.eval.data.limit=4"])
 
 
@@ -96,29 +96,38 @@ def test_single_recipes_and_pipelines_know_each_other(written):
          "expected a number > 0, or auto; try --set stages.distill.train.lr=auto"),
         ("train: {lr: 1e-3, steps: 9}", "train: {lr: -1}", "p.yaml:4: defaults.train.lr = -1; "
          "expected a number > 0, or auto; try --set defaults.train.lr=auto"),
-        ("train: {epochs: 2}", "trian: {epochs: 2}", "p.yaml:15: stages.distill.trian: no such key; did you mean train?"),
-        ("verb: sft", "verb: stf", "p.yaml:7: stages.teacher.verb = stf; expected one of sft, generate, distill, eval; try"),
+        ("train: {epochs: 2}", "trian: {epochs: 2}", "p.yaml:15: stages.distill.trian: no such key; did you mean "
+                                                     "train?"),
+        ("verb: sft", "verb: stf", "p.yaml:7: stages.teacher.verb = stf; expected one of sft, generate, distill, "
+                                   "eval; try"),
         ("    verb: sft\n", "", "p.yaml:6: stages.teacher: no verb; expected verb: sft, generate, distill, eval"),
-        ("model: stage:teacher", "limit: 3", "p.yaml:9: stages.samples: no model; set model: stage:NAME, a path or a hub"),
+        ("model: stage:teacher", "limit: 3", "p.yaml:9: stages.samples: no model; set model: stage:NAME, a path or a "
+                                             "hub"),
         ("recipe: quickstart", "recipe: quickstrat", "p.yaml:12: stages.distill.recipe = quickstrat; no recipe named"),
-        ("recipe: quickstart", "models: [x]", "p.yaml:12: stages.distill.models: no such key of distill; eval has it"),
-        ("model: stage:teacher", "model: stage:teachr", "stages.samples.model = stage:teachr; there is no stage teachr; "
+        ("recipe: quickstart", "models: [x]", "p.yaml:12: stages.distill.models: not a key of distill; it is a key of eval"),
+        ("model: stage:teacher", "model: stage:teachr", "stages.samples.model = stage:teachr; there is no stage "
+                                                        "teachr; "
          "did you mean stage:teacher?"),
-        ("model: stage:teacher", "model: stage:distill", "stages.samples.model = stage:distill; stage distill comes after "
+        ("model: stage:teacher", "model: stage:distill", "stages.samples.model = stage:distill; stage distill comes "
+                                                         "after "
          "samples"),
-        ("model: stage:teacher", "model: stage:samples", "a stage cannot read what it makes itself"),
-        ("source: stage:samples", "source: stage:teacher", "stage teacher (sft) makes a model, this takes rows"),
+        ("model: stage:teacher", "model: stage:samples", "a stage cannot read its own output"),
+        ("source: stage:samples", "source: stage:teacher", "stage teacher (sft) produces a model, not rows"),
         ("data: {source: stage:samples}", "data: {teacher_samples: stage:samples}", "p.yaml:14: stages.distill.data."
-         "teacher_samples = 'stage:samples'; it belongs to teacher and pairs (methods seqkd, fdistill, distillm2), and here "
+         "teacher_samples = 'stage:samples'; it applies to teacher and pairs (methods seqkd, fdistill, distillm2), "
+         "but "
          "schedule.kind is adaptive"),
-        ("student: {path: stage:teacher}", "student: {path: stage:samples}", "makes rows, this takes a model"),
-        ("  teacher: {path: stage:teacher}\n", "  method: kd\n", "p.yaml:2: defaults.method: a method is of one stage; set"),
+        ("student: {path: stage:teacher}", "student: {path: stage:samples}", "produces rows, not a model"),
+        ("  teacher: {path: stage:teacher}\n", "  method: kd\n", "p.yaml:2: defaults.method: defaults cannot set a "
+                                                                 "method; set"),
         ("student: {path: \"random:2x32\", tokenizer: chars}", "data: {source: builtin}",
          "p.yaml:6: stages.teacher: no model to train; set student.path there, to a path, a hub name or stage:NAME"),
         ("defaults:", "shared:", "p.yaml:1: shared: no such key; a pipeline has defaults and stages"),
-        ("defaults:", "train: {lr: 1}\ndefaults:", "p.yaml:1: train: no such key; a pipeline has defaults and stages; did "
+        ("defaults:", "train: {lr: 1}\ndefaults:", "p.yaml:1: train: no such key; a pipeline has defaults and "
+                                                   "stages; did "
          "you mean defaults.train?"),
-        ("  eval: {verb", "  teacher: {verb", "p.yaml:16: stages.teacher occurs twice, first in line 6; keep one of them"),
+        ("  eval: {verb", "  teacher: {verb", "p.yaml:16: stages.teacher occurs twice, first in line 6; keep one of "
+                                              "them"),
         ("    verb: distill\n", "    verb: distill\n    method: sft\n", "expected a method of `distillm distill`"),
     ],
 )  # fmt: skip
@@ -133,11 +142,12 @@ def test_what_is_wrong_is_said_with_its_line(written, old, new, line):
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("train.lr=1", "--set train.lr=1; expected defaults.section.key=value or stages.NAME.section.key=value; did you "
+        ("train.lr=1", "--set train.lr=1; expected defaults.section.key=value or stages.NAME.section.key=value; did "
+                       "you "
          "mean defaults.train.lr?"),
         ("stages.techer.train.lr=1", "--set stages.techer.train.lr: no stage techer; did you mean stages.teacher?"),
         ("stages.teacher.train.lr", "--set stages.teacher.train.lr; expected"),
-        ("stages.samples.n=0", "--set stages.samples.n = 0; expected a whole number ≥ 1"),
+        ("stages.samples.n=0", "--set stages.samples.n = 0; expected an integer ≥ 1"),
         ("stages.teacher.verb=[", "--set stages.teacher.verb: not a YAML document"),
     ],
 )  # fmt: skip

@@ -160,7 +160,7 @@ def test_a_divergence_of_another_package_brings_its_own_keys(package, tmp_path):
         tmp_path,
     )
     assert "['divergence:', 'scaled'], ['scaled_by:', '3.0']" in out
-    assert "objective.scaled_by = 3; it belongs to scaled, and here objective.divergence is skl" in out
+    assert "objective.scaled_by = 3; it applies to scaled, but objective.divergence is skl" in out
     assert "objective.scaled_by = 0; expected a number > 0" in out
     assert "\nFalse\nScaled(scaled_by=3.0)" in out
 

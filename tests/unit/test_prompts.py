@@ -135,12 +135,12 @@ def test_a_conversation_fits_no_instruction_template_and_a_refusal_names_the_row
         DataError, match=r"a.jsonl:3: a conversation \(user, assistant, user\) does not fit .* and a chat m"
     ):
         render(Row(messages=said, where="a.jsonl:3"), "alpaca", None)
-    without = "no chat template; a.jsonl:3; a conversation needs one: use a chat model or, for one from scratch"
+    without = "no chat template; a.jsonl:3; conversations need one: use a chat model or, for one from scratch"
     with pytest.raises(ModelError, match=without):  # and not alpaca, which sends back here
         render(Row(messages=said, where="a.jsonl:3"), "auto", letters())
     strict = letters(chat="{{ raise_exception('System role not supported') }}")
     with pytest.raises(
-        DataError, match=r"a.jsonl:3: the chat template cannot write this row: System role not supported"
+        DataError, match=r"a.jsonl:3: the chat template cannot render this row: System role not supported"
     ):
         render(Row(messages=said, where="a.jsonl:3"), "chat", strict)
 

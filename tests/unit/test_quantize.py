@@ -21,11 +21,11 @@ CPU = torch.device("cpu")
 
 
 def test_without_cuda_it_is_refused_before_anything_is_read(tmp_path, monkeypatch):
-    with pytest.raises(ModelError, match=r"teacher.quantize 4bit needs CUDA, and") as caught:
+    with pytest.raises(ModelError, match=r"teacher.quantize 4bit needs CUDA, but") as caught:
         loading.load_backbone(str(tmp_path / "nowhere"), dtype=torch.float32, device=CPU, quantize="4bit")
     assert caught.value.exit_code == 4
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(ModelError, match=r"needs CUDA, and train\.device is cpu"):
+    with pytest.raises(ModelError, match=r"needs CUDA, but train\.device is cpu"):
         check_quantize("8bit", CPU)
     check_quantize("none", CPU)
 

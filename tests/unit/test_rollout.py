@@ -162,8 +162,8 @@ def test_a_rollout_that_does_not_fit_into_memory_is_halved_until_it_does_and_say
     assert [o.response.tolist() for o in found] == [o.response.tolist() for o in expected]
     assert [o.row for o in found] == list(range(12))
     assert said == [
-        Warned("out of memory while decoding 12 rows side by side: continuing with 6"),
-        Warned("out of memory while decoding 6 rows side by side: continuing with 3"),
+        Warned("out of memory while decoding 12 rows in one batch: continuing with 6"),
+        Warned("out of memory while decoding 6 rows in one batch: continuing with 3"),
     ]
     asked.clear()
     rollouts.sample(rows, step=6)  # the same wall is not run into again
@@ -205,5 +205,5 @@ def test_a_model_that_has_diverged_answers_nothing(temperature):
     """Neither an answer made of NaN nor an index out of range; one layer is enough."""
     model = backbone("llama")
     model.model.model.layers[1].mlp.up_proj.weight.data.mul_(1e38)
-    with pytest.raises(NonFiniteError, match="not finite while sampling"):
+    with pytest.raises(NonFiniteError, match="not finite during sampling"):
         sample(model, prompts(3, 5), Sampling(temperature, max_new_tokens=4), [(0, 0), (0, 1)])

@@ -66,7 +66,7 @@ def test_a_tokenizer_that_comes_back_changed_is_refused(tmp_path):
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     student = Backbone(tiny.model("llama"), Forgetful(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>"))
-    with pytest.raises(ModelError, match="other token ids"):
+    with pytest.raises(ModelError, match="different token ids"):
         check_reload(student, is_borrowed=False)
     student.tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
     check_reload(student, is_borrowed=False)

@@ -83,7 +83,7 @@ def test_question_rows_and_a_slice_where_nothing_is_held_out(shared_data):
     assert train[0].references[0].endswith("#### 72")
     assert said == [
         Note("gsm8k train: 7,473 rows, question-answer (question, answer)"),
-        Note("gsm8k has no held-out rows of its own: 373 of its 7,473 are kept for validation"),
+        Note("gsm8k has no held-out rows: 373 of its 7,473 are held out for validation"),
     ]
 
 
@@ -137,7 +137,9 @@ def test_the_last_assistant_message_is_the_response(tmp_path):
     assert (first.messages, first.answer, first.references) == (said[:4], said[4], ("bye",))
     assert (second.messages, second.references) == (said + said[1:2], ())  # asked again, and not answered yet
     assert (third.messages, third.references) == (said[:2], ())
-    with pytest.raises(DataError, match=r"chat.jsonl:2: no reply to the last message \(user\), and no response column"):
+    with pytest.raises(
+        DataError, match=r"chat.jsonl:2: no response to the last message \(user\), and no response column"
+    ):
         whole(path)
     elsewhere = jsonl(tmp_path / "both.jsonl", {"messages": said[:4], "output": "bye"})
     (row,) = whole(elsewhere)
@@ -196,13 +198,13 @@ BROKEN = {
     '{"instruction": "a"}': "no response column (output, response, completion, answer, or data.columns.response); "
     "found `instruction`",
     '{"instruction": "a", "output": 42}': "column `output` must be text or a list of texts, found a number (42)",
-    '{"instruction": "a", "output": ["b", null]}': "column `output` must be a list of texts; its number 2 is null",
+    '{"instruction": "a", "output": ["b", null]}': "column `output` must be a list of texts; item 2 is null",
     '{"instruction": "a", "output": []}': "column `output` is an empty list",
     '{"instruction": true, "output": "b"}': "column `instruction` must be text, found true",
     '{"instruction": "a", "input": {}, "output": "b"}': "column `input` must be text, found an object",
     '{"instruction": " ", "input": "", "output": "b"}': "an empty prompt (column `instruction`)",
     '{"prompt": "", "completion": "b"}': "an empty prompt (column `prompt`)",
-    r'{"prompt": "\ud83d", "completion": "b"}': "column `prompt` holds half of a character (a lone surrogate)",
+    r'{"prompt": "\ud83d", "completion": "b"}': "column `prompt` has half of a character (a lone surrogate)",
     '{"messages": "hi"}': "column `messages` must be a list of messages, found text",
     '{"messages": [{"role": "user"}]}': "message 1: `content` must be text, found null",
     '{"messages": [{"role": "assistant", "content": "b"}]}': "an empty prompt (column `messages` has no message before "
@@ -255,17 +257,17 @@ def test_a_column_named_in_the_recipe_must_be_there(tmp_path):
         ("a.json", b'[{"prompt": "a",\n "output" 1}]', "a.json:2: not JSON (expected ':' at column 11)"),
         ("a.json", b'["\xff"]', "a.json:1: not UTF-8 (byte 0xff)"),
         ("a.json", b'{"rows": []}', "a.json:1: no prompt column"),
-        ("a.json", b"[]", "a.json: no rows in it"),
-        ("a.json", b"", "a.json: no rows in it"),
-        ("a.jsonl", b"\n\n", "a.jsonl: no rows in it"),
-        ("a.csv", b"", "a.csv: no rows in it"),
+        ("a.json", b"[]", "a.json: no rows"),
+        ("a.json", b"", "a.json: no rows"),
+        ("a.jsonl", b"\n\n", "a.jsonl: no rows"),
+        ("a.csv", b"", "a.csv: no rows"),
         ("a.csv", b"prompt,prompt\na,b\n", "a.csv:1: column `prompt` occurs twice"),
         ("a.csv", b'prompt,output\n"a\nb",c\nd\n', "a.csv:4: 1 cells where the header has 2"),
         ("a.csv", b'prompt,output\n"a,b\n', "a.csv:2: not CSV (unexpected end of data)"),
         ("a.csv", b"prompt,output\n\xff,b\n", "a.csv:2: column `prompt` is not UTF-8"),
         ("a.csv", b"text,output\na,b\n", "a.csv:2: no prompt column"),
         ("a.parquet", b"hello", "a.parquet: not parquet ("),
-        ("a.txt", b"hello", "a.txt: not a kind of data file that is known"),
+        ("a.txt", b"hello", "a.txt: unknown type of data file"),
     ],
 )
 def test_a_broken_file_is_a_data_error(tmp_path, name, content, complaint):
@@ -298,7 +300,7 @@ def test_an_unknown_name_says_where_it_was_looked_for(tmp_path, monkeypatch):
     with pytest.raises(DataError) as caught:
         load_rows(DataConfig(source="someone/set"), "test")
     assert f"not under $DISTILLM_DATA ({tmp_path}), and someone/set cannot be read from the hub" in str(caught.value)
-    assert "set DISTILLM_DATA to a directory that holds it, or pass a file" in caught.value.hint
+    assert "set DISTILLM_DATA to a directory that contains it, or pass a file" in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -379,7 +381,7 @@ def test_other_directories(tmp_path):
     with pytest.raises(DataError, match=r"several files for train \(train.json, train.jsonl\)"):
         whole(tmp_path / "twice")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="empty: no data file in it"):
+    with pytest.raises(DataError, match="empty: no data files"):
         whole(tmp_path / "empty")
 
 
@@ -417,15 +419,15 @@ def test_a_named_validation_file_is_read_whole_and_train_keeps_its_rows(tmp_path
 def test_one_row_cannot_be_held_out(tmp_path):
     data = DataConfig(source=str(jsonl(tmp_path / "a.jsonl", PAIR)))
     assert len(load_rows(data, "train")) == 1
-    with pytest.raises(DataError, match=r"too few to hold some of them out; .*data.valid=FILE"):
+    with pytest.raises(DataError, match=r"too few for a held-out slice; .*data.valid=FILE"):
         load_rows(data, "valid")
 
 
 def test_why_no_row_can_be_held_out_is_said(tmp_path):
     same, few = [PAIR] * 20, [{"question": f"word {i % 4}", "answer": f"{i}"} for i in range(20)]
     for rows, why in (
-        (same, "all 20 rows ask the same thing, so that none of them can be held out"),
-        (few, "its 20 rows ask 4 things, each of them more often than the 1 to be held out"),
+        (same, "all 20 rows have the same prompt, so none can be held out"),
+        (few, "its 20 rows have 4 distinct prompts, each more frequent than the 1 rows to hold out"),
     ):
         with pytest.raises(DataError, match=why):
             load_rows(DataConfig(source=str(jsonl(tmp_path / "a.jsonl", *rows))), "valid")
@@ -435,7 +437,7 @@ def test_one_of_a_thing_is_told_in_the_singular(tmp_path):
     said = []
     data = DataConfig(source=str(jsonl(tmp_path / "a.jsonl", *numbered(10))))
     load_rows(data, "train", listener=said.append)
-    assert said[1:] == [Note("a.jsonl has no held-out rows of its own: 1 of its 10 is kept for validation")]
+    assert said[1:] == [Note("a.jsonl has no held-out rows: 1 of its 10 is held out for validation")]
     with pytest.raises(DataError, match=r"its one row is broken: b.jsonl:1: "):
         load_rows(DataConfig(source=str(jsonl(tmp_path / "b.jsonl", {})), skip_bad_rows=True), "test")
     assert (counted(1, "row"), counted(0, "row"), counted(1_000, "row")) == ("1 row", "0 rows", "1,000 rows")

@@ -234,7 +234,7 @@ def test_a_disk_that_is_full_as_the_tokenizer_is_written_costs_no_checkpoint(tmp
     tokenizer = tiny.tokenizer(size=500)
     with file_size(4000), pytest.raises(StorageError, match="File too large") as stopped:
         write(checkpoints(tmp_path, save_model=tokenizer.save_pretrained), 2)
-    assert "step-000001 is whole, continue with --resume" in str(stopped.value)
+    assert "step-000001 is complete: continue with --resume" in str(stopped.value)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
 
 
@@ -312,13 +312,13 @@ def test_a_link_that_leads_nowhere_is_named_wherever_it_is_given(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     Path("loop").symlink_to(target)
     Path("loop.jsonl").symlink_to("loop.jsonl")
-    with pytest.raises(UsageError, match="--output loop is a symbolic link that leads nowhere"):
+    with pytest.raises(UsageError, match="--output loop is a broken symbolic link"):
         output_dir.check_output(Path("loop"), resume=False, overwrite=False)
-    with pytest.raises(ModelError, match="loop is a symbolic link that leads nowhere"):
+    with pytest.raises(ModelError, match="loop is a broken symbolic link"):
         locate_model("loop")
     for named in ("loop", "./loop", "loop.jsonl"):
         data = Recipe.model_validate({"data": {"source": named}}).data
-        with pytest.raises(DataError, match="is a symbolic link that leads nowhere"):
+        with pytest.raises(DataError, match="is a broken symbolic link"):
             load_rows(data, "train")
 
 

@@ -82,7 +82,7 @@ def test_saved_splits_are_recognized(tmp_path):
         assert [row.prompt for row in rows] == [name] * 2
         assert rows.splits == ("train", "test")
     datasets.DatasetDict(train_sft=split["train"]).save_to_disk(tmp_path / "other")
-    with pytest.raises(DataError, match="no train, valid or test in it, but train_sft; name one of these"):
+    with pytest.raises(DataError, match="no split train, valid or test, but train_sft; use one of these"):
         asked(tmp_path / "other")
     assert asked(tmp_path / "other" / "train_sft") == [("train", ("x",))] * 2
 
@@ -201,7 +201,7 @@ def test_a_damaged_compressed_file_is_a_data_error(tmp_path, ending):
             asked(tmp_path / f"b.jsonl{ending}")
     for name in (f"rows{ending}", f"a.parquet{ending}", f"a.txt{ending}"):
         (tmp_path / name).write_bytes(whole)
-        with pytest.raises(DataError, match="not a kind of data file that is known"):
+        with pytest.raises(DataError, match="unknown type of data file"):
             asked(tmp_path / name)
 
 

@@ -120,8 +120,8 @@ def test_a_damaged_cache_is_refused_by_name_and_rebuilt_on_request(tmp_path, how
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"{}", "states.json does not say which format it has"),
-        (b"[1, 2]", "states.json does not say which format it has"),
+        (b"{}", "states.json has no format"),
+        (b"[1, 2]", "states.json has no format"),
         (b"\xff\xfe", "states.json is not JSON ('utf-8' codec"),
         ({"tokens": None}, "states.json: tokens is None"),
         ({"dtype": "nn"}, "states.json: dtype is 'nn'"),
@@ -157,7 +157,7 @@ def test_a_cache_that_is_named_itself_must_be_of_this_teacher_and_these_rows(tmp
     assert cache_directory(place, key) == place
     other = key_of(model(torch.bfloat16))
     with pytest.raises(
-        CheckpointError, match=rf"{place} is of another teacher \(models/big\).*--rebuild-teacher-cache"
+        CheckpointError, match=rf"{place} belongs to another teacher \(models/big\).*--rebuild-teacher-cache"
     ):
         read_cache(cache_directory(place, other), other, ROWS)
     fewer = CacheKey(key.teacher, rows_digest(ROWS[:-1]))
@@ -183,7 +183,7 @@ def test_only_a_cache_is_replaced_by_a_cache(tmp_path):
     place, key = make(tmp_path)
     damage(place, "no facts")
     (place / "thesis.txt").write_text("mine")
-    with pytest.raises(StorageError, match=r"holds more than a teacher cache \(thesis.txt\), and is not replaced"):
+    with pytest.raises(StorageError, match=r"contains other files than a teacher cache \(thesis.txt\) and is not replaced"):
         write_cache(place, key, LocalTeacher(model()), ROWS, CPU, of=OF, rebuild=True)
     assert (place / "thesis.txt").read_text() == "mine"
     assert not any(path.name.startswith((".staging", ".old")) for path in tmp_path.iterdir())
@@ -266,7 +266,7 @@ def test_no_space_left_is_said_in_the_systems_words(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(teacher_cache, "_write_at", full)
-    with pytest.raises(StorageError, match="No space left on device; free some space"):
+    with pytest.raises(StorageError, match="No space left on device; free disk space"):
         make(tmp_path)
 
 

@@ -158,7 +158,7 @@ def test_a_spec_of_another_form_is_answered_with_the_forms(spec):
 
 
 def test_a_bpe_size_below_the_bytes_is_answered_with_the_least():
-    with pytest.raises(UsageError, match=r"a vocabulary of 100 .*bpe:100; the least is bpe:259"):
+    with pytest.raises(UsageError, match=r"a vocabulary of 100 .*bpe:100; the minimum is bpe:259"):
         train_tokenizer("bpe:100", iter(["abc"]))
 
 

@@ -525,7 +525,7 @@ def test_a_disk_that_is_full_costs_no_checkpoint_and_names_what_is_left(tmp_path
     checkpoints.write(6, {"step": 6}, tensors)
     with (
         file_size(1000),
-        pytest.raises(StorageError, match=r"step-000009: .*step-000006 is whole, continue with --resume"),
+        pytest.raises(StorageError, match=r"step-000009: .*step-000006 is complete: continue with --resume"),
     ):
         checkpoints.write(9, {"step": 9}, tensors)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000006"]
@@ -557,7 +557,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_line_leaves_whole_ones(tmp_path)
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path, log_steps=1)
     steps = [Stepped(step, 0.1, "dataset", 1.0, 1e-3, 1.0, 0.0, 8, 0.1, {}) for step in range(1, 30)]
-    with file_size(1000), pytest.raises(StorageError, match=f"cannot write {path}: .*go on from the newest checkpoint"):
+    with file_size(1000), pytest.raises(StorageError, match=f"cannot write {path}: .*continue"):
         [*map(log, steps)]
     lines = path.read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, len(lines) + 1))
@@ -670,7 +670,7 @@ def test_where_memory_runs_out_held_out_rows_are_taken_in_smaller_batches():
             held_out.mean(CROSS_ENTROPY, objective)
     counts = [5, 2, 1]
     assert said == [
-        Warned(f"out of memory with {rows} held-out rows at once: continuing with {fewer}, same loss")
+        Warned(f"out of memory with {rows} held-out rows per batch: continuing with {fewer}, same loss")
         for rows, fewer in pairwise(counts)
     ]
 
@@ -789,12 +789,12 @@ def test_half_time_before_the_first_validation_says_what_raises_phi(epsilon, mov
     engine.scheduler.config = engine.scheduler.config.model_copy(update={"epsilon": epsilon})
     engine.state.step = 4
     text = phi_advice(engine)
-    assert f"at a validation where valid CE has {moved} since before training, and there was none yet (1 " in text
+    assert f"at a validation where valid CE has {moved} since before training with no validation so far (1 " in text
 
 
 def test_half_time_without_a_validation_or_held_out_rows():
     _, [(_, text)] = told_of_phi(validation=False)
-    assert "it cannot rise without held-out rows; name some with --set data.valid=PATH" in text
+    assert "it cannot rise without held-out rows; set some with --set data.valid=PATH" in text
 
 
 @pytest.mark.parametrize("more", [{"epsilon": -10.0}, {"method": "off"}, {"method": "on"}, {"steps": 1}])
