@@ -489,7 +489,7 @@ def distill(
 
     teacher and student are names, paths, results of earlier runs, or model objects: ``(model, tokenizer)``, or a model with
     the keyword ``tokenizer``. data is a name, a path, a data set or a list of mappings. Objects are saved in ``inputs/``
-    beside the output and loaded from there, so a model takes disk space once and memory twice; it is not changed.
+    next to the output and loaded from there, so a model uses disk space once and memory twice. Objects are not changed.
 
     Sets torch's global random state. Raises DistillmError.
     """

@@ -17,7 +17,7 @@ LONGEST_ERROR = 1000  # characters of an error line
 _PATIENCE = 1.0  # seconds to wait for a non-blocking stderr that is full
 
 
-class _Unfailing(io.RawIOBase):
+class _SafeStream(io.RawIOBase):
     """Wrap a file so that writes never fail: output that cannot be written is dropped."""
 
     def __init__(self, file: io.RawIOBase):
@@ -58,7 +58,7 @@ def open_streams() -> None:
     if sys.stderr is sys.__stderr__ and isinstance(sys.stderr, io.TextIOWrapper):
         raw = getattr(sys.stderr.buffer, "raw", sys.stderr.buffer)  # under PYTHONUNBUFFERED there is no buffer
         sys.stderr = io.TextIOWrapper(
-            io.BufferedWriter(_Unfailing(raw)),
+            io.BufferedWriter(_SafeStream(raw)),
             encoding=sys.stderr.encoding,
             errors=sys.stderr.errors,
             line_buffering=True,

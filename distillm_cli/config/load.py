@@ -47,11 +47,11 @@ class Resolved:
 def shipped() -> dict[str, Path]:
     """Return the shipped recipes: name → file. In a wheel they are inside the package, in a checkout next to it."""
     package = Path(__file__).resolve().parent.parent
-    inside, beside = package / "_recipes", package.parent / "recipes"
+    inside, checkout = package / "_recipes", package.parent / "recipes"
     if inside.is_dir():
         return _by_name(inside)
     if (package.parent / "pyproject.toml").is_file():  # any other "recipes" in site-packages is not ours
-        return _by_name(beside)
+        return _by_name(checkout)
     return {}
 
 

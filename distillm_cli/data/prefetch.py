@@ -71,8 +71,8 @@ class Prefetcher:
         self._chunks: _Chunks = {}
 
     def __enter__(self) -> Prefetcher:
-        named = [name for name in (self._data.source, self._data.valid) if name not in (None, "builtin")]
-        if all(local_path(name) is not None for name in named):
+        names = [name for name in (self._data.source, self._data.valid) if name not in (None, "builtin")]
+        if all(local_path(name) is not None for name in names):
             self._start()
         return self
 

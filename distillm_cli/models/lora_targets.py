@@ -52,7 +52,7 @@ def find_targets(model: PreTrainedModel, requested: tuple[str, ...] | None) -> L
         uncalled = family_of(model.config.model_type).uncalled_layers
         modules = {name: module for name, module in modules.items() if _last(name) not in uncalled}
     else:
-        experts, modules = _named(model, requested, modules, experts)
+        experts, modules = _select_by_name(model, requested, modules, experts)
     renamed = {name for name in modules if _last(name) in PEFT_EXPERT_NAMES} if _has_experts(model) else set()
     parameters = sorted(experts | {f"{name}.weight" for name in renamed})
     modules = {name: module for name, module in modules.items() if name not in renamed}
@@ -67,7 +67,7 @@ def find_targets(model: PreTrainedModel, requested: tuple[str, ...] | None) -> L
     return LoraTargets(sorted(modules if whole_names or requested is not None else short), parameters, kinds)
 
 
-def _named(
+def _select_by_name(
     model: PreTrainedModel, requested: tuple[str, ...], modules: dict[str, nn.Module], experts: set[str]
 ) -> tuple[set[str], dict[str, nn.Module]]:
     """Select the experts and modules with these names."""

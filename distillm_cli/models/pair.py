@@ -132,10 +132,10 @@ def load_pair(
         own = student.tokenizer
         check_vocabularies(teacher.tokenizer, own)
         _share_tokens(teacher, student)
-        if lost := lost_features(own, student.tokenizer):
+        if dropped := lost_features(own, student.tokenizer):
             listener(
                 Warned(
-                    f"the student uses the teacher's tokenizer, whose tokens both models have; its own {lost} dropped"
+                    f"the student uses the teacher's tokenizer, whose tokens both models have; its own {dropped} dropped"
                 )
             )
     return Pair(teacher, student, student.tokenizer, student.vocab, templates, stops)
@@ -368,7 +368,7 @@ def check_vocabularies(teacher: PreTrainedTokenizerBase, student: PreTrainedToke
             where=sizes,
             hint=hint,
         )
-    for whose, tokens, others, added in (
+    for role, tokens, others, added in (
         ("teacher", theirs_by_id, ours_by_id, set(teacher.get_added_vocab().values())),
         ("student", ours_by_id, theirs_by_id, set(student.get_added_vocab().values())),
     ):
@@ -376,8 +376,7 @@ def check_vocabularies(teacher: PreTrainedTokenizerBase, student: PreTrainedToke
             i = min(extra)
             raise ModelError(
                 "model.different_vocabularies",
-                f"teacher and student have different vocabularies: token {i}, {tokens[i]!r}, exists only in the "
-                f"{whose}",
+                f"teacher and student have different vocabularies: token {i}, {tokens[i]!r}, exists only in the {role}",
                 where=sizes,
                 hint=hint,
             )

@@ -394,5 +394,5 @@ def _shared_heads(heads: int, share: float) -> int:
     return max(k for k in range(1, heads + 1) if heads % k == 0 and k <= max(1.0, heads * share + 1e-9))
 
 
-def _multiple(size: float, of: int = 16) -> int:
-    return max(of, round(size / of) * of)
+def _multiple(size: float, factor: int = 16) -> int:
+    return max(factor, round(size / factor) * factor)

@@ -317,8 +317,8 @@ def sentencepiece_difference(path: str, revision: str | None, tokenizer: PreTrai
     found = tokenizer.tokenize(_PROBE)
     if expected == found:
         return None
-    at = next((i for i, pair in enumerate(zip(expected, found, strict=False)) if pair[0] != pair[1]), 0)
+    index = next((i for i, pair in enumerate(zip(expected, found, strict=False)) if pair[0] != pair[1]), 0)
     return (
-        f"transformers reads {file} differently from SentencePiece: token {at} of a probe text is {found[at]!r}, not "
-        f"{expected[at]!r}; a model trained on the file's own tokens needs a tokenizer.json next to it"
+        f"transformers reads {file} differently from SentencePiece: token {index} of a probe text is {found[index]!r}, not "
+        f"{expected[index]!r}; a model trained on the file's own tokens needs a tokenizer.json next to it"
     )

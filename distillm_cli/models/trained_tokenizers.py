@@ -3,13 +3,13 @@
 All three are lossless: tokens are pieces of the text, spaces and newlines included, and decoding concatenates them. All
 have ``<pad>``, ``<eos>`` and ``<unk>`` as tokens 0, 1 and 2.
 
-``bpe:SIZE``  byte-level byte-pair encoding with at most SIZE tokens. Any text can be encoded. ``chars``     every
-character of the data is one token; other characters are ``<unk>``. ``words``     every frequent word is one token,
-other words are split into characters. For data in which some strings are symbols and others are read letter by letter,
-such as phonemes and words.
+``bpe:SIZE``  byte-level byte-pair encoding with at most SIZE tokens. Any text can be encoded.
+``chars``     every character of the data is one token; other characters are ``<unk>``.
+``words``     every frequent word is one token, other words are split into characters. For data in which some strings are
+              symbols and others are read letter by letter, such as phonemes and words.
 
-In ``words``, a text is split before each space and around each newline. A piece is a word with the space before it (``
-AH``), a word without one (at the start of a text or line: ``CH``), or a single white-space character. A piece in the
+In ``words``, a text is split before each space and around each newline. A piece is a word with the space before it
+(`` AH``), a word without one (at the start of a text or line: ``CH``), or a single white-space character. A piece in the
 vocabulary is one token, other pieces have one token per character. Words are never split into parts, so a frequent
 ``on`` does not match the end of ``salon``. Thus ``CH AH M P`` is four tokens, and in ``Pronounce the word.⏎chump⏎`` the
 instruction is three and ``chump`` five.

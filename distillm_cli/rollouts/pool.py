@@ -144,7 +144,7 @@ class SequencePool:
         self._replay_before = list(self.replay.rollouts)
 
     def roll_back(self) -> None:
-        """Undo the draws since ``begin_step``. Sampled batches are stored for the retry."""
+        """Revert the draws since ``begin_step``. Sampled batches are stored for the retry."""
         self.replay.rollouts.clear()
         self.replay.add(self._replay_before)
         if self._served is not None:

@@ -30,7 +30,7 @@ def local_input(key: str, text: str) -> Path | None:
     return place if place is not None and place.exists() else None
 
 
-def check_spared(verb: str, recipe: Recipe, output: Path, *, file: str | None = None) -> None:
+def check_overwrite(verb: str, recipe: Recipe, output: Path, *, file: str | None = None) -> None:
     """Raise UsageError if an overwrite of ``output`` would remove or replace inputs of the run.
 
     file: path or shipped name of the recipe. Paths are compared after links are resolved.

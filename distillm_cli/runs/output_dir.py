@@ -295,11 +295,11 @@ def publishing(output: Path) -> Iterator[Path]:
     card belongs to the user.
     """
     # Not at the top: it imports torch, which callers that only name an output do not need.
-    from distillm_cli.training.checkpoint import open_as_others
+    from distillm_cli.training.checkpoint import set_default_modes
 
     with staging_directory(output / _MODEL) as staged:
         yield staged
-        open_as_others(staged)
+        set_default_modes(staged)
         _move_model(staged, output)
 
 

@@ -18,7 +18,7 @@ from distillm_cli.config.load import Resolved, to_yaml
 from distillm_cli.config.pipeline_recipe import PREFIX, Pipeline, Stage, StageConfig, inputs, with_stage_paths
 from distillm_cli.errors import START_OVER, CheckpointError, DistillmError, Interrupted, UsageError, signal_number
 from distillm_cli.runs import output_dir, stage_record
-from distillm_cli.runs.inputs import check_spared
+from distillm_cli.runs.inputs import check_overwrite
 from distillm_cli.runs.run_results import (
     EvalResult,
     GenerateResult,
@@ -32,7 +32,7 @@ from distillm_cli.runs.stage_record import StageRecord
 from distillm_cli.runs.start import TrainOptions
 from distillm_cli.training.events import Listener, Note, Staged, Warned
 from distillm_cli.utils.manifest import recorded
-from distillm_cli.utils.memory import give_back_freed_memory
+from distillm_cli.utils.memory import return_freed_memory
 from distillm_cli.utils.text import json_value
 
 RESOLVED_PIPELINE = "pipeline.yaml"
@@ -59,15 +59,15 @@ def choose_stages(pipeline: Pipeline, only: str | None, start: str | None) -> li
             "usage.exclusive_options", "--only and --from are mutually exclusive", hint="choose one of them"
         )
     names = list(pipeline.names)
-    wanted = names if only is None else [name.strip() for name in only.split(",")]
-    for flag, name in (*(("--only", name) for name in wanted), ("--from", start)):
+    selected = names if only is None else [name.strip() for name in only.split(",")]
+    for flag, name in (*(("--only", name) for name in selected), ("--from", start)):
         if name is not None and name not in names:
             close = get_close_matches(name, names, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]}?" if close else None
             raise UsageError(
                 "usage.unknown_stage", f"{flag} {name}: no such stage", where=f"stages: {', '.join(names)}", hint=hint
             )
-    return [name for name in names if name in wanted] if start is None else names[names.index(start) :]
+    return [name for name in names if name in selected] if start is None else names[names.index(start) :]
 
 
 def stage_states(pipeline: Pipeline, output: Path, chosen: list[str]) -> dict[str, StageState]:
@@ -145,7 +145,7 @@ def _is_done(record: StageRecord | None, place: Path) -> bool:
 
 
 def _state(stage: Stage, place: Path, before: StageRecord, made: Mapping[str, str]) -> StageState:
-    of = stage_record.shaping_of(stage, made)
+    of = stage_record.fingerprint_inputs(stage, made)
     if stage_record.stage_fingerprint(of) != before.fingerprint:
         changes = stage_record.differences(before.of, of)
         more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
@@ -204,7 +204,7 @@ class _PipelineRun:
                 continue
             why = {"to run": "", "to resume": " · resumes"}
             self.listener(Note(f"{title}{why.get(state.kind, f' · {describe(state)}')}"))
-            record = stage_record.start_record(stage, stage_record.shaping_of(stage, made), before)
+            record = stage_record.start_record(stage, stage_record.fingerprint_inputs(stage, made), before)
             result = self._run_stage(stage, place, record).as_json()
             record = stage_record.finished_record(record, stage, place, json_value(result))
             stage_record.write_record(place, record)
@@ -259,7 +259,7 @@ class _PipelineRun:
         resume = record.status == "started" and has_checkpoint
         output_dir.check_output(place, resume=resume, overwrite=not resume)
         if not resume:
-            check_spared(stage.verb, resolved.recipe, place)
+            check_overwrite(stage.verb, resolved.recipe, place)
         if (fitted := fitted_line(resolved)) is not None:
             self.listener(Note(fitted))
         # The pipeline may have been moved since it was started; fingerprints show which version of a stage is read.
@@ -282,7 +282,7 @@ class _PipelineRun:
         try:  # raises an error if the file has rows of other weights, prompts or settings
             return generate_responses(own.model, source, settings, self.listener, output=str(file), resume=True)
         except CheckpointError:
-            _put_aside(file, self.listener)
+            _rename_old_rows(file, self.listener)
             return generate_responses(own.model, source, settings, self.listener, output=str(file))
 
     def _evaluate(self, stage: Stage, own: Any, resolved: Resolved, place: Path) -> EvalResult:
@@ -314,7 +314,7 @@ class _PipelineRun:
             self.listener(Warned(f"stage {stage.name} is not run again, although it has changed: {state.why}"))
 
 
-def _put_aside(samples: Path, listener: Listener) -> None:
+def _rename_old_rows(samples: Path, listener: Listener) -> None:
     """Rename a file of rows that will be generated again, since a user may have corrected it."""
     numbered = (samples.with_name(f"{samples.stem}-before-{n}{samples.suffix}") for n in itertools.count(1))
     aside = next(path for path in numbered if not path.exists())
@@ -329,8 +329,8 @@ def _inputs_from_stages(stage: Stage) -> set[str]:
 
 def _shortest_path(place: Path) -> str:
     """Return a path relative to the working directory if it is below it: the same for every spelling of --output."""
-    whole, here = place.resolve(), Path.cwd().resolve()
-    return str(whole.relative_to(here)) if whole.is_relative_to(here) else str(whole)
+    whole, working_directory = place.resolve(), Path.cwd().resolve()
+    return str(whole.relative_to(working_directory)) if whole.is_relative_to(working_directory) else str(whole)
 
 
 def _release_memory() -> None:
@@ -340,6 +340,6 @@ def _release_memory() -> None:
     import torch
 
     gc.collect()
-    give_back_freed_memory()
+    return_freed_memory()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

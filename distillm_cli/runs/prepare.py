@@ -34,7 +34,7 @@ from distillm_cli.runs.start import prefetch_rows, tokenizer_candidates
 from distillm_cli.teachers.teacher_cache import cache_root, cached_date, rows_digest
 from distillm_cli.training.events import Listener, Note, Warned
 from distillm_cli.types import Rollout, Sequence, collate, pass_overhead
-from distillm_cli.utils.memory import give_back_freed_memory, resume_garbage_collection
+from distillm_cli.utils.memory import resume_garbage_collection, return_freed_memory
 from distillm_cli.utils.modules import weights_fingerprint
 from distillm_cli.utils.text import counted
 from distillm_cli.utils.threads import set_threads
@@ -134,7 +134,7 @@ class Prepared:
     @contextmanager
     def with_start_weights(self) -> Iterator[None]:
         """Give the student its initial weights inside the block, and its current ones afterwards."""
-        give_back_freed_memory()  # of gradients and activations, which need more than the copy
+        return_freed_memory()  # of gradients and activations, which need more than the copy
         weights = dict(self.start_weights())
         self.student.swap_state(weights)
         try:
@@ -323,10 +323,10 @@ def _encoder(
 def _chosen_template(data: DataConfig, pair: Pair, rows: Rows, listener: Listener) -> tuple[str, str] | None:
     """Return the template for rows and its origin if it is not set in the recipe; else None."""
     both_chat = all(template is not None for template in pair.templates.values())
-    settled = resolve_auto_template(rows, both_chat) if data.template == "auto" else None
-    if settled is None:
+    selected = resolve_auto_template(rows, both_chat) if data.template == "auto" else None
+    if selected is None:
         return None
-    template, why = settled
+    template, why = selected
     other = {"chat": "alpaca", "alpaca": "chat"}.get(template)
     has_choice = other is not None and both_chat and any(row.messages is None for row in rows)
     choice = f"; --set data.template={other} selects the other one" if has_choice else ""

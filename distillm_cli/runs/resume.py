@@ -98,7 +98,7 @@ def _changed_settings(
         for key in sorted(then.keys() | now.keys())
         if key not in (*_MAY_CHANGE, *moved_inputs)
         and not _is_same_value(then.get(key), now.get(key))
-        and _shapes_steps(key, now.get)
+        and _affects_steps(key, now.get)
     ]
 
 
@@ -166,7 +166,7 @@ def _is_same_value(then: object, now: object) -> bool:
     return left.exists() and right.exists() and left.samefile(right)
 
 
-def _shapes_steps(key: str, now: ValueOf) -> bool:
+def _affects_steps(key: str, now: ValueOf) -> bool:
     """Return whether the steps depend on a field: checkpoints also contain fields that the run does not read."""
     return key not in leaves() or is_used(key, now)
 

@@ -158,7 +158,7 @@ def _is_unchanged(known: str | int, path: Path) -> bool:
     return path.stat().st_size == known if isinstance(known, int) else _identity(path) == known
 
 
-def shaping_of(stage: Stage, made: Mapping[str, str]) -> dict[str, Any]:
+def fingerprint_inputs(stage: Stage, made: Mapping[str, str]) -> dict[str, Any]:
     """Return everything that a stage's result depends on. made: version names of the other stages, by stage name."""
     recipe = stage.resolved.recipe
     if stage.verb in ("sft", "distill"):

@@ -52,9 +52,9 @@ def start_training(
     # Checked before rows are read, which takes longer.
     is_new = output_dir.check_output(output, resume=options.resume, overwrite=options.overwrite)
     if options.overwrite:
-        from distillm_cli.runs.inputs import check_spared
+        from distillm_cli.runs.inputs import check_overwrite
 
-        check_spared(command, resolved.recipe, output, file=recipe_file)
+        check_overwrite(command, resolved.recipe, output, file=recipe_file)
     with output_dir.claimed(output, is_new=is_new), prefetch_rows(resolved.recipe) as prefetcher:
         for note in notes:
             listener(Note(note))

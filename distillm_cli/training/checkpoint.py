@@ -80,7 +80,7 @@ class Checkpoints:
                 self.save_model(staged)
                 save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, staged / TENSORS)
                 (staged / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-                open_as_others(staged)
+                set_default_modes(staged)
                 files = [path for path in staged.rglob("*") if path.is_file()]
                 manifest.seal_directory(staged, files, step=step)
         old = [self.path(number) for number in self.steps()[: -max(self.keep, 1)] if number != protect]
@@ -111,7 +111,7 @@ class Checkpoints:
         return latest(self.root)
 
 
-def open_as_others(directory: Path) -> None:
+def set_default_modes(directory: Path) -> None:
     """Set the mode of a directory's tensor files to that of new files: safetensors makes them readable by the owner only."""
     probe = directory / ".mode"
     probe.touch()

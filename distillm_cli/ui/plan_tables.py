@@ -158,7 +158,7 @@ def _part_label(part: str) -> str:
 def _pair(found: Mapping[str, Any]) -> str:
     if "teacher" not in found["models"]:
         return "one model, no teacher"
-    if any("vocabularies not checked" in note for note in found.get("notes", ())):
+    if any("vocabularies are not checked" in note for note in found.get("notes", ())):
         return f"unknown: no tokenizer available; {found['vocabulary']:,} rows in common"
     return f"compatible: {found['vocabulary']:,} shared tokens"
 
@@ -166,9 +166,9 @@ def _pair(found: Mapping[str, Any]) -> str:
 def _rows(data: Mapping[str, Any]) -> str:
     if data["rows"] is None:
         return f"{data['source']}, not available"
-    kept = f", {data['kept']:,} used" if "kept" in data else ""
+    used = f", {data['kept']:,} used" if "kept" in data else ""
     held = f"; {data['valid_rows']:,} held out" if "valid_rows" in data else ""
-    return f"{data['rows']:,} from {data['source']}{kept}{held}"
+    return f"{data['rows']:,} from {data['source']}{used}{held}"
 
 
 def _gpu_rows(gpus: Mapping[str, Any]) -> list[list[str]]:

@@ -108,7 +108,7 @@ def _write(directory: Path, manifest: dict) -> None:
 
 
 def check_files(directory: Path, *, weights: bool) -> None:
-    """Compare a model's files with the manifest beside them, if there is one: its weights, or all others.
+    """Compare a model's files with the manifest next to them, if there is one: its weights, or all others.
 
     A file is hashed once per process while it does not change. Raises ModelError, or CheckpointError for a checkpoint.
     """
@@ -121,7 +121,7 @@ def check_files(directory: Path, *, weights: bool) -> None:
 
 
 def edited_files(directory: Path) -> Iterator[str]:
-    """Yield the paths of settings that differ from the manifest beside them."""
+    """Yield the paths of settings that differ from the manifest next to them."""
     manifest = read_manifest(directory)
     for name in () if manifest is None else EDITABLE:
         if name in manifest["files"] and difference(directory, manifest, name) is not None:

@@ -85,7 +85,7 @@ def keep_freed_memory() -> None:
         mallopt(_TRIM_THRESHOLD, _NEVER)
 
 
-def give_back_freed_memory() -> None:
+def return_freed_memory() -> None:
     """Return freed memory of this process to the system."""
     malloc_trim = _glibc_function("malloc_trim")
     if malloc_trim is not None:

@@ -113,5 +113,5 @@ def printable(text: str) -> str:
 
 
 def escaped(line: str) -> str:
-    """Escape control characters in a line of JSON, which keeps its value."""
+    """Escape control characters in a line of JSON without changing its value."""
     return _CONTROL_CHARACTERS.sub(lambda found: f"\\u{ord(found[0]):04x}", line)

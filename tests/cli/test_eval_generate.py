@@ -339,9 +339,7 @@ def test_rows_that_are_read_are_not_replaced_by_what_is_made_of_them(place, type
     argv = ("--model", "model", "--template", "plain", "--max-new-tokens", 2, "--output", output, "--overwrite")
     code, _, err = typed("generate", "--data", data, *argv)
     assert code == 2
-    assert err.endswith(
-        f"--output {output.removeprefix('./')} is an input of --data {data}; choose another --output\n"
-    )
+    assert err.endswith(f"--output {output.removeprefix('./')} is an input of --data {data}; choose another --output\n")
     assert (place / output).read_bytes() == before
 
 

@@ -74,7 +74,7 @@ found = {"as it is": faults()}
 memory.keep_freed_memory()
 faults()
 found |= {"kept": faults(), "resident": resident()}
-memory.give_back_freed_memory()
+memory.return_freed_memory()
 print(json.dumps(found | {"given back": resident()}))
 """
     environment = {name: value for name, value in os.environ.items() if name not in memory._MALLOC_SETTINGS} | told

@@ -183,7 +183,9 @@ def test_only_a_cache_is_replaced_by_a_cache(tmp_path):
     place, key = make(tmp_path)
     damage(place, "no facts")
     (place / "thesis.txt").write_text("mine")
-    with pytest.raises(StorageError, match=r"contains other files than a teacher cache \(thesis.txt\) and is not replaced"):
+    with pytest.raises(
+        StorageError, match=r"contains other files than a teacher cache \(thesis.txt\) and is not replaced"
+    ):
         write_cache(place, key, LocalTeacher(model()), ROWS, CPU, of=OF, rebuild=True)
     assert (place / "thesis.txt").read_text() == "mine"
     assert not any(path.name.startswith((".staging", ".old")) for path in tmp_path.iterdir())

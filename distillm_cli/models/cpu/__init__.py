@@ -1,8 +1,7 @@
 """Provide hand-written passes for CPUs that are faster than transformers' and return the same numbers up to rounding.
 
 - `forward`: whole sequences through a GPT-2 or a Llama-like trunk, for training and for the teacher. On CPUs only.
-- `decode_step`: one token through the same models, for generation. On other devices too, where it reduces Python
-overhead.
+- `decode_step`: one token through the same models, for generation. Also on other devices, to reduce overhead.
 - `packed`: products with frozen bf16 weights in a layout for the processor that is computed once. On CPUs only.
 
 The first two are used only if they match transformers' own code for the model on a few tokens. ``DISTILLM_CPU_FAST=0``

@@ -104,9 +104,9 @@ class ContiguousCache(Cache):
     def mask(self) -> torch.Tensor:
         """Return the mask for the next token, which attends to itself."""
         if self.length == self.mask_B11C.shape[-1]:
-            least = torch.finfo(self.mask_B11C.dtype).min
+            minimum = torch.finfo(self.mask_B11C.dtype).min
             more = _grown(self.length, self.max_columns) - self.length
-            self.mask_B11C = torch.nn.functional.pad(self.mask_B11C, (0, more), value=least)
+            self.mask_B11C = torch.nn.functional.pad(self.mask_B11C, (0, more), value=minimum)
         self.mask_B11C[..., self.length] = 0
         return self.mask_B11C
 
@@ -141,8 +141,8 @@ def one_token_attention(
 
     The softmax is in float32; the mask comes in the model's dtype, for families with their own attention.
     """
-    if named := [name for name in _UNKNOWN if kwargs.get(name) is not None]:
-        raise NotImplementedError(f"attention with {' and '.join(named)}")
+    if unsupported := [name for name in _UNKNOWN if kwargs.get(name) is not None]:
+        raise NotImplementedError(f"attention with {' and '.join(unsupported)}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attend_one_token(query[:, :, 0], key, value, attention_mask.float(), scaling)[:, None], None
 

@@ -196,9 +196,9 @@ class BlockDecoding(PlainDecoding):
         if not counts_B.any():
             return
         self._positions_BP = self._positions_BP[:, -1:] - counts_B[:, None]
-        least = int(counts_B.min())
-        columns = self._mask_BT.shape[1] - least
-        from_BC = torch.arange(columns, device=counts_B.device) - (counts_B - least)[:, None]
+        lowest = int(counts_B.min())
+        columns = self._mask_BT.shape[1] - lowest
+        from_BC = torch.arange(columns, device=counts_B.device) - (counts_B - lowest)[:, None]
         has_token_BC = from_BC >= 0
         from_BC = from_BC.clamp_min(0)
         self._mask_BT = self._mask_BT.gather(1, from_BC) * has_token_BC

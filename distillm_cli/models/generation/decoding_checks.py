@@ -90,7 +90,7 @@ def _agrees(backbone: Backbone, *, step: bool) -> bool:
     prompts = [ids[: 2 * CLOSE_LENGTH], ids[:3], ids[3 : 3 + 2 * CLOSE_LENGTH]]
     fast, plain = FastDecoding(backbone, prompts, step=step), PlainDecoding(backbone, prompts)
     tokens_B = None
-    for at in range(4):
+    for position in range(4):
         expected_BV = plain.logits(tokens_B)
         try:
             found_BV = fast.logits(tokens_B)
@@ -99,7 +99,7 @@ def _agrees(backbone: Backbone, *, step: bool) -> bool:
         if not logits_match(found_BV, expected_BV, backbone.model.dtype):
             return False
         tokens_B = expected_BV.argmax(-1)
-        if at == 1:
+        if position == 1:
             rows_B = torch.tensor([2, 1], device=tokens_B.device)
             tokens_B = tokens_B[rows_B]
             fast.keep(rows_B)
