@@ -8,7 +8,7 @@ from typing import Any
 
 from distillm_cli import plugins
 
-COLOURS = {"T=1": "#d1495b", "T=0.5": "#edae49", "greedy": "#00798c"}
+COLORS = {"T=1": "#d1495b", "T=0.5": "#edae49", "greedy": "#00798c"}
 INK, GRID = "#333333", "#dddddd"
 
 Figures = dict[str, tuple[Any, dict, dict]]  # part → its bench, its runs, their test figures
@@ -79,7 +79,7 @@ def _dots(pyplot, task, scores: dict):
     for mode in task.passes:
         spread = [_spread(values(name, mode)) for name in names]
         axes.errorbar([m for m, _ in spread], range(len(names)), xerr=[s for _, s in spread], fmt="o", markersize=5,
-                      color=COLOURS[mode], ecolor=COLOURS[mode], elinewidth=1.2, label=mode)  # fmt: skip
+                      color=COLORS[mode], ecolor=COLORS[mode], elinewidth=1.2, label=mode)  # fmt: skip
     axes.set_yticks(range(len(names)), names)
     title = f"{plugins.metrics[metric].label}, % ({'left' if task.lower else 'right'} is better)"
     axes.set_xlabel(title + (f", difference to {task.reference}, same seed" if task.reference in scores else ""))
@@ -97,7 +97,7 @@ def _cost(pyplot, task, scores: dict, costs: dict[str, float]):
     points = []
     for name, by_mode in scores.items():
         points.append((costs[name] * task.steps, statistics.mean(f[metric]["mean"] for f in by_mode["T=1"]), name))
-    axes.scatter([x for x, _, _ in points], [y for _, y, _ in points], color=COLOURS["T=1"], s=24)
+    axes.scatter([x for x, _, _ in points], [y for _, y, _ in points], color=COLORS["T=1"], s=24)
     low, high = min(y for _, y, _ in points), max(y for _, y, _ in points)
     taken: list[tuple[float, float]] = []
     for x, y, name in sorted(points, key=lambda point: point[1]):
@@ -141,10 +141,10 @@ def _alpha(pyplot, lines: dict):
         "entropy at T = 1, nats": lambda pair: pair[0]["entropy"],
     }
     for axes, (title, value) in zip(panels, read.items(), strict=True):
-        for divergence, colour in (("skl", "#d1495b"), ("srkl", "#00798c")):
+        for divergence, color in (("skl", "#d1495b"), ("srkl", "#00798c")):
             found = sorted(lines.get(divergence, {}).items())
             spread = [_spread([value(pair) for pair in pairs]) for _, pairs in found]
-            axes.errorbar(range(len(found)), [m for m, _ in spread], yerr=[s for _, s in spread], color=colour,
+            axes.errorbar(range(len(found)), [m for m, _ in spread], yerr=[s for _, s in spread], color=color,
                           marker="o", markersize=4, elinewidth=1, label=divergence)  # fmt: skip
             axes.set_xticks(range(len(found)), [f"{alpha:g}" for alpha, _ in found])
         axes.set_xlabel("α")

@@ -51,7 +51,7 @@ def page() -> Iterator[str]:
     yield "`--method`, and `method` in a recipe. `distillm methods show NAME` prints its settings."
     yield ""
     methods = ((f"`{method.name}`", method.summary, method.paper) for method in METHODS.values())
-    yield from table("name", "training", "paper", rows=methods)
+    yield from table("name", "summary", "paper", rows=methods)
     yield "## Divergences"
     yield ""
     yield "`--divergence`, and `objective.divergence` in a recipe."

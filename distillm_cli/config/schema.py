@@ -100,7 +100,9 @@ class AdapterConfig(Section):
         0.1, description="Dropout on the adapter's input."
     )
     targets: tuple[Name, ...] | None = Field(
-        None, min_length=1, description="Names of the layers with an adapter. Unset: every linear layer but the head."
+        None,
+        min_length=1,
+        description="Names of the layers with an adapter. Unset: every linear layer except the head.",
     )
 
     @model_validator(mode="after")
@@ -179,7 +181,7 @@ class ColumnsConfig(Section):
 
     prompt: Name | None = Field(None, description="Column of the whole prompt, or of the instruction.")
     input: Name | None = Field(None, description="Column of the input text of the instruction.")
-    response: Name | None = Field(None, description="Column of the response: a text, or a list of references.")
+    response: Name | None = Field(None, description="Column of the response: text, or a list of references.")
 
 
 class DataConfig(Section):

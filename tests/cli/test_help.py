@@ -181,7 +181,7 @@ def test_large_tensors_lie_in_huge_pages_unless_the_environment_says_no(asked):
         ("distill --batch-size 3.5", "--batch-size = 3.5; expected an integer ≥ 1; try --batch-size 8"),
         (
             "distill --method kd --alpha 0.1",
-            "--alpha = 0.1; objective.alpha applies to skl and srkl (methods distillm, distillm2), and",
+            "--alpha = 0.1; objective.alpha applies to skl and srkl (methods distillm, distillm2), but",
         ),
         ("distill --ab-beta 0.3", "distillm distill has no flag --ab-beta; try --set objective.ab_beta=VALUE"),
         ("distill --set lr", "--set lr; expected section.key=value; try --set train.lr=5e-4"),

@@ -81,7 +81,7 @@ def test_the_parameters_of_a_method_are_its_own(run):
 def test_an_unknown_method_is_told_the_nearest(run):
     code, out, err = run("methods", "show", "distilm")
     assert (code, out) == (2, "")
-    assert err == (f"error: no method named distilm; there are {', '.join(METHODS)}; did you mean distillm?\n")
+    assert err == (f"error: no method named distilm; methods: {', '.join(METHODS)}; did you mean distillm?\n")
 
 
 def test_the_help_of_distill_names_every_method_divergence_and_schedule(run, monkeypatch):

@@ -83,7 +83,7 @@ def test_a_cache_warmed_beforehand_is_read_by_auto_and_refused_when_damaged(type
     elsewhere = ["--set", f"teacher.cache_dir={made['place']}", "--set", "data.size=40", "--teacher-cache", "disk"]
     code, answer, _ = typed("--output", "stale", *elsewhere)
     assert code == 5
-    assert "is of other rows" in answer["message"]
+    assert "belongs to other rows" in answer["message"]
 
 
 def test_auto_keeps_rows_that_come_back_and_the_resumed_run_ends_with_the_same_weights(typed, tmp_path):

@@ -103,7 +103,7 @@ def test_nothing_left_names_the_shortest_row_and_the_limit():
         examples_of(rows_of((9, 20), (8, 3), (7, 90)))
     assert str(caught.value) == (
         "all 3 rows are too long: the shortest has 8 + 3 tokens (prompt + response), the limit is 6 for the prompt, "
-        "10 in all; a.jsonl:2; raise --max-length (and data.max_prompt_length), or use a model with a longer context"
+        "10 in total; a.jsonl:2; raise --max-length (and data.max_prompt_length), or use a model with a longer context"
     )
     with pytest.raises(DataError, match=r"shortest has 3 \+ 4 tokens .* the limit is 5 tokens in total; a.jsonl:1;"):
         examples_of(rows_of((3, 4), (3, 5)), context=5)

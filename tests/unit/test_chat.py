@@ -171,10 +171,10 @@ def test_reasoning_and_tool_calls_reach_the_template():
 def test_an_answer_that_the_template_leaves_out_is_refused():
     made = encoder(FAMILIES["an end of turn that is not EOS"][0])
     call = {"type": "function", "function": {"name": "get", "arguments": {}}}
-    with pytest.raises(DataError, match=r"a.jsonl:1: the chat template does not write the tool call get"):
+    with pytest.raises(DataError, match=r"a.jsonl:1: the chat template omits the tool call get"):
         made.sequence(talk(user("Weather?"), bot("", tool_calls=[call])), 0)
     silent = encoder(loop(USER + "<bot><end>{%- endif -%}", "<bot>"))
-    with pytest.raises(DataError, match="does not write the content of the answer"):
+    with pytest.raises(DataError, match="omits the content of the answer"):
         silent.sequence(talk(user("Weather?"), bot("Fine.")), 0)
 
 

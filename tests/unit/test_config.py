@@ -290,7 +290,7 @@ def test_a_method_named_by_hand_brings_its_preset_along(recipe):
         (
             {},
             ["train.lr_schedule=constant", "train.min_lr=1e-5"],
-            "it applies to train.lr_schedule cosine and linear, but train.lr_schedule is constant; leave it",
+            "it applies to train.lr_schedule cosine and linear, but train.lr_schedule is constant; remove it",
         ),
         (
             {"teacher": "builtin"},
@@ -432,7 +432,7 @@ def test_what_is_read_may_be_typed(command, typed):
         (
             "eval",
             "train.seed=4",
-            "`distillm sft`, `distillm distill` and `distillm generate`; eval does not train; leave it",
+            "`distillm sft`, `distillm distill` and `distillm generate`; eval does not train; remove it",
         ),
     ],
 )
@@ -476,7 +476,7 @@ def test_a_recipe_of_the_built_in_rows_takes_other_rows_and_says_what_it_leaves_
         "quickstart.yaml: ignored, since this run (method distillm, objective srkl, schedule adaptive, "
         "data mine.jsonl) does not use them: data.size",
     )
-    assert "belongs to data.source builtin" in complaint(
+    assert "applies to data.source builtin" in complaint(
         recipe="quickstart", flags=typed.flags(data="mine.jsonl"), sets=["data.size=5"]
     )
 
@@ -488,7 +488,7 @@ def test_what_a_recipe_says_for_its_own_method_is_left_out_under_another(recipe,
         "distill.yaml: ignored, since this run (method kd, objective kl, schedule off) does not use them: "
         "objective.alpha, schedule.capacity, schedule.epsilon",
     )
-    assert to_yaml(resolved).startswith("# note: distill.yaml: left out")
+    assert to_yaml(resolved).startswith("# note: distill.yaml: ignored")
     assert not has_field(resolved.recipe, "objective.alpha")
     assert "objective.alpha" not in resolved.origin
     assert resolved.overridden["objective.alpha"] == (0.3, "distill.yaml:2")

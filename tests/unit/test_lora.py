@@ -210,8 +210,8 @@ def test_an_adapter_is_taken_up_again_where_it_is_the_one_asked_for(tmp_path):
     }
     assert again.adapter.config.base_model_name_or_path == str(Path(path).resolve())
     for fields, said in (
-        ({"r": 8}, "student.lora.r is 8, and the adapter .* has 4"),
-        ({"alpha": 3.0}, "student.lora.alpha is 3.0, and the adapter .* has 16"),
+        ({"r": 8}, "student.lora.r is 8, but the adapter .* has 4"),
+        ({"alpha": 3.0}, "student.lora.alpha is 3.0, but the adapter .* has 16"),
         ({"targets": ("q_proj",)}, "student.lora.targets is"),
     ):
         with pytest.raises(ModelError, match=said):

@@ -106,9 +106,9 @@ def test_the_same_size_with_different_tokens_is_refused_at_the_first_difference(
 
 
 def test_a_larger_vocabulary_is_not_a_superset_by_special_tokens():
-    with pytest.raises(ModelError, match=r"token 9, 'g', is the student's alone; teacher 9 tokens, student 10"):
+    with pytest.raises(ModelError, match=r"token 9, 'g', exists only in the student; teacher 9 tokens, student 10"):
         check_vocabularies(tiny.tokenizer("abcdef"), tiny.tokenizer("abcdefg"))
-    with pytest.raises(ModelError, match=r"token 9, 'g', is the teacher's alone"):
+    with pytest.raises(ModelError, match=r"token 9, 'g', exists only in the teacher"):
         check_vocabularies(tiny.tokenizer("abcdefg"), tiny.tokenizer("abcdef"))
 
 
@@ -286,7 +286,7 @@ def test_what_a_student_loses_with_its_own_tokenizer_is_said(tmp_path):
     pair = load_pair(recipe, device=torch.device("cpu"), listener=events.append)
     assert len(pair.tokenizer) == tiny.VOCAB
     (told,) = [event.text for event in events if isinstance(event, Warned)]
-    assert told.endswith("its own tokens <im_end>, <im_start> and chat template are lost")
+    assert told.endswith("its own tokens <im_end>, <im_start> and chat template are dropped")
     events.clear()
     turned = Recipe(teacher={"path": student}, student={"path": teacher})
     load_pair(turned, device=torch.device("cpu"), listener=events.append)

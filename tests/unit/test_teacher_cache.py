@@ -125,7 +125,7 @@ def test_a_damaged_cache_is_refused_by_name_and_rebuilt_on_request(tmp_path, how
         (b"\xff\xfe", "states.json is not JSON ('utf-8' codec"),
         ({"tokens": None}, "states.json: tokens is None"),
         ({"dtype": "nn"}, "states.json: dtype is 'nn'"),
-        ({"sha256": ...}, "states.json says no sha256"),
+        ({"sha256": ...}, "states.json has no sha256"),
         ({"width": 7}, "states.bin has "),
     ],
 )
@@ -161,7 +161,9 @@ def test_a_cache_that_is_named_itself_must_be_of_this_teacher_and_these_rows(tmp
     ):
         read_cache(cache_directory(place, other), other, ROWS)
     fewer = CacheKey(key.teacher, rows_digest(ROWS[:-1]))
-    with pytest.raises(CheckpointError, match=r"is of other rows, or another template or tokenizer \(rows.jsonl\)"):
+    with pytest.raises(
+        CheckpointError, match=r"belongs to other rows, or another template or tokenizer \(rows.jsonl\)"
+    ):
         read_cache(cache_directory(place, fewer), fewer, ROWS[:-1])
     facts = json.loads((place / "states.json").read_text())
     (place / "states.json").write_text(json.dumps(facts | {"format": 1}))
@@ -243,7 +245,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_a_disk_that_would_overflow_is_noticed_before_anything_is_computed(tmp_path):
-    with pytest.raises(StorageError, match=r"needs 1,000,000,000,000.0 MB and .* MB free; .*--teacher-cache"):
+    with pytest.raises(StorageError, match=r"needs 1,000,000,000,000.0 MB, but .* MB free; .*--teacher-cache"):
         check_space(cache_directory(tmp_path, key_of(model())), 10**18)
 
 

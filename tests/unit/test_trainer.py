@@ -635,7 +635,7 @@ def test_where_memory_runs_out_micro_batches_are_halved_and_the_weights_are_the_
 
     (whole, silence), (halved, said) = trained(rows=4), trained(rows=3)
     assert silence == []
-    assert said == ["out of memory with 4 rows at once: continuing with 2, same batches"]
+    assert said == ["out of memory with micro-batches of 4 sequences: continuing with 2, same batches"]
     for name, expected in weights(whole).items():
         assert_close(weights(halved)[name], expected, atol=2e-5, rtol=1e-4, msg=name)
     assert halved.state.valid_loss == pytest.approx(whole.state.valid_loss, abs=1e-4)
@@ -776,7 +776,7 @@ def test_at_half_time_a_run_says_what_phi_waits_for():
     first, *_, now = [e for e in events[:at] if isinstance(e, Validated)]
     assert first.trigger == first.valid_loss + 100
     assert f"φ is 0; it rises by 0.33 at a valid CE of {first.trigger:.3f} or more (now {now.valid_loss:.3f}; " in text
-    assert f"{first.valid_loss:.3f} at first, schedule.epsilon 100); 2 validations to come; to use" in text
+    assert f"{first.valid_loss:.3f} at first, schedule.epsilon 100); 2 validations left; to use" in text
     assert "--set schedule.phi=0.2" in text
 
 
@@ -789,7 +789,7 @@ def test_half_time_before_the_first_validation_says_what_raises_phi(epsilon, mov
     engine.scheduler.config = engine.scheduler.config.model_copy(update={"epsilon": epsilon})
     engine.state.step = 4
     text = phi_advice(engine)
-    assert f"at a validation where valid CE has {moved} since before training with no validation so far (1 " in text
+    assert f"at a validation where valid CE has {moved} since before training, with no validation so far (1 " in text
 
 
 def test_half_time_without_a_validation_or_held_out_rows():
