@@ -56,8 +56,7 @@ class ObjectiveConfig(DivergenceConfig):
     )
     curriculum: Literal["off", "on"] = Field(
         "off",
-        description="Curriculum of DistiLLM-2, with by_source. on: alpha is chosen per batch, at most as given, and "
-        "the "
+        description="Curriculum of DistiLLM-2, with by_source. on: alpha is chosen per batch, at most as given, and the "
         "weight of the student's half rises from ½ to 1. off: alpha as given, equal weights (the authors' "
         "release).",
     )

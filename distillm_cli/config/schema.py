@@ -119,17 +119,14 @@ class StudentConfig(Section):
     path: Name | None = Field(
         None,
         description="Model to train: a hub name, a directory, or one to build (layers:6, width:0.5, random:4x256). A "
-        "directory holds a model or a LoRA adapter. Built models: random:[FAMILY:]LAYERSxWIDTH or a config.json "
-        "(random "
-        "weights; FAMILY is llama or gpt2, by default the teacher's), layers:N[:first|last] or layers:I,J,… (copies "
-        "of the "
+        "directory holds a model or a LoRA adapter. Built models: random:[FAMILY:]LAYERSxWIDTH or a config.json (random "
+        "weights; FAMILY is llama or gpt2, by default the teacher's), layers:N[:first|last] or layers:I,J,… (copies of the "
         "teacher's layers, embeddings and head; evenly spaced by default, counted from 0), width:SIZE or width:0.5 "
         "(random weights, as deep as the teacher).",
     )
     tokenizer: Name | None = Field(
         None,
-        description="Tokenizer: a directory, a hub name, or one trained on the data (bpe:1000, chars, words). Unset: "
-        "the "
+        description="Tokenizer: a directory, a hub name, or one trained on the data (bpe:1000, chars, words). Unset: the "
         "student's own, else the teacher's.",
     )
     dtype: Literal["auto", "fp32", "bf16"] = Field(
@@ -246,8 +243,7 @@ class DataConfig(Section):
     limit: Positive | None = Field(None, description="Use only the first N rows.")
     teacher_samples: Annotated[Name | None, _TEACHER_SAMPLES] = Field(
         None,
-        description="File of teacher responses that `generate` wrote, matched to the rows by their prompts. Unset: "
-        "they "
+        description="File of teacher responses that `generate` wrote, matched to the rows by their prompts. Unset: they "
         "are sampled during the run.",
     )
     valid_limit: Positive = Field(1000, description="Maximum number of held-out rows used for validation.")
@@ -313,8 +309,7 @@ class RolloutConfig(Section):
     )
     teacher_mix: Annotated[float, Field(ge=0, lt=1), _MAY_MIX] = Field(
         0.0,
-        description="α of the mixture α·teacher + (1 − α)·student that rollouts are sampled from (MiniLLM: 0.2). 0: "
-        "the "
+        description="α of the mixture α·teacher + (1 − α)·student that rollouts are sampled from (MiniLLM: 0.2). 0: the "
         "student alone.",
     )
 

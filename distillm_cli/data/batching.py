@@ -204,8 +204,7 @@ def _no_rows_error(too_long: list[TooLong], others: list[LeftOut], limit: int) -
         limits = f"{prompt_limit:,} for the prompt, {limit:,} in total"
     return DataError(
         "data.row_too_long",
-        f"{all_are(len(too_long), 'row')} too long: the shortest has {shortest.prompt:,} + {shortest.response:,} "
-        "tokens "
+        f"{all_are(len(too_long), 'row')} too long: the shortest has {shortest.prompt:,} + {shortest.response:,} tokens "
         f"(prompt + response), the limit is {limits}",
         where=shortest.where,
         hint="raise --max-length (and data.max_prompt_length), or use a model with a longer context",

@@ -283,9 +283,7 @@ def _no_held_out_reason(rows: int, prompts: int, target: int) -> str:
         return "1 row is too few for a held-out slice"
     if prompts == 1:
         return f"all {rows:,} rows have the same prompt, so none can be held out"
-    return (
-        f"its {rows:,} rows have {prompts:,} distinct prompts, each more frequent than the {target:,} rows to hold out"
-    )
+    return f"its {rows:,} rows have {prompts:,} distinct prompts, each with more rows than the {target:,} to hold out"
 
 
 def _load_builtin(data: DataConfig, split: Split, limit: int | None) -> Rows:

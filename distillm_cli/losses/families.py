@@ -200,8 +200,7 @@ class AlphaMixtureConfig(DivergenceConfig):
 
     amid_a: Annotated[float, Field(ge=-100, le=100)] = Field(
         0.5,
-        description="Shape of amid's assistant r. −1: the arithmetic mixture, 1: the geometric one. Larger values "
-        "cover "
+        description="Shape of amid's assistant r. −1: the arithmetic mixture, 1: the geometric one. Larger values cover "
         "modes.",
     )
     amid_lambda: Annotated[float, Field(gt=0, lt=1)] = Field(

@@ -299,7 +299,7 @@ def test_a_row_that_is_mended_is_noticed_though_its_file_is_as_long_and_whoever_
     code, told, err = typed("run", "all.yaml", "--output", copied)
     assert code == 0, err
     assert states(told) == dict.fromkeys(STAGES[:2], "skipped") | dict.fromkeys(STAGES[2:], "done")
-    assert rows_file.read_text(encoding="utf-8") == mended, "nobody's work is dropped"
+    assert rows_file.read_text(encoding="utf-8") == mended, "nobody's work is lost"
     assert set(dry(typed, "--output", copied).values()) == {"done"}
 
 

@@ -351,8 +351,8 @@ def test_a_parameter_of_another_method_in_a_recipe_is_an_error_with_its_line(rec
         (
             "sft",
             "teacher.path=gpt2-xl",
-            "it applies to `distillm distill`, and to models built from a teacher (layers:4, width:0.5); sft trains "
-            "on cross",
+            "it applies to `distillm distill`, and to models built from a teacher (layers:4, width:0.5); sft uses "
+            "only cross",
         ),
         ("sft", "rollout.draft=3", "it applies to `distillm distill`; sft uses only cross-entropy; remove it"),
     ],
@@ -615,8 +615,7 @@ def test_aliases_cannot_blow_a_recipe_up(recipe):
         ),
         (
             "schedule: {kind: adaptve}",
-            "distill.yaml:1: schedule.kind = adaptve; expected one of off, on, mixed, annealed, adaptive, teacher, "
-            "pairs, "
+            "distill.yaml:1: schedule.kind = adaptve; expected one of off, on, mixed, annealed, adaptive, teacher, pairs, "
             "interleaved, rounds; try --schedule adaptive",
         ),
         (

@@ -96,20 +96,15 @@ def test_single_recipes_and_pipelines_know_each_other(written):
          "expected a number > 0, or auto; try --set stages.distill.train.lr=auto"),
         ("train: {lr: 1e-3, steps: 9}", "train: {lr: -1}", "p.yaml:4: defaults.train.lr = -1; "
          "expected a number > 0, or auto; try --set defaults.train.lr=auto"),
-        ("train: {epochs: 2}", "trian: {epochs: 2}", "p.yaml:15: stages.distill.trian: no such key; did you mean "
-                                                     "train?"),
-        ("verb: sft", "verb: stf", "p.yaml:7: stages.teacher.verb = stf; expected one of sft, generate, distill, "
-                                   "eval; try"),
+        ("train: {epochs: 2}", "trian: {epochs: 2}", "p.yaml:15: stages.distill.trian: no such key; did you mean train?"),
+        ("verb: sft", "verb: stf", "p.yaml:7: stages.teacher.verb = stf; expected one of sft, generate, distill, eval; try"),
         ("    verb: sft\n", "", "p.yaml:6: stages.teacher: no verb; expected verb: sft, generate, distill, eval"),
-        ("model: stage:teacher", "limit: 3", "p.yaml:9: stages.samples: no model; set model: stage:NAME, a path or a "
-                                             "hub"),
+        ("model: stage:teacher", "limit: 3", "p.yaml:9: stages.samples: no model; set model: stage:NAME, a path or a hub"),
         ("recipe: quickstart", "recipe: quickstrat", "p.yaml:12: stages.distill.recipe = quickstrat; no recipe named"),
         ("recipe: quickstart", "models: [x]", "p.yaml:12: stages.distill.models: not a key of distill; it is a key of eval"),
-        ("model: stage:teacher", "model: stage:teachr", "stages.samples.model = stage:teachr; there is no stage "
-                                                        "teachr; "
+        ("model: stage:teacher", "model: stage:teachr", "stages.samples.model = stage:teachr; there is no stage teachr; "
          "did you mean stage:teacher?"),
-        ("model: stage:teacher", "model: stage:distill", "stages.samples.model = stage:distill; stage distill comes "
-                                                         "after "
+        ("model: stage:teacher", "model: stage:distill", "stages.samples.model = stage:distill; stage distill comes after "
          "samples"),
         ("model: stage:teacher", "model: stage:samples", "a stage cannot read its own output"),
         ("source: stage:samples", "source: stage:teacher", "stage teacher (sft) produces a model, not rows"),
@@ -123,11 +118,9 @@ def test_single_recipes_and_pipelines_know_each_other(written):
         ("student: {path: \"random:2x32\", tokenizer: chars}", "data: {source: builtin}",
          "p.yaml:6: stages.teacher: no model to train; set student.path there, to a path, a hub name or stage:NAME"),
         ("defaults:", "shared:", "p.yaml:1: shared: no such key; a pipeline has defaults and stages"),
-        ("defaults:", "train: {lr: 1}\ndefaults:", "p.yaml:1: train: no such key; a pipeline has defaults and "
-                                                   "stages; did "
+        ("defaults:", "train: {lr: 1}\ndefaults:", "p.yaml:1: train: no such key; a pipeline has defaults and stages; did "
          "you mean defaults.train?"),
-        ("  eval: {verb", "  teacher: {verb", "p.yaml:16: stages.teacher occurs twice, first in line 6; keep one of "
-                                              "them"),
+        ("  eval: {verb", "  teacher: {verb", "p.yaml:16: stages.teacher occurs twice, first in line 6; keep one of them"),
         ("    verb: distill\n", "    verb: distill\n    method: sft\n", "expected a method of `distillm distill`"),
     ],
 )  # fmt: skip
@@ -142,8 +135,7 @@ def test_what_is_wrong_is_said_with_its_line(written, old, new, line):
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("train.lr=1", "--set train.lr=1; expected defaults.section.key=value or stages.NAME.section.key=value; did "
-                       "you "
+        ("train.lr=1", "--set train.lr=1; expected defaults.section.key=value or stages.NAME.section.key=value; did you "
          "mean defaults.train.lr?"),
         ("stages.techer.train.lr=1", "--set stages.techer.train.lr: no stage techer; did you mean stages.teacher?"),
         ("stages.teacher.train.lr", "--set stages.teacher.train.lr; expected"),

@@ -427,7 +427,7 @@ def test_why_no_row_can_be_held_out_is_said(tmp_path):
     same, few = [PAIR] * 20, [{"question": f"word {i % 4}", "answer": f"{i}"} for i in range(20)]
     for rows, why in (
         (same, "all 20 rows have the same prompt, so none can be held out"),
-        (few, "its 20 rows have 4 distinct prompts, each more frequent than the 1 rows to hold out"),
+        (few, "its 20 rows have 4 distinct prompts, each with more rows than the 1 to hold out"),
     ):
         with pytest.raises(DataError, match=why):
             load_rows(DataConfig(source=str(jsonl(tmp_path / "a.jsonl", *rows))), "valid")
