@@ -1,5 +1,4 @@
-"""Compare seconds per optimizer step of a whole adaptive run, including validation, with TRL's trainers on the same
-rows.
+"""Compare seconds per optimizer step of a whole adaptive run, including validation, with TRL's trainers.
 
     python benchmarks/end_to_end.py --data FILE.jsonl --tokenizer DIR --work DIR \\
         --peers PATH/trl_run.py --peers-python PATH/python [--rows 80] [--epochs 12] [--peer-steps 6] [--threads 2] [--json]

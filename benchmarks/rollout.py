@@ -1,5 +1,4 @@
-"""Compare tokens per second of the sampler and of transformers' ``model.generate`` at its best settings, in one
-process.
+"""Compare tokens per second of the sampler and of transformers' ``model.generate`` in one process.
 
     python benchmarks/rollout.py [--threads 2] [--repeat 5] [--json]
 

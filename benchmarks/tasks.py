@@ -180,8 +180,7 @@ def builtin(work: Path, threads: int, steps: int = 1000) -> Task:
 
 
 def dolly(work: Path, threads: int, steps: int = 300) -> Task:
-    """Return the task Dolly from scratch, with a vocabulary of 2,000 pieces: teacher of 3.7 M parameters, student of
-    0.65 M.
+    """Return the task Dolly from scratch, with 2,000 tokens: teacher of 3.7 M parameters, student of 0.65 M.
 
     With GPT-2's 50,257 tokens two small models would consist almost only of the head.
     """

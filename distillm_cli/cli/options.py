@@ -179,11 +179,11 @@ class _PlainHelp:
 
 
 class PlainCommand(_PlainHelp, TyperCommand):
-    """A command with plain metavars in its help."""
+    """Define a command with plain metavars in its help."""
 
 
 class PlainGroup(_PlainHelp, TyperGroup):
-    """A group of commands with plain metavars in its help."""
+    """Define a group of commands with plain metavars in its help."""
 
 
 class Command(NamedTuple):

@@ -273,8 +273,7 @@ def _split_items(item: Any) -> list[Any]:
 
 
 def suggest_fix(key: str, value: Any, verb: str, flag: str | None = None, *, prefix: str = "") -> str | None:
-    """Suggest a fix for an invalid value: the nearest choice, else the default, as something to type, else the field's
-    help.
+    """Suggest a fix for an invalid value: the nearest choice or the default as an option, else the field's help.
 
     flag: the flag that gave the value. prefix: the prefix of the key in ``--set``, in a pipeline, which has no flags for
     fields.

@@ -21,8 +21,7 @@ _BATCH_ROWS = 1000  # rows
 def hub_splits(
     name: str, local_search: str, listener: Listener, suggestion: str | None = None
 ) -> dict[str, Callable[[Collection[str]], Records]]:
-    """Return the splits of a data set by the hub's names for them, each a call that reads it and receives the
-    columns to convert.
+    """Return the splits of a data set by name, each as a function that takes the columns to convert and reads it.
 
     name: a known short name, or ``owner/name``, with ``:config`` if a set has several. local_search: earlier
     searched locations, for the message. suggestion: an existing name that is similar. Raises DataError when the hub has

@@ -92,8 +92,7 @@ class Prefetcher:
         return reading.rows.result()
 
     def expect(self, tokenizer: Any | None, sources: Mapping[str, SequenceOf[Row]]) -> None:
-        """Tokenize the rows with this tokenizer: by its file if that has the same rules, else with the tokenizer
-        itself.
+        """Tokenize the rows with this tokenizer, or with its file if that has the same rules.
 
         tokenizer: the most likely tokenizer of the run, of transformers; None: nothing is tokenized. Until its ids are
         taken only the thread may tokenize with it, since it changes its own settings before each text; others may read

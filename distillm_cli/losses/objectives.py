@@ -214,8 +214,7 @@ class TAID(KD):
 
 
 class ATKD(KD):
-    """Train with ATKD (arXiv 2402.11890): easy tokens, on which the teacher is confident, have only the non-target
-    divergence.
+    """Train with ATKD (arXiv 2402.11890): easy tokens (a confident teacher) have only the non-target divergence.
 
     A token is hard where the teacher's 1 − p(token) reaches the median of the whole step. The step's loss is
     α·mean over easy tokens of DKD + (1−α)·mean over hard tokens of (TKD + DKD), α = atkd_easy; see ``Decoupled``.

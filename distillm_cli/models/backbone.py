@@ -1,5 +1,4 @@
-"""Define one interface for causal and encoder-decoder models: hidden states at supervised positions, the head,
-decoding.
+"""Define one interface for causal and encoder-decoder models: supervised hidden states, the head, decoding.
 
 Shape letters: B sequences, T time, N supervised positions, V vocabulary, D width of the last hidden state.
 """

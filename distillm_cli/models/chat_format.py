@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 
 def set_chat_template(pair: Pair, data: DataConfig, listener: Listener) -> None:
-    """Set the chat template of the pair's tokenizer from ``data.chat_template``: the student's, the teacher's or a
-    file's.
+    """Set the chat template of the pair's tokenizer from ``data.chat_template``: student's, teacher's or a file's.
 
     Raises UsageError for a template that does not exist.
     """

@@ -180,8 +180,7 @@ def _with_adapters(
 
 
 def _read_generation_config(locations: list[ModelLocation], model: PreTrainedModel) -> None:
-    """Set the model's generation config, which has the end tokens of its responses, from the outermost location with
-    one.
+    """Set the model's generation config (the end tokens of responses) from the outermost location with one.
 
     locations: of adapters and, last, of their model. An adapter that was trained with a chat template ends responses
     with other tokens than its model. Raises ModelError for a damaged file, which transformers ignores silently.

@@ -43,8 +43,7 @@ class ModelInfo:
 
 
 def read_model_info(path: str, revision: str | None = None) -> ModelInfo | None:
-    """Read the description of a model directory or a hub name; of an adapter, that of its base model, with its own chat
-    template.
+    """Describe a model directory or hub name. An adapter has the values of its base model and its own chat template.
 
     Returns None without a readable config. Loading the model reports the reason.
     """

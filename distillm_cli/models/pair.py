@@ -94,8 +94,7 @@ def load_pair(
     tokenizers: TokenizerCache | None = None,
     listener: Listener = silent,
 ) -> Pair:
-    """Load the recipe's teacher (frozen; none for `sft`) and student, in eval mode, with a shared tokenizer and
-    vocabulary.
+    """Load the recipe's teacher (frozen; none for `sft`) and student, in eval mode, with a shared tokenizer.
 
     `sft` also builds a student from the teacher if the recipe does. texts: the training texts, for a tokenizer that is
     trained on them. tokenizers: cache from which the models' tokenizers are read. Raises ModelError or UsageError.

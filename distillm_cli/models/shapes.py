@@ -194,8 +194,7 @@ def load_shape(
     max_length: int,
     stage_shapes: Mapping[str, Shape] | None = None,
 ) -> Shape:
-    """Return the shape of a model: of a directory, a hub name (only its config is downloaded), a config.json, or a
-    model to build, ``random:…``, ``layers:…`` or ``width:…``.
+    """Return the shape of a model: a directory, a hub name (only its config is downloaded), a config.json, or a spec.
 
     tokenizer: a directory, a name, or one to be trained on ``texts``. teacher: the model that a student is built from.
     stage_shapes: shapes of models that do not exist yet, by name (``stage:NAME``).

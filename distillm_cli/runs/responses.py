@@ -1,5 +1,4 @@
-"""Write the output file of ``generate`` as complete lines in order. It can be resumed, and is overwritten only on
-request.
+"""Write the output file of ``generate`` as complete lines in order, so that it can be resumed.
 
 The settings of a file are in a hidden file next to it, ``.NAME.generate.json``, so that the rows stay plain data and a
 resume can check that the settings are unchanged.

@@ -136,8 +136,7 @@ def one_token_attention(
     scaling: float | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Compute attention with the signature of transformers: queries of one token [B, H, 1, W] → [B, 1, H, W], without
-    weights.
+    """Compute attention with transformers' signature: queries of one token [B, H, 1, W] → [B, 1, H, W], no weights.
 
     The softmax is in float32; the mask comes in the model's dtype, for families with their own attention.
     """
