@@ -82,9 +82,7 @@ def open_teacher(
         return None
     workload = workload_of(run)
     cache_plan = plan_cache(run, workload, started_mode=started_mode, rebuild=rebuild)
-    listener(
-        Note(f"teacher's states: {cache_plan.why}{'' if cache_plan.place is None else f', in {cache_plan.place}'}")
-    )
+    listener(Note(f"teacher cache: {cache_plan.why}{'' if cache_plan.place is None else f', in {cache_plan.place}'}"))
     if cache_plan.mode == "off":
         return TeacherHandle(LocalTeacher(model), cache_plan)
     rows = None

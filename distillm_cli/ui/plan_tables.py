@@ -64,7 +64,7 @@ def _run_facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "kept" in data:
         prompts = f" ({data['dropped_prompts']:,} for the prompt alone)"
         rows.append(("dropped as too long", f"{data['dropped']:,}{prompts}" if data["dropped"] else "none"))
-        rows.append(("cut", f"{data['truncated']:,}"))
+        rows.append(("truncated", f"{data['truncated']:,}"))
         lengths = f"mean {data['mean_length']}, longest {data['longest']:,} tokens of prompt and response"
     else:
         lengths = f"unknown: assumed to be the maximum, {data['longest']:,} tokens of prompt and response"
@@ -81,9 +81,9 @@ def _run_facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         epochs = f"{sft_stage['epochs']:g} {'epoch' if sft_stage['epochs'] == 1 else 'epochs'}"
         number = "" if sft_stage["steps"] is None else f", {counted(sft_stage['steps'], 'step')}"
         rows.append(("fine-tuned first", f"{epochs} of sft{number}, without the teacher"))
-    rows.append(("computes on", f"{found['device']}, {found['dtype']}"))
+    rows.append(("device", f"{found['device']}, {found['dtype']}"))
     if "teacher_cache" in found:
-        rows.append(("teacher's states", found["teacher_cache"]["why"]))
+        rows.append(("teacher cache", found["teacher_cache"]["why"]))
     return rows
 
 
@@ -123,12 +123,12 @@ def _model_table(found: Mapping[str, Any]) -> RenderableType:
         "parameters": lambda m: _count(m["parameters"]),
         "  embeddings": lambda m: _count(m["parts"]["embeddings"]),
         "  trunk": lambda m: _count(m["parts"]["trunk"]),
-        "  head": lambda m: _count(m["parts"]["head"]) if m["parts"]["head"] else "the embeddings",
+        "  head": lambda m: _count(m["parts"]["head"]) if m["parts"]["head"] else "tied",
         "  not text": lambda m: _count(m["parts"]["outside"]) if m["parts"]["outside"] else "none",
         "trainable": lambda m: "none" if not m["trainable"] else _count(m["trainable"]),
         "layers × width": _layers,
         "context": lambda m: "no limit" if m["context"] is None else f"{m['context']:,}",
-        "weights in": lambda m: m["dtype"],
+        "dtype": lambda m: m["dtype"],
     }
     if not any(m["parts"]["outside"] for m in models.values()):
         del lines["  not text"]
