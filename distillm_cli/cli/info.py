@@ -1,4 +1,4 @@
-"""``distillm env`` and ``distillm explain``: versions for a bug report, the description of a recipe's field."""
+"""Print versions for a bug report, or describe a field of a recipe: ``distillm env`` and ``distillm explain``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FieldName = Annotated[
     str,
     typer.Argument(
         metavar="SECTION.KEY",
-        help="Field of a recipe.",
+        help="Name of a recipe field, such as train.lr.",
         autocompletion=options.complete_field,
         show_default=False,
     ),
@@ -30,7 +30,7 @@ FieldName = Annotated[
 
 @command("env", panel=options.OTHER_COMMANDS, examples=("distillm env", "distillm env --json"))
 def env(as_json: options.Json = False, debug: options.Debug = False) -> None:
-    """Print the versions and devices that a bug report needs."""
+    """Print versions and devices for a bug report."""
     found = {"distillm": distillm_cli.__version__, **_environment()}
     if as_json:
         print(json.dumps({"command": "env", "status": "ok", **found}))

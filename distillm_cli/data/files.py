@@ -49,22 +49,20 @@ def format_of(path: Path) -> str | None:
 
 
 def stem_of(path: Path) -> str:
-    """Return a data file's name without its endings: "train" for ``train.jsonl.gz``."""
+    """Return a data file's name without its extensions: "train" for ``train.jsonl.gz``."""
     return Path(path.stem).stem if path.suffix.lower() in COMPRESSIONS else path.stem
 
 
 def read(path: Path, columns: Collection[str]) -> Records:
     """Yield the records of one file, in order. Blank lines are skipped.
 
-    columns: those to convert, where the file has types. Raises DataError when the file is absent, unreadable, of an
+    columns: those to convert, if the file has types. Raises DataError when the file is absent, unreadable, of an
     unknown kind, or broken as a whole.
     """
     file_format = format_of(path)
     if file_format is None:
         known = f"{', '.join(FORMATS)}; all but the last also with {' or '.join(COMPRESSIONS)}"
-        raise DataError(
-            "data.unknown_format", f"{path}: not a kind of data file that is known", hint=f"known are {known}"
-        )
+        raise DataError("data.unknown_format", f"{path}: unknown type of data file", hint=f"known types are {known}")
     try:
         yield from read_parquet(path, columns) if file_format == ".parquet" else _READERS[file_format](path)
     except FileNotFoundError:
@@ -92,7 +90,7 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _json_error(error: ValueError) -> str:
-    """Describe a JSON error in plain words: ``not JSON (expected ',' at column 41)``."""
+    """Describe a JSON error: ``not JSON (expected ',' at column 41)``."""
     if not isinstance(error, json.JSONDecodeError):  # an integer of thousands of digits
         return f"not JSON ({error})"
     message = error.msg.replace("Expecting", "expected").removesuffix(" delimiter").removesuffix(" at")

@@ -1,4 +1,4 @@
-"""Write and read checkpoints: directories that become visible at once, with a manifest that shows whether they are whole.
+"""Write and read checkpoints: directories that appear atomically, with a manifest that shows whether they are complete.
 
     checkpoints/step-000200/
       config.json model.safetensors tokenizer.json …   the student, loadable with from_pretrained
@@ -6,8 +6,9 @@
       state.json                                       every scalar: position, schedule, best value, recipe
       manifest.json                                    size and SHA-256 of each of the above, written last
 
-A checkpoint is written to a staging directory, flushed to disk and renamed. A checkpoint to be removed is renamed first. So
-a directory with a step's name is always complete, even after the process is killed. Pickle is not used.
+A checkpoint is written to a staging directory, flushed to disk and renamed. A checkpoint to be removed is renamed
+first. Therefore a directory with a step's name is always complete, even after the process is killed. Pickle is not
+used.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from distillm_cli.utils.storage import atomic_directory, reason, remove, storing
 
 STATE = "state.json"
 TENSORS = "training.safetensors"
-_NOTHING_SAVED = "nothing was saved yet, start it again"
+_NOTHING_SAVED = "nothing was saved yet: start again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +50,8 @@ class Checkpoints:
     """Manage the checkpoints of one run, under ``root``.
 
     save_model: writes the student and its tokenizer into a directory. keep: number of newest checkpoints to keep, at
-    least one while the run is going on. An older one that is protected (the best) keeps its weights only.
-    listener: gets one warning for each old checkpoint that cannot be removed.
+    least one during the run. An older one that is protected (the best) keeps its weights only.
+    listener: receives one warning for each old checkpoint that cannot be removed.
     """
 
     def __init__(self, root: Path, save_model: Callable[[Path], None], *, keep: int, listener: Listener = silent):
@@ -72,12 +73,12 @@ class Checkpoints:
     ) -> Path:
         """Write the checkpoint of ``step``, then remove all but the newest ``keep`` and the weights of the protected one.
 
-        Raises StorageError where writing fails; earlier checkpoints are not touched then.
+        Raises StorageError if writing fails; earlier checkpoints are then unchanged.
         """
         final = self.path(step)
         visible_before = visible(self.root)
-        hint = "free some space or choose another --output; "
-        hint += f"{visible_before[-1]} is whole, continue with --resume" if visible_before else _NOTHING_SAVED
+        hint = "free disk space or choose another --output; "
+        hint += f"{visible_before[-1]} is complete: continue with --resume" if visible_before else _NOTHING_SAVED
         with storing(f"cannot write checkpoint {final}", hint):
             self.root.mkdir(parents=True, exist_ok=True)
             sweep(self.root)
@@ -86,7 +87,7 @@ class Checkpoints:
                 self.save_model(staged)
                 save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, staged / TENSORS)
                 (staged / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-                open_as_others(staged)
+                set_default_modes(staged)
                 files = [path for path in staged.rglob("*") if path.is_file()]
                 manifest.seal_directory(staged, files, step=step)
         old = self.steps()[: -max(self.keep, 1)]
@@ -100,7 +101,7 @@ class Checkpoints:
         return final
 
     def _record(self, added: list[Path], removed: Sequence[Path] = ()) -> None:
-        """List checkpoints in the manifest of the run's directory, where that has one."""
+        """List checkpoints in the manifest of the run's directory, if it has one."""
         output = self.root.parent
         if manifest.read_manifest(output) is not None:
             folder = self.root.name
@@ -108,20 +109,20 @@ class Checkpoints:
             manifest.record(output, names, removed=[f"{folder}/{path.name}" for path in removed])
 
     def _drop(self, old: Path) -> bool:
-        """Remove an old checkpoint; return whether nothing is left of it."""
+        """Remove an old checkpoint; return whether it was removed completely."""
         error = remove(old)
         if error is not None and old not in self._stuck:
             self._stuck.add(old)
-            self.listener(Warned(f"cannot remove the old checkpoint {old}: {reason(error)}; it takes up space"))
+            self.listener(Warned(f"cannot remove the old checkpoint {old}: {reason(error)}; it uses disk space"))
         return error is None
 
     def latest(self) -> Checkpoint | None:
-        """Return the newest checkpoint, verified; None where there is none."""
+        """Return the newest checkpoint, verified; None if there is none."""
         return latest(self.root)
 
 
-def open_as_others(directory: Path) -> None:
-    """Give the tensor files in a directory the mode of any other new file: safetensors writes them for their owner alone."""
+def set_default_modes(directory: Path) -> None:
+    """Set the mode of a directory's tensor files to that of new files: safetensors makes them readable by the owner only."""
     probe = directory / ".mode"
     probe.touch()
     mode = probe.stat().st_mode
@@ -137,7 +138,7 @@ def visible(root: Path) -> list[Path]:
 
 
 def latest(root: Path) -> Checkpoint | None:
-    """Return the newest checkpoint under ``root``, verified; None where there is none. Raises CheckpointError."""
+    """Return the newest checkpoint under ``root``, verified; None if there is none. Raises CheckpointError."""
     paths = visible(root)
     return read_checkpoint(paths[-1]) if paths else None
 
@@ -177,7 +178,7 @@ def drop_training_state(path: Path) -> None:
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:
-    """Return torch's random states, on the CPU and on ``device`` where that is a GPU, as tensors of a checkpoint."""
+    """Return torch's random states of the CPU and, for a GPU, of ``device``, as tensors of a checkpoint."""
     states = {"random.cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["random.cuda"] = torch.cuda.get_rng_state(device)

@@ -32,8 +32,8 @@ def cli(tmp_path, capfd, monkeypatch):
 def test_plan_prints_plain_tables_on_stdout(cli):
     code, out, err = cli("plan", "--recipe", "quickstart", *SMALL)
     assert code == 0
-    assert "most at once" in out
-    assert "most at once" not in err
+    assert "peak" in out
+    assert "peak" not in err
     assert not set(BORDERS) & set(out.partition("One batch")[0])
     assert all(line == line.rstrip() for line in out.splitlines())
 
@@ -42,7 +42,7 @@ def test_plan_prints_tables_on_stderr_with_json(cli):
     code, out, err = cli("plan", "--recipe", "quickstart", *SMALL, "--json")
     assert code == 0
     assert json.loads(out)["command"] == "plan"
-    assert "most at once" in err
+    assert "peak" in err
 
 
 def test_quiet_eval_prints_only_scores(cli):

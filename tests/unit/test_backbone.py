@@ -351,7 +351,7 @@ def test_decoding_rejects_empty_prompts_and_second_prefill():
     backbone = shared("llama")
     with pytest.raises(ValueError, match="prompts"):
         backbone.decode([])
-    with pytest.raises(ValueError, match="a token in each"):
+    with pytest.raises(ValueError, match="at least one token"):
         backbone.decode([np.array([3]), np.array([], dtype=np.int32)])
     decoding = backbone.decode(prompts())
     with pytest.raises(ValueError, match="first call"):
