@@ -110,7 +110,7 @@ def test_each_epoch_after_the_first_is_one_line():
 
 
 def test_live_display_ends_with_an_empty_line():
-    """Check that ^C, which a terminal prints at the cursor, does not wrap a full line and leave a border behind."""
+    """Check that ^C, which a terminal prints at the cursor, does not wrap a full line and leave part of the border."""
     recorded = RecordedConsole(terminal=True, width=40)
     recorded.start()
     recorded.step(1)

@@ -325,7 +325,7 @@ def test_unwritable_output_is_found_before_evaluation(model, encoder, tmp_path):
 
 
 def test_report_names_the_precision_of_each_model(tmp_path):
-    """Check that the student is evaluated with its float32 weights, whatever dtype it was trained in."""
+    """Check that the student is evaluated with its float32 weights, independent of the training dtype."""
     recipe = Recipe(
         teacher={"dtype": "bf16"}, student={"dtype": "bf16"}, eval={"report_rows": 2, "metrics": ["exact_match"]}
     )
