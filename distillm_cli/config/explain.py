@@ -179,8 +179,8 @@ def describe_type(annotation: Any, metadata: list[Any]) -> str:
         noun = "a non-empty list" if any(isinstance(m, annotated_types.MinLen) for m in metadata) else "a list"
         count = "" if parts[-1] is Ellipsis else f" of {len(parts)}"
         return f"{noun}{count}, each {describe_type(parts[0], [])}"
-    noun = {bool: "true or false", int: "an integer", float: "a number", types.NoneType: "null"}.get(annotation)
-    if noun is None:
+    names: dict[Any, str] = {bool: "true or false", int: "an integer", float: "a number", types.NoneType: "null"}
+    if annotation not in names:
         return "a non-empty string" if any(isinstance(m, annotated_types.MinLen) for m in metadata) else "a string"
     bounds = [
         f"{sign} {_format_bound(getattr(m, name))}"
@@ -188,6 +188,7 @@ def describe_type(annotation: Any, metadata: list[Any]) -> str:
         for cls, sign, name in _BOUNDS
         if isinstance(m, cls)
     ]
+    noun = names[annotation]
     return " ".join([noun, " and ".join(bounds)]).rstrip() if annotation in (int, float) else noun
 
 

@@ -29,9 +29,9 @@ def test_table_has_a_line_for_every_method(run):
     assert [row[0] for row in rows] == list(METHODS)
     assert {len(row) for row in rows} == {5}
     columns = {row[0]: row[1:] for row in rows}
-    assert columns["ab"] == ["ABKD, Wang et al. 2025 (2505.04560)", "ab α=0.2 β=0.7", "data set", "rows, teacher"]
-    assert columns["distillm"][1:3] == ["skl α=0.1", "data set, student samples, replay"]
-    assert columns["sft"][1:] == ["cross-entropy", "data set", "rows"]
+    assert columns["ab"] == ["ABKD, Wang et al. 2025 (2505.04560)", "ab α=0.2 β=0.7", "data set rows", "rows, teacher"]
+    assert columns["distillm"][1:3] == ["skl α=0.1", "data set rows, rollouts, replay"]
+    assert columns["sft"][1:] == ["cross-entropy", "data set rows", "rows"]
 
 
 def test_table_as_json(run):

@@ -241,7 +241,7 @@ def test_plan_fits_80_columns_and_has_units(plans):
     training, stages = plans["samsum-t5"][2], plans["dolly-gpt2-pipeline"][2]
     for text in ("24 + 24 × 2048", "8 + 8 × 512", "TFLOP", "GB", "ms"):
         assert text in training
-    assert "not known: no tokenizer available; 32,128 rows in common" in training
+    assert "unknown: no tokenizer available; 32,128 rows in common" in training
     for text in ("1.56 B → 124 M", "FLOP of each", "– steps", "– answers", "ms", "too large"):
         assert text in stages
 

@@ -267,7 +267,7 @@ def test_instruction_rows_of_chat_models_use_chat(cli, tmp_path):
     code, _, err = cli(*run, "--output", "a")
     assert code == 0, err
     assert "template chat: rows are instructions and the models have chat templates" in err
-    assert "--set data.template=alpaca chooses the other form" in err
+    assert "--set data.template=alpaca selects the other one" in err
     code, _, err = cli(*run, "--set", "data.template=alpaca", "--output", "b")
     assert code == 0, err
     assert "template: alpaca" in (tmp_path / "b" / "recipe.yaml").read_text()
@@ -305,7 +305,7 @@ def test_rows_rejected_by_a_template_can_be_skipped(cli, tmp_path):
     assert_error(outcome, "data.chat_template_refuses", "rows.jsonl:5", "roles must alternate")
     code, _, err = cli(*run, "--skip-bad-rows", "--output", "a")
     assert code == 0, err
-    assert "skipped rows.jsonl:5: the chat template cannot write this row" in " ".join(err.split())
+    assert "skipped rows.jsonl:5: the chat template cannot render this row" in " ".join(err.split())
 
 
 def test_rows_without_answers_are_an_error(cli, tmp_path):

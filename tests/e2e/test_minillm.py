@@ -35,7 +35,7 @@ def test_quickstart_pair_in_rounds(cli, tmp_path):
     assert all(line["reward"] < 0 for line in steps)
     assert "reward -" in err
     assert "Of 6 steps 4 (67%) used fresh rollouts and 2 (33%) replayed rollouts." in err
-    assert "Beside the student's outputs" in err
+    assert "Each step also used" in err
     assert not result["teacher_cache"]["model_left"], "the teacher is needed for sampling"
     AutoModelForCausalLM.from_pretrained("run")
 

@@ -140,11 +140,11 @@ def test_continued_pipeline_matches_uninterrupted_run(workdir, cli, capsys):
         assert (code, result["error"]) == (130, "interrupted"), (name, err)
         assert result["message"].startswith(f"stage {name}: "), result
         assert "--resume" not in err, "a pipeline is continued by the same command"
-        assert dry_run_states(cli, "--output", "interrupted")[name] == "to go on"
+        assert dry_run_states(cli, "--output", "interrupted")[name] == "to resume"
     code, result, err = cli("run", "all.yaml", "--output", "interrupted")
     assert code == 0, err
     assert statuses(result) == dict.fromkeys(STAGES[:4], "skipped") | {"eval": "done"}
-    assert "is scored already" in err
+    assert "is already scored" in err
     for name in ("teacher", "student", "distill"):
         full, interrupted = weights(workdir / "full" / name), weights(out / name)
         assert all(torch.equal(full[key], interrupted[key]) for key in full), name
@@ -167,7 +167,7 @@ def test_interrupted_pipeline_continues_after_move(workdir, cli, monkeypatch, tm
     code, result, err = cli("run", "all.yaml", "--output", "moved")
     assert code == 0, err
     assert statuses(result) == dict.fromkeys(STAGES[:3], "skipped") | {"distill": "done", "eval": "done"}
-    assert "distill (distill) · goes on where it was stopped" in err
+    assert "distill (distill) · resumes" in err
     full, moved = weights(workdir / "full/distill"), weights(tmp_path / "moved/distill")
     assert all(torch.equal(full[key], moved[key]) for key in full)
 
@@ -227,7 +227,7 @@ def test_killed_pipeline_continues(workdir, cli):
     code, result, err = cli("run", "all.yaml", "--output", "killed")
     assert code == 0, err
     assert statuses(result) == dict.fromkeys(STAGES, "done") | {"teacher": "skipped"}
-    assert "student (sft) · goes on where it was stopped" in err
+    assert "student (sft) · resumes" in err
     full, killed = weights(workdir / "full/distill"), weights(workdir / "killed/distill")
     assert all(torch.equal(full[key], killed[key]) for key in full)
 
@@ -236,7 +236,7 @@ def test_finished_pipeline_is_skipped(cli, finished_run):
     code, result, err = cli("run", "all.yaml", "--output", finished_run)
     assert code == 0
     assert statuses(result) == dict.fromkeys(STAGES, "skipped")
-    assert err.count("done already") == 10, "a line for each stage, and the table"
+    assert err.count("already done") == 10, "a line for each stage, and the table"
     assert result["stages"]["distill"]["result"]["steps"] == 30
     assert set(result) == {"command", "status", "output", "wall_s", "stages"}
 
@@ -289,7 +289,7 @@ def test_changed_rows_change_the_stage(cli, finished_run, workdir):
 def test_stage_with_missing_output_runs_again(cli, finished_run):
     (finished_run / "samples" / "samples.jsonl").unlink()
     states = dry_run_states(cli, "--output", finished_run)
-    assert (states["teacher"], states["samples"], states["distill"]) == ("done", "to go on", "changed")
+    assert (states["teacher"], states["samples"], states["distill"]) == ("done", "to resume", "changed")
     (finished_run / "student" / "stage.json").write_text("{")
     outcome = cli("run", "all.yaml", "--output", finished_run)
     assert_error(outcome, "checkpoint.damaged", finished_run / "student")
@@ -303,7 +303,7 @@ def test_edited_row_makes_later_stages_run_again(cli, finished_run):
     assert edited != before
     assert len(edited) == len(before)
     rows_file.write_text(edited, encoding="utf-8")
-    assert dry_run_states(cli, "--output", finished_run)["samples"] == "to go on"
+    assert dry_run_states(cli, "--output", finished_run)["samples"] == "to resume"
     code, result, err = cli("run", "all.yaml", "--output", finished_run)
     assert code == 0, err
     assert statuses(result) == dict.fromkeys(STAGES[:2], "skipped") | dict.fromkeys(STAGES[2:], "done")
@@ -318,7 +318,7 @@ def test_earlier_responses_are_backed_up(cli, finished_run):
     rows_file.write_text("".join(edited), encoding="utf-8")
     code, _, err = cli("run", "all.yaml", "--output", finished_run, "--only", "samples")
     assert code == 0, err
-    assert f"the answers of before are kept: {rows_file.with_name('samples-before-1.jsonl')}" in err
+    assert f"moved the earlier responses to {rows_file.with_name('samples-before-1.jsonl')}" in err
     assert rows_file.with_name("samples-before-1.jsonl").read_text(encoding="utf-8") == "".join(edited)
     assert len(rows_file.read_text(encoding="utf-8").splitlines()) == 48
     changed = ("--set", "stages.samples.limit=40")
@@ -334,7 +334,7 @@ def test_every_missing_file_is_detected(cli, finished_run, workdir, stage, missi
     path = next((finished_run / stage).rglob(missing))
     before = path.read_bytes()
     path.unlink()
-    assert dry_run_states(cli, "--output", finished_run)[stage] == "to go on"
+    assert dry_run_states(cli, "--output", finished_run)[stage] == "to resume"
     code, result, err = cli("run", "all.yaml", "--output", finished_run)
     assert code == 0, err
     assert {name for name, status in statuses(result).items() if status == "done"} == {stage}, (
@@ -378,7 +378,7 @@ def test_record_with_sizes_only_is_read(cli, finished_run):
     assert set(dry_run_states(cli, "--output", finished_run).values()) == {"done"}
     rows_file = finished_run / "samples" / "samples.jsonl"
     rows_file.write_text(rows_file.read_text() + "\n")
-    assert dry_run_states(cli, "--output", finished_run)["samples"] == "to go on"
+    assert dry_run_states(cli, "--output", finished_run)["samples"] == "to resume"
 
 
 def test_only_and_from_select_stages(cli, workdir, finished_run):
@@ -393,7 +393,7 @@ def test_only_and_from_select_stages(cli, workdir, finished_run):
         "run", "all.yaml", "--output", finished_run, "--only", "eval", "--set", "stages.distill.train.lr=1e-3"
     )
     assert (code, statuses(result)) == (0, {"eval": "skipped"})
-    assert "warning: stage distill is taken as it is, though it has changed since: train.lr 0.005 → 0.001" in err
+    assert "warning: stage distill is not run again, although it has changed: train.lr 0.005 → 0.001" in err
 
 
 def test_dry_run_shows_origins_and_is_a_valid_recipe(cli, workdir, capsys, monkeypatch):
@@ -402,7 +402,7 @@ def test_dry_run_shows_origins_and_is_a_valid_recipe(cli, workdir, capsys, monke
     assert main(argv) == 0
     text = capsys.readouterr().out
     assert "  teacher:  # changed: train.seed 3 → 4\n" in text
-    assert "  eval:  # changed: stage distill and stage student are to be made first\n" in text
+    assert "  eval:  # changed: stage distill and stage student are to run first\n" in text
     shown = [" ".join(line.split()) for line in text.splitlines()]
     assert "lr: 0.005 # all.yaml:10" in shown
     assert "warmup: 0.0 # auto: 0 for a model built from scratch" in shown

@@ -46,7 +46,7 @@ def test_resume_with_more_steps(cli, workdir, length, schedule):
         assert code == 0, result
     code, result, err = cli("distill", *long, "--output", "parts", "--resume", "--json", "--quiet")
     assert (code, result["steps"]) == (0, 9), result
-    assert "the run is longer than it was: 9 steps instead of 6" in err
+    assert "the run is longer than before: 9 steps instead of 6" in err
     assert "learning rate" in err
     assert equal_weights(weights(workdir / "full"), weights(workdir / "parts")) == (schedule == "constant")
     outcome = cli("distill", *short, "--output", "parts", "--resume", "--json", "--quiet")

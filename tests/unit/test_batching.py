@@ -56,7 +56,7 @@ def test_long_rows_are_dropped_and_counted():
     assert [sequence.row for sequence in examples.sequences] == [0, 1]  # indices into examples.rows, not into the input
     assert examples.lengths.tolist() == [7, 10]
     assert examples.tokens == 8
-    dropped = "3 of 5 rows dropped as too long: 1 with a prompt over 6 tokens, 2 over 10 tokens in all"
+    dropped = "3 of 5 rows dropped as too long: 1 with a prompt over 6 tokens, 2 over 10 tokens in total"
     hint = "--max-length 11 --set data.max_prompt_length=7 would keep 95%"
     assert events == [Progress("tokenizing", 5, 5, "rows"), Warned(f"{dropped}; {hint}")]
     assert examples_of(ROWS, max_length=11, max_prompt_length=7).dropped == 0
@@ -78,7 +78,7 @@ def test_warning_if_over_a_fifth_of_rows_is_dropped(too_long, kind):
 def test_warning_names_context_if_it_is_the_limit():
     events = []
     examples_of(rows_of(*[(3, 4)] * 3, (3, 9), (3, 9)), events.append, context=10, max_length=100)
-    assert events[-1].text.endswith("; to keep 95% takes 12 tokens, and the model's context is 10")
+    assert events[-1].text.endswith("; keeping 95% needs 12 tokens, but the model's context is 10")
 
 
 def test_truncate_cuts_responses_and_drops_long_prompts():
@@ -90,7 +90,7 @@ def test_truncate_cuts_responses_and_drops_long_prompts():
     assert [int(sequence.response[-1]) for sequence in examples.sequences] == [0, 2, 0, 2]
     assert events[1:] == [
         Note("1 of 5 rows dropped as too long: 1 with a prompt over 6 tokens"),
-        Note("2 of 5 responses cut at 10 tokens, prompt included"),
+        Note("2 of 5 responses cut at 10 tokens, including the prompt"),
     ]
 
 

@@ -472,8 +472,8 @@ def test_revision_is_dropped_with_a_local_model(write_recipe, tmp_path):
 def test_builtin_fields_are_dropped_with_other_data():
     resolved = resolve(command="distill", recipe="quickstart", flags=command_line.flags(data="mine.jsonl"))
     assert resolved.notes == (
-        "quickstart.yaml: left out, since nothing reads them here (method distillm, objective srkl, schedule adaptive, "
-        "data mine.jsonl): data.size",
+        "quickstart.yaml: ignored, since this run (method distillm, objective srkl, schedule adaptive, "
+        "data mine.jsonl) does not use them: data.size",
     )
     arguments = {"flags": command_line.flags(data="mine.jsonl"), "sets": ["data.size=5"]}
     check_rejected("recipe.unused_field", "data.source builtin", recipe="quickstart", **arguments)
@@ -483,10 +483,10 @@ def test_settings_of_recipe_method_are_dropped_for_another(write_recipe, tmp_pat
     path = write_recipe("method: distillm\nobjective: {alpha: 0.3}\nschedule: {epsilon: 0.2, capacity: 64}\n")
     resolved = resolve(command="distill", recipe=path, flags={"method": Flag("--method", "kd")})
     assert resolved.notes == (
-        "distill.yaml: left out, since nothing reads them here (method kd, objective kl, schedule off): "
+        "distill.yaml: ignored, since this run (method kd, objective kl, schedule off) does not use them: "
         "objective.alpha, schedule.capacity, schedule.epsilon",
     )
-    assert to_yaml(resolved).startswith("# note: distill.yaml: left out")
+    assert to_yaml(resolved).startswith("# note: distill.yaml: ignored")
     assert not has_field(resolved.recipe, "objective.alpha")
     assert "objective.alpha" not in resolved.origin
     assert resolved.overridden["objective.alpha"] == (0.3, "distill.yaml:2")
@@ -704,7 +704,7 @@ def test_selection_by_divergence_is_rejected_for_sft():
 @pytest.mark.parametrize(
     ("text", "key", "meant"),
     [
-        ("objective: {alpha: 0,1}", "objective.1", "0.1 for 0,1"),
+        ("objective: {alpha: 0,1}", "objective.1", "0.1, not 0,1"),
         ("objective: {alhpa: 0.1}", "objective.alhpa", "objective.alpha"),
         ("train: {alpha: 0.1}", "train.alpha", "objective.alpha"),
         ("student: {lora_alpha: 64}", "student.lora_alpha", "student.lora.alpha"),

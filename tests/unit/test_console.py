@@ -192,7 +192,7 @@ def test_resumed_run_continues_step_and_epoch():
     recorded = RecordedConsole(terminal=True)
     with recorded.ui:
         recorded.start(first_step=300)
-        assert "going on after step 300" in "".join(recorded.lines)
+        assert "resumed after step 300" in "".join(recorded.lines)
         assert "300/600  epoch 3.0  0:00 elapsed  – left" in recorded.frame()
         recorded.step(301, seconds=2.0)
         assert "301/600  epoch 3.0  0:02 elapsed  9:58 left" in recorded.frame()

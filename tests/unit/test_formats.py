@@ -360,7 +360,7 @@ def test_formats_and_unused_columns_are_reported_once(tmp_path):
             "train.jsonl: 25 rows, 20 conversational language modeling, 5 prompt-completion (messages, prompt, completion)"
         ),
         Note("train.jsonl: columns not read: id (80 % of rows), source (20 %)"),
-        Note("train.jsonl has no held-out rows of its own: 1 of its 25 is kept for validation"),
+        Note("train.jsonl has no held-out rows: 1 of its 25 is held out for validation"),
     ]
     assert sum(rows.formats.values()) == 24
 

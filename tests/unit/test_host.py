@@ -58,7 +58,7 @@ def test_this_machine_has_available_memory():
 @pytest.mark.parametrize(
     "environment_settings", [{}, {"MALLOC_TRIM_THRESHOLD_": "131072"}], ids=["default", "environment"]
 )
-def test_freed_memory_is_reused_until_it_is_given_back(environment_settings):
+def test_freed_memory_is_reused_until_it_is_returned(environment_settings):
     """Count the page faults for large tensors that are allocated, written and freed one after the other."""
     script = """
 import json, resource, torch
@@ -79,7 +79,7 @@ found = {"before": faults()}
 memory.keep_freed_memory()
 faults()
 found |= {"reused": faults(), "resident": resident()}
-memory.give_back_freed_memory()
+memory.return_freed_memory()
 print(json.dumps(found | {"given back": resident()}))
 """
     environment = {

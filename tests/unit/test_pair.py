@@ -286,7 +286,7 @@ def test_warning_about_replaced_student_tokenizer(tmp_path):
     pair = load_pair(recipe, device=torch.device("cpu"), listener=events.append)
     assert len(pair.tokenizer) == tiny.VOCAB
     (warning,) = [event.text for event in events if isinstance(event, Warned)]
-    assert warning.endswith("its own tokens <im_end>, <im_start> and chat template are lost")
+    assert warning.endswith("its own tokens <im_end>, <im_start> and chat template are dropped")
     events.clear()
     swapped = Recipe(teacher={"path": student}, student={"path": teacher})
     load_pair(swapped, device=torch.device("cpu"), listener=events.append)

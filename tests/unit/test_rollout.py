@@ -162,8 +162,8 @@ def test_out_of_memory_halves_the_decoding_batch(monkeypatch, error):
     assert [o.response.tolist() for o in found] == [o.response.tolist() for o in expected]
     assert [o.row for o in found] == list(range(12))
     assert events == [
-        Warned("out of memory while decoding 12 rows side by side: continuing with 6"),
-        Warned("out of memory while decoding 6 rows side by side: continuing with 3"),
+        Warned("out of memory while decoding 12 rows in one batch: continuing with 6"),
+        Warned("out of memory while decoding 6 rows in one batch: continuing with 3"),
     ]
     requested.clear()
     rollouts.sample(rows, step=6)  # the smaller batch size is remembered

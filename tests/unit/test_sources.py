@@ -83,7 +83,7 @@ def test_gsm8k_rows_with_held_out_slice(shared_data):
     assert train[0].references[0].endswith("#### 72")
     assert events == [
         Note("gsm8k train: 7,473 rows, question-answer (question, answer)"),
-        Note("gsm8k has no held-out rows of its own: 373 of its 7,473 are kept for validation"),
+        Note("gsm8k has no held-out rows: 373 of its 7,473 are held out for validation"),
     ]
 
 
@@ -425,7 +425,7 @@ def test_counts_of_one_are_singular(tmp_path):
     events = []
     data = DataConfig(source=str(jsonl(tmp_path / "a.jsonl", *numbered(10))))
     load_rows(data, "train", listener=events.append)
-    assert events[1:] == [Note("a.jsonl has no held-out rows of its own: 1 of its 10 is kept for validation")]
+    assert events[1:] == [Note("a.jsonl has no held-out rows: 1 of its 10 is held out for validation")]
     with raises_code("data.no_rows", "b.jsonl:1"):
         load_rows(DataConfig(source=str(jsonl(tmp_path / "b.jsonl", {})), skip_bad_rows=True), "test")
     assert (counted(1, "row"), counted(0, "row"), counted(1_000, "row")) == ("1 row", "0 rows", "1,000 rows")

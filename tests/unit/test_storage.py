@@ -21,7 +21,7 @@ from distillm_cli.data.sources import load_rows
 from distillm_cli.errors import StorageError
 from distillm_cli.models.model_paths import locate_model
 from distillm_cli.runs import output_dir, train
-from distillm_cli.runs.inputs import check_spared
+from distillm_cli.runs.inputs import check_overwrite
 from distillm_cli.training.checkpoint import Checkpoints, latest, read_checkpoint, visible
 from distillm_cli.training.events import Warned
 from distillm_cli.utils import manifest, storage
@@ -354,7 +354,7 @@ def test_symlink_loop_is_cleared_only_in_a_run_directory(tmp_path):
     output_dir.write_recipe(tmp_path, resolved())
     manifest.record(tmp_path, ["checkpoints/step-000001"])
     output_dir.check_output(tmp_path, resume=False, overwrite=True)
-    check_spared("sft", Recipe(), tmp_path)
+    check_overwrite("sft", Recipe(), tmp_path)
     assert output_dir.clear(tmp_path) == []
     assert list(tmp_path.iterdir()) == []
 

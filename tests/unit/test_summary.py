@@ -209,12 +209,12 @@ def test_empty_table_has_a_header():
         (
             {"dataset": 600},
             [0.0, 0.0, 0.0],
-            "The schedule never fired: φ stayed 0, every step used data set rows.",
+            "φ never rose: it stayed 0, every step used data set rows.",
         ),
         (
             {"dataset": 480, "rollout": 70, "replay": 50},
             [0.2, 0.2],
-            "The schedule never fired: φ stayed 0.20. Of 600 steps 480 (80%) used data set rows, 70 (12%) fresh rollouts "
+            "φ never rose: it stayed 0.20. Of 600 steps 480 (80%) used data set rows, 70 (12%) fresh rollouts "
             "and 50 (8%) replayed rollouts.",
         ),
         (
@@ -226,14 +226,13 @@ def test_empty_table_has_a_header():
         (
             {"dataset": 600},
             [0.0, 0.0, 0.1],
-            "Every step used data set rows (600 steps). φ rose once, from 0 to 0.10. "
-            "No draw fell on the student's own output.",
+            "Every step used data set rows (600 steps). φ rose once, from 0 to 0.10. No student outputs were drawn.",
         ),
         ({"dataset": 1200, "rollout": 0}, None, "Every step used data set rows (1,200 steps)."),
         ({"rollout": 600}, None, "Every step used fresh rollouts (600 steps)."),
         ({"dataset": 1}, None, "The one step used data set rows."),
         ({"dataset": 2, "other": 2}, None, "Of 4 steps 2 (50%) used data set rows and 2 (50%) other."),
-        ({}, [], "No step was taken."),
+        ({}, [], "No steps were run."),
     ],
 )
 def test_sources_sentence(counts, phi, sentence):

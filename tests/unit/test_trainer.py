@@ -648,7 +648,7 @@ def test_out_of_memory_halves_the_micro_batch(method, objective):
 
     (unlimited, no_warnings), (halved, warnings) = trained(rows=4), trained(rows=3)
     assert no_warnings == []
-    assert warnings == ["out of memory with 4 rows at once: continuing with 2, same batches"]
+    assert warnings == ["out of memory with micro-batches of 4 sequences: continuing with 2, same batches"]
     for name, expected in weights(unlimited).items():
         assert_close(weights(halved)[name], expected, atol=2e-5, rtol=1e-4, msg=name)
     assert halved.state.valid_loss == pytest.approx(unlimited.state.valid_loss, abs=1e-4)
@@ -683,7 +683,7 @@ def test_out_of_memory_halves_the_validation_batch():
             held_out.mean(CROSS_ENTROPY, objective)
     counts = [5, 2, 1]
     assert warnings == [
-        Warned(f"out of memory with {rows} held-out rows at once: continuing with {fewer}, same loss")
+        Warned(f"out of memory with {rows} held-out rows per batch: continuing with {fewer}, same loss")
         for rows, fewer in pairwise(counts)
     ]
 
@@ -796,7 +796,7 @@ def test_note_at_half_the_steps_explains_phi():
     assert (
         f"φ is 0; it rises by 0.33 at a valid CE of {first.trigger:.3f} or more (now {current.valid_loss:.3f}; " in text
     )
-    assert f"{first.valid_loss:.3f} at first, schedule.epsilon 100); 2 validations to come; to use" in text
+    assert f"{first.valid_loss:.3f} at first, schedule.epsilon 100); 2 validations left; to use" in text
     assert "--set schedule.phi=0.2" in text
 
 
@@ -809,12 +809,12 @@ def test_phi_advice_before_the_first_validation(epsilon, change):
     engine.scheduler.config = engine.scheduler.config.model_copy(update={"epsilon": epsilon})
     engine.state.step = 4
     text = phi_advice(engine)
-    assert f"at a validation where valid CE has {change} since before training, and there was none yet (1 " in text
+    assert f"at a validation where valid CE has {change} since before training, with no validation so far (1 " in text
 
 
 def test_phi_advice_without_held_out_rows():
     _, [(_, text)] = run_with_constant_phi(validation=False)
-    assert "it cannot rise without held-out rows; name some with --set data.valid=PATH" in text
+    assert "it cannot rise without held-out rows; set some with --set data.valid=PATH" in text
 
 
 @pytest.mark.parametrize("more", [{"epsilon": -10.0}, {"method": "off"}, {"method": "on"}, {"steps": 1}])
