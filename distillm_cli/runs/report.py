@@ -144,9 +144,7 @@ class Report:
                 if model is not None:
                     model.check_decoding()
             except ModelError as error:
-                self.listener(
-                    Warned(f"no responses in the table, only losses: the {name} cannot generate ({error.what})")
-                )
+                self.listener(Warned(f"no responses in the table, only losses; {name}: {error.what}"))
                 return False
         return bool(self.suite.rows)
 

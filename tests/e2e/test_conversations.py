@@ -198,7 +198,7 @@ def test_tool_calls_are_trained_generated_and_scored(cli, tmp_path):
 def test_resume_uses_the_original_template_date(cli, tmp_path, clock):
     dated = "{{ strftime_now('%d %b %Y') }}" + CHAT
     model, data = chat_models.save(tmp_path / "model", dated), lines(tmp_path / "rows.jsonl", reversed_words())
-    run = ["sft", "--model", model, *train_on(data), "--set", "train.save_steps=2"]
+    run = ["sft", "--model", model, *train_on(data), "--keep", "2", "--set", "train.save_steps=2"]
     for name in ("full", "resumed"):
         code, _, err = cli(*run, "--steps", 4, "--output", name)
         assert code == 0, err
