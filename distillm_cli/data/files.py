@@ -32,9 +32,10 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 @dataclass(frozen=True, slots=True)
 class UnreadableRecord:
-    """Hold the reason why a record could not be read."""
+    """Hold the reason why a record could not be read. is_json: False for a line that should be JSON and is not."""
 
     reason: str
+    is_json: bool = True
 
 
 Records = Iterator[tuple[str, Any]]  # (where, record or UnreadableRecord)
@@ -114,9 +115,9 @@ def _json_line(raw: bytes) -> Any:
     except UnicodeDecodeError as error:
         return UnreadableRecord(_not_utf8(error))
     except RecursionError:
-        return UnreadableRecord("not JSON (nested too deeply)")
+        return UnreadableRecord("not JSON (nested too deeply)", is_json=False)
     except ValueError as error:
-        return UnreadableRecord(_json_error(error))
+        return UnreadableRecord(_json_error(error), is_json=False)
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:

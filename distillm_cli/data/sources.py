@@ -184,17 +184,15 @@ def _load_part(
     require_output: bool,
     listener: Listener,
 ) -> Rows:
-    def skipped_message(where: str, message: str) -> str:
+    def skipped_message(where: str, message: str, *, is_json: bool = True) -> str:
         """Return the message for a row that is skipped. Raises DataError if rows must not be skipped."""
         if not skip_bad_rows:
             path = _location(source)
             hint = "fix the row, or skip such rows with --skip-bad-rows"
-            raise DataError(
-                "data.invalid_row",
-                f"{where}: {message}",
-                where=None if path and where.startswith(path) else path,
-                hint=hint,
-            )
+            place = None if path and where.startswith(path) else path
+            if not is_json:
+                raise DataError("data.invalid_json", f"{where}: {message}", where=place, hint=hint)
+            raise DataError("data.invalid_row", f"{where}: {message}", where=place, hint=hint)
         return f"{where}: {message}"
 
     reshape = source.reshape if columns == ColumnsConfig() else None
@@ -202,7 +200,7 @@ def _load_part(
     def readable_rows() -> Iterator[Row]:
         for where, record in source.parts[part](readable_columns(columns) | source.columns):
             if isinstance(record, UnreadableRecord):
-                skipped.append(skipped_message(where, record.reason))
+                skipped.append(skipped_message(where, record.reason, is_json=record.is_json))
                 continue
             if reshape is not None and isinstance(record, dict):
                 record = reshape(record)

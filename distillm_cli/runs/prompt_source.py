@@ -43,8 +43,10 @@ def check_request(source: PromptSource, output: str | None, *, resume: bool, ove
     sources = {"--data": source.data, "--prompt": source.prompts, "--input": source.input}
     given = [flag for flag, value in sources.items() if value is not None]
     if len(given) != 1:
-        what = f"{' and '.join(given)} are mutually exclusive" if given else "no prompts"
-        raise UsageError("usage.no_prompts", what, hint="use one of --data SOURCE, --prompt TEXT, --input FILE")
+        hint = "use one of --data SOURCE, --prompt TEXT, --input FILE"
+        if not given:
+            raise UsageError("usage.no_prompts", "no prompts", hint=hint)
+        raise UsageError("usage.exclusive_options", f"{' and '.join(given)} are mutually exclusive", hint=hint)
     for flag, count in (("--limit", source.limit), ("--n", source.samples)):
         if count is not None and not 1 <= count < _MAX_COUNT:
             raise UsageError("usage.invalid_value", f"{flag} = {count}", where="expected an integer ≥ 1 and < 2^31")

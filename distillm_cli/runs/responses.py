@@ -27,7 +27,10 @@ class ResponseFile:
         """Raise UsageError for a path that cannot be used. Nothing is written yet."""
         if path.suffix != ".jsonl":
             raise UsageError(
-                "usage.no_directory", f"--output {path}", where="rows are JSON lines", hint=f"try --output {path}.jsonl"
+                "usage.invalid_value",
+                f"--output {path}",
+                where="rows are JSON lines",
+                hint=f"try --output {path}.jsonl",
             )
         if resume and overwrite:
             raise UsageError(

@@ -190,7 +190,7 @@ def test_foreign_recipe_in_model_directory_is_a_warning(workdir, cli):
         ("storage.failed", ["eval", "model", "--suite", "data", "--output", "empty.jsonl/out"], "empty.jsonl"),
         ("usage.no_model", ["generate", "--prompt", "x"], "--model"),
         ("usage.no_prompts", ["generate", "--model", "model"], "--prompt"),
-        ("usage.no_prompts", ["generate", "--model", "model", "--prompt", "x", "--data", "data"], "--data"),
+        ("usage.exclusive_options", ["generate", "--model", "model", "--prompt", "x", "--data", "data"], "--data"),
         ("usage.no_output", ["generate", "--model", "model", "--prompt", "x", "--json"], "--output"),
         (
             "usage.exclusive_options",
@@ -209,7 +209,7 @@ def test_foreign_recipe_in_model_directory_is_a_warning(workdir, cli):
         ),
         ("usage.invalid_value", ["generate", "--model", "model", "--prompt", "x", "--n", "0"], "--n = 0"),
         ("usage.invalid_value", ["generate", "--model", "model", "--data", "data", "--split", "dev"], "--split"),
-        ("usage.no_directory", ["generate", "--model", "model", "--prompt", "x", "--output", "out.txt"], "out.txt"),
+        ("usage.invalid_value", ["generate", "--model", "model", "--prompt", "x", "--output", "out.txt"], "out.txt"),
         ("recipe.invalid_value", ["generate", "--model", "model", "--prompt", "x", "--top-p", "0"], "--top-p"),
         ("data.row_too_long", ["generate", "--model", "model", "--data", "long.jsonl"], "long.jsonl:2"),
         (
