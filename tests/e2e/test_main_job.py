@@ -382,7 +382,7 @@ def bad_inputs(workdir, tmp_path):
     base = [*pair, "--data", workdir]
     return [
         ("missing file", [*pair, "--data", "no/such/rows.jsonl"], "data.not_found", "no/such/rows.jsonl"),
-        ("bad JSON", [*pair, "--data", broken], "data.invalid_row", "broken.jsonl:4"),
+        ("bad JSON", [*pair, "--data", broken], "data.invalid_json", "broken.jsonl:4"),
         ("missing column", [*pair, "--data", columns], "data.invalid_row", "columns.jsonl:1"),
         ("unknown key", [*base, "--recipe", unknown], "recipe.unknown_field", "objective.alpha"),
         ("alpha", [*base, "--alpha", "1.4"], "recipe.invalid_value", "1.4"),

@@ -173,6 +173,7 @@ def run_script(script):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_step_waits_for_the_device_once():
     """Check that a training step waits once, for its loss and gradient norm, and not in the forward passes."""
     script = """
