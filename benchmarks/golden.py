@@ -42,7 +42,7 @@ _BUILTIN += ["--set", "data.size=200", "--set", "data.seed=3"]
 _SHARED = ["--steps", str(STEPS), "--batch-size", "4", "--lr", "3e-3", "--dtype", "fp32", "--device", "cpu"]
 for _field in (
     "data.valid_limit=12", "rollout.max_new_tokens=12", "train.threads=1", "train.eval_steps=4", "train.save_steps=4",
-    "train.warmup=0", "eval.report_rows=0",
+    "train.keep=9", "train.warmup=0", "eval.report_rows=0",
 ):  # fmt: skip
     _SHARED += ["--set", _field]
 _METHODS = (
