@@ -1,23 +1,23 @@
-"""Seconds per optimizer step of a whole adaptive run, validation and all, beside TRL's trainers on the same rows.
+"""Compare seconds per optimizer step of a whole adaptive run, including validation, with TRL's trainers.
 
     python benchmarks/end_to_end.py --data FILE.jsonl --tokenizer DIR --work DIR \\
         --peers PATH/trl_run.py --peers-python PATH/python [--rows 80] [--epochs 12] [--peer-steps 6] [--threads 2] [--json]
 
 Teacher GPT-2 124M, student 4 layers × 384, random weights, V = 50,257, batch 8, at most 64 new tokens, rows of at most 400
-tokens, bf16. Everyone trains on the same --rows rows.
+tokens, bf16. All train on the same --rows rows.
 
-Ours: skew KL α = 0.1 on the adaptive schedule, --epochs epochs over those rows. A run of the paper has 10 to 20 epochs, and
-what ours saves it saves after the first: the teacher is asked about a row once and its states are kept in memory, and a
-student output is scored once and replayed. A short run must have epochs too, or it measures a first epoch only. So the rows
-are few, and the rest is in proportion: a replay buffer of --capacity outputs, small enough to fill early (1,000 of the
-some 34,000 outputs that a run of 20 epochs on Dolly trains on), and a validation at the start and after each epoch, on a
-tenth as many rows as are trained on (Dolly: 1,000 beside 11,435). φ is held at --phi: a short run would not see it rise,
-and the paper's runs spend their time between 0 and about 0.3. The seconds are the training loop's own clock over all
-steps, the first included: rollouts, replay, teacher, optimizer and validations are in.
+Ours: skew KL α = 0.1 on the adaptive schedule, --epochs epochs over those rows. A run of the paper has 10 to 20 epochs,
+and the savings start after the first: the teacher computes a row once and its states are cached in memory, and a
+student output is scored once and replayed. A short run needs several epochs too, or it measures only a first epoch. So
+the number of rows is small, and the rest is in proportion: a replay buffer of --capacity outputs, small enough to fill
+early (1,000 of about 34,000 outputs in a run of 20 epochs on Dolly), and a validation at the start and after each
+epoch, on a tenth of the number of training rows (Dolly: 1,000 and 11,435). φ is fixed at --phi, since it would not rise
+in a short run; in the paper's runs it is between 0 and about 0.3. Seconds are measured by the training loop over all
+steps, including the first: rollouts, replay, teacher, optimizer and validations are included.
 
-Peers: TRL's GKDTrainer (λ = 1 and ½) and DistillationTrainer, --peer-steps steps on those rows, their first step left out,
-without validation. They ask the teacher in every step and keep nothing, so a step costs the same in any epoch. Rounds
-alternate; the best of each counts. Goals: 6 × DistillationTrainer, 20 × GKD λ = 1, 14 × GKD λ = ½.
+Peers: TRL's GKDTrainer (λ = 1 and ½) and DistillationTrainer, --peer-steps steps on those rows, without their first
+step and without validation. They run the teacher in every step without a cache, so a step costs the same in every
+epoch. Rounds alternate, and the best of each is used. Goals: 6 × DistillationTrainer, 20 × GKD λ = 1, 14 × GKD λ = ½.
 """
 
 from __future__ import annotations
@@ -58,23 +58,23 @@ def pair(work: Path, tokenizer: Path) -> dict[str, str]:
 
 
 def rows(args: argparse.Namespace, tokenizer: Path) -> tuple[Path, Path]:
-    """Files of the rows to train on and to validate on: the first of --data that are short enough."""
+    """Write the first rows of --data that are short enough to files of training and validation rows."""
     from transformers import AutoTokenizer
 
     count = AutoTokenizer.from_pretrained(tokenizer)
-    kept, wanted = [], args.rows + max(1, args.rows // 10)
+    chosen, needed = [], args.rows + max(1, args.rows // 10)
     with args.data.open(encoding="utf-8") as file:
         for line in file:
             row = json.loads(line)
             text = " ".join(str(row.get(key) or "") for key in ("prompt", "instruction", "input", "output"))
             if len(count(text).input_ids) <= LONGEST:
-                kept.append(line)
-            if len(kept) == wanted:
+                chosen.append(line)
+            if len(chosen) == needed:
                 break
-    if len(kept) < wanted:
-        raise SystemExit(f"{args.data} has {len(kept)} rows of at most {LONGEST} tokens, and {wanted} are needed")
+    if len(chosen) < needed:
+        raise SystemExit(f"{args.data} has {len(chosen)} rows of at most {LONGEST} tokens, but {needed} are needed")
     places = args.work / "train.jsonl", args.work / "valid.jsonl"
-    for place, lines in zip(places, (kept[: args.rows], kept[args.rows :]), strict=True):
+    for place, lines in zip(places, (chosen[: args.rows], chosen[args.rows :]), strict=True):
         place.write_text("".join(lines), encoding="utf-8")
     return places
 

@@ -1,16 +1,17 @@
-"""Methods side by side on G2P (letters → phonemes), every model from scratch, through the command line.
+"""Compare methods on G2P (letters → phonemes) through the command line, with every model from scratch.
 
     python benchmarks/g2p.py --data DIR --work DIR [--seeds 10 11 12] [--jobs 2]
 
-1. a teacher (``recipes/g2p-teacher.yaml``), unless WORK/teacher is there; per seed one epoch of SFT as every method's start
+1. a teacher (``recipes/g2p-teacher.yaml``), unless WORK/teacher exists; per seed one epoch of SFT as every method's start
 2. per method one run per learning rate of one grid, on the first seed; the rate with the lowest greedy phoneme error rate
-   on validation rows is the method's (the longer SFT takes SFT's rate: choosing it again would favour nobody but it)
-3. the other seeds at that rate; plain SFT gets the same grid, the same steps and, once more, the same seconds as adaptive
+   on validation rows is used (the longer SFT uses SFT's rate, since a second choice would favor it)
+3. the other seeds at that rate; plain SFT has the same grid, the same steps and, in another run, the same seconds as
+   adaptive
 4. every model on the test rows: greedy, sampled at T = 1 and at T = 0.5
 
 The teacher's states for all training rows are computed once and read by every run (``teacher.cache=disk``); the seconds
-are the training loop's, with those states at hand. Runs are resumable by their result files: start it again and only what
-is missing runs. Prints a Markdown table.
+are those of the training loop with cached states. Runs are resumable by their result files: a second start runs only
+missing parts. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ PASSES = {"greedy": ["--greedy"], "T=1": [*SAMPLED, "1"], "T=0.5": [*SAMPLED, "0
 
 
 class Lab:
-    """One working directory, one teacher, and the runs made from it. passes: ways of decoding, as flags of ``eval``."""
+    """Hold one working directory, its teacher and its runs. passes: decoding settings, as flags of ``eval``."""
 
     passes = PASSES
 
@@ -73,15 +74,15 @@ class Lab:
         pair = ["--model", start] if method in (SFT, LONG) else ["--teacher", str(self.teacher()), "--student", start]
         cache = sets("teacher.cache=disk", f"teacher.cache_dir={self.work / 'cache'}")
         verb = ["sft"] if method in (SFT, LONG) else ["distill", *METHODS[method], *cache]
-        how = ["--steps", str(steps), "--lr", lr, "--seed", str(seed), "--overwrite"]
-        return place, self.run(place, [*verb, *pair, "--output", str(place), *how, *self.common])
+        options = ["--steps", str(steps), "--lr", lr, "--seed", str(seed), "--overwrite"]
+        return place, self.run(place, [*verb, *pair, "--output", str(place), *options, *self.common])
 
     def score(self, place: Path, name: str) -> dict:
-        """Test figures of one model in one way of decoding."""
+        """Return the test figures of one model with one decoding setting."""
         return self.scores(place, name, "test")["test"]
 
     def scores(self, place: Path, name: str, *splits: str) -> dict[str, dict]:
-        """Figures of one model on these splits, in one way of decoding."""
+        """Return the figures of one model on these splits, with one decoding setting."""
         found = place.with_name(f"{place.name}.{'-'.join(splits)}-{name}")
         suites = [word for split in splits for word in ("--suite", str(Path(self.data) / f"{split}.jsonl"))]
         suites += ["--batch-size", "250", "--max-new-tokens", "32"]
@@ -101,8 +102,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12])
     parser.add_argument("--grid", nargs="+", default=["1e-3", "2e-3", "4e-3"])
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
-    parser.add_argument("--threads", type=int, default=1, help="of each run")
+    parser.add_argument("--jobs", type=int, default=2, help="parallel runs")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads per run")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     lab, first = Lab(args), args.seeds[0]
@@ -126,7 +127,7 @@ def main() -> None:
 
     names = [*METHODS, LONG]
     pair = ["--teacher", str(lab.teacher()), "--student", str(lab.start(first)), "--output", str(lab.work / "live")]
-    how = [
+    options = [
         "--steps",
         "100",
         "--lr",
@@ -135,12 +136,12 @@ def main() -> None:
         *lab.common,
         *sets("eval.report_rows=0", "teacher.cache=off"),
     ]
-    live = lab.run(lab.work / "live", ["distill", *METHODS["skl"], *pair, *how])
+    live = lab.run(lab.work / "live", ["distill", *METHODS["skl"], *pair, *options])
     print(f"\nteacher live, not cached: {live['train_s'] * args.steps / 100:.0f} s for {args.steps:,} steps (from 100)")
     models = {("teacher", 0): lab.teacher()} | {("start", s): lab.start(s) for s in args.seeds}
     models |= {(m, s): results[m, s][0] for m in names for s in args.seeds}
-    wanted = [(place, name) for place in models.values() for name in PASSES]
-    scores = dict(zip(wanted, lab.map(lab.score, wanted), strict=True))
+    keys = [(place, name) for place in models.values() for name in PASSES]
+    scores = dict(zip(keys, lab.map(lab.score, keys), strict=True))
 
     print(
         "\n| model | lr | seconds | rollout / replay steps | "
@@ -151,8 +152,8 @@ def main() -> None:
     for name in ("teacher", "start", *names):
         seeds = [s for m, s in models if m == name]
         cells = []
-        for how in PASSES:
-            found = [scores[models[name, s], how] for s in seeds]
+        for mode in PASSES:
+            found = [scores[models[name, s], mode] for s in seeds]
             cells += [mean_sd([f[metric]["mean"] for f in found]) for metric in ("error_rate", "exact_match")]
         entropy = mean_sd([scores[models[name, s], "T=1"]["entropy"] for s in seeds])
         trained = [results[name, s][1] for s in seeds if (name, s) in results]

@@ -1,9 +1,9 @@
-"""Compare what two checkouts compute: tiny runs of everything, float32 on a CPU, by the SHA-256 of weights and metrics.
+"""Compare two checkouts by the SHA-256 of weights and metrics of tiny runs, in float32 on a CPU.
 
     python benchmarks/golden.py [--against DIR] [--only NAME …] [--json]
 
-Without --against it prints the digests of this checkout. With it, the same runs are made by the checkout in DIR too, and
-every difference is listed; exits 1 where there is one. Digests hold for one machine: processors round differently.
+Without --against it prints the digests of this checkout. With it, the checkout in DIR computes the same runs, and every
+difference is listed; exits 1 if there is one. Digests are valid for one machine, since processors round differently.
 
 A run is a command line. Its digest covers the weights in the output directory, and the step, epoch, source, loss, gradient
 norm and φ of every line of metrics.jsonl. A resume repeats a run from its middle checkpoint in a copy of its directory.
@@ -42,14 +42,14 @@ _BUILTIN += ["--set", "data.size=200", "--set", "data.seed=3"]
 _SHARED = ["--steps", str(STEPS), "--batch-size", "4", "--lr", "3e-3", "--dtype", "fp32", "--device", "cpu"]
 for _field in (
     "data.valid_limit=12", "rollout.max_new_tokens=12", "train.threads=1", "train.eval_steps=4", "train.save_steps=4",
-    "train.warmup=0", "eval.report_rows=0",
+    "train.keep=9", "train.warmup=0", "eval.report_rows=0",
 ):  # fmt: skip
     _SHARED += ["--set", _field]
 _METHODS = (
     "kd", "seqkd", "imitkd", "gkd", "distillm", "skd", "fdistill", "akl", "ab", "amid", "taid", "atkd", "distillm2",
     "minillm",
 )  # fmt: skip
-# Further runs: name → arguments beside those that all share.
+# Further runs: name → arguments in addition to the common ones.
 _OTHERS = {
     "schedule-on": ["--method", "kd", "--schedule", "on"],
     "schedule-mixed": ["--method", "kd", "--schedule", "mixed"],
@@ -73,7 +73,7 @@ _RESUMED = ("kd", "adaptive-fires", "taid", "distillm2", "minillm", "seqkd", "lo
 
 
 def runs(models: Path) -> dict[str, list[str]]:
-    """Every run by name, as arguments of the program. models: where ``make_models`` has put the models."""
+    """Return every run by name, as arguments of the program. models: the directory that ``make_models`` filled."""
 
     def distill(*more: str, pair: list[str] = _PAIR, data: list[str] = _BUILTIN) -> list[str]:
         return ["distill", *pair, *data, *_SHARED, *more]
@@ -111,7 +111,7 @@ def runs(models: Path) -> dict[str, list[str]]:
 
 
 def make_models(place: Path) -> None:
-    """Save the models that the program has none of: a Llama, a T5 and a chat model, random, with tokenizers."""
+    """Save random models that are not part of the program, with tokenizers: a Llama, a T5 and a chat model."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
@@ -155,7 +155,7 @@ def digest(output: Path) -> str:
 
 
 def halve(output: Path) -> None:
-    """Leave of a finished run what it had after its middle checkpoint."""
+    """Remove everything after the middle checkpoint of a finished run."""
     newest = sorted((output / "checkpoints").glob("step-*"))[-1]
     shutil.rmtree(newest)
     for path in output.glob("*.safetensors"):
@@ -163,7 +163,7 @@ def halve(output: Path) -> None:
 
 
 def computed(only: list[str], models: Path) -> Iterator[tuple[str, str]]:
-    """Run in this process, with the package that it imports; yield each run's name and digest."""
+    """Execute the runs in this process, with the imported package; yield each run's name and digest."""
     from distillm_cli.cli.app import main
 
     def call(argv: list[str]) -> None:
@@ -205,18 +205,18 @@ def of_checkout(root: Path, only: list[str], models: Path) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", type=Path, metavar="DIR", help="another checkout to compare with")
-    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="these runs only")
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="only these runs")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # a process that computes, for one checkout
     given = parser.parse_args()
     if given.worker is not None:
         print(json.dumps(dict(computed(given.only, given.worker))))
         return
-    here = Path(__file__).resolve().parents[1]
+    checkout = Path(__file__).resolve().parents[1]
     with tempfile.TemporaryDirectory() as models:
-        sys.path.insert(0, str(here))
+        sys.path.insert(0, str(checkout))
         make_models(Path(models))
-        found = of_checkout(here, given.only, Path(models))
+        found = of_checkout(checkout, given.only, Path(models))
         other = None if given.against is None else of_checkout(given.against.resolve(), given.only, Path(models))
     differing = [] if other is None else [name for name in {**found, **other} if found.get(name) != other.get(name)]
     if given.json:

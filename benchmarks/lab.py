@@ -1,4 +1,4 @@
-"""What the benchmarks share: command lines whose results are kept, so that a stopped benchmark goes on."""
+"""Run command lines and cache their results, so that an interrupted benchmark can be resumed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def last_json(command: list[str], threads: int) -> dict:
-    """Runs a command and reads its last line; what it says on stderr is shown only when it fails."""
+    """Run a command and read its last line. Its stderr is shown only when it fails."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -19,8 +19,8 @@ def last_json(command: list[str], threads: int) -> dict:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def kept(place: Path, command: list[str], threads: int) -> dict:
-    """``last_json`` of a command; kept in ``PLACE.json`` and read back the next time."""
+def cached_json(place: Path, command: list[str], threads: int) -> dict:
+    """Return ``last_json`` of a command, cached in ``PLACE.json``."""
     found = place.with_name(place.name + ".json")
     if not found.exists():
         found.write_text(json.dumps(last_json(command, threads)) + "\n")
@@ -28,16 +28,16 @@ def kept(place: Path, command: list[str], threads: int) -> dict:
 
 
 def run(place: Path, argv: list[str], threads: int) -> dict:
-    """``distillm ARGV --json``, kept."""
-    return kept(place, [sys.executable, "-m", "distillm_cli", *argv, "--json", "--quiet"], threads)
+    """Run ``distillm ARGV --json``, with a cached result."""
+    return cached_json(place, [sys.executable, "-m", "distillm_cli", *argv, "--json", "--quiet"], threads)
 
 
 def sets(*fields: str) -> list[str]:
-    """``--set`` before each field."""
+    """Return the fields with ``--set`` before each."""
     return [word for field in fields for word in ("--set", field)]
 
 
 def mean_sd(values: list[float], *, sign: bool = False) -> str:
-    """``12.34 ± 0.56``: mean and sample standard deviation. sign: ``+12.34``."""
+    """Format mean and sample standard deviation: ``12.34 ± 0.56``. sign: ``+12.34``."""
     mean = f"{statistics.mean(values):{'+' if sign else ''}.2f}"
     return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean

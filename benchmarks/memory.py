@@ -1,19 +1,19 @@
-"""Peak memory that the loss adds, beside the loss over whole logits.
+"""Compare the peak memory that the loss adds with that of a loss over whole logits.
 
     python benchmarks/memory.py [--vocab 50257 256000] [--tokens 512 2048 8192] [--json]
 
-One process per case. Hidden states and both heads are there before; added is the highest resident size during loss and
-backward, less the resident size before (the kernel's high-water mark, set back just before: ``/proc/self/clear_refs``).
-Student of width 384 with a float32 head that trains, teacher of width 768 with a bf16 head, bf16 products, skew KL.
+One process per case. Hidden states and both heads exist before. ``added`` is the highest resident size during loss and
+backward, less the resident size before (the kernel's high-water mark, reset just before: ``/proc/self/clear_refs``).
+Student of width 384 with a trainable float32 head, teacher of width 768 with a bf16 head, bf16 products, skew KL.
 
-    added      everything, and so with the two parts that no loss with a head to train can do without:
-    gradient   the head's, [V, D] float32, which is the answer
-    cast       the head's bf16 copy, which autocast would make too
-    work       added − gradient − cast: what the loss takes for itself. Goal: ≤ 128 MB at V ≤ 64k, ≤ 512 MB at V ≤ 256k,
+    added      everything, including two parts that every loss with a trainable head needs:
+    gradient   the head's, [V, D] float32, the result
+    cast       the head's bf16 copy, which autocast would also make
+    work       added − gradient − cast: the memory of the loss itself. Goal: ≤ 128 MB at V ≤ 64k, ≤ 512 MB at V ≤ 256k,
                whatever the number of tokens
 
-The textbook loss has both models' logits at the N supervised positions alone (at all positions it would need more), float32
-softmaxes and autograd. It is left out, with what it would need, where that is more than half of the memory that is free.
+The textbook loss has both models' logits only at the N supervised positions (at all positions it would need more),
+float32 softmaxes and autograd. It is skipped, with its estimated memory, if that is more than half of the free memory.
 Exits 1 when a goal is missed.
 """
 
@@ -26,13 +26,13 @@ import sys
 from pathlib import Path
 
 MB = 10**6
-GOALS = {64_000: 128 * MB, 256_000: 512 * MB}  # vocabulary up to → most work bytes
+GOALS = {64_000: 128 * MB, 256_000: 512 * MB}  # vocabulary up to → maximum work in bytes
 FUSED, TEXTBOOK = "fused", "textbook"
-_TABLES = 9  # float32 [N, V] tables of the textbook loss, saved for backward or made in it: to predict, not to measure
+_TABLES = 9  # float32 [N, V] tables of the textbook loss, saved for backward or computed in it, for the estimate
 
 
 def resident(field: str) -> int:
-    """``VmRSS`` or ``VmHWM`` (its highest since the last reset), bytes."""
+    """Return ``VmRSS`` or ``VmHWM`` (its maximum since the last reset), bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
@@ -40,7 +40,7 @@ def resident(field: str) -> int:
 
 
 def case(name: str, vocab: int, tokens: int, width: int, teacher_width: int) -> dict:
-    """Runs in a process of its own."""
+    """Measure one case, in its own process."""
     import torch
     import torch.nn.functional as F
 
@@ -69,7 +69,7 @@ def case(name: str, vocab: int, tokens: int, width: int, teacher_width: int) -> 
         return hidden, weight, torch.randn(N, teacher_width).bfloat16(), torch.randn(V, teacher_width).bfloat16()
 
     loss = {FUSED: fused, TEXTBOOK: textbook}[name]
-    (loss(*inputs(64, 2000)) / 64).backward()  # what libraries set up at their first call is not the loss's
+    (loss(*inputs(64, 2000)) / 64).backward()  # memory that libraries allocate at their first call does not count
     this = inputs(tokens, vocab)
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
@@ -81,14 +81,14 @@ def case(name: str, vocab: int, tokens: int, width: int, teacher_width: int) -> 
 
 
 def in_a_process(args: argparse.Namespace, name: str, vocab: int, tokens: int) -> dict:
-    asked = {"name": name, "vocab": vocab, "tokens": tokens, "width": args.width, "teacher_width": args.teacher_width}
+    spec = {"name": name, "vocab": vocab, "tokens": tokens, "width": args.width, "teacher_width": args.teacher_width}
     needs = _TABLES * 4 * vocab * tokens
     if name == TEXTBOOK and needs > available() / 2:
-        return asked | {"skipped": f"would need about {needs / 1e9:.1f} GB"}
-    done = subprocess.run([sys.executable, __file__, "--case", json.dumps(asked)], capture_output=True, text=True)
+        return spec | {"skipped": f"would need about {needs / 1e9:.1f} GB"}
+    done = subprocess.run([sys.executable, __file__, "--case", json.dumps(spec)], capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{asked}\n{done.stderr}")
-    return asked | json.loads(done.stdout)
+        raise SystemExit(f"{spec}\n{done.stderr}")
+    return spec | json.loads(done.stdout)
 
 
 def available() -> int:
@@ -99,7 +99,7 @@ def available() -> int:
 
 
 def goal(vocab: int) -> int | None:
-    return next((most for size, most in GOALS.items() if vocab <= size), None)
+    return next((limit for size, limit in GOALS.items() if vocab <= size), None)
 
 
 def print_table(results: list[dict]) -> None:
@@ -113,8 +113,8 @@ def print_table(results: list[dict]) -> None:
             print(f"{head}| {r['skipped']} | | | | | |")
             continue
         cells = [f"{r[part] / MB:.0f}" for part in ("added", "gradient", "cast", "work")]
-        ratio, most = r["added"] / fused[r["vocab"], r["tokens"]]["added"], goal(r["vocab"])
-        cells.append(f"≤ {most / MB:.0f}" if most and r["name"] == FUSED else "")
+        ratio, limit = r["added"] / fused[r["vocab"], r["tokens"]]["added"], goal(r["vocab"])
+        cells.append(f"≤ {limit / MB:.0f}" if limit and r["name"] == FUSED else "")
         print(f"{head}| {' | '.join(cells)} | {'' if r['name'] == FUSED else f'{ratio:.1f}'} |")
 
 

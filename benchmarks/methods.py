@@ -1,9 +1,9 @@
-"""Every method beside every other, on one engine: benchmarks/METHODS.md and its plots.
+"""Compare all methods on one engine, and write benchmarks/METHODS.md and its plots.
 
     python benchmarks/methods.py g2p ablations seconds builtin dolly --work DIR --data DIR [--jobs 2] [--threads 1]
-    python benchmarks/methods.py all --report --work DIR --data DIR    (tables and plots of what is there, nothing is run)
+    python benchmarks/methods.py all --report --work DIR --data DIR    (tables and plots, without new runs)
 
-Parts (each grows from what is there; a stopped one goes on, finished runs are read back):
+Parts (all are resumable, and finished runs are not repeated):
 
 g2p        all methods from one SFT start, equal optimizer steps, three seeds; the learning rate of each from one small grid
            by its greedy score on validation rows, first seed
@@ -13,10 +13,10 @@ ablations  of the paper, in small: α, replay, schedule, SFT start, buffer, bulk
 builtin    as ``g2p``, on the built-in rows
 dolly      as ``g2p``, on Dolly with small models, DISTILLM_DATA set
 
-The teacher's states for data set rows are computed once and read by every run (``teacher.cache``), so the cost of methods
-that train on rows holds no teacher; what is sampled in training is not known beforehand, and is paid for. Costs are of the
-training loop, measured apart, one run at a time: the other runs go side by side, and their clocks say little. A file
-WORK/pause holds new runs back until it is gone (for a quiet moment on the machine).
+The teacher's states for data set rows are computed once and read by every run (``teacher.cache``), so the cost of
+methods that train on rows excludes the teacher; sequences sampled in training are computed by the teacher. Costs are
+those of the training loop, measured separately, one run at a time, since parallel runs disturb each other. A file
+WORK/pause delays new runs until it is removed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _off(divergence: str, alpha: str) -> Argv:
 
 
 def _adaptive(*fields: str) -> Argv:
-    """DistiLLM, half of the steps on student outputs from the start, so that what happens to them can be told apart."""
+    """Return arguments of DistiLLM with half of the steps on student outputs from the start, to make differences visible."""
     return ("distill", "--method", "distillm", *tasks.sets("schedule.phi=0.5", *fields))
 
 
@@ -85,22 +85,22 @@ ABLATIONS: dict[str, dict[str, Argv]] = {
         f"1{LONGER}": _adaptive("rollout.bulk=1"),
         f"8{LONGER}": _adaptive(),
     },
-    "cross-entropy beside atkd": {
+    "cross-entropy with atkd": {
         "atkd alone": ALL["atkd"],
-        "half and half": (*ALL["atkd"], "--set", "objective.kd_weight=0.5"),
+        "equal weights": (*ALL["atkd"], "--set", "objective.kd_weight=0.5"),
     },
     "start (kl, adaptive skl)": {
         "SFT, then kl": ALL["kd"],
-        "kl from nothing": ALL["kd"],
+        "kl without SFT": ALL["kd"],
         "SFT, then adaptive skl": ALL["distillm"],
-        "adaptive skl from nothing": ALL["distillm"],
+        "adaptive skl without SFT": ALL["distillm"],
     },
 }
 
 
 @dataclass(frozen=True)
 class Done:
-    """A finished run: where its model is, what ``--json`` said, its learning rate."""
+    """Hold a finished run: its directory, its ``--json`` object, its learning rate."""
 
     place: Path
     result: dict
@@ -108,34 +108,34 @@ class Done:
 
 
 class Bench:
-    """Runs of one task, side by side, results kept."""
+    """Hold the runs of one task, which are executed in parallel with cached results."""
 
     def __init__(self, task: Task, seeds: list[int], jobs: int, reading: bool):
         self.task, self.seeds, self.reading = task, seeds, reading
         self.pool, self.failed = ThreadPoolExecutor(jobs), False
         task.work.mkdir(parents=True, exist_ok=True)
-        kept, pause = task.run, task.work.parent / "pause"
+        cached_run, pause = task.run, task.work.parent / "pause"
 
         def careful(place: Path, argv: list[str]) -> dict:
-            """What is there, else a run, unless this is a report or somebody wants quiet."""
+            """Return an existing result, else run, unless this is a report or new runs are paused."""
             if not place.with_name(place.name + ".json").exists():
                 if reading:
                     raise LookupError(place.name)
                 while pause.exists():
                     time.sleep(2)
-            return kept(place, argv)
+            return cached_run(place, argv)
 
         task.run = careful
 
     def each(self, function: Callable, items: list[tuple]) -> list:
-        """``function(*item)`` of all, in order; None where a report finds nothing."""
+        """Return ``function(*item)`` of all items, in order; None for results that a report does not find."""
 
         def one(item: tuple):
             try:
                 return function(*item)
             except LookupError:
                 return None
-            except SystemExit as failed:  # one method's failure is not the others'; the exit code tells of it
+            except SystemExit as failed:  # the other methods continue; the exit code reports the failure
                 print(f"FAILED {failed}", file=sys.stderr, flush=True)
                 self.failed = True
                 return None
@@ -143,106 +143,109 @@ class Bench:
         return list(self.pool.map(one, items))
 
     def prepare(self) -> None:
-        """Teacher, starts, the teacher's states on disk: each before the runs that share it."""
+        """Create teacher, starts and the teacher cache on disk, before the runs that share them."""
         self.task.teacher()
         self.each(self.task.start, [(seed,) for seed in self.seeds])
         self.task.warm(self.seeds[0])
 
     def rates(self) -> dict[str, dict[str, float]]:
-        """method → learning rate → its score on validation rows, as the task reports it."""
-        wanted = [(name, lr) for lr in self.task.grid for name in ALL]
-        argv = [(ALL[name], self.seeds[0], lr, self.task.steps) for name, lr in wanted]
+        """Return method → learning rate → score on validation rows."""
+        requested = [(name, lr) for lr in self.task.grid for name in ALL]
+        argv = [(ALL[name], self.seeds[0], lr, self.task.steps) for name, lr in requested]
         found: dict[str, dict[str, float]] = {name: {} for name in ALL}
-        for (name, lr), outcome in zip(wanted, self.each(self.task.train, argv), strict=True):
+        for (name, lr), outcome in zip(requested, self.each(self.task.train, argv), strict=True):
             if outcome is not None:
                 found[name][lr] = self.task.valid_score(outcome[1])
         return found
 
     def best(self) -> dict[str, str]:
-        """method → its learning rate, where the whole grid was tried."""
+        """Return method → its best learning rate, if the whole grid was run."""
         whole = {n: scores for n, scores in self.rates().items() if len(scores) == len(self.task.grid)}
         return {name: min(scores, key=lambda lr: (scores[lr], float(lr))) for name, scores in whole.items()}
 
     def equal_steps(self) -> dict[tuple[str, int], Done]:
-        """Every method at its rate, every seed. Seed by seed, so that a stopped table is whole for fewer seeds."""
+        """Run every method at its rate with every seed.
+
+        Seed by seed, so that an interrupted table is complete for fewer seeds.
+        """
         rates = self.best()
-        wanted = [(name, seed) for seed in self.seeds for name in rates]
-        argv = [(ALL[name], seed, rates[name], self.task.steps) for name, seed in wanted]
-        return self._done(wanted, [rates[name] for name, _ in wanted], self.each(self.task.train, argv))
+        requested = [(name, seed) for seed in self.seeds for name in rates]
+        argv = [(ALL[name], seed, rates[name], self.task.steps) for name, seed in requested]
+        return self._done(requested, [rates[name] for name, _ in requested], self.each(self.task.train, argv))
 
     def costs(self, *, measure: bool = False) -> dict[str, float]:
-        """method → seconds per step: short runs, one at a time, all methods in turns, the better of two rounds.
+        """Return method → seconds per step: short runs, one at a time, all methods in turns, the better of two rounds.
 
-        measure: run what is missing; else only what is there is told.
+        measure: run missing cases; else only existing results are returned.
         """
         found: dict[str, list[float]] = {}
         for turn in range(2):
             for name, argv in ALL.items():
                 # Any rate: cost does not depend on it. Nothing is scored.
-                wanted = (argv, self.seeds[0], self.task.grid[0], COST_STEPS, None, f"cost{turn}", NO_REPORT)
-                if not measure and not self.task.has(*wanted):
+                requested = (argv, self.seeds[0], self.task.grid[0], COST_STEPS, None, f"cost{turn}", NO_REPORT)
+                if not measure and not self.task.has(*requested):
                     continue
-                outcome = self.each(self.task.train, [wanted])[0]
+                outcome = self.each(self.task.train, [requested])[0]
                 if outcome is not None:
                     found.setdefault(name, []).append(outcome[1]["train_s"] / COST_STEPS)
         return {name: min(seconds) for name, seconds in found.items()}
 
     def equal_seconds(self, seconds: float) -> dict[tuple[str, int], Done]:
-        """Every method at its rate for the same wall time, by its own cost of a step."""
+        """Run every method at its rate for the same wall time, by its own cost of a step."""
         # A round number: the same on the next day, when the last digits of a timing differ.
         steps = {name: max(round(seconds / cost, -1), 10) for name, cost in self.costs(measure=True).items()}
         rates = self.best()
-        wanted = [(name, seed) for seed in self.seeds for name in steps if name in rates]
-        argv = [(ALL[name], seed, rates[name], int(steps[name])) for name, seed in wanted]
-        return self._done(wanted, [rates[name] for name, _ in wanted], self.each(self.task.train, argv))
+        requested = [(name, seed) for seed in self.seeds for name in steps if name in rates]
+        argv = [(ALL[name], seed, rates[name], int(steps[name])) for name, seed in requested]
+        return self._done(requested, [rates[name] for name, _ in requested], self.each(self.task.train, argv))
 
     def ablations(self, groups: list[str]) -> dict[tuple[str, str, int], Done]:
-        """(group, what, seed) → the run. Rates: kl's for α = 0, else what the grid gave distillm.
+        """Return (group, what, seed) → run. Rates: that of kl for α = 0, else that of distillm.
 
-        groups: how the names begin of those that are wanted.
+        groups: prefixes of the names of groups to run.
         """
         rates = self.best()
         if not {"kd", "distillm"} <= rates.keys():
             return {}
         members = {name: runs for name, runs in ABLATIONS.items() if name.startswith(tuple(groups))}
-        wanted = [(group, what, seed) for seed in self.seeds for group, runs in members.items() for what in runs]
-        lrs, asked = [], []
-        for group, what, seed in wanted:
+        requested = [(group, what, seed) for seed in self.seeds for group, runs in members.items() for what in runs]
+        lrs, arguments = [], []
+        for group, what, seed in requested:
             argv = ABLATIONS[group][what]
             lr = rates["kd" if argv == ALL["kd"] or what.endswith("α=0") else "distillm"]
-            scratch, steps = what.endswith("from nothing"), self.task.steps * (4 if what.endswith(LONGER) else 1)
+            scratch, steps = what.endswith("without SFT"), self.task.steps * (4 if what.endswith(LONGER) else 1)
             lrs.append(lr)
-            asked.append((argv, seed, lr, steps + self.task.start_steps * scratch, SCRATCH if scratch else None))
-        # The same run may stand in several groups: it runs once.
-        unique = list(dict.fromkeys(asked))
+            arguments.append((argv, seed, lr, steps + self.task.start_steps * scratch, SCRATCH if scratch else None))
+        # The same run may be in several groups: it runs once.
+        unique = list(dict.fromkeys(arguments))
         outcomes = dict(zip(unique, self.each(self.task.train, unique), strict=True))
-        return self._done(wanted, lrs, [outcomes[key] for key in asked])
+        return self._done(requested, lrs, [outcomes[key] for key in arguments])
 
     def scored(self, runs: dict[tuple, Done]) -> dict[tuple[Path, str], dict]:
-        """(model, pass) → test figures."""
-        wanted = list(dict.fromkeys((done.place, name) for done in runs.values() for name in self.task.passes))
-        found = self.each(lambda place, name: self.task.score(place, place.name, name), wanted)
-        return {key: figures for key, figures in zip(wanted, found, strict=True) if figures is not None}
+        """Return (model, pass) → test figures."""
+        requested = list(dict.fromkeys((done.place, name) for done in runs.values() for name in self.task.passes))
+        found = self.each(lambda place, name: self.task.score(place, place.name, name), requested)
+        return {key: figures for key, figures in zip(requested, found, strict=True) if figures is not None}
 
-    def also(self) -> dict[tuple[str, int], Path | str]:
-        """Teacher and starts, which stand above a table."""
+    def reference_models(self) -> dict[tuple[str, int], Path | str]:
+        """Return teacher and starts, the first rows of a table."""
         keys = [("teacher", 0), *(("start", seed) for seed in self.seeds)]
         make = lambda name, seed: self.task.teacher() if name == "teacher" else self.task.start(seed)  # noqa: E731
         return {key: place for key, place in zip(keys, self.each(make, keys), strict=True) if place is not None}
 
-    def scored_also(self) -> dict[tuple[str, int, str], dict]:
-        """(name, seed, pass) → test figures of ``also``."""
-        places = self.also()
-        wanted = [(key, name) for key in places for name in self.task.passes]
-        tags = [(places[key], key[0] if key[0] == "teacher" else f"start-{key[1]}", name) for key, name in wanted]
+    def scored_references(self) -> dict[tuple[str, int, str], dict]:
+        """Return (name, seed, pass) → test figures of ``also``."""
+        places = self.reference_models()
+        requested = [(key, name) for key in places for name in self.task.passes]
+        tags = [(places[key], key[0] if key[0] == "teacher" else f"start-{key[1]}", name) for key, name in requested]
         found = self.each(self.task.score, tags)
-        return {(*key, name): f for (key, name), f in zip(wanted, found, strict=True) if f is not None}
+        return {(*key, name): f for (key, name), f in zip(requested, found, strict=True) if f is not None}
 
     @staticmethod
-    def _done(wanted: list[tuple], lrs: list[str], outcomes: list) -> dict:
+    def _done(requested: list[tuple], lrs: list[str], outcomes: list) -> dict:
         return {
             key: Done(*outcome, lr)
-            for key, lr, outcome in zip(wanted, lrs, outcomes, strict=True)
+            for key, lr, outcome in zip(requested, lrs, outcomes, strict=True)
             if outcome is not None
         }
 
@@ -252,7 +255,7 @@ def _thousands(values: list[float]) -> str:
 
 
 def _cells(task: Task, figures: list[list[dict]]) -> list[str]:
-    """A row's test figures: per pass each metric over the seeds, at the end the entropy at T = 1."""
+    """Return a row's test figures: per pass each metric over the seeds, then the entropy at T = 1."""
     cells = []
     for found in figures:
         for metric in task.metrics:
@@ -268,7 +271,7 @@ def _head(task: Task, *columns: str) -> list[str]:
 
 
 def _rows(bench: Bench, runs: dict[tuple, Done], scores: dict, names: list) -> Iterator[tuple]:
-    """(name, its runs over the seeds, its figures by pass) of every name with at least one scored run."""
+    """Yield (name, its runs over the seeds, its figures by pass) for every name with at least one scored run."""
     for name in names:
         mine = [done for key, done in runs.items() if key[:-1] == (name if isinstance(name, tuple) else (name,))]
         figures = [[scores[d.place, p] for d in mine if (d.place, p) in scores] for p in bench.task.passes]
@@ -277,16 +280,16 @@ def _rows(bench: Bench, runs: dict[tuple, Done], scores: dict, names: list) -> I
 
 
 def table(bench: Bench, runs: dict[tuple[str, int], Done], scores: dict, *, steps: bool = False) -> str:
-    """Methods in the registry's order, teacher and start first."""
-    task, also = bench.task, bench.scored_also()
+    """Return the table of methods in the registry's order, with teacher and start first."""
+    task, reference_models = bench.task, bench.scored_references()
     costs = {} if steps else bench.costs()
     second = ["steps"] if steps else ["s / 100 steps"] if costs else []
     columns = ["method", "lr", *second, "sampled, k tokens: student", "teacher"]
-    gains = [f"{name}, to {task.beside}" for name in task.passes] if task.beside else []
+    gains = [f"{name}, to {task.reference}" for name in task.passes] if task.reference else []
     lines = _head(task, *columns)
     lines = [lines[0] + "".join(f" {gain} |" for gain in gains), lines[1] + "---|" * len(gains)]
     for name in ("teacher", "start"):
-        figures = [[f for (n, _, p), f in also.items() if (n, p) == (name, way)] for way in task.passes]
+        figures = [[f for (n, _, p), f in reference_models.items() if (n, p) == (name, mode)] for mode in task.passes]
         if any(figures):
             empty, cells = " – |" * (len(columns) - 1), " | ".join(_cells(task, figures))
             lines.append(f"| {name} |{empty} {cells} |" + " – |" * len(gains))
@@ -296,18 +299,18 @@ def table(bench: Bench, runs: dict[tuple[str, int], Done], scores: dict, *, step
         ran = f"{mine[0].result['steps']:,}" if steps else cost
         cells = [name, mine[0].lr, *([ran] if second else []), *sampled, *_cells(task, figures)]
         if gains:
-            cells += [_gain(bench, runs, scores, name, way) for way in task.passes]
+            cells += [_gain(bench, runs, scores, name, mode) for mode in task.passes]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _gain(bench: Bench, runs: dict[tuple[str, int], Done], scores: dict, name: str, way: str) -> str:
-    """A method's first metric less that of the method it is set beside, of the same seed: mean ± deviation."""
-    metric, other = bench.task.metrics[0], bench.task.beside
+def _gain(bench: Bench, runs: dict[tuple[str, int], Done], scores: dict, name: str, mode: str) -> str:
+    """Return the difference of a method's first metric to the reference method's with the same seed: mean ± deviation."""
+    metric, other = bench.task.metrics[0], bench.task.reference
 
     def figure(of: str, seed: int) -> float | None:
         done = runs.get((of, seed))
-        found = None if done is None else scores.get((done.place, way))
+        found = None if done is None else scores.get((done.place, mode))
         return None if found is None else found[metric]["mean"]
 
     pairs = [(figure(name, seed), figure(other, seed)) for seed in bench.seeds]
@@ -315,7 +318,7 @@ def _gain(bench: Bench, runs: dict[tuple[str, int], Done], scores: dict, name: s
 
 
 def rates_table(bench: Bench) -> str:
-    """What each learning rate scored on the validation rows."""
+    """Return the table of scores on validation rows by learning rate."""
     task, sign = bench.task, 1 if bench.task.lower else -1
     lines = [f"| method | {' | '.join(task.grid)} |", "|---" * (len(task.grid) + 1) + "|"]
     for name, scores in bench.rates().items():
@@ -333,21 +336,28 @@ def rates_table(bench: Bench) -> str:
 
 
 def ablations_table(bench: Bench, runs: dict, scores: dict) -> str:
-    """Group by group."""
+    """Return the table of ablations, by group."""
     lines = _head(bench.task, "what", "", "lr", "seeds", "rollout / replay steps")
     names = [(group, what) for group, members in ABLATIONS.items() for what in members]
     last = None
     for (group, what), mine, figures in _rows(bench, runs, scores, names):
         drawn = [statistics.mean(d.result[f"{source}_steps"] for d in mine) for source in ("rollout", "replay")]
-        told = f"{drawn[0]:.0f} / {drawn[1]:.0f}" if any(drawn) else "–"
-        cells = ["" if group == last else group, what, mine[0].lr, str(len(mine)), told, *_cells(bench.task, figures)]
+        step_counts = f"{drawn[0]:.0f} / {drawn[1]:.0f}" if any(drawn) else "–"
+        cells = [
+            "" if group == last else group,
+            what,
+            mine[0].lr,
+            str(len(mine)),
+            step_counts,
+            *_cells(bench.task, figures),
+        ]
         lines.append("| " + " | ".join(cells) + " |")
         last = group
     return "\n".join(lines)
 
 
 def write(blocks: dict[str, str]) -> None:
-    """Puts each block between its marks in METHODS.md; the prose around them is written by hand and stays."""
+    """Write each block between its marks in METHODS.md. The text around them is not changed."""
     text = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
     for name, block in blocks.items():
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
@@ -360,7 +370,7 @@ def write(blocks: dict[str, str]) -> None:
 
 
 def compare(bench: Bench, blocks: dict[str, str]) -> tuple[dict, dict]:
-    """The part of a task that all three have: rates, runs, scores, table."""
+    """Run the common part of a task: rates, runs, scores, table."""
     name = bench.task.name
     runs = bench.equal_steps()
     scores = bench.scored(runs)
@@ -371,17 +381,19 @@ def compare(bench: Bench, blocks: dict[str, str]) -> tuple[dict, dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=[*PARTS, "all"], metavar="PART", help="all: every one")
-    parser.add_argument("--report", action="store_true", help="write what is there, run nothing")
-    parser.add_argument("--data", type=Path, help="of G2P: train.jsonl, valid.jsonl, test.jsonl")
+    parser.add_argument(
+        "parts", nargs="+", choices=[*PARTS, "all"], metavar="PART", help="parts to run; all: every part"
+    )
+    parser.add_argument("--report", action="store_true", help="write existing results without new runs")
+    parser.add_argument("--data", type=Path, help="G2P rows: train.jsonl, valid.jsonl, test.jsonl")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12])
-    parser.add_argument("--steps", type=int, default=1000, help="of a G2P run")
-    parser.add_argument("--grid", nargs="+", metavar="LR", help="of learning rates, instead of the task's own")
-    parser.add_argument("--groups", nargs="+", default=[""], metavar="WORD", help="of ablations: those that begin so")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of a run in `seconds`")
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
-    parser.add_argument("--threads", type=int, default=1, help="of each run")
+    parser.add_argument("--steps", type=int, default=1000, help="steps of a G2P run")
+    parser.add_argument("--grid", nargs="+", metavar="LR", help="learning rates, instead of the task's own")
+    parser.add_argument("--groups", nargs="+", default=[""], metavar="WORD", help="groups of ablations, by prefix")
+    parser.add_argument("--seconds", type=float, default=60.0, help="wall time of a run in `seconds`")
+    parser.add_argument("--jobs", type=int, default=2, help="parallel runs")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads per run")
     args = parser.parse_args()
     parts = PARTS if "all" in args.parts else args.parts
     blocks: dict[str, str] = {}
@@ -396,7 +408,7 @@ def main() -> None:
 
     if {"g2p", "costs", "seconds", "ablations"} & set(parts):
         if args.data is None:
-            parser.error("--data DIR holds the rows of G2P")
+            parser.error("--data DIR with the rows of G2P is required")
         bench = open_bench(tasks.g2p(args.data, args.work / "g2p", args.threads, args.steps), args.seeds)
         if "costs" in parts:
             bench.costs(measure=True)

@@ -1,12 +1,12 @@
-"""One run of a TRL trainer on local models; the trained student is saved and its seconds are printed as one JSON line.
+"""Run a TRL trainer on local models, save the trained student, and print its seconds as one JSON line.
 
     PYTHON_WITH_TRL benchmarks/peers_trl.py --trainer gkd|distillation --teacher DIR --student DIR --rows FILE \\
         --output DIR --steps N --lr LR [--lmbda 1.0] [--beta 0.1] [--batch 64] [--dtype fp32|bf16] [--seed 10]
 
 gkd: ``trl.experimental.gkd.GKDTrainer``. distillation: ``trl.DistillationTrainer``, always on the student's own outputs.
 rows: jsonl of ``prompt`` (text), ``prompt_ids`` and ``response_ids`` (end-of-sequence included), as ``quality.py`` writes
-them: both sides train on the same tokens, and GKD is spared tokenizing in its loop. Generation uses the key-value cache,
-gradient checkpointing is off, the schedule is a cosine after 5 % warm-up: nothing here slows a trainer down.
+them: both sides train on the same tokens, and GKD does not tokenize in its loop. Generation uses the key-value cache,
+gradient checkpointing is off, the schedule is a cosine after 5 % warm-up.
 train_s: from ``on_train_begin`` to ``on_train_end``, no validation, no checkpoint. step_s: the median step.
 """
 
@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 
 class Clock(TrainerCallback):
-    """Wall and processor seconds of the training loop, and the wall seconds of each step."""
+    """Measure wall and processor seconds of the training loop, and wall seconds of each step."""
 
     def __init__(self):
         self.steps: list[float] = []
@@ -51,13 +51,13 @@ class Clock(TrainerCallback):
 
 
 def build(args: argparse.Namespace, clock: Clock):
-    """The trainer, and the tokenizer that goes with its student."""
+    """Return the trainer and its student's tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(args.student)
     student = AutoModelForCausalLM.from_pretrained(args.student, dtype=torch.float32)
     teacher = AutoModelForCausalLM.from_pretrained(args.teacher, dtype=torch.float32)
     rows = [json.loads(line) for line in args.rows.read_text(encoding="utf-8").splitlines()]
     if tokenizer([row["prompt"] for row in rows])["input_ids"] != [row["prompt_ids"] for row in rows]:
-        raise SystemExit("the prompts' texts do not give their ids with this tokenizer")
+        raise SystemExit("the prompts' texts have other ids with this tokenizer")
     if {row["response_ids"][-1] for row in rows} != {tokenizer.eos_token_id}:
         raise SystemExit("a response does not end with end-of-sequence")
     common = {

@@ -1,4 +1,4 @@
-"""The comparison's plots, as SVG. Needs matplotlib (``pip install -e '.[benchmarks]'``)."""
+"""Plot the comparison of methods as SVG. Needs matplotlib (``pip install -e '.[benchmarks]'``)."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 
 from distillm_cli import plugins
 
-COLOURS = {"T=1": "#d1495b", "T=0.5": "#edae49", "greedy": "#00798c"}
+COLORS = {"T=1": "#d1495b", "T=0.5": "#edae49", "greedy": "#00798c"}
 INK, GRID = "#333333", "#dddddd"
 
 Figures = dict[str, tuple[Any, dict, dict]]  # part → its bench, its runs, their test figures
 
 
 def draw(figures: Figures, place: Path) -> None:
-    """A plot of each part that has something to show."""
+    """Plot each part that has results."""
     import matplotlib
 
     matplotlib.use("svg")
-    # Text stays text, and the same figures give the same bytes.
+    # Text is stored as text, and the same figures give the same bytes.
     matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "distillm", "font.size": 9, "axes.edgecolor": INK}
     place.mkdir(parents=True, exist_ok=True)
     from matplotlib import pyplot
@@ -40,13 +40,13 @@ def draw(figures: Figures, place: Path) -> None:
 
 
 def _by_method(bench, runs: dict, scores: dict) -> dict[str, dict[str, list[dict]]]:
-    """method → pass → test figures over the seeds."""
+    """Return method → pass → test figures over the seeds."""
     found: dict[str, dict[str, list[dict]]] = {}
     for (name, _), done in runs.items():
-        for way in bench.task.passes:
-            if (done.place, way) in scores:
-                found.setdefault(name, {}).setdefault(way, []).append(scores[done.place, way])
-    return {name: ways for name, ways in found.items() if set(ways) == set(bench.task.passes)}
+        for mode in bench.task.passes:
+            if (done.place, mode) in scores:
+                found.setdefault(name, {}).setdefault(mode, []).append(scores[done.place, mode])
+    return {name: by_mode for name, by_mode in found.items() if set(by_mode) == set(bench.task.passes)}
 
 
 def _spread(values: list[float]) -> tuple[float, float]:
@@ -61,58 +61,60 @@ def _bare(axes) -> None:
 
 
 def _dots(pyplot, task, scores: dict):
-    """A line per method, a dot per way of decoding with its seeds' standard deviation; the best at T = 1 on top. Where the
-    task sets methods beside one of them: the difference to it, seed by seed."""
+    """Plot a line per method with a dot per decoding setting and the seeds' standard deviation.
+
+    The best method at T = 1 is on top. If the task has a reference method, differences to it are plotted, seed by seed.
+    """
     metric = task.metrics[0]
 
-    def values(name: str, way: str) -> list[float]:
-        mine = [f[metric]["mean"] for f in scores[name][way]]
-        if task.beside not in scores:
+    def values(name: str, mode: str) -> list[float]:
+        mine = [f[metric]["mean"] for f in scores[name][mode]]
+        if task.reference not in scores:
             return mine
-        return [value - f[metric]["mean"] for value, f in zip(mine, scores[task.beside][way], strict=False)]
+        return [value - f[metric]["mean"] for value, f in zip(mine, scores[task.reference][mode], strict=False)]
 
-    mean = lambda name, way: statistics.mean(values(name, way))  # noqa: E731
+    mean = lambda name, mode: statistics.mean(values(name, mode))  # noqa: E731
     names = sorted(scores, key=lambda name: mean(name, "T=1"), reverse=task.lower)
     figure, axes = pyplot.subplots(figsize=(7, 0.8 + 0.28 * len(names)))
-    for way in task.passes:
-        spread = [_spread(values(name, way)) for name in names]
+    for mode in task.passes:
+        spread = [_spread(values(name, mode)) for name in names]
         axes.errorbar([m for m, _ in spread], range(len(names)), xerr=[s for _, s in spread], fmt="o", markersize=5,
-                      color=COLOURS[way], ecolor=COLOURS[way], elinewidth=1.2, label=way)  # fmt: skip
+                      color=COLORS[mode], ecolor=COLORS[mode], elinewidth=1.2, label=mode)  # fmt: skip
     axes.set_yticks(range(len(names)), names)
     title = f"{plugins.metrics[metric].label}, % ({'left' if task.lower else 'right'} is better)"
-    axes.set_xlabel(title + (f", less that of {task.beside}, same seed" if task.beside in scores else ""))
+    axes.set_xlabel(title + (f", difference to {task.reference}, same seed" if task.reference in scores else ""))
     axes.legend(frameon=False, ncols=len(task.passes), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     _bare(axes)
     return figure
 
 
 def _cost(pyplot, task, scores: dict, costs: dict[str, float]):
-    """Seconds of the training loop against the error at T = 1, for equal steps."""
+    """Plot seconds of the training loop against the error at T = 1, for equal steps."""
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     metric = task.metrics[0]
     figure, axes = pyplot.subplots(figsize=(7, 4.2))
     points = []
-    for name, ways in scores.items():
-        points.append((costs[name] * task.steps, statistics.mean(f[metric]["mean"] for f in ways["T=1"]), name))
-    axes.scatter([x for x, _, _ in points], [y for _, y, _ in points], color=COLOURS["T=1"], s=24)
+    for name, by_mode in scores.items():
+        points.append((costs[name] * task.steps, statistics.mean(f[metric]["mean"] for f in by_mode["T=1"]), name))
+    axes.scatter([x for x, _, _ in points], [y for _, y, _ in points], color=COLORS["T=1"], s=24)
     low, high = min(y for _, y, _ in points), max(y for _, y, _ in points)
     taken: list[tuple[float, float]] = []
     for x, y, name in sorted(points, key=lambda point: point[1]):
-        # Names side by side where points lie close: the next one is pushed up until it is free, and one that would lie on a
-        # point to its right goes to the left.
+        # Labels of close points: the next one is moved up until it is free, and one that would cover a point on its
+        # right is moved to the left.
         up, near = y, (high - low) * 0.035
-        while any(abs(x / other - 1) < 0.35 and abs(up - at) < near for other, at in taken):
+        while any(abs(x / other - 1) < 0.35 and abs(up - height) < near for other, height in taken):
             up += (high - low) * 0.01
         taken.append((x, up))
-        left = any(1.02 < other / x < 1.35 and abs(up - at) < near / 2 for other, at, _ in points)
-        beside = {"ha": "right", "xytext": (x / 1.03, up)} if left else {"ha": "left", "xytext": (x * 1.03, up)}
-        axes.annotate(name, (x, y), fontsize=8, color=INK, va="center", **beside)
+        left = any(1.02 < other / x < 1.35 and abs(up - height) < near / 2 for other, height, _ in points)
+        placement = {"ha": "right", "xytext": (x / 1.03, up)} if left else {"ha": "left", "xytext": (x * 1.03, up)}
+        axes.annotate(name, (x, y), fontsize=8, color=INK, va="center", **placement)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("seconds of the training loop, the teacher's states of data set rows at hand")
+    axes.set_xlabel("seconds of the training loop, with cached teacher states of data set rows")
     axes.set_ylabel(f"{plugins.metrics[metric].label} at T = 1, %")
     axes.margins(x=0.15)
     _bare(axes)
@@ -120,10 +122,10 @@ def _cost(pyplot, task, scores: dict, costs: dict[str, float]):
 
 
 def _skews(bench, runs: dict, scores: dict) -> dict[str, dict[float, list[tuple[dict, dict]]]]:
-    """divergence → α → (at T = 1, greedy) of each seed."""
+    """Return divergence → α → (at T = 1, greedy) of each seed."""
     lines: dict[str, dict[float, list]] = {}
     for (group, what, _), done in runs.items():
-        if group.startswith("α of") and all((done.place, way) in scores for way in ("T=1", "greedy")):
+        if group.startswith("α of") and all((done.place, mode) in scores for mode in ("T=1", "greedy")):
             divergence, alpha = what.split(" α=")
             pair = scores[done.place, "T=1"], scores[done.place, "greedy"]
             lines.setdefault(divergence, {}).setdefault(float(alpha), []).append(pair)
@@ -131,7 +133,7 @@ def _skews(bench, runs: dict, scores: dict) -> dict[str, dict[float, list[tuple[
 
 
 def _alpha(pyplot, lines: dict):
-    """α against error at T = 1, error greedy and entropy, for both skewed divergences."""
+    """Plot α against error at T = 1, greedy error and entropy, for both skewed divergences."""
     figure, panels = pyplot.subplots(1, 3, figsize=(9, 2.8), layout="constrained")
     read = {
         "PER at T = 1, %": lambda pair: pair[0]["error_rate"]["mean"],
@@ -139,10 +141,10 @@ def _alpha(pyplot, lines: dict):
         "entropy at T = 1, nats": lambda pair: pair[0]["entropy"],
     }
     for axes, (title, value) in zip(panels, read.items(), strict=True):
-        for divergence, colour in (("skl", "#d1495b"), ("srkl", "#00798c")):
+        for divergence, color in (("skl", "#d1495b"), ("srkl", "#00798c")):
             found = sorted(lines.get(divergence, {}).items())
             spread = [_spread([value(pair) for pair in pairs]) for _, pairs in found]
-            axes.errorbar(range(len(found)), [m for m, _ in spread], yerr=[s for _, s in spread], color=colour,
+            axes.errorbar(range(len(found)), [m for m, _ in spread], yerr=[s for _, s in spread], color=color,
                           marker="o", markersize=4, elinewidth=1, label=divergence)  # fmt: skip
             axes.set_xticks(range(len(found)), [f"{alpha:g}" for alpha, _ in found])
         axes.set_xlabel("α")

@@ -1,24 +1,25 @@
-"""Seconds until our student is as good as the one that each of TRL's trainers ends with, on G2P (letters → phonemes).
+"""Measure the seconds until our student matches the final student of TRL's trainers, on G2P (letters → phonemes).
 
     python benchmarks/quality.py --data DIR --work DIR --peers-python PYTHON [--seeds 10] [--steps 300] [--json]
 
-Everyone has the same teacher, the same start (one epoch of SFT, see ``g2p.py``), rows, batch of 64, tokens, sampling
-temperature 1, AdamW, clipping, cosine after 5 % warm-up, threads, and a live teacher: nothing it says is known beforehand.
-Peers (``peers_trl.py``): GKDTrainer λ = 1 and ½, DistillationTrainer, all β = 0.1, for --steps. Ours: ``distill``, whole
-runs of --budgets steps each with its own schedule: ``distillm`` (skew KL, adaptive), ``gkd`` (the peers' algorithm) and
-``ab`` (α-β divergence on rows), every row once; and ``distillm``, also with skew reverse KL, ``ab`` and ``kd`` on a quarter
-as many rows, each four times, what the teacher said of it remembered. Beside them, since a step without a teacher costs a
-quarter: plain ``sft``, and ``sft`` for seven eighths of the steps and ``ab`` for the last, at a quarter of the rate.
+All have the same teacher, the same start (one epoch of SFT, see ``g2p.py``), rows, batch of 64, tokens, sampling
+temperature 1, AdamW, clipping, cosine after 5 % warm-up, threads, and a teacher without precomputed states. Peers
+(``peers_trl.py``): GKDTrainer λ = 1 and ½, DistillationTrainer, all β = 0.1, for --steps. Ours: ``distill``, whole runs
+of --budgets steps each with its own schedule: ``distillm`` (skew KL, adaptive), ``gkd`` (the peers' algorithm) and
+``ab`` (α-β divergence on rows), every row once; and ``distillm``, also with skew reverse KL, ``ab`` and ``kd`` on a
+quarter as many rows, each four times, with the teacher's states cached. In addition, since a step without a teacher
+costs a quarter: plain ``sft``, and ``sft`` for seven eighths of the steps and ``ab`` for the last, at a quarter of the
+rate.
 
-1. autocast, fp32 or bf16: whichever makes 20 steps faster (best of three, in turns), for each trainer by itself
+1. autocast, fp32 or bf16: the faster one for 20 steps (best of three, in turns), for each trainer separately
 2. learning rate, on the first seed, from one grid, after --steps (peers) or --probe steps (ours): the lowest phoneme error
    rate (PER) on validation rows, sampled and greedy averaged
 3. per seed the peers' students and ours of each budget, in turns; 2,000 test rows, greedy and at T = 1 (mean of five passes)
 4. per peer the smallest budget of ours from which on every budget's test PER, mean over the seeds, is at most the
-   peer's; the least seconds of --rounds runs of both, in turns, and their ratio. Goal: 4.3
+   peer's; the minimum seconds of --rounds runs of both, in turns, and their ratio. Goal: 4.3
 
-Seconds are the training loop's on both sides: the start-up (imports, models, tokenizing) is in neither, our two validations
-are in ours. Runs are resumable by their result files. Wants a machine (or a core: ``taskset``) of its own.
+Seconds are those of the training loop on both sides: start-up (imports, models, tokenizing) is excluded, our two
+validations are included. Runs are resumable by their result files. Use an idle machine or core (``taskset``).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from g2p import Lab
-from lab import kept, mean_sd, sets
+from lab import cached_json, mean_sd, sets
 
 PEERS = {
     "TRL GKDTrainer λ=1": ["--trainer", "gkd", "--lmbda", "1.0"],
@@ -49,12 +50,12 @@ OURS = {name: METHODS[name] for name in ("distillm", "gkd", "ab")} | FEW | {SFT:
 BATCH = 64
 GOAL = 4.3
 TRIALS, TRIAL_STEPS = 3, 20
-WAYS = ("T=1", "greedy")
+MODES = ("T=1", "greedy")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run. again: how often it was made before, for its seconds."""
+    """Describe one training run. again: number of earlier repetitions, to measure seconds."""
 
     name: str
     seed: int
@@ -73,7 +74,7 @@ class Run:
 
 
 class Quality(Lab):
-    """The laboratory of ``g2p.py``, with peers in it and a teacher that is asked live."""
+    """Extend the ``Lab`` of ``g2p.py`` by peers and a teacher without precomputed states."""
 
     passes: ClassVar = {"T=1": ["--temperature", "1"], "greedy": ["--greedy"]}
 
@@ -82,7 +83,7 @@ class Quality(Lab):
         self.rows = self.work / "rows.jsonl"
 
     def write_rows(self) -> None:
-        """The training rows as our runs see them: the prompt's text and the ids of prompt and response."""
+        """Write the training rows of our runs: the prompt's text and the ids of prompt and response."""
         if self.rows.exists():
             return
         from transformers import AutoTokenizer
@@ -105,49 +106,51 @@ class Quality(Lab):
         self.rows.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
     def train_one(self, run: Run) -> dict:
-        """The run's result; its student is in ``self.place(run)``."""
+        """Run the training and return its result. The student is in ``self.place(run)``."""
         if run.name in PEERS:
             return self._peer(run)
         if run.name != THEN:
             return self._ours(run, self.start(run.seed))
         first = replace(run, name=SFT, steps=run.steps - run.steps // 8)
         last = replace(run, steps=run.steps // 8, lr=f"{float(run.lr) / 4:g}")
-        before, after = self.train_one(first), self._ours(last, self.place(first), self.place(run))
-        return {"train_s": before["train_s"] + after["train_s"]}
+        first_part, second_part = self.train_one(first), self._ours(last, self.place(first), self.place(run))
+        return {"train_s": first_part["train_s"] + second_part["train_s"]}
 
     def _peer(self, run: Run) -> dict:
         place, argv = self.place(run), ["--teacher", str(self.teacher()), "--student", str(self.start(run.seed))]
         argv += ["--output", str(place), "--rows", str(self.rows), "--batch", str(BATCH), "--steps", str(run.steps)]
         argv += ["--lr", run.lr, "--seed", str(run.seed), "--dtype", run.dtype, "--threads", str(self.args.threads)]
         script = [self.args.peers_python, str(Path(__file__).with_name("peers_trl.py")), *PEERS[run.name]]
-        return kept(place, [*script, *argv], self.args.threads)
+        return cached_json(place, [*script, *argv], self.args.threads)
 
     def _ours(self, run: Run, start: Path, place: Path | None = None) -> dict:
-        """place: in place of the run's own."""
+        """Train with this package. place: overrides the run's own directory."""
         place = place or self.place(run)
-        how = ["--output", str(place), "--overwrite"]
-        how += ["--steps", str(run.steps), "--lr", run.lr, "--seed", str(run.seed)]
+        options = ["--output", str(place), "--overwrite"]
+        options += ["--steps", str(run.steps), "--lr", run.lr, "--seed", str(run.seed)]
         fields = ["eval.report_rows=0", f"student.dtype={run.dtype}"]
         if run.name == SFT:
-            return self.run(place, ["sft", "--model", str(start), *how, *self.common, *sets(*fields)])
+            return self.run(place, ["sft", "--model", str(start), *options, *self.common, *sets(*fields)])
         fields.append(f"teacher.dtype={run.dtype}")
         if run.name in FEW:
             fields += ["teacher.cache=memory", f"data.limit={run.steps * BATCH // EPOCHS}"]
         else:
             fields.append("teacher.cache=off")
         pair = ["--teacher", str(self.teacher()), "--student", str(start)]
-        return self.run(place, ["distill", *OURS[run.name], *pair, *how, *self.common, *sets(*fields)])
+        return self.run(place, ["distill", *OURS[run.name], *pair, *options, *self.common, *sets(*fields)])
 
     def place(self, run: Run) -> Path:
         return self.work / run.file
 
     def error_rates(self, place: Path) -> dict[str, dict[str, float]]:
-        """PER in percent by split and way of decoding."""
-        found = {way: self.scores(place, way, "valid", "test") for way in WAYS}
-        return {split: {way: found[way][split]["error_rate"]["mean"] for way in WAYS} for split in ("valid", "test")}
+        """Return PER in percent by split and decoding setting."""
+        found = {mode: self.scores(place, mode, "valid", "test") for mode in MODES}
+        return {
+            split: {mode: found[mode][split]["error_rate"]["mean"] for mode in MODES} for split in ("valid", "test")
+        }
 
     def faster_dtype(self, name: str) -> str:
-        """The autocast with the least seconds for a few steps, of several runs in turns."""
+        """Return the autocast dtype with the fewest seconds for a few steps, over several runs in turns."""
         first, lr = self.args.seeds[0], self.args.grid[0]
         trials: dict[str, float] = {}
         for again in range(TRIALS):
@@ -160,7 +163,7 @@ class Quality(Lab):
         return min(trials, key=trials.get)
 
     def best_rates(self, dtypes: dict[str, str]) -> dict[str, str]:
-        """Each trainer's learning rate."""
+        """Return each trainer's learning rate."""
         errors: dict[str, dict[str, float]] = {name: {} for name in dtypes}
         for lr in self.args.grid:
             for name, dtype in dtypes.items():
@@ -178,14 +181,14 @@ def say(line: str) -> None:
 
 
 def by_way(per: dict[str, float]) -> str:
-    return ", ".join(f"{way} {value:.2f}" for way, value in per.items())
+    return ", ".join(f"{mode} {value:.2f}" for mode, value in per.items())
 
 
-def first_to_hold(curve: dict[int, dict[str, float]], target: dict[str, float], ways: tuple[str, ...]) -> int | None:
-    """The least budget from which on all budgets are at most as wrong as the target in all of these ways."""
+def first_to_hold(curve: dict[int, dict[str, float]], target: dict[str, float], modes: tuple[str, ...]) -> int | None:
+    """Return the smallest budget from which on all budgets have at most the target's errors in all of these settings."""
     found = None
     for budget in sorted(curve, reverse=True):
-        if any(curve[budget][way] > target[way] for way in ways):
+        if any(curve[budget][mode] > target[mode] for mode in modes):
             break
         found = budget
     return found
@@ -204,7 +207,7 @@ def measure(lab: Quality, args: argparse.Namespace) -> dict:
         theirs = [run_of(name, seed, args.steps) for name in PEERS]
         ours = [run_of(name, seed, budget) for budget in args.budgets for name in OURS]
         share = -(-len(ours) // len(theirs))
-        groups = [ours[at : at + share] for at in range(0, len(ours), share)]
+        groups = [ours[start : start + share] for start in range(0, len(ours), share)]
         for run in chain.from_iterable([t, *g] for t, g in zip_longest(theirs, groups, fillvalue=())):
             result, per = lab.train_one(run), lab.error_rates(lab.place(run))
             say(
@@ -214,21 +217,23 @@ def measure(lab: Quality, args: argparse.Namespace) -> dict:
 
     def mean_per(key: tuple[str, int]) -> dict[str, float]:
         tests = [lab.error_rates(lab.place(run))["test"] for run in runs[key]]
-        return {way: statistics.mean(test[way] for test in tests) for way in WAYS}
+        return {mode: statistics.mean(test[mode] for test in tests) for mode in MODES}
 
     curves = {name: {budget: mean_per((name, budget)) for budget in args.budgets} for name in OURS}
-    aims = {"T=1": ("T=1",), "greedy": ("greedy",), "both": WAYS}
+    aims = {"T=1": ("T=1",), "greedy": ("greedy",), "both": MODES}
     reached = {
-        peer: {name: {aim: first_to_hold(curves[name], mean_per((peer, args.steps)), ways) for aim, ways in aims.items()}
+        peer: {name: {aim: first_to_hold(curves[name], mean_per((peer, args.steps)), modes) for aim, modes in aims.items()}
                for name in OURS}
         for peer in PEERS
     }  # fmt: skip
 
-    wanted = [(peer, args.steps) for peer in PEERS]
-    wanted += sorted({(n, b) for at in reached.values() for n, by_aim in at.items() for b in by_aim.values() if b})
+    selected = [(peer, args.steps) for peer in PEERS]
+    selected += sorted(
+        {(n, b) for by_name in reached.values() for n, by_aim in by_name.items() for b in by_aim.values() if b}
+    )
     timed: dict[tuple[str, int], list[list[float]]] = {key: [[] for _ in args.seeds] for key in runs}
     for again in range(args.rounds):
-        for key in runs if not again else wanted:
+        for key in runs if not again else selected:
             for seconds, run in zip(timed[key], runs[key], strict=True):
                 seconds.append(lab.train_one(replace(run, again=again))["train_s"])
     taken = {key: [min(seconds) for seconds in by_seed] for key, by_seed in timed.items()}
@@ -238,13 +243,13 @@ def measure(lab: Quality, args: argparse.Namespace) -> dict:
         tests = [lab.error_rates(lab.place(run))["test"] for run in runs[key]]
         return {
             "steps": steps, "lr": rates[name], "dtype": dtypes[name], "seconds": taken[key], "all_seconds": timed[key],
-            "test_per": {way: [test[way] for test in tests] for way in WAYS},
+            "test_per": {mode: [test[mode] for test in tests] for mode in MODES},
         }  # fmt: skip
 
     start = [lab.error_rates(lab.start(seed))["test"] for seed in args.seeds]
     return {
         "seeds": args.seeds, "goal": GOAL, "teacher": lab.error_rates(lab.teacher())["test"],
-        "start": {way: [test[way] for test in start] for way in WAYS},
+        "start": {mode: [test[mode] for test in start] for mode in MODES},
         "peers": {peer: described((peer, args.steps)) for peer in PEERS},
         "ours": {name: [described((name, budget)) for budget in args.budgets] for name in OURS},
         "reached": {
@@ -264,10 +269,10 @@ def measure(lab: Quality, args: argparse.Namespace) -> dict:
 def show(found: dict) -> None:
     print(f"Seeds {found['seeds']}; test PER, teacher: {by_way(found['teacher'])}\n")
     print("| student | lr | autocast | steps | seconds | PER T=1 | PER greedy |\n|---|---|---|---|---|---|---|")
-    print("| start | – | – | – | – | " + " | ".join(mean_sd(found["start"][way]) for way in WAYS) + " |")
+    print("| start | – | – | – | – | " + " | ".join(mean_sd(found["start"][mode]) for mode in MODES) + " |")
     lines = [*found["peers"].items(), *((name, one) for name, many in found["ours"].items() for one in many)]
     for name, one in lines:
-        per = " | ".join(mean_sd(one["test_per"][way]) for way in WAYS)
+        per = " | ".join(mean_sd(one["test_per"][mode]) for mode in MODES)
         print(f"| {name} | {one['lr']} | {one['dtype']} | {one['steps']} | {mean_sd(one['seconds'])} | {per} |")
     print(f"\nTimes faster to the same PER (our steps, seconds); goal {found['goal']}\n")
     print("| peer | by | T=1 | greedy | both |\n|---|---|---|---|---|")
@@ -283,14 +288,14 @@ def show(found: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="train.jsonl, valid.jsonl, test.jsonl")
-    parser.add_argument("--work", type=Path, required=True, help="WORK/teacher is used where it is there")
+    parser.add_argument("--work", type=Path, required=True, help="WORK/teacher is used if it exists")
     parser.add_argument("--peers-python", required=True, help="an environment with trl")
     parser.add_argument("--seeds", type=int, nargs="+", default=[10])
     parser.add_argument("--grid", nargs="+", default=["1e-3", "2e-3", "4e-3"])
-    parser.add_argument("--steps", type=int, default=300, help="of the peers")
+    parser.add_argument("--steps", type=int, default=300, help="steps of the peers")
     parser.add_argument("--budgets", type=int, nargs="+", default=[50, 100, 150, 200, 250, 300, 400], help="our steps")
-    parser.add_argument("--probe", type=int, default=150, help="our steps when the learning rate is chosen")
-    parser.add_argument("--rounds", type=int, default=2, help="runs whose least seconds count")
+    parser.add_argument("--probe", type=int, default=150, help="our steps for choosing the learning rate")
+    parser.add_argument("--rounds", type=int, default=2, help="runs, of which the fastest counts")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()

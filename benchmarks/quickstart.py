@@ -1,9 +1,9 @@
-"""The quickstart, honestly: the same student by distillation and by plain SFT, same rows, same steps; three seeds.
+"""Compare distillation with plain SFT of the quickstart's student: same rows, same steps, three seeds.
 
     python benchmarks/quickstart.py --work DIR [--seeds 10 11 12]
 
-Also SFT for the seconds that distillation took, and the learning rate chosen for SFT from one grid on the first seed's
-held-out rows. Scored on the built-in test rows (1,000), greedy and sampled at T = 1. Prints a Markdown table.
+SFT also runs for the seconds of distillation. Its learning rate is chosen from one grid on the first seed's held-out
+rows. Scored on the built-in test rows (1,000), greedy and sampled at T = 1. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -33,12 +33,23 @@ def main() -> None:
 
     def train(name: str, seed: int, lr: str, length: int) -> tuple[Path, dict]:
         place = args.work / f"{name.replace(' ', '-')}-{seed}-{lr}"
-        how = ["--seed", str(seed), "--lr", lr, "--steps", str(length), "--output", str(place), "--overwrite", *common]
+        options = [
+            "--seed",
+            str(seed),
+            "--lr",
+            lr,
+            "--steps",
+            str(length),
+            "--output",
+            str(place),
+            "--overwrite",
+            *common,
+        ]
         if name == "distilled":
-            return place, run(place, ["distill", "--recipe", "quickstart", *how], args.threads)
-        # SFT from the very recipe: the same data, student and optimizer; the teacher lends its tokenizer only.
+            return place, run(place, ["distill", "--recipe", "quickstart", *options], args.threads)
+        # SFT with the same recipe: the same data, student and optimizer; only the tokenizer is the teacher's.
         plain = ["--set", f"student.tokenizer={BUILTIN}", "--set", "schedule.kind=off", "--set", "train.select=last"]
-        return place, run(place, ["sft", "--recipe", str(sft_recipe), *plain, *how], args.threads)
+        return place, run(place, ["sft", "--recipe", str(sft_recipe), *plain, *options], args.threads)
 
     from distillm_cli.models.model_paths import BUILTIN_TEACHER as BUILTIN
 
@@ -64,24 +75,26 @@ def main() -> None:
             flush=True,
         )
 
-    wanted = [(name, seed, best[name], steps) for seed in args.seeds for name in ("distilled", "sft")]
-    results = dict(zip([(n, s) for n, s, _, _ in wanted], each(train, wanted), strict=True))
+    requested = [(name, seed, best[name], steps) for seed in args.seeds for name in ("distilled", "sft")]
+    results = dict(zip([(n, s) for n, s, _, _ in requested], each(train, requested), strict=True))
     for seed in args.seeds:
         ratio = results["distilled", seed][1]["train_s"] / results["sft", seed][1]["train_s"]
         results["sft same seconds", seed] = train("sft same seconds", seed, best["sft"], round(steps * ratio))
 
-    def score(place: str, tag: str, how: str) -> dict:
-        target = args.work / f"{tag}.test-{how}"
+    def score(place: str, tag: str, mode: str) -> dict:
+        target = args.work / f"{tag}.test-{mode}"
         argv = ["eval", place, "--suite", "builtin", "--limit", "1000", "--metric", "exact_match"]
-        argv += [*PASSES[how], *sets("data.template=plain", "eval.no_repeat_ngram_size=0", "eval.batch_size=250")]
+        argv += [*PASSES[mode], *sets("data.template=plain", "eval.no_repeat_ngram_size=0", "eval.batch_size=250")]
         return run(target, [*argv, "--max-new-tokens", "24", "--dtype", "fp32", "--output", str(target)], args.threads)
 
     places = {("teacher", 0): str(BUILTIN)} | {key: str(place) for key, (place, _) in results.items()}
-    asked = [(key, how) for key in places for how in PASSES]
-    scores = each(score, [(places[key], f"{key[0].replace(' ', '-')}-{key[1]}", how) for key, how in asked])
-    table = {ask: next(iter(found["suites"].values())) for ask, found in zip(asked, scores, strict=True)}
+    score_keys = [(key, mode) for key in places for mode in PASSES]
+    scores = each(score, [(places[key], f"{key[0].replace(' ', '-')}-{key[1]}", mode) for key, mode in score_keys])
+    table = {
+        score_key: next(iter(found["suites"].values())) for score_key, found in zip(score_keys, scores, strict=True)
+    }
 
-    print("\n| model | lr | seconds | sources (first seed) | " + " | ".join(f"EM {how}" for how in PASSES) + " |")
+    print("\n| model | lr | seconds | sources (first seed) | " + " | ".join(f"EM {mode}" for mode in PASSES) + " |")
     print("|---" * (4 + len(PASSES)) + "|")
     for name in ("teacher", "distilled", "sft", "sft same seconds"):
         keys = [key for key in places if key[0] == name]
@@ -92,7 +105,7 @@ def main() -> None:
             if trained
             else "–"
         )
-        cells = [mean_sd([table[key, how]["exact_match"]["mean"] for key in keys]) for how in PASSES]
+        cells = [mean_sd([table[key, mode]["exact_match"]["mean"] for key in keys]) for mode in PASSES]
         print(f"| {name} | {best.get(name.split(' ')[0], '–')} | {took} | {drawn} | {' | '.join(cells)} |")
     print("\nTeacher by task, greedy: " + ", ".join(
         f"{task} {found['exact_match']['mean']:.1f}" for task, found in table[("teacher", 0), "greedy"]["tasks"].items()

@@ -1,14 +1,15 @@
-"""Tokens per second of the sampler beside ``model.generate`` of transformers, at its best settings, in one process.
+"""Compare tokens per second of the sampler and of transformers' ``model.generate`` in one process.
 
     python benchmarks/rollout.py [--threads 2] [--repeat 5] [--json]
 
-The student is GPT-2-shaped (4 layers × 384, V = 50,257, random weights), in bf16; prompts of 128 tokens, or of 32 to 128
-(ragged), 64 new tokens at T = 1, nothing ends a response, so both make the same number of tokens. Ours starts from float32
-weights under autocast, as in training, and casts them each time; the peer's are bf16 already. The peer is run with its
-dynamic and with its static cache, and the better counts. Alternating, best of ``--repeat``; the ratio is what to read.
+The student is GPT-2-shaped (4 layers × 384, V = 50,257, random weights), in bf16; prompts of 128 tokens, or of 32 to
+128 (ragged), 64 new tokens at T = 1, without stop tokens, so both generate the same number of tokens. Ours starts from
+float32 weights under autocast, as in training, and casts them each time; the peer's weights are bf16. The peer runs
+with its dynamic and its static cache, and the better result counts. Runs alternate, best of ``--repeat``; the ratio is
+the result.
 
 Goals: ≥ 3 at equal batch, ≥ 5 with eight batches of 8 in one draw (``rollout.bulk: 8``) against batch 8.
-``--clock process`` counts this process's CPU seconds: for one thread on a machine that others use too.
+``--clock process`` counts this process's CPU seconds: for one thread on a shared machine.
 """
 
 from __future__ import annotations
@@ -58,12 +59,12 @@ def peer(model: GPT2LMHeadModel, given: list[np.ndarray], args: argparse.Namespa
     longest = max(len(prompt) for prompt in given)
     ids = torch.tensor(np.stack([np.pad(p, (longest - len(p), 0)) for p in given]), device=args.device)
     mask = torch.tensor(np.stack([np.pad(np.ones_like(p), (longest - len(p), 0)) for p in given]), device=args.device)
-    how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "use_cache": True, "pad_token_id": 0}
+    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "use_cache": True, "pad_token_id": 0}
 
     @torch.inference_mode()
     def run() -> int:
         out = model.generate(
-            ids, attention_mask=mask, max_new_tokens=args.new, cache_implementation=cache, **how
+            ids, attention_mask=mask, max_new_tokens=args.new, cache_implementation=cache, **options
         )  # fmt: skip
         return out[:, longest:].numel()
 
@@ -71,7 +72,7 @@ def peer(model: GPT2LMHeadModel, given: list[np.ndarray], args: argparse.Namespa
 
 
 def best_of(runs: dict[str, Callable[[], int]], args: argparse.Namespace) -> dict[str, float]:
-    """Tokens per second of each, the runs taking turns; the first turn only warms up."""
+    """Return tokens per second of each, with alternating runs. The first round is a warm-up."""
     clock = time.process_time if args.clock == "process" else time.perf_counter
     best: dict[str, float] = {}
     for turn in range(args.repeat + 1):

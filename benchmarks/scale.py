@@ -1,15 +1,15 @@
-"""How the cost of a step grows: with the response, the vocabulary, the batch, and the rows of the teacher cache.
+"""Measure the growth of a step's cost with response, vocabulary and batch, and of the teacher cache with its rows.
 
     python benchmarks/scale.py [--axes response vocab batch rows] [--threads N] [--rounds N] [--json]
 
 The first three time one training step with the teacher's states cached (``step.py``'s pair and path: student 4 × 384,
-teacher 12 × 768, bf16), one size changed and the others kept: response 64, prompt 64, batch 8, V = 32,000. ``work`` is what
-the step adds to the resident size at its highest, less gradients (a step before it has made those).
-``rows`` fills a cache on disk from a one-layer teacher (32 tokens a row, width 64), reads it back as a run does and draws
-200 random batches of 64: seconds to fill, to check and open, and for one batch. Its ``work`` is mapped pages, which the
-system takes back when it needs them.
+teacher 12 × 768, bf16), with one size changed and the others fixed: response 64, prompt 64, batch 8, V = 32,000.
+``work`` is the increase of the maximum resident size by the step, without gradients (an earlier step has allocated
+these). ``rows`` fills a cache on disk from a one-layer teacher (32 tokens a row, width 64), reads it back as a run does
+and draws 200 random batches of 64: seconds to fill, to check and open, and for one batch. Its ``work`` consists of
+mapped pages, which the system can reclaim.
 
-Every case has a process of its own. ``growth`` is the exponent between two sizes, log(seconds'/seconds) / log(size'/size):
+Every case has its own process. ``growth`` is the exponent between two sizes, log(seconds'/seconds) / log(size'/size):
 1 is linear. Goal: ≤ 1.1 from the first size to the last; the work of the loss flat in V·tokens is ``memory.py``'s.
 Exits 1 when a goal is missed.
 """
@@ -45,7 +45,7 @@ def step_case(axis: str, size: int, rounds: int) -> dict:
     shape = SimpleNamespace(**SHAPE | {axis: size})
     with tempfile.TemporaryDirectory() as directory:
         ours = Ours(shape, Path(directory))
-    ours.update(ours.cached)  # the teacher's states are kept from here on, and the libraries are warm
+    ours.update(ours.cached)  # the teacher's states are now cached, and the libraries are warm
     gradients = sum(p.numel() * p.element_size() for p in ours.objective.parameters())
     ours.objective.zero_grad(set_to_none=True)
     Path("/proc/self/clear_refs").write_text("5")
@@ -101,9 +101,9 @@ def rows_case(rows: int) -> dict:
 
 
 def measured(axis: str, size: int, args: argparse.Namespace) -> dict:
-    """The case in a process of its own."""
-    asked = ["--case", axis, str(size), "--rounds", str(args.rounds), "--threads", str(args.threads)]
-    done = subprocess.run([sys.executable, __file__, *asked], capture_output=True, text=True)
+    """Measure one case in its own process."""
+    arguments = ["--case", axis, str(size), "--rounds", str(args.rounds), "--threads", str(args.threads)]
+    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{axis} {size}\n{done.stderr}")
     print(f"{axis} {size:,}: done", file=sys.stderr, flush=True)

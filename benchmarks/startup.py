@@ -1,9 +1,9 @@
-"""Seconds until a run's first step begins, beside what nobody can do without: the imports and loading both models.
+"""Compare the seconds until a run's first step with the minimum: the imports and loading both models.
 
     python benchmarks/startup.py --teacher DIR --student DIR --data FILE [--rounds 3] [--json]
 
 The bare script imports torch and transformers and loads both models and the tokenizer; ours is `distillm distill` on the
-same models and rows, until the engine draws its first step. Processes of their own, by turns, the best of each.
+same models and rows, until the engine draws its first step. Separate processes in turns, the best of each.
 Goal: ≤ 1.3. Exits 1 when it is missed.
 """
 
@@ -28,27 +28,27 @@ OURS = """
 from distillm_cli.__main__ import main
 from distillm_cli.rollouts.scheduler import Scheduler
 
-class Begun(BaseException):
+class FirstStep(BaseException):
     pass
 
-def begun(*_):
-    raise Begun
+def stop(*_):
+    raise FirstStep
 
-Scheduler.draw = begun
+Scheduler.draw = stop
 teacher, student, data, output = sys.argv[1:]
 sys.argv[1:] = ["distill", "--teacher", teacher, "--student", student, "--data", data, "--output", output]
 sys.argv += ["--overwrite", "--quiet"]
 try:
     main()
-except Begun:
+except FirstStep:
     pass
 """
-TIMED = "import sys, time\nbegan = time.perf_counter()\n{}\nprint(time.perf_counter() - began)"
+TIMED = "import sys, time\nstart = time.perf_counter()\n{}\nprint(time.perf_counter() - start)"
 
 
 def seconds(script: str, *argv: str) -> float:
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    # So that a checkout's modules are compiled once, as an installed program's are.
+    # So that a checkout's modules are compiled once, like those of an installed program.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     done = subprocess.run(
         [sys.executable, "-c", TIMED.format(script), *argv], capture_output=True, text=True, env=environment

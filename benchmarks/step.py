@@ -1,17 +1,18 @@
-"""Seconds of one training step (teacher forward, student forward, loss, backward; no optimizer), beside its peers.
+"""Compare the seconds of one training step (teacher forward, student forward, loss, backward; no optimizer) with peers.
 
     python benchmarks/step.py [--peers STEP.py --peers-python PYTHON] [--threads N] [--rounds N] [--json]
 
-Ours is the engine's own path: models loaded as a run loads them, ``micro_batches``, ``collate``, ``Teacher``, ``Objective``,
-bf16 autocast; once with the teacher's forward pass in the step and once with its states cached. Beside it the textbook
-skew KL (both models' whole logits at every position, float32 softmax, mask at the end) and, with ``--peers``, the
-functions of that file's ``PEERS``, run in a process of ``--peers-python`` (their libraries may need another environment):
-``peers.pair(V)`` and ``peers.batch(B, P, R, V)`` make models and inputs, ``PEERS[name](teacher, student, *batch)`` a step.
+Ours is the engine's own path: models loaded as in a run, ``micro_batches``, ``collate``, ``Teacher``, ``Objective``,
+bf16 autocast; once with the teacher's forward pass in the step and once with its states cached. It is compared with the
+textbook skew KL (both models' whole logits at every position, float32 softmax, mask at the end) and, with ``--peers``,
+the functions of that file's ``PEERS``, run in a process of ``--peers-python`` (their libraries may need another
+environment): ``peers.pair(V)`` and ``peers.batch(B, P, R, V)`` create models and inputs, ``PEERS[name](teacher,
+student, *batch)`` a step.
 
-Teacher GPT-2 124M and student 4 × 384 with random weights, V = 50,257, batch 8, prompt 128, response 64 unless said
-otherwise; everyone has the same shapes, tokens per step, precision and threads. All take turns in every round, one step
-each, the first round uncounted; the best of the rounds counts. Prints seconds, ratios to both of ours beside the goals,
-and the share of this machine's bf16 matmul peak (measured in the same rounds) that ours reaches, by this count:
+Teacher GPT-2 124M and student 4 × 384 with random weights, V = 50,257, batch 8, prompt 128, response 64 by default; all
+have the same shapes, tokens per step, precision and threads. In every round each runs one step; the first round is a
+warm-up, and the best of the others counts. Prints seconds, ratios to both of ours with the goals, and the share of this
+machine's bf16 matmul peak (measured in the same rounds) that ours reaches, by this count:
 
     trunk forward, per layer and position   2 · (non-embedding matrix entries) + 4 · D · T/2   (causal attention)
     head, per supervised token              2 · V · D
@@ -39,7 +40,7 @@ import torch
 import torch.nn.functional as F
 
 UNCACHED, CACHED, TEXTBOOK = "distillm", "distillm, teacher cached", "textbook skew KL"
-GOALS = {  # peer → at least so many times faster: uncached, cached
+GOALS = {  # peer → goal for the speed-up: uncached, cached
     "trl_gkd": (8.0, 14.0),
     "trl_chunked_jsd": (3.5, 6.0),
     "plain_skew_kl": (3.5, 6.0),
@@ -59,7 +60,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 class Ours:
-    """The pair through the classes of a real run, and one batch of sequences."""
+    """Hold a pair of models in the classes of a real run, and one batch of sequences."""
 
     def __init__(self, shape: argparse.Namespace, directory: Path):
         from distillm_cli.config import schema
@@ -93,10 +94,12 @@ class Ours:
         random, sizes = np.random.default_rng(0), (shape.prompt, shape.response)
         rows = [[random.integers(0, shape.vocab, n, dtype=np.int32) for n in sizes] for _ in range(shape.batch)]
         self.sequences = [Rollout(prompt, response, row) for row, (prompt, response) in enumerate(rows)]
-        self.cached = CachedTeacher(self.pair.teacher, mode="memory", caches_rollouts=True)  # the first answer is kept
+        self.cached = CachedTeacher(
+            self.pair.teacher, mode="memory", caches_rollouts=True
+        )  # the first result is cached
 
     def update(self, teacher) -> float:
-        """What the engine does in a step, up to the optimizer; the loss per token."""
+        """Run the engine's step, up to the optimizer; return the loss per token."""
         from distillm_cli.types import collate, micro_batches
 
         self.objective.zero_grad(set_to_none=True)
@@ -104,14 +107,14 @@ class Ours:
         for cuts in micro_batches(self.sequences, self.batch_size):
             batches = [collate(sequences).to(self.device) for sequences in cuts]
             with torch.autocast(self.device.type, torch.bfloat16):
-                told = [teacher.hidden(batch, sequences) for batch, sequences in zip(batches, cuts, strict=True)]
-                part, _ = self.objective(batches, torch.cat(told), self.terms, scale=1 / count)
+                hidden = [teacher.hidden(batch, sequences) for batch, sequences in zip(batches, cuts, strict=True)]
+                part, _ = self.objective(batches, torch.cat(hidden), self.terms, scale=1 / count)
             part.backward()
             loss += part.item()
         return loss
 
     def textbook(self) -> float:
-        """The step that is usually written, on the same models and tokens."""
+        """Run the usual implementation of the step, on the same models and tokens."""
         self.objective.zero_grad(set_to_none=True)
         ids_BT = torch.from_numpy(np.stack([np.concatenate([s.prompt, s.response]) for s in self.sequences])).long()
         P, R = len(self.sequences[0].prompt), len(self.sequences[0].response)
@@ -128,10 +131,10 @@ class Ours:
         return loss.item()
 
     def check(self) -> dict[str, float]:
-        """Our loss, uncached and cached, is the textbook's up to bf16 rounding: whoever is fast must also be right."""
+        """Check that our loss, uncached and cached, equals the textbook's up to bf16 rounding."""
         values = {TEXTBOOK: self.textbook(), UNCACHED: self.update(self.teacher), CACHED: self.update(self.cached)}
         if max(values.values()) > 1.02 * min(values.values()):
-            raise SystemExit(f"the losses disagree, nothing was timed: {values}")
+            raise SystemExit(f"the losses differ, nothing was measured: {values}")
         return values
 
     def flops(self, shape: argparse.Namespace, *, cached: bool) -> float:
@@ -150,7 +153,7 @@ class Ours:
 
 
 def save_models(shape: argparse.Namespace, directory: Path) -> None:
-    """Two directories as a hub would have them, over one vocabulary of made-up words."""
+    """Save two model directories with one vocabulary of generated words."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -167,7 +170,7 @@ def save_models(shape: argparse.Namespace, directory: Path) -> None:
 
 
 class Peers:
-    """A process with the peers' environment that makes a step when it is told a name."""
+    """Control a process with the peers' environment, which runs the step of a given name."""
 
     def __init__(self, python: str, file: Path, shape: argparse.Namespace):
         sizes = [f"--{name}={getattr(shape, name)}" for name in ("batch", "prompt", "response", "vocab", "threads")]
@@ -185,7 +188,7 @@ class Peers:
         return json.loads(line)
 
     def step(self, name: str) -> float | None:
-        """Seconds; None where the peer failed, which it has then said on stderr."""
+        """Return the seconds of a step; None if the peer failed, which it reports on stderr."""
         self.process.stdin.write(name + "\n")
         self.process.stdin.flush()
         return self._read()
@@ -196,10 +199,10 @@ class Peers:
 
 
 def serve(file: Path, shape: argparse.Namespace) -> None:
-    """The other end of Peers: names on stdin, seconds on stdout."""
+    """Serve ``Peers``: read names on stdin, write seconds on stdout."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(shape.threads)
-    answers, sys.stdout = sys.stdout, sys.stderr  # what a library prints must not pass for an answer
+    answers, sys.stdout = sys.stdout, sys.stderr  # output of libraries must not be read as a result
     spec = importlib.util.spec_from_file_location("peers_step", file)
     peers = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(peers)
@@ -213,7 +216,7 @@ def serve(file: Path, shape: argparse.Namespace) -> None:
 
         try:
             return timed(work)
-        except Exception as error:  # a peer that is not installed leaves a hole in the table, not a broken run
+        except Exception as error:  # a peer that is not installed is missing in the table, but does not stop the run
             print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
             return None
 
@@ -223,13 +226,13 @@ def serve(file: Path, shape: argparse.Namespace) -> None:
 
 
 def matmul_flops(size: int) -> Callable[[], float]:
-    """Gives FLOP/s of one bf16 product of two size × size matrices."""
+    """Return the FLOP/s of one bf16 product of two size × size matrices."""
     a, b = (torch.randn(size, size).bfloat16() for _ in range(2))
     return lambda: 2 * size**3 / timed(lambda: a @ b)
 
 
 def measure(shape: argparse.Namespace, ours: Ours, peers: Peers | None) -> tuple[dict[str, float], float]:
-    """Best seconds by name, and the best FLOP/s of a bf16 product."""
+    """Return the best seconds by name, and the best FLOP/s of a bf16 product."""
     steps: dict[str, Step] = {
         UNCACHED: lambda: timed(lambda: ours.update(ours.teacher)),
         CACHED: lambda: timed(lambda: ours.update(ours.cached)),
@@ -288,7 +291,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--peers", type=Path, help="a file with PEERS, pair() and batch()")
-    parser.add_argument("--peers-python", default=sys.executable, help="the interpreter that has their libraries")
+    parser.add_argument("--peers-python", default=sys.executable, help="interpreter with their libraries")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     shape = parser.parse_args()
@@ -300,7 +303,7 @@ def main() -> None:
     from distillm_cli.utils.memory import keep_freed_memory
 
     peers = Peers(shape.peers_python, shape.peers, shape) if shape.peers else None
-    set_environment()  # as the program does; the peers' process has the environment as it was
+    set_environment()  # as in the program; the peers' process has the original environment
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as directory:
         ours = Ours(shape, Path(directory))

@@ -1,6 +1,6 @@
-"""What the comparisons run on: rows, a teacher, a student's start, the ways of decoding. All through the command line.
+"""Define the tasks of the comparisons: rows, a teacher, a student's start, decoding settings. All use the command line.
 
-A task keeps all it makes under one directory; what is there already is not made again.
+A task stores all results in one directory, and existing results are not computed again.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ PASSES = {"T=1": [*SAMPLED, "1"], "T=0.5": [*SAMPLED, "0.5"], "greedy": ["--gree
 
 @dataclass
 class Task:
-    """One setting in which methods are compared.
+    """Describe one setting in which methods are compared.
 
-    work: its directory. threads: of each run. steps, batch: of a run, optimizer steps and rows. metrics: of the test set,
-    the first chooses the learning rate on validation rows. passes: ways of decoding the
-    test set. common: arguments of every training. scoring: arguments of every evaluation. student: what a start is made
-    from. start_steps, start_lr: of the SFT that every student starts from. suite: what is scored at the end. beside: a
-    method that the others are set beside, seed by seed, where seeds differ more than methods do.
+    work: its directory. threads: of each run. steps, batch: of a run, optimizer steps and rows. metrics: of the test
+    set, the first chooses the learning rate on validation rows. passes: decoding settings of the test set. common:
+    arguments of every training. scoring: arguments of every evaluation. student: the model of a start. start_steps,
+    start_lr: of the SFT before every method. suite: test set. reference: reference method for differences by seed, if
+    seeds differ more than methods.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Task:
     suite: str
     teacher_argv: list[str] = field(default_factory=list)
     teacher_path: str | None = None
-    beside: str | None = None
+    reference: str | None = None
 
     @property
     def lower(self) -> bool:
@@ -55,7 +55,7 @@ class Task:
         return run(place, argv, self.threads)
 
     def teacher(self) -> str:
-        """The teacher, trained where it is not there yet."""
+        """Return the teacher, which is trained first if it does not exist."""
         if self.teacher_path:
             return self.teacher_path
         place = self.work / "teacher"
@@ -64,22 +64,22 @@ class Task:
         return str(place)
 
     def start(self, seed: int) -> Path:
-        """The student that every method starts from: a short SFT, chosen by nothing."""
+        """Return the student that every method starts from: a short SFT without selection."""
         place = self.work / f"start-{seed}"
-        how = ["--steps", str(self.start_steps), "--lr", self.start_lr, "--seed", str(seed), "--overwrite"]
+        options = ["--steps", str(self.start_steps), "--lr", self.start_lr, "--seed", str(seed), "--overwrite"]
         student = [*self.student, "--tokenizer", self.teacher()]
-        self.run(place, ["sft", *student, "--output", str(place), *how, *self.common])
+        self.run(place, ["sft", *student, "--output", str(place), *options, *self.common])
         return place
 
     def place(self, argv: tuple[str, ...], seed: int, lr: str, steps: int, start: str | None, tag: str | None) -> Path:
-        """Where ``train`` keeps this run."""
+        """Return the directory in which ``train`` stores this run."""
         verb, *method = argv
         words = [word for word in method or [verb] if word not in ("--method", "--set")]
         words += [word for word in (start, tag) if word] + [str(seed), lr, str(steps)]
         return self.work / re.sub(r"[^\w.=]+", "_", "-".join(words))
 
     def has(self, argv, seed: int, lr: str, steps: int, start: str | None, tag: str | None, *_: object) -> bool:
-        """Whether ``train`` with these arguments would find its result."""
+        """Return whether ``train`` with these arguments has a stored result."""
         place = self.place(argv, seed, lr, steps, start, tag)
         return place.with_name(place.name + ".json").exists()
 
@@ -93,10 +93,11 @@ class Task:
         tag: str | None = None,
         more: tuple[str, ...] = (),
     ) -> tuple[Path, dict]:
-        """One run from the start of its seed (or from ``start``); (its directory, its ``--json`` object).
+        """Run a training from the start of its seed (or from ``start``); return its directory and its ``--json``
+        object.
 
-        argv: the verb and what makes the method, such as ``("distill", "--method", "kd")``. tag: keeps it apart from the
-        same run elsewhere. more: further arguments.
+        argv: the verb and the method's arguments, such as ``("distill", "--method", "kd")``. tag: distinguishes it from
+        the same run elsewhere. more: further arguments.
         """
         verb, *method = argv
         place = self.place(argv, seed, lr, steps, start, tag)
@@ -105,26 +106,26 @@ class Task:
             pair = ["--model", origin, *(["--tokenizer", self.teacher()] if start else [])]
         else:
             pair = ["--teacher", self.teacher(), "--student", origin]
-            # bf16: half of the seconds that methods with fresh samples spend on the teacher. Whoever has use for the
-            # states on disk reads them.
+            # bf16 halves the teacher's seconds in methods that sample during training. Methods that can use the states
+            # on disk read them.
             pair += sets("teacher.dtype=bf16", f"teacher.cache_dir={self.work / 'cache'}")
-        how = ["--steps", str(steps), "--lr", lr, "--seed", str(seed), "--overwrite", *self.common, *more]
-        return place, self.run(place, [verb, *method, *pair, "--output", str(place), *how])
+        options = ["--steps", str(steps), "--lr", lr, "--seed", str(seed), "--overwrite", *self.common, *more]
+        return place, self.run(place, [verb, *method, *pair, "--output", str(place), *options])
 
     def warm(self, seed: int) -> None:
-        """The teacher's states for all training rows, on disk, before the first run that reads them."""
+        """Compute the teacher's states for all training rows on disk, before the first run that reads them."""
         pair = ["--teacher", self.teacher(), "--student", str(self.start(seed))]
         where = sets("teacher.dtype=bf16", "teacher.cache=disk", f"teacher.cache_dir={self.work / 'cache'}")
-        how = ["--method", "kd", *where, *self.common, "--steps", str(self.steps)]
-        self.run(self.work / "warm", ["distill", *pair, *how, "--warm-teacher-cache"])
+        options = ["--method", "kd", *where, *self.common, "--steps", str(self.steps)]
+        self.run(self.work / "warm", ["distill", *pair, *options, "--warm-teacher-cache"])
 
     def valid_score(self, result: dict) -> float:
-        """The figure that chooses a learning rate; the smaller the better."""
+        """Return the figure that selects a learning rate; lower is better."""
         figure = result["report"]["student_after"][self.metrics[0]]
         return figure if self.lower else -figure
 
     def score(self, place: Path | str, tag: str, name: str) -> dict:
-        """Test figures of one model in one way of decoding. tag: names the result's file."""
+        """Return test figures of one model with one decoding setting. tag: name of the result's file."""
         found = self.work / f"{tag}.test-{name}"
         metrics = [word for metric in self.metrics for word in ("--metric", metric)]
         argv = ["eval", str(place), "--suite", self.suite, *metrics, *PASSES[name], *self.scoring]
@@ -140,7 +141,7 @@ def _training(threads: int, batch: int, max_length: int, dtype: str, *fields: st
 
 
 def g2p(data: Path, work: Path, threads: int, steps: int = 1000) -> Task:
-    """Letters → phonemes (CMU dictionary): teacher of 3.2 M parameters, student of 0.23 M, both from scratch."""
+    """Return the task letters → phonemes (CMU dictionary): teacher of 3.2 M parameters, student of 0.23 M."""
     rows, batch = str(data.resolve()), 64
     fields = ["data.template=plain", "train.eval_steps=100", "rollout.max_new_tokens=32"]
     fields += ["eval.max_new_tokens=32", "eval.metrics=[error_rate, exact_match]", "eval.report_rows=1000"]
@@ -157,7 +158,7 @@ def g2p(data: Path, work: Path, threads: int, steps: int = 1000) -> Task:
 
 
 def builtin(work: Path, threads: int, steps: int = 1000) -> Task:
-    """The built-in rows and teacher (0.79 M): student of 0.15 M from scratch; twelve kinds of small questions."""
+    """Return the task of built-in rows and teacher (0.79 M): student of 0.15 M from scratch; twelve kinds of questions."""
     batch = 16
     fields = [
         "data.template=plain",
@@ -174,14 +175,14 @@ def builtin(work: Path, threads: int, steps: int = 1000) -> Task:
         scoring=["--limit", "1000", "--batch-size", "250", "--max-new-tokens", "24", "--dtype", "fp32",
                  *sets("eval.no_repeat_ngram_size=0", "data.template=plain", f"train.threads={threads}")],
         student=["--model", "random:3x64"], start_steps=2000, start_lr="3e-3", suite="builtin", teacher_path="builtin",
-        beside="sft",
+        reference="sft",
     )  # fmt: skip
 
 
 def dolly(work: Path, threads: int, steps: int = 300) -> Task:
-    """Dolly from scratch, in a vocabulary of 2,000 pieces of its own: teacher of 3.7 M parameters, student of 0.65 M.
+    """Return the task Dolly from scratch, with 2,000 tokens: teacher of 3.7 M parameters, student of 0.65 M.
 
-    With GPT-2's 50,257 tokens two small models would be a head and little else.
+    With GPT-2's 50,257 tokens two small models would consist almost only of the head.
     """
     fields = ["train.eval_steps=100", "rollout.max_new_tokens=64", "eval.max_new_tokens=64", "eval.metrics=[rouge_l]"]
     fields += ["eval.report_rows=200", "eval.greedy=true", "eval.batch_size=50", "data.valid_limit=200"]

@@ -2,13 +2,13 @@
 
     python benchmarks/templates.py --templates DIR [--families llama3_1 qwen3 …] [--json]
 
-DIR holds chat templates of model families as NAME.jinja (the wheel of `trl` has them in trl/chat_templates/). For each
-family a tiny model is trained in transformers on conversations as `apply_chat_template` writes them, the loss taken on the
-answer up to its end-of-turn token. Then `distillm sft` reads the same conversations as `messages` and measures the same
-model. Exits 1 where a difference is 1e-4 or more.
+DIR contains chat templates of model families as NAME.jinja (the wheel of `trl` has them in trl/chat_templates/). For
+each family a tiny model is trained in transformers on conversations rendered by `apply_chat_template`, the loss
+taken on the answer up to its end-of-turn token. Then `distillm sft` reads the same conversations as `messages` and
+measures the same model. Exits 1 if a difference is 1e-4 or more.
 
-The truth is independent of this project: ids of the whole conversation, the prompt's ids as the part before the answer, and
-the end-of-turn token that the family's documentation names.
+The expected values are independent of this project: ids of the whole conversation, the prompt's ids as the part before
+the answer, and the end-of-turn token from the family's documentation.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ TOLERANCE = 1e-4
 
 
 def tokenizer(template: str, eos: str, end: str) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of bytes and of every control token that the template writes."""
+    """Return a tokenizer of bytes and of the template's control tokens."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

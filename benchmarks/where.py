@@ -1,9 +1,9 @@
-"""Where the time of a whole run goes: `distillm distill` under torch.profiler, by stage and by operator.
+"""Profile a whole run of `distillm distill` with torch.profiler, by stage and by operator.
 
     python benchmarks/where.py [--top N] [--threads N] -- distill --teacher DIR --student DIR --data FILE --steps 30 …
 
-Everything after ``--`` is typed as for `distillm`. The stages are the engine's own calls (nested ones are counted once,
-where they are innermost); what no stage holds is "between". Profiling costs some percent: read shares, not seconds.
+Arguments after ``--`` are those of `distillm`. The stages are the engine's own calls (nested ones count for the
+innermost); the rest is "between". Profiling costs a few percent, so use shares, not seconds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 
 class Stages:
-    """Seconds by stage; the clock of an outer stage stands still while an inner one runs."""
+    """Measure seconds by stage. The clock of an outer stage stops while an inner one runs."""
 
     def __init__(self):
         self.seconds, self.calls = defaultdict(float), defaultdict(int)

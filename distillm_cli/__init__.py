@@ -1,4 +1,4 @@
-"""Turn a large language model into a small one: the library of the command ``distillm``.
+"""Provide the library of the command ``distillm``, which turns a large language model into a small one.
 
     import distillm_cli as distillm
 

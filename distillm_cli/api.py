@@ -5,7 +5,7 @@
     model, tokenizer = result.model()
 
 Keywords are the flags of the command (``alpha``, ``batch_size``) and the sections of a recipe as mappings
-(``train={"clip": 1.0}``). An error is a ``DistillmError`` with the text of the command line, keywords in place of flags.
+(``train={"clip": 1.0}``). Errors are ``DistillmError`` with the text of the command line, where keywords replace flags.
 Nothing is printed: what a run reports goes to the logger "distillm_cli", to ``listener``, or with ``display=True`` to the
 display of the command line. Importing this module imports neither torch nor transformers.
 """
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from distillm_cli.runs.start import TrainOptions
     from distillm_cli.ui.console import Console
 
-    # What the keywords take. A path or a name; an object; the result of an earlier run.
+    # Types of keyword values: a path or a name, an object, or the result of an earlier run.
     Model: TypeAlias = (
         str | os.PathLike[str] | PreTrainedModel | tuple[PreTrainedModel, PreTrainedTokenizerBase] | TrainResult
     )
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     Fields: TypeAlias = Mapping[str, Any]
 
 _LOGGER = logging.getLogger("distillm_cli")
-_INPUTS = "inputs"  # directory, beside the output, of what is passed as an object
+_INPUTS = "inputs"  # directory next to the output, for inputs that are passed as objects
 # Fields that may be given as objects.
 _MODEL_KEYS = ("teacher.path", "student.path")
 _ROW_KEYS = ("data.source", "data.valid", "eval.suites")
@@ -135,9 +135,9 @@ class DistillFields(PlanFields, total=False):
 class GenerateFields(_SamplingFields, total=False):
     """List further keywords of ``generate``.
 
-    data: rows with prompts, in place of ``prompts``; or a mapping of the section. split: of the data. limit: use the first
-    prompts only. n: responses per prompt. resume: continue where ``output`` ends. overwrite: replace it. The others set
-    fields of the recipe.
+    data: rows with prompts, in place of ``prompts``; or a mapping of the section. split: of the data. limit: use the
+    first prompts only. n: responses per prompt. resume: continue an incomplete ``output``. overwrite: replace it. The
+    others set fields of the recipe.
     """
 
     data: RowSource | Fields
@@ -286,28 +286,26 @@ def _nearest(name: str, verb: str, flags: list[str]) -> str:
     return f'did you mean {section}={{"{last}": …}}?' if section else f"keywords are {', '.join(flags)}, and sections"
 
 
-# What the command line calls too
+# Functions shared with the command line
 
 
 def check_complete(recipe: Recipe) -> None:
-    """Raise UsageError where the recipe names no model to train, or no teacher for distillation."""
+    """Raise UsageError if the recipe names no model to train, or no teacher for distillation."""
     if recipe.student.path is None:
         what, flag = ("model", "--model") if recipe.method == "sft" else ("student", "--student")
         raise UsageError(
             "usage.no_model", f"no {what} to train", hint=f"give {flag} PATH, or a --recipe that names one"
         )
     if recipe.method != "sft" and recipe.teacher.path is None:
-        raise UsageError(
-            "usage.no_teacher", "no teacher to learn from", hint="give --teacher PATH, or use `distillm sft`"
-        )
+        raise UsageError("usage.no_teacher", "no teacher", hint="give --teacher PATH, or use `distillm sft`")
 
 
 def check_single_process() -> None:
-    """Raise UsageError where a launcher (accelerate, torchrun) started several processes: each would do all the work."""
+    """Raise UsageError if a launcher (accelerate, torchrun) started several processes: each would do all the work."""
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise UsageError(
             "usage.several_processes",
-            "work in several processes is not supported yet",
+            "training in several processes is not supported",
             hint="start it without a launcher",
         )
 
@@ -323,8 +321,8 @@ def resolve_training(
 ) -> Resolved:
     """Return the recipe of a training run, with `auto` values chosen.
 
-    A resume without a recipe uses the one in ``output``. Raises RecipeError, UsageError, and CheckpointError where there is
-    none.
+    A resume without a recipe uses the one in ``output``. Raises RecipeError, UsageError, and CheckpointError if there
+    is none.
     """
     from distillm_cli.config.load import resolve
     from distillm_cli.runs import output_dir
@@ -357,7 +355,7 @@ def _refuse_resume(output: str | Path | None) -> None:
 
 
 def check_training(resolved: Resolved) -> list[str]:
-    """Check that a recipe can be trained, and return what to report first. Raises UsageError."""
+    """Check that a recipe can be trained, and return notes to report at the start. Raises UsageError."""
     from distillm_cli.runs.defaults import check_data, fitted_line
 
     check_complete(resolved.recipe)
@@ -376,7 +374,7 @@ def train_recipe(
 ) -> TrainResult:
     """Check and train a recipe into ``output`` (None: a new directory under ``runs/``).
 
-    recipe: the one it was resolved from, which an overwrite must not remove.
+    recipe: the recipe that it was resolved from, which an overwrite must not remove.
     """
     from distillm_cli.runs import output_dir
     from distillm_cli.runs.start import start_training
@@ -430,26 +428,28 @@ def generation_flags(flags: Mapping[str, Flag], *, greedy: bool) -> dict[str, Fl
     if not greedy:
         return dict(flags)
     if temperature is not None and temperature.value:
-        what = f"--greedy and --temperature {temperature.value:g} exclude each other"
+        what = f"--greedy and --temperature {temperature.value:g} are mutually exclusive"
         raise UsageError("usage.exclusive_options", what, hint="drop one of them")
     return {**flags, "rollout.temperature": Flag("--greedy", 0.0)}
 
 
 def evaluation_flags(flags: Mapping[str, Flag]) -> dict[str, Flag]:
-    """Return the flags of ``eval``, sampled where a sampling flag is given. Raises UsageError for a contradiction."""
+    """Return the flags of ``eval``, sampled if a sampling flag is given. Raises UsageError for a contradiction."""
     sampling = ("eval.seeds", "eval.temperature", "eval.top_p")
     sampling_flag = next((flags[key].name for key in sampling if key in flags), None)
     if "eval.greedy" in flags and flags["eval.greedy"].value and sampling_flag:
         raise UsageError(
-            "usage.exclusive_options", f"--greedy and {sampling_flag} exclude each other", hint="drop one of them"
+            "usage.exclusive_options", f"--greedy and {sampling_flag} are mutually exclusive", hint="drop one of them"
         )
     if "eval.temperature" in flags and flags["eval.temperature"].value == 0 and "eval.seeds" in flags:
         raise UsageError(
-            "usage.exclusive_options", "--temperature 0 and --seeds exclude each other", where="there is nothing random"
+            "usage.exclusive_options",
+            "--temperature 0 and --seeds are mutually exclusive",
+            where="temperature 0 is not random",
         )
     if "eval.greedy" in flags or not sampling_flag:
         return dict(flags)
-    return {**flags, "eval.greedy": Flag("--greedy", False)}  # even where the checkpoint's own recipe is greedy
+    return {**flags, "eval.greedy": Flag("--greedy", False)}  # even if the checkpoint's recipe is greedy
 
 
 # Functions of the library
@@ -489,7 +489,7 @@ def distill(
 
     teacher and student are names, paths, results of earlier runs, or model objects: ``(model, tokenizer)``, or a model with
     the keyword ``tokenizer``. data is a name, a path, a data set or a list of mappings. Objects are saved in ``inputs/``
-    beside the output and loaded from there, so a model takes disk space once and memory twice; it is not changed.
+    next to the output and loaded from there, so a model uses disk space once and memory twice. Objects are not changed.
 
     Sets torch's global random state. Raises DistillmError.
     """
@@ -683,7 +683,7 @@ def _train(
 def _settings_recipe(
     verb: str, recipe: str | Path | Resolved | None, flags: Mapping[str, Flag], sets: Sequence[str]
 ) -> str | Resolved | None:
-    """Return the recipe of ``generate`` or ``eval``: flags are resolved into one that is resolved already."""
+    """Return the recipe of ``generate`` or ``eval``: a resolved recipe with flags applied."""
     from distillm_cli.config.load import Resolved, resolve
 
     if isinstance(recipe, Resolved):
@@ -731,7 +731,7 @@ def _reporting(display: bool, listener: Listener | None) -> Iterator[tuple[Liste
 
 
 def log_event(event: Event) -> None:
-    """Log notes and warnings: the listener of a call that has none."""
+    """Log notes and warnings. The default listener of a call."""
     if isinstance(event, Warned):
         _LOGGER.warning("%s", event.text)
     elif isinstance(event, Note):
@@ -740,7 +740,7 @@ def log_event(event: Event) -> None:
 
 @contextmanager
 def _keywords_in_errors() -> Iterator[None]:
-    """Write keywords in place of flags in errors: ``batch_size`` for ``--batch-size``, ``a.b`` for ``--set a.b``."""
+    """Replace flags by keywords in errors: ``batch_size`` for ``--batch-size``, ``a.b`` for ``--set a.b``."""
     try:
         yield
     except DistillmError as error:

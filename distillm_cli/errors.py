@@ -13,7 +13,7 @@ import sys
 
 from distillm_cli.utils.text import redact
 
-# The advice where a run cannot be resumed. A pipeline, which has no --overwrite, replaces it with its own.
+# The hint if a run cannot be resumed. A pipeline, which has no --overwrite, uses another one.
 START_OVER = "start over with --overwrite"
 
 # Messages of a plain RuntimeError that report a lack of memory: from torch's allocators and mmap; from Python, for a

@@ -1,4 +1,4 @@
-"""Registries of divergences, methods, metrics and data sets: the built-in ones and those of other packages.
+"""Define the registries of divergences, methods, metrics and data sets, built-in and from other packages.
 
 A package adds its own through an entry point, which names a module (or an object of it) whose import registers them:
 
@@ -69,7 +69,7 @@ class Registry(Mapping[str, _T], Generic[_T]):
         self._closed_by: str | None = None
 
     def register(self, name: str, entry: _T, origin: str | None = None) -> None:
-        """Add an entry. Raise UsageError for a name in use.
+        """Add an entry. Raises UsageError for a name in use.
 
         origin: the module that it comes from, for messages; None: the module that is being loaded.
         """
@@ -86,13 +86,13 @@ class Registry(Mapping[str, _T], Generic[_T]):
                 "usage.invalid_plugin",
                 f"{self.group}: {name} is registered too late",
                 where=f"{self._closed_by} exists already",
-                hint=f"register it through an entry point of distillm.{self.group}, or import {origin} before",
+                hint=f"register it through an entry point of distillm.{self.group}, or import {origin} earlier",
             )
         self._entries[name] = entry
         self._origins[name] = origin
 
     def close(self, built: str) -> None:
-        """Load everything and refuse later entries. built: what has been made of the entries, for the message."""
+        """Load everything and refuse later entries. built: the product of the entries, for the message."""
         self._load()
         self._closed_by = built
 
@@ -113,7 +113,7 @@ class Registry(Mapping[str, _T], Generic[_T]):
         """Import the built-in modules and the entry points, once."""
         if self._is_loaded:
             return
-        self._is_loaded = True  # what is imported here may read the registry
+        self._is_loaded = True  # the imported modules may read the registry
         for module in self.builtin:
             self._loading = module
             import_module(module)
@@ -160,7 +160,7 @@ class Registry(Mapping[str, _T], Generic[_T]):
         return self._origins[name].startswith(f"{__package__}.")
 
     def reject(self, name: str, error: Exception) -> None:
-        """Remove an entry of another package that turns out to be unusable. Raise the error where it is a built-in one."""
+        """Remove an unusable entry of another package. Raises the error if the entry is built-in."""
         if self._is_builtin(name):
             raise error
         del self._entries[name]

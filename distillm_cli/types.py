@@ -1,4 +1,4 @@
-"""Define what the rooms share: tokenized pairs of prompt and response, and batches of them.
+"""Define the types that all subpackages share: tokenized pairs of prompt and response, and batches of them.
 
 ``data`` makes sequences from rows, ``rollouts`` samples them; both are collated here, so that the supervised positions are
 decided in one place.
@@ -22,7 +22,7 @@ class Sequence:
 
     Every token of the response is supervised: the token that ends it is part of it when the response is complete, and
     absent when the response was cut. ``row`` is the index of the dataset row it belongs to. ``turns``: ascending indices
-    of prompt tokens that are supervised too, the earlier answers of a conversation; None where there are none.
+    of prompt tokens that are supervised too, the earlier answers of a conversation; None if there are none.
     """
 
     prompt: np.ndarray
@@ -44,7 +44,7 @@ class Rollout(Sequence):
     """Hold a sampled response, with what was computed for it.
 
     log_probs_N3: log-probabilities of its tokens under teacher, student and sampler when it was sampled (see
-    ``rollouts.mixture``), nats, float32 on the CPU; None where the sampler gives none. teacher_hidden_ND: the teacher's
+    ``rollouts.mixture``), nats, float32 on the CPU; None if the sampler gives none. teacher_hidden_ND: the teacher's
     hidden states, on the CPU, once ``cache_teacher_hidden`` was called.
     """
 
@@ -52,15 +52,15 @@ class Rollout(Sequence):
     teacher_hidden_ND: torch.Tensor | None = None
 
     def cache_teacher_hidden(self, hidden_ND: torch.Tensor | None) -> None:
-        """Set the teacher's hidden states, or drop them. They leave memory with the rollout."""
+        """Set the teacher's hidden states, or drop them. They are released with the rollout."""
         object.__setattr__(self, "teacher_hidden_ND", hidden_ND)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """Hold sequences side by side, padded on the right.
+    """Hold a batch of sequences, padded on the right.
 
-    Under causal attention padding on the right is seen by no real position, so no attention mask is needed and the
+    Under causal attention no real position attends to padding on the right, so no attention mask is needed and the
     padding token may be any id. The last token of a sequence is only ever a target, so T is the longest length − 1.
 
     ids_BT: int64 input ids. positions_N: index into the flattened [B·T] of the state that predicts each supervised
@@ -82,12 +82,12 @@ class Batch:
         return self.ids_BT.shape[0]
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return the batch on ``device``; copies overlap with compute where the device allows."""
+        """Return the batch on ``device``; copies overlap with compute if the device allows it."""
         return replace(self, **{name: moved(getattr(self, name), device) for name in self.__slots__})
 
 
 def moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """Copy a CPU tensor to ``device``; the caller may release it at once.
+    """Copy a CPU tensor to ``device``. The caller may release it immediately.
 
     For CUDA the copy does not block: memory that is not pinned has been read when the call returns. Other devices may read
     it later, when it holds something else (MPS did up to torch 2.13: pytorch/pytorch#189690).
@@ -129,7 +129,7 @@ def collate(sequences: SequenceOf[Sequence]) -> Batch:
 MIN_PASS_OVERHEAD = 64  # in token positions
 
 
-# Sequences of one micro-batch in groups of similar length: each group goes through the trunk alone.
+# Sequences of one micro-batch in groups of similar length: each group is a separate pass through the trunk.
 LengthGroups = list[list[Sequence]]
 
 
@@ -149,7 +149,7 @@ def pass_overhead(device: str, width: int) -> int:
 def length_groups(sequences: SequenceOf[Sequence], most: int, pass_overhead: int = MIN_PASS_OVERHEAD) -> LengthGroups:
     """Cut the sequences of one step into groups of at most ``most``, each of similar length.
 
-    Sums of losses add up whatever the cut, so this saves padding and changes no gradient. The cut minimizes padded
+    Sums of losses do not depend on the groups, so this saves padding and changes no gradient. The cut minimizes padded
     positions plus ``pass_overhead`` per group, by dynamic programming over the sequences sorted by length.
     """
     ordered = sorted(sequences, key=len, reverse=True)
@@ -172,7 +172,7 @@ def micro_batches(
 ) -> list[LengthGroups]:
     """Gather the ``length_groups`` of one step into micro-batches of at most ``most`` sequences.
 
-    A micro-batch is what one backward pass goes through, so its activations are in memory together.
+    A micro-batch has one backward pass, so its activations are in memory together.
     """
     gathered: list[LengthGroups] = []
     room = 0

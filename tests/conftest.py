@@ -1,4 +1,4 @@
-"""Shared ground: no network, one place for the real data, small models built on the spot."""
+"""Configure all tests: no network, no caches of the user, and a directory of real data."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # a test is small, and its neighbour has the other core
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests are small, and the other core may run another worker
 
 import pytest
 
-# nohup and a shell's background jobs start with these ignored; a test that sends one would wait for ever.
+# nohup and background jobs of a shell start with these signals ignored. A test that sends one would then wait forever.
 for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, _handler)
@@ -23,21 +23,21 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_finish() -> None:
-    """Set aside what imports have left: recovery from lack of memory collects garbage, and would go over all of it."""
+    """Exclude the objects of the imports from garbage collection, which out-of-memory recovery runs many times."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_cache_of_this_machine(tmp_path_factory):
-    """What earlier runs of this person keep on disk must not decide a test."""
+def _empty_cache_directory(tmp_path_factory):
+    """Use an empty cache directory, so that earlier runs of the user do not affect a test."""
     os.environ["DISTILLM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real data nobody here wrote; a test that needs it is skipped, with the reason, where it is absent."""
-    place = Path(os.environ.get("DISTILLM_SHARED_DATA", ROOT.parent / "shared" / "data"))
-    if not place.is_dir():
-        pytest.skip(f"no real data at {place}; set DISTILLM_SHARED_DATA")
-    return place
+    """Return the directory of real data, or skip the test if it does not exist."""
+    directory = Path(os.environ.get("DISTILLM_SHARED_DATA", ROOT.parent / "shared" / "data"))
+    if not directory.is_dir():
+        pytest.skip(f"no real data in {directory}; set DISTILLM_SHARED_DATA")
+    return directory

@@ -1,4 +1,4 @@
-"""Tiny random composite models and mixtures of experts, saved as directories with a character tokenizer."""
+"""Build tiny random composite models and mixtures of experts, with a character tokenizer."""
 
 from __future__ import annotations
 
@@ -132,34 +132,34 @@ def model(family: str, **fields: Any) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         auto = AutoModelForImageTextToText if composite else AutoModelForCausalLM
-        made = auto.from_config(config, dtype=torch.float32).eval()
+        result = auto.from_config(config, dtype=torch.float32).eval()
         with torch.no_grad():
-            for parameter in made.parameters():
+            for parameter in result.parameters():
                 if parameter.dim() >= 2:
                     parameter.normal_(0, parameter.shape[-1] ** -0.5)
-    return made
+    return result
 
 
-def save(place: Path, family: str, **fields: Any) -> str:
-    """Save a random model of the family with a tokenizer, and a processor's file for a composite one."""
-    model(family, **fields).save_pretrained(place)
-    tiny.tokenizer(size=VOCAB).save_pretrained(place)
+def save(path: Path, family: str, **fields: Any) -> str:
+    """Save a random model of the family with a tokenizer and, for a composite model, the file of a processor."""
+    model(family, **fields).save_pretrained(path)
+    tiny.tokenizer(size=VOCAB).save_pretrained(path)
     if family in COMPOSITE:
-        (place / "preprocessor_config.json").write_text('{"do_resize": true}', encoding="utf-8")
-    return str(place)
+        (path / "preprocessor_config.json").write_text('{"do_resize": true}', encoding="utf-8")
+    return str(path)
 
 
-def rows(place: Path, count: int = 24) -> str:
-    """Write rows of words and the same words backwards."""
-    draw = random.Random(0)
-    with place.open("w", encoding="utf-8") as file:
+def rows(path: Path, count: int = 24) -> str:
+    """Write rows of random words and their reversals. Return the path."""
+    rng = random.Random(0)
+    with path.open("w", encoding="utf-8") as file:
         for _ in range(count):
-            word = "".join(draw.choices("abcdefghij", k=5))
+            word = "".join(rng.choices("abcdefghij", k=5))
             file.write(json.dumps({"prompt": word, "response": word[::-1]}) + "\n")
-    return str(place)
+    return str(path)
 
 
-# Few steps in float32, and answers of a few tokens.
+# Few steps in float32, and responses of a few tokens.
 QUICK = (
     *("--steps", 3, "--batch-size", 4, "--dtype", "fp32", "--lr", 0.01),
     *("--set", "eval.max_new_tokens=4", "--set", "rollout.max_new_tokens=4"),

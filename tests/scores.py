@@ -1,4 +1,4 @@
-"""Figures of a set of predictions, by the metric's name."""
+"""Score predictions with a registered metric."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from distillm_cli import plugins
 
 
 def corpus(name: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Return a metric's figure of a set of predictions."""
+    """Return the corpus score of the metric with this name."""
     return plugins.metrics[name].corpus_score(predictions, references)

@@ -1,4 +1,4 @@
-"""Tiny random models and tokenizers, built on the spot: every family's own code, a few thousand parameters each."""
+"""Build tiny random models and tokenizers: the code of each model family with a few thousand parameters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from transformers import (
 from distillm_cli.types import Batch, Sequence, collate
 
 CONTEXT = 64
-VOCAB = 41  # of saved directories
+VOCAB = 41  # tokens of the models that `save` writes
 
 _LLAMA: dict[str, Any] = {
     "hidden_size": 32,
@@ -56,7 +56,7 @@ _BART: dict[str, Any] = {
     **{f"{side}_attention_heads": 4 for side in ("encoder", "decoder")},
 }
 
-# name → (model_type, config fields). Dropouts stay at each family's default: a forgotten eval mode shows.
+# name → (model_type, config fields). Dropout stays at the default of the family, so that a missing eval() is noticed.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", _GPT2),
     "gpt2-untied": ("gpt2", _GPT2 | {"tie_word_embeddings": False}),
@@ -119,7 +119,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 _T5: dict[str, Any] = {"d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 64, "num_layers": 2}
 _GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 
-# The same for encoder-decoders. T5 1.0: one matrix for all, scaled before the head; 1.1 and mT5 have a head of their own.
+# The same for encoder-decoders. T5 1.0 ties its head to the embeddings and scales before it; 1.1 and mT5 do not.
 SEQ2SEQ: dict[str, tuple[str, dict[str, Any]]] = {
     "t5": ("t5", _T5),
     "t5-v1.1": ("t5", _T5 | _GATED | {"num_decoder_layers": 3}),
@@ -131,7 +131,7 @@ _UNTIED = ("t5-v1.1", "mt5")
 
 
 def tokenizer(words: str = string.ascii_lowercase, *, pad: bool = True, size: int | None = None):
-    """A character tokenizer: <eos>, <pad> (unless told otherwise), then the characters; `size` adds made-up tokens."""
+    """Return a character tokenizer: <eos>, <pad> (if ``pad``), <unk>, the characters, and filler tokens up to ``size``."""
     tokens = ["<eos>", *(["<pad>"] if pad else []), "<unk>", *words]
     while size is not None and len(tokens) < size:
         tokens.append(f"t{len(tokens)}")
@@ -142,50 +142,53 @@ def tokenizer(words: str = string.ascii_lowercase, *, pad: bool = True, size: in
 
 
 def config(family: str, vocab_size: int = 101, **fields: Any):
-    """The config of a tiny member of ``family``; `fields` override."""
-    model_type, own = (FAMILIES | SEQ2SEQ)[family]
+    """Return the config of a tiny model of ``family``; ``fields`` override its values."""
+    model_type, family_fields = (FAMILIES | SEQ2SEQ)[family]
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     if family in SEQ2SEQ:
         ids = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1, "decoder_start_token_id": 1}
-    return AutoConfig.for_model(model_type, **{"vocab_size": vocab_size, **ids, **own, **fields})
+    return AutoConfig.for_model(model_type, **{"vocab_size": vocab_size, **ids, **family_fields, **fields})
 
 
 def model(family: str, vocab_size: int = 101, *, seed: int = 0, spread: float = 3.0, **fields: Any) -> PreTrainedModel:
-    """A random model in eval mode, with weights large enough that attention is no mere average and logits spread.
+    """Return a random model in eval mode, with weights large enough that attention is not a plain average.
 
-    spread: the standard deviation that the logits are brought to, so that soft caps bite and argmaxes are clear.
+    spread: the standard deviation of the logits, large enough that soft caps have an effect and argmaxes are clear.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         auto = AutoModelForSeq2SeqLM if family in SEQ2SEQ else AutoModelForCausalLM
-        made = auto.from_config(config(family, vocab_size, **fields), dtype=torch.float32).eval()
-        if family in _UNTIED:  # as their published weights are; transformers would tie them in a model from scratch
-            made.lm_head.weight = nn.Parameter(made.lm_head.weight.detach().clone())
+        result = auto.from_config(config(family, vocab_size, **fields), dtype=torch.float32).eval()
+        if family in _UNTIED:  # as in the published weights; transformers would tie them in a model from scratch
+            result.lm_head.weight = nn.Parameter(result.lm_head.weight.detach().clone())
         with torch.no_grad():
-            for name, parameter in made.named_parameters():
-                # a_log, dt and the like of state space models are left where their initialisation wants them
+            for name, parameter in result.named_parameters():
+                # State space parameters (A_log, dt, conv) stay as they were initialized.
                 if parameter.dim() >= 2 and "A_log" not in name and "conv" not in name:
                     parameter.normal_(0, 1.5 / parameter.shape[-1] ** 0.5)
                 elif name.endswith("bias") and "dt" not in name:
                     parameter.normal_(0, 0.3)
-            head = made.get_output_embeddings()
+            head = result.get_output_embeddings()
             ids = torch.randint(vocab_size, (2, 8))
             responses = {"decoder_input_ids": ids} if family in SEQ2SEQ else {}
-            logits = made(ids, **responses, use_cache=False).logits
+            logits = result(ids, **responses, use_cache=False).logits
             head.weight.mul_(spread / logits.std())
-    return made
+    return result
 
 
-def save(place: Path, family: str = "llama", *, rows: int = VOCAB, own_tokenizer=None, **fields: Any) -> str:
-    """A directory with a model of `rows` rows and a tokenizer of VOCAB tokens (or this one; False: none)."""
-    model(family, rows, **fields).save_pretrained(place)
+def save(directory: Path, family: str = "llama", *, rows: int = VOCAB, own_tokenizer=None, **fields: Any) -> str:
+    """Save a model with `rows` embedding rows and a tokenizer of VOCAB tokens. Return the directory.
+
+    own_tokenizer: a tokenizer to save instead, or False for none.
+    """
+    model(family, rows, **fields).save_pretrained(directory)
     if own_tokenizer is not False:
-        (own_tokenizer or tokenizer(size=VOCAB)).save_pretrained(place)
-    return str(place)
+        (own_tokenizer or tokenizer(size=VOCAB)).save_pretrained(directory)
+    return str(directory)
 
 
 def batch(lengths: list[tuple[int, int]], vocab: int, seed: int = 0) -> Batch:
-    """A batch of random sequences, (prompt, response) lengths given."""
+    """Return a batch of random sequences with these (prompt, response) lengths."""
     return collate(sequences(lengths, vocab, seed))
 
 

@@ -1,4 +1,4 @@
-"""Provide the command line. It reports plug-ins that cannot be loaded itself, so Python's warnings are filtered out."""
+"""Provide the command line. It reports plug-ins that cannot be loaded, so Python's warnings about them are hidden."""
 
 import warnings
 

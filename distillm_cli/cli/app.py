@@ -2,7 +2,7 @@
 
 Results go to stdout, logs to stderr. An error is one line on stderr, ``error: what; where; what to try``, and an exit
 code (see ``distillm_cli.errors``); with ``--json`` also one JSON object on stdout. Command modules import only typer at
-their top and the engine inside their functions, so that ``--help`` is quick and loads no torch.
+the top level and the engine inside their functions, so that ``--help`` is quick and loads no torch.
 """
 
 from __future__ import annotations
@@ -45,11 +45,12 @@ from distillm_cli.utils.signals import handle_signals, received_signal
 from distillm_cli.utils.storage import discard_stdout, is_full, os_error_number, reason
 from distillm_cli.utils.text import printable, redact
 
-_COMPLETE = "_DISTILLM_COMPLETE"  # set by what --install-completion puts into a shell's start file
+_COMPLETE = "_DISTILLM_COMPLETE"  # set in the shell's startup file by --install-completion
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, as for other programs
 
 app = typer.Typer(
     name="distillm",
+    cls=options.PlainGroup,
     help="Turn a large language model into a small one.",
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -63,8 +64,12 @@ app = typer.Typer(
     ),
 )
 for _command in (sft, generate, distill, eval_checkpoints, run_stages, plan, schema, explain_field, env):
-    app.command(_command.name, rich_help_panel=_command.panel, epilog=_command.epilog)(_command.run)
-app.add_typer(methods_app, name="methods", help="List methods, show one.", rich_help_panel=options.OTHER_COMMANDS)
+    app.command(_command.name, cls=options.PlainCommand, rich_help_panel=_command.panel, epilog=_command.epilog)(
+        _command.run
+    )
+app.add_typer(
+    methods_app, name="methods", help="List the methods or show one of them.", rich_help_panel=options.OTHER_COMMANDS
+)
 app.add_typer(
     recipes_app, name="recipes", help="List, show, copy and check recipes.", rich_help_panel=options.OTHER_COMMANDS
 )
@@ -120,9 +125,7 @@ def _invoke(command: Any, argv: list[str]) -> int:
     for word in argv:
         if not word.isascii() and word != word.encode("utf-8", "ignore").decode():
             spelled = word.encode("utf-8", "backslashreplace").decode()
-            raise UsageError(
-                "usage.not_utf8", f"{spelled} is not UTF-8", hint="rename the file, or see what the variable holds"
-            )
+            raise UsageError("usage.not_utf8", f"{spelled} is not UTF-8", hint="rename the file, or check the variable")
     try:
         with handle_signals(), command.make_context("distillm", list(argv)) as context:
             command.invoke(context)
@@ -134,13 +137,13 @@ def _invoke(command: Any, argv: list[str]) -> int:
 def set_environment() -> None:
     """Set environment variables that libraries read, unless the user has set them."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # send no usage data
-    # Use huge pages for torch's large tensors on a CPU, where the kernel lets programs choose: a step takes a tenth less.
+    # Use huge pages for torch's large tensors on a CPU, where the kernel lets programs choose: a step is 10 % faster.
     # Torch reads the variable at its first allocation; 0 in the environment turns it off.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # OpenMP's threads spin for milliseconds while they wait for each other after every operation. Where another program uses
-    # a core, spinning threads occupy the others, and small models train a hundred times slower.
+    # OpenMP's threads spin for milliseconds while they wait for each other after every operation. If another program
+    # uses a core, spinning threads occupy the others, and small models train a hundred times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    # bf16 matrix products are compiled for each shape, and two caches hold a thousand each: over a gigabyte, where lengths
+    # bf16 matrix products are compiled for each shape, and two caches hold a thousand each: over a gigabyte if lengths
     # differ from step to step. Only those of the last steps are used again.
     for capacity in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(capacity, "200")
@@ -166,19 +169,19 @@ def _as_distillm_error(error: BaseException, argv: list[str]) -> DistillmError:
     if isinstance(error, KeyboardInterrupt):
         return Interrupted("interrupted", signal_number=signal_number(error))
     if isinstance(error, typer.Abort):
-        return Interrupted("stopped at a question", signal_number=2)
+        return Interrupted("aborted at a prompt", signal_number=2)
     if out_of_memory(error):
-        hint = "lower --batch-size (and raise train.accumulate), or --max-length; `distillm plan` estimates the need"
+        hint = "lower --batch-size (and raise train.accumulate), or --max-length; `distillm plan` estimates the memory"
         return OutOfMemoryError("memory.exhausted", "out of memory", where=_first_line(error), hint=hint)
     if (number := os_error_number(error)) is not None:
-        other = "give another place, or check the disk and who may write there"
-        hint = "free some space there, or give another place" if is_full(number) else other
+        other = "choose another path, or check the disk and its permissions"
+        hint = "free disk space, or choose another path" if is_full(number) else other
         pathless = isinstance(error, OSError) and error.filename is None
         return StorageError(
             "storage.failed", f"cannot read or write: {reason(error)}" if pathless else _first_line(error), hint=hint
         )
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # Path.resolve, before Python 3.13
-        return StorageError("storage.failed", _first_line(error), hint="remove the link, or give another place")
+        return StorageError("storage.failed", _first_line(error), hint="remove the link, or choose another path")
     if is_tokenizer_failure(error):
         hint = "its files are damaged or incomplete: copy or download them again (--debug shows where it failed)"
         return ModelError("model.tokenizer_failed", "the tokenizer failed", where=_first_line(error), hint=hint)
@@ -186,7 +189,7 @@ def _as_distillm_error(error: BaseException, argv: list[str]) -> DistillmError:
         "unexpected",
         f"unexpected {type(error).__name__}",
         where=_first_line(error),
-        hint="run it again with --debug for the traceback",
+        hint=None if "--debug" in typed_options(argv) else "run again with --debug for a traceback",
     )
 
 

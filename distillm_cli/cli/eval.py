@@ -1,4 +1,4 @@
-"""``distillm eval``: score checkpoints on instruction-following suites."""
+"""Score checkpoints on instruction-following suites: ``distillm eval``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ResultsDirectory = Annotated[
         "--output",
         metavar="DIR",
         callback=options.check_named,
-        help=r"Directory of the results. [dim]\[default: CKPT/eval][/]",
+        help=r"Output directory of the results. [dim]\[default: CKPT/eval][/]",
         rich_help_panel=options.OUTPUT_PANEL,
     ),
 ]
@@ -53,8 +53,8 @@ def eval_checkpoints(
 ) -> None:
     """Score checkpoints on instruction-following suites: mean ± sd over seeds, results in CKPT/eval/.
 
-    Without --suite: the suites of the checkpoint's own recipe, or the held-out rows of its run. Settings that no flag
-    gives, the template among them, come from that recipe too, and the defaults below hold without one.
+    Without --suite, the suites of the checkpoint's recipe are used, or the held-out rows of its run. Options that are
+    not given, including the template, come from that recipe as well. Without a recipe, the defaults below apply.
     """
     from distillm_cli.api import check_single_process, evaluation_flags
 

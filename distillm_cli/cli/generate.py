@@ -1,4 +1,4 @@
-"""``distillm generate``: sample responses from a model."""
+"""Sample responses from a model: ``distillm generate``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SampledModel = Annotated[
         "--model",
         metavar="PATH|NAME",
         callback=options.check_named,
-        help="Output directory, model directory, hub name, or builtin.",
+        help="Model: an output directory, a model directory, a hub name, or builtin.",
         rich_help_panel=MODELS_PANEL,
     ),
 ]
@@ -29,7 +29,7 @@ PromptData = Annotated[
         "--data",
         metavar="PATH|NAME",
         callback=options.check_named,
-        help="Prompts of a file, a directory, a hub name or a known data set.",
+        help="Prompts, as a file, a directory, a hub name or a known data set.",
         autocompletion=options.complete_data,
         rich_help_panel=MODELS_PANEL,
     ),
@@ -45,7 +45,7 @@ PromptSplit = Annotated[
 ]
 Prompt = Annotated[
     list[str] | None,
-    typer.Option("--prompt", metavar="TEXT", help="An instruction. May be repeated.", rich_help_panel=MODELS_PANEL),
+    typer.Option("--prompt", metavar="TEXT", help="Prompt text. May be repeated.", rich_help_panel=MODELS_PANEL),
 ]
 PromptFile = Annotated[
     str | None,
@@ -53,20 +53,20 @@ PromptFile = Annotated[
         "--input",
         metavar="FILE|-",
         callback=options.check_named,
-        help="Prompts of a text file (one per line), a data file, or stdin (-).",
+        help="File of prompts: a text file (one per line), a data file, or stdin (-).",
         rich_help_panel=MODELS_PANEL,
     ),
 ]
 PromptLimit = Annotated[
     int | None,
-    typer.Option("--limit", metavar="N", help="Use the first prompts only.", rich_help_panel=MODELS_PANEL),
+    typer.Option("--limit", metavar="N", help="Use only the first N prompts.", rich_help_panel=MODELS_PANEL),
 ]
 ResponsesPerPrompt = Annotated[
     int,
     typer.Option(
         "--n",
         metavar="N",
-        help=r"Responses per prompt. [dim]\[default: 1][/]",
+        help=r"Number of responses per prompt. [dim]\[default: 1][/]",
         show_default=False,
         rich_help_panel=SAMPLING_PANEL,
     ),
@@ -87,10 +87,11 @@ RowsFile = Annotated[
 ]
 ResumeFile = Annotated[
     bool,
-    typer.Option("--resume", metavar="", help="Resume where FILE ends.", rich_help_panel=options.OUTPUT_PANEL),
+    typer.Option("--resume", metavar="", help="Continue an incomplete FILE.", rich_help_panel=options.OUTPUT_PANEL),
 ]
 OverwriteFile = Annotated[
-    bool, typer.Option("--overwrite", metavar="", help="Replace FILE.", rich_help_panel=options.OUTPUT_PANEL)
+    bool,
+    typer.Option("--overwrite", metavar="", help="Replace an existing FILE.", rich_help_panel=options.OUTPUT_PANEL),
 ]
 
 
@@ -136,15 +137,15 @@ def generate(
     file: RowsOptions,
     reporting: options.ReportingOptions,
 ) -> None:
-    """Sample responses from a model: JSON rows that --data reads back, in the order of the prompts.
+    """Sample responses from a model, as JSON rows in the order of the prompts that --data can read.
 
-    Settings that no flag gives come from the model's own recipe, and the defaults below hold without one.
+    Options that are not given come from the model's recipe. Without a recipe, the defaults below apply.
     """
     from distillm_cli.api import check_single_process, generation_flags
     from distillm_cli.runs.prompt_source import PromptSource, check_request
 
     if chosen.model is None:
-        raise UsageError("usage.no_model", "no model to generate with", hint="give --model")
+        raise UsageError("usage.no_model", "no model", hint="give --model")
     if reporting.json and file.output is None:
         raise UsageError(
             "usage.no_output",

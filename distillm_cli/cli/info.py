@@ -1,4 +1,4 @@
-"""``distillm env`` and ``distillm explain``: versions for a bug report, the description of a recipe's field."""
+"""Print versions for a bug report, or describe a field of a recipe: ``distillm env`` and ``distillm explain``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FieldName = Annotated[
     str,
     typer.Argument(
         metavar="SECTION.KEY",
-        help="Field of a recipe.",
+        help="Name of a recipe field, such as train.lr.",
         autocompletion=options.complete_field,
         show_default=False,
     ),
@@ -30,7 +30,7 @@ FieldName = Annotated[
 
 @command("env", panel=options.OTHER_COMMANDS, examples=("distillm env", "distillm env --json"))
 def env(as_json: options.Json = False, debug: options.Debug = False) -> None:
-    """Print the versions and devices that a bug report needs."""
+    """Print versions and devices for a bug report."""
     found = {"distillm": distillm_cli.__version__, **_environment()}
     if as_json:
         print(json.dumps({"command": "env", "status": "ok", **found}))
@@ -51,9 +51,9 @@ def explain_field(name: FieldName, as_json: options.Json = False, debug: options
         print(json.dumps({"command": "explain", "status": "ok", **found}))
         return
     lines = [found["key"], f"  {found['description']}", ""]
-    for title in ("expected", "default", "flags", "used by", "only with", "set it with"):
-        if found[title]:
-            lines.append(f"  {title:<12} {found[title]}")
+    for key in ("expected", "default", "flags", "used_by", "only_with", "set_it_with"):
+        if found[key]:
+            lines.append(f"  {key.replace('_', ' '):<12} {found[key]}")
     write_stdout("\n".join(lines) + "\n")
 
 
@@ -105,7 +105,7 @@ def _field(name: str) -> dict[str, Any]:
         "expected": expected_values(key),
         "default": format_value(field.default),
         "flags": ", ".join(flags),
-        "used by": commands_using(key),
-        "only with": "" if condition(key) is None else describe_users(key).replace(", and to ", "; "),
-        "set it with": f"--set {key}=VALUE",
+        "used_by": commands_using(key),
+        "only_with": "" if condition(key) is None else describe_users(key).replace(", and to ", "; "),
+        "set_it_with": f"--set {key}=VALUE",
     }

@@ -1,4 +1,4 @@
-"""``distillm methods``: list the methods, show one of them."""
+"""List the methods or show one of them: ``distillm methods``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from distillm_cli.config.methods import Method
 
 methods_app = typer.Typer(
+    cls=options.PlainGroup,
     epilog=options.epilog(
         "distillm methods",
         "distillm methods show ab",
@@ -28,7 +29,7 @@ MethodName = Annotated[
     str,
     typer.Argument(
         metavar="NAME",
-        help="Name of a method, as `distillm methods` lists it.",
+        help="Name of a method.",
         autocompletion=options.complete_methods,
         show_default=False,
     ),
@@ -38,7 +39,7 @@ COLUMNS = ("name", "paper", "objective", "sequences", "needs")
 
 @methods_app.callback(invoke_without_command=True)
 def list_methods(ctx: typer.Context, as_json: options.Json = False, debug: options.Debug = False) -> None:
-    """List the methods: paper, objective, sequences, and what each needs."""
+    """List the methods with paper, objective, sequences and required inputs."""
     if ctx.invoked_subcommand is not None:
         return
     from distillm_cli.config.methods import METHODS
@@ -60,9 +61,9 @@ def list_methods(ctx: typer.Context, as_json: options.Json = False, debug: optio
             print(*_cells(row), sep="\t")
 
 
-@methods_app.command("show")
+@methods_app.command("show", cls=options.PlainCommand)
 def show_method(name: MethodName, as_json: options.Json = False, debug: options.Debug = False) -> None:
-    """Show one method: what it sets, what each parameter means, a command that runs it."""
+    """Show one method: its settings, its parameters, and an example command."""
     from distillm_cli.config.methods import METHODS
 
     if name not in METHODS:
@@ -71,7 +72,7 @@ def show_method(name: MethodName, as_json: options.Json = False, debug: options.
         close = nearest_choice(name, list(METHODS))
         hint = f"did you mean {close}?" if close else "`distillm methods` lists them"
         raise UsageError(
-            "usage.unknown_method", f"no method named {name}", where=f"there are {', '.join(METHODS)}", hint=hint
+            "usage.unknown_method", f"no method named {name}", where=f"methods: {', '.join(METHODS)}", hint=hint
         )
     method = METHODS[name]
     resolved = _resolved(method)
@@ -106,7 +107,7 @@ def _resolved(method: Method) -> Resolved:
 
 
 def _keys(method: Method, resolved: Resolved) -> list[str]:
-    """Return the fields that the method sets, and those that it alone reads, in the schema's order."""
+    """Return the fields that the method sets and the parameters that it uses, in the schema's order."""
     from functools import partial
 
     from distillm_cli.config.explain import leaves
@@ -137,7 +138,7 @@ def _page(facts: dict[str, Any]) -> Iterator[str]:
     yield ""
     for name in COLUMNS[1:]:
         yield f"{name + ':':<11}{_cell(facts[name])}"
-    for title, is_preset in (("What it sets", True), ("What it reads besides, at their defaults", False)):
+    for title, is_preset in (("Preset values", True), ("Other parameters, with defaults", False)):
         parameters = {k: p for k, p in facts["parameters"].items() if (p["from"] != "default") == is_preset}
         if not parameters:
             continue
@@ -158,7 +159,7 @@ def _example(method: Method) -> str:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    """Return a row of the table. It has the short name and number of the paper; ``show`` has its full title."""
+    """Return a row of the table. It has the paper's short name and number. ``show`` has the full title."""
     reference, bracket, _ = row["paper"].partition(")")
     short = row | {"paper": reference + bracket}
     return [_cell(short[column]) for column in COLUMNS]

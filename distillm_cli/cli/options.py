@@ -1,13 +1,13 @@
-"""Define the options of the commands: flags of recipe fields are generated from the schema, the others are written here.
+"""Define the options of the commands. Flags of recipe fields are generated from the schema.
 
     @command("distill", panel=VERBS, examples=("distillm distill --recipe quickstart",))
     def distill(fields: FieldFlags, recipe: RecipeOption = None, sets: Set = None, …) -> None:
         resolved = resolve(command="distill", recipe=recipe, flags=fields, sets=sets)
 
-A parameter of type FieldFlags is replaced by all flags that the command has in ``config/shortcuts.py``. Their type, choices,
-help and default are those of the field. A parameter whose type is a data class is replaced by one option for each of its
-fields. None means "not given": the value of the recipe or the schema holds. Nothing slow may be imported here, because
-``--help`` imports this file.
+A parameter of type FieldFlags is replaced by all flags that the command has in ``config/shortcuts.py``. Their type,
+choices, help and default are those of the field. A parameter whose type is a data class is replaced by one option for
+each of its fields. None means "not given": the value of the recipe or the schema applies. Nothing slow may be imported
+here, because ``--help`` imports this file.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import annotated_types
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from distillm_cli.config.explain import choices, format_value, leaves, plain_types, takes_list
 from distillm_cli.config.methods import METHODS
@@ -162,6 +163,29 @@ def _escaped(text: str) -> str:
 # Commands
 
 
+class _PlainHelp:
+    """Show parameters in the help by their metavars alone: no ``<bool>`` for flags, no ``<str>`` for arguments."""
+
+    def get_params(self, context: typer.Context) -> list[Any]:
+        params = super().get_params(context)
+        for param in params:
+            if param.param_type_name == "argument":
+                label = param.metavar if param.required else f"[{param.metavar}]"
+                param.get_usage_pieces = lambda _, label=label: [label]
+                param.display_type_rich = lambda ctx: ""
+            elif param.metavar is None:
+                param.metavar = ""
+        return params
+
+
+class PlainCommand(_PlainHelp, TyperCommand):
+    """Define a command with plain metavars in its help."""
+
+
+class PlainGroup(_PlainHelp, TyperGroup):
+    """Define a group of commands with plain metavars in its help."""
+
+
 class Command(NamedTuple):
     """Hold a command of the program: its name, its function, its group in the help, and its examples."""
 
@@ -172,7 +196,7 @@ class Command(NamedTuple):
 
 
 def command(name: str, *, panel: str, examples: tuple[str, ...]) -> Callable[[Callable[..., None]], Command]:
-    """Turn a function into a command, with the options that its parameters are replaced by."""
+    """Turn a function into a command, with options in place of its parameters."""
 
     def decorate(function: Callable[..., None]) -> Command:
         return Command(name, expand(name, function), panel, epilog(*examples))
@@ -283,7 +307,7 @@ def _completed(incomplete: str, words: list[str]) -> list[str]:
 
 
 def check_named(parameter: typer.CallbackParam, value: Any) -> Any:
-    """Raise UsageError for an empty name, such as an unset variable of a script gives.
+    """Raise UsageError for an empty name, such as the value of an unset shell variable.
 
     Checks every item of a list; a comma alone is empty too.
     """
@@ -294,7 +318,7 @@ def check_named(parameter: typer.CallbackParam, value: Any) -> Any:
             "usage.invalid_value",
             f"{flag} = (empty)",
             where="expected a name",
-            hint="drop it, or see what the variable holds",
+            hint="drop it, or check the variable",
         )
     return value
 
@@ -304,7 +328,7 @@ RecipeOption = Annotated[
     typer.Option(
         "--recipe",
         metavar="NAME|FILE",
-        help="Shipped recipe or file. See distillm recipes ls, show.",
+        help="Recipe: a shipped name (see distillm recipes ls) or a file.",
         autocompletion=complete_recipes,
         rich_help_panel=RECIPE_PANEL,
     ),
@@ -346,12 +370,12 @@ Resume = Annotated[
 ]
 Overwrite = Annotated[
     bool,
-    typer.Option("--overwrite", metavar="", help="Replace an earlier run in --output.", rich_help_panel=OUTPUT_PANEL),
+    typer.Option("--overwrite", metavar="", help="Replace the run in --output.", rich_help_panel=OUTPUT_PANEL),
 ]
 Json = Annotated[
     bool,
     typer.Option(
-        "--json", metavar="", help="Print one JSON object on stdout and nothing else.", rich_help_panel=OUTPUT_PANEL
+        "--json", metavar="", help="Print the result as one JSON object on stdout.", rich_help_panel=OUTPUT_PANEL
     ),
 ]
 Quiet = Annotated[
@@ -359,7 +383,7 @@ Quiet = Annotated[
     typer.Option(
         "--quiet",
         metavar="",
-        help="Print no progress, only the answer, warnings and errors.",
+        help="Print only the result, warnings and errors, no progress.",
         rich_help_panel=OUTPUT_PANEL,
     ),
 ]

@@ -1,4 +1,4 @@
-"""``distillm plan``: estimate what a run needs before it is started."""
+"""Estimate the requirements of a run before it starts: ``distillm plan``."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def plan(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Estimate what a run needs: whether the pair fits, sizes, dropped rows, memory, FLOPs, time on known GPUs.
+    """Estimate the requirements of a run: compatibility, sizes, dropped rows, memory, FLOPs, and time on known GPUs.
 
-    No step is taken. Models whose weights are in a local directory are loaded. For others the config is enough (a
+    Nothing is trained. Models whose weights are in a local directory are loaded. For other models a config suffices (a
     directory with a config.json, the file itself, or a hub name), and no weights are downloaded. A pipeline is planned
     stage by stage.
     """

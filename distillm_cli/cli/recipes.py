@@ -1,4 +1,4 @@
-"""``distillm recipes`` and ``distillm schema``: list, show, copy and check recipes, print their JSON Schema."""
+"""List, show, copy and check recipes, and print their JSON Schema: ``distillm recipes`` and ``distillm schema``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from distillm_cli.cli.streams import print_error, write_stdout
 from distillm_cli.errors import RecipeError, UsageError
 
 recipes_app = typer.Typer(
+    cls=options.PlainGroup,
     no_args_is_help=True,
     epilog=options.epilog(
         "distillm recipes ls",
@@ -28,14 +29,14 @@ RecipeName = Annotated[
     str,
     typer.Argument(
         metavar="NAME|FILE",
-        help="Shipped recipe or file.",
+        help="Recipe: a shipped name or a file.",
         autocompletion=options.complete_recipes,
         show_default=False,
     ),
 ]
 
 
-@recipes_app.command("ls")
+@recipes_app.command("ls", cls=options.PlainCommand)
 def list_recipes(as_json: options.Json = False, debug: options.Debug = False) -> None:
     """List the shipped recipes."""
     from distillm_cli.config.load import shipped
@@ -47,7 +48,7 @@ def list_recipes(as_json: options.Json = False, debug: options.Debug = False) ->
         from rich.console import Console
         from rich.table import Table
 
-        table = Table("name", "what it does, and the command", box=None, pad_edge=False, header_style="bold")
+        table = Table("name", "description and command", box=None, pad_edge=False, header_style="bold")
         for row in rows:
             table.add_row(f"[cyan]{row['name']}[/]", f"{row['summary']}\n[dim]{row['run']}[/]")
         Console().print(table)
@@ -56,9 +57,9 @@ def list_recipes(as_json: options.Json = False, debug: options.Debug = False) ->
             print(row["name"], row["summary"], row["run"], sep="\t")
 
 
-@recipes_app.command("show")
+@recipes_app.command("show", cls=options.PlainCommand)
 def show_recipe(name: RecipeName, debug: options.Debug = False) -> None:
-    """Print a recipe as it is written."""
+    """Print the text of a recipe."""
     from distillm_cli.config.load import locate
 
     content = locate(name).read_bytes()
@@ -68,18 +69,20 @@ def show_recipe(name: RecipeName, debug: options.Debug = False) -> None:
         sys.stdout.buffer.write(content)
 
 
-@recipes_app.command("cp")
+@recipes_app.command("cp", cls=options.PlainCommand)
 def copy_recipe(
     name: RecipeName,
     dest: Annotated[
         str | None,
-        typer.Argument(metavar="DEST", help=r"File or directory. [dim]\[default: NAME.yaml][/]", show_default=False),
+        typer.Argument(
+            metavar="DEST", help=r"Target file or directory. [dim]\[default: NAME.yaml][/]", show_default=False
+        ),
     ] = None,
     debug: options.Debug = False,
 ) -> None:
-    """Copy a recipe to a file of your own. Never overwrites.
+    """Copy a recipe to a new file. Existing files are not overwritten.
 
-    For an editor that completes and checks it: distillm schema > schema.json, in the same directory.
+    For completion and checks in an editor, run distillm schema > schema.json in the same directory.
     """
     from distillm_cli.config.load import locate
 
@@ -98,7 +101,7 @@ def copy_recipe(
     write_stdout(f"{target}\n")
 
 
-@recipes_app.command("validate")
+@recipes_app.command("validate", cls=options.PlainCommand)
 def validate_recipes(
     paths: Annotated[
         list[str] | None,
@@ -112,7 +115,7 @@ def validate_recipes(
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Check recipes, by default all shipped ones. The exit code is 2 if any is wrong."""
+    """Check recipes, by default all shipped ones. The exit code is 2 if one is invalid."""
     from distillm_cli.config.load import shipped
 
     rows = [_checked(path) for path in paths or shipped()]
@@ -139,7 +142,7 @@ def validate_recipes(
     examples=("distillm schema > schema.json", "distillm schema | jq '.\"$defs\".train.properties | keys'"),
 )
 def schema(debug: options.Debug = False) -> None:
-    """Print the JSON Schema of a recipe, for editors and programs that check recipes.
+    """Print the JSON Schema of recipes, for editors and other programs.
 
     An editor with a YAML language server completes and checks a recipe that names the file in a comment: [cyan]#
     yaml-language-server: $schema=schema.json[/]. Divergences, methods, metrics and data sets of installed plug-ins are

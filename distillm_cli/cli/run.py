@@ -1,4 +1,4 @@
-"""``distillm run``: run the stages of a pipeline, each once."""
+"""Run the stages of a pipeline: ``distillm run``."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ PipelineRecipe = Annotated[
     str,
     typer.Argument(
         metavar="NAME|FILE",
-        help="Recipe with stages, shipped or a file.",
+        help="Pipeline recipe: a shipped name or a file.",
         autocompletion=options.complete_pipelines,
         show_default=False,
     ),
 ]
 OnlyStages = Annotated[
     str | None,
-    typer.Option("--only", metavar="STAGE,…", help="Run these stages only.", rich_help_panel=PIPELINE_PANEL),
+    typer.Option("--only", metavar="STAGE,…", help="Run only these stages.", rich_help_panel=PIPELINE_PANEL),
 ]
 FirstStage = Annotated[
     str | None,
-    typer.Option("--from", metavar="STAGE", help="Run this stage and those after it.", rich_help_panel=PIPELINE_PANEL),
+    typer.Option("--from", metavar="STAGE", help="Run this stage and the later ones.", rich_help_panel=PIPELINE_PANEL),
 ]
 PipelineSet = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Set stages.NAME.section.key or defaults.section.key. May be repeated.",
+        help="Set a field, stages.NAME.section.key or defaults.section.key. May be repeated.",
         autocompletion=options.complete_pipeline_set,
         rich_help_panel=PIPELINE_PANEL,
     ),
@@ -55,7 +55,7 @@ PipelineOutput = Annotated[
         "--output",
         metavar="DIR",
         callback=options.check_named,
-        help=r"Directory that holds one directory per stage. [dim]\[default: runs/<name>][/]",
+        help=r"Output directory, with one subdirectory per stage. [dim]\[default: runs/<name>][/]",
         rich_help_panel=options.OUTPUT_PANEL,
     ),
 ]
@@ -85,7 +85,7 @@ def run_stages(
     """Run a pipeline: teacher SFT, student SFT, teacher samples, distillation, evaluation.
 
     Finished stages are skipped. A stage runs again when its recipe, its data or a stage that it reads has changed. To
-    resume a stopped pipeline, type the same command again. To start a stage over, remove its directory.
+    resume a stopped pipeline, run the same command again. To start a stage over, remove its directory.
     """
     from distillm_cli.api import check_single_process
     from distillm_cli.config.pipeline_recipe import load_pipeline

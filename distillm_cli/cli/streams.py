@@ -17,7 +17,7 @@ LONGEST_ERROR = 1000  # characters of an error line
 _PATIENCE = 1.0  # seconds to wait for a non-blocking stderr that is full
 
 
-class _Unfailing(io.RawIOBase):
+class _SafeStream(io.RawIOBase):
     """Wrap a file so that writes never fail: output that cannot be written is dropped."""
 
     def __init__(self, file: io.RawIOBase):
@@ -58,7 +58,7 @@ def open_streams() -> None:
     if sys.stderr is sys.__stderr__ and isinstance(sys.stderr, io.TextIOWrapper):
         raw = getattr(sys.stderr.buffer, "raw", sys.stderr.buffer)  # under PYTHONUNBUFFERED there is no buffer
         sys.stderr = io.TextIOWrapper(
-            io.BufferedWriter(_Unfailing(raw)),
+            io.BufferedWriter(_SafeStream(raw)),
             encoding=sys.stderr.encoding,
             errors=sys.stderr.errors,
             line_buffering=True,
@@ -68,7 +68,7 @@ def open_streams() -> None:
 def report(error: DistillmError, argv: list[str]) -> int:
     """Print one line on stderr, and with ``--json`` one object on stdout. Return the exit code.
 
-    ``--debug`` adds the error's own code to the line. The exit code does not change where a stream cannot be written.
+    ``--debug`` adds the error's own code to the line. The exit code does not change if a stream cannot be written.
     """
     message = str(error)
     options = typed_options(argv)

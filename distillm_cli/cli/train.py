@@ -1,4 +1,4 @@
-"""``distillm sft`` and ``distillm distill``: fine-tune a model, or train a student against a teacher."""
+"""Fine-tune a model, or train a student against a teacher: ``distillm sft`` and ``distillm distill``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WarmTeacherCache = Annotated[
     typer.Option(
         "--warm-teacher-cache",
         metavar="",
-        help="Only compute the teacher's hidden states of the rows and store them on disk for later runs.",
+        help="Only compute the teacher's hidden states for the rows and store them on disk for later runs.",
         rich_help_panel=METHOD_PANEL,
     ),
 ]
@@ -26,7 +26,7 @@ RebuildTeacherCache = Annotated[
     typer.Option(
         "--rebuild-teacher-cache",
         metavar="",
-        help="Replace a cache on disk that is stale or damaged.",
+        help="Replace a stale or damaged teacher cache on disk.",
         rich_help_panel=METHOD_PANEL,
     ),
 ]
@@ -59,7 +59,7 @@ class TrainingOptions:
 def sft(fields: FieldFlags, chosen: TrainingOptions) -> None:
     """Fine-tune one model on instruction data: the teacher, or the student's starting point.
 
-    Every other field: [cyan]--set section.key=value[/]. All fields with their values: [cyan]--dry-run[/].
+    Set other fields with [cyan]--set section.key=value[/]. List all fields with [cyan]--dry-run[/].
     """
     launch("sft", fields, chosen)
 
@@ -83,9 +83,9 @@ def distill(
     warm_teacher_cache: WarmTeacherCache = False,
     rebuild_teacher_cache: RebuildTeacherCache = False,
 ) -> None:
-    """Train a student against a teacher: skew KL and adaptive off-policy rollouts.
+    """Train a student against a teacher, by default with skew KL and adaptive off-policy rollouts.
 
-    Every other field: [cyan]--set section.key=value[/]. All fields with their values: [cyan]--dry-run[/].
+    Set other fields with [cyan]--set section.key=value[/]. List all fields with [cyan]--dry-run[/].
     """
     launch("distill", fields, chosen, only_warm=warm_teacher_cache, rebuild_teacher_cache=rebuild_teacher_cache)
 

@@ -17,7 +17,7 @@ from distillm_cli.errors import UsageError
 UsageProblem: type[Exception] = typer.BadParameter.__mro__[2]
 
 
-# What other programs call a command or a flag, and what to type here.
+# Names of commands and flags in other programs, with a hint for each.
 _FAMILIAR_COMMANDS = {
     "help": "try `distillm --help`, or `distillm COMMAND --help`",
     "version": "try `distillm --version`",
@@ -38,8 +38,8 @@ _FAMILIAR_FLAGS = {
     "-v": "did you mean --version?",
     "--config": "did you mean --recipe?",
     "-c": "did you mean --recipe?",
-    "--report-to": "every run writes its figures to metrics.jsonl in the output directory",
-    "--logging-dir": "every run writes its figures to metrics.jsonl in the output directory",
+    "--report-to": "every run writes its metrics to metrics.jsonl in the output directory",
+    "--logging-dir": "every run writes its metrics to metrics.jsonl in the output directory",
     "--resume-from-checkpoint": "did you mean --resume?",
     "--overwrite-output-dir": "did you mean --overwrite?",
     "--verbose": "progress is printed unless --quiet is given; --debug adds tracebacks",
@@ -51,7 +51,7 @@ def check_sampling_inputs(
 ) -> None:
     """Raise the error for a model, a data source or a setting that cannot be used, before torch is imported.
 
-    What needs the model's own recipe, or the rows, is checked later.
+    Checks that need the model's recipe, or the rows, follow later.
     """
     from distillm_cli.config.load import resolve
     from distillm_cli.data.locations import find_source, is_path
@@ -134,7 +134,7 @@ def _suggestion(flag: str, context: Any) -> str | None:
     name = ALIASES.get(name, name)
     fields = [key for key in leaves() if name in (key, key.rpartition(".")[2])]
     similar_verbs = TRAINING_VERBS if verb in TRAINING_VERBS else SAMPLING_VERBS
-    entries = [entry for entry in FIELD_FLAGS if entry.name == name]  # of other commands too
+    entries = [entry for entry in FIELD_FLAGS if entry.name == name]  # including those of other commands
     keys = [key for entry in entries if set(entry.verbs) & set(similar_verbs) for key in entry.keys]
     fields = [*keys, *fields, *(key for entry in entries for key in entry.keys)]
     if fields and entries and flag_of(fields[0], verb) in flags.values():
@@ -165,7 +165,7 @@ def _recipe_command(name: str, has_stages: bool) -> str:
 
 
 def _argument_hint(path: str, word: str) -> str | None:
-    """Return what to type for an argument of a command that takes none: a recipe, a file or a model."""
+    """Return a hint for an argument of a command that takes none: a recipe, a file or a model."""
     verb = path.split()[-1]
     if (hint := _recipe_hint(word)) is not None:
         return hint

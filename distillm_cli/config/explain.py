@@ -1,4 +1,4 @@
-"""Describe the schema in plain words: the values of a field, the nearest valid name, a fix for a bad value."""
+"""Describe the schema for messages: the values of a field, the nearest valid name, a fix for an invalid value."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def plain_types(annotation: Any) -> set[Any]:
 
 
 def takes_texts_only(key: str) -> bool:
-    """Return whether the field holds only text, never a number or a truth value."""
+    """Return whether the field holds only text, never a number or a boolean."""
     return key in leaves() and plain_types(leaves()[key].annotation) <= {str, None}
 
 
@@ -153,7 +153,7 @@ def _literals(annotation: Any) -> list[Any]:
 
 
 def expected_values(key: str, *, by_flag: bool = False) -> str:
-    """Describe the values of a field: "a number ≥ 0 and < 1", "one of off, on, mixed", "a whole number ≥ 1, or null".
+    """Describe the values of a field: "a number ≥ 0 and < 1", "one of off, on, mixed", "an integer ≥ 1, or null".
 
     by_flag: without null, which no flag takes.
     """
@@ -176,18 +176,19 @@ def describe_type(annotation: Any, metadata: list[Any]) -> str:
     if origin is dict:
         return "a mapping"
     if origin is tuple:
-        count = " that is not empty" if any(isinstance(m, annotated_types.MinLen) for m in metadata) else ""
-        count = count if parts[-1] is Ellipsis else f" of {len(parts)}"
-        return f"a list{count}, each {describe_type(parts[0], [])}"
-    noun = {bool: "true or false", int: "a whole number", float: "a number", types.NoneType: "null"}.get(annotation)
-    if noun is None:
-        return "a text that is not empty" if any(isinstance(m, annotated_types.MinLen) for m in metadata) else "a text"
+        noun = "a non-empty list" if any(isinstance(m, annotated_types.MinLen) for m in metadata) else "a list"
+        count = "" if parts[-1] is Ellipsis else f" of {len(parts)}"
+        return f"{noun}{count}, each {describe_type(parts[0], [])}"
+    names: dict[Any, str] = {bool: "true or false", int: "an integer", float: "a number", types.NoneType: "null"}
+    if annotation not in names:
+        return "a non-empty string" if any(isinstance(m, annotated_types.MinLen) for m in metadata) else "a string"
     bounds = [
         f"{sign} {_format_bound(getattr(m, name))}"
         for m in metadata
         for cls, sign, name in _BOUNDS
         if isinstance(m, cls)
     ]
+    noun = names[annotation]
     return " ".join([noun, " and ".join(bounds)]).rstrip() if annotation in (int, float) else noun
 
 
@@ -204,11 +205,11 @@ def format_value(value: Any, *, by_flag: bool = False) -> str:
         text = ",".join(map(str, value)) or "(empty)"
     else:
         text = "(empty)" if value == "" else yaml_io.text_of(list(value) if isinstance(value, tuple) else value)
-    text = redact(text)  # before it is cut: half an address may not be recognized
+    text = redact(text)  # before truncation: part of an address may not be recognized
     return text if len(text) <= 80 else text[:77] + "…"
 
 
-# Names of other tools for keys of a recipe.
+# Names of recipe keys in other tools.
 ALIASES = {
     "learning_rate": "lr",
     "lr_scheduler_type": "lr_schedule",
@@ -273,7 +274,7 @@ def _split_items(item: Any) -> list[Any]:
 
 
 def suggest_fix(key: str, value: Any, verb: str, flag: str | None = None, *, prefix: str = "") -> str | None:
-    """Suggest a fix for a bad value: the nearest choice, else the default, as something to type, else the field's help.
+    """Suggest a fix for an invalid value: the nearest choice or the default as an option, else the field's help.
 
     flag: the flag that gave the value. prefix: the prefix of the key in ``--set``, in a pipeline, which has no flags for
     fields.

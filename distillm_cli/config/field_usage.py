@@ -41,7 +41,11 @@ _USED_WITHOUT_TRAINING = {
     "generate": (*_INFERENCE_FIELDS, *SAMPLING, "eval.batch_size", "data.size", "data.valid_limit"),
     "eval": (*_INFERENCE_FIELDS, *(f"eval.{name}" for name in EvalConfig.model_fields if name != "report_rows")),
 }
-_HELD_OUT_FIELDS = ("data.source", "data.valid", "data.valid_limit")  # what `eval` scores on if there is no suite
+_HELD_OUT_FIELDS = (
+    "data.source",
+    "data.valid",
+    "data.valid_limit",
+)  # sources of the rows that `eval` scores without a suite
 _STAGE_FIELDS = {"generate": ("data.source", "data.limit")}  # in a pipeline, which has no --data and --limit
 _REPLACEMENTS = {
     "generate": {
@@ -113,7 +117,7 @@ def is_general(key: str, value: ValueOf) -> bool:
 
 
 def _required_changes(alternative: Mapping[str, Values], value: ValueOf) -> dict[str, Values]:
-    """Return the changes that would meet one alternative of a condition: keys and the values that they need."""
+    """Return the changes that would meet one alternative of a condition: keys and required values."""
     found: dict[str, Values] = {}
     for deciding_key, values in alternative.items():
         if value(deciding_key) not in values:
@@ -137,26 +141,26 @@ def unused_field_error(key: str, given: GivenValue, value: ValueOf, command: str
     distills = _is_distillation_field(key)
     if not trains(command):
         other = None if given.prefix else _REPLACEMENTS[command].get(key)
-        hint = f"leave it out, or try {other}" if other else "leave it out"
+        hint = f"remove it, or try {other}" if other else "remove it"
         if key in _HELD_OUT_FIELDS and command == "eval":
-            where = f"{it} is of held-out rows, and here eval.suites is {format_value(value('eval.suites'))}"
+            where = f"{it} applies to held-out rows, but eval.suites is {format_value(value('eval.suites'))}"
         else:
-            where = f"{it} belongs to {commands_using(key)}; {command} trains nothing"
+            where = f"{it} applies to {commands_using(key)}; {command} does not train"
         return RecipeError("recipe.unused_field", problem, where=where, hint=hint)
     if _is_fine_tuning(value) and (distills or _is_unused_teacher_field(key, value)):
-        where = f"{it} belongs to {commands_using(key)}; {method} trains on cross-entropy alone"
-        return RecipeError("recipe.unused_field", problem, where=where, hint="leave it out")
+        where = f"{it} applies to {commands_using(key)}; {method} uses only cross-entropy"
+        return RecipeError("recipe.unused_field", problem, where=where, hint="remove it")
     alternatives = [_required_changes(alternative, value) for alternative in _alternatives(key)]
     unmet = dict.fromkeys(next(iter(changes)) for changes in alternatives)
     current = " and ".join(f"{k} is {_format_word(value(k))}" for k in unmet)
-    where = f"{it} belongs to {describe_users(key)}, and here {current}" + (f" (method {method})" if distills else "")
+    where = f"{it} applies to {describe_users(key)}, but {current}" + (f" (method {method})" if distills else "")
     nearest = min(alternatives, key=len)
     other = " ".join(
         _command_line_form(deciding_key, next(iter(values)), command) for deciding_key, values in nearest.items()
     )
     own_parameters = [k for k in parameters(value) if set(_alternatives(k)[0]) == {"objective.divergence"}]
     own_hint = (
-        f"{value('objective.divergence')} reads {', '.join(own_parameters)}; "
+        f"{value('objective.divergence')} uses {', '.join(own_parameters)}; "
         if "objective.divergence" in nearest
         else ""
     )
@@ -164,7 +168,7 @@ def unused_field_error(key: str, given: GivenValue, value: ValueOf, command: str
         "recipe.unused_field",
         problem,
         where=where,
-        hint=f"{own_hint if own_parameters else ''}leave it out, or try {other}",
+        hint=f"{own_hint if own_parameters else ''}remove it, or try {other}",
     )
 
 
@@ -174,7 +178,7 @@ def commands_using(key: str) -> str:
         return "`distillm eval`"
     found = ["distill"] if _is_distillation_field(key) or key.startswith("teacher.") else ["sft", "distill"]
     found += ["generate"] if key in SAMPLING else []
-    built = ", and to models built of a teacher (layers:4, width:0.5)" if key in _FINE_TUNING_TEACHER_FIELDS else ""
+    built = ", and to models built from a teacher (layers:4, width:0.5)" if key in _FINE_TUNING_TEACHER_FIELDS else ""
     return _join_values(tuple(f"`distillm {verb}`" for verb in found)) + built
 
 
@@ -188,7 +192,7 @@ def describe_users(key: str) -> str:
     found = []
     for alternative in _alternatives(key):
         (deciding_key, values), *more = alternative.items()
-        listed = [] if isinstance(values, Condition) else values  # a test, such as "above 0", holds for most methods
+        listed = [] if isinstance(values, Condition) else values  # a condition such as "above 0" is met by most methods
         methods = [name for name, m in METHODS.items() if m.preset.get(deciding_key) in listed and name not in listed]
         prefix = "" if deciding_key in _SELF_EXPLANATORY else f"{deciding_key} "
         further = [f" with {k.rpartition('.')[2]} {_join_values(others, 'or')}" for k, others in more]

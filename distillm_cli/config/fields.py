@@ -14,13 +14,13 @@ from distillm_cli import plugins
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 LIMIT = 2**63  # of whole numbers: torch, numpy and pyarrow have no larger ones
-Seed = Annotated[int, Field(ge=0, lt=LIMIT)]  # what torch's generators take
+Seed = Annotated[int, Field(ge=0, lt=LIMIT)]  # limit of torch's generators
 Probability = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Exponent = Annotated[float, Field(ge=-2, le=2)]
 Name = Annotated[str, Field(min_length=1)]
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
-# Figures by which a checkpoint is selected: on held-out rows without generation, or a metric of generated answers.
+# Metrics that select a checkpoint: on held-out rows without generation, or of generated responses.
 HeldOutMetric = Literal["valid_loss", "valid_divergence"]
 
 
@@ -61,13 +61,13 @@ class UsedWhen:
 
 
 class Section(BaseModel):
-    """Base of all sections of a recipe: frozen, without unknown keys, infinities and numbers that do not fit 64 bits."""
+    """Base class of all sections of a recipe: frozen, without unknown keys, infinities and integers beyond 64 bits."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
-    def _refuse_truth_values_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+    def _refuse_booleans_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse ``epochs: true``, which pydantic would convert to 1."""
         items = value if isinstance(value, list | tuple) else [value]
         if any(isinstance(item, bool) for item in items):
@@ -75,7 +75,7 @@ class Section(BaseModel):
             annotation = cls.model_fields[info.field_name].annotation
             union = get_origin(annotation) in (Union, UnionType)
             if bool not in (get_args(annotation) if union else (annotation,)):
-                raise ValueError("true and false are no numbers")
+                raise ValueError("true and false are not numbers")
         return value
 
     @field_validator("*", mode="after")
@@ -83,7 +83,7 @@ class Section(BaseModel):
     def _refuse_numbers_over_64_bits(cls, value: Any) -> Any:
         items = value if isinstance(value, list | tuple) else [value]
         if any(isinstance(item, int) and abs(item) >= LIMIT for item in items):
-            raise ValueError("too large a whole number")
+            raise ValueError("integer too large")
         return value
 
 

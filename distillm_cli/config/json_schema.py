@@ -117,8 +117,8 @@ def _resolved(schema: Schema, definitions: dict[str, Schema]) -> Schema:
     """Resolve a reference and add the keys that are written next to it."""
     if "$ref" not in schema:
         return schema
-    beside = {name: part for name, part in schema.items() if name != "$ref"}
-    return definitions[schema["$ref"].rpartition("/")[2]] | beside
+    siblings = {name: part for name, part in schema.items() if name != "$ref"}
+    return definitions[schema["$ref"].rpartition("/")[2]] | siblings
 
 
 def _merged(schema: Schema, definitions: dict[str, Schema], union: TaggedUnion[Section]) -> Schema:

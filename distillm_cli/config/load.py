@@ -47,11 +47,11 @@ class Resolved:
 def shipped() -> dict[str, Path]:
     """Return the shipped recipes: name → file. In a wheel they are inside the package, in a checkout next to it."""
     package = Path(__file__).resolve().parent.parent
-    inside, beside = package / "_recipes", package.parent / "recipes"
+    inside, checkout = package / "_recipes", package.parent / "recipes"
     if inside.is_dir():
         return _by_name(inside)
     if (package.parent / "pyproject.toml").is_file():  # any other "recipes" in site-packages is not ours
-        return _by_name(beside)
+        return _by_name(checkout)
     return {}
 
 
@@ -60,7 +60,7 @@ def _by_name(folder: Path) -> dict[str, Path]:
 
 
 def locate(recipe: str | Path) -> Path:
-    """Return the file of a shipped name (a str) or a path. Raise RecipeError with the nearest name if there is none."""
+    """Return the file of a shipped name (a str) or a path. Raises RecipeError with the nearest name if there is none."""
     text, known = str(recipe), shipped()
     if isinstance(recipe, str) and text in known:
         return known[text]
@@ -99,7 +99,7 @@ def resolve(
     do not train and take any recipe. If a flag selects another method, the recipe's values for its own method are dropped
     and a note lists them.
 
-    Raise RecipeError for the first problem, in file order, with the number of further ones; UsageError for contradicting
+    Raises RecipeError for the first problem, in file order, with the number of further ones; UsageError for contradicting
     flags and for a method of the other verb.
     """
     problems = ErrorCollector()
@@ -125,7 +125,7 @@ def _resolve_again(
 ) -> Resolved:
     """Resolve layers over the values that were given for a resolved recipe, which keep their origins."""
     label = earlier.name or "recipe"
-    chosen = ("default", "method ", "verb ", "auto: ")  # origins of values that nobody gave
+    chosen = ("default", "method ", "verb ", "auto: ")  # origins of values that were not given
     given = {
         key: GivenValue(value_of(earlier.recipe, key), origin, f"{label}: {key}", Priority(merging.RECIPE, position))
         for position, (key, origin) in enumerate(earlier.origin.items())
@@ -157,7 +157,7 @@ def resolve_layers(
     if _is_method(method.value):
         _check_verb(method, command)
         preset |= _preset_values(method.value, merging.METHOD)
-        recipe_method = from_recipe.get("method", method)  # a recipe without a method is valid for any
+        recipe_method = from_recipe.get("method", method)  # a recipe without a method is valid for any method
         if method.priority.layer > merging.RECIPE and method.value != recipe_method.value:
             # Number of epochs and learning rate depend on the models of the recipe, not on the method.
             method_override = {
@@ -204,7 +204,7 @@ def resolve_layers(
             run = f"method {validated.method}, objective {validated.objective.divergence}"
             run += f", schedule {validated.schedule.kind}"
             run += f", data {validated.data.source}" if any(key.startswith("data.") for key in noted_keys) else ""
-            notes = (f"{label or name}: left out, since nothing reads them here ({run}): {keys}",)
+            notes = (f"{label or name}: ignored, since this run ({run}) does not use them: {keys}",)
     origin = {key: given[key].origin if key in given else "default" for key in leaves() if has_field(validated, key)}
     return Resolved(validated, origin, overridden, notes, name)
 
@@ -221,7 +221,7 @@ def with_resolved_values(resolved: Resolved, values: Mapping[str, tuple[Any, str
 
 
 def load_resolved(path: str | Path) -> Recipe:
-    """Return the recipe in a file, such as the ``recipe.yaml`` of an output directory. Raise RecipeError."""
+    """Return the recipe in a file, such as the ``recipe.yaml`` of an output directory. Raises RecipeError."""
     return resolve(command="eval", recipe=Path(path)).recipe
 
 
@@ -237,7 +237,7 @@ def to_yaml(resolved: Resolved, with_origin: bool = True) -> str:
     column = min(max(len(line) for line, comment in rows if comment), 56)
     notes = "".join(f"# note: {redact(note)}\n" for note in resolved.notes)
     notes += (
-        f"# note: {HIDDEN} stands for credentials, which are not written down: give those values again\n"
+        f"# note: {HIDDEN} replaces credentials, which are not saved: set these values again\n"
         * _holds_credentials(resolved.recipe)
     )
     return notes + "".join(f"{line:<{column}}  # {comment}\n" if comment else f"{line}\n" for line, comment in rows)

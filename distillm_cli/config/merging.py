@@ -114,7 +114,7 @@ def invalid_value_error(given: GivenValue, key: str, command: str) -> RecipeErro
 
 
 def read_document(path: Path, label: str) -> yaml.MappingNode:
-    """Return the top-level mapping of a recipe file. Raise RecipeError if it cannot be read or has none."""
+    """Return the top-level mapping of a recipe file. Raises RecipeError if it cannot be read or has none."""
     try:
         if path.stat().st_size > _MAX_FILE_BYTES:
             raise RecipeError("recipe.unreadable", f"{label}: too large for a recipe ({path.stat().st_size:,} bytes)")
@@ -143,7 +143,7 @@ def has_stages(node: yaml.MappingNode) -> bool:
 def from_recipe(path: Path, label: str, problems: ErrorCollector, typed: str | None = None) -> dict[str, GivenValue]:
     """Return the values of a recipe file.
 
-    Raise RecipeError if the file is not a mapping; other problems are added to ``problems``. typed: the recipe as given
+    Raises RecipeError if the file is not a mapping; other problems are added to ``problems``. typed: the recipe as given
     on the command line, if it differs from ``label``.
     """
     node = read_document(path, label)
@@ -183,7 +183,7 @@ def from_flags(flags: Mapping[str, Any]) -> dict[str, GivenValue]:
 def from_sets(
     sets: Iterable[str], problems: ErrorCollector, prefix: str = "", layer: int = SET
 ) -> dict[str, GivenValue]:
-    """Return the values of ``--set section.key=value``; the last one counts. Raise UsageError without "=".
+    """Return the values of ``--set section.key=value``; the last one counts. Raises UsageError without "=".
 
     prefix: in a pipeline, the part of the typed key that was removed. layer: the layer of the values.
     """
@@ -246,8 +246,8 @@ def _read_value(key: str, node: yaml.Node | None, label: str) -> Any:
 def _unknown_key_error(key: str, place: str) -> RecipeError:
     close = nearest_key(key)
     hint = f"did you mean {close}?" if close else "`distillm distill --dry-run` prints every key"
-    if key.rpartition(".")[2].isdecimal():  # what YAML makes of {alpha: 0,1}
-        hint = "inside braces a comma ends a value: write 0.1 for 0,1 and 8000 for 8,000"
+    if key.rpartition(".")[2].isdecimal():  # YAML's reading of {alpha: 0,1}
+        hint = "inside braces a comma ends a value: write 0.1, not 0,1, and 8000, not 8,000"
     return RecipeError("recipe.unknown_field", f"{place}: no such key", hint=hint)
 
 

@@ -33,12 +33,14 @@ class Method:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Return the inputs that must exist before it can run."""
+        """Return the inputs that must exist before the method can run."""
         return (("rows",) if self.verb == "sft" else ("rows", "teacher")) + self.also_needs
 
     def trains_on(self, schedule: str) -> str:
         """Describe its sequences with this kind of schedule."""
-        from distillm_cli.config.schedule import SCHEDULE  # not at the top: help needs the names of methods alone
+        from distillm_cli.config.schedule import (
+            SCHEDULE,
+        )  # imported here, since the help needs only the names of methods
 
         return self.sequences or SCHEDULE.members[schedule].trains_on
 
@@ -55,8 +57,8 @@ register_method(
     Method(
         name="sft",
         verb="sft",
-        summary="cross-entropy on the data set's responses; the best weights by held-out loss",
-        paper="DistiLLM (2402.03898), appendix: how teachers and students are prepared",
+        summary="cross-entropy on the data set's responses, with the best weights by validation loss",
+        paper="DistiLLM (2402.03898), appendix on the preparation of teachers and students",
         preset={
             "objective.kd_weight": 0.0,
             "schedule.kind": "off",
@@ -78,7 +80,7 @@ register_method(
         name="seqkd",
         verb="distill",
         summary="cross-entropy on responses sampled from the teacher",
-        paper="SeqKD, Kim and Rush 2016 (1606.07947); sampled as in DistiLLM, where the paper searches with beams",
+        paper="SeqKD, Kim and Rush 2016 (1606.07947); sampled as in DistiLLM, while the paper uses beam search",
         preset={"objective.divergence": "kl", "objective.kd_weight": 0.0, "schedule.kind": "teacher"},
     )
 )
@@ -86,7 +88,7 @@ register_method(
     Method(
         name="imitkd",
         verb="distill",
-        summary="KL on responses that turn, step by step, from the data set's into the student's own",
+        summary="KL on a mix that shifts gradually from data set rows to student outputs",
         paper="ImitKD, Lin et al. 2020 (2009.07253)",
         preset={
             "objective.divergence": "kl",
@@ -99,7 +101,7 @@ register_method(
     Method(
         name="gkd",
         verb="distill",
-        summary="generalised JSD; half of the steps on fresh samples of the student",
+        summary="generalized JSD, half of the steps on rollouts",
         paper="GKD, Agarwal et al. 2024 (2306.13649); β as in DistiLLM's official script",
         preset={
             "objective.divergence": "jsd",
@@ -113,9 +115,9 @@ register_method(
     Method(
         name="fdistill",
         verb="distill",
-        summary="JSD by halves: KL(p ‖ m) on samples of the teacher, KL(q ‖ m) on the student's for the same prompts",
+        summary="JSD split by source: KL(p ‖ m) on teacher samples, KL(q ‖ m) on student samples for the same prompts",
         paper="f-distill, Wen et al. 2023 (2307.15190); --divergence tvd is its other symmetric variant",
-        objective="jsd by halves",
+        objective="jsd, split by source",
         preset={
             "objective.divergence": "jsd",
             "objective.beta": 0.5,
@@ -128,7 +130,7 @@ register_method(
     Method(
         name="skd",
         verb="distill",
-        summary="KL on what the student drafts, each token outside the teacher's top 25 replaced by a teacher sample",
+        summary="KL on student drafts, with each token outside the teacher's top 25 replaced by a teacher sample",
         paper="speculative KD, Xu et al. 2024 (2410.11325)",
         preset={
             "objective.divergence": "kl",
@@ -146,7 +148,7 @@ register_method(
     Method(
         name="minillm",
         verb="distill",
-        summary="policy gradient of the reverse KL between outputs, on rounds of samples drawn with the teacher's help",
+        summary="policy gradient of the reverse KL between outputs, on rounds of samples from a mixture with the teacher",
         paper="MiniLLM, Gu et al. 2024 (2306.08543)",
         objective="rkl and its policy gradient; CE and kl on rows",
         preset={
@@ -165,7 +167,7 @@ register_method(
     Method(
         name="distillm",
         verb="distill",
-        summary="skew KL; student samples come in, and are replayed, as the held-out loss asks for them",
+        summary="skew KL, with a share of rollouts and replay that rises with the validation loss",
         paper="DistiLLM, Ko et al. 2024 (2402.03898)",
         preset={
             "objective.divergence": "skl",
@@ -178,9 +180,9 @@ register_method(
     Method(
         name="distillm2",
         verb="distill",
-        summary="skew KL on samples of the teacher, skew reverse KL on the student's, both redrawn in each epoch",
+        summary="skew KL on teacher samples and skew reverse KL on student samples, both redrawn in each epoch",
         paper="DistiLLM-2, Ko et al. 2025 (2503.07067)",
-        objective="skl on the teacher's samples, srkl on the student's",
+        objective="skl on teacher samples, srkl on student samples",
         preset={
             "objective.divergence": "skl",
             "objective.alpha": 0.1,
@@ -196,7 +198,7 @@ register_method(
     Method(
         name="akl",
         verb="distill",
-        summary="KL and reverse KL, mixed by whether student and teacher differ in the teacher's head or its tail",
+        summary="KL and reverse KL, weighted by the gap between the models in the teacher's head and tail",
         paper="Wu et al. 2024 (2404.02657)",
         preset={"objective.divergence": "akl", "schedule.kind": "off"},
     )
@@ -205,7 +207,7 @@ register_method(
     Method(
         name="ab",
         verb="distill",
-        summary="α-β divergence: how much large gaps and likely tokens count, each an exponent",
+        summary="α-β divergence, with exponents that weight large gaps and likely tokens",
         paper="ABKD, Wang et al. 2025 (2505.04560)",
         preset={"objective.divergence": "ab", "schedule.kind": "off"},
     )
@@ -214,7 +216,7 @@ register_method(
     Method(
         name="amid",
         verb="distill",
-        summary="a divergence to an assistant between teacher and student, whose shape is a parameter",
+        summary="divergence to an assistant distribution between teacher and student, with a parameter for its shape",
         paper="AMiD, Shin et al. 2026 (2510.15982)",
         preset={"objective.divergence": "amid", "schedule.kind": "adaptive"},
     )
@@ -223,7 +225,7 @@ register_method(
     Method(
         name="taid",
         verb="distill",
-        summary="KL to a target that moves, as the student learns, from near the student to the teacher",
+        summary="KL to a target that moves from the student's distribution to the teacher's during training",
         paper="TAID, Shing et al. 2025 (2501.16937)",
         preset={"objective.divergence": "taid", "schedule.kind": "off"},
     )
@@ -232,7 +234,7 @@ register_method(
     Method(
         name="atkd",
         verb="distill",
-        summary="tokens the teacher is sure of teach their alternatives, the others everything",
+        summary="decoupled KL: only the non-target part where the teacher is confident, both parts elsewhere",
         paper="ATKD, Zhong et al. 2024 (2402.11890)",
         preset={"objective.divergence": "atkd", "schedule.kind": "off"},
     )

@@ -23,7 +23,7 @@ _ABOVE_ZERO = Condition("above 0", 1.0, lambda n: isinstance(n, int | float) and
 _WEIGHTED = ({"objective.kd_weight": _ABOVE_ZERO}, {"objective.policy_gradient": (True,)})
 _DIVERGENCE = UsedWhen(*_WEIGHTED, {"train.select": ("valid_divergence",)}, of_method=False)
 
-# Divergences by the effect of by_source: none on sources whose half is the divergence itself.
+# Divergences on which by_source has no effect for some sources, since their half is the divergence itself.
 _UNCHANGED_ON_ROWS = tuple(name for name, entry in plugins.divergences.items() if entry.is_own_half(0))
 _SPLIT = tuple(name for name in _UNCHANGED_ON_ROWS if not plugins.divergences[name].is_own_half(1))
 _BY_SOURCE = UsedWhen(
@@ -49,7 +49,7 @@ class ObjectiveConfig(DivergenceConfig):
         1.0, description="Weight of the divergence D: (1 − kd_weight)·CE + kd_weight·D. Student outputs have no CE."
     )
     kd_warmup: Annotated[Probability, UsedWhen(*_WEIGHTED, of_method=False)] = Field(
-        0.0, description="Share of the steps over which the weight of D rises from 0 to kd_weight."
+        0.0, description="Fraction of the steps over which the weight of D rises from 0 to kd_weight."
     )
     by_source: Annotated[bool, _BY_SOURCE] = Field(
         False,
@@ -68,21 +68,21 @@ class ObjectiveConfig(DivergenceConfig):
     )
     policy_gradient: bool = Field(
         False,
-        description="MiniLLM: on student outputs D, with importance weights, and the policy gradient of the tokens that "
-        "follow. kd_weight then holds for the rows beside them (row_weight), whose D is kl.",
+        description="MiniLLM: train student outputs on D with importance weights and on the policy gradient of later "
+        "tokens. kd_weight then applies to the data set rows of row_weight, whose D is kl.",
     )
     ratio_clip: Annotated[float, Field(gt=0, lt=1), UsedWhen({"objective.policy_gradient": (True,)})] = Field(
         0.2, description="ε of policy_gradient. The ratio of student to sampler is clipped to 1 ± ε (PPO)."
     )
     row_weight: Annotated[float, Field(ge=0)] = Field(
         0.0,
-        description="Weight of data set rows beside the student outputs of policy_gradient, (1 − kd_weight)·CE + "
+        description="Weight of the data set rows that policy_gradient adds to student outputs, (1 − kd_weight)·CE + "
         "kd_weight·KL(p‖q) per token (MiniLLM's term on plain text). 0: none.",
     )
     router_aux: Literal["auto"] | Annotated[float, Field(ge=0)] = Field(
         "auto",
         description="Weight of the auxiliary loss of the routers of a mixture of experts, for sft too. auto: the "
-        "student's router_aux_loss_coef where its config sets output_router_logits, else 0.",
+        "student's router_aux_loss_coef if its config sets output_router_logits, else 0.",
     )
 
     def __new__(cls, **values: Any) -> ObjectiveConfig:
@@ -93,7 +93,7 @@ class ObjectiveConfig(DivergenceConfig):
     def _row_weight_needs_policy_gradient(self) -> ObjectiveConfig:
         if self.row_weight and not self.policy_gradient:
             raise ValueError(
-                "objective.row_weight belongs to objective.policy_gradient; try --set objective.policy_gradient=true"
+                "objective.row_weight needs objective.policy_gradient; try --set objective.policy_gradient=true"
             )
         return self
 
@@ -102,7 +102,7 @@ class ObjectiveConfig(DivergenceConfig):
         entry = plugins.divergences[self.divergence]
         if self.curriculum == "on" and not (self.by_source and entry.build(self).has_curriculum):
             raise ValueError(
-                "objective.curriculum is of skl by_source, with alpha above 0; try --set objective.curriculum=off"
+                "objective.curriculum needs skl, by_source and alpha above 0; try --set objective.curriculum=off"
             )
         return self
 
@@ -112,12 +112,12 @@ class ObjectiveConfig(DivergenceConfig):
         chosen = [name for name, is_on in switches.items() if is_on]
         if chosen and plugins.divergences[self.divergence].has_own_objective:
             raise ValueError(
-                f"objective.{chosen[0]} with objective.divergence {self.divergence}, which looks at a step as a whole; "
+                f"objective.{chosen[0]} cannot be combined with objective.divergence {self.divergence}; "
                 f"try --set objective.{chosen[0]}=false"
             )
         if len(chosen) > 1:
             raise ValueError(
-                "objective.by_source and objective.policy_gradient exclude each other; "
+                "objective.by_source and objective.policy_gradient are mutually exclusive; "
                 "try --set objective.by_source=false"
             )
         return self
@@ -137,7 +137,7 @@ def _member(name: str, entry: DivergenceEntry) -> type[ObjectiveConfig]:
         __doc__=entry.divergence.__doc__,
         divergence=(tag, name),
     )
-    globals()[member.__name__] = member  # where pickle looks for it
+    globals()[member.__name__] = member  # where pickle searches for it
     return cast("type[ObjectiveConfig]", member)
 
 

@@ -7,9 +7,9 @@
       distill: {verb: distill, recipe: dolly-gpt2, teacher: {path: stage:teacher}, student: {path: gpt2}}
       eval: {verb: eval, models: [stage:distill]}
 
-``stage:NAME`` stands for the output of an earlier stage: a model directory (sft, distill) or rows (generate). Precedence,
-weakest first: schema < method preset < the stage's ``recipe`` < defaults < the stage itself. ``--set defaults.…`` and
-``--set stages.NAME.…`` override what they change.
+``stage:NAME`` refers to the output of an earlier stage: a model directory (sft, distill) or rows (generate).
+Precedence, weakest first: schema < method preset < the stage's ``recipe`` < defaults < the stage itself. ``--set
+defaults.…`` and ``--set stages.NAME.…`` override single values.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class GenerateStageConfig(StageConfig):
 
     model: Name
     split: Literal["train", "valid", "test"] = "train"
-    limit: Positive | None = Field(None, description="Use the first prompts only. Unset: data.limit.")
-    n: Positive = Field(1, description="Responses per prompt.")
+    limit: Positive | None = Field(None, description="Use only the first N prompts. Unset: data.limit.")
+    n: Positive = Field(1, description="Number of responses per prompt.")
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -131,13 +131,13 @@ class Pipeline:
 
 
 def is_pipeline(recipe: str | Path) -> bool:
-    """Return whether a shipped name or a path is a recipe of stages. Raise RecipeError if there is no such file."""
+    """Return whether a shipped name or a path is a recipe of stages. Raises RecipeError if there is no such file."""
     path = locate(recipe)
     return merging.has_stages(merging.read_document(path, str(recipe)))
 
 
 def load_pipeline(recipe: str | Path, sets: Iterable[str] = ()) -> Pipeline:
-    """Load a pipeline from a shipped name or a path, with ``--set`` texts. Raise RecipeError or UsageError."""
+    """Load a pipeline from a shipped name or a path, with ``--set`` texts. Raises RecipeError or UsageError."""
     path = locate(recipe)
     label = path.name if recipe == path.stem else str(recipe)
     return _PipelineParser(path, label, str(recipe)).read(list(sets))
@@ -186,8 +186,8 @@ class _PipelineParser:
         typed_values = merging.from_sets(shared_sets, self.problems, "defaults.", merging.SHARED_SET)
         for given in (shared, typed_values):
             if "method" in given:
-                what = f"{given['method'].location}: a method is of one stage"
-                raise RecipeError("recipe.invalid_stage", what, hint="set it in the stages that it is for")
+                what = f"{given['method'].location}: defaults cannot set a method"
+                raise RecipeError("recipe.invalid_stage", what, hint="set it in the stages")
         parsed = [self._stage(name, *stages[name], [shared, typed_values], typed_sets[name]) for name in stages]
         if self.problems:
             raise self.problems.first()
@@ -197,7 +197,7 @@ class _PipelineParser:
     def _mapping(self, key: yaml.Node, value: yaml.Node, what: str, expected: str) -> yaml.MappingNode:
         if not isinstance(value, yaml.MappingNode) or not value.value:
             place = f"{yaml_io.location(self.label, yaml_io.line_of(key))}: {what}"
-            raise RecipeError("recipe.not_a_mapping", f"{place}: no mapping", where=f"expected {expected}")
+            raise RecipeError("recipe.not_a_mapping", f"{place}: not a mapping", where=f"expected {expected}")
         return value
 
     def _shared_sections(self, key: yaml.Node, value: yaml.Node) -> yaml.MappingNode:
@@ -215,13 +215,13 @@ class _PipelineParser:
             if not re.fullmatch(r"[A-Za-z][\w-]*", name):
                 raise RecipeError(
                     "recipe.invalid_stage",
-                    f"{line}: stages.{name}: not a stage's name",
+                    f"{line}: stages.{name}: invalid stage name",
                     where="expected a letter, then letters, digits, - and _",
                 )
             if not isinstance(node, yaml.MappingNode):
                 raise RecipeError(
                     "recipe.not_a_mapping",
-                    f"{line}: stages.{name}: no mapping",
+                    f"{line}: stages.{name}: not a mapping",
                     where="expected verb: sft and its sections",
                 )
             parsed[name] = (key_node, node)
@@ -328,7 +328,7 @@ class _PipelineParser:
         if config.verb in ("sft", "distill") and recipe.student.path is None:
             missing = ("no model to train", "student.path")
         elif config.verb == "distill" and recipe.teacher.path is None:
-            missing = ("no teacher to learn from", "teacher.path")
+            missing = ("no teacher", "teacher.path")
         if missing:
             what, field = missing
             hint = f"set {field} there, to a path, a hub name or stage:NAME"
@@ -339,7 +339,7 @@ class _PipelineParser:
     def _with_dependencies(self, stages: list[Stage]) -> Iterator[Stage]:
         """Yield the stages with their dependencies.
 
-        Raise RecipeError if one does not exist, does not come earlier or has the wrong kind of output.
+        Raises RecipeError if one does not exist, does not come earlier or has the wrong kind of output.
         """
         for position, stage in enumerate(stages):
             depends_on: dict[str, None] = {}
@@ -358,11 +358,11 @@ class _PipelineParser:
                 producer = next(other for other in stages if other.name == stage_name)
                 needed = ROWS if key.startswith(("data.", "eval.")) else MODEL
                 if OUTPUT_OF[producer.verb] != needed:
-                    produced = OUTPUT_OF[producer.verb] or "nothing that can be read"
+                    produced = OUTPUT_OF[producer.verb] or "no usable output"
                     raise RecipeError(
                         "recipe.invalid_stage_input",
                         place,
-                        where=f"stage {stage_name} ({producer.verb}) makes {produced}, this takes {needed}",
+                        where=f"stage {stage_name} ({producer.verb}) produces {produced}, not {needed}",
                     )
                 depends_on[stage_name] = None
             yield Stage(stage.name, stage.config, stage.resolved, stage.origins, tuple(depends_on))
@@ -422,8 +422,8 @@ def _stage_key_problem(
         owners = " and ".join(verb for verb, other in STAGE_CONFIGS.items() if name in other.model_fields)
         return given.priority, RecipeError(
             "recipe.unknown_field",
-            f"{given.location}: no such key of {stage_keys['verb'].value}",
-            where=f"{owners} has it",
+            f"{given.location}: not a key of {stage_keys['verb'].value}",
+            where=f"it is a key of {owners}",
         )
     field = kind.model_fields[name]
     expected = f"expected {describe_type(field.annotation, field.metadata)}"
@@ -434,9 +434,9 @@ def _stage_key_problem(
 
 def _why_unavailable(stage_name: str, stages: list[Stage], stage: Stage) -> str:
     if stage_name == stage.name:
-        return "a stage cannot read what it makes itself"
+        return "a stage cannot read its own output"
     if any(other.name == stage_name for other in stages):
-        return f"stage {stage_name} comes after {stage.name}; stages run in the order in which they stand"
+        return f"stage {stage_name} comes after {stage.name}; stages run in the order of the file"
     return f"there is no stage {stage_name}"
 
 

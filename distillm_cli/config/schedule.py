@@ -21,7 +21,8 @@ _FROM_BUFFER = {"schedule.fresh": ("buffer",)}
 _CAPACITY: int = Field(1000, description="Size of the replay buffer, in sequences. The oldest are removed first.")
 _WARM_UP: Literal["fill", "none"] = Field(
     "fill",
-    description="Student draws until the buffer is full. fill: all are fresh (official code). none: no such phase (paper).",
+    description="Draws of student outputs until the buffer is full. fill: all are fresh (official code). none: no "
+    "such phase (paper).",
 )
 _BY_LOSS = UsedWhen({"schedule.trigger": ("loss",)})
 _BY_GAIN = UsedWhen({"schedule.trigger": ("gain",)})
@@ -48,7 +49,7 @@ class ScheduleConfig(Section):
     kind: str = Field(
         "adaptive",
         description="Sequences of each step. off: data set rows. on: rollouts. mixed: GKD. annealed: ImitKD. adaptive: "
-        "DistiLLM. auto: as far as the student overfits the rows. teacher: samples of the teacher. pairs: a sample of both "
+        "DistiLLM. auto: as far as the student overfits the rows. teacher: teacher samples. pairs: a sample of both "
         "models for each prompt. interleaved: rollouts that the teacher corrects (speculative KD). rounds: rollout.bulk "
         "batches of rollouts, trained on inner_epochs times, then the next (MiniLLM).",
     )
@@ -86,7 +87,7 @@ class ScheduleConfig(Section):
 class OffConfig(ScheduleConfig):
     """Train every step on data set rows."""
 
-    trains_on = "data set"
+    trains_on = "data set rows"
     uses_rows = True
 
     kind: Literal["off"] = "off"
@@ -100,7 +101,7 @@ class BufferedConfig(ScheduleConfig):
 
     replay: Literal["auto", "none", "decreasing", "constant", "increasing"] = Field(
         "auto",
-        description="ρ(t), the share of student draws that are fresh: 1−t/T, ½ or t/T. none: all are fresh. auto: "
+        description="ρ(t), the share of student outputs that are fresh: 1−t/T, ½ or t/T. none: all are fresh. auto: "
         "decreasing for adaptive, else none.",
     )
     capacity: Annotated[Positive, UsedWhen(_REPLAYED, _FROM_BUFFER)] = _CAPACITY
@@ -132,7 +133,7 @@ class BufferedConfig(ScheduleConfig):
 class OnConfig(BufferedConfig):
     """Train every step on student outputs."""
 
-    trains_on = "student samples"
+    trains_on = "rollouts"
 
     kind: Literal["on"] = "on"
 
@@ -140,22 +141,22 @@ class OnConfig(BufferedConfig):
 class MixedConfig(BufferedConfig):
     """Train a step on student outputs with a fixed probability (GKD)."""
 
-    trains_on = "data set or student samples"
+    trains_on = "data set rows or rollouts"
     uses_rows = True
 
     kind: Literal["mixed"] = "mixed"
-    mix: Probability = Field(0.5, description="λ of mixed, the probability of a rollout.")
+    mix: Probability = Field(0.5, description="λ of mixed: probability of a rollout.")
 
 
 class AnnealedConfig(BufferedConfig):
     """Increase the share of steps on student outputs from 0 to 1 (ImitKD)."""
 
-    trains_on = "data set, then student samples"
+    trains_on = "data set rows, then rollouts"
     uses_rows = True
 
     kind: Literal["annealed"] = "annealed"
     anneal: Literal["linear", "exponential", "sigmoid"] = Field(
-        "linear", description="Course of the data set's share as it falls."
+        "linear", description="Curve by which the share of data set rows falls."
     )
     anneal_rate: Annotated[float, Field(gt=0), _CURVED] = Field(
         5.0, description="Rate r of exponential, e^(−r·t/T), or steepness of sigmoid around the middle."
@@ -165,13 +166,13 @@ class AnnealedConfig(BufferedConfig):
 class PhiConfig(BufferedConfig):
     """Configure a schedule that trains on student outputs with a probability φ, which changes at validations."""
 
-    trains_on = "data set, student samples, replay"
+    trains_on = "data set rows, rollouts, replay"
     uses_rows = True
     has_phi = True
 
     capacity: Annotated[Positive, UsedWhen(_REPLAYED, _AUTO_REPLAY, _FROM_BUFFER)] = _CAPACITY
     warm_up: Annotated[Literal["fill", "none"], UsedWhen(_REPLAYED, _AUTO_REPLAY)] = _WARM_UP
-    phi: Probability = Field(0.0, description="φ at the start.")
+    phi: Probability = Field(0.0, description="Initial φ.")
 
 
 class AdaptiveConfig(PhiConfig):
@@ -225,8 +226,8 @@ class _RowSampleConfig(ScheduleConfig):
 
     redraw: Literal["never", "epoch"] = Field(
         "never",
-        description="When samples are drawn again. epoch: in each epoch, those of the teacher and those of the student "
-        "in pairs. never: the teacher's are drawn once, the student's at every step.",
+        description="When samples are redrawn. epoch: in each epoch, those of the teacher and, in pairs, those of "
+        "the student. never: teacher samples are drawn once, student samples at every step.",
     )
 
     @property
@@ -263,11 +264,11 @@ class InterleavedConfig(BufferedConfig):
 class RoundsConfig(ScheduleConfig):
     """Sample rollouts in rounds and train on each round several times (MiniLLM)."""
 
-    trains_on = "rounds of student samples, each trained on several times"
+    trains_on = "rounds of rollouts, each trained on several times"
     uses_student_outputs = True
 
     kind: Literal["rounds"] = "rounds"
-    inner_epochs: Positive = Field(4, description="Times that the rollouts of a round are trained on.")
+    inner_epochs: Positive = Field(4, description="Number of times that the rollouts of a round are trained on.")
 
     @property
     def may_replay(self) -> bool:

@@ -32,7 +32,7 @@ from distillm_cli.config.schedule import SCHEDULE, ScheduleConfig, kinds_with, t
 _DRAFTS = UsedWhen({"schedule.kind": kinds_with(lambda kind: kind.drafts)})
 _TEACHER_SAMPLES = UsedWhen({"schedule.kind": kinds_with(lambda kind: kind.uses_teacher_samples)})
 _TEACHER_DECODES = UsedWhen({"schedule.kind": kinds_with(lambda kind: kind.uses_teacher_samples or kind.drafts)})
-_MAY_MIX = UsedWhen(  # samples for a whole epoch of pairs are drawn from the student alone
+_MAY_MIX = UsedWhen(  # the samples of a whole epoch of pairs come from the student alone
     {"schedule.kind": kinds_with(trains_on_own_outputs)},
     {
         "schedule.kind": kinds_with(lambda kind: kind.uses_student_outputs and kind.uses_teacher_samples),
@@ -82,16 +82,17 @@ class TeacherConfig(Section):
     """Configure the teacher, the model that is imitated. It is not trained."""
 
     path: Name | None = Field(
-        None, description="Teacher: a hub name, a local directory, or builtin. `builtin` is shipped with the program."
+        None, description="Teacher: a hub name, a local directory, or builtin, the model shipped with this package."
     )
     dtype: Dtype = Field(
-        "auto", description="Number format of the weights. auto: bf16 where the machine is fast at it, else fp32."
+        "auto", description="Data type of the weights. auto: bf16 on hardware with fast bf16, else fp32."
     )
     cache: Literal["auto", "memory", "disk", "off"] = Field(
         "auto",
-        description="Cache of the teacher's hidden states. memory: filled in the first epoch. disk: computed beforehand "
-        "and shared by runs. Student outputs are cached while they are replayed. auto: disk where that cache exists, else "
-        "memory where sequences are seen twice and a quarter of the free memory holds them, else off.",
+        description="Cache of the teacher's hidden states. memory: filled in the first epoch. disk: computed before "
+        "training and shared by runs. Student outputs are cached while they may be replayed. auto: disk "
+        "if that cache exists, else memory if sequences repeat and their states fit into a quarter of "
+        "the free memory, else off.",
     )
     cache_dir: Name | None = Field(
         None,
@@ -116,16 +117,16 @@ class AdapterConfig(Section):
         0.1, description="Dropout on the adapter's input."
     )
     targets: tuple[Name, ...] | None = Field(
-        None, min_length=1, description="Names of the layers with an adapter. Unset: every linear layer but the head."
+        None,
+        min_length=1,
+        description="Names of the layers with an adapter. Unset: every linear layer except the head.",
     )
 
     @model_validator(mode="after")
     def _check_rank(self) -> AdapterConfig:
         for name in ("alpha", "targets"):
             if self.r is None and getattr(self, name) is not None:
-                raise ValueError(
-                    f"student.lora.{name} belongs to an adapter, and student.lora.r is unset; try --lora 16"
-                )
+                raise ValueError(f"student.lora.{name} needs an adapter, and student.lora.r is unset; try --lora 16")
         return self
 
 
@@ -146,13 +147,13 @@ class StudentConfig(Section):
         "student's own, else the teacher's.",
     )
     dtype: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="Compute type. Parameters stay fp32 (autocast). auto: bf16 where the machine is fast at it."
+        "auto", description="Compute dtype. Parameters stay fp32 (autocast). auto: bf16 on hardware with fast bf16."
     )
     dropout: Probability | None = Field(
-        None, description="Probability of every dropout of the student. Unset: as its config sets them."
+        None, description="Probability of every dropout of the student. Unset: the values of its config."
     )
     save_dtype: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="Number format of the weights in the output directory. Checkpoints stay fp32."
+        "fp32", description="Data type of the weights in the output directory. Checkpoints stay fp32."
     )
     revision: Annotated[Name | None, UsedWhen({"student.path": _ON_HUB}, of_method=False)] = Field(
         None, description="Branch, tag or commit on the hub."
@@ -164,7 +165,7 @@ class StudentConfig(Section):
     )
     sft_epochs: Annotated[float, Field(ge=0)] = Field(
         0,
-        description="Epochs of fine-tuning before distillation, a stage of its own under sft/. The paper's number is 3.",
+        description="Epochs of fine-tuning before distillation, as a separate stage under sft/. The paper uses 3.",
     )
     sft_lr: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Peak learning rate of fine-tuning before distillation. Unset: train.lr."
@@ -185,23 +186,23 @@ class StudentConfig(Section):
     @model_validator(mode="after")
     def _check_adapter_and_sft(self) -> StudentConfig:
         if self.lora_output == "adapter" and self.lora.r is None:
-            raise ValueError("student.lora_output adapter without an adapter, student.lora.r; try --lora 16")
+            raise ValueError("student.lora_output adapter needs student.lora.r; try --lora 16")
         if self.lora_output == "adapter" and self.is_built:
             raise ValueError(
-                f"student.lora_output adapter: the adapter of {self.path} would have no model to be loaded on; "
+                f"student.lora_output adapter: the base model {self.path} would not be saved; "
                 "try --set student.lora_output=merged"
             )
         if self.sft_lr is not None and not self.sft_epochs:
-            raise ValueError("student.sft_lr without student.sft_epochs; try --set student.sft_epochs=3")
+            raise ValueError("student.sft_lr needs student.sft_epochs; try --set student.sft_epochs=3")
         return self
 
 
 class ColumnsConfig(Section):
-    """Name the columns of the prompt and the response, for a source whose column names are not known ones."""
+    """Name the columns of the prompt and the response, for a source with other column names than the known ones."""
 
     prompt: Name | None = Field(None, description="Column of the whole prompt, or of the instruction.")
-    input: Name | None = Field(None, description="Column of the text that goes with the instruction.")
-    response: Name | None = Field(None, description="Column of the response: a text, or a list of references.")
+    input: Name | None = Field(None, description="Column of the input text of the instruction.")
+    response: Name | None = Field(None, description="Column of the response: text, or a list of references.")
 
 
 class DataConfig(Section):
@@ -209,8 +210,9 @@ class DataConfig(Section):
 
     source: Name = Field(
         "dolly",
-        description="Rows of a file, a directory, a hub name or a known data set. Files are jsonl, json, csv or parquet, "
-        "also as .gz and .zst. A directory holds such files or a data set of save_to_disk. A name is looked for under "
+        description="Data set, as a file, a directory, a hub name or a known name. Files are jsonl, json, csv or "
+        "parquet, "
+        "also as .gz and .zst. A directory holds such files or a data set of save_to_disk. A name is searched under "
         "$DISTILLM_DATA first.",
     )
     valid: Name | None = Field(
@@ -218,8 +220,8 @@ class DataConfig(Section):
     )
     template: Literal["auto", "alpaca", "chat", "plain", "exact"] = Field(
         "auto",
-        description="Prompt format. auto: chat for conversations, and for instructions where teacher and student "
-        "have chat templates; else alpaca for instructions, plain for questions, exact for whole prompts.",
+        description="Prompt format. auto: chat for conversations, and for instructions if teacher and student have "
+        "chat templates; else alpaca for instructions, plain for questions, exact for whole prompts.",
     )
     chat_template: Name = Field(
         "auto",
@@ -228,20 +230,18 @@ class DataConfig(Section):
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, description="Arguments of the chat template for every row, such as {enable_thinking: false}."
     )
-    tools: Name | None = Field(
-        None, description="JSON file with the list of tools of rows that have no `tools` column."
-    )
+    tools: Name | None = Field(None, description="JSON file with a list of tools, for rows without a `tools` column.")
     documents: Name | None = Field(
-        None, description="JSON file with the list of documents of rows that have no `documents` column."
+        None, description="JSON file with a list of documents, for rows without a `documents` column."
     )
-    turns: Literal["all", "last"] = Field("all", description="Answers of a conversation that are supervised.")
+    turns: Literal["all", "last"] = Field("all", description="Supervised assistant messages of a conversation.")
     date: Name | None = Field(
-        None, description="Date that chat templates see, YYYY-MM-DD. Unset: the day on which the run starts."
+        None, description="Current date for chat templates, YYYY-MM-DD. Unset: the day on which the run starts."
     )
     special_tokens_in_text: Literal["encode", "text", "refuse"] = Field(
         "encode",
-        description="Special tokens written in the text of a row: encode them as special tokens (as transformers does), "
-        "encode them as text, or refuse the row.",
+        description="Handling of special tokens in the text of a row: encode them as special tokens (as transformers "
+        "does), encode them as text, or refuse the row.",
     )
     source_language: Name | None = Field(
         None, description="Language code of prompts, for tokenizers with such codes (NLLB: eng_Latn)."
@@ -252,40 +252,40 @@ class DataConfig(Section):
     columns: ColumnsConfig = ColumnsConfig()  # sections are frozen, so that a shared default is safe
     max_length: Annotated[int, Field(ge=2)] | Auto = Field(
         AUTO,
-        description="Longest row, in tokens of prompt and response. auto: 512 for GPT-2, OPT and Llama bases, else 2048, "
+        description="Maximum length of a row, in tokens of prompt and response. auto: 512 for GPT-2, OPT and Llama "
+        "bases, else 2048, "
         "within the model's context.",
     )
     max_prompt_length: Positive | Auto = Field(
         AUTO,
-        description="Longest prompt, in tokens. auto: 256 less than max_length, and at least 256.",
+        description="Maximum length of a prompt, in tokens. auto: 256 less than max_length, and at least 256.",
     )
     too_long: Literal["drop", "truncate", "error"] = Field(
         "drop",
-        description="What happens to a row over max_length. truncate cuts the end of the response. A prompt is never "
-        "cut.",
+        description="Handling of rows over max_length. truncate cuts the end of the response. Prompts are never cut.",
     )
-    limit: Positive | None = Field(None, description="Use the first rows only.")
+    limit: Positive | None = Field(None, description="Use only the first N rows.")
     teacher_samples: Annotated[Name | None, _TEACHER_SAMPLES] = Field(
         None,
         description="File of teacher responses that `generate` wrote, matched to the rows by their prompts. Unset: they "
         "are sampled during the run.",
     )
-    valid_limit: Positive = Field(1000, description="Number of held-out rows used for validation, at most.")
+    valid_limit: Positive = Field(1000, description="Maximum number of held-out rows used for validation.")
     size: Annotated[Positive, UsedWhen(_BUILTIN)] = Field(20_000, description="Rows of the builtin data set.")
     tasks: Annotated[tuple[str, ...] | None, UsedWhen(_BUILTIN, {"data.valid": ("builtin",)})] = Field(
         None, description="Kinds of task of the builtin data set. Unset: all."
     )
     seed: int = Field(1, description="Seed of the builtin rows and of the held-out slice.")
     skip_bad_rows: bool = Field(
-        False, description="Skip broken rows instead of stopping at the first. They are counted and listed."
+        False, description="Skip broken rows instead of stopping at the first. Skipped rows are counted and listed."
     )
     bucket: Positive = Field(
         1,
         description="Grouping of rows by length. 1: random batches, each split into forward passes of similar length, "
         "which saves padding and changes no gradient. k: batches of similar length from k batches sorted "
-        "together, which saves passes, but learning suffers where the length depends on the kind of row.",
+        "together, which saves passes, but worsens training if the length depends on the kind of row.",
     )
-    workers: Count = Field(0, description="Processes that tokenize. They do not change a run.")
+    workers: Count = Field(0, description="Number of tokenizing processes. Does not change results.")
 
     @model_validator(mode="after")
     def _check_date(self) -> DataConfig:
@@ -300,31 +300,36 @@ class RolloutConfig(Section):
     """Configure sampling from the student during training, and from any model in `generate`."""
 
     temperature: Annotated[float, Field(ge=0), _STUDENT_DECODES] = Field(
-        1.0, description="Temperature of sampling. 0 is greedy."
+        1.0, description="Sampling temperature. 0 is greedy."
     )
     top_p: Annotated[float, Field(gt=0, le=1), _STUDENT_DECODES] = Field(
-        1.0, description="Sample from the likeliest tokens of probability mass P."
+        1.0, description="Nucleus sampling: total probability P of the tokens to sample from."
     )
-    top_k: Annotated[Count, _STUDENT_DECODES] = Field(0, description="Sample from the K likeliest tokens (0: all).")
-    max_new_tokens: Positive = Field(256, description="Longest response, in tokens. End-of-sequence is included.")
+    top_k: Annotated[Count, _STUDENT_DECODES] = Field(0, description="Sample from the K most likely tokens (0: all).")
+    max_new_tokens: Positive = Field(
+        256, description="Maximum length of a response, in tokens. End-of-sequence is included."
+    )
     teacher_temperature: Annotated[float, Field(ge=0), _TEACHER_DECODES] = Field(
-        1.0, description="Temperature at which the teacher samples in training. 0 is greedy."
+        1.0, description="Sampling temperature of the teacher during training. 0 is greedy."
     )
     teacher_top_p: Annotated[float, Field(gt=0, le=1), _TEACHER_DECODES] = Field(
-        1.0, description="Probability mass of the likeliest tokens from which the teacher samples in training."
+        1.0,
+        description="Nucleus sampling of the teacher during training: total probability of the tokens to sample from.",
     )
     draft: Annotated[Positive, _DRAFTS] = Field(
         5,
-        description="γ of interleaved, the tokens that the student drafts before the teacher reads them. It changes the "
-        "cost, not the distribution.",
+        description="γ of interleaved: number of tokens that the student drafts before the teacher checks them. It "
+        "changes the cost, not the distribution.",
     )
     accept: Annotated[Positive, _DRAFTS] = Field(
-        25, description="K of interleaved. A drafted token is accepted if it is among the teacher's K likeliest."
+        25,
+        description="K of interleaved. A drafted token is accepted if it is among the teacher's K most likely tokens.",
     )
     bulk: Annotated[Positive, _GENERATES] = Field(
         8,
-        description="Rollout batches sampled at once, for the next steps that need one. It makes sampling faster, with "
-        "samples up to this number of rollout steps old. For rounds: the number of batches in a round.",
+        description="Number of rollout batches sampled at once, for the next steps that need one. Larger values "
+        "sample faster, from a student that is up to this number of rollout steps old. For rounds: the "
+        "number of batches in a round.",
     )
     teacher_mix: Annotated[float, Field(ge=0, lt=1), _MAY_MIX] = Field(
         0.0,
@@ -334,13 +339,17 @@ class RolloutConfig(Section):
 
 
 class TrainConfig(Section):
-    """Configure the loop. Defaults are the paper's (docs/methods.md#settings), or fit the models where they are `auto`."""
+    """Configure the training loop.
+
+    Defaults are the paper's (docs/methods.md#settings), or depend on the models if they are `auto`.
+    """
 
     epochs: Annotated[float, Field(gt=0)] | Auto = Field(
         AUTO,
-        description="Passes over the rows. Ignored when steps is given. auto: 10 or 20 for the paper's models, else 3.",
+        description="Number of passes over the rows. Ignored when steps is given. auto: 10 or 20 for the paper's "
+        "models, else 3.",
     )
-    steps: Positive | None = Field(None, description="Optimizer steps, in place of epochs.")
+    steps: Positive | None = Field(None, description="Number of optimizer steps, in place of epochs.")
     batch_size: Positive = Field(8, description="Sequences per micro-batch.")
     accumulate: Positive = Field(
         1, description="Micro-batches per step. The loss is the mean over the tokens of the whole step."
@@ -350,43 +359,51 @@ class TrainConfig(Section):
         description="Peak learning rate. auto: by family and size, 5e-4 for the paper's GPT-2, 1e-5 for a chat model.",
     )
     lr_schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="Course of the learning rate after the warm-up."
+        "cosine", description="Learning rate schedule after the warm-up."
     )
     min_lr: Annotated[float, Field(ge=0), _FALLING] = Field(
-        1e-7, description="Learning rate at the end of cosine and linear."
+        1e-7, description="Final learning rate of cosine and linear."
     )
     warmup: Annotated[float, Field(ge=0)] | Auto = Field(
-        AUTO, description="Steps of warm-up, below 1 a fraction of all steps. auto: 0 for the paper's models, else 0.1."
+        AUTO,
+        description="Number of warm-up steps, or, below 1, a fraction of all steps. auto: 0 for the paper's models, "
+        "else 0.1.",
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         1e-2, description="Weight decay of matrices. Biases and norms have none."
     )
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Betas of AdamW.")
-    clip: Annotated[float, Field(ge=0)] = Field(1.0, description="Largest norm of the gradient. 0: no clipping.")
-    seed: Seed = Field(10, description="Random seed. It decides the order of rows, rollouts, dropout and new weights.")
+    clip: Annotated[float, Field(ge=0)] = Field(1.0, description="Maximum gradient norm. 0: no clipping.")
+    seed: Seed = Field(
+        10, description="Random seed. It determines the order of rows, rollouts, dropout and new weights."
+    )
     device: Name = Field("auto", examples=["auto", "cpu", "cuda", "cuda:1", "mps"], description="Device to compute on.")
-    threads: Positive | None = Field(None, description="CPU threads, at most one for each core. Unset: torch's choice.")
+    threads: Positive | None = Field(
+        None, description="Number of CPU threads, at most one per core. Unset: torch's default."
+    )
     gradient_checkpointing: bool = Field(
         False,
-        description="Compute activations again in the backward pass, which saves memory and costs one more forward "
-        "pass.",
+        description="Recompute activations in the backward pass, which saves memory and costs one more forward pass.",
     )
-    log_steps: Positive = Field(1, description="Steps between two lines of metrics.jsonl.")
-    eval_steps: Positive | Literal["epoch"] = Field("epoch", description="Steps between two validations.")
-    save_steps: Positive | Literal["epoch"] = Field("epoch", description="Steps between two checkpoints.")
-    keep: Count = Field(2, description="Number of checkpoints to keep beside the best. 0: none once the run is done.")
+    log_steps: Positive = Field(1, description="Number of steps between two lines of metrics.jsonl.")
+    eval_steps: Positive | Literal["epoch"] = Field("epoch", description="Number of steps between two validations.")
+    save_steps: Positive | Literal["epoch"] = Field("epoch", description="Number of steps between two checkpoints.")
+    keep: Count = Field(
+        1,
+        description="Number of newest checkpoints to keep, besides the weights of the best. 0: none after the run.",
+    )
     select: Selection = Field(
         "last",
-        description="Weights of the output directory: the last ones, or the best by a figure on held-out rows.",
+        description="Weights of the output directory: the last ones, or the best by a metric on held-out rows.",
     )
     patience: Positive | None = Field(
-        None, description="Stop after this number of validations without a better value of select."
+        None, description="Stop after this number of validations without an improvement of train.select."
     )
 
     @model_validator(mode="after")
     def _check_patience(self) -> TrainConfig:
         if self.patience is not None and self.select == "last":
-            raise ValueError("train.patience needs a train.select to watch; try --set train.select=valid_loss")
+            raise ValueError("train.patience needs train.select; try --set train.select=valid_loss")
         return self
 
 
@@ -400,7 +417,7 @@ class EvalConfig(Section):
     metrics: tuple[MetricName, ...] = Field(
         ("rouge_l", "exact_match"),
         min_length=1,
-        description="Metrics of the responses. bleu and chrf are figures of a whole set; final_number is GSM8K's.",
+        description="Metrics of the responses. bleu and chrf are computed on the whole set. final_number is GSM8K's.",
     )
     rouge_tokenizer: Literal["words", "characters"] = Field(
         "words",
@@ -408,25 +425,27 @@ class EvalConfig(Section):
         "(for Chinese).",
     )
     seeds: tuple[Annotated[int, Field(lt=2**63)], ...] = Field(
-        (10, 20, 30, 40, 50), min_length=1, description="Seeds, with one sampled pass each."
+        (10, 20, 30, 40, 50), min_length=1, description="Random seeds, with one sampled pass per seed."
     )
     greedy: bool = Field(False, description="Decode greedily, in one pass, or sample.")
-    temperature: Annotated[float, Field(ge=0)] = Field(1.0, description="Temperature of sampling. 0 is greedy.")
+    temperature: Annotated[float, Field(ge=0)] = Field(1.0, description="Sampling temperature. 0 is greedy.")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
-        1.0, description="Sample from the likeliest tokens of probability mass P."
+        1.0, description="Nucleus sampling: total probability P of the tokens to sample from."
     )
-    top_k: Count = Field(0, description="Sample from the K likeliest tokens (0: all).")
-    max_new_tokens: Positive = Field(256, description="Longest response, in tokens. End-of-sequence is included.")
+    top_k: Count = Field(0, description="Sample from the K most likely tokens (0: all).")
+    max_new_tokens: Positive = Field(
+        256, description="Maximum length of a response, in tokens. End-of-sequence is included."
+    )
     no_repeat_ngram_size: Count = Field(
-        6, description="Length of n-grams that a response does not repeat. 0: no limit."
+        6, description="Length of n-grams that must not repeat in a response. 0: no limit."
     )
     strip_reasoning: bool = Field(
         True, description="Score responses and references without their reasoning (<think> blocks, analysis channels)."
     )
-    batch_size: Positive = Field(32, description="Responses decoded at once.")
-    limit: Positive | None = Field(None, description="Use the first rows of each suite only.")
+    batch_size: Positive = Field(32, description="Number of responses decoded at once.")
+    limit: Positive | None = Field(None, description="Use only the first N rows of each suite.")
     report_rows: Count = Field(
-        100, description="Held-out rows that student and teacher answer for the table at the end of a run. 0: no table."
+        100, description="Number of held-out rows on which student and teacher are scored at the end of a run. 0: none."
     )
 
 
@@ -468,10 +487,10 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check_student_source(self) -> Recipe:
         if self.method == "sft" and self.student.sft_epochs:
-            raise ValueError("student.sft_epochs is a stage before distill; try --epochs, which is sft's own")
+            raise ValueError("student.sft_epochs adds a stage before distillation; for sft, try --epochs")
         if self.method == "sft" and self.train.select == "valid_divergence":
             raise ValueError(
-                "train.select valid_divergence is to a teacher, and sft has none; try --set train.select=valid_loss"
+                "train.select valid_divergence needs a teacher, and sft has none; try --set train.select=valid_loss"
             )
         if student_spec.copies_layers(self.student.path) and self.teacher.quantize != "none":
             raise ValueError(
@@ -488,16 +507,14 @@ class Recipe(Section):
             return self
         for key, peak_lr in (("train.lr", self.train.lr), ("student.sft_lr", self.student.sft_lr)):
             if isinstance(peak_lr, float | int) and min_lr > peak_lr:
-                raise ValueError(
-                    f"train.min_lr {min_lr:g} is above {key} {peak_lr:g}, and a rate falls; try --set train.min_lr=0"
-                )
+                raise ValueError(f"train.min_lr {min_lr:g} is above {key} {peak_lr:g}; try --set train.min_lr=0")
         return self
 
     @model_validator(mode="after")
     def _check_policy_gradient(self) -> Recipe:
         if self.objective.policy_gradient and not trains_on_own_outputs(type(self.schedule)):
             raise ValueError(
-                f"objective.policy_gradient needs outputs of the student's own, and schedule.kind is {self.schedule.kind}; "
+                f"objective.policy_gradient needs student outputs, and schedule.kind is {self.schedule.kind}; "
                 "try --set schedule.kind=rounds"
             )
         return self

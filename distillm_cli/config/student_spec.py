@@ -1,6 +1,6 @@
 """Parse the specification of a model: ``student.path`` and every other field that names a model.
 
-random:4x256, random:llama:4x256   `RandomModel`    random weights, so many layers of this width
+random:4x256, random:llama:4x256   `RandomModel`    random weights, with this number of layers and width
 width:0.5, width:256               `TeacherWidth`   random weights, as deep as the teacher
 layers:6, layers:6:first,          `TeacherLayers`  copies of the teacher's layers
 layers:6:last, layers:0,3,7,
@@ -99,7 +99,7 @@ FORMS = {
 
 
 def parse_student(text: str) -> StudentSpec:
-    """Parse a specification. Raise UsageError for a malformed ``random:``, ``width:`` or ``layers:``."""
+    """Parse a specification. Raises UsageError for a malformed ``random:``, ``width:`` or ``layers:``."""
     found: StudentSpec | None
     if text.startswith("random:"):
         found = _parse_random(text)

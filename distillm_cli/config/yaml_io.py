@@ -15,7 +15,7 @@ import yaml
 from distillm_cli.errors import RecipeError
 
 _TAG = "tag:yaml.org,2002:"
-_NOUNS = {"bool": "truth value", "int": "whole number", "float": "number"}
+_NOUNS = {"bool": "boolean", "int": "integer", "float": "number"}
 _INT = re.compile(r"[-+]?[0-9][0-9_]*$")
 _FLOAT = re.compile(
     r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
@@ -52,7 +52,7 @@ for _name, _pattern, _first in _SCALARS:
 def compose(text: str, label: str) -> yaml.Node | None:
     """Parse text into the document's root node; None if it is empty. ``label`` names the text in errors.
 
-    Raise RecipeError with label:line for text that is not YAML, for a second document, and for aliases.
+    Raises RecipeError with label:line for text that is not YAML, for a second document, and for aliases.
     """
     loader = None
     try:
@@ -87,7 +87,7 @@ def line_of(node: yaml.Node) -> int:
 
 
 def pairs(node: yaml.MappingNode, label: str, prefix: str = "") -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
-    """Yield (key, key node, value node) of a mapping. Raise RecipeError for a repeated key or one that is not text."""
+    """Yield (key, key node, value node) of a mapping. Raises RecipeError for a repeated key or one that is not text."""
     seen: dict[str, int] = {}
     for key_node, value_node in node.value:
         place = location(label, line_of(key_node))
@@ -131,7 +131,7 @@ def node_value(node: yaml.Node | None, label: str, *, texts: bool = False) -> An
     except (ValueError, KeyError):
         raise RecipeError(
             "recipe.invalid_yaml",
-            f"{location(label, line_of(node))}: {text[:40]} is no {_NOUNS[kind]} that can be read",
+            f"{location(label, line_of(node))}: {text[:40]} is not a valid {_NOUNS[kind]}",
         ) from None
     raise RecipeError(
         "recipe.invalid_yaml",

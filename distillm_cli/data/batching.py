@@ -24,7 +24,7 @@ from distillm_cli.training.events import Listener, Note, Progress, Warned, silen
 from distillm_cli.types import Sequence
 from distillm_cli.utils.text import all_are, counted
 
-_WARNING_SHARE = 0.2  # share of dropped rows above which there is a warning
+_WARNING_SHARE = 0.2  # share of dropped rows above which a warning is printed
 _COVERED_SHARE = 0.95  # share of rows within the limits that the warning suggests
 
 
@@ -32,11 +32,11 @@ _COVERED_SHARE = 0.95  # share of rows within the limits that the warning sugges
 class Examples:
     """Hold the examples to train on. sequences[i] comes from rows[i] and has ``row == i``.
 
-    dropped: rows left out because they are too long; dropped_prompts: those of them whose prompt alone is. truncated:
-    responses that were cut. unsupervised: rows without an answer to train on. refused: the reason for each row that could
-    not be written (``data.skip_bad_rows``). spanning: rows in which a token spans the end of the prompt. special_tokens:
-    rows that have a special token in their text, by token. ignored_fields: rows with a field that the chat template does
-    not write, by field. end_ids: the tokens that answers end with, the usual one aside.
+    dropped: number of rows that are too long. dropped_prompts: number of those whose prompt alone is too long.
+    truncated: responses that were cut. unsupervised: rows without a response to train on. refused: the reason for each
+    row that could not be rendered (``data.skip_bad_rows``). spanning: rows in which a token spans the end of the
+    prompt. special_tokens: rows that have a special token in their text, by token. ignored_fields: rows with a field
+    that the chat template does not write, by field. end_ids: end tokens of responses other than the usual one.
     """
 
     sequences: list[Sequence]
@@ -61,7 +61,7 @@ class Examples:
 
     @property
     def tokens(self) -> int:
-        """Return the number of supervised tokens, end-of-sequence included."""
+        """Return the number of supervised tokens, including end-of-sequence."""
         return sum(sequence.supervised for sequence in self.sequences)
 
 
@@ -73,11 +73,11 @@ def tokenize(
     max_context: int | None = None,
     prefetched: Callable[[int], list[TokenIds] | None] | None = None,
 ) -> Examples:
-    """Turn rows into sequences. Rows that are too long are dropped, cut or refused as ``data.too_long`` says, and reported.
+    """Turn rows into sequences. Rows that are too long are dropped, cut or refused, by ``data.too_long``, and reported.
 
     data.workers processes tokenize when it is above 0; the result is the same. max_context: positions of the model.
-    prefetched: returns the token ids of the chunk that begins at a row, where they were prefetched. Raises DataError when a
-    row is refused or when no row is left.
+    prefetched: returns the prefetched token ids of the chunk that begins at a row, None without them. Raises DataError
+    when a row is refused or when no row is left.
     """
     chunks = [(rows[start : start + CHUNK], start, max_context) for start in range(0, len(rows), CHUNK)]
     examples = Examples([], [])
@@ -120,18 +120,18 @@ def tokenize(
 
 
 def _report_texts(examples: Examples, prefix: str, data: DataConfig, listener: Listener) -> None:
-    """Report what is unusual about the rows' texts."""
+    """Report unusual texts of the rows."""
     rows = len(examples)
     for reason in examples.refused[:LISTED]:
         listener(Warned(f"skipped {reason}"))
     if len(examples.refused) > LISTED:
-        listener(Warned(f"{prefix}skipped {counted(len(examples.refused), 'row')} in all that could not be written"))
+        listener(Warned(f"{prefix}skipped {counted(len(examples.refused), 'row')} in total that could not be rendered"))
     if examples.unsupervised:
         dropped = counted(examples.unsupervised, "row")
-        listener(Note(f"{prefix}{dropped} dropped: no answer to train on (weight 0, train false, or none)"))
+        listener(Note(f"{prefix}{dropped} dropped: no response to train on (weight 0, train false, or none)"))
     if examples.spanning:
         share = f"{examples.spanning:,} of {counted(rows, 'row')}"
-        listener(Note(f"{prefix}in {share} a token spans the end of the prompt; it belongs to the response"))
+        listener(Note(f"{prefix}in {share} a token spans the end of the prompt: it counts as part of the response"))
     if examples.special_tokens and data.special_tokens_in_text != "text":
         commonest = sorted(examples.special_tokens.items(), key=lambda item: -len(item[1]))[:5]
         tokens = ", ".join(
@@ -141,7 +141,7 @@ def _report_texts(examples: Examples, prefix: str, data: DataConfig, listener: L
         listener(Warned(f"{message}; --set data.special_tokens_in_text=text encodes them as text"))
     for field_name, count in examples.ignored_fields.items():
         share = f"{count / rows * 100:.0f} % of rows"
-        listener(Note(f"{prefix}the chat template does not write `{field_name}` of the answers ({share})"))
+        listener(Note(f"{prefix}the chat template omits `{field_name}` of the responses ({share})"))
 
 
 def _report_lengths(
@@ -158,7 +158,7 @@ def _report_lengths(
         if prompts:
             reasons.append(f"{prompts:,} with a prompt over {prompt_limit:,} tokens")
         if dropped > prompts:
-            reasons.append(f"{dropped - prompts:,} over {limit:,} tokens in all")
+            reasons.append(f"{dropped - prompts:,} over {limit:,} tokens in total")
         message = f"{prefix}{dropped:,} of {counted(rows, 'row')} dropped as too long: {', '.join(reasons)}"
         if dropped > _WARNING_SHARE * rows:
             listener(Warned(f"{message}; {_suggest_limits(examples, too_long, encoder, context)}"))
@@ -166,17 +166,17 @@ def _report_lengths(
             listener(Note(message))
     if examples.truncated:
         share = f"{examples.truncated:,} of {counted(rows, 'response')}"
-        listener(Note(f"{prefix}{share} cut at {limit:,} tokens, prompt included"))
+        listener(Note(f"{prefix}{share} cut at {limit:,} tokens, including the prompt"))
 
 
 def _suggest_limits(examples: Examples, too_long: list[TooLong], encoder: Encoder, context: int | None) -> str:
-    """Return the options that keep ``_COVERED_SHARE`` of the rows, or that the model's context does not allow it."""
+    """Return the options that keep ``_COVERED_SHARE`` of the rows, or a message if the model's context is too short."""
     prompts = [len(sequence.prompt) for sequence in examples.sequences] + [row.prompt for row in too_long]
     lengths = [*examples.lengths.tolist(), *(row.prompt + row.response for row in too_long)]
     length = sorted(lengths)[math.ceil(_COVERED_SHARE * len(lengths)) - 1]
     longest_prompt = max(prompt for prompt, total in zip(prompts, lengths, strict=True) if total <= length)
     if context is not None and length > context:
-        return f"to keep {_COVERED_SHARE:.0%} takes {length:,} tokens, and the model's context is {context:,}"
+        return f"keeping {_COVERED_SHARE:.0%} needs {length:,} tokens, but the model's context is {context:,}"
     options = []
     if length > encoder.limit(context):
         options.append(f"--max-length {length}")
@@ -186,22 +186,22 @@ def _suggest_limits(examples: Examples, too_long: list[TooLong], encoder: Encode
 
 
 def _no_rows_error(too_long: list[TooLong], others: list[LeftOut], limit: int) -> DataError:
-    """Return the error for a source none of whose rows can be trained on."""
+    """Return the error for a source without usable rows."""
     if not too_long:
         if not others:
             return DataError("data.no_rows", "no rows to tokenize", hint="check the source")
         reasons = [row.reason for row in others if row.reason]
         if not reasons:
-            message = f"{all_are(len(others), 'row')} without an answer to train on"
+            message = f"{all_are(len(others), 'row')} without a response to train on"
             return DataError(
                 "data.no_answer", message, where=others[0].where, hint="check the messages' weight and train fields"
             )
-        return DataError("data.no_rows", f"no row is left: {reasons[0]}", hint="check the rows")
+        return DataError("data.no_rows", f"no rows left: {reasons[0]}", hint="check the rows")
     shortest = min(too_long, key=lambda row: row.prompt + row.response)
     prompt_limit = min(row.limit for row in too_long if row.part == shortest.part)
-    limits = f"{limit:,} tokens in all"
+    limits = f"{limit:,} tokens in total"
     if shortest.part != "row":
-        limits = f"{prompt_limit:,} for the prompt, {limit:,} in all"
+        limits = f"{prompt_limit:,} for the prompt, {limit:,} in total"
     return DataError(
         "data.row_too_long",
         f"{all_are(len(too_long), 'row')} too long: the shortest has {shortest.prompt:,} + {shortest.response:,} tokens "
@@ -226,7 +226,7 @@ def _encode_chunks(
             yield encoder.encode(rows, start, context, None if prefetched is None else prefetched(start))
         return
     # Not forked from this process: a child would inherit the locks of threads that do not exist in it. A fork server
-    # imports the heavy libraries once for all workers; where there is none, each worker imports them.
+    # imports the heavy libraries once for all workers; without a fork server, each worker imports them.
     context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
     if context.get_start_method() == "forkserver":
         context.set_forkserver_preload([__name__, type(encoder.tokenizer).__module__])
@@ -246,7 +246,7 @@ _encoder: Encoder | None = None  # of a worker process
 
 def _start_worker(encoder: Encoder) -> None:
     global _encoder
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # parallel by processes, not by threads
     _encoder = encoder
 
 
@@ -255,19 +255,19 @@ def _encode_in_worker(chunk: Chunk) -> list[Encoded | TooLong | LeftOut]:
 
 
 def steps_per_epoch(rows: int, batch: int) -> int:
-    """Return the number of batches of an epoch. Incomplete ones do not count, unless there is no other."""
+    """Return the number of batches of an epoch. An incomplete batch counts only if there is no other."""
     return rows // min(batch, rows)
 
 
 class Order:
-    """Compute which examples a step trains on, as a function of (seed, epoch, index) alone: resuming needs one integer.
+    """Compute which examples a step trains on, as a function of (seed, epoch, index) alone: a resume needs one integer.
 
-    Each epoch permutes the examples and cuts the permutation into batches. With ``bucket`` > 1 it is first cut into buckets
-    of up to that many batches, each bucket is sorted by length, and the batches of the epoch are shuffled: the sequences
-    of a batch have about the same length, and both the composition and the position of a batch are random. That saves
-    forward passes and costs gradient noise where length depends on the kind of task. An epoch has only complete batches;
-    the remaining examples (fewer than one batch, different ones in every epoch) are not used in that epoch. Fewer examples
-    than one batch are one batch.
+    Each epoch permutes the examples and cuts the permutation into batches. With ``bucket`` > 1 it is first cut into
+    buckets of up to that many batches, each bucket is sorted by length, and the batches of the epoch are shuffled: the
+    sequences of a batch have about the same length, and both the composition and the position of a batch are random.
+    That saves forward passes, but adds gradient noise if length depends on the kind of task. An epoch has only complete
+    batches; the remaining examples (fewer than one batch, different ones in every epoch) are not used in that epoch.
+    Fewer examples than one batch are one batch.
     """
 
     def __init__(self, lengths: SequenceOf[int] | np.ndarray, batch: int, seed: int, bucket: int = 1):
@@ -294,7 +294,7 @@ class Order:
         # Raw bits sorted, rather than a shuffle: their stream is the same in every version of numpy.
         bits = np.random.Philox(np.random.SeedSequence([self._seed, epoch]))
         permutation = np.argsort(bits.random_raw(len(self._lengths)), kind="stable")[: steps * self._batch]
-        # A short epoch is cut into several buckets too; sorted as one, every epoch would have the same batches.
+        # A short epoch is cut into several buckets too: with one bucket, every epoch would have the same batches.
         size = max(1, min(self._bucket, steps // 4)) * self._batch
         buckets = (permutation[start : start + size] for start in range(0, len(permutation), size))
         by_length = [bucket[np.argsort(self._lengths[bucket], kind="stable")] for bucket in buckets]
@@ -305,7 +305,7 @@ class Order:
 def batches_by_length(sequences: SequenceOf[Sequence], batch: int) -> list[list[Sequence]]:
     """Return all sequences, each once, in batches of about the same length, for scoring.
 
-    The longest come first, so that memory that does not suffice shows at once.
+    The longest come first, so that a lack of memory shows immediately.
     """
     ordered = sorted(sequences, key=len, reverse=True)
     return [ordered[start : start + batch] for start in range(0, len(ordered), batch)]

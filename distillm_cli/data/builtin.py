@@ -1,15 +1,15 @@
-"""Generate a procedural instruction set: twelve kinds of task, any number of rows, no network.
+"""Generate an instruction data set with twelve kinds of task and any number of rows.
 
-A small character-level model can learn every kind, and answers are easy to check by eye. Seven kinds have one right
-answer (sort, add, …). Five are open (shuffle, rhyme, …): a row has one of up to 119 right answers, drawn at random, so
-that a teacher's distribution carries more information than the row. Prompts are at most 32 characters and
-answers at most 17, both in letters, digits, the space and ``,:?+-``.
+A small character-level model can learn every kind, and answers are easy to check. Seven kinds have one correct answer
+(sort, add, …). Five are open (shuffle, rhyme, …): a row has one of up to 119 correct answers, drawn at random, so that
+a teacher's distribution has more information than the row. Prompts are at most 32 characters and answers at most 17,
+both in letters, digits, the space and ``,:?+-``.
 
-The three splits are disjoint by construction. A question has a key: its content without the phrasing, written so that
-questions whose answers follow from one another share it (the larger and the smaller of 48 and 73, a word reversed and
-reversed back, one set of letters in any order). A hash of the key gives the split, so a held-out question occurs in
-train under no phrasing and in no other order. Rows are drawn with replacement: the 405 sums repeat soon, the dates, words
-and strings rarely.
+The three splits are disjoint by construction. A question has a key: its content without the phrasing. Questions whose
+answers follow from one another have the same key (the larger and the smaller of 48 and 73, a word reversed and reversed
+back, one set of letters in any order). A hash of the key determines the split, so a held-out question does not occur in
+train in any phrasing or order. Rows are drawn with replacement: the 405 sums repeat often, the dates, words and strings
+rarely.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ CONSONANTS = "bcdfghjklmnpqrstvwxz"  # without y, which is sometimes a vowel
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Hold the content of a question. fields: arguments of a phrasing. answers: all right ones. key: decides the split."""
+    """Hold the content of a question.
+
+    fields: arguments of a phrasing. answers: all correct ones. key: determines the split.
+    """
 
     fields: tuple[str | int, ...]
     answers: tuple[str, ...]
@@ -54,7 +57,7 @@ class Task:
     draw: Callable[[Random], Question]
 
     def make(self, rng: Random, split: Split) -> tuple[str, tuple[str, ...]]:
-        """Return the instruction and right answers of a random question of ``split``, in a random phrasing.
+        """Return the instruction and the correct answers of a random question of ``split``, in a random phrasing.
 
         The first answer is the row's output, drawn at random.
         """
@@ -75,7 +78,7 @@ def split_of(task: str, key: str) -> Split:
 def rows(
     split: Split, count: int | None, seed: int, tasks: SequenceOf[str] | None = None
 ) -> Iterator[tuple[str, tuple[str, ...], str]]:
-    """Yield rows as (instruction, right answers, task). count: None for no end. The first answer is the row's output.
+    """Yield rows as (instruction, correct answers, task). The first answer is the row's output. count: None: no limit.
 
     (split, seed, tasks) determines the rows on every machine, and a smaller count yields a prefix. Every task occurs
     once in each round of as many rows as there are tasks, in a random order. The order and number of names in ``tasks``
@@ -103,9 +106,7 @@ def _select_tasks(names: SequenceOf[str] | None) -> list[Task]:
         if name not in TASKS:
             similar = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.5)
             hint = f"did you mean {similar[0]}? Known: {known}" if similar else f"known: {known}"
-            raise RecipeError(
-                "recipe.unknown_task", f"no builtin task is called {name!r}", where="data.tasks", hint=hint
-            )
+            raise RecipeError("recipe.unknown_task", f"no builtin task named {name!r}", where="data.tasks", hint=hint)
     if not names:
         raise RecipeError(
             "recipe.unknown_task", "no builtin task is selected", where="data.tasks", hint=f"known: {known}"
@@ -132,7 +133,7 @@ def _word(rng: Random, longest: int = 6) -> str:
 
 
 def _two_digits(rng: Random) -> int:
-    """Return a number of exactly two digits: with aligned digits a small model learns arithmetic in minutes."""
+    """Return a number of exactly two digits: a small model learns arithmetic in minutes if digits are aligned."""
     return _randint(rng, 10, 99)
 
 
@@ -141,7 +142,7 @@ def _digit(rng: Random) -> int:
 
 
 def _distinct_letters(rng: Random, longest: int) -> list[str]:
-    """Return three different letters or more, in a random order."""
+    """Return at least three different letters in random order."""
     return sorted(LETTERS, key=lambda _: rng.random())[: _randint(rng, 3, longest)]
 
 
@@ -157,7 +158,7 @@ def _reverse(rng: Random) -> Question:
 
 
 def _addition(rng: Random) -> Question:
-    """Draw a sum without a carry, which a small model would spend most of its steps on."""
+    """Draw a sum without a carry, since carries take a small model most of its training."""
     units = _randint(rng, 0, 8)
     a = 10 * _digit(rng) + units
     b = _randint(rng, 1, 9 - units)

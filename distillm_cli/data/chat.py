@@ -1,8 +1,8 @@
-"""Render conversations with the chat template, and find the parts that the assistant must produce.
+"""Render conversations with the chat template, and find the parts to supervise.
 
 Only the template's output is used. A conversation is rendered as a whole, and each answer is found in it by rendering the
 messages before it with a generation prompt: what the template adds after that prompt, up to the token that ends the turn,
-is the answer. Where that does not work, the spans that the template marks with ``{% generation %}`` are used.
+is the answer. If that fails, the spans that the template marks with ``{% generation %}`` are used.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from distillm_cli.errors import DataError, ModelError
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _FLAGS = ("weight", "train")  # fields about training on a message; not passed to the template
-# Placeholders for the content of an answer. Their first characters differ and so do their last, so that the text around
-# them is what two renderings have in common.
+# Placeholders for the content of an answer. Their first and last characters differ, so that the common parts of two
+# renderings are exactly the text around them.
 _PROBES = ("\u2042distillm\u2043", "\u203bmodel\u203c")
 # Private-use characters around control tokens in the text of rows, which are to be encoded as text.
 MARK_START = "\ue0d0"
@@ -40,8 +40,8 @@ class Text:
     text: prompt and response together. response_start, response_end: positions in characters; what the template writes
     after the response is not used. turns: (start, end) of the earlier answers to supervise. is_closed: the response
     includes the token that ends it. is_chat: the chat template wrote it, beginning-of-sequence token included.
-    appended_id: the token to append where it is not closed, None for the usual one. end_ids: ids of the tokens that end
-    the answers to supervise, the usual one aside. ignored_fields: fields of the answer that the template does not write.
+    appended_id: the token to append if it is not closed, None for the usual one. end_ids: ids of other end tokens of
+    the supervised answers than the usual one. ignored_fields: fields of the answer that the template omits.
     """
 
     text: str
@@ -59,8 +59,8 @@ class Text:
 class TurnEnd:
     """Describe how a chat template ends an assistant turn.
 
-    token: the id of the token that ends the turn: one after the content, or the header of the next turn; None where there
-    is neither. text: what the template writes after the content.
+    token: the id of the token that ends the turn: one after the content, or the header of the next turn; None if there
+    is neither. text: the template's text after the content.
     """
 
     token: int | None
@@ -71,7 +71,7 @@ class ChatTemplate:
     """Render rows with the chat template of a tokenizer.
 
     day: the date that ``strftime_now`` returns. arguments: template arguments of every row; a row's own take precedence.
-    tools, documents: for rows without their own. stops: ids of the tokens that the models stop at. turns: "all" or "last".
+    tools, documents: for rows without their own. stops: ids of the models' stop tokens. turns: "all" or "last".
     mark_control_tokens: whether control tokens in the row's own texts are marked, to be encoded as text (see ``marked``).
     """
 
@@ -137,21 +137,21 @@ class ChatTemplate:
 
     @property
     def end_tokens(self) -> list[str]:
-        """Return the text of the end-of-turn token, where there is one."""
+        """Return the text of the end-of-turn token, if there is one."""
         return [text for text, i in self._ids.items() if i == self.turn_end.token]
 
     def prompt(self, row: Any) -> str:
         """Return the prompt: the row's messages and the generation prompt.
 
-        Raises ModelError for a template that cannot be used, DataError where it refuses the row.
+        Raises ModelError for an invalid template, DataError if it rejects the row.
         """
         return self._write(row, self._messages(row), prompting=True)
 
     def text(self, row: Any) -> Text | None:
-        """Return the row's conversation with the answers to supervise, None where it has no such answer.
+        """Return the row's conversation with the answers to supervise, None without such answers.
 
-        Raises ModelError for a template that cannot be used, DataError where it refuses the row or where its answers
-        cannot be found in what it writes.
+        Raises ModelError for an invalid template, DataError if it rejects the row or if the answers cannot be found in
+        its output.
         """
         if row.raw is not None:
             return self._raw_text(row)
@@ -188,9 +188,9 @@ class ChatTemplate:
         )
 
     def _check_written(self, row: Any, answer: Message, target: str) -> frozenset[str]:
-        """Return the fields of an answer that the template leaves out: reasoning, which some templates never write.
+        """Return the fields of an answer that the template omits, such as reasoning in some templates.
 
-        Raises DataError where it leaves out the content or a tool call, which would train the end of the turn alone.
+        Raises DataError if it omits the content or a tool call: only the end of the turn would then be trained.
         """
         calls = [call for call in answer.get("tool_calls") or () if isinstance(call, Mapping)]
         names = [str((call.get("function") or call).get("name", "")) for call in calls]
@@ -200,21 +200,21 @@ class ChatTemplate:
         if missing or not all(_contains(target, text) for text in texts if isinstance(text, str)):
             part = f"the tool call {missing[0]}" if missing else "the content of the answer"
             raise DataError(
-                "data.chat_template_omits", f"{row.where}: the chat template does not write {part}", hint=_TEMPLATE_HINT
+                "data.chat_template_omits", f"{row.where}: the chat template omits {part}", hint=_TEMPLATE_HINT
             )
         reasoning = [name for name in _REASONING if isinstance(answer.get(name), str) and answer[name].strip()]
         return frozenset(name for name in reasoning if not _contains(target, answer[name]))
 
     def _raw_text(self, row: Any) -> Text:
-        """Return the prompt with a response that a model generated after it, as generated rather than by the template."""
+        """Return the prompt with a response as a model generated it, not as rendered by the template."""
         prompt = self.prompt(row)
         text = prompt + row.raw
-        # The file leaves out the usual end token. Another token at the end is one that models stop at.
+        # The file omits the usual end token. Another token at the end is a stop token of the models.
         is_closed = self._stop_token(row.raw) is not None and not row.truncated
         return Text(text, len(prompt), len(text), is_closed=is_closed, is_chat=True, appended_id=self.turn_end.token)
 
     def _messages(self, row: Any) -> list[Message]:
-        """Return the row's messages up to the answer; a row without messages becomes one message of the user."""
+        """Return the row's messages up to the answer. A row without messages becomes one user message."""
         if row.messages is not None:
             return list(row.messages)
         text = row.prompt if row.instruction is None else "\n".join(filter(None, (row.instruction, row.input)))
@@ -229,7 +229,7 @@ class ChatTemplate:
     def _template_inputs(
         self, row: Any, messages: SequenceOf[Message]
     ) -> tuple[list[Message], dict[str, Any], dict[str, Any]]:
-        """Return what the template receives: messages, the template with tools and documents, and other arguments."""
+        """Return the template's inputs: messages, the template with tools and documents, and other arguments."""
         tools = self.tools if row is None or row.tools is None else row.tools
         documents = self.documents if row is None or row.documents is None else row.documents
         arguments = self.arguments if row is None else self.arguments | (row.template_kwargs or {})
@@ -271,7 +271,7 @@ class ChatTemplate:
         place = "" if row is None else f"{row.where}: "
         return DataError(
             "data.chat_template_refuses",
-            f"{place}the chat template cannot write this row: {reason}",
+            f"{place}the chat template cannot render this row: {reason}",
             hint=_TEMPLATE_HINT,
         )
 
@@ -286,7 +286,7 @@ class ChatTemplate:
                 hint = "choose another --set data.template=plain, or a tokenizer with a chat template"
                 if isinstance(names, Mapping):
                     message = f"the tokenizer has chat templates named {', '.join(names)}, and none named default"
-                    hint = "name one with --set data.chat_template=FILE"
+                    hint = "set one with --set data.chat_template=FILE"
                 raise ModelError(
                     "model.no_chat_template",
                     message,
@@ -312,10 +312,10 @@ class ChatTemplate:
             if not spans:
                 raise DataError(
                     "data.chat_template_rewrites",
-                    f"{row.where}: the chat template does not write this answer after its own generation prompt, which "
-                    f"ends with {_tail(prompt)}",
-                    hint="try --set 'data.chat_template_kwargs={enable_thinking: false}', give the answer's reasoning, or "
-                    "use a template with {% generation %}: --set data.chat_template=FILE",
+                    f"{row.where}: the chat template does not render this answer after its own generation prompt, "
+                    f"which ends with {_tail(prompt)}",
+                    hint="try --set 'data.chat_template_kwargs={enable_thinking: false}', add the answer's "
+                    "reasoning, or use a template with {% generation %}: --set data.chat_template=FILE",
                 )
             start, end = spans[-1]
             start = max(start, self._shared_length(prompt, whole))
@@ -334,7 +334,7 @@ class ChatTemplate:
             return start + closing[1], True, None
         suffix = self.turn_end.text
         end = len(whole) - len(suffix) if suffix and whole.endswith(suffix) else len(whole)
-        if suffix.strip():  # text that is no token ends the turn: it belongs to the answer
+        if suffix.strip():  # text that is not a token ends the turn: it belongs to the answer
             end = len(whole.rstrip())
         token = self.turn_end.token
         if conversation[-1].get("tool_calls"):
@@ -359,8 +359,9 @@ class ChatTemplate:
         if end <= start:
             raise DataError(
                 "data.chat_template_rewrites",
-                f"{row.where}: the chat template writes message {k + 1}, an answer, in another way once others follow it",
-                hint="train on the last answer alone with --set data.turns=last, or give weight 0 to the others",
+                f"{row.where}: the chat template renders message {k + 1}, an answer, differently if other messages "
+                "follow",
+                hint="train only on the last answer with --set data.turns=last, or set weight 0 for the others",
             )
         self._check_written(row, conversation[k], whole[start:end])
         return start, end
@@ -395,7 +396,7 @@ class ChatTemplate:
     def _closing(self, answer: str) -> tuple[int, int] | None:
         """Return start and end of the token that ends the answer, among the control tokens at the end of its text.
 
-        None where the text does not end with a control token.
+        None if the text does not end with a control token.
         """
         closing = re.search(rf"(?:\s*(?:{self._control}))+\s*\Z", answer)
         if closing is None:
@@ -441,7 +442,7 @@ class ChatTemplate:
         return next(split, shared)
 
     def _generation_spans(self, row: Any, conversation: SequenceOf[Message]) -> list[tuple[int, int]]:
-        """Return the spans that the template marks with ``{% generation %}``, empty where it marks none."""
+        """Return the spans that the template marks with ``{% generation %}``, empty if it marks none."""
         messages, inputs, arguments = self._template_inputs(row, conversation)
         if not _GENERATION.search(inputs["chat_template"]):
             return []
@@ -503,7 +504,7 @@ def special_tokens(tokenizer: Any) -> list[str]:
 
 
 def marked(value: Any, control: str) -> Any:
-    """Put marks around the control tokens in every text of a value. Marks that are there already are removed."""
+    """Put marks around the control tokens in every text of a value. Existing marks are removed."""
     if isinstance(value, str):
         plain = value.translate(_NO_MARKS)
         return re.sub(control, lambda found: f"{MARK_START}{found[0]}{MARK_END}", plain)

@@ -59,7 +59,7 @@ def is_sharegpt(value: Any) -> bool:
 
 
 def split_answer(messages: list[Message]) -> tuple[list[Message], Message | None]:
-    """Split off the assistant's message that ends a conversation; None where it ends with another message."""
+    """Split off the assistant message at the end of a conversation; None if it ends with another message."""
     if messages and messages[-1]["role"] == "assistant":
         return messages[:-1], messages[-1]
     return messages, None
@@ -76,13 +76,13 @@ def without_training(messages: list[Message]) -> list[Message]:
 
 
 def references_of(answer: Message) -> tuple[str, ...]:
-    """Return the text of an answer as the only reference; none where it has no text."""
+    """Return the text of an answer as the only reference, or no reference if it has no text."""
     text = content_text(answer.get("content"))
     return () if text is None else (text,)
 
 
 def content_text(content: Any) -> str | None:
-    """Return the text of a message's content, with its text parts joined; None where it has none."""
+    """Return the text of a message's content, with its text parts joined; None if it has none."""
     if isinstance(content, str):
         return content
     if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):

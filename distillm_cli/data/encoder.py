@@ -1,4 +1,4 @@
-"""Turn rows into token ids: prompts with the special tokens around them, responses that end, nothing too long."""
+"""Encode rows as token ids: prompts with special tokens, responses with an end token, both within the length limits."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from distillm_cli.types import Sequence
 class Encoded:
     """Hold a row as a sequence.
 
-    spans_prompt_end: a token spans the end of its prompt. truncated: its response is cut at the length limit. end_ids: the
-    tokens that its answers end with, the usual one aside. special_tokens: those in the row's own text. ignored_fields:
-    fields of its answer that the chat template does not write.
+    spans_prompt_end: a token spans the end of its prompt. truncated: its response is cut at the length limit. end_ids:
+    end tokens of its responses other than the usual one. special_tokens: those in the row's own text. ignored_fields:
+    fields of its answer that the chat template omits.
     """
 
     sequence: Sequence
@@ -48,24 +48,24 @@ class TooLong:
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """Describe a row that was left out. reason: empty where it has no answer to train on (``weight: 0``)."""
+    """Describe a row that was left out. reason: empty if it has no answer to train on (``weight: 0``)."""
 
     where: str
     reason: str = ""
 
 
 class Encoder:
-    """Turn rows into token ids, the same way for training, generation and scoring.
+    """Encode rows as token ids, identically for training, generation and scoring.
 
-    Prompt and response are tokenized together, as one text, and cut where the prompt ends. The prompt starts with what
-    the tokenizer puts first (a beginning-of-sequence token, for some), except where a chat template wrote that already.
-    The response ends with the token that the chat template ends a turn with, or with ``end_id``, unless it was cut. Can
-    be pickled, tokenizer included.
+    Prompt and response are tokenized together, as one text, and cut where the prompt ends. The prompt starts with the
+    tokenizer's prefix (for some, a beginning-of-sequence token), unless a chat template already added it. The response
+    ends with the end-of-turn token of the chat template, or with ``end_id``, unless it was cut. Can be pickled,
+    including the tokenizer.
 
     is_encoder_decoder: prompt and response are two texts. The prompt ends with the tokenizer's suffix, or with
-    end-of-sequence where it has none, as T5's encoder expects; the response starts with the prefix of the tokenizer's
-    target mode. affixes: the tokenizer's, where they are known. stops: ids that the models stop at. end_id: the id that
-    ends responses which no chat template ends; unset: the tokenizer's end-of-sequence. needs_responses: rows without a
+    end-of-sequence if it has none, as T5's encoder expects; the response starts with the prefix of the tokenizer's
+    target mode. affixes: the tokenizer's, if they are known. stops: ids of the models' stop tokens. end_id: the end
+    token of responses without a chat template; unset: the tokenizer's end-of-sequence. needs_responses: rows without a
     response are refused; otherwise their sequences are prompts alone.
     """
 
@@ -85,7 +85,7 @@ class Encoder:
                 "model.no_end_token",
                 "the tokenizer has no end-of-sequence token",
                 where=getattr(tokenizer, "name_or_path", None) or None,
-                hint="name one as eos_token in its tokenizer_config.json",
+                hint="set eos_token in its tokenizer_config.json",
             )
         self.tokenizer = tokenizer
         self.data = data
@@ -168,15 +168,15 @@ class Encoder:
             ids = np.concatenate((self._prefix, ids))
         if len(self._suffix) and not np.array_equal(ids[-len(self._suffix) :], self._suffix):
             ids = np.concatenate((ids, self._suffix))
-        if not len(ids):  # an all-blank prompt, blanks dropped; the first response token needs a state
+        if not len(ids):  # a prompt of blanks that were dropped: the first response token needs a state
             first = self.end_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
             ids = np.array([first], dtype=np.int32)
         return ids
 
     def sequence(self, row: Row, index: int, context: int | None = None) -> Sequence | TooLong | LeftOut:
-        """Return one row with its first reference as the sequence of row ``index``, or the reason why it is left out.
+        """Return one row with its first reference as the sequence of row ``index``, or the reason for leaving it out.
 
-        context: positions of the model, where it limits more than `data.max_length` does. Raises DataError under
+        context: positions of the model, if fewer than `data.max_length`. Raises DataError under
         ``too_long: error``, and for a row without a response.
         """
         return self.sequences([row], index, context)[0]
@@ -195,10 +195,10 @@ class Encoder:
         context: int | None = None,
         prefetched: SequenceOf[TokenIds] | None = None,
     ) -> list[Encoded | TooLong | LeftOut]:
-        """Encode rows, numbered from ``first``. prefetched: their token ids, where they were prefetched.
+        """Encode rows, numbered from ``first``. prefetched: their token ids, if they were prefetched.
 
-        A row that cannot be written or has special tokens that are refused raises DataError, or is left out where
-        ``data.skip_bad_rows`` is set.
+        A row that cannot be rendered, or has special tokens that are refused, raises DataError, or is left out with
+        ``data.skip_bad_rows``.
         """
         texts = [self._text(row) for row in rows]
         good = [i for i, text in enumerate(texts) if isinstance(text, Text)]
@@ -261,16 +261,17 @@ class Encoder:
         full_text = self._decode(prompt_tokens + response_tokens)
         if not full_text.startswith(prompt_text):
             return self._decode(response_tokens)
-        # A blank before the first word appears only after the prompt: decoders drop it at the start of a text.
+        # A blank before the first word is decoded only together with the prompt: decoders drop it at the start of a
+        # text.
         return full_text[len(prompt_text) :]
 
     def _decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def references(self, row: Row) -> tuple[str, ...]:
-        """Return the row's accepted responses in the form in which a model writes them.
+        """Return the row's accepted responses in the form that a model generates.
 
-        For a chat these are the template's output for each, structure included, without the token that ends the turn.
+        For a chat, they are the template's output, including structure, without the end-of-turn token.
         """
         if not self._is_chat(row) or not (row.references or row.answer):
             return row.references
@@ -290,7 +291,7 @@ class Encoder:
         return tuple(found)
 
     def limit(self, context: int | None) -> int:
-        """Return the most tokens of prompt and response together."""
+        """Return the maximum number of tokens of prompt and response together."""
         return self.max_length if context is None else min(self.max_length, context)
 
     def _fit(self, row: Row, text: Text, ids: TokenIds, index: int, context: int | None) -> Encoded | TooLong:
@@ -331,7 +332,7 @@ class Encoder:
         if row.truncated and len(ids):
             return ids[:-1] if text.is_closed else ids
         end_id = self.end_id if text.appended_id is None else text.appended_id
-        # Some files spell the end-of-sequence token out.
+        # Some files have the end-of-sequence token as text.
         return ids if text.is_closed or (len(ids) and ids[-1] == end_id) else np.append(ids, np.int32(end_id))
 
     def _too_long_error(self, excess: TooLong, context: int | None) -> DataError:

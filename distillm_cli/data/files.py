@@ -32,9 +32,10 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 @dataclass(frozen=True, slots=True)
 class UnreadableRecord:
-    """Hold the reason why a record could not be read."""
+    """Hold the reason why a record could not be read. is_json: False for a line that should be JSON and is not."""
 
     reason: str
+    is_json: bool = True
 
 
 Records = Iterator[tuple[str, Any]]  # (where, record or UnreadableRecord)
@@ -49,22 +50,20 @@ def format_of(path: Path) -> str | None:
 
 
 def stem_of(path: Path) -> str:
-    """Return a data file's name without its endings: "train" for ``train.jsonl.gz``."""
+    """Return a data file's name without its extensions: "train" for ``train.jsonl.gz``."""
     return Path(path.stem).stem if path.suffix.lower() in COMPRESSIONS else path.stem
 
 
 def read(path: Path, columns: Collection[str]) -> Records:
     """Yield the records of one file, in order. Blank lines are skipped.
 
-    columns: those to convert, where the file has types. Raises DataError when the file is absent, unreadable, of an
+    columns: those to convert, if the file has types. Raises DataError when the file is absent, unreadable, of an
     unknown kind, or broken as a whole.
     """
     file_format = format_of(path)
     if file_format is None:
         known = f"{', '.join(FORMATS)}; all but the last also with {' or '.join(COMPRESSIONS)}"
-        raise DataError(
-            "data.unknown_format", f"{path}: not a kind of data file that is known", hint=f"known are {known}"
-        )
+        raise DataError("data.unknown_format", f"{path}: unknown type of data file", hint=f"known types are {known}")
     try:
         yield from read_parquet(path, columns) if file_format == ".parquet" else _READERS[file_format](path)
     except FileNotFoundError:
@@ -92,7 +91,7 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _json_error(error: ValueError) -> str:
-    """Describe a JSON error in plain words: ``not JSON (expected ',' at column 41)``."""
+    """Describe a JSON error: ``not JSON (expected ',' at column 41)``."""
     if not isinstance(error, json.JSONDecodeError):  # an integer of thousands of digits
         return f"not JSON ({error})"
     message = error.msg.replace("Expecting", "expected").removesuffix(" delimiter").removesuffix(" at")
@@ -116,9 +115,9 @@ def _json_line(raw: bytes) -> Any:
     except UnicodeDecodeError as error:
         return UnreadableRecord(_not_utf8(error))
     except RecursionError:
-        return UnreadableRecord("not JSON (nested too deeply)")
+        return UnreadableRecord("not JSON (nested too deeply)", is_json=False)
     except ValueError as error:
-        return UnreadableRecord(_json_error(error))
+        return UnreadableRecord(_json_error(error), is_json=False)
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:

@@ -30,8 +30,8 @@ _RESPONSE_COLUMNS = ("output", "response", "completion", "answer")
 _SYSTEM_COLUMNS = ("system", "system_prompt")
 _ARGUMENT_COLUMNS = ("tools", "documents", "chat_template_kwargs")
 _OTHER_COLUMNS = ("text", "chosen", "rejected", "history", "task", "complete")
-_GENERATE_COLUMNS = ("seed", "sample")  # further columns that `generate` writes, which are not read
-# Columns whose content no text model can read, and its name in errors.
+_GENERATE_COLUMNS = ("seed", "sample")  # further columns in the output of `generate`, which are not read
+# Columns with media that text models cannot read, with the name in errors.
 _MEDIA_COLUMNS = {
     **dict.fromkeys(("image", "images"), "images"),
     **dict.fromkeys(("audio", "audios"), "audio"),
@@ -121,7 +121,7 @@ def _read_conversation(record: Record, name: str, columns: ColumnsConfig, requir
         references = references_of(answer)
         form = "conversational language modeling"
     else:
-        unanswered = f"no reply to the last message ({messages[-1]['role']}), and "
+        unanswered = f"no response to the last message ({messages[-1]['role']}), and "
         references = _read_references(record, _response_column(record, columns, required, unanswered), required)
         form = "conversational prompt-completion" if references else "conversational prompt-only"
     form = "ShareGPT" if is_sharegpt(value) else form
@@ -185,7 +185,7 @@ def _read_preferred_conversation(record: Record) -> Fields:
         raise BadRow("column `chosen` is an empty list")
     prompt: list[Fields] = []
     if record.has("prompt"):
-        value = record.take("prompt")  # counts as read, also where `chosen` repeats it
+        value = record.take("prompt")  # counts as read, even if `chosen` repeats it
         is_text = not is_messages(value)
         prompt = [{"role": "user", "content": record.text("prompt")}] if is_text else read_messages(value, "prompt")
     elif record.has("question") and chosen[0]["role"] == "assistant":
@@ -206,7 +206,7 @@ def _check_prompt(messages: list[Fields], name: str) -> None:
 
 
 def _with_system(record: Record, messages: list[Fields]) -> list[Fields]:
-    """Return the conversation, with the row's system column at its start where it has no system message."""
+    """Return the conversation, with the row's system column at its start if it has no system message."""
     if messages and messages[0]["role"] in ("system", "developer"):
         return messages
     system = _system_prompt(record)
@@ -285,9 +285,7 @@ def _read_question(record: Record, name: str, columns: ColumnsConfig, required: 
         form = "OpenOrca" if "system_prompt" in record else "question-answer"
         form = "preference" if response == "chosen" else form
         earlier = _with_system(record, [])
-        if (
-            earlier or "system_prompt" in record
-        ):  # a data set with system prompts has one form, also where they are empty
+        if earlier or "system_prompt" in record:  # a data set with system prompts has one form, even if they are empty
             question_text = "\n".join(filter(None, (question, input_text)))
             return _single_turn_fields(record, earlier, question_text, references) | {"format": form}
     found = {
@@ -349,7 +347,7 @@ def _read_implicit_prompt(record: Record) -> Fields:
     if shared and chosen[shared - 1] == " ":
         shared -= 1
     if not chosen[:shared].strip():
-        raise BadRow("an empty prompt (columns `chosen` and `rejected` begin with nothing in common)")
+        raise BadRow("an empty prompt (columns `chosen` and `rejected` have no common start)")
     return {"prompt": chosen[:shared], "references": (chosen[shared:],), "format": "preference"}
 
 
@@ -359,7 +357,7 @@ def _read_text(record: Record, required: bool) -> Fields:
     response_column = next((name for name in _RESPONSE_COLUMNS if record.has(name)), None)
     if response_column is not None:
         raise BadRow(
-            f"no prompt column beside `{response_column}`; name it with data.columns.prompt (found {record.names()})"
+            f"no prompt column in addition to `{response_column}`; set it with data.columns.prompt (found {record.names()})"
         )
     if not text.strip():
         raise BadRow("an empty text (column `text`)")
@@ -381,7 +379,7 @@ def _read_input(record: Record, columns: ColumnsConfig) -> str:
 
 
 def _response_column(record: Record, columns: ColumnsConfig, required: bool, prefix: str = "") -> str | None:
-    """Return the column of the response; None where there is none. prefix: the beginning of the error."""
+    """Return the column of the response; None if there is none. prefix: the beginning of the error."""
     if columns.response is not None:
         name = columns.response if columns.response in record else None
         known = f"no column `{columns.response}` (data.columns.response)"
@@ -408,5 +406,5 @@ def _read_references(record: Record, name: str | None, required: bool) -> tuple[
         raise BadRow(f"column `{name}` is an empty list")
     for number, reference in enumerate(value, start=1):
         if not isinstance(reference, str):
-            raise BadRow(f"column `{name}` must be a list of texts; its number {number} is {kind(reference)}")
+            raise BadRow(f"column `{name}` must be a list of texts; item {number} is {kind(reference)}")
     return tuple(valid_text(reference, f"column `{name}`") for reference in value)

@@ -21,12 +21,11 @@ _BATCH_ROWS = 1000  # rows
 def hub_splits(
     name: str, local_search: str, listener: Listener, suggestion: str | None = None
 ) -> dict[str, Callable[[Collection[str]], Records]]:
-    """Return the splits of a data set by the hub's names for them, each a call that reads it and receives the
-    columns to convert.
+    """Return the splits of a data set by name, each as a function that takes the columns to convert and reads it.
 
-    name: a known short name, or ``owner/name``, with ``:config`` where a set has several. local_search: where the name was
-    searched before, for the message. suggestion: an existing name that is similar. Raises DataError when the hub has no
-    such set or cannot be reached.
+    name: a known short name, or ``owner/name``, with ``:config`` if a set has several. local_search: earlier
+    searched locations, for the message. suggestion: an existing name that is similar. Raises DataError when the hub has
+    no such set or cannot be reached.
     """
     import datasets
 
@@ -35,7 +34,7 @@ def hub_splits(
     call = partial(_call_hub, name, repo, local_search, suggestion)
     _check_reachable(call, repo)
     listener(Note(f"{name}: reading {repo} of the hub"))
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # no request that only counts downloads
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # no requests that only count downloads
     if found is not None:
         return {split: partial(_read_files, call, repo, files, found.revision) for split, files in found.files.items()}
     splits = call(datasets.get_dataset_split_names, repo, config or None)
@@ -80,7 +79,7 @@ def _call_hub(
     *args: Any,
     **kwargs: Any,
 ) -> _T:
-    """Call a function of the hub's clients. Raises DataError for every failure, with where else was searched."""
+    """Call a function of the hub's clients. Raises DataError for every failure, with the other searched locations."""
     try:
         return function(*args, **kwargs)
     except Exception as error:  # the hub's clients raise errors of four libraries with no common base
@@ -91,7 +90,7 @@ def _call_hub(
         is_absent = isinstance(error, RepositoryNotFoundError | HFValidationError | FileNotFoundError)
         is_absent &= not isinstance(error, LocalEntryNotFoundError)  # not among earlier downloads, and offline
         found = "is not on the hub" if is_absent else "cannot be read from the hub"
-        hint = "set DISTILLM_DATA to a directory that holds it, or pass a file"
+        hint = "set DISTILLM_DATA to a directory that contains it, or pass a file"
         hint = f"did you mean {suggestion}?" if suggestion else hint
         raise DataError(
             "data.not_found", f"no data set `{name}`: {local_search}, and {repo} {found} ({reason})", hint=hint

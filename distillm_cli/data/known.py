@@ -1,7 +1,8 @@
-"""Define data sets with a short name: their files on the hub, and how their records become rows.
+"""Define data sets with a short name: their files on the hub, and the conversion of their records.
 
-A name selects rows in ``--data``, and the test rows of a suite in ``--suite``. Under $DISTILLM_DATA a set of such a name
-may have its own columns or those that every file may have (``rows.py``). Others are added by a module like this one:
+A name selects rows in ``--data``, and the test rows of a suite in ``--suite``. Under $DISTILLM_DATA a set of such a
+name may have its own columns or those that every file may have (``rows.py``). A plug-in adds others in a module like
+this one:
 
     register_dataset("squares", GeneratedDataset(read, splits=("train", "test")))
 """
@@ -133,6 +134,6 @@ def dataset_aliases() -> dict[str, str]:
 
 
 def find_dataset(name: str) -> KnownDataset | None:
-    """Return the data set with a short name or its alias; None where there is none."""
+    """Return the data set with a short name or its alias; None if there is none."""
     dataset = plugins.datasets.get(name)
     return plugins.datasets.get(dataset_aliases().get(name, name)) if dataset is None else dataset

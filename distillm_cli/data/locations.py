@@ -1,4 +1,4 @@
-"""Find the data source of a name: a file, a directory, a name under ``$DISTILLM_DATA``, a data set of the hub.
+"""Find the data source of a name: a file, a directory, a name under ``$DISTILLM_DATA``, or a data set on the hub.
 
 Local paths need no network.
 """
@@ -35,7 +35,7 @@ class DataSource:
     """Describe a data source by functions that read its splits.
 
     parts: by split, a function that takes the columns to convert and returns records. single_file: a file without splits.
-    reshape: converts the records of a set with a short name, where the recipe names no column. columns: those that
+    reshape: converts the records of a set with a short name, if the recipe names no columns. columns: those that
     ``reshape`` reads.
     """
 
@@ -48,12 +48,12 @@ class DataSource:
 
 
 def local_path(name: str) -> Path | None:
-    """Return the file or directory that a source's name refers to; None for `builtin` and for a name of the hub."""
+    """Return the file or directory that a source's name refers to; None for `builtin` and for a hub name."""
     return None if name == "builtin" else next(filter(path_kind, _candidate_paths(name.strip())), None)
 
 
 def user_path(text: str) -> Path:
-    """Return the path of a name, with ``~`` replaced where that home directory exists."""
+    """Return the path of a name, with ``~`` expanded if that home directory exists."""
     try:
         return Path(text).expanduser()
     except RuntimeError:
@@ -61,7 +61,7 @@ def user_path(text: str) -> Path:
 
 
 def path_kind(path: Path) -> Literal["file", "directory"] | None:
-    """Return the kind of a path; None where it does not exist, or cannot because the name is too long."""
+    """Return the kind of a path; None if it does not exist or the name is too long."""
     try:
         if path.is_dir():
             return "directory"
@@ -71,7 +71,7 @@ def path_kind(path: Path) -> Literal["file", "directory"] | None:
 
 
 def is_path(text: str) -> bool:
-    """Return whether a source's name can only be a path, so that it is not searched on the hub."""
+    """Return whether a source's name can only be a path and is not searched on the hub."""
     return _is_explicit(text) or Path(text).suffix.lower() in _FILE_SUFFIXES
 
 
@@ -92,7 +92,7 @@ def _candidate_paths(text: str) -> list[Path]:
 def find_source(name: str, listener: Listener) -> DataSource:
     """Return the source of a name. A bare name is searched under $DISTILLM_DATA before the working directory.
 
-    Raises DataError where there is none.
+    Raises DataError if there is none.
     """
     dataset = find_dataset(name.strip())
     source = _find_by_name(name, listener)
@@ -105,7 +105,7 @@ def _find_by_name(name: str, listener: Listener) -> DataSource:
     text = name.strip()
     if not text:
         raise DataError(
-            "data.not_found", "an empty name for a data source", hint="name a file, a directory, a data set, or builtin"
+            "data.not_found", "empty name of a data source", hint="use a file, a directory, a data set, or builtin"
         )
     root = os.environ.get("DISTILLM_DATA")
     for path in _candidate_paths(text):
@@ -117,7 +117,7 @@ def _find_by_name(name: str, listener: Listener) -> DataSource:
     if is_broken_link(user_path(text)):
         raise DataError(
             "data.not_found",
-            f"{text} is a symbolic link that leads nowhere",
+            f"{text} is a broken symbolic link",
             hint="correct the link, or pass another path",
         )
     if isinstance(dataset := find_dataset(text), GeneratedDataset):
@@ -131,13 +131,15 @@ def _find_by_name(name: str, listener: Listener) -> DataSource:
     parts = _canonical_splits(found)
     if not parts:
         raise DataError(
-            "data.no_split", f"{text}: no train, valid or test on the hub, but {', '.join(found)}", hint="pass a file"
+            "data.no_split",
+            f"{text}: no split train, valid or test on the hub, but {', '.join(found)}",
+            hint="pass a file",
         )
     return DataSource(text, parts)
 
 
 def _similar_name(text: str, root: str | None) -> str | None:
-    """Return a similar name of a known set or of one under $DISTILLM_DATA; None where ``text`` is such a name itself."""
+    """Return a similar name of a known set or of one under $DISTILLM_DATA; None if ``text`` is such a name itself."""
     candidates = dataset_names()
     directory = user_path(root) if root else None
     if directory is not None and directory.is_dir():
@@ -181,15 +183,15 @@ def _directory(path: Path, name: str) -> DataSource:
     if not files:
         raise DataError(
             "data.not_found",
-            f"{path}: no data file in it",
-            hint=f"put train.jsonl there, or name a {', '.join(FORMATS)} file",
+            f"{path}: no data files",
+            hint=f"add train.jsonl, or use a {', '.join(FORMATS)} file",
         )
     if len(files) != 1:
         file_names = ", ".join(file.name for file in files[:5])
         raise DataError(
             "data.no_split",
-            f"{path}: no train.*, valid.* or test.* in it, but {file_names}",
-            hint="name a file of it instead",
+            f"{path}: no train.*, valid.* or test.*, but {file_names}",
+            hint="use one of these files",
         )
     return DataSource(name, {"train": partial(read, files[0])}, path=files[0], single_file=True)
 
@@ -201,7 +203,7 @@ def _saved_dataset(path: Path, name: str, saved: dict[str, Path]) -> DataSource:
     parts = {split: partial(read_saved, directory) for split, directory in _canonical_splits(saved).items()}
     if not parts:
         raise DataError(
-            "data.no_split", f"{path}: no train, valid or test in it, but {', '.join(saved)}", hint="name one of these"
+            "data.no_split", f"{path}: no split train, valid or test, but {', '.join(saved)}", hint="use one of these"
         )
     return DataSource(name, parts, path=path)
 

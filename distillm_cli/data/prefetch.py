@@ -1,9 +1,9 @@
 """Read and tokenize rows in a thread while the main thread imports torch and transformers and loads the models.
 
-The imports take seconds in which a core has nothing to do, and the rows need none of them: they are tokenized by the rules
-in a tokenizer's file. Which tokenizer a run has is known only with its models, so token ids that it would not have made
-itself are not used. What limits, ends and drops a row is known only with the models, too: only ids without special tokens
-are made here, and only of rows that no chat template writes.
+The imports take seconds in which a core is idle, and the rows need none of them: they are tokenized by the rules in a
+tokenizer's file. The run's tokenizer is known only after its models are loaded, and prefetched token ids are used only
+if it returns the same ones. Length limits and end tokens are also known only then, so only ids without special tokens
+are computed here, and only of rows without a chat template.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class _Reading:
 
 
 class Prefetcher:
-    """Read and tokenize rows in a thread. A context: leaving it ends the thread, after the chunk it is working on.
+    """Read and tokenize rows in a thread. As a context manager it ends the thread at exit, after the current chunk.
 
-    find_tokenizer: returns the ``tokenizer.json`` that the run will most likely turn out to have, None for none.
-    require_output: where false, rows may lack a response. Entering it again changes nothing, so that whoever starts it and
-    whoever needs it may both end it. Rows on the hub are only read when they are asked for: `datasets` imports torch as
-    well, and two threads would wait for each other.
+    find_tokenizer: returns the most likely ``tokenizer.json`` of the run, or None. require_output: if false, rows may
+    lack a response. The context may be entered more than once, by the code that starts the prefetcher and by the code
+    that uses it. Rows on the hub are read only on request: `datasets` imports torch as well, and two threads would wait
+    for each other.
     """
 
     def __init__(
@@ -71,8 +71,8 @@ class Prefetcher:
         self._chunks: _Chunks = {}
 
     def __enter__(self) -> Prefetcher:
-        named = [name for name in (self._data.source, self._data.valid) if name not in (None, "builtin")]
-        if all(local_path(name) is not None for name in named):
+        names = [name for name in (self._data.source, self._data.valid) if name not in (None, "builtin")]
+        if all(local_path(name) is not None for name in names):
             self._start()
         return self
 
@@ -80,7 +80,7 @@ class Prefetcher:
         self.close()
 
     def close(self) -> None:
-        """End the thread. Waits for the chunk it is working on."""
+        """End the thread after its current chunk."""
         self._pool.shutdown(cancel_futures=True)
 
     def rows(self, split: Split, listener: Listener) -> Rows:
@@ -92,17 +92,17 @@ class Prefetcher:
         return reading.rows.result()
 
     def expect(self, tokenizer: Any | None, sources: Mapping[str, SequenceOf[Row]]) -> None:
-        """Tokenize the rows as this tokenizer does: by its file, where that has the same rules, else with itself.
+        """Tokenize the rows with this tokenizer, or with its file if that has the same rules.
 
-        tokenizer: transformers', which the run will most likely have; None tokenizes nothing. From here on the tokenizer
-        belongs to the thread until its ids are taken: it may be read and saved elsewhere, but not tokenize, since it
-        changes settings of its own before each text. sources: what ``rows`` returned, by name.
+        tokenizer: the most likely tokenizer of the run, of transformers; None: nothing is tokenized. Until its ids are
+        taken only the thread may tokenize with it, since it changes its own settings before each text; others may read
+        and save it. sources: results of ``rows``, by name.
         """
         if tokenizer is None or not self._can_tokenize(tokenizer, sources):
             return
-        # First: these ask the tokenizer, which then belongs to the thread.
+        # First, because these use the tokenizer, which only the thread may use later.
         chunks = self._chunks_by_file(tokenizer) if self._started is not None else {}
-        with suppress(Exception):  # whoever tokenizes the rows meets it again, and reports it
+        with suppress(Exception):  # reported when the rows are tokenized again
             self._affixes = find_affixes(tokenizer)
         self._tokenizer = tokenizer
         self._chunks = chunks or self._submit(sources, tokenizer)
@@ -115,10 +115,10 @@ class Prefetcher:
         return None
 
     def take(self, name: str, tokenizer: Any, start: int) -> list[TokenIds] | None:
-        """Return, once, the ids of the chunk of a source that begins at a row. Waits for them.
+        """Wait for the ids of the chunk of a source that begins at a row, and return them. They are returned once.
 
-        None where they are of another tokenizer, or could not be made: whoever tokenizes the rows then meets the same
-        error, and reports it. From then on nothing is prefetched.
+        Returns None if they are of another tokenizer, or could not be computed. The caller then tokenizes the rows and
+        reports errors, and nothing more is prefetched.
         """
         chunk = self._chunks.pop((name, start), None)
         is_made = chunk is not None and tokenizer is self._tokenizer and not chunk.cancelled()
@@ -142,7 +142,7 @@ class Prefetcher:
             events.put(None)
 
     def _tokenize_by_file(self) -> tuple[str, _Chunks] | None:
-        """Submit all rows; return the rules they are tokenized by as text, and their chunks. None without such a file."""
+        """Submit all rows; return the tokenization rules as text, and the chunks. None without such a file."""
         sources = {split: self._readings[split].rows.result() for split in _SPLITS}
         rules = load_tokenizer_rules(sources.values(), self._renderer, self._find_tokenizer)
         return None if rules is None else (rules.to_str(), self._submit(sources, rules))
@@ -161,16 +161,16 @@ class Prefetcher:
             return token_ids(texts, tokenizer)
 
     def _can_tokenize(self, tokenizer: Any, sources: Mapping[str, SequenceOf[Row]]) -> bool:
-        """Return whether ids can be made before the models are known: a chat template depends on how they end a turn."""
+        """Return whether ids can be computed before the models are loaded: a chat template depends on their stop tokens."""
         if getattr(tokenizer, "chat_template", None) is not None or self._data.special_tokens_in_text == "text":
             return False
         return all(self._renderer.form(row) != "chat" for rows in sources.values() for row in rows)
 
     def _chunks_by_file(self, tokenizer: Any) -> _Chunks:
-        """Return the chunks being tokenized, where they are what ``tokenizer`` makes; else none, and they are canceled."""
+        """Return the pending chunks if ``tokenizer`` has the same rules; else cancel them."""
         try:
             started = self._started.result()
-        except Exception:  # a damaged file: whoever loads the tokenizer reports it
+        except Exception:  # a damaged file: reported when the tokenizer is loaded
             started = None
         if started is None:
             return {}
@@ -184,7 +184,7 @@ class Prefetcher:
 
 @contextmanager
 def _one_tokenizer_thread() -> Iterator[None]:
-    """Keep the tokenizers library, which asks the environment at each call, to one core: the imports need the other."""
+    """Limit the tokenizers library, which reads the environment on each call, to one core: the imports need the other."""
     name = "TOKENIZERS_PARALLELISM"
     if name in os.environ:
         yield

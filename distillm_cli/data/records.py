@@ -1,4 +1,4 @@
-"""Hold the columns of a record, and check their values."""
+"""Read the columns of a record and check their values."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import Any
 
 
 class BadRow(ValueError):
-    """Report what is wrong with a record. The caller adds the file and line."""
+    """Report an invalid record. The caller adds the file and line."""
 
 
 @dataclass(frozen=True, slots=True)
 class UnreadableValue:
-    """Replace a value that could not be converted, an error only where the column is read. reason: "is not UTF-8"."""
+    """Replace a value that could not be converted, which is an error only if the column is read.
+
+    reason: "is not UTF-8".
+    """
 
     reason: str
 
@@ -24,7 +27,7 @@ class NotConverted:
 
 
 class Record:
-    """Hold the columns of one record, and which of them were read."""
+    """Hold the columns of one record, and track which were read."""
 
     __slots__ = ("read", "values")
 
@@ -40,7 +43,7 @@ class Record:
         return self.values.get(name) is not None
 
     def take(self, name: str) -> Any:
-        """Return a column's value, None where it is absent, and record that it was read. Raises BadRow."""
+        """Return a column's value, or None, and record that it was read. Raises BadRow."""
         self.read.add(name)
         value = self.values.get(name)
         if isinstance(value, UnreadableValue):
@@ -48,14 +51,14 @@ class Record:
         return value
 
     def text(self, name: str) -> str:
-        """Return the text of a column. Raises BadRow where it is not text."""
+        """Return the text of a column. Raises BadRow if it is not text."""
         value = self.take(name)
         if not isinstance(value, str):
             raise BadRow(f"column `{name}` must be text, found {kind(value)}")
         return valid_text(value, f"column `{name}`")
 
     def decoded(self, name: str) -> Any:
-        """Return the value of a column that may hold JSON as text; None where it is blank. Raises BadRow."""
+        """Return the value of a column that may hold JSON as text; None if it is blank. Raises BadRow."""
         value = self.take(name)
         if not isinstance(value, str):
             return value
@@ -67,7 +70,7 @@ class Record:
 
 
 def kind(value: Any) -> str:
-    """Name a JSON value in an error: "null", "a number (42)", "a list"."""
+    """Describe a JSON value for an error: "null", "a number (42)", "a list"."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -78,12 +81,12 @@ def kind(value: Any) -> str:
 
 
 def valid_text(text: str, name: str) -> str:
-    """Return the text. Raises BadRow where it cannot be encoded as UTF-8."""
+    """Return the text. Raises BadRow if it cannot be encoded as UTF-8."""
     if not text.isascii():
         try:
             text.encode("utf-8")
-        except UnicodeEncodeError:  # JSON can spell half of a surrogate pair; no tokenizer takes it
-            raise BadRow(f"{name} holds half of a character (a lone surrogate)") from None
+        except UnicodeEncodeError:  # JSON can contain half of a surrogate pair, which no tokenizer accepts
+            raise BadRow(f"{name} has half of a character (a lone surrogate)") from None
     return text
 
 

@@ -21,16 +21,15 @@ _TRAINING_FIELDS = ("weight", "train")  # fields about training on a message
 class Row:
     """Hold one example, before any template.
 
-    instruction, input: the task as text, and its input text. prompt: the exact prompt of the file, complete.
-    messages: the conversation up to the answer, each message with every field of the file. answer: the assistant message
-    that ends a conversation, with every field of the file (``tool_calls``, ``reasoning_content``, …). tools, documents:
-    what the chat template receives under these names. template_kwargs: further arguments of the chat template
-    (``enable_thinking``). references: accepted responses as text; the first is trained on where there is no ``answer``,
-    and there may be none where only prompts are needed. where: "train.jsonl:318". task: its kind, where known. is_question:
-    the instruction comes from a column other than `instruction`, which template `auto` renders plain. truncated: the
-    response was cut at a length limit (`complete: false`, as `generate` writes it) and has no end token. raw: the response
-    as a model generated it after the prompt, structural special tokens included, where `generate` made the row. format: the
-    name of the row's format, for display.
+    instruction, input: the task as text, and its input text. prompt: the exact prompt of the file, complete. messages:
+    the conversation up to the answer, each message with every field of the file. answer: the assistant message that
+    ends a conversation, with every field of the file (``tool_calls``, ``reasoning_content``, …). tools, documents:
+    arguments of the chat template. template_kwargs: further arguments of the chat template (``enable_thinking``).
+    references: accepted responses as text; the first is trained on if there is no ``answer``. They may be empty if only
+    prompts are needed. where: "train.jsonl:318". task: its kind, if known. is_question: the instruction comes from a
+    column other than `instruction`, which template `auto` renders plain. truncated: the response was cut at a length
+    limit (`complete: false`, as `generate` writes it) and has no end token. raw: for rows of `generate`, the response
+    as generated, including structural special tokens. format: the name of the row's format, for display.
     """
 
     instruction: str | None = None
@@ -56,7 +55,7 @@ class Row:
 
     @property
     def key(self) -> str:
-        """Return a key that rows with the same prompt share."""
+        """Return a key that is equal for rows with the same prompt."""
         if self.instruction is not None:
             content: Any = [self.instruction, self.input]
         elif self.format == LANGUAGE_MODELING:
@@ -66,20 +65,20 @@ class Row:
         else:
             content = [{k: v for k, v in message.items() if k not in _TRAINING_FIELDS} for message in self.messages]
         extras = [self.tools, self.documents, self.template_kwargs]
-        # Without extras the key stays as in earlier versions: digests of evaluations contain it.
+        # Without extras the key is that of earlier versions, since digests of evaluations contain it.
         return json.dumps(content if extras == [None] * 3 else [content, *extras], default=str)
 
 
 def parse(record: Any, where: str, columns: ColumnsConfig, *, require_output: bool = True) -> Row:
     """Read one record of a source into a Row. Raises BadRow with the column, what was found, and what was expected.
 
-    require_output: where false, rows may lack a response, and need a prompt.
+    require_output: if false, rows may lack a response, but not a prompt.
     """
     return read_row(record, where, columns, require_output=require_output)[0]
 
 
 def read_row(record: Any, where: str, columns: ColumnsConfig, *, require_output: bool = True) -> tuple[Row, set[str]]:
-    """Read one record as ``parse`` does; return the names of the columns that were read, too."""
+    """Read one record like ``parse``, and also return the names of the columns that were read."""
     if not isinstance(record, dict):
         raise BadRow(f"expected an object with named columns, found {kind(record)}")
     reader = Record(record)

@@ -23,7 +23,7 @@ from distillm_cli.utils.text import all_are, counted, listed_shares
 
 __all__ = ["Row", "Rows", "Split", "is_path", "load_rows", "local_path", "overlap", "path_kind", "user_path"]
 
-_HELD_OUT_SHARE = 20  # one row in this many is held out where a source has no held-out rows of its own
+_HELD_OUT_SHARE = 20  # one row in this many is held out if a source has no held-out rows of its own
 LISTED = 20  # maximum number of broken rows reported one by one; Rows.skipped has all of them
 
 
@@ -81,17 +81,17 @@ def load_rows(
 ) -> Rows:
     """Load the rows of one split of ``data.source`` (of ``data.valid``, for split "valid", when that is given).
 
-    A directory (and a hub data set) names its splits: train is ``train.*``; where there is a ``dev.*``, that is valid and
-    ``valid.*`` is test, else valid is ``valid.*`` or ``validation.*`` and test is ``test.*``; test falls back on valid.
-    A single file has no splits: "test" is the whole file. Where nothing is held out, "valid" is a seeded slice of the
-    training rows, one in twenty and at most ``data.valid_limit``, which "train" then leaves out; rows with the
-    same prompt stay on the same side. A file given as ``data.valid`` is read whole.
+    A directory (and a hub data set) names its splits: train is ``train.*``. With a ``dev.*``, that is valid and
+    ``valid.*`` is test. Else valid is ``valid.*`` or ``validation.*`` and test is ``test.*``. Without a test split,
+    test is valid. A single file has no splits: "test" is the whole file. Without held-out rows, "valid" is a seeded
+    slice of the training rows, one in twenty and at most ``data.valid_limit``, which "train" then leaves out. Rows with
+    the same prompt are in the same split. A file given as ``data.valid`` is read completely.
 
-    ``data.limit`` applies to the training rows (and the slice of them), ``data.valid_limit`` to "valid", ``limit`` to any
-    split; each keeps the first rows. require_output=False: rows may lack a response. stand_in=False: "test" returns test
-    rows only, neither a whole file nor a slice.
+    ``data.limit`` applies to the training rows (and the slice of them), ``data.valid_limit`` to "valid", ``limit`` to
+    any split. Each selects the first rows. require_output=False: rows may lack a response. stand_in=False: "test"
+    returns test rows only, neither a whole file nor a slice.
 
-    Raises DataError where the source does not exist, is empty, or has a broken row (unless ``data.skip_bad_rows``).
+    Raises DataError if the source does not exist, is empty, or has a broken row (unless ``data.skip_bad_rows``).
     """
     uses_valid_source = split == "valid" and data.valid is not None
     name = data.valid if uses_valid_source else data.source
@@ -107,14 +107,14 @@ def load_rows(
                 "data.no_split",
                 f"{source.name}: no test rows; there are {' and '.join(found)}",
                 where=_location(source),
-                hint="ask for one of those, or leave --split out",
+                hint="choose one of those, or remove --split",
             )
         rows = _load_split(source, data, split, uses_valid_source, limit, require_output, listener)
     return replace(rows, split=split, splits=splits)
 
 
 def overlap(rows: SequenceOf[Row], others: SequenceOf[Row]) -> int:
-    """Return how many different prompts occur on both sides, for example held-out ones that were trained on."""
+    """Return the number of distinct prompts in both, such as held-out prompts that are also trained on."""
     return len({row.key for row in rows} & {row.key for row in others})
 
 
@@ -145,7 +145,7 @@ def _load_split(
             "data.no_split",
             f"{source.name}: no test rows",
             where=_location(source),
-            hint="add a test file, or name a file",
+            hint="add a test file, or use a file",
         )
     holds_out = "train" in source.parts and "valid" not in source.parts and data.valid is None
     if split in source.parts and not (split == "train" and holds_out):
@@ -156,7 +156,7 @@ def _load_split(
             "data.no_split",
             f"{source.name}: no {split} rows, only {', '.join(source.parts)}",
             where=_location(source),
-            hint="add a train file, or name another source with --data",
+            hint="add a train file, or choose another source with --data",
         )
     if split != "train":
         load = partial(load, listener=silent)  # these rows are reported where they are trained on
@@ -184,17 +184,15 @@ def _load_part(
     require_output: bool,
     listener: Listener,
 ) -> Rows:
-    def skipped_message(where: str, message: str) -> str:
-        """Return the message for a row that is skipped. Raises DataError where rows must not be skipped."""
+    def skipped_message(where: str, message: str, *, is_json: bool = True) -> str:
+        """Return the message for a row that is skipped. Raises DataError if rows must not be skipped."""
         if not skip_bad_rows:
             path = _location(source)
             hint = "fix the row, or skip such rows with --skip-bad-rows"
-            raise DataError(
-                "data.invalid_row",
-                f"{where}: {message}",
-                where=None if path and where.startswith(path) else path,
-                hint=hint,
-            )
+            place = None if path and where.startswith(path) else path
+            if not is_json:
+                raise DataError("data.invalid_json", f"{where}: {message}", where=place, hint=hint)
+            raise DataError("data.invalid_row", f"{where}: {message}", where=place, hint=hint)
         return f"{where}: {message}"
 
     reshape = source.reshape if columns == ColumnsConfig() else None
@@ -202,7 +200,7 @@ def _load_part(
     def readable_rows() -> Iterator[Row]:
         for where, record in source.parts[part](readable_columns(columns) | source.columns):
             if isinstance(record, UnreadableRecord):
-                skipped.append(skipped_message(where, record.reason))
+                skipped.append(skipped_message(where, record.reason, is_json=record.is_json))
                 continue
             if reshape is not None and isinstance(record, dict):
                 record = reshape(record)
@@ -219,7 +217,7 @@ def _load_part(
     rows = list(islice(readable_rows(), limit))
     if not rows:
         first = "" if len(skipped) == 1 else ", the first"
-        message = f"{all_are(len(skipped), 'row')} broken{first}: {skipped[0]}" if skipped else "no rows in it"
+        message = f"{all_are(len(skipped), 'row')} broken{first}: {skipped[0]}" if skipped else "no rows"
         raise DataError(
             "data.no_rows",
             f"{source.name}: {message}",
@@ -263,10 +261,8 @@ def _hold_out(rows: Rows, split: Split, data: DataConfig, listener: Listener, li
             held_out.update(members[group])
     if split == "train":
         if held_out:
-            share = (
-                f"{len(held_out):,} of its {len(rows):,} {'is' if len(held_out) == 1 else 'are'} kept for validation"
-            )
-            listener(Note(f"{rows.name} has no held-out rows of its own: {share}"))
+            share = f"{len(held_out):,} of its {len(rows):,} {'is' if len(held_out) == 1 else 'are'} held out for validation"
+            listener(Note(f"{rows.name} has no held-out rows: {share}"))
         remaining = [row for index, row in enumerate(rows) if index not in held_out]
     elif held_out:
         remaining = [rows[index] for index in sorted(held_out)]
@@ -275,17 +271,17 @@ def _hold_out(rows: Rows, split: Split, data: DataConfig, listener: Listener, li
             "data.no_held_out_rows",
             f"{rows.name}: {_no_held_out_reason(len(rows), len(members), target)}",
             where=str(rows.path) if rows.path else None,
-            hint="name held-out rows with --set data.valid=FILE",
+            hint="set held-out rows with --set data.valid=FILE",
         )
     return replace(rows, rows=remaining[:limit])
 
 
 def _no_held_out_reason(rows: int, prompts: int, target: int) -> str:
     if rows == 1:
-        return "1 row is too few to hold some of them out"
+        return "1 row is too few for a held-out slice"
     if prompts == 1:
-        return f"all {rows:,} rows ask the same thing, so that none of them can be held out"
-    return f"its {rows:,} rows ask {prompts:,} things, each of them more often than the {target:,} to be held out"
+        return f"all {rows:,} rows have the same prompt, so none can be held out"
+    return f"its {rows:,} rows have {prompts:,} distinct prompts, each with more rows than the {target:,} to hold out"
 
 
 def _load_builtin(data: DataConfig, split: Split, limit: int | None) -> Rows:

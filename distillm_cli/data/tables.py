@@ -1,7 +1,7 @@
 """Read records from Arrow tables: parquet files, and data sets that `datasets` saved with ``save_to_disk``.
 
-Only columns that some format reads are converted to Python values. `datasets` is not used: it accesses
-transformers, which another thread may be importing at the time.
+Only columns that some format reads are converted to Python values. `datasets` is not used: it uses transformers, which
+another thread may be importing at the same time.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def read_parquet(path: Path, columns: Collection[str]) -> Iterator[tuple[str, An
 def saved_splits(path: Path) -> dict[str, Path] | None:
     """Return the directories of a saved ``DatasetDict`` by split, {"": path} for a ``Dataset``, None for others.
 
-    Raises DataError where the files that describe it are damaged.
+    Raises DataError if the files that describe it are damaged.
     """
     if (path / _DATASET_FILE).is_file() and (path / _INFO_FILE).is_file():
         return {"": path}
@@ -87,9 +87,9 @@ def read_saved(path: Path, columns: Collection[str]) -> Iterator[tuple[str, Any]
 def batch_records(batch: pyarrow.RecordBatch, columns: Collection[str], names: Iterable[str]) -> Iterator[Any]:
     """Yield the records of a batch, with every column of ``names``.
 
-    Values of other columns than ``columns`` are NotConverted, or None where they are null (or an empty list). Columns that
-    the batch lacks have a value in every row. A field that is null inside a struct is left out, since a struct has all
-    fields of all rows; only a message keeps its null ``content``.
+    Values of other columns than ``columns`` are NotConverted, or None if they are null (or an empty list). Columns
+    that the batch lacks have a value in every row. A null field of a struct is left out, since a struct has all fields
+    of all rows. Only a null ``content`` of a message is retained.
     """
     values_by_name = {name: _values(batch, name, name in columns) for name in names}
     for index in range(batch.num_rows):
@@ -109,7 +109,7 @@ def _values(batch: pyarrow.RecordBatch, name: str, is_read: bool) -> list[Any] |
     except (
         ValueError,
         OverflowError,
-    ):  # not UTF-8, a date after the year 9999, …: one by one, to find the bad ones
+    ):  # not UTF-8, a date after the year 9999, …: one by one, to find the invalid values
         return [_value(scalar, convert) for scalar in column]
 
 

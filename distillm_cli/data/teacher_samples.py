@@ -30,17 +30,17 @@ class TeacherSamples:
 def read_teacher_samples(data: DataConfig, rows: SequenceOf[Row], listener: Listener = silent) -> TeacherSamples:
     """Read the samples of ``data.teacher_samples`` for these rows.
 
-    Raises DataError where the file does not exist, a row of it cannot be read, or a training row has no sample. The file
-    has conversations as rendered by a chat template, so ``encode_teacher_samples`` matches those, with a tokenizer.
+    Raises DataError if the file does not exist, a row of it cannot be read, or a training row has no sample. The file
+    has conversations as rendered by a chat template, which ``encode_teacher_samples`` matches with a tokenizer.
     """
     path = Path(data.teacher_samples).expanduser()
-    hint = "make it with `distillm generate --model TEACHER --data SOURCE --split train --output FILE`"
+    hint = "create it with `distillm generate --model TEACHER --data SOURCE --split train --output FILE`"
     if not path.is_file():
         raise DataError("data.not_found", f"{path}: no such file (data.teacher_samples)", hint=hint)
     sample_data = data.model_copy(
         update={"source": str(path.absolute()), "valid": None, "limit": None, "columns": ColumnsConfig()}
     )
-    found = load_rows(sample_data, "test", listener=listener)  # of a single file, test is all of it
+    found = load_rows(sample_data, "test", listener=listener)  # for a single file, test is the whole file
     by_key: dict[str, list[Row]] = defaultdict(list)
     for row in found:
         by_key[row.key].append(row)
@@ -84,7 +84,7 @@ def _missing_sample_error(unmatched_rows: Iterable[Row], rows: int, path: Path) 
     more = f" ({len(unmatched_rows):,} of {rows:,} rows have none)" if len(unmatched_rows) > 1 else ""
     return DataError(
         "data.no_teacher_sample",
-        f"{unmatched_rows[0].where}: no teacher sample asks the same{more}",
+        f"{unmatched_rows[0].where}: no teacher sample has this prompt{more}",
         where=f"data.teacher_samples = {path}",
-        hint="generate with this --data and --split train, or train on fewer rows with --set data.limit=N",
+        hint="generate samples with this --data and --split train, or train on fewer rows with --set data.limit=N",
     )

@@ -1,4 +1,4 @@
-"""Render rows as text: the prompt, and the response that the model must produce."""
+"""Render rows as text: the prompt and the response."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _CHAT_MODEL_ADVICE = "a chat model or, for one from scratch, such a model's toke
 class Renderer:
     """Render rows as text by ``data.template``, the same way for training, generation and scoring.
 
-    auto: chat for messages; the row's own prompt where it has nothing else; for instructions and questions chat where the
-    tokenizer has a chat template, else Alpaca for instructions (the row's own prompt, where it has one) and plain for
-    questions. alpaca: the row's own prompt, else the Alpaca prompt. plain: instruction, input, each with a newline after
-    it. exact: instruction and input unchanged. In these three, a prompt without an instruction is used unchanged. chat:
-    the chat template around the instruction, prompt or messages.
+    auto: chat for messages; the row's own prompt if it has nothing else; for instructions and questions chat if the
+    tokenizer has a chat template, else Alpaca for instructions (the row's own prompt, if it has one) and plain for
+    questions. alpaca: the row's own prompt, else the Alpaca prompt. plain: instruction, input, each with a newline
+    after it. exact: instruction and input unchanged. In these three, a prompt without an instruction is used unchanged.
+    chat: the chat template around the instruction, prompt or messages.
 
-    tokenizer: transformers', or None where no row needs one. stops: ids of the tokens that the models stop at.
+    tokenizer: of transformers, or None if no row needs one. stops: ids of the models' stop tokens.
     """
 
     def __init__(self, data: DataConfig, tokenizer: Any = None, *, stops: Collection[int] = ()):
@@ -61,7 +61,7 @@ class Renderer:
     def prompt(self, row: Row) -> str:
         """Return the prompt's text.
 
-        Raises ModelError where the tokenizer has no chat template, DataError where the row does not fit the template.
+        Raises ModelError if the tokenizer has no chat template, DataError if the row does not fit the template.
         """
         form = self.form(row)
         if form == "chat":
@@ -81,7 +81,7 @@ class Renderer:
         if row.answer is not None and not row.references:
             raise DataError(
                 "data.template_mismatch",
-                f"{row.where}: an answer without text (a tool call) cannot be written without a chat template",
+                f"{row.where}: a response without text (a tool call) needs a chat template",
                 hint=f"use {_CHAT_MODEL_ADVICE}",
             )
         prompt = self.prompt(row)
@@ -92,9 +92,7 @@ class Renderer:
         if self.chat is not None:
             return self.chat
         one_question = row.messages is None or _single_question(row.messages) is not None
-        hint = (
-            "try --set data.template=alpaca" if one_question else f"a conversation needs one: use {_CHAT_MODEL_ADVICE}"
-        )
+        hint = "try --set data.template=alpaca" if one_question else f"conversations need one: use {_CHAT_MODEL_ADVICE}"
         raise ModelError("model.no_chat_template", "the tokenizer has no chat template", where=row.where, hint=hint)
 
 
@@ -116,7 +114,7 @@ def form_of(row: Row, template: str, has_chat: bool) -> str:
 
 
 def resolve_auto_template(rows: Iterable[Row], has_chat: bool) -> tuple[str, str] | None:
-    """Return the template that ``auto`` selects for these rows, and the reason; None where it selects several.
+    """Return the template that ``auto`` selects for these rows, and the reason; None if it selects several.
 
     has_chat: whether teacher and student have chat templates.
     """
@@ -180,11 +178,7 @@ def _load_json_list(path: str | None, key: str) -> list[Any] | None:
     try:
         found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(
-            "data.unreadable", f"{key} = {path}: {error}", hint="give a file that holds a JSON list"
-        ) from None
+        raise DataError("data.unreadable", f"{key} = {path}: {error}", hint="use a file with a JSON list") from None
     if not isinstance(found, list):
-        raise DataError(
-            "data.invalid_json", f"{key} = {path}: not a JSON list", hint="give a file that holds a JSON list"
-        )
+        raise DataError("data.invalid_json", f"{key} = {path}: not a JSON list", hint="use a file with a JSON list")
     return found

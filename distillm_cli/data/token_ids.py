@@ -1,7 +1,7 @@
-"""Turn texts into token ids: tokenize prompt and response as one text, then cut it.
+"""Convert texts to token ids: tokenize prompt and response as one text, then split it.
 
-The ids are those that transformers' tokenizer returns for the whole text. Does not import torch, so that rows can be
-tokenized before that.
+The ids are those of transformers' tokenizer for the whole text. Does not import torch, so that rows can be tokenized
+first.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CHUNK = 500  # rows tokenized in one call
 
 @dataclass(frozen=True, slots=True)
 class TokenIds:
-    """Hold the ids of one example, int32, without special tokens around it.
+    """Hold the ids of one example, int32, without surrounding special tokens.
 
     prompt, response: the whole text's ids, cut where the response begins. turns: indices of the prompt's ids that belong
     to earlier answers. spans_prompt_end: a token spanned the end of the prompt and was assigned to the response.
@@ -45,7 +45,7 @@ def token_ids(
     """Tokenize examples. tokenizer: transformers', or a ``tokenizers.Tokenizer`` loaded from its file.
 
     separate: prompt and response are two texts, as for an encoder-decoder; the response in the tokenizer's
-    target mode. literal: special tokens written in a text are encoded as text.
+    target mode. literal: special tokens in a text are encoded as text.
     """
     if separate:
         prompts = ids_of([t.text[: t.response_start] for t in texts], tokenizer, literal=literal)
@@ -71,7 +71,7 @@ def token_ids(
 
 
 def ids_of(texts: list[str], tokenizer: Any, *, literal: bool = False, target: bool = False) -> list[np.ndarray]:
-    """Tokenize texts without special tokens around them, nothing cut; int32. literal, target: as in ``token_ids``."""
+    """Tokenize whole texts without surrounding special tokens; int32. literal, target: as in ``token_ids``."""
     if not texts:
         return []
     if isinstance(tokenizer, Tokenizer):
@@ -120,7 +120,7 @@ def _turn_indices(spans: list[np.ndarray], cut: int) -> np.ndarray | None:
 def _token_at(text: str, encoding: Encoding, char: int) -> tuple[int, bool]:
     """Return the first token of the text from ``char`` on, and whether the offsets are ambiguous.
 
-    They are where a token spans ``char``, text before it has no token, or a token has no character.
+    They are ambiguous if a token spans ``char``, text before it has no token, or a token has no character.
     """
     position = char
     while position < len(text) and (index := encoding.char_to_token(position)) is None:
@@ -207,7 +207,7 @@ def load_tokenizer_rules(
 ) -> Tokenizer | None:
     """Load the tokenizer from the ``tokenizer.json`` that ``find_file`` returns, without transformers.
 
-    Return None where there is no file, and for rows in a chat template, which needs transformers.
+    Return None if there is no file, and for rows in a chat template, which needs transformers.
     """
     file = find_file()
     if file is None or any(renderer.form(row) == "chat" for rows in sources for row in rows):
@@ -227,9 +227,9 @@ _PROBES = (
 
 
 def has_same_rules(rules: str, tokenizer: Any) -> bool:
-    """Return whether transformers' tokenizer has the same rules (``Tokenizer.to_str``) and returns the same ids.
+    """Return whether a tokenizer of transformers has the same rules (``Tokenizer.to_str``) and returns the same ids.
 
-    It may not, although both are loaded from one tokenizer.json: classes of some model families change the rules.
+    The rules may differ even with the same tokenizer.json, since classes of some model families change them.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     # encode_special_tokens: the one setting that is not part of the text (split_special_tokens, in transformers).
@@ -281,13 +281,13 @@ def _with_special_tokens(text: str, tokenizer: Any, target: bool) -> list[int]:
 
 
 def written_tokens(texts: Iterable[str], tokens: SequenceOf[str]) -> set[str]:
-    """Return those of the tokens that occur in the texts."""
+    """Return the tokens that occur in the texts."""
     texts = list(texts)
     return {token for token in tokens if any(token in text for text in texts)}
 
 
 def special_tokens_error(row: Row, tokens: Iterable[str]) -> DataError:
-    """Return the error for a row with special tokens in its text where ``data.special_tokens_in_text`` is refuse."""
+    """Return the error for a row with special tokens in its text if ``data.special_tokens_in_text`` is refuse."""
     names = ", ".join(sorted(tokens))
     return DataError(
         "data.special_tokens",

@@ -33,7 +33,7 @@ GREEDY = "greedy"
 class Score:
     """Hold one metric: mean and sample standard deviation over passes (0 for a single pass), and each pass's value.
 
-    signature: how it was computed, where the metric has one. undefined: the reason why the metric is undefined on these
+    signature: how it was computed, if the metric has one. undefined: the reason why the metric is undefined on these
     rows, and an alternative; its figures are None then.
     """
 
@@ -55,9 +55,9 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Hold one row's response. tokens: their number, end-of-sequence included. entropy: their mean, in nats.
+    """Hold one row's response. tokens: their number, including end-of-sequence. entropy: their mean, in nats.
 
-    text: the scored part. output: the whole response, reasoning and structural special tokens included. counts: by
+    text: the scored part. output: the whole response, including reasoning and structural special tokens. counts: by
     RatioMetric, the row's contribution to the ratio.
     """
 
@@ -74,7 +74,7 @@ class SuiteResult:
     """Hold the scores of a model on one suite.
 
     prompts: each row's, as text. references: each row's accepted responses, as compared. answers: by pass ("10", "20", …
-    or "greedy"), in the order of ``suite.rows``. tasks: the scores by kind of task, where rows have one. tokens: generated
+    or "greedy"), in the order of ``suite.rows``. tasks: the scores by kind of task, if rows have one. tokens: generated
     over all passes. seconds: spent generating. entropy: mean over those tokens of the entropy of the model's next-token
     distribution (temperature 1), in nats. complete: the share of answers that ended before the length limit, 0 to 1.
     """
@@ -188,7 +188,7 @@ def rows_in_context(
     long = sorted(set(range(len(prompts))) - set(fitting))
     problems = [
         f"{suite.rows[i].where}: a prompt of {len(prompts[i]):,} tokens leaves no room for a response in the model's "
-        f"{context:,} positions"
+        f"context of {context:,} positions"
         for i in long
     ]
     if not skip_long or not fitting:
@@ -202,7 +202,7 @@ def rows_in_context(
 
 
 def _scored_texts(texts: SequenceOf[str], config: schema.EvalConfig) -> tuple[str, ...]:
-    """Return the parts of responses that are scored: without reasoning where ``strip_reasoning`` is set."""
+    """Return the parts of responses that are scored: without reasoning if ``strip_reasoning`` is set."""
     return tuple(map(without_reasoning, texts)) if config.strip_reasoning else tuple(texts)
 
 
@@ -234,7 +234,7 @@ def _scores(
 
 def _figure(metric: Metric, answers: SequenceOf[Answer], references: SequenceOf[SequenceOf[str]]) -> float:
     """Return the figure of one pass over a set."""
-    if isinstance(metric, RatioMetric):  # the rows' counts are known
+    if isinstance(metric, RatioMetric):  # from the rows' counts
         return ratio(answer.counts[metric.name] for answer in answers)
     return metric.corpus_score([answer.text for answer in answers], references)
 

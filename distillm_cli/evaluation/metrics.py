@@ -8,9 +8,9 @@ A metric is a class, registered with its name in recipes, its label in tables, a
             return prediction in references, 1
 
 Every metric compares one prediction with all accepted references. A RatioMetric adds up over the rows: the figure of a
-set is a ratio of sums. A CorpusMetric is defined on a whole set and is no mean over rows. All are on a scale of 0 to 100
-(an error rate may exceed 100, since insertions count). Libraries are imported when a metric is first computed, so that
-the names are available without them.
+set is a ratio of sums. A CorpusMetric is defined on a whole set and is not a mean over rows. All are on a scale of 0 to
+100 (an error rate may exceed 100, since insertions count). Libraries are imported when a metric is first computed, so
+that the names are available without them.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ RatioParts = tuple[float, float]
 class Metric(ABC):
     """Compare predictions with references. Subclass RatioMetric or CorpusMetric instead.
 
-    signature: the library's description of how the metric was computed, None where there is none. alternative: the metric
-    to use where this one is undefined.
+    signature: the library's description of how the metric was computed, None if there is none. alternative: the metric
+    to use if this one is undefined.
     """
 
     name: ClassVar[str]
@@ -47,10 +47,10 @@ class Metric(ABC):
 
     @abstractmethod
     def corpus_score(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-        """Return the figure of a set of predictions, 0 to 100. Raise ValueError for an empty set."""
+        """Return the figure of a set of predictions, 0 to 100. Raises ValueError for an empty set."""
 
     def undefined(self, references: Iterable[str]) -> str | None:
-        """Return the reason why the metric is undefined on these references, None where it is defined."""
+        """Return the reason why the metric is undefined on these references, None if it is defined."""
         return None
 
 
@@ -154,7 +154,7 @@ class Rouge(RatioMetric):
         characters = [character for text in references for character in text if character.isalnum()]
         if 2 * sum(character.isascii() for character in characters) > len(characters):
             return None
-        return "its words are runs of a-z and 0-9, which these references hardly have"
+        return "its words are runs of a-z and 0-9, which are rare in these references"
 
 
 @register_metric("rouge_l", label="ROUGE-L", higher_is_better=True)
@@ -241,7 +241,10 @@ class ChrF(_SacrebleuMetric):
 
 @register_metric("exact_match", label="exact match", higher_is_better=True)
 class ExactMatch(RatioMetric):
-    """Compare character for character, white space at the ends aside. A set's figure is the share of rows that match."""
+    """Compare character for character, ignoring white space at the ends.
+
+    A set's figure is the share of rows that match.
+    """
 
     def count(self, prediction: str, references: Sequence[str]) -> RatioParts:
         return prediction.strip() in {reference.strip() for reference in references}, 1
@@ -251,8 +254,9 @@ class ExactMatch(RatioMetric):
 class ErrorRate(RatioMetric):
     """Count Levenshtein edits between space-separated tokens, per token of the reference.
 
-    A row takes the reference with the lowest rate, the first of equals. The figure of a set is all edits over all those
-    tokens, not a mean of rates. With phonemes as tokens it is the phoneme error rate.
+    A row uses the reference with the lowest rate, the first if several are equal. The figure of a set is the number of
+    edits divided by the number of these tokens, not a mean of rates. With phonemes as tokens it is the phoneme error
+    rate.
     """
 
     def count(self, prediction: str, references: Sequence[str]) -> RatioParts:
@@ -268,7 +272,7 @@ class ErrorRate(RatioMetric):
         return min(counts, key=lambda count: count[0] / count[1])
 
 
-# "$1,234.50", "-7" and "2.5e-3", but of "5-3" and of "1,2,3" the 3; not the full stop that ends a sentence.
+# "$1,234.50", "-7" and "2.5e-3"; in "5-3" and "1,2,3" the last 3; not the full stop at the end of a sentence.
 _NUMBER = re.compile(
     r"(?<!\w)(?<!\d\.)[-−]?\$?[-−]?(?:\d+(?:,\d{3}(?!\d))*(?:\.\d+)?|\.\d+)(?:[eE][-−+]?\d{1,4}(?!\w))?"
 )
@@ -277,8 +281,8 @@ _NUMBER = re.compile(
 def final_number(text: str) -> Decimal | None:
     """Return the first number after the last ``####``, where GSM8K writes its answers, else the last number in the text.
 
-    ``1e5`` is 100000. Dollar signs and commas before three digits are no part of a number; other commas stand between
-    numbers. None where there is no number.
+    ``1e5`` is 100000. Dollar signs and commas before three digits are ignored. Other commas separate numbers. None
+    without a number.
     """
     _, has_marker, answer = text.rpartition("####")
     found = _NUMBER.findall(answer if has_marker else text)
@@ -296,7 +300,7 @@ class FinalNumber(RatioMetric):
         return number is not None and number in {final_number(reference) for reference in references}, 1
 
     def undefined(self, references: Iterable[str]) -> str | None:
-        return None if any(final_number(text) is not None for text in references) else "no reference holds a number"
+        return None if any(final_number(text) is not None for text in references) else "no reference contains a number"
 
 
 # Access by name
@@ -309,14 +313,14 @@ def get_metric(name: str, rouge_tokenizer: str = "words") -> Metric:
 
 
 def undefined_reason(name: str, references: Sequence[Sequence[str]], rouge_tokenizer: str = "words") -> str | None:
-    """Return the reason why a metric is undefined on these rows, with an alternative; None where it is defined."""
+    """Return the reason why a metric is undefined on these rows, with an alternative; None if it is defined."""
     metric = get_metric(name, rouge_tokenizer)
     reason = metric.undefined(text for accepted in references for text in accepted)
     return None if reason is None else f"{name} is undefined on these rows: {reason}; use {metric.alternative}"
 
 
 def ratio(counts: Iterable[RatioParts]) -> float:
-    """Return the figure of a set from the counts of its rows. Raise ValueError for an empty set."""
+    """Return the figure of a set from the counts of its rows. Raises ValueError for an empty set."""
     numerators = 0.0
     denominators = 0.0
     for numerator, denominator in counts:

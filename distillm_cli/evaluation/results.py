@@ -5,8 +5,8 @@
     eval/dolly/t1/manifest.json             the names of these files
     eval/dolly/greedy/…                     the same suite with other settings
 
-A directory holds the results for one suite and the settings that shape the answers. A repeated evaluation replaces these
-files and no others.
+A directory has the results for one suite with one set of generation settings. A repeated evaluation replaces only these
+files.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def settings_label(config: schema.EvalConfig, template: str) -> str:
 
 
 def check_results_writable(root: Path) -> None:
-    """Raise StorageError where ``root`` is not writable, before hours are spent on the results.
+    """Raise StorageError if ``root`` is not writable, before the models are run.
 
     No directory is created: the nearest existing one is checked.
     """
@@ -80,7 +80,7 @@ def save_results(result: SuiteResult, root: Path, about: Mapping[str, Any] | Non
 def load_results(
     suite: Suite, root: Path, config: schema.EvalConfig, template: str, about: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """Return the object of ``--json`` that was saved for the same suite, settings and ``about``, None where none was."""
+    """Return the object of ``--json`` that was saved for the same suite, settings and ``about``, None if none was."""
     head = _head(suite, config, template, about)
     directory = root / suite.name / settings_label(config, template)
     try:
@@ -95,7 +95,7 @@ def load_results(
 
 
 def _head(suite: Suite, config: schema.EvalConfig, template: str, about: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the first keys of ``results.json``: the suite, ``about``, and all settings that shape the answers."""
+    """Return the first keys of ``results.json``: the suite, ``about``, and all settings that affect the responses."""
     settings = config.model_dump(mode="json", exclude={"suites", "report_rows", "batch_size"})
     head = {"suite": suite.name, "source": suite.source, **(about or {})}
     return {**head, "settings": {**settings, "template": template}}
@@ -126,4 +126,4 @@ def _row_score(name: str, answer: Answer, references: tuple[str, ...], result: S
 
 
 def _storing(path: Path) -> AbstractContextManager[None]:
-    return storing(f"cannot write to {path}", "choose another place with --output")
+    return storing(f"cannot write to {path}", "choose another directory with --output")

@@ -43,7 +43,7 @@ class Suite:
 
 
 def load_suites(recipe: Recipe, listener: Listener = silent) -> list[Suite]:
-    """Load the suites of ``recipe.eval.suites``, else the run's held-out rows; names that clash get a number."""
+    """Load the suites of ``recipe.eval.suites``, else the run's held-out rows; duplicate names get a number."""
     if not recipe.eval.suites:
         return [held_out(recipe, listener)]
     return distinct(load_suite(name, recipe, listener) for name in recipe.eval.suites)
@@ -53,7 +53,7 @@ def load_suite(name: str, recipe: Recipe, listener: Listener = silent) -> Suite:
     """Load the test rows of a known data set (``data/known.py``), ``builtin``, a data file or directory, or a hub name.
 
     A short name is searched under $DISTILLM_DATA first, then on the hub. ``recipe.data`` sets how rows are read
-    (columns, skip_bad_rows), ``recipe.eval.limit`` how many. Raise DataError when they cannot be found or read.
+    (columns, skip_bad_rows), ``recipe.eval.limit`` how many. Raises DataError when they cannot be found or read.
     """
     # Settings of the training source, such as its held-out file, do not apply to the suite.
     changes: dict[str, Any] = {"source": name, "valid": None, "limit": None}

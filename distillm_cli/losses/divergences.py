@@ -1,7 +1,7 @@
 """Define divergences between next-token distributions, per token, with exact gradients. Pure tensors.
 
-p is the teacher, q the student. A divergence gives its value per token [N] and ``h_NV = ∂D/∂log q`` with the other entries
-held fixed; the gradient in the student's logits is then ``h − q Σ_u h_u`` (``logit_grad``).
+p is the teacher, q the student. A divergence returns its value per token [N] and ``h_NV = ∂D/∂log q`` with the other
+entries held fixed; the gradient in the student's logits is then ``h − q Σ_u h_u`` (``logit_grad``).
 
 A divergence is one class, registered with its parameters by ``register_divergence``. To add one, write both in a file that
 is imported with the built-in ones (``plugins.divergences``) or by an entry point of another package, and a reference test.
@@ -18,7 +18,7 @@ gradients are finite.
 
 This module does not import torch at its top, since ``--help`` needs the parameters. The formulas use tensor methods.
 
-The full table is in docs/methods.md#divergences.
+docs/methods.md#divergences has the full table.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Divergence(ABC):
 
     def mirror(self) -> Divergence:
         """Return D(q, p) of this D(p, q)."""
-        raise NotImplementedError(f"no mirror image of {self}")
+        raise NotImplementedError(f"{self} has no mirror image")
 
     @property
     def has_curriculum(self) -> bool:
@@ -155,7 +155,7 @@ class DivergenceEntry:
     def check(self) -> None:
         """Raise an error if the registration is invalid."""
         if self.config is not None and not issubclass(self.config, DivergenceConfig):
-            raise TypeError(f"{self.config.__name__}, the parameters of {self.name}, is no DivergenceConfig")
+            raise TypeError(f"{self.config.__name__}, the parameters of {self.name}, is not a DivergenceConfig")
         self.default().halves()
 
     def is_own_half(self, half: int) -> bool:

@@ -1,8 +1,8 @@
 """Define the divergences of single papers.
 
 They are KL and reverse KL mixed by the location of the gap (``akl``), the family between KL and its reverse (``ab``), a
-divergence to an assistant between teacher and student (``amid``), KL to a target that moves to the teacher (``taid``), and
-KL with the supervised token separated (``atkd``). Value and h = ∂D/∂log q as in ``divergences``.
+divergence to an assistant between teacher and student (``amid``), KL to a target that moves to the teacher (``taid``),
+and KL with the supervised token separated (``atkd``). Value and h = ∂D/∂log q are defined as in ``divergences``.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class AdaptiveKL(Divergence):
     """Compute adaptive KL, w KL(p‖q) + (1−w) KL(q‖p), w = g_head/(g_head + g_tail), g = Σ |p−q| over the teacher's head and
     over the rest (Wu et al., arXiv 2404.02657).
 
-    The head is the fewest entries whose teacher mass reaches mu; the likeliest is always in it. w is taken as a number:
-    no gradient goes through it.
+    The head is the fewest entries whose teacher mass reaches mu; the most likely one is always in it. w is a constant:
+    it has no gradient.
     """
 
     mu: float = 0.5
@@ -81,7 +81,9 @@ class AdaptiveKL(Divergence):
         k = min(_FIRST_TOP_K, V)
         while True:
             top_NK, ids_NK = p_NV.topk(k, dim=-1)
-            mass_before_NK = top_NK.cumsum(-1) - top_NK  # mass of the likelier entries; below mu, this one is included
+            mass_before_NK = (
+                top_NK.cumsum(-1) - top_NK
+            )  # mass of the more likely entries; below mu, this one is included
             if k == V or bool((mass_before_NK[:, -1] >= self.mu).all()):
                 break
             k = min(8 * k, V)
@@ -111,8 +113,8 @@ class AlphaBeta(Divergence):
     convex), and its h is minus the first one at 0 and α. Where two of these points coincide, a difference is a derivative.
 
     With α, β and α+β ≥ 0 every power is at most 1. Negative ones are for distributions that overlap: a power that would
-    overflow is clamped to the square root of the largest number. An entry that only one side has is infinite unless the
-    other side's power and α+β are positive.
+    overflow is clamped to the square root of the largest number. An entry with probability 0 on one side is infinite
+    unless the other side's power and α+β are positive.
     """
 
     alpha: float
@@ -274,10 +276,12 @@ class InterpolatedConfig(DivergenceConfig):
     taid_start: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.4, description="t₀ of taid, the teacher's share in the target at the start. It ends at 1."
     )
-    taid_rate: Probability = Field(5e-4, description="Largest step of taid's t towards 1 beyond the linear course.")
+    taid_rate: Probability = Field(
+        5e-4, description="Maximum step of taid's t towards 1 in addition to the linear schedule."
+    )
     taid_momentum: Beta = Field(
         0.99,
-        description="Momentum of taid: share of the mean relative decrease of the loss that is kept from step to step.",
+        description="Momentum of taid, for the running mean of the relative decrease of the loss.",
     )
 
 
@@ -323,7 +327,9 @@ class DecoupledConfig(DivergenceConfig):
     """Declare the parameter of ``atkd``."""
 
     atkd_easy: Probability = Field(
-        0.2, description="α of atkd, the weight of the tokens of which the teacher is surest. The others weigh 1−α."
+        0.2,
+        description="α of atkd, the weight of tokens on which the teacher is most confident. The others have "
+        "weight 1−α.",
     )
 
 
@@ -355,7 +361,7 @@ class Decoupled(Divergence):
         if self.weights_N2 is not None:
             c_target_N, c_others_N = self.weights_N2.to(q.z_NV.dtype).unbind(-1)
         p_others, q_others = (self._without_targets(rows, targets_N1) for rows in (p, q))
-        # log of the others' mass, from two normalizers: 1 − p would round to 0 where the model is sure of the target
+        # log of the others' mass, from two normalizers: 1 − p would round to 0 where the model is certain of the target
         log_p_rest_N, log_q_rest_N = (
             (others.log_norm_N1 - rows.log_norm_N1).squeeze(-1) for others, rows in ((p_others, p), (q_others, q))
         )

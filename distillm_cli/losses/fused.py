@@ -32,7 +32,7 @@ from distillm_cli.utils.memory import retry_halved
 CHUNK_BYTES = (
     320 * 2**20
 )  # upper bound for a chunk's logits of both models; with small vocabularies they are far smaller
-_CHUNK_TOKENS = 256  # the products are not faster with more: 128 tokens reach 90 % of full speed, 256 all of it
+_CHUNK_TOKENS = 256  # tokens for products at full speed; 128 tokens reach 90 %
 _TABLE_BYTES = {"cpu": 2 * 2**20}  # size of one table of a part; several of them fit the last-level cache
 _ACCELERATOR_TABLE_BYTES = 64 * 2**20  # on an accelerator kernel launches cost more than cache misses
 _VOCAB_SLICE = 4096  # entries of the vocabulary in one slice of the head's gradient
@@ -42,7 +42,7 @@ Inputs = tuple[Tensor, Tensor | None, Tensor | None]  # hidden states, head weig
 
 
 class HeadLike(Protocol):
-    """logits = softcap(scale · (hidden @ weightᵀ + bias)); without a weight the hidden states are the logits."""
+    """Define logits = softcap(scale · (hidden @ weightᵀ + bias)). Without a weight the hidden states are the logits."""
 
     @property
     def weight_VD(self) -> Tensor | None: ...
@@ -116,7 +116,7 @@ def target_log_probs(
 ) -> Tensor:
     """Return the log-probability [N] of each target, nats, float32 (float64 when the hidden states are), without a graph.
 
-    The arguments are those of ``fused_loss``, and so is the computation.
+    Arguments and computation are those of ``fused_loss``.
     """
     args = _LossArgs(head, None, targets_N, NO_WEIGHTS, LossWeights(kd=0.0, ce=1.0), matmul_dtype, chunk, None, False)
     with torch.autocast(hidden_ND.device.type, enabled=False):
@@ -331,7 +331,7 @@ class _Computation:
             dz_CV = self._chunk(tokens, value_N, table_CV, teacher_table_CV, needs_grad=any(needed_grads))
             if dz_CV is not None and self.student.weight_VD is not None:
                 self._backward_through_head(dz_CV, self.student.weight_VD, tokens)
-        for gradient in (self.d_hidden_ND, self.d_bias_V):  # the weight's was scaled when it was written
+        for gradient in (self.d_hidden_ND, self.d_bias_V):  # the weight's gradient was scaled when it was written
             if gradient is not None and self.args.scale != 1:
                 gradient.mul_(self.args.scale)
         return value_N

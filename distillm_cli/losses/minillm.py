@@ -51,7 +51,7 @@ class ClippedSurrogate:
         advantages_N = self.advantages_N.to(log_q_N)
         unclipped_N = ratio_N * advantages_N
         clipped_N = ratio_N.clamp(1 - self.clip, 1 + self.clip) * advantages_N
-        # d(ρA)/d log q = ρA, and nothing where the clipped value is the smaller one: it does not depend on q.
+        # d(ρA)/d log q = ρA, but 0 where the clipped value is smaller, since it does not depend on q.
         return -torch.minimum(unclipped_N, clipped_N), torch.where(unclipped_N <= clipped_N, unclipped_N, 0.0)
 
     def __getitem__(self, tokens: slice) -> ClippedSurrogate:

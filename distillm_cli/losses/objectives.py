@@ -226,7 +226,7 @@ class TAID(KD):
 
 
 class ATKD(KD):
-    """Train with ATKD (arXiv 2402.11890): easy tokens, of which the teacher is sure, have only the divergence of the others.
+    """Train with ATKD (arXiv 2402.11890): easy tokens (a confident teacher) have only the non-target divergence.
 
     A token is hard where the teacher's 1 − p(token) reaches the median of the whole step. The step's loss is
     α·mean over easy tokens of DKD + (1−α)·mean over hard tokens of (TKD + DKD), α = atkd_easy; see ``Decoupled``.
@@ -237,7 +237,7 @@ class ATKD(KD):
 
     @property
     def held_out(self) -> LossWeights:
-        """Return KL: held-out rows belong to no step whose median could split them."""
+        """Return KL, since held-out rows have no step median to split them."""
         return LossWeights(kd=1.0, ce=0.0, divergence=KL())
 
     def begin_step(

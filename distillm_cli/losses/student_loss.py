@@ -1,7 +1,7 @@
 """Compute the loss of batches from the student, the teacher's states and the objective's weights.
 
 The student is part of the module and everything goes through ``forward``, so that a wrapper around this module (data
-parallel, sharded) sees every parameter that it has to gather or reduce.
+parallel, sharded) can gather or reduce every parameter.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Give causal and encoder-decoder models one interface: hidden states at supervised positions, the head, decoding.
+"""Define one interface for causal and encoder-decoder models: supervised hidden states, the head, decoding.
 
 Shape letters: B sequences, T time, N supervised positions, V vocabulary, D width of the last hidden state.
 """
@@ -42,16 +42,16 @@ from distillm_cli.utils.modules import eval_mode
 if TYPE_CHECKING:
     from distillm_cli.models.lora import Adapter
 
-# Random models have logits so small that a soft cap would not show; the head is checked at this magnitude too.
+# Random models have logits too small to reveal a soft cap, so the head is also checked at this magnitude.
 _PROBE = 50.0
 
-# Functions of transformers that are skipped: they synchronize the accelerator for each batch and find nothing.
+# Functions of transformers that are skipped: they synchronize the accelerator for each batch without effect.
 _FIND_PACKED_SEQUENCES = "find_packed_sequence_indices"
 _WARN_OF_PADDING = "warn_if_padding_and_no_attention_mask"
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the highest token id + 1, added tokens included: `len(tokenizer)` where no id is left out."""
+    """Return the highest token id + 1, added tokens included: `len(tokenizer)` if ids have no gaps."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
@@ -69,11 +69,11 @@ class Head:
     product: PackedLinear | None = None
 
     def prepared(self) -> Head:
-        """Return a head for many products with few rows outside autocast, with the weight as it is now (`models/cpu`)."""
+        """Return a head for many products with few rows outside autocast, with its current weight (`models/cpu`)."""
         return self if self.weight_VD is None else replace(self, product=PackedLinear(self.weight_VD, self.bias_V))
 
     def logits(self, hidden_ND: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Return float32 logits [N, V]. dtype: of the product; None is the weight's, under autocast that of autocast."""
+        """Return float32 logits [N, V]. dtype: of the product. None: the weight's, or autocast's under autocast."""
         if self.weight_VD is None:
             return hidden_ND.float()
         dtype = dtype or self.weight_VD.dtype
@@ -92,11 +92,11 @@ class Head:
 class Backbone(nn.Module):
     """Hold a causal or an encoder-decoder model with its tokenizer.
 
-    The model is the only submodule: parameters and buffers are exactly its own.
+    The model is the only submodule, so parameters and buffers are those of the model.
 
-    vocab: how many token ids meet the loss; matrices with more rows than that (padded vocabularies) are cut. Unset: the
-    tokenizer's. adapter: the one that trains in the model's layers, the rest being frozen. Raise ModelError if the
-    model has fewer rows than the tokenizer has ids.
+    vocab: number of token ids in the loss. Larger matrices (padded vocabularies) are cut. Unset: the tokenizer's.
+    adapter: the adapter that trains in the model's layers, which are frozen. Raises ModelError if the model has fewer
+    rows than the tokenizer has ids.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocab: int | None = None):
@@ -107,7 +107,7 @@ class Backbone(nn.Module):
         self.training = model.training
         self.tokenizer = tokenizer
         self.vocab = vocabulary_size(tokenizer) if vocab is None else vocab
-        # Results of tests at their first use. The first: with these `own_logits`, whether prompts may be padded.
+        # Results of tests, filled at first use. The first: whether prompts may be padded, by the value of `own_logits`.
         self._may_be_padded: tuple[bool, bool] | None = None
         self._fast_paths: FastPaths | None = None
         self._can_retract: bool | None = None
@@ -142,12 +142,12 @@ class Backbone(nn.Module):
 
     @property
     def is_encoder_decoder(self) -> bool:
-        """Return whether prompt and response are two texts, each with its own end, rather than one."""
+        """Return whether prompt and response are two separate texts, each with its own end."""
         return bool(self.model.config.is_encoder_decoder)
 
     @property
     def start(self) -> int:
-        """Return the token that the decoder of an encoder-decoder begins with."""
+        """Return the start token of the decoder of an encoder-decoder."""
         return seq2seq.start_token(self.model.config)
 
     @property
@@ -157,9 +157,9 @@ class Backbone(nn.Module):
 
     @property
     def context(self) -> int | None:
-        """Return the most positions, prompt and response together; None where there is no limit.
+        """Return the maximum number of positions of prompt and response together, None without a limit.
 
-        An encoder-decoder with learned positions has as many on either side; together is less than it could take.
+        An encoder-decoder with learned positions has this number for each of the two, so the limit is conservative.
         """
         return context_of(self.model.config)
 
@@ -173,7 +173,7 @@ class Backbone(nn.Module):
 
     @property
     def forced_first(self) -> int | None:
-        """Return the token that responses of an encoder-decoder begin with (``forced_bos_token_id``), None for none."""
+        """Return the first token of the responses of an encoder-decoder (``forced_bos_token_id``), None without one."""
         if not self.is_encoder_decoder:
             return None
         for config in (getattr(self.model, "generation_config", None), self.model.config):
@@ -189,8 +189,8 @@ class Backbone(nn.Module):
 
         for_backward: ``backward()`` follows, so that a tied embedding's own gradient may be added to ``grad`` at its end.
 
-        A causal model gets no attention mask: padding is on the right, where causal attention does not look. Where
-        `check_head` found another head: the model's own logits [N, V].
+        A causal model gets no attention mask: padding is on the right, to which causal attention does not attend. If
+        `check_head` found a different head, the result is the model's own logits [N, V].
         """
         if self.own_logits:
             return self.logits(batch)
@@ -200,7 +200,7 @@ class Backbone(nn.Module):
         return self.trunk_states(batch) if states_ND is None else states_ND
 
     def hidden_and_router_loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return `hidden` and the auxiliary loss of the routers over the batch, a scalar, of one pass."""
+        """Return `hidden` and the routers' auxiliary loss over the batch, a scalar, from one pass."""
         with _no_packed_sequences():
             outputs = self.trunk(
                 input_ids=batch.ids_BT, attention_mask=None, use_cache=False, output_router_logits=True
@@ -209,7 +209,7 @@ class Backbone(nn.Module):
         return hidden_ND, self.router_loss(outputs.router_logits, attention_mask(batch))
 
     def trunk_states(self, batch: Batch) -> torch.Tensor:
-        """Return `hidden` of a causal model by the trunk's own forward, which computes it at every position."""
+        """Return `hidden` of a causal model, computed by the trunk's own forward at every position."""
         with _no_packed_sequences():
             states = self.trunk(input_ids=batch.ids_BT, attention_mask=None, use_cache=False)[0]
         return states.flatten(0, 1).index_select(0, batch.positions_N)
@@ -219,7 +219,7 @@ class Backbone(nn.Module):
         return super()._apply(fn, recurse)
 
     def head(self) -> Head:
-        """Return what turns `hidden` into logits. Tensors are views of the live parameters, cut to `vocab` rows."""
+        """Return the map from `hidden` to logits. Its tensors are views of the parameters, cut to `vocab` rows."""
         if self.own_logits:
             return Head(None)
         weight, bias = _head_weight(self.model), getattr(self.model.get_output_embeddings(), "bias", None)
@@ -228,7 +228,7 @@ class Backbone(nn.Module):
         return Head(weight, bias, self._scale, self._softcap)
 
     def logits(self, batch: Batch) -> torch.Tensor:
-        """Return float32 logits [N, vocab] by the model's own forward, which computes them at every position."""
+        """Return float32 logits [N, vocab], computed by the model's own forward at every position."""
         if self.is_encoder_decoder:
             return seq2seq.own_logits(self.model, batch, self.start)[:, : self.vocab].float()
         with _no_packed_sequences():
@@ -237,12 +237,11 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def check_head(self, batch: Batch) -> bool:
-        """Return whether `head().logits(hidden(batch))` is what the model itself computes; if not, use its own logits from
-        now on.
+        """Return whether `head().logits(hidden(batch))` equals the model's own logits. If not, use those from now on.
 
-        Compared on the batch as it is, and with the head's input scaled up until the logits are large, where a
-        soft cap shows. Tolerance: 1e-3 of the logits' spread, and the rounding of the model's dtype. Raise NonFiniteError
-        where the model's own logits have no finite maximum: not the head is at fault then.
+        They are compared on the batch, and with the head's input scaled up until the logits are large enough to reveal
+        a soft cap. Tolerance: 1e-3 of the logits' spread, and the rounding of the model's dtype. Raises NonFiniteError
+        if the model's own logits have no finite maximum, which is not a fault of the head.
         """
         if self.own_logits:
             return False
@@ -253,7 +252,7 @@ class Backbone(nn.Module):
                     "numbers.not_finite",
                     "the model's logits are not finite",
                     where=self.model.config.name_or_path or self.model.config.model_type,
-                    hint="its weights have diverged or are damaged: take an earlier checkpoint; in fp16 try fp32",
+                    hint="its weights have diverged or are damaged: use an earlier checkpoint; in fp16 try fp32",
                 )
             agrees = logits_match(self.head().logits(hidden_ND), own_NV, self.model.dtype)
             gain = _PROBE / max(own_NV[own_NV.isfinite()].abs().max().item(), 1e-6)
@@ -269,15 +268,15 @@ class Backbone(nn.Module):
                     amplified_NV = self.logits(batch)
                 finally:
                     hook.remove()
-                # A model that uses the head's weight without calling the head cannot be probed this way.
+                # A model that uses the head's weight without calling the head cannot be tested this way.
                 agrees = not calls or logits_match(self.head().logits(hidden_ND * gain), amplified_NV, self.model.dtype)
         self.own_logits = not agrees
         return agrees
 
     def check_decoding(self) -> bool:
-        """Return whether prompts may be padded. The first call tests it on a few tokens.
+        """Return whether prompts may be padded, tested on a few tokens by the first call.
 
-        Raise ModelError for a model that cannot decode.
+        Raises ModelError for a model that cannot decode.
         """
         if self._may_be_padded is None or self._may_be_padded[0] != self.own_logits:
             plain = seq2seq.Seq2SeqDecoding if self.is_encoder_decoder else PlainDecoding
@@ -289,12 +288,12 @@ class Backbone(nn.Module):
     ) -> FastDecoding | PlainDecoding | LengthGroupedDecoding | seq2seq.Seq2SeqDecoding:
         """Start decoding these prompts (token ids, one array each, at least one token) in one batch.
 
-        Nothing bounds the length: prompt and new tokens together must stay within `context`. Under autocast the float32
-        weights are cast once, here, into a copy that lives as long as the decoding: it is of the weights as they are now.
-        An adapter is merged into such a copy. Raise ModelError as `check_decoding` does.
+        The caller must keep prompt and new tokens together within `context`. Under autocast the current float32 weights
+        are cast once into a copy that exists until decoding ends. An adapter is merged into such a copy. Raises
+        ModelError as `check_decoding` does.
         """
         if not prompts or min(len(prompt) for prompt in prompts) == 0:
-            raise ValueError("decoding needs prompts, and a token in each")
+            raise ValueError("decoding needs prompts of at least one token")
         may_be_padded = self.check_decoding()
         if self._fast_paths is None and may_be_padded and not self.is_encoder_decoder:
             self._fast_paths = find_fast_paths(self if self.adapter is None else self.plain(self.model.dtype))
@@ -327,7 +326,7 @@ class Backbone(nn.Module):
         return twin
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return the tensors that training changes, live: the model's, or its adapter's alone."""
+        """Return the tensors that training changes, not copied: the model's, or the adapter's alone."""
         state = self.model.state_dict()
         if self.adapter is None:
             return state
@@ -337,14 +336,14 @@ class Backbone(nn.Module):
         """Load what `state` returned."""
         absent, unknown = self.model.load_state_dict(state, strict=self.adapter is None)
         if unknown or set(absent) & self.state().keys():
-            raise ValueError(f"these are not the adapter's weights: {[*unknown, *absent][:2]}")
+            raise ValueError(f"weights do not match the adapter: {[*unknown, *absent][:2]}")
 
     @torch.no_grad()
     def swap_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Swap the weights with what `state` returned, on the CPU. A second call undoes the first.
+        """Swap the weights with tensors on the CPU that `state` returned. A second call reverses the first.
 
-        One tensor after the other, so that no second copy of them all is needed. One that has two names, as a tied head,
-        is put under the first.
+        Tensors are swapped one by one, so that no second copy of all of them is needed. A tensor with two names, such
+        as a tied head, is stored under the first.
         """
         tensors, swapped = self.model.state_dict(keep_vars=True), set()  # the same object under both names
         for name in self.state():
@@ -374,10 +373,10 @@ def _head_weight(model: PreTrainedModel) -> torch.Tensor | None:
 
 
 def _skip_padding_warning(model: nn.Module) -> None:
-    """Stop this model from looking for padding tokens among ids that come without a mask.
+    """Prevent this model from searching for padding tokens in ids that have no mask.
 
-    GPT-2 does, and warns that results may be wrong. Here padding is on the right, where causal attention does not look, or
-    has a mask, and a student may sample the padding token like any other.
+    GPT-2 does so and warns that results may be wrong. Here padding is on the right, to which causal attention does not
+    attend, or is masked, and a student may sample the padding token like any other.
     """
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and hasattr(part, _WARN_OF_PADDING):
@@ -390,9 +389,9 @@ def _do_nothing(*args: object) -> None:
 
 @contextmanager
 def _no_packed_sequences() -> Iterator[None]:
-    """Stop transformers from looking at the positions for rows that several sequences share, inside the block.
+    """Prevent transformers from checking positions for packed sequences, inside the block.
 
-    A batch here has none. There is no switch for it; a version without the function is left as it is.
+    A batch here has none, and transformers has no option for it. A version without the function is not changed.
     """
     look = getattr(masking_utils, _FIND_PACKED_SEQUENCES, None)
     if look is None:

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 
 def set_chat_template(pair: Pair, data: DataConfig, listener: Listener) -> None:
-    """Give the pair's tokenizer the chat template of ``data.chat_template``: the student's, the teacher's or a file's.
+    """Set the chat template of the pair's tokenizer from ``data.chat_template``: student's, teacher's or a file's.
 
-    Raise UsageError for a template that is not there.
+    Raises UsageError for a template that does not exist.
     """
     tokenizer, own, other = pair.tokenizer, pair.templates["student"], pair.templates.get("teacher")
     choice = data.chat_template
@@ -50,21 +50,21 @@ def set_chat_template(pair: Pair, data: DataConfig, listener: Listener) -> None:
 
 
 def read_template(path: str) -> str:
-    """Read a chat template from a file. Raise UsageError."""
+    """Read a chat template from a file. Raises UsageError."""
     try:
         return Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             "usage.unreadable_template",
             f"data.chat_template = {path}: {error}",
-            hint="give auto, student, teacher, or a Jinja file",
+            hint="use auto, student, teacher, or a Jinja file",
         ) from None
 
 
 def set_languages(tokenizer: Any, data: DataConfig, models: Iterable[Backbone]) -> None:
     """Set the language codes of a translation tokenizer (NLLB, M2M100, mBART), and the first token of responses.
 
-    Raise UsageError if the tokenizer has no such codes.
+    Raises UsageError if the tokenizer has no such codes.
     """
     for key, name, code in (
         ("data.source_language", "src_lang", data.source_language),
@@ -76,7 +76,7 @@ def set_languages(tokenizer: Any, data: DataConfig, models: Iterable[Backbone]) 
             raise UsageError(
                 "usage.invalid_language",
                 f"{key} = {code}, but the tokenizer has no language codes",
-                hint="leave it out",
+                hint="remove it",
             )
         given = "text" if name == "src_lang" else "text_target"
         try:
@@ -98,9 +98,9 @@ def set_languages(tokenizer: Any, data: DataConfig, models: Iterable[Backbone]) 
 
 
 def default_end_token(data: DataConfig, pair: Pair, listener: Listener) -> int:
-    """Return the token that ends responses which no chat template ends, one that both models know as an end.
+    """Return the end token of responses without a chat template, one at which both models stop.
 
-    That is the student's end-of-sequence token, or, where the teacher does not stop at that, the teacher's.
+    It is the student's end-of-sequence token, or, if the teacher does not stop at that, the teacher's.
     """
     student = pair.tokenizer.eos_token_id
     teacher = pair.teacher_stops
@@ -113,7 +113,7 @@ def default_end_token(data: DataConfig, pair: Pair, listener: Listener) -> int:
             "model.different_ends",
             f"teacher and student end responses differently: the student with {name(student)}, the teacher with tokens "
             "that the student does not have",
-            hint="take a student of the teacher's family, or name eos_token in the student's tokenizer_config.json",
+            hint="choose a student of the teacher's family, or set eos_token in the student's tokenizer_config.json",
         )
     common = [token for token in shared if token in pair.student.stop_ids]
     end = common[0] if common else shared[0]
@@ -126,10 +126,10 @@ def default_end_token(data: DataConfig, pair: Pair, listener: Listener) -> int:
 
 
 def set_stop_tokens(pair: Pair, encoder: Encoder, is_chat: bool, listener: Listener) -> None:
-    """Make both models stop at the tokens that rows end with, and write these into the student's generation config.
+    """Make both models stop at the end tokens of the rows, and add these to the student's generation config.
 
-    is_chat: whether rows are written by the chat template. Warns where the teacher's own configuration lacks the token,
-    since the teacher may then give it little probability. Raise ModelError for a token that the models lack.
+    is_chat: whether rows are written by the chat template. Warns if the teacher's own configuration lacks the token,
+    since the teacher may then give it little probability. Raises ModelError for a token that the models lack.
     """
     name = pair.tokenizer.convert_ids_to_tokens
     ends = [encoder.end_id]
@@ -157,14 +157,14 @@ def set_stop_tokens(pair: Pair, encoder: Encoder, is_chat: bool, listener: Liste
             )
     for model in pair.models.values():
         add_stop_tokens(model, ends)
-    if is_chat and pair.teacher_stops is not None:  # its tool calls may end in another way than its answers
+    if is_chat and pair.teacher_stops is not None:  # its tool calls may end with another token than its answers
         add_stop_tokens(pair.student, [token for token in pair.teacher_stops if token < pair.vocab], after=True)
 
 
 def add_stop_tokens(model: Backbone, ends: Iterable[int], *, after: bool = False) -> None:
-    """Add tokens to those that end a response; a saved model keeps them in its generation config.
+    """Add tokens to those that end a response. They are saved in the model's generation config.
 
-    after: put them behind the known ones. The first is the usual one.
+    after: add them after the known ones. The first is the usual one.
     """
     known = model.stop_ids
     ends = [end for end in ends if not (after and end in known)]
@@ -184,7 +184,7 @@ def usual_end_token(model: Backbone) -> int | None:
 
 
 def generation_config(model: Backbone) -> GenerationConfig:
-    """Return the model's generation config. Creates one where it has none."""
+    """Return the model's generation config, which is created if it has none."""
     if getattr(model.model, "generation_config", None) is None:
         model.model.generation_config = GenerationConfig()
     return model.model.generation_config

@@ -1,6 +1,6 @@
 """Handle models whose config has a text model and others (for images): Gemma 3, Mistral 3, Qwen-VL, SmolVLM.
 
-The text model is trained, and everything else stays as it was loaded. The whole model is saved, in the same
+The text model is trained, and everything else is unchanged. The whole model is saved, in the same
 architecture, with the processor's files. `AutoModelForImageTextToText` loads such a directory, and `AutoModelForCausalLM`
 does wherever transformers has a causal class for the family (Gemma 3, Qwen 3.5).
 """
@@ -33,14 +33,14 @@ PROCESSOR_FILES = (
 
 
 def is_composite(config: PretrainedConfig) -> bool:
-    """Return whether a config holds a text model's config beside others that transformers loads together with it."""
+    """Return whether a config has a text model's config and others that transformers loads together with it."""
     if config.is_encoder_decoder or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return False
     return config.get_text_config() is not config
 
 
 def text_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Yield the named parameters of the text model and its head; of a model that is not composite, all of them."""
+    """Yield the named parameters of the text model and its head, or all parameters of a model that is not composite."""
     if not is_composite(model.config):
         yield from model.named_parameters()
         return
@@ -74,7 +74,7 @@ def freeze_rest(model: PreTrainedModel) -> int:
 def copy_processor(path: str, revision: str | None, directory: Path) -> None:
     """Copy the processor's files of a model (a directory, a hub name, or an adapter on one) into ``directory``.
 
-    Files that ``directory`` has already, which the tokenizer wrote, are left as they are.
+    Existing files in ``directory``, which the tokenizer wrote, are not replaced.
     """
     _, base, base_revision = adapter_chain(path, revision)
     for file in PROCESSOR_FILES:

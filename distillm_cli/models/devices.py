@@ -1,4 +1,4 @@
-"""Choose where models run and in what precision: device, dtype, and weights in 8 or 4 bits by bitsandbytes."""
+"""Choose the device and precision of models: device, dtype, and 8-bit or 4-bit weights by bitsandbytes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device that auto, cpu, cuda, cuda:N or mps stands for. Raise UsageError if it does not exist.
+    """Return the device named auto, cpu, cuda, cuda:N or mps. Raises UsageError if it does not exist.
 
-    cuda:N becomes torch's current device: torch asks that one for its capabilities and its free memory, and kernels of
-    Triton are started on it.
+    cuda:N becomes torch's current device, since torch reads capabilities and free memory of that one, and Triton runs
+    its kernels on it.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -57,7 +57,7 @@ def bf16_is_fast(device: torch.device) -> bool:
 
 
 def resolve_dtype(name: schema.Dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype of fp32, bf16 or fp16; auto is bf16 where the machine is fast at it, else fp32."""
+    """Return the dtype of fp32, bf16 or fp16; auto is bf16 on hardware with fast bf16, else fp32."""
     if name == "auto":
         return torch.bfloat16 if bf16_is_fast(device) else torch.float32
     return _DTYPES[name]
@@ -69,15 +69,15 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def check_quantize(quantize: str, device: torch.device) -> None:
-    """Raise ModelError if a model cannot be held in 8 or 4 bits: without CUDA, or without bitsandbytes."""
+    """Raise ModelError if weights cannot be quantized: without CUDA, or without bitsandbytes."""
     if quantize == "none":
         return
     if device.type != "cuda":
-        why = "there is none here" if not torch.cuda.is_available() else f"train.device is {device.type}"
+        why = "no CUDA device is available" if not torch.cuda.is_available() else f"train.device is {device.type}"
         raise ModelError(
             "model.cannot_quantize",
-            f"teacher.quantize {quantize} needs CUDA, and {why}",
-            hint="drop it; --set teacher.dtype=bf16 halves the memory of fp32 anywhere",
+            f"teacher.quantize {quantize} needs CUDA, but {why}",
+            hint="remove it; --set teacher.dtype=bf16 halves the memory of fp32 on any device",
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(
@@ -90,7 +90,7 @@ def check_quantize(quantize: str, device: torch.device) -> None:
 def quantization_arguments(quantize: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Return the arguments of ``from_pretrained`` that quantize a model's linear layers.
 
-    transformers leaves the head as it is, so that the loss reads a plain weight.
+    transformers does not quantize the head, so the loss uses a plain weight.
     """
     from transformers import BitsAndBytesConfig
 

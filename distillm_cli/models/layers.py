@@ -1,4 +1,4 @@
-"""Build students from the teacher: some of its layers, its embeddings, its final norm and its head, as copies.
+"""Build students from copies of the teacher's layers, embeddings, final norm and head.
 
 layers:6         six of them, evenly spaced, the first and the last included
 layers:6:first   the first six; layers:6:last the last six
@@ -25,7 +25,7 @@ from distillm_cli.utils.text import counted
 
 
 def chosen_layers(text: str, depth: int) -> list[int]:
-    """Return the layers, of ``depth``, that ``layers:…`` names: ascending, counted from 0. Raise UsageError.
+    """Return the layers, of ``depth``, that ``layers:…`` names: ascending, counted from 0. Raises UsageError.
 
     Evenly spaced: i·(depth−1)/(n−1), rounded half up, i from 0 to n−1; of one layer, the first.
     """
@@ -58,26 +58,26 @@ def chosen_layers(text: str, depth: int) -> list[int]:
 
 
 def build_from_layers(spec: str, teacher: Backbone, *, dropout: float | None = None) -> PreTrainedModel:
-    """Build a float32 model of the teacher's family with these of its layers. Every weight is a copy; no memory is shared.
+    """Build a float32 model of the teacher's family with these of its layers. No memory is shared with the teacher.
 
-    dropout: None is as the teacher's config says. Raise UsageError for a spec that cannot be read or does not fit the
-    teacher, ModelError for a family whose layers cannot be exchanged, and for an encoder-decoder, which has two stacks of
-    them.
+    dropout: None: the values of the teacher's config. Raises UsageError for an invalid spec or one that does not fit
+    the teacher, ModelError for a family whose layers cannot be selected, and for an encoder-decoder, which has two
+    stacks.
     """
     if teacher.is_encoder_decoder:
         kind = teacher.model.config.model_type
         raise ModelError(
             "model.cannot_take_layers",
-            f"cannot take layers of a {kind} teacher: an encoder-decoder has two stacks of them",
+            f"cannot copy layers of a {kind} teacher: an encoder-decoder has two stacks of layers",
             where=spec,
-            hint=f"take a smaller model of the family, or --student random:{kind}:2x64",
+            hint=f"use a smaller model of the family, or --student random:{kind}:2x64",
         )
     text = teacher.model.config.get_text_config()
     keep = chosen_layers(spec, text.num_hidden_layers)
     if family_of(text.model_type).layers_depend_on_index and keep != list(range(len(keep))):
-        raise _cannot_take_layers(text, spec, "what its layers compute depends on their index")
+        raise _cannot_take_layers(text, spec, "the computation of its layers depends on their index")
     config = with_layers(text, keep, spec)
-    config.tie_word_embeddings = heads_are_tied(teacher.model)  # the file decides, not the teacher's config
+    config.tie_word_embeddings = heads_are_tied(teacher.model)  # the file determines it, not the teacher's config
     if dropout is not None:
         set_dropout(config, dropout, where=spec)
     model = _build_unfilled(config, spec)
@@ -93,7 +93,7 @@ def build_from_layers(spec: str, teacher: Backbone, *, dropout: float | None = N
 
 @torch.no_grad()
 def _move_attention_scales(trunk: nn.Module, keep: list[int]) -> None:
-    """Put the scale of a layer's old index into its queries: such a GPT-2 divides scores by the index, counted from 1."""
+    """Fold the scale of a layer's old index into its queries: such a GPT-2 divides scores by the index, counted from 1."""
     for new, old in enumerate(keep):
         attention = trunk.h[new].attn
         for weight in (attention.c_attn.weight, attention.c_attn.bias):
@@ -121,7 +121,7 @@ def _copy_weights(
     spec: str,
 ) -> None:
     if student_trunk is None or teacher_trunk is None:
-        raise _cannot_take_layers(teacher.config, spec, "it has no part of its own before the head")
+        raise _cannot_take_layers(teacher.config, spec, "it has no separate part before the head")
     prefix = f"{_layers_of(teacher_trunk, teacher.config, spec)}."
     new_index = {str(old): str(new) for new, old in enumerate(keep)}
     weights = {}
@@ -136,7 +136,7 @@ def _copy_weights(
     try:
         student_trunk.load_state_dict(weights)
         head.load_state_dict(teacher_head.state_dict())
-    except RuntimeError as error:  # layers of several shapes, or something kept for all layers in one tensor
+    except RuntimeError as error:  # layers of several shapes, or one tensor for all layers
         raise _cannot_take_layers(teacher.config, spec, str(error).splitlines()[-1].strip().rstrip(".")) from error
     filled = {id(p) for module in (student_trunk, head) for p in module.parameters()}
     unfilled = [name for name, p in student.named_parameters() if id(p) not in filled]
@@ -157,7 +157,7 @@ def _layers_of(trunk: nn.Module, config: PretrainedConfig, spec: str) -> str:
 def _cannot_take_layers(config: PretrainedConfig, spec: str, why: str) -> ModelError:
     return ModelError(
         "model.cannot_take_layers",
-        f"cannot take layers of a {config.get_text_config().model_type} teacher: {why}",
+        f"cannot copy layers of a {config.get_text_config().model_type} teacher: {why}",
         where=spec,
-        hint="build the student from scratch, --student width:0.5 say, or name a smaller model",
+        hint="build the student from scratch, for example with --student width:0.5, or use a smaller model",
     )

@@ -1,6 +1,6 @@
-"""Load the config and the model of a name or a directory; errors are one line.
+"""Load the config and the model of a name or a directory.
 
-Local directories never touch the network, and code that comes with a checkpoint is never run.
+Local directories need no network, and code in a checkpoint is never run.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from distillm_cli.utils import manifest
 from distillm_cli.utils.modules import eval_mode
 from distillm_cli.utils.text import counted
 
-MIN_CONTEXT = 24  # tokens; decoding is tried on prompts nearly as long
+MIN_CONTEXT = 24  # tokens; decoding is tested on prompts nearly as long
 
 
 def load_config(path: str, *, revision: str | None = None, file: bool = False) -> PretrainedConfig:
-    """Load the config of a causal or an encoder-decoder model: a directory's, a hub name's, or (``file``) a JSON file's.
+    """Load the config of a causal or an encoder-decoder model: of a directory, a hub name, or (``file``) a JSON file.
 
     For an adapter, that of its base model.
     """
@@ -62,7 +62,7 @@ def load_config(path: str, *, revision: str | None = None, file: bool = False) -
         manifest.check_files(Path(name), weights=False)
         if not (Path(name) / "config.json").is_file():
             hint = "pass a model directory: config.json, model.safetensors"
-            raise ModelError("model.no_config", f"{path} holds no config.json", hint=hint)
+            raise ModelError("model.no_config", f"{path} has no config.json", hint=hint)
     with quiet():
         try:
             config = AutoConfig.from_pretrained(
@@ -78,7 +78,7 @@ def load_config(path: str, *, revision: str | None = None, file: bool = False) -
         raise ModelError(
             "model.invalid_config",
             f"{path}: num_hidden_layers is {depth}",
-            hint="its config.json must name at least one layer",
+            hint="its config.json must have at least one layer",
         )
     context = context_of(config)
     if context is not None and context < MIN_CONTEXT:
@@ -109,10 +109,10 @@ def load_backbone(
 ) -> Backbone:
     """Load a model with its trained weights, in eval mode.
 
-    path: of a model, or of a LoRA adapter, which is merged into its base model. train: the adapter is left beside that
-    instead, to continue its training. tokenizer: in place of the model's own. tokenizers: reads the model's own, unless it
-    was read before. dropout: sets every one it has. quantize: 8bit or 4bit; an adapter is left beside such weights.
-    Raise ModelError, naming the cause, for anything that is not the complete checkpoint of such a model.
+    path: of a model, or of a LoRA adapter, which is merged into its base model. train: the adapter is not merged, to
+    continue its training. tokenizer: replaces the model's own. tokenizers: cache from which the model's own is read.
+    dropout: value of every dropout. quantize: 8bit or 4bit; an adapter is not merged into such weights. Raises
+    ModelError, with the cause, for anything but a complete checkpoint of such a model.
     """
     check_quantize(quantize, device)
     task = f"loading {path}"
@@ -150,7 +150,7 @@ def load_backbone(
 
 def _warn_of_edits(directory: Path, listener: Listener) -> None:
     for path in manifest.edited_files(directory):
-        listener(Warned(f"{path} has changed since the run wrote it: it is used as it is now"))
+        listener(Warned(f"{path} has changed since the run wrote it: using the changed file"))
 
 
 def _with_adapters(
@@ -160,14 +160,14 @@ def _with_adapters(
     base_revision: str | None,
     train: AdapterConfig | None,
 ) -> tuple[PreTrainedModel, lora.Adapter | None]:
-    """Return the model with these adapters in it, and the one of them that trains."""
+    """Return the model with these adapters, and the adapter that trains."""
     for i, location in reversed(list(enumerate(adapters))):
         source: dict[str, Any] = {"local": location.local, "revision": location.revision}
         if train is not None and i == 0:
             if len(adapters) > 1:
-                what = f"{location.name} is an adapter of an adapter, and cannot be trained on"
+                what = f"{location.name} is an adapter of an adapter, and its training cannot be continued"
                 raise ModelError(
-                    "model.invalid_adapter", what, hint="without --lora both are merged, and every weight trains"
+                    "model.invalid_adapter", what, hint="without --lora both are merged, and all weights are trained"
                 )
             adapter = lora.continue_adapter(
                 model, location.name, train, base=portable_name(base), base_revision=base_revision, **source
@@ -180,11 +180,10 @@ def _with_adapters(
 
 
 def _read_generation_config(locations: list[ModelLocation], model: PreTrainedModel) -> None:
-    """Give the model the generation config of the outermost location that has one: the tokens that end its responses.
+    """Set the model's generation config (the end tokens of responses) from the outermost location with one.
 
-    locations: of adapters and, last, of their model, which has its own already. An adapter that was trained under a chat
-    template ends responses with other tokens than its model. Raise ModelError for a damaged file, which transformers
-    ignores silently.
+    locations: of adapters and, last, of their model. An adapter that was trained with a chat template ends responses
+    with other tokens than its model. Raises ModelError for a damaged file, which transformers ignores silently.
     """
     for location in locations:
         file = model_file(location.name, "generation_config.json", location.revision)
@@ -192,7 +191,7 @@ def _read_generation_config(locations: list[ModelLocation], model: PreTrainedMod
             continue
         try:
             config = GenerationConfig.from_pretrained(file.parent, local_files_only=True)
-        except Exception as error:  # of any type, by what is wrong with the file
+        except Exception as error:  # the type depends on the damage
             raise load_error("generation config", location.name, True, error) from error
         if location is not locations[-1]:
             model.generation_config = config
@@ -206,7 +205,7 @@ def _load_weights(
     if local and not any(next(Path(name).glob(pattern), None) for pattern in WEIGHT_FILES):
         raise ModelError(
             "model.no_weights",
-            f"{path} holds a config.json but no weights (model.safetensors)",
+            f"{path} has a config.json but no weights (model.safetensors)",
             hint=f"to start from scratch, pass {Path(path) / 'config.json'}",
         )
     if local:
@@ -228,10 +227,10 @@ def _load_weights(
             )
         except Exception as error:
             raise load_error("weights", path, local, error) from error
-    for kind, what in (("mismatched_keys", "of another shape than its config says"), ("missing_keys", "absent")):
+    for kind, what in (("mismatched_keys", "with another shape than in its config"), ("missing_keys", "absent")):
         if keys := sorted(str(key[0] if isinstance(key, tuple) else key) for key in report[kind]):
             more = f" and {len(keys) - 2} more" if len(keys) > 2 else ""
-            hint = f"the files are not the checkpoint of a {type(model).__name__}"
+            hint = f"the files are not a checkpoint of a {type(model).__name__}"
             if kind == "missing_keys" and keys == _head_names(model):
                 hint = "if its head is its embedding matrix, set tie_word_embeddings to true in its config.json"
             raise ModelError(
@@ -252,10 +251,10 @@ def _head_names(model: PreTrainedModel) -> list[str]:
 
 @torch.no_grad()
 def check_causal(path: str, model: PreTrainedModel) -> None:
-    """Check on a few tokens that a model predicts each token from those before it.
+    """Check on a few tokens that a model predicts each token from earlier ones only.
 
-    Raise ModelError for BERT and similar models, which load as causal models too, and for a composite model that does not
-    run without images. Of an encoder-decoder the decoder must be causal.
+    Raises ModelError for BERT and similar models, which also load as causal models, and for a composite model that does
+    not run without images. In an encoder-decoder, the decoder must be causal.
     """
     ids_BT = torch.arange(1, 9, device=model.device).repeat(2, 1) % model.get_input_embeddings().weight.shape[0]
     ids_BT[1, -1] = 0
@@ -273,7 +272,7 @@ def check_causal(path: str, model: PreTrainedModel) -> None:
                 "model.not_causal",
                 f"cannot run {path} on text alone: {why}",
                 where=f"a {model.config.model_type} model",
-                hint="only the text part of a model is trained: choose one that reads text without images",
+                hint="only the text part of a model is trained: choose a model that runs without images",
             ) from error
     known_TV = first_TV.isfinite() | second_TV.isfinite()  # not tokens that the model suppresses with −inf
     first_TV, second_TV = first_TV[known_TV], second_TV[known_TV]
@@ -288,5 +287,5 @@ def _not_causal(path: str, config: PretrainedConfig) -> ModelError:
     return ModelError(
         "model.not_causal",
         f"{path} is not a causal language model ({architecture})",
-        hint="pass one that predicts the next token: GPT-2, OPT, Llama, Qwen, Gemma, … or T5, mT5",
+        hint="choose a model that predicts the next token: GPT-2, OPT, Llama, Qwen, Gemma, … or T5, mT5",
     )

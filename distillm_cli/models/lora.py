@@ -1,8 +1,8 @@
 """Use LoRA adapters, by peft: merge them into their model, attach them for training, save and load them.
 
-An adapter that trains is put into the model's own layers, in place: the model stays transformers' own class, so that
-hidden states, head and checks are what they are without one. What decodes and what is published is a plain copy with
-the adapter merged in (`Adapter.merged_layers`), made each time of the weights as they are then.
+An adapter for training is attached to the model's layers in place. The model keeps its transformers class, so that
+hidden states, head and checks work as without an adapter. Decoding and the output directory use a plain copy with the
+adapter merged in (`Adapter.merged_layers`), created from the current weights each time.
 
 An adapter directory is peft's: adapter_config.json, which names the model it belongs to, and adapter_model.safetensors.
 """
@@ -32,23 +32,23 @@ if TYPE_CHECKING:  # peft is slow to import, and most runs have no adapter
     from peft import LoraConfig, PeftModel
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_NAME, _PREFIX = "default", "base_model.model."  # of an adapter in a model; of its weights in a file
+_NAME, _PREFIX = "default", "base_model.model."  # name of an adapter in a model; prefix of its weights in a file
 
 
 def parameter_of(layer: nn.Module) -> str:
-    """Return the name, in the layer it is in, of the weight that a LoRA layer adapts."""
+    """Return the name, within its layer, of the weight that a LoRA layer adapts."""
     return getattr(layer, "parameter_name", "weight")
 
 
 class Adapter:
-    """Hold a LoRA adapter in the layers of a model, the rest of which is frozen."""
+    """Hold a LoRA adapter in the layers of a frozen model."""
 
     def __init__(self, wrapped: PeftModel):
         self._wrapped = wrapped
 
     @property
     def model(self) -> PreTrainedModel:
-        """Return the model it is in."""
+        """Return the model that the adapter is attached to."""
         return self._wrapped.get_base_model()
 
     @property
@@ -63,7 +63,7 @@ class Adapter:
         return ((name, module) for name, module in self.model.named_modules() if isinstance(module, LoraLayer))
 
     def frozen(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Return the weights that do not train: the model without the adapter."""
+        """Return the frozen weights: the model without the adapter."""
         return ((name, weight) for name, weight in self.model.named_parameters() if not weight.requires_grad)
 
     def save(self, directory: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -96,11 +96,11 @@ class Adapter:
     def merged_layers(self, make_parameter: Callable[[str, torch.Tensor], nn.Parameter]) -> dict[int, nn.Module]:
         """Return by id of each adapted layer the plain layer W + (alpha / r)·B·A, summed in float32.
 
-        make_parameter: a weight's name in the plain model and its value → the parameter that stands for it there.
+        make_parameter: maps a weight's name in the plain model and its value to the parameter to use there.
         """
         plain: dict[int, nn.Module] = {}
         for name, layer in self.layers():
-            if ".base_layer" in name:  # the adapter of a second weight of the same layer, inside that of the first
+            if ".base_layer" in name:  # the adapter of a second weight of the same layer, nested in that of the first
                 continue
             base = layer.get_base_layer()
             deltas, inner = {}, layer
@@ -120,9 +120,9 @@ class Adapter:
 
 
 def attach(model: PreTrainedModel, config: AdapterConfig, *, seed: int, base: str, revision: str | None) -> Adapter:
-    """Attach a new adapter to a model, which is frozen. A starts random (a function of the seed), B is zero.
+    """Attach a new adapter to a model, which is frozen. A is random (determined by the seed), B is zero.
 
-    base, revision: what the adapter's config will say it belongs to. Raise ModelError for targets that are not there.
+    base, revision: the base model in the adapter's config. Raises ModelError for targets that do not exist.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -135,7 +135,7 @@ def attach(model: PreTrainedModel, config: AdapterConfig, *, seed: int, base: st
         lora_dropout=0.0 if targets.parameters else config.dropout,  # peft cannot drop the input of a parameter
         target_modules=targets.modules,
         target_parameters=targets.parameters or None,
-        fan_in_fan_out=targets.kinds == {Conv1D},  # where both kinds occur peft sets it layer by layer
+        fan_in_fan_out=targets.kinds == {Conv1D},  # if both kinds occur, peft sets it for each layer
         base_model_name_or_path=base,
         revision=revision,
     )
@@ -146,7 +146,7 @@ def attach(model: PreTrainedModel, config: AdapterConfig, *, seed: int, base: st
             torch.cuda.default_generators[device.index].manual_seed(seed)
         hint = "try other student.lora.targets"
         wrapped = _checked_call(lambda: get_peft_model(model, peft_config), f"of rank {config.r}", hint)
-    # peft records where it found the model; the directory must name where others find it.
+    # peft records the path that it loaded the model from; the directory must have the public name.
     wrapped.peft_config[_NAME].base_model_name_or_path = base
     return _checked(Adapter(wrapped), base)
 
@@ -161,7 +161,7 @@ def continue_adapter(
     local: bool,
     revision: str | None,
 ) -> Adapter:
-    """Attach the adapter in ``path`` to its model, to continue training. Raise ModelError if it differs from ``config``."""
+    """Attach the adapter in ``path`` to its model, to continue training. Raises ModelError if it differs from ``config``."""
     from peft import LoraConfig, PeftConfig
 
     own = _checked_call(lambda: PeftConfig.from_pretrained(path, revision=revision, local_files_only=local), path)
@@ -169,8 +169,8 @@ def continue_adapter(
     if not plain or own.rank_pattern or own.alpha_pattern or own.bias != "none":
         raise ModelError(
             "model.invalid_adapter",
-            f"the adapter {path} is not a plain LoRA, and cannot be trained on",
-            hint="without --lora it is merged into its model, and every weight trains",
+            f"the adapter {path} is not a plain LoRA adapter, and its training cannot be continued",
+            hint="without --lora it is merged into its model, and all weights are trained",
         )
     settings = {"r": (config.r, own.r), "alpha": (config.alpha or own.lora_alpha, own.lora_alpha)}
     if config.targets is not None and not isinstance(own.target_modules, str):
@@ -179,8 +179,8 @@ def continue_adapter(
         if requested != stored:
             raise ModelError(
                 "model.invalid_adapter",
-                f"student.lora.{name} is {requested}, and the adapter {path} has {stored}",
-                hint="give its own; without --lora it is merged into its model, and every weight trains",
+                f"student.lora.{name} is {requested}, but the adapter {path} has {stored}",
+                hint="use the adapter's value; without --lora it is merged into its model, and all weights are trained",
             )
     own.lora_dropout = 0.0 if own.target_parameters else config.dropout
     own.inference_mode = False
@@ -193,7 +193,7 @@ def continue_adapter(
 def merge(model: PreTrainedModel, path: str, *, local: bool, revision: str | None) -> PreTrainedModel:
     """Return the model with the adapter in ``path`` merged into its weights: a plain model.
 
-    Raise ModelError too where the adapter unties weights that a family has tied.
+    Raises ModelError also if the adapter unties weights that the family ties.
     """
     tied = _tied(model)
     wrapped = _load_adapter(model, path, local=local, revision=revision)
@@ -204,13 +204,13 @@ def merge(model: PreTrainedModel, path: str, *, local: bool, revision: str | Non
     if still_tied != tied:
         config = merged.config
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
-        merged.tie_weights()  # as when it is loaded again
+        merged.tie_weights()  # as after loading
         # Encoder-decoders embed twice, and some scale what a tied head reads.
         if config.is_encoder_decoder or _tied(merged) != still_tied:
             raise ModelError(
                 "model.invalid_adapter",
-                f"the adapter {path} changes one of the weights that are tied in this {config.model_type} model",
-                hint="put an adapter on the layers between embeddings and head only",
+                f"the adapter {path} changes only one of two tied weights of this {config.model_type} model",
+                hint="use adapters only on layers between embeddings and head",
             )
     return merged
 
@@ -224,7 +224,7 @@ def _tied(model: nn.Module) -> set[frozenset[str]]:
 
 
 def _untie_adapted(model: nn.Module) -> None:
-    """Untie the weights of adapted layers: an update of an embedding is not an update of the head tied to it."""
+    """Untie the weights of adapted layers, since an update of an embedding must not change the tied head."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     users = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
@@ -237,7 +237,7 @@ def _untie_adapted(model: nn.Module) -> None:
 
 
 def attach_frozen(model: PreTrainedModel, path: str, *, local: bool, revision: str | None) -> PreTrainedModel:
-    """Attach the adapter in ``path`` to quantized weights. It is computed separately, since it cannot be merged."""
+    """Attach the adapter in ``path`` to quantized weights. It is not merged, since the weights are quantized."""
     return _load_adapter(model, path, local=local, revision=revision).get_base_model()
 
 
@@ -275,13 +275,13 @@ def _checked_call(call: Callable[[], Any], name: str, hint: str = _INCOMPLETE) -
         reason = (str(error).strip() or type(error).__name__).splitlines()
         raise ModelError(
             "model.invalid_adapter",
-            f"cannot put the adapter {name} on its model: {' '.join(reason[:2])[:200]}",
+            f"cannot attach the adapter {name} to its model: {' '.join(reason[:2])[:200]}",
             hint=hint,
         ) from error
 
 
 def _checked(adapter: Adapter, where: str) -> Adapter:
-    """Return the adapter. Raise ModelError if it is on the embeddings or the head: the loss reads the head's weight."""
+    """Return the adapter. Raises ModelError if it is on the embeddings or the head, whose weight the loss uses."""
     from peft.tuners.lora import Linear
     from peft.tuners.lora.layer import ParamWrapper
 
@@ -290,9 +290,9 @@ def _checked(adapter: Adapter, where: str) -> Adapter:
         if not isinstance(layer, Linear | ParamWrapper) or layer in ends:
             raise ModelError(
                 "model.invalid_adapter",
-                f"a LoRA adapter on {name}, and only linear layers and experts before the head can have one",
+                f"LoRA adapter on {name}, but only linear layers and experts before the head can have one",
                 where=where,
-                hint="leave student.lora.targets unset: every linear layer but the head",
+                hint="leave student.lora.targets unset, for every linear layer except the head",
             )
     return adapter
 

@@ -1,9 +1,9 @@
 """Find the weights of a model for a LoRA adapter.
 
-Linear layers get an adapter as modules. The experts of a mixture of experts are three-dimensional parameters, one matrix
-for each expert, and get one as parameters (peft's `target_parameters`). For some of these families peft takes the names of
-dense and shared MLPs to mean the experts, as they did in transformers 4, so the weights of these layers go by parameter
-too. Of a composite model only the text model gets adapters.
+Linear layers get an adapter as modules. The experts of a mixture of experts are three-dimensional parameters, one
+matrix for each expert, and get one as parameters (peft's `target_parameters`). For some of these families peft
+interprets the names of dense and shared MLPs as the experts, as in transformers 4, so the weights of these layers are
+also targeted as parameters. In a composite model, only the text model gets adapters.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from distillm_cli.models.model_families import PEFT_EXPERT_NAMES, family_of
 
 @dataclass(frozen=True)
 class LoraTargets:
-    """Hold the names of modules and of parameters that peft looks for. kinds: classes of the modules that it will find."""
+    """Hold the names of modules and parameters that peft targets. kinds: classes of these modules."""
 
     modules: list[str]
     parameters: list[str]
@@ -30,7 +30,7 @@ class LoraTargets:
 
 
 def expert_weights(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield by name the parameters that hold a matrix for each expert."""
+    """Yield the parameters that hold a matrix for each expert, with their names."""
     for name, module in model.named_modules():
         for own, weight in module.named_parameters(recurse=False):
             if weight.dim() == 3 and getattr(module, "num_experts", None) == weight.shape[0]:
@@ -38,9 +38,9 @@ def expert_weights(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]
 
 
 def find_targets(model: PreTrainedModel, requested: tuple[str, ...] | None) -> LoraTargets:
-    """Return the targets of these names, or, unset, every linear layer but the head and every expert.
+    """Return the targets of these names; if unset, every linear layer except the head, and every expert.
 
-    Raise ModelError for a name that finds nothing.
+    Raises ModelError for a name without a match.
     """
     text = {id(weight) for _, weight in text_parameters(model)}
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
@@ -52,7 +52,7 @@ def find_targets(model: PreTrainedModel, requested: tuple[str, ...] | None) -> L
         uncalled = family_of(model.config.model_type).uncalled_layers
         modules = {name: module for name, module in modules.items() if _last(name) not in uncalled}
     else:
-        experts, modules = _named(model, requested, modules, experts)
+        experts, modules = _select_by_name(model, requested, modules, experts)
     renamed = {name for name in modules if _last(name) in PEFT_EXPERT_NAMES} if _has_experts(model) else set()
     parameters = sorted(experts | {f"{name}.weight" for name in renamed})
     modules = {name: module for name, module in modules.items() if name not in renamed}
@@ -67,10 +67,10 @@ def find_targets(model: PreTrainedModel, requested: tuple[str, ...] | None) -> L
     return LoraTargets(sorted(modules if whole_names or requested is not None else short), parameters, kinds)
 
 
-def _named(
+def _select_by_name(
     model: PreTrainedModel, requested: tuple[str, ...], modules: dict[str, nn.Module], experts: set[str]
 ) -> tuple[set[str], dict[str, nn.Module]]:
-    """Narrow experts and modules down to those of these names."""
+    """Select the experts and modules with these names."""
     found: set[str] = set()
     for target in requested:
         matches = {name for name in (*modules, *experts) if name == target or name.endswith(f".{target}")}
@@ -87,7 +87,7 @@ def _named(
 
 
 def frozen_parts(model: PreTrainedModel) -> list[str]:
-    """Return, of a mixture of experts under an adapter, the names of matrices in its layers that do not train.
+    """Return the names of frozen matrices in the layers of a mixture of experts with an adapter.
 
     Empty for other models. Embeddings, norms and the head never train under an adapter and are left out.
     """
@@ -106,7 +106,7 @@ def frozen_parts(model: PreTrainedModel) -> list[str]:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Return whether a layer computes what its class does: routers of some families are linear layers with two results."""
+    """Return whether a layer is a plain linear layer: routers of some families are linear layers with two results."""
     return type(module).forward in (nn.Linear.forward, Conv1D.forward)
 
 

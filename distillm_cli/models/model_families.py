@@ -1,8 +1,8 @@
 """List the exceptions of model families, and the config fields that show them.
 
-Every exception by family is an entry of `FAMILIES`, with the reason; no other module compares a ``model_type`` with a name.
-What all families share under several names is a tuple of config fields below the table. This module is light: it imports
-neither torch nor transformers.
+Every exception by family is an entry of `FAMILIES`, with the reason; no other module compares a ``model_type`` with a
+name. Config fields that have different names in different families are tuples below the table. This module is light: it
+imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -20,21 +20,20 @@ if TYPE_CHECKING:
 class Family:
     """Hold the exceptions of a family. The defaults are those of a family without exceptions.
 
-    name: the config's ``model_type``. why: the reason for the entry.
-    paper_name: what the DistiLLM paper calls it, whose learning rates and lengths are then the defaults of base models.
-    hub_names: matches names of its base models on the hub, for when no config is at hand.
-    class_prefix, cpu_layout: of its classes in transformers, and which pass of ``models/cpu`` computes what they do.
-    head_scales: config field → power, in place of `HEAD_SCALE_FIELDS`; None: the family ignores the field.
-    has_t5_head: whether embeddings are drawn with spread 1. t5_head_scale: the config field that says whether the head's
-    input is then multiplied by width^−0.5; None: it never is.
-    decodes_in_layers: whether layers hold the state of decoding themselves, so that no row can be padded or dropped.
-    layers_depend_on_index: whether a layer computes something that depends on its index and is not a weight.
-    uncalled_layers: linear layers whose weights are read without a call of the layer, which is where an adapter would be.
-    values_under_adapter: values that backpropagation saves for each adapted weight column and position (counted).
+    name: the config's ``model_type``. why: the reason for the entry. paper_name: its name in the DistiLLM paper, whose
+    learning rates and lengths are then the defaults of base models. hub_names: matches names of its base models on the
+    hub, used if no config is available. class_prefix, cpu_layout: prefix of its classes in transformers, and the pass
+    of ``models/cpu`` that implements them. head_scales: config field → power, in place of `HEAD_SCALE_FIELDS`; None:
+    the family ignores the field. has_t5_head: whether embeddings are drawn with spread 1. t5_head_scale: the config
+    field that selects whether the head's input is multiplied by width^−0.5; None: never. decodes_in_layers: whether
+    layers hold the state of decoding themselves, so that no row can be padded or dropped. layers_depend_on_index:
+    whether a layer computes something that depends on its index and is not a weight. uncalled_layers: linear layers
+    whose weights are used without a call of the layer, so that an adapter has no effect. values_under_adapter: values
+    that backpropagation saves for each adapted weight column and position (counted).
     """
 
     name: str
-    why: str = "nothing special"
+    why: str = "no exceptions"
     paper_name: str | None = None
     hub_names: re.Pattern[str] | None = None
     class_prefix: str | None = None
@@ -78,17 +77,17 @@ _ENTRIES = (
         class_prefix="Llama",
         cpu_layout="llama",
     ),
-    Family("mistral", why="written as Llama is", class_prefix="Mistral", cpu_layout="llama"),
-    Family("qwen2", why="written as Llama is", class_prefix="Qwen2", cpu_layout="llama"),
-    Family("qwen3", why="written as Llama is", class_prefix="Qwen3", cpu_layout="llama"),
-    Family("t5", why="the first T5 scales its tied head", has_t5_head=True, t5_head_scale="scale_decoder_outputs"),
+    Family("mistral", why="same structure as Llama", class_prefix="Mistral", cpu_layout="llama"),
+    Family("qwen2", why="same structure as Llama", class_prefix="Qwen2", cpu_layout="llama"),
+    Family("qwen3", why="same structure as Llama", class_prefix="Qwen3", cpu_layout="llama"),
+    Family("t5", why="T5 v1.0 scales its tied head", has_t5_head=True, t5_head_scale="scale_decoder_outputs"),
     Family("longt5", why="as T5", has_t5_head=True, t5_head_scale="scale_decoder_outputs"),
-    Family("umt5", why="scales its head where it is tied", has_t5_head=True, t5_head_scale="tie_word_embeddings"),
+    Family("umt5", why="scales its head if it is tied", has_t5_head=True, t5_head_scale="tie_word_embeddings"),
     Family("mt5", why="never scales its head", has_t5_head=True),
     Family("hyperclovax", why="multiplies by logits_scaling, others divide", head_scales={"logits_scaling": 1}),
     Family("mpt", why="has a logit_scale that it ignores", head_scales={"logit_scale": None}),
-    Family("recurrent_gemma", why="recurrent state is kept in the layers", decodes_in_layers=True),
-    Family("xlstm", why="recurrent state is kept in the layers", decodes_in_layers=True),
+    Family("recurrent_gemma", why="recurrent state is stored in the layers", decodes_in_layers=True),
+    Family("xlstm", why="recurrent state is stored in the layers", decodes_in_layers=True),
     Family("diffllama", why="each layer has a constant that depends on its index", layers_depend_on_index=True),
     Family("mamba", **_STATE_SPACE),
     Family("mamba2", **_STATE_SPACE),
@@ -98,7 +97,7 @@ _ENTRIES = (
 )
 FAMILIES: dict[str, Family] = {entry.name: entry for entry in _ENTRIES}
 
-# Sizes of hub models whose names do not contain them.
+# Sizes of hub models that are not part of the name.
 HUB_PARAMETERS = {"distilgpt2": 82e6, "gpt2": 124e6, "gpt2-medium": 355e6, "gpt2-large": 774e6, "gpt2-xl": 1.56e9}
 
 # Fields for the largest number of positions, in transformers and in config.json. MPT and LED have their own names. A model
@@ -117,7 +116,7 @@ CONTEXT_FIELDS_ON_DISK = (
     "seq_length",
 )
 
-# Scales between `hidden @ weight.T + bias` and the logits: the scale is multiplied by the field to this power.
+# Scales between `hidden @ weight.T + bias` and the logits: config field → power. Their product is the scale.
 HEAD_SCALE_FIELDS = {"logit_scale": 1, "logits_scaling": -1, "lm_head_multiplier": 1, "logits_mup_width_multiplier": -1}
 SOFT_CAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
@@ -151,7 +150,7 @@ FEED_FORWARD_FIELDS = (
 # Layers that peft takes to be experts in a model that has some (peft.utils.transformers_weight_conversion).
 PEFT_EXPERT_NAMES = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
-# Tokenizer classes that say no more than "read tokenizer.json"; AutoTokenizer would take the family's own class instead.
+# Generic tokenizer classes, which only read tokenizer.json. AutoTokenizer would use the family's class instead.
 PLAIN_TOKENIZER_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
@@ -161,12 +160,12 @@ def family_of(model_type: str) -> Family:
 
 
 def is_transformers_class(module: Any, name: str) -> bool:
-    """Return whether an object is of transformers' own class of that name, and of no subclass of it."""
+    """Return whether an object's class is transformers' own class of that name, and not a subclass."""
     return type(module).__name__ == name and type(module).__module__.startswith("transformers.")
 
 
 def family_of_hub_name(name: str) -> Family | None:
-    """Return the family that a hub name shows; None where it shows none, or a model with a chat template."""
+    """Return the family of a hub name; None if the name is not known, or that of a model with a chat template."""
     for family in FAMILIES.values():
         if family.hub_names is not None and family.hub_names.fullmatch(name):
             return family
@@ -174,14 +173,14 @@ def family_of_hub_name(name: str) -> Family | None:
 
 
 def context_of(config: PretrainedConfig) -> int | None:
-    """Return the most positions, prompt and response together; None where there is no limit."""
+    """Return the maximum number of positions of prompt and response together, None without a limit."""
     text = config.get_text_config()
     limits = [getattr(text, name, None) for name in CONTEXT_FIELDS]
     return min((limit for limit in limits if limit is not None), default=None)
 
 
 def longrope_bound(config: PretrainedConfig) -> int | None:
-    """Return the positions beyond which a model uses the second of its two sets of rotary factors; None for others."""
+    """Return the length beyond which a model uses its second set of rotary factors; None for models with one set."""
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
     longropes = [p for p in (rope, *rope.values()) if isinstance(p, dict) and p.get("rope_type") == "longrope"]
@@ -192,7 +191,7 @@ def longrope_bound(config: PretrainedConfig) -> int | None:
 
 
 def head_scale_and_cap(config: PretrainedConfig) -> tuple[float, float | None]:
-    """Return what the logits are multiplied with after the head's product, and their soft cap, None for none."""
+    """Return the factor of the logits after the head's product, and their soft cap, None without one."""
     config = config.get_text_config()
     exceptions = family_of(config.model_type).head_scales
     scale = t5_head_scale(config)
@@ -206,16 +205,16 @@ def head_scale_and_cap(config: PretrainedConfig) -> tuple[float, float | None]:
 
 
 def t5_head_scale(config: PretrainedConfig) -> float:
-    """Return what a T5 multiplies its logits with, by way of the head's input; 1 for all others.
+    """Return the factor by which a T5 scales its logits (via the head's input); 1 for other models.
 
-    A version of transformers that decides otherwise shows in `Backbone.check_head`.
+    `Backbone.check_head` detects versions of transformers with another scale.
     """
     name = family_of(config.model_type).t5_head_scale
     return config.hidden_size**-0.5 if name is not None and getattr(config, name, False) else 1.0
 
 
 def decoder_depth(config: PretrainedConfig) -> int:
-    """Return the number of layers that write, of an encoder-decoder the decoder's."""
+    """Return the number of layers; of an encoder-decoder, those of the decoder."""
     layers = getattr(config, "num_hidden_layers", 1)
     if not config.is_encoder_decoder:
         return layers
@@ -224,13 +223,13 @@ def decoder_depth(config: PretrainedConfig) -> int:
 
 
 def expert_counts(config: PretrainedConfig) -> tuple[int, int]:
-    """Return the experts that a token is sent to, and all experts; (0, 0) where there are none."""
+    """Return the number of experts per token, and of all experts; (0, 0) without experts."""
     chosen = getattr(config, "num_experts_per_tok", None) or 0
     total: Any = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0
     return chosen, total
 
 
 def token_compression(config: PretrainedConfig) -> int:
-    """Return how many tokens the coarsest attention layer compresses into one; 0 where none does."""
+    """Return the number of tokens that the coarsest attention layer compresses into one; 0 without compression."""
     rates = getattr(config.get_text_config(), "compress_rates", None) or {}
     return max(rates.values(), default=0)

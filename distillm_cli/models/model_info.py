@@ -1,6 +1,6 @@
 """Read a model's family, size, chat template and context from its small files. No weights are loaded.
 
-Neither torch nor transformers is imported, unless parameters have to be counted where no safetensors file is at hand.
+Neither torch nor transformers is imported, unless parameters must be counted without a safetensors file.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _LARGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Hold what a model's small files tell. family: the config's model_type. is_built: the run builds it.
+    """Describe a model by its small files. family: the config's model_type. is_built: the run builds it.
 
-    count: returns the number of parameters, None where it is not known.
+    count: returns the number of parameters, None if it is not known.
     """
 
     family: str
@@ -38,14 +38,14 @@ class ModelInfo:
 
     @cached_property
     def parameters(self) -> int | None:
-        """Return the number of parameters, None where it is not known."""
+        """Return the number of parameters, None if it is not known."""
         return self.count()
 
 
 def read_model_info(path: str, revision: str | None = None) -> ModelInfo | None:
-    """Read about a model directory or a hub name; of an adapter, about its base model, with its own chat template.
+    """Describe a model directory or hub name. An adapter has the values of its base model and its own chat template.
 
-    Returns None where there is no readable config; whoever loads the model reports why.
+    Returns None without a readable config. Loading the model reports the reason.
     """
     has_template = False
     try:
@@ -80,7 +80,7 @@ def _from_config(config: dict[str, Any], path: str, revision: str | None, direct
 def _read(file: Path) -> dict[str, Any]:
     content = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no JSON object")
+        raise ValueError(f"{file} is not a JSON object")
     return content
 
 
@@ -92,7 +92,7 @@ def _has_template(path: str, revision: str | None) -> bool:
 
 
 def _count_in_headers(directory: Path) -> int | None:
-    """Count the parameters in the headers of the safetensors files; None where a file is absent or unreadable."""
+    """Count the parameters in the headers of the safetensors files; None if a file is absent or unreadable."""
     files = set(directory.glob("model*.safetensors"))
     index = directory / "model.safetensors.index.json"
     try:
@@ -107,7 +107,7 @@ def _count_in_header(path: Path) -> int:
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         if length > _LARGEST_HEADER:
-            raise ValueError(f"{path} is no safetensors file")
+            raise ValueError(f"{path} is not a safetensors file")
         header = json.loads(file.read(length))
     return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
 

@@ -1,4 +1,4 @@
-"""Find a model: a local directory, a hub name or the built-in one; and the base model of an adapter."""
+"""Find a model (a local directory, a hub name or the built-in one) and the base model of an adapter."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from distillm_cli.config.student_spec import BUILTIN, is_built_without_file, is_
 from distillm_cli.errors import ModelError
 from distillm_cli.utils.storage import is_broken_link
 
-ADAPTER_CONFIG = "adapter_config.json"  # a directory with this file is an adapter's
+ADAPTER_CONFIG = "adapter_config.json"  # a directory with this file is an adapter
 BUILTIN_TEACHER = Path(__file__).resolve().parent.parent / "assets" / "quickstart-teacher"
 
 
 def locate_model(path: str) -> tuple[str, bool]:
-    """Return the name that transformers takes, and whether it is a local directory. `builtin` is the model shipped here."""
+    """Return the name for transformers, and whether it is a local directory. `builtin` is the model of this package."""
     directory = BUILTIN_TEACHER if path == BUILTIN else Path(path).expanduser()
     if directory.is_dir():
         return str(directory), True
@@ -28,7 +28,7 @@ def locate_model(path: str) -> tuple[str, bool]:
     if is_broken_link(directory):
         raise ModelError(
             "model.not_found",
-            f"{path} is a symbolic link that leads nowhere",
+            f"{path} is a broken symbolic link",
             hint="correct the link, or pass another path",
         )
     if not is_on_hub(path):
@@ -38,7 +38,7 @@ def locate_model(path: str) -> tuple[str, bool]:
 
 @dataclass(frozen=True)
 class ModelLocation:
-    """Hold a name that transformers takes, whether it is a local directory, and which revision of it."""
+    """Hold a name for transformers, whether it is a local directory, and its revision."""
 
     name: str
     local: bool
@@ -52,7 +52,7 @@ def cached_hub_file(name: str, file: str, revision: str | None) -> Path | None:
 
 
 def model_file(path: str, file: str, revision: str | None = None) -> Path | None:
-    """Return one of a model's small files, fetched from the hub if needed; None if it is not available."""
+    """Return the path of one of a model's small files, downloaded if needed; None if it is not available."""
     name, local = locate_model(path)
     if local:
         local_file = Path(name) / file
@@ -66,10 +66,10 @@ def model_file(path: str, file: str, revision: str | None = None) -> Path | None
 
 @functools.cache
 def hub_is_reachable() -> bool:
-    """Return whether the hub can be reached. It is tried once, and not if HF_HUB_OFFLINE is set.
+    """Return whether the hub can be reached. It is tried once, or not at all if HF_HUB_OFFLINE is set.
 
-    Where it does not, this process continues as with HF_HUB_OFFLINE: what was downloaded before is read. The hub's client
-    would try each file of a model six times, for half a minute each.
+    If it cannot, this process continues as with HF_HUB_OFFLINE: downloaded files are read. The hub's client would
+    otherwise try each file of a model six times, for half a minute each.
     """
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return False
@@ -97,7 +97,7 @@ def base_model_of(name: str, *, local: bool, revision: str | None) -> tuple[str,
 
 
 def read_base_model(file: Path) -> tuple[str, str | None]:
-    """Return the base model that an adapter's config names, and its revision. Raise ModelError."""
+    """Return the base model that an adapter's config names, and its revision. Raises ModelError."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         base = config.get("base_model_name_or_path")
@@ -108,21 +108,24 @@ def read_base_model(file: Path) -> tuple[str, str | None]:
     if not base:
         raise ModelError(
             "model.invalid_adapter",
-            f"{file} does not name the model it adapts",
+            f"{file} does not name its base model",
             hint="add base_model_name_or_path to it",
         )
     return base, config.get("revision")
 
 
 def adapter_chain(path: str, revision: str | None = None) -> tuple[list[ModelLocation], str, str | None]:
-    """Return LoRA adapters, the outermost first, and path and revision of their model. For a model: none, and itself."""
+    """Return the LoRA adapters of a path, the outermost first, and path and revision of their model.
+
+    For a model: no adapters.
+    """
     adapters: list[ModelLocation] = []
     while True:
         if adapters and is_built_without_file(path):
             raise ModelError(
                 "model.no_adapter_base",
-                f"{adapters[-1].name} is an adapter of a model that its run built ({path}) and that is not kept",
-                hint="give the run's output directory",
+                f"{adapters[-1].name} is an adapter of a model that its run built ({path}) and did not save",
+                hint="use the run's output directory",
             )
         try:
             name, local = locate_model(path)
@@ -142,7 +145,7 @@ def adapter_chain(path: str, revision: str | None = None) -> tuple[list[ModelLoc
 
 
 def portable_name(path: str) -> str:
-    """Return a model's name that holds from any directory: a local path in full, a hub name as it is."""
+    """Return a model's name that is valid from any directory: an absolute path, or a hub name."""
     name, local = locate_model(path)
     return str(Path(name).resolve()) if local else name
 
@@ -152,5 +155,5 @@ def base_not_loaded(adapter: ModelLocation, base: str, error: ModelError) -> Mod
     return ModelError(
         "model.no_adapter_base",
         f"{adapter.name} is an adapter of {base}, which does not load: {error.what}",
-        hint=f"put that model there, or name its new place in {adapter.name}/{ADAPTER_CONFIG} (base_model_name_or_path)",
+        hint=f"restore that model, or set its new path in {adapter.name}/{ADAPTER_CONFIG} (base_model_name_or_path)",
     )

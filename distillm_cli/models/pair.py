@@ -1,4 +1,4 @@
-"""Load teacher and student, and check that they fit together: architecture, vocabulary, tokenizer."""
+"""Load teacher and student, and check that they are compatible: architecture, vocabulary, tokenizer."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Pair:
-    """Hold models that fit together.
+    """Hold a compatible teacher and student.
 
-    vocab: the token ids that both know, which is what meets the loss. templates: by role, the chat templates that the
-    tokenizers came with. teacher_stops: ids at which the teacher's own configuration stops, its end-of-sequence first;
+    vocab: number of shared token ids, over which the loss is computed. templates: by role, the original chat templates
+    of the tokenizers. teacher_stops: ids at which the teacher's own configuration stops, its end-of-sequence first;
     None without a teacher.
     """
 
@@ -94,10 +94,10 @@ def load_pair(
     tokenizers: TokenizerCache | None = None,
     listener: Listener = silent,
 ) -> Pair:
-    """Load the recipe's teacher (frozen; none for `sft`) and student, both in eval mode, sharing tokenizer and vocabulary.
+    """Load the recipe's teacher (frozen; none for `sft`) and student, in eval mode, with a shared tokenizer.
 
-    A student that is built from the teacher is so for `sft` too. texts: the training texts, for a tokenizer that is trained
-    on them. tokenizers: reads those of the models, unless they were read before. Raise ModelError or UsageError.
+    `sft` also builds a student from the teacher if the recipe does. texts: the training texts, for a tokenizer that is
+    trained on them. tokenizers: cache from which the models' tokenizers are read. Raises ModelError or UsageError.
     """
     tokenizers = tokenizers or TokenizerCache()
     if recipe.student.path is not None:
@@ -131,8 +131,12 @@ def load_pair(
         own = student.tokenizer
         check_vocabularies(teacher.tokenizer, own)
         _share_tokens(teacher, student)
-        if lost := lost_features(own, student.tokenizer):
-            listener(Warned(f"the student gets the teacher's tokenizer, whose tokens both know; its own {lost} lost"))
+        if dropped := lost_features(own, student.tokenizer):
+            listener(
+                Warned(
+                    f"the student uses the teacher's tokenizer, whose tokens both models have; its own {dropped} dropped"
+                )
+            )
     return Pair(teacher, student, student.tokenizer, student.vocab, templates, stops)
 
 
@@ -157,14 +161,14 @@ def _load_teacher(
 
 
 def _load_origin(recipe: schema.Recipe, listener: Listener = silent) -> Backbone | None:
-    """Load the model that a student is built from, if it is not the teacher in memory; None for a student that is loaded."""
+    """Load the model that a student is built from, if it is not the loaded teacher; None for a student that is loaded."""
     if recipe.teacher.path is None or not recipe.student.is_built:
         return None
     return _load_teacher(recipe.teacher.model_copy(update={"quantize": "none"}), torch.device("cpu"), listener)
 
 
 def _share_tokens(teacher: Backbone, student: Backbone) -> None:
-    """Use the tokenizer with fewer ids for both models, so that every target is a token both know."""
+    """Use the tokenizer with fewer ids for both models, so that every target is a token of both."""
     if teacher.vocab < student.vocab:
         student.tokenizer = teacher.tokenizer
         adopt_special_tokens(student.model, student.tokenizer)
@@ -182,7 +186,7 @@ def reload_teacher(recipe: schema.Recipe, pair: Pair, device: torch.device) -> B
 
 
 def rebuild_student(recipe: schema.Recipe, pair: Pair, device: torch.device) -> Backbone:
-    """Return the pair's student as it was before its first step, without a change of random state."""
+    """Return the pair's student with its initial weights, without changing the random state."""
     teacher = pair.teacher
     if teacher is None or (teacher.device.type == "meta" and recipe.student.is_built):
         teacher = _load_origin(recipe)
@@ -212,16 +216,16 @@ def create_student(
     max_length: int,
     listener: Listener = silent,
 ) -> Backbone:
-    """Load or build the model to train: float32 parameters, in eval mode, under a LoRA adapter where one is configured.
+    """Load or build the model to train: float32 parameters, in eval mode, with a LoRA adapter if one is configured.
 
-    Its tokenizer is the one given, else the configured one, else its own, else the teacher's. tokenizers: as in `load_pair`.
-    max_length: tokens of the longest example, which sizes the context of a model built without a teacher. seed: of random
-    weights.
+    Its tokenizer is the argument, else the configured one, else its own, else the teacher's. tokenizers: as in
+    `load_pair`. max_length: tokens of the longest example, which sizes the context of a model built without a teacher.
+    seed: of random weights.
     """
     backbone = _student_model(student, seed, device, teacher, texts, tokenizer, tokenizers, max_length, listener)
     if frozen := freeze_rest(backbone.model):
         kind = backbone.model.config.model_type
-        listener(Note(f"{kind}: the text model trains; {frozen:,} weights outside it stay as they are"))
+        listener(Note(f"{kind}: the text model is trained; {frozen:,} other weights are frozen"))
     if student.lora.r is not None:
         if backbone.adapter is None:
             base = student.path if student.is_built else portable_name(student.path)
@@ -241,15 +245,15 @@ def _report_adapter(backbone: Backbone, listener: Listener) -> None:
     listener(
         Note(
             f"LoRA adapter, r {config.r}, α {config.lora_alpha:g}, in {layers}: "
-            f"{train:,} weights train ({train / every:.2%} of {every:,})"
+            f"{train:,} trainable weights ({train / every:.2%} of {every:,})"
         )
     )
     if backbone.adapter.config.target_parameters:
         frozen = ", ".join(frozen_parts(backbone.model)) or "none"
         listener(
             Note(
-                "mixture of experts: the adapter has no dropout, which peft cannot apply to experts; matrices of its "
-                f"layers that stay frozen: {frozen}"
+                "mixture of experts: the adapter has no dropout, which peft does not support for experts; frozen matrices "
+                f"of its layers: {frozen}"
             )
         )
 
@@ -265,7 +269,7 @@ def _student_model(
     max_length: int,
     listener: Listener,
 ) -> Backbone:
-    """Return the model without a new adapter. One that is loaded as an adapter keeps it, where that is to be trained."""
+    """Return the model without a new adapter. A loaded adapter is kept if it is to be trained."""
     path = student.path
     if path is None:
         raise UsageError(
@@ -309,7 +313,10 @@ def _student_model(
         tokenizer = teacher.tokenizer if has_none else None
     if student.lora.r is None and adapter_chain(path, student.revision)[0]:
         listener(
-            Note(f"the adapter {path} is merged into its model, and every weight trains (--lora R trains it alone)")
+            Note(
+                f"the adapter {path} is merged into its model, and all weights are trained (--lora R trains only "
+                "the adapter)"
+            )
         )
     return load_backbone(
         path,
@@ -325,7 +332,7 @@ def _student_model(
 
 
 def check_architectures(teacher: Backbone | Shape, student: Backbone | Shape) -> None:
-    """Raise ModelError if one is causal and the other an encoder-decoder: they do not predict from the same text."""
+    """Raise ModelError if one is causal and the other an encoder-decoder: their predictions have different inputs."""
     if teacher.is_encoder_decoder == student.is_encoder_decoder:
         return
     kinds = {True: "an encoder-decoder model", False: "a causal model"}
@@ -333,22 +340,22 @@ def check_architectures(teacher: Backbone | Shape, student: Backbone | Shape) ->
     raise ModelError(
         "model.different_kinds",
         f"the teacher is {described[0]} and the student {described[1]}",
-        where="their states at a response token say different things",
-        hint="take a student of the teacher's kind, or --student random:4x256, which is of the teacher's family",
+        where="their predictions of a response token have different inputs",
+        hint="choose a student of the same kind, or --student random:4x256, which has the teacher's family",
     )
 
 
 def check_vocabularies(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
-    """Check that both give every shared id the same token; one may have further added (special) tokens.
+    """Check that both map every shared id to the same token. One may have additional (special) tokens.
 
-    Raise ModelError with the first difference.
+    Raises ModelError with the first difference.
     """
     if student is teacher:
         return
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours == theirs:
         return
-    hint = "take a student of the teacher's family, or --student random:4x256, which uses the teacher's tokenizer"
+    hint = "choose a student of the teacher's family, or --student random:4x256, which uses the teacher's tokenizer"
     ours_by_id, theirs_by_id = ({i: token for token, i in vocab.items()} for vocab in (ours, theirs))
     sizes = f"teacher {len(theirs):,} tokens, student {len(ours):,}"
     if differing := [i for i, token in theirs_by_id.items() if ours_by_id.get(i, token) != token]:
@@ -360,7 +367,7 @@ def check_vocabularies(teacher: PreTrainedTokenizerBase, student: PreTrainedToke
             where=sizes,
             hint=hint,
         )
-    for whose, tokens, others, added in (
+    for role, tokens, others, added in (
         ("teacher", theirs_by_id, ours_by_id, set(teacher.get_added_vocab().values())),
         ("student", ours_by_id, theirs_by_id, set(student.get_added_vocab().values())),
     ):
@@ -368,7 +375,7 @@ def check_vocabularies(teacher: PreTrainedTokenizerBase, student: PreTrainedToke
             i = min(extra)
             raise ModelError(
                 "model.different_vocabularies",
-                f"teacher and student have different vocabularies: token {i}, {tokens[i]!r}, is the {whose}'s alone",
+                f"teacher and student have different vocabularies: token {i}, {tokens[i]!r}, exists only in the {role}",
                 where=sizes,
                 hint=hint,
             )
@@ -377,7 +384,7 @@ def check_vocabularies(teacher: PreTrainedTokenizerBase, student: PreTrainedToke
 def _loaded_tokenizers(
     recipe: schema.Recipe, teacher: Backbone | None, student: Backbone
 ) -> Iterator[tuple[str, str | None, PreTrainedTokenizerBase]]:
-    """Yield path, revision and tokenizer of the models that brought their own; each tokenizer once."""
+    """Yield path, revision and tokenizer of the models with their own tokenizer; each tokenizer once."""
     if not _is_borrowed(recipe.student):
         yield recipe.student.path, recipe.student.revision, student.tokenizer
     if teacher is not None and teacher.tokenizer is not student.tokenizer:
@@ -385,14 +392,14 @@ def _loaded_tokenizers(
 
 
 def _is_borrowed(student: schema.StudentConfig) -> bool:
-    """Return whether the tokenizer is not the one that came with the student."""
+    """Return whether the tokenizer is not the student's original one."""
     return student.tokenizer is not None or student.is_built
 
 
 def _configured_tokenizer(student: schema.StudentConfig, texts: TrainingTexts | None) -> PreTrainedTokenizerBase | None:
     tokenizer = load_or_train_tokenizer(student.tokenizer, texts)
     if tokenizer is None and student.tokenizer is not None:
-        what = f"a {student.tokenizer} tokenizer is trained on data, and there is none"
+        what = f"a {student.tokenizer} tokenizer is trained on data, but there is none"
         raise ModelError("model.no_tokenizer", what, hint="pass a tokenizer directory")
     return tokenizer
 
@@ -402,7 +409,7 @@ def _append_eos_to_prompts(
 ) -> None:
     """Make a tokenizer that was trained for an encoder-decoder end every text, like T5's.
 
-    The input after loading the output directory is then the same as in training.
+    After loading the output directory, the input is then the same as in training.
     """
     if model.config.is_encoder_decoder and student.tokenizer is not None and is_trained_spec(student.tokenizer):
         append_eos(tokenizer)

@@ -1,7 +1,8 @@
-"""Compute the auxiliary loss of a mixture of experts, for an even load of its experts (Fedus et al. 2021, 2101.03961).
+"""Compute the load-balancing auxiliary loss of a mixture of experts (Fedus et al. 2021, 2101.03961).
 
-transformers adds it to the loss of a model whose config sets `output_router_logits`, with weight `router_aux_loss_coef`. It
-is computed here by transformers' own function on what the routers of the trunk return, padding left out.
+transformers adds it to the loss of a model whose config sets `output_router_logits`, with weight
+`router_aux_loss_coef`. It is computed here by transformers' own function from the outputs of the trunk's routers,
+without padding.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ def config_weight(config: PretrainedConfig) -> float:
 
 
 def set_router_loss(setting: float | str, student: Backbone, listener: Listener = silent) -> float:
-    """Let the student compute the auxiliary loss of its routers, and return the weight of that loss.
+    """Make the student compute its routers' auxiliary loss, and return the weight of that loss.
 
-    setting: `objective.router_aux`; auto is the weight in the student's config, or 0, with a warning, where transformers
-    computes no such loss for its family. Raise ModelError if a weight was given for such a student.
+    setting: `objective.router_aux`; auto is the weight in the student's config, or 0, with a warning, if transformers
+    has no such loss for its family. Raises ModelError if a weight was set for such a student.
     """
     weight = config_weight(student.model.config) if setting == "auto" else float(setting)
     if not weight:
@@ -50,7 +51,7 @@ def set_router_loss(setting: float | str, student: Backbone, listener: Listener 
         listener(Note(f"router auxiliary loss: weight {weight:g} ({_FIELD} {setting})"))
         return weight
     kind = student.model.config.model_type
-    what = f"the student ({kind}) has no router whose auxiliary loss transformers computes"
+    what = f"the student ({kind}) has no router with an auxiliary loss in transformers"
     if setting != "auto":
         raise ModelError("model.no_router", what, where=f"{_FIELD} = {setting}", hint=f"--set {_FIELD}=0")
     listener(Warned(f"{what}, and its config has router_aux_loss_coef {weight:g}: training without it"))
@@ -66,7 +67,7 @@ def attention_mask(batch: Batch) -> Tensor:
 
 
 def _find_loss(student: Backbone) -> RouterLoss | None:
-    """Return the loss of the student's family where it equals what the model itself returns; None if there is none."""
+    """Return the loss function of the student's family if it matches the model's own loss; else None."""
     function = getattr(sys.modules[type(student.model).__module__], _FUNCTION, None)
     top_k = getattr(student.model.config.get_text_config(), "num_experts_per_tok", None)
     if function is None or top_k is None or student.own_logits or student.is_encoder_decoder:
@@ -82,7 +83,7 @@ def _find_loss(student: Backbone) -> RouterLoss | None:
         with torch.no_grad(), eval_mode(student.model):
             own = student.model(**inputs).aux_loss
             ours = loss(student.trunk(**inputs).router_logits, mask_BT)
-    except Exception as error:  # a family whose model takes or gives other names
+    except Exception as error:  # a family whose inputs or outputs have other names
         if out_of_memory(error):
             raise
         return None

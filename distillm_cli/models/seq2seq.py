@@ -1,7 +1,7 @@
-"""Run encoder-decoder models: the prompt goes to the encoder, the response to the decoder.
+"""Run encoder-decoder models: the encoder reads the prompt, the decoder the response.
 
-The decoder begins with its start token and is fed the response one token behind, so its state at position t predicts
-response token t. Batches are those of causal models: their supervised positions tell prompts and responses apart.
+The decoder's input is its start token and then the response, shifted by one, so its state at position t predicts
+response token t. Batches are those of causal models, whose supervised positions separate prompts and responses.
 
 Shape letters: B sequences, S prompt length (padded), R response length (padded), N supervised positions, V vocabulary.
 """
@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EncoderDecoderBatch:
-    """Hold a batch as its two inputs. mask_BS: None where no prompt is padded. positions_N: indices into [B·R]."""
+    """Hold the inputs of encoder and decoder of a batch.
+
+    mask_BS: None if no prompt is padded. positions_N: indices into [B·R].
+    """
 
     ids_BS: torch.Tensor
     mask_BS: torch.Tensor | None
@@ -38,14 +41,14 @@ class EncoderDecoderBatch:
 
 
 def split_batch(batch: Batch, start: int) -> EncoderDecoderBatch:
-    """Return prompts and responses of a batch, both padded on the right. start: the token that the decoder begins with."""
+    """Return prompts and responses of a batch, both padded on the right. start: the start token of the decoder."""
     B, T = batch.ids_BT.shape
     device = batch.ids_BT.device
     # Not by bincount, which synchronizes the device to find the largest value.
     lengths_B = torch.zeros(B, dtype=torch.int64, device=device).index_add_(
         0, batch.rows_N, torch.ones_like(batch.rows_N)
     )
-    first_B = lengths_B.cumsum(0) - lengths_B  # where each row's supervised tokens begin among the N
+    first_B = lengths_B.cumsum(0) - lengths_B  # index of each row's first supervised token among the N
     # The state that predicts the first response token is the prompt's last.
     last_B = batch.positions_N[first_B.clamp(max=batch.tokens - 1)] - torch.arange(B, device=device) * T
     prompts_B = torch.where(lengths_B > 0, last_B + 1, 1)
@@ -86,25 +89,25 @@ def own_logits(model: PreTrainedModel, batch: Batch, start: int) -> torch.Tensor
 
 
 def start_token(config: PretrainedConfig) -> int:
-    """Return the token that the decoder begins with: the config's decoder_start_token_id, else its pad token, as in T5.
+    """Return the start token of the decoder: the config's decoder_start_token_id, else its pad token, as in T5.
 
-    Raise ModelError if there is neither.
+    Raises ModelError if there is neither.
     """
     for name in ("decoder_start_token_id", "pad_token_id"):
         if (token := getattr(config, name, None)) is not None:
             return token
     raise ModelError(
         "model.no_start_token",
-        "no token for the decoder to begin with",
+        "no start token for the decoder",
         where=config.name_or_path or config.model_type,
-        hint="name one in config.json: decoder_start_token_id",
+        hint="set decoder_start_token_id in config.json",
     )
 
 
 class Seq2SeqDecoding:
     """Decode as in ``decoding.py``: the prompts are encoded once, the decoder caches the keys and values of both sides.
 
-    All rows begin with the start token together, so nothing is ever padded on the decoder's side.
+    All rows start with the start token at the same time, so the decoder's side has no padding.
     """
 
     def __init__(self, backbone: Backbone, prompts: Sequence[np.ndarray]):

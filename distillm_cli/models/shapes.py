@@ -1,6 +1,6 @@
-"""Build models by their shape alone, on torch's meta device, where a tensor has a size and no memory, and count them.
+"""Build models without weights on torch's meta device, where tensors take no memory, and count their sizes.
 
-What a run needs is then known before any weights are at hand.
+The requirements of a run can then be estimated without weights.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Shape:
 
     @property
     def vocab(self) -> int:
-        """Return the token ids that meet the loss: the tokenizer's, else the rows of the model's own matrix."""
+        """Return the number of token ids in the loss: the tokenizer's, else the rows of the model's own matrix."""
         rows = self.model.get_input_embeddings().weight.shape[0]
         return rows if self.tokenizer is None else min(rows, vocabulary_size(self.tokenizer))
 
@@ -49,8 +49,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class EncoderSizes:
-    """Hold the counts of an encoder. layers, matmul: as in ``Sizes``. cross_attention: weights of the decoder that make the
-    keys and values of its cross-attention from prompt tokens."""
+    """Hold the counts of an encoder.
+
+    layers, matmul: as in ``Sizes``. cross_attention: weights of the decoder that compute the keys and values of its
+    cross-attention from prompt tokens.
+    """
 
     layers: int
     matmul: int
@@ -59,15 +62,14 @@ class EncoderSizes:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Hold the sizes that determine a model's memory and time, counted on its modules on any device.
+    """Hold the sizes that determine a model's memory and time, counted from its modules on any device.
 
-    parameters: by part: embeddings (of positions too), trunk, head (0 where it is the embedding matrix), outside (of a
-    composite model, what is not its text model), total, trainable.
-    matmul: weights of the trunk that every token meets in a matrix product; of a mixture of experts, those of the experts
-    that a token is sent to. head_in × vocab: the head's product. attention, kv: widths of all query heads, and of all
-    key-value heads, in a layer. dropout_heads: query heads of a layer, where attention has dropout. adapted: weights of the
-    layers that have a LoRA adapter, and rank: the adapter's. encoder: of an encoder-decoder, whose layers and matmul are
-    then the decoder's alone.
+    parameters: by part: embeddings (of positions too), trunk, head (0 if tied to the embeddings), outside (of a
+    composite model, what is not its text model), total, trainable. matmul: weights of the trunk in the matrix products
+    of one token; of a mixture of experts, those of the experts per token. head_in × vocab: the head's product.
+    attention, kv: widths of all query heads, and of all key-value heads, in a layer. dropout_heads: query heads of a
+    layer, if attention has dropout. adapted: weights of the layers that have a LoRA adapter, and rank: the adapter's.
+    encoder: of an encoder-decoder, whose layers and matmul are then the decoder's alone.
     """
 
     kind: str
@@ -107,7 +109,7 @@ class Sizes:
 
 
 def sizes(model: PreTrainedModel, vocab: int | None = None) -> Sizes:
-    """Count a model. vocab: the token ids that meet the loss; None is the rows of the head."""
+    """Count a model. vocab: number of token ids in the loss; None: the rows of the head."""
     config = model.config.get_text_config()
     tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     head = model.get_output_embeddings()
@@ -170,7 +172,7 @@ def sizes(model: PreTrainedModel, vocab: int | None = None) -> Sizes:
 
 
 def has_weights(path: str) -> bool:
-    """Return whether a model's weights are in a local directory. Raise ModelError for a path that does not exist."""
+    """Return whether a model's weights are in a local directory. Raises ModelError for a path that does not exist."""
     if isinstance(parse_student(path), ConfigFile):
         return False
     name, local = locate_model(path)
@@ -192,13 +194,12 @@ def load_shape(
     max_length: int,
     stage_shapes: Mapping[str, Shape] | None = None,
 ) -> Shape:
-    """Return the shape of a model: of a directory, a hub name (its config is fetched, no weights), a config.json, or a
-    model that is built: ``random:…``, ``layers:…`` or ``width:…``.
+    """Return the shape of a model: a directory, a hub name (only its config is downloaded), a config.json, or a spec.
 
-    tokenizer: a directory, a name, or one to be trained on ``texts``.
-    teacher: what a student is built after. stage_shapes: shapes of models that do not exist yet, by name (``stage:NAME``).
+    tokenizer: a directory, a name, or one to be trained on ``texts``. teacher: the model that a student is built from.
+    stage_shapes: shapes of models that do not exist yet, by name (``stage:NAME``).
 
-    Raise ModelError for what is no causal or encoder-decoder model, UsageError for a shape that cannot be.
+    Raises ModelError for anything but a causal or encoder-decoder model, UsageError for an impossible shape.
     """
     known = stage_shapes or {}
     if path in known:
@@ -244,7 +245,7 @@ class _UnreadTokenizer:
             raise ModelError(
                 "model.no_tokenizer",
                 f"{path} needs a tokenizer",
-                hint="pass --tokenizer DIR; bpe:1000, chars or words need the data at hand",
+                hint="pass --tokenizer DIR; bpe:1000, chars or words need local data",
             )
         self._last = teacher.vocab - 1
 
@@ -260,6 +261,6 @@ def _tokenizer_of(path: str, revision: str | None) -> PreTrainedTokenizerBase | 
     try:
         return load_tokenizer(path, revision=revision)
     except ModelError:
-        if local:  # it is there, and broken
+        if local:  # it exists and is broken
             raise
         return None

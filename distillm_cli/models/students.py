@@ -57,8 +57,8 @@ def build_random(
 
     spec: ``random:[FAMILY:]LAYERSxWIDTH``, or ``width:…``, as deep as the teacher. FAMILY: llama, gpt2 or t5, or the
     teacher's own, which is also the default: its config with layers, width, heads and feed-forward scaled. Without a
-    teacher: llama. An encoder-decoder has so many layers on either side. Context: the teacher's, else 2·max_length.
-    dropout: unset is 0. Raise UsageError for a shape that cannot be.
+    teacher: llama. An encoder-decoder has this number of layers in each stack. Context: the teacher's, else
+    2·max_length. dropout: unset is 0. Raises UsageError for an impossible shape.
     """
     model = _random_model(spec, teacher_config)
     layers, width = model.layers, model.width
@@ -90,7 +90,7 @@ def build_from_config(
 ) -> PreTrainedModel:
     """Build a model with random float32 weights of the shape that a config.json gives. where: that file, for messages.
 
-    Raise ModelError when the tokenizer has more token ids than the config's vocab_size.
+    Raises ModelError when the tokenizer has more token ids than the config's vocab_size.
     """
     rows, needed = config.get_text_config().vocab_size, vocabulary_size(tokenizer)
     if rows < needed:
@@ -106,22 +106,24 @@ def build_from_config(
 
 
 def check_has_teacher(text: str, spec: StudentSpec, teacher: object | None) -> None:
-    """Raise UsageError if a student is made of a teacher and there is none."""
+    """Raise UsageError if a student is built from a teacher and there is none."""
     if teacher is not None:
         return
     if isinstance(spec, TeacherLayers):
-        what = f"{text} takes layers from a teacher, and there is none"
-        raise UsageError("usage.no_teacher", what, hint="name it: --set teacher.path=PATH")
+        what = f"{text} copies layers of a teacher, but there is no teacher"
+        raise UsageError("usage.no_teacher", what, hint="set it with --set teacher.path=PATH")
     if isinstance(spec, TeacherWidth):
         raise UsageError(
-            "usage.no_teacher", f"{text} is as deep as a teacher, and there is none", hint="write random:LAYERSxWIDTH"
+            "usage.no_teacher",
+            f"{text} has the depth of a teacher, but there is no teacher",
+            hint="write random:LAYERSxWIDTH",
         )
 
 
 def _random_model(text: str, teacher_config: PretrainedConfig | None) -> RandomModel:
-    """Return family, layers and width of ``random:`` or ``width:``. Raise UsageError.
+    """Return family, layers and width of ``random:`` or ``width:``. Raises UsageError.
 
-    Nothing is copied for a width: a narrower matrix has no right place in a wider one.
+    No weights are copied for a width, since narrower matrices do not correspond to wider ones.
     """
     spec = parse_student(text)
     check_has_teacher(text, spec, teacher_config)
@@ -160,8 +162,8 @@ def set_dropout(config: PretrainedConfig, dropout: float, *, where: str) -> None
 def _set_initial_spread(config: PretrainedConfig, width: int) -> None:
     """Set the standard deviation √(2/(5·width)) for random weights (small init, Nguyen & Salazar, arXiv 1910.05895).
 
-    The families' constant 0.02 is about right for a width of 1,000; in a model of width 64 a layer would pass on next to
-    nothing at first, and the first hundreds of steps would be spent on growing the weights.
+    The families' constant 0.02 suits a width of about 1,000. In a model of width 64, layers would have almost no effect
+    at first, and the first hundreds of steps would only increase the weights.
     """
     text = config.get_text_config()
     for name in INITIAL_SPREAD_FIELDS:
@@ -170,7 +172,7 @@ def _set_initial_spread(config: PretrainedConfig, width: int) -> None:
 
 
 def adopt_special_tokens(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
-    """Set the special tokens in a model's config to those of a tokenizer that did not come with it, for `generate`."""
+    """Set the special tokens in a model's config to those of another model's tokenizer, for `generate`."""
     _set_special_tokens(model.config, tokenizer)
     if model.generation_config is not None:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -184,13 +186,13 @@ def _set_special_tokens(config: PretrainedConfig, tokenizer: Tokenizer) -> None:
         config.decoder_start_token_id = _start_token(config, tokenizer)
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     # The embedding of config.pad_token_id gets no gradient in several families, so a pad token that is also the
-    # end-of-sequence must not be named here; the generation config is the place for that one.
+    # end-of-sequence must not be set here, only in the generation config.
     pad = tokenizer.pad_token_id
     config.pad_token_id = None if pad in (tokenizer.eos_token_id, tokenizer.bos_token_id) else pad
 
 
 def _start_token(config: PretrainedConfig, tokenizer: Tokenizer) -> int:
-    """Return what the decoder begins with: the token in the same role as before, T5's pad or BART's end-of-sequence."""
+    """Return the start token of the decoder: the token in the same role as before, T5's pad or BART's end-of-sequence."""
     start = getattr(config, "decoder_start_token_id", None)
     for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
         if start is not None and start == getattr(config, name, None) and getattr(tokenizer, name) is not None:
@@ -201,7 +203,7 @@ def _start_token(config: PretrainedConfig, tokenizer: Tokenizer) -> int:
 def auto_class(config: PretrainedConfig) -> type[_BaseAutoModelClass]:
     """Return the class of transformers that loads and builds such a model.
 
-    A composite model is loaded whole, also where its causal class would load the text model alone and lose the rest.
+    A composite model is loaded completely, although its causal class would load only the text model.
     """
     if is_composite(config):
         return AutoModelForImageTextToText
@@ -210,10 +212,10 @@ def auto_class(config: PretrainedConfig) -> type[_BaseAutoModelClass]:
 
 def _build(config: PretrainedConfig, tokenizer: Tokenizer, seed: int, where: str) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
-        # The CPU generator alone: torch.manual_seed would reach those of the devices, which are not forked here.
+        # Only the CPU generator: torch.manual_seed would also seed those of the devices, which are not forked here.
         torch.default_generator.manual_seed(seed)
         try:
-            _set_special_tokens(config, tokenizer)  # before the embedding is made, which may look at the pad token
+            _set_special_tokens(config, tokenizer)  # before the embedding is created, which may use the pad token
             model = auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=False)
         except Exception as error:  # every family checks its sizes in its own way, or fails on them
             if out_of_memory(error):
@@ -231,21 +233,21 @@ def _build(config: PretrainedConfig, tokenizer: Tokenizer, seed: int, where: str
 
 @torch.no_grad()
 def _scale_embeddings(model: PreTrainedModel) -> None:
-    """Scale the embeddings of a T5-like model, which are drawn with spread 1, where they are the head too.
+    """Scale the embeddings of a T5-like model, which have a standard deviation of 1, if they are tied to the head.
 
-    Where nothing scales the head's input, the first logits would have a spread of √width.
+    Without a scale of the head's input, the first logits would have a standard deviation of √width.
     """
     if tied_from_scratch(model):
         model.get_input_embeddings().weight.mul_(model.config.hidden_size**-0.5)
 
 
 def heads_are_tied(model: PreTrainedModel) -> bool:
-    """Return whether the head is the embedding matrix itself, as loaded: a config may differ from its weights."""
+    """Return whether the loaded head is the embedding matrix itself. A config may differ from its weights."""
     return getattr(model.get_output_embeddings(), "weight", None) is model.get_input_embeddings().weight
 
 
 def tied_from_scratch(model: PreTrainedModel) -> bool:
-    """Return whether transformers ties embeddings and head of a T5 v1.1 or mT5 that it builds; checkpoints have both."""
+    """Return whether transformers ties embeddings and head of a new T5 v1.1 or mT5. Checkpoints have both."""
     is_t5 = family_of(model.config.model_type).has_t5_head
     return heads_are_tied(model) and is_t5 and t5_head_scale(model.config) == 1.0
 
@@ -291,7 +293,7 @@ _SHAPES = {"llama": _llama, "gpt2": _gpt2, "t5": _t5}
 
 
 def with_layers(old: PretrainedConfig, keep: list[int], spec: str) -> PretrainedConfig:
-    """Return the same config for these of the layers alone, its lists with an entry per layer included."""
+    """Return the config for these of the layers, with its per-layer lists reduced accordingly."""
     fields: dict[str, Any] = {k: v for k, v in old.to_dict().items() if k not in IDENTITY_FIELDS}
     depth = old.num_hidden_layers
     for name, value in fields.items():
@@ -306,13 +308,13 @@ def with_layers(old: PretrainedConfig, keep: list[int], spec: str) -> Pretrained
         reason = str(error).splitlines()[-1].strip()
         raise ModelError(
             "model.cannot_take_layers",
-            f"cannot take {len(keep)} layers of the teacher's {old.model_type}: {reason}",
+            f"cannot copy {len(keep)} layers of the teacher's {old.model_type}: {reason}",
             where=spec,
         ) from error
 
 
 def _scaled(old: PretrainedConfig, layers: int, width: int, spec: str) -> PretrainedConfig:
-    """Return the config at another depth and width, every dependent size in proportion."""
+    """Return the config at another depth and width, with dependent sizes in proportion."""
     fields: dict[str, Any] = {k: v for k, v in old.to_dict().items() if k not in IDENTITY_FIELDS}
 
     def key(name: str) -> str:
@@ -364,18 +366,18 @@ def _scaled(old: PretrainedConfig, layers: int, width: int, spec: str) -> Pretra
             "model.cannot_scale",
             f"cannot scale the teacher's {old.model_type} to {layers} layers of {width}: {reason}",
             where=spec,
-            hint=f"name a family: random:llama:{layers}x{width}",
+            hint=f"set a family: random:llama:{layers}x{width}",
         ) from error
 
 
 def _resampled(values: list[Any], layers: int) -> list[Any]:
-    """Return a list with an entry per layer for another number of layers: evenly spaced, ending with the last entry."""
+    """Resample a per-layer list for another number of layers: evenly spaced, ending with the last entry."""
     n = len(values)
     return [values[-(-(i + 1) * n // layers) - 1] for i in range(layers)]
 
 
 def _head_size(width: int, target: int, spec: str) -> int:
-    """Return an even divisor of the width that leaves two heads or more: the target if it is one, else one near it."""
+    """Return a head size: an even divisor of the width, with at least two heads, as close as possible to the target."""
     sizes = [d for d in range(8, 257, 2) if width % d == 0 and (2 * d <= width or width < 32)]
     if not sizes:
         raise UsageError(
@@ -392,5 +394,5 @@ def _shared_heads(heads: int, share: float) -> int:
     return max(k for k in range(1, heads + 1) if heads % k == 0 and k <= max(1.0, heads * share + 1e-9))
 
 
-def _multiple(size: float, of: int = 16) -> int:
-    return max(of, round(size / of) * of)
+def _multiple(size: float, factor: int = 16) -> int:
+    return max(factor, round(size / factor) * factor)

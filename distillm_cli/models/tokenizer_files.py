@@ -1,6 +1,6 @@
 """Load the tokenizer of a model, and check that it is the same after saving and loading.
 
-Imports no model class of transformers: reading a tokenizer need not wait for what loading weights takes to import.
+Imports no model class of transformers, so that reading a tokenizer does not wait for these imports.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ _TRIAL_TEXT = "Hello, 1 é"  # some errors show only in use
 
 _PROBE = "Which of these 12 words, in 3 lines,\n is a  Word?"
 _PROBES = (_PROBE, "  Grüße aus Köln: 世界, 42 %.", "def f(x):\n\treturn x ** 2")
-_SENTENCEPIECE_FILE = "tokenizer.model"  # as Llama and Mistral call it
+_SENTENCEPIECE_FILE = "tokenizer.model"  # name of SentencePiece files of Llama and Mistral
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence warnings and progress bars of transformers and the hub inside the block, since stderr has our display."""
+    """Silence warnings and progress bars of transformers and the hub inside the block: stderr has our own display."""
     loggings = (transformers.utils.logging, huggingface_hub.utils.logging)
     verbosities = [logging.get_verbosity() for logging in loggings]
     bars = transformers.utils.logging.is_progress_bar_enabled()
@@ -70,11 +70,14 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a directory or a hub name. It has an end-of-sequence token, and a pad token (else that one)."""
+    """Load the tokenizer of a directory or a hub name.
+
+    It has an end-of-sequence token, which is also the pad token if there is none.
+    """
     name, local = locate_model(path)
     if local and not has_tokenizer(Path(name)):
         raise ModelError(
-            "model.no_tokenizer", f"{path} holds no tokenizer", hint="pass --tokenizer DIR, or bpe:SIZE, chars, words"
+            "model.no_tokenizer", f"{path} has no tokenizer", hint="pass --tokenizer DIR, or bpe:SIZE, chars, words"
         )
     if local:
         manifest.check_files(Path(name), weights=False)
@@ -91,23 +94,23 @@ def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedToken
                 raise
             raise load_error("tokenizer", path, local, error) from error
     if not local and (config := cached_hub_file(name, "config.json", revision)) and not has_tokenizer(config.parent):
-        # transformers makes an empty tokenizer of the family's kind where there are no files for one.
+        # Without files, transformers creates an empty tokenizer of the family.
         raise ModelError(
             "model.no_tokenizer",
-            f"no files of a tokenizer for {path!r}",
+            f"no tokenizer files for {path!r}",
             hint="pass --tokenizer DIR, or bpe:SIZE, chars, words",
         )
     if tokenizer.chat_template is None:
         tokenizer.chat_template = _template_of_processor(path, revision)
-    for key in ("local_files_only", "is_local", "trust_remote_code"):  # arguments of loading that are not saved
+    for key in ("local_files_only", "is_local", "trust_remote_code"):  # arguments of loading, not saved
         tokenizer.init_kwargs.pop(key, None)
     return prepare_tokenizer(tokenizer, path)
 
 
 def _template_of_processor(path: str, revision: str | None) -> str | None:
-    """Return the chat template that a model with a processor has in a file of its own; None if it has none.
+    """Return the chat template that a model with a processor has in a separate file; None without one.
 
-    Mistral 3 and SmolVLM2 have it there alone, where transformers reads it for a processor and not for a tokenizer.
+    Mistral 3 and SmolVLM2 have it only there, and transformers reads it for a processor but not for a tokenizer.
     """
     file = model_file(path, "chat_template.json", revision)
     if file is None:
@@ -121,13 +124,13 @@ def _template_of_processor(path: str, revision: str | None) -> str | None:
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrainedTokenizerBase:
-    """Check for an end-of-sequence token, and set it as the pad token where there is none: supervision is by position."""
+    """Check for an end-of-sequence token, and use it as the pad token if there is none: supervision is by position."""
     if tokenizer.eos_token_id is None:
         raise ModelError(
             "model.no_end_token",
-            "the tokenizer has no end-of-sequence token, so no response could end",
+            "the tokenizer has no end-of-sequence token, which responses need",
             where=where,
-            hint="name one in its tokenizer_config.json: eos_token",
+            hint="set eos_token in its tokenizer_config.json",
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -135,7 +138,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrai
 
 
 def own_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase:
-    """Load a model's tokenizer; an adapter's where it has one, else that of its base model."""
+    """Load a model's tokenizer; an adapter's if it has one, else that of its base model."""
     adapters, base, base_revision = adapter_chain(path, revision)
     for location in adapters:
         if location.local and has_tokenizer(Path(location.name)):
@@ -143,7 +146,7 @@ def own_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase:
         if not location.local:
             try:
                 return load_tokenizer(location.name, revision=location.revision)
-            except ModelError:  # it has none, or none is to be had from the hub
+            except ModelError:  # it has none, or the hub has none
                 continue
     return load_tokenizer(base, revision=base_revision)
 
@@ -151,8 +154,8 @@ def own_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase:
 class TokenizerCache:
     """Hold the tokenizers of a run's models, each read once.
 
-    Where two local directories hold the same one, as those of a teacher and its student mostly do, it is one object. A
-    tokenizer that could not be read raises its error each time.
+    If two local directories have the same tokenizer, as teacher and student usually do, it is one object. A tokenizer
+    that could not be read raises its error on every call.
     """
 
     def __init__(self):
@@ -160,7 +163,7 @@ class TokenizerCache:
         self._by_files: dict[str, PreTrainedTokenizerBase] = {}
 
     def load(self, path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-        """Return a model's tokenizer, as ``own_tokenizer`` reads it. Raise ModelError."""
+        """Return a model's tokenizer, as ``own_tokenizer`` reads it. Raises ModelError."""
         if (path, revision) not in self._read:
             try:
                 self._read[path, revision] = self._read_first(path, revision)
@@ -181,14 +184,14 @@ class TokenizerCache:
         return self._by_files[files]
 
 
-# Files of a model directory that no tokenizer is read from. Any other may be, by its class.
+# Files of a model directory that no tokenizer class reads.
 _NO_TOKENIZER = (*WEIGHT_FILES, "config.json", "generation_config.json", "manifest.json", "*.md", "*.yaml", "*.jsonl")
-# Fields of a model's config by which transformers chooses a tokenizer's class, or corrects what the class got wrong.
+# Fields of a model's config by which transformers chooses a tokenizer's class, or corrects its behavior.
 _CONFIG_FIELDS = ("model_type", "tokenizer_class", "transformers_version", "auto_map")
 
 
 def _files_digest(directory: Path) -> str | None:
-    """Return the SHA-256 of all that decides a local directory's tokenizer; None if it cannot be read."""
+    """Return the SHA-256 of everything that determines a local directory's tokenizer; None if it cannot be read."""
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         digest = hashlib.sha256(json.dumps([config.get(key) for key in _CONFIG_FIELDS]).encode())
@@ -203,7 +206,7 @@ def _files_digest(directory: Path) -> str | None:
 
 
 def _tokenizer_class(directory: Path | None) -> Any:
-    """Return the class to load with. AutoTokenizer lets the family overrule the class in the files; a plain one stays."""
+    """Return the class to load with. AutoTokenizer may replace the class in the files by the family's."""
     if directory is None or not (directory / "tokenizer.json").is_file():
         return AutoTokenizer
     declared = transformers.models.auto.tokenization_auto.get_tokenizer_config(str(directory), local_files_only=True)
@@ -223,14 +226,14 @@ def _missing_package(part: str, path: str, package: str) -> ModelError:
     )
 
 
-_NEEDS = re.compile(r"requires the ([\w-]+) library but it was not found")  # as transformers words it
+_NEEDS = re.compile(r"requires the ([\w-]+) library but it was not found")  # message of transformers
 
 
 def load_error(part: str, path: str, local: bool, error: BaseException) -> DistillmError:
     """Return the error for a part of a model (config, tokenizer, weights) that transformers could not read."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(".")
     if out_of_memory(error):
-        hint = "close other programs, or choose a smaller model; `distillm plan` estimates the need"
+        hint = "close other programs, or choose a smaller model; `distillm plan` estimates the memory"
         return OutOfMemoryError(
             "memory.exhausted", f"out of memory while reading the {part} of {path}", where=reason, hint=hint
         )
@@ -240,24 +243,26 @@ def load_error(part: str, path: str, local: bool, error: BaseException) -> Disti
         if isinstance(error, SafetensorError):
             reason, hint = f"damaged or incomplete safetensors file ({reason})", "copy or download the files again"
         else:
-            hint = "the directory must be a model that this version of transformers knows"
+            hint = "the directory must be a model that this version of transformers supports"
         return ModelError("model.unreadable", f"cannot read the {part} of {path}: {reason}", hint=hint)
     hint = "pass a local directory, or check the spelling"
     if os.environ.get("HF_HUB_OFFLINE") and huggingface_hub.constants.HF_HUB_OFFLINE:
-        reason, hint = "HF_HUB_OFFLINE is set and it is not in the cache", f"{hint}, or unset HF_HUB_OFFLINE"
+        reason, hint = "it is not in the cache, and HF_HUB_OFFLINE is set", f"{hint}, or unset HF_HUB_OFFLINE"
     elif not hub_is_reachable():
-        reason = f"{huggingface_hub.constants.ENDPOINT} cannot be reached, and it is not in the cache"
+        reason = f"it is not in the cache, and {huggingface_hub.constants.ENDPOINT} cannot be reached"
     return ModelError(
-        "model.not_found", f"cannot find {path!r}: no such directory here, and not from the hub: {reason}", hint=hint
+        "model.not_found",
+        f"cannot find {path!r}: no such directory, and not available from the hub: {reason}",
+        hint=hint,
     )
 
 
 def check_reload(student: Backbone, *, is_borrowed: bool, text: str | None = None) -> None:
     """Check that `AutoTokenizer` loads the same tokenizer from the output directory.
 
-    transformers picks the tokenizer's class by the model's family for some of them (Qwen2's, say), whatever was saved: a
-    tokenizer that such a model was not trained with may come back cutting text in other places. is_borrowed: whether the
-    tokenizer is another model's, or trained here. text: one more probe. Raise ModelError.
+    For some families (such as Qwen2), transformers chooses the tokenizer's class by the model's family and ignores the
+    saved one, so another model's tokenizer may split text differently after loading. is_borrowed: whether the tokenizer
+    is another model's, or trained here. text: an additional probe. Raises ModelError.
     """
     ours = student.tokenizer
     family = student.model.config.model_type
@@ -276,24 +281,26 @@ def check_reload(student: Backbone, *, is_borrowed: bool, text: str | None = Non
     if is_borrowed:
         raise ModelError(
             "model.tokenizer_not_kept",
-            f"a {family} model's directory is read with {family}'s own kind of tokenizer, which this one is not",
+            f"a {family} model's directory is always loaded with {family}'s own tokenizer class, which differs from "
+            "this tokenizer's",
             where="student.tokenizer",
-            hint="take another family, for example --student random:llama:4x256, or a tokenizer of the family",
+            hint="choose another family, for example --student random:llama:4x256, or a tokenizer of the family",
         )
     raise ModelError(
         "model.tokenizer_not_kept",
-        f"this {family} model's tokenizer gives other token ids once transformers has saved it and read it back",
-        where="the output directory would have another tokenizer than the run",
-        hint="give the model's directory a tokenizer.json that transformers saves and reads back, or pass --tokenizer DIR",
+        f"this {family} model's tokenizer returns different token ids after saving and loading with transformers",
+        where="the tokenizer of the output directory would differ from the run's",
+        hint="add a tokenizer.json to the model's directory that transformers saves and loads correctly, or pass "
+        "--tokenizer DIR",
     )
 
 
 def sentencepiece_difference(path: str, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Describe what is wrong with a tokenizer that transformers converted from a SentencePiece file; None if it is right.
+    """Describe the error of a tokenizer that transformers converted from a SentencePiece file; None if it is correct.
 
-    The conversion can lose the space that the file puts before a text, for example: a model that was trained on the file's
-    tokens is then given others. Checked in local directories that have such a file and no tokenizer.json. Text is
-    compared by tokens and not by ids, since families may number them otherwise.
+    For example, the conversion can lose the space that the file adds before a text, so that the model gets other tokens
+    than in training. Checked in local directories with such a file and no tokenizer.json. Tokens are compared, not ids,
+    since families may number them differently.
     """
     _, base, _ = adapter_chain(path, revision)
     name, local = locate_model(base)
@@ -310,8 +317,8 @@ def sentencepiece_difference(path: str, revision: str | None, tokenizer: PreTrai
     found = tokenizer.tokenize(_PROBE)
     if expected == found:
         return None
-    at = next((i for i, pair in enumerate(zip(expected, found, strict=False)) if pair[0] != pair[1]), 0)
+    index = next((i for i, pair in enumerate(zip(expected, found, strict=False)) if pair[0] != pair[1]), 0)
     return (
-        f"transformers reads {file} differently from SentencePiece: of a probe text token {at} is {found[at]!r}, not "
-        f"{expected[at]!r}; a model trained on the file's own tokens needs a tokenizer.json beside it"
+        f"transformers reads {file} differently from SentencePiece: token {index} of a probe text is {found[index]!r}, not "
+        f"{expected[index]!r}; a model trained on the file's own tokens needs a tokenizer.json next to it"
     )

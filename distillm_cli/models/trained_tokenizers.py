@@ -1,25 +1,24 @@
-"""Train tokenizers on the data: ``bpe:SIZE``, ``chars``, ``words``. For students that are built from scratch.
+"""Train tokenizers on the data, for students that are built from scratch: ``bpe:SIZE``, ``chars``, ``words``.
 
-All three are lossless: tokens are pieces of the text itself, spaces and newlines included, and decoding writes them one
-after the other. All have ``<pad>``, ``<eos>`` and ``<unk>`` as tokens 0, 1 and 2.
+All three are lossless: tokens are pieces of the text, spaces and newlines included, and decoding concatenates them. All
+have ``<pad>``, ``<eos>`` and ``<unk>`` as tokens 0, 1 and 2.
 
-``bpe:SIZE``  byte-level byte-pair encoding with at most SIZE tokens. Any text can be written.
-``chars``     every character of the data is one token; a character the data does not have is ``<unk>``.
-``words``     every frequent word is one token, all else is spelled in characters. For data in which some strings are
-              symbols and others are to be read letter by letter: phonemes and words, say.
+``bpe:SIZE``  byte-level byte-pair encoding with at most SIZE tokens. Any text can be encoded.
+``chars``     every character of the data is one token; other characters are ``<unk>``.
+``words``     every frequent word is one token, other words are split into characters. For data in which some strings are
+              symbols and others are read letter by letter, such as phonemes and words.
 
-The scheme of ``words``. A text is cut before each space and around each newline, so that a piece is a word together
-with the one space before it (`` AH``), a word without (at the start of a text or line: ``CH``), or a single white
-character. A piece in the vocabulary is one token; any other is spelled, one token per character. Nothing is cut
-inside a word, so a frequent ``on`` does not swallow the end of ``salon``. Thus ``CH AH M P`` is four tokens, and in
-``Pronounce the word.⏎chump⏎`` the instruction is three and ``chump`` five.
+In ``words``, a text is split before each space and around each newline. A piece is a word with the space before it
+(`` AH``), a word without one (at the start of a text or line: ``CH``), or a single white-space character. A piece in the
+vocabulary is one token, other pieces have one token per character. Words are never split into parts, so a frequent
+``on`` does not match the end of ``salon``. Thus ``CH AH M P`` is four tokens, and in ``Pronounce the word.⏎chump⏎`` the
+instruction is three and ``chump`` five.
 
-A piece is frequent when at least 10 texts and at least one text in a thousand hold it. With fewer sightings a small
-model's embedding of the word would stay near where it started; and the second bound keeps the vocabulary below a
-thousand times the words of an average text. A word that begins a text is also a token as soon as the same word after
-a space is: a phoneme that seldom comes first stays one symbol there. At the start of a later line that is not so,
-because there a prompt shows the word to be read: ``the`` of the instruction is one token, ``the`` as the word in
-question three.
+A piece is frequent if it occurs in at least 10 texts and in at least one text of a thousand. With fewer occurrences a
+small model would hardly train the word's embedding. The second bound limits the vocabulary to a thousand times the
+words of an average text. A word at the start of a text is also a token if the same word after a space is one, so that a
+phoneme that rarely comes first is one symbol there. This does not apply to the start of a later line, where a prompt
+shows the word to be read: ``the`` in the instruction is one token, ``the`` as the word in question is three.
 """
 
 from __future__ import annotations
@@ -35,7 +34,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from distillm_cli.errors import DataError, UsageError
 from distillm_cli.models.tokenizer_files import load_tokenizer, prepare_tokenizer
 
-# Prompts and responses in turn; prompts as the chat template of this tokenizer writes them (None: it is yet to be trained).
+# Prompts and responses in turn; prompts as rendered by the chat template of this tokenizer (None: before it is
+# trained).
 TrainingTexts = Callable[[PreTrainedTokenizerBase | None], Iterator[str]]
 
 SPECIAL = ("<pad>", "<eos>", "<unk>")
@@ -47,7 +47,7 @@ SMALLEST_BPE = len(SPECIAL) + len(_BYTES)
 
 
 def is_trained_spec(spec: str) -> bool:
-    """Return whether ``spec`` asks for a tokenizer trained on the data, rather than naming a directory or a hub name."""
+    """Return whether ``spec`` requests a tokenizer trained on the data, rather than a directory or a hub name."""
     return spec in ("chars", "words") or spec == "bpe" or spec.startswith("bpe:")
 
 
@@ -63,11 +63,9 @@ def load_or_train_tokenizer(spec: str | None, texts: TrainingTexts | None) -> Pr
 def train_tokenizer(spec: str, texts: Iterator[str]) -> PreTrainedTokenizerFast:
     """Train a tokenizer on ``texts`` by ``spec``: ``bpe:SIZE``, ``chars`` or ``words`` (see the module's docstring).
 
-    texts: prompts and responses, each a text of its own. The same texts give the same tokenizer. BPE may end with fewer
-    than SIZE tokens when the texts hold no more pairs.
-
-    Raise UsageError for a spec of another form or a SIZE below the 256 bytes and the special tokens, DataError when
-    there is no text to train on.
+    texts: prompts and responses, as separate texts. The same texts give the same tokenizer. BPE may return fewer than
+    SIZE tokens if the texts have too few pairs. Raises UsageError for an invalid spec or a SIZE below the 256 bytes and
+    the special tokens, DataError without texts.
     """
     size = _bpe_size(spec)
     texts = _not_empty(texts)
@@ -90,7 +88,7 @@ def train_tokenizer(spec: str, texts: Iterator[str]) -> PreTrainedTokenizerFast:
 
 
 def append_eos(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Make texts that are tokenized with special tokens end with end-of-sequence, as an encoder's input does."""
+    """Append end-of-sequence to texts that are tokenized with special tokens, as for the input of an encoder."""
     end = tokenizer.eos_token
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {end}", pair=f"$A {end} $B {end}", special_tokens=[(end, tokenizer.eos_token_id)]
@@ -107,20 +105,20 @@ def _bpe_size(spec: str) -> int | None:
             "usage.invalid_tokenizer",
             f"no tokenizer can be trained as {spec!r}",
             where="student.tokenizer",
-            hint="expected bpe:SIZE (bpe:1000, say), chars or words",
+            hint="expected bpe:SIZE (such as bpe:1000), chars or words",
         )
     if int(match[1]) < SMALLEST_BPE:
         raise UsageError(
             "usage.invalid_tokenizer",
             f"a vocabulary of {match[1]} is too small for byte-level BPE",
             where=f"student.tokenizer = {spec}",
-            hint=f"the least is bpe:{SMALLEST_BPE}: {len(_BYTES)} bytes and {len(SPECIAL)} special tokens",
+            hint=f"the minimum is bpe:{SMALLEST_BPE}: {len(_BYTES)} bytes and {len(SPECIAL)} special tokens",
         )
     return int(match[1])
 
 
 def _not_empty(texts: Iterable[str]) -> Iterator[str]:
-    """Return the texts that are not empty. Raise DataError if there is none."""
+    """Return the texts that are not empty. Raises DataError if there is none."""
     full = (text for text in texts if text)
     first = next(full, None)
     if first is None:
@@ -142,7 +140,7 @@ def _bpe_tokenizer(texts: Iterator[str], size: int) -> Tokenizer:
 
 
 def _character_tokenizer(texts: Iterator[str], *, words: bool) -> Tokenizer:
-    """Return a tokenizer of characters, and with ``words`` of the frequent pieces too."""
+    """Return a tokenizer of characters and, with ``words``, of the frequent pieces."""
     # The first branch splits a special token's name that occurs in a text: pieces are looked up in a vocabulary that also
     # has the special tokens.
     names = "|".join(name.strip("<>") for name in SPECIAL)
@@ -165,7 +163,7 @@ def _character_tokenizer(texts: Iterator[str], *, words: bool) -> Tokenizer:
     known = {piece for piece in holding if len(piece) > 1 and frequent(piece)}
     known |= {piece for piece in openings if len(piece) > 1 and frequent(" " + piece)}
     vocabulary = (*SPECIAL, *sorted(characters), *sorted(known))
-    # BPE without merges splits into characters; ignore_merges uses a piece as a whole if the vocabulary has it.
+    # BPE without merges splits into characters; ignore_merges uses a whole piece if it is in the vocabulary.
     model = models.BPE(
         vocab={piece: i for i, piece in enumerate(vocabulary)}, merges=[], unk_token=SPECIAL[2], ignore_merges=True
     )
@@ -177,8 +175,7 @@ def _character_tokenizer(texts: Iterator[str], *, words: bool) -> Tokenizer:
 
 
 def lost_features(own: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
-    """Return what a model had with its own tokenizer and lacks with the other, as the start of a sentence; None for
-    nothing."""
+    """Return the features that a model loses with another tokenizer, as the start of a sentence; None without a loss."""
     if own is other:
         return None
     tokens = sorted(own.get_vocab().keys() - other.get_vocab().keys())

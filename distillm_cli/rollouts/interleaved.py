@@ -178,7 +178,7 @@ _CORRECTION_SEED_OFFSET = 1 << 33  # added to the seed for the teacher's uniform
 
 
 def _teacher_logits(teacher: Decoding, last_token_B: Tensor | None, drafts_BG: Tensor) -> Tensor:
-    """Return the teacher's next-token logits [B, G, V] at the position of each drafted token."""
+    """Return the teacher's next-token logits [B, G, V] at the positions of the drafted tokens."""
     if drafts_BG.shape[1] == 1:
         return teacher.logits(last_token_B)[:, None]
     blocks = cast(RetractableDecoding, teacher)

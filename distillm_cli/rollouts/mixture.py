@@ -1,9 +1,9 @@
-"""Sample from student and teacher together: each token from p̃ = α·p + (1 − α)·q, p the teacher, q the student.
+"""Sample from a mixture of student and teacher: each token from p̃ = α·p + (1 − α)·q, p the teacher, q the student.
 
-MiniLLM (Gu et al., arXiv 2306.08543, section 2.2): a student alone finds outputs that exploit the reward. Mixing in the
-teacher prevents this, and since p̃ is known, the weight q/p̃ corrects for it (``MiniLLM`` in ``losses``). Both models decode
-the same prompts, each with its own cache, and ``sampler`` draws from their mixture. Each row has its own random stream, and
-finished rows are removed from the batch.
+MiniLLM (Gu et al., arXiv 2306.08543, section 2.2): sampling from the student alone leads to outputs that exploit the
+reward. Mixing in the teacher prevents this, and since p̃ is known, the weight q/p̃ corrects for it (``MiniLLM`` in
+``losses``). Both models decode the same prompts, each with its own cache, and ``sampler`` draws from their mixture.
+Each row has its own random stream, and finished rows are removed from the batch.
 
 Shape letters: B rows, V vocabulary, N tokens of an output.
 """

@@ -21,7 +21,7 @@ from distillm_cli.utils.exact import on_float64_device
 _BLOCK = 256  # tokens of a block in the two-level cumulative sum
 _TWO_LEVELS = 4096  # size of the vocabulary from which two levels are cheaper than one
 
-# Number of the likeliest tokens that are searched for the nucleus first. If they are too few, it grows eightfold.
+# Number of most likely tokens that are searched for the nucleus first. It grows eightfold if they are too few.
 _FIRST_TOP_K = 64
 
 # Temperatures are clamped to this range, so that neither T nor 1/T overflows float32. The distribution stays the same.
@@ -67,8 +67,8 @@ def check_chosen(tokens: np.ndarray) -> None:
     if (tokens < 0).any():
         raise NonFiniteError(
             "numbers.not_finite",
-            "logits that are not finite while sampling",
-            hint="its weights have diverged or are damaged: take an earlier checkpoint; in fp16 try fp32",
+            "logits are not finite during sampling",
+            hint="its weights have diverged or are damaged: use an earlier checkpoint; in fp16 try fp32",
         )
 
 
@@ -92,7 +92,7 @@ def distribution(logits_BV: Tensor, sampling: Sampling) -> Tensor:
 def keep_nucleus(probabilities_BV: Tensor, top_p: float) -> None:
     """Set to 0, in place, all but the fewest most likely tokens whose mass reaches top_p.
 
-    If not all of equally likely tokens are needed, those with the lowest ids stay.
+    If not all of equally likely tokens are needed, those with the lowest ids remain.
     """
     V = probabilities_BV.shape[-1]
     threshold_B = probabilities_BV.new_empty(len(probabilities_BV))

@@ -37,11 +37,12 @@ class SampleCounts:
 class SequencePool:
     """Draw each step's sequences.
 
-    rows: step (from 0) → that step's data set rows; a pure function, so that a resume needs one integer. student: samples
-    the student's outputs; None if the schedule needs none. responses: responses stored by row, by source (the teacher's,
-    and the student's if they are sampled for a whole epoch). bulk: number of rollout batches sampled at once, for the next
-    steps that need one; a large batch costs little more to decode than a small one. rows_beside: add the step's rows to
-    each step on student outputs. sampling: a context for sampling from the student (evaluation mode, autocast).
+    rows: step (from 0) → that step's data set rows; a pure function, so that a resume needs one integer. student:
+    samples the student's outputs; None if the schedule needs none. responses: responses stored by row, by source (the
+    teacher's, and the student's if they are sampled for a whole epoch). bulk: number of rollout batches sampled at
+    once, for the next steps that need one; a large batch costs little more to decode than a small one. rows_beside:
+    also train on the step's rows in each step on student outputs. sampling: a context for sampling from the student
+    (evaluation mode, autocast).
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class SequencePool:
         self._replay_before = list(self.replay.rollouts)
 
     def roll_back(self) -> None:
-        """Undo the draws since ``begin_step``. Sampled batches are stored for the retry."""
+        """Revert the draws since ``begin_step``. Sampled batches are stored for the retry."""
         self.replay.rollouts.clear()
         self.replay.add(self._replay_before)
         if self._served is not None:

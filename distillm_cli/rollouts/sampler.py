@@ -145,7 +145,7 @@ class DecodeWidth:
     def halve(self, rows: int) -> None:
         """Halve the number of rows after memory ran out with ``rows``, at least two."""
         self.rows = rows // 2
-        self.listener(Warned(f"out of memory while decoding {rows} rows side by side: continuing with {self.rows}"))
+        self.listener(Warned(f"out of memory while decoding {rows} rows in one batch: continuing with {self.rows}"))
 
 
 @torch.no_grad()
@@ -165,7 +165,7 @@ def sample(
     seeds: (seed, row) per prompt. limits: largest number of new tokens per row, in addition to
     ``sampling.max_new_tokens`` and the context. with_log_probs: return log-probabilities of the chosen tokens; the decoding
     then has ``log_probs(tokens_B)``, [B, K]. width: number of rows that fit into memory; if it is smaller than the batch,
-    the same outputs are sampled in groups. Raise DataError if a prompt leaves no room for a new token, NonFiniteError if
+    the same outputs are sampled in groups. Raises DataError if a prompt leaves no room for a new token, NonFiniteError if
     the logits are not finite.
     """
     token_limits = []
@@ -313,7 +313,7 @@ def _entropy(logits_BV: Tensor) -> Tensor:
     """Return −Σ p log p, without a second pass of exponentials: log p = x − log Z."""
     shifted_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
     p_BV = shifted_BV.softmax(-1)
-    # The likeliest token has p = exp(0) / Z. Logits of −inf are clamped, since 0 · −inf is nan.
+    # The most likely token has p = exp(0) / Z. Logits of −inf are clamped, since 0 · −inf is nan.
     log_z_B = -p_BV.amax(-1).log()
     return log_z_B - torch.linalg.vecdot(p_BV, shifted_BV.clamp_min_(torch.finfo(torch.float32).min))
 
@@ -335,7 +335,7 @@ def uniforms(seeds: SequenceOf[tuple[int, int]], count: int) -> np.ndarray:
 
 
 def max_response_tokens(prompt: int, sampling: Sampling, context: int | None, limit: int | None) -> int:
-    """Return the largest number of new tokens after a prompt of ``prompt`` tokens. Raise DataError if it is 0."""
+    """Return the largest number of new tokens after a prompt of ``prompt`` tokens. Raises DataError if it is 0."""
     tokens = sampling.max_new_tokens
     if context is not None:
         tokens = min(tokens, context - prompt)

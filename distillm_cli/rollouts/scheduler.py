@@ -134,7 +134,7 @@ class Scheduler(ABC):
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what ``state_dict`` returned. Raise ValueError for the state of another kind."""
+        """Restore what ``state_dict`` returned. Raises ValueError for the state of another kind."""
         if state:
             raise ValueError(f"the schedule has no state, and the checkpoint has {', '.join(state)}")
 

@@ -174,7 +174,7 @@ def _student_sampler(run: Prepared, listener: Listener) -> Sampler:
 
 
 def _response_tables(run: Prepared, scheduler: Scheduler, listener: Listener) -> dict[Source, ResponseTable]:
-    """Return the tables of responses by row: the teacher's, and the student's where it samples an epoch in advance."""
+    """Return the tables of responses by row: the teacher's, and the student's if it samples an epoch in advance."""
     rollout = run.recipe.rollout
     seed = run.recipe.train.seed
     new_sampler = partial(ModelSampler, max_length=_max_length(run), by_row=True, listener=listener)

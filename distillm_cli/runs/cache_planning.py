@@ -1,4 +1,4 @@
-"""Decide where a run caches the teacher's hidden states, open the teacher with that cache, and warm it on disk."""
+"""Choose the location of a run's teacher cache, open the teacher with that cache, and warm it on disk."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 class CachePlan:
     """Describe the teacher cache of a run.
 
-    mode: memory, disk or off. why: a clause for people. size: bytes that will be cached. disk: the cache on disk.
+    mode: memory, disk or off. why: a clause for messages. size: bytes that will be cached. disk: the cache on disk.
     """
 
     mode: str
@@ -89,9 +89,9 @@ class TeacherHandle:
 def open_teacher(
     run: Prepared, listener: Listener, *, started_mode: str | None = None, rebuild: bool = False
 ) -> TeacherHandle | None:
-    """Open the run's teacher; None for SFT. A cache on disk is read, and computed first where it does not exist.
+    """Open the run's teacher; None for SFT. A cache on disk is read, and computed first if it does not exist.
 
-    started_mode: on a resume, the mode that the run was started with. ``auto`` keeps it, since states of another mode are
+    started_mode: on a resume, the mode of the original run. ``auto`` uses it again, since states of another mode are
     rounded differently. Raises StorageError, CheckpointError, UsageError.
     """
     model = run.pair.teacher
@@ -99,9 +99,7 @@ def open_teacher(
         return None
     workload = workload_of(run)
     cache_plan = plan_cache(run, workload, started_mode=started_mode, rebuild=rebuild)
-    listener(
-        Note(f"teacher's states: {cache_plan.why}{'' if cache_plan.place is None else f', in {cache_plan.place}'}")
-    )
+    listener(Note(f"teacher cache: {cache_plan.why}{'' if cache_plan.place is None else f', in {cache_plan.place}'}"))
     if cache_plan.mode == "off":
         return TeacherHandle(LocalTeacher(model), cache_plan)
     rows = None
@@ -112,7 +110,7 @@ def open_teacher(
         rows, hit, computed_tokens = _read_or_compute(run, cache_plan.disk, rebuild, listener)
     elif cache_plan.size.rows:
         _warn_if_short_of_memory(cache_plan, listener)
-        order = new_order(run.recipe, run.train)  # not the run's: an order holds the state of one epoch
+        order = new_order(run.recipe, run.train)  # not the run's: an order has the state of one epoch
         rows = HiddenStateTable(run.train.sequences)
         composition = BatchComposition(
             lambda step: [run.train.sequences[i] for i in order.batch(step)],
@@ -153,16 +151,16 @@ def warm_cache(
         _, hit, computed_tokens = _read_or_compute(run, disk, rebuild, listener)
     except KeyboardInterrupt as stop:
         raise Interrupted(
-            "interrupted while making the teacher cache",
+            "interrupted while computing the teacher cache",
             signal_number=signal_number(stop),
             where=place,
-            hint="it is there whole or not at all; start it again",
+            hint="no incomplete cache was written; start again",
         ) from None
     rows = len(run.train)
     mode = run.recipe.teacher.cache
     if mode in ("memory", "off"):
-        listener(Warned(f"with teacher.cache {mode} this recipe will not read it; give --teacher-cache disk or auto"))
-    result = "was there already" if hit else "made"
+        listener(Warned(f"with teacher.cache {mode} this recipe does not read it; use --teacher-cache disk or auto"))
+    result = "already exists" if hit else "made"
     listener(Note(f"{result}: {disk.place} · {counted(rows, 'row')} · {format_count(disk.size)}B"))
     return TeacherCacheResult(
         output=disk.place,
@@ -173,18 +171,21 @@ def warm_cache(
 
 
 def check_rows(recipe: Recipe) -> None:
-    """Raise UsageError for a cache on disk where the run does not train on rows, which it would hold."""
+    """Raise UsageError for a cache on disk if the run does not train on rows, which the cache would contain."""
     if not uses_rows(recipe):
         raise UsageError(
             "usage.no_teacher_cache",
-            f"teacher.cache disk holds the teacher's states of data set rows, and schedule.kind "
-            f"{recipe.schedule.kind} trains on none",
-            hint="give --teacher-cache memory or off",
+            "teacher.cache disk has the teacher's hidden states of data set rows, but schedule.kind "
+            f"{recipe.schedule.kind} does not train on them",
+            hint="use --teacher-cache memory or off",
         )
 
 
 def workload_of(run: Prepared) -> CacheWorkload:
-    """Return what decides the cache's size. The teacher computes one token, to measure its states' width and dtype."""
+    """Return the properties that determine the cache's size.
+
+    The teacher computes one token, to measure the states' width and dtype.
+    """
     sample_tokens = None
     if run.teacher_samples is not None:
         sample_tokens = sum(s.supervised for samples in run.teacher_samples.values() for s in samples)
@@ -203,20 +204,20 @@ def workload_of(run: Prepared) -> CacheWorkload:
 def plan_cache(
     run: Prepared, workload: CacheWorkload, *, started_mode: str | None = None, rebuild: bool = False
 ) -> CachePlan:
-    """Return where the teacher's states will be cached, and their size. Arguments: see ``open_teacher``."""
+    """Return the location and size of the teacher cache. Arguments: see ``open_teacher``."""
     mode = run.recipe.teacher.cache
     if rebuild and mode in ("memory", "off"):
         raise UsageError(
             "usage.exclusive_options",
             f"--rebuild-teacher-cache with --teacher-cache {mode}",
-            hint="give --teacher-cache disk",
+            hint="use --teacher-cache disk",
         )
     if mode == "disk" or (mode == "auto" and (rebuild or started_mode == "disk")):
         return _planned_on_disk(run, _disk_cache(run, workload), workload)
     if mode == "off":
         return CachePlan("off", "not cached")
     if mode == "auto" and started_mode == "off":
-        return CachePlan("off", "not cached, as when the run was started")
+        return CachePlan("off", "not cached, as at the start of the run")
     if mode == "auto" and started_mode is None:
         existing = _existing_on_disk(run, workload)
         if existing is not None:
@@ -231,11 +232,11 @@ def plan_cache(
 
 
 def _existing_on_disk(run: Prepared, workload: CacheWorkload) -> CachePlan | None:
-    """Return the plan of a cache that an earlier run made for these rows and this teacher; None without one."""
+    """Return the plan of an existing cache for these rows and this teacher; None without one."""
     root = _root(run)
     if not (uses_rows(run.recipe) and root.is_dir()):
         return None
-    # The teacher's digest takes reading its weights: compare the rows' digest first, which is in the name.
+    # Computing the teacher's digest reads its weights: compare the rows' digest first, which is in the name.
     is_named = any(root.glob(f"*-{teacher_cache.rows_digest(run.train.sequences)[:16]}"))
     if not is_named and not (root / teacher_cache.METADATA).exists():
         return None
@@ -284,7 +285,7 @@ def _read_or_compute(
 
 
 def disk_free(place: Path) -> int | None:
-    """Return the free bytes of the file system that ``place`` is on or would be on; None where no parent exists."""
+    """Return the free bytes of the file system of ``place``; None if no parent exists."""
     for parent in (place, *place.parents):
         if parent.is_dir():
             return shutil.disk_usage(parent).free
@@ -296,7 +297,7 @@ def _root(run: Prepared) -> Path:
 
 
 def _validation_rows(run: Prepared) -> list[Sequence]:
-    """Return the validation rows whose states are cached: all where a divergence is measured on them, else none."""
+    """Return the validation rows whose states are cached: all if a divergence is measured on them, else none."""
     recipe = run.recipe
     is_measured = recipe.train.select == "valid_divergence" or recipe.schedule.measures_held_out
     return run.valid.sequences if is_measured else []
@@ -322,5 +323,5 @@ def _warn_if_short_of_memory(cache_plan: CachePlan, listener: Listener) -> None:
     size = cache_plan.size.total
     free = available_memory()
     if free is not None and size > free:
-        what = f"the teacher's states take {format_count(size)}B, and {format_count(free)}B of memory are free"
+        what = f"the teacher's hidden states need {format_count(size)}B, but {format_count(free)}B of memory are free"
         listener(Warned(what))

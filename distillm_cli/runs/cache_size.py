@@ -1,11 +1,11 @@
-"""Predict what the teacher cache will hold, and decide where it is. A run and ``distillm plan`` both use this module.
+"""Predict the size of the teacher cache, and choose its location. A run and ``distillm plan`` both use this module.
 
-The cache holds the teacher's hidden states: `CacheWorkload.bytes_per_token` for every response token of
+The cache contains the teacher's hidden states: `CacheWorkload.bytes_per_token` for every response token of
 
-- training rows, where they are trained on more than once, or wherever a cache is asked for by name (exact);
-- rollouts, while they may be replayed (an upper bound: every response as long as the recipe allows);
-- samples of the teacher, where every epoch trains on the same ones (exact for samples from a file, else an upper bound);
-- validation rows, where a divergence on them selects checkpoints or sets φ (exact).
+- training rows, if they are trained on more than once or a cache is requested by name (exact);
+- rollouts, while they may be replayed (an upper bound: responses of maximum length);
+- teacher samples, if every epoch trains on the same ones (exact for samples from a file, else an upper bound);
+- validation rows, if a divergence on them selects checkpoints or sets φ (exact).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from distillm_cli.losses import objectives
 from distillm_cli.rollouts.scheduler import Scheduler, build_scheduler
 from distillm_cli.utils.text import counted, format_count
 
-MEMORY_SHARE = 0.25  # of the free memory: the most that teacher.cache auto fills
+MEMORY_SHARE = 0.25  # maximum share of the free memory that teacher.cache auto uses
 
 
 @dataclass(frozen=True)
 class CacheSize:
-    """Hold the bytes in the cache, by what the states belong to."""
+    """Hold the bytes in the cache, by source of the states."""
 
     rows: int = 0
     rollouts: int = 0
@@ -36,7 +36,7 @@ class CacheSize:
         return self.rows + self.rollouts + self.samples + self.validation
 
     def in_memory(self, mode: str) -> dict[str, int]:
-        """Return the bytes in memory, by part of a plan. States of rows on disk are mapped, and not counted."""
+        """Return the bytes in memory, by part of a plan. States of rows on disk are memory-mapped and not counted."""
         if mode == "off":
             return {}
         rows = 0 if mode == "disk" else self.rows
@@ -47,7 +47,7 @@ class CacheSize:
         }
 
     def described(self, row_count: int) -> str:
-        """Return the parts for people: "1.2 MB for 10 rows and at most 3 MB for replayed rollouts"."""
+        """Describe the parts: "1.2 MB for 10 rows and at most 3 MB for replayed rollouts"."""
         parts = [f"{format_count(self.rows)}B for {counted(row_count, 'row')}"] if self.rows else []
         if self.rollouts:
             parts.append(f"at most {format_count(self.rollouts)}B for replayed rollouts")
@@ -58,11 +58,11 @@ class CacheSize:
 
 @dataclass(frozen=True)
 class CacheWorkload:
-    """Hold what decides the size of a run's teacher cache.
+    """Hold the properties that determine the size of a run's teacher cache.
 
-    bytes_per_token: of one hidden state. rows: training rows, None where they are not known, and row_tokens: their response
-    tokens. steps, steps_per_epoch: of the run, None where they are not known. validation_tokens: response tokens of all
-    validation rows. sample_tokens: response tokens of teacher samples that were made beforehand; None: they are sampled
+    bytes_per_token: of one hidden state. rows: training rows, None if they are not known, and row_tokens: their
+    response tokens. steps, steps_per_epoch: of the run, None if they are not known. validation_tokens: response
+    tokens of all validation rows. sample_tokens: response tokens of existing teacher samples; None: they are sampled
     during the run.
     """
 
@@ -97,7 +97,7 @@ class CacheWorkload:
         return self.rows_repeat or self.rollouts_repeat or self.samples_repeat
 
     def size(self, mode: str) -> CacheSize:
-        """Return what the cache will hold. mode: ``teacher.cache``; auto is memory, for rows that repeat."""
+        """Return the size of the cache. mode: ``teacher.cache``; auto is memory, for rows that repeat."""
         if mode == "off" or (mode == "auto" and not self.anything_repeats):
             return CacheSize()
         has_rows = self.rows_repeat if mode == "auto" else uses_rows(self.recipe)
@@ -112,7 +112,7 @@ class CacheWorkload:
     def choose(self, free_memory: int | None) -> tuple[str, str]:
         """Return the mode that ``teacher.cache: auto`` chooses without a cache on disk, and the reason for off.
 
-        free_memory: bytes, None where they are not known.
+        free_memory: bytes, None if they are not known.
         """
         if not self.anything_repeats:
             return "off", f"not cached: this run {self._reason_to_compute_once()}"
@@ -124,7 +124,7 @@ class CacheWorkload:
 
     def _reason_to_compute_once(self) -> str:
         if self.recipe.schedule.uses_teacher_samples and not self.recipe.objective.kd_weight:
-            return "needs the teacher for its samples alone"
+            return "needs the teacher only for samples"
         return "trains on every row once" if uses_rows(self.recipe) else "trains on every sample once"
 
     @property
@@ -139,7 +139,7 @@ class CacheWorkload:
 
     @property
     def _rollout_tokens(self) -> float:
-        """Return the response tokens of a full replay buffer, or of all rollouts of the run where they are fewer."""
+        """Return the response tokens of a full replay buffer, or of all rollouts of the run if they are fewer."""
         train = self.recipe.train
         step_rows = train.batch_size * train.accumulate
         if self.rows:

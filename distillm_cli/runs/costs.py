@@ -1,6 +1,6 @@
-"""Estimate what a run costs: memory by part, the work of a step, and time on known GPUs.
+"""Estimate the cost of a run: memory by part, the work of a step, and time on known GPUs.
 
-All of it is arithmetic, nothing is measured. ``gpus.ASSUMED`` lists the assumptions.
+All figures are computed, none are measured. ``gpus.ASSUMED`` lists the assumptions.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from distillm_cli.runs.gpus import (
     seconds,
 )
 
-# Bytes of compiled bf16 matrix products on a CPU, one for each shape. Measured for vocabularies of 60 to 50,257 tokens: the
-# model makes no difference. `app.set_environment` limits how many are cached.
+# Bytes of compiled bf16 matrix products on a CPU, one for each shape. Measured for vocabularies of 60 to 50,257 tokens;
+# it does not depend on the model. `app.set_environment` limits how many are cached.
 _COMPILED_PRODUCTS = 250_000_000
 
 
@@ -37,7 +37,7 @@ class Lengths:
     """Hold the lengths of the rows, in tokens.
 
     longest: prompt and response of the longest row. mean: of prompt and response. response: mean of the response.
-    rows, steps, steps_per_epoch: None where they are not known.
+    rows, steps, steps_per_epoch: None if they are not known.
     """
 
     longest: int
@@ -55,7 +55,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Workload:
-    """Hold everything that the arithmetic needs of a run.
+    """Hold the properties of a run that its cost depends on.
 
     itemsize: bytes of the compute dtype. teacher_itemsize: of the teacher's weights. cached_bytes: the teacher's hidden
     states in memory, by part. caches_rows: the teacher computes each row once. caches_samples: its states of sampled
@@ -88,13 +88,13 @@ class Workload:
 
     @property
     def new_tokens(self) -> int:
-        """Return the tokens of a sampled response: as many as the recipe allows."""
+        """Return the number of tokens of a sampled response: the maximum of the recipe."""
         longest = int(chosen(self.recipe.data.max_length) - self.lengths.prompt)
         return max(1, min(self.recipe.rollout.max_new_tokens, longest))
 
     @property
     def schedule(self) -> Scheduler:
-        """Return the schedule as it is at the start of the run."""
+        """Return the schedule in its initial state."""
         recipe = self.recipe
         steps = self.lengths.steps or 1
         return build_scheduler(recipe.schedule, steps=steps, seed=recipe.train.seed, batches=recipe.rollout.bulk)
@@ -122,11 +122,11 @@ def memory(run: Workload) -> dict[str, int]:
 
     Activations: of one micro-batch of the longest rows, 34 values per position, layer and unit of width (saved tensors of
     GPT-2, OPT, Llama and Qwen 3, without attention scores, are 19 to 36). With gradient checkpointing 2, and 34 for the one
-    layer that is recomputed. Attention scores are added where attention on a CPU saves them (``_attention_score_bytes``).
+    layer that is recomputed. Attention scores are added if attention on a CPU saves them (``_attention_score_bytes``).
     Adapters of every linear layer add 9, their inputs in float32, and 15 more in GPT-2, whose GELU is many operations.
 
     Copies: under autocast every matrix in the compute dtype; while the student samples, every weight, with an adapter merged
-    in. The loss holds its chunks and, where the head is trained, one gradient of the head.
+    in. The loss holds its chunks and, if the head is trained, one gradient of the head.
 
     On a CPU the matrices of a bf16 teacher are in memory twice, once in the layout of the products, for the families of
     ``models/cpu/``. So are those of a model that samples in bf16. The weights from before training, which the first
@@ -166,7 +166,9 @@ def memory(run: Workload) -> dict[str, int]:
         parts["teacher_weights"] = others * run.teacher_itemsize + teacher.matrices * bits // 8
         if run.device == "cpu" and run.teacher_itemsize == 2 and has_layouts(teacher.kind, teacher.parameters["total"]):
             parts["teacher_layouts"] = teacher.matmul * run.teacher_itemsize
-        parts["teacher_activations"] = positions * teacher.width * run.teacher_itemsize * 8  # one layer, no graph
+        parts["teacher_activations"] = (
+            positions * teacher.width * run.teacher_itemsize * 8
+        )  # of one layer, without a graph
     parts |= run.cached_bytes or {}
     positions = run.sequences * recipe.rollout.bulk * longest
     if run.student_samples:
@@ -190,7 +192,7 @@ def memory(run: Workload) -> dict[str, int]:
 def _attention_score_bytes(run: Workload, longest: int) -> int:
     """Return the bytes of attention scores that are saved for the student's backward pass.
 
-    torch's attention on a CPU saves them where it has dropout: 12 bytes each, counted on T5. The forward passes of
+    torch's attention on a CPU saves them if it has dropout: 12 bytes each, counted on T5. The forward passes of
     ``models/cpu/`` do not. longest: tokens of the longest row.
     """
     from distillm_cli.models.cpu.forward import has_forward
@@ -230,7 +232,8 @@ def peak_memory(parts: Mapping[str, int], device: str) -> int:
 def decoding_copy_bytes(student: Sizes, itemsize: int) -> int:
     """Return the bytes of the copy of the student that decodes.
 
-    It holds every weight, with the adapter merged in, where the compute dtype is not float32; else the adapted layers alone.
+    It holds every weight, with the adapter merged in, if the compute dtype is not float32; else only the adapted
+    layers.
     """
     return itemsize * student.merged if itemsize < 4 else 4 * student.adapted
 
@@ -282,8 +285,8 @@ def decoding_work(model: Sizes, rows: float, prompt: float, new: int, vocab: int
 def step_work(run: Workload) -> dict[str, Work]:
     """Return the work of an optimizer step, by the source that it trains on. FLOPs and seconds are computed from it.
 
-    Sources: data set rows and the teacher's samples (each also as ``_cached``, where the teacher's states are cached), a new
-    rollout, a replayed one, a pair of samples of both models. Sources that the schedule never draws are left out.
+    Sources: data set rows and the teacher's samples (each also as ``_cached``, if the teacher's states are cached), a
+    new rollout, a replayed one, a pair of samples of both models. Sources that the schedule never draws are left out.
 
     For interleaved sampling, the teacher's check of the drafted tokens counts as one more forward pass.
     """
@@ -404,7 +407,9 @@ def source_shares(run: Workload, steps: int, phi: float | None = None) -> dict[s
     """
     recipe = run.recipe
     config = recipe.schedule if phi is None else recipe.schedule.model_copy(update={"phi": phi})
-    drawn_steps = min(steps, 2000)  # the shares hardly depend on the number of steps, but for filling the replay buffer
+    drawn_steps = min(
+        steps, 2000
+    )  # the shares hardly depend on the number of steps, except for filling the replay buffer
     scheduler = build_scheduler(config, steps=drawn_steps, seed=recipe.train.seed, batches=recipe.rollout.bulk)
     buffered = 0.0
     batch = run.sequences * steps / drawn_steps
@@ -420,9 +425,9 @@ def source_shares(run: Workload, steps: int, phi: float | None = None) -> dict[s
 def gpu_figures(run: Workload, need: int) -> dict[str, dict[str, Any]]:
     """Return figures for each known GPU.
 
-    fits: whether ``need`` bytes fit its memory. step_s: seconds of a step, by source. run_s: least and most seconds of the
-    run, with the fine-tuning before it (``sft_s`` alone). The two differ for the adaptive schedule alone, where φ may stay
-    at its start or be 1 from the first step.
+    fits: whether ``need`` bytes fit its memory. step_s: seconds of a step, by source. run_s: minimum and maximum
+    seconds of the run, including the fine-tuning before it (``sft_s`` alone). The two differ only for the adaptive
+    schedule, where φ may stay at its initial value or be 1 from the first step.
     """
     figures = {}
     work = step_work(run)

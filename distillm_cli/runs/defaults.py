@@ -1,4 +1,4 @@
-"""Choose defaults that fit the models of a run: learning rate, epochs, warm-up and lengths that the recipe leaves at `auto`.
+"""Choose defaults for the models of a run: learning rate, epochs, warm-up and lengths that are `auto` in the recipe.
 
 | student                                        | distill: lr, epochs | sft: lr, epochs | warm-up |
 |------------------------------------------------|---------------------|-----------------|---------|
@@ -17,14 +17,14 @@
 | any other from 0.3 B, base                     | 2e-5, 3             | 2e-5, 3         | 10 %    |
 | the last five with LoRA                        | 10 times the rate   | 10 times        | 10 %    |
 
-Lengths: 512 where every model that is loaded is GPT-2, OPT or Llama without a chat template (or none is), else 2048,
-within the models' context. A prompt may have 256 tokens less than that, and always 256.
+Lengths: 512 if every loaded model is GPT-2, OPT or Llama without a chat template (or none is loaded), else 2048, within
+the models' context. A prompt may have 256 tokens less than that, but at least 256.
 
-Sources: the upper part is the DistiLLM paper (arXiv 2402.03898), which trains GPT-2 and OPT in full and OpenLLaMA with LoRA;
-students from scratch and small Llama bases are treated as its small GPT-2. The lower part is common practice:
-LLaMA-Factory's examples (full 1e-5, LoRA 1e-4, 3 epochs, warm-up 0.1, 2048 tokens), TRL's SFTConfig (2e-5), ms-swift's
-Qwen chat scripts (1e-5, LoRA 1e-4, 2048 tokens), "LoRA Without Regret" (ten times the full rate), and transformers' advice
-for T5 (1e-4).
+Sources: the upper part follows the DistiLLM paper (arXiv 2402.03898), which trains GPT-2 and OPT in full and OpenLLaMA
+with LoRA; students from scratch and small Llama bases are treated as its small GPT-2. The lower part is common
+practice: LLaMA-Factory's examples (full 1e-5, LoRA 1e-4, 3 epochs, warm-up 0.1, 2048 tokens), TRL's SFTConfig (2e-5),
+ms-swift's Qwen chat scripts (1e-5, LoRA 1e-4, 2048 tokens), "LoRA Without Regret" (ten times the full rate), and
+transformers' advice for T5 (1e-4).
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ LENGTH = 2048
 MIN_PROMPT = 256
 _SMALL = 0.3e9  # parameters
 
-StageModels = Mapping[str, ModelInfo | None]  # models that earlier stages make, by ``stage:NAME``
+StageModels = Mapping[str, ModelInfo | None]  # models of earlier stages, by ``stage:NAME``
 
 
 class Rates(NamedTuple):
-    """Hold a row of the table, and which models it is for."""
+    """Hold a row of the table, and a description of its models."""
 
     lr: float
     epochs: float
@@ -69,10 +69,10 @@ class Rates(NamedTuple):
 
 
 def fitted(resolved: Resolved, known: StageModels | None = None, model: str | None = None) -> Resolved:
-    """Replace each `auto` of the recipe by the number that fits its models, with the reason as its origin.
+    """Replace each `auto` of the recipe by the value for its models, with the reason as its origin.
 
-    model: used instead of the recipe's student, in a stage that does not train. `auto` stays where a model's config cannot
-    be read; loading the model reports why. Raises RecipeError where a number contradicts the recipe.
+    model: used instead of the recipe's student, in a stage that does not train. `auto` remains if a model's config
+    cannot be read; loading the model reports the reason. Raises RecipeError if a value contradicts the recipe.
     """
     recipe = resolved.recipe
     known = known or {}
@@ -82,7 +82,7 @@ def fitted(resolved: Resolved, known: StageModels | None = None, model: str | No
         return resolved
     student = student_info(recipe, known, model)
     if student is None:
-        why = f"auto: no config of {path} available" if path else "auto: by the models, once they are given"
+        why = f"auto: no config of {path} available" if path else "auto: depends on the models"
         return replace(resolved, origin=resolved.origin | dict.fromkeys(auto_keys, why))
     values = dict(_values(recipe, student, _teacher(recipe, known), auto_keys))
     if not values:  # the number of parameters is not known
@@ -93,7 +93,7 @@ def fitted(resolved: Resolved, known: StageModels | None = None, model: str | No
 
 
 def student_info(recipe: Recipe, known: StageModels, model: str | None = None) -> ModelInfo | None:
-    """Return what is known of the recipe's student (or of ``model``); None where its config cannot be read."""
+    """Return the description of the recipe's student (or of ``model``); None if its config cannot be read."""
     path = model or recipe.student.path
     if path is None or path in known:
         return known.get(path or "")
@@ -126,7 +126,7 @@ def is_in_paper(info: ModelInfo) -> bool:
 
 
 def rates(student: ModelInfo, *, sft: bool, lora: bool) -> Rates | None:
-    """Return the row of the table for a student; None where it depends on a size that is not known."""
+    """Return the row of the table for a student; None if it depends on a size that is not known."""
     if student.is_built or is_in_paper(student):
         paper_rates = _paper_rates(student, lora)
         if paper_rates is not None:
@@ -151,7 +151,7 @@ def rates(student: ModelInfo, *, sft: bool, lora: bool) -> Rates | None:
 
 
 def _paper_rates(student: ModelInfo, lora: bool) -> tuple[float, float, str] | None:
-    """Return the paper's learning rate and epochs of distillation, and for which models; None where it has none."""
+    """Return the paper's learning rate and epochs of distillation, with a description of the models; None without them."""
     if student.is_built:
         return 5e-4, 20.0, "a model built from scratch"
     size = student.parameters or 0
@@ -170,7 +170,7 @@ def _paper_rates(student: ModelInfo, lora: bool) -> tuple[float, float, str] | N
 def _values(
     recipe: Recipe, student: ModelInfo, teacher: ModelInfo | None, auto_keys: list[str]
 ) -> Iterator[tuple[str, tuple[float, str]]]:
-    """Yield the number for each key that is `auto`, and the reason for it."""
+    """Yield the value for each key that is `auto`, and the reason for it."""
     if set(auto_keys) - set(LENGTHS):
         row = rates(student, sft=recipe.method == "sft", lora=recipe.student.lora.r is not None)
         if row is not None:
@@ -195,7 +195,7 @@ def _length(student: ModelInfo, teacher: ModelInfo | None) -> tuple[int, str]:
 
 
 def _with(recipe: Recipe, changes: Mapping[str, float]) -> Recipe:
-    """Return the recipe with other values at these keys of `train` and `data`."""
+    """Return the recipe with new values of these keys of `train` and `data`."""
     for name in ("train", "data"):
         inside = {key.partition(".")[2]: value for key, value in changes.items() if key.startswith(f"{name}.")}
         recipe = recipe.model_copy(update={name: getattr(recipe, name).model_copy(update=inside)})
@@ -208,7 +208,7 @@ def _with(recipe: Recipe, changes: Mapping[str, float]) -> Recipe:
 
 
 def fitted_line(resolved: Resolved) -> str | None:
-    """Return a sentence with the values that were fitted to the models; None without one that the run depends on."""
+    """Return a sentence with the values that were chosen for the models; None without values that the run uses."""
     names = {"train.lr": "lr", "train.epochs": "epochs", "train.warmup": "warmup", "data.max_length": "max_length"}
     if resolved.recipe.train.steps:
         del names["train.epochs"]
@@ -224,7 +224,7 @@ def fitted_line(resolved: Resolved) -> str | None:
 
 
 def number(value: float) -> str:
-    """Format a number as it is typed: 1e-5, 0.1, 512."""
+    """Format a number as in a recipe: 1e-5, 0.1, 512."""
     return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-") if 0 < value < 0.01 else f"{value:g}"
 
 
@@ -233,16 +233,16 @@ def _article(noun: str) -> str:
 
 
 def check_data(resolved: Resolved, known: StageModels | None = None) -> str | None:
-    """Return a sentence where the run uses Dolly because the recipe names no data; None where it names data.
+    """Return a sentence if the run uses Dolly because the recipe names no data; None if it names data.
 
-    Raises UsageError where data is required: everywhere but in distillation between models of the paper's families.
+    Raises UsageError if data is required: always, except in distillation between models of the paper's families.
     """
     recipe = resolved.recipe
     known = known or {}
     if resolved.origin["data.source"] != "default":
         return None
     if recipe.method == "sft":
-        hint = "give --data PATH or NAME, such as --data rows.jsonl or --data dolly"
+        hint = "use --data PATH or NAME, such as --data rows.jsonl or --data dolly"
         raise UsageError("usage.no_data", "no data to train on", where="--data is not given", hint=hint)
     paths = (recipe.teacher.path, recipe.student.path)
     models = [_teacher(recipe, known), student_info(recipe, known)]
@@ -251,15 +251,15 @@ def check_data(resolved: Resolved, known: StageModels | None = None) -> str | No
             locate_model(path)  # raises for a directory that does not exist
     if BUILTIN in paths or not all(info is not None and is_in_paper(info) for info in models):
         name = BUILTIN if BUILTIN in paths else "rows.jsonl or --data dolly"
-        where = "--data is not given, and only GPT-2, OPT and Llama bases take Dolly by default"
+        where = "--data is not given, and Dolly is the default only for GPT-2, OPT and Llama base models"
         raise UsageError(
-            "usage.no_data", "no data to train on", where=where, hint=f"give --data PATH or NAME, such as --data {name}"
+            "usage.no_data", "no data to train on", where=where, hint=f"use --data PATH or NAME, such as --data {name}"
         )
     return f"no --data: training on Dolly (data.source {recipe.data.source}), the paper's data set"
 
 
 def fitted_pipeline(pipeline: Pipeline) -> Pipeline:
-    """Return the pipeline with each stage's recipe fitted to its models, those that earlier stages make included.
+    """Return the pipeline with each stage's recipe fitted to its models, including those of earlier stages.
 
     Raises RecipeError for a training stage that names no data.
     """

@@ -1,4 +1,4 @@
-"""Evaluate checkpoints: every checkpoint on every suite, results and predictions in files."""
+"""Evaluate every checkpoint on every suite, and write results and predictions to files."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def evaluate_checkpoints(
 ) -> EvalResult:
     """Score every checkpoint on every suite.
 
-    Errors in names, rows and paths are found before the first model is loaded. output: a directory; None for one in each
-    checkpoint. resume: skip suites that the same weights were scored on with the same settings. names: directory names of
-    the checkpoints, where there are several; by default from their paths.
+    Errors in names, rows and paths are reported before the first model is loaded. output: a directory; None for one in
+    each checkpoint. resume: skip suites with results of the same weights and settings. names: directory names of the
+    checkpoints, if there are several; by default from their paths.
     """
     started = time.perf_counter()
     jobs = _jobs(checkpoints, settings, output, names or {}, listener)
@@ -79,14 +79,14 @@ def _jobs(
     loaded: dict[Any, list[Suite]] = {}
     distinct: dict[Path, str] = {}
     for checkpoint in checkpoints:
-        distinct.setdefault(Path(checkpoint), checkpoint)  # ``./a/`` and ``a`` are one
+        distinct.setdefault(Path(checkpoint), checkpoint)  # ``./a/`` and ``a`` are the same
     for checkpoint, place in _output_directories(list(distinct.values()), output, names).items():
         load_config(checkpoint)
         resolved, is_own = inference.resolve_settings("eval", checkpoint, settings, listener)
         recipe = resolved.recipe
         if not recipe.eval.suites and settings.recipe is None and not is_own:
             raise UsageError(
-                "usage.no_data", f"nothing to score {checkpoint} on", hint="give --suite dolly, or --suite FILE"
+                "usage.no_data", f"no suite to score {checkpoint} on", hint="use --suite dolly, or --suite FILE"
             )
         key = (recipe.data, recipe.eval.suites, recipe.eval.limit)
         if key not in loaded:
@@ -98,7 +98,7 @@ def _jobs(
 
 
 def _output_directories(checkpoints: list[str], output: str | None, names: Mapping[str, str]) -> dict[str, Path]:
-    """Return where each checkpoint's results go: ``eval/`` inside it; ``./eval-NAME/`` for hub models and builtin."""
+    """Return the results directory of each checkpoint: ``eval/`` inside it; ``./eval-NAME/`` for hub models and builtin."""
     places: dict[str, Path] = {}
     for checkpoint in checkpoints:
         directory = Path(checkpoint).expanduser()
@@ -116,7 +116,7 @@ def _output_directories(checkpoints: list[str], output: str | None, names: Mappi
 
 
 def _score(job: _Job, resume: bool, listener: Listener) -> None:
-    """Score one checkpoint on its suites, and release it."""
+    """Score one checkpoint on its suites, and release its memory."""
     backbone, encoder = inference.load_model(job.checkpoint, job.recipe, listener)
     inference.check_model(backbone, encoder, job.suites[0].rows[0], listener)
     inference.report_template(encoder, [row for suite in job.suites for row in suite.rows], listener)
@@ -126,7 +126,7 @@ def _score(job: _Job, resume: bool, listener: Listener) -> None:
         about["rows_sha256"] = suite.digest()
         saved = load_results(suite, job.output, job.recipe.eval, encoder.template, about) if resume else None
         if saved is not None:
-            listener(Note(f"{suite.name} is scored already"))
+            listener(Note(f"{suite.name} is already scored"))
             job.scores[suite.name] = saved
             continue
         skip_long = job.recipe.data.skip_bad_rows

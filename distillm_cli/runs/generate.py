@@ -1,4 +1,4 @@
-"""Generate responses to prompts in chunks, which are written one by one, so that a stopped run can be resumed."""
+"""Generate responses to prompts in chunks, which are written one by one, so that an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from distillm_cli.training.events import Event, Listener, Note, Progress
 from distillm_cli.utils.modules import weights_fingerprint
 from distillm_cli.utils.text import counted
 
-_CHUNK_BATCHES = 8  # batches that are sorted by length and written together; a stopped run loses at most these
+_CHUNK_BATCHES = 8  # batches that are sorted by length and written together; an interrupted run loses at most these
 
 
 def generate_responses(
@@ -42,7 +42,10 @@ def generate_responses(
     resume: bool = False,
     overwrite: bool = False,
 ) -> GenerateResult:
-    """Generate responses into a file. output: ``.jsonl``; None: the result and ``Generated`` events carry the rows."""
+    """Generate responses into a file.
+
+    output: ``.jsonl``; None: the rows are in the result and in ``Generated`` events.
+    """
     started = time.perf_counter()
     check_request(source, output, resume=resume, overwrite=overwrite)
     file = None if output is None else ResponseFile(Path(output), resume=resume, overwrite=overwrite)
@@ -51,7 +54,7 @@ def generate_responses(
         raise UsageError(
             "usage.exclusive_options",
             f"--n {source.samples} with temperature 0",
-            where="the responses would all be the same",
+            where="all responses would be the same",
         )
     locate_model(model)
     rows = read_prompts(source, recipe.data, listener)
@@ -84,7 +87,7 @@ def generate_responses(
 
 @dataclass
 class _Generated:
-    """Hold the results of this call: counts, seconds, and the rows where there is no output file."""
+    """Hold the results of this call: counts, seconds, and, without an output file, the rows."""
 
     tokens: int = 0
     cut: int = 0
@@ -110,7 +113,7 @@ class _Generation:
         return len(self.rows) * self.samples
 
     def settings(self) -> dict[str, Any]:
-        """Return everything that the responses depend on. Batch size and device are not part of it."""
+        """Return all settings that affect the responses, which excludes batch size and device."""
         digest = hashlib.sha256()
         for ids in self.ids:
             digest.update(len(ids).to_bytes(8, "little") + ids.astype("<i4").tobytes())
@@ -136,7 +139,7 @@ class _Generation:
         ]
 
     def run(self, file: ResponseFile | None, listener: Listener) -> _Generated:
-        """Generate the responses that the file does not have yet; without a file, all of them."""
+        """Generate the responses that are not in the file yet; without a file, all responses."""
         fields = self.prompt_fields()
         done = _Generated()
         started = time.perf_counter()
@@ -187,7 +190,7 @@ class _Generation:
         return lines
 
     def _overall_progress(self, start: int, listener: Listener) -> Listener:
-        """Return a listener that reports the progress of a chunk, which begins at ``start``, as progress of the whole."""
+        """Return a listener that reports the progress of a chunk, which begins at ``start``, as overall progress."""
 
         def listen(event: Event) -> None:
             if isinstance(event, Progress):

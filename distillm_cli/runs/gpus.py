@@ -1,4 +1,4 @@
-"""List known GPUs, from their makers' data sheets, and estimate how long work takes on them."""
+"""List known GPUs with the figures of their data sheets, and estimate the time of work on them."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ GPUS = (
 )
 USED_FLOPS = 0.4  # share of the peak in matrix products, in training and scoring
 USED_BANDWIDTH = 0.6  # share of the peak while decoding and in the optimizer
-# Least seconds for one layer and micro-batch: launching its kernels from Python.
+# Minimum seconds for one layer and micro-batch, to launch its kernels from Python.
 FORWARD_LAUNCH_S = 5e-4
 BACKWARD_LAUNCH_S = 1e-3
 DECODING_LAUNCH_S = 2e-4
-USABLE_MEMORY = 0.92  # the driver and fragmentation take the rest
+USABLE_MEMORY = 0.92  # the rest is used by the driver and fragmentation
 ASSUMED = (
     f"{USED_FLOPS:.0%} of the data sheet's dense peak in matrix products, {USED_BANDWIDTH:.0%} of its bandwidth while "
     f"decoding and in the optimizer, and for each layer at least {1e3 * FORWARD_LAUNCH_S:g} ms forward, "
-    f"{1e3 * BACKWARD_LAUNCH_S:g} ms backward and {1e3 * DECODING_LAUNCH_S:g} ms in a decoding step. Sampled responses are "
-    "as long as they may be. Arithmetic, not measured; validations, checkpoints and the report at the end of a run are not "
-    "in it"
+    f"{1e3 * BACKWARD_LAUNCH_S:g} ms backward and {1e3 * DECODING_LAUNCH_S:g} ms in a decoding step. Sampled "
+    "responses have maximum length. Computed, not measured; excludes validations, checkpoints and the report at the "
+    "end of a run"
 )
 
 
@@ -47,7 +47,7 @@ ASSUMED = (
 class Part:
     """Hold a part of some work.
 
-    flops: floating-point operations in matrix products. traffic: bytes to and from the GPU's memory. launch_s: least
+    flops: floating-point operations in matrix products. traffic: bytes to and from the GPU's memory. launch_s: minimum
     seconds for launching its kernels. itemsize: bytes of a value.
     """
 
@@ -57,7 +57,7 @@ class Part:
     itemsize: int = 2
 
     def seconds(self, gpu: Gpu) -> float:
-        """Return the longest of the times for arithmetic, memory traffic and kernel launches."""
+        """Return the maximum of the times for arithmetic, memory traffic and kernel launches."""
         peak = (gpu.bf16 if self.itemsize < 4 else gpu.fp32) * 1e12 * USED_FLOPS
         return max(self.flops / peak, self.traffic / (gpu.bandwidth * USED_BANDWIDTH), self.launch_s)
 
@@ -66,7 +66,7 @@ class Part:
         return Part(self.flops / by, self.traffic / by, self.launch_s / by, self.itemsize)
 
 
-Work = tuple[Part, ...]  # done one after the other
+Work = tuple[Part, ...]  # executed in sequence
 
 
 def flops(work: Iterable[Part]) -> float:

@@ -1,4 +1,4 @@
-"""Load a model to generate with, and the settings of the run that trained it, for ``generate`` and ``eval``."""
+"""Load a model for generation, and the settings of the run that trained it, for ``generate`` and ``eval``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from distillm_cli.utils.threads import set_threads
 
 @dataclass(frozen=True)
 class Settings:
-    """Describe where the settings of ``generate`` and ``eval`` come from.
+    """Describe the sources of the settings of ``generate`` and ``eval``.
 
     recipe: a file, a shipped name, or a resolved recipe (of a pipeline's stage); None: the model's own, if it has one.
     flags, sets: override the recipe.
@@ -41,7 +41,7 @@ class Settings:
 
 
 def resolve_settings(command: str, model: str, settings: Settings, listener: Listener) -> tuple[Resolved, bool]:
-    """Return the recipe to use, and whether it is the model's own.
+    """Return the recipe to use, and whether it is the model's own recipe.
 
     A model's own recipe has the template that it was trained with. Its settings for the machine of that run are reset.
     """
@@ -70,8 +70,8 @@ def _on_this_machine(resolved: Resolved, path: Path) -> Resolved:
 def own_recipe(model: str, listener: Listener) -> Path | None:
     """Return the recipe of the run that made this model: in its directory, or above its ``checkpoints/``.
 
-    None for a directory that no run wrote; with a warning, also where a run's recipe is missing or where another program
-    wrote a ``recipe.yaml``. Raises RecipeError for one that is damaged: the prompts would be formatted differently.
+    None for a directory that no run wrote; with a warning, also if a run's recipe is missing or another program wrote a
+    ``recipe.yaml``. Raises RecipeError for one that is damaged: the prompts would be formatted differently.
     """
     place = Path(model).expanduser()
     directories = [place] if place.parent.name != "checkpoints" else [place, place.parent.parent]
@@ -79,8 +79,8 @@ def own_recipe(model: str, listener: Listener) -> Path | None:
     if path is None:
         if any(manifest.read_manifest(directory) for directory in directories):
             missing = directories[-1] / RECIPE
-            what = f"{missing} is missing: prompts of {model} get the default settings, not those of its training"
-            listener(Warned(f"{what}; put it back, or give --recipe FILE"))
+            what = f"{missing} is missing: prompts of {model} use the default settings, not those of its training"
+            listener(Warned(f"{what}; restore it, or use --recipe FILE"))
         return None
     listed = manifest.read_manifest(path.parent)
     if listed is not None and RECIPE in listed["files"] and manifest.difference(path.parent, listed, RECIPE):
@@ -95,7 +95,7 @@ def own_recipe(model: str, listener: Listener) -> Path | None:
         listener(Warned(f"{path} is not used: {error}"))  # other programs write a recipe.yaml too
         return None
     if is_of_run and any(not origin.startswith(f"{path.name}:") for origin in resolved.origin.values()):
-        raise _damaged(path, "lines of it are missing")
+        raise _damaged(path, "some lines are missing")
     return path
 
 
@@ -108,12 +108,15 @@ def _is_mapping(path: Path) -> bool:
 
 
 def _damaged(path: Path, why: str) -> RecipeError:
-    hint = f"put it back as the run wrote it, or give --recipe {path} to use it as it is (--recipe FILE for another)"
+    hint = f"restore the original, or use --recipe {path} to accept it (--recipe FILE for another)"
     return RecipeError("recipe.damaged", f"{path} is damaged or changed: {why}", hint=hint)
 
 
 def load_model(model: str, recipe: Recipe, listener: Listener) -> tuple[Backbone, Encoder]:
-    """Load a model on the recipe's device in its precision, and return it with its encoder. Raises ModelError."""
+    """Load a model on the recipe's device in the recipe's precision, and return it with its encoder.
+
+    Raises ModelError.
+    """
     resume_garbage_collection()
     set_threads(recipe.train.threads, listener)
     device = resolve_device(recipe.train.device)
@@ -134,7 +137,7 @@ def load_model(model: str, recipe: Recipe, listener: Listener) -> tuple[Backbone
 def report_template(encoder: Encoder, rows: Iterable[Row], listener: Listener) -> None:
     """Report which template the prompts use."""
     forms = sorted({encoder.renderer.form(row) for row in rows})
-    names = {"chat": "chat (the tokenizer's chat template)", "exact": "exact (prompts as they are)"}
+    names = {"chat": "chat (the tokenizer's chat template)", "exact": "exact (unchanged prompts)"}
     listener(Note(f"template: {', '.join(names.get(form, form) for form in forms)}"))
 
 
@@ -144,7 +147,7 @@ def precision(recipe: Recipe) -> torch.dtype:
 
 
 def check_model(backbone: Backbone, encoder: Encoder, row: Row, listener: Listener) -> None:
-    """Compare the head's logits with the model's own on one prompt; warn where they differ and use the model's own.
+    """Compare the head's logits with the model's own on one prompt; if they differ, warn and use the model's own.
 
     Raises ModelError for a model that cannot generate.
     """
@@ -153,6 +156,9 @@ def check_model(backbone: Backbone, encoder: Encoder, row: Row, listener: Listen
     if not backbone.check_head(collate([Sequence(ids, ids[-1:])]).to(backbone.device)):
         kind = backbone.model.config.model_type
         listener(
-            Warned(f"the head of this {kind} model is not a plain matrix product: using the model's own logits, slower")
+            Warned(
+                f"the head of this {kind} model is not a plain matrix product: using the model's own logits, "
+                "which is slower"
+            )
         )
     backbone.check_decoding()

@@ -1,4 +1,4 @@
-"""Find the models and rows that a recipe names on this machine, and protect them from ``--overwrite``."""
+"""Find the local models and rows that a recipe names, and protect them from ``--overwrite``."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ def names_rows(key: str) -> bool:
 
 
 def local_input(key: str, text: str) -> Path | None:
-    """Return the file or directory that a field names; None for a name on the hub, and for `builtin`."""
+    """Return the file or directory that a field names; None for a hub name and for `builtin`."""
     if text == BUILTIN:
         return None
     place = local_path(text) if names_rows(key) else Path(text).expanduser()
     return place if place is not None and place.exists() else None
 
 
-def check_spared(verb: str, recipe: Recipe, output: Path, *, file: str | None = None) -> None:
-    """Raise UsageError where an overwrite of ``output`` would remove or replace what the run reads.
+def check_overwrite(verb: str, recipe: Recipe, output: Path, *, file: str | None = None) -> None:
+    """Raise UsageError if an overwrite of ``output`` would remove or replace inputs of the run.
 
-    file: the recipe's own, or its shipped name. Paths are compared after links are resolved.
+    file: path or shipped name of the recipe. Paths are compared after links are resolved.
     """
     removed = {_real_path(path) for path in output_dir.written(output)}
     for name, read in _reads(verb, recipe, file):
         if any(path in removed or not removed.isdisjoint(path.parents) for path in map(_real_path, read)):
             raise UsageError(
                 "usage.output_is_input",
-                f"starting over in {output} would remove what the run reads",
+                f"starting over in {output} would remove an input of the run",
                 where=name,
                 hint="choose another --output, or copy it elsewhere first",
             )
@@ -52,7 +52,7 @@ def _real_path(path: Path) -> Path:
 
 
 def _reads(verb: str, recipe: Recipe, file: str | None) -> Iterator[tuple[str, list[Path]]]:
-    """Yield what a run reads: a name for messages, and its paths."""
+    """Yield the inputs of a run: a name for messages, and the paths."""
     if file is not None:
         yield f"--recipe {file}", [locate(file)]
     for key, text in inputs(StageConfig(verb=verb), recipe):
@@ -60,7 +60,7 @@ def _reads(verb: str, recipe: Recipe, file: str | None) -> Iterator[tuple[str, l
         name = f"{flag} {text}" if flag else f"{key} = {text}"
         if place is None:
             continue
-        if names_rows(key):  # the files inside need no check: a run writes no rows
+        if names_rows(key):  # the files in it need no check: a run writes no rows
             yield name, [place]
             continue
         for model in _with_bases(place):

@@ -1,6 +1,6 @@
-"""Save models, tokenizers and rows that a program passes as objects, so that a run reads them like any other files.
+"""Save models, tokenizers and rows that are passed as objects, so that a run reads them like other files.
 
-A name ends with a digest of the content: one object has one copy in a directory, whichever runs use it, and a run that is
+A name ends with a digest of the content, so an object has one copy in a directory for all runs, and a run that is
 resumed with the same objects finds the paths of its recipe.
 """
 
@@ -16,13 +16,13 @@ from distillm_cli.errors import DataError, UsageError
 from distillm_cli.utils.storage import atomic_directory, flush, staging_directory, storing
 
 _DIGEST_LENGTH = 12  # characters of a name
-_HINT = "free some space, or choose another --output"
+_HINT = "free disk space, or choose another --output"
 # Settings of a config that depend on how and by which version it was saved.
 _VOLATILE = ("architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path")
 
 
 def is_model(value: Any) -> bool:
-    """Return whether a value is a model object, or a pair of one and its tokenizer."""
+    """Return whether a value is a model object, or a pair of a model and its tokenizer."""
     model = value[0] if isinstance(value, tuple) and len(value) == 2 else value
     return hasattr(model, "save_pretrained") and hasattr(model, "state_dict")
 
@@ -40,10 +40,10 @@ def is_rows(value: Any) -> bool:
 
 
 def save_model(directory: Path, value: Any, tokenizer: Any = None) -> Path:
-    """Save a model and its tokenizer in a directory of their own in ``directory``, and return its path.
+    """Save a model and its tokenizer in a new directory in ``directory``, and return its path.
 
-    value: a model, or a pair of one and its tokenizer. tokenizer: of a model without one. The model is not changed, and is
-    not written again where it is saved already. Raises StorageError, and UsageError without a tokenizer.
+    value: a model, or a pair of a model and its tokenizer. tokenizer: for a model without one. The model is not
+    changed. An existing copy is not written again. Raises StorageError, and UsageError without a tokenizer.
     """
     model, tokenizer = value if isinstance(value, tuple) else (value, tokenizer)
     if tokenizer is None:
@@ -63,15 +63,15 @@ def save_model(directory: Path, value: Any, tokenizer: Any = None) -> Path:
 
 
 def save_tokenizer(directory: Path, tokenizer: Any) -> Path:
-    """Save a tokenizer in a directory of its own in ``directory``, and return its path. Raises StorageError."""
+    """Save a tokenizer in a new directory in ``directory``, and return its path. Raises StorageError."""
     return _saved(directory / f"tokenizer-{_tokenizer_digest(directory, tokenizer)}", [tokenizer])
 
 
 def save_rows(directory: Path, rows: Any) -> Path:
-    """Write rows into a file of JSON lines in ``directory``, and return its path.
+    """Write rows to a JSON lines file in ``directory``, and return its path.
 
-    rows: an iterable of mappings, or a mapping of splits to such, which becomes a directory with a file per split. Raises
-    StorageError, and DataError for a row that is not JSON.
+    rows: an iterable of mappings, or a mapping of splits to iterables, which becomes a directory with a file per split.
+    Raises StorageError, and DataError for a row that is not JSON.
     """
     splits = dict(rows) if isinstance(rows, Mapping) else {"rows": rows}
     digest = hashlib.sha256()
@@ -121,7 +121,7 @@ def _tokenizer_digest(directory: Path, tokenizer: Any) -> str:
 
 
 def _saved(final: Path, parts: list[Any]) -> Path:
-    """Return the directory, after ``save_pretrained`` of the parts into it unless it exists."""
+    """Return the directory, after saving the parts into it unless it exists."""
     from distillm_cli.models.tokenizer_files import quiet
 
     if not final.is_dir():

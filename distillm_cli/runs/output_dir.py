@@ -1,6 +1,6 @@
-"""Name, check, claim, fill and clear an output directory, which ends as an ordinary Hugging Face directory.
+"""Name, check, lock, fill and clear an output directory, which is a standard Hugging Face directory at the end.
 
-What a run writes there is listed in ``manifest.json`` before it is written; ``--overwrite`` goes by that list alone.
+Files of a run are listed in ``manifest.json`` before they are written. ``--overwrite`` removes only listed files.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _RESULTS = "results.json"  # of an evaluation
 TEMPLATES = "additional_chat_templates"  # of tokenizers that have several
 CARD = "README.md"
 RESULT = "result.json"  # of a training: the object of ``--json``
-SFT = "sft"  # the stage before distillation, an output directory in the output directory
+SFT = "sft"  # the stage before distillation, an output directory within the output directory
 
 MODEL_FILES = (
     "config.json", "generation_config.json", "model.safetensors",
@@ -51,7 +51,7 @@ MODEL_FILES = (
     "model-*-of-*.safetensors", "preprocessor_config.json", "image_processor_config.json", "processor_config.json",
     "video_preprocessor_config.json",
 )  # fmt: skip
-# Files that a run would replace. Where one of them exists and no manifest lists it, a run does not write into the directory.
+# Files that a run would replace. If one of them exists and no manifest lists it, a run does not write to the directory.
 _REPLACED = (
     RECIPE, METRICS, CARD, RESULT, manifest.MANIFEST, *MODEL_FILES, f"{CHECKPOINTS}/step-*", f"{EVAL}/report/*.json",
     f"{TEMPLATES}/*.jinja",
@@ -61,7 +61,7 @@ _MODEL = "model"  # names the directory in which a model is staged
 
 
 def default_name(recipe: str | None, data: str, student: str, method: str, *, resume: bool) -> Path:
-    """Return ``runs/dolly-gpt2-distillm``, with a number where that is taken; on a resume the newest of that name."""
+    """Return ``runs/dolly-gpt2-distillm``, with a number if that exists; on a resume the newest of that name."""
 
     def short(text: str) -> str:
         stem = Path(redact(text).rstrip("/")).name.removesuffix(".jsonl").removesuffix(".json")
@@ -72,7 +72,7 @@ def default_name(recipe: str | None, data: str, student: str, method: str, *, re
     taken = [base] if base.exists() else []
     while (candidate := base.with_name(f"{base.name}-{len(taken) + 1}")).exists() and taken:
         taken.append(candidate)
-    if resume:  # the newest that can be resumed: a later run may have been stopped before it saved anything
+    if resume:  # the newest that can be resumed: a later run may have stopped before it saved anything
         return next(filter(_may_resume, reversed(taken)), taken[-1] if taken else base)
     return candidate if taken else base
 
@@ -84,12 +84,12 @@ def _may_resume(output: Path) -> bool:
 def check_output(output: Path, *, resume: bool, overwrite: bool) -> bool:
     """Check that the directory may be written, and return whether it was created.
 
-    A non-empty one is refused without ``resume`` or ``overwrite``. Nothing in it is touched. Raises UsageError,
+    A non-empty one is refused without ``resume`` or ``overwrite``. Its contents are not changed. Raises UsageError,
     CheckpointError, StorageError.
     """
     if resume and overwrite:
         raise UsageError(
-            "usage.exclusive_options", "--resume and --overwrite exclude each other", hint="give one of them"
+            "usage.exclusive_options", "--resume and --overwrite are mutually exclusive", hint="choose one of them"
         )
     with storing(f"cannot write to {output}", "choose another --output"):
         _check_used(output, resume=resume, overwrite=overwrite)
@@ -103,12 +103,12 @@ def check_output(output: Path, *, resume: bool, overwrite: bool) -> bool:
 
 def _check_used(output: Path, *, resume: bool, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
-        raise UsageError("usage.output_exists", f"--output {output} is a file", hint="give a directory")
+        raise UsageError("usage.output_exists", f"--output {output} is a file", hint="choose a directory")
     if is_broken_link(output):
         raise UsageError(
             "usage.output_exists",
-            f"--output {output} is a symbolic link that leads nowhere",
-            hint="remove it, or give a directory",
+            f"--output {output} is a broken symbolic link",
+            hint="remove it, or choose a directory",
         )
     if resume and not _may_resume(output):
         raise CheckpointError(
@@ -121,7 +121,7 @@ def _check_used(output: Path, *, resume: bool, overwrite: bool) -> None:
         raise UsageError(
             "usage.output_exists",
             f"output directory {output} is not empty",
-            hint="choose another --output, or give --resume to continue or --overwrite to start over",
+            hint="choose another --output, or use --resume to continue or --overwrite to start over",
         )
     if overwrite and (path := foreign(output)) is not None:
         raise UsageError(
@@ -130,11 +130,11 @@ def _check_used(output: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def written(output: Path) -> Iterator[Path]:
-    """Yield what runs have left in an output directory, by its manifest: files, and whole checkpoints.
+    """Yield the files and checkpoints of runs in an output directory, according to its manifest.
 
-    Nothing where there is no manifest: what has the same name there is the user's own, and so is a file with a seal that
-    was edited. Of a folder that is a link, the link. The manifest itself comes last, so that a removal that is stopped half
-    way can be continued.
+    Yields nothing without a manifest, since files with the same names belong to the user. So do edited files with a
+    seal. For a folder that is a link, the link is yielded. The manifest itself comes last, so that an interrupted
+    removal can be continued.
     """
     listed = manifest.read_manifest(output)
     if listed is None or "written" not in listed:
@@ -154,7 +154,7 @@ def written(output: Path) -> Iterator[Path]:
         is_linked = _link_above(output, found.relative_to(output).as_posix()) is not None
         if not is_linked and _RESULTS in manifest.recorded(
             found.parent
-        ):  # of an evaluation, and not of a model put there
+        ):  # of an evaluation, and not of a model in this directory
             yield from written(found.parent)
     yield from leftovers(output, _MODEL)
     yield from leftovers(output, manifest.MANIFEST)
@@ -168,7 +168,7 @@ def _link_above(output: Path, name: str) -> Path | None:
 
 
 def foreign(output: Path) -> Path | None:
-    """Return a file in the directory that a run would replace and that no run wrote; None where there is none."""
+    """Return a file in the directory that a run would replace and that no run wrote; None without one."""
     ours = set(written(output))
     found = [path for pattern in _REPLACED for path in sorted(output.glob(pattern))]
     found += [output / name for name in _FOLDERS if is_broken_link(output / name)]
@@ -181,10 +181,10 @@ def has_stage(output: Path) -> bool:
 
 
 def clear(output: Path) -> list[Path]:
-    """Remove what an earlier run wrote into the directory, and only that, and the folders that are empty then.
+    """Remove the files of an earlier run from the directory, and folders that become empty.
 
-    Returns the directories of which something could not be removed: only parts are left, under names that no run reads.
-    Raises StorageError where one keeps its name.
+    Returns the directories that could not be removed completely: their remaining parts have names that no run reads.
+    Raises StorageError if one could not be renamed.
     """
     stuck = []
     for path in list(written(output)):
@@ -192,42 +192,42 @@ def clear(output: Path) -> list[Path]:
         if error is None:
             continue
         if os.path.lexists(path):
-            hint = "choose another --output, or remove it yourself"
+            hint = "choose another --output, or remove it manually"
             raise storage_error(error, f"cannot remove {path}, of an earlier run", hint) from error
         stuck.append(path)
     for name in (*_FOLDERS, SFT):
         for folder, _, _ in os.walk(output / name, topdown=False):
-            with suppress(OSError):  # the user's own files are in it
+            with suppress(OSError):  # it contains files of the user
                 Path(folder).rmdir()
     return stuck
 
 
 @contextmanager
 def claimed(output: Path, *, is_new: bool = False) -> Iterator[None]:
-    """Lock the directory against other runs. Raises UsageError where another run has locked it.
+    """Lock the directory against other runs. Raises UsageError if another run has locked it.
 
-    The directory itself is locked, without a lock file, and the lock ends with the process. is_new: it was created for this
-    run, and is removed where the run fails before it writes anything.
+    The directory itself is locked, without a lock file, and the lock ends with the process. is_new: it was created for
+    this run, and is removed if the run fails before it writes anything.
     """
 
     def busy() -> None:
         raise UsageError(
-            "usage.output_in_use", f"another run is at work in {output}", hint="wait for it, or choose another --output"
+            "usage.output_in_use", f"another run is active in {output}", hint="wait for it, or choose another --output"
         )
 
-    output.mkdir(parents=True, exist_ok=True)  # one that another run made, and removed when it failed
+    output.mkdir(parents=True, exist_ok=True)  # created by another run, and removed when that failed
     with locked(output, busy):
         try:
             yield
         except BaseException:
             if is_new:
-                with suppress(OSError):  # something is in it
+                with suppress(OSError):  # not empty
                     output.rmdir()
             raise
 
 
 def write_file(output: Path, name: str, text: str) -> None:
-    """Write a file of a run, whole or not at all, and list it in the directory's manifest before. Raises OSError.
+    """Write a file of a run atomically, after listing it in the directory's manifest. Raises OSError.
 
     name: relative path, with slashes.
     """
@@ -239,7 +239,7 @@ def write_file(output: Path, name: str, text: str) -> None:
 def write_result(output: Path, result: Mapping[str, object]) -> None:
     """Write the result of a training. Raises StorageError."""
     text = json.dumps(json_value(result), allow_nan=False, indent=1) + "\n"
-    with storing(f"cannot write {output / RESULT}", "free some space; the model is complete"):
+    with storing(f"cannot write {output / RESULT}", "free disk space; the model is complete"):
         write_file(output, RESULT, text)
 
 
@@ -257,7 +257,7 @@ def remove_checkpoints(output: Path) -> list[Path]:
         else:
             stuck.append(path)
     for place in (output, output / SFT):
-        with suppress(OSError):  # something is in it
+        with suppress(OSError):  # not empty
             (place / CHECKPOINTS).rmdir()
     return stuck
 
@@ -268,7 +268,7 @@ def _checkpoints(output: Path) -> list[Path]:
 
 
 def recipe_header() -> str:
-    """Return comments for a recipe: the version, the host, the time, and the command where there is one."""
+    """Return comments for a recipe: version, host, time, and the command, if any."""
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     lines = [f"# Written by distillm {distillm_cli.__version__} on {platform.node() or 'an unnamed host'}, {when}"]
     if Path(sys.argv[0]).name in ("distillm", "distillm.exe", "__main__.py"):
@@ -278,7 +278,7 @@ def recipe_header() -> str:
 
 
 def write_recipe(output: Path, text: str, *, has_stage: bool = False) -> None:
-    """Write the recipe of a run that starts; of what an earlier one sealed, only the model stays sealed.
+    """Write the recipe at the start of a run. Of the files that an earlier run sealed, only the model stays sealed.
 
     has_stage: the run fine-tunes first, in ``OUTPUT/sft``.
     """
@@ -291,15 +291,15 @@ def write_recipe(output: Path, text: str, *, has_stage: bool = False) -> None:
 def publishing(output: Path) -> Iterator[Path]:
     """Yield a directory for a model's files, and move them into ``output`` when the block ends, weights last.
 
-    They are sealed, and the recipe with them. The card, which people edit, is listed with its content: an edited one is
-    theirs.
+    They are sealed together with the recipe. The model card, which users may edit, is listed with its digest: an edited
+    card belongs to the user.
     """
     # Not at the top: it imports torch, which callers that only name an output do not need.
-    from distillm_cli.training.checkpoint import open_as_others
+    from distillm_cli.training.checkpoint import set_default_modes
 
     with staging_directory(output / _MODEL) as staged:
         yield staged
-        open_as_others(staged)
+        set_default_modes(staged)
         _move_model(staged, output)
 
 
@@ -310,7 +310,7 @@ def _move_model(staged: Path, output: Path) -> None:
     )
     seals = {CARD: manifest.seal(staged / CARD)} if (staged / CARD).is_file() else {}
     names = [path.relative_to(staged).as_posix() for path in (*templates, *files)]
-    manifest.unseal(output)  # what an earlier run sealed is replaced now
+    manifest.unseal(output)  # files that an earlier run sealed are replaced now
     manifest.record(output, [name for name in names if name not in seals], seals=seals)
     if templates:
         move_into(output / TEMPLATES, templates)

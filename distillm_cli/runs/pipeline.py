@@ -1,6 +1,6 @@
-"""Run a pipeline: each stage by the function of its verb, unless it is done already.
+"""Run a pipeline: each stage by the function of its verb, unless it is already done.
 
-The same command resumes a pipeline that was stopped: a finished stage is recognized by its fingerprint
+The same command resumes an interrupted pipeline: a finished stage is recognized by its fingerprint
 (``runs/stage_record.py``), an unfinished one is resumed from its own checkpoint, rows or results.
 """
 
@@ -27,7 +27,7 @@ from distillm_cli.config.pipeline_recipe import (
 )
 from distillm_cli.errors import START_OVER, CheckpointError, DistillmError, Interrupted, UsageError, signal_number
 from distillm_cli.runs import output_dir, stage_record
-from distillm_cli.runs.inputs import check_spared
+from distillm_cli.runs.inputs import check_overwrite
 from distillm_cli.runs.run_results import (
     EvalResult,
     GenerateResult,
@@ -41,7 +41,7 @@ from distillm_cli.runs.stage_record import StageRecord
 from distillm_cli.runs.start import TrainOptions
 from distillm_cli.training.events import Listener, Note, Staged, Warned
 from distillm_cli.utils.manifest import recorded
-from distillm_cli.utils.memory import give_back_freed_memory
+from distillm_cli.utils.memory import return_freed_memory
 from distillm_cli.utils.text import json_value
 
 RESOLVED_PIPELINE = "pipeline.yaml"
@@ -49,9 +49,9 @@ RESOLVED_PIPELINE = "pipeline.yaml"
 
 @dataclass(frozen=True)
 class StageState:
-    """Describe a stage before a run.
+    """Describe the state of a stage before a run.
 
-    kind: "done", "to run", "to go on", "changed" or "left out". why: a clause for people.
+    kind: "done", "to run", "to resume", "changed" or "left out". why: a clause for messages.
     """
 
     kind: str
@@ -59,26 +59,31 @@ class StageState:
 
 
 def choose_stages(pipeline: Pipeline, only: str | None, start: str | None) -> list[str]:
-    """Return the names that ``--only`` (one, or several with commas) or ``--from`` leave, in the pipeline's order.
+    """Return the names that ``--only`` (one, or several with commas) or ``--from`` selects, in the pipeline's order.
 
-    Raises UsageError for a name that is no stage.
+    Raises UsageError for a name that is not a stage.
     """
     if only is not None and start is not None:
-        raise UsageError("usage.exclusive_options", "--only and --from exclude each other", hint="give one of them")
+        raise UsageError(
+            "usage.exclusive_options", "--only and --from are mutually exclusive", hint="choose one of them"
+        )
     names = list(pipeline.names)
-    wanted = names if only is None else [name.strip() for name in only.split(",")]
-    for flag, name in (*(("--only", name) for name in wanted), ("--from", start)):
+    selected = names if only is None else [name.strip() for name in only.split(",")]
+    for flag, name in (*(("--only", name) for name in selected), ("--from", start)):
         if name is not None and name not in names:
             close = get_close_matches(name, names, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]}?" if close else None
             raise UsageError(
                 "usage.unknown_stage", f"{flag} {name}: no such stage", where=f"stages: {', '.join(names)}", hint=hint
             )
-    return [name for name in names if name in wanted] if start is None else names[names.index(start) :]
+    return [name for name in names if name in selected] if start is None else names[names.index(start) :]
 
 
 def stage_states(pipeline: Pipeline, output: Path, chosen: list[str]) -> dict[str, StageState]:
-    """Return what a run would do with each stage; writes nothing. Raises UsageError for a stage whose input is missing."""
+    """Return the state of each stage for a run, without writing.
+
+    Raises UsageError for a stage whose input is missing.
+    """
     records = {name: stage_record.read_record(output / name) for name in pipeline.names}
     _check_reads(pipeline, output, chosen, records)
     found: dict[str, StageState] = {}
@@ -96,7 +101,7 @@ def stage_states(pipeline: Pipeline, output: Path, chosen: list[str]) -> dict[st
         elif again:
             verb = "is" if len(again) == 1 else "are"
             found[stage.name] = StageState(
-                "changed", f"{' and '.join(f'stage {name}' for name in again)} {verb} to be made first"
+                "changed", f"{' and '.join(f'stage {name}' for name in again)} {verb} to run first"
             )
         else:
             found[stage.name] = _state(stage, place, before, made)
@@ -111,7 +116,7 @@ def run_pipeline(
     started = time.perf_counter()
     chosen = choose_stages(pipeline, only, start)
     _check_free(output / RESOLVED_PIPELINE)
-    stage_states(pipeline, output, chosen)  # finds errors before anything is written
+    stage_states(pipeline, output, chosen)  # reports errors before anything is written
     with stage_record.lock_pipeline(output):
         output_dir.write_file(output, RESOLVED_PIPELINE, resolved_yaml(pipeline))
         results = _PipelineRun(pipeline, output, chosen, listener).run()
@@ -149,30 +154,30 @@ def _is_done(record: StageRecord | None, place: Path) -> bool:
 
 
 def _state(stage: Stage, place: Path, before: StageRecord, made: Mapping[str, str]) -> StageState:
-    of = stage_record.shaping_of(stage, made)
+    of = stage_record.fingerprint_inputs(stage, made)
     if stage_record.stage_fingerprint(of) != before.fingerprint:
         changes = stage_record.differences(before.of, of)
         more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
         return StageState("changed", ", ".join(changes[:3]) + more)
     if before.status != "done":
-        return StageState("to go on")
+        return StageState("to resume")
     if not stage_record.is_intact(before, place):
-        return StageState("to go on", "what it made is gone or was changed")
+        return StageState("to resume", "its output is missing or has changed")
     return StageState("done")
 
 
 def _check_reads(
     pipeline: Pipeline, output: Path, chosen: list[str], records: Mapping[str, StageRecord | None]
 ) -> None:
-    """Raise UsageError where a chosen stage reads one that is left out and is not finished."""
+    """Raise UsageError if a chosen stage reads one that is left out and not finished."""
     for stage in (pipeline[name] for name in chosen):
         for name in stage.depends_on:
             if name not in chosen and not _is_done(records[name], output / name):
-                what = "is not finished" if records[name] is not None else "is not there"
+                what = "is not finished" if records[name] is not None else "does not exist"
                 path = stage_record.stage_output(pipeline[name], output / name)
                 raise UsageError(
                     "usage.stage_not_made",
-                    f"stage {stage.name} reads what stage {name} makes, and {path} {what}",
+                    f"stage {stage.name} needs the output of stage {name}, but {path} {what}",
                     hint=f"run stage {name} first, with --only {name} or --from {name}",
                 )
 
@@ -202,13 +207,13 @@ class _PipelineRun:
             title = f"stage {position + 1} of {total} · {stage.name} ({stage.verb})"
             state = StageState("to run") if before is None else _state(stage, place, before, made)
             if before is not None and state.kind == "done":
-                self.listener(Note(f"{title} · done already"))
+                self.listener(Note(f"{title} · already done"))
                 made[stage.name] = before.made
                 results[stage.name] = self._stage_result("skipped", stage, place, dict(before.result))
                 continue
-            why = {"to run": "", "to go on": " · goes on where it was stopped"}
+            why = {"to run": "", "to resume": " · resumes"}
             self.listener(Note(f"{title}{why.get(state.kind, f' · {describe(state)}')}"))
-            record = stage_record.start_record(stage, stage_record.shaping_of(stage, made), before)
+            record = stage_record.start_record(stage, stage_record.fingerprint_inputs(stage, made), before)
             result = self._run_stage(stage, place, record).as_json()
             record = stage_record.finished_record(record, stage, place, json_value(result))
             stage_record.write_record(place, record)
@@ -225,7 +230,7 @@ class _PipelineRun:
             for other in self.pipeline.stages
         }
         own, resolved = with_stage_paths(stage, places)
-        retry = "type the same command again to go on"
+        retry = "run the same command again to resume"
         try:
             result = self._run_verb(stage, own, resolved, place, record)
             self.listener(StageFinished(stage.name, result))
@@ -235,7 +240,7 @@ class _PipelineRun:
                 f"stage {stage.name}: {stop.what}", where=stop.where, hint=retry, signal_number=stop.exit_code - 128
             ) from stop
         except DistillmError as error:
-            advice = f"remove {place} to make the stage again"
+            advice = f"remove {place} to run the stage again"
             error.args = (f"stage {stage.name}: {error}".replace(START_OVER, advice),)
             raise
         except KeyboardInterrupt as stop:
@@ -245,7 +250,7 @@ class _PipelineRun:
             _release_memory()
 
     def _run_verb(self, stage: Stage, own: StageConfig, resolved: Resolved, place: Path, record: StageRecord) -> Result:
-        """Run the function of a stage's verb. own, resolved: with paths in place of the names of other stages."""
+        """Run the function of a stage's verb. own, resolved: with paths instead of the names of other stages."""
         if isinstance(own, GenerateStageConfig):
             return self._generate(own, resolved, place)
         if isinstance(own, EvalStageConfig):
@@ -257,13 +262,13 @@ class _PipelineRun:
         from distillm_cli.runs.train import train
         from distillm_cli.training.checkpoint import visible
 
-        # Before the directory has been cleared, its checkpoints may be of an earlier version of the stage.
+        # Until the directory is cleared, its checkpoints may belong to an earlier version of the stage.
         directories = (place, place / output_dir.SFT)
         has_checkpoint = any(visible(directory / output_dir.CHECKPOINTS) for directory in directories)
         resume = record.status == "started" and has_checkpoint
         output_dir.check_output(place, resume=resume, overwrite=not resume)
         if not resume:
-            check_spared(stage.verb, resolved.recipe, place)
+            check_overwrite(stage.verb, resolved.recipe, place)
         if (fitted := fitted_line(resolved)) is not None:
             self.listener(Note(fitted))
         # The pipeline may have been moved since it was started; fingerprints show which version of a stage is read.
@@ -283,10 +288,10 @@ class _PipelineRun:
         data, file = resolved.recipe.data, place / stage_record.SAMPLES
         source = PromptSource(data=data.source, split=own.split, limit=own.limit or data.limit, samples=own.n)
         settings = Settings(resolved)
-        try:  # raises where the file's rows are of other weights, prompts or settings
+        try:  # raises an error if the file has rows of other weights, prompts or settings
             return generate_responses(own.model, source, settings, self.listener, output=str(file), resume=True)
         except CheckpointError:
-            _put_aside(file, self.listener)
+            _rename_old_rows(file, self.listener)
             return generate_responses(own.model, source, settings, self.listener, output=str(file))
 
     def _evaluate(self, stage: Stage, own: EvalStageConfig, resolved: Resolved, place: Path) -> EvalResult:
@@ -312,38 +317,38 @@ class _PipelineRun:
         self.listener(Staged(names, states))
 
     def _warn_if_stale(self, stage: Stage, place: Path, before: StageRecord | None, made: Mapping[str, str]) -> None:
-        """Warn where a stage that is left out is read by another one and has changed since it was made."""
+        """Warn if a stage that is left out is read by another one and has changed since it ran."""
         is_read = any(stage.name in self.pipeline[name].depends_on for name in self.chosen)
         if is_read and before is not None and (state := _state(stage, place, before, made)).kind == "changed":
-            self.listener(Warned(f"stage {stage.name} is taken as it is, though it has changed since: {state.why}"))
+            self.listener(Warned(f"stage {stage.name} is not run again, although it has changed: {state.why}"))
 
 
-def _put_aside(samples: Path, listener: Listener) -> None:
-    """Rename a file of rows that will be generated again, since somebody may have corrected them."""
+def _rename_old_rows(samples: Path, listener: Listener) -> None:
+    """Rename a file of rows that will be generated again, since a user may have corrected it."""
     numbered = (samples.with_name(f"{samples.stem}-before-{n}{samples.suffix}") for n in itertools.count(1))
     aside = next(path for path in numbered if not path.exists())
     samples.rename(aside)
-    listener(Note(f"the answers of before are kept: {aside}"))
+    listener(Note(f"moved the earlier responses to {aside}"))
 
 
 def _inputs_from_stages(stage: Stage) -> set[str]:
-    """Return the dotted keys of a stage's inputs that other stages make."""
+    """Return the dotted keys of a stage's inputs that are outputs of other stages."""
     return {key for key, text in inputs(stage.config, stage.resolved.recipe) if text.startswith(PREFIX)}
 
 
 def _shortest_path(place: Path) -> str:
-    """Return a path relative to the working directory where it is below it: the same for every spelling of --output."""
-    whole, here = place.resolve(), Path.cwd().resolve()
-    return str(whole.relative_to(here)) if whole.is_relative_to(here) else str(whole)
+    """Return a path relative to the working directory if it is below it: the same for every spelling of --output."""
+    whole, working_directory = place.resolve(), Path.cwd().resolve()
+    return str(whole.relative_to(working_directory)) if whole.is_relative_to(working_directory) else str(whole)
 
 
 def _release_memory() -> None:
-    """Release the memory of the last stage, the accelerator's included."""
+    """Release the memory of the last stage, including that of the accelerator."""
     import gc
 
     import torch
 
     gc.collect()
-    give_back_freed_memory()
+    return_freed_memory()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

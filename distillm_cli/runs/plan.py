@@ -1,4 +1,4 @@
-"""Plan a run: from its rows and models, or from the models' configs where their weights are not available."""
+"""Plan a run from its rows and models, or from the models' configs if weights are not available."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 _SHOWN_SEQUENCES = 3  # of the decoded batch
-_HOST_PARTS = ("teacher_states", "rollout_states", "teacher_sample_states")  # in the machine's own memory
+_HOST_PARTS = ("teacher_states", "rollout_states", "teacher_sample_states")  # in host memory
 
 
 def weights_are_available(recipe: Recipe) -> bool:
-    """Return whether the run's models can be loaded here: built from scratch, or with weights that fit the free memory."""
+    """Return whether the run's models can be loaded: they are built from scratch, or their weights fit the free memory."""
     is_needed = recipe.method != "sft" or recipe.student.is_built
     paths = [recipe.student.path, recipe.teacher.path if is_needed else None]
     loaded = [path for path in paths if path is not None and _is_on_disk_or_hub(path)]
     if not all(has_weights(path) for path in loaded):
         return False
     free = available_memory()
-    return free is None or sum(weight_bytes(path) for path in loaded) <= free / 4  # read as float32, and some room
+    return free is None or sum(weight_bytes(path) for path in loaded) <= free / 4  # loaded as float32, with a margin
 
 
 def _is_on_disk_or_hub(path: str) -> bool:
@@ -60,7 +60,7 @@ def _is_on_disk_or_hub(path: str) -> bool:
 
 
 def plan_run(resolved: Resolved, listener: Listener) -> PlanResult:
-    """Plan one run, from its models where their weights are available, else from their configs."""
+    """Plan one run, from its models if their weights are available, else from their configs."""
     resume_garbage_collection()
     if not weights_are_available(resolved.recipe):
         return PlanResult(plan_from_configs(resolved, listener)[0])
@@ -134,8 +134,8 @@ def plan_from_configs(
 ) -> tuple[dict[str, Any], Shape]:
     """Return the plan of a run from its models' configs, and the student's shape.
 
-    Tokenizer and rows are used where they are available, else the recipe's limits. A GPU is assumed where the recipe leaves
-    the device open. stage_shapes: shapes of models that earlier stages of a pipeline make, by ``stage:NAME``.
+    Tokenizer and rows are used if they are available, else the recipe's limits. A GPU is assumed if the recipe has no
+    device. stage_shapes: shapes of the models of earlier stages of a pipeline, by ``stage:NAME``.
     """
     recipe = resolved.recipe
     check_selection_metric(recipe)
@@ -162,13 +162,13 @@ def plan_from_configs(
     )
     teacher = origin if recipe.method != "sft" else None
     vocab = student.vocab if teacher is None else min(student.vocab, teacher.vocab)
-    notes = ["weights are not available: models by their configs"]
+    notes = ["weights are not available: planned from the models' configs"]
     if teacher is not None:
         check_architectures(teacher, student)
     if teacher is not None and teacher.tokenizer is not None and student.tokenizer is not None:
         check_vocabularies(teacher.tokenizer, student.tokenizer)
     elif teacher is not None:
-        notes.append("a tokenizer is not available: whether the vocabularies fit is not known")
+        notes.append("a tokenizer is not available: the vocabularies are not checked")
     examples = None
     tokenizer = student.tokenizer
     if rows is not None and tokenizer is not None:
@@ -182,7 +182,7 @@ def plan_from_configs(
         lengths = _measured_lengths(recipe, examples)
     else:
         lengths = _longest_lengths(recipe, rows, student, teacher)
-        notes.append(f"{why or 'no tokenizer available'}: every row is taken to be as long as data.max_length allows")
+        notes.append(f"{why or 'no tokenizer available'}: every row is assumed to have the length data.max_length")
     is_open = recipe.train.device == "auto"
     device = torch.device("cuda") if is_open else resolve_device(recipe.train.device)
     dtype = _dtype(recipe.student.dtype, device, is_open)
@@ -327,7 +327,7 @@ def _cache_figures(run: Prepared, cache_plan: CachePlan) -> dict[str, Any]:
 
 
 def _with_adapter(student: Shape, recipe: Recipe) -> PreTrainedModel:
-    """Return the student as it is trained: with its adapter on a copy, where it has one."""
+    """Return the student for training: a copy with its adapter, if it has one."""
     if recipe.student.lora.r is None and not is_composite(student.model.config):
         return student.model
     model = copy.deepcopy(student.model)
@@ -349,7 +349,7 @@ def _predicted_cache(
 ) -> tuple[dict[str, Any] | None, dict[str, int]]:
     """Return the figures of the teacher cache, predicted from the models' shapes, and its bytes by part of the memory.
 
-    Free memory is not checked: where weights are not available, the run takes place on another machine.
+    Free memory is not checked: if weights are not available, the run takes place on another machine.
     """
     if teacher is None:
         return None, {}
@@ -364,7 +364,7 @@ def _predicted_cache(
         steps_per_epoch=lengths.steps_per_epoch,
     )
     size = workload.size(mode)
-    places = {"off": "", "disk": "on disk", "memory": "in memory", "auto": "in memory, where enough is free"}
+    places = {"off": "", "disk": "on disk", "memory": "in memory", "auto": "in memory, if enough is free"}
     parts = size.described(rows)
     why = f"{places[mode]}: {parts}"
     if not parts:
@@ -384,12 +384,12 @@ def _predicted_cache(
 
 
 def read_if_available(read: Callable[[], _T], source: str) -> tuple[_T | None, str]:
-    """Return the result of ``read``; None where the rows are not available, with the reason."""
+    """Return the result of ``read``, or None with the reason if the rows are not available."""
     try:
         return read(), ""
     except DataError as error:
         if is_path(source) or local_path(source) is not None:
-            raise  # a file on this machine: report what is wrong with it instead of estimating
+            raise  # a local file: report its error instead of estimating
         return None, f"no rows of {redact(source)} available ({error.what.partition(' (')[0].split(': ', 1)[-1]})"
 
 

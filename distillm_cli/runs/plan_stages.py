@@ -28,7 +28,7 @@ from distillm_cli.utils.text import counted
 
 
 def plan_pipeline(pipeline: Pipeline, listener: Listener) -> PipelinePlan:
-    """Plan every stage. For a model from an earlier stage its shape is used, for rows that a stage samples their prompts."""
+    """Plan every stage. Models of earlier stages are represented by their shapes, sampled rows by their prompts."""
     plans: dict[str, dict[str, Any]] = {}
     shapes: dict[str, Shape] = {}
     samples: dict[str, PlannedSamples] = {}
@@ -65,7 +65,7 @@ class PlannedSamples:
 
 
 def _on_sampled_prompts(samples: PlannedSamples, resolved: Resolved) -> Resolved:
-    """Return a stage's recipe with the rows that the prompts come from as its data."""
+    """Return a stage's recipe with the source of the prompts as its data."""
     recipe = resolved.recipe
     limits = [limit for limit in (samples.limit, recipe.data.limit) if limit]
     data = recipe.data.model_copy(update={"source": samples.source, "limit": min(limits, default=None)})
@@ -76,8 +76,8 @@ def _on_sampled_prompts(samples: PlannedSamples, resolved: Resolved) -> Resolved
 class _Prompts:
     """Describe the prompts that a model responds to.
 
-    rows: number of prompts, None where unknown. tokens, longest: mean and largest length. new_tokens: most tokens of a
-    response. each: responses per prompt.
+    rows: number of prompts, None if unknown. tokens, longest: mean and largest length. new_tokens: maximum number of
+    tokens of a response. each: responses per prompt.
     """
 
     rows: int | None
@@ -88,7 +88,7 @@ class _Prompts:
 
     @property
     def responses(self) -> int | None:
-        """Return the number of responses to all prompts, None where unknown."""
+        """Return the number of responses to all prompts, None if unknown."""
         return None if self.rows is None else self.rows * self.each
 
 
@@ -123,14 +123,12 @@ def _plan_eval(
 def _notes(why: str, shape: Shape) -> list[str]:
     notes = [why] if why else []
     if shape.tokenizer is None:
-        notes.append(
-            "a tokenizer is not available: every prompt is taken to be as long as data.max_prompt_length allows"
-        )
+        notes.append("a tokenizer is not available: every prompt is assumed to have the length data.max_prompt_length")
     return notes
 
 
 def _prompts(rows: Sequence[Row] | None, shape: Shape, recipe: Recipe, max_new_tokens: int, each: int) -> _Prompts:
-    """Measure the prompts where rows and tokenizer are available; else they are as long as the recipe allows."""
+    """Measure the prompts if rows and tokenizer are available; else assume the maximum length."""
     longest = chosen(recipe.data.max_prompt_length)
     tokens: float = longest
     if rows and shape.tokenizer is not None:
@@ -170,7 +168,7 @@ def _figures(models: Mapping[str, tuple[Shape, list[_Prompts]]], recipe: Recipe,
 
 
 def _on_gpu(gpu: Gpu, memory: int, work: list[Part], counts: list[int | None]) -> dict[str, Any]:
-    """Return whether the memory fits a GPU, and seconds of a response and, where the counts are known, of all."""
+    """Return whether the memory fits a GPU, and the seconds of a response and, if the counts are known, of all."""
     seconds = [part.seconds(gpu) for part in work]
     entry: dict[str, Any] = {"fits": fits_in_memory(memory, gpu), "response_s": [min(seconds), max(seconds)]}
     known = [count for count in counts if count is not None]

@@ -34,7 +34,7 @@ from distillm_cli.runs.start import prefetch_rows, tokenizer_candidates
 from distillm_cli.teachers.teacher_cache import cache_root, cached_date, rows_digest
 from distillm_cli.training.events import Listener, Note, Warned
 from distillm_cli.types import Rollout, Sequence, collate, pass_overhead
-from distillm_cli.utils.memory import give_back_freed_memory, resume_garbage_collection
+from distillm_cli.utils.memory import resume_garbage_collection, return_freed_memory
 from distillm_cli.utils.modules import weights_fingerprint
 from distillm_cli.utils.text import counted
 from distillm_cli.utils.threads import set_threads
@@ -62,12 +62,12 @@ def frozen_digest(adapter: Adapter) -> str:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Hold everything that a run needs before its loop: rows, models checked against each other, tokenized examples.
+    """Hold the prepared inputs of a run: rows, compatible models, tokenized examples.
 
-    initial_weights: returns the student's initial weights; None: those that it was loaded or built with. teacher_samples: by
-    row, where the recipe names a file of them. model_fingerprints: of the loaded models, by role. resolved_values: values
-    for fields that the recipe leaves open, with their origin. router_aux: weight of the auxiliary loss of the student's
-    routers.
+    initial_weights: returns the student's initial weights; None: load or build the student again. teacher_samples: by
+    row, if the recipe names a file of them. model_fingerprints: of the loaded models, by role. resolved_values: values
+    for fields that are not set in the recipe, with their origin. router_aux: weight of the auxiliary loss of the
+    student's routers.
     """
 
     recipe: Recipe
@@ -120,7 +120,7 @@ class Prepared:
 
     @property
     def pass_overhead(self) -> int:
-        """Return the overhead of a pass. Rows are split into length groups by it, for the teacher cache too."""
+        """Return the overhead of a pass, by which rows are split into length groups, also for the teacher cache."""
         return pass_overhead(self.device.type, self.student.model.config.get_text_config().hidden_size)
 
     @property
@@ -141,7 +141,7 @@ class Prepared:
     @contextmanager
     def with_start_weights(self) -> Iterator[None]:
         """Give the student its initial weights inside the block, and its current ones afterwards."""
-        give_back_freed_memory()  # of gradients and activations, which is more than the copy needs
+        return_freed_memory()  # of gradients and activations, which need more than the copy
         weights = dict(self.start_weights())
         self.student.swap_state(weights)
         try:
@@ -150,7 +150,7 @@ class Prepared:
             self.student.swap_state(weights)
 
     def start_weights(self) -> Mapping[str, torch.Tensor]:
-        """Return the student's trained weights as they were before its first step."""
+        """Return the initial values of the student's trained weights."""
         from distillm_cli.models.pair import rebuild_student
 
         if self.initial_weights is not None:
@@ -190,7 +190,7 @@ class Prepared:
 
 
 def prepare(recipe: Recipe, listener: Listener, prefetcher: Prefetcher | None = None) -> Prepared:
-    """Read, load and check everything that a run needs. prefetcher: of its rows, where one is running already.
+    """Read, load and check all inputs of a run. prefetcher: of its rows, if one is already running.
 
     Raises DataError, ModelError.
     """
@@ -295,10 +295,10 @@ def texts_of(rows: Iterable[Row], data: DataConfig, tokenizer: PreTrainedTokeniz
 def _encoder(
     recipe: Recipe, pair: Pair, rows: Rows, affixes: Affixes | None, listener: Listener
 ) -> tuple[DataConfig, Encoder, dict[str, tuple[str, str]]]:
-    """Choose chat template, date and end tokens, and return the encoder that uses them.
+    """Choose chat template, date and end tokens, and return an encoder with them.
 
-    rows: the training rows. Also returns the data section with these values, and the values that the recipe left open,
-    by key, with their origin.
+    rows: the training rows. Also returns the data section with these values, and the values that were not set in the
+    recipe, by key, with their origin.
     """
     from distillm_cli.models.chat_format import default_end_token, set_chat_template, set_languages, set_stop_tokens
 
@@ -330,21 +330,21 @@ def _encoder(
 
 
 def _chosen_template(data: DataConfig, pair: Pair, rows: Rows, listener: Listener) -> tuple[str, str] | None:
-    """Return the template for rows where the recipe leaves it open, and its origin; None where it does not."""
+    """Return the template for rows and its origin if it is not set in the recipe; else None."""
     both_chat = all(template is not None for template in pair.templates.values())
-    settled = resolve_auto_template(rows, both_chat) if data.template == "auto" else None
-    if settled is None:
+    selected = resolve_auto_template(rows, both_chat) if data.template == "auto" else None
+    if selected is None:
         return None
-    template, why = settled
+    template, why = selected
     other = {"chat": "alpaca", "alpaca": "chat"}.get(template)
     has_choice = other is not None and both_chat and any(row.messages is None for row in rows)
-    choice = f"; --set data.template={other} chooses the other form" if has_choice else ""
+    choice = f"; --set data.template={other} selects the other one" if has_choice else ""
     listener(Note(f"template {template}: {why}{choice}"))
     return template, f"auto: {why}"
 
 
 def _chosen_date(recipe: Recipe, data: str) -> tuple[str, str]:
-    """Return the date that chat templates see where the recipe gives none, and where it is from."""
+    """Return the date for chat templates and its origin, if it is not set in the recipe."""
     if recipe.method != "sft" and recipe.teacher.cache in ("disk", "auto"):
         cache_date = cached_date(cache_root(recipe.teacher.cache_dir), str(recipe.teacher.path), data)
         if cache_date is not None:
@@ -353,14 +353,14 @@ def _chosen_date(recipe: Recipe, data: str) -> tuple[str, str]:
 
 
 def _check_held_out(recipe: Recipe, rows: Rows, listener: Listener) -> None:
-    """Raise DataError where checkpoints are selected by held-out responses and there are none."""
+    """Raise DataError if checkpoints are selected by held-out responses and there are none."""
     if recipe.needs_responses or any(row.is_answered for row in rows):
         return
     if recipe.train.select != "last":
         raise DataError(
             "data.no_held_out_rows",
             f"{rows.name}: no held-out row has a response, and train.select = {recipe.train.select} needs them",
-            hint="name rows with responses with --set data.valid=FILE, or try --set train.select=last",
+            hint="set rows with responses with --set data.valid=FILE, or try --set train.select=last",
         )
     listener(Note(f"{rows.name}: no held-out row has a response: no validation"))
 
@@ -382,7 +382,9 @@ def new_order(recipe: Recipe, examples: Examples) -> Order:
 
 
 def _checkpoint_activations(student: Backbone) -> None:
-    enable = getattr(student.model, "activation_checkpointing_enable", None)  # transformers 5.2x; the older name before
+    enable = getattr(
+        student.model, "activation_checkpointing_enable", None
+    )  # transformers 5.2x; earlier versions use the other name
     (enable or student.model.gradient_checkpointing_enable)()
 
 
@@ -396,9 +398,9 @@ def _warn_of_longrope(pair: Pair, longest: int, listener: Listener) -> None:
 
 
 def _check_heads(pair: Pair, context: int | None, listener: Listener) -> None:
-    """Compare logits of each head with the model's own on a few tokens; warn where they differ and use the model's own.
+    """Compare logits of each head with the model's own on a few tokens; if they differ, warn and use the model's own.
 
-    A head treats every state alike, so a few arbitrary tokens are enough.
+    A head treats all states alike, so a few arbitrary tokens suffice.
     """
     half = max(1, min(_PROBE_TOKENS, context or _PROBE_TOKENS) // 2)
     ids = np.arange(1, half + 1, dtype=np.int32) % pair.vocab
@@ -409,6 +411,7 @@ def _check_heads(pair: Pair, context: int | None, listener: Listener) -> None:
             kind = model.model.config.model_type
             listener(
                 Warned(
-                    f"the {name}'s head ({kind}) is not a plain matrix product: using the model's own logits, slower"
+                    f"the {name}'s head ({kind}) is not a plain matrix product: using the model's own logits, which "
+                    "is slower"
                 )
             )

@@ -28,7 +28,7 @@ _MAX_COUNT = 2**31  # rows, and samples of a row
 
 @dataclass(frozen=True)
 class PromptSource:
-    """Describe where prompts come from (exactly one of data, prompts and input), how many, and the samples of each."""
+    """Describe the source of prompts (exactly one of data, prompts and input), their number, and the samples of each."""
 
     data: str | None = None
     split: Split | None = None
@@ -43,27 +43,29 @@ def check_request(source: PromptSource, output: str | None, *, resume: bool, ove
     sources = {"--data": source.data, "--prompt": source.prompts, "--input": source.input}
     given = [flag for flag, value in sources.items() if value is not None]
     if len(given) != 1:
-        what = f"{' and '.join(given)} exclude each other" if given else "no prompts"
-        raise UsageError("usage.no_prompts", what, hint="give one of --data SOURCE, --prompt TEXT, --input FILE")
+        hint = "use one of --data SOURCE, --prompt TEXT, --input FILE"
+        if not given:
+            raise UsageError("usage.no_prompts", "no prompts", hint=hint)
+        raise UsageError("usage.exclusive_options", f"{' and '.join(given)} are mutually exclusive", hint=hint)
     for flag, count in (("--limit", source.limit), ("--n", source.samples)):
         if count is not None and not 1 <= count < _MAX_COUNT:
-            raise UsageError("usage.invalid_value", f"{flag} = {count}", where="expected a whole number ≥ 1 and < 2^31")
+            raise UsageError("usage.invalid_value", f"{flag} = {count}", where="expected an integer ≥ 1 and < 2^31")
     if any(not text.strip() for text in source.prompts or ()):
         raise UsageError(
             "usage.invalid_value",
-            "an empty --prompt",
+            "empty --prompt",
             where="training rows may not have one either",
-            hint="give it a text",
+            hint="set a text",
         )
     if source.split is not None and source.data is None:
         raise UsageError(
-            "usage.unused_option", f"--split {source.split} without --data", hint="drop it, or give --data"
+            "usage.unused_option", f"--split {source.split} without --data", hint="remove it, or use --data"
         )
     if source.split not in (None, "train", "valid", "test"):
         raise UsageError("usage.invalid_value", f"--split = {source.split}", where="expected train, valid or test")
     if output is None and (resume or overwrite):
         raise UsageError(
-            "usage.no_output", f"{'--resume' if resume else '--overwrite'} without --output", hint="give --output FILE"
+            "usage.no_output", f"{'--resume' if resume else '--overwrite'} without --output", hint="use --output FILE"
         )
     if output is not None:
         ResponseFile(Path(output), resume=resume, overwrite=overwrite)
@@ -72,7 +74,7 @@ def check_request(source: PromptSource, output: str | None, *, resume: bool, ove
 
 
 def _check_not_read(source: PromptSource, output: Path) -> None:
-    """Raise UsageError where the file to be replaced is one that the prompts are read from."""
+    """Raise UsageError if the file to replace is an input of the prompts."""
     for flag, name in (("--data", source.data), ("--input", source.input)):
         place = None if name is None or name == "-" else local_path(name)
         if place is None or not output.exists():
@@ -82,7 +84,7 @@ def _check_not_read(source: PromptSource, output: Path) -> None:
             if path.exists() and (output.samefile(path) or output.resolve().parent == path.resolve()):
                 raise UsageError(
                     "usage.output_is_input",
-                    f"--output {output} is among what {flag} {name} reads",
+                    f"--output {output} is an input of {flag} {name}",
                     hint="choose another --output",
                 )
 
@@ -98,11 +100,11 @@ def read_prompts(source: PromptSource, data: DataConfig, listener: Listener) -> 
     is_text_file = source.input is not None and path_kind(path) != "directory" and format_of(path) is None
     if source.input == "-" or is_text_file:
         return _lines(name, data, listener)[: source.limit]
-    # A model's own recipe may limit its training rows and name validation rows: neither concerns the prompts.
+    # A model's own recipe may limit its training rows and name validation rows, which do not apply to the prompts.
     data = data.model_copy(update={"source": name, "valid": None, "limit": None})
     # The test split of a single file is the whole file.
     split: Split = source.split or ("test" if path_kind(path) == "file" else "train")
-    stand_in = source.split is None  # a split that the user names is required
+    stand_in = source.split is None  # a split named by the user is required
     return list(load_rows(data, split, listener=listener, require_output=False, limit=source.limit, stand_in=stand_in))
 
 
@@ -118,7 +120,7 @@ def _lines(source: str, data: DataConfig, listener: Listener) -> list[Row]:
     name = "stdin" if source == "-" else Path(source).name
     numbered = [(f"{name}:{number}", line.rstrip("\r")) for number, line in enumerate(lines, start=1) if line.strip()]
     if not numbered:
-        raise DataError("data.no_rows", f"{name}: no prompts in it", hint="one per line")
+        raise DataError("data.no_rows", f"{name}: no prompts", hint="one per line")
     rows = []
     for where, line in numbered:
         try:
@@ -142,9 +144,9 @@ def _lines(source: str, data: DataConfig, listener: Listener) -> list[Row]:
 
 
 def exact_texts(rows: list[Row], ids: list[np.ndarray], encoder: Encoder, listener: Listener) -> list[str]:
-    """Return each prompt as text that gives the same tokens when it is read as the exact prompt of a row.
+    """Return each prompt as text that has the same tokens as the exact prompt of a row.
 
-    A chat template writes the beginning-of-sequence token itself, while the encoder adds it to an exact prompt. Rows of
+    A chat template adds the beginning-of-sequence token itself, while the encoder adds it to an exact prompt. Rows of
     messages are read as messages, so the text of their prompt does not matter.
     """
     texts = [encoder.renderer.prompt(row) for row in rows]
@@ -160,5 +162,5 @@ def exact_texts(rows: list[Row], ids: list[np.ndarray], encoder: Encoder, listen
         texts[i] = exact[0] if exact else texts[i]
         inexact += not exact and rows[i].messages is None
     if inexact:
-        listener(Warned(f"{inexact:,} chat prompts cannot be written so that they read back as the same tokens"))
+        listener(Warned(f"{inexact:,} chat prompts cannot be written as text with the same tokens"))
     return texts

@@ -40,9 +40,9 @@ def publish_model(
 ) -> None:
     """Write the student, its tokenizer and its card into ``output``, where ``from_pretrained(output)`` finds them.
 
-    report: by model name. measured_on: the rows and how responses were decoded, in words. Raises StorageError.
+    report: by model name. measured_on: description of the rows and of the decoding. Raises StorageError.
     """
-    hint = "free some space, then type the command again with --resume: nothing is trained again"
+    hint = "free disk space, then run the command again with --resume: the training is not repeated"
     with storing(f"cannot write the model into {output}", hint), output_dir.publishing(output) as staged:
         run.export_model(staged)
         task = "text2text-generation" if run.student.is_encoder_decoder else "text-generation"
@@ -58,7 +58,7 @@ def model_card(
     """Return the model card: Markdown with the front matter that the hub reads.
 
     report: by model name, with ``valid_loss`` and ``scores``. task: the hub's name for the model's task.
-    measured_on: the rows and how responses were decoded, in words.
+    measured_on: description of the rows and of the decoding.
     """
     recipe = resolved.recipe
     student = recipe.student
@@ -79,14 +79,14 @@ def model_card(
         "steps": f"{state.step:,} ({', '.join(f'{n:,} {source}' for source, n in sorted(state.sources.items()))})",
         "supervised tokens": f"{state.tokens:,}",
         "seed": recipe.train.seed,
-        "made with": f"distillm {distillm_cli.__version__}",
+        "created with": f"distillm {distillm_cli.__version__}",
     }
     lines += [f"- **{name}**: {value}" for name, value in facts.items() if value is not None]
     lines += ["", *_usage(task, student)]
     titles = {model_title(name, recipe): model for name, model in report.items()}
     lines += ["", "## Held-out figures", "", *_figures_table(titles)]
     lines += ["", f"{measured_on[0].upper()}{measured_on[1:]}.", ""]
-    lines += ["Valid CE: mean cross-entropy per response token, nats. `recipe.yaml` holds every setting.", ""]
+    lines += ["Valid CE: mean cross-entropy per response token, nats. `recipe.yaml` has all settings.", ""]
     return redact("\n".join(lines))
 
 
@@ -117,7 +117,7 @@ def _is_hub_name(path: str) -> bool:
 
 
 def _card_of(path: str) -> dict[str, Any]:
-    """Return the hub name of the base model and the license in the card of a model, where it is on this machine."""
+    """Return the hub name of the base model and the license in the card of a local model."""
     directory = Path(path).expanduser()
     card = directory / output_dir.CARD if directory.is_dir() else None
     if card is None and _is_hub_name(path):
@@ -127,7 +127,7 @@ def _card_of(path: str) -> dict[str, Any]:
     try:
         front = yaml.safe_load(card.read_text(encoding="utf-8").split("---\n", 2)[1])
         found = {key: front[key] for key in ("base_model", "license") if isinstance(front.get(key), str)}
-    except (AttributeError, IndexError, OSError, ValueError, yaml.YAMLError):  # a card without front matter
+    except (AttributeError, IndexError, OSError, ValueError, yaml.YAMLError):  # no card, or one without front matter
         return {}
     if "base_model" in found and not _is_hub_name(found["base_model"]):
         del found["base_model"]
@@ -172,7 +172,7 @@ def _usage(task: str, student: StudentConfig) -> list[str]:
         "print(tokenizer.decode(outputs[0], skip_special_tokens=True))",
         "```",
         "",
-        "With the template that it was trained with: `distillm generate --model . --prompt 'Name three rivers.'`",
+        "With the template of the training: `distillm generate --model . --prompt 'Name three rivers.'`",
     ]
 
 
@@ -181,7 +181,7 @@ def _trained_part(student: StudentConfig) -> str | None:
         return None
     what = f"a LoRA adapter of rank {student.lora.r}"
     is_adapter = student.lora_output == "adapter"
-    return f"{what}; this directory is the adapter alone" if is_adapter else f"{what}, merged into the weights"
+    return f"{what}; this directory has only the adapter" if is_adapter else f"{what}, merged into the weights"
 
 
 def _figures_table(report: Mapping[str, Any]) -> list[str]:

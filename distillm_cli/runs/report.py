@@ -1,6 +1,6 @@
 """Measure a run's models on its held-out rows: at the end of training, or to select checkpoints.
 
-Metrics are slow to import, so they are imported only where responses are scored.
+Metrics are slow to import, so they are imported only to score responses.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from distillm_cli.evaluation.evaluate import SuiteResult
     from distillm_cli.models.backbone import Backbone
 
-# The models of a report. FINE_TUNED: after the fine-tuning stage, where there is one.
+# The models of a report. FINE_TUNED: after the fine-tuning stage, if there is one.
 BEFORE = "student before"
 FINE_TUNED = "student after sft"
 AFTER = "student after"
@@ -52,7 +52,7 @@ class ModelReport:
 
 
 def labels(state: TrainerState, recipe: Recipe) -> dict[str, str]:
-    """Return the models' names with the step of their weights, for people. Fine-tuning has no student: "model before"."""
+    """Return the models' display names with the step of their weights. Fine-tuning has no student: "model before"."""
     final_step = state.step if state.best_step is None else state.best_step
     start = FINE_TUNED if recipe.student.sft_epochs else BEFORE
     names = {BEFORE: BEFORE, TEACHER: TEACHER, start: f"{start}, step 0", AFTER: f"{AFTER}, step {final_step:,}"}
@@ -60,7 +60,7 @@ def labels(state: TrainerState, recipe: Recipe) -> dict[str, str]:
 
 
 def model_title(name: str, recipe: Recipe) -> str:
-    """Return a model's name without its step, for people."""
+    """Return a model's display name without its step."""
     return name.replace("student", "model", 1) if recipe.method == "sft" else name
 
 
@@ -70,18 +70,18 @@ def selects_by_metric(recipe: Recipe) -> bool:
 
 
 def check_selection_metric(recipe: Recipe) -> None:
-    """Raise UsageError where checkpoints are selected by a metric and no responses are generated."""
+    """Raise UsageError if checkpoints are selected by a metric and no responses are generated."""
     if selects_by_metric(recipe) and not recipe.eval.report_rows:
-        what = f"train.select = {recipe.train.select} is measured on eval.report_rows held-out rows, and that is 0"
+        what = f"train.select = {recipe.train.select} needs eval.report_rows held-out rows, but that is 0"
         raise UsageError(
             "usage.invalid_selection", what, hint="try --set eval.report_rows=100, or --set train.select=valid_loss"
         )
 
 
 def check_can_generate(run: Prepared) -> None:
-    """Raise ModelError where a model that the run samples from, or selects checkpoints by, cannot generate.
+    """Raise ModelError if a model that the run samples from, or selects checkpoints by, cannot generate.
 
-    The report at the end does not require responses. Raises UsageError where the metric that selects checkpoints is
+    The report at the end does not require responses. Raises UsageError if the metric that selects checkpoints is
     undefined on the held-out rows.
     """
     for model in sampling_models(run) + ([run.student] if selects_by_metric(run.recipe) else []):
@@ -100,7 +100,7 @@ class Report:
     """Measure student before, student after and teacher on the same held-out rows, one pass of generation each.
 
     Everything is measured after the last step: the student's initial weights are loaded or built again, and the teacher
-    is loaded again where it was released. Figures, prompts, references and responses are saved under ``directory``. After
+    is loaded again if it was released. Figures, prompts, references and responses are saved under ``directory``. After
     a fine-tuning stage, "student before" and the fine-tuned student are read from that stage's report.
     """
 
@@ -122,7 +122,7 @@ class Report:
 
         run = self.run
         self.labels = labels(trainer.state, run.recipe)
-        trainer.optimizer.state.clear()  # no longer needed; makes room for the teacher, which may be loaded again
+        trainer.optimizer.state.clear()  # no longer needed; frees memory for the teacher, which may be loaded again
         teacher = run.pair.teacher
         if teacher is not None and trainer.teacher is not None and trainer.teacher.has_released_model:
             teacher = reload_teacher(run.recipe, run.pair, run.device)
@@ -138,13 +138,13 @@ class Report:
         return reports
 
     def _all_can_generate(self, models: Mapping[str, Backbone | None]) -> bool:
-        """Return whether there are rows to respond to and every model can generate; warn where one cannot."""
+        """Return whether there are rows to respond to and every model can generate; warn if one cannot."""
         for name, model in models.items() if self.suite.rows else ():
             try:
                 if model is not None:
                     model.check_decoding()
             except ModelError as error:
-                self.listener(Warned(f"no answers in the table, losses only: the {name} has none ({error.what})"))
+                self.listener(Warned(f"no responses in the table, only losses; {name}: {error.what}"))
                 return False
         return bool(self.suite.rows)
 
@@ -188,7 +188,7 @@ class Report:
 
     @property
     def measured_on(self) -> str:
-        """Return in words which rows were measured, and how responses were decoded."""
+        """Describe the measured rows and the decoding of responses."""
         rows = counted(len(self.run.valid), "held-out row")
         answered = len(self.suite.rows)
         config = self.config
@@ -204,7 +204,7 @@ class Report:
         return f"valid CE on {rows}; scores{subset} {decoding}, in {self._precision()}"
 
     def _precision(self) -> str:
-        """Return the dtype that the models decode in, in words: that of their weights."""
+        """Describe the dtype that the models decode in: that of their weights."""
         run = self.run
         student = dtype_name(run.student.model.dtype)
         if run.pair.teacher is None:

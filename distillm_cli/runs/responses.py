@@ -1,7 +1,7 @@
-"""Write the file of ``generate``: complete lines in order. It can be resumed, and is overwritten only on request.
+"""Write the output file of ``generate`` as complete lines in order, so that it can be resumed.
 
-The settings of a file are in a hidden file beside it, ``.NAME.generate.json``, so that the rows stay plain data and a
-resume can tell whether they are still the same.
+The settings of a file are in a hidden file next to it, ``.NAME.generate.json``, so that the rows stay plain data and a
+resume can check that the settings are unchanged.
 """
 
 from __future__ import annotations
@@ -24,17 +24,20 @@ class ResponseFile:
     """Write an output file. count: number of complete rows in it."""
 
     def __init__(self, path: Path, *, resume: bool, overwrite: bool):
-        """Raise UsageError for a path that cannot be used; nothing is written yet."""
+        """Raise UsageError for a path that cannot be used. Nothing is written yet."""
         if path.suffix != ".jsonl":
             raise UsageError(
-                "usage.no_directory", f"--output {path}", where="rows are JSON lines", hint=f"try --output {path}.jsonl"
+                "usage.invalid_value",
+                f"--output {path}",
+                where="rows are JSON lines",
+                hint=f"try --output {path}.jsonl",
             )
         if resume and overwrite:
             raise UsageError(
-                "usage.exclusive_options", "--resume and --overwrite exclude each other", hint="give one of them"
+                "usage.exclusive_options", "--resume and --overwrite are mutually exclusive", hint="choose one of them"
             )
         if path.is_dir():
-            raise UsageError("usage.output_exists", f"--output {path} is a directory", hint="give a file")
+            raise UsageError("usage.output_exists", f"--output {path} is a directory", hint="choose a file")
         self.path = path
         self.resume = resume
         self.overwrite = overwrite
@@ -45,23 +48,23 @@ class ResponseFile:
 
     def _check_free(self) -> None:
         if self.path.exists() and not (self.resume or self.overwrite):
-            hint = "choose another, or give --resume to continue or --overwrite to start over"
+            hint = "choose another, or use --resume to continue or --overwrite to start over"
             raise UsageError("usage.output_exists", f"--output {self.path} exists", hint=hint)
 
     def begin(self, settings: Mapping[str, Any], expected: SequenceOf[Mapping[str, Any]]) -> None:
         """Create or empty the file; on a resume of one that exists, check it and count its rows.
 
-        settings: everything that shapes the rows. expected: fields that each row must have, in order. Raises CheckpointError
-        where the file has other settings or was changed, StorageError where it cannot be written, UsageError where another
-        process is writing it.
+        settings: everything that affects the rows. expected: fields that each row must have, in order. Raises
+        CheckpointError if the file has other settings or was changed, StorageError if it cannot be written,
+        UsageError if another process is writing it.
         """
         is_new = not self.path.exists()
         with _writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.open("ab").close()  # it must be writable also where the system has no locks
+            self.path.open("ab").close()  # it must be writable even if the system has no locks
             self._lock.enter_context(locked(self.path, self._refuse))
         if not is_new:
-            self._check_free()  # again: another run may have written it while the model was loaded
+            self._check_free()  # checked again: another run may have written it while the model was loaded
         if self.resume and not is_new:
             self._compare(settings)
             self.count = self._verify(expected)
@@ -98,7 +101,7 @@ class ResponseFile:
             recorded = json.loads(self.record.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise CheckpointError(
-                "checkpoint.damaged", f"how {self.path} was made is not known: no {self.record.name}", hint=hint
+                "checkpoint.damaged", f"the settings of {self.path} are not known: no {self.record.name}", hint=hint
             ) from None
         changed = [key for key, value in settings.items() if recorded.get(key) != value]
         if changed:
@@ -108,18 +111,18 @@ class ResponseFile:
             difference = f"was {values[0]}, now {values[1]}" if are_short else "differ"
             more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
             raise CheckpointError(
-                "checkpoint.changed", f"{self.path} was made otherwise: {key} {difference}{more}", hint=hint
+                "checkpoint.changed", f"{self.path} has other settings: {key} {difference}{more}", hint=hint
             )
 
     def _verify(self, expected: SequenceOf[Mapping[str, Any]]) -> int:
-        """Return the number of complete rows; a part of a line at the end, from an interrupted write, is removed."""
+        """Return the number of complete rows; an incomplete line at the end, from an interrupted write, is removed."""
         raw = self.path.read_bytes()
         complete = raw[: raw.rfind(b"\n") + 1]
         lines = complete.split(b"\n")[:-1]
         if len(lines) > len(expected):
             raise CheckpointError(
                 "checkpoint.damaged",
-                f"{self.path} has {len(lines)} rows, {len(expected)} are expected",
+                f"{self.path} has {len(lines)} rows, expected {len(expected)}",
                 hint=START_OVER,
             )
         for number, (line, fields) in enumerate(zip(lines, expected, strict=False), start=1):
@@ -130,7 +133,7 @@ class ResponseFile:
                 is_same = False
             if not is_same:
                 raise CheckpointError(
-                    "checkpoint.changed", f"{self.path}:{number} is not the row that belongs there", hint=START_OVER
+                    "checkpoint.changed", f"{self.path}:{number} is not the expected row", hint=START_OVER
                 )
         if len(complete) < len(raw):
             with _writing(self.path):
@@ -139,4 +142,4 @@ class ResponseFile:
 
 
 def _writing(path: Path) -> AbstractContextManager[None]:
-    return storing(f"cannot write {path}", "free some space, or choose another --output")
+    return storing(f"cannot write {path}", "free disk space, or choose another --output")

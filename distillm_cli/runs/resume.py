@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from distillm_cli.models.backbone import Backbone
 
 
-# Fields with a value that the run chooses at its start and a resume reuses; here the values that leave them open.
+# Fields with a value that the run chooses at its start and a resume reuses, with their values when not set.
 _CHOSEN_AT_START = {"data.template": "auto", "data.date": None}
 
 
@@ -35,7 +35,7 @@ def with_recorded_values(resolved: Resolved, output: Path) -> Resolved:
     """Return the recipe with the values that the run in ``output`` chose when it started."""
     try:
         recorded = load_resolved(output / output_dir.RECIPE)
-    except RecipeError:  # damaged or missing: differences are found in the checkpoint's own copy
+    except RecipeError:  # damaged or missing: differences are found by the checkpoint's own copy
         return resolved
     chosen = {}
     for key, open_value in _CHOSEN_AT_START.items():
@@ -45,8 +45,8 @@ def with_recorded_values(resolved: Resolved, output: Path) -> Resolved:
     return with_resolved_values(resolved, chosen)
 
 
-# Settings that a resume may change, apart from those that no step depends on: how often it saves, what it exports, and how
-# long it runs, which ``check_total_steps`` checks.
+# Settings that a resume may change, apart from those that no step depends on: how often it saves, what it exports, and
+# its number of steps, which ``check_total_steps`` checks.
 _MAY_CHANGE = ("train.save_steps", "student.save_dtype", "train.steps", "train.epochs")
 
 
@@ -55,7 +55,7 @@ def find_checkpoint(
 ) -> Checkpoint | None:
     """Return the newest checkpoint of a run; None without one, if none is required.
 
-    moved_inputs: dotted keys of inputs whose paths may have changed; they are known to be the same. Raises CheckpointError
+    moved_inputs: dotted keys of inputs that are unchanged but whose paths may differ. Raises CheckpointError
     for a checkpoint of another recipe or an unreadable one.
     """
     checkpoint = latest(output / output_dir.CHECKPOINTS)
@@ -70,15 +70,15 @@ def find_checkpoint(
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise CheckpointError(
             "checkpoint.changed",
-            f"the checkpoint is of another recipe: {key} was {then!r}, now {now!r}{more}",
+            f"the checkpoint has another recipe: {key} was {then!r}, now {now!r}{more}",
             where=str(checkpoint.path),
-            hint="resume with the settings it was started with, or choose another --output",
+            hint="resume with the original settings, or choose another --output",
         )
     return checkpoint
 
 
 def _check_readable(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError where a part of the checkpoint's state is missing, or another version wrote it."""
+    """Raise CheckpointError if a part of the checkpoint's state is missing, or another version wrote it."""
     if absent := [part for part in ("progress", "recipe") if not isinstance(checkpoint.state.get(part), dict)]:
         what = f"checkpoint unreadable: its state.json has no {absent[0]}"
         raise CheckpointError("checkpoint.damaged", what, where=str(checkpoint.path), hint=START_OVER)
@@ -91,19 +91,19 @@ def _changed_settings(
     checkpoint: Checkpoint, recipe: Recipe, moved_inputs: Collection[str]
 ) -> list[tuple[str, object, object]]:
     """Return the settings that shape steps and differ from the checkpoint's: key, value then, value now."""
-    now = json.loads(json.dumps(fixed_values(recipe)))  # as the checkpoint's values were written
+    now = json.loads(json.dumps(fixed_values(recipe)))  # in the form of the checkpoint's values
     then = checkpoint.state["recipe"]
     return [
         (key, then.get(key), now.get(key))
         for key in sorted(then.keys() | now.keys())
         if key not in (*_MAY_CHANGE, *moved_inputs)
         and not _is_same_value(then.get(key), now.get(key))
-        and _shapes_steps(key, now.get)
+        and _affects_steps(key, now.get)
     ]
 
 
 def check_same_inputs(checkpoint: Checkpoint, inputs: Mapping[str, str]) -> None:
-    """Raise CheckpointError where models or rows are not those that the run was started with.
+    """Raise CheckpointError if models or rows differ from those at the start of the run.
 
     inputs: fingerprints by name; the student's is of its initial weights, before the checkpoint's are loaded.
     """
@@ -113,13 +113,13 @@ def check_same_inputs(checkpoint: Checkpoint, inputs: Mapping[str, str]) -> None
                 "checkpoint.changed",
                 f"the {name} {'have' if name.endswith('s') else 'has'} changed since the run was started",
                 where=str(checkpoint.path),
-                hint="put back what it was started with, or choose another --output",
+                hint="restore the original, or choose another --output",
             )
 
 
 @contextmanager
 def as_checkpoint_error(checkpoint: Checkpoint) -> Iterator[None]:
-    """Turn every failure to read a complete checkpoint into CheckpointError: another version wrote it."""
+    """Turn every failure to read a complete checkpoint, which another version wrote, into CheckpointError."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, OSError) as error:
@@ -128,7 +128,7 @@ def as_checkpoint_error(checkpoint: Checkpoint) -> Iterator[None]:
         message = " ".join(str(error).split())[:200]
         raise CheckpointError(
             "checkpoint.other_version",
-            f"the checkpoint is whole, but not as this version writes them ({type(error).__name__}: {message})",
+            f"the checkpoint is complete, but from an incompatible version ({type(error).__name__}: {message})",
             where=str(checkpoint.path),
             hint=f"resume with the version that wrote it, or {START_OVER}",
         ) from error
@@ -146,27 +146,27 @@ def check_total_steps(checkpoint: Checkpoint, steps: int, steps_per_epoch: int, 
             "checkpoint.changed",
             f"the run was started with {earlier_steps:,} steps, now it has {steps:,}",
             where=str(checkpoint.path),
-            hint="resume with as many or more, or choose another --output",
+            hint="resume with at least as many steps, or choose another --output",
         )
     if steps > earlier_steps:
         listener(
             Warned(
-                f"the run is longer than it was: {steps:,} steps instead of {earlier_steps:,}. The learning rate, and "
-                "what else depends on the progress of the run, follows the longer run from step "
-                f"{step + 1:,} on, so the result differs from that of an uninterrupted run"
+                f"the run is longer than before: {steps:,} steps instead of {earlier_steps:,}. The learning rate and "
+                f"other values that depend on progress follow the longer run from step {step + 1:,} on, so the "
+                "result differs from that of an uninterrupted run"
             )
         )
 
 
 def _is_same_value(then: object, now: object) -> bool:
-    """Return whether two values are equal, or two spellings of one path."""
+    """Return whether two values are equal, or refer to the same path."""
     if then == now or not (isinstance(then, str) and isinstance(now, str)):
         return then == now
     left, right = (Path(text).expanduser() for text in (then, now))
     return left.exists() and right.exists() and left.samefile(right)
 
 
-def _shapes_steps(key: str, now: ValueOf) -> bool:
+def _affects_steps(key: str, now: ValueOf) -> bool:
     """Return whether the steps depend on a field: checkpoints also contain fields that the run does not read."""
     return key not in leaves() or is_used(key, now)
 
@@ -187,7 +187,7 @@ def best_checkpoint(output: Path) -> Checkpoint:
 
 
 def restore_student(student: Backbone, checkpoint: Checkpoint) -> None:
-    """Load a checkpoint's weights into the student. Raises CheckpointError where an adapter's base model has changed."""
+    """Load a checkpoint's weights into the student. Raises CheckpointError if an adapter's base model has changed."""
     with as_checkpoint_error(checkpoint):
         student.load_state(checkpoint_weights(student, checkpoint))
 
@@ -202,8 +202,8 @@ def checkpoint_weights(student: Backbone, checkpoint: Checkpoint) -> Mapping[str
     if not frozen.is_file() or frozen.read_text(encoding="utf-8") != frozen_digest(student.adapter):
         raise CheckpointError(
             "checkpoint.changed",
-            "the model under the adapter is not the one that this run started with",
+            "the base model of the adapter has changed since the run started",
             where=str(checkpoint.path),
-            hint=f"put back the weights of {student.adapter.config.base_model_name_or_path}, or start over",
+            hint=f"restore the weights of {student.adapter.config.base_model_name_or_path}, or start over",
         )
     return student.adapter.read(checkpoint.path)

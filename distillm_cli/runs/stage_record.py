@@ -1,10 +1,10 @@
 """Record the inputs and outputs of a pipeline's stages, in ``OUTPUT/STAGE/stage.json``.
 
-A stage's fingerprint is the SHA-256 of everything that its result depends on: its verb and settings (not the directory of a
-cache, for instance), the version of each stage that it reads, and the identity of its local inputs. The identity of data
-files, configs and tokenizers is the SHA-256 of their bytes. That of weights is their size and 64 blocks of 64 KiB spread
-over the file: training changes every tensor, a copy or a `touch` none, and a large model need not be read in full at every
-start. Hub models and data sets are identified by name and revision.
+A stage's fingerprint is the SHA-256 of everything that its result depends on: its verb and settings (not the directory
+of a cache, for instance), the version of each stage that it reads, and the identity of its local inputs. The identity
+of data files, configs and tokenizers is the SHA-256 of their bytes. That of weights is their size and 64 blocks of 64
+KiB spread over the file: training changes every tensor, while a copy or a `touch` changes none, and a large model need
+not be read completely at every start. Hub models and data sets are identified by name and revision.
 
 The files of a finished stage are identified in the same way: rows and configs by their bytes, weights by size and blocks.
 """
@@ -48,9 +48,9 @@ _NOT_SHAPING = ("data.workers", "eval.report_rows", "eval.batch_size")
 class StageRecord:
     """Hold the content of ``stage.json``.
 
-    status: "starting" (files of an earlier version may still exist), "started" or "done". of: what the fingerprint is made
-    of. made: the name of this version of the stage. files: for a finished stage, the identities of its main files by
-    relative path. result: the object of its verb.
+    status: "starting" (files of an earlier version may still exist), "started" or "done". of: the inputs of the
+    fingerprint. made: the name of this version of the stage. files: for a finished stage, the identities of its main
+    files by relative path. result: the object of its verb.
     """
 
     stage: str
@@ -67,7 +67,7 @@ class StageRecord:
 def read_record(place: Path) -> StageRecord | None:
     """Return the record in a stage's directory; None without one.
 
-    Raises CheckpointError, and UsageError where the directory has files but no record: a pipeline does not touch it.
+    Raises CheckpointError, and UsageError if the directory has files but no record: a pipeline does not change it.
     """
     path = place / RECORD
     if not path.exists():
@@ -89,14 +89,14 @@ def read_record(place: Path) -> StageRecord | None:
             )
         record = StageRecord(**content)
         if not all(isinstance(record.of.get(part), dict) for part in ("settings", "reads", "files")):
-            raise ValueError("it does not record what the stage was made of")
+            raise ValueError("it has no inputs of the stage")
         return record
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError("checkpoint.damaged", f"{path} cannot be read ({error})", hint=hint) from error
 
 
 def write_record(place: Path, record: StageRecord) -> None:
-    """Write the record, whole or not at all. Raises StorageError."""
+    """Write the record atomically. Raises StorageError."""
     with storing(f"cannot write to {place}", "choose another --output"):
         place.mkdir(parents=True, exist_ok=True)
         atomic_write(place / RECORD, json.dumps(asdict(record), indent=1, ensure_ascii=False) + "\n")
@@ -105,7 +105,7 @@ def write_record(place: Path, record: StageRecord) -> None:
 def start_record(stage: Stage, of: Mapping[str, Any], before: StageRecord | None) -> StageRecord:
     """Return the record of a stage that is about to run.
 
-    Where ``before`` has the same fingerprint, the stage is resumed and keeps its version name and files.
+    If ``before`` has the same fingerprint, the stage is resumed with its version name and files.
     """
     fingerprint = stage_fingerprint(of)
     if before is not None and before.fingerprint == fingerprint:
@@ -117,7 +117,7 @@ def start_record(stage: Stage, of: Mapping[str, Any], before: StageRecord | None
 def finished_record(record: StageRecord, stage: Stage, place: Path, result: Mapping[str, Any]) -> StageRecord:
     """Return the record of a stage that is done.
 
-    Where its files were finished before and have changed (rows that somebody corrected), it gets a new version name, so that
+    If its files were finished before and have changed (rows that a user corrected), it gets a new version name, so that
     the stages that read it run again.
     """
     made = _new_version() if record.files and not is_intact(record, place) else record.made
@@ -134,7 +134,7 @@ def stage_fingerprint(of: Mapping[str, Any]) -> str:
 
 
 def stage_output(stage: Stage, place: Path) -> Path:
-    """Return the path of what a stage makes: a model directory, or a file of rows."""
+    """Return the path of a stage's output: a model directory, or a file of rows."""
     return place / SAMPLES if stage.verb == "generate" else place
 
 
@@ -154,11 +154,11 @@ def is_intact(record: StageRecord, place: Path) -> bool:
 def _is_unchanged(known: str | int, path: Path) -> bool:
     if not path.is_file():
         return False
-    # Earlier versions recorded the size alone.
+    # Earlier versions recorded only the size.
     return path.stat().st_size == known if isinstance(known, int) else _identity(path) == known
 
 
-def shaping_of(stage: Stage, made: Mapping[str, str]) -> dict[str, Any]:
+def fingerprint_inputs(stage: Stage, made: Mapping[str, str]) -> dict[str, Any]:
     """Return everything that a stage's result depends on. made: version names of the other stages, by stage name."""
     recipe = stage.resolved.recipe
     if stage.verb in ("sft", "distill"):
@@ -243,14 +243,14 @@ def _identity(path: Path) -> str:
 
 @contextmanager
 def lock_pipeline(output: Path) -> Iterator[None]:
-    """Lock the directory against other pipelines. Raises UsageError where one is running in it, StorageError."""
+    """Lock the directory against other pipelines. Raises UsageError if one is running in it, StorageError."""
 
     def busy() -> None:
-        what = f"another `distillm run` is at work in {output}"
+        what = f"another `distillm run` is active in {output}"
         raise UsageError("usage.output_in_use", what, hint="wait for it, or choose another --output")
 
     if output.is_file():
-        raise UsageError("usage.output_exists", f"--output {output} is a file", hint="give a directory")
+        raise UsageError("usage.output_exists", f"--output {output} is a file", hint="choose a directory")
     with storing(f"cannot write to {output}", "choose another --output"):
         output.mkdir(parents=True, exist_ok=True)
     with locked(output, busy):

@@ -1,6 +1,6 @@
-"""Start a training run: claim its output directory and read its rows while torch is being imported.
+"""Start a training run: lock its output directory and read its rows while torch is being imported.
 
-Imports nothing slow itself.
+This module imports nothing slow.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Describe what a run does with existing output and cache.
+    """Describe the handling of existing output and cache.
 
-    moved_inputs: dotted keys of inputs whose paths may have changed; they are known to be the same.
+    moved_inputs: dotted keys of inputs that are unchanged but whose paths may differ.
     """
 
     resume: bool = False
@@ -46,15 +46,15 @@ def start_training(
 ) -> TrainResult:
     """Run a training recipe into ``output`` and return its result. command: "sft" or "distill".
 
-    recipe_file: the recipe's own file or shipped name, which an overwrite must not remove. notes: what to report first.
+    recipe_file: the recipe's file or shipped name, which an overwrite must not remove. notes: reported first.
     Raises DistillmError.
     """
     # Checked before rows are read, which takes longer.
     is_new = output_dir.check_output(output, resume=options.resume, overwrite=options.overwrite)
     if options.overwrite:
-        from distillm_cli.runs.inputs import check_spared
+        from distillm_cli.runs.inputs import check_overwrite
 
-        check_spared(command, resolved.recipe, output, file=recipe_file)
+        check_overwrite(command, resolved.recipe, output, file=recipe_file)
     with output_dir.claimed(output, is_new=is_new), prefetch_rows(resolved.recipe) as prefetcher:
         for note in notes:
             listener(Note(note))
@@ -66,7 +66,7 @@ def start_training(
 def warm_teacher_cache(
     resolved: Resolved, listener: Listener, *, rebuild: bool = False, notes: Iterable[str] = ()
 ) -> TeacherCacheResult:
-    """Compute the recipe's teacher cache on disk, unless it exists. notes: what to report first."""
+    """Compute the recipe's teacher cache on disk, unless it exists. notes: reported first."""
     with prefetch_rows(resolved.recipe) as prefetcher:
         for note in notes:
             listener(Note(note))
@@ -81,10 +81,10 @@ def prefetch_rows(recipe: Recipe) -> Prefetcher:
 
 
 def tokenizer_candidates(recipe: Recipe) -> list[tuple[str, str | None]]:
-    """Return (path, revision) of models that may have the run's tokenizer, the most likely first: student, then teacher.
+    """Return (path, revision) of the models that may have the tokenizer of the run, the most likely first.
 
-    Empty where the recipe names a tokenizer, where the student is built (its tokenizer depends on whether the teacher's can
-    be saved), and where other processes tokenize.
+    Empty if the recipe names a tokenizer, if the student is built (its tokenizer depends on whether the teacher's can
+    be saved), or if other processes tokenize.
     """
     if recipe.student.tokenizer is not None or recipe.student.is_built or recipe.data.workers:
         return []

@@ -14,7 +14,7 @@ from distillm_cli.config.load import Resolved, to_yaml, with_resolved_values
 from distillm_cli.data.conversations import content_text
 from distillm_cli.data.prefetch import Prefetcher
 from distillm_cli.data.rows import Row
-from distillm_cli.errors import Interrupted, UsageError, signal_number
+from distillm_cli.errors import START_OVER, CheckpointError, Interrupted, UsageError, signal_number
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.runs import output_dir
 from distillm_cli.runs.build import build_trainer
@@ -59,9 +59,9 @@ from distillm_cli.utils.text import counted, format_bytes
 
 @dataclass(frozen=True)
 class _Training:
-    """Hold training that is ready to start: of a run, or of the fine-tuning stage before it.
+    """Hold the objects of a training that is ready to start: of a run, or of the fine-tuning stage before it.
 
-    checkpoint: to resume from. started: when the command began, by ``time.perf_counter``.
+    checkpoint: to resume from. started: start of the command, by ``time.perf_counter``.
     """
 
     command: str
@@ -75,7 +75,7 @@ class _Training:
 
 @dataclass(frozen=True)
 class _Checkpoints:
-    """Hold the checkpoints that a resumed run and its fine-tuning stage continue from, None where there is none."""
+    """Hold the checkpoints from which a resumed run and its fine-tuning stage continue, None without one."""
 
     run: Checkpoint | None = None
     stage: Checkpoint | None = None
@@ -90,9 +90,9 @@ def train(
     prefetcher: Prefetcher | None = None,
     on_ready: Callable[[], None] | None = None,
 ) -> TrainResult:
-    """Run a recipe into ``output``, which ``check_output`` has passed. command: "sft" or "distill".
+    """Run a recipe into ``output``, after ``check_output``. command: "sft" or "distill".
 
-    prefetcher: of its rows, where one is running already. on_ready: called once everything is prepared and ``output`` is
+    prefetcher: of its rows, if one is already running. on_ready: called when everything is prepared and ``output`` is
     cleared of an earlier run (or has the run to resume).
     """
     started = time.perf_counter()
@@ -114,7 +114,7 @@ def train(
         raise _interrupted(None, stop) from None
     if options.overwrite:  # only now: an error in the input must not delete an earlier run
         for stuck in output_dir.clear(output):
-            listener(Warned(f"cannot remove all of {stuck}, of an earlier run: it takes up space"))
+            listener(Warned(f"cannot remove all of {stuck}, of an earlier run: it uses disk space"))
     if on_ready is not None:
         on_ready()
     stage = sft_stage_recipe(resolved)
@@ -131,10 +131,10 @@ def train(
 
 
 def _check_stage_directory(resolved: Resolved, output: Path) -> None:
-    """Raise UsageError where the fine-tuning stage would be written over somebody's own ``sft/``."""
+    """Raise UsageError if the fine-tuning stage would overwrite an ``sft/`` directory of the user."""
     place = output / output_dir.SFT
     if sft_stage_recipe(resolved) is not None and place.exists() and not output_dir.has_stage(output):
-        what = f"{place} is no stage of a run in {output}, which would put its fine-tuning there"
+        what = f"{place} is not a stage of a run in {output}, but the run needs it for fine-tuning"
         raise UsageError("usage.output_exists", what, hint="choose another --output, or move it away")
 
 
@@ -150,7 +150,7 @@ def _checkpoints(resolved: Resolved, output: Path, options: TrainOptions) -> _Ch
 
 
 def _check_resumable(run: Prepared, checkpoints: _Checkpoints, listener: Listener) -> None:
-    """Raise CheckpointError where the run's inputs have changed, or it has fewer steps than it was started with."""
+    """Raise CheckpointError if the run's inputs have changed, or it has fewer steps than at its start."""
     for checkpoint in (checkpoints.run, checkpoints.stage):
         if checkpoint is not None:
             check_same_inputs(checkpoint, run.inputs)
@@ -168,17 +168,17 @@ def _open_teacher(
 def _fine_tune(run: Prepared, stage: Resolved, output: Path, checkpoints: _Checkpoints, listener: Listener) -> Prepared:
     """Fine-tune the run's student; return the run that starts with the resulting weights, which are also in ``output``.
 
-    A stopped stage is resumed, and the weights of a finished one are read. Distillation starts with the same random state in
-    any case. Where the run itself is resumed, nothing is trained.
+    An interrupted stage is resumed, and the weights of a finished one are read. Distillation starts with the same
+    random state in either case. If the run itself is resumed, nothing is trained.
     """
     if checkpoints.run is None:
         seed = run.recipe.train.seed
         if _is_finished(run, stage, output, checkpoints.stage):
             restore_student(run.student, best_checkpoint(output))
-            listener(Note(f"fine-tuned already: {output}"))
+            listener(Note(f"already fine-tuned: {output}"))
         else:
             epochs = stage.recipe.train.epochs
-            listener(Note(f"first the student is fine-tuned (student.sft_epochs = {epochs:g}), in {output}"))
+            listener(Note(f"fine-tuning the student first (student.sft_epochs = {epochs:g}), in {output}"))
             output.mkdir(parents=True, exist_ok=True)
             output_dir.write_recipe(output, to_yaml(stage))
             torch.manual_seed(seed)
@@ -196,7 +196,7 @@ def _stage_training(run: Prepared, stage: Resolved, output: Path, checkpoint: Ch
 
 
 def _is_finished(run: Prepared, stage: Resolved, output: Path, checkpoint: Checkpoint | None) -> bool:
-    """Return whether a fine-tuning stage has taken its last step and published its model."""
+    """Return whether a fine-tuning stage has finished its last step and published its model."""
     if checkpoint is None:
         return False
     steps = replace(run, recipe=stage.recipe).steps
@@ -219,7 +219,7 @@ def _train(training: _Training, listener: Listener) -> TrainResult:
     if trainer.checkpoints is not None and state.best_step not in (None, state.step):
         restore_student(run.student, read_checkpoint(trainer.checkpoints.path(state.best_step)))
         best = f"the best {run.recipe.train.select} was {state.best:.4g}, at step {state.best_step}"
-        listener(Note(f"{best}: those weights are kept"))
+        listener(Note(f"{best}: using these weights"))
     models = report.all(trainer)
     publish_model(run, output, training.resolved, state, models, report.measured_on)
     summary = _summary(run, state, models, report.measured_on)
@@ -229,25 +229,28 @@ def _train(training: _Training, listener: Listener) -> TrainResult:
 
 
 def _report_checkpoints(output: Path, keep: int, listener: Listener) -> None:
-    """Remove the checkpoints of a finished run where none is to be kept; report their size."""
+    """Remove the checkpoints of a finished run if none are to be kept; report their size."""
     sizes = output_dir.checkpoint_sizes(output)
     if not sizes:
         return
     what = f"{counted(len(sizes), 'checkpoint')} ({format_bytes(sum(sizes))})"
     if keep:
-        listener(
-            Note(f"kept {what} in {output / output_dir.CHECKPOINTS}, to resume from; --keep 0 removes them at the end")
-        )
+        place = output / output_dir.CHECKPOINTS
+        listener(Note(f"Kept {what} in {place}; train.keep 0 removes checkpoints at the end of a run"))
         return
     for stuck in output_dir.remove_checkpoints(output):
-        listener(Warned(f"cannot remove {stuck}: it takes up space"))
-    listener(Note(f"removed {what}: --keep 0"))
+        listener(Warned(f"cannot remove {stuck}: it uses disk space"))
+    listener(Note(f"Removed {what}: train.keep is 0"))
 
 
 def _trainer(training: _Training, report: Report, listener: Listener) -> Trainer:
-    """Return the trainer, with the state of the checkpoint where there is one."""
+    """Return the trainer, with the state of the checkpoint if there is one."""
     run = training.run
     checkpoint = training.checkpoint
+    if checkpoint is not None and not checkpoint.tensors:
+        what = "the best checkpoint, older than the last ones, has weights only"
+        hint = f"use it as a model, or {START_OVER}"
+        raise CheckpointError("checkpoint.weights_only", what, where=str(checkpoint.path), hint=hint)
     teacher = training.teacher
     progress = {"step": 0} if checkpoint is None else checkpoint.state["progress"]
     log = MetricsLog(
@@ -277,17 +280,17 @@ def _trainer(training: _Training, report: Report, listener: Listener) -> Trainer
 
 
 def _interrupted(output: Path | None, stop: KeyboardInterrupt) -> Interrupted:
-    """Return the error of a run that was stopped outside its loop. output: None while nothing of it was written."""
+    """Return the error of a run that was interrupted outside its loop. output: None before anything was written."""
     number = signal_number(stop)
     if output is None:
         return Interrupted(
-            "interrupted before the first step: nothing was written", signal_number=number, hint="start it again"
+            "interrupted before the first step: nothing was written", signal_number=number, hint="start again"
         )
     checkpoints = visible(output / output_dir.CHECKPOINTS) or visible(output / output_dir.SFT / output_dir.CHECKPOINTS)
     if not checkpoints:
         what = "interrupted before the first step: nothing was saved"
-        return Interrupted(what, signal_number=number, where=str(output), hint="start it again with --overwrite")
-    hint = f"{checkpoints[-1]} is whole; continue with --resume"
+        return Interrupted(what, signal_number=number, where=str(output), hint="start again with --overwrite")
+    hint = f"{checkpoints[-1]} is complete; continue with --resume"
     return Interrupted("interrupted between steps", signal_number=number, hint=hint)
 
 
@@ -330,7 +333,7 @@ def _samples(run: Prepared, answers: Mapping[str, list[str]]) -> tuple[Sample, .
 
 
 def _question(run: Prepared, row: Row) -> str:
-    """Return the prompt of a row, without the text of a template where the row has an instruction or messages."""
+    """Return the prompt of a row, without the text of a template if the row has an instruction or messages."""
     if row.instruction is not None:
         return "\n".join(filter(None, (row.instruction, row.input)))
     if row.messages is not None and row.messages[-1]["role"] == "user":

@@ -193,8 +193,7 @@ class HiddenStateTable:
 
 
 class BatchComposition:
-    """Define the rows that are computed together: those in one group of the first epoch, even if that step did not train
-    on them.
+    """Define the rows that are computed together: those in one group of the first epoch, trained on or not.
 
     The first epoch then computes no other batches than its own, and a row's cached states depend only on teacher, rows and
     order: a resumed run computes them in the same batches and gets the same bits.

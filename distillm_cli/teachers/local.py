@@ -71,7 +71,7 @@ class LocalTeacher:
         """Mark the state that ``roll_back`` returns to."""
 
     def roll_back(self) -> None:
-        """Drop what was cached since ``begin_step``."""
+        """Drop the states cached since ``begin_step``."""
 
     def state_dict(self) -> dict[str, str | int]:
         """Return the state for a checkpoint."""

@@ -37,7 +37,7 @@ STATES = "states.bin"
 METADATA = "states.json"
 _FIELD_TYPES = {"teacher": str, "rows": str, "tokens": int, "width": int, "dtype": str, "sha256": str, "of": dict}
 REBUILD = "rebuild it with --rebuild-teacher-cache"
-_ALTERNATIVES = "give another --set teacher.cache_dir=DIR, or --teacher-cache memory or off"
+_ALTERNATIVES = "choose another --set teacher.cache_dir=DIR, or --teacher-cache memory or off"
 _BATCH_TOKENS = 4096  # token positions in one batch
 _CHECKSUM_BYTES = 1 << 26  # bytes between two progress events
 
@@ -120,8 +120,8 @@ def check_space(directory: Path, size: int) -> None:
     if size > 0.95 * free:
         raise StorageError(
             "storage.no_space",
-            f"the teacher cache needs {size / 1e6:,.1f} MB and {directory.parent} has {free / 1e6:,.1f} MB free",
-            hint=f"free some space, {_ALTERNATIVES}",
+            f"the teacher cache needs {size / 1e6:,.1f} MB, but {directory.parent} has {free / 1e6:,.1f} MB free",
+            hint=f"free disk space, {_ALTERNATIVES}",
         )
 
 
@@ -144,7 +144,7 @@ def write_cache(
     """
 
     def busy() -> None:
-        listener(Note(f"another run is computing the teacher states in {directory}: waiting for it"))
+        listener(Note(f"another run is computing the teacher's hidden states in {directory}: waiting"))
 
     with _storing(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -166,21 +166,21 @@ def read_cache(
 ) -> HiddenStateTable:
     """Return the states, memory-mapped, so that several processes share one copy. The SHA-256 is checked first.
 
-    Raise CheckpointError for a cache that is damaged, incomplete, or of another teacher or other rows.
+    Raises CheckpointError for a cache that is damaged, incomplete, or of another teacher or other rows.
     """
     try:
         metadata = _read_metadata(directory)
         if (owner := _mismatch(metadata, key)) is not None:
-            hint = f"give another --set teacher.cache_dir=DIR, or {REBUILD}"
-            raise CheckpointError("checkpoint.changed", f"the teacher cache {directory} is of {owner}", hint=hint)
+            hint = f"choose another --set teacher.cache_dir=DIR, or {REBUILD}"
+            raise CheckpointError("checkpoint.changed", f"the teacher cache {directory} belongs to {owner}", hint=hint)
         tokens, width, dtype = metadata["tokens"], metadata["width"], getattr(torch, metadata["dtype"], None)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"{METADATA}: dtype is {metadata['dtype']!r}")
         size = tokens * width * dtype.itemsize
         if (found := (directory / STATES).stat().st_size) != size:
-            raise ValueError(f"{STATES} has {found:,} bytes in place of {size:,}")
+            raise ValueError(f"{STATES} has {found:,} bytes instead of {size:,}")
         if tokens != sum(s.supervised for s in sequences):
-            raise ValueError(f"{tokens:,} tokens are not the rows'")
+            raise ValueError(f"{tokens:,} tokens do not match the rows")
         if _sha256_of(directory / STATES, listener) != metadata["sha256"]:
             raise ValueError(f"{STATES} differs from its SHA-256")
         table = torch.from_file(str(directory / STATES), shared=False, size=tokens * width, dtype=dtype)
@@ -193,17 +193,17 @@ def read_cache(
 
 
 def _read_metadata(directory: Path) -> dict[str, Any]:
-    """Return the content of states.json. Raise ValueError with a description if it is not valid for this version."""
+    """Return the content of states.json. Raises ValueError with a description if it is not valid for this version."""
     try:
         metadata = json.loads((directory / METADATA).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{METADATA} is not JSON ({error})") from error
     if not isinstance(metadata, dict) or "format" not in metadata:
-        raise ValueError(f"{METADATA} does not say which format it has")
+        raise ValueError(f"{METADATA} has no format")
     for name, kind in _FIELD_TYPES.items() if metadata["format"] == CACHE_FORMAT else ():
         if not isinstance(metadata.get(name), kind):
             raise ValueError(
-                f"{METADATA}: {name} is {metadata[name]!r}" if name in metadata else f"{METADATA} says no {name}"
+                f"{METADATA}: {name} is {metadata[name]!r}" if name in metadata else f"{METADATA} has no {name}"
             )
     return metadata
 
@@ -300,15 +300,15 @@ def _check_nothing_else(directory: Path) -> None:
         sorted(p.name for p in directory.iterdir() if p.name not in (STATES, METADATA)) if directory.is_dir() else []
     )
     if others:
-        problem = f"{directory} holds more than a teacher cache ({others[0]}), and is not replaced"
+        problem = f"{directory} contains other files than a teacher cache ({others[0]}) and is not replaced"
         raise StorageError(
             "storage.not_a_cache",
             problem,
-            hint="give another --set teacher.cache_dir=DIR, or move what is not the cache's",
+            hint="choose another --set teacher.cache_dir=DIR, or move the other files",
         )
 
 
 def _storing(directory: Path) -> AbstractContextManager[None]:
     return storing(
-        f"cannot write the teacher cache {directory}", _ALTERNATIVES, hint_if_full=f"free some space, {_ALTERNATIVES}"
+        f"cannot write the teacher cache {directory}", _ALTERNATIVES, hint_if_full=f"free disk space, {_ALTERNATIVES}"
     )

@@ -1,4 +1,4 @@
-"""Describe a run for people: its settings at the start, and halfway through when φ of an adaptive schedule will rise."""
+"""Describe a run for users: its settings at the start, and halfway through the condition on which φ will rise."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run_started(trainer: Trainer) -> RunStarted:
 
 
 def phi_advice(trainer: Trainer) -> str | None:
-    """Return when φ of an adaptive schedule rises, for a run that is halfway through without student outputs."""
+    """Return a hint on when φ of an adaptive schedule rises, for a run halfway through without student outputs."""
     state = trainer.state
     scheduler = trainer.scheduler
     is_half = state.step == (trainer.run.steps + 1) // 2 < trainer.run.steps
@@ -47,11 +47,11 @@ def phi_advice(trainer: Trainer) -> str | None:
         return None
     if state.steps_with(Source.ROLLOUT) or state.steps_with(Source.REPLAY):
         return None
-    half_done = f"half of the steps are done, and none used the student's own outputs: φ is {scheduler.phi:g}"
+    half_done = f"half of the steps are done, and none used student outputs: φ is {scheduler.phi:g}"
     if scheduler.phi > 0:
-        return f"{half_done}, and no draw fell on them yet; to use them more often, try --set schedule.phi=0.5"
+        return f"{half_done}, and none were drawn yet; to use them more often, try --set schedule.phi=0.5"
     if not trainer.validator.batches:
-        hint = f"name some with --set data.valid=PATH, or try {_RAISE_PHI}"
+        hint = f"set some with --set data.valid=PATH, or try {_RAISE_PHI}"
         return f"{half_done}, and it cannot rise without held-out rows; {hint}"
     every = trainer.run.steps_per_epoch if trainer.config.eval_steps == "epoch" else trainer.config.eval_steps
     remaining = max(0, -(-trainer.run.steps // every) - state.step // every)
@@ -60,12 +60,12 @@ def phi_advice(trainer: Trainer) -> str | None:
     if scheduler.reference is None:
         change = f"risen by {epsilon:g} or more" if epsilon > 0 else f"fallen by {abs(epsilon):g} or less"
         wait = f"it rises by {rise:.2g} at a validation where valid CE has {change} since before training"
-        wait += f", and there was none yet ({counted(remaining, 'validation')} to come)"
+        wait += f", with no validation so far ({counted(remaining, 'validation')} left)"
         return (
             f"{half_done}; {wait}; to validate more often, try --set train.eval_steps={max(1, trainer.run.steps // 10)}"
         )
     since = "at the validation before" if scheduler.config.reference == "previous" else "at first"
     wait = f"it rises by {rise:.2g} at a valid CE of {scheduler.trigger:.3f} or more (now {state.valid_loss:.3f}; "
     wait += f"{scheduler.reference:.3f} {since}, schedule.epsilon {epsilon:g})"
-    wait += f"; {counted(remaining, 'validation')} to come"
+    wait += f"; {counted(remaining, 'validation')} left"
     return f"{half_done}; {wait}; to use student outputs sooner, try {_RAISE_PHI}"

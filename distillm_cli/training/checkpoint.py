@@ -1,4 +1,4 @@
-"""Write and read checkpoints: directories that become visible at once, with a manifest that shows whether they are whole.
+"""Write and read checkpoints: directories that appear atomically, with a manifest that shows whether they are complete.
 
     checkpoints/step-000200/
       config.json model.safetensors tokenizer.json …   the student, loadable with from_pretrained
@@ -6,8 +6,9 @@
       state.json                                       every scalar: position, schedule, best value, recipe
       manifest.json                                    size and SHA-256 of each of the above, written last
 
-A checkpoint is written to a staging directory, flushed to disk and renamed. A checkpoint to be removed is renamed first. So
-a directory with a step's name is always complete, even after the process is killed. Pickle is not used.
+A checkpoint is written to a staging directory, flushed to disk and renamed. A checkpoint to be removed is renamed
+first. Therefore a directory with a step's name is always complete, even after the process is killed. Pickle is not
+used.
 """
 
 from __future__ import annotations
@@ -30,12 +31,15 @@ from distillm_cli.utils.storage import atomic_directory, reason, remove, storing
 
 STATE = "state.json"
 TENSORS = "training.safetensors"
-_NOTHING_SAVED = "nothing was saved yet, start it again"
+_NOTHING_SAVED = "nothing was saved yet: start again"
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Hold a verified checkpoint. The student's weights are not read into memory; they are at ``path``."""
+    """Hold a verified checkpoint. The student's weights are not read into memory; they are at ``path``.
+
+    tensors: of the optimizer, the random states and the replay buffer. Empty after ``drop_training_state``.
+    """
 
     path: Path
     state: dict[str, Any]
@@ -46,8 +50,8 @@ class Checkpoints:
     """Manage the checkpoints of one run, under ``root``.
 
     save_model: writes the student and its tokenizer into a directory. keep: number of newest checkpoints to keep, at
-    least one while the run is going on.
-    listener: gets one warning for each old checkpoint that cannot be removed.
+    least one during the run. An older one that is protected (the best) keeps its weights only.
+    listener: receives one warning for each old checkpoint that cannot be removed.
     """
 
     def __init__(self, root: Path, save_model: Callable[[Path], None], *, keep: int, listener: Listener = silent):
@@ -67,14 +71,14 @@ class Checkpoints:
     def write(
         self, step: int, state: Mapping[str, Any], tensors: dict[str, Tensor], *, protect: int | None = None
     ) -> Path:
-        """Write the checkpoint of ``step``, then remove all but the newest ``keep`` and the protected one.
+        """Write the checkpoint of ``step``, then remove all but the newest ``keep`` and the weights of the protected one.
 
-        Raises StorageError where writing fails; earlier checkpoints are not touched then.
+        Raises StorageError if writing fails; earlier checkpoints are then unchanged.
         """
         final = self.path(step)
         visible_before = visible(self.root)
-        hint = "free some space or choose another --output; "
-        hint += f"{visible_before[-1]} is whole, continue with --resume" if visible_before else _NOTHING_SAVED
+        hint = "free disk space or choose another --output; "
+        hint += f"{visible_before[-1]} is complete: continue with --resume" if visible_before else _NOTHING_SAVED
         with storing(f"cannot write checkpoint {final}", hint):
             self.root.mkdir(parents=True, exist_ok=True)
             sweep(self.root)
@@ -83,18 +87,21 @@ class Checkpoints:
                 self.save_model(staged)
                 save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, staged / TENSORS)
                 (staged / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-                open_as_others(staged)
+                set_default_modes(staged)
                 files = [path for path in staged.rglob("*") if path.is_file()]
                 manifest.seal_directory(staged, files, step=step)
-        old = [self.path(number) for number in self.steps()[: -max(self.keep, 1)] if number != protect]
-        dropped = [path for path in old if self._drop(path)]
+        old = self.steps()[: -max(self.keep, 1)]
+        if protect in old:
+            with storing(f"cannot write to {self.path(protect)}", hint):
+                drop_training_state(self.path(protect))
+        dropped = [self.path(number) for number in old if number != protect and self._drop(self.path(number))]
         if dropped:
             with storing(f"cannot write to {self.root.parent}", hint):
                 self._record([], removed=dropped)
         return final
 
     def _record(self, added: list[Path], removed: Sequence[Path] = ()) -> None:
-        """List checkpoints in the manifest of the run's directory, where that has one."""
+        """List checkpoints in the manifest of the run's directory, if it has one."""
         output = self.root.parent
         if manifest.read_manifest(output) is not None:
             folder = self.root.name
@@ -102,20 +109,20 @@ class Checkpoints:
             manifest.record(output, names, removed=[f"{folder}/{path.name}" for path in removed])
 
     def _drop(self, old: Path) -> bool:
-        """Remove an old checkpoint; return whether nothing is left of it."""
+        """Remove an old checkpoint; return whether it was removed completely."""
         error = remove(old)
         if error is not None and old not in self._stuck:
             self._stuck.add(old)
-            self.listener(Warned(f"cannot remove the old checkpoint {old}: {reason(error)}; it takes up space"))
+            self.listener(Warned(f"cannot remove the old checkpoint {old}: {reason(error)}; it uses disk space"))
         return error is None
 
     def latest(self) -> Checkpoint | None:
-        """Return the newest checkpoint, verified; None where there is none."""
+        """Return the newest checkpoint, verified; None if there is none."""
         return latest(self.root)
 
 
-def open_as_others(directory: Path) -> None:
-    """Give the tensor files in a directory the mode of any other new file: safetensors writes them for their owner alone."""
+def set_default_modes(directory: Path) -> None:
+    """Set the mode of a directory's tensor files to that of new files: safetensors makes them readable by the owner only."""
     probe = directory / ".mode"
     probe.touch()
     mode = probe.stat().st_mode
@@ -131,7 +138,7 @@ def visible(root: Path) -> list[Path]:
 
 
 def latest(root: Path) -> Checkpoint | None:
-    """Return the newest checkpoint under ``root``, verified; None where there is none. Raises CheckpointError."""
+    """Return the newest checkpoint under ``root``, verified; None if there is none. Raises CheckpointError."""
     paths = visible(root)
     return read_checkpoint(paths[-1]) if paths else None
 
@@ -142,7 +149,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises CheckpointError naming the damaged file.
     """
     path = Path(path)
-    hint = f"delete {path} to go on from the one before it, or {START_OVER}"
+    hint = START_OVER
+    if any((other / TENSORS).exists() for other in visible(path.parent) if other.name < path.name):
+        hint = f"delete {path} to resume from the checkpoint before it, or {START_OVER}"
     try:
         listed = json.loads((path / manifest.MANIFEST).read_text(encoding="utf-8"))
         if listed["format"] != manifest.MANIFEST_FORMAT:
@@ -156,13 +165,20 @@ def read_checkpoint(path: Path) -> Checkpoint:
                     "checkpoint.damaged", f"checkpoint file damaged: {path / name} differs from its manifest", hint=hint
                 )
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        return Checkpoint(path, state, load_file(path / TENSORS))
+        return Checkpoint(path, state, load_file(path / TENSORS) if TENSORS in listed["files"] else {})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError("checkpoint.damaged", f"checkpoint unreadable: {path} ({error})", hint=hint) from error
 
 
+def drop_training_state(path: Path) -> None:
+    """Remove the optimizer, random states and replay buffer of a checkpoint. Its weights remain. Raises OSError."""
+    if (path / TENSORS).exists():
+        manifest.unseal(path, TENSORS)  # first, so that the checkpoint is whole at any time
+        (path / TENSORS).unlink()
+
+
 def random_states(device: torch.device) -> dict[str, Tensor]:
-    """Return torch's random states, on the CPU and on ``device`` where that is a GPU, as tensors of a checkpoint."""
+    """Return torch's random states of the CPU and, for a GPU, of ``device``, as tensors of a checkpoint."""
     states = {"random.cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["random.cuda"] = torch.cuda.get_rng_state(device)

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Serve as the base of all events."""
+    """Base class of all events."""
 
 
 @dataclass(frozen=True, slots=True)
 class Note(Event):
-    """Report a sentence for people."""
+    """Report a sentence for the user."""
 
     text: str
 
@@ -42,9 +42,9 @@ class Progress(Event):
 class RunStarted(Event):
     """Report that the training loop starts, at ``first_step`` after a resume.
 
-    has_phi: whether the schedule uses φ, which later events have in any case. loss, divergence: names of the training loss
+    has_phi: whether the schedule uses φ, which later events always have. loss, divergence: names of the training loss
     ("skl", "CE") and of the held-out divergence. epsilon, trigger: φ rises when the validation loss has risen by epsilon, to
-    trigger nats; None where that is not known yet or φ cannot rise.
+    trigger nats; None if it is not known yet or φ cannot rise.
     """
 
     steps: int
@@ -87,7 +87,7 @@ class Validated(Event):
 
     scores: further held-out figures (a divergence, ROUGE-L, …) by name; None for an undefined one. rose: whether φ rose.
     best: whether the quantity that selects checkpoints has its best value so far. trigger: the loss at which φ rises, nats;
-    None where it cannot.
+    None if it cannot.
     """
 
     step: int
@@ -118,9 +118,9 @@ class RunEnded(Event):
 
 @dataclass(frozen=True, slots=True)
 class Staged(Event):
-    """Report the progress of a pipeline. states: "done", "now", "later" or "left out", one per name.
+    """Report the progress of a pipeline. states: "done", "now", "later" or "left out", by stage.
 
-    At the end none is "now".
+    At the end, no stage is "now".
     """
 
     names: tuple[str, ...]
@@ -131,4 +131,4 @@ Listener = Callable[[Event], None]
 
 
 def silent(event: Event) -> None:
-    """Ignore the event: the listener for callers that want none."""
+    """Ignore the event. The listener for callers without one."""

@@ -1,4 +1,4 @@
-"""Write ``metrics.jsonl``: one line per logged step and per validation, never a part of a line."""
+"""Write ``metrics.jsonl``: one line per logged step and per validation, and no incomplete lines."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _STEP_KEYS = ("step", "epoch", "source", "loss", "lr", "grad_norm", "phi", "toke
 class MetricsLog:
     """Listen to events and append them to ``path``.
 
-    first_step: of a resume; lines of later steps are dropped. validated: whether the checkpoint had a validation; if not,
-    the line of the validation of step 0 is dropped, too.
+    first_step: of a resume; lines of later steps are dropped. validated: whether the checkpoint had a validation; if
+    not, the validation line of step 0 is dropped as well.
     """
 
     def __init__(self, path: Path, *, log_steps: int, first_step: int = 0, validated: bool = True):
@@ -36,14 +36,12 @@ class MetricsLog:
             self._write(line | {key: _short(value) for key, value in event.scores.items()})
 
     def _write(self, line: Mapping[str, object]) -> None:
-        # One write call per line: a process that is killed leaves no part of a line.
+        # One write call per line, so that a killed process leaves no incomplete line.
         text = (json.dumps(line) + "\n").encode()
-        with storing(
-            f"cannot write {self.path}", "free some space, then go on from the newest checkpoint with --resume"
-        ):
+        with storing(f"cannot write {self.path}", "free disk space, then continue with --resume"):
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
-                if (written := os.write(descriptor, text)) < len(text):  # a full disk takes a part of the line
+                if (written := os.write(descriptor, text)) < len(text):  # a full disk may store a part of the line
                     os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             finally:

@@ -14,7 +14,7 @@ from distillm_cli.config.schema import TrainConfig, chosen
 def build_optimizer(module: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
     """Return AdamW over the trainable parameters, with weight decay on matrices only, not on biases and norm scales.
 
-    The fused kernel is used where every parameter has a device and a dtype that support it.
+    The fused kernel is used if devices and dtypes of all parameters support it.
     """
     trainable = [p for p in module.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
@@ -58,5 +58,5 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
             if value.ndim and value.shape != parameters[index].shape:
                 shape = list(value.shape)
                 expected = list(parameters[index].shape)
-                raise ValueError(f"optimizer.{index}.{key} has shape {shape}, and its parameter {expected}")
+                raise ValueError(f"optimizer.{index}.{key} has shape {shape}, but its parameter has {expected}")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -4,9 +4,9 @@
         with attempt:
             ...  # draw, forward, backward
 
-When memory runs out inside the block, everything that the step changed is rolled back and the loop runs it once more with
-micro-batches of half the size. When that cannot help, or a number is not finite, the state before the step is saved and
-the error says so.
+When memory runs out inside the block, the changes of the step are rolled back and the loop retries it with
+micro-batches of half the size. If that is not possible, or a number is not finite, the state before the step is saved
+and the error reports it.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from distillm_cli.utils.memory import release
 
 
 class InfiniteLoss(NonFiniteError):
-    """Report a loss of +inf: a token without any probability, which no learning rate fixes."""
+    """Report a loss of +inf: a token has probability 0, which a lower learning rate does not fix."""
 
 
 @dataclass(eq=False)
 class MicroBatch:
     """Hold the sequences of one backward pass, all of one source, in groups of similar length.
 
-    teacher_hidden_ND: of all groups, where the objective needed them before the first forward pass.
+    teacher_hidden_ND: of all groups, if the objective needed them before the first forward pass.
     """
 
     source: Source
@@ -51,7 +51,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """Hold the state before a step: what it changes before the optimizer runs, apart from the pool and the teacher."""
+    """Hold the state before a step that can change before the optimizer runs, except that of the pool and the teacher."""
 
     random: dict[str, Tensor]
     objective: dict[str, Any]
@@ -102,7 +102,7 @@ class Recovery:
             succeeded = attempt.succeeded
 
     def roll_back(self, snapshot: _Snapshot) -> None:
-        """Restore the state before the step. The pool keeps what was sampled for it."""
+        """Restore the state before the step. The pool stores the sampled sequences for the retry."""
         self.optimizer.zero_grad(set_to_none=True)
         restore_random_states(snapshot.random, self.run.device)
         self.student_loss.criterion.load_state_dict(snapshot.objective)
@@ -112,7 +112,10 @@ class Recovery:
 
 
 class Attempt:
-    """Enclose one attempt at a step. On an error it rolls back, and suppresses an out-of-memory error worth a retry."""
+    """Enclose one attempt at a step.
+
+    On an error it rolls back. It suppresses an out-of-memory error if a retry is possible.
+    """
 
     def __init__(self, recovery: Recovery, snapshot: _Snapshot, where: str, lr: float):
         self.recovery = recovery
@@ -120,7 +123,7 @@ class Attempt:
         self.where = where
         self.lr = lr
         self.succeeded = False
-        self._rows = 1  # of the largest micro-batch, once the step is split
+        self._rows = 1  # of the largest micro-batch, after the split
 
     def split(self, batches: list[SourceBatch]) -> list[MicroBatch]:
         """Split a step's sequences into micro-batches of at most ``max_rows``."""
@@ -149,7 +152,8 @@ class Attempt:
             self.recovery.max_rows = self._rows // 2
             self.recovery.emit(
                 Warned(
-                    f"out of memory with {self._rows} rows at once: continuing with {self.recovery.max_rows}, same batches"
+                    f"out of memory with micro-batches of {self._rows} sequences: continuing with "
+                    f"{self.recovery.max_rows}, same batches"
                 )
             )
             return True
@@ -160,19 +164,19 @@ class Attempt:
         if isinstance(error, NonFiniteError):
             hint = error.hint if isinstance(error, InfiniteLoss) else f"lower --lr (now {self.lr:g}), or --dtype fp32"
             return NonFiniteError(error.code, f"{error.what} {self.where}", hint=hint)
-        hint = "continue with --resume where more is free" if is_saved else "lower --max-length"
+        hint = "continue with --resume on a machine with more memory" if is_saved else "lower --max-length"
         return OutOfMemoryError("memory.exhausted", f"out of memory {self.where}", hint=hint)
 
 
 def check_finite(loss: float, grad_norm: float) -> None:
-    """Raise NonFiniteError unless both are finite, naming the cause where the numbers show it."""
+    """Raise NonFiniteError unless both are finite, with the cause if the numbers show it."""
     if loss == math.inf:
         raise InfiniteLoss(
             "numbers.infinite_loss",
-            "the loss is infinite: a token has probability 0 (a logit of −inf) in one model but not in the other, "
-            "or is in a row,",
-            hint="suppress the same tokens in both models, drop the rows that contain them, or choose a divergence "
-            "that is bounded (skl, srkl, jsd, tvd)",
+            "the loss is infinite: a token has probability 0 (a logit of −inf) in one model but not in the other, or "
+            "occurs in a row,",
+            hint="suppress the same tokens in both models, drop the rows that contain them, or choose a bounded "
+            "divergence (skl, srkl, jsd, tvd)",
         )
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise NonFiniteError("numbers.not_finite", f"loss {loss}, gradient norm {grad_norm}")

@@ -1,4 +1,4 @@
-"""Hold the fixed facts of a run, and the state that changes from step to step."""
+"""Hold the fixed properties of a run, and the state that changes during training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class RunInfo:
     """Describe a run to its trainer.
 
     steps: optimizer steps of the run. pass_overhead: see ``length_groups``. dtype: of autocast; float32 turns it off.
-    identity: returns what must be unchanged at a resume, saved in checkpoints.
+    identity: returns the values that a resume must not change, which checkpoints contain.
     """
 
     steps: int
@@ -32,13 +32,13 @@ class RunInfo:
     identity: Callable[[], dict[str, Any]] = dict
 
     def autocast(self) -> torch.autocast:
-        """Return the context that the student computes in."""
+        """Return the autocast context of the student."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
 
 @dataclass
 class TrainerState:
-    """Hold what changes from step to step. All of it is in a checkpoint.
+    """Hold the state that changes from step to step. Checkpoints contain all of it.
 
     stale: validations since the last improvement. reason: "done" or "early stop".
     """

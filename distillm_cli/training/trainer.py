@@ -31,7 +31,7 @@ from distillm_cli.utils.text import counted
 class Trainer:
     """Train a student for ``run.steps`` optimizer steps.
 
-    student_loss: the student inside its objective. pool: where sequences come from. teacher: None for SFT. validator:
+    student_loss: the student inside its objective. pool: source of sequences. teacher: None for SFT. validator:
     measures validation rows. checkpoints: None saves nothing. config: the recipe's ``train`` section.
     """
 
@@ -77,14 +77,14 @@ class Trainer:
         return self.student_loss.criterion
 
     def train(self) -> TrainerState:
-        """Train to the end, to an early stop, or to a signal; the last raises Interrupted after saving."""
+        """Train to the end, to an early stop, or until a signal, which raises Interrupted after saving."""
         started = time.perf_counter()
         seconds_before = self.state.seconds
         self.student_loss.train()
         self.emit(run_started(self))
         if self.state.valid_loss is None and self.validator.at_start is None:
             self.validate()
-        self._stop_when_stale()  # for the resume of a run that had stopped early
+        self._stop_when_stale()  # for the resume of a run that stopped early
         with stop_on_signal() as stop:
             while self.state.step < self.run.steps and self.state.reason == "done":
                 self.train_step()
@@ -161,7 +161,7 @@ class Trainer:
         return [collate(group).to(self.run.device) for group in micro.groups]
 
     def _teacher_hidden(self, micro: MicroBatch, batches: list[Batch]) -> Tensor:
-        """Return the teacher's hidden states of a micro-batch. Outside autocast, which would promote float16 states."""
+        """Return the teacher's hidden states of a micro-batch, outside autocast, which would promote float16 states."""
         assert self.teacher is not None
         return concatenate(
             [self.teacher.hidden(batch, group) for batch, group in zip(batches, micro.groups, strict=True)]
@@ -170,7 +170,7 @@ class Trainer:
     def _begin_step(self, micro_batches: list[MicroBatch], progress: float) -> list[TokenWeights | None]:
         """Pass the whole step to the objective; return the weights of its tokens, by micro-batch.
 
-        Log-probabilities are computed first where the objective needs them; the teacher's states are reused in the step.
+        Log-probabilities are computed first if the objective needs them; the teacher's states are reused in the step.
         """
         source_batches = [SourceBatch(micro.source, list(chain.from_iterable(micro.groups))) for micro in micro_batches]
         log_probs = []
@@ -242,7 +242,7 @@ class Trainer:
         if self.config.patience is not None and state.stale >= self.config.patience and state.step < self.run.steps:
             state.reason = "early stop"
             validations = counted(state.stale, "validation")
-            self.emit(Note(f"no better {self.config.select} in {validations}: stopping early"))
+            self.emit(Note(f"no improvement of {self.config.select} in {validations}: stopping early"))
 
     def _is_due(self, every: int | Literal["epoch"]) -> bool:
         steps = every if isinstance(every, int) else self.run.steps_per_epoch
@@ -253,11 +253,11 @@ class Trainer:
         raise Interrupted(
             f"stopped at step {self.state.step} of {self.run.steps}",
             signal_number=signal_number,
-            hint="the checkpoint is whole; continue with --resume" if self.checkpoints else None,
+            hint="continue with --resume" if self.checkpoints else None,
         )
 
     def _save_before_failing(self) -> bool:
-        """Save the state before a step that failed; return whether a checkpoint holds it."""
+        """Save the state before a step that failed; return whether a checkpoint has it."""
         if self.state.step:
             self.save()
         return bool(self.state.step and self.checkpoints)

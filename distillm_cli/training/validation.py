@@ -73,7 +73,7 @@ class ScheduleProbe:
 
 
 class Validator:
-    """Compute means per token over the validation rows, batch by batch, in smaller batches where memory runs out.
+    """Compute means per token over the validation rows, batch by batch, in smaller batches if memory runs out.
 
     batches: validation rows, may be empty. select: the quantity that selects checkpoints. teacher: for a divergence.
     score: returns further figures by name, computed at each validation. at_start: a context in which the student has its
@@ -147,5 +147,5 @@ class Validator:
             return False
         rows = largest // 2
         self.batches = [batch[i : i + rows] for batch in self.batches for i in range(0, len(batch), rows)]
-        self.emit(Warned(f"out of memory with {largest} held-out rows at once: continuing with {rows}, same loss"))
+        self.emit(Warned(f"out of memory with {largest} held-out rows per batch: continuing with {rows}, same loss"))
         return True

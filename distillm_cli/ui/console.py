@@ -1,4 +1,4 @@
-"""Show events on stderr: a live display on a terminal, plain lines elsewhere. Print the answer of a command on stdout.
+"""Show events on stderr, as a live display on a terminal or as plain lines, and print results on stdout.
 
 with console(json_mode=json, quiet=quiet) as ui:
     result = start_training(..., listener=ui)
@@ -173,7 +173,7 @@ class Console:
                 self._terminal.print(renderable, highlight=False, crop=False)  # a long command is not cut
 
     def answer(self, *renderables: RenderableType | Note) -> None:
-        """Print the answer of a command on stdout, also if quiet; notes, and everything in ``json_mode``, on stderr."""
+        """Print the result of a command on stdout, also if quiet; notes, and everything in ``json_mode``, on stderr."""
         if self.json_mode:
             return self.show(*renderables)
         self._stop()
@@ -314,7 +314,7 @@ def _write_stdout(text: str) -> None:
         if is_closed_terminal(error):
             discard_stdout()
             return
-        hint = "free some space there; the files that the command wrote are complete"
+        hint = "free disk space; the files of the command are complete"
         raise storage_error(error, "cannot write the result to standard output", hint) from error
 
 
@@ -368,7 +368,7 @@ def _started(event: RunStarted) -> Text:
     epochs = event.steps / max(event.steps_per_epoch, 1)
     line = Text.assemble((event.method, "bold"), f" · {counted(event.steps, 'step')}, {epochs:.1f} epochs")
     line.append(f" · {format_parameters(event.parameters)} · {event.device} · {event.dtype}")
-    return line.append(f" · going on after step {event.first_step:,}") if event.first_step else line
+    return line.append(f" · resumed after step {event.first_step:,}") if event.first_step else line
 
 
 def _stepped(run: RunState, now: float) -> Text:

@@ -23,7 +23,7 @@ from distillm_cli.training.events import Progress, RunStarted, Staged, Stepped, 
 from distillm_cli.utils.text import format_count, format_duration, format_parameters, format_percent
 
 CURVE_POINTS = 40  # points of the loss chart
-WIDE = 80  # smallest width in columns for figures side by side
+WIDE = 80  # minimum width in columns for figures side by side
 MAX_WIDTH = 100  # largest width of the panel in columns
 SMOOTHING = 0.9  # decay of the smoothed loss per step
 LABEL_WIDTH = 10
@@ -42,7 +42,7 @@ GOOD, BAD = "green", "yellow"
 
 
 class Memory(NamedTuple):
-    """Hold bytes in use: resident in the process, and allocated on the GPU. None where unknown."""
+    """Hold bytes in use: resident in the process, and allocated on the GPU. None if unknown."""
 
     process: float | None = None
     gpu: float | None = None

@@ -29,7 +29,7 @@ def plan_tables(result: PlanResult) -> Iterator[RenderableType]:
     yield table("Memory, estimated", ["part", "size"], needs)
     work = [[_SOURCES[source], _flop(flops)] for source, flops in found["step_flops"].items()]
     if "sft" in found:
-        work.insert(0, ["fine-tuning before it, data set rows", _flop(found["sft"]["step_flops"]["dataset"])])
+        work.insert(0, ["fine-tuning before distillation, data set rows", _flop(found["sft"]["step_flops"]["dataset"])])
     yield table("One step", ["trains on", "work"], work)
     yield table("On GPUs, estimated", ["", "fits", "a step", "the run"], _gpu_rows(found["gpus"]))
     yield Text(f"Assumed: {found['assumed']}.", "dim")
@@ -64,26 +64,26 @@ def _run_facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "kept" in data:
         prompts = f" ({data['dropped_prompts']:,} for the prompt alone)"
         rows.append(("dropped as too long", f"{data['dropped']:,}{prompts}" if data["dropped"] else "none"))
-        rows.append(("cut", f"{data['truncated']:,}"))
+        rows.append(("truncated", f"{data['truncated']:,}"))
         lengths = f"mean {data['mean_length']}, longest {data['longest']:,} tokens of prompt and response"
     else:
-        lengths = f"not known: taken to be {data['longest']:,} tokens of prompt and response, the most allowed"
+        lengths = f"unknown: assumed to be the maximum, {data['longest']:,} tokens of prompt and response"
     rows.append(("lengths", lengths))
     if "response_tokens" in data:
-        rows.append(("supervised", f"{counted(data['response_tokens'], 'response token')} an epoch"))
+        rows.append(("supervised", f"{counted(data['response_tokens'], 'response token')} per epoch"))
     sequences = counted(found["sequences_per_step"], "sequence")
     if found["steps"] is None:
-        rows.append(("steps", f"number not known; {sequences} each"))
+        rows.append(("steps", f"unknown number; {sequences} each"))
     else:
-        epoch = f", {found['steps_per_epoch']:,} an epoch" if found["steps_per_epoch"] else ""
+        epoch = f", {found['steps_per_epoch']:,} per epoch" if found["steps_per_epoch"] else ""
         rows.append(("steps", f"{found['steps']:,} of {sequences}{epoch}"))
     if (sft_stage := found.get("sft")) is not None:
         epochs = f"{sft_stage['epochs']:g} {'epoch' if sft_stage['epochs'] == 1 else 'epochs'}"
         number = "" if sft_stage["steps"] is None else f", {counted(sft_stage['steps'], 'step')}"
-        rows.append(("fine-tuned before it", f"{epochs} of sft{number}, without the teacher"))
-    rows.append(("computes on", f"{found['device']}, {found['dtype']}"))
+        rows.append(("fine-tuned first", f"{epochs} of sft{number}, without the teacher"))
+    rows.append(("device", f"{found['device']}, {found['dtype']}"))
     if "teacher_cache" in found:
-        rows.append(("teacher's states", found["teacher_cache"]["why"]))
+        rows.append(("teacher cache", found["teacher_cache"]["why"]))
     return rows
 
 
@@ -93,24 +93,24 @@ def _cache_place(cache: Mapping[str, Any] | None) -> Iterator[Text]:
         return
     free = cache["disk_free"] or 0
     is_short = not cache["hit"] and cache["bytes"] > 0.95 * free
-    state = "there already" if cache["hit"] else f"{'does not fit: ' if is_short else ''}{format_bytes(free)} free"
-    yield Text(f"The teacher's states are kept in {cache['place']} ({state})", "yellow" if is_short else "")
+    state = "exists" if cache["hit"] else f"{'does not fit: ' if is_short else ''}{format_bytes(free)} free"
+    yield Text(f"The teacher's hidden states are cached in {cache['place']} ({state})", "yellow" if is_short else "")
 
 
 _PARTS = {
-    "total": "most at once",
-    "rollout_weights": "copy that samples",
-    "rollout_layouts": "that copy, laid out",
+    "total": "peak",
+    "rollout_weights": "copy for sampling",
+    "rollout_layouts": "packed copy for sampling",
 }
 
 _SOURCES = {
     "dataset": "data set rows",
-    "dataset_cached": "data set rows, teacher's states kept",
-    "teacher": "fresh samples of the teacher",
-    "teacher_cached": "the teacher's samples, its states kept",
-    "teacher+rollout": "a fresh sample of each, in pairs",
-    "teacher+rollout_cached": "a kept sample of the teacher, a fresh rollout",
-    "rollout": "a fresh rollout",
+    "dataset_cached": "data set rows, teacher cached",
+    "teacher": "new teacher samples",
+    "teacher_cached": "teacher samples, teacher cached",
+    "teacher+rollout": "pairs of new samples",
+    "teacher+rollout_cached": "pairs of a stored teacher sample and a rollout",
+    "rollout": "a rollout",
     "replay": "a replayed rollout",
 }
 
@@ -123,12 +123,12 @@ def _model_table(found: Mapping[str, Any]) -> RenderableType:
         "parameters": lambda m: _count(m["parameters"]),
         "  embeddings": lambda m: _count(m["parts"]["embeddings"]),
         "  trunk": lambda m: _count(m["parts"]["trunk"]),
-        "  head": lambda m: _count(m["parts"]["head"]) if m["parts"]["head"] else "the embeddings",
+        "  head": lambda m: _count(m["parts"]["head"]) if m["parts"]["head"] else "tied",
         "  not text": lambda m: _count(m["parts"]["outside"]) if m["parts"]["outside"] else "none",
-        "that train": lambda m: "none" if not m["trainable"] else _count(m["trainable"]),
+        "trainable": lambda m: "none" if not m["trainable"] else _count(m["trainable"]),
         "layers × width": _layers,
         "context": lambda m: "no limit" if m["context"] is None else f"{m['context']:,}",
-        "weights in": lambda m: m["dtype"],
+        "dtype": lambda m: m["dtype"],
     }
     if not any(m["parts"]["outside"] for m in models.values()):
         del lines["  not text"]
@@ -158,17 +158,17 @@ def _part_label(part: str) -> str:
 def _pair(found: Mapping[str, Any]) -> str:
     if "teacher" not in found["models"]:
         return "one model, no teacher"
-    if any("vocabularies fit is not known" in note for note in found.get("notes", ())):
-        return f"not known: no tokenizer available; {found['vocabulary']:,} rows in common"
-    return f"fits: {found['vocabulary']:,} shared tokens"
+    if any("vocabularies are not checked" in note for note in found.get("notes", ())):
+        return f"unknown: no tokenizer available; {found['vocabulary']:,} rows in common"
+    return f"compatible: {found['vocabulary']:,} shared tokens"
 
 
 def _rows(data: Mapping[str, Any]) -> str:
     if data["rows"] is None:
         return f"{data['source']}, not available"
-    kept = f", {data['kept']:,} kept" if "kept" in data else ""
+    used = f", {data['kept']:,} used" if "kept" in data else ""
     held = f"; {data['valid_rows']:,} held out" if "valid_rows" in data else ""
-    return f"{data['rows']:,} from {data['source']}{kept}{held}"
+    return f"{data['rows']:,} from {data['source']}{used}{held}"
 
 
 def _gpu_rows(gpus: Mapping[str, Any]) -> list[list[str]]:
@@ -224,7 +224,7 @@ def _time_tables(stages: Mapping[str, Mapping[str, Any]]) -> Iterator[Renderable
         cells = [_span(t) if entry["fits"] else "too large" for t, entry in zip(times, entries, strict=True)]
         (stage_times if is_known else step_times).append([name, *cells])
     if len(stage_times) > 1:
-        total = ["all together" if not step_times else "together"]
+        total = ["total" if not step_times else "together"]
         for gpu in gpus:
             known = [stage["gpus"][gpu] for stage in stages.values() if "run_s" in stage["gpus"][gpu]]
             spans = [sum(entry["run_s"][i] for entry in known) for i in (0, 1)]
@@ -232,7 +232,7 @@ def _time_tables(stages: Mapping[str, Mapping[str, Any]]) -> Iterator[Renderable
         stage_times.append(total)
     titles = {
         "Time of each stage, estimated": stage_times,
-        "Time of a step, or of an answer within its batch, estimated": step_times,
+        "Time of a step, or of a response within its batch, estimated": step_times,
     }
     for title, rows in titles.items():
         if rows:
@@ -240,7 +240,9 @@ def _time_tables(stages: Mapping[str, Mapping[str, Any]]) -> Iterator[Renderable
 
 
 def _batch_lines(batch: Sequence[DecodedSequence]) -> Iterator[Text]:
-    head = "One batch, decoded; supervised tokens are in ⟦ ⟧ (the last one ends the response, unless it was cut)"
+    head = (
+        "One batch, decoded. Supervised tokens are in ⟦ ⟧; the last one is the end token, unless the response was cut."
+    )
     yield Text(head, "bold")
     for sequence in batch:
         line = Text(style="dim")

@@ -39,9 +39,9 @@ from distillm_cli.utils.text import format_duration, format_percent, printable, 
 
 NOT_AVAILABLE = "–"
 _TRAINING = ("sft", "distill")
-CELL_LINES, STACKED_CELL_LINES = 5, 3  # of the samples table, about; longer text is cropped
+CELL_LINES, STACKED_CELL_LINES = 5, 3  # approximate height of the samples table; longer text is cropped
 MAX_CELL_WIDTH = 40  # columns that the length of a sample's text is computed from
-MAX_PROMPT_LENGTH = 80  # of a command to type
+MAX_PROMPT_LENGTH = 80  # maximum length of a prompt in a command
 _NUMBER = re.compile(r"[−+-]?[\d.,]+%?( ± [\d.,]+)?")
 SOURCE_WORDS = {
     "dataset": ("data set rows", "data set rows"),
@@ -63,7 +63,7 @@ def train_summary(result: TrainResult) -> Iterator[RenderableType]:
     yield sources_sentence(summary.sources, summary.phi_history)
     if summary.row_weight:
         weight = f"{summary.row_weight:g}"
-        yield f"Beside the student's outputs each step used as many data set rows, with weight {weight}."
+        yield f"Each step also used the same number of data set rows as student outputs, with weight {weight}."
 
 
 def outcome_tables(summary: TrainSummary, title: str = "Outcome") -> Iterator[RenderableType]:
@@ -128,7 +128,7 @@ def _score(score: Mapping[str, Any] | None, passes: int) -> str | None:
 
 
 def pipeline_summary(result: PipelineResult) -> Iterator[RenderableType]:
-    """Yield the tables of a pipeline: its stages, and the figures of what they trained and scored, also earlier."""
+    """Yield the tables of a pipeline: its stages, and the figures of their models and evaluations, also of earlier runs."""
     yield stage_table(result)
     trained = {
         name: stage.result["report"]["student_after"]
@@ -184,7 +184,7 @@ def stage_table(result: PipelineResult) -> RenderableType:
     """Return a table with each stage of a pipeline and its status."""
     rows = []
     for name, stage in result.stages.items():
-        done = "done already" if stage.status == "skipped" else f"done in {format_duration(stage.result['wall_s'])}"
+        done = "already done" if stage.status == "skipped" else f"done in {format_duration(stage.result['wall_s'])}"
         rows.append([name, stage.verb, done, stage.output])
     return table("Stages", ["", "verb", "", "output"], rows)
 
@@ -274,9 +274,9 @@ def outcome_table(
 
 
 def samples_table(samples: Sequence[Sample], *, title: str = "Samples") -> RenderableType:
-    """Return a table with prompt, reference and every model's answer side by side; stacked under 80 columns.
+    """Return a table with prompt, reference and every model's response in columns; stacked below 80 columns.
 
-    Long texts are cropped at word ends; an answer equal to any reference is marked ✓.
+    Long texts are cropped at word ends; a response equal to a reference is marked ✓.
     """
     return _Samples(samples, title)
 
@@ -337,7 +337,7 @@ def next_steps(
     """Return the location of the files and the next commands.
 
     suites, prompt: values for the commands; a placeholder replaces a prompt that is blank or too long. files: description
-    → path within the directory. commands: additional lines. scored: whether there are rows with responses to evaluate on.
+    → path within the directory. commands: additional lines. scored: whether there are rows with responses to evaluate.
     """
     files = files if files is not None else OUTPUT_FILES
     place = PurePath(output_dir)
@@ -381,18 +381,18 @@ def sources_sentence(counts: Mapping[str, int], phi_history: Sequence[float] | N
     counts = {name: n for name, n in counts.items() if n}
     total = sum(counts.values())
     if total == 0:
-        return "No step was taken."
+        return "No steps were run."
     if phi_history is None:
         return _shares(counts, total)
     start, end = (phi_history[0], phi_history[-1]) if phi_history else (0.0, 0.0)
     rises = sum(b > a for a, b in pairwise(phi_history))
     only = next(iter(counts)) if len(counts) == 1 else None
     if rises == 0:
-        head = f"The schedule never fired: φ stayed {_phi(start)}"
+        head = f"φ never rose: it stayed {_phi(start)}"
         return f"{head}, every step used data set rows." if only == "dataset" else f"{head}. {_shares(counts, total)}"
     times = {1: "once", 2: "twice"}.get(rises, f"{rises} times")
     sentence = f"{_shares(counts, total)} φ rose {times}, from {_phi(start)} to {_phi(end)}."
-    return f"{sentence} No draw fell on the student's own output." if only == "dataset" else sentence
+    return f"{sentence} No student outputs were drawn." if only == "dataset" else sentence
 
 
 def _shares(counts: Mapping[str, int], total: int) -> str:
@@ -428,7 +428,7 @@ def crop(text: str, length: int) -> str:
     head = text[: max(length - 1, 0)]
     if text[len(head)] != " " and " " in head:
         whole = head.rsplit(" ", 1)[0]
-        head = whole if len(whole) >= length // 2 else head  # one endless word: cut within it
+        head = whole if len(whole) >= length // 2 else head  # one long word: cut within it
     return head.rstrip() + "…"
 
 

@@ -1,4 +1,4 @@
-"""Compute in float64 also where a device does not support it."""
+"""Compute in float64 for devices without float64."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
 """Write and read manifests: the files that a run wrote into a directory, and checksums that show changes.
 
     {"format": 1,
-     "files": {"model.safetensors": {"bytes": …, "sha256": …}, …},      sealed: another content is damage
+     "files": {"model.safetensors": {"bytes": …, "sha256": …}, …},      sealed: changes count as damage
      "written": {"metrics.jsonl": null, "README.md": {"bytes": …, "sha256": …}, …}}
 
-``files`` are sealed once they are complete. ``written`` lists every file and directory of the run, each before it is
-written, so that the leftovers of a killed run are known: ``--overwrite`` removes these and nothing else. An entry with a
-seal belongs to the run only while the file has this content. Output directories, results of an evaluation and pipelines
-have a manifest with ``written``; a checkpoint has one with ``files``, and is one entry in the manifest of its run.
+``files`` are sealed when they are complete. ``written`` lists every file and directory of the run before it is written,
+so that ``--overwrite`` removes exactly these, also after a killed run. An entry with a seal belongs to the run only
+while the file has this content. Output directories, results of an evaluation and pipelines have a manifest with
+``written``; a checkpoint has one with ``files``, and is one entry in the manifest of its run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from distillm_cli.utils.storage import atomic_write, flush
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
-# Files of a model directory that users edit after a run. Edited ones are used, with a warning.
+# Files of a model directory that users may edit after a run. Edited files are used with a warning.
 EDITABLE = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja")
 # Files that are not read to load a model.
 _NON_MODEL_FILES = ("training.safetensors", "state.json", "recipe.yaml", "frozen.txt")
@@ -48,7 +48,7 @@ def seal_directory(directory: Path, files: Iterable[Path], **facts: Any) -> None
 
 
 def unseal(directory: Path, name: str | None = None) -> None:
-    """Remove one file, or all, from the sealed ones of a directory. Does nothing without a manifest."""
+    """Remove one file, or all, from the sealed files of a directory. Does nothing without a manifest."""
     manifest = read_manifest(directory)
     if manifest is None or (name is not None and name not in manifest["files"]):
         return
@@ -59,9 +59,9 @@ def unseal(directory: Path, name: str | None = None) -> None:
 def record(
     directory: Path, names: Iterable[str], *, removed: Iterable[str] = (), seals: Mapping[str, Seal] | None = None
 ) -> None:
-    """List files and directories as written by a run, before they are written. Creates a manifest where there is none.
+    """List files and directories as written by a run, before they are written. Creates a manifest if there is none.
 
-    names: relative paths, with slashes. removed: names to remove from the list. seals: of files that users edit.
+    names: relative paths, with slashes. removed: names to remove from the list. seals: of files that users may edit.
     """
     manifest = read_manifest(directory) or {"format": MANIFEST_FORMAT, "files": {}}
     recorded_before = manifest.get("written", {})
@@ -75,12 +75,12 @@ def record(
 
 
 def recorded(directory: Path) -> dict[str, Seal | None]:
-    """Return what runs have written into a directory: relative path → its seal, if it has one. Empty without a manifest."""
+    """Return the files that runs wrote into a directory: relative path → seal or None. Empty without a manifest."""
     return (read_manifest(directory) or {}).get("written", {})
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """Return the manifest of a directory; None where it has none that this program wrote.
+    """Return the manifest of a directory; None if it has none that this program wrote.
 
     Raises CheckpointError for one that cannot be read or that another version wrote.
     """
@@ -109,7 +109,7 @@ def _write(directory: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def check_files(directory: Path, *, weights: bool) -> None:
-    """Compare a model's files with the manifest beside them, if there is one: its weights, or all others.
+    """Compare a model's files with the manifest next to them, if there is one: its weights, or all others.
 
     A file is hashed once per process while it does not change. Raises ModelError, or CheckpointError for a checkpoint.
     """
@@ -124,7 +124,7 @@ def check_files(directory: Path, *, weights: bool) -> None:
 
 
 def edited_files(directory: Path) -> Iterator[str]:
-    """Yield the paths of settings that differ from the manifest beside them."""
+    """Yield the paths of settings that differ from the manifest next to them."""
     manifest = read_manifest(directory)
     if manifest is None:
         return
@@ -134,7 +134,7 @@ def edited_files(directory: Path) -> Iterator[str]:
 
 
 def difference(directory: Path, manifest: Mapping[str, Any], name: str) -> str | None:
-    """Return the problem with a sealed file; None where it is unchanged."""
+    """Return the problem with a sealed file; None if it is unchanged."""
     path = directory / name
     if not path.is_file():
         return f"{path} is missing"
@@ -150,8 +150,8 @@ def matches_seal(path: Path, sealed: Seal) -> bool:
 
 def _damage_error(directory: Path, manifest: Mapping[str, Any], message: str) -> DistillmError:
     if "step" in manifest:
-        return CheckpointError("checkpoint.damaged", message, hint="copy it again, or take another checkpoint")
-    hint = f"copy or download it again; if the change is yours, delete {directory / MANIFEST}"
+        return CheckpointError("checkpoint.damaged", message, hint="copy it again, or use another checkpoint")
+    hint = f"copy or download it again, or, if you changed it, delete {directory / MANIFEST}"
     return ModelError("model.damaged", message, hint=hint)
 
 
@@ -162,7 +162,7 @@ def seal(path: Path) -> Seal:
 
 
 def _digest(path: Path) -> str:
-    """Return a file's SHA-256, without reading it again while it does not change."""
+    """Return a file's SHA-256, which is cached while the file does not change."""
     stat = path.stat()
     key = (str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns)
     if key not in _digests:

@@ -34,7 +34,7 @@ def pause_garbage_collection() -> None:
 
 
 def resume_garbage_collection() -> None:
-    """Resume garbage collection, with existing objects exempt. Does nothing where it was not paused.
+    """Resume garbage collection, with existing objects exempt. Does nothing if it was not paused.
 
     Call it before weights are loaded, so that weights in a cycle are still collected.
     """
@@ -48,7 +48,7 @@ def resume_garbage_collection() -> None:
 def retry_halved(attempt: Callable[[], _T], halve: Callable[[], bool]) -> _T:
     """Return the result of ``attempt``, repeated after a call of ``halve`` for as long as memory runs out.
 
-    halve: makes the batches of the next attempt smaller; returns False where it cannot, and the error is raised.
+    halve: makes the batches of the next attempt smaller; returns False if it cannot, and the error is raised.
     """
     while True:
         try:
@@ -86,7 +86,7 @@ def keep_freed_memory() -> None:
         mallopt(_TRIM_THRESHOLD, _NEVER)
 
 
-def give_back_freed_memory() -> None:
+def return_freed_memory() -> None:
     """Return freed memory of this process to the system."""
     malloc_trim = _glibc_function("malloc_trim")
     if malloc_trim is not None:
@@ -101,9 +101,9 @@ def _glibc_function(name: str) -> Callable[..., int] | None:
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
-    """Return the bytes that this process may still take without swapping, limits of its control groups included.
+    """Return the bytes available to this process without swapping, within the limits of its control groups.
 
-    None where the system does not report it. root: directory of the file systems /proc and /sys.
+    None if the system does not report it. root: directory of the file systems /proc and /sys.
     """
     found = [size for size in (_machine_memory(root / "proc"), *_control_group_memory(root)) if size is not None]
     return min(found, default=None)

@@ -46,7 +46,7 @@ def handle_signals() -> Iterator[None]:
     def on_signal(number: int, frame: FrameType | None) -> None:
         nonlocal pending
         stop = handled[number]
-        if stop is Hangup and Hangup in _received:  # the kernel sends it, and the shell again
+        if stop is Hangup and Hangup in _received:  # the kernel sends it, and the shell sends it again
             return
         _received.append(stop)
         if pending is not None or not can_wait or not _is_importing(frame):
@@ -92,7 +92,7 @@ def _is_importing(frame: FrameType | None) -> bool:
 
 @dataclass
 class StopRequest:
-    """Hold the number of the signal that asked a loop to stop; None while there was none."""
+    """Hold the number of the signal that stops a loop; None before a signal."""
 
     signal: int | None = None
 
@@ -128,8 +128,8 @@ def stop_on_signal() -> Iterator[StopRequest]:
 def received_signal() -> KeyboardInterrupt | None:
     """Return the exception of the last signal that arrived, None without one, for handlers of other errors.
 
-    C code may turn the exception of a signal handler into another error: a tensor whose reading is interrupted has "no
-    shape", and its file looks damaged.
+    C code may turn the exception of a signal handler into another error: an interrupted read of a tensor fails with "no
+    shape", as if the file were damaged.
     """
     if threading.current_thread() is not threading.main_thread():
         return None  # the signal arrived during an earlier command of the main thread
@@ -137,7 +137,7 @@ def received_signal() -> KeyboardInterrupt | None:
 
 
 def exit_by_signal(code: int) -> None:
-    """End this process by SIGINT where that is its exit code and stderr is a terminal.
+    """End this process by SIGINT if that is its exit code and stderr is a terminal.
 
     Only then does a shell leave its loop and not start the next run of a sweep. ``$?`` is 130 in both cases; other callers
     get the exit code.
@@ -151,7 +151,7 @@ def exit_by_signal(code: int) -> None:
 
 
 def restore_interrupt(code: int) -> None:
-    """Make another Ctrl-C end the process at once, where it is about to end by the signal.
+    """Make another Ctrl-C end the process immediately if it is about to end by the signal.
 
     Python's handler would raise in a library that is cleaning up, and print its traceback after the error.
     """

@@ -25,7 +25,7 @@ try:
 except ImportError:  # Windows: no locks
     fcntl = None  # type: ignore[assignment]  # a module cannot be declared optional
 
-PROBE = ".writable-"  # prefix of the name of a probe, where it has a name
+PROBE = ".writable-"  # prefix of the name of a probe, if it has a name
 STAGING = ".staging-"  # prefix of names of files that are being written
 REMOVED = ".old-"  # prefix of names of files that are being removed
 
@@ -51,7 +51,7 @@ _ERROR_NUMBER = re.compile(r"\(os error (\d+)\)|\bOs \{ code: (\d+)|\[errno (\d+
 def storing(what: str, hint: str, *, hint_if_full: str | None = None) -> Iterator[None]:
     """Turn the file system's errors, also those in messages of libraries, into StorageError.
 
-    what: "cannot write FILE". hint_if_full: the hint where the disk is full.
+    what: "cannot write FILE". hint_if_full: the hint if the disk is full.
     """
     try:
         yield
@@ -69,7 +69,7 @@ def storage_error(error: BaseException, what: str, hint: str, *, hint_if_full: s
 
 
 def os_error_number(error: BaseException) -> int | None:
-    """Return the number of the file system's error that this exception reports; None where it reports none."""
+    """Return the number of the file system's error that this exception reports; None if it reports none."""
     if isinstance(error, OSError) and error.errno is not None:
         number = error.errno
     elif found := _ERROR_NUMBER.search(str(error)):
@@ -109,7 +109,7 @@ def atomic_write(path: Path, text: str) -> None:
 
 @contextmanager
 def staging_directory(final: Path) -> Iterator[Path]:
-    """Yield an empty directory beside ``final``, which need not exist, and remove it when the block ends."""
+    """Yield an empty directory next to ``final``, which need not exist, and remove it when the block ends."""
     staged = final.with_name(f"{STAGING}{final.name}-{os.getpid()}")
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
@@ -123,8 +123,8 @@ def staging_directory(final: Path) -> Iterator[Path]:
 def atomic_directory(final: Path) -> Iterator[Path]:
     """Yield a directory to fill that replaces ``final`` when the block ends.
 
-    The caller flushes the files in it. Where the block or the renaming fails, ``final`` is unchanged. Where another
-    process has created ``final`` in the meantime, its directory stays.
+    The caller flushes the files in it. If the block or the renaming fails, ``final`` is unchanged. If another process
+    has created ``final`` in the meantime, that directory remains.
     """
     with staging_directory(final) as staged:
         yield staged
@@ -163,7 +163,7 @@ def move_into(directory: Path, files: list[Path]) -> None:
 def remove(path: Path) -> OSError | None:
     """Remove a file, or a directory with its contents, so that a kill leaves no incomplete directory under its name.
 
-    A directory is renamed first, to a name that ``sweep`` deletes. Returns the error where something could not be removed;
+    A directory is renamed first, to a name that ``sweep`` deletes. Returns the error if something could not be removed;
     the name may be free even then (``os.path.lexists(path)``).
     """
     try:
@@ -179,7 +179,7 @@ def remove(path: Path) -> OSError | None:
 
 
 def _rename_aside(path: Path) -> Path | None:
-    """Rename a file or directory to a reserved name, and return that; None where it does not exist."""
+    """Rename a file or directory to a reserved name, and return that; None if it does not exist."""
     names = (path.with_name(f"{REMOVED}{path.name}{n}") for n in itertools.chain([""], itertools.count(1)))
     aside = next(name for name in names if not os.path.lexists(name))
     try:
@@ -199,7 +199,7 @@ def _delete(path: Path) -> None:
 
 
 def leftovers(directory: Path, name: str = "") -> Iterator[Path]:
-    """Yield files and directories that killed processes left in a directory, of all names or of one."""
+    """Yield files and directories left by killed processes, for all names or for one."""
     for prefix in (STAGING, REMOVED):
         yield from directory.glob(f"{prefix}{glob.escape(name)}*")
 
@@ -217,8 +217,8 @@ def sweep(directory: Path, name: str = "") -> None:
 def locked(path: Path, busy: Callable[[], None]) -> Iterator[bool]:
     """Lock a directory, or a file, which is created, against other processes until the block ends.
 
-    busy: called where another process holds the lock. If it returns, the lock is waited for. The lock is released when its
-    process ends. Yields False where this file system does not support locks.
+    busy: called if another process holds the lock. If it returns, this call waits for the lock. The lock is released
+    when its process ends. Yields False if this file system does not support locks.
     """
     if fcntl is None:
         yield False
@@ -245,7 +245,7 @@ def _lock(descriptor: int, busy: Callable[[], None]) -> bool:
 
 
 def check_writable(directory: Path) -> None:
-    """Create a temporary file without a name in the directory. Raises OSError where that fails."""
+    """Create a temporary file without a name in the directory. Raises OSError if that fails."""
     import tempfile
 
     with tempfile.TemporaryFile(prefix=PROBE, dir=directory):
@@ -263,7 +263,7 @@ def is_broken_link(path: Path) -> bool:
     """Return whether the path is a symbolic link to a path that does not exist, or to itself."""
     try:
         return path.is_symlink() and not path.exists()
-    except OSError:  # a name that is too long is no link
+    except OSError:  # a name that is too long is not a link
         return False
 
 
@@ -277,7 +277,7 @@ def discard_stdout() -> None:
 
 
 def is_closed_terminal(error: OSError) -> bool:
-    """Return whether writing to stdout failed because its terminal was closed: nobody reads it, and no disk fails."""
+    """Return whether writing to stdout failed because its terminal was closed, which is not a disk error."""
     try:
         return error.errno == errno.EIO and stat.S_ISCHR(os.fstat(sys.stdout.fileno()).st_mode)
     except (OSError, ValueError):

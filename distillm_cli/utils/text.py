@@ -1,4 +1,4 @@
-"""Format text for people: numbers, printable characters, addresses without credentials. Imports no slow modules."""
+"""Format text for output: numbers, printable characters, addresses without credentials. Imports no slow modules."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def all_are(n: int, noun: str) -> str:
 
 
 def signed(change: float, digits: int) -> str:
-    """Format a difference with its sign, or ± where it is rounded to zero: "+0.006", "−1.500", "±0.000"."""
+    """Format a difference with its sign, or ± if it is rounded to zero: "+0.006", "−1.500", "±0.000"."""
     size = f"{abs(change):.{digits}f}"
     sign = "±" if float(size) == 0 else "−" if change < 0 else "+"
     return sign + size
 
 
 def format_count(number: float) -> str:
-    """Format a number for people: whole up to 9,999, beyond that three digits and a unit ("226 k", "1.56 G")."""
+    """Format a number: in full up to 9,999, beyond that three digits and a unit ("226 k", "1.56 G")."""
     size = abs(number)
     if size < 9999.5:
         return f"{number:,.0f}"
@@ -118,5 +118,5 @@ def printable(text: str) -> str:
 
 
 def escaped(line: str) -> str:
-    """Escape control characters in a line of JSON, which keeps its value."""
+    """Escape control characters in a line of JSON without changing its value."""
     return _CONTROL_CHARACTERS.sub(lambda found: f"\\u{ord(found[0]):04x}", line)

@@ -1,4 +1,4 @@
-"""Numbers that are chosen to fit the models, and the data set that is taken where none is named."""
+"""Check the defaults that depend on the models: training values and the data set."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from distillm_cli.cli.app import main
 from distillm_cli.config.field_usage import value_of
 from distillm_cli.config.load import resolve
 from distillm_cli.config.pipeline_recipe import load_pipeline
-from distillm_cli.errors import RecipeError
 from distillm_cli.models.model_info import ModelInfo, read_model_info
 from distillm_cli.runs.defaults import KEYS, fitted, fitted_line, fitted_pipeline, number, rates
 from tests import tiny
-from tests.typed import call
+from tests.codes import raises_code
+from tests.command_line import assert_error, call
 
 QWEN = {
     "vocab_size": 151_936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
@@ -27,14 +27,14 @@ QWEN = {
 PAPER = {"train.lr": 5e-4, "train.epochs": 20, "train.warmup": 0, "data.max_length": 512, "data.max_prompt_length": 256}
 
 
-def chat_directory(place, **fields) -> str:
-    AutoConfig.for_model("qwen3", **QWEN | fields).save_pretrained(place)
-    (place / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
-    return str(place)
+def save_chat_config(directory, **fields) -> str:
+    AutoConfig.for_model("qwen3", **QWEN | fields).save_pretrained(directory)
+    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    return str(directory)
 
 
-def numbers(*sets: str, command: str = "distill", recipe=None, **flags: str) -> dict[str, float]:
-    """What the fields come to, for this teacher and student and these settings."""
+def fitted_values(*sets: str, command: str = "distill", recipe=None, **flags: str) -> dict[str, float]:
+    """Return the values of the fitted fields for this teacher, student and settings."""
     given = {f"{name}.path": path for name, path in flags.items()}
     found = fitted(resolve(command=command, recipe=recipe, flags=given, sets=sets))
     assert all(found.origin[key] for key in KEYS)
@@ -53,47 +53,51 @@ def numbers(*sets: str, command: str = "distill", recipe=None, **flags: str) -> 
         (("builtin", "random:2x64"), {}),
     ],
 )
-def test_the_papers_models_get_the_papers_numbers(pair, differs):
-    assert numbers(teacher=pair[0], student=pair[1]) == PAPER | differs
+def test_models_of_the_paper_get_its_hyperparameters(pair, differs):
+    assert fitted_values(teacher=pair[0], student=pair[1]) == PAPER | differs
 
 
-def test_open_llama_with_lora_gets_the_papers_numbers():
+def test_open_llama_with_lora_gets_paper_hyperparameters():
     pair = {"teacher": "openlm-research/open_llama_7b_v2", "student": "openlm-research/open_llama_3b_v2"}
-    assert numbers("student.lora.r=16", **pair) == PAPER | {"train.epochs": 10}
-    assert numbers(**pair)["train.lr"] == 2e-5, "the paper trains no Llama in full"
+    assert fitted_values("student.lora.r=16", **pair) == PAPER | {"train.epochs": 10}
+    assert fitted_values(**pair)["train.lr"] == 2e-5, "the paper trains Llama with LoRA only"
 
 
 @pytest.mark.parametrize(
-    ("sets", "lr", "who"), [([], 1e-5, "a 596 M chat model"), (["student.lora.r=8"], 1e-4, "a 596 M chat model, LoRA")]
+    ("sets", "lr", "subject"),
+    [([], 1e-5, "a 596 M chat model"), (["student.lora.r=8"], 1e-4, "a 596 M chat model, LoRA")],
 )
 @pytest.mark.parametrize("command", ["distill", "sft"])
-def test_a_chat_model_is_not_trained_as_the_papers(tmp_path, command, sets, lr, who):
-    path = chat_directory(tmp_path)
+def test_chat_model_gets_other_hyperparameters(tmp_path, command, sets, lr, subject):
+    path = save_chat_config(tmp_path)
     flags = {"student.path": path} | ({"teacher.path": path} if command == "distill" else {})
     found = fitted(resolve(command=command, flags=flags, sets=sets))
     train, data = found.recipe.train, found.recipe.data
     assert (train.lr, train.epochs, train.warmup) == (lr, 3, 0.1)
     assert (data.max_length, data.max_prompt_length) == (2048, 1792)
-    assert found.origin["train.lr"] == f"auto: {number(lr)} for {who}"
+    assert found.origin["train.lr"] == f"auto: {number(lr)} for {subject}"
     assert (
-        fitted_line(found) == f"auto: lr {number(lr)}, epochs 3, warmup 0.1 for {who}; max_length 2048 for a chat model"
+        fitted_line(found)
+        == f"auto: lr {number(lr)}, epochs 3, warmup 0.1 for {subject}; max_length 2048 for a chat model"
     )
-    assert fitted(found) == found, "numbers stay"
+    assert fitted(found) == found, "fitting again changes nothing"
 
 
 def test_lengths_stay_within_the_context(tmp_path):
-    path = chat_directory(tmp_path, max_position_embeddings=1024)
-    found = numbers(teacher=path, student=path)
+    path = save_chat_config(tmp_path, max_position_embeddings=1024)
+    found = fitted_values(teacher=path, student=path)
     assert (found["data.max_length"], found["data.max_prompt_length"]) == (1024, 768)
 
 
 @pytest.mark.parametrize(("given", "prompt"), [(64, 256), (512, 256), (1024, 768)])
-def test_the_prompt_goes_along_with_a_given_length(given, prompt):
-    assert numbers(f"data.max_length={given}", teacher="gpt2-xl", student="gpt2")["data.max_prompt_length"] == prompt
+def test_max_prompt_length_follows_max_length(given, prompt):
+    assert (
+        fitted_values(f"data.max_length={given}", teacher="gpt2-xl", student="gpt2")["data.max_prompt_length"] == prompt
+    )
 
 
 @pytest.mark.parametrize(
-    ("facts", "lora", "lr"),
+    ("info", "lora", "lr"),
     [
         (ModelInfo("qwen3", count=lambda: int(0.1e9)), False, 1e-4),
         (ModelInfo("qwen3", has_template=True, count=lambda: int(0.1e9)), False, 5e-5),
@@ -104,39 +108,39 @@ def test_the_prompt_goes_along_with_a_given_length(given, prompt):
         (ModelInfo("t5", is_encoder_decoder=True, count=lambda: int(0.06e9)), False, 1e-4),
     ],
 )
-def test_the_rate_goes_by_family_size_template_and_adapter(facts, lora, lr):
-    assert rates(facts, sft=False, lora=lora).lr == pytest.approx(lr)
+def test_lr_depends_on_family_size_template_and_lora(info, lora, lr):
+    assert rates(info, sft=False, lora=lora).lr == pytest.approx(lr)
 
 
-def test_what_is_given_stays_and_what_contradicts_it_is_refused(tmp_path):
-    path = chat_directory(tmp_path)
+def test_given_values_win_and_conflicts_are_errors(tmp_path):
+    path = save_chat_config(tmp_path)
     found = fitted(resolve(command="sft", flags={"student.path": path}, sets=["train.lr=3e-3", "train.epochs=7"]))
     assert (found.recipe.train.lr, found.recipe.train.epochs, found.origin["train.lr"]) == (3e-3, 7, "--set")
-    with pytest.raises(RecipeError, match=r"train\.min_lr 0\.001 is above train\.lr 1e-05"):
+    with raises_code("recipe.fields_conflict", "train.min_lr 0.001", "train.lr 1e-05"):
         fitted(resolve(command="sft", flags={"student.path": path}, sets=["train.min_lr=1e-3"]))
 
 
-def test_a_model_whose_config_is_not_at_hand_leaves_auto(capsys):
+def test_missing_model_config_leaves_auto(capsys):
     assert main(["sft", "--model", "Qwen/not-cached", "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"^  lr: auto +# auto: no config of Qwen/not-cached available$", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "gemma3", "t5"])
-def test_parameters_are_counted_with_and_without_weights(tmp_path, family):
+def test_parameters_are_counted_without_weights(tmp_path, family):
     expected = tiny.model(family).num_parameters()
-    tiny.save(tmp_path / "whole", family, rows=101)
-    assert read_model_info(str(tmp_path / "whole")).parameters == expected
+    tiny.save(tmp_path / "model", family, rows=101)
+    assert read_model_info(str(tmp_path / "model")).parameters == expected
     (tmp_path / "bare").mkdir()
-    (tmp_path / "bare/config.json").write_text((tmp_path / "whole/config.json").read_text())
+    (tmp_path / "bare/config.json").write_text((tmp_path / "model/config.json").read_text())
     assert read_model_info(str(tmp_path / "bare")).parameters == expected
 
 
-def test_an_adapter_may_bring_the_chat_template_that_its_model_lacks(tmp_path):
+def test_chat_template_of_an_adapter_is_found(tmp_path):
     tiny.save(tmp_path / "model")
     (tmp_path / "adapter").mkdir()
-    named = {"base_model_name_or_path": str(tmp_path / "model")}
-    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(named))
+    config = {"base_model_name_or_path": str(tmp_path / "model")}
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
     assert not read_model_info(str(tmp_path / "adapter")).has_template
     (tmp_path / "adapter/chat_template.jinja").write_text("{{ messages }}")
     assert read_model_info(str(tmp_path / "adapter")).has_template
@@ -146,7 +150,7 @@ def test_an_adapter_may_bring_the_chat_template_that_its_model_lacks(tmp_path):
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def workdir(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DISTILLM_DATA", raising=False)
     rows = [{"instruction": f"{n:06b}".translate({48: "a", 49: "b"}), "output": "cab"} for n in range(40)]
@@ -156,42 +160,42 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_numbers_are_shown_recorded_and_resumed(place, capsys):
-    """The recipe of the output directory holds numbers; a resume, and a run of that recipe, read them."""
+def test_fitted_values_are_printed_saved_and_resumed(workdir, capsys):
+    """Check that recipe.yaml has the numbers, and that a resumed run and a run of that recipe use them."""
     small = ["--data", "rows.jsonl", "--steps", 4, "--set", "data.template=plain", "--set", "eval.report_rows=0"]
     argv = ["distill", "--teacher", "qwen", "--student", "qwen", *small, "--json"]
     code, _, err = call(capsys, *argv, "--output", "out")
     assert code == 0, err
     assert err.splitlines()[0].startswith("auto: lr 1e-4, warmup 0.1 for an 18.2 k base model; ")
-    recorded = yaml.safe_load((place / "out/recipe.yaml").read_text())
+    recorded = yaml.safe_load((workdir / "out/recipe.yaml").read_text())
     assert (recorded["train"]["lr"], recorded["train"]["epochs"], recorded["train"]["warmup"]) == (1e-4, 3.0, 0.1)
     assert recorded["data"]["max_length"] == tiny.CONTEXT
-    assert "# auto: 1e-4 for an 18.2 k base model" in (place / "out/recipe.yaml").read_text()
+    assert "# auto: 1e-4 for an 18.2 k base model" in (workdir / "out/recipe.yaml").read_text()
     assert call(capsys, "distill", "--resume", "--output", "out", "--json")[0] == 0
     assert call(capsys, *argv, "--output", "out", "--resume")[0] == 0
-    (place / "again.yaml").write_text((place / "out/recipe.yaml").read_text())
+    (workdir / "again.yaml").write_text((workdir / "out/recipe.yaml").read_text())
     code, _, err = call(capsys, "distill", "--recipe", "again.yaml", "--output", "again", "--json")
     assert code == 0, err
     assert "auto:" not in err
     losses = [
-        [line["loss"] for line in map(json.loads, (place / name / "metrics.jsonl").open()) if "loss" in line]
+        [line["loss"] for line in map(json.loads, (workdir / name / "metrics.jsonl").open()) if "loss" in line]
         for name in ("out", "again")
     ]
     assert len(losses[0]) == 4
     assert losses[0] == losses[1]
 
 
-def test_the_fine_tuning_before_distillation_has_numbers_too(place, capsys):
+def test_sft_stage_before_distillation_gets_fitted_values(workdir, capsys):
     argv = ["distill", "--teacher", "qwen", "--student", "qwen", "--data", "rows.jsonl", "--steps", 1, "--json"]
     argv += ["--set", "data.template=plain", "--set", "student.sft_epochs=0.2", "--set", "eval.report_rows=0"]
     code, _, err = call(capsys, *argv, "--output", "out")
     assert code == 0, err
-    stage = yaml.safe_load((place / "out/sft/recipe.yaml").read_text())["train"]
+    stage = yaml.safe_load((workdir / "out/sft/recipe.yaml").read_text())["train"]
     assert (stage["lr"], stage["epochs"], stage["warmup"]) == (1e-4, 0.2, 0.1)
 
 
-def test_stages_are_fitted_with_what_earlier_stages_make(place):
-    (place / "p.yaml").write_text("""
+def test_stages_are_fitted_to_models_of_earlier_stages(workdir):
+    (workdir / "p.yaml").write_text("""
         defaults: {data: {source: rows.jsonl}}
         stages:
           teacher: {verb: sft, student: {path: qwen}}
@@ -211,8 +215,8 @@ def test_stages_are_fitted_with_what_earlier_stages_make(place):
     }
 
 
-def test_each_stage_of_a_pipeline_shows_its_numbers(place, capsys):
-    (place / "p.yaml").write_text("""
+def test_pipeline_prints_fitted_values_of_each_stage(workdir, capsys):
+    (workdir / "p.yaml").write_text("""
         defaults: {data: {source: rows.jsonl, template: plain}, train: {steps: 1}, eval: {report_rows: 0}}
         stages:
           teacher: {verb: sft, student: {path: qwen}}
@@ -230,33 +234,28 @@ def test_each_stage_of_a_pipeline_shows_its_numbers(place, capsys):
 # ------------------------------------------------------------------------------------------------------------- data
 
 
-def test_fine_tuning_needs_data(place, capsys):
-    code, answer, _ = call(capsys, "sft", "--model", "gpt2", "--json")
-    assert code == 2
-    assert "no data to train on; --data is not given" in answer["message"]
+def test_sft_without_data_is_an_error(workdir, capsys):
+    assert_error(call(capsys, "sft", "--model", "gpt2", "--json"), "usage.no_data", "--data")
 
 
 @pytest.mark.parametrize("pair", [("qwen", "qwen"), ("gpt2", "qwen"), ("Qwen/x", "gpt2"), ("builtin", "random:2x16")])
-def test_distillation_of_other_models_needs_data(place, capsys, pair):
-    code, answer, _ = call(capsys, "distill", "--teacher", pair[0], "--student", pair[1], "--json")
-    assert code == 2
-    assert "--data is not given, and only GPT-2, OPT and Llama bases take Dolly" in answer["message"]
+def test_distilling_other_models_without_data_is_an_error(workdir, capsys, pair):
+    outcome = call(capsys, "distill", "--teacher", pair[0], "--student", pair[1], "--json")
+    assert_error(outcome, "usage.no_data", "--data", "Dolly")
 
 
 @pytest.mark.parametrize("pair", [("gpt2", "gpt2"), ("gpt2", "layers:1"), ("openai-community/gpt2-xl", "gpt2")])
-def test_the_cards_sentence_says_that_it_takes_dolly(place, capsys, pair):
-    code, _, err = call(capsys, "distill", "--teacher", pair[0], "--student", pair[1], "--alpha", "0.1", "--json")
-    assert err.splitlines()[0] == "no --data: training on Dolly (data.source dolly), the paper's data set"
-    assert code == 3, "which is not here, and that is said after it"
+def test_paper_models_train_on_dolly_by_default(workdir, capsys, pair):
+    outcome = call(capsys, "distill", "--teacher", pair[0], "--student", pair[1], "--alpha", "0.1", "--json")
+    assert outcome[2].splitlines()[0] == "no --data: training on Dolly (data.source dolly), the paper's data set"
+    assert_error(outcome, "data.not_found", "dolly")
 
 
-def test_a_chat_template_is_not_of_the_paper(place, capsys):
-    (place / "gpt2/chat_template.jinja").write_text("{{ messages }}")
-    assert call(capsys, "distill", "--teacher", "gpt2", "--student", "gpt2", "--json")[0] == 2
+def test_chat_template_disables_default_data(workdir, capsys):
+    (workdir / "gpt2/chat_template.jinja").write_text("{{ messages }}")
+    assert_error(call(capsys, "distill", "--teacher", "gpt2", "--student", "gpt2", "--json"), "usage.no_data")
 
 
-def test_a_stage_that_trains_names_its_data(place, capsys):
-    (place / "p.yaml").write_text("stages: {a: {verb: sft, student: {path: qwen}}}")
-    code, answer, _ = call(capsys, "run", "p.yaml", "--json")
-    assert code == 2
-    assert "stage a has no data.source; set stages.a.data.source" in answer["message"]
+def test_stage_without_data_is_an_error(workdir, capsys):
+    (workdir / "p.yaml").write_text("stages: {a: {verb: sft, student: {path: qwen}}}")
+    assert_error(call(capsys, "run", "p.yaml", "--json"), "recipe.no_data", "stages.a.data.source")

@@ -1,6 +1,6 @@
-"""Golden messages: a mistake of each kind as it is typed, and the whole line that answers it, with its code.
+"""Check the complete error line of one mistake of each kind.
 
-Other tests check codes. Here the wording is fixed, so that a change of it is seen and read.
+Other tests check codes only. Here the wording is fixed, so that a change of it is reviewed.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from distillm_cli.cli import app as program
+from tests.command_line import exit_code
 
 FILES = {
     "bad.jsonl": '{"instruction": "a", "output": "b"}\n{"instruction":\n',
@@ -24,7 +25,7 @@ GOLDEN = [
     ("distill --alhpa 1", "usage.unknown_option", "distillm distill has no flag --alhpa; did you mean --alpha?"),
     ("distill --beta 1", "usage.unknown_option", "distillm distill has no flag --beta; try --set objective.beta=VALUE"),
     ("generate m", "usage.unexpected_argument", "distillm generate takes no argument m; try --model m"),
-    ("generate --prompt hi", "usage.no_model", "no model to generate with; give --model"),
+    ("generate --prompt hi", "usage.no_model", "no model; give --model"),
     ("distill --set alpha", "usage.invalid_set", "--set alpha; expected section.key=value; try --set train.lr=5e-4"),
     ("distill --set train.lrr=1", "recipe.unknown_field", "--set train.lrr: no such key; did you mean train.lr?"),
     ("explain train.lrr", "usage.unknown_field", "no field train.lrr; did you mean train.lr?"),
@@ -51,13 +52,13 @@ GOLDEN = [
     (
         "distill --student x --data bad.jsonl --output o",
         "usage.no_teacher",
-        "no teacher to learn from; give --teacher PATH, or use `distillm sft`",
+        "no teacher; give --teacher PATH, or use `distillm sft`",
     ),
     (
         "distill --teacher t --student x --output o",
         "usage.no_data",
-        "no data to train on; --data is not given, and only GPT-2, OPT and Llama bases take Dolly by default; "
-        "give --data PATH or NAME, such as --data rows.jsonl or --data dolly",
+        "no data to train on; --data is not given, and Dolly is the default only for GPT-2, OPT and Llama base models; "
+        "use --data PATH or NAME, such as --data rows.jsonl or --data dolly",
     ),
     (
         "distill --teacher t --student random:1x64 --data nothing.jsonl --output o",
@@ -67,13 +68,13 @@ GOLDEN = [
     (
         "distill --teacher t --student random:1x64 --data bad.jsonl --output full",
         "usage.output_exists",
-        "output directory full is not empty; choose another --output, or give --resume to continue or --overwrite "
+        "output directory full is not empty; choose another --output, or use --resume to continue or --overwrite "
         "to start over",
     ),
     (
         "distill --teacher t --student x --data bad.jsonl --output o --resume --overwrite",
         "usage.exclusive_options",
-        "--resume and --overwrite exclude each other; give one of them",
+        "--resume and --overwrite are mutually exclusive; choose one of them",
     ),
     (
         "distill --resume --output nodir",
@@ -93,23 +94,23 @@ GOLDEN = [
     (
         "eval nomodel --suite dolly",
         "model.not_found",
-        "cannot find 'nomodel': no such directory here, and not from the hub: HF_HUB_OFFLINE is set and it is not in "
-        "the cache; pass a local directory, or check the spelling, or unset HF_HUB_OFFLINE",
+        "cannot find 'nomodel': no such directory, and not available from the hub: it is not in "
+        "the cache, and HF_HUB_OFFLINE is set; pass a local directory, or check the spelling, or unset HF_HUB_OFFLINE",
     ),
 ]
 
 
-@pytest.mark.parametrize(("typed", "code", "message"), GOLDEN, ids=[typed for typed, _, _ in GOLDEN])
-def test_message(typed, code, message, capfd, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("command", "code", "message"), GOLDEN, ids=[command for command, _, _ in GOLDEN])
+def test_message(command, code, message, capfd, tmp_path, monkeypatch):
     for name, text in FILES.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    status = program.main([*typed.split(), "--debug"])
+    status = program.main([*command.split(), "--debug"])
     sys.stdout.flush()
     out, err = capfd.readouterr()
     assert out == ""
     assert err.splitlines()[-1] == f"error [{code}]: {message}"
-    assert status == {"usage": 2, "recipe": 2, "data": 3, "model": 4, "checkpoint": 5}[code.split(".")[0]]
+    assert status == exit_code(code)
     assert (tmp_path / "full" / "mine.txt").read_text() == "mine\n"
-    assert not (tmp_path / "o").exists(), "nothing is written"
+    assert not (tmp_path / "o").exists(), "nothing was written"

@@ -1,4 +1,4 @@
-"""``distillm methods``: the registry as a person and a script see it."""
+"""Check ``distillm methods``, and shell completion."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ from distillm_cli.cli import app as program
 from distillm_cli.config.explain import choices
 from distillm_cli.config.load import resolve
 from distillm_cli.config.methods import METHODS
-from tests.typed import flags
+from tests.command_line import assert_error_line, flags
 
 
 @pytest.fixture
@@ -22,43 +22,43 @@ def run(capfd):
     return call
 
 
-def test_the_table_has_a_line_for_every_method(run):
+def test_table_has_a_line_for_every_method(run):
     code, out, err = run("methods")
     rows = [line.split("\t") for line in out.splitlines()]
     assert (code, err) == (0, "")
     assert [row[0] for row in rows] == list(METHODS)
     assert {len(row) for row in rows} == {5}
-    told = {row[0]: row[1:] for row in rows}
-    assert told["ab"] == ["ABKD, Wang et al. 2025 (2505.04560)", "ab α=0.2 β=0.7", "data set", "rows, teacher"]
-    assert told["distillm"][1:3] == ["skl α=0.1", "data set, student samples, replay"]
-    assert told["sft"][1:] == ["cross-entropy", "data set", "rows"]
+    columns = {row[0]: row[1:] for row in rows}
+    assert columns["ab"] == ["ABKD, Wang et al. 2025 (2505.04560)", "ab α=0.2 β=0.7", "data set rows", "rows, teacher"]
+    assert columns["distillm"][1:3] == ["skl α=0.1", "data set rows, rollouts, replay"]
+    assert columns["sft"][1:] == ["cross-entropy", "data set rows", "rows"]
 
 
-def test_the_table_is_an_object_on_request(run):
+def test_table_as_json(run):
     code, out, _ = run("methods", "--json")
-    told = json.loads(out)
-    assert (code, told["command"], told["status"]) == (0, "methods", "ok")
-    assert [row["name"] for row in told["methods"]] == list(METHODS)
-    assert all(row["needs"] and row["summary"] and row["verb"] in ("sft", "distill") for row in told["methods"])
+    result = json.loads(out)
+    assert (code, result["command"], result["status"]) == (0, "methods", "ok")
+    assert [row["name"] for row in result["methods"]] == list(METHODS)
+    assert all(row["needs"] and row["summary"] and row["verb"] in ("sft", "distill") for row in result["methods"])
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_show_tells_all_that_a_method_sets_and_reads_and_how_to_run_it(run, name):
+def test_show_prints_preset_parameters_and_example(run, name):
     method = METHODS[name]
     code, out, _ = run("methods", "show", name)
     assert code == 0
     assert out.startswith(f"{name}: {method.summary}\n")
     assert method.paper in out
     code, text, _ = run("methods", "show", name, "--json")
-    told = json.loads(text)["method"]
-    assert set(method.preset) <= set(told["parameters"])
-    for key, parameter in told["parameters"].items():
+    shown = json.loads(text)["method"]
+    assert set(method.preset) <= set(shown["parameters"])
+    for key, parameter in shown["parameters"].items():
         assert f"  {key} = " in out
         assert parameter["means"]
         assert (parameter["from"] == f"method {name}") == (key in method.preset)
         if key in method.preset:
             assert parameter["value"] == method.preset[key]
-    program_name, verb, *words = told["example"].split()
+    program_name, verb, *words = shown["example"].split()
     given = dict(zip(words[::2], words[1::2], strict=True))
     resolved = resolve(
         command=verb, recipe=given["--recipe"], flags={"method": given["--method"]} if "--method" in given else {}
@@ -66,28 +66,28 @@ def test_show_tells_all_that_a_method_sets_and_reads_and_how_to_run_it(run, name
     assert (program_name, verb, resolved.recipe.method) == ("distillm", method.verb, name)
 
 
-def test_the_parameters_of_a_method_are_its_own(run):
-    def own(name):
-        told = json.loads(run("methods", "show", name, "--json")[1])["method"]["parameters"]
-        return {key.removeprefix("objective.") for key in told if key.startswith("objective.")} - {"divergence"}
+def test_parameters_are_those_the_method_uses(run):
+    def objective_fields(name):
+        parameters = json.loads(run("methods", "show", name, "--json")[1])["method"]["parameters"]
+        return {key.removeprefix("objective.") for key in parameters if key.startswith("objective.")} - {"divergence"}
 
-    assert own("kd") == set()
-    assert own("ab") == {"ab_alpha", "ab_beta"}
-    assert own("amid") == {"amid_a", "amid_lambda", "amid_divergence", "amid_from"}
-    assert own("taid") == {"taid_start", "taid_rate", "taid_momentum"}
-    assert own("distillm") == {"alpha"}
-
-
-def test_an_unknown_method_is_told_the_nearest(run):
-    code, out, err = run("methods", "show", "distilm")
-    assert (code, out) == (2, "")
-    assert err == (f"error: no method named distilm; there are {', '.join(METHODS)}; did you mean distillm?\n")
+    assert objective_fields("kd") == set()
+    assert objective_fields("ab") == {"ab_alpha", "ab_beta"}
+    assert objective_fields("amid") == {"amid_a", "amid_lambda", "amid_divergence", "amid_from"}
+    assert objective_fields("taid") == {"taid_start", "taid_rate", "taid_momentum"}
+    assert objective_fields("distillm") == {"alpha"}
 
 
-def test_the_help_of_distill_names_every_method_divergence_and_schedule(run, monkeypatch):
+def test_unknown_method_suggests_nearest(run):
+    outcome = run("methods", "show", "distilm", "--debug")
+    assert outcome[1] == ""
+    assert_error_line(outcome, "usage.unknown_method", "distilm;", "distillm?", *METHODS)
+
+
+def test_distill_help_lists_methods_divergences_schedules(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     words = run("distill", "--help")[1].replace(",", " ").replace(".", " ").split()
-    assert "sft," not in run("distill", "--help")[1], "a method of another command"
+    assert "sft," not in run("distill", "--help")[1], "sft belongs to another command"
     assert (set(METHODS) - {"sft"}) | set(choices("objective.divergence")) | set(choices("schedule.kind")) <= set(words)
     assert flags(schedule="mixed")["schedule.kind"].name == "--schedule"
 
@@ -121,8 +121,8 @@ def test_the_help_of_distill_names_every_method_divergence_and_schedule(run, mon
         ("pl", ["plan"]),
     ],
 )
-def test_a_shell_is_told_what_may_follow(run, monkeypatch, line, offered):
-    """As bash asks once --install-completion has been typed."""
+def test_shell_completion(run, monkeypatch, line, offered):
+    """Check what bash offers after ``distillm --install-completion``."""
     words = f"distillm {line}"
     monkeypatch.setenv("_DISTILLM_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", words)

@@ -1,4 +1,4 @@
-"""``distillm plan`` from configs alone: sizes as published, arithmetic as by hand, and every pipeline of the paper."""
+"""Test ``distillm plan``: published parameter counts, FLOPs and memory computed by hand, and all shipped recipes."""
 
 import json
 import os
@@ -17,6 +17,7 @@ from distillm_cli.models.cpu.packed import can_pack
 from distillm_cli.models.shapes import sizes
 from distillm_cli.runs import costs
 from tests import tiny
+from tests.command_line import assert_error_line
 
 GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024}
 OPT = {"model_type": "opt", "vocab_size": 50272, "max_position_embeddings": 2048}
@@ -45,14 +46,14 @@ def rotary(base, layers, width, inner, heads, kv, vocab, *, tied=True):
 
 
 def t5(kind, layers, width, inner, heads, vocab):
-    """T5 1.1 and its kin: a head of their own, three matrices of feed-forward, heads that need not add up to the width."""
+    """Return the config of a T5 1.1 or mT5: untied head, three feed-forward matrices, heads independent of the width."""
     return T5 | {
         "model_type": kind, "num_layers": layers, "num_decoder_layers": layers, "d_model": width, "d_ff": inner,
         "num_heads": heads, "vocab_size": vocab, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0,
     }  # fmt: skip
 
 
-# name → config and the number of parameters that its checkpoint has
+# name → (config, number of parameters of the published checkpoint)
 PUBLISHED = {
     "gpt2": (gpt2(12, 768, 12), 124_439_808),
     "gpt2-medium": (gpt2(24, 1024, 16), 354_823_168),
@@ -77,20 +78,20 @@ PUBLISHED = {
     "google/mt5-small": (t5("mt5", 8, 512, 1024, 6, 250112), 300_176_768),
     "google/mt5-xl": (t5("mt5", 24, 2048, 5120, 32, 250112), 3_742_619_648),
 }
-AT_HAND = ("quickstart", "quickstart-pipeline", "quickstart-teacher")  # need nothing of the hub
-OWN = ("g2p", "g2p-teacher")  # need rows and a teacher of one's own
+OFFLINE = ("quickstart", "quickstart-pipeline", "quickstart-teacher")  # need no files from the hub
+USER_DATA = ("g2p", "g2p-teacher")  # need rows and a teacher of the user
 
 
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory):
-    """A directory for each published shape, with a config.json and nothing else; and the same as a hub's cache."""
+    """Write a directory with only a config.json for each published model, and a hub cache with the same configs."""
     home = tmp_path_factory.mktemp("configs")
     for name, (config, _) in PUBLISHED.items():
         snapshot = home / "hub" / f"models--{name.replace('/', '--')}" / "snapshots" / "0"
         refs = snapshot.parent.parent / "refs"
-        for place in (home / name, snapshot):
-            place.mkdir(parents=True)
-            (place / "config.json").write_text(json.dumps(config))
+        for directory in (home / name, snapshot):
+            directory.mkdir(parents=True)
+            (directory / "config.json").write_text(json.dumps(config))
         refs.mkdir()
         (refs / "main").write_text("0")
     return home
@@ -104,53 +105,53 @@ def planned(capsys, monkeypatch, tmp_path):
     def call(*argv):
         capsys.readouterr()
         code = main(["plan", *map(str, argv), "--json", "--quiet"])
-        told = json.loads(capsys.readouterr().out)
-        assert code == 0, told
-        return told
+        plan = json.loads(capsys.readouterr().out)
+        assert code == 0, plan
+        return plan
 
     return call
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_parameters_are_as_published(name, configs, planned):
-    told = planned("--method", "sft", "--student", configs / name)
-    student = told["models"]["student"]
+def test_parameter_counts_are_as_published(name, configs, planned):
+    plan = planned("--method", "sft", "--student", configs / name)
+    student = plan["models"]["student"]
     assert student["parameters"] == PUBLISHED[name][1]
     assert sum(student["parts"].values()) == student["parameters"]
-    assert told["memory"]["student_weights"] == 4 * student["parameters"]
-    assert told["memory"]["optimizer"] == 8 * student["parameters"]
+    assert plan["memory"]["student_weights"] == 4 * student["parameters"]
+    assert plan["memory"]["optimizer"] == 8 * student["parameters"]
 
 
-def test_the_papers_pair_from_configs_alone(configs, planned):
-    """GPT-2 XL → GPT-2 by hand: FLOPs of a step, bytes of the parts; a directory and a config.json are the same."""
+def test_gpt2_pair_is_planned_from_configs_alone(configs, planned):
+    """Check FLOPs of a step and bytes of each part for GPT-2 XL → GPT-2. A directory and its config.json give one plan."""
     pair = ("--teacher", configs / "gpt2-xl" / "config.json", "--student", configs / "gpt2")
-    told = planned("--recipe", "dolly-gpt2", *pair)
-    assert told == planned("--recipe", "dolly-gpt2", "--teacher", configs / "gpt2-xl", "--student", configs / "gpt2")
+    plan = planned("--recipe", "dolly-gpt2", *pair)
+    assert plan == planned("--recipe", "dolly-gpt2", "--teacher", configs / "gpt2-xl", "--student", configs / "gpt2")
     tokens, length, response, vocab = 8 * 512, 512, 256, 50257
-    trunk, wide = 12 * (12 * 768**2), 48 * (12 * 1600**2)  # 4 D² of attention and 8 D² of feed-forward a layer
+    trunk, teacher_trunk = 12 * (12 * 768**2), 48 * (12 * 1600**2)  # 4 D² of attention and 8 D² of feed-forward a layer
     student = 3 * (2 * tokens * (trunk + 12 * 768 * length) + 2 * 8 * response * 768 * vocab)
-    teacher = 2 * tokens * (wide + 48 * 1600 * length) + 2 * 8 * response * 1600 * vocab
-    assert told["step_flops"]["dataset"] == pytest.approx(student + teacher, rel=2e-3)
-    assert told["memory"]["teacher_weights"] == 2 * 1_557_611_200
-    assert told["memory"]["rollout_cache"] == 8 * 8 * 512 * 12 * 2 * 768 * 2
-    assert told["teacher_cache"]["bytes_per_token"] == 3200, "DESIGN: 3.2 KB a token for GPT-2 XL"
-    assert told["steps"] is None
-    assert any("no rows of dolly available" in note for note in told["notes"])
-    assert set(told["gpus"]) == {"RTX 4090", "L40S", "A100 80GB", "H100 SXM", "H200"}
-    assert all("run_s" not in gpu for gpu in told["gpus"].values())
-    assert told["gpus"]["H200"]["step_s"]["dataset"] < told["gpus"]["A100 80GB"]["step_s"]["dataset"]
+    teacher = 2 * tokens * (teacher_trunk + 48 * 1600 * length) + 2 * 8 * response * 1600 * vocab
+    assert plan["step_flops"]["dataset"] == pytest.approx(student + teacher, rel=2e-3)
+    assert plan["memory"]["teacher_weights"] == 2 * 1_557_611_200
+    assert plan["memory"]["rollout_cache"] == 8 * 8 * 512 * 12 * 2 * 768 * 2
+    assert plan["teacher_cache"]["bytes_per_token"] == 3200, "3.2 KB per token for GPT-2 XL"
+    assert plan["steps"] is None
+    assert any("no rows of dolly available" in note for note in plan["notes"])
+    assert set(plan["gpus"]) == {"RTX 4090", "L40S", "A100 80GB", "H100 SXM", "H200"}
+    assert all("run_s" not in gpu for gpu in plan["gpus"].values())
+    assert plan["gpus"]["H200"]["step_s"]["dataset"] < plan["gpus"]["A100 80GB"]["step_s"]["dataset"]
 
 
-def test_without_a_tokenizer_an_epoch_has_as_many_steps_as_it_is_trained_with(configs, planned):
-    """Whole batches only: 20 rows by 8 are 2; and one where there are fewer rows than that."""
+def test_steps_per_epoch_without_a_tokenizer(configs, planned):
+    """Check that only full batches count, 2 for 20 rows by 8, but at least one."""
     pair = ("--teacher", configs / "gpt2-xl", "--student", configs / "gpt2", "--data", "builtin", "--epochs", 3)
     for rows, per_epoch in ((20, 2), (24, 3), (5, 1)):
-        told = planned(*pair, "--batch-size", 8, "--set", f"data.size={rows}")
-        assert "no tokenizer available" in " ".join(told["notes"])
-        assert (told["steps_per_epoch"], told["steps"]) == (per_epoch, 3 * per_epoch)
+        plan = planned(*pair, "--batch-size", 8, "--set", f"data.size={rows}")
+        assert "no tokenizer available" in " ".join(plan["notes"])
+        assert (plan["steps_per_epoch"], plan["steps"]) == (per_epoch, 3 * per_epoch)
 
 
-def test_rows_and_tokenizer_that_are_at_hand_are_measured(configs, planned, shared_data, monkeypatch, tmp_path):
+def test_plan_measures_available_rows_and_tokenizer(configs, planned, shared_data, monkeypatch, tmp_path):
     import shutil
 
     tokens = shared_data / "tokenizers" / "gpt2"
@@ -159,19 +160,19 @@ def test_rows_and_tokenizer_that_are_at_hand_are_measured(configs, planned, shar
         shutil.copy(configs / name / "config.json", tmp_path / name)
     monkeypatch.setenv("DISTILLM_DATA", str(shared_data))
     few = ("--set", "data.limit=800", "--epochs", "3")
-    told = planned("--recipe", "dolly-gpt2", "--teacher", "gpt2-xl", "--student", "./gpt2", *few)
-    assert told["data"]["rows"] == 800
-    assert told["data"]["kept"] + told["data"]["dropped"] == 800
-    assert told["steps"] == 3 * told["steps_per_epoch"]
-    assert told["teacher_cache"]["bytes"] == pytest.approx(told["data"]["response_tokens"] * 3200, rel=1e-6)
-    least, most = told["gpus"]["H100 SXM"]["run_s"]
-    assert 0 < least < most, "φ held at its start, and at 1"
-    assert told["step_flops"]["dataset_cached"] < told["step_flops"]["dataset"]
-    assert "fits is not known" not in " ".join(told["notes"])
+    plan = planned("--recipe", "dolly-gpt2", "--teacher", "gpt2-xl", "--student", "./gpt2", *few)
+    assert plan["data"]["rows"] == 800
+    assert plan["data"]["kept"] + plan["data"]["dropped"] == 800
+    assert plan["steps"] == 3 * plan["steps_per_epoch"]
+    assert plan["teacher_cache"]["bytes"] == pytest.approx(plan["data"]["response_tokens"] * 3200, rel=1e-6)
+    shortest, maximum = plan["gpus"]["H100 SXM"]["run_s"]
+    assert 0 < shortest < maximum, "time with φ at its start, and with φ = 1"
+    assert plan["step_flops"]["dataset_cached"] < plan["step_flops"]["dataset"]
+    assert "fits is not known" not in " ".join(plan["notes"])
 
 
-def test_weights_here_are_loaded_and_counted_the_same(planned, tmp_path):
-    """The quickstart has its weights: what is told of it by loading agrees with its shapes."""
+def test_plan_from_weights_matches_plan_from_configs(planned, tmp_path):
+    """Check the quickstart, whose weights are available: the plan from loaded models equals the plan from configs."""
     from distillm_cli.config.load import resolve
     from distillm_cli.runs.defaults import fitted
     from distillm_cli.runs.plan import plan_from_configs
@@ -185,9 +186,9 @@ def test_weights_here_are_loaded_and_counted_the_same(planned, tmp_path):
     assert loaded["teacher_cache"]["bytes"] == shapes["teacher_cache"]["bytes"]
 
 
-def test_a_pipeline_is_planned_stage_by_stage_from_what_its_stages_will_make(planned):
-    told = planned("--recipe", "quickstart-pipeline")
-    stages = told["stages"]
+def test_pipeline_is_planned_stage_by_stage(planned):
+    plan = planned("--recipe", "quickstart-pipeline")
+    stages = plan["stages"]
     assert list(stages) == ["teacher", "student", "distill", "eval"]
     models = stages["distill"]["models"]
     assert models["teacher"]["parameters"] == stages["teacher"]["models"]["student"]["parameters"]
@@ -197,8 +198,10 @@ def test_a_pipeline_is_planned_stage_by_stage_from_what_its_stages_will_make(pla
 
 @pytest.fixture(scope="module")
 def plans(configs):
-    """The plan of every shipped recipe of hub models, as typed where the hub was asked for their configs before and for
-    nothing else: by name, the object of --json and what a terminal of 80 columns shows."""
+    """Plan every shipped recipe of hub models, with only their configs in the hub cache.
+
+    Return {name: (exit code, JSON object, stderr at 80 columns)}.
+    """
     script = (
         "import contextlib, io, json, sys\n"
         "from distillm_cli.cli.app import main\n"
@@ -208,160 +211,155 @@ def plans(configs):
         "        code = main(['plan', '--recipe', name, '--json'])\n"
         "    print(json.dumps([name, code, json.loads(out.getvalue()), err.getvalue()]))\n"
     )
-    names = [name for name in shipped() if name not in AT_HAND + OWN]
-    own = {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "HF_HUB_CACHE": str(configs / "hub")}
-    environment = {**os.environ, **own, "HF_HUB_OFFLINE": "1", "COLUMNS": "80"}
+    names = [name for name in shipped() if name not in OFFLINE + USER_DATA]
+    overrides = {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "HF_HUB_CACHE": str(configs / "hub")}
+    environment = {**os.environ, **overrides, "HF_HUB_OFFLINE": "1", "COLUMNS": "80"}
     environment.pop("DISTILLM_DATA", None)
     command = [sys.executable, "-c", script, *names]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    found = {name: (code, told, err) for name, code, told, err in map(json.loads, done.stdout.splitlines())}
-    assert list(found) == names, done.stderr
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    found = {name: (code, plan, err) for name, code, plan, err in map(json.loads, process.stdout.splitlines())}
+    assert list(found) == names, process.stderr
     return found
 
 
-def test_every_shipped_recipe_has_a_plan_from_the_hubs_configs_alone(plans):
+def test_every_shipped_recipe_is_planned_from_configs(plans):
     assert {code for code, _, _ in plans.values()} == {0}
     sizes = {
-        name: [s["models"]["student"]["parameters"] for s in told["stages"].values() if "student" in s["models"]]
-        for name, (_, told, _) in plans.items()
-        if "stages" in told
+        name: [s["models"]["student"]["parameters"] for s in plan["stages"].values() if "student" in s["models"]]
+        for name, (_, plan, _) in plans.items()
+        if "stages" in plan
     }
     assert sizes["dolly-gpt2-pipeline"] == [1557611200, *[124439808] * 2, *[354823168] * 2, *[774030080] * 2]
     assert sizes["llama-3.2-pipeline"] == [1235814400] * 2
 
 
-def test_a_plan_fits_80_columns_and_names_every_unit(plans):
-    for name, (_, _, shown) in plans.items():
-        # Sentences of talk are left to the terminal to break.
-        lines = [line for line in shown.splitlines() if line[:1] in "╭│├╰"]
+def test_plan_fits_80_columns_and_has_units(plans):
+    for name, (_, _, table) in plans.items():
+        # Only tables: lines of text are wrapped by the terminal.
+        lines = [line for line in table.splitlines() if line[:1] in "╭│├╰"]
         assert 0 < max(map(len, lines)) <= 80, name
-    one, stages = plans["samsum-t5"][2], plans["dolly-gpt2-pipeline"][2]
-    for told in ("24 + 24 × 2048", "8 + 8 × 512", "TFLOP", "GB", "ms"):
-        assert told in one
-    assert "not known: no tokenizer available; 32,128 rows in common" in one
-    for told in ("1.56 B → 124 M", "FLOP of each", "– steps", "– answers", "ms", "too large"):
-        assert told in stages
+    training, stages = plans["samsum-t5"][2], plans["dolly-gpt2-pipeline"][2]
+    for text in ("24 + 24 × 2048", "8 + 8 × 512", "TFLOP", "GB", "ms"):
+        assert text in training
+    assert "unknown: no tokenizer available; 32,128 rows in common" in training
+    for text in ("1.56 B → 124 M", "FLOP of each", "– steps", "– answers", "ms", "too large"):
+        assert text in stages
 
 
 @pytest.mark.parametrize(
-    ("argv", "line"),
+    ("argv", "code", "mention"),
     [
-        (["--student", "nowhere/config.json"], "no model config at nowhere/config.json: no such file"),
-        (["--student", "./nowhere"], "no such directory"),
-        (
-            ["--recipe", "dolly-gpt2-pipeline", "--lr", "1"],
-            "--lr with dolly-gpt2-pipeline, a recipe of stages; try --set",
-        ),
-        (["--data", "rows.jsonl", "--student", "random:2x32"], "rows.jsonl: no such file or directory"),
-        (["--data", "builtin", "--student", "layers:6"], "layers:6 takes layers from a teacher, and there is none"),
+        (["--student", "nowhere/config.json"], "model.no_config", "nowhere/config.json"),
+        (["--student", "./nowhere"], "model.not_found", "nowhere"),
+        (["--recipe", "dolly-gpt2-pipeline", "--lr", "1"], "usage.recipe_of_stages", "--lr"),
+        (["--data", "rows.jsonl", "--student", "random:2x32"], "data.not_found", "rows.jsonl"),
+        (["--data", "builtin", "--student", "layers:6"], "usage.no_teacher", "layers:6"),
     ],
 )
-def test_what_cannot_be_planned_is_said_in_one_line(argv, line, capsys, monkeypatch, tmp_path):
+def test_invalid_plan_arguments_are_errors(argv, code, mention, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert main(["plan", *argv, *(["--method", "sft"] if "--recipe" not in argv else [])]) != 0
-    err = capsys.readouterr().err
-    assert line in err
-    assert len([said for said in err.splitlines() if said.startswith("error: ")]) == 1
+    argv = ["plan", *argv, *(["--method", "sft"] if "--recipe" not in argv else []), "--debug"]
+    assert_error_line((main(argv), *capsys.readouterr()), code, mention)
 
 
 @pytest.mark.parametrize("student", ["gpt2", "random:2x32"])
 @pytest.mark.parametrize(
-    ("sets", "line"),
+    ("sets", "code", "mention"),
     [
-        (("teacher.cache=disk", "schedule.kind=on"), "schedule.kind on trains on none"),
-        (
-            ("train.select=rouge_l", "eval.report_rows=0"),
-            "is measured on eval.report_rows held-out rows, and that is 0",
-        ),
+        (("teacher.cache=disk", "schedule.kind=on"), "usage.no_teacher_cache", "schedule.kind on"),
+        (("train.select=rouge_l", "eval.report_rows=0"), "usage.invalid_selection", "eval.report_rows"),
     ],
 )
-def test_what_the_run_would_refuse_is_refused_with_weights_and_without(student, sets, line, configs, capsys):
+def test_plan_reports_the_errors_of_the_run(student, sets, code, mention, configs, capsys):
     teacher = "builtin" if student.startswith("random") else configs / "gpt2-xl"
     pair = ["--teacher", teacher, "--student", student if teacher == "builtin" else configs / student]
-    argv = ["plan", *pair, "--data", "builtin", "--set", "data.size=48"]
+    argv = ["plan", *pair, "--data", "builtin", "--set", "data.size=48", "--debug"]
     argv += [word for field in ("data.template=plain", *sets) for word in ("--set", field)]
-    assert main([str(word) for word in argv]) == 2
-    assert line in capsys.readouterr().err
+    status = main([str(word) for word in argv])
+    assert_error_line((status, *capsys.readouterr()), code, mention)
 
 
-def test_an_adapter_trains_few_weights_and_needs_little_memory(configs, planned):
-    """OpenLLaMA2 3 B, r 16 in every linear layer: r·(in + out) weights each, by hand."""
+def test_adapter_parameters_and_memory(configs, planned):
+    """Check r·(in + out) weights for each linear layer of OpenLLaMA2 3 B, with r = 16."""
     base = ("--method", "sft", "--student", configs / "openlm-research/open_llama_3b_v2")
-    whole, adapter = planned(*base), planned(*base, "--set", "student.lora.r=16")
+    full, adapter = planned(*base), planned(*base, "--set", "student.lora.r=16")
     layer = 4 * 16 * (3200 + 3200) + 3 * 16 * (3200 + 8640)
     assert adapter["models"]["student"]["trainable"] == 26 * layer
-    assert adapter["models"]["student"]["parameters"] == whole["models"]["student"]["parameters"] + 26 * layer
+    assert adapter["models"]["student"]["parameters"] == full["models"]["student"]["parameters"] + 26 * layer
     assert adapter["memory"]["optimizer"] == 8 * 26 * layer
-    assert adapter["step_flops"]["dataset"] < 0.8 * whole["step_flops"]["dataset"], "no gradients of frozen weights"
+    assert adapter["step_flops"]["dataset"] < 0.8 * full["step_flops"]["dataset"], "no gradients of frozen weights"
 
 
-def test_an_encoder_decoder_by_hand(plans):
-    """T5-XL → T5-small on SAMSum, 32 rows of 1,024 + 128 tokens: prompts meet the encoder and the keys and values of
-    cross-attention, responses the decoder and the head."""
-    _, told, _ = plans["samsum-t5"]
+def test_encoder_decoder_flops(plans):
+    """Check FLOPs of T5-XL → T5-small on SAMSum, for 32 rows of 1,024 + 128 tokens.
+
+    Prompts pass the encoder and the keys and values of cross-attention, responses the decoder and the head.
+    """
+    _, plan, _ = plans["samsum-t5"]
 
     def forward(layers, width, inner, heads):
-        wide = 64 * heads
-        encoder, decoder = 4 * width * wide + 3 * width * inner, 6 * width * wide + 3 * width * inner
-        attention = 4 * wide * (1024 * 1024 + 128 * 64 + 128 * 1024)  # itself, half of the response, all of the prompt
-        return 32 * layers * (2 * (1024 * (encoder + 2 * width * wide) + 128 * decoder) + attention)
+        projection = 64 * heads
+        encoder, decoder = 4 * width * projection + 3 * width * inner, 6 * width * projection + 3 * width * inner
+        # Self-attention of the encoder, causal self-attention of the decoder, cross-attention.
+        attention = 4 * projection * (1024 * 1024 + 128 * 64 + 128 * 1024)
+        return 32 * layers * (2 * (1024 * (encoder + 2 * width * projection) + 128 * decoder) + attention)
 
     def head(width):
         return 2 * 32 * 128 * width * 32128
 
     teacher = forward(24, 2048, 5120, 32) + head(2048)
     student = 3 * (forward(8, 512, 1024, 6) + head(512))
-    assert told["step_flops"]["dataset"] == pytest.approx(teacher + student, rel=1e-3)
-    assert told["step_flops"]["replay"] == pytest.approx(student + head(2048), rel=1e-3)
-    assert told["memory"]["rollout_cache"] == 32 * 8 * 1152 * 8 * 2 * 384 * 2, "the decoder's, of response and prompt"
-    assert (told["models"]["student"]["encoder_layers"], told["models"]["student"]["layers"]) == (8, 8)
+    assert plan["step_flops"]["dataset"] == pytest.approx(teacher + student, rel=1e-3)
+    assert plan["step_flops"]["replay"] == pytest.approx(student + head(2048), rel=1e-3)
+    assert plan["memory"]["rollout_cache"] == 32 * 8 * 1152 * 8 * 2 * 384 * 2, "decoder cache of response and prompt"
+    assert (plan["models"]["student"]["encoder_layers"], plan["models"]["student"]["layers"]) == (8, 8)
 
 
-def test_flops_and_seconds_of_a_step_by_hand(plans):
-    """GPT-2 XL → GPT-2: every source of the adaptive schedule, and its time on an H200."""
-    _, told, _ = plans["dolly-gpt2"]
+def test_flops_and_seconds_of_a_step(plans):
+    """Check FLOPs of every source of the adaptive schedule, and its time on an H200, for GPT-2 XL → GPT-2."""
+    _, plan, _ = plans["dolly-gpt2"]
     vocab, prompt, new = 50257, 256, 256
-    trunk, wide = 12 * 12 * 768**2, 48 * 12 * 1600**2
+    trunk, teacher_trunk = 12 * 12 * 768**2, 48 * 12 * 1600**2
 
     def forward(matrices, layers, width, tokens):
         return 8 * tokens * (2 * matrices + 2 * layers * width * tokens)
 
-    learn = 3 * (forward(trunk, 12, 768, 512) + 2 * 8 * new * 768 * vocab)
-    ask = forward(wide, 48, 1600, 512) + 2 * 8 * new * 1600 * vocab
-    tell = 2 * 8 * new * 1600 * vocab
+    train = 3 * (forward(trunk, 12, 768, 512) + 2 * 8 * new * 768 * vocab)
+    teacher_pass = forward(teacher_trunk, 48, 1600, 512) + 2 * 8 * new * 1600 * vocab
+    teacher_head = 2 * 8 * new * 1600 * vocab
     each = 2 * trunk + 4 * 12 * 768 * (prompt + new / 2) + 2 * 768 * vocab
-    draw = forward(trunk, 12, 768, prompt) + 8 * new * each
-    flops = {"dataset": learn + ask, "rollout": draw + ask + learn, "replay": learn + tell}
-    assert told["step_flops"] == pytest.approx(flops, rel=1e-3)
+    sample = forward(trunk, 12, 768, prompt) + 8 * new * each
+    flops = {"dataset": train + teacher_pass, "rollout": sample + teacher_pass + train, "replay": train + teacher_head}
+    assert plan["step_flops"] == pytest.approx(flops, rel=1e-3)
 
     peak, bandwidth = 0.4 * 989e12, 0.6 * 4.8e12
     optimizer = 28 * 124_439_808 / bandwidth
-    learn_s = max(learn / peak, 12 * 1.5e-3) + optimizer
-    ask_s = max(ask / peak, 48 * 0.5e-3)
-    # Eight batches are drawn side by side: weights are read once a token for all of them, keys and values once a row.
+    train_s = max(train / peak, 12 * 1.5e-3) + optimizer
+    teacher_s = max(teacher_pass / peak, 48 * 0.5e-3)
+    # Eight batches are sampled at once: weights are read once per token for all of them, keys and values once per row.
     read = 2 * (trunk + 768 * vocab) / 8 + 8 * (prompt + new / 2) * 12 * 2 * 768 * 2
-    draw_s = max(draw / peak, new * read / bandwidth, new * 12 * 2e-4 / 8)
+    sample_s = max(sample / peak, new * read / bandwidth, new * 12 * 2e-4 / 8)
     copy_s = (4 + 2) * 124_439_808 / 8 / bandwidth
-    seconds = told["gpus"]["H200"]["step_s"]
-    assert seconds["dataset"] == pytest.approx(learn_s + ask_s, rel=1e-6)
-    assert seconds["replay"] == pytest.approx(learn_s + tell / peak, rel=1e-6)
-    assert seconds["rollout"] == pytest.approx(copy_s + draw_s + ask_s + learn_s, rel=1e-6)
+    seconds = plan["gpus"]["H200"]["step_s"]
+    assert seconds["dataset"] == pytest.approx(train_s + teacher_s, rel=1e-6)
+    assert seconds["replay"] == pytest.approx(train_s + teacher_head / peak, rel=1e-6)
+    assert seconds["rollout"] == pytest.approx(copy_s + sample_s + teacher_s + train_s, rel=1e-6)
 
 
-def test_memory_is_what_is_in_use_at_once(plans):
-    """A step's activations are gone while the student samples: OpenLLaMA2 7 B → 3 B with an adapter fits 80 GB."""
-    told = plans["dolly-openllama-pipeline"][1]["stages"]["distill"]
-    memory = dict(told["memory"])
-    most = memory.pop("total")
+def test_total_memory_is_the_peak(plans):
+    """Check that activations and sampling are not added up: OpenLLaMA2 7 B → 3 B with an adapter fits 80 GB."""
+    plan = plans["dolly-openllama-pipeline"][1]["stages"]["distill"]
+    memory = dict(plan["memory"])
+    maximum = memory.pop("total")
     step = sum(memory.get(p, 0) for p in ("gradients", "cast_weights", "activations", "loss", "teacher_activations"))
     sampling = memory["rollout_weights"] + memory["rollout_cache"]
-    assert memory["rollout_weights"] == 2 * 3_426_473_600, "merged in bf16, embeddings and all"
-    assert most == sum(memory.values()) - min(step, sampling)
-    assert [told["gpus"][name]["fits"] for name in ("L40S", "A100 80GB", "H200")] == [False, True, True]
+    assert memory["rollout_weights"] == 2 * 3_426_473_600, "all weights are merged in bf16, embeddings included"
+    assert maximum == sum(memory.values()) - min(step, sampling)
+    assert [plan["gpus"][name]["fits"] for name in ("L40S", "A100 80GB", "H200")] == [False, True, True]
 
 
-def test_on_a_cpu_what_a_step_frees_stays_with_the_process(configs, planned):
-    """GPT-2 medium → GPT-2 on outputs of the student, in bf16: every part by hand, and all of them at once."""
+def test_cpu_memory_is_the_sum_of_all_parts(configs, planned):
+    """Check that the total is the sum of all parts for GPT-2 medium → GPT-2 on student outputs in bf16."""
     pair = ("--teacher", configs / "gpt2-medium", "--student", configs / "gpt2", "--method", "gkd", "--dtype", "bf16")
     memory = planned(*pair, "--device", "cpu")["memory"]
     assert memory.pop("total") == sum(memory.values())
@@ -372,8 +370,8 @@ def test_on_a_cpu_what_a_step_frees_stays_with_the_process(configs, planned):
     assert not {"rollout_layouts", "compiled_products"} & planned(*pair)["memory"].keys()
 
 
-def test_an_adapter_saves_its_inputs_and_no_gradient_of_the_head(configs, planned, tmp_path):
-    """And attention scores, with GPT-2's own dropout: an adapter goes by transformers' pass."""
+def test_adapter_activations(configs, planned, tmp_path):
+    """Check the saved tensors of an adapter. With dropout it also saves attention scores, as transformers' forward does."""
     config = json.loads((configs / "gpt2" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"attn_pdrop": 0.0}))
     pair = (
@@ -386,19 +384,19 @@ def test_an_adapter_saves_its_inputs_and_no_gradient_of_the_head(configs, planne
         "--dtype",
         "fp32",
     )
-    whole, adapter = (planned(*pair, *lora, "--device", "cpu")["memory"] for lora in ((), ("--lora", 16)))
-    assert whole["loss"] - adapter["loss"] == 4 * 50257 * 768
-    assert adapter["activations"] / whole["activations"] == pytest.approx((34 + 24) / 34, rel=0.02)
+    full, adapter = (planned(*pair, *lora, "--device", "cpu")["memory"] for lora in ((), ("--lora", 16)))
+    assert full["loss"] - adapter["loss"] == 4 * 50257 * 768
+    assert adapter["activations"] / full["activations"] == pytest.approx((34 + 24) / 34, rel=0.02)
     pair = (*pair[:3], configs / "gpt2", *pair[4:])
-    told = planned(*pair, "--lora", 16, "--device", "cpu")
-    rows, longest = 8, told["memory"]["teacher_activations"] / (8 * 1600 * 8 * 4)
+    plan = planned(*pair, "--lora", 16, "--device", "cpu")
+    rows, longest = 8, plan["memory"]["teacher_activations"] / (8 * 1600 * 8 * 4)
     scores = 12 * rows * 12 * 12 * longest**2  # bytes, heads, layers
-    assert told["memory"]["activations"] == pytest.approx(adapter["activations"] + scores, rel=1e-3)
+    assert plan["memory"]["activations"] == pytest.approx(adapter["activations"] + scores, rel=1e-3)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no /proc to read the peak from")
-def taken(argv):
-    """Bytes that a run takes at most, in a process that has its libraries already."""
+def peak_memory(argv):
+    """Return the peak memory of a run in bytes, beyond that of a process with the libraries loaded."""
     script = """
 import contextlib, io, re, sys
 from pathlib import Path
@@ -415,14 +413,15 @@ with contextlib.redirect_stdout(io.StringIO()):
 print(code, status("VmHWM") - before)
 """
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", script, *argv], capture_output=True, text=True, env=env)
-    code, found = map(int, done.stdout.split())
-    assert code == 0, done.stderr
+    process = subprocess.run([sys.executable, "-c", script, *argv], capture_output=True, text=True, env=env)
+    code, found = map(int, process.stdout.split())
+    assert code == 0, process.stderr
     return found
 
 
-def test_the_memory_of_a_run_on_a_cpu_is_what_was_planned(planned, tmp_path):
-    """A pair with a large vocabulary, trained on its own outputs in bf16."""
+@pytest.mark.slow
+def test_cpu_run_uses_planned_memory(planned, tmp_path):
+    """Check the planned total against a run with a large vocabulary on student outputs in bf16."""
     words = tiny.tokenizer(size=12_000)
     for name, width in (("teacher", 320), ("student", 256)):
         tiny.save(tmp_path / name, "gpt2", rows=12_000, own_tokenizer=words, n_embd=width, n_layer=3, n_positions=256)
@@ -434,9 +433,10 @@ def test_the_memory_of_a_run_on_a_cpu_is_what_was_planned(planned, tmp_path):
         "--set", "rollout.max_new_tokens=40", "--set", "rollout.bulk=2", "--set", "eval.report_rows=0", "--epochs", "1",
         "--set", "train.threads=1", "--set", "data.template=plain",
     ]  # fmt: skip
-    assert 0.75 < planned(*argv)["memory"]["total"] / taken(argv) < 1.5
+    assert 0.75 < planned(*argv)["memory"]["total"] / peak_memory(argv) < 1.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "fields", "more"),
     [
@@ -444,8 +444,8 @@ def test_the_memory_of_a_run_on_a_cpu_is_what_was_planned(planned, tmp_path):
         ("t5", {"d_model": 192, "num_layers": 3, "num_heads": 6, "dropout_rate": 0.1}, []),
     ],
 )
-def test_the_memory_of_long_rows_on_a_cpu_is_what_was_planned(family, fields, more, planned, tmp_path):
-    """Where it is the activations: those of the layer that is computed again, and the scores of attention with dropout."""
+def test_cpu_run_on_long_rows_uses_planned_memory(family, fields, more, planned, tmp_path):
+    """Check runs dominated by activations: of the recomputed layer, and of attention scores with dropout."""
     tiny.save(tmp_path / "model", family, own_tokenizer=tiny.tokenizer(), **fields)
     rows = [{"prompt": "ab" * (110 + i), "completion": "cd" * (30 + i % 4)} for i in range(36)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -454,25 +454,25 @@ def test_the_memory_of_long_rows_on_a_cpu_is_what_was_planned(family, fields, mo
         "--dtype", "fp32", "--batch-size", "16", "--teacher-cache", "off", "--set", "eval.report_rows=0", "--steps", "2",
         "--set", "train.threads=1", "--set", "data.template=plain", "--set", "data.max_prompt_length=400", *more,
     ]  # fmt: skip
-    assert 0.9 < planned(*argv)["memory"]["total"] / taken(argv) < 1.8
+    assert 0.9 < planned(*argv)["memory"]["total"] / peak_memory(argv) < 1.8
 
 
-def test_an_adapter_is_merged_into_a_copy_to_sample(configs, planned):
-    """GPT-2 with r 16: in float32 only the adapted layers are copied, in bf16 every weight."""
+def test_adapter_is_merged_into_a_copy_for_sampling(configs, planned):
+    """Check GPT-2 with r = 16: in float32 only the adapted layers are copied, in bf16 every weight."""
     pair = ("--teacher", configs / "gpt2-xl", "--student", configs / "gpt2", "--method", "gkd")
     memory = {
         dtype: planned(*pair, "--lora", 16, "--dtype", dtype, "--device", "cpu")["memory"] for dtype in ("fp32", "bf16")
     }
     assert memory["fp32"]["rollout_weights"] == 4 * 12 * 12 * 768**2
     assert memory["bf16"]["rollout_weights"] == 2 * 124_439_808
-    whole = planned(*pair, "--dtype", "fp32", "--device", "cpu")
-    assert "rollout_weights" not in whole["memory"], "a model that computes in its own type samples as it is"
+    full = planned(*pair, "--dtype", "fp32", "--device", "cpu")
+    assert "rollout_weights" not in full["memory"], "a model in its compute dtype is not copied"
     off = planned("--teacher", configs / "gpt2-xl", "--student", configs / "gpt2", "--method", "kd", "--lora", 16)
     assert not {"rollout_weights", "rollout_cache"} & off["memory"].keys()
 
 
 @pytest.mark.parametrize(
-    ("method", "sets", "sources", "kept"),
+    ("method", "sets", "sources", "stored"),
     [
         ("minillm", [], {"rollout", "replay"}, 4 * 8),
         ("minillm", ["rollout.bulk=2", "train.accumulate=3"], {"rollout", "replay"}, 2 * 8 * 3),
@@ -485,26 +485,28 @@ def test_an_adapter_is_merged_into_a_copy_to_sample(configs, planned):
         ("kd", [], {"dataset"}, 0),
     ],
 )
-def test_sources_and_kept_states_are_those_of_the_schedule(configs, planned, method, sets, sources, kept):
-    """What a buffer of student outputs holds: its capacity; under rounds, one round."""
+def test_schedule_sets_sources_and_rollout_buffer(configs, planned, method, sets, sources, stored):
+    """Check the size of the buffer of student outputs: its capacity, or one round."""
     words = [word for field in sets for word in ("--set", field)]
     pair = ("--teacher", configs / "gpt2-xl", "--student", configs / "gpt2", "--set", "rollout.max_new_tokens=100")
-    told = planned("--method", method, *pair, *words)
-    assert set(told["step_flops"]) == sources
-    assert told["memory"].get("rollout_states", 0) == kept * 100 * 3200
+    plan = planned("--method", method, *pair, *words)
+    assert set(plan["step_flops"]) == sources
+    assert plan["memory"].get("rollout_states", 0) == stored * 100 * 3200
 
 
-def test_fine_tuning_before_distillation_is_part_of_the_run(planned):
-    """200 rows of the built-in set, 16 a step: three epochs of sft at two models' fewer FLOPs, and the time of both."""
-    short = ("--set", "data.size=200", "--epochs", 2, "--device", "cpu")
-    plain = planned("--recipe", "quickstart", *short)
-    told = planned("--recipe", "quickstart", *short, "--set", "student.sft_epochs=3")
+def test_sft_before_distillation_is_planned(planned):
+    """Check three epochs of sft before distillation: steps, FLOPs of one model, and the total time."""
+    sets = ("--set", "data.size=200", "--epochs", 2, "--device", "cpu")
+    plain = planned("--recipe", "quickstart", *sets)
+    plan = planned("--recipe", "quickstart", *sets, "--set", "student.sft_epochs=3")
     per_epoch = plain["steps_per_epoch"]
-    assert told["sft"]["steps"] == 3 * per_epoch
-    assert told["steps"] == plain["steps"] == 2 * per_epoch
-    assert told["sft"]["step_flops"]["dataset"] < 0.6 * told["step_flops"]["dataset"]
-    for name, gpu in told["gpus"].items():
-        assert gpu["sft_s"] == pytest.approx(3 * per_epoch * 3 * 1.5e-3, rel=0.02), "three layers, kernels decide"
+    assert plan["sft"]["steps"] == 3 * per_epoch
+    assert plan["steps"] == plain["steps"] == 2 * per_epoch
+    assert plan["sft"]["step_flops"]["dataset"] < 0.6 * plan["step_flops"]["dataset"]
+    for name, gpu in plan["gpus"].items():
+        assert gpu["sft_s"] == pytest.approx(3 * per_epoch * 3 * 1.5e-3, rel=0.02), (
+            "three layers, limited by kernel launches"
+        )
         assert gpu["run_s"] == pytest.approx([s + gpu["sft_s"] for s in plain["gpus"][name]["run_s"]])
 
 
@@ -524,8 +526,8 @@ stages:
 """
 
 
-def test_stages_that_only_sample_are_counted_too(planned, tmp_path):
-    """By hand: 100 prompts answered twice, and 30 of each of two suites by two models with three seeds."""
+def test_generate_and_eval_stages_are_planned(planned, tmp_path):
+    """Check 100 prompts with two samples each, and 30 rows of two suites by two models with three seeds."""
     (tmp_path / "three.yaml").write_text(PIPELINE)
     stages = planned("--recipe", "three.yaml")["stages"]
     assert [stage["verb"] for stage in stages.values()] == ["generate", "sft", "eval"]
@@ -547,7 +549,7 @@ def test_stages_that_only_sample_are_counted_too(planned, tmp_path):
     answer = read + 24 * (2 * matrices + attention + 2 * 128 * vocab)
     assert samples["response_flops"] == pytest.approx([answer] * 2, rel=1e-3)
     assert samples["memory"]["weights"] == 2 * model["parameters"]
-    # So small a model waits for its kernels: 4 layers and 24 tokens for each batch of 50.
+    # The small model is limited by kernel launches: 4 layers and 24 tokens for each batch of 50.
     seconds = 200 / 50 * 24 * 4 * 2e-4
     assert samples["gpus"]["H100 SXM"]["run_s"] == pytest.approx([seconds] * 2)
     assert scores["gpus"]["H100 SXM"]["run_s"] == pytest.approx([2 * 3 * (4 + 2) * 20 * 2e-4] * 2), (
@@ -555,7 +557,7 @@ def test_stages_that_only_sample_are_counted_too(planned, tmp_path):
     )
 
 
-def test_a_student_that_is_built_of_the_teacher_has_a_plan_without_its_weights(configs, planned):
+def test_student_built_from_teacher_is_planned(configs, planned):
     def student(spec):
         return planned("--teacher", configs / "gpt2-xl", "--student", spec)["models"]["student"]
 
@@ -563,39 +565,39 @@ def test_a_student_that_is_built_of_the_teacher_has_a_plan_without_its_weights(c
     ends = (50257 + 1024) * 1600 + 2 * 1600
     assert student("layers:6")["parameters"] == 6 * layer + ends
     assert (student("width:0.5")["layers"], student("width:0.5")["width"]) == (48, 800)
-    told = planned("--method", "sft", "--set", f"teacher.path={configs / 'gpt2-xl'}", "--student", "layers:0,47")
-    assert told["models"]["student"]["parameters"] == 2 * layer + ends
-    assert "teacher" not in told["models"]
+    plan = planned("--method", "sft", "--set", f"teacher.path={configs / 'gpt2-xl'}", "--student", "layers:0,47")
+    assert plan["models"]["student"]["parameters"] == 2 * layer + ends
+    assert "teacher" not in plan["models"]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "t5-v1.1", "bart"])
-def test_a_forward_pass_counts_what_torch_counts(family):
-    """The formula beside torch's own counter of products, in a model wide enough for attention to weigh little."""
-    wide = {"num_decoder_layers": 3} if family == "t5-v1.1" else {}
-    sides = {"d_model": 256, "d_kv": 64, "d_ff": 512, "encoder_ffn_dim": 512, "decoder_ffn_dim": 512}
-    one = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "n_embd": 256}
-    known = tiny.config(family, 101).to_dict()
-    names = {name: size for name, size in (sides | one).items() if known.get(name) is not None}
-    model = tiny.model(family, 101, **names, **wide)
+def test_forward_flops_match_torch_counter(family):
+    """Check the formula against torch's FLOP counter, in a model wide enough that attention matters little."""
+    layers = {"num_decoder_layers": 3} if family == "t5-v1.1" else {}
+    encoder_decoder = {"d_model": 256, "d_kv": 64, "d_ff": 512, "encoder_ffn_dim": 512, "decoder_ffn_dim": 512}
+    decoder_only = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "n_embd": 256}
+    config = tiny.config(family, 101).to_dict()
+    names = {name: size for name, size in (encoder_decoder | decoder_only).items() if config.get(name) is not None}
+    model = tiny.model(family, 101, **names, **layers)
     batch = tiny.batch([(12, 8)] * 3, 101)
     backbone = Backbone(model, tiny.tokenizer(size=101))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         if backbone.is_encoder_decoder:
             backbone.hidden(batch)
-        else:  # the family's own pass: the written-out one leaves work out where nothing is supervised
+        else:  # the forward of transformers: the hand-written one skips unsupervised positions
             model.base_model(input_ids=batch.ids_BT)
-    read = 8 if backbone.is_encoder_decoder else 7  # of a response: a causal model need not read its last token
+    read = 8 if backbone.is_encoder_decoder else 7  # response tokens read: a causal model does not read the last one
     assert costs.forward_flops(sizes(model), 3, 12, read, 0, 101) == pytest.approx(counter.get_total_flops(), rel=0.015)
 
 
-def test_on_a_cpu_a_bf16_teacher_is_there_twice_where_its_weights_are_laid_out(configs, planned):
+def test_bf16_teacher_on_cpu_has_packed_weights(configs, planned):
     def layouts(teacher: str, device: str, dtype: str = "bf16"):
         pair = ("--teacher", configs / teacher, "--student", configs / "gpt2", "--set", f"teacher.dtype={dtype}")
-        told = planned("--recipe", "dolly-gpt2", *pair, "--set", f"train.device={device}")
-        return told["memory"].get("teacher_layouts")
+        plan = planned("--recipe", "dolly-gpt2", *pair, "--set", f"train.device={device}")
+        return plan["memory"].get("teacher_layouts")
 
     assert layouts("gpt2-medium", "cpu") == (2 * 24 * 12 * 1024**2 if can_pack() else None)
-    assert layouts("gpt2-medium", "auto") is None, "planned for a GPU"
+    assert layouts("gpt2-medium", "auto") is None, "auto plans for a GPU"
     assert layouts("gpt2-medium", "cpu", "fp32") is None
     assert layouts("gpt2-xl", "cpu") is None, "too large for a second copy"
-    assert layouts("facebook/opt-125m", "cpu") is None, "no pass is written out for it"
+    assert layouts("facebook/opt-125m", "cpu") is None, "no hand-written forward pass for OPT"

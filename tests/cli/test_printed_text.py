@@ -1,4 +1,4 @@
-"""What people and files bring along reaches the terminal as text: no command to it, and no line without an end."""
+"""Check that text from users and files reaches the terminal without control characters and in lines of limited length."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from distillm_cli.ui.console import Terminal, console
 from distillm_cli.ui.summary import facts, next_steps, outcome_table, samples_table, table
 from distillm_cli.utils.text import escaped, printable
 from tests import tiny
-from tests.typed import call
+from tests.command_line import assert_error, call
 
 ROOT = Path(__file__).resolve().parents[2]
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e\r"
-COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
-def test_text_stays_text():
+def test_printable_leaves_text_unchanged():
     assert printable("a\tb\nφ 日本 👩‍🚀 é") == "a\tb\nφ 日本 👩‍🚀 é"
     assert printable(EVIL) == "�]0;owned��[2J�31m��"
 
 
-def test_a_row_on_stdout_is_the_same_row():
+def test_escaped_json_is_the_same_row():
     line = json.dumps({"output": EVIL + "φ\u2028"}, ensure_ascii=False) + "\n"
-    assert not COMMANDS.search(escaped(line))
+    assert not CONTROL_CHARACTERS.search(escaped(line))
     assert json.loads(escaped(line)) == json.loads(line)
     assert escaped(line).endswith('φ\\u2028"}\n')
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_no_command_reaches_a_terminal_from_whatever_is_shown(is_terminal):
+def test_console_prints_no_control_characters(is_terminal):
     out = io.StringIO()
     terminal = Terminal(file=out, force_terminal=is_terminal, width=90, height=40, _environ={})
     with console(stderr=terminal) as ui:
@@ -52,21 +52,21 @@ def test_no_command_reaches_a_terminal_from_whatever_is_shown(is_terminal):
         ui.show(EVIL, table(EVIL, [EVIL], [[EVIL]]), facts(EVIL, [(EVIL, EVIL)]))
         ui.show(outcome_table([Outcome(EVIL, 1.0, {EVIL: 1.0})], title=EVIL, caption=EVIL))
         ui.show(samples_table([Sample(EVIL, [EVIL], {EVIL: EVIL})]), next_steps(EVIL, prompt=EVIL))
-    said = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\r", "", out.getvalue())  # Rich's own: colours, and the cursor's ways
-    assert not COMMANDS.search(said)
-    assert "owned" in said
+    output = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\r", "", out.getvalue())  # the control sequences that Rich itself writes
+    assert not CONTROL_CHARACTERS.search(output)
+    assert "owned" in output
     assert "\x1b[2J" not in out.getvalue()
     assert "\x1b]0;" not in out.getvalue()
 
 
-def test_columns_are_as_wide_as_what_is_printed():
+def test_column_width_fits_printed_text():
     out = io.StringIO()
     Terminal(file=out, width=60, _environ={}).print(table("", ["a", "b"], [["x\x1b\x1b\x1by", "end"]]))
     assert "│ x���y │ end │" in out.getvalue()
 
 
 @pytest.mark.parametrize("length", [10, 11, 1000])
-def test_a_shortened_text_keeps_its_start_and_its_end(length):
+def test_shortened_text_has_start_and_end(length):
     text = "".join(str(i % 10) for i in range(5000))
     short = shortened(text, length)
     assert len(short) == length
@@ -76,19 +76,19 @@ def test_a_shortened_text_keeps_its_start_and_its_end(length):
     assert shortened(text, 5000) == text
 
 
-def test_an_error_line_has_an_end_and_the_object_has_all_of_it(capsys):
+def test_error_line_is_limited_but_json_is_complete(capsys):
     error = DataError("data.invalid_row", "x" * 100_000 + EVIL, hint="correct it")
     assert report(error, ["--json"]) == 3
     out, err = capsys.readouterr()
     assert len(err) <= LONGEST_ERROR + len("error: \n")
     assert err.endswith("; correct it\n")
-    assert not COMMANDS.search(err)
+    assert not CONTROL_CHARACTERS.search(err)
     assert json.loads(out) == {"status": "error", "code": 3, "error": error.code, "message": str(error)}
     assert "\x1b]0;owned\x07" in json.loads(out)["message"]
 
 
-def test_names_and_rows_that_command_a_terminal_are_shown_and_do_not(tmp_path, capsys, monkeypatch):
-    """A row, a column, a recipe, a model's config and a path, through the program."""
+def test_names_and_rows_with_control_characters(tmp_path, capsys, monkeypatch):
+    """Check control characters in a row, a column, a recipe, a model config and a path."""
     monkeypatch.chdir(tmp_path)
     evil = EVIL.replace("\r", "")
     tiny.save(tmp_path / "model")
@@ -106,30 +106,29 @@ def test_names_and_rows_that_command_a_terminal_are_shown_and_do_not(tmp_path, c
     ]:
         got, result, err = call(capsys, *argv, "--json")
         assert (got, result["code"]) == (code, code), err
-        assert not COMMANDS.search(err)
+        assert not CONTROL_CHARACTERS.search(err)
 
 
-def test_a_recipe_on_a_terminal_is_text(tmp_path):
+def test_recipe_on_a_terminal_has_no_control_characters(tmp_path):
     (tmp_path / "evil.yaml").write_text(f"# {EVIL}\ntrain:\n  lr: 0.1\n", encoding="utf-8")
     child, terminal = pty.fork()
     if child == 0:
         os.environ["PYTHONPATH"] = str(ROOT)
         os.execv(sys.executable, [sys.executable, "-m", "distillm_cli", "recipes", "show", str(tmp_path / "evil.yaml")])
-    said = b""
+    output = b""
     try:
-        while block := os.read(terminal, 4096):
-            said += block
-    except OSError:  # the terminal's other end is closed
+        while chunk := os.read(terminal, 4096):
+            output += chunk
+    except OSError:  # the other end of the terminal is closed
         pass
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert "# �]0;owned��[2J�31m��\r\ntrain:\r\n" in said.decode()
+    assert "# �]0;owned��[2J�31m��\r\ntrain:\r\n" in output.decode()
 
 
 @pytest.mark.parametrize("words", ["sft --output", "sft --data", "eval", "generate --model m --prompt"])
-def test_an_argument_that_is_not_utf8_is_refused_before_anything_is_done(words, tmp_path, capsys, monkeypatch):
+def test_non_utf8_argument_is_an_error(words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, _, err = call(capsys, *words.split(), "runs/\udcff", "--json")
-    assert code == 2
-    assert err == "error: runs/\\udcff is not UTF-8; rename the file, or see what the variable holds\n"
+    outcome = call(capsys, *words.split(), "runs/\udcff", "--json")
+    assert_error(outcome, "usage.not_utf8", "runs/\\udcff")
     assert not list(tmp_path.iterdir())
-    assert app.main(["methods", "show", "φ"]) == 2, "letters beyond ASCII are text"
+    assert app.main(["methods", "show", "φ"]) == 2, "non-ASCII letters are valid arguments"

@@ -1,4 +1,4 @@
-"""Every name that a registry or the schema has is in the help of the commands that take it, and in the documentation."""
+"""Check that every name in a registry or the schema is in the help of its commands and in the documentation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REGISTRIES = {
 
 @pytest.fixture
 def help_of(capfd, monkeypatch):
-    """Returns the help of a command as words, without the frames."""
+    """Return a function that gives the help of a command as words separated by spaces, without frames."""
     monkeypatch.setenv("COLUMNS", "200")
 
     def call(verb: str) -> str:
@@ -43,11 +43,11 @@ def words_of(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("registry", REGISTRIES)
-def test_every_entry_is_in_the_help_of_the_commands_that_take_it(registry, help_of):
+def test_help_lists_every_registry_entry(registry, help_of):
     entries, verbs = REGISTRIES[registry]
     assert entries()
     for verb in verbs:
-        others = {"sft"} if (registry, verb) == ("methods", "distill") else set()  # a method of another command
+        others = {"sft"} if (registry, verb) == ("methods", "distill") else set()  # sft belongs to another command
         assert set(entries()) - others <= words_of(help_of(verb)), verb
 
 
@@ -56,35 +56,35 @@ def test_help_shows_the_default_of_every_field(verb, help_of):
     text = help_of(verb)
     for entry in field_flags(verb):
         _, _, rest = text.partition(f" {entry.flag} {entry.metavar}")
-        own = re.split(r" --[a-z]", rest.removeprefix(entry.off or ""))[0]
+        shown = re.split(r" --[a-z]", rest.removeprefix(entry.off or ""))[0]
         field = leaves()[entry.keys[0]]
         if entry.off is not None:
             assert f"[default: {entry.off.removeprefix('--')}]" in text
         elif field.default is False or field.default in (None, ()):
-            assert "[default:" not in own, entry.flag
+            assert "[default:" not in shown, entry.flag
         else:
-            assert f"[default: {format_value(field.default, by_flag=True)}]" in own, entry.flag
+            assert f"[default: {format_value(field.default, by_flag=True)}]" in shown, entry.flag
 
 
 @pytest.mark.parametrize("registry", REGISTRIES)
-def test_every_entry_is_in_the_reference(registry):
+def test_reference_lists_every_registry_entry(registry):
     entries, _ = REGISTRIES[registry]
     assert set(entries()) <= words_of((ROOT / "docs" / "reference.md").read_text(encoding="utf-8"))
 
 
-def test_the_reference_is_the_generated_one():
+def test_reference_is_up_to_date():
     path = ROOT / "docs" / "make_reference.py"
     spec = importlib.util.spec_from_file_location("make_reference", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     page = "\n".join(module.page()).rstrip() + "\n"
     assert page == (ROOT / "docs" / "reference.md").read_text(encoding="utf-8"), (
-        "write it again: python docs/make_reference.py > docs/reference.md"
+        "run python docs/make_reference.py > docs/reference.md"
     )
 
 
-def test_a_number_that_may_be_auto_is_taken_so_from_its_flag(capfd):
+def test_number_flags_accept_auto(capfd):
     assert main(["distill", "--recipe", "quickstart", "--lr", "auto", "--epochs", "2.5", "--dry-run"]) == 0
     out = capfd.readouterr().out
-    assert re.search(r"^  lr: 0\.\d+ +# auto", out, re.MULTILINE), "chosen for the models"
+    assert re.search(r"^  lr: 0\.\d+ +# auto", out, re.MULTILINE), "fitted to the models"
     assert re.search(r"^  epochs: 2\.5 +# --epochs", out, re.MULTILINE)

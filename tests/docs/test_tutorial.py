@@ -1,4 +1,4 @@
-"""The tutorial in docs/extending.md works: its files are written to a temporary package, and its commands run."""
+"""Test the tutorial in docs/extending.md: its files form a package, and its commands run."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ BLOCK = re.compile(r'^```(?P<language>\w+)(?: title="(?P<file>[^"]+)")?\n(?P<tex
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory) -> Path:
-    """Write the files of the page, and the metadata that an installer writes."""
-    place = tmp_path_factory.mktemp("tutorial")
+    """Write the files of the page and the metadata of an installer, and return the directory."""
+    directory = tmp_path_factory.mktemp("tutorial")
     for block in BLOCK.finditer(PAGE.read_text(encoding="utf-8")):
         if block["file"] is not None:
-            file = place / block["file"]
+            file = directory / block["file"]
             file.parent.mkdir(exist_ok=True)
             file.write_text(block["text"], encoding="utf-8")
-    (place / "squares" / "__init__.py").touch()
-    project = tomllib.loads((place / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    info = place / "distillm_squares-1.0.dist-info"
+    (directory / "squares" / "__init__.py").touch()
+    project = tomllib.loads((directory / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    info = directory / "distillm_squares-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
     groups = project["entry-points"].items()
     entry_points = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in names.items()) for group, names in groups]
     (info / "entry_points.txt").write_text("\n".join(entry_points))
-    return place
+    return directory
 
 
 def run(package: Path, *argv: str) -> str:
-    """Run Python where the package is installed; return stdout."""
+    """Run Python with the package installed and return stdout."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(package), str(ROOT)]), "COLUMNS": "160"}
     done = subprocess.run(
         [sys.executable, *argv], env=env, cwd=package, capture_output=True, text=True, timeout=300, check=False
@@ -53,6 +53,7 @@ def test_gradient_of_the_divergence_matches_autograd(package):
     run(package, "check_gradient.py")
 
 
+@pytest.mark.slow
 def test_commands_of_the_page_run(package):
     commands = [
         line.removeprefix("distillm ")

@@ -1,4 +1,4 @@
-"""Commands as they are typed."""
+"""Define the fixture that runs command lines."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from functools import partial
 
 import pytest
 
-from tests.typed import call
+from tests.command_line import call
 
 
 @pytest.fixture
-def typed(capsys, tmp_path, monkeypatch):
-    """Types a command line in an empty directory; (exit code, the JSON object, stderr)."""
+def cli(capsys, tmp_path, monkeypatch):
+    """Change to an empty directory. Return a function: command line → (exit code, the JSON object, stderr)."""
     monkeypatch.chdir(tmp_path)
 
     return partial(call, capsys)

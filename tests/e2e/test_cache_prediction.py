@@ -1,4 +1,4 @@
-"""Compare the teacher cache that `distillm plan` predicts with the cache that a tiny run makes."""
+"""Compare the teacher cache that `distillm plan` predicts with the cache of a tiny run."""
 
 from __future__ import annotations
 
@@ -38,29 +38,29 @@ def arguments(*fields: str) -> list[str]:
 
 
 @pytest.mark.parametrize("mode", ["memory", "disk", "auto"])
-def test_a_run_caches_as_many_bytes_as_planned(mode, typed, tmp_path):
+def test_cache_has_the_planned_size(mode, cli, tmp_path):
     more = (f"teacher.cache={mode}", f"teacher.cache_dir={tmp_path / 'cache'}")
-    _, plan, err = typed("plan", *arguments(*more))
+    _, plan, err = cli("plan", *arguments(*more))
     predicted = plan["teacher_cache"]
-    code, result, err = typed("distill", *arguments(*more), "--output", "run")
+    code, result, err = cli("distill", *arguments(*more), "--output", "run")
     assert code == 0, err
-    held = result["teacher_cache"]
-    assert (predicted["mode"], predicted["bytes"]) == (held["mode"], held["bytes"])
-    assert held["bytes"] > 0
+    cache = result["teacher_cache"]
+    assert (predicted["mode"], predicted["bytes"]) == (cache["mode"], cache["bytes"])
+    assert cache["bytes"] > 0
     if mode == "disk":
-        assert sum(file.stat().st_size for file in (tmp_path / "cache").rglob("states*")) >= held["bytes"]
+        assert sum(file.stat().st_size for file in (tmp_path / "cache").rglob("states*")) >= cache["bytes"]
     rollouts = [
         sum(t.numel() * t.element_size() for name, t in load_file(file).items() if name.endswith(".teacher_hidden"))
         for file in (tmp_path / "run" / "checkpoints").glob("*/training.safetensors")
     ]
-    assert 0 < max(rollouts) <= predicted["rollout_bytes"], "replayed rollouts: at most so many"
+    assert 0 < max(rollouts) <= predicted["rollout_bytes"], "the replay buffer is not larger than predicted"
     assert plan["memory"]["rollout_states"] == predicted["rollout_bytes"]
 
 
 @pytest.mark.parametrize("mode", ["memory", "auto"])
-def test_the_plan_by_shapes_predicts_the_same_cache(mode, typed):
+def test_plan_from_configs_predicts_the_same_cache(mode, cli):
     more = (f"teacher.cache={mode}",)
-    _, plan, _ = typed("plan", *arguments(*more))
+    _, plan, _ = cli("plan", *arguments(*more))
     shapes, _ = plan_from_configs(fitted(resolve(command="plan", flags=flags(), sets=[*FIELDS, *more])))
     for key in ("bytes", "rollout_bytes", "sample_bytes", "rows"):
         assert shapes["teacher_cache"][key] == plan["teacher_cache"][key], key
@@ -72,22 +72,22 @@ def flags() -> dict[str, str]:
 
 def workload(**changes) -> CacheWorkload:
     recipe = resolve(command="distill", flags=flags(), sets=["data.max_length=64", "train.batch_size=4"]).recipe
-    known = {"rows": 100, "row_tokens": 1000, "steps": 50, "steps_per_epoch": 25, "validation_tokens": 80}
-    return CacheWorkload(recipe, **{"bytes_per_token": 256, **known, **changes})
+    facts = {"rows": 100, "row_tokens": 1000, "steps": 50, "steps_per_epoch": 25, "validation_tokens": 80}
+    return CacheWorkload(recipe, **{"bytes_per_token": 256, **facts, **changes})
 
 
-def test_auto_is_memory_where_a_quarter_of_it_is_enough():
-    need = workload().size("auto").total
-    assert need > 1000 * 256
-    assert workload().choose(4 * need)[0] == "memory"
+def test_auto_uses_memory_if_a_quarter_is_enough():
+    size = workload().size("auto").total
+    assert size > 1000 * 256
+    assert workload().choose(4 * size)[0] == "memory"
     assert workload().choose(None)[0] == "memory"
-    chosen, why = workload().choose(4 * need - 4)
-    assert (chosen, "more than a quarter" in why) == ("off", True)
+    mode, reason = workload().choose(4 * size - 4)
+    assert (mode, "more than a quarter" in reason) == ("off", True)
 
 
-def test_rows_are_counted_from_a_second_epoch_on():
-    once = workload(steps=25)
-    assert (once.size("auto").rows, once.size("memory").rows) == (0, 256_000)
+def test_auto_caches_rows_only_for_several_epochs():
+    single_epoch = workload(steps=25)
+    assert (single_epoch.size("auto").rows, single_epoch.size("memory").rows) == (0, 256_000)
     assert workload().size("auto").rows == 256_000
     assert workload().size("off").total == 0
-    assert workload().size("disk").in_memory("disk")["teacher_states"] == 0, "mapped, not held"
+    assert workload().size("disk").in_memory("disk")["teacher_states"] == 0, "a cache on disk is memory-mapped"

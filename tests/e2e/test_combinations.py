@@ -1,5 +1,4 @@
-"""Combinations that no method has for its own: T5 and adapters under every schedule, stopped and resumed; adapters on cut
-students."""
+"""Test T5 and adapters under every schedule, interrupted and resumed, and adapters on layers of the teacher."""
 
 import json
 import signal
@@ -14,6 +13,7 @@ from distillm_cli.config.explain import choices
 from distillm_cli.training import checkpoint
 from distillm_cli.training.trainer import Trainer
 from tests import tiny
+from tests.command_line import assert_error
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 SETS = (
@@ -30,34 +30,34 @@ BULK = ["--set", "rollout.bulk=2"]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """Rows, and a teacher of either kind that was trained for two steps."""
-    place = tmp_path_factory.mktemp("combinations")
+def workdir(tmp_path_factory):
+    """Write rows, and train a T5 and a Llama teacher for two steps. Return their directory."""
+    workdir = tmp_path_factory.mktemp("combinations")
     rows = [
         {"instruction": "Spell.", "input": str(n), "output": " ".join(WORDS[int(d)] for d in str(n))} for n in range(40)
     ]
-    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (workdir / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for kind in ("t5", "llama"):
-        model = ["--model", f"random:{kind}:2x32", "--tokenizer", "chars", "--data", place / "rows.jsonl"]
-        assert main([str(a) for a in ["sft", *model, *SMALL, "--steps", 2, "--output", place / kind]]) == 0
-    return place
+        model = ["--model", f"random:{kind}:2x32", "--tokenizer", "chars", "--data", workdir / "rows.jsonl"]
+        assert main([str(a) for a in ["sft", *model, *SMALL, "--steps", 2, "--output", workdir / kind]]) == 0
+    return workdir
 
 
-def distill(place, kind, *more):
-    return ["distill", "--teacher", place / kind, "--data", place / "rows.jsonl", *SMALL, "--steps", 7, *more]
+def distill(workdir, kind, *more):
+    return ["distill", "--teacher", workdir / kind, "--data", workdir / "rows.jsonl", *SMALL, "--steps", 7, *more]
 
 
 def weights(output):
-    """Of a model directory, or an adapter's."""
+    """Return the weights of a model directory or an adapter directory."""
     (file,) = output.glob("*.safetensors")
     return load_file(file)
 
 
-def same(one, other):
-    """Results, but for the rounding of floats."""
+def nearly_equal(one, two):
+    """Return whether two results are equal up to the rounding of floats."""
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    return one == pytest.approx(other, abs=1e-4) if isinstance(one, float) else one == other
+        return one.keys() == two.keys() and all(nearly_equal(one[key], two[key]) for key in one)
+    return one == pytest.approx(two, abs=1e-4) if isinstance(one, float) else one == two
 
 
 def sources(output):
@@ -74,11 +74,11 @@ CASES += [
 
 
 @pytest.mark.parametrize(("family", "kind", "lora"), CASES)
-def test_stopped_and_resumed_it_is_the_run_that_was_not(family, kind, lora, place, tmp_path, typed, monkeypatch):
+def test_resume_matches_uninterrupted_run(family, kind, lora, workdir, tmp_path, cli, monkeypatch):
     settings = ["--student", "random:1x32", "--schedule", kind, *lora, *([] if kind == "off" else BULK)]
     settings += ADAPTIVE if kind == "adaptive" else []
-    code, told, err = typed(*distill(place, family, *settings, "--output", tmp_path / "whole"))
-    assert (code, told["steps"]) == (0, 7), err
+    code, result, err = cli(*distill(workdir, family, *settings, "--output", tmp_path / "full"))
+    assert (code, result["steps"]) == (0, 7), err
     begin_step = Trainer._begin_step
 
     def interrupted(self, *args):
@@ -88,27 +88,25 @@ def test_stopped_and_resumed_it_is_the_run_that_was_not(family, kind, lora, plac
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_begin_step", interrupted)
-        assert typed(*distill(place, family, *settings, "--output", tmp_path / "cut"))[0] == 130
-    code, told, err = typed("distill", "--resume", "--output", tmp_path / "cut", "--json", "--quiet")
-    assert (code, told["steps"]) == (0, 7), err
-    whole, cut = (weights(tmp_path / name) for name in ("whole", "cut"))
-    assert whole.keys() == cut.keys()
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
-    drawn = sources(tmp_path / "whole")
-    assert sources(tmp_path / "cut") == drawn
+        assert cli(*distill(workdir, family, *settings, "--output", tmp_path / "resumed"))[0] == 130
+    code, result, err = cli("distill", "--resume", "--output", tmp_path / "resumed", "--json", "--quiet")
+    assert (code, result["steps"]) == (0, 7), err
+    full, resumed = (weights(tmp_path / name) for name in ("full", "resumed"))
+    assert full.keys() == resumed.keys()
+    assert all(torch.equal(full[name], resumed[name]) for name in full)
+    drawn = sources(tmp_path / "full")
+    assert sources(tmp_path / "resumed") == drawn
     if kind in ("adaptive", "rounds"):
-        assert {"rollout", "replay"} <= set(drawn), "what a checkpoint must carry was there"
+        assert {"rollout", "replay"} <= set(drawn), "the checkpoint has rollouts to replay"
 
 
-@pytest.mark.parametrize(("spec", "kept"), [("layers:0,1", [0, 1]), ("layers:1:last", [1])])
-def test_an_adapter_on_layers_of_the_teacher_changes_them_by_its_rank_and_nothing_else(
-    spec, kept, place, tmp_path, typed
-):
+@pytest.mark.parametrize(("spec", "layers"), [("layers:0,1", [0, 1]), ("layers:1:last", [1])])
+def test_adapter_changes_student_layers_by_its_rank(spec, layers, workdir, tmp_path, cli):
     output = tmp_path / "run"
-    argv = distill(place, "llama", "--student", spec, "--lora", RANK, "--schedule", "on", "--output", output)
-    assert typed(*argv)[0] == 0
-    teacher, student = (AutoModelForCausalLM.from_pretrained(path) for path in (place / "llama", output))
-    assert student.config.num_hidden_layers == len(kept)
+    argv = distill(workdir, "llama", "--student", spec, "--lora", RANK, "--schedule", "on", "--output", output)
+    assert cli(*argv)[0] == 0
+    teacher, student = (AutoModelForCausalLM.from_pretrained(path) for path in (workdir / "llama", output))
+    assert student.config.num_hidden_layers == len(layers)
     before, after = dict(teacher.named_parameters()), dict(student.named_parameters())
     changed = 0
     for name, weight in after.items():
@@ -116,7 +114,7 @@ def test_an_adapter_on_layers_of_the_teacher_changes_them_by_its_rank_and_nothin
         if ".layers." in name:
             head, _, rest = name.partition(".layers.")
             new, _, rest = rest.partition(".")
-            old = f"{head}.layers.{kept[int(new)]}.{rest}"
+            old = f"{head}.layers.{layers[int(new)]}.{rest}"
         difference = (weight - before[old]).detach()
         if weight.dim() == 2 and ".layers." in name:
             values = torch.linalg.svdvals(difference)
@@ -124,15 +122,15 @@ def test_an_adapter_on_layers_of_the_teacher_changes_them_by_its_rank_and_nothin
             changed += 1
         else:
             assert not difference.any(), f"{name} is frozen"
-    assert changed == 7 * len(kept)
+    assert changed == 7 * len(layers)
 
 
-def test_a_t5_adapter_is_published_as_a_whole_model_or_alone_and_both_say_the_same(place, tmp_path, typed):
-    base = ["--student", place / "t5", "--lora", RANK, "--schedule", "on", *BULK]
+def test_t5_adapter_scores_like_the_merged_model(workdir, tmp_path, cli):
+    base = ["--student", workdir / "t5", "--lora", RANK, "--schedule", "on", *BULK]
     for output in ("merged", "adapter"):
         more = ["--set", f"student.lora_output={output}", "--output", tmp_path / output]
-        assert typed(*distill(place, "t5", *base, *more))[0] == 0
-    merged, start = (AutoModelForSeq2SeqLM.from_pretrained(path) for path in (tmp_path / "merged", place / "t5"))
+        assert cli(*distill(workdir, "t5", *base, *more))[0] == 0
+    merged, start = (AutoModelForSeq2SeqLM.from_pretrained(path) for path in (tmp_path / "merged", workdir / "t5"))
     assert torch.equal(merged.shared.weight, start.shared.weight)
     assert not torch.equal(
         merged.decoder.block[0].layer[1].EncDecAttention.k.weight,
@@ -140,83 +138,81 @@ def test_a_t5_adapter_is_published_as_a_whole_model_or_alone_and_both_say_the_sa
     )
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
     scores = [
-        typed("eval", tmp_path / name, "--suite", place / "rows.jsonl", "--limit", 6, "--greedy", "--json", "--quiet")
+        cli("eval", tmp_path / name, "--suite", workdir / "rows.jsonl", "--limit", 6, "--greedy", "--json", "--quiet")
         for name in ("merged", "adapter")
     ]
     assert [code for code, _, _ in scores] == [0, 0]
-    first, second = (told["suites"] for _, told, _ in scores)
+    first, second = (result["suites"] for _, result, _ in scores)
     for suite in (*first.values(), *second.values()):
-        for measured in ("seconds", "tokens_per_s"):
-            suite.pop(measured)
-    assert same(first, second)
-    again = distill(place, "t5", "--student", tmp_path / "adapter", "--lora", RANK, "--output", tmp_path / "on")
-    assert typed(*again)[0] == 0, "an adapter is gone on with"
-    below = distill(place, tmp_path / "adapter", "--student", "random:1x32", "--output", tmp_path / "below")
-    assert typed(*below)[0] == 0, "and is a teacher"
+        for key in ("seconds", "tokens_per_s"):
+            suite.pop(key)
+    assert nearly_equal(first, second)
+    resumed_adapter = distill(
+        workdir, "t5", "--student", tmp_path / "adapter", "--lora", RANK, "--output", tmp_path / "continued"
+    )
+    assert cli(*resumed_adapter)[0] == 0, "training continues from an adapter"
+    distilled = distill(workdir, tmp_path / "adapter", "--student", "random:1x32", "--output", tmp_path / "distilled")
+    assert cli(*distilled)[0] == 0, "an adapter may be the teacher"
 
 
 @pytest.mark.parametrize(
-    ("family", "settings", "code", "line"),
+    ("family", "settings", "code", "mention"),
     [
         (
             "llama",
             ["--student", "layers:1", "--lora", RANK, "--set", "student.lora_output=adapter"],
-            2,
-            "student.lora_output adapter: the adapter of layers:1 would have no model to be loaded on",
+            "recipe.fields_conflict",
+            "student.lora_output",
         ),
-        ("t5", ["--student", "layers:1", "--lora", RANK], 4, "cannot take layers of a t5 teacher"),
+        ("t5", ["--student", "layers:1", "--lora", RANK], "model.cannot_take_layers", "t5"),
         (
             "t5",
             ["--student", "random:1x32", "--lora", RANK, "--set", "student.lora.targets=[nowhere]"],
-            4,
-            "no linear layer 'nowhere' before the head; student.lora.targets",
+            "model.no_lora_target",
+            "'nowhere'",
         ),
     ],
 )
-def test_what_cannot_be_combined_is_refused_in_one_line(family, settings, code, line, place, tmp_path, typed):
-    got, _, err = typed(*distill(place, family, *settings, "--output", tmp_path / "no"))
-    assert got == code
-    assert line in err
-    assert len([said for said in err.splitlines() if said.startswith("error: ")]) == 1
+def test_impossible_combination_is_an_error(family, settings, code, mention, workdir, tmp_path, cli):
+    outcome = cli(*distill(workdir, family, *settings, "--output", tmp_path / "no"))
+    assert_error(outcome, code, mention)
     assert not list(tmp_path.glob("no/*"))
 
 
-@pytest.mark.parametrize("taken_for", ["a failure", "nothing"])
-def test_a_signal_that_a_library_takes_for_something_else_is_a_signal(taken_for, place, tmp_path, typed, monkeypatch):
-    """What a signal's handler raises while a tensor is read comes out of torch as a file that cannot be read."""
-    ran = distill(place, "llama", "--student", "random:1x32", "--schedule", "off", "--output", tmp_path / "run")
-    assert typed(*ran)[0] == 0
+@pytest.mark.parametrize("library_result", ["failure", "success"])
+def test_signal_while_torch_reads_is_an_interruption(library_result, workdir, tmp_path, cli, monkeypatch):
+    """Check a signal while torch reads a file: torch replaces the exception of the handler by a read error."""
+    argv = distill(workdir, "llama", "--student", "random:1x32", "--schedule", "off", "--output", tmp_path / "run")
+    assert cli(*argv)[0] == 0
 
     def load(path):
         try:
             signal.raise_signal(signal.SIGTERM)
         except KeyboardInterrupt:
-            if taken_for == "nothing":
+            if library_result == "success":
                 return load_file(path)
         raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'")
 
     monkeypatch.setattr(checkpoint, "load_file", load)
-    code, told, err = typed(*ran, "--resume")
-    assert (code, told["code"]) == (143, 143), err
-    assert "interrupted" in told["message"]
-    assert "delete" not in err
+    code, result, err = cli(*argv, "--resume")
+    assert (code, result["code"], result["error"]) == (143, 143, "interrupted"), err
     monkeypatch.undo()
-    assert typed(*ran, "--resume")[0] == 0, "what came in one command is of no account in the next"
+    assert cli(*argv, "--resume")[0] == 0, "the signal does not affect the next command"
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_float16_teacher_teaches_a_bfloat16_student(family, tmp_path, typed):
-    """Autocast to bfloat16 can neither put float16 states side by side nor go through GPT-2's norms in float16."""
+def test_float16_teacher_with_bfloat16_student(family, tmp_path, cli):
+    """Check a pair of two dtypes: bfloat16 autocast supports neither stacked float16 states nor GPT-2's norms in float16."""
     rows = [{"prompt": "ab" * (1 + i), "completion": "ba" * (1 + i % 5)} for i in range(24)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pair = ["--teacher", tiny.save(tmp_path / "teacher", family), "--student", "random:1x32"]
-    asked = ["--schedule", "off", "--teacher-cache", "memory", "--set", "train.select=valid_divergence"]
+    options = ["--schedule", "off", "--teacher-cache", "memory", "--set", "train.select=valid_divergence"]
     losses = {}
     for dtype in ("bf16", "fp32"):
-        ran = ["--set", "teacher.dtype=fp16", "--set", f"student.dtype={dtype}", "--output", tmp_path / dtype]
-        code, told, err = typed(
-            "distill", *pair, "--data", tmp_path / "rows.jsonl", *SMALL, "--steps", 12, *asked, *ran
+        argv = ["--set", "teacher.dtype=fp16", "--set", f"student.dtype={dtype}", "--output", tmp_path / dtype]
+        code, result, err = cli(
+            "distill", *pair, "--data", tmp_path / "rows.jsonl", *SMALL, "--steps", 12, *options, *argv
         )
         assert code == 0, err
-        losses[dtype] = told["report"]["teacher"]["valid_loss"]
-    assert losses["bf16"] == losses["fp32"], "the teacher is measured as it teaches, whatever the student computes in"
+        losses[dtype] = result["report"]["teacher"]["valid_loss"]
+    assert losses["bf16"] == losses["fp32"], "the loss of the teacher does not depend on the student's dtype"

@@ -1,4 +1,4 @@
-"""Composite models by the command line: the text model trains and distils, the rest is kept."""
+"""Test composite models on the command line: the text model is trained, the other parts stay unchanged."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from distillm_cli.models.loading import load_backbone
-from tests import families, tiny, typed
+from tests import families, tiny
+from tests.command_line import assert_error, call
 
 
-def _text(name: str) -> bool:
+def _is_text(name: str) -> bool:
     return ".vision" not in name and ".visual" not in name and "multi_modal" not in name and "connector" not in name
 
 
@@ -23,48 +24,44 @@ def data(tmp_path_factory) -> str:
 
 
 @pytest.mark.parametrize("family", families.COMPOSITE)
-def test_text_trains_and_the_rest_is_kept(family, tmp_path, data, capsys):
+def test_only_the_text_model_is_trained(family, tmp_path, data, capsys):
     base, out = families.save(tmp_path / "model", family), tmp_path / "out"
-    code, _, err = typed.call(
-        capsys, "sft", "--model", base, "--data", data, "--output", out, *families.QUICK, "--json"
-    )
+    code, _, err = call(capsys, "sft", "--model", base, "--data", data, "--output", out, *families.QUICK, "--json")
     assert code == 0, err
-    assert "the text model trains" in err
-    before, after = (AutoModelForImageTextToText.from_pretrained(place, dtype=torch.float32) for place in (base, out))
-    moved = {name for name, weight in before.named_parameters() if not weight.equal(after.get_parameter(name))}
-    assert moved
-    assert all(_text(name) for name in moved)
+    assert "the text model is trained" in err
+    before, after = (AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32) for path in (base, out))
+    changed = {name for name, weight in before.named_parameters() if not weight.equal(after.get_parameter(name))}
+    assert changed
+    assert all(_is_text(name) for name in changed)
     assert (out / "preprocessor_config.json").read_bytes() == (tmp_path / "model/preprocessor_config.json").read_bytes()
 
-    ours = load_backbone(str(out), dtype=torch.float32, device=torch.device("cpu"))
-    batch = tiny.batch([(5, 3), (2, 6)], vocab=30)  # ids below those of images
+    backbone = load_backbone(str(out), dtype=torch.float32, device=torch.device("cpu"))
+    batch = tiny.batch([(5, 3), (2, 6)], vocab=30)  # token ids below those of images
     with torch.no_grad():
-        own_BTV = after.eval()(input_ids=batch.ids_BT, use_cache=False).logits
-        mine_NV = ours.head().logits(ours.hidden(batch))
-    torch.testing.assert_close(mine_NV, own_BTV.flatten(0, 1)[batch.positions_N], atol=1e-4, rtol=1e-4)
+        expected_BTV = after.eval()(input_ids=batch.ids_BT, use_cache=False).logits
+        logits_NV = backbone.head().logits(backbone.hidden(batch))
+    torch.testing.assert_close(logits_NV, expected_BTV.flatten(0, 1)[batch.positions_N], atol=1e-4, rtol=1e-4)
     prompts = [np.array([5, 9, 12, 7]), np.array([8, 3])]
-    decoding = ours.decode(prompts)
+    decoding = backbone.decode(prompts)
     tokens_B = decoding.logits(None).argmax(-1)
     second_B = decoding.logits(tokens_B).argmax(-1)
     for prompt, first, second in zip(prompts, tokens_B, second_B, strict=True):
         ids = torch.cat([torch.from_numpy(prompt), first[None]])[None]
         with torch.no_grad():
-            own_TV = after(input_ids=ids, use_cache=False).logits[0, -2:]
-        assert own_TV.argmax(-1).tolist() == [first, second]
+            expected_TV = after(input_ids=ids, use_cache=False).logits[0, -2:]
+        assert expected_TV.argmax(-1).tolist() == [first, second]
 
 
-def test_gemma_loads_with_the_causal_class(tmp_path, data, capsys):
+def test_gemma3_output_loads_as_causal_model(tmp_path, data, capsys):
     base, out = families.save(tmp_path / "model", "gemma3"), tmp_path / "out"
-    assert (
-        typed.call(capsys, "sft", "--model", base, "--data", data, "--output", out, *families.QUICK, "--json")[0] == 0
-    )
+    assert call(capsys, "sft", "--model", base, "--data", data, "--output", out, *families.QUICK, "--json")[0] == 0
     loaded, missing = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not missing["missing_keys"]
     assert any("vision_tower" in name for name, _ in loaded.named_parameters())
 
 
-def test_a_chat_template_beside_the_processor_is_the_models(tmp_path, capsys):
-    """Of SmolVLM's kind: it stands in chat_template.json alone, and takes content in parts alone."""
+def test_chat_template_of_the_processor_is_used(tmp_path, capsys):
+    """Check a chat template like SmolVLM's, which is only in chat_template.json and only accepts content in parts."""
     from transformers import AutoTokenizer
 
     base, out = tmp_path / "model", tmp_path / "out"
@@ -72,22 +69,21 @@ def test_a_chat_template_beside_the_processor_is_the_models(tmp_path, capsys):
     parts = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
     (base / "chat_template.json").write_text(json.dumps({"chat_template": parts}), encoding="utf-8")
     conversations = tmp_path / "rows.jsonl"
-    sides = ({"role": "user", "content": "abc"}, {"role": "assistant", "content": [{"type": "text", "text": "cba"}]})
-    conversations.write_text(json.dumps({"messages": sides}) + "\n", encoding="utf-8")
-    code, _, err = typed.call(
+    turns = ({"role": "user", "content": "abc"}, {"role": "assistant", "content": [{"type": "text", "text": "cba"}]})
+    conversations.write_text(json.dumps({"messages": turns}) + "\n", encoding="utf-8")
+    code, _, err = call(
         *(capsys, "sft", "--model", base, "--data", conversations, "--set", f"data.valid={conversations}"),
         *(*families.QUICK, "--output", out, "--json"),
     )
     assert code == 0, err
     assert AutoTokenizer.from_pretrained(out).chat_template == parts
-    # transformers would prefer the older file to the template that the model was trained in.
+    # transformers would prefer this older file to the template of the training.
     assert not (out / "chat_template.json").exists()
-    code, _, err = typed.call(
-        *(capsys, "generate", "--model", out, "--data", conversations, "--output", tmp_path / "said.jsonl", "--json")
-    )
+    argv = ("generate", "--model", out, "--data", conversations, "--output", tmp_path / "responses.jsonl", "--json")
+    code, _, err = call(capsys, *argv)
     assert code == 0, err
     assert "template: chat" in err
-    assert json.loads((tmp_path / "said.jsonl").read_text())["prompt"] == "abc"
+    assert json.loads((tmp_path / "responses.jsonl").read_text())["prompt"] == "abc"
 
 
 @pytest.mark.parametrize(
@@ -100,51 +96,50 @@ def test_a_chat_template_beside_the_processor_is_the_models(tmp_path, capsys):
         ("mistral3", "width:0.5"),
     ],
 )
-def test_either_side_may_be_composite(teacher, student, tmp_path, data, capsys):
-    def made(name: str) -> str:
+def test_teacher_or_student_may_be_composite(teacher, student, tmp_path, data, capsys):
+    def model_path(name: str) -> str:
         if ":" in name:
             return name
-        place = tmp_path / name
-        return families.save(place, "mixtral" if name == "text" else name) if not place.exists() else str(place)
+        path = tmp_path / name
+        return families.save(path, "mixtral" if name == "text" else name) if not path.exists() else str(path)
 
-    argv = ("distill", "--teacher", made(teacher), "--student", made(student), "--data", data, *families.QUICK)
-    code, _, err = typed.call(capsys, *argv, "--set", "schedule.kind=mixed", "--output", tmp_path / "out", "--json")
+    argv = ("distill", "--teacher", model_path(teacher), "--student", model_path(student), "--data", data)
+    code, _, err = call(
+        capsys, *argv, *families.QUICK, "--set", "schedule.kind=mixed", "--output", tmp_path / "out", "--json"
+    )
     assert code == 0, err
     if ":" in student:
         assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.model_type in ("gemma3_text", "mistral")
 
 
-def test_layers_of_a_text_model_without_a_causal_class_are_refused(tmp_path, data, capsys):
+def test_layers_need_a_causal_text_model(tmp_path, data, capsys):
     base = families.save(tmp_path / "model", "qwen3_vl")
     argv = ("distill", "--teacher", base, "--student", "layers:1", "--data", data, "--output", tmp_path / "out")
-    code, told, _ = typed.call(capsys, *argv, "--json")
-    assert code == 4
-    assert "qwen3_vl_text" in told["message"]
-    assert "random:llama" in told["message"]
+    assert_error(call(capsys, *argv, "--json"), "model.not_causal", "qwen3_vl_text", "random:llama")
 
 
 @pytest.mark.parametrize("family", ["gemma3", "mistral3"])
-def test_an_adapter_is_on_the_text_model_only(family, tmp_path, data, capsys):
+def test_adapter_is_on_the_text_model_only(family, tmp_path, data, capsys):
     from peft import PeftModel
 
     base, out = families.save(tmp_path / "model", family), tmp_path / "out"
     argv = ("sft", "--model", base, "--data", data, "--lora", 4, "--set", "student.lora_output=adapter")
-    code, _, err = typed.call(capsys, *argv, *families.QUICK, "--output", out, "--json")
+    code, _, err = call(capsys, *argv, *families.QUICK, "--output", out, "--json")
     assert code == 0, err
     model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
     adapted = {name for name, _ in PeftModel.from_pretrained(model, out).named_parameters() if "lora_" in name}
     assert adapted
-    assert all(_text(name) for name in adapted)
+    assert all(_is_text(name) for name in adapted)
 
 
 def test_plan_counts_the_text_model(tmp_path, data, capsys):
     base = families.save(tmp_path / "model", "gemma3")
-    whole = families.model("gemma3")
-    text = sum(weight.numel() for weight in whole.model.language_model.parameters())
-    total = sum(weight.numel() for weight in whole.parameters())
-    code, told, err = typed.call(capsys, "plan", "--teacher", base, "--student", base, "--data", data, "--json")
+    model = families.model("gemma3")
+    text = sum(weight.numel() for weight in model.model.language_model.parameters())
+    total = sum(weight.numel() for weight in model.parameters())
+    code, plan, err = call(capsys, "plan", "--teacher", base, "--student", base, "--data", data, "--json")
     assert code == 0, err
-    student = told["models"]["student"]
+    student = plan["models"]["student"]
     assert (student["layers"], student["width"]) == (2, 32)
     assert student["parameters"] == total
     assert student["trainable"] == text

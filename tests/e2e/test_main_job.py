@@ -1,4 +1,4 @@
-"""The four verbs, as typed: text in, a model out that ``from_pretrained`` loads, and every promise to scripts kept."""
+"""Test sft, distill, eval and generate from text to models that ``from_pretrained`` loads, and their JSON results."""
 
 import json
 import os
@@ -23,18 +23,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from distillm_cli.cli.app import main
 from distillm_cli.config.derived import fixed_values
 from distillm_cli.config.schema import Recipe
-from distillm_cli.errors import CheckpointError
 from distillm_cli.runs.resume import find_checkpoint
 from distillm_cli.training.checkpoint import Checkpoints
 from distillm_cli.training.state import TrainerState
-from tests.typed import call
+from tests.codes import raises_code
+from tests.command_line import assert_error, call
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["alpha", "beta", "gamma", "delta", "kappa", "sigma", "omega", "theta", "iota", "zeta"]
 
 
 def rows(n, offset=0):
-    """Upper-casing, as instructions: a task that needs the prompt."""
+    """Return instruction rows of an upper-casing task."""
     picked = [(WORDS[(i + offset) % 10], WORDS[(i * 3 + offset) % 10]) for i in range(n)]
     return [{"instruction": "Say it loud.", "input": f"{a} {b}", "output": f"{a} {b}".upper()} for a, b in picked]
 
@@ -52,43 +52,41 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A data directory and a teacher made by ``distillm sft``."""
-    place = tmp_path_factory.mktemp("job")
-    (
-        write(place / "train.jsonl", rows(64)),
-        write(place / "valid.jsonl", rows(10, 3)),
-        write(place / "test.jsonl", rows(10, 6)),
-    )
-    argv = ["sft", "--model", "random:2x48", "--tokenizer", "chars", "--data", place, "--output", place / "teacher"]
+def workdir(tmp_path_factory):
+    """Write a data directory and train a teacher with ``distillm sft``. Return the directory."""
+    workdir = tmp_path_factory.mktemp("job")
+    write(workdir / "train.jsonl", rows(64))
+    write(workdir / "valid.jsonl", rows(10, 3))
+    write(workdir / "test.jsonl", rows(10, 6))
+    argv = ["sft", "--model", "random:2x48", "--tokenizer", "chars", "--data", workdir, "--output", workdir / "teacher"]
     assert main([str(a) for a in [*argv, "--steps", "30", "--lr", "5e-3", *SMALL]]) == 0
-    return place
+    return workdir
 
 
-def distill_argv(place, output, *more):
-    pair = ["--teacher", place / "teacher", "--student", "random:1x32", "--data", place]
+def distill_argv(workdir, output, *more):
+    pair = ["--teacher", workdir / "teacher", "--student", "random:1x32", "--data", workdir]
     adaptive = ["--set", "schedule.epsilon=-10", "--set", "schedule.capacity=16", "--set", "schedule.levels=2"]
     return ["distill", *pair, "--output", output, "--steps", "20", "--lr", "5e-3", *adaptive, *SMALL, *more]
 
 
-def test_sft_leaves_an_ordinary_model_directory(place):
-    model = AutoModelForCausalLM.from_pretrained(place / "teacher")
-    tokenizer = AutoTokenizer.from_pretrained(place / "teacher")
+def test_sft_writes_a_model_directory(workdir):
+    model = AutoModelForCausalLM.from_pretrained(workdir / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(workdir / "teacher")
     assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
-    names = {p.name for p in (place / "teacher").iterdir()}
+    names = {p.name for p in (workdir / "teacher").iterdir()}
     assert {"recipe.yaml", "metrics.jsonl", "checkpoints", "README.md", "model.safetensors", "config.json"} <= names
-    modes = {p.stat().st_mode for p in (place / "teacher").rglob("*") if p.is_file()}
-    assert modes == {(place / "train.jsonl").stat().st_mode}, "the umask holds for all, tensors included"
-    card = (place / "teacher" / "README.md").read_text()
+    modes = {p.stat().st_mode for p in (workdir / "teacher").rglob("*") if p.is_file()}
+    assert modes == {(workdir / "train.jsonl").stat().st_mode}, "all files have the permissions of the umask"
+    card = (workdir / "teacher" / "README.md").read_text()
     assert "Valid CE on 10 held-out rows; scores on the first 6 of them, sampled at T = 1, in fp32." in card
-    lines = [json.loads(line) for line in (place / "teacher" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (workdir / "teacher" / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     assert len(steps) == 30
     assert steps[-1]["loss"] < 0.8 * steps[0]["loss"]
 
 
-def test_distill_gives_the_promised_object_and_a_model_that_eval_and_generate_take(place, tmp_path, capsys):
-    code, result, _ = call(capsys, *distill_argv(place, tmp_path / "student"))
+def test_distill_result_works_with_eval_and_generate(workdir, tmp_path, capsys):
+    code, result, _ = call(capsys, *distill_argv(workdir, tmp_path / "student"))
     assert code == 0
     promised = {"command", "status", "output", "wall_s", "steps", "tokens", "tokens_per_s", "train_loss", "valid_loss",
                 "phi", "rollout_steps", "replay_steps"}  # fmt: skip
@@ -100,47 +98,47 @@ def test_distill_gives_the_promised_object_and_a_model_that_eval_and_generate_ta
     assert set(result["report"]) == {"student_before", "student_after", "teacher"}
 
     code, scores, _ = call(
-        capsys, "eval", tmp_path / "student", "--suite", place, "--seeds", "10,20", "--max-new-tokens", "8", "--json"
+        capsys, "eval", tmp_path / "student", "--suite", workdir, "--seeds", "10,20", "--max-new-tokens", "8", "--json"
     )
     (suite,) = scores["suites"].values()
     assert (code, suite["rows"]) == (0, 10)
     assert set(suite["rouge_l"]["seeds"]) == {"10", "20"}
 
-    written = tmp_path / "said.jsonl"
+    responses = tmp_path / "responses.jsonl"
     code, generated, _ = call(
-        capsys, "generate", "--model", tmp_path / "student", "--data", place, "--limit", "7", "--max-new-tokens", "8",
-        "--output", written, "--json",
+        capsys, "generate", "--model", tmp_path / "student", "--data", workdir, "--limit", "7", "--max-new-tokens", "8",
+        "--output", responses, "--json",
     )  # fmt: skip
     assert (code, generated["rows"]) == (0, 7)
-    assert len(written.read_text().splitlines()) == 7
+    assert len(responses.read_text().splitlines()) == 7
 
     code, again, _ = call(
-        capsys, "distill", "--teacher", place / "teacher", "--student", tmp_path / "student", "--data", written,
+        capsys, "distill", "--teacher", workdir / "teacher", "--student", tmp_path / "student", "--data", responses,
         "--steps", "2", "--output", tmp_path / "on-samples", *SMALL,
     )  # fmt: skip
     assert (code, again["steps"]) == (0, 2)
 
 
-def test_what_to_type_next_scores_rows_that_were_not_trained_on(place, tmp_path, capsys):
-    """Test rows where the data has some; of a single file those held out, which need no word."""
-    small = [word for word in SMALL if word != "--quiet"]
+def test_suggested_eval_uses_unseen_rows(workdir, tmp_path, capsys):
+    """Check that the test split is suggested if there is one, and otherwise the held-out rows, which need no option."""
+    options = [word for word in SMALL if word != "--quiet"]
     alone = write(tmp_path / "rows.jsonl", rows(10))
-    for data, suite in ((place, f" --suite {place}"), (alone, "")):
+    for data, suite in ((workdir, f" --suite {workdir}"), (alone, "")):
         output = tmp_path / f"{data.name}-out"
-        argv = ["sft", "--model", place / "teacher", "--data", data, "--steps", "1", "--output", output]
-        code, _, err = call(capsys, *argv, *small)
+        argv = ["sft", "--model", workdir / "teacher", "--data", data, "--steps", "1", "--output", output]
+        code, _, err = call(capsys, *argv, *options)
         assert code == 0, err
-        typed = "".join(line.strip() for line in err[err.index("What next") :].splitlines())
-        assert f"distillm eval {output}{suite}distillm generate".replace(" ", "") in typed.replace(" ", "")
+        shown = "".join(line.strip() for line in err[err.index("What next") :].splitlines())
+        assert f"distillm eval {output}{suite}distillm generate".replace(" ", "") in shown.replace(" ", "")
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights(place, tmp_path, capsys):
-    """Ctrl-C from outside, exit code 130, a usable checkpoint; ``--resume`` ends where the uninterrupted run does."""
-    code, _, _ = call(capsys, *distill_argv(place, tmp_path / "whole", "--steps", "60"))
+def test_resume_matches_uninterrupted_run(workdir, tmp_path, capsys):
+    """Check that Ctrl-C exits with 130 and a usable checkpoint, and that ``--resume`` gives the weights of a full run."""
+    code, _, _ = call(capsys, *distill_argv(workdir, tmp_path / "full", "--steps", "60"))
     assert code == 0
-    argv = [str(a) for a in distill_argv(place, tmp_path / "cut", "--steps", "60")]
+    argv = [str(a) for a in distill_argv(workdir, tmp_path / "resumed", "--steps", "60")]
     process = subprocess.Popen([sys.executable, "-m", "distillm_cli", *argv], stdout=subprocess.PIPE, text=True)
-    metrics = tmp_path / "cut" / "metrics.jsonl"
+    metrics = tmp_path / "resumed" / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         if metrics.exists() and '"step": 7,' in metrics.read_text():
@@ -150,172 +148,165 @@ def test_a_stopped_run_goes_on_to_the_same_weights(place, tmp_path, capsys):
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 130, out
     assert json.loads(out)["code"] == 130
-    (checkpoint,) = (tmp_path / "cut" / "checkpoints").iterdir()
+    (checkpoint,) = (tmp_path / "resumed" / "checkpoints").iterdir()
     AutoModelForCausalLM.from_pretrained(checkpoint)
 
-    code, result, _ = call(capsys, "distill", "--resume", "--output", tmp_path / "cut", "--json", "--quiet")
+    code, result, _ = call(capsys, "distill", "--resume", "--output", tmp_path / "resumed", "--json", "--quiet")
     assert (code, result["steps"]) == (0, 60)
-    whole, cut = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "cut"))
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
-    lines = {name: (tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "cut")}
-    kept = {n: [{k: v for k, v in json.loads(x).items() if k != "seconds"} for x in ls] for n, ls in lines.items()}
-    assert kept["whole"] == kept["cut"]
+    full, resumed = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("full", "resumed"))
+    assert all(torch.equal(full[name], resumed[name]) for name in full)
+    lines = {name: (tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("full", "resumed")}
+    records = {n: [{k: v for k, v in json.loads(x).items() if k != "seconds"} for x in ls] for n, ls in lines.items()}
+    assert records["full"] == records["resumed"]
 
 
-def test_what_the_teacher_computed_is_counted_for_the_whole_run(place, tmp_path, capsys):
-    argv = distill_argv(place, tmp_path / "run", "--teacher-cache", "off", "--set", "train.save_steps=10")
-    code, whole, err = call(capsys, *argv)
+def test_resume_counts_teacher_tokens_of_the_full_run(workdir, tmp_path, capsys):
+    argv = distill_argv(
+        workdir, tmp_path / "run", "--teacher-cache", "off", "--keep", "2", "--set", "train.save_steps=10"
+    )
+    code, full, err = call(capsys, *argv)
     assert code == 0, err
-    shutil.rmtree(tmp_path / "run/checkpoints/step-000020")  # as if it had been stopped before that
+    shutil.rmtree(tmp_path / "run/checkpoints/step-000020")  # as if interrupted before that step
     code, resumed, err = call(capsys, "distill", "--resume", "--output", tmp_path / "run", "--json", "--quiet")
     assert code == 0, err
-    assert resumed["teacher_tokens"] == whole["teacher_tokens"] > 0
+    assert resumed["teacher_tokens"] == full["teacher_tokens"] > 0
 
 
-def test_each_validation_is_told_once_after_a_resume_from_before_the_first(place, tmp_path, capsys):
+def test_resume_logs_each_validation_once(workdir, tmp_path, capsys):
     output = tmp_path / "out"
-    argv = distill_argv(place, output, "--set", "train.save_steps=4", "--steps", "6")
-    whole = call(capsys, *argv)[1]
-    shutil.rmtree(output / "checkpoints" / "step-000006")  # as if it had been killed at its end
+    argv = distill_argv(workdir, output, "--keep", "2", "--set", "train.save_steps=4", "--steps", "6")
+    full = call(capsys, *argv)[1]
+    shutil.rmtree(output / "checkpoints" / "step-000006")  # as if killed at the end
     again = call(capsys, *argv, "--resume")[1]
-    told = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in told if "valid_loss" in line] == [0, 5, 6]
-    assert again["report"] == whole["report"], "the student before among them"
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in records if "valid_loss" in line] == [0, 5, 6]
+    assert again["report"] == full["report"], "including the student before training"
 
 
-def test_a_model_that_has_diverged_is_named_before_anything_is_trained_or_scored(place, tmp_path, capsys):
+def test_diverged_model_is_an_error(workdir, tmp_path, capsys):
     broken = tmp_path / "broken"
-    shutil.copytree(place / "teacher", broken, ignore=shutil.ignore_patterns("checkpoints"))
+    shutil.copytree(workdir / "teacher", broken, ignore=shutil.ignore_patterns("checkpoints"))
     model = AutoModelForCausalLM.from_pretrained(broken)
     model.get_input_embeddings().weight.data.fill_(float("nan"))
     model.save_pretrained(broken)
-    (broken / "manifest.json").unlink()  # otherwise the change itself is named
-    said = f"the model's logits are not finite; {broken}; its weights have diverged or are damaged"
+    (broken / "manifest.json").unlink()  # otherwise the changed file is reported
     for argv in (
-        distill_argv(place, tmp_path / "out", "--teacher", broken),
-        ["eval", broken, "--suite", place / "test.jsonl", "--greedy", "--json", "--quiet"],
-        ["generate", "--model", broken, "--prompt", "alpha", "--json", "--quiet", "--output", tmp_path / "said.jsonl"],
+        distill_argv(workdir, tmp_path / "out", "--teacher", broken),
+        ["eval", broken, "--suite", workdir / "test.jsonl", "--greedy", "--json", "--quiet"],
+        ["generate", "--model", broken, "--prompt", "alpha", "--json", "--output", tmp_path / "responses.jsonl"],
     ):
-        code, answer, err = call(capsys, *argv)
-        assert (code, answer["code"]) == (6, 6), err
-        assert answer["message"].startswith(said)
+        assert_error(call(capsys, *argv), "numbers.not_finite", broken)
 
 
-def test_resume_with_a_changed_recipe_is_refused(place, tmp_path, capsys):
-    assert call(capsys, *distill_argv(place, tmp_path / "run"))[0] == 0
-    code, answer, err = call(capsys, *distill_argv(place, tmp_path / "run", "--resume", "--alpha", "0.3"))
-    assert (code, answer["code"]) == (5, 5)
-    assert "objective.alpha was 0.1, now 0.3" in err
+def test_resume_with_changed_recipe_is_an_error(workdir, tmp_path, capsys):
+    assert call(capsys, *distill_argv(workdir, tmp_path / "run"))[0] == 0
+    outcome = call(capsys, *distill_argv(workdir, tmp_path / "run", "--resume", "--alpha", "0.3"))
+    assert_error(outcome, "checkpoint.changed", "objective.alpha", "0.1", "0.3")
 
 
 @pytest.fixture(scope="module")
-def stopped(place, tmp_path_factory):
-    """A run as it was at step 10 of 20: its home with rows, teacher and student, from which it is typed."""
-    home, here = tmp_path_factory.mktemp("stopped"), Path.cwd()
-    shutil.copytree(place, home / "data", ignore=shutil.ignore_patterns("teacher"))
-    shutil.copytree(place / "teacher", home / "data/teacher")
-    os.chdir(home)
+def interrupted_run(workdir, tmp_path_factory):
+    """Make a run interrupted at step 10 of 20, with its rows, teacher and student. Return the parent directory."""
+    directory, previous = tmp_path_factory.mktemp("interrupted"), Path.cwd()
+    shutil.copytree(workdir, directory / "data", ignore=shutil.ignore_patterns("teacher"))
+    shutil.copytree(workdir / "teacher", directory / "data/teacher")
+    os.chdir(directory)
     try:
         argv = ["sft", "--model", "random:1x32", "--tokenizer", "data/teacher", "--data", "data", "--output", "student"]
         assert main([*argv, "--steps", "1", *SMALL]) == 0
-        assert main(["distill", *STOPPED, "--set", "train.save_steps=10", *SMALL]) == 0
+        assert main(["distill", *INTERRUPTED, "--keep", "2", "--set", "train.save_steps=10", *SMALL]) == 0
     finally:
-        os.chdir(here)
-    shutil.rmtree(home / "run/checkpoints/step-000020")
-    return home
+        os.chdir(previous)
+    shutil.rmtree(directory / "run/checkpoints/step-000020")
+    return directory
 
 
-STOPPED = ["--teacher", "data/teacher", "--student", "student", "--data", "data", "--steps", "20", "--output", "run"]
-STOPPED += ["--set", "train.select=exact_match", "--set", "train.eval_steps=10"]
+INTERRUPTED = ["--teacher", "data/teacher", "--student", "student", "--data", "data", "--output", "run"]
+INTERRUPTED += ["--steps", "20", "--set", "train.select=exact_match", "--set", "train.eval_steps=10"]
 RESUME = ["distill", "--resume", "--output", "run", "--json", "--quiet"]
 
 
-def reverse_rows(home):
-    lines = (home / "data/train.jsonl").read_text().splitlines(keepends=True)
-    (home / "data/train.jsonl").write_text("".join(reversed(lines)))
+def reverse_rows(directory):
+    lines = (directory / "data/train.jsonl").read_text().splitlines(keepends=True)
+    (directory / "data/train.jsonl").write_text("".join(reversed(lines)))
 
 
-def mend_a_held_out_row(home):
-    text = (home / "data/valid.jsonl").read_text()
-    (home / "data/valid.jsonl").write_text(text.replace("ALPHA", "ALPHO", 1))
+def change_validation_row(directory):
+    text = (directory / "data/valid.jsonl").read_text()
+    (directory / "data/valid.jsonl").write_text(text.replace("ALPHA", "ALPHO", 1))
 
 
-def another_model(home, name):
-    model = AutoModelForCausalLM.from_pretrained(home / name)
+def change_model(directory, name):
+    model = AutoModelForCausalLM.from_pretrained(directory / name)
     model.get_input_embeddings().weight.data.mul_(1.01)
-    model.save_pretrained(home / name)
-    (home / name / "manifest.json").unlink(missing_ok=True)
+    model.save_pretrained(directory / name)
+    (directory / name / "manifest.json").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "mention"),
     [
-        (reverse_rows, "the training rows have changed since the run was started"),
-        (mend_a_held_out_row, "the held-out rows have changed since the run was started"),
-        (lambda home: another_model(home, "data/teacher"), "the teacher has changed since the run was started"),
-        (lambda home: another_model(home, "student"), "the student has changed since the run was started"),
-        (["--set", "eval.max_new_tokens=3"], "eval.max_new_tokens was 8, now 3"),
+        (reverse_rows, "training rows"),
+        (change_validation_row, "held-out rows"),
+        (lambda directory: change_model(directory, "data/teacher"), "teacher"),
+        (lambda directory: change_model(directory, "student"), "student"),
+        (["--set", "eval.max_new_tokens=3"], "eval.max_new_tokens"),
     ],
 )
-def test_a_run_does_not_go_on_with_something_else_under_the_same_name(
-    stopped, tmp_path, capsys, monkeypatch, change, named
-):
-    shutil.copytree(stopped, tmp_path / "home")
+def test_resume_with_changed_inputs_is_an_error(interrupted_run, tmp_path, capsys, monkeypatch, change, mention):
+    shutil.copytree(interrupted_run, tmp_path / "home")
     monkeypatch.chdir(tmp_path / "home")
     if callable(change):
         change(tmp_path / "home")
-    code, answer, _ = call(capsys, *RESUME, *([] if callable(change) else change))
-    assert code == 5
-    assert named in answer["message"]
+    outcome = call(capsys, *RESUME, *([] if callable(change) else change))
+    assert_error(outcome, "checkpoint.changed", mention)
 
 
-def test_another_spelling_of_the_same_place_is_the_same(stopped, tmp_path, capsys, monkeypatch):
-    shutil.copytree(stopped, tmp_path / "home")
+def test_resume_accepts_another_path_to_the_same_inputs(interrupted_run, tmp_path, capsys, monkeypatch):
+    shutil.copytree(interrupted_run, tmp_path / "home")
     monkeypatch.chdir(tmp_path / "home")
     (tmp_path / "link").symlink_to(tmp_path / "home/data")
     code, answer, _ = call(capsys, *RESUME, "--data", tmp_path / "link", "--student", "./student/")
     assert (code, answer.get("steps")) == (0, 20), answer
     monkeypatch.chdir(tmp_path)
     code, answer, _ = call(capsys, *RESUME[:3], "home/run", "--json", "--quiet")
-    assert code != 0, "what is not there is not the same"
+    assert code != 0, "a missing directory is not the same"
 
 
-def test_a_checkpoint_that_says_nothing_of_its_run_is_damaged(tmp_path):
-    Checkpoints(tmp_path / "checkpoints", lambda place: None, keep=1).write(3, {}, {})
-    with pytest.raises(CheckpointError, match=r"unreadable: its state\.json has no progress"):
+def test_checkpoint_without_progress_is_damaged(tmp_path):
+    Checkpoints(tmp_path / "checkpoints", lambda directory: None, keep=1).write(3, {}, {})
+    with raises_code("checkpoint.damaged", "state.json"):
         find_checkpoint(tmp_path, Recipe())
 
 
-def test_a_checkpoint_that_wrote_down_what_its_run_never_read_is_this_recipes_all_the_same(tmp_path):
-    """Earlier versions took such values; what the steps depend on is as it was."""
+def test_checkpoint_may_record_unused_fields(tmp_path):
+    """Check that values of unused fields, which earlier versions recorded, do not prevent a resume."""
     recipe = Recipe.model_validate({"method": "kd", "data": {"source": "rows.jsonl"}, "schedule": {"kind": "off"}})
-    written = fixed_values(recipe) | {"data.size": 8000, "rollout.teacher_mix": 0.5, "of.long.ago": 1}
-    checkpoints = Checkpoints(tmp_path / "checkpoints", lambda place: None, keep=1)
+    recorded = fixed_values(recipe) | {"data.size": 8000, "rollout.teacher_mix": 0.5, "removed.field": 1}
+    checkpoints = Checkpoints(tmp_path / "checkpoints", lambda directory: None, keep=1)
     progress = asdict(TrainerState())
-    checkpoints.write(3, {"recipe": written | {"train.lr": 1.0}, "progress": progress}, {})
-    with pytest.raises(CheckpointError, match=r"of.long.ago was 1, now None \(and 1 more\)"):
+    checkpoints.write(3, {"recipe": recorded | {"train.lr": 1.0}, "progress": progress}, {})
+    with raises_code("checkpoint.changed", "removed.field"):
         find_checkpoint(tmp_path, recipe)
-    del written["of.long.ago"]
-    checkpoints.write(4, {"recipe": written, "progress": progress}, {})
+    del recorded["removed.field"]
+    checkpoints.write(4, {"recipe": recorded, "progress": progress}, {})
     assert find_checkpoint(tmp_path, recipe).path.name == "step-000004"
 
 
-def test_a_non_empty_output_is_refused_and_overwrite_clears_only_what_a_run_wrote(place, tmp_path, capsys):
+def test_overwrite_deletes_only_files_of_a_run(workdir, tmp_path, capsys):
     output = tmp_path / "run"
     output.mkdir()
     (output / "thesis.txt").write_text("mine")
-    code, _, err = call(capsys, *distill_argv(place, output))
-    assert code == 2
-    assert "is not empty" in err
-    code, _, _ = call(capsys, *distill_argv(place, output, "--overwrite"))
+    assert_error(call(capsys, *distill_argv(workdir, output)), "usage.output_exists", output)
+    code, _, _ = call(capsys, *distill_argv(workdir, output, "--overwrite"))
     assert code == 0
     assert (output / "thesis.txt").read_text() == "mine"
 
 
-def test_parquet_rows_are_read_beside_the_imports_on_one_core(place, tmp_path):
-    """Without a core for a process of their own they are read by a thread, while the main one imports transformers."""
-    asked = [{"prompt": f"say {i}", "completion": f"it is {i}"} for i in range(40)]
-    pq.write_table(pa.Table.from_pylist(asked), tmp_path / "rows.parquet")
+def test_parquet_rows_are_read_during_imports_on_one_core(workdir, tmp_path):
+    """Check that a thread reads the rows, while the main thread imports transformers, if there is only one core."""
+    examples = [{"prompt": f"say {i}", "completion": f"it is {i}"} for i in range(40)]
+    pq.write_table(pa.Table.from_pylist(examples), tmp_path / "rows.parquet")
     argv = [
         "sft",
         "--model",
@@ -341,8 +332,8 @@ sys.exit(main())
     assert json.loads(done.stdout)["steps"] == 1
 
 
-def test_the_resolved_recipe_reproduces_the_run(place, tmp_path, capsys):
-    assert call(capsys, *distill_argv(place, tmp_path / "first"))[0] == 0
+def test_resolved_recipe_reproduces_the_run(workdir, tmp_path, capsys):
+    assert call(capsys, *distill_argv(workdir, tmp_path / "first"))[0] == 0
     code, _, _ = call(
         capsys,
         "distill",
@@ -358,9 +349,9 @@ def test_the_resolved_recipe_reproduces_the_run(place, tmp_path, capsys):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_the_best_weights_are_the_ones_published(place, tmp_path, capsys):
+def test_best_weights_are_saved(workdir, tmp_path, capsys):
     code, result, _ = call(
-        capsys, "sft", "--model", place / "teacher", "--data", place, "--steps", "15", "--lr", "0.5",
+        capsys, "sft", "--model", workdir / "teacher", "--data", workdir, "--steps", "15", "--lr", "0.5",
         "--output", tmp_path / "ruined", *SMALL,
     )  # fmt: skip
     assert code == 0
@@ -370,8 +361,8 @@ def test_the_best_weights_are_the_ones_published(place, tmp_path, capsys):
     assert result["valid_loss"] == pytest.approx(best, rel=1e-5)
 
 
-def bad_inputs(place, tmp_path):
-    """(name, arguments, exit code, what the one line says)"""
+def bad_inputs(workdir, tmp_path):
+    """Return tuples of (name, arguments, error code, text in the message)."""
     broken = write(tmp_path / "broken.jsonl", rows(3))
     broken.write_text(broken.read_text() + '{"instruction": "x", "output": \n')
     columns = write(tmp_path / "columns.jsonl", [{"ask": "a", "tell": "b"}])
@@ -379,7 +370,7 @@ def bad_inputs(place, tmp_path):
     unknown.write_text("objective: {alhpa: 0.1}\n")
     long = write(tmp_path / "long.jsonl", [{"instruction": f"{i}" + "x" * 500, "output": "y"} for i in range(40)])
     other = tmp_path / "other"
-    shutil.copytree(place / "teacher", other)
+    shutil.copytree(workdir / "teacher", other)
     tokens = json.loads((other / "tokenizer.json").read_text())
     text = json.dumps(tokens)
     (other / "tokenizer.json").write_text(text.replace('"a":', '"a_":').replace('"a"', '"a_"'))
@@ -387,40 +378,41 @@ def bad_inputs(place, tmp_path):
     full = tmp_path / "full"
     full.mkdir()
     (full / "file").touch()
-    pair = ["distill", "--teacher", place / "teacher", "--student", "random:1x32"]
-    base = [*pair, "--data", place]
+    pair = ["distill", "--teacher", workdir / "teacher", "--student", "random:1x32"]
+    base = [*pair, "--data", workdir]
     return [
-        ("missing file", [*pair, "--data", "no/such/rows.jsonl"], 3, "no/such/rows.jsonl"),
-        ("bad JSON", [*pair, "--data", broken], 3, "broken.jsonl:4: not JSON"),
-        ("missing column", [*pair, "--data", columns], 3, "columns.jsonl:1"),
-        ("unknown key", [*base, "--recipe", unknown], 2, "objective.alpha"),
-        ("alpha", [*base, "--alpha", "1.4"], 2, "1.4"),
-        ("vocabularies", ["distill", "--teacher", place / "teacher", "--student", other, "--data", place], 4, "a_"),
-        ("output", [*base, "--output", full], 2, "is not empty"),
+        ("missing file", [*pair, "--data", "no/such/rows.jsonl"], "data.not_found", "no/such/rows.jsonl"),
+        ("bad JSON", [*pair, "--data", broken], "data.invalid_json", "broken.jsonl:4"),
+        ("missing column", [*pair, "--data", columns], "data.invalid_row", "columns.jsonl:1"),
+        ("unknown key", [*base, "--recipe", unknown], "recipe.unknown_field", "objective.alpha"),
+        ("alpha", [*base, "--alpha", "1.4"], "recipe.invalid_value", "1.4"),
+        (
+            "vocabularies",
+            ["distill", "--teacher", workdir / "teacher", "--student", other, "--data", workdir],
+            "model.different_vocabularies",
+            "a_",
+        ),
+        ("output", [*base, "--output", full], "usage.output_exists", "full"),
         (
             "model",
-            ["distill", "--teacher", "nobody/nothing", "--student", "gpt2", "--data", place],
-            4,
-            "nobody/nothing",
+            ["distill", "--teacher", "missing/model", "--student", "gpt2", "--data", workdir],
+            "model.not_found",
+            "missing/model",
         ),
-        ("prompt", [*pair, "--data", long, "--set", "data.too_long=error"], 3, "long.jsonl:"),
-        ("no rows fit", [*pair, "--data", long], 3, "too long"),
-        ("flag", [*base, "--aplha", "0.2"], 2, "--alpha"),
-        ("no teacher", ["distill", "--student", "random:1x32"], 2, "--teacher"),
-        ("resume", [*base, "--resume", "--output", tmp_path / "nowhere"], 5, "nothing to resume"),
+        ("prompt", [*pair, "--data", long, "--set", "data.too_long=error"], "data.row_too_long", "long.jsonl:"),
+        ("no rows fit", [*pair, "--data", long], "data.row_too_long", "long"),
+        ("flag", [*base, "--aplha", "0.2"], "usage.unknown_option", "--alpha"),
+        ("no teacher", ["distill", "--student", "random:1x32"], "usage.no_teacher", "--teacher"),
+        ("resume", [*base, "--resume", "--output", tmp_path / "nowhere"], "checkpoint.nothing_to_resume", "nowhere"),
     ]
 
 
-def test_bad_input_is_one_line_with_its_exit_code_and_nothing_is_lost(place, tmp_path, capsys, monkeypatch):
+def test_bad_input_is_one_error_line(workdir, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, argv, code, says in bad_inputs(place, tmp_path):
-        found, answer, err = call(capsys, *argv, "--json")
-        complaint = [line for line in err.splitlines() if line.startswith("error: ")]
-        assert found == code, (name, err)
-        assert len(complaint) == 1, (name, err)
-        assert says in complaint[0], (name, err)
-        assert (answer["status"], answer["code"]) == ("error", code), name
-        assert "Traceback" not in err, name
+    for name, argv, code, mention in bad_inputs(workdir, tmp_path):
+        outcome = call(capsys, *argv, "--json")
+        assert_error(outcome, code, mention)
+        assert "Traceback" not in outcome[2], name
 
 
 def test_module_and_script_are_the_same_program():
@@ -434,13 +426,13 @@ def test_module_and_script_are_the_same_program():
     assert subprocess.run([script, "--version"], capture_output=True, text=True, check=True).stdout == run.stdout
 
 
-def test_real_rows_through_a_real_tokenizer(shared_data, tmp_path, capsys, monkeypatch):
-    """Dolly by name under $DISTILLM_DATA, GPT-2's tokenizer and config: SFT from scratch, then its suite."""
+def test_real_rows_with_a_real_tokenizer(shared_data, tmp_path, capsys, monkeypatch):
+    """Train on Dolly from $DISTILLM_DATA with GPT-2's tokenizer and config, then evaluate."""
     monkeypatch.setenv("DISTILLM_DATA", str(shared_data))
     gpt2 = shared_data / "tokenizers" / "gpt2"
     model = ["--model", "random:gpt2:1x32", "--tokenizer", gpt2, "--data", "dolly", "--steps", "2", "--batch-size", "2"]
-    small = ["data.limit=40", "data.valid_limit=4", "eval.report_rows=0"]
-    sets = [word for field in small for word in ("--set", field)]
+    options = ["data.limit=40", "data.valid_limit=4", "eval.report_rows=0"]
+    sets = [word for field in options for word in ("--set", field)]
     code, result, _ = call(
         capsys, "sft", *model, "--dtype", "fp32", "--output", tmp_path / "m", "--json", "--quiet", *sets
     )
@@ -463,27 +455,23 @@ def test_real_rows_through_a_real_tokenizer(shared_data, tmp_path, capsys, monke
     assert os.environ["HF_HUB_OFFLINE"] == "1"
 
 
-def test_the_quickstart_runs_in_small_and_its_teacher_is_good(tmp_path, capsys, monkeypatch):
-    """The recipe as shipped, for a few steps: rollouts happen, and the built-in teacher answers nine rows in ten."""
+def test_quickstart_runs_and_its_teacher_is_good(tmp_path, capsys, monkeypatch):
+    """Check a few steps of the shipped recipe: it uses rollouts, and the built-in teacher scores at least 90 %."""
     monkeypatch.chdir(tmp_path)
-    small = (
-        "train.eval_steps=10",
-        "data.size=640",
-        "eval.report_rows=90",
-        "schedule.phi=0.3",
-    )  # φ rises late otherwise
-    few = ["--steps", "40", *(word for field in small for word in ("--set", field))]
+    # φ starts at 0.3, because it would rise too late otherwise.
+    options = ("train.eval_steps=10", "data.size=640", "eval.report_rows=90", "schedule.phi=0.3")
+    few = ["--steps", "40", *(word for field in options for word in ("--set", field))]
     code, result, _ = call(capsys, "distill", "--recipe", "quickstart", *few, "--json", "--quiet")
     assert (code, result["output"]) == (0, "runs/quickstart-distillm")
     assert result["report"]["teacher"]["exact_match"] >= 90
     assert result["rollout_steps"] > 0
     assert result["report"]["student_after"]["valid_loss"] < result["report"]["student_before"]["valid_loss"]
-    once = ["--steps", "1", "--set", "data.size=640", "--set", "eval.report_rows=0"]
-    again = call(capsys, "distill", "--recipe", "quickstart", *once, "--json", "--quiet")[1]
+    single_step = ["--steps", "1", "--set", "data.size=640", "--set", "eval.report_rows=0"]
+    again = call(capsys, "distill", "--recipe", "quickstart", *single_step, "--json", "--quiet")[1]
     assert again["output"].endswith("distillm-2")
 
 
-def test_the_built_in_teacher_fits_in_the_wheel_and_the_student_is_five_times_smaller():
+def test_builtin_teacher_and_student_sizes():
     from distillm_cli.config.load import resolve
     from distillm_cli.models.model_paths import BUILTIN_TEACHER
     from distillm_cli.models.pair import load_pair
@@ -494,21 +482,21 @@ def test_the_built_in_teacher_fits_in_the_wheel_and_the_student_is_five_times_sm
     assert teacher >= 5 * student
 
 
-def test_ctrl_c_at_a_terminal_stops_the_shells_loop_too(place, tmp_path):
-    """A sweep as people type it. The run in hand saves, and the next one is not begun."""
-    argv = [str(a) for a in distill_argv(place, "run-$i", "--steps", "4000", "--set", "train.eval_steps=1000")]
-    words = " ".join(a if "$" in a else shlex.quote(a) for a in [sys.executable, "-m", "distillm_cli", *argv])
+def test_ctrl_c_stops_a_shell_loop(workdir, tmp_path):
+    """Check Ctrl-C in a shell loop: the current run saves a checkpoint, and the next one does not start."""
+    argv = [str(a) for a in distill_argv(workdir, "run-$i", "--steps", "4000", "--set", "train.eval_steps=1000")]
+    command = " ".join(a if "$" in a else shlex.quote(a) for a in [sys.executable, "-m", "distillm_cli", *argv])
     child, terminal = pty.fork()
     if child == 0:
         os.chdir(tmp_path)
-        os.execvpe("bash", ["bash", "-c", f"for i in 1 2; do {words}; done"], {**os.environ, "PYTHONPATH": str(ROOT)})
-    shown, pressed, metrics = b"", False, tmp_path / "run-1/metrics.jsonl"
-    with suppress(OSError):  # how Linux says that nobody is at the terminal's other side any more
+        os.execvpe("bash", ["bash", "-c", f"for i in 1 2; do {command}; done"], {**os.environ, "PYTHONPATH": str(ROOT)})
+    shown, interrupted, metrics = b"", False, tmp_path / "run-1/metrics.jsonl"
+    with suppress(OSError):  # on Linux, the other end of the terminal is closed
         while True:
             if select.select([terminal], [], [], 0.05)[0]:
                 shown += os.read(terminal, 65536)
-            if not pressed and metrics.exists() and '"step": 7,' in metrics.read_text():
-                pressed = os.write(terminal, b"\x03") == 1
+            if not interrupted and metrics.exists() and '"step": 7,' in metrics.read_text():
+                interrupted = os.write(terminal, b"\x03") == 1
     _, status = os.waitpid(child, 0)
     os.close(terminal)
     assert os.waitstatus_to_exitcode(status) in (-signal.SIGINT, 130), shown.decode()

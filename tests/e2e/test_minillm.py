@@ -1,4 +1,4 @@
-"""MiniLLM as typed: on the quickstart pair, stopped inside a round, and told what it cannot do."""
+"""Test MiniLLM on the quickstart pair, interrupted within a round, and with invalid settings."""
 
 import json
 import signal
@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from distillm_cli.training.trainer import Trainer
 from tests import tiny
+from tests.command_line import assert_error
 
 SHORT = [
     "--recipe", "quickstart", "--method", "minillm", "--student", "random:1x32", "--steps", "6", "--batch-size", "4",
@@ -19,12 +20,12 @@ SHORT = [
 ]  # fmt: skip
 
 
-def lines(place):
-    return [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+def lines(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_the_quickstart_pair_in_rounds(typed, tmp_path):
-    code, result, err = typed("distill", *SHORT, "--output", "run")
+def test_quickstart_pair_in_rounds(cli, tmp_path):
+    code, result, err = cli("distill", *SHORT, "--output", "run")
     assert code == 0, err
     assert (result["steps"], result["rollout_steps"], result["replay_steps"]) == (6, 4, 2)
     assert result["sampled_sequences"] == 16
@@ -34,98 +35,88 @@ def test_the_quickstart_pair_in_rounds(typed, tmp_path):
     assert all(line["reward"] < 0 for line in steps)
     assert "reward -" in err
     assert "Of 6 steps 4 (67%) used fresh rollouts and 2 (33%) replayed rollouts." in err
-    assert "Beside the student's outputs" in err
-    assert not result["teacher_cache"]["model_left"], "it samples"
+    assert "Each step also used" in err
+    assert not result["teacher_cache"]["model_left"], "the teacher is needed for sampling"
     AutoModelForCausalLM.from_pretrained("run")
 
 
 @pytest.mark.parametrize(("family", "cache"), [("llama", "memory"), ("llama", "disk"), ("t5", "memory")])
-def test_interrupted_with_half_a_round_to_serve_it_goes_on_as_if_nothing_had_happened(
-    typed, monkeypatch, tmp_path, family, cache
-):
-    """In the second epoch, so that what the teacher said of the rows is read again. It is kept, and counted, with the rows:
-    a resumed run that met them in other company would round otherwise."""
+def test_resume_within_a_round_matches_uninterrupted_run(cli, monkeypatch, tmp_path, family, cache):
+    """Check an interruption in the second epoch, where the cached teacher states of the rows are read again.
+
+    The states must be computed in the same batch composition as before, because rounding depends on it.
+    """
     teacher = "builtin" if family == "llama" else tiny.save(tmp_path / "teacher", family)
-    argv = [
-        "distill",
-        *SHORT,
-        "--steps",
-        "10",
-        "--set",
-        "eval.report_rows=0",
-        "--set",
-        "data.size=16",
-        "--teacher",
-        teacher,
-    ]
+    argv = ["distill", *SHORT, "--steps", "10", "--teacher", teacher]
+    argv += ["--set", "eval.report_rows=0", "--set", "data.size=16"]
     argv += ["--teacher-cache", cache, "--set", "teacher.cache_dir=states"]
-    code, whole, err = typed(*argv, "--output", "whole")
+    code, full, err = cli(*argv, "--output", "full")
     assert code == 0, err
-    kept = whole["teacher_cache"]
-    assert (kept["mode"], kept["rows"], kept["model_left"]) == (cache, 16, False)
-    assert kept["bytes"] > 0
+    used = full["teacher_cache"]
+    assert (used["mode"], used["rows"], used["model_left"]) == (cache, 16, False)
+    assert used["bytes"] > 0
     begin_step = Trainer._begin_step
 
-    def killed(self, *args):
+    def interrupt(self, *args):
         if self.state.step == 6:
             signal.raise_signal(signal.SIGINT)
         return begin_step(self, *args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "_begin_step", killed)
-        assert typed(*argv, "--output", "cut")[0] == 130
-    code, result, err = typed(*argv, "--output", "cut", "--resume")
+        patched.setattr(Trainer, "_begin_step", interrupt)
+        assert cli(*argv, "--output", "resumed")[0] == 130
+    code, result, err = cli(*argv, "--output", "resumed", "--resume")
     assert (code, result["steps"]) == (0, 10), err
-    ends = [load_file(f"{place}/model.safetensors") for place in ("whole", "cut")]
-    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    weights = [load_file(f"{directory}/model.safetensors") for directory in ("full", "resumed")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
-def test_of_outputs_that_come_back_beside_rows_that_do_not_only_the_outputs_are_kept(typed, monkeypatch):
-    pools, kept = [], []
+def test_only_outputs_are_cached_within_one_epoch(cli, monkeypatch):
+    pools, cached = [], []
     begin_step = Trainer._begin_step
 
-    def seen(self, *args):
+    def record(self, *args):
         pools.append(self.pool)
-        kept.append(sum(s.teacher_hidden_ND is not None for s in self.pool.replay.rollouts))
+        cached.append(sum(s.teacher_hidden_ND is not None for s in self.pool.replay.rollouts))
         return begin_step(self, *args)
 
-    monkeypatch.setattr(Trainer, "_begin_step", seen)
-    code, result, err = typed("distill", *SHORT, "--output", "run")  # 6 steps of an epoch of 10
+    monkeypatch.setattr(Trainer, "_begin_step", record)
+    code, result, err = cli("distill", *SHORT, "--output", "run")  # 6 steps of an epoch of 10
     assert (code, result["teacher_cache"]["mode"], result["teacher_cache"]["rows"]) == (0, "memory", 0), err
-    assert 0 < max(kept) <= 2 * 4, "the outputs of a round, and no row beside them"
+    assert 0 < max(cached) <= 2 * 4, "the outputs of a round, and no rows"
     assert pools[0].waiting == {}
 
 
-def test_the_plan_counts_what_the_teacher_keeps_while_it_samples(typed):
-    _, ours, err = typed("plan", *SHORT)
-    assert "cached in memory" in err, "a round's outputs are trained on twice"
-    rounds = SHORT.index("schedule.inner_epochs=2")  # which gkd does not have
-    _, alone, _ = typed("plan", *SHORT[: rounds - 1], *SHORT[rounds + 1 :], "--method", "gkd")
-    assert ours["memory"]["rollout_cache"] == alone["memory"]["rollout_cache"]
-    assert ours["memory"]["teacher_rollout_cache"] > 4 * ours["memory"]["rollout_cache"]
-    assert (ours["sequences_per_step"], alone["sequences_per_step"]) == (8, 4)
+def test_plan_counts_teacher_sampling_and_cached_states(cli):
+    _, plan, err = cli("plan", *SHORT)
+    assert "cached in memory" in err, "each output of a round is trained on twice"
+    rounds = SHORT.index("schedule.inner_epochs=2")  # not a field of gkd
+    _, gkd_plan, _ = cli("plan", *SHORT[: rounds - 1], *SHORT[rounds + 1 :], "--method", "gkd")
+    assert plan["memory"]["rollout_cache"] == gkd_plan["memory"]["rollout_cache"]
+    assert plan["memory"]["teacher_rollout_cache"] > 4 * plan["memory"]["rollout_cache"]
+    assert (plan["sequences_per_step"], gkd_plan["sequences_per_step"]) == (8, 4)
     outputs = 2 * 4 * 8  # batches, rows, tokens
-    assert ours["teacher_cache"]["rollout_bytes"] == outputs * 128 * 4
-    assert ours["teacher_cache"]["bytes"] == 0, "6 steps of an epoch of 10"
-    _, longer, _ = typed("plan", *SHORT, "--steps", "12")
-    assert longer["teacher_cache"]["bytes"] == longer["data"]["response_tokens"] * 128 * 4
-    assert longer["memory"]["teacher_states"] == longer["teacher_cache"]["bytes"]
-    assert longer["step_flops"]["replay"] < ours["step_flops"]["replay"], "rows are read from what is kept"
+    assert plan["teacher_cache"]["rollout_bytes"] == outputs * 128 * 4
+    assert plan["teacher_cache"]["bytes"] == 0, "6 steps of an epoch of 10"
+    _, longer_plan, _ = cli("plan", *SHORT, "--steps", "12")
+    assert longer_plan["teacher_cache"]["bytes"] == longer_plan["data"]["response_tokens"] * 128 * 4
+    assert longer_plan["memory"]["teacher_states"] == longer_plan["teacher_cache"]["bytes"]
+    assert longer_plan["step_flops"]["replay"] < plan["step_flops"]["replay"], (
+        "the states of the rows are read from the cache"
+    )
 
 
 @pytest.mark.parametrize(
-    ("method", "setting", "said"),
+    ("method", "setting", "code", "mention"),
     [
-        ("minillm", "schedule.kind=off", "objective.policy_gradient needs outputs of the student"),
-        ("minillm", "schedule.fresh=buffer", "--set schedule.fresh = buffer; it belongs to on, mixed"),
-        ("gkd", "objective.row_weight=0.5", "objective.row_weight belongs to objective.policy_gradient"),
-        ("minillm", "objective.ratio_clip=0", "expected a number > 0 and < 1"),
-        ("minillm", "rollout.teacher_mix=1", "expected a number ≥ 0 and < 1"),
-        ("minillm", "schedule.inner_epochs=0", "expected a whole number ≥ 1"),
+        ("minillm", "schedule.kind=off", "recipe.fields_conflict", "objective.policy_gradient"),
+        ("minillm", "schedule.fresh=buffer", "recipe.unused_field", "schedule.fresh = buffer"),
+        ("gkd", "objective.row_weight=0.5", "recipe.fields_conflict", "objective.row_weight"),
+        ("minillm", "objective.ratio_clip=0", "recipe.invalid_value", "objective.ratio_clip"),
+        ("minillm", "rollout.teacher_mix=1", "recipe.invalid_value", "rollout.teacher_mix"),
+        ("minillm", "schedule.inner_epochs=0", "recipe.invalid_value", "schedule.inner_epochs"),
     ],
 )
-def test_what_cannot_be_is_said_before_anything_is_loaded(typed, method, setting, said):
-    code, result, err = typed("distill", *SHORT, "--method", method, "--set", setting, "--output", "run")
-    assert code == 2
-    assert said in err
-    assert said in result["message"]
+def test_invalid_setting_is_an_error(cli, method, setting, code, mention):
+    outcome = cli("distill", *SHORT, "--method", method, "--set", setting, "--output", "run")
+    assert_error(outcome, code, mention)

@@ -1,7 +1,8 @@
-"""``distillm run``, as typed: killed in each stage and continued, it ends where the uninterrupted run does."""
+"""Test ``distillm run``: pipelines interrupted in each stage and continued, changed stages, and damaged records."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from distillm_cli.cli.app import main
+from tests.command_line import assert_error
 
 WORDS = ["alpha", "beta", "gamma", "delta", "kappa", "sigma", "omega", "theta", "iota", "zeta"]
 STAGES = ("teacher", "student", "samples", "distill", "eval")
@@ -50,25 +52,25 @@ def rows(n, offset):
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A directory with rows, a recipe of all verbs, and one uninterrupted run of it in ``whole``."""
-    home, here = tmp_path_factory.mktemp("home"), Path.cwd()
-    (home / "rows").mkdir()
+def workdir(tmp_path_factory):
+    """Write rows and a pipeline with all commands, and run it in ``full``. Return the directory."""
+    workdir, previous = tmp_path_factory.mktemp("home"), Path.cwd()
+    (workdir / "rows").mkdir()
     for name, n, offset in (("train", 64, 0), ("valid", 10, 3), ("test", 10, 6)):
-        (home / "rows" / f"{name}.jsonl").write_text(rows(n, offset), encoding="utf-8")
-    (home / "all.yaml").write_text(RECIPE, encoding="utf-8")
-    os.chdir(home)
+        (workdir / "rows" / f"{name}.jsonl").write_text(rows(n, offset), encoding="utf-8")
+    (workdir / "all.yaml").write_text(RECIPE, encoding="utf-8")
+    os.chdir(workdir)
     try:
-        assert main(["run", "all.yaml", "--output", "whole", "--quiet"]) == 0
+        assert main(["run", "all.yaml", "--output", "full", "--quiet"]) == 0
     finally:
-        os.chdir(here)
-    return home
+        os.chdir(previous)
+    return workdir
 
 
 @pytest.fixture
-def typed(home, capsys, monkeypatch):
-    """Types a command line beside the recipe: (exit code, the JSON object, stderr)."""
-    monkeypatch.chdir(home)
+def cli(workdir, capsys, monkeypatch):
+    """Return a function that runs a command line next to the recipe: (exit code, the JSON object, stderr)."""
+    monkeypatch.chdir(workdir)
 
     def call(*argv):
         capsys.readouterr()
@@ -80,31 +82,29 @@ def typed(home, capsys, monkeypatch):
 
 
 @pytest.fixture
-def copied(home, tmp_path_factory):
-    """The finished run under another name, to be changed."""
-    import shutil
-
-    place = home / tmp_path_factory.mktemp("copy").name
-    shutil.copytree(home / "whole", place)
-    return place
+def finished_run(workdir, tmp_path_factory):
+    """Copy the finished run, to be changed. Return the copy."""
+    directory = workdir / tmp_path_factory.mktemp("copy").name
+    shutil.copytree(workdir / "full", directory)
+    return directory
 
 
-def weights(place):
-    return AutoModelForCausalLM.from_pretrained(place).state_dict()
+def weights(directory):
+    return AutoModelForCausalLM.from_pretrained(directory).state_dict()
 
 
-def states(result):
+def statuses(result):
     return {name: stage["status"] for name, stage in result["stages"].items()}
 
 
-def dry(typed, *argv):
-    code, told, err = typed("run", "all.yaml", *argv, "--dry-run")
+def dry_run_states(cli, *argv):
+    code, result, err = cli("run", "all.yaml", *argv, "--dry-run")
     assert code == 0, err
-    return {name: stage["state"] for name, stage in told["stages"].items()}
+    return {name: stage["state"] for name, stage in result["stages"].items()}
 
 
 def interrupt_when(ready):
-    """Sends this process a real SIGINT as soon as ``ready()`` is true."""
+    """Send this process SIGINT as soon as ``ready()`` is true. Return an event that stops the thread, and the thread."""
     stop = threading.Event()
 
     def watch():
@@ -123,58 +123,57 @@ def lines(path):
     return len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
 
 
-def test_killed_in_each_stage_and_continued_it_ends_where_the_whole_run_does(home, typed, capsys):
-    out = home / "cut"
-    moments = {
+def test_continued_pipeline_matches_uninterrupted_run(workdir, cli, capsys):
+    out = workdir / "interrupted"
+    conditions = {
         "teacher": lambda: '"step": 5,' in read(out / "teacher" / "metrics.jsonl"),
         "student": lambda: '"step": 3,' in read(out / "student" / "metrics.jsonl"),
         "samples": lambda: lines(out / "samples" / "samples.jsonl") >= 8,
         "distill": lambda: '"step": 12,' in read(out / "distill" / "metrics.jsonl"),
         "eval": lambda: any(out.glob("eval/*/*/*/results.json")),
     }
-    for name, moment in moments.items():
-        stop, thread = interrupt_when(moment)
-        code, told, err = typed("run", "all.yaml", "--output", "cut")
+    for name, condition in conditions.items():
+        stop, thread = interrupt_when(condition)
+        code, result, err = cli("run", "all.yaml", "--output", "interrupted")
         stop.set()
         thread.join()
-        assert code == 130, (name, err)
-        assert told["message"].startswith(f"stage {name}: "), told
-        assert told["message"].endswith("type the same command again to go on")
-        assert "--resume" not in err
-        assert dry(typed, "--output", "cut")[name] == "to go on"
-    code, told, err = typed("run", "all.yaml", "--output", "cut")
+        assert (code, result["error"]) == (130, "interrupted"), (name, err)
+        assert result["message"].startswith(f"stage {name}: "), result
+        assert "--resume" not in err, "a pipeline is continued by the same command"
+        assert dry_run_states(cli, "--output", "interrupted")[name] == "to resume"
+    code, result, err = cli("run", "all.yaml", "--output", "interrupted")
     assert code == 0, err
-    assert states(told) == dict.fromkeys(STAGES[:4], "skipped") | {"eval": "done"}
-    assert "is scored already" in err
+    assert statuses(result) == dict.fromkeys(STAGES[:4], "skipped") | {"eval": "done"}
+    assert "is already scored" in err
     for name in ("teacher", "student", "distill"):
-        whole, cut = weights(home / "whole" / name), weights(out / name)
-        assert all(torch.equal(whole[key], cut[key]) for key in whole), name
-    assert read(home / "whole/samples/samples.jsonl") == read(out / "samples/samples.jsonl")
-    assert figures(home / "whole") == figures(out)
+        full, interrupted = weights(workdir / "full" / name), weights(out / name)
+        assert all(torch.equal(full[key], interrupted[key]) for key in full), name
+    assert read(workdir / "full/samples/samples.jsonl") == read(out / "samples/samples.jsonl")
+    assert rouge_scores(workdir / "full") == rouge_scores(out)
 
 
-def test_stopped_and_moved_it_goes_on_from_another_directory(home, typed, monkeypatch, tmp_path):
-    """What a stage reads of others is known by their making, not by where they lie or how that is spelt from here."""
-    out = home / "moving"
+def test_interrupted_pipeline_continues_after_move(workdir, cli, monkeypatch, tmp_path):
+    """Check that a stage identifies its inputs by what they were made from, not by their paths."""
+    out = workdir / "moving"
     stop, thread = interrupt_when(lambda: '"step": 12,' in read(out / "distill" / "metrics.jsonl"))
-    code, _, err = typed("run", "all.yaml", "--output", "moving")
+    code, _, err = cli("run", "all.yaml", "--output", "moving")
     stop.set()
     thread.join()
     assert code == 130, err
     out.rename(tmp_path / "moved")
     for name in ("rows", "all.yaml"):
-        (tmp_path / name).symlink_to(home / name)
+        (tmp_path / name).symlink_to(workdir / name)
     monkeypatch.chdir(tmp_path)
-    code, told, err = typed("run", "all.yaml", "--output", "moved")
+    code, result, err = cli("run", "all.yaml", "--output", "moved")
     assert code == 0, err
-    assert states(told) == dict.fromkeys(STAGES[:3], "skipped") | {"distill": "done", "eval": "done"}
-    assert "distill (distill) · goes on where it was stopped" in err
-    whole, moved = weights(home / "whole/distill"), weights(tmp_path / "moved/distill")
-    assert all(torch.equal(whole[key], moved[key]) for key in whole)
+    assert statuses(result) == dict.fromkeys(STAGES[:3], "skipped") | {"distill": "done", "eval": "done"}
+    assert "distill (distill) · resumes" in err
+    full, moved = weights(workdir / "full/distill"), weights(tmp_path / "moved/distill")
+    assert all(torch.equal(full[key], moved[key]) for key in full)
 
 
-def test_killed_while_its_student_is_fine_tuned_a_stage_goes_on_there(home, typed):
-    """The fine-tuning before a distillation has checkpoints of its own."""
+def test_interrupted_sft_of_a_distill_stage_continues(workdir, cli):
+    """Check an interruption of the fine-tuning before a distillation, which has its own checkpoints."""
     stage = "\n".join(line for line in RECIPE.splitlines() if not line.startswith("  student: {verb"))
     stage = (
         stage[: stage.index("  samples:")]
@@ -187,270 +186,267 @@ def test_killed_while_its_student_is_fine_tuned_a_stage_goes_on_there(home, type
     train: {steps: 4}
 """
     )
-    (home / "tuned.yaml").write_text(stage, encoding="utf-8")
-    metrics = home / "tuned" / "distill" / "sft" / "metrics.jsonl"
+    (workdir / "tuned.yaml").write_text(stage, encoding="utf-8")
+    metrics = workdir / "tuned" / "distill" / "sft" / "metrics.jsonl"
     stop, thread = interrupt_when(lambda: '"step": 12,' in read(metrics))
-    code, _, err = typed("run", "tuned.yaml", "--output", "tuned")
+    code, _, err = cli("run", "tuned.yaml", "--output", "tuned")
     stop.set()
     thread.join()
     assert code == 130, err
     stopped = read(metrics).splitlines()
-    code, told, err = typed("run", "tuned.yaml", "--output", "tuned")
+    code, result, err = cli("run", "tuned.yaml", "--output", "tuned")
     assert code == 0, err
-    assert states(told) == {"teacher": "skipped", "distill": "done"}
-    assert read(metrics).splitlines()[: len(stopped)] == stopped, "with the seconds that those steps took"
+    assert statuses(result) == {"teacher": "skipped", "distill": "done"}
+    assert read(metrics).splitlines()[: len(stopped)] == stopped, (
+        "the earlier lines are unchanged, including their times"
+    )
 
 
 def read(path):
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
-def figures(place):
-    """ROUGE-L of every scored suite, whatever the directory is called."""
-    found = sorted(place.glob("eval/*/*/*/results.json"))
-    assert len(found) == 4
-    return [(p.parts[-3], json.loads(p.read_text())["rouge_l"]) for p in found]
+def rouge_scores(directory):
+    """Return ROUGE-L of every scored suite, independent of the names of the model directories."""
+    files = sorted(directory.glob("eval/*/*/*/results.json"))
+    assert len(files) == 4
+    return [(p.parts[-3], json.loads(p.read_text())["rouge_l"]) for p in files]
 
 
-def test_the_power_goes_in_a_stage(home, typed):
-    """SIGKILL: nothing is tidied up; the same command goes on, or begins that stage anew where no checkpoint was left."""
+def test_killed_pipeline_continues(workdir, cli):
+    """Check SIGKILL: the same command continues the stage, or restarts it if there is no checkpoint."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "distillm_cli", "run", "all.yaml", "--output", "cold", "--quiet"],
-        cwd=home, env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+        [sys.executable, "-m", "distillm_cli", "run", "all.yaml", "--output", "killed", "--quiet"],
+        cwd=workdir, env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
     )  # fmt: skip
     deadline = time.monotonic() + 120
-    while not any((home / "cold/student/checkpoints").glob("step-*")) and time.monotonic() < deadline:
+    while not any((workdir / "killed/student/checkpoints").glob("step-*")) and time.monotonic() < deadline:
         time.sleep(0.002)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    code, told, err = typed("run", "all.yaml", "--output", "cold")
+    code, result, err = cli("run", "all.yaml", "--output", "killed")
     assert code == 0, err
-    assert states(told) == dict.fromkeys(STAGES, "done") | {"teacher": "skipped"}
-    assert "student (sft) · goes on where it was stopped" in err
-    whole, cold = weights(home / "whole/distill"), weights(home / "cold/distill")
-    assert all(torch.equal(whole[key], cold[key]) for key in whole)
+    assert statuses(result) == dict.fromkeys(STAGES, "done") | {"teacher": "skipped"}
+    assert "student (sft) · resumes" in err
+    full, killed = weights(workdir / "full/distill"), weights(workdir / "killed/distill")
+    assert all(torch.equal(full[key], killed[key]) for key in full)
 
 
-def test_a_run_that_is_done_does_nothing_again(typed, copied):
-    code, told, err = typed("run", "all.yaml", "--output", copied)
+def test_finished_pipeline_is_skipped(cli, finished_run):
+    code, result, err = cli("run", "all.yaml", "--output", finished_run)
     assert code == 0
-    assert states(told) == dict.fromkeys(STAGES, "skipped")
-    assert err.count("done already") == 10, "a line for each stage, and the table"
-    assert told["stages"]["distill"]["result"]["steps"] == 30
-    assert set(told) == {"command", "status", "output", "wall_s", "stages"}
+    assert statuses(result) == dict.fromkeys(STAGES, "skipped")
+    assert err.count("already done") == 10, "a line for each stage, and the table"
+    assert result["stages"]["distill"]["result"]["steps"] == 30
+    assert set(result) == {"command", "status", "output", "wall_s", "stages"}
 
 
-def test_a_changed_stage_runs_again_with_those_that_read_it(typed, copied, home):
-    changed = ("--output", copied, "--set", "stages.student.train.lr=4e-3")
-    assert dry(typed, *changed) == dict.fromkeys(STAGES, "done") | dict.fromkeys(
+def test_changed_stage_and_its_readers_run_again(cli, finished_run, workdir):
+    changed = ("--output", finished_run, "--set", "stages.student.train.lr=4e-3")
+    assert dry_run_states(cli, *changed) == dict.fromkeys(STAGES, "done") | dict.fromkeys(
         ("student", "distill", "eval"), "changed"
     )
-    (copied / "student" / "notes.txt").write_text("mine")
-    code, told, err = typed("run", "all.yaml", *changed)
+    (finished_run / "student" / "notes.txt").write_text("mine")
+    code, result, err = cli("run", "all.yaml", *changed)
     assert code == 0, err
-    assert states(told) == dict.fromkeys(STAGES, "done") | {"teacher": "skipped", "samples": "skipped"}
+    assert statuses(result) == dict.fromkeys(STAGES, "done") | {"teacher": "skipped", "samples": "skipped"}
     assert "student (sft) · changed: train.lr 0.005 → 0.004" in err
-    assert (copied / "student" / "notes.txt").read_text() == "mine", "only what the pipeline made is replaced"
-    old, new = weights(home / "whole/distill"), weights(copied / "distill")
+    assert (finished_run / "student" / "notes.txt").read_text() == "mine", "only files of the pipeline are replaced"
+    old, new = weights(workdir / "full/distill"), weights(finished_run / "distill")
     assert any(not torch.equal(old[key], new[key]) for key in old)
-    assert dry(typed, *changed) == dict.fromkeys(STAGES, "done")
+    assert dry_run_states(cli, *changed) == dict.fromkeys(STAGES, "done")
 
 
-def test_what_shapes_no_result_changes_no_stage(typed, copied):
-    free = ("train.log_steps=5", "train.keep=1", "teacher.cache_dir=elsewhere", "eval.report_rows=2", "data.workers=0")
-    sets = [word for field in free for word in ("--set", f"defaults.{field}")]
-    assert set(dry(typed, "--output", copied, *sets).values()) == {"done"}
-    assert dry(typed, "--output", copied, "--set", "stages.eval.eval.seeds=[2]")["eval"] == "changed"
+def test_fields_without_effect_do_not_change_stages(cli, finished_run):
+    fields = (
+        "train.log_steps=5",
+        "train.keep=1",
+        "teacher.cache_dir=elsewhere",
+        "eval.report_rows=2",
+        "data.workers=0",
+    )
+    sets = [word for field in fields for word in ("--set", f"defaults.{field}")]
+    assert set(dry_run_states(cli, "--output", finished_run, *sets).values()) == {"done"}
+    assert dry_run_states(cli, "--output", finished_run, "--set", "stages.eval.eval.seeds=[2]")["eval"] == "changed"
 
 
-def test_changed_rows_are_noticed(typed, copied, home):
-    rows_file = home / "rows" / "test.jsonl"
+def test_changed_rows_change_the_stage(cli, finished_run, workdir):
+    rows_file = workdir / "rows" / "test.jsonl"
     before = rows_file.read_bytes()
     try:
         rows_file.write_bytes(before.replace(b"IOTA", b"IOTO"))
-        found = dry(typed, "--output", copied)
-        assert found["eval"] == "changed"
+        states = dry_run_states(cli, "--output", finished_run)
+        assert states["eval"] == "changed"
         rows_file.touch()
         rows_file.write_bytes(before)
-        assert set(dry(typed, "--output", copied).values()) == {"done"}, "the same bytes, whenever they were written"
+        assert set(dry_run_states(cli, "--output", finished_run).values()) == {"done"}, (
+            "the content counts, not the time"
+        )
     finally:
         rows_file.write_bytes(before)
 
 
-def test_a_stage_whose_output_was_lost_is_made_again(typed, copied):
-    (copied / "samples" / "samples.jsonl").unlink()
-    found = dry(typed, "--output", copied)
-    assert (found["teacher"], found["samples"], found["distill"]) == ("done", "to go on", "changed")
-    (copied / "student" / "stage.json").write_text("{")
-    code, told, err = typed("run", "all.yaml", "--output", copied)
-    assert (code, told["code"]) == (5, 5)
-    assert f"remove {copied / 'student'} to start that stage over" in err
+def test_stage_with_missing_output_runs_again(cli, finished_run):
+    (finished_run / "samples" / "samples.jsonl").unlink()
+    states = dry_run_states(cli, "--output", finished_run)
+    assert (states["teacher"], states["samples"], states["distill"]) == ("done", "to resume", "changed")
+    (finished_run / "student" / "stage.json").write_text("{")
+    outcome = cli("run", "all.yaml", "--output", finished_run)
+    assert_error(outcome, "checkpoint.damaged", finished_run / "student")
 
 
-def test_a_row_that_is_mended_is_noticed_though_its_file_is_as_long_and_whoever_read_it_runs_again(typed, copied):
-    rows_file = copied / "samples" / "samples.jsonl"
+def test_edited_row_makes_later_stages_run_again(cli, finished_run):
+    rows_file = finished_run / "samples" / "samples.jsonl"
     before = rows_file.read_text(encoding="utf-8")
     first = json.loads(before.splitlines()[0])["output"]
-    mended = before.replace(json.dumps(first), json.dumps(first.swapcase()), 1)
-    assert mended != before
-    assert len(mended) == len(before)
-    rows_file.write_text(mended, encoding="utf-8")
-    assert dry(typed, "--output", copied)["samples"] == "to go on"
-    code, told, err = typed("run", "all.yaml", "--output", copied)
+    edited = before.replace(json.dumps(first), json.dumps(first.swapcase()), 1)
+    assert edited != before
+    assert len(edited) == len(before)
+    rows_file.write_text(edited, encoding="utf-8")
+    assert dry_run_states(cli, "--output", finished_run)["samples"] == "to resume"
+    code, result, err = cli("run", "all.yaml", "--output", finished_run)
     assert code == 0, err
-    assert states(told) == dict.fromkeys(STAGES[:2], "skipped") | dict.fromkeys(STAGES[2:], "done")
-    assert rows_file.read_text(encoding="utf-8") == mended, "nobody's work is lost"
-    assert set(dry(typed, "--output", copied).values()) == {"done"}
+    assert statuses(result) == dict.fromkeys(STAGES[:2], "skipped") | dict.fromkeys(STAGES[2:], "done")
+    assert rows_file.read_text(encoding="utf-8") == edited, "the edit is not overwritten"
+    assert set(dry_run_states(cli, "--output", finished_run).values()) == {"done"}
 
 
-def test_what_a_changed_stage_had_answered_is_kept(typed, copied):
-    """Somebody may have mended it, or taken rows out."""
-    rows_file = copied / "samples" / "samples.jsonl"
-    mended = rows_file.read_text(encoding="utf-8").splitlines(keepends=True)[1:]
-    rows_file.write_text("".join(mended), encoding="utf-8")
-    code, _, err = typed("run", "all.yaml", "--output", copied, "--only", "samples")
+def test_earlier_responses_are_backed_up(cli, finished_run):
+    """Check that responses, which the user may have edited, are backed up before the stage runs again."""
+    rows_file = finished_run / "samples" / "samples.jsonl"
+    edited = rows_file.read_text(encoding="utf-8").splitlines(keepends=True)[1:]
+    rows_file.write_text("".join(edited), encoding="utf-8")
+    code, _, err = cli("run", "all.yaml", "--output", finished_run, "--only", "samples")
     assert code == 0, err
-    assert f"the answers of before are kept: {rows_file.with_name('samples-before-1.jsonl')}" in err
-    assert rows_file.with_name("samples-before-1.jsonl").read_text(encoding="utf-8") == "".join(mended)
+    assert f"moved the earlier responses to {rows_file.with_name('samples-before-1.jsonl')}" in err
+    assert rows_file.with_name("samples-before-1.jsonl").read_text(encoding="utf-8") == "".join(edited)
     assert len(rows_file.read_text(encoding="utf-8").splitlines()) == 48
-    assert typed("run", "all.yaml", "--output", copied, "--only", "samples", "--set", "stages.samples.limit=40")[0] == 0
+    changed = ("--set", "stages.samples.limit=40")
+    assert cli("run", "all.yaml", "--output", finished_run, "--only", "samples", *changed)[0] == 0
     assert rows_file.with_name("samples-before-2.jsonl").exists()
 
 
 @pytest.mark.parametrize(
-    ("stage", "lost"),
+    ("stage", "missing"),
     [("teacher", "tokenizer.json"), ("distill", "tokenizer_config.json"), ("eval", "predictions-seed1.jsonl")],
 )
-def test_every_file_of_a_stage_is_missed(typed, copied, home, stage, lost):
-    path = next((copied / stage).rglob(lost))
+def test_every_missing_file_is_detected(cli, finished_run, workdir, stage, missing):
+    path = next((finished_run / stage).rglob(missing))
     before = path.read_bytes()
     path.unlink()
-    assert dry(typed, "--output", copied)[stage] == "to go on"
-    code, told, err = typed("run", "all.yaml", "--output", copied)
+    assert dry_run_states(cli, "--output", finished_run)[stage] == "to resume"
+    code, result, err = cli("run", "all.yaml", "--output", finished_run)
     assert code == 0, err
-    assert {name for name, status in states(told).items() if status == "done"} == {stage}, "as it was, for its readers"
+    assert {name for name, status in statuses(result).items() if status == "done"} == {stage}, (
+        "its output is the same, so its readers do not run"
+    )
     assert path.read_bytes() == before
 
 
-def test_moved_and_changed_the_scores_of_before_stand_nowhere_as_the_new_ones(typed, copied, tmp_path):
-    copied.rename(tmp_path / "moved")
-    code, _, err = typed("run", "all.yaml", "--output", tmp_path / "moved", "--set", "stages.distill.train.lr=4e-3")
+def test_old_scores_are_removed_from_a_moved_pipeline(cli, finished_run, tmp_path):
+    finished_run.rename(tmp_path / "moved")
+    code, _, err = cli("run", "all.yaml", "--output", tmp_path / "moved", "--set", "stages.distill.train.lr=4e-3")
     assert code == 0, err
     assert len(list((tmp_path / "moved").glob("eval/*/*/*/results.json"))) == 4
     assert {path.name for path in (tmp_path / "moved/eval").iterdir() if path.is_dir()} == {"distill", "student"}
 
 
-def test_a_damaged_record_is_named(typed, copied):
-    record = copied / "student" / "stage.json"
-    told = json.loads(record.read_text())
-    record.write_text(json.dumps(told | {"of": {}, "fingerprint": "0"}))
-    code, _, err = typed("run", "all.yaml", "--output", copied)
-    assert code == 5
-    assert (
-        f"{record} cannot be read (it does not record what the stage was made of); remove {copied / 'student'}" in err
-    )
+def test_damaged_record_is_an_error(cli, finished_run):
+    record = finished_run / "student" / "stage.json"
+    content = json.loads(record.read_text())
+    record.write_text(json.dumps(content | {"of": {}, "fingerprint": "0"}))
+    outcome = cli("run", "all.yaml", "--output", finished_run)
+    assert_error(outcome, "checkpoint.damaged", record, finished_run / "student")
 
 
-def test_a_pipeline_of_ones_own_is_not_replaced_by_what_it_resolves_to(typed, home, tmp_path):
+def test_pipeline_of_the_user_is_not_overwritten(cli, workdir, tmp_path):
     (tmp_path / "mine").mkdir()
-    own = tmp_path / "mine" / "pipeline.yaml"
-    own.write_text(RECIPE, encoding="utf-8")
-    code, _, err = typed("run", own, "--output", own.parent)
-    assert code == 2
-    assert f"{own} was not written by `distillm run`, which would replace it; choose another --output" in err
-    assert [path.name for path in own.parent.iterdir()] == ["pipeline.yaml"]
-    assert own.read_text(encoding="utf-8") == RECIPE
+    user_file = tmp_path / "mine" / "pipeline.yaml"
+    user_file.write_text(RECIPE, encoding="utf-8")
+    outcome = cli("run", user_file, "--output", user_file.parent)
+    assert_error(outcome, "usage.output_exists", user_file)
+    assert [path.name for path in user_file.parent.iterdir()] == ["pipeline.yaml"]
+    assert user_file.read_text(encoding="utf-8") == RECIPE
 
 
-def test_a_record_of_sizes_alone_is_still_read(typed, copied):
-    """As earlier versions wrote it."""
-    for path in copied.glob("*/stage.json"):
+def test_record_with_sizes_only_is_read(cli, finished_run):
+    """Check records of earlier versions, which have file sizes only."""
+    for path in finished_run.glob("*/stage.json"):
         record = json.loads(path.read_text())
         record["files"] = {name: (path.parent / name).stat().st_size for name in record["files"]}
         path.write_text(json.dumps(record))
-    assert set(dry(typed, "--output", copied).values()) == {"done"}
-    rows_file = copied / "samples" / "samples.jsonl"
+    assert set(dry_run_states(cli, "--output", finished_run).values()) == {"done"}
+    rows_file = finished_run / "samples" / "samples.jsonl"
     rows_file.write_text(rows_file.read_text() + "\n")
-    assert dry(typed, "--output", copied)["samples"] == "to go on"
+    assert dry_run_states(cli, "--output", finished_run)["samples"] == "to resume"
 
 
-def test_only_and_from_leave_stages_out_and_name_the_one_that_is_missing(typed, home, copied):
-    code, told, err = typed("run", "all.yaml", "--output", "new", "--only", "distill")
-    assert (code, told["code"]) == (2, 2)
-    assert err == (
-        "error: stage distill reads what stage teacher makes, and new/teacher is not there; "
-        "run stage teacher first, with --only teacher or --from teacher\n"
+def test_only_and_from_select_stages(cli, workdir, finished_run):
+    outcome = cli("run", "all.yaml", "--output", "new", "--only", "distill")
+    assert_error(outcome, "usage.stage_not_made", "stage distill", "stage teacher", "new/teacher")
+    assert not (workdir / "new").exists(), "nothing was written"
+    code, result, _ = cli("run", "all.yaml", "--output", "new", "--only", "teacher")
+    assert (code, statuses(result)) == (0, {"teacher": "done"})
+    code, result, err = cli("run", "all.yaml", "--output", finished_run, "--from", "distill")
+    assert statuses(result) == {"distill": "skipped", "eval": "skipped"}
+    code, result, err = cli(
+        "run", "all.yaml", "--output", finished_run, "--only", "eval", "--set", "stages.distill.train.lr=1e-3"
     )
-    assert not (home / "new").exists(), "nothing was written"
-    code, told, _ = typed("run", "all.yaml", "--output", "new", "--only", "teacher")
-    assert (code, states(told)) == (0, {"teacher": "done"})
-    code, told, err = typed("run", "all.yaml", "--output", copied, "--from", "distill")
-    assert states(told) == {"distill": "skipped", "eval": "skipped"}
-    code, told, err = typed(
-        "run", "all.yaml", "--output", copied, "--only", "eval", "--set", "stages.distill.train.lr=1e-3"
-    )
-    assert (code, states(told)) == (0, {"eval": "skipped"})
-    assert "warning: stage distill is taken as it is, though it has changed since: train.lr 0.005 → 0.001" in err
+    assert (code, statuses(result)) == (0, {"eval": "skipped"})
+    assert "warning: stage distill is not run again, although it has changed: train.lr 0.005 → 0.001" in err
 
 
-def test_the_dry_run_reads_back_and_says_where_values_come_from(typed, home, capsys, monkeypatch):
-    monkeypatch.chdir(home)
-    argv = ["run", "all.yaml", "--output", "whole", "--set", "defaults.train.seed=4", "--dry-run"]
+def test_dry_run_shows_origins_and_is_a_valid_recipe(cli, workdir, capsys, monkeypatch):
+    monkeypatch.chdir(workdir)
+    argv = ["run", "all.yaml", "--output", "full", "--set", "defaults.train.seed=4", "--dry-run"]
     assert main(argv) == 0
     text = capsys.readouterr().out
     assert "  teacher:  # changed: train.seed 3 → 4\n" in text
-    assert "  eval:  # changed: stage distill and stage student are to be made first\n" in text
-    said = [" ".join(line.split()) for line in text.splitlines()]
-    assert "lr: 0.005 # all.yaml:10" in said
-    assert "warmup: 0.0 # auto: 0 for a model built from scratch" in said
-    assert "seed: 4 # --set (all.yaml:7: 3)" in said
-    (home / "written.yaml").write_text(text)
+    assert "  eval:  # changed: stage distill and stage student are to run first\n" in text
+    shown = [" ".join(line.split()) for line in text.splitlines()]
+    assert "lr: 0.005 # all.yaml:10" in shown
+    assert "warmup: 0.0 # auto: 0 for a model built from scratch" in shown
+    assert "seed: 4 # --set (all.yaml:7: 3)" in shown
+    (workdir / "written.yaml").write_text(text)
     from distillm_cli.config.pipeline_recipe import load_pipeline
     from distillm_cli.runs.defaults import fitted_pipeline
 
-    again = load_pipeline(Path("written.yaml"))
+    reloaded = load_pipeline(Path("written.yaml"))
     first = fitted_pipeline(load_pipeline(Path("all.yaml"), ["defaults.train.seed=4"]))
-    assert [(s.config, s.resolved.recipe) for s in again.stages] == [
+    assert [(s.config, s.resolved.recipe) for s in reloaded.stages] == [
         (s.config, s.resolved.recipe) for s in first.stages
     ]
     assert list(yaml.safe_load(text)["stages"]) == list(STAGES)
 
 
-def test_each_stage_is_what_its_verb_makes_alone(typed, home):
-    """No second loop: the recipe that a stage leaves behind, given to its verb, ends with the same weights."""
-    argv = ("distill", "--recipe", home / "whole/distill/recipe.yaml", "--output", "alone", "--quiet")
-    code, _, err = typed(*argv)
+def test_stage_matches_its_command_alone(cli, workdir):
+    """Check that the recipe of a stage, run by its own command, gives the same weights."""
+    argv = ("distill", "--recipe", workdir / "full/distill/recipe.yaml", "--output", "alone", "--quiet")
+    code, _, err = cli(*argv)
     assert code == 0, err
-    alone, whole = weights(home / "alone"), weights(home / "whole/distill")
-    assert all(torch.equal(alone[key], whole[key]) for key in alone)
+    alone, full = weights(workdir / "alone"), weights(workdir / "full/distill")
+    assert all(torch.equal(alone[key], full[key]) for key in alone)
 
 
-def test_a_directory_that_is_not_the_pipelines_is_never_touched(typed, home):
-    place = home / "mine" / "distill"
-    place.mkdir(parents=True)
-    (place / "thesis.txt").write_text("mine")
-    code, _, err = typed("run", "all.yaml", "--output", "mine")
-    assert code == 2
-    assert "mine/distill exists and was not created by `distillm run`" in err
-    assert [p.name for p in (home / "mine").iterdir()] == ["distill"], "found out before the first stage"
+def test_foreign_directory_is_an_error(cli, workdir):
+    directory = workdir / "mine" / "distill"
+    directory.mkdir(parents=True)
+    (directory / "thesis.txt").write_text("mine")
+    assert_error(cli("run", "all.yaml", "--output", "mine"), "usage.output_exists", "mine/distill")
+    assert [p.name for p in (workdir / "mine").iterdir()] == ["distill"], "the error comes before the first stage"
 
 
-def test_a_stage_that_would_train_from_its_own_output_is_refused(typed, copied):
-    before = weights(copied / "student")
-    sets = (f"path={copied.name}/student", "tokenizer=null")
-    code, told, err = typed(
-        "run", "all.yaml", "--output", copied.name, "--only", "student", "--quiet",
-        *(word for field in sets for word in ("--set", f"stages.student.student.{field}")),
-    )  # fmt: skip
-    assert (code, told["code"]) == (2, 2)
-    assert "starting over in" in err
-    assert f"{copied.name}/student would remove what the run reads; --model" in err
-    after = weights(copied / "student")
+def test_stage_reading_its_own_output_is_an_error(cli, finished_run):
+    before = weights(finished_run / "student")
+    sets = (f"path={finished_run.name}/student", "tokenizer=null")
+    options = [word for field in sets for word in ("--set", f"stages.student.student.{field}")]
+    outcome = cli("run", "all.yaml", "--output", finished_run.name, "--only", "student", "--quiet", *options)
+    assert_error(outcome, "usage.output_is_input", f"{finished_run.name}/student", "--model")
+    after = weights(finished_run / "student")
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_a_missing_file_is_found_before_the_first_stage(typed, home):
-    code, told, err = typed("run", "all.yaml", "--output", "gone", "--set", "stages.eval.eval.suites=rows/tset.jsonl")
-    assert (code, told["code"]) == (3, 3)
-    assert err == "error: stage eval: eval.suites = rows/tset.jsonl: no such file or directory; check the path\n"
-    assert not (home / "gone").exists()
+def test_missing_file_is_an_error_before_the_first_stage(cli, workdir):
+    outcome = cli("run", "all.yaml", "--output", "gone", "--set", "stages.eval.eval.suites=rows/tset.jsonl")
+    assert_error(outcome, "data.not_found", "stage eval", "eval.suites = rows/tset.jsonl")
+    assert not (workdir / "gone").exists()

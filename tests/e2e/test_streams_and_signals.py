@@ -1,4 +1,4 @@
-"""A run whose terminal, log or parent goes away: it ends as it would have ended, or saves and says so by its exit code."""
+"""Test runs whose terminal, log or stdout is closed or full: they finish, or save a checkpoint and exit with an error."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from tests.command_line import assert_error_line
+
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = [sys.executable, "-m", "distillm_cli"]
 ENV = {**{k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}, "PYTHONPATH": str(ROOT)}
-full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
-hangs_up = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP on this system")
+needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+needs_sighup = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP on this system")
 
 
 def argv(output: Path, *, steps: int, log_every_step: bool = False) -> list[str]:
@@ -34,54 +36,54 @@ def argv(output: Path, *, steps: int, log_every_step: bool = False) -> list[str]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """The weights of a run of 5 steps."""
-    place = tmp_path_factory.mktemp("undisturbed") / "run"
-    subprocess.run(argv(place, steps=5), env=ENV, check=True, capture_output=True, timeout=120)
-    return load_file(place / "model.safetensors")
+def expected_weights(tmp_path_factory):
+    """Return the weights of a run of 5 steps."""
+    directory = tmp_path_factory.mktemp("reference") / "run"
+    subprocess.run(argv(directory, steps=5), env=ENV, check=True, capture_output=True, timeout=120)
+    return load_file(directory / "model.safetensors")
 
 
-def assert_whole(place: Path, undisturbed) -> None:
-    found = load_file(place / "model.safetensors")
-    assert found.keys() == undisturbed.keys()
-    assert all(found[name].equal(weight) for name, weight in undisturbed.items())
+def assert_weights(directory: Path, expected_weights) -> None:
+    weights = load_file(directory / "model.safetensors")
+    assert weights.keys() == expected_weights.keys()
+    assert all(weights[name].equal(weight) for name, weight in expected_weights.items())
 
 
-@full
+@needs_dev_full
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_full_disk_under_the_log_does_not_end_a_run(tmp_path, undisturbed, unbuffered):
+def test_full_disk_of_the_log_does_not_stop_a_run(tmp_path, expected_weights, unbuffered):
     with Path("/dev/full").open("w") as log:
         env = {**ENV, "PYTHONUNBUFFERED": unbuffered}
-        done = subprocess.run(argv(tmp_path / "run", steps=5), env=env, stderr=log, timeout=120)
-    assert done.returncode == 0
-    assert_whole(tmp_path / "run", undisturbed)
+        process = subprocess.run(argv(tmp_path / "run", steps=5), env=env, stderr=log, timeout=120)
+    assert process.returncode == 0
+    assert_weights(tmp_path / "run", expected_weights)
 
 
-def test_a_tee_that_died_does_not_end_a_run(tmp_path, undisturbed):
+def test_closed_stderr_pipe_does_not_stop_a_run(tmp_path, expected_weights):
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run(argv(tmp_path / "run", steps=5), env=ENV, stderr=writer, timeout=120)
+    process = subprocess.run(argv(tmp_path / "run", steps=5), env=ENV, stderr=writer, timeout=120)
     os.close(writer)
-    assert done.returncode == 0
-    assert_whole(tmp_path / "run", undisturbed)
+    assert process.returncode == 0
+    assert_weights(tmp_path / "run", expected_weights)
 
 
-def test_a_log_that_takes_nothing_for_now_does_not_end_a_run(tmp_path, undisturbed):
-    """A pipe that is full and does not block: what a terminal shared with some programs is."""
+def test_full_stderr_pipe_does_not_stop_a_run(tmp_path, expected_weights):
+    """Check a full, non-blocking pipe, as a terminal shared with some programs may be."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     with suppress(BlockingIOError):
         while True:
             os.write(writer, bytes(65536))
-    done = subprocess.run(argv(tmp_path / "run", steps=5), env=ENV, stderr=writer, timeout=120)
+    process = subprocess.run(argv(tmp_path / "run", steps=5), env=ENV, stderr=writer, timeout=120)
     os.close(writer)
     os.close(reader)
-    assert done.returncode == 0
-    assert_whole(tmp_path / "run", undisturbed)
+    assert process.returncode == 0
+    assert_weights(tmp_path / "run", expected_weights)
 
 
-def at_a_terminal(command: list[str], output: Path, *, ignoring: tuple[int, ...] = ()) -> int:
-    """The exit code of a command whose terminal is closed once it trains."""
+def run_and_close_terminal(command: list[str], output: Path, *, ignoring: tuple[int, ...] = ()) -> int:
+    """Run a command, close its terminal once it trains, and return its exit code."""
     child, terminal = pty.fork()
     if child == 0:
         for number in ignoring:
@@ -95,24 +97,24 @@ def at_a_terminal(command: list[str], output: Path, *, ignoring: tuple[int, ...]
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-@hangs_up
-def test_a_closed_terminal_stops_a_run_which_saves(tmp_path):
+@needs_sighup
+def test_closed_terminal_stops_a_run_with_a_checkpoint(tmp_path):
     output = tmp_path / "run"
-    assert at_a_terminal(argv(output, steps=100_000), output) == 128 + signal.SIGHUP
-    (saved,) = (output / "checkpoints").iterdir()
-    assert saved.name.startswith("step-")
+    assert run_and_close_terminal(argv(output, steps=100_000), output) == 128 + signal.SIGHUP
+    (checkpoint,) = (output / "checkpoints").iterdir()
+    assert checkpoint.name.startswith("step-")
 
 
-@hangs_up
-def test_under_nohup_a_closed_terminal_changes_nothing(tmp_path):
+@needs_sighup
+def test_closed_terminal_does_not_stop_a_run_under_nohup(tmp_path):
     output = tmp_path / "run"
-    assert at_a_terminal(argv(output, steps=200), output, ignoring=(signal.SIGHUP,)) == 0
+    assert run_and_close_terminal(argv(output, steps=200), output, ignoring=(signal.SIGHUP,)) == 0
     assert (output / "model.safetensors").is_file()
     assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-000200"]
 
 
-def started(command: list[str], output: Path, *, ignoring: tuple[int, ...] = ()) -> subprocess.Popen:
-    """A run that trains."""
+def start_training(command: list[str], output: Path, *, ignoring: tuple[int, ...] = ()) -> subprocess.Popen:
+    """Start a run. Return its process once it trains."""
 
     def ignore() -> None:
         for number in ignoring:
@@ -127,62 +129,62 @@ def started(command: list[str], output: Path, *, ignoring: tuple[int, ...] = ())
     return run
 
 
-@hangs_up
-def test_two_hang_ups_save_like_one(tmp_path):
-    """The kernel sends one as the terminal goes, and the shell another."""
+@needs_sighup
+def test_two_hangups_save_one_checkpoint(tmp_path):
+    """Check two SIGHUPs, as sent by the kernel and the shell when a terminal is closed."""
     output = tmp_path / "run"
-    run = started([*argv(output, steps=100_000), "--json", "--quiet"], output)
+    run = start_training([*argv(output, steps=100_000), "--json", "--quiet"], output)
     run.send_signal(signal.SIGHUP)
     run.send_signal(signal.SIGHUP)
     out, err = run.communicate(timeout=120)
     assert run.returncode == 128 + signal.SIGHUP
-    assert json.loads(out)["code"] == 128 + signal.SIGHUP
-    assert err.startswith("error: stopped at step ")
+    answer = json.loads(out)
+    assert (answer["code"], answer["error"]) == (128 + signal.SIGHUP, "interrupted")
+    assert err.startswith("error: ")
     assert len(list((output / "checkpoints").iterdir())) == 1
 
 
-@hangs_up
-@pytest.mark.parametrize("ignored", [signal.SIGHUP, signal.SIGINT])
-def test_signals_that_are_ignored_at_start_stay_ignored(tmp_path, ignored):
-    """SIGHUP under nohup, SIGINT in a background job of a script."""
+@needs_sighup
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_signals_ignored_at_start_stay_ignored(tmp_path, number):
+    """Check SIGHUP, ignored under nohup, and SIGINT, ignored in background jobs of a script."""
     output = tmp_path / "run"
-    run = started([*argv(output, steps=300), "--quiet"], output, ignoring=(ignored,))
+    run = start_training([*argv(output, steps=300), "--quiet"], output, ignoring=(number,))
     for _ in range(3):
-        run.send_signal(ignored)
+        run.send_signal(number)
     _, err = run.communicate(timeout=120)
     assert (run.returncode, err) == (0, "")
     assert (output / "model.safetensors").is_file()
 
 
-@full
-def test_a_result_that_stdout_cannot_take_is_a_storage_error_of_a_run_that_is_complete(tmp_path, undisturbed):
+@needs_dev_full
+def test_full_stdout_is_a_storage_error_after_the_run(tmp_path, expected_weights):
     with Path("/dev/full").open("w") as stdout:
-        command = [*argv(tmp_path / "run", steps=5), "--json", "--quiet"]
-        done = subprocess.run(command, env=ENV, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=120)
-    assert done.returncode == 8
-    assert done.stderr.startswith("error: cannot write the result to standard output: No space left on device; ")
-    assert done.stderr.count("\n") == 1
-    assert_whole(tmp_path / "run", undisturbed)
+        command = [*argv(tmp_path / "run", steps=5), "--json", "--quiet", "--debug"]
+        process = subprocess.run(command, env=ENV, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=120)
+    outcome = (process.returncode, "", process.stderr)
+    assert_error_line(outcome, "storage.failed", "standard output", "No space left on device")
+    assert_weights(tmp_path / "run", expected_weights)
 
 
-@full
+@needs_dev_full
 @pytest.mark.parametrize(
     ("words", "code"),
     [("--help", 8), ("--version", 8), ("recipes ls --json", 8), ("recipes show g2p", 8), ("nothing --json", 2)],
 )
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_full_stdout_is_one_line_and_never_hides_another_error(words, code, unbuffered):
+def test_full_stdout_gives_one_error_line(words, code, unbuffered):
     with Path("/dev/full").open("w") as stdout:
         command, env = [*PROGRAM, *words.split()], {**ENV, "PYTHONUNBUFFERED": unbuffered}
-        done = subprocess.run(command, env=env, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60)
-    assert done.returncode == code
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
+        process = subprocess.run(command, env=env, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert process.returncode == code
+    assert process.stderr.startswith("error: ")
+    assert process.stderr.count("\n") == 1
 
 
-@full
-def test_an_error_that_can_be_printed_nowhere_keeps_its_exit_code():
-    with Path("/dev/full").open("w") as nowhere:
+@needs_dev_full
+def test_unprintable_error_exits_with_its_code():
+    with Path("/dev/full").open("w") as full:
         command = [*PROGRAM, "recipes", "show", "nothing", "--json"]
-        done = subprocess.run(command, env=ENV, stdout=nowhere, stderr=nowhere, timeout=60)
-    assert done.returncode == 2
+        process = subprocess.run(command, env=ENV, stdout=full, stderr=full, timeout=60)
+    assert process.returncode == 2

@@ -1,4 +1,4 @@
-"""The library: the functions of ``distillm_cli``, with objects and keywords, against the command line."""
+"""Test the functions of ``distillm_cli`` with objects and keywords, and compare them with the command line."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from distillm_cli import api
 from distillm_cli.cli.app import main
 from distillm_cli.config.explain import section_keys
 from distillm_cli.config.shortcuts import field_flags
-from distillm_cli.errors import CheckpointError, RecipeError, UsageError
 from distillm_cli.training.events import RunEnded, Stepped
 from tests import tiny
+from tests.codes import raises_code
+from tests.command_line import call
 from tests.conftest import ROOT
-from tests.typed import call
 
 WORDS = ("abc", "bcd", "cde", "def", "efg", "fgh", "ghi", "hij", "ijk", "jkl", "klm", "lmn")
 ROWS = [{"instruction": word, "output": word[::-1]} for word in WORDS]
@@ -63,15 +63,15 @@ def student(tokenizer):
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
+def _in_temporary_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def weights(place):
-    return (Path(place) / "model.safetensors").read_bytes()
+def weights_of(directory):
+    return (Path(directory) / "model.safetensors").read_bytes()
 
 
-def test_objects_are_distilled_as_the_command_line_distills_files(teacher, student, capfd, caplog):
+def test_distill_matches_the_command_line(teacher, student, capfd, caplog):
     before = {name: tensor.clone() for name, tensor in student[0].state_dict().items()}
     caplog.set_level(logging.INFO, logger="distillm_cli")
     result = distillm.distill(teacher=teacher, student=student, data=data(ROWS), output="lib", **SETTINGS)
@@ -86,7 +86,7 @@ def test_objects_are_distilled_as_the_command_line_distills_files(teacher, stude
     words = ["--teacher", "teacher", "--student", "student", "--data", "rows.jsonl", "--output", "cli", "--quiet"]
     code, printed, _ = call(capfd, "distill", *words, *FLAGS.split(), "--json")
     assert code == 0
-    assert weights("lib") == weights("cli")
+    assert weights_of("lib") == weights_of("cli")
     assert result.report == printed["report"]
     assert result.as_json()["train_loss"] == printed["train_loss"]
     assert (result.output, result.steps, result.command) == (Path("lib"), 4, "distill")
@@ -100,28 +100,28 @@ def test_objects_are_distilled_as_the_command_line_distills_files(teacher, stude
     assert {"student before", "student after", "teacher"} <= {name for s in result.samples for name in s.answers}
 
 
-def test_a_run_with_objects_is_resumed_and_an_object_is_saved_once(teacher, student):
-    given = {"teacher": teacher, "student": student, "data": data(ROWS)} | SETTINGS
-    whole = distillm.distill(**given, output="runs/whole")
-    short = distillm.distill(**given | {"steps": 2}, output="runs/a")
+def test_run_with_objects_can_be_resumed(teacher, student):
+    arguments = {"teacher": teacher, "student": student, "data": data(ROWS)} | SETTINGS
+    uninterrupted = distillm.distill(**arguments, output="runs/whole")
+    short = distillm.distill(**arguments | {"steps": 2}, output="runs/a")
     assert short.steps == 2
-    resumed = distillm.distill(**given, output="runs/a", resume=True)
+    resumed = distillm.distill(**arguments, output="runs/a", resume=True)
     assert resumed.steps == 4
     assert resumed.output == Path("runs/a")
-    assert whole.steps == 4
+    assert uninterrupted.steps == 4
     names = sorted(path.name.rpartition("-")[0] for path in Path("runs/inputs").iterdir())
     assert names == ["gpt2", "llama", "rows"]
-    with pytest.raises(UsageError, match=r"not empty.*give resume to continue or overwrite to start over"):
-        distillm.distill(**given, output="runs/a")
-    assert distillm.distill(**given, output="runs/a", overwrite=True).steps == 4
-    assert weights("runs/a") == weights("runs/whole")
+    with raises_code("usage.output_exists", "runs/a", "resume", "overwrite"):
+        distillm.distill(**arguments, output="runs/a")
+    assert distillm.distill(**arguments, output="runs/a", overwrite=True).steps == 4
+    assert weights_of("runs/a") == weights_of("runs/whole")
     with torch.no_grad():
-        student[0].get_input_embeddings().weight[7, 3] += 1  # one number: another model
-    distillm.distill(**given, output="runs/b")
+        student[0].get_input_embeddings().weight[7, 3] += 1  # a single changed number makes another model
+    distillm.distill(**arguments, output="runs/b")
     assert len(list(Path("runs/inputs").glob("gpt2-*"))) == 2
 
 
-def test_a_result_is_evaluated_and_generated_with(teacher, student, tokenizer, capfd):
+def test_evaluate_and_generate_match_the_command_line(teacher, student, tokenizer, capfd):
     sizes = {key: value for key, value in SETTINGS.items() if key != "method"}
     tuned = distillm.sft(model=student[0], tokenizer=tokenizer, data=data(ROWS), output="sft", **sizes)
     scores = distillm.evaluate(tuned, suite=ROWS[:5], limit=3, greedy=True, device="cpu")
@@ -160,15 +160,15 @@ def test_a_result_is_evaluated_and_generated_with(teacher, student, tokenizer, c
     assert distillm.distill(teacher=tuned, student="random:1x16", data=data(ROWS), **SETTINGS, output="d").steps == 4
 
 
-def test_rows_are_read_from_data_sets(student, teacher):
+def test_rows_from_datasets_match_rows_from_lists(student, teacher):
     from datasets import Dataset, DatasetDict
 
-    listed = distillm.distill(teacher=teacher, student=student, data=data(ROWS), output="a", **SETTINGS)
-    held = distillm.distill(
+    from_list = distillm.distill(teacher=teacher, student=student, data=data(ROWS), output="a", **SETTINGS)
+    from_dataset = distillm.distill(
         teacher=teacher, student=student, data=data(Dataset.from_list(ROWS)), output="b", **SETTINGS
     )
-    assert weights("a") == weights("b")
-    assert listed.report == held.report
+    assert weights_of("a") == weights_of("b")
+    assert from_list.report == from_dataset.report
     assert len(list(Path("inputs").glob("rows-*"))) == 1
     splits = DatasetDict(train=Dataset.from_list(ROWS[:8]), validation=Dataset.from_list(ROWS[8:]))
     planned = distillm.plan(
@@ -178,17 +178,17 @@ def test_rows_are_read_from_data_sets(student, teacher):
     assert planned.figures["data"]["valid_rows"] == 4
 
 
-def test_a_recipe_is_loaded_and_overridden():
+def test_load_recipe_applies_overrides():
     recipe = distillm.load_recipe("quickstart", alpha=0.3, train={"steps": 12})
     assert recipe.recipe.objective.alpha == 0.3
     assert recipe.recipe.train.steps == 12
     assert recipe.origin["objective.alpha"] == "--alpha"
     assert recipe.origin["teacher.path"].startswith("quickstart.yaml:")
-    again = distillm.load_recipe(recipe, steps=7)
-    assert again.recipe.train.steps == 7
-    assert again.origin["train.steps"] == "--steps"
-    assert again.recipe.objective == recipe.recipe.objective
-    assert {k: v for k, v in again.origin.items() if k != "train.steps"} == {
+    changed = distillm.load_recipe(recipe, steps=7)
+    assert changed.recipe.train.steps == 7
+    assert changed.origin["train.steps"] == "--steps"
+    assert changed.recipe.objective == recipe.recipe.objective
+    assert {k: v for k, v in changed.origin.items() if k != "train.steps"} == {
         k: v for k, v in recipe.origin.items() if k != "train.steps"
     }
     by_epochs = distillm.load_recipe(recipe, epochs=2)
@@ -199,88 +199,89 @@ def test_a_recipe_is_loaded_and_overridden():
     assert other.recipe == distillm.load_recipe("quickstart", method="kd", train={"steps": 12}).recipe
 
 
-def test_a_loaded_recipe_trains_as_its_name_does(capfd):
+def test_loaded_recipe_trains_like_its_name(capfd):
     settings = {"steps": 3, "device": "cpu", "data": {"size": 120}, "eval": {"report_rows": 0}, "train": {"threads": 1}}
     events = []
     named = distillm.distill(recipe="quickstart", output="a", listener=events.append, **settings)
     recipe = distillm.load_recipe("quickstart", **settings)
     loaded = distillm.distill(recipe=recipe)
     assert loaded.output == Path("runs/quickstart-distillm")
-    assert weights("a") == weights(loaded.output)
+    assert weights_of("a") == weights_of(loaded.output)
     assert named.report == loaded.report
     assert [event.step for event in events if isinstance(event, Stepped)] == [1, 2, 3]
     assert any(isinstance(event, RunEnded) for event in events)
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_display_of_the_command_line_is_shown_when_asked_for(teacher, student, capfd):
-    given = {"teacher": teacher, "student": student, "data": data(ROWS)} | SETTINGS
-    distillm.distill(**given, output="a", display=True)
+def test_display_true_shows_the_display(teacher, student, capfd):
+    arguments = {"teacher": teacher, "student": student, "data": data(ROWS)} | SETTINGS
+    distillm.distill(**arguments, output="a", display=True)
     out, err = capfd.readouterr()
     assert out == ""
     assert "student after" in err
 
 
 @pytest.mark.parametrize(
-    ("keywords", "message"),
+    ("keywords", "code", "mentions"),
     [
-        ({"alhpa": 0.1}, "no keyword named alhpa; did you mean alpha?"),
-        ({"learning_rate": 0.1}, "no keyword named learning_rate; did you mean lr?"),
-        ({"clip": 0.1}, 'no keyword named clip; did you mean train={"clip": …}?'),
-        ({"train": {"lrr": 0.1}}, "train.lrr: no such field; did you mean train.lr?"),
-        ({"train": 3}, "train is a section, not a value"),
-        ({"train": {"batch_size": 0}}, "train.batch_size = 0; expected a whole number ≥ 1"),
-        ({"batch_size": 0}, "batch_size = 0; expected a whole number ≥ 1"),
-        ({"alpha": 1.5}, "alpha = 1.5; expected a number ≥ 0 and < 1"),
-        ({"method": "kd", "alpha": 0.1}, "alpha"),
-        ({"steps": 3, "epochs": 2}, "epochs and steps both given"),
-        ({"lr": 0.1, "train": {"lr": 0.1}}, "lr and train.lr both given"),
-        ({"teacher": 3}, "an object of int is not a model; pass a name, a path"),
+        ({"alhpa": 0.1}, "usage.unknown_field", ("alhpa", "alpha?")),
+        ({"learning_rate": 0.1}, "usage.unknown_field", ("learning_rate", "lr?")),
+        ({"clip": 0.1}, "usage.unknown_field", ("clip", 'train={"clip": …}')),
+        ({"train": {"lrr": 0.1}}, "usage.unknown_field", ("train.lrr", "train.lr?")),
+        ({"train": 3}, "usage.section_not_value", ("train",)),
+        ({"train": {"batch_size": 0}}, "recipe.invalid_value", ("train.batch_size = 0", "≥ 1")),
+        ({"batch_size": 0}, "recipe.invalid_value", ("batch_size = 0", "≥ 1")),
+        ({"alpha": 1.5}, "recipe.invalid_value", ("alpha = 1.5",)),
+        ({"method": "kd", "alpha": 0.1}, "recipe.unused_field", ("alpha",)),
+        ({"steps": 3, "epochs": 2}, "recipe.given_twice", ("epochs", "steps")),
+        ({"lr": 0.1, "train": {"lr": 0.1}}, "usage.given_twice", ("lr", "train.lr")),
+        ({"teacher": 3}, "usage.not_a_model", ("int",)),
     ],
 )
-def test_a_bad_keyword_is_named(keywords, message):
-    with pytest.raises(UsageError) as raised:
+def test_invalid_keyword_is_named(keywords, code, mentions):
+    with raises_code(code, *mentions) as caught:
         distillm.distill(recipe="quickstart", **keywords)
-    assert message in str(raised.value)
-    assert "--" not in str(raised.value)
+    assert caught.value.exit_code == 2
+    assert "--" not in str(caught.value)
     assert not Path("runs").exists()
 
 
-def test_errors_are_those_of_the_command_line(teacher, capfd):
-    for give, message in (
-        (lambda: distillm.distill(), "no student to train; give student PATH"),
-        (lambda: distillm.distill(recipe="quikstart"), "try recipe quickstart"),
-        (lambda: distillm.distill(teacher=teacher[0], student="random:1x8", data=ROWS), "without a tokenizer"),
+def test_errors_have_the_codes_of_the_command_line(teacher, capfd):
+    for call_function, code, mentions in (
+        (lambda: distillm.distill(), "usage.no_model", ("student PATH",)),
+        (lambda: distillm.distill(recipe="quikstart"), "recipe.not_found", ("recipe quickstart",)),
+        (lambda: distillm.distill(teacher=teacher[0], student="random:1x8", data=ROWS), "usage.no_tokenizer", ()),
+        (lambda: distillm.distill(resume=True), "usage.no_output", ("output DIR",)),
+        (lambda: distillm.load_recipe("quickstart", data=ROWS), "usage.object_in_recipe", ("data.source",)),
+        (lambda: distillm.evaluate("gpt2", greedy=True, seeds=[1]), "usage.exclusive_options", ("greedy", "seeds")),
         (
-            lambda: distillm.distill(resume=True),
-            "resume without a run; give output DIR, the directory of the run to resume",
+            lambda: distillm.generate("builtin", ["x"], greedy=True, temperature=0.5),
+            "usage.exclusive_options",
+            ("greedy", "temperature 0.5"),
         ),
-        (lambda: distillm.load_recipe("quickstart", data=ROWS), "objects cannot be part of a recipe"),
-        (lambda: distillm.evaluate("gpt2", greedy=True, seeds=[1]), "greedy and seeds exclude each other"),
-        (lambda: distillm.generate("builtin", ["x"], greedy=True, temperature=0.5), "greedy and temperature 0.5"),
-        (lambda: distillm.generate("builtin"), "no prompts; give one of data SOURCE, prompts TEXT"),
-        (lambda: distillm.run("quickstart"), "quickstart"),
-        (lambda: distillm.run("quickstart-pipeline", only="nothing"), "only nothing: no such stage"),
-        (lambda: distillm.sft(model="builtin", method="kd"), "expected a method of `distillm sft`"),
+        (lambda: distillm.generate("builtin"), "usage.no_prompts", ("data SOURCE", "prompts TEXT")),
+        (lambda: distillm.run("quickstart"), "recipe.no_stages", ("quickstart",)),
+        (lambda: distillm.run("quickstart-pipeline", only="nothing"), "usage.unknown_stage", ("only nothing",)),
+        (lambda: distillm.sft(model="builtin", method="kd"), "usage.unknown_method", ("`distillm sft`",)),
     ):
-        with pytest.raises(UsageError) as raised:
-            give()
-        assert message in str(raised.value), str(raised.value)
+        with raises_code(code, *mentions) as caught:
+            call_function()
+        assert caught.value.exit_code == 2
     assert capfd.readouterr() == ("", "")
 
 
-def test_what_is_absent_is_named(tmp_path):
-    with pytest.raises(RecipeError, match=r"no recipe file .*absent\.yaml"):
+def test_missing_files_are_named(tmp_path):
+    with raises_code("recipe.not_found", "absent.yaml"):
         distillm.load_recipe(tmp_path / "absent.yaml")
-    with pytest.raises(CheckpointError, match=r"nothing to resume in nowhere"):
+    with raises_code("checkpoint.nothing_to_resume", "nowhere"):
         distillm.distill(resume=True, output="nowhere")
 
 
-def test_a_pipeline_is_planned_and_its_keywords_reach_its_stages(capfd):
+def test_plan_of_pipeline_applies_keywords_to_stages(capfd):
     stages = {"distill": {"objective": {"alpha": 0.35}}}
     planned = distillm.plan(recipe="quickstart-pipeline", stages=stages, defaults={"train": {"batch_size": 5}})
     assert set(planned.as_json()["stages"]) == set(planned.stages)
-    with pytest.raises(UsageError, match="nothing"):
+    with raises_code("usage.unknown_stage", "nothing"):
         distillm.plan(recipe="quickstart-pipeline", stages={"nothing": {"train": {"lr": 1}}})
     assert capfd.readouterr() == ("", "")
 
@@ -295,12 +296,12 @@ def test_a_pipeline_is_planned_and_its_keywords_reach_its_stages(capfd):
         ("eval", api.EvalFields, {"tokenizer"}),
     ],
 )
-def test_the_typed_keywords_are_the_flags_and_sections(verb, fields, options):
+def test_typed_keywords_match_flags_and_sections(verb, fields, options):
     flags = {entry.name for entry in field_flags(verb)}
     assert set(fields.__annotations__) == flags | set(section_keys()[""]) | options
 
 
-def test_importing_the_package_loads_nothing_heavy():
+def test_importing_the_package_loads_no_torch():
     code = "import sys, distillm_cli as d; d.distill, d.__version__; print('torch' in sys.modules, 'distill' in dir(d))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False True\n"
@@ -325,11 +326,11 @@ result.as_json()
 """
 
 
-def test_it_runs_in_a_notebook(tmp_path):
-    """The display is HTML in the cell's output, without the control sequences of a live display."""
-    nbformat = pytest.importorskip("nbformat")
-    nbclient = pytest.importorskip("nbclient")
-    pytest.importorskip("ipykernel")
+def test_display_in_a_notebook_is_html(tmp_path):
+    """Check that the display is HTML in the cell's output, without the control sequences of a live display."""
+    import nbclient
+    import nbformat
+
     source = NOTEBOOK.replace("OUTPUT", repr(str(tmp_path / "out")))
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()

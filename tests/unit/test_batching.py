@@ -1,4 +1,4 @@
-"""Tokenizing with its counts, and the arithmetic of order."""
+"""Test tokenizing with its counts, and the order of examples."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from distillm_cli.data.sources import load_rows
 from distillm_cli.errors import DataError
 from distillm_cli.training.events import Note, Progress, Warned
 from distillm_cli.types import Sequence, collate, length_groups
+from tests.codes import raises_code
 
 
 def letters() -> PreTrainedTokenizerFast:
@@ -30,7 +31,7 @@ def letters() -> PreTrainedTokenizerFast:
 
 
 def rows_of(*lengths: tuple[int, int]) -> list[Row]:
-    """Rows of so many prompt and response tokens, end-of-sequence included."""
+    """Return rows with the given numbers of prompt and response tokens, end-of-sequence included."""
     return [
         Row(prompt="p" * prompt, references=("r" * (response - 1),), where=f"a.jsonl:{line}")
         for line, (prompt, response) in enumerate(lengths, start=1)
@@ -47,106 +48,102 @@ ROWS = rows_of((3, 4), (7, 2), (3, 8), (6, 4), (4, 7))
 # ------------------------------------------------------------------------------------------------------- tokenizing
 
 
-def test_rows_too_long_are_dropped_counted_and_reported():
-    said = []
-    examples = examples_of(ROWS, said.append)
+def test_long_rows_are_dropped_and_counted():
+    events = []
+    examples = examples_of(ROWS, events.append)
     assert [row.where for row in examples.rows] == ["a.jsonl:1", "a.jsonl:4"]
     assert (len(examples), examples.dropped, examples.dropped_prompts, examples.truncated) == (2, 3, 1, 0)
-    assert [sequence.row for sequence in examples.sequences] == [0, 1]  # of examples.rows, not of what was given
+    assert [sequence.row for sequence in examples.sequences] == [0, 1]  # indices into examples.rows, not into the input
     assert examples.lengths.tolist() == [7, 10]
     assert examples.tokens == 8
-    dropped = "3 of 5 rows dropped as too long: 1 with a prompt over 6 tokens, 2 over 10 tokens in all"
-    typed = "--max-length 11 --set data.max_prompt_length=7 would keep 95%"
-    assert said == [Progress("tokenizing", 5, 5, "rows"), Warned(f"{dropped}; {typed}")]
+    dropped = "3 of 5 rows dropped as too long: 1 with a prompt over 6 tokens, 2 over 10 tokens in total"
+    hint = "--max-length 11 --set data.max_prompt_length=7 would keep 95%"
+    assert events == [Progress("tokenizing", 5, 5, "rows"), Warned(f"{dropped}; {hint}")]
     assert examples_of(ROWS, max_length=11, max_prompt_length=7).dropped == 0
 
 
-@pytest.mark.parametrize(("long", "kind"), [(20, Note), (21, Warned)])
-def test_more_than_a_fifth_dropped_is_a_warning(long, kind):
-    rows, said = rows_of(*[(3, 4)] * (100 - long), *((3, 10 + n) for n in range(long))), []
-    assert examples_of(rows, said.append).dropped == long
-    assert type(said[-1]) is kind
+@pytest.mark.parametrize(("too_long", "kind"), [(20, Note), (21, Warned)])
+def test_warning_if_over_a_fifth_of_rows_is_dropped(too_long, kind):
+    rows, events = rows_of(*[(3, 4)] * (100 - too_long), *((3, 10 + n) for n in range(too_long))), []
+    assert examples_of(rows, events.append).dropped == too_long
+    assert type(events[-1]) is kind
     if kind is Note:
-        assert "--max-length" not in said[-1].text
+        assert "--max-length" not in events[-1].text
         return
-    length = int(re.search(r"; --max-length (\d+) would keep 95%$", said[-1].text)[1])
+    length = int(re.search(r"; --max-length (\d+) would keep 95%$", events[-1].text)[1])
     assert len(examples_of(rows, max_length=length)) == 95
-    assert len(examples_of(rows, max_length=length - 1)) < 95, "the least that does"
+    assert len(examples_of(rows, max_length=length - 1)) < 95, "the suggested length is the smallest one"
 
 
-def test_a_warning_of_dropped_rows_names_the_context_where_that_is_the_limit():
-    said = []
-    examples_of(rows_of(*[(3, 4)] * 3, (3, 9), (3, 9)), said.append, context=10, max_length=100)
-    assert said[-1].text.endswith("; to keep 95% takes 12 tokens, and the model's context is 10")
+def test_warning_names_context_if_it_is_the_limit():
+    events = []
+    examples_of(rows_of(*[(3, 4)] * 3, (3, 9), (3, 9)), events.append, context=10, max_length=100)
+    assert events[-1].text.endswith("; keeping 95% needs 12 tokens, but the model's context is 10")
 
 
-def test_truncating_cuts_responses_and_still_drops_long_prompts():
-    said = []
-    examples = examples_of(ROWS, said.append, too_long="truncate")
+def test_truncate_cuts_responses_and_drops_long_prompts():
+    events = []
+    examples = examples_of(ROWS, events.append, too_long="truncate")
     assert [row.where for row in examples.rows] == ["a.jsonl:1", "a.jsonl:3", "a.jsonl:4", "a.jsonl:5"]
     assert (examples.dropped, examples.dropped_prompts, examples.truncated) == (1, 1, 2)
     assert examples.lengths.tolist() == [7, 10, 10, 10]
     assert [int(sequence.response[-1]) for sequence in examples.sequences] == [0, 2, 0, 2]
-    assert said[1:] == [
+    assert events[1:] == [
         Note("1 of 5 rows dropped as too long: 1 with a prompt over 6 tokens"),
-        Note("2 of 5 responses cut at 10 tokens, prompt included"),
+        Note("2 of 5 responses cut at 10 tokens, including the prompt"),
     ]
 
 
-def test_error_stops_at_the_first_row_too_long():
-    with pytest.raises(DataError, match=r"^a.jsonl:2: a prompt of 7 tokens"):
+def test_error_stops_at_first_long_row():
+    with raises_code("data.row_too_long", "a.jsonl:2", "7 tokens"):
         examples_of(ROWS, too_long="error")
 
 
-def test_nothing_left_names_the_shortest_row_and_the_limit():
-    with pytest.raises(DataError) as caught:
+def test_no_rows_left_names_shortest_row_and_limits():
+    with raises_code("data.row_too_long", "8 + 3", "6", "10", "a.jsonl:2", "--max-length", "data.max_prompt_length"):
         examples_of(rows_of((9, 20), (8, 3), (7, 90)))
-    assert str(caught.value) == (
-        "all 3 rows are too long: the shortest has 8 + 3 tokens (prompt + response), the limit is 6 for the prompt, "
-        "10 in all; a.jsonl:2; raise --max-length (and data.max_prompt_length), or use a model with a longer context"
-    )
-    with pytest.raises(DataError, match=r"shortest has 3 \+ 4 tokens .* the limit is 5 tokens in all; a.jsonl:1;"):
+    with raises_code("data.row_too_long", "3 + 4", "5", "a.jsonl:1"):
         examples_of(rows_of((3, 4), (3, 5)), context=5)
-    with pytest.raises(DataError, match="no rows to tokenize"):
+    with raises_code("data.no_rows"):
         examples_of([])
 
 
-def test_dolly_in_seconds_with_progress(shared_data):
+def test_dolly_is_tokenized_fast_with_progress(shared_data):
     tokenizer = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "gpt2")
-    data, said = DataConfig(source=str(shared_data / "dolly"), limit=2_000, max_length=512, max_prompt_length=256), []
+    data, events = DataConfig(source=str(shared_data / "dolly"), limit=2_000, max_length=512, max_prompt_length=256), []
     rows = load_rows(data, "train")
     start = time.process_time()
-    examples = tokenize(rows, Encoder(tokenizer, data), data, said.append, 1024)
+    examples = tokenize(rows, Encoder(tokenizer, data), data, events.append, 1024)
     assert time.process_time() - start < 10  # 1.5 s on two cores; all 11,435 rows take about 8
     assert len(examples) + examples.dropped == 2_000
-    assert examples.dropped_prompts == 0  # upstream kept prompts of up to 256 tokens
+    assert examples.dropped_prompts == 0  # the reference implementation used prompts of up to 256 tokens
     assert max(examples.lengths) <= 512
-    progress = [event for event in said if isinstance(event, Progress)]
+    progress = [event for event in events if isinstance(event, Progress)]
     assert [event.done for event in progress] == [500, 1_000, 1_500, 2_000]
-    assert said[-1].text.startswith(f"dolly train: {examples.dropped} of 2,000 rows dropped as too long")
+    assert events[-1].text.startswith(f"dolly train: {examples.dropped} of 2,000 rows dropped as too long")
     assert progress[0].task == "tokenizing dolly train"
 
 
-def test_workers_change_nothing(shared_data):
+def test_worker_processes_give_same_examples(shared_data):
     lengths = {"max_length": 64, "max_prompt_length": 256}
     data = DataConfig(source=str(shared_data / "g2p"), limit=1_200, too_long="truncate", **lengths)
     rows = load_rows(data, "train")
     encoder = Encoder(AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "gpt2"), data)
-    alone, together = (tokenize(rows, encoder, data.model_copy(update={"workers": workers})) for workers in (0, 2))
-    assert alone.truncated == together.truncated
-    assert 0 < alone.truncated < 1_200
-    assert alone.rows == together.rows
-    for one, other in zip(alone.sequences, together.sequences, strict=True):
+    serial, parallel = (tokenize(rows, encoder, data.model_copy(update={"workers": workers})) for workers in (0, 2))
+    assert serial.truncated == parallel.truncated
+    assert 0 < serial.truncated < 1_200
+    assert serial.rows == parallel.rows
+    for one, other in zip(serial.sequences, parallel.sequences, strict=True):
         assert one.row == other.row
         np.testing.assert_array_equal(one.prompt, other.prompt)
         np.testing.assert_array_equal(one.response, other.response)
 
 
-def test_an_error_crosses_the_process_boundary_whole():
+def test_pickled_error_has_all_fields():
     error = DataError("data.row_too_long", "a.jsonl:3: too long", where="a.jsonl", hint="cut it")
-    again = pickle.loads(pickle.dumps(error))
-    assert (type(again), again.what, again.where, again.hint) == (DataError, error.what, error.where, error.hint)
-    assert str(again) == str(error)
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), copy.what, copy.where, copy.hint) == (DataError, error.what, error.where, error.hint)
+    assert str(copy) == str(error)
 
 
 # ----------------------------------------------------------------------------------------------------------- order
@@ -154,7 +151,7 @@ def test_an_error_crosses_the_process_boundary_whole():
 
 @settings(max_examples=60, deadline=None)
 @given(n=st.integers(1, 400), batch=st.integers(1, 40), seed=st.integers(0, 2**32), epoch=st.integers(0, 50))
-def test_an_epoch_shows_every_example_at_most_once(n, batch, seed, epoch):
+def test_epoch_has_each_example_at_most_once(n, batch, seed, epoch):
     order = Order(np.arange(n) % 13, batch, seed)
     steps = order.steps_per_epoch
     assert steps == max(1, n // batch)
@@ -165,7 +162,7 @@ def test_an_epoch_shows_every_example_at_most_once(n, batch, seed, epoch):
     assert set(seen) <= set(range(n))
 
 
-def test_order_is_a_function_of_the_step_alone():
+def test_order_depends_only_on_the_step():
     lengths = np.random.default_rng(0).integers(5, 500, 1000)
     order = Order(lengths, 8, seed=10)
     forwards = [order.batch(step) for step in range(300)]
@@ -175,8 +172,8 @@ def test_order_is_a_function_of_the_step_alone():
     assert forwards[:125] != forwards[125:250]
 
 
-def test_the_order_of_a_released_version_stays():
-    """A run that is resumed years later, under another numpy, goes on with the same rows."""
+def test_order_is_stable_across_versions():
+    """Check the order against fixed values, so that a run resumed under another numpy uses the same rows."""
     order = Order([5, 3, 8, 1, 9, 2, 7, 4, 6, 0], 3, seed=10)
     assert [order.batch(step) for step in range(6)] == [
         [3, 7, 6],
@@ -188,7 +185,7 @@ def test_the_order_of_a_released_version_stays():
     ]
 
 
-def test_remainders_differ_so_that_every_example_is_trained_on():
+def test_remainder_rows_vary_between_epochs():
     order = Order(np.arange(15), 8, seed=1)
     assert order.steps_per_epoch == 1
     seen = [frozenset(order.batch(step)) for step in range(20)]
@@ -196,9 +193,9 @@ def test_remainders_differ_so_that_every_example_is_trained_on():
     assert frozenset().union(*seen) == set(range(15))
 
 
-def test_less_than_a_tenth_is_padding_where_lengths_differ_as_in_instruction_data():
-    """Lengths like Dolly's in GPT-2 tokens (median 90, a long tail to 512), batches of the default size, random ones."""
-    assert DataConfig().bucket == 1, "sorting across batches changes what a step sees; cutting within one does not"
+def test_padding_is_below_a_tenth_for_dolly_lengths():
+    """Check random batches of the default size with lengths like Dolly's in GPT-2 tokens (median 90, long tail to 512)."""
+    assert DataConfig().bucket == 1, "bucketing would change the batches; length groups within a batch do not"
     lengths = np.clip(np.random.default_rng(0).lognormal(4.6, 0.75, 4000), 25, 512).astype(int)
     data, train = DataConfig(), TrainConfig()
     order = Order(lengths, train.batch_size, seed=10, bucket=data.bucket)
@@ -211,7 +208,7 @@ def test_less_than_a_tenth_is_padding_where_lengths_differ_as_in_instruction_dat
 
 
 @pytest.mark.parametrize(("n", "batch"), [(8_000, 8), (400, 8), (30_000, 64)])
-def test_bucketing_saves_padding_and_keeps_randomness(n, batch):
+def test_bucketing_reduces_padding_and_stays_random(n, batch):
     lengths = np.random.default_rng(0).lognormal(5, 0.7, n).astype(int).clip(10, 512)
     order = Order(lengths, batch, seed=10, bucket=50)
     steps = order.steps_per_epoch
@@ -220,18 +217,18 @@ def test_bucketing_saves_padding_and_keeps_randomness(n, batch):
     shuffled = np.random.default_rng(1).permutation(n)[: steps * batch].reshape(steps, batch)
     unbucketed = 2 * sum(batch * lengths[chosen].max() for chosen in shuffled)
     assert padded < 0.75 * unbucketed
-    # Randomness of company: hardly any pair of an epoch's batch meets again in the next epoch.
-    again = np.zeros(n, dtype=int)
+    # Batch composition is random: few pairs of one batch are together again in the next epoch.
+    next_batch_of = np.zeros(n, dtype=int)
     for index, chosen in enumerate(batches[steps:]):
-        again[chosen] = index
-    together = np.mean([np.mean(again[chosen] == again[chosen[0]]) for chosen in batches[:steps]])
-    assert together < 0.4
-    # Randomness of turn: the length of a step says nothing of the next step's.
+        next_batch_of[chosen] = index
+    together_share = np.mean([np.mean(next_batch_of[chosen] == next_batch_of[chosen[0]]) for chosen in batches[:steps]])
+    assert together_share < 0.4
+    # The order of batches is random: the length of a batch is not correlated with that of the next one.
     means = np.array([lengths[chosen].mean() for chosen in batches])
     assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.25
 
 
-def test_an_epoch_is_arranged_once():
+def test_order_of_epoch_is_computed_once():
     order = Order(np.arange(200_000), 8, seed=1)
     order.batch(0)
     start = time.process_time()
@@ -240,7 +237,7 @@ def test_an_epoch_is_arranged_once():
     assert time.process_time() - start < 2
 
 
-def test_by_length_covers_all_once_longest_first():
+def test_batches_by_length_are_complete_and_longest_first():
     rng = np.random.default_rng(0)
     sequences = [
         Sequence(np.ones(p, np.int32), np.ones(3, np.int32), row) for row, p in enumerate(rng.integers(1, 60, 101))

@@ -1,4 +1,4 @@
-"""The model card: front matter that any YAML reader takes, whatever the base model is called."""
+"""Test the model card: its front matter is valid YAML for any base model name."""
 
 import pytest
 import yaml
@@ -30,7 +30,7 @@ RELATIONS = {"adapter": "adapter", "merged": "finetune"}
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("output", ["adapter", "merged"])
 @pytest.mark.parametrize("command", ["sft", "distill"])
-def test_the_front_matter_is_yaml(name, output, command):
+def test_front_matter_is_valid_yaml(name, output, command):
     sets = ["student.lora.r=4", f"student.lora_output={output}"]
     flags = {"student.path": name, **({"teacher.path": "gpt2-xl"} if command == "distill" else {})}
     card = model_card(
@@ -48,14 +48,14 @@ def test_the_front_matter_is_yaml(name, output, command):
 
 
 def front_matter(command, **flags):
-    """The front matter of the card of such a run."""
+    """Return the front matter of a run's card and the card itself."""
     keys = {"student": "student.path", "teacher": "teacher.path", "data": "data.source"}
     resolved = resolve(command=command, flags={keys[name]: value for name, value in flags.items()})
     card = model_card(resolved, TrainerState(), {}, task="text-generation", measured_on="x")
     return yaml.safe_load(card.split("---\n", 2)[1]), card
 
 
-def test_a_local_model_is_no_base_on_the_hub_but_its_card_may_name_one(tmp_path):
+def test_local_model_inherits_base_model_from_its_card(tmp_path):
     (tmp_path / "plain").mkdir()
     assert "base_model" not in front_matter("sft", student=str(tmp_path / "plain"))[0]
     (tmp_path / "tuned").mkdir()
@@ -64,7 +64,7 @@ def test_a_local_model_is_no_base_on_the_hub_but_its_card_may_name_one(tmp_path)
     assert (front["base_model"], front["license"]) == ("openai-community/gpt2", "mit")
 
 
-def test_the_data_sets_of_a_card_are_those_of_the_hub(tmp_path):
+def test_card_lists_only_hub_datasets(tmp_path):
     (tmp_path / "rows.jsonl").write_text("")
     for source, name in (
         ("org/rows", "org/rows"),
@@ -76,7 +76,7 @@ def test_the_data_sets_of_a_card_are_those_of_the_hub(tmp_path):
 
 
 @pytest.mark.parametrize(("task", "name"), [("text-generation", "CausalLM"), ("text2text-generation", "Seq2SeqLM")])
-def test_the_usage_in_a_card_is_python(task, name):
+def test_usage_example_is_valid_python(task, name):
     resolved = resolve(command="sft", flags={"student.path": "gpt2"})
     card = model_card(resolved, TrainerState(), {}, task=task, measured_on="x")
     code = card.split("```python\n")[1].split("```")[0]

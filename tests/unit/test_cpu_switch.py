@@ -1,4 +1,4 @@
-"""DISTILLM_CPU_FAST=0: transformers' own code runs everywhere, and gives the same numbers up to rounding."""
+"""Test DISTILLM_CPU_FAST=0: transformers' own code runs everywhere, with equal numbers up to rounding."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def decoded(model: Backbone) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
-def test_both_ways_agree_and_only_one_is_by_hand(family, monkeypatch):
+def test_results_agree_with_and_without_fast_code(family, monkeypatch):
     batch = tiny.batch(LENGTHS, VOCAB)
     fast = backbone(family)
     hidden_ND, logits_SBV = fast.hidden(batch), decoded(fast)
@@ -41,15 +41,15 @@ def test_both_ways_agree_and_only_one_is_by_hand(family, monkeypatch):
     monkeypatch.setenv(cpu.SWITCH, "0")
     plain = backbone(family)
     plain.model.load_state_dict(fast.model.state_dict())
-    assert torch.equal(plain.hidden(batch), plain.trunk_states(batch)), "the library's own"
-    assert plain._cpu_forward.agrees is None, "not even tried"
+    assert torch.equal(plain.hidden(batch), plain.trunk_states(batch)), "computed by transformers"
+    assert plain._cpu_forward.agrees is None, "not tried at all"
     assert decode_step_of(plain.trunk) is None
     assert_close(plain.hidden(batch), hidden_ND, rtol=1e-4, atol=1e-5)
     assert_close(decoded(plain), logits_SBV, rtol=1e-4, atol=1e-5)
     assert not plain._fast_paths.step
 
 
-def test_nothing_by_hand_runs_where_it_is_off(monkeypatch):
+def test_no_hand_written_code_runs_when_disabled(monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("hand-written code ran")
 

@@ -1,4 +1,4 @@
-"""Errors: every error has a stable code, and every code is documented."""
+"""Test that every error has a stable code and that every code is documented."""
 
 from __future__ import annotations
 
@@ -28,61 +28,65 @@ AREAS = {
     "StorageError": "storage",
     "PeerProcessError": "process",
 }
-OF_THE_CLASS = {"Interrupted"}  # its constructor sets the one code of all of them
+WITH_FIXED_CODE = {"Interrupted"}  # the constructor sets the code
 
 
-def raised() -> Iterator[tuple[str, str, ast.expr | None]]:
-    """Yield place, class and first argument of every error that the package constructs."""
+def constructed_errors() -> Iterator[tuple[str, str, ast.expr | None]]:
+    """Yield location, class and first argument of every error that the package constructs."""
     for path in sorted((ROOT / "distillm_cli").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in AREAS:
                 yield f"{path.name}:{node.lineno}", node.func.id, node.args[0] if node.args else None
 
 
-def documented() -> list[str]:
+def documented_codes() -> list[str]:
     text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     return re.findall(r"^\| `([a-z0-9_.]+)` \|", text, re.MULTILINE)
 
 
-def subclasses(of: type) -> Iterator[type]:
-    for one in of.__subclasses__():
-        yield one
-        yield from subclasses(one)
+def subclasses(base: type) -> Iterator[type]:
+    for subclass in base.__subclasses__():
+        yield subclass
+        yield from subclasses(subclass)
 
 
-def test_every_class_of_errors_has_an_area():
-    names = {one.__name__ for one in (DistillmError, *subclasses(DistillmError)) if one.__module__ != __name__}
-    assert names == AREAS.keys() | OF_THE_CLASS
+def test_every_error_class_has_an_area():
+    names = {
+        error_class.__name__
+        for error_class in (DistillmError, *subclasses(DistillmError))
+        if error_class.__module__ != __name__
+    }
+    assert names == AREAS.keys() | WITH_FIXED_CODE
     assert InfiniteLoss in set(subclasses(DistillmError))
 
 
 def test_every_error_has_a_code_of_its_area():
-    """A code is written where the error is raised, or is that of the error it is made from."""
-    for place, name, code in raised():
+    """Check that a code is a literal where the error is raised, or copied from another error."""
+    for location, name, code in constructed_errors():
         if isinstance(code, ast.Attribute):
-            assert code.attr == "code", place
+            assert code.attr == "code", location
             continue
-        assert isinstance(code, ast.Constant), place
+        assert isinstance(code, ast.Constant), location
         assert re.fullmatch(AREAS[name] + ("" if name == "DistillmError" else r"\.[a-z]+(_[a-z0-9]+)*"), code.value), (
-            place
+            location
         )
 
 
-def test_codes_are_documented_once_and_no_others():
-    codes = {code.value for _, _, code in raised() if isinstance(code, ast.Constant)} | {"interrupted"}
-    assert sorted(documented()) == sorted(codes)
+def test_exactly_the_used_codes_are_documented():
+    codes = {code.value for _, _, code in constructed_errors() if isinstance(code, ast.Constant)} | {"interrupted"}
+    assert sorted(documented_codes()) == sorted(codes)
 
 
-@pytest.mark.parametrize("twice", [lambda error: pickle.loads(pickle.dumps(error)), copy.copy])
-def test_a_copy_of_an_error_is_whole(twice):
+@pytest.mark.parametrize("duplicate", [lambda error: pickle.loads(pickle.dumps(error)), copy.copy])
+def test_copied_error_has_all_fields(duplicate):
     first = RecipeError("recipe.unknown_field", "a.yaml:2: trian: no such key", hint="try train")
     for error in (
         DataError("data.row_too_long", "a.jsonl:3: too long", where="a.jsonl", hint="cut it"),
         RecipeError("recipe.unknown_field", "a.yaml:2: trian: no such key", problems=(first, first)),
         Interrupted("interrupted", signal_number=15),
     ):
-        again = twice(error)
-        assert type(again) is type(error)
-        assert str(again) == str(error)
+        copied = duplicate(error)
+        assert type(copied) is type(error)
+        assert str(copied) == str(error)
         for name in ("code", "what", "where", "hint", "exit_code"):
-            assert getattr(again, name) == getattr(error, name)
+            assert getattr(copied, name) == getattr(error, name)

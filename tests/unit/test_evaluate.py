@@ -1,4 +1,4 @@
-"""Suites, passes, figures and files: what a score is made of, on a tiny model that says the same every time."""
+"""Test suites, passes, scores and result files with a deterministic tiny model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 from distillm_cli.config.schema import ColumnsConfig, DataConfig, EvalConfig, Recipe
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import Row, load_rows
-from distillm_cli.errors import DataError, StorageError
 from distillm_cli.evaluation.evaluate import evaluate_suite, passes
 from distillm_cli.evaluation.results import check_results_writable, save_results, settings_label
 from distillm_cli.evaluation.suites import Suite, distinct, held_out, load_suite, load_suites, short_name
@@ -22,6 +21,7 @@ from distillm_cli.plugins import metrics
 from distillm_cli.runs.report import Report
 from distillm_cli.training.events import Progress, Warned, silent
 from tests import tiny
+from tests.codes import raises_code
 from tests.scores import corpus
 
 WORDS = ["abc", "hello", "a", "sevenletters", "xyz", "qrs", "model", "te", "student", "u", "vw", "teacher"]
@@ -58,80 +58,81 @@ def write(path, *rows):
     return path
 
 
-def test_a_model_that_says_what_is_wanted_gets_all_points(model, encoder):
-    said = evaluate_suite(model, encoder, suite_of(), config(greedy=True)).outputs["greedy"]
-    assert not any("<eos>" in text or "<pad>" in text for text in said), "special tokens are no text"
-    told = evaluate_suite(model, encoder, suite_of(*[("never this", text) for text in said]), config(greedy=True))
-    assert told.scores["exact_match"].mean == 100
-    assert told.scores["error_rate"].mean == 0
-    assert told.scores["rouge_l"].seeds == {"greedy": pytest.approx(100)}
-    assert told.scores["rouge_l"].sd == 0
+def test_model_that_matches_references_gets_full_scores(model, encoder):
+    outputs = evaluate_suite(model, encoder, suite_of(), config(greedy=True)).outputs["greedy"]
+    assert not any("<eos>" in text or "<pad>" in text for text in outputs), "special tokens are not part of the text"
+    suite = suite_of(*[("never this", text) for text in outputs])
+    result = evaluate_suite(model, encoder, suite, config(greedy=True))
+    assert result.scores["exact_match"].mean == 100
+    assert result.scores["error_rate"].mean == 0
+    assert result.scores["rouge_l"].seeds == {"greedy": pytest.approx(100)}
+    assert result.scores["rouge_l"].sd == 0
 
 
-def test_seeds_differ_and_their_mean_and_spread_are_reported(model, encoder):
+def test_scores_of_seeds_have_mean_and_deviation(model, encoder):
     suite = suite_of(*[(f"{word} a b c", "e d") for word in WORDS])
     result = evaluate_suite(model, encoder, suite, config(seeds=(10, 20, 30)))
     assert list(result.outputs) == ["10", "20", "30"]
     assert len({tuple(texts) for texts in result.outputs.values()}) == 3
     references = [row.references for row in suite.rows]
-    by_hand = [corpus("error_rate", texts, references) for texts in result.outputs.values()]
-    assert list(result.scores["error_rate"].seeds.values()) == pytest.approx(by_hand)
-    assert result.scores["error_rate"].mean == pytest.approx(sum(by_hand) / 3)
-    assert result.scores["error_rate"].sd == pytest.approx(statistics.stdev(by_hand))
-    answers = [answer for said in result.answers.values() for answer in said]
+    expected = [corpus("error_rate", texts, references) for texts in result.outputs.values()]
+    assert list(result.scores["error_rate"].seeds.values()) == pytest.approx(expected)
+    assert result.scores["error_rate"].mean == pytest.approx(sum(expected) / 3)
+    assert result.scores["error_rate"].sd == pytest.approx(statistics.stdev(expected))
+    answers = [answer for seed_answers in result.answers.values() for answer in seed_answers]
     assert result.tokens == sum(answer.tokens for answer in answers)
     assert result.complete == sum(answer.complete for answer in answers) / 36
     assert 0 < result.entropy < 4
 
 
-def test_figures_of_a_whole_set_are_computed_pass_by_pass_and_task_by_task(model, encoder, tmp_path):
+def test_corpus_metrics_are_computed_per_pass_and_task(model, encoder, tmp_path):
     suite = suite_of(*[(f"{word} a b c", "e d a") for word in WORDS])
     result = evaluate_suite(model, encoder, suite, config(seeds=(10, 20, 30), metrics=("chrf", "bleu", "rouge_1")))
     references = [row.references for row in suite.rows]
-    by_hand = [corpus("chrf", texts, references) for texts in result.outputs.values()]
+    expected = [corpus("chrf", texts, references) for texts in result.outputs.values()]
     score = result.scores["chrf"]
-    assert list(score.seeds.values()) == pytest.approx(by_hand)
+    assert list(score.seeds.values()) == pytest.approx(expected)
     assert (score.mean, score.sd) == (
-        pytest.approx(statistics.fmean(by_hand)),
-        pytest.approx(statistics.stdev(by_hand)),
+        pytest.approx(statistics.fmean(expected)),
+        pytest.approx(statistics.stdev(expected)),
     )
     picked = [i for i, row in enumerate(suite.rows) if row.task == "long"]
     part = corpus("chrf", [result.outputs["20"][i] for i in picked], [references[i] for i in picked])
     assert result.tasks["long"]["chrf"].seeds["20"] == pytest.approx(part)
-    told = result.as_json()
-    assert told["bleu"]["signature"].startswith("nrefs:var|")
-    assert "signature" not in told["rouge_1"]
-    place = save_results(result, tmp_path)
-    lines = [json.loads(line) for line in (place / "predictions-seed20.jsonl").read_text().splitlines()]
+    report = result.as_json()
+    assert report["bleu"]["signature"].startswith("nrefs:var|")
+    assert "signature" not in report["rouge_1"]
+    directory = save_results(result, tmp_path)
+    lines = [json.loads(line) for line in (directory / "predictions-seed20.jsonl").read_text().splitlines()]
     assert [line["chrf"] for line in lines] == pytest.approx(
         [metrics["chrf"].score(line["output"], line["references"]) for line in lines]
     )
     assert set(lines[0]) >= {"bleu", "rouge_1"}
 
 
-def test_an_undefined_metric_is_shown_as_such(model, encoder, tmp_path):
+def test_undefined_metric_is_null_with_a_reason(model, encoder, tmp_path):
     suite = suite_of(("红色",), ("今天天气不错。",))
     result = evaluate_suite(model, encoder, suite, config(metrics=("rouge_l", "chrf"), seeds=(10, 20)))
-    told = result.as_json()
-    assert (told["rouge_l"]["mean"], told["rouge_l"]["seeds"]) == (None, {"10": None, "20": None})
-    assert "rouge_tokenizer=characters" in told["rouge_l"]["undefined"]
-    assert told["chrf"]["mean"] is not None
-    place = save_results(result, tmp_path)
-    (first, _) = (place / "predictions-seed10.jsonl").read_text(encoding="utf-8").splitlines()
+    report = result.as_json()
+    assert (report["rouge_l"]["mean"], report["rouge_l"]["seeds"]) == (None, {"10": None, "20": None})
+    assert "rouge_tokenizer=characters" in report["rouge_l"]["undefined"]
+    assert report["chrf"]["mean"] is not None
+    directory = save_results(result, tmp_path)
+    (first, _) = (directory / "predictions-seed10.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(first)["rouge_l"] is None
     characters = config(metrics=("rouge_l",), rouge_tokenizer="characters")
     assert evaluate_suite(model, encoder, suite, characters).scores["rouge_l"].mean is not None
 
 
-def test_a_pass_is_a_function_of_seed_and_row_alone(model, encoder):
+def test_outputs_depend_only_on_seed_and_row(model, encoder):
     one = evaluate_suite(model, encoder, suite_of(), config(seeds=(10,)))
     other = evaluate_suite(model, encoder, suite_of(), config(seeds=(20, 10), batch_size=12))
-    assert one.outputs["10"] == other.outputs["10"], "neither the batch size nor the other seeds change it"
+    assert one.outputs["10"] == other.outputs["10"], "batch size and other seeds have no effect"
     first = suite_of().select(range(3))
     assert evaluate_suite(model, encoder, first, config(seeds=(10,))).outputs["10"] == one.outputs["10"][:3]
 
 
-def test_passes():
+def test_passes_are_seeds_or_greedy():
     assert [(name, seed) for name, seed, _ in passes(EvalConfig())] == [(str(s), s) for s in (10, 20, 30, 40, 50)]
     assert [name for name, _, _ in passes(EvalConfig(seeds=(1, 1, 2)))] == ["1", "2"]
     for greedy in (EvalConfig(greedy=True), EvalConfig(temperature=0)):
@@ -141,42 +142,42 @@ def test_passes():
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.no_repeat_ngram_size) == (0.5, 0.9, 5, 6)
 
 
-def test_kinds_of_task_are_scored_on_their_own(model, encoder):
+def test_tasks_are_scored_separately(model, encoder):
     result = evaluate_suite(model, encoder, suite_of(*[("a b",)] * len(WORDS)), config(seeds=(10, 20)))
     assert set(result.tasks) == {"short", "long"}
     picked = [i for i, row in enumerate(result.suite.rows) if row.task == "long"]
-    by_hand = corpus("rouge_l", [result.outputs["20"][i] for i in picked], [("a b",)] * len(picked))
-    assert result.tasks["long"]["rouge_l"].seeds["20"] == pytest.approx(by_hand)
+    expected = corpus("rouge_l", [result.outputs["20"][i] for i in picked], [("a b",)] * len(picked))
+    assert result.tasks["long"]["rouge_l"].seeds["20"] == pytest.approx(expected)
 
 
-def test_a_prompt_as_long_as_the_context_names_its_row(model, encoder):
+def test_prompt_as_long_as_the_context_is_rejected(model, encoder):
     suite = suite_of()
     suite = replace(suite, rows=[*suite.rows, Row(prompt="x" * tiny.CONTEXT, references=("a",), where="test.jsonl:99")])
-    with pytest.raises(DataError, match=r"test\.jsonl:99: a prompt of 64 tokens leaves no room .* 64 positions"):
+    with raises_code("data.row_too_long", "test.jsonl:99", "64 tokens", "64 positions"):
         evaluate_suite(model, encoder, suite, config(greedy=True))
-    heard = []
-    result = evaluate_suite(model, encoder, suite, config(greedy=True), heard.append, skip_long=True)
+    events = []
+    result = evaluate_suite(model, encoder, suite, config(greedy=True), events.append, skip_long=True)
     assert len(result.suite.rows) == len(WORDS) == result.as_json()["rows"]
-    assert any(isinstance(event, Warned) and "test.jsonl:99" in event.text for event in heard)
+    assert any(isinstance(event, Warned) and "test.jsonl:99" in event.text for event in events)
 
 
-def test_a_response_ends_at_the_context(model, encoder):
+def test_response_ends_at_the_context(model, encoder):
     rows = [Row(prompt="x" * (tiny.CONTEXT - 2), references=("a",), where="t:1")]
     result = evaluate_suite(model, encoder, Suite("long", rows, "t"), config(greedy=True))
     assert result.answers["greedy"][0].tokens <= 2
 
 
-def test_progress_is_told_pass_by_pass(model, encoder):
-    heard = []
-    evaluate_suite(model, encoder, suite_of(), config(seeds=(10, 20)), heard.append)
-    ended = [event.task for event in heard if isinstance(event, Progress) and event.done == event.total]
+def test_progress_is_reported_per_pass(model, encoder):
+    events = []
+    evaluate_suite(model, encoder, suite_of(), config(seeds=(10, 20)), events.append)
+    ended = [event.task for event in events if isinstance(event, Progress) and event.done == event.total]
     assert ended == ["words, seed 10", "words, seed 20"]
 
 
 # -------------------------------------------------------------------------------------------------------------- suites
 
 
-def test_a_suite_is_a_file_a_directory_or_a_name_under_the_data_directory(tmp_path, monkeypatch):
+def test_suite_is_a_file_directory_or_dataset_name(tmp_path, monkeypatch):
     row = {"instruction": "say a", "output": ["a", "A"]}
     write(tmp_path / "sni" / "valid.jsonl", row, row)
     write(tmp_path / "own" / "test.jsonl", row)
@@ -187,7 +188,7 @@ def test_a_suite_is_a_file_a_directory_or_a_name_under_the_data_directory(tmp_pa
     for source, name in ((tmp_path / "own", "own"), (tmp_path / "own" / "test.jsonl", "own-test")):
         suite = load_suite(str(source), Recipe())
         assert (suite.name, len(suite.rows)) == (name, 1)
-    # The training set's own settings are none of the suite's.
+    # The settings of the training data do not apply to the suite.
     training = Recipe(
         data=DataConfig(source="own", limit=1, columns=ColumnsConfig(prompt="q")), eval=EvalConfig(limit=1)
     )
@@ -206,17 +207,15 @@ def test_a_suite_is_a_file_a_directory_or_a_name_under_the_data_directory(tmp_pa
         ("samsum", {"instruction": "Sum up.", "input": "x", "output": "y"}, "Sum up.", "x", "y"),
     ],
 )  # fmt: skip
-def test_a_named_set_has_its_own_columns_or_those_of_any_file(
-    name, record, instruction, material, reference, tmp_path, monkeypatch
-):
+def test_known_dataset_has_its_own_columns(name, record, instruction, material, reference, tmp_path, monkeypatch):
     monkeypatch.setenv("DISTILLM_DATA", str(tmp_path))
     write(tmp_path / name / "test.jsonl", record)
-    # What a recipe says of the columns of its own data is none of the suite's.
+    # Column names for the recipe's own data do not apply to the suite.
     (row,) = load_suite(name, Recipe(data=DataConfig(columns=ColumnsConfig(prompt="ask")))).rows
     assert (row.instruction, row.input, row.references) == (instruction, material, (reference,))
 
 
-def test_a_named_set_read_by_named_columns_is_read_by_those(tmp_path, monkeypatch):
+def test_columns_override_those_of_a_known_dataset(tmp_path, monkeypatch):
     monkeypatch.setenv("DISTILLM_DATA", str(tmp_path))
     write(tmp_path / "samsum" / "train.jsonl", *[{"dialogue": f"d{i}", "summary": "s", "title": "t"} for i in range(3)])
     columns = ColumnsConfig(prompt="dialogue", response="title")
@@ -224,13 +223,13 @@ def test_a_named_set_read_by_named_columns_is_read_by_those(tmp_path, monkeypatc
     assert (row.instruction, row.references) == ("d0", ("t",))
 
 
-def test_builtin_rows_carry_their_kind_of_task():
+def test_builtin_rows_have_their_task():
     suite = load_suite("builtin", Recipe(eval=EvalConfig(limit=30)))
     assert (suite.name, len(suite.rows)) == ("builtin", 30)
     assert len({row.task for row in suite.rows}) >= 8
 
 
-def test_without_suites_the_run_s_own_held_out_rows(tmp_path):
+def test_held_out_rows_are_used_without_suites(tmp_path):
     write(tmp_path / "own" / "train.jsonl", *[{"prompt": f"p{i}", "output": "a"} for i in range(10)])
     write(tmp_path / "own" / "dev.jsonl", *[{"prompt": f"d{i}", "output": "a"} for i in range(5)])
     recipe = Recipe(data=DataConfig(source=str(tmp_path / "own"), valid_limit=3))
@@ -239,7 +238,7 @@ def test_without_suites_the_run_s_own_held_out_rows(tmp_path):
     assert suite == held_out(recipe)
 
 
-def test_names_that_clash_are_told_apart(tmp_path):
+def test_duplicate_suite_names_get_a_number(tmp_path):
     suites = [Suite("test", [], "a"), Suite("test", [], "b"), Suite("dolly", [], "c"), Suite("test", [], "d")]
     assert [suite.name for suite in distinct(suites)] == ["test", "test-2", "dolly", "test-3"]
     assert [short_name(name) for name in ("dolly", "MiniLLM/dolly")] == ["dolly", "MiniLLM-dolly"]
@@ -248,13 +247,13 @@ def test_names_that_clash_are_told_apart(tmp_path):
         assert short_name(str(tmp_path / name)) == short
 
 
-def test_a_suite_that_is_nowhere_says_so(monkeypatch):
+def test_missing_suite_is_rejected(monkeypatch):
     monkeypatch.delenv("DISTILLM_DATA", raising=False)
-    with pytest.raises(DataError, match="DISTILLM_DATA"):
+    with raises_code("data.not_found", "DISTILLM_DATA"):
         load_suite("unni", Recipe())
 
 
-def test_the_real_suites_load(shared_data, monkeypatch):
+def test_real_suites_load(shared_data, monkeypatch):
     monkeypatch.setenv("DISTILLM_DATA", str(shared_data))
     recipe = Recipe(eval=EvalConfig(suites=("dolly", "self-inst", "vicuna", "sni")))
     suites = {suite.name: suite.rows for suite in load_suites(recipe)}
@@ -271,34 +270,36 @@ def test_the_real_suites_load(shared_data, monkeypatch):
 # --------------------------------------------------------------------------------------------------------------- files
 
 
-def test_predictions_and_results_can_be_checked_against_each_other(model, encoder, tmp_path):
+def test_results_match_the_stored_predictions(model, encoder, tmp_path):
     result = evaluate_suite(model, encoder, suite_of(*[("a b", "c")] * 12), config(seeds=(10, 20)))
-    place = save_results(result, tmp_path / "eval", {"model": "tiny"})
-    assert place == tmp_path / "eval" / "words" / "t1-n12-plain"
-    assert sorted(path.name for path in place.iterdir()) == [
+    directory = save_results(result, tmp_path / "eval", {"model": "tiny"})
+    assert directory == tmp_path / "eval" / "words" / "t1-n12-plain"
+    assert sorted(path.name for path in directory.iterdir()) == [
         "manifest.json",
         "predictions-seed10.jsonl",
         "predictions-seed20.jsonl",
         "results.json",
     ]
-    told = json.loads((place / "results.json").read_text(encoding="utf-8"))
-    assert told["model"] == "tiny"
-    assert told["settings"]["seeds"] == [10, 20]
-    assert told["rouge_l"] == result.as_json()["rouge_l"]
-    lines = [json.loads(line) for line in (place / "predictions-seed20.jsonl").read_text(encoding="utf-8").splitlines()]
+    report = json.loads((directory / "results.json").read_text(encoding="utf-8"))
+    assert report["model"] == "tiny"
+    assert report["settings"]["seeds"] == [10, 20]
+    assert report["rouge_l"] == result.as_json()["rouge_l"]
+    lines = [
+        json.loads(line) for line in (directory / "predictions-seed20.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [line["prompt"] for line in lines] == WORDS
-    assert sum(line["rouge_l"] for line in lines) / 12 == pytest.approx(told["rouge_l"]["seeds"]["20"])
-    again = corpus("error_rate", [line["output"] for line in lines], [line["references"] for line in lines])
-    assert again == pytest.approx(told["error_rate"]["seeds"]["20"])
+    assert sum(line["rouge_l"] for line in lines) / 12 == pytest.approx(report["rouge_l"]["seeds"]["20"])
+    recomputed = corpus("error_rate", [line["output"] for line in lines], [line["references"] for line in lines])
+    assert recomputed == pytest.approx(report["error_rate"]["seeds"]["20"])
 
 
-def test_the_same_again_replaces_its_own_files_and_no_others(model, encoder, tmp_path):
-    place = save_results(evaluate_suite(model, encoder, suite_of(), config(seeds=(10, 20))), tmp_path)
-    (place / "notes.txt").write_text("mine", encoding="utf-8")
+def test_repeated_evaluation_replaces_only_its_files(model, encoder, tmp_path):
+    directory = save_results(evaluate_suite(model, encoder, suite_of(), config(seeds=(10, 20))), tmp_path)
+    (directory / "notes.txt").write_text("user file", encoding="utf-8")
     other = save_results(evaluate_suite(model, encoder, suite_of(), config(greedy=True)), tmp_path)
-    assert other != place, "other settings, another directory"
-    assert save_results(evaluate_suite(model, encoder, suite_of(), config(seeds=(10,))), tmp_path) == place
-    assert sorted(path.name for path in place.iterdir()) == [
+    assert other != directory, "other settings have another directory"
+    assert save_results(evaluate_suite(model, encoder, suite_of(), config(seeds=(10,))), tmp_path) == directory
+    assert sorted(path.name for path in directory.iterdir()) == [
         "manifest.json",
         "notes.txt",
         "predictions-seed10.jsonl",
@@ -306,25 +307,25 @@ def test_the_same_again_replaces_its_own_files_and_no_others(model, encoder, tmp
     ]
 
 
-def test_settings_have_names_a_person_can_read():
+def test_settings_label_is_readable():
     assert settings_label(EvalConfig(), "auto") == "t1"
     assert settings_label(EvalConfig(temperature=0.5, top_p=0.9, limit=10), "auto") == "t0.5-p0.9-limit10"
     assert settings_label(EvalConfig(greedy=True, top_p=0.9, max_new_tokens=64), "plain") == "greedy-n64-plain"
     assert settings_label(EvalConfig(temperature=0), "auto") == "greedy"
 
 
-def test_a_place_that_cannot_be_written_is_found_before_the_work(model, encoder, tmp_path):
+def test_unwritable_output_is_found_before_evaluation(model, encoder, tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(StorageError, match="cannot write to"):
+    with raises_code("storage.failed", str(tmp_path / "file" / "eval")):
         check_results_writable(tmp_path / "file" / "eval")
     check_results_writable(tmp_path / "new" / "eval")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"], "trying leaves nothing behind"
-    with pytest.raises(StorageError, match="--output"):
+    assert [path.name for path in tmp_path.iterdir()] == ["file"], "the check leaves no files"
+    with raises_code("storage.failed", "--output"):
         save_results(evaluate_suite(model, encoder, suite_of(), config(greedy=True)), tmp_path / "file")
 
 
-def test_a_run_tells_in_which_precision_each_model_answered(tmp_path):
-    """The student with its float32 weights, whatever it was trained in; `eval` may well take another."""
+def test_report_names_the_precision_of_each_model(tmp_path):
+    """Check that the student is evaluated with its float32 weights, independent of the training dtype."""
     recipe = Recipe(
         teacher={"dtype": "bf16"}, student={"dtype": "bf16"}, eval={"report_rows": 2, "metrics": ["exact_match"]}
     )
@@ -334,11 +335,11 @@ def test_a_run_tells_in_which_precision_each_model_answered(tmp_path):
         pair = SimpleNamespace(teacher=teacher)
         run = SimpleNamespace(
             recipe=recipe, student=student, pair=pair, device=torch.device("cpu"),
-            valid=_Held(rows), valid_rows=SimpleNamespace(name="v"),
+            valid=_HeldOut(rows), valid_rows=SimpleNamespace(name="v"),
         )  # fmt: skip
-        told = Report(run, tmp_path, silent).measured_on
-        assert told == f"valid CE on 3 held-out rows; scores on the first 2 of them, sampled at T = 1, in {precision}"
+        report = Report(run, tmp_path, silent).measured_on
+        assert report == f"valid CE on 3 held-out rows; scores on the first 2 of them, sampled at T = 1, in {precision}"
 
 
-class _Held(list):
+class _HeldOut(list):
     rows = property(list)

@@ -1,4 +1,4 @@
-"""Records of every format are read into the rows they stand for, or refused by name."""
+"""Test that records of every format are read into the right rows or rejected with a reason."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ READ: dict[str, list[tuple[dict, dict]]] = {
             {"prompt": json.dumps([USER]), "completion": json.dumps([HELLO])},
             {"messages": [USER], "answer": HELLO, "references": ("hello",)},
         ),
-        # What is in the prompt is not trained on, what is in the completion is.
+        # Answers in the prompt are not trained on, those in the completion are.
         (
             {"prompt": [USER, HELLO, MORE], "completion": [BYE, MORE, HELLO]},
             {
@@ -141,7 +141,7 @@ READ: dict[str, list[tuple[dict, dict]]] = {
     ],
     "prompt-completion": [
         ({"prompt": "hi", "completion": "hello"}, {"prompt": "hi", "references": ("hello",)}),
-        # Text that only looks like messages stays text.
+        # Text that looks like messages stays text.
         ({"prompt": "[1]", "completion": '["a"]'}, {"prompt": "[1]", "references": ('["a"]',)}),
         ({"prompt": "hi", "completion": json.dumps([HELLO])}, {"prompt": "hi", "references": (json.dumps([HELLO]),)}),
     ],
@@ -174,7 +174,7 @@ READ: dict[str, list[tuple[dict, dict]]] = {
             {"instruction": "Add.", "output": "2", "tools": [TOOL]},
             {"instruction": "Add.", "references": ("2",), "tools": [TOOL]},
         ),
-        # A passage of its own, in another column, is no document of a chat template.
+        # A `documents` column of an instruction row is not passed to the chat template.
         ({"instruction": "Add.", "output": "2", "documents": ["a"]}, {"instruction": "Add.", "references": ("2",)}),
     ],
     "question-answer": [
@@ -220,8 +220,8 @@ def cases(table: dict) -> Iterator:
 
 
 @pytest.mark.parametrize(("record", "expected", "name"), list(cases(READ)))
-def test_a_record_is_read_into_its_row(record, expected, name):
-    untouched = json.dumps(record)
+def test_record_is_read_into_its_row(record, expected, name):
+    record_before = json.dumps(record)
     row = parse(record, "a:1", ColumnsConfig())
     fields = (
         expected
@@ -229,7 +229,7 @@ def test_a_record_is_read_into_its_row(record, expected, name):
         else {f: getattr(expected, f) for f in ("messages", "answer", "references")}
     )
     assert row == Row(**fields, where="a:1", format=name)
-    assert json.dumps(record) == untouched
+    assert json.dumps(record) == record_before
 
 
 @pytest.mark.parametrize(
@@ -244,77 +244,67 @@ def test_a_record_is_read_into_its_row(record, expected, name):
         ({"system_prompt": "", "question": "hi"}, "OpenOrca"),
     ],
 )
-def test_a_prompt_alone_is_enough_where_no_response_is_needed(record, name):
+def test_prompt_without_response_is_read_if_not_required(record, name):
     row = parse(record, "a:1", ColumnsConfig(), require_output=False)
     assert (row.format, row.answer, row.references) == (name, None, ())
-    with pytest.raises(BadRow, match="no response column"):
+    with pytest.raises(BadRow):
         parse(record, "a:1", ColumnsConfig())
 
 
 @pytest.mark.parametrize(
-    ("record", "what"),
+    ("record", "mentions"),
     [
-        ({"messages": [USER, {"role": "assistant", "content": None}]}, "message 2: `content` must be text, found null"),
-        ({"messages": [USER, {"role": "assistant"}]}, "message 2: `content` must be text, found null"),
-        (
-            {"messages": [USER, {"role": "assistant", "content": 3}]},
-            r"`content` must be text or a list of parts, .*\(3\)",
-        ),
-        ({"messages": [{"content": "a"}, HELLO]}, "message 1: `role` must be text, found null"),
-        ({"messages": [USER, HELLO | {"weight": 0.5}]}, r"message 2: `weight` must be 0 or 1, found a number \(0.5\)"),
-        ({"messages": [USER, HELLO | {"weight": True}]}, "message 2: `weight` must be 0 or 1, found true"),
-        ({"messages": [USER, HELLO | {"train": 1}]}, r"message 2: `train` must be true or false, found a number \(1\)"),
-        ({"messages": [USER, HELLO | {"tool_calls": [3]}]}, "message 2: `tool_calls` must be a list of objects"),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, ("message 2", "`content`", "null")),
+        ({"messages": [USER, {"role": "assistant"}]}, ("message 2", "`content`", "null")),
+        ({"messages": [USER, {"role": "assistant", "content": 3}]}, ("`content`", "(3)")),
+        ({"messages": [{"content": "a"}, HELLO]}, ("message 1", "`role`", "null")),
+        ({"messages": [USER, HELLO | {"weight": 0.5}]}, ("message 2", "`weight`", "(0.5)")),
+        ({"messages": [USER, HELLO | {"weight": True}]}, ("message 2", "`weight`", "true")),
+        ({"messages": [USER, HELLO | {"train": 1}]}, ("message 2", "`train`", "(1)")),
+        ({"messages": [USER, HELLO | {"tool_calls": [3]}]}, ("message 2", "`tool_calls`")),
         (
             {"messages": [USER, {"role": "user", "content": [{"type": "image"}]}, HELLO]},
-            r"image parts are not supported \(message 2\)",
+            ("message 2", "image parts"),
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}, HELLO]},
-            r"input_audio parts are not supported \(message 1\)",
+            ("message 1", "input_audio"),
         ),
-        (
-            {"messages": [{"role": "user", "content": ["a"]}, HELLO]},
-            "message 1: part 1 must be an object with a `type`",
-        ),
-        ({"messages": [USER, {"role": "user", "content": "\ud800"}, HELLO]}, "message 2 holds half of a character"),
-        ({"messages": "[{]"}, "column `messages` is not JSON"),
-        ({"messages": [USER, HELLO], "tools": {"a": 1}}, "column `tools` must be a list of objects, found an object"),
-        ({"messages": [USER, HELLO], "tools": '"a"'}, "column `tools` must be a list of objects, found text"),
-        ({"messages": [USER, HELLO], "tools": "[{"}, "column `tools` is not JSON"),
-        (
-            {"messages": [USER, HELLO], "documents": ["a"]},
-            "column `documents` must be a list of objects, found a list with text in it",
-        ),
-        (
-            {"messages": [USER, HELLO], "chat_template_kwargs": [1]},
-            "column `chat_template_kwargs` must be an object, found a list",
-        ),
+        ({"messages": [{"role": "user", "content": ["a"]}, HELLO]}, ("message 1", "part 1", "`type`")),
+        ({"messages": [USER, {"role": "user", "content": "\ud800"}, HELLO]}, ("message 2",)),
+        ({"messages": "[{]"}, ("`messages`", "JSON")),
+        ({"messages": [USER, HELLO], "tools": {"a": 1}}, ("`tools`", "an object")),
+        ({"messages": [USER, HELLO], "tools": '"a"'}, ("`tools`", "text")),
+        ({"messages": [USER, HELLO], "tools": "[{"}, ("`tools`", "JSON")),
+        ({"messages": [USER, HELLO], "documents": ["a"]}, ("`documents`", "text")),
+        ({"messages": [USER, HELLO], "chat_template_kwargs": [1]}, ("`chat_template_kwargs`", "list")),
         (
             {"conversations": [{"from": "narrator", "value": "a"}, GPT]},
-            "message 1: `from` must be one of human, .*`narrator`",
+            ("message 1", "`from`", "human", "`narrator`"),
         ),
-        ({"conversations": [HUMAN, {"from": "gpt"}]}, "message 2: `content` must be text, found null"),
-        ({"conversations": [HUMAN, {"from": "function_call", "value": "x"}]}, "message 2: a function call is not JSON"),
-        ({"prompt": [USER], "completion": [USER]}, "column `completion` must end with a message of the assistant"),
-        ({"chosen": [USER], "rejected": [USER]}, "column `chosen` must end with a message of the assistant"),
-        ({"chosen": [HELLO], "rejected": [BYE]}, "an empty prompt"),
-        ({"chosen": "a", "rejected": "b"}, "an empty prompt"),
-        ({"instruction": "a", "output": "b", "history": [["a"]]}, "column `history` must be a list of pairs of texts"),
-        ({"instruction": "a", "output": "b", "system": 3}, r"column `system` must be text, found a number \(3\)"),
-        ({"text": "a", "output": "b"}, "no prompt column beside `output`"),
-        ({"text": " "}, r"an empty text \(column `text`\)"),
-        ({"images": ["a.jpg"], "messages": [USER, HELLO]}, r"images are not supported \(column `images`\)"),
-        ({"image": "a.jpg", "conversations": [HUMAN, GPT]}, r"images are not supported \(column `image`\)"),
-        ({"prompt": UnreadableValue("is not UTF-8"), "completion": "b"}, "column `prompt` is not UTF-8"),
+        ({"conversations": [HUMAN, {"from": "gpt"}]}, ("message 2", "`content`", "null")),
+        ({"conversations": [HUMAN, {"from": "function_call", "value": "x"}]}, ("message 2", "JSON")),
+        ({"prompt": [USER], "completion": [USER]}, ("`completion`", "assistant")),
+        ({"chosen": [USER], "rejected": [USER]}, ("`chosen`", "assistant")),
+        ({"chosen": [HELLO], "rejected": [BYE]}, ("prompt",)),
+        ({"chosen": "a", "rejected": "b"}, ("prompt",)),
+        ({"instruction": "a", "output": "b", "history": [["a"]]}, ("`history`",)),
+        ({"instruction": "a", "output": "b", "system": 3}, ("`system`", "(3)")),
+        ({"text": "a", "output": "b"}, ("`output`",)),
+        ({"text": " "}, ("`text`",)),
+        ({"images": ["a.jpg"], "messages": [USER, HELLO]}, ("`images`",)),
+        ({"image": "a.jpg", "conversations": [HUMAN, GPT]}, ("`image`",)),
+        ({"prompt": UnreadableValue("is not UTF-8"), "completion": "b"}, ("`prompt`", "UTF-8")),
     ],
 )
-def test_what_is_wrong_is_named(record, what):
-    with pytest.raises(BadRow, match=f"^.*{what}"):
+def test_invalid_record_is_rejected(record, mentions):
+    with pytest.raises(BadRow) as caught:
         parse(record, "a:1", ColumnsConfig())
+    for mention in mentions:
+        assert mention in str(caught.value)
 
 
-def test_columns_that_are_read_are_known():
+def test_read_row_returns_the_columns_it_uses():
     record = {
         "id": 1,
         "text": "x",
@@ -342,66 +332,66 @@ def test_columns_that_are_read_are_known():
     assert read_row(record, "a:1", ColumnsConfig())[1] == {"messages", "tools"}
 
 
-def test_rows_ask_the_same_whatever_their_answers():
+def test_row_key_does_not_depend_on_the_answer():
     def key(**record) -> str:
         return parse(record, "a:1", ColumnsConfig(), require_output="text" in record).key
 
     assert key(messages=[USER, HELLO]) == key(messages=[USER, BYE]) == key(messages=[USER]) == key(prompt=[USER])
-    assert key(messages=[USER, HELLO, MORE]) == key(prompt=[USER, HELLO, MORE]), "weights do not change what is asked"
+    assert key(messages=[USER, HELLO, MORE]) == key(prompt=[USER, HELLO, MORE]), "weights do not change the key"
     assert len({key(messages=[USER]), key(messages=[SYSTEM, USER]), key(messages=[USER], tools=[TOOL])}) == 3
     kwargs = [{"enable_thinking": True}, {"enable_thinking": False}]
     assert len({key(messages=[USER], chat_template_kwargs=one) for one in kwargs}) == 2
     assert key(text="a") != key(text="b")
-    # Digests of stored evaluations contain these.
+    # Digests of stored evaluations depend on these keys.
     assert key(messages=[USER]) == json.dumps([USER])
     assert key(instruction="a", input="b") == '["a", "b"]'
 
 
-def test_the_format_and_the_columns_that_are_not_read_are_named_once(tmp_path):
-    said = []
+def test_formats_and_unused_columns_are_reported_once(tmp_path):
+    events = []
     path = tmp_path / "train.jsonl"
     records = [{"id": i, "messages": [USER | {"content": f"{i}"}, HELLO]} for i in range(20)]
     records += [{"prompt": f"{i}", "completion": "x", "source": "web"} for i in range(5)]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    rows = load_rows(DataConfig(source=str(path)), "train", listener=said.append)
-    load_rows(DataConfig(source=str(path)), "valid", listener=said.append)
-    assert said == [
+    rows = load_rows(DataConfig(source=str(path)), "train", listener=events.append)
+    load_rows(DataConfig(source=str(path)), "valid", listener=events.append)
+    assert events == [
         Note(
             "train.jsonl: 25 rows, 20 conversational language modeling, 5 prompt-completion (messages, prompt, completion)"
         ),
         Note("train.jsonl: columns not read: id (80 % of rows), source (20 %)"),
-        Note("train.jsonl has no held-out rows of its own: 1 of its 25 is kept for validation"),
+        Note("train.jsonl has no held-out rows: 1 of its 25 is held out for validation"),
     ]
     assert sum(rows.formats.values()) == 24
 
 
-def test_skipping_bad_rows_covers_every_refusal(tmp_path):
+def test_skip_bad_rows_skips_every_invalid_row(tmp_path):
     path = tmp_path / "a.jsonl"
-    bad = [
+    invalid = [
         {"messages": [USER, HELLO | {"weight": 2}]},
         {"messages": [USER, HELLO], "tools": "x"},
         {"conversations": [{"from": "x"}]},
         {"images": ["a.jpg"], "messages": [USER, HELLO]},
         {"text": ""},
     ]
-    path.write_text("".join(json.dumps(record) + "\n" for record in [*bad, {"messages": [USER, HELLO]}]))
+    path.write_text("".join(json.dumps(record) + "\n" for record in [*invalid, {"messages": [USER, HELLO]}]))
     rows = load_rows(DataConfig(source=str(path), skip_bad_rows=True), "test")
     assert [row.where for row in rows] == ["a.jsonl:6"]
-    assert len(rows.skipped) == len(bad)
+    assert len(rows.skipped) == len(invalid)
 
 
 @pytest.fixture
-def cases_of_the_field(shared_data) -> Path:
-    place = shared_data.parent / "cases"
-    if not place.is_dir():
-        pytest.skip(f"no cases at {place}")
-    return place
+def sample_files(shared_data) -> Path:
+    directory = shared_data.parent / "cases"
+    if not directory.is_dir():
+        pytest.skip(f"no cases at {directory}")
+    return directory
 
 
-def test_the_cases_of_the_field_load(cases_of_the_field):
+def test_sample_files_load(sample_files):
     formats = {
         path.name: load_rows(DataConfig(source=str(path)), "test").format_summary
-        for path in sorted(cases_of_the_field.iterdir())
+        for path in sorted(sample_files.iterdir())
     }
     conversation = "conversational language modeling"
     assert formats == {

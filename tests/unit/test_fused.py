@@ -1,4 +1,4 @@
-"""The fused loss against the plain one it replaces: whole logits, the papers' definitions, autograd, float64."""
+"""Test the fused loss against the loss on whole logits: the papers' definitions, autograd, float64."""
 
 import subprocess
 import sys
@@ -24,12 +24,12 @@ from distillm_cli.losses.weights import LossWeights, TokenWeights
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.training.events import Note
 from distillm_cli.types import collate
-from tests import plain, tiny
+from tests import reference_divergences, tiny
 
 N, D, D_TEACHER, V = 11, 6, 9, 17
 NAMES = list(plugins.divergences)
-NUMBERS_WITHIN = {"akl", "taid"}  # parts of them are taken as numbers, which no difference quotient can know
-# What a head may do beside the product: (bias, scale, softcap).
+WITH_DETACHED_PARTS = {"akl", "taid"}  # parts of them are detached, so finite differences do not match
+# Options of a head: (bias, scale, softcap).
 HEADS = {
     "plain": (False, 1.0, None),
     "bias": (True, 1.0, None),
@@ -37,7 +37,7 @@ HEADS = {
     "softcap": (False, 1.0, 2.5),
     "all": (True, 0.7, 2.5),
 }
-TERMS = {"kd": LossWeights(1.0, 0.0), "ce": LossWeights(0.0, 1.0), "both": LossWeights(0.7, 0.3)}
+WEIGHTS = {"kd": LossWeights(1.0, 0.0), "ce": LossWeights(0.0, 1.0), "both": LossWeights(0.7, 0.3)}
 
 
 @dataclass
@@ -59,7 +59,7 @@ def rand(*shape, seed, dtype=torch.float64):
 
 
 def setting(kind="plain", n=N, v=V):
-    """Everything in float64: student's hidden states and head, teacher's hidden states and head, targets."""
+    """Return student hidden states and head, teacher hidden states and head, and targets, in float64."""
     bias, scale, softcap = HEADS[kind]
     bias_V = rand(v, seed=3).requires_grad_() if bias else None
     head = Head(rand(v, D, seed=2).requires_grad_(), bias_V, scale, softcap)
@@ -68,12 +68,14 @@ def setting(kind="plain", n=N, v=V):
     return rand(n, D, seed=1).requires_grad_(), head, rand(n, D_TEACHER, seed=4), teacher_head, targets
 
 
-def plain_loss(name, hidden, head, teacher_hidden, teacher_head, targets, terms, weights=None, dtype=torch.float64):
-    """Five lines: whole logits, softmax, the definition, autograd."""
+def plain_loss(
+    name, hidden, head, teacher_hidden, teacher_head, targets, loss_weights, weights=None, dtype=torch.float64
+):
+    """Return the loss by its definition: whole logits, softmax, divergence, autograd."""
     z, zt = head.logits(hidden).to(dtype), teacher_head.logits(teacher_hidden).to(dtype)
-    value = terms.kd * plain.divergence(name, zt.softmax(-1), z.softmax(-1), targets=targets)
-    if terms.ce:
-        value = value + terms.ce * F.cross_entropy(z, targets, reduction="none")
+    value = loss_weights.kd * reference_divergences.divergence(name, zt.softmax(-1), z.softmax(-1), targets=targets)
+    if loss_weights.ce:
+        value = value + loss_weights.ce * F.cross_entropy(z, targets, reduction="none")
     return (value if weights is None else value * weights).sum()
 
 
@@ -81,46 +83,48 @@ def make(name):
     return build_divergence(schema.ObjectiveConfig(divergence=name))
 
 
-def ours(name, hidden, head, teacher_hidden, teacher_head, targets, terms=TERMS["kd"], **more):
-    teacher = {"teacher_hidden_ND": teacher_hidden, "teacher_head": teacher_head} if terms.kd else {}
-    terms = replace(terms, divergence=make(name) if terms.kd else None)
-    return fused_loss(hidden, head, targets, weights=terms, **teacher, **more)
+def fused_loss_of(name, hidden, head, teacher_hidden, teacher_head, targets, loss_weights=WEIGHTS["kd"], **more):
+    teacher = {"teacher_hidden_ND": teacher_hidden, "teacher_head": teacher_head} if loss_weights.kd else {}
+    loss_weights = replace(loss_weights, divergence=make(name) if loss_weights.kd else None)
+    return fused_loss(hidden, head, targets, weights=loss_weights, **teacher, **more)
 
 
 @pytest.mark.parametrize("kind", HEADS)
-@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("loss_weights", WEIGHTS)
 @pytest.mark.parametrize("name", NAMES)
-def test_values_and_all_gradients_are_those_of_the_definition(name, terms, kind, monkeypatch):
-    """Every divergence, every kind of head, with and without cross-entropy and weights; in chunks, in parts, and whole."""
-    this, terms = setting(kind), TERMS[terms]
-    leaves = [this[0], this[1].weight_VD] + ([this[1].bias_V] if this[1].bias_V is not None else [])
+def test_value_and_gradients_match_the_definition(name, loss_weights, kind, monkeypatch):
+    """Check every divergence and head, with and without cross-entropy and token weights, for several chunk sizes."""
+    inputs, loss_weights = setting(kind), WEIGHTS[loss_weights]
+    leaves = [inputs[0], inputs[1].weight_VD] + ([inputs[1].bias_V] if inputs[1].bias_V is not None else [])
     for weights in (None, torch.rand(N, dtype=torch.float64)):
-        expected = plain_loss(name, *this, terms, weights)
+        expected = plain_loss(name, *inputs, loss_weights, weights)
         expected_grads = torch.autograd.grad(expected, leaves)
-        for chunk, table_rows, piece in ((1, 1, 5), (4, 3, 5), (100, 2, 100), (100, 100, 4)):
+        for chunk, table_rows, vocab_slice in ((1, 1, 5), (4, 3, 5), (100, 2, 100), (100, 100, 4)):
             monkeypatch.setitem(fused._TABLE_BYTES, "cpu", 8 * V * table_rows)
-            monkeypatch.setattr(fused, "_VOCAB_SLICE", piece)
-            total = ours(name, *this, terms, token_weights=TokenWeights(weights_N=weights), chunk=chunk)
+            monkeypatch.setattr(fused, "_VOCAB_SLICE", vocab_slice)
+            total = fused_loss_of(
+                name, *inputs, loss_weights, token_weights=TokenWeights(weights_N=weights), chunk=chunk
+            )
             assert_close(total, expected)
             for grad, reference in zip(torch.autograd.grad(total, leaves), expected_grads, strict=True):
                 assert_close(grad, reference)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in NUMBERS_WITHIN])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in WITH_DETACHED_PARTS])
 def test_gradcheck_in_float64(name):
     hidden, head, teacher_hidden, teacher_head, targets = setting("all")
 
     def loss(hidden, weight, bias):
         h = Head(weight, bias, head.scale, head.softcap)
-        return ours(name, hidden, h, teacher_hidden, teacher_head, targets, LossWeights(0.8, 0.2), chunk=4)
+        return fused_loss_of(name, hidden, h, teacher_hidden, teacher_head, targets, LossWeights(0.8, 0.2), chunk=4)
 
     assert torch.autograd.gradcheck(loss, (hidden, head.weight_VD, head.bias_V))
 
 
-def test_backward_twice_gives_the_gradient_twice():
-    """The first backward gives its tables away; who keeps the graph has them computed again."""
+def test_second_backward_doubles_the_gradient():
+    """Check that gradient tables, released by the first backward pass, are computed again with retain_graph."""
     hidden, head, *rest = setting()
-    total = ours("skl", hidden, head, *rest)
+    total = fused_loss_of("skl", hidden, head, *rest)
     (3 * total).backward(retain_graph=True)
     once = hidden.grad.clone(), head.weight_VD.grad.clone()
     (3 * total).backward()
@@ -128,69 +132,80 @@ def test_backward_twice_gives_the_gradient_twice():
     assert_close(head.weight_VD.grad, 2 * once[1])
 
 
-@pytest.mark.parametrize("factor", [1.0, 3.0], ids=["as it is", "and once more"])
+@pytest.mark.parametrize("factor", [1.0, 3.0], ids=["1", "3"])
 @pytest.mark.parametrize("kind", HEADS)
-def test_a_scaled_loss_is_the_loss_scaled(kind, factor):
-    """Written into the head's gradient chunk by chunk, or applied to the result: the same."""
+def test_scale_multiplies_loss_and_gradients(kind, factor):
+    """Check a scale that is applied chunk by chunk to the head's gradient against one that is applied to the loss."""
     hidden, head, *rest = setting(kind)
     inputs = [hidden, head.weight_VD, *([] if head.bias_V is None else [head.bias_V])]
-    scaled = ours("skl", hidden, head, *rest, terms=TERMS["both"], chunk=3, scale=0.125)
-    plain_ = ours("skl", hidden, head, *rest, terms=TERMS["both"], chunk=3)
-    assert scaled.item() == pytest.approx(0.125 * plain_.item(), rel=1e-12)
-    mine, own = torch.autograd.grad(scaled * factor, inputs), torch.autograd.grad(plain_ * 0.125 * factor, inputs)
-    for found, expected in zip(mine, own, strict=True):
+    scaled = fused_loss_of("skl", hidden, head, *rest, loss_weights=WEIGHTS["both"], chunk=3, scale=0.125)
+    unscaled = fused_loss_of("skl", hidden, head, *rest, loss_weights=WEIGHTS["both"], chunk=3)
+    assert scaled.item() == pytest.approx(0.125 * unscaled.item(), rel=1e-12)
+    scaled_grads, unscaled_grads = (
+        torch.autograd.grad(scaled * factor, inputs),
+        torch.autograd.grad(unscaled * 0.125 * factor, inputs),
+    )
+    for found, expected in zip(scaled_grads, unscaled_grads, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
     logits = rand(7, V, seed=9).requires_grad_()
-    given = ours("kl", logits, Head(None), rand(7, V, seed=10), Head(None), rest[2][:7].repeat(2)[:7], scale=0.125)
-    again = ours("kl", logits, Head(None), rand(7, V, seed=10), Head(None), rest[2][:7].repeat(2)[:7])
+    scaled_logits_loss = fused_loss_of(
+        "kl", logits, Head(None), rand(7, V, seed=10), Head(None), rest[2][:7].repeat(2)[:7], scale=0.125
+    )
+    unscaled_logits_loss = fused_loss_of(
+        "kl", logits, Head(None), rand(7, V, seed=10), Head(None), rest[2][:7].repeat(2)[:7]
+    )
     torch.testing.assert_close(
-        *(torch.autograd.grad(x, logits)[0] for x in (given, again * 0.125)), rtol=1e-12, atol=1e-14
+        *(torch.autograd.grad(x, logits)[0] for x in (scaled_logits_loss, unscaled_logits_loss * 0.125)),
+        rtol=1e-12,
+        atol=1e-14,
     )
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_log_probabilities_of_the_targets(kind):
+def test_target_log_probs_match_log_softmax(kind):
     hidden, head, _, _, targets = setting(kind)
     found = target_log_probs(hidden, head, targets, chunk=3)
     assert_close(found, head.logits(hidden).log_softmax(-1)[torch.arange(N), targets].detach())
     assert not found.requires_grad
 
 
-@pytest.mark.parametrize("terms", TERMS)
-def test_a_head_without_a_weight_takes_the_hidden_states_as_logits(terms):
-    """The fallback for heads the fused path does not know: logits in, the same loss out, gradient in the logits."""
+@pytest.mark.parametrize("loss_weights", WEIGHTS)
+def test_head_without_weight_uses_logits(loss_weights):
+    """Check the fallback for unknown heads: logits instead of hidden states, the same loss, gradients of the logits."""
     _, _, teacher_hidden, teacher_head, targets = setting()
     logits = rand(N, V, seed=9).requires_grad_()
     before = logits.detach().clone()
-    expected = plain_loss("skl", logits, Head(None), teacher_hidden, teacher_head, targets, TERMS[terms])
-    total = ours("skl", logits, Head(None), teacher_hidden, teacher_head, targets, TERMS[terms], chunk=2)
+    expected = plain_loss("skl", logits, Head(None), teacher_hidden, teacher_head, targets, WEIGHTS[loss_weights])
+    total = fused_loss_of(
+        "skl", logits, Head(None), teacher_hidden, teacher_head, targets, WEIGHTS[loss_weights], chunk=2
+    )
     assert_close(total, expected)
     assert_close(*(torch.autograd.grad(x, logits)[0] for x in (total, expected)))
     assert torch.equal(logits, before)
 
 
-def test_a_teacher_without_a_weight_gives_logits_too():
+def test_teacher_head_without_weight_uses_logits():
     hidden, head, _, _, targets = setting()
     logits = rand(N, V, seed=9)
     assert_close(
-        ours("srkl", hidden, head, logits, Head(None), targets, chunk=3),
-        plain_loss("srkl", hidden, head, logits, Head(None), targets, TERMS["kd"]),
+        fused_loss_of("srkl", hidden, head, logits, Head(None), targets, chunk=3),
+        plain_loss("srkl", hidden, head, logits, Head(None), targets, WEIGHTS["kd"]),
     )
 
 
-def test_a_batch_without_supervised_tokens_gives_zero_with_a_graph():
+def test_batch_without_targets_has_zero_loss_and_gradient():
     _, head, _, teacher_head, _ = setting("bias")
     hidden = torch.zeros(0, D, dtype=torch.float64, requires_grad=True)
     nothing = torch.zeros(0, D_TEACHER, dtype=torch.float64)
-    total = ours("skl", hidden, head, nothing, teacher_head, torch.zeros(0, dtype=torch.long))
+    total = fused_loss_of("skl", hidden, head, nothing, teacher_head, torch.zeros(0, dtype=torch.long))
     total.backward()
     assert total.item() == 0
     assert not head.weight_VD.grad.any()
     assert not head.bias_V.grad.any()
 
 
-class Watched(TorchDispatchMode):
-    """Every operation by name; every new tensor is weighed, and refused where ``full`` says that memory has run out."""
+class RecordedOperations(TorchDispatchMode):
+    """Record operations by name, and raise ``error`` at each one for which ``full(count, size)`` is true."""
 
     def __init__(self, full=lambda count, size: False, error=MemoryError):
         super().__init__()
@@ -209,15 +224,15 @@ class Watched(TorchDispatchMode):
         return sum("mm" in name for name in self.names)
 
 
-def test_nothing_is_computed_for_what_needs_no_gradient():
-    """Products of a chunk: two to logits, one back to the hidden states, one per piece to the head's weight."""
+def test_unneeded_gradients_are_not_computed():
+    """Count matrix products per chunk: two for logits, one for hidden-state gradients, one for the head's gradient."""
     hidden, head, teacher_hidden, teacher_head, targets = setting("bias")
 
     def products(hidden_grad, weight_grad):
         states, frozen = hidden.detach().clone(), Head(head.weight_VD.detach().clone(), head.bias_V.detach())
         states.requires_grad_(hidden_grad), frozen.weight_VD.requires_grad_(weight_grad)
-        with Watched() as seen:
-            total = ours("skl", states, frozen, teacher_hidden, teacher_head, targets)
+        with RecordedOperations() as seen:
+            total = fused_loss_of("skl", states, frozen, teacher_hidden, teacher_head, targets)
         if total.requires_grad:
             total.backward()
         assert (states.grad is not None, frozen.weight_VD.grad is not None) == (hidden_grad, weight_grad)
@@ -230,20 +245,22 @@ def test_nothing_is_computed_for_what_needs_no_gradient():
         assert products(False, False) == 2
 
 
-def test_under_no_grad_there_is_the_value_and_nothing_else():
-    this = setting("bias")
-    with torch.no_grad(), Watched() as seen:
-        value = ours("skl", *this, LossWeights(0.5, 0.5))
+def test_no_grad_computes_only_the_value():
+    inputs = setting("bias")
+    with torch.no_grad(), RecordedOperations() as seen:
+        value = fused_loss_of("skl", *inputs, LossWeights(0.5, 0.5))
     assert seen.products == 2
     assert not value.requires_grad
-    assert_close(value, ours("skl", *this, LossWeights(0.5, 0.5)).detach())
+    assert_close(value, fused_loss_of("skl", *inputs, LossWeights(0.5, 0.5)).detach())
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_bf16_products_are_as_good_as_the_textbook_loss_in_bf16(name):
-    """Heads in bf16, softmax in float32. Measured against float64: value within 0.03 %, gradients within 1.4 % of their norm
-    (tvd, whose gradient jumps where p = q: 5.4 %), which is the rounding of the logits: whole logits under autocast have
-    the same error to the third digit."""
+def test_bf16_error_is_that_of_whole_logits(name):
+    """Compare errors against float64, with heads in bf16 and softmax in float32.
+
+    The value is within 0.03%, gradients within 1.4% of their norm (5.4% for tvd, whose gradient jumps where p = q). This is
+    the rounding of the logits: whole logits under autocast have the same error to three digits.
+    """
     n, d, v = 96, 128, 3000
     tables = [rand(n, d, seed=1), 2 * rand(v, d, seed=2) / d**0.5, rand(n, d, seed=3), 2 * rand(v, d, seed=4) / d**0.5]
     targets, bound = torch.randint(0, v, (n,)), 0.06 if name == "tvd" else 0.015
@@ -252,46 +269,46 @@ def test_bf16_products_are_as_good_as_the_textbook_loss_in_bf16(name):
         dtype = torch.float64 if low is None else torch.float32
         hidden, weight = (t.to(dtype, copy=True).requires_grad_() for t in tables[:2])
         teacher_hidden, teacher_weight = (t.to(dtype if low is None else torch.bfloat16) for t in tables[2:])
-        this = (hidden, Head(weight), teacher_hidden, Head(teacher_weight), targets)
-        if low == "textbook":
+        inputs = (hidden, Head(weight), teacher_hidden, Head(teacher_weight), targets)
+        if low == "whole logits":
             with torch.autocast("cpu", torch.bfloat16):
-                total = plain_loss(name, *this, TERMS["kd"], dtype=torch.float32)
+                total = plain_loss(name, *inputs, WEIGHTS["kd"], dtype=torch.float32)
         else:
-            total = ours(name, *this, matmul_dtype=None if low is None else torch.bfloat16, chunk=40)
+            total = fused_loss_of(name, *inputs, matmul_dtype=None if low is None else torch.bfloat16, chunk=40)
         total.backward()
         return [t.detach().double() for t in (total, hidden.grad, weight.grad)]
 
-    truth, fast, textbook = run(None), run("fused"), run("textbook")
-    errors, theirs = (
-        [((a - b).norm() / b.norm()).item() for a, b in zip(x, truth, strict=True)] for x in (fast, textbook)
+    exact, fast, whole_logits = run(None), run("fused"), run("whole logits")
+    errors, whole_logits_errors = (
+        [((a - b).norm() / b.norm()).item() for a, b in zip(x, exact, strict=True)] for x in (fast, whole_logits)
     )
     assert errors[0] < 0.001
     assert max(errors[1:]) < bound
-    assert all(e < 1.02 * t for e, t in zip(errors[1:], theirs[1:], strict=True))
+    assert all(e < 1.02 * t for e, t in zip(errors[1:], whole_logits_errors[1:], strict=True))
 
 
-def test_the_gradient_comes_in_the_dtype_of_what_it_is_for():
+def test_gradients_have_the_dtype_of_their_tensor():
     hidden, head, teacher_hidden, teacher_head, targets = setting("bias")
     leaves = [t.detach().bfloat16().requires_grad_() for t in (hidden, head.weight_VD, head.bias_V)]
     teacher_hidden, teacher_weight = teacher_hidden.bfloat16(), teacher_head.weight_VD.bfloat16()
-    total = ours("kl", leaves[0], Head(*leaves[1:]), teacher_hidden, Head(teacher_weight), targets)
+    total = fused_loss_of("kl", leaves[0], Head(*leaves[1:]), teacher_hidden, Head(teacher_weight), targets)
     total.backward()
     assert total.dtype == torch.float32
     assert [leaf.grad.dtype for leaf in leaves] == [torch.bfloat16] * 3
 
 
-def test_the_chunk_is_sized_by_what_its_logits_weigh(monkeypatch):
-    """Chunks of one size, one token at least however large the vocabulary, and one part at least however small."""
+def test_chunk_size_follows_the_memory_budget(monkeypatch):
+    """Check that chunks have equal sizes of at least one token, for any vocabulary."""
     chunks = []
     monkeypatch.setattr(
         fused._Computation, "run", lambda computation, chunk, *_: chunks.append(chunk) or torch.zeros(())
     )
-    this = setting(n=1000)
+    inputs = setting(n=1000)
     for budget, part_rows in ((2**30, 1), (90 * 2 * 8 * V, 1), (1, 1), (2**30, 600)):
         monkeypatch.setattr(fused, "CHUNK_BYTES", budget)
         monkeypatch.setitem(fused._TABLE_BYTES, "cpu", part_rows * 8 * V)
         with torch.no_grad():
-            ours("kl", *this)
+            fused_loss_of("kl", *inputs)
     assert chunks == [250, 84, 1, 500]
 
 
@@ -309,13 +326,15 @@ OUT_OF_MEMORY = [
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["python", "cuda", "linux", "windows"])
 def test_out_of_memory_halves_the_chunk_until_it_fits(error):
-    """64 tokens at once are refused, and 32, and 16; with 8 the loss is what it would have been."""
-    this, halved = setting(n=64, v=64), []
-    leaves = (this[0], this[1].weight_VD)
-    expected = ours("skl", *this)
+    """Check that chunks of 64, 32 and 16 tokens fail, and that the loss with 8 tokens is unchanged."""
+    inputs, halved = setting(n=64, v=64), []
+    leaves = (inputs[0], inputs[1].weight_VD)
+    expected = fused_loss_of("skl", *inputs)
     expected_grads = torch.autograd.grad(expected, leaves)
-    with Watched(full=lambda _, size: size > 5000, error=error) as seen:  # 8 tokens × 64 entries × 8 bytes = 4096
-        total = ours("skl", *this, on_halved=halved.append)
+    with RecordedOperations(
+        full=lambda _, size: size > 5000, error=error
+    ) as seen:  # 8 tokens × 64 entries × 8 bytes = 4096
+        total = fused_loss_of("skl", *inputs, on_halved=halved.append)
     assert halved == [8]
     assert seen.names
     assert_close(total, expected)
@@ -323,66 +342,68 @@ def test_out_of_memory_halves_the_chunk_until_it_fits(error):
         assert_close(grad, reference)
 
 
-def test_wherever_memory_runs_out_nothing_is_counted_twice():
-    """One refusal, at every operation of the loss in turn."""
-    this = setting("bias", n=7)
-    leaves = (this[0], this[1].weight_VD, this[1].bias_V)
-    expected = ours("srkl", *this, TERMS["both"])
+def test_retry_after_out_of_memory_counts_nothing_twice():
+    """Check one failure at each operation of the loss in turn."""
+    inputs = setting("bias", n=7)
+    leaves = (inputs[0], inputs[1].weight_VD, inputs[1].bias_V)
+    expected = fused_loss_of("srkl", *inputs, WEIGHTS["both"])
     expected_grads = torch.autograd.grad(expected, leaves)
-    with Watched() as seen:
-        ours("srkl", *this, TERMS["both"], chunk=4)
+    with RecordedOperations() as seen:
+        fused_loss_of("srkl", *inputs, WEIGHTS["both"], chunk=4)
     first = next(i for i, name in enumerate(seen.names) if "empty" in name)
-    survived = 0
-    for at in range(first + 1, len(seen.names)):
+    retried = 0
+    for position in range(first + 1, len(seen.names)):
         halved = []
-        with Watched(full=lambda count, _, at=at: count == at, error=OUT_OF_MEMORY[2]):
-            total = ours("srkl", *this, TERMS["both"], chunk=4, on_halved=halved.append)
+        with RecordedOperations(full=lambda count, _, position=position: count == position, error=OUT_OF_MEMORY[2]):
+            total = fused_loss_of("srkl", *inputs, WEIGHTS["both"], chunk=4, on_halved=halved.append)
         assert halved in ([2], [])
-        survived += bool(halved)
+        retried += bool(halved)
         assert_close(total, expected)
         for grad, reference in zip(torch.autograd.grad(total, leaves), expected_grads, strict=True):
             assert_close(grad, reference)
-    assert survived > 50
+    assert retried > 50
 
 
-def test_out_of_memory_with_one_token_is_said_and_so_is_any_other_fault():
-    this = setting()
+def test_out_of_memory_at_one_token_and_other_errors_are_raised():
+    inputs = setting()
     with (
-        Watched(full=lambda _, size: size >= V * 8, error=OUT_OF_MEMORY[2]),
+        RecordedOperations(full=lambda _, size: size >= V * 8, error=OUT_OF_MEMORY[2]),
         pytest.raises(RuntimeError, match="allocate"),
     ):
-        ours("kl", *this)
+        fused_loss_of("kl", *inputs)
     with (
-        Watched(full=lambda count, _: count == 5, error=RuntimeError("shapes")),
+        RecordedOperations(full=lambda count, _: count == 5, error=RuntimeError("shapes")),
         pytest.raises(RuntimeError, match="shapes"),
     ):
-        ours("kl", *this)
+        fused_loss_of("kl", *inputs)
 
 
-def test_a_run_says_it_once_and_stays_with_the_smaller_chunk():
+def test_smaller_chunk_is_reported_once_and_reused():
     tokenizer = tiny.tokenizer()
     student, teacher = (
         Backbone(tiny.model(f, len(tokenizer), seed=s), tokenizer) for f, s in (("gpt2", 1), ("llama", 4))
     )
     batch = collate(tiny.sequences([(3, 8), (4, 8)], vocab=len(tokenizer), seed=2))
-    said, teacher_hidden_ND = [], teacher.hidden(batch).detach()
+    events, teacher_hidden_ND = [], teacher.hidden(batch).detach()
     objective = StudentLoss(student, KD(schema.ObjectiveConfig()), teacher_head=teacher.head()).eval()
-    objective.emit = said.append
+    objective.emit = events.append
     expected, _ = objective([batch], teacher_hidden_ND, objective.criterion.held_out)
     refuse = iter([True])
-    with Watched(full=lambda _, size: size == 16 * len(tokenizer) * 4 and next(refuse, False), error=OUT_OF_MEMORY[2]):
+    with RecordedOperations(
+        full=lambda _, size: size == 16 * len(tokenizer) * 4 and next(refuse, False), error=OUT_OF_MEMORY[2]
+    ):
         total, _ = objective([batch], teacher_hidden_ND, objective.criterion.held_out)
-    again, _ = objective([batch], teacher_hidden_ND, objective.criterion.held_out)
+    repeated, _ = objective([batch], teacher_hidden_ND, objective.criterion.held_out)
     assert objective.chunk == 8
-    assert [type(event) for event in said] == [Note]
-    assert "8 tokens" in said[0].text
+    assert [type(event) for event in events] == [Note]
+    assert "8 tokens" in events[0].text
     assert_close(total, expected)
-    assert_close(again, expected)
+    assert_close(repeated, expected)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on the address space")
-def test_the_real_allocator_refusing_is_survived():
-    """The process may not grow by more than 35 MB, and a chunk of 256 tokens would need 41 MB for its logits alone."""
+def test_limited_address_space_halves_the_chunk():
+    """Check a process that may grow by 35 MB, where a chunk of 256 tokens needs 41 MB for its logits."""
     script = """
         import resource
         import torch
@@ -406,14 +427,14 @@ def test_the_real_allocator_refusing_is_survived():
         assert halved and halved[0] < 256, halved
         assert abs(total.item() / expected - 1) < 1e-5
         assert weight.grad.isfinite().all()
-        print("survived with", halved[0])
+        print("finished with chunk", halved[0])
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("survived with")
+    assert done.stdout.startswith("finished with chunk")
 
 
-def test_half_a_call_is_refused():
+def test_missing_teacher_is_rejected():
     hidden, head, _, _, targets = setting()
     with pytest.raises(ValueError, match="teacher"):
         fused_loss(hidden, head, targets, weights=LossWeights(1.0, 0.0, KL()))

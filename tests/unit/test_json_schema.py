@@ -1,4 +1,4 @@
-"""The JSON Schema of recipes: what it accepts and refuses, and that the shipped file is the generated one."""
+"""Test the JSON Schema of recipes: what it accepts and rejects, and that the shipped file is up to date."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
 
 def value_of(text: str):
-    """A YAML text as recipes are read: ``5e-4`` is a number, ``off`` a word."""
+    """Return a YAML text parsed as in recipes: ``5e-4`` is a number, ``off`` a string."""
     return yaml_io.node_value(yaml_io.compose(text, "recipe"), "recipe")
 
 
@@ -29,22 +29,22 @@ def problems(text: str) -> list[str]:
     return [error.message for error in VALIDATOR.iter_errors(value_of(text))]
 
 
-def test_the_schema_is_valid_draft_2020_12():
+def test_schema_is_valid_draft_2020_12():
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     assert SCHEMA["$schema"] == "https://json-schema.org/draft/2020-12/schema"
 
 
-def test_the_shipped_file_is_what_the_command_prints(capfd):
+def test_shipped_schema_matches_the_command(capfd):
     assert main(["schema"]) == 0
     out, err = capfd.readouterr()
     assert err == ""
     assert out == (ROOT / "recipes" / "schema.json").read_text(encoding="utf-8"), (
-        "write it again: distillm schema > recipes/schema.json"
+        "update it with distillm schema > recipes/schema.json"
     )
 
 
 @pytest.mark.parametrize("name", shipped())
-def test_every_shipped_recipe_names_the_schema_and_validates(name):
+def test_shipped_recipe_names_the_schema_and_is_valid(name):
     text = shipped()[name].read_text(encoding="utf-8")
     assert "# yaml-language-server: $schema=schema.json" in text.splitlines()[:3]
     assert (shipped()[name].parent / "schema.json").is_file()
@@ -52,18 +52,18 @@ def test_every_shipped_recipe_names_the_schema_and_validates(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_resolved_recipe_validates(name):
+def test_resolved_recipe_is_valid(name):
     resolved = resolve(command=METHODS[name].verb, sets=[f"method={name}"])
     assert problems(to_yaml(resolved)) == []
 
 
-def test_every_field_has_its_description_default_and_choices():
+def test_every_field_has_description_default_and_choices():
     for key, field in leaves().items():
         *sections, name = key.split(".")
-        place = SCHEMA["$defs"]
+        node = SCHEMA["$defs"]
         for section in sections:
-            place = place[section] if place is SCHEMA["$defs"] else place["properties"][section]
-        found = place[name] if not sections else place["properties"][name]
+            node = node[section] if node is SCHEMA["$defs"] else node["properties"][section]
+        found = node[name] if not sections else node["properties"][name]
         assert field.description in found["description"], key
         default = json.loads(json.dumps(field.default))
         assert found["default"] == default, key
@@ -100,7 +100,7 @@ def test_every_field_has_its_description_default_and_choices():
         "{stages: {a: {verb: sft}}, defaults: {method: kd}}",
     ],
 )
-def test_what_is_wrong_is_refused(text):
+def test_invalid_recipe_is_rejected(text):
     assert problems(text)
 
 
@@ -121,5 +121,5 @@ def test_what_is_wrong_is_refused(text):
         "{defaults: , stages: {a: {verb: distill, recipe: quickstart}}}",
     ],
 )
-def test_what_is_right_is_accepted(text):
+def test_valid_recipe_is_accepted(text):
     assert problems(text) == []

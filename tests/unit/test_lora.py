@@ -1,4 +1,4 @@
-"""LoRA adapters: put on, trained, merged, saved, found again; beside peft's own loading."""
+"""Test LoRA adapters: attaching, training, merging, saving and loading, compared with peft."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from distillm_cli.config.schema import AdapterConfig, StudentConfig
-from distillm_cli.errors import ModelError
 from distillm_cli.losses.objectives import CrossEntropy
 from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.losses.weights import CROSS_ENTROPY
@@ -26,6 +25,7 @@ from distillm_cli.models.pair import create_student
 from distillm_cli.rollouts.next_token import Sampling
 from distillm_cli.rollouts.sampler import sample
 from tests import tiny
+from tests.codes import raises_code
 
 CPU = torch.device("cpu")
 BATCH = tiny.batch([(3, 4), (5, 9)], tiny.VOCAB)
@@ -37,15 +37,15 @@ def load(path, **options) -> Backbone:
 
 
 def student(path, *, seed: int = 0, **fields) -> Backbone:
-    """A student under an adapter of rank 4, without dropout unless told."""
+    """Return a student with an adapter of rank 4 and no dropout by default."""
     config = {"r": 4, "dropout": 0.0} | fields
     return create_student(
         StudentConfig(path=str(path), lora=AdapterConfig(**config)), seed=seed, device=CPU, max_length=32
     )
 
 
-def stir(backbone: Backbone, seed: int = 0) -> Backbone:
-    """An adapter that says something: B is zero at first."""
+def randomize_adapter(backbone: Backbone, seed: int = 0) -> Backbone:
+    """Set the adapter's B matrices, which are initially zero, to random values."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in backbone.model.named_parameters():
@@ -54,33 +54,33 @@ def stir(backbone: Backbone, seed: int = 0) -> Backbone:
     return backbone
 
 
-def save(backbone: Backbone, place: Path) -> Path:
-    place.mkdir()
-    backbone.adapter.save(place)
-    backbone.tokenizer.save_pretrained(place)
-    return place
+def save(backbone: Backbone, directory: Path) -> Path:
+    directory.mkdir()
+    backbone.adapter.save(directory)
+    backbone.tokenizer.save_pretrained(directory)
+    return directory
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_only_the_adapter_trains_and_at_first_it_says_nothing(family, tmp_path):
+def test_only_the_adapter_is_trained_and_starts_at_zero(family, tmp_path):
     path = tiny.save(tmp_path / "m", family)
-    backbone, bare = student(path), load(path)
+    backbone, plain_base = student(path), load(path)
     assert all(("lora_" in name) == p.requires_grad for name, p in backbone.model.named_parameters())
-    assert isinstance(backbone.model, type(bare.model)), "the model stays transformers' own class"
+    assert isinstance(backbone.model, type(plain_base.model)), "the model has its transformers class"
     with torch.no_grad():
-        assert torch.equal(backbone.logits(BATCH), bare.logits(BATCH))
+        assert torch.equal(backbone.logits(BATCH), plain_base.logits(BATCH))
         assert backbone.check_head(BATCH)
     objective = StudentLoss(backbone, CrossEntropy())
     objective.train()
     total, _ = objective([BATCH], None, CROSS_ENTROPY)
     total.backward()
     assert all((p.grad is not None) == p.requires_grad for p in backbone.parameters())
-    linear = [m for m in bare.model.modules() if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D"]
-    head = bare.model.get_output_embeddings()
+    linear = [m for m in plain_base.model.modules() if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D"]
+    head = plain_base.model.get_output_embeddings()
     assert sum(1 for _ in backbone.adapter.layers()) == len([m for m in linear if m is not head])
 
 
-def test_the_start_is_a_function_of_the_seed_alone(tmp_path):
+def test_initial_adapter_depends_only_on_the_seed(tmp_path):
     path = tiny.save(tmp_path / "m")
     torch.manual_seed(5)
     first = dict(student(path, seed=1).model.named_parameters())
@@ -94,148 +94,151 @@ def test_the_start_is_a_function_of_the_seed_alone(tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_loss_has_the_gradients_of_the_merged_weights(family, tmp_path):
-    """d/dA and d/dB through the fused loss, beside autograd in float64 through W + (α/r)·B·A and the whole logits."""
-    backbone = stir(student(tiny.save(tmp_path / "m", family), alpha=12.0))
+def test_adapter_gradients_match_the_merged_weights(family, tmp_path):
+    """Compare gradients of A and B through the fused loss with float64 autograd through W + (α/r)·B·A."""
+    backbone = randomize_adapter(student(tiny.save(tmp_path / "m", family), alpha=12.0))
     exact = backbone.model.double()
     hidden_ND = backbone.hidden(BATCH)
     logits_NV = backbone.head().logits(hidden_ND, torch.float64).double()
-    truth = torch.nn.functional.cross_entropy(logits_NV, BATCH.targets_N, reduction="sum")
-    # the merged model's own logits are the adapter's
+    expected_loss = torch.nn.functional.cross_entropy(logits_NV, BATCH.targets_N, reduction="sum")
+    # the adapter's logits are those of the merged weights
     layers = dict(backbone.adapter.layers())
     for layer in layers.values():
         delta = 12.0 / 4 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
         is_conv = type(layer.get_base_layer()).__name__ == "Conv1D"
         torch.testing.assert_close(layer.get_delta_weight("default"), delta.T if is_conv else delta)
-    truth.backward()
-    wanted = {n: p.grad.clone() for n, p in exact.named_parameters() if p.requires_grad}
+    expected_loss.backward()
+    expected_grads = {n: p.grad.clone() for n, p in exact.named_parameters() if p.requires_grad}
     exact.zero_grad()
     backbone.model.float()
     total, _ = StudentLoss(backbone, CrossEntropy())([BATCH], None, CROSS_ENTROPY)
     total.backward()
-    assert total.item() == pytest.approx(truth.item(), rel=1e-5)
+    assert total.item() == pytest.approx(expected_loss.item(), rel=1e-5)
     for name, p in backbone.model.named_parameters():
         if p.requires_grad:
-            torch.testing.assert_close(p.grad.double(), wanted[name], rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(p.grad.double(), expected_grads[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_directory_loads_with_peft_with_transformers_and_here(family, tmp_path):
+def test_saved_adapter_loads_with_peft_and_transformers(family, tmp_path):
     path = tiny.save(tmp_path / "m", family)
-    backbone = stir(student(path))
-    place = save(backbone, tmp_path / "adapter")
-    assert {p.name for p in place.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}
-    assert (place / "adapter_model.safetensors").stat().st_size < (Path(path) / "model.safetensors").stat().st_size
+    backbone = randomize_adapter(student(path))
+    directory = save(backbone, tmp_path / "adapter")
+    assert {p.name for p in directory.iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer.json",
+    }
+    assert (directory / "adapter_model.safetensors").stat().st_size < (Path(path) / "model.safetensors").stat().st_size
     with torch.no_grad():
-        truth = backbone.logits(BATCH)
+        adapter_logits = backbone.logits(BATCH)
         base = AutoModelForCausalLM.from_pretrained(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)  # peft warns of keys that did not fit
+            warnings.simplefilter("error", UserWarning)  # peft warns about keys that do not match
             models = [
-                PeftModel.from_pretrained(base, place),
-                AutoPeftModelForCausalLM.from_pretrained(place),
-                AutoModelForCausalLM.from_pretrained(place),
+                PeftModel.from_pretrained(base, directory),
+                AutoPeftModelForCausalLM.from_pretrained(directory),
+                AutoModelForCausalLM.from_pretrained(directory),
             ]
         for model in models:
-            own = model.eval()(input_ids=BATCH.ids_BT).logits.flatten(0, 1)[BATCH.positions_N][:, : backbone.vocab]
-            torch.testing.assert_close(own, truth, rtol=1e-4, atol=1e-4)
-        merged = load(place)
-        torch.testing.assert_close(merged.logits(BATCH), truth, rtol=1e-4, atol=1e-4)
+            expected = model.eval()(input_ids=BATCH.ids_BT).logits.flatten(0, 1)[BATCH.positions_N][:, : backbone.vocab]
+            torch.testing.assert_close(expected, adapter_logits, rtol=1e-4, atol=1e-4)
+        merged = load(directory)
+        torch.testing.assert_close(merged.logits(BATCH), adapter_logits, rtol=1e-4, atol=1e-4)
     assert not any("lora" in name for name, _ in merged.model.named_parameters())
-    assert len(AutoTokenizer.from_pretrained(place)) == len(backbone.tokenizer)
-    assert load_config(str(place)).model_type == base.config.model_type
+    assert len(AutoTokenizer.from_pretrained(directory)) == len(backbone.tokenizer)
+    assert load_config(str(directory)).model_type == base.config.model_type
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rollouts_are_the_merged_models_and_follow_every_step(family, dtype, tmp_path):
+def test_rollouts_use_the_current_adapter_weights(family, dtype, tmp_path):
     path = tiny.save(tmp_path / "m", family)
     backbone = student(path)
     prompts = [s.prompt for s in tiny.sequences([(3, 1), (5, 1), (4, 1)], tiny.VOCAB)]
     greedy, seeds = Sampling(temperature=0.0, max_new_tokens=8), [(0, i) for i in range(3)]
 
-    def say(model: Backbone):
+    def generated(model: Backbone):
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
             return [out.tokens.tolist() for out in sample(model, prompts, greedy, seeds)]
 
-    said, before = [], torch.empty(0)
-    for turn in range(3):
-        if turn:
-            stir(backbone, turn)
-        place = save(backbone, tmp_path / f"adapter-{turn}")
-        said.append(say(backbone))
+    outputs, before = [], torch.empty(0)
+    for update in range(3):
+        if update:
+            randomize_adapter(backbone, update)
+        directory = save(backbone, tmp_path / f"adapter-{update}")
+        outputs.append(generated(backbone))
         if dtype == torch.float32:
-            plain = load(place)
-            assert said[-1] == say(plain)
+            plain = load(directory)
+            assert outputs[-1] == generated(plain)
             logits = [model.decode(prompts).logits(None) for model in (backbone, plain)]
             torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
-            assert not torch.equal(logits[0], before), "as the weights are now, not as they were"
+            assert not torch.equal(logits[0], before), "logits of the current weights"
             before = logits[0]
             ids = torch.tensor(np.array([prompts[0]]), dtype=torch.long)
-            own = plain.model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=0)
-            ours = said[-1][0]
-            assert own[0, ids.shape[1] :].tolist()[: len(ours)] == ours
-    if family != "gemma2":  # embeddings so large that it says one token over and over
-        assert said[0] != said[1] != said[2]
+            expected = plain.model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=0)
+            output = outputs[-1][0]
+            assert expected[0, ids.shape[1] :].tolist()[: len(output)] == output
+    if family != "gemma2":  # its large embeddings make it repeat one token
+        assert outputs[0] != outputs[1] != outputs[2]
     if family in ("gpt2", "llama", "qwen3"):
         decoding = backbone.decode(prompts)
         assert isinstance(decoding, FastDecoding)
-        assert decoding._step is not None, "merged, the model has the written-out step"
+        assert decoding._step is not None, "the merged model uses the hand-written step"
 
 
-def test_a_merged_copy_leaves_the_student_alone_and_copies_only_what_it_must(tmp_path):
-    backbone = stir(student(tiny.save(tmp_path / "m", "llama-tied")))
+def test_merged_copy_does_not_change_the_student(tmp_path):
+    """Check this and that unchanged weights are shared, not copied."""
+    backbone = randomize_adapter(student(tiny.save(tmp_path / "m", "llama-tied")))
     before = {name: p.clone() for name, p in backbone.model.named_parameters()}
     plain = backbone.plain(torch.float32)
     assert all(torch.equal(p, before[name]) for name, p in backbone.model.named_parameters())
     assert plain.model.get_input_embeddings().weight is plain.model.get_output_embeddings().weight
-    theirs, ours = (m.model.get_input_embeddings().weight for m in (plain, backbone))
-    assert theirs.data_ptr() == ours.data_ptr()
+    copied, original = (m.model.get_input_embeddings().weight for m in (plain, backbone))
+    assert copied.data_ptr() == original.data_ptr()
     plain.model.to(torch.bfloat16).save_pretrained(tmp_path / "merged")
     assert backbone.model.dtype == torch.float32
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert {n for n, _ in again.named_parameters()} == {n for n, _ in plain.model.named_parameters()}
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert {n for n, _ in reloaded.named_parameters()} == {n for n, _ in plain.model.named_parameters()}
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
 
 
-def test_an_adapter_is_taken_up_again_where_it_is_the_one_asked_for(tmp_path):
+def test_training_continues_on_a_matching_adapter(tmp_path):
     path = tiny.save(tmp_path / "m")
-    first = stir(student(path))
-    place = save(first, tmp_path / "adapter")
-    again = student(place)
+    first = randomize_adapter(student(path))
+    directory = save(first, tmp_path / "adapter")
+    reloaded = student(directory)
     with torch.no_grad():
-        assert torch.equal(again.logits(BATCH), first.logits(BATCH))
-    assert {n for n, p in again.model.named_parameters() if p.requires_grad} == {
+        assert torch.equal(reloaded.logits(BATCH), first.logits(BATCH))
+    assert {n for n, p in reloaded.model.named_parameters() if p.requires_grad} == {
         n for n, p in first.model.named_parameters() if p.requires_grad
     }
-    assert again.adapter.config.base_model_name_or_path == str(Path(path).resolve())
-    for fields, said in (
-        ({"r": 8}, "student.lora.r is 8, and the adapter .* has 4"),
-        ({"alpha": 3.0}, "student.lora.alpha is 3.0, and the adapter .* has 16"),
-        ({"targets": ("q_proj",)}, "student.lora.targets is"),
+    assert reloaded.adapter.config.base_model_name_or_path == str(Path(path).resolve())
+    for fields, mentions in (
+        ({"r": 8}, ("student.lora.r is 8", "4")),
+        ({"alpha": 3.0}, ("student.lora.alpha is 3.0", "16")),
+        ({"targets": ("q_proj",)}, ("student.lora.targets",)),
     ):
-        with pytest.raises(ModelError, match=said):
-            student(place, **fields)
-    whole = create_student(StudentConfig(path=str(place)), seed=0, device=CPU, max_length=32)
-    assert whole.adapter is None
-    assert all(p.requires_grad for p in whole.parameters())
+        with raises_code("model.invalid_adapter", *mentions):
+            student(directory, **fields)
+    merged = create_student(StudentConfig(path=str(directory)), seed=0, device=CPU, max_length=32)
+    assert merged.adapter is None
+    assert all(p.requires_grad for p in merged.parameters())
     with torch.no_grad():
-        torch.testing.assert_close(whole.logits(BATCH), first.logits(BATCH), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(merged.logits(BATCH), first.logits(BATCH), rtol=1e-4, atol=1e-4)
 
 
-def test_targets_are_layers_that_are_there(tmp_path):
+def test_lora_targets_must_exist(tmp_path):
     path = tiny.save(tmp_path / "m")
     backbone = student(path, targets=("q_proj", "v_proj"))
     assert {name.rpartition(".")[2] for name, _ in backbone.adapter.layers()} == {"q_proj", "v_proj"}
     for target in ("c_attn", "lm_head", "embed_tokens"):
-        with pytest.raises(
-            ModelError, match=rf"no linear layer '{target}' before the head; student.lora.targets; .*k_proj"
-        ):
+        with raises_code("model.no_lora_target", f"'{target}'", "student.lora.targets", "k_proj"):
             student(path, targets=("q_proj", target))
 
 
-def test_linear_layers_in_a_list_are_no_decoder_layers(tmp_path):
-    """Gemma 3n calls linear layers by number, as every model calls its decoder layers."""
+def test_linear_layers_in_a_module_list_are_adapted(tmp_path):
+    """Check Gemma 3n, whose numbered linear layers must not be mistaken for decoder layers."""
     fields = {
         name: tiny.config("gemma3").to_dict()[name] for name in ("head_dim", "num_key_value_heads", "sliding_window")
     }
@@ -254,44 +257,44 @@ def test_linear_layers_in_a_list_are_no_decoder_layers(tmp_path):
     assert "model.altup_projections.0" in linear
 
 
-def test_adapters_of_others_are_merged_whatever_they_are_on(tmp_path):
-    """With weights of embeddings and head, made by peft alone; such a one cannot be trained on here."""
+def test_adapter_made_by_peft_is_merged(tmp_path):
+    """Check a DoRA adapter on attention and head, which can be merged but not trained further."""
     path = tiny.save(tmp_path / "m")
     base = AutoModelForCausalLM.from_pretrained(path)
     config = LoraConfig(
         r=2, target_modules=["q_proj", "lm_head"], use_dora=True, task_type="CAUSAL_LM", init_lora_weights=False
     )
-    made = get_peft_model(base, config).eval()
-    made.save_pretrained(tmp_path / "adapter")
+    peft_model = get_peft_model(base, config).eval()
+    peft_model.save_pretrained(tmp_path / "adapter")
     merged = load(tmp_path / "adapter")
     with torch.no_grad():
-        own = made(input_ids=BATCH.ids_BT).logits.flatten(0, 1)[BATCH.positions_N]
-        torch.testing.assert_close(merged.logits(BATCH), own, rtol=1e-4, atol=1e-4)
-    assert len(merged.tokenizer) == tiny.VOCAB, "the model's own tokenizer, where the adapter has none"
-    with pytest.raises(ModelError, match="not a plain LoRA"):
+        expected = peft_model(input_ids=BATCH.ids_BT).logits.flatten(0, 1)[BATCH.positions_N]
+        torch.testing.assert_close(merged.logits(BATCH), expected, rtol=1e-4, atol=1e-4)
+    assert len(merged.tokenizer) == tiny.VOCAB, "the base model's tokenizer is used if the adapter has none"
+    with raises_code("model.invalid_adapter"):
         student(tmp_path / "adapter", r=2)
 
 
 @pytest.mark.parametrize("family", ["mamba", "falcon_h1"])
-def test_by_default_state_space_layers_are_adapted_where_an_adapter_takes_part(family, tmp_path):
-    adapted = stir(student(tiny.save(tmp_path / "m", family)))
+def test_default_targets_of_state_space_models(family, tmp_path):
+    adapted = randomize_adapter(student(tiny.save(tmp_path / "m", family)))
     names = {name.rpartition(".")[2] for name, _ in adapted.adapter.layers()}
     assert "in_proj" in names
     assert not names & {"out_proj", "x_proj", "dt_proj"}
-    whole = adapted.plain(torch.float32)
-    torch.testing.assert_close(whole.logits(BATCH), adapted.logits(BATCH), rtol=1e-3, atol=1e-3)
+    merged = adapted.plain(torch.float32)
+    torch.testing.assert_close(merged.logits(BATCH), adapted.logits(BATCH), rtol=1e-3, atol=1e-3)
 
 
-def of_others(base, place: Path, **config):
-    """An adapter by peft alone that says something, saved in ``place``; as peft runs it, not merged."""
+def peft_adapter(base, directory: Path, **config):
+    """Save an adapter with random weights made by peft, and return the unmerged peft model."""
     kind = "SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM"
-    made = get_peft_model(base, LoraConfig(r=2, task_type=kind, init_lora_weights=False, **config)).eval()
+    peft_model = get_peft_model(base, LoraConfig(r=2, task_type=kind, init_lora_weights=False, **config)).eval()
     with torch.no_grad():
-        for name, weight in made.named_parameters():
+        for name, weight in peft_model.named_parameters():
             if "modules_to_save" in name:
                 weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
-    made.save_pretrained(place)
-    return made
+    peft_model.save_pretrained(directory)
+    return peft_model
 
 
 @pytest.mark.parametrize(
@@ -303,92 +306,89 @@ def of_others(base, place: Path, **config):
         ("llama-tied", {"target_modules": ["lm_head", "embed_tokens"], "ensure_weight_tying": True}),
         ("llama-tied", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
     ],
-    ids=["embedding", "head", "both", "both as one", "embedding in whole"],
+    ids=["embedding", "head", "both", "both tied", "saved embedding"],
 )
-def test_an_adapter_on_a_tied_weight_is_the_same_model_when_merged_and_when_that_is_saved(family, config, tmp_path):
+def test_merged_adapter_on_tied_weight_matches_peft(family, config, tmp_path):
     path = tiny.save(tmp_path / "m", family)
-    made = of_others(AutoModelForCausalLM.from_pretrained(path), tmp_path / "adapter", **config)
+    peft_model = peft_adapter(AutoModelForCausalLM.from_pretrained(path), tmp_path / "adapter", **config)
     merged = load(tmp_path / "adapter")
     merged.model.save_pretrained(tmp_path / "again")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     with torch.no_grad():
-        own = made(input_ids=BATCH.ids_BT).logits.flatten(0, 1)[BATCH.positions_N]
+        expected = peft_model(input_ids=BATCH.ids_BT).logits.flatten(0, 1)[BATCH.positions_N]
         for logits in (merged.logits(BATCH), merged.head().logits(merged(BATCH))):
-            torch.testing.assert_close(logits, own, rtol=1e-4, atol=1e-4)
-        saved = again(input_ids=BATCH.ids_BT).logits.flatten(0, 1)[BATCH.positions_N]
-        torch.testing.assert_close(saved, own, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        saved = reloaded(input_ids=BATCH.ids_BT).logits.flatten(0, 1)[BATCH.positions_N]
+        torch.testing.assert_close(saved, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     "config", [{"target_modules": ["q", "shared"]}, {"target_modules": ["q"], "modules_to_save": ["lm_head"]}]
 )
-def test_an_adapter_that_parts_the_tied_weights_of_an_encoder_decoder_is_refused(config, tmp_path):
-    """umT5 scales what its head reads where that is tied: parted it would be another model."""
+def test_adapter_that_unties_umt5_weights_is_rejected(config, tmp_path):
+    """Check that weights stay tied, because umT5 scales the input of a tied head only."""
     path = tiny.save(tmp_path / "m", "umt5", tie_word_embeddings=True)
-    of_others(AutoModelForSeq2SeqLM.from_pretrained(path), tmp_path / "adapter", **config)
-    with pytest.raises(ModelError, match="changes one of the weights that are tied in this umt5 model"):
+    peft_adapter(AutoModelForSeq2SeqLM.from_pretrained(path), tmp_path / "adapter", **config)
+    with raises_code("model.invalid_adapter", "umt5"):
         load(tmp_path / "adapter")
 
 
-def test_what_is_wrong_with_an_adapter_is_said(tmp_path):
+def test_invalid_adapter_is_rejected(tmp_path):
     path = tiny.save(tmp_path / "m")
-    place = save(stir(student(path)), tmp_path / "adapter")
-    config = json.loads((place / "adapter_config.json").read_text())
+    directory = save(randomize_adapter(student(path)), tmp_path / "adapter")
+    config = json.loads((directory / "adapter_config.json").read_text())
 
-    def told(**changes) -> str:
-        (place / "adapter_config.json").write_text(json.dumps(config | changes))
-        with pytest.raises(ModelError) as caught:
-            load(place)
+    def check_rejected(code: str, *mentions: str, **changes) -> None:
+        (directory / "adapter_config.json").write_text(json.dumps(config | changes))
+        with raises_code(code, str(directory), *mentions) as caught:
+            load(directory)
         assert caught.value.exit_code == 4
         assert "\n" not in str(caught.value)
-        return str(caught.value)
 
-    gone = str(tmp_path / "gone")
-    said = told(base_model_name_or_path=gone)
-    assert said.startswith(f"{place} is an adapter of {gone}, which does not load: no model at {gone}")
-    assert said.endswith("(base_model_name_or_path)")
-    assert "which does not load: cannot find 'nobody/nothing'" in told(base_model_name_or_path="nobody/nothing")
-    assert "an adapter of a model that its run built (layers:2)" in told(base_model_name_or_path="layers:2")
-    assert "is an adapter of itself" in told(base_model_name_or_path=str(place))
-    assert "does not name the model it adapts" in told(base_model_name_or_path=None)
-    other = tiny.save(tmp_path / "other", hidden_size=16, head_dim=4)
-    assert "cannot put the adapter" in told(base_model_name_or_path=other)
+    missing, base = str(tmp_path / "gone"), "base_model_name_or_path"
+    check_rejected("model.no_adapter_base", missing, base, **{base: missing})
+    check_rejected("model.no_adapter_base", "'nobody/nothing'", **{base: "nobody/nothing"})
+    check_rejected("model.no_adapter_base", "layers:2", **{base: "layers:2"})
+    check_rejected("model.no_adapter_base", base, **{base: str(directory)})
+    check_rejected("model.invalid_adapter", base, **{base: None})
+    narrower = tiny.save(tmp_path / "other", hidden_size=16, head_dim=4)
+    check_rejected("model.invalid_adapter", **{base: narrower})
     deeper = tiny.save(tmp_path / "deeper", num_hidden_layers=3)
-    assert "missing adapter keys" in told(base_model_name_or_path=deeper)
+    check_rejected("model.invalid_adapter", **{base: deeper})
     shallower = tiny.save(tmp_path / "shallower", num_hidden_layers=1)
-    assert "no layer for base_model.model.model.layers.1." in told(base_model_name_or_path=shallower)
-    (place / "adapter_config.json").write_text("{")
-    with pytest.raises(ModelError, match=r"cannot read .*adapter_config\.json"):
-        load(place)
+    check_rejected("model.invalid_adapter", "base_model.model.model.layers.1.", **{base: shallower})
+    (directory / "adapter_config.json").write_text("{")
+    with raises_code("model.invalid_adapter", "adapter_config.json"):
+        load(directory)
 
 
-def test_an_adapter_on_an_adapter_is_merged_from_the_inside_out(tmp_path):
+def test_nested_adapters_are_merged(tmp_path):
     path = tiny.save(tmp_path / "m")
-    inner = save(stir(student(path), 1), tmp_path / "inner")
-    outer_student = stir(student(tiny.save(tmp_path / "copy", "llama")), 2)
+    inner = save(randomize_adapter(student(path), 1), tmp_path / "inner")
+    outer_student = randomize_adapter(student(tiny.save(tmp_path / "copy", "llama")), 2)
     outer = save(outer_student, tmp_path / "outer")
     config = json.loads((outer / "adapter_config.json").read_text())
     (outer / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(inner)}))
-    both, bare = load(outer), load(path)
+    both, plain_base = load(outer), load(path)
     deltas = [dict(load(p).model.named_parameters()) for p in (inner, tmp_path / "m")]
     alone = dict(outer_student.plain(torch.float32).model.named_parameters())
     for name, weight in both.model.named_parameters():
-        base = dict(bare.model.named_parameters())[name]
+        base = dict(plain_base.model.named_parameters())[name]
         torch.testing.assert_close(weight, base + (deltas[0][name] - base) + (alone[name] - base), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ModelError, match="an adapter of an adapter"):
+    with raises_code("model.invalid_adapter", str(outer)):
         student(outer)
 
 
-def test_gradient_checkpointing_reaches_the_adapter(tmp_path):
+def test_gradient_checkpointing_works_with_an_adapter(tmp_path):
     grads = []
     for checkpointing in (False, True):
-        backbone = stir(student(tiny.save(tmp_path / f"m{checkpointing}", "gpt2")))
+        backbone = randomize_adapter(student(tiny.save(tmp_path / f"m{checkpointing}", "gpt2")))
         if checkpointing:
             enable = getattr(backbone.model, "activation_checkpointing_enable", None)
             (enable or backbone.model.gradient_checkpointing_enable)()
         objective = StudentLoss(backbone, CrossEntropy())
         backbone.model.train()
-        for module in backbone.model.modules():  # dropout would differ
+        for module in backbone.model.modules():  # dropout draws would differ
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         total, _ = objective([BATCH], None, CROSS_ENTROPY)
@@ -397,5 +397,5 @@ def test_gradient_checkpointing_reaches_the_adapter(tmp_path):
     assert all(g is not None and torch.allclose(g, grads[1][n], atol=1e-5) for n, g in grads[0].items())
 
 
-def test_no_adapter_is_no_peft(tmp_path):
+def test_plain_model_has_no_adapter_base(tmp_path):
     assert base_model_of(tiny.save(tmp_path / "m"), local=True, revision=None) is None

@@ -1,4 +1,4 @@
-"""When the program looks for garbage: not while it imports, and as ever once it holds weights."""
+"""Test garbage collection: paused during imports, enabled with objects frozen once models are loaded."""
 
 import gc
 import json
@@ -12,7 +12,7 @@ from distillm_cli.cli.app import main
 from distillm_cli.utils import memory
 from tests import tiny
 
-# What holds weights is told by the collector itself: a cycle that nothing else knows of is gone after the next search.
+# The script checks collection with an unreachable cycle, which the next collection must free.
 SCRIPT = """
     import gc, sys, weakref
     from distillm_cli.__main__ import main
@@ -25,14 +25,14 @@ SCRIPT = """
         before = gc.isenabled()
         inner()
 
-        class Knot:
+        class Cycle:
             pass
 
-        knot = Knot()
-        knot.itself, gone = knot, weakref.ref(knot)
-        del knot
+        cycle = Cycle()
+        cycle.itself, reference = cycle, weakref.ref(cycle)
+        del cycle
         gc.collect()
-        seen.append((before, gc.isenabled(), gc.get_freeze_count() > 100_000, gone() is None))
+        seen.append((before, gc.isenabled(), gc.get_freeze_count() > 100_000, reference() is None))
 
     memory.resume_garbage_collection = resume
     sys.argv[1:] = {argv!r}
@@ -40,44 +40,44 @@ SCRIPT = """
 """
 
 
-def started(*argv):
-    """Return what ``distillm ARGV`` printed last: its exit code, and the collector before and after it is resumed."""
+def last_line_of(*argv):
+    """Return the last line that ``distillm ARGV`` printed: exit code, and collector state around its resumption."""
     script = textwrap.dedent(SCRIPT).replace("{argv!r}", repr([str(a) for a in argv]))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     return done.stdout.splitlines()[-1] if done.stdout else done.stderr
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A model and a few rows."""
-    place = tmp_path_factory.mktemp("garbage")
-    tiny.save(place / "model")
+def directory(tmp_path_factory):
+    """Return a directory with a model and a few rows."""
+    directory = tmp_path_factory.mktemp("garbage")
+    tiny.save(directory / "model")
     rows = [{"prompt": f"{a} {b}", "output": f"{b} {a}"} for a in "abcde" for b in "fghij"]
-    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return place
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return directory
 
 
 @pytest.mark.parametrize("verb", ["distill", "eval", "plan"])
-def test_nothing_is_searched_until_everything_is_imported_and_then_it_is(place, tmp_path, verb):
-    model, rows = place / "model", place / "rows.jsonl"
+def test_garbage_collection_resumes_after_imports(directory, tmp_path, verb):
+    model, rows = directory / "model", directory / "rows.jsonl"
     argv = {
         "distill": ["--teacher", model, "--student", model, "--data", rows, "--steps", 1, "--output", tmp_path / "out"],
         "eval": [model, "--suite", rows, "--output", tmp_path / "out"],
         "plan": ["--teacher", model, "--student", model, "--data", rows],
     }[verb]
-    said = started(verb, *argv)
-    assert said.startswith("exit 0 [(False, True, True, True)"), said
+    line = last_line_of(verb, *argv)
+    assert line.startswith("exit 0 [(False, True, True, True)"), line
 
 
-def test_whoever_calls_the_program_from_python_keeps_his_collector():
+def test_main_from_python_does_not_change_the_collector():
     frozen = gc.get_freeze_count()
     assert main(["methods", "--json"]) == 0
     memory.resume_garbage_collection()
     assert gc.isenabled()
-    assert gc.get_freeze_count() <= frozen  # some of what was set aside before may have gone
+    assert gc.get_freeze_count() <= frozen  # some frozen objects may have been freed meanwhile
 
 
-def test_a_collector_that_is_switched_off_stays_so():
+def test_disabled_collector_stays_disabled():
     gc.disable()
     try:
         memory.pause_garbage_collection()

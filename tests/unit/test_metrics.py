@@ -1,4 +1,4 @@
-"""The figures people compare: each against a calculation done another way, on made and on real references."""
+"""Test each metric against an independent calculation, on small examples and real references."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def read(path, count):
 
 
 def distance(a: list[str], b: list[str]) -> int:
-    """Wagner and Fischer, five lines."""
+    """Return the Levenshtein distance (Wagner and Fischer)."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         previous, row[0] = row[:], i
@@ -36,86 +36,92 @@ def distance(a: list[str], b: list[str]) -> int:
     return row[-1]
 
 
-def test_every_metric_a_recipe_may_name_exists():
+def test_every_metric_name_of_the_schema_exists():
     assert set(metrics) == set(schema.MetricName.__args__)
 
 
-def test_rouge_l_by_hand():
-    # "the cat sat" against "the cat is sitting": common subsequence "the cat"; P 2/3, R 2/4, F1 = 4/7.
+def test_rouge_l_matches_hand_calculation():
+    # "the cat sat" and "the cat is sitting" have the common subsequence "the cat": P 2/3, R 2/4, F1 = 4/7.
     assert rouge_l("The cat sat.", ["the cat is sitting"]) == pytest.approx(100 * 4 / 7)
     assert rouge_l("running dogs", ["run dog"]) == pytest.approx(100), "stems are compared, not words"
-    assert rouge_l("run", ["running away", "run", "x"]) == pytest.approx(100), "the best reference counts"
+    assert rouge_l("run", ["running away", "run", "x"]) == pytest.approx(100), "the best reference is used"
     assert rouge_l("", ["something"]) == 0
-    assert rouge_l("…", ["…"]) == 0, "no a-z, no 0-9: nothing to compare"
+    assert rouge_l("…", ["…"]) == 0, "no letters or digits to compare"
 
 
-def test_rouge_l_is_rouge_score_on_real_references(shared_data):
+def test_rouge_l_matches_rouge_score_on_dolly(shared_data):
     plain = RougeScorer(["rougeL"], use_stemmer=True)
     rows = read(shared_data / "dolly" / "valid.jsonl", 40)
-    guesses = [rows[(i * 7 + 1) % 40]["output"] for i in range(40)]
-    wanted = [[row["output"]] for row in rows]
-    single = [100 * plain.score(refs[0], guess)["rougeL"].fmeasure for guess, refs in zip(guesses, wanted, strict=True)]
-    assert corpus("rouge_l", guesses, wanted) == pytest.approx(sum(single) / 40)
-    assert corpus("rouge_l", [refs[0] for refs in wanted], wanted) == pytest.approx(100)
+    predictions = [rows[(i * 7 + 1) % 40]["output"] for i in range(40)]
+    references = [[row["output"]] for row in rows]
+    single = [
+        100 * plain.score(refs[0], guess)["rougeL"].fmeasure
+        for guess, refs in zip(predictions, references, strict=True)
+    ]
+    assert corpus("rouge_l", predictions, references) == pytest.approx(sum(single) / 40)
+    assert corpus("rouge_l", [refs[0] for refs in references], references) == pytest.approx(100)
 
 
-def test_the_best_of_a_list_of_references_counts(shared_data):
+def test_best_of_several_references_is_used(shared_data):
     rows = [row for row in read(shared_data / "sinst" / "valid.jsonl", 1694) if len(row["output"]) > 1][:20]
-    assert rows, "the set has rows with several references"
+    assert rows, "the data set has rows with several references"
     plain = RougeScorer(["rougeL"], use_stemmer=True)
     for row in rows:
-        each = [100 * plain.score(reference, row["input"])["rougeL"].fmeasure for reference in row["output"]]
-        assert rouge_l(row["input"], row["output"]) == pytest.approx(max(each))
+        row_scores = [100 * plain.score(reference, row["input"])["rougeL"].fmeasure for reference in row["output"]]
+        assert rouge_l(row["input"], row["output"]) == pytest.approx(max(row_scores))
         assert exact_match(row["output"][-1], row["output"]) == 100
         assert error_rate(row["output"][-1], row["output"]) == 0
 
 
-def test_rouge_1_and_2_by_hand_and_on_real_references(shared_data):
-    # "the cat sat" against "the cat is sitting": 2 of 3 and 4 words; 1 of 2 and 3 pairs.
+def test_rouge_1_and_2_match_hand_calculation_and_library(shared_data):
+    # "the cat sat" and "the cat is sitting" share 2 of 3 and 4 words, and 1 of 2 and 3 bigrams.
     assert metrics["rouge_1"].score("The cat sat.", ["the cat is sitting"]) == pytest.approx(100 * 4 / 7)
     assert metrics["rouge_2"].score("The cat sat.", ["the cat is sitting"]) == pytest.approx(100 * 2 / 5)
     plain = RougeScorer(["rouge1", "rouge2"], use_stemmer=True)
     rows = read(shared_data / "dolly" / "valid.jsonl", 20)
-    guesses, wanted = [rows[(i * 7 + 1) % 20]["output"] for i in range(20)], [[row["output"]] for row in rows]
+    predictions, references = [rows[(i * 7 + 1) % 20]["output"] for i in range(20)], [[row["output"]] for row in rows]
     for name in ("rouge1", "rouge2"):
-        single = [100 * plain.score(w[0], g)[name].fmeasure for g, w in zip(guesses, wanted, strict=True)]
-        assert corpus(f"rouge_{name[-1]}", guesses, wanted) == pytest.approx(sum(single) / 20)
+        single = [100 * plain.score(w[0], g)[name].fmeasure for g, w in zip(predictions, references, strict=True)]
+        assert corpus(f"rouge_{name[-1]}", predictions, references) == pytest.approx(sum(single) / 20)
 
 
-def bleu_by_hand(predictions: list[str], references: list[list[str]]) -> float:
-    """Papineni et al. (2002) over words already apart, for sets where no order of n-grams goes unmatched."""
-    said_length = closest_length = 0
+def expected_bleu(predictions: list[str], references: list[list[str]]) -> float:
+    """Return BLEU by Papineni et al. (2002) for words separated by spaces, if n-grams of every order match."""
+    prediction_length = closest_length = 0
     matched, total = [0] * 4, [0] * 4
-    for prediction, wanted in zip(predictions, references, strict=True):
-        said, others = prediction.split(), [w.split() for w in wanted]
-        said_length += len(said)
-        closest_length += min((len(w) for w in others), key=lambda n: (abs(n - len(said)), n))
+    for prediction, row_references in zip(predictions, references, strict=True):
+        words, others = prediction.split(), [reference.split() for reference in row_references]
+        prediction_length += len(words)
+        closest_length += min((len(w) for w in others), key=lambda n: (abs(n - len(words)), n))
         for n in range(1, 5):
-            grams = Counter(tuple(said[i : i + n]) for i in range(len(said) - n + 1))
+            grams = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
             limits = [Counter(tuple(w[i : i + n]) for i in range(len(w) - n + 1)) for w in others]
             matched[n - 1] += sum(min(k, max(limit[g] for limit in limits)) for g, k in grams.items())
             total[n - 1] += sum(grams.values())
     precision = math.exp(sum(math.log(m / t) for m, t in zip(matched, total, strict=True)) / 4)
-    return 100 * precision * min(1.0, math.exp(1 - closest_length / said_length))
+    return 100 * precision * min(1.0, math.exp(1 - closest_length / prediction_length))
 
 
-def test_bleu_is_the_corpus_figure_by_hand_and_no_mean_over_rows():
+def test_bleu_is_a_corpus_score():
     predictions = ["the cat sat on the mat", "a b c d", "he went to the old town by train", "so it is said then"]
     references = [["the cat sat on a mat", "on the mat the cat sat"], ["a b c d e f"], ["he went to the town by train"]]
-    references.append(["so it is said", "then so it is said", "it was said"])  # rows differ in how many they have
-    by_hand = bleu_by_hand(predictions, references)
-    assert corpus("bleu", predictions, references) == pytest.approx(by_hand)
+    # rows have different numbers of references
+    references.append(["so it is said", "then so it is said", "it was said"])
+    expected = expected_bleu(predictions, references)
+    assert corpus("bleu", predictions, references) == pytest.approx(expected)
     rows = [metrics["bleu"].score(p, r) for p, r in zip(predictions, references, strict=True)]
-    assert abs(sum(rows) / 4 - by_hand) > 0.5
-    assert metrics["bleu"].score("short", ["short"]) == pytest.approx(100), "a row's own: n-grams it is long enough for"
+    assert abs(sum(rows) / 4 - expected) > 0.5
+    assert metrics["bleu"].score("short", ["short"]) == pytest.approx(100), "a row uses the n-gram orders that it has"
     assert "tok:13a|smooth:exp" in metrics["bleu"].signature
 
 
-def test_chrf_is_sacrebleus_with_the_best_reference_of_each_row():
+def test_chrf_matches_sacrebleu_with_the_best_reference():
     predictions, references = ["der Hund", "ein Haus am See"], [["der Hunde", "die Hunde"], ["das Haus am Meer"]]
     plain = sacrebleu.corpus_chrf(predictions, [[r[0] for r in references]]).score
     assert corpus("chrf", predictions, references) == pytest.approx(plain)
-    assert corpus("chrf", predictions, [r[::-1] for r in references]) == pytest.approx(plain), "the closer one counts"
+    assert corpus("chrf", predictions, [r[::-1] for r in references]) == pytest.approx(plain), (
+        "the closer reference is used"
+    )
     assert corpus("chrf", ["日本語"], [["日本語"]]) == pytest.approx(100), "any script"
     assert "nc:6|nw:0" in metrics["chrf"].signature
 
@@ -144,23 +150,23 @@ def test_chrf_is_sacrebleus_with_the_best_reference_of_each_row():
         ("#### none", None),
     ],
 )
-def test_the_final_number_of_a_text(text, number):
+def test_final_number_of_a_text(text, number):
     assert final_number(text) == (None if number is None else Decimal(number))
 
 
 def test_gsm8k_answers_are_compared_as_numbers(shared_data):
     rows = read(shared_data / "gsm8k" / "test.jsonl", 1319)
-    wanted = [[row["answer"]] for row in rows]
-    assert all(final_number(answer) is not None for (answer,) in wanted)
+    references = [[row["answer"]] for row in rows]
+    assert all(final_number(answer) is not None for (answer,) in references)
     written = [row["answer"].rpartition("####")[2].strip() for row in rows]
-    assert corpus("final_number", [f"So the answer is {text}." for text in written], wanted) == 100
-    assert corpus("final_number", ["I do not know"] * len(rows), wanted) == 0
+    assert corpus("final_number", [f"So the answer is {text}." for text in written], references) == 100
+    assert corpus("final_number", ["I do not know"] * len(rows), references) == 0
     score = metrics["final_number"].score
     assert (score("It costs $18.00", ["... #### 18"]), score("18 or 19", ["#### 18"])) == (100, 0)
     assert score("nothing", ["nothing"]) == 0, "no number is no match"
 
 
-def test_exact_match_forgives_only_the_ends():
+def test_exact_match_ignores_only_surrounding_space():
     assert exact_match("  42\n", ["41", "42 "]) == 100
     assert exact_match("Yes", ["yes"]) == 0
     assert exact_match("a  b", ["a b"]) == 0
@@ -169,20 +175,20 @@ def test_exact_match_forgives_only_the_ends():
 
 def test_phoneme_error_rate_on_real_words(shared_data):
     rows = read(shared_data / "g2p" / "test.jsonl", 200)
-    wanted = [row["output"] for row in rows]
-    assert corpus("error_rate", [refs[0] for refs in wanted], wanted) == 0
-    # Without its first phoneme each word has one deletion, whichever reference is taken as the closest.
-    assert corpus("error_rate", [refs[0].split(" ", 1)[-1] for refs in wanted[:1]], wanted[:1]) == pytest.approx(
-        100 / 6
-    )
+    references = [row["output"] for row in rows]
+    assert corpus("error_rate", [refs[0] for refs in references], references) == 0
+    # Without its first phoneme a word has one deletion for each reference.
+    assert corpus(
+        "error_rate", [refs[0].split(" ", 1)[-1] for refs in references[:1]], references[:1]
+    ) == pytest.approx(100 / 6)
 
 
-def test_a_set_s_error_rate_is_edits_over_tokens_not_a_mean_of_rates():
+def test_error_rate_is_edits_divided_by_tokens():
     predictions, references = ["A B C", "X"], [["A B D E"], ["Y"]]
     counts = [metrics["error_rate"].count(p, r) for p, r in zip(predictions, references, strict=True)]
     assert counts == [(2, 4), (1, 1)]
     assert corpus("error_rate", predictions, references) == pytest.approx(100 * 3 / 5)
-    assert error_rate("A B C D", ["Z"]) == 400, "insertions count, so it may pass 100"
+    assert error_rate("A B C D", ["Z"]) == 400, "insertions count, so the rate can exceed 100"
     assert error_rate("", [""]) == 0
     assert metrics["error_rate"].count("A B C", ["A B C D E F", "X B C"]) == (1, 3), "the lowest rate is chosen"
 
@@ -192,12 +198,12 @@ words = st.lists(st.sampled_from("ABCD"), max_size=8)
 
 @settings(max_examples=100, deadline=None)
 @given(words, st.lists(words.filter(len), min_size=1, max_size=3))
-def test_error_rate_is_the_textbook_recurrence(said, wanted):
-    rate = min(100 * distance(said, reference) / len(reference) for reference in wanted)
-    assert error_rate(" ".join(said), [" ".join(reference) for reference in wanted]) == pytest.approx(rate)
+def test_error_rate_matches_edit_distance(prediction, references):
+    rate = min(100 * distance(prediction, reference) / len(reference) for reference in references)
+    assert error_rate(" ".join(prediction), [" ".join(reference) for reference in references]) == pytest.approx(rate)
 
 
-def test_an_empty_set_and_one_without_its_references_are_refused():
+def test_empty_or_mismatched_inputs_are_rejected():
     with pytest.raises(ValueError, match="no rows"):
         corpus("rouge_l", [], [])
     with pytest.raises(ValueError, match="no rows"):
@@ -210,7 +216,7 @@ def test_an_empty_set_and_one_without_its_references_are_refused():
         corpus("chrf", ["a", "b"], [["a"]])
 
 
-def test_directions():
+def test_metric_directions():
     assert metrics["rouge_l"].higher_is_better
     assert not metrics["error_rate"].higher_is_better
 

@@ -1,4 +1,4 @@
-"""Drawing from teacher and student together: the right distribution, and the right words about each token."""
+"""Test sampling from a mixture of teacher and student, and the log-probabilities of its tokens."""
 
 import numpy as np
 import pytest
@@ -17,8 +17,8 @@ from tests.unit.test_rollout import backbone, prompts
 V = 6
 
 
-class Table:
-    """A model whose next token depends on the last one only: logits [V, V], the prompt's last token first."""
+class BigramModel:
+    """Predict the next token from the last one only, by a table of logits [V, V]."""
 
     context, stop_ids, forced_first = None, frozenset({0}), None
 
@@ -45,9 +45,9 @@ class Table:
 
 @pytest.mark.parametrize("alpha", [0.0, 0.2, 0.7])
 @pytest.mark.parametrize("shape", [Sampling(), Sampling(temperature=0.5), Sampling(top_k=2), Sampling(top_p=0.6)])
-def test_every_token_is_drawn_from_the_mixture(alpha, shape):
-    """Chi-square of the first token, and of the second after each first: α·p + (1 − α)·q, each shaped before."""
-    student, teacher, n = Table(1), Table(2), 6_000
+def test_tokens_follow_the_mixture_distribution(alpha, shape):
+    """Test α·p + (1 − α)·q by chi-square for the first token and for the second after each first token."""
+    student, teacher, n = BigramModel(1), BigramModel(2), 6_000
     mixture = Mixture(student, teacher, alpha, shape)
     draws = sample(mixture, [np.array([3])] * n, Sampling(max_new_tokens=2), [(4, i) for i in range(n)])
     expected = alpha * distribution(teacher.logits_VV, shape) + (1 - alpha) * distribution(student.logits_VV, shape)
@@ -64,9 +64,9 @@ def test_every_token_is_drawn_from_the_mixture(alpha, shape):
     assert tested >= 2
 
 
-def test_greedy_models_are_mixed_too():
-    """Each model is certain: the teacher's token comes with probability α."""
-    student, teacher = Table(1), Table(2)
+def test_mixture_of_greedy_models():
+    """Check that the teacher's token has probability α when both models are greedy."""
+    student, teacher = BigramModel(1), BigramModel(2)
     student.logits_VV[3], teacher.logits_VV[3] = torch.eye(V)[1], torch.eye(V)[2]
     mixture = Mixture(student, teacher, 0.2, Sampling(temperature=0))
     draws = sample(mixture, [np.array([3])] * 4_000, Sampling(max_new_tokens=1), [(4, i) for i in range(4_000)])
@@ -75,7 +75,7 @@ def test_greedy_models_are_mixed_too():
     assert stats.binomtest(int(counts[2]), 4_000, 0.2).pvalue > 1e-4
 
 
-def rolled(alpha, rows, seed=7, **more):
+def sampled(alpha, rows, seed=7, **more):
     sampler = MixtureSampler(
         backbone("gpt2", seed=1),
         backbone("llama", seed=2),
@@ -91,9 +91,9 @@ def rows():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_what_is_said_of_each_token_is_what_the_models_say_of_the_whole_output(temperature):
-    """Through caches and dropped rows, with outputs that end early: the same as one pass over the finished sequences."""
-    outputs = rolled(0.2, rows(), temperature=temperature)
+def test_log_probs_match_a_pass_over_the_whole_output(temperature):
+    """Check outputs of different lengths, sampled with caches and dropped rows."""
+    outputs = sampled(0.2, rows(), temperature=temperature)
     assert len({len(s.response) for s in outputs}) > 2
     student, teacher = backbone("gpt2", seed=1), backbone("llama", seed=2)
     for s in outputs:
@@ -110,33 +110,33 @@ def test_what_is_said_of_each_token_is_what_the_models_say_of_the_whole_output(t
         assert_close(s.log_probs_N3[:, LOG_DRAWN], (0.8 * shaped[0] + 0.2 * shaped[1]).log(), rtol=1e-4, atol=1e-4)
 
 
-def test_a_row_does_not_know_its_neighbours_nor_how_many_fit_into_memory():
-    together = rolled(0.2, rows())
-    half = rolled(0.2, rows()[:9])
+def test_samples_do_not_depend_on_the_batch():
+    together = sampled(0.2, rows())
+    half = sampled(0.2, rows()[:9])
     for a, b in zip(together, half, strict=False):
         assert a.response.tolist() == b.response.tolist()
         assert_close(a.log_probs_N3, b.log_probs_N3, rtol=1e-4, atol=1e-5)
-    assert rolled(0.2, rows(), seed=8)[0].response.tolist() != together[0].response.tolist()
+    assert sampled(0.2, rows(), seed=8)[0].response.tolist() != together[0].response.tolist()
 
 
-def test_without_a_teachers_share_it_is_the_students_own_sampler():
-    ours = rolled(0.0, rows())
+def test_mixture_without_teacher_matches_student_sampler():
+    mixed = sampled(0.0, rows())
     plain = ModelSampler(backbone("gpt2", seed=1), RolloutConfig(max_new_tokens=8), max_length=30, seed=7)
-    for a, b in zip(ours, plain.sample(rows(), 3), strict=True):
+    for a, b in zip(mixed, plain.sample(rows(), 3), strict=True):
         assert a.response.tolist() == b.response.tolist()
         assert (a.prompt.tolist(), a.row) == (b.prompt.tolist(), b.row)
         assert_close(a.log_probs_N3[:, LOG_DRAWN], a.log_probs_N3[:, LOG_Q], rtol=1e-5, atol=1e-5)
 
 
-def test_the_weight_back_to_the_student_is_bounded():
-    outputs = rolled(0.2, rows())
+def test_importance_weight_is_bounded():
+    outputs = sampled(0.2, rows())
     w = torch.cat([(s.log_probs_N3[:, LOG_Q] - s.log_probs_N3[:, LOG_DRAWN]).exp() for s in outputs])
     assert w.max() <= 1 / 0.8 + 1e-4
     assert w.min() < 0.9
 
 
-def test_the_shorter_context_of_the_two_bounds_an_output():
-    student, teacher = Table(1), Table(2)
+def test_mixture_context_is_the_shorter_one():
+    student, teacher = BigramModel(1), BigramModel(2)
     student.context, teacher.context = 20, 9
     assert Mixture(student, teacher, 0.2, Sampling()).context == 9
     teacher.context = None

@@ -1,4 +1,4 @@
-"""The table of model families against transformers."""
+"""Test the table of model families against transformers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from distillm_cli.models.model_families import FAMILIES, Family, family_of, fami
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
-def test_an_entry_is_a_family_of_transformers_and_says_why(family):
+def test_entry_exists_in_transformers_and_has_a_reason(family):
     assert family.name in CONFIG_MAPPING
     assert family.why != Family("other").why
     config = CONFIG_MAPPING[family.name]()
@@ -22,7 +22,7 @@ def test_an_entry_is_a_family_of_transformers_and_says_why(family):
         assert hasattr(transformers, f"{family.class_prefix}Model")
 
 
-def test_a_family_without_an_entry_is_ordinary():
+def test_family_without_entry_has_defaults():
     assert family_of("gemma3") == Family("gemma3")
 
 
@@ -37,6 +37,6 @@ def test_a_family_without_an_entry_is_ordinary():
         ("org/other", None),
     ],
 )
-def test_a_hub_name_shows_the_family_of_bases(name, family):
+def test_family_of_hub_name(name, family):
     found = family_of_hub_name(name)
     assert (found.name if found else None) == family

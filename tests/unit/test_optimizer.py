@@ -1,4 +1,4 @@
-"""The learning rate as arithmetic on the step, and which parameters decay."""
+"""Test the learning rate schedule and weight decay groups."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def rates(steps=100, **train):
     return [learning_rate(TrainConfig(**train), step, steps) for step in range(steps)]
 
 
-def test_cosine_starts_at_lr_and_nears_min_lr_through_half_way():
+def test_cosine_schedule_falls_from_lr_to_min_lr():
     values = rates(lr_schedule="cosine", min_lr=1e-7)
     assert values[0] == pytest.approx(1e-3)
     assert values[50] == pytest.approx((1e-3 + 1e-7) / 2)
@@ -21,20 +21,20 @@ def test_cosine_starts_at_lr_and_nears_min_lr_through_half_way():
     assert values == sorted(values, reverse=True)
 
 
-def test_linear_and_constant():
+def test_linear_and_constant_schedules():
     assert rates(lr_schedule="linear", min_lr=0)[25] == pytest.approx(0.75e-3)
     assert set(rates(lr_schedule="constant")) == {1e-3}
 
 
 @pytest.mark.parametrize("warmup", [10, 0.1])
-def test_warm_up_in_steps_or_as_a_fraction_rises_linearly_and_never_starts_at_zero(warmup):
+def test_warmup_rises_linearly_from_above_zero(warmup):
     values = rates(lr_schedule="constant", warmup=warmup)
     assert 0 < values[0] < values[5] < values[9] < 1e-3
     assert values[10] == 1e-3
     assert values[5] - values[4] == pytest.approx(values[1] - values[0])
 
 
-def test_matrices_decay_and_norms_and_biases_do_not():
+def test_only_matrices_have_weight_decay():
     module = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     groups = build_optimizer(module, TrainConfig(lr=1e-3, weight_decay=0.3)).param_groups
     assert [(g["weight_decay"], [p.ndim for p in g["params"]]) for g in groups] == [(0.3, [2]), (0.0, [1, 1, 1])]
@@ -42,7 +42,7 @@ def test_matrices_decay_and_norms_and_biases_do_not():
     assert len(build_optimizer(module, TrainConfig(lr=1e-3)).param_groups) == 1
 
 
-def test_state_survives_as_named_tensors():
+def test_optimizer_state_round_trips_as_named_tensors():
     torch.manual_seed(0)
     module = nn.Linear(3, 2)
     first = build_optimizer(module, TrainConfig(lr=1e-3))

@@ -1,4 +1,4 @@
-"""Whether prompts may be padded, tried on the model: an answer is the same alone and in a batch."""
+"""Test that decoding gives the same result alone and in a padded batch, for every family."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ MODELS = [*tiny.FAMILIES, *families.MIXTURES, *families.COMPOSITE]
 
 
 def _backbone(family: str) -> Backbone:
-    made = tiny.model(family, families.VOCAB) if family in tiny.FAMILIES else families.model(family)
-    return Backbone(made, tiny.tokenizer(size=families.VOCAB))
+    model = tiny.model(family, families.VOCAB) if family in tiny.FAMILIES else families.model(family)
+    return Backbone(model, tiny.tokenizer(size=families.VOCAB))
 
 
-def _answer(backbone: Backbone, prompts: list[np.ndarray]) -> torch.Tensor:
-    """Return the logits [4, V] of the last prompt and of three tokens after it, decoded beside the others."""
+def _last_row_logits(backbone: Backbone, prompts: list[np.ndarray]) -> torch.Tensor:
+    """Return the logits [4, V] of the last prompt and of three tokens after it, decoded in one batch."""
     decoding, rows, tokens_B = backbone.decode(prompts), [], None
     for _ in range(4):
         logits_BV = decoding.logits(tokens_B)
@@ -29,15 +29,15 @@ def _answer(backbone: Backbone, prompts: list[np.ndarray]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_an_answer_is_the_same_alone_and_in_a_batch(family):
+def test_logits_are_the_same_alone_and_in_a_batch(family):
     backbone = _backbone(family)
     draw = np.random.default_rng(0)
     prompts = [draw.integers(2, 36, size) for size in (20, 11, 6)]
-    alone = _answer(backbone, prompts[-1:])
-    torch.testing.assert_close(_answer(backbone, prompts), alone, atol=2e-4, rtol=1e-3)
+    alone = _last_row_logits(backbone, prompts[-1:])
+    torch.testing.assert_close(_last_row_logits(backbone, prompts), alone, atol=2e-4, rtol=1e-3)
 
 
-def test_a_model_that_padding_misleads_is_not_padded():
+def test_model_sensitive_to_padding_is_not_padded():
     backbone = _backbone("deepseek_v4")
     assert not backbone.check_decoding()
     prompts = [np.arange(2, 22), np.arange(5, 11)]
@@ -46,6 +46,6 @@ def test_a_model_that_padding_misleads_is_not_padded():
     assert (padded.logits(None)[1] - alone.logits(None)[0]).abs().max() > 0.01
 
 
-def test_the_trial_fits_a_short_context():
+def test_padding_check_fits_a_short_context():
     model = tiny.model("gpt2", families.VOCAB, n_positions=8)
     assert Backbone(model, tiny.tokenizer(size=families.VOCAB)).check_decoding()

@@ -1,4 +1,4 @@
-"""Recipes of stages: what they share, what stands for what, and one line for everything that can be wrong with them."""
+"""Test recipes of stages: shared defaults, references between stages, and errors."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 
 from distillm_cli.config.load import resolve
 from distillm_cli.config.pipeline_recipe import is_pipeline, load_pipeline, with_stage_paths
-from distillm_cli.errors import DistillmError, RecipeError
+from tests.codes import raises_code
 
 TEXT = """\
 defaults:
@@ -29,7 +29,7 @@ stages:
 
 
 @pytest.fixture
-def written(tmp_path, monkeypatch):
+def write_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def write(text=TEXT, name="p.yaml"):
@@ -39,109 +39,196 @@ def written(tmp_path, monkeypatch):
     return write
 
 
-def test_layers_lie_over_each_other(written):
-    p = load_pipeline(written(), ["defaults.train.seed=4", "stages.distill.train.lr=5e-4", "defaults.train.lr=2e-3"])
+def test_stage_overrides_defaults_and_recipe(write_recipe):
+    p = load_pipeline(
+        write_recipe(), ["defaults.train.seed=4", "stages.distill.train.lr=5e-4", "defaults.train.lr=2e-3"]
+    )
     teacher, distill = p["teacher"].resolved, p["distill"].resolved
     assert (teacher.recipe.method, distill.recipe.method) == ("sft", "distillm")
     assert (teacher.recipe.train.lr, teacher.origin["train.lr"]) == (2e-3, "--set")
     assert (distill.recipe.train.lr, distill.overridden["train.lr"]) == (5e-4, (2e-3, "--set"))
-    assert distill.origin["train.betas"].startswith("quickstart.yaml:"), "from the single recipe it starts from"
+    assert distill.origin["train.betas"].startswith("quickstart.yaml:"), (
+        "the origin is the recipe that the stage starts from"
+    )
     assert distill.recipe.data.template == "plain"
     assert teacher.recipe.data.template == "auto"
     assert {s.resolved.recipe.train.seed for s in p.stages} == {4}
-    assert (distill.recipe.train.steps, distill.recipe.train.epochs) == (None, 2), "its own epochs, over shared steps"
+    assert (distill.recipe.train.steps, distill.recipe.train.epochs) == (None, 2), (
+        "epochs of the stage replace shared steps"
+    )
     assert teacher.recipe.train.steps == 9
-    own = load_pipeline(written(), ["defaults.train.epochs=3", "stages.teacher.train.steps=4"])[
+    own = load_pipeline(write_recipe(), ["defaults.train.epochs=3", "stages.teacher.train.steps=4"])[
         "teacher"
     ].resolved.recipe
-    assert own.train.steps == 4, "a stage's own is meant over a shared one"
-    for both in (["defaults.train.steps=4", "defaults.train.epochs=3"], ["stages.distill.train.steps=4"] * 2):
-        both[1] = both[1].replace("steps=4", "epochs=3")
-        with pytest.raises(RecipeError, match=r"train\.epochs and --set .*train\.steps both given; keep one of them"):
-            load_pipeline(written(), both)
+    assert own.train.steps == 4, "steps of the stage replace shared epochs"
+    for settings in (["defaults.train.steps=4", "defaults.train.epochs=3"], ["stages.distill.train.steps=4"] * 2):
+        settings[1] = settings[1].replace("steps=4", "epochs=3")
+        with raises_code("recipe.given_twice", "train.epochs", "train.steps"):
+            load_pipeline(write_recipe(), settings)
 
 
-def test_a_stage_that_generates_reads_its_own_rows_and_how_many(written):
-    """Where the verb has --data and --limit, and refuses these."""
+def test_generate_stage_reads_data_source_and_limit(write_recipe):
+    """Check this although the command has --data and --limit instead."""
     sets = ["stages.samples.data.limit=4", "stages.samples.data.source=builtin"]
-    data = load_pipeline(written(), sets)["samples"].resolved.recipe.data
+    data = load_pipeline(write_recipe(), sets)["samples"].resolved.recipe.data
     assert (data.limit, data.source) == (4, "builtin")
-    with pytest.raises(RecipeError, match=r"stages\.eval\.data\.limit = 4; .*; eval trains nothing; leave it out$"):
-        load_pipeline(written(), ["stages.eval.data.limit=4"])
+    with raises_code("recipe.unused_field", "stages.eval.data.limit = 4"):
+        load_pipeline(write_recipe(), ["stages.eval.data.limit=4"])
 
 
-def test_stages_stand_for_what_they_make(written):
-    p = load_pipeline(written())
+def test_stage_references_are_replaced_by_their_outputs(write_recipe):
+    p = load_pipeline(write_recipe())
     assert [s.depends_on for s in p.stages] == [(), ("teacher",), ("teacher", "samples"), ("distill",)]
-    assert p["teacher"].resolved.recipe.teacher.path is None, "a shared teacher is not its own"
+    assert p["teacher"].resolved.recipe.teacher.path is None, "the teacher stage does not read its own output"
     own, resolved = with_stage_paths(p["distill"], {"teacher": "out/teacher", "samples": "out/samples/samples.jsonl"})
     assert (resolved.recipe.teacher.path, resolved.recipe.data.source) == ("out/teacher", "out/samples/samples.jsonl")
     assert own.verb == "distill"
     assert p["eval"].config.models == ("stage:distill",)
 
 
-def test_single_recipes_and_pipelines_know_each_other(written):
-    assert is_pipeline(Path(written()))
+def test_recipes_and_pipelines_are_distinguished(write_recipe):
+    assert is_pipeline(Path(write_recipe()))
     assert not is_pipeline("quickstart")
-    with pytest.raises(RecipeError, match=r"p\.yaml: a pipeline of stages, not one recipe; try `distillm run p\.yaml`"):
+    with raises_code("recipe.is_pipeline", "p.yaml", "`distillm run p.yaml`"):
         resolve(command="distill", recipe=Path("p.yaml"))
-    with pytest.raises(RecipeError, match=r"has no stages; try `distillm distill --recipe quickstart`"):
+    with raises_code("recipe.no_stages", "`distillm distill --recipe quickstart`"):
         load_pipeline("quickstart")
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "line"),
+    ("old", "new", "code", "mentions"),
     [
-        ("train: {epochs: 2}", "train: {lr: fast}", "p.yaml:15: stages.distill.train.lr = fast; "
-         "expected a number > 0, or auto; try --set stages.distill.train.lr=auto"),
-        ("train: {lr: 1e-3, steps: 9}", "train: {lr: -1}", "p.yaml:4: defaults.train.lr = -1; "
-         "expected a number > 0, or auto; try --set defaults.train.lr=auto"),
-        ("train: {epochs: 2}", "trian: {epochs: 2}", "p.yaml:15: stages.distill.trian: no such key; did you mean train?"),
-        ("verb: sft", "verb: stf", "p.yaml:7: stages.teacher.verb = stf; expected one of sft, generate, distill, eval; try"),
-        ("    verb: sft\n", "", "p.yaml:6: stages.teacher: no verb; expected verb: sft, generate, distill, eval"),
-        ("model: stage:teacher", "limit: 3", "p.yaml:9: stages.samples: no model; set model: stage:NAME, a path or a hub"),
-        ("recipe: quickstart", "recipe: quickstrat", "p.yaml:12: stages.distill.recipe = quickstrat; no recipe named"),
-        ("recipe: quickstart", "models: [x]", "p.yaml:12: stages.distill.models: no such key of distill; eval has it"),
-        ("model: stage:teacher", "model: stage:teachr", "stages.samples.model = stage:teachr; there is no stage teachr; "
-         "did you mean stage:teacher?"),
-        ("model: stage:teacher", "model: stage:distill", "stages.samples.model = stage:distill; stage distill comes after "
-         "samples"),
-        ("model: stage:teacher", "model: stage:samples", "a stage cannot read what it makes itself"),
-        ("source: stage:samples", "source: stage:teacher", "stage teacher (sft) makes a model, this takes rows"),
-        ("data: {source: stage:samples}", "data: {teacher_samples: stage:samples}", "p.yaml:14: stages.distill.data."
-         "teacher_samples = 'stage:samples'; it belongs to teacher and pairs (methods seqkd, fdistill, distillm2), and here "
-         "schedule.kind is adaptive"),
-        ("student: {path: stage:teacher}", "student: {path: stage:samples}", "makes rows, this takes a model"),
-        ("  teacher: {path: stage:teacher}\n", "  method: kd\n", "p.yaml:2: defaults.method: a method is of one stage; set"),
-        ("student: {path: \"random:2x32\", tokenizer: chars}", "data: {source: builtin}",
-         "p.yaml:6: stages.teacher: no model to train; set student.path there, to a path, a hub name or stage:NAME"),
-        ("defaults:", "shared:", "p.yaml:1: shared: no such key; a pipeline has defaults and stages"),
-        ("defaults:", "train: {lr: 1}\ndefaults:", "p.yaml:1: train: no such key; a pipeline has defaults and stages; did "
-         "you mean defaults.train?"),
-        ("  eval: {verb", "  teacher: {verb", "p.yaml:16: stages.teacher occurs twice, first in line 6; keep one of them"),
-        ("    verb: distill\n", "    verb: distill\n    method: sft\n", "expected a method of `distillm distill`"),
+        (
+            "train: {epochs: 2}",
+            "train: {lr: fast}",
+            "recipe.invalid_value",
+            ("p.yaml:15: stages.distill.train.lr = fast", "--set stages.distill.train.lr=auto"),
+        ),
+        (
+            "train: {lr: 1e-3, steps: 9}",
+            "train: {lr: -1}",
+            "recipe.invalid_value",
+            ("p.yaml:4: defaults.train.lr = -1", "--set defaults.train.lr=auto"),
+        ),
+        (
+            "train: {epochs: 2}",
+            "trian: {epochs: 2}",
+            "recipe.unknown_field",
+            ("p.yaml:15: stages.distill.trian", "train?"),
+        ),
+        (
+            "verb: sft",
+            "verb: stf",
+            "recipe.invalid_value",
+            ("p.yaml:7: stages.teacher.verb = stf", "sft, generate, distill, eval"),
+        ),
+        (
+            "    verb: sft\n",
+            "",
+            "recipe.missing_field",
+            ("p.yaml:6: stages.teacher", "verb", "sft, generate, distill, eval"),
+        ),
+        ("model: stage:teacher", "limit: 3", "recipe.missing_field", ("p.yaml:9: stages.samples", "model")),
+        (
+            "recipe: quickstart",
+            "recipe: quickstrat",
+            "recipe.invalid_stage",
+            ("p.yaml:12: stages.distill.recipe = quickstrat",),
+        ),
+        ("recipe: quickstart", "models: [x]", "recipe.unknown_field", ("p.yaml:12: stages.distill.models", "eval")),
+        (
+            "model: stage:teacher",
+            "model: stage:teachr",
+            "recipe.invalid_stage_input",
+            ("stages.samples.model = stage:teachr", "stage:teacher?"),
+        ),
+        (
+            "model: stage:teacher",
+            "model: stage:distill",
+            "recipe.invalid_stage_input",
+            ("stages.samples.model = stage:distill",),
+        ),
+        (
+            "model: stage:teacher",
+            "model: stage:samples",
+            "recipe.invalid_stage_input",
+            ("stages.samples.model = stage:samples",),
+        ),
+        (
+            "source: stage:samples",
+            "source: stage:teacher",
+            "recipe.invalid_stage_input",
+            ("stages.distill.data.source = stage:teacher", "model", "rows"),
+        ),
+        (
+            "data: {source: stage:samples}",
+            "data: {teacher_samples: stage:samples}",
+            "recipe.unused_field",
+            (
+                "p.yaml:14: stages.distill.data.teacher_samples = 'stage:samples'",
+                "teacher and pairs (methods seqkd, fdistill, distillm2)",
+                "schedule.kind is adaptive",
+            ),
+        ),
+        (
+            "student: {path: stage:teacher}",
+            "student: {path: stage:samples}",
+            "recipe.invalid_stage_input",
+            ("stages.distill.student.path = stage:samples", "rows", "model"),
+        ),
+        (
+            "  teacher: {path: stage:teacher}\n",
+            "  method: kd\n",
+            "recipe.invalid_stage",
+            ("p.yaml:2: defaults.method",),
+        ),
+        (
+            'student: {path: "random:2x32", tokenizer: chars}',
+            "data: {source: builtin}",
+            "recipe.invalid_stage",
+            ("p.yaml:6: stages.teacher", "student.path", "stage:NAME"),
+        ),
+        ("defaults:", "shared:", "recipe.unknown_field", ("p.yaml:1: shared", "defaults", "stages")),
+        (
+            "defaults:",
+            "train: {lr: 1}\ndefaults:",
+            "recipe.unknown_field",
+            ("p.yaml:1: train", "defaults.train?"),
+        ),
+        ("  eval: {verb", "  teacher: {verb", "recipe.given_twice", ("p.yaml:16: stages.teacher", "line 6")),
+        (
+            "    verb: distill\n",
+            "    verb: distill\n    method: sft\n",
+            "usage.unknown_method",
+            ("stages.distill.method = sft", "`distillm distill`"),
+        ),
     ],
-)  # fmt: skip
-def test_what_is_wrong_is_said_with_its_line(written, old, new, line):
+)
+def test_invalid_pipeline_is_rejected_with_its_line(write_recipe, old, new, code, mentions):
     assert TEXT.count(old) == 1
-    with pytest.raises(DistillmError) as caught:
-        load_pipeline(written(TEXT.replace(old, new)))
-    assert line in str(caught.value)
+    with raises_code(code, *mentions) as caught:
+        load_pipeline(write_recipe(TEXT.replace(old, new)))
     assert caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize(
-    ("text", "line"),
+    ("text", "code", "mentions"),
     [
-        ("train.lr=1", "--set train.lr=1; expected defaults.section.key=value or stages.NAME.section.key=value; did you "
-         "mean defaults.train.lr?"),
-        ("stages.techer.train.lr=1", "--set stages.techer.train.lr: no stage techer; did you mean stages.teacher?"),
-        ("stages.teacher.train.lr", "--set stages.teacher.train.lr; expected"),
-        ("stages.samples.n=0", "--set stages.samples.n = 0; expected a whole number ≥ 1"),
-        ("stages.teacher.verb=[", "--set stages.teacher.verb: not a YAML document"),
+        (
+            "train.lr=1",
+            "usage.invalid_set",
+            ("--set train.lr=1", "defaults.section.key=value", "stages.NAME.section.key=value", "defaults.train.lr?"),
+        ),
+        (
+            "stages.techer.train.lr=1",
+            "usage.unknown_stage",
+            ("--set stages.techer.train.lr", "stages.teacher?"),
+        ),
+        ("stages.teacher.train.lr", "usage.invalid_set", ("--set stages.teacher.train.lr",)),
+        ("stages.samples.n=0", "recipe.invalid_value", ("--set stages.samples.n = 0", "≥ 1")),
+        ("stages.teacher.verb=[", "recipe.invalid_yaml", ("--set stages.teacher.verb",)),
     ],
-)  # fmt: skip
-def test_what_is_wrong_with_set_is_said(written, text, line):
-    with pytest.raises(DistillmError) as caught:
-        load_pipeline(written(), [text])
-    assert line in str(caught.value)
+)
+def test_invalid_set_for_a_stage_is_rejected(write_recipe, text, code, mentions):
+    with raises_code(code, *mentions):
+        load_pipeline(write_recipe(), [text])

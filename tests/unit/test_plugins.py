@@ -1,4 +1,4 @@
-"""Registries: built-in entries, entries of other packages, and packages that do not work."""
+"""Test registries: built-in entries, entries of other packages, and packages that fail."""
 
 import subprocess
 import sys
@@ -7,21 +7,21 @@ import textwrap
 import pytest
 
 from distillm_cli import plugins
-from distillm_cli.errors import UsageError
 from distillm_cli.plugins import PluginWarning, Registry
+from tests.codes import raises_code
 
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """Install a package of one module with an entry point, the way an installer lays it out."""
+    """Return a function that installs a package of one module with an entry point."""
 
     def install(module: str, code: str, group: str = "distillm.toys") -> None:
         monkeypatch.delitem(sys.modules, module, raising=False)
         (tmp_path / f"{module}.py").write_text(textwrap.dedent(code))
-        about = tmp_path / f"{module}_package-1.0.dist-info"
-        about.mkdir()
-        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}-package\nVersion: 1.0\n")
-        (about / "entry_points.txt").write_text(f"[{group}]\n{module} = {module}\n")
+        metadata = tmp_path / f"{module}_package-1.0.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}-package\nVersion: 1.0\n")
+        (metadata / "entry_points.txt").write_text(f"[{group}]\n{module} = {module}\n")
 
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(plugins, "toys", Registry("toys"), raising=False)
@@ -34,22 +34,22 @@ GOOD = """
 """
 
 
-def test_an_entry_point_registers_what_its_module_registers(package):
+def test_entry_point_registers_entries_of_its_module(package):
     package("good", GOOD)
     assert dict(plugins.toys) == {"ball": 1}
     assert plugins.toys.failures == []
 
 
-def test_a_package_that_cannot_be_imported_is_reported_and_left_out(package):
+def test_package_that_cannot_be_imported_is_left_out(package):
     package("good", GOOD)
     package("bad", "from distillm_cli import plugins\nplugins.toys.register('doll', 2)\nimport no_such_module")
-    with pytest.warns(PluginWarning, match=r"bad of bad-package .*No module named 'no_such_module'"):
+    with pytest.warns(PluginWarning, match=r"bad-package.*no_such_module"):
         assert dict(plugins.toys) == {"ball": 1}
     (failure,) = plugins.toys.failures
     assert (failure.group, failure.name, failure.distribution) == ("distillm.toys", "bad", "bad-package")
 
 
-def test_a_package_that_fails_leaves_nothing_in_other_groups(package):
+def test_failed_package_leaves_no_entries_in_other_groups(package):
     code = """
         import distillm_cli.config.methods
         from distillm_cli import plugins
@@ -63,16 +63,16 @@ def test_a_package_that_fails_leaves_nothing_in_other_groups(package):
     assert "kd" in plugins.methods
 
 
-def test_a_name_that_is_taken_is_refused_and_names_both_modules(package):
+def test_duplicate_name_is_rejected(package):
     plugins.toys.register("ball", 0, "this_program")
     package("good", GOOD)
-    with pytest.warns(PluginWarning, match="ball is registered twice; by this_program and by good"):
+    with pytest.warns(PluginWarning, match="ball.*this_program.*good"):
         assert dict(plugins.toys) == {"ball": 0}
-    with pytest.raises(UsageError, match="registered twice"):
+    with raises_code("usage.invalid_plugin", "ball"):
         plugins.toys.register("ball", 3)
 
 
-def test_an_entry_that_fails_its_check_is_left_out(package, monkeypatch):
+def test_entry_that_fails_its_check_is_left_out(package, monkeypatch):
     def check(entry):
         raise ValueError(f"{entry} is too small")
 
@@ -82,10 +82,10 @@ def test_an_entry_that_fails_its_check_is_left_out(package, monkeypatch):
         assert "ball" not in plugins.toys
 
 
-def test_an_entry_that_comes_after_the_schema_is_refused():
+def test_entry_registered_after_the_schema_is_rejected():
     from distillm_cli.config import schema  # noqa: F401
 
-    with pytest.raises(UsageError, match=r"registered too late; the schema of recipes exists already; .*entry point"):
+    with raises_code("usage.invalid_plugin", "late", "entry point"):
         plugins.divergences.register("late", None, "late_module")
 
 
@@ -97,7 +97,7 @@ def run(code: str, path) -> str:
     return done.stdout + done.stderr
 
 
-def test_a_parameter_named_like_a_common_key_leaves_the_divergence_out(package, tmp_path):
+def test_divergence_with_a_reserved_parameter_is_left_out(package, tmp_path):
     code = """
         from distillm_cli.config.fields import DivergenceConfig
         from distillm_cli.losses.divergences import KL, register_divergence
@@ -117,10 +117,10 @@ def test_a_parameter_named_like_a_common_key_leaves_the_divergence_out(package, 
     )
     assert "'clash'" not in out
     assert "'atkd'" in out
-    assert "its parameter kd_weight is a key of every objective" in out
+    assert "kd_weight" in out
 
 
-def test_a_divergence_of_another_package_brings_its_own_keys(package, tmp_path):
+def test_divergence_of_another_package_has_its_own_keys(package, tmp_path):
     code = """
         from typing import Annotated
         from pydantic import Field
@@ -152,7 +152,7 @@ def test_a_divergence_of_another_package_brings_its_own_keys(package, tmp_path):
             try:
                 resolve(command="distill", sets=sets)
             except RecipeError as error:
-                print(error)
+                print(error.code, error)
         print("torch" in sys.modules)
         from distillm_cli.losses import objectives
         print(objectives.build(resolved.recipe.objective).divergence)
@@ -160,12 +160,12 @@ def test_a_divergence_of_another_package_brings_its_own_keys(package, tmp_path):
         tmp_path,
     )
     assert "['divergence:', 'scaled'], ['scaled_by:', '3.0']" in out
-    assert "objective.scaled_by = 3; it belongs to scaled, and here objective.divergence is skl" in out
-    assert "objective.scaled_by = 0; expected a number > 0" in out
+    assert "recipe.unused_field --set objective.scaled_by = 3" in out
+    assert "recipe.invalid_value --set objective.scaled_by = 0" in out
     assert "\nFalse\nScaled(scaled_by=3.0)" in out
 
 
-def test_the_schema_and_the_divergences_need_no_torch(tmp_path):
+def test_schema_and_divergences_import_no_torch(tmp_path):
     code = """
         import distillm_cli.cli.app, distillm_cli.config.load
         from distillm_cli import plugins

@@ -1,4 +1,4 @@
-"""Every shipped recipe is valid, says how to run it, and means what its comment says."""
+"""Test that every shipped recipe is valid, names its command, and has the settings it documents."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from distillm_cli.config.load import resolve, shipped, to_yaml
 from distillm_cli.config.methods import METHODS
 from distillm_cli.config.pipeline_recipe import is_pipeline, load_pipeline
-from tests.typed import flags
+from tests.command_line import flags
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PIPELINES = {name for name in shipped() if is_pipeline(name)}
 
 
-def test_the_shipped_recipes():
+def test_set_of_shipped_recipes():
     tasks = {"samsum-t5", "xsum-t5", "wmt14-t5", "iwslt-mt5", "gsm8k"}
     assert set(shipped()) - PIPELINES == tasks | {
         "quickstart", "quickstart-teacher", "dolly-gpt2", "dolly-opt", "dolly-openllama", "g2p", "g2p-teacher",
@@ -37,7 +37,7 @@ def test_the_shipped_recipes():
 
 
 @pytest.mark.parametrize("name", shipped())
-def test_a_recipe_opens_with_the_command_that_runs_it(name, tmp_path):
+def test_recipe_starts_with_its_command(name, tmp_path):
     command, summary = shipped()[name].read_text(encoding="utf-8").splitlines()[:2]
     words = shlex.split(command.removeprefix("# "))
     assert command.startswith("# distillm ")
@@ -57,21 +57,21 @@ def test_a_recipe_opens_with_the_command_that_runs_it(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(PIPELINES))
-def test_the_commands_in_a_pipelines_comments_name_its_stages(name):
+def test_commands_in_pipeline_comments_name_its_stages(name):
     pipeline = load_pipeline(name)
     for line in shipped()[name].read_text(encoding="utf-8").splitlines():
         _, found, rest = line.partition("--only ")
         if line.startswith("#") and found:
-            chosen = rest.split()[0].split(",")
-            assert set(chosen) <= set(pipeline.names)
-            read = {read for stage in chosen for read in pipeline[stage].depends_on}
-            assert read <= set(chosen), "a line to type runs as it stands"
+            stages = rest.split()[0].split(",")
+            assert set(stages) <= set(pipeline.names)
+            inputs = {inputs for stage in stages for inputs in pipeline[stage].depends_on}
+            assert inputs <= set(stages), "the commented command can be run as is"
         for word in re.findall(r"--set (\S+=\d\S*)", line) if line.startswith("#") else ():
             load_pipeline(name, [word])
 
 
-def test_the_pipelines_of_the_paper_have_the_papers_settings():
-    """docs/methods.md#settings, size by size: divergence, learning rate, batch, epochs."""
+def test_paper_pipelines_have_the_papers_settings():
+    """Check divergence, learning rate, batch size and epochs of each size against docs/methods.md#settings."""
     settings = {
         "dolly-gpt2-pipeline": {
             "120m": ("gpt2", "skl", 5e-4, 8, 20),
@@ -110,26 +110,26 @@ def test_the_pipelines_of_the_paper_have_the_papers_settings():
 
 
 @pytest.mark.parametrize("name", shipped())
-def test_the_commands_in_a_recipes_comments_resolve(name):
-    """`distillm sft --model … --lr …` lines in comments are documentation that must not rot."""
+def test_commands_in_recipe_comments_resolve(name):
+    """Check the `distillm sft --model … --lr …` lines in comments."""
     for line in shipped()[name].read_text(encoding="utf-8").splitlines():
         _, found, rest = line.partition("distillm ")
         if not (line.startswith("#") and found and rest.startswith(("sft --", "distill --"))):
             continue
         verb, *words = shlex.split(rest)
-        given = dict(zip(words[::2], words[1::2], strict=True))
-        recipe = given.pop("--recipe", None)
-        given.pop("--output", None)
-        sets = [given.pop("--set")] if "--set" in given else None
+        options = dict(zip(words[::2], words[1::2], strict=True))
+        recipe = options.pop("--recipe", None)
+        options.pop("--output", None)
+        sets = [options.pop("--set")] if "--set" in options else None
         resolve(
             command=verb,
             recipe=recipe,
             sets=sets,
-            flags=flags(verb, **{k[2:].replace("-", "_"): v for k, v in given.items()}),
+            flags=flags(verb, **{k[2:].replace("-", "_"): v for k, v in options.items()}),
         )
 
 
-def test_dolly_gpt2_is_the_papers_setting():
+def test_dolly_gpt2_has_the_papers_settings():
     r = resolve(command="distill", recipe="dolly-gpt2").recipe
     assert (r.teacher.path, r.student.path, r.data.source, r.data.template) == ("gpt2-xl", "gpt2", "dolly", "alpaca")
     assert (r.objective.divergence, r.objective.alpha, r.objective.kd_weight) == ("skl", 0.1, 1.0)
@@ -140,14 +140,14 @@ def test_dolly_gpt2_is_the_papers_setting():
     assert (r.eval.seeds, r.eval.no_repeat_ngram_size, r.eval.max_new_tokens) == ((10, 20, 30, 40, 50), 6, 256)
 
 
-def test_dolly_opt_is_the_papers_setting():
+def test_dolly_opt_has_the_papers_settings():
     r = resolve(command="distill", recipe="dolly-opt").recipe
     assert (r.teacher.path, r.student.path) == ("facebook/opt-2.7b", "facebook/opt-125m")
     assert (r.objective.divergence, r.train.lr, r.train.batch_size, r.train.epochs) == ("srkl", 5e-5, 8, 20)
 
 
-def test_an_installation_finds_its_recipes_inside_the_package(tmp_path):
-    """A wheel puts recipes/ at distillm_cli/_recipes; laid out like that, names resolve without a checkout."""
+def test_installed_package_finds_its_recipes(tmp_path):
+    """Check the layout of a wheel, which has recipes/ at distillm_cli/_recipes."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"] == {
         "recipes": "distillm_cli/_recipes"
@@ -156,13 +156,13 @@ def test_an_installation_finds_its_recipes_inside_the_package(tmp_path):
     package = tmp_path / "distillm_cli"
     shutil.copytree(ROOT / "distillm_cli", package, ignore=shutil.ignore_patterns("__pycache__", "assets"))
     shutil.copytree(ROOT / "recipes", package / "_recipes")
-    (tmp_path / "recipes").mkdir()  # somebody else's, beside the package in site-packages
-    (tmp_path / "recipes" / "theirs.yaml").touch()
+    (tmp_path / "recipes").mkdir()  # another package's directory in site-packages
+    (tmp_path / "recipes" / "other.yaml").touch()
     script = (
         "from distillm_cli.config.load import resolve, shipped; resolve(command='distill', recipe='quickstart');"
         "print(*shipped(), shipped()['g2p'])"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-c", script]
-    seen = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
-    assert seen.stdout.split() == [*shipped(), str(package / "_recipes" / "g2p.yaml")], seen.stderr
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == [*shipped(), str(package / "_recipes" / "g2p.yaml")], done.stderr

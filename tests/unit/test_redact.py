@@ -1,4 +1,4 @@
-"""Credentials in addresses reach no terminal and no file."""
+"""Test that credentials in URLs are printed and written nowhere."""
 
 import pytest
 import yaml
@@ -33,7 +33,7 @@ SECRETS = ("bob", "hunter2", "s3cr3t")
         ("objective.alpha = 2; expected key=value", "objective.alpha = 2; expected key=value"),
     ],
 )
-def test_what_gives_access_is_hidden_and_nothing_else(text, shown):
+def test_redact_hides_only_credentials(text, shown):
     assert redact(text) == shown
     assert redact(shown) == shown
 
@@ -61,7 +61,7 @@ def test_no_command_prints_credentials(argv, capsys, tmp_path, monkeypatch):
     code = main(argv)
     out, err = capsys.readouterr()
     assert code in (0, 2, 3, 4)
-    assert "host" in out + err or "https" in out + err, "or this shows nothing"
+    assert "host" in out + err or "https" in out + err, "the test needs output that mentions the URL"
     assert not [secret for secret in SECRETS if secret in out + err]
     assert not [path for path in tmp_path.rglob("*") if any(secret in path.name for secret in SECRETS)]
 
@@ -76,16 +76,16 @@ def test_events_are_shown_without_credentials(capsys):
     assert "hunter2" not in str(DataError("data.not_found", f"no {URL}", where=URL, hint=f"see {URL}"))
 
 
-def test_a_recipe_is_written_without_credentials_and_says_so():
+def test_recipe_is_saved_without_credentials():
     resolved = resolve(command="distill", recipe="quickstart", sets=[f"data.source='{URL}'"])
     text = to_yaml(resolved)
     assert not [secret for secret in SECRETS if secret in text + str(fixed_values(resolved.recipe))]
     assert yaml.safe_load(text)["data"]["source"] == redact(URL)
     assert "credentials" in text.splitlines()[0] + text.splitlines()[1]
-    assert resolved.recipe.data.source == URL, "the run itself knows them"
+    assert resolved.recipe.data.source == URL, "the run itself needs the credentials"
     assert "credentials" not in to_yaml(resolve(command="distill", recipe="quickstart"))
 
 
-def test_an_output_is_not_named_after_credentials():
+def test_output_name_has_no_credentials():
     name = str(output_dir.default_name(None, URL, "https://bob:hunter2@host", "kd", resume=False))
     assert not [secret for secret in SECRETS if secret in name]

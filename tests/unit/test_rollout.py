@@ -1,4 +1,4 @@
-"""The sampler: exact draws, rows that do not know their neighbours, and what is supervised afterwards."""
+"""Test the sampler: exact draws, independence of rows in a batch, and supervised tokens of rollouts."""
 
 import numpy as np
 import pytest
@@ -6,13 +6,13 @@ import torch
 from scipy import stats
 
 from distillm_cli.config.schema import RolloutConfig
-from distillm_cli.errors import DataError, NonFiniteError
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.rollouts.next_token import Sampling, choose
 from distillm_cli.rollouts.sampler import ModelSampler, sample, sample_all, uniforms
 from distillm_cli.training.events import Warned
 from distillm_cli.types import Sequence, collate
 from tests import tiny
+from tests.codes import raises_code
 
 
 def backbone(family="gpt2", seed=0, spread=2.0):
@@ -24,8 +24,8 @@ def prompts(*lengths):
     return [s.prompt + 3 for s in tiny.sequences([(n, 1) for n in lengths], vocab=20, seed=5)]
 
 
-def test_one_uniform_per_row_samples_the_softmax_exactly():
-    """Chi-square against the softmax: 40,000 draws by inverse cumulative sum."""
+def test_sampling_follows_the_softmax():
+    """Test 40,000 draws by inverse cumulative sum with chi-square."""
     logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)) * 1.5
     n = 40_000
     uniforms = torch.from_numpy(np.random.default_rng(1).random(n))
@@ -34,7 +34,7 @@ def test_one_uniform_per_row_samples_the_softmax_exactly():
     assert stats.chisquare(counts, expected * (counts.sum() / expected.sum())).pvalue > 1e-3
 
 
-def test_temperature_top_k_and_top_p_draw_from_the_filtered_distribution():
+def test_sampling_follows_the_filtered_distribution():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -8.0]])
     n = 20_000
     uniforms = torch.from_numpy(np.random.default_rng(2).random(n))
@@ -47,14 +47,14 @@ def test_temperature_top_k_and_top_p_draw_from_the_filtered_distribution():
         assert stats.chisquare(counts[:keep], expected).pvalue > 1e-3
 
 
-def test_a_token_of_probability_zero_is_never_drawn_even_at_the_ends_of_the_interval():
+def test_zero_probability_tokens_are_not_drawn():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(3, -1)
-    picks = choose(logits, Sampling(), torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64))
-    assert set(picks.tolist()) <= {1, 3}
+    tokens = choose(logits, Sampling(), torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64))
+    assert set(tokens.tolist()) <= {1, 3}
 
 
-def test_each_row_has_the_philox_stream_of_its_own_key():
-    """As from a generator made for that key alone, at the ends of the range of keys too."""
+def test_each_row_has_its_own_philox_stream():
+    """Compare with a numpy generator for the same key, also at the ends of the range of keys."""
     seeds = [(10, (7 << 32) + 3), (10, 2**63 + 1), (-1, 0), (10, 0), (2**64 - 1, 5)]
     for (seed, row), found_T in zip(seeds, uniforms(seeds, 9), strict=True):
         key = np.array([seed % 2**64, row % 2**64], dtype=np.uint64)
@@ -62,8 +62,8 @@ def test_each_row_has_the_philox_stream_of_its_own_key():
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_rows_sample_does_not_depend_on_its_batch(family):
-    """Left padding, dropped rows and neighbours change nothing: each row alone, and all of them together."""
+def test_sample_of_a_row_does_not_depend_on_its_batch(family):
+    """Compare rows sampled alone with rows in a batch with left padding and dropped rows."""
     model, ps = backbone(family), prompts(*[3, 9, 5, 1, 7, 4] * 4)
     sampling, seeds = Sampling(max_new_tokens=12), [(7, i) for i in range(24)]
     together = sample(model, ps, sampling, seeds, entropy=True)
@@ -72,10 +72,10 @@ def test_a_rows_sample_does_not_depend_on_its_batch(family):
         assert alone.tokens.tolist() == out.tokens.tolist()
         assert alone.complete == out.complete
         assert alone.entropy == pytest.approx(out.entropy, rel=1e-4)
-    assert {out.complete for out in together} == {True, False}  # some rows left the batch early
+    assert {out.complete for out in together} == {True, False}  # some rows finished early
 
 
-def test_an_output_ends_with_its_stop_token_or_is_marked_as_cut():
+def test_output_ends_with_stop_token_or_is_incomplete():
     model = backbone()
     stop = model.tokenizer.eos_token_id
     for out in sample(model, prompts(*[4] * 40), Sampling(max_new_tokens=10), [(0, i) for i in range(40)]):
@@ -84,7 +84,7 @@ def test_an_output_ends_with_its_stop_token_or_is_marked_as_cut():
         assert out.complete or len(out.tokens) == 10
 
 
-def test_greedy_equals_transformers_generate_with_no_repeat_ngrams():
+def test_greedy_matches_generate_with_no_repeat_ngrams():
     model = backbone("gpt2", spread=4.0)
     for n in (0, 2, 3):
         (p,) = prompts(6)
@@ -96,22 +96,22 @@ def test_greedy_equals_transformers_generate_with_no_repeat_ngrams():
         assert out.tokens.tolist() == expected.tolist()
 
 
-def test_minimum_length_keeps_the_stop_token_away():
+def test_min_new_tokens_suppresses_the_stop_token():
     outs = sample(
         backbone(), prompts(*[3] * 20), Sampling(max_new_tokens=8, min_new_tokens=5), [(1, i) for i in range(20)]
     )
     assert all(len(out.tokens) > 5 or not out.complete for out in outs)
 
 
-def test_the_context_bounds_the_length_and_a_prompt_that_fills_it_is_refused():
+def test_context_limits_the_output_length():
     model = backbone()
     outs = sample(model, prompts(tiny.CONTEXT - 3, 2), Sampling(max_new_tokens=40, min_new_tokens=39), [(0, 0), (0, 1)])
     assert [len(out.tokens) for out in outs] == [3, 40]
-    with pytest.raises(DataError, match=f"prompt of {tiny.CONTEXT} tokens"):
+    with raises_code("data.row_too_long", f"{tiny.CONTEXT} tokens"):
         sample(model, prompts(tiny.CONTEXT), Sampling(), [(0, 0)])
 
 
-def test_sample_all_covers_every_prompt_and_does_not_depend_on_the_batch_size():
+def test_sample_all_does_not_depend_on_batch_size():
     model, ps = backbone(), prompts(5, 2, 8, 3, 9, 1, 4)
     runs = []
     for batch_size in (1, 3, 16):
@@ -121,57 +121,57 @@ def test_sample_all_covers_every_prompt_and_does_not_depend_on_the_batch_size():
     assert runs[0] == runs[1] == runs[2]
 
 
-def test_rollouts_supervise_the_first_token_and_end_of_sequence_and_a_cut_output_has_none():
-    """Two mistakes (docs/methods.md#mistakes): the first response token unsupervised, end-of-sequence stripped."""
+def test_rollouts_supervise_first_and_end_token():
+    """Check for two known mistakes (docs/methods.md#mistakes): an unsupervised first token and a missing end token."""
     model = backbone()
     rows = [Sequence(p, np.array([9, 9], dtype=np.int32), row) for row, p in enumerate(prompts(*range(2, 14)))]
     outs = ModelSampler(model, RolloutConfig(max_new_tokens=6), max_length=32, seed=3).sample(rows, step=5)
     assert [o.row for o in outs] == [r.row for r in rows]
     stop, batch = model.tokenizer.eos_token_id, collate(outs)
     for b, out in enumerate(outs):
-        mine = batch.rows_N == b
-        assert batch.targets_N[mine].tolist() == out.response.tolist()
-        first = batch.positions_N[mine][0].item()
+        of_row = batch.rows_N == b
+        assert batch.targets_N[of_row].tolist() == out.response.tolist()
+        first = batch.positions_N[of_row][0].item()
         assert first == b * batch.ids_BT.shape[1] + len(out.prompt) - 1
         assert (out.response[-1] == stop) or len(out.response) == 6
     assert any(out.response[-1] == stop for out in outs)
-    again = ModelSampler(model, RolloutConfig(max_new_tokens=6), max_length=32, seed=3).sample(rows, step=5)
+    repeated = ModelSampler(model, RolloutConfig(max_new_tokens=6), max_length=32, seed=3).sample(rows, step=5)
     other = ModelSampler(model, RolloutConfig(max_new_tokens=6), max_length=32, seed=3).sample(rows, step=6)
-    assert [o.response.tolist() for o in again] == [o.response.tolist() for o in outs]
+    assert [o.response.tolist() for o in repeated] == [o.response.tolist() for o in outs]
     assert [o.response.tolist() for o in other] != [o.response.tolist() for o in outs]
 
 
-@pytest.mark.parametrize("complaint", [RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), None])
-def test_a_rollout_that_does_not_fit_into_memory_is_halved_until_it_does_and_says_so(monkeypatch, complaint):
-    """The allocator of the cache refuses more than five rows; the draw is the one that plenty of memory gives."""
+@pytest.mark.parametrize("error", [RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), None])
+def test_out_of_memory_halves_the_decoding_batch(monkeypatch, error):
+    """Check an allocator that fails for more than five rows. The samples must not change."""
     rows = [Sequence(p, np.array([9], dtype=np.int32), row) for row, p in enumerate(prompts(*range(2, 14)))]
-    model, said = backbone(), []
+    model, events = backbone(), []
     expected = ModelSampler(model, RolloutConfig(max_new_tokens=6), max_length=32, seed=3).sample(rows, step=5)
-    allocate, asked = torch.zeros, []
+    allocate, requested = torch.zeros, []
 
-    def refusing(size, *args, **kwargs):
+    def limited_zeros(size, *args, **kwargs):
         if isinstance(size, tuple) and len(size) == 4:
-            asked.append(size[0])
+            requested.append(size[0])
             if size[0] > 5:
-                raise complaint or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+                raise error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return allocate(size, *args, **kwargs)
 
-    monkeypatch.setattr(torch, "zeros", refusing)
-    rollouts = ModelSampler(model, RolloutConfig(max_new_tokens=6), max_length=32, seed=3, listener=said.append)
+    monkeypatch.setattr(torch, "zeros", limited_zeros)
+    rollouts = ModelSampler(model, RolloutConfig(max_new_tokens=6), max_length=32, seed=3, listener=events.append)
     found = rollouts.sample(rows, step=5)
     assert [o.response.tolist() for o in found] == [o.response.tolist() for o in expected]
     assert [o.row for o in found] == list(range(12))
-    assert said == [
-        Warned("out of memory while decoding 12 rows side by side: continuing with 6"),
-        Warned("out of memory while decoding 6 rows side by side: continuing with 3"),
+    assert events == [
+        Warned("out of memory while decoding 12 rows in one batch: continuing with 6"),
+        Warned("out of memory while decoding 6 rows in one batch: continuing with 3"),
     ]
-    asked.clear()
-    rollouts.sample(rows, step=6)  # the same wall is not run into again
-    assert max(asked) == 3
-    assert len(said) == 2
+    requested.clear()
+    rollouts.sample(rows, step=6)  # the smaller batch size is remembered
+    assert max(requested) == 3
+    assert len(events) == 2
 
 
-def test_other_errors_and_a_single_row_that_does_not_fit_are_not_hidden(monkeypatch):
+def test_other_errors_and_single_row_oom_are_raised(monkeypatch):
     model, ps = backbone(), prompts(3, 4)
     sample(model, ps, Sampling(max_new_tokens=2), [(0, 0), (0, 1)])
     allocate = torch.zeros
@@ -190,7 +190,7 @@ def test_other_errors_and_a_single_row_that_does_not_fit_are_not_hidden(monkeypa
             sample(model, ps, Sampling(max_new_tokens=2), [(0, 0), (0, 1)])
 
 
-def test_entropy_is_that_of_the_softmax_also_where_logits_are_extreme():
+def test_entropy_matches_softmax_for_extreme_logits():
     from distillm_cli.rollouts.sampler import _entropy
 
     logits = torch.randn(3, 5_000, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.0], [5.0], [40.0]])
@@ -201,9 +201,9 @@ def test_entropy_is_that_of_the_softmax_also_where_logits_are_extreme():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.0])
-def test_a_model_that_has_diverged_answers_nothing(temperature):
-    """Neither an answer made of NaN nor an index out of range; one layer is enough."""
+def test_sampling_from_diverged_model_raises_an_error(temperature):
+    """Check that infinite values in one layer lead to neither NaN samples nor an index error."""
     model = backbone("llama")
     model.model.model.layers[1].mlp.up_proj.weight.data.mul_(1e38)
-    with pytest.raises(NonFiniteError, match="not finite while sampling"):
+    with raises_code("numbers.not_finite"):
         sample(model, prompts(3, 5), Sampling(temperature, max_new_tokens=4), [(0, 0), (0, 1)])

@@ -1,4 +1,4 @@
-"""Which sequences a step trains on: the teacher's samples, pairs, interleaved drafts; kept by row, and exactly resumed."""
+"""Test methods that train on teacher samples, pairs and interleaved drafts: caching by row and exact resumption."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from distillm_cli.config import schema
-from distillm_cli.errors import Interrupted, OutOfMemoryError
+from distillm_cli.errors import Interrupted
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.rollouts.interleaved import InterleavedSampler
 from distillm_cli.rollouts.pool import ResponseTable
@@ -17,7 +17,8 @@ from distillm_cli.training.checkpoint import Checkpoints
 from distillm_cli.training.events import Progress, Stepped
 from distillm_cli.types import Rollout
 from tests import tiny
-from tests.limits import Narrow
+from tests.codes import raises_code
+from tests.resource_limits import LimitedBatch
 from tests.unit import test_trainer as runs
 
 ROLLOUT = schema.RolloutConfig(max_new_tokens=5)
@@ -31,11 +32,14 @@ METHODS = {
     ),
     "skd": ({"divergence": "kl"}, {"kind": "interleaved"}),
 }
-STEPS = 16  # two epochs and two thirds
+STEPS = 16  # two and two thirds epochs
 
 
 def build(method, tmp_path=None, backbone=None, **settings):
-    """A small run of this method, dropout on. Its teacher's states are cached where samples come back."""
+    """Build a small run of this method with dropout.
+
+    The teacher's states are cached for methods that use samples repeatedly.
+    """
     objective, schedule = METHODS[method]
     schedule = dict(schedule)
 
@@ -46,11 +50,11 @@ def build(method, tmp_path=None, backbone=None, **settings):
     def responses(student, teacher, rows, steps_per_epoch):
         redraw = schedule.get("redraw") == "epoch"
         common = {"rows": rows, "steps": STEPS, "steps_per_epoch": steps_per_epoch, "bulk": 2, "redraw": redraw}
-        of_teacher = ModelSampler(teacher, ROLLOUT, max_length=16, seed=105, by_row=True)
-        found = {Source.TEACHER: ResponseTable(of_teacher, **common)}
+        teacher_sampler = ModelSampler(teacher, ROLLOUT, max_length=16, seed=105, by_row=True)
+        found = {Source.TEACHER: ResponseTable(teacher_sampler, **common)}
         if redraw:
-            of_student = ModelSampler(student, ROLLOUT, max_length=16, seed=5, by_row=True)
-            found[Source.ROLLOUT] = ResponseTable(of_student, whole_epochs=True, **common)
+            student_sampler = ModelSampler(student, ROLLOUT, max_length=16, seed=5, by_row=True)
+            found[Source.ROLLOUT] = ResponseTable(student_sampler, whole_epochs=True, **common)
         return found
 
     is_interleaved = schedule["kind"] == "interleaved"
@@ -66,63 +70,63 @@ def build(method, tmp_path=None, backbone=None, **settings):
         cached=True,
         **settings,
     )
-    engine.teacher.rows = None  # the cache holds samples alone
+    engine.teacher.rows = None  # the cache holds only samples
     return engine
 
 
-def check_resumed(method, tmp_path, whole):
-    """Gone on with from its newest checkpoint, the run ends as ``whole`` did, which nothing stopped: to the last bit."""
+def check_resumed(method, tmp_path, uninterrupted):
+    """Check that the run resumed from its newest checkpoint ends exactly like the uninterrupted one."""
     found = Checkpoints(tmp_path, lambda path: None, keep=1).latest()
     backbone = runs.student()
     loaded = type(backbone.model).from_pretrained(found.path, dtype=torch.float32)
     backbone.model.load_state_dict(loaded.state_dict())
     resumed = build(method, backbone=backbone)
-    torch.manual_seed(999)  # whatever the random state was, the checkpoint's is what counts
+    torch.manual_seed(999)  # the random state must come from the checkpoint
     resumed.load(found)
     resumed.train()
-    for name, value in runs.weights(whole).items():
+    for name, value in runs.weights(uninterrupted).items():
         assert torch.equal(runs.weights(resumed)[name], value), name
-    assert resumed.state.sources == whole.state.sources
-    assert resumed.pool.counts == whole.pool.counts
-    assert resumed.objective.state_dict() == whole.objective.state_dict()
+    assert resumed.state.sources == uninterrupted.state.sources
+    assert resumed.pool.counts == uninterrupted.pool.counts
+    assert resumed.objective.state_dict() == uninterrupted.objective.state_dict()
 
 
 @pytest.mark.parametrize("stop", [7, 12])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_stopped_anywhere_in_an_epoch_goes_on_to_the_same_bits(tmp_path, method, stop):
+def test_resume_is_bit_exact_for_every_method(tmp_path, method, stop):
     torch.manual_seed(5)
-    whole = build(method)
-    whole.train()
+    uninterrupted = build(method)
+    uninterrupted.train()
 
     torch.manual_seed(5)
     with pytest.raises(Interrupted):
         build(method, tmp_path, listener=runs._kill_at(stop)).train()
-    check_resumed(method, tmp_path, whole)
+    check_resumed(method, tmp_path, uninterrupted)
 
 
-@pytest.mark.parametrize("fits", [6, 8])
+@pytest.mark.parametrize("completed", [6, 8])
 @pytest.mark.parametrize("method", METHODS)
-def test_what_a_step_drew_before_memory_ran_out_is_neither_drawn_nor_counted_again(tmp_path, method, fits):
-    """After six steps an epoch begins, and with it samples anew."""
+def test_out_of_memory_step_is_not_drawn_or_counted_twice(tmp_path, method, completed):
+    """Check also the step after the sixth, which begins an epoch and samples new responses."""
     torch.manual_seed(5)
-    whole = build(method)
-    whole.train()
+    uninterrupted = build(method)
+    uninterrupted.train()
 
     torch.manual_seed(5)
     engine = build(method, tmp_path, eval_steps=1000)
-    memory = Narrow(engine.student_loss, 4)
+    memory = LimitedBatch(engine.student_loss, 4)
 
     def shrink(event):
-        if isinstance(event, Stepped) and event.step == fits:
+        if isinstance(event, Stepped) and event.step == completed:
             memory.rows = 0
 
     engine.emit = shrink
-    with pytest.raises(OutOfMemoryError, match=f"at step {fits + 1} "):
+    with raises_code("memory.exhausted", f"step {completed + 1} "):
         engine.train()
-    check_resumed(method, tmp_path, whole)
+    check_resumed(method, tmp_path, uninterrupted)
 
 
-def test_every_step_is_counted_for_what_it_trained_on():
+def test_steps_and_sampled_sequences_are_counted():
     expected = {  # steps with (rollout, replay, dataset, teacher), sampled by the student and by the teacher
         "seqkd": (0, 0, 0, 16, 0, 24),
         "fdistill": (16, 0, 0, 16, 64, 24),
@@ -132,9 +136,9 @@ def test_every_step_is_counted_for_what_it_trained_on():
     for method, counts in expected.items():
         events = []
         engine = build(method, listener=events.append)
-        at = engine.train()
+        state = engine.train()
         sampled = engine.pool.counts
-        steps = [at.steps_with(s) for s in (Source.ROLLOUT, Source.REPLAY, Source.DATASET, Source.TEACHER)]
+        steps = [state.steps_with(s) for s in (Source.ROLLOUT, Source.REPLAY, Source.DATASET, Source.TEACHER)]
         assert (*steps, sampled.student_sequences, sampled.teacher_sequences) == counts, method
         names = {e.source for e in events if isinstance(e, Stepped)}
         assert names == {"teacher+rollout" if counts[0] and counts[3] else "teacher" if counts[3] else "rollout"}, (
@@ -142,22 +146,22 @@ def test_every_step_is_counted_for_what_it_trained_on():
         )
 
 
-def test_the_teacher_is_asked_once_about_a_sample_that_comes_back():
+def test_teacher_states_of_a_repeated_sample_are_cached():
     engine = build("seqkd, kl")
     engine.train()
-    kept = engine.pool.responses[Source.TEACHER].sampled.values()
-    assert len(kept) == 24
-    assert engine.teacher.tokens == engine.pool.counts.teacher_tokens == sum(len(s.response) for s in kept)
+    sampled = engine.pool.responses[Source.TEACHER].sampled.values()
+    assert len(sampled) == 24
+    assert engine.teacher.tokens == engine.pool.counts.teacher_tokens == sum(len(s.response) for s in sampled)
 
 
-class Counting:
-    """The prompts' rows come back as responses, with the turn; what was asked for is remembered."""
+class RecordingSampler:
+    """Return responses (step, row) and record the calls."""
 
     def __init__(self):
-        self.asked = []
+        self.calls = []
 
     def sample(self, prompts, step):
-        self.asked.append((step, [s.row for s in prompts]))
+        self.calls.append((step, [s.row for s in prompts]))
         return [Rollout(s.prompt, np.array([step, s.row], dtype=np.int32), s.row) for s in prompts]
 
 
@@ -174,26 +178,26 @@ def answers(samples, steps):
     return found
 
 
-def test_samples_are_drawn_ahead_in_bulk_once_or_anew_in_each_epoch():
-    once = ResponseTable(Counting(), rows=batches, steps=7, steps_per_epoch=3, bulk=2)
+def test_bulk_sampling_once_or_in_each_epoch():
+    once = ResponseTable(RecordingSampler(), rows=batches, steps=7, steps_per_epoch=3, bulk=2)
     assert [drawn for drawn, _ in answers(once, range(7))] == [8, 0, 4, 0, 0, 0, 0]
-    assert [len(rows) for _, rows in once.sampler.asked] == [8, 4]
+    assert [len(rows) for _, rows in once.sampler.calls] == [8, 4]
 
-    redrawn = ResponseTable(Counting(), rows=batches, steps=7, steps_per_epoch=3, bulk=2, redraw=True)
+    redrawn = ResponseTable(RecordingSampler(), rows=batches, steps=7, steps_per_epoch=3, bulk=2, redraw=True)
     found = answers(redrawn, range(7))
     assert [drawn for drawn, _ in found] == [8, 0, 4, 8, 0, 4, 4]
-    assert [{turn for turn, _ in tokens} for _, tokens in found] == [{0}] * 3 + [{1}] * 3 + [{2}]
+    assert [{epoch for epoch, _ in tokens} for _, tokens in found] == [{0}] * 3 + [{1}] * 3 + [{2}]
 
     events = []
-    ahead = ResponseTable(
-        Counting(), rows=batches, steps=7, steps_per_epoch=3, bulk=2, redraw=True, whole_epochs=True,
+    whole_epochs = ResponseTable(
+        RecordingSampler(), rows=batches, steps=7, steps_per_epoch=3, bulk=2, redraw=True, whole_epochs=True,
         listener=events.append,
     )  # fmt: skip
-    assert [drawn for drawn, _ in answers(ahead, range(7))] == [12, 0, 0, 12, 0, 0, 4]
+    assert [drawn for drawn, _ in answers(whole_epochs, range(7))] == [12, 0, 0, 12, 0, 0, 4]
     assert [e.done for e in events if isinstance(e, Progress)] == [0, 8, 12] * 2
 
 
-def test_what_is_drawn_does_not_depend_on_how_much_is_drawn_at_once():
+def test_samples_do_not_depend_on_bulk_size():
     tokenizer = tiny.tokenizer()
     model = Backbone(tiny.model("llama", len(tokenizer), seed=4), tokenizer)
     found = []
@@ -202,22 +206,24 @@ def test_what_is_drawn_does_not_depend_on_how_much_is_drawn_at_once():
         samples = ResponseTable(sampler, rows=batches, steps=6, steps_per_epoch=3, bulk=bulk, redraw=True)
         found.append([tokens for _, tokens in answers(samples, range(6))])
     assert found[0] == found[1]
-    assert found[0][0] != found[0][3], "another epoch, other samples"
+    assert found[0][0] != found[0][3], "another epoch has other samples"
 
 
-def test_samples_made_beforehand_are_served_in_turns_where_epochs_redraw():
+def test_given_samples_alternate_between_epochs():
     rows = tiny.sequences([(3, 1)] * 12, vocab=9, seed=0)
     given = {s.row: [Rollout(s.prompt, np.array([k, s.row], dtype=np.int32), s.row) for k in range(2)] for s in rows}
-    for redraw, turns in ((False, [0, 0, 0]), (True, [0, 1, 0])):
-        samples = ResponseTable(Counting(), rows=batches, steps=9, steps_per_epoch=3, redraw=redraw, given=given)
+    for redraw, expected in ((False, [0, 0, 0]), (True, [0, 1, 0])):
+        samples = ResponseTable(
+            RecordingSampler(), rows=batches, steps=9, steps_per_epoch=3, redraw=redraw, given=given
+        )
         found = answers(samples, range(9))
         assert [drawn for drawn, _ in found] == [0] * 9
-        assert [tokens[0][0] for _, tokens in found[::3]] == turns
+        assert [tokens[0][0] for _, tokens in found[::3]] == expected
         assert len(samples.given_rollouts) == 24
-        assert not samples.sampler.asked
+        assert not samples.sampler.calls
 
 
-def test_a_checkpoint_holds_samples_in_plain_tensors(tmp_path):
+def test_checkpoint_stores_samples_as_tensors(tmp_path):
     build("distillm2", tmp_path).train()
     found = Checkpoints(tmp_path, lambda path: None, keep=1).latest()
     names = {name.rsplit(".", 1)[0] for name in found.tensors}

@@ -1,4 +1,4 @@
-"""φ, ρ and the draws: the paper's Algorithm 1 and the official code's variants, as stories."""
+"""Test φ, the replay ratio and the drawn sources of each schedule: the paper's Algorithm 1 and its variants."""
 
 import itertools
 import math
@@ -20,55 +20,55 @@ def make(steps=20_000, seed=3, **config):
     return build_scheduler(ScheduleConfig(**config), steps=steps, seed=seed)
 
 
-def near(count, expected, n):
-    """Within four standard deviations of a binomial's mean."""
+def is_close(count, expected, n):
+    """Return whether the count is within four standard deviations of the binomial mean."""
     share = expected / n
     return abs(count - expected) <= 4 * math.sqrt(n * share * (1 - share)) + 1
 
 
-def test_off_and_on():
+def test_off_and_on_use_a_single_source():
     assert sources(make(kind="off", steps=500)) == {Source.DATASET: 500}
     assert sources(make(kind="on", steps=500)) == {Source.ROLLOUT: 500}
 
 
-def test_mixed_rolls_out_with_probability_lambda():
+def test_mixed_schedule_uses_rollouts_with_probability_mix():
     counts = sources(make(kind="mixed", mix=0.3))
-    assert near(counts[Source.ROLLOUT], 6000, 20_000)
+    assert is_close(counts[Source.ROLLOUT], 6000, 20_000)
     assert counts[Source.REPLAY] == 0
 
 
 @pytest.mark.parametrize(
     ("replay", "fresh_share"), [("decreasing", 0.5), ("constant", 0.5), ("increasing", 0.5), ("none", 1.0)]
 )
-def test_adaptive_splits_student_draws_between_fresh_and_replayed(replay, fresh_share):
+def test_adaptive_splits_between_fresh_and_replayed(replay, fresh_share):
     scheduler = make(kind="adaptive", replay=replay, phi=0.4)
     counts = sources(scheduler)
-    assert near(counts[Source.DATASET], 12_000, 20_000)
-    assert near(counts[Source.ROLLOUT], 8_000 * fresh_share, 20_000)
+    assert is_close(counts[Source.DATASET], 12_000, 20_000)
+    assert is_close(counts[Source.ROLLOUT], 8_000 * fresh_share, 20_000)
 
 
-def test_the_share_of_fresh_rollouts_falls_under_decreasing_and_rises_under_increasing():
-    for replay, early_is_larger in (("decreasing", True), ("increasing", False)):
+def test_share_of_fresh_rollouts_decreases_or_increases():
+    for replay, is_decreasing in (("decreasing", True), ("increasing", False)):
         scheduler = make(kind="adaptive", replay=replay, phi=1.0)
         draws = [scheduler.draw(step, FULL) for step in range(scheduler.steps)]
-        early, late = (sum(d is Source.ROLLOUT for d in part) for part in (draws[:10_000], draws[10_000:]))
-        assert (early > 2 * late) is early_is_larger
+        first_half, second_half = (sum(d is Source.ROLLOUT for d in part) for part in (draws[:10_000], draws[10_000:]))
+        assert (first_half > 2 * second_half) is is_decreasing
 
 
-def test_until_the_buffer_is_full_every_student_draw_is_fresh():
+def test_no_replay_until_the_buffer_is_full():
     scheduler = make(kind="adaptive", phi=0.5, steps=2000)
     assert sources(scheduler, buffered=999)[Source.REPLAY] == 0
     assert sources(scheduler, buffered=1000)[Source.REPLAY] > 0
 
 
-def test_the_papers_text_replays_as_soon_as_there_is_anything():
+def test_replay_without_warm_up_starts_with_any_rollout():
     scheduler = make(kind="adaptive", phi=0.5, steps=2000, warm_up="none")
     assert sources(scheduler, buffered=0)[Source.REPLAY] == 0
     assert sources(scheduler, buffered=8)[Source.REPLAY] > 0
 
 
 @pytest.mark.parametrize("anneal", ["linear", "exponential", "sigmoid"])
-def test_annealing_takes_the_data_set_share_from_one_to_nearly_nothing(anneal):
+def test_annealing_moves_dataset_share_from_one_to_zero(anneal):
     scheduler = make(kind="annealed", anneal=anneal)
     shares = [1 - scheduler.student_probability(step) for step in range(0, scheduler.steps, 100)]
     assert shares[0] > 0.99
@@ -76,26 +76,26 @@ def test_annealing_takes_the_data_set_share_from_one_to_nearly_nothing(anneal):
     assert all(a >= b for a, b in itertools.pairwise(shares))
 
 
-def test_phi_rises_against_the_loss_at_its_last_rise():
+def test_phi_rises_relative_to_loss_at_last_rise():
     scheduler = make(epsilon=0.1)
     rises = [scheduler.observe(loss) for loss in (2.0, 1.5, 2.09, 2.1, 2.15, 2.2)]
     assert rises == [False, False, False, True, False, True]
     assert scheduler.phi == pytest.approx(0.2)
 
 
-def test_phi_rises_against_the_previous_loss_in_the_papers_variant():
+def test_phi_rises_relative_to_previous_loss():
     scheduler = make(epsilon=0.1, reference="previous")
     rises = [scheduler.observe(loss) for loss in (2.0, 1.5, 1.6, 1.65, 1.75, 1.0, 1.1)]
     assert rises == [False, False, True, False, True, False, True]
 
 
-def test_phi_starts_where_told_and_never_passes_one():
+def test_phi_starts_at_its_setting_and_is_at_most_one():
     scheduler = make(phi=0.85, levels=10, epsilon=0.0)
     assert [scheduler.observe(1.0) for _ in range(5)] == [False, True, True, False, False]
     assert scheduler.phi == 1.0
 
 
-def test_draws_depend_on_seed_and_step_alone_and_state_round_trips():
+def test_draws_depend_only_on_seed_and_step():
     first, second = make(phi=0.5), make(phi=0.5)
     first.observe(1.0), first.observe(2.0)
     second.load_state_dict(first.state_dict())

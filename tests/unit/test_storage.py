@@ -1,4 +1,4 @@
-"""What a disk refuses, and a process that is killed while it removes something."""
+"""Test storage errors, and removals interrupted by a kill."""
 
 from __future__ import annotations
 
@@ -18,34 +18,35 @@ from safetensors.torch import save_file
 from distillm_cli.cli.app import main
 from distillm_cli.config.schema import Recipe
 from distillm_cli.data.sources import load_rows
-from distillm_cli.errors import DataError, ModelError, StorageError, UsageError
+from distillm_cli.errors import StorageError
 from distillm_cli.models.model_paths import locate_model
 from distillm_cli.runs import output_dir, train
-from distillm_cli.runs.inputs import check_spared
+from distillm_cli.runs.inputs import check_overwrite
 from distillm_cli.training.checkpoint import Checkpoints, latest, read_checkpoint, visible
 from distillm_cli.training.events import Warned
 from distillm_cli.utils import manifest, storage
 from tests import tiny
-from tests.limits import file_size
-from tests.typed import call
-from tests.unit.test_outputs import OF_RUNS, put_run, resolved
+from tests.codes import raises_code
+from tests.command_line import call
+from tests.resource_limits import file_size
+from tests.unit.test_outputs import RUN_FILES, put_run, resolved
 
 ROOT = Path(__file__).resolve().parents[2]
 STATE = {"progress": {}, "recipe": {}}
 
 
-def weights(place: Path) -> None:
+def weights(directory: Path) -> None:
     for name in ("a", "b", "c"):
-        (place / f"{name}.json").write_text(name)
+        (directory / f"{name}.json").write_text(name)
 
 
 def checkpoints(root: Path, **more) -> Checkpoints:
     return Checkpoints(root, more.pop("save_model", weights), **{"keep": 1, **more})
 
 
-def write(made: Checkpoints, *steps: int) -> None:
+def write(store: Checkpoints, *steps: int) -> None:
     for step in steps:
-        made.write(step, STATE, {"t": torch.ones(2)})
+        store.write(step, STATE, {"t": torch.ones(2)})
 
 
 # --- removal ------------------------------------------------------------------------------------------------------
@@ -78,75 +79,75 @@ KILLED = """
 
 @pytest.mark.parametrize("what", ["prune", "clear"])
 @pytest.mark.parametrize("last", [0, 1, 3, 5, 8])
-def test_a_kill_in_the_middle_of_a_removal_leaves_whole_checkpoints_only(tmp_path, what, last):
+def test_killed_removal_leaves_only_complete_checkpoints(tmp_path, what, last):
     output_dir.write_recipe(tmp_path, resolved())
-    made = checkpoints(tmp_path / "checkpoints", keep=9)
-    write(made, 1, 2)
+    store = checkpoints(tmp_path / "checkpoints", keep=9)
+    write(store, 1, 2)
     command = [sys.executable, "-c", textwrap.dedent(KILLED), what, str(tmp_path), str(last)]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60)
     assert done.returncode == -signal.SIGKILL
-    for path in visible(made.root):
-        assert read_checkpoint(path).path == path, "every file is there, as the manifest has it"
-    assert what == "clear" or latest(made.root).path.name in ("step-000002", "step-000003")
-    if what == "prune":  # the next one to be written sweeps what is left
-        write(checkpoints(made.root), 4)
-        assert [path.name for path in made.root.iterdir()] == ["step-000004"]
-    else:  # clearing goes on where it was stopped
+    for path in visible(store.root):
+        assert read_checkpoint(path).path == path, "every file of the manifest exists"
+    assert what == "clear" or latest(store.root).path.name in ("step-000002", "step-000003")
+    if what == "prune":  # the next write removes the rest
+        write(checkpoints(store.root), 4)
+        assert [path.name for path in store.root.iterdir()] == ["step-000004"]
+    else:  # clearing can be repeated
         assert output_dir.clear(tmp_path) == []
         assert list(tmp_path.iterdir()) == []
 
 
-def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning_each_once(tmp_path, monkeypatch):
-    told = []
-    made = checkpoints(tmp_path, listener=told.append)
-    write(made, 1)
+def test_each_unremovable_checkpoint_is_one_warning(tmp_path, monkeypatch):
+    events = []
+    store = checkpoints(tmp_path, listener=events.append)
+    write(store, 1)
 
-    def refuse(path, *_, **how):
-        if not how.get("ignore_errors"):
+    def fail(path, *_, **options):
+        if not options.get("ignore_errors"):
             raise OSError(errno.EIO, "Input/output error", str(path))
 
-    monkeypatch.setattr(shutil, "rmtree", refuse)
-    write(made, 2, 3)
+    monkeypatch.setattr(shutil, "rmtree", fail)
+    write(store, 2, 3)
     assert [path.name for path in visible(tmp_path)] == ["step-000003"]
-    assert [event.text.split(";")[0] for event in told] == [
+    assert [event.text.split(";")[0] for event in events] == [
         f"cannot remove the old checkpoint {tmp_path / f'step-00000{n}'}: Input/output error" for n in (1, 2)
     ]
     monkeypatch.undo()
-    write(made, 4)
+    write(store, 4)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000004"]
 
 
-def test_an_old_checkpoint_that_keeps_its_name_is_a_warning_once(tmp_path, monkeypatch):
-    told = []
-    made = checkpoints(tmp_path, listener=told.append)
-    write(made, 1)
+def test_checkpoint_that_cannot_be_renamed_is_one_warning(tmp_path, monkeypatch):
+    events = []
+    store = checkpoints(tmp_path, listener=events.append)
+    write(store, 1)
     rename = Path.rename
 
-    def refuse(path, target):
+    def fail(path, target):
         if path.name == "step-000001":
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return rename(path, target)
 
-    monkeypatch.setattr(Path, "rename", refuse)
-    write(made, 2, 3)
+    monkeypatch.setattr(Path, "rename", fail)
+    write(store, 2, 3)
     assert [path.name for path in visible(tmp_path)] == ["step-000001", "step-000003"]
-    (warning,) = told
+    (warning,) = events
     assert isinstance(warning, Warned)
     assert latest(tmp_path).path.name == "step-000003"
 
 
-def test_starting_over_stops_where_an_old_checkpoint_would_stay_and_be_resumed(tmp_path, monkeypatch):
-    put_run(tmp_path, *OF_RUNS)
+def test_clear_stops_if_a_checkpoint_cannot_be_removed(tmp_path, monkeypatch):
+    put_run(tmp_path, *RUN_FILES)
 
-    def refuse(path, target):
+    def fail(path, target):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(StorageError, match=r"cannot remove .*step-000200.*: Permission denied; choose another"):
+    monkeypatch.setattr(Path, "rename", fail)
+    with raises_code("storage.failed", "step-000200", "Permission denied"):
         output_dir.clear(tmp_path)
 
 
-def test_a_directory_is_replaced_at_once_or_stays_as_it_was(tmp_path):
+def test_atomic_directory_is_replaced_or_unchanged(tmp_path):
     final = tmp_path / "final"
     final.mkdir()
     (final / "old").touch()
@@ -163,16 +164,16 @@ def test_a_directory_is_replaced_at_once_or_stays_as_it_was(tmp_path):
         (staged / "new").touch()
         assert [path.name for path in final.iterdir()] == ["old"]
     assert [path.name for path in final.iterdir()] == ["new"]
-    assert list(tmp_path.iterdir()) == [final], "nothing is left beside it"
+    assert list(tmp_path.iterdir()) == [final], "no staging directory is left"
 
 
-def test_a_directory_that_cannot_be_renamed_leaves_the_one_before(tmp_path, monkeypatch):
+def test_failed_rename_leaves_the_old_directory(tmp_path, monkeypatch):
     final = tmp_path / "final"
     final.mkdir()
     (final / "old").touch()
     rename = Path.rename
 
-    def refuse(path, target):
+    def fail(path, target):
         if path.name.startswith(storage.STAGING):
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return rename(path, target)
@@ -181,17 +182,17 @@ def test_a_directory_that_cannot_be_renamed_leaves_the_one_before(tmp_path, monk
         with storage.atomic_directory(final) as staged:
             (staged / "new").touch()
 
-    monkeypatch.setattr(Path, "rename", refuse)
+    monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(PermissionError):
         replace_it()
     assert [path.name for path in final.iterdir()] == ["old"]
     assert list(tmp_path.iterdir()) == [final]
 
 
-# --- refusals of the system -----------------------------------------------------------------------------------------
+# --- errors of the system -------------------------------------------------------------------------------------------
 
 
-def of_files() -> list[int]:
+def file_system_errors() -> list[int]:
     names = (
         "EIO EROFS EDQUOT ENOSPC EFBIG EACCES EPERM ENAMETOOLONG EISDIR ENOTDIR ELOOP ESTALE EBUSY EMFILE ENFILE ENXIO"
     )
@@ -199,47 +200,46 @@ def of_files() -> list[int]:
     return [getattr(errno, name) for name in names.split() if hasattr(errno, name)]
 
 
-@pytest.mark.parametrize("number", of_files(), ids=errno.errorcode.get)
-def test_every_error_of_a_file_system_is_a_storage_error(number, monkeypatch, capsys):
-    def refuse(*_):
+@pytest.mark.parametrize("number", file_system_errors(), ids=errno.errorcode.get)
+def test_every_file_system_error_is_a_storage_error(number, monkeypatch, capsys):
+    def fail(*_):
         raise OSError(number, os.strerror(number), "/d/x")
 
-    monkeypatch.setattr("distillm_cli.config.load.shipped", refuse)
+    monkeypatch.setattr("distillm_cli.config.load.shipped", fail)
     code, result, err = call(capsys, "recipes", "ls", "--json")
     assert (code, result["code"]) == (8, 8)
     assert err.startswith(f"error: {os.strerror(number)}: /d/x; ")
 
 
 @pytest.mark.parametrize("number", [errno.EPIPE, errno.ECONNREFUSED, errno.ECHILD])
-def test_an_error_of_something_else_is_none(number):
+def test_other_os_errors_are_not_storage_errors(number):
     assert storage.os_error_number(OSError(number, "x")) is None
-    assert storage.os_error_number(ValueError("os error of mine")) is None
+    assert storage.os_error_number(ValueError("os error in the text")) is None
     assert storage.os_error_number(OSError("no number")) is None
 
 
-def test_the_libraries_report_a_full_disk_in_their_own_words(tmp_path):
+def test_full_disk_is_recognized_in_library_errors(tmp_path):
     with file_size(2000):
-        with pytest.raises(Exception) as of_tokenizers:  # noqa: PT011
+        with pytest.raises(Exception) as tokenizers_error:  # noqa: PT011
             tiny.tokenizer(size=500).save_pretrained(tmp_path)
-        with pytest.raises(Exception) as of_safetensors:  # noqa: PT011
+        with pytest.raises(Exception) as safetensors_error:  # noqa: PT011
             save_file({"t": torch.ones(5000)}, tmp_path / "t.safetensors")
-    for found in (of_tokenizers.value, of_safetensors.value):
+    for found in (tokenizers_error.value, safetensors_error.value):
         assert storage.os_error_number(found) == errno.EFBIG, repr(found)
         assert storage.reason(found)
 
 
-def test_a_disk_that_is_full_as_the_tokenizer_is_written_costs_no_checkpoint(tmp_path):
-    made = checkpoints(tmp_path)
-    write(made, 1)
+def test_full_disk_while_saving_loses_no_checkpoint(tmp_path):
+    store = checkpoints(tmp_path)
+    write(store, 1)
     tokenizer = tiny.tokenizer(size=500)
-    with file_size(4000), pytest.raises(StorageError, match="File too large") as stopped:
+    with file_size(4000), raises_code("storage.failed", "File too large", "step-000001", "--resume"):
         write(checkpoints(tmp_path, save_model=tokenizer.save_pretrained), 2)
-    assert "step-000001 is whole, continue with --resume" in str(stopped.value)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
 
 
-def test_a_disk_that_is_full_as_the_model_is_published_publishes_nothing(tmp_path, capsys, monkeypatch):
-    """Of a finished run, resumed: all that is left is to write the adapter and a tokenizer, which is larger."""
+def test_full_disk_while_publishing_leaves_no_files(tmp_path, capsys, monkeypatch):
+    """Check a finished run that is resumed only to publish its adapter and a large tokenizer."""
     monkeypatch.chdir(tmp_path)
     tiny.save(tmp_path / "model", rows=2000, own_tokenizer=tiny.tokenizer(size=2000))
     Path("rows.jsonl").write_text("".join(f'{{"prompt": "a {c}", "completion": "b"}}\n' for c in "abcdefghijklmnop"))
@@ -263,7 +263,7 @@ def test_a_disk_that_is_full_as_the_model_is_published_publishes_nothing(tmp_pat
         patched.setattr(train, "publish_model", on_a_full_disk)
         code, _, err = call(capsys, *argv, "--resume")
     assert code == 8
-    assert err.startswith("error: cannot write the model into run: File too large; ")
+    assert "File too large" in err
     assert {path.name for path in Path("run").iterdir()} == before | {manifest.MANIFEST}
     assert call(capsys, *argv, "--resume")[0] == 0
     assert {path.name for path in Path("run").iterdir()} == published
@@ -272,13 +272,13 @@ def test_a_disk_that_is_full_as_the_model_is_published_publishes_nothing(tmp_pat
 # --- probes ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_kill_while_a_place_is_tried_leaves_nothing(tmp_path):
+def test_killed_write_probe_leaves_no_file(tmp_path):
     script = """
         import os, signal, sys
         from pathlib import Path
         from distillm_cli.utils import manifest, storage
 
-        def kill(event, args):  # as soon as a file was made
+        def kill(event, args):  # as soon as a file is created
             if event in ("os.remove", "tempfile.mkstemp"):
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -290,7 +290,7 @@ def test_a_kill_while_a_place_is_tried_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_place_that_cannot_be_written_is_found(tmp_path):
+def test_check_writable_detects_unwritable_directories(tmp_path):
     with pytest.raises(OSError, match="No such file"):
         storage.check_writable(tmp_path / "absent")
     if Path("/proc/self").is_dir():
@@ -298,27 +298,27 @@ def test_a_place_that_cannot_be_written_is_found(tmp_path):
             storage.check_writable(Path("/proc/self"))
 
 
-def test_probes_of_earlier_versions_are_swept(tmp_path):
+def test_write_probes_of_earlier_versions_are_removed(tmp_path):
     (tmp_path / ".writable-123").touch()
     output_dir.check_output(tmp_path, resume=False, overwrite=False)
     assert list(tmp_path.iterdir()) == []
 
 
-# --- links that lead nowhere ----------------------------------------------------------------------------------------
+# --- broken links ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("target", ["loop", "absent"])
-def test_a_link_that_leads_nowhere_is_named_wherever_it_is_given(tmp_path, monkeypatch, target):
+def test_broken_link_is_rejected_as_output_model_and_data(tmp_path, monkeypatch, target):
     monkeypatch.chdir(tmp_path)
     Path("loop").symlink_to(target)
     Path("loop.jsonl").symlink_to("loop.jsonl")
-    with pytest.raises(UsageError, match="--output loop is a symbolic link that leads nowhere"):
+    with raises_code("usage.output_exists", "--output loop"):
         output_dir.check_output(Path("loop"), resume=False, overwrite=False)
-    with pytest.raises(ModelError, match="loop is a symbolic link that leads nowhere"):
+    with raises_code("model.not_found", "loop"):
         locate_model("loop")
     for named in ("loop", "./loop", "loop.jsonl"):
         data = Recipe.model_validate({"data": {"source": named}}).data
-        with pytest.raises(DataError, match="is a symbolic link that leads nowhere"):
+        with raises_code("data.not_found", named):
             load_rows(data, "train")
 
 
@@ -338,28 +338,28 @@ def test_a_link_that_leads_nowhere_is_named_wherever_it_is_given(tmp_path, monke
         ("run loop.yaml", 2),
     ],
 )
-def test_a_symlink_loop_has_its_exit_code_in_every_flag(tmp_path, capsys, monkeypatch, argv, code):
+def test_symlink_loop_has_its_exit_code_in_every_option(tmp_path, capsys, monkeypatch, argv, code):
     monkeypatch.chdir(tmp_path)
     for name in ("loop", "loop.jsonl", "loop.yaml"):
         Path(name).symlink_to(name)
     Path("rows.jsonl").write_text("".join(f'{{"prompt": "a {c}", "completion": "b"}}\n' for c in "abcdefghijklmnop"))
-    got, _, err = call(capsys, *argv.split(), "--json")
-    assert got == code, err
+    exit_code, _, err = call(capsys, *argv.split(), "--json")
+    assert exit_code == code, err
 
 
-def test_a_loop_in_a_runs_own_folder_is_cleared_and_in_somebodys_refused(tmp_path):
+def test_symlink_loop_is_cleared_only_in_a_run_directory(tmp_path):
     (tmp_path / "checkpoints").symlink_to("checkpoints")
-    with pytest.raises(UsageError, match=r"checkpoints was not written by a run"):
+    with raises_code("usage.output_exists", "checkpoints"):
         output_dir.check_output(tmp_path, resume=False, overwrite=True)
     output_dir.write_recipe(tmp_path, resolved())
     manifest.record(tmp_path, ["checkpoints/step-000001"])
     output_dir.check_output(tmp_path, resume=False, overwrite=True)
-    check_spared("sft", Recipe(), tmp_path)
+    check_overwrite("sft", Recipe(), tmp_path)
     assert output_dir.clear(tmp_path) == []
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_loop_that_python_itself_complains_of_is_a_storage_error(tmp_path, monkeypatch, capsys):
+def test_symlink_loop_error_of_python_is_a_storage_error(tmp_path, monkeypatch, capsys):
     (tmp_path / "loop").symlink_to("loop")
     monkeypatch.setattr("distillm_cli.config.load.shipped", lambda: (tmp_path / "loop").resolve(strict=True))
     assert main(["recipes", "ls"]) == 8

@@ -1,4 +1,4 @@
-"""The end of a run, as it reads at several widths."""
+"""Test the final report of a run at several terminal widths."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ SAMPLES = [
 ]
 
 
-def page(renderable, width, colour=False) -> str:
+def page(renderable, width, color=False) -> str:
     out = io.StringIO()
     Terminal(
-        file=out, width=width, force_terminal=colour, color_system="standard" if colour else "auto", _environ={}
+        file=out, width=width, force_terminal=color, color_system="standard" if color else "auto", _environ={}
     ).print(renderable)
     return out.getvalue()
 
 
 def rows(text: str) -> list[list[str]]:
-    """The cells of every line of a table."""
+    """Return the cells of each line of a table."""
     return [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines() if line[0] == "│"]
 
 
-def test_outcomes_stand_side_by_side_with_differences_to_where_the_student_began():
+def test_outcome_table_shows_differences_to_the_start():
     assert rows(page(outcome_table(OUTCOMES), 100)) == [
         ["", "valid CE", "ROUGE-L", "exact match", "error rate"],
         ["student before", "3.412", "12.35", "1.00", "80.20"],
@@ -59,24 +59,24 @@ def test_outcomes_stand_side_by_side_with_differences_to_where_the_student_began
     ]
 
 
-def test_outcomes_are_turned_on_their_side_where_they_do_not_fit():
+def test_outcome_table_is_transposed_on_narrow_terminal():
     lines = rows(page(outcome_table(OUTCOMES), 60))
     assert ["error rate", "80.20", "20.10 −60.10", "–"] in lines
     assert ["valid CE", "3.412", "0.871 −2.541", "–"] in lines
 
 
-def test_a_difference_that_is_seen_as_nothing_has_no_sign_and_what_was_measured_on_is_said():
-    few = [Outcome("before", 2.3746, {"x": 1.0}), Outcome("after", 2.3744, {"x": 1.0}), Outcome("teacher", 2.3757)]
+def test_outcome_table_shows_zero_difference_and_caption():
+    outcomes = [Outcome("before", 2.3746, {"x": 1.0}), Outcome("after", 2.3744, {"x": 1.0}), Outcome("teacher", 2.3757)]
     for width in (100, 56):
-        text = page(outcome_table(few, caption="on 7 held-out rows"), width)
+        text = page(outcome_table(outcomes, caption="on 7 held-out rows"), width)
         assert "2.374 ±0.000" in text
         assert "1.00 ±0.00" in text
         assert "2.376 +0.001" in text
         assert "on 7 held-out rows" in " ".join(text.split())
 
 
-def test_differences_are_coloured_by_whether_they_are_better():
-    text = page(outcome_table(OUTCOMES), 100, colour=True)
+def test_differences_are_colored_by_direction():
+    text = page(outcome_table(OUTCOMES), 100, color=True)
     green, yellow = "\x1b[32m", "\x1b[33m"
     for better in ("−2.541", "+59.06", "−60.10"):
         assert green + better in text
@@ -89,22 +89,22 @@ def test_differences_are_coloured_by_whether_they_are_better():
     assert worse.count(yellow) == 2
 
 
-def test_outcomes_leave_out_what_nobody_measured_and_bear_what_is_no_number():
+def test_missing_metrics_are_left_out_and_nan_is_shown():
     lines = rows(page(outcome_table([Outcome("a", None, {"x": float("nan")}), Outcome("b", None, {"x": 1.0})]), 100))
     assert lines == [["", "x"], ["a", "nan"], ["b", "1.00"]]
 
 
-def test_samples_stand_side_by_side_and_exact_answers_are_marked():
+def test_samples_table_marks_exact_answers():
     lines = rows(page(samples_table(SAMPLES), 110))
     assert lines[0] == ["prompt", "reference", "student before", "student after", "teacher"]
     assert ["Sort: dbca", "abcd", "aab", "✓ abcd", "✓ abcd"] in lines
     assert ["12 + 30 =", "42", "4", "41", "✓ 42"] in lines
     second = lines[2]
     assert second[2:4] == ["(nothing)", "–"]
-    assert len(lines) < 12  # the long texts were cropped
+    assert len(lines) < 12  # the long texts are cropped
 
 
-def test_samples_are_stacked_in_a_narrow_terminal():
+def test_samples_are_stacked_on_narrow_terminal():
     lines = rows(page(samples_table(SAMPLES), 60))
     assert lines[:5] == [
         ["prompt", "Sort: dbca"],
@@ -127,7 +127,7 @@ def test_nothing_is_wider_than_the_terminal(width):
         assert max(cell_len(line) for line in page(renderable, width).splitlines()) <= width
 
 
-def test_what_a_model_writes_cannot_reach_the_terminal():
+def test_control_characters_of_samples_are_replaced():
     sample = Sample("[red]p[/red]", ["r"], {"student": "\x1b[2J\x07[bold]x[/bold]\u202e"})
     text = page(samples_table([sample]), 100)
     assert "�[2J�[bold]x[/bold]�" in text
@@ -135,7 +135,7 @@ def test_what_a_model_writes_cannot_reach_the_terminal():
     assert not set(text) & {"\x1b", "\x07", "\u202e"}
 
 
-def test_cropping_keeps_whole_words():
+def test_crop_cuts_at_words():
     assert crop("a  short\ntext", 20) == "a short text"
     assert crop("the quick brown fox", 19) == "the quick brown fox"
     assert crop("the quick brown fox", 18) == "the quick brown…"
@@ -145,7 +145,7 @@ def test_cropping_keeps_whole_words():
     assert all(len(crop("one two three four", n)) <= n for n in range(1, 20))
 
 
-def test_next_steps_can_be_copied_into_a_shell():
+def test_next_steps_are_valid_shell_commands():
     text = page(next_steps("runs/my run", suites=["dolly"], prompt="it's 12 + 30", commands=["ls 'runs/my run'"]), 100)
     lines = [line.strip() for line in text.splitlines()]
     assert "model        runs/my run" in lines
@@ -161,27 +161,27 @@ def test_next_steps_can_be_copied_into_a_shell():
 
 
 @pytest.mark.parametrize("prompt", ["two\nlines", "word " * 50, "\x1b[2J"])
-def test_next_steps_do_not_drown_in_a_long_prompt(prompt):
+def test_next_steps_replace_a_long_prompt(prompt):
     assert "generate --model out --prompt 'YOUR PROMPT'" in page(next_steps("out", prompt=prompt), 80)
 
 
 @pytest.mark.parametrize("prompt", [None, "", " "])
-def test_next_steps_always_give_a_prompt(prompt):
+def test_next_steps_replace_an_empty_prompt(prompt):
     assert "generate --model out --prompt 'YOUR PROMPT'" in page(next_steps("out", prompt=prompt), 80)
 
 
-def test_next_steps_without_rows_to_score_leave_eval_out():
+def test_next_steps_omit_eval_without_rows():
     assert "distillm eval" not in page(next_steps("out", scored=False), 80)
 
 
-def test_next_steps_name_the_files_they_are_given():
+def test_next_steps_list_given_files():
     text = page(next_steps("out", files={"answers": "eval/dolly.jsonl"}), 100)
     assert "answers  out/eval/dolly.jsonl" in text
     assert "recipe" not in text
     assert "distillm eval out\n" in "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
 
 
-def test_a_table_aligns_figures_and_takes_strings_literally():
+def test_table_aligns_numbers_and_shows_markup_literally():
     text = page(
         table("Suites", ["suite", "ROUGE-L", "rows", "loss"], [
             ["[b]dolly[/b]", "25.39 ± 0.31", 500, 1.0], [Text("sni"), "4.1 ± 0.2", 1694, None],
@@ -193,13 +193,13 @@ def test_a_table_aligns_figures_and_takes_strings_literally():
     assert text.startswith("Suites")
 
 
-def test_a_table_too_wide_becomes_a_block_per_row():
+def test_wide_table_becomes_a_block_per_row():
     text = page(table("Runs", ["name", "path"], [["a", "x" * 50], ["b", "y" * 20]]), 40)
     assert rows(text)[0] == ["name", "a"]
     assert "".join(cells[1] for cells in rows(text)[1:3]) == "x" * 50
 
 
-def test_an_empty_table_is_a_table():
+def test_empty_table_has_a_header():
     assert rows(page(table("Runs", ["name", "loss"], []), 80)) == [["name", "loss"]]
 
 
@@ -209,12 +209,12 @@ def test_an_empty_table_is_a_table():
         (
             {"dataset": 600},
             [0.0, 0.0, 0.0],
-            "The schedule never fired: φ stayed 0, every step used data set rows.",
+            "φ never rose: it stayed 0, every step used data set rows.",
         ),
         (
             {"dataset": 480, "rollout": 70, "replay": 50},
             [0.2, 0.2],
-            "The schedule never fired: φ stayed 0.20. Of 600 steps 480 (80%) used data set rows, 70 (12%) fresh rollouts "
+            "φ never rose: it stayed 0.20. Of 600 steps 480 (80%) used data set rows, 70 (12%) fresh rollouts "
             "and 50 (8%) replayed rollouts.",
         ),
         (
@@ -226,21 +226,20 @@ def test_an_empty_table_is_a_table():
         (
             {"dataset": 600},
             [0.0, 0.0, 0.1],
-            "Every step used data set rows (600 steps). φ rose once, from 0 to 0.10. "
-            "No draw fell on the student's own output.",
+            "Every step used data set rows (600 steps). φ rose once, from 0 to 0.10. No student outputs were drawn.",
         ),
         ({"dataset": 1200, "rollout": 0}, None, "Every step used data set rows (1,200 steps)."),
         ({"rollout": 600}, None, "Every step used fresh rollouts (600 steps)."),
         ({"dataset": 1}, None, "The one step used data set rows."),
-        ({"dataset": 2, "mine": 2}, None, "Of 4 steps 2 (50%) used data set rows and 2 (50%) mine."),
-        ({}, [], "No step was taken."),
+        ({"dataset": 2, "other": 2}, None, "Of 4 steps 2 (50%) used data set rows and 2 (50%) other."),
+        ({}, [], "No steps were run."),
     ],
 )
-def test_the_sources_in_words(counts, phi, sentence):
+def test_sources_sentence(counts, phi, sentence):
     assert sources_sentence(counts, phi) == sentence
 
 
-def test_any_right_answer_is_marked_and_how_many_there_are_is_said():
+def test_any_correct_answer_is_marked():
     sample = Sample("A rhyme for howe", ["jowe", "rowe", "nowe"], {"student": "howe", "teacher": "rowe"})
     text = page(samples_table([sample]), 100)
     assert "✓ rowe" in text
@@ -248,7 +247,7 @@ def test_any_right_answer_is_marked_and_how_many_there_are_is_said():
     assert "jowe (or 2 more)" in " ".join(text.split())
 
 
-def test_a_pipeline_ends_with_the_figures_of_its_stages_also_of_earlier_calls():
+def test_pipeline_summary_includes_skipped_stages():
     report = {
         "student_before": {"valid_loss": 3.0, "rouge_l": 1.0},
         "student_after": {"valid_loss": 1.25, "rouge_l": 40.5},
@@ -263,6 +262,6 @@ def test_a_pipeline_ends_with_the_figures_of_its_stages_also_of_earlier_calls():
     text = "".join(page(item, 100) for item in pipeline_summary(result))
     assert ["distill", "1.250", "40.50"] in rows(text)
     assert ["held-out", "7", "41.25 ± 0.50", "0.500"] in rows(text)
-    typed = page(pipeline_next_steps(result), 100)
-    assert "distillm generate --model p/distill --prompt 'YOUR PROMPT'" in typed
-    assert "distillm eval" not in typed, "a stage has scored it"
+    commands = page(pipeline_next_steps(result), 100)
+    assert "distillm generate --model p/distill --prompt 'YOUR PROMPT'" in commands
+    assert "distillm eval" not in commands, "a stage has already evaluated the model"

@@ -1,4 +1,4 @@
-"""Arrow tables and compressed files: the same rows, nothing invented, and unread columns that do not matter."""
+"""Test Arrow tables and compressed files: the same rows, no extra fields, and unused columns that are ignored."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from distillm_cli.data.sources import load_rows
 from distillm_cli.errors import DataError
 from distillm_cli.runs.stage_record import _input_identity
 from distillm_cli.training.events import Note
+from tests.codes import raises_code
 
 datasets = pytest.importorskip("datasets")
 pa = pytest.importorskip("pyarrow")
@@ -21,7 +22,7 @@ pq = pytest.importorskip("pyarrow.parquet")
 ROWS = [{"prompt": f"{i}", "completion": "x"} for i in range(3)]
 
 
-def asked(path: Path, split: str = "test", **fields) -> list[tuple]:
+def prompts_and_answers(path: Path, split: str = "test", **fields) -> list[tuple]:
     rows = load_rows(DataConfig(source=str(path), **fields), split)
     return [(row.prompt or row.messages, row.answer or row.references) for row in rows]
 
@@ -30,7 +31,7 @@ def call(**arguments) -> list[dict]:
     return [{"type": "function", "function": {"name": "f", "arguments": arguments}}]
 
 
-# No two of these messages have the same fields, which a table can only store with nulls.
+# No two of these messages have the same fields. A table stores the missing fields as nulls.
 CONVERSATIONS = [
     [
         {"role": "user", "content": "a"},
@@ -50,28 +51,30 @@ def no_progress_bars():
     datasets.disable_progress_bars()
 
 
-def saved(form: str, rows: list[dict], place: Path, **options) -> Path:
+def save_table(format_: str, rows: list[dict], directory: Path, **options) -> Path:
     table = datasets.Dataset.from_list(rows, **options)
-    if form == "parquet":
-        table.to_parquet(place / "a.parquet")
-        return place / "a.parquet"
-    table.save_to_disk(place / "a")
-    return place / "a"
+    if format_ == "parquet":
+        table.to_parquet(directory / "a.parquet")
+        return directory / "a.parquet"
+    table.save_to_disk(directory / "a")
+    return directory / "a"
 
 
-@pytest.mark.parametrize("form", ["parquet", "save_to_disk"])
-def test_fields_that_a_message_lacks_stay_absent(tmp_path, form):
-    path = saved(form, [{"messages": messages, "id": i} for i, messages in enumerate(CONVERSATIONS)], tmp_path)
-    assert asked(path) == [(messages[:-1], messages[-1]) for messages in CONVERSATIONS]
+@pytest.mark.parametrize("format_", ["parquet", "save_to_disk"])
+def test_missing_message_fields_stay_absent(tmp_path, format_):
+    path = save_table(format_, [{"messages": messages, "id": i} for i, messages in enumerate(CONVERSATIONS)], tmp_path)
+    assert prompts_and_answers(path) == [(messages[:-1], messages[-1]) for messages in CONVERSATIONS]
 
 
-@pytest.mark.parametrize("form", ["parquet", "save_to_disk"])
-def test_fields_of_mixed_types_come_back_as_they_were(tmp_path, form):
+@pytest.mark.parametrize("format_", ["parquet", "save_to_disk"])
+def test_fields_of_mixed_types_are_restored(tmp_path, format_):
     # `datasets` stores them as JSON text in an extension type.
     answers = [{"role": "assistant", "content": "", "tool_calls": call(x=x)} for x in (1, "one", None, [2])]
     rows = [{"messages": [{"role": "user", "content": "a"}, answer]} for answer in answers]
-    answers[2]["tool_calls"][0]["function"]["arguments"] = {}  # a null is not stored apart from an absence
-    assert [answer for _, answer in asked(saved(form, rows, tmp_path, on_mixed_types="use_json"))] == answers
+    answers[2]["tool_calls"][0]["function"]["arguments"] = {}  # a null cannot be distinguished from a missing field
+    assert [
+        answer for _, answer in prompts_and_answers(save_table(format_, rows, tmp_path, on_mixed_types="use_json"))
+    ] == answers
 
 
 def test_saved_splits_are_recognized(tmp_path):
@@ -82,30 +85,30 @@ def test_saved_splits_are_recognized(tmp_path):
         assert [row.prompt for row in rows] == [name] * 2
         assert rows.splits == ("train", "test")
     datasets.DatasetDict(train_sft=split["train"]).save_to_disk(tmp_path / "other")
-    with pytest.raises(DataError, match="no train, valid or test in it, but train_sft; name one of these"):
-        asked(tmp_path / "other")
-    assert asked(tmp_path / "other" / "train_sft") == [("train", ("x",))] * 2
+    with raises_code("data.no_split", "train_sft"):
+        prompts_and_answers(tmp_path / "other")
+    assert prompts_and_answers(tmp_path / "other" / "train_sft") == [("train", ("x",))] * 2
 
 
-def test_a_saved_set_of_several_files_is_read_in_order(tmp_path):
+def test_shards_of_a_saved_dataset_are_read_in_order(tmp_path):
     rows = [{"prompt": f"{i}", "completion": "x"} for i in range(2500)]
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "a", num_shards=3)
-    assert [prompt for prompt, _ in asked(tmp_path / "a")] == [row["prompt"] for row in rows]
+    assert [prompt for prompt, _ in prompts_and_answers(tmp_path / "a")] == [row["prompt"] for row in rows]
 
 
 @pytest.mark.parametrize("file", ["state.json", "data-00000-of-00001.arrow"])
 @pytest.mark.parametrize("content", [b"", b"{}", b"hello", None])
-def test_a_damaged_saved_set_is_a_data_error(tmp_path, file, content):
+def test_damaged_saved_dataset_is_a_data_error(tmp_path, file, content):
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "a")
     (tmp_path / "a" / file).unlink()
     if content is not None:
         (tmp_path / "a" / file).write_bytes(content)
     with pytest.raises(DataError):
-        asked(tmp_path / "a")
+        prompts_and_answers(tmp_path / "a")
 
 
-def odd(name: str) -> pa.Array:
-    """Values that pyarrow stores and Python cannot hold."""
+def unreadable_values(name: str) -> pa.Array:
+    """Return values that pyarrow can store and Python cannot represent."""
     if name == "dates":
         return pa.array([0, 10**15, None], pa.timestamp("s"))
     stored = pa.array([b"a", b"\xff", b"c"], pa.binary())
@@ -113,52 +116,58 @@ def odd(name: str) -> pa.Array:
 
 
 @pytest.mark.parametrize("name", ["bytes", "dates"])
-def test_unread_columns_of_a_table_do_not_matter(tmp_path, name):
-    table = pa.Table.from_pylist(ROWS).append_column("odd", odd(name)).append_column("text", odd("bytes"))
+def test_unused_columns_of_a_table_are_ignored(tmp_path, name):
+    table = (
+        pa.Table.from_pylist(ROWS)
+        .append_column("odd", unreadable_values(name))
+        .append_column("text", unreadable_values("bytes"))
+    )
     pq.write_table(table, tmp_path / "a.parquet")
-    said = []
-    rows = load_rows(DataConfig(source=str(tmp_path / "a.parquet")), "test", listener=said.append)
+    events = []
+    rows = load_rows(DataConfig(source=str(tmp_path / "a.parquet")), "test", listener=events.append)
     assert [row.prompt for row in rows] == ["0", "1", "2"]
     share = {"bytes": 100, "dates": 67}[name]
-    assert said == [
+    assert events == [
         Note("a.parquet: 3 rows, prompt-completion (prompt, completion)"),
         Note(f"a.parquet: columns not read: odd ({share} % of rows), text (100 %)"),
     ]
 
 
-def test_a_value_that_cannot_be_read_is_named_and_skipped(tmp_path):
-    table = pa.table({"prompt": odd("bytes"), "completion": ["x"] * 3})
+def test_unreadable_value_is_rejected_or_skipped(tmp_path):
+    table = pa.table({"prompt": unreadable_values("bytes"), "completion": ["x"] * 3})
     pq.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"a.parquet row 2: column `prompt` is not UTF-8") as caught:
-        asked(tmp_path / "a.parquet")
+    with raises_code("data.invalid_row", "a.parquet row 2", "`prompt`", "UTF-8") as caught:
+        prompts_and_answers(tmp_path / "a.parquet")
     assert caught.value.exit_code == 3
-    assert asked(tmp_path / "a.parquet", skip_bad_rows=True) == [("a", ("x",)), ("c", ("x",))]
-    dates = pa.table({"prompt": ["a"] * 3, "completion": odd("dates")})
+    assert prompts_and_answers(tmp_path / "a.parquet", skip_bad_rows=True) == [("a", ("x",)), ("c", ("x",))]
+    dates = pa.table({"prompt": ["a"] * 3, "completion": unreadable_values("dates")})
     pq.write_table(dates, tmp_path / "b.parquet")
-    with pytest.raises(DataError, match=r"b.parquet row 1: column `completion` must be text .*, found a datetime"):
-        asked(tmp_path / "b.parquet")
+    with raises_code("data.invalid_row", "b.parquet row 1", "`completion`", "datetime"):
+        prompts_and_answers(tmp_path / "b.parquet")
 
 
-def test_images_of_a_table_are_refused_where_a_row_has_one(tmp_path):
+def test_rows_with_images_are_rejected(tmp_path):
     image = pa.array([[], None, [{"bytes": b"1", "path": "a.png"}]])
     pq.write_table(pa.Table.from_pylist(ROWS).append_column("images", image), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"a.parquet row 3: images are not supported \(column `images`\)"):
-        asked(tmp_path / "a.parquet")
-    assert len(asked(tmp_path / "a.parquet", skip_bad_rows=True)) == 2
+    with raises_code("data.invalid_row", "a.parquet row 3", "`images`"):
+        prompts_and_answers(tmp_path / "a.parquet")
+    assert len(prompts_and_answers(tmp_path / "a.parquet", skip_bad_rows=True)) == 2
     full = pa.array([[{"bytes": b"1", "path": "a.png"}]] * 3)
     pq.write_table(pa.Table.from_pylist(ROWS).append_column("images", full), tmp_path / "b.parquet")
-    with pytest.raises(DataError, match=r"b.parquet row 1: images are not supported"):
-        asked(tmp_path / "b.parquet")
+    with raises_code("data.invalid_row", "b.parquet row 1", "`images`"):
+        prompts_and_answers(tmp_path / "b.parquet")
 
 
-def test_maps_become_objects(tmp_path):
-    kind = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("extra", pa.map_("string", "int64"))]))
+def test_map_columns_become_objects(tmp_path):
+    message_type = pa.list_(
+        pa.struct([("role", pa.string()), ("content", pa.string()), ("extra", pa.map_("string", "int64"))])
+    )
     messages = [
         {"role": "user", "content": "a", "extra": {"x": 1}},
         {"role": "assistant", "content": "b", "extra": None},
     ]
-    pq.write_table(pa.table({"messages": pa.array([messages], kind)}), tmp_path / "a.parquet")
-    assert asked(tmp_path / "a.parquet") == [([messages[0]], {"role": "assistant", "content": "b"})]
+    pq.write_table(pa.table({"messages": pa.array([messages], message_type)}), tmp_path / "a.parquet")
+    assert prompts_and_answers(tmp_path / "a.parquet") == [([messages[0]], {"role": "assistant", "content": "b"})]
 
 
 # ------------------------------------------------------------------------------------------------- compressed files
@@ -182,46 +191,50 @@ def test_compressed_files_have_the_same_rows(tmp_path, ending):
     contents = {"a.jsonl": LINES, "a.json": json.dumps(ROWS, indent=1).encode(), "lines.json": LINES, "a.csv": csv}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-        plain = asked(tmp_path / name)
-        assert asked(compressed(tmp_path / f"{name}{ending}", content)) == plain == [(f"{i}", ("x",)) for i in range(3)]
+        plain = prompts_and_answers(tmp_path / name)
+        assert (
+            prompts_and_answers(compressed(tmp_path / f"{name}{ending}", content))
+            == plain
+            == [(f"{i}", ("x",)) for i in range(3)]
+        )
     (tmp_path / "set").mkdir()
     compressed(tmp_path / "set" / f"train.jsonl{ending}", LINES)
     compressed(tmp_path / "set" / f"dev.jsonl{ending}", LINES[: len(LINES) // 3])
-    assert [len(asked(tmp_path / "set", split)) for split in ("train", "valid")] == [3, 1]
+    assert [len(prompts_and_answers(tmp_path / "set", split)) for split in ("train", "valid")] == [3, 1]
     many = b"".join(json.dumps({"prompt": f"{i}" * 1000, "completion": "x"}).encode() + b"\n" for i in range(1000))
-    assert len(asked(compressed(tmp_path / f"many.jsonl{ending}", many))) == 1000
+    assert len(prompts_and_answers(compressed(tmp_path / f"many.jsonl{ending}", many))) == 1000
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
-def test_a_damaged_compressed_file_is_a_data_error(tmp_path, ending):
-    whole = compressed(tmp_path / f"a.jsonl{ending}", LINES * 50).read_bytes()
-    for content in (b"hello", whole[:-9], whole[:20] + b"\xff\xff\xff" + whole[23:]):
+def test_damaged_compressed_file_is_a_data_error(tmp_path, ending):
+    compressed_bytes = compressed(tmp_path / f"a.jsonl{ending}", LINES * 50).read_bytes()
+    for content in (b"hello", compressed_bytes[:-9], compressed_bytes[:20] + b"\xff\xff\xff" + compressed_bytes[23:]):
         (tmp_path / f"b.jsonl{ending}").write_bytes(content)
-        with pytest.raises(DataError, match=r"b.jsonl.*: cannot be (read|decompressed) \("):
-            asked(tmp_path / f"b.jsonl{ending}")
+        with raises_code("data.unreadable", "b.jsonl"):
+            prompts_and_answers(tmp_path / f"b.jsonl{ending}")
     for name in (f"rows{ending}", f"a.parquet{ending}", f"a.txt{ending}"):
-        (tmp_path / name).write_bytes(whole)
-        with pytest.raises(DataError, match="not a kind of data file that is known"):
-            asked(tmp_path / name)
+        (tmp_path / name).write_bytes(compressed_bytes)
+        with raises_code("data.unknown_format", name):
+            prompts_and_answers(tmp_path / name)
 
 
-def test_a_path_that_cannot_be_there_is_a_data_error(tmp_path):
+def test_impossible_path_is_a_data_error(tmp_path):
     (tmp_path / "a.jsonl").symlink_to("a.jsonl")
     (tmp_path / "d").symlink_to("d")
-    elsewhere = [Path(f"./{'x' * 5000}"), Path("~nobody-of-that-name/a.jsonl")]
-    for path in (tmp_path / "a.jsonl", tmp_path / "d", tmp_path / "d" / "train.jsonl", *elsewhere):
-        with pytest.raises(DataError, match=r"no such file or directory|leads nowhere"):
+    other_paths = [Path(f"./{'x' * 5000}"), Path("~nobody-of-that-name/a.jsonl")]
+    for path in (tmp_path / "a.jsonl", tmp_path / "d", tmp_path / "d" / "train.jsonl", *other_paths):
+        with raises_code("data.not_found"):
             load_rows(DataConfig(source=f"./{path}" if "xx" in path.name else str(path)), "test")
 
 
 @pytest.mark.parametrize("name", ["set", "rows.jsonl.gz", "rows.jsonl.zst"])
-def test_a_pipeline_notices_other_rows(tmp_path, name):
-    place, found = tmp_path / name, []
+def test_pipeline_input_identity_changes_with_the_rows(tmp_path, name):
+    directory, found = tmp_path / name, []
     for rows in (ROWS, ROWS[:2]):
         if name == "set":
-            datasets.DatasetDict(train=datasets.Dataset.from_list(rows)).save_to_disk(place)
+            datasets.DatasetDict(train=datasets.Dataset.from_list(rows)).save_to_disk(directory)
         else:
-            compressed(place, "".join(json.dumps(row) + "\n" for row in rows).encode())
-        found.append([_input_identity("data.source", str(at)) for at in (place, tmp_path)])
+            compressed(directory, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        found.append([_input_identity("data.source", str(path)) for path in (directory, tmp_path)])
     assert found[0][0] != found[1][0]
     assert name == "set" or found[0][1] != found[1][1]

@@ -1,4 +1,4 @@
-"""Prompt and response tokenized as one text: the ids are those that transformers gives for the whole."""
+"""Test that prompt and response have the ids that transformers gives for the whole text."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ TEXTS = [
 ]
 
 
-def trained(model, pre_tokenizer, decoder, normalizer=None, **trainer) -> Tokenizer:
+def train_backend(model, pre_tokenizer, decoder, normalizer=None, **trainer) -> Tokenizer:
     backend = Tokenizer(model)
     backend.pre_tokenizer, backend.decoder = pre_tokenizer, decoder
     if normalizer is not None:
         backend.normalizer = normalizer
-    kind = trainers.UnigramTrainer if isinstance(model, models.Unigram) else trainers.BpeTrainer
-    backend.train_from_iterator(TEXTS * 20, kind(show_progress=False, **trainer))
+    trainer_class = trainers.UnigramTrainer if isinstance(model, models.Unigram) else trainers.BpeTrainer
+    backend.train_from_iterator(TEXTS * 20, trainer_class(show_progress=False, **trainer))
     return backend
 
 
 def sentencepiece_like(prepend: str) -> Tokenizer:
-    """Llama's kind: a blank before the first word, and bytes for what the vocabulary lacks."""
-    backend = trained(
+    """Return a backend like Llama's: a space before the first word, and byte fallback."""
+    backend = train_backend(
         models.BPE(unk_token="<unk>"),
         pre_tokenizers.Metaspace(prepend_scheme=prepend, split=False),
         decoders.Metaspace(prepend_scheme=prepend),
@@ -47,7 +47,7 @@ def sentencepiece_like(prepend: str) -> Tokenizer:
 
 
 def bytes_like(trim: bool = False) -> Tokenizer:
-    backend = trained(
+    backend = train_backend(
         models.BPE(),
         pre_tokenizers.ByteLevel(add_prefix_space=False),
         decoders.ByteLevel(),
@@ -60,7 +60,7 @@ def bytes_like(trim: bool = False) -> Tokenizer:
 
 
 def unigram() -> Tokenizer:
-    return trained(
+    return train_backend(
         models.Unigram(),
         pre_tokenizers.Metaspace(),
         decoders.Metaspace(),
@@ -92,65 +92,65 @@ PAIRS = [
 ]
 
 
-def wrapped(backend: Tokenizer) -> PreTrainedTokenizerFast:
+def wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ids_are_those_of_the_whole_text(kind):
-    tokenizer = wrapped(KINDS[kind]())
+def test_ids_match_the_whole_text(kind):
+    tokenizer = wrap(KINDS[kind]())
     texts = [Text(prompt + response, len(prompt), len(prompt + response)) for prompt, response in PAIRS]
-    for taken in (tokenizer, tokenizer.backend_tokenizer):
-        for text, ids in zip(texts, token_ids(texts, taken), strict=True):
-            whole = tokenizer(text.text, add_special_tokens=False, return_offsets_mapping=True)
-            assert [*ids.prompt.tolist(), *ids.response.tolist()] == whole["input_ids"]
+    for each_tokenizer in (tokenizer, tokenizer.backend_tokenizer):
+        for text, ids in zip(texts, token_ids(texts, each_tokenizer), strict=True):
+            expected = tokenizer(text.text, add_special_tokens=False, return_offsets_mapping=True)
+            assert [*ids.prompt.tolist(), *ids.response.tolist()] == expected["input_ids"]
             prompt = tokenizer(text.text[: text.response_start], add_special_tokens=False)["input_ids"]
-            if whole["input_ids"][: len(prompt)] == prompt:
+            if expected["input_ids"][: len(prompt)] == prompt:
                 assert ids.prompt.tolist() == prompt
-            else:  # a token holds characters of both: all of the response is supervised
+            else:  # a token has characters of both; the whole response is supervised
                 assert ids.spans_prompt_end
-                assert all(end <= text.response_start for _, end in whole["offset_mapping"][: len(ids.prompt)])
-                assert whole["offset_mapping"][len(ids.prompt)][1] > text.response_start
+                assert all(end <= text.response_start for _, end in expected["offset_mapping"][: len(ids.prompt)])
+                assert expected["offset_mapping"][len(ids.prompt)][1] > text.response_start
 
 
 @pytest.mark.parametrize("kind", ["metaspace, always", "metaspace, first"])
-def test_no_blank_is_put_before_a_response(kind):
-    """A response tokenized alone would begin with a blank that the whole text does not have."""
-    tokenizer = wrapped(KINDS[kind]())
+def test_no_space_is_added_before_a_response(kind):
+    """Check tokenizers that put a space before a response tokenized alone."""
+    tokenizer = wrap(KINDS[kind]())
     sequence = Encoder(tokenizer, DATA).sequence(Row(prompt="Name.\n", references=("The sea",)), 0)
-    whole = tokenizer("Name.\nThe sea")["input_ids"]
-    assert [*sequence.prompt.tolist(), *sequence.response.tolist()] == [*whole, tokenizer.eos_token_id]
+    expected = tokenizer("Name.\nThe sea")["input_ids"]
+    assert [*sequence.prompt.tolist(), *sequence.response.tolist()] == [*expected, tokenizer.eos_token_id]
     assert sequence.prompt.tolist() == tokenizer("Name.\n")["input_ids"]
     assert sequence.response.tolist() != [*tokenizer("The sea", add_special_tokens=False)["input_ids"], 2]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_token_across_the_prompts_end_is_counted_and_supervised(kind):
-    tokenizer = wrapped(KINDS[kind]())
+def test_tokens_across_the_prompt_end_are_detected(kind):
+    tokenizer = wrap(KINDS[kind]())
     texts = [Text(prompt + response, len(prompt), len(prompt + response)) for prompt, response in PAIRS]
     for text, ids in zip(texts, token_ids(texts, tokenizer), strict=True):
-        alone = tokenizer(text.text[: text.response_start], add_special_tokens=False)["input_ids"]
-        assert ids.spans_prompt_end == (ids.prompt.tolist() != alone), text.text
+        prompt_ids = tokenizer(text.text[: text.response_start], add_special_tokens=False)["input_ids"]
+        assert ids.spans_prompt_end == (ids.prompt.tolist() != prompt_ids), text.text
 
 
-def split_inside_a_token(tokenizer) -> tuple[str, str]:
-    """A text of the training set cut where a token of the whole spans the cut."""
+def split_within_a_token(tokenizer) -> tuple[str, str]:
+    """Return a training text, split within a token of the whole text."""
     text = TEXTS[0]
-    whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    end = next(end for start, end in whole if start and end - start > 2 and text[start] != " ")
+    expected = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    end = next(end for start, end in expected if start and end - start > 2 and text[start] != " ")
     return text[: end - 1], text[end - 1 :]
 
 
-def test_moved_boundaries_are_reported():
-    tokenizer, said = wrapped(bytes_like()), []
-    prompt, response = split_inside_a_token(tokenizer)
+def test_tokens_across_the_prompt_end_are_reported():
+    tokenizer, events = wrap(bytes_like()), []
+    prompt, response = split_within_a_token(tokenizer)
     rows = [Row(prompt=prompt, references=(response,)), Row(prompt="Name.\n", references=("The",))]
-    examples = tokenize(rows, Encoder(tokenizer, DATA), DATA, said.append)
+    examples = tokenize(rows, Encoder(tokenizer, DATA), DATA, events.append)
     assert examples.spanning == 1
-    assert any("in 1 of 2 rows a token spans the end of the prompt" in getattr(event, "text", "") for event in said)
+    assert any("in 1 of 2 rows a token spans the end of the prompt" in getattr(event, "text", "") for event in events)
 
 
-def test_a_tokenizer_without_offsets_is_cut_by_its_prompts():
+def test_tokenizer_without_offsets_splits_at_the_prompt():
     tokenizer = ByT5Tokenizer()
     assert not tokenizer.is_fast
     for prompt, response in PAIRS:
@@ -160,20 +160,20 @@ def test_a_tokenizer_without_offsets_is_cut_by_its_prompts():
         assert ids.response.tolist() == tokenizer(response, add_special_tokens=False)["input_ids"]
 
 
-def test_dolly_by_gpt2_is_the_whole_text(shared_data):
+def test_dolly_ids_match_the_whole_text(shared_data):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "gpt2")
     rows = load_rows(DataConfig(source=str(shared_data / "dolly"), limit=300), "train")
     encoder = Encoder(tokenizer, DataConfig(max_length=4096, max_prompt_length=4096))
     for row, sequence in zip(rows, encoder.sequences(rows), strict=True):
-        whole = tokenizer(row.prompt + row.references[0])["input_ids"]
-        assert [*sequence.prompt.tolist(), *sequence.response.tolist()] == [*whole, tokenizer.eos_token_id]
+        expected = tokenizer(row.prompt + row.references[0])["input_ids"]
+        assert [*sequence.prompt.tolist(), *sequence.response.tolist()] == [*expected, tokenizer.eos_token_id]
 
 
-def test_decoding_gives_the_text_behind_the_prompt():
+def test_decode_returns_the_response_text():
     for kind in KINDS.values():
-        tokenizer = wrapped(kind())
+        tokenizer = wrap(kind())
         encoder = Encoder(tokenizer, DATA)
         for prompt, response in (("Name three rivers.", " The sea"), ("Name.\n", "The sea"), ("the n", "ame")):
             row = Row(prompt=prompt, references=(response,))
@@ -194,29 +194,29 @@ def nllb() -> NllbTokenizer:
     return NllbTokenizer(vocab=vocab, merges=[], src_lang="eng_Latn", tgt_lang="deu_Latn")
 
 
-def test_targets_begin_with_the_language_of_the_tokenizers_target_mode():
+def test_target_has_the_target_language_code():
     tokenizer = nllb()
     source, target = tokenizer("abc")["input_ids"], tokenizer(text_target="abc")["input_ids"]
-    assert source != target  # else this would show nothing
+    assert source != target  # the test needs different ids
     encoder = Encoder(tokenizer, DATA, is_encoder_decoder=True)
     sequence = encoder.sequence(Row(prompt="abc", references=("abc",)), 0)
     assert (sequence.prompt.tolist(), sequence.response.tolist()) == (source, target)
     assert encoder.decode(sequence.prompt, sequence.response) == "abc"
 
 
-def test_affixes_of_tokenizers_without_languages_are_the_same_on_both_sides():
+def test_affixes_without_languages_are_equal():
     backend = bytes_like()
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
     )
-    assert find_affixes(wrapped(backend)) == Affixes((0,), (1,), (0,), (1,))
+    assert find_affixes(wrap(backend)) == Affixes((0,), (1,), (0,), (1,))
 
 
-def test_literal_text_is_what_the_library_makes_of_it():
-    tokenizer = wrapped(bytes_like())
+def test_literal_special_tokens_match_transformers():
+    tokenizer = wrap(bytes_like())
     tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<x>", normalized=False)]})
     text = Text("a<x>b</s>", 4, 9)
     (ids,) = token_ids([text], tokenizer, literal=True)
-    truth = tokenizer("a<x>b</s>", add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    np.testing.assert_array_equal([*ids.prompt, *ids.response], truth)
+    expected = tokenizer("a<x>b</s>", add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    np.testing.assert_array_equal([*ids.prompt, *ids.response], expected)
     assert tokenizer("<x>", add_special_tokens=False)["input_ids"] == [tokenizer.convert_tokens_to_ids("<x>")]

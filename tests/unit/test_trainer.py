@@ -1,4 +1,4 @@
-"""The loop, against the truth: plain PyTorch for one step, the uninterrupted run for a resumed one."""
+"""Test training: one step against plain PyTorch, and resumed runs against uninterrupted ones."""
 
 import copy
 import json
@@ -13,7 +13,7 @@ import torch
 from torch.testing import assert_close
 
 from distillm_cli.config import schema
-from distillm_cli.errors import CheckpointError, Interrupted, NonFiniteError, OutOfMemoryError, StorageError
+from distillm_cli.errors import Interrupted, OutOfMemoryError
 from distillm_cli.losses import objectives
 from distillm_cli.losses.objectives import SourceBatch
 from distillm_cli.losses.student_loss import StudentLoss
@@ -34,7 +34,8 @@ from distillm_cli.training.validation import Validator
 from distillm_cli.utils.memory import retry_halved
 from distillm_cli.utils.modules import eval_mode
 from tests import tiny
-from tests.limits import Narrow, file_size
+from tests.codes import raises_code
+from tests.resource_limits import LimitedBatch, file_size
 
 TOKENIZER = tiny.tokenizer()
 ROWS = tiny.sequences([(3 + i % 5, 2 + i % 4) for i in range(24)], vocab=len(TOKENIZER), seed=2)
@@ -61,10 +62,11 @@ def build(
     rounds_of=1,
     **train,
 ):
-    """A whole small run: dropout on (GPT-2's own 0.1), so that the random state matters. cached: the teacher's states.
+    """Build a small run with GPT-2's dropout of 0.1, so that the random state matters.
 
-    schedule: fields of its section. sampler: (student, teacher model) → sampler. responses: (student, teacher model,
-    rows, steps per epoch) → tables. rounds_of: batches in a round. device: where ``backbone`` is already.
+    cached: cache the teacher's states. schedule: fields of its section. sampler: (student, teacher model) → sampler.
+    responses: (student, teacher model, rows, steps per epoch) → tables. rounds_of: batches in a round. device: the device
+    of ``backbone``.
     """
     train = schema.TrainConfig(
         **{"batch_size": 4, "lr": 1e-3, "warmup": 0, "eval_steps": 3, "save_steps": 1000, "seed": 5} | train
@@ -74,7 +76,7 @@ def build(
     fields = {"kind": "off" if sft else method}
     if method in ("on", "mixed", "annealed", "adaptive"):
         fields["capacity"] = 8
-    if method == "adaptive":  # epsilon −10: φ rises at every validation, so that a short run has rollouts and replay
+    if method == "adaptive":  # With epsilon −10, φ rises at every validation, so a short run has rollouts and replay.
         fields |= {"epsilon": -10.0, "levels": 3}
     section = schema.ScheduleConfig(**fields | (schedule or {}))
     scheduler = build_scheduler(section, steps=steps, seed=train.seed, batches=rounds_of)
@@ -105,13 +107,13 @@ def build(
         checkpoints = Checkpoints(tmp_path, backbone.model.save_pretrained, keep=train.keep)
     run = RunInfo(steps=steps, steps_per_epoch=len(ROWS) // step_rows, device=torch.device(device))
     if sampler is None:
-        own = ModelSampler(backbone, schema.RolloutConfig(max_new_tokens=5), max_length=16, seed=train.seed)
+        student_sampler = ModelSampler(backbone, schema.RolloutConfig(max_new_tokens=5), max_length=16, seed=train.seed)
     else:
-        own = sampler(backbone, model)
+        student_sampler = sampler(backbone, model)
     pool = SequencePool(
         rows,
         scheduler,
-        student=own,
+        student=student_sampler,
         responses=responses(backbone, model, rows, run.steps_per_epoch) if responses else None,
         bulk=2,
         rows_beside=student_loss.criterion.rows_beside,
@@ -134,16 +136,16 @@ def weights(engine):
 
 
 def step_on(trainer, batches):
-    """One optimizer step on these sequences; its loss and learning rate."""
+    """Run one optimizer step on these sequences and return its loss and learning rate."""
     trainer.pool.draw = lambda source, step: batches
     trainer.train_step()
     return trainer.state.train_loss, trainer.optimizer.param_groups[0]["lr"]
 
 
 def cached_rollouts(trainer):
-    """The rollouts in the pool that carry the teacher's states."""
-    held = [*trainer.pool.replay.rollouts, *(s for batch in trainer.pool.waiting.values() for s in batch)]
-    return {s for s in held if s.teacher_hidden_ND is not None}
+    """Return the rollouts in the pool that have cached teacher states."""
+    pool_rollouts = [*trainer.pool.replay.rollouts, *(s for batch in trainer.pool.waiting.values() for s in batch)]
+    return {s for s in pool_rollouts if s.teacher_hidden_ND is not None}
 
 
 def resume(tmp_path, method, **settings):
@@ -152,15 +154,15 @@ def resume(tmp_path, method, **settings):
     backbone = student()
     backbone.model.load_state_dict(loaded.state_dict())
     engine = build(tmp_path, method=method, backbone=backbone, **settings)
-    torch.manual_seed(999)  # whatever the random state was, the checkpoint's is what counts
+    torch.manual_seed(999)  # the random state must come from the checkpoint
     engine.load(found)
     return engine
 
 
-def test_the_loss_before_training_may_be_taken_later_and_is_the_same(tmp_path):
-    """Nobody waits for it before the first step; φ, the weights and every figure are those of a run that took it first."""
+def test_deferred_initial_validation_gives_the_same_results(tmp_path):
+    """Check that validating the initial student at the first validation changes neither φ nor weights nor losses."""
 
-    def run(late):
+    def run(is_deferred):
         torch.manual_seed(5)
         events = []
         engine = build(method="adaptive", listener=events.append)
@@ -168,32 +170,36 @@ def test_the_loss_before_training_may_be_taken_later_and_is_the_same(tmp_path):
 
         @contextmanager
         def as_at_start():
-            now = {name: tensor.clone() for name, tensor in engine.student_loss.state_dict().items()}
+            current = {name: tensor.clone() for name, tensor in engine.student_loss.state_dict().items()}
             engine.student_loss.load_state_dict(start)
             yield
-            engine.student_loss.load_state_dict(now)
+            engine.student_loss.load_state_dict(current)
 
-        if late:
+        if is_deferred:
             engine.validator.at_start = as_at_start
         return engine, engine.train(), [event for event in events if isinstance(event, Stepped | Validated)]
 
-    (first, reached, order), (late, later, late_order) = run(late=False), run(late=True)
-    assert (reached.first_valid_loss, reached.valid_loss) == (later.first_valid_loss, later.valid_loss)
-    assert (reached.phis, reached.sources) == (later.phis, later.sources)
-    assert_close(weights(first), weights(late), rtol=0, atol=0)
-    assert [event.step for event in order if isinstance(event, Validated)][:2] == [0, 3]
-    assert [event.step for event in late_order if isinstance(event, Validated)][:2] == [0, 3]
-    assert isinstance(order[0], Validated)
-    assert isinstance(late_order[0], Stepped)
+    first, first_state, first_events = run(is_deferred=False)
+    deferred, deferred_state, deferred_events = run(is_deferred=True)
+    assert (first_state.first_valid_loss, first_state.valid_loss) == (
+        deferred_state.first_valid_loss,
+        deferred_state.valid_loss,
+    )
+    assert (first_state.phis, first_state.sources) == (deferred_state.phis, deferred_state.sources)
+    assert_close(weights(first), weights(deferred), rtol=0, atol=0)
+    assert [event.step for event in first_events if isinstance(event, Validated)][:2] == [0, 3]
+    assert [event.step for event in deferred_events if isinstance(event, Validated)][:2] == [0, 3]
+    assert isinstance(first_events[0], Validated)
+    assert isinstance(deferred_events[0], Stepped)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("method", ["sft", "off", "adaptive", "mixed", "annealed"])
-def test_resume_matches_an_uninterrupted_run_bit_for_bit(tmp_path, method, accumulate):
-    """Stopped by a signal in mid-epoch, gone on in a fresh engine: the same weights, to the last bit."""
+def test_resume_matches_uninterrupted_run(tmp_path, method, accumulate):
+    """Check that a run stopped by a signal within an epoch, resumed in a new trainer, has bit-identical weights."""
     torch.manual_seed(5)
-    whole = build(method=method, accumulate=accumulate)
-    done = whole.train()
+    uninterrupted = build(method=method, accumulate=accumulate)
+    result = uninterrupted.train()
 
     torch.manual_seed(5)
     stopped = build(tmp_path, method=method, accumulate=accumulate, listener=_kill_at(5))
@@ -203,14 +209,14 @@ def test_resume_matches_an_uninterrupted_run_bit_for_bit(tmp_path, method, accum
     assert stopped.state.step == 5
 
     resumed = resume(tmp_path, method, accumulate=accumulate)
-    again = resumed.train()
-    for name, value in weights(whole).items():
+    resumed_result = resumed.train()
+    for name, value in weights(uninterrupted).items():
         assert torch.equal(weights(resumed)[name], value), name
-    assert again.sources == done.sources
-    assert again.valid_loss == done.valid_loss
+    assert resumed_result.sources == result.sources
+    assert resumed_result.valid_loss == result.valid_loss
     if method == "adaptive":
-        assert done.sources["rollout"] > 0
-        assert done.sources["replay"] > 0
+        assert result.sources["rollout"] > 0
+        assert result.sources["replay"] > 0
 
 
 @pytest.mark.parametrize(
@@ -222,50 +228,53 @@ def test_resume_matches_an_uninterrupted_run_bit_for_bit(tmp_path, method, accum
         ("off", "direct", "valid_divergence"),
     ],
 )
-def test_a_resume_sees_the_teachers_kept_states_as_they_were_bit_for_bit(tmp_path, method, fresh, select):
-    """Past the first epoch, with half of the buffer scored: rows are computed again, rollouts come from the checkpoint."""
+def test_resume_with_cached_teacher_states_is_bit_exact(tmp_path, method, fresh, select):
+    """Check a stop after the first epoch, with half of the buffer scored.
+
+    The states of rows are computed again, those of rollouts come from the checkpoint.
+    """
     settings = {"method": method, "cached": True, "steps": 24, "batch_size": 3, "accumulate": 2, "select": select}
     if method == "adaptive":
         settings["schedule"] = {"fresh": fresh}
     torch.manual_seed(5)
-    whole = build(**settings)
+    uninterrupted = build(**settings)
     stopped = build(tmp_path, listener=_kill_at(11), **settings)
-    whole.train()
+    uninterrupted.train()
     torch.manual_seed(5)
     with pytest.raises(Interrupted):
         stopped.train()
 
     resumed = resume(tmp_path, **settings)
-    carried = cached_rollouts(resumed)
+    restored_rollouts = cached_rollouts(resumed)
     resumed.train()
-    for name, value in weights(whole).items():
+    for name, value in weights(uninterrupted).items():
         assert torch.equal(weights(resumed)[name], value), name
-    assert resumed.state.valid_loss == whole.state.valid_loss
-    assert resumed.state.scores == whole.state.scores
-    assert whole.teacher.has_released_model == resumed.teacher.has_released_model == (method == "off")
+    assert resumed.state.valid_loss == uninterrupted.state.valid_loss
+    assert resumed.state.scores == uninterrupted.state.scores
+    assert uninterrupted.teacher.has_released_model == resumed.teacher.has_released_model == (method == "off")
     if method == "adaptive":
-        assert 0 < len(carried) <= 8
-        assert whole.state.sources["replay"] > 2
+        assert 0 < len(restored_rollouts) <= 8
+        assert uninterrupted.state.sources["replay"] > 2
 
 
-def test_keeping_the_teachers_states_changes_nothing_but_rounding_and_asks_once():
-    live, keeping = (
+def test_cached_teacher_states_match_live_ones():
+    live, caching = (
         build(method="adaptive", steps=24, cached=cached, backbone=student("llama")) for cached in (False, True)
     )
-    live.train(), keeping.train()
+    live.train(), caching.train()
     for name, value in weights(live).items():
-        assert_close(weights(keeping)[name], value, rtol=1e-3, atol=1e-5)
-    assert keeping.state.sources == live.state.sources
-    assert keeping.state.sources["replay"] > 0
-    assert keeping.teacher.tokens < 0.7 * live.teacher.tokens
+        assert_close(weights(caching)[name], value, rtol=1e-3, atol=1e-5)
+    assert caching.state.sources == live.state.sources
+    assert caching.state.sources["replay"] > 0
+    assert caching.teacher.tokens < 0.7 * live.teacher.tokens
 
 
-def test_with_kept_states_the_first_epoch_is_the_uncached_run_to_the_last_bit():
-    live, keeping = (build(method="off", steps=6, cached=cached) for cached in (False, True))
-    for engine in (live, keeping):
+def test_first_epoch_with_cached_states_is_bit_exact():
+    live, caching = (build(method="off", steps=6, cached=cached) for cached in (False, True))
+    for engine in (live, caching):
         torch.manual_seed(5)
         engine.train()
-    assert all(torch.equal(weights(live)[name], value) for name, value in weights(keeping).items())
+    assert all(torch.equal(weights(live)[name], value) for name, value in weights(caching).items())
 
 
 def _kill_at(step):
@@ -278,7 +287,7 @@ def _kill_at(step):
 
 @pytest.mark.parametrize(("batch_size", "accumulate"), [(8, 1), (4, 2), (2, 4), (3, 3)])
 def test_accumulation_gives_the_gradient_of_the_whole_batch(batch_size, accumulate):
-    """One division by the step's token count: ragged micro-batches weigh as much as their tokens."""
+    """Check that the loss is divided once by the step's tokens, so ragged micro-batches weigh by their tokens."""
     rows = ROWS[:8]
     engine = build(method="off", steps=1, batch_size=batch_size, clip=0.0, lr=1.0, backbone=student("llama").double())
     engine.teacher.model.double()
@@ -286,7 +295,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(batch_size, accumula
     before = weights(engine)
     engine.student_loss.train()
     step_on(engine, [SourceBatch(Source.DATASET, rows)])
-    ours = {name: before[name] - value for name, value in weights(engine).items()}
+    updates = {name: before[name] - value for name, value in weights(engine).items()}
 
     reference = build(method="off", steps=1, backbone=student("llama").double())
     reference.teacher.model.double()
@@ -300,22 +309,22 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(batch_size, accumula
     loss = (p * (p / (0.1 * p + 0.9 * q)).log()).sum() / tokens
     loss.backward()
     for name, parameter in reference.student_loss.named_parameters():
-        assert_close(ours[name], parameter.grad, rtol=1e-6, atol=1e-9)
+        assert_close(updates[name], parameter.grad, rtol=1e-6, atol=1e-9)
 
 
 def own_logits(backbone, batch):
     return backbone.model(batch.ids_BT).logits.flatten(0, 1)[batch.positions_N]
 
 
-def test_gradient_checkpointing_changes_memory_and_nothing_else():
-    plain, saving = (build(method="adaptive", steps=6, backbone=student("llama")) for _ in range(2))
-    saving.student_loss.student.model.gradient_checkpointing_enable()
-    plain.train(), saving.train()
+def test_gradient_checkpointing_does_not_change_results():
+    plain, checkpointing = (build(method="adaptive", steps=6, backbone=student("llama")) for _ in range(2))
+    checkpointing.student_loss.student.model.gradient_checkpointing_enable()
+    plain.train(), checkpointing.train()
     for name, value in weights(plain).items():
-        assert_close(weights(saving)[name], value, rtol=1e-4, atol=1e-6)
+        assert_close(weights(checkpointing)[name], value, rtol=1e-4, atol=1e-6)
 
 
-def test_bulk_rollouts_are_as_many_as_single_ones_and_each_is_used_once():
+def test_bulk_rollouts_are_each_used_once():
     events = []
     single, bulk = build(method="on", steps=10), build(method="on", steps=10, listener=events.append)
     single.pool.bulk = 1
@@ -326,8 +335,8 @@ def test_bulk_rollouts_are_as_many_as_single_ones_and_each_is_used_once():
 
 
 @pytest.mark.parametrize("kind", ["mixed", "annealed", "adaptive"])
-def test_a_bulk_answers_the_rows_that_single_draws_would_have_answered_each_at_its_own_step(kind):
-    """Data set steps go on over the other rows: drawing ahead must not show some rows twice and others not at all."""
+def test_bulk_rollouts_use_the_rows_of_their_steps(kind):
+    """Check that sampling ahead between data set steps neither repeats nor skips rows."""
 
     fixed = {"phi": 0.5, "epsilon": 100.0, "capacity": 8} if kind == "adaptive" else {}
 
@@ -336,46 +345,46 @@ def test_a_bulk_answers_the_rows_that_single_draws_would_have_answered_each_at_i
         engine.pool.bulk = bulk
         draw = engine.pool.draw
 
-        def watched(source, step):
+        def recording_draw(source, step):
             batches = draw(source, step)
             if source is not Source.REPLAY:
                 seen.append((step, source.value, [s.row for s in batches[0].sequences]))
             return batches
 
-        engine.pool.draw = watched
+        engine.pool.draw = recording_draw
         engine.train()
         return seen, engine.pool.counts.student_sequences
 
-    (single, one), (bulk, eight) = trained_on(1), trained_on(8)
+    (single, single_count), (bulk, bulk_count) = trained_on(1), trained_on(8)
     assert bulk == single
     assert {source for _, source, _ in bulk} == {"dataset", "rollout"}
     assert [rows for step, _, rows in bulk] == [
         [row.row for row in build(steps=24).pool.rows(step)] for step, _, _ in bulk
     ]
-    assert eight == one == sum(len(rows) for _, source, rows in bulk if source == "rollout")
+    assert bulk_count == single_count == sum(len(rows) for _, source, rows in bulk if source == "rollout")
 
 
-def test_a_phi_that_rises_leaves_no_rollout_unserved(tmp_path):
-    """More steps ask than were foreseen, and a buffer that fills sooner turns some that were into replay."""
+def test_rising_phi_leaves_no_rollout_unused(tmp_path):
+    """Check a run with more rollout steps than predicted, and with predicted ones that become replay."""
     engine = build(method="adaptive", steps=30)
     engine.pool.bulk = 6
-    served, fresh = [], engine.pool._fresh
+    used_steps, fresh = [], engine.pool._fresh
 
-    def watched(step):
+    def recording_fresh(step):
         batch = fresh(step)
-        served.append(engine.pool._served[0])
+        used_steps.append(engine.pool._served[0])
         return batch
 
-    engine.pool._fresh = watched
-    done = engine.train()
-    assert len(done.phis) > 2
-    assert done.sources["rollout"] == len(served) == len(set(served))
-    assert engine.pool.counts.student_sequences == 4 * (len(served) + len(engine.pool.waiting))
-    assert all(step >= done.step - 6 for step in engine.pool.waiting)
+    engine.pool._fresh = recording_fresh
+    result = engine.train()
+    assert len(result.phis) > 2
+    assert result.sources["rollout"] == len(used_steps) == len(set(used_steps))
+    assert engine.pool.counts.student_sequences == 4 * (len(used_steps) + len(engine.pool.waiting))
+    assert all(step >= result.step - 6 for step in engine.pool.waiting)
 
 
-def test_what_waits_in_the_pool_goes_through_a_checkpoint():
-    """Rollouts sampled ahead, with their steps, log-probabilities and teacher states."""
+def test_waiting_rollouts_are_saved_and_restored():
+    """Check rollouts sampled ahead, with their steps, log-probabilities and teacher states."""
     pool = build(method="on", steps=12).pool
     pool.bulk = 4
     pool.draw(Source.ROLLOUT, 2)
@@ -389,26 +398,26 @@ def test_what_waits_in_the_pool_goes_through_a_checkpoint():
     assert list(restored.waiting) == list(pool.waiting) == [3, 4, 5]
     assert vars(restored.counts) == vars(pool.counts)
     for before, after in zip(pool.waiting.values(), restored.waiting.values(), strict=True):
-        for ours, theirs in zip(before, after, strict=True):
-            assert (ours.row, ours.prompt.tolist(), ours.response.tolist()) == (
-                theirs.row,
-                theirs.prompt.tolist(),
-                theirs.response.tolist(),
+        for original, restored_rollout in zip(before, after, strict=True):
+            assert (original.row, original.prompt.tolist(), original.response.tolist()) == (
+                restored_rollout.row,
+                restored_rollout.prompt.tolist(),
+                restored_rollout.response.tolist(),
             )
-            assert_close(theirs.log_probs_N3, ours.log_probs_N3, rtol=0, atol=0)
-            assert (theirs.teacher_hidden_ND is None) == (ours.teacher_hidden_ND is None)
-            if ours.teacher_hidden_ND is not None:
-                assert_close(theirs.teacher_hidden_ND, ours.teacher_hidden_ND, rtol=0, atol=0)
+            assert_close(restored_rollout.log_probs_N3, original.log_probs_N3, rtol=0, atol=0)
+            assert (restored_rollout.teacher_hidden_ND is None) == (original.teacher_hidden_ND is None)
+            if original.teacher_hidden_ND is not None:
+                assert_close(restored_rollout.teacher_hidden_ND, original.teacher_hidden_ND, rtol=0, atol=0)
 
 
-def test_the_papers_fresh_through_the_buffer_trains_on_what_the_buffer_holds():
+def test_fresh_buffer_trains_on_buffered_rollouts():
     engine = build(method="on", steps=4, schedule={"fresh": "buffer"})
     engine.train()
     assert len(engine.pool) == 8
     assert engine.state.sources == {"rollout": 4}
 
 
-def test_training_lowers_the_loss_and_leaves_train_mode_as_it_was():
+def test_training_lowers_the_loss():
     events = []
     engine = build(method="off", steps=60, lr=5e-3, listener=events.append, backbone=student("llama"))
     engine.train()
@@ -417,91 +426,101 @@ def test_training_lowers_the_loss_and_leaves_train_mode_as_it_was():
     assert engine.student_loss.training
 
 
-def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
-    """A learning rate that soon ruins the student: the best validation is an early one, and outlives the pruning."""
+def test_best_checkpoint_is_retained(tmp_path):
+    """Check a high learning rate, with which an early validation is the best one."""
     events = []
     engine = build(
         tmp_path, method="sft", steps=12, lr=0.3, select="valid_loss", save_steps=1, keep=2, listener=events.append
     )
-    at = engine.train()
+    state = engine.train()
     validations = {e.step: e.valid_loss for e in events if isinstance(e, Validated) and e.step}
-    assert at.best_step == min(validations, key=validations.get)
-    assert engine.checkpoints.steps() == sorted({at.best_step, 11, 12})
+    assert state.best_step == min(validations, key=validations.get)
+    assert engine.checkpoints.steps() == sorted({state.best_step, 11, 12})
 
 
-def test_of_equal_figures_the_last_is_kept_and_patience_counts(tmp_path):
-    how = {"method": "sft", "steps": 12, "select": "rouge_l", "eval_steps": 2}
-    figures = iter([0.0, 3.0, 3.0, 1.0, 3.0, 2.0, 2.0])  # the first is of the student before training
-    engine = build(tmp_path / "a", **how)
-    engine.validator.score = lambda: {"rouge_l": next(figures)}
-    at = engine.train()
-    assert (at.best, at.best_step, at.stale) == (3.0, 8, 5)
-    engine = build(tmp_path / "b", **how, patience=3)
+def test_last_of_equal_scores_is_selected(tmp_path):
+    settings = {"method": "sft", "steps": 12, "select": "rouge_l", "eval_steps": 2}
+    scores = iter([0.0, 3.0, 3.0, 1.0, 3.0, 2.0, 2.0])  # the first is that of the initial student
+    engine = build(tmp_path / "a", **settings)
+    engine.validator.score = lambda: {"rouge_l": next(scores)}
+    state = engine.train()
+    assert (state.best, state.best_step, state.stale) == (3.0, 8, 5)
+    engine = build(tmp_path / "b", **settings, patience=3)
     engine.validator.score = lambda: {"rouge_l": 0.0}
-    at = engine.train()
-    assert (at.reason, at.step, at.best_step) == ("early stop", 8, 8)
+    state = engine.train()
+    assert (state.reason, state.step, state.best_step) == ("early stop", 8, 8)
 
 
 def test_early_stop_after_patience_runs_out(tmp_path):
     engine = build(tmp_path, method="sft", steps=60, lr=0.3, select="valid_loss", patience=2, eval_steps=2)
-    at = engine.train()
-    assert at.reason == "early stop"
-    assert at.step < 60
-    assert at.step == at.best_step + 2 * 2
+    state = engine.train()
+    assert state.reason == "early stop"
+    assert state.step < 60
+    assert state.step == state.best_step + 2 * 2
 
 
 @pytest.mark.parametrize("method", ["sft", "adaptive"])
-def test_a_run_that_has_stopped_early_stays_so_when_it_is_resumed(tmp_path, method):
-    """Killed after its last step, while the report is made say: what is left to do is not training."""
-    how = {"method": method, "steps": 60, "lr": 0.3, "select": "valid_loss", "patience": 2, "eval_steps": 2}
-    whole = build(tmp_path, **how)
-    whole.train()
+def test_resumed_run_stays_stopped_early(tmp_path, method):
+    """Check a run that is killed after its last step, such as during the report."""
+    settings = {"method": method, "steps": 60, "lr": 0.3, "select": "valid_loss", "patience": 2, "eval_steps": 2}
+    stopped = build(tmp_path, **settings)
+    stopped.train()
     events = []
-    again = resume(tmp_path, **how, listener=events.append)
-    at = again.train()
-    assert (at.step, at.best_step, at.reason) == (whole.state.step, whole.state.best_step, "early stop")
+    resumed = resume(tmp_path, **settings, listener=events.append)
+    state = resumed.train()
+    assert (state.step, state.best_step, state.reason) == (
+        stopped.state.step,
+        stopped.state.best_step,
+        "early stop",
+    )
     assert not any(isinstance(event, Stepped) for event in events)
-    assert all(map(torch.equal, again.student_loss.state_dict().values(), whole.student_loss.state_dict().values()))
+    assert all(
+        map(
+            torch.equal,
+            resumed.student_loss.state_dict().values(),
+            stopped.student_loss.state_dict().values(),
+        )
+    )
 
 
-def test_selection_by_divergence_measures_it_on_held_out_rows(tmp_path):
+def test_selection_by_divergence_uses_held_out_rows(tmp_path):
     events = []
     build(tmp_path, method="off", select="valid_divergence", listener=events.append).train()
-    figures = [e.scores["valid_divergence"] for e in events if isinstance(e, Validated)]
-    assert len(figures) == 5
-    assert all(0 < f < 2.31 for f in figures)  # skew KL at α = .1 never exceeds log 10
+    scores = [e.scores["valid_divergence"] for e in events if isinstance(e, Validated)]
+    assert len(scores) == 5
+    assert all(0 < f < 2.31 for f in scores)  # skew KL at α = 0.1 is at most log 10
 
 
-def test_non_finite_numbers_stop_the_run_before_they_reach_the_weights(tmp_path):
+def test_non_finite_loss_stops_the_run_before_the_update(tmp_path):
     engine = build(tmp_path, method="sft", steps=6)
 
-    def poison(event):
+    def set_infinite_weight(event):
         if isinstance(event, Stepped) and event.step == 2:
             engine.student_loss.student.model.transformer.ln_f.weight.data[0] = float("inf")
 
-    engine.emit = poison
-    with pytest.raises(NonFiniteError, match="step 3"):
+    engine.emit = set_infinite_weight
+    with raises_code("numbers.not_finite", "step 3"):
         engine.train()
     assert engine.state.step == 2
     assert all(torch.isfinite(s["exp_avg"]).all() for s in engine.optimizer.state.values())
     assert read_checkpoint(engine.checkpoints.path(2)).state["progress"]["step"] == 2
 
 
-def test_a_damaged_checkpoint_is_refused_by_name(tmp_path):
+def test_damaged_checkpoint_is_rejected(tmp_path):
     engine = build(tmp_path, method="sft", steps=2)
     engine.train()
     path = engine.checkpoints.path(2)
     target = path / "training.safetensors"
     target.write_bytes(target.read_bytes()[:-1] + b"\x7f")
-    with pytest.raises(CheckpointError, match=r"training\.safetensors differs from its manifest") as error:
+    with raises_code("checkpoint.damaged", "training.safetensors") as error:
         read_checkpoint(path)
     assert error.value.exit_code == 5
     target.unlink()
-    with pytest.raises(CheckpointError, match="missing"):
+    with raises_code("checkpoint.damaged", "training.safetensors"):
         read_checkpoint(path)
 
 
-def test_a_half_written_checkpoint_is_invisible_and_cleared_away(tmp_path):
+def test_incomplete_checkpoint_is_ignored_and_removed(tmp_path):
     engine = build(tmp_path, method="sft", steps=2)
     (tmp_path / ".staging-step-000009").mkdir()
     assert engine.checkpoints.latest() is None
@@ -509,37 +528,31 @@ def test_a_half_written_checkpoint_is_invisible_and_cleared_away(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["step-000002"]
 
 
-def test_a_disk_that_is_full_costs_no_checkpoint_and_names_what_is_left(tmp_path):
-    """The system lets no file grow beyond a few bytes, as a full disk or a quota does."""
+def test_full_disk_loses_no_checkpoint(tmp_path):
+    """Check with a file size limit, which acts like a full disk or a quota."""
 
-    def save_model(place):
-        (place / "weights").write_bytes(b"w" * 5000)
+    def save_model(directory):
+        (directory / "weights").write_bytes(b"w" * 5000)
 
     checkpoints, tensors = Checkpoints(tmp_path, save_model, keep=1), {"x": torch.ones(9)}
-    with (
-        file_size(1000),
-        pytest.raises(StorageError, match=r"step-000003: File too large; .*nothing was saved yet") as error,
-    ):
+    with file_size(1000), raises_code("storage.failed", "step-000003", "File too large") as error:
         checkpoints.write(3, {}, tensors)
     assert error.value.exit_code == 8
     checkpoints.write(6, {"step": 6}, tensors)
-    with (
-        file_size(1000),
-        pytest.raises(StorageError, match=r"step-000009: .*step-000006 is whole, continue with --resume"),
-    ):
+    with file_size(1000), raises_code("storage.failed", "step-000009", "step-000006", "--resume"):
         checkpoints.write(9, {"step": 9}, tensors)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000006"]
     assert checkpoints.latest().state == {"step": 6}
 
 
-def test_no_pickle_in_a_checkpoint(tmp_path):
+def test_checkpoint_has_no_pickle_files(tmp_path):
     engine = build(tmp_path, method="adaptive")
     engine.train()
     suffixes = {p.suffix for p in engine.checkpoints.path(12).iterdir()}
     assert suffixes == {".json", ".safetensors"}
 
 
-def test_metrics_lines_are_whole_and_a_resume_drops_the_ones_after_it(tmp_path):
+def test_resume_removes_later_metrics_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path, log_steps=2)
     build(method="adaptive", steps=6, listener=log).train()
@@ -548,24 +561,24 @@ def test_metrics_lines_are_whole_and_a_resume_drops_the_ones_after_it(tmp_path):
     assert set(lines[1]) == {"step", "epoch", "source", "loss", "lr", "grad_norm", "phi", "tokens", "seconds"}
     assert [line["step"] for line in lines if "valid_loss" in line] == [0, 3, 6]
 
-    path.write_bytes(path.read_bytes() + b'[1]\n5\n"\xff"\n{"step": 7, "lo')  # and what somebody wrote into it
+    path.write_bytes(path.read_bytes() + b'[1]\n5\n"\xff"\n{"step": 7, "lo')  # with invalid lines
     MetricsLog(path, log_steps=2, first_step=4)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 2, 3, 4]
 
 
-def test_a_disk_that_is_full_in_the_middle_of_a_line_leaves_whole_ones(tmp_path):
+def test_full_disk_leaves_complete_metrics_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path, log_steps=1)
     steps = [Stepped(step, 0.1, "dataset", 1.0, 1e-3, 1.0, 0.0, 8, 0.1, {}) for step in range(1, 30)]
-    with file_size(1000), pytest.raises(StorageError, match=f"cannot write {path}: .*go on from the newest checkpoint"):
+    with file_size(1000), raises_code("storage.failed", str(path)):
         [*map(log, steps)]
     lines = path.read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, len(lines) + 1))
     assert len(lines) > 5
 
 
-def test_a_resume_from_before_the_first_validation_does_not_keep_what_that_said_of_step_0(tmp_path):
-    """It was written at the first validation, after the checkpoint, and will be written again."""
+def test_resume_before_first_validation_drops_step_zero(tmp_path):
+    """Check that the line of step 0, written at the first validation, is removed, as it will be written again."""
     path, log = tmp_path / "metrics.jsonl", None
     log = MetricsLog(path, log_steps=4)
     for step in range(1, 7):
@@ -573,44 +586,44 @@ def test_a_resume_from_before_the_first_validation_does_not_keep_what_that_said_
     for step in (0, 6):
         log(Validated(step, 2.0, 0.0, False, False, {}))
 
-    def kept(**resumed):
+    def remaining_lines(**resumed):
         MetricsLog(path, log_steps=4, **resumed)
         return [(line["step"], "loss" in line) for line in map(json.loads, path.read_text().splitlines())]
 
-    assert kept(first_step=6) == [(4, True), (0, False), (6, False)]
-    assert kept(first_step=5, validated=False) == [(4, True)]
+    assert remaining_lines(first_step=6) == [(4, True), (0, False), (6, False)]
+    assert remaining_lines(first_step=5, validated=False) == [(4, True)]
 
 
-def test_the_teacher_is_neither_trained_nor_saved_with_the_student():
+def test_teacher_is_neither_trained_nor_saved():
     engine = build(method="off")
     before = copy.deepcopy(engine.teacher.model.model.state_dict())
     engine.train()
     assert all(torch.equal(before[k], v) for k, v in engine.teacher.model.model.state_dict().items())
-    mine = {id(p) for p in engine.student_loss.parameters()}
-    assert mine == {id(p) for p in engine.student_loss.student.model.parameters()}
+    trained = {id(p) for p in engine.student_loss.parameters()}
+    assert trained == {id(p) for p in engine.student_loss.student.model.parameters()}
 
 
-def test_checkpoints_are_announced(tmp_path):
+def test_saved_checkpoints_are_reported(tmp_path):
     events = []
     build(tmp_path, method="sft", steps=4, save_steps=2, listener=events.append).train()
     assert [e.step for e in events if isinstance(e, Saved)] == [2, 4]
 
 
-def test_a_student_that_diverges_while_it_samples_stops_the_run_as_a_loss_that_does(tmp_path):
-    """Its weights after step 2 are numbers still, its logits no more; the error says what a lower rate would have mended."""
+def test_diverged_student_stops_the_run_while_sampling(tmp_path):
+    """Check a student whose weights are finite after step 2 and whose logits are not."""
     engine = build(tmp_path, method="on", steps=6)
 
-    def explode(event):
+    def enlarge_weights(event):
         if isinstance(event, Stepped) and event.step == 2:
             for block in engine.student_loss.student.model.transformer.h:
                 block.mlp.c_fc.weight.data.fill_(1e38)
 
-    engine.emit = explode
-    with pytest.raises(NonFiniteError, match=r"at step 3 \(rollout batch\); nothing was applied; lower --lr") as error:
+    engine.emit = enlarge_weights
+    with raises_code("numbers.not_finite", "step 3", "rollout", "--lr") as error:
         engine.train()
     assert error.value.exit_code == 6
     assert engine.state.step == 2
-    with pytest.raises(NonFiniteError, match="at step 3"):
+    with raises_code("numbers.not_finite", "step 3"):
         resume(tmp_path, "on", steps=6).train()
 
 
@@ -618,32 +631,32 @@ def test_a_student_that_diverges_while_it_samples_stops_the_run_as_a_loss_that_d
     ("method", "objective"),
     [
         ("sft", None),
-        ("off", schema.ObjectiveConfig(divergence="atkd")),  # looks at the whole step first
+        ("off", schema.ObjectiveConfig(divergence="atkd")),  # uses the log-probabilities of the whole step
         ("adaptive", None),
     ],
 )
-def test_where_memory_runs_out_micro_batches_are_halved_and_the_weights_are_the_same(method, objective):
-    """Memory for three sequences of the four: said once, and the gradients are those of the whole batch."""
+def test_out_of_memory_halves_the_micro_batch(method, objective):
+    """Check memory for three of four sequences: one warning, and the gradients of the whole batch."""
 
     def trained(rows):
         events = []
         engine = build(method=method, objective=objective, backbone=student("llama"), steps=6, listener=events.append)
-        memory = Narrow(engine.student_loss, rows)
+        memory = LimitedBatch(engine.student_loss, rows)
         engine.train()
         assert memory.refused == (rows < 4)
         return engine, [e.text for e in events if isinstance(e, Warned) and "decoding" not in e.text]
 
-    (whole, silence), (halved, said) = trained(rows=4), trained(rows=3)
-    assert silence == []
-    assert said == ["out of memory with 4 rows at once: continuing with 2, same batches"]
-    for name, expected in weights(whole).items():
+    (unlimited, no_warnings), (halved, warnings) = trained(rows=4), trained(rows=3)
+    assert no_warnings == []
+    assert warnings == ["out of memory with micro-batches of 4 sequences: continuing with 2, same batches"]
+    for name, expected in weights(unlimited).items():
         assert_close(weights(halved)[name], expected, atol=2e-5, rtol=1e-4, msg=name)
-    assert halved.state.valid_loss == pytest.approx(whole.state.valid_loss, abs=1e-4)
-    assert halved.state.sources == whole.state.sources
+    assert halved.state.valid_loss == pytest.approx(unlimited.state.valid_loss, abs=1e-4)
+    assert halved.state.sources == unlimited.state.sources
 
 
-def test_another_attempt_begins_with_what_torch_kept_of_a_gpus_memory_given_back(monkeypatch):
-    """Smaller pieces alone free nothing for a library that takes memory of its own, as cuBLAS does."""
+def test_retry_empties_the_gpu_memory_cache(monkeypatch):
+    """Check this because smaller batches alone free no memory for cuBLAS, which allocates its own."""
     freed = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(True))
 
@@ -655,67 +668,72 @@ def test_another_attempt_begins_with_what_torch_kept_of_a_gpus_memory_given_back
     assert retry_halved(attempt, halve=lambda: bool(freed)) == "done"
 
 
-def test_where_memory_runs_out_held_out_rows_are_taken_in_smaller_batches():
-    said, backbone = [], student("llama")
+def test_out_of_memory_halves_the_validation_batch():
+    warnings, backbone = [], student("llama")
     rows = tiny.sequences([(4, 3), (5, 4), (3, 2), (6, 1), (2, 5), (3, 3), (4, 4)], vocab=len(TOKENIZER), seed=9)
-    held_out = Validator([rows[:5], rows[5:]], RunInfo(steps=1, steps_per_epoch=1), listener=said.append)
+    held_out = Validator([rows[:5], rows[5:]], RunInfo(steps=1, steps_per_epoch=1), listener=warnings.append)
     objective = StudentLoss(backbone, objectives.build(None))
     with torch.no_grad():
         expected = held_out.mean(CROSS_ENTROPY, objective)
-        memory = Narrow(objective, 3)
+        memory = LimitedBatch(objective, 3)
         assert held_out.mean(CROSS_ENTROPY, objective) == pytest.approx(expected, rel=1e-5)
         assert held_out.mean(CROSS_ENTROPY, objective) == pytest.approx(expected, rel=1e-5)
         memory.rows = 0
         with pytest.raises(torch.OutOfMemoryError):
             held_out.mean(CROSS_ENTROPY, objective)
     counts = [5, 2, 1]
-    assert said == [
-        Warned(f"out of memory with {rows} held-out rows at once: continuing with {fewer}, same loss")
+    assert warnings == [
+        Warned(f"out of memory with {rows} held-out rows per batch: continuing with {fewer}, same loss")
         for rows, fewer in pairwise(counts)
     ]
 
 
 @pytest.mark.parametrize("method", ["sft", "off", "on", "adaptive"])
-def test_a_step_that_memory_does_not_suffice_for_costs_no_step_before_it(tmp_path, method):
-    """Not one sequence fits at step 6. With more memory the run goes on to the weights of one that never lacked any:
-    dropout, replay, and the outputs that the failed step had already drawn."""
+def test_out_of_memory_step_loses_no_earlier_step(tmp_path, method):
+    """Check a run in which no sequence fits at step 6, resumed with more memory.
+
+    It must end like an uninterrupted run, with dropout, replay, and the outputs that the failed step had already drawn.
+    """
     torch.manual_seed(5)
-    whole = build(method=method)
-    whole.train()
+    uninterrupted = build(method=method)
+    uninterrupted.train()
 
     torch.manual_seed(5)
     engine = build(tmp_path, method=method)
-    memory = Narrow(engine.student_loss, 4)
+    memory = LimitedBatch(engine.student_loss, 4)
 
     def shrink(event):
         if isinstance(event, Stepped) and event.step == 5:
             memory.rows = 0
 
     engine.emit = shrink
-    with pytest.raises(OutOfMemoryError, match=r"at step 6 .*nothing was applied; continue with --resume") as error:
+    with raises_code("memory.exhausted", "step 6", "--resume") as error:
         engine.train()
     assert error.value.exit_code == 7
     assert [path.name for path in tmp_path.iterdir()] == ["step-000005"]
 
     resumed = resume(tmp_path, method)
     resumed.train()
-    assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
-    assert (resumed.state.sources, resumed.pool.counts) == (whole.state.sources, whole.pool.counts)
-    assert resumed.state.valid_loss == whole.state.valid_loss
+    assert_close(weights(resumed), weights(uninterrupted), rtol=0, atol=0)
+    assert (resumed.state.sources, resumed.pool.counts) == (uninterrupted.state.sources, uninterrupted.pool.counts)
+    assert resumed.state.valid_loss == uninterrupted.state.valid_loss
 
 
-def test_what_the_teacher_said_in_a_step_that_failed_is_asked_again_in_the_same_company(tmp_path):
-    """A batch from the buffer, in part of outputs that wait again after the failure: with the rest of it known already the
-    teacher would see another batch shape, and its answer would round otherwise."""
+def test_retried_step_has_identical_teacher_states(tmp_path):
+    """Check that a retried batch has the same composition for the teacher.
+
+    The batch has rollouts from the buffer. If some of its states stayed cached after the failure, the batch shape would
+    differ, and with it the rounding.
+    """
     settings = {"method": "adaptive", "cached": True, "steps": 24, "schedule": {"fresh": "buffer"}}
 
-    def failing(at):
+    def failing(step):
         torch.manual_seed(5)
-        engine = build(tmp_path / str(at), **settings)
-        memory = Narrow(engine.student_loss, 4)
+        engine = build(tmp_path / str(step), **settings)
+        memory = LimitedBatch(engine.student_loss, 4)
 
         def shrink(event):
-            if isinstance(event, Stepped) and event.step == at:
+            if isinstance(event, Stepped) and event.step == step:
                 memory.rows, failing.cached = 0, cached_rollouts(engine)
 
         engine.emit = shrink
@@ -724,16 +742,16 @@ def test_what_the_teacher_said_in_a_step_that_failed_is_asked_again_in_the_same_
         return engine
 
     torch.manual_seed(5)
-    whole = build(**settings)
-    whole.train()
-    for at in (10, 11, 13, 14):
-        assert cached_rollouts(failing(at)) == failing.cached
-        resumed = resume(tmp_path / str(at), **settings)
+    uninterrupted = build(**settings)
+    uninterrupted.train()
+    for step in (10, 11, 13, 14):
+        assert cached_rollouts(failing(step)) == failing.cached
+        resumed = resume(tmp_path / str(step), **settings)
         resumed.train()
-        assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
+        assert_close(weights(resumed), weights(uninterrupted), rtol=0, atol=0)
 
 
-# ------------------------------------------------------------------------------------------- what a run says of itself
+# ------------------------------------------------------------------------------------------------------ notes of a run
 
 
 @pytest.mark.parametrize(
@@ -753,55 +771,57 @@ def test_what_the_teacher_said_in_a_step_that_failed_is_asked_again_in_the_same_
         ({"divergence": "rkl", "policy_gradient": True}, "PG + rkl", "rkl"),
     ],
 )
-def test_losses_are_named_after_what_they_are(objective, name, held_out):
+def test_losses_are_named_by_their_terms(objective, name, held_out):
     criterion = objectives.build(None if objective is None else schema.ObjectiveConfig(**objective))
     assert (criterion.name, criterion.held_out_name) == (name, held_out)
 
 
-def told_of_phi(epsilon=100.0, steps=8, validation=True, **more):
-    """Events of a run whose φ never rises, and what it says at half time."""
+def run_with_constant_phi(epsilon=100.0, steps=8, validation=True, **more):
+    """Return the events of a run whose φ never rises, and its notes at half of the steps with their positions."""
     events = []
     engine = build(steps=steps, listener=events.append, **{"eval_steps": 2} | more)
     engine.scheduler.config = engine.scheduler.config.model_copy(update={"epsilon": epsilon})
     if not validation:
         engine.validator.batches = []
     engine.train()
-    waits = [(i, e.text) for i, e in enumerate(events) if isinstance(e, Note) and e.text.startswith("half of the")]
-    return events, waits
+    notes = [(i, e.text) for i, e in enumerate(events) if isinstance(e, Note) and e.text.startswith("half of the")]
+    return events, notes
 
 
-def test_at_half_time_a_run_says_what_phi_waits_for():
-    events, [(at, text)] = told_of_phi()
-    assert sum(isinstance(e, Stepped) for e in events[:at]) == 4
-    first, *_, now = [e for e in events[:at] if isinstance(e, Validated)]
+def test_note_at_half_the_steps_explains_phi():
+    events, [(index, text)] = run_with_constant_phi()
+    assert sum(isinstance(e, Stepped) for e in events[:index]) == 4
+    first, *_, current = [e for e in events[:index] if isinstance(e, Validated)]
     assert first.trigger == first.valid_loss + 100
-    assert f"φ is 0; it rises by 0.33 at a valid CE of {first.trigger:.3f} or more (now {now.valid_loss:.3f}; " in text
-    assert f"{first.valid_loss:.3f} at first, schedule.epsilon 100); 2 validations to come; to use" in text
+    assert (
+        f"φ is 0; it rises by 0.33 at a valid CE of {first.trigger:.3f} or more (now {current.valid_loss:.3f}; " in text
+    )
+    assert f"{first.valid_loss:.3f} at first, schedule.epsilon 100); 2 validations left; to use" in text
     assert "--set schedule.phi=0.2" in text
 
 
 @pytest.mark.parametrize(
-    ("epsilon", "moved"),
+    ("epsilon", "change"),
     [(100.0, "risen by 100 or more"), (-0.5, "fallen by 0.5 or less"), (0.0, "fallen by 0 or less")],
 )
-def test_half_time_before_the_first_validation_says_what_raises_phi(epsilon, moved):
+def test_phi_advice_before_the_first_validation(epsilon, change):
     engine = build(steps=8, listener=lambda _: None, eval_steps=100)
     engine.scheduler.config = engine.scheduler.config.model_copy(update={"epsilon": epsilon})
     engine.state.step = 4
     text = phi_advice(engine)
-    assert f"at a validation where valid CE has {moved} since before training, and there was none yet (1 " in text
+    assert f"at a validation where valid CE has {change} since before training, with no validation so far (1 " in text
 
 
-def test_half_time_without_a_validation_or_held_out_rows():
-    _, [(_, text)] = told_of_phi(validation=False)
-    assert "it cannot rise without held-out rows; name some with --set data.valid=PATH" in text
+def test_phi_advice_without_held_out_rows():
+    _, [(_, text)] = run_with_constant_phi(validation=False)
+    assert "it cannot rise without held-out rows; set some with --set data.valid=PATH" in text
 
 
 @pytest.mark.parametrize("more", [{"epsilon": -10.0}, {"method": "off"}, {"method": "on"}, {"steps": 1}])
-def test_half_time_is_silent_where_there_is_nothing_to_wait_for(more):
-    assert told_of_phi(**more)[1] == []
+def test_no_note_where_phi_rises_or_is_unused(more):
+    assert run_with_constant_phi(**more)[1] == []
 
 
-def test_a_run_opens_with_its_phi_and_what_raises_it():
-    events, _ = told_of_phi(epsilon=0.1)
+def test_run_started_event_has_phi_and_epsilon():
+    events, _ = run_with_constant_phi(epsilon=0.1)
     assert (events[0].phi, events[0].epsilon, events[0].trigger, events[0].loss) == (0.0, 0.1, None, "skl")

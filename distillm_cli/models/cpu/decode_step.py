@@ -1,9 +1,9 @@
-"""Run one token through a GPT-2 or a Llama-like model: what transformers computes, without what it looks up.
+"""Run one token through a GPT-2 or a Llama-like model, without the overhead of transformers.
 
-For one token of a few rows most of a model's own forward is Python around the products: module calls, hooks, masks,
-configs. These steps read the weights where they are and do the products. They are used for the classes of transformers
-they were written after and nothing else (no subclass, adapter, quantized layer or hook), and only where they have given
-the model's own logits (`decoding_checks.find_fast_decoding`). ``DISTILLM_CPU_FAST=0`` turns them off.
+For one token of a few rows most of the time of a model's own forward is Python overhead: module calls, hooks, masks,
+configs. These steps use the weights directly. They are used only for the transformers classes that they implement (no
+subclass, adapter, quantized layer or hook), and only if they match the model's own logits
+(`decoding_checks.find_fast_paths`). ``DISTILLM_CPU_FAST=0`` turns them off.
 
 Shape letters: B sequences, D width, H heads, K key-value heads, W width of a head.
 """
@@ -31,7 +31,7 @@ _MOST_WEIGHTS = 1_000_000_000
 
 
 def decode_step_of(trunk: nn.Module | None) -> DecodeStep | None:
-    """Return the step of this model, its weights as they are now; None where none was written for it."""
+    """Return the step of this model with its current weights; None if there is none for it."""
     if trunk is None or not cpu.is_enabled() or not is_small(weight_count(trunk)):
         return None
     if any(is_altered(module) for module in trunk.modules()):
@@ -87,7 +87,7 @@ class LlamaStep:
         mask = cache.mask()
         x_BD = F.embedding(ids_B, self.tokens)
         cos_B1W, sin_B1W = self.rotary(x_BD[:, None], positions_B1)
-        # transformers turns (a, b) into (−b, a) before the product; here the sign is applied to the sine.
+        # transformers maps (a, b) to (−b, a) before the product; here the sign is applied to the sine.
         half = sin_B1W.shape[-1] // 2
         sin_B1W = torch.cat([-sin_B1W[..., :half], sin_B1W[..., half:]], -1)
         for block, layer in zip(self.layers, cache.layers, strict=True):
@@ -129,7 +129,7 @@ class _LlamaLayer:
 
 
 def is_small(weights: int) -> bool:
-    """Return whether a second copy of so many weights is cheap enough."""
+    """Return whether a second copy of this number of weights is cheap enough."""
     return weights <= _MOST_WEIGHTS
 
 
@@ -139,12 +139,12 @@ def weight_count(trunk: nn.Module) -> int:
 
 
 def is_gpt2(trunk: nn.Module) -> bool:
-    """Return whether trunk and blocks are GPT-2's, of transformers' own classes throughout."""
+    """Return whether trunk and blocks are transformers' own GPT-2 classes."""
     return is_transformers_class(trunk, "GPT2Model") and all(_plain_gpt2(block) for block in trunk.h)
 
 
 def is_llama(trunk: nn.Module) -> bool:
-    """Return the same for Llama and the families that are written as it is."""
+    """Return the same for Llama and the families with the same structure."""
     family = family_of(trunk.config.model_type)
     if family.cpu_layout != "llama" or not is_transformers_class(trunk, f"{family.class_prefix}Model"):
         return False
@@ -171,7 +171,7 @@ def _plain_llama(layer: nn.Module, prefix: str) -> bool:
 
 
 def is_altered(module: nn.Module) -> bool:
-    """Return whether calling it does more than its class says: hooks, or a forward of its own as accelerate gives it."""
+    """Return whether a call of the module differs from its class: it has hooks, or its own forward as set by accelerate."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 

@@ -1,11 +1,11 @@
-"""Run whole sequences through a GPT-2 or a Llama-like trunk on a CPU: states at the supervised positions, and no more.
+"""Run whole sequences through a GPT-2 or a Llama-like trunk on a CPU, to get the states at the supervised positions.
 
-Computes what transformers computes, less what nobody reads: of the last block only keys and values are needed at every
-position; queries, output projection, MLP and final norm at the supervised ones alone. GPT-2's GELU is one operation,
-attention in bfloat16 is products over blocks of queries, and weights that are frozen are laid out once (`packed`). The
-layers are called as modules, so that autocast, dropout and gradients are theirs. Like the step for one token
-(`decode_step`) this is used for the classes of transformers it was written after and nothing else, and only where it gives
-the trunk's own states. ``DISTILLM_CPU_FAST=0`` turns it off.
+The results are those of transformers, without values that are not used. In the last block, keys and values are needed
+at every position, but queries, output projection, MLP and final norm only at the supervised ones. GPT-2's GELU is one
+operation, attention in bfloat16 consists of products over blocks of queries, and frozen weights are converted to a
+faster layout once (`packed`). The layers are called as modules, so autocast, dropout and gradients work as usual. Like
+the step for one token (`decode_step`), this is used only for the transformers classes that it implements, and only if
+it matches the trunk's own states. ``DISTILLM_CPU_FAST=0`` turns it off.
 
 Shape letters: B sequences, T time, M = B·T positions, N supervised positions, Q most supervised positions of a sequence,
 D width, H heads, K key-value heads, W width of a head.
@@ -42,24 +42,24 @@ _QUERIES = 128
 # this length they are a fraction of the other activations of a block.
 _LONGEST = 512
 
-_TRIAL_TOKENS = 12  # of the longest prompt that a pass is tried on
+_TRIAL_TOKENS = 12  # of the longest prompt that a pass is checked on
 
 TrunkPass = Callable[[Batch], Tensor]  # batch → last hidden states [N, D]
 
 
 class CpuForward:
-    """Compute a model's hidden states by the hand-written pass, where there is one and it gives the trunk's own states.
+    """Compute a model's hidden states by the hand-written pass, if there is one and it matches the trunk's own states.
 
-    Holds what outlives a pass: packed weights, the embedding's deferred gradient, and the outcome of the trial.
+    Holds the state between passes: packed weights, the embedding's deferred gradient, and the result of the check.
     """
 
     def __init__(self):
         self.packed = PackedWeights()
         self.embedding_grad: DeferredEmbeddingGrad | None = None
-        self.agrees: bool | None = None  # None: not tried yet
+        self.agrees: bool | None = None  # None: not checked yet
 
     def hidden(self, backbone: Backbone, batch: Batch, *, for_backward: bool = False) -> Tensor | None:
-        """Return the last hidden states [N, D]; None where the trunk's own forward must compute them."""
+        """Return the last hidden states [N, D]; None if the trunk's own forward must compute them."""
         run = self.find_pass(backbone, for_backward=for_backward)
         return None if run is None else run(batch)
 
@@ -79,11 +79,11 @@ class CpuForward:
         return run if self.agrees else None
 
     def forget_weights(self) -> None:
-        """Drop all layouts, because the weights are about to be replaced."""
+        """Drop all layouts before the weights are replaced."""
         self.packed = PackedWeights()
 
     def _deferred_grad(self, backbone: Backbone) -> DeferredEmbeddingGrad | None:
-        """Return what defers the embedding's gradient; None where embedding and head are not one trained matrix."""
+        """Return the object that defers the embedding's gradient; None if embedding and head are not one trained matrix."""
         weight_VD = backbone.model.get_input_embeddings().weight
         head = backbone.model.get_output_embeddings()
         if getattr(head, "weight", None) is not weight_VD or not weight_VD.requires_grad:
@@ -96,7 +96,7 @@ class CpuForward:
 
 @torch.no_grad()
 def _agrees(backbone: Backbone, run: TrunkPass) -> bool:
-    """Return whether a pass gives the trunk's own states for a few short sequences."""
+    """Return whether a pass matches the trunk's own states for a few short sequences."""
     ids = np.arange(8 * _TRIAL_TOKENS, dtype=np.int32) * 7 % backbone.vocab
     sizes = [(1, 5), (_TRIAL_TOKENS, 3), (4, 0), (2, _TRIAL_TOKENS - 1)]
     batch = collate([Sequence(ids[:p], ids[p : p + r]) for p, r in sizes]).to(backbone.device)
@@ -105,10 +105,10 @@ def _agrees(backbone: Backbone, run: TrunkPass) -> bool:
 
 
 class DeferredEmbeddingGrad:
-    """Defer the gradient of a tied matrix from its use as an embedding until that from its use as a head exists.
+    """Defer a tied matrix's gradient as an embedding until its gradient as a head exists.
 
-    A batch looks up few of the matrix's rows. Autograd would make a table of its height for each batch, or copy the head's
-    for each sparse one; here the rows are added to ``weight.grad`` where their tokens are, at the end of each backward pass.
+    A batch uses few of the matrix's rows. Autograd would allocate a full table for each batch, or copy the head's for
+    each sparse one. Here the rows are added to ``weight.grad`` in place at the end of each backward pass.
     """
 
     def __init__(self, weight_VD: nn.Parameter):
@@ -162,8 +162,8 @@ def trunk_pass(
 ) -> TrunkPass | None:
     """Return the pass over this trunk with its current weights; None if there is none for the family.
 
-    packed: the layouts of frozen weights, reused from one pass to the next. embedding_grad: of the embedding matrix, where
-    that is the head's too. On a CPU only: elsewhere transformers' own kernels are good, and this was not measured.
+    packed: the layouts of frozen weights, reused by every pass. embedding_grad: for an embedding matrix that is tied to
+    the head. On a CPU only: on other devices transformers' own kernels are fast, and this was not measured.
     """
     if trunk is None or next(trunk.parameters()).device.type != "cpu" or not has_plain_cache(trunk.config):
         return None
@@ -185,7 +185,7 @@ def has_forward(model_type: str) -> bool:
 
 
 def has_layouts(model_type: str, weights: int) -> bool:
-    """Return whether the frozen bf16 weights of a model of this family and size also have a second layout in memory."""
+    """Return whether frozen bf16 weights of a model of this family and size have a second layout in memory."""
     return has_forward(model_type) and is_small(weights) and can_pack()
 
 
@@ -250,7 +250,7 @@ class _Gpt2Block:
         normed_MD = block.ln_1(x_MD)
 
         def heads(states: Tensor, kinds: int) -> tuple[Tensor, ...]:
-            """Return [B · times, kinds · D] as so many [B, H, times, W]."""
+            """Split [B · times, kinds · D] into ``kinds`` tensors [B, H, times, W]."""
             states = states.view(supervised.B, -1, kinds, attention.num_heads, attention.head_dim)
             return states.permute(2, 0, 3, 1, 4).unbind(0)
 
@@ -327,7 +327,7 @@ class _LlamaLayer:
         return x_MD + self.down(self.activation(self.gate(normed_MD)) * self.up(normed_MD))
 
     def _rotated(self, states: Tensor, norm: str, cos: Tensor, sin: Tensor) -> Tensor:
-        """Return states [..., heads, W] normed where the family does that, and rotated by their position, in their dtype."""
+        """Return states [..., heads, W] after the family's norm, if any, and the rotary embedding, in their dtype."""
         normed = getattr(self.layer.self_attn, norm)(states) if hasattr(self.layer.self_attn, norm) else states
         first, second = normed.chunk(2, -1)
         return (normed * cos + torch.cat([-second, first], -1) * sin).to(states.dtype)

@@ -1,4 +1,4 @@
-"""Multiply few rows on a CPU with weights that are laid out once for many of them."""
+"""Multiply few rows on a CPU with weights in a layout that is computed once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from distillm_cli.models import cpu
 
-# The number of rows for which a layout is chosen. It works for other numbers as well.
+# Number of rows that a layout is optimized for. Other numbers work as well.
 _ROWS = 32
 
 # A layout is a second copy of the weight. Above this size (half a gigabyte of bf16) it needs too much memory.
@@ -20,8 +20,8 @@ _MOST_WEIGHTS = 1 << 28
 class PackedLinear:
     """Compute x @ weight.T + bias for x [rows, in] and weight [out, in] as it is now.
 
-    On a CPU a bf16 weight is laid out here for the processor's own bf16 products, which otherwise happens in every one of
-    them; the numbers are the same. Any other weight is left as it is. Not for autocast, which would not see it.
+    On a CPU a bf16 weight is converted to the layout of the processor's bf16 products, which otherwise happens in every
+    product. The results are the same. Other weights are not converted. Autocast has no effect on it.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
@@ -33,7 +33,7 @@ class PackedLinear:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, _ROWS)
 
     def __call__(self, x: torch.Tensor, activation: nn.Module | None = None) -> torch.Tensor:
-        """Return activation(product). The tanh form of GELU is part of a product that is laid out."""
+        """Return activation(product). The tanh form of GELU is fused into a packed product."""
         is_gelu = type(activation) is nn.GELU and activation.approximate == "tanh"
         if self.packed is None:
             y = F.linear(x, self.weight, self.bias)
@@ -45,7 +45,7 @@ class PackedLinear:
 
 
 class PackedWeights:
-    """Hold the layouts of frozen weights: made at their first use, and again where a weight has changed since."""
+    """Hold the layouts of frozen weights, computed at first use and again after a weight has changed."""
 
     def __init__(self):
         self._made: dict[tuple, tuple[torch.Tensor, int, PackedLinear]] = {}
@@ -53,8 +53,7 @@ class PackedWeights:
     def linear(
         self, weight: torch.Tensor, bias: torch.Tensor | None, start: int, stop: int | None, *, transposed: bool
     ) -> PackedLinear | None:
-        """Return the product with the rows start:stop of a weight [out, in], or of its transpose; None where no layout
-        helps."""
+        """Return the product with rows start:stop of a weight [out, in] or its transpose; None if no layout helps."""
         key = (id(weight), start, stop)
         known, version, product = self._made.get(key, (None, None, None))
         if known is not weight or version != weight._version:
@@ -66,7 +65,7 @@ class PackedWeights:
 
 @cache
 def can_pack() -> bool:
-    """Return whether this build of torch has the operators, its compiler's own, and this processor the products."""
+    """Return whether this build of torch has the operators (of its compiler) and this processor the instructions."""
     names = ("_is_mkldnn_bf16_supported", "_reorder_linear_weight", "_linear_pointwise")
     has_operators = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
     return has_operators and torch.ops.mkldnn._is_mkldnn_bf16_supported()

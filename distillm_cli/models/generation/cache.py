@@ -1,8 +1,8 @@
 """Store keys and values in contiguous tensors, and attend to them from one new token.
 
 A cache that grows by concatenation copies itself for every token, and a kernel made for long queries spends most of its
-time packing. Here a layer's keys and values lie in one piece [B, K, C, W] that reaches a few columns beyond what is
-filled, and a token's attention is two batched products over that piece; columns that hold nothing are masked.
+time packing. Here a layer's keys and values are contiguous tensors [B, K, C, W] with a few empty columns at the end,
+and a token's attention is two batched products over them. Empty columns are masked.
 
 Shape letters: B sequences, C capacity in columns, H heads, K key-value heads, W width of a head.
 """
@@ -21,7 +21,7 @@ ATTENTION = "distillm_one_token"
 # Columns added at a time. The cache is copied once per this many tokens and has at most this many empty columns.
 _COLUMNS = 32
 
-# Arguments of attention functions that this one does not support; a model that needs them uses the plain decoding.
+# Arguments of attention functions that this one does not support; a model that needs them uses plain decoding.
 _UNKNOWN = ("softcap", "s_aux", "position_bias")
 
 
@@ -39,7 +39,7 @@ class ContiguousLayer(DynamicLayer):
         return self.keys.shape[2]
 
     def store(self, rows: list[int], keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store the states of some rows' prompts, whose last token goes into column ``length − 1``."""
+        """Store the states of some rows' prompts. Their last token is in column ``length − 1``."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
             capacity = _grown(self.length, self.max_columns)
@@ -69,8 +69,8 @@ class ContiguousLayer(DynamicLayer):
 class ContiguousCache(Cache):
     """Hold contiguous layers and the mask of their filled columns.
 
-    rows: B. columns: of the longest prompt. max_columns: that a family may have tables for, its context. The additive mask
-    [B or 1, 1, 1, C] is 0 or the least number.
+    rows: B. columns: of the longest prompt. max_columns: the model's context, to which some tables are limited. The
+    additive mask [B or 1, 1, 1, C] is 0 or the least number.
     """
 
     def __init__(self, rows: int, columns: int, max_columns: int | None = None):
@@ -92,7 +92,7 @@ class ContiguousCache(Cache):
             mine.store(rows, theirs.keys, theirs.values)
 
     def start(self, lengths: list[int], dtype: torch.dtype) -> None:
-        """Mask the padding of the prompts, which are all stored, and the empty columns. dtype: of the scores."""
+        """Mask the padding of the stored prompts and the empty columns. dtype: of the scores."""
         lengths = lengths[:1] if min(lengths) == max(lengths) else lengths
         device = self.layers[0].keys.device
         column_C = torch.arange(self.layers[0].capacity, device=device)
@@ -104,9 +104,9 @@ class ContiguousCache(Cache):
     def mask(self) -> torch.Tensor:
         """Return the mask for the next token, which attends to itself."""
         if self.length == self.mask_B11C.shape[-1]:
-            least = torch.finfo(self.mask_B11C.dtype).min
+            minimum = torch.finfo(self.mask_B11C.dtype).min
             more = _grown(self.length, self.max_columns) - self.length
-            self.mask_B11C = torch.nn.functional.pad(self.mask_B11C, (0, more), value=least)
+            self.mask_B11C = torch.nn.functional.pad(self.mask_B11C, (0, more), value=minimum)
         self.mask_B11C[..., self.length] = 0
         return self.mask_B11C
 
@@ -136,12 +136,12 @@ def one_token_attention(
     scaling: float | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Attend as transformers calls it: queries of one token [B, H, 1, W] → [B, 1, H, W], and no weights.
+    """Compute attention with transformers' signature: queries of one token [B, H, 1, W] → [B, 1, H, W], no weights.
 
-    The softmax is in float32; the mask comes in the model's dtype, for families that attend in a way of their own.
+    The softmax is in float32; the mask comes in the model's dtype, for families with their own attention.
     """
-    if named := [name for name in _UNKNOWN if kwargs.get(name) is not None]:
-        raise NotImplementedError(f"attention with {' and '.join(named)}")
+    if unsupported := [name for name in _UNKNOWN if kwargs.get(name) is not None]:
+        raise NotImplementedError(f"attention with {' and '.join(unsupported)}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attend_one_token(query[:, :, 0], key, value, attention_mask.float(), scaling)[:, None], None
 
@@ -151,7 +151,8 @@ def attend_one_token(
 ) -> torch.Tensor:
     """Return softmax(query · keyᵀ · scaling + mask) · value [B, H, W], one query per head over keys, values [B, K, C, W].
 
-    Scores are rounded to the dtype of the keys; their softmax is in the mask's. Heads that share keys are one product.
+    Scores are rounded to the dtype of the keys; their softmax is in the mask's. Heads that share keys are computed in
+    one product.
     """
     B, K, C, W = key.shape
     query = query_BHW.reshape(B * K, -1, W)
@@ -165,7 +166,7 @@ AttentionInterface.register(ATTENTION, one_token_attention)
 
 @contextmanager
 def one_token_attention_in(config: PretrainedConfig) -> Iterator[None]:
-    """Let models that read this config attend with `one_token_attention` inside the block."""
+    """Make models with this config use `one_token_attention` inside the block."""
     before = config._attn_implementation
     config._attn_implementation = ATTENTION
     try:
@@ -180,7 +181,7 @@ def _zeros(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 
 
 def _grown(length: int, max_columns: int | None) -> int:
-    """Return the new number of columns, given the number of full ones; at least one more, even beyond the context."""
+    """Return the new number of columns, given the number of full ones; larger by at least one, even beyond the context."""
     return length + _COLUMNS if max_columns is None else max(length + 1, min(length + _COLUMNS, max_columns))
 
 

@@ -1,6 +1,6 @@
-"""Decode token by token from prompts, with a fast path for models with full attention and a plain one for all others.
+"""Decode token by token from prompts, with a fast path for models with full attention and a plain path for others.
 
-All decodings have the same methods, and the fast ones are checked against the plain one. `logits(None)` processes the
+All decodings have the same methods, and the fast ones are checked against plain decoding. `logits(None)` processes the
 prompts, `logits(tokens_B)` appends one token to every row. Both return float32 logits [B, vocab] for the next token.
 `keep(rows_B)` removes all other rows and reorders these. Gradients, dropout and autocast are off, and modes are restored
 afterwards: the weights are already in the dtype for decoding (`Backbone.decode`).
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # tokens shorter. Otherwise padding costs more than another pass.
 CLOSE_RATIO = 7 / 8
 CLOSE_LENGTH = 8
-PASS_TOKENS = 4096  # more tokens in one pass do not fit the processor's caches
+PASS_TOKENS = 4096  # more tokens in one pass exceed the processor's caches
 
 
 class PlainDecoding:
@@ -184,7 +184,7 @@ class BlockDecoding(PlainDecoding):
     def logits_after(self, tokens_BG: torch.Tensor) -> torch.Tensor:
         """Append these tokens to the rows. Return next-token logits [B, G, V], float32, after each."""
         if self._prompt_BP is not None:
-            raise ValueError("the prompts come first: logits(None)")
+            raise ValueError("call logits(None) for the prompts first")
         G, device = tokens_BG.shape[1], self._positions_BP.device
         self._positions_BP = self._positions_BP[:, -1:] + torch.arange(1, G + 1, device=device)
         self._mask_BT = F.pad(self._mask_BT, (0, G), value=1)
@@ -196,9 +196,9 @@ class BlockDecoding(PlainDecoding):
         if not counts_B.any():
             return
         self._positions_BP = self._positions_BP[:, -1:] - counts_B[:, None]
-        least = int(counts_B.min())
-        columns = self._mask_BT.shape[1] - least
-        from_BC = torch.arange(columns, device=counts_B.device) - (counts_B - least)[:, None]
+        lowest = int(counts_B.min())
+        columns = self._mask_BT.shape[1] - lowest
+        from_BC = torch.arange(columns, device=counts_B.device) - (counts_B - lowest)[:, None]
         has_token_BC = from_BC >= 0
         from_BC = from_BC.clamp_min(0)
         self._mask_BT = self._mask_BT.gather(1, from_BC) * has_token_BC
@@ -214,7 +214,7 @@ def _accepted(module: nn.Module) -> set[str]:
     """Return the optional inputs of decoding that the module's forward accepts."""
     names = ("past_key_values", "cache_params", "position_ids", "logits_to_keep")
     accepts = inspect.signature(module.forward).parameters
-    # A wrapper's forward(*args, **kwargs) names no inputs; the wrapped module is assumed to have the usual ones.
+    # The signature of a wrapper, forward(*args, **kwargs), names no inputs. The usual ones are assumed.
     usual = "input_ids" not in accepts
     return {n for n in names if n in accepts or (usual and n != "cache_params")}
 
@@ -236,7 +236,7 @@ class _Pass:
         self._cache_name = next((n for n in ("past_key_values", "cache_params") if n in self._accepts), None)
         self.recurrent = self._cache_name == "cache_params"
         if self._cache_name is None or family_of(backbone.model.config.model_type).decodes_in_layers:
-            raise cannot_generate(backbone, "it has no cache of the usual kind")
+            raise cannot_generate(backbone, "it has no standard cache")
 
     def __call__(
         self,
@@ -265,14 +265,14 @@ def cannot_generate(backbone: Backbone, why: str) -> ModelError:
     return ModelError(
         "model.cannot_generate",
         f"cannot generate with a {backbone.model.config.model_type} model: {why}",
-        hint="it can be trained, on data set rows: --set schedule.kind=off --set train.select=valid_loss",
+        hint="it can be trained on data set rows: --set schedule.kind=off --set train.select=valid_loss",
     )
 
 
 def check_call_order(tokens_B: torch.Tensor | None, unread: bool) -> None:
     """Raise ValueError if the prompts are passed twice or tokens come before them."""
     if (tokens_B is None) != unread:
-        raise ValueError("the first call reads the prompts (None), every later one takes a token per row")
+        raise ValueError("the first call processes the prompts (None), and later calls need one token per row")
 
 
 def _left_padded(prompts: Sequence[np.ndarray], device: torch.device) -> tuple[torch.Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Test how a model can decode: whether prompts may be padded, and which fast paths give its own logits."""
+"""Test how a model can decode: whether prompts may be padded, and which fast paths match its own logits."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ _SHORT, _PADDING = 4, 7
 def check_decoding(backbone: Backbone, decode: Callable[[Backbone, Sequence[np.ndarray]], Any]) -> bool:
     """Test on a few tokens whether prompts of different lengths can be decoded in one batch.
 
-    decode: the plain decoding for such a model. A short prompt is answered beside one of its own length and beside a longer
-    one, where it is padded. Families differ in how they treat padding, also those that take positions: some count it, or
-    compress tokens in blocks that padding shifts. Raise ModelError for a model that cannot decode at all.
+    decode: plain decoding of the model. A short prompt is decoded in a batch with a prompt of the same length, and with
+    a longer one, where it is padded. Families differ in the treatment of padding, including those with position inputs:
+    some count it, or compress tokens in blocks that padding shifts. Raises ModelError for a model that cannot decode.
     """
     room = backbone.context or math.inf
     short = max(1, min(_SHORT + token_compression(backbone.model.config), room - 2))
@@ -61,7 +61,7 @@ def check_decoding(backbone: Backbone, decode: Callable[[Backbone, Sequence[np.n
         padded = decoded(ids[: short + padding])
         if logits_match(padded, unpadded, backbone.model.dtype):
             return True
-        # In quantized models a router may choose other experts in any other batch, which is not an effect of padding.
+        # In quantized models a router may choose other experts in another batch, which is not an effect of padding.
         rounding = (decoded(other) - unpadded).abs().max()
         return bool((padded - unpadded).abs().max() <= 2 * rounding)
     except Exception as error:
@@ -71,7 +71,7 @@ def check_decoding(backbone: Backbone, decode: Callable[[Backbone, Sequence[np.n
 
 
 class FastPaths(NamedTuple):
-    """Hold the fast paths that give a model's own logits. cache: the contiguous cache. step: the hand-written step."""
+    """Hold the fast paths that match a model's own logits. cache: the contiguous cache. step: the hand-written step."""
 
     cache: bool
     step: bool
@@ -90,16 +90,16 @@ def _agrees(backbone: Backbone, *, step: bool) -> bool:
     prompts = [ids[: 2 * CLOSE_LENGTH], ids[:3], ids[3 : 3 + 2 * CLOSE_LENGTH]]
     fast, plain = FastDecoding(backbone, prompts, step=step), PlainDecoding(backbone, prompts)
     tokens_B = None
-    for at in range(4):
+    for position in range(4):
         expected_BV = plain.logits(tokens_B)
         try:
             found_BV = fast.logits(tokens_B)
-        except Exception:  # a family with its own masks or caches; it uses the plain decoding
+        except Exception:  # a family with its own masks or caches; it uses plain decoding
             return False
         if not logits_match(found_BV, expected_BV, backbone.model.dtype):
             return False
         tokens_B = expected_BV.argmax(-1)
-        if at == 1:
+        if position == 1:
             rows_B = torch.tensor([2, 1], device=tokens_B.device)
             tokens_B = tokens_B[rows_B]
             fast.keep(rows_B)
@@ -110,7 +110,7 @@ def _agrees(backbone: Backbone, *, step: bool) -> bool:
 def logits_match(ours_NV: torch.Tensor, own_NV: torch.Tensor, dtype: torch.dtype) -> bool:
     """Return whether logits are the same up to 1e-3 of their spread and the rounding of the model's dtype.
 
-    What is −inf on one side must be −inf on the other.
+    Entries that are −inf in one must be −inf in the other.
     """
     suppressed_NV = torch.isneginf(own_NV)
     if suppressed_NV.any():
@@ -122,9 +122,9 @@ def logits_match(ours_NV: torch.Tensor, own_NV: torch.Tensor, dtype: torch.dtype
 
 
 def can_retract(backbone: Backbone) -> bool:
-    """Return whether the model gives its own logits for blocks of tokens, also after some were removed.
+    """Return whether decoding in blocks of tokens matches the model's own logits, also after some tokens were removed.
 
-    Tried on short prompts, against decoding that retracts nothing.
+    Tested on short prompts, against decoding without removal.
     """
     if backbone.model.config.is_encoder_decoder or not has_plain_cache(backbone.model.config):
         return False

@@ -20,7 +20,7 @@ def working_copy(model: nn.Module, dtype: torch.dtype, adapter: Adapter | None =
 
     Tensors that transformers loads in float32 for a model of this dtype stay float32, such as rotary frequencies. Tables of
     sinusoids are cast like in transformers, since they are added to states. Weights that need no cast are not copied.
-    adapter: the one in the model's layers, merged into the copy, which is a plain model.
+    adapter: the adapter in the model's layers. It is merged into the copy, which is a plain model.
     """
     fp32_modules = [*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
     if dtype == torch.float16:
@@ -51,8 +51,8 @@ def working_copy(model: nn.Module, dtype: torch.dtype, adapter: Adapter | None =
     return copied
 
 
-# A cache private to this file: the names depend on the model's class and config alone, and finding them builds a model on
-# the meta device. No other module reads it, and an entry ends with its model.
+# A cache private to this file: the names depend only on the model's class and config, and finding them builds a model
+# on the meta device. An entry is removed together with its model.
 _CAST_BUFFERS: WeakKeyDictionary[nn.Module, dict[torch.dtype, set[str]]] = WeakKeyDictionary()
 
 

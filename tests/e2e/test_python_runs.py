@@ -1,4 +1,4 @@
-"""Runs called from Python: what the command line prints comes back as a result, and nothing is printed."""
+"""Test runs called from Python: they return what the command line prints, and print nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from distillm_cli.config.load import resolve
-from distillm_cli.errors import UsageError
 from distillm_cli.runs.eval import evaluate_checkpoints
 from distillm_cli.runs.generate import generate_responses
 from distillm_cli.runs.inference import Settings
@@ -16,7 +15,8 @@ from distillm_cli.runs.prompt_source import PromptSource
 from distillm_cli.runs.run_results import FineTuned, Generated
 from distillm_cli.runs.start import TrainOptions, start_training
 from distillm_cli.training.events import Note, Progress, RunEnded, RunStarted, Saved, Stepped, Validated
-from tests.typed import call
+from tests.codes import raises_code
+from tests.command_line import call
 
 SETS = [
     "teacher.path=builtin", "student.path=random:1x32", "data.source=builtin", "data.size=120", "data.valid_limit=12",
@@ -49,7 +49,7 @@ def distill(output, listener, *more, **options):
 
 @pytest.fixture
 def trained(tmp_path, monkeypatch, capfd):
-    """The result and the events of a distillation into ``a``, called from Python; nothing was printed."""
+    """Distill into ``a`` from Python. Return the result and the events."""
     monkeypatch.chdir(tmp_path)
     events = []
     result = distill("a", events.append)
@@ -57,7 +57,7 @@ def trained(tmp_path, monkeypatch, capfd):
     return result, events
 
 
-def test_a_distillation_returns_what_the_command_line_prints(trained, capfd):
+def test_distillation_result_matches_command_line(trained, capfd):
     result, events = trained
     code, printed, _ = call(capfd, "distill", *flags(SETS), "--output", "b", "--json", "--quiet")
     assert code == 0
@@ -76,17 +76,17 @@ def test_a_distillation_returns_what_the_command_line_prints(trained, capfd):
     assert sum(result.summary.sources.values()) == 6
 
 
-def test_a_used_output_is_refused_and_a_finished_run_is_resumed_from_python(trained, capfd):
+def test_used_output_is_an_error_and_resume_works(trained, capfd):
     result, _ = trained
-    with pytest.raises(UsageError, match="is not empty"):
+    with raises_code("usage.output_exists"):
         distill("a", lambda event: None)
-    again = distill("a", lambda event: None, resume=True)
-    assert again.valid_loss == result.valid_loss
-    assert again.report == result.report
+    resumed = distill("a", lambda event: None, resume=True)
+    assert resumed.valid_loss == result.valid_loss
+    assert resumed.report == result.report
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_fine_tuning_stage_reports_its_result_as_an_event(tmp_path, monkeypatch, capfd):
+def test_sft_stage_result_is_an_event(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     events = []
     result = distill("a", events.append, "student.sft_epochs=0.1")
@@ -97,7 +97,7 @@ def test_a_fine_tuning_stage_reports_its_result_as_an_event(tmp_path, monkeypatc
     assert capfd.readouterr() == ("", "")
 
 
-def test_scores_are_what_the_command_line_prints(trained, capfd):
+def test_eval_result_matches_command_line(trained, capfd):
     settings = Settings(sets=EVAL_SETS)
     result = evaluate_checkpoints(["a"], settings, lambda event: None, output="scores")
     assert capfd.readouterr() == ("", "")
@@ -109,20 +109,20 @@ def test_scores_are_what_the_command_line_prints(trained, capfd):
     assert Path(scores.output).is_dir()
 
 
-def test_responses_come_as_a_result_as_events_and_as_a_file(trained, capfd):
+def test_generate_returns_rows_events_and_a_file(trained, capfd):
     sets = ["rollout.max_new_tokens=8", "train.threads=1", "train.device=cpu"]
     settings = Settings(sets=sets)
     prompts = PromptSource(prompts=["Spell cat", "Sort: dbca"], samples=2)
     events = []
     result = generate_responses("a", prompts, settings, events.append)
-    listed = [row for event in events if isinstance(event, Generated) for row in event.rows]
-    assert list(result.responses) == listed
-    assert [row["instruction"] for row in listed] == ["Spell cat"] * 2 + ["Sort: dbca"] * 2
+    rows = [row for event in events if isinstance(event, Generated) for row in event.rows]
+    assert list(result.responses) == rows
+    assert [row["instruction"] for row in rows] == ["Spell cat"] * 2 + ["Sort: dbca"] * 2
     in_file = generate_responses("a", prompts, settings, lambda event: None, output="rows.jsonl")
-    assert [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()] == listed
+    assert [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()] == rows
     assert capfd.readouterr() == ("", "")
-    asked = ["--prompt", "Spell cat", "--prompt", "Sort: dbca", "--n", "2", *flags(sets)]
-    code, printed, _ = call(capfd, "generate", "--model", "a", *asked, "--output", "again.jsonl", "--json", "--quiet")
+    options = ["--prompt", "Spell cat", "--prompt", "Sort: dbca", "--n", "2", *flags(sets)]
+    code, printed, _ = call(capfd, "generate", "--model", "a", *options, "--output", "again.jsonl", "--json", "--quiet")
     assert code == 0
     assert as_json(in_file) | {"output": "again.jsonl"} == without_times(printed)
     assert Path("again.jsonl").read_bytes() == Path("rows.jsonl").read_bytes()

@@ -1,4 +1,4 @@
-"""Test where the answer of a command goes: results on stdout, also with ``--quiet``, and logs on stderr."""
+"""Check that results go to stdout, also with ``--quiet``, and logs to stderr."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ SMALL = ("--device", "cpu", "--dtype", "fp32")
 
 
 @pytest.fixture
-def typed(tmp_path, capfd, monkeypatch):
-    """Runs a command line in a directory with rows → (exit code, stdout, stderr)."""
+def cli(tmp_path, capfd, monkeypatch):
+    """Run a command line in a directory with rows. Return (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
     rows = [{"instruction": f"Mix up {word}", "output": word[::-1]} for word in ("abc", "toe", "vyq")]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -29,29 +29,29 @@ def typed(tmp_path, capfd, monkeypatch):
     return run
 
 
-def test_plan_prints_its_tables_on_stdout_as_plain_text(typed):
-    code, out, err = typed("plan", "--recipe", "quickstart", *SMALL)
+def test_plan_prints_plain_tables_on_stdout(cli):
+    code, out, err = cli("plan", "--recipe", "quickstart", *SMALL)
     assert code == 0
-    assert "most at once" in out
-    assert "most at once" not in err
+    assert "peak" in out
+    assert "peak" not in err
     assert not set(BORDERS) & set(out.partition("One batch")[0])
     assert all(line == line.rstrip() for line in out.splitlines())
 
 
-def test_with_json_the_tables_stay_on_stderr(typed):
-    code, out, err = typed("plan", "--recipe", "quickstart", *SMALL, "--json")
+def test_plan_prints_tables_on_stderr_with_json(cli):
+    code, out, err = cli("plan", "--recipe", "quickstart", *SMALL, "--json")
     assert code == 0
     assert json.loads(out)["command"] == "plan"
-    assert "most at once" in err
+    assert "peak" in err
 
 
-def test_quiet_prints_the_scores_and_nothing_else(typed):
+def test_quiet_eval_prints_only_scores(cli):
     suite = ("--suite", "rows.jsonl", "--max-new-tokens", 4, "--greedy", "--metric", "exact_match")
     suite = (*suite, "--set", "data.template=exact")
-    code, out, err = typed("eval", "builtin", *suite, "--output", "scores", *SMALL, "--quiet")
+    code, out, err = cli("eval", "builtin", *suite, "--output", "scores", *SMALL, "--quiet")
     assert (code, err) == (0, "")
-    found = next(Path("scores").rglob("results.json"))
-    score = json.loads(found.read_text())["exact_match"]["mean"]
+    path = next(Path("scores").rglob("results.json"))
+    score = json.loads(path.read_text())["exact_match"]["mean"]
     title, _heading, row = (line.split() for line in out.splitlines())
     assert title == ["Scores"]
     assert row[1:3] == ["3", f"{score:.2f}"]

@@ -1,4 +1,4 @@
-"""The definitions of the divergences on probabilities, as the papers print them: what the fast ones are held against."""
+"""Define the divergences on probabilities as printed in the papers, as a reference for the optimized versions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def divergence(
     taid_start: float = 0.4,
     targets: Tensor | None = None,
 ) -> Tensor:
-    """Value per row; autograd gives its gradient. targets: of ``atkd``, whose two terms are added as they are."""
+    """Return the value per row, differentiable by autograd. targets: for ``atkd``, whose two terms are added unweighted."""
 
     def kl(a: Tensor, b: Tensor) -> Tensor:
         return (a * (a / b).log()).sum(-1)
@@ -46,7 +46,7 @@ def divergence(
 
 
 def some_targets(p: Tensor) -> Tensor:
-    """A target for every row, where a test has none of its own."""
+    """Return a target for every row, for tests that have none."""
     return torch.arange(len(p)) % 3
 
 
@@ -56,7 +56,10 @@ def geometric(p: Tensor, q: Tensor, t: float) -> Tensor:
 
 
 def adaptive_kl(p: Tensor, q: Tensor, mu: float) -> Tensor:
-    """Wu et al. 2024: g over the head and the tail of the sorted vocabulary; the weights are numbers."""
+    """Compute AKL (Wu et al. 2024): weight KL and RKL by the gap over the head and the tail of the sorted vocabulary.
+
+    The weights have no gradient.
+    """
     likeliest_first, order = p.sort(-1, descending=True)
     gap = (p - q).abs().detach().gather(-1, order)
     in_head = likeliest_first.cumsum(-1) - likeliest_first < mu
@@ -66,7 +69,7 @@ def adaptive_kl(p: Tensor, q: Tensor, mu: float) -> Tensor:
 
 
 def alpha_beta(p: Tensor, q: Tensor, a: float, b: float) -> Tensor:
-    """Cichocki, Cruces and Amari 2011, the five cases as they print them."""
+    """Compute the alpha-beta divergence (Cichocki, Cruces and Amari 2011), in the five cases of the paper."""
     if a == 0 and b == 0:
         return 0.5 * (p.log() - q.log()).square().sum(-1)
     if a == 0:
@@ -79,7 +82,7 @@ def alpha_beta(p: Tensor, q: Tensor, a: float, b: float) -> Tensor:
 
 
 def alpha_mixture(p, q, a: float, lam: float, inner: str, start: str, ab_alpha: float, ab_beta: float) -> Tensor:
-    """AMiD 2026: the assistant, normalised, then D from the teacher's or the student's side."""
+    """Compute AMiD (2026): the divergence of the teacher or the student from the normalized assistant."""
     if a == 1:
         r = geometric(p, q, lam)
     else:
@@ -90,7 +93,7 @@ def alpha_mixture(p, q, a: float, lam: float, inner: str, start: str, ab_alpha: 
 
 
 def decoupled(p: Tensor, q: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(TKD, DKD) per row: ATKD 2024 after decoupled distillation, with the others' mass as a sum."""
+    """Return (TKD, DKD) per row, as in ATKD (2024), with the mass of the other tokens as a sum."""
     tkd, dkd = [], []
     for p_V, q_V, y in zip(p, q, targets, strict=True):
         others = torch.arange(len(p_V)) != y
