@@ -49,7 +49,7 @@ class ScheduleConfig(Section):
     kind: str = Field(
         "adaptive",
         description="Sequences of each step. off: data set rows. on: rollouts. mixed: GKD. annealed: ImitKD. adaptive: "
-        "DistiLLM. auto: as far as the student overfits the rows. teacher: teacher samples. pairs: a sample of both "
+        "DistiLLM. teacher: teacher samples. pairs: a sample of both "
         "models for each prompt. interleaved: rollouts that the teacher corrects (speculative KD). rounds: rollout.bulk "
         "batches of rollouts, trained on inner_epochs times, then the next (MiniLLM).",
     )
@@ -163,24 +163,18 @@ class AnnealedConfig(BufferedConfig):
     )
 
 
-class PhiConfig(BufferedConfig):
-    """Configure a schedule that trains on student outputs with a probability φ, which changes at validations."""
+class AdaptiveConfig(BufferedConfig):
+    """Adapt the share φ of steps on student outputs at each validation (DistiLLM)."""
 
     trains_on = "data set rows, rollouts, replay"
     uses_rows = True
+    auto_replay = "decreasing"
     has_phi = True
 
+    kind: Literal["adaptive"] = "adaptive"
     capacity: Annotated[Positive, UsedWhen(_REPLAYED, _AUTO_REPLAY, _FROM_BUFFER)] = _CAPACITY
     warm_up: Annotated[Literal["fill", "none"], UsedWhen(_REPLAYED, _AUTO_REPLAY)] = _WARM_UP
-    phi: Probability = Field(0.0, description="Initial φ.")
-
-
-class AdaptiveConfig(PhiConfig):
-    """Adapt the share φ of steps on student outputs at each validation (DistiLLM)."""
-
-    auto_replay = "decreasing"
-
-    kind: Literal["adaptive"] = "adaptive"
+    phi: Probability = Field(0.0, description="Initial φ of adaptive.")
     trigger: Literal["loss", "gap", "gain", "overfit"] = Field(
         "loss",
         description="What φ of adaptive follows. loss: it rises when the validation loss has risen (DistiLLM). gap: the "
@@ -204,19 +198,6 @@ class AdaptiveConfig(PhiConfig):
     @property
     def measures_held_out(self) -> bool:
         return self.trigger != "loss"
-
-
-class AutoConfig(PhiConfig):
-    """Use student outputs as far as the student overfits the rows."""
-
-    auto_replay = "constant"
-
-    kind: Literal["auto"] = "auto"
-    trigger: ClassVar[str] = "overfit"
-
-    @property
-    def measures_held_out(self) -> bool:
-        return True
 
 
 class _RowSampleConfig(ScheduleConfig):
@@ -276,7 +257,7 @@ class RoundsConfig(ScheduleConfig):
 
 
 _KINDS = (
-    OffConfig, OnConfig, MixedConfig, AnnealedConfig, AdaptiveConfig, AutoConfig,
+    OffConfig, OnConfig, MixedConfig, AnnealedConfig, AdaptiveConfig,
     TeacherSamplesConfig, PairsConfig, InterleavedConfig, RoundsConfig,
 )  # fmt: skip
 SCHEDULE = TaggedUnion(

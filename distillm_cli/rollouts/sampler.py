@@ -169,9 +169,10 @@ def sample(
     the logits are not finite.
     """
     token_limits = []
+    context = decoder.context  # read once: config attributes are slow
     for i, prompt in enumerate(prompts):
         limit = None if limits is None else limits[i]
-        token_limits.append(max_response_tokens(len(prompt), sampling, decoder.context, limit))
+        token_limits.append(max_response_tokens(len(prompt), sampling, context, limit))
     return decode_in_groups(
         len(prompts),
         width or DecodeWidth(),

@@ -24,7 +24,6 @@ from typing import Any, ClassVar, TypeVar
 from distillm_cli.config.schedule import (
     AdaptiveConfig,
     AnnealedConfig,
-    AutoConfig,
     BufferedConfig,
     InterleavedConfig,
     MixedConfig,
@@ -155,7 +154,7 @@ def register(kind: type[ScheduleConfig], trigger: str | None = None) -> Callable
 
 def build_scheduler(config: ScheduleConfig, *, steps: int, seed: int, batches: int = 1) -> Scheduler:
     """Return the schedule of a recipe's ``schedule`` section. The arguments are those of ``Scheduler``."""
-    trigger = config.trigger if isinstance(config, AdaptiveConfig | AutoConfig) else None
+    trigger = config.trigger if isinstance(config, AdaptiveConfig) else None
     return _KINDS[type(config), trigger](config, steps=steps, seed=seed, batches=batches)
 
 
@@ -248,7 +247,7 @@ class AnnealedScheduler(DrawingScheduler):
 class PhiScheduler(DrawingScheduler):
     """Train on student outputs with probability φ, which changes at validations."""
 
-    config: AdaptiveConfig | AutoConfig
+    config: AdaptiveConfig
 
     def __init__(self, config: ScheduleConfig, **settings: int):
         super().__init__(config, **settings)
@@ -321,7 +320,6 @@ class GapScheduler(PhiScheduler):
 
 
 @register(AdaptiveConfig, "overfit")
-@register(AutoConfig, "overfit")
 class OverfitScheduler(PhiScheduler):
     """Set φ to the share of the held-out loss that is missing on training rows.
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from distillm_cli.losses.fused import HeadLike
 from distillm_cli.teachers.local import LanguageModel, LocalTeacher
 from distillm_cli.types import MIN_PASS_OVERHEAD, Batch, Rollout, Sequence, collate, length_groups, moved
+from distillm_cli.utils.memory import retry_halved
 
 
 class CachedTeacher(LocalTeacher):
@@ -58,9 +59,11 @@ class CachedTeacher(LocalTeacher):
         """Return the last hidden states [N, D_teacher] of the batch that ``sequences`` were collated to, without a graph.
 
         A batch without cached rows is computed unchanged, so its states equal those of ``LocalTeacher`` bit for bit. Cached
-        states differ from them at most by the rounding of another batch shape.
+        states differ from them at most by the rounding of another batch shape. A rollout that equals the response of its
+        row has the states of the row: a student that fits its rows samples them often.
         """
-        if not all(self._is_cacheable(s) for s in sequences):
+        sequences = [self._as_row(s) for s in sequences]
+        if not any(self._is_cacheable(s) for s in sequences):
             return self.compute(batch)
         device = batch.ids_BT.device
         missing = self._batches_of([s for s in dict.fromkeys(sequences) if self._cached(s) is None])
@@ -68,11 +71,30 @@ class CachedTeacher(LocalTeacher):
             hidden_ND = self.compute(batch)
             self._store(sequences, hidden_ND)
         else:
-            self._compute_all(missing, device)
-            hidden_ND = moved(torch.cat([self._computed(s) for s in sequences]), device)
+            computed = self._compute_all(missing, device)
+            parts = [computed[s] if s in computed else self._computed(s) for s in sequences]
+            hidden_ND = moved(torch.cat(parts), device)
         if self.releases_model and not self.has_released_model:
             self._release_when_complete(device)
         return hidden_ND
+
+    def cache_bulk(self, rollouts: SequenceOf[Rollout], device: torch.device, *, rows: int, pass_overhead: int) -> None:
+        """Compute and cache the states of rollouts that were sampled together, in groups of similar length.
+
+        A few large passes cost less than one for each later step. rows, pass_overhead: those of ``length_groups``.
+        """
+
+        def compute() -> None:
+            missing = [s for s in rollouts if s.teacher_hidden_ND is None and self._as_row(s) is s]
+            self._compute_all(length_groups(missing, rows, pass_overhead), device)
+
+        def halve() -> bool:
+            nonlocal rows
+            rows = rows // 2
+            return rows > 0
+
+        with torch.no_grad():
+            retry_halved(compute, halve)
 
     def begin_step(self) -> None:
         self._new_rollouts.clear()
@@ -86,6 +108,12 @@ class CachedTeacher(LocalTeacher):
         for rollout in self._new_rollouts:
             rollout.cache_teacher_hidden(None)
         self._new_rollouts.clear()
+
+    def _as_row(self, sequence: Sequence) -> Sequence:
+        """Return the data set row that a rollout equals, otherwise the sequence itself."""
+        if not isinstance(sequence, Rollout) or self.rows is None:
+            return sequence
+        return self.rows.row_equal_to(sequence) or sequence
 
     def _is_cacheable(self, sequence: Sequence) -> bool:
         if isinstance(sequence, Rollout):
@@ -118,18 +146,24 @@ class CachedTeacher(LocalTeacher):
             batches = self.composition.batches_with(rows)
         return [*batches, others] if others else batches
 
-    def _compute_all(self, batches: list[list[Sequence]], device: torch.device) -> None:
+    def _compute_all(self, batches: list[list[Sequence]], device: torch.device) -> dict[Sequence, Tensor]:
+        """Compute the states of batches, cache them where they may be, and return them by sequence, on the CPU."""
+        computed: dict[Sequence, Tensor] = {}
         for sequences in batches:
-            self._store(sequences, self.compute(collate(sequences).to(device)))
+            parts = self._store(sequences, self.compute(collate(sequences).to(device)))
+            computed |= zip(sequences, parts, strict=True)
+        return computed
 
-    def _store(self, sequences: SequenceOf[Sequence], hidden_ND: Tensor) -> None:
+    def _store(self, sequences: SequenceOf[Sequence], hidden_ND: Tensor) -> SequenceOf[Tensor]:
+        """Cache the states of a batch where they may be; return them by sequence, on the CPU."""
         parts = hidden_ND.cpu().split([s.supervised for s in sequences])
         for sequence, part in zip(sequences, parts, strict=True):
-            if isinstance(sequence, Rollout):
+            if isinstance(sequence, Rollout) and self.caches_rollouts:
                 sequence.cache_teacher_hidden(part.clone())  # a view would keep the whole batch's states in memory
                 self._new_rollouts.append(sequence)
             elif (table := self._table_of(sequence)) is not None:
                 table.write(sequence, part)
+        return parts
 
     def _release_when_complete(self, device: torch.device) -> None:
         """Release everything but the head, once every row's states are cached."""
@@ -173,6 +207,14 @@ class HiddenStateTable:
     def contains(self, sequence: Sequence) -> bool:
         """Return whether the sequence is a row of this table. A rollout for a row's prompt is not."""
         return 0 <= sequence.row < len(self.sequences) and self.sequences[sequence.row] is sequence
+
+    def row_equal_to(self, rollout: Rollout) -> Sequence | None:
+        """Return the row that a rollout was sampled for, if it has the same tokens, supervised in the response alone."""
+        if not 0 <= rollout.row < len(self.sequences):
+            return None
+        row = self.sequences[rollout.row]
+        is_equal = np.array_equal(row.response, rollout.response) and np.array_equal(row.prompt, rollout.prompt)
+        return row if is_equal and row.turns is None and rollout.turns is None else None
 
     def read(self, sequence: Sequence) -> Tensor | None:
         """Return the row's states [tokens, D]; None if they are missing."""

@@ -375,8 +375,8 @@ OUTPUT_FILES = {
 def sources_sentence(counts: Mapping[str, int], phi_history: Sequence[float] | None) -> str:
     """Describe the number of steps of each source and the course of φ.
 
-    counts: steps by source (``dataset``, ``rollout``, ``replay``, …). phi_history: φ at the start and after each rise; None
-    for a schedule without φ.
+    counts: steps by source (``dataset``, ``rollout``, ``replay``, …). phi_history: φ at the start and after each change;
+    None for a schedule without φ.
     """
     counts = {name: n for name, n in counts.items() if n}
     total = sum(counts.values())
@@ -387,6 +387,9 @@ def sources_sentence(counts: Mapping[str, int], phi_history: Sequence[float] | N
     start, end = (phi_history[0], phi_history[-1]) if phi_history else (0.0, 0.0)
     rises = sum(b > a for a, b in pairwise(phi_history))
     only = next(iter(counts)) if len(counts) == 1 else None
+    if any(b < a for a, b in pairwise(phi_history)):
+        between = f"between {_phi(min(phi_history))} and {_phi(max(phi_history))}"
+        return f"{_shares(counts, total)} φ went from {_phi(start)} to {_phi(end)}, {between}."
     if rises == 0:
         head = f"φ never rose: it stayed {_phi(start)}"
         return f"{head}, every step used data set rows." if only == "dataset" else f"{head}. {_shares(counts, total)}"

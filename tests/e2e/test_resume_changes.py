@@ -135,3 +135,30 @@ def test_checkpoint_with_other_weights_is_an_error(cli, finished_run, tmp_path):
     save_file({name: weight[:1].clone() for name, weight in tensors.items()}, newest / "model.safetensors")
     write_manifest(newest)
     assert_error(cli("sft", "--output", run, "--resume", "--json", "--quiet"), "checkpoint.other_version", newest)
+
+
+@pytest.mark.parametrize("trigger", ["gap", "gain", "overfit"])
+def test_resume_of_a_trigger_matches_uninterrupted_run(cli, workdir, trigger):
+    # With φ = 0.5 there are rollouts and replay from the start; validations change it.
+    schedule = [
+        *(
+            f"--set={field}"
+            for field in (
+                f"schedule.trigger={trigger}",
+                "schedule.phi=0.5",
+                "schedule.capacity=8",
+                "schedule.warm_up=none",
+            )
+        ),
+    ]
+    argv = [*KD, *SAVING, *schedule, "--keep", "9", "--set", "train.eval_steps=5", "--steps", "12", "--output", "whole"]
+    argv[argv.index("kd")] = "distillm"
+    code, whole, err = cli(*argv)
+    assert code == 0, err
+    assert whole["rollout_steps"] + whole["replay_steps"] > 0
+    before = weights(workdir / "whole")
+    for step in (8, 10, 12):  # as if interrupted after step 7
+        shutil.rmtree(workdir / f"whole/checkpoints/step-{step:06d}")
+    code, resumed, err = cli(*argv, "--resume")
+    assert (code, resumed["phi"], resumed["rollout_steps"]) == (0, whole["phi"], whole["rollout_steps"]), err
+    assert equal_weights(before, weights(workdir / "whole"))

@@ -1,13 +1,14 @@
 """Test φ, the replay ratio and the drawn sources of each schedule: the paper's Algorithm 1 and its variants."""
 
 import itertools
+import json
 import math
 from collections import Counter
 
 import pytest
 
 from distillm_cli.config.schema import ScheduleConfig
-from distillm_cli.rollouts.scheduler import Source, build_scheduler
+from distillm_cli.rollouts.scheduler import HELD_OUT_LOSS, OUTPUT_LOSS, Source, build_scheduler
 
 FULL = 1000
 
@@ -18,6 +19,13 @@ def sources(scheduler, buffered=FULL):
 
 def make(steps=20_000, seed=3, **config):
     return build_scheduler(ScheduleConfig(**config), steps=steps, seed=seed)
+
+
+def observe(scheduler, valid_loss, **figures):
+    """Pass a validation to the schedule; return whether φ rose."""
+    before = scheduler.phi
+    scheduler.observe(valid_loss, figures)
+    return scheduler.phi > before
 
 
 def is_close(count, expected, n):
@@ -78,26 +86,26 @@ def test_annealing_moves_dataset_share_from_one_to_zero(anneal):
 
 def test_phi_rises_relative_to_loss_at_last_rise():
     scheduler = make(epsilon=0.1)
-    rises = [scheduler.observe(loss) for loss in (2.0, 1.5, 2.09, 2.1, 2.15, 2.2)]
+    rises = [observe(scheduler, loss) for loss in (2.0, 1.5, 2.09, 2.1, 2.15, 2.2)]
     assert rises == [False, False, False, True, False, True]
     assert scheduler.phi == pytest.approx(0.2)
 
 
 def test_phi_rises_relative_to_previous_loss():
     scheduler = make(epsilon=0.1, reference="previous")
-    rises = [scheduler.observe(loss) for loss in (2.0, 1.5, 1.6, 1.65, 1.75, 1.0, 1.1)]
+    rises = [observe(scheduler, loss) for loss in (2.0, 1.5, 1.6, 1.65, 1.75, 1.0, 1.1)]
     assert rises == [False, False, True, False, True, False, True]
 
 
 def test_phi_starts_at_its_setting_and_is_at_most_one():
     scheduler = make(phi=0.85, levels=10, epsilon=0.0)
-    assert [scheduler.observe(1.0) for _ in range(5)] == [False, True, True, False, False]
+    assert [observe(scheduler, 1.0) for _ in range(5)] == [False, True, True, False, False]
     assert scheduler.phi == 1.0
 
 
 def test_draws_depend_only_on_seed_and_step():
     first, second = make(phi=0.5), make(phi=0.5)
-    first.observe(1.0), first.observe(2.0)
+    observe(first, 1.0), observe(first, 2.0)
     second.load_state_dict(first.state_dict())
     assert second.phi == first.phi == pytest.approx(0.6)
     steps = [700, 3, 19_999, 3]
@@ -108,6 +116,70 @@ def test_draws_depend_only_on_seed_and_step():
 
 def test_other_schedules_ignore_validation():
     scheduler = make(kind="mixed")
-    assert not scheduler.observe(1.0)
-    assert not scheduler.observe(9.0)
+    assert not observe(scheduler, 1.0)
+    assert not observe(scheduler, 9.0)
     assert scheduler.phi == 0
+
+
+def test_gap_sets_phi_to_the_share_of_the_loss_on_outputs():
+    scheduler = make(trigger="gap")
+    assert scheduler.needs == {HELD_OUT_LOSS, OUTPUT_LOSS}
+    scheduler.observe(1.0, {HELD_OUT_LOSS: 0.6, OUTPUT_LOSS: 0.8})
+    assert scheduler.phi == pytest.approx(0.25)
+    scheduler.observe(1.0, {HELD_OUT_LOSS: 0.9, OUTPUT_LOSS: 0.8})
+    assert scheduler.phi == 0, "outputs are no harder than held-out rows"
+
+
+def test_overfit_sets_phi_to_the_loss_missing_on_rows():
+    scheduler = make(trigger="overfit")
+    assert scheduler.needs == {HELD_OUT_LOSS}
+    for source, loss in ((Source.DATASET, 0.5), (Source.ROLLOUT, 9.0), (Source.DATASET, 0.7), (Source.REPLAY, 9.0)):
+        scheduler.record(source, loss)
+    scheduler.observe(1.0, {HELD_OUT_LOSS: 0.8})
+    assert scheduler.phi == pytest.approx(1 - 0.6 / 0.8)
+    scheduler.observe(1.0, {HELD_OUT_LOSS: 5.0})
+    assert scheduler.phi == pytest.approx(1 - 0.6 / 0.8), "no step on rows since then"
+    scheduler.record(Source.DATASET, 0.8)
+    scheduler.observe(1.0, {HELD_OUT_LOSS: 0.7})
+    assert scheduler.phi == 0, "rows are as hard as held-out rows"
+    scheduler.record(Source.DATASET, 0.0)
+    scheduler.observe(1.0, {HELD_OUT_LOSS: 0.7})
+    assert 0.9 < scheduler.phi < 1, "some steps on rows remain"
+
+
+def gain_run(scheduler, fall_per_cost):
+    """Return φ of each period of 100 steps; the held-out loss falls by ``fall_per_cost(φ)`` per unit of cost."""
+    loss, phis = 10.0, []
+    scheduler.observe(1.0, {HELD_OUT_LOSS: loss})
+    for _ in range(40):
+        phis.append(scheduler.phi)
+        rollouts = round(100 * scheduler.phi)
+        for step in range(100):
+            scheduler.record(Source.ROLLOUT if step < rollouts else Source.DATASET, 1.0)
+        loss *= 1 - fall_per_cost(scheduler.phi) * (100 - rollouts + 2 * rollouts)
+        scheduler.observe(1.0, {HELD_OUT_LOSS: loss})
+    return phis
+
+
+@pytest.mark.parametrize(("slope", "expected"), [(1e-4, 1.0), (-1e-4, 0.0)])
+def test_gain_moves_phi_to_the_source_with_the_larger_gain(slope, expected):
+    phis = gain_run(make(trigger="gain", phi=0.5), lambda phi: 2e-4 + slope * phi)
+    assert phis[0] == pytest.approx(0.4)
+    assert phis[1] == pytest.approx(0.6)
+    assert abs(phis[-1] - expected) <= 0.2 + 1e-9
+    assert all(0 <= phi <= 1 for phi in phis)
+
+
+@pytest.mark.parametrize("trigger", ["gap", "gain", "overfit"])
+def test_state_of_a_trigger_round_trips(trigger):
+    first, second = make(trigger=trigger, phi=0.3), make(trigger=trigger, phi=0.3)
+    for loss in (1.0, 0.9):
+        first.record(Source.DATASET, 0.4)
+        first.observe(1.0, {HELD_OUT_LOSS: loss, OUTPUT_LOSS: 1.2})
+        first.record(Source.DATASET, 0.5)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for scheduler in (first, second):
+        scheduler.record(Source.DATASET, 0.3)
+        scheduler.observe(1.0, {HELD_OUT_LOSS: 0.8, OUTPUT_LOSS: 1.0})
+    assert first.phi == second.phi
+    assert first.state_dict() == second.state_dict()

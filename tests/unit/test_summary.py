@@ -229,6 +229,12 @@ def test_empty_table_has_a_header():
             "Every step used data set rows (600 steps). φ rose once, from 0 to 0.10. No student outputs were drawn.",
         ),
         ({"dataset": 1200, "rollout": 0}, None, "Every step used data set rows (1,200 steps)."),
+        (
+            {"dataset": 300, "rollout": 100},
+            [0.5, 0.2, 0.6, 0.4],
+            "Of 400 steps 300 (75%) used data set rows and 100 (25%) fresh rollouts. "
+            "φ went from 0.50 to 0.40, between 0.20 and 0.60.",
+        ),
         ({"rollout": 600}, None, "Every step used fresh rollouts (600 steps)."),
         ({"dataset": 1}, None, "The one step used data set rows."),
         ({"dataset": 2, "other": 2}, None, "Of 4 steps 2 (50%) used data set rows and 2 (50%) other."),

@@ -3,7 +3,9 @@
 import copy
 import gc
 import weakref
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -116,6 +118,58 @@ def test_replayed_rollout_is_computed_once_and_released():
     del fresh, replayed, parts, more
     gc.collect()
     assert [ref for ref in states if ref() is not None] == []
+
+
+@pytest.mark.parametrize("caches_rollouts", [True, False])
+def test_rollout_equal_to_its_row_has_the_states_of_the_row(caches_rollouts):
+    teacher, live = cached(caches_rollouts=caches_rollouts), LocalTeacher(model())
+    first_epoch(teacher)
+    computed = teacher.tokens
+    equal = [Rollout(s.prompt.copy(), s.response.copy(), s.row) for s in ROWS[:3]]
+    assert_close(teacher.hidden(collate(equal), equal), live.hidden(collate(equal), equal), **TOLERANCE[torch.float32])
+    assert teacher.tokens == computed, "nothing is computed"
+
+    mixed = [equal[0], *rollouts(5)[3:], equal[1]]
+    assert_close(teacher.hidden(collate(mixed), mixed), live.hidden(collate(mixed), mixed), **TOLERANCE[torch.float32])
+    assert teacher.tokens == computed + sum(len(s.response) for s in mixed[1:3])
+    assert all((s.teacher_hidden_ND is not None) == caches_rollouts for s in mixed[1:3])
+
+
+def test_rollout_of_multi_turn_row_is_not_taken_for_the_row():
+    row = replace(ROWS[0], turns=np.array([1]))
+    table = HiddenStateTable([row])
+    assert table.row_equal_to(Rollout(row.prompt, row.response, 0)) is None
+    assert table.row_equal_to(Rollout(row.prompt, row.response, 1)) is None, "no such row"
+
+
+def test_bulk_of_rollouts_has_the_states_of_single_ones():
+    teacher, live = cached(caches_rollouts=True), LocalTeacher(model())
+    first_epoch(teacher)
+    computed = teacher.tokens
+    bulk = [*rollouts(9), Rollout(ROWS[9].prompt, ROWS[9].response, 9)]
+    teacher.cache_bulk(bulk, torch.device("cpu"), rows=4, pass_overhead=1)
+    assert teacher.tokens == computed + sum(len(s.response) for s in bulk[:9]), "the last one equals its row"
+    for picks in (bulk[:4], bulk[4:]):
+        found = teacher.hidden(collate(picks), picks)
+        assert_close(found, live.hidden(collate(picks), picks), **TOLERANCE[torch.float32])
+    assert teacher.tokens == computed + sum(len(s.response) for s in bulk[:9])
+
+
+def test_out_of_memory_halves_the_bulk():
+    teacher = cached(caches_rollouts=True)
+    compute, sizes = teacher.compute, []
+
+    def limited(batch):
+        sizes.append(batch.size)
+        if batch.size > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return compute(batch)
+
+    teacher.compute = limited
+    bulk = rollouts(8)
+    teacher.cache_bulk(bulk, torch.device("cpu"), rows=8, pass_overhead=1000)
+    assert all(s.teacher_hidden_ND is not None for s in bulk)
+    assert max(sizes) > 2 >= sizes[-1]
 
 
 def test_cached_states_of_rollouts_are_saved_and_restored():
