@@ -42,7 +42,7 @@ class SequencePool:
     teacher's, and the student's if they are sampled for a whole epoch). bulk: number of rollout batches sampled at
     once, for the next steps that need one; a large batch costs little more to decode than a small one. rows_beside:
     also train on the step's rows in each step on student outputs. sampling: a context for sampling from the student
-    (evaluation mode, autocast). score: computes and caches the teacher's states of rollouts that were sampled together.
+    (evaluation mode, autocast).
     """
 
     def __init__(
@@ -55,7 +55,6 @@ class SequencePool:
         bulk: int = 1,
         rows_beside: bool = False,
         sampling: Callable[[], AbstractContextManager[None]] = nullcontext,
-        score: Callable[[SequenceOf[Rollout]], None] | None = None,
     ):
         self.rows = rows
         self.scheduler = scheduler
@@ -64,7 +63,6 @@ class SequencePool:
         self.bulk = bulk
         self.rows_beside = rows_beside
         self.sampling = sampling
-        self.score = score
         self.replay = new_buffer(scheduler, step_rows=len(rows(0)))
         self.counts = SampleCounts()
         self.waiting: dict[int, list[Rollout]] = {}  # batches sampled ahead, by the step they were sampled for
@@ -125,14 +123,12 @@ class SequencePool:
             with self.sampling():
                 sampled = self.student.sample([row for batch in batches.values() for row in batch], step)
             self._count(sampled, is_teachers=False)
-            self.replay.share_teacher_hidden(sampled)
-            if self.score is not None:
-                self.score(sampled)
             remaining = iter(sampled)
             for future_step, batch in batches.items():
                 self.waiting[future_step] = [next(remaining) for _ in batch]
         oldest = min(self.waiting)
         self._served = (oldest, self.waiting.pop(oldest))
+        self.replay.share_teacher_hidden(self._served[1])
         return self._served[1]
 
     def _count(self, sampled: SequenceOf[Sequence], *, is_teachers: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,14 +23,12 @@ from distillm_cli.rollouts.sampler import ModelSampler, Sampler
 from distillm_cli.rollouts.scheduler import Scheduler, Source, build_scheduler
 from distillm_cli.runs import output_dir
 from distillm_cli.runs.prepare import Prepared
-from distillm_cli.teachers.cached import CachedTeacher
 from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.training.checkpoint import Checkpoints
 from distillm_cli.training.events import Listener, Warned
 from distillm_cli.training.state import RunInfo
 from distillm_cli.training.trainer import Trainer
 from distillm_cli.training.validation import ScheduleProbe, Validator
-from distillm_cli.types import Rollout
 from distillm_cli.utils.modules import eval_mode
 
 if TYPE_CHECKING:
@@ -94,7 +91,6 @@ def build_trainer(
         bulk=recipe.rollout.bulk,
         rows_beside=objective.rows_beside,
         sampling=sampling,
-        score=_bulk_scoring(run, teacher),
     )
     probe = None
     if scheduler.needs and not run.answered:
@@ -139,15 +135,6 @@ def build_trainer(
         config=recipe.train,
         run=info,
         listener=listener,
-    )
-
-
-def _bulk_scoring(run: Prepared, teacher: LocalTeacher | None) -> Callable[[SequenceOf[Rollout]], None] | None:
-    """Return what caches the teacher's states of rollouts sampled together; None if they are not cached."""
-    if not (isinstance(teacher, CachedTeacher) and teacher.caches_rollouts and run.recipe.rollout.bulk > 1):
-        return None
-    return partial(
-        teacher.cache_bulk, device=run.device, rows=run.recipe.train.batch_size, pass_overhead=run.pass_overhead
     )
 
 

@@ -139,12 +139,12 @@ class CacheWorkload:
 
     @property
     def _rollout_tokens(self) -> float:
-        """Return the response tokens of a full replay buffer and a bulk, or of all rollouts of the run if they are fewer."""
+        """Return the response tokens of a full replay buffer, or of all rollouts of the run if they are fewer."""
         train = self.recipe.train
         step_rows = train.batch_size * train.accumulate
         if self.rows:
             step_rows = min(step_rows, self.rows)
-        capacity = self._schedule.capacity(step_rows) + self.recipe.rollout.bulk * step_rows
+        capacity = self._schedule.capacity(step_rows)
         return min(capacity, (self.steps or math.inf) * step_rows) * self.recipe.rollout.max_new_tokens
 
     @property

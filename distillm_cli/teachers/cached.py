@@ -16,7 +16,6 @@ from torch import Tensor
 from distillm_cli.losses.fused import HeadLike
 from distillm_cli.teachers.local import LanguageModel, LocalTeacher
 from distillm_cli.types import MIN_PASS_OVERHEAD, Batch, Rollout, Sequence, collate, length_groups, moved
-from distillm_cli.utils.memory import retry_halved
 
 
 class CachedTeacher(LocalTeacher):
@@ -77,24 +76,6 @@ class CachedTeacher(LocalTeacher):
         if self.releases_model and not self.has_released_model:
             self._release_when_complete(device)
         return hidden_ND
-
-    def cache_bulk(self, rollouts: SequenceOf[Rollout], device: torch.device, *, rows: int, pass_overhead: int) -> None:
-        """Compute and cache the states of rollouts that were sampled together, in groups of similar length.
-
-        A few large passes cost less than one for each later step. rows, pass_overhead: those of ``length_groups``.
-        """
-
-        def compute() -> None:
-            missing = [s for s in rollouts if s.teacher_hidden_ND is None and self._as_row(s) is s]
-            self._compute_all(length_groups(missing, rows, pass_overhead), device)
-
-        def halve() -> bool:
-            nonlocal rows
-            rows = rows // 2
-            return rows > 0
-
-        with torch.no_grad():
-            retry_halved(compute, halve)
 
     def begin_step(self) -> None:
         self._new_rollouts.clear()

@@ -140,17 +140,8 @@ def test_checkpoint_with_other_weights_is_an_error(cli, finished_run, tmp_path):
 @pytest.mark.parametrize("trigger", ["gap", "gain", "overfit"])
 def test_resume_of_a_trigger_matches_uninterrupted_run(cli, workdir, trigger):
     # With φ = 0.5 there are rollouts and replay from the start; validations change it.
-    schedule = [
-        *(
-            f"--set={field}"
-            for field in (
-                f"schedule.trigger={trigger}",
-                "schedule.phi=0.5",
-                "schedule.capacity=8",
-                "schedule.warm_up=none",
-            )
-        ),
-    ]
+    fields = (f"schedule.trigger={trigger}", "schedule.phi=0.5", "schedule.capacity=8", "schedule.warm_up=none")
+    schedule = [f"--set={field}" for field in fields]
     argv = [*KD, *SAVING, *schedule, "--keep", "9", "--set", "train.eval_steps=5", "--steps", "12", "--output", "whole"]
     argv[argv.index("kd")] = "distillm"
     code, whole, err = cli(*argv)

@@ -142,36 +142,6 @@ def test_rollout_of_multi_turn_row_is_not_taken_for_the_row():
     assert table.row_equal_to(Rollout(row.prompt, row.response, 1)) is None, "no such row"
 
 
-def test_bulk_of_rollouts_has_the_states_of_single_ones():
-    teacher, live = cached(caches_rollouts=True), LocalTeacher(model())
-    first_epoch(teacher)
-    computed = teacher.tokens
-    bulk = [*rollouts(9), Rollout(ROWS[9].prompt, ROWS[9].response, 9)]
-    teacher.cache_bulk(bulk, torch.device("cpu"), rows=4, pass_overhead=1)
-    assert teacher.tokens == computed + sum(len(s.response) for s in bulk[:9]), "the last one equals its row"
-    for picks in (bulk[:4], bulk[4:]):
-        found = teacher.hidden(collate(picks), picks)
-        assert_close(found, live.hidden(collate(picks), picks), **TOLERANCE[torch.float32])
-    assert teacher.tokens == computed + sum(len(s.response) for s in bulk[:9])
-
-
-def test_out_of_memory_halves_the_bulk():
-    teacher = cached(caches_rollouts=True)
-    compute, sizes = teacher.compute, []
-
-    def limited(batch):
-        sizes.append(batch.size)
-        if batch.size > 2:
-            raise torch.OutOfMemoryError("out of memory")
-        return compute(batch)
-
-    teacher.compute = limited
-    bulk = rollouts(8)
-    teacher.cache_bulk(bulk, torch.device("cpu"), rows=8, pass_overhead=1000)
-    assert all(s.teacher_hidden_ND is not None for s in bulk)
-    assert max(sizes) > 2 >= sizes[-1]
-
-
 def test_cached_states_of_rollouts_are_saved_and_restored():
     teacher, other = cached(caches_rollouts=True), cached(caches_rollouts=True)
     fresh = rollouts(5)
