@@ -15,6 +15,11 @@ from pydantic import Field
 
 from distillm_cli.config.fields import Positive, Probability, Section, TaggedUnion, UsedWhen
 
+# Figures of a validation that φ may depend on, nats per token: the training loss on held-out rows, and that on fresh student
+# outputs for their prompts.
+HELD_OUT_LOSS = "held_out_loss"
+OUTPUT_LOSS = "output_loss"
+
 _REPLAYED = {"schedule.replay": ("decreasing", "constant", "increasing")}
 _AUTO_REPLAY = {"schedule.replay": ("auto",)}
 _FROM_BUFFER = {"schedule.fresh": ("buffer",)}
@@ -25,7 +30,7 @@ _WARM_UP: Literal["fill", "none"] = Field(
     "such phase (paper).",
 )
 _BY_LOSS = UsedWhen({"schedule.trigger": ("loss",)})
-_BY_GAIN = UsedWhen({"schedule.trigger": ("gain",)})
+_BY_COST = UsedWhen({"schedule.trigger": ("overfit", "gain")})
 _IN_LEVELS = UsedWhen({"schedule.trigger": ("loss", "gain")})
 _CURVED = UsedWhen({"schedule.anneal": ("exponential", "sigmoid")})
 
@@ -79,9 +84,9 @@ class ScheduleConfig(Section):
         return False
 
     @property
-    def measures_held_out(self) -> bool:
-        """Return whether φ depends on the training loss on held-out rows."""
-        return False
+    def measures(self) -> frozenset[str]:
+        """Return the figures of a validation that φ depends on, besides the validation loss."""
+        return frozenset()
 
 
 class OffConfig(ScheduleConfig):
@@ -191,13 +196,18 @@ class AdaptiveConfig(BufferedConfig):
         description="Loss that ε is added to: the loss at the last rise of φ (official code), or the previous one "
         "(paper).",
     )
-    rollout_cost: Annotated[float, Field(gt=0), _BY_GAIN] = Field(
-        2.0, description="Cost of a step with fresh student outputs, in steps on data set rows."
+    rollout_cost: Annotated[float, Field(gt=0), _BY_COST] = Field(
+        2.0, description="Cost of a step with student outputs, in steps on data set rows."
     )
 
     @property
-    def measures_held_out(self) -> bool:
-        return self.trigger != "loss"
+    def measures(self) -> frozenset[str]:
+        return {
+            "loss": frozenset[str](),
+            "gap": frozenset({HELD_OUT_LOSS, OUTPUT_LOSS}),
+            "gain": frozenset({HELD_OUT_LOSS}),
+            "overfit": frozenset({HELD_OUT_LOSS}),
+        }[self.trigger]
 
 
 class _RowSampleConfig(ScheduleConfig):

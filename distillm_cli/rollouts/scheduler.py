@@ -22,6 +22,8 @@ from enum import StrEnum
 from typing import Any, ClassVar, TypeVar
 
 from distillm_cli.config.schedule import (
+    HELD_OUT_LOSS,
+    OUTPUT_LOSS,
     AdaptiveConfig,
     AnnealedConfig,
     BufferedConfig,
@@ -34,11 +36,6 @@ from distillm_cli.config.schedule import (
     ScheduleConfig,
     TeacherSamplesConfig,
 )
-
-# Figures of a validation that a schedule may need, nats per token: the training loss on held-out rows, and the divergence on
-# fresh student outputs for their prompts.
-HELD_OUT_LOSS = "held_out_loss"
-OUTPUT_LOSS = "output_loss"
 
 _MAX_PHI = 0.95  # some steps on rows remain, by which φ is measured
 
@@ -58,7 +55,6 @@ class Scheduler(ABC):
     """
 
     in_rounds: ClassVar[bool] = False  # rollouts are replayed in whole rounds, each in a new order
-    needs: ClassVar[frozenset[str]] = frozenset()  # figures of a validation: HELD_OUT_LOSS, OUTPUT_LOSS
 
     def __init__(self, config: ScheduleConfig, *, steps: int, seed: int, batches: int = 1):
         self.config = config
@@ -125,7 +121,7 @@ class Scheduler(ABC):
     def observe(self, valid_loss: float, figures: Mapping[str, float | None]) -> None:  # noqa: B027
         """Process a validation: the cross-entropy, nats per token, and further figures by name. φ may change.
 
-        The figures include those in ``needs``.
+        The figures include those in ``config.measures``.
         """
 
     def state_dict(self) -> dict[str, Any]:
@@ -311,8 +307,6 @@ class AdaptiveScheduler(PhiScheduler):
 class GapScheduler(PhiScheduler):
     """Set φ to the exposure gap: the share of the loss on student outputs that the held-out rows do not have."""
 
-    needs = frozenset({HELD_OUT_LOSS, OUTPUT_LOSS})
-
     def observe(self, valid_loss: float, figures: Mapping[str, float | None]) -> None:
         held_out, outputs = figures.get(HELD_OUT_LOSS), figures.get(OUTPUT_LOSS)
         if held_out is not None and outputs:
@@ -321,14 +315,13 @@ class GapScheduler(PhiScheduler):
 
 @register(AdaptiveConfig, "overfit")
 class OverfitScheduler(PhiScheduler):
-    """Set φ to the share of the held-out loss that is missing on training rows.
+    """Set φ to 1 − c·L_rows / L_held-out, with c the cost of a step on student outputs in steps on rows.
 
-    The loss on rows is the mean over the steps on data set rows since the last validation, each before its update. While
-    rows are new to the student, it equals the held-out loss, and φ is 0. The more the student has fitted them, the less
-    another step on them teaches; student outputs are new sequences for the same prompts.
+    L_rows is the mean loss of the steps on data set rows since the last validation, each before its update. While rows are
+    new to the student, it equals L_held-out. Their ratio then falls as the student fits them, and with it what another step
+    on them teaches. Student outputs are new sequences for the same prompts, so they are worth their cost when the ratio is
+    below 1/c.
     """
-
-    needs = frozenset({HELD_OUT_LOSS})
 
     def __init__(self, config: ScheduleConfig, **settings: int):
         super().__init__(config, **settings)
@@ -347,7 +340,7 @@ class OverfitScheduler(PhiScheduler):
         # The losses on rows are of the whole time since the last validation. While the loss falls fast, their mean is above
         # the held-out loss of this moment, and φ is 0.
         rows = self.row_loss / self.row_steps
-        self._phi = min(max(1.0 - rows / held_out, 0.0), _MAX_PHI) if held_out > 0 else 0.0
+        self._phi = min(max(1.0 - self.config.rollout_cost * rows / held_out, 0.0), _MAX_PHI) if held_out > 0 else 0.0
         self.row_loss = 0.0
         self.row_steps = 0
 
@@ -365,12 +358,11 @@ class GainScheduler(PhiScheduler):
     """Move φ by 1/levels towards the share of student outputs with which the held-out loss falls faster per cost.
 
     Between validations φ is one level above and one below its center in turn, so that each source has a share of at least
-    1/levels. Of two such periods, the one with the larger relative fall of the held-out loss per cost wins. A step on fresh
-    student outputs costs ``rollout_cost``, any other 1: measured seconds would make runs irreproducible.
+    1/levels. Of two such periods, the one with the larger relative fall of the held-out loss per cost wins. A step on
+    student outputs costs ``rollout_cost``, one on rows 1: measured seconds would make runs irreproducible.
     """
 
     config: AdaptiveConfig
-    needs = frozenset({HELD_OUT_LOSS})
 
     def __init__(self, config: ScheduleConfig, **settings: int):
         super().__init__(config, **settings)
@@ -385,7 +377,7 @@ class GainScheduler(PhiScheduler):
         return min(max(self._phi + (level if self.has_more else -level), 0.0), 1.0)
 
     def record(self, source: Source, loss: float) -> None:
-        self.cost += self.config.rollout_cost if source is Source.ROLLOUT else 1.0
+        self.cost += 1.0 if source is Source.DATASET else self.config.rollout_cost
 
     def observe(self, valid_loss: float, figures: Mapping[str, float | None]) -> None:
         held_out = figures.get(HELD_OUT_LOSS)
@@ -403,8 +395,13 @@ class GainScheduler(PhiScheduler):
         self.cost = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("_phi", "cost", "previous", "rate", "has_more")
-        return {name.lstrip("_"): getattr(self, name) for name in names}
+        return {
+            "phi": self._phi,
+            "cost": self.cost,
+            "previous": self.previous,
+            "rate": self.rate,
+            "has_more": self.has_more,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._phi = state["phi"]

@@ -93,16 +93,17 @@ def build_trainer(
         sampling=sampling,
     )
     probe = None
-    if scheduler.needs and not run.answered:
+    if recipe.schedule.measures and not run.answered:
         what = f"φ stays {scheduler.phi:g}: its trigger needs held-out rows with responses"
         listener(Warned(f"{what}; set data.valid=FILE, or another schedule.trigger"))
-    if scheduler.needs and teacher is not None and run.answered:
+    if recipe.schedule.measures and teacher is not None and run.answered:
         spread = np.linspace(0, len(run.answered) - 1, min(_PROBE_ROWS, len(run.answered)))
         probe = ScheduleProbe(
             [run.answered[int(i)] for i in spread],
             info,
             teacher,
-            needs=scheduler.needs,
+            batch_rows=_PROBE_ROWS,
+            figures=recipe.schedule.measures,
             sampler=ModelSampler(
                 run.student,
                 recipe.rollout,

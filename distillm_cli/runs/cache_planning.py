@@ -299,7 +299,7 @@ def _root(run: Prepared) -> Path:
 def _validation_rows(run: Prepared) -> list[Sequence]:
     """Return the validation rows whose states are cached: all if a divergence is measured on them, else none."""
     recipe = run.recipe
-    is_measured = recipe.train.select == "valid_divergence" or recipe.schedule.measures_held_out
+    is_measured = recipe.train.select == "valid_divergence" or bool(recipe.schedule.measures)
     return run.valid.sequences if is_measured else []
 
 

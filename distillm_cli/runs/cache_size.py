@@ -101,7 +101,7 @@ class CacheWorkload:
         if mode == "off" or (mode == "auto" and not self.anything_repeats):
             return CacheSize()
         has_rows = self.rows_repeat if mode == "auto" else uses_rows(self.recipe)
-        is_measured = self.recipe.train.select == "valid_divergence" or self.recipe.schedule.measures_held_out
+        is_measured = self.recipe.train.select == "valid_divergence" or bool(self.recipe.schedule.measures)
         return CacheSize(
             rows=self._bytes(self.row_tokens) if has_rows else 0,
             rollouts=self._bytes(self._rollout_tokens) if self.rollouts_repeat else 0,

@@ -9,10 +9,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from distillm_cli.config.fields import is_lower_better
+from distillm_cli.config.schedule import HELD_OUT_LOSS, OUTPUT_LOSS
 from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.losses.weights import CROSS_ENTROPY, LossWeights
 from distillm_cli.rollouts.sampler import Sampler
-from distillm_cli.rollouts.scheduler import HELD_OUT_LOSS, OUTPUT_LOSS, Source
+from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.training.events import Listener, Warned
 from distillm_cli.training.state import RunInfo
@@ -22,10 +23,38 @@ from distillm_cli.utils.memory import retry_halved
 from distillm_cli.utils.modules import eval_mode
 
 
+def mean_loss(
+    batches: SequenceOf[SequenceOf[Sequence]],
+    weights: LossWeights,
+    student_loss: StudentLoss,
+    run: RunInfo,
+    teacher: LocalTeacher | None,
+    *,
+    autocast: bool = True,
+) -> float:
+    """Return the mean loss over all supervised tokens, nats. The caller sets evaluation mode and ``no_grad``.
+
+    autocast: compute in the student's training precision; False computes in the model's own dtype.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    tokens = torch.zeros((), dtype=torch.int64)
+    for sequences in batches:
+        batch = collate(sequences).to(run.device)
+        teacher_hidden_ND = None
+        if teacher is not None and weights.kd:
+            teacher_hidden_ND = teacher.hidden(batch, sequences)
+        with run.autocast() if autocast else nullcontext():
+            part, count = student_loss([batch], teacher_hidden_ND, weights)
+        total = total + on_float64_device(part).double()
+        tokens = tokens + on_float64_device(count)
+    return (total / tokens).item()
+
+
 class ScheduleProbe:
     """Measure, on a sample of the validation rows, the figures that the schedule needs.
 
-    rows: the sample. needs: see ``Scheduler.needs``. sampler: of student outputs. sampling: the context for sampling.
+    rows: the sample. batch_rows: rows of a forward pass, fewer if memory runs out. figures: ``ScheduleConfig.measures``.
+    sampler: of student outputs. sampling: the context for sampling.
     """
 
     def __init__(
@@ -34,42 +63,45 @@ class ScheduleProbe:
         run: RunInfo,
         teacher: LocalTeacher,
         *,
-        needs: frozenset[str],
-        sampler: Sampler | None,
+        batch_rows: int,
+        figures: frozenset[str],
+        sampler: Sampler,
         sampling: Callable[[], AbstractContextManager[None]],
     ):
         self.rows = rows
         self.run = run
         self.teacher = teacher
-        self.needs = needs
+        self.batch_rows = batch_rows
+        self.figures = figures
         self.sampler = sampler
         self.sampling = sampling
 
     def measure(self, student_loss: StudentLoss, step: int) -> dict[str, float | None]:
         """Return the figures by name, means per token in nats. The caller sets evaluation mode and ``no_grad``."""
-        figures: dict[str, float | None] = {}
+        measured: dict[str, float | None] = {}
         progress = step / self.run.steps
-        if HELD_OUT_LOSS in self.needs:
+        if HELD_OUT_LOSS in self.figures:
             weights = student_loss.criterion.weights(Source.DATASET, progress)
-            figures[HELD_OUT_LOSS] = self._mean(student_loss, self.rows, weights)
-        if OUTPUT_LOSS in self.needs and self.sampler is not None:
+            measured[HELD_OUT_LOSS] = self._mean(student_loss, self.rows, weights)
+        if OUTPUT_LOSS in self.figures:
             with self.sampling():
                 outputs = self.sampler.sample(self.rows, step)
             weights = student_loss.criterion.weights(Source.ROLLOUT, progress)
-            figures[OUTPUT_LOSS] = self._mean(student_loss, outputs, weights)
-        return figures
+            measured[OUTPUT_LOSS] = self._mean(student_loss, outputs, weights)
+        return measured
 
     def _mean(self, student_loss: StudentLoss, sequences: SequenceOf[Sequence], weights: LossWeights) -> float:
-        total = torch.zeros((), dtype=torch.float64)
-        tokens = 0
-        for group in length_groups(sequences, len(sequences), self.run.pass_overhead):
-            batch = collate(group).to(self.run.device)
-            hidden_ND = self.teacher.hidden(batch, group) if weights.kd else None
-            with self.run.autocast():
-                part, _ = student_loss([batch], hidden_ND, weights)
-            total = total + on_float64_device(part).double()
-            tokens += batch.tokens
-        return (total / tokens).item()
+        def attempt() -> float:
+            batches = length_groups(sequences, self.batch_rows, self.run.pass_overhead)
+            return mean_loss(batches, weights, student_loss, self.run, self.teacher)
+
+        return retry_halved(attempt, self._halve)
+
+    def _halve(self) -> bool:
+        if self.batch_rows == 1:
+            return False
+        self.batch_rows //= 2
+        return True
 
 
 class Validator:
@@ -120,25 +152,11 @@ class Validator:
         return value < best if is_lower_better(self.select) else value > best
 
     def mean(self, weights: LossWeights, student_loss: StudentLoss, *, autocast: bool = True) -> float:
-        """Return the mean loss over all supervised tokens, nats. The caller sets evaluation mode and ``no_grad``.
-
-        autocast: compute in the student's training precision; False computes in the model's own dtype.
-        """
-        return retry_halved(lambda: self._mean(weights, student_loss, autocast), self._halve)
-
-    def _mean(self, weights: LossWeights, student_loss: StudentLoss, autocast: bool) -> float:
-        total = torch.zeros((), dtype=torch.float64)
-        tokens = torch.zeros((), dtype=torch.int64)
-        for sequences in self.batches:
-            batch = collate(sequences).to(self.run.device)
-            teacher_hidden_ND = None
-            if self.teacher is not None and weights.kd:
-                teacher_hidden_ND = self.teacher.hidden(batch, sequences)
-            with self.run.autocast() if autocast else nullcontext():
-                part, count = student_loss([batch], teacher_hidden_ND, weights)
-            total = total + on_float64_device(part).double()
-            tokens = tokens + on_float64_device(count)
-        return (total / tokens).item()
+        """Return ``mean_loss`` over the validation rows, in smaller batches if memory runs out."""
+        return retry_halved(
+            lambda: mean_loss(self.batches, weights, student_loss, self.run, self.teacher, autocast=autocast),
+            self._halve,
+        )
 
     def _halve(self) -> bool:
         """Split the batches into halves of the largest; return whether that was possible."""

@@ -123,25 +123,25 @@ def test_other_schedules_ignore_validation():
 
 def test_gap_sets_phi_to_the_share_of_the_loss_on_outputs():
     scheduler = make(trigger="gap")
-    assert scheduler.needs == {HELD_OUT_LOSS, OUTPUT_LOSS}
+    assert scheduler.config.measures == {HELD_OUT_LOSS, OUTPUT_LOSS}
     scheduler.observe(1.0, {HELD_OUT_LOSS: 0.6, OUTPUT_LOSS: 0.8})
     assert scheduler.phi == pytest.approx(0.25)
     scheduler.observe(1.0, {HELD_OUT_LOSS: 0.9, OUTPUT_LOSS: 0.8})
     assert scheduler.phi == 0, "outputs are no harder than held-out rows"
 
 
-def test_overfit_sets_phi_to_the_loss_missing_on_rows():
-    scheduler = make(trigger="overfit")
-    assert scheduler.needs == {HELD_OUT_LOSS}
-    for source, loss in ((Source.DATASET, 0.5), (Source.ROLLOUT, 9.0), (Source.DATASET, 0.7), (Source.REPLAY, 9.0)):
+def test_overfit_sets_phi_once_rows_are_worth_less_than_outputs_cost():
+    scheduler = make(trigger="overfit", rollout_cost=2.0)
+    assert scheduler.config.measures == {HELD_OUT_LOSS}
+    for source, loss in ((Source.DATASET, 0.2), (Source.ROLLOUT, 9.0), (Source.DATASET, 0.4), (Source.REPLAY, 9.0)):
         scheduler.record(source, loss)
     scheduler.observe(1.0, {HELD_OUT_LOSS: 0.8})
-    assert scheduler.phi == pytest.approx(1 - 0.6 / 0.8)
+    assert scheduler.phi == pytest.approx(1 - 2 * 0.3 / 0.8)
     scheduler.observe(1.0, {HELD_OUT_LOSS: 5.0})
-    assert scheduler.phi == pytest.approx(1 - 0.6 / 0.8), "no step on rows since then"
-    scheduler.record(Source.DATASET, 0.8)
-    scheduler.observe(1.0, {HELD_OUT_LOSS: 0.7})
-    assert scheduler.phi == 0, "rows are as hard as held-out rows"
+    assert scheduler.phi == pytest.approx(1 - 2 * 0.3 / 0.8), "no step on rows since then"
+    scheduler.record(Source.DATASET, 0.5)
+    scheduler.observe(1.0, {HELD_OUT_LOSS: 0.9})
+    assert scheduler.phi == 0, "rows still have more than half of the held-out loss"
     scheduler.record(Source.DATASET, 0.0)
     scheduler.observe(1.0, {HELD_OUT_LOSS: 0.7})
     assert 0.9 < scheduler.phi < 1, "some steps on rows remain"
