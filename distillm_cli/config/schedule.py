@@ -30,7 +30,8 @@ _WARM_UP: Literal["fill", "none"] = Field(
     "such phase (paper).",
 )
 _BY_LOSS = UsedWhen({"schedule.trigger": ("loss",)})
-_BY_COST = UsedWhen({"schedule.trigger": ("overfit", "gain")})
+_BY_GAIN = UsedWhen({"schedule.trigger": ("gain",)})
+_ROLLOUT_COST: float = Field(2.0, gt=0, description="Cost of a step on student outputs, in steps on data set rows.")
 _IN_LEVELS = UsedWhen({"schedule.trigger": ("loss", "gain")})
 _CURVED = UsedWhen({"schedule.anneal": ("exponential", "sigmoid")})
 
@@ -41,7 +42,7 @@ class ScheduleConfig(Section):
     ``ScheduleConfig(kind="mixed", mix=0.3)`` returns the member of that kind. trains_on: description of the sequences.
     uses_rows: they include data set rows with their own responses. uses_student_outputs, uses_teacher_samples: they
     include sequences that the models generate. drafts: the student drafts and the teacher corrects. has_phi: student outputs
-    are used with probability φ, which rises with the validation loss.
+    are used with probability φ, which changes at validations.
     """
 
     trains_on: ClassVar[str]
@@ -54,7 +55,7 @@ class ScheduleConfig(Section):
     kind: str = Field(
         "adaptive",
         description="Sequences of each step. off: data set rows. on: rollouts. mixed: GKD. annealed: ImitKD. adaptive: "
-        "DistiLLM. teacher: teacher samples. pairs: a sample of both "
+        "DistiLLM. auto: student outputs once the rows are fitted (ours). teacher: teacher samples. pairs: a sample of both "
         "models for each prompt. interleaved: rollouts that the teacher corrects (speculative KD). rounds: rollout.bulk "
         "batches of rollouts, trained on inner_epochs times, then the next (MiniLLM).",
     )
@@ -107,7 +108,7 @@ class BufferedConfig(ScheduleConfig):
     replay: Literal["auto", "none", "decreasing", "constant", "increasing"] = Field(
         "auto",
         description="ρ(t), the share of student outputs that are fresh: 1−t/T, ½ or t/T. none: all are fresh. auto: "
-        "decreasing for adaptive, else none.",
+        "decreasing for adaptive, constant for auto, else none.",
     )
     capacity: Annotated[Positive, UsedWhen(_REPLAYED, _FROM_BUFFER)] = _CAPACITY
     warm_up: Annotated[Literal["fill", "none"], UsedWhen(_REPLAYED)] = _WARM_UP
@@ -168,24 +169,29 @@ class AnnealedConfig(BufferedConfig):
     )
 
 
-class AdaptiveConfig(BufferedConfig):
-    """Adapt the share φ of steps on student outputs at each validation (DistiLLM)."""
+class _ReplayingConfig(BufferedConfig):
+    """Configure a schedule that adapts φ, the share of steps on student outputs, at validations, and replays by default."""
 
     trains_on = "data set rows, rollouts, replay"
     uses_rows = True
-    auto_replay = "decreasing"
     has_phi = True
 
-    kind: Literal["adaptive"] = "adaptive"
     capacity: Annotated[Positive, UsedWhen(_REPLAYED, _AUTO_REPLAY, _FROM_BUFFER)] = _CAPACITY
     warm_up: Annotated[Literal["fill", "none"], UsedWhen(_REPLAYED, _AUTO_REPLAY)] = _WARM_UP
+
+
+class AdaptiveConfig(_ReplayingConfig):
+    """Adapt the share φ of steps on student outputs at each validation (DistiLLM)."""
+
+    auto_replay = "decreasing"
+
+    kind: Literal["adaptive"] = "adaptive"
     phi: Probability = Field(0.0, description="Initial φ of adaptive.")
-    trigger: Literal["loss", "gap", "gain", "overfit"] = Field(
+    trigger: Literal["loss", "gap", "gain"] = Field(
         "loss",
         description="What φ of adaptive follows. loss: it rises when the validation loss has risen (DistiLLM). gap: the "
         "loss on student outputs against that on held-out rows. gain: the fall of the held-out loss per cost of a step, "
-        "with more and with fewer student outputs in turn. overfit: the loss on training rows against that on held-out "
-        "rows.",
+        "with more and with fewer student outputs in turn.",
     )
     epsilon: Annotated[float, _BY_LOSS] = Field(
         0.1, description="ε of adaptive, nats per token. φ rises when the validation loss reaches its reference + ε."
@@ -196,9 +202,7 @@ class AdaptiveConfig(BufferedConfig):
         description="Loss that ε is added to: the loss at the last rise of φ (official code), or the previous one "
         "(paper).",
     )
-    rollout_cost: Annotated[float, Field(gt=0), _BY_COST] = Field(
-        2.0, description="Cost of a step with student outputs, in steps on data set rows."
-    )
+    rollout_cost: Annotated[float, _BY_GAIN] = _ROLLOUT_COST
 
     @property
     def measures(self) -> frozenset[str]:
@@ -206,8 +210,20 @@ class AdaptiveConfig(BufferedConfig):
             "loss": frozenset[str](),
             "gap": frozenset({HELD_OUT_LOSS, OUTPUT_LOSS}),
             "gain": frozenset({HELD_OUT_LOSS}),
-            "overfit": frozenset({HELD_OUT_LOSS}),
         }[self.trigger]
+
+
+class AutoConfig(_ReplayingConfig):
+    """Use student outputs once another step on the rows teaches less than they cost. Not from the paper."""
+
+    auto_replay = "constant"
+
+    kind: Literal["auto"] = "auto"
+    rollout_cost: float = _ROLLOUT_COST
+
+    @property
+    def measures(self) -> frozenset[str]:
+        return frozenset({HELD_OUT_LOSS})
 
 
 class _RowSampleConfig(ScheduleConfig):
@@ -267,7 +283,7 @@ class RoundsConfig(ScheduleConfig):
 
 
 _KINDS = (
-    OffConfig, OnConfig, MixedConfig, AnnealedConfig, AdaptiveConfig,
+    OffConfig, OnConfig, MixedConfig, AnnealedConfig, AdaptiveConfig, AutoConfig,
     TeacherSamplesConfig, PairsConfig, InterleavedConfig, RoundsConfig,
 )  # fmt: skip
 SCHEDULE = TaggedUnion(

@@ -26,6 +26,7 @@ from distillm_cli.config.schedule import (
     OUTPUT_LOSS,
     AdaptiveConfig,
     AnnealedConfig,
+    AutoConfig,
     BufferedConfig,
     InterleavedConfig,
     MixedConfig,
@@ -243,11 +244,11 @@ class AnnealedScheduler(DrawingScheduler):
 class PhiScheduler(DrawingScheduler):
     """Train on student outputs with probability φ, which changes at validations."""
 
-    config: AdaptiveConfig
+    config: AdaptiveConfig | AutoConfig
 
     def __init__(self, config: ScheduleConfig, **settings: int):
         super().__init__(config, **settings)
-        self._phi = self.config.phi
+        self._phi = self.config.phi if isinstance(self.config, AdaptiveConfig) else 0.0
 
     @property
     def phi(self) -> float:
@@ -313,8 +314,8 @@ class GapScheduler(PhiScheduler):
             self._phi = min(max(1.0 - held_out / outputs, 0.0), _MAX_PHI)
 
 
-@register(AdaptiveConfig, "overfit")
-class OverfitScheduler(PhiScheduler):
+@register(AutoConfig)
+class AutoScheduler(PhiScheduler):
     """Set φ to 1 − c·L_rows / L_held-out, with c the cost of a step on student outputs in steps on rows.
 
     L_rows is the mean loss of the steps on data set rows since the last validation, each before its update. While rows are
@@ -322,6 +323,8 @@ class OverfitScheduler(PhiScheduler):
     on them teaches. Student outputs are new sequences for the same prompts, so they are worth their cost when the ratio is
     below 1/c.
     """
+
+    config: AutoConfig
 
     def __init__(self, config: ScheduleConfig, **settings: int):
         super().__init__(config, **settings)
@@ -337,8 +340,6 @@ class OverfitScheduler(PhiScheduler):
         held_out = figures.get(HELD_OUT_LOSS)
         if held_out is None or not self.row_steps:
             return
-        # The losses on rows are of the whole time since the last validation. While the loss falls fast, their mean is above
-        # the held-out loss of this moment, and φ is 0.
         rows = self.row_loss / self.row_steps
         self._phi = min(max(1.0 - self.config.rollout_cost * rows / held_out, 0.0), _MAX_PHI) if held_out > 0 else 0.0
         self.row_loss = 0.0

@@ -130,8 +130,8 @@ def test_gap_sets_phi_to_the_share_of_the_loss_on_outputs():
     assert scheduler.phi == 0, "outputs are no harder than held-out rows"
 
 
-def test_overfit_sets_phi_once_rows_are_worth_less_than_outputs_cost():
-    scheduler = make(trigger="overfit", rollout_cost=2.0)
+def test_auto_sets_phi_once_rows_are_worth_less_than_outputs_cost():
+    scheduler = make(kind="auto", rollout_cost=2.0)
     assert scheduler.config.measures == {HELD_OUT_LOSS}
     for source, loss in ((Source.DATASET, 0.2), (Source.ROLLOUT, 9.0), (Source.DATASET, 0.4), (Source.REPLAY, 9.0)):
         scheduler.record(source, loss)
@@ -170,9 +170,11 @@ def test_gain_moves_phi_to_the_source_with_the_larger_gain(slope, expected):
     assert all(0 <= phi <= 1 for phi in phis)
 
 
-@pytest.mark.parametrize("trigger", ["gap", "gain", "overfit"])
-def test_state_of_a_trigger_round_trips(trigger):
-    first, second = make(trigger=trigger, phi=0.3), make(trigger=trigger, phi=0.3)
+@pytest.mark.parametrize(
+    "settings", [{"trigger": "gap", "phi": 0.3}, {"trigger": "gain", "phi": 0.3}, {"kind": "auto"}]
+)
+def test_state_of_a_schedule_with_phi_round_trips(settings):
+    first, second = make(**settings), make(**settings)
     for loss in (1.0, 0.9):
         first.record(Source.DATASET, 0.4)
         first.observe(1.0, {HELD_OUT_LOSS: loss, OUTPUT_LOSS: 1.2})
