@@ -33,7 +33,7 @@ SCHEDULES = {
     "adaptive": ["--schedule", "adaptive"],
     "gap": ["--schedule", "adaptive", *tasks.sets("schedule.trigger=gap")],
     "gain": ["--schedule", "adaptive", *tasks.sets("schedule.trigger=gain", "schedule.phi=0.5")],
-    "overfit": ["--schedule", "adaptive", *tasks.sets("schedule.trigger=overfit", "schedule.replay=constant")],
+    "auto": ["--schedule", "auto"],
 }
 SFT = "sft"
 ROWS = (500, 1000, 2000, 4000, 8000, 30000)

@@ -43,13 +43,20 @@ class Sequence:
 class Rollout(Sequence):
     """Hold a sampled response, with what was computed for it.
 
-    log_probs_N3: log-probabilities of its tokens under teacher, student and sampler when it was sampled (see
-    ``rollouts.mixture``), nats, float32 on the CPU; None if the sampler gives none. teacher_hidden_ND: the teacher's
-    hidden states, on the CPU, once ``cache_teacher_hidden`` was called.
+    log_probs_NK: log-probabilities of its tokens when it was sampled, nats, float32 on the CPU: under the student [N, 1],
+    or under teacher, student and sampler [N, 3] (see ``rollouts.mixture``); None if the sampler gives none.
+    teacher_hidden_ND: the teacher's hidden states, on the CPU, once ``cache_teacher_hidden`` was called.
     """
 
-    log_probs_N3: torch.Tensor | None = None
+    log_probs_NK: torch.Tensor | None = None
     teacher_hidden_ND: torch.Tensor | None = None
+
+    @property
+    def student_log_probs_N(self) -> torch.Tensor | None:
+        """Return the log-probabilities of its tokens under the student when it was sampled, nats."""
+        if self.log_probs_NK is None:
+            return None
+        return self.log_probs_NK[:, self.log_probs_NK.shape[1] // 2]  # the only column, or the middle one
 
     def cache_teacher_hidden(self, hidden_ND: torch.Tensor | None) -> None:
         """Set the teacher's hidden states, or drop them. They are released with the rollout."""

@@ -31,6 +31,10 @@ _WARM_UP: Literal["fill", "none"] = Field(
 )
 _BY_LOSS = UsedWhen({"schedule.trigger": ("loss",)})
 _BY_GAIN = UsedWhen({"schedule.trigger": ("gain",)})
+_OWN_REPLAYED = UsedWhen(
+    {**_REPLAYED, "schedule.kind": ("on", "mixed", "annealed", "adaptive", "auto")},
+    {**_AUTO_REPLAY, "schedule.kind": ("adaptive", "auto")},
+)
 _ROLLOUT_COST: float = Field(2.0, gt=0, description="Cost of a step on student outputs, in steps on data set rows.")
 _IN_LEVELS = UsedWhen({"schedule.trigger": ("loss", "gain")})
 _CURVED = UsedWhen({"schedule.anneal": ("exponential", "sigmoid")})
@@ -67,6 +71,11 @@ class ScheduleConfig(Section):
     @property
     def may_replay(self) -> bool:
         """Return whether a student output may be trained on more than once."""
+        return False
+
+    @property
+    def weights_replay(self) -> bool:
+        """Return whether a replayed output is weighted by how likely it still is under the student."""
         return False
 
     @property
@@ -118,6 +127,13 @@ class BufferedConfig(ScheduleConfig):
         "from the buffer that it was added to (paper).",
     )
 
+    freshness: Annotated[bool, _OWN_REPLAYED] = Field(
+        False,
+        description="Weight a replayed output by min(1, exp(mean(log q_now − log q_then))), with q the student's "
+        "probability of its tokens now and when it was sampled (in the spirit of f-OPD, arXiv 2605.17862). Costs a forward "
+        "pass.",
+    )
+
     @property
     def replay_course(self) -> str:
         """Return the course of the share of fresh rollouts: ``replay``, with auto replaced by the kind's default."""
@@ -126,6 +142,10 @@ class BufferedConfig(ScheduleConfig):
     @property
     def may_replay(self) -> bool:
         return self.fresh == "buffer" or self.replay_course != "none"
+
+    @property
+    def weights_replay(self) -> bool:
+        return self.freshness
 
     @property
     def buffer_capacity(self) -> int:

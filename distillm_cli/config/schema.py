@@ -27,7 +27,7 @@ from distillm_cli.config.fields import (
     UsedWhen,
 )
 from distillm_cli.config.objective import OBJECTIVE, ObjectiveConfig
-from distillm_cli.config.schedule import SCHEDULE, ScheduleConfig, kinds_with, trains_on_own_outputs
+from distillm_cli.config.schedule import SCHEDULE, BufferedConfig, ScheduleConfig, kinds_with, trains_on_own_outputs
 
 _DRAFTS = UsedWhen({"schedule.kind": kinds_with(lambda kind: kind.drafts)})
 _TEACHER_SAMPLES = UsedWhen({"schedule.kind": kinds_with(lambda kind: kind.uses_teacher_samples)})
@@ -38,6 +38,9 @@ _MAY_MIX = UsedWhen(  # the samples of a whole epoch of pairs come from the stud
         "schedule.kind": kinds_with(lambda kind: kind.uses_student_outputs and kind.uses_teacher_samples),
         "schedule.redraw": ("never",),
     },
+)
+_MAY_REPLAY = UsedWhen(
+    {"schedule.kind": kinds_with(lambda kind: issubclass(kind, BufferedConfig) and not kind.drafts)}, of_method=False
 )
 _STUDENT_DECODES = UsedWhen({"schedule.kind": kinds_with(lambda kind: kind.uses_student_outputs)}, of_method=False)
 _GENERATES = UsedWhen(
@@ -61,6 +64,7 @@ else:
 
 AUTO: Final = "auto"  # for a number: it is chosen to fit the models before the run (runs/defaults.py)
 Auto = Literal["auto"]
+PrefixRange = Annotated[str, Field(pattern=r"^[1-9][0-9]*->[1-9][0-9]*$")]
 _Number = TypeVar("_Number", int, float)
 
 
@@ -309,6 +313,11 @@ class RolloutConfig(Section):
     max_new_tokens: Positive = Field(
         256, description="Maximum length of a response, in tokens. End-of-sequence is included."
     )
+    prefix: Annotated[Positive | PrefixRange | None, _MAY_REPLAY] = Field(
+        None,
+        description="Train on the first tokens of a student output only, and sample no more: 64, or '64->256' for a number "
+        "that grows over the run (arXiv 2602.15260).",
+    )
     teacher_temperature: Annotated[float, Field(ge=0), _TEACHER_DECODES] = Field(
         1.0, description="Sampling temperature of the teacher during training. 0 is greedy."
     )
@@ -336,6 +345,16 @@ class RolloutConfig(Section):
         description="α of the mixture α·teacher + (1 − α)·student that rollouts are sampled from (MiniLLM: 0.2). 0: the "
         "student alone.",
     )
+
+    def most_new_tokens(self, progress: float) -> int:
+        """Return the maximum length of a student output once ``progress`` (0 to 1) of the run is done."""
+        if self.prefix is None:
+            return self.max_new_tokens
+        first, last = self.prefix, self.prefix
+        if isinstance(self.prefix, str):
+            first, last = self.prefix.split("->")
+        prefix = int(first) + (int(last) - int(first)) * min(progress, 1.0)
+        return min(self.max_new_tokens, round(prefix))
 
 
 class TrainConfig(Section):

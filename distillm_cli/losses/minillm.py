@@ -142,8 +142,8 @@ class MiniLLM(KD):
 def _log_probs(output: Sequence) -> Tensor:
     """Return the log-probabilities [N, 3] of an output, which ``MixtureSampler`` has stored with it."""
     assert isinstance(output, Rollout)
-    assert output.log_probs_N3 is not None
-    return output.log_probs_N3
+    assert output.log_probs_NK is not None
+    return output.log_probs_NK
 
 
 def _weights(log_probs_N3: Tensor) -> Tensor:

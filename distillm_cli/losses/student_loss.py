@@ -101,17 +101,22 @@ class StudentLoss(nn.Module):
         return concatenate([hidden_ND for hidden_ND, _ in found]), balance
 
     @torch.no_grad()
-    def log_probs(self, batches: SequenceOf[Batch], teacher_hidden_ND: Tensor | None) -> TokenLogProbs:
-        """Return the log-probabilities of the batches' tokens that the objective needs, without a graph."""
+    def log_probs(
+        self, batches: SequenceOf[Batch], teacher_hidden_ND: Tensor | None, models: SequenceOf[str]
+    ) -> TokenLogProbs:
+        """Return the log-probabilities of the batches' tokens under "teacher" and "student", those of ``models``.
+
+        They have no graph.
+        """
         log_p_N = None
         log_q_N = None
         targets_N = torch.cat([batch.targets_N for batch in batches])
-        if "teacher" in self.criterion.needs_log_probs_of:
+        if "teacher" in models:
             teacher_head = self._teacher_head()
             if teacher_hidden_ND is None or teacher_head is None:
-                raise ValueError("the objective needs the teacher's hidden states and head")
+                raise ValueError("log-probabilities need the teacher's hidden states and head")
             log_p_N = target_log_probs(teacher_hidden_ND, teacher_head, targets_N, chunk=self.chunk)
-        if "student" in self.criterion.needs_log_probs_of:
+        if "student" in models:
             log_q_N = target_log_probs(
                 concatenate([self.student.hidden(batch) for batch in batches]),
                 self.student.head(),

@@ -23,7 +23,7 @@ from distillm_cli.rollouts.next_token import Sampling, distribution
 from distillm_cli.rollouts.sampler import Decoder, Decoding, ModelSampler
 from distillm_cli.training.events import Listener, silent
 
-# Columns of ``Rollout.log_probs_N3``: under the unfiltered teacher and student, and under the distribution that the token
+# Columns of ``Rollout.log_probs_NK``: under the unfiltered teacher and student, and under the distribution that the token
 # was drawn from.
 LOG_P, LOG_Q, LOG_DRAWN = range(3)
 
@@ -43,12 +43,15 @@ class MixtureSampler(ModelSampler):
         *,
         max_length: int,
         seed: int,
+        steps: int = 1,
         listener: Listener = silent,
     ):
         shape = Sampling(config.temperature, config.top_p, config.top_k)
         plain = config.model_copy(update={"temperature": 1.0, "top_p": 1.0, "top_k": 0})
         mixture = Mixture(student, teacher, config.teacher_mix, shape)
-        super().__init__(mixture, plain, max_length=max_length, seed=seed, with_log_probs=True, listener=listener)
+        super().__init__(
+            mixture, plain, max_length=max_length, seed=seed, steps=steps, with_log_probs=True, listener=listener
+        )
 
 
 class Mixture:

@@ -234,6 +234,21 @@ def new_buffer(scheduler: Scheduler, step_rows: int) -> ReplayBuffer:
     return ReplayBuffer(capacity, seed=scheduler.seed)
 
 
+def freshness(rollouts: SequenceOf[Sequence], log_q_N: Tensor) -> Tensor:
+    """Return for each token [N] the weight of its rollout, min(1, exp(mean(log q_now − log q_then))).
+
+    log_q_N: log-probabilities of the rollouts' tokens under the student of this step, nats, in order. See
+    ``schedule.freshness``.
+    """
+    weights = []
+    for rollout, now_N in zip(rollouts, log_q_N.split([s.supervised for s in rollouts]), strict=True):
+        assert isinstance(rollout, Rollout)
+        assert rollout.student_log_probs_N is not None
+        drift = (now_N - rollout.student_log_probs_N).mean()
+        weights.append(drift.exp().clamp_max(1.0).expand(rollout.supervised))
+    return torch.cat(weights)
+
+
 class ResponseTable:
     """Hold a model's responses to the rows of the data set, one for each row. They are sampled when first needed.
 
@@ -325,7 +340,7 @@ def pack(rollouts: Iterable[Rollout], prefix: str) -> dict[str, Tensor]:
         f"{prefix}.prompts": flat("prompt"),
         f"{prefix}.responses": flat("response"),
     }
-    log_probs = [s.log_probs_N3 for s in rollouts if s.log_probs_N3 is not None]
+    log_probs = [s.log_probs_NK for s in rollouts if s.log_probs_NK is not None]
     if log_probs:
         tensors[f"{prefix}.log_probs"] = torch.cat(log_probs)
     return tensors | pack_teacher_hidden(rollouts, prefix)
@@ -335,13 +350,13 @@ def unpack(tensors: dict[str, Tensor], prefix: str) -> list[Rollout]:
     """Return the rollouts that were passed to ``pack``."""
     prompts = tensors[f"{prefix}.prompts"].numpy()
     responses = tensors[f"{prefix}.responses"].numpy()
-    log_probs_N3 = tensors.get(f"{prefix}.log_probs")
+    log_probs_NK = tensors.get(f"{prefix}.log_probs")
     rollouts = []
     p = r = 0
     for P, R, row in tensors[f"{prefix}.lengths"].tolist():
-        row_log_probs_N3 = None if log_probs_N3 is None else log_probs_N3[r : r + R]
+        row_log_probs_NK = None if log_probs_NK is None else log_probs_NK[r : r + R]
         rollouts.append(
-            Rollout(prompts[p : p + P].copy(), responses[r : r + R].copy(), row, log_probs_N3=row_log_probs_N3)
+            Rollout(prompts[p : p + P].copy(), responses[r : r + R].copy(), row, log_probs_NK=row_log_probs_NK)
         )
         p += P
         r += R

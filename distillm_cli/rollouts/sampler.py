@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -35,8 +35,9 @@ class Decoding(Protocol):
         """Continue with only these rows."""
 
 
+@runtime_checkable
 class ScoringDecoding(Decoding, Protocol):
-    """Decode a batch and give the log-probabilities of the tokens just chosen."""
+    """Decode with several models, and give their log-probabilities of the tokens just chosen."""
 
     def log_probs(self, tokens_B: Tensor) -> Tensor:
         """Return the log-probabilities [B, K] of these tokens."""
@@ -86,7 +87,8 @@ class Sampler(Protocol):
 class ModelSampler:
     """Sample with a model in this process.
 
-    config: the recipe's ``rollout`` section. max_length: prompt + response, tokens. seed: with the step it fixes the draw.
+    config: the recipe's ``rollout`` section. max_length: prompt + response, tokens. steps: of the run, over which
+    ``rollout.prefix`` grows. seed: with the step it fixes the draw.
     by_row: a row's randomness is (seed, step, row); otherwise (seed, step, index in the draw). with_log_probs: rollouts
     carry the log-probabilities of their tokens from the decoding.
     """
@@ -98,12 +100,15 @@ class ModelSampler:
         *,
         max_length: int,
         seed: int,
+        steps: int = 1,
         by_row: bool = False,
         with_log_probs: bool = False,
         listener: Listener = silent,
     ):
         self.decoder = decoder
+        self.config = config
         self.max_length = max_length
+        self.steps = steps
         self.seed = seed
         self.by_row = by_row
         self.with_log_probs = with_log_probs
@@ -115,12 +120,13 @@ class ModelSampler:
             seeds = [(self.seed, (step << 32) + s.row) for s in prompts]
         else:
             seeds = [(self.seed, (step << 24) + i) for i in range(len(prompts))]
+        longest = self.config.most_new_tokens(step / self.steps)
         outputs = sample(
             self.decoder,
             [s.prompt for s in prompts],
             self.sampling,
             seeds,
-            limits=[self.max_length - len(s.prompt) for s in prompts],
+            limits=[min(self.max_length - len(s.prompt), longest) for s in prompts],
             with_log_probs=self.with_log_probs,
             width=self.width,
         )
@@ -128,8 +134,8 @@ class ModelSampler:
 
 
 def _rollout(prompt: Sequence, output: SampledOutput) -> Rollout:
-    log_probs_N3 = None if output.log_probs_NK is None else torch.from_numpy(output.log_probs_NK)
-    return Rollout(prompt.prompt, output.tokens, prompt.row, log_probs_N3=log_probs_N3)
+    log_probs_NK = None if output.log_probs_NK is None else torch.from_numpy(output.log_probs_NK)
+    return Rollout(prompt.prompt, output.tokens, prompt.row, log_probs_NK=log_probs_NK)
 
 
 class DecodeWidth:
@@ -163,10 +169,10 @@ def sample(
     """Sample one output per prompt, decoded in one batch. Finished rows are removed from the batch.
 
     seeds: (seed, row) per prompt. limits: largest number of new tokens per row, in addition to
-    ``sampling.max_new_tokens`` and the context. with_log_probs: return log-probabilities of the chosen tokens; the decoding
-    then has ``log_probs(tokens_B)``, [B, K]. width: number of rows that fit into memory; if it is smaller than the batch,
-    the same outputs are sampled in groups. Raises DataError if a prompt leaves no room for a new token, NonFiniteError if
-    the logits are not finite.
+    ``sampling.max_new_tokens`` and the context. with_log_probs: return log-probabilities of the chosen tokens, under the
+    model at temperature 1 without filters (K = 1), or those of a ``ScoringDecoding``. width: number of rows that fit into
+    memory; if it is smaller than the batch, the same outputs are sampled in groups. Raises DataError if a prompt leaves no
+    room for a new token, NonFiniteError if the logits are not finite.
     """
     token_limits = []
     context = decoder.context  # read once: config attributes are slow
@@ -235,13 +241,15 @@ def _decode_batch(
     log_probs: list[list[np.ndarray]] = [[] for _ in prompts]
 
     decoding = decoder.decode(prompts)
-    scoring = cast(ScoringDecoding, decoding) if with_log_probs else None
+    scoring = decoding if isinstance(decoding, ScoringDecoding) else None
     batch_rows = np.arange(B)  # rows that are still in the batch
     chosen = None
     forced = decoder.forced_first
     for t in range(horizon):
         logits_BV = decoding.logits(chosen)
         active = batch_rows[~done_B[batch_rows]]
+        if with_log_probs and scoring is None:
+            log_probs_BV = logits_BV.log_softmax(-1)
         if entropy:
             entropies_B[batch_rows] += np.where(done_B[batch_rows], 0, _entropy(logits_BV).cpu().numpy())
         if t < sampling.min_new_tokens:
@@ -253,8 +261,9 @@ def _decode_batch(
             chosen = torch.full_like(chosen, forced)
         tokens_BT[batch_rows, t] = chosen.cpu().numpy()
         check_chosen(tokens_BT[batch_rows, t])
-        if scoring is not None:
-            for i, log_probs_K in zip(batch_rows, scoring.log_probs(chosen).float().cpu().numpy(), strict=True):
+        if with_log_probs:
+            chosen_BK = scoring.log_probs(chosen) if scoring else log_probs_BV.gather(-1, chosen[:, None])
+            for i, log_probs_K in zip(batch_rows, chosen_BK.float().cpu().numpy(), strict=True):
                 log_probs[i].append(log_probs_K)
         if ngrams is not None:
             for i in active:

@@ -109,6 +109,7 @@ def build_trainer(
                 recipe.rollout,
                 max_length=_max_length(run),
                 seed=recipe.train.seed + _PROBE_SEED,
+                steps=run.steps,
                 by_row=True,
                 listener=listener,
             ),
@@ -173,8 +174,18 @@ def _student_sampler(run: Prepared, listener: Listener) -> Sampler:
             run.student, teacher, rollout, correcting, max_length=max_length, seed=seed, listener=listener
         )
     if teacher is not None and recipe.samples_from_mixture:
-        return MixtureSampler(run.student, teacher, rollout, max_length=max_length, seed=seed, listener=listener)
-    return ModelSampler(run.student, rollout, max_length=max_length, seed=seed, listener=listener)
+        return MixtureSampler(
+            run.student, teacher, rollout, max_length=max_length, seed=seed, steps=run.steps, listener=listener
+        )
+    return ModelSampler(
+        run.student,
+        rollout,
+        max_length=max_length,
+        seed=seed,
+        steps=run.steps,
+        with_log_probs=recipe.schedule.weights_replay,
+        listener=listener,
+    )
 
 
 def _response_tables(run: Prepared, scheduler: Scheduler, listener: Listener) -> dict[Source, ResponseTable]:

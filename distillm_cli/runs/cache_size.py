@@ -145,7 +145,7 @@ class CacheWorkload:
         if self.rows:
             step_rows = min(step_rows, self.rows)
         capacity = self._schedule.capacity(step_rows)
-        return min(capacity, (self.steps or math.inf) * step_rows) * self.recipe.rollout.max_new_tokens
+        return min(capacity, (self.steps or math.inf) * step_rows) * self.recipe.rollout.most_new_tokens(1.0)
 
     @property
     def _sample_tokens(self) -> int:

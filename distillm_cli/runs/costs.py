@@ -88,9 +88,9 @@ class Workload:
 
     @property
     def new_tokens(self) -> int:
-        """Return the number of tokens of a sampled response: the maximum of the recipe."""
+        """Return the number of tokens of a sampled response: the maximum of the recipe at the end of the run."""
         longest = int(chosen(self.recipe.data.max_length) - self.lengths.prompt)
-        return max(1, min(self.recipe.rollout.max_new_tokens, longest))
+        return max(1, min(self.recipe.rollout.most_new_tokens(1.0), longest))
 
     @property
     def schedule(self) -> Scheduler:

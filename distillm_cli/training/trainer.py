@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from itertools import chain
 from typing import Literal
 
@@ -13,8 +14,9 @@ from distillm_cli.config.schema import TrainConfig
 from distillm_cli.errors import Interrupted
 from distillm_cli.losses.objectives import Objective, SourceBatch
 from distillm_cli.losses.student_loss import StudentLoss, concatenate
-from distillm_cli.losses.weights import LossWeights, TokenWeights
-from distillm_cli.rollouts.pool import SequencePool
+from distillm_cli.losses.weights import NO_WEIGHTS, LossWeights, TokenWeights
+from distillm_cli.rollouts.pool import SequencePool, freshness
+from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.training.announce import phi_advice, run_started
 from distillm_cli.training.checkpoint import Checkpoint, Checkpoints, random_states, restore_random_states
@@ -24,6 +26,7 @@ from distillm_cli.training.recovery import MicroBatch, Recovery, check_finite
 from distillm_cli.training.state import RunInfo, TrainerState
 from distillm_cli.training.validation import Validator
 from distillm_cli.types import Batch, collate
+from distillm_cli.utils.modules import eval_mode
 from distillm_cli.utils.signals import stop_on_signal
 from distillm_cli.utils.text import counted
 
@@ -173,15 +176,28 @@ class Trainer:
         Log-probabilities are computed first if the objective needs them; the teacher's states are reused in the step.
         """
         source_batches = [SourceBatch(micro.source, list(chain.from_iterable(micro.groups))) for micro in micro_batches]
+        models = self.objective.needs_log_probs_of
         log_probs = []
-        for micro in micro_batches if self.objective.needs_log_probs_of else ():
+        for micro in micro_batches if models else ():
             batches = self._collate(micro)
-            if "teacher" in self.objective.needs_log_probs_of:
+            if "teacher" in models:
                 micro.teacher_hidden_ND = self._teacher_hidden(micro, batches)
             with self.run.autocast():
-                log_probs.append(self.student_loss.log_probs(batches, micro.teacher_hidden_ND))
+                log_probs.append(self.student_loss.log_probs(batches, micro.teacher_hidden_ND, models))
         per_token = self.objective.begin_step(source_batches, log_probs, progress)
+        if self.scheduler.config.weights_replay:
+            pairs = zip(micro_batches, per_token, strict=True)
+            per_token = [self._with_freshness(w, micro) if micro.source is Source.REPLAY else w for micro, w in pairs]
         return [None if weights is None else weights.to(self.run.device) for weights in per_token]
+
+    def _with_freshness(self, weights: TokenWeights | None, micro: MicroBatch) -> TokenWeights:
+        """Return the weights of a micro-batch of replayed outputs, with those of ``schedule.freshness``."""
+        with eval_mode(self.student_loss), self.run.autocast():
+            now = self.student_loss.log_probs(self._collate(micro), None, ("student",))
+        assert now.log_q_N is not None
+        weights = weights or NO_WEIGHTS
+        fresh_N = freshness([s for group in micro.groups for s in group], now.log_q_N.cpu())
+        return replace(weights, weights_N=fresh_N if weights.weights_N is None else weights.weights_N * fresh_N)
 
     def _forward_backward(
         self,

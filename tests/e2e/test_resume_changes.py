@@ -144,6 +144,7 @@ def test_checkpoint_with_other_weights_is_an_error(cli, finished_run, tmp_path):
         ("schedule.trigger=gap", "schedule.phi=0.5"),
         ("schedule.trigger=gain", "schedule.phi=0.5"),
         ("schedule.kind=auto", "schedule.rollout_cost=0.1"),  # the rows of a short run are not fitted
+        ("schedule.kind=mixed", "schedule.replay=constant", "schedule.freshness=true", "rollout.prefix=2->6"),
     ],
 )
 def test_resume_of_a_schedule_with_phi_matches_uninterrupted_run(cli, workdir, fields):

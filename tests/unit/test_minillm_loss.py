@@ -29,7 +29,7 @@ MINILLM = {"divergence": "rkl", "policy_gradient": True, "kd_weight": 0.5, "row_
 
 
 def output(*tokens, row=0, log_probs=None):
-    return Rollout(np.array([1], np.int32), np.array(tokens, np.int32), row, log_probs_N3=log_probs)
+    return Rollout(np.array([1], np.int32), np.array(tokens, np.int32), row, log_probs_NK=log_probs)
 
 
 def states(sequences, head, seed):
@@ -79,7 +79,7 @@ def build_step(clip=0.2, change=0.3, seed=0, **objective):
         sampled_log_probs.append(
             torch.stack([log_p, log_q, (ALPHA * log_p.exp() + (1 - ALPHA) * log_q.exp()).log()], -1)
         )
-        outputs[i] = replace(s, log_probs_N3=sampled_log_probs[-1])
+        outputs[i] = replace(s, log_probs_NK=sampled_log_probs[-1])
     return criterion, outputs, rows, head, teacher_head, student, teacher, sampled_log_probs
 
 

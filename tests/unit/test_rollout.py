@@ -141,6 +141,33 @@ def test_rollouts_supervise_first_and_end_token():
     assert [o.response.tolist() for o in other] != [o.response.tolist() for o in outs]
 
 
+@pytest.mark.parametrize(("prefix", "lengths"), [(None, {0: 9, 50: 9, 99: 9}), (4, {0: 4, 99: 4}), (40, {0: 9}),
+                                                 ("2->6", {0: 2, 25: 3, 50: 4, 99: 6})])  # fmt: skip
+def test_prefix_cuts_rollouts_and_grows_over_the_run(prefix, lengths):
+    model = backbone()
+    rows = [Sequence(p, np.array([9], dtype=np.int32), row) for row, p in enumerate(prompts(*range(2, 14)))]
+    settings = {"max_length": 40, "seed": 3, "steps": 100}
+    whole = ModelSampler(model, RolloutConfig(max_new_tokens=9), **settings)
+    cut = ModelSampler(model, RolloutConfig(max_new_tokens=9, prefix=prefix), **settings)
+    for step, longest in lengths.items():
+        expected = [o.response[:longest].tolist() for o in whole.sample(rows, step)]
+        assert [o.response.tolist() for o in cut.sample(rows, step)] == expected
+        assert max(map(len, expected)) == longest
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_rollouts_carry_the_students_log_probabilities(temperature):
+    model = backbone()
+    rows = [Sequence(p, np.array([9], dtype=np.int32), row) for row, p in enumerate(prompts(*range(2, 14)))]
+    config = RolloutConfig(max_new_tokens=9, temperature=temperature, top_k=5)
+    outs = ModelSampler(model, config, max_length=40, seed=3, with_log_probs=True).sample(rows, step=1)
+    for out in outs:
+        ids = torch.from_numpy(np.concatenate([out.prompt, out.response])).long()
+        logits = model.model(ids[None]).logits[0].double().log_softmax(-1)
+        expected = logits[len(out.prompt) - 1 : -1].gather(-1, ids[len(out.prompt) :, None])[:, 0]
+        assert torch.allclose(out.student_log_probs_N.double(), expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("error", [RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), None])
 def test_out_of_memory_halves_the_decoding_batch(monkeypatch, error):
     """Check an allocator that fails for more than five rows. The samples must not change."""

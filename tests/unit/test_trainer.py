@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import signal
 from collections import Counter
@@ -383,13 +384,47 @@ def test_rising_phi_leaves_no_rollout_unused(tmp_path):
     assert all(step >= result.step - 6 for step in engine.pool.waiting)
 
 
+def test_freshness_weighs_replayed_outputs():
+    """Check a replay step against the loss of plain PyTorch with the weights of the definition."""
+    engine = build(
+        method="on",
+        schedule={"replay": "constant", "freshness": True, "capacity": 4},
+        backbone=student(embd_pdrop=0.0, resid_pdrop=0.0, attn_pdrop=0.0),
+    )
+    engine.pool.student.with_log_probs = True
+    rollouts = engine.pool.draw(Source.ROLLOUT, 0)[0].sequences
+    with torch.no_grad():  # another student than the one that sampled
+        for p in engine.student_loss.parameters():
+            p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    student_model, teacher_model = engine.student_loss.student.model, engine.teacher.model.model
+    total, tokens, factors = 0.0, 0, []
+    for s in rollouts:
+        ids = torch.tensor([*s.prompt.tolist(), *s.response.tolist()])
+        P = len(s.prompt)
+        log_q, log_p = (
+            m(ids[None]).logits[0, P - 1 : -1].double().log_softmax(-1) for m in (student_model, teacher_model)
+        )
+        now = log_q.gather(-1, ids[P:, None])[:, 0]
+        factor = (now - s.student_log_probs_N).mean().exp().clamp_max(1).item()
+
+        total += (
+            factor
+            * (log_p.exp() * (log_p - torch.logaddexp(log_p + math.log(0.1), log_q + math.log(0.9)))).sum().item()
+        )
+        tokens += len(s.response)
+        factors.append(factor)
+    assert min(factors) < 0.9
+    loss, _ = step_on(engine, [SourceBatch(Source.REPLAY, rollouts)])
+    assert loss == pytest.approx(total / tokens, rel=1e-4)
+
+
 def test_waiting_rollouts_are_saved_and_restored():
     """Check rollouts sampled ahead, with their steps, log-probabilities and teacher states."""
     pool = build(method="on", steps=12).pool
     pool.bulk = 4
     pool.draw(Source.ROLLOUT, 2)
     for i, rollout in enumerate(s for batch in pool.waiting.values() for s in batch):
-        object.__setattr__(rollout, "log_probs_N3", torch.rand(len(rollout.response), 3))
+        object.__setattr__(rollout, "log_probs_NK", torch.rand(len(rollout.response), 3))
         if i % 2:
             rollout.cache_teacher_hidden(torch.rand(len(rollout.response), 5))
     state, tensors = pool.state_dict()
@@ -404,7 +439,7 @@ def test_waiting_rollouts_are_saved_and_restored():
                 restored_rollout.prompt.tolist(),
                 restored_rollout.response.tolist(),
             )
-            assert_close(restored_rollout.log_probs_N3, original.log_probs_N3, rtol=0, atol=0)
+            assert_close(restored_rollout.log_probs_NK, original.log_probs_NK, rtol=0, atol=0)
             assert (restored_rollout.teacher_hidden_ND is None) == (original.teacher_hidden_ND is None)
             if original.teacher_hidden_ND is not None:
                 assert_close(restored_rollout.teacher_hidden_ND, original.teacher_hidden_ND, rtol=0, atol=0)
