@@ -1,10 +1,12 @@
 """Measure where student outputs pay: number of rows × schedule × objective, every model through the command line.
 
     python benchmarks/regimes.py g2p sums --work DIR --data DIR [--rows 500 2000] [--seeds 10 11 12] [--report]
+        [--arms sft "kl off" "kl off x2" "kl auto" …] [--grid 4e-3]
 
 Per task and number of rows: one teacher, trained on all rows; per seed a student from scratch, fine-tuned for ten epochs on
 the chosen rows; then SFT and every objective with every schedule from that start, for the same number of optimizer steps.
-The learning rate of each objective is the best of one grid on validation rows, first seed, without student outputs.
+An arm with ``xN`` has N times the steps, for comparisons at equal seconds. The learning rate of each objective is the best
+of the grid on validation rows, first seed, without student outputs; with a single rate in ``--grid`` there is no choice.
 
 Results are cached per run, and the report prints what exists. Seeds come first, so that an interrupted map is complete for
 fewer seeds. Times are those of the training loop, teacher states cached; compare them within one run of this script alone.
@@ -95,28 +97,38 @@ class Regime:
         self.task.work.mkdir(parents=True, exist_ok=True)
 
     def argv(self, arm: str) -> tuple[str, ...]:
-        """Return the arguments of an arm: ``sft``, or ``DIVERGENCE SCHEDULE``."""
-        if arm == SFT:
+        """Return the arguments of an arm: ``sft``, or ``DIVERGENCE SCHEDULE``, each with an optional ``xN``."""
+        divergence, *schedule = _factor(arm)[0].split()
+        if divergence == SFT:
             return ("sft",)
-        divergence, schedule = arm.split()
         method = ["--method", "kd", "--divergence", divergence, *DIVERGENCES[divergence]]
-        return ("distill", *method, *SCHEDULES[schedule])
+        return ("distill", *method, *SCHEDULES[schedule[0]])
 
     def rate(self, arm: str, seed: int) -> str:
         """Return the learning rate of the arm's objective: the best of the grid without student outputs."""
-        reference = SFT if arm == SFT else f"{arm.split()[0]} off"
+        if len(self.task.grid) == 1:
+            return self.task.grid[0]
+        objective = arm.split()[0]
+        reference = SFT if objective == SFT else f"{objective} off"
         scores = {}
         for lr in self.task.grid:
             _, result = self.task.train(self.argv(reference), seed, lr, self.task.steps)
             scores[lr] = self.task.valid_score(result)
         return min(scores, key=lambda lr: (scores[lr], float(lr)))
 
-    def train(self, arm: str, seed: int, first_seed: int, steps: int | None = None) -> tuple[Path, dict]:
+    def train(self, arm: str, seed: int, first_seed: int) -> tuple[Path, dict]:
         """Run an arm; return its directory and its ``--json`` object."""
-        return self.task.train(self.argv(arm), seed, self.rate(arm, first_seed), steps or self.task.steps)
+        steps = round(self.task.steps * _factor(arm)[1])
+        return self.task.train(self.argv(arm), seed, self.rate(arm, first_seed), steps)
 
     def score(self, place: Path, name: str) -> dict:
         return self.task.score(place, place.name, name)
+
+
+def _factor(arm: str) -> tuple[str, float]:
+    """Return an arm without its ``xN``, and N."""
+    name, _, factor = arm.partition(" x")
+    return name, float(factor or 1)
 
 
 def _pairs(words: list[str]) -> Iterator[tuple[str, str]]:
@@ -166,6 +178,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12])
     parser.add_argument("--arms", nargs="+", default=[SFT, *(f"{d} {s}" for d in DIVERGENCES for s in SCHEDULES)])
+    parser.add_argument("--grid", nargs="+", help="learning rates [default: those of the task]")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true", help="print tables of existing results, without new runs")
@@ -173,6 +186,7 @@ def main() -> None:
     sources = {"g2p": args.data / "g2p", "sums": args.work.resolve() / "sums-rows"}
     for name in args.tasks:
         whole = TASKS[name](args.data.resolve(), args.work.resolve(), args.threads)
+        whole = replace(whole, grid=tuple(args.grid)) if args.grid else whole
         whole.work.mkdir(parents=True, exist_ok=True)
         regimes = [Regime(whole, sources[name], rows) for rows in args.rows]
         if args.report:
