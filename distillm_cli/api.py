@@ -388,7 +388,12 @@ def train_recipe(
             resolved.name, config.data.source, student, config.method, resume=options.resume
         )
     recipe_file = str(recipe) if isinstance(recipe, str | Path) else None
-    return start_training(verb, resolved, place, listener, options, recipe_file=recipe_file, notes=notes)
+    result = start_training(verb, resolved, place, listener, options, recipe_file=recipe_file, notes=notes)
+    if options.compare:
+        from distillm_cli.runs.compare import compare
+
+        return compare(resolved, result, listener, options)
+    return result
 
 
 def plan_recipe(
@@ -476,6 +481,7 @@ def distill(
     resume: bool = False,
     overwrite: bool = False,
     rebuild_teacher_cache: bool = False,
+    compare: bool = False,
     display: bool = False,
     listener: Listener | None = None,
     **fields: Unpack[DistillFields],
@@ -484,8 +490,9 @@ def distill(
 
     recipe: a shipped name, a file, or the result of ``load_recipe``. output: directory of the result; None: a new one under
     ``runs/``, named as on the command line. resume: continue from the newest checkpoint in ``output``. overwrite: replace
-    an earlier run there. rebuild_teacher_cache: replace a cache on disk that is stale. display: show what the command line
-    shows. listener: called with every event. fields: see ``DistillFields``; they override the recipe.
+    an earlier run there. rebuild_teacher_cache: replace a cache on disk that is stale. compare: also train the baselines,
+    plain SFT and off-policy distillation, for the same seconds. display: show what the command line shows. listener: called
+    with every event. fields: see ``DistillFields``; they override the recipe.
 
     teacher and student are names, paths, results of earlier runs, or model objects: ``(model, tokenizer)``, or a model with
     the keyword ``tokenizer``. data is a name, a path, a data set or a list of mappings. Objects are saved in ``inputs/``
@@ -495,7 +502,9 @@ def distill(
     """
     from distillm_cli.runs.start import TrainOptions
 
-    options = TrainOptions(resume=resume, overwrite=overwrite, rebuild_teacher_cache=rebuild_teacher_cache)
+    options = TrainOptions(
+        resume=resume, overwrite=overwrite, rebuild_teacher_cache=rebuild_teacher_cache, compare=compare
+    )
     return _train("distill", recipe, output, options, fields, _reporting(display, listener))
 
 

@@ -32,6 +32,17 @@ RebuildTeacherCache = Annotated[
 ]
 
 
+Compare = Annotated[
+    bool,
+    typer.Option(
+        "--compare",
+        metavar="",
+        help="Also train plain SFT and off-policy distillation for the same seconds, in OUTPUT/compare.",
+        rich_help_panel=METHOD_PANEL,
+    ),
+]
+
+
 @dataclass(frozen=True)
 class TrainingOptions:
     """Hold the options that both commands have, apart from the flags of fields."""
@@ -80,6 +91,7 @@ def sft(fields: FieldFlags, chosen: TrainingOptions) -> None:
 def distill(
     fields: FieldFlags,
     chosen: TrainingOptions,
+    compare: Compare = False,
     warm_teacher_cache: WarmTeacherCache = False,
     rebuild_teacher_cache: RebuildTeacherCache = False,
 ) -> None:
@@ -87,7 +99,14 @@ def distill(
 
     Set other fields with [cyan]--set section.key=value[/]. List all fields with [cyan]--dry-run[/].
     """
-    launch("distill", fields, chosen, only_warm=warm_teacher_cache, rebuild_teacher_cache=rebuild_teacher_cache)
+    launch(
+        "distill",
+        fields,
+        chosen,
+        compare=compare,
+        only_warm=warm_teacher_cache,
+        rebuild_teacher_cache=rebuild_teacher_cache,
+    )
 
 
 def launch(
@@ -95,6 +114,7 @@ def launch(
     fields: FieldFlags,
     chosen: TrainingOptions,
     *,
+    compare: bool = False,
     only_warm: bool = False,
     rebuild_teacher_cache: bool = False,
 ) -> None:
@@ -119,15 +139,18 @@ def launch(
     from distillm_cli.ui.console import console
 
     if only_warm:
-        if chosen.resume or chosen.overwrite or output is not None:
+        if chosen.resume or chosen.overwrite or compare or output is not None:
             what = "--warm-teacher-cache writes no output directory"
-            raise UsageError("usage.exclusive_options", what, hint="drop --output, --resume and --overwrite")
+            raise UsageError("usage.exclusive_options", what, hint="drop --output, --resume, --overwrite and --compare")
         with console(json_mode=chosen.json, quiet=chosen.quiet) as ui:
             result = warm_teacher_cache(resolved, ui, rebuild=rebuild_teacher_cache, notes=notes)
             ui.result(result.as_json())
         return
     run_options = TrainOptions(
-        resume=chosen.resume, overwrite=chosen.overwrite, rebuild_teacher_cache=rebuild_teacher_cache
+        resume=chosen.resume,
+        overwrite=chosen.overwrite,
+        rebuild_teacher_cache=rebuild_teacher_cache,
+        compare=compare,
     )
     with console(json_mode=chosen.json, quiet=chosen.quiet) as ui:
         result = train_recipe(verb, resolved, output, ui, run_options, chosen.recipe)

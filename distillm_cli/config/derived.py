@@ -10,6 +10,7 @@ from distillm_cli.config.explain import leaves
 from distillm_cli.config.field_usage import has_field, value_of
 from distillm_cli.config.load import Resolved, nested
 from distillm_cli.config.methods import METHODS
+from distillm_cli.config.objective import ObjectiveConfig
 from distillm_cli.config.schema import Recipe
 from distillm_cli.utils.text import redact
 
@@ -49,17 +50,48 @@ def sft_stage_recipe(resolved: Resolved) -> Resolved | None:
         "student.sft_epochs": (type(student).model_fields["sft_epochs"].default, _ORIGIN),
         "student.sft_lr": (None, _ORIGIN),
     }
-    unchanged = {
-        key: value_of(recipe, key)
-        for key in resolved.origin
-        if not key.startswith(("objective.", "schedule."))  # fine-tuning does not use them
-    }
+    return _derived(resolved, changed, ("objective.", "schedule."))  # fine-tuning does not use them
+
+
+def baseline_recipes(resolved: Resolved, run_steps: int, steps: int, student: str | None) -> dict[str, Resolved]:
+    """Return the recipes of a distillation's baselines by name, each of ``steps`` steps on data set rows.
+
+    sft: cross-entropy alone, with the best weights by validation loss. off-policy: the run's divergence; left out if the
+    run has no other steps. run_steps: of the distillation. student: directory of its start, if the run fine-tuned it first.
+    """
+    origin = "--compare"
+    off_policy: dict[str, tuple[Any, str]] = {"schedule.kind": ("off", origin), "train.steps": (steps, origin)}
+    train = resolved.recipe.train
+    for name in ("eval_steps", "save_steps"):  # as often as in the run
+        every = getattr(train, name)
+        if isinstance(every, int):
+            off_policy[f"train.{name}"] = (max(round(every * steps / run_steps), 1), origin)
+    default = ObjectiveConfig()
+    for name in ("by_source", "curriculum", "policy_gradient", "row_weight"):  # for steps on student outputs
+        off_policy[f"objective.{name}"] = (getattr(default, name), origin)
+    if student is not None:
+        off_policy |= {
+            "student.path": (student, origin),
+            "student.sft_epochs": (0.0, origin),
+            "student.sft_lr": (None, origin),
+        }
+    sft = off_policy | {"objective.kd_weight": (0.0, origin), "train.select": ("valid_loss", origin)}
+    left_out = ("schedule.", "rollout.")
+    recipes = {"sft": _derived(resolved, sft, left_out), "off-policy": _derived(resolved, off_policy, left_out)}
+    if resolved.recipe.schedule.kind == "off":
+        del recipes["off-policy"]
+    return recipes
+
+
+def _derived(resolved: Resolved, changed: Mapping[str, tuple[Any, str]], left_out: tuple[str, ...]) -> Resolved:
+    """Return the recipe with changed values, each with its origin. Fields that start with ``left_out`` get defaults."""
+    unchanged = {key: value_of(resolved.recipe, key) for key in resolved.origin if not key.startswith(left_out)}
     values = unchanged | {key: value for key, (value, _) in changed.items()}
-    stage = Recipe.model_validate(nested(values))
+    recipe = Recipe.model_validate(nested(values))
     origins = {key: resolved.origin[key] for key in unchanged} | {key: origin for key, (_, origin) in changed.items()}
-    origin = {key: origins.get(key, "default") for key in leaves() if has_field(stage, key)}
+    origin = {key: origins.get(key, "default") for key in leaves() if has_field(recipe, key)}
     overridden = {key: value for key, value in resolved.overridden.items() if key in unchanged and key not in changed}
-    return Resolved(stage, origin, overridden, name=resolved.name)
+    return Resolved(recipe, origin, overridden, name=resolved.name)
 
 
 def fixed_values(recipe: Recipe) -> dict[str, object]:

@@ -42,6 +42,7 @@ _RESULTS = "results.json"  # of an evaluation
 TEMPLATES = "additional_chat_templates"  # of tokenizers that have several
 CARD = "README.md"
 RESULT = "result.json"  # of a training: the object of ``--json``
+COMPARE = "compare"  # the baselines, each an output directory
 SFT = "sft"  # the stage before distillation, an output directory within the output directory
 
 MODEL_FILES = (
@@ -73,11 +74,12 @@ def default_name(recipe: str | None, data: str, student: str, method: str, *, re
     while (candidate := base.with_name(f"{base.name}-{len(taken) + 1}")).exists() and taken:
         taken.append(candidate)
     if resume:  # the newest that can be resumed: a later run may have stopped before it saved anything
-        return next(filter(_may_resume, reversed(taken)), taken[-1] if taken else base)
+        return next(filter(may_resume, reversed(taken)), taken[-1] if taken else base)
     return candidate if taken else base
 
 
-def _may_resume(output: Path) -> bool:
+def may_resume(output: Path) -> bool:
+    """Return whether the directory has checkpoints of a run."""
     return any((place / CHECKPOINTS).is_dir() for place in (output, output / SFT))
 
 
@@ -110,7 +112,7 @@ def _check_used(output: Path, *, resume: bool, overwrite: bool) -> None:
             f"--output {output} is a broken symbolic link",
             hint="remove it, or choose a directory",
         )
-    if resume and not _may_resume(output):
+    if resume and not may_resume(output):
         raise CheckpointError(
             "checkpoint.nothing_to_resume",
             f"nothing to resume: {output / CHECKPOINTS} does not exist",

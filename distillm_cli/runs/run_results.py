@@ -6,7 +6,7 @@ Results are plain data, which ``ui`` renders. ``as_json`` returns the object for
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,11 +24,29 @@ class Result(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Hold a model's figures on held-out rows. valid_loss: nats per token; None if it was not measured."""
+    """Hold a model's figures on held-out rows.
+
+    valid_loss: nats per token; None if it was not measured. is_trained: it is the result of the run.
+    """
 
     name: str
     valid_loss: float | None = None
     scores: Mapping[str, float | None] = field(default_factory=dict)
+    is_trained: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """Hold a baseline of ``--compare``: a training of the same student without student outputs.
+
+    output: its directory. train_s: seconds of its steps. figures: ``valid_loss`` and scores on the held-out rows.
+    """
+
+    name: str
+    output: str
+    steps: int
+    train_s: float
+    figures: Mapping[str, float | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +66,7 @@ class TrainSummary:
     decoding. sources: steps by source. phi_history: φ at the start and after each rise; None without φ. schedule: its
     kind, None for SFT. row_weight: weight of the data set rows in steps on student outputs, 0 without them. suites,
     prompt: for the suggested next commands. has_sft_stage: the fine-tuned student is in ``sft/``. has_answers: there
-    are rows to score on.
+    are rows to score on. gap: how much of the distance to the teacher is closed, with baselines.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -62,6 +80,7 @@ class TrainSummary:
     prompt: str | None = None
     has_sft_stage: bool = False
     has_answers: bool = True
+    gap: str | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +88,7 @@ class TrainResult:
     """Hold the result of ``sft`` and ``distill``. seconds: ``wall_s`` of the command, ``train_s`` of the steps alone.
 
     report: ``valid_loss`` and scores by model ("student_after", "teacher", …). teacher_cache, teacher_tokens: None
-    without a teacher.
+    without a teacher. baselines: of ``--compare``.
     """
 
     command: str
@@ -96,6 +115,7 @@ class TrainResult:
     summary: TrainSummary
     teacher_cache: Mapping[str, Any] | None = None
     teacher_tokens: int | None = None
+    baselines: tuple[Baseline, ...] = ()
 
     @property
     def samples(self) -> tuple[Sample, ...]:
@@ -117,11 +137,14 @@ class TrainResult:
 
     def as_json(self) -> dict[str, Any]:
         """Return the object of ``--json``."""
-        found = {"command": self.command, "status": "ok", "output": str(self.output)}
-        left_out = {"summary"} if self.teacher_cache is not None else {"summary", "teacher_cache", "teacher_tokens"}
+        found: dict[str, Any] = {"command": self.command, "status": "ok", "output": str(self.output)}
+        left_out = {"summary", "baselines"}
+        left_out |= {"teacher_cache", "teacher_tokens"} if self.teacher_cache is None else set()
         for item in fields(self):
             if item.name not in found and item.name not in left_out:
                 found[item.name] = getattr(self, item.name)
+        if self.baselines:
+            found["baselines"] = [asdict(baseline) for baseline in self.baselines]
         return found
 
 

@@ -304,7 +304,10 @@ def _summary(run: Prepared, state: TrainerState, models: Mapping[str, ModelRepor
     first_row = next(iter(run.valid.rows), None)
     prompt = None if first_row is None else _question(run, first_row)
     return TrainSummary(
-        outcomes=tuple(Outcome(label[name], models[name].valid_loss, models[name].scores) for name in order),
+        outcomes=tuple(
+            Outcome(label[name], models[name].valid_loss, models[name].scores, is_trained=name == AFTER)
+            for name in order
+        ),
         measured_on=measured_on,
         samples=samples,
         sources=dict(state.sources),

@@ -56,6 +56,8 @@ def train_summary(result: TrainResult) -> Iterator[RenderableType]:
     """Yield the summary of a training, without the next commands."""
     summary = result.summary
     yield from outcome_tables(summary)
+    if summary.gap is not None:
+        yield summary.gap
     if summary.samples:
         yield samples_table(summary.samples)
     if summary.schedule is None:
