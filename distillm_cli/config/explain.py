@@ -167,7 +167,7 @@ def describe_type(annotation: Any, metadata: list[Any]) -> str:
     """Describe the values that a pydantic field of this annotation takes."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        inner = [m for extra in parts[1:] for m in (extra.metadata if isinstance(extra, FieldInfo) else [extra])]
+        inner = [m for extra in parts[1:] for m in (*(extra.metadata if isinstance(extra, FieldInfo) else ()), extra)]
         return describe_type(parts[0], [*metadata, *inner])
     if origin in (Union, types.UnionType):
         return ", or ".join(describe_type(part, metadata) for part in parts)
@@ -180,6 +180,9 @@ def describe_type(annotation: Any, metadata: list[Any]) -> str:
         count = "" if parts[-1] is Ellipsis else f" of {len(parts)}"
         return f"{noun}{count}, each {describe_type(parts[0], [])}"
     names: dict[Any, str] = {bool: "true or false", int: "an integer", float: "a number", types.NoneType: "null"}
+    examples = [m.examples[0] for m in metadata if isinstance(m, FieldInfo) and m.examples]
+    if annotation not in names and examples:
+        return f"a string like {examples[0]}"
     if annotation not in names:
         return "a non-empty string" if any(isinstance(m, annotated_types.MinLen) for m in metadata) else "a string"
     bounds = [

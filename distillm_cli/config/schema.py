@@ -64,7 +64,7 @@ else:
 
 AUTO: Final = "auto"  # for a number: it is chosen to fit the models before the run (runs/defaults.py)
 Auto = Literal["auto"]
-PrefixRange = Annotated[str, Field(pattern=r"^[1-9][0-9]*->[1-9][0-9]*$")]
+PrefixRange = Annotated[str, Field(pattern=r"^[1-9][0-9]*->[1-9][0-9]*$", examples=["64->256"])]
 _Number = TypeVar("_Number", int, float)
 
 
@@ -315,8 +315,8 @@ class RolloutConfig(Section):
     )
     prefix: Annotated[Positive | PrefixRange | None, _MAY_REPLAY] = Field(
         None,
-        description="Train on the first tokens of a student output only, and sample no more: 64, or '64->256' for a number "
-        "that grows over the run (arXiv 2602.15260).",
+        description="Number of first tokens of a student output to sample and train on. 64->256 grows over the run (arXiv "
+        "2602.15260).",
     )
     teacher_temperature: Annotated[float, Field(ge=0), _TEACHER_DECODES] = Field(
         1.0, description="Sampling temperature of the teacher during training. 0 is greedy."

@@ -98,7 +98,7 @@ def test_distill_help_lists_methods_divergences_schedules(run, monkeypatch):
         ("distill --method ", [name for name in METHODS if name != "sft"]),
         ("plan --method dis", ["distillm", "distillm2"]),
         ("distill --divergence j", ["jsd", "jeffreys"]),
-        ("distill --schedule a", ["annealed", "adaptive"]),
+        ("distill --schedule a", ["annealed", "adaptive", "auto"]),
         ("distill --recipe quick", ["quickstart", "quickstart-pipeline", "quickstart-teacher"]),
         ("run quick", ["quickstart-pipeline"]),
         ("recipes show quickstart-", ["quickstart-pipeline", "quickstart-teacher"]),

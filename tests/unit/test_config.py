@@ -227,7 +227,7 @@ def test_method_flag_applies_its_preset(write_recipe):
             ["schedule.capacity=5"],
             (
                 "schedule.replay decreasing, constant and increasing",
-                "adaptive with replay auto (methods distillm, amid)",
+                "adaptive and auto with replay auto (methods distillm, amid)",
                 "schedule.fresh buffer (method imitkd)",
                 "schedule.replay is auto",
                 "schedule.kind is off",
@@ -239,7 +239,7 @@ def test_method_flag_applies_its_preset(write_recipe):
             {"method": "kd"},
             ["rollout.teacher_mix=0.5"],
             (
-                "on, mixed, annealed, adaptive and rounds",
+                "on, mixed, annealed, adaptive, auto and rounds",
                 "pairs with redraw never (methods fdistill, distillm2)",
                 "schedule.kind is off (method kd)",
                 "--schedule on",
@@ -617,7 +617,7 @@ def test_yaml_aliases_are_rejected(write_recipe):
             (
                 "distill.yaml:1",
                 "schedule.kind = adaptve",
-                "off, on, mixed, annealed, adaptive, teacher, pairs, interleaved, rounds",
+                "off, on, mixed, annealed, adaptive, auto, teacher, pairs, interleaved, rounds",
                 "--schedule adaptive",
             ),
         ),
@@ -815,6 +815,8 @@ def _values(key: str) -> st.SearchStrategy:
     words = choices(key)
     if words:
         item = st.sampled_from(words)
+    elif key == "rollout.prefix":
+        item = st.integers(1, 10**9) | st.sampled_from(["64->256", "9->1"])
     elif str in types:
         item = st.text(min_size=1, max_size=12) | st.sampled_from(
             ["off", "5e-4", "null", "1:30", "#", "a: b", "'", "~"]
