@@ -16,6 +16,20 @@ Figures = dict[str, tuple[Any, dict, dict]]  # part → its bench, its runs, the
 
 def draw(figures: Figures, place: Path) -> None:
     """Plot each part that has results."""
+    pyplot, keep = _svg(place)
+    for part in ("g2p", "seconds", "builtin", "dolly"):
+        if part in figures and (scores := _by_method(*figures[part])):
+            keep(_dots(pyplot, figures[part][0].task, scores), part)
+    if "g2p" in figures and (scores := _by_method(*figures["g2p"])):
+        costs = figures["g2p"][0].costs()
+        if scores.keys() <= costs.keys():
+            keep(_cost(pyplot, figures["g2p"][0].task, scores, costs), "cost")
+    if "ablations" in figures and (lines := _skews(*figures["ablations"])):
+        keep(_alpha(pyplot, lines), "alpha")
+
+
+def _svg(place: Path):
+    """Return pyplot, set up for SVG, and a function that saves a figure under a name in ``place``."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -28,15 +42,7 @@ def draw(figures: Figures, place: Path) -> None:
         figure.savefig(place / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
         pyplot.close(figure)
 
-    for part in ("g2p", "seconds", "builtin", "dolly"):
-        if part in figures and (scores := _by_method(*figures[part])):
-            keep(_dots(pyplot, figures[part][0].task, scores), part)
-    if "g2p" in figures and (scores := _by_method(*figures["g2p"])):
-        costs = figures["g2p"][0].costs()
-        if scores.keys() <= costs.keys():
-            keep(_cost(pyplot, figures["g2p"][0].task, scores, costs), "cost")
-    if "ablations" in figures and (lines := _skews(*figures["ablations"])):
-        keep(_alpha(pyplot, lines), "alpha")
+    return pyplot, keep
 
 
 def _by_method(bench, runs: dict, scores: dict) -> dict[str, dict[str, list[dict]]]:
@@ -152,3 +158,53 @@ def _alpha(pyplot, lines: dict):
         _bare(axes)
     panels[0].legend(frameon=False)
     return figure
+
+
+def draw_regimes(task, points: dict[int, dict[str, tuple[float, list[tuple[dict, dict]]]]], place: Path) -> None:
+    """Plot where student outputs pay. points: rows → arm → (cost in steps on rows, results by seed).
+
+    The first plot shows the gain over the best arm on rows against the number of rows, the second one panel per number of
+    rows with the first metric against the cost.
+    """
+    pyplot, keep = _svg(place)
+    metric = task.metrics[0]
+    sign = 1 if task.lower else -1
+
+    def value(done: list[tuple[dict, dict]], name: str) -> float:
+        return statistics.mean(scores[name][metric]["mean"] for _, scores in done)
+
+    def is_on_rows(arm: str) -> bool:
+        return arm.partition(" x")[0] == "sft" or " off" in arm
+
+    arms = [arm for arm in dict.fromkeys(a for by_arm in points.values() for a in by_arm) if not is_on_rows(arm)]
+    colors = dict(zip(arms, pyplot.cm.tab10.colors, strict=False))
+    figure, axes = pyplot.subplots(1, len(task.passes), figsize=(8, 3.2), sharey=True)
+    for panel, name in zip(axes, task.passes, strict=True):
+        for arm in arms:
+            xs = [rows for rows, by_arm in sorted(points.items()) if arm in by_arm]
+            best = [min(sign * value(d, name) for a, (_, d) in points[rows].items() if is_on_rows(a)) for rows in xs]
+            gains = [b - sign * value(points[rows][arm][1], name) for b, rows in zip(best, xs, strict=True)]
+            panel.plot(xs, gains, "o-", label=arm, color=colors[arm], markersize=4)
+        panel.axhline(0, color=INK, linewidth=0.8)
+        panel.set_xscale("log")
+        panel.set_xticks(sorted(points), [f"{rows:,}" for rows in sorted(points)])
+        panel.minorticks_off()
+        panel.set_title(name)
+        panel.set_xlabel("rows")
+        _bare(panel)
+    axes[0].set_ylabel(f"gain in {metric.replace('_', ' ')}, points")
+    axes[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    keep(figure, f"regimes-{task.name}-gain")
+
+    shown = sorted(points)
+    figure, axes = pyplot.subplots(1, len(shown), figsize=(3 * len(shown), 3.2), squeeze=False)
+    for panel, rows in zip(axes[0], shown, strict=True):
+        for arm, (spent, done) in points[rows].items():
+            color = INK if is_on_rows(arm) else colors[arm]
+            panel.plot(spent, value(done, "greedy"), "o", color=color, markersize=5)
+            panel.annotate(arm, (spent, value(done, "greedy")), xytext=(4, 3), textcoords="offset points", fontsize=7)
+        panel.set_title(f"{rows:,} rows")
+        panel.set_xlabel("cost, steps on rows")
+        _bare(panel)
+    axes[0][0].set_ylabel(f"{metric.replace('_', ' ')}, greedy")
+    keep(figure, f"regimes-{task.name}-cost")

@@ -10,6 +10,8 @@ of the grid on validation rows, first seed, without student outputs; with a sing
 
 Results are cached per run, and the report prints what exists. Seeds come first, so that an interrupted map is complete for
 fewer seeds. Times are those of the training loop, teacher states cached; compare them within one run of this script alone.
+The column ``cost`` does not depend on other programs: steps, with FRESH_COST for one on fresh student outputs. --plots DIR
+draws the gain over the best arm on rows against the number of rows, and the error against the cost.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ SCHEDULES = {
     "auto": ["--schedule", "auto"],
 }
 SFT = "sft"
+FRESH_COST = 3.0  # of a step on fresh student outputs, in steps on rows or replayed outputs (LOG.md, 2026-11-30)
 ROWS = (500, 1000, 2000, 4000, 8000, 30000)
 
 
@@ -75,7 +78,20 @@ def sums(data: Path, work: Path, threads: int) -> Task:
     )
 
 
-TASKS = {"g2p": g2p, "sums": sums}
+def banking77(data: Path, work: Path, threads: int) -> Task:
+    """Return questions → intents, short answers in words: a control."""
+    base = tasks.g2p(data / "banking77", work / "banking77", threads)
+    lengths = {"--max-length": "160"}
+    common = [lengths.get(before, word) for before, word in zip(["", *base.common], base.common, strict=False)]
+    common += tasks.sets("eval.metrics=[exact_match]")
+    scratch = ["--model", "random:4x256", "--tokenizer", "bpe:2000", "--steps", "1000", "--lr", "1e-3"]
+    return replace(
+        base, name="banking77", steps=1240, common=common, teacher_argv=["sft", *scratch, *common],
+        metrics=("exact_match",), passes=("T=1", "greedy"),
+    )  # fmt: skip
+
+
+TASKS = {"g2p": g2p, "sums": sums, "banking77": banking77}
 
 
 class Regime:
@@ -148,16 +164,10 @@ def report(regime: Regime, arms: list[str], seeds: list[int]) -> None:
     task = regime.task
     columns = " | ".join(f"{metric} {name}" for name in task.passes for metric in task.metrics)
     print(f"\n{task.name}, {regime.rows:,} rows, {task.steps * task.batch / regime.rows:.1f} epochs\n")
-    print(f"| arm | seconds | steps: rows / rollouts / replay | {columns} |")
-    print("|---" * (3 + len(task.passes) * len(task.metrics)) + "|")
+    print(f"| arm | seeds | cost | seconds | steps: rows / rollouts / replay | {columns} |")
+    print("|---" * (5 + len(task.passes) * len(task.metrics)) + "|")
     for arm in arms:
-        done = []
-        for seed in seeds:
-            try:
-                place, result = regime.train(arm, seed, seeds[0])
-                done.append((result, {name: regime.score(place, name) for name in task.passes}))
-            except LookupError:
-                continue
+        done = finished(regime, arm, seeds)
         if not done:
             continue
         cells = [
@@ -166,8 +176,37 @@ def report(regime: Regime, arms: list[str], seeds: list[int]) -> None:
             for metric in task.metrics
         ]
         sources = [statistics.mean(r[f"{kind}_steps"] for r, _ in done) for kind in ("dataset", "rollout", "replay")]
-        seconds = mean_sd([r["train_s"] for r, _ in done])
-        print(f"| {arm} | {seconds} | {' / '.join(f'{n:,.0f}' for n in sources)} | {' | '.join(cells)} |")
+        facts = [f"{len(done)}", f"{cost(done):,.0f}", mean_sd([r["train_s"] for r, _ in done])]
+        facts.append(" / ".join(f"{n:,.0f}" for n in sources))
+        print(f"| {arm} | {' | '.join([*facts, *cells])} |")
+
+
+def finished(regime: Regime, arm: str, seeds: list[int]) -> list[tuple[dict, dict]]:
+    """Return the stored results and test figures of an arm, one per seed that has them."""
+    done = []
+    for seed in seeds:
+        try:
+            place, result = regime.train(arm, seed, seeds[0])
+            done.append((result, {name: regime.score(place, name) for name in regime.task.passes}))
+        except LookupError:
+            continue
+    return done
+
+
+def cost(done: list[tuple[dict, dict]]) -> float:
+    """Return the mean cost of runs, in steps on rows."""
+    return statistics.mean(r["dataset_steps"] + r["replay_steps"] + FRESH_COST * r["rollout_steps"] for r, _ in done)
+
+
+def plot(regimes: list[Regime], arms: list[str], seeds: list[int], place: Path) -> None:
+    """Draw the two plots of a task's existing results."""
+    from plots import draw_regimes
+
+    points = {
+        regime.rows: {arm: (cost(done), done) for arm in arms if (done := finished(regime, arm, seeds))}
+        for regime in regimes
+    }
+    draw_regimes(regimes[0].task, points, place)
 
 
 def main() -> None:
@@ -181,9 +220,11 @@ def main() -> None:
     parser.add_argument("--grid", nargs="+", help="learning rates [default: those of the task]")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--plots", type=Path, help="with --report: directory of the plots")
     parser.add_argument("--report", action="store_true", help="print tables of existing results, without new runs")
     args = parser.parse_args()
-    sources = {"g2p": args.data / "g2p", "sums": args.work.resolve() / "sums-rows"}
+    sources = {"g2p": args.data / "g2p", "banking77": args.data / "banking77"}
+    sources["sums"] = args.work.resolve() / "sums-rows"
     for name in args.tasks:
         whole = TASKS[name](args.data.resolve(), args.work.resolve(), args.threads)
         whole = replace(whole, grid=tuple(args.grid)) if args.grid else whole
@@ -193,6 +234,8 @@ def main() -> None:
             for regime in regimes:
                 regime.task.run = _existing
                 report(regime, args.arms, args.seeds)
+            if args.plots:
+                plot(regimes, args.arms, args.seeds, args.plots)
             continue
         jobs = [(regime, seed) for seed in args.seeds for regime in regimes]
         with ThreadPoolExecutor(args.jobs) as pool:

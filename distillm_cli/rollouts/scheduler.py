@@ -316,42 +316,63 @@ class GapScheduler(PhiScheduler):
 
 @register(AutoConfig)
 class AutoScheduler(PhiScheduler):
-    """Set φ to 1 − c·L_rows / L_held-out, with c the cost of a step on student outputs in steps on rows.
+    """Set φ to 1 − c·r̄, with c the cost of a step on student outputs in steps on rows.
 
-    L_rows is the mean loss of the steps on data set rows since the last validation, each before its update. While rows are
-    new to the student, it equals L_held-out. Their ratio then falls as the student fits them, and with it what another step
-    on them teaches. Student outputs are new sequences for the same prompts, so they are worth their cost when the ratio is
-    below 1/c.
+    r = L_rows / L_held-out, with L_rows the mean loss of the steps on data set rows since the last validation, each before
+    its update. While rows are new to the student, r is 1. It falls as the student fits them, and with it what another step
+    on them teaches. r̄ is its mean over the rest of the run if all steps used rows: r falls as e^(−k·steps), with k from the
+    steps on rows so far. Student outputs are new sequences for the same prompts, so they are worth their cost if r̄ < 1/c.
     """
 
     config: AutoConfig
 
     def __init__(self, config: ScheduleConfig, **settings: int):
         super().__init__(config, **settings)
-        self.row_loss = 0.0
+        self.steps_done = 0
         self.row_steps = 0
+        self.recent_losses = 0.0  # sum and number since the last validation, of the steps on rows
+        self.recent_steps = 0
 
     def record(self, source: Source, loss: float) -> None:
+        self.steps_done += 1
         if source is Source.DATASET:
-            self.row_loss += loss
             self.row_steps += 1
+            self.recent_steps += 1
+            self.recent_losses += loss
 
     def observe(self, valid_loss: float, figures: Mapping[str, float | None]) -> None:
         held_out = figures.get(HELD_OUT_LOSS)
-        if held_out is None or not self.row_steps:
+        if not held_out or not self.recent_steps:
             return
-        rows = self.row_loss / self.row_steps
-        self._phi = min(max(1.0 - self.config.rollout_cost * rows / held_out, 0.0), _MAX_PHI) if held_out > 0 else 0.0
-        self.row_loss = 0.0
-        self.row_steps = 0
+        ratio = self.recent_losses / self.recent_steps / held_out
+        if (
+            self.recent_steps < self.steps_done
+        ):  # the first interval is too short to predict the rest of the run from it
+            self._phi = min(max(1.0 - self.config.rollout_cost * self._mean_ratio(ratio), 0.0), _MAX_PHI)
+        self.recent_losses = 0.0
+        self.recent_steps = 0
+
+    def _mean_ratio(self, ratio: float) -> float:
+        """Return the mean of r over the remaining steps, ∫ r·e^(−k·t) dt / T for t from 0 to T."""
+        rate = -math.log(max(ratio, 1e-9)) / self.row_steps
+        fall = rate * (self.steps - self.steps_done)
+        return ratio * -math.expm1(-fall) / fall if fall > 0 else ratio
 
     def state_dict(self) -> dict[str, Any]:
-        return {"phi": self._phi, "row_loss": self.row_loss, "row_steps": self.row_steps}
+        return {
+            "phi": self._phi,
+            "steps_done": self.steps_done,
+            "row_steps": self.row_steps,
+            "recent_losses": self.recent_losses,
+            "recent_steps": self.recent_steps,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._phi = state["phi"]
-        self.row_loss = state["row_loss"]
+        self.steps_done = state["steps_done"]
         self.row_steps = state["row_steps"]
+        self.recent_losses = state["recent_losses"]
+        self.recent_steps = state["recent_steps"]
 
 
 @register(AdaptiveConfig, "gain")

@@ -11,7 +11,7 @@ from distillm_cli.utils.text import counted
 if TYPE_CHECKING:
     from distillm_cli.training.trainer import Trainer
 
-_RAISE_PHI = "--set schedule.phi=0.2, or --set schedule.reference=previous --set schedule.epsilon=-0.03"
+_RAISE_PHI = "--schedule auto, or --set schedule.phi=0.2"
 
 
 def run_started(trainer: Trainer) -> RunStarted:

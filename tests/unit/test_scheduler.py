@@ -130,21 +130,41 @@ def test_gap_sets_phi_to_the_share_of_the_loss_on_outputs():
     assert scheduler.phi == 0, "outputs are no harder than held-out rows"
 
 
-def test_auto_sets_phi_once_rows_are_worth_less_than_outputs_cost():
-    scheduler = make(kind="auto", rollout_cost=2.0)
+def test_auto_sets_phi_to_the_future_value_of_rows():
+    scheduler = make(kind="auto", rollout_cost=2.0, steps=1000)
     assert scheduler.config.measures == {HELD_OUT_LOSS}
-    for source, loss in ((Source.DATASET, 0.2), (Source.ROLLOUT, 9.0), (Source.DATASET, 0.4), (Source.REPLAY, 9.0)):
-        scheduler.record(source, loss)
-    scheduler.observe(1.0, {HELD_OUT_LOSS: 0.8})
-    assert scheduler.phi == pytest.approx(1 - 2 * 0.3 / 0.8)
+    for loss in (0.9, 0.3):
+        for _ in range(50):
+            scheduler.record(Source.DATASET, loss)
+        for _ in range(25):
+            scheduler.record(Source.REPLAY, 9.0)
+        previous = scheduler.phi
+        scheduler.observe(1.0, {HELD_OUT_LOSS: 0.5})
+    assert previous == 0, "the first interval changes nothing"
+    # r fell to 0.6 in 100 steps on rows, and 850 steps remain: the mean of a sum in place of the integral
+    future = [0.6 * 0.6 ** (step / 100) for step in range(850)]
+    assert scheduler.phi == pytest.approx(1 - 2 * sum(future) / 850, abs=2e-3)
+    before = scheduler.phi
     scheduler.observe(1.0, {HELD_OUT_LOSS: 5.0})
-    assert scheduler.phi == pytest.approx(1 - 2 * 0.3 / 0.8), "no step on rows since then"
-    scheduler.record(Source.DATASET, 0.5)
+    assert scheduler.phi == before, "no step on rows since then"
+    scheduler.record(Source.DATASET, 0.9)
     scheduler.observe(1.0, {HELD_OUT_LOSS: 0.9})
-    assert scheduler.phi == 0, "rows still have more than half of the held-out loss"
+    assert scheduler.phi == 0, "rows are as hard as held-out rows"
     scheduler.record(Source.DATASET, 0.0)
     scheduler.observe(1.0, {HELD_OUT_LOSS: 0.7})
     assert 0.9 < scheduler.phi < 1, "some steps on rows remain"
+
+
+def test_auto_waits_if_few_steps_remain():
+    """Check two runs with the same losses: only the longer one will use up its rows."""
+    short, long = (make(kind="auto", rollout_cost=2.0, steps=steps) for steps in (120, 2000))
+    for scheduler in (short, long):
+        for loss in (0.8, 0.6):
+            for _ in range(50):
+                scheduler.record(Source.DATASET, loss)
+            scheduler.observe(1.0, {HELD_OUT_LOSS: 1.0})
+    assert short.phi == 0
+    assert long.phi > 0.7
 
 
 def gain_run(scheduler, fall_per_cost):
