@@ -38,6 +38,8 @@ SCHEDULES = {
     "gap": ["--schedule", "adaptive", *tasks.sets("schedule.trigger=gap")],
     "gain": ["--schedule", "adaptive", *tasks.sets("schedule.trigger=gain", "schedule.phi=0.5")],
     "auto": ["--schedule", "auto"],
+    "prefix": ["--schedule", "auto", *tasks.sets("rollout.prefix=8")],
+    "fresh": ["--schedule", "auto", *tasks.sets("schedule.freshness=true")],
 }
 SFT = "sft"
 FRESH_COST = 3.0  # of a step on fresh student outputs, in steps on rows or replayed outputs (LOG.md, 2026-11-30)

@@ -472,8 +472,8 @@ def test_revision_is_dropped_with_a_local_model(write_recipe, tmp_path):
 def test_builtin_fields_are_dropped_with_other_data():
     resolved = resolve(command="distill", recipe="quickstart", flags=command_line.flags(data="mine.jsonl"))
     assert resolved.notes == (
-        "quickstart.yaml: ignored, since this run (method distillm, objective srkl, schedule adaptive, "
-        "data mine.jsonl) does not use them: data.size",
+        "quickstart.yaml: ignored, since this run (method distillm, objective skl, schedule auto, data mine.jsonl) "
+        "does not use them: data.size, data.tasks",
     )
     arguments = {"flags": command_line.flags(data="mine.jsonl"), "sets": ["data.size=5"]}
     check_rejected("recipe.unused_field", "data.source builtin", recipe="quickstart", **arguments)
