@@ -86,7 +86,9 @@ class TeacherConfig(Section):
     """Configure the teacher, the model that is imitated. It is not trained."""
 
     path: Name | None = Field(
-        None, description="Teacher: a hub name, a local directory, or builtin, the model shipped with this package."
+        None,
+        description="Teacher: a hub name, a local directory, or a model shipped with this package: builtin (questions), "
+        "builtin:pronounce (words to phonemes).",
     )
     dtype: Dtype = Field(
         "auto", description="Data type of the weights. auto: bf16 on hardware with fast bf16, else fp32."

@@ -7,7 +7,7 @@ layers:6:last, layers:0,3,7,
 layers:all
 config.json, any *.json            `ConfigFile`     random weights, of the shape that the file gives
 stage:NAME                         `StageOutput`    the output of an earlier stage of a pipeline
-builtin                            `BuiltinModel`   the model shipped with the package
+builtin, builtin:pronounce         `BuiltinModel`   a model shipped with the package
 anything else                      `SavedModel`     a directory or a hub name
 
 The first four are built by the run. This module imports neither torch nor transformers.
@@ -24,6 +24,7 @@ from distillm_cli.errors import UsageError
 
 STAGE_PREFIX = "stage:"
 BUILTIN = "builtin"
+BUILTIN_MODELS = {BUILTIN: "quickstart-teacher", "builtin:pronounce": "pronounce-teacher"}  # directories in assets/
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,9 @@ class StageOutput:
 
 @dataclass(frozen=True)
 class BuiltinModel:
-    """Name the model shipped with the package."""
+    """Name a model shipped with the package."""
+
+    name: str = BUILTIN
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ def parse_student(text: str) -> StudentSpec:
     elif text.startswith(STAGE_PREFIX):
         found = StageOutput(text.removeprefix(STAGE_PREFIX))
     else:
-        found = BuiltinModel() if text == BUILTIN else SavedModel(text)
+        found = BuiltinModel(text) if text in BUILTIN_MODELS else SavedModel(text)
     if found is None:
         form = next(form for prefix, form in FORMS.items() if text.startswith(prefix))
         raise UsageError(
@@ -139,7 +142,7 @@ def copies_layers(text: str | None) -> bool:
 def is_on_hub(text: str) -> bool:
     """Return whether a name can only be a hub name: it is neither a path nor on this machine."""
     is_path = text.startswith((".", "~")) or Path(text).is_absolute() or text.count("/") > 1
-    return not (is_path or text == BUILTIN or Path(text).exists())
+    return not (is_path or text in BUILTIN_MODELS or Path(text).exists())
 
 
 def may_have_revision(text: str) -> bool:

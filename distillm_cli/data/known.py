@@ -9,9 +9,11 @@ this one:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from distillm_cli import plugins
@@ -116,6 +118,18 @@ for _name, _dataset in {
     "gsm8k": HubDataset("openai/gsm8k", _numbered_files("main/{}-{:05d}-of-{:05d}.parquet", train=1, test=1)),
 }.items():
     register_dataset(_name, _dataset)
+
+
+_PRONOUNCE = Path(__file__).resolve().parent.parent / "assets" / "pronounce"
+
+
+def _read_pronounce(split: str) -> Iterable[Columns]:
+    """Return records of the words and phonemes shipped with this package, an excerpt of CMUdict."""
+    lines = (_PRONOUNCE / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    return map(json.loads, lines)
+
+
+register_dataset("pronounce", GeneratedDataset(_read_pronounce, splits=("train", "valid", "test")))
 
 
 def dataset_names() -> list[str]:

@@ -1,4 +1,4 @@
-"""Find a model (a local directory, a hub name or the built-in one) and the base model of an adapter."""
+"""Find a model (a local directory, a hub name or a built-in one) and the base model of an adapter."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from pathlib import Path
 
 import huggingface_hub
 
-from distillm_cli.config.student_spec import BUILTIN, is_built_without_file, is_on_hub
+from distillm_cli.config.student_spec import BUILTIN, BUILTIN_MODELS, is_built_without_file, is_on_hub
 from distillm_cli.errors import ModelError
 from distillm_cli.utils.storage import is_broken_link
 
 ADAPTER_CONFIG = "adapter_config.json"  # a directory with this file is an adapter
-BUILTIN_TEACHER = Path(__file__).resolve().parent.parent / "assets" / "quickstart-teacher"
+_ASSETS = Path(__file__).resolve().parent.parent / "assets"
+BUILTIN_TEACHER = _ASSETS / BUILTIN_MODELS[BUILTIN]
 
 
 def locate_model(path: str) -> tuple[str, bool]:
-    """Return the name for transformers, and whether it is a local directory. `builtin` is the model of this package."""
-    directory = BUILTIN_TEACHER if path == BUILTIN else Path(path).expanduser()
+    """Return the name for transformers, and whether it is a local directory. `builtin` is a model of this package."""
+    directory = _ASSETS / BUILTIN_MODELS[path] if path in BUILTIN_MODELS else Path(path).expanduser()
     if directory.is_dir():
         return str(directory), True
     if directory.is_file():

@@ -42,7 +42,7 @@ from distillm_cli.config.field_usage import value_of
 from distillm_cli.config.load import Resolved
 from distillm_cli.config.pipeline_recipe import PREFIX, Pipeline, Stage
 from distillm_cli.config.schema import AUTO, Recipe
-from distillm_cli.config.student_spec import BUILTIN, ConfigFile, RandomModel, is_built, parse_student
+from distillm_cli.config.student_spec import BUILTIN_MODELS, ConfigFile, RandomModel, is_built, parse_student
 from distillm_cli.errors import RecipeError, UsageError
 from distillm_cli.models.model_families import family_of
 from distillm_cli.models.model_info import ModelInfo, read_model_info
@@ -249,8 +249,9 @@ def check_data(resolved: Resolved, known: StageModels | None = None) -> str | No
     for path, info in zip(paths, models, strict=True):
         if path is not None and info is None and path not in known and not is_built(path):
             locate_model(path)  # raises for a directory that does not exist
-    if BUILTIN in paths or not all(info is not None and is_in_paper(info) for info in models):
-        name = BUILTIN if BUILTIN in paths else "rows.jsonl or --data dolly"
+    shipped = next((path for path in paths if path in BUILTIN_MODELS), None)
+    if shipped is not None or not all(info is not None and is_in_paper(info) for info in models):
+        name = "rows.jsonl or --data dolly" if shipped is None else shipped.removeprefix("builtin:")
         where = "--data is not given, and Dolly is the default only for GPT-2, OPT and Llama base models"
         raise UsageError(
             "usage.no_data", "no data to train on", where=where, hint=f"use --data PATH or NAME, such as --data {name}"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from distillm_cli.config.schema import Recipe
-from distillm_cli.config.student_spec import BUILTIN
+from distillm_cli.config.student_spec import BUILTIN_MODELS
 from distillm_cli.errors import Interrupted, UsageError, signal_number
 from distillm_cli.evaluation.evaluate import evaluate_suite
 from distillm_cli.evaluation.results import check_results_writable, load_results, save_results
@@ -105,7 +105,7 @@ def _output_directories(checkpoints: list[str], output: str | None, names: Mappi
         name = names.get(checkpoint) or re.sub(r"[^\w.+-]+", "-", checkpoint.strip("./~")) or "model"
         if output is not None:
             place = Path(output) if len(checkpoints) == 1 else Path(output) / name
-        elif directory.is_dir() and checkpoint != BUILTIN:
+        elif directory.is_dir() and checkpoint not in BUILTIN_MODELS:
             place = directory / "eval"
         else:
             place = Path(f"eval-{name}")

@@ -10,7 +10,7 @@ from distillm_cli.config.load import locate
 from distillm_cli.config.pipeline_recipe import StageConfig, inputs
 from distillm_cli.config.schema import Recipe
 from distillm_cli.config.shortcuts import flag_of
-from distillm_cli.config.student_spec import BUILTIN
+from distillm_cli.config.student_spec import BUILTIN_MODELS
 from distillm_cli.data.sources import local_path
 from distillm_cli.errors import UsageError
 from distillm_cli.models.model_paths import ADAPTER_CONFIG, read_base_model
@@ -23,8 +23,8 @@ def names_rows(key: str) -> bool:
 
 
 def local_input(key: str, text: str) -> Path | None:
-    """Return the file or directory that a field names; None for a hub name and for `builtin`."""
-    if text == BUILTIN:
+    """Return the file or directory that a field names; None for a hub name and for what this package ships."""
+    if text in BUILTIN_MODELS:
         return None
     place = local_path(text) if names_rows(key) else Path(text).expanduser()
     return place if place is not None and place.exists() else None

@@ -78,7 +78,7 @@ PUBLISHED = {
     "google/mt5-small": (t5("mt5", 8, 512, 1024, 6, 250112), 300_176_768),
     "google/mt5-xl": (t5("mt5", 24, 2048, 5120, 32, 250112), 3_742_619_648),
 }
-OFFLINE = ("quickstart", "quickstart-pipeline", "quickstart-teacher")  # need no files from the hub
+OFFLINE = ("quickstart", "questions", "quickstart-pipeline", "quickstart-teacher")  # need no files from the hub
 USER_DATA = ("g2p", "g2p-teacher")  # need rows and a teacher of the user
 
 
@@ -179,8 +179,8 @@ def test_plan_from_weights_matches_plan_from_configs(planned, tmp_path):
 
     few = ["data.size=200", "train.device=cpu", "teacher.cache=memory"]
     sets = [word for field in few for word in ("--set", field)]
-    loaded = planned("--recipe", "quickstart", *sets)
-    shapes, _ = plan_from_configs(fitted(resolve(command="plan", recipe="quickstart", sets=few)))
+    loaded = planned("--recipe", "questions", *sets)
+    shapes, _ = plan_from_configs(fitted(resolve(command="plan", recipe="questions", sets=few)))
     for key in ("models", "vocabulary", "steps", "memory", "step_flops", "gpus"):
         assert loaded[key] == shapes[key], key
     assert loaded["teacher_cache"]["bytes"] == shapes["teacher_cache"]["bytes"]
@@ -497,8 +497,8 @@ def test_schedule_sets_sources_and_rollout_buffer(configs, planned, method, sets
 def test_sft_before_distillation_is_planned(planned):
     """Check three epochs of sft before distillation: steps, FLOPs of one model, and the total time."""
     sets = ("--set", "data.size=200", "--epochs", 2, "--device", "cpu")
-    plain = planned("--recipe", "quickstart", *sets)
-    plan = planned("--recipe", "quickstart", *sets, "--set", "student.sft_epochs=3")
+    plain = planned("--recipe", "questions", *sets)
+    plan = planned("--recipe", "questions", *sets, "--set", "student.sft_epochs=3")
     per_epoch = plain["steps_per_epoch"]
     assert plan["sft"]["steps"] == 3 * per_epoch
     assert plan["steps"] == plain["steps"] == 2 * per_epoch

@@ -1,4 +1,4 @@
-"""Run every method on the quickstart pair for a few steps, and check its metrics."""
+"""Run every method on the built-in pair for a few steps, and check its metrics."""
 
 import json
 import math
@@ -23,7 +23,7 @@ def test_method_runs_and_logs_its_metrics(name, kind, tmp_path, capsys):
     method = ["--method", name, *(["--schedule", kind] if kind != METHODS[name].preset["schedule.kind"] else [])]
     few = FEW + (ADAPTIVE if kind == "adaptive" else ()) + (() if kind == "off" else ("rollout.bulk=1",))
     words = [word for field in few for word in ("--set", field)]
-    run = ["distill", "--recipe", "quickstart", *method, "--steps", "3", "--output", str(tmp_path / "o"), *words]
+    run = ["distill", "--recipe", "questions", *method, "--steps", "3", "--output", str(tmp_path / "o"), *words]
     code = main([*run, "--json", "--quiet"])
     out, err = capsys.readouterr()
     assert code == 0, err

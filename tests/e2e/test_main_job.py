@@ -456,28 +456,38 @@ def test_real_rows_with_a_real_tokenizer(shared_data, tmp_path, capsys, monkeypa
 
 
 def test_quickstart_runs_and_its_teacher_is_good(tmp_path, capsys, monkeypatch):
-    """Check a few steps of the shipped recipe: it uses rollouts, and the built-in teacher scores at least 90 %."""
+    """Check a few steps of the shipped recipe: it uses rollouts, and its teacher pronounces most words."""
     monkeypatch.chdir(tmp_path)
-    # φ starts at 0.3, because it would rise too late otherwise.
-    options = ("train.eval_steps=10", "data.size=640", "eval.report_rows=90", "schedule.phi=0.3")
-    few = ["--steps", "40", *(word for field in options for word in ("--set", field))]
+    # Student outputs cost nothing, because few steps do not fit the rows.
+    options = ("train.eval_steps=5", "data.limit=64", "eval.report_rows=90", "schedule.rollout_cost=0.01")
+    few = ["--steps", "20", *(word for field in options for word in ("--set", field))]
     code, result, _ = call(capsys, "distill", "--recipe", "quickstart", *few, "--json", "--quiet")
     assert (code, result["output"]) == (0, "runs/quickstart-distillm")
-    assert result["report"]["teacher"]["exact_match"] >= 90
+    assert result["report"]["teacher"]["exact_match"] >= 55
     assert result["rollout_steps"] > 0
     assert result["report"]["student_after"]["valid_loss"] < result["report"]["student_before"]["valid_loss"]
-    single_step = ["--steps", "1", "--set", "data.size=640", "--set", "eval.report_rows=0"]
+    single_step = ["--steps", "1", "--set", "data.limit=64", "--set", "eval.report_rows=0"]
     again = call(capsys, "distill", "--recipe", "quickstart", *single_step, "--json", "--quiet")[1]
     assert again["output"].endswith("distillm-2")
 
 
-def test_builtin_teacher_and_student_sizes():
+def test_teacher_of_the_questions_is_good(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    few = ["--steps", "2", "--set", "data.size=640", "--set", "eval.report_rows=90"]
+    code, result, _ = call(capsys, "distill", "--recipe", "questions", *few, "--json", "--quiet")
+    assert code == 0
+    assert result["report"]["teacher"]["exact_match"] >= 90
+
+
+@pytest.mark.parametrize("recipe", ["quickstart", "questions"])
+def test_builtin_teacher_and_student_sizes(recipe):
     from distillm_cli.config.load import resolve
-    from distillm_cli.models.model_paths import BUILTIN_TEACHER
+    from distillm_cli.models.model_paths import locate_model
     from distillm_cli.models.pair import load_pair
 
-    assert sum(p.stat().st_size for p in BUILTIN_TEACHER.iterdir()) <= 4_000_000
-    pair = load_pair(resolve(command="distill", recipe="quickstart").recipe, device=torch.device("cpu"))
+    resolved = resolve(command="distill", recipe=recipe).recipe
+    assert sum(p.stat().st_size for p in Path(locate_model(resolved.teacher.path)[0]).iterdir()) <= 4_000_000
+    pair = load_pair(resolved, device=torch.device("cpu"))
     teacher, student = (sum(p.numel() for p in m.model.parameters()) for m in (pair.teacher, pair.student))
     assert teacher >= 5 * student
 

@@ -1,4 +1,4 @@
-"""Test MiniLLM on the quickstart pair, interrupted within a round, and with invalid settings."""
+"""Test MiniLLM on the built-in pair, interrupted within a round, and with invalid settings."""
 
 import json
 import signal
@@ -13,7 +13,7 @@ from tests import tiny
 from tests.command_line import assert_error
 
 SHORT = [
-    "--recipe", "quickstart", "--method", "minillm", "--student", "random:1x32", "--steps", "6", "--batch-size", "4",
+    "--recipe", "questions", "--method", "minillm", "--student", "random:1x32", "--steps", "6", "--batch-size", "4",
     "--set", "data.size=40", "--set", "eval.report_rows=4", "--set", "rollout.bulk=2", "--set", "schedule.inner_epochs=2",
     "--set", "rollout.max_new_tokens=8", "--set", "data.valid_limit=8",
     "--set", "train.log_steps=1", "--set", "train.threads=1", "--json",

@@ -101,7 +101,7 @@ def assert_same_steps(expected, actual):
 def test_method_matches_cpu(name, run_on, tmp_path):
     kind = METHODS[name].preset["schedule.kind"]
     more = {"adaptive": ADAPTIVE, "off": ()}.get(kind, ("rollout.bulk=2",))
-    argv = ["distill", "--recipe", "quickstart", "--method", name, "--steps", "3", *set_options(*DISTILL, *more)]
+    argv = ["distill", "--recipe", "questions", "--method", name, "--steps", "3", *set_options(*DISTILL, *more)]
     results = [run_on(device, *argv, "--output", device) for device in DEVICES]
     assert_same_steps(*(steps_of(tmp_path / device) for device in DEVICES))
     for key in ("sampled_tokens", "teacher_sampled_tokens", "rollout_steps", "replay_steps"):
@@ -123,14 +123,14 @@ def test_training_option_matches_cpu(fields, run_on, tmp_path):
     if "t5" in fields:
         argv = ["sft", "--model", "random:t5:1x48", "--tokenizer", "chars", "--data", "builtin", "--steps", "2"]
         run_on("cpu", *argv, "--output", "t5", *set_options(*FEW, "data.template=plain"))
-    argv = ["distill", "--recipe", "quickstart", "--steps", "3", *set_options(*DISTILL, *ADAPTIVE), *fields]
+    argv = ["distill", "--recipe", "questions", "--steps", "3", *set_options(*DISTILL, *ADAPTIVE), *fields]
     for device in DEVICES:
         run_on(device, *argv, "--output", device)
     assert_same_steps(*(steps_of(tmp_path / device) for device in DEVICES))
 
 
 def test_resume_matches_uninterrupted_run(run_on, tmp_path):
-    argv = ["distill", "--recipe", "quickstart", *set_options(*DISTILL, *ADAPTIVE, "train.keep=9")]
+    argv = ["distill", "--recipe", "questions", *set_options(*DISTILL, *ADAPTIVE, "train.keep=9")]
     full = run_on(simulated_device.NAME, *argv, "--steps", "6", "--output", "full")
     for step in ("step-000004", "step-000006"):
         shutil.rmtree(tmp_path / "full" / "checkpoints" / step)
@@ -146,14 +146,14 @@ def test_device_with_mps_limits_matches_cpu(name, run_on_strict, tmp_path):
         "minillm": ("rollout.bulk=2",),
         "ab": ("objective.ab_alpha=0.01", "objective.ab_beta=0.01"),  # computed in float64 on other devices
     }.get(name, ())
-    argv = ["distill", "--recipe", "quickstart", "--method", name, "--steps", "3", *set_options(*DISTILL, *more)]
+    argv = ["distill", "--recipe", "questions", "--method", name, "--steps", "3", *set_options(*DISTILL, *more)]
     for device in DEVICES:
         run_on_strict(device, *argv, "--output", device)
     assert_same_steps(*(steps_of(tmp_path / device) for device in DEVICES))
 
 
 def test_responses_and_scores_match_cpu(run_on, tmp_path):
-    run_on("cpu", "distill", "--recipe", "quickstart", "--steps", "2", *set_options(*DISTILL), "--output", "student")
+    run_on("cpu", "distill", "--recipe", "questions", "--steps", "2", *set_options(*DISTILL), "--output", "student")
     for device in DEVICES:
         argv = ["generate", "--model", "student", "--data", "builtin", "--dtype", "fp32"]
         argv += set_options("data.size=12", "rollout.max_new_tokens=4")

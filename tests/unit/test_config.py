@@ -470,13 +470,13 @@ def test_revision_is_dropped_with_a_local_model(write_recipe, tmp_path):
 
 
 def test_builtin_fields_are_dropped_with_other_data():
-    resolved = resolve(command="distill", recipe="quickstart", flags=command_line.flags(data="mine.jsonl"))
+    resolved = resolve(command="distill", recipe="questions", flags=command_line.flags(data="mine.jsonl"))
     assert resolved.notes == (
-        "quickstart.yaml: ignored, since this run (method distillm, objective skl, schedule auto, data mine.jsonl) "
-        "does not use them: data.size, data.tasks",
+        "questions.yaml: ignored, since this run (method distillm, objective srkl, schedule adaptive, "
+        "data mine.jsonl) does not use them: data.size",
     )
     arguments = {"flags": command_line.flags(data="mine.jsonl"), "sets": ["data.size=5"]}
-    check_rejected("recipe.unused_field", "data.source builtin", recipe="quickstart", **arguments)
+    check_rejected("recipe.unused_field", "data.source builtin", recipe="questions", **arguments)
 
 
 def test_settings_of_recipe_method_are_dropped_for_another(write_recipe, tmp_path):

@@ -36,6 +36,7 @@ from tests.codes import raises_code
         ("shapes/small.json", ConfigFile("shapes/small.json")),
         ("stage:teacher", StageOutput("teacher")),
         ("builtin", BuiltinModel()),
+        ("builtin:pronounce", BuiltinModel("builtin:pronounce")),
         ("openai-community/gpt2", SavedModel("openai-community/gpt2")),
         ("./layers:4", SavedModel("./layers:4")),
     ],
