@@ -53,29 +53,36 @@ def sft_stage_recipe(resolved: Resolved) -> Resolved | None:
     return _derived(resolved, changed, ("objective.", "schedule."))  # fine-tuning does not use them
 
 
-def baseline_recipes(resolved: Resolved, run_steps: int, steps: int, student: str | None) -> dict[str, Resolved]:
-    """Return the recipes of a distillation's baselines by name, each of ``steps`` steps on data set rows.
+def baseline_recipes(
+    resolved: Resolved, run_steps: int, steps: int, stage: str, stage_steps: int
+) -> dict[str, Resolved]:
+    """Return the recipes of a distillation's baselines by name, each on data set rows alone.
 
-    sft: cross-entropy alone, with the best weights by validation loss. off-policy: the run's divergence; left out if the
-    run has no other steps. run_steps: of the distillation. student: directory of its start, if the run fine-tuned it first.
+    sft: cross-entropy, with the best weights by validation loss. off-policy: the run's divergence; left out if the run has
+    no other steps. Both start from the run's student. If the run fine-tuned it first, in the directory ``stage`` with
+    ``stage_steps`` steps, off-policy starts after that, and sft has as many steps more.
+
+    run_steps: of the distillation. steps: of a baseline.
     """
     origin = "--compare"
-    off_policy: dict[str, tuple[Any, str]] = {"schedule.kind": ("off", origin), "train.steps": (steps, origin)}
     train = resolved.recipe.train
+    default = ObjectiveConfig()
+    common: dict[str, tuple[Any, str]] = {"schedule.kind": ("off", origin)}
+    common |= {"student.sft_epochs": (0.0, origin), "student.sft_lr": (None, origin)}
+    for name in ("by_source", "curriculum", "policy_gradient", "row_weight"):  # for steps on student outputs
+        common[f"objective.{name}"] = (getattr(default, name), origin)
+    sft = common | {
+        "objective.kd_weight": (0.0, origin),
+        "train.select": ("valid_loss", origin),
+        "train.steps": (steps + stage_steps, origin),
+    }
+    off_policy = common | {"train.steps": (steps, origin)}
     for name in ("eval_steps", "save_steps"):  # as often as in the run
         every = getattr(train, name)
         if isinstance(every, int):
             off_policy[f"train.{name}"] = (max(round(every * steps / run_steps), 1), origin)
-    default = ObjectiveConfig()
-    for name in ("by_source", "curriculum", "policy_gradient", "row_weight"):  # for steps on student outputs
-        off_policy[f"objective.{name}"] = (getattr(default, name), origin)
-    if student is not None:
-        off_policy |= {
-            "student.path": (student, origin),
-            "student.sft_epochs": (0.0, origin),
-            "student.sft_lr": (None, origin),
-        }
-    sft = off_policy | {"objective.kd_weight": (0.0, origin), "train.select": ("valid_loss", origin)}
+    if stage_steps:
+        off_policy["student.path"] = (stage, origin)
     left_out = ("schedule.", "rollout.")
     recipes = {"sft": _derived(resolved, sft, left_out), "off-policy": _derived(resolved, off_policy, left_out)}
     if resolved.recipe.schedule.kind == "off":

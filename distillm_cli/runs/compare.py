@@ -18,7 +18,7 @@ from distillm_cli.runs import output_dir
 from distillm_cli.runs.run_results import Baseline, Outcome, TrainResult, TrainSummary
 from distillm_cli.runs.start import TrainOptions, start_training
 from distillm_cli.training.events import Listener, Note
-from distillm_cli.utils.text import counted, format_duration
+from distillm_cli.utils.text import format_duration
 
 
 def compare(resolved: Resolved, result: TrainResult, listener: Listener, options: TrainOptions) -> TrainResult:
@@ -28,10 +28,13 @@ def compare(resolved: Resolved, result: TrainResult, listener: Listener, options
     """
     steps = equal_steps(result)
     baselines = []
-    start = str(result.output / output_dir.SFT) if resolved.recipe.student.sft_epochs else None
-    for name, recipe in baseline_recipes(resolved, result.steps, steps, start).items():
+    stage = result.output / output_dir.SFT
+    stage_steps = (
+        json.loads((stage / output_dir.RESULT).read_text())["steps"] if resolved.recipe.student.sft_epochs else 0
+    )
+    for name, recipe in baseline_recipes(resolved, result.steps, steps, str(stage), stage_steps).items():
         place = result.output / output_dir.COMPARE / name
-        listener(Note(f"comparing with {name}: {counted(steps, 'step')} on data set rows, in {place}"))
+        listener(Note(f"comparing with {name}: {recipe.recipe.train.steps:,} steps on data set rows, in {place}"))
         can_resume = options.resume and output_dir.may_resume(place)
         place_options = TrainOptions(
             resume=can_resume, overwrite=options.overwrite or (options.resume and not can_resume)

@@ -40,11 +40,11 @@ def test_baselines_equal_runs_typed_by_hand(cli, workdir, compared):  # noqa: F8
     middle = seconds[len(seconds) // 2] if len(seconds) % 2 else sum(seconds[len(seconds) // 2 - 1 :][:2]) / 2
     steps = round(result["train_s"] / middle)
     assert sft["steps"] == off_policy["steps"] == steps > 8
-    every = max(round(3 * steps / 8), 1)
-    same = ["--steps", str(steps), "--schedule", "off", "--set", f"train.eval_steps={every}"]
+    every = ["--set", f"train.eval_steps={max(round(3 * steps / 8), 1)}"]
+    same = ["--steps", str(steps), "--schedule", "off"]
     for output, more in (
-        ("off-policy", ["--alpha", "0.2"]),
-        ("sft", ["--set", "objective.kd_weight=0", "--set", "train.select=valid_loss"]),
+        ("off-policy", ["--alpha", "0.2", *every]),
+        ("sft", ["--set", "train.eval_steps=3", "--set", "objective.kd_weight=0", "--set", "train.select=valid_loss"]),
     ):
         select = result["baselines"][output != "sft"]
         code, typed, err = cli("distill", *PAIR, *same, *more, "--output", output)
@@ -78,6 +78,17 @@ def test_table_has_the_baselines_before_the_student(capsys, workdir):  # noqa: F
     lines = [line.split(",")[0].strip() for line in capsys.readouterr().out.splitlines()]
     start = lines.index("student before")
     assert lines[start : start + 4] == ["student before", "sft", "off-policy", "student after"]
+
+
+def test_baselines_of_a_run_with_fine_tuning(cli, workdir):  # noqa: F811
+    """Check that off-policy starts after the fine-tuning, and that SFT has its steps in addition."""
+    code, result, err = cli(*RUN, "--set", "student.sft_epochs=1", "--steps", "4", "--output", "run", "--compare")
+    assert code == 0, err
+    sft, off_policy = result["baselines"]
+    stage = json.loads((workdir / "run/sft/result.json").read_text())
+    assert sft["steps"] == off_policy["steps"] + stage["steps"]
+    start = json.loads((workdir / "run/compare/off-policy/result.json").read_text())["report"]["student_before"]
+    assert start["valid_loss"] == pytest.approx(stage["report"]["student_after"]["valid_loss"], rel=1e-5)
 
 
 def test_run_on_rows_has_one_baseline(cli, workdir):  # noqa: F811
