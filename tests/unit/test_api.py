@@ -202,10 +202,10 @@ def test_load_recipe_applies_overrides():
 def test_loaded_recipe_trains_like_its_name(capfd):
     settings = {"steps": 3, "device": "cpu", "data": {"size": 120}, "eval": {"report_rows": 0}, "train": {"threads": 1}}
     events = []
-    named = distillm.distill(recipe="quickstart", output="a", listener=events.append, **settings)
-    recipe = distillm.load_recipe("quickstart", **settings)
+    named = distillm.distill(recipe="questions", output="a", listener=events.append, **settings)
+    recipe = distillm.load_recipe("questions", **settings)
     loaded = distillm.distill(recipe=recipe)
-    assert loaded.output == Path("runs/quickstart-distillm")
+    assert loaded.output == Path("runs/questions-distillm")
     assert weights_of("a") == weights_of(loaded.output)
     assert named.report == loaded.report
     assert [event.step for event in events if isinstance(event, Stepped)] == [1, 2, 3]

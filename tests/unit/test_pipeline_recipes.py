@@ -20,7 +20,7 @@ stages:
   samples: {verb: generate, model: stage:teacher}
   distill:
     verb: distill
-    recipe: quickstart
+    recipe: questions
     student: {path: stage:teacher}
     data: {source: stage:samples}
     train: {epochs: 2}
@@ -47,7 +47,7 @@ def test_stage_overrides_defaults_and_recipe(write_recipe):
     assert (teacher.recipe.method, distill.recipe.method) == ("sft", "distillm")
     assert (teacher.recipe.train.lr, teacher.origin["train.lr"]) == (2e-3, "--set")
     assert (distill.recipe.train.lr, distill.overridden["train.lr"]) == (5e-4, (2e-3, "--set"))
-    assert distill.origin["train.betas"].startswith("quickstart.yaml:"), (
+    assert distill.origin["train.betas"].startswith("questions.yaml:"), (
         "the origin is the recipe that the stage starts from"
     )
     assert distill.recipe.data.template == "plain"
@@ -130,12 +130,12 @@ def test_recipes_and_pipelines_are_distinguished(write_recipe):
         ),
         ("model: stage:teacher", "limit: 3", "recipe.missing_field", ("p.yaml:9: stages.samples", "model")),
         (
-            "recipe: quickstart",
-            "recipe: quickstrat",
+            "recipe: questions",
+            "recipe: questons",
             "recipe.invalid_stage",
-            ("p.yaml:12: stages.distill.recipe = quickstrat",),
+            ("p.yaml:12: stages.distill.recipe = questons",),
         ),
-        ("recipe: quickstart", "models: [x]", "recipe.unknown_field", ("p.yaml:12: stages.distill.models", "eval")),
+        ("recipe: questions", "models: [x]", "recipe.unknown_field", ("p.yaml:12: stages.distill.models", "eval")),
         (
             "model: stage:teacher",
             "model: stage:teachr",

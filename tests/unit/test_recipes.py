@@ -27,7 +27,7 @@ PIPELINES = {name for name in shipped() if is_pipeline(name)}
 def test_set_of_shipped_recipes():
     tasks = {"samsum-t5", "xsum-t5", "wmt14-t5", "iwslt-mt5", "gsm8k"}
     assert set(shipped()) - PIPELINES == tasks | {
-        "quickstart", "quickstart-teacher", "dolly-gpt2", "dolly-opt", "dolly-openllama", "g2p", "g2p-teacher",
+        "quickstart", "questions", "quickstart-teacher", "dolly-gpt2", "dolly-opt", "dolly-openllama", "g2p", "g2p-teacher",
     }  # fmt: skip
     assert {
         "quickstart-pipeline", "dolly-gpt2-pipeline", "dolly-opt-pipeline", "dolly-openllama-pipeline",
