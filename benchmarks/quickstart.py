@@ -29,10 +29,11 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
 
-    def train(seed: int, rate: str | None) -> tuple[Path, dict]:
+    def train(seed: int, rate: str | None, *, compare: bool) -> tuple[Path, dict]:
         place = args.work / f"quickstart-{seed}-{rate or 'recipe'}"
         options = ["--seed", str(seed), *(["--lr", rate] if rate else []), "--output", str(place), "--overwrite"]
-        return place, run(place, ["distill", "--recipe", "quickstart", "--compare", *options], args.threads)
+        options += ["--compare"] if compare else []
+        return place, run(place, ["distill", "--recipe", "quickstart", *options], args.threads)
 
     def figures(result: dict, model: str) -> dict:
         if model == "this run":
@@ -54,20 +55,24 @@ def main() -> None:
 
     rates: dict[str, str | None] = {"this run": None}
     for model in MODELS[:-1]:
-        found = {rate: figures(train(args.seeds[0], rate)[1], model)["exact_match"] for rate in (None, *args.rates)}
+        found = {
+            rate: figures(train(args.seeds[0], rate, compare=True)[1], model)["exact_match"]
+            for rate in (None, *args.rates)
+        }
         rates[model] = max(found, key=lambda rate: found[rate])
         print(
             f"{model}: " + ", ".join(f"lr {rate or 'of the recipe'} → {value:.1f}" for rate, value in found.items()),
             flush=True,
         )
 
+    baseline_rates = {rates[model] for model in MODELS[:-1]}
     columns = [f"{metric.replace('_', ' ')} {mode}" for mode in PASSES for metric in METRICS]
     print(f"\n| model | seed | lr | steps | seconds | {' | '.join(columns)} |")
     print("|---" * (5 + len(columns)) + "|")
     scores: dict[str, list[list[float]]] = {model: [] for model in MODELS}
     for seed in args.seeds:
         for model in MODELS:
-            place, result = train(seed, rates[model])
+            place, result = train(seed, rates[model], compare=rates[model] in baseline_rates)
             folder = place if model == "this run" else place / "compare" / model
             found = figures(result, model)
             row = score(folder, f"{model.replace(' ', '-')}-{seed}-{rates[model]}")
