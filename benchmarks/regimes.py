@@ -60,7 +60,7 @@ def subset(source: Path, place: Path, rows: int) -> Path:
 
 def g2p(data: Path, work: Path, threads: int) -> Task:
     """Return letters → phonemes with all rows."""
-    return replace(tasks.g2p(data / "g2p", work / "g2p", threads), steps=1240, passes=("T=1", "greedy"))
+    return replace(tasks.g2p(data / "g2p", work / "g2p", threads), steps=1240)
 
 
 def sums(data: Path, work: Path, threads: int) -> Task:
@@ -75,9 +75,7 @@ def sums(data: Path, work: Path, threads: int) -> Task:
     teacher = ["sft", "--model", "random:4x256", "--tokenizer", "chars", "--steps", "1500", "--lr", "1e-3", *common]
     scoring = ["--batch-size", "250", "--max-new-tokens", "240", "--dtype", "fp32"]
     scoring += tasks.sets("eval.no_repeat_ngram_size=0", "data.template=plain", f"train.threads={threads}")
-    return replace(
-        base, name="sums", steps=1240, common=common, scoring=scoring, teacher_argv=teacher, passes=("T=1", "greedy")
-    )
+    return replace(base, name="sums", steps=1240, common=common, scoring=scoring, teacher_argv=teacher)
 
 
 def banking77(data: Path, work: Path, threads: int) -> Task:
@@ -89,7 +87,7 @@ def banking77(data: Path, work: Path, threads: int) -> Task:
     scratch = ["--model", "random:4x256", "--tokenizer", "bpe:2000", "--steps", "1000", "--lr", "1e-3"]
     return replace(
         base, name="banking77", steps=1240, common=common, teacher_argv=["sft", *scratch, *common],
-        metrics=("exact_match",), passes=("T=1", "greedy"),
+        metrics=("exact_match",),
     )  # fmt: skip
 
 
@@ -164,10 +162,10 @@ def measure(regime: Regime, arms: list[str], seed: int, first_seed: int) -> None
 def report(regime: Regime, arms: list[str], seeds: list[int]) -> None:
     """Print the table of one regime, from existing results."""
     task = regime.task
-    columns = " | ".join(f"{metric} {name}" for name in task.passes for metric in task.metrics)
+    columns = " | ".join([*(f"{metric} {name}" for name in task.passes for metric in task.metrics), "entropy T=1"])
     print(f"\n{task.name}, {regime.rows:,} rows, {task.steps * task.batch / regime.rows:.1f} epochs\n")
     print(f"| arm | seeds | cost | seconds | steps: rows / rollouts / replay | {columns} |")
-    print("|---" * (5 + len(task.passes) * len(task.metrics)) + "|")
+    print("|---" * (6 + len(task.passes) * len(task.metrics)) + "|")
     for arm in arms:
         done = finished(regime, arm, seeds)
         if not done:
@@ -177,6 +175,7 @@ def report(regime: Regime, arms: list[str], seeds: list[int]) -> None:
             for name in task.passes
             for metric in task.metrics
         ]
+        cells.append(mean_sd([scores["T=1"]["entropy"] for _, scores in done]))
         sources = [statistics.mean(r[f"{kind}_steps"] for r, _ in done) for kind in ("dataset", "rollout", "replay")]
         facts = [f"{len(done)}", f"{cost(done):,.0f}", mean_sd([r["train_s"] for r, _ in done])]
         facts.append(" / ".join(f"{n:,.0f}" for n in sources))
