@@ -198,11 +198,13 @@ def draw_regimes(task, points: dict[int, dict[str, tuple[float, list[tuple[dict,
 
     shown = sorted(points)
     figure, axes = pyplot.subplots(1, len(shown), figsize=(3 * len(shown), 3.2), squeeze=False)
+    figure.subplots_adjust(wspace=0.3)
     for panel, rows in zip(axes[0], shown, strict=True):
         for arm, (spent, done) in points[rows].items():
             color = INK if is_on_rows(arm) else colors[arm]
             panel.plot(spent, value(done, "greedy"), "o", color=color, markersize=5)
             panel.annotate(arm, (spent, value(done, "greedy")), xytext=(4, 3), textcoords="offset points", fontsize=7)
+        panel.margins(x=0.25)  # for the names
         panel.set_title(f"{rows:,} rows")
         panel.set_xlabel("cost, steps on rows")
         _bare(panel)
