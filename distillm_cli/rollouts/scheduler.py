@@ -345,8 +345,7 @@ class AutoScheduler(PhiScheduler):
         if not held_out or not self.recent_steps:
             return
         ratio = self.recent_losses / self.recent_steps / held_out
-        if self.row_steps > self.recent_steps:  # the first interval is too short to predict the rest of the run
-            self._phi = min(max(1.0 - self.config.rollout_cost * self._mean_ratio(ratio), 0.0), _MAX_PHI)
+        self._phi = min(max(1.0 - self.config.rollout_cost * self._mean_ratio(ratio), 0.0), _MAX_PHI)
         self.recent_losses = 0.0
         self.recent_steps = 0
 
