@@ -71,16 +71,16 @@ def baseline_recipes(
     common |= {"student.sft_epochs": (0.0, origin), "student.sft_lr": (None, origin)}
     for name in ("by_source", "curriculum", "policy_gradient", "row_weight"):  # for steps on student outputs
         common[f"objective.{name}"] = (getattr(default, name), origin)
+    for name in ("eval_steps", "save_steps"):  # as often as in the run
+        every = getattr(train, name)
+        if isinstance(every, int):
+            common[f"train.{name}"] = (max(round(every * steps / run_steps), 1), origin)
     sft = common | {
         "objective.kd_weight": (0.0, origin),
         "train.select": ("valid_loss", origin),
         "train.steps": (steps + stage_steps, origin),
     }
     off_policy = common | {"train.steps": (steps, origin)}
-    for name in ("eval_steps", "save_steps"):  # as often as in the run
-        every = getattr(train, name)
-        if isinstance(every, int):
-            off_policy[f"train.{name}"] = (max(round(every * steps / run_steps), 1), origin)
     if stage_steps:
         off_policy["student.path"] = (stage, origin)
     left_out = ("schedule.", "rollout.")

@@ -41,10 +41,10 @@ def test_baselines_equal_runs_typed_by_hand(cli, workdir, compared):  # noqa: F8
     steps = round(result["train_s"] / middle)
     assert sft["steps"] == off_policy["steps"] == steps > 8
     every = ["--set", f"train.eval_steps={max(round(3 * steps / 8), 1)}"]
-    same = ["--steps", str(steps), "--schedule", "off"]
+    same = ["--steps", str(steps), "--schedule", "off", *every]
     for output, more in (
-        ("off-policy", ["--alpha", "0.2", *every]),
-        ("sft", ["--set", "train.eval_steps=3", "--set", "objective.kd_weight=0", "--set", "train.select=valid_loss"]),
+        ("off-policy", ["--alpha", "0.2"]),
+        ("sft", ["--set", "objective.kd_weight=0", "--set", "train.select=valid_loss"]),
     ):
         select = result["baselines"][output != "sft"]
         code, typed, err = cli("distill", *PAIR, *same, *more, "--output", output)
