@@ -104,10 +104,10 @@ def test_log_probs_match_a_pass_over_the_whole_output(temperature):
                 (m.head().logits(m.hidden(batch)) / temperature).softmax(-1).gather(-1, batch.targets_N[:, None])[:, 0]
                 for m in (student, teacher)
             ]
-        assert s.log_probs_N3.shape == (len(s.response), 3)
-        assert_close(s.log_probs_N3[:, LOG_P], log_p, rtol=1e-4, atol=1e-4)
-        assert_close(s.log_probs_N3[:, LOG_Q], log_q, rtol=1e-4, atol=1e-4)
-        assert_close(s.log_probs_N3[:, LOG_DRAWN], (0.8 * shaped[0] + 0.2 * shaped[1]).log(), rtol=1e-4, atol=1e-4)
+        assert s.log_probs_NK.shape == (len(s.response), 3)
+        assert_close(s.log_probs_NK[:, LOG_P], log_p, rtol=1e-4, atol=1e-4)
+        assert_close(s.log_probs_NK[:, LOG_Q], log_q, rtol=1e-4, atol=1e-4)
+        assert_close(s.log_probs_NK[:, LOG_DRAWN], (0.8 * shaped[0] + 0.2 * shaped[1]).log(), rtol=1e-4, atol=1e-4)
 
 
 def test_samples_do_not_depend_on_the_batch():
@@ -115,7 +115,7 @@ def test_samples_do_not_depend_on_the_batch():
     half = sampled(0.2, rows()[:9])
     for a, b in zip(together, half, strict=False):
         assert a.response.tolist() == b.response.tolist()
-        assert_close(a.log_probs_N3, b.log_probs_N3, rtol=1e-4, atol=1e-5)
+        assert_close(a.log_probs_NK, b.log_probs_NK, rtol=1e-4, atol=1e-5)
     assert sampled(0.2, rows(), seed=8)[0].response.tolist() != together[0].response.tolist()
 
 
@@ -125,12 +125,12 @@ def test_mixture_without_teacher_matches_student_sampler():
     for a, b in zip(mixed, plain.sample(rows(), 3), strict=True):
         assert a.response.tolist() == b.response.tolist()
         assert (a.prompt.tolist(), a.row) == (b.prompt.tolist(), b.row)
-        assert_close(a.log_probs_N3[:, LOG_DRAWN], a.log_probs_N3[:, LOG_Q], rtol=1e-5, atol=1e-5)
+        assert_close(a.log_probs_NK[:, LOG_DRAWN], a.log_probs_NK[:, LOG_Q], rtol=1e-5, atol=1e-5)
 
 
 def test_importance_weight_is_bounded():
     outputs = sampled(0.2, rows())
-    w = torch.cat([(s.log_probs_N3[:, LOG_Q] - s.log_probs_N3[:, LOG_DRAWN]).exp() for s in outputs])
+    w = torch.cat([(s.log_probs_NK[:, LOG_Q] - s.log_probs_NK[:, LOG_DRAWN]).exp() for s in outputs])
     assert w.max() <= 1 / 0.8 + 1e-4
     assert w.min() < 0.9
 
