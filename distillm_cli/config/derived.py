@@ -7,6 +7,7 @@ from typing import Any
 
 from distillm_cli import plugins
 from distillm_cli.config.explain import leaves
+from distillm_cli.config.extras import EXTRAS
 from distillm_cli.config.field_usage import has_field, value_of
 from distillm_cli.config.load import Resolved, nested
 from distillm_cli.config.methods import METHODS
@@ -15,6 +16,7 @@ from distillm_cli.config.schema import Recipe
 from distillm_cli.utils.text import redact
 
 _ORIGIN = "student.sft_epochs"
+_EXTRAS = tuple(f"{name}." for name in EXTRAS)
 
 # Fields that may differ between a run and its resume, because no later step depends on them.
 _CHANGEABLE = (
@@ -50,7 +52,7 @@ def sft_stage_recipe(resolved: Resolved) -> Resolved | None:
         "student.sft_epochs": (type(student).model_fields["sft_epochs"].default, _ORIGIN),
         "student.sft_lr": (None, _ORIGIN),
     }
-    return _derived(resolved, changed, ("objective.", "schedule."))  # fine-tuning does not use them
+    return _derived(resolved, changed, ("objective.", "schedule.", *_EXTRAS))  # fine-tuning does not use them
 
 
 def baseline_recipes(
@@ -83,7 +85,7 @@ def baseline_recipes(
     off_policy = common | {"train.steps": (steps, origin)}
     if stage_steps:
         off_policy["student.path"] = (stage, origin)
-    left_out = ("schedule.", "rollout.")
+    left_out = ("schedule.", "rollout.", *_EXTRAS)
     recipes = {"sft": _derived(resolved, sft, left_out), "off-policy": _derived(resolved, off_policy, left_out)}
     if resolved.recipe.schedule.kind == "off":
         del recipes["off-policy"]

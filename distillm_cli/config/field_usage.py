@@ -10,6 +10,7 @@ from itertools import chain
 from typing import Any
 
 from distillm_cli.config.explain import condition, format_value, leaves
+from distillm_cli.config.extras import EXTRAS
 from distillm_cli.config.fields import Condition, Values
 from distillm_cli.config.merging import GivenValue
 from distillm_cli.config.methods import METHODS
@@ -20,7 +21,11 @@ from distillm_cli.errors import RecipeError
 
 ValueOf = Callable[[str], Any]  # dotted key → its value in a recipe
 
-_DISTILLATION_SECTIONS = ("objective.", "schedule.")  # fine-tuning uses only _FINE_TUNING_FIELDS of these
+_DISTILLATION_SECTIONS = (
+    "objective.",
+    "schedule.",
+    *(f"{name}." for name in EXTRAS),
+)  # fine-tuning uses only _FINE_TUNING_FIELDS of these
 _FINE_TUNING_FIELDS = ("objective.router_aux",)
 SAMPLING = ("rollout.temperature", "rollout.top_p", "rollout.top_k", "rollout.max_new_tokens", "train.seed")
 _FINE_TUNING_TEACHER_FIELDS = (

@@ -239,3 +239,12 @@ register_method(
         preset={"objective.divergence": "atkd", "schedule.kind": "off"},
     )
 )
+register_method(
+    Method(
+        name="okd",
+        verb="distill",
+        summary="KL from a teacher whose LoRA adapter trains along, towards the data and the student",
+        paper="OKD, 2024 (2409.12512), in the style of: the loss of the adapter is a reconstruction",
+        preset={"objective.divergence": "kl", "schedule.kind": "off", "okd.rank": 16},
+    )
+)

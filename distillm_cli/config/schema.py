@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from distillm_cli import plugins
 from distillm_cli.config import student_spec
+from distillm_cli.config.extras import OKDConfig
 from distillm_cli.config.fields import (
     Beta,
     Condition,
@@ -483,6 +484,7 @@ class Recipe(Section):
     objective: AnyObjective = ObjectiveConfig()
     schedule: AnySchedule = ScheduleConfig()
     rollout: RolloutConfig = RolloutConfig()
+    okd: OKDConfig = OKDConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
 
@@ -491,6 +493,11 @@ class Recipe(Section):
         """Return whether training uses the responses of the data set in addition to its prompts."""
         fine_tunes = self.method == "sft" or self.student.sft_epochs > 0
         return fine_tunes or self.schedule.uses_rows or self.objective.row_weight > 0
+
+    @property
+    def teacher_trainer(self) -> str | None:
+        """Return the key of the field by which the teacher changes during the run; None if it is frozen."""
+        return "okd.rank" if self.okd.rank is not None else None
 
     @property
     def decodes_with_teacher(self) -> bool:
@@ -517,6 +524,15 @@ class Recipe(Section):
             raise ValueError(
                 f"teacher.quantize {self.teacher.quantize}: student {self.student.path} would copy quantized layers; "
                 "try --set teacher.quantize=none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_trained_teacher(self) -> Recipe:
+        if self.teacher_trainer is not None and self.teacher.cache not in ("auto", "off"):
+            raise ValueError(
+                f"teacher.cache {self.teacher.cache}: the teacher changes during the run ({self.teacher_trainer}), so that its "
+                "states cannot be cached; try --teacher-cache off"
             )
         return self
 

@@ -6,15 +6,19 @@ parallel, sharded) can gather or reduce every parameter.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from distillm_cli.losses.extra import Extra, MicroRows, StudentPass, TrainedTeacher
 from distillm_cli.losses.fused import HeadLike, fused_loss, target_log_probs
 from distillm_cli.losses.objectives import Objective, TokenLogProbs
 from distillm_cli.losses.weights import NO_WEIGHTS, LossWeights, TokenWeights
+from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.teachers.local import LanguageModel
 from distillm_cli.training.events import Listener, Note, silent
 from distillm_cli.types import Batch
@@ -24,7 +28,8 @@ class StudentLoss(nn.Module):
     """Combine the student and the objective of its training.
 
     student: an ``nn.Module`` that is a ``LanguageModel``. teacher_head: needed for any divergence. matmul_dtype: of the
-    student's head. router_aux: weight of the auxiliary loss of a mixture of experts' routers, in training.
+    student's head. router_aux: weight of the auxiliary loss of a mixture of experts' routers, in training. extras: by name,
+    what trains beside the objective; at most one of them trains the teacher.
     """
 
     def __init__(
@@ -35,6 +40,7 @@ class StudentLoss(nn.Module):
         teacher_head: HeadLike | None = None,
         matmul_dtype: torch.dtype | None = None,
         router_aux: float = 0.0,
+        extras: Mapping[str, Extra] | None = None,
     ):
         super().__init__()
         self.student = student
@@ -45,6 +51,57 @@ class StudentLoss(nn.Module):
         self.chunk: int | None = None  # tokens per chunk of the loss; None until memory runs out
         # A function, so that a teacher head that is a Module does not become a submodule that is trained and saved.
         self._teacher_head = lambda: teacher_head
+        self.extras = nn.ModuleDict(extras or {})
+        self._trained_teacher = next((e for e in self.extras.values() if isinstance(e, TrainedTeacher)), None)
+
+    @property
+    def computes_teacher_hidden(self) -> bool:
+        """Return whether ``forward`` computes the teacher's states in training, since the teacher is trained too."""
+        return self._trained_teacher is not None
+
+    def trained_parts(self) -> list[list[nn.Parameter]]:
+        """Return the parameters of the student's side and, if there are any, those of the teacher's side.
+
+        The gradient of each part is clipped by its own norm.
+        """
+        teachers = [extra for extra in self.extras.values() if extra.trains_teacher]
+        on_teacher_side = {id(p): p for extra in teachers for p in extra.parameters() if p.requires_grad}
+        students = [p for p in self.parameters() if p.requires_grad and id(p) not in on_teacher_side]
+        return [students, list(on_teacher_side.values())] if on_teacher_side else [students]
+
+    def begin_step(self, rows: SequenceOf[MicroRows], step: int) -> list[dict[str, Any]]:
+        """Return the draws of the extras for each micro-batch of step ``step`` (from 0), by extra."""
+        drawn: list[dict[str, Any]] = [{} for _ in rows]
+        for name, extra in self.extras.items():
+            for of_micro, value in zip(drawn, extra.begin_step(rows, step), strict=True):
+                of_micro[name] = value
+        return drawn
+
+    def end_step(self) -> None:
+        """Let the extras update their buffers, after the optimizer's step."""
+        for extra in self.extras.values():
+            extra.end_step()
+
+    def figures(self) -> dict[str, float]:
+        """Return additional figures of the step, by name, for the metrics."""
+        figures = self.criterion.figures()
+        for extra in self.extras.values():
+            figures |= extra.figures()
+        return figures
+
+    def extra_tensors(self) -> dict[str, Tensor]:
+        """Return the trained state of the extras for a checkpoint, as ``extras.NAME.TENSOR``."""
+        return {
+            f"extras.{name}.{key}": tensor
+            for name, extra in self.extras.items()
+            for key, tensor in extra.trained_state().items()
+        }
+
+    def load_extra_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what ``extra_tensors`` returned."""
+        for name, extra in self.extras.items():
+            prefix = f"extras.{name}."
+            extra.load_trained_state({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
 
     def forward(
         self,
@@ -53,12 +110,15 @@ class StudentLoss(nn.Module):
         weights: LossWeights,
         token_weights: TokenWeights | None = None,
         scale: float = 1.0,
+        source: Source = Source.DATASET,
+        drawn: Mapping[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return (scale · Σ of token losses with its graph, the number of tokens), scalars, over the tokens of all batches.
 
         Each batch goes through the student's trunk separately, padded to its own length, and all of them go through the
         head together, so that the head's weight is read and its gradient written only once. teacher_hidden_ND,
-        token_weights: for the tokens of all batches in order.
+        token_weights: for the tokens of all batches in order. source, drawn: of the micro-batch, for the extras, which
+        add their losses in training.
 
         With ``reduction: sequence`` a token of a response of n tokens has weight 1/n in training.
         """
@@ -68,13 +128,18 @@ class StudentLoss(nn.Module):
             weights_N = token_weights.weights_N
             token_weights = replace(token_weights, weights_N=shares_N if weights_N is None else shares_N * weights_N)
         targets_N = torch.cat([batch.targets_N for batch in batches])
+        extras = self.extras if self.training else {}
+        for extra in extras.values():
+            weights = extra.student_weights(weights, source)
+        if self.training and self._trained_teacher is not None:
+            teacher_hidden_ND = self._trained_teacher.hidden(batches)
         hidden_ND, balance = self._hidden(batches)
         total = fused_loss(
             hidden_ND,
             self.student.head(),
             targets_N,
             weights=weights,
-            teacher_hidden_ND=teacher_hidden_ND if weights.kd else None,
+            teacher_hidden_ND=teacher_hidden_ND.detach() if weights.kd and teacher_hidden_ND is not None else None,
             teacher_head=self._teacher_head() if weights.kd else None,
             token_weights=token_weights,
             matmul_dtype=self.matmul_dtype,
@@ -84,6 +149,22 @@ class StudentLoss(nn.Module):
         )
         if balance is not None:
             total = total + balance * (self.router_aux * scale)
+        for name, extra in extras.items():
+            done = StudentPass(
+                student=self.student,
+                source=source,
+                batches=batches,
+                hidden_ND=hidden_ND,
+                targets_N=targets_N,
+                teacher_hidden_ND=teacher_hidden_ND,
+                weights=weights,
+                scale=scale,
+                drawn=(drawn or {}).get(name),
+            )
+            own = extra.loss(done)
+            if own is not None:
+                # The teacher's loss has its gradient in the sum, but not its value, which is the student's.
+                total = total + (own - own.detach() if extra.trains_teacher else own)
         return total, torch.tensor(targets_N.shape[0], device=total.device)
 
     def _hidden(self, batches: SequenceOf[Batch]) -> tuple[Tensor, Tensor | None]:

@@ -62,6 +62,12 @@ class Adapter:
 
         return ((name, module) for name, module in self.model.named_modules() if isinstance(module, LoraLayer))
 
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Use the model without the adapter inside the block."""
+        with self._wrapped.disable_adapter():
+            yield
+
     def frozen(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Return the frozen weights: the model without the adapter."""
         return ((name, weight) for name, weight in self.model.named_parameters() if not weight.requires_grad)

@@ -14,6 +14,7 @@ import torch
 from distillm_cli.config.derived import fixed_values
 from distillm_cli.config.schema import RolloutConfig, chosen
 from distillm_cli.data.batching import batches_by_length
+from distillm_cli.extras import build_extras
 from distillm_cli.losses import objectives
 from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.rollouts.interleaved import InterleavedSampler
@@ -66,6 +67,7 @@ def build_trainer(
         teacher_head=None if teacher is None else teacher.head,
         matmul_dtype=None if run.dtype == torch.float32 else run.dtype,
         router_aux=run.router_aux,
+        extras=build_extras(recipe, run.pair),
     )
     info = RunInfo(
         steps=run.steps,

@@ -205,6 +205,8 @@ def plan_cache(
     run: Prepared, workload: CacheWorkload, *, started_mode: str | None = None, rebuild: bool = False
 ) -> CachePlan:
     """Return the location and size of the teacher cache. Arguments: see ``open_teacher``."""
+    if run.recipe.teacher_trainer is not None:
+        return CachePlan("off", f"not cached, since the teacher changes ({run.recipe.teacher_trainer})")
     mode = run.recipe.teacher.cache
     if rebuild and mode in ("memory", "off"):
         raise UsageError(

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from distillm_cli.config.schema import TrainConfig, chosen
+from distillm_cli.losses.extra import Extra
 
 
-def build_optimizer(module: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
+def build_optimizer(module: nn.Module, train: TrainConfig, extras: Iterable[Extra] = ()) -> torch.optim.AdamW:
     """Return AdamW over the trainable parameters, with weight decay on matrices only, not on biases and norm scales.
 
-    The fused kernel is used if devices and dtypes of all parameters support it.
+    An extra with another learning rate has groups of its own. ``lr_ratio`` of a group is a multiple of the student's
+    learning rate. The fused kernel is used if devices and dtypes of all parameters support it.
     """
     trainable = [p for p in module.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": train.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    ratios = {id(p): extra.lr_ratio for extra in extras for p in extra.parameters()}
+    groups: list[dict[str, Any]] = []
+    for ratio in dict.fromkeys([1.0, *ratios.values()]):
+        members = [p for p in trainable if ratios.get(id(p), 1.0) == ratio]
+        matrices, vectors = ([p for p in members if (p.ndim >= 2) == is_matrix] for is_matrix in (True, False))
+        groups.append({"params": matrices, "weight_decay": train.weight_decay, "lr_ratio": ratio})
+        groups.append({"params": vectors, "weight_decay": 0.0, "lr_ratio": ratio})
     fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda", "mps", "xpu") for p in trainable)
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=chosen(train.lr), betas=train.betas, fused=fused)
 

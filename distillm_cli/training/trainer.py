@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import chain
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from distillm_cli.config.schema import TrainConfig
 from distillm_cli.errors import Interrupted
+from distillm_cli.losses.extra import MicroRows
 from distillm_cli.losses.objectives import Objective, SourceBatch
 from distillm_cli.losses.student_loss import StudentLoss, concatenate
 from distillm_cli.losses.weights import NO_WEIGHTS, LossWeights, TokenWeights
@@ -61,7 +63,7 @@ class Trainer:
         self.emit = listener
         self.state = TrainerState()
         self.saved_step: int | None = None
-        self.optimizer = build_optimizer(student_loss, config)
+        self.optimizer = build_optimizer(student_loss, config, student_loss.extras.values())
         self.recovery = Recovery(
             student_loss,
             pool,
@@ -117,26 +119,26 @@ class Trainer:
                 sequences = [s for batch in drawn for s in batch.sequences]
                 micro_batches = attempt.split(drawn)
                 token_weights = self._begin_step(micro_batches, progress)
+                drawn_by_extras = self.student_loss.begin_step(
+                    [MicroRows(m.source, m.groups) for m in micro_batches], step
+                )
                 count = self.objective.count(sequences)
                 total = torch.zeros((), device=self.run.device)
-                for micro, per_token in zip(micro_batches, token_weights, strict=True):
+                for micro, per_token, extra in zip(micro_batches, token_weights, drawn_by_extras, strict=True):
                     weights = self.objective.weights(micro.source, progress)
                     batches = self._collate(micro)
                     hidden_ND = micro.teacher_hidden_ND
-                    if weights.kd and hidden_ND is None:
+                    if weights.kd and hidden_ND is None and not self.student_loss.computes_teacher_hidden:
                         hidden_ND = self._teacher_hidden(micro, batches)
-                    total += self._forward_backward(batches, hidden_ND, weights, per_token, scale=1 / count)
-                norm = nn.utils.get_total_norm([p.grad for p in self.student_loss.parameters() if p.grad is not None])
-                loss, grad_norm = torch.stack(
-                    (total, norm)
-                ).tolist()  # the only synchronization with the device in a step
-                check_finite(loss, grad_norm)
-                if self.config.clip and grad_norm > self.config.clip:
-                    nn.utils.clip_grads_with_norm_(self.student_loss.parameters(), self.config.clip, norm)
+                    total += self._forward_backward(
+                        batches, hidden_ND, weights, per_token, 1 / count, micro.source, extra
+                    )
+                loss, grad_norm = self._clip(total)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_ratio"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.student_loss.end_step()
         self.objective.observe(loss, progress)
         self.scheduler.record(source, loss)
 
@@ -156,7 +158,7 @@ class Trainer:
                 phi=self.scheduler.phi,
                 tokens=tokens,
                 seconds=time.perf_counter() - started,
-                figures=self.objective.figures(),
+                figures=self.student_loss.figures(),
             )
         )
 
@@ -206,12 +208,29 @@ class Trainer:
         weights: LossWeights,
         per_token: TokenWeights | None,
         scale: float,
+        source: Source,
+        drawn_by_extras: Mapping[str, Any],
     ) -> Tensor:
         """Add a micro-batch's gradients; return its share of the step's loss. The graph is freed on return."""
         with self.run.autocast():
-            loss, _ = self.student_loss(batches, teacher_hidden_ND, weights, per_token, scale=scale)
+            loss, _ = self.student_loss(batches, teacher_hidden_ND, weights, per_token, scale, source, drawn_by_extras)
         loss.backward()
         return loss.detach()
+
+    def _clip(self, total: Tensor) -> tuple[float, float]:
+        """Clip the gradients; return the step's loss and the norm of the student's gradient before. Raises NonFiniteError.
+
+        The norm of the teacher's side, if it is trained, is another one, so that neither side limits the other.
+        """
+        parts = self.student_loss.trained_parts()
+        norms = [nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]) for part in parts]
+        loss, *sizes = torch.stack((total, *norms)).tolist()  # the only synchronization with the device in a step
+        for size in sizes:
+            check_finite(loss, size)
+        for part, norm, size in zip(parts, norms, sizes, strict=True):
+            if self.config.clip and size > self.config.clip:
+                nn.utils.clip_grads_with_norm_(part, self.config.clip, norm)
+        return loss, sizes[0]
 
     def validate(self) -> None:
         """Measure the student on the validation rows; the first time, also with its weights from before training."""
@@ -292,6 +311,7 @@ class Trainer:
             **self.run.identity(),
         }
         tensors = optimizer_tensors(self.optimizer) | random_states(self.run.device) | pool_tensors
+        tensors |= self.student_loss.extra_tensors()
         path = self.checkpoints.write(self.state.step, state, tensors, protect=self.state.best_step)
         self.saved_step = self.state.step
         self.emit(Saved(self.state.step, str(path)))
@@ -304,6 +324,7 @@ class Trainer:
         self.scheduler.load_state_dict(state["scheduler"])
         self.objective.load_state_dict(state["objective"])
         self.pool.load_state_dict(state["pool"], tensors)
+        self.student_loss.load_extra_tensors(tensors)
         if self.teacher is not None:
             self.teacher.load_state_dict(state)
         load_optimizer_tensors(self.optimizer, tensors)

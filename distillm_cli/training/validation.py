@@ -141,6 +141,8 @@ class Validator:
             scores = self.score() if self.score else {}
             if self.select == "valid_divergence":
                 scores["valid_divergence"] = self.mean(student_loss.criterion.held_out, student_loss)
+            for extra in student_loss.extras.values():
+                scores |= extra.measure(self.batches, self.run)
             if self.probe is not None and step > 0:  # the schedule compares with steps taken
                 scores |= self.probe.measure(student_loss, step)
         return valid_loss, scores

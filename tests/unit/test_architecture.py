@@ -35,9 +35,10 @@ ALLOWED: dict[str, set[str]] = {
     "data": set(),
     "models": set(),
     **dict.fromkeys(TRAINING_PACKAGES, TRAINING_PACKAGES),
+    "extras": {"models", "config.extras", *TRAINING_PACKAGES},
     "evaluation": {"rollouts.sampler", "rollouts.next_token", "data"},
     "ui": {"runs.run_results"},  # plain data, as the events are
-    "runs": {"config", "data", "models", *TRAINING_PACKAGES, "evaluation"},
+    "runs": {"config", "data", "models", "extras", *TRAINING_PACKAGES, "evaluation"},
     "api": {"config", "runs", "ui"},
 }
 COMMAND_LINE = {"typer", "click", "rich"}
@@ -46,6 +47,7 @@ FORBIDDEN: dict[str, set[str]] = {  # package → third-party packages that it m
     "utils": COMMAND_LINE,
     "data": COMMAND_LINE,
     "models": COMMAND_LINE,
+    "extras": COMMAND_LINE,
     "evaluation": COMMAND_LINE,
     "config": COMMAND_LINE,
     "ui": {"typer", "click"},

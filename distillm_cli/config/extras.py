@@ -1,0 +1,40 @@
+"""Define the recipe's sections of the related systems (docs/related.md). Each is off by default.
+
+The switch of a system is one of its fields; the others are used only when it is on.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from distillm_cli.config.fields import Condition, Positive, Section, UsedWhen
+
+_OKD = UsedWhen({"okd.rank": Condition("that is given", 16, lambda rank: rank is not None)})
+
+Weight = Annotated[float, Field(ge=0)]
+
+
+class OKDConfig(Section):
+    """Configure OKD: an adapter in the frozen teacher, which trains with the student (in the style of arXiv 2409.12512).
+
+    The adapter's loss is CE(p, y) + weight·KL(q ‖ p), with the student's distribution q as a constant.
+    """
+
+    rank: Positive | None = Field(
+        None, description="Rank of a LoRA adapter in the teacher. Unset: the teacher is frozen."
+    )
+    lr_ratio: Annotated[Weight, _OKD] = Field(
+        0.1, description="Learning rate of the teacher's adapter, as a multiple of train.lr."
+    )
+    weight: Annotated[Weight, _OKD] = Field(
+        0.5, description="λ, the weight of KL(student ‖ teacher) in the loss of the teacher's adapter."
+    )
+    ce: Annotated[Weight, _OKD] = Field(
+        0.0, description="Weight of an additional cross-entropy of the student on data set rows and teacher samples."
+    )
+
+
+# Sections by name, in the order of the recipe. Fine-tuning and the baselines of --compare leave them out.
+EXTRAS: dict[str, type[Section]] = {"okd": OKDConfig}

@@ -1,0 +1,23 @@
+"""Implement related systems, one file each, that train something beside the student's objective (``losses.extra``)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from distillm_cli.config.schema import Recipe
+    from distillm_cli.losses.extra import Extra
+    from distillm_cli.models.pair import Pair
+
+
+def build_extras(recipe: Recipe, pair: Pair) -> dict[str, Extra]:
+    """Return the extras of a recipe by name. Their modules are imported only if a recipe uses them."""
+    extras: dict[str, Extra] = {}
+    if recipe.method == "sft":
+        return extras
+    teacher = pair.teacher
+    if recipe.okd.rank is not None and teacher is not None:
+        from distillm_cli.extras.okd import OKD
+
+        extras["okd"] = OKD(teacher, recipe.okd, seed=recipe.train.seed)
+    return extras
