@@ -531,7 +531,7 @@ class Recipe(Section):
     def _check_trained_teacher(self) -> Recipe:
         if self.teacher_trainer is not None and self.teacher.cache not in ("auto", "off"):
             raise ValueError(
-                f"teacher.cache {self.teacher.cache}: the teacher changes during the run ({self.teacher_trainer}), so that its "
+                f"teacher.cache {self.teacher.cache}: the teacher changes during the run ({self.teacher_trainer}), so its "
                 "states cannot be cached; try --teacher-cache off"
             )
         return self
