@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from distillm_cli.config.derived import fixed_values
+from distillm_cli.config.schedule import AdaptiveConfig, ScheduleConfig
 from distillm_cli.config.schema import RolloutConfig, chosen
 from distillm_cli.data.batching import batches_by_length
 from distillm_cli.losses import objectives
@@ -94,8 +95,7 @@ def build_trainer(
     )
     probe = None
     if recipe.schedule.measures and not run.answered:
-        what = f"φ stays {scheduler.phi:g}: its trigger needs held-out rows with responses"
-        listener(Warned(f"{what}; set data.valid=FILE, or another schedule.trigger"))
+        listener(Warned(_unmeasured(recipe.schedule, scheduler.phi)))
     if recipe.schedule.measures and teacher is not None and run.answered:
         spread = np.linspace(0, len(run.answered) - 1, min(_PROBE_ROWS, len(run.answered)))
         probe = ScheduleProbe(
@@ -138,6 +138,15 @@ def build_trainer(
         run=info,
         listener=listener,
     )
+
+
+def _unmeasured(schedule: ScheduleConfig, phi: float) -> str:
+    """Return the warning that φ does not change, because no held-out row has a response to measure."""
+    if isinstance(schedule, AdaptiveConfig):
+        what, other = f"schedule.trigger={schedule.trigger}", "another schedule.trigger"
+    else:
+        what, other = f"--schedule {schedule.kind}", "--schedule adaptive with schedule.phi=0.2"
+    return f"φ stays {phi:g}: {what} needs held-out rows with responses; set data.valid=FILE, or {other}"
 
 
 def sampling_models(run: Prepared) -> list[Backbone]:

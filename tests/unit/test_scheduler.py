@@ -10,6 +10,7 @@ import pytest
 from distillm_cli.config.schedule import OWN_BUFFERED_KINDS, BufferedConfig, kinds_with
 from distillm_cli.config.schema import ScheduleConfig
 from distillm_cli.rollouts.scheduler import HELD_OUT_LOSS, OUTPUT_LOSS, Source, build_scheduler
+from distillm_cli.runs.build import _unmeasured
 
 FULL = 1000
 
@@ -25,6 +26,18 @@ def make(steps=20_000, seed=3, **config):
 def test_kinds_that_buffer_own_outputs_match_their_classes():
     by_class = kinds_with(lambda kind: issubclass(kind, BufferedConfig) and not kind.drafts)
     assert by_class == OWN_BUFFERED_KINDS
+
+
+@pytest.mark.parametrize(
+    ("config", "named", "alternative"),
+    [
+        ({"kind": "auto"}, "--schedule auto", "--schedule adaptive with schedule.phi=0.2"),
+        ({"kind": "adaptive", "trigger": "gap"}, "schedule.trigger=gap", "another schedule.trigger"),
+    ],
+)
+def test_warning_without_held_out_rows_suggests_valid_fields(config, named, alternative):
+    text = _unmeasured(ScheduleConfig(**config), 0.0)
+    assert text == f"φ stays 0: {named} needs held-out rows with responses; set data.valid=FILE, or {alternative}"
 
 
 def observe(scheduler, valid_loss, **figures):
