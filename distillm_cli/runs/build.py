@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from distillm_cli.config.derived import fixed_values
-from distillm_cli.config.schedule import AdaptiveConfig, ScheduleConfig
+from distillm_cli.config.schedule import OUTPUT_LOSS, AdaptiveConfig, ScheduleConfig
 from distillm_cli.config.schema import RolloutConfig, chosen
 from distillm_cli.data.batching import batches_by_length
 from distillm_cli.losses import objectives
@@ -98,13 +98,9 @@ def build_trainer(
         listener(Warned(_unmeasured(recipe.schedule, scheduler.phi)))
     if recipe.schedule.measures and teacher is not None and run.answered:
         spread = np.linspace(0, len(run.answered) - 1, min(_PROBE_ROWS, len(run.answered)))
-        probe = ScheduleProbe(
-            [run.answered[int(i)] for i in spread],
-            info,
-            teacher,
-            batch_rows=_PROBE_ROWS,
-            figures=recipe.schedule.measures,
-            sampler=ModelSampler(
+        probe_sampler = None
+        if OUTPUT_LOSS in recipe.schedule.measures:
+            probe_sampler = ModelSampler(
                 run.student,
                 recipe.rollout,
                 max_length=_max_length(run),
@@ -112,7 +108,14 @@ def build_trainer(
                 steps=run.steps,
                 by_row=True,
                 listener=listener,
-            ),
+            )
+        probe = ScheduleProbe(
+            [run.answered[int(i)] for i in spread],
+            info,
+            teacher,
+            batch_rows=_PROBE_ROWS,
+            figures=recipe.schedule.measures,
+            sampler=probe_sampler,
             sampling=sampling,
         )
     validator = Validator(
