@@ -311,7 +311,8 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(batch_size, accumula
     rows = ROWS[:8]
     engine = build(method="off", steps=1, batch_size=batch_size, clip=0.0, lr=1.0, backbone=student("llama").double())
     engine.teacher.model.double()
-    engine.optimizer = torch.optim.SGD(engine.student_loss.parameters(), lr=1.0)
+    parameters = list(engine.student_loss.parameters())
+    engine.optimizer = torch.optim.SGD([{"params": parameters, "lr_ratio": 1.0}], lr=1.0)
     before = weights(engine)
     engine.student_loss.train()
     step_on(engine, [SourceBatch(Source.DATASET, rows)])
