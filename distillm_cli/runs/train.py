@@ -43,12 +43,12 @@ from distillm_cli.runs.resume import (
 )
 from distillm_cli.runs.run_results import FineTuned, Outcome, Sample, TrainResult, TrainSummary
 from distillm_cli.runs.stages import (
-    Stage,
+    PriorStage,
     StageCheckpoints,
     StageJob,
     check_directories,
     read_checkpoints,
-    run_stages,
+    run_prior_stages,
     stages_of,
     start_trainer,
 )
@@ -78,7 +78,7 @@ class _Training:
     started: float
 
 
-class FineTuning(Stage):
+class FineTuning(PriorStage):
     """Fine-tune the student (``student.sft_epochs``). The directory is that of `distillm sft`, with a published model."""
 
     name = output_dir.SFT
@@ -110,7 +110,7 @@ class FineTuning(Stage):
         return replace(run, initial_weights=lambda: checkpoint_weights(run.student, best_checkpoint(output)))
 
 
-STAGES: tuple[Stage, ...] = (FineTuning(),)  # in the order in which they run
+PRIOR_STAGES: tuple[PriorStage, ...] = (FineTuning(),)  # in the order in which they run
 
 
 def train(
@@ -134,7 +134,7 @@ def train(
     check_selection_metric(resolved.recipe)
     for note in resolved.notes:
         listener(Warned(note))
-    stages = stages_of(resolved, STAGES)
+    stages = stages_of(resolved, PRIOR_STAGES)
     check_directories(stages, output)
     try:
         checkpoints = read_checkpoints(resolved, stages, output, options)
@@ -150,10 +150,10 @@ def train(
             listener(Warned(f"cannot remove all of {stuck}, of an earlier run: it uses disk space"))
     if on_ready is not None:
         on_ready()
-    stages = stages_of(resolved, STAGES)  # with the values that were chosen while the run was prepared
+    stages = stages_of(resolved, PRIOR_STAGES)  # with the values that were chosen while the run was prepared
     output_dir.write_recipe(output, to_yaml(resolved), stages=[stage.name for stage in stages])
     try:
-        run = run_stages(run, stages, resolved, output, checkpoints, teacher, listener)
+        run = run_prior_stages(run, stages, resolved, output, checkpoints, teacher, listener)
         training = _Training(command, run, resolved, output, checkpoints.run, teacher, started)
         result = _train(training, listener)
         _report_checkpoints(output, resolved.recipe.train.keep, listener)
