@@ -145,7 +145,9 @@ class StudentConfig(Section):
         description="Model to train: a hub name, a directory, or one to build (layers:6, width:0.5, random:4x256). A "
         "directory holds a model or a LoRA adapter. Built models: random:[FAMILY:]LAYERSxWIDTH or a config.json (random "
         "weights; FAMILY is llama or gpt2, by default the teacher's), layers:N[:first|last] or layers:I,J,… (copies of the "
-        "teacher's layers, embeddings and head; evenly spaced by default, counted from 0), width:SIZE or width:0.5 "
+        "teacher's layers, embeddings and head; evenly spaced by default, counted from 0), shared:NxP[:swap] (copies of the "
+        "teacher's first N layers that run P times with the same weights; swap: queries and keys swap theirs in every "
+        "second pass; shared:0.5x2 for half of the layers), width:SIZE or width:0.5 "
         "(random weights, as deep as the teacher).",
     )
     tokenizer: Name | None = Field(
@@ -198,6 +200,11 @@ class StudentConfig(Section):
             raise ValueError(
                 f"student.lora_output adapter: the base model {self.path} would not be saved; "
                 "try --set student.lora_output=merged"
+            )
+        if self.lora.r is not None and student_spec.shares_layers(self.path):
+            raise ValueError(
+                f"student.lora.r: the layers of {self.path} are shared, and an adapter has one part for each layer; try "
+                "layers:N, or train all weights"
             )
         if self.sft_lr is not None and not self.sft_epochs:
             raise ValueError("student.sft_lr needs student.sft_epochs; try --set student.sft_epochs=3")

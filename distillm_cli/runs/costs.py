@@ -155,7 +155,7 @@ def memory(run: Workload) -> dict[str, int]:
         "student_weights": 4 * total,
         "gradients": 4 * trainable,
         "optimizer": 8 * trainable,
-        "cast_weights": student.matrices * run.itemsize if run.itemsize < 4 else 0,
+        "cast_weights": (student.matrices - student.repeated) * run.itemsize if run.itemsize < 4 else 0,
         "activations": round(positions * student.width * saved) + _attention_score_bytes(run, longest),
         "loss": work_bytes(positions, run.vocab, run.itemsize, run.device) + head_gradient,
     }
