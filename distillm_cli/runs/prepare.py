@@ -65,7 +65,8 @@ def frozen_digest(adapter: Adapter) -> str:
 class Prepared:
     """Hold the prepared inputs of a run: rows, compatible models, tokenized examples.
 
-    initial_weights: returns the student's initial weights; None: load or build the student again. teacher_samples: by
+    initial_weights: returns the student's initial weights; None: load or build the student again. before: the run before
+    the student was pre-trained (``student.ptp``), whose initial weights are its own. teacher_samples: by
     row, if the recipe names a file of them. model_fingerprints: of the loaded models, by role. resolved_values: values
     for fields that are not set in the recipe, with their origin. router_aux: weight of the auxiliary loss of the
     student's routers.
@@ -82,6 +83,7 @@ class Prepared:
     train: Examples
     valid: Examples
     initial_weights: Callable[[], Mapping[str, torch.Tensor]] | None = None
+    before: Prepared | None = None
     teacher_samples: dict[int, list[Rollout]] | None = None
     model_fingerprints: Mapping[str, str] = field(default_factory=dict)
     resolved_values: Mapping[str, tuple[str, str]] = field(default_factory=dict)

@@ -73,6 +73,7 @@ def model_card(
         "trained": _trained_part(student),
         "layers": _shared_part(student),
         "fine-tuned before": f"{student.sft_epochs:g} × the rows" if student.sft_epochs else None,
+        "pre-trained before": f"{student.ptp:g} × the rows, on the teacher's confidence" if student.ptp else None,
         "teacher": recipe.teacher.path if recipe.method != "sft" else None,
         "data": recipe.data.source,
         "objective": "cross-entropy" if recipe.method == "sft" else describe_objective(recipe.objective),

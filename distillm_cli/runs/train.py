@@ -19,11 +19,13 @@ from distillm_cli.runs.build import build_trainer
 from distillm_cli.runs.cache_planning import TeacherHandle, open_teacher
 from distillm_cli.runs.defaults import fitted
 from distillm_cli.runs.prepare import Prepared, prepare
+from distillm_cli.runs.pretraining import PreTraining
 from distillm_cli.runs.publish import publish_model
 from distillm_cli.runs.report import (
     AFTER,
     BEFORE,
     FINE_TUNED,
+    PRE_TRAINED,
     TEACHER,
     ModelReport,
     Report,
@@ -110,7 +112,7 @@ class FineTuning(PriorStage):
         return replace(run, initial_weights=lambda: checkpoint_weights(run.student, best_checkpoint(output)))
 
 
-PRIOR_STAGES: tuple[PriorStage, ...] = (FineTuning(),)  # in the order in which they run
+PRIOR_STAGES: tuple[PriorStage, ...] = (FineTuning(), PreTraining())  # in the order in which they run
 
 
 def train(
@@ -256,7 +258,7 @@ def _interrupted(output: Path | None, stop: KeyboardInterrupt) -> Interrupted:
 
 def _summary(run: Prepared, state: TrainerState, models: Mapping[str, ModelReport], measured_on: str) -> TrainSummary:
     recipe = run.recipe
-    order = [name for name in (BEFORE, FINE_TUNED, AFTER, TEACHER) if name in models]
+    order = [name for name in (BEFORE, FINE_TUNED, PRE_TRAINED, AFTER, TEACHER) if name in models]
     label = labels(state, recipe)
     samples = _samples(run, {model_title(name, recipe): models[name].answers for name in order})
     # Without test rows, `--suite SOURCE` would score training rows too; without `--suite`, held-out rows are scored.
