@@ -58,6 +58,7 @@ def _trainer(job: StageJob, labels: dict[Sequence, Tensor], listener: Listener) 
     run = job.run
     extra = PTP(run.student, labels, seed=run.recipe.train.seed, device=run.device)
     trainer = build_trainer(run, job.output, listener, teacher=None, objective=ConfidenceOnly(), extras={"ptp": extra})
+    trainer.run = replace(trainer.run, method=output_dir.PTP)
     trainer.validator.at_start = None  # held-out rows are measured before the first step: the new layer is trained too
     return trainer
 
