@@ -84,7 +84,7 @@ class ConfidenceOnly(CrossEntropy):
     has_loss = False
 
 
-class PTP(Extra):
+class ConfidenceHead(Extra):
     """Predict the teacher's class of confidence from the student's states.
 
     labels: the class of each supervised token, by sequence, for training rows and held-out rows.

@@ -46,7 +46,7 @@ def share_layers(model: PreTrainedModel, layers: nn.ModuleList, stored: int, *, 
         _use_parameters(layers[index], layers[index % stored], is_swapped=is_swapped, where=where)
 
 
-def save_model(model: PreTrainedModel, directory: Path) -> None:
+def save_plain(model: PreTrainedModel, directory: Path) -> None:
     """Save a model as ``save_pretrained`` does, with a copy of the layers for each pass if layers are shared."""
     if not getattr(model, "shares_layers", False):
         model.save_pretrained(directory)

@@ -29,7 +29,7 @@ from distillm_cli.models.chat_format import add_stop_tokens, generation_config
 from distillm_cli.models.composite import copy_processor, is_composite
 from distillm_cli.models.devices import resolve_device, resolve_dtype
 from distillm_cli.models.model_families import longrope_bound
-from distillm_cli.models.shared import save_model
+from distillm_cli.models.shared import save_plain
 from distillm_cli.models.tokenizer_files import TokenizerCache, quiet
 from distillm_cli.runs.start import prefetch_rows, tokenizer_candidates
 from distillm_cli.teachers.teacher_cache import cache_root, cached_date, rows_digest
@@ -167,7 +167,7 @@ class Prepared:
         """
         with quiet():
             if self.student.adapter is None:
-                save_model(self.student.model, directory)
+                save_plain(self.student.model, directory)
             else:
                 self.student.adapter.save(directory)
                 generation_config(self.student).save_pretrained(directory)
@@ -184,9 +184,9 @@ class Prepared:
                 adapter.save(directory, dtype)
                 generation_config(self.student).save_pretrained(directory)
             elif adapter is None and dtype == torch.float32:
-                save_model(self.student.model, directory)
+                save_plain(self.student.model, directory)
             else:
-                save_model(self.student.plain(torch.float32).to(dtype).model, directory)
+                save_plain(self.student.plain(torch.float32).to(dtype).model, directory)
             self.pair.tokenizer.save_pretrained(directory)
         if is_composite(self.student.model.config) and not student.is_built:
             copy_processor(student.required_path, student.revision, directory)

@@ -12,7 +12,7 @@ from torch import Tensor
 from distillm_cli.config.derived import ptp_stage_recipe
 from distillm_cli.config.load import Resolved
 from distillm_cli.data.batching import batches_by_length
-from distillm_cli.extras.ptp import CLASSES, PTP, ConfidenceOnly, confidence_of, labels_of, medians
+from distillm_cli.extras.ptp import CLASSES, ConfidenceHead, ConfidenceOnly, confidence_of, labels_of, medians
 from distillm_cli.runs import output_dir
 from distillm_cli.runs.build import build_trainer
 from distillm_cli.runs.prepare import Prepared
@@ -56,7 +56,7 @@ class PreTraining(PriorStage):
 
 def _trainer(job: StageJob, labels: dict[Sequence, Tensor], listener: Listener) -> Trainer:
     run = job.run
-    extra = PTP(run.student, labels, seed=run.recipe.train.seed, device=run.device)
+    extra = ConfidenceHead(run.student, labels, seed=run.recipe.train.seed, device=run.device)
     trainer = build_trainer(run, job.output, listener, teacher=None, objective=ConfidenceOnly(), extras={"ptp": extra})
     trainer.run = replace(trainer.run, method=output_dir.PTP)
     trainer.validator.at_start = None  # held-out rows are measured before the first step: the new layer is trained too

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from distillm_cli.extras.ptp import CLASSES, PTP, Confidence, ConfidenceOnly, confidence_of, labels_of, medians
+from distillm_cli.extras.ptp import (
+    CLASSES,
+    Confidence,
+    ConfidenceHead,
+    ConfidenceOnly,
+    confidence_of,
+    labels_of,
+    medians,
+)
 from distillm_cli.losses.extra import MicroRows
 from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.models.backbone import Backbone
@@ -59,7 +67,7 @@ def pre_training(tied: bool):
     sequences = tiny.sequences([(3, 4), (5, 9), (2, 1)], 41)
     generator = torch.Generator().manual_seed(0)
     labels = {s: torch.randint(len(CLASSES), (s.supervised,), generator=generator) for s in sequences}
-    extra = PTP(student, labels, seed=1, device=CPU)
+    extra = ConfidenceHead(student, labels, seed=1, device=CPU)
     return StudentLoss(student, ConfidenceOnly(), extras={"ptp": extra}), extra, sequences, labels
 
 

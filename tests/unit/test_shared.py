@@ -13,7 +13,7 @@ from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.layers import build_from_layers, chosen_layers
 from distillm_cli.models.pair import create_student
 from distillm_cli.models.shapes import sizes
-from distillm_cli.models.shared import SwappedConv1D, save_model
+from distillm_cli.models.shared import SwappedConv1D, save_plain
 from distillm_cli.training.optimizer import build_optimizer
 from distillm_cli.utils.modules import eval_mode
 from tests import tiny
@@ -205,7 +205,7 @@ def test_greedy_decoding_equals_decoding_without_cache(family, fast, tmp_path, m
     monkeypatch.setenv(cpu.SWITCH, fast)
     shared = student(family, "shared:2x2:swap")
     prompts = [s.prompt for s in tiny.sequences([(5, 1), (3, 1), (8, 1)], 41, seed=3)]
-    save_model(shared.model, tmp_path)
+    save_plain(shared.model, tmp_path)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad(), eval_mode(shared):
         decoding = shared.decode(prompts)
@@ -235,7 +235,7 @@ def test_saved_model_loads_without_this_package(family, spec, tmp_path):
     shared = student(family, spec)
     batch = tiny.batch([(3, 4), (5, 9)], 41)
     for name, backbone in (("full", shared), ("bf16", shared.plain(torch.float32).to(torch.bfloat16))):
-        save_model(backbone.model, tmp_path / name)
+        save_plain(backbone.model, tmp_path / name)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=backbone.model.dtype)
         with torch.no_grad():
             logits = Backbone(loaded, TOKENIZER).logits(batch)
