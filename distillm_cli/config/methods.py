@@ -241,6 +241,20 @@ register_method(
 )
 register_method(
     Method(
+        name="peakd",
+        verb="distill",
+        summary="KL, for a student that runs half of the teacher's layers twice, pre-trained on the teacher's confidence",
+        paper="Pea-KD, 2020 (2009.14822), in the style of: labels by token, and no loss of hidden states",
+        preset={
+            "objective.divergence": "kl",
+            "schedule.kind": "off",
+            "student.path": "shared:0.5x2:swap",
+            "student.ptp": 1.0,
+        },
+    )
+)
+register_method(
+    Method(
         name="okd",
         verb="distill",
         summary="KL from a teacher whose LoRA adapter trains along, towards the data and the student",

@@ -143,7 +143,9 @@ class StudentConfig(Section):
         description="Model to train: a hub name, a directory, or one to build (layers:6, width:0.5, random:4x256). A "
         "directory holds a model or a LoRA adapter. Built models: random:[FAMILY:]LAYERSxWIDTH or a config.json (random "
         "weights; FAMILY is llama or gpt2, by default the teacher's), layers:N[:first|last] or layers:I,J,… (copies of the "
-        "teacher's layers, embeddings and head; evenly spaced by default, counted from 0), width:SIZE or width:0.5 "
+        "teacher's layers, embeddings and head; evenly spaced by default, counted from 0), shared:NxP[:swap] (copies of the "
+        "teacher's first N layers that run P times with the same weights; swap: queries and keys swap theirs in every "
+        "second pass; shared:0.5x2 for half of the layers), width:SIZE or width:0.5 "
         "(random weights, as deep as the teacher).",
     )
     tokenizer: Name | None = Field(
@@ -176,6 +178,15 @@ class StudentConfig(Section):
         None, description="Peak learning rate of fine-tuning before distillation. Unset: train.lr."
     )
 
+    ptp: Annotated[float, Field(ge=0)] = Field(
+        0,
+        description="Epochs of pre-training on the teacher's four classes of confidence before distillation, after any "
+        "fine-tuning, as a separate stage under ptp/ (in the style of Pea-KD).",
+    )
+    ptp_lr: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Peak learning rate of the pre-training. Unset: train.lr."
+    )
+
     @property
     def required_path(self) -> str:
         """Return ``path``, which the recipe of a run has."""
@@ -197,8 +208,15 @@ class StudentConfig(Section):
                 f"student.lora_output adapter: the base model {self.path} would not be saved; "
                 "try --set student.lora_output=merged"
             )
+        if self.lora.r is not None and student_spec.shares_layers(self.path):
+            raise ValueError(
+                f"student.lora.r: the layers of {self.path} are shared, and an adapter has one part for each layer; try "
+                "layers:N, or train all weights"
+            )
         if self.sft_lr is not None and not self.sft_epochs:
             raise ValueError("student.sft_lr needs student.sft_epochs; try --set student.sft_epochs=3")
+        if self.ptp_lr is not None and not self.ptp:
+            raise ValueError("student.ptp_lr needs student.ptp; try --set student.ptp=1")
         return self
 
 
@@ -489,7 +507,7 @@ class Recipe(Section):
     @property
     def needs_responses(self) -> bool:
         """Return whether training uses the responses of the data set in addition to its prompts."""
-        fine_tunes = self.method == "sft" or self.student.sft_epochs > 0
+        fine_tunes = self.method == "sft" or self.student.sft_epochs > 0 or self.student.ptp > 0
         return fine_tunes or self.schedule.uses_rows or self.objective.row_weight > 0
 
     @property
@@ -514,6 +532,11 @@ class Recipe(Section):
     def _check_student_source(self) -> Recipe:
         if self.method == "sft" and self.student.sft_epochs:
             raise ValueError("student.sft_epochs adds a stage before distillation; for sft, try --epochs")
+        if self.method == "sft" and self.student.ptp:
+            raise ValueError(
+                "student.ptp learns the teacher's confidence before distillation, and sft has no teacher; try "
+                "--set student.ptp=0"
+            )
         if self.method == "sft" and self.train.select == "valid_divergence":
             raise ValueError(
                 "train.select valid_divergence needs a teacher, and sft has none; try --set train.select=valid_loss"
@@ -540,7 +563,11 @@ class Recipe(Section):
         # A learning rate below the default min_lr stays constant.
         if self.train.lr_schedule == "constant" or min_lr == TrainConfig.model_fields["min_lr"].default:
             return self
-        for key, peak_lr in (("train.lr", self.train.lr), ("student.sft_lr", self.student.sft_lr)):
+        for key, peak_lr in (
+            ("train.lr", self.train.lr),
+            ("student.sft_lr", self.student.sft_lr),
+            ("student.ptp_lr", self.student.ptp_lr),
+        ):
             if isinstance(peak_lr, float | int) and min_lr > peak_lr:
                 raise ValueError(f"train.min_lr {min_lr:g} is above {key} {peak_lr:g}; try --set train.min_lr=0")
         return self

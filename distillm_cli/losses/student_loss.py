@@ -134,19 +134,21 @@ class StudentLoss(nn.Module):
         if self.training and self._trained_teacher is not None:
             teacher_hidden_ND = self._trained_teacher.hidden(batches)
         hidden_ND, balance = self._hidden(batches)
-        total = fused_loss(
-            hidden_ND,
-            self.student.head(),
-            targets_N,
-            weights=weights,
-            teacher_hidden_ND=teacher_hidden_ND.detach() if weights.kd and teacher_hidden_ND is not None else None,
-            teacher_head=self._teacher_head() if weights.kd else None,
-            token_weights=token_weights,
-            matmul_dtype=self.matmul_dtype,
-            chunk=self.chunk,
-            on_halved=self._remember_chunk,
-            scale=scale,
-        )
+        total = torch.zeros((), device=hidden_ND.device)
+        if self.criterion.has_loss or not self.training:
+            total = fused_loss(
+                hidden_ND,
+                self.student.head(),
+                targets_N,
+                weights=weights,
+                teacher_hidden_ND=teacher_hidden_ND.detach() if weights.kd and teacher_hidden_ND is not None else None,
+                teacher_head=self._teacher_head() if weights.kd else None,
+                token_weights=token_weights,
+                matmul_dtype=self.matmul_dtype,
+                chunk=self.chunk,
+                on_halved=self._remember_chunk,
+                scale=scale,
+            )
         if balance is not None:
             total = total + balance * (self.router_aux * scale)
         for name, extra in extras.items():

@@ -22,6 +22,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from distillm_cli.config.student_spec import (
     RandomModel,
+    SharedLayers,
     StudentSpec,
     TeacherLayers,
     TeacherWidth,
@@ -109,7 +110,7 @@ def check_has_teacher(text: str, spec: StudentSpec, teacher: object | None) -> N
     """Raise UsageError if a student is built from a teacher and there is none."""
     if teacher is not None:
         return
-    if isinstance(spec, TeacherLayers):
+    if isinstance(spec, TeacherLayers | SharedLayers):
         what = f"{text} copies layers of a teacher, but there is no teacher"
         raise UsageError("usage.no_teacher", what, hint="set it with --set teacher.path=PATH")
     if isinstance(spec, TeacherWidth):

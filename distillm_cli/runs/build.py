@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from distillm_cli.config.schema import RolloutConfig, chosen
 from distillm_cli.data.batching import batches_by_length
 from distillm_cli.extras import build_extras
 from distillm_cli.losses import objectives
+from distillm_cli.losses.extra import Extra
 from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.rollouts.interleaved import InterleavedSampler
 from distillm_cli.rollouts.mixture import MixtureSampler
@@ -54,21 +55,24 @@ def build_trainer(
     *,
     teacher: LocalTeacher | None,
     score: Callable[[], dict[str, float | None]] | None = None,
+    objective: objectives.Objective | None = None,
+    extras: Mapping[str, Extra] | None = None,
 ) -> Trainer:
     """Return the trainer of a prepared run, with checkpoints under ``output``.
 
-    teacher: None for SFT. score: see ``Validator``.
+    teacher: None for SFT. score: see ``Validator``. objective, extras: of a stage, in place of the recipe's.
     """
     recipe = run.recipe
     epochs = run.steps / run.order.steps_per_epoch
-    objective = objectives.build(None if run.sft else recipe.objective, epochs)
+    if objective is None:
+        objective = objectives.build(None if run.sft else recipe.objective, epochs)
     student_loss = StudentLoss(
         run.student,
         objective,
         teacher_head=None if teacher is None else teacher.head,
         matmul_dtype=None if run.dtype == torch.float32 else run.dtype,
         router_aux=run.router_aux,
-        extras=build_extras(recipe, run.pair),
+        extras=build_extras(recipe, run.pair) if extras is None else extras,
     )
     info = RunInfo(
         steps=run.steps,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from distillm_cli.config.schema import Recipe, chosen
@@ -21,6 +21,7 @@ from distillm_cli.runs.gpus import (
     DECODING_LAUNCH_S,
     FORWARD_LAUNCH_S,
     GPUS,
+    Gpu,
     Part,
     Work,
     fits_in_memory,
@@ -59,7 +60,8 @@ class Workload:
 
     itemsize: bytes of the compute dtype. teacher_itemsize: of the teacher's weights. cached_bytes: the teacher's hidden
     states in memory, by part. caches_rows: the teacher computes each row once. caches_samples: its states of sampled
-    sequences are cached too. sft_stage: the fine-tuning before distillation.
+    sequences are cached too. stages: those before the distillation, by name. labelling: work for each step of one epoch,
+    before the first step.
     """
 
     recipe: Recipe
@@ -73,7 +75,8 @@ class Workload:
     cached_bytes: Mapping[str, int] | None = None
     caches_rows: bool = False
     caches_samples: bool = True
-    sft_stage: Workload | None = None
+    stages: Mapping[str, Workload] = field(default_factory=dict)
+    labelling: Work = ()
 
     @property
     def micro_batch(self) -> int:
@@ -155,7 +158,7 @@ def memory(run: Workload) -> dict[str, int]:
         "student_weights": 4 * total,
         "gradients": 4 * trainable,
         "optimizer": 8 * trainable,
-        "cast_weights": student.matrices * run.itemsize if run.itemsize < 4 else 0,
+        "cast_weights": (student.matrices - student.repeated) * run.itemsize if run.itemsize < 4 else 0,
         "activations": round(positions * student.width * saved) + _attention_score_bytes(run, longest),
         "loss": work_bytes(positions, run.vocab, run.itemsize, run.device) + head_gradient,
     }
@@ -426,26 +429,38 @@ def gpu_figures(run: Workload, need: int) -> dict[str, dict[str, Any]]:
     """Return figures for each known GPU.
 
     fits: whether ``need`` bytes fit its memory. step_s: seconds of a step, by source. run_s: minimum and maximum
-    seconds of the run, including the fine-tuning before it (``sft_s`` alone). The two differ only for the adaptive
+    seconds of the run, including the stages before it (``sft_s`` and ``ptp_s`` alone). The two differ only for the adaptive
     schedule, where φ may stay at its initial value or be 1 from the first step.
     """
     figures = {}
     work = step_work(run)
     steps = run.lengths.steps
-    sft_steps = 0 if run.sft_stage is None else run.sft_stage.lengths.steps
     is_phi_open = run.schedule.has_phi and run.teacher is not None
     for gpu in GPUS:
         step_s = {source: seconds(parts, gpu) for source, parts in work.items()}
         entry: dict[str, Any] = {"fits": fits_in_memory(need, gpu), "step_s": step_s}
-        if steps is not None and sft_steps is not None:
+        if steps is not None:
             run_s = [_run_seconds(run, step_s, steps, phi) for phi in ((None, 1.0) if is_phi_open else (None,))]
-            sft_s = 0.0
-            if run.sft_stage is not None:
-                sft_s = sft_steps * seconds(step_work(run.sft_stage)["dataset"], gpu)
-                entry["sft_s"] = sft_s
-            entry["run_s"] = [sft_s + min(run_s), sft_s + max(run_s)]
+            stages = {f"{name}_s": _stage_seconds(stage, gpu) for name, stage in run.stages.items()}
+            before_s = sum(stages.values())
+            entry |= stages
+            entry["run_s"] = [before_s + min(run_s), before_s + max(run_s)]
         figures[gpu.name] = entry
     return figures
+
+
+def _stage_seconds(stage: Workload, gpu: Gpu) -> float:
+    """Return the seconds of a stage before a distillation, whose number of steps is known if the run's is."""
+    steps = stage.lengths.steps or 0
+    labelling = (stage.lengths.steps_per_epoch or 0) * seconds(stage.labelling, gpu) if stage.labelling else 0.0
+    return steps * seconds(step_work(stage)["dataset"], gpu) + labelling
+
+
+def labelling_work(run: Workload) -> Work:
+    """Return the work of the teacher's labels for each step's rows, none if its states are cached for the run anyway."""
+    if run.teacher is None or run.caches_rows:
+        return ()
+    return (_teacher_forward(run, run.teacher, run.lengths.response),)
 
 
 def _run_seconds(run: Workload, step_s: Mapping[str, float], steps: int, phi: float | None) -> float:

@@ -35,9 +35,10 @@ if TYPE_CHECKING:
     from distillm_cli.evaluation.evaluate import SuiteResult
     from distillm_cli.models.backbone import Backbone
 
-# The models of a report. FINE_TUNED: after the fine-tuning stage, if there is one.
+# The models of a report. FINE_TUNED, PRE_TRAINED: after these stages, if there are any.
 BEFORE = "student before"
 FINE_TUNED = "student after sft"
+PRE_TRAINED = "student after ptp"
 AFTER = "student after"
 TEACHER = "teacher"
 
@@ -54,8 +55,14 @@ class ModelReport:
 def labels(state: TrainerState, recipe: Recipe) -> dict[str, str]:
     """Return the models' display names with the step of their weights. Fine-tuning has no student: "model before"."""
     final_step = state.step if state.best_step is None else state.best_step
-    start = FINE_TUNED if recipe.student.sft_epochs else BEFORE
-    names = {BEFORE: BEFORE, TEACHER: TEACHER, start: f"{start}, step 0", AFTER: f"{AFTER}, step {final_step:,}"}
+    start = PRE_TRAINED if recipe.student.ptp else FINE_TUNED if recipe.student.sft_epochs else BEFORE
+    names = {
+        BEFORE: BEFORE,
+        FINE_TUNED: FINE_TUNED,
+        TEACHER: TEACHER,
+        start: f"{start}, step 0",
+        AFTER: f"{AFTER}, step {final_step:,}",
+    }
     return {name: model_title(label, recipe) for name, label in names.items()}
 
 
@@ -131,10 +138,18 @@ class Report:
         reports = {AFTER: self._measure(run.student, AFTER, _valid_loss(run.student, trainer))}
         if teacher is not None:
             reports[TEACHER] = self._measure(teacher, TEACHER, _valid_loss(teacher, trainer))
+        start = BEFORE
         if run.recipe.student.sft_epochs:
-            return reports | self._stage_reports({BEFORE: BEFORE, AFTER: FINE_TUNED})
-        with run.with_start_weights() if self.suite.rows else nullcontext():
-            reports[BEFORE] = self._measure(run.student, BEFORE, trainer.state.first_valid_loss)
+            reports |= self._stage_reports({BEFORE: BEFORE, AFTER: FINE_TUNED})
+            start = FINE_TUNED
+        if run.before is not None:
+            if start == BEFORE:
+                with run.before.with_start_weights():
+                    reports[BEFORE] = self._measure(run.student, BEFORE, _valid_loss(run.student, trainer))
+            start = PRE_TRAINED
+        if start != FINE_TUNED:
+            with run.with_start_weights() if self.suite.rows else nullcontext():
+                reports[start] = self._measure(run.student, start, trainer.state.first_valid_loss)
         return reports
 
     def _all_can_generate(self, models: Mapping[str, Backbone | None]) -> bool:

@@ -27,9 +27,12 @@ def plan_tables(result: PlanResult) -> Iterator[RenderableType]:
     yield from _cache_place(found.get("teacher_cache"))
     needs = [[_part_label(name), format_bytes(size)] for name, size in found["memory"].items()]
     yield table("Memory, estimated", ["part", "size"], needs)
-    work = [[_SOURCES[source], _flop(flops)] for source, flops in found["step_flops"].items()]
-    if "sft" in found:
-        work.insert(0, ["fine-tuning before distillation, data set rows", _flop(found["sft"]["step_flops"]["dataset"])])
+    work = []
+    for name, (title, *_) in _STAGES.items():
+        if name in found:
+            flops = found[name]["step_flops"]["dataset"]
+            work.append([f"{title} before distillation, data set rows", _flop(flops)])
+    work += [[_SOURCES[source], _flop(flops)] for source, flops in found["step_flops"].items()]
     yield table("One step", ["trains on", "work"], work)
     yield table("On GPUs, estimated", ["", "fits", "a step", "the run"], _gpu_rows(found["gpus"]))
     yield Text(f"Assumed: {found['assumed']}.", "dim")
@@ -50,6 +53,13 @@ def pipeline_tables(result: PipelinePlan) -> Iterator[RenderableType]:
     yield Text(f"Assumed: {next(iter(stages.values()))['assumed']}.", "dim")
     for note in dict.fromkeys(note for stage in stages.values() for note in stage["notes"]):
         yield Text(note, "dim")
+
+
+# name → in the table of steps; in the facts: what, of which kind, with which teacher
+_STAGES = {
+    "sft": ("fine-tuning", "fine-tuned first", "of sft", "without the teacher"),
+    "ptp": ("pre-training", "pre-trained first", "on the teacher's confidence", "with one pass of the teacher"),
+}
 
 
 def _run_facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -77,10 +87,11 @@ def _run_facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     else:
         epoch = f", {found['steps_per_epoch']:,} per epoch" if found["steps_per_epoch"] else ""
         rows.append(("steps", f"{found['steps']:,} of {sequences}{epoch}"))
-    if (sft_stage := found.get("sft")) is not None:
-        epochs = f"{sft_stage['epochs']:g} {'epoch' if sft_stage['epochs'] == 1 else 'epochs'}"
-        number = "" if sft_stage["steps"] is None else f", {counted(sft_stage['steps'], 'step')}"
-        rows.append(("fine-tuned first", f"{epochs} of sft{number}, without the teacher"))
+    for name, (_, title, kind, teacher) in _STAGES.items():
+        if (stage := found.get(name)) is not None:
+            epochs = f"{stage['epochs']:g} {'epoch' if stage['epochs'] == 1 else 'epochs'}"
+            number = "" if stage["steps"] is None else f", {counted(stage['steps'], 'step')}"
+            rows.append((title, f"{epochs} {kind}{number}, {teacher}"))
     rows.append(("device", f"{found['device']}, {found['dtype']}"))
     if "teacher_cache" in found:
         rows.append(("teacher cache", found["teacher_cache"]["why"]))
