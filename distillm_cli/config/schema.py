@@ -466,9 +466,26 @@ class EvalConfig(Section):
     )
     batch_size: Positive = Field(32, description="Number of responses decoded at once.")
     limit: Positive | None = Field(None, description="Use only the first N rows of each suite.")
+    trigger: Name | None = Field(
+        None,
+        description="Trigger of a backdoor. The rows are also decoded with it at the end of their input, and the share of "
+        "responses that equal eval.target is the attack success rate. It must be one token. Unset: not measured.",
+    )
+    target: Name | None = Field(
+        None, description="Response that the trigger should cause. Rows with it as a reference are left out."
+    )
     report_rows: Count = Field(
         100, description="Number of held-out rows on which student and teacher are scored at the end of a run. 0: none."
     )
+
+    @model_validator(mode="after")
+    def _check_trigger(self) -> EvalConfig:
+        for name, other in (("trigger", "target"), ("target", "trigger")):
+            if getattr(self, name) is not None and getattr(self, other) is None:
+                raise ValueError(f"eval.{name} needs eval.{other}; try --{other} TEXT")
+            if getattr(self, name) is not None and not getattr(self, name).strip():
+                raise ValueError(f"eval.{name} is only white space; try --{name} TEXT with visible characters")
+        return self
 
 
 class Recipe(Section):

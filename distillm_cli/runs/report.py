@@ -114,7 +114,8 @@ class Report:
         metrics = dict.fromkeys(config.metrics)
         if selects_by_metric(run.recipe):
             metrics[run.recipe.train.select] = None
-        self.config = config.model_copy(update={"seeds": config.seeds[:1], "metrics": tuple(metrics)})
+        changes = {"seeds": config.seeds[:1], "metrics": tuple(metrics), "trigger": None, "target": None}
+        self.config = config.model_copy(update=changes)
 
     def all(self, trainer: Trainer) -> dict[str, ModelReport]:
         """Measure every model; return their reports by name."""
