@@ -11,7 +11,7 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -43,7 +43,8 @@ TEMPLATES = "additional_chat_templates"  # of tokenizers that have several
 CARD = "README.md"
 RESULT = "result.json"  # of a training: the object of ``--json``
 COMPARE = "compare"  # the baselines, each an output directory
-SFT = "sft"  # the stage before distillation, an output directory within the output directory
+SFT = "sft"
+STAGES = (SFT,)  # before distillation, in their order: output directories within the output directory
 
 MODEL_FILES = (
     "config.json", "generation_config.json", "model.safetensors",
@@ -78,9 +79,14 @@ def default_name(recipe: str | None, data: str, student: str, method: str, *, re
     return candidate if taken else base
 
 
+def places(output: Path) -> list[Path]:
+    """Return the directories that may have checkpoints of a run: its own, and those of its stages."""
+    return [output, *(output / name for name in STAGES)]
+
+
 def may_resume(output: Path) -> bool:
     """Return whether the directory has checkpoints of a run."""
-    return any((place / CHECKPOINTS).is_dir() for place in (output, output / SFT))
+    return any((place / CHECKPOINTS).is_dir() for place in places(output))
 
 
 def check_output(output: Path, *, resume: bool, overwrite: bool) -> bool:
@@ -148,7 +154,7 @@ def written(output: Path) -> Iterator[Path]:
             yield link
             continue
         yield from leftovers(path.parent, path.name)
-        if name == SFT and path.is_dir() and not path.is_symlink():
+        if name in STAGES and path.is_dir() and not path.is_symlink():
             yield from written(path)
         elif os.path.lexists(path) and (sealed is None or manifest.matches_seal(path, sealed)):
             yield path
@@ -177,9 +183,9 @@ def foreign(output: Path) -> Path | None:
     return next((path for path in found if ours.isdisjoint([path, *path.parents])), None)
 
 
-def has_stage(output: Path) -> bool:
-    """Return whether ``OUTPUT/sft`` is a stage of the run in ``output``, not an unrelated directory."""
-    return (output / SFT).is_dir() and SFT in manifest.recorded(output)
+def has_stage(output: Path, name: str) -> bool:
+    """Return whether ``OUTPUT/NAME`` is a stage of the run in ``output``, not an unrelated directory."""
+    return (output / name).is_dir() and name in manifest.recorded(output)
 
 
 def clear(output: Path) -> list[Path]:
@@ -197,7 +203,7 @@ def clear(output: Path) -> list[Path]:
             hint = "choose another --output, or remove it manually"
             raise storage_error(error, f"cannot remove {path}, of an earlier run", hint) from error
         stuck.append(path)
-    for name in (*_FOLDERS, SFT):
+    for name in (*_FOLDERS, *STAGES):
         for folder, _, _ in os.walk(output / name, topdown=False):
             with suppress(OSError):  # it contains files of the user
                 Path(folder).rmdir()
@@ -246,27 +252,27 @@ def write_result(output: Path, result: Mapping[str, object]) -> None:
 
 
 def checkpoint_sizes(output: Path) -> list[int]:
-    """Return the size of each checkpoint in the directory and in its fine-tuning stage, in bytes."""
+    """Return the size of each checkpoint in the directory and in its stages, in bytes."""
     return [sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in _checkpoints(output)]
 
 
 def remove_checkpoints(output: Path) -> list[Path]:
-    """Remove the checkpoints in the directory and in its fine-tuning stage. Returns those that could not be removed."""
+    """Remove the checkpoints in the directory and in its stages. Returns those that could not be removed."""
     stuck = []
     for path in _checkpoints(output):
         if remove(path) is None:
             manifest.record(path.parents[1], [], removed=[f"{CHECKPOINTS}/{path.name}"])
         else:
             stuck.append(path)
-    for place in (output, output / SFT):
+    for place in places(output):
         with suppress(OSError):  # not empty
             (place / CHECKPOINTS).rmdir()
     return stuck
 
 
 def _checkpoints(output: Path) -> list[Path]:
-    stages = [output, output / SFT] if has_stage(output) else [output]
-    return [path for stage in stages for path in sorted((stage / CHECKPOINTS).glob("step-*")) if path.is_dir()]
+    owned = [output, *(output / name for name in STAGES if has_stage(output, name))]
+    return [path for place in owned for path in sorted((place / CHECKPOINTS).glob("step-*")) if path.is_dir()]
 
 
 def recipe_header() -> str:
@@ -279,13 +285,13 @@ def recipe_header() -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def write_recipe(output: Path, text: str, *, has_stage: bool = False) -> None:
+def write_recipe(output: Path, text: str, *, stages: Iterable[str] = ()) -> None:
     """Write the recipe at the start of a run. Of the files that an earlier run sealed, only the model stays sealed.
 
-    has_stage: the run fine-tunes first, in ``OUTPUT/sft``.
+    stages: names of the directories of the stages before the run.
     """
     manifest.unseal(output, RECIPE)
-    manifest.record(output, [METRICS, *([SFT] if has_stage else [])])
+    manifest.record(output, [METRICS, *stages])
     write_file(output, RECIPE, recipe_header() + text)
 
 
