@@ -44,7 +44,8 @@ CARD = "README.md"
 RESULT = "result.json"  # of a training: the object of ``--json``
 COMPARE = "compare"  # the baselines, each an output directory
 SFT = "sft"
-STAGES = (SFT,)  # before distillation, in their order: output directories within the output directory
+MASK = "mask"
+STAGES = (SFT, MASK)  # before distillation, in their order: output directories within the output directory
 
 MODEL_FILES = (
     "config.json", "generation_config.json", "model.safetensors",

@@ -61,6 +61,8 @@ def labels(state: TrainerState, recipe: Recipe) -> dict[str, str]:
 
 def model_title(name: str, recipe: Recipe) -> str:
     """Return a model's display name without its step."""
+    if name == TEACHER and recipe.robustkd.blocks:
+        return f"{name} with masks"
     return name.replace("student", "model", 1) if recipe.method == "sft" else name
 
 
