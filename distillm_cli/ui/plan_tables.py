@@ -81,6 +81,9 @@ def _run_facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         epochs = f"{sft_stage['epochs']:g} {'epoch' if sft_stage['epochs'] == 1 else 'epochs'}"
         number = "" if sft_stage["steps"] is None else f", {counted(sft_stage['steps'], 'step')}"
         rows.append(("fine-tuned first", f"{epochs} of sft{number}, without the teacher"))
+    if (masks := found.get("masks")) is not None:
+        epochs = f"{masks['epochs']:g} {'epoch' if masks['epochs'] == 1 else 'epochs'}"
+        rows.append(("masks first", f"{epochs} on {masks['share_of_rows']:.0%} of the rows, not in the estimates"))
     rows.append(("device", f"{found['device']}, {found['dtype']}"))
     if "teacher_cache" in found:
         rows.append(("teacher cache", found["teacher_cache"]["why"]))

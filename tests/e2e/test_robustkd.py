@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from distillm_cli.cli.app import main
 from distillm_cli.training.trainer import Trainer
 from tests import tiny
 from tests.command_line import assert_error
@@ -106,7 +107,9 @@ def test_resume_in_both_stages_matches_uninterrupted_run(cli, monkeypatch, tmp_p
 def test_extras_off_leave_no_file(cli, tmp_path):
     plain = argv(tmp_path, "llama")
     keys = [key for key in plain if key.startswith("robustkd.")]
-    command = [word for i, word in enumerate(plain) if word not in keys and (plain[i + 1 : i + 2] or [""])[0] not in keys]
+    command = [
+        word for i, word in enumerate(plain) if word not in keys and (plain[i + 1 : i + 2] or [""])[0] not in keys
+    ]
     code, _, err = cli(*command, "--method", "kd", "--output", "kd")
     assert code == 0, err
     assert not (tmp_path / "kd" / "mask").exists()
@@ -127,7 +130,13 @@ def test_invalid_settings_are_one_line(cli, tmp_path, more, code, mentions):
     assert_error(cli(*argv(tmp_path, "llama", *more), "--output", "out"), code, *mentions)
 
 
-def test_plan_and_dry_run_work(cli, tmp_path):
+def test_plan_names_the_stage(cli, tmp_path, capsys):
     command = argv(tmp_path, "llama")
     code, result, err = cli("plan", *command[1:])
     assert code == 0, err
+    assert result["masks"] == {"share_of_rows": 0.4, "epochs": 1}
+    assert "robustkd.blocks" in result["teacher_cache"]["why"]
+    shown = [word for word in command if word != "--json"]
+    assert main([*shown, "--dry-run", "--output", "dry"]) == 0
+    assert main(["plan", *shown[1:]]) == 0
+    assert "1 epoch on 40% of the rows" in capsys.readouterr().out
