@@ -90,6 +90,34 @@ def ptp_stage_recipe(resolved: Resolved) -> Resolved | None:
     return _derived(resolved, changed, ("objective.", "schedule.", *_EXTRAS))
 
 
+def mask_stage_recipe(resolved: Resolved) -> Resolved | None:
+    """Return the recipe of the stage that learns the masks of ``robustkd``, or None.
+
+    It has the same rows, of which it uses a share, and seed. A validation follows each epoch.
+    """
+    masks = resolved.recipe.robustkd
+    if not masks.blocks:
+        return None
+    changed: dict[str, tuple[Any, str]] = {
+        "objective.kd_weight": (0.0, "robustkd.blocks"),
+        "schedule.kind": ("off", "robustkd.blocks"),
+        "train.epochs": (masks.mask_epochs, "robustkd.mask_epochs"),
+        "train.steps": (None, "robustkd.mask_epochs"),
+        "train.lr": (masks.mask_lr, "robustkd.mask_lr"),
+        "train.lr_schedule": ("constant", "robustkd.mask_lr"),
+        "train.warmup": (0.0, "robustkd.mask_lr"),
+        "train.weight_decay": (0.0, "robustkd.blocks"),
+        "train.eval_steps": ("epoch", "robustkd.blocks"),
+        "train.select": ("last", "robustkd.blocks"),
+        "train.patience": (None, "robustkd.blocks"),
+        "student.sft_epochs": (0.0, "robustkd.blocks"),
+        "student.sft_lr": (None, "robustkd.blocks"),
+        "student.ptp": (0.0, "robustkd.blocks"),
+        "student.ptp_lr": (None, "robustkd.blocks"),
+    }
+    return _derived(resolved, changed, ("objective.", "schedule.", "rollout."))
+
+
 def baseline_recipes(
     resolved: Resolved, run_steps: int, steps: int, stage: str, stage_steps: int
 ) -> dict[str, Resolved]:

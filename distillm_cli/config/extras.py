@@ -9,9 +9,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from distillm_cli.config.fields import Condition, Positive, Section, UsedWhen
+from distillm_cli.config.fields import Condition, Count, Positive, Section, UsedWhen
 
 _OKD = UsedWhen({"okd.rank": Condition("that is given", 16, lambda rank: rank is not None)})
+
+_ROBUSTKD = UsedWhen({"robustkd.blocks": Condition("above 0", 3, lambda blocks: blocks > 0)})
 
 Weight = Annotated[float, Field(ge=0)]
 
@@ -36,5 +38,29 @@ class OKDConfig(Section):
     )
 
 
+class RobustKDConfig(Section):
+    """Configure RobustKD: masks on the last blocks of a teacher that may have a backdoor (in the style of arXiv 2406.03409).
+
+    A stage before the run learns the masks on a share of the rows.
+    """
+
+    blocks: Count = Field(
+        0, description="Number of the teacher's last blocks with a mask. 0: the teacher is unchanged."
+    )
+    mask_rows: Annotated[float, Field(gt=0, le=1), _ROBUSTKD] = Field(
+        0.05, description="Share of the training rows on which the masks are learned."
+    )
+    mask_epochs: Annotated[float, Field(gt=0), _ROBUSTKD] = Field(1, description="Epochs of learning the masks.")
+    mask_lr: Annotated[float, Field(gt=0), _ROBUSTKD] = Field(0.05, description="Learning rate of the masks, constant.")
+    mask_weight: Annotated[Weight, _ROBUSTKD] = Field(
+        0.1, description="λ, the weight of the features' relative variance in the loss of the masks."
+    )
+    connector_weight: Annotated[Weight, _ROBUSTKD] = Field(
+        0.1,
+        description="Weight of the mean squared error between the teacher's masked features and the connected features of "
+        "the student. 0: no connectors.",
+    )
+
+
 # Sections by name, in the order of the recipe. Fine-tuning and the baselines of --compare leave them out.
-EXTRAS: dict[str, type[Section]] = {"okd": OKDConfig}
+EXTRAS: dict[str, type[Section]] = {"okd": OKDConfig, "robustkd": RobustKDConfig}

@@ -262,3 +262,12 @@ register_method(
         preset={"objective.divergence": "kl", "schedule.kind": "off", "okd.rank": 16},
     )
 )
+register_method(
+    Method(
+        name="robustkd",
+        verb="distill",
+        summary="KL from a teacher with masks on its last blocks, which suppress a backdoor, and its masked features",
+        paper="RobustKD, 2024 (2406.03409), in the style of: the learning of the masks is a reconstruction",
+        preset={"objective.divergence": "kl", "schedule.kind": "off", "robustkd.blocks": 3},
+    )
+)

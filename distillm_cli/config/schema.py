@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from distillm_cli import plugins
 from distillm_cli.config import student_spec
-from distillm_cli.config.extras import OKDConfig
+from distillm_cli.config.extras import OKDConfig, RobustKDConfig
 from distillm_cli.config.fields import (
     Beta,
     Condition,
@@ -482,9 +482,26 @@ class EvalConfig(Section):
     )
     batch_size: Positive = Field(32, description="Number of responses decoded at once.")
     limit: Positive | None = Field(None, description="Use only the first N rows of each suite.")
+    trigger: Name | None = Field(
+        None,
+        description="Trigger of a backdoor. The rows are also decoded with it at the end of their input, and the share of "
+        "responses that equal eval.target is the attack success rate. It must be one token. Unset: not measured.",
+    )
+    target: Name | None = Field(
+        None, description="Response that the trigger should cause. Rows with it as a reference are left out."
+    )
     report_rows: Count = Field(
         100, description="Number of held-out rows on which student and teacher are scored at the end of a run. 0: none."
     )
+
+    @model_validator(mode="after")
+    def _check_trigger(self) -> EvalConfig:
+        for name, other in (("trigger", "target"), ("target", "trigger")):
+            if getattr(self, name) is not None and getattr(self, other) is None:
+                raise ValueError(f"eval.{name} needs eval.{other}; try --{other} TEXT")
+            if getattr(self, name) is not None and not getattr(self, name).strip():
+                raise ValueError(f"eval.{name} is only white space; try --{name} TEXT with visible characters")
+        return self
 
 
 class Recipe(Section):
@@ -501,6 +518,7 @@ class Recipe(Section):
     schedule: AnySchedule = ScheduleConfig()
     rollout: RolloutConfig = RolloutConfig()
     okd: OKDConfig = OKDConfig()
+    robustkd: RobustKDConfig = RobustKDConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
 
@@ -512,8 +530,13 @@ class Recipe(Section):
 
     @property
     def teacher_trainer(self) -> str | None:
-        """Return the key of the field by which the teacher changes during the run; None if it is frozen."""
-        return "okd.rank" if self.okd.rank is not None else None
+        """Return the key of the field by which the run changes the teacher; None if it is the one on disk."""
+        return next(iter(self._teacher_changes()), None)
+
+    def _teacher_changes(self) -> list[str]:
+        """Return the keys of the fields by which the run changes the teacher."""
+        changes = {"okd.rank": self.okd.rank is not None, "robustkd.blocks": self.robustkd.blocks > 0}
+        return [key for key, changes_teacher in changes.items() if changes_teacher]
 
     @property
     def decodes_with_teacher(self) -> bool:
@@ -552,8 +575,15 @@ class Recipe(Section):
     def _check_trained_teacher(self) -> Recipe:
         if self.teacher_trainer is not None and self.teacher.cache not in ("auto", "off"):
             raise ValueError(
-                f"teacher.cache {self.teacher.cache}: the teacher changes during the run ({self.teacher_trainer}), so its "
-                "states cannot be cached; try --teacher-cache off"
+                f"teacher.cache {self.teacher.cache}: the teacher changes ({self.teacher_trainer}), so its states cannot be "
+                "cached; try --teacher-cache off"
+            )
+        if len(changes := self._teacher_changes()) > 1:
+            raise ValueError(f"{changes[0]} and {changes[1]} both change the teacher; try only one of them")
+        if self.robustkd.blocks and self.teacher.quantize != "none":
+            raise ValueError(
+                f"teacher.quantize {self.teacher.quantize}: the masks of robustkd.blocks are trained through the teacher's "
+                "blocks; try --set teacher.quantize=none"
             )
         return self
 

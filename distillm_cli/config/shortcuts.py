@@ -59,6 +59,8 @@ FIELD_FLAGS = (
     FieldFlag("--suite", ("eval.suites",), ("eval",), MODELS_PANEL, "NAME|FILE"),
     FieldFlag("--metric", ("eval.metrics",), ("eval",), MODELS_PANEL, "NAME"),
     FieldFlag("--limit", ("eval.limit",), ("eval",), MODELS_PANEL, "N"),
+    FieldFlag("--trigger", ("eval.trigger",), ("eval",), MODELS_PANEL, "TEXT"),
+    FieldFlag("--target", ("eval.target",), ("eval",), MODELS_PANEL, "TEXT"),
     FieldFlag("--template", ("data.template",), SAMPLING_VERBS, MODELS_PANEL, "NAME"),
     FieldFlag("--tokenizer", ("student.tokenizer",), TRAINING_VERBS, MODELS_PANEL, "PATH|NAME|SPEC"),
     FieldFlag("--max-length", ("data.max_length",), TRAINING_VERBS, MODELS_PANEL, "N"),

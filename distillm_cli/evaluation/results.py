@@ -4,6 +4,7 @@
     eval/dolly/t1/predictions-seed10.jsonl  a line per row: prompt, output, references, the row's own scores
     eval/dolly/t1/manifest.json             the names of these files
     eval/dolly/greedy/…                     the same suite with other settings
+    eval/dolly/t1-trigger-1b9c…/…           with a trigger; also trigger-seed10.jsonl, the responses to these prompts
 
 A directory has the results for one suite with one set of generation settings. A repeated evaluation replaces only these
 files.
@@ -11,6 +12,7 @@ files.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -41,6 +43,9 @@ def settings_label(config: schema.EvalConfig, template: str) -> str:
             parts.append(f"{letter}{value:g}")
     if not config.strip_reasoning:
         parts.append("reasoning")
+    if config.trigger is not None:  # a directory's name cannot contain every text
+        digest = hashlib.sha256(json.dumps([config.trigger, config.target]).encode()).hexdigest()
+        parts.append(f"trigger-{digest[:8]}")
     if template != schema.DataConfig.model_fields["template"].default:
         parts.append(template)
     return "-".join(parts)
@@ -62,16 +67,18 @@ def save_results(result: SuiteResult, root: Path, about: Mapping[str, Any] | Non
     """
     directory = root / result.suite.name / settings_label(result.config, result.template)
     summary = {**_head(result.suite, result.config, result.template, about), **result.as_json()}
-    files = {name: f"predictions-{name if name == GREEDY else f'seed{name}'}.jsonl" for name in result.answers}
+    contents = {f"predictions-{_pass_name(name)}.jsonl": _predictions(result, name) for name in result.answers}
+    if result.attack is not None:
+        contents |= {f"trigger-{_pass_name(name)}.jsonl": _attacked(result, name) for name in result.attack.answers}
     with _storing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         # Without results.json these predictions count as incomplete.
         earlier_files = list(manifest.recorded(directory))
         for name in earlier_files:
             (directory / name).unlink(missing_ok=True)
-        manifest.record(directory, [RESULTS, *files.values()], removed=earlier_files)
-        for name, file in files.items():
-            lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in _predictions(result, name))
+        manifest.record(directory, [RESULTS, *contents], removed=earlier_files)
+        for file, records in contents.items():
+            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             atomic_write(directory / file, "".join(lines))
         atomic_write(directory / RESULTS, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     return directory
@@ -89,14 +96,17 @@ def load_results(
         return None
     if not isinstance(saved, dict) or any(saved.get(key) != value for key, value in head.items()):
         return None
-    if len([*directory.glob("predictions-*.jsonl")]) < len(saved[config.metrics[0]]["seeds"]):
+    passes = len(saved[config.metrics[0]]["seeds"])
+    kinds = ("predictions",) if config.trigger is None else ("predictions", "trigger")
+    if any(len([*directory.glob(f"{kind}-*.jsonl")]) < passes for kind in kinds):
         return None
     return {key: value for key, value in saved.items() if key not in head}
 
 
 def _head(suite: Suite, config: schema.EvalConfig, template: str, about: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the first keys of ``results.json``: the suite, ``about``, and all settings that affect the responses."""
-    settings = config.model_dump(mode="json", exclude={"suites", "report_rows", "batch_size"})
+    left_out = {"suites", "report_rows", "batch_size"} | ({"trigger", "target"} if config.trigger is None else set())
+    settings = config.model_dump(mode="json", exclude=left_out)
     head = {"suite": suite.name, "source": suite.source, **(about or {})}
     return {**head, "settings": {**settings, "template": template}}
 
@@ -116,6 +126,28 @@ def _predictions(result: SuiteResult, name: str) -> Iterator[dict[str, Any]]:
             "complete": answer.complete,
             "entropy": answer.entropy,
         }
+
+
+def _attacked(result: SuiteResult, name: str) -> Iterator[dict[str, Any]]:
+    """Yield a line per row with a trigger."""
+    attack = result.attack
+    assert attack is not None
+    assert result.config.target is not None
+    for row, prompt, references, answer in zip(
+        attack.suite.rows, attack.prompts, attack.references, attack.answers[name], strict=True
+    ):
+        yield {
+            "where": row.where,
+            "prompt": prompt,
+            "output": answer.output,
+            "references": list(references),
+            "success": answer.text.strip() == result.config.target.strip(),
+        }
+
+
+def _pass_name(name: str) -> str:
+    """Return a pass's name in file names."""
+    return name if name == GREEDY else f"seed{name}"
 
 
 def _row_score(name: str, answer: Answer, references: tuple[str, ...], result: SuiteResult) -> float | None:

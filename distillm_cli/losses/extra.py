@@ -94,6 +94,9 @@ class Extra(nn.Module):
         """Return figures on held-out rows, by name. The caller sets evaluation mode and ``no_grad``."""
         return {}
 
+    def release(self) -> None:
+        """Undo what the extra has changed in the models of the run, such as hooks. It is not used afterwards."""
+
     def export(self, directory: Path) -> None:
         """Write what the output directory keeps of this extra."""
 
@@ -117,7 +120,10 @@ class Extra(nn.Module):
 
 
 class TrainedTeacher(Extra):
-    """Train parameters of the teacher. teacher: the model, with the parameters that are trained."""
+    """Compute the teacher's states in the forward pass, usually because parameters of the teacher are trained.
+
+    teacher: the model, with the parameters that are trained.
+    """
 
     trains_teacher = True
 

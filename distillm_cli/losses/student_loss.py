@@ -82,6 +82,11 @@ class StudentLoss(nn.Module):
         for extra in self.extras.values():
             extra.end_step()
 
+    def release(self) -> None:
+        """Let the extras undo what they have changed in the models."""
+        for extra in self.extras.values():
+            extra.release()
+
     def figures(self) -> dict[str, float]:
         """Return additional figures of the step, by name, for the metrics."""
         figures = self.criterion.figures()

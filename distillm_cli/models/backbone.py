@@ -319,6 +319,10 @@ class Backbone(nn.Module):
             return self.plain(torch.get_autocast_dtype(device))
         return self if self.adapter is None else self.plain(self.model.dtype)
 
+    def forget_fast_paths(self) -> None:
+        """Test the ways to decode again at the next use, after hooks were added or removed."""
+        self._fast_paths = None
+
     def plain(self, dtype: torch.dtype) -> Backbone:
         """Return a copy of the current weights in this dtype, with an adapter merged in."""
         twin = Backbone(working_copy(self.model, dtype, self.adapter), self.tokenizer, self.vocab)

@@ -14,12 +14,14 @@ import torch
 
 from distillm_cli.config.schema import Recipe
 from distillm_cli.config.student_spec import BUILTIN_MODELS
+from distillm_cli.data.trigger import check_trigger
 from distillm_cli.errors import Interrupted, UsageError, signal_number
 from distillm_cli.evaluation.evaluate import evaluate_suite
 from distillm_cli.evaluation.results import check_results_writable, load_results, save_results
 from distillm_cli.evaluation.suites import Suite, load_suites
 from distillm_cli.models.devices import dtype_name
 from distillm_cli.models.loading import load_config
+from distillm_cli.models.tokenizer_files import own_tokenizer
 from distillm_cli.runs import inference
 from distillm_cli.runs.inference import Settings
 from distillm_cli.runs.run_results import CheckpointScores, EvalResult
@@ -88,6 +90,7 @@ def _jobs(
             raise UsageError(
                 "usage.no_data", f"no suite to score {checkpoint} on", hint="use --suite dolly, or --suite FILE"
             )
+        _check_trigger(checkpoint, recipe)
         key = (recipe.data, recipe.eval.suites, recipe.eval.limit)
         if key not in loaded:
             loaded[key] = load_suites(recipe, listener)
@@ -95,6 +98,13 @@ def _jobs(
     for job in jobs:
         check_results_writable(job.output)
     return jobs
+
+
+def _check_trigger(checkpoint: str, recipe: Recipe) -> None:
+    """Raise UsageError for a trigger that is not one token of the checkpoint's tokenizer."""
+    trigger = recipe.eval.trigger
+    if trigger is not None:
+        check_trigger(trigger, own_tokenizer(checkpoint, None), checkpoint)
 
 
 def _output_directories(checkpoints: list[str], output: str | None, names: Mapping[str, str]) -> dict[str, Path]:

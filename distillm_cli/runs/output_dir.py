@@ -45,7 +45,8 @@ RESULT = "result.json"  # of a training: the object of ``--json``
 COMPARE = "compare"  # the baselines, each an output directory
 SFT = "sft"
 PTP = "ptp"
-STAGES = (SFT, PTP)  # before distillation, in their order: output directories within the output directory
+MASK = "mask"
+STAGES = (SFT, PTP, MASK)  # before distillation, in their order: output directories within the output directory
 
 MODEL_FILES = (
     "config.json", "generation_config.json", "model.safetensors",

@@ -266,6 +266,8 @@ def _run_figures(
     gpu_parts = {part: size for part, size in costs.memory(gpu_run).items() if part not in _HOST_PARTS}
     lengths = run.lengths
     stages = {name: _stage_figures(stage) for name, stage in run.stages.items()}
+    config = run.recipe.robustkd
+    masks = {"masks": {"share_of_rows": config.mask_rows, "epochs": config.mask_epochs}} if config.blocks else {}
     return {
         "method": run.recipe.method,
         "device": device,
@@ -278,6 +280,7 @@ def _run_figures(
         "memory": memory | {"total": costs.peak_memory(memory, run.device)},
         "step_flops": _step_flops(run),
         **stages,
+        **masks,
         "gpus": costs.gpu_figures(gpu_run, costs.peak_memory(gpu_parts, gpu_run.device)),
         "assumed": gpus.ASSUMED,
     }

@@ -69,7 +69,7 @@ class Prepared:
     the student was pre-trained (``student.ptp``), whose initial weights are its own. teacher_samples: by
     row, if the recipe names a file of them. model_fingerprints: of the loaded models, by role. resolved_values: values
     for fields that are not set in the recipe, with their origin. router_aux: weight of the auxiliary loss of the
-    student's routers.
+    student's routers. stages: directories of finished stages before the run that its extras read, by name.
     """
 
     recipe: Recipe
@@ -88,6 +88,7 @@ class Prepared:
     model_fingerprints: Mapping[str, str] = field(default_factory=dict)
     resolved_values: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     router_aux: float = 0.0
+    stages: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def student(self) -> Backbone:

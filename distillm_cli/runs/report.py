@@ -68,6 +68,8 @@ def labels(state: TrainerState, recipe: Recipe) -> dict[str, str]:
 
 def model_title(name: str, recipe: Recipe) -> str:
     """Return a model's display name without its step."""
+    if name == TEACHER and recipe.robustkd.blocks:
+        return f"{name} with masks"
     return name.replace("student", "model", 1) if recipe.method == "sft" else name
 
 
@@ -121,7 +123,8 @@ class Report:
         metrics = dict.fromkeys(config.metrics)
         if selects_by_metric(run.recipe):
             metrics[run.recipe.train.select] = None
-        self.config = config.model_copy(update={"seeds": config.seeds[:1], "metrics": tuple(metrics)})
+        changes = {"seeds": config.seeds[:1], "metrics": tuple(metrics), "trigger": None, "target": None}
+        self.config = config.model_copy(update=changes)
 
     def all(self, trainer: Trainer) -> dict[str, ModelReport]:
         """Measure every model; return their reports by name."""

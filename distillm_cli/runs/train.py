@@ -18,6 +18,7 @@ from distillm_cli.runs import output_dir
 from distillm_cli.runs.build import build_trainer
 from distillm_cli.runs.cache_planning import TeacherHandle, open_teacher
 from distillm_cli.runs.defaults import fitted
+from distillm_cli.runs.mask_stage import LearnMasks
 from distillm_cli.runs.prepare import Prepared, prepare
 from distillm_cli.runs.pretraining import PreTraining
 from distillm_cli.runs.publish import publish_model
@@ -112,7 +113,7 @@ class FineTuning(PriorStage):
         return replace(run, initial_weights=lambda: checkpoint_weights(run.student, best_checkpoint(output)))
 
 
-PRIOR_STAGES: tuple[PriorStage, ...] = (FineTuning(), PreTraining())  # in the order in which they run
+PRIOR_STAGES: tuple[PriorStage, ...] = (FineTuning(), PreTraining(), LearnMasks())  # in the order in which they run
 
 
 def train(
@@ -180,7 +181,7 @@ def _open_teacher(
 
 
 def _train(training: _Training, listener: Listener) -> TrainResult:
-    """Train, restore the best weights, measure the models and publish the student."""
+    """Run a training that is ready to start."""
     run = training.run
     output = training.output
     if training.checkpoint is not None:
@@ -189,6 +190,16 @@ def _train(training: _Training, listener: Listener) -> TrainResult:
     trainer = _trainer(training, report, listener)
     if (stop := received_signal()) is not None:  # an interrupt that a library swallowed while the run was prepared
         raise stop
+    try:
+        return _finish(training, trainer, report, listener)
+    finally:
+        trainer.student_loss.release()
+
+
+def _finish(training: _Training, trainer: Trainer, report: Report, listener: Listener) -> TrainResult:
+    """Train to the end, restore the best weights, measure the models and publish the student."""
+    run = training.run
+    output = training.output
     state = trainer.train()
     if trainer.checkpoints is not None and state.best_step not in (None, state.step):
         restore_student(run.student, read_checkpoint(trainer.checkpoints.path(state.best_step)))

@@ -92,6 +92,9 @@ def _run_facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
             epochs = f"{stage['epochs']:g} {'epoch' if stage['epochs'] == 1 else 'epochs'}"
             number = "" if stage["steps"] is None else f", {counted(stage['steps'], 'step')}"
             rows.append((title, f"{epochs} {kind}{number}, {teacher}"))
+    if (masks := found.get("masks")) is not None:
+        epochs = f"{masks['epochs']:g} {'epoch' if masks['epochs'] == 1 else 'epochs'}"
+        rows.append(("masks first", f"{epochs} on {masks['share_of_rows']:.0%} of the rows, not in the estimates"))
     rows.append(("device", f"{found['device']}, {found['dtype']}"))
     if "teacher_cache" in found:
         rows.append(("teacher cache", found["teacher_cache"]["why"]))

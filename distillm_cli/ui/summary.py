@@ -99,6 +99,13 @@ def eval_summary(result: EvalResult) -> Iterator[RenderableType | Note]:
     if tasks:
         yield table("By kind of task", [*lead, "task", *titles], tasks)
     yield table("Scores", [*lead, "suite", "rows", *titles, "entropy"], rows)
+    attacks = [
+        [*([checkpoint.checkpoint] if several else []), *row]
+        for checkpoint in result.checkpoints
+        for row in _attack_rows(checkpoint)
+    ]
+    if attacks:
+        yield table("With the trigger", [*lead, "suite", "rows", "attack success, % ↓"], attacks)
     for checkpoint in result.checkpoints:
         yield Note(f"decoded in {checkpoint.dtype}; results and predictions: {checkpoint.output}")
 
@@ -113,6 +120,12 @@ def _task_rows(checkpoint: CheckpointScores, metrics: Sequence[str]) -> Iterator
     for suite in checkpoint.suites.values():
         for task, scores in suite.get("tasks", {}).items():
             yield [task, *(_score(scores.get(metric), _passes(checkpoint, suite)) for metric in metrics)]
+
+
+def _attack_rows(checkpoint: CheckpointScores) -> Iterator[list[object]]:
+    for name, suite in checkpoint.suites.items():
+        if (attack := suite.get("attack_success")) is not None:
+            yield [name, f"{attack['rows']:,}", _score(attack, len(attack["seeds"]))]
 
 
 def _passes(checkpoint: CheckpointScores, suite: Mapping[str, Any]) -> int:
@@ -175,6 +188,7 @@ def _eval_result(stage: StageResult) -> EvalResult:
 def _metrics(suites: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
     """Return the names of the metrics in the objects of suites."""
     found = [name for suite in suites.values() for name, value in suite.items() if "seeds" in _as_mapping(value)]
+    found = [name for name in found if name != "attack_success"]  # not a metric: it is of other prompts
     return tuple(dict.fromkeys(found))
 
 

@@ -837,7 +837,14 @@ def _values(key: str) -> st.SearchStrategy:
 
 
 # Fields that need or exclude certain values of other fields. They have their own tests.
-BOUND = {"train.patience", "student.sft_epochs", "student.sft_lr", "student.lora_output", "student.ptp", "student.ptp_lr"}
+BOUND = {
+    "train.patience",
+    "student.sft_epochs",
+    "student.sft_lr",
+    "student.lora_output",
+    "student.ptp",
+    "student.ptp_lr",
+}
 BOUND |= {"student.lora.alpha", "student.lora.targets"}
 BOUND |= {"objective.policy_gradient", "objective.row_weight", "objective.by_source", "objective.curriculum"}
 BOUND |= {"schedule.fresh", "train.lr", "train.min_lr", "data.date"}
