@@ -248,3 +248,13 @@ register_method(
         preset={"objective.divergence": "kl", "schedule.kind": "off", "okd.rank": 16},
     )
 )
+register_method(
+    Method(
+        name="ctcd",
+        verb="distill",
+        summary="cross-entropy and softened KL for teacher and student, which train together",
+        paper="CTCD, Lee et al. 2023 (2311.02849); for next tokens in place of masked ones, weights of a replication",
+        objective="CE and softened KL, both ways",
+        preset={"objective.divergence": "kl", "schedule.kind": "off", "ctcd.enabled": True},
+    )
+)

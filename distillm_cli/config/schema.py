@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from distillm_cli import plugins
 from distillm_cli.config import student_spec
-from distillm_cli.config.extras import OKDConfig
+from distillm_cli.config.extras import CTCDConfig, OKDConfig
 from distillm_cli.config.fields import (
     Beta,
     Condition,
@@ -84,12 +84,12 @@ _ON_HUB = Condition("on the hub", "NAME", _may_have_revision)
 
 
 class TeacherConfig(Section):
-    """Configure the teacher, the model that is imitated. It is not trained."""
+    """Configure the teacher, the model that is imitated. It is trained only by okd and ctcd."""
 
     path: Name | None = Field(
         None,
         description="Teacher: a hub name, a local directory, or a model shipped with this package: builtin (questions), "
-        "builtin:pronounce (words to phonemes).",
+        "builtin:pronounce (words to phonemes). With ctcd also random:[FAMILY:]LAYERSxWIDTH.",
     )
     dtype: Dtype = Field(
         "auto", description="Data type of the weights. auto: bf16 on hardware with fast bf16, else fp32."
@@ -485,6 +485,7 @@ class Recipe(Section):
     schedule: AnySchedule = ScheduleConfig()
     rollout: RolloutConfig = RolloutConfig()
     okd: OKDConfig = OKDConfig()
+    ctcd: CTCDConfig = CTCDConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
 
@@ -497,7 +498,19 @@ class Recipe(Section):
     @property
     def teacher_trainer(self) -> str | None:
         """Return the key of the field by which the teacher changes during the run; None if it is frozen."""
+        if self.ctcd.enabled:
+            return "ctcd.enabled"
         return "okd.rank" if self.okd.rank is not None else None
+
+    @property
+    def teacher_dtype(self) -> Dtype:
+        """Return the dtype of the teacher's weights, or auto. All weights are trained in float32."""
+        return "fp32" if self.ctcd.enabled else self.teacher.dtype
+
+    @property
+    def has_random_teacher(self) -> bool:
+        """Return whether the teacher starts with random weights."""
+        return self.ctcd.enabled and student_spec.is_random(self.teacher.path)
 
     @property
     def decodes_with_teacher(self) -> bool:
@@ -529,10 +542,31 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_trained_teacher(self) -> Recipe:
-        if self.teacher_trainer is not None and self.teacher.cache not in ("auto", "off"):
+        key = self.teacher_trainer
+        if key is None or self.method == "sft":
+            return self
+        if self.ctcd.enabled and self.okd.rank is not None:
             raise ValueError(
-                f"teacher.cache {self.teacher.cache}: the teacher changes during the run ({self.teacher_trainer}), so its "
+                "okd.rank and ctcd.enabled both train the teacher; try --set okd.rank=null, or --set ctcd.enabled=false"
+            )
+        if self.teacher.cache not in ("auto", "off"):
+            raise ValueError(
+                f"teacher.cache {self.teacher.cache}: the teacher changes during the run ({key}), so its "
                 "states cannot be cached; try --teacher-cache off"
+            )
+        if self.teacher.quantize != "none":
+            raise ValueError(
+                f"teacher.quantize {self.teacher.quantize}: the teacher is trained ({key}), and quantized weights cannot "
+                "be; try --set teacher.quantize=none"
+            )
+        if self.ctcd.enabled and self.teacher.dtype not in ("auto", "fp32"):
+            raise ValueError(
+                f"teacher.dtype {self.teacher.dtype}: ctcd trains the teacher in float32; try --set teacher.dtype=fp32"
+            )
+        if self.has_random_teacher and student_spec.copies_layers(self.student.path):
+            raise ValueError(
+                f"student.path {self.student.path} would copy layers of a teacher with random weights "
+                f"({self.teacher.path}); try --student random:2x128"
             )
         return self
 

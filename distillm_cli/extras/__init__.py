@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,4 +21,19 @@ def build_extras(recipe: Recipe, pair: Pair) -> dict[str, Extra]:
         from distillm_cli.extras.okd import OKD
 
         extras["okd"] = OKD(teacher, recipe.okd, seed=recipe.train.seed)
+    if recipe.ctcd.enabled and teacher is not None:
+        import torch
+
+        from distillm_cli.extras.ctcd import CTCD
+        from distillm_cli.models.devices import resolve_dtype
+        from distillm_cli.models.pair import rebuild_teacher
+
+        dtype = resolve_dtype(recipe.student.dtype, teacher.device)
+        extras["ctcd"] = CTCD(
+            teacher,
+            recipe.ctcd,
+            tokenizer=pair.tokenizer,
+            rebuild=partial(rebuild_teacher, recipe, pair),
+            matmul_dtype=None if dtype == torch.float32 else dtype,
+        )
     return extras

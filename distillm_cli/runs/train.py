@@ -27,6 +27,8 @@ from distillm_cli.runs.report import (
     BEFORE,
     FINE_TUNED,
     TEACHER,
+    TEACHER_AFTER,
+    TEACHER_BEFORE,
     ModelReport,
     Report,
     check_can_generate,
@@ -103,6 +105,7 @@ def train(
     for note in resolved.notes:
         listener(Warned(note))
     _check_stage_directory(resolved, output)
+    _check_teacher_directory(resolved, output)
     try:
         checkpoints = _checkpoints(resolved, output, options)
         run = prepare(resolved.recipe, listener, prefetcher)
@@ -135,6 +138,15 @@ def _check_stage_directory(resolved: Resolved, output: Path) -> None:
     place = output / output_dir.SFT
     if sft_stage_recipe(resolved) is not None and place.exists() and not output_dir.has_stage(output):
         what = f"{place} is not a stage of a run in {output}, but the run needs it for fine-tuning"
+        raise UsageError("usage.output_exists", what, hint="choose another --output, or move it away")
+
+
+def _check_teacher_directory(resolved: Resolved, output: Path) -> None:
+    """Raise UsageError if a run that saves its teacher would write into a ``teacher/`` directory of the user."""
+    if not resolved.recipe.ctcd.enabled or resolved.recipe.method == "sft":
+        return
+    if (path := output_dir.foreign_teacher(output)) is not None:
+        what = f"{path} was not written by a run, but the run saves its teacher in {output / output_dir.TEACHER}"
         raise UsageError("usage.output_exists", what, hint="choose another --output, or move it away")
 
 
@@ -217,11 +229,14 @@ def _train(training: _Training, listener: Listener) -> TrainResult:
         raise stop
     state = trainer.train()
     if trainer.checkpoints is not None and state.best_step not in (None, state.step):
-        restore_student(run.student, read_checkpoint(trainer.checkpoints.path(state.best_step)))
-        best = f"the best {run.recipe.train.select} was {state.best:.4g}, at step {state.best_step}"
-        listener(Note(f"{best}: using these weights"))
+        best = read_checkpoint(trainer.checkpoints.path(state.best_step))
+        restore_student(run.student, best)
+        with as_checkpoint_error(best):
+            trainer.student_loss.load_extra_weights(best.path)
+        figure = f"the best {run.recipe.train.select} was {state.best:.4g}, at step {state.best_step}"
+        listener(Note(f"{figure}: using these weights"))
     models = report.all(trainer)
-    publish_model(run, output, training.resolved, state, models, report.measured_on)
+    publish_model(run, output, training.resolved, state, models, report.measured_on, trainer.student_loss.export_extras)
     summary = _summary(run, state, models, report.measured_on)
     result = _result(training, trainer, state, models, summary)
     output_dir.write_result(output, result.as_json())
@@ -296,9 +311,11 @@ def _interrupted(output: Path | None, stop: KeyboardInterrupt) -> Interrupted:
 
 def _summary(run: Prepared, state: TrainerState, models: Mapping[str, ModelReport], measured_on: str) -> TrainSummary:
     recipe = run.recipe
-    order = [name for name in (BEFORE, FINE_TUNED, AFTER, TEACHER) if name in models]
+    order = [name for name in (BEFORE, FINE_TUNED, AFTER, TEACHER, TEACHER_BEFORE, TEACHER_AFTER) if name in models]
     label = labels(state, recipe)
-    samples = _samples(run, {model_title(name, recipe): models[name].answers for name in order})
+    samples = _samples(
+        run, {model_title(name, recipe): models[name].answers for name in order if name != TEACHER_BEFORE}
+    )
     # Without test rows, `--suite SOURCE` would score training rows too; without `--suite`, held-out rows are scored.
     suites = recipe.eval.suites or ((recipe.data.source,) if "test" in run.train_rows.splits else ())
     first_row = next(iter(run.valid.rows), None)
@@ -317,6 +334,7 @@ def _summary(run: Prepared, state: TrainerState, models: Mapping[str, ModelRepor
         suites=tuple(suites),
         prompt=samples[0].prompt if samples else prompt,
         has_sft_stage=bool(recipe.student.sft_epochs),
+        has_teacher=recipe.ctcd.enabled,
         has_answers=bool(suites) or any(row.is_answered for row in run.valid.rows),
     )
 
