@@ -253,7 +253,7 @@ register_method(
         name="ctcd",
         verb="distill",
         summary="cross-entropy and softened KL for teacher and student, which train together",
-        paper="CTCD, Lee et al. 2023 (2311.02849); for next tokens in place of masked ones, weights of a replication",
+        paper="CTCD, Lee et al. 2023 (2311.02849), in the style of: weights of a replication, next tokens for masked ones",
         objective="CE and softened KL, both ways",
         preset={"objective.divergence": "kl", "schedule.kind": "off", "ctcd.enabled": True},
     )

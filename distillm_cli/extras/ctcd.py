@@ -1,4 +1,4 @@
-"""Train teacher and student together, each with the other as its teacher: CTCD (Lee et al. 2023, arXiv 2311.02849).
+"""Train teacher and student together, each with the other as its teacher, in the style of CTCD (arXiv 2311.02849).
 
 The paper trains two encoders from scratch with masked tokens. Here every response token is one, and the models may also
 be trained ones. With y the data, T the temperature, p and q the distributions of teacher and student at logits / T:

@@ -44,7 +44,7 @@ TEMPLATES = "additional_chat_templates"  # of tokenizers that have several
 CARD = "README.md"
 RESULT = "result.json"  # of a training: the object of ``--json``
 COMPARE = "compare"  # the baselines, each an output directory
-TEACHER = "teacher"  # a teacher that the run trained
+TRAINED_TEACHER = "teacher"  # a teacher that the run trained
 SFT = "sft"  # the stage before distillation, an output directory within the output directory
 
 MODEL_FILES = (
@@ -181,7 +181,7 @@ def foreign(output: Path) -> Path | None:
 
 def foreign_teacher(output: Path) -> Path | None:
     """Return a file under ``OUTPUT/teacher``, or that path itself, that no run wrote; None without one."""
-    place = output / TEACHER
+    place = output / TRAINED_TEACHER
     if not os.path.lexists(place):
         return None
     if place.is_symlink() or not place.is_dir():
@@ -212,7 +212,7 @@ def clear(output: Path) -> list[Path]:
             hint = "choose another --output, or remove it manually"
             raise storage_error(error, f"cannot remove {path}, of an earlier run", hint) from error
         stuck.append(path)
-    for name in (*_FOLDERS, SFT, TEACHER):
+    for name in (*_FOLDERS, SFT, TRAINED_TEACHER):
         for folder, _, _ in os.walk(output / name, topdown=False):
             with suppress(OSError):  # it contains files of the user
                 Path(folder).rmdir()
@@ -323,7 +323,7 @@ def publishing(output: Path) -> Iterator[Path]:
 def _move_model(staged: Path, output: Path) -> None:
     folders = {
         name: sorted(path for path in (staged / name).iterdir() if path.is_file())
-        for name in (TEMPLATES, TEACHER, f"{TEACHER}/{TEMPLATES}")
+        for name in (TEMPLATES, TRAINED_TEACHER, f"{TRAINED_TEACHER}/{TEMPLATES}")
         if (staged / name).is_dir()
     }
     files = sorted(

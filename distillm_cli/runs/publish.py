@@ -97,7 +97,7 @@ def _teacher(recipe: Recipe) -> str:
     """Return the teacher's path, and how it was trained if it was."""
     path = str(recipe.teacher.path)
     if recipe.ctcd.enabled:
-        return f"{path}, trained together with the student; the result is in `{output_dir.TEACHER}/`"
+        return f"{path}, trained together with the student; the result is in `{output_dir.TRAINED_TEACHER}/`"
     if recipe.okd.rank is not None:
         return f"{path}, with an adapter of rank {recipe.okd.rank} that was trained together with the student"
     return path

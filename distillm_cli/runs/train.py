@@ -18,7 +18,7 @@ from distillm_cli.errors import START_OVER, CheckpointError, Interrupted, UsageE
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.runs import output_dir
 from distillm_cli.runs.build import build_trainer
-from distillm_cli.runs.cache_planning import TeacherHandle, open_teacher
+from distillm_cli.runs.cache_planning import TeacherHandle, check_rows, open_teacher
 from distillm_cli.runs.defaults import fitted
 from distillm_cli.runs.prepare import Prepared, prepare
 from distillm_cli.runs.publish import publish_model
@@ -106,6 +106,8 @@ def train(
         listener(Warned(note))
     _check_stage_directory(resolved, output)
     _check_teacher_directory(resolved, output)
+    if options.rebuild_teacher_cache:
+        check_rows(resolved.recipe)
     try:
         checkpoints = _checkpoints(resolved, output, options)
         run = prepare(resolved.recipe, listener, prefetcher)
@@ -146,7 +148,9 @@ def _check_teacher_directory(resolved: Resolved, output: Path) -> None:
     if not resolved.recipe.ctcd.enabled or resolved.recipe.method == "sft":
         return
     if (path := output_dir.foreign_teacher(output)) is not None:
-        what = f"{path} was not written by a run, but the run saves its teacher in {output / output_dir.TEACHER}"
+        what = (
+            f"{path} was not written by a run, but the run saves its teacher in {output / output_dir.TRAINED_TEACHER}"
+        )
         raise UsageError("usage.output_exists", what, hint="choose another --output, or move it away")
 
 
