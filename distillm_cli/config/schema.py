@@ -157,7 +157,9 @@ class StudentConfig(Section):
         "auto", description="Compute dtype. Parameters stay fp32 (autocast). auto: bf16 on hardware with fast bf16."
     )
     dropout: Probability | None = Field(
-        None, description="Probability of every dropout of the student. Unset: the values of its config."
+        None,
+        description="Probability of every dropout of the student, and with ctcd of the teacher. Unset: the values of "
+        "their configs.",
     )
     save_dtype: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="Data type of the weights in the output directory. Checkpoints stay fp32."

@@ -30,12 +30,13 @@ from distillm_cli.losses.objectives import STUDENT_OUTPUTS
 from distillm_cli.losses.student_loss import concatenate
 from distillm_cli.losses.weights import CROSS_ENTROPY, LossWeights
 from distillm_cli.models.backbone import Backbone
+from distillm_cli.models.composite import copy_processor, is_composite
 from distillm_cli.models.tokenizer_files import quiet
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.training.state import RunInfo
 from distillm_cli.types import Batch, Sequence, collate
 
-DIRECTORY = "teacher"  # of the teacher, in checkpoints and in the output directory
+_DIRECTORY = "teacher"  # of the teacher, in checkpoints and in the output directory
 
 
 class CTCD(TrainedTeacher):
@@ -107,16 +108,19 @@ class CTCD(TrainedTeacher):
 
     def save_weights(self, directory: Path) -> None:
         with quiet():
-            self.teacher.model.save_pretrained(directory / DIRECTORY)
+            self.teacher.model.save_pretrained(directory / _DIRECTORY)
 
     def load_weights(self, directory: Path) -> None:
         with quiet():
             model = type(self.teacher.model)
-            saved = model.from_pretrained(directory / DIRECTORY, dtype=torch.float32, local_files_only=True)
+            saved = model.from_pretrained(directory / _DIRECTORY, dtype=torch.float32, local_files_only=True)
         self.teacher.load_state(saved.state_dict())
 
     def export(self, directory: Path) -> None:
         """Write the teacher and its tokenizer into ``teacher/``, in float32."""
         self.save_weights(directory)
         with quiet():
-            self.tokenizer.save_pretrained(directory / DIRECTORY)
+            self.tokenizer.save_pretrained(directory / _DIRECTORY)
+        config = self.teacher.model.config
+        if is_composite(config):
+            copy_processor(config.name_or_path, None, directory / _DIRECTORY)

@@ -212,6 +212,8 @@ class Trainer:
         drawn_by_extras: Mapping[str, Any],
     ) -> Tensor:
         """Add a micro-batch's gradients; return its share of the step's loss. The graph is freed on return."""
+        if self.teacher is not None and self.student_loss.trained_teacher is not None:  # it computes in the next line
+            self.teacher.tokens += sum(batch.tokens for batch in batches)
         with self.run.autocast():
             loss, _ = self.student_loss(batches, teacher_hidden_ND, weights, per_token, scale, source, drawn_by_extras)
         loss.backward()

@@ -296,6 +296,7 @@ def test_teacher_that_changes_cannot_be_cached_in_advance(workdir, cli):
     assert_error(cli(*argv), "usage.no_teacher_cache", "okd.rank")
 
 
-def test_compare_works_with_a_trained_teacher(distill, tmp_path):
-    result = distill(tmp_path / "run", "--method", "okd", "--compare", "--steps", 2)
+@pytest.mark.parametrize("method", ["okd", "ctcd"])
+def test_compare_works_with_a_trained_teacher(method, distill, tmp_path):
+    result = distill(tmp_path / "run", "--method", method, "--compare", "--steps", 2)
     assert [baseline["name"] for baseline in result["baselines"]] == ["sft"]
