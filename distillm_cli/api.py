@@ -382,7 +382,7 @@ def train_recipe(
     notes = check_training(resolved)
     if options.compare and resolved.recipe.has_random_teacher:
         raise UsageError(
-            "usage.nothing_to_compare",
+            "usage.exclusive_options",
             f"--compare with --teacher {resolved.recipe.teacher.path}: the baselines need a trained teacher",
             hint="drop --compare, or give --teacher PATH",
         )

@@ -279,7 +279,7 @@ def test_conflicting_settings_are_refused(settings, error, mention, workdir, cli
 RANDOM = [
     (["--method", "ctcd"], "layers:1", "recipe.fields_conflict", "layers:1"),
     (["--method", "ctcd"], "random:1x32", "model.no_tokenizer", "--tokenizer"),
-    (["--method", "ctcd", "--tokenizer", "chars", "--compare"], "random:1x32", "usage.nothing_to_compare", "--compare"),
+    (["--method", "ctcd", "--tokenizer", "chars", "--compare"], "random:1x32", "usage.exclusive_options", "--compare"),
     (["--method", "kd", "--tokenizer", "chars"], "random:1x32", "model.not_found", "random:2x32"),
 ]
 
