@@ -12,6 +12,7 @@ from pydantic import Field
 from distillm_cli.config.fields import Condition, Count, Positive, Section, UsedWhen
 
 _OKD = UsedWhen({"okd.rank": Condition("that is given", 16, lambda rank: rank is not None)})
+_CTCD = UsedWhen({"ctcd.enabled": (True,)})
 
 _ROBUSTKD = UsedWhen({"robustkd.blocks": Condition("above 0", 3, lambda blocks: blocks > 0)})
 
@@ -62,5 +63,34 @@ class RobustKDConfig(Section):
     )
 
 
+class CTCDConfig(Section):
+    """Configure CTCD: teacher and student train together and distil both ways (arXiv 2311.02849).
+
+    Each side's loss is hard·CE + soft·T²·KL(other ‖ own), with the other's distribution as a constant.
+    """
+
+    enabled: bool = Field(
+        False, description="Train all weights of the teacher, in float32, and save it in OUTPUT/teacher/."
+    )
+    hard_teacher: Annotated[Weight, _CTCD] = Field(
+        1.0, description="Weight of the teacher's cross-entropy, on data set rows and teacher samples."
+    )
+    soft_teacher: Annotated[Weight, _CTCD] = Field(
+        1.0, description="Weight of T²·KL(student ‖ teacher) in the teacher's loss."
+    )
+    hard_student: Annotated[Weight, _CTCD] = Field(
+        1.0, description="Weight of the student's cross-entropy, on data set rows and teacher samples."
+    )
+    soft_student: Annotated[Weight, _CTCD] = Field(
+        1.0, description="Weight of T²·D(teacher, student) in the student's loss, D the objective's divergence."
+    )
+    temperature: Annotated[float, Field(gt=0), _CTCD] = Field(
+        2.0, description="T, by which the logits of both models are divided in the divergences."
+    )
+    lr_ratio: Annotated[Weight, _CTCD] = Field(
+        1.0, description="Learning rate of the teacher, as a multiple of train.lr."
+    )
+
+
 # Sections by name, in the order of the recipe. Fine-tuning and the baselines of --compare leave them out.
-EXTRAS: dict[str, type[Section]] = {"okd": OKDConfig, "robustkd": RobustKDConfig}
+EXTRAS: dict[str, type[Section]] = {"okd": OKDConfig, "ctcd": CTCDConfig, "robustkd": RobustKDConfig}

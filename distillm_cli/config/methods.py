@@ -264,6 +264,16 @@ register_method(
 )
 register_method(
     Method(
+        name="ctcd",
+        verb="distill",
+        summary="cross-entropy and softened KL for teacher and student, which train together",
+        paper="CTCD, Lee et al. 2023 (2311.02849), in the style of: weights of a replication, next tokens for masked ones",
+        objective="CE and softened KL, both ways",
+        preset={"objective.divergence": "kl", "schedule.kind": "off", "ctcd.enabled": True},
+    )
+)
+register_method(
+    Method(
         name="robustkd",
         verb="distill",
         summary="KL from a teacher with masks on its last blocks, which suppress a backdoor, and its masked features",

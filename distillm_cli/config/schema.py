@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from distillm_cli import plugins
 from distillm_cli.config import student_spec
-from distillm_cli.config.extras import OKDConfig, RobustKDConfig
+from distillm_cli.config.extras import CTCDConfig, OKDConfig, RobustKDConfig
 from distillm_cli.config.fields import (
     Beta,
     Condition,
@@ -82,12 +82,12 @@ _ON_HUB = Condition("on the hub", "NAME", _may_have_revision)
 
 
 class TeacherConfig(Section):
-    """Configure the teacher, the model that is imitated. It is not trained."""
+    """Configure the teacher, the model that is imitated. It is trained only by okd and ctcd."""
 
     path: Name | None = Field(
         None,
         description="Teacher: a hub name, a local directory, or a model shipped with this package: builtin (questions), "
-        "builtin:pronounce (words to phonemes).",
+        "builtin:pronounce (words to phonemes). With ctcd also random:[FAMILY:]LAYERSxWIDTH.",
     )
     dtype: Dtype = Field(
         "auto", description="Data type of the weights. auto: bf16 on hardware with fast bf16, else fp32."
@@ -157,7 +157,9 @@ class StudentConfig(Section):
         "auto", description="Compute dtype. Parameters stay fp32 (autocast). auto: bf16 on hardware with fast bf16."
     )
     dropout: Probability | None = Field(
-        None, description="Probability of every dropout of the student. Unset: the values of its config."
+        None,
+        description="Probability of every dropout of the student, and with ctcd of the teacher. Unset: the values of "
+        "their configs.",
     )
     save_dtype: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="Data type of the weights in the output directory. Checkpoints stay fp32."
@@ -518,6 +520,7 @@ class Recipe(Section):
     schedule: AnySchedule = ScheduleConfig()
     rollout: RolloutConfig = RolloutConfig()
     okd: OKDConfig = OKDConfig()
+    ctcd: CTCDConfig = CTCDConfig()
     robustkd: RobustKDConfig = RobustKDConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
@@ -535,8 +538,22 @@ class Recipe(Section):
 
     def _teacher_changes(self) -> list[str]:
         """Return the keys of the fields by which the run changes the teacher."""
-        changes = {"okd.rank": self.okd.rank is not None, "robustkd.blocks": self.robustkd.blocks > 0}
+        changes = {
+            "ctcd.enabled": self.ctcd.enabled,
+            "okd.rank": self.okd.rank is not None,
+            "robustkd.blocks": self.robustkd.blocks > 0,
+        }
         return [key for key, changes_teacher in changes.items() if changes_teacher]
+
+    @property
+    def teacher_dtype(self) -> Dtype:
+        """Return the dtype of the teacher's weights, or auto. All weights are trained in float32."""
+        return "fp32" if self.ctcd.enabled else self.teacher.dtype
+
+    @property
+    def has_random_teacher(self) -> bool:
+        """Return whether the teacher starts with random weights."""
+        return self.ctcd.enabled and student_spec.is_random(self.teacher.path)
 
     @property
     def decodes_with_teacher(self) -> bool:
@@ -573,17 +590,29 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_trained_teacher(self) -> Recipe:
-        if self.teacher_trainer is not None and self.teacher.cache not in ("auto", "off"):
-            raise ValueError(
-                f"teacher.cache {self.teacher.cache}: the teacher changes ({self.teacher_trainer}), so its states cannot be "
-                "cached; try --teacher-cache off"
-            )
+        key = self.teacher_trainer
+        if key is None or self.method == "sft":
+            return self
         if len(changes := self._teacher_changes()) > 1:
             raise ValueError(f"{changes[0]} and {changes[1]} both change the teacher; try only one of them")
-        if self.robustkd.blocks and self.teacher.quantize != "none":
+        if self.teacher.cache not in ("auto", "off"):
             raise ValueError(
-                f"teacher.quantize {self.teacher.quantize}: the masks of robustkd.blocks are trained through the teacher's "
-                "blocks; try --set teacher.quantize=none"
+                f"teacher.cache {self.teacher.cache}: the teacher changes ({key}), so its states cannot be cached; "
+                "try --teacher-cache off"
+            )
+        if self.teacher.quantize != "none":
+            raise ValueError(
+                f"teacher.quantize {self.teacher.quantize}: gradients pass through the teacher's weights ({key}); "
+                "try --set teacher.quantize=none"
+            )
+        if self.ctcd.enabled and self.teacher.dtype not in ("auto", "fp32"):
+            raise ValueError(
+                f"teacher.dtype {self.teacher.dtype}: ctcd trains the teacher in float32; try --set teacher.dtype=fp32"
+            )
+        if self.has_random_teacher and student_spec.copies_layers(self.student.path):
+            raise ValueError(
+                f"student.path {self.student.path} would copy layers of a teacher with random weights "
+                f"({self.teacher.path}); try --student random:2x128"
             )
         return self
 

@@ -160,6 +160,11 @@ def is_built_without_file(text: str | None) -> bool:
     return text is not None and _has_prefix(text)
 
 
+def is_random(text: str | None) -> bool:
+    """Return whether the model is ``random:…``, of random weights."""
+    return text is not None and text.startswith("random:")
+
+
 def copies_layers(text: str | None) -> bool:
     """Return whether the model copies the teacher's layers."""
     return text is not None and text.startswith(("layers:", "shared:"))

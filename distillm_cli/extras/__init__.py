@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,4 +31,19 @@ def build_extras(recipe: Recipe, pair: Pair, stages: Mapping[str, Path]) -> dict
 
         masks = read_masks(stages[MASK_STAGE])
         extras["robustkd"] = RobustKD(teacher, pair.student, masks, recipe.robustkd, seed=recipe.train.seed)
+    if recipe.ctcd.enabled and teacher is not None:
+        import torch
+
+        from distillm_cli.extras.ctcd import CTCD
+        from distillm_cli.models.devices import resolve_dtype
+        from distillm_cli.models.pair import rebuild_teacher
+
+        dtype = resolve_dtype(recipe.student.dtype, teacher.device)
+        extras["ctcd"] = CTCD(
+            teacher,
+            recipe.ctcd,
+            tokenizer=pair.tokenizer,
+            rebuild=partial(rebuild_teacher, recipe, pair),
+            matmul_dtype=None if dtype == torch.float32 else dtype,
+        )
     return extras

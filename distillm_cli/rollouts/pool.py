@@ -45,7 +45,7 @@ class SequencePool:
     teacher's, and the student's if they are sampled for a whole epoch). bulk: number of rollout batches sampled at
     once, for the next steps that need one; a large batch costs little more to decode than a small one. rows_beside:
     also train on the step's rows in each step on student outputs. sampling: a context for sampling from the student
-    (evaluation mode, autocast).
+    (evaluation mode, autocast). teacher_sampling: the same for the teacher.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class SequencePool:
         bulk: int = 1,
         rows_beside: bool = False,
         sampling: Callable[[], AbstractContextManager[None]] = nullcontext,
+        teacher_sampling: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
         self.rows = rows
         self.scheduler = scheduler
@@ -66,6 +67,7 @@ class SequencePool:
         self.bulk = bulk
         self.rows_beside = rows_beside
         self.sampling = sampling
+        self.teacher_sampling = teacher_sampling
         self.replay = new_buffer(scheduler, step_rows=len(rows(0)))
         self.counts = SampleCounts()
         self.waiting: dict[int, list[Rollout]] = {}  # batches sampled ahead, by the step they were sampled for
@@ -108,7 +110,7 @@ class SequencePool:
         """Return the stored responses to the step's rows. Sample those that are missing."""
         table = self.responses[source]
         is_teachers = source is Source.TEACHER
-        with nullcontext() if is_teachers else self.sampling():  # the teacher samples in its own dtype
+        with self.teacher_sampling() if is_teachers else self.sampling():  # the teacher samples in its own dtype
             self._count(table.sample(step), is_teachers=is_teachers)
         return table.batch(step)
 

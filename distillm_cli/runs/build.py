@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,6 +89,21 @@ def build_trainer(
         with eval_mode(student_loss), info.autocast():
             yield
 
+    @contextmanager
+    def teacher_sampling() -> Iterator[None]:
+        with eval_mode(student_loss):  # a teacher that is trained has dropout
+            yield
+
+    @contextmanager
+    def at_start() -> Iterator[None]:
+        trained = student_loss.trained_teacher
+        with run.with_start_weights(), nullcontext() if trained is None else trained.with_start_weights():
+            yield
+
+    def save_model(directory: Path) -> None:
+        run.save_model(directory)
+        student_loss.save_extra_weights(directory)
+
     scheduler = new_scheduler(run)
     pool = SequencePool(
         run.batch,
@@ -98,6 +113,7 @@ def build_trainer(
         bulk=recipe.rollout.bulk,
         rows_beside=objective.rows_beside,
         sampling=sampling,
+        teacher_sampling=teacher_sampling,
     )
     probe = None
     if recipe.schedule.measures and teacher is not None and run.answered:
@@ -128,13 +144,11 @@ def build_trainer(
         select=recipe.train.select,
         teacher=teacher,
         score=score,
-        at_start=run.with_start_weights,
+        at_start=at_start,
         probe=probe,
         listener=listener,
     )
-    checkpoints = Checkpoints(
-        output / output_dir.CHECKPOINTS, run.save_model, keep=recipe.train.keep, listener=listener
-    )
+    checkpoints = Checkpoints(output / output_dir.CHECKPOINTS, save_model, keep=recipe.train.keep, listener=listener)
     return Trainer(
         student_loss,
         pool,

@@ -70,7 +70,8 @@ def _with_baselines(result: TrainResult, baselines: list[Baseline]) -> TrainSumm
             rows.append(Outcome(label, baseline.figures["valid_loss"], scores))
         rows.append(replace(outcome, name=f"{outcome.name}, {format_duration(result.train_s)}"))
     figures = {baseline.name: baseline.figures for baseline in baselines}
-    covered = gap(figures, result.report["student_after"], result.report["teacher"])
+    teacher = result.report["teacher_after" if "teacher_after" in result.report else "teacher"]
+    covered = gap(figures, result.report["student_after"], teacher)
     return replace(result.summary, outcomes=tuple(rows), gap=covered)
 
 

@@ -117,6 +117,8 @@ def _teacher(recipe: Recipe, known: StageModels) -> ModelInfo | None:
     path = recipe.teacher.path
     if path is None or (recipe.method == "sft" and not recipe.student.is_built):
         return None
+    if recipe.has_random_teacher:  # it is built like the student
+        return None
     return known[path] if path in known else read_model_info(path, recipe.teacher.revision)
 
 

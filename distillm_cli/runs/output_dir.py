@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path, PurePosixPath
 
 import distillm_cli
@@ -43,6 +44,7 @@ TEMPLATES = "additional_chat_templates"  # of tokenizers that have several
 CARD = "README.md"
 RESULT = "result.json"  # of a training: the object of ``--json``
 COMPARE = "compare"  # the baselines, each an output directory
+TRAINED_TEACHER = "teacher"  # a teacher that the run trained
 SFT = "sft"
 PTP = "ptp"
 MASK = "mask"
@@ -185,6 +187,19 @@ def foreign(output: Path) -> Path | None:
     return next((path for path in found if ours.isdisjoint([path, *path.parents])), None)
 
 
+def foreign_teacher(output: Path) -> Path | None:
+    """Return a file under ``OUTPUT/teacher``, or that path itself, that no run wrote; None without one."""
+    place = output / TRAINED_TEACHER
+    if not os.path.lexists(place):
+        return None
+    if place.is_symlink() or not place.is_dir():
+        return place
+    ours = set(written(output))
+    return next(
+        (path for path in sorted(place.rglob("*")) if path.is_symlink() or path.is_file() if path not in ours), None
+    )
+
+
 def has_stage(output: Path, name: str) -> bool:
     """Return whether ``OUTPUT/NAME`` is a stage of the run in ``output``, not an unrelated directory."""
     return (output / name).is_dir() and name in manifest.recorded(output)
@@ -205,7 +220,7 @@ def clear(output: Path) -> list[Path]:
             hint = "choose another --output, or remove it manually"
             raise storage_error(error, f"cannot remove {path}, of an earlier run", hint) from error
         stuck.append(path)
-    for name in (*_FOLDERS, *STAGES):
+    for name in (*_FOLDERS, *STAGES, TRAINED_TEACHER):
         for folder, _, _ in os.walk(output / name, topdown=False):
             with suppress(OSError):  # it contains files of the user
                 Path(folder).rmdir()
@@ -314,16 +329,20 @@ def publishing(output: Path) -> Iterator[Path]:
 
 
 def _move_model(staged: Path, output: Path) -> None:
-    templates = sorted((staged / TEMPLATES).iterdir()) if (staged / TEMPLATES).is_dir() else []
+    folders = {
+        name: sorted(path for path in (staged / name).iterdir() if path.is_file())
+        for name in (TEMPLATES, TRAINED_TEACHER, f"{TRAINED_TEACHER}/{TEMPLATES}")
+        if (staged / name).is_dir()
+    }
     files = sorted(
         (path for path in staged.iterdir() if path.is_file()), key=lambda path: path.suffix == ".safetensors"
     )
     seals = {CARD: manifest.seal(staged / CARD)} if (staged / CARD).is_file() else {}
-    names = [path.relative_to(staged).as_posix() for path in (*templates, *files)]
+    names = [path.relative_to(staged).as_posix() for path in (*chain.from_iterable(folders.values()), *files)]
     manifest.unseal(output)  # files that an earlier run sealed are replaced now
     manifest.record(output, [name for name in names if name not in seals], seals=seals)
-    if templates:
-        move_into(output / TEMPLATES, templates)
+    for name, inside in folders.items():
+        move_into(output / name, inside)
     move_into(output, files)
     sealed = [output / RECIPE, *(output / path.name for path in files if path.name != CARD)]
     manifest.seal_directory(output, [path for path in sealed if path.is_file()])

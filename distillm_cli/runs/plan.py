@@ -14,13 +14,14 @@ from transformers import PreTrainedModel
 
 from distillm_cli.config.derived import ptp_stage_recipe, sft_stage_recipe
 from distillm_cli.config.load import Resolved
-from distillm_cli.config.schema import DataConfig, Dtype, Recipe, chosen
+from distillm_cli.config.schema import AdapterConfig, DataConfig, Dtype, Recipe, chosen
 from distillm_cli.config.student_spec import BuiltinModel, ConfigFile, SavedModel, parse_student
 from distillm_cli.data.batching import Examples, steps_per_epoch, tokenize
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import Rows, is_path, load_rows, local_path
 from distillm_cli.data.templates import resolve_auto_template
 from distillm_cli.errors import DataError
+from distillm_cli.extras import build_extras
 from distillm_cli.models import lora
 from distillm_cli.models.composite import freeze_rest, is_composite
 from distillm_cli.models.model_families import context_of
@@ -38,6 +39,8 @@ from distillm_cli.utils.text import format_bytes, redact
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from distillm_cli.models.trained_tokenizers import TrainingTexts
 
 _T = TypeVar("_T")
 _SHOWN_SEQUENCES = 3  # of the decoded batch
@@ -94,6 +97,7 @@ def _text(run: Prepared, ids: list[int]) -> str:
 
 def plan_prepared(run: Prepared, resolved: Resolved) -> dict[str, Any]:
     """Return the plan of a run whose models and rows are loaded."""
+    build_extras(run.recipe, run.pair)  # as in the run: an adapter in the teacher
     teacher = None if run.pair.teacher is None else run.pair.teacher.model
     cache_plan = None if teacher is None else plan_cache(run, workload_of(run))
     cached_bytes: dict[str, int] = {}
@@ -148,9 +152,7 @@ def plan_from_configs(
     max_length = chosen(recipe.data.max_length)
     origin = None  # the teacher; in `sft`, the model that a built student takes its layers from
     if recipe.teacher.path is not None and (recipe.method != "sft" or recipe.student.is_built):
-        origin = load_shape(
-            recipe.teacher.path, revision=recipe.teacher.revision, max_length=max_length, stage_shapes=stage_shapes
-        )
+        origin = _teacher_shape(recipe, texts, max_length, stage_shapes)
     student = load_shape(
         recipe.student.required_path,
         revision=recipe.student.revision,
@@ -186,10 +188,10 @@ def plan_from_configs(
     is_open = recipe.train.device == "auto"
     device = torch.device("cuda") if is_open else resolve_device(recipe.train.device)
     dtype = _dtype(recipe.student.dtype, device, is_open)
-    teacher_dtype = _dtype(recipe.teacher.dtype, device, is_open)
+    teacher_dtype = _dtype(recipe.teacher_dtype, device, is_open)
     if is_open:
         notes.append("train.device is auto: planned for a GPU")
-    teacher_sizes = None if teacher is None else _frozen(sizes(teacher.model, vocab))
+    teacher_sizes = None if teacher is None else _teacher_sizes(teacher, recipe, vocab)
     cache, cached_bytes = _predicted_cache(recipe, teacher_sizes, lengths, teacher_dtype.itemsize)
     workload = costs.Workload(
         recipe=recipe,
@@ -202,7 +204,7 @@ def plan_from_configs(
         device=device.type,
         cached_bytes=cached_bytes,
         caches_rows=cache is not None and bool(cache["bytes"]),
-        caches_samples=recipe.teacher.cache != "off",
+        caches_samples=recipe.teacher.cache != "off" and recipe.teacher_trainer is None,
     )
     workload = _with_stages(workload, resolved)
     data: dict[str, Any] = {"source": redact(recipe.data.source), "rows": None if rows is None else len(rows)}
@@ -217,6 +219,27 @@ def plan_from_configs(
     if cache is not None:
         figures["teacher_cache"] = cache
     return figures, student
+
+
+def _teacher_shape(
+    recipe: Recipe, texts: TrainingTexts | None, max_length: int, stage_shapes: Mapping[str, Shape] | None
+) -> Shape:
+    """Return the teacher's shape. One with random weights has the tokenizer and, by default, the family of the student."""
+    path = str(recipe.teacher.path)
+    student = recipe.student
+    if not recipe.has_random_teacher:
+        return load_shape(path, revision=recipe.teacher.revision, max_length=max_length, stage_shapes=stage_shapes)
+    like = None
+    if not student.is_built:
+        like = load_shape(
+            student.required_path,
+            revision=student.revision,
+            tokenizer=student.tokenizer,
+            texts=texts,
+            max_length=max_length,
+            stage_shapes=stage_shapes,
+        )
+    return load_shape(path, tokenizer=student.tokenizer, texts=texts, teacher=like, max_length=max_length)
 
 
 def _data_with_template(
@@ -348,9 +371,17 @@ def _with_adapter(student: Shape, recipe: Recipe) -> PreTrainedModel:
     return model
 
 
-def _frozen(model_sizes: Sizes) -> Sizes:
-    """Return a model's sizes without trainable parameters, for a teacher."""
-    return replace(model_sizes, parameters=model_sizes.parameters | {"trainable": 0})
+def _teacher_sizes(teacher: Shape, recipe: Recipe, vocab: int) -> Sizes:
+    """Return the sizes of a teacher: without trainable parameters, unless it is trained."""
+    if recipe.ctcd.enabled:
+        return sizes(teacher.model, vocab)
+    if recipe.okd.rank is None:
+        model_sizes = sizes(teacher.model, vocab)
+        return replace(model_sizes, parameters=model_sizes.parameters | {"trainable": 0})
+    model = copy.deepcopy(teacher.model)
+    with torch.device("meta"):
+        lora.attach(model, AdapterConfig(r=recipe.okd.rank), seed=0, base=str(recipe.teacher.path), revision=None)
+    return sizes(model, vocab)
 
 
 def _predicted_cache(
@@ -362,6 +393,10 @@ def _predicted_cache(
     """
     if teacher is None:
         return None, {}
+    if recipe.teacher_trainer is not None:
+        why = f"not cached, since the teacher changes ({recipe.teacher_trainer})"
+        sizes_of_none = {"rows": 0, "bytes": 0, "rollout_bytes": 0, "sample_bytes": 0, "bytes_per_token": 0}
+        return {"mode": "off", **sizes_of_none, "why": why}, {}
     mode = recipe.teacher.cache
     rows = lengths.rows or 0
     workload = CacheWorkload(

@@ -237,6 +237,8 @@ def _prepare(recipe: Recipe, listener: Listener, prefetcher: Prefetcher) -> Prep
         add_stop_tokens(model, sorted(train.end_ids - encoder.end_ids), after=True)
     if recipe.train.gradient_checkpointing:
         _checkpoint_activations(pair.student)
+        if recipe.ctcd.enabled and pair.teacher is not None:
+            _checkpoint_activations(pair.teacher)
     return Prepared(
         recipe=recipe,
         listener=listener,

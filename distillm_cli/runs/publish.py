@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import yaml
 import distillm_cli
 from distillm_cli.config.field_usage import describe_objective
 from distillm_cli.config.load import Resolved
-from distillm_cli.config.schema import StudentConfig
+from distillm_cli.config.schema import Recipe, StudentConfig
 from distillm_cli.config.student_spec import SharedLayers, may_have_revision, parse_student
 from distillm_cli.config.yaml_io import text_of
 from distillm_cli.data.known import HubDataset, find_dataset
@@ -37,14 +37,17 @@ def publish_model(
     state: TrainerState,
     report: Mapping[str, ModelReport],
     measured_on: str,
+    export_extras: Callable[[Path], None],
 ) -> None:
     """Write the student, its tokenizer and its card into ``output``, where ``from_pretrained(output)`` finds them.
 
-    report: by model name. measured_on: description of the rows and of the decoding. Raises StorageError.
+    report: by model name. measured_on: description of the rows and of the decoding. export_extras: writes more of what was
+    trained into a directory. Raises StorageError.
     """
     hint = "free disk space, then run the command again with --resume: the training is not repeated"
     with storing(f"cannot write the model into {output}", hint), output_dir.publishing(output) as staged:
         run.export_model(staged)
+        export_extras(staged)
         task = "text2text-generation" if run.student.is_encoder_decoder else "text-generation"
         if is_composite(run.student.model.config):
             task = "image-text-to-text"
@@ -74,7 +77,7 @@ def model_card(
         "layers": _shared_part(student),
         "fine-tuned before": f"{student.sft_epochs:g} × the rows" if student.sft_epochs else None,
         "pre-trained before": f"{student.ptp:g} × the rows, on the teacher's confidence" if student.ptp else None,
-        "teacher": recipe.teacher.path if recipe.method != "sft" else None,
+        "teacher": _teacher(recipe) if recipe.method != "sft" else None,
         "data": recipe.data.source,
         "objective": "cross-entropy" if recipe.method == "sft" else describe_objective(recipe.objective),
         "schedule": recipe.schedule.kind if recipe.method != "sft" else None,
@@ -90,6 +93,16 @@ def model_card(
     lines += ["", f"{measured_on[0].upper()}{measured_on[1:]}.", ""]
     lines += ["Valid CE: mean cross-entropy per response token, nats. `recipe.yaml` has all settings.", ""]
     return redact("\n".join(lines))
+
+
+def _teacher(recipe: Recipe) -> str:
+    """Return the teacher's path, and how it was trained if it was."""
+    path = str(recipe.teacher.path)
+    if recipe.ctcd.enabled:
+        return f"{path}, trained together with the student; the result is in `{output_dir.TRAINED_TEACHER}/`"
+    if recipe.okd.rank is not None:
+        return f"{path}, with an adapter of rank {recipe.okd.rank} that was trained together with the student"
+    return path
 
 
 def _front_matter(resolved: Resolved, task: str) -> dict[str, Any]:

@@ -66,8 +66,8 @@ class TrainSummary:
     decoding. sources, source_seconds: steps by source, and their seconds. phi_history: φ at the start and after each
     rise; None without φ. schedule: its kind, None for SFT. row_weight: weight of the data set rows in steps on student
     outputs, 0 without them. suites, prompt: for the suggested next commands. has_sft_stage: the fine-tuned student is in
-    ``sft/``. has_answers: there are rows to score on. gap: how much of the distance to the teacher is closed, with
-    baselines.
+    ``sft/``. has_teacher: the trained teacher is in ``teacher/``. has_answers: there are rows to score on. gap: how much
+    of the distance to the teacher is closed, with baselines.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -81,6 +81,7 @@ class TrainSummary:
     suites: tuple[str, ...] = ()
     prompt: str | None = None
     has_sft_stage: bool = False
+    has_teacher: bool = False
     has_answers: bool = True
     gap: str | None = None
 

@@ -16,7 +16,7 @@ from distillm_cli.errors import Interrupted, signal_number
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.runs import output_dir
 from distillm_cli.runs.build import build_trainer
-from distillm_cli.runs.cache_planning import TeacherHandle, open_teacher
+from distillm_cli.runs.cache_planning import TeacherHandle, check_rows, open_teacher
 from distillm_cli.runs.defaults import fitted
 from distillm_cli.runs.mask_stage import LearnMasks
 from distillm_cli.runs.prepare import Prepared, prepare
@@ -28,6 +28,8 @@ from distillm_cli.runs.report import (
     FINE_TUNED,
     PRE_TRAINED,
     TEACHER,
+    TEACHER_AFTER,
+    TEACHER_BEFORE,
     ModelReport,
     Report,
     check_can_generate,
@@ -139,6 +141,9 @@ def train(
         listener(Warned(note))
     stages = stages_of(resolved, PRIOR_STAGES)
     check_directories(stages, output)
+    _check_teacher_directory(resolved, output)
+    if options.rebuild_teacher_cache:
+        check_rows(resolved.recipe)
     try:
         checkpoints = read_checkpoints(resolved, stages, output, options)
         run = prepare(resolved.recipe, listener, prefetcher)
@@ -163,6 +168,17 @@ def train(
         return result
     except KeyboardInterrupt as stop:
         raise _interrupted(output, stop) from None
+
+
+def _check_teacher_directory(resolved: Resolved, output: Path) -> None:
+    """Raise UsageError if a run that saves its teacher would write into a ``teacher/`` directory of the user."""
+    if not resolved.recipe.ctcd.enabled or resolved.recipe.method == "sft":
+        return
+    if (path := output_dir.foreign_teacher(output)) is not None:
+        what = (
+            f"{path} was not written by a run, but the run saves its teacher in {output / output_dir.TRAINED_TEACHER}"
+        )
+        raise UsageError("usage.output_exists", what, hint="choose another --output, or move it away")
 
 
 def _check_resumable(run: Prepared, checkpoints: StageCheckpoints, listener: Listener) -> None:
@@ -202,11 +218,14 @@ def _finish(training: _Training, trainer: Trainer, report: Report, listener: Lis
     output = training.output
     state = trainer.train()
     if trainer.checkpoints is not None and state.best_step not in (None, state.step):
-        restore_student(run.student, read_checkpoint(trainer.checkpoints.path(state.best_step)))
-        best = f"the best {run.recipe.train.select} was {state.best:.4g}, at step {state.best_step}"
-        listener(Note(f"{best}: using these weights"))
+        best = read_checkpoint(trainer.checkpoints.path(state.best_step))
+        restore_student(run.student, best)
+        with as_checkpoint_error(best):
+            trainer.student_loss.load_extra_weights(best.path)
+        figure = f"the best {run.recipe.train.select} was {state.best:.4g}, at step {state.best_step}"
+        listener(Note(f"{figure}: using these weights"))
     models = report.all(trainer)
-    publish_model(run, output, training.resolved, state, models, report.measured_on)
+    publish_model(run, output, training.resolved, state, models, report.measured_on, trainer.student_loss.export_extras)
     summary = _summary(run, state, models, report.measured_on)
     result = _result(training, trainer, state, models, summary)
     output_dir.write_result(output, result.as_json())
@@ -269,9 +288,12 @@ def _interrupted(output: Path | None, stop: KeyboardInterrupt) -> Interrupted:
 
 def _summary(run: Prepared, state: TrainerState, models: Mapping[str, ModelReport], measured_on: str) -> TrainSummary:
     recipe = run.recipe
-    order = [name for name in (BEFORE, FINE_TUNED, PRE_TRAINED, AFTER, TEACHER) if name in models]
+    models_in_order = (BEFORE, FINE_TUNED, PRE_TRAINED, AFTER, TEACHER, TEACHER_BEFORE, TEACHER_AFTER)
+    order = [name for name in models_in_order if name in models]
     label = labels(state, recipe)
-    samples = _samples(run, {model_title(name, recipe): models[name].answers for name in order})
+    samples = _samples(
+        run, {model_title(name, recipe): models[name].answers for name in order if name != TEACHER_BEFORE}
+    )
     # Without test rows, `--suite SOURCE` would score training rows too; without `--suite`, held-out rows are scored.
     suites = recipe.eval.suites or ((recipe.data.source,) if "test" in run.train_rows.splits else ())
     first_row = next(iter(run.valid.rows), None)
@@ -291,6 +313,7 @@ def _summary(run: Prepared, state: TrainerState, models: Mapping[str, ModelRepor
         suites=tuple(suites),
         prompt=samples[0].prompt if samples else prompt,
         has_sft_stage=bool(recipe.student.sft_epochs),
+        has_teacher=recipe.ctcd.enabled,
         has_answers=bool(suites) or any(row.is_answered for row in run.valid.rows),
     )
 

@@ -42,6 +42,7 @@ class Progress(Event):
 class RunStarted(Event):
     """Report that the training loop starts, at ``first_step`` after a resume.
 
+    parameters, teacher_parameters: number that is trained of the student and, if it is trained too, of the teacher.
     has_phi: whether the schedule uses φ, which later events always have. loss, divergence: names of the training loss
     ("skl", "CE") and of the held-out divergence. epsilon, trigger: φ rises when the validation loss has risen by epsilon, to
     trigger nats; None if it is not known yet or φ cannot rise.
@@ -60,6 +61,7 @@ class RunStarted(Event):
     phi: float = 0.0
     epsilon: float | None = None
     trigger: float | None = None
+    teacher_parameters: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,14 +38,22 @@ from distillm_cli.training.events import (
     Validated,
     Warned,
 )
-from distillm_cli.ui.display import BAD, GOOD, VALID_LOSS, Memory, RunningTask, RunState, render_display
+from distillm_cli.ui.display import (
+    BAD,
+    GOOD,
+    VALID_LOSS,
+    Memory,
+    RunningTask,
+    RunState,
+    render_display,
+    trained_parameters,
+)
 from distillm_cli.utils.storage import discard_stdout, is_closed_terminal, storage_error
 from distillm_cli.utils.text import (
     counted,
     escaped,
     format_count,
     format_duration,
-    format_parameters,
     format_percent,
     json_value,
     printable,
@@ -367,7 +375,7 @@ def _step(step: int, run: RunState) -> str:
 def _started(event: RunStarted) -> Text:
     epochs = event.steps / max(event.steps_per_epoch, 1)
     line = Text.assemble((event.method, "bold"), f" · {counted(event.steps, 'step')}, {epochs:.1f} epochs")
-    line.append(f" · {format_parameters(event.parameters)} · {event.device} · {event.dtype}")
+    line.append(f" · {trained_parameters(event)} · {event.device} · {event.dtype}")
     return line.append(f" · resumed after step {event.first_step:,}") if event.first_step else line
 
 

@@ -182,9 +182,19 @@ def render_display(
     return _panel(run, shown, now, width)
 
 
+def trained_parameters(event: RunStarted) -> str:
+    """Return the number of trained parameters: the student's, and the teacher's if it is trained."""
+    student = format_parameters(event.parameters)
+    return (
+        f"{student} and {format_count(event.teacher_parameters)} of the teacher"
+        if event.teacher_parameters
+        else student
+    )
+
+
 def _panel(run: RunState, tasks: Sequence[RunningTask], now: float, width: int) -> Panel:
     s = run.started
-    title = Text.assemble((s.method, "bold"), f" · {format_parameters(s.parameters)} · {s.device} · {s.dtype}")
+    title = Text.assemble((s.method, "bold"), f" · {trained_parameters(s)} · {s.device} · {s.dtype}")
     wide = width >= WIDE
     label = max(LABEL_WIDTH, len(s.loss))
     rows = _main_figures(run, width - 4 - label - 2 - (23 if wide else 0))

@@ -78,6 +78,7 @@ def train_next_steps(result: TrainResult) -> RenderableType:
     """Return the output files of a training and the next commands."""
     summary = result.summary
     files = OUTPUT_FILES | ({"student after sft": "sft/"} if summary.has_sft_stage else {})
+    files |= {"teacher": "teacher/"} if summary.has_teacher else {}
     files = {what: name for what, name in files.items() if (result.output / name).exists()}  # --keep 0: no checkpoints
     return next_steps(
         result.output, suites=summary.suites, prompt=summary.prompt, files=files, scored=summary.has_answers
@@ -487,7 +488,7 @@ def _label(name: str) -> str:
 
 
 def _digits(name: str) -> int:
-    return 3 if name == "valid_loss" else 2
+    return 3 if name in ("valid_loss", "drift") else 2
 
 
 def _rounded(name: str, value: float | None) -> str | None:
