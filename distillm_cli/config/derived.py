@@ -51,6 +51,7 @@ def sft_stage_recipe(resolved: Resolved) -> Resolved | None:
         "student.save_dtype": ("fp32", _ORIGIN),  # distillation starts from exactly these weights
         "student.sft_epochs": (type(student).model_fields["sft_epochs"].default, _ORIGIN),
         "student.sft_lr": (None, _ORIGIN),
+        "data.mixup": (0.0, _ORIGIN),
     }
     return _derived(resolved, changed, ("objective.", "schedule.", *_EXTRAS))  # fine-tuning does not use them
 
@@ -71,7 +72,8 @@ def baseline_recipes(
     default = ObjectiveConfig()
     common: dict[str, tuple[Any, str]] = {"schedule.kind": ("off", origin)}
     common |= {"student.sft_epochs": (0.0, origin), "student.sft_lr": (None, origin)}
-    for name in ("by_source", "curriculum", "policy_gradient", "row_weight"):  # for steps on student outputs
+    common["data.mixup"] = (0.0, origin)
+    for name in ("by_source", "curriculum", "policy_gradient", "row_weight", "input_gradient"):
         common[f"objective.{name}"] = (getattr(default, name), origin)
     for name in ("eval_steps", "save_steps"):  # as often as in the run
         every = getattr(train, name)
