@@ -67,7 +67,7 @@ def build_trainer(
         teacher_head=None if teacher is None else teacher.head,
         matmul_dtype=None if run.dtype == torch.float32 else run.dtype,
         router_aux=run.router_aux,
-        extras=build_extras(recipe, run.pair),
+        extras=build_extras(recipe, run.pair, listener),
     )
     info = RunInfo(
         steps=run.steps,
