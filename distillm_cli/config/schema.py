@@ -69,7 +69,7 @@ else:
 
 AUTO: Final = "auto"  # for a number: it is chosen to fit the models before the run (runs/defaults.py)
 Auto = Literal["auto"]
-Attack = Literal["none", "fgsm", "pgd"]
+AttackName = Literal["none", "fgsm", "pgd"]
 PrefixRange = Annotated[str, Field(pattern=r"^[1-9][0-9]*->[1-9][0-9]*$", examples=["64->256"])]
 _Number = TypeVar("_Number", int, float)
 
@@ -417,7 +417,7 @@ class TrainConfig(Section):
         False,
         description="Recompute activations in the backward pass, which saves memory and costs one more forward pass.",
     )
-    adversarial: Attack = Field(
+    adversarial: AttackName = Field(
         "none",
         description="Add the cross-entropy on prompts whose input embeddings are perturbed against the model, with the "
         "weight of the plain one. fgsm: one gradient step. pgd: several.",
@@ -486,7 +486,7 @@ class EvalConfig(Section):
     )
     batch_size: Positive = Field(32, description="Number of responses decoded at once.")
     limit: Positive | None = Field(None, description="Use only the first N rows of each suite.")
-    attack: Attack = Field(
+    attack: AttackName = Field(
         "none",
         description="Attack on the input embeddings of the prompts, under which the accuracy of the response tokens is "
         "measured. fgsm: one gradient step. pgd: several.",

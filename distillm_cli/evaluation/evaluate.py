@@ -22,6 +22,7 @@ from distillm_cli.data.sources import Row
 from distillm_cli.errors import DataError
 from distillm_cli.evaluation.metrics import Metric, RatioMetric, RatioParts, get_metric, ratio, undefined_reason
 from distillm_cli.evaluation.reasoning import without_reasoning
+from distillm_cli.evaluation.robustness import AttackResult
 from distillm_cli.evaluation.suites import Suite
 from distillm_cli.rollouts.sampler import Decoder, SampledOutput, Sampling, sample_all
 from distillm_cli.training.events import Listener, Warned, silent
@@ -76,7 +77,8 @@ class SuiteResult:
     prompts: each row's, as text. references: each row's accepted responses, as compared. answers: by pass ("10", "20", …
     or "greedy"), in the order of ``suite.rows``. tasks: the scores by kind of task, if rows have one. tokens: generated
     over all passes. seconds: spent generating. entropy: mean over those tokens of the entropy of the model's next-token
-    distribution (temperature 1), in nats. complete: the share of answers that ended before the length limit, 0 to 1.
+    distribution (temperature 1), in nats. complete: the share of answers that ended before the length limit, 0 to 1. attack:
+    the accuracy of the response tokens under an attack, if one was made.
     """
 
     suite: Suite
@@ -91,6 +93,7 @@ class SuiteResult:
     seconds: float
     entropy: float
     complete: float
+    attack: AttackResult | None = None
 
     @property
     def outputs(self) -> dict[str, list[str]]:
@@ -104,6 +107,8 @@ class SuiteResult:
         rate = round(self.tokens / max(self.seconds, 1e-9), 1)
         found |= {"tokens": self.tokens, "tokens_per_s": rate, "seconds": round(self.seconds, 3)}
         found |= {"entropy": self.entropy, "complete": self.complete}
+        if self.attack is not None:
+            found["attack"] = self.attack.as_json()
         if self.tasks:
             found["tasks"] = {
                 task: {name: {"mean": s.mean, "sd": s.sd} for name, s in scores.items()}

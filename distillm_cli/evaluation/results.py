@@ -39,6 +39,9 @@ def settings_label(config: schema.EvalConfig, template: str) -> str:
         value = getattr(config, name)
         if value != schema.EvalConfig.model_fields[name].default and not (greedy and name in _WITHOUT_EFFECT_ON_GREEDY):
             parts.append(f"{letter}{value:g}")
+    if config.attack != "none":
+        steps = f"{config.attack_steps}-" if config.attack == "pgd" else ""
+        parts.append(f"{config.attack}{steps}{config.attack_radius:g}")
     if not config.strip_reasoning:
         parts.append("reasoning")
     if template != schema.DataConfig.model_fields["template"].default:
@@ -96,7 +99,10 @@ def load_results(
 
 def _head(suite: Suite, config: schema.EvalConfig, template: str, about: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the first keys of ``results.json``: the suite, ``about``, and all settings that affect the responses."""
-    settings = config.model_dump(mode="json", exclude={"suites", "report_rows", "batch_size"})
+    unused = {"suites", "report_rows", "batch_size"}
+    if config.attack == "none":
+        unused |= {"attack", "attack_radius", "attack_steps"}
+    settings = config.model_dump(mode="json", exclude=unused)
     head = {"suite": suite.name, "source": suite.source, **(about or {})}
     return {**head, "settings": {**settings, "template": template}}
 

@@ -11,7 +11,6 @@ from distillm_cli.training.events import Listener, Note, silent
 if TYPE_CHECKING:
     from distillm_cli.config.schema import Recipe
     from distillm_cli.losses.extra import Extra
-    from distillm_cli.models.backbone import Backbone
     from distillm_cli.models.pair import Pair
 
 
@@ -20,10 +19,16 @@ def build_extras(recipe: Recipe, pair: Pair, listener: Listener = silent) -> dic
     extras: dict[str, Extra] = {}
     teacher = None if recipe.method == "sft" else pair.teacher
     seed = recipe.train.seed
+    per_sequence = teacher is not None and recipe.objective.reduction == "sequence"
+    if recipe.train.adversarial != "none":
+        from distillm_cli.extras.adversarial import Adversarial
+        from distillm_cli.losses.attacks import Attack
+
+        attack = Attack(recipe.train.adversarial, recipe.train.adversarial_radius, recipe.train.adversarial_steps)
+        extras["adversarial"] = Adversarial(attack, per_sequence=per_sequence)
     if recipe.data.mixup:
         from distillm_cli.extras.mixkd import MixKD
 
-        _check_embeddings(pair.student, teacher)
         extras["mixkd"] = MixKD(
             teacher,
             recipe.mixkd,
@@ -31,7 +36,7 @@ def build_extras(recipe: Recipe, pair: Pair, listener: Listener = silent) -> dic
             seed=seed,
             is_encoder_decoder=pair.student.is_encoder_decoder,
             context=min((m.context for m in (pair.student, teacher) if m and m.context), default=None),
-            per_sequence=teacher is not None and recipe.objective.reduction == "sequence",
+            per_sequence=per_sequence,
         )
     if teacher is None:
         return extras
@@ -42,8 +47,10 @@ def build_extras(recipe: Recipe, pair: Pair, listener: Listener = silent) -> dic
     if recipe.objective.input_gradient:
         from distillm_cli.extras.kdiga import KDIGA
 
-        _check_embeddings(pair.student, teacher)
-        space = gradient_space(recipe, pair, listener)
+        space = _gradient_space(recipe, pair)
+        listener(
+            Note(f"input gradients: space {space}; attention without fused kernels, which have no second derivative")
+        )
         extras["kdiga"] = KDIGA(
             teacher,
             recipe.kdiga,
@@ -54,7 +61,21 @@ def build_extras(recipe: Recipe, pair: Pair, listener: Listener = silent) -> dic
     return extras
 
 
-def gradient_space(recipe: Recipe, pair: Pair, listener: Listener) -> str:
+def check_extras(recipe: Recipe, pair: Pair) -> None:
+    """Raise ModelError if the recipe's extras cannot work with these models, before anything is trained."""
+    models = [pair.student] if recipe.train.adversarial != "none" or recipe.data.mixup else []
+    if recipe.runs_teacher_on_embeddings:
+        models = [*pair.models.values()]
+    for model in models:
+        model.check_embeddings()
+    if recipe.objective.input_gradient and pair.teacher is not None:
+        from distillm_cli.extras.kdiga import check_second_derivative
+
+        _gradient_space(recipe, pair)
+        check_second_derivative(pair.student)
+
+
+def _gradient_space(recipe: Recipe, pair: Pair) -> str:
     """Return the space in which input gradients are compared: "shared" or "swap". Raises ModelError for other widths."""
     assert pair.teacher is not None
     student, teacher = (m.model.get_input_embeddings().weight.shape[1] for m in (pair.student, pair.teacher))
@@ -68,12 +89,4 @@ def gradient_space(recipe: Recipe, pair: Pair, listener: Listener) -> str:
             where="kdiga.space shared compares their gradients",
             hint="try --set kdiga.space=swap",
         )
-    listener(Note(f"input gradients: space {space}; attention without fused kernels, which have no second derivative"))
     return space
-
-
-def _check_embeddings(*models: Backbone | None) -> None:
-    """Raise ModelError for a model that cannot run on input embeddings."""
-    for model in models:
-        if model is not None:
-            model.check_embeddings()

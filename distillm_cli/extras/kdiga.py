@@ -27,16 +27,17 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distillm_cli.config.extras import KDIGAConfig
+from distillm_cli.errors import ModelError, out_of_memory
 from distillm_cli.losses.extra import Extra, MicroRows, StudentPass
-from distillm_cli.losses.fused import HeadLike
 from distillm_cli.losses.objectives import STUDENT_OUTPUTS
+from distillm_cli.losses.plain import token_losses
+from distillm_cli.models.backbone import Backbone
 from distillm_cli.teachers.local import LanguageModel
-from distillm_cli.types import Batch, Embedded
+from distillm_cli.types import Batch, Embedded, Sequence, collate
 from distillm_cli.utils.modules import eval_mode
 
 _SEED = 0x696761  # part of the seed of the candidates
@@ -48,19 +49,6 @@ class Draw:
 
     candidates_C: Tensor | None
     scale: float
-
-
-def token_losses(hidden_ND: Tensor, head: HeadLike, targets_N: Tensor) -> Tensor:
-    """Return the cross-entropy of each token [N], nats, with a graph that can be differentiated twice."""
-    exact = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
-    logits_NV = hidden_ND
-    if head.weight_VD is not None:
-        bias_V = None if head.bias_V is None else head.bias_V.to(hidden_ND.dtype)
-        logits_NV = F.linear(hidden_ND, head.weight_VD.to(hidden_ND.dtype), bias_V)
-    logits_NV = logits_NV.to(exact) * head.scale
-    if head.softcap is not None:
-        logits_NV = head.softcap * torch.tanh(logits_NV / head.softcap)
-    return F.cross_entropy(logits_NV, targets_N, reduction="none")
 
 
 def input_gradients(model: LanguageModel, batch: Batch, *, with_graph: bool) -> tuple[Embedded, list[Tensor]]:
@@ -91,6 +79,26 @@ def compared(model: LanguageModel, embedded: Embedded, gradients: SequenceOf[Ten
         own_BT1 = (g_BTD * x_BTD).sum(-1, keepdim=True)
         scores.append((g_BTD @ candidates_CD.T - own_BT1).flatten(1))
     return torch.cat(scores, dim=1) / math.sqrt(len(draw.candidates_C))
+
+
+def check_second_derivative(model: Backbone) -> None:
+    """Raise ModelError unless the gradient of the model's loss by its input has a gradient."""
+    sequence = Sequence(np.array([0], dtype=np.int32), np.array([0, 0], dtype=np.int32))
+    batch = collate([sequence]).to(model.device)
+    try:
+        with torch.autocast(model.device.type, enabled=False), eval_mode(model), sdpa_kernel(SDPBackend.MATH):
+            _, gradients = input_gradients(model, batch, with_graph=True)
+            trained = [p for p in model.parameters() if p.requires_grad]
+            torch.autograd.grad(sum(g.square().sum() for g in gradients), trained, allow_unused=True)
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        raise ModelError(
+            "model.no_second_derivative",
+            f"{model.model.config.model_type}: the gradient of the loss by the input cannot be differentiated",
+            where=str(error).splitlines()[0][:200],
+            hint="load the model with eager attention, or try --set objective.input_gradient=0",
+        ) from error
 
 
 class KDIGA(Extra):

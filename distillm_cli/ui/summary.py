@@ -99,6 +99,16 @@ def eval_summary(result: EvalResult) -> Iterator[RenderableType | Note]:
     if tasks:
         yield table("By kind of task", [*lead, "task", *titles], tasks)
     yield table("Scores", [*lead, "suite", "rows", *titles, "entropy"], rows)
+    attacks = [
+        [*([checkpoint.checkpoint] if several else []), *row]
+        for checkpoint in result.checkpoints
+        for row in _attack_rows(checkpoint)
+    ]
+    if attacks:
+        figures = [
+            f"{name}{under}" for name in ("tokens right %", "rows right %", "CE") for under in ("", ", attacked")
+        ]
+        yield table("Under attack", [*lead, "suite", "attack", "rows", *figures], attacks)
     for checkpoint in result.checkpoints:
         yield Note(f"decoded in {checkpoint.dtype}; results and predictions: {checkpoint.output}")
 
@@ -113,6 +123,17 @@ def _task_rows(checkpoint: CheckpointScores, metrics: Sequence[str]) -> Iterator
     for suite in checkpoint.suites.values():
         for task, scores in suite.get("tasks", {}).items():
             yield [task, *(_score(scores.get(metric), _passes(checkpoint, suite)) for metric in metrics)]
+
+
+def _attack_rows(checkpoint: CheckpointScores) -> Iterator[list[object]]:
+    """Yield the figures of a checkpoint's responses, each plain and under attack, by suite."""
+    for name, suite in checkpoint.suites.items():
+        if (found := suite.get("attack")) is not None:
+            steps = f", {found['steps']} steps" if "steps" in found else ""
+            row: list[object] = [name, f"{found['kind']}, radius {found['radius']:g}{steps}", f"{found['rows']:,}"]
+            for figure, digits in (("tokens_right", 2), ("rows_right", 2), ("loss", 3)):
+                row += [f"{found[inputs][figure]:.{digits}f}" for inputs in ("plain", "attacked")]
+            yield row
 
 
 def _passes(checkpoint: CheckpointScores, suite: Mapping[str, Any]) -> int:
