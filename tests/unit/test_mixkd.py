@@ -223,3 +223,23 @@ def test_frozen_teacher_is_no_part_of_the_extra():
     assert not teacher.train(False).training
     mixkd.train()
     assert not teacher.training
+
+
+def test_tied_matrix_gets_the_gradients_of_both_passes(monkeypatch):
+    """Check the fast pass of plain rows, which adds its part to ``grad`` in place, beside the pass on mixtures."""
+    grads = []
+    for fast in ("1", "0"):
+        monkeypatch.setenv("DISTILLM_CPU_FAST", fast)
+        tokenizer = tiny.tokenizer(size=VOCAB)
+        student = Backbone(tiny.model("llama-tied", VOCAB, seed=1), tokenizer)
+        teacher = Backbone(tiny.model("llama", VOCAB, seed=2), tokenizer).requires_grad_(False)
+        loss = StudentLoss(
+            student, objectives.build(None), teacher_head=teacher.head(), extras={"mixkd": extra(teacher)}
+        )
+        loss.train()
+        drawn = loss.begin_step([MicroRows(Source.DATASET, [FIRST])], 0)
+        weights = LossWeights(kd=1.0, ce=0.0, divergence=KL())
+        batch = collate(FIRST)
+        loss([batch], teacher.hidden(batch).detach(), weights, drawn=drawn[0])[0].backward()
+        grads.append({name: p.grad for name, p in student.named_parameters()})
+    assert_close(*grads, rtol=1e-4, atol=1e-4)
