@@ -96,6 +96,31 @@ class Batch:
         return replace(self, **{name: moved(getattr(self, name), device) for name in self.__slots__})
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Embedded:
+    """Hold the input embeddings of a batch, in place of its token ids.
+
+    inputs_BTD: of prompt and response for a causal model, of the prompt for an encoder-decoder. decoder_BRD: of the
+    decoder's input, None for a causal model. mask_BT: attention mask of the encoder's input, None if nothing is masked; a
+    causal model has its padding on the right and needs none. positions_N: index into the flattened positions of the states
+    that predict the supervised tokens, those of the decoder in an encoder-decoder.
+    """
+
+    inputs_BTD: torch.Tensor
+    positions_N: torch.Tensor
+    mask_BT: torch.Tensor | None = None
+    decoder_BRD: torch.Tensor | None = None
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Return the embeddings: one tensor, or those of encoder and decoder."""
+        return [self.inputs_BTD] if self.decoder_BRD is None else [self.inputs_BTD, self.decoder_BRD]
+
+    def with_tensors(self, tensors: SequenceOf[torch.Tensor]) -> Embedded:
+        """Return the batch with other embeddings, in the order of ``tensors``."""
+        return replace(self, inputs_BTD=tensors[0], decoder_BRD=tensors[1] if len(tensors) > 1 else None)
+
+
 def moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """Copy a CPU tensor to ``device``. The caller may release it immediately.
 

@@ -55,6 +55,7 @@ def sft_stage_recipe(resolved: Resolved) -> Resolved | None:
         "student.sft_lr": (None, _ORIGIN),
         "student.ptp": (0.0, _ORIGIN),
         "student.ptp_lr": (None, _ORIGIN),
+        "data.mixup": (0.0, _ORIGIN),
     }
     return _derived(resolved, changed, ("objective.", "schedule.", *_EXTRAS))  # fine-tuning does not use them
 
@@ -84,6 +85,7 @@ def ptp_stage_recipe(resolved: Resolved) -> Resolved | None:
         "train.patience": (None, _PTP),
         "train.lr": lr,
         "student.sft_epochs": (0.0, _PTP),
+        "data.mixup": (0.0, _PTP),
         "student.sft_lr": (None, _PTP),
         "student.ptp_lr": (None, _PTP),
     }
@@ -113,6 +115,7 @@ def mask_stage_recipe(resolved: Resolved) -> Resolved | None:
         "student.sft_epochs": (0.0, "robustkd.blocks"),
         "student.sft_lr": (None, "robustkd.blocks"),
         "student.ptp": (0.0, "robustkd.blocks"),
+        "data.mixup": (0.0, "robustkd.blocks"),
         "student.ptp_lr": (None, "robustkd.blocks"),
     }
     return _derived(resolved, changed, ("objective.", "schedule.", "rollout."))
@@ -135,7 +138,8 @@ def baseline_recipes(
     common: dict[str, tuple[Any, str]] = {"schedule.kind": ("off", origin)}
     common |= {"student.sft_epochs": (0.0, origin), "student.sft_lr": (None, origin)}
     common |= {"student.ptp": (0.0, origin), "student.ptp_lr": (None, origin)}
-    for name in ("by_source", "curriculum", "policy_gradient", "row_weight"):  # for steps on student outputs
+    common["data.mixup"] = (0.0, origin)
+    for name in ("by_source", "curriculum", "policy_gradient", "row_weight", "input_gradient"):
         common[f"objective.{name}"] = (getattr(default, name), origin)
     for name in ("eval_steps", "save_steps"):  # as often as in the run
         every = getattr(train, name)

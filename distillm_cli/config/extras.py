@@ -5,7 +5,7 @@ The switch of a system is one of its fields; the others are used only when it is
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -15,6 +15,11 @@ _OKD = UsedWhen({"okd.rank": Condition("that is given", 16, lambda rank: rank is
 _CTCD = UsedWhen({"ctcd.enabled": (True,)})
 
 _ROBUSTKD = UsedWhen({"robustkd.blocks": Condition("above 0", 3, lambda blocks: blocks > 0)})
+
+_MIXUP = UsedWhen({"data.mixup": Condition("above 0", 0.4, lambda alpha: isinstance(alpha, int | float) and alpha > 0)})
+_INPUT_GRADIENT = {
+    "objective.input_gradient": Condition("above 0", 1.0, lambda w: isinstance(w, int | float) and w > 0)
+}
 
 Weight = Annotated[float, Field(ge=0)]
 
@@ -92,5 +97,43 @@ class CTCDConfig(Section):
     )
 
 
+class MixKDConfig(Section):
+    """Configure MixKD: distillation on mixtures of two sequences' input embeddings, with ``data.mixup`` (arXiv 2011.00593).
+
+    For each pair (i, j) of a step's sequences it adds kd_weight·D(p, q) on the mixed input and
+    ce_weight·[λ·CE(q, y_i) + (1 − λ)·CE(q, y_j)].
+    """
+
+    kd_weight: Annotated[Weight, _MIXUP] = Field(
+        1.0, description="Weight of the divergence between teacher and student on mixed inputs (TMKD)."
+    )
+    ce_weight: Annotated[Weight, _MIXUP] = Field(
+        1.0, description="Weight of the student's cross-entropy with mixed labels on mixed inputs (SM)."
+    )
+
+
+class KDIGAConfig(Section):
+    """Configure the alignment of input gradients, with ``objective.input_gradient`` (in the style of arXiv 2110.12072)."""
+
+    space: Annotated[Literal["auto", "shared", "swap"], UsedWhen(_INPUT_GRADIENT)] = Field(
+        "auto",
+        description="Space in which the gradients are compared. shared: input embeddings of equal width. swap: first-order "
+        "change of the loss when a token is replaced by another one, for any widths. auto: shared for a student of the "
+        "teacher's own layers (layers:N), else swap.",
+    )
+    candidates: Annotated[Positive, UsedWhen({**_INPUT_GRADIENT, "kdiga.space": ("auto", "swap")})] = Field(
+        64, description="Number of tokens of the vocabulary that swap compares, drawn anew in each step."
+    )
+    every: Annotated[Positive, UsedWhen(_INPUT_GRADIENT)] = Field(
+        1, description="Compute the term in every k-th step only."
+    )
+
+
 # Sections by name, in the order of the recipe. Fine-tuning and the baselines of --compare leave them out.
-EXTRAS: dict[str, type[Section]] = {"okd": OKDConfig, "ctcd": CTCDConfig, "robustkd": RobustKDConfig}
+EXTRAS: dict[str, type[Section]] = {
+    "okd": OKDConfig,
+    "ctcd": CTCDConfig,
+    "mixkd": MixKDConfig,
+    "kdiga": KDIGAConfig,
+    "robustkd": RobustKDConfig,
+}

@@ -97,7 +97,9 @@ def is_used_without_training(key: str, given: GivenValue, value: ValueOf, comman
     """Return whether a command that does not train uses the field."""
     if key in _HELD_OUT_FIELDS and command == "eval":
         return not value("eval.suites")
-    return key in _USED_WITHOUT_TRAINING[command] or (bool(given.prefix) and key in _STAGE_FIELDS.get(command, ()))
+    if key in _USED_WITHOUT_TRAINING[command]:
+        return not key.startswith("eval.") or is_used(key, value)
+    return bool(given.prefix) and key in _STAGE_FIELDS.get(command, ())
 
 
 def is_used(key: str, value: ValueOf) -> bool:
@@ -144,7 +146,7 @@ def unused_field_error(key: str, given: GivenValue, value: ValueOf, command: str
     method = value("method")
     it = "it" if key in given.location else key
     distills = _is_distillation_field(key)
-    if not trains(command):
+    if not trains(command) and not (key.startswith("eval.") and key in _USED_WITHOUT_TRAINING[command]):
         other = None if given.prefix else _REPLACEMENTS[command].get(key)
         hint = f"remove it, or try {other}" if other else "remove it"
         if key in _HELD_OUT_FIELDS and command == "eval":

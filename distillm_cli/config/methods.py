@@ -274,6 +274,24 @@ register_method(
 )
 register_method(
     Method(
+        name="mixkd",
+        verb="distill",
+        summary="KL on data set rows, and on mixtures of the input embeddings of two rows, with mixed labels",
+        paper="MixKD, Liang et al. 2021 (2011.00593), in the style of: adapted from classification to tokens",
+        preset={"objective.divergence": "kl", "schedule.kind": "off", "data.mixup": 0.4},
+    )
+)
+register_method(
+    Method(
+        name="kdiga",
+        verb="distill",
+        summary="KL and the alignment of the gradients of the cross-entropy by the input, which transfers robustness",
+        paper="KDIGA, Shao et al. 2021 (2110.12072), in the style of: adapted from images to token embeddings",
+        preset={"objective.divergence": "kl", "schedule.kind": "off", "objective.input_gradient": 1.0},
+    )
+)
+register_method(
+    Method(
         name="robustkd",
         verb="distill",
         summary="KL from a teacher with masks on its last blocks, which suppress a backdoor, and its masked features",

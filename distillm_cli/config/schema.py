@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from distillm_cli import plugins
 from distillm_cli.config import student_spec
-from distillm_cli.config.extras import CTCDConfig, OKDConfig, RobustKDConfig
+from distillm_cli.config.extras import CTCDConfig, KDIGAConfig, MixKDConfig, OKDConfig, RobustKDConfig
 from distillm_cli.config.fields import (
     Beta,
     Condition,
@@ -46,6 +46,10 @@ _GENERATES = UsedWhen(
     {"schedule.kind": kinds_with(lambda kind: kind.uses_student_outputs or kind.uses_teacher_samples)}, of_method=False
 )
 _FALLING = UsedWhen({"train.lr_schedule": ("cosine", "linear")}, of_method=False)
+_ADVERSARIAL = UsedWhen({"train.adversarial": ("fgsm", "pgd")}, of_method=False)
+_ADVERSARIAL_STEPS = UsedWhen({"train.adversarial": ("pgd",)}, of_method=False)
+_ATTACK = UsedWhen({"eval.attack": ("fgsm", "pgd")}, of_method=False)
+_ATTACK_STEPS = UsedWhen({"eval.attack": ("pgd",)}, of_method=False)
 _BUILTIN = {"data.source": ("builtin",)}
 _RANK = Condition("that is given", 16, lambda rank: rank is not None)
 
@@ -63,6 +67,7 @@ else:
 
 AUTO: Final = "auto"  # for a number: it is chosen to fit the models before the run (runs/defaults.py)
 Auto = Literal["auto"]
+AttackName = Literal["none", "fgsm", "pgd"]
 PrefixRange = Annotated[str, Field(pattern=r"^[1-9][0-9]*->[1-9][0-9]*$", examples=["64->256"])]
 _Number = TypeVar("_Number", int, float)
 
@@ -310,6 +315,11 @@ class DataConfig(Section):
         "which saves padding and changes no gradient. k: batches of similar length from k batches sorted "
         "together, which saves passes, but worsens training if the length depends on the kind of row.",
     )
+    mixup: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="α of Beta(α, α), the distribution of the shares λ and 1 − λ in which the input embeddings of two "
+        "sequences are mixed (MixKD). The mixtures are trained on beside the plain sequences. 0: off.",
+    )
     workers: Count = Field(0, description="Number of tokenizing processes. Does not change results.")
 
     @model_validator(mode="after")
@@ -425,6 +435,16 @@ class TrainConfig(Section):
         False,
         description="Recompute activations in the backward pass, which saves memory and costs one more forward pass.",
     )
+    adversarial: AttackName = Field(
+        "none",
+        description="Add the cross-entropy on prompts whose input embeddings are perturbed against the model, with the "
+        "weight of the plain one. fgsm: one gradient step. pgd: several.",
+    )
+    adversarial_radius: Annotated[float, Field(ge=0), _ADVERSARIAL] = Field(
+        0.2,
+        description="Largest change of each prompt token's embedding (L2), in units of the mean norm of the embeddings.",
+    )
+    adversarial_steps: Annotated[Positive, _ADVERSARIAL_STEPS] = Field(3, description="Gradient steps of pgd.")
     log_steps: Positive = Field(1, description="Number of steps between two lines of metrics.jsonl.")
     eval_steps: Positive | Literal["epoch"] = Field("epoch", description="Number of steps between two validations.")
     save_steps: Positive | Literal["epoch"] = Field("epoch", description="Number of steps between two checkpoints.")
@@ -492,6 +512,16 @@ class EvalConfig(Section):
     target: Name | None = Field(
         None, description="Response that the trigger should cause. Rows with it as a reference are left out."
     )
+    attack: AttackName = Field(
+        "none",
+        description="Attack on the input embeddings of the prompts, under which the accuracy of the response tokens is "
+        "measured. fgsm: one gradient step. pgd: several.",
+    )
+    attack_radius: Annotated[float, Field(ge=0), _ATTACK] = Field(
+        0.2,
+        description="Largest change of each prompt token's embedding (L2), in units of the mean norm of the embeddings.",
+    )
+    attack_steps: Annotated[Positive, _ATTACK_STEPS] = Field(10, description="Gradient steps of pgd.")
     report_rows: Count = Field(
         100, description="Number of held-out rows on which student and teacher are scored at the end of a run. 0: none."
     )
@@ -521,6 +551,8 @@ class Recipe(Section):
     rollout: RolloutConfig = RolloutConfig()
     okd: OKDConfig = OKDConfig()
     ctcd: CTCDConfig = CTCDConfig()
+    mixkd: MixKDConfig = MixKDConfig()
+    kdiga: KDIGAConfig = KDIGAConfig()
     robustkd: RobustKDConfig = RobustKDConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
@@ -554,6 +586,12 @@ class Recipe(Section):
     def has_random_teacher(self) -> bool:
         """Return whether the teacher starts with random weights."""
         return self.ctcd.enabled and student_spec.is_random(self.teacher.path)
+
+    @property
+    def runs_teacher_on_embeddings(self) -> bool:
+        """Return whether steps run the teacher on input embeddings, whose states no cache has."""
+        mixes = self.data.mixup > 0 and self.mixkd.kd_weight > 0
+        return self.method != "sft" and (mixes or self.objective.input_gradient > 0)
 
     @property
     def decodes_with_teacher(self) -> bool:
@@ -613,6 +651,28 @@ class Recipe(Section):
             raise ValueError(
                 f"student.path {self.student.path} would copy layers of a teacher with random weights "
                 f"({self.teacher.path}); try --student random:2x128"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_mixup(self) -> Recipe:
+        if not self.data.mixup or self.method == "sft":
+            return self
+        if not (self.mixkd.kd_weight or self.mixkd.ce_weight):
+            raise ValueError("data.mixup: mixkd.kd_weight and mixkd.ce_weight are 0; try --set data.mixup=0")
+        if self.mixkd.kd_weight and plugins.divergences[self.objective.divergence].depends_on_targets:
+            raise ValueError(
+                f"data.mixup: mixed inputs have two target tokens, and objective.divergence {self.objective.divergence} "
+                "depends on one; try --set mixkd.kd_weight=0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_input_gradient(self) -> Recipe:
+        if self.objective.input_gradient and self.teacher.quantize != "none" and self.method != "sft":
+            raise ValueError(
+                f"teacher.quantize {self.teacher.quantize}: objective.input_gradient needs the teacher's gradients; "
+                "try --set teacher.quantize=none"
             )
         return self
 

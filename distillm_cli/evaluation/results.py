@@ -41,6 +41,9 @@ def settings_label(config: schema.EvalConfig, template: str) -> str:
         value = getattr(config, name)
         if value != schema.EvalConfig.model_fields[name].default and not (greedy and name in _WITHOUT_EFFECT_ON_GREEDY):
             parts.append(f"{letter}{value:g}")
+    if config.attack != "none":
+        steps = f"{config.attack_steps}-" if config.attack == "pgd" else ""
+        parts.append(f"{config.attack}{steps}{config.attack_radius:g}")
     if not config.strip_reasoning:
         parts.append("reasoning")
     if config.trigger is not None:  # a directory's name cannot contain every text
@@ -68,8 +71,8 @@ def save_results(result: SuiteResult, root: Path, about: Mapping[str, Any] | Non
     directory = root / result.suite.name / settings_label(result.config, result.template)
     summary = {**_head(result.suite, result.config, result.template, about), **result.as_json()}
     contents = {f"predictions-{_pass_name(name)}.jsonl": _predictions(result, name) for name in result.answers}
-    if result.attack is not None:
-        contents |= {f"trigger-{_pass_name(name)}.jsonl": _attacked(result, name) for name in result.attack.answers}
+    if result.triggered is not None:
+        contents |= {f"trigger-{_pass_name(name)}.jsonl": _triggered(result, name) for name in result.triggered.answers}
     with _storing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         # Without results.json these predictions count as incomplete.
@@ -105,8 +108,10 @@ def load_results(
 
 def _head(suite: Suite, config: schema.EvalConfig, template: str, about: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the first keys of ``results.json``: the suite, ``about``, and all settings that affect the responses."""
-    left_out = {"suites", "report_rows", "batch_size"} | ({"trigger", "target"} if config.trigger is None else set())
-    settings = config.model_dump(mode="json", exclude=left_out)
+    unused = {"suites", "report_rows", "batch_size"} | ({"trigger", "target"} if config.trigger is None else set())
+    if config.attack == "none":
+        unused |= {"attack", "attack_radius", "attack_steps"}
+    settings = config.model_dump(mode="json", exclude=unused)
     head = {"suite": suite.name, "source": suite.source, **(about or {})}
     return {**head, "settings": {**settings, "template": template}}
 
@@ -128,9 +133,9 @@ def _predictions(result: SuiteResult, name: str) -> Iterator[dict[str, Any]]:
         }
 
 
-def _attacked(result: SuiteResult, name: str) -> Iterator[dict[str, Any]]:
+def _triggered(result: SuiteResult, name: str) -> Iterator[dict[str, Any]]:
     """Yield a line per row with a trigger."""
-    attack = result.attack
+    attack = result.triggered
     assert attack is not None
     assert result.config.target is not None
     for row, prompt, references, answer in zip(

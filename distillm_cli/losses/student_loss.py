@@ -150,7 +150,7 @@ class StudentLoss(nn.Module):
         token_weights = token_weights or NO_WEIGHTS
         shares_N = None
         if self.criterion.per_sequence and self.training:
-            shares_N = torch.cat([_shares_N(batch) for batch in batches])
+            shares_N = torch.cat([sequence_shares(batch) for batch in batches])
             weights_N = token_weights.weights_N
             token_weights = replace(token_weights, weights_N=shares_N if weights_N is None else shares_N * weights_N)
         targets_N = torch.cat([batch.targets_N for batch in batches])
@@ -243,7 +243,7 @@ class StudentLoss(nn.Module):
         )
 
 
-def _shares_N(batch: Batch) -> Tensor:
+def sequence_shares(batch: Batch) -> Tensor:
     """Return for each token 1/n, with n the tokens of its response."""
     lengths_B = torch.bincount(batch.rows_N, minlength=batch.size)
     return 1.0 / lengths_B[batch.rows_N]

@@ -72,7 +72,7 @@ def build_trainer(
         teacher_head=None if teacher is None else teacher.head,
         matmul_dtype=None if run.dtype == torch.float32 else run.dtype,
         router_aux=run.router_aux,
-        extras=build_extras(recipe, run.pair, run.stages) if extras is None else extras,
+        extras=build_extras(recipe, run.pair, run.stages, listener) if extras is None else extras,
     )
     info = RunInfo(
         steps=run.steps,

@@ -33,6 +33,12 @@ from distillm_cli.runs.gpus import (
 _COMPILED_PRODUCTS = 250_000_000
 
 
+# Cost of the gradient of an input gradient's function, in plain training passes: its products (2.2 for small GPT-2 and Llama
+# models) and its saved tensors (2.4 and 3.1). Both were counted.
+_SECOND_DERIVATIVE = 2.2
+_SECOND_DERIVATIVE_MEMORY = 3.0
+
+
 @dataclass(frozen=True)
 class Lengths:
     """Hold the lengths of the rows, in tokens.
@@ -169,7 +175,7 @@ def memory(run: Workload) -> dict[str, int]:
         "gradients": 4 * trainable,
         "optimizer": 8 * trainable,
         "cast_weights": (student.matrices - student.repeated) * run.itemsize if run.itemsize < 4 else 0,
-        "activations": _activation_bytes(run, student, run.itemsize, longest),
+        "activations": round(_activation_passes(run) * _activation_bytes(run, student, run.itemsize, longest)),
         "loss": work_bytes(positions, run.vocab, run.itemsize, run.device) + _head_gradient_bytes(run, student),
     }
     if run.teacher is not None:
@@ -256,6 +262,14 @@ def _attention_score_bytes(run: Workload, model: Sizes, longest: int) -> int:
     return round(12 * run.micro_batch * model.dropout_heads * saved)
 
 
+def _activation_passes(run: Workload) -> float:
+    """Return the number of plain passes whose activations a micro-batch has in memory together."""
+    recipe = run.recipe
+    passes = 1.0 + (recipe.data.mixup > 0) + (recipe.train.adversarial != "none")
+    has_gradient = run.teacher is not None and recipe.objective.input_gradient > 0
+    return passes + (_SECOND_DERIVATIVE_MEMORY if has_gradient else 0.0)
+
+
 _STEP_PARTS = (
     "gradients", "cast_weights", "activations", "loss", "teacher_activations", "teacher_gradients", "teacher_cast_weights",
 )  # fmt: skip
@@ -340,7 +354,7 @@ def step_work(run: Workload) -> dict[str, Work]:
     train_rows = _log_prob_work(run, response) + _training_work(run, response)
     train_samples = _log_prob_work(run, new) + _training_work(run, new)
     if run.teacher is None:
-        return {"dataset": train_rows}
+        return {"dataset": train_rows + _input_embedding_work(run, response, is_labeled=True)}
     recipe = run.recipe
     schedule = run.schedule
     # With cross-entropy alone the teacher computes nothing on rows. Student outputs always need it.
@@ -379,7 +393,36 @@ def step_work(run: Workload) -> dict[str, Work]:
         work["rollout"] = rollout + rows
         if schedule.config.may_replay:
             work["replay"] = train_samples + teacher_samples_cached + rows
+    for name in work:
+        is_output = name in (Source.ROLLOUT.value, Source.REPLAY.value)
+        length = response if name.startswith(Source.DATASET.value) else new
+        work[name] += _input_embedding_work(run, length, is_labeled=not is_output)
     return work
+
+
+def _input_embedding_work(run: Workload, response: float, *, is_labeled: bool) -> Work:
+    """Return the work of the passes on input embeddings that a step has in addition.
+
+    data.mixup: a training pass, and one of the teacher. objective.input_gradient: ``_SECOND_DERIVATIVE`` training passes,
+    and forward pass and input gradient of the teacher. train.adversarial: a training pass after the search, which has
+    forward pass and input gradient in each step. The last two are for labels only, not for student outputs.
+    """
+    recipe = run.recipe
+    training = _training_work(run, response)[0]
+    found: list[Part] = []
+    if recipe.data.mixup:
+        found.append(training)
+        if run.teacher is not None and recipe.mixkd.kd_weight:
+            found.append(_teacher_forward(run, run.teacher, response))
+    if run.teacher is not None and recipe.objective.input_gradient and is_labeled:
+        every = recipe.kdiga.every
+        found.append(training.divided(every / _SECOND_DERIVATIVE))
+        found.append(_teacher_forward(run, run.teacher, response).divided(every / 2))
+    if recipe.train.adversarial != "none" and is_labeled:
+        steps = recipe.train.adversarial_steps if recipe.train.adversarial == "pgd" else 1
+        passes = 2 * steps + (1 if steps > 1 else 0)  # of a training pass's three
+        found += [training, training.divided(3 / passes)]
+    return tuple(found)
 
 
 def _training_work(run: Workload, response: float) -> Work:

@@ -6,7 +6,7 @@ import gc
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from distillm_cli.data.trigger import check_trigger
 from distillm_cli.errors import Interrupted, UsageError, signal_number
 from distillm_cli.evaluation.evaluate import evaluate_suite
 from distillm_cli.evaluation.results import check_results_writable, load_results, save_results
+from distillm_cli.evaluation.robustness import attack_of, measure_attack
 from distillm_cli.evaluation.suites import Suite, load_suites
 from distillm_cli.models.devices import dtype_name
 from distillm_cli.models.loading import load_config
@@ -130,6 +131,9 @@ def _score(job: _Job, resume: bool, listener: Listener) -> None:
     backbone, encoder = inference.load_model(job.checkpoint, job.recipe, listener)
     inference.check_model(backbone, encoder, job.suites[0].rows[0], listener)
     inference.report_template(encoder, [row for suite in job.suites for row in suite.rows], listener)
+    attack = attack_of(job.recipe.eval)
+    if attack is not None:
+        backbone.check_embeddings()
     about = {"model": job.checkpoint, "dtype": str(backbone.model.dtype).removeprefix("torch.")}
     about["weights"] = weights_fingerprint(backbone.model.state_dict().items())
     for suite in job.suites:
@@ -144,6 +148,18 @@ def _score(job: _Job, resume: bool, listener: Listener) -> None:
         for score in result.scores.values():
             if score.undefined is not None:
                 listener(Warned(f"{suite.name}: {score.undefined}"))
+        if attack is not None:
+            found = measure_attack(
+                backbone,
+                encoder,
+                suite,
+                attack,
+                context=backbone.context,
+                device=backbone.device,
+                batch_size=job.recipe.eval.batch_size,
+                listener=listener,
+            )
+            result = replace(result, attack=found)
         save_results(result, job.output, about)
         job.scores[suite.name] = result.as_json()
     del backbone

@@ -21,7 +21,7 @@ from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import Rows, is_path, load_rows, local_path
 from distillm_cli.data.templates import resolve_auto_template
 from distillm_cli.errors import DataError
-from distillm_cli.extras import build_extras
+from distillm_cli.extras import build_extras, check_extras
 from distillm_cli.models import lora
 from distillm_cli.models.composite import freeze_rest, is_composite
 from distillm_cli.models.model_families import context_of
@@ -70,6 +70,7 @@ def plan_run(resolved: Resolved, listener: Listener) -> PlanResult:
     check_selection_metric(resolved.recipe)
     run = prepare(resolved.recipe, listener)
     check_can_generate(run)
+    check_extras(run.recipe, run.pair)
     return PlanResult(plan_prepared(run, resolved), _decoded_batch(run))
 
 

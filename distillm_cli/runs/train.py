@@ -12,7 +12,8 @@ from distillm_cli.config.load import Resolved, to_yaml, with_resolved_values
 from distillm_cli.data.conversations import content_text
 from distillm_cli.data.prefetch import Prefetcher
 from distillm_cli.data.rows import Row
-from distillm_cli.errors import Interrupted, signal_number
+from distillm_cli.errors import Interrupted, UsageError, signal_number
+from distillm_cli.extras import check_extras
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.runs import output_dir
 from distillm_cli.runs.build import build_trainer
@@ -39,6 +40,7 @@ from distillm_cli.runs.report import (
     selects_by_metric,
 )
 from distillm_cli.runs.resume import (
+    as_checkpoint_error,
     best_checkpoint,
     check_same_inputs,
     check_total_steps,
@@ -150,6 +152,7 @@ def train(
         resolved = with_resolved_values(resolved, run.resolved_values)
         _check_resumable(run, checkpoints, listener)
         check_can_generate(run)
+        check_extras(run.recipe, run.pair)
         teacher = _open_teacher(run, checkpoints.run, options, listener)
     except KeyboardInterrupt as stop:
         raise _interrupted(None, stop) from None

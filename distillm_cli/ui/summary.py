@@ -100,13 +100,19 @@ def eval_summary(result: EvalResult) -> Iterator[RenderableType | Note]:
     if tasks:
         yield table("By kind of task", [*lead, "task", *titles], tasks)
     yield table("Scores", [*lead, "suite", "rows", *titles, "entropy"], rows)
-    attacks = [
-        [*([checkpoint.checkpoint] if several else []), *row]
-        for checkpoint in result.checkpoints
-        for row in _attack_rows(checkpoint)
-    ]
+    backdoors: list[list[object]] = []
+    attacks: list[list[object]] = []
+    for checkpoint in result.checkpoints:
+        name = [checkpoint.checkpoint] if several else []
+        backdoors += [[*name, *row] for row in _backdoor_rows(checkpoint)]
+        attacks += [[*name, *row] for row in _attack_rows(checkpoint)]
+    if backdoors:
+        yield table("With the trigger", [*lead, "suite", "rows", "attack success, % ↓"], backdoors)
     if attacks:
-        yield table("With the trigger", [*lead, "suite", "rows", "attack success, % ↓"], attacks)
+        figures = [
+            f"{name}{under}" for name in ("tokens right %", "rows right %", "CE") for under in ("", ", attacked")
+        ]
+        yield table("Under attack", [*lead, "suite", "attack", "rows", *figures], attacks)
     for checkpoint in result.checkpoints:
         yield Note(f"decoded in {checkpoint.dtype}; results and predictions: {checkpoint.output}")
 
@@ -123,10 +129,22 @@ def _task_rows(checkpoint: CheckpointScores, metrics: Sequence[str]) -> Iterator
             yield [task, *(_score(scores.get(metric), _passes(checkpoint, suite)) for metric in metrics)]
 
 
-def _attack_rows(checkpoint: CheckpointScores) -> Iterator[list[object]]:
+def _backdoor_rows(checkpoint: CheckpointScores) -> Iterator[list[object]]:
+    """Yield the attack success rate of a trigger, by suite."""
     for name, suite in checkpoint.suites.items():
         if (attack := suite.get("attack_success")) is not None:
             yield [name, f"{attack['rows']:,}", _score(attack, len(attack["seeds"]))]
+
+
+def _attack_rows(checkpoint: CheckpointScores) -> Iterator[list[object]]:
+    """Yield the figures of a checkpoint's responses, each plain and under attack, by suite."""
+    for name, suite in checkpoint.suites.items():
+        if (found := suite.get("attack")) is not None:
+            steps = f", {found['steps']} steps" if "steps" in found else ""
+            row: list[object] = [name, f"{found['kind']}, radius {found['radius']:g}{steps}", f"{found['rows']:,}"]
+            for figure, digits in (("tokens_right", 2), ("rows_right", 2), ("loss", 3)):
+                row += [f"{found[inputs][figure]:.{digits}f}" for inputs in ("plain", "attacked")]
+            yield row
 
 
 def _passes(checkpoint: CheckpointScores, suite: Mapping[str, Any]) -> int:
