@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from distillm_cli import plugins
 from distillm_cli.config import student_spec
-from distillm_cli.config.extras import OKDConfig
+from distillm_cli.config.extras import DisCoConfig, OKDConfig
 from distillm_cli.config.fields import (
     Beta,
     Condition,
@@ -59,7 +59,7 @@ if TYPE_CHECKING:  # the real types depend on what is registered
     AnySchedule = ScheduleConfig
 else:
     MetricName = Literal[tuple(plugins.metrics)]
-    Selection = Literal["last", HeldOutMetric, MetricName]
+    Selection = Literal["last", HeldOutMetric, "spearman", MetricName]
     AnyObjective = OBJECTIVE.annotation()
     AnySchedule = SCHEDULE.annotation()
 
@@ -485,6 +485,7 @@ class Recipe(Section):
     schedule: AnySchedule = ScheduleConfig()
     rollout: RolloutConfig = RolloutConfig()
     okd: OKDConfig = OKDConfig()
+    disco: DisCoConfig = DisCoConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
 
@@ -533,6 +534,29 @@ class Recipe(Section):
             raise ValueError(
                 f"teacher.cache {self.teacher.cache}: the teacher changes during the run ({self.teacher_trainer}), so its "
                 "states cannot be cached; try --teacher-cache off"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_embeddings(self) -> Recipe:
+        if not self.disco.enabled:
+            if self.train.select == "spearman":
+                raise ValueError("train.select spearman is of sentence embeddings; try --method disco")
+            return self
+        if self.schedule.kind != "off":
+            raise ValueError(
+                f"disco.enabled: sentence embeddings train on data set rows alone, and schedule.kind is "
+                f"{self.schedule.kind}; try --method disco"
+            )
+        if self.train.select not in ("last", "valid_loss", "spearman"):
+            raise ValueError(
+                f"train.select {self.train.select} is of responses, and sentence embeddings have none; "
+                "try --set train.select=spearman"
+            )
+        if self.disco.keep_projection and self.disco.pairs_epochs:
+            raise ValueError(
+                "disco.keep_projection: the fine-tuning on pairs trains the student without the projection; "
+                "try --set disco.pairs_epochs=0"
             )
         return self
 
