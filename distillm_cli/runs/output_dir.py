@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path, PurePosixPath
 
 import distillm_cli
@@ -43,7 +44,10 @@ TEMPLATES = "additional_chat_templates"  # of tokenizers that have several
 CARD = "README.md"
 RESULT = "result.json"  # of a training: the object of ``--json``
 COMPARE = "compare"  # the baselines, each an output directory
-SFT = "sft"  # the stage before distillation, an output directory within the output directory
+# Stages, each an output directory within the output directory.
+SFT = "sft"  # fine-tuning before distillation
+DISTILLED = "distilled"  # distillation of embeddings before fine-tuning on pairs
+_STAGES = (SFT, DISTILLED)
 
 MODEL_FILES = (
     "config.json", "generation_config.json", "model.safetensors",
@@ -51,13 +55,15 @@ MODEL_FILES = (
     "chat_template.jinja", "model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors",
     "model-*-of-*.safetensors", "preprocessor_config.json", "image_processor_config.json", "processor_config.json",
     "video_preprocessor_config.json",
+    "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",
 )  # fmt: skip
+SENTENCE_FOLDERS = ("1_Pooling", "2_Dense", "2_Normalize", "3_Normalize")  # of sentence-transformers
 # Files that a run would replace. If one of them exists and no manifest lists it, a run does not write to the directory.
 _REPLACED = (
     RECIPE, METRICS, CARD, RESULT, manifest.MANIFEST, *MODEL_FILES, f"{CHECKPOINTS}/step-*", f"{EVAL}/report/*.json",
-    f"{TEMPLATES}/*.jinja",
+    f"{TEMPLATES}/*.jinja", *(f"{name}/*" for name in SENTENCE_FOLDERS),
 )  # fmt: skip
-_FOLDERS = (CHECKPOINTS, EVAL, TEMPLATES)
+_FOLDERS = (CHECKPOINTS, EVAL, TEMPLATES, *SENTENCE_FOLDERS)
 _MODEL = "model"  # names the directory in which a model is staged
 
 
@@ -80,7 +86,7 @@ def default_name(recipe: str | None, data: str, student: str, method: str, *, re
 
 def may_resume(output: Path) -> bool:
     """Return whether the directory has checkpoints of a run."""
-    return any((place / CHECKPOINTS).is_dir() for place in (output, output / SFT))
+    return any((output / place / CHECKPOINTS).is_dir() for place in ("", *_STAGES))
 
 
 def check_output(output: Path, *, resume: bool, overwrite: bool) -> bool:
@@ -148,7 +154,7 @@ def written(output: Path) -> Iterator[Path]:
             yield link
             continue
         yield from leftovers(path.parent, path.name)
-        if name == SFT and path.is_dir() and not path.is_symlink():
+        if name in _STAGES and path.is_dir() and not path.is_symlink():
             yield from written(path)
         elif os.path.lexists(path) and (sealed is None or manifest.matches_seal(path, sealed)):
             yield path
@@ -177,9 +183,9 @@ def foreign(output: Path) -> Path | None:
     return next((path for path in found if ours.isdisjoint([path, *path.parents])), None)
 
 
-def has_stage(output: Path) -> bool:
-    """Return whether ``OUTPUT/sft`` is a stage of the run in ``output``, not an unrelated directory."""
-    return (output / SFT).is_dir() and SFT in manifest.recorded(output)
+def has_stage(output: Path, stage: str = SFT) -> bool:
+    """Return whether ``OUTPUT/STAGE`` is a stage of the run in ``output``, not an unrelated directory."""
+    return (output / stage).is_dir() and stage in manifest.recorded(output)
 
 
 def clear(output: Path) -> list[Path]:
@@ -197,7 +203,7 @@ def clear(output: Path) -> list[Path]:
             hint = "choose another --output, or remove it manually"
             raise storage_error(error, f"cannot remove {path}, of an earlier run", hint) from error
         stuck.append(path)
-    for name in (*_FOLDERS, SFT):
+    for name in (*_FOLDERS, *_STAGES):
         for folder, _, _ in os.walk(output / name, topdown=False):
             with suppress(OSError):  # it contains files of the user
                 Path(folder).rmdir()
@@ -246,26 +252,26 @@ def write_result(output: Path, result: Mapping[str, object]) -> None:
 
 
 def checkpoint_sizes(output: Path) -> list[int]:
-    """Return the size of each checkpoint in the directory and in its fine-tuning stage, in bytes."""
+    """Return the size of each checkpoint in the directory and in its stages, in bytes."""
     return [sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in _checkpoints(output)]
 
 
 def remove_checkpoints(output: Path) -> list[Path]:
-    """Remove the checkpoints in the directory and in its fine-tuning stage. Returns those that could not be removed."""
+    """Remove the checkpoints in the directory and in its stages. Returns those that could not be removed."""
     stuck = []
     for path in _checkpoints(output):
         if remove(path) is None:
             manifest.record(path.parents[1], [], removed=[f"{CHECKPOINTS}/{path.name}"])
         else:
             stuck.append(path)
-    for place in (output, output / SFT):
+    for place in ("", *_STAGES):
         with suppress(OSError):  # not empty
-            (place / CHECKPOINTS).rmdir()
+            (output / place / CHECKPOINTS).rmdir()
     return stuck
 
 
 def _checkpoints(output: Path) -> list[Path]:
-    stages = [output, output / SFT] if has_stage(output) else [output]
+    stages = [output, *(output / name for name in _STAGES if has_stage(output, name))]
     return [path for stage in stages for path in sorted((stage / CHECKPOINTS).glob("step-*")) if path.is_dir()]
 
 
@@ -279,13 +285,13 @@ def recipe_header() -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def write_recipe(output: Path, text: str, *, has_stage: bool = False) -> None:
+def write_recipe(output: Path, text: str, *, stage: str | None = None) -> None:
     """Write the recipe at the start of a run. Of the files that an earlier run sealed, only the model stays sealed.
 
-    has_stage: the run fine-tunes first, in ``OUTPUT/sft``.
+    stage: directory of the stage before the run, such as ``sft``; None without one.
     """
     manifest.unseal(output, RECIPE)
-    manifest.record(output, [METRICS, *([SFT] if has_stage else [])])
+    manifest.record(output, [METRICS, *([] if stage is None else [stage])])
     write_file(output, RECIPE, recipe_header() + text)
 
 
@@ -306,16 +312,16 @@ def publishing(output: Path) -> Iterator[Path]:
 
 
 def _move_model(staged: Path, output: Path) -> None:
-    templates = sorted((staged / TEMPLATES).iterdir()) if (staged / TEMPLATES).is_dir() else []
+    folders = {path: sorted(path.iterdir()) for path in sorted(staged.iterdir()) if path.is_dir()}
     files = sorted(
         (path for path in staged.iterdir() if path.is_file()), key=lambda path: path.suffix == ".safetensors"
     )
     seals = {CARD: manifest.seal(staged / CARD)} if (staged / CARD).is_file() else {}
-    names = [path.relative_to(staged).as_posix() for path in (*templates, *files)]
+    names = [path.relative_to(staged).as_posix() for path in (*chain.from_iterable(folders.values()), *files)]
     manifest.unseal(output)  # files that an earlier run sealed are replaced now
     manifest.record(output, [name for name in names if name not in seals], seals=seals)
-    if templates:
-        move_into(output / TEMPLATES, templates)
+    for folder, inside in folders.items():
+        move_into(output / folder.name, inside)
     move_into(output, files)
     sealed = [output / RECIPE, *(output / path.name for path in files if path.name != CARD)]
     manifest.seal_directory(output, [path for path in sealed if path.is_file()])

@@ -111,23 +111,23 @@ def train(
         check_can_generate(run)
         teacher = _open_teacher(run, checkpoints.run, options, listener)
     except KeyboardInterrupt as stop:
-        raise _interrupted(None, stop) from None
+        raise interrupted(None, stop) from None
     if options.overwrite:  # only now: an error in the input must not delete an earlier run
         for stuck in output_dir.clear(output):
             listener(Warned(f"cannot remove all of {stuck}, of an earlier run: it uses disk space"))
     if on_ready is not None:
         on_ready()
     stage = sft_stage_recipe(resolved)
-    output_dir.write_recipe(output, to_yaml(resolved), has_stage=stage is not None)
+    output_dir.write_recipe(output, to_yaml(resolved), stage=None if stage is None else output_dir.SFT)
     try:
         if stage is not None:
             run = _fine_tune(run, stage, output / output_dir.SFT, checkpoints, listener)
         training = _Training(command, run, resolved, output, checkpoints.run, teacher, started)
         result = _train(training, listener)
-        _report_checkpoints(output, resolved.recipe.train.keep, listener)
+        report_checkpoints(output, resolved.recipe.train.keep, listener)
         return result
     except KeyboardInterrupt as stop:
-        raise _interrupted(output, stop) from None
+        raise interrupted(output, stop) from None
 
 
 def _check_stage_directory(resolved: Resolved, output: Path) -> None:
@@ -228,7 +228,7 @@ def _train(training: _Training, listener: Listener) -> TrainResult:
     return result
 
 
-def _report_checkpoints(output: Path, keep: int, listener: Listener) -> None:
+def report_checkpoints(output: Path, keep: int, listener: Listener) -> None:
     """Remove the checkpoints of a finished run if none are to be kept; report their size."""
     sizes = output_dir.checkpoint_sizes(output)
     if not sizes:
@@ -279,14 +279,15 @@ def _trainer(training: _Training, report: Report, listener: Listener) -> Trainer
     return trainer
 
 
-def _interrupted(output: Path | None, stop: KeyboardInterrupt) -> Interrupted:
+def interrupted(output: Path | None, stop: KeyboardInterrupt) -> Interrupted:
     """Return the error of a run that was interrupted outside its loop. output: None before anything was written."""
     number = signal_number(stop)
     if output is None:
         return Interrupted(
             "interrupted before the first step: nothing was written", signal_number=number, hint="start again"
         )
-    checkpoints = visible(output / output_dir.CHECKPOINTS) or visible(output / output_dir.SFT / output_dir.CHECKPOINTS)
+    places = ("", output_dir.SFT, output_dir.DISTILLED)
+    checkpoints = next(filter(None, (visible(output / place / output_dir.CHECKPOINTS) for place in places)), None)
     if not checkpoints:
         what = "interrupted before the first step: nothing was saved"
         return Interrupted(what, signal_number=number, where=str(output), hint="start again with --overwrite")
