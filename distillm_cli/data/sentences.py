@@ -67,7 +67,13 @@ def _read_sentences(
             return _read(reader, where, names), reader.read
         if reader.has("sentence"):
             return _read(reader, where, ("sentence",)), reader.read
-    row, read = read_row(record, where, columns, require_output=False)
+    try:
+        row, read = read_row(record, where, columns, require_output=False)
+    except BadRow:
+        if isinstance(record, dict) and columns.prompt is None and Record(record).has("text"):
+            reader = Record(record)  # of language modeling, which has no prompt
+            return _read(reader, where, ("text",)), reader.read
+        raise
     return _as_sentence(row), read
 
 

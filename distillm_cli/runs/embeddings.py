@@ -95,12 +95,17 @@ Figures = dict[str, float | None]
 class HeldOut:
     """Hold the held-out sentences, each once, and the pairs among them. scores: of each pair, or None.
 
-    sequences: by the student's tokenizer. teacher_ND: the teacher's embeddings, not normalized.
+    sequences: by the student's tokenizer. embed: returns the teacher's embeddings.
     """
 
     rows: SequenceOf[SentenceRow]
     sequences: list[Sequence]
-    teacher_ND: Tensor
+    embed: Callable[[], Tensor]
+
+    @cached_property
+    def teacher_ND(self) -> Tensor:
+        """Return the teacher's normalized embeddings."""
+        return F.normalize(self.embed(), dim=1)
 
     @cached_property
     def columns(self) -> list[np.ndarray]:
@@ -286,7 +291,6 @@ def prepare_embeddings(recipe: Recipe, listener: Listener) -> EmbeddingRun:
             f"{student.width} numbers"
         )
     )
-    task = "embedding held-out sentences"
     return EmbeddingRun(
         recipe=recipe,
         listener=listener,
@@ -301,7 +305,7 @@ def prepare_embeddings(recipe: Recipe, listener: Listener) -> EmbeddingRun:
         held_out=HeldOut(
             valid_rows,
             student.sequences(held_out_texts),
-            teacher.embed(teacher.sequences(held_out_texts), listener, task),
+            lambda: teacher.embed(teacher.sequences(held_out_texts), listener, "embedding held-out sentences"),
         ),
         has_test_rows=recipe.data.source != "builtin" and "test" in find_source(recipe.data.source, silent).parts,
         fingerprints={
@@ -421,11 +425,10 @@ def _distillation(run: EmbeddingRun, resolved: Resolved, output: Path, checkpoin
     )
     part = Distillation(teacher, run.student.width, recipe.disco, seed=train.seed)
     held_out = run.held_out
-    teacher_ND = F.normalize(held_out.teacher_ND, dim=1)
 
     def measure(states_NS: Tensor) -> tuple[float, Figures]:
         u_ND = part.project(states_NS.to(run.device)).cpu()
-        closeness = (u_ND * teacher_ND).sum(1).mean().item()
+        closeness = (u_ND * held_out.teacher_ND).sum(1).mean().item()
         exported_N = u_ND if recipe.disco.keep_projection else states_NS
         return 1 - closeness, {**held_out.correlations(exported_N), "teacher_cosine": 100 * closeness}
 
