@@ -18,7 +18,7 @@ from distillm_cli.evaluation.results import load_summary, write_results
 from distillm_cli.evaluation.suites import Suite
 from distillm_cli.utils.correlation import pearson, spearman
 
-METRICS = ("spearman", "pearson")
+PAIR_METRICS = ("spearman", "pearson")
 _PASS = "cosine"  # the name of the only pass, which has no randomness
 
 # Return the embeddings [B, D] of sentences.

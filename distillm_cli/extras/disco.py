@@ -36,6 +36,7 @@ from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.losses.weights import LossWeights, TokenWeights
 from distillm_cli.models.sentence import SentenceEncoder
 from distillm_cli.rollouts.scheduler import Source
+from distillm_cli.training.events import Listener, silent
 from distillm_cli.types import Batch, Sequence, collate, length_groups
 
 PAIR_SCALE = 20.0  # τ of the fine-tuning on pairs, which is not trained
@@ -105,13 +106,21 @@ class TeacherEmbeddings:
     """Return the teacher's normalized embeddings of training sentences.
 
     sequences: of every sentence, by the teacher's tokenizer. all_once: compute all of them at the first use and keep them
-    on the CPU; else those of a step.
+    on the CPU; else those of a step. listener: receives the progress of the former.
     """
 
-    def __init__(self, teacher: SentenceEncoder, sequences: SequenceOf[Sequence], *, all_once: bool):
+    def __init__(
+        self,
+        teacher: SentenceEncoder,
+        sequences: SequenceOf[Sequence],
+        *,
+        all_once: bool,
+        listener: Listener = silent,
+    ):
         self.teacher = teacher
         self.sequences = sequences
         self.all_once = all_once
+        self.listener = listener
         self._table: Tensor | None = None
 
     @property
@@ -125,7 +134,7 @@ class TeacherEmbeddings:
                 found = self.teacher.embed([self.sequences[row] for row in rows])
             else:
                 if self._table is None:
-                    self._table = self.teacher.embed(self.sequences)
+                    self._table = self.teacher.embed(self.sequences, self.listener, "embedding training sentences")
                 found = self._table[list(rows)]
         return F.normalize(found.to(self.teacher.device), dim=1)
 

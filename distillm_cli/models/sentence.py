@@ -16,6 +16,7 @@ Shape letters: B sentences, T time, D width of the embedding.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Mapping
@@ -56,6 +57,7 @@ _POOLING_FLAGS = {
 _MODULES = "modules.json"
 _TYPES = "sentence_transformers.models."
 _ACTIVATIONS = {"Identity": nn.Identity, "Tanh": nn.Tanh}
+_T5 = ("t5", "mt5", "umt5")
 _VERSION = "3.0.0"  # the oldest version of sentence-transformers with these files
 _BATCH = 64  # sentences of a forward pass without gradient
 
@@ -210,6 +212,15 @@ class SentenceEncoder(nn.Module):
             return next(layer.out_features for layer in self.dense if isinstance(layer, nn.Linear))
         return self.model.config.get_text_config().hidden_size
 
+    @property
+    def loads_in_sentence_transformers(self) -> bool:
+        """Return whether sentence-transformers computes the same embeddings from the saved directory.
+
+        Of encoder-decoders it runs only the encoders of the T5 family alone.
+        """
+        config = self.model.config
+        return not config.is_encoder_decoder or config.model_type in _T5
+
     def sequences(self, texts: SequenceOf[str]) -> list[Sequence]:
         """Tokenize sentences, each with its index as ``row``. Raises ModelError for one without tokens."""
         if self.lower_case:
@@ -269,11 +280,7 @@ class SentenceEncoder(nn.Module):
     def save(self, directory: Path, dtype: torch.dtype = torch.float32, dense: Tensor | None = None) -> None:
         """Save model, tokenizer and the files of sentence-transformers. dense: weight of a Dense module to write."""
         with quiet():
-            model = self.model
-            if dtype != torch.float32:
-                model = type(model)(model.config)
-                model.load_state_dict(self.model.state_dict())
-                model = model.to(dtype)
+            model = self.model if dtype == torch.float32 else copy.deepcopy(self.model).to(dtype)
             model.save_pretrained(directory)
             self.tokenizer.save_pretrained(directory)
         _save_modules(self, directory, dense)
@@ -438,7 +445,8 @@ def _save_modules(encoder: SentenceEncoder, directory: Path, dense: Tensor | Non
     width = encoder.model.config.get_text_config().hidden_size
     active = next(name for name, pooling in _POOLING_NAMES.items() if pooling == encoder.pooling)
     pooling = {flag: name == active for flag, name in _POOLING_FLAGS.items()}
-    _write(directory / _MODULES, modules)
+    if encoder.loads_in_sentence_transformers:
+        _write(directory / _MODULES, modules)
     _write(directory / "sentence_bert_config.json", {"max_seq_length": encoder.max_length, "do_lower_case": False})
     versions = {"sentence_transformers": _VERSION}
     settings = {

@@ -18,15 +18,13 @@ from distillm_cli.training.state import TrainerState
 from distillm_cli.utils.storage import storing
 from distillm_cli.utils.text import redact
 
-Figures = Mapping[str, Mapping[str, float | None]]
-
 
 def publish_embeddings(
     student: SentenceEncoder,
     output: Path,
     resolved: Resolved,
     state: TrainerState,
-    figures: Figures,
+    figures: Mapping[str, Mapping[str, float | None]],
     measured_on: str,
     *,
     dtype: torch.dtype,
@@ -47,7 +45,7 @@ def embedding_card(
     student: SentenceEncoder,
     resolved: Resolved,
     state: TrainerState,
-    figures: Figures,
+    figures: Mapping[str, Mapping[str, float | None]],
     measured_on: str,
     dense: Tensor | None,
 ) -> str:
@@ -55,8 +53,10 @@ def embedding_card(
     recipe = resolved.recipe
     disco = recipe.disco
     front = front_matter(resolved, "sentence-similarity")
-    front["library_name"] = "sentence-transformers"
-    front["tags"] = [*front["tags"], "sentence-transformers", "feature-extraction"]
+    front["tags"] = [*front["tags"], "feature-extraction"]
+    if student.loads_in_sentence_transformers:
+        front["library_name"] = "sentence-transformers"
+        front["tags"].append("sentence-transformers")
     path = recipe.student.required_path
     name = Path(path).name if Path(path).is_dir() else path
     lines = [

@@ -274,7 +274,7 @@ def prepare_embeddings(recipe: Recipe, listener: Listener) -> EmbeddingRun:
     teacher.requires_grad_(False)
 
     def new_student(listen: Listener = silent) -> SentenceEncoder:
-        return create_student(recipe, teacher, device, listen)
+        return create_embedding_student(recipe, teacher, device, listen)
 
     student = new_student(listener)
     if recipe.train.gradient_checkpointing:
@@ -359,7 +359,7 @@ def check_pairs(recipe: Recipe, rows: SequenceOf[SentenceRow], valid_rows: Seque
         )
 
 
-def create_student(
+def create_embedding_student(
     recipe: Recipe, teacher: SentenceEncoder, device: torch.device, listener: Listener = silent
 ) -> SentenceEncoder:
     """Load or build the student, with float32 weights, in evaluation mode. The result depends on the recipe alone.
@@ -396,14 +396,14 @@ def create_student(
                 listener=listener,
             )
     student = SentenceEncoder(
-        model.to(device),
+        model,
         teacher.tokenizer,
         teacher.pooling,
         max_length=shortest(longest, teacher.max_length, usable_context(model.config)),
         lower_case=teacher.lower_case,
     )
     check_vocabulary(student, path)
-    return student
+    return student.to(device)
 
 
 # ------------------------------------------------------------------------------------------------------------ stages
@@ -420,6 +420,7 @@ def _distillation(run: EmbeddingRun, resolved: Resolved, output: Path, checkpoin
     teacher = TeacherEmbeddings(
         run.teacher,
         run.teacher_sequences,
+        listener=run.listener,
         all_once=steps >= order.steps_per_epoch
         and size <= _TABLE_BYTES,  # not by free memory: a resume needs the same bits
     )

@@ -6,10 +6,13 @@ import gc
 import re
 import time
 from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -17,12 +20,12 @@ from distillm_cli.config.schema import Recipe
 from distillm_cli.config.student_spec import BUILTIN_MODELS
 from distillm_cli.errors import Interrupted, ModelError, UsageError, signal_number
 from distillm_cli.evaluation.evaluate import evaluate_suite
-from distillm_cli.evaluation.pairs import METRICS, evaluate_pairs, load_pairs, save_pairs
+from distillm_cli.evaluation.pairs import PAIR_METRICS, evaluate_pairs, load_pairs, save_pairs
 from distillm_cli.evaluation.results import check_results_writable, load_results, save_results
 from distillm_cli.evaluation.suites import Suite, load_suites
 from distillm_cli.models.devices import dtype_name, resolve_device
 from distillm_cli.models.loading import load_config
-from distillm_cli.models.sentence import load_encoder, read_declared
+from distillm_cli.models.sentence import SentenceEncoder, load_encoder, read_declared
 from distillm_cli.runs import inference
 from distillm_cli.runs.inference import Settings
 from distillm_cli.runs.run_results import CheckpointScores, EvalResult
@@ -162,14 +165,16 @@ def _score_pairs(job: _Job, suites: list[Suite], resume: bool, listener: Listene
             listener(Note(f"{suite.name} is already scored"))
             job.scores[suite.name] = saved
             continue
-        task = f"embedding {suite.name}"
-        result = evaluate_pairs(
-            lambda texts, task=task: encoder.embed(encoder.sequences(texts), listener, task).numpy(), suite
-        )
+        embed = partial(_embed, encoder, listener, f"embedding {suite.name}")
+        result = evaluate_pairs(embed, suite)
         if None in result.scores.values():
             listener(Warned(f"{suite.name}: all scores or all cosines are equal, so that correlations are undefined"))
         save_pairs(result, job.output, about, limit)
         job.scores[suite.name] = result.as_json()
+
+
+def _embed(encoder: SentenceEncoder, listener: Listener, task: str, texts: SequenceOf[str]) -> np.ndarray:
+    return encoder.embed(encoder.sequences(texts), listener, task).numpy()
 
 
 def _about(job: _Job, model: PreTrainedModel) -> dict[str, str]:
@@ -209,7 +214,7 @@ def _metrics(job: _Job) -> tuple[str, ...]:
     """Return the names of the metrics of a checkpoint's suites."""
     has_pairs = any(suite.is_pairs for suite in job.suites)
     has_prompts = any(not suite.is_pairs for suite in job.suites)
-    return (*(job.recipe.eval.metrics if has_prompts else ()), *(METRICS if has_pairs else ()))
+    return (*(job.recipe.eval.metrics if has_prompts else ()), *(PAIR_METRICS if has_pairs else ()))
 
 
 def _checkpoint_scores(job: _Job) -> CheckpointScores:

@@ -310,7 +310,11 @@ def test_bad_input_is_one_line(cli, workdir):
         (distill("random:gpt2:1x16"), "usage.invalid_student", "bert"),
         (distill("nowhere/x/y"), "model.not_found", "nowhere"),
         (["distill", "--method", "kd", *distill()[3:], "--data", "prompts.jsonl"], "model.not_causal", "DisCo only"),
-        (["generate", "--model", "teacher", "--prompt", "a", "--output", "bad", "--json", "--quiet"], "model.not_causal", "DisCo only"),
+        (
+            ["generate", "--model", "teacher", "--prompt", "a", "--output", "bad.jsonl", "--json", "--quiet"],
+            "model.not_causal",
+            "DisCo only",
+        ),
     ]
     for argv, code, mention in cases:
         if argv.count("--data") > 1:
