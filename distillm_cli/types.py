@@ -39,12 +39,17 @@ class Sequence:
         return len(self.response) + (0 if self.turns is None else len(self.turns))
 
 
+# Columns of ``Rollout.log_probs_NK``: under the unfiltered student and teacher, and under the distribution that the token
+# was drawn from. Samplers without a teacher give the first alone.
+LOG_Q, LOG_P, LOG_DRAWN = range(3)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Rollout(Sequence):
     """Hold a sampled response, with what was computed for it.
 
-    log_probs_NK: log-probabilities of its tokens when it was sampled, nats, float32 on the CPU: under the student [N, 1],
-    or under teacher, student and sampler [N, 3] (see ``rollouts.mixture``); None if the sampler gives none.
+    log_probs_NK: log-probabilities of its tokens when it was sampled, nats, float32 on the CPU, in the first or in all of
+    the columns ``LOG_Q``, ``LOG_P``, ``LOG_DRAWN``; None if the sampler gives none.
     teacher_hidden_ND: the teacher's hidden states, on the CPU, once ``cache_teacher_hidden`` was called.
     """
 
@@ -54,9 +59,7 @@ class Rollout(Sequence):
     @property
     def student_log_probs_N(self) -> torch.Tensor | None:
         """Return the log-probabilities of its tokens under the student when it was sampled, nats."""
-        if self.log_probs_NK is None:
-            return None
-        return self.log_probs_NK[:, self.log_probs_NK.shape[1] // 2]  # the only column, or the middle one
+        return None if self.log_probs_NK is None else self.log_probs_NK[:, LOG_Q]
 
     def cache_teacher_hidden(self, hidden_ND: torch.Tensor | None) -> None:
         """Set the teacher's hidden states, or drop them. They are released with the rollout."""

@@ -28,7 +28,7 @@ from distillm_cli.config.fields import (
     UsedWhen,
 )
 from distillm_cli.config.objective import OBJECTIVE, ObjectiveConfig
-from distillm_cli.config.schedule import SCHEDULE, BufferedConfig, ScheduleConfig, kinds_with, trains_on_own_outputs
+from distillm_cli.config.schedule import OWN_BUFFERED_KINDS, SCHEDULE, ScheduleConfig, kinds_with, trains_on_own_outputs
 
 _DRAFTS = UsedWhen({"schedule.kind": kinds_with(lambda kind: kind.drafts)})
 _TEACHER_SAMPLES = UsedWhen({"schedule.kind": kinds_with(lambda kind: kind.uses_teacher_samples)})
@@ -40,9 +40,7 @@ _MAY_MIX = UsedWhen(  # the samples of a whole epoch of pairs come from the stud
         "schedule.redraw": ("never",),
     },
 )
-_MAY_REPLAY = UsedWhen(
-    {"schedule.kind": kinds_with(lambda kind: issubclass(kind, BufferedConfig) and not kind.drafts)}, of_method=False
-)
+_OWN_OUTPUTS = UsedWhen({"schedule.kind": OWN_BUFFERED_KINDS}, of_method=False)
 _STUDENT_DECODES = UsedWhen({"schedule.kind": kinds_with(lambda kind: kind.uses_student_outputs)}, of_method=False)
 _GENERATES = UsedWhen(
     {"schedule.kind": kinds_with(lambda kind: kind.uses_student_outputs or kind.uses_teacher_samples)}, of_method=False
@@ -316,7 +314,7 @@ class RolloutConfig(Section):
     max_new_tokens: Positive = Field(
         256, description="Maximum length of a response, in tokens. End-of-sequence is included."
     )
-    prefix: Annotated[Positive | PrefixRange | None, _MAY_REPLAY] = Field(
+    prefix: Annotated[Positive | PrefixRange | None, _OWN_OUTPUTS] = Field(
         None,
         description="Number of first tokens of a student output to sample and train on. 64->256 grows over the run (arXiv "
         "2602.15260).",

@@ -13,10 +13,10 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from distillm_cli import plugins
+from distillm_cli.utils.storage import ASSETS
 
 Columns = dict[str, Any]  # one record, by the names of its columns
 Reshape = Callable[[Columns], Columns]
@@ -124,12 +124,9 @@ for _name, _dataset in {
     register_dataset(_name, _dataset)
 
 
-_PRONOUNCE = Path(__file__).resolve().parent.parent / "assets" / "pronounce"
-
-
 def _read_pronounce(split: str) -> Iterable[Columns]:
     """Return records of the words and phonemes shipped with this package, an excerpt of CMUdict."""
-    lines = (_PRONOUNCE / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (ASSETS / "pronounce" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
     return map(json.loads, lines)
 
 

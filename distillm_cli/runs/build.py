@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from distillm_cli.config.derived import fixed_values
+from distillm_cli.config.schedule import OUTPUT_LOSS
 from distillm_cli.config.schema import RolloutConfig, chosen
 from distillm_cli.data.batching import batches_by_length
 from distillm_cli.extras import build_extras
@@ -26,7 +27,7 @@ from distillm_cli.runs import output_dir
 from distillm_cli.runs.prepare import Prepared
 from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.training.checkpoint import Checkpoints
-from distillm_cli.training.events import Listener, Warned
+from distillm_cli.training.events import Listener
 from distillm_cli.training.state import RunInfo
 from distillm_cli.training.trainer import Trainer
 from distillm_cli.training.validation import ScheduleProbe, Validator
@@ -95,18 +96,11 @@ def build_trainer(
         sampling=sampling,
     )
     probe = None
-    if recipe.schedule.measures and not run.answered:
-        what = f"φ stays {scheduler.phi:g}: its trigger needs held-out rows with responses"
-        listener(Warned(f"{what}; set data.valid=FILE, or another schedule.trigger"))
     if recipe.schedule.measures and teacher is not None and run.answered:
         spread = np.linspace(0, len(run.answered) - 1, min(_PROBE_ROWS, len(run.answered)))
-        probe = ScheduleProbe(
-            [run.answered[int(i)] for i in spread],
-            info,
-            teacher,
-            batch_rows=_PROBE_ROWS,
-            figures=recipe.schedule.measures,
-            sampler=ModelSampler(
+        probe_sampler = None
+        if OUTPUT_LOSS in recipe.schedule.measures:
+            probe_sampler = ModelSampler(
                 run.student,
                 recipe.rollout,
                 max_length=_max_length(run),
@@ -114,7 +108,14 @@ def build_trainer(
                 steps=run.steps,
                 by_row=True,
                 listener=listener,
-            ),
+            )
+        probe = ScheduleProbe(
+            [run.answered[int(i)] for i in spread],
+            info,
+            teacher,
+            batch_rows=_PROBE_ROWS,
+            figures=recipe.schedule.measures,
+            sampler=probe_sampler,
             sampling=sampling,
         )
     validator = Validator(

@@ -730,6 +730,7 @@ def _result(
             outcomes=tuple(outcomes.values()),
             measured_on=measured_on,
             sources=dict(state.sources),
+            source_seconds=dict(state.source_seconds),
             schedule=recipe.schedule.kind,
             suites=(recipe.data.source,) if run.has_test_rows else (),
             has_answers=bool(run.held_out.scores),

@@ -63,17 +63,19 @@ class TrainSummary:
     """Hold the data of the summary at the end of training, except its figures.
 
     outcomes: the models on held-out rows, the initial student first. measured_on: description of the rows and of the
-    decoding. sources: steps by source. phi_history: φ at the start and after each rise; None without φ. schedule: its
-    kind, None for SFT. row_weight: weight of the data set rows in steps on student outputs, 0 without them. suites,
-    prompt: for the suggested next commands. has_sft_stage: the fine-tuned student is in ``sft/``. has_answers: there
-    are rows to score on. gap: how much of the distance to the teacher is closed, with baselines. generates: whether the
-    model can respond to a prompt. stage: the directory of a stage before the run, and what it has.
+    decoding. sources, source_seconds: steps by source, and their seconds. phi_history: φ at the start and after each
+    rise; None without φ. schedule: its kind, None for SFT. row_weight: weight of the data set rows in steps on student
+    outputs, 0 without them. suites, prompt: for the suggested next commands. has_sft_stage: the fine-tuned student is in
+    ``sft/``. has_answers: there are rows to score on. gap: how much of the distance to the teacher is closed, with
+    baselines. generates: whether the model can respond to a prompt. stage: the directory of a stage before the run, and
+    what it has.
     """
 
     outcomes: tuple[Outcome, ...]
     measured_on: str
     samples: tuple[Sample, ...] = ()
     sources: Mapping[str, int] = field(default_factory=dict)
+    source_seconds: Mapping[str, float] = field(default_factory=dict)
     phi_history: tuple[float, ...] | None = None
     schedule: str | None = None
     row_weight: float = 0.0

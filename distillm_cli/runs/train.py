@@ -312,6 +312,7 @@ def _summary(run: Prepared, state: TrainerState, models: Mapping[str, ModelRepor
         measured_on=measured_on,
         samples=samples,
         sources=dict(state.sources),
+        source_seconds=dict(state.source_seconds),
         phi_history=tuple(phi for _, phi in state.phis) if recipe.schedule.has_phi else None,
         schedule=None if run.sft else recipe.schedule.kind,
         row_weight=recipe.objective.row_weight if not run.sft and state.sources["rollout"] else 0.0,

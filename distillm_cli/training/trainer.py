@@ -143,10 +143,12 @@ class Trainer:
         self.scheduler.record(source, loss)
 
         tokens = sum(s.supervised for s in sequences)
+        seconds = time.perf_counter() - started
         self.state.step = step + 1
         self.state.tokens += tokens
         self.state.train_loss = loss
         self.state.sources[source.value] += 1
+        self.state.source_seconds[source.value] = self.state.source_seconds.get(source.value, 0.0) + seconds
         self.emit(
             Stepped(
                 step=step + 1,
@@ -157,7 +159,7 @@ class Trainer:
                 grad_norm=grad_norm,
                 phi=self.scheduler.phi,
                 tokens=tokens,
-                seconds=time.perf_counter() - started,
+                seconds=seconds,
                 figures=self.student_loss.figures(),
             )
         )
