@@ -181,9 +181,14 @@ class _Stage:
 
 
 def train_embeddings(
-    command: str, resolved: Resolved, output: Path, listener: Listener, options: TrainOptions
+    command: str,
+    resolved: Resolved,
+    output: Path,
+    listener: Listener,
+    options: TrainOptions,
+    on_ready: Callable[[], None] | None = None,
 ) -> TrainResult:
-    """Run a recipe with ``disco.enabled`` into ``output``, after ``check_output``."""
+    """Run a recipe with ``disco.enabled`` into ``output``. The arguments are those of ``runs.train.train``."""
     started = time.perf_counter()
     resolved = fitted(resolved)
     for note in resolved.notes:
@@ -204,6 +209,8 @@ def train_embeddings(
     if options.overwrite:  # only now: an error in the input must not delete an earlier run
         for stuck in output_dir.clear(output):
             listener(Warned(f"cannot remove all of {stuck}, of an earlier run: it uses disk space"))
+    if on_ready is not None:
+        on_ready()
     output_dir.write_recipe(output, to_yaml(resolved), stage=None if stage is None else output_dir.DISTILLED)
     try:
         if stage is None:
@@ -545,7 +552,7 @@ def _distil_first(run: EmbeddingRun, stage: Resolved, output: Path, checkpoint: 
         output.mkdir(parents=True, exist_ok=True)
         output_dir.write_recipe(output, to_yaml(stage))
         torch.manual_seed(seed)
-        run.listener(FineTuned(_train(run, training, "distill", time.perf_counter())))
+        run.listener(FineTuned(_train(run, training, "distill", time.perf_counter()), "Distillation"))
     torch.manual_seed(seed)
 
 

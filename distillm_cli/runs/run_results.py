@@ -299,9 +299,10 @@ class PipelineResult:
 
 @dataclass(frozen=True, slots=True)
 class FineTuned(Event):
-    """Report that the fine-tuning before distillation has ended."""
+    """Report that the stage before a run has ended. title: of its table."""
 
     result: TrainResult
+    title: str = "Fine-tuning"
 
 
 @dataclass(frozen=True, slots=True)

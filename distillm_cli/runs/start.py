@@ -6,6 +6,7 @@ This module imports nothing slow.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -64,14 +65,10 @@ def start_training(
         from distillm_cli.runs.inputs import check_overwrite
 
         check_overwrite(command, resolved.recipe, output, file=recipe_file)
-    if resolved.recipe.disco.enabled:
-        with output_dir.claimed(output, is_new=is_new):
-            for note in notes:
-                listener(Note(note))
-            from distillm_cli.runs.embeddings import train_embeddings
-
-            return train_embeddings(command, resolved, output, listener, options)
-    with output_dir.claimed(output, is_new=is_new), prefetch_rows(resolved.recipe) as prefetcher:
+    rows = (
+        nullcontext() if resolved.recipe.disco.enabled else prefetch_rows(resolved.recipe)
+    )  # sentences are read later
+    with output_dir.claimed(output, is_new=is_new), rows as prefetcher:
         for note in notes:
             listener(Note(note))
         from distillm_cli.runs.train import train  # imports torch, while the rows are read and tokenized

@@ -95,6 +95,10 @@ def train(
     prefetcher: of its rows, if one is already running. on_ready: called when everything is prepared and ``output`` is
     cleared of an earlier run (or has the run to resume).
     """
+    if resolved.recipe.disco.enabled:
+        from distillm_cli.runs.embeddings import train_embeddings
+
+        return train_embeddings(command, resolved, output, listener, options, on_ready)
     started = time.perf_counter()
     if options.resume:
         resolved = with_recorded_values(resolved, output)

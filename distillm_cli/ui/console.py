@@ -331,7 +331,7 @@ def _stage_summary(event: FineTuned | StageFinished) -> Iterable[RenderableType 
 
     result: Result = event.result
     if isinstance(event, FineTuned):
-        return outcome_tables(event.result.summary, title="Fine-tuning")
+        return outcome_tables(event.result.summary, title=event.title)
     if isinstance(result, TrainResult):
         return train_summary(result)
     return eval_summary(result) if isinstance(result, EvalResult) else ()

@@ -348,3 +348,30 @@ def test_plan_counts_steps_and_negatives(cli, workdir):
     assert (result["negatives"], result["pair_steps"]) == (17, 10)
     assert result["models"]["student"]["layers"] == 2
     assert result["steps"] == 5 * result["steps_per_epoch"]
+
+
+PIPELINE = """
+stages:
+  embed:
+    verb: distill
+    method: disco
+    teacher: {path: teacher}
+    student: {path: "layers:2", dtype: fp32}
+    data: {source: data}
+    train: {steps: 4, batch_size: 8, save_steps: 2, threads: 1}
+  score:
+    verb: eval
+    models: ["stage:embed"]
+    eval: {suites: [data]}
+"""
+
+
+def test_pipeline_of_distillation_and_scores(cli, workdir):
+    (workdir / "all.yaml").write_text(PIPELINE)
+    code, result, err = cli("run", "all.yaml", "--output", "all", "--json", "--quiet")
+    assert code == 0, err
+    suites = result["stages"]["score"]["result"]["suites"]
+    assert suites["data"]["spearman"]["mean"] == pytest.approx(suites["data"]["spearman"]["seeds"]["cosine"])
+    code, again, err = cli("run", "all.yaml", "--output", "all", "--json", "--quiet")
+    assert (code, again["stages"]["embed"]["status"]) == (0, "skipped"), err
+    assert_error(cli("plan", "--recipe", "all.yaml", "--json", "--quiet"), "recipe.invalid_stage", "embed")
