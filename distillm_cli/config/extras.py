@@ -14,6 +14,9 @@ from distillm_cli.config.fields import Condition, Count, Positive, Section, Used
 _OKD = UsedWhen({"okd.rank": Condition("that is given", 16, lambda rank: rank is not None)})
 _CTCD = UsedWhen({"ctcd.enabled": (True,)})
 
+_DISCO = UsedWhen({"disco.enabled": (True,)})
+_INFONCE = UsedWhen({"disco.loss": ("infonce",)})
+_PAIRS = UsedWhen({"disco.pairs_epochs": Condition("above 0", 1, lambda epochs: bool(epochs) and epochs > 0)})
 _ROBUSTKD = UsedWhen({"robustkd.blocks": Condition("above 0", 3, lambda blocks: blocks > 0)})
 
 _MIXUP = UsedWhen({"data.mixup": Condition("above 0", 0.4, lambda alpha: isinstance(alpha, int | float) and alpha > 0)})
@@ -129,11 +132,49 @@ class KDIGAConfig(Section):
     )
 
 
+class DisCoConfig(Section):
+    """Configure DisCo: distillation of sentence embeddings (DisCo, DistilCSE, arXiv 2112.05638).
+
+    The loss of sentence i is −log exp(τ·u_i·t_i) / Σ_j exp(τ·u_i·t_j), u = norm(W·student), t = norm(teacher), over the
+    sentences j of the step and of a queue of earlier steps.
+    """
+
+    enabled: bool = Field(
+        False, description="Train the student to imitate the teacher's sentence embeddings instead of its tokens."
+    )
+    loss: Annotated[Literal["infonce", "mse"], _DISCO] = Field(
+        "infonce", description="Loss of the distillation. infonce: contrastive. mse: ‖u − t‖², the usual baseline."
+    )
+    queue: Annotated[Count, _INFONCE] = Field(
+        4096,
+        description="Maximum number of teacher embeddings of earlier steps that serve as negatives. The paper has 65,536 "
+        "for 5 million sentences.",
+    )
+    temperature: Annotated[float, Field(gt=0), _INFONCE] = Field(
+        20.0, description="Initial value of τ, the trained scale of the cosines."
+    )
+    pooling: Annotated[Literal["auto", "cls", "mean", "last"], _DISCO] = Field(
+        "auto",
+        description="Pooling of the last hidden states: of the first token, the mean, or of the last token. auto: what "
+        "each model's directory declares (1_Pooling/config.json), for the student else the teacher's, else mean.",
+    )
+    keep_projection: Annotated[bool, _DISCO] = Field(
+        False, description="Write W as a Dense module of the student, which then has the teacher's embedding width."
+    )
+    pairs_epochs: Annotated[float, Field(ge=0), _DISCO] = Field(
+        0, description="Epochs of fine-tuning on sentence pairs after the distillation. The rows need pairs."
+    )
+    pairs_lr: Annotated[float, Field(gt=0), _PAIRS] = Field(
+        5e-5, description="Peak learning rate of the fine-tuning on pairs."
+    )
+
+
 # Sections by name, in the order of the recipe. Fine-tuning and the baselines of --compare leave them out.
 EXTRAS: dict[str, type[Section]] = {
     "okd": OKDConfig,
     "ctcd": CTCDConfig,
     "mixkd": MixKDConfig,
     "kdiga": KDIGAConfig,
+    "disco": DisCoConfig,
     "robustkd": RobustKDConfig,
 }

@@ -299,3 +299,22 @@ register_method(
         preset={"objective.divergence": "kl", "schedule.kind": "off", "robustkd.blocks": 3},
     )
 )
+register_method(
+    Method(
+        name="disco",
+        verb="distill",
+        summary="contrastive distillation of sentence embeddings, with a queue of teacher embeddings as negatives",
+        paper="DisCo / DistilCSE, Gao et al. 2021 (2112.05638)",
+        objective="InfoNCE of projected student embeddings and teacher embeddings",
+        sequences="sentences of the data set",
+        preset={
+            "schedule.kind": "off",
+            "disco.enabled": True,
+            "data.max_length": 128,
+            "train.batch_size": 64,
+            "train.epochs": 5.0,
+            "train.lr": 2e-4,
+            "train.warmup": 0.1,
+        },
+    )
+)

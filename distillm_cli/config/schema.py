@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from distillm_cli import plugins
 from distillm_cli.config import student_spec
-from distillm_cli.config.extras import CTCDConfig, KDIGAConfig, MixKDConfig, OKDConfig, RobustKDConfig
+from distillm_cli.config.extras import CTCDConfig, DisCoConfig, KDIGAConfig, MixKDConfig, OKDConfig, RobustKDConfig
 from distillm_cli.config.fields import (
     Beta,
     Condition,
@@ -61,7 +61,7 @@ if TYPE_CHECKING:  # the real types depend on what is registered
     AnySchedule = ScheduleConfig
 else:
     MetricName = Literal[tuple(plugins.metrics)]
-    Selection = Literal["last", HeldOutMetric, MetricName]
+    Selection = Literal["last", HeldOutMetric, "spearman", MetricName]
     AnyObjective = OBJECTIVE.annotation()
     AnySchedule = SCHEDULE.annotation()
 
@@ -553,6 +553,7 @@ class Recipe(Section):
     ctcd: CTCDConfig = CTCDConfig()
     mixkd: MixKDConfig = MixKDConfig()
     kdiga: KDIGAConfig = KDIGAConfig()
+    disco: DisCoConfig = DisCoConfig()
     robustkd: RobustKDConfig = RobustKDConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
@@ -673,6 +674,29 @@ class Recipe(Section):
             raise ValueError(
                 f"teacher.quantize {self.teacher.quantize}: objective.input_gradient needs the teacher's gradients; "
                 "try --set teacher.quantize=none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_embeddings(self) -> Recipe:
+        if not self.disco.enabled:
+            if self.train.select == "spearman":
+                raise ValueError("train.select spearman is of sentence embeddings; try --method disco")
+            return self
+        if self.schedule.kind != "off":
+            raise ValueError(
+                f"disco.enabled: sentence embeddings train on data set rows alone, and schedule.kind is "
+                f"{self.schedule.kind}; try --method disco"
+            )
+        if self.train.select not in ("last", "valid_loss", "spearman"):
+            raise ValueError(
+                f"train.select {self.train.select} is of responses, and sentence embeddings have none; "
+                "try --set train.select=spearman"
+            )
+        if self.disco.keep_projection and self.disco.pairs_epochs:
+            raise ValueError(
+                "disco.keep_projection: the fine-tuning on pairs trains the student without the projection; "
+                "try --set disco.pairs_epochs=0"
             )
         return self
 

@@ -88,6 +88,7 @@ def _numbered_files(form: str, **counts: int) -> dict[str, tuple[str, ...]]:
 
 _WMT14 = _numbered_files("de-en/{}-{:05d}-of-{:05d}.parquet", train=3, validation=1, test=1)
 _IWSLT = _numbered_files("iwslt2017-en-de/{}/{:04d}.parquet", train=1, validation=1, test=1)
+_ONE_OF_EACH = {"train": 1, "validation": 1, "test": 1}
 _SAMSUM = {split: (f"{split}.csv",) for split in ("train", "validation", "test")}
 _DIALOGUE = partial(_to_summary_row, column="dialogue", task="Summarize the conversation.")
 _DOCUMENT = partial(_to_summary_row, column="document", task="Summarize the article in one sentence.")
@@ -115,6 +116,9 @@ for _name, _dataset in {
     "wmt14-de-en": HubDataset("wmt/wmt14", _WMT14, reshape=_DE_EN, columns=_TRANSLATIONS),
     "wmt14-en-de": HubDataset("wmt/wmt14", _WMT14, reshape=_EN_DE, columns=_TRANSLATIONS),
     "iwslt": HubDataset("IWSLT/iwslt2017", _IWSLT, revision=_CONVERTED, reshape=_EN_DE, columns=_TRANSLATIONS),
+    "stsb": HubDataset(
+        "sentence-transformers/stsb", _numbered_files("data/{}-{:05d}-of-{:05d}.parquet", **_ONE_OF_EACH)
+    ),
     "gsm8k": HubDataset("openai/gsm8k", _numbered_files("main/{}-{:05d}-of-{:05d}.parquet", train=1, test=1)),
 }.items():
     register_dataset(_name, _dataset)

@@ -83,6 +83,8 @@ class Objective:
     per_sequence: bool = False
     # Whether training has a loss of the student's head. Without it, extras have the whole loss.
     has_loss: bool = True
+    # Name of the validation loss.
+    valid_name: str = "CE"
 
     def weights(self, source: Source, progress: float = 1.0) -> LossWeights:
         """Return the loss of a token of this source once ``progress`` (0 to 1) of the run is done."""

@@ -22,7 +22,7 @@ from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.composite import check_causal_class
 from distillm_cli.models.model_families import family_of
 from distillm_cli.models.shared import check_can_swap, share_layers
-from distillm_cli.models.students import heads_are_tied, set_dropout, with_layers
+from distillm_cli.models.students import build_trunk, heads_are_tied, set_dropout, with_layers
 from distillm_cli.utils.text import counted
 
 
@@ -117,6 +117,31 @@ def check_can_copy(text: str, spec: StudentSpec, config: PretrainedConfig) -> No
         check_can_swap(config, text)
 
 
+def build_trunk_from_layers(spec: str, teacher: PreTrainedModel, *, dropout: float | None = None) -> PreTrainedModel:
+    """Build a float32 model without a head from these layers of a teacher without a head, for sentence embeddings.
+
+    Raises UsageError and ModelError as ``build_from_layers``.
+    """
+    config = teacher.config
+    if config.is_encoder_decoder:
+        raise _cannot_take_layers(config, spec, "an encoder-decoder has two stacks of layers")
+    text = config.get_text_config()
+    keep = chosen_layers(spec, text.num_hidden_layers)
+    if family_of(text.model_type).layers_depend_on_index and keep != list(range(len(keep))):
+        raise _cannot_take_layers(text, spec, "the computation of its layers depends on their index")
+    if getattr(text, "scale_attn_by_inverse_layer_idx", False):
+        raise _cannot_take_layers(text, spec, "its attention depends on the index of the layer")
+    student_config = with_layers(text, keep, spec)
+    if dropout is not None:
+        set_dropout(student_config, dropout, where=spec)
+    student = build_trunk(student_config, seed=0, where=spec)
+    try:
+        student.load_state_dict(_kept_weights(teacher, config, keep, spec))
+    except RuntimeError as error:  # layers of several shapes, or one tensor for all layers
+        raise _cannot_take_layers(config, spec, str(error).splitlines()[-1].strip().rstrip(".")) from error
+    return student
+
+
 @torch.no_grad()
 def _move_attention_scales(trunk: nn.Module, keep: list[int]) -> None:
     """Fold the scale of a layer's old index into its queries: such a GPT-2 divides scores by the index, counted from 1."""
@@ -148,17 +173,7 @@ def _copy_weights(
 ) -> None:
     if student_trunk is None or teacher_trunk is None:
         raise _cannot_take_layers(teacher.config, spec, "it has no separate part before the head")
-    prefix = f"{_layers_of(teacher_trunk, teacher.config, spec)}."
-    new_indices: dict[str, list[int]] = {}
-    for new, old in enumerate(keep):
-        new_indices.setdefault(str(old), []).append(new)
-    weights = {}
-    for name, weight in teacher_trunk.state_dict().items():
-        if name.startswith(prefix):
-            old, _, rest = name.removeprefix(prefix).partition(".")
-            weights |= {f"{prefix}{new}.{rest}": weight for new in new_indices.get(old, [])}
-        else:
-            weights[name] = weight
+    weights = _kept_weights(teacher_trunk, teacher.config, keep, spec)
     head, teacher_head = student.get_output_embeddings(), teacher.get_output_embeddings()
     try:
         student_trunk.load_state_dict(weights)
@@ -169,6 +184,22 @@ def _copy_weights(
     unfilled = [name for name, p in student.named_parameters() if id(p) not in filled]
     if unfilled:
         raise _cannot_take_layers(teacher.config, spec, f"{unfilled[0]} is neither in the layers nor in the head")
+
+
+def _kept_weights(trunk: nn.Module, config: PretrainedConfig, keep: list[int], spec: str) -> dict[str, torch.Tensor]:
+    """Return the weights of a trunk with these of its layers, renumbered."""
+    prefix = f"{_layers_of(trunk, config, spec)}."
+    new_indices: dict[str, list[int]] = {}
+    for new, old in enumerate(keep):
+        new_indices.setdefault(str(old), []).append(new)
+    weights = {}
+    for name, weight in trunk.state_dict().items():
+        if name.startswith(prefix):
+            old, _, rest = name.removeprefix(prefix).partition(".")
+            weights |= {f"{prefix}{new}.{rest}": weight for new in new_indices.get(old, [])}
+        else:
+            weights[name] = weight
+    return weights
 
 
 def _layers_of(trunk: nn.Module, config: PretrainedConfig, spec: str) -> str:

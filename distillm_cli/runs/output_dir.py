@@ -48,7 +48,8 @@ TRAINED_TEACHER = "teacher"  # a teacher that the run trained
 SFT = "sft"
 PTP = "ptp"
 MASK = "mask"
-STAGES = (SFT, PTP, MASK)  # before distillation, in their order: output directories within the output directory
+DISTILLED = "distilled"  # distillation of embeddings before fine-tuning on pairs
+STAGES = (SFT, PTP, MASK, DISTILLED)  # before the run, in their order: output directories within the output directory
 
 MODEL_FILES = (
     "config.json", "generation_config.json", "model.safetensors",
@@ -56,13 +57,15 @@ MODEL_FILES = (
     "chat_template.jinja", "model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors",
     "model-*-of-*.safetensors", "preprocessor_config.json", "image_processor_config.json", "processor_config.json",
     "video_preprocessor_config.json",
+    "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",
 )  # fmt: skip
+SENTENCE_FOLDERS = ("1_Pooling", "2_Dense", "2_Normalize", "3_Normalize")  # of sentence-transformers
 # Files that a run would replace. If one of them exists and no manifest lists it, a run does not write to the directory.
 _REPLACED = (
     RECIPE, METRICS, CARD, RESULT, manifest.MANIFEST, *MODEL_FILES, f"{CHECKPOINTS}/step-*", f"{EVAL}/report/*.json",
-    f"{TEMPLATES}/*.jinja",
+    f"{TEMPLATES}/*.jinja", *(f"{name}/*" for name in SENTENCE_FOLDERS),
 )  # fmt: skip
-_FOLDERS = (CHECKPOINTS, EVAL, TEMPLATES)
+_FOLDERS = (CHECKPOINTS, EVAL, TEMPLATES, *SENTENCE_FOLDERS)
 _MODEL = "model"  # names the directory in which a model is staged
 
 
@@ -341,8 +344,8 @@ def _move_model(staged: Path, output: Path) -> None:
     names = [path.relative_to(staged).as_posix() for path in (*chain.from_iterable(folders.values()), *files)]
     manifest.unseal(output)  # files that an earlier run sealed are replaced now
     manifest.record(output, [name for name in names if name not in seals], seals=seals)
-    for name, inside in folders.items():
-        move_into(output / name, inside)
+    names = sorted(path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_dir())
+    folders = {name: sorted(path for path in (staged / name).iterdir() if path.is_file()) for name in names}
     move_into(output, files)
     sealed = [output / RECIPE, *(output / path.name for path in files if path.name != CARD)]
     manifest.seal_directory(output, [path for path in sealed if path.is_file()])

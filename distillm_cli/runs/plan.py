@@ -64,6 +64,10 @@ def _is_on_disk_or_hub(path: str) -> bool:
 
 def plan_run(resolved: Resolved, listener: Listener) -> PlanResult:
     """Plan one run, from its models if their weights are available, else from their configs."""
+    if resolved.recipe.disco.enabled:
+        from distillm_cli.runs.embeddings import plan_embeddings
+
+        return plan_embeddings(resolved, listener)
     resume_garbage_collection()
     if not weights_are_available(resolved.recipe):
         return PlanResult(plan_from_configs(resolved, listener)[0])

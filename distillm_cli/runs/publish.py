@@ -67,7 +67,7 @@ def model_card(
     student = recipe.student
     verb = "fine-tuned" if recipe.method == "sft" else "distilled"
     lines = ["---"]
-    lines += [f"{key}: {text_of(value)}" for key, value in _front_matter(resolved, task).items()]
+    lines += [f"{key}: {text_of(value)}" for key, value in front_matter(resolved, task).items()]
     path = student.required_path
     lines += ["---", "", f"# {Path(path).name if Path(path).is_dir() else path}, {verb}", ""]
     facts = {
@@ -105,7 +105,7 @@ def _teacher(recipe: Recipe) -> str:
     return path
 
 
-def _front_matter(resolved: Resolved, task: str) -> dict[str, Any]:
+def front_matter(resolved: Resolved, task: str) -> dict[str, Any]:
     recipe = resolved.recipe
     is_adapter = recipe.student.lora_output == "adapter"
     front: dict[str, Any] = {"library_name": "peft" if is_adapter else "transformers", "pipeline_tag": task}

@@ -134,6 +134,10 @@ def train(
     prefetcher: of its rows, if one is already running. on_ready: called when everything is prepared and ``output`` is
     cleared of an earlier run (or has the run to resume).
     """
+    if resolved.recipe.disco.enabled:
+        from distillm_cli.runs.embeddings import train_embeddings
+
+        return train_embeddings(command, resolved, output, listener, options, on_ready)
     started = time.perf_counter()
     if options.resume:
         resolved = with_recorded_values(resolved, output)
@@ -155,7 +159,7 @@ def train(
         check_extras(run.recipe, run.pair)
         teacher = _open_teacher(run, checkpoints.run, options, listener)
     except KeyboardInterrupt as stop:
-        raise _interrupted(None, stop) from None
+        raise interrupted(None, stop) from None
     if options.overwrite:  # only now: an error in the input must not delete an earlier run
         for stuck in output_dir.clear(output):
             listener(Warned(f"cannot remove all of {stuck}, of an earlier run: it uses disk space"))
@@ -167,10 +171,10 @@ def train(
         run = run_prior_stages(run, stages, resolved, output, checkpoints, teacher, listener)
         training = _Training(command, run, resolved, output, checkpoints.run, teacher, started)
         result = _train(training, listener)
-        _report_checkpoints(output, resolved.recipe.train.keep, listener)
+        report_checkpoints(output, resolved.recipe.train.keep, listener)
         return result
     except KeyboardInterrupt as stop:
-        raise _interrupted(output, stop) from None
+        raise interrupted(output, stop) from None
 
 
 def _check_teacher_directory(resolved: Resolved, output: Path) -> None:
@@ -235,7 +239,7 @@ def _finish(training: _Training, trainer: Trainer, report: Report, listener: Lis
     return result
 
 
-def _report_checkpoints(output: Path, keep: int, listener: Listener) -> None:
+def report_checkpoints(output: Path, keep: int, listener: Listener) -> None:
     """Remove the checkpoints of a finished run if none are to be kept; report their size."""
     sizes = output_dir.checkpoint_sizes(output)
     if not sizes:
@@ -272,7 +276,7 @@ def _trainer(training: _Training, report: Report, listener: Listener) -> Trainer
     return trainer
 
 
-def _interrupted(output: Path | None, stop: KeyboardInterrupt) -> Interrupted:
+def interrupted(output: Path | None, stop: KeyboardInterrupt) -> Interrupted:
     """Return the error of a run that was interrupted outside its loop. output: None before anything was written."""
     number = signal_number(stop)
     if output is None:

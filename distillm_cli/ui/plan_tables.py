@@ -22,6 +22,9 @@ def tables_of(result: PlanResult | PipelinePlan) -> Iterator[RenderableType]:
 def plan_tables(result: PlanResult) -> Iterator[RenderableType]:
     """Yield the tables of one run's plan, and the decoded batch if there is one."""
     found = result.figures
+    if "memory" not in found:
+        yield from _embedding_tables(found)
+        return
     yield _model_table(found)
     yield facts("Run", _run_facts(found))
     yield from _cache_place(found.get("teacher_cache"))
@@ -38,6 +41,27 @@ def plan_tables(result: PlanResult) -> Iterator[RenderableType]:
     yield Text(f"Assumed: {found['assumed']}.", "dim")
     if result.batch:
         yield from _batch_lines(result.batch)
+
+
+def _embedding_tables(found: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """Yield the tables of a plan for sentence embeddings, which has no estimates."""
+    columns = ("kind", "parameters", "layers", "width", "pooling")
+    models = [[name, *(model[column] for column in columns)] for name, model in found["models"].items()]
+    yield table("Models", ["", *columns], models)
+    data = found["data"]
+    rows: list[tuple[str, object]] = [
+        ("rows", f"{data['rows']:,} with {data['sentences']:,} distinct sentences; {data['valid_rows']:,} held out"),
+        ("lengths", f"mean {data['mean_length']} tokens"),
+        (
+            "steps",
+            f"{found['steps']:,} of {found['sequences_per_step']} sentences, {found['steps_per_epoch']:,} per epoch",
+        ),
+        ("negatives", f"up to {found['negatives']:,} of each sentence"),
+    ]
+    if "pair_steps" in found:
+        rows.append(("fine-tuning on pairs", f"{found['pair_steps']:,} steps"))
+    yield facts("Run", [*rows, ("device", found["device"])])
+    yield from (Text(note, "dim") for note in found["notes"])
 
 
 def pipeline_tables(result: PipelinePlan) -> Iterator[RenderableType]:
