@@ -102,7 +102,8 @@ def _text(run: Prepared, ids: list[int]) -> str:
 
 def plan_prepared(run: Prepared, resolved: Resolved) -> dict[str, Any]:
     """Return the plan of a run whose models and rows are loaded."""
-    build_extras(run.recipe, run.pair)  # as in the run: an adapter in the teacher
+    if run.recipe.okd.rank is not None:
+        build_extras(run.recipe, run.pair, {})  # as in the run: an adapter in the teacher
     teacher = None if run.pair.teacher is None else run.pair.teacher.model
     cache_plan = None if teacher is None else plan_cache(run, workload_of(run))
     cached_bytes: dict[str, int] = {}
