@@ -15,7 +15,7 @@ _OKD = UsedWhen({"okd.rank": Condition("that is given", 16, lambda rank: rank is
 
 _MIXUP = UsedWhen({"data.mixup": Condition("above 0", 0.4, lambda alpha: isinstance(alpha, int | float) and alpha > 0)})
 _INPUT_GRADIENT = {
-    "objective.input_gradient": Condition("above 0", 1.0, lambda w: isinstance(w, int | float) and w > 0)
+    "objective.input_gradient": Condition("above 0", 0.2, lambda w: isinstance(w, int | float) and w > 0)
 }
 
 Weight = Annotated[float, Field(ge=0)]
