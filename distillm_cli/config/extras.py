@@ -21,7 +21,7 @@ _ROBUSTKD = UsedWhen({"robustkd.blocks": Condition("above 0", 3, lambda blocks: 
 
 _MIXUP = UsedWhen({"data.mixup": Condition("above 0", 0.4, lambda alpha: isinstance(alpha, int | float) and alpha > 0)})
 _INPUT_GRADIENT = {
-    "objective.input_gradient": Condition("above 0", 1.0, lambda w: isinstance(w, int | float) and w > 0)
+    "objective.input_gradient": Condition("above 0", 0.2, lambda w: isinstance(w, int | float) and w > 0)
 }
 
 Weight = Annotated[float, Field(ge=0)]

@@ -287,7 +287,7 @@ register_method(
         verb="distill",
         summary="KL and the alignment of the gradients of the cross-entropy by the input, which transfers robustness",
         paper="KDIGA, Shao et al. 2021 (2110.12072), in the style of: adapted from images to token embeddings",
-        preset={"objective.divergence": "kl", "schedule.kind": "off", "objective.input_gradient": 1.0},
+        preset={"objective.divergence": "kl", "schedule.kind": "off", "objective.input_gradient": 0.2},
     )
 )
 register_method(

@@ -4,16 +4,18 @@ import copy
 
 import pytest
 import torch
+from torch.autograd.function import once_differentiable
 from torch.testing import assert_close
 
 from distillm_cli.config.extras import KDIGAConfig
-from distillm_cli.extras.kdiga import KDIGA, input_gradients
+from distillm_cli.extras.kdiga import KDIGA, check_second_derivative, input_gradients
 from distillm_cli.losses.extra import MicroRows, StudentPass
 from distillm_cli.losses.weights import CROSS_ENTROPY
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.types import collate, micro_batches
 from tests import tiny
+from tests.codes import raises_code
 
 VOCAB = 41
 ROWS = tiny.sequences([(5, 3), (2, 6), (7, 2)], VOCAB, seed=3)
@@ -152,3 +154,23 @@ def test_frozen_embeddings_still_have_an_input_gradient():
     student.model.get_input_embeddings().requires_grad_(False)
     term(extra(teacher), student).backward()
     assert student.model.get_output_embeddings().weight.grad.abs().max() > 0
+
+
+class _OnlyOneDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return grad
+
+
+def test_model_without_second_derivative_is_refused():
+    student = model("llama", 1)
+    check_second_derivative(student)
+    layer = student.trunk.layers[0]
+    layer.register_forward_pre_hook(lambda module, inputs: (_OnlyOneDerivative.apply(inputs[0]), *inputs[1:]))
+    with raises_code("model.no_second_derivative", "llama", "eager"):
+        check_second_derivative(student)
