@@ -134,6 +134,11 @@ class Extra(nn.Module):
             current[name].copy_(tensor)
 
 
+def with_cross_entropy(name: str) -> str:
+    """Return the name of an objective's loss with an additional cross-entropy: "CE + kl"."""
+    return name if name.startswith("CE") else f"CE + {name}"
+
+
 class TrainedTeacher(Extra):
     """Train parameters of the teacher. teacher: the model, with the parameters that are trained.
 
